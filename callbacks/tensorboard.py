@@ -1,0 +1,102 @@
+"""What people look at in TensorBoard besides the curves."""
+
+from typing import Any, cast
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2.functional import to_pil_image
+
+from callbacks.figures import similarity_matrix
+from lit_clip.batch import CaptionBatch
+from lit_clip.module import Features, LitCLIP
+from lit_clip.tokenizer import decode
+
+
+def _writers(trainer: Trainer) -> list[Any]:
+    return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+
+
+def show(trainer: Trainer, tag: str, picture: Image.Image) -> None:
+    """Put a picture under ``tag`` at the current step."""
+    for writer in _writers(trainer):
+        writer.add_image(tag, np.asarray(picture), trainer.global_step, dataformats="HWC")
+
+
+class SimilarityMatrix(Callback):
+    """After every validation: the cosine similarity of each two of the first validation images and captions.
+
+    Args:
+        pairs: how many.
+    """
+
+    def __init__(self, pairs: int = 12) -> None:
+        self.pairs = pairs
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: CaptionBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if batch_idx or trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        features = cast(Features, outputs)
+        scores = (features["text"][: self.pairs] @ features["image"][: self.pairs].T).cpu().numpy()
+        images = [to_pil_image(image) for image in batch.images[: self.pairs]]
+        captions = [decode(tokens.tolist()) for tokens in batch.tokens[: self.pairs]]
+        show(trainer, "val/similarity", similarity_matrix(images, captions, scores))
+
+
+class EmbeddingProjector(Callback):
+    """After the last validation: image and caption features with thumbnails, for TensorBoard's projector.
+
+    Args:
+        pairs: at most how many validation pairs of this process.
+    """
+
+    def __init__(self, pairs: int = 500) -> None:
+        self.pairs = pairs
+        self._seen: list[tuple[Features, Tensor]] = []
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._seen = []
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: CaptionBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if not trainer.sanity_checking and sum(len(images) for _, images in self._seen) < self.pairs:
+            self._seen.append((cast(Features, outputs), batch.images))
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._seen or not trainer.is_global_zero:
+            return
+        model = cast(LitCLIP, pl_module).model
+        image = torch.cat([features["image"] for features, _ in self._seen])[: self.pairs].float().cpu()
+        text = torch.cat([features["text"] for features, _ in self._seen])[: self.pairs].float().cpu()
+        pictures = torch.cat([images for _, images in self._seen])[: self.pairs].float().cpu() / 255
+        captions = [decode(row) for features, _ in self._seen for row in features["tokens"].tolist()][: self.pairs]
+        self._seen = []
+        blank = torch.ones(3, *[model.preprocessing.image_size] * 2).expand(len(captions), -1, -1, -1)
+        metadata = [[kind, caption] for kind in ("image", "caption") for caption in captions]
+        for writer in _writers(trainer):
+            writer.add_embedding(
+                torch.cat([image, text]),
+                metadata=metadata,
+                metadata_header=["kind", "caption"],
+                label_img=torch.cat([pictures, blank]),
+                global_step=trainer.global_step,
+                tag="val",
+            )

@@ -1,0 +1,148 @@
+"""Zero-shot classification after every validation."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision.transforms.v2.functional import to_pil_image
+
+from callbacks.figures import Prediction, prediction_grid
+from callbacks.tensorboard import show
+from lit_clip import collectives
+from lit_clip.batch import LabelledBatch
+from lit_clip.errors import InputError
+from lit_clip.module import LitCLIP
+from lit_clip.preprocess import pixels
+from lit_clip.zero_shot import (
+    LabelledImages,
+    accuracies,
+    check_templates,
+    classification_counts,
+    guessing_accuracies,
+    imagenet_templates,
+    zero_shot_classifier,
+)
+
+
+@dataclass
+class ZeroShotSet:
+    """One set to be recognised from names.
+
+    Attributes:
+        images: pictures with classes and their names.
+        templates: texts with ``{}`` for the name, averaged in embedding space; ``imagenet``: the paper's 80.
+    """
+
+    images: LabelledImages
+    templates: list[str] | Literal["imagenet"] = field(default_factory=lambda: ["a photo of a {}."])
+
+    def __post_init__(self) -> None:
+        if self.templates == "imagenet":
+            self.templates = imagenet_templates()
+        check_templates(self.templates)
+        if not len(self.images):
+            raise InputError("zero-shot images: the set is empty")
+        classes, highest = len(self.images.class_names), max(self.images.labels())
+        if highest >= classes:
+            raise InputError(f"zero-shot class_names: {classes} names, but a picture has label {highest}")
+
+
+class _Labelled(Dataset[tuple[Tensor, int, str]]):
+    def __init__(self, images: LabelledImages, transform: Any) -> None:
+        self.images, self.transform = images, transform
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, str]:
+        image, label = self.images[index]
+        return self.transform(image), label, str(index)
+
+
+def _collate(items: list[tuple[Tensor, int, str]]) -> LabelledBatch:
+    images, labels, keys = zip(*items, strict=True)
+    return LabelledBatch(torch.stack(images), torch.tensor(labels), list(keys))
+
+
+class ZeroShot(Callback):
+    """Evaluates any number of sets at the end of every validation, under ``fit`` and ``validate`` alike.
+
+    Logs ``zero_shot/<set>/top1``, ``top5`` and ``mean_per_class``, each a fraction over every image counted once,
+    whatever the number of ranks; ``ModelCheckpoint`` can monitor them. Shows some images with their nearest names in
+    TensorBoard and as ``zero_shot_<set>.png`` beside the logs.
+
+    Args:
+        sets: by name.
+        batch_size: images encoded at once on each rank.
+        num_workers: processes that read images.
+        examples: how many images to show of each set, evenly spread over it.
+    """
+
+    def __init__(
+        self, sets: dict[str, ZeroShotSet], batch_size: int = 256, num_workers: int = 0, examples: int = 24
+    ) -> None:
+        self.sets, self.batch_size, self.num_workers, self.examples = sets, batch_size, num_workers, examples
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._evaluate(trainer, cast(LitCLIP, pl_module))
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._evaluate(trainer, cast(LitCLIP, pl_module))
+
+    def _evaluate(self, trainer: Trainer, module: LitCLIP) -> None:
+        with trainer.precision_plugin.forward_context():
+            for name, zero_shot_set in self.sets.items():
+                images, templates = zero_shot_set.images, zero_shot_set.templates
+                classifier = zero_shot_classifier(module.model, images.class_names, templates)
+                counts = self._counts(module, images, classifier)
+                guessing = guessing_accuracies(counts)
+                for metric, value in accuracies(counts).items():
+                    key = f"zero_shot/{name}/{metric}"
+                    module.log(key, value)
+                    module.baselines[key] = guessing[metric]
+                if self.examples and trainer.is_global_zero:
+                    self._show(trainer, module, name, images, classifier)
+
+    def _counts(self, module: LitCLIP, images: LabelledImages, classifier: Tensor) -> Tensor:
+        rank, world = collectives.rank_and_world()
+        loader = DataLoader(
+            Subset(_Labelled(images, pixels(module.preprocessing)), range(rank, len(images), world)),
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            collate_fn=_collate,
+        )
+        counts = torch.zeros(3, classifier.shape[1], dtype=torch.float64)
+        for batch in loader:
+            counts += classification_counts(_logits(module, batch.images, classifier), batch.labels)
+        return collectives.sum_over_ranks(counts.to(module.device)).cpu()
+
+    def _show(self, trainer: Trainer, module: LitCLIP, name: str, images: LabelledImages, classifier: Tensor) -> None:
+        shown = min(self.examples, len(images))
+        dataset = _Labelled(images, pixels(module.preprocessing))
+        batch = _collate([dataset[i * len(images) // shown] for i in range(shown)])
+        scores, nearest = _logits(module, batch.images, classifier).topk(min(5, classifier.shape[1]), dim=1)
+        names: Sequence[str] = images.class_names
+        sheet = prediction_grid(
+            [
+                Prediction(
+                    to_pil_image(image), names[int(label)], [(names[i], s) for i, s in zip(ids, row, strict=True)]
+                )
+                for image, label, ids, row in zip(
+                    batch.images, batch.labels, nearest.tolist(), scores.tolist(), strict=True
+                )
+            ]
+        )
+        show(trainer, f"zero_shot/{name}", sheet)
+        if trainer.log_dir:
+            Path(trainer.log_dir).mkdir(parents=True, exist_ok=True)
+            sheet.save(Path(trainer.log_dir) / f"zero_shot_{name}.png")
+
+
+def _logits(module: LitCLIP, images: Tensor, classifier: Tensor) -> Tensor:
+    """uint8 ``[B, 3, S, S]`` -> cosine similarities ``[B, C]``."""
+    features = module.model.encode_image(module.model.normalize(images.to(module.device)), normalize=True)
+    with torch.autocast(module.device.type, enabled=False):
+        return features @ classifier

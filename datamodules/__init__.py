@@ -1,0 +1,19 @@
+"""Sources of (image, caption) pairs and of labelled images."""
+
+from datamodules.augmentation import Augmentation
+from datamodules.captions import CaptionDataModule
+from datamodules.classes import ImageFolderClasses, ParquetClasses
+from datamodules.no_captions import NoCaptions
+from datamodules.openmoji import OpenMoji, OpenMojiClasses
+from datamodules.table import CaptionTable
+
+__all__ = [
+    "Augmentation",
+    "CaptionDataModule",
+    "CaptionTable",
+    "ImageFolderClasses",
+    "NoCaptions",
+    "OpenMoji",
+    "OpenMojiClasses",
+    "ParquetClasses",
+]

@@ -1,0 +1,132 @@
+"""Labelled images: folders of classes, and parquet files as image hubs store them."""
+
+import io
+from bisect import bisect_right
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image
+
+from datamodules.images import SUFFIXES, open_image
+from lit_clip.errors import InputError
+from lit_clip.preprocess import to_rgb
+from lit_clip.zero_shot import LabelledImages, imagenet_class_names
+
+ClassNames = list[str] | Literal["imagenet"]
+
+
+def _resolve_names(names: ClassNames | None, default: list[str], where: str) -> list[str]:
+    if names is None:
+        return default
+    names = imagenet_class_names() if names == "imagenet" else list(names)
+    if len(names) != len(default):
+        raise InputError(
+            f"class_names: {len(names)} names for the {len(default)} classes of {where} "
+            f"({', '.join(default[:3])}, ...); the labels would be read as other classes"
+        )
+    return names
+
+
+class ImageFolderClasses(LabelledImages):
+    """A folder with one subfolder of pictures a class, in the order of the subfolders' names.
+
+    Args:
+        root: the folder.
+        class_names: names in that order; ``imagenet``: the paper's 1,000; None: the subfolders' names with
+            underscores as spaces.
+
+    Raises:
+        InputError: no such folder, a class without pictures, or names that do not match the subfolders.
+    """
+
+    def __init__(self, root: str, class_names: ClassNames | None = None) -> None:
+        folder = Path(root)
+        if not folder.is_dir():
+            raise InputError(f"{root}: no such folder of classes")
+        classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+        if not classes:
+            raise InputError(f"{root}: no subfolders; put each class's pictures into a folder of its own")
+        default = [path.name.replace("_", " ") for path in classes]
+        self.class_names = _resolve_names(class_names, default, str(root))
+        self.files: list[tuple[Path, int]] = []
+        for label, path in enumerate(classes):
+            pictures = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+            if not pictures:
+                raise InputError(f"{path}: no pictures of this class ({', '.join(sorted(SUFFIXES))})")
+            self.files += [(file, label) for file in pictures]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        path, label = self.files[index]
+        return to_rgb(open_image(path, path.parent.name)), label
+
+    def labels(self) -> list[int]:
+        return [label for _, label in self.files]
+
+
+class ParquetClasses(LabelledImages):
+    """Parquet files with encoded pictures and labels, as Hugging Face stores ImageNet.
+
+    Args:
+        path: a file, or a folder of ``.parquet`` files (read in the order of their names).
+        class_names: names in label order, or ``imagenet``.
+        image_column: bytes, or a struct with a field ``bytes``.
+        label_column: integers from 0.
+
+    Raises:
+        InputError: no such file or column, labels beyond the names, or ``pyarrow`` missing.
+    """
+
+    def __init__(
+        self, path: str, class_names: ClassNames, image_column: str = "image", label_column: str = "label"
+    ) -> None:
+        try:
+            import pyarrow.parquet as pq
+        except ImportError as error:
+            raise InputError("parquet files need pyarrow: pip install -e '.[parquet]'") from error
+        self.paths = sorted(Path(path).glob("*.parquet")) if Path(path).is_dir() else [Path(path)]
+        if not self.paths or not all(file.is_file() for file in self.paths):
+            raise InputError(f"{path}: no such parquet file, nor a folder of them")
+        self.image_column = image_column
+        self._labels: list[int] = []
+        self._groups: list[tuple[Path, int]] = []  # (file, row group) in row order
+        self._starts: list[int] = []  # the first row of each
+        self._loaded: tuple[int, Any] | None = None
+        for file in self.paths:
+            parquet = pq.ParquetFile(file)
+            columns = parquet.schema_arrow.names
+            if missing := {image_column, label_column} - set(columns):
+                raise InputError(f"{file}: no column {missing.pop()!r}; its columns are {', '.join(columns)}")
+            for group in range(parquet.num_row_groups):
+                self._groups.append((file, group))
+                self._starts.append(len(self._labels))
+                self._labels += parquet.read_row_group(group, columns=[label_column])[label_column].to_pylist()
+        classes = [str(label) for label in range(max(self._labels, default=-1) + 1)]
+        if min(self._labels, default=-1) < 0:
+            raise InputError(f"{path}: column {label_column!r} has labels below 0 or no rows; its labels are not given")
+        self.class_names = _resolve_names(class_names, classes, path)
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        import pyarrow.parquet as pq
+
+        group = bisect_right(self._starts, index) - 1
+        if self._loaded is None or self._loaded[0] != group:  # rows are read in order: keep the last group
+            file, number = self._groups[group]
+            column = pq.ParquetFile(file).read_row_group(number, columns=[self.image_column])[self.image_column]
+            self._loaded = (group, column)
+        row = index - self._starts[group]
+        value = self._loaded[1][row].as_py()
+        data = value["bytes"] if isinstance(value, dict) else value
+        where = f"{self._groups[group][0]} row {row}"
+        try:
+            return to_rgb(Image.open(io.BytesIO(data))), self._labels[index]
+        except (OSError, ValueError, SyntaxError) as error:
+            raise InputError(f"{where}: cannot read its image ({error})") from error
+
+    def labels(self) -> list[int]:
+        return self._labels

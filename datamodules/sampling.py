@@ -1,0 +1,70 @@
+"""Which samples make up which batch: exact for any number of ranks and workers."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from lit_clip.errors import InputError
+
+
+class Sample(NamedTuple):
+    """What a training dataset is asked for: its randomness is a function of the epoch and the sample alone."""
+
+    epoch: int
+    row: int
+
+
+class GlobalBatchSampler(Sampler[list[Sample]]):
+    """Seeded permutations cut into batches that are the same for any number of ranks.
+
+    Step k of an epoch is one global batch, a slice of that epoch's permutation; a rank takes every ``world``-th sample
+    of it. The incomplete global batch at the end of an epoch is left out; the next permutation leaves out others.
+
+    Args:
+        size: number of samples.
+        batch_size: samples a step on each rank.
+        rank: this process.
+        world: number of processes.
+        seed: of the permutations.
+
+    Raises:
+        InputError: fewer samples than one global batch.
+    """
+
+    def __init__(self, size: int, batch_size: int, rank: int, world: int, seed: int) -> None:
+        if size < batch_size * world:
+            raise InputError(
+                f"{size} training pairs are fewer than one batch of {batch_size} on each of {world} processes; "
+                f"set --data.init_args.batch_size to {size // world} or less"
+            )
+        self.size, self.batch_size, self.rank, self.world, self.seed = size, batch_size, rank, world, seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning calls this before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.size // (self.batch_size * self.world)
+
+    def __iter__(self) -> Iterator[list[Sample]]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.size)
+        step = self.batch_size * self.world
+        for start in range(0, len(self) * step, step):
+            mine = order[start + self.rank : start + step : self.world]
+            yield [Sample(self.epoch, int(row)) for row in mine]
+
+
+class StridedSampler(Sampler[int]):
+    """Every ``world``-th sample from ``rank`` on: over all ranks each sample exactly once, none repeated as padding."""
+
+    def __init__(self, size: int, rank: int, world: int) -> None:
+        self.indices = range(rank, size, world)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices)

@@ -1,0 +1,209 @@
+"""Captions in a table: CSV, TSV or JSON lines."""
+
+import csv
+import json
+import random
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import Tensor
+
+from datamodules.augmentation import Augmentation
+from datamodules.captions import CaptionDataModule, Pair, PairSource
+from datamodules.images import check_image, open_image
+from lit_clip.config import Preprocessing
+from lit_clip.errors import InputError
+
+IMAGE_COLUMNS = ("image", "image_path", "filepath", "file_path", "path", "filename", "file_name", "file", "img")
+CAPTION_COLUMNS = ("caption", "text", "title", "description", "sentence")
+BLANK = frozenset({"", "nan", "none", "null", "n/a", "<na>"})  # what spreadsheets and pandas write for "no caption"
+CHECKED = 10_000  # pictures whose presence and header are looked at before training
+VALIDATION_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Row:
+    """One usable row: its number in the file (a header is row 1), the image as written, and the caption."""
+
+    number: int
+    image: str
+    caption: str
+
+
+def _delimited(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        header = file.readline()
+        if not header.strip():
+            return
+        delimiter = "\t" if path.suffix.lower() == ".tsv" else max(",;\t|", key=header.count)
+        file.seek(0)
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        columns = [column.strip() for column in next(reader)]
+        for number, values in enumerate(reader, start=2):
+            if not values:
+                continue
+            if len(values) != len(columns):
+                raise InputError(
+                    f"{path} row {number}: {len(values)} fields, the header has {len(columns)}; "
+                    f"put captions that contain {delimiter!r} in double quotes"
+                )
+            yield number, dict(zip(columns, values, strict=True))
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                values = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise InputError(f"{path} row {number}: not JSON ({error.msg})") from error
+            if not isinstance(values, dict):
+                raise InputError(f"{path} row {number}: not a JSON object with an image and a caption")
+            yield number, values
+
+
+def _column(path: Path, found: list[str], wanted: str | None, usual: tuple[str, ...], argument: str) -> str:
+    if wanted is not None:
+        if wanted in found:
+            return wanted
+        raise InputError(f"{path}: no column {wanted!r}; its columns are {', '.join(found)}; set {argument}")
+    lowered = {column.lower(): column for column in reversed(found)}
+    for name in usual:
+        if name in lowered:
+            return lowered[name]
+    raise InputError(
+        f"{path}: none of its columns ({', '.join(found)}) is called {' or '.join(usual[:3])}; set {argument}"
+    )
+
+
+def read_table(path: Path, image_column: str | None = None, caption_column: str | None = None) -> tuple[list[Row], int]:
+    """The rows of a table that have a caption, and how many have none.
+
+    Args:
+        path: ``.jsonl``, ``.tsv``, or anything else for a delimited file with a header (the delimiter is detected).
+        image_column: None: the first of ``IMAGE_COLUMNS`` that the table has.
+        caption_column: None: the first of ``CAPTION_COLUMNS``.
+
+    Raises:
+        InputError: no such file, no such column, an empty table, a row that does not fit, or not UTF-8.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such table")
+    records = _json_lines(path) if path.suffix.lower() in (".jsonl", ".ndjson", ".json") else _delimited(path)
+    rows, blank, columns = [], 0, None
+    try:
+        for number, values in records:
+            if columns is None:
+                found = list(values)
+                columns = (
+                    _column(path, found, image_column, IMAGE_COLUMNS, "image_column"),
+                    _column(path, found, caption_column, CAPTION_COLUMNS, "caption_column"),
+                )
+            image, caption = (values.get(column) for column in columns)
+            if not isinstance(image, str) or not image.strip():
+                raise InputError(f"{path} row {number}: no image in column {columns[0]!r}")
+            if caption is None or str(caption).strip().lower() in BLANK:
+                blank += 1
+                continue
+            if not isinstance(caption, str):
+                raise InputError(f"{path} row {number}: the caption in column {columns[1]!r} is not text: {caption!r}")
+            rows.append(Row(number, image.strip(), caption))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
+    except csv.Error as error:
+        raise InputError(f"{path}: not a delimited table ({error})") from error
+    if not rows:
+        raise InputError(f"{path}: no row with an image and a caption ({blank} without a caption)")
+    return rows, blank
+
+
+class TablePairs(PairSource):
+    """The pairs of a table's rows.
+
+    Args:
+        path: the table, named in errors.
+        rows: what to read of it.
+        root: where relative image paths start.
+    """
+
+    def __init__(self, path: Path, rows: list[Row], root: Path) -> None:
+        self.path, self.rows, self.root = path, rows, root
+        for row in rows[:: max(1, len(rows) // CHECKED)]:
+            check_image(root / row.image, f"{path} row {row.number}")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def load(self, index: int, rng: random.Random | None) -> Pair:
+        row = self.rows[index]
+        return Pair(open_image(self.root / row.image, f"{self.path} row {row.number}"), row.caption, row.image)
+
+
+class CaptionTable(CaptionDataModule):
+    """Pairs from a table with a column of image paths and a column of captions.
+
+    Rows without a caption (empty, ``nan``, ``none``, ``null``) are dropped and counted.
+
+    Args:
+        train: a ``.csv``, ``.tsv`` or ``.jsonl`` file; needed by ``fit`` only.
+        val: likewise; None: a tenth of the images of ``train``, chosen by ``seed``.
+        root: where relative image paths start; None: the folder of the table.
+        image_column: None: detected.
+        caption_column: None: detected.
+        batch_size: pairs a step on each rank.
+        num_workers: processes that read and augment.
+        seed: of the order, the augmentation and the division.
+        augmentation: in training.
+        preprocessing: how the model wants its pictures; the command line takes it from the model.
+        tokenize: texts -> int64 ``[N, L]``; the command line takes it from the model.
+    """
+
+    def __init__(
+        self,
+        train: str | None = None,
+        val: str | None = None,
+        root: str | None = None,
+        image_column: str | None = None,
+        caption_column: str | None = None,
+        batch_size: int = 64,
+        num_workers: int = 2,
+        seed: int = 0,
+        augmentation: Augmentation | None = None,
+        preprocessing: Preprocessing | None = None,
+        tokenize: Callable[[list[str]], Tensor] | None = None,
+    ) -> None:
+        super().__init__(batch_size, num_workers, seed, augmentation, preprocessing, tokenize)
+        if train is None and val is None:
+            raise InputError("data: give train, val or both; each is a table of images and captions")
+        self.train, self.val, self.root = train, val, root
+        self.image_column, self.caption_column = image_column, caption_column
+
+    def _rows(self, table: str) -> list[Row]:
+        rows, blank = read_table(Path(table), self.image_column, self.caption_column)
+        if blank:
+            rank_zero_info(f"{table}: {len(rows)} pairs, {blank} rows without a caption left out")
+        return rows
+
+    def _pairs(self, table: str, rows: list[Row]) -> TablePairs:
+        return TablePairs(Path(table), rows, Path(self.root) if self.root else Path(table).parent)
+
+    def sources(self, fit: bool) -> tuple[PairSource | None, PairSource]:
+        if self.train is None and fit:
+            raise InputError("data.init_args.train: fit needs a table to train on")
+        if self.val is not None:
+            train = self._pairs(self.train, self._rows(self.train)) if fit and self.train else None
+            return train, self._pairs(self.val, self._rows(self.val))
+        assert self.train is not None
+        rows = self._rows(self.train)
+        images = sorted({row.image for row in rows})
+        if len(images) < 2:
+            raise InputError(f"{self.train}: one image cannot be divided; give data.init_args.val")
+        chosen = set(random.Random(self.seed).sample(images, max(1, int(VALIDATION_SHARE * len(images)))))
+        train = [row for row in rows if row.image not in chosen]
+        val = [row for row in rows if row.image in chosen]
+        return self._pairs(self.train, train) if fit else None, self._pairs(self.train, val)

@@ -1,0 +1,56 @@
+"""The paper's optimiser settings: what decays, and the learning rate of each step."""
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+VIT_BETAS, VIT_EPS = (0.9, 0.98), 1e-6  # paper, table 18
+RESNET_BETAS, RESNET_EPS = (0.9, 0.999), 1e-8  # paper, table 18
+
+
+def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's parameter groups: decay on "all weights that are not gains or biases" (paper, section 2.5).
+
+    As in open_clip, gains and biases are the parameters with fewer than two dimensions: LayerNorm's, biases, the class
+    token and ``logit_scale``.
+    """
+    trained = [p for p in module.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def warmup_cosine(step: int, warmup_steps: int, total_steps: int) -> float:
+    """The factor on the learning rate at optimiser step ``step`` (0 first): linear to 1, then a cosine to 0.
+
+    The paper states warm-up over 2,000 iterations and cosine decay; that the warm-up is linear and the end 0 is
+    open_clip's reading.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def total_steps(trainer: "Trainer") -> int:
+    """Optimiser steps of the whole run.
+
+    Counted from the data module where it tells its ``steps_per_epoch``: asking Lightning instead
+    (``estimated_stepping_batches``) sets the data loaders up early and loses the position a checkpoint restored.
+    """
+    steps_per_epoch = getattr(getattr(trainer, "datamodule", None), "steps_per_epoch", None)
+    if steps_per_epoch is None:
+        return int(trainer.estimated_stepping_batches)
+    limit = trainer.limit_train_batches
+    batches = int(steps_per_epoch * limit) if isinstance(limit, float) else min(steps_per_epoch, limit)
+    per_epoch = max(1, math.ceil(batches / trainer.accumulate_grad_batches))
+    epochs = trainer.max_epochs
+    bounds = [trainer.max_steps] if trainer.max_steps >= 0 else []
+    if epochs is not None and epochs >= 0:
+        bounds.append(epochs * per_epoch)
+    return max(1, min(bounds, default=per_epoch * 1000))

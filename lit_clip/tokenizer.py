@@ -1,0 +1,123 @@
+"""CLIP's byte-pair encoding on Hugging Face ``tokenizers``.
+
+The vocabulary is the file that ``open-clip-torch`` installs; cleaning, splitting and special tokens are those of the
+paper's code, so ids equal OpenAI's and open_clip's for any text.
+"""
+
+import gzip
+import html
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import ftfy
+import regex
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+
+from lit_clip.errors import InputError
+
+START_OF_TEXT, END_OF_TEXT = "<|startoftext|>", "<|endoftext|>"
+SOT_ID, EOT_ID = 49406, 49407
+MERGES = 49152 - 256 - 2  # of the file's 262,145 lines (OpenAI's code)
+
+_WORDS = regex.compile(
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE
+)
+
+
+def vocabulary_file() -> Path:
+    """The merges file inside the installed ``open-clip-torch``, found without importing it (that takes seconds)."""
+    spec = importlib.util.find_spec("open_clip")
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError("the BPE vocabulary comes with open-clip-torch, which is not installed")
+    return Path(spec.submodule_search_locations[0]) / "bpe_simple_vocab_16e6.txt.gz"
+
+
+def bytes_to_unicode() -> dict[int, str]:
+    """GPT-2's printable stand-in for each byte, in the order in which CLIP numbers them."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [b for b in range(256) if b not in printable]
+    return {**{b: chr(b) for b in printable}, **{b: chr(256 + i) for i, b in enumerate(others)}}
+
+
+@lru_cache(maxsize=1)
+def _bpe() -> Tokenizer:
+    with gzip.open(vocabulary_file(), "rt", encoding="utf-8") as file:
+        lines = file.read().split("\n")[1 : MERGES + 1]  # the first line is a version
+    merges = [(left, right) for left, right in (line.split() for line in lines)]
+    symbols = list(bytes_to_unicode().values())
+    tokens = [*symbols, *(s + "</w>" for s in symbols), *(a + b for a, b in merges), START_OF_TEXT, END_OF_TEXT]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, end_of_word_suffix="</w>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("</w>", " "), decoders.ByteLevel()])
+    tokenizer.add_special_tokens([AddedToken(START_OF_TEXT, special=True), AddedToken(END_OF_TEXT, special=True)])
+    return tokenizer
+
+
+def clean(text: str) -> str:
+    """The paper's cleaning: mend broken Unicode, undo HTML escapes (twice), collapse white space, lower-case."""
+    text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+    return regex.sub(r"\s+", " ", text).strip().lower()
+
+
+def encode(text: str) -> list[int]:
+    """The ids of a text, without start and end."""
+    # One call a text, not a batched call: those start a thread pool, which does not survive the fork of data workers.
+    return _bpe().encode(_WORDS.findall(clean(text)), is_pretokenized=True, add_special_tokens=False).ids
+
+
+def decode(tokens: Sequence[int]) -> str:
+    """The text of ids up to the first end-of-text token."""
+    ids = list(tokens)
+    return _bpe().decode(ids[: ids.index(EOT_ID)] if EOT_ID in ids else ids, skip_special_tokens=True).strip()
+
+
+def tokenize(texts: str | Sequence[str], context_length: int = 77, truncate: bool = True) -> Tensor:
+    """Texts to ids: start of text, the words, end of text, zeros.
+
+    Args:
+        texts: one text or several.
+        context_length: most ids of a text, start and end included.
+        truncate: whether a longer text is cut (its last id is then the end of text) or refused.
+
+    Returns:
+        int64 ``[N, context_length]``.
+
+    Raises:
+        InputError: something is not a string, or too long while ``truncate`` is false.
+    """
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    result = torch.zeros(len(texts), context_length, dtype=torch.long)
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise InputError(f"text {i} is a {type(text).__name__}, not a string: {text!r}")
+        ids = [SOT_ID, *encode(text), EOT_ID]
+        if len(ids) > context_length:
+            if not truncate:
+                raise InputError(f"text {i} has {len(ids)} tokens, {context_length} fit: {text[:60]!r}...")
+            ids = [*ids[: context_length - 1], EOT_ID]
+        result[i, : len(ids)] = torch.tensor(ids)
+    return result
+
+
+@dataclass(frozen=True)
+class Tokenize:
+    """:func:`tokenize` for one context length, as an object that can be sent to data workers."""
+
+    context_length: int = 77
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        return tokenize(texts, self.context_length)
+
+
+def trim_padding(tokens: Tensor) -> Tensor:
+    """Drop the columns in which every text is padding: ``[N, L]`` -> ``[N, longest]``.
+
+    The encoder is causal and read at the end of text, so what follows changes nothing but the time it takes.
+    """
+    return tokens[:, : int(tokens.argmax(dim=-1).max()) + 1] if len(tokens) else tokens

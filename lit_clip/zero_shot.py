@@ -1,0 +1,185 @@
+"""Recognising classes from their names: the classifier that a text encoder makes of names and templates."""
+
+import importlib.util
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lit_clip.errors import InputError
+from lit_clip.tokenizer import trim_padding
+
+IMAGENET = "imagenet"
+
+
+class TextEncoder(Protocol):
+    """What :func:`zero_shot_classifier` needs of a model."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where its parameters are."""
+        ...
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """Texts -> int64 ``[N, L]``."""
+        ...
+
+    def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
+        """int64 ``[N, L]`` -> ``[N, D]``."""
+        ...
+
+
+class LabelledImages(ABC, Dataset[tuple[Image.Image, int]]):
+    """A set of pictures with a class each, as the zero-shot callback takes it.
+
+    Attributes:
+        class_names: the classes' names in words, in label order.
+    """
+
+    class_names: list[str]
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of pictures."""
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        """An RGB picture and its label."""
+
+    @abstractmethod
+    def labels(self) -> list[int]:
+        """The label of every picture, without opening any."""
+
+
+@lru_cache(maxsize=1)
+def _imagenet() -> tuple[list[str], list[str]]:
+    """The paper's 1,000 names and 80 templates, from the file in ``open-clip-torch`` that holds them.
+
+    The file is run by itself: importing the package that it lies in takes seconds.
+    """
+    package = importlib.util.find_spec("open_clip")
+    if package is None or not package.submodule_search_locations:
+        raise InputError("ImageNet's class names and templates come with open-clip-torch, which is not installed")
+    path = Path(package.submodule_search_locations[0]) / "zero_shot_metadata.py"
+    spec = importlib.util.spec_from_file_location("open_clip_zero_shot_metadata", path)
+    assert spec is not None
+    assert spec.loader is not None
+    metadata: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(metadata)
+    templates = [template("{}") for template in metadata.OPENAI_IMAGENET_TEMPLATES]
+    return list(metadata.IMAGENET_CLASSNAMES), templates
+
+
+def imagenet_class_names() -> list[str]:
+    """The paper's 1,000 ImageNet class names in label order (998 distinct: never key a dict by them)."""
+    return list(_imagenet()[0])
+
+
+def imagenet_templates() -> list[str]:
+    """The paper's 80 prompt templates for ImageNet."""
+    return list(_imagenet()[1])
+
+
+def check_templates(templates: Sequence[str]) -> None:
+    """Raise :class:`InputError` unless there is a template and each has a place for the class name."""
+    if not templates:
+        raise InputError("templates: empty; give at least one, such as 'a photo of a {}.'")
+    for template in templates:
+        if "{}" not in template:
+            raise InputError(f"templates: {template!r} has no {{}} for the class name; every class would look alike")
+
+
+@torch.no_grad()
+def zero_shot_classifier(
+    model: TextEncoder,
+    class_names: Sequence[str],
+    templates: Sequence[str],
+    batch_size: int = 512,
+    progress: Callable[[int], None] | None = None,
+) -> Tensor:
+    """The paper's prompt ensemble in embedding space (section 3.1.4).
+
+    Every template of a class is encoded and brought to unit length; their mean, brought to unit length again, is the
+    class. Prompts are sorted by length and encoded without padding.
+
+    Args:
+        model: a :class:`lit_clip.CLIP`, or anything with ``tokenize`` and ``encode_text``.
+        class_names: C names.
+        templates: texts with ``{}`` for the name.
+        batch_size: prompts encoded at once.
+        progress: called with the number of prompts done after each batch.
+
+    Returns:
+        ``[D, C]``, unit columns; ``image_features @ classifier`` are the cosine similarities.
+
+    Raises:
+        InputError: no class, no template, or a template without ``{}``.
+    """
+    check_templates(templates)
+    if not class_names:
+        raise InputError("class_names: empty; there is nothing to tell apart")
+    prompts = [template.replace("{}", name) for name in class_names for template in templates]
+    tokens = model.tokenize(prompts)  # [C T, L]
+    order = tokens.argmax(dim=-1).argsort()  # the end of text has the highest id
+    features: Tensor | None = None
+    done = 0
+    for rows in order.split(batch_size):
+        encoded = model.encode_text(trim_padding(tokens[rows]).to(model.device), normalize=True).float()  # [b, D]
+        if features is None:
+            features = encoded.new_empty(len(prompts), encoded.shape[1])
+        features[rows.to(encoded.device)] = encoded
+        done += len(rows)
+        if progress:
+            progress(done)
+    assert features is not None
+    classes = features.view(len(class_names), len(templates), -1).mean(dim=1)  # [C, D]
+    return torch.nn.functional.normalize(classes, dim=-1).T
+
+
+def classification_counts(logits: Tensor, labels: Tensor) -> Tensor:
+    """What a batch adds to a set's accuracy, so that batches and ranks can simply be summed.
+
+    Args:
+        logits: ``[B, C]``.
+        labels: int64 ``[B]``.
+
+    Returns:
+        float64 ``[3, C]``: for each class its images, those whose first guess is right, those with it among five.
+    """
+    B, C = logits.shape
+    guesses = logits.topk(min(5, C), dim=1).indices  # [B, 5]
+    right = guesses == labels[:, None]
+    counts = torch.zeros(3, C, dtype=torch.float64)
+    for row, weight in enumerate((torch.ones(B), right[:, 0], right.any(dim=1))):
+        counts[row].index_add_(0, labels.cpu(), weight.double().cpu())
+    return counts
+
+
+def accuracies(counts: Tensor) -> dict[str, float]:
+    """Summed :func:`classification_counts` -> ``top1``, ``top5`` (with more than 5 classes) and ``mean_per_class``.
+
+    The mean is over classes that have images. All are fractions.
+    """
+    images, top1, top5 = counts
+    present = images > 0
+    result = {"top1": float(top1.sum() / images.sum())}
+    if counts.shape[1] > 5:
+        result["top5"] = float(top5.sum() / images.sum())
+    result["mean_per_class"] = float((top1[present] / images[present]).mean())
+    return result
+
+
+def guessing_accuracies(counts: Tensor) -> dict[str, float]:
+    """What :func:`accuracies` are without looking: always naming the most common classes."""
+    shares = (counts[0] / counts[0].sum()).sort(descending=True).values
+    result = {"top1": float(shares[0])}
+    if counts.shape[1] > 5:
+        result["top5"] = float(shares[:5].sum())
+    result["mean_per_class"] = 1 / int((counts[0] > 0).sum())
+    return result
