@@ -2,14 +2,15 @@
 
 import sys
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError, set_parsing_settings
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lit_clip.errors import InputError
 from lit_clip.module import LitCLIP
@@ -72,20 +73,39 @@ class CLI(LightningCLI):
 
 def _option(words: Sequence[str], name: str) -> str | None:
     """The value of ``name value`` or ``name=value`` among command line words."""
-    for word, following in zip(words, [*words[1:], None], strict=True):
-        if word == name:
-            return following
+    for i, word in enumerate(words):
         if word.startswith(f"{name}="):
             return word.partition("=")[2]
+        if word == name and i + 1 < len(words):
+            return words[i + 1]
     return None
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message without the traceback that a data worker wraps it in, on one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if lines and lines[0].startswith("Caught "):
+    """What to tell the user of an error: no traceback of a data worker, no list of types a value is none of."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    if lines and lines[0].startswith("Caught "):  # by a data worker, which appends the traceback to the message
         return lines[-1].partition(": ")[2]
-    return " ".join(lines)
+    # jsonargparse says of each type of a union why the value is not of it; the class that was named is the one meant.
+    start = next((i for i, line in enumerate(lines) if line.lstrip().startswith("- Problem with given class_path")), None)
+    if start is not None:
+        indent = len(lines[start]) - len(lines[start].lstrip())
+        inner = takewhile(lambda line: len(line) - len(line.lstrip()) > indent, lines[start + 1 :])
+        lines = [lines[0], lines[start].lstrip(" -"), *inner]
+    return " ".join(line.strip() for line in lines)
+
+
+def user_error(error: BaseException) -> BaseException | None:
+    """The error that the user can mend, if that is what this is.
+
+    jsonargparse wraps what a constructor raises; ours is then among the causes.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, InputError):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    return error if isinstance(error, ArgumentError | MisconfigurationException) else None
 
 
 def run(args: ArgsType = None, run: bool = True) -> CLI:
@@ -112,6 +132,9 @@ def main() -> None:
     """The ``lit-clip`` command: exit code 2 and one line for what the user can mend."""
     try:
         run()
-    except (InputError, ArgumentError, MisconfigurationException) as error:
-        sys.stderr.write(f"lit-clip: error: {one_line(error)}\n")
+    except Exception as error:
+        mendable = user_error(error)
+        if mendable is None:
+            raise
+        sys.stderr.write(f"lit-clip: error: {one_line(mendable)}\n")
         sys.exit(USER_ERROR)
