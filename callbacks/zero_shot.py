@@ -7,6 +7,7 @@ from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms.v2.functional import to_pil_image
@@ -93,6 +94,7 @@ class ZeroShot(Callback):
         self._evaluate(trainer, cast(LitCLIP, pl_module))
 
     def _evaluate(self, trainer: Trainer, module: LitCLIP) -> None:
+        log_dir = trainer.log_dir  # a broadcast: every rank must ask
         with trainer.precision_plugin.forward_context():
             for name, zero_shot_set in self.sets.items():
                 images, templates = zero_shot_set.images, zero_shot_set.templates
@@ -104,7 +106,11 @@ class ZeroShot(Callback):
                     module.log(key, value)
                     module.baselines[key] = guessing[metric]
                 if self.examples and trainer.is_global_zero:
-                    self._show(trainer, module, name, images, classifier)
+                    sheet = self._contact_sheet(module, images, classifier)
+                    show(trainer, f"zero_shot/{name}", sheet)
+                    if log_dir:
+                        Path(log_dir).mkdir(parents=True, exist_ok=True)
+                        sheet.save(Path(log_dir) / f"zero_shot_{name}.png")
 
     def _counts(self, module: LitCLIP, images: LabelledImages, classifier: Tensor) -> Tensor:
         rank, world = collectives.rank_and_world()
@@ -119,13 +125,13 @@ class ZeroShot(Callback):
             counts += classification_counts(_logits(module, batch.images, classifier), batch.labels)
         return collectives.sum_over_ranks(counts.to(module.device)).cpu()
 
-    def _show(self, trainer: Trainer, module: LitCLIP, name: str, images: LabelledImages, classifier: Tensor) -> None:
+    def _contact_sheet(self, module: LitCLIP, images: LabelledImages, classifier: Tensor) -> Image.Image:
         shown = min(self.examples, len(images))
         dataset = _Labelled(images, pixels(module.preprocessing))
         batch = _collate([dataset[i * len(images) // shown] for i in range(shown)])
         scores, nearest = _logits(module, batch.images, classifier).topk(min(5, classifier.shape[1]), dim=1)
         names: Sequence[str] = images.class_names
-        sheet = prediction_grid(
+        return prediction_grid(
             [
                 Prediction(
                     to_pil_image(image), names[int(label)], [(names[i], s) for i, s in zip(ids, row, strict=True)]
@@ -135,10 +141,6 @@ class ZeroShot(Callback):
                 )
             ]
         )
-        show(trainer, f"zero_shot/{name}", sheet)
-        if trainer.log_dir:
-            Path(trainer.log_dir).mkdir(parents=True, exist_ok=True)
-            sheet.save(Path(trainer.log_dir) / f"zero_shot_{name}.png")
 
 
 def _logits(module: LitCLIP, images: Tensor, classifier: Tensor) -> Tensor:

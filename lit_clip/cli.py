@@ -57,8 +57,9 @@ class CLI(LightningCLI):
         self._summarise()
         callback = self.trainer.checkpoint_callback
         last = getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", "")
+        log_dir = self.trainer.log_dir  # a broadcast: every rank must ask
         if last and self.trainer.is_global_zero:
-            print_next_steps(Path(last), self.trainer.log_dir)
+            print_next_steps(Path(last), log_dir)
 
     def after_validate(self) -> None:
         self._summarise()
@@ -87,7 +88,9 @@ def one_line(error: BaseException) -> str:
     if lines and lines[0].startswith("Caught "):  # by a data worker, which appends the traceback to the message
         return lines[-1].partition(": ")[2]
     # jsonargparse says of each type of a union why the value is not of it; the class that was named is the one meant.
-    start = next((i for i, line in enumerate(lines) if line.lstrip().startswith("- Problem with given class_path")), None)
+    start = next(
+        (i for i, line in enumerate(lines) if line.lstrip().startswith("- Problem with given class_path")), None
+    )
     if start is not None:
         indent = len(lines[start]) - len(lines[start].lstrip())
         inner = takewhile(lambda line: len(line) - len(line.lstrip()) > indent, lines[start + 1 :])

@@ -1,0 +1,94 @@
+"""What several test files need: tiny models, real drawings, and real processes for distribution."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_clip.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
+
+ROOT = Path(__file__).parents[1]
+TINY_YAML = (
+    "{embed_dim: 16, image: {image_size: 32, patch_size: 16, width: 64, layers: 1, heads: 1}, "
+    "text: {context_length: 16, width: 64, layers: 1, heads: 1}}"
+)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny_config() -> CLIPConfig:
+    """A model of 3.3 million parameters, nearly all of them the token embedding."""
+    return CLIPConfig(
+        embed_dim=16,
+        image=VisionTransformerConfig(image_size=32, patch_size=16, width=64, layers=1, heads=1),
+        text=TextTransformerConfig(context_length=16, width=64, layers=1, heads=1),
+    )
+
+
+@pytest.fixture(scope="session")
+def drawings_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which OpenMoji is drawn once for the whole run."""
+    return tmp_path_factory.mktemp("drawings")
+
+
+@pytest.fixture(scope="session")
+def caption_table(tmp_path_factory: pytest.TempPathFactory, drawings_cache: Path) -> Path:
+    """A CSV of 64 real drawings and their names, in a folder with the pictures."""
+    from datamodules.openmoji import draw, read_table
+
+    folder = tmp_path_factory.mktemp("table")
+    rows = [(emoji.name, path) for emoji, path in zip(read_table(), draw(drawings_cache), strict=True)][::29][:64]
+    lines = [f'{os.path.relpath(path, folder)},"{name}"' for name, path in rows]
+    table = folder / "captions.csv"
+    table.write_text("\n".join(["image,caption", *lines]), encoding="utf-8")
+    return table
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run ``lit-clip`` in an empty folder, as a person would."""
+
+    def run(*words: str, timeout: int = 120) -> subprocess.CompletedProcess[str]:
+        command = [str(Path(sys.executable).parent / "lit-clip"), *words]
+        environment = {**os.environ, "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+        )
+
+    return run
+
+
+@pytest.fixture
+def ranks(tmp_path: Path) -> Callable[..., None]:
+    """Run ``tests/ranks.py FUNCTION`` in W gloo processes; every one must exit with 0 within the time limit."""
+
+    def run(function: str, world: int, *arguments: str, timeout: int = 120) -> None:
+        rendezvous = tmp_path / f"rendezvous_{function}_{world}"
+        rendezvous.unlink(missing_ok=True)
+        processes = [
+            subprocess.Popen(
+                [sys.executable, str(ROOT / "tests/ranks.py"), function, *arguments],
+                env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(world), "RENDEZVOUS": f"file://{rendezvous}"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in range(world)
+        ]
+        try:
+            outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        for process, output in zip(processes, outputs, strict=True):
+            assert process.returncode == 0, output
+
+    return run
