@@ -1,11 +1,41 @@
 """What happens to a picture in training."""
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as TF
 
 from lit_clip.config import Preprocessing
 from lit_clip.preprocess import to_rgb
+
+
+class RandomSquareCrop(v2.Transform):
+    """A square from a random place of the picture, resized.
+
+    torchvision's RandomResizedCrop measures ``scale`` by the whole picture: nine tenths of a photograph's area fit into
+    no square, and it then falls back on the centre, always.
+
+    Args:
+        size: height and width of the result, pixels.
+        scale: smallest and largest area of the crop, as a share of the largest square's.
+        interpolation: of the resizing.
+    """
+
+    def __init__(self, size: int, scale: tuple[float, float], interpolation: InterpolationMode) -> None:
+        super().__init__()
+        self.size, self.scale, self.interpolation = size, scale, interpolation
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        height, width = TF.get_size(flat_inputs[0])
+        low, high = self.scale
+        share, y, x = torch.rand(3).tolist()
+        side = max(1, round(min(height, width) * (low + (high - low) * share) ** 0.5))
+        return {"top": round(y * (height - side)), "left": round(x * (width - side)), "height": side, "width": side}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return TF.resized_crop(inpt, **params, size=[self.size, self.size], interpolation=self.interpolation)
 
 
 @dataclass
@@ -13,8 +43,8 @@ class Augmentation:
     """The paper's augmentation is a random square crop of the resized image (section 2.4) and nothing else.
 
     Attributes:
-        crop_scale: smallest and largest share of the picture's area in the crop (open_clip's default; the paper
-            states none).
+        crop_scale: smallest and largest share of the picture's largest square that a crop covers (the paper states
+            none; open_clip's default is 0.9 to 1 of the whole picture, squashed to a square).
         color_jitter: largest relative change of brightness, contrast and saturation; 0 for none.
         grayscale: probability of losing all colour.
     """
@@ -27,12 +57,7 @@ class Augmentation:
         """PIL image -> uint8 ``[3, S, S]``, random by torch's generator."""
         steps: list[v2.Transform] = [
             v2.Lambda(to_rgb),
-            v2.RandomResizedCrop(
-                preprocessing.image_size,
-                scale=self.crop_scale,
-                ratio=(1.0, 1.0),
-                interpolation=InterpolationMode(preprocessing.interpolation),
-            ),
+            RandomSquareCrop(preprocessing.image_size, self.crop_scale, InterpolationMode(preprocessing.interpolation)),
         ]
         if self.color_jitter:
             steps.append(v2.ColorJitter(self.color_jitter, self.color_jitter, self.color_jitter))

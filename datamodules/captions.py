@@ -150,6 +150,7 @@ class CaptionDataModule(LightningDataModule, ABC):
             collate_fn=_Collate(self.tokenize),
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
+            generator=torch.Generator(),  # else each pass draws a seed from the global generator
             **sampling,
         )
 

@@ -27,6 +27,11 @@ def _resolve_names(names: ClassNames | None, default: list[str], where: str) -> 
     return names
 
 
+def _is_picture(path: Path) -> bool:
+    hidden = any(part.startswith(".") for part in path.parts)  # editors and macOS leave hidden copies
+    return path.suffix.lower() in SUFFIXES and not hidden
+
+
 class ImageFolderClasses(LabelledImages):
     """A folder with one subfolder of pictures a class, in the order of the subfolders' names.
 
@@ -50,7 +55,7 @@ class ImageFolderClasses(LabelledImages):
         self.class_names = _resolve_names(class_names, default, str(root))
         self.files: list[tuple[Path, int]] = []
         for label, path in enumerate(classes):
-            pictures = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+            pictures = sorted(file for file in path.rglob("*") if _is_picture(file.relative_to(path)))
             if not pictures:
                 raise InputError(f"{path}: no pictures of this class ({', '.join(sorted(SUFFIXES))})")
             self.files += [(file, label) for file in pictures]
@@ -83,6 +88,7 @@ class ParquetClasses(LabelledImages):
         self, path: str, class_names: ClassNames, image_column: str = "image", label_column: str = "label"
     ) -> None:
         try:
+            import pyarrow as pa
             import pyarrow.parquet as pq
         except ImportError as error:
             raise InputError("parquet files need pyarrow: pip install -e '.[parquet]'") from error
@@ -91,22 +97,40 @@ class ParquetClasses(LabelledImages):
             raise InputError(f"{path}: no such parquet file, nor a folder of them")
         self.image_column = image_column
         self._labels: list[int] = []
-        self._groups: list[tuple[Path, int]] = []  # (file, row group) in row order
-        self._starts: list[int] = []  # the first row of each
+        self._groups: list[tuple[Path, int, int]] = []  # (file, row group, its first row in the file) in row order
+        self._starts: list[int] = []  # the first row of each over all files
         self._loaded: tuple[int, Any] | None = None
         for file in self.paths:
-            parquet = pq.ParquetFile(file)
-            columns = parquet.schema_arrow.names
-            if missing := {image_column, label_column} - set(columns):
-                raise InputError(f"{file}: no column {missing.pop()!r}; its columns are {', '.join(columns)}")
-            for group in range(parquet.num_row_groups):
-                self._groups.append((file, group))
-                self._starts.append(len(self._labels))
-                self._labels += parquet.read_row_group(group, columns=[label_column])[label_column].to_pylist()
-        classes = [str(label) for label in range(max(self._labels, default=-1) + 1)]
-        if min(self._labels, default=-1) < 0:
-            raise InputError(f"{path}: column {label_column!r} has labels below 0 or no rows; its labels are not given")
+            try:
+                self._index(file, pq.ParquetFile(file), label_column)
+            except (pa.ArrowException, OSError) as error:
+                raise InputError(f"{file}: not a readable parquet file ({str(error).splitlines()[0]})") from error
+        if not self._labels:
+            raise InputError(f"{path}: no rows")
+        classes = [str(label) for label in range(max(self._labels) + 1)]
         self.class_names = _resolve_names(class_names, classes, path)
+
+    def _index(self, file: Path, parquet: Any, label_column: str) -> None:
+        import pyarrow as pa
+
+        schema = parquet.schema_arrow
+        for column in (self.image_column, label_column):
+            if column not in schema.names:
+                raise InputError(f"{file}: no column {column!r}; its columns are {', '.join(schema.names)}")
+        if not pa.types.is_integer(schema.field(label_column).type):
+            raise InputError(
+                f"{file}: column {label_column!r} holds {schema.field(label_column).type}, not labels from 0"
+            )
+        first = 0
+        for group in range(parquet.num_row_groups):
+            labels = parquet.read_row_group(group, columns=[label_column])[label_column].to_pylist()
+            for row, label in enumerate(labels, start=first):
+                if label is None or label < 0:
+                    raise InputError(f"{file} row {row}: its label is {label}; only labelled images can be scored")
+            self._groups.append((file, group, first))
+            self._starts.append(len(self._labels))
+            self._labels += labels
+            first += len(labels)
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -115,18 +139,17 @@ class ParquetClasses(LabelledImages):
         import pyarrow.parquet as pq
 
         group = bisect_right(self._starts, index) - 1
+        file, number, first = self._groups[group]
         if self._loaded is None or self._loaded[0] != group:  # rows are read in order: keep the last group
-            file, number = self._groups[group]
             column = pq.ParquetFile(file).read_row_group(number, columns=[self.image_column])[self.image_column]
             self._loaded = (group, column)
         row = index - self._starts[group]
         value = self._loaded[1][row].as_py()
-        data = value["bytes"] if isinstance(value, dict) else value
-        where = f"{self._groups[group][0]} row {row}"
-        try:
-            return to_rgb(Image.open(io.BytesIO(data))), self._labels[index]
-        except (OSError, ValueError, SyntaxError) as error:
-            raise InputError(f"{where}: cannot read its image ({error})") from error
+        data = value.get("bytes") if isinstance(value, dict) else value
+        where = f"{file} row {first + row}"
+        if not isinstance(data, bytes):
+            raise InputError(f"{where}: column {self.image_column!r} holds no encoded image")
+        return to_rgb(open_image(io.BytesIO(data), where)), self._labels[index]
 
     def labels(self) -> list[int]:
         return self._labels

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
@@ -15,28 +16,29 @@ _BROKEN = (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.Decom
 
 
 @contextmanager
-def _opened(path: Path, where: str) -> Iterator[Image.Image]:
+def _opened(source: Path | BinaryIO, where: str) -> Iterator[Image.Image]:
+    name = f"image {source}" if isinstance(source, Path) else "its image"
     try:
-        with Image.open(path) as image:
+        with Image.open(source) as image:
             yield image
     except FileNotFoundError as error:
-        raise InputError(f"{where}: no such image file: {path}") from error
+        raise InputError(f"{where}: no such image file: {source}") from error
     except _BROKEN as error:
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error).splitlines()[0]
-        raise InputError(f"{where}: cannot read image {path} ({reason}); mend or remove it") from error
+        raise InputError(f"{where}: cannot read {name} ({reason}); mend or remove it") from error
 
 
-def open_image(path: Path, where: str) -> Image.Image:
+def open_image(source: Path | BinaryIO, where: str) -> Image.Image:
     """The decoded picture.
 
     Args:
-        path: the file.
+        source: a file, or its content.
         where: how the user knows it, such as ``captions.csv row 7``.
 
     Raises:
         InputError: no such file, not a picture, or a broken one.
     """
-    with _opened(path, where) as image:
+    with _opened(source, where) as image:
         image.load()
         return image
 

@@ -24,6 +24,7 @@ from lit_clip.zero_shot import LabelledImages
 
 Style = Literal["color", "line"]
 SIZE = 72  # pixels, OpenMoji's own grid
+FONT_SIZE = 56  # at which the font's advance of 1320/1024 em is that grid
 PRIVATE_USE = 0xF0000  # the first code point of a Unicode plane in which a font may number its glyphs as it likes
 HOLD_OUT_EVERY = 10
 
@@ -101,12 +102,12 @@ def _font(emoji: Sequence[Emoji], style: Style) -> ImageFont.FreeTypeFont:
     file = io.BytesIO()
     font.save(file)
     file.seek(0)
-    return ImageFont.truetype(file, SIZE - 8, layout_engine=ImageFont.Layout.BASIC)
+    return ImageFont.truetype(file, FONT_SIZE, layout_engine=ImageFont.Layout.BASIC)
 
 
 def default_cache_dir() -> Path:
     """``$XDG_CACHE_HOME/lit-clip`` or ``~/.cache/lit-clip``."""
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "lit-clip"
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lit-clip"
 
 
 def draw(cache_dir: Path | None = None, style: Style = "color") -> list[Path]:
@@ -140,6 +141,10 @@ def draw(cache_dir: Path | None = None, style: Style = "color") -> list[Path]:
         image.save(partial, format="PNG")
         partial.replace(path)
     return paths
+
+
+def _blank(path: Path) -> bool:
+    return all(low == high for low, high in _load(path).getextrema())
 
 
 def _load(path: Path) -> Image.Image:
@@ -219,7 +224,8 @@ class OpenMojiClasses(LabelledImages):
 
     Args:
         drawings: ``trained`` or ``held_out`` (see :class:`OpenMoji`) or ``all``.
-        style: ``color`` as trained on, or ``line``: ink on white (flags, which are nothing but colour, left out).
+        style: ``color`` as trained on, or ``line``: ink on white; flags, which are nothing but colour, and what has no
+            ink at all are left out.
         classes: ``name``: the 1,914 names; ``group``: the 9 groups.
         cache_dir: where to draw; None: ``~/.cache/lit-clip``.
     """
@@ -240,7 +246,7 @@ class OpenMojiClasses(LabelledImages):
         self.files = [
             (path, number[name])
             for e, path, name, out in zip(emoji, paths, of, held_out(emoji), strict=True)
-            if out in wanted and not (style == "line" and e.group == "flags")
+            if out in wanted and not (style == "line" and (e.group == "flags" or _blank(path)))
         ]
 
     def __len__(self) -> int:

@@ -35,12 +35,14 @@ class GlobalBatchSampler(Sampler[list[Sample]]):
 
     def __init__(self, size: int, batch_size: int, rank: int, world: int, seed: int) -> None:
         if size < batch_size * world:
+            fits = size // world
             raise InputError(
                 f"{size} training pairs are fewer than one batch of {batch_size} on each of {world} processes; "
-                f"set --data.init_args.batch_size to {size // world} or less"
+                + (f"set --data.init_args.batch_size to {fits} or less" if fits else "use fewer processes")
             )
         self.size, self.batch_size, self.rank, self.world, self.seed = size, batch_size, rank, world, seed
         self.epoch = 0
+        self.sampler = self  # Lightning calls set_epoch on a loader's batch_sampler.sampler, not on its batch_sampler
 
     def set_epoch(self, epoch: int) -> None:
         """Lightning calls this before each epoch."""

@@ -41,16 +41,20 @@ def _delimited(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         delimiter = "\t" if path.suffix.lower() == ".tsv" else max(",;\t|", key=header.count)
         file.seek(0)
         reader = csv.reader(file, delimiter=delimiter, strict=True)
-        columns = [column.strip() for column in next(reader)]
-        for number, values in enumerate(reader, start=2):
-            if not values:
-                continue
-            if len(values) != len(columns):
-                raise InputError(
-                    f"{path} row {number}: {len(values)} fields, the header has {len(columns)}; "
-                    f"put captions that contain {delimiter!r} in double quotes"
-                )
-            yield number, dict(zip(columns, values, strict=True))
+        number = 1
+        try:
+            columns = [column.strip() for column in next(reader)]
+            for number, values in enumerate(reader, start=2):
+                if not values:
+                    continue
+                if len(values) != len(columns):
+                    raise InputError(
+                        f"{path} row {number}: {len(values)} fields, the header has {len(columns)}; "
+                        f"put captions that contain {delimiter!r} in double quotes"
+                    )
+                yield number, dict(zip(columns, values, strict=True))
+        except csv.Error as error:
+            raise InputError(f"{path} row {number + 1}: {error}; look at its double quotes") from error
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -65,6 +69,17 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
             if not isinstance(values, dict):
                 raise InputError(f"{path} row {number}: not a JSON object with an image and a caption")
             yield number, values
+
+
+def _not_utf8(path: Path) -> InputError:
+    """Where a file stops being UTF-8; the reader's own error counts from its last buffer."""
+    data = path.read_bytes()
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        row = data.count(b"\n", 0, error.start) + 1
+        return InputError(f"{path} row {row}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8")
+    return InputError(f"{path}: changed while it was read")
 
 
 def _column(path: Path, found: list[str], wanted: str | None, usual: tuple[str, ...], argument: str) -> str:
@@ -113,10 +128,8 @@ def read_table(path: Path, image_column: str | None = None, caption_column: str 
             if not isinstance(caption, str):
                 raise InputError(f"{path} row {number}: the caption in column {columns[1]!r} is not text: {caption!r}")
             rows.append(Row(number, image.strip(), caption))
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
-    except csv.Error as error:
-        raise InputError(f"{path}: not a delimited table ({error})") from error
+    except UnicodeDecodeError:
+        raise _not_utf8(path) from None
     if not rows:
         raise InputError(f"{path}: no row with an image and a caption ({blank} without a caption)")
     return rows, blank

@@ -9,7 +9,7 @@ from typing import Any
 from jsonargparse import ArgumentError, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from lit_clip.errors import InputError
@@ -51,6 +51,10 @@ class CLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         self.save_config_kwargs = {"config_filename": f"{self.subcommand}_config.yaml", "overwrite": True}
+        settings: Any = self._get(self.config_init, "trainer")
+        has_bar = any(isinstance(callback, ProgressBar) for callback in settings.callbacks or [])
+        if settings.enable_progress_bar is not False and not has_bar:
+            self.trainer_defaults["callbacks"] = [RichProgressBar()]
         return super().instantiate_trainer(**kwargs)
 
     def after_fit(self) -> None:
@@ -122,8 +126,8 @@ def run(args: ArgsType = None, run: bool = True) -> CLI:
         save_config_callback=SaveConfig,
         seed_everything_default=0,
         # The data modules divide the samples themselves, each exactly once.
-        trainer_defaults={"use_distributed_sampler": False, "callbacks": [RichProgressBar()]},
-        parser_kwargs={"parser_mode": "omegaconf+", "exit_on_error": False},
+        trainer_defaults={"use_distributed_sampler": False},
+        parser_kwargs={"parser_mode": "omegaconf+", "exit_on_error": False, "allow_abbrev": False},
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
         args=args,

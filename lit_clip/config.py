@@ -135,6 +135,8 @@ def resolve_architecture(architecture: "str | CLIPConfig | Mapping[str, Any]") -
         return architecture
     if isinstance(architecture, Mapping):
         return CLIPConfig.from_dict(architecture)
+    if architecture.lstrip().startswith("{"):  # sizes typed on the command line that did not parse as a CLIPConfig
+        raise InputError(f"model.architecture: {architecture} has an unknown entry or a value of the wrong type")
     if architecture not in _MODELS:
         near = get_close_matches(architecture, _MODELS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(_MODELS)}"

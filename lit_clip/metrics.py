@@ -25,11 +25,13 @@ def first_occurrences(ids: Tensor) -> Tensor:
 def positive_ranks(query_QD: Tensor, candidate_CD: Tensor, positive_QC: Tensor) -> Tensor:
     """How many wrong candidates score at least as high as the best right one: int64 ``[Q]``, 0 is best.
 
-    A tie counts against the model, and so does NaN: features that collapse to a point retrieve nothing.
+    A tie counts against the model, and so does NaN: features that collapse to a point retrieve nothing. A query without
+    a right candidate is behind all of them, however few there are.
     """
     score_QC = query_QD @ candidate_CD.T
     best_Q1 = score_QC.masked_fill(~positive_QC, -torch.inf).amax(dim=1, keepdim=True)
-    return (~(score_QC < best_Q1) & ~positive_QC).sum(dim=1)
+    ranks_Q = (~(score_QC < best_Q1) & ~positive_QC).sum(dim=1)
+    return ranks_Q.masked_fill(~positive_QC.any(dim=1), torch.iinfo(torch.int64).max)
 
 
 def retrieval_hits(
@@ -53,6 +55,32 @@ def retrieval_hits(
         ranks = positive_ranks(features, candidate_CD, positive_QC)
         hits += torch.stack([(ranks < k).sum() for k in ks]).double().cpu()
     return hits
+
+
+def guessing_recalls(ids_N2: Tensor, ks: Sequence[int]) -> tuple[list[float], list[float]]:
+    """Recall image -> text and text -> image of the best answer that looks at nothing: always the same k candidates.
+
+    With N distinct pairs that is k / N; where captions repeat, naming the common ones gets further.
+
+    Args:
+        ids_N2: int64, the number of each pair's image and of its caption.
+        ks: the k of recall@k.
+    """
+    ids = ids_N2.cpu()
+    image_ids, text_ids = ids.T
+    images_of_text = ids.unique(dim=0)[:, 1].bincount()  # how many images a caption is right for
+    rows_of_text, rows_of_image = text_ids.bincount(), image_ids.bincount()
+    first = first_occurrences(image_ids)
+    # One image answers for its own captions and for those that say the same; of each caption one image is enough.
+    texts_of_image = torch.zeros_like(rows_of_text)
+    gain = torch.maximum(rows_of_image[image_ids[first]], rows_of_text[text_ids[first]])
+    texts_of_image.scatter_reduce_(0, text_ids[first], gain, reduce="amax")
+
+    def best(gains: Tensor, queries: int, k: int) -> float:
+        return min(1.0, float(gains.sort(descending=True).values[:k].sum()) / queries)
+
+    images, N = int(first.sum()), len(ids)
+    return [best(images_of_text, images, k) for k in ks], [best(texts_of_image, N, k) for k in ks]
 
 
 def whole_set_loss(image_ND: Tensor, text_ND: Tensor, scale: Tensor, rows: range) -> Tensor:

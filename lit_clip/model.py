@@ -78,7 +78,8 @@ class CLIP(nn.Module):
     def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
         """int64 ``[B, L]``, ``L`` at most the context length -> ``[B, D]``, of unit length if ``normalize``.
 
-        Columns behind the last end-of-text token change nothing; leave them out (``trim_padding``) and save the time.
+        A text is read at its first end-of-text token. Columns behind that of the longest text change nothing: leave
+        them out (``trim_padding``) and save the time.
         """
         length = tokens.shape[1]
         if length > self.context_length:

@@ -14,7 +14,7 @@ from lit_clip import collectives
 from lit_clip.batch import CaptionBatch
 from lit_clip.config import CLIPConfig, Preprocessing, resolve_architecture
 from lit_clip.losses import contrastive_loss
-from lit_clip.metrics import first_occurrences, identities, retrieval_hits, whole_set_loss
+from lit_clip.metrics import first_occurrences, guessing_recalls, identities, retrieval_hits, whole_set_loss
 from lit_clip.optim import VIT_BETAS, VIT_EPS, decay_groups, total_steps, warmup_cosine
 from lit_clip.tokenizer import Tokenize
 from lit_clip.weights import check_architecture, create_model
@@ -150,12 +150,13 @@ class LitCLIP(LightningModule):
         loss = whole_set_loss(pairs["image"], text, self.model.logit_scale.exp(), range(N)[mine])
         loss, *recalls = collectives.sum_over_ranks(torch.cat([loss[None], to_text, to_image])).tolist()
         self.log(f"{prefix}/loss", loss / N, prog_bar=True)
-        directions = (("image_to_text", images, N), ("text_to_image", N, images))
-        for (direction, queries, candidates), hits in zip(directions, (recalls[:3], recalls[3:]), strict=True):
-            for k, hit in zip(RECALL_AT, hits, strict=True):
+        guesses = guessing_recalls(ids, RECALL_AT)
+        for i, (direction, queries) in enumerate((("image_to_text", images), ("text_to_image", N))):
+            hits = recalls[i * len(RECALL_AT) : (i + 1) * len(RECALL_AT)]
+            for k, hit, guess in zip(RECALL_AT, hits, guesses[i], strict=True):
                 name = f"{prefix}/{direction}_recall@{k}"
                 self.log(name, hit / queries, prog_bar=k == 1)
-                self.baselines[name] = min(1.0, k / candidates)
+                self.baselines[name] = guess
 
     def configure_optimizers(self) -> Any:
         hparams: Any = self.hparams

@@ -11,8 +11,6 @@ from lit_clip.config import Preprocessing
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any picture as RGB; transparency is laid on white (Pillow alone would show whatever lies underneath)."""
-    if image.mode == "RGB":
-        return image
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

@@ -1,7 +1,7 @@
 """CLIP's byte-pair encoding on Hugging Face ``tokenizers``.
 
 The vocabulary is the file that ``open-clip-torch`` installs; cleaning, splitting and special tokens are those of the
-paper's code, so ids equal OpenAI's and open_clip's for any text.
+paper's code, so ids equal OpenAI's for any text, and open_clip's (which spells the special tokens otherwise).
 """
 
 import gzip
@@ -54,7 +54,7 @@ def _bpe() -> Tokenizer:
     vocab = {token: i for i, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, end_of_word_suffix="</w>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("</w>", " "), decoders.ByteLevel()])
+    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("</w>", " ")])
     tokenizer.add_special_tokens([AddedToken(START_OF_TEXT, special=True), AddedToken(END_OF_TEXT, special=True)])
     return tokenizer
 
@@ -116,7 +116,7 @@ class Tokenize:
 
 
 def trim_padding(tokens: Tensor) -> Tensor:
-    """Drop the columns in which every text is padding: ``[N, L]`` -> ``[N, longest]``.
+    """Drop the columns behind every text's (first) end-of-text token: ``[N, L]`` -> ``[N, longest]``.
 
     The encoder is causal and read at the end of text, so what follows changes nothing but the time it takes.
     """

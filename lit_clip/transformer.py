@@ -25,7 +25,8 @@ class QuickGELU(nn.Module):
 class Attention(nn.MultiheadAttention):
     """Multi-head self-attention: PyTorch's parameters, names and initialisation, straight to the fused kernel."""
 
-    def forward(self, x_BLW: Tensor, causal: bool) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]  # one input is all of them
+    # Self-attention has one input where PyTorch's signature has three.
+    def forward(self, x_BLW: Tensor, causal: bool) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         B, L, W = x_BLW.shape
         qkv = F.linear(x_BLW, cast(Tensor, self.in_proj_weight), self.in_proj_bias)  # [B, L, 3W]
         q, k, v = qkv.view(B, L, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)  # 3 x [B, H, L, W/H]

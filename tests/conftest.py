@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,11 @@ TINY_YAML = (
     "{embed_dim: 16, image: {image_size: 32, patch_size: 16, width: 64, layers: 1, heads: 1}, "
     "text: {context_length: 16, width: 64, layers: 1, heads: 1}}"
 )
+
+
+# Tests start processes of their own: more threads than cores wait for each other and take many times as long.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
@@ -52,18 +58,25 @@ def caption_table(tmp_path_factory: pytest.TempPathFactory, drawings_cache: Path
     return table
 
 
+def lit_clip_command(
+    folder: Path, *words: str, environment: dict[str, str] | None = None, timeout: int = 120
+) -> subprocess.CompletedProcess[str]:
+    """Run ``lit-clip`` in a folder, as a person would."""
+    return subprocess.run(
+        [str(Path(sys.executable).parent / "lit-clip"), *words],
+        cwd=folder,
+        env={**os.environ, "COLUMNS": "200", "HF_HUB_OFFLINE": "1", **(environment or {})},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
 @pytest.fixture
 def cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run ``lit-clip`` in an empty folder, as a person would."""
-
-    def run(*words: str, timeout: int = 120) -> subprocess.CompletedProcess[str]:
-        command = [str(Path(sys.executable).parent / "lit-clip"), *words]
-        environment = {**os.environ, "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
-        return subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=timeout, check=False
-        )
-
-    return run
+    """``lit_clip_command`` in this test's folder."""
+    return partial(lit_clip_command, tmp_path)
 
 
 @pytest.fixture

@@ -1,11 +1,20 @@
 """Retrieval and whole-set loss against one-by-one counts, at sizes below and above a chunk."""
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
 
 from lit_clip.losses import contrastive_loss, unit
-from lit_clip.metrics import CHUNK, first_occurrences, identities, retrieval_hits, whole_set_loss
+from lit_clip.metrics import (
+    CHUNK,
+    first_occurrences,
+    guessing_recalls,
+    identities,
+    retrieval_hits,
+    whole_set_loss,
+)
 
 KS = (1, 5, 10)
 
@@ -154,3 +163,30 @@ def test_first_occurrences_mark_each_id_once() -> None:
     assert first.dtype == torch.bool
     assert first_occurrences(torch.tensor([], dtype=torch.long)).shape == (0,)
     assert first_occurrences(torch.tensor([], dtype=torch.long)).dtype == torch.bool
+
+
+def test_guessing_recall_is_k_of_n_for_distinct_pairs_and_more_where_captions_repeat() -> None:
+    distinct = torch.arange(20)[:, None].expand(20, 2)
+    assert guessing_recalls(distinct, (1, 5, 10)) == ([0.05, 0.25, 0.5], [0.05, 0.25, 0.5])
+    classes = torch.tensor([[image, text] for image, text in enumerate([0] * 6 + [1] * 3 + [2])])
+    assert guessing_recalls(classes, (1, 2, 5)) == ([0.6, 0.9, 1.0], [0.6, 0.9, 1.0])
+    captions = torch.tensor([[row // 5, row] for row in range(20)])  # 4 images with five captions each
+    assert guessing_recalls(captions, (1, 2)) == ([0.25, 0.5], [0.25, 0.5])
+
+
+def test_no_answer_that_looks_at_nothing_beats_the_guessing_recall() -> None:
+    """Every query answered with the same k candidates, over all choices of them."""
+    ids = torch.tensor([[0, 0], [1, 0], [2, 1], [3, 2], [3, 3], [4, 2]])
+    first = first_occurrences(ids[:, 0])
+    for k in (1, 2):
+        best_text = max(
+            sum(bool((query[None] == ids[list(answer)]).any()) for query in ids[first])
+            for answer in itertools.combinations(range(len(ids)), k)
+        )
+        assert guessing_recalls(ids, (k,))[0][0] == pytest.approx(best_text / int(first.sum()))
+        images = ids[first]
+        best_image = max(
+            sum(bool((query[None] == images[list(answer)]).any()) for query in ids)
+            for answer in itertools.combinations(range(len(images)), k)
+        )
+        assert guessing_recalls(ids, (k,))[1][0] >= best_image / len(ids)

@@ -1,0 +1,230 @@
+"""The command as a person meets it: what wins, what is written where, and errors in one line."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from lit_clip.cli import main, one_line, run, user_error
+from lit_clip.errors import InputError
+from tests.conftest import TINY_YAML, lit_clip_command
+
+Completed = subprocess.CompletedProcess[str]
+Cli = Callable[..., Completed]
+
+
+def words(subcommand: str, table: Path, architecture: bool = True) -> list[str]:
+    """A command on the table with the tiny model, one epoch of four steps long."""
+    model = ["--model.architecture", TINY_YAML] if architecture else []
+    steps = ["--trainer.max_steps", "4", "--data.train", str(table)] if subcommand == "fit" else []
+    return [
+        subcommand,
+        *("--data", "datamodules.CaptionTable", "--data.val", str(table), "--data.batch_size", "16"),
+        *("--data.num_workers", "0", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"),
+        *model,
+        *steps,
+    ]
+
+
+def results(output: str) -> dict[str, str]:
+    """The rows of the table at the end: metric -> value."""
+    return dict(re.findall(r"^│ (\S+)\s+│\s+([\d.]+(?: %)?) │", output, re.MULTILINE))
+
+
+@pytest.fixture(scope="module")
+def trained(caption_table: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Completed]:
+    """The folder of a finished run, and what it printed."""
+    folder = tmp_path_factory.mktemp("trained")
+    result = lit_clip_command(folder, *words("fit", caption_table), "--model.learning_rate", "0.5")
+    assert result.returncode == 0, result.stderr
+    return folder / "lightning_logs/version_0", result
+
+
+@pytest.fixture
+def in_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Completed]:
+    """The command without a new process, for what fails before anything is trained: each start takes seconds."""
+
+    def run_main(*command: str) -> Completed:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["lit-clip", *command])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        output = capsys.readouterr()
+        assert isinstance(stopped.value.code, int)
+        return Completed(command, stopped.value.code, output.out, output.err)
+
+    return run_main
+
+
+def checkpoint_of(folder: Path) -> Path:
+    (path,) = (folder / "checkpoints").glob("*.ckpt")
+    return path
+
+
+def test_validate_prints_the_numbers_of_fit_and_takes_the_architecture_from_the_checkpoint(
+    trained: tuple[Path, Completed], caption_table: Path, cli: Cli
+) -> None:
+    folder, fitted = trained
+    command = words("validate", caption_table, architecture=False)
+    validated = cli(*command, "--ckpt_path", str(checkpoint_of(folder)))
+    assert validated.returncode == 0, validated.stderr
+    assert len(results(fitted.stdout)) == 7  # loss and three recalls in two directions
+    assert results(validated.stdout) == results(fitted.stdout)
+
+
+def test_the_command_that_fit_suggests_reproduces_its_numbers(trained: tuple[Path, Completed]) -> None:
+    folder, fitted = trained
+    (suggestion,) = re.findall(r"lit-clip (validate --config \S+ --ckpt_path \S+)", fitted.stdout)
+    validated = lit_clip_command(folder.parents[1], *suggestion.split())
+    assert validated.returncode == 0, validated.stderr
+    assert results(validated.stdout) == results(fitted.stdout)
+
+
+def test_what_is_typed_beats_the_checkpoint(
+    trained: tuple[Path, Completed], caption_table: Path, tmp_path: Path, cli: Cli
+) -> None:
+    """Lightning alone runs this with the checkpoint's learning rate and says nothing (footgun L8)."""
+    folder, _ = trained
+    resume = ("--ckpt_path", str(checkpoint_of(folder)), "--trainer.max_steps", "8")
+    result = cli(*words("fit", caption_table), "--model.learning_rate", "0.001", *resume)
+    assert result.returncode == 0, result.stderr
+    saved = tmp_path / "lightning_logs/version_0/fit_config.yaml"
+    assert yaml.safe_load(saved.read_text())["model"]["learning_rate"] == 0.001
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(
+    trained: tuple[Path, Completed], caption_table: Path, cli: Cli
+) -> None:
+    folder, _ = trained
+    other = TINY_YAML.replace("embed_dim: 16", "embed_dim: 32")
+    command = [word.replace(TINY_YAML, other) for word in words("validate", caption_table)]
+    result = cli(*command, "--ckpt_path", str(checkpoint_of(folder)))
+    assert_user_error(result, "another architecture", "embed_dim 16 there and 32 here")
+
+
+def test_a_second_run_in_the_same_folder_works_and_keeps_the_first(
+    caption_table: Path, tmp_path: Path, cli: Cli
+) -> None:
+    """Lightning alone refuses a second run and a validation where a config was saved (footgun L9)."""
+    for _ in range(2):
+        assert cli(*words("fit", caption_table)).returncode == 0
+    assert cli(*words("validate", caption_table)).returncode == 0
+    folder = tmp_path / "lightning_logs"
+    assert (folder / "version_0/fit_config.yaml").exists()
+    assert (folder / "version_1/fit_config.yaml").exists()
+    assert (folder / "version_2/validate_config.yaml").exists()
+
+
+def test_a_run_without_a_logger_writes_no_config_into_the_current_folder(
+    caption_table: Path, tmp_path: Path, cli: Cli
+) -> None:
+    assert cli(*words("validate", caption_table), "--trainer.logger", "false").returncode == 0
+    assert list(tmp_path.glob("*")) == []
+
+
+def test_configs_are_merged_and_interpolated(caption_table: Path, tmp_path: Path, cli: Cli) -> None:
+    (tmp_path / "model.yaml").write_text(f"model: {{architecture: {TINY_YAML}, learning_rate: 0.25}}")
+    (tmp_path / "data.yaml").write_text(
+        "data: {class_path: datamodules.CaptionTable, init_args: {val: '${oc.env:TABLE}', batch_size: 16}}\n"
+        "model: {weight_decay: '${model.learning_rate}'}"
+    )
+    configs = ("--config", "model.yaml", "--config", "data.yaml", "--model.learning_rate", "0.125")
+    result = cli("validate", *configs, "--print_config", environment={"TABLE": str(caption_table)})
+    assert result.returncode == 0, result.stderr
+    config = yaml.safe_load(result.stdout)
+    assert config["data"]["init_args"]["val"] == str(caption_table)
+    assert config["model"]["weight_decay"] == 0.125  # follows what was typed, across files
+
+
+def test_the_data_module_is_told_the_models_preprocessing_and_tokenizer(caption_table: Path) -> None:
+    _, *options = words("fit", caption_table)
+    command = run(args=options, run=False)
+    assert command.datamodule.preprocessing.image_size == 32
+    assert command.datamodule.tokenize(["a"]).shape == (1, 16)
+
+
+def assert_user_error(result: Completed, *parts: str) -> None:
+    """Exit code 2 and a last line that says it all; no traceback."""
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("lit-clip: error: ")
+    for part in parts:
+        assert part in last
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["--model.learning_rat", "1"], ["learning_rat"]),
+        (["--model.learning_rate", "fast"], ["model.learning_rate", "float", "fast"]),
+        (["--model.architecture", "ViT-B-33"], ["'ViT-B-33'", "did you mean ViT-B-32?"]),
+        (["--model.architecture", "{image: {widht: 64}}"], ["model.architecture", "widht"]),
+        (["--model.pretrained", "nowhere.ckpt"], ["nowhere.ckpt: no such checkpoint file"]),
+        (["--data.trian", "x.csv"], ["datamodules.CaptionTable", "trian"]),
+        (["--data.val", "nowhere.csv"], ["nowhere.csv: no such table"]),
+        (["--data.caption_column", "words"], ["no column 'words'", "image, caption", "caption_column"]),
+        (["--data.batch_size", "1000"], ["64 training pairs", "batch_size to 64 or less"]),
+        (["--trainer.callbacks+=callbacks.ZeroSho"], ["callbacks.ZeroSho", "no attribute"]),
+        (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
+        (["--ckpt_path", "nowhere.ckpt"], ["nowhere.ckpt: no such checkpoint file"]),
+    ],
+)
+def test_bad_options_are_one_line_and_exit_code_2(
+    options: list[str], parts: list[str], caption_table: Path, in_process: Cli
+) -> None:
+    assert_user_error(in_process(*words("fit", caption_table), *options), *parts)
+
+
+@pytest.mark.parametrize(("command", "part"), [([], "subcommand"), (["fti"], "fti")])
+def test_a_missing_or_misspelt_subcommand_is_named(command: list[str], part: str, in_process: Cli) -> None:
+    assert_user_error(in_process(*command), part)
+
+
+def test_a_broken_image_met_in_a_data_worker_is_one_line_with_its_row(tmp_path: Path, cli: Cli) -> None:
+    for i in range(32):
+        Image.effect_noise((40, 40), 50 + i).convert("RGB").save(tmp_path / f"{i}.jpg")
+    data = (tmp_path / "7.jpg").read_bytes()
+    (tmp_path / "7.jpg").write_bytes(data[: len(data) // 2])
+    table = tmp_path / "table.csv"
+    table.write_text("image,caption\n" + "".join(f"{i}.jpg,noise {i}\n" for i in range(32)))
+    result = cli(*words("validate", table), "--data.num_workers", "2")
+    assert_user_error(result, f"{table} row 9: cannot read image", "7.jpg", "truncated")
+
+
+def test_a_class_list_of_the_wrong_length_names_both_counts(tmp_path: Path, in_process: Cli) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        Image.new("RGB", (40, 40)).save(tmp_path / "set" / name / "0.png")
+    images = "{class_path: datamodules.ImageFolderClasses, init_args: {root: set, class_names: [cat, dog, cow]}}"
+    callback = f"{{class_path: callbacks.ZeroShot, init_args: {{sets: {{pets: {{images: {images}}}}}}}}}"
+    command = ("validate", "--data", "datamodules.NoCaptions", "--model.architecture", TINY_YAML)
+    assert_user_error(in_process(*command, f"--trainer.callbacks+={callback}"), "3 names for the 2 classes", "cat")
+
+
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path: Path, caption_table: Path, in_process: Cli) -> None:
+    (tmp_path / "text.ckpt").write_text("not a checkpoint")
+    torch.save({"weights": torch.zeros(1)}, tmp_path / "other.ckpt")
+    for name, part in (("text.ckpt", "not a readable checkpoint"), ("other.ckpt", "not a lit-clip checkpoint")):
+        assert_user_error(in_process(*words("validate", caption_table), "--ckpt_path", name), name, part)
+
+
+def test_other_errors_keep_their_traceback() -> None:
+    assert user_error(RuntimeError("a bug")) is None
+    wrapped = ValueError("jsonargparse's")
+    wrapped.__cause__ = InputError("row 3")
+    assert one_line(user_error(wrapped) or wrapped) == "row 3"
+
+
+def test_help_pays_for_neither_timm_nor_open_clip() -> None:
+    code = "import sys, lit_clip.cli; print([m for m in ('timm', 'open_clip') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

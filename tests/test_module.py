@@ -1,0 +1,216 @@
+"""LitCLIP: it learns, and its checkpoints hold all that is needed and nothing that is dangerous."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from PIL import Image
+
+import lit_clip
+from callbacks.monitor import gradient_norms
+from datamodules import CaptionTable
+from lit_clip.batch import CaptionBatch
+from lit_clip.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
+from lit_clip.errors import InputError
+from lit_clip.metrics import whole_set_loss
+from lit_clip.module import LitCLIP
+from lit_clip.optim import warmup_cosine
+
+
+def trainer(folder: Path, **options: Any) -> Trainer:
+    settings: dict[str, Any] = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": folder,
+        "use_distributed_sampler": False,
+        **options,
+    }
+    return Trainer(**settings)
+
+
+class SaveAt(Callback):
+    """Saves a checkpoint at the end of the epoch that ends at one step."""
+
+    def __init__(self, step: int, path: Path) -> None:
+        self.step, self.path = step, path
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+def data_for(module: LitCLIP, table: Path, **options: Any) -> CaptionTable:
+    settings: dict[str, Any] = {"batch_size": 16, "num_workers": 0, **options}
+    return CaptionTable(
+        str(table), str(table), preprocessing=module.preprocessing, tokenize=module.tokenize, **settings
+    )
+
+
+@pytest.fixture
+def checkpoint(tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path) -> tuple[LitCLIP, Path]:
+    module = LitCLIP(tiny_config, warmup_steps=2)
+    fitting = trainer(tmp_path, max_epochs=1)
+    fitting.fit(module, data_for(module, caption_table))
+    fitting.save_checkpoint(tmp_path / "model.ckpt")
+    return module, tmp_path / "model.ckpt"
+
+
+def test_overfits_64_real_pairs(caption_table: Path, tmp_path: Path) -> None:
+    """In-batch accuracy 1.0 both ways: the surest sign that every part of the path is connected."""
+    config = CLIPConfig(
+        embed_dim=64,
+        image=VisionTransformerConfig(image_size=32, patch_size=8, width=128, layers=2, heads=2),
+        text=TextTransformerConfig(context_length=16, width=128, layers=2, heads=2),
+    )
+    module = LitCLIP(config, learning_rate=1e-3, weight_decay=0.0, warmup_steps=10)
+    data = data_for(module, caption_table, batch_size=64)
+    fitting = trainer(tmp_path, max_steps=120, limit_val_batches=0, enable_checkpointing=False)
+    fitting.fit(module, data)
+    module.eval()
+    (batch,) = data.val_dataloader()
+    with torch.no_grad():
+        image, text = module(batch)
+    scores, target = image @ text.T, torch.arange(64)
+    assert (scores.argmax(dim=1) == target).all()
+    assert (scores.argmax(dim=0) == target).all()
+
+
+def test_a_checkpoint_loads_safely_and_alone(checkpoint: tuple[LitCLIP, Path]) -> None:
+    module, path = checkpoint
+    torch.load(path, weights_only=True)  # no class, no path, nothing that needs unpickling
+    loaded = LitCLIP.load_from_checkpoint(path)
+    for (name, ours), theirs in zip(module.state_dict().items(), loaded.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
+    assert loaded.preprocessing.image_size == 32
+    assert loaded.tokenize(["a dog"]).shape == (1, 16)
+
+
+def test_load_model_embeds_a_picture_and_a_text_without_being_told_anything(
+    checkpoint: tuple[LitCLIP, Path],
+) -> None:
+    module, path = checkpoint
+    model = lit_clip.load_model(path)
+    assert not model.training
+    picture = Image.effect_noise((50, 40), 90).convert("RGB")
+    module.eval()
+    with torch.no_grad():
+        images, tokens = model.preprocess(picture)[None], model.tokenize(["a dog"])
+        torch.testing.assert_close(model.encode_image(images), module.model.encode_image(images))
+        torch.testing.assert_close(model.encode_text(tokens), module.model.encode_text(tokens))
+
+
+def test_open_clip_loads_our_checkpoint_as_it_is(checkpoint: tuple[LitCLIP, Path]) -> None:
+    module, path = checkpoint
+    theirs = open_clip.CLIP(
+        16,
+        vision_cfg={"image_size": 32, "patch_size": 16, "width": 64, "layers": 1, "head_width": 64},
+        text_cfg={"context_length": 16, "width": 64, "layers": 1, "heads": 1},
+    )
+    open_clip.load_checkpoint(theirs, str(path))
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = module.eval().model.encode_image(images)
+        torch.testing.assert_close(theirs.eval().encode_image(images), expected, atol=1e-5, rtol=0)
+
+
+def test_starting_weights_must_be_of_the_architecture(
+    checkpoint: tuple[LitCLIP, Path], tiny_config: CLIPConfig
+) -> None:
+    module, path = checkpoint
+    started = LitCLIP(tiny_config, pretrained=path)
+    assert torch.equal(started.model.visual.proj, module.model.visual.proj)
+    tiny_config.image.layers = 2
+    with pytest.raises(InputError, match="image.layers 1 there and 2 here"):
+        LitCLIP(tiny_config, pretrained=path)
+    with pytest.raises(InputError, match="no such checkpoint"):
+        lit_clip.load_model("nowhere.ckpt")
+
+
+def test_the_learning_rate_follows_the_schedule_every_step_and_across_a_resume(
+    tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+) -> None:
+    """Per step, not per epoch (footgun L11), over the steps of the whole run, before and after a resume."""
+    total, rates = 12, []
+
+    class Recorder(LitCLIP):
+        def on_train_batch_start(self, batch: CaptionBatch, batch_idx: int) -> None:
+            rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+
+    def module() -> Recorder:
+        return Recorder(tiny_config, learning_rate=0.01, warmup_steps=3)
+
+    first, second, path = module(), module(), tmp_path / "epoch.ckpt"
+    fitting = trainer(
+        tmp_path, max_epochs=3, limit_val_batches=0, callbacks=[SaveAt(4, path)], enable_checkpointing=False
+    )
+    fitting.fit(first, data_for(first, caption_table))  # 64 pairs, 16 a step: 4 steps an epoch
+    expected = [0.01 * warmup_cosine(step, 3, total) for step in range(total)]
+    assert rates == pytest.approx(expected)
+
+    rates.clear()
+    middle = torch.load(path, weights_only=True)
+    assert middle["global_step"] == 4
+    trainer(tmp_path, max_epochs=3, limit_val_batches=0).fit(second, data_for(second, caption_table), ckpt_path=path)
+    assert rates == pytest.approx(expected[4:])
+
+
+def test_the_temperature_is_clamped_after_every_step(
+    tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+) -> None:
+    module = LitCLIP(tiny_config, warmup_steps=0)
+    with torch.no_grad():
+        module.model.logit_scale.fill_(10.0)
+    fitting = trainer(tmp_path, max_steps=1, limit_val_batches=0, enable_checkpointing=False)
+    fitting.fit(module, data_for(module, caption_table))
+    assert module.model.logit_scale.exp().item() == pytest.approx(100)
+
+
+def test_validation_is_of_the_whole_set_whatever_the_batch_size(
+    tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+) -> None:
+    module = LitCLIP(tiny_config)
+    results = []
+    for batch_size in (1, 7, 64):
+        data = data_for(module, caption_table, batch_size=batch_size)
+        (metrics,) = trainer(tmp_path).validate(module, data, verbose=False)
+        results.append(metrics)
+    assert results[0] == pytest.approx(results[1], abs=1e-6)
+    assert results[0] == pytest.approx(results[2], abs=1e-6)
+    data = data_for(module, caption_table, batch_size=64)
+    data.setup("validate")
+    with torch.no_grad():
+        image, text = module.eval()(next(iter(data.val_dataloader())))
+    expected = whole_set_loss(image, text, module.model.logit_scale.exp(), range(64)) / 64
+    assert results[0]["val/loss"] == pytest.approx(float(expected), abs=1e-6)
+    brute = (image @ text.T).argmax(dim=1) == torch.arange(64)
+    assert results[0]["val/image_to_text_recall@1"] == pytest.approx(float(brute.float().mean()), abs=1e-6)
+
+
+def test_gradient_norms_are_those_of_each_encoder(tiny_config: CLIPConfig) -> None:
+    model = LitCLIP(tiny_config).model
+    for name, parameter in model.named_parameters():
+        parameter.grad = torch.full_like(parameter, 2.0 if name.startswith("visual.") else 3.0)
+    norms = gradient_norms(model)
+    image = sum(p.numel() for p in model.visual.parameters())
+    text = sum(p.numel() for p in model.parameters()) - image - 1  # without logit_scale
+    assert norms["image"].item() == pytest.approx(2 * image**0.5, rel=1e-5)
+    assert norms["text"].item() == pytest.approx(3 * text**0.5, rel=1e-5)
+
+
+def test_training_repeats_exactly_under_a_seed(tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path) -> None:
+    weights = []
+    for disturbance in (0, 1):
+        torch.manual_seed(3)
+        module = LitCLIP(tiny_config, warmup_steps=1)
+        random.seed(disturbance)  # nothing may draw from a global generator
+        torch.manual_seed(disturbance)
+        fitting = trainer(tmp_path, max_epochs=1, limit_val_batches=0, enable_checkpointing=False)
+        fitting.fit(module, data_for(module, caption_table))
+        weights.append(module.model.visual.proj.detach().clone())
+    assert torch.equal(weights[0], weights[1])
