@@ -45,8 +45,10 @@ def prediction_grid(predictions: Sequence[Prediction], columns: int = 4) -> Imag
             top = y + LINE * line + 4
             right = name == prediction.truth
             color = RIGHT if right else WRONG if line == 1 else MUTED
-            label = _fit(f"{'✓ ' if right else ''}{name}", font, text_width - 40)
-            draw.text((x, top), label, color, font)
+            if right:  # a tick; Pillow's own font has none
+                draw.line([(x, top + 8), (x + 3, top + 12), (x + 9, top + 3)], RIGHT, 2)
+            indent = 14 if right else 0
+            draw.text((x + indent, top), _fit(name, font, text_width - 40 - indent), color, font)
             draw.text((x + text_width, top), f"{score:.2f}", MUTED, font, anchor="ra")
     return sheet
 

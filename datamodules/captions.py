@@ -62,7 +62,7 @@ class TrainingPairs(Dataset[_Item]):
         seed = int(np.random.SeedSequence((self.seed, *sample)).generate_state(1, np.uint64)[0] >> 1)
         image, caption, key = self.source.load(sample.row, random.Random(seed))
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every device and log its stack
             return _Item(self.transform(image), caption, key)
 
 

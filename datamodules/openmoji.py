@@ -167,14 +167,17 @@ class EmojiPairs(PairSource):
 
 
 def caption(emoji: Emoji, rng: random.Random) -> str:
-    """What to say of a drawing this time: its name, alone or with some of its tags or its groups."""
-    tags = [tag for tag in emoji.tags if tag != emoji.name]
+    """What to say of a drawing this time: mostly its name, else the name with some of its tags, or its groups alone.
+
+    Groups are never part of a name: a model that is to know them must be told.
+    """
     kind = rng.random()
-    if kind < 0.5:
+    if kind < 0.7:
         return emoji.name
-    if kind < 0.75 and tags:
+    if kind < 0.85:
+        tags = [tag for tag in emoji.tags if tag != emoji.name]
         return ", ".join([emoji.name, *rng.sample(tags, min(len(tags), rng.randint(1, 3)))])
-    return f"{emoji.group}, {emoji.subgroup}: {emoji.name}"
+    return emoji.group if kind < 0.925 else f"{emoji.group}, {emoji.subgroup}"
 
 
 class OpenMoji(CaptionDataModule):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from lit_clip.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
 
@@ -51,11 +52,40 @@ def caption_table(tmp_path_factory: pytest.TempPathFactory, drawings_cache: Path
     from datamodules.openmoji import draw, read_table
 
     folder = tmp_path_factory.mktemp("table")
-    rows = [(emoji.name, path) for emoji, path in zip(read_table(), draw(drawings_cache), strict=True)][::29][:64]
+    drawn = [(emoji.name, path) for emoji, path in zip(read_table(), draw(drawings_cache), strict=True)]
+    named = [row for row in drawn if row[0] in ("tiger", "pizza", "bicycle")]
+    rows = named + [row for row in drawn[::29] if row not in named][: 64 - len(named)]
     lines = [f'{os.path.relpath(path, folder)},"{name}"' for name, path in rows]
     table = folder / "captions.csv"
     table.write_text("\n".join(["image,caption", *lines]), encoding="utf-8")
     return table
+
+
+@pytest.fixture(scope="session")
+def overfitted(tmp_path_factory: pytest.TempPathFactory, caption_table: Path) -> tuple[Path, Path]:
+    """A checkpoint of the quickstart's architecture that has learnt 64 real pairs by heart, and their table."""
+    from lightning.pytorch import Trainer
+
+    from datamodules import CaptionTable
+    from lit_clip import LitCLIP
+
+    torch.manual_seed(0)
+    architecture = yaml.safe_load((ROOT / "configs/quickstart.yaml").read_text())["model"]["architecture"]
+    module = LitCLIP(architecture, learning_rate=1e-3, weight_decay=0.0, warmup_steps=10)
+    data = CaptionTable(
+        str(caption_table),
+        str(caption_table),
+        batch_size=64,
+        num_workers=0,
+        preprocessing=module.preprocessing,
+        tokenize=module.tokenize,
+    )
+    folder = tmp_path_factory.mktemp("overfitted")
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(accelerator="cpu", max_steps=80, limit_val_batches=0, enable_checkpointing=False, **quiet)
+    trainer.fit(module, data)
+    trainer.save_checkpoint(folder / "last.ckpt")
+    return folder / "last.ckpt", caption_table
 
 
 def lit_clip_command(

@@ -14,7 +14,7 @@ import lit_clip
 from callbacks.monitor import gradient_norms
 from datamodules import CaptionTable
 from lit_clip.batch import CaptionBatch
-from lit_clip.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
+from lit_clip.config import CLIPConfig
 from lit_clip.errors import InputError
 from lit_clip.metrics import whole_set_loss
 from lit_clip.module import LitCLIP
@@ -61,18 +61,12 @@ def checkpoint(tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path) -> 
     return module, tmp_path / "model.ckpt"
 
 
-def test_overfits_64_real_pairs(caption_table: Path, tmp_path: Path) -> None:
+def test_overfits_64_real_pairs(overfitted: tuple[Path, Path]) -> None:
     """In-batch accuracy 1.0 both ways: the surest sign that every part of the path is connected."""
-    config = CLIPConfig(
-        embed_dim=64,
-        image=VisionTransformerConfig(image_size=32, patch_size=8, width=128, layers=2, heads=2),
-        text=TextTransformerConfig(context_length=16, width=128, layers=2, heads=2),
-    )
-    module = LitCLIP(config, learning_rate=1e-3, weight_decay=0.0, warmup_steps=10)
-    data = data_for(module, caption_table, batch_size=64)
-    fitting = trainer(tmp_path, max_steps=120, limit_val_batches=0, enable_checkpointing=False)
-    fitting.fit(module, data)
-    module.eval()
+    checkpoint, table = overfitted
+    module = LitCLIP.load_from_checkpoint(checkpoint).eval()
+    data = data_for(module, table, batch_size=64)
+    data.setup("validate")
     (batch,) = data.val_dataloader()
     with torch.no_grad():
         image, text = module(batch)
