@@ -58,6 +58,9 @@ class TrainingPairs(Dataset[_Item]):
     def __init__(self, source: PairSource, transform: Callable[[Image.Image], Tensor], seed: int) -> None:
         self.source, self.transform, self.seed = source, transform, seed
 
+    def __len__(self) -> int:
+        return len(self.source)
+
     def __getitem__(self, sample: Sample) -> _Item:
         seed = int(np.random.SeedSequence((self.seed, *sample)).generate_state(1, np.uint64)[0] >> 1)
         image, caption, key = self.source.load(sample.row, random.Random(seed))
@@ -71,6 +74,9 @@ class ValidationPairs(Dataset[_Item]):
 
     def __init__(self, source: PairSource, transform: Callable[[Image.Image], Tensor]) -> None:
         self.source, self.transform = source, transform
+
+    def __len__(self) -> int:
+        return len(self.source)
 
     def __getitem__(self, index: int) -> _Item:
         image, caption, key = self.source.load(index, None)
@@ -157,6 +163,8 @@ class CaptionDataModule(LightningDataModule, ABC):
     def train_dataloader(self) -> DataLoader[Any]:
         batches, source = self._batches(), self.train_source
         assert source is not None
+        if self.trainer and self.trainer.overfit_batches:  # the same batch every time, augmented the same way
+            batches.reshuffle = False
         transform = self.augmentation.transform(self.preprocessing)
         return self._loader(TrainingPairs(source, transform, self.seed), batch_sampler=batches)
 

@@ -29,6 +29,9 @@ class GlobalBatchSampler(Sampler[list[Sample]]):
         world: number of processes.
         seed: of the permutations.
 
+    Attributes:
+        reshuffle: whether each epoch has a permutation of its own.
+
     Raises:
         InputError: fewer samples than one global batch.
     """
@@ -42,11 +45,13 @@ class GlobalBatchSampler(Sampler[list[Sample]]):
             )
         self.size, self.batch_size, self.rank, self.world, self.seed = size, batch_size, rank, world, seed
         self.epoch = 0
+        self.reshuffle = True
         self.sampler = self  # Lightning calls set_epoch on a loader's batch_sampler.sampler, not on its batch_sampler
 
     def set_epoch(self, epoch: int) -> None:
         """Lightning calls this before each epoch."""
-        self.epoch = epoch
+        if self.reshuffle:
+            self.epoch = epoch
 
     def __len__(self) -> int:
         return self.size // (self.batch_size * self.world)

@@ -68,12 +68,13 @@ def guessing_recalls(ids_N2: Tensor, ks: Sequence[int]) -> tuple[list[float], li
     """
     ids = ids_N2.cpu()
     image_ids, text_ids = ids.T
-    images_of_text = ids.unique(dim=0)[:, 1].bincount()  # how many images a caption is right for
+    pairs, pair_ids, rows_of_pair = ids.unique(dim=0, return_inverse=True, return_counts=True)
+    images_of_text = pairs[:, 1].bincount()  # how many images a caption is right for
     rows_of_text, rows_of_image = text_ids.bincount(), image_ids.bincount()
     first = first_occurrences(image_ids)
     # One image answers for its own captions and for those that say the same; of each caption one image is enough.
     texts_of_image = torch.zeros_like(rows_of_text)
-    gain = torch.maximum(rows_of_image[image_ids[first]], rows_of_text[text_ids[first]])
+    gain = (rows_of_image[image_ids] + rows_of_text[text_ids] - rows_of_pair[pair_ids])[first]
     texts_of_image.scatter_reduce_(0, text_ids[first], gain, reduce="amax")
 
     def best(gains: Tensor, queries: int, k: int) -> float:

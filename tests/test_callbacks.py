@@ -125,7 +125,7 @@ def test_a_set_that_cannot_be_scored_is_refused_when_it_is_made(drawings_cache: 
     with pytest.raises(InputError, match="no {} for the class name"):
         ZeroShotSet(images, ["a drawing"])
     images.class_names = images.class_names[:3]
-    with pytest.raises(InputError, match="3 names, but a picture has label 8"):
+    with pytest.raises(InputError, match="3 names, but a picture has label 7"):
         ZeroShotSet(images)
     images.files = []
     with pytest.raises(InputError, match="empty"):

@@ -224,6 +224,21 @@ def test_lightning_moves_from_epoch_to_epoch(table: Path) -> None:
         assert same_pixels(pixels_by_key(batches), pixels_by_key(expected))
 
 
+def test_overfitting_a_batch_sees_the_same_batch_every_epoch(table: Path) -> None:
+    """Lightning's ``overfit_batches`` takes the first batch of each epoch, which must then not change."""
+    module, recorder = CaptionTable(str(table), batch_size=4, num_workers=0, preprocessing=SHORT), _Recorder()
+    quiet: dict[str, Any] = dict.fromkeys(
+        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+    )
+    trainer = Trainer(accelerator="cpu", max_epochs=3, overfit_batches=1, use_distributed_sampler=False, **quiet)
+    trainer.fit(recorder, module)
+    first, *others = [batch for (batch,) in recorder.seen.values()]
+    assert len(others) == 2
+    for batch in others:
+        assert batch.keys == first.keys
+        assert same_pixels(pixels_by_key([batch]), pixels_by_key([first]))
+
+
 def gradients_of(width: int, height: int, image_size: int, draws: int) -> np.ndarray:
     """Crops of a picture whose red is 2 x and whose green is 2 y: ``[draws, 4]`` left, top, width, height in pixels."""
     assert 2 * max(width, height) <= 256

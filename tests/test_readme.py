@@ -50,7 +50,7 @@ def test_a_command_runs(command: str, folder: Path) -> None:
     if "configs/finetune_table.yaml" in options:
         options += FAST
         if "--trainer.max_epochs" not in options and options[0] == "fit":
-            options += ["--trainer.max_epochs", "2" if "--ckpt_path" in options else "1"]
+            options += ["--trainer.max_epochs", "81" if "--ckpt_path" in options else "1"]
     result = lit_clip_command(folder, *options, environment=environment, timeout=240)
     assert result.returncode == 0, result.stdout + result.stderr
 
