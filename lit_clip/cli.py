@@ -1,6 +1,8 @@
 """The command line: LightningCLI with what must agree linked, and errors in one line."""
 
+import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -44,6 +46,8 @@ class CLI(LightningCLI):
         if subcommand and path and path not in ("last", "best", "hpc"):  # words that Lightning itself resolves
             hparams = read_checkpoint(path)["hyper_parameters"]
             self._subcommand_parsers[subcommand].set_defaults({f"model.{key}": hparams[key] for key in hparams})
+        for name in {"validate", "test"} & getattr(self, "_subcommand_parsers", {}).keys():
+            self._subcommand_parsers[name].set_defaults(verbose=False)  # our table says it, with what guessing reaches
         super().parse_arguments(parser, args)
 
     def _parse_ckpt_path(self) -> None:
@@ -115,6 +119,14 @@ def user_error(error: BaseException) -> BaseException | None:
     return error if isinstance(error, ArgumentError | MisconfigurationException) else None
 
 
+def _hush() -> None:
+    """Keep Lightning's advertisements, and a warning that only its authors can act on, from the terminal."""
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
+    warnings.filterwarnings("ignore", message=r"Precision bf16-mixed is not supported by the model summary.*")
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger.addFilter(lambda record: "litlogger" not in record.getMessage().lower())
+
+
 def run(args: ArgsType = None, run: bool = True) -> CLI:
     """Parse and run a command; what the user can mend is raised as an error."""
     # Without this, absolute keys such as ${model.learning_rate} are looked up above the subcommand.
@@ -137,6 +149,7 @@ def run(args: ArgsType = None, run: bool = True) -> CLI:
 
 def main() -> None:
     """The ``lit-clip`` command: exit code 2 and one line for what the user can mend."""
+    _hush()
     try:
         run()
     except Exception as error:

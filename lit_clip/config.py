@@ -1,6 +1,6 @@
 """What a CLIP is made of, as plain dataclasses that YAML files fill in, and the models that have a name.
 
-Sizes are those of tables 19 and 20 of the paper; names are open_clip's.
+Sizes are those of tables 19 and 20 of the paper and names open_clip's, a tiny one to start with apart.
 """
 
 import dataclasses
@@ -121,6 +121,12 @@ _MODELS = {
     "ViT-B-32-quickgelu": _vit(32, "quick_gelu"),
     "ViT-B-16": _vit(16, "gelu"),
     "ViT-B-16-quickgelu": _vit(16, "quick_gelu"),
+    # Ours, for small pictures on a CPU: 17.7 million parameters, 12.6 of them the token embedding.
+    "ViT-tiny-16-64": CLIPConfig(
+        embed_dim=256,
+        image=VisionTransformerConfig(image_size=64, patch_size=16, width=256, layers=4, heads=4),
+        text=TextTransformerConfig(context_length=32, width=256, layers=2, heads=4),
+    ),
 }
 
 

@@ -228,3 +228,11 @@ def test_help_pays_for_neither_timm_nor_open_clip() -> None:
     code = "import sys, lit_clip.cli; print([m for m in ('timm', 'open_clip') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_a_progress_bar_of_ones_own_replaces_ours(caption_table: Path, tmp_path: Path, cli: Cli) -> None:
+    command = [word for word in words("validate", caption_table) if "progress_bar" not in word and word != "false"]
+    bar = "--trainer.callbacks+=lightning.pytorch.callbacks.TQDMProgressBar"
+    result = cli(*command, "--trainer.logger", "false", bar)
+    assert result.returncode == 0, result.stderr
+    assert "litlogger" not in result.stderr

@@ -208,3 +208,21 @@ def test_training_repeats_exactly_under_a_seed(tiny_config: CLIPConfig, caption_
         fitting.fit(module, data_for(module, caption_table))
         weights.append(module.model.visual.proj.detach().clone())
     assert torch.equal(weights[0], weights[1])
+
+
+def test_test_is_the_same_evaluation_and_predict_gives_features_in_the_tables_order(
+    tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+) -> None:
+    module = LitCLIP(tiny_config)
+    (validated,) = trainer(tmp_path).validate(module, data_for(module, caption_table), verbose=False)
+    (tested,) = trainer(tmp_path).test(module, data_for(module, caption_table), verbose=False)
+    assert {name.replace("test/", "val/"): value for name, value in tested.items()} == validated
+    batches: Any = trainer(tmp_path).predict(module, data_for(module, caption_table))
+    data = data_for(module, caption_table, batch_size=64)
+    data.setup("validate")
+    whole = next(iter(data.val_dataloader()))
+    assert [key for batch in batches for key in batch["keys"]] == whole.keys
+    with torch.no_grad():
+        image, text = module.eval()(whole)
+    torch.testing.assert_close(torch.cat([batch["image"] for batch in batches]), image, atol=1e-6, rtol=0)
+    torch.testing.assert_close(torch.cat([batch["text"] for batch in batches]), text, atol=1e-6, rtol=0)
