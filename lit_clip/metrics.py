@@ -35,7 +35,12 @@ def positive_ranks(query_QD: Tensor, candidate_CD: Tensor, positive_QC: Tensor) 
 
 
 def retrieval_hits(
-    query_QD: Tensor, query_ids_Q2: Tensor, candidate_CD: Tensor, candidate_ids_C2: Tensor, ks: Sequence[int]
+    query_QD: Tensor,
+    query_ids_Q2: Tensor,
+    candidate_CD: Tensor,
+    candidate_ids_C2: Tensor,
+    ks: Sequence[int],
+    distinct: int | None = None,
 ) -> Tensor:
     """For how many queries a right candidate is among the first k: float64 ``[len(ks)]``, to be summed over ranks.
 
@@ -48,11 +53,18 @@ def retrieval_hits(
         candidate_CD: unit features of the other modality.
         candidate_ids_C2: likewise.
         ks: the k of recall@k.
+        distinct: the column of ``candidate_ids_C2`` whose equal numbers are one candidate, right if any of its rows is:
+            0 for images, 1 for captions; None: each row is a candidate.
     """
+    rows = torch.arange(len(candidate_CD), device=candidate_CD.device)
+    group_C = rows if distinct is None else candidate_ids_C2[:, distinct].unique(return_inverse=True)[1]
+    groups = int(group_C.max()) + 1 if len(rows) else 0
+    first_G = rows.new_full((groups,), len(rows)).scatter_reduce_(0, group_C, rows, "amin")
     hits = torch.zeros(len(ks), dtype=torch.float64)
     for features, ids in zip(query_QD.split(CHUNK), query_ids_Q2.split(CHUNK), strict=True):
-        positive_QC = (ids[:, None] == candidate_ids_C2[None]).any(dim=-1)
-        ranks = positive_ranks(features, candidate_CD, positive_QC)
+        positive_CQ = (candidate_ids_C2[:, None] == ids[None]).any(dim=-1).int()
+        positive_GQ = positive_CQ.new_zeros(groups, len(ids)).index_add_(0, group_C, positive_CQ) > 0
+        ranks = positive_ranks(features, candidate_CD[first_G], positive_GQ.T)
         hits += torch.stack([(ranks < k).sum() for k in ks]).double().cpu()
     return hits
 
@@ -67,21 +79,18 @@ def guessing_recalls(ids_N2: Tensor, ks: Sequence[int]) -> tuple[list[float], li
         ks: the k of recall@k.
     """
     ids = ids_N2.cpu()
-    image_ids, text_ids = ids.T
-    pairs, pair_ids, rows_of_pair = ids.unique(dim=0, return_inverse=True, return_counts=True)
-    images_of_text = pairs[:, 1].bincount()  # how many images a caption is right for
-    rows_of_text, rows_of_image = text_ids.bincount(), image_ids.bincount()
-    first = first_occurrences(image_ids)
-    # One image answers for its own captions and for those that say the same; of each caption one image is enough.
-    texts_of_image = torch.zeros_like(rows_of_text)
-    gain = (rows_of_image[image_ids] + rows_of_text[text_ids] - rows_of_pair[pair_ids])[first]
-    texts_of_image.scatter_reduce_(0, text_ids[first], gain, reduce="amax")
+    image_of, text_of = ids.unique(dim=0).T  # each distinct pair once
+    images_of_text, rows_of_text = text_of.bincount(), ids[:, 1].bincount()
+    rows_of_image = torch.zeros(int(image_of.max()) + 1, dtype=torch.long)
+    rows_of_image.index_add_(0, image_of, rows_of_text[text_of])  # how many captions an image is right for
+    # A second image with the same caption gains nothing: of each caption count the best image.
+    best_image = torch.zeros_like(rows_of_text).scatter_reduce_(0, text_of, rows_of_image[image_of], "amax")
+    images, N = len(image_of.unique()), len(ids)
 
-    def best(gains: Tensor, queries: int, k: int) -> float:
-        return min(1.0, float(gains.sort(descending=True).values[:k].sum()) / queries)
+    def best(gains: Tensor, queries: int) -> list[float]:
+        return [min(1.0, float(gains.sort(descending=True).values[:k].sum()) / queries) for k in ks]
 
-    images, N = int(first.sum()), len(ids)
-    return [best(images_of_text, images, k) for k in ks], [best(texts_of_image, N, k) for k in ks]
+    return best(images_of_text, images), best(best_image, N)
 
 
 def whole_set_loss(image_ND: Tensor, text_ND: Tensor, scale: Tensor, rows: range) -> Tensor:

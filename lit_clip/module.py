@@ -141,13 +141,13 @@ class LitCLIP(LightningModule):
         if N == 0:
             return
         image_ids, text_ids = identities(pairs["keys"]), pairs["tokens"].unique(dim=0, return_inverse=True)[1]
-        first = first_occurrences(image_ids).to(self.device)  # an image with five captions is one image
         ids = torch.stack([image_ids.to(self.device), text_ids], dim=1)  # [N, 2]
-        image, text, images = pairs["image"][first], pairs["text"], int(first.sum())
+        first = first_occurrences(image_ids).to(self.device)  # an image with five captions asks once
+        image, text, images = pairs["image"], pairs["text"], int(first.sum())
         mine, my_images = _share(N), _share(images)
-        to_text = retrieval_hits(image[my_images], ids[first][my_images], text, ids, RECALL_AT)
-        to_image = retrieval_hits(text[mine], ids[mine], image, ids[first], RECALL_AT)
-        loss = whole_set_loss(pairs["image"], text, self.model.logit_scale.exp(), range(N)[mine])
+        to_text = retrieval_hits(image[first][my_images], ids[first][my_images], text, ids, RECALL_AT, distinct=1)
+        to_image = retrieval_hits(text[mine], ids[mine], image, ids, RECALL_AT, distinct=0)
+        loss = whole_set_loss(image, text, self.model.logit_scale.exp(), range(N)[mine])
         loss, *recalls = collectives.sum_over_ranks(torch.cat([loss[None], to_text, to_image])).tolist()
         self.log(f"{prefix}/loss", loss / N, prog_bar=True)
         guesses = guessing_recalls(ids, RECALL_AT)

@@ -174,19 +174,41 @@ def test_guessing_recall_is_k_of_n_for_distinct_pairs_and_more_where_captions_re
     assert guessing_recalls(captions, (1, 2)) == ([0.25, 0.5], [0.25, 0.5])
 
 
+def test_several_rows_of_one_candidate_are_one_answer() -> None:
+    """Recall among distinct captions and images, against a loop over the set of right pairs."""
+    image, text, ids = random_pairs(60, seed=11)
+    ids[:, 1] %= 17  # captions repeat, also ones that are not their image's first
+    ids = ids[ids[:, 0].argsort()]
+    image, text = image[ids[:, 0]], text[ids[:, 1]]  # equal ids, equal features
+    right = {tuple(pair) for pair in ids.tolist()}
+    firsts = [first_occurrences(ids[:, column]).nonzero()[:, 0].tolist() for column in (0, 1)]
+    images = firsts[0]
+    for query, candidate, queries, column in ((image, text, images, 1), (text, image, range(60), 0)):
+        expected = [0.0, 0.0]
+        for q in queries:
+            scores = {int(ids[c, column]): float(query[q] @ candidate[c]) for c in firsts[column]}
+            own = int(ids[q, 1 - column])
+            good = [c for c in scores if ((own, c) if column else (c, own)) in right]
+            ahead = sum(score >= max(scores[c] for c in good) for c, score in scores.items() if c not in good)
+            for j, k in enumerate((1, 5)):
+                expected[j] += ahead < k
+        hits = retrieval_hits(query[list(queries)], ids[list(queries)], candidate, ids, (1, 5), distinct=column)
+        assert hits.tolist() == expected
+        assert 0 < expected[0] < expected[1]
+
+
 def test_no_answer_that_looks_at_nothing_beats_the_guessing_recall() -> None:
     """Every query answered with the same k candidates, over all choices of them."""
     ids = torch.tensor([[0, 0], [1, 0], [2, 1], [3, 2], [3, 3], [4, 2]])
-    first = first_occurrences(ids[:, 0])
+    right = {tuple(pair) for pair in ids.tolist()}
     for k in (1, 2):
         best_text = max(
-            sum(bool((query[None] == ids[list(answer)]).any()) for query in ids[first])
-            for answer in itertools.combinations(range(len(ids)), k)
+            sum(any((image, text) in right for text in answer) for image in range(5))
+            for answer in itertools.combinations(range(4), k)
         )
-        assert guessing_recalls(ids, (k,))[0][0] == pytest.approx(best_text / int(first.sum()))
-        images = ids[first]
         best_image = max(
-            sum(bool((query[None] == images[list(answer)]).any()) for query in ids)
-            for answer in itertools.combinations(range(len(images)), k)
+            sum(any((image, text) in right for image in answer) for text in ids[:, 1].tolist())
+            for answer in itertools.combinations(range(5), k)
         )
+        assert guessing_recalls(ids, (k,))[0][0] == pytest.approx(best_text / 5)
         assert guessing_recalls(ids, (k,))[1][0] >= best_image / len(ids)
