@@ -12,8 +12,10 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from callbacks.figures import similarity_matrix
 from lit_clip.batch import CaptionBatch
-from lit_clip.module import Features, LitCLIP
+from lit_clip.module import Features
 from lit_clip.tokenizer import decode
+
+FRAME = torch.tensor([0.08, 0.37, 0.58])[:, None, None]  # blue, [3, 1, 1]
 
 
 def _writers(trainer: Trainer) -> list[Any]:
@@ -27,10 +29,10 @@ def show(trainer: Trainer, tag: str, picture: Image.Image) -> None:
 
 
 class SimilarityMatrix(Callback):
-    """After every validation: the cosine similarity of each two of the first validation images and captions.
+    """After every validation: the cosine similarity of each two of some validation images and captions.
 
     Args:
-        pairs: how many.
+        pairs: how many, spread over the first batch.
     """
 
     def __init__(self, pairs: int = 12) -> None:
@@ -48,14 +50,18 @@ class SimilarityMatrix(Callback):
         if batch_idx or trainer.sanity_checking or not trainer.is_global_zero:
             return
         features = cast(Features, outputs)
-        scores = (features["text"][: self.pairs] @ features["image"][: self.pairs].T).cpu().numpy()
-        images = [to_pil_image(image) for image in batch.images[: self.pairs]]
-        captions = [decode(tokens.tolist()) for tokens in batch.tokens[: self.pairs]]
+        shown = min(self.pairs, len(batch.images))
+        rows = [i * len(batch.images) // shown for i in range(shown)]
+        scores = (features["text"][rows] @ features["image"][rows].T).float().cpu().numpy()
+        images = [to_pil_image(batch.images[row]) for row in rows]
+        captions = [decode(batch.tokens[row].tolist()) for row in rows]
         show(trainer, "val/similarity", similarity_matrix(images, captions, scores))
 
 
 class EmbeddingProjector(Callback):
-    """After the last validation: image and caption features with thumbnails, for TensorBoard's projector.
+    """After the last validation: image and caption features for TensorBoard's projector.
+
+    A thumbnail stands for each image, the same one in a blue frame for its caption.
 
     Args:
         pairs: at most how many validation pairs of this process.
@@ -83,20 +89,21 @@ class EmbeddingProjector(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._seen or not trainer.is_global_zero:
             return
-        model = cast(LitCLIP, pl_module).model
         image = torch.cat([features["image"] for features, _ in self._seen])[: self.pairs].float().cpu()
         text = torch.cat([features["text"] for features, _ in self._seen])[: self.pairs].float().cpu()
         pictures = torch.cat([images for _, images in self._seen])[: self.pairs].float().cpu() / 255
         captions = [decode(row) for features, _ in self._seen for row in features["tokens"].tolist()][: self.pairs]
         self._seen = []
-        blank = torch.ones(3, *[model.preprocessing.image_size] * 2).expand(len(captions), -1, -1, -1)
-        metadata = [[kind, caption] for kind in ("image", "caption") for caption in captions]
+        edge = max(1, pictures.shape[-1] // 16)
+        framed = FRAME.expand_as(pictures).clone()
+        framed[..., edge:-edge, edge:-edge] = pictures[..., edge:-edge, edge:-edge]
+        metadata = [[caption, kind] for kind in ("image", "caption") for caption in captions]
         for writer in _writers(trainer):
             writer.add_embedding(
                 torch.cat([image, text]),
                 metadata=metadata,
-                metadata_header=["kind", "caption"],
-                label_img=torch.cat([pictures, blank]),
+                metadata_header=["caption", "kind"],
+                label_img=torch.cat([pictures, framed]),
                 global_step=trainer.global_step,
                 tag="val",
             )

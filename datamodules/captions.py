@@ -163,7 +163,8 @@ class CaptionDataModule(LightningDataModule, ABC):
     def train_dataloader(self) -> DataLoader[Any]:
         batches, source = self._batches(), self.train_source
         assert source is not None
-        if self.trainer and self.trainer.overfit_batches:  # the same batch every time, augmented the same way
+        trainer: Any = self.trainer
+        if trainer and trainer.overfit_batches:  # the same batch every time, augmented the same way
             batches.reshuffle = False
         transform = self.augmentation.transform(self.preprocessing)
         return self._loader(TrainingPairs(source, transform, self.seed), batch_sampler=batches)

@@ -144,7 +144,8 @@ def draw(cache_dir: Path | None = None, style: Style = "color") -> list[Path]:
 
 
 def _blank(path: Path) -> bool:
-    return all(low == high for low, high in _load(path).getextrema())
+    low, high = _load(path).convert("L").getextrema()
+    return low == high
 
 
 def _load(path: Path) -> Image.Image:
