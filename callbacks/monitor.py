@@ -1,5 +1,6 @@
 """Numbers that tell whether training is healthy and fast."""
 
+import sys
 import time
 from typing import Any, cast
 
@@ -23,7 +24,9 @@ def gradient_norms(model: CLIP) -> dict[str, Tensor]:
 
 
 def _interval(trainer: Any) -> int:
-    return trainer.log_every_n_steps  # set by a connector, so the type checker does not know it
+    return (
+        trainer.log_every_n_steps or sys.maxsize
+    )  # 0 is never; set by a connector, so the type checker does not know it
 
 
 class TrainingMonitor(Callback):

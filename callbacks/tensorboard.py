@@ -12,6 +12,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from callbacks.figures import similarity_matrix
 from lit_clip.batch import CaptionBatch
+from lit_clip.errors import require
 from lit_clip.module import Features
 from lit_clip.tokenizer import decode
 
@@ -36,6 +37,7 @@ class SimilarityMatrix(Callback):
     """
 
     def __init__(self, pairs: int = 12) -> None:
+        require(pairs >= 1, f"{type(self).__name__}.pairs: {pairs} must be at least 1")
         self.pairs = pairs
 
     def on_validation_batch_end(
@@ -68,6 +70,7 @@ class EmbeddingProjector(Callback):
     """
 
     def __init__(self, pairs: int = 500) -> None:
+        require(pairs >= 1, f"{type(self).__name__}.pairs: {pairs} must be at least 1")
         self.pairs = pairs
         self._seen: list[tuple[Features, Tensor]] = []
 

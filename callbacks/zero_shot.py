@@ -16,7 +16,7 @@ from callbacks.figures import Prediction, prediction_grid
 from callbacks.tensorboard import show
 from lit_clip import collectives
 from lit_clip.batch import LabelledBatch
-from lit_clip.errors import InputError
+from lit_clip.errors import InputError, require
 from lit_clip.module import LitCLIP
 from lit_clip.preprocess import pixels
 from lit_clip.zero_shot import (
@@ -84,6 +84,11 @@ class ZeroShot(Callback):
     def __init__(
         self, sets: dict[str, ZeroShotSet], batch_size: int = 256, num_workers: int = 0, examples: int = 24
     ) -> None:
+        require(batch_size >= 1, f"ZeroShot.batch_size: {batch_size} must be at least 1")
+        require(num_workers >= 0, f"ZeroShot.num_workers: {num_workers} must be at least 0")
+        require(examples >= 0, f"ZeroShot.examples: {examples} must be at least 0")
+        for name in sets:
+            require("/" not in name, f"ZeroShot.sets: {name!r} is part of metric and file names; leave out the slash")
         self.sets, self.batch_size, self.num_workers, self.examples = sets, batch_size, num_workers, examples
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -94,7 +99,7 @@ class ZeroShot(Callback):
         self._evaluate(trainer, cast(LitCLIP, pl_module))
 
     def _evaluate(self, trainer: Trainer, module: LitCLIP) -> None:
-        log_dir = trainer.log_dir  # a broadcast: every rank must ask
+        log_dir = trainer.log_dir if trainer.loggers else None  # a broadcast: every rank must ask
         with trainer.precision_plugin.forward_context():
             for name, zero_shot_set in self.sets.items():
                 images, templates = zero_shot_set.images, zero_shot_set.templates
@@ -123,7 +128,7 @@ class ZeroShot(Callback):
         counts = torch.zeros(3, classifier.shape[1], dtype=torch.float64)
         for batch in loader:
             counts += classification_counts(_logits(module, batch.images, classifier), batch.labels)
-        return collectives.sum_over_ranks(counts.to(module.device)).cpu()
+        return collectives.sum_over_ranks(counts, module.device)
 
     def _contact_sheet(self, module: LitCLIP, images: LabelledImages, classifier: Tensor) -> Image.Image:
         shown = min(self.examples, len(images))

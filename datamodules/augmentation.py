@@ -8,6 +8,7 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as TF
 
 from lit_clip.config import Preprocessing
+from lit_clip.errors import require
 from lit_clip.preprocess import to_rgb
 
 
@@ -52,6 +53,12 @@ class Augmentation:
     crop_scale: tuple[float, float] = (0.9, 1.0)
     color_jitter: float = 0.0
     grayscale: float = 0.0
+
+    def __post_init__(self) -> None:
+        low, high = self.crop_scale
+        require(0 < low <= high <= 1, f"augmentation.crop_scale: {[low, high]} must rise, above 0 and at most 1")
+        require(self.color_jitter >= 0, f"augmentation.color_jitter: {self.color_jitter} must be at least 0")
+        require(0 <= self.grayscale <= 1, f"augmentation.grayscale: {self.grayscale} is no probability")
 
     def transform(self, preprocessing: Preprocessing) -> v2.Compose:
         """PIL image -> uint8 ``[3, S, S]``, random by torch's generator."""

@@ -17,7 +17,7 @@ from datamodules.sampling import GlobalBatchSampler, Sample, StridedSampler
 from lit_clip.batch import CaptionBatch
 from lit_clip.collectives import rank_and_world
 from lit_clip.config import Preprocessing
-from lit_clip.errors import InputError
+from lit_clip.errors import InputError, require
 from lit_clip.preprocess import pixels
 from lit_clip.tokenizer import Tokenize, trim_padding
 
@@ -116,8 +116,9 @@ class CaptionDataModule(LightningDataModule, ABC):
         tokenize: Callable[[list[str]], Tensor] | None = None,
     ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise InputError(f"batch_size: {batch_size} is not a number of pairs")
+        require(batch_size >= 1, f"batch_size: {batch_size} must be at least 1")
+        require(num_workers >= 0, f"num_workers: {num_workers} must be at least 0")
+        require(seed >= 0, f"seed: {seed} must be at least 0")
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.augmentation = augmentation or Augmentation()
         self.preprocessing = preprocessing or Preprocessing()
@@ -164,7 +165,7 @@ class CaptionDataModule(LightningDataModule, ABC):
         batches, source = self._batches(), self.train_source
         assert source is not None
         trainer: Any = self.trainer
-        if trainer and trainer.overfit_batches:  # the same batch every time, augmented the same way
+        if getattr(trainer, "overfit_batches", 0):  # the same batch every time, augmented the same way
             batches.reshuffle = False
         transform = self.augmentation.transform(self.preprocessing)
         return self._loader(TrainingPairs(source, transform, self.seed), batch_sampler=batches)

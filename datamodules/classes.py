@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from datamodules.images import SUFFIXES, open_image
+from datamodules.images import SUFFIXES, check_images, open_image
 from lit_clip.errors import InputError
 from lit_clip.preprocess import to_rgb
 from lit_clip.zero_shot import LabelledImages, imagenet_class_names
@@ -59,13 +59,14 @@ class ImageFolderClasses(LabelledImages):
             if not pictures:
                 raise InputError(f"{path}: no pictures of this class ({', '.join(sorted(SUFFIXES))})")
             self.files += [(file, label) for file in pictures]
+        check_images([(file, f"class folder {file.parent.name}") for file, _ in self.files])
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         path, label = self.files[index]
-        return to_rgb(open_image(path, path.parent.name)), label
+        return to_rgb(open_image(path, f"class folder {path.parent.name}")), label
 
     def labels(self) -> list[int]:
         return [label for _, label in self.files]
@@ -81,7 +82,7 @@ class ParquetClasses(LabelledImages):
         label_column: integers from 0.
 
     Raises:
-        InputError: no such file or column, labels beyond the names, or ``pyarrow`` missing.
+        InputError: no such file or column, labels other than 0 to the number of names, or ``pyarrow`` missing.
     """
 
     def __init__(

@@ -17,7 +17,8 @@ from typing import Any, Literal
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from datamodules.captions import Augmentation, CaptionDataModule, Pair, PairSource
+from datamodules.augmentation import Augmentation
+from datamodules.captions import CaptionDataModule, Pair, PairSource
 from lit_clip.config import Preprocessing
 from lit_clip.errors import InputError
 from lit_clip.zero_shot import LabelledImages
@@ -216,11 +217,13 @@ class OpenMoji(CaptionDataModule):
 
     def sources(self, fit: bool) -> tuple[PairSource | None, PairSource]:
         emoji, paths = read_table(), draw(self.cache_dir)
-        kept = held_out(emoji)
-        train = [i for i, out in enumerate(kept) if not (out and self.hold_out)]
-        val = [i for i, out in enumerate(kept) if out]
-        sources = [EmojiPairs([emoji[i] for i in rows], [paths[i] for i in rows]) for rows in (train, val)]
-        return sources[0], sources[1]
+        out = held_out(emoji)
+
+        def pairs(rows: list[int]) -> EmojiPairs:
+            return EmojiPairs([emoji[i] for i in rows], [paths[i] for i in rows])
+
+        train = [i for i in range(len(emoji)) if not (out[i] and self.hold_out)]
+        return pairs(train) if fit else None, pairs([i for i in range(len(emoji)) if out[i]])
 
 
 class OpenMojiClasses(LabelledImages):
@@ -243,13 +246,13 @@ class OpenMojiClasses(LabelledImages):
     ) -> None:
         emoji = read_table()
         paths = draw(Path(cache_dir) if cache_dir else None, style)
-        of = [getattr(e, classes) for e in emoji]
-        self.class_names = list(dict.fromkeys(of))
+        class_of = [getattr(e, classes) for e in emoji]
+        self.class_names = list(dict.fromkeys(class_of))
         number = {name: label for label, name in enumerate(self.class_names)}
         wanted = {"all": (True, False), "trained": (False,), "held_out": (True,)}[drawings]
         self.files = [
             (path, number[name])
-            for e, path, name, out in zip(emoji, paths, of, held_out(emoji), strict=True)
+            for e, path, name, out in zip(emoji, paths, class_of, held_out(emoji), strict=True)
             if out in wanted and not (style == "line" and (e.group == "flags" or _blank(path)))
         ]
 

@@ -8,19 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_utilities.core.rank_zero import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from datamodules.augmentation import Augmentation
 from datamodules.captions import CaptionDataModule, Pair, PairSource
-from datamodules.images import check_image, open_image
+from datamodules.images import check_images, open_image
 from lit_clip.config import Preprocessing
 from lit_clip.errors import InputError
 
 IMAGE_COLUMNS = ("image", "image_path", "filepath", "file_path", "path", "filename", "file_name", "file", "img")
 CAPTION_COLUMNS = ("caption", "text", "title", "description", "sentence")
 BLANK = frozenset({"", "nan", "none", "null", "n/a", "<na>"})  # what spreadsheets and pandas write for "no caption"
-CHECKED = 10_000  # pictures whose presence and header are looked at before training
 VALIDATION_SHARE = 0.1
 
 
@@ -44,6 +43,8 @@ def _delimited(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         number = 1
         try:
             columns = [column.strip() for column in next(reader)]
+            if twice := [column for i, column in enumerate(columns) if column in columns[:i]]:
+                raise InputError(f"{path} row 1: two columns are called {twice[0]!r}; rename one")
             for number, values in enumerate(reader, start=2):
                 if not values:
                     continue
@@ -64,10 +65,12 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
                 continue
             try:
                 values = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(f"{path} row {number}: not JSON ({error.msg})") from error
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{path} row {number}: not JSON ({error}); one object a line is wanted") from error
             if not isinstance(values, dict):
-                raise InputError(f"{path} row {number}: not a JSON object with an image and a caption")
+                raise InputError(
+                    f"{path} row {number}: not a JSON object with an image and a caption; one a line is wanted"
+                )
             yield number, values
 
 
@@ -119,6 +122,8 @@ def read_table(path: Path, image_column: str | None = None, caption_column: str 
                     _column(path, found, image_column, IMAGE_COLUMNS, "image_column"),
                     _column(path, found, caption_column, CAPTION_COLUMNS, "caption_column"),
                 )
+                if columns[0] == columns[1]:
+                    raise InputError(f"{path}: column {columns[0]!r} cannot be both the image and the caption")
             image, caption = (values.get(column) for column in columns)
             if not isinstance(image, str) or not image.strip():
                 raise InputError(f"{path} row {number}: no image in column {columns[0]!r}")
@@ -146,8 +151,7 @@ class TablePairs(PairSource):
 
     def __init__(self, path: Path, rows: list[Row], root: Path) -> None:
         self.path, self.rows, self.root = path, rows, root
-        for row in rows[:: max(1, len(rows) // CHECKED)]:
-            check_image(root / row.image, f"{path} row {row.number}")
+        check_images([(root / row.image, f"{path} row {row.number}") for row in rows])
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -1,5 +1,6 @@
 """The command line: LightningCLI with what must agree linked, and errors in one line."""
 
+import inspect
 import logging
 import sys
 import warnings
@@ -8,11 +9,13 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ArgumentError, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from omegaconf.errors import OmegaConfBaseException
 
 from lit_clip.errors import InputError
 from lit_clip.module import LitCLIP
@@ -42,13 +45,16 @@ class CLI(LightningCLI):
         """Typed options beat the YAML files, those beat what ``--ckpt_path`` holds, and that beats the defaults."""
         words = sys.argv[1:] if args is None else args if isinstance(args, list) else []
         subcommand = next((word for word in words if word in getattr(self, "_subcommand_parsers", ())), None)
-        path = _option(words, "--ckpt_path")
+        path = _checkpoint_path(words, subcommand)
         if subcommand and path and path not in ("last", "best", "hpc"):  # words that Lightning itself resolves
             hparams = read_checkpoint(path)["hyper_parameters"]
-            self._subcommand_parsers[subcommand].set_defaults({f"model.{key}": hparams[key] for key in hparams})
+            known = inspect.signature(LitCLIP).parameters.keys() & hparams.keys()
+            self._subcommand_parsers[subcommand].set_defaults({f"model.{key}": hparams[key] for key in known})
         for name in {"validate", "test"} & getattr(self, "_subcommand_parsers", {}).keys():
             self._subcommand_parsers[name].set_defaults(verbose=False)  # our table says it, with what guessing reaches
         super().parse_arguments(parser, args)
+        if subcommand and path:
+            self.config[subcommand]["model"]["pretrained"] = None  # the checkpoint replaces every weight
 
     def _parse_ckpt_path(self) -> None:
         """Lightning lets a checkpoint's hyper-parameters override what the user typed; see :meth:`parse_arguments`."""
@@ -56,16 +62,21 @@ class CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         self.save_config_kwargs = {"config_filename": f"{self.subcommand}_config.yaml", "overwrite": True}
         settings: Any = self._get(self.config_init, "trainer")
-        has_bar = any(isinstance(callback, ProgressBar) for callback in settings.callbacks or [])
+        callbacks = settings.callbacks or []
+        settings.callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        has_bar = any(isinstance(callback, ProgressBar) for callback in settings.callbacks)
         if settings.enable_progress_bar is not False and not has_bar:
             self.trainer_defaults["callbacks"] = [RichProgressBar()]
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (ValueError, TypeError) as error:
+            raise InputError(f"trainer: {error}") from error
 
     def after_fit(self) -> None:
         self._summarise()
         callback = self.trainer.checkpoint_callback
         last = getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", "")
-        log_dir = self.trainer.log_dir  # a broadcast: every rank must ask
+        log_dir = self.trainer.log_dir if self.trainer.loggers else None  # a broadcast: every rank must ask
         if last and self.trainer.is_global_zero:
             print_next_steps(Path(last), log_dir)
 
@@ -80,14 +91,31 @@ class CLI(LightningCLI):
             print_summary(self.trainer.callback_metrics, self.model.baselines)
 
 
-def _option(words: Sequence[str], name: str) -> str | None:
-    """The value of ``name value`` or ``name=value`` among command line words."""
+def _options(words: Sequence[str], *names: str) -> list[str]:
+    """The values of ``name value`` and ``name=value`` among command line words."""
+    values = []
     for i, word in enumerate(words):
-        if word.startswith(f"{name}="):
-            return word.partition("=")[2]
-        if word == name and i + 1 < len(words):
-            return words[i + 1]
-    return None
+        name, equals, value = word.partition("=")
+        if name in names and (equals or i + 1 < len(words)):
+            values.append(value if equals else words[i + 1])
+    return values
+
+
+def _checkpoint_path(words: Sequence[str], subcommand: str | None) -> str | None:
+    """``ckpt_path`` as typed, or as the last YAML file that has one says."""
+    paths = _options(words, "--ckpt_path")
+    for config in reversed(_options(words, "--config", "-c")) if not paths else ():
+        try:
+            values = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise InputError(f"{config}: not a readable YAML file ({' '.join(str(error).split())})") from error
+        if not isinstance(values, dict):
+            raise InputError(f"{config}: not a YAML mapping of options; see --print_config")
+        section = values.get(subcommand, values)
+        if isinstance(section, dict) and section.get("ckpt_path"):
+            paths.append(str(section["ckpt_path"]))
+            break
+    return paths[-1] if paths else None
 
 
 def one_line(error: BaseException) -> str:
@@ -116,18 +144,24 @@ def user_error(error: BaseException) -> BaseException | None:
         if isinstance(cause, InputError):
             return cause
         cause = cause.__cause__ or cause.__context__
-    return error if isinstance(error, ArgumentError | MisconfigurationException) else None
+    if isinstance(error, OSError) and error.filename:
+        return InputError(f"{error.filename}: {error.strerror}")
+    if isinstance(error, RuntimeError) and "Connection closed by peer" in str(error):
+        return InputError("another process failed; its message is above")
+    return error if isinstance(error, ArgumentError | MisconfigurationException | OmegaConfBaseException) else None
 
 
 def _hush() -> None:
     """Keep Lightning's advertisements, and a warning that only its authors can act on, from the terminal."""
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
     warnings.filterwarnings("ignore", message=r"Precision bf16-mixed is not supported by the model summary.*")
+    # What we log at the end of an epoch has been summed over the ranks already.
+    warnings.filterwarnings("ignore", message=r".*recommended to use `self\.log\(.*sync_dist=True\)`.*")
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    logger.addFilter(lambda record: "litlogger" not in record.getMessage().lower())
+    logger.addFilter(lambda record: "Tip:" not in record.getMessage())
 
 
-def run(args: ArgsType = None, run: bool = True) -> CLI:
+def run(args: ArgsType = None, execute: bool = True) -> CLI:
     """Parse and run a command; what the user can mend is raised as an error."""
     # Without this, absolute keys such as ${model.learning_rate} are looked up above the subcommand.
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
@@ -143,7 +177,7 @@ def run(args: ArgsType = None, run: bool = True) -> CLI:
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
         args=args,
-        run=run,
+        run=execute,
     )
 
 

@@ -63,9 +63,11 @@ def gather_objects(local: list[Any]) -> list[Any]:
     return [item for part in parts for item in part or []]
 
 
-def sum_over_ranks(local: Tensor) -> Tensor:
-    """The element-wise sum over ranks, a new tensor."""
-    total = local.clone()
-    if rank_and_world()[1] > 1:
-        dist.all_reduce(total)
-    return total
+def sum_over_ranks(local: Tensor, device: torch.device) -> Tensor:
+    """The element-wise sum over ranks, where ``local`` is; ``device`` is one that the backend serves."""
+    if rank_and_world()[1] == 1:
+        return local
+    total = local.to(device)
+    total = total.clone() if total is local else total
+    dist.all_reduce(total)
+    return total.to(local.device)

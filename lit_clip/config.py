@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, Literal
 
-from lit_clip.errors import InputError
+from lit_clip.errors import InputError, require
 
 Activation = Literal["quick_gelu", "gelu"]
 
@@ -70,6 +70,9 @@ class Preprocessing:
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     resize_mode: Literal["shortest", "squash"] = "shortest"
 
+    def __post_init__(self) -> None:
+        self.mean, self.std = tuple(self.mean), tuple(self.std)  # JSON knows lists only
+
 
 @dataclass
 class CLIPConfig:
@@ -80,15 +83,21 @@ class CLIPConfig:
         image: the image encoder.
         text: the text encoder.
         activation: of every MLP; OpenAI's weights need ``quick_gelu``, most of open_clip's ``gelu``.
+        preprocessing: of pictures; None: the paper's, at the image encoder's size.
     """
 
     embed_dim: int = 512
     image: VisionTransformerConfig = field(default_factory=VisionTransformerConfig)
     text: TextTransformerConfig = field(default_factory=TextTransformerConfig)
     activation: Activation = "gelu"
+    preprocessing: Preprocessing | None = None
 
     def __post_init__(self) -> None:
+        require(self.embed_dim >= 1, f"architecture: embed_dim {self.embed_dim} must be at least 1")
         for tower, config in (("image", self.image), ("text", self.text)):
+            for name, size in dataclasses.asdict(config).items():
+                least = 3 if name == "context_length" else 1  # start, a word, end
+                require(size >= least, f"architecture.{tower}: {name} {size} must be at least {least}")
             if config.width % config.heads:
                 raise InputError(
                     f"architecture.{tower}: width {config.width} is not a multiple of heads {config.heads}; "
@@ -100,6 +109,11 @@ class CLIPConfig:
                 f"{self.image.patch_size}; the rest of the picture would be cut off"
             )
 
+        if self.preprocessing is None:
+            self.preprocessing = Preprocessing(image_size=self.image.image_size)
+        theirs, ours = self.preprocessing.image_size, self.image.image_size
+        require(theirs == ours, f"architecture: preprocessing.image_size {theirs} is not image.image_size {ours}")
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "CLIPConfig":
         """The inverse of :func:`dataclasses.asdict`."""
@@ -108,6 +122,7 @@ class CLIPConfig:
                 **values,
                 "image": VisionTransformerConfig(**values["image"]),
                 "text": TextTransformerConfig(**values["text"]),
+                "preprocessing": Preprocessing(**values["preprocessing"]),
             }
         )
 

@@ -1,4 +1,4 @@
-"""The one exception for what a user can mend."""
+"""What a user can mend is raised as one exception."""
 
 
 class InputError(ValueError):
@@ -6,3 +6,9 @@ class InputError(ValueError):
 
     The command line prints the message alone and exits with code 2; from Python it is an ordinary ``ValueError``.
     """
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise :class:`InputError` with ``message`` unless the condition holds (NaN never does)."""
+    if not condition:
+        raise InputError(message)

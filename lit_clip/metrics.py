@@ -65,7 +65,7 @@ def retrieval_hits(
         positive_CQ = (candidate_ids_C2[:, None] == ids[None]).any(dim=-1).int()
         positive_GQ = positive_CQ.new_zeros(groups, len(ids)).index_add_(0, group_C, positive_CQ) > 0
         ranks = positive_ranks(features, candidate_CD[first_G], positive_GQ.T)
-        hits += torch.stack([(ranks < k).sum() for k in ks]).double().cpu()
+        hits += torch.stack([(ranks < k).sum() for k in ks]).cpu().double()
     return hits
 
 
@@ -102,5 +102,5 @@ def whole_set_loss(image_ND: Tensor, text_ND: Tensor, scale: Tensor, rows: range
     for start in range(rows.start, rows.stop, CHUNK):
         part = slice(start, min(start + CHUNK, rows.stop))
         loss = contrastive_loss(image_ND[part], text_ND[part], image_ND, text_ND, scale, first_row=start)
-        total += loss.double().cpu() * (part.stop - part.start)
+        total += loss.cpu().double() * (part.stop - part.start)
     return total

@@ -11,10 +11,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lit_clip import preprocess as pp
-from lit_clip import tokenizer
-from lit_clip.config import CLIPConfig, Preprocessing
-from lit_clip.errors import InputError
+from lit_clip.config import CLIPConfig
+from lit_clip.errors import InputError, require
 from lit_clip.losses import unit
+from lit_clip.tokenizer import EOT_ID, Tokenize
 from lit_clip.transformer import Transformer, VisionTransformer
 
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)  # paper, section 2.5
@@ -34,7 +34,8 @@ class CLIP(nn.Module):
         super().__init__()
         text = config.text
         self.config = config
-        self.preprocessing = Preprocessing(image_size=config.image.image_size)
+        assert config.preprocessing is not None  # __post_init__ has seen to it
+        self.preprocessing = config.preprocessing
         self.visual = VisionTransformer(config.image, config.embed_dim, config.activation)
         self.transformer = Transformer(text.width, text.layers, text.heads, config.activation, causal=True)
         self.token_embedding = nn.Embedding(text.vocab_size, text.width)
@@ -62,13 +63,23 @@ class CLIP(nn.Module):
         """A picture -> float32 ``[3, H, W]``, as :meth:`encode_image` wants it."""
         return pp.image_transform(self.preprocessing)(image)
 
+    @property
+    def tokenizer(self) -> Tokenize:
+        """CLIP's tokenizer for this model's context length, as an object that data workers can be sent."""
+        vocab_size = self.config.text.vocab_size
+        require(
+            vocab_size > EOT_ID,
+            f"architecture.text: vocab_size {vocab_size} is too small for CLIP's {EOT_ID + 1} tokens",
+        )
+        return Tokenize(self.context_length)
+
     def tokenize(self, texts: str | Sequence[str]) -> Tensor:
         """Texts -> int64 ``[N, context_length]``; longer ones are cut."""
-        return tokenizer.tokenize(texts, self.context_length)
+        return self.tokenizer(texts)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """uint8 ``[B, 3, H, W]`` of a batch -> float32, as :meth:`encode_image` wants it."""
-        return pp.normalize(images, self.preprocessing)
+        """uint8 ``[B, 3, H, W]`` of a batch -> float in the weights' precision, as :meth:`encode_image` wants it."""
+        return pp.normalize(images, self.preprocessing).to(self.visual.conv1.weight.dtype)
 
     def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
         """Float, normalised ``[B, 3, H, W]`` -> ``[B, D]``, of unit length if ``normalize``."""

@@ -8,16 +8,18 @@ from typing import Any, TypedDict
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_clip import collectives
 from lit_clip.batch import CaptionBatch
 from lit_clip.config import CLIPConfig, Preprocessing, resolve_architecture
+from lit_clip.errors import require
 from lit_clip.losses import contrastive_loss
 from lit_clip.metrics import first_occurrences, guessing_recalls, identities, retrieval_hits, whole_set_loss
-from lit_clip.optim import VIT_BETAS, VIT_EPS, decay_groups, total_steps, warmup_cosine
+from lit_clip.optim import decay_groups, total_steps, warmup_cosine
 from lit_clip.tokenizer import Tokenize
-from lit_clip.weights import check_architecture, create_model
+from lit_clip.weights import check_architecture, check_weights, create_model
 
 RECALL_AT = (1, 5, 10)
 PREFIX = "model."
@@ -43,8 +45,8 @@ class LitCLIP(LightningModule):
         pretrained: a checkpoint to start from; it must be of this architecture.
         learning_rate: at the end of the warm-up (paper, table 20: 5e-4 for ViT-B at 32,768 pairs a step).
         weight_decay: on weights, not on gains and biases (table 18).
-        betas: of AdamW; None: the paper's for the image encoder (table 18: 0.9 and 0.98 for a ViT).
-        eps: of AdamW; None: the paper's for the image encoder (table 18: 1e-6 for a ViT).
+        betas: of AdamW (table 18, ViT).
+        eps: of AdamW (table 18, ViT).
         warmup_steps: optimiser steps of linear warm-up before the cosine (table 18: 2,000).
 
     Attributes:
@@ -57,19 +59,27 @@ class LitCLIP(LightningModule):
         pretrained: str | os.PathLike[str] | None = None,
         learning_rate: float = 5e-4,
         weight_decay: float = 0.2,
-        betas: tuple[float, float] | None = None,
-        eps: float | None = None,
+        betas: tuple[float, float] = (0.9, 0.98),
+        eps: float = 1e-6,
         warmup_steps: int = 2000,
     ) -> None:
         super().__init__()
         config = resolve_architecture(architecture)
+        for name, value in (
+            ("learning_rate", learning_rate),
+            ("weight_decay", weight_decay),
+            ("warmup_steps", warmup_steps),
+        ):
+            require(value >= 0, f"model.{name}: {value} must be at least 0")
+        require(all(0 <= beta < 1 for beta in betas), f"model.betas: {list(betas)} must be at least 0 and below 1")
+        require(eps > 0, f"model.eps: {eps} must be above 0")
         self.save_hyperparameters(  # plain values only: a checkpoint must load with weights_only=True
             {
                 "architecture": dataclasses.asdict(config),
                 "learning_rate": learning_rate,
                 "weight_decay": weight_decay,
-                "betas": list(betas or VIT_BETAS),
-                "eps": VIT_EPS if eps is None else eps,
+                "betas": list(betas),
+                "eps": eps,
                 "warmup_steps": warmup_steps,
             }
         )
@@ -85,15 +95,23 @@ class LitCLIP(LightningModule):
         return self.model.preprocessing
 
     @property
-    def tokenize(self) -> "Tokenize":
+    def tokenize(self) -> Tokenize:
         """Texts -> int64 ``[N, context_length]``, picklable for data workers."""
-        return Tokenize(self.model.context_length)
+        return self.model.tokenizer
 
     def forward(self, batch: CaptionBatch) -> tuple[Tensor, Tensor]:
         """Unit features ``[B, D]`` of images and captions, float32."""
         image_BD = self.model.encode_image(self.model.normalize(batch.images), normalize=True)
         text_BD = self.model.encode_text(batch.tokens, normalize=True)
         return image_BD, text_BD
+
+    def on_fit_start(self) -> None:
+        batches = self.trainer.accumulate_grad_batches
+        require(
+            batches == 1,
+            f"trainer.accumulate_grad_batches: {batches} adds no negatives, and they are what a "
+            "larger batch is for; raise data.init_args.batch_size or the number of devices instead",
+        )
 
     def training_step(self, batch: CaptionBatch, batch_idx: int) -> Tensor:
         image_BD, text_BD = self(batch)
@@ -105,15 +123,16 @@ class LitCLIP(LightningModule):
         self.log("train/logit_scale", scale, batch_size=len(batch.images))
         return loss
 
-    def on_train_batch_end(self, outputs: Any, batch: CaptionBatch, batch_idx: int) -> None:
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        # Here and not in on_train_batch_end: callbacks' hooks come before that, and one of them saves the checkpoint.
         self.model.clamp_logit_scale()
 
     def on_validation_epoch_start(self) -> None:
         self._validated = []
 
     def validation_step(self, batch: CaptionBatch, batch_idx: int) -> Features:
-        image_BD, text_BD = self(batch)
-        features = Features(image=image_BD, text=text_BD, tokens=batch.tokens, keys=batch.keys)
+        features = self.predict_step(batch, batch_idx)
         self._validated.append(features)
         return features
 
@@ -148,7 +167,7 @@ class LitCLIP(LightningModule):
         to_text = retrieval_hits(image[first][my_images], ids[first][my_images], text, ids, RECALL_AT, distinct=1)
         to_image = retrieval_hits(text[mine], ids[mine], image, ids, RECALL_AT, distinct=0)
         loss = whole_set_loss(image, text, self.model.logit_scale.exp(), range(N)[mine])
-        loss, *recalls = collectives.sum_over_ranks(torch.cat([loss[None], to_text, to_image])).tolist()
+        loss, *recalls = collectives.sum_over_ranks(torch.cat([loss[None], to_text, to_image]), self.device).tolist()
         self.log(f"{prefix}/loss", loss / N, prog_bar=True)
         guesses = guessing_recalls(ids, RECALL_AT)
         for i, (direction, queries) in enumerate((("image_to_text", images), ("text_to_image", N))):
@@ -165,9 +184,11 @@ class LitCLIP(LightningModule):
             lr=hparams.learning_rate,
             betas=tuple(hparams.betas),
             eps=hparams.eps,
-            fused=True,
+            fused=self.trainer.precision != "16-mixed",  # a fused step would leave the gradients scaled for all others
         )
         total, warmup = total_steps(self.trainer), hparams.warmup_steps
+        if warmup >= total:
+            rank_zero_warn(f"the run has {total} steps and warm-up takes {warmup}: set --model.warmup_steps lower")
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -176,9 +197,23 @@ class LitCLIP(LightningModule):
         checkpoint["state_dict"] = {key.removeprefix(PREFIX): value for key, value in state.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        check_architecture(checkpoint, self.model.config, "the checkpoint")
+        name = (self._trainer and self._trainer.ckpt_path) or "the checkpoint"
+        check_architecture(checkpoint, self.model.config, name)
         state: Mapping[str, Any] = checkpoint["state_dict"]
+        check_weights(self.model, state, name)
         checkpoint["state_dict"] = {PREFIX + key: value for key, value in state.items()}
+        self._keep_what_was_typed(checkpoint)
+
+    def _keep_what_was_typed(self, checkpoint: dict[str, Any]) -> None:
+        """A resumed optimiser takes its moments from the checkpoint, its settings from this run's hyper-parameters."""
+        hparams: Any = self.hparams
+        settings = {"initial_lr": hparams.learning_rate, "betas": tuple(hparams.betas), "eps": hparams.eps}
+        for optimizer in checkpoint.get("optimizer_states", []):
+            for group, decay in zip(optimizer["param_groups"], (hparams.weight_decay, 0.0), strict=True):
+                group["lr"] *= hparams.learning_rate / (group["initial_lr"] or 1.0)
+                group.update(settings, weight_decay=decay)
+        for schedule in checkpoint.get("lr_schedulers", []):
+            schedule["base_lrs"] = [hparams.learning_rate] * len(schedule["base_lrs"])
 
 
 def _share(size: int) -> slice:

@@ -8,9 +8,6 @@ from torch import nn
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-VIT_BETAS, VIT_EPS = (0.9, 0.98), 1e-6  # paper, table 18
-RESNET_BETAS, RESNET_EPS = (0.9, 0.999), 1e-8  # paper, table 18
-
 
 def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """AdamW's parameter groups: decay on "all weights that are not gains or biases" (paper, section 2.5).
@@ -41,7 +38,7 @@ def total_steps(trainer: "Trainer") -> int:
     """Optimiser steps of the whole run.
 
     Counted from the data module where it tells its ``steps_per_epoch``: asking Lightning instead
-    (``estimated_stepping_batches``) sets the data loaders up early and loses the position a checkpoint restored.
+    (``estimated_stepping_batches``) sets the data loaders up early, and a loader that was resumed loses its position.
     """
     steps_per_epoch = getattr(getattr(trainer, "datamodule", None), "steps_per_epoch", None)
     if steps_per_epoch is None:

@@ -18,7 +18,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
-from lit_clip.errors import InputError
+from lit_clip.errors import InputError, require
 
 START_OF_TEXT, END_OF_TEXT = "<|startoftext|>", "<|endoftext|>"
 SOT_ID, EOT_ID = 49406, 49407
@@ -91,6 +91,7 @@ def tokenize(texts: str | Sequence[str], context_length: int = 77, truncate: boo
     Raises:
         InputError: something is not a string, or too long while ``truncate`` is false.
     """
+    require(context_length >= 2, f"context_length: {context_length} has no room for the start and the end of a text")
     texts = [texts] if isinstance(texts, str) else list(texts)
     result = torch.zeros(len(texts), context_length, dtype=torch.long)
     for i, text in enumerate(texts):
@@ -111,7 +112,7 @@ class Tokenize:
 
     context_length: int = 77
 
-    def __call__(self, texts: Sequence[str]) -> Tensor:
+    def __call__(self, texts: str | Sequence[str]) -> Tensor:
         return tokenize(texts, self.context_length)
 
 

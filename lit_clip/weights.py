@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,38 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise InputError(f"{path}: no such checkpoint file")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: not a readable checkpoint ({reason})") from error
-    if not isinstance(checkpoint, dict) or "architecture" not in checkpoint.get("hyper_parameters", {}):
-        raise InputError(f"{path}: not a lit-clip checkpoint (it names no architecture)")
+    except pickle.UnpicklingError as error:  # its own text advises to load the file unsafely
+        raise InputError(f"{path}: not a checkpoint of tensors and plain values; nothing in it was run") from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise InputError(f"{path}: not a readable checkpoint; it may be incomplete") from error
+    try:
+        CLIPConfig.from_dict(checkpoint["hyper_parameters"]["architecture"])
+        dict(checkpoint["state_dict"])
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise InputError(f"{path}: not a lit-clip checkpoint (it has no weights or names no architecture)") from error
     return checkpoint
+
+
+def load_weights(model: CLIP, checkpoint: dict[str, Any], name: str | os.PathLike[str]) -> None:
+    """Copy a checkpoint's weights into a model of its architecture.
+
+    Raises:
+        InputError: another architecture, or weights missing, unknown or of another shape.
+    """
+    check_architecture(checkpoint, model.config, name)
+    check_weights(model, checkpoint["state_dict"], name)
+    model.load_state_dict(checkpoint["state_dict"])
+
+
+def check_weights(model: CLIP, state: Mapping[str, Any], name: str | os.PathLike[str]) -> None:
+    """Raise :class:`InputError` naming a weight that is missing, unknown or of another shape."""
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    theirs = {key: tuple(getattr(value, "shape", ())) for key, value in state.items()}
+    wrong = sorted(key for key in shapes.keys() | theirs.keys() if shapes.get(key) != theirs.get(key))
+    if wrong:
+        there, here = (side.get(wrong[0], "absent") for side in (theirs, shapes))
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise InputError(f"{name}: weights do not fit: {wrong[0]}{more} is {there} there and {here} here")
 
 
 def _flat(config: CLIPConfig) -> dict[str, Any]:
@@ -54,9 +81,7 @@ def create_model(name: str | CLIPConfig, pretrained: str | os.PathLike[str] | No
     """
     model = CLIP(resolve_architecture(name))
     if pretrained is not None:
-        checkpoint = read_checkpoint(pretrained)
-        check_architecture(checkpoint, model.config, pretrained)
-        model.load_state_dict(checkpoint["state_dict"])
+        load_weights(model, read_checkpoint(pretrained), pretrained)
     return model
 
 
@@ -68,5 +93,5 @@ def load_model(path: str | os.PathLike[str]) -> CLIP:
     """
     checkpoint = read_checkpoint(path)
     model = CLIP(CLIPConfig.from_dict(checkpoint["hyper_parameters"]["architecture"]))
-    model.load_state_dict(checkpoint["state_dict"])
+    load_weights(model, checkpoint, path)
     return model.eval()

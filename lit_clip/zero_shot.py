@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lit_clip.errors import InputError
+from lit_clip.errors import InputError, require
 from lit_clip.tokenizer import trim_padding
 
 IMAGENET = "imagenet"
@@ -88,6 +88,7 @@ def imagenet_templates() -> list[str]:
 
 def check_templates(templates: Sequence[str]) -> None:
     """Raise :class:`InputError` unless there is a template and each has a place for the class name."""
+    require(not isinstance(templates, str), f"templates: {templates!r} is one string; give a list of templates")
     if not templates:
         raise InputError("templates: empty; give at least one, such as 'a photo of a {}.'")
     for template in templates:
@@ -122,6 +123,7 @@ def zero_shot_classifier(
         InputError: no class, no template, or a template without ``{}``.
     """
     check_templates(templates)
+    require(not isinstance(class_names, str), f"class_names: {class_names!r} is one string; give a list of names")
     if not class_names:
         raise InputError("class_names: empty; there is nothing to tell apart")
     prompts = [template.replace("{}", name) for name in class_names for template in templates]
@@ -157,7 +159,7 @@ def classification_counts(logits: Tensor, labels: Tensor) -> Tensor:
     right = guesses == labels[:, None]
     counts = torch.zeros(3, C, dtype=torch.float64)
     for row, weight in enumerate((torch.ones(B), right[:, 0], right.any(dim=1))):
-        counts[row].index_add_(0, labels.cpu(), weight.double().cpu())
+        counts[row].index_add_(0, labels.cpu(), weight.cpu().double())
     return counts
 
 

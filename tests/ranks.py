@@ -66,7 +66,7 @@ def uneven_gather() -> None:
     expected = torch.cat([torch.full((r, 3), float(r)) for r in range(world)])
     assert torch.equal(collectives.gather_uneven(rows), expected)
     assert collectives.gather_objects([f"{rank}"] * rank) == [f"{r}" for r in range(world) for _ in range(r)]
-    assert collectives.sum_over_ranks(torch.tensor(rank + 1.0)).item() == world * (world + 1) / 2
+    assert collectives.sum_over_ranks(torch.tensor(rank + 1.0), torch.device("cpu")).item() == world * (world + 1) / 2
 
 
 if __name__ == "__main__":

@@ -96,6 +96,11 @@ def test_what_is_typed_beats_the_checkpoint(
     resume = ("--ckpt_path", str(checkpoint_of(folder)), "--trainer.max_steps", "8")
     result = cli(*words("fit", caption_table), "--model.learning_rate", "0.001", *resume)
     assert result.returncode == 0, result.stderr
+    (resumed,) = (tmp_path / "lightning_logs/version_0/checkpoints").glob("*.ckpt")
+    state = torch.load(resumed, weights_only=True)
+    assert [group["initial_lr"] for group in state["optimizer_states"][0]["param_groups"]] == [0.001, 0.001]
+    assert state["lr_schedulers"][0]["base_lrs"] == [0.001, 0.001]
+    assert all(group["lr"] <= 0.001 for group in state["optimizer_states"][0]["param_groups"])
     saved = tmp_path / "lightning_logs/version_0/fit_config.yaml"
     assert yaml.safe_load(saved.read_text())["model"]["learning_rate"] == 0.001
 
@@ -146,7 +151,7 @@ def test_configs_are_merged_and_interpolated(caption_table: Path, tmp_path: Path
 
 def test_the_data_module_is_told_the_models_preprocessing_and_tokenizer(caption_table: Path) -> None:
     _, *options = words("fit", caption_table)
-    command = run(args=options, run=False)
+    command = run(args=options, execute=False)
     assert command.datamodule.preprocessing.image_size == 32
     assert command.datamodule.tokenize(["a"]).shape == (1, 16)
 
@@ -213,7 +218,7 @@ def test_a_class_list_of_the_wrong_length_names_both_counts(tmp_path: Path, in_p
 def test_a_file_that_is_no_checkpoint_is_named(tmp_path: Path, caption_table: Path, in_process: Cli) -> None:
     (tmp_path / "text.ckpt").write_text("not a checkpoint")
     torch.save({"weights": torch.zeros(1)}, tmp_path / "other.ckpt")
-    for name, part in (("text.ckpt", "not a readable checkpoint"), ("other.ckpt", "not a lit-clip checkpoint")):
+    for name, part in (("text.ckpt", "not a checkpoint of tensors"), ("other.ckpt", "not a lit-clip checkpoint")):
         assert_user_error(in_process(*words("validate", caption_table), "--ckpt_path", name), name, part)
 
 
@@ -236,3 +241,35 @@ def test_a_progress_bar_of_ones_own_replaces_ours(caption_table: Path, tmp_path:
     result = cli(*command, "--trainer.logger", "false", bar)
     assert result.returncode == 0, result.stderr
     assert "litlogger" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("config", "parts"),
+    [
+        ("model: {learning_rate: '${model.lr}'}", ["model.lr", "not found"]),
+        ("data: {class_path: datamodules.OpenMoji", ["typo.yaml", "not a readable YAML file"]),
+        ("just words", ["typo.yaml", "not a YAML mapping"]),
+        ("modle: {learning_rate: 1}", ["modle"]),
+        ("ckpt_path: nowhere.ckpt", ["nowhere.ckpt: no such checkpoint file"]),
+        ("trainer: {strategy: ddpp}", ["trainer:", "ddpp"]),
+        ("model: {betas: [2, 3]}", ["model.betas", "[2.0, 3.0]"]),
+        ("model: {architecture: {text: {vocab_size: 1000}}}", ["vocab_size 1000", "49408"]),
+        ("trainer: {accumulate_grad_batches: 2}", ["accumulate_grad_batches", "negatives"]),
+    ],
+)
+def test_bad_configs_are_one_line_and_exit_code_2(
+    config: str, parts: list[str], caption_table: Path, tmp_path: Path, in_process: Cli
+) -> None:
+    (tmp_path / "typo.yaml").write_text(config)
+    assert_user_error(in_process(*words("fit", caption_table), "--config", "typo.yaml"), *parts)
+
+
+def test_a_checkpoint_whose_weights_do_not_fit_names_one(
+    trained: tuple[Path, Completed], caption_table: Path, tmp_path: Path, in_process: Cli
+) -> None:
+    checkpoint = torch.load(checkpoint_of(trained[0]), weights_only=True)
+    del checkpoint["state_dict"]["ln_final.weight"]
+    torch.save(checkpoint, tmp_path / "broken.ckpt")
+    for option in (["--ckpt_path", "broken.ckpt"], ["--model.pretrained", "broken.ckpt"]):
+        result = in_process(*words("fit", caption_table), *option)
+        assert_user_error(result, "broken.ckpt", "weights do not fit", "ln_final.weight")

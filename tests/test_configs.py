@@ -18,7 +18,7 @@ def test_there_are_configs() -> None:
 def test_a_config_parses_and_its_classes_and_options_exist(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CLI, "instantiate_classes", lambda self: None)  # its data may not be here
     monkeypatch.setenv("IMAGENET", "imagenet")
-    command = run(args=["--config", str(path)], run=False)
+    command = run(args=["--config", str(path)], execute=False)
     assert command.config.model.architecture is not None
 
 

@@ -342,7 +342,9 @@ def test_an_unknown_model_name_is_answered_with_the_nearest_or_all_names() -> No
 
 
 def test_every_listed_name_is_a_model_of_the_paper_in_open_clip() -> None:
-    for name in list_models():
+    papers = [name for name in list_models() if name != "ViT-tiny-16-64"]  # that one is ours
+    assert len(papers) >= 4
+    for name in papers:
         config, theirs = create_meta(name).config, open_clip.get_model_config(name)
         vision, text = theirs["vision_cfg"], theirs["text_cfg"]
         assert config.embed_dim == theirs["embed_dim"]

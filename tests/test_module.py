@@ -8,6 +8,7 @@ import open_clip
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
 import lit_clip
@@ -160,9 +161,10 @@ def test_the_temperature_is_clamped_after_every_step(
     module = LitCLIP(tiny_config, warmup_steps=0)
     with torch.no_grad():
         module.model.logit_scale.fill_(10.0)
-    fitting = trainer(tmp_path, max_steps=1, limit_val_batches=0, enable_checkpointing=False)
-    fitting.fit(module, data_for(module, caption_table))
-    assert module.model.logit_scale.exp().item() == pytest.approx(100)
+    keep = ModelCheckpoint(tmp_path, "step", every_n_train_steps=1)  # its hook comes before the module's
+    trainer(tmp_path, max_steps=1, limit_val_batches=0, callbacks=[keep]).fit(module, data_for(module, caption_table))
+    saved = torch.load(tmp_path / "step.ckpt", weights_only=True)["state_dict"]["logit_scale"]
+    assert saved.exp().item() == pytest.approx(100)
 
 
 def test_validation_is_of_the_whole_set_whatever_the_batch_size(
