@@ -71,7 +71,8 @@ class Preprocessing:
     resize_mode: Literal["shortest", "squash"] = "shortest"
 
     def __post_init__(self) -> None:
-        self.mean, self.std = tuple(self.mean), tuple(self.std)  # JSON knows lists only
+        (r, g, b), (r_std, g_std, b_std) = self.mean, self.std
+        self.mean, self.std = (r, g, b), (r_std, g_std, b_std)  # JSON knows lists only
 
 
 @dataclass

@@ -107,7 +107,7 @@ def test_imagenet_with_two_folders_is_an_error(tmp_path: Path) -> None:
 def test_imagenet_with_its_thousand_folders_has_the_papers_names_in_order(tmp_path: Path) -> None:
     for i in range(1000):
         (tmp_path / f"n{i:08}").mkdir()
-        (tmp_path / f"n{i:08}/a.jpg").touch()  # nothing is decoded before it is asked for
+        (tmp_path / f"n{i:08}/a.png").write_bytes(encoded(0))
     images = ImageFolderClasses(str(tmp_path), class_names="imagenet")
     assert [images.class_names[i] for i in (0, 1, 2, 999)] == ["tench", "goldfish", "great white shark", "toilet paper"]
     assert images.labels() == list(range(1000))
@@ -134,12 +134,21 @@ def test_a_class_without_pictures_is_named(folder: Path) -> None:
     assert "no pictures" in message
 
 
-def test_a_broken_picture_is_an_error_that_names_its_file_once_it_is_read(folder: Path) -> None:
+def test_a_file_that_is_no_picture_is_an_error_before_anything_is_trained(folder: Path) -> None:
     (folder / "a_dog/broken.png").write_bytes(b"not a picture")
+    message = message_of(lambda: ImageFolderClasses(str(folder)))
+    assert "broken.png" in message
+    assert "not an image" in message
+
+
+def test_a_truncated_picture_is_an_error_that_names_its_file_once_it_is_read(folder: Path) -> None:
+    Image.effect_noise((40, 40), 90).save(folder / "a_dog/broken.png")
+    whole = (folder / "a_dog/broken.png").read_bytes()
+    (folder / "a_dog/broken.png").write_bytes(whole[: len(whole) // 2])
     images = ImageFolderClasses(str(folder))
     message = message_of(lambda: images[1])
     assert "broken.png" in message
-    assert "not an image" in message
+    assert "truncated" in message
     assert images[2][1] == 1  # the next one can be read
 
 

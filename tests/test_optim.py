@@ -12,7 +12,7 @@ from torch import Tensor
 from lit_clip.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
 from lit_clip.losses import contrastive_loss
 from lit_clip.model import CLIP
-from lit_clip.optim import VIT_BETAS, VIT_EPS, decay_groups, warmup_cosine
+from lit_clip.optim import decay_groups, warmup_cosine
 
 LEARNING_RATE, WEIGHT_DECAY, WARMUP, STEPS = 1e-3, 0.2, 5, 30
 
@@ -124,7 +124,7 @@ def fixed_batches(number: int, size: int) -> list[tuple[Tensor, Tensor]]:
 def train_ours(model: CLIP, batches: list[tuple[Tensor, Tensor]]) -> tuple[list[float], list[float]]:
     """Losses and scales of the logits; the step is that of LitCLIP."""
     optimizer = torch.optim.AdamW(
-        decay_groups(model, WEIGHT_DECAY), lr=LEARNING_RATE, betas=VIT_BETAS, eps=VIT_EPS, fused=True
+        decay_groups(model, WEIGHT_DECAY), lr=LEARNING_RATE, betas=(0.9, 0.98), eps=1e-6, fused=True
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, WARMUP, STEPS))
     losses, scales = [], []
