@@ -1,0 +1,25 @@
+"""The quickstart keeps its promise: minutes of training on a CPU reach what the README says."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, lit_clip_command
+from tests.test_cli import results
+
+
+@pytest.mark.slow
+def test_the_quickstart_reaches_the_order_of_figures_that_the_readme_states(tmp_path: Path) -> None:
+    config = ("--config", str(ROOT / "configs/quickstart.yaml"))
+    fitted = lit_clip_command(tmp_path, "fit", *config, environment={"OMP_NUM_THREADS": "2"}, timeout=3600)
+    assert fitted.returncode == 0, fitted.stderr
+    reached = {name: float(value.removesuffix(" %")) for name, value in results(fitted.stdout).items()}
+    assert reached["zero_shot/trained_names/top1"] >= 50
+    assert reached["zero_shot/trained_names/top5"] >= 95
+    assert reached["val/image_to_text_recall@1"] >= 10  # guessing: 0.6
+    assert reached["zero_shot/line_art/top5"] >= 5  # guessing: 0.3
+    assert reached["zero_shot/unseen_groups/top1"] >= 40  # guessing: 24
+    (run,) = (tmp_path / "runs/quickstart").iterdir()
+    checkpoint = run / "checkpoints/last.ckpt"
+    validated = lit_clip_command(tmp_path, "validate", *config, "--ckpt_path", str(checkpoint), timeout=600)
+    assert results(validated.stdout) == results(fitted.stdout)
