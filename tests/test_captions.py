@@ -207,14 +207,19 @@ class _Recorder(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def test_lightning_moves_from_epoch_to_epoch(table: Path) -> None:
-    """Under a real trainer, each epoch has an order and an augmentation of its own."""
+def fit_recorder(table: Path, **options: Any) -> tuple[CaptionTable, _Recorder]:
+    """Three epochs under a real trainer, which writes and prints nothing."""
     module, recorder = CaptionTable(str(table), batch_size=4, num_workers=0, preprocessing=SHORT), _Recorder()
     quiet: dict[str, Any] = dict.fromkeys(
         ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
     )
-    trainer = Trainer(accelerator="cpu", max_epochs=3, limit_val_batches=0, use_distributed_sampler=False, **quiet)
-    trainer.fit(recorder, module)
+    Trainer(accelerator="cpu", max_epochs=3, use_distributed_sampler=False, **options, **quiet).fit(recorder, module)
+    return module, recorder
+
+
+def test_lightning_moves_from_epoch_to_epoch(table: Path) -> None:
+    """Under a real trainer, each epoch has an order and an augmentation of its own."""
+    module, recorder = fit_recorder(table, limit_val_batches=0)
     assert [len(batches) for batches in recorder.seen.values()] == [4, 4, 4]  # 19 of 21 pairs, 4 at a time
     orders = [[key for batch in batches for key in batch.keys] for batches in recorder.seen.values()]
     assert orders[0] != orders[1] != orders[2] != orders[0]
@@ -226,12 +231,7 @@ def test_lightning_moves_from_epoch_to_epoch(table: Path) -> None:
 
 def test_overfitting_a_batch_sees_the_same_batch_every_epoch(table: Path) -> None:
     """Lightning's ``overfit_batches`` takes the first batch of each epoch, which must then not change."""
-    module, recorder = CaptionTable(str(table), batch_size=4, num_workers=0, preprocessing=SHORT), _Recorder()
-    quiet: dict[str, Any] = dict.fromkeys(
-        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
-    )
-    trainer = Trainer(accelerator="cpu", max_epochs=3, overfit_batches=1, use_distributed_sampler=False, **quiet)
-    trainer.fit(recorder, module)
+    _, recorder = fit_recorder(table, overfit_batches=1)
     first, *others = [batch for (batch,) in recorder.seen.values()]
     assert len(others) == 2
     for batch in others:
