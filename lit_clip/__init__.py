@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lit_clip.batch import CaptionBatch, LabelledBatch
-    from lit_clip.config import CLIPConfig, list_models
+    from lit_clip.config import CLIPConfig
     from lit_clip.model import CLIP
     from lit_clip.module import LitCLIP
     from lit_clip.preprocess import image_transform
+    from lit_clip.registry import list_models
     from lit_clip.tokenizer import tokenize
     from lit_clip.weights import create_model, load_model
     from lit_clip.zero_shot import zero_shot_classifier
@@ -21,7 +22,7 @@ _HOMES = {
     "LitCLIP": "module",
     "create_model": "weights",
     "image_transform": "preprocess",
-    "list_models": "config",
+    "list_models": "registry",
     "load_model": "weights",
     "tokenize": "tokenizer",
     "zero_shot_classifier": "zero_shot",

@@ -4,6 +4,7 @@ The state dict has OpenAI's own key names. Shapes: B batch, L tokens, W width, D
 """
 
 import math
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -11,43 +12,60 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lit_clip import preprocess as pp
-from lit_clip.config import CLIPConfig
+from lit_clip.config import (
+    CLIPConfig,
+    HuggingFaceTextConfig,
+    ResNetConfig,
+    TextTransformerConfig,
+    VisionTransformerConfig,
+)
 from lit_clip.errors import InputError, require
 from lit_clip.losses import unit
-from lit_clip.tokenizer import EOT_ID, Tokenize
-from lit_clip.transformer import Transformer, VisionTransformer
+from lit_clip.resnet import ModifiedResNet
+from lit_clip.tokenizer import EOT_ID, TextTokenizer, Tokenize
+from lit_clip.transformer import TextTransformer, VisionTransformer
 
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)  # paper, section 2.5
 MAX_LOGIT_SCALE = math.log(100)  # paper, section 2.5: "clipped to prevent scaling the logits by more than 100"
+SIGLIP_LOGIT_SCALE, SIGLIP_LOGIT_BIAS = math.log(10), -10.0  # Zhai et al. 2023, section 3.2
 
 
-class CLIP(nn.Module):
-    """Image and text encoders of the paper.
+class CLIP(TextTransformer):
+    """Image and text encoders of the paper, of SigLIP, or of other libraries.
+
+    OpenAI's models have the text encoder's parts beside ``visual``, so a CLIP is a text transformer itself; any other
+    text encoder is the module ``text``. :attr:`text_encoder` is whichever has the parts.
+
+    Args:
+        config: the architecture.
+        tokenizer: None: the one that the architecture names, read from its source when first asked for.
 
     Attributes:
         config: the architecture.
         preprocessing: what :meth:`preprocess` does to a picture.
         logit_scale: log of the inverse temperature, a scalar parameter.
+        logit_bias: added to the logits by the sigmoid loss, a scalar parameter; None if the architecture has none.
     """
 
-    def __init__(self, config: CLIPConfig) -> None:
-        super().__init__()
-        text = config.text
+    def __init__(self, config: CLIPConfig, tokenizer: TextTokenizer | None = None) -> None:
+        nn.Module.__init__(self)  # of the text transformer's parts only those that this architecture has
         self.config = config
         assert config.preprocessing is not None  # __post_init__ has seen to it
         self.preprocessing = config.preprocessing
-        self.visual = VisionTransformer(config.image, config.embed_dim, config.activation)
-        self.transformer = Transformer(text.width, text.layers, text.heads, config.activation, causal=True)
-        self.token_embedding = nn.Embedding(text.vocab_size, text.width)
-        self.positional_embedding = nn.Parameter(torch.empty(text.context_length, text.width))
-        self.ln_final = nn.LayerNorm(text.width)
-        self.text_projection = nn.Parameter(torch.empty(text.width, config.embed_dim))
-        self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))
-        # The text encoder's initialisation in OpenAI's code.
-        nn.init.normal_(self.token_embedding.weight, std=0.02)
-        nn.init.normal_(self.positional_embedding, std=0.01)
-        nn.init.normal_(self.text_projection, std=text.width**-0.5)
-        self.transformer.init_like_gpt()
+        self.visual = _image_encoder(config)
+        if config.papers_layout:
+            assert isinstance(config.text, TextTransformerConfig)
+            self.add_text(config.text, config.embed_dim, config.activation)
+        else:
+            self.text = _text_encoder(config)
+        self.logit_scale = nn.Parameter(torch.tensor(SIGLIP_LOGIT_SCALE if config.logit_bias else INITIAL_LOGIT_SCALE))
+        self.logit_bias = nn.Parameter(torch.tensor(SIGLIP_LOGIT_BIAS)) if config.logit_bias else None
+        self._tokenizer = tokenizer
+
+    @property
+    def text_encoder(self) -> nn.Module:
+        """The module that has the text encoder's parts: this one, or ``text``."""
+        return self if self.config.papers_layout else self.text
 
     @property
     def context_length(self) -> int:
@@ -64,14 +82,26 @@ class CLIP(nn.Module):
         return pp.image_transform(self.preprocessing)(image)
 
     @property
-    def tokenizer(self) -> Tokenize:
-        """CLIP's tokenizer for this model's context length, as an object that data workers can be sent."""
-        vocab_size = self.config.text.vocab_size
-        require(
-            vocab_size > EOT_ID,
-            f"architecture.text: vocab_size {vocab_size} is too small for CLIP's {EOT_ID + 1} tokens",
-        )
-        return Tokenize(self.context_length)
+    def tokenizer(self) -> TextTokenizer:
+        """What this model reads its texts with, as an object that data workers can be sent."""
+        if self._tokenizer is None:
+            text = self.config.text
+            whole, vocab_size = False, sys.maxsize
+            if isinstance(text, TextTransformerConfig):
+                whole, vocab_size = not text.causal, text.vocab_size
+            elif text.model and text.model.get("vocab_size"):
+                vocab_size = text.model["vocab_size"]
+            if text.tokenizer is None:
+                require(
+                    vocab_size > EOT_ID,
+                    f"architecture.text: vocab_size {vocab_size} is too small for CLIP's {EOT_ID + 1} tokens",
+                )
+                self._tokenizer = Tokenize(self.context_length)
+            else:
+                from lit_clip.hf_tokenizer import from_source  # transformers takes seconds to import
+
+                self._tokenizer = from_source(text.tokenizer, self.context_length, whole, vocab_size)
+        return self._tokenizer
 
     def tokenize(self, texts: str | Sequence[str]) -> Tensor:
         """Texts -> int64 ``[N, context_length]``; longer ones are cut."""
@@ -79,7 +109,7 @@ class CLIP(nn.Module):
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 ``[B, 3, H, W]`` of a batch -> float in the weights' precision, as :meth:`encode_image` wants it."""
-        return pp.normalize(images, self.preprocessing).to(self.visual.conv1.weight.dtype)
+        return pp.normalize(images, self.preprocessing).to(next(self.visual.parameters()).dtype)
 
     def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
         """Float, normalised ``[B, 3, H, W]`` -> ``[B, D]``, of unit length if ``normalize``."""
@@ -89,20 +119,38 @@ class CLIP(nn.Module):
     def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
         """int64 ``[B, L]``, ``L`` at most the context length -> ``[B, D]``, of unit length if ``normalize``.
 
-        A text is read at its first end-of-text token. Columns behind that of the longest text change nothing: leave
-        them out (``trim_padding``) and save the time.
+        Columns that no text needs change nothing: leave them out (``tokenizer.trim``) and save the time.
         """
-        length = tokens.shape[1]
-        if length > self.context_length:
-            raise InputError(f"texts have {length} tokens, the model reads {self.context_length}; tokenize for it")
-        x = self.token_embedding(tokens) + self.positional_embedding[:length]  # [B, L, W]
-        x = self.transformer(x)
-        end = tokens.argmax(dim=-1)  # [B]: the end-of-text token has the highest id
-        x = self.ln_final(x[torch.arange(len(x), device=x.device), end])  # [B, W]
-        features = x @ self.text_projection  # [B, D]
+        if tokens.shape[1] > self.context_length:
+            raise InputError(
+                f"texts have {tokens.shape[1]} tokens, the model reads {self.context_length}; tokenize for it"
+            )
+        features = self.read_text(tokens) if self.config.papers_layout else self.text(tokens)
         return unit(features) if normalize else features
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
-        """Keep the logits' scale between 1 and 100; call it after every optimiser step."""
-        self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+        """Keep the logits' scale between 1 and 100; call it after every optimiser step.
+
+        The sigmoid loss has no such bound: published SigLIP models have scales above 100.
+        """
+        if self.logit_bias is None:
+            self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+
+
+def _image_encoder(config: CLIPConfig) -> nn.Module:
+    if isinstance(config.image, VisionTransformerConfig):
+        return VisionTransformer(config.image, config.embed_dim, config.activation)
+    if isinstance(config.image, ResNetConfig):
+        return ModifiedResNet(config.image, config.embed_dim)
+    from lit_clip.towers import TimmImageEncoder  # timm takes seconds to import
+
+    return TimmImageEncoder(config.image, config.embed_dim)
+
+
+def _text_encoder(config: CLIPConfig) -> nn.Module:
+    if isinstance(config.text, HuggingFaceTextConfig):
+        from lit_clip.towers import HuggingFaceTextEncoder  # transformers takes seconds to import
+
+        return HuggingFaceTextEncoder(config.text, config.embed_dim)
+    return TextTransformer(config.text, config.embed_dim, config.activation)

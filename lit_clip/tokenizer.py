@@ -7,6 +7,7 @@ paper's code, so ids equal OpenAI's for any text, and open_clip's (which spells 
 import gzip
 import html
 import importlib.util
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -106,14 +107,51 @@ def tokenize(texts: str | Sequence[str], context_length: int = 77, truncate: boo
     return result
 
 
+class TextTokenizer(ABC):
+    """What a model reads its texts with, as an object that data workers can be sent."""
+
+    context_length: int
+    pad_id: int
+
+    @abstractmethod
+    def __call__(self, texts: str | Sequence[str]) -> Tensor:
+        """Texts -> int64 ``[N, context_length]``; longer ones are cut."""
+
+    @abstractmethod
+    def lengths(self, tokens: Tensor) -> Tensor:
+        """int64 ``[N, L]`` -> ``[N]``: the columns of each text that the encoder must see."""
+
+    @abstractmethod
+    def with_context(self, context_length: int) -> "TextTokenizer":
+        """The same for another context length."""
+
+    @abstractmethod
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of ids, without special tokens."""
+
+    def trim(self, tokens: Tensor) -> Tensor:
+        """Drop the columns that no text needs: ``[N, L]`` -> ``[N, longest]``; features stay what they are."""
+        return tokens[:, : int(self.lengths(tokens).max())] if len(tokens) else tokens
+
+
 @dataclass(frozen=True)
-class Tokenize:
-    """:func:`tokenize` for one context length, as an object that can be sent to data workers."""
+class Tokenize(TextTokenizer):
+    """:func:`tokenize` for one context length."""
 
     context_length: int = 77
+    pad_id: int = 0
 
     def __call__(self, texts: str | Sequence[str]) -> Tensor:
         return tokenize(texts, self.context_length)
+
+    def lengths(self, tokens: Tensor) -> Tensor:
+        return tokens.argmax(dim=-1) + 1  # the (first) end of text has the highest id
+
+    def with_context(self, context_length: int) -> "Tokenize":
+        return Tokenize(context_length)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return decode(tokens)
 
 
 def trim_padding(tokens: Tensor) -> Tensor:
@@ -121,4 +159,4 @@ def trim_padding(tokens: Tensor) -> Tensor:
 
     The encoder is causal and read at the end of text, so what follows changes nothing but the time it takes.
     """
-    return tokens[:, : int(tokens.argmax(dim=-1).max()) + 1] if len(tokens) else tokens
+    return Tokenize().trim(tokens)
