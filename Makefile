@@ -45,6 +45,7 @@ format: install  ## Rewrite the code in the project's format
 bench: install  ## Measure against open_clip, in the same run
 	@$(BIN)/python benchmarks/train_step.py
 	@$(BIN)/python benchmarks/text_encoding.py
+	@$(BIN)/python benchmarks/load_model.py
 
 tensorboard: install  ## Show the curves and pictures of all runs
 	@$(BIN)/tensorboard --logdir $(RUNS)

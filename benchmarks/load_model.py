@@ -1,0 +1,151 @@
+"""Memory that opening a ViT-L-14 takes, by lit_clip.load_model and by open_clip, each in a process of its own.
+
+    python benchmarks/load_model.py
+
+Peak is what the process held at most (VmHWM of Linux) above what it held right before the call, over the bytes of the
+weights in float32. The weights are random; the files (5 GB at a time) go to a temporary folder and are deleted.
+"""
+
+import argparse
+import json
+import logging
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lit_clip import create_model, load_model
+from lit_clip.registry import resolve_architecture
+
+NAME = "ViT-L-14-quickgelu"
+
+
+def memory(key: str) -> int:
+    """Bytes of a line of ``/proc/self/status``."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
+
+
+def measure(library: str, kind: str, source: str) -> None:
+    """Open a source and print the peak and the seconds; the weights' bytes are those of the opened model."""
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from what is held now
+    before, start = memory("VmHWM"), time.perf_counter()
+    model = openers()[library, kind](source)
+    seconds, peak = time.perf_counter() - start, memory("VmHWM") - before
+    weights = sum(tensor.numel() * 4 for tensor in model.state_dict().values())
+    json.dump({"peak": peak / weights, "weights": weights, "seconds": seconds}, sys.stdout)
+
+
+def openers() -> dict[tuple[str, str], Callable[[str], nn.Module]]:
+    """By library and kind of source."""
+    ours: dict[tuple[str, str], Callable[[str], nn.Module]] = {
+        ("lit-clip", "file"): lambda source: load_model(source, architecture=NAME),
+        ("lit-clip", "archive"): load_model,
+        ("lit-clip", "random"): create_model,
+    }
+    theirs: dict[tuple[str, str], Callable[[str], Any]] = {
+        ("open_clip", "file"): lambda source: open_clip.create_model(NAME, pretrained=source),
+        ("open_clip", "archive"): lambda source: open_clip.load_openai_model(source, device="cpu"),
+        ("open_clip", "random"): open_clip.create_model,
+    }
+    return ours | theirs
+
+
+def in_a_process(library: str, kind: str, source: Path | str) -> dict[str, float]:
+    words = [sys.executable, __file__, "--measure", library, kind, str(source)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def save_safetensors(folder: Path, state: dict[str, Tensor]) -> Path:
+    config = {"model_cfg": open_clip.get_model_config(NAME)}
+    (folder / "open_clip_config.json").write_text(json.dumps(config), encoding="utf-8")
+    save_file(state, folder / "open_clip_model.safetensors")
+    return folder / "open_clip_model.safetensors"
+
+
+def save_bin(folder: Path, state: dict[str, Tensor]) -> Path:
+    torch.save(state, folder / "weights.bin")
+    return folder / "weights.bin"
+
+
+def save_archive(folder: Path, state: dict[str, Tensor]) -> Path:
+    """TorchScript in half precision, with sizes beside the weights, as OpenAI's archives are."""
+    root = nn.Module()
+    sizes = {"input_resolution": 224, "context_length": 77, "vocab_size": 49408}
+    for name, tensor in {**state, **{key: torch.tensor(value) for key, value in sizes.items()}}.items():
+        *path, last = name.split(".")
+        module = root
+        for part in path:
+            if part not in module._modules:
+                module.add_module(part, nn.Module())
+            module = module.get_submodule(part)
+        module.register_buffer(last, tensor.half() if tensor.is_floating_point() else tensor)
+    torch.jit.save(torch.jit.script(root), str(folder / "archive.pt"))
+    return folder / "archive.pt"
+
+
+def save_checkpoint(folder: Path, state: dict[str, Tensor]) -> Path:
+    """With both moments of AdamW, as training writes it."""
+    moments = {i: {"exp_avg": value, "exp_avg_sq": value.clone()} for i, value in enumerate(state.values())}
+    checkpoint = {
+        "state_dict": state,
+        "hyper_parameters": {"architecture": resolve_architecture(NAME).to_dict()},
+        "optimizer_states": [{"state": {i: {k: v + 0 for k, v in row.items()} for i, row in moments.items()}}],
+    }
+    torch.save(checkpoint, folder / "last.ckpt")
+    return folder / "last.ckpt"
+
+
+SOURCES: dict[str, tuple[str, Callable[[Path, dict[str, Tensor]], Path]]] = {
+    "safetensors, fp32": ("file", save_safetensors),
+    ".bin, fp32": ("file", save_bin),
+    "OpenAI's archive, fp16": ("archive", save_archive),
+    "lit-clip's checkpoint with optimiser states": ("file", save_checkpoint),
+}
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--measure", nargs=3, metavar=("LIBRARY", "KIND", "SOURCE"), help="(used by itself)")
+    arguments = options.parse_args()
+    if arguments.measure:
+        measure(*arguments.measure)
+        return
+    libraries = {"lit-clip": "lit-clip", "open_clip": f"open_clip {version('open-clip-torch')}"}
+    table = Table(
+        "", *libraries.values(), title=f"Peak memory / weights in float32 (seconds), torch {torch.__version__}"
+    )
+
+    def add(title: str, kind: str, source: Path | str) -> None:
+        results = [in_a_process(library, kind, source) for library in libraries]
+        size = f"{results[0]['weights'] / 1e9:.2f} GB"
+        table.add_row(f"{title} ({size})", *(f"{r['peak']:.2f} ({r['seconds']:.1f} s)" for r in results))
+
+    state = create_model(NAME).state_dict()
+    for title, (kind, save) in SOURCES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            add(f"{NAME}, {title}", kind, save(Path(folder), state))
+    del state
+    for name in ("ViT-L-14", "RN50x64"):
+        add(f"{name}, random weights", "random", name)
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()
