@@ -7,7 +7,7 @@ import torch
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as TF
 
-from lit_clip.config import Preprocessing
+from lit_clip.config import Preprocessing, Size, height_width
 from lit_clip.errors import require
 from lit_clip.preprocess import to_rgb
 
@@ -19,24 +19,26 @@ class RandomSquareCrop(v2.Transform):
     no square, and it then falls back on the centre, always.
 
     Args:
-        size: height and width of the result, pixels.
+        size: of the result, pixels: of its side, or height and width (then a rectangle of that shape).
         scale: smallest and largest area of the crop, as a share of the largest square's.
         interpolation: of the resizing.
     """
 
-    def __init__(self, size: int, scale: tuple[float, float], interpolation: InterpolationMode) -> None:
+    def __init__(self, size: Size, scale: tuple[float, float], interpolation: InterpolationMode) -> None:
         super().__init__()
-        self.size, self.scale, self.interpolation = size, scale, interpolation
+        self.size, self.scale, self.interpolation = height_width(size), scale, interpolation
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         height, width = TF.get_size(flat_inputs[0])
         low, high = self.scale
         share, y, x = torch.rand(3).tolist()
-        side = max(1, round(min(height, width) * (low + (high - low) * share) ** 0.5))
-        return {"top": round(y * (height - side)), "left": round(x * (width - side)), "height": side, "width": side}
+        largest = min(height / self.size[0], width / self.size[1]) * (low + (high - low) * share) ** 0.5
+        crop = [max(1, round(side * largest)) for side in self.size]
+        top, left = round(y * (height - crop[0])), round(x * (width - crop[1]))
+        return {"top": top, "left": left, "height": crop[0], "width": crop[1]}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        return TF.resized_crop(inpt, **params, size=[self.size, self.size], interpolation=self.interpolation)
+        return TF.resized_crop(inpt, **params, size=list(self.size), interpolation=self.interpolation)
 
 
 @dataclass
@@ -63,8 +65,8 @@ class Augmentation:
     def transform(self, preprocessing: Preprocessing) -> v2.Compose:
         """PIL image -> uint8 ``[3, S, S]``, random by torch's generator."""
         steps: list[v2.Transform] = [
-            v2.Lambda(to_rgb),
             RandomSquareCrop(preprocessing.image_size, self.crop_scale, InterpolationMode(preprocessing.interpolation)),
+            v2.Lambda(to_rgb),  # after the resizing, as in evaluation
         ]
         if self.color_jitter:
             steps.append(v2.ColorJitter(self.color_jitter, self.color_jitter, self.color_jitter))

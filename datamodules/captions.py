@@ -19,7 +19,7 @@ from lit_clip.collectives import rank_and_world
 from lit_clip.config import Preprocessing
 from lit_clip.errors import InputError, require
 from lit_clip.preprocess import pixels
-from lit_clip.tokenizer import Tokenize, trim_padding
+from lit_clip.tokenizer import TextTokenizer, Tokenize
 
 
 class Pair(NamedTuple):
@@ -84,14 +84,14 @@ class ValidationPairs(Dataset[_Item]):
 
 
 class _Collate:
-    def __init__(self, tokenize: Callable[[list[str]], Tensor]) -> None:
+    def __init__(self, tokenize: TextTokenizer) -> None:
         self.tokenize = tokenize
 
     def __call__(self, items: list[_Item]) -> CaptionBatch:
-        tokens = self.tokenize([item.caption for item in items])  # [B, context length]
-        return CaptionBatch(
-            torch.stack([item.image for item in items]), trim_padding(tokens), [item.key for item in items]
-        )
+        captions = [item.caption for item in items]
+        tokens = self.tokenize(captions)  # [B, context length]
+        images, keys = torch.stack([item.image for item in items]), [item.key for item in items]
+        return CaptionBatch(images, self.tokenize.trim(tokens), keys, captions)
 
 
 class CaptionDataModule(LightningDataModule, ABC):
@@ -113,7 +113,7 @@ class CaptionDataModule(LightningDataModule, ABC):
         seed: int = 0,
         augmentation: Augmentation | None = None,
         preprocessing: Preprocessing | None = None,
-        tokenize: Callable[[list[str]], Tensor] | None = None,
+        tokenize: TextTokenizer | None = None,
     ) -> None:
         super().__init__()
         require(batch_size >= 1, f"batch_size: {batch_size} must be at least 1")

@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from datamodules.images import SUFFIXES, check_images, open_image
+from datamodules.images import check_images, open_image
 from lit_clip.errors import InputError
-from lit_clip.preprocess import to_rgb
+from lit_clip.images import SUFFIXES
 from lit_clip.zero_shot import LabelledImages, imagenet_class_names
 
 ClassNames = list[str] | Literal["imagenet"]
@@ -66,7 +66,7 @@ class ImageFolderClasses(LabelledImages):
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         path, label = self.files[index]
-        return to_rgb(open_image(path, f"class folder {path.parent.name}")), label
+        return open_image(path, f"class folder {path.parent.name}"), label
 
     def labels(self) -> list[int]:
         return [label for _, label in self.files]
@@ -150,7 +150,7 @@ class ParquetClasses(LabelledImages):
         where = f"{file} row {first + row}"
         if not isinstance(data, bytes):
             raise InputError(f"{where}: column {self.image_column!r} holds no encoded image")
-        return to_rgb(open_image(io.BytesIO(data), where)), self._labels[index]
+        return open_image(io.BytesIO(data), where), self._labels[index]
 
     def labels(self) -> list[int]:
         return self._labels

@@ -9,18 +9,18 @@ import csv
 import io
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
 from datamodules.augmentation import Augmentation
 from datamodules.captions import CaptionDataModule, Pair, PairSource
 from lit_clip.config import Preprocessing
 from lit_clip.errors import InputError
+from lit_clip.tokenizer import TextTokenizer
 from lit_clip.zero_shot import LabelledImages
 
 Style = Literal["color", "line"]
@@ -206,7 +206,7 @@ class OpenMoji(CaptionDataModule):
         cache_dir: str | None = None,
         augmentation: Augmentation | None = None,
         preprocessing: Preprocessing | None = None,
-        tokenize: Callable[[list[str]], Tensor] | None = None,
+        tokenize: TextTokenizer | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, seed, augmentation, preprocessing, tokenize)
         self.hold_out = hold_out

@@ -3,19 +3,19 @@
 import csv
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
 
 from datamodules.augmentation import Augmentation
 from datamodules.captions import CaptionDataModule, Pair, PairSource
 from datamodules.images import check_images, open_image
 from lit_clip.config import Preprocessing
 from lit_clip.errors import InputError
+from lit_clip.tokenizer import TextTokenizer
 
 IMAGE_COLUMNS = ("image", "image_path", "filepath", "file_path", "path", "filename", "file_name", "file", "img")
 CAPTION_COLUMNS = ("caption", "text", "title", "description", "sentence")
@@ -192,7 +192,7 @@ class CaptionTable(CaptionDataModule):
         seed: int = 0,
         augmentation: Augmentation | None = None,
         preprocessing: Preprocessing | None = None,
-        tokenize: Callable[[list[str]], Tensor] | None = None,
+        tokenize: TextTokenizer | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, seed, augmentation, preprocessing, tokenize)
         if train is None and val is None:

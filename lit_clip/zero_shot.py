@@ -3,17 +3,19 @@
 import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lit_clip.batch import LabelledBatch
 from lit_clip.errors import InputError, require
-from lit_clip.tokenizer import trim_padding
+from lit_clip.tokenizer import TextTokenizer
 
 IMAGENET = "imagenet"
 
@@ -26,7 +28,8 @@ class TextEncoder(Protocol):
         """Where its parameters are."""
         ...
 
-    def tokenize(self, texts: Sequence[str]) -> Tensor:
+    @property
+    def tokenizer(self) -> TextTokenizer:
         """Texts -> int64 ``[N, L]``."""
         ...
 
@@ -50,7 +53,7 @@ class LabelledImages(ABC, Dataset[tuple[Image.Image, int]]):
 
     @abstractmethod
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        """An RGB picture and its label."""
+        """A picture as it lies in its file, of any mode, and its label."""
 
     @abstractmethod
     def labels(self) -> list[int]:
@@ -96,6 +99,46 @@ def check_templates(templates: Sequence[str]) -> None:
             raise InputError(f"templates: {template!r} has no {{}} for the class name; every class would look alike")
 
 
+@dataclass
+class ZeroShotSet:
+    """One set to be recognised from names.
+
+    Attributes:
+        images: pictures with classes and their names.
+        templates: texts with ``{}`` for the name, averaged in embedding space; ``imagenet``: the paper's 80.
+    """
+
+    images: LabelledImages
+    templates: list[str] | Literal["imagenet"] = field(default_factory=lambda: ["a photo of a {}."])
+
+    def __post_init__(self) -> None:
+        if self.templates == "imagenet":
+            self.templates = imagenet_templates()
+        check_templates(self.templates)
+        if not len(self.images):
+            raise InputError("zero-shot images: the set is empty")
+        classes, highest = len(self.images.class_names), max(self.images.labels())
+        if highest >= classes:
+            raise InputError(f"zero-shot class_names: {classes} names, but a picture has label {highest}")
+
+
+class LabelledPixels(Dataset[tuple[Tensor, int, str]]):
+    """Pictures as uint8 ``[3, S, S]``, their labels and their numbers as keys."""
+
+    def __init__(self, images: LabelledImages, transform: Any) -> None:
+        self.images, self.transform = images, transform
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, str]:
+        image, label = self.images[index]
+        return self.transform(image), label, str(index)
+
+
+def collate_labelled(items: list[tuple[Tensor, int, str]]) -> LabelledBatch:
+    """Some of :class:`LabelledPixels` as a batch."""
+    images, labels, keys = zip(*items, strict=True)
+    return LabelledBatch(torch.stack(images), torch.tensor(labels), list(keys))
+
+
 @torch.no_grad()
 def zero_shot_classifier(
     model: TextEncoder,
@@ -110,7 +153,7 @@ def zero_shot_classifier(
     class. Prompts are sorted by length and encoded without padding.
 
     Args:
-        model: a :class:`lit_clip.CLIP`, or anything with ``tokenize`` and ``encode_text``.
+        model: a :class:`lit_clip.CLIP`, or anything with ``tokenizer`` and ``encode_text``.
         class_names: C names.
         templates: texts with ``{}`` for the name.
         batch_size: prompts encoded at once.
@@ -127,12 +170,13 @@ def zero_shot_classifier(
     if not class_names:
         raise InputError("class_names: empty; there is nothing to tell apart")
     prompts = [template.replace("{}", name) for name in class_names for template in templates]
-    tokens = model.tokenize(prompts)  # [C T, L]
-    order = tokens.argmax(dim=-1).argsort()  # the end of text has the highest id
+    tokenizer = model.tokenizer
+    tokens = tokenizer(prompts)  # [C T, L]
+    order = tokenizer.lengths(tokens).argsort()
     features: Tensor | None = None
     done = 0
     for rows in order.split(batch_size):
-        encoded = model.encode_text(trim_padding(tokens[rows]).to(model.device), normalize=True).float()  # [b, D]
+        encoded = model.encode_text(tokenizer.trim(tokens[rows]).to(model.device), normalize=True).float()  # [b, D]
         if features is None:
             features = encoded.new_empty(len(prompts), encoded.shape[1])
         features[rows.to(encoded.device)] = encoded

@@ -78,12 +78,6 @@ def test_what_is_hidden_is_no_class_and_no_picture(folder: Path, hidden: str) ->
     assert images.labels() == [0, 1, 2, 2]
 
 
-def test_transparent_pictures_lie_on_white(tmp_path: Path) -> None:
-    (tmp_path / "nothing").mkdir()
-    Image.new("RGBA", (4, 3), (0, 0, 0, 0)).save(tmp_path / "nothing/a.png")
-    assert colours(ImageFolderClasses(str(tmp_path))) == [((255, 255, 255), 0)]
-
-
 def test_names_given_replace_those_of_the_folders_in_their_order(folder: Path) -> None:
     images = ImageFolderClasses(str(folder), class_names=["finch", "dog", "cat"])
     assert images.class_names == ["finch", "dog", "cat"]

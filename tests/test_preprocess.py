@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import skimage.data
 import torch
 from open_clip.transform import image_transform as open_clip_transform
 from PIL import Image
@@ -12,7 +13,7 @@ from sklearn.datasets import load_sample_images
 
 from lit_clip.config import CLIPConfig, Preprocessing, TextTransformerConfig, VisionTransformerConfig
 from lit_clip.model import CLIP
-from lit_clip.preprocess import image_transform, normalize, pixels, to_rgb
+from lit_clip.preprocess import image_transform, normalize, pixels
 
 ROUNDING = {"rtol": 0, "atol": 1e-5}  # a grey level is 0.0142 or more after normalisation: no pixel may differ
 
@@ -21,6 +22,14 @@ ROUNDING = {"rtol": 0, "atol": 1e-5}  # a grey level is 0.0142 or more after nor
 def photographs() -> list[Image.Image]:
     """A temple and a flower, 640 x 427."""
     return [Image.fromarray(picture) for picture in load_sample_images().images]
+
+
+@pytest.mark.parametrize("name", ["astronaut", "cat", "coffee", "rocket", "hubble_deep_field", "retina", "camera"])
+@pytest.mark.parametrize("image_size", [64, 224, 336])
+def test_photographs_are_open_clips(name: str, image_size: int) -> None:
+    photograph = Image.fromarray(getattr(skimage.data, name)())
+    theirs = open_clip_transform(image_size, is_train=False)(photograph)
+    torch.testing.assert_close(model(image_size).preprocess(photograph), theirs, **ROUNDING)
 
 
 def model(image_size: int = 224) -> CLIP:
@@ -100,67 +109,67 @@ def test_a_model_of_another_size_preprocesses_for_itself(photographs: list[Image
     assert small.encode_image(pixels_of_one[None]).shape == (1, 8)
 
 
-def laid_on_white(colour: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """Float ``[H, W, 3]`` from uint8 colour ``[H, W, 3]`` and alpha ``[H, W]``."""
-    share = alpha[..., None] / 255
-    return colour * share + 255 * (1 - share)
+def unusual(kind: str, photograph: Image.Image) -> Image.Image:
+    """A photograph as files of other kinds have it."""
+    photograph = photograph.resize((301, 257))
+    alpha = Image.fromarray(np.random.default_rng(0).integers(0, 256, (257, 301), dtype=np.uint8))
+    if kind == "palette with transparency":
+        return png(photograph.quantize(16), transparency=bytes(range(0, 256, 16)))
+    if kind == "palette with a transparent entry":
+        return png(photograph.quantize(16), transparency=3)
+    if kind in ("RGBA", "LA"):
+        picture = photograph.convert(kind[:-1])
+        picture.putalpha(alpha)
+        return png(picture)
+    if kind == "16 bit":
+        levels = np.asarray(photograph.convert("L")).astype(np.uint16) * 3  # some above 255, which are clipped
+        return png(Image.fromarray(levels))
+    if kind == "EXIF-rotated":
+        exif, file = Image.Exif(), io.BytesIO()
+        exif[0x0112] = 6
+        photograph.save(file, "JPEG", exif=exif)
+        return Image.open(io.BytesIO(file.getvalue()))
+    if kind == "one pixel high":
+        return photograph.resize((300, 1))
+    return photograph.convert(kind)
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA"])
-def test_partial_transparency_is_laid_on_white(photographs: list[Image.Image], mode: str) -> None:
-    picture = photographs[0].resize((41, 23)).convert(mode[:-1])
-    alpha = np.random.default_rng(0).integers(0, 256, (23, 41), dtype=np.uint8)
-    alpha[:5], alpha[5:9] = 0, 255
-    picture.putalpha(Image.fromarray(alpha))
-    assert picture.mode == mode
-    colour = np.asarray(picture.convert("RGB"), dtype=np.float64)
-    seen = np.asarray(to_rgb(png(picture)), dtype=np.float64)
-    assert np.abs(seen - laid_on_white(colour, alpha)).max() <= 1  # a grey level
-    assert (seen[:5] == 255).all()
-    assert (seen[5:9] == colour[5:9]).all()
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("L", "1", "CMYK", "P", "YCbCr", "RGBA", "LA", "16 bit", "EXIF-rotated", "one pixel high"),
+        *("palette with transparency", "palette with a transparent entry"),
+    ],
+)
+def test_files_of_any_kind_are_open_clips(photographs: list[Image.Image], kind: str) -> None:
+    picture = unusual(kind, photographs[0])
+    theirs = open_clip_transform(224, is_train=False)(picture.copy())
+    torch.testing.assert_close(model().preprocess(picture), theirs, **ROUNDING)
 
 
-@pytest.mark.parametrize("mode", ["P", "L", "RGB"])
-def test_a_transparent_colour_is_laid_on_white(mode: str) -> None:
-    # PNG's other kind of transparency: one colour (or palette entry) is see-through.
-    picture = Image.new("RGB", (6, 4), (10, 10, 10))
-    picture.paste((200, 200, 200), (3, 0, 6, 4))
-    picture = picture.quantize(2) if mode == "P" else picture.convert(mode)
-    corner = picture.getpixel((0, 0))
-    read = png(picture, transparency=corner)
-    assert read.mode == mode
-    assert "transparency" in read.info
-    seen = np.asarray(to_rgb(read))
-    assert (seen[:, 3:] == 200).all()
-    assert (seen[:, :3] == 255).all()
-
-
-def test_a_palette_with_an_alpha_for_each_entry_is_laid_on_white(photographs: list[Image.Image]) -> None:
-    palette = photographs[1].resize((40, 30)).quantize(4)
-    alphas = [0, 255, 128, 64]
-    read = png(palette, transparency=bytes(alphas))
-    assert read.mode == "P"
-    indices = np.asarray(palette)
-    colours = np.asarray(palette.getpalette()[:12], dtype=np.uint8).reshape(4, 3)
-    expected = laid_on_white(colours[indices], np.asarray(alphas)[indices])
-    assert np.abs(np.asarray(to_rgb(read), dtype=np.float64) - expected).max() <= 1
-
-
-def test_transparency_is_gone_before_the_picture_is_resized() -> None:
-    # What lies underneath the transparent half is black; on white it must not show through at the edge.
-    picture = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
-    picture.paste((255, 255, 255, 255), (0, 0, 33, 64))
-    assert (pixels(Preprocessing(image_size=24))(picture) == 255).all()
-
-
-@pytest.mark.parametrize("mode", ["L", "1", "CMYK", "P", "YCbCr"])
-def test_other_modes_are_turned_into_rgb_first(photographs: list[Image.Image], mode: str) -> None:
-    picture = photographs[0].resize((301, 257)).convert(mode)
-    ours = model().preprocess(picture)
-    theirs = open_clip_transform(224, is_train=False)(picture.convert("RGB"))
+@pytest.mark.parametrize("size", [(32, 64), (64, 32), (48, 80)])
+@pytest.mark.parametrize("resize_mode", ["shortest", "squash"])
+def test_rectangles_are_open_clips(photographs: list[Image.Image], size: tuple[int, int], resize_mode: Any) -> None:
+    ours = image_transform(Preprocessing(image_size=size, resize_mode=resize_mode))(photographs[1])
+    theirs = open_clip_transform(size, is_train=False, resize_mode=resize_mode)(photographs[1])
+    assert ours.shape == (3, *size)
     torch.testing.assert_close(ours, theirs, **ROUNDING)
-    if mode == "L":
-        torch.testing.assert_close(ours, open_clip_transform(224, is_train=False)(picture), **ROUNDING)
+
+
+@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "vit_tiny_patch16_224", "resnet10t"])
+def test_a_timm_models_pixels_are_timms(photographs: list[Image.Image], name: str) -> None:
+    import timm
+    from timm.data import create_transform, resolve_data_config
+
+    from lit_clip.config import TimmConfig
+    from lit_clip.towers import timm_preprocessing
+
+    cfg = timm.get_pretrained_cfg(name)
+    assert cfg is not None
+    theirs = create_transform(**resolve_data_config({}, pretrained_cfg=cfg.to_dict()))
+    ours = image_transform(timm_preprocessing(TimmConfig(name)))
+    for photograph in photographs:
+        torch.testing.assert_close(ours(photograph), theirs(photograph), **ROUNDING)
 
 
 def test_normalised_pixels_are_the_whole_transform(photographs: list[Image.Image]) -> None:
