@@ -14,7 +14,6 @@ from callbacks.figures import similarity_matrix
 from lit_clip.batch import CaptionBatch
 from lit_clip.errors import require
 from lit_clip.module import Features
-from lit_clip.tokenizer import decode
 
 FRAME = torch.tensor([0.08, 0.37, 0.58])[:, None, None]  # blue, [3, 1, 1]
 
@@ -56,7 +55,7 @@ class SimilarityMatrix(Callback):
         rows = [i * len(batch.images) // shown for i in range(shown)]
         scores = (features["text"][rows] @ features["image"][rows].T).float().cpu().numpy()
         images = [to_pil_image(batch.images[row]) for row in rows]
-        captions = [decode(batch.tokens[row].tolist()) for row in rows]
+        captions = [cast(Any, pl_module).tokenize.decode(batch.tokens[row].tolist()) for row in rows]
         show(trainer, "val/similarity", similarity_matrix(images, captions, scores))
 
 
@@ -95,7 +94,11 @@ class EmbeddingProjector(Callback):
         image = torch.cat([features["image"] for features, _ in self._seen])[: self.pairs].float().cpu()
         text = torch.cat([features["text"] for features, _ in self._seen])[: self.pairs].float().cpu()
         pictures = torch.cat([images for _, images in self._seen])[: self.pairs].float().cpu() / 255
-        captions = [decode(row) for features, _ in self._seen for row in features["tokens"].tolist()][: self.pairs]
+        captions = [
+            cast(Any, pl_module).tokenize.decode(row)
+            for features, _ in self._seen
+            for row in features["tokens"].tolist()
+        ][: self.pairs]
         self._seen = []
         edge = max(1, pictures.shape[-1] // 16)
         framed = FRAME.expand_as(pictures).clone()

@@ -1,70 +1,32 @@
 """Zero-shot classification after every validation."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 from torchvision.transforms.v2.functional import to_pil_image
 
 from callbacks.figures import Prediction, prediction_grid
 from callbacks.tensorboard import show
 from lit_clip import collectives
-from lit_clip.batch import LabelledBatch
-from lit_clip.errors import InputError, require
+from lit_clip.errors import require
 from lit_clip.module import LitCLIP
 from lit_clip.preprocess import pixels
 from lit_clip.zero_shot import (
     LabelledImages,
+    LabelledPixels,
+    ZeroShotSet,
     accuracies,
-    check_templates,
     classification_counts,
+    collate_labelled,
     guessing_accuracies,
-    imagenet_templates,
     zero_shot_classifier,
 )
-
-
-@dataclass
-class ZeroShotSet:
-    """One set to be recognised from names.
-
-    Attributes:
-        images: pictures with classes and their names.
-        templates: texts with ``{}`` for the name, averaged in embedding space; ``imagenet``: the paper's 80.
-    """
-
-    images: LabelledImages
-    templates: list[str] | Literal["imagenet"] = field(default_factory=lambda: ["a photo of a {}."])
-
-    def __post_init__(self) -> None:
-        if self.templates == "imagenet":
-            self.templates = imagenet_templates()
-        check_templates(self.templates)
-        if not len(self.images):
-            raise InputError("zero-shot images: the set is empty")
-        classes, highest = len(self.images.class_names), max(self.images.labels())
-        if highest >= classes:
-            raise InputError(f"zero-shot class_names: {classes} names, but a picture has label {highest}")
-
-
-class _Labelled(Dataset[tuple[Tensor, int, str]]):
-    def __init__(self, images: LabelledImages, transform: Any) -> None:
-        self.images, self.transform = images, transform
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int, str]:
-        image, label = self.images[index]
-        return self.transform(image), label, str(index)
-
-
-def _collate(items: list[tuple[Tensor, int, str]]) -> LabelledBatch:
-    images, labels, keys = zip(*items, strict=True)
-    return LabelledBatch(torch.stack(images), torch.tensor(labels), list(keys))
 
 
 class ZeroShot(Callback):
@@ -120,10 +82,10 @@ class ZeroShot(Callback):
     def _counts(self, module: LitCLIP, images: LabelledImages, classifier: Tensor) -> Tensor:
         rank, world = collectives.rank_and_world()
         loader = DataLoader(
-            Subset(_Labelled(images, pixels(module.preprocessing)), range(rank, len(images), world)),
+            Subset(LabelledPixels(images, pixels(module.preprocessing)), range(rank, len(images), world)),
             batch_size=self.batch_size,
             num_workers=self.num_workers,
-            collate_fn=_collate,
+            collate_fn=collate_labelled,
         )
         counts = torch.zeros(3, classifier.shape[1], dtype=torch.float64)
         for batch in loader:
@@ -132,8 +94,8 @@ class ZeroShot(Callback):
 
     def _contact_sheet(self, module: LitCLIP, images: LabelledImages, classifier: Tensor) -> Image.Image:
         shown = min(self.examples, len(images))
-        dataset = _Labelled(images, pixels(module.preprocessing))
-        batch = _collate([dataset[i * len(images) // shown] for i in range(shown)])
+        dataset = LabelledPixels(images, pixels(module.preprocessing))
+        batch = collate_labelled([dataset[i * len(images) // shown] for i in range(shown)])
         scores, nearest = _logits(module, batch.images, classifier).topk(min(5, classifier.shape[1]), dim=1)
         names: Sequence[str] = images.class_names
         return prediction_grid(

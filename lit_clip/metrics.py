@@ -5,7 +5,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
-from lit_clip.losses import contrastive_loss
+from lit_clip.losses import contrastive_loss, sigmoid_loss
 
 CHUNK = 1024  # rows of similarities that exist at one time
 
@@ -93,14 +93,18 @@ def guessing_recalls(ids_N2: Tensor, ks: Sequence[int]) -> tuple[list[float], li
     return best(images_of_text, images), best(best_image, N)
 
 
-def whole_set_loss(image_ND: Tensor, text_ND: Tensor, scale: Tensor, rows: range) -> Tensor:
-    """The contrastive loss of the pairs in ``rows``, each against all N pairs, summed: a float64 scalar.
+def whole_set_loss(image_ND: Tensor, text_ND: Tensor, scale: Tensor, rows: range, bias: Tensor | None = None) -> Tensor:
+    """The loss that is trained with, of the pairs in ``rows``, each against all N pairs, summed: a float64 scalar.
 
-    Summed over all rows and divided by N it is the loss of one batch that holds the whole set.
+    Summed over all rows and divided by N it is the loss of one batch that holds the whole set. With a ``bias`` it is
+    the sigmoid loss, without the contrastive one.
     """
     total = torch.zeros((), dtype=torch.float64)
     for start in range(rows.start, rows.stop, CHUNK):
         part = slice(start, min(start + CHUNK, rows.stop))
-        loss = contrastive_loss(image_ND[part], text_ND[part], image_ND, text_ND, scale, first_row=start)
+        if bias is None:
+            loss = contrastive_loss(image_ND[part], text_ND[part], image_ND, text_ND, scale, first_row=start)
+        else:
+            loss = sigmoid_loss(image_ND[part], text_ND, scale, bias, first_row=start)
         total += loss.cpu().double() * (part.stop - part.start)
     return total

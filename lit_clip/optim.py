@@ -1,6 +1,7 @@
 """The paper's optimiser settings: what decays, and the learning rate of each step."""
 
 import math
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -9,16 +10,38 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 
-def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def decay_groups(module: nn.Module | Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
     """AdamW's parameter groups: decay on "all weights that are not gains or biases" (paper, section 2.5).
 
     As in open_clip, gains and biases are the parameters with fewer than two dimensions: LayerNorm's, biases, the class
     token and ``logit_scale``.
     """
-    trained = [p for p in module.parameters() if p.requires_grad]
+    parameters = module.parameters() if isinstance(module, nn.Module) else module
+    trained = [p for p in parameters if p.requires_grad]
     return [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def parameter_groups(
+    layers: Iterable[tuple[str, float, Sequence[nn.Parameter]]], learning_rate: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """AdamW's parameter groups, two a layer at most; what is frozen is in none.
+
+    Args:
+        layers: a name, the factor on the learning rate, the parameters.
+        learning_rate: at factor 1.
+        weight_decay: see :func:`decay_groups`.
+
+    Returns:
+        Groups that state ``name``, ``lr`` and ``weight_decay``; none is empty.
+    """
+    return [
+        {"name": name + kind, "lr": learning_rate * factor, **group}
+        for name, factor, parameters in layers
+        for kind, group in zip(("", ", no decay"), decay_groups(parameters, weight_decay), strict=True)
+        if group["params"]
     ]
 
 

@@ -1,35 +1,68 @@
 """What the terminal shows at the end of a run."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 
-def metrics_table(metrics: Mapping[str, Tensor], baselines: Mapping[str, float]) -> Table:
-    """Validation metrics, with what guessing reaches beside those that have such a baseline."""
+def metrics_table(
+    metrics: Mapping[str, Tensor], baselines: Mapping[str, float], before: Mapping[str, float] | None = None
+) -> Table:
+    """Validation metrics, with what guessing reaches beside those that have such a baseline.
+
+    Args:
+        metrics: what was logged.
+        baselines: what guessing reaches.
+        before: what was logged before training; adds that column and the change.
+    """
     table = Table(title="Results")
     table.add_column("metric")
-    table.add_column("value", justify="right")
-    table.add_column("guessing", justify="right")
+    for column in ("value", "guessing", *(("before", "change") if before else ())):
+        table.add_column(column, justify="right")
     for name in sorted(metrics):
         if name.startswith("train/"):
             continue
-        value = float(metrics[name])
+        value, scale, form, unit = float(metrics[name]), 1, ".4f", ""
         if name in baselines:
-            table.add_row(name, f"{100 * value:.2f} %", f"{100 * baselines[name]:.2f} %")
-        else:
-            table.add_row(name, f"{value:.4f}", "")
+            scale, form, unit = 100, ".2f", " %"
+        row = [name, f"{scale * value:{form}}{unit}"]
+        row.append(f"{100 * baselines[name]:.2f} %" if name in baselines else "")
+        if before and name in before:
+            row += [f"{scale * before[name]:{form}}{unit}", f"{scale * (value - before[name]):+{form}}"]
+        table.add_row(*row)
     return table
 
 
-def print_summary(metrics: Mapping[str, Tensor], baselines: Mapping[str, float]) -> None:
+def print_summary(
+    metrics: Mapping[str, Tensor], baselines: Mapping[str, float], before: Mapping[str, float] | None = None
+) -> None:
     """Print the table if there is anything to tell."""
-    table = metrics_table(metrics, baselines)
+    table = metrics_table(metrics, baselines, before)
     if table.row_count:
         Console().print(table)
+
+
+def print_parameter_groups(groups: Sequence[Mapping[str, Any]], frozen: int) -> None:
+    """What learns and how fast.
+
+    Args:
+        groups: the optimiser's.
+        frozen: how many parameters do not learn.
+    """
+    table = Table(title="What learns")
+    table.add_column("group")
+    for column in ("parameters", "learning rate", "weight decay"):
+        table.add_column(column, justify="right")
+    for group in groups:
+        parameters = sum(parameter.numel() for parameter in group["params"])
+        rate = group.get("initial_lr", group["lr"])
+        table.add_row(group["name"], f"{parameters:,}", f"{rate:.2e}", f"{group['weight_decay']:g}")
+    table.add_row("frozen", f"{frozen:,}", "", "")
+    Console().print(table)
 
 
 def print_next_steps(checkpoint: Path, log_dir: str | None) -> None:

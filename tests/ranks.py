@@ -1,5 +1,6 @@
 """What one rank of a distributed test does; started by the ``ranks`` fixture as a process of its own."""
 
+import json
 import os
 import sys
 
@@ -35,7 +36,8 @@ def make_batch(rows: slice) -> CaptionBatch:
     images = torch.randint(0, 256, (PAIRS, 3, 32, 32), dtype=torch.uint8, generator=generator)
     tokens = torch.randint(1, 49, (PAIRS, 16), generator=generator)
     tokens[torch.arange(PAIRS), torch.randint(3, 16, (PAIRS,), generator=generator)] = 49  # end of text
-    return CaptionBatch(images[rows], tokens[rows], [str(i) for i in range(PAIRS)][rows])
+    captions = [f"picture {chr(ord('a') + i)}" for i in range(PAIRS)]
+    return CaptionBatch(images[rows], tokens[rows], [str(i) for i in range(PAIRS)][rows], captions[rows])
 
 
 class _Step(torch.nn.Module):
@@ -67,6 +69,28 @@ def uneven_gather() -> None:
     assert torch.equal(collectives.gather_uneven(rows), expected)
     assert collectives.gather_objects([f"{rank}"] * rank) == [f"{r}" for r in range(world) for _ in range(r)]
     assert collectives.sum_over_ranks(torch.tensor(rank + 1.0), torch.device("cpu")).item() == world * (world + 1) / 2
+
+
+def finetuned_module(options: str) -> LitCLIP:
+    """Like :func:`make_module` with LitCLIP's arguments as JSON."""
+    torch.manual_seed(0)
+    module = LitCLIP(**{"architecture": CONFIG, **json.loads(options)}).double()
+    module.model.normalize = lambda images: images.double() / 255
+    module.log = lambda *_, **__: None
+    module.setup("fit")
+    return module
+
+
+def finetune_gradients(output: str, options: str) -> None:
+    """The gradients of one DDP step of a module with options, and which parameters it trains; written by rank 0."""
+    rank, world = collectives.rank_and_world()
+    step = DistributedDataParallel(_Step(finetuned_module(options)))
+    size = PAIRS // world
+    for _ in range(2):  # DDP complains of unused parameters at the second step
+        step.zero_grad()
+        step(make_batch(slice(rank * size, (rank + 1) * size))).backward()
+    if rank == 0:
+        torch.save({name: p.grad for name, p in step.module.module.model.named_parameters()}, output)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ def test_there_are_configs() -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_config_parses_and_its_classes_and_options_exist(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CLI, "instantiate_classes", lambda self: None)  # its data may not be here
-    monkeypatch.setenv("IMAGENET", "imagenet")
+    for name in ("IMAGENET", "CLASSES", "HELD_OUT"):
+        monkeypatch.setenv(name, name.lower())
     command = run(args=["--config", str(path)], execute=False)
     assert command.config.model.architecture is not None
 

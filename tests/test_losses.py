@@ -2,11 +2,13 @@
 
 import math
 
+import open_clip
 import pytest
 import torch
 from torch import Tensor
 
-from lit_clip.losses import contrastive_loss, unit
+from lit_clip.losses import contrastive_loss, distillation_loss, sigmoid_loss, two_way_logits, unit
+from lit_clip.metrics import whole_set_loss
 
 
 def random_units(size: int, dim: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -126,3 +128,73 @@ def test_unit_widens_half_precisions_and_no_others() -> None:
         units = unit(features.to(dtype))
         assert units.dtype == wide
         torch.testing.assert_close(units.norm(dim=-1), torch.ones(3, 5, dtype=wide), rtol=0, atol=1e-6)
+
+
+def sigmoid_loss_in_plain_loops(image: list[list[float]], text: list[list[float]], scale: float, bias: float) -> float:
+    """Equation 1 of the paper (Zhai et al. 2023): -1/B of the sum over all pairs of log sigmoid(z (t x.y + b))."""
+    total = 0.0
+    for i, x in enumerate(image):
+        for j, y in enumerate(text):
+            sign = 1 if i == j else -1
+            logit = scale * sum(a * b for a, b in zip(x, y, strict=True)) + bias
+            total += math.log1p(math.exp(-sign * logit))
+    return total / len(image)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7])
+@pytest.mark.parametrize(("scale", "bias"), [(10.0, -10.0), (1.0, 0.0), (100.0, -3.0)])
+def test_the_sigmoid_loss_is_that_of_plain_loops(size: int, scale: float, bias: float) -> None:
+    image, text = random_units(size, dim=5, seed=size)
+    t, b = (torch.tensor(x, dtype=torch.float64) for x in (scale, bias))
+    loss = sigmoid_loss(image, text, t, b)
+    expected = sigmoid_loss_in_plain_loops(image.tolist(), text.tolist(), scale, bias)
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_sigmoid_loss_and_its_gradients_are_open_clips() -> None:
+    ours, theirs = (
+        [*(x.clone().requires_grad_() for x in random_units(7, dim=5, seed=1))]
+        + [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (10.0, -10.0)]
+        for _ in range(2)
+    )
+    loss, expected = sigmoid_loss(*ours), open_clip.loss.SigLipLoss()(*theirs)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    loss.backward()
+    expected.backward()
+    for our, their in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(our.grad, their.grad, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize(("ranks", "local"), [(1, 7), (7, 1), (3, 5)])
+def test_the_ranks_sigmoid_losses_average_to_that_of_the_whole_batch(ranks: int, local: int) -> None:
+    image, text = random_units(ranks * local, dim=6, seed=4)
+    scale, bias = torch.tensor(10.0, dtype=torch.float64), torch.tensor(-5.0, dtype=torch.float64)
+    parts = [
+        sigmoid_loss(image[start : start + local], text, scale, bias, first_row=start)
+        for start in range(0, ranks * local, local)
+    ]
+    whole = sigmoid_loss(image, text, scale, bias)
+    torch.testing.assert_close(torch.stack(parts).mean(), whole, rtol=1e-12, atol=0)
+    total = whole_set_loss(image, text, scale, range(len(image)), bias) / len(image)
+    torch.testing.assert_close(total, whole, rtol=1e-12, atol=0)
+
+
+def test_half_precision_features_give_a_float32_sigmoid_loss() -> None:
+    image, text = (x.bfloat16() for x in random_units(9, dim=16, seed=5))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = sigmoid_loss(image, text, torch.tensor(100.0), torch.tensor(-10.0))
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(sigmoid_loss_in_plain_loops(image.tolist(), text.tolist(), 100, -10), rel=1e-5)
+
+
+def test_distillation_and_its_gradients_are_open_clips() -> None:
+    (image, text), theirs = random_units(7, dim=5, seed=1), random_units(7, dim=9, seed=2)
+    image, text = image.requires_grad_(), text.requires_grad_()
+    scale, their_scale = (torch.tensor(x, dtype=torch.float64) for x in (14.0, 50.0))
+    ours = distillation_loss(
+        two_way_logits(image, text, image, text, scale), two_way_logits(*theirs, *theirs, their_scale)
+    )
+    _, expected = open_clip.loss.DistillClipLoss()(image, text, scale, *theirs, their_scale)
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=0)
+    for our, their in zip(*(torch.autograd.grad(x, (image, text)) for x in (ours, expected)), strict=True):
+        torch.testing.assert_close(our, their, rtol=1e-10, atol=1e-14)

@@ -20,6 +20,8 @@ from lit_clip.errors import InputError
 from lit_clip.metrics import whole_set_loss
 from lit_clip.module import LitCLIP
 from lit_clip.optim import warmup_cosine
+from lit_clip.registry import resolve_architecture
+from lit_clip.weights import load_model
 
 
 def trainer(folder: Path, **options: Any) -> Trainer:
@@ -228,3 +230,43 @@ def test_test_is_the_same_evaluation_and_predict_gives_features_in_the_tables_or
         image, text = module.eval()(whole)
     torch.testing.assert_close(torch.cat([batch["image"] for batch in batches]), image, atol=1e-6, rtol=0)
     torch.testing.assert_close(torch.cat([batch["text"] for batch in batches]), text, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_gradients_can_be_clipped_in_any_precision(
+    precision: Any, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+) -> None:
+    norms: list[float] = []
+
+    class Norms(LitCLIP):
+        def on_before_zero_grad(self, optimizer: Any) -> None:
+            gradients = [p.grad for p in self.parameters() if p.grad is not None]
+            norms.extend([float(torch.nn.utils.get_total_norm(gradients))] if gradients else [])
+
+    module = Norms(tiny_config, warmup_steps=0)
+    options: dict[str, Any] = {"gradient_clip_val": 0.01, "precision": precision, "enable_checkpointing": False}
+    trainer(tmp_path, max_steps=2, limit_val_batches=0, **options).fit(module, data_for(module, caption_table))
+    assert norms
+    assert all(norm == pytest.approx(0.01, rel=1e-3) for norm in norms)
+
+
+def test_without_an_architecture_the_weights_say_it_and_without_weights_it_is_the_papers(tiny_checkpoint: Path) -> None:
+    assert LitCLIP(pretrained=tiny_checkpoint).model.config == load_model(tiny_checkpoint).config
+    with torch.device("meta"):
+        assert LitCLIP().model.config == resolve_architecture("ViT-B-32")
+
+
+def test_weights_of_another_image_size_and_context_length_are_interpolated_and_the_checkpoint_keeps_it(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    module = LitCLIP(pretrained=tiny_checkpoint, image_size=64, context_length=20)
+    assert module.preprocessing.image_size == 64
+    assert module.tokenize.context_length == 20
+    expected = load_model(tiny_checkpoint, image_size=64, context_length=20)
+    assert torch.equal(module.model.visual.positional_embedding, expected.visual.positional_embedding)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(tmp_path / "larger.ckpt", weights_only=True)
+    assert load_model(tmp_path / "larger.ckpt").config == expected.config
+    again = LitCLIP.load_from_checkpoint(tmp_path / "larger.ckpt", map_location="cpu", weights_only=True)
+    assert again.preprocessing.image_size == 64

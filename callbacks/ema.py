@@ -1,0 +1,91 @@
+"""An exponential moving average of the weights: evaluated, and what a checkpoint is read as."""
+
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
+
+from lit_clip.errors import InputError, require
+from lit_clip.sources import EMA_WEIGHTS
+
+
+class EMA(WeightAveraging):
+    """Averages the weights after every optimiser step: ``average = decay * average + (1 - decay) * weights``.
+
+    Validation, with all callbacks, sees the average as soon as there is one, and so do those who read a checkpoint: its
+    ``state_dict`` is the average, as its ``weights`` says, and ``current_model_state`` holds the weights of the last
+    step, from which a resumed run goes on. When training ends the module has the average.
+
+    Lightning's own callback would evaluate the average before its first update, and callbacks behind it in the list
+    would evaluate the weights instead.
+
+    Args:
+        decay: at least 0, below 1.
+        start_step: optimiser steps before the first update, which copies the weights.
+    """
+
+    def __init__(self, decay: float = 0.999, start_step: int = 0) -> None:
+        require(0 <= decay < 1, f"EMA.decay: {decay} must be at least 0 and below 1")
+        require(start_step >= 0, f"EMA.start_step: {start_step} must be at least 0")
+        super().__init__(avg_fn=get_ema_avg_fn(decay))
+        self.start_step = start_step
+        self._swapped = False
+
+    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+        return step_idx is not None and step_idx >= self.start_step
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.save_weights_only:
+                raise InputError("ModelCheckpoint.save_weights_only: would save the weights without EMA's average")
+        super().setup(trainer, pl_module, stage)
+        self._swapped &= stage != "fit"
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._average.to(pl_module.device)  # it was made, and loaded, before the model was moved there
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._swap(pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:  # after it the module keeps the average
+            self._swap_back(pl_module)
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Too late: see :meth:`on_validation_start`."""
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Too early: other callbacks and the module itself evaluate in this hook."""
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._swap_back(pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._swap(pl_module)  # rather than copied: a checkpoint that is saved now still holds both
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._average_model is None:
+            return
+        ours, theirs = checkpoint["state_dict"], self._average.module.state_dict()
+        average, current = (ours, theirs) if self._swapped else (theirs, ours)
+        if self._average.n_averaged > 0:
+            checkpoint["state_dict"], checkpoint["weights"] = average, EMA_WEIGHTS
+        checkpoint["current_model_state"] = current
+        checkpoint["averaging_state"] = {"n_averaged": self._average.n_averaged}
+
+    @property
+    def _average(self) -> AveragedModel:
+        assert self._average_model is not None, "made when fit begins"
+        return self._average_model
+
+    def _swap(self, pl_module: LightningModule) -> None:
+        if self._average_model is not None and self._average.n_averaged > 0 and not self._swapped:
+            self._swap_models(pl_module)
+            self._swapped = True
+
+    def _swap_back(self, pl_module: LightningModule) -> None:
+        if self._swapped:
+            self._swap_models(pl_module)
+            self._swapped = False
