@@ -17,12 +17,14 @@ from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from omegaconf.errors import OmegaConfBaseException
 
+from lit_clip import commands
 from lit_clip.errors import InputError
 from lit_clip.module import LitCLIP
 from lit_clip.summary import print_next_steps, print_summary
 from lit_clip.weights import read_checkpoint
 
 USER_ERROR = 2  # argparse's exit code for a bad command line
+INTERRUPTED = 130  # what shells report of a program that Ctrl-C ended
 
 
 class SaveConfig(SaveConfigCallback):
@@ -40,6 +42,12 @@ class CLI(LightningCLI):
         """Tell the data module what the model wants, so that no YAML file states it twice."""
         for name in ("preprocessing", "tokenize"):
             parser.link_arguments(f"model.{name}", f"data.init_args.{name}", apply_on="instantiate")
+        parser.add_argument(
+            "--baseline",
+            type=bool,
+            default=False,
+            help="Under fit: validate before the first step and report the change.",
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Typed options beat the YAML files, those beat what ``--ckpt_path`` holds, and that beats the defaults."""
@@ -53,7 +61,7 @@ class CLI(LightningCLI):
         for name in {"validate", "test"} & getattr(self, "_subcommand_parsers", {}).keys():
             self._subcommand_parsers[name].set_defaults(verbose=False)  # our table says it, with what guessing reaches
         super().parse_arguments(parser, args)
-        if subcommand and path:
+        if subcommand and path and not self.config[subcommand]["model"]["lora"]:
             self.config[subcommand]["model"]["pretrained"] = None  # the checkpoint replaces every weight
 
     def _parse_ckpt_path(self) -> None:
@@ -72,6 +80,12 @@ class CLI(LightningCLI):
         except (ValueError, TypeError) as error:
             raise InputError(f"trainer: {error}") from error
 
+    def before_fit(self) -> None:
+        """Every metric at step 0; a resumed run has those of its checkpoint."""
+        if self._get(self.config, "baseline") and not self._get(self.config, "ckpt_path"):
+            self.trainer.validate(self.model, self.datamodule, verbose=False)
+            self.model.before = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+
     def after_fit(self) -> None:
         self._summarise()
         callback = self.trainer.checkpoint_callback
@@ -88,7 +102,7 @@ class CLI(LightningCLI):
 
     def _summarise(self) -> None:
         if self.trainer.is_global_zero:
-            print_summary(self.trainer.callback_metrics, self.model.baselines)
+            print_summary(self.trainer.callback_metrics, self.model.baselines, self.model.before)
 
 
 def _options(words: Sequence[str], *names: str) -> list[str]:
@@ -144,6 +158,11 @@ def user_error(error: BaseException) -> BaseException | None:
         if isinstance(cause, InputError):
             return cause
         cause = cause.__cause__ or cause.__context__
+    # Of what a dataclass raises among the types of a union jsonargparse keeps the text alone.
+    lines = [line.strip(" -") for line in str(error).splitlines()] if isinstance(error, ValueError) else []
+    ours = next((line for line in lines if line.startswith("architecture")), None)
+    if ours:
+        return InputError(ours)
     if isinstance(error, OSError) and error.filename:
         return InputError(f"{error.filename}: {error.strerror}")
     if isinstance(error, RuntimeError) and "Connection closed by peer" in str(error):
@@ -157,6 +176,7 @@ def _hush() -> None:
     warnings.filterwarnings("ignore", message=r"Precision bf16-mixed is not supported by the model summary.*")
     # What we log at the end of an epoch has been summed over the ranks already.
     warnings.filterwarnings("ignore", message=r".*recommended to use `self\.log\(.*sync_dist=True\)`.*")
+    warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode.*")  # what is frozen should be
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     logger.addFilter(lambda record: "Tip:" not in record.getMessage())
 
@@ -173,7 +193,12 @@ def run(args: ArgsType = None, execute: bool = True) -> CLI:
         seed_everything_default=0,
         # The data modules divide the samples themselves, each exactly once.
         trainer_defaults={"use_distributed_sampler": False},
-        parser_kwargs={"parser_mode": "omegaconf+", "exit_on_error": False, "allow_abbrev": False},
+        parser_kwargs={
+            "parser_mode": "omegaconf+",
+            "exit_on_error": False,
+            "allow_abbrev": False,
+            "epilog": commands.HELP,
+        },
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
         args=args,
@@ -185,7 +210,13 @@ def main() -> None:
     """The ``lit-clip`` command: exit code 2 and one line for what the user can mend."""
     _hush()
     try:
-        run()
+        if sys.argv[1:2] and sys.argv[1] in commands.COMMANDS:
+            commands.run_command(sys.argv[1:])
+        else:
+            run()
+    except KeyboardInterrupt as stop:
+        sys.stderr.write(f"lit-clip: interrupted{f': {stop}' if str(stop) else ''}\n")
+        sys.exit(INTERRUPTED)
     except Exception as error:
         mendable = user_error(error)
         if mendable is None:

@@ -1,11 +1,14 @@
 """What several test files need: tiny models, real drawings, and real processes for distribution."""
 
+import csv
+import importlib.util
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -86,6 +89,47 @@ def overfitted(tmp_path_factory: pytest.TempPathFactory, caption_table: Path) ->
     trainer.fit(module, data)
     trainer.save_checkpoint(folder / "last.ckpt")
     return folder / "last.ckpt", caption_table
+
+
+@pytest.fixture(scope="session")
+def drawings(tmp_path_factory: pytest.TempPathFactory, overfitted: tuple[Path, Path]) -> tuple[Path, Path, list[str]]:
+    """The checkpoint that has learnt 64 drawings, a folder with copies named after their captions, the captions."""
+    checkpoint, table = overfitted
+    folder = tmp_path_factory.mktemp("drawings_by_name") / "photos"
+    folder.mkdir()
+    names = []
+    with table.open(encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            (folder / f"{row['caption'].replace('/', '_')}.png").write_bytes((table.parent / row["image"]).read_bytes())
+            names.append(row["caption"])
+    return checkpoint, folder, names
+
+
+@pytest.fixture
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_config: CLIPConfig) -> Path:
+    """A file with a tiny model's random weights, as training writes it."""
+    from lightning.pytorch import Trainer
+
+    from lit_clip import LitCLIP
+
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer.strategy.connect(LitCLIP(tiny_config))
+    path = tmp_path_factory.mktemp("tiny") / "tiny.ckpt"
+    trainer.save_checkpoint(path, weights_only=True)
+    return path
+
+
+def openai_code() -> ModuleType:
+    """OpenAI's ``clip/model.py``; the package's ``__init__`` needs a setuptools older than most have."""
+    package = importlib.util.find_spec("clip")
+    if package is None or not package.submodule_search_locations:
+        pytest.skip("clip-anytorch is not installed")
+    spec = importlib.util.spec_from_file_location("openai_clip", f"{package.submodule_search_locations[0]}/model.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def lit_clip_command(

@@ -1,0 +1,93 @@
+"""The commands beside LightningCLI's: each is one function, and its signature is its command line.
+
+Parameters without a default are words in their order, all others and those behind ``*`` are options (required if they
+have no default), and the docstring is the help. A ``list[str]`` takes any number of words, a
+``bool`` is a flag.
+"""
+
+import importlib
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, get_type_hints
+
+import docstring_parser
+from jsonargparse import ArgumentParser
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+# What a command runs, as "module:function", imported when it is asked for: `lit-clip --help` pays for none of them.
+COMMANDS: dict[str, str] = {
+    "classify": "lit_clip.classify:classify",
+    "embed": "lit_clip.embed:embed",
+    "export": "lit_clip.export:export",
+    "models": "lit_clip.models:models",
+    "search": "lit_clip.search:search",
+    "wise-ft": "lit_clip.wise_ft:wise_ft",
+}
+
+HELP = f"Without a configuration: lit-clip {' | '.join(sorted(COMMANDS))}; each of them has a --help."
+
+
+def command_parser(name: str, function: Callable[..., None]) -> ArgumentParser:
+    """The command line of a function.
+
+    jsonargparse's own reading of a signature would have lists typed as ``[a, b]`` and flags as ``--flag true``.
+    """
+    documentation = docstring_parser.parse(function.__doc__ or "")
+    helps = {parameter.arg_name: parameter.description for parameter in documentation.params}
+    parser = ArgumentParser(
+        prog=f"lit-clip {name}", description=documentation.short_description, exit_on_error=False, allow_abbrev=False
+    )
+    hints = get_type_hints(function)
+    lists = {key for key, hint in hints.items() if hint in (list[str], list[str] | None)}
+    flags = {key for key, hint in hints.items() if hint is bool}
+    parser.add_function_arguments(function, as_positional=True, as_group=False, skip={*lists, *flags})
+    for key, parameter in inspect.signature(function).parameters.items():
+        required = parameter.default is parameter.empty
+        if key in flags:
+            assert parameter.default is False, f"{key}: a flag can only switch something on"
+            parser.add_argument(f"--{key}", action="store_true", help=helps.get(key))
+        elif key in lists and required and parameter.kind is not parameter.KEYWORD_ONLY:
+            parser.add_argument(key, type=str, nargs="*", help=helps.get(key))
+        elif key in lists:
+            default = {"required": True} if required else {"default": parameter.default}
+            parser.add_argument(f"--{key}", type=str, nargs="+", help=helps.get(key), **default)
+    return parser
+
+
+def run_command(words: Sequence[str]) -> None:
+    """Run ``COMMANDS[words[0]]`` with the other words."""
+    name, *options = words
+    module, _, function = COMMANDS[name].partition(":")
+    # What Lightning reports of devices and ranks is no news here.
+    for logger in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(logger).setLevel(logging.WARNING)
+    command = getattr(importlib.import_module(module), function)
+    parser = command_parser(name, command)
+    command(**vars(parser.parse_args(options)))
+
+
+def stderr() -> Console:
+    """Where progress and notes go: standard output is for results alone."""
+    return Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+@contextmanager
+def progress(description: str, total: int, enabled: bool = True) -> Iterator[Any]:
+    """A progress bar on standard error.
+
+    Yields:
+        A function to call with the number of units that have just been done.
+    """
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), disable=not enabled) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda units: bar.advance(task, units)
