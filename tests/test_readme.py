@@ -4,6 +4,7 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -23,14 +24,23 @@ def commands() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, overfitted: tuple[Path, Path]) -> Path:
-    """Where a reader would be: the configs, a table of captions, photos, a small ImageNet, a checkpoint."""
+def folder(tmp_path_factory: pytest.TempPathFactory, drawings: tuple[Path, Path, list[str]], overfitted: Any) -> Path:
+    """Where a reader would be: the configs, a table of captions, photos, a small ImageNet, checkpoints."""
     checkpoint, table = overfitted
     here = tmp_path_factory.mktemp("reader")
     shutil.copytree(ROOT / "configs", here / "configs")
     rows = table.read_text(encoding="utf-8").splitlines()
     (here / "captions.csv").write_text("\n".join(row.replace("../", f"{table.parent.parent}/") for row in rows))
-    shutil.copy(checkpoint, here / "last.ckpt")
+    for name in ("last.ckpt", "before.ckpt"):
+        shutil.copy(checkpoint, here / name)
+    shutil.copytree(drawings[1], here / "photos")
+    for classes in ("my_classes", "other_classes"):
+        for picture in sorted((here / "photos").iterdir())[:3]:
+            (here / classes / picture.stem).mkdir(parents=True)
+            shutil.copy(picture, here / classes / picture.stem / "1.png")
+    (here / "sets.yaml").write_text(
+        next(block for block in blocks("yaml") if block.startswith("target")), encoding="utf-8"
+    )
     for label in range(1000):
         (here / f"imagenet/val/n{label:08d}").mkdir(parents=True)
         Image.new("RGB", (8, 8), (label % 256, 0, 0)).save(here / f"imagenet/val/n{label:08d}/0.png")
@@ -44,13 +54,26 @@ def test_there_are_commands_for_every_task() -> None:
 @pytest.mark.parametrize("command", commands())
 def test_a_command_runs(command: str, folder: Path) -> None:
     words = shlex.split(command)
-    environment = dict([words.pop(0).split("=", 1)]) if "=" in words[0] else {}
+    environment = {}
+    while "=" in words[0]:
+        name, value = words.pop(0).split("=", 1)
+        environment[name] = value
     program, *options = words
     assert program == "lit-clip"
     if "configs/finetune_table.yaml" in options:
         options += FAST
         if "--trainer.max_epochs" not in options and options[0] == "fit":
             options += ["--trainer.max_epochs", "81" if "--ckpt_path" in options else "1"]
+    if "configs/finetune_clip.yaml" in options:  # its own weights have to be downloaded
+        options += [
+            *FAST,
+            "--model.architecture",
+            "null",
+            "--model.pretrained",
+            "last.ckpt",
+            "--trainer.max_epochs",
+            "1",
+        ]
     result = lit_clip_command(folder, *options, environment=environment, timeout=240)
     assert result.returncode == 0, result.stdout + result.stderr
 
@@ -75,5 +98,5 @@ def test_make_help_lists_every_target_that_the_readme_names() -> None:
 
 
 def test_every_file_that_the_readme_links_is_there() -> None:
-    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", README):
+    for link in re.findall(r"\]\((?!https?:|#)([^)]+)\)", README):
         assert (ROOT / link).exists(), link
