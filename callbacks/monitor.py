@@ -15,10 +15,10 @@ from lit_clip.module import LitCLIP
 
 
 def gradient_norms(model: CLIP) -> dict[str, Tensor]:
-    """The L2 norm of each encoder's gradient; ``logit_scale`` belongs to neither."""
+    """The L2 norm of each encoder's gradient; ``logit_scale`` and ``logit_bias`` belong to neither."""
     towers: dict[str, list[Tensor]] = {"image": [], "text": []}
     for name, parameter in model.named_parameters():
-        if parameter.grad is not None and name != "logit_scale":
+        if parameter.grad is not None and name not in ("logit_scale", "logit_bias"):
             towers["image" if name.startswith("visual.") else "text"].append(parameter.grad)
     return {tower: nn.utils.get_total_norm(gradients) for tower, gradients in towers.items() if gradients}
 
@@ -32,8 +32,9 @@ def _interval(trainer: Any) -> int:
 class TrainingMonitor(Callback):
     """Logs, every ``log_every_n_steps``, what a person wants beside the loss.
 
-    ``train/learning_rate``; ``train/image_gradient_norm`` and ``train/text_gradient_norm`` (before clipping);
-    ``train/samples_per_second`` over all ranks, validation not counted; ``train/samples_seen``.
+    ``train/learning_rate`` (of the head, where layers have rates of their own); ``train/image_gradient_norm`` and
+    ``train/text_gradient_norm`` (before clipping); ``train/samples_per_second`` over all ranks, validation not counted;
+    ``train/samples_seen``.
     """
 
     def __init__(self) -> None:
@@ -61,7 +62,7 @@ class TrainingMonitor(Callback):
         if (trainer.global_step + 1) % _interval(trainer) == 0:
             for tower, norm in gradient_norms(cast(LitCLIP, pl_module).model).items():
                 pl_module.log(f"train/{tower}_gradient_norm", norm)
-            pl_module.log("train/learning_rate", optimizer.param_groups[0]["lr"])
+            pl_module.log("train/learning_rate", max(group["lr"] for group in optimizer.param_groups))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: CaptionBatch, batch_idx: int

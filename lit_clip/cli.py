@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from omegaconf.errors import OmegaConfBaseException
 
-from lit_clip import commands
+from lit_clip import collectives, commands
 from lit_clip.errors import InputError
 from lit_clip.module import LitCLIP
 from lit_clip.summary import print_next_steps, print_summary
@@ -214,6 +214,7 @@ def main() -> None:
             commands.run_command(sys.argv[1:])
         else:
             run()
+        collectives.leave()
     except KeyboardInterrupt as stop:
         sys.stderr.write(f"lit-clip: interrupted{f': {stop}' if str(stop) else ''}\n")
         sys.exit(INTERRUPTED)

@@ -14,6 +14,12 @@ def rank_and_world() -> tuple[int, int]:
     return 0, 1
 
 
+def leave() -> None:
+    """End the process group, if there is one: its threads may abort a process that exits while they still run."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 class _Gather(torch.autograd.Function):
     """Concatenate over ranks; the gradient of a row is the sum of what every rank's loss says about it."""
 

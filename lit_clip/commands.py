@@ -61,12 +61,24 @@ def run_command(words: Sequence[str]) -> None:
     """Run ``COMMANDS[words[0]]`` with the other words."""
     name, *options = words
     module, _, function = COMMANDS[name].partition(":")
-    # What Lightning reports of devices and ranks is no news here.
-    for logger in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(logger).setLevel(logging.WARNING)
     command = getattr(importlib.import_module(module), function)
     parser = command_parser(name, command)
-    command(**vars(parser.parse_args(options)))
+    with _quiet_lightning():
+        command(**vars(parser.parse_args(options)))
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """What Lightning reports of devices and ranks is no news to who embeds a folder."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def stderr() -> Console:

@@ -62,7 +62,7 @@ def read_file(path: Path) -> dict[str, Any]:
         InputError: no such file, unreadable, incomplete, or something in it that is neither tensor nor plain value.
     """
     if not path.is_file():
-        raise InputError(f"{path}: no such checkpoint or file of weights")
+        raise InputError(f"{path}: no such checkpoint file")
     try:
         if path.suffix == ".safetensors":
             return _read_safetensors(path)
@@ -72,7 +72,7 @@ def read_file(path: Path) -> dict[str, Any]:
                     return read_torchscript(archive)
         values = _torch_load(path)
     except pickle.UnpicklingError as error:  # torch's own text advises to load the file unsafely
-        message = "not a file of tensors and plain values, or incomplete; nothing in it was run"
+        message = "not a checkpoint of tensors and plain values, or incomplete; nothing in it was run"
         raise InputError(f"{path}: {message}") from error
     except Exception as error:  # damaged bytes raise anything, IndexError and AssertionError too
         raise InputError(f"{path}: not a readable file of weights; it may be incomplete") from error

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from lit_clip.cli import CLI, run
+from lit_clip.registry import resolve_architecture
 from tests.conftest import ROOT
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -17,10 +18,11 @@ def test_there_are_configs() -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_config_parses_and_its_classes_and_options_exist(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CLI, "instantiate_classes", lambda self: None)  # its data may not be here
-    for name in ("IMAGENET", "CLASSES", "HELD_OUT"):
+    for name in ("IMAGENET", "CLASSES", "HELD_OUT", "IMAGE_WEIGHTS", "TEXT_ENCODER"):
         monkeypatch.setenv(name, name.lower())
     command = run(args=["--config", str(path)], execute=False)
-    assert command.config.model.architecture is not None
+    architecture = command.config.model.architecture  # None: that of the checkpoint that is given
+    assert not isinstance(architecture, str) or resolve_architecture(architecture)  # sizes have been checked by parsing
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

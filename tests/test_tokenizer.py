@@ -21,7 +21,7 @@ OPENAI_IDS = {
     "  multiple   spaces\tand\nnewlines ": [49406, 6470, 9006, 537, 1218, 3418, 49407],
     "it's the dog's bone, they'll've": [49406, 585, 568, 518, 1929, 568, 6195, 267, 889, 1342, 1200, 49407],
     "café naïve": [49406, 15304, 1097, 35689, 563, 49407],
-    "café": [49406, 15304, 49407],
+    "cafe\u0301": [49406, 15304, 49407],  # decomposed
     "&amp;lt;b&amp;gt; bold": [49406, 283, 321, 285, 8911, 49407],
     "12345 3.14": [49406, 272, 273, 274, 275, 276, 274, 269, 272, 275, 49407],
     "emoji 😀🚀": [49406, 16327, 12832, 13542, 49407],
@@ -106,12 +106,12 @@ def test_ids_are_openais(text: str) -> None:
 
 
 def test_ids_of_random_unicode_are_open_clips(open_clip_tokenizer: SimpleTokenizer) -> None:
-    texts = random_texts(1500, seed=0, extra=[])
+    texts = random_texts(10_000, seed=0, extra=[])
     ours, theirs = tokenize(texts), open_clip_tokenizer(texts)
     differ = [text for text, a, b in zip(texts, ours, theirs, strict=True) if not torch.equal(a, b)]
     assert differ == []
-    assert ours.shape == (1500, 77)
-    assert (ours[:, -1] == EOT_ID).sum() > 50  # the cut at 77 was among the cases
+    assert ours.shape == (10_000, 77)
+    assert (ours[:, -1] == EOT_ID).sum() > 500  # the cut at 77 was among the cases
 
 
 def test_special_tokens_inside_a_text_are_read_as_by_openai(openai_tokenizer: SimpleTokenizer) -> None:

@@ -441,7 +441,7 @@ def bad_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("absent.pt", "no such checkpoint or file of weights"),
+        ("absent.pt", "no such checkpoint file"),
         ("empty.pt", "it may be incomplete"),
         ("empty.safetensors", "it may be incomplete"),
         ("text.pt", "it may be incomplete"),
@@ -476,7 +476,7 @@ def test_the_command_refuses_bad_weights_with_exit_code_2_and_writes_nothing(tmp
     assert (
         result.stderr.strip()
         .splitlines()[-1]
-        .endswith("evil.pt: not a file of tensors and plain values, or incomplete; nothing in it was run")
+        .endswith("evil.pt: not a checkpoint of tensors and plain values, or incomplete; nothing in it was run")
     )
     assert "Traceback" not in result.stderr
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
