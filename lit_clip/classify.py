@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -71,6 +72,10 @@ def classify(
     require(path is None or path.absolute().parent.is_dir(), f"--output_file {path}: there is no such folder")
     items = find_images(images)
     clip = load_model(model).to(_best_device())
+    require(
+        len(names) > 1 or clip.logit_bias is not None,
+        f"--classes {names[0]}: one class alone would have 100 % of every picture; name what else it may be",
+    )
     classifier = _classifier(clip, names, prompts)
     guesses: dict[str, list[Guess]] = {}
     bad: list[Bad] = []
@@ -113,10 +118,10 @@ def _best_device() -> torch.device:
 def _lines(words: Sequence[str], option: str) -> list[str]:
     """The words, or the lines of the file that a single word is the path of."""
     path = Path(words[0]) if len(words) == 1 else None
-    if path is None or not (path.is_file() or path.suffix == ".txt"):
+    if path is None or not (os.path.isfile(path) or path.suffix == ".txt"):  # Path's own fails at 256 characters
         return [" ".join(word.split()) for word in words]
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--{option} {path}: not a readable UTF-8 text file ({error})") from error
     lines = [" ".join(line.split()) for line in lines if line.strip()]
@@ -230,4 +235,7 @@ def _as_json(guesses: dict[str, list[Guess]]) -> str:
         {"image": key, "classes": [{"class": name, "probability": round(value, 6)} for name, value in best]}
         for key, best in guesses.items()
     ]
-    return json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
+    text = json.dumps(rows, indent=1, ensure_ascii=False)
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        text = json.dumps(rows, indent=1)  # a name that is not Unicode: JSON must be
+    return text + "\n"

@@ -7,7 +7,9 @@ have no default), and the docstring is the help. A ``list[str]`` takes any numbe
 
 import importlib
 import inspect
+import io
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, get_type_hints
@@ -60,6 +62,8 @@ def command_parser(name: str, function: Callable[..., None]) -> ArgumentParser:
 def run_command(words: Sequence[str]) -> None:
     """Run ``COMMANDS[words[0]]`` with the other words."""
     name, *options = words
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # a file's name need not be Unicode
     module, _, function = COMMANDS[name].partition(":")
     command = getattr(importlib.import_module(module), function)
     parser = command_parser(name, command)

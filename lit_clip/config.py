@@ -341,25 +341,24 @@ class CLIPConfig:
         return CLIPConfig.from_dict(self.to_dict())
 
 
-def differences(theirs: CLIPConfig, ours: CLIPConfig) -> list[str]:
-    """What two architectures do not agree on, each as ``image.width 768 there and 1024 here``.
+def described(config: CLIPConfig) -> dict[str, Any]:
+    """All that an architecture's features depend on beside the weights, as plain values by name.
 
-    Where towers and tokenizers come from is no difference; the sizes of a Hugging Face encoder show in its weights.
+    Where towers and tokenizers come from is left out; the sizes of a Hugging Face encoder show in its weights.
     """
+    values = config.to_dict()
+    for name, tower in (("image", values.pop("image")), ("text", values.pop("text"))):
+        if tower.get("tokenizer"):
+            tower["tokenizer"] = tower["tokenizer"]["clean"]
+        values[f"{name} encoder"] = type(getattr(config, name)).__name__.removesuffix("Config")
+        values.update({f"{name}.{key}": value for key, value in tower.items() if key not in ("hugging_face", "model")})
+    values.update({f"preprocessing.{key}": value for key, value in values.pop("preprocessing").items()})
+    return values
 
-    def flat(config: CLIPConfig) -> dict[str, Any]:
-        values = config.to_dict()
-        for name, tower in (("image", values.pop("image")), ("text", values.pop("text"))):
-            if tower.get("tokenizer"):
-                tower["tokenizer"] = tower["tokenizer"]["clean"]
-            values[f"{name} encoder"] = type(getattr(config, name)).__name__.removesuffix("Config")
-            values.update(
-                {f"{name}.{key}": value for key, value in tower.items() if key not in ("hugging_face", "model")}
-            )
-        values.update({f"preprocessing.{key}": value for key, value in values.pop("preprocessing").items()})
-        return values
 
-    there, here = flat(theirs), flat(ours)
+def differences(theirs: CLIPConfig, ours: CLIPConfig) -> list[str]:
+    """What two architectures (:func:`described`) do not agree on, each as ``image.width 768 there and 1024 here``."""
+    there, here = described(theirs), described(ours)
     return [
         f"{key} {there[key]} there and {here[key]} here" for key in here if key in there and there[key] != here[key]
     ]

@@ -19,7 +19,16 @@ from torch.utils.data import DataLoader, Dataset
 from lit_clip import __version__, collectives, load_model
 from lit_clip.commands import progress, stderr
 from lit_clip.errors import InputError, require
-from lit_clip.features import FeatureTable, Identity, Parts, check_output, collect, fingerprint, write_features
+from lit_clip.features import (
+    FeatureTable,
+    Identity,
+    Parts,
+    check_keys,
+    check_output,
+    collect,
+    fingerprint,
+    write_features,
+)
 from lit_clip.images import Bad, Batch, ImageBatches, Item, OnError, find_images, in_batches, loader
 from lit_clip.model import CLIP
 from lit_clip.tokenizer import TextTokenizer
@@ -63,6 +72,7 @@ def embed(
     check_output(path)
     require(bool(images) != bool(texts), "give either images or --texts, not both and not neither")
     items = _read_texts(Path(texts)) if texts else find_images(images)
+    check_keys(path, [item.key for item in items])
     clip = load_model(model)
     name = fingerprint(clip)
     parts = Parts(path, f"{name} {precision} {'text' if texts else 'image'}")
@@ -81,7 +91,7 @@ def embed(
 
 def _read_texts(path: Path) -> list[Item]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a readable UTF-8 text file ({' '.join(str(error).split())})") from error
     texts = sorted({line.strip() for line in lines if line.strip()})

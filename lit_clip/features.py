@@ -6,7 +6,7 @@ import os
 import shutil
 import uuid
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from lit_clip.config import described
 from lit_clip.errors import InputError
 from lit_clip.images import Item
 from lit_clip.model import CLIP
@@ -23,8 +24,8 @@ Identity = tuple[str, int, int]
 
 
 def fingerprint(model: CLIP) -> str:
-    """SHA-256 of a model's weights and of what it does to pictures: models with the same one give the same features."""
-    settings = (weights_sha256(model), model.preprocessing, model.config.activation, model.context_length)
+    """SHA-256 of a model's weights and of what is done with them: models with the same one give the same features."""
+    settings = (weights_sha256(model), sorted(described(model.config).items()))
     return hashlib.sha256(repr(settings).encode()).hexdigest()
 
 
@@ -110,6 +111,7 @@ class Parts:
 
     def add(self, table: FeatureTable) -> None:
         """Write a part, whole or not at all."""
+        self.folder.mkdir(exist_ok=True)  # another run with the same output may have ended and removed it
         table.save(self.folder / f"{uuid.uuid4().hex}.npz", self.model)
 
     def read(self) -> dict[Identity, np.ndarray]:
@@ -151,6 +153,15 @@ def check_output(path: Path) -> None:
         _pyarrow()
 
 
+def check_keys(path: Path, keys: Iterable[str]) -> None:
+    """Raise :class:`InputError` if a key cannot be written there: a file's name need not be Unicode."""
+    for key in keys if path.suffix == ".parquet" else ():
+        try:
+            key.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"{path}: the file name {key!r} is not Unicode text; rename the file") from error
+
+
 def _pyarrow() -> tuple[Any, Any]:
     try:
         import pyarrow as pa
@@ -175,10 +186,7 @@ def write_features(path: Path, keys: Sequence[str], features: np.ndarray, metada
         return
     pa, pq = _pyarrow()
     column = pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1)), features.shape[1])
-    try:
-        names = pa.array(list(keys), type=pa.string())
-    except UnicodeEncodeError as error:
-        raise InputError(f"{path}: the file name {error.object!r} is not Unicode text; rename the file") from error
+    names = pa.array(list(keys), type=pa.string())
     table = pa.table({"key": names, "feature": column}).replace_schema_metadata(dict(metadata))
     with replacing(path) as temporary:
         pq.write_table(table, temporary)

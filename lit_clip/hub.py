@@ -10,7 +10,10 @@ from lit_clip.registry import resolve_architecture
 from lit_clip.sources import OPEN_CLIP_WEIGHTS
 
 # What a model needs beside its weights.
-_SMALL = ["*config.json", "tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "*.index.json"]
+_SMALL = [
+    *("*config.json", "*.index.json", "tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model"),
+    *("special_tokens_map.json", "added_tokens.json"),
+]
 
 
 def download(name: str) -> Path:

@@ -111,6 +111,8 @@ def read_image(path: Path) -> Image.Image:
     Raises:
         InputError: no such file, not a picture, or a broken one.
     """
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise InputError(f"{path}: not a file")
     try:
         with Image.open(path) as image:
             image.load()

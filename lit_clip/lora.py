@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lit_clip.errors import InputError, require
+from lit_clip.files import is_path
 from lit_clip.layers import TOWERS, layer_groups
 from lit_clip.model import CLIP
 
@@ -133,7 +134,7 @@ def with_base(checkpoint: dict[str, Any], name: str | os.PathLike[str]) -> dict[
     """A checkpoint as it is, or if it holds a LoRA alone, with all weights, the additions merged into them.
 
     Raises:
-        InputError: the base is not where it was or has other weights.
+        InputError: the base is neither where it was nor beside the checkpoint, or has other weights.
     """
     if "base" not in checkpoint:
         return checkpoint
@@ -141,7 +142,13 @@ def with_base(checkpoint: dict[str, Any], name: str | os.PathLike[str]) -> dict[
     from lit_clip.weights import check_weights
 
     hparams = checkpoint["hyper_parameters"]
-    module = LitCLIP(**{**hparams, "distill": None})
+    base = hparams["pretrained"]
+    beside = Path(name).parent / Path(base).name  # moved together; the fingerprint tells whether it is the one
+    try:
+        found = str(beside) if is_path(base) and not Path(base).exists() and beside.exists() else base
+        module = LitCLIP(**{**hparams, "distill": None, "pretrained": found})
+    except InputError as error:
+        raise InputError(f"{name}: the weights that its LoRA belongs to cannot be opened: {error}") from error
     check_base(checkpoint, module.base_sha256, name)
     model = module.model
     state: dict[str, Tensor] = {**model.state_dict(), **checkpoint["state_dict"]}

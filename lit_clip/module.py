@@ -26,7 +26,7 @@ from lit_clip.optim import parameter_groups, total_steps, warmup_cosine
 from lit_clip.sources import EMA_WEIGHTS, checkpoint_tokenizer
 from lit_clip.summary import print_parameter_groups
 from lit_clip.tokenizer import TextTokenizer
-from lit_clip.weights import check_architecture, check_weights, create_model, weights_sha256
+from lit_clip.weights import check_architecture, check_weights, create_model, weights_sha256, whole_name
 
 RECALL_AT = (1, 5, 10)
 PREFIX = "model."
@@ -117,7 +117,10 @@ class LitCLIP(LightningModule):
                 "layer_decay": self._layer_decay and dataclasses.asdict(self._layer_decay),
                 "distill": distill and dataclasses.asdict(distill),
                 "lora": lora and dataclasses.asdict(lora),
-                "pretrained": base_name(pretrained) if lora and pretrained else None,  # else a checkpoint has it all
+                # What a LoRA belongs to, and what was made of it; any other checkpoint has it all.
+                "pretrained": base_name(whole_name(architecture, pretrained)) if lora and pretrained else None,
+                "image_size": image_size if lora else None,
+                "context_length": context_length if lora else None,
             }
         )
         for name in frozen_names(self.model, freeze or Freeze()):
@@ -310,6 +313,10 @@ class LitCLIP(LightningModule):
         if checkpoint.get("weights") == EMA_WEIGHTS:
             rank_zero_info(f"{name}: these weights are the exponential moving average, not those of the last step")
         if self._trainer and self._trainer.state.fn == TrainerFn.FITTING:
+            require(
+                "optimizer_states" in checkpoint,
+                f"{name}: holds weights alone and cannot be gone on from; start from it with --model.pretrained",
+            )
             self._keep_what_was_typed(checkpoint, str(name))
 
     def _keep_what_was_typed(self, checkpoint: dict[str, Any], name: str) -> None:

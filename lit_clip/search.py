@@ -60,13 +60,14 @@ def search(
         image: pictures to find similar ones of.
         top_k: number of pictures found for each query.
         sheet: an HTML page to show them on; it holds the thumbnails itself.
-        index: the index file; by default .lit-clip-index.npz in the folder.
+        index: the index, a .npz file; by default .lit-clip-index.npz in the folder.
         batch_size: pictures encoded at once.
         num_workers: processes that decode pictures.
         on_error: what a picture that cannot be read does; skip lists it in a file beside the index.
     """
     require(bool(queries or image), "nothing to search for: type a text behind the folder, or give --image")
     require(top_k >= 1, f"--top_k {top_k} must be at least 1")
+    require(index is None or index.endswith(".npz"), f"--index {index}: an index is a .npz file")
     require(Path(sheet).absolute().parent.is_dir(), f"--sheet {sheet}: there is no such folder")
     folder = Path(images)
     items = images_in(folder)

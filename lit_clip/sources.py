@@ -19,10 +19,12 @@ from lit_clip.config import (
     ResNetConfig,
     TextTransformerConfig,
     VisionTransformerConfig,
+    differences,
 )
-from lit_clip.errors import InputError
+from lit_clip.errors import InputError, require
 from lit_clip.files import as_float32, is_path, read_file
 from lit_clip.open_clip_format import from_open_clip
+from lit_clip.registry import resolve_architecture
 from lit_clip.tokenizer import TextTokenizer
 
 Source = str | os.PathLike[str]
@@ -57,6 +59,16 @@ class Weights:
     tokenizer: TextTokenizer | None = None
 
 
+def check_same(theirs: CLIPConfig, ours: CLIPConfig, name: Source) -> None:
+    """Raise :class:`InputError` with every difference between two architectures."""
+    wrong = differences(theirs, ours)
+    if wrong:
+        hint = "set --model.architecture"
+        if any(difference.startswith("image.image_size") for difference in wrong):
+            hint += ", or to interpolate the position embedding --model.image_size"
+        raise InputError(f"{name} is of another architecture: {', '.join(wrong)}; {hint}")
+
+
 def open_weights(source: Source) -> Weights:
     """Find and read what :func:`lit_clip.load_model` is given.
 
@@ -64,9 +76,18 @@ def open_weights(source: Source) -> Weights:
         InputError: see there.
     """
     path, name = Path(source).expanduser(), os.fspath(source)
+    require(bool(name), "no model: its name is empty")  # as a path it would be this folder
     if path.is_dir():
         return _open_folder(path)
-    if path.is_file() or is_path(source):
+    if path.is_file():
+        return _open_file(path)
+    architecture, _, file = name.partition(":")
+    if file and is_path(file):  # a file that need not say what it is, and the name of that
+        weights, named = _open_file(Path(file).expanduser()), resolve_architecture(architecture)
+        if weights.config:
+            check_same(weights.config, named, file)
+        return dataclasses.replace(weights, config=named, name=name)
+    if is_path(source):
         return _open_file(path)
     from lit_clip import hub  # huggingface_hub and open_clip take seconds to import
 
@@ -124,7 +145,7 @@ def _open_clip_config(folder: Path) -> CLIPConfig:
         values = json.loads(file.read_text(encoding="utf-8"))
         model = values.get("model_cfg", values)
         config = from_open_clip(model, values.get("preprocess_cfg"), str(file))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError, TypeError, ArithmeticError) as error:
         raise InputError(f"{file}: not a configuration of open_clip's ({error})") from error
     text = config.text
     if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):  # it came with them

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_clip.config import CLIPConfig, Size, differences
+from lit_clip.config import CLIPConfig, Size
 from lit_clip.errors import InputError
 from lit_clip.files import is_path
 from lit_clip.model import CLIP
 from lit_clip.registry import resolve_architecture
 from lit_clip.resize import resize_weights, resized
-from lit_clip.sources import Source, Weights, open_weights, read_checkpoint
+from lit_clip.sources import Source, Weights, check_same, open_weights, read_checkpoint
 from lit_clip.tokenizer import TextTokenizer
 
 __all__ = ["check_architecture", "check_weights", "create_model", "load_model", "read_checkpoint"]
@@ -39,13 +39,6 @@ def check_weights(model: CLIP, state: Mapping[str, Any], name: Source) -> None:
             raise InputError(f"{name}: weights do not fit: {key} is {state[key].dtype} there and {value.dtype} here")
 
 
-def check_same(theirs: CLIPConfig, ours: CLIPConfig, name: Source) -> None:
-    """Raise :class:`InputError` with every difference between two architectures."""
-    wrong = differences(theirs, ours)
-    if wrong:
-        raise InputError(f"{name} is of another architecture: {', '.join(wrong)}; set --model.architecture")
-
-
 def check_architecture(checkpoint: dict[str, Any], config: CLIPConfig, name: Source) -> None:
     """:func:`check_same` for a checkpoint of lit-clip's."""
     check_same(CLIPConfig.from_dict(checkpoint["hyper_parameters"]["architecture"]), config, name)
@@ -58,6 +51,14 @@ def weights_sha256(model: CLIP) -> str:
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def whole_name(architecture: str | CLIPConfig | None, pretrained: Source) -> Source:
+    """``model:tag`` for a mere tag of open_clip's beside an architecture's name; anything else as it is."""
+    tag = os.fspath(pretrained)
+    if isinstance(architecture, str) and not is_path(tag) and "/" not in tag and ":" not in tag:
+        return f"{architecture}:{tag}"
+    return pretrained
 
 
 def create_model(
@@ -81,10 +82,7 @@ def create_model(
     config = resolve_architecture(name) if name is not None else None
     if pretrained is None:
         return CLIP(resized(config or resolve_architecture(DEFAULT_ARCHITECTURE), image_size, context_length))
-    tag = os.fspath(pretrained)
-    if isinstance(name, str) and not is_path(tag) and "/" not in tag and ":" not in tag:
-        pretrained = f"{name}:{tag}"
-    weights = open_weights(pretrained)
+    weights = open_weights(whole_name(name, pretrained))
     if config and isinstance(name, str):
         config = _with_preprocessing(config, weights)
     return _model(weights, config, image_size, context_length)
@@ -101,7 +99,7 @@ def load_model(
     Args:
         source: a checkpoint of ``lit-clip fit``; OpenAI's ``.pt``; open_clip's ``.bin``, ``.pt``, ``.safetensors`` or
             a folder with ``open_clip_config.json``; a folder of Hugging Face's ``CLIPModel`` or ``SiglipModel``; a name
-            ``org/name`` on the Hugging Face hub; or ``model:tag`` of open_clip's registry.
+            ``org/name`` on the Hugging Face hub; ``model:tag`` of open_clip's registry; or ``model:file``.
         architecture: for a file that does not say of what model it is; if it does, the two must agree. A name leaves
             the preprocessing to the weights.
         image_size: other than the weights': the position embedding is interpolated (bicubic, antialiased).
@@ -129,11 +127,13 @@ def _with_preprocessing(config: CLIPConfig, weights: Weights) -> CLIPConfig:
 
 def _model(weights: Weights, expected: CLIPConfig | None, image_size: Size | None, context_length: int | None) -> CLIP:
     if weights.config and expected:
-        check_same(weights.config, expected, weights.name)
+        sizes = image_size, context_length  # said beside the architecture, they may be in it already
+        check_same(resized(weights.config, *sizes), resized(expected, *sizes), weights.name)
     config = weights.config or expected  # they agree, and the weights' own says where its tokenizer lies
     if config is None:
         raise InputError(
-            f"{weights.name}: weights do not say of which model they are; name it (architecture=..., --architecture)"
+            f"{weights.name}: weights do not say of which model they are; name it: load_model's architecture, fit's "
+            "--model.architecture, or a folder as open_clip saves it"
         )
     state = _adapted(weights.state, config)
     larger = resized(config, image_size, context_length)

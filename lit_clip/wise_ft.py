@@ -100,6 +100,10 @@ def wise_ft(
     require(target in found, f"--target {target}: no such set; there are {', '.join(found)}")
     path = Path(output) if output else None
     require(path is None or path.absolute().parent.is_dir(), f"--output {path}: there is no such folder")
+    require(path is None or path.suffix == ".ckpt", f"--output {path}: a checkpoint is a .ckpt file")
+    require(path is None or not path.is_dir(), f"--output {path}: there is a folder of that name")
+    require(batch_size >= 1, f"--batch_size {batch_size} must be at least 1")
+    require(num_workers >= 0, f"--num_workers {num_workers} must be at least 0")
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     line = Line(load_model(before).to(device), load_model(after).to(device), (before, after))
     results = evaluate_line(line, found, wanted, batch_size, num_workers)

@@ -4,6 +4,7 @@ import csv
 import importlib
 import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from PIL import Image
 import lit_clip.classify
 import lit_clip.models
 from lit_clip import list_models, load_model
-from lit_clip.classify import class_probabilities, read_classes
+from lit_clip.classify import class_probabilities, classify, read_classes
 from lit_clip.cli import main
 from lit_clip.commands import COMMANDS, command_parser, run_command
 from lit_clip.config import CLIPConfig
@@ -173,6 +174,34 @@ def test_classes_may_be_words_or_one_word_with_commas_or_a_file(tmp_path: Path) 
     assert read_classes(["tiger", "ice cream"]) == ["tiger", "ice cream"]
     assert read_classes(["tiger, ice cream"]) == ["tiger", "ice cream"]
     assert read_classes(["scissors, open", "tiger"]) == ["scissors, open", "tiger"]
+    names = [f"class number {i}" for i in range(100)]  # longer than a file's name may be
+    assert read_classes([", ".join(names)]) == names
+
+
+def test_a_byte_order_mark_is_no_part_of_a_class(tmp_path: Path) -> None:
+    path = tmp_path / "classes.txt"
+    path.write_bytes(b"\xef\xbb\xbftiger\r\npizza\r\n")
+    assert read_classes([str(path)]) == ["tiger", "pizza"]
+    path.write_bytes(b"\xef\xbb\xbftiger\r\npizza\r\ntiger\r\n")
+    with pytest.raises(InputError, match="named more than once: 'tiger'"):
+        read_classes([str(path)])
+
+
+@pytest.mark.parametrize("output", ["table", "csv", "json"])
+def test_a_name_that_is_not_unicode_is_printed_as_it_is(output: str, tmp_path: Path, tiny_checkpoint: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.png")
+    try:
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    except OSError:
+        pytest.skip("names are Unicode on this file system")
+    words = ["classify", name, "--model", str(tiny_checkpoint), "--classes", "a", "b", "--output", output]
+    command = [str(Path(sys.executable).parent / "lit-clip"), *words, "--num_workers", "0"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    if output == "json":
+        assert json.loads(result.stdout.decode())[0]["image"] == name
+    else:
+        assert b"caf\xe9.png" in result.stdout
 
 
 def test_a_class_named_twice_is_named(exit_of: Callable[..., tuple[object, str, str]], tmp_path: Path) -> None:
@@ -304,3 +333,9 @@ def test_pretrained_lists_the_registry(capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().out.splitlines() == expected
     with pytest.raises(InputError, match="no weights called nothing-like-it"):
         run_command(["models", "nothing-like-it", "--pretrained"])
+
+
+def test_one_class_alone_is_refused(drawings: tuple[Path, Path, list[str]]) -> None:
+    checkpoint, folder, _ = drawings
+    with pytest.raises(InputError, match="--classes tiger: one class alone"):
+        classify([str(folder)], model=str(checkpoint), classes=["tiger"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +15,8 @@ from PIL import Image
 
 from lit_clip import LitCLIP, load_model
 from lit_clip.commands import run_command
-from lit_clip.config import CLIPConfig
-from lit_clip.embed import Encoder
+from lit_clip.config import CLIPConfig, VisionTransformerConfig
+from lit_clip.embed import Encoder, PartWriter
 from lit_clip.errors import InputError
 from lit_clip.features import fingerprint
 from lit_clip.images import Batch, find_images
@@ -217,7 +218,8 @@ def test_bad_pictures_are_an_error_or_counted_and_listed(
 
 @torch.no_grad()
 def test_texts_are_embedded_by_line(folder: Path, tiny_checkpoint: Path) -> None:
-    Path("captions.txt").write_text("a red kite\n\n two dogs asleep \na red kite\nÄpfel\n", encoding="utf-8")
+    text = "a red kite\n\n two dogs asleep \na red kite\nÄpfel\n"
+    Path("captions.txt").write_text(text, encoding="utf-8-sig")  # as Windows' editors write it
     embed("--texts", "captions.txt", "--model", str(tiny_checkpoint), "--output", "texts.npy")
     keys, features = read("texts.npy")
     assert keys == ["a red kite", "two dogs asleep", "Äpfel"]
@@ -225,6 +227,52 @@ def test_texts_are_embedded_by_line(folder: Path, tiny_checkpoint: Path) -> None
     for key, feature in zip(keys, features, strict=True):
         expected = model.encode_text(model.tokenize(key))[0]
         assert np.abs(feature - (expected / expected.norm()).numpy()).max() < 1e-5
+
+
+def test_a_pipe_in_the_folder_is_not_waited_for(folder: Path, tiny_checkpoint: Path) -> None:
+    os.mkfifo(folder / "photos/c.png")
+    options = ["photos", "--model", str(tiny_checkpoint), "--output", "features.npy"]
+    with pytest.raises(InputError, match=r"photos/c.png: not a file"):
+        embed(*options)
+    embed(*options, "--on_error", "skip")
+    assert len(read("features.npy")[0]) == len(PICTURES)
+
+
+def test_a_name_that_parquet_cannot_hold_is_refused_before_anything_is_encoded(
+    folder: Path, tiny_checkpoint: Path
+) -> None:
+    try:
+        (folder / "photos/a.png").rename(folder / "photos" / os.fsdecode(b"caf\xe9.png"))
+    except OSError:
+        pytest.skip("names are Unicode on this file system")
+    with pytest.raises(InputError, match=r"features.parquet: the file name .* is not Unicode text; rename"):
+        embed("photos", "--model", str(tiny_checkpoint), "--output", "features.parquet")
+    assert not (folder / ".features.parquet.parts").exists()
+
+
+def test_models_of_the_same_weights_that_compute_otherwise_have_other_fingerprints(tiny_checkpoint: Path) -> None:
+    model = load_model(tiny_checkpoint)
+    first = fingerprint(model)
+    assert first == fingerprint(load_model(tiny_checkpoint))
+    image = model.config.image
+    assert isinstance(image, VisionTransformerConfig)
+    image.heads *= 2  # of half the width each: the same shapes, other features
+    assert fingerprint(model) != first
+
+
+def test_what_another_run_with_the_same_output_has_taken_away_is_said(
+    folder: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = PartWriter._write
+
+    def late(writer: PartWriter) -> None:
+        shutil.rmtree(writer.parts.folder)  # as the other run does when it is complete
+        write(writer)
+        shutil.rmtree(writer.parts.folder)
+
+    monkeypatch.setattr(PartWriter, "_write", late)
+    with pytest.raises(InputError, match="another run with the same output has ended meanwhile; run this one again"):
+        embed("photos", "--model", str(tiny_checkpoint), "--output", "features.npy")
 
 
 def test_a_disk_that_fills_up_leaves_the_earlier_file(

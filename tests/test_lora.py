@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import lit_clip
 from callbacks import EMA
 from lit_clip.config import CLIPConfig
 from lit_clip.errors import InputError
+from lit_clip.files import read_tensors
 from lit_clip.layers import Freeze
 from lit_clip.lora import LoRA, add_lora, merge_lora, target_names
 from lit_clip.model import CLIP
@@ -212,8 +214,60 @@ def test_another_base_is_refused(base: Path, tiny_config: CLIPConfig, tmp_path: 
         with pytest.raises(InputError, match="belongs to .*base.ckpt with other weights"):
             load(tmp_path / "adapter.ckpt")
     base.unlink()
-    with pytest.raises(InputError, match=r"base.ckpt"):
+    with pytest.raises(InputError, match=r"adapter.ckpt: the weights that its LoRA belongs to .*base.ckpt"):
         lit_clip.load_model(tmp_path / "adapter.ckpt")
+
+
+def test_an_adapter_finds_its_base_beside_it_when_both_have_moved(
+    base: Path, tiny_config: CLIPConfig, tmp_path: Path
+) -> None:
+    fitting = trainer(tmp_path)
+    fitting.strategy.connect(LitCLIP(tiny_config, base, lora=LoRA(r=2)))
+    fitting.save_checkpoint(tmp_path / "adapter.ckpt")
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("adapter.ckpt", "base.ckpt"):
+        (tmp_path / name).rename(tmp_path / "elsewhere" / name)
+    names = ("elsewhere/adapter.ckpt", "elsewhere/base.ckpt")
+    first, second = (lit_clip.load_model(tmp_path / name).state_dict()["visual.proj"] for name in names)
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_an_adapter_of_resized_weights_opens_again(
+    named: bool, base: Path, tiny_config: CLIPConfig, tmp_path: Path
+) -> None:
+    module = LitCLIP(tiny_config if named else None, base, 48, 12, lora=LoRA(r=2))
+    randomize(module.model)
+    fitting = trainer(tmp_path)
+    fitting.strategy.connect(module)
+    fitting.save_checkpoint(tmp_path / "adapter.ckpt")
+    plain, again = (
+        lit_clip.load_model(tmp_path / "adapter.ckpt"),
+        LitCLIP.load_from_checkpoint(tmp_path / "adapter.ckpt"),
+    )
+    pixels, tokens = torch.randn(2, 3, 48, 48), plain.tokenize(["a cat"])
+    assert tokens.shape == (1, 12)
+    with torch.no_grad():
+        for model in (plain, again.eval().model):
+            torch.testing.assert_close(model.encode_image(pixels), module.model.encode_image(pixels), rtol=0, atol=1e-5)
+            torch.testing.assert_close(model.encode_text(tokens), module.model.encode_text(tokens), rtol=0, atol=1e-5)
+
+
+def test_an_adapter_of_a_tag_remembers_of_which_model(
+    base: Path, tiny_config: CLIPConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_clip.hub.download_tag", lambda name: downloads[name])
+    state = read_tensors(base)
+    from lit_clip.registry import _own
+
+    monkeypatch.setitem(_own(), "tiny", tiny_config.to_dict())
+    downloads = {"tiny:mine": (tmp_path / "tiny.safetensors", tiny_config)}
+    save_file(state, tmp_path / "tiny.safetensors")
+    fitting = trainer(tmp_path)
+    fitting.strategy.connect(LitCLIP("tiny", "mine", lora=LoRA(r=2)))
+    fitting.save_checkpoint(tmp_path / "adapter.ckpt")
+    opened = lit_clip.load_model(tmp_path / "adapter.ckpt").state_dict()
+    assert torch.equal(opened["visual.proj"], state["visual.proj"])
 
 
 def test_what_cannot_work_is_named(base: Path, tiny_config: CLIPConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -270,3 +270,10 @@ def test_weights_of_another_image_size_and_context_length_are_interpolated_and_t
     assert load_model(tmp_path / "larger.ckpt").config == expected.config
     again = LitCLIP.load_from_checkpoint(tmp_path / "larger.ckpt", map_location="cpu", weights_only=True)
     assert again.preprocessing.image_size == 64
+
+
+def test_weights_alone_cannot_be_gone_on_from(tiny_checkpoint: Path, caption_table: Path, tmp_path: Path) -> None:
+    module = LitCLIP.load_from_checkpoint(tiny_checkpoint)
+    with pytest.raises(InputError, match=r"tiny.ckpt: holds weights alone .*; start from it with --model.pretrained"):
+        trainer(tmp_path).fit(module, data_for(module, caption_table), ckpt_path=tiny_checkpoint)
+    trainer(tmp_path).validate(module, data_for(module, caption_table), ckpt_path=tiny_checkpoint)

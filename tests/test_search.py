@@ -241,11 +241,14 @@ def test_a_bad_picture_is_named_or_skipped(folder: Path, tiny_checkpoint: Path, 
         (["photos", "kite", "--image", "absent.png"], "absent.png: no such file"),
         (["photos", "kite", "--sheet", "absent/page.html"], "--sheet absent/page.html: there is no such folder"),
         (["photos", "kite", "--index", "absent/index.npz"], "absent.*--index"),
+        (["photos", "kite", "--index", "photos/a.png"], "--index photos/a.png: an index is a .npz file"),
         (["photos", "kite", "--top_k", "0"], "--top_k 0 must be at least 1"),
     ],
 )
 def test_what_search_cannot_use_is_named(folder: Path, tiny_checkpoint: Path, words: list[str], message: str) -> None:
     (folder / "empty").mkdir()
+    picture = (folder / "photos/a.png").read_bytes()
     with pytest.raises(InputError, match=message):
         run_command(["search", *words, "--model", str(tiny_checkpoint), "--num_workers", "0"])
+    assert (folder / "photos/a.png").read_bytes() == picture
     assert not (folder / "search.html").exists()

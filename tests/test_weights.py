@@ -20,6 +20,7 @@ from lit_clip import LitCLIP, create_model, load_model
 from lit_clip.config import CLIPConfig, ResNetConfig, TextTransformerConfig, VisionTransformerConfig
 from lit_clip.errors import InputError
 from lit_clip.model import CLIP
+from lit_clip.registry import resolve_architecture
 from lit_clip.sources import OPEN_CLIP_WEIGHTS
 from lit_clip.tokenizer import tokenize
 from tests.conftest import openai_code
@@ -431,7 +432,12 @@ def bad_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("empty_folder").mkdir()
     Path("weightless").mkdir()
     Path("weightless/open_clip_config.json").write_text(json.dumps({"model_cfg": MODEL_CFG}), encoding="utf-8")
-    for name, content in {"broken": "{not json", "list": "[1, 2]", "half": '{"model_cfg": {"embed_dim": 8}}'}.items():
+    for name, content in {
+        "broken": "{not json",
+        "list": "[1, 2]",
+        "inner": '{"model_cfg": [1]}',
+        "half": '{"model_cfg": {"embed_dim": 8}}',
+    }.items():
         Path(name).mkdir()
         Path(name, "open_clip_config.json").write_text(content, encoding="utf-8")
         Path(name, "open_clip_model.safetensors").touch()
@@ -441,6 +447,7 @@ def bad_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
+        ("", "no model: its name is empty"),
         ("absent.pt", "no such checkpoint file"),
         ("empty.pt", "it may be incomplete"),
         ("empty.safetensors", "it may be incomplete"),
@@ -451,6 +458,7 @@ def bad_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("empty_folder", "neither open_clip_config.json nor config.json in it; found: nothing"),
         ("broken", "open_clip_config.json: not a configuration of open_clip's"),
         ("list", "open_clip_config.json: not a configuration of open_clip's"),
+        ("inner", "open_clip_config.json: not a configuration of open_clip's"),
         ("half", "open_clip_config.json: not a configuration of open_clip's"),
         ("weightless", "no weights beside open_clip_config.json"),
         ("ViT-B-32:nope", "no such weights; its tags: openai, "),
@@ -492,3 +500,13 @@ def test_the_lightning_module_starts_from_a_folder(tmp_path: Path) -> None:
     folder = save_folder(tmp_path, theirs.state_dict(), preprocess_cfg={})
     module = LitCLIP(CONFIG, pretrained=str(folder))
     assert_same(module.model.eval(), theirs)
+
+
+def test_a_file_that_does_not_say_what_it_is_is_named_with_its_model(tmp_path: Path) -> None:
+    theirs = open_clip.create_model("ViT-S-32")
+    torch.save(theirs.state_dict(), tmp_path / "weights.bin")
+    model = load_model(f"ViT-S-32:{tmp_path}/weights.bin")
+    assert model.config == resolve_architecture("ViT-S-32")
+    assert torch.equal(model.visual.proj, theirs.visual.proj)
+    with pytest.raises(InputError, match="weights do not fit: .* there and .* here"):
+        load_model(f"ViT-M-32:{tmp_path}/weights.bin")
