@@ -4,7 +4,7 @@ import inspect
 import logging
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,7 @@ class CLI(LightningCLI):
         """Typed options beat the YAML files, those beat what ``--ckpt_path`` holds, and that beats the defaults."""
         words = sys.argv[1:] if args is None else args if isinstance(args, list) else []
         subcommand = next((word for word in words if word in getattr(self, "_subcommand_parsers", ())), None)
+        _check_encoder_options(words, subcommand)
         path = _checkpoint_path(words, subcommand)
         if subcommand and path and path not in ("last", "best", "hpc"):  # words that Lightning itself resolves
             hparams = read_checkpoint(path)["hyper_parameters"]
@@ -118,7 +119,16 @@ def _options(words: Sequence[str], *names: str) -> list[str]:
 def _checkpoint_path(words: Sequence[str], subcommand: str | None) -> str | None:
     """``ckpt_path`` as typed, or as the last YAML file that has one says."""
     paths = _options(words, "--ckpt_path")
-    for config in reversed(_options(words, "--config", "-c")) if not paths else ():
+    for section in _sections(words, subcommand) if not paths else ():
+        if section.get("ckpt_path"):
+            paths.append(str(section["ckpt_path"]))
+            break
+    return paths[-1] if paths else None
+
+
+def _sections(words: Sequence[str], subcommand: str | None) -> Iterator[dict[str, Any]]:
+    """What the YAML files say of a subcommand, the last file first."""
+    for config in reversed(_options(words, "--config", "-c")):
         try:
             values = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -126,10 +136,22 @@ def _checkpoint_path(words: Sequence[str], subcommand: str | None) -> str | None
         if not isinstance(values, dict):
             raise InputError(f"{config}: not a YAML mapping of options; see --print_config")
         section = values.get(subcommand, values)
-        if isinstance(section, dict) and section.get("ckpt_path"):
-            paths.append(str(section["ckpt_path"]))
-            break
-    return paths[-1] if paths else None
+        if isinstance(section, dict):
+            yield section
+
+
+def _check_encoder_options(words: Sequence[str], subcommand: str | None) -> None:
+    """An entry typed alone is our own transformer's to jsonargparse, whatever encoder the YAML file names."""
+    typed = [word for word in words if word.startswith(("--model.architecture.image.", "--model.architecture.text."))]
+    for section in _sections(words, subcommand) if typed else ():
+        for word in typed:
+            encoder: Any = section
+            for key in word[2:].split(".")[:3]:
+                encoder = encoder.get(key) if isinstance(encoder, dict) else None
+            others = isinstance(encoder, dict) and ({"timm", "hugging_face"} & encoder.keys())
+            if others or (isinstance(encoder, dict) and isinstance(encoder.get("layers"), list)):  # a ResNet's stages
+                option = word.partition("=")[0]
+                raise InputError(f"{option}: no single entry of this encoder can be typed; write it into the YAML file")
 
 
 def one_line(error: BaseException) -> str:

@@ -24,7 +24,7 @@ def metrics_table(
     for column in ("value", "guessing", *(("before", "change") if before else ())):
         table.add_column(column, justify="right")
     for name in sorted(metrics):
-        if name.startswith("train/"):
+        if name.startswith(("train/", "lr-")):
             continue
         value, scale, form, unit = float(metrics[name]), 1, ".4f", ""
         if name in baselines:

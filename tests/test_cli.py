@@ -273,3 +273,12 @@ def test_a_checkpoint_whose_weights_do_not_fit_names_one(
     for option in (["--ckpt_path", "broken.ckpt"], ["--model.pretrained", "broken.ckpt"]):
         result = in_process(*words("fit", caption_table), *option)
         assert_user_error(result, "broken.ckpt", "weights do not fit", "ln_final.weight")
+
+
+def test_a_single_entry_of_another_librarys_encoder_is_not_typed(
+    in_process: Callable[..., Completed], tmp_path: Path
+) -> None:
+    (tmp_path / "t.yaml").write_text("model: {architecture: {image: {timm: resnet10t}}}\n")
+    result = in_process("fit", "--config", "t.yaml", "--model.architecture.image.image_size", "64")
+    assert result.returncode == 2
+    assert "--model.architecture.image.image_size: no single entry of this encoder can be typed" in result.stderr
