@@ -4,7 +4,7 @@ import inspect
 import logging
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ class CLI(LightningCLI):
             self.model.before = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
 
     def after_fit(self) -> None:
-        self._summarise()
+        self._summarise(self.model.before)
         callback = self.trainer.checkpoint_callback
         last = getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", "")
         log_dir = self.trainer.log_dir if self.trainer.loggers else None  # a broadcast: every rank must ask
@@ -96,14 +96,14 @@ class CLI(LightningCLI):
             print_next_steps(Path(last), log_dir)
 
     def after_validate(self) -> None:
-        self._summarise()
+        self._summarise({})  # what was before training was of another run, and maybe of other data
 
     def after_test(self) -> None:
-        self._summarise()
+        self._summarise({})
 
-    def _summarise(self) -> None:
+    def _summarise(self, before: Mapping[str, float]) -> None:
         if self.trainer.is_global_zero:
-            print_summary(self.trainer.callback_metrics, self.model.baselines, self.model.before)
+            print_summary(self.trainer.callback_metrics, self.model.baselines, before)
 
 
 def _options(words: Sequence[str], *names: str) -> list[str]:

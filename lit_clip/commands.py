@@ -68,7 +68,7 @@ def run_command(words: Sequence[str]) -> None:
     command = getattr(importlib.import_module(module), function)
     parser = command_parser(name, command)
     with _quiet_lightning():
-        command(**vars(parser.parse_args(options)))
+        command(**vars(parser.instantiate_classes(parser.parse_args(options))))
 
 
 @contextmanager

@@ -63,7 +63,7 @@ def check_same(theirs: CLIPConfig, ours: CLIPConfig, name: Source) -> None:
     """Raise :class:`InputError` with every difference between two architectures."""
     wrong = differences(theirs, ours)
     if wrong:
-        hint = "set --model.architecture"
+        hint = "set --model.architecture, to null for that of the weights"
         if any(difference.startswith("image.image_size") for difference in wrong):
             hint += ", or to interpolate the position embedding --model.image_size"
         raise InputError(f"{name} is of another architecture: {', '.join(wrong)}; {hint}")

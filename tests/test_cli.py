@@ -282,3 +282,20 @@ def test_a_single_entry_of_another_librarys_encoder_is_not_typed(
     result = in_process("fit", "--config", "t.yaml", "--model.architecture.image.image_size", "64")
     assert result.returncode == 2
     assert "--model.architecture.image.image_size: no single entry of this encoder can be typed" in result.stderr
+
+
+def test_a_run_that_gets_worse_leaves_the_last_epoch_and_the_best(
+    cli: Cli, caption_table: Path, tmp_path: Path
+) -> None:
+    config = str(Path(__file__).parents[1] / "configs/finetune_table.yaml")
+    options = ["--data.batch_size", "16", "--data.num_workers", "0", "--trainer.accelerator", "cpu"]
+    options += ["--model.architecture", TINY_YAML, "--model.learning_rate", "1", "--model.warmup_steps", "0"]
+    result = cli("fit", "--config", config, "--data.train", str(caption_table), *options, "--trainer.max_epochs", "3")
+    assert result.returncode == 0, result.stderr
+    (last,) = tmp_path.rglob("last.ckpt")
+    assert torch.load(last, weights_only=True)["epoch"] == 2
+    assert (last.parent / "best.ckpt").is_file()
+    dry = cli("fit", "--config", config, "--data.train", str(caption_table), *options, "--trainer.fast_dev_run", "true")
+    assert dry.returncode == 0, dry.stderr
+    assert {path.name for path in tmp_path.rglob("*.ckpt")} == {"last.ckpt", "best.ckpt"}
+    assert len(list(tmp_path.rglob("*.ckpt"))) == 2  # a dry run leaves nothing

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_clip.cli import CLI, run
 from lit_clip.registry import resolve_architecture
@@ -31,3 +32,12 @@ def test_a_config_opens_with_its_command_cost_and_result(path: Path) -> None:
     head = [line for line in lines if line.startswith("# ")]
     for word in ("command:", "cost:", "result:"):
         assert any(line.startswith(f"# {word}") for line in head), f"{path.name} does not say its {word}"
+
+
+@pytest.mark.parametrize("name", ["finetune_table", "quickstart"])
+def test_last_ckpt_is_the_last_epoch_however_bad_it_is(name: str) -> None:
+    """Lightning's ``save_last`` beside a ``monitor`` copies the best: the table at the end was of another model."""
+    trainer = run(args=["--config", str(ROOT / f"configs/{name}.yaml")], execute=False).trainer
+    saving = trainer.checkpoint_callback
+    assert isinstance(saving, ModelCheckpoint)
+    assert (saving.filename, saving.monitor, saving._enable_version_counter) == ("last", None, False)
