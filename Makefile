@@ -28,7 +28,7 @@ quickstart: install  ## Train a CLIP from scratch on 1,750 drawings, then valida
 	echo "Look at $$run/zero_shot_*.png, and at the curves with: make tensorboard"
 
 test: install  ## Run the tests (no network, under 15 minutes on 2 cores)
-	@$(BIN)/python -m pytest -m "not slow"
+	@$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: install  ## Run the tests that take minutes each
 	@$(BIN)/python -m pytest -m slow

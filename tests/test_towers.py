@@ -811,7 +811,9 @@ def test_heads_on_frozen_published_towers_learn_drawings_in_seconds(caption_tabl
         "TEXT_ENCODER": str(minilm_folder()),
         "CLASSES": str(tmp_path / "classes"),
     }
-    options = ["--trainer.max_epochs", "20", "--data.batch_size", "64", "--data.num_workers", "0"]
+    options = ["--trainer.max_epochs", "30", "--data.batch_size", "32", "--data.num_workers", "0"]
+    options += ["--model.freeze", "{image: {unlock_last: 0}, text: {unlock_last: 0}}"]
+    options += ["--model.learning_rate", "3.0e-3", "--model.warmup_steps", "5"]
     data = ["--data.train", str(caption_table), "--data.val", str(caption_table)]
     config = str(ROOT / "configs/towers.yaml")
     result = lit_clip_command(
