@@ -77,15 +77,10 @@ def classify(
         f"--classes {names[0]}: one class alone would have 100 % of every picture; name what else it may be",
     )
     classifier = _classifier(clip, names, prompts)
+    found = classify_items(clip, items, names, classifier, top_k, batch_size, num_workers)
     guesses: dict[str, list[Guess]] = {}
-    bad: list[Bad] = []
     try:
-        for key, found in classify_items(clip, items, names, classifier, top_k, batch_size, num_workers):
-            if isinstance(found, Bad):
-                require(on_error == "skip", f"{found.reason}; mend or remove it, or set --on_error skip")
-                bad.append(found)
-            else:
-                guesses[key] = found
+        bad = _sort(found, guesses, on_error)
     except KeyboardInterrupt:
         kept = path.with_name(f"{path.name}.partial") if path else None
         _write(guesses, output, kept)
@@ -96,6 +91,20 @@ def classify(
         report_skipped(bad, path.with_name(f"{path.name}.skipped.txt"))
     for item in bad if not path else ():
         stderr().print(f"skipped: {item.reason}", markup=False)
+
+
+def _sort(
+    found: Iterator[tuple[str, list[Guess] | Bad]], guesses: dict[str, list[Guess]], on_error: OnError
+) -> list[Bad]:
+    """Add what is known to ``guesses``, which an interrupted run still has, and return what could not be read."""
+    bad: list[Bad] = []
+    for key, result in found:
+        if isinstance(result, Bad):
+            require(on_error == "skip", f"{result.reason}; mend or remove it, or set --on_error skip")
+            bad.append(result)
+        else:
+            guesses[key] = result
+    return bad
 
 
 def _classifier(model: CLIP, names: Sequence[str], prompts: Sequence[str]) -> Tensor:

@@ -5,6 +5,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -228,10 +229,22 @@ def run(args: ArgsType = None, execute: bool = True) -> CLI:
     )
 
 
+def _check_command(words: Sequence[str]) -> None:
+    """Jsonargparse knows LightningCLI's commands only, and would not name the others."""
+    known = sorted({*CLI.subcommands(), *commands.COMMANDS})
+    if not words:
+        raise InputError(f"no command given; there are {', '.join(known)}")
+    if words[0] not in known and not words[0].startswith("-"):
+        near = get_close_matches(words[0], known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+        raise InputError(f"no command is called {words[0]!r}; {hint}")
+
+
 def main() -> None:
     """The ``lit-clip`` command: exit code 2 and one line for what the user can mend."""
     _hush()
     try:
+        _check_command(sys.argv[1:])
         if sys.argv[1:2] and sys.argv[1] in commands.COMMANDS:
             commands.run_command(sys.argv[1:])
         else:

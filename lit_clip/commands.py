@@ -52,7 +52,7 @@ def command_parser(name: str, function: Callable[..., None]) -> ArgumentParser:
             assert parameter.default is False, f"{key}: a flag can only switch something on"
             parser.add_argument(f"--{key}", action="store_true", help=helps.get(key))
         elif key in lists and required and parameter.kind is not parameter.KEYWORD_ONLY:
-            parser.add_argument(key, type=str, nargs="*", help=helps.get(key))
+            parser.add_argument(key, type=str, nargs="*", default=[], help=helps.get(key))  # none may be right
         elif key in lists:
             default = {"required": True} if required else {"default": parameter.default}
             parser.add_argument(f"--{key}", type=str, nargs="+", help=helps.get(key), **default)

@@ -324,7 +324,7 @@ def write_onnx(model: CLIP, folder: Path) -> None:
         InputError: the packages of the extra are not installed.
     """
     missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
-    require(not missing, f"onnx needs {', '.join(missing)}: pip install 'lit-clip[export]'")
+    require(not missing, f"onnx needs {', '.join(missing)}: pip install -e '.[export]'")
     sample = Sample.of(model)
     parameters = {id(p): p.nbytes for p in model.visual.parameters()}
     size = {"image": sum(parameters.values())}

@@ -91,7 +91,7 @@ def find_images(paths: Sequence[str]) -> list[Item]:
     Raises:
         InputError: nothing given, no such file or folder, or a folder without pictures.
     """
-    require(len(paths) > 0, "no images: name files or folders of pictures")
+    require(len(paths) > 0, "no images: name files or folders of pictures, before the options")
     found: dict[str, Item] = {}  # by absolute path: a file may be named twice
     for path in map(Path, paths):
         if path.is_dir():

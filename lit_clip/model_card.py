@@ -18,22 +18,47 @@ model, preprocess = open_clip.create_model_from_pretrained("local-dir:{name}")
 tokenizer = open_clip.get_tokenizer("local-dir:{name}")
 """
 HUGGING_FACE = """\
+from PIL import Image
 from transformers import {kind}Model, {kind}Processor
 
 model = {kind}Model.from_pretrained("{name}")
 processor = {kind}Processor.from_pretrained("{name}", backend="pil")
 padding = {{"padding": "max_length", "truncation": True, "return_tensors": "pt"}}
-inputs = processor(text=["a photo of a dog"], images=[picture], **padding)
+inputs = processor(text=["a photo of a dog"], images=[Image.open("photo.jpg")], **padding)
 logits = model(**inputs).logits_per_image
 """
 ONNX = """\
+import json
+
+import numpy as np
 import onnxruntime
+from PIL import Image
+from tokenizers import Tokenizer
+
+facts = json.load(open("{name}/model.json"))
+want, texts = facts["preprocessing"], facts["tokenizer"]
+picture, (height, width) = Image.open("photo.jpg"), facts["image_encoder"]["shape"][2:]
+{resize}
+pixels = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
+pixels = ((pixels - want["mean"]) / want["std"]).transpose(2, 0, 1)[None].astype(np.float32)
+
+tokenizer = Tokenizer.from_file("{name}/tokenizer.json")
+tokenizer.enable_truncation(texts["context_length"])
+tokenizer.enable_padding(length=texts["context_length"], pad_id=texts["padding_id"])
+tokens = np.array([tokenizer.encode("a photo of a dog").ids])
 
 image = onnxruntime.InferenceSession("{name}/image_encoder.onnx")
 text = onnxruntime.InferenceSession("{name}/text_encoder.onnx")
 image_features = image.run(None, {{"pixels": pixels}})[0]  # float32 [batch, {embed_dim}]
 text_features = text.run(None, {{"tokens": tokens}})[0]  # neither is of unit length
 """
+SQUASH = "picture = picture.resize((width, height), Image.Resampling.{filter})"
+CROP = """\
+scale = max(width / picture.width, height / picture.height) / want["crop_pct"]
+larger = [max(least, int(side * scale)) for least, side in zip((width, height), picture.size)]
+picture = picture.resize(larger, Image.Resampling.{filter})
+left, top = round((larger[0] - width) / 2), round((larger[1] - height) / 2)
+picture = picture.crop((left, top, left + width, top + height))"""
 
 
 class Source(NamedTuple):
@@ -72,10 +97,11 @@ def model_card(model: CLIP, format: str, name: str, source: Source, parity: Pari
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     config = json.loads(json.dumps(model.config.to_dict()))  # tuples as lists
     config["text"].pop("model", None)  # pages long, and in the configuration beside
+    snippet, notes = _snippet(model, format, name), _notes(model, format)
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {name}\n",
         f"A CLIP model as {LIBRARY[format]} reads it.\n\n| | |\n|---|---|\n{rows}\n",
-        f"## Open it\n\n```python\n{_snippet(model, format, name)}```\n\n{_notes(model, format)}",
+        f"## Open it\n\nIn the folder above this one:\n\n```python\n{snippet}```\n\n{notes}",
         f"## Architecture, preprocessing, tokenizer\n\n```yaml\n{yaml.safe_dump(config, sort_keys=False)}```\n",
     ]
     return "\n".join(parts)
@@ -86,7 +112,10 @@ def _snippet(model: CLIP, format: str, name: str) -> str:
         return OPEN_CLIP.format(name=name)
     if format == "hugging_face":
         return HUGGING_FACE.format(name=name, kind="CLIP" if model.logit_bias is None else "Siglip")
-    return ONNX.format(name=name, embed_dim=model.config.embed_dim)
+    wanted = model.preprocessing
+    whole = wanted.resize_mode == "squash" and wanted.crop_pct == 1
+    resize = (SQUASH if whole else CROP).format(filter=wanted.interpolation.upper())
+    return ONNX.format(name=name, embed_dim=model.config.embed_dim, resize=resize)
 
 
 def _notes(model: CLIP, format: str) -> str:

@@ -27,7 +27,8 @@ def models(patterns: list[str], *, pretrained: bool = False) -> None:
 
     Args:
         patterns: only names that contain one of these (* and ? match anything); none: all.
-        pretrained: list open_clip's registry of published weights instead, each as lit_clip.load_model takes it.
+        pretrained: list open_clip's registry of published weights instead, as lit_clip.load_model takes them; those
+            of a kind that lit-clip lacks are refused there by name.
     """
     names = _registry() if pretrained else list_models()
     names = [name for name in names if not patterns or any(matches(name, pattern) for pattern in patterns)]

@@ -96,14 +96,7 @@ class LitCLIP(LightningModule):
         if isinstance(layer_decay, int | float):
             layer_decay = LayerDecay(layer_decay, layer_decay)
         self._layer_decay = _made(LayerDecay, layer_decay)
-        for name, value in (
-            ("learning_rate", learning_rate),
-            ("weight_decay", weight_decay),
-            ("warmup_steps", warmup_steps),
-        ):
-            require(value >= 0, f"model.{name}: {value} must be at least 0")
-        require(all(0 <= beta < 1 for beta in betas), f"model.betas: {list(betas)} must be at least 0 and below 1")
-        require(eps > 0, f"model.eps: {eps} must be above 0")
+        _check_optimizer(learning_rate, weight_decay, warmup_steps, betas, eps)
         self.model = create_model(architecture, pretrained, image_size, context_length)
         self.save_hyperparameters(  # plain values only: a checkpoint must load with weights_only=True
             {
@@ -347,6 +340,16 @@ def saved_tokenizer(model: CLIP) -> dict[str, Any]:
         return {}
     tokenizer: Any = model.tokenizer
     return {"tokenizer": {"definition": tokenizer.definition, "pad_id": tokenizer.pad_id}}
+
+
+def _check_optimizer(
+    learning_rate: float, weight_decay: float, warmup_steps: int, betas: tuple[float, float], eps: float
+) -> None:
+    settings = {"learning_rate": learning_rate, "weight_decay": weight_decay, "warmup_steps": warmup_steps}
+    for name, value in settings.items():
+        require(value >= 0, f"model.{name}: {value} must be at least 0")
+    require(all(0 <= beta < 1 for beta in betas), f"model.betas: {list(betas)} must be at least 0 and below 1")
+    require(eps > 0, f"model.eps: {eps} must be above 0")
 
 
 def _made(kind: type[Made], value: Made | Mapping[str, Any] | None) -> Made | None:

@@ -2,10 +2,11 @@
 
 import csv
 import importlib.util
+import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -103,6 +104,23 @@ def drawings(tmp_path_factory: pytest.TempPathFactory, overfitted: tuple[Path, P
             (folder / f"{row['caption'].replace('/', '_')}.png").write_bytes((table.parent / row["image"]).read_bytes())
             names.append(row["caption"])
     return checkpoint, folder, names
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Of each kind of text encoder a model and its tokenizer as published ones lie on a disk."""
+    from tests.towers import FAMILIES, save_family
+
+    return {family: save_family(family, tmp_path_factory.mktemp(family)) for family in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def quiet_open_clip() -> Iterator[None]:
+    """open_clip warns that the weights are random: here they are meant to be."""
+    level = logging.getLogger().level
+    logging.getLogger().setLevel(logging.ERROR)
+    yield
+    logging.getLogger().setLevel(level)
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """The nine models of the paper and SigLIP: as many parameters, the same features and gradients as the peers' models."""
 
-import logging
 import re
 from collections.abc import Iterator
 from typing import Any, cast
@@ -38,12 +37,7 @@ PARAMETERS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quiet() -> Iterator[None]:
-    level = logging.getLogger().level
-    logging.getLogger().setLevel(logging.ERROR)  # open_clip warns that the weights are random: they are meant to be
-    yield
-    logging.getLogger().setLevel(level)
+pytestmark = pytest.mark.usefixtures("quiet_open_clip")
 
 
 def on_meta(config: CLIPConfig) -> CLIP:

@@ -189,7 +189,14 @@ def test_bad_options_are_one_line_and_exit_code_2(
     assert_user_error(in_process(*words("fit", caption_table), *options), *parts)
 
 
-@pytest.mark.parametrize(("command", "part"), [([], "subcommand"), (["fti"], "fti")])
+@pytest.mark.parametrize(
+    ("command", "part"),
+    [
+        ([], "no command given; there are classify, embed, export, fit, models,"),
+        (["fti"], "'fti'; did you mean fit?"),
+        (["clasify", "photos"], "'clasify'; did you mean classify?"),
+    ],
+)
 def test_a_missing_or_misspelt_subcommand_is_named(command: list[str], part: str, in_process: Cli) -> None:
     assert_user_error(in_process(*command), part)
 

@@ -33,6 +33,7 @@ def test_every_gradient_of_ranks_equals_that_of_one_process_with_the_whole_batch
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_uneven_rows_are_gathered_in_rank_order(world: int, ranks: Ranks) -> None:
+    """Each rank asserts for itself (``tests/ranks.py``); the fixture fails unless all of them end well."""
     ranks("uneven_gather", world)
 
 

@@ -20,6 +20,7 @@ import transformers
 import yaml
 from jsonargparse import ArgumentError
 from PIL import Image
+from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 from lit_clip import export_formats
@@ -410,7 +411,7 @@ def test_missing_packages_of_the_extra_are_named(
     monkeypatch.setattr(
         export_formats.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name)
     )
-    with pytest.raises(InputError, match=r"onnx needs onnxscript: pip install 'lit-clip\[export\]'"):
+    with pytest.raises(InputError, match=r"onnx needs onnxscript: pip install -e '.\[export\]'"):
         export(str(tmp_path / "last.ckpt"), format="onnx", output=str(tmp_path / "out"))
 
 
@@ -430,6 +431,37 @@ def test_the_card_states_facts_and_its_code_runs(tmp_path: Path, tiny_config: CL
     names: dict[str, Any] = {}
     exec(code, names)
     assert torch.equal(names["tokenizer"](TEXTS), ours.tokenize(TEXTS))
+
+
+@pytest.mark.parametrize(
+    ("format", "size"),
+    [
+        *(("onnx", size) for size in ((640, 427), (301, 500), (31, 32))),
+        *(("hugging_face", size) for size in ((600, 400), (301, 500), (31, 32))),  # 640 x 427: see the crop's test
+    ],
+)
+def test_the_cards_code_gives_our_features_of_a_photograph(
+    format: str, size: tuple[int, int], tmp_path: Path, tiny_config: CLIPConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the card says: in the folder above."""
+    ours = checkpoint(tiny_config, tmp_path / "last.ckpt")
+    export(str(tmp_path / "last.ckpt"), format=format, output=str(tmp_path / "exported"))
+    photograph = Image.fromarray(load_sample_images().images[0]).resize(size)
+    photograph.save(tmp_path / "photo.jpg", quality=100)
+    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "exported/README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    with torch.no_grad():
+        image = ours.encode_image(ours.preprocess(Image.open("photo.jpg"))[None], normalize=True)
+        text = ours.encode_text(ours.tokenize("a photo of a dog"), normalize=True)
+        logits = ours.logit_scale.exp() * image @ text.T
+    if format == "hugging_face":
+        torch.testing.assert_close(names["logits"], logits, rtol=0, atol=1e-3)
+    else:
+        for kind, expected in (("image", image), ("text", text)):
+            found = torch.nn.functional.normalize(torch.from_numpy(names[f"{kind}_features"]), dim=-1)
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
 
 
 def test_an_unknown_licence_is_called_unknown(tmp_path: Path, tiny_config: CLIPConfig) -> None:

@@ -2,9 +2,7 @@
 
 import dataclasses
 import json
-import logging
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import open_clip
@@ -66,12 +64,7 @@ def small_batch(lengths: tuple[int, ...], seed: int = 1) -> tuple[Tensor, Tensor
 CAPTIONS = ["a dog on a hill", " ".join(["a very long caption about a cat"] * 20)]  # one short, one cut at 77
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quiet() -> Iterator[None]:
-    level = logging.getLogger().level
-    logging.getLogger().setLevel(logging.ERROR)  # open_clip warns that the weights are random: they are meant to be
-    yield
-    logging.getLogger().setLevel(level)
+pytestmark = pytest.mark.usefixtures("quiet_open_clip")
 
 
 def gradient_differences(theirs: open_clip.CLIP, ours: CLIP) -> dict[str, float]:
