@@ -103,4 +103,4 @@ if __name__ == "__main__":
     )
     globals()[sys.argv[1]](*sys.argv[2:])
     dist.barrier()
-    dist.destroy_process_group()
+    collectives.leave()
