@@ -243,19 +243,22 @@ def _check_command(words: Sequence[str]) -> None:
 def main() -> None:
     """The ``lit-clip`` command: exit code 2 and one line for what the user can mend."""
     _hush()
+    code = 0
     try:
         _check_command(sys.argv[1:])
         if sys.argv[1:2] and sys.argv[1] in commands.COMMANDS:
             commands.run_command(sys.argv[1:])
         else:
             run()
-        collectives.leave()
     except KeyboardInterrupt as stop:
         sys.stderr.write(f"lit-clip: interrupted{f': {stop}' if str(stop) else ''}\n")
-        sys.exit(INTERRUPTED)
+        code = INTERRUPTED
     except Exception as error:
         mendable = user_error(error)
         if mendable is None:
             raise
         sys.stderr.write(f"lit-clip: error: {one_line(mendable)}\n")
-        sys.exit(USER_ERROR)
+        code = USER_ERROR
+    collectives.leave(code)
+    if code:
+        sys.exit(code)

@@ -17,19 +17,23 @@ def rank_and_world() -> tuple[int, int]:
     return 0, 1
 
 
-def leave() -> None:
+def leave(code: int = 0) -> None:
     """End a process that has worked with other ranks: its work is done, and nothing more will happen in it.
 
     Not by the interpreter's own way out: gloo's threads may still hold tensors, DDP keeps those threads alive, and one
-    that lets go of a tensor while the interpreter ends aborts the process (pytorch/pytorch#179291). A run that had ended
-    well then had an exit code of 134, now and then. Without a process group nothing is done.
+    that lets go of a tensor while the interpreter ends aborts the process (pytorch/pytorch#179291). Now and then a run
+    that had ended well, or with an error in one line, had an exit code of 134. Without a process group nothing is done.
+
+    Args:
+        code: the process's exit code.
     """
     if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+        if code == 0:  # after an error the others may be anywhere
+            dist.destroy_process_group()
         atexit._run_exitfuncs()  # what others wanted to happen still does
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(code)
 
 
 class _Gather(torch.autograd.Function):
