@@ -9,7 +9,6 @@ weights in float32. The weights are random; the files (5 GB at a time) go to a t
 import argparse
 import json
 import logging
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,6 +19,7 @@ from typing import Any
 
 import open_clip
 import torch
+from processes import forget_peak, held, in_a_process
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
@@ -31,20 +31,13 @@ from lit_clip.registry import resolve_architecture
 NAME = "ViT-L-14-quickgelu"
 
 
-def memory(key: str) -> int:
-    """Bytes of a line of ``/proc/self/status``."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
-
-
 def measure(library: str, kind: str, source: str) -> None:
     """Open a source and print the peak and the seconds; the weights' bytes are those of the opened model."""
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from what is held now
-    before, start = memory("VmHWM"), time.perf_counter()
+    before, start = forget_peak(), time.perf_counter()
     model = openers()[library, kind](source)
-    seconds, peak = time.perf_counter() - start, memory("VmHWM") - before
+    seconds, peak = time.perf_counter() - start, held("VmHWM") - before
     weights = sum(tensor.numel() * 4 for tensor in model.state_dict().values())
     json.dump({"peak": peak / weights, "weights": weights, "seconds": seconds}, sys.stdout)
 
@@ -62,14 +55,6 @@ def openers() -> dict[tuple[str, str], Callable[[str], nn.Module]]:
         ("open_clip", "random"): open_clip.create_model,
     }
     return ours | theirs
-
-
-def in_a_process(library: str, kind: str, source: Path | str) -> dict[str, float]:
-    words = [sys.executable, __file__, "--measure", library, kind, str(source)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def save_safetensors(folder: Path, state: dict[str, Tensor]) -> Path:
@@ -133,7 +118,7 @@ def main() -> None:
     )
 
     def add(title: str, kind: str, source: Path | str) -> None:
-        results = [in_a_process(library, kind, source) for library in libraries]
+        results = [in_a_process(__file__, library, kind, source) for library in libraries]
         size = f"{results[0]['weights'] / 1e9:.2f} GB"
         table.add_row(f"{title} ({size})", *(f"{r['peak']:.2f} ({r['seconds']:.1f} s)" for r in results))
 

@@ -14,12 +14,22 @@ class CaptionBatch(NamedTuple):
         tokens: int64 ``[B, L]``, ``L`` at most the context length, zero-padded behind the end-of-text token.
         keys: what identifies each image (rows with one key share one image), stable between runs.
         captions: what ``tokens`` say, for a teacher with another tokenizer; a source may leave them out.
+        groups: pairs of one group say the same (a product, an event), empty strings for no group; a source may leave
+            them out.
     """
 
     images: Tensor
     tokens: Tensor
     keys: list[str]
     captions: Sequence[str] = ()
+    groups: Sequence[str] = ()
+
+    def split(self, parts: int) -> "list[CaptionBatch]":
+        """At most so many batches of nearly equal size, none of them empty, in order."""
+        pairs = len(self.images)
+        bounds = [pairs * part // parts for part in range(parts + 1)]
+        rows = [slice(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False) if start < stop]
+        return [CaptionBatch(*(field[row] for field in self)) for row in rows]
 
 
 class LabelledBatch(NamedTuple):

@@ -3,10 +3,12 @@
 import atexit
 import os
 import sys
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -36,28 +38,198 @@ def leave(code: int = 0) -> None:
         os._exit(code)
 
 
+class Shards(NamedTuple):
+    """How many pairs of a global batch each rank holds, and which rank this is.
+
+    Attributes:
+        rank: this process.
+        counts: pairs of each rank; their order in the global batch is that of the ranks.
+    """
+
+    rank: int
+    counts: tuple[int, ...]
+
+    @property
+    def world(self) -> int:
+        """Number of ranks."""
+        return len(self.counts)
+
+    @property
+    def total(self) -> int:
+        """Pairs of all ranks."""
+        return sum(self.counts)
+
+    @property
+    def weight(self) -> float:
+        """Of this rank's mean among the ranks' means, so that their plain mean is that of all pairs."""
+        return self.world * self.counts[self.rank] / self.total
+
+    def first(self, rank: int) -> int:
+        """The place of a rank's first pair among all."""
+        return sum(self.counts[:rank])
+
+    @property
+    def mine(self) -> slice:
+        """This rank's pairs among all."""
+        first = self.first(self.rank)
+        return slice(first, first + self.counts[self.rank])
+
+
+_host_group: Any = None  # one a process, like the default group
+
+
+def host_group() -> Any:
+    """A process group for values on the CPU, so that nobody waits for the device; made when first asked for.
+
+    Every rank must ask for it at the same point.
+    """
+    global _host_group
+    if dist.get_backend() == "gloo":
+        return dist.group.WORLD
+    if _host_group is None:
+        _host_group = dist.new_group(backend="gloo")
+    return _host_group
+
+
+def shards(pairs: int) -> Shards:
+    """Tell the other ranks how many pairs this one has, and learn how many they have."""
+    rank, world = rank_and_world()
+    if world == 1:
+        return Shards(0, (pairs,))
+    counts = torch.zeros(world, dtype=torch.long)
+    counts[rank] = pairs
+    dist.all_reduce(counts, group=host_group())
+    return Shards(rank, tuple(counts.tolist()))
+
+
+def _all_rows(local: Tensor, shards: Shards) -> Tensor:
+    """``[B, ...]`` -> ``[N, ...]`` in rank order."""
+    most, even = max(shards.counts), len(set(shards.counts)) == 1
+    padded = local.contiguous() if even else F.pad(local, [0, 0] * (local.ndim - 1) + [0, most - len(local)])
+    gathered = padded.new_empty(shards.world * most, *local.shape[1:])
+    dist.all_gather_into_tensor(gathered, padded)
+    if even:
+        return gathered
+    return torch.cat([part[:count] for part, count in zip(gathered.split(most), shards.counts, strict=True)])
+
+
 class _Gather(torch.autograd.Function):
     """Concatenate over ranks; the gradient of a row is the sum of what every rank's loss says about it."""
 
     @staticmethod
-    def forward(ctx: Any, local: Tensor) -> Tensor:
-        rank, world = rank_and_world()
-        ctx.rows = slice(rank * len(local), (rank + 1) * len(local))
-        gathered = local.new_empty(world * len(local), *local.shape[1:])
-        dist.all_gather_into_tensor(gathered, local.contiguous())
-        return gathered
+    def forward(ctx: Any, local: Tensor, shards: Shards) -> Tensor:
+        ctx.mine = shards.mine
+        return _all_rows(local, shards)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         # All-reduce and slice instead of reduce-scatter: every backend has it, gloo included.
         grad = grads[0].contiguous()
         dist.all_reduce(grad)
-        return grad[ctx.rows]
+        return grad[ctx.mine], None
 
 
-def gather(local: Tensor) -> Tensor:
-    """``[B, ...]`` on each of W ranks -> ``[W B, ...]`` in rank order, differentiable; B is the same on every rank."""
-    return local if rank_and_world()[1] == 1 else _Gather.apply(local)  # pyright: ignore[reportReturnType]  # untyped apply
+def gather(local: Tensor, shards: Shards) -> Tensor:
+    """``[B, ...]`` on each rank -> ``[N, ...]`` in rank order, differentiable."""
+    return local if shards.world == 1 else _Gather.apply(local, shards)  # pyright: ignore[reportReturnType]  # untyped apply
+
+
+class Visit(Protocol):
+    """What is done with some ranks' rows: ``totals`` are added to in place.
+
+    Args:
+        first: the place of the rows' first among all.
+        rows: ``[M, ...]`` each.
+        totals: ``[M, ...]`` each, one row for each of ``rows``.
+    """
+
+    def __call__(self, first: int, rows: list[Tensor], totals: list[Tensor]) -> None:
+        """Add to the totals."""
+
+
+Total = Literal["sum", "logsumexp"]
+
+
+def visit_gathered(
+    shards: Shards, rows: Sequence[Tensor], totals: Sequence[Tensor], kind: Total, visit: Visit
+) -> list[Tensor]:
+    """Show every rank's rows to every rank, all at once; return the totals of this rank's rows over all ranks.
+
+    Holds all ranks' rows and totals at one time. No gradients.
+
+    Args:
+        shards: the pairs of each rank.
+        rows: ``[B, ...]`` each, of this rank.
+        totals: ``[B, ...]`` each, what they start from: 0 or, of a ``logsumexp``, -inf.
+        kind: how totals of several ranks are joined.
+        visit: called on every rank once.
+    """
+    if shards.world == 1:
+        visit(0, list(rows), list(totals))
+        return list(totals)
+    everyones = [
+        total.new_full((shards.total, *total.shape[1:]), 0 if kind == "sum" else -torch.inf) for total in totals
+    ]
+    visit(0, [_all_rows(row, shards) for row in rows], everyones)
+    for total in everyones:
+        if kind == "sum":
+            dist.all_reduce(total)
+            continue
+        highest = total.clone()
+        dist.all_reduce(highest, dist.ReduceOp.MAX)
+        highest.clamp_(min=torch.finfo(highest.dtype).min)  # -inf less -inf is nan
+        total.sub_(highest).exp_()
+        dist.all_reduce(total)
+        total.log_().add_(highest)
+    return [total[shards.mine].clone() for total in everyones]
+
+
+def visit_ring(
+    shards: Shards, rows: Sequence[Tensor], totals: Sequence[Tensor], kind: Total, visit: Visit
+) -> list[Tensor]:
+    """As :func:`visit_gathered`, but block by block: each rank's rows and totals go round all ranks and come home.
+
+    Holds the rows and totals of two ranks at one time.
+    """
+    del kind  # a total travels with its rows, so nobody joins several
+    rank, counts, world, most = shards.rank, shards.counts, shards.world, max(shards.counts)
+
+    def padded(tensor: Tensor) -> Tensor:
+        return F.pad(tensor, [0, 0] * (tensor.ndim - 1) + [0, most - len(tensor)]).contiguous()
+
+    rows, totals = [padded(row) for row in rows], [padded(total) for total in totals]
+    for hop in range(world):
+        owner = (rank - hop) % world
+        arriving, wait = _start_shift(rows, rank, world) if hop < world - 1 else (rows, lambda: None)
+        count = counts[owner]
+        visit(shards.first(owner), [row[:count] for row in rows], [total[:count] for total in totals])
+        wait()
+        rows = arriving
+        totals, wait = _start_shift(totals, rank, world)
+        wait()
+    return [total[: counts[rank]] for total in totals]
+
+
+def _start_shift(tensors: Sequence[Tensor], rank: int, world: int) -> tuple[list[Tensor], Callable[[], None]]:
+    """Begin to send each tensor to the next rank; what the one before sends is there after the returned wait."""
+    if world == 1 or not tensors:
+        return list(tensors), lambda: None
+    arriving = [torch.empty_like(tensor) for tensor in tensors]
+    operations = [
+        operation
+        for sent, received in zip(tensors, arriving, strict=True)
+        for operation in (
+            dist.P2POp(dist.isend, sent, (rank + 1) % world),
+            dist.P2POp(dist.irecv, received, (rank - 1) % world),
+        )
+    ]
+    works = dist.batch_isend_irecv(operations)
+
+    def wait() -> None:
+        for work in works:
+            work.wait()
+
+    return arriving, wait
 
 
 def gather_uneven(local: Tensor) -> Tensor:
@@ -93,3 +265,52 @@ def sum_over_ranks(local: Tensor, device: torch.device) -> Tensor:
     total = total.clone() if total is local else total
     dist.all_reduce(total)
     return total.to(local.device)
+
+
+def gather_large(local: Tensor, counts: Sequence[int]) -> Tensor:
+    """``[B, ...]`` on each rank -> all rows in rank order, without a second copy of them on the way; no gradient.
+
+    Args:
+        local: this rank's rows, on a device that the backend serves.
+        counts: the rows of each rank.
+    """
+    if len(counts) == 1:
+        return local
+    gathered = local.new_empty(sum(counts), *local.shape[1:])
+    for rank, part in enumerate(gathered.split(list(counts))):
+        if rank == dist.get_rank():
+            part.copy_(local)
+        if len(part):
+            dist.broadcast(part, rank)
+    return gathered
+
+
+def highest_over_ranks(local: Tensor) -> Tensor:
+    """The element-wise maximum over ranks, of a tensor on a device that the backend serves."""
+    if rank_and_world()[1] == 1:
+        return local
+    highest = local.clone()
+    dist.all_reduce(highest, dist.ReduceOp.MAX)
+    return highest
+
+
+def share(size: int) -> slice:
+    """This rank's part of ``size`` rows; over all ranks each row once."""
+    rank, world = rank_and_world()
+    return slice(size * rank // world, size * (rank + 1) // world)
+
+
+def same_buffers(module: torch.nn.Module) -> None:
+    """Give every rank the first one's buffers, such as the statistics of batch normalisation."""
+    if rank_and_world()[1] > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def maximum(local: int) -> int:
+    """The largest of all ranks' numbers; waits for the other ranks but not for the device."""
+    if rank_and_world()[1] == 1:
+        return local
+    largest = torch.tensor([local])
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=host_group())
+    return int(largest)

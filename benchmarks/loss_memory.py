@@ -1,0 +1,98 @@
+"""Memory and time of the loss alone, forward and backward, by open_clip's ClipLoss and SigLipLoss and by ours.
+
+    python benchmarks/loss_memory.py [--batch 16384] [--dim 512] [--rounds 3] [--ours-only] [--device cpu]
+
+Each measurement is a process of its own; ours and theirs alternate. Memory is what the process held at most (VmHWM of
+Linux, or what torch allocated at most on CUDA) above what it held right before the call: the features' gradients and
+whatever the loss needs. All float32.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from processes import forget_peak, held, in_a_process
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from lit_clip.collectives import Shards
+from lit_clip.losses import unit
+from lit_clip.sharded_loss import Plan, sharded_contrastive_loss, sharded_sigmoid_loss
+
+KINDS = ("softmax", "sigmoid")
+
+
+def loss_of(library: str, kind: str, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    if library == "lit-clip":
+        plan = Plan(Shards(0, (len(image),)))
+        if kind == "softmax":
+            return sharded_contrastive_loss(image, text, scale, plan).loss
+        return sharded_sigmoid_loss(image, text, scale, bias, plan).loss
+    import open_clip
+
+    theirs: Any = open_clip.ClipLoss() if kind == "softmax" else open_clip.loss.SigLipLoss()
+    return theirs(image, text, scale) if kind == "softmax" else theirs(image, text, scale, bias)
+
+
+def measure(library: str, kind: str, batch: int, dim: int, device: str) -> None:
+    """Print the peak in bytes, the seconds and the loss."""
+    generator = torch.Generator().manual_seed(0)
+    image, text = (unit(torch.randn(batch, dim, generator=generator)).to(device).requires_grad_() for _ in range(2))
+    scale, bias = (torch.tensor(x, device=device, requires_grad=True) for x in (14.3, -10.0))
+    small = [x[:64].detach().requires_grad_() for x in (image, text)]
+    loss_of(library, kind, small[0], small[1], scale, bias).backward()  # what is imported and prepared once
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        before = forget_peak()
+    start = time.perf_counter()
+    loss = loss_of(library, kind, image, text, scale, bias)
+    loss.backward()
+    value = loss.item()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else held("VmHWM")
+    json.dump({"peak": peak - before, "seconds": seconds, "loss": value}, sys.stdout)
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--batch", type=int, default=16384)
+    options.add_argument("--dim", type=int, default=512)
+    options.add_argument("--rounds", type=int, default=3, help="medians are printed")
+    options.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    options.add_argument("--ours-only", action="store_true", help="where open_clip's would not fit")
+    options.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    options.add_argument("--measure", nargs=5, metavar="WORD", help="(used by itself)")
+    arguments = options.parse_args()
+    if arguments.measure:
+        library, kind, batch, dim, device = arguments.measure
+        measure(library, kind, int(batch), int(dim), device)
+        return
+    libraries = ["lit-clip"] if arguments.ours_only else ["open_clip", "lit-clip"]
+    title = f"{arguments.batch:,} pairs of {arguments.dim}, {arguments.device}, torch {torch.__version__}"
+    table = Table("loss", "library", "peak", "time", "value", title=title)
+    for kind in arguments.kinds:
+        size = (arguments.batch, arguments.dim, arguments.device)
+        results: dict[str, list[dict[str, float]]] = {library: [] for library in libraries}
+        for _ in range(arguments.rounds):
+            for library in libraries:
+                results[library].append(in_a_process(__file__, library, kind, *size))
+        for library, rounds in results.items():
+            peak, seconds, loss = (statistics.median(r[key] for r in rounds) for key in ("peak", "seconds", "loss"))
+            name = library if library == "lit-clip" else f"{library} {version('open-clip-torch')}"
+            table.add_row(kind, name, f"{peak / 1e6:,.0f} MB", f"{seconds:.1f} s", f"{loss:.5f}")
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""The equalities of the CPU tests on a GPU, in the precisions that people train in. Skipped where there is none."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lit_clip.collectives import Shards
+from lit_clip.losses import Duplicates, contrastive_loss, sigmoid_loss, unit
+from lit_clip.module import LitCLIP
+from lit_clip.sharded_loss import Plan, sharded_contrastive_loss, sharded_sigmoid_loss
+from tests.ranks import CONFIG, PAIRS, make_batch
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("duplicates", ["negatives", "positives", "ignored"])
+def test_tiles_on_the_gpu_equal_the_definition_on_the_cpu(kind: str, duplicates: Duplicates) -> None:
+    """Float32 with its full mantissa: gradients within 1e-4 of float64's, relative to their norm."""
+    generator = torch.Generator().manual_seed(0)
+    pairs, ids = 700, torch.arange(700)[:, None] // 2
+    raw = [torch.randn(pairs, 64, generator=generator) for _ in range(2)]
+
+    def gradients(device: str, dtype: torch.dtype) -> list[Tensor]:
+        inputs = [x.to(device, dtype).requires_grad_() for x in (*raw, torch.tensor(3.0), torch.tensor(-5.0))]
+        image, text, scale, bias = unit(inputs[0]), unit(inputs[1]), inputs[2].exp(), inputs[3]
+        plan = Plan(Shards(0, (pairs,)), ids.to(device), duplicates, tile=(128, 256))
+        same = (ids[:, None] == ids[None]).any(dim=-1)
+        if kind == "softmax":
+            dense = device == "cpu" and contrastive_loss(image, text, image, text, scale, 0, same, duplicates)
+            loss = dense if device == "cpu" else sharded_contrastive_loss(image, text, scale, plan).loss
+        else:
+            dense = device == "cpu" and sigmoid_loss(image, text, scale, bias, 0, same, duplicates)
+            loss = dense if device == "cpu" else sharded_sigmoid_loss(image, text, scale, bias, plan).loss
+        assert isinstance(loss, Tensor)
+        loss.backward()
+        return [loss.detach().cpu(), *(x.grad.cpu() for x in inputs if x.grad is not None)]
+
+    for ours, exact in zip(gradients("cuda", torch.float32), gradients("cpu", torch.float64), strict=True):
+        assert (ours.double() - exact).norm() <= 1e-4 * exact.norm()
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [(None, 1e-4), (torch.bfloat16, 0.05), (torch.float16, 0.02)])
+def test_parts_on_the_gpu_give_the_gradient_of_the_whole_batch(precision: torch.dtype | None, tolerance: float) -> None:
+    """In half precisions both are rounded; the tolerance is what the whole batch itself is off float32 by."""
+
+    def gradients(size: int | None, dtype: torch.dtype | None) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        module = LitCLIP(CONFIG, micro_batch_size=size).cuda()
+        logged: Any = module
+        logged.log = lambda *_, **__: None  # there is no trainer
+        batch = make_batch(slice(0, PAIRS))
+        batch = batch._replace(images=batch.images.cuda(), tokens=batch.tokens.cuda())
+        with torch.autocast("cuda", dtype, enabled=dtype is not None):
+            loss = module.training_step(batch, 0)
+        loss.backward()
+        return {name: p.grad for name, p in module.model.named_parameters() if p.grad is not None}
+
+    exact, parts = gradients(None, None), gradients(3, precision)
+    for name, expected in exact.items():
+        if not name.endswith("in_proj_bias"):  # a third of it is zero but for rounding
+            assert (parts[name] - expected).norm() <= tolerance * expected.norm(), name
