@@ -187,6 +187,8 @@ class OpenMoji(CaptionDataModule):
 
     Args:
         batch_size: pairs a step on each rank.
+        global_batch_size: pairs a training step on all ranks together, however many they are; ``batch_size`` is then
+            that of validation alone. None: ``batch_size`` on each rank.
         num_workers: processes that read and augment.
         seed: of the order and the augmentation.
         hold_out: whether every tenth name (flags excepted) is kept for validation; if not, all 1,914 are trained on
@@ -207,8 +209,9 @@ class OpenMoji(CaptionDataModule):
         augmentation: Augmentation | None = None,
         preprocessing: Preprocessing | None = None,
         tokenize: TextTokenizer | None = None,
+        global_batch_size: int | None = None,
     ) -> None:
-        super().__init__(batch_size, num_workers, seed, augmentation, preprocessing, tokenize)
+        super().__init__(batch_size, num_workers, seed, augmentation, preprocessing, tokenize, global_batch_size)
         self.hold_out = hold_out
         self.cache_dir = Path(cache_dir) if cache_dir else None
 

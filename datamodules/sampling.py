@@ -75,3 +75,32 @@ class StridedSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.indices)
+
+
+class EvaluationBatchSampler(Sampler[list[int]]):
+    """The samples of :class:`StridedSampler` in batches, of which each rank has as many as any other, if it can.
+
+    Strategies that divide the weights over ranks need every rank's help in every batch, so a rank that would have fewer
+    makes its own smaller; one with too few samples for that has fewer batches. One without any announces a batch that
+    never comes: Lightning would leave out its epoch, and the others would wait for it for ever.
+
+    Args:
+        size: number of samples.
+        batch_size: at most how many at once.
+        rank: this process.
+        world: number of processes.
+    """
+
+    def __init__(self, size: int, batch_size: int, rank: int, world: int) -> None:
+        indices = range(rank, size, world)
+        count = -(-len(range(0, size, world)) // batch_size)  # of the first rank, which has the most samples
+        whole = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+        even = [indices[len(indices) * i // count : len(indices) * (i + 1) // count] for i in range(count)]
+        self.batches = [list(batch) for batch in (whole if len(whole) == count else even) if batch]
+        self._announced = max(len(self.batches), min(size, 1))
+
+    def __len__(self) -> int:
+        return self._announced
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches)

@@ -25,11 +25,12 @@ VALIDATION_SHARE = 0.1
 
 @dataclass(frozen=True)
 class Row:
-    """One usable row: its number in the file (a header is row 1), the image as written, and the caption."""
+    """One usable row: its number in the file (a header is row 1), the image as written, the caption, its group."""
 
     number: int
     image: str
     caption: str
+    group: str = ""
 
 
 def _delimited(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -99,13 +100,38 @@ def _column(path: Path, found: list[str], wanted: str | None, usual: tuple[str, 
     )
 
 
-def read_table(path: Path, image_column: str | None = None, caption_column: str | None = None) -> tuple[list[Row], int]:
+def _columns(
+    path: Path, found: list[str], image_column: str | None, caption_column: str | None, group_column: str | None
+) -> tuple[str, str]:
+    """Those of the image and of the caption; that of the group, if one is wanted, is there."""
+    image = _column(path, found, image_column, IMAGE_COLUMNS, "image_column")
+    caption = _column(path, found, caption_column, CAPTION_COLUMNS, "caption_column")
+    if image == caption:
+        raise InputError(f"{path}: column {image!r} cannot be both the image and the caption")
+    if group_column is not None:
+        _column(path, found, group_column, (), "group_column")
+    return image, caption
+
+
+def _group(values: Mapping[str, Any], column: str | None) -> str:
+    """What a row's group is called; numbers of a JSON file are names too."""
+    name = "" if column is None or values.get(column) is None else str(values[column]).strip()
+    return "" if name.lower() in BLANK else name
+
+
+def read_table(
+    path: Path,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    group_column: str | None = None,
+) -> tuple[list[Row], int]:
     """The rows of a table that have a caption, and how many have none.
 
     Args:
         path: ``.jsonl``, ``.tsv``, or anything else for a delimited file with a header (the delimiter is detected).
         image_column: None: the first of ``IMAGE_COLUMNS`` that the table has.
         caption_column: None: the first of ``CAPTION_COLUMNS``.
+        group_column: None: there are no groups.
 
     Raises:
         InputError: no such file, no such column, an empty table, a row that does not fit, or not UTF-8.
@@ -117,13 +143,7 @@ def read_table(path: Path, image_column: str | None = None, caption_column: str 
     try:
         for number, values in records:
             if columns is None:
-                found = list(values)
-                columns = (
-                    _column(path, found, image_column, IMAGE_COLUMNS, "image_column"),
-                    _column(path, found, caption_column, CAPTION_COLUMNS, "caption_column"),
-                )
-                if columns[0] == columns[1]:
-                    raise InputError(f"{path}: column {columns[0]!r} cannot be both the image and the caption")
+                columns = _columns(path, list(values), image_column, caption_column, group_column)
             image, caption = (values.get(column) for column in columns)
             if not isinstance(image, str) or not image.strip():
                 raise InputError(f"{path} row {number}: no image in column {columns[0]!r}")
@@ -132,7 +152,7 @@ def read_table(path: Path, image_column: str | None = None, caption_column: str 
                 continue
             if not isinstance(caption, str):
                 raise InputError(f"{path} row {number}: the caption in column {columns[1]!r} is not text: {caption!r}")
-            rows.append(Row(number, image.strip(), caption))
+            rows.append(Row(number, image.strip(), caption, _group(values, group_column)))
     except UnicodeDecodeError:
         raise _not_utf8(path) from None
     if not rows:
@@ -158,7 +178,8 @@ class TablePairs(PairSource):
 
     def load(self, index: int, rng: random.Random | None) -> Pair:
         row = self.rows[index]
-        return Pair(open_image(self.root / row.image, f"{self.path} row {row.number}"), row.caption, row.image)
+        image = open_image(self.root / row.image, f"{self.path} row {row.number}")
+        return Pair(image, row.caption, row.image, row.group)
 
 
 class CaptionTable(CaptionDataModule):
@@ -172,7 +193,10 @@ class CaptionTable(CaptionDataModule):
         root: where relative image paths start; None: the folder of the table.
         image_column: None: detected.
         caption_column: None: detected.
+        group_column: names the group of pairs that say the same (a product, say), for ``model.duplicates``.
         batch_size: pairs a step on each rank.
+        global_batch_size: pairs a training step on all ranks together, however many they are; ``batch_size`` is then
+            that of validation alone. None: ``batch_size`` on each rank.
         num_workers: processes that read and augment.
         seed: of the order, the augmentation and the division.
         augmentation: in training.
@@ -193,15 +217,17 @@ class CaptionTable(CaptionDataModule):
         augmentation: Augmentation | None = None,
         preprocessing: Preprocessing | None = None,
         tokenize: TextTokenizer | None = None,
+        global_batch_size: int | None = None,
+        group_column: str | None = None,
     ) -> None:
-        super().__init__(batch_size, num_workers, seed, augmentation, preprocessing, tokenize)
+        super().__init__(batch_size, num_workers, seed, augmentation, preprocessing, tokenize, global_batch_size)
         if train is None and val is None:
             raise InputError("data: give train, val or both; each is a table of images and captions")
         self.train, self.val, self.root = train, val, root
-        self.image_column, self.caption_column = image_column, caption_column
+        self.image_column, self.caption_column, self.group_column = image_column, caption_column, group_column
 
     def _rows(self, table: str) -> list[Row]:
-        rows, blank = read_table(Path(table), self.image_column, self.caption_column)
+        rows, blank = read_table(Path(table), self.image_column, self.caption_column, self.group_column)
         if blank:
             rank_zero_info(f"{table}: {len(rows)} pairs, {blank} rows without a caption left out")
         return rows

@@ -303,3 +303,34 @@ def test_transparent_pictures_are_what_published_models_have_seen(tmp_path: Path
         (batch,) = getattr(module, loader)()
         expected = Image.open(tmp_path / "a.png").resize((4, 4), Image.Resampling.BICUBIC).convert("RGB")
         assert (batch.images[0, :, 0, 0] == torch.tensor(expected.getpixel((0, 0)))).all()
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_a_global_batch_is_the_same_pairs_on_any_number_of_ranks(table: Path, world: int) -> None:
+    """And validation's batches are those of ``batch_size``."""
+    ranks = [data_module(table, rank, world, batch_size=3, global_batch_size=8) for rank in range(world)]
+    epochs = [epoch_of(module) for module in ranks]
+    steps = [{key for batches in epochs for key in batches[step].keys} for step in range(2)]
+    assert [len(batches) for batches in epochs] == [2] * world
+    assert [module.steps_per_epoch for module in ranks] == [2] * world
+    assert {len(batch.keys) for batches in epochs for batch in batches} == {8 // world}
+    alone = epoch_of(data_module(table, batch_size=8))
+    assert steps == [set(batch.keys) for batch in alone]
+    validation: Any = ranks[0].val_dataloader()
+    assert [len(batch.keys) for batch in validation][0] == 3
+
+
+@pytest.mark.parametrize(
+    ("batch", "world", "words"),
+    [
+        (8, 3, ["8 pairs cannot be shared evenly by 3 processes", "6 or 9"]),
+        (2, 3, ["2 pairs", "near it: 3"]),
+        (22, 2, ["22 pairs a step are more than the 21 training pairs", "20 or less"]),
+        (0, 1, ["global_batch_size: 0 must be at least 1"]),
+    ],
+)
+def test_a_global_batch_that_cannot_be(table: Path, batch: int, world: int, words: list[str]) -> None:
+    with pytest.raises(InputError) as error:
+        data_module(table, 0, world, global_batch_size=batch).train_dataloader()
+    for word in words:
+        assert word in str(error.value)

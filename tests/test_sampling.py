@@ -2,7 +2,7 @@
 
 import pytest
 
-from datamodules.sampling import GlobalBatchSampler, Sample, StridedSampler
+from datamodules.sampling import EvaluationBatchSampler, GlobalBatchSampler, Sample, StridedSampler
 from lit_clip.errors import InputError
 
 WORLDS = (1, 2, 3, 4)
@@ -112,3 +112,19 @@ def test_strided_ranks_together_see_each_sample_once(size: int, world: int) -> N
     assert sorted(index for part in parts for index in part) == list(range(size))
     assert [len(sampler) for sampler in samplers] == [len(part) for part in parts]
     assert max(map(len, parts)) - min(map(len, parts)) <= 1  # no rank waits for another
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("batch_size", [1, 2, 7, 100])
+@pytest.mark.parametrize("size", [0, 1, 3, 15, 21, 64])
+def test_evaluation_has_each_sample_once_and_as_many_batches_on_each_rank_as_it_can(
+    size: int, batch_size: int, world: int
+) -> None:
+    samplers = [EvaluationBatchSampler(size, batch_size, rank, world) for rank in range(world)]
+    batches = [list(sampler) for sampler in samplers]
+    for rank, (sampler, own) in enumerate(zip(samplers, batches, strict=True)):
+        assert [row for batch in own for row in batch] == list(StridedSampler(size, rank, world))
+        assert all(0 < len(batch) <= batch_size for batch in own)
+        assert len(sampler) == max(len(own), min(size, 1))  # a rank that announced none would be left out
+    if size >= world and batch_size > 1:
+        assert {len(own) for own in batches} == {-(-len(StridedSampler(size, 0, world)) // batch_size)}

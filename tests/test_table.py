@@ -364,3 +364,20 @@ def test_fewer_pairs_than_a_batch_is_an_error_that_names_the_largest_batch_that_
     assert message_of(lambda: module.steps_per_epoch) == message
     fits = module_of("fit", train=str(folder / "t.csv"), val=str(folder / "t.csv"), batch_size=12)
     assert fits.steps_per_epoch == len(list(fits.train_dataloader())) == 1
+
+
+def test_groups_come_from_their_column_and_blank_ones_are_none(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    table = tmp_path / "t.jsonl"
+    rows = [{"image": "a.png", "caption": "a", "product": 7}, {"image": "a.png", "caption": "b", "product": None}]
+    rows += [{"image": "a.png", "caption": "c", "product": " NaN "}, {"image": "a.png", "caption": "d"}]
+    table.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    data = CaptionTable(val=str(table), group_column="product", batch_size=4, num_workers=0)
+    data.setup("validate")
+    (batch,) = data.val_dataloader()
+    assert batch.groups == ["7", "", "", ""]
+    data = CaptionTable(val=str(table), batch_size=4, num_workers=0)
+    data.setup("validate")
+    assert next(iter(data.val_dataloader())).groups == ()
+    with pytest.raises(InputError, match=r"no column 'brand'; its columns are image, caption, product; set group_column"):
+        CaptionTable(val=str(table), group_column="brand").setup("validate")
