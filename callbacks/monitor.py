@@ -1,26 +1,60 @@
 """Numbers that tell whether training is healthy and fast."""
 
+import math
 import sys
 import time
+from collections import deque
 from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.distributed.fsdp import ShardingStrategy
 from torch.optim import Optimizer
 
+from lit_clip import collectives
 from lit_clip.batch import CaptionBatch
+from lit_clip.errors import require
 from lit_clip.model import CLIP
 from lit_clip.module import LitCLIP
 
+SCALARS = ("logit_scale", "logit_bias")
 
-def gradient_norms(model: CLIP) -> dict[str, Tensor]:
-    """The L2 norm of each encoder's gradient; ``logit_scale`` and ``logit_bias`` belong to neither."""
-    towers: dict[str, list[Tensor]] = {"image": [], "text": []}
+
+def gradient_norms(model: CLIP, sharded: bool = False) -> dict[str, Tensor]:
+    """The L2 norm of each encoder's gradient; ``logit_scale`` and ``logit_bias`` belong to neither.
+
+    Args:
+        model: its frozen encoders have none.
+        sharded: each rank holds a part of each gradient (FSDP); all ranks must ask.
+    """
+    towers: dict[str, list[nn.Parameter]] = {"image": [], "text": []}
     for name, parameter in model.named_parameters():
-        if parameter.grad is not None and name not in ("logit_scale", "logit_bias"):
-            towers["image" if name.startswith("visual.") else "text"].append(parameter.grad)
-    return {tower: nn.utils.get_total_norm(gradients) for tower, gradients in towers.items() if gradients}
+        name = name.replace("_fsdp_wrapped_module.", "")
+        if parameter.requires_grad and name not in SCALARS:
+            towers["image" if name.startswith("visual.") else "text"].append(parameter)
+    norms = {tower: _norm(parameters) for tower, parameters in towers.items() if parameters}
+    if sharded and norms:
+        device = next(model.parameters()).device
+        squares = collectives.sum_over_ranks(torch.stack([norm.to(device) for norm in norms.values()]) ** 2, device)
+        norms = dict(zip(norms, squares.sqrt(), strict=True))
+    return norms
+
+
+def _norm(parameters: list[nn.Parameter]) -> Tensor:
+    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def uninformed_loss(pairs: int, sigmoid: bool = False) -> float:
+    """The least loss of a model that cannot tell which caption is whose, among ``pairs`` pairs.
+
+    The softmax loss is then log N: each of N captions is as likely. The sigmoid loss's best guess for each of an
+    image's N questions is 1/N, which costs ``log N + (N - 1) log(N / (N - 1))`` an image.
+    """
+    others = (pairs - 1) * math.log(pairs / (pairs - 1)) if sigmoid and pairs > 1 else 0.0
+    return math.log(pairs) + others
 
 
 def _interval(trainer: Any) -> int:
@@ -33,14 +67,29 @@ class TrainingMonitor(Callback):
     """Logs, every ``log_every_n_steps``, what a person wants beside the loss.
 
     ``train/learning_rate`` (of the head, where layers have rates of their own); ``train/image_gradient_norm`` and
-    ``train/text_gradient_norm`` (before clipping); ``train/samples_per_second`` over all ranks, validation not counted;
-    ``train/samples_seen``.
+    ``train/text_gradient_norm`` (before clipping, and without the factor of ``16-mixed``; not under FSDP's hybrid
+    sharding); ``train/samples_per_second`` over all ranks, validation not counted; ``train/samples_seen``.
+
+    Warns once if the model does not learn: if after warm-up the mean of the ``train/loss`` logged over ``stuck_steps``
+    optimiser steps is still that of guessing (:func:`uninformed_loss`) or above.
+
+    Args:
+        stuck_steps: optimiser steps after warm-up to look at, at a time.
+        stuck_tolerance: how far, relative to guessing, the loss may be below it and count as no better.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stuck_steps: int = 500, stuck_tolerance: float = 0.01) -> None:
+        require(stuck_steps >= 1, f"TrainingMonitor.stuck_steps: {stuck_steps} must be at least 1")
+        require(
+            0 <= stuck_tolerance < 1,
+            f"TrainingMonitor.stuck_tolerance: {stuck_tolerance} must be at least 0 and below 1",
+        )
+        self.stuck_steps, self.stuck_tolerance = stuck_steps, stuck_tolerance
         self._since = 0.0
         self._samples = 0
         self._samples_seen = 0
+        self._losses: deque[tuple[int, float, float]] = deque()  # step, loss, what guessing would have
+        self._warned = False
 
     def state_dict(self) -> dict[str, Any]:
         return {"samples_seen": self._samples_seen}
@@ -60,8 +109,11 @@ class TrainingMonitor(Callback):
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if (trainer.global_step + 1) % _interval(trainer) == 0:
-            for tower, norm in gradient_norms(cast(LitCLIP, pl_module).model).items():
-                pl_module.log(f"train/{tower}_gradient_norm", norm)
+            kind = _sharding(trainer)
+            if kind in (ShardingStrategy.NO_SHARD, ShardingStrategy.FULL_SHARD, ShardingStrategy.SHARD_GRAD_OP):
+                model = cast(LitCLIP, pl_module).model
+                for tower, norm in gradient_norms(model, kind != ShardingStrategy.NO_SHARD).items():
+                    pl_module.log(f"train/{tower}_gradient_norm", norm)
             pl_module.log("train/learning_rate", max(group["lr"] for group in optimizer.param_groups))
 
     def on_train_batch_end(
@@ -74,4 +126,42 @@ class TrainingMonitor(Callback):
             rate = self._samples / (time.perf_counter() - self._since)
             pl_module.log("train/samples_per_second", rate, prog_bar=True)
             pl_module.log("train/samples_seen", float(self._samples_seen))
+            self._look_for_a_stuck_loss(trainer, cast(LitCLIP, pl_module))
             self._restart()
+
+    def _look_for_a_stuck_loss(self, trainer: Trainer, module: LitCLIP) -> None:
+        hparams: Any = module.hparams
+        metrics = trainer.callback_metrics
+        loss, chance = metrics.get("train/loss"), metrics.get("train/in_batch_chance")
+        if self._warned or loss is None or chance is None or trainer.global_step <= hparams.warmup_steps:
+            return
+        pairs = round(1 / float(chance))  # of all ranks
+        guess = uninformed_loss(pairs, sigmoid=module.model.logit_bias is not None)
+        if hparams.distill:  # whose cross-entropy is log N too if all candidates seem equal
+            guess += hparams.distill["weight"] * math.log(pairs)
+        value = float(loss)  # waits for the device, as seldom as the loss is logged
+        if math.isfinite(value):
+            self._losses.append((trainer.global_step, value, guess))
+        if not self._losses or trainer.global_step - self._losses[0][0] < self.stuck_steps:
+            return
+        ours, guessed = (sum(entry[i] for entry in self._losses) / len(self._losses) for i in (1, 2))
+        self._losses.clear()
+        if ours >= (1 - self.stuck_tolerance) * guessed:
+            self._warned = True
+            rank_zero_warn(_advice(ours, guessed, self.stuck_steps))
+
+
+def _advice(loss: float, guess: float, steps: int) -> str:
+    return (
+        f"the model is not learning: train/loss was {loss:.3f} on average over the last {steps} steps, and guessing "
+        f"which caption is whose gives {guess:.3f}. Look whether captions belong to their images (one column of the "
+        "table sorted alone, captions that are all alike), whether the learning rate (train/learning_rate) is far too "
+        "high or too low, whether towers that should learn are frozen, and whether the gradients "
+        "(train/image_gradient_norm, train/text_gradient_norm) are near 0"
+    )
+
+
+def _sharding(trainer: Trainer) -> ShardingStrategy:
+    """What of each gradient a rank holds."""
+    strategy = trainer.strategy
+    return strategy.sharding_strategy if isinstance(strategy, FSDPStrategy) else ShardingStrategy.NO_SHARD
