@@ -65,7 +65,7 @@ class EmbeddingProjector(Callback):
     A thumbnail stands for each image, the same one in a blue frame for its caption.
 
     Args:
-        pairs: at most how many validation pairs of this process.
+        pairs: at most how many validation pairs, of the first process.
     """
 
     def __init__(self, pairs: int = 500) -> None:
@@ -85,7 +85,9 @@ class EmbeddingProjector(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if not trainer.sanity_checking and sum(len(images) for _, images in self._seen) < self.pairs:
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        if sum(len(images) for _, images in self._seen) < self.pairs:
             self._seen.append((cast(Features, outputs), batch.images))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

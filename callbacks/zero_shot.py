@@ -33,8 +33,8 @@ class ZeroShot(Callback):
     """Evaluates any number of sets at the end of every validation, under ``fit`` and ``validate`` alike.
 
     Logs ``zero_shot/<set>/top1``, ``top5`` and ``mean_per_class``, each a fraction over every image counted once,
-    whatever the number of ranks; ``ModelCheckpoint`` can monitor them. Shows some images with their nearest names in
-    TensorBoard and as ``zero_shot_<set>.png`` beside the logs.
+    whatever the number of ranks, which divide the prompts and the images; ``ModelCheckpoint`` can monitor them. Shows
+    some images with their nearest names in TensorBoard and as ``zero_shot_<set>.png`` beside the logs.
 
     Args:
         sets: by name.
@@ -42,6 +42,8 @@ class ZeroShot(Callback):
         num_workers: processes that read images.
         examples: how many images to show of each set, evenly spread over it.
     """
+
+    needs_whole_weights = True  # it encodes pictures outside of the steps for which FSDP puts the weights together
 
     def __init__(
         self, sets: dict[str, ZeroShotSet], batch_size: int = 256, num_workers: int = 0, examples: int = 24
@@ -64,8 +66,8 @@ class ZeroShot(Callback):
         log_dir = trainer.log_dir if trainer.loggers else None  # a broadcast: every rank must ask
         with trainer.precision_plugin.forward_context():
             for name, zero_shot_set in self.sets.items():
-                images, templates = zero_shot_set.images, zero_shot_set.templates
-                classifier = zero_shot_classifier(module.model, images.class_names, templates)
+                images = zero_shot_set.images
+                classifier = _classifier(module, images.class_names, zero_shot_set.templates)
                 counts = self._counts(module, images, classifier)
                 guessing = guessing_accuracies(counts)
                 for metric, value in accuracies(counts).items():
@@ -108,6 +110,15 @@ class ZeroShot(Callback):
                 )
             ]
         )
+
+
+def _classifier(module: LitCLIP, class_names: list[str], templates: Sequence[str]) -> Tensor:
+    """The classifier ``[D, C]`` of all classes; each rank encodes the prompts of its share of them."""
+    mine = class_names[collectives.share(len(class_names))]
+    weights_CD = torch.zeros(0, module.model.config.embed_dim, device=module.device)
+    if mine:
+        weights_CD = zero_shot_classifier(module.model, mine, templates).T.contiguous()
+    return collectives.gather_uneven(weights_CD).T
 
 
 def _logits(module: LitCLIP, images: Tensor, classifier: Tensor) -> Tensor:

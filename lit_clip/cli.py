@@ -16,16 +16,20 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf.errors import OmegaConfBaseException
 
 from lit_clip import collectives, commands
 from lit_clip.errors import InputError
 from lit_clip.module import LitCLIP
+from lit_clip.plan import measure_run, print_plan
+from lit_clip.preemption import Preemption, watch_launcher
 from lit_clip.summary import print_next_steps, print_summary
 from lit_clip.weights import read_checkpoint
 
 USER_ERROR = 2  # argparse's exit code for a bad command line
 INTERRUPTED = 130  # what shells report of a program that Ctrl-C ended
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # as gloo puts it
 
 
 class SaveConfig(SaveConfigCallback):
@@ -48,6 +52,11 @@ class CLI(LightningCLI):
             type=bool,
             default=False,
             help="Under fit: validate before the first step and report the change.",
+        )
+        parser.add_argument(
+            "--print_plan",
+            action="store_true",
+            help="Under fit: print what the run would do, in numbers, and where its settings contradict; do not train.",
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -74,6 +83,8 @@ class CLI(LightningCLI):
         settings: Any = self._get(self.config_init, "trainer")
         callbacks = settings.callbacks or []
         settings.callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        if not any(isinstance(callback, Preemption) for callback in settings.callbacks):
+            settings.callbacks.insert(0, Preemption())  # first, so that none evaluates what a signal cut short
         has_bar = any(isinstance(callback, ProgressBar) for callback in settings.callbacks)
         if settings.enable_progress_bar is not False and not has_bar:
             self.trainer_defaults["callbacks"] = [RichProgressBar()]
@@ -84,9 +95,22 @@ class CLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Every metric at step 0; a resumed run has those of its checkpoint."""
+        if self._get(self.config, "print_plan"):
+            self._print_plan()
+            sys.exit(0)
         if self._get(self.config, "baseline") and not self._get(self.config, "ckpt_path"):
             self.trainer.validate(self.model, self.datamodule, verbose=False)
             self.model.before = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+
+    def _print_plan(self) -> None:
+        """What :meth:`lit_clip.LitCLIP.setup` prints at the start of a run, without starting other processes."""
+        trainer: Any = self.trainer
+        data = self.datamodule
+        trainer.datamodule, data.trainer = data, trainer  # as fit does
+        data.prepare_data()
+        data.setup("fit")
+        if trainer.is_global_zero:
+            print_plan(measure_run(self.model, trainer))
 
     def after_fit(self) -> None:
         self._summarise(self.model.before)
@@ -188,8 +212,8 @@ def user_error(error: BaseException) -> BaseException | None:
         return InputError(ours)
     if isinstance(error, OSError) and error.filename:
         return InputError(f"{error.filename}: {error.strerror}")
-    if isinstance(error, RuntimeError) and "Connection closed by peer" in str(error):
-        return InputError("another process failed; its message is above")
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in LOST_PEER):
+        return InputError("another process has ended; if it said why, that is above")
     return error if isinstance(error, ArgumentError | MisconfigurationException | OmegaConfBaseException) else None
 
 
@@ -243,7 +267,8 @@ def _check_command(words: Sequence[str]) -> None:
 def main() -> None:
     """The ``lit-clip`` command: exit code 2 and one line for what the user can mend."""
     _hush()
-    code = 0
+    watch_launcher()
+    code: Any = 0
     try:
         _check_command(sys.argv[1:])
         if sys.argv[1:2] and sys.argv[1] in commands.COMMANDS:
@@ -253,6 +278,9 @@ def main() -> None:
     except KeyboardInterrupt as stop:
         sys.stderr.write(f"lit-clip: interrupted{f': {stop}' if str(stop) else ''}\n")
         code = INTERRUPTED
+    except SIGTERMException as stop:  # see lit_clip.preemption
+        sys.stderr.write(f"lit-clip: {stop}\n" if str(stop) else "")
+        code = stop.code
     except Exception as error:
         mendable = user_error(error)
         if mendable is None:

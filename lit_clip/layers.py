@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lit_clip.errors import InputError, require
 
@@ -146,6 +147,31 @@ def _block_prefixes(model: nn.Module, parameters: dict[str, nn.Parameter]) -> li
     require(bool(lists), f"the {'image' if visual else 'text'} tower has no list of blocks to count")
     name = max(lists, key=lambda name: lists[name])
     return [f"{name}.{i}." for i in range(len(cast(nn.ModuleList, model.get_submodule(name))))]
+
+
+def tower_blocks(model: Any, tower: Tower) -> list[nn.Module]:
+    """The modules that are a tower's blocks, as :func:`layer_groups` counts them, in their order.
+
+    Of timm's, whose blocks are known by the names of their parameters, the largest modules within a block; one that
+    stands alone between stages (the downsampling of a ConvNeXt) is among them.
+    """
+    parameters = tower_parameters(model, tower)
+    if tower == "text" or not hasattr(model.visual, "trunk"):
+        return [model.get_submodule(prefix[:-1]) for prefix in _block_prefixes(model, parameters)]
+    names = _timm_layers(model.visual.trunk, "visual.trunk.")
+    return _whole_blocks(model.visual.trunk, "visual.trunk", names)
+
+
+def _whole_blocks(module: nn.Module, prefix: str, names: Mapping[str, str]) -> list[nn.Module]:
+    """The largest modules whose parameters are all of one block; a lone layer or norm is none."""
+    children = list(module.named_children())
+    if not children or isinstance(module, _BatchNorm):  # timm's has its activation as a child
+        return []
+    owners = {names.get(f"{prefix}.{name}", HEAD) for name, _ in module.named_parameters()}
+    stage = isinstance(module, nn.ModuleList | nn.Sequential) and all(list(child.children()) for _, child in children)
+    if len(owners) == 1 and next(iter(owners)).startswith("blocks.") and not stage:
+        return [module]
+    return [block for name, child in children for block in _whole_blocks(child, f"{prefix}.{name}", names)]
 
 
 def _timm_layers(trunk: Any, prefix: str) -> dict[str, str]:

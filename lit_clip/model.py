@@ -109,7 +109,9 @@ class CLIP(TextTransformer):
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 ``[B, 3, H, W]`` of a batch -> float in the weights' precision, as :meth:`encode_image` wants it."""
-        return pp.normalize(images, self.preprocessing).to(next(self.visual.parameters()).dtype)
+        # While FSDP has put weights together they are no parameters of their modules.
+        dtype = next((parameter.dtype for parameter in self.visual.parameters()), self.logit_scale.dtype)
+        return pp.normalize(images, self.preprocessing).to(dtype)
 
     def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
         """Float, normalised ``[B, 3, H, W]`` -> ``[B, D]``, of unit length if ``normalize``."""

@@ -1,34 +1,47 @@
 """The LightningModule: what happens in a step, and what a checkpoint holds."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from typing import Any, Self, TypedDict, TypeVar
 
 import torch
-import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from lit_clip import collectives
 from lit_clip.batch import CaptionBatch
+from lit_clip.checkpointing import checkpoint, checkpoint_blocks
 from lit_clip.config import CLIPConfig, Preprocessing, Size
 from lit_clip.distill import Distill, Teacher
+from lit_clip.duplicates import pair_ids
 from lit_clip.errors import InputError, require
-from lit_clip.layers import Freeze, LayerDecay, frozen_modules, frozen_names, learning_rate_factors
+from lit_clip.layers import (
+    TOWERS,
+    Freeze,
+    LayerDecay,
+    frozen_modules,
+    frozen_names,
+    learning_rate_factors,
+    tower_blocks,
+)
 from lit_clip.lora import LoRA, add_lora, base_name, check_base, is_added
-from lit_clip.losses import contrastive_loss, distillation_loss, sigmoid_loss, two_way_logits
-from lit_clip.metrics import first_occurrences, guessing_recalls, identities, retrieval_hits, whole_set_loss
+from lit_clip.losses import Duplicates, at_least_float32, distillation_loss, two_way_logits
 from lit_clip.model import CLIP
 from lit_clip.optim import parameter_groups, total_steps, warmup_cosine
+from lit_clip.plan import measure_run, print_plan
+from lit_clip.retrieval import RetrievalSet, token_hashes
+from lit_clip.sharded_loss import Plan, ShardedLoss, sharded_contrastive_loss, sharded_sigmoid_loss
 from lit_clip.sources import EMA_WEIGHTS, checkpoint_tokenizer
+from lit_clip.stability import NonFinite, NonFiniteSteps, check_master_weights
 from lit_clip.summary import print_parameter_groups
 from lit_clip.tokenizer import TextTokenizer
 from lit_clip.weights import check_architecture, check_weights, create_model, weights_sha256, whole_name
 
-RECALL_AT = (1, 5, 10)
 PREFIX = "model."
 STATES = {"state_dict", "current_model_state"}  # the second is the weights of the last step, if the first is an average
 Made = TypeVar("Made", Freeze, LayerDecay, LoRA, Distill)
@@ -68,9 +81,21 @@ class LitCLIP(LightningModule):
         lora: additions of low rank to the blocks that are not frozen; they alone learn then, and a checkpoint holds
             them alone and names ``pretrained``, which they belong to.
         distill: a teacher whose choices among the batch's images and captions are learnt too.
+        non_finite: what all ranks do when a loss or a gradient is nan or infinite on any of them: stop, or skip that
+            step; see :class:`lit_clip.stability.NonFiniteSteps`.
+        gradient_checkpointing: keep what enters each block and compute the rest again in the backward pass: far less
+            memory for a third more arithmetic, and the same numbers.
+        micro_batch_size: pairs of this process that are encoded at a time, while the loss sees all pairs of all
+            processes (GradCache, Gao et al. 2021). Their activations are computed again in the backward pass, so memory
+            is that of one part; loss and gradients are those of the whole batch. BatchNorm alone sees the parts.
+        duplicates: what pairs with the same caption, the same image or the same group are to each other, see
+            :func:`lit_clip.losses.contrastive_loss`.
+        ring_loss: whether processes pass their texts' features on from one to the next (memory of two processes'
+            pairs) instead of gathering those of all.
 
     Attributes:
         baselines: for a logged metric what guessing reaches, filled by whoever logs the metric.
+        starts_trained: whether the weights to start from are somebody's.
         base_sha256: of the weights that the ``lora`` belongs to; empty without one.
         before: what the validation before the first step logged, if there was one; kept in checkpoints.
     """
@@ -90,6 +115,11 @@ class LitCLIP(LightningModule):
         layer_decay: LayerDecay | float | None = None,
         lora: LoRA | None = None,
         distill: Distill | None = None,
+        non_finite: NonFinite = "stop",
+        gradient_checkpointing: bool = False,
+        micro_batch_size: int | None = None,
+        duplicates: Duplicates = "negatives",
+        ring_loss: bool = False,
     ) -> None:
         super().__init__()
         freeze, lora, distill = _made(Freeze, freeze), _made(LoRA, lora), _made(Distill, distill)
@@ -97,6 +127,8 @@ class LitCLIP(LightningModule):
             layer_decay = LayerDecay(layer_decay, layer_decay)
         self._layer_decay = _made(LayerDecay, layer_decay)
         _check_optimizer(learning_rate, weight_decay, warmup_steps, betas, eps)
+        if micro_batch_size is not None:
+            require(micro_batch_size >= 1, f"model.micro_batch_size: {micro_batch_size} must be at least 1")
         self.model = create_model(architecture, pretrained, image_size, context_length)
         self.save_hyperparameters(  # plain values only: a checkpoint must load with weights_only=True
             {
@@ -109,7 +141,12 @@ class LitCLIP(LightningModule):
                 "freeze": freeze and dataclasses.asdict(freeze),
                 "layer_decay": self._layer_decay and dataclasses.asdict(self._layer_decay),
                 "distill": distill and dataclasses.asdict(distill),
+                "non_finite": non_finite,
                 "lora": lora and dataclasses.asdict(lora),
+                "gradient_checkpointing": gradient_checkpointing,
+                "micro_batch_size": micro_batch_size,
+                "duplicates": duplicates,
+                "ring_loss": ring_loss,
                 # What a LoRA belongs to, and what was made of it; any other checkpoint has it all.
                 "pretrained": base_name(whole_name(architecture, pretrained)) if lora and pretrained else None,
                 "image_size": image_size if lora else None,
@@ -118,6 +155,7 @@ class LitCLIP(LightningModule):
         )
         for name in frozen_names(self.model, freeze or Freeze()):
             self.model.get_parameter(name).requires_grad_(False)
+        self.starts_trained = pretrained is not None
         self.base_sha256 = ""
         if lora:
             require(pretrained is not None, "model.lora: adds to a trained model; set model.pretrained")
@@ -125,10 +163,14 @@ class LitCLIP(LightningModule):
             add_lora(self.model, lora)
         self._frozen_modules = frozen_modules(self.model)
         self.train()
+        if gradient_checkpointing:
+            checkpoint_blocks([block for tower in TOWERS for block in tower_blocks(self.model, tower)])
         self._distill, self._teacher = distill, None
+        self._groups: list[dict[str, Any]] | None = None
+        self._finite = NonFiniteSteps(non_finite)
         self.baselines: dict[str, float] = {}
         self.before: dict[str, float] = {}
-        self._validated: list[Features] = []
+        self._validated = RetrievalSet()
 
     # What the data modules are told, so that nothing has to be written twice in a YAML file.
 
@@ -144,9 +186,13 @@ class LitCLIP(LightningModule):
 
     def forward(self, batch: CaptionBatch) -> tuple[Tensor, Tensor]:
         """Unit features ``[B, D]`` of images and captions, float32."""
-        image_BD = self.model.encode_image(self.model.normalize(batch.images), normalize=True)
-        text_BD = self.model.encode_text(batch.tokens, normalize=True)
-        return image_BD, text_BD
+        return self._encode_images(batch.images), self._encode_tokens(batch.tokens)
+
+    def _encode_images(self, images: Tensor) -> Tensor:
+        return self.model.encode_image(self.model.normalize(images), normalize=True)
+
+    def _encode_tokens(self, tokens: Tensor) -> Tensor:
+        return self.model.encode_text(tokens, normalize=True)
 
     def train(self, mode: bool = True) -> Self:
         """As everywhere, but what is frozen stays in evaluation mode: statistics and dropout too."""
@@ -158,48 +204,116 @@ class LitCLIP(LightningModule):
     def setup(self, stage: str) -> None:
         if stage == "fit" and self._distill and not self._teacher:
             self._teacher = Teacher(self._distill.teacher)
+        if stage == "fit":
+            self._groups = None
+            self._groups = self._parameter_groups()
+            self._print_plan()
+
+    def _print_plan(self) -> None:
+        """Here and not when training starts: a strategy may have cut the weights in shards by then."""
+        if self._trainer and self._trainer.is_global_zero:
+            print_plan(measure_run(self, self._trainer))
 
     def on_fit_start(self) -> None:
+        check_master_weights(self)
         batches = self.trainer.accumulate_grad_batches
         require(
             batches == 1,
-            f"trainer.accumulate_grad_batches: {batches} adds no negatives, and they are what a "
-            "larger batch is for; raise data.init_args.batch_size or the number of devices instead",
+            f"trainer.accumulate_grad_batches: {batches} adds no negatives, and they are what a larger batch is for; "
+            f"raise data.init_args.batch_size {batches} times and set model.micro_batch_size to what it is now",
         )
 
     def on_train_start(self) -> None:
+        self._finite.watch(self)
         hparams: Any = self.hparams
         if (hparams.freeze or hparams.layer_decay or self.base_sha256) and self.trainer.is_global_zero:
             frozen = sum(p.numel() for p in self.parameters() if not p.requires_grad)
             print_parameter_groups(self.trainer.optimizers[0].param_groups, frozen)
 
     def training_step(self, batch: CaptionBatch, batch_idx: int) -> Tensor:
-        image_BD, text_BD = self(batch)
-        everyone = collectives.gather(image_BD), collectives.gather(text_BD)
-        scale, bias = self.model.logit_scale.exp(), self.model.logit_bias
-        first_row = collectives.rank_and_world()[0] * len(image_BD)
-        if bias is None:
-            loss = contrastive_loss(image_BD, text_BD, *everyone, scale, first_row)
-        else:
-            loss = sigmoid_loss(image_BD, everyone[1], scale, bias, first_row)
+        shards = collectives.shards(len(batch.images))
+        image_BD, text_BD = self._encode(batch, shards)
+        loss, hits = self._loss(batch, image_BD, text_BD, shards)
+        self._log_step("train/in_batch_accuracy", hits * shards.world / shards.total, batch)
+        self.log("train/in_batch_chance", 1 / shards.total, batch_size=len(batch.images))
         if self._distill and self._teacher:
-            image, text = self._teacher.features(batch)
-            everyones = collectives.gather(image), collectives.gather(text)
-            choices = two_way_logits(image, text, *everyones, self._teacher.scale)
-            distillation = distillation_loss(two_way_logits(image_BD, text_BD, *everyone, scale), choices)
-            self.log("train/distillation_loss", distillation, batch_size=len(batch.images), sync_dist=True)
+            distillation = self._distillation(batch, image_BD, text_BD, shards)
+            self._log_step("train/distillation_loss", distillation, batch)
             loss = loss + self._distill.weight * distillation
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.images), sync_dist=True)
-        self.log("train/logit_scale", scale, batch_size=len(batch.images))
+        self._log_step("train/loss", loss, batch, prog_bar=True)
+        self.log("train/logit_scale", self.model.logit_scale.exp(), batch_size=len(batch.images))
+        self._finite.observe(batch.keys, image_BD, text_BD, loss)
         return loss
+
+    def _log_step(self, name: str, value: Tensor, batch: CaptionBatch, prog_bar: bool = False) -> None:
+        """Log the mean over ranks."""
+        self.log(name, value, prog_bar=prog_bar, batch_size=len(batch.images), sync_dist=True)
+
+    def _parts(self, batch: CaptionBatch, shards: collectives.Shards) -> list[CaptionBatch]:
+        """What is encoded at a time; on every rank as many parts as on that with the most pairs."""
+        hparams: Any = self.hparams
+        return batch.split(math.ceil(max(shards.counts) / (hparams.micro_batch_size or max(shards.counts))))
+
+    def _encode(self, batch: CaptionBatch, shards: collectives.Shards) -> tuple[Tensor, Tensor]:
+        """As :meth:`forward`, part by part if there are several, without keeping a part's activations.
+
+        Each part is one checkpointed segment of one graph: DDP synchronises once, after the last of them.
+        """
+        parts = self._parts(batch, shards)
+        if len(parts) == 1:
+            return self(batch)
+        features = []
+        for part in parts:
+            # Else all parts share one copy of the weights in half precision, and add up their gradients in it.
+            torch.clear_autocast_cache()
+            image_BD = checkpoint(self._encode_images, part.images, inside=self.model.visual)
+            features.append((image_BD, checkpoint(self._encode_tokens, part.tokens, inside=self.model.text_encoder)))
+        images, texts = zip(*features, strict=True)
+        return torch.cat(images), torch.cat(texts)
+
+    def _loss(self, batch: CaptionBatch, image_BD: Tensor, text_BD: Tensor, shards: collectives.Shards) -> ShardedLoss:
+        hparams: Any = self.hparams
+        ids_BK = None
+        if hparams.duplicates != "negatives":
+            ids_BK = pair_ids(batch.keys, batch.tokens, self.model.tokenizer.pad_id, batch.groups)
+        plan = Plan(shards, ids_BK, hparams.duplicates, hparams.ring_loss)
+        scale, bias = self.model.logit_scale.exp(), self.model.logit_bias
+        if bias is None:
+            return sharded_contrastive_loss(image_BD, text_BD, scale, plan)
+        return sharded_sigmoid_loss(image_BD, text_BD, scale, bias, plan)
+
+    def _distillation(
+        self, batch: CaptionBatch, image_BD: Tensor, text_BD: Tensor, shards: collectives.Shards
+    ) -> Tensor:
+        """A scalar whose mean over ranks is the distillation loss of all pairs."""
+        assert self._teacher is not None
+        theirs = [self._teacher.features(part) for part in self._parts(batch, shards)]
+        image, text = (torch.cat(features) for features in zip(*theirs, strict=True))
+        everyones = collectives.gather(image, shards), collectives.gather(text, shards)
+        choices = two_way_logits(image, text, *everyones, self._teacher.scale)
+        everyone = collectives.gather(image_BD, shards), collectives.gather(text_BD, shards)
+        ours = two_way_logits(image_BD, text_BD, *everyone, self.model.logit_scale.exp())
+        return distillation_loss(ours, choices) * shards.weight
+
+    def on_train_batch_start(self, batch: CaptionBatch, batch_idx: int) -> None:
+        self._finite.before_step()
 
     def on_after_backward(self) -> None:
         if self.base_sha256 and self.global_step == 0:
             for name, parameter in self.model.named_parameters():
-                if parameter.requires_grad and parameter.grad is None:
+                if parameter.requires_grad and parameter.grad is None and parameter.numel():  # a shard may be empty
                     raise InputError(
                         f"model.lora: {name} has no effect, its layer is never called; see model.lora.targets"
                     )
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self._finite.check(self)
+        if self._finite.policy == "skip":
+            self.log("train/non_finite_steps", float(self._finite.steps))
+
+    def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
+        if not self._finite.left_out:  # nothing to clip, and clipping by value wants something
+            super().configure_gradient_clipping(*args, **kwargs)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -207,18 +321,28 @@ class LitCLIP(LightningModule):
         self.model.clamp_logit_scale()
 
     def on_validation_epoch_start(self) -> None:
-        self._validated = []
+        self._start_evaluation()
 
     def validation_step(self, batch: CaptionBatch, batch_idx: int) -> Features:
+        tokenizer = self.model.tokenizer  # hashed first: afterwards it would wait for the encoders
+        hashes = token_hashes(batch.tokens, tokenizer.context_length, tokenizer.pad_id)
         features = self.predict_step(batch, batch_idx)
-        self._validated.append(features)
+        self._validated.add(features["image"], features["text"], batch.keys, hashes)
         return features
 
     def on_validation_epoch_end(self) -> None:
         self._log_retrieval("val")
 
     def on_test_epoch_start(self) -> None:
-        self._validated = []
+        self._start_evaluation()
+
+    def _start_evaluation(self) -> None:
+        self._validated = RetrievalSet()
+        model = self.trainer.strategy.model
+        if isinstance(model, DistributedDataParallel):
+            # DDP would do this in a rank's first batch, and wait for ranks that have none.
+            collectives.same_buffers(self.model)
+            model.require_forward_param_sync = False
 
     def test_step(self, batch: CaptionBatch, batch_idx: int) -> Features:
         return self.validation_step(batch, batch_idx)
@@ -231,33 +355,19 @@ class LitCLIP(LightningModule):
         return Features(image=image_BD, text=text_BD, tokens=batch.tokens, keys=batch.keys)
 
     def _log_retrieval(self, prefix: str) -> None:
-        """Loss and recall over the whole set: the same for any batch size and number of ranks."""
-        tokenizer = self.model.tokenizer
-        pairs = _join(self._validated, self.model.config.embed_dim, tokenizer, self.device)
-        self._validated = []
-        N = len(pairs["keys"])
-        if N == 0:
-            return
-        image_ids, text_ids = identities(pairs["keys"]), pairs["tokens"].unique(dim=0, return_inverse=True)[1]
-        ids = torch.stack([image_ids.to(self.device), text_ids], dim=1)  # [N, 2]
-        first = first_occurrences(image_ids).to(self.device)  # an image with five captions asks once
-        image, text, images = pairs["image"], pairs["text"], int(first.sum())
-        mine, my_images = _share(N), _share(images)
-        to_text = retrieval_hits(image[first][my_images], ids[first][my_images], text, ids, RECALL_AT, distinct=1)
-        to_image = retrieval_hits(text[mine], ids[mine], image, ids, RECALL_AT, distinct=0)
-        scale, bias = self.model.logit_scale.exp(), self.model.logit_bias
-        loss = whole_set_loss(image, text, scale, range(N)[mine], bias)
-        loss, *recalls = collectives.sum_over_ranks(torch.cat([loss[None], to_text, to_image]), self.device).tolist()
-        self.log(f"{prefix}/loss", loss / N, prog_bar=True)
-        guesses = guessing_recalls(ids, RECALL_AT)
-        for i, (direction, queries) in enumerate((("image_to_text", images), ("text_to_image", N))):
-            hits = recalls[i * len(RECALL_AT) : (i + 1) * len(RECALL_AT)]
-            for k, hit, guess in zip(RECALL_AT, hits, guesses[i], strict=True):
-                name = f"{prefix}/{direction}_recall@{k}"
-                self.log(name, hit / queries, prog_bar=k == 1)
-                self.baselines[name] = guess
+        """Loss and retrieval over the whole set: the same for any batch size and number of ranks."""
+        scale = self.model.logit_scale.exp()
+        empty = at_least_float32(scale.new_zeros(0, self.model.config.embed_dim))  # as features are
+        evaluation = self._validated.evaluate(empty, scale, self.model.logit_bias)
+        for name, value in evaluation.metrics.items():
+            # Already over all ranks: Lightning's own means would weigh ranks and batches of unequal size wrongly.
+            self.log(f"{prefix}/{name}", value, prog_bar=name == "loss" or name.endswith("recall@1"))
+        self.baselines |= {f"{prefix}/{name}": guess for name, guess in evaluation.baselines.items()}
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
+        """As they were when ``fit`` began: in FSDP's shards a weight has one dimension, as gains and biases have."""
+        if self._groups is not None:
+            return [{**group, "params": list(group["params"])} for group in self._groups]
         hparams: Any = self.hparams
         layers = learning_rate_factors(self.model, self._layer_decay)
         return parameter_groups(layers, hparams.learning_rate, hparams.weight_decay)
@@ -274,8 +384,6 @@ class LitCLIP(LightningModule):
             fused=not (scaled or clipped),
         )
         total, warmup = total_steps(self.trainer), hparams.warmup_steps
-        if warmup >= total:
-            rank_zero_warn(f"the run has {total} steps and warm-up takes {warmup}: set --model.warmup_steps lower")
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -283,6 +391,7 @@ class LitCLIP(LightningModule):
         state: Mapping[str, Any] = checkpoint["state_dict"]
         checkpoint["state_dict"] = {key.removeprefix(PREFIX): value for key, value in state.items()}
         checkpoint["before"] = dict(self.before)
+        checkpoint["non_finite_steps"] = self._finite.steps
         checkpoint |= saved_tokenizer(self.model)
         if self.base_sha256:
             hparams: Any = self.hparams
@@ -302,6 +411,7 @@ class LitCLIP(LightningModule):
         check_weights(self.model, state, name)
         checkpoint["state_dict"] = {PREFIX + key: value for key, value in state.items()}
         self.before = dict(checkpoint.get("before", {}))
+        self._finite.steps = checkpoint.get("non_finite_steps", 0)
         self.model._tokenizer = checkpoint_tokenizer(checkpoint, self.model.config) or self.model._tokenizer
         if checkpoint.get("weights") == EMA_WEIGHTS:
             rank_zero_info(f"{name}: these weights are the exponential moving average, not those of the last step")
@@ -360,27 +470,3 @@ def _made(kind: type[Made], value: Made | Mapping[str, Any] | None) -> Made | No
 def _shape(group: dict[str, Any]) -> tuple[str, int]:
     """What tells an optimiser's parameter groups apart; those of older checkpoints have no name."""
     return group.get("name", "").partition(",")[0] or "all", len(group["params"])
-
-
-def _share(size: int) -> slice:
-    """This rank's part of ``size`` rows; over all ranks each row once."""
-    rank, world = collectives.rank_and_world()
-    return slice(size * rank // world, size * (rank + 1) // world)
-
-
-def _join(batches: list[Features], embed_dim: int, tokenizer: TextTokenizer, device: torch.device) -> Features:
-    """All batches of all ranks as one; a rank may have none."""
-
-    def rows(parts: list[Tensor], like: Tensor) -> Tensor:
-        return collectives.gather_uneven(torch.cat([like, *parts]))
-
-    no_features = torch.zeros(0, embed_dim, device=device)
-    length, pad = tokenizer.context_length, tokenizer.pad_id
-    no_tokens = torch.zeros(0, length, dtype=torch.long, device=device)
-    tokens = [F.pad(batch["tokens"], (0, length - batch["tokens"].shape[1]), value=pad) for batch in batches]
-    return Features(
-        image=rows([batch["image"] for batch in batches], no_features),
-        text=rows([batch["text"] for batch in batches], no_features),
-        tokens=rows(tokens, no_tokens),
-        keys=collectives.gather_objects([key for batch in batches for key in batch["keys"]]),
-    )

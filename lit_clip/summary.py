@@ -1,5 +1,6 @@
 """What the terminal shows at the end of a run."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,15 @@ def print_next_steps(checkpoint: Path, log_dir: str | None) -> None:
             f"same numbers again: lit-clip validate --config {folder}/fit_config.yaml --ckpt_path {_shown(checkpoint)}"
         )
         console.print(f"curves: tensorboard --logdir {folder}")
+
+
+def resume_command(checkpoint: Path, log_dir: str | None) -> str:
+    """What to type to go on from a checkpoint of a run that was ended."""
+    config = Path(log_dir, "fit_config.yaml") if log_dir else None
+    if config is None or not config.exists():
+        return f"the same command and {shlex.join(['--ckpt_path', str(_shown(checkpoint))])}"
+    words = ["lit-clip", "fit", "--config", str(_shown(config)), "--ckpt_path", str(_shown(checkpoint))]
+    return shlex.join(words)
 
 
 def _shown(path: Path) -> Path:

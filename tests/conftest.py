@@ -1,9 +1,11 @@
 """What several test files need: tiny models, real drawings, and real processes for distribution."""
 
+import contextlib
 import csv
 import importlib.util
 import logging
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -171,16 +173,37 @@ def cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     return partial(lit_clip_command, tmp_path)
 
 
+def torchrun(folder: Path, world: int, *words: str, timeout: int = 120) -> str:
+    """What ``torchrun --nproc_per_node W ...`` writes; it must exit with 0, and nothing of it is left."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
+    process = subprocess.Popen(
+        [sys.executable, *launcher, *words],
+        cwd=folder,
+        env={**os.environ, "COLUMNS": "200", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output = process.communicate(timeout=timeout)[0]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)  # torchrun ends its ranks, which have sessions of their own
+    assert process.returncode == 0, output
+    return output
+
+
 @pytest.fixture
 def ranks(tmp_path: Path) -> Callable[..., None]:
-    """Run ``tests/ranks.py FUNCTION`` in W gloo processes; every one must exit with 0 within the time limit."""
+    """Run a function of ``tests/ranks.py`` in W gloo processes; every one must exit with 0 within the time limit."""
 
-    def run(function: str, world: int, *arguments: str, timeout: int = 120) -> None:
+    def run(function: str, world: int, *arguments: str, timeout: int = 120, script: str = "ranks.py") -> None:
         rendezvous = tmp_path / f"rendezvous_{function}_{world}"
         rendezvous.unlink(missing_ok=True)
         processes = [
             subprocess.Popen(
-                [sys.executable, str(ROOT / "tests/ranks.py"), function, *arguments],
+                [sys.executable, str(ROOT / "tests" / script), function, *arguments],
                 env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(world), "RENDEZVOUS": f"file://{rendezvous}"},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,

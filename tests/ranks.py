@@ -1,17 +1,22 @@
 """What one rank of a distributed test does; started by the ``ranks`` fixture as a process of its own."""
 
+import dataclasses
 import json
 import os
 import sys
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from lit_clip import collectives
+from lit_clip import collectives, sharded_loss
 from lit_clip.batch import CaptionBatch
 from lit_clip.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
+from lit_clip.layers import Freeze
+from lit_clip.losses import Duplicates, contrastive_loss, sigmoid_loss
 from lit_clip.module import LitCLIP
+from lit_clip.tokenizer import Tokenize
 
 CONFIG = CLIPConfig(
     embed_dim=16,
@@ -19,25 +24,30 @@ CONFIG = CLIPConfig(
     text=TextTransformerConfig(context_length=16, vocab_size=50, width=64, layers=2, heads=1),
 )
 PAIRS = 8
+SAME = ((0, 5), (1, 7), (2, 6))
 
 
-def make_module() -> LitCLIP:
-    """The same float64 model on every rank, without a logger."""
+def make_module(**options: Any) -> LitCLIP:
+    """The same float64 model on every rank, without a logger; ``options`` are LitCLIP's."""
     torch.manual_seed(0)
-    module = LitCLIP(CONFIG).double()
+    module = LitCLIP(**{"architecture": CONFIG, **options}).double()
     module.model.normalize = lambda images: images.double() / 255  # the real one ends in float32
+    module.model._tokenizer = Tokenize(16)  # asked for what it pads with only
     module.log = lambda *_, **__: None  # there is no trainer
     return module
 
 
 def make_batch(rows: slice) -> CaptionBatch:
-    """Some rows of one fixed batch of 8 pairs."""
+    """Some rows of one fixed batch of 8 pairs, of which some say the same (``SAME``)."""
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, (PAIRS, 3, 32, 32), dtype=torch.uint8, generator=generator)
     tokens = torch.randint(1, 49, (PAIRS, 16), generator=generator)
     tokens[torch.arange(PAIRS), torch.randint(3, 16, (PAIRS,), generator=generator)] = 49  # end of text
+    tokens[6] = tokens[2]  # one caption
     captions = [f"picture {chr(ord('a') + i)}" for i in range(PAIRS)]
-    return CaptionBatch(images[rows], tokens[rows], [str(i) for i in range(PAIRS)][rows], captions[rows])
+    keys = ["0", "1", "2", "3", "4", "0", "6", "7"]  # one image
+    groups = ["", "shoe", "", "", "", "", "", "shoe"]
+    return CaptionBatch(images[rows], tokens[rows], keys[rows], captions[rows], groups[rows])
 
 
 class _Step(torch.nn.Module):
@@ -51,14 +61,84 @@ class _Step(torch.nn.Module):
         return self.module.training_step(batch, 0)
 
 
-def gradients(output: str) -> None:
-    """The gradients of one DDP step over all ranks' pairs, written by rank 0."""
+COUNTS = {1: (8,), 2: (5, 3), 3: (3, 4, 1), 4: (3, 2, 2, 1)}  # pairs of each rank, uneven as a last batch may be
+
+
+class Case(NamedTuple):
+    """One way to compute the gradient of the whole batch."""
+
+    sigmoid: bool
+    parts: int
+    tile: tuple[int, int]
+    frozen: str | None
+    ring: bool = False
+    duplicates: Duplicates = "negatives"
+
+    def module(self) -> LitCLIP:
+        config = dataclasses.replace(CONFIG, logit_bias=self.sigmoid)
+        most = max(COUNTS[collectives.rank_and_world()[1]])
+        module = make_module(
+            architecture=config,
+            freeze=Freeze(**{self.frozen: "all"}) if self.frozen else None,
+            micro_batch_size=-(-most // self.parts) if self.parts > 1 else None,
+            ring_loss=self.ring,
+            duplicates=self.duplicates,
+        )
+        if module.model.logit_bias is not None:
+            module.model.logit_bias.data.fill_(-2)  # -10 leaves next to no gradient of the negatives
+        return module
+
+
+CASES = [
+    *(
+        Case(sigmoid, parts, tile, frozen)
+        for sigmoid in (False, True)
+        for parts in (1, 3)
+        for tile in ((64, 64), (2, 3))
+        for frozen in (None, "image", "text")
+    ),
+    *(Case(sigmoid, 3, (2, 3), None, ring=True) for sigmoid in (False, True)),
+    *(
+        Case(sigmoid, 1, (2, 3), None, ring, duplicates)
+        for sigmoid in (False, True)
+        for ring in (False, True)
+        for duplicates in ("positives", "ignored")
+    ),
+]
+
+
+def dense_gradients(case: Case) -> dict[str, torch.Tensor | None]:
+    """Of one process with the whole batch: the loss as it is defined, and plain autograd."""
+    module, batch = case.module(), make_batch(slice(0, PAIRS))
+    model, (image, text) = module.model, module(batch)
+    same = torch.eye(PAIRS, dtype=torch.bool)
+    for i, j in SAME:
+        same[i, j] = same[j, i] = True
+    if model.logit_bias is None:
+        loss = contrastive_loss(image, text, image, text, model.logit_scale.exp(), 0, same, case.duplicates)
+    else:
+        loss = sigmoid_loss(image, text, model.logit_scale.exp(), model.logit_bias, 0, same, case.duplicates)
+    loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def gradients() -> None:
+    """Every case: the gradients of one DDP step over uneven ranks are those of one process, for each parameter."""
     rank, world = collectives.rank_and_world()
-    step = DistributedDataParallel(_Step(make_module()))
-    size = PAIRS // world
-    step(make_batch(slice(rank * size, (rank + 1) * size))).backward()
-    if rank == 0:
-        torch.save({name: p.grad for name, p in step.module.module.model.named_parameters()}, output)
+    shards = collectives.Shards(rank, COUNTS[world])
+    for case in CASES:
+        sharded_loss.TILE = case.tile
+        step = DistributedDataParallel(_Step(case.module()))
+        step(make_batch(shards.mine)).backward()
+        for name, expected in dense_gradients(case).items() if rank == 0 else ():
+            ours = step.module.module.model.get_parameter(name).grad
+            if expected is None:
+                assert ours is None, f"{case}: {name} is frozen"
+                continue
+            assert ours is not None, f"{case}: {name} has no gradient"
+            assert expected.norm() > 0, f"{case}: {name} has a zero gradient"
+            error = float((ours - expected).norm() / expected.norm())
+            assert error < 1e-6, f"{case}: {name} is off by {error}"
 
 
 def uneven_gather() -> None:
@@ -73,10 +153,7 @@ def uneven_gather() -> None:
 
 def finetuned_module(options: str) -> LitCLIP:
     """Like :func:`make_module` with LitCLIP's arguments as JSON."""
-    torch.manual_seed(0)
-    module = LitCLIP(**{"architecture": CONFIG, **json.loads(options)}).double()
-    module.model.normalize = lambda images: images.double() / 255
-    module.log = lambda *_, **__: None
+    module = make_module(**json.loads(options))
     module.setup("fit")
     return module
 

@@ -3,17 +3,29 @@
 from pathlib import Path
 
 import pytest
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lit_clip import load_model
 from lit_clip.cli import CLI, run
 from lit_clip.registry import resolve_architecture
-from tests.conftest import ROOT
+from tests.conftest import ROOT, TINY_YAML, torchrun
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+# Tables 18 to 20 of the paper: architecture, learning rate, beta2, epsilon, epochs.
+PAPER = {
+    "pretrain_rn50": ("RN50", 5e-4, 0.999, 1e-8, 32),
+    "pretrain_rn50x64": ("RN50x64", 3.6e-4, 0.999, 1e-8, 32),
+    "pretrain_vit_b32": ("ViT-B-32", 5e-4, 0.98, 1e-6, 32),
+    "pretrain_vit_b16": ("ViT-B-16", 5e-4, 0.98, 1e-6, 32),
+    "pretrain_vit_l14": ("ViT-L-14", 4e-4, 0.98, 1e-6, 32),
+    "pretrain_vit_l14_336": ("ViT-L-14", 2e-5, 0.98, 1e-6, 1),
+}
 
 
 def test_there_are_configs() -> None:
-    assert {"quickstart", "finetune_table", "pretrain_vit_b32", "zero_shot_imagenet"} <= {path.stem for path in CONFIGS}
+    names = {path.stem for path in CONFIGS}
+    assert {"quickstart", "finetune_table", "zero_shot_imagenet", "fsdp", *PAPER} <= names
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -21,7 +33,8 @@ def test_a_config_parses_and_its_classes_and_options_exist(path: Path, monkeypat
     monkeypatch.setattr(CLI, "instantiate_classes", lambda self: None)  # its data may not be here
     for name in ("IMAGENET", "CLASSES", "HELD_OUT", "IMAGE_WEIGHTS", "TEXT_ENCODER"):
         monkeypatch.setenv(name, name.lower())
-    command = run(args=["--config", str(path)], execute=False)
+    alone = [] if path.stem != "fsdp" else ["--config", str(ROOT / "configs/pretrain_vit_l14.yaml")]
+    command = run(args=[*alone, "--config", str(path)], execute=False)
     architecture = command.config.model.architecture  # None: that of the checkpoint that is given
     assert not isinstance(architecture, str) or resolve_architecture(architecture)  # sizes have been checked by parsing
 
@@ -34,6 +47,21 @@ def test_a_config_opens_with_its_command_cost_and_result(path: Path) -> None:
         assert any(line.startswith(f"# {word}") for line in head), f"{path.name} does not say its {word}"
 
 
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_runs_have_the_papers_numbers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CLI, "instantiate_classes", lambda self: None)
+    config = run(args=["--config", str(ROOT / f"configs/{name}.yaml")], execute=False).config
+    architecture, rate, beta2, eps, epochs = PAPER[name]
+    model, data, trainer = config.model, config.data.init_args, config.trainer
+    assert model.architecture == f"{architecture}-quickgelu"
+    assert (model.learning_rate, tuple(model.betas), model.eps) == (rate, (0.9, beta2), eps)
+    assert (model.weight_decay, model.warmup_steps) == (0.2, 2000)
+    assert (trainer.max_epochs, trainer.precision) == (epochs, "bf16-mixed")
+    assert data.global_batch_size == 32_768
+    assert data.global_batch_size % (trainer.devices * trainer.num_nodes) == 0
+    assert (model.image_size, model.pretrained) == ((336, "l14.ckpt") if epochs == 1 else (None, None))
+
+
 @pytest.mark.parametrize("name", ["finetune_table", "quickstart"])
 def test_last_ckpt_is_the_last_epoch_however_bad_it_is(name: str) -> None:
     """Lightning's ``save_last`` beside a ``monitor`` copies the best: the table at the end was of another model."""
@@ -41,3 +69,29 @@ def test_last_ckpt_is_the_last_epoch_however_bad_it_is(name: str) -> None:
     saving = trainer.checkpoint_callback
     assert isinstance(saving, ModelCheckpoint)
     assert (saving.filename, saving.monitor, saving._enable_version_counter) == ("last", None, False)
+
+
+def test_a_papers_run_in_shards_under_torchrun_trains_and_leaves_a_model(tmp_path: Path, caption_table: Path) -> None:
+    """``configs/pretrain_vit_l14.yaml`` with ``configs/fsdp.yaml``, a tiny model, and two processes on CPU."""
+    words = ["-m", "lit_clip", "fit"]
+    for name in ("pretrain_vit_l14", "fsdp"):
+        words += ["--config", str(ROOT / f"configs/{name}.yaml")]
+    for option, value in {
+        "model.architecture": TINY_YAML,
+        "model.micro_batch_size": 8,
+        "model.warmup_steps": 1,
+        "data.train": caption_table,
+        "data.val": caption_table,
+        "data.num_workers": 0,
+        "data.global_batch_size": 32,
+        "trainer.accelerator": "cpu",
+        "trainer.devices": 2,
+        "trainer.num_nodes": 1,
+        "trainer.max_epochs": 1,
+    }.items():
+        words += [f"--{option}", str(value)]
+    output = torchrun(tmp_path, 2, *words)
+    assert output.count("32 = 16 x 2 processes, encoded in 2 parts") == 1  # rank 0 alone says so
+    checkpoint = tmp_path / "runs/pretrain_vit_l14/version_0/checkpoints/last.ckpt"
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == 2
+    assert load_model(checkpoint).visual.proj.shape == (64, 16)

@@ -1,0 +1,152 @@
+"""Memory and time of retrieval metrics with many captions an image, by lit_clip and by open_clip.
+
+    python benchmarks/retrieval.py
+
+Each in a process of its own; peak is the most that the process held (VmHWM of Linux), the interpreter and the features
+included. Features come in batches, as in validation: random images, captions near them. Some queries are searched for
+again by brute force, in float64, over all candidates. open_clip's metric knows one caption an image and holds all
+similarities, so it is measured with fewer pairs, and so is lit-clip beside it.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from lit_clip.losses import unit
+from lit_clip.metrics import pair_scores, retrieval_ranks, whole_set_loss
+from lit_clip.retrieval import Joined, RetrievalSet, retrieval_metrics, token_hashes
+
+D = 512
+BATCH = 1000  # pairs
+CHECKED = 100  # queries of each direction
+
+
+def batches(images: int, captions: int) -> Iterator[tuple[Tensor, Tensor, range]]:
+    """Unit features ``[B, D]`` of some pairs' images and captions, and the captions' numbers.
+
+    Caption j is of image ``j * images // captions``.
+    """
+    for start in range(0, captions, BATCH):
+        rows = range(start, min(start + BATCH, captions))
+        image_of = torch.tensor([j * images // captions for j in rows])
+        distinct, place = image_of.unique(return_inverse=True)
+        noise = torch.Generator().manual_seed(start)
+        texts = torch.randn(len(rows), D, generator=noise)
+        image = torch.stack([torch.randn(D, generator=noise.manual_seed(2**40 + i)) for i in distinct.tolist()])[place]
+        yield unit(image), unit(image + 5.5 * texts), rows
+
+
+def peak_memory() -> float:
+    """GiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 2**20 for line in lines if line.startswith("VmHWM:"))
+
+
+def brute_force(query_QD: Tensor, right_QC: list[list[int]], candidate_CD: Tensor) -> list[int]:
+    """How many wrong candidates score at least as high as the best right one, of each query."""
+    ranks = []
+    for query, right in zip(query_QD.double(), right_QC, strict=True):
+        scores = torch.cat([part.double() @ query for part in candidate_CD.split(2**14)])
+        ahead = scores >= scores[right].max()
+        ahead[right] = False
+        ranks.append(int(ahead.sum()))
+    return ranks
+
+
+def check(joined: Joined, images: int, captions: int, ranks: tuple[Tensor, Tensor]) -> None:
+    """Compare the ranks of some queries, evenly spread, with brute force."""
+    image_of = [j * images // captions for j in range(captions)]
+    captions_of: dict[int, list[int]] = {}
+    for caption, image in enumerate(image_of):
+        captions_of.setdefault(image, []).append(caption)
+    some_images = [i * images // CHECKED for i in range(CHECKED)]
+    some_captions = [i * captions // CHECKED for i in range(CHECKED)]
+    expected = (
+        brute_force(joined.image[some_images], [captions_of[i] for i in some_images], joined.text),
+        brute_force(joined.text[some_captions], [[image_of[j]] for j in some_captions], joined.image),
+    )
+    found = ranks[0][some_images].tolist(), ranks[1][some_captions].tolist()
+    for name, ours, theirs in zip(("images", "captions"), found, expected, strict=True):
+        differing = [(a, b) for a, b in zip(ours, theirs, strict=True) if a != b]
+        if differing:
+            raise RuntimeError(f"{len(differing)} of {CHECKED} {name}: (found, brute force) {differing[:5]}")
+
+
+def measure_ours(images: int, captions: int) -> dict[str, Any]:
+    pairs = RetrievalSet()
+    for image, text, rows in batches(images, captions):
+        keys = [f"{j * images // captions}.jpg" for j in rows]
+        pairs.add(image, text, keys, token_hashes(torch.tensor(rows)[:, None], 1, 0))
+    start = time.perf_counter()
+    joined = pairs.join(torch.zeros(0, D))
+    assert joined is not None
+    score = pair_scores(joined.image, joined.text, joined.mine)
+    ranks = retrieval_ranks(joined.image, joined.text, joined.mine, score)
+    metrics = retrieval_metrics(ranks.image, ranks.text, joined.everyones)
+    seconds = time.perf_counter() - start
+    loss = whole_set_loss(joined.image, joined.text, joined.mine, score, torch.tensor(100.0))
+    loss_seconds, peak = time.perf_counter() - start - seconds, peak_memory()
+    check(joined, images, captions, (ranks.image, ranks.text))
+    return {"peak": peak, "seconds": seconds, "loss_seconds": loss_seconds, "loss": loss, **metrics}
+
+
+def measure_theirs(images: int, captions: int) -> dict[str, Any]:
+    from open_clip_train.train import get_clip_metrics
+
+    parts = [(image, text) for image, text, _ in batches(images, captions)]
+    image, text = (torch.cat(side) for side in zip(*parts, strict=True))
+    del parts
+    start = time.perf_counter()
+    metrics = get_clip_metrics(image, text, torch.tensor(100.0))
+    seconds = time.perf_counter() - start
+    recall = {name.replace("_R@", "_recall@"): float(value) for name, value in metrics.items()}
+    return {"peak": peak_memory(), "seconds": seconds, **recall}
+
+
+def in_a_process(library: str, images: int, captions: int) -> dict[str, Any]:
+    words = [sys.executable, __file__, "--measure", library, "--images", str(images), "--captions", str(captions)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--images", type=int, default=100_000)
+    options.add_argument("--captions", type=int, default=500_000)
+    options.add_argument("--peer_pairs", type=int, default=8_000, help="of the comparison with open_clip")
+    options.add_argument("--measure", choices=["ours", "theirs"], help="(used by itself)")
+    arguments = options.parse_args()
+    if arguments.measure:
+        torch.manual_seed(0)
+        measure = measure_ours if arguments.measure == "ours" else measure_theirs
+        json.dump(measure(arguments.images, arguments.captions), sys.stdout)
+        return
+    columns = ("seconds", "seconds of val/loss", "peak", "image to text R@1", "median", "text to image R@1", "median")
+    table = Table("", "images", "captions", *columns, title=f"Retrieval, D = {D}, float32, torch {torch.__version__}")
+    theirs, pairs = f"open_clip {version('open-clip-torch')}", arguments.peer_pairs
+    runs = [("theirs", pairs, pairs), ("ours", pairs, pairs), ("ours", arguments.images, arguments.captions)]
+    for library, images, captions in runs:
+        result = in_a_process(library, images, captions)
+        loss_seconds = f"{result['loss_seconds']:.1f}" if "loss_seconds" in result else "-"
+        numbers = [f"{result['seconds']:.1f}", loss_seconds, f"{result['peak']:.2f} GiB"]
+        for direction in ("image_to_text", "text_to_image"):
+            numbers += [f"{result[f'{direction}_recall@1']:.4f}", f"{result[f'{direction}_median_rank']:.0f}"]
+        table.add_row(theirs if library == "theirs" else "lit-clip", f"{images:,}", f"{captions:,}", *numbers)
+    Console(width=160).print(table)
+
+
+if __name__ == "__main__":
+    main()

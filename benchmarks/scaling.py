@@ -1,0 +1,311 @@
+"""What a training step needs, as formulas, measured, and for the paper's models on H100s (docs/scaling.md).
+
+    python benchmarks/scaling.py ranks [--processes 1 2 4] [--pairs 256]
+    python benchmarks/scaling.py activations [--models ViT-B-32 ViT-L-14]
+    python benchmarks/scaling.py h100 [--utilisation 0.2]
+
+``ranks`` starts gloo processes on this machine that do the loss alone and a whole step under DDP, and sets what they held
+(VmHWM of Linux) and what they sent (the kernel's count of bytes that each process's TCP connections have sent)
+beside the formulas. ``activations`` counts the bytes that autograd keeps for one pair. ``h100`` computes.
+"""
+
+import argparse
+import json
+import os
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from processes import forget_peak, held
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lit_clip import collectives
+from lit_clip.batch import CaptionBatch
+from lit_clip.checkpointing import checkpoint_blocks
+from lit_clip.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig, height_width
+from lit_clip.layers import TOWERS, tower_blocks
+from lit_clip.losses import unit
+from lit_clip.model import CLIP
+from lit_clip.models import measure
+from lit_clip.module import LitCLIP
+from lit_clip.plan import loss_bytes
+from lit_clip.registry import resolve_architecture
+from lit_clip.sharded_loss import Plan, sharded_contrastive_loss
+from lit_clip.weights import create_model
+
+D, MIB = 512, 2**20
+WIDTH, LAYERS, IMAGE_TOKENS, TEXT_TOKENS = 256, 4, 65, 32
+SMALL = CLIPConfig(
+    embed_dim=D,
+    image=VisionTransformerConfig(image_size=64, patch_size=8, width=WIDTH, layers=LAYERS, heads=4),
+    text=TextTransformerConfig(context_length=TEXT_TOKENS, vocab_size=5000, width=WIDTH, layers=LAYERS, heads=4),
+)
+BLOCK = 17  # numbers a block keeps of each token, in widths, with GELU; 21 with QuickGELU
+BYTES_SENT = 200  # offset in Linux's struct tcp_info
+
+H100_FLOPS = 989e12  # dense bf16, as NVIDIA states it for the SXM5 card
+PAIRS = 400e6 * 32
+MODELS = {  # name: micro-batch and checkpointing of the shipped configurations
+    "RN50": (256, False),
+    "RN50x64": (64, True),
+    "ViT-B-32": (256, False),
+    "ViT-B-16": (256, False),
+    "ViT-L-14": (128, True),
+    "ViT-L-14-336": (64, True),
+}
+
+# What a rank sends in a step, in bytes; B pairs a rank, W ranks, P parameters (docs/scaling.md).
+
+
+def sent_by_loss(pairs: int, world: int, ring: bool) -> float:
+    """The softmax loss and its backward pass."""
+    if world == 1:
+        return 0
+    if ring:
+        return 4 * pairs * (D * (3 * world - 2) + 2 * world - 1)
+    return 4 * pairs * (world - 1) * (4 * D + 5)
+
+
+def sent_by_gradients(parameters: int, world: int) -> float:
+    """An all-reduce round a ring."""
+    return 4 * parameters * 2 * (world - 1) / world
+
+
+def kept_by_activations(pairs: int, block: float = BLOCK) -> float:
+    """Of the small model here, float32."""
+    return 4 * pairs * LAYERS * block * WIDTH * (IMAGE_TOKENS + TEXT_TOKENS)
+
+
+def bytes_sent() -> int:
+    """By this process's TCP connections since they were made, as the kernel counts them."""
+    total = 0
+    for entry in Path("/proc/self/fd").iterdir():
+        try:
+            if not os.readlink(entry).startswith("socket:"):
+                continue
+            with socket.socket(fileno=os.dup(int(entry.name))) as connection:
+                info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+        except OSError:  # closed meanwhile, or no TCP
+            continue
+        total += struct.unpack_from("Q", info, BYTES_SENT)[0]
+    return total
+
+
+def a_step_of(kind: str, pairs: int) -> tuple[Callable[[], None], int]:
+    """Something to repeat, and how many parameters it trains."""
+    torch.manual_seed(0)
+    if kind == "step":
+        module: Any = LitCLIP(SMALL)
+        module.log = lambda *_, **__: None  # there is no trainer
+        module.forward, forward = lambda batch: module.training_step(batch, 0), module.forward
+        module._encode = lambda batch, shards: forward(batch)
+        trained = DistributedDataParallel(module) if dist.get_world_size() > 1 else module
+        images = torch.randint(0, 256, (pairs, 3, 64, 64), dtype=torch.uint8)
+        batch = CaptionBatch(images, torch.randint(1, 4999, (pairs, TEXT_TOKENS)), [str(i) for i in range(pairs)])
+        optimizer = torch.optim.AdamW(module.parameters(), fused=True)
+
+        def step() -> None:
+            trained(batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step, sum(p.numel() for p in module.parameters())
+    features = [unit(torch.randn(pairs, D)).requires_grad_() for _ in range(2)]
+    scale, plan = torch.tensor(10.0, requires_grad=True), Plan(collectives.shards(pairs), ring=kind == "ring")
+
+    def loss() -> None:
+        sharded_contrastive_loss(*features, scale, plan).loss.backward()
+        for tensor in (*features, scale):
+            tensor.grad = None
+
+    return loss, 0
+
+
+def on_a_rank(kind: str, pairs: int) -> None:
+    """Print what one repetition sent and what was held beside what was there before."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=os.environ["RENDEZVOUS"], rank=int(os.environ["RANK"]),
+                            world_size=int(os.environ["WORLD_SIZE"]))  # fmt: skip
+    before = held("VmRSS")
+    step, parameters = a_step_of(kind, pairs)
+    step()
+    base = before if kind == "step" else forget_peak()
+    dist.barrier()
+    sent = bytes_sent()
+    step()
+    sent = bytes_sent() - sent
+    dist.barrier()
+    result = {"sent": sent, "held": held("VmHWM") - base, "parameters": parameters}
+    print(json.dumps(result), flush=True)
+    collectives.leave()
+
+
+def ranks(worlds: list[int], pairs: int) -> Table:
+    table = Table(
+        "what", "ranks", "sent: formula", "measured", "held: formula", "measured", title=f"{pairs} pairs a rank"
+    )
+    for kind in ("loss", "ring", "step"):
+        for world in worlds:
+            results = _run(kind, pairs, world)
+            result = {key: max(result[key] for result in results) for key in results[0]}
+            sent = sent_by_loss(pairs, world, kind == "ring")
+            memory = float(loss_bytes(pairs, world, D, kind == "ring")[0])
+            if kind == "step":
+                sent += sent_by_gradients(result["parameters"], world)
+                copies = 4 if world == 1 else 5  # weights, gradients, two moments; DDP's buckets
+                memory += 4 * copies * result["parameters"] + kept_by_activations(pairs)
+            cells = (sent, result["sent"], memory, result["held"])
+            table.add_row(kind, str(world), *(f"{value / MIB:.2f} MiB" for value in cells))
+    return table
+
+
+def _run(kind: str, pairs: int, world: int) -> list[dict[str, int]]:
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "RENDEZVOUS": f"file://{folder}/rendezvous"}
+        environment["MALLOC_TRIM_THRESHOLD_"] = environment["MALLOC_MMAP_THRESHOLD_"] = "65536"  # what is freed is gone
+        processes = [
+            subprocess.Popen(
+                [sys.executable, __file__, "rank", kind, str(pairs)],
+                env={**environment, "RANK": str(rank), "WORLD_SIZE": str(world)},
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(world)
+        ]
+        return [json.loads(process.communicate(timeout=600)[0].splitlines()[-1]) for process in processes]
+
+
+@contextmanager
+def counting(model: nn.Module) -> Iterator[dict[int, int]]:
+    """Storages that autograd keeps meanwhile, and their bytes; weights are none of them."""
+    weights = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, int] = {}
+    alive = []  # a storage that is freed may come again
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield kept
+
+
+class Kept(NamedTuple):
+    """Bytes that autograd keeps of one pair.
+
+    Attributes:
+        plain: of everything.
+        checkpointed: of everything if blocks are computed again.
+        block: of the largest block, which are there meanwhile.
+    """
+
+    plain: float
+    checkpointed: float
+    block: float
+
+
+def kept_by_a_pair(name: str, half: bool) -> Kept:
+    """Counted on CPU; of two pairs the second, so that what does not grow with them does not count."""
+    model = create_model(f"{name}-quickgelu")
+    blocks = [block for tower in TOWERS for block in tower_blocks(model, tower)]
+    whole, of_blocks = _second_of_two(model, blocks, half)
+    checkpoint_blocks(blocks)
+    return Kept(whole, _second_of_two(model, [], half)[0], max(of_blocks))
+
+
+def _second_of_two(model: CLIP, blocks: list[nn.Module], half: bool) -> tuple[float, list[float]]:
+    totals: list[list[float]] = []
+    for pairs in (1, 2):
+        images = torch.zeros(pairs, 3, *height_width(model.preprocessing.image_size))
+        tokens = torch.full((pairs, model.context_length), 49407)
+        with counting(model) as kept, torch.autocast("cpu", torch.bfloat16, enabled=half):
+            marks: list[float] = []
+
+            def mark(*_: object, kept: dict[int, int] = kept, marks: list[float] = marks) -> None:
+                marks.append(sum(kept.values()))
+
+            hooks = [
+                hook for b in blocks for hook in (b.register_forward_pre_hook(mark), b.register_forward_hook(mark))
+            ]
+            features = model.encode_image(images, normalize=True), model.encode_text(tokens, normalize=True)
+            mark()
+        del features
+        for hook in hooks:
+            hook.remove()
+        totals.append([marks[-1], *(end - start for start, end in zip(marks[:-1:2], marks[1:-1:2], strict=True))])
+    whole, *of_blocks = (two - one for one, two in zip(*totals, strict=True))
+    return whole, of_blocks
+
+
+def activations(names: list[str]) -> Table:
+    table = Table(
+        "model", "precision", "all", "checkpointed", "largest block", title="MiB that a pair leaves for backward"
+    )
+    for name in names:
+        for half in (False, True):
+            cells = (f"{value / MIB:.1f}" for value in kept_by_a_pair(name, half))
+            table.add_row(name, "bf16-mixed" if half else "fp32", *cells)
+    return table
+
+
+def h100(utilisation: float) -> Table:
+    """Days and GiB of the paper's runs with the settings of configs/pretrain_*.yaml."""
+    table = Table(
+        "model", "GPUs", "pairs a GPU", "passes", "days", "GiB a GPU", title=f"{utilisation:.0%} of 989 TFLOP/s"
+    )
+    for name, (micro, checkpointed) in MODELS.items():
+        size, kept = measure(resolve_architecture(f"{name}-quickgelu")), kept_by_a_pair(name, True)
+        assert size.parameters and size.image_flops and size.text_flops and size.embed_dim
+        pairs = PAIRS / 32 if name == "ViT-L-14-336" else PAIRS
+        a_pair = kept.checkpointed + kept.block if checkpointed else kept.plain
+        for gpus in (8, 64, 256):
+            batch = 32_768 // gpus
+            passes = 3 + checkpointed + (batch > micro)
+            days = passes * (size.image_flops + size.text_flops) * pairs / (gpus * H100_FLOPS * utilisation) / 86_400
+            states = (4 + 4 + 8 + 4 + 2) * size.parameters  # weights, gradients, moments, DDP's buckets, bf16 copies
+            memory = states + min(micro, batch) * a_pair + loss_bytes(batch, gpus, size.embed_dim)[0]
+            memory += batch * 3 * int(size.image_size or 0) ** 2  # the pictures, a byte a number
+            table.add_row(name, str(gpus), str(batch), str(passes), f"{days:.1f}", f"{memory / 2**30:.1f}")
+    return table
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = options.add_subparsers(dest="command", required=True)
+    measured = commands.add_parser("ranks")
+    measured.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
+    measured.add_argument("--pairs", type=int, default=256)
+    commands.add_parser("activations").add_argument("--models", nargs="+", default=list(MODELS))
+    commands.add_parser("h100").add_argument("--utilisation", type=float, default=0.2)
+    rank = commands.add_parser("rank", help="(used by itself)")
+    rank.add_argument("kind")
+    rank.add_argument("pairs", type=int)
+    arguments = options.parse_args()
+    if arguments.command == "rank":
+        on_a_rank(arguments.kind, arguments.pairs)
+        return
+    if arguments.command == "ranks":
+        table = ranks(arguments.processes, arguments.pairs)
+    elif arguments.command == "activations":
+        table = activations(arguments.models)
+    else:
+        table = h100(arguments.utilisation)
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()

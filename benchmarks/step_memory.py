@@ -1,0 +1,120 @@
+"""Memory of an optimiser step of ViT-B-32 with a large batch: encoded at once, and part by part.
+
+    python benchmarks/step_memory.py [--batch 1024] [--micro 64] [--small 64] [--bf16] [--device cpu]
+
+First at a size where both fit, with open_clip's plain step beside them and the largest relative difference of any
+parameter's gradient between ours at once and ours part by part; then the large batch, part by part. Each is a process
+of its own that makes the model, AdamW's states and two steps, of which the second is timed. Memory is what the
+process held at most in all (VmHWM of Linux, or what torch allocated at most on CUDA).
+"""
+
+import argparse
+import json
+import sys
+import time
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from peers import captions, open_clip_pair
+from processes import held, in_a_process
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from lit_clip.batch import CaptionBatch
+from lit_clip.module import LitCLIP
+from lit_clip.optim import decay_groups
+
+
+def batch_of(pairs: int, device: str, tokenize: Any) -> CaptionBatch:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (pairs, 3, 224, 224), dtype=torch.uint8, generator=generator).to(device)
+    tokens = tokenize.trim(tokenize(captions(pairs))).to(device)
+    return CaptionBatch(images, tokens, [str(i) for i in range(pairs)])
+
+
+def measure(library: str, pairs: int, micro: int, precision: str, device: str, gradients: str) -> None:
+    """Print the peak in bytes and the seconds of a step; ``gradients`` is a file to write the first step's to."""
+    theirs, model = open_clip_pair("ViT-B-32")
+    module: Any = LitCLIP("ViT-B-32", micro_batch_size=micro or None)
+    module.model.load_state_dict(model.state_dict())
+    module.log = lambda *_, **__: None  # there is no trainer
+    batch = batch_of(pairs, device, model.tokenizer)
+    trained = (theirs if library == "open_clip" else module).to(device)
+    del theirs, model
+    optimizer = torch.optim.AdamW(decay_groups(trained, 0.2), lr=1e-6, fused=True)
+
+    def loss() -> Tensor:
+        if library == "lit-clip":
+            return module.training_step(batch, 0)
+        import open_clip
+
+        padded = torch.nn.functional.pad(batch.tokens, (0, 77 - batch.tokens.shape[1]))
+        return open_clip.ClipLoss()(*trained(module.model.normalize(batch.images), padded))
+
+    seconds = 0.0
+    for step in range(2):
+        start = time.perf_counter()
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+            value = loss()
+        value.backward()
+        if step == 0 and gradients != "-":
+            torch.save({name: p.grad for name, p in module.model.named_parameters()}, gradients)
+        optimizer.step()
+        optimizer.zero_grad()
+        last = value.item()
+        seconds = time.perf_counter() - start
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else held("VmHWM")
+    json.dump({"peak": peak, "seconds": seconds, "loss": last}, sys.stdout)
+
+
+def largest_difference(one: str, other: str) -> float:
+    """Of any parameter's gradient, relative to its norm."""
+    ours, theirs = torch.load(one, weights_only=True), torch.load(other, weights_only=True)
+    return max(float((ours[name] - g).norm() / g.norm()) for name, g in theirs.items() if "in_proj_bias" not in name)
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--batch", type=int, default=1024)
+    options.add_argument("--micro", type=int, default=64)
+    options.add_argument("--small", type=int, default=64, help="a size where the plain step fits too; 0: leave it out")
+    options.add_argument("--bf16", action="store_true")
+    options.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    options.add_argument("--measure", nargs=6, metavar="WORD", help="(used by itself)")
+    arguments = options.parse_args()
+    if arguments.measure:
+        library, pairs, micro, *rest = arguments.measure
+        measure(library, int(pairs), int(micro), *rest)
+        return
+    import tempfile
+
+    settings = ("bf16" if arguments.bf16 else "fp32", arguments.device)
+    table = Table("step", "pairs", "at a time", "peak", "time", "loss", title=f"ViT-B-32, {' '.join(settings)}")
+
+    def add(library: str, pairs: int, micro: int, gradients: str = "-") -> None:
+        try:
+            result = in_a_process(__file__, library, pairs, micro, *settings, gradients)
+        except RuntimeError as error:
+            table.add_row(library, f"{pairs:,}", f"{micro or pairs}", str(error).splitlines()[-1][:40])
+            return
+        peak, seconds = f"{result['peak'] / 2**30:.2f} GiB", f"{result['seconds']:.1f} s"
+        table.add_row(library, f"{pairs:,}", f"{micro or pairs}", peak, seconds, f"{result['loss']:.5f}")
+
+    if arguments.small:
+        with tempfile.TemporaryDirectory() as folder:
+            add("open_clip", arguments.small, 0)
+            add("lit-clip", arguments.small, 0, f"{folder}/whole.pt")
+            add("lit-clip", arguments.small, max(1, arguments.small // 4), f"{folder}/parts.pt")
+            difference = largest_difference(f"{folder}/parts.pt", f"{folder}/whole.pt")
+        table.caption = (
+            f"largest relative difference of a parameter's gradient, parts against whole: {difference:.1e}; "
+            f"open_clip {version('open-clip-torch')}, torch {torch.__version__}"
+        )
+    add("lit-clip", arguments.batch, arguments.micro)
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+"""Runs that are told to end: a signal, agreed on by all ranks, becomes a whole checkpoint and an exit code."""
+
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.utilities.seed import pl_worker_init_function
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from lit_clip import collectives
+from lit_clip.errors import InputError, require
+from lit_clip.summary import resume_command
+
+LAUNCHER = "LIT_CLIP_LAUNCHER"  # the process that other ranks of this machine are started by
+GRACE = 10.0  # seconds; after an orderly end the other ranks need one or two
+
+
+class _Signals(_SignalConnector):
+    """Notes that a signal came, and does nothing else in the handler.
+
+    Lightning's own handlers broadcast and save inside the handler, at a place where other ranks are not: ranks hang.
+    Outside of ``fit`` there is nothing to save, and a signal ends the process at once, as it does any other program.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__(trainer)
+        self.noted = 0  # the number of the signal that this process got
+        self.agreed = 0  # the one that all ranks know of
+
+    def register_signal_handlers(self) -> None:
+        self.received_sigterm = False
+        self._original_handlers = self._get_current_signal_handlers()
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            for signum in {signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM), self.requeue_signal} - {None}:
+                self._register_signal(signum, self._note)
+
+    def _note(self, signum: int, frame: Any) -> None:
+        self.noted = signum
+
+    @property
+    def requeue_signal(self) -> signal.Signals | None:
+        """The signal after which the job is put back into SLURM's queue."""
+        environment = self.trainer._accelerator_connector.cluster_environment
+        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+            return environment.requeue_signal
+        return None
+
+    def requeue(self) -> None:
+        """Save where Lightning looks first when the job runs again, and put it back into the queue."""
+        self._slurm_sigusr_handler_fn(self.agreed, None)  # pyright: ignore[reportArgumentType]  # it needs no frame
+
+    def teardown(self) -> None:
+        if not self.agreed:  # else this process is about to end, and a second signal must not change how
+            super().teardown()
+
+
+def _signals(trainer: Trainer) -> _Signals:
+    connector: Any = trainer._signal_connector
+    return connector
+
+
+class Preemption(Callback):
+    """Saves a whole checkpoint and ends the run when any rank gets SIGTERM or SIGUSR1.
+
+    ``lit-clip fit`` always has one. The handler notes the signal; all ranks compare notes on the CPU at the end of a
+    step, where they all are. Then they save and raise a ``SystemExit`` whose code is 128 + the signal's number (143 for
+    SIGTERM, on Linux 138 for SIGUSR1). A rank that Lightning started itself exits with 0: else its parent is killed.
+
+    A validation is cut short and its results are thrown away; with a sharded model, whose ranks compute each batch
+    together, it is finished first.
+
+    The checkpoint is ``last.ckpt`` if a ``ModelCheckpoint`` keeps one, else ``preempted.ckpt`` in its folder. Under
+    SLURM with ``auto_requeue``, the requeue signal (SIGUSR1) saves and requeues as Lightning documents it.
+
+    Args:
+        every_n_steps: how often ranks compare notes.
+    """
+
+    def __init__(self, every_n_steps: int = 1) -> None:
+        require(every_n_steps >= 1, f"Preemption.every_n_steps: {every_n_steps} must be at least 1")
+        self.every_n_steps = every_n_steps
+        self._batches = 0
+        self._first_step: int | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # Lightning registers its handlers behind this and before any other hook, and there is no option for others.
+        trainer._signal_connector = _Signals(trainer)
+        self._batches, self._first_step = 0, None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._first_step = trainer.global_step
+        if self._agreed(trainer):
+            raise SIGTERMException
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        self._batches += 1
+        if self._batches % self.every_n_steps == 0 and self._agreed(trainer):
+            # Lightning raises SIGTERMException for it when the step is over and logged. Ranks ask it nowhere before.
+            _signals(trainer).received_sigterm = True
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if _signals(trainer).agreed:
+            raise SIGTERMException
+
+    def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        # Ranks may have different numbers of batches, so nothing is agreed here: a rank that knows of a signal goes to
+        # the end of the validation at once and meets the others there.
+        if _signals(trainer).noted and type(trainer.strategy) in (DDPStrategy, SingleDeviceStrategy):
+            raise StopIteration
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and self._agreed(trainer):
+            raise SIGTERMException
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        signals: Any = trainer._signal_connector
+        if isinstance(exception, SIGTERMException) and isinstance(signals, _Signals) and signals.agreed:
+            outcome = self._save(trainer, signals)
+            exception.code = 0 if is_launched() else 128 + signals.agreed
+            if trainer.is_global_zero:
+                exception.args = (f"{signal.Signals(signals.agreed).name}: {outcome}",)
+
+    def _agreed(self, trainer: Trainer) -> bool:
+        signals = _signals(trainer)
+        signals.agreed = collectives.maximum(signals.noted)
+        return bool(signals.agreed)
+
+    def _save(self, trainer: Trainer, signals: _Signals) -> str:
+        """What was done, in words."""
+        if signals.agreed == signals.requeue_signal:
+            signals.requeue()
+            return f"saved step {trainer.global_step}; SLURM was asked to run the job again, which goes on from there"
+        if trainer.global_step == self._first_step or self._first_step is None:
+            return "ended before the first step; there is nothing to save"
+        path = _checkpoint_path(trainer)
+        if path is None:
+            return f"ended after step {trainer.global_step}; no checkpoint, as there is no ModelCheckpoint"
+        save_whole(trainer, path)
+        log_dir = trainer.log_dir if trainer.loggers else None  # a broadcast: every rank must ask
+        return f"saved step {trainer.global_step}; go on with: {resume_command(path, log_dir)}"
+
+
+def _checkpoint_path(trainer: Trainer) -> Path | None:
+    """Where a ``ModelCheckpoint`` keeps the last state, or else beside what it keeps; never another run's file."""
+    keepers = [keeper for keeper in trainer.checkpoint_callbacks if isinstance(keeper, ModelCheckpoint)]
+    keeper = next((keeper for keeper in keepers if keeper.save_last), keepers[0] if keepers else None)
+    if keeper is None or not keeper.dirpath:
+        return None
+    name = keeper.CHECKPOINT_NAME_LAST if keeper.save_last else "preempted"
+    first = Path(keeper.last_model_path or Path(keeper.dirpath, f"{name}{keeper.FILE_EXTENSION}")).absolute()
+    ours = {Path(path).absolute() for path in (keeper.last_model_path, trainer.ckpt_path) if path}
+    path, version = first, 1
+    while path.exists() and path not in ours:
+        path, version = first.with_stem(f"{first.stem}-v{version}"), version + 1
+    path = trainer.strategy.broadcast(path)
+    if keeper.save_last:
+        keeper.last_model_path = str(path)
+    return path
+
+
+def save_whole(trainer: Trainer, path: Path) -> None:
+    """Save a checkpoint under another name, see that it is whole, and only then give it its name. On every rank.
+
+    Lightning writes into the system's temporary folder and moves the file, which is a copy where that is another disk;
+    and where it may not write it leaves an older file of the name as it is, and says nothing.
+
+    Raises:
+        InputError: on the rank that writes, if it could not.
+    """
+    part = path.with_name(f"{path.name}.part")
+    if trainer.is_global_zero:
+        part.unlink(missing_ok=True)
+    trainer.save_checkpoint(part)
+    if trainer.is_global_zero:
+        if not (part.is_dir() or zipfile.is_zipfile(part)):  # a sharded one is a folder; a file's end is written last
+            raise InputError(f"{path}: could not be written; is the disk full, or the folder not yours?")
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        part.replace(path)
+    trainer.strategy.barrier("save_whole")
+
+
+def is_launched() -> bool:
+    """Whether another rank's ``lit-clip`` started this process (not torchrun, SLURM or a person)."""
+    return "LOCAL_RANK" in os.environ and os.environ.get(LAUNCHER) == str(os.getppid())
+
+
+def watch_launcher() -> None:
+    """End this process soon after the one that started it as a rank; other processes are left alone.
+
+    A rank that computes or waits for data notices only at its next collective that the first rank was killed, and is
+    in nobody's care until then. Called before Lightning starts the other ranks.
+    """
+    launcher = os.environ.get(LAUNCHER)
+    if "LOCAL_RANK" not in os.environ or launcher is None:
+        os.environ[LAUNCHER] = str(os.getpid())
+    elif is_launched() or _has_ended(int(launcher)):
+        threading.Thread(target=_wait_for_launcher, args=(int(launcher),), daemon=True).start()
+
+
+def _has_ended(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # somebody else's
+        pass
+    return False
+
+
+def _wait_for_launcher(launcher: int) -> None:
+    while os.getppid() == launcher:
+        time.sleep(1)
+    time.sleep(GRACE)
+    sys.stderr.write("lit-clip: error: the first process of this machine has ended, so this one ends too\n")
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def shield_worker(worker_id: int) -> None:
+    """A data worker's ``worker_init_fn``: signals are for the process that the worker reads for.
+
+    SLURM, and whoever signals a process group, sends them to workers too; the loss of one is an error in the middle
+    of a step, before anything could be saved.
+    """
+    if os.environ.get("PL_SEED_WORKERS") == "1":
+        pl_worker_init_function(worker_id)  # Lightning sets it where there is no other
+    if not hasattr(signal, "pthread_sigmask"):
+        return
+    signals = {signal.SIGTERM, signal.SIGUSR1}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    if hasattr(signal, "sigwaitinfo"):
+        threading.Thread(target=_wait_for_parent, args=(signals, os.getppid()), daemon=True).start()
+
+
+def _wait_for_parent(signals: set[signal.Signals], parent: int) -> None:
+    """The data loader ends a worker that does not end by itself with SIGTERM."""
+    while True:
+        received = signal.sigwaitinfo(signals)
+        if received.si_pid == parent and received.si_signo == signal.SIGTERM:
+            os._exit(0)
