@@ -1,11 +1,11 @@
 """What a training step needs, as formulas, measured, and for the paper's models on H100s (docs/scaling.md).
 
-    python benchmarks/scaling.py ranks [--processes 1 2 4] [--pairs 256]
+    python benchmarks/scaling.py ranks [--processes 1 2 4] [--pairs 256] [--kinds loss ring step]
     python benchmarks/scaling.py activations [--models ViT-B-32 ViT-L-14]
     python benchmarks/scaling.py h100 [--utilisation 0.2]
 
-``ranks`` starts gloo processes on this machine that do the loss alone and a whole step under DDP, and sets what they held
-(VmHWM of Linux) and what they sent (the kernel's count of bytes that each process's TCP connections have sent)
+``ranks`` starts gloo processes on this machine that do the loss alone and a whole step under DDP, and sets what they
+held (VmHWM of Linux) and what they sent (the kernel's count of bytes that each process's TCP connections have sent)
 beside the formulas. ``activations`` counts the bytes that autograd keeps for one pair. ``h100`` computes.
 """
 
@@ -28,6 +28,7 @@ from processes import forget_peak, held
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 
 from lit_clip import collectives
@@ -57,12 +58,12 @@ BYTES_SENT = 200  # offset in Linux's struct tcp_info
 H100_FLOPS = 989e12  # dense bf16, as NVIDIA states it for the SXM5 card
 PAIRS = 400e6 * 32
 MODELS = {  # name: micro-batch and checkpointing of the shipped configurations
-    "RN50": (256, False),
+    "RN50": (512, False),
     "RN50x64": (64, True),
-    "ViT-B-32": (256, False),
-    "ViT-B-16": (256, False),
-    "ViT-L-14": (128, True),
-    "ViT-L-14-336": (64, True),
+    "ViT-B-32": (1024, False),
+    "ViT-B-16": (512, False),
+    "ViT-L-14": (128, False),
+    "ViT-L-14-336": (64, False),
 }
 
 # What a rank sends in a step, in bytes; B pairs a rank, W ranks, P parameters (docs/scaling.md).
@@ -102,15 +103,25 @@ def bytes_sent() -> int:
     return total
 
 
+class _Step(nn.Module):
+    """``training_step`` as ``forward``, which is what Lightning hands to DDP."""
+
+    def __init__(self, module: LitCLIP) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, batch: CaptionBatch) -> Tensor:
+        return self.module.training_step(batch, 0)
+
+
 def a_step_of(kind: str, pairs: int) -> tuple[Callable[[], None], int]:
     """Something to repeat, and how many parameters it trains."""
     torch.manual_seed(0)
     if kind == "step":
         module: Any = LitCLIP(SMALL)
         module.log = lambda *_, **__: None  # there is no trainer
-        module.forward, forward = lambda batch: module.training_step(batch, 0), module.forward
-        module._encode = lambda batch, shards: forward(batch)
-        trained = DistributedDataParallel(module) if dist.get_world_size() > 1 else module
+        trained = _Step(module)
+        trained = DistributedDataParallel(trained) if dist.get_world_size() > 1 else trained
         images = torch.randint(0, 256, (pairs, 3, 64, 64), dtype=torch.uint8)
         batch = CaptionBatch(images, torch.randint(1, 4999, (pairs, TEXT_TOKENS)), [str(i) for i in range(pairs)])
         optimizer = torch.optim.AdamW(module.parameters(), fused=True)
@@ -121,12 +132,12 @@ def a_step_of(kind: str, pairs: int) -> tuple[Callable[[], None], int]:
             optimizer.zero_grad()
 
         return step, sum(p.numel() for p in module.parameters())
-    features = [unit(torch.randn(pairs, D)).requires_grad_() for _ in range(2)]
+    image, text = (unit(torch.randn(pairs, D)).requires_grad_() for _ in range(2))
     scale, plan = torch.tensor(10.0, requires_grad=True), Plan(collectives.shards(pairs), ring=kind == "ring")
 
     def loss() -> None:
-        sharded_contrastive_loss(*features, scale, plan).loss.backward()
-        for tensor in (*features, scale):
+        sharded_contrastive_loss(image, text, scale, plan).loss.backward()
+        for tensor in (image, text, scale):
             tensor.grad = None
 
     return loss, 0
@@ -135,8 +146,8 @@ def a_step_of(kind: str, pairs: int) -> tuple[Callable[[], None], int]:
 def on_a_rank(kind: str, pairs: int) -> None:
     """Print what one repetition sent and what was held beside what was there before."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=os.environ["RENDEZVOUS"], rank=int(os.environ["RANK"]),
-                            world_size=int(os.environ["WORLD_SIZE"]))  # fmt: skip
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", init_method=os.environ["RENDEZVOUS"], rank=rank, world_size=world)
     before = held("VmRSS")
     step, parameters = a_step_of(kind, pairs)
     step()
@@ -151,11 +162,10 @@ def on_a_rank(kind: str, pairs: int) -> None:
     collectives.leave()
 
 
-def ranks(worlds: list[int], pairs: int) -> Table:
-    table = Table(
-        "what", "ranks", "sent: formula", "measured", "held: formula", "measured", title=f"{pairs} pairs a rank"
-    )
-    for kind in ("loss", "ring", "step"):
+def ranks(kinds: list[str], worlds: list[int], pairs: int) -> Table:
+    title = f"{pairs} pairs a rank"
+    table = Table("what", "ranks", "sent: formula", "measured", "held: formula", "measured", title=title)
+    for kind in kinds:
         for world in worlds:
             results = _run(kind, pairs, world)
             result = {key: max(result[key] for result in results) for key in results[0]}
@@ -189,14 +199,14 @@ def _run(kind: str, pairs: int, world: int) -> list[dict[str, int]]:
 @contextmanager
 def counting(model: nn.Module) -> Iterator[dict[int, int]]:
     """Storages that autograd keeps meanwhile, and their bytes; weights are none of them."""
-    weights = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+    weights = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
     kept: dict[int, int] = {}
     alive = []  # a storage that is freed may come again
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage.nbytes()
             alive.append(tensor)
         return tensor
 
@@ -219,7 +229,12 @@ class Kept(NamedTuple):
 
 
 def kept_by_a_pair(name: str, half: bool) -> Kept:
-    """Counted on CPU; of two pairs the second, so that what does not grow with them does not count."""
+    """Counted without memory or arithmetic; of two pairs the second: what does not grow with them does not count."""
+    with FakeTensorMode():
+        return _kept_by_a_pair(name, half)
+
+
+def _kept_by_a_pair(name: str, half: bool) -> Kept:
     model = create_model(f"{name}-quickgelu")
     blocks = [block for tower in TOWERS for block in tower_blocks(model, tower)]
     whole, of_blocks = _second_of_two(model, blocks, half)
@@ -238,9 +253,8 @@ def _second_of_two(model: CLIP, blocks: list[nn.Module], half: bool) -> tuple[fl
             def mark(*_: object, kept: dict[int, int] = kept, marks: list[float] = marks) -> None:
                 marks.append(sum(kept.values()))
 
-            hooks = [
-                hook for b in blocks for hook in (b.register_forward_pre_hook(mark), b.register_forward_hook(mark))
-            ]
+            hooks = [block.register_forward_pre_hook(mark) for block in blocks]
+            hooks += [block.register_forward_hook(mark) for block in blocks]
             features = model.encode_image(images, normalize=True), model.encode_text(tokens, normalize=True)
             mark()
         del features
@@ -252,9 +266,8 @@ def _second_of_two(model: CLIP, blocks: list[nn.Module], half: bool) -> tuple[fl
 
 
 def activations(names: list[str]) -> Table:
-    table = Table(
-        "model", "precision", "all", "checkpointed", "largest block", title="MiB that a pair leaves for backward"
-    )
+    title = "MiB that a pair leaves for the backward pass"
+    table = Table("model", "precision", "all", "checkpointed", "largest block", title=title)
     for name in names:
         for half in (False, True):
             cells = (f"{value / MIB:.1f}" for value in kept_by_a_pair(name, half))
@@ -264,20 +277,23 @@ def activations(names: list[str]) -> Table:
 
 def h100(utilisation: float) -> Table:
     """Days and GiB of the paper's runs with the settings of configs/pretrain_*.yaml."""
-    table = Table(
-        "model", "GPUs", "pairs a GPU", "passes", "days", "GiB a GPU", title=f"{utilisation:.0%} of 989 TFLOP/s"
-    )
+    title = f"{utilisation:.0%} of 989 TFLOP/s"
+    table = Table("model", "GPUs", "pairs a GPU", "passes", "days", "GiB a GPU", title=title)
     for name, (micro, checkpointed) in MODELS.items():
-        size, kept = measure(resolve_architecture(f"{name}-quickgelu")), kept_by_a_pair(name, True)
-        assert size.parameters and size.image_flops and size.text_flops and size.embed_dim
+        size = measure(resolve_architecture(f"{name}-quickgelu"))
+        full, half = (kept_by_a_pair(name, half) for half in (False, True))
+        parameters, forward, embed_dim = size.parameters or 0, size.image_flops or 0, size.embed_dim or 0
+        forward += size.text_flops or 0
         pairs = PAIRS / 32 if name == "ViT-L-14-336" else PAIRS
-        a_pair = kept.checkpointed + kept.block if checkpointed else kept.plain
+        # On CUDA autocast keeps the sums of residual blocks in float32, of which a block keeps two; on CPU it does not.
+        residual = full.checkpointed - half.checkpointed
+        a_pair = full.checkpointed + half.block if checkpointed else half.plain + 2 * residual
         for gpus in (8, 64, 256):
             batch = 32_768 // gpus
             passes = 3 + checkpointed + (batch > micro)
-            days = passes * (size.image_flops + size.text_flops) * pairs / (gpus * H100_FLOPS * utilisation) / 86_400
-            states = (4 + 4 + 8 + 4 + 2) * size.parameters  # weights, gradients, moments, DDP's buckets, bf16 copies
-            memory = states + min(micro, batch) * a_pair + loss_bytes(batch, gpus, size.embed_dim)[0]
+            days = passes * forward * pairs / (gpus * H100_FLOPS * utilisation) / 86_400
+            states = (4 + 4 + 8 + 4 + 2) * parameters  # weights, gradients, moments, DDP's buckets, bf16 copies
+            memory = states + min(micro, batch) * a_pair + loss_bytes(batch, gpus, embed_dim)[0]
             memory += batch * 3 * int(size.image_size or 0) ** 2  # the pictures, a byte a number
             table.add_row(name, str(gpus), str(batch), str(passes), f"{days:.1f}", f"{memory / 2**30:.1f}")
     return table
@@ -289,6 +305,7 @@ def main() -> None:
     measured = commands.add_parser("ranks")
     measured.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     measured.add_argument("--pairs", type=int, default=256)
+    measured.add_argument("--kinds", nargs="+", default=["loss", "ring", "step"])
     commands.add_parser("activations").add_argument("--models", nargs="+", default=list(MODELS))
     commands.add_parser("h100").add_argument("--utilisation", type=float, default=0.2)
     rank = commands.add_parser("rank", help="(used by itself)")
@@ -299,7 +316,7 @@ def main() -> None:
         on_a_rank(arguments.kind, arguments.pairs)
         return
     if arguments.command == "ranks":
-        table = ranks(arguments.processes, arguments.pairs)
+        table = ranks(arguments.kinds, arguments.processes, arguments.pairs)
     elif arguments.command == "activations":
         table = activations(arguments.models)
     else:

@@ -16,6 +16,7 @@ from callbacks.tensorboard import show
 from lit_clip import collectives
 from lit_clip.errors import require
 from lit_clip.module import LitCLIP
+from lit_clip.preemption import shield_worker
 from lit_clip.preprocess import pixels
 from lit_clip.zero_shot import (
     LabelledImages,
@@ -87,6 +88,7 @@ class ZeroShot(Callback):
             Subset(LabelledPixels(images, pixels(module.preprocessing)), range(rank, len(images), world)),
             batch_size=self.batch_size,
             num_workers=self.num_workers,
+            worker_init_fn=shield_worker,
             collate_fn=collate_labelled,
         )
         counts = torch.zeros(3, classifier.shape[1], dtype=torch.float64)

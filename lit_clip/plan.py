@@ -145,9 +145,9 @@ def loss_bytes(batch: int, world: int, embed_dim: int, ring: bool = False) -> tu
     """Memory of the loss on one process, in float32: in tiles, and dense.
 
     In tiles: of the images the scaled features and the gradient, of the texts the gradient (B rows each); if there are
-    other processes the texts that are shown and their gradient (N rows gathered, or 2 B that come and go twice); four
-    numbers a row and column; three tiles. Dense: two B x N matrices of logits and their two gradients, as in open_clip's
-    local loss.
+    other processes the texts that are shown and their gradient (N rows each, or three blocks of B that come and go);
+    four numbers a row and column; three tiles. Dense: two B x N matrices of logits and their two gradients, as in
+    open_clip's local loss.
 
     Args:
         batch: B, pairs of one process.
@@ -156,8 +156,8 @@ def loss_bytes(batch: int, world: int, embed_dim: int, ring: bool = False) -> tu
         ring: see :class:`lit_clip.module.LitCLIP`.
     """
     total = batch * world
-    shown = 0 if world == 1 else 4 * batch if ring else 2 * total
-    tile = min(TILE[0], batch) * min(TILE[1], total)
+    shown = 3 * batch if ring else 0 if world == 1 else 2 * total
+    tile = min(TILE[0], batch) * min(TILE[1], batch if ring else total)
     return 4 * ((3 * batch + shown) * embed_dim + 4 * (batch + total) + 3 * tile), 4 * 4 * batch * total
 
 

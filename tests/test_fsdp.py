@@ -2,12 +2,16 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from callbacks import EMA, ZeroShot
 from lit_clip import load_model
+from lit_clip.errors import InputError
+from lit_clip.fsdp import FSDP
 from tests.conftest import ROOT, torchrun
 
 SCRIPT = str(ROOT / "tests/ranks_scale.py")
@@ -97,3 +101,9 @@ def test_four_shards_train_as_one_process_does(runs: Path) -> None:
     job = {"output": str(runs / "four.ckpt"), "strategy": "fsdp"}
     torchrun(runs, 4, SCRIPT, "train_all", json.dumps([job]))
     assert_same_training(runs / "four.ckpt", runs / "plain_auto.ckpt", 1e-5)
+
+
+@pytest.mark.parametrize("callback", [EMA(), ZeroShot({})], ids=["EMA", "ZeroShot"])
+def test_callbacks_that_need_whole_weights_are_refused_by_name(callback: Any) -> None:
+    with pytest.raises(InputError, match=type(callback).__name__):
+        FSDP()._check(SimpleNamespace(callbacks=[callback]))

@@ -112,7 +112,12 @@ def test_memory_of_the_loss_grows_with_the_batch_and_not_with_its_square(world: 
     small, large = loss_bytes(16_384, world, 512), loss_bytes(32_768, world, 512)
     assert 1.5 < large[0] / small[0] <= 2
     assert large[1] == 4 * small[1] == 16 * 32_768 * 32_768 * world
-    assert loss_bytes(16_384, world, 512, ring=True)[0] <= small[0]
+
+
+def test_texts_that_go_round_take_no_more_memory_on_more_processes() -> None:
+    two, many = loss_bytes(4096, 2, 512, ring=True)[0], loss_bytes(4096, 64, 512, ring=True)[0]
+    assert many < 1.1 * two
+    assert loss_bytes(4096, 64, 512)[0] > 10 * many
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])

@@ -448,6 +448,30 @@ def test_the_other_ranks_end_with_an_error_when_the_first_is_killed(
     assert said in run.last_line()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("during", ["training", "validation"])
+def test_a_sharded_run_is_saved_whole_by_all_ranks(
+    during: str, start: Callable[..., Run], caption_table: Path, tmp_path: Path
+) -> None:
+    """With a strategy that may compute each batch on all ranks together, a validation is finished first."""
+    val = tmp_path / "val.csv"
+    header, *rows = caption_table.read_text(encoding="utf-8").splitlines()
+    folder = str(caption_table.parent)
+    val.write_text("\n".join([header, *(rows * 10)]), encoding="utf-8")
+    sharded = ("--trainer.strategy", "{class_path: lit_clip.fsdp.FSDP}", "--data.root", folder)
+    run = start(caption_table, *LONG_VALIDATION, *sharded, val=val)
+    if during == "training":
+        run.wait_for_step(1)
+    else:
+        run.wait_for_validation()
+    assert "lit_clip.fsdp.FSDP" in (run.folder / "lightning_logs/version_0/fit_config.yaml").read_text()
+    os.kill(run.ranks[1], signal.SIGTERM)
+    assert run.ends(60) == 128 + signal.SIGTERM
+    saved = load(run.checkpoint("preempted.ckpt"))
+    assert saved["global_step"] == len(run.logged_steps())
+    assert saved["optimizer_states"][0]["state"]
+
+
 def test_slurms_requeue_signal_saves_where_the_next_job_looks_and_requeues(
     start: Callable[..., Run], caption_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
