@@ -1,10 +1,10 @@
 """Memory of an optimiser step of ViT-B-32 with a large batch: encoded at once, and part by part.
 
-    python benchmarks/step_memory.py [--batch 1024] [--micro 64] [--small 64] [--bf16] [--device cpu]
+    python benchmarks/step_memory.py [--batch 1024] [--micro 64] [--small 64] [--steps 2] [--bf16] [--device cpu]
 
 First at a size where both fit, with open_clip's plain step beside them and the largest relative difference of any
 parameter's gradient between ours at once and ours part by part; then the large batch, part by part. Each is a process
-of its own that makes the model, AdamW's states and two steps, of which the second is timed. Memory is what the
+of its own that makes the model, AdamW's states and some steps, of which the last is timed. Memory is what the
 process held at most in all (VmHWM of Linux, or what torch allocated at most on CUDA).
 """
 
@@ -34,8 +34,8 @@ def batch_of(pairs: int, device: str, tokenize: Any) -> CaptionBatch:
     return CaptionBatch(images, tokens, [str(i) for i in range(pairs)])
 
 
-def measure(library: str, pairs: int, micro: int, precision: str, device: str, gradients: str) -> None:
-    """Print the peak in bytes and the seconds of a step; ``gradients`` is a file to write the first step's to."""
+def measure(library: str, pairs: int, micro: int, steps: int, precision: str, device: str, gradients: str) -> None:
+    """Print the peak in bytes and the seconds of the last step; ``gradients`` is a file to write the first step's to."""
     theirs, model = open_clip_pair("ViT-B-32")
     module: Any = LitCLIP("ViT-B-32", micro_batch_size=micro or None)
     module.model.load_state_dict(model.state_dict())
@@ -53,8 +53,8 @@ def measure(library: str, pairs: int, micro: int, precision: str, device: str, g
         padded = torch.nn.functional.pad(batch.tokens, (0, 77 - batch.tokens.shape[1]))
         return open_clip.ClipLoss()(*trained(module.model.normalize(batch.images), padded))
 
-    seconds = 0.0
-    for step in range(2):
+    seconds, last = 0.0, 0.0
+    for step in range(steps):
         start = time.perf_counter()
         with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
             value = loss()
@@ -80,18 +80,19 @@ def main() -> None:
     options.add_argument("--batch", type=int, default=1024)
     options.add_argument("--micro", type=int, default=64)
     options.add_argument("--small", type=int, default=64, help="a size where the plain step fits too; 0: leave it out")
+    options.add_argument("--steps", type=int, default=2)
     options.add_argument("--bf16", action="store_true")
     options.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    options.add_argument("--measure", nargs=6, metavar="WORD", help="(used by itself)")
+    options.add_argument("--measure", nargs=7, metavar="WORD", help="(used by itself)")
     arguments = options.parse_args()
     if arguments.measure:
-        library, pairs, micro, *rest = arguments.measure
-        measure(library, int(pairs), int(micro), *rest)
+        library, pairs, micro, steps, *rest = arguments.measure
+        measure(library, int(pairs), int(micro), int(steps), *rest)
         return
     import tempfile
 
-    settings = ("bf16" if arguments.bf16 else "fp32", arguments.device)
-    table = Table("step", "pairs", "at a time", "peak", "time", "loss", title=f"ViT-B-32, {' '.join(settings)}")
+    settings = (arguments.steps, "bf16" if arguments.bf16 else "fp32", arguments.device)
+    table = Table("step", "pairs", "at a time", "peak", "time", "loss", title=f"ViT-B-32, {settings[1]} {settings[2]}")
 
     def add(library: str, pairs: int, micro: int, gradients: str = "-") -> None:
         try:

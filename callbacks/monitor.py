@@ -119,7 +119,7 @@ class TrainingMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: CaptionBatch, batch_idx: int
     ) -> None:
-        samples = len(batch.images) * trainer.world_size
+        samples = (len(batch.images) + len(batch.skipped)) * trainer.world_size  # as many on each rank
         self._samples += samples
         self._samples_seen += samples
         if trainer.global_step % _interval(trainer) == 0:

@@ -48,7 +48,7 @@ class SimilarityMatrix(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if batch_idx or trainer.sanity_checking or not trainer.is_global_zero:
+        if batch_idx or trainer.sanity_checking or not trainer.is_global_zero or not len(batch.images):
             return
         features = cast(Features, outputs)
         shown = min(self.pairs, len(batch.images))

@@ -5,15 +5,18 @@ from datamodules.captions import CaptionDataModule
 from datamodules.classes import ImageFolderClasses, ParquetClasses
 from datamodules.no_captions import NoCaptions
 from datamodules.openmoji import OpenMoji, OpenMojiClasses
-from datamodules.table import CaptionTable
+from datamodules.pairs import Captions, Weighted
+from datamodules.shards import ShardOptions
 
 __all__ = [
     "Augmentation",
     "CaptionDataModule",
-    "CaptionTable",
+    "Captions",
     "ImageFolderClasses",
     "NoCaptions",
     "OpenMoji",
     "OpenMojiClasses",
     "ParquetClasses",
+    "ShardOptions",
+    "Weighted",
 ]

@@ -1,51 +1,33 @@
 """Any source of (image, caption) pairs -> batches."""
 
 import random
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.augmentation import Augmentation
-from datamodules.sampling import EvaluationBatchSampler, GlobalBatchSampler, Sample, StridedSampler
+from datamodules.bad_samples import OnError, Skipped, SkippingDataset, split_skipped
+from datamodules.caption_lengths import LongCaptions, caption_statistics, refuse_long
+from datamodules.images import LeastSize, decoding_at_least
+from datamodules.sampling import EvaluationBatchSampler, GlobalBatchSampler, Position, Sample, StridedSampler
+from datamodules.sources import Pair as Pair
+from datamodules.sources import PairSource
 from lit_clip.batch import CaptionBatch
 from lit_clip.collectives import rank_and_world
-from lit_clip.config import Preprocessing
+from lit_clip.config import Preprocessing, Size, height_width
 from lit_clip.errors import InputError, require
 from lit_clip.preemption import shield_worker
 from lit_clip.preprocess import pixels
 from lit_clip.tokenizer import TextTokenizer, Tokenize
-
-
-class Pair(NamedTuple):
-    """An image, a caption, what identifies the image, and the group of pairs that say the same, if there is one."""
-
-    image: Image.Image
-    caption: str
-    key: str
-    group: str = ""
-
-
-class PairSource(ABC):
-    """Numbered pairs."""
-
-    @abstractmethod
-    def __len__(self) -> int:
-        """Number of pairs."""
-
-    @abstractmethod
-    def load(self, index: int, rng: random.Random | None) -> Pair:
-        """One pair; where a picture has several captions ``rng`` draws one, and None asks for the first.
-
-        Raises:
-            InputError: the picture cannot be read.
-        """
 
 
 class _Item(NamedTuple):
@@ -56,17 +38,31 @@ class _Item(NamedTuple):
 
 
 class TrainingPairs(Dataset[_Item]):
-    """Augmented pairs. All randomness comes from (seed, epoch, sample), so it is the same on any worker or rank."""
+    """Augmented pairs. All randomness comes from (seed, epoch, sample), so it is the same on any worker or rank.
 
-    def __init__(self, source: PairSource, transform: Callable[[Image.Image], Tensor], seed: int) -> None:
-        self.source, self.transform, self.seed = source, transform, seed
+    Args:
+        source: of the pairs.
+        transform: of the pictures.
+        seed: of the run.
+        least_size: how large a picture must be for ``transform``; None: as it is.
+    """
+
+    def __init__(
+        self,
+        source: PairSource,
+        transform: Callable[[Image.Image], Tensor],
+        seed: int,
+        least_size: LeastSize | None = None,
+    ) -> None:
+        self.source, self.transform, self.seed, self.least_size = source, transform, seed, least_size
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, sample: Sample) -> _Item:
         seed = int(np.random.SeedSequence((self.seed, *sample)).generate_state(1, np.uint64)[0] >> 1)
-        image, *texts = self.source.load(sample.row, random.Random(seed))
+        with decoding_at_least(self.least_size):
+            image, *texts = self.source.load(sample.row, random.Random(seed))
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every device and log its stack
             return _Item(self.transform(image), *texts)
@@ -87,15 +83,43 @@ class ValidationPairs(Dataset[_Item]):
 
 
 class _Collate:
-    def __init__(self, tokenize: TextTokenizer) -> None:
-        self.tokenize = tokenize
+    """Joins what there is of a batch: with every sample skipped, no pairs."""
 
-    def __call__(self, items: list[_Item]) -> CaptionBatch:
+    def __init__(self, tokenize: TextTokenizer, image_size: Size, refuse_long: bool = False) -> None:
+        self.tokenize, self.image_size, self.refuse_long = tokenize, height_width(image_size), refuse_long
+
+    def __call__(self, samples: list[_Item | Skipped]) -> CaptionBatch:
+        items, skipped = split_skipped(samples)
+        if not items:
+            images = torch.zeros(0, 3, *self.image_size, dtype=torch.uint8)
+            return CaptionBatch(images, torch.zeros(0, 1, dtype=torch.long), [], skipped=skipped)
         captions = [item.caption for item in items]
+        if self.refuse_long:
+            refuse_long(captions, [item.key for item in items], self.tokenize)
         tokens = self.tokenize(captions)  # [B, context length]
         images, keys = torch.stack([item.image for item in items]), [item.key for item in items]
-        groups = [item.group for item in items]
-        return CaptionBatch(images, self.tokenize.trim(tokens), keys, captions, groups if any(groups) else ())
+        groups = [item.group for item in items] if any(item.group for item in items) else ()
+        return CaptionBatch(images, self.tokenize.trim(tokens), keys, captions, groups, skipped)
+
+
+def _tell_of_long_captions(source: PairSource, tokenize: TextTokenizer) -> None:
+    length = caption_statistics(source, tokenize)
+    if length.truncated:
+        rank_zero_info(
+            f"captions: {length.truncated:.1%} of {length.captions} looked at are cut at {tokenize.context_length} "
+            f"tokens and lose {length.tokens_lost:.1f} on average (model.context_length, data.long_captions)"
+        )
+
+
+class Loader(DataLoader[Any]):
+    """A loader that Lightning may go on with in the middle of an epoch: its sampler begins where that is."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the data module knows."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing, likewise."""
 
 
 class CaptionDataModule(LightningDataModule, ABC):
@@ -110,6 +134,11 @@ class CaptionDataModule(LightningDataModule, ABC):
         augmentation: in training.
         preprocessing: how the model wants its pictures; the command line takes it from the model.
         tokenize: texts -> int64 ``[N, L]``; the command line takes it from the model.
+        on_error: what a sample does that cannot be used: ``error`` ends the run and names it, ``skip`` leaves it out of
+            its batch, counts it and lists it in the run's ``skipped.jsonl``. No other sample takes its place.
+        max_skipped: with ``skip`` the run ends when a larger share of at least 100 samples was skipped.
+        long_captions: captions of more tokens than the model reads are cut (``truncate``), or the first of them ends
+            the run and is named (``error``).
     """
 
     def __init__(
@@ -121,6 +150,9 @@ class CaptionDataModule(LightningDataModule, ABC):
         preprocessing: Preprocessing | None = None,
         tokenize: TextTokenizer | None = None,
         global_batch_size: int | None = None,
+        on_error: OnError = "error",
+        max_skipped: float = 0.05,
+        long_captions: LongCaptions = "truncate",
     ) -> None:
         super().__init__()
         require(batch_size >= 1, f"batch_size: {batch_size} must be at least 1")
@@ -128,11 +160,18 @@ class CaptionDataModule(LightningDataModule, ABC):
         require(seed >= 0, f"seed: {seed} must be at least 0")
         if global_batch_size is not None:
             require(global_batch_size >= 1, f"global_batch_size: {global_batch_size} must be at least 1")
+        require(on_error in get_args(OnError), f"on_error: {on_error!r} is neither error nor skip")
+        require(0 <= max_skipped <= 1, f"max_skipped: {max_skipped} is no share; it must be from 0 to 1")
+        require(long_captions in get_args(LongCaptions), f"long_captions: {long_captions!r} is no truncate or error")
+        self.on_error, self.max_skipped, self.long_captions = on_error, max_skipped, long_captions
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.global_batch_size = global_batch_size
         self.augmentation = augmentation or Augmentation()
         self.preprocessing = preprocessing or Preprocessing()
         self.tokenize = tokenize or Tokenize()
+        self._resumed: dict[str, Any] = {}  # the state of the checkpoint that training goes on from
+        self._began_at, self._first_step = Position(), 0
+        self._order_sum = (-1, 0)  # of an epoch
         self.train_source: PairSource | None = None
         self.val_source: PairSource | None = None
 
@@ -146,17 +185,72 @@ class CaptionDataModule(LightningDataModule, ABC):
             raise InputError("trainer.use_distributed_sampler: set it to false; the data module divides the samples")
         if self.val_source is None or (stage == "fit" and self.train_source is None):
             self.train_source, self.val_source = self.sources(stage == "fit")
+        if stage == "fit" and self.train_source is not None:
+            _tell_of_long_captions(self.train_source, self.tokenize)
 
     def _batches(self) -> GlobalBatchSampler:
         assert self.train_source is not None, "call setup('fit') first"
-        pairs, wanted, batch_size = len(self.train_source), self.global_batch_size, self.train_batch_size
+        source, wanted, batch_size = self.train_source, self.global_batch_size, self.train_batch_size
+        pairs = source.epoch_size
         if wanted is not None and pairs < wanted:
             world = self._rank_and_world()[1]
             raise InputError(
                 f"global_batch_size: {wanted} pairs a step are more than the {pairs} training pairs; "
                 f"set it to {pairs // world * world} or less, and the learning rate with it"
             )
-        return GlobalBatchSampler(pairs, batch_size, *self._rank_and_world(), self.seed)
+        start = self._start() if self._resumed else Position()
+
+        def order(epoch: int) -> np.ndarray:
+            return source.order(epoch, self.seed)
+
+        return GlobalBatchSampler(pairs, batch_size, *self._rank_and_world(), self.seed, order, start)
+
+    def _setting(self, epoch: int) -> dict[str, int]:
+        """What an epoch's batches follow from."""
+        source = self.train_source
+        assert source is not None, "call setup('fit') first"
+        if self._order_sum[0] != epoch:  # a large set's order takes seconds
+            rows = source.order(epoch, self.seed)[:1000].astype(np.int64)
+            self._order_sum = (epoch, zlib.crc32(rows.tobytes()))
+        return {
+            "training pairs": source.epoch_size,
+            "pairs a step (all processes)": self.train_batch_size * self._rank_and_world()[1],
+            "data.seed": self.seed,
+            "the order's checksum": self._order_sum[1],
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where training is in the data; Lightning puts it into every checkpoint."""
+        if self.train_source is None:
+            return {}
+        position = self._position()
+        return {**position._asdict(), "setting": self._setting(position.epoch)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._resumed = state_dict
+
+    def _position(self) -> Position:
+        """From the number of optimiser steps: every batch is one, and nothing that is saved between two is ahead."""
+        trainer: Any = self.trainer
+        per_epoch = max(1, min(self.steps_per_epoch, int(min(trainer.num_training_batches, 2**62))))
+        done = self._began_at.batch + trainer.global_step - self._first_step
+        return Position(self._began_at.epoch + done // per_epoch, done % per_epoch)
+
+    def _start(self) -> Position:
+        """Where the checkpoint says that training is.
+
+        Raises:
+            InputError: in the middle of an epoch that these data and this batch size would divide otherwise.
+        """
+        start = Position(self._resumed["epoch"], self._resumed["batch"])
+        then, now = self._resumed["setting"], self._setting(start.epoch)
+        other = [f"{name} {then[name]} there and {now[name]} here" for name in now if then[name] != now[name]]
+        if start.batch and other:
+            raise InputError(
+                f"the checkpoint was saved after {start.batch} batches of an epoch, whose rest cannot be found: "
+                f"{', '.join(other)}; make them agree, or go on from a checkpoint of an epoch's end"
+            )
+        return start
 
     def _rank_and_world(self) -> tuple[int, int]:
         trainer = self.trainer
@@ -186,11 +280,11 @@ class CaptionDataModule(LightningDataModule, ABC):
         """Training batches of an epoch, the same on every rank."""
         return len(self._batches())
 
-    def _loader(self, dataset: Dataset[_Item], **sampling: Any) -> DataLoader[Any]:
-        return DataLoader(
-            dataset,
+    def _loader(self, dataset: Dataset[Any], **sampling: Any) -> DataLoader[Any]:
+        return Loader(
+            SkippingDataset(dataset) if self.on_error == "skip" else dataset,
             num_workers=self.num_workers,
-            collate_fn=_Collate(self.tokenize),
+            collate_fn=_Collate(self.tokenize, self.preprocessing.image_size, self.long_captions == "error"),
             worker_init_fn=shield_worker,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
@@ -200,12 +294,14 @@ class CaptionDataModule(LightningDataModule, ABC):
 
     def train_dataloader(self) -> DataLoader[Any]:
         batches, source = self._batches(), self.train_source
+        self._began_at, self._first_step = batches.start, getattr(self.trainer, "global_step", 0)
         assert source is not None
         trainer: Any = self.trainer
         if getattr(trainer, "overfit_batches", 0):  # the same batch every time, augmented the same way
             batches.reshuffle = False
         transform = self.augmentation.transform(self.preprocessing)
-        return self._loader(TrainingPairs(source, transform, self.seed), batch_sampler=batches)
+        least_size = self.augmentation.crop(self.preprocessing).least_size
+        return self._loader(TrainingPairs(source, transform, self.seed, least_size), batch_sampler=batches)
 
     def val_dataloader(self) -> DataLoader[Any]:
         source = self.val_source

@@ -82,17 +82,15 @@ class ParquetClasses(LabelledImages):
         label_column: integers from 0.
 
     Raises:
-        InputError: no such file or column, labels other than 0 to the number of names, or ``pyarrow`` missing.
+        InputError: no such file or column, labels other than 0 to the number of names.
     """
 
     def __init__(
         self, path: str, class_names: ClassNames, image_column: str = "image", label_column: str = "label"
     ) -> None:
-        try:
-            import pyarrow as pa
-            import pyarrow.parquet as pq
-        except ImportError as error:
-            raise InputError("parquet files need pyarrow: pip install -e '.[parquet]'") from error
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
         self.paths = sorted(Path(path).glob("*.parquet")) if Path(path).is_dir() else [Path(path)]
         if not self.paths or not all(file.is_file() for file in self.paths):
             raise InputError(f"{path}: no such parquet file, nor a folder of them")

@@ -1,44 +1,101 @@
 """Opening a picture, with an error that says where it came from."""
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
-from lit_clip.errors import InputError
+from datamodules.bad_samples import BadSample
 
 CHECKED = 10_000
-_BROKEN = (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+MAX_PIXELS = 178_956_970  # what Pillow itself refuses; 0.7 GB as RGB
+MOST_ELONGATED = 500  # times as long as wide; resized to a model's input a thread of pixels is a gigabyte
+PROGRAMS = frozenset({"EPS"})  # formats that another program draws, as long as it likes
+
+LeastSize = Callable[[int, int], tuple[int, int]]  # width and height of a picture -> those that are still enough
+
+_hushed = False
+_least_size: ContextVar[LeastSize | None] = ContextVar("_least_size", default=None)
+
+
+@contextmanager
+def decoding_at_least(size: LeastSize | None) -> Iterator[None]:
+    """Let pictures that are opened inside come at a fraction of their width and height.
+
+    JPEG's decoder can leave out the finer half, three quarters or seven eighths of its frequencies, which costs a
+    fraction of the time; other formats are decoded as ever.
+
+    Args:
+        size: the width and height that a picture must still have; None: its own.
+    """
+    token = _least_size.set(size)
+    try:
+        yield
+    finally:
+        _least_size.reset(token)
+
+
+def _hush() -> None:
+    """Keep Pillow's remarks on files that it reads all the same from the terminal: each has words of its own."""
+    global _hushed
+    if not _hushed:
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        _hushed = True
 
 
 @contextmanager
 def _opened(source: Path | BinaryIO, where: str) -> Iterator[Image.Image]:
+    _hush()
     name = f"image {source}" if isinstance(source, Path) else "its image"
-    if isinstance(source, Path) and source.exists() and not source.is_file():  # a pipe would be waited for
-        raise InputError(f"{where}: {source} is no file")
     try:
+        if isinstance(source, Path) and source.exists() and not source.is_file():  # a pipe would be waited for
+            raise BadSample(where, "missing image", f"{source} is no file")
         with Image.open(source) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise Image.DecompressionBombError(f"{width} x {height} pixels, {MAX_PIXELS:,} are the most")
+            if max(width, height) > MOST_ELONGATED * min(width, height):
+                raise ValueError(f"{width} x {height} pixels are a thread")
+            if image.format in PROGRAMS:
+                raise UnidentifiedImageError
             yield image
+    except BadSample:
+        raise
     except FileNotFoundError as error:
-        raise InputError(f"{where}: no such image file: {source}") from error
-    except _BROKEN as error:
-        reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error).splitlines()[0]
-        raise InputError(f"{where}: cannot read {name} ({reason}); mend or remove it") from error
+        raise BadSample(where, "missing image", f"no such image file: {source}") from error
+    # Pillow's decoders answer a broken file with whatever they trip over: OSError, SyntaxError, struct.error, ...
+    except Exception as error:
+        reason, what = _what(error)
+        raise BadSample(where, reason, f"cannot read {name} ({what}); mend or remove it") from error
+
+
+def _what(error: Exception) -> tuple[str, str]:
+    """The kind of a picture's error, and its own words."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image", "not an image"
+    words = str(error).strip().partition("\n")[0] or type(error).__name__
+    return "image too large" if isinstance(error, Image.DecompressionBombError) else "broken image", words
 
 
 def open_image(source: Path | BinaryIO, where: str) -> Image.Image:
-    """The decoded picture.
+    """The decoded picture: of an animation the first frame, and not turned as a camera's rotation flag says.
 
     Args:
         source: a file, or its content.
         where: how the user knows it, such as ``captions.csv row 7``.
 
     Raises:
-        InputError: no such file, not a picture, or a broken one.
+        BadSample: no such file, not a picture, a broken one, or one of more than ``MAX_PIXELS``.
     """
     with _opened(source, where) as image:
+        least_size = _least_size.get()
+        if least_size is not None:
+            width, height = least_size(*image.size)
+            image.draft(None, (max(1, width), max(1, height)))  # pyright: ignore[reportArgumentType]  # None keeps the mode
         image.load()
         return image
 
@@ -50,7 +107,7 @@ def check_images(images: Sequence[tuple[Path, str]]) -> None:
         images: each file and how the user knows it.
 
     Raises:
-        InputError: no such file, or no picture.
+        BadSample: no such file, or no picture.
     """
     for path, where in images[:: max(1, len(images) // CHECKED)]:
         with _opened(path, where):

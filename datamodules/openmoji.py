@@ -17,7 +17,9 @@ from typing import Any, Literal
 from PIL import Image, ImageDraw, ImageFont
 
 from datamodules.augmentation import Augmentation
-from datamodules.captions import CaptionDataModule, Pair, PairSource
+from datamodules.cache import default_cache_dir
+from datamodules.captions import CaptionDataModule
+from datamodules.sources import Pair, PairSource
 from lit_clip.config import Preprocessing
 from lit_clip.errors import InputError
 from lit_clip.tokenizer import TextTokenizer
@@ -104,11 +106,6 @@ def _font(emoji: Sequence[Emoji], style: Style) -> ImageFont.FreeTypeFont:
     font.save(file)
     file.seek(0)
     return ImageFont.truetype(file, FONT_SIZE, layout_engine=ImageFont.Layout.BASIC)
-
-
-def default_cache_dir() -> Path:
-    """``$XDG_CACHE_HOME/lit-clip`` or ``~/.cache/lit-clip``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lit-clip"
 
 
 def draw(cache_dir: Path | None = None, style: Style = "color") -> list[Path]:

@@ -1,6 +1,6 @@
 """Which samples make up which batch: exact for any number of ranks and workers."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +16,20 @@ class Sample(NamedTuple):
     row: int
 
 
+class Position(NamedTuple):
+    """Where training is in the data: ``batch`` batches of epoch ``epoch`` are done."""
+
+    epoch: int = 0
+    batch: int = 0
+
+
+def permutation(size: int, epoch: int, seed: int) -> np.ndarray:
+    """All rows in an order of that epoch's own, int32 where it fits."""
+    rows = np.arange(size, dtype=np.int32 if size < 2**31 else np.int64)
+    np.random.default_rng((seed, epoch)).shuffle(rows)
+    return rows
+
+
 class GlobalBatchSampler(Sampler[list[Sample]]):
     """Seeded permutations cut into batches that are the same for any number of ranks.
 
@@ -28,6 +42,8 @@ class GlobalBatchSampler(Sampler[list[Sample]]):
         rank: this process.
         world: number of processes.
         seed: of the permutations.
+        order: epoch -> all rows in that epoch's order, int ``[size]``; None: :func:`permutation`.
+        start: where to begin, of a run that goes on.
 
     Attributes:
         reshuffle: whether each epoch has a permutation of its own.
@@ -36,7 +52,16 @@ class GlobalBatchSampler(Sampler[list[Sample]]):
         InputError: fewer samples than one global batch.
     """
 
-    def __init__(self, size: int, batch_size: int, rank: int, world: int, seed: int) -> None:
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        rank: int,
+        world: int,
+        seed: int,
+        order: Callable[[int], np.ndarray] | None = None,
+        start: Position = Position(),  # noqa: B008  # immutable
+    ) -> None:
         if size < batch_size * world:
             fits = size // world
             raise InputError(
@@ -44,7 +69,9 @@ class GlobalBatchSampler(Sampler[list[Sample]]):
                 + (f"set --data.init_args.batch_size to {fits} or less" if fits else "use fewer processes")
             )
         self.size, self.batch_size, self.rank, self.world, self.seed = size, batch_size, rank, world, seed
-        self.epoch = 0
+        self.order = order or (lambda epoch: permutation(size, epoch, seed))
+        # Data workers ask for the first batches before Lightning has told the epoch.
+        self.epoch, self.start = start.epoch, start
         self.reshuffle = True
         self.sampler = self  # Lightning calls set_epoch on a loader's batch_sampler.sampler, not on its batch_sampler
 
@@ -57,11 +84,12 @@ class GlobalBatchSampler(Sampler[list[Sample]]):
         return self.size // (self.batch_size * self.world)
 
     def __iter__(self) -> Iterator[list[Sample]]:
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.size)
+        order, epoch = self.order(self.epoch), self.epoch
+        done = self.start.batch if epoch == self.start.epoch else 0
         step = self.batch_size * self.world
-        for start in range(0, len(self) * step, step):
-            mine = order[start + self.rank : start + step : self.world]
-            yield [Sample(self.epoch, int(row)) for row in mine]
+        for first in range(done * step, len(self) * step, step):
+            mine = order[first + self.rank : first + step : self.world]
+            yield [Sample(epoch, int(row)) for row in mine]
 
 
 class StridedSampler(Sampler[int]):

@@ -1,252 +1,263 @@
-"""Captions in a table: CSV, TSV or JSON lines."""
+"""Captions in a table of text: CSV, TSV or JSON."""
 
+import codecs
 import csv
 import json
-import random
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TextIO
 
+import pyarrow as pa
 from lightning.pytorch.utilities import rank_zero_info
 
-from datamodules.augmentation import Augmentation
-from datamodules.captions import CaptionDataModule, Pair, PairSource
-from datamodules.images import check_images, open_image
-from lit_clip.config import Preprocessing
+from datamodules.arrow import TablePairs, find_columns, group_name, is_blank, map_table
+from datamodules.bad_samples import BadSample
+from datamodules.cache import cache_file, write_whole
+from datamodules.sources import JSON_LINES, NO_CAPTION, LeftOut, Options, PairSource
 from lit_clip.errors import InputError
-from lit_clip.tokenizer import TextTokenizer
 
-IMAGE_COLUMNS = ("image", "image_path", "filepath", "file_path", "path", "filename", "file_name", "file", "img")
-CAPTION_COLUMNS = ("caption", "text", "title", "description", "sentence")
-BLANK = frozenset({"", "nan", "none", "null", "n/a", "<na>"})  # what spreadsheets and pandas write for "no caption"
-VALIDATION_SHARE = 0.1
+IN_MEMORY = 64 << 20  # bytes: the rows of a larger file are written once into an Arrow file, which is then mapped
+BATCH_ROWS, BATCH_CHARACTERS = 16_384, 8 << 20
+LAYOUT = 1  # of that Arrow file; another number makes old ones be written anew
+SCHEMA = pa.schema({"image": pa.string(), "caption": pa.string(), "group": pa.string(), "number": pa.int64()})
+SCHEMA_OF_LISTS = SCHEMA.set(1, pa.field("caption", pa.list_(pa.string())))
 
 
-@dataclass(frozen=True)
-class Row:
-    """One usable row: its number in the file (a header is row 1), the image as written, the caption, its group."""
+class RawRow(NamedTuple):
+    """One row as written: its number in the file (a header is row 1), and its cells."""
 
     number: int
-    image: str
-    caption: str
-    group: str = ""
+    image: Any
+    caption: Any
+    group: Any = None
 
 
-def _delimited(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
+Record = tuple[int, Mapping[str, Any]]
+
+
+class _Problems:
+    """What becomes of a row that cannot be read: the end of it all, or a number."""
+
+    def __init__(self, path: Path, options: Options) -> None:
+        self.path, self.skip, self.left_out = path, options.on_error == "skip", LeftOut()
+        self.image_column = ""  # once it is known
+
+    def add(self, number: int, reason: str, detail: str) -> None:
+        if not self.skip:
+            raise BadSample(f"{self.path} row {number}", reason, detail)
+        self.left_out.add(f"{self.path} row {number}", reason)
+
+
+def _encoding(path: Path) -> str:
+    """UTF-8, or what the byte order mark says."""
+    with path.open("rb") as file:
+        start = file.read(4096)
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    if b"\0" in start:
+        raise InputError(f"{path} row 1: not UTF-8 text (a zero at byte {start.index(0)}); save it as UTF-8")
+    return "utf-8-sig"
+
+
+def _text_of(path: Path, skip: bool) -> TextIO:
+    encoding = _encoding(path)
+    errors = "surrogateescape" if skip and encoding == "utf-8-sig" else "strict"  # then the row is known
+    return path.open(encoding=encoding, errors=errors, newline="")
+
+
+def _delimited(path: Path, options: Options, problems: _Problems) -> Iterator[RawRow]:
+    with _text_of(path, problems.skip) as file:
         header = file.readline()
         if not header.strip():
             return
-        delimiter = "\t" if path.suffix.lower() == ".tsv" else max(",;\t|", key=header.count)
+        tabs = path.suffix.lower() == ".tsv" and "\t" in header
+        delimiter = "\t" if tabs else max(",;\t|", key=header.count)
         file.seek(0)
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         number = 1
         try:
-            columns = [column.strip() for column in next(reader)]
-            if twice := [column for i, column in enumerate(columns) if column in columns[:i]]:
+            names = [name.strip() for name in next(reader)]
+            if twice := [name for i, name in enumerate(names) if name in names[:i]]:
                 raise InputError(f"{path} row 1: two columns are called {twice[0]!r}; rename one")
+            columns = find_columns(path, names, options)
+            problems.image_column = columns.image
+            image, caption = names.index(columns.image), names.index(columns.caption)
+            group = None if columns.group is None else names.index(columns.group)
             for number, values in enumerate(reader, start=2):
                 if not values:
                     continue
-                if len(values) != len(columns):
-                    raise InputError(
-                        f"{path} row {number}: {len(values)} fields, the header has {len(columns)}; "
-                        f"put captions that contain {delimiter!r} in double quotes"
-                    )
-                yield number, dict(zip(columns, values, strict=True))
-        except csv.Error as error:
+                if len(values) == len(names):
+                    yield RawRow(number, values[image], values[caption], None if group is None else values[group])
+                else:
+                    what = f"{len(values)} fields, the header has {len(names)}"
+                    cure = f"put captions that contain {delimiter!r} in double quotes"
+                    problems.add(number, "wrong number of fields", f"{what}; {cure}")
+        except csv.Error as error:  # where the row ends is then unknown, so that nothing of it can be left out
             raise InputError(f"{path} row {number + 1}: {error}; look at its double quotes") from error
 
 
-def _json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    with path.open(encoding="utf-8-sig") as file:
+def _json_lines(path: Path, problems: _Problems) -> Iterator[Record]:
+    with _text_of(path, problems.skip) as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
                 values = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise InputError(f"{path} row {number}: not JSON ({error}); one object a line is wanted") from error
-            if not isinstance(values, dict):
-                raise InputError(
-                    f"{path} row {number}: not a JSON object with an image and a caption; one a line is wanted"
-                )
+                problems.add(number, "not JSON", f"not JSON ({error}); one object a line is wanted")
+                continue
             yield number, values
 
 
-def _not_utf8(path: Path) -> InputError:
-    """Where a file stops being UTF-8; the reader's own error counts from its last buffer."""
-    data = path.read_bytes()
-    try:
-        data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        row = data.count(b"\n", 0, error.start) + 1
-        return InputError(f"{path} row {row}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8")
+def _of_records(path: Path, records: Iterable[Record], options: Options, problems: _Problems) -> Iterator[RawRow]:
+    columns = None
+    for number, values in records:
+        if not isinstance(values, dict):
+            what = "not a JSON object with an image and a caption"
+            problems.add(number, "not a JSON object", f"{what}; one a line is wanted")
+            continue
+        if columns is None:
+            columns = find_columns(path, list(values), options)
+            problems.image_column = columns.image
+        group = None if columns.group is None else values.get(columns.group)
+        yield RawRow(number, values.get(columns.image), values.get(columns.caption), group)
+
+
+def _undecodable(path: Path) -> InputError:
+    """Where a file stops being what it begins as; the reader's own error counts from its last buffer."""
+    if _encoding(path) == "utf-16":
+        return InputError(f"{path}: not the UTF-16 text that its first two bytes announce; save it as UTF-8")
+    start = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                where = f"{error.reason} at byte {start + error.start}"
+                return InputError(f"{path} row {number}: not UTF-8 text ({where}); save it as UTF-8")
+            start += len(line)
     return InputError(f"{path}: changed while it was read")
 
 
-def _column(path: Path, found: list[str], wanted: str | None, usual: tuple[str, ...], argument: str) -> str:
-    if wanted is not None:
-        if wanted in found:
-            return wanted
-        raise InputError(f"{path}: no column {wanted!r}; its columns are {', '.join(found)}; set {argument}")
-    lowered = {column.lower(): column for column in reversed(found)}
-    for name in usual:
-        if name in lowered:
-            return lowered[name]
-    raise InputError(
-        f"{path}: none of its columns ({', '.join(found)}) is called {' or '.join(usual[:3])}; set {argument}"
-    )
+def _usable(rows: Iterable[RawRow], problems: _Problems) -> Iterator[RawRow]:
+    """The rows that have an image and a caption; the others are counted, or an error."""
+    for row in rows:
+        if not isinstance(row.image, str) or not row.image.strip():
+            problems.add(row.number, "missing image", f"no image in column {problems.image_column!r}")
+            continue
+        cells = row.caption if isinstance(row.caption, list) else (row.caption,)
+        captions = [caption for caption in cells if not is_blank(caption)]
+        if not captions:
+            problems.left_out.add(f"{problems.path} row {row.number}", NO_CAPTION)
+        elif not all(isinstance(caption, str) for caption in captions):
+            what = f"the caption is not text: {str(row.caption)[:60]}"
+            problems.add(row.number, "caption is no text", what)
+        elif not _encodes("".join([row.image, *captions])):
+            problems.add(row.number, "not UTF-8", "not UTF-8 text; save it as UTF-8")
+        else:
+            yield RawRow(row.number, row.image.strip(), captions, group_name(row.group))
 
 
-def _columns(
-    path: Path, found: list[str], image_column: str | None, caption_column: str | None, group_column: str | None
-) -> tuple[str, str]:
-    """Those of the image and of the caption; that of the group, if one is wanted, is there."""
-    image = _column(path, found, image_column, IMAGE_COLUMNS, "image_column")
-    caption = _column(path, found, caption_column, CAPTION_COLUMNS, "caption_column")
-    if image == caption:
-        raise InputError(f"{path}: column {image!r} cannot be both the image and the caption")
-    if group_column is not None:
-        _column(path, found, group_column, (), "group_column")
-    return image, caption
+def _encodes(text: str) -> bool:
+    """Whether a text has no half of a surrogate pair, which JSON's escapes can write and bad bytes are read as."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
-def _group(values: Mapping[str, Any], column: str | None) -> str:
-    """What a row's group is called; numbers of a JSON file are names too."""
-    name = "" if column is None or values.get(column) is None else str(values[column]).strip()
-    return "" if name.lower() in BLANK else name
+def _batches(rows: Iterable[RawRow], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """Columns of a bounded number of rows and characters each."""
+    lists = schema is SCHEMA_OF_LISTS
+    cells: dict[str, list[Any]] = {name: [] for name in RawRow._fields}  # no object a row: those cost the collector
+    add_number, add_image, add_caption, add_group = (column.append for column in cells.values())
+    characters = 0
+    for number, image, captions, group in rows:
+        add_number(number)
+        add_image(image)
+        add_caption(captions if lists else captions[0])
+        add_group(group)
+        characters += sum(map(len, captions))
+        if len(cells["number"]) == BATCH_ROWS or characters > BATCH_CHARACTERS:
+            yield pa.record_batch([pa.array(cells[field.name], field.type) for field in schema], schema=schema)
+            characters = 0
+            for column in cells.values():
+                column.clear()
+    if cells["number"]:
+        yield pa.record_batch([pa.array(cells[field.name], field.type) for field in schema], schema=schema)
 
 
-def read_table(
-    path: Path,
-    image_column: str | None = None,
-    caption_column: str | None = None,
-    group_column: str | None = None,
-) -> tuple[list[Row], int]:
-    """The rows of a table that have a caption, and how many have none.
+Read = Callable[[_Problems], Iterator[RawRow]]
+
+
+def open_table(path: Path, options: Options) -> PairSource:
+    """The pairs of a table of text; rows without a caption are left out and counted.
 
     Args:
-        path: ``.jsonl``, ``.tsv``, or anything else for a delimited file with a header (the delimiter is detected).
-        image_column: None: the first of ``IMAGE_COLUMNS`` that the table has.
-        caption_column: None: the first of ``CAPTION_COLUMNS``.
-        group_column: None: there are no groups.
+        path: ``.jsonl``, ``.ndjson`` or ``.json`` for an object a line, or anything else for a delimited file with a
+            header, whose delimiter is detected; UTF-8, or UTF-16 with a byte order mark.
+        options: of the user.
 
     Raises:
-        InputError: no such file, no such column, an empty table, a row that does not fit, or not UTF-8.
+        InputError: no such file, no such column, an empty table, a row that does not fit, or another encoding.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such table")
-    records = _json_lines(path) if path.suffix.lower() in (".jsonl", ".ndjson", ".json") else _delimited(path)
-    rows, blank, columns = [], 0, None
+    options.no_split(path)
+    if path.suffix.lower() in (*JSON_LINES, ".json"):
+        return _open(path, options, SCHEMA_OF_LISTS, lambda p: _of_records(path, _json_lines(path, p), options, p))
+    return _open(path, options, SCHEMA, lambda problems: _delimited(path, options, problems))
+
+
+def open_records(path: Path, values: list[Any], options: Options) -> PairSource:
+    """Likewise for the array of objects that is all of a JSON file."""
+    options.no_split(path)
+    records = enumerate(values, start=1)
+    return _open(path, options, SCHEMA_OF_LISTS, lambda problems: _of_records(path, records, options, problems))
+
+
+def _open(path: Path, options: Options, schema: pa.Schema, read: Read) -> PairSource:
+    problems, mapped = _Problems(path, options), None
+    if path.stat().st_size > IN_MEMORY:
+        said = (LAYOUT, options.image_column, options.caption_column, options.group_column, options.on_error)
+        mapped = cache_file("tables", path, said, ".arrow")
+        if not mapped.is_file():
+            rank_zero_info(f"{path}: its rows are read once, into {mapped}")
+            write_whole(mapped, lambda file: _write(file, path, schema, read, problems))
+        table, left_out = map_table(mapped), _read_left_out(mapped)
+    else:
+        table, left_out = pa.Table.from_batches(_rows(path, schema, read, problems), schema), problems.left_out
+    if not table.num_rows:
+        raise InputError(
+            f"{path}: no row with an image and a caption ({left_out.counts[NO_CAPTION]} without a caption)"
+        )
+    root = Path(options.root).expanduser() if options.root else path.parent
+    return TablePairs(table, path, root, mapped=mapped, left_out=left_out)
+
+
+def _rows(path: Path, schema: pa.Schema, read: Read, problems: _Problems) -> Iterator[pa.RecordBatch]:
     try:
-        for number, values in records:
-            if columns is None:
-                columns = _columns(path, list(values), image_column, caption_column, group_column)
-            image, caption = (values.get(column) for column in columns)
-            if not isinstance(image, str) or not image.strip():
-                raise InputError(f"{path} row {number}: no image in column {columns[0]!r}")
-            if caption is None or str(caption).strip().lower() in BLANK:
-                blank += 1
-                continue
-            if not isinstance(caption, str):
-                raise InputError(f"{path} row {number}: the caption in column {columns[1]!r} is not text: {caption!r}")
-            rows.append(Row(number, image.strip(), caption, _group(values, group_column)))
-    except UnicodeDecodeError:
-        raise _not_utf8(path) from None
-    if not rows:
-        raise InputError(f"{path}: no row with an image and a caption ({blank} without a caption)")
-    return rows, blank
+        yield from _batches(_usable(read(problems), problems), schema)
+    except UnicodeError:
+        raise _undecodable(path) from None
 
 
-class TablePairs(PairSource):
-    """The pairs of a table's rows.
-
-    Args:
-        path: the table, named in errors.
-        rows: what to read of it.
-        root: where relative image paths start.
-    """
-
-    def __init__(self, path: Path, rows: list[Row], root: Path) -> None:
-        self.path, self.rows, self.root = path, rows, root
-        check_images([(root / row.image, f"{path} row {row.number}") for row in rows])
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def load(self, index: int, rng: random.Random | None) -> Pair:
-        row = self.rows[index]
-        image = open_image(self.root / row.image, f"{self.path} row {row.number}")
-        return Pair(image, row.caption, row.image, row.group)
+def _write(file: Path, path: Path, schema: pa.Schema, read: Read, problems: _Problems) -> None:
+    """The rows, and behind them, with an empty batch, which were left out."""
+    with pa.ipc.new_file(str(file), schema) as writer:
+        for batch in _rows(path, schema, read, problems):
+            writer.write_batch(batch)
+        left_out = json.dumps([problems.left_out.counts, problems.left_out.listed])
+        writer.write_batch(pa.RecordBatch.from_pylist([], schema), custom_metadata={"left_out": left_out})
 
 
-class CaptionTable(CaptionDataModule):
-    """Pairs from a table with a column of image paths and a column of captions.
-
-    Rows without a caption (empty, ``nan``, ``none``, ``null``) are dropped and counted.
-
-    Args:
-        train: a ``.csv``, ``.tsv`` or ``.jsonl`` file; needed by ``fit`` only.
-        val: likewise; None: a tenth of the images of ``train``, chosen by ``seed``.
-        root: where relative image paths start; None: the folder of the table.
-        image_column: None: detected.
-        caption_column: None: detected.
-        group_column: names the group of pairs that say the same (a product, say), for ``model.duplicates``.
-        batch_size: pairs a step on each rank.
-        global_batch_size: pairs a training step on all ranks together, however many they are; ``batch_size`` is then
-            that of validation alone. None: ``batch_size`` on each rank.
-        num_workers: processes that read and augment.
-        seed: of the order, the augmentation and the division.
-        augmentation: in training.
-        preprocessing: how the model wants its pictures; the command line takes it from the model.
-        tokenize: texts -> int64 ``[N, L]``; the command line takes it from the model.
-    """
-
-    def __init__(
-        self,
-        train: str | None = None,
-        val: str | None = None,
-        root: str | None = None,
-        image_column: str | None = None,
-        caption_column: str | None = None,
-        batch_size: int = 64,
-        num_workers: int = 2,
-        seed: int = 0,
-        augmentation: Augmentation | None = None,
-        preprocessing: Preprocessing | None = None,
-        tokenize: TextTokenizer | None = None,
-        global_batch_size: int | None = None,
-        group_column: str | None = None,
-    ) -> None:
-        super().__init__(batch_size, num_workers, seed, augmentation, preprocessing, tokenize, global_batch_size)
-        if train is None and val is None:
-            raise InputError("data: give train, val or both; each is a table of images and captions")
-        self.train, self.val, self.root = train, val, root
-        self.image_column, self.caption_column, self.group_column = image_column, caption_column, group_column
-
-    def _rows(self, table: str) -> list[Row]:
-        rows, blank = read_table(Path(table), self.image_column, self.caption_column, self.group_column)
-        if blank:
-            rank_zero_info(f"{table}: {len(rows)} pairs, {blank} rows without a caption left out")
-        return rows
-
-    def _pairs(self, table: str, rows: list[Row]) -> TablePairs:
-        return TablePairs(Path(table), rows, Path(self.root) if self.root else Path(table).parent)
-
-    def sources(self, fit: bool) -> tuple[PairSource | None, PairSource]:
-        if self.train is None and fit:
-            raise InputError("data.init_args.train: fit needs a table to train on")
-        if self.val is not None:
-            train = self._pairs(self.train, self._rows(self.train)) if fit and self.train else None
-            return train, self._pairs(self.val, self._rows(self.val))
-        assert self.train is not None
-        rows = self._rows(self.train)
-        images = sorted({row.image for row in rows})
-        if len(images) < 2:
-            raise InputError(f"{self.train}: one image cannot be divided; give data.init_args.val")
-        chosen = set(random.Random(self.seed).sample(images, max(1, int(VALIDATION_SHARE * len(images)))))
-        train = [row for row in rows if row.image not in chosen]
-        val = [row for row in rows if row.image in chosen]
-        return self._pairs(self.train, train) if fit else None, self._pairs(self.train, val)
+def _read_left_out(mapped: Path) -> LeftOut:
+    with pa.memory_map(str(mapped)) as file:
+        reader = pa.ipc.open_file(file)
+        metadata = reader.get_batch_with_custom_metadata(reader.num_record_batches - 1).custom_metadata
+    left_out = LeftOut()
+    counts, listed = json.loads(metadata[b"left_out"])
+    left_out.counts.update(counts)
+    left_out.listed = [(where, reason) for where, reason in listed]
+    return left_out

@@ -16,6 +16,7 @@ class CaptionBatch(NamedTuple):
         captions: what ``tokens`` say, for a teacher with another tokenizer; a source may leave them out.
         groups: pairs of one group say the same (a product, an event), empty strings for no group; a source may leave
             them out.
+        skipped: where each sample was that had to be left out of this batch, and why; see ``on_error``.
     """
 
     images: Tensor
@@ -23,13 +24,29 @@ class CaptionBatch(NamedTuple):
     keys: list[str]
     captions: Sequence[str] = ()
     groups: Sequence[str] = ()
+    skipped: Sequence[tuple[str, str]] = ()
 
     def split(self, parts: int) -> "list[CaptionBatch]":
         """At most so many batches of nearly equal size, none of them empty, in order."""
         pairs = len(self.images)
         bounds = [pairs * part // parts for part in range(parts + 1)]
         rows = [slice(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False) if start < stop]
-        return [CaptionBatch(*(field[row] for field in self)) for row in rows]
+        return [self._rows(row) for row in rows]
+
+    def _rows(self, rows: slice) -> "CaptionBatch":
+        texts = self.keys[rows], self.captions[rows], self.groups[rows]
+        return CaptionBatch(self.images[rows], self.tokens[rows], *texts)
+
+    def stretched(self, pairs: int) -> "CaptionBatch":
+        """At least so many pairs: the last one is repeated."""
+        more = pairs - len(self.images)
+        if more <= 0:
+            return self
+        rows = [*range(len(self.images)), *[-1] * more]
+        keys, captions, groups = (
+            [*text, *[text[-1]] * more] if text else [] for text in (self.keys, self.captions, self.groups)
+        )
+        return CaptionBatch(self.images[rows], self.tokens[rows], keys, captions, groups, self.skipped)
 
 
 class LabelledBatch(NamedTuple):

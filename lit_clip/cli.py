@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 from jsonargparse import ArgumentError, set_parsing_settings
+from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
@@ -20,6 +21,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf.errors import OmegaConfBaseException
 
 from lit_clip import collectives, commands
+from lit_clip.checkpoint_io import WholeCheckpointIO, newest_checkpoint
 from lit_clip.errors import InputError
 from lit_clip.module import LitCLIP
 from lit_clip.plan import measure_run, print_plan
@@ -27,6 +29,7 @@ from lit_clip.preemption import Preemption, watch_launcher
 from lit_clip.summary import print_next_steps, print_summary
 from lit_clip.weights import read_checkpoint
 
+NEWEST = ("last", "auto")  # of this configuration's runs; auto: or from the beginning
 USER_ERROR = 2  # argparse's exit code for a bad command line
 INTERRUPTED = 130  # what shells report of a program that Ctrl-C ended
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # as gloo puts it
@@ -65,13 +68,22 @@ class CLI(LightningCLI):
         subcommand = next((word for word in words if word in getattr(self, "_subcommand_parsers", ())), None)
         _check_encoder_options(words, subcommand)
         path = _checkpoint_path(words, subcommand)
-        if subcommand and path and path not in ("last", "best", "hpc"):  # words that Lightning itself resolves
+        if subcommand and path and path not in (*NEWEST, "best", "hpc"):  # the last two are Lightning's own
             hparams = read_checkpoint(path)["hyper_parameters"]
             known = inspect.signature(LitCLIP).parameters.keys() & hparams.keys()
             self._subcommand_parsers[subcommand].set_defaults({f"model.{key}": hparams[key] for key in known})
         for name in {"validate", "test"} & getattr(self, "_subcommand_parsers", {}).keys():
             self._subcommand_parsers[name].set_defaults(verbose=False)  # our table says it, with what guessing reaches
         super().parse_arguments(parser, args)
+        if subcommand == "fit" and path in NEWEST:
+            found = newest_checkpoint(_run_folders(self.config[subcommand]))
+            if found or path == "auto":
+                self.parse_arguments(parser, [*words, "--ckpt_path", str(found) if found else "null"])
+                return
+            folders = ", ".join(map(str, _run_folders(self.config[subcommand])))
+            raise InputError(
+                f"--ckpt_path last: no whole checkpoint below {folders}; auto begins anew where there is none"
+            )
         if subcommand and path and not self.config[subcommand]["model"]["lora"]:
             self.config[subcommand]["model"]["pretrained"] = None  # the checkpoint replaces every weight
 
@@ -85,6 +97,10 @@ class CLI(LightningCLI):
         settings.callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         if not any(isinstance(callback, Preemption) for callback in settings.callbacks):
             settings.callbacks.insert(0, Preemption())  # first, so that none evaluates what a signal cut short
+        plugins = settings.plugins or []
+        settings.plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in settings.plugins):
+            settings.plugins.append(WholeCheckpointIO())
         has_bar = any(isinstance(callback, ProgressBar) for callback in settings.callbacks)
         if settings.enable_progress_bar is not False and not has_bar:
             self.trainer_defaults["callbacks"] = [RichProgressBar()]
@@ -131,6 +147,21 @@ class CLI(LightningCLI):
             print_summary(self.trainer.callback_metrics, self.model.baselines, before)
 
 
+def _run_folders(config: Any) -> list[Path]:
+    """Where the runs of a configuration keep their checkpoints: below their loggers' folders and where it says."""
+    trainer = config["trainer"]
+    loggers = trainer["logger"] if isinstance(trainer["logger"], list) else [trainer["logger"]]
+    callbacks = trainer["callbacks"] if isinstance(trainer["callbacks"], list) else [trainer["callbacks"]]
+    root, folders = Path(trainer["default_root_dir"] or "."), []
+    for logger in loggers:
+        options: Any = (logger or {}).get("init_args", {}) if not isinstance(logger, bool) else {}
+        folders.append(Path(options.get("save_dir") or root) / (options.get("name") or "lightning_logs"))
+    for callback in callbacks:
+        options = (callback or {}).get("init_args", {})
+        folders += [Path(options["dirpath"])] if options.get("dirpath") else []
+    return folders
+
+
 def _options(words: Sequence[str], *names: str) -> list[str]:
     """The values of ``name value`` and ``name=value`` among command line words."""
     values = []
@@ -148,7 +179,7 @@ def _checkpoint_path(words: Sequence[str], subcommand: str | None) -> str | None
         if section.get("ckpt_path"):
             paths.append(str(section["ckpt_path"]))
             break
-    return paths[-1] if paths else None
+    return paths[-1] if paths and paths[-1] != "null" else None
 
 
 def _sections(words: Sequence[str], subcommand: str | None) -> Iterator[dict[str, Any]]:

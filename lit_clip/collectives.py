@@ -3,6 +3,7 @@
 import atexit
 import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -10,6 +11,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+
+LEAVE_WITHIN = 20.0  # seconds
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -30,6 +33,9 @@ def leave(code: int = 0) -> None:
         code: the process's exit code.
     """
     if dist.is_available() and dist.is_initialized():
+        at_last = threading.Timer(LEAVE_WITHIN, os._exit, (code,))  # should another rank or a thread keep it waiting
+        at_last.daemon = True
+        at_last.start()
         if code == 0:  # after an error the others may be anywhere
             dist.destroy_process_group()
         atexit._run_exitfuncs()  # what others wanted to happen still does

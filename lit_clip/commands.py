@@ -20,12 +20,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 # What a command runs, as "module:function", imported when it is asked for: `lit-clip --help` pays for none of them.
+# Those of other packages are names only, as class paths in a YAML are.
 COMMANDS: dict[str, str] = {
     "classify": "lit_clip.classify:classify",
     "embed": "lit_clip.embed:embed",
     "export": "lit_clip.export:export",
+    "inspect": "datamodules.inspect_command:inspect",
     "models": "lit_clip.models:models",
     "search": "lit_clip.search:search",
+    "shard": "datamodules.shard_command:shard",
     "wise-ft": "lit_clip.wise_ft:wise_ft",
 }
 

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -149,8 +148,6 @@ def check_output(path: Path) -> None:
         raise InputError(f"--output {path}: features go to a .parquet or a .npy file")
     if not path.absolute().parent.is_dir():
         raise InputError(f"--output {path}: there is no folder {path.parent}")
-    if path.suffix == ".parquet":
-        _pyarrow()
 
 
 def check_keys(path: Path, keys: Iterable[str]) -> None:
@@ -160,15 +157,6 @@ def check_keys(path: Path, keys: Iterable[str]) -> None:
             key.encode()
         except UnicodeEncodeError as error:
             raise InputError(f"{path}: the file name {key!r} is not Unicode text; rename the file") from error
-
-
-def _pyarrow() -> tuple[Any, Any]:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise InputError("parquet files need pyarrow: pip install -e '.[parquet]' (or write a .npy file)") from error
-    return pa, pq
 
 
 def write_features(path: Path, keys: Sequence[str], features: np.ndarray, metadata: Mapping[str, str]) -> None:
@@ -184,7 +172,9 @@ def write_features(path: Path, keys: Sequence[str], features: np.ndarray, metada
             with temporary.open("wb") as file:
                 np.save(file, features)
         return
-    pa, pq = _pyarrow()
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     column = pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1)), features.shape[1])
     names = pa.array(list(keys), type=pa.string())
     table = pa.table({"key": names, "feature": column}).replace_schema_metadata(dict(metadata))

@@ -46,6 +46,7 @@ class HuggingFaceTokenize(TextTokenizer):
         self._tokenizer = Tokenizer.from_str(definition)
         self._tokenizer.enable_truncation(context_length)
         self._tokenizer.no_padding()
+        self._uncut: Tokenizer | None = None
 
     def __call__(self, texts: str | Sequence[str]) -> Tensor:
         texts = [texts] if isinstance(texts, str) else list(texts)
@@ -57,6 +58,13 @@ class HuggingFaceTokenize(TextTokenizer):
             ids = self._tokenizer.encode(clean(text, self.clean)).ids
             result[i, : len(ids)] = torch.tensor(ids, dtype=torch.long)
         return result
+
+    def count(self, text: str) -> int:
+        if self._uncut is None:
+            self._uncut = Tokenizer.from_str(self.definition)
+            self._uncut.no_truncation()
+            self._uncut.no_padding()
+        return len(self._uncut.encode(clean(text, self.clean)).ids)
 
     def lengths(self, tokens: Tensor) -> Tensor:
         positions = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)

@@ -7,15 +7,16 @@ from collections.abc import Mapping
 from typing import Any, Self, TypedDict, TypeVar
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from lit_clip import collectives
 from lit_clip.batch import CaptionBatch
-from lit_clip.checkpointing import checkpoint, checkpoint_blocks
+from lit_clip.checkpointing import StatisticsKept, checkpoint, checkpoint_blocks
 from lit_clip.config import CLIPConfig, Preprocessing, Size
 from lit_clip.distill import Distill, Teacher
 from lit_clip.duplicates import pair_ids
@@ -34,8 +35,10 @@ from lit_clip.losses import Duplicates, at_least_float32, distillation_loss, two
 from lit_clip.model import CLIP
 from lit_clip.optim import parameter_groups, total_steps, warmup_cosine
 from lit_clip.plan import measure_run, print_plan
+from lit_clip.random_states import random_states, restore_random_states
 from lit_clip.retrieval import RetrievalSet, token_hashes
 from lit_clip.sharded_loss import Plan, ShardedLoss, sharded_contrastive_loss, sharded_sigmoid_loss
+from lit_clip.skipped import SkippedSamples
 from lit_clip.sources import EMA_WEIGHTS, checkpoint_tokenizer
 from lit_clip.stability import NonFinite, NonFiniteSteps, check_master_weights
 from lit_clip.summary import print_parameter_groups
@@ -171,6 +174,8 @@ class LitCLIP(LightningModule):
         self.baselines: dict[str, float] = {}
         self.before: dict[str, float] = {}
         self._validated = RetrievalSet()
+        self._no_pairs = False
+        self._random_states: list[dict[str, Any]] = []  # of every rank, of the checkpoint that training goes on from
 
     # What the data modules are told, so that nothing has to be written twice in a YAML file.
 
@@ -201,6 +206,11 @@ class LitCLIP(LightningModule):
             module.eval()
         return self
 
+    def configure_callbacks(self) -> list[Callback]:
+        """What no run goes without."""
+        trainer: Any = self.trainer
+        return [] if any(isinstance(one, SkippedSamples) for one in trainer.callbacks) else [SkippedSamples()]
+
     def setup(self, stage: str) -> None:
         if stage == "fit" and self._distill and not self._teacher:
             self._teacher = Teacher(self._distill.teacher)
@@ -225,6 +235,10 @@ class LitCLIP(LightningModule):
 
     def on_train_start(self) -> None:
         self._finite.watch(self)
+        rank, world = collectives.rank_and_world()
+        if len(self._random_states) == world:  # here, behind all that draws numbers before the first step
+            restore_random_states(self._random_states[rank])
+        self._random_states = []
         hparams: Any = self.hparams
         if (hparams.freeze or hparams.layer_decay or self.base_sha256) and self.trainer.is_global_zero:
             frozen = sum(p.numel() for p in self.parameters() if not p.requires_grad)
@@ -233,6 +247,9 @@ class LitCLIP(LightningModule):
     def training_step(self, batch: CaptionBatch, batch_idx: int) -> Tensor:
         shards = collectives.shards(len(batch.images))
         image_BD, text_BD = self._encode(batch, shards)
+        self._no_pairs = shards.total == 0
+        if self._no_pairs:
+            return self._zero(image_BD, text_BD)
         loss, hits = self._loss(batch, image_BD, text_BD, shards)
         self._log_step("train/in_batch_accuracy", hits * shards.world / shards.total, batch)
         self.log("train/in_batch_chance", 1 / shards.total, batch_size=len(batch.images))
@@ -245,6 +262,11 @@ class LitCLIP(LightningModule):
         self._finite.observe(batch.keys, image_BD, text_BD, loss)
         return loss
 
+    def _zero(self, image_BD: Tensor, text_BD: Tensor) -> Tensor:
+        """The loss of a batch of which all samples on all ranks were skipped: DDP and FSDP want a backward pass."""
+        zero = (image_BD.sum() + text_BD.sum()) * self.model.logit_scale
+        return zero if self.model.logit_bias is None else zero * self.model.logit_bias
+
     def _log_step(self, name: str, value: Tensor, batch: CaptionBatch, prog_bar: bool = False) -> None:
         """Log the mean over ranks."""
         self.log(name, value, prog_bar=prog_bar, batch_size=len(batch.images), sync_dist=True)
@@ -252,16 +274,35 @@ class LitCLIP(LightningModule):
     def _parts(self, batch: CaptionBatch, shards: collectives.Shards) -> list[CaptionBatch]:
         """What is encoded at a time; on every rank as many parts as on that with the most pairs."""
         hparams: Any = self.hparams
-        return batch.split(math.ceil(max(shards.counts) / (hparams.micro_batch_size or max(shards.counts))))
+        most = max(1, *shards.counts)
+        parts = math.ceil(most / (hparams.micro_batch_size or most))
+        whole = batch if len(batch.images) else self._blank(batch)
+        return whole.stretched(2 * parts if batch.skipped else parts).split(parts)  # BatchNorm may want two pairs
+
+    def _blank(self, batch: CaptionBatch) -> CaptionBatch:
+        """What a rank encodes whose samples were all skipped; nobody looks at the features.
+
+        Ranks work together in the backward pass, and with FSDP in the forward pass too.
+        """
+        tokens = self.model.tokenizer.trim(self.model.tokenizer(["a"])).to(batch.tokens.device)
+        images = batch.images.new_zeros(1, *batch.images.shape[1:])
+        return CaptionBatch(images, tokens, [""], ["a"], [""])
 
     def _encode(self, batch: CaptionBatch, shards: collectives.Shards) -> tuple[Tensor, Tensor]:
         """As :meth:`forward`, part by part if there are several, without keeping a part's activations.
 
         Each part is one checkpointed segment of one graph: DDP synchronises once, after the last of them.
         """
-        parts = self._parts(batch, shards)
+        parts, pairs = self._parts(batch, shards), len(batch.images)
+        if sum(len(part.images) for part in parts) == pairs:
+            return self._encode_parts(parts)
+        with StatisticsKept([layer for layer in self.modules() if isinstance(layer, _BatchNorm)]):
+            image_BD, text_BD = self._encode_parts(parts)
+        return image_BD[:pairs], text_BD[:pairs]
+
+    def _encode_parts(self, parts: list[CaptionBatch]) -> tuple[Tensor, Tensor]:
         if len(parts) == 1:
-            return self(batch)
+            return self(parts[0])
         features = []
         for part in parts:
             # Else all parts share one copy of the weights in half precision, and add up their gradients in it.
@@ -288,11 +329,13 @@ class LitCLIP(LightningModule):
         """A scalar whose mean over ranks is the distillation loss of all pairs."""
         assert self._teacher is not None
         theirs = [self._teacher.features(part) for part in self._parts(batch, shards)]
-        image, text = (torch.cat(features) for features in zip(*theirs, strict=True))
+        image, text = (torch.cat(features)[: len(image_BD)] for features in zip(*theirs, strict=True))
         everyones = collectives.gather(image, shards), collectives.gather(text, shards)
         choices = two_way_logits(image, text, *everyones, self._teacher.scale)
         everyone = collectives.gather(image_BD, shards), collectives.gather(text_BD, shards)
         ours = two_way_logits(image_BD, text_BD, *everyone, self.model.logit_scale.exp())
+        if not len(image_BD):  # a mean of nothing is nan
+            return ours.sum()
         return distillation_loss(ours, choices) * shards.weight
 
     def on_train_batch_start(self, batch: CaptionBatch, batch_idx: int) -> None:
@@ -308,6 +351,8 @@ class LitCLIP(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self._finite.check(self)
+        if self._no_pairs:  # AdamW would move the weights by what it remembers
+            self._finite.leave_out(self)
         if self._finite.policy == "skip":
             self.log("train/non_finite_steps", float(self._finite.steps))
 
@@ -351,7 +396,10 @@ class LitCLIP(LightningModule):
         self._log_retrieval("test")
 
     def predict_step(self, batch: CaptionBatch, batch_idx: int) -> Features:
-        image_BD, text_BD = self(batch)
+        if len(batch.images):
+            image_BD, text_BD = self(batch)
+        else:
+            image_BD, text_BD = (features[:0] for features in self(self._blank(batch)))
         return Features(image=image_BD, text=text_BD, tokens=batch.tokens, keys=batch.keys)
 
     def _log_retrieval(self, prefix: str) -> None:
@@ -392,6 +440,7 @@ class LitCLIP(LightningModule):
         checkpoint["state_dict"] = {key.removeprefix(PREFIX): value for key, value in state.items()}
         checkpoint["before"] = dict(self.before)
         checkpoint["non_finite_steps"] = self._finite.steps
+        checkpoint["random_states"] = collectives.gather_objects([random_states()])
         checkpoint |= saved_tokenizer(self.model)
         if self.base_sha256:
             hparams: Any = self.hparams
@@ -421,6 +470,7 @@ class LitCLIP(LightningModule):
                 f"{name}: holds weights alone and cannot be gone on from; start from it with --model.pretrained",
             )
             self._keep_what_was_typed(checkpoint, str(name))
+            self._random_states = checkpoint.get("random_states", [])
 
     def _keep_what_was_typed(self, checkpoint: dict[str, Any], name: str) -> None:
         """A resumed optimiser takes its moments from the checkpoint, its settings from this run's hyper-parameters."""

@@ -222,8 +222,10 @@ class _Softmax(torch.autograd.Function):
         return loss, hits
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    @once_differentiable  # whose result has no names for its arguments
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, None]:
         with torch.autocast(grads[0].device.type, enabled=False):
             return _Softmax._backward(ctx, grads[0])
 
@@ -294,8 +296,10 @@ class _Sigmoid(torch.autograd.Function):
         return loss, hits
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+    @once_differentiable  # whose result has no names for its arguments
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
         with torch.autocast(grads[0].device.type, enabled=False):
             return _Sigmoid._backward(ctx, grads[0])
 

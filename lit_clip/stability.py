@@ -126,14 +126,19 @@ class NonFiniteSteps:
         if not any(ranks):
             self._in_a_row = 0
             return
-        self.left_out = True
-        for parameter in parameters:
-            parameter.grad = None
-        for buffer, before in self._statistics:
-            buffer.copy_(before)
+        self.leave_out(module)
         self.steps, self._in_a_row = self.steps + 1, self._in_a_row + 1
         reason = next(name for name, count in zip(REASONS, ranks, strict=True) if count)
         self._report(step, reason, module.trainer)
+
+    @torch.no_grad()
+    def leave_out(self, module: nn.Module) -> None:
+        """Take the step back: no gradients, and BatchNorm's statistics as they were; on all ranks."""
+        self.left_out = True
+        for parameter in module.parameters():
+            parameter.grad = None
+        for buffer, before in self._statistics:
+            buffer.copy_(before)
 
     def _report(self, step: _Step, reason: str, trainer: Trainer) -> None:
         findings = _findings(step, reason, trainer.global_step)

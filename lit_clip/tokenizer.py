@@ -118,6 +118,10 @@ class TextTokenizer(ABC):
         """Texts -> int64 ``[N, context_length]``; longer ones are cut."""
 
     @abstractmethod
+    def count(self, text: str) -> int:
+        """Ids that a text has before it is cut, start and end included."""
+
+    @abstractmethod
     def lengths(self, tokens: Tensor) -> Tensor:
         """int64 ``[N, L]`` -> ``[N]``: the columns of each text that the encoder must see."""
 
@@ -143,6 +147,9 @@ class Tokenize(TextTokenizer):
 
     def __call__(self, texts: str | Sequence[str]) -> Tensor:
         return tokenize(texts, self.context_length)
+
+    def count(self, text: str) -> int:
+        return len(encode(text)) + 2
 
     def lengths(self, tokens: Tensor) -> Tensor:
         return tokens.argmax(dim=-1) + 1  # the (first) end of text has the highest id

@@ -72,13 +72,13 @@ def overfitted(tmp_path_factory: pytest.TempPathFactory, caption_table: Path) ->
     """A checkpoint of the quickstart's architecture that has learnt 64 real pairs by heart, and their table."""
     from lightning.pytorch import Trainer
 
-    from datamodules import CaptionTable
+    from datamodules import Captions
     from lit_clip import LitCLIP
 
     torch.manual_seed(0)
     architecture = yaml.safe_load((ROOT / "configs/quickstart.yaml").read_text())["model"]["architecture"]
     module = LitCLIP(architecture, learning_rate=1e-3, weight_decay=0.0, warmup_steps=10)
-    data = CaptionTable(
+    data = Captions(
         str(caption_table),
         str(caption_table),
         batch_size=64,

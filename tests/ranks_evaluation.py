@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from callbacks import EmbeddingProjector, SimilarityMatrix, ZeroShot, ZeroShotSet
-from datamodules import CaptionTable, OpenMojiClasses
+from datamodules import Captions, OpenMojiClasses
 from lit_clip import collectives
 from lit_clip.config import CLIPConfig, ResNetConfig, TextTransformerConfig, VisionTransformerConfig
 from lit_clip.losses import unit
@@ -85,8 +85,8 @@ def make_trainer(callbacks: list[Any], **options: Any) -> Trainer:
     )
 
 
-def data_for(module: LitCLIP, train: str, val: str, batch_size: int) -> CaptionTable:
-    return CaptionTable(
+def data_for(module: LitCLIP, train: str, val: str, batch_size: int) -> Captions:
+    return Captions(
         train, val, batch_size=batch_size, num_workers=0, preprocessing=module.preprocessing, tokenize=module.tokenize
     )
 

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from callbacks import EmbeddingProjector, SimilarityMatrix, TrainingMonitor, ZeroShot, ZeroShotSet
 from callbacks.figures import Prediction, prediction_grid, similarity_matrix
-from datamodules import CaptionTable, NoCaptions, OpenMojiClasses
+from datamodules import Captions, NoCaptions, OpenMojiClasses
 from lit_clip import LitCLIP, zero_shot_classifier
 from lit_clip.config import CLIPConfig
 from lit_clip.errors import InputError
@@ -35,8 +35,8 @@ def make_trainer(folder: Path, callbacks: list[Any], **options: Any) -> Trainer:
     return Trainer(accelerator="cpu", logger=logger, callbacks=callbacks, use_distributed_sampler=False, **settings)
 
 
-def data_for(module: LitCLIP, table: Path) -> CaptionTable:
-    return CaptionTable(
+def data_for(module: LitCLIP, table: Path) -> Captions:
+    return Captions(
         str(table),
         str(table),
         batch_size=16,

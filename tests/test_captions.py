@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
 from torch import Tensor
 
-from datamodules import Augmentation, CaptionTable
+from datamodules import Augmentation, Captions
 from datamodules.captions import TrainingPairs
 from datamodules.sampling import Sample
 from lit_clip.batch import CaptionBatch
@@ -45,10 +45,10 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "captions.csv"
 
 
-def data_module(table: Path, rank: int = 0, world: int = 1, **options: Any) -> CaptionTable:
+def data_module(table: Path, rank: int = 0, world: int = 1, **options: Any) -> Captions:
     """The module as it is on one of several ranks, trained and validated on all rows."""
     arguments = {"batch_size": 4, "num_workers": 0, "preprocessing": SHORT, **options}
-    module = CaptionTable(str(table), str(table), **arguments)
+    module = Captions(str(table), str(table), **arguments)
     connector = SimpleNamespace(use_distributed_sampler=False)
     trainer: Any = SimpleNamespace(global_rank=rank, world_size=world, _accelerator_connector=connector)
     module.trainer = trainer
@@ -56,7 +56,7 @@ def data_module(table: Path, rank: int = 0, world: int = 1, **options: Any) -> C
     return module
 
 
-def epoch_of(module: CaptionTable, epoch: int = 0) -> list[CaptionBatch]:
+def epoch_of(module: Captions, epoch: int = 0) -> list[CaptionBatch]:
     loader: Any = module.train_dataloader()
     loader.batch_sampler.set_epoch(epoch)
     return list(loader)
@@ -87,7 +87,7 @@ def test_a_batch_is_uint8_pictures_tokens_without_needless_padding_and_keys(tabl
 def test_captions_longer_than_the_context_end_in_the_end_of_text(table: Path, tmp_path: Path) -> None:
     long = tmp_path / "long.csv"
     long.write_text("image,caption\n00.png," + "a cat " * 60 + "\n01.png,a cat\n", encoding="utf-8")
-    module = CaptionTable(val=str(long), root=str(table.parent), num_workers=0, preprocessing=SHORT)
+    module = Captions(val=str(long), root=str(table.parent), num_workers=0, preprocessing=SHORT)
     module.setup("validate")
     (batch,) = module.val_dataloader()
     assert batch.tokens.shape == (2, 77)
@@ -181,7 +181,7 @@ def test_test_and_predict_loaders_see_the_validation_rows(table: Path) -> None:
 
 
 def test_two_processes_that_let_lightning_divide_the_samples_are_an_error(table: Path) -> None:
-    module = CaptionTable(str(table), num_workers=0)
+    module = Captions(str(table), num_workers=0)
     connector = SimpleNamespace(use_distributed_sampler=True)
     trainer: Any = SimpleNamespace(global_rank=0, world_size=2, _accelerator_connector=connector)
     module.trainer = trainer
@@ -207,9 +207,9 @@ class _Recorder(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit_recorder(table: Path, **options: Any) -> tuple[CaptionTable, _Recorder]:
+def fit_recorder(table: Path, **options: Any) -> tuple[Captions, _Recorder]:
     """Three epochs under a real trainer, which writes and prints nothing."""
-    module, recorder = CaptionTable(str(table), batch_size=4, num_workers=0, preprocessing=SHORT), _Recorder()
+    module, recorder = Captions(str(table), batch_size=4, num_workers=0, preprocessing=SHORT), _Recorder()
     quiet: dict[str, Any] = dict.fromkeys(
         ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
     )
@@ -257,22 +257,22 @@ def gradients_of(width: int, height: int, image_size: int, draws: int) -> np.nda
 
 def test_the_default_crop_is_a_square_of_nine_tenths_of_the_area_or_more() -> None:
     left, top, width, height = gradients_of(120, 120, image_size=40, draws=300).T
-    assert np.abs(width - height).max() < 0.5  # pixels
+    assert np.abs(width - height).max() < 1  # pixels; how the filter meets the grid differs between the two
     side = np.sqrt(0.9) * 120
-    assert width.min() > side - 1  # sides are whole pixels
-    assert width.max() < 120.5
+    assert width.min() > side - 1
+    assert width.max() < 121
     assert width.min() < side + 1  # the whole range is used
     assert width.max() > 119
     assert left.max() > 4  # of at most 6
     assert top.max() > 4
-    assert min(left.min(), top.min()) > -0.5
+    assert min(left.min(), top.min()) > -1
 
 
 @pytest.mark.parametrize(("width", "height"), [(120, 90), (80, 120), (120, 68)])
 def test_a_photo_in_its_usual_shape_is_cropped_at_random_too(width: int, height: int) -> None:
     """4:3, 2:3 and 16:9: a crop that is always the same would be no augmentation."""
     left, top, across, down = gradients_of(width, height, image_size=40, draws=60).T
-    assert np.abs(across - down).max() < 0.5  # still a square
+    assert np.abs(across - down).max() < 1  # still a square
     assert (left if width > height else top).std() > 1  # pixels
 
 

@@ -25,7 +25,7 @@ def words(subcommand: str, table: Path, architecture: bool = True) -> list[str]:
     steps = ["--trainer.max_steps", "4", "--data.train", str(table)] if subcommand == "fit" else []
     return [
         subcommand,
-        *("--data", "datamodules.CaptionTable", "--data.val", str(table), "--data.batch_size", "16"),
+        *("--data", "datamodules.Captions", "--data.val", str(table), "--data.batch_size", "16"),
         *("--data.num_workers", "0", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"),
         *model,
         *steps,
@@ -138,7 +138,7 @@ def test_a_run_without_a_logger_writes_no_config_into_the_current_folder(
 def test_configs_are_merged_and_interpolated(caption_table: Path, tmp_path: Path, cli: Cli) -> None:
     (tmp_path / "model.yaml").write_text(f"model: {{architecture: {TINY_YAML}, learning_rate: 0.25}}")
     (tmp_path / "data.yaml").write_text(
-        "data: {class_path: datamodules.CaptionTable, init_args: {val: '${oc.env:TABLE}', batch_size: 16}}\n"
+        "data: {class_path: datamodules.Captions, init_args: {val: '${oc.env:TABLE}', batch_size: 16}}\n"
         "model: {weight_decay: '${model.learning_rate}'}"
     )
     configs = ("--config", "model.yaml", "--config", "data.yaml", "--model.learning_rate", "0.125")
@@ -174,8 +174,8 @@ def assert_user_error(result: Completed, *parts: str) -> None:
         (["--model.architecture", "ViT-B-33"], ["'ViT-B-33'", "did you mean ViT-B-32?"]),
         (["--model.architecture", "{image: {widht: 64}}"], ["model.architecture", "widht"]),
         (["--model.pretrained", "nowhere.ckpt"], ["nowhere.ckpt: no such checkpoint file"]),
-        (["--data.trian", "x.csv"], ["datamodules.CaptionTable", "trian"]),
-        (["--data.val", "nowhere.csv"], ["nowhere.csv: no such table"]),
+        (["--data.trian", "x.csv"], ["datamodules.Captions", "trian"]),
+        (["--data.val", "nowhere.csv"], ["nowhere.csv: no such file or folder"]),
         (["--data.caption_column", "words"], ["no column 'words'", "image, caption", "caption_column"]),
         (["--data.batch_size", "1000"], ["64 training pairs", "batch_size to 64 or less"]),
         (["--trainer.callbacks+=callbacks.ZeroSho"], ["callbacks.ZeroSho", "no attribute"]),
@@ -192,7 +192,7 @@ def test_bad_options_are_one_line_and_exit_code_2(
 @pytest.mark.parametrize(
     ("command", "part"),
     [
-        ([], "no command given; there are classify, embed, export, fit, models,"),
+        ([], "no command given; there are classify, embed, export, fit, inspect, models,"),
         (["fti"], "'fti'; did you mean fit?"),
         (["clasify", "photos"], "'clasify'; did you mean classify?"),
     ],

@@ -33,7 +33,7 @@ def _fit(cli: Cli, table: Path, cache: Path, save: Path, name: str, devices: int
     )
     result = cli(
         "fit",
-        *("--data", "datamodules.CaptionTable", "--data.train", str(table), "--data.val", str(table)),
+        *("--data", "datamodules.Captions", "--data.train", str(table), "--data.val", str(table)),
         *("--data.batch_size", str(64 // devices), "--data.num_workers", "0"),
         *("--model.architecture", TINY_YAML, "--model.warmup_steps", "2"),
         *(

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from datamodules import CaptionTable
+from datamodules import Captions
 from datamodules.openmoji import draw, read_table
 from lit_clip.retrieval import RetrievalSet, token_hashes
 from tests.conftest import ROOT
@@ -115,7 +115,7 @@ def test_validation_logs_the_numbers_of_brute_force(
 ) -> None:
     module = make_module()
     table = str(tables[size])
-    data = CaptionTable(
+    data = Captions(
         table, table, batch_size=size, num_workers=0, preprocessing=module.preprocessing, tokenize=module.tokenize
     )
     data.setup("validate")

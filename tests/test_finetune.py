@@ -302,7 +302,7 @@ def test_a_checkpoint_of_a_fine_tuned_model_holds_plain_values(tmp_path: Path, c
 
 def command(table: Path, *options: str) -> list[str]:
     return [
-        *("fit", "--data", "datamodules.CaptionTable", "--data.val", str(table), "--data.batch_size", "16"),
+        *("fit", "--data", "datamodules.Captions", "--data.val", str(table), "--data.batch_size", "16"),
         *("--data.num_workers", "0", "--trainer.accelerator", "cpu", "--data.train", str(table)),
         *("--model.architecture", TINY_YAML, "--model.warmup_steps", "1", "--model.learning_rate", "0.01"),
         *("--trainer.logger", "lightning.pytorch.loggers.CSVLogger", "--trainer.logger.init_args.save_dir", "logs"),

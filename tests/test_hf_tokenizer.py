@@ -162,6 +162,14 @@ def test_overlong_empty_and_foreign_input(t5_folder: Path) -> None:
             tokenizer(["a dog", stranger])  # type: ignore[list-item]  # which is the point
 
 
+def test_ids_are_counted_before_a_text_is_cut(t5_folder: Path) -> None:
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(t5_folder)
+    tokenizer = from_source(HuggingFaceTokenizer(str(t5_folder), "whitespace"), 4, False, 600)
+    for text in ["", "a dog", "a dog on a sofa " * 40]:
+        assert tokenizer.count(text) == len(theirs(text.strip())["input_ids"])
+    assert tokenizer("a dog on a sofa " * 40).shape == (1, 4)  # counting changes nothing of the cutting
+
+
 def test_it_survives_pickling_another_length_and_plain_values(t5_folder: Path) -> None:
     tokenizer = tokenizer_of(t5_folder, "canonicalize", 16)
     texts = ["A photo of a Tiger.", "grinning face"]

@@ -304,7 +304,7 @@ def test_the_command_fits_validates_and_resumes_an_adapter(
     result = cli(*command(caption_table, *lora, "--trainer.max_epochs", "1"))
     assert result.returncode == 0, result.stderr
     (path,) = (tmp_path / "logs").rglob("*.ckpt")
-    data = ["--data", "datamodules.CaptionTable", "--data.val", str(caption_table), "--data.batch_size", "16"]
+    data = ["--data", "datamodules.Captions", "--data.val", str(caption_table), "--data.batch_size", "16"]
     checkpoint = ["--ckpt_path", str(path), "--trainer.accelerator", "cpu", "--trainer.logger", "false"]
     validated = cli("validate", *data, *checkpoint, "--data.num_workers", "0")
     assert validated.returncode == 0, validated.stderr

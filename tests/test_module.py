@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
 import lit_clip
-from datamodules import CaptionTable
+from datamodules import Captions
 from lit_clip.batch import CaptionBatch
 from lit_clip.config import CLIPConfig
 from lit_clip.errors import InputError
@@ -47,11 +47,9 @@ class SaveAt(Callback):
             trainer.save_checkpoint(self.path)
 
 
-def data_for(module: LitCLIP, table: Path, **options: Any) -> CaptionTable:
+def data_for(module: LitCLIP, table: Path, **options: Any) -> Captions:
     settings: dict[str, Any] = {"batch_size": 16, "num_workers": 0, **options}
-    return CaptionTable(
-        str(table), str(table), preprocessing=module.preprocessing, tokenize=module.tokenize, **settings
-    )
+    return Captions(str(table), str(table), preprocessing=module.preprocessing, tokenize=module.tokenize, **settings)
 
 
 @pytest.fixture

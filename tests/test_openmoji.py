@@ -258,7 +258,7 @@ def test_training_captions_say_the_name_the_name_with_tags_or_the_groups(drawing
     kinds = Counter[str]()
     by_key = {emoji.hexcode: emoji for emoji in EMOJI}
     for index in range(len(source)):
-        _, text, key = source.load(index, random.Random(index))
+        _, text, key, _ = source.load(index, random.Random(index))
         emoji = by_key[key]
         if text == emoji.name:
             kinds["name"] += 1

@@ -180,7 +180,7 @@ def test_steps_are_told_only_where_the_data_module_knows_them(tiny_config: CLIPC
 
 
 def test_print_plan_prints_and_does_not_train(cli: Callable[..., CompletedProcess[str]], caption_table: Path) -> None:
-    words = ["fit", "--print_plan", "--model.architecture", TINY_YAML, "--data", "datamodules.CaptionTable"]
+    words = ["fit", "--print_plan", "--model.architecture", TINY_YAML, "--data", "datamodules.Captions"]
     words += ["--data.train", str(caption_table), "--data.val", str(caption_table), "--data.global_batch_size", "24"]
     words += ["--trainer.max_epochs", "3", "--trainer.accelerator", "cpu", "--trainer.devices", "2"]
     done = cli(*words, "--trainer.default_root_dir", "here")

@@ -272,7 +272,7 @@ class Run:
     def __init__(self, folder: Path, table: Path, *words: str, devices: int = 2, val: Path | None = None) -> None:
         self.folder, self.output = folder, folder / "output.txt"
         command = [
-            *(str(Path(sys.executable).parent / "lit-clip"), "fit", "--data", "datamodules.CaptionTable"),
+            *(str(Path(sys.executable).parent / "lit-clip"), "fit", "--data", "datamodules.Captions"),
             *("--data.train", str(table), "--data.val", str(val or table), "--data.batch_size", "8"),
             *("--model.architecture", TINY_YAML, "--model.warmup_steps", "2", "--trainer.max_steps", "100000"),
             *("--trainer.max_time", "00:00:05:00", "--trainer.accelerator", "cpu", "--trainer.devices", str(devices)),
@@ -382,6 +382,7 @@ def start_and_wait(start: Callable[..., Run], caption_table: Path, long_table: P
     return make
 
 
+@pytest.mark.slow
 def test_signals_to_all_processes_again_and_again_end_with_one_whole_checkpoint_that_can_be_resumed(
     start: Callable[..., Run], caption_table: Path
 ) -> None:
@@ -436,7 +437,7 @@ def test_the_first_rank_ends_with_an_error_when_another_is_killed(
     assert run.ends(60) != 0
 
 
-@pytest.mark.parametrize("during", [pytest.param("training", marks=pytest.mark.slow), "validation"])
+@pytest.mark.parametrize("during", ["training", pytest.param("validation", marks=pytest.mark.slow)])
 def test_the_other_ranks_end_with_an_error_when_the_first_is_killed(
     during: str, start_and_wait: Callable[[str], Run]
 ) -> None:
@@ -444,8 +445,9 @@ def test_the_other_ranks_end_with_an_error_when_the_first_is_killed(
     run = start_and_wait(during)
     os.kill(run.ranks[0], signal.SIGKILL)
     assert run.ends(60) == -signal.SIGKILL
-    said = "another process has ended" if during == "training" else "the first process of this machine has ended"
-    assert said in run.last_line()
+    # Whichever it notices first: what it waits for in the group, or that the process that started it is gone.
+    said = ("another process has ended", "the first process of this machine has ended")
+    assert any(words in run.last_line() for words in said)
 
 
 @pytest.mark.slow

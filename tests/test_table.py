@@ -1,9 +1,12 @@
 """Captions in tables: every usual format reads the same, and whatever is wrong with one is named by file and row."""
 
+import codecs
 import csv
 import io
 import json
 import logging
+import pickle
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
-from datamodules import CaptionTable
+from datamodules import Captions, table
+from datamodules.bad_samples import BadSample
+from datamodules.sources import Options
 from lit_clip.batch import CaptionBatch
 from lit_clip.config import Preprocessing
 from lit_clip.errors import InputError
@@ -73,8 +78,8 @@ def messages() -> Iterator[list[str]]:
     rank_zero.log.removeHandler(handler)
 
 
-def module_of(stage: str = "validate", **options: Any) -> CaptionTable:
-    module = CaptionTable(**{"num_workers": 0, "preprocessing": TINY, **options})
+def module_of(stage: str = "validate", **options: Any) -> Captions:
+    module = Captions(**{"num_workers": 0, "preprocessing": TINY, **options})
     module.setup(stage)
     return module
 
@@ -109,6 +114,12 @@ FORMATS = {
     "unix.csv": delimited(",", PAIRS).replace("\r\n", "\n").encode(),
     "no_end_of_line.csv": delimited(",", PAIRS).rstrip().encode(),
     "lines.jsonl": json_lines(PAIRS).encode(),
+    "lines_with_bom.jsonl": json_lines(PAIRS).encode("utf-8-sig"),
+    "lines.json": json_lines(PAIRS).encode(),
+    "array.json": json.dumps([{"image": i, "caption": c} for i, c in PAIRS], indent=1).encode(),
+    "utf16.csv": delimited(",", PAIRS).encode("utf-16"),
+    "utf16_big.tsv": codecs.BOM_UTF16_BE + delimited("\t", PAIRS).encode("utf-16-be"),
+    "utf16.jsonl": json_lines(PAIRS).encode("utf-16"),
 }
 
 
@@ -217,7 +228,7 @@ def test_a_table_without_blank_captions_says_nothing_of_any(folder: Path, messag
 
 
 BROKEN: dict[str, tuple[str, bytes | None, list[str]]] = {
-    "missing table": ("t.csv", None, ["no such table"]),
+    "missing table": ("t.csv", None, ["no such file or folder"]),
     "empty file": ("t.csv", b"", ["no row"]),
     "empty JSON lines": ("t.jsonl", b"\n", ["no row"]),
     "header only": ("t.csv", b"image,caption\n", ["no row"]),
@@ -232,11 +243,22 @@ BROKEN: dict[str, tuple[str, bytes | None, list[str]]] = {
     "JSON without image": ("t.jsonl", b'{"image":"a.png","caption":"a"}\n{"caption":"b"}\n', ["row 2", "no image"]),
     "image is a number": ("t.jsonl", b'{"image": 7, "caption": "a"}\n', ["row 1", "no image"]),
     "caption is a number": ("t.jsonl", b'{"image": "a.png", "caption": 7}\n', ["row 1", "not text", "7"]),
-    "caption is a list": ("t.jsonl", b'{"image": "a.png", "caption": ["a"]}\n', ["row 1", "not text", "['a']"]),
+    "caption is an object": (
+        "t.jsonl",
+        b'{"image": "a.png", "caption": {"a": 1}}\n',
+        ["row 1", "not text", "{'a': 1}"],
+    ),
+    "number among captions": (
+        "t.jsonl",
+        b'{"image": "a.png", "caption": ["a", 7]}\n',
+        ["row 1", "not text", "['a', 7]"],
+    ),
+    "half a character": ("t.jsonl", b'{"image": "a.png", "caption": "\\ud83c"}\n', ["row 1", "UTF-8"]),
     "broken JSON": ("t.jsonl", b'{"image": "a.png", "caption": "a"}\n{"image": "a.png",\n', ["row 2", "not JSON"]),
     "JSON list": ("t.jsonl", b'["a.png", "a cat"]\n', ["row 1", "not a JSON object"]),
     "not UTF-8": ("t.csv", "image,caption\na.png,un caf\xe9\n".encode("latin-1"), ["UTF-8", "byte 26"]),
-    "UTF-16": ("t.csv", VALID.encode("utf-16"), ["UTF-8"]),
+    "UTF-16 without its mark": ("t.csv", VALID.encode("utf-16-le"), ["row 1", "UTF-8", "byte 1"]),
+    "half of UTF-16": ("t.csv", VALID.encode("utf-16")[:-1], ["UTF-16"]),
     "unclosed quote": ("t.csv", b'image,caption\na.png,a cat\nb.png,"a dog\na.png,a cat\n', ["row 3"]),
     "text after a quote": ("t.csv", b'image,caption\na.png,a cat\nb.png,"a" dog\na.png,a cat\n', ["row 3"]),
 }
@@ -346,12 +368,12 @@ def test_validating_needs_no_training_table_but_fitting_does(folder: Path) -> No
     assert captions(folder / "v.csv", train=str(folder / "not there.csv")) == ["a cat", "a dog"]
     message = message_of(lambda: module_of("fit", val=str(folder / "v.csv")))
     assert "data.init_args.train" in message
-    assert "train" in message_of(CaptionTable)
+    assert "train" in message_of(Captions)
 
 
 @pytest.mark.parametrize("batch_size", [0, -3])
 def test_a_batch_of_no_pairs_is_an_error(batch_size: int) -> None:
-    message = message_of(lambda: CaptionTable("t.csv", batch_size=batch_size))
+    message = message_of(lambda: Captions("t.csv", batch_size=batch_size))
     assert f"batch_size: {batch_size}" in message
 
 
@@ -372,12 +394,127 @@ def test_groups_come_from_their_column_and_blank_ones_are_none(tmp_path: Path) -
     rows = [{"image": "a.png", "caption": "a", "product": 7}, {"image": "a.png", "caption": "b", "product": None}]
     rows += [{"image": "a.png", "caption": "c", "product": " NaN "}, {"image": "a.png", "caption": "d"}]
     table.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
-    data = CaptionTable(val=str(table), group_column="product", batch_size=4, num_workers=0)
+    data = Captions(val=str(table), group_column="product", batch_size=4, num_workers=0)
     data.setup("validate")
     (batch,) = data.val_dataloader()
     assert batch.groups == ["7", "", "", ""]
-    data = CaptionTable(val=str(table), batch_size=4, num_workers=0)
+    data = Captions(val=str(table), batch_size=4, num_workers=0)
     data.setup("validate")
     assert next(iter(data.val_dataloader())).groups == ()
-    with pytest.raises(InputError, match=r"no column 'brand'; its columns are image, caption, product; set group_column"):
-        CaptionTable(val=str(table), group_column="brand").setup("validate")
+    with pytest.raises(
+        InputError, match=r"no column 'brand'; its columns are image, caption, product; set group_column"
+    ):
+        Captions(val=str(table), group_column="brand").setup("validate")
+
+
+def open_table(path: Path, **options: Any) -> Any:
+    return table.open_table(path, Options(**options))
+
+
+def test_a_list_of_captions_is_one_pair_whose_caption_is_drawn_by_the_samples_own_seed(folder: Path) -> None:
+    rows = [{"image": "a.png", "caption": ["one", None, "two", " ", "three"]}, {"image": "b.png", "caption": "alone"}]
+    (folder / "t.jsonl").write_text("\n".join(json.dumps(row) for row in [*rows, {"image": "b.png", "caption": []}]))
+    source = open_table(folder / "t.jsonl")
+    assert len(source) == 2
+    assert source.left_out.counts == {"no caption": 1}
+    assert source.captions(0) == ["one", "two", "three"]
+    assert source.load(0, None).caption == "one"
+    drawn = [source.load(0, random.Random(seed)).caption for seed in range(40)]
+    assert drawn == [random.Random(seed).choice(["one", "two", "three"]) for seed in range(40)]
+    assert {source.load(1, random.Random(seed)).caption for seed in range(9)} == {"alone"}
+
+
+BAD_ROWS = {  # a row that is no pair, and what it is counted as
+    "t.csv": [
+        ("b.png,a dog, a bone", "wrong number of fields"),
+        (" ,a dog", "missing image"),
+        ("b.png,", "no caption"),
+    ],
+    "t.jsonl": [
+        ('{"image": "b.png",', "not JSON"),
+        ("[1]", "not a JSON object"),
+        ('{"image": 3, "caption": "a"}', "missing image"),
+        ('{"image": "b.png", "caption": 3}', "caption is no text"),
+        ('{"image": "b.png", "caption": "\\udc00"}', "not UTF-8"),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_rows_that_are_no_pairs_are_left_out_and_counted_by_reason_if_so_wanted(folder: Path, name: str) -> None:
+    good = {"t.csv": ["image,caption", "a.png,a cat"], "t.jsonl": ['{"image": "a.png", "caption": "a cat"}']}[name]
+    bad = BAD_ROWS[name]
+    lines = [*good, *(line for line, _ in bad), good[-1]]
+    (folder / name).write_bytes("\n".join(lines).encode())
+    source = open_table(folder / name, on_error="skip")
+    assert [source.captions(i) for i in range(len(source))] == [["a cat"], ["a cat"]]
+    first = len(good) + 1
+    wanted = [(f"{folder / name} row {first + i}", reason) for i, (_, reason) in enumerate(bad)]
+    assert source.left_out.listed == wanted
+    assert source.left_out.counts == {reason: 1 for _, reason in bad}
+    assert source.cells(1).where == f"{folder / name} row {first + len(bad)}"
+
+
+def test_bytes_that_are_not_utf8_cost_their_row_alone_if_so_wanted(folder: Path) -> None:
+    (folder / "t.csv").write_bytes("image,caption\na.png,a cat\na.png,un café\nb.png,a dog\n".encode("latin-1"))
+    source = open_table(folder / "t.csv", on_error="skip")
+    assert [source.captions(i) for i in range(len(source))] == [["a cat"], ["a dog"]]
+    assert source.left_out.listed == [(f"{folder / 't.csv'} row 3", "not UTF-8")]
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl"])
+def test_a_large_table_is_read_once_and_mapped_from_then_on(
+    folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large is what exceeds a limit that is lowered here."""
+    text = delimited(",", [*PAIRS, ("a.png", "nan")]) if name == "t.csv" else json_lines([*PAIRS, ("a.png", "nan")])
+    (folder / name).write_text(text, newline="")
+    small = open_table(folder / name)
+    monkeypatch.setattr(table, "IN_MEMORY", 10)
+    monkeypatch.setattr(table, "BATCH_ROWS", 5)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    mapped = open_table(folder / name)
+    (file,) = (folder / "cache/lit-clip/tables").iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(table, "_rows", None)  # nothing is read again
+        again = open_table(folder / name)
+    sent = pickle.loads(pickle.dumps(again))
+    assert len(pickle.dumps(again)) < 2000
+    for source in (mapped, again, sent):
+        assert len(source) == len(small) == len(PAIRS)
+        assert [source.cells(i) for i in range(len(PAIRS))] == [small.cells(i) for i in range(len(PAIRS))]
+        assert source.left_out.counts == small.left_out.counts == {"no caption": 1}
+        assert source.left_out.listed == small.left_out.listed
+    with (folder / name).open("a", newline="") as stream:
+        stream.write("a.png,one more\r\n" if name == "t.csv" else '{"image": "a.png", "caption": "one more"}\n')
+    assert len(open_table(folder / name)) == len(PAIRS) + 1
+    assert file.is_file()
+
+
+def test_a_broken_large_table_leaves_nothing_in_the_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "IN_MEMORY", 10)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    (folder / "t.csv").write_text("image,caption\na.png,a cat\nb.png,a dog, a bone\n")
+    assert "row 3" in message_of(lambda: open_table(folder / "t.csv"))
+    assert not list((folder / "cache/lit-clip/tables").iterdir())
+
+
+def test_a_cache_that_cannot_be_written_is_an_error_that_says_which(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table, "IN_MEMORY", 10)
+    (folder / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "file"))
+    (folder / "t.csv").write_text(VALID)
+    assert "XDG_CACHE_HOME" in message_of(lambda: open_table(folder / "t.csv"))
+
+
+def test_the_file_of_a_picture_comes_as_it_is(folder: Path) -> None:
+    (folder / "t.csv").write_text(VALID + "none.png,a bird\n")
+    source = open_table(folder / "t.csv")
+    stored = source.read(1)
+    where = f"{folder / 't.csv'} row 3"
+    assert stored == ((folder / "b.png").read_bytes(), ["a dog"], "b.png", "", where)
+    with pytest.raises(BadSample) as error:
+        source.read(2)
+    assert (error.value.where, error.value.reason) == (f"{folder / 't.csv'} row 4", "missing image")

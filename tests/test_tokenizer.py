@@ -194,3 +194,10 @@ def test_tokenize_object_survives_pickling() -> None:
     copy = pickle.loads(pickle.dumps(Tokenize(context_length=5)))
     assert copy == Tokenize(context_length=5)
     assert torch.equal(copy(["a photo of a cat.", "a dog"]), tokenize(["a photo of a cat.", "a dog"], 5))
+
+
+def test_ids_are_counted_before_a_text_is_cut() -> None:
+    assert {text: Tokenize(4).count(text) for text in OPENAI_IDS} == {
+        text: len(ids) for text, ids in OPENAI_IDS.items()
+    }
+    assert Tokenize(77).count("cat " * 500) == 502

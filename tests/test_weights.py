@@ -477,7 +477,7 @@ def test_the_command_refuses_bad_weights_with_exit_code_2_and_writes_nothing(tmp
     (tmp_path / "captions.csv").write_text("image,caption\na.png,a\n", encoding="utf-8")
     before = sorted(path.name for path in tmp_path.rglob("*"))
     result = cli(
-        *("fit", "--data", "datamodules.CaptionTable", "--data.train", "captions.csv"),
+        *("fit", "--data", "datamodules.Captions", "--data.train", "captions.csv"),
         *("--model.architecture", "ViT-B-32-quickgelu", "--model.pretrained", "evil.pt"),
     )
     assert result.returncode == 2, result.stderr

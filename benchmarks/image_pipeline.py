@@ -1,0 +1,125 @@
+"""From JPEGs to training batches: open_clip's CSV pipeline and ours on the same files, one worker each, alternating.
+
+    python benchmarks/image_pipeline.py [--pairs 5] [--pictures 512] [--size 1280x960]
+
+Counted from a loader's first batch to its last: images a second of one worker, with each package's default training
+augmentation to 224 pixels and its tokenizer. Afterwards, of the same crops, how far the pixels of a JPEG decoded at a
+fraction of its size are from those of one decoded whole. The photographs are those that scikit-image and scikit-learn
+install, filled up to the size. open_clip's pipeline wants pandas.
+"""
+
+import csv
+import io
+import logging
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import skimage
+import sklearn
+from peers import captions, parser
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader
+
+from datamodules import Augmentation, Captions
+from datamodules.images import decoding_at_least, open_image
+from lit_clip.config import Preprocessing
+
+BATCH = 32
+
+
+def photographs(size: tuple[int, int]) -> list[Image.Image]:
+    """Eight real photographs, each filling the size."""
+    sk, sl = Path(skimage.__file__).parent / "data", Path(sklearn.__file__).parent / "datasets/images"
+    names = ("astronaut.png", "coffee.png", "chelsea.png", "hubble_deep_field.jpg", "rocket.jpg", "motorcycle_left.png")
+    files = [sk / name for name in names] + [sl / "china.jpg", sl / "flower.jpg"]
+    return [ImageOps.fit(Image.open(file).convert("RGB"), size, Image.Resampling.LANCZOS) for file in files]
+
+
+def write_table(folder: Path, size: tuple[int, int], count: int) -> Path:
+    """A TSV as open_clip wants it, of pictures in JPEG quality 90."""
+    contents = []
+    for image in photographs(size):
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=90)
+        contents.append(file.getvalue())
+    with (folder / "pairs.tsv").open("w", newline="") as file:
+        rows = csv.writer(file, delimiter="\t")
+        rows.writerow(["filepath", "title"])
+        for i, caption in enumerate(captions(count)):
+            path = folder / f"{i}.jpg"
+            path.write_bytes(contents[i % len(contents)])
+            rows.writerow([path, caption])
+    return folder / "pairs.tsv"
+
+
+def open_clip_loader(table: Path) -> Iterable[Any]:
+    """As ``open_clip_train.data.get_csv_dataset`` makes it for one process."""
+    from open_clip_train.data import CsvDataset
+
+    transform = open_clip.image_transform(224, is_train=True)
+    dataset = CsvDataset(str(table), transform, "filepath", "title", tokenizer=open_clip.get_tokenizer("ViT-B-32"))
+    return DataLoader(dataset, BATCH, shuffle=True, num_workers=1, drop_last=True)
+
+
+def our_loader(table: Path) -> Iterable[Any]:
+    """The data module's training loader."""
+    data = Captions(str(table), str(table), batch_size=BATCH, num_workers=1)
+    data.setup("fit")
+    return data.train_dataloader()
+
+
+def rate(loader: Iterable[Any]) -> float:
+    """Images a second from the first batch to the last."""
+    batches = iter(loader)
+    next(batches)
+    start, count = time.perf_counter(), 0
+    for _ in batches:
+        count += BATCH
+    return count / (time.perf_counter() - start)
+
+
+def differences(size: tuple[int, int]) -> list[float]:
+    """Mean absolute difference of the pixels (0 to 255) of each photograph."""
+    crop = Augmentation().crop(Preprocessing())
+    result = []
+    for image in photographs(size):
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=90)
+        whole = open_image(file, "")
+        with decoding_at_least(crop.least_size):
+            part = open_image(file, "")
+        params = crop.make_params([])
+        one, other = (np.asarray(crop.transform(each, params), dtype=float) for each in (whole, part))
+        result.append(float(np.abs(one - other).mean()))
+    return result
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--pictures", type=int, default=512)
+    arguments.add_argument("--size", default="1280x960")
+    options = arguments.parse_args()
+    logging.disable(logging.WARNING)
+    width, height = map(int, options.size.split("x"))
+    with tempfile.TemporaryDirectory() as folder:
+        table = write_table(Path(folder), (width, height), options.pictures)
+        makers: tuple[Callable[[Path], Iterable[Any]], ...] = (open_clip_loader, our_loader)
+        rates = [[rate(make(table)) for make in makers] for _ in range(options.pairs + 1)][1:]  # the first warms up
+    ratios = sorted(ours / theirs for theirs, ours in rates)
+    theirs, ours = (statistics.median(column) for column in zip(*rates, strict=True))
+    print(
+        f"{options.size} JPEGs to 224 pixels, one worker: open_clip {theirs:.0f} images/s, lit-clip {ours:.0f}, "
+        f"{statistics.median(ratios):.2f} times as many ({ratios[0]:.2f} to {ratios[-1]:.2f}, {options.pairs} pairs)"
+    )
+    off = differences((width, height))
+    print(f"pixels of 255 that a fraction's decoding is off: mean {statistics.mean(off):.2f}, most {max(off):.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""Checkpoints that are whole or not there, and the newest of them."""
+
+import os
+import zipfile
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+
+from lit_clip.errors import InputError
+
+
+class WholeCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint under another name beside its own, and gives it its name when it is on the disk.
+
+    Lightning's own builds the file in memory first, writes it to the system's temporary folder, which may be another
+    disk, and says nothing where it may not write.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Raise :class:`InputError` where it cannot be written; a file of that name is then as it was."""
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        whole = Path(path)
+        part = whole.with_name(f".{whole.name}.part")
+        try:
+            whole.parent.mkdir(parents=True, exist_ok=True)
+            with part.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            if not zipfile.is_zipfile(part):  # its end is written last
+                raise InputError(f"{whole}: the checkpoint is not whole after writing; is the disk full?")
+            os.replace(part, whole)
+        except (OSError, RuntimeError) as error:  # torch's writer raises the second on a full disk
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            raise InputError(f"{whole}: the checkpoint cannot be written ({reason}); the one before is kept") from error
+        finally:
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
+
+
+def newest_checkpoint(folders: Iterable[Path]) -> Path | None:
+    """The whole checkpoint of the most optimiser steps at any depth below some folders, of equal ones the latest file.
+
+    Files that are not whole, not checkpoints, or hold weights alone are passed over.
+    """
+    found = []
+    for path in {path.resolve() for folder in folders for path in folder.rglob("*.ckpt")}:
+        step = _steps(path)
+        if step is not None:
+            found.append((step, path.stat().st_mtime, path))
+    return max(found)[2] if found else None
+
+
+def _steps(path: Path) -> int | None:
+    try:
+        if not zipfile.is_zipfile(path):
+            return None
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)  # mapped: no tensor is read
+        return int(checkpoint["global_step"]) if "optimizer_states" in checkpoint else None
+    except Exception:  # whatever a damaged or foreign file raises: it is no checkpoint to go on from
+        return None
