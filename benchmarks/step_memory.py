@@ -35,7 +35,7 @@ def batch_of(pairs: int, device: str, tokenize: Any) -> CaptionBatch:
 
 
 def measure(library: str, pairs: int, micro: int, steps: int, precision: str, device: str, gradients: str) -> None:
-    """Print the peak in bytes and the seconds of the last step; ``gradients`` is a file to write the first step's to."""
+    """Print the peak in bytes and the seconds of the last step; ``gradients``: a file to write the first step's to."""
     theirs, model = open_clip_pair("ViT-B-32")
     module: Any = LitCLIP("ViT-B-32", micro_batch_size=micro or None)
     module.model.load_state_dict(model.state_dict())
