@@ -46,6 +46,9 @@ bench: install  ## Measure against open_clip, in the same run
 	@$(BIN)/python benchmarks/train_step.py
 	@$(BIN)/python benchmarks/text_encoding.py
 	@$(BIN)/python benchmarks/load_model.py
+	@$(BIN)/python benchmarks/loss_memory.py
+	@$(BIN)/python benchmarks/step_memory.py
+	@$(BIN)/python benchmarks/retrieval.py --images 5000 --captions 25000
 
 tensorboard: install  ## Show the curves and pictures of all runs
 	@$(BIN)/tensorboard --logdir $(RUNS)

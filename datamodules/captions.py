@@ -16,11 +16,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from datamodules.augmentation import Augmentation
 from datamodules.bad_samples import OnError, Skipped, SkippingDataset, split_skipped
-from datamodules.caption_lengths import LongCaptions, caption_statistics, refuse_long
+from datamodules.caption_lengths import SAMPLED, LongCaptions, caption_statistics, refuse_long
 from datamodules.images import LeastSize, decoding_at_least
 from datamodules.sampling import EvaluationBatchSampler, GlobalBatchSampler, Position, Sample, StridedSampler
 from datamodules.sources import Pair as Pair
-from datamodules.sources import PairSource
+from datamodules.sources import PairSource, Rows
 from lit_clip.batch import CaptionBatch
 from lit_clip.collectives import rank_and_world
 from lit_clip.config import Preprocessing, Size, height_width
@@ -103,10 +103,13 @@ class _Collate:
 
 
 def _tell_of_long_captions(source: PairSource, tokenize: TextTokenizer) -> None:
-    length = caption_statistics(source, tokenize)
+    if rank_and_world()[0]:
+        return
+    first = np.arange(min(len(source), SAMPLED))  # and no others: each shard of a store is fetched for its captions
+    length = caption_statistics(Rows(source, first), tokenize)
     if length.truncated:
         rank_zero_info(
-            f"captions: {length.truncated:.1%} of {length.captions} looked at are cut at {tokenize.context_length} "
+            f"captions: {length.truncated:.1%} of the first {length.captions} are cut at {tokenize.context_length} "
             f"tokens and lose {length.tokens_lost:.1f} on average (model.context_length, data.long_captions)"
         )
 
@@ -188,7 +191,7 @@ class CaptionDataModule(LightningDataModule, ABC):
         if stage == "fit" and self.train_source is not None:
             _tell_of_long_captions(self.train_source, self.tokenize)
 
-    def _batches(self) -> GlobalBatchSampler:
+    def _batches(self, start: Position = Position()) -> GlobalBatchSampler:  # noqa: B008  # immutable
         assert self.train_source is not None, "call setup('fit') first"
         source, wanted, batch_size = self.train_source, self.global_batch_size, self.train_batch_size
         pairs = source.epoch_size
@@ -198,7 +201,6 @@ class CaptionDataModule(LightningDataModule, ABC):
                 f"global_batch_size: {wanted} pairs a step are more than the {pairs} training pairs; "
                 f"set it to {pairs // world * world} or less, and the learning rate with it"
             )
-        start = self._start() if self._resumed else Position()
 
         def order(epoch: int) -> np.ndarray:
             return source.order(epoch, self.seed)
@@ -293,11 +295,17 @@ class CaptionDataModule(LightningDataModule, ABC):
         )
 
     def train_dataloader(self) -> DataLoader[Any]:
-        batches, source = self._batches(), self.train_source
+        trainer: Any = self.trainer
+        if getattr(trainer, "reload_dataloaders_every_n_epochs", 0):
+            raise InputError(
+                "trainer.reload_dataloaders_every_n_epochs: leave it out; each epoch has its own order anyway"
+            )
+        overfit = bool(getattr(trainer, "overfit_batches", 0))
+        batches = self._batches(self._start() if self._resumed and not overfit else Position())
+        self._resumed, source = {}, self.train_source
         self._began_at, self._first_step = batches.start, getattr(self.trainer, "global_step", 0)
         assert source is not None
-        trainer: Any = self.trainer
-        if getattr(trainer, "overfit_batches", 0):  # the same batch every time, augmented the same way
+        if overfit:  # the same batch every time, augmented the same way
             batches.reshuffle = False
         transform = self.augmentation.transform(self.preprocessing)
         least_size = self.augmentation.crop(self.preprocessing).least_size

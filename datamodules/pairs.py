@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from datamodules.augmentation import Augmentation
@@ -12,9 +13,10 @@ from datamodules.caption_lengths import LongCaptions
 from datamodules.captions import CaptionDataModule
 from datamodules.mixture import Mixture
 from datamodules.shards import ShardOptions
-from datamodules.sources import PairSource, open_source
+from datamodules.sources import NO_CAPTION, PairSource, open_source
 from lit_clip.config import Preprocessing
 from lit_clip.errors import InputError
+from lit_clip.skipped import JUDGED_AFTER
 from lit_clip.tokenizer import TextTokenizer
 
 VALIDATION_SHARE = 0.1
@@ -40,10 +42,10 @@ Data = str | list[str] | list[dict[str, Any]]
 def _part(part: Weighted | Mapping[str, Any]) -> Weighted:
     if isinstance(part, Weighted):
         return part
-    try:
-        return Weighted(**part)
-    except TypeError as error:
-        raise InputError(f"data: a mixture's parts each want data and weight, not {', '.join(part)}") from error
+    data, weight = part.get("data"), part.get("weight", 1.0)
+    if not part.keys() <= {"data", "weight"} or not isinstance(data, str | list) or not isinstance(weight, int | float):
+        raise InputError(f"data: a mixture's parts each want data (a path) and weight (a number), not {dict(part)}")
+    return Weighted(data, weight)
 
 
 class Captions(CaptionDataModule):
@@ -115,7 +117,8 @@ class Captions(CaptionDataModule):
         }
 
     def prepare_data(self) -> None:
-        for data, split in ((self.train, "train"), (self.val, "validation")):
+        trains = not self.trainer or self.trainer.state.fn == TrainerFn.FITTING or self.val is None
+        for data, split in ((self.train if trains else None, "train"), (self.val, "validation")):
             if data is not None:
                 self._source(data, split).prepare()
 
@@ -137,6 +140,13 @@ class Captions(CaptionDataModule):
         if source.left_out.counts:
             name = data if isinstance(data, str) else split
             rank_zero_info(f"{name}: {len(source)} pairs, {source.left_out} left out")
+            bad = sum(count for reason, count in source.left_out.counts.items() if reason != NO_CAPTION)
+            found = len(source) + bad
+            if self.on_error == "skip" and found >= JUDGED_AFTER and bad > self.max_skipped * found:
+                raise InputError(
+                    f"{name}: {source.left_out} cannot be used, beside {len(source)} pairs that can; mend or remove "
+                    f"them, or raise data.init_args.max_skipped (now {self.max_skipped:g})"
+                )
         if self.on_error == "error":
             source.check()
         return source

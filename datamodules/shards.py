@@ -89,7 +89,7 @@ class _Indexing(Dataset[Summary]):
 
 def _names(urls: Sequence[str]) -> list[str]:
     """What tells shards apart, for keys: their paths below what all have in common, without ``.tar``."""
-    names = [url.removesuffix(".tar") for url in urls]
+    names = [(url if is_remote(url) else os.path.abspath(url)).removesuffix(".tar") for url in urls]
     folders = {name.rpartition("/")[0] for name in names}
     common = os.path.commonpath(folders) if len(folders) > 1 and not any(map(is_remote, folders)) else ""
     if len(folders) == 1 or common:

@@ -216,6 +216,20 @@ class Concatenated(PairSource):
     def __len__(self) -> int:
         return self.stops[-1]
 
+    @property
+    def epoch_size(self) -> int:
+        return sum(source.epoch_size for source in self.sources)
+
+    def order(self, epoch: int, seed: int) -> np.ndarray:
+        """Each source's rows in its own order, which may keep near what lies near, mixed with the others'."""
+        turns = np.repeat(np.arange(len(self.sources), dtype=np.int32), [source.epoch_size for source in self.sources])
+        np.random.default_rng((seed, epoch)).shuffle(turns)
+        order = np.empty(len(turns), np.int64)
+        for number, source in enumerate(self.sources):
+            own_seed = int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
+            order[turns == number] = source.order(epoch, own_seed) + (self.stops[number - 1] if number else 0)
+        return order
+
     def _at(self, index: int) -> tuple[int, int]:
         part = bisect_right(self.stops, index)
         return part, index - (self.stops[part - 1] if part else 0)

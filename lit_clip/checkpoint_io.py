@@ -44,17 +44,20 @@ class WholeCheckpointIO(TorchCheckpointIO):
                 part.unlink(missing_ok=True)
 
 
-def newest_checkpoint(folders: Iterable[Path]) -> Path | None:
-    """The whole checkpoint of the most optimiser steps at any depth below some folders, of equal ones the latest file.
+def newest_checkpoint(places: Iterable[Path]) -> Path | None:
+    """Of the folder that was written to last, the whole checkpoint of the most optimiser steps.
 
     Files that are not whole, not checkpoints, or hold weights alone are passed over.
+
+    Args:
+        places: folders, which are searched at any depth, and files.
     """
-    found = []
-    for path in {path.resolve() for folder in folders for path in folder.rglob("*.ckpt")}:
-        step = _steps(path)
-        if step is not None:
-            found.append((step, path.stat().st_mtime, path))
-    return max(found)[2] if found else None
+    files = {file.resolve() for place in places for file in ([place] if place.is_file() else place.rglob("*.ckpt"))}
+    found = [(step, file.stat().st_mtime, file) for file in files if (step := _steps(file)) is not None]
+    if not found:
+        return None
+    last = max(found, key=lambda each: each[1])[2].parent
+    return max(each for each in found if each[2].parent == last)[2]
 
 
 def _steps(path: Path) -> int | None:

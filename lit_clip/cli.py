@@ -75,15 +75,14 @@ class CLI(LightningCLI):
         for name in {"validate", "test"} & getattr(self, "_subcommand_parsers", {}).keys():
             self._subcommand_parsers[name].set_defaults(verbose=False)  # our table says it, with what guessing reaches
         super().parse_arguments(parser, args)
-        if subcommand == "fit" and path in NEWEST:
+        if subcommand and path in NEWEST:
             found = newest_checkpoint(_run_folders(self.config[subcommand]))
-            if found or path == "auto":
+            if found or (path == "auto" and subcommand == "fit"):
                 self.parse_arguments(parser, [*words, "--ckpt_path", str(found) if found else "null"])
                 return
             folders = ", ".join(map(str, _run_folders(self.config[subcommand])))
-            raise InputError(
-                f"--ckpt_path last: no whole checkpoint below {folders}; auto begins anew where there is none"
-            )
+            hint = "; auto begins anew in that case" if subcommand == "fit" else ""
+            raise InputError(f"--ckpt_path {path}: no whole checkpoint below {folders}{hint}")
         if subcommand and path and not self.config[subcommand]["model"]["lora"]:
             self.config[subcommand]["model"]["pretrained"] = None  # the checkpoint replaces every weight
 
@@ -152,7 +151,8 @@ def _run_folders(config: Any) -> list[Path]:
     trainer = config["trainer"]
     loggers = trainer["logger"] if isinstance(trainer["logger"], list) else [trainer["logger"]]
     callbacks = trainer["callbacks"] if isinstance(trainer["callbacks"], list) else [trainer["callbacks"]]
-    root, folders = Path(trainer["default_root_dir"] or "."), []
+    root = Path(trainer["default_root_dir"] or ".")
+    folders = [root / "checkpoints", *root.glob("hpc_ckpt_*.ckpt")]  # without a logger, and of a requeued SLURM job
     for logger in loggers:
         options: Any = (logger or {}).get("init_args", {}) if not isinstance(logger, bool) else {}
         folders.append(Path(options.get("save_dir") or root) / (options.get("name") or "lightning_logs"))

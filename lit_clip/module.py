@@ -8,6 +8,7 @@ from typing import Any, Self, TypedDict, TypeVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -226,7 +227,8 @@ class LitCLIP(LightningModule):
 
     def on_fit_start(self) -> None:
         check_master_weights(self)
-        batches = self.trainer.accumulate_grad_batches
+        planned = [one for one in self.trainer.callbacks if isinstance(one, GradientAccumulationScheduler)]
+        batches = max([self.trainer.accumulate_grad_batches, *(n for one in planned for n in one.scheduling.values())])
         require(
             batches == 1,
             f"trainer.accumulate_grad_batches: {batches} adds no negatives, and they are what a larger batch is for; "

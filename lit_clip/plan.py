@@ -55,6 +55,7 @@ class RunPlan:
         micro_batch: pairs that are encoded at a time, as asked for.
         checkpointed: whether blocks compute their activations again.
         steps_per_epoch: of training.
+        trial: whether it is a ``fast_dev_run``, in which nothing need agree.
         steps: of the whole run.
         pairs: training pairs.
         warmup: steps of warm-up.
@@ -91,6 +92,7 @@ class RunPlan:
     max_epochs: int | None
     precision: str
     ring: bool
+    trial: bool = False
 
     @property
     def world(self) -> int:
@@ -183,6 +185,7 @@ def measure_run(module: Any, trainer: Trainer) -> RunPlan:
         micro_batch=hparams.micro_batch_size,
         checkpointed=hparams.gradient_checkpointing,
         steps_per_epoch=per_epoch,
+        trial=bool(getattr(trainer, "fast_dev_run", False)),
         steps=None if per_epoch is None else total_steps(trainer),
         pairs=len(source) if (source := getattr(data, "train_source", None)) is not None else None,
         warmup=hparams.warmup_steps,
@@ -370,5 +373,5 @@ def print_plan(plan: RunPlan) -> None:
         table.add_row(*row)
     console = Console(highlight=False)
     console.print(table)
-    for sentence in contradictions(plan):
+    for sentence in contradictions(plan) if not plan.trial else ():
         console.print(f"warning: {sentence}", style="yellow", soft_wrap=True, markup=False)

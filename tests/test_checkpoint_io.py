@@ -61,9 +61,10 @@ def test_a_folder_that_is_a_file_is_an_error(tmp_path: Path) -> None:
 def test_the_newest_is_that_of_the_most_steps_that_can_be_gone_on_from(tmp_path: Path) -> None:
     assert newest_checkpoint([tmp_path, tmp_path / "nowhere"]) is None
     saving = WholeCheckpointIO()
-    for run, step in (("version_0", 30), ("version_1", 20)):
-        saving.save_checkpoint({**CHECKPOINT, "global_step": step}, tmp_path / run / "checkpoints" / "last.ckpt")
-    expected = tmp_path / "version_0/checkpoints/last.ckpt"
+    for run, name, step in (("version_0", "last", 30), ("version_1", "last", 20), ("version_1", "best", 10)):
+        time.sleep(0.01)
+        saving.save_checkpoint({**CHECKPOINT, "global_step": step}, tmp_path / run / "checkpoints" / f"{name}.ckpt")
+    expected = tmp_path / "version_1/checkpoints/last.ckpt"  # an older run may have gone further
     assert newest_checkpoint([tmp_path]) == expected
     cut = expected.read_bytes()
     (tmp_path / "cut.ckpt").write_bytes(cut[: len(cut) // 2])  # a crash in the middle of writing
@@ -73,7 +74,8 @@ def test_the_newest_is_that_of_the_most_steps_that_can_be_gone_on_from(tmp_path:
     assert newest_checkpoint([tmp_path]) == expected
     time.sleep(0.01)
     saving.save_checkpoint({**CHECKPOINT, "global_step": 30}, tmp_path / "version_2" / "last.ckpt")
-    assert newest_checkpoint([tmp_path]) == tmp_path / "version_2/last.ckpt"  # of equal ones the latest
+    assert newest_checkpoint([tmp_path]) == tmp_path / "version_2/last.ckpt"
+    assert newest_checkpoint([tmp_path / "version_0", tmp_path / "cut.ckpt"]) is not None
 
 
 def test_last_and_auto_go_on_from_the_newest_checkpoint_of_the_configurations_runs(
@@ -87,7 +89,7 @@ def test_last_and_auto_go_on_from_the_newest_checkpoint_of_the_configurations_ru
     ]
     nothing = cli("fit", *words, "--ckpt_path", "last")
     assert nothing.returncode == 2
-    assert "--ckpt_path last: no whole checkpoint below lightning_logs; auto begins anew" in nothing.stderr
+    assert "--ckpt_path last: no whole checkpoint below checkpoints, lightning_logs; auto begins anew" in nothing.stderr
     assert cli("fit", *words, "--trainer.max_epochs", "1", "--ckpt_path", "auto").returncode == 0
     first = tmp_path / "lightning_logs/version_0/checkpoints/last.ckpt"
     assert torch.load(first, weights_only=True)["global_step"] == 2
