@@ -227,7 +227,8 @@ class LitCLIP(LightningModule):
 
     def on_fit_start(self) -> None:
         check_master_weights(self)
-        planned = [one for one in self.trainer.callbacks if isinstance(one, GradientAccumulationScheduler)]
+        trainer: Any = self.trainer  # its callbacks are set by a connector
+        planned = [one for one in trainer.callbacks if isinstance(one, GradientAccumulationScheduler)]
         batches = max([self.trainer.accumulate_grad_batches, *(n for one in planned for n in one.scheduling.values())])
         require(
             batches == 1,

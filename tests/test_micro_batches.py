@@ -121,7 +121,7 @@ def test_activations_of_one_part_at_most_are_alive() -> None:
 
 def test_accumulated_batches_are_refused_with_the_option_that_does_it() -> None:
     module = LitCLIP(CONFIG)
-    module._trainer = type("Trainer", (), {"accumulate_grad_batches": 4, "precision": "32-true"})()  # pyright: ignore
+    module._trainer = type("Trainer", (), {"accumulate_grad_batches": 4, "precision": "32-true", "callbacks": ()})()  # pyright: ignore
     with pytest.raises(InputError, match=r"accumulate_grad_batches: 4 .*batch_size 4 times and set model.micro_batch"):
         module.on_fit_start()
     with pytest.raises(InputError, match="micro_batch_size: 0 must be at least 1"):
