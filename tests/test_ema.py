@@ -151,6 +151,7 @@ def test_what_cannot_work_is_refused(tiny_config: CLIPConfig, caption_table: Pat
         fit(tiny_config, caption_table, tmp_path, EMA(), ModelCheckpoint(tmp_path, save_weights_only=True))
 
 
+@pytest.mark.slow
 def test_two_ranks_have_the_average_of_one(cli: Callable[..., Any], caption_table: Path, tmp_path: Path) -> None:
     from tests.test_finetune import command
 

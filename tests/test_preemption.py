@@ -437,7 +437,8 @@ def test_the_first_rank_ends_with_an_error_when_another_is_killed(
     assert run.ends(60) != 0
 
 
-@pytest.mark.parametrize("during", ["training", pytest.param("validation", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("during", ["training", "validation"])
 def test_the_other_ranks_end_with_an_error_when_the_first_is_killed(
     during: str, start_and_wait: Callable[[str], Run]
 ) -> None:
