@@ -7,7 +7,6 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from typing import Any, TextIO
 
 import numpy as np
@@ -19,6 +18,7 @@ from datamodules.images import decoding_at_least, open_image
 from datamodules.look_alikes import look_of
 from datamodules.sources import LISTED, Encoded, PairSource
 from lit_clip.commands import progress
+from lit_clip.hashing import hash64
 from lit_clip.images import loader
 from lit_clip.tokenizer import TextTokenizer
 
@@ -51,14 +51,14 @@ def formats() -> list[str]:
     return sorted(Image.OPEN)
 
 
-def digest(content: bytes) -> int:
-    """64 bits that stand for a text or a file: among 100 million two are the same by chance with 0.03 %."""
-    return int.from_bytes(blake2b(content, digest_size=8).digest(), "little")
+def digest(content: str | bytes) -> int:
+    """See :func:`lit_clip.hashing.hash64`, as a number."""
+    return int.from_bytes(hash64(content), "little")
 
 
 def caption_digest(caption: str) -> int:
     """Equal for captions that differ in letter case and white space alone."""
-    return digest(" ".join(caption.lower().split()).encode())
+    return digest(" ".join(caption.lower().split()))
 
 
 @dataclass
@@ -120,7 +120,7 @@ def _picture(stored: Encoded) -> tuple[int, ...]:
         mode = Image.MODES.index(image.mode) if image.mode in Image.MODES else len(Image.MODES)
         kind = formats().index(str(image.format))
         sizes = (*image.size, len(stored.image), len(stored.captions))
-    key, file = digest(stored.key.encode("utf-8", "surrogateescape")), digest(stored.image)
+    key, file = digest(stored.key), digest(stored.image)
     return (key, file, look.bits, look.colour, *sizes, kind, mode, state)
 
 

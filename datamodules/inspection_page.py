@@ -17,6 +17,7 @@ from datamodules.inspection_summary import Repeats, Section
 from datamodules.look_alikes import Groups
 from datamodules.sources import Encoded, PairSource
 from lit_clip.features import replacing
+from lit_clip.html_page import page
 
 SAMPLES = 24
 OF_GROUP = 4  # pictures of a group that are shown
@@ -26,41 +27,26 @@ BARS = 40
 CHART = (640, 180)  # width and height of a histogram, without its labels
 LABEL = 24
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width">
-<title>{title}</title>
-<style>
-body {{ font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1100px; padding: 0 1rem; color: #222;
-  background: #fff }}
-h1 {{ font-size: 1.5rem; overflow-wrap: anywhere }}
-h2 {{ font-size: 1.15rem; margin: 2.2rem 0 .6rem; border-bottom: 1px solid #ddd; padding-bottom: .2rem }}
-table {{ border-collapse: collapse; width: 100% }}
-td, th {{ padding: .2rem .8rem .2rem 0; vertical-align: top; text-align: left; overflow-wrap: anywhere }}
-td:first-child {{ color: #555; width: 42% }}
-tr.wrong td:last-child {{ color: #b03a00; font-weight: 600 }}
-.charts {{ display: flex; flex-wrap: wrap; gap: 1.5rem }}
-figure {{ margin: 0 }}
-.chart {{ flex: 1 1 460px }}
-svg {{ width: 100%; height: auto; font: 12px system-ui, sans-serif }}
-.gallery {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 1rem }}
-.groups {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); gap: 1rem }}
-.group {{ border: 1px solid #ddd; border-radius: 6px; padding: .6rem }}
-.gallery img {{ width: 100%; height: 150px; object-fit: contain; background: #f2f2f2 }}
-figcaption {{ overflow-wrap: anywhere; font-size: .85rem }}
-figcaption small {{ color: #666 }}
-figcaption span {{ display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 3; overflow: hidden }}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
-{body}
-</body>
-</html>
-"""
+_STYLE = """\
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1100px; padding: 0 1rem; color: #222;
+  background: #fff }
+h1 { font-size: 1.5rem; overflow-wrap: anywhere }
+h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; border-bottom: 1px solid #ddd; padding-bottom: .2rem }
+table { border-collapse: collapse; width: 100% }
+td, th { padding: .2rem .8rem .2rem 0; vertical-align: top; text-align: left; overflow-wrap: anywhere }
+td:first-child { color: #555; width: 42% }
+tr.wrong td:last-child { color: #b03a00; font-weight: 600 }
+.charts { display: flex; flex-wrap: wrap; gap: 1.5rem }
+figure { margin: 0 }
+.chart { flex: 1 1 460px }
+svg { width: 100%; height: auto; font: 12px system-ui, sans-serif }
+.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 1rem }
+.groups { display: grid; grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); gap: 1rem }
+.group { border: 1px solid #ddd; border-radius: 6px; padding: .6rem }
+.gallery img { width: 100%; height: 150px; object-fit: contain; background: #f2f2f2 }
+figcaption { overflow-wrap: anywhere; font-size: .85rem }
+figcaption small { color: #666 }
+figcaption span { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 3; overflow: hidden }"""
 
 
 def write_page(
@@ -94,9 +80,9 @@ def write_page(
         parts += _captions(repeats.captions, source, findings)
     wrong = [(where, line) for where, _, line in findings.problems] + source.left_out.listed
     parts += _problems(wrong, findings.reasons.total() + source.left_out.counts.total())
-    page = _PAGE.format(title=escape(title), body="\n".join(parts))
+    content = page(title, _STYLE, "\n".join([f"<h1>{escape(title)}</h1>", *parts]))
     with replacing(path) as temporary:
-        temporary.write_text(page, encoding="utf-8", errors="replace")
+        temporary.write_text(content, encoding="utf-8", errors="replace")
 
 
 def _section(section: Section) -> str:

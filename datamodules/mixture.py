@@ -1,4 +1,4 @@
-"""Several sources of pairs in stated proportions."""
+"""Several sources of pairs as one: one after the other, or in stated proportions."""
 
 import random
 from bisect import bisect_right
@@ -7,7 +7,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from datamodules.sources import Concatenated, Encoded, LeftOut, Pair, PairSource
+from datamodules.sources import Encoded, LeftOut, Pair, PairSource
 from lit_clip.errors import InputError, require
 
 
@@ -20,7 +20,86 @@ def shares_of(weights: Sequence[float], total: int) -> list[int]:
     return shares.tolist()
 
 
-class Mixture(PairSource):
+class Concatenated(PairSource):
+    """Several sources, one after the other.
+
+    Args:
+        sources: all of them.
+        apart: whether equal keys in two of them are different pictures; their numbers are then part of the keys.
+        groups_apart: likewise of groups.
+    """
+
+    def __init__(self, sources: Sequence[PairSource], apart: bool, groups_apart: bool = False) -> None:
+        self.sources, self.apart, self.groups_apart = list(sources), apart, groups_apart
+        self.stops = list(accumulate(len(source) for source in self.sources))
+
+    def __len__(self) -> int:
+        return self.stops[-1]
+
+    @property
+    def epoch_size(self) -> int:
+        return sum(source.epoch_size for source in self.sources)
+
+    @property
+    def parts(self) -> list[int]:
+        """How many rows of an epoch are of each source."""
+        return [source.epoch_size for source in self.sources]
+
+    def order(self, epoch: int, seed: int) -> np.ndarray:
+        """Each source's rows in its own order, which may keep near what lies near, mixed with the others'."""
+        turns = np.repeat(np.arange(len(self.sources), dtype=np.int32), self.parts)
+        np.random.default_rng((seed, epoch)).shuffle(turns)
+        order = np.empty(len(turns), np.int64)
+        for number in range(len(self.sources)):
+            own_seed = int(np.random.SeedSequence((seed, number)).generate_state(1)[0])  # equal sources differ in order
+            start = self.stops[number - 1] if number else 0
+            order[turns == number] = start + self._rows(number, epoch, own_seed)
+        return order
+
+    def _rows(self, number: int, epoch: int, seed: int) -> np.ndarray:
+        """What an epoch takes of a source, int64 ``[parts[number]]``."""
+        return self.sources[number].order(epoch, seed).astype(np.int64)
+
+    def _at(self, index: int) -> tuple[int, int]:
+        part = bisect_right(self.stops, index)
+        return part, index - (self.stops[part - 1] if part else 0)
+
+    def _named(self, part: int, key: str, group: str) -> dict[str, str]:
+        """What a pair is called beside those of the other sources."""
+        apart = self.groups_apart and group
+        return {"key": f"{part}:{key}" if self.apart else key, "group": f"{part}:{group}" if apart else group}
+
+    def load(self, index: int, rng: random.Random | None) -> Pair:
+        part, row = self._at(index)
+        pair = self.sources[part].load(row, rng)
+        return pair._replace(**self._named(part, pair.key, pair.group))
+
+    def read(self, index: int) -> Encoded:
+        part, row = self._at(index)
+        pair = self.sources[part].read(row)
+        return pair._replace(**self._named(part, pair.key, pair.group))
+
+    def captions(self, index: int) -> list[str]:
+        part, row = self._at(index)
+        return self.sources[part].captions(row)
+
+    def prepare(self) -> None:
+        for source in self.sources:
+            source.prepare()
+
+    def check(self) -> None:
+        for source in self.sources:
+            source.check()
+
+    @property
+    def left_out(self) -> LeftOut:
+        total = LeftOut()
+        for source in self.sources:
+            total.update(source.left_out)
+        return total
+
+
+class Mixture(Concatenated):
     """Pairs of several sources, of each as many an epoch as its weight says, thoroughly mixed.
 
     A source is read in its own order and goes on in the next epoch where it stopped, so none of its pairs comes again
@@ -44,8 +123,8 @@ class Mixture(PairSource):
             require(
                 usable, f"mixture: weight {weight} of source {number} must be above 0; leave out what is not wanted"
             )
-        self.sources, self.weights, self._wanted = list(sources), list(weights), epoch_size
-        self.stops = list(accumulate(len(source) for source in self.sources))
+        super().__init__(sources, apart=True, groups_apart=True)
+        self.weights, self._wanted = list(weights), epoch_size
         if epoch_size is not None:
             require(epoch_size >= 1, f"mixture: epoch_size {epoch_size} must be at least 1")
         self.shares = shares_of(self.weights, self.epoch_size)
@@ -56,74 +135,27 @@ class Mixture(PairSource):
                 f"{weights[number]}; raise its weight or epoch_size"
             )
 
-    def __len__(self) -> int:
-        return self.stops[-1]
-
     @property
     def epoch_size(self) -> int:
         return self._wanted or len(self)
 
-    def order(self, epoch: int, seed: int) -> np.ndarray:
-        """Rows of an epoch: int64 ``[epoch_size]``, a row more than once where a small source has a large share."""
-        turns = np.repeat(np.arange(len(self.sources), dtype=np.int32), self.shares)
-        np.random.default_rng((seed, epoch)).shuffle(turns)
-        order = np.empty(len(turns), np.int64)
-        for number in range(len(self.sources)):
-            start = self.stops[number - 1] if number else 0
-            order[turns == number] = start + self._rows(number, epoch, seed)
-        return order
+    @property
+    def parts(self) -> list[int]:
+        return self.shares
 
     def _rows(self, number: int, epoch: int, seed: int) -> np.ndarray:
         """The part that an epoch takes of the endless sequence of one source's passes."""
         source, share = self.sources[number], self.shares[number]
-        own_seed = int(np.random.SeedSequence((seed, number)).generate_state(1)[0])  # equal sources differ in order
         parts, position, end = [], epoch * share, (epoch + 1) * share
         while position < end:
             number_of_pass, done = divmod(position, source.epoch_size)
-            rows = source.order(number_of_pass, own_seed)[done : done + end - position]
+            rows = source.order(number_of_pass, seed)[done : done + end - position]
             parts.append(rows.astype(np.int64))
             position += len(rows)
         return np.concatenate(parts)
-
-    def _at(self, index: int) -> tuple[int, int]:
-        number = bisect_right(self.stops, index)
-        return number, index - (self.stops[number - 1] if number else 0)
-
-    def load(self, index: int, rng: random.Random | None) -> Pair:
-        number, row = self._at(index)
-        pair = self.sources[number].load(row, rng)
-        return pair._replace(key=f"{number}:{pair.key}", group=_apart(number, pair.group))
-
-    def read(self, index: int) -> Encoded:
-        number, row = self._at(index)
-        pair = self.sources[number].read(row)
-        return pair._replace(key=f"{number}:{pair.key}", group=_apart(number, pair.group))
-
-    def captions(self, index: int) -> list[str]:
-        number, row = self._at(index)
-        return self.sources[number].captions(row)
-
-    def prepare(self) -> None:
-        for source in self.sources:
-            source.prepare()
-
-    def check(self) -> None:
-        for source in self.sources:
-            source.check()
-
-    @property
-    def left_out(self) -> LeftOut:
-        total = LeftOut()
-        for source in self.sources:
-            total.update(source.left_out)
-        return total
 
     def divide(self, share: float, seed: int) -> tuple[PairSource, PairSource]:
         """Each source by itself: a mixture to train on, and of what is kept for validation every pair once."""
         train, kept = zip(*(source.divide(share, seed) for source in self.sources), strict=True)
         wanted = self._wanted
         return Mixture(train, self.weights, wanted), Concatenated(kept, apart=True)
-
-
-def _apart(number: int, group: str) -> str:
-    return f"{number}:{group}" if group else ""

@@ -3,10 +3,8 @@
 import random
 import re
 from abc import ABC, abstractmethod
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -201,72 +199,6 @@ class Rows(PairSource):
         return self.source.left_out
 
 
-class Concatenated(PairSource):
-    """Several sources, one after the other.
-
-    Args:
-        sources: all of them.
-        apart: whether equal keys in two of them are different pictures; their numbers are then part of the keys.
-    """
-
-    def __init__(self, sources: Sequence[PairSource], apart: bool) -> None:
-        self.sources, self.apart = list(sources), apart
-        self.stops = list(accumulate(len(source) for source in self.sources))
-
-    def __len__(self) -> int:
-        return self.stops[-1]
-
-    @property
-    def epoch_size(self) -> int:
-        return sum(source.epoch_size for source in self.sources)
-
-    def order(self, epoch: int, seed: int) -> np.ndarray:
-        """Each source's rows in its own order, which may keep near what lies near, mixed with the others'."""
-        turns = np.repeat(np.arange(len(self.sources), dtype=np.int32), [source.epoch_size for source in self.sources])
-        np.random.default_rng((seed, epoch)).shuffle(turns)
-        order = np.empty(len(turns), np.int64)
-        for number, source in enumerate(self.sources):
-            own_seed = int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
-            order[turns == number] = source.order(epoch, own_seed) + (self.stops[number - 1] if number else 0)
-        return order
-
-    def _at(self, index: int) -> tuple[int, int]:
-        part = bisect_right(self.stops, index)
-        return part, index - (self.stops[part - 1] if part else 0)
-
-    def _key(self, part: int, key: str) -> str:
-        return f"{part}:{key}" if self.apart else key
-
-    def load(self, index: int, rng: random.Random | None) -> Pair:
-        part, row = self._at(index)
-        pair = self.sources[part].load(row, rng)
-        return pair._replace(key=self._key(part, pair.key))
-
-    def read(self, index: int) -> Encoded:
-        part, row = self._at(index)
-        pair = self.sources[part].read(row)
-        return pair._replace(key=self._key(part, pair.key))
-
-    def captions(self, index: int) -> list[str]:
-        part, row = self._at(index)
-        return self.sources[part].captions(row)
-
-    def prepare(self) -> None:
-        for source in self.sources:
-            source.prepare()
-
-    def check(self) -> None:
-        for source in self.sources:
-            source.check()
-
-    @property
-    def left_out(self) -> LeftOut:
-        total = LeftOut()
-        for source in self.sources:
-            total.update(source.left_out)
-        return total
-
-
 class Options(NamedTuple):
     """What a user may say of a source; None: found out.
 
@@ -338,6 +270,8 @@ def open_source(path: str | Path | Sequence[str | Path], **options: Any) -> Pair
     if len(sources) == 1:
         return sources[0]
     roots = {str(getattr(source, "root", number)) for number, source in enumerate(sources)}
+    from datamodules.mixture import Concatenated
+
     return Concatenated(sources, apart=len(roots) > 1)
 
 

@@ -1,6 +1,7 @@
 """Checkpoints that are whole or not there, and the newest of them."""
 
 import os
+import shutil
 import zipfile
 from collections.abc import Iterable
 from contextlib import suppress
@@ -33,15 +34,26 @@ class WholeCheckpointIO(TorchCheckpointIO):
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            if not zipfile.is_zipfile(part):  # its end is written last
-                raise InputError(f"{whole}: the checkpoint is not whole after writing; is the disk full?")
-            os.replace(part, whole)
+            put_in_place(part, whole)
         except (OSError, RuntimeError) as error:  # torch's writer raises the second on a full disk
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             raise InputError(f"{whole}: the checkpoint cannot be written ({reason}); the one before is kept") from error
         finally:
             with suppress(OSError):
                 part.unlink(missing_ok=True)
+
+
+def put_in_place(part: Path, whole: Path) -> None:
+    """Give a written checkpoint its name, if it is whole; a sharded one is a folder.
+
+    Raises:
+        InputError: it is not.
+    """
+    if not (part.is_dir() or zipfile.is_zipfile(part)):  # a file's end is written last
+        raise InputError(f"{whole}: could not be written; is the disk full, or the folder not yours?")
+    if whole.is_dir() and not whole.is_symlink():
+        shutil.rmtree(whole)
+    os.replace(part, whole)
 
 
 def newest_checkpoint(places: Iterable[Path]) -> Path | None:

@@ -1,5 +1,6 @@
 """A teacher: any model that can be loaded, whose choices among the batch a student learns to make too."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,8 +9,10 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from lit_clip.batch import CaptionBatch
+from lit_clip.collectives import Shards, gather
 from lit_clip.config import height_width
 from lit_clip.errors import InputError, require
+from lit_clip.losses import distillation_loss, two_way_logits
 from lit_clip.weights import load_model
 
 
@@ -69,3 +72,23 @@ class Teacher:
     def scale(self) -> Tensor:
         """The teacher's inverse temperature."""
         return self.model.logit_scale.exp()
+
+    def loss(
+        self, parts: Sequence[CaptionBatch], image_BD: Tensor, text_BD: Tensor, scale: Tensor, shards: Shards
+    ) -> Tensor:
+        """How far a student's choices are from the teacher's: a scalar whose mean over ranks is that of all pairs.
+
+        Args:
+            parts: this rank's pairs, as many of them read at a time.
+            image_BD: the student's unit features of their images; what ``parts`` have more is left out.
+            text_BD: likewise of their captions.
+            scale: the student's inverse temperature.
+            shards: the pairs of each rank.
+        """
+        theirs = [self.features(part) for part in parts]
+        image, text = (torch.cat(features)[: len(image_BD)] for features in zip(*theirs, strict=True))
+        choices = two_way_logits(image, text, gather(image, shards), gather(text, shards), self.scale)
+        ours = two_way_logits(image_BD, text_BD, gather(image_BD, shards), gather(text_BD, shards), scale)
+        if not len(image_BD):  # a mean of nothing is nan
+            return ours.sum()
+        return distillation_loss(ours, choices) * shards.weight

@@ -1,6 +1,5 @@
 """Which pairs of a batch say the same: numbers that equal images, captions and groups share on every rank."""
 
-import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -8,12 +7,12 @@ import torch
 from torch import Tensor
 
 from lit_clip.errors import require
+from lit_clip.hashing import hash64
 
 
 def stable_hash(text: str) -> int:
     """64 bits as a signed integer, the same in every process."""
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest()
-    return int.from_bytes(digest, "big", signed=True)
+    return int.from_bytes(hash64(text), "big", signed=True)
 
 
 @lru_cache(maxsize=16)

@@ -32,15 +32,15 @@ from lit_clip.layers import (
     tower_blocks,
 )
 from lit_clip.lora import LoRA, add_lora, base_name, check_base, is_added
-from lit_clip.losses import Duplicates, at_least_float32, distillation_loss, two_way_logits
-from lit_clip.model import CLIP
-from lit_clip.optim import parameter_groups, total_steps, warmup_cosine
+from lit_clip.losses import Duplicates, at_least_float32
+from lit_clip.optim import adamw, parameter_groups, total_steps, warmup_cosine
+from lit_clip.optimizer_settings import check_settings, keep_what_was_typed
 from lit_clip.plan import measure_run, print_plan
 from lit_clip.random_states import random_states, restore_random_states
 from lit_clip.retrieval import RetrievalSet, token_hashes
 from lit_clip.sharded_loss import Plan, ShardedLoss, sharded_contrastive_loss, sharded_sigmoid_loss
 from lit_clip.skipped import SkippedSamples
-from lit_clip.sources import EMA_WEIGHTS, checkpoint_tokenizer
+from lit_clip.sources import EMA_WEIGHTS, checkpoint_tokenizer, saved_tokenizer
 from lit_clip.stability import NonFinite, NonFiniteSteps, check_master_weights
 from lit_clip.summary import print_parameter_groups
 from lit_clip.tokenizer import TextTokenizer
@@ -130,7 +130,7 @@ class LitCLIP(LightningModule):
         if isinstance(layer_decay, int | float):
             layer_decay = LayerDecay(layer_decay, layer_decay)
         self._layer_decay = _made(LayerDecay, layer_decay)
-        _check_optimizer(learning_rate, weight_decay, warmup_steps, betas, eps)
+        check_settings(learning_rate, weight_decay, warmup_steps, betas, eps)
         if micro_batch_size is not None:
             require(micro_batch_size >= 1, f"model.micro_batch_size: {micro_batch_size} must be at least 1")
         self.model = create_model(architecture, pretrained, image_size, context_length)
@@ -157,16 +157,9 @@ class LitCLIP(LightningModule):
                 "context_length": context_length if lora else None,
             }
         )
-        for name in frozen_names(self.model, freeze or Freeze()):
-            self.model.get_parameter(name).requires_grad_(False)
         self.starts_trained = pretrained is not None
         self.base_sha256 = ""
-        if lora:
-            require(pretrained is not None, "model.lora: adds to a trained model; set model.pretrained")
-            self.base_sha256 = weights_sha256(self.model)
-            add_lora(self.model, lora)
-        self._frozen_modules = frozen_modules(self.model)
-        self.train()
+        self._choose_what_learns(freeze or Freeze(), lora)
         if gradient_checkpointing:
             checkpoint_blocks([block for tower in TOWERS for block in tower_blocks(self.model, tower)])
         self._distill, self._teacher = distill, None
@@ -177,6 +170,16 @@ class LitCLIP(LightningModule):
         self._validated = RetrievalSet()
         self._no_pairs = False
         self._random_states: list[dict[str, Any]] = []  # of every rank, of the checkpoint that training goes on from
+
+    def _choose_what_learns(self, freeze: Freeze, lora: LoRA | None) -> None:
+        for name in frozen_names(self.model, freeze):
+            self.model.get_parameter(name).requires_grad_(False)
+        if lora:
+            require(self.starts_trained, "model.lora: adds to a trained model; set model.pretrained")
+            self.base_sha256 = weights_sha256(self.model)
+            add_lora(self.model, lora)
+        self._frozen_modules = frozen_modules(self.model)
+        self.train()
 
     # What the data modules are told, so that nothing has to be written twice in a YAML file.
 
@@ -257,7 +260,8 @@ class LitCLIP(LightningModule):
         self._log_step("train/in_batch_accuracy", hits * shards.world / shards.total, batch)
         self.log("train/in_batch_chance", 1 / shards.total, batch_size=len(batch.images))
         if self._distill and self._teacher:
-            distillation = self._distillation(batch, image_BD, text_BD, shards)
+            parts, scale = self._parts(batch, shards), self.model.logit_scale.exp()
+            distillation = self._teacher.loss(parts, image_BD, text_BD, scale, shards)
             self._log_step("train/distillation_loss", distillation, batch)
             loss = loss + self._distill.weight * distillation
         self._log_step("train/loss", loss, batch, prog_bar=True)
@@ -325,21 +329,6 @@ class LitCLIP(LightningModule):
         if bias is None:
             return sharded_contrastive_loss(image_BD, text_BD, scale, plan)
         return sharded_sigmoid_loss(image_BD, text_BD, scale, bias, plan)
-
-    def _distillation(
-        self, batch: CaptionBatch, image_BD: Tensor, text_BD: Tensor, shards: collectives.Shards
-    ) -> Tensor:
-        """A scalar whose mean over ranks is the distillation loss of all pairs."""
-        assert self._teacher is not None
-        theirs = [self._teacher.features(part) for part in self._parts(batch, shards)]
-        image, text = (torch.cat(features)[: len(image_BD)] for features in zip(*theirs, strict=True))
-        everyones = collectives.gather(image, shards), collectives.gather(text, shards)
-        choices = two_way_logits(image, text, *everyones, self._teacher.scale)
-        everyone = collectives.gather(image_BD, shards), collectives.gather(text_BD, shards)
-        ours = two_way_logits(image_BD, text_BD, *everyone, self.model.logit_scale.exp())
-        if not len(image_BD):  # a mean of nothing is nan
-            return ours.sum()
-        return distillation_loss(ours, choices) * shards.weight
 
     def on_train_batch_start(self, batch: CaptionBatch, batch_idx: int) -> None:
         self._finite.before_step()
@@ -425,15 +414,7 @@ class LitCLIP(LightningModule):
 
     def configure_optimizers(self) -> Any:
         hparams: Any = self.hparams
-        scaled = self.trainer.precision == "16-mixed"  # a fused step would leave the gradients scaled for all others
-        # Lightning takes every fused step for one that scales, and refuses to clip.
-        clipped = self.trainer.precision == "bf16-mixed" and bool(self.trainer.gradient_clip_val)
-        optimizer = torch.optim.AdamW(
-            self._parameter_groups(),
-            betas=tuple(hparams.betas),
-            eps=hparams.eps,
-            fused=not (scaled or clipped),
-        )
+        optimizer = adamw(self._parameter_groups(), hparams.betas, hparams.eps, self.trainer)
         total, warmup = total_steps(self.trainer), hparams.warmup_steps
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -472,54 +453,11 @@ class LitCLIP(LightningModule):
                 "optimizer_states" in checkpoint,
                 f"{name}: holds weights alone and cannot be gone on from; start from it with --model.pretrained",
             )
-            self._keep_what_was_typed(checkpoint, str(name))
+            hparams: Any = self.hparams
+            keep_what_was_typed(checkpoint, self._parameter_groups(), hparams.betas, hparams.eps, str(name))
             self._random_states = checkpoint.get("random_states", [])
-
-    def _keep_what_was_typed(self, checkpoint: dict[str, Any], name: str) -> None:
-        """A resumed optimiser takes its moments from the checkpoint, its settings from this run's hyper-parameters."""
-        hparams: Any = self.hparams
-        ours = self._parameter_groups()
-        rates = [group["lr"] for group in ours]
-        for optimizer in checkpoint.get("optimizer_states", []):
-            theirs = optimizer["param_groups"]
-            if [_shape(group) for group in theirs] != [_shape(group) for group in ours]:
-                raise InputError(f"{name}: resuming needs the model.freeze, layer_decay and lora that it was made with")
-            for group, mine in zip(theirs, ours, strict=True):
-                group["lr"] *= mine["lr"] / (group["initial_lr"] or 1.0)
-                group |= {
-                    "name": mine["name"],
-                    "initial_lr": mine["lr"],
-                    "weight_decay": mine["weight_decay"],
-                    "betas": tuple(hparams.betas),
-                    "eps": hparams.eps,
-                }
-        for schedule in checkpoint.get("lr_schedulers", []):
-            schedule["base_lrs"] = rates
-
-
-def saved_tokenizer(model: CLIP) -> dict[str, Any]:
-    """What a checkpoint holds of a tokenizer that is not the paper's: its source may be gone later."""
-    if model.config.text.tokenizer is None:
-        return {}
-    tokenizer: Any = model.tokenizer
-    return {"tokenizer": {"definition": tokenizer.definition, "pad_id": tokenizer.pad_id}}
-
-
-def _check_optimizer(
-    learning_rate: float, weight_decay: float, warmup_steps: int, betas: tuple[float, float], eps: float
-) -> None:
-    settings = {"learning_rate": learning_rate, "weight_decay": weight_decay, "warmup_steps": warmup_steps}
-    for name, value in settings.items():
-        require(value >= 0, f"model.{name}: {value} must be at least 0")
-    require(all(0 <= beta < 1 for beta in betas), f"model.betas: {list(betas)} must be at least 0 and below 1")
-    require(eps > 0, f"model.eps: {eps} must be above 0")
 
 
 def _made(kind: type[Made], value: Made | Mapping[str, Any] | None) -> Made | None:
     """Options as an object: a checkpoint holds them as plain values."""
     return kind(**value) if isinstance(value, Mapping) else value
-
-
-def _shape(group: dict[str, Any]) -> tuple[str, int]:
-    """What tells an optimiser's parameter groups apart; those of older checkpoints have no name."""
-    return group.get("name", "").partition(",")[0] or "all", len(group["params"])

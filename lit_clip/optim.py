@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 if TYPE_CHECKING:
@@ -57,20 +58,36 @@ def warmup_cosine(step: int, warmup_steps: int, total_steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
+def batches_per_epoch(trainer: "Trainer") -> int | None:
+    """Training batches of an epoch on each rank, within the trainer's limit; None: the data module does not tell."""
+    steps: int | None = getattr(getattr(trainer, "datamodule", None), "steps_per_epoch", None)
+    limit = trainer.limit_train_batches
+    if steps is None:
+        return None
+    return int(steps * limit) if isinstance(limit, float) else min(steps, limit)
+
+
 def total_steps(trainer: "Trainer") -> int:
     """Optimiser steps of the whole run.
 
     Counted from the data module where it tells its ``steps_per_epoch``: asking Lightning instead
     (``estimated_stepping_batches``) sets the data loaders up early, and a loader that was resumed loses its position.
     """
-    steps_per_epoch = getattr(getattr(trainer, "datamodule", None), "steps_per_epoch", None)
-    if steps_per_epoch is None:
+    batches = batches_per_epoch(trainer)
+    if batches is None:
         return int(trainer.estimated_stepping_batches)
-    limit = trainer.limit_train_batches
-    batches = int(steps_per_epoch * limit) if isinstance(limit, float) else min(steps_per_epoch, limit)
     per_epoch = max(1, math.ceil(batches / trainer.accumulate_grad_batches))
     epochs = trainer.max_epochs
     bounds = [trainer.max_steps] if trainer.max_steps >= 0 else []
     if epochs is not None and epochs >= 0:
         bounds.append(epochs * per_epoch)
     return max(1, min(bounds, default=per_epoch * 1000))
+
+
+def adamw(groups: list[dict[str, Any]], betas: Sequence[float], eps: float, trainer: "Trainer") -> torch.optim.AdamW:
+    """AdamW, fused where a trainer's precision and clipping allow it."""
+    scaled = trainer.precision == "16-mixed"  # a fused step would leave the gradients scaled for all others
+    # Lightning takes every fused step for one that scales, and refuses to clip.
+    clipped = trainer.precision == "bf16-mixed" and bool(trainer.gradient_clip_val)
+    first, second = betas
+    return torch.optim.AdamW(groups, betas=(first, second), eps=eps, fused=not (scaled or clipped))

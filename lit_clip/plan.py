@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lit_clip.config import height_width
 from lit_clip.layers import TOWERS, tower_parameters
-from lit_clip.optim import total_steps
+from lit_clip.optim import batches_per_epoch, total_steps
 from lit_clip.sharded_loss import TILE
 
 PAPER_BATCH = 32_768  # table 18
@@ -169,7 +169,7 @@ def measure_run(module: Any, trainer: Trainer) -> RunPlan:
     Call it before the strategy wraps the module: shards have no sizes.
     """
     data: Any = getattr(trainer, "datamodule", None)
-    per_epoch = getattr(data, "steps_per_epoch", None)
+    per_epoch = batches_per_epoch(trainer)
     hparams, model = module.hparams, module.model
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     norms = (layer for layer in model.modules() if isinstance(layer, _BatchNorm))

@@ -1,12 +1,10 @@
 """Runs that are told to end: a signal, agreed on by all ranks, becomes a whole checkpoint and an exit code."""
 
 import os
-import shutil
 import signal
 import sys
 import threading
 import time
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_clip import collectives
-from lit_clip.errors import InputError, require
+from lit_clip.checkpoint_io import put_in_place
+from lit_clip.errors import require
 from lit_clip.summary import resume_command
 
 LAUNCHER = "LIT_CLIP_LAUNCHER"  # the process that other ranks of this machine are started by
@@ -97,6 +96,12 @@ class Preemption(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # Lightning registers its handlers behind this and before any other hook, and there is no option for others.
         trainer._signal_connector = _Signals(trainer)
+        savers = [keeper for keeper in trainer.checkpoint_callbacks if getattr(keeper, "save_on_exception", False)]
+        require(
+            not savers or trainer.world_size == 1,
+            "ModelCheckpoint.save_on_exception: with several processes the one that fails would wait for the others to "
+            "save; leave it out (a signal saves by itself), and set every_n_train_steps",
+        )
         self._batches, self._first_step = 0, None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -173,8 +178,8 @@ def _checkpoint_path(trainer: Trainer) -> Path | None:
 def save_whole(trainer: Trainer, path: Path) -> None:
     """Save a checkpoint under another name, see that it is whole, and only then give it its name. On every rank.
 
-    Lightning writes into the system's temporary folder and moves the file, which is a copy where that is another disk;
-    and where it may not write it leaves an older file of the name as it is, and says nothing.
+    Whatever writes checkpoints: Lightning's own way says nothing where it may not write, see
+    :class:`lit_clip.checkpoint_io.WholeCheckpointIO`.
 
     Raises:
         InputError: on the rank that writes, if it could not.
@@ -184,11 +189,7 @@ def save_whole(trainer: Trainer, path: Path) -> None:
         part.unlink(missing_ok=True)
     trainer.save_checkpoint(part)
     if trainer.is_global_zero:
-        if not (part.is_dir() or zipfile.is_zipfile(part)):  # a sharded one is a folder; a file's end is written last
-            raise InputError(f"{path}: could not be written; is the disk full, or the folder not yours?")
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        part.replace(path)
+        put_in_place(part, path)
     trainer.strategy.barrier("save_whole")
 
 

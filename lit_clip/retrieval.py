@@ -1,7 +1,6 @@
 """The evaluation of a set of pairs that lies in parts on the ranks: its loss and retrieval in both directions."""
 
 from collections.abc import Iterable
-from hashlib import blake2b
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_clip import collectives
+from lit_clip.hashing import hash64
 from lit_clip.metrics import (
     Pairs,
     guessing_recalls,
@@ -25,10 +25,9 @@ DIRECTIONS = ("image_to_text", "text_to_image")
 BLOCK = 2**25  # bytes; memory of this size goes back to the system when it is freed
 
 
-def _hashes(values: Iterable[bytes]) -> np.ndarray:
-    """int64 ``[N]``, the same in every process. Of a million values two share one with probability 3e-8."""
-    digests = b"".join(blake2b(value, digest_size=8).digest() for value in values)
-    return np.frombuffer(digests, dtype="<i8")
+def _hashes(values: Iterable[str | bytes]) -> np.ndarray:
+    """int64 ``[N]``, see :func:`lit_clip.hashing.hash64`."""
+    return np.frombuffer(b"".join(map(hash64, values)), dtype="<i8")
 
 
 def _numbered(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -146,7 +145,7 @@ class RetrievalSet:
 
     def add(self, image_BD: Tensor, text_BD: Tensor, keys: list[str], token_hashes: np.ndarray) -> None:
         """Unit features of some pairs, the images' keys and :func:`token_hashes` of the captions."""
-        self._images.add(_hashes(key.encode("utf-8", "surrogatepass") for key in keys), image_BD)
+        self._images.add(_hashes(keys), image_BD)
         self._texts.add(token_hashes, text_BD)
 
     def join(self, empty: Tensor) -> Joined | None:

@@ -19,6 +19,7 @@ from lit_clip.commands import progress, stderr
 from lit_clip.embed import check_complete, encode, report_skipped
 from lit_clip.errors import InputError, require
 from lit_clip.features import FeatureTable, Parts, collect, fingerprint, replacing
+from lit_clip.html_page import page
 from lit_clip.images import Item, OnError, images_in, read_image
 from lit_clip.model import CLIP
 
@@ -186,26 +187,12 @@ def _print_hits(title: str, hits: Sequence[Hit]) -> None:
     Console().print(table)
 
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width">
-<title>{title}</title>
-<style>
-body {{ font: 15px/1.4 system-ui, sans-serif; margin: 2rem; color: #222; background: #fff }}
-section {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(180px, 1fr)); gap: 1rem }}
-figure {{ margin: 0 }}
-img {{ width: 100%; height: 180px; object-fit: contain; background: #f2f2f2 }}
-figcaption {{ overflow-wrap: anywhere }}
-</style>
-</head>
-<body>
-{sections}
-</body>
-</html>
-"""
+_STYLE = """\
+body { font: 15px/1.4 system-ui, sans-serif; margin: 2rem; color: #222; background: #fff }
+section { display: grid; grid-template-columns: repeat(auto-fill, minmax(180px, 1fr)); gap: 1rem }
+figure { margin: 0 }
+img { width: 100%; height: 180px; object-fit: contain; background: #f2f2f2 }
+figcaption { overflow-wrap: anywhere }"""
 
 
 def write_sheet(path: Path, folder: Path, found: dict[str, list[Hit]]) -> None:
@@ -222,9 +209,9 @@ def write_sheet(path: Path, folder: Path, found: dict[str, list[Hit]]) -> None:
                 )
                 advance(1)
             sections.append(f"<h2>{html.escape(query)}</h2>\n<section>\n" + "\n".join(figures) + "\n</section>")
-    page = _PAGE.format(title=html.escape(" | ".join(found)), sections="\n".join(sections))
+    content = page(" | ".join(found), _STYLE, "\n".join(sections))
     with replacing(path) as temporary:
-        temporary.write_text(page, encoding="utf-8", errors="replace")
+        temporary.write_text(content, encoding="utf-8", errors="replace")
 
 
 def _thumbnail(path: Path) -> str:

@@ -9,8 +9,9 @@ Shapes: B pairs of this rank, N of all ranks, M of those that are shown, D embed
 b and m the rows and columns of a tile.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -183,16 +184,23 @@ def _add_gradients(
     text_grad_MD[tile.columns].addmm_(G_bm.T, image_BD[tile.rows])
 
 
+def _in_full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Without autocast, which would compute the products in half precision again."""
+
+    @wraps(function)
+    def called(ctx: Any, first: Tensor, *others: Any) -> Any:
+        with torch.autocast(first.device.type, enabled=False):
+            return function(ctx, first, *others)
+
+    return called
+
+
 class _Softmax(torch.autograd.Function):
     """Logits ``l = scale * image @ text.T``; own texts are left out of the sums over others and added at the end."""
 
     @staticmethod
+    @_in_full_precision
     def forward(ctx: Any, image_BD: Tensor, text_BD: Tensor, scale: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-        with torch.autocast(image_BD.device.type, enabled=False):
-            return _Softmax._forward(ctx, image_BD, text_BD, scale, plan)
-
-    @staticmethod
-    def _forward(ctx: Any, image_BD: Tensor, text_BD: Tensor, scale: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         scaled_BD = scale * image_BD
         own_B = (scaled_BD * text_BD).sum(dim=1)
         rows_to_show = _rows_to_show(plan, text_BD)
@@ -222,15 +230,9 @@ class _Softmax(torch.autograd.Function):
         return loss, hits
 
     @staticmethod
-    @once_differentiable  # whose result has no names for its arguments
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *grads: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, None]:
-        with torch.autocast(grads[0].device.type, enabled=False):
-            return _Softmax._backward(ctx, grads[0])
-
-    @staticmethod
-    def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    @once_differentiable
+    @_in_full_precision
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         plan: Plan = ctx.plan
         image_BD, scale, row_lse_B, column_lse_B, *rows_to_show = ctx.saved_tensors
         scaled_BD, image_grad_BD = scale * image_BD, torch.zeros_like(image_BD)
@@ -254,7 +256,7 @@ class _Softmax(torch.autograd.Function):
 
         shown = [rows_to_show[0], column_lse_B, *rows_to_show[1:]]
         (text_grad_BD,) = plan.visit(shown, [torch.zeros_like(image_BD)], "sum", visit)
-        factor = grad * plan.shards.world / plan.shards.total / 2
+        factor = grads[0] * plan.shards.world / plan.shards.total / 2
         scale_grad = (image_grad_BD * image_BD).sum() * factor
         return image_grad_BD.mul_(factor * scale), text_grad_BD.mul_(factor * scale), scale_grad, None
 
@@ -263,14 +265,8 @@ class _Sigmoid(torch.autograd.Function):
     """Logits ``l = scale * image @ text.T + bias``; each costs ``softplus(l)``, of a right one ``l`` less."""
 
     @staticmethod
+    @_in_full_precision
     def forward(
-        ctx: Any, image_BD: Tensor, text_BD: Tensor, scale: Tensor, bias: Tensor, plan: Plan
-    ) -> tuple[Tensor, Tensor]:
-        with torch.autocast(image_BD.device.type, enabled=False):
-            return _Sigmoid._forward(ctx, image_BD, text_BD, scale, bias, plan)
-
-    @staticmethod
-    def _forward(
         ctx: Any, image_BD: Tensor, text_BD: Tensor, scale: Tensor, bias: Tensor, plan: Plan
     ) -> tuple[Tensor, Tensor]:
         scaled_BD = scale * image_BD
@@ -296,15 +292,9 @@ class _Sigmoid(torch.autograd.Function):
         return loss, hits
 
     @staticmethod
-    @once_differentiable  # whose result has no names for its arguments
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *grads: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
-        with torch.autocast(grads[0].device.type, enabled=False):
-            return _Sigmoid._backward(ctx, grads[0])
-
-    @staticmethod
-    def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+    @once_differentiable
+    @_in_full_precision
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
         plan: Plan = ctx.plan
         image_BD, scale, bias, *rows_to_show = ctx.saved_tensors
         scaled_BD, image_grad_BD = scale * image_BD, torch.zeros_like(image_BD)
@@ -325,6 +315,6 @@ class _Sigmoid(torch.autograd.Function):
                 _add_gradients(tile, G_bm, image_BD, text_MD, image_grad_BD, totals[0])
 
         (text_grad_BD,) = plan.visit(rows_to_show, [torch.zeros_like(image_BD)], "sum", visit)
-        factor = grad * plan.shards.world / plan.shards.total
+        factor = grads[0] * plan.shards.world / plan.shards.total
         scale_grad, bias_grad = (image_grad_BD * image_BD).sum() * factor, bias_grad_B.sum() * factor
         return image_grad_BD.mul_(factor * scale), text_grad_BD.mul_(factor * scale), scale_grad, bias_grad, None

@@ -4,7 +4,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lit_clip import collectives
 from lit_clip.batch import CaptionBatch
 from lit_clip.errors import InputError
+from lit_clip.hashing import hash64
 
 FILE = "skipped.jsonl"
 JUDGED_AFTER = 100  # samples: of fewer, a single one is above any sensible limit
@@ -214,7 +214,7 @@ class _File:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
                 for where, reason in skipped:
-                    if (key := _digest(where)) not in self._known:
+                    if (key := hash64(where)) not in self._known:
                         self._known.add(key)
                         file.write(json.dumps({"where": where, "reason": reason, "stage": stage}) + "\n")
         except OSError as error:  # raised on this rank alone it would leave the others waiting
@@ -228,14 +228,10 @@ class _File:
             with path.open(encoding="utf-8") as file:
                 for line in file:
                     try:
-                        known.add(_digest(json.loads(line)["where"]))
+                        known.add(hash64(json.loads(line)["where"]))
                     except (ValueError, KeyError, TypeError):  # the run was killed while it wrote this line
                         continue
         return known
-
-
-def _digest(where: str) -> bytes:
-    return blake2b(where.encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
 
 def _data(trainer: Any) -> Any:

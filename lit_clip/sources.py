@@ -23,6 +23,7 @@ from lit_clip.config import (
 )
 from lit_clip.errors import InputError, require
 from lit_clip.files import as_float32, is_path, read_file
+from lit_clip.model import CLIP
 from lit_clip.open_clip_format import from_open_clip
 from lit_clip.registry import resolve_architecture
 from lit_clip.tokenizer import TextTokenizer
@@ -187,6 +188,14 @@ def _lit_clip_checkpoint(checkpoint: dict[str, Any], path: Path) -> Weights:
         warnings.warn(f"{path}: the weights are the moving average (EMA), not those of the last step", stacklevel=2)
     tokenizer = checkpoint_tokenizer(checkpoint, config)
     return Weights(str(path), as_float32(dict(checkpoint["state_dict"])), config, tokenizer)
+
+
+def saved_tokenizer(model: CLIP) -> dict[str, Any]:
+    """What a checkpoint holds of a tokenizer that is not the paper's: its source may be gone later."""
+    if model.config.text.tokenizer is None:
+        return {}
+    tokenizer: Any = model.tokenizer
+    return {"tokenizer": {"definition": tokenizer.definition, "pad_id": tokenizer.pad_id}}
 
 
 def checkpoint_tokenizer(checkpoint: Mapping[str, Any], config: CLIPConfig) -> TextTokenizer | None:

@@ -18,8 +18,8 @@ from lit_clip.config import differences
 from lit_clip.errors import InputError, require
 from lit_clip.features import replacing
 from lit_clip.model import CLIP
-from lit_clip.module import saved_tokenizer
 from lit_clip.preprocess import pixels
+from lit_clip.sources import saved_tokenizer
 from lit_clip.weights import load_model
 from lit_clip.zero_shot import (
     LabelledPixels,

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -122,10 +123,13 @@ def dense_gradients(case: Case) -> dict[str, torch.Tensor | None]:
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-def gradients() -> None:
-    """Every case: the gradients of one DDP step over uneven ranks are those of one process, for each parameter."""
+def gradients(output: str) -> None:
+    """Of every case, the largest relative error of a parameter's gradient after one DDP step over uneven ranks.
+
+    Against one process with the whole batch; written by the first rank as JSON.
+    """
     rank, world = collectives.rank_and_world()
-    shards = collectives.Shards(rank, COUNTS[world])
+    shards, errors = collectives.Shards(rank, COUNTS[world]), {}
     for case in CASES:
         sharded_loss.TILE = case.tile
         step = DistributedDataParallel(_Step(case.module()))
@@ -138,7 +142,9 @@ def gradients() -> None:
             assert ours is not None, f"{case}: {name} has no gradient"
             assert expected.norm() > 0, f"{case}: {name} has a zero gradient"
             error = float((ours - expected).norm() / expected.norm())
-            assert error < 1e-6, f"{case}: {name} is off by {error}"
+            errors[str(case)] = max(error, errors.get(str(case), 0.0))
+    if rank == 0:
+        Path(output).write_text(json.dumps(errors), encoding="utf-8")
 
 
 def uneven_gather() -> None:
@@ -170,7 +176,8 @@ def finetune_gradients(output: str, options: str) -> None:
         torch.save({name: p.grad for name, p in step.module.module.model.named_parameters()}, output)
 
 
-if __name__ == "__main__":
+def serve(functions: dict[str, Any]) -> None:
+    """Run the function that the command line names on this rank, with all others, and end well."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -178,6 +185,10 @@ if __name__ == "__main__":
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
     )
-    globals()[sys.argv[1]](*sys.argv[2:])
+    functions[sys.argv[1]](*sys.argv[2:])
     dist.barrier()
     collectives.leave()
+
+
+if __name__ == "__main__":
+    serve(globals())

@@ -2,12 +2,10 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
@@ -18,6 +16,7 @@ from lit_clip.config import CLIPConfig, ResNetConfig, TextTransformerConfig, Vis
 from lit_clip.losses import unit
 from lit_clip.module import LitCLIP
 from lit_clip.retrieval import Evaluation, RetrievalSet, token_hashes
+from tests.ranks import serve
 
 TEXT = TextTransformerConfig(context_length=16, width=64, layers=1, heads=1)
 VIT = VisionTransformerConfig(image_size=32, patch_size=16, width=64, layers=1, heads=1)
@@ -155,13 +154,4 @@ def fit(output: str, drawings: str, train: str, val: str) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=os.environ["RENDEZVOUS"],
-        rank=int(os.environ["RANK"]),
-        world_size=int(os.environ["WORLD_SIZE"]),
-    )
-    globals()[sys.argv[1]](*sys.argv[2:])
-    dist.barrier()
-    collectives.leave()
+    serve(globals())

@@ -1,12 +1,9 @@
 """A picture that is broken, for runs of the real command, and what one rank of a test of gradient norms does."""
 
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
@@ -14,6 +11,7 @@ from callbacks.monitor import gradient_norms
 from lit_clip import collectives
 from lit_clip.batch import CaptionBatch
 from lit_clip.model import CLIP
+from tests.ranks import serve
 
 
 class BrokenPicture(Callback):
@@ -93,13 +91,4 @@ def norms_of_shards() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=os.environ["RENDEZVOUS"],
-        rank=int(os.environ["RANK"]),
-        world_size=int(os.environ["WORLD_SIZE"]),
-    )
-    globals()[sys.argv[1]](*sys.argv[2:])
-    dist.barrier()
-    collectives.leave()
+    serve(globals())

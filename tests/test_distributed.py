@@ -1,6 +1,7 @@
 """Several processes are one: gradients, metrics and weights do not depend on the number of ranks."""
 
 import csv
+import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -9,15 +10,21 @@ import pytest
 import torch
 
 from tests.conftest import TINY_YAML
+from tests.ranks import CASES
 
 Ranks = Callable[..., None]
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_every_gradient_of_ranks_equals_that_of_one_process_with_the_whole_batch(world: int, ranks: Ranks) -> None:
+def test_every_gradient_of_ranks_equals_that_of_one_process_with_the_whole_batch(
+    world: int, ranks: Ranks, tmp_path: Path
+) -> None:
     """Softmax and sigmoid, micro-batches, tiles, frozen towers, ring, duplicates: ``tests/ranks.py`` has the cases."""
-    ranks("gradients", world)
+    ranks("gradients", world, str(tmp_path / "errors.json"))
+    errors = json.loads((tmp_path / "errors.json").read_text(encoding="utf-8"))
+    assert errors.keys() == set(map(str, CASES))
+    assert max(errors.values()) < 1e-6, max(errors.items(), key=lambda item: item[1])
 
 
 @pytest.mark.parametrize("world", [2, 3])

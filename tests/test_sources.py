@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from datamodules import CaptionDataModule
-from datamodules.sources import Concatenated, PairSource, Rows, open_source
+from datamodules.mixture import Concatenated
+from datamodules.sources import PairSource, Rows, open_source
 from lit_clip.batch import CaptionBatch
 from lit_clip.config import Preprocessing
 from lit_clip.errors import InputError
