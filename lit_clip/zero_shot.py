@@ -1,7 +1,6 @@
 """Recognising classes from their names: the classifier that a text encoder makes of names and templates."""
 
 import importlib.util
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -9,12 +8,12 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from lit_clip.batch import LabelledBatch
 from lit_clip.errors import InputError, require
+from lit_clip.evaluation.data import LabelledImages
 from lit_clip.tokenizer import TextTokenizer
 
 IMAGENET = "imagenet"
@@ -36,28 +35,6 @@ class TextEncoder(Protocol):
     def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
         """int64 ``[N, L]`` -> ``[N, D]``."""
         ...
-
-
-class LabelledImages(ABC, Dataset[tuple[Image.Image, int]]):
-    """A set of pictures with a class each, as the zero-shot callback takes it.
-
-    Attributes:
-        class_names: the classes' names in words, in label order.
-    """
-
-    class_names: list[str]
-
-    @abstractmethod
-    def __len__(self) -> int:
-        """Number of pictures."""
-
-    @abstractmethod
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        """A picture as it lies in its file, of any mode, and its label."""
-
-    @abstractmethod
-    def labels(self) -> list[int]:
-        """The label of every picture, without opening any."""
 
 
 @lru_cache(maxsize=1)

@@ -1,0 +1,145 @@
+"""What an evaluation set is: pictures by number, and what is known of them.
+
+Adapters (:mod:`datamodules.evaluation`) are subclasses. Besides classes there are kinds of knowledge that a few metrics
+need; an adapter that has one inherits from that class too.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lit_clip.errors import InputError
+
+
+class MissingData(InputError):  # noqa: N818 # an InputError, as all that a user can mend
+    """A set does not lie where it was looked for; an evaluation lists it and goes on with the others."""
+
+
+def stamp_of_files(paths: Iterable[Path]) -> str:
+    """What changes when one of the files does, as ``make`` judges it: names, sizes and times of writing."""
+    digest = blake2b(digest_size=16)
+    for path in sorted(paths):
+        status = path.stat()
+        digest.update(repr((path.name, status.st_size, status.st_mtime_ns)).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+class Pictures(ABC):
+    """Pictures by number, decoded when they are asked for; an object that can be sent to data workers."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of items."""
+
+    @abstractmethod
+    def pictures(self, index: int) -> list[Image.Image]:
+        """The pictures of an item as they lie in its file, of any mode: one, or the frames of a video.
+
+        The features of several are averaged after each has been brought to unit length, so that the logits are the
+        mean of the frames' logits.
+        """
+
+    def key(self, index: int) -> str:
+        """What an item is called in reports, stable between runs: the path of its file below the root, say."""
+        return str(index)
+
+    @abstractmethod
+    def stamp(self) -> str:
+        """What is equal only if the pictures and their order are: features are cached by it.
+
+        Labels may be left out. See :func:`stamp_of_files`.
+        """
+
+
+class LabelledImages(Pictures, Dataset[tuple[Image.Image, int]]):
+    """A set of pictures with a class each.
+
+    Attributes:
+        class_names: the classes' names in words, in label order.
+    """
+
+    class_names: list[str]
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        """A picture as it lies in its file, of any mode, and its label."""
+
+    @abstractmethod
+    def labels(self) -> list[int]:
+        """The label of every picture, without opening any; -1 where ``MultiLabel`` says more."""
+
+    def pictures(self, index: int) -> list[Image.Image]:
+        return [self[index][0]]
+
+    def stamp(self) -> str:
+        raise InputError(f"{type(self).__name__}: does not say what identifies its pictures, so features are not kept")
+
+
+class CaptionedImages(Pictures):
+    """Pictures with texts, for retrieval."""
+
+    @abstractmethod
+    def captions(self, index: int) -> list[str]:
+        """All captions of a picture, at least one."""
+
+
+class MultiLabel(ABC):
+    """Any number of classes a picture (VOC2007)."""
+
+    @abstractmethod
+    def relevance(self) -> Tensor:
+        """int8 ``[N, C]``: 1 the class is there, 0 it is not, -1 not to be counted ("difficult")."""
+
+
+class Neighbours(ABC):
+    """Frames of videos around an anchor frame each (ImageNet-Vid-Robust, YTBB-Robust)."""
+
+    @abstractmethod
+    def neighbours(self) -> list[tuple[int, list[int]]]:
+        """Of each anchor its row and the rows of the frames within ten of it, the anchor's own left out."""
+
+    @abstractmethod
+    def accepted(self) -> list[set[int]]:
+        """Of each row the classes that are right."""
+
+
+class Lexicons(ABC):
+    """A list of candidates of its own for each picture (IIIT5K)."""
+
+    @abstractmethod
+    def candidates(self) -> list[list[int]]:
+        """Of each picture the classes it is to be told from, its own among them."""
+
+
+class Located(ABC):
+    """Where pictures were taken (IM2GPS)."""
+
+    @abstractmethod
+    def coordinates(self) -> Tensor:
+        """float64 ``[N, 2]``: latitude and longitude, degrees."""
+
+
+class Grouped(ABC):
+    """People or other groups among which accuracy is compared (FairFace)."""
+
+    @abstractmethod
+    def groups(self) -> dict[str, list[str]]:
+        """By the name of the attribute, of each picture its value."""
+
+
+class VerbsAndNouns(ABC):
+    """Clips of unusual actions (RareAct), a class being a verb and a noun."""
+
+    @abstractmethod
+    def annotations(self) -> dict[str, Any]:
+        """``verb`` and ``noun``: of each class its two words; ``annotation``: the dataset's own code of each clip.
+
+        The code is about the clip's own class: 1 the action is there, 2 only the verb, 3 only the noun, 4 both but
+        apart, 0 neither.
+        """
