@@ -6,6 +6,7 @@ The state dict has OpenAI's own key names. Shapes: B batch, L tokens, W width, D
 import math
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -24,6 +25,9 @@ from lit_clip.losses import unit
 from lit_clip.resnet import ModifiedResNet
 from lit_clip.tokenizer import EOT_ID, TextTokenizer, Tokenize
 from lit_clip.transformer import TextTransformer, VisionTransformer
+
+if TYPE_CHECKING:
+    from lit_clip.towers import TimmImageEncoder
 
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)  # paper, section 2.5
 MAX_LOGIT_SCALE = math.log(100)  # paper, section 2.5: "clipped to prevent scaling the logits by more than 100"
@@ -118,6 +122,19 @@ class CLIP(TextTransformer):
         features = self.visual(images)
         return unit(features) if normalize else features
 
+    def image_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Float, normalised ``[B, 3, H, W]`` -> features before the projection and after it, ``[B, D]``.
+
+        The paper's linear probes (appendix A.3) use those before: ``[B, W]`` of a ViT. A ResNet's projection is inside
+        of its attention pooling, so both are the same there.
+        """
+        tower = self.visual
+        if isinstance(tower, ModifiedResNet):
+            features = tower(images)
+            return features, features
+        features = tower.features(images)
+        return features, tower.project(features)
+
     def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
         """int64 ``[B, L]``, ``L`` at most the context length -> ``[B, D]``, of unit length if ``normalize``.
 
@@ -140,7 +157,7 @@ class CLIP(TextTransformer):
             self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
 
 
-def _image_encoder(config: CLIPConfig) -> nn.Module:
+def _image_encoder(config: CLIPConfig) -> "VisionTransformer | ModifiedResNet | TimmImageEncoder":
     if isinstance(config.image, VisionTransformerConfig):
         return VisionTransformer(config.image, config.embed_dim, config.activation)
     if isinstance(config.image, ResNetConfig):

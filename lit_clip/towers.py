@@ -90,10 +90,18 @@ class TimmImageEncoder(nn.Module):
             projection(features, embed_dim, "none", False, config.timm)  # the widths must agree
         self.head = nn.Sequential(parts)
 
+    def features(self, images: Tensor) -> Tensor:
+        """``[B, 3, H, W]`` float, normalised -> what is projected, of timm's own width."""
+        check_images(images, self.image_size)
+        return self.trunk(images)
+
+    def project(self, features: Tensor) -> Tensor:
+        """What :meth:`features` gives -> ``[B, D]``."""
+        return self.head(features)
+
     def forward(self, images: Tensor) -> Tensor:
         """``[B, 3, H, W]`` float, normalised -> ``[B, D]``."""
-        check_images(images, self.image_size)
-        return self.head(self.trunk(images))
+        return self.project(self.features(images))
 
 
 def _trunk(config: TimmConfig, classes: int) -> nn.Module:

@@ -140,14 +140,22 @@ class VisionTransformer(nn.Module):
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(width**-0.5 * torch.randn(width, embed_dim))
 
-    def forward(self, images: Tensor) -> Tensor:
-        """``[B, 3, H, W]`` float, normalised -> ``[B, D]``."""
+    def features(self, images: Tensor) -> Tensor:
+        """``[B, 3, H, W]`` float, normalised -> ``[B, W]``, what is projected; the paper's linear probes use it."""
         check_images(images, self.image_size)
         x = self.conv1(images).flatten(2).transpose(1, 2)  # [B, W, H/P, W/P] -> [B, L-1, W]
         class_token = self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)  # [B, 1, W]
         x = torch.cat([class_token, x], dim=1) + self.positional_embedding.to(x.dtype)  # [B, L, W]
         x = self.transformer(self.ln_pre(x))
-        return self.ln_post(x[:, 0]) @ self.proj  # [B, W] @ [W, D] -> [B, D]
+        return self.ln_post(x[:, 0])  # [B, W]
+
+    def project(self, features: Tensor) -> Tensor:
+        """``[B, W]`` -> ``[B, D]``."""
+        return features @ self.proj
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``[B, 3, H, W]`` float, normalised -> ``[B, D]``."""
+        return self.project(self.features(images))
 
 
 class TextTransformer(nn.Module):
