@@ -99,7 +99,19 @@ class Columns(NamedTuple):
         return list(dict.fromkeys(name for name in self if name is not None))
 
 
-def _column(path: object, found: list[str], wanted: str | None, usual: tuple[str, ...], argument: str) -> str:
+def find_column(path: object, found: list[str], wanted: str | None, usual: tuple[str, ...], argument: str) -> str:
+    """One column of a table that has the columns ``found``.
+
+    Args:
+        path: named in errors.
+        found: names.
+        wanted: what the user said; None: the first of ``usual`` that is there, in whatever case.
+        usual: names to look for.
+        argument: by which the user says so.
+
+    Raises:
+        InputError: it is not there.
+    """
     if wanted is not None:
         if wanted in found:
             return wanted
@@ -120,12 +132,12 @@ def find_columns(path: object, found: list[str], options: Options) -> Columns:
     Raises:
         InputError: one that is named is not there, or none has a usual name.
     """
-    image = _column(path, found, options.image_column, IMAGE_COLUMNS, "image_column")
-    caption = _column(path, found, options.caption_column, CAPTION_COLUMNS, "caption_column")
+    image = find_column(path, found, options.image_column, IMAGE_COLUMNS, "image_column")
+    caption = find_column(path, found, options.caption_column, CAPTION_COLUMNS, "caption_column")
     if image == caption:
         raise InputError(f"{path}: column {image!r} cannot be both the image and the caption")
     if options.group_column is not None:
-        _column(path, found, options.group_column, (), "group_column")
+        find_column(path, found, options.group_column, (), "group_column")
     return Columns(image, caption, options.group_column)
 
 

@@ -2,6 +2,7 @@
 
 import io
 from bisect import bisect_right
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,13 +10,19 @@ from PIL import Image
 
 from datamodules.images import check_images, open_image
 from lit_clip.errors import InputError
+from lit_clip.evaluation.data import MissingData, stamp_of_files
 from lit_clip.images import SUFFIXES
 from lit_clip.zero_shot import LabelledImages, imagenet_class_names
 
 ClassNames = list[str] | Literal["imagenet"]
 
 
-def _resolve_names(names: ClassNames | None, default: list[str], where: str) -> list[str]:
+def resolve_names(names: ClassNames | None, default: list[str], where: str) -> list[str]:
+    """The names that a user gave, or ``default``.
+
+    Raises:
+        InputError: they are not as many as ``default``; ``where`` is named in it.
+    """
     if names is None:
         return default
     names = imagenet_class_names() if names == "imagenet" else list(names)
@@ -27,12 +34,53 @@ def _resolve_names(names: ClassNames | None, default: list[str], where: str) -> 
     return names
 
 
+def pictures_below(folder: Path) -> list[Path]:
+    """All pictures in a folder and those below it, in the order of their paths."""
+    return sorted(file for file in folder.rglob("*") if _is_picture(file.relative_to(folder)))
+
+
 def _is_picture(path: Path) -> bool:
     hidden = any(part.startswith(".") for part in path.parts)  # editors and macOS leave hidden copies
     return path.suffix.lower() in SUFFIXES and not hidden
 
 
-class ImageFolderClasses(LabelledImages):
+class LabelledFiles(LabelledImages):
+    """Pictures that are files of their own, in the order of ``files``.
+
+    Attributes:
+        root: the folder below which they lie; keys are paths from there.
+        files: each picture and its label.
+    """
+
+    root: Path
+    files: list[tuple[Path, int]]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        path, label = self.files[index]
+        return open_image(path, self.where(index)), label
+
+    def where(self, index: int) -> str:
+        """How the user knows a picture, for errors."""
+        return f"class folder {self.files[index][0].parent.name}"
+
+    def labels(self) -> list[int]:
+        return [label for _, label in self.files]
+
+    def key(self, index: int) -> str:
+        path = self.files[index][0]
+        return (path.relative_to(self.root) if path.is_relative_to(self.root) else path).as_posix()
+
+    def stamp(self) -> str:
+        # Of two sets of the same files in another order, or of which some are wanting, the features differ too.
+        order = "\n".join(self.key(index) for index in range(len(self))).encode("utf-8", "surrogatepass")
+        files = stamp_of_files(path for path, _ in self.files if path.is_file())
+        return f"{blake2b(order, digest_size=16).hexdigest()}-{files}"
+
+
+class ImageFolderClasses(LabelledFiles):
     """A folder with one subfolder of pictures a class, in the order of the subfolders' names.
 
     Args:
@@ -41,35 +89,26 @@ class ImageFolderClasses(LabelledImages):
             underscores as spaces.
 
     Raises:
-        InputError: no such folder, a class without pictures, or names that do not match the subfolders.
+        MissingData: no such folder.
+        InputError: a class without pictures, or names that do not match the subfolders.
     """
 
     def __init__(self, root: str, class_names: ClassNames | None = None) -> None:
-        folder = Path(root)
+        self.root = folder = Path(root)
         if not folder.is_dir():
-            raise InputError(f"{root}: no such folder of classes")
+            raise MissingData(f"{root}: no such folder of classes")
         classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
         if not classes:
             raise InputError(f"{root}: no subfolders; put each class's pictures into a folder of its own")
         default = [path.name.replace("_", " ") for path in classes]
-        self.class_names = _resolve_names(class_names, default, str(root))
-        self.files: list[tuple[Path, int]] = []
+        self.class_names = resolve_names(class_names, default, str(root))
+        self.files = []
         for label, path in enumerate(classes):
-            pictures = sorted(file for file in path.rglob("*") if _is_picture(file.relative_to(path)))
+            pictures = pictures_below(path)
             if not pictures:
                 raise InputError(f"{path}: no pictures of this class ({', '.join(sorted(SUFFIXES))})")
             self.files += [(file, label) for file in pictures]
-        check_images([(file, f"class folder {file.parent.name}") for file, _ in self.files])
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        path, label = self.files[index]
-        return open_image(path, f"class folder {path.parent.name}"), label
-
-    def labels(self) -> list[int]:
-        return [label for _, label in self.files]
+        check_images([(file, self.where(index)) for index, (file, _) in enumerate(self.files)])
 
 
 class ParquetClasses(LabelledImages):
@@ -82,7 +121,8 @@ class ParquetClasses(LabelledImages):
         label_column: integers from 0.
 
     Raises:
-        InputError: no such file or column, labels other than 0 to the number of names.
+        MissingData: no such file.
+        InputError: no such column, labels other than 0 to the number of names.
     """
 
     def __init__(
@@ -93,7 +133,7 @@ class ParquetClasses(LabelledImages):
 
         self.paths = sorted(Path(path).glob("*.parquet")) if Path(path).is_dir() else [Path(path)]
         if not self.paths or not all(file.is_file() for file in self.paths):
-            raise InputError(f"{path}: no such parquet file, nor a folder of them")
+            raise MissingData(f"{path}: no such parquet file, nor a folder of them")
         self.image_column = image_column
         self._labels: list[int] = []
         self._groups: list[tuple[Path, int, int]] = []  # (file, row group, its first row in the file) in row order
@@ -107,7 +147,7 @@ class ParquetClasses(LabelledImages):
         if not self._labels:
             raise InputError(f"{path}: no rows")
         classes = [str(label) for label in range(max(self._labels) + 1)]
-        self.class_names = _resolve_names(class_names, classes, path)
+        self.class_names = resolve_names(class_names, classes, path)
 
     def _index(self, file: Path, parquet: Any, label_column: str) -> None:
         import pyarrow as pa
@@ -137,18 +177,33 @@ class ParquetClasses(LabelledImages):
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         import pyarrow.parquet as pq
 
-        group = bisect_right(self._starts, index) - 1
-        file, number, first = self._groups[group]
+        group, file, row = self._place(index)
+        number = self._groups[group][1]
         if self._loaded is None or self._loaded[0] != group:  # rows are read in order: keep the last group
             column = pq.ParquetFile(file).read_row_group(number, columns=[self.image_column])[self.image_column]
             self._loaded = (group, column)
-        row = index - self._starts[group]
-        value = self._loaded[1][row].as_py()
+        value = self._loaded[1][index - self._starts[group]].as_py()
         data = value.get("bytes") if isinstance(value, dict) else value
-        where = f"{file} row {first + row}"
+        where = f"{file} row {row}"
         if not isinstance(data, bytes):
             raise InputError(f"{where}: column {self.image_column!r} holds no encoded image")
         return open_image(io.BytesIO(data), where), self._labels[index]
 
+    def _place(self, index: int) -> tuple[int, Path, int]:
+        """The number of the row group of a row, its file, and the row's number in that."""
+        group = bisect_right(self._starts, index) - 1
+        file, _, first = self._groups[group]
+        return group, file, first + index - self._starts[group]
+
     def labels(self) -> list[int]:
         return self._labels
+
+    def key(self, index: int) -> str:
+        _, file, row = self._place(index)
+        return f"{file.name}:{row}"
+
+    def stamp(self) -> str:
+        return f"{stamp_of_files(self.paths)}-{self.image_column}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_loaded": None}  # a data worker reads for itself

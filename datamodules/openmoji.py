@@ -22,6 +22,7 @@ from datamodules.captions import CaptionDataModule
 from datamodules.sources import Pair, PairSource
 from lit_clip.config import Preprocessing
 from lit_clip.errors import InputError
+from lit_clip.evaluation.data import stamp_of_files
 from lit_clip.tokenizer import TextTokenizer
 from lit_clip.zero_shot import LabelledImages
 
@@ -265,3 +266,9 @@ class OpenMojiClasses(LabelledImages):
 
     def labels(self) -> list[int]:
         return [label for _, label in self.files]
+
+    def key(self, index: int) -> str:
+        return self.files[index][0].stem
+
+    def stamp(self) -> str:
+        return stamp_of_files(path for path, _ in self.files)

@@ -53,8 +53,8 @@ class ShardIndex:
     extensions: dict[str, int] = field(default_factory=dict)
 
 
-class _DamagedError(Exception):
-    """The rest of a tar cannot be read."""
+class DamagedError(Exception):
+    """The rest of a tar cannot be read; the message goes on after the tar's name."""
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -66,30 +66,30 @@ def split_name(name: str) -> tuple[str, str]:
     return (match[1], match[2].lower()) if match else ("", "")
 
 
-def _members(file: BinaryIO, size: int) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
+def tar_members(file: BinaryIO, size: int) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
     """The whole regular files of a tar.
 
     tarfile itself ends without a word where a header is cut off or broken.
 
     Raises:
-        _DamagedError: where the tar does not go on as it should.
+        DamagedError: where the tar does not go on as it should.
     """
     end = 0
     with tarfile.open(fileobj=file, mode="r:") as tar:
         while (member := tar.next()) is not None:
             tar.members = []  # pyright: ignore[reportAttributeAccessIssue]  # not in its stubs; it would keep all
             if member.offset < end:  # headers of a negative size would lead round in a circle
-                raise _DamagedError(f"is damaged at byte {end}")
+                raise DamagedError(f"is damaged at byte {end}")
             end = member.offset_data
             if not member.isreg() or member.issparse():
                 continue
             end += member.size
             if end > size:
-                raise _DamagedError(f"is cut off in the middle of {member.name}")
+                raise DamagedError(f"is cut off in the middle of {member.name}")
             yield member, tar
         file.seek(tar.offset)
         if file.read(BLOCK) != bytes(BLOCK):
-            raise _DamagedError(f"is cut off or damaged at byte {tar.offset}: there is no end mark")
+            raise DamagedError(f"is cut off or damaged at byte {tar.offset}: there is no end mark")
 
 
 class _Scan:
@@ -155,9 +155,9 @@ def scan_shard(file: BinaryIO, size: int) -> ShardIndex:
     """
     scan = _Scan()
     try:
-        for member, tar in _members(file, size):
+        for member, tar in tar_members(file, size):
             scan.add(member, tar)
-    except _DamagedError as error:
+    except DamagedError as error:
         scan.problem(f"{OF_SHARD}{error}", "")
     except Exception as error:  # tarfile answers bytes that are no tar with whatever it trips over
         file.seek(0)

@@ -4,13 +4,14 @@ import codecs
 import csv
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import pyarrow as pa
 from lightning.pytorch.utilities import rank_zero_info
 
-from datamodules.arrow import TablePairs, find_columns, group_name, is_blank, map_table
+from datamodules.arrow import Columns, TablePairs, find_columns, group_name, is_blank, map_table
 from datamodules.bad_samples import BadSample
 from datamodules.cache import cache_file, write_whole
 from datamodules.sources import JSON_LINES, NO_CAPTION, LeftOut, Options, PairSource
@@ -33,13 +34,14 @@ class RawRow(NamedTuple):
 
 
 Record = tuple[int, Mapping[str, Any]]
+Find = Callable[[list[str]], Columns]  # the names of a table's columns -> those that are read
 
 
 class _Problems:
     """What becomes of a row that cannot be read: the end of it all, or a number."""
 
-    def __init__(self, path: Path, options: Options) -> None:
-        self.path, self.skip, self.left_out = path, options.on_error == "skip", LeftOut()
+    def __init__(self, path: Path, skip: bool) -> None:
+        self.path, self.skip, self.left_out = path, skip, LeftOut()
         self.image_column = ""  # once it is known
 
     def add(self, number: int, reason: str, detail: str) -> None:
@@ -65,7 +67,7 @@ def _text_of(path: Path, skip: bool) -> TextIO:
     return path.open(encoding=encoding, errors=errors, newline="")
 
 
-def _delimited(path: Path, options: Options, problems: _Problems) -> Iterator[RawRow]:
+def _delimited(path: Path, find: Find, problems: _Problems) -> Iterator[RawRow]:
     with _text_of(path, problems.skip) as file:
         header = file.readline()
         if not header.strip():
@@ -79,7 +81,7 @@ def _delimited(path: Path, options: Options, problems: _Problems) -> Iterator[Ra
             names = [name.strip() for name in next(reader)]
             if twice := [name for i, name in enumerate(names) if name in names[:i]]:
                 raise InputError(f"{path} row 1: two columns are called {twice[0]!r}; rename one")
-            columns = find_columns(path, names, options)
+            columns = find(names)
             problems.image_column = columns.image
             image, caption = names.index(columns.image), names.index(columns.caption)
             group = None if columns.group is None else names.index(columns.group)
@@ -109,7 +111,7 @@ def _json_lines(path: Path, problems: _Problems) -> Iterator[Record]:
             yield number, values
 
 
-def _of_records(path: Path, records: Iterable[Record], options: Options, problems: _Problems) -> Iterator[RawRow]:
+def _of_records(records: Iterable[Record], find: Find, problems: _Problems) -> Iterator[RawRow]:
     columns = None
     for number, values in records:
         if not isinstance(values, dict):
@@ -117,7 +119,7 @@ def _of_records(path: Path, records: Iterable[Record], options: Options, problem
             problems.add(number, "not a JSON object", f"{what}; one a line is wanted")
             continue
         if columns is None:
-            columns = find_columns(path, list(values), options)
+            columns = find(list(values))
             problems.image_column = columns.image
         group = None if columns.group is None else values.get(columns.group)
         yield RawRow(number, values.get(columns.image), values.get(columns.caption), group)
@@ -191,6 +193,26 @@ def _batches(rows: Iterable[RawRow], schema: pa.Schema) -> Iterator[pa.RecordBat
 Read = Callable[[_Problems], Iterator[RawRow]]
 
 
+def raw_rows(path: Path, find: Find) -> Iterator[RawRow]:
+    """The rows of a table of text as they are written, whatever is in their cells; ``caption`` may be any column.
+
+    Args:
+        path: as :func:`open_table` takes it.
+        find: says which columns.
+
+    Raises:
+        InputError: a row that does not fit, or another encoding; and what ``find`` raises.
+    """
+    problems = _Problems(path, skip=False)
+    try:
+        if path.suffix.lower() in (*JSON_LINES, ".json"):
+            yield from _of_records(_json_lines(path, problems), find, problems)
+        else:
+            yield from _delimited(path, find, problems)
+    except UnicodeError:
+        raise _undecodable(path) from None
+
+
 def open_table(path: Path, options: Options) -> PairSource:
     """The pairs of a table of text; rows without a caption are left out and counted.
 
@@ -205,20 +227,21 @@ def open_table(path: Path, options: Options) -> PairSource:
     if not path.is_file():
         raise InputError(f"{path}: no such table")
     options.no_split(path)
+    find = partial(find_columns, path, options=options)
     if path.suffix.lower() in (*JSON_LINES, ".json"):
-        return _open(path, options, SCHEMA_OF_LISTS, lambda p: _of_records(path, _json_lines(path, p), options, p))
-    return _open(path, options, SCHEMA, lambda problems: _delimited(path, options, problems))
+        return _open(path, options, SCHEMA_OF_LISTS, lambda p: _of_records(_json_lines(path, p), find, p))
+    return _open(path, options, SCHEMA, lambda problems: _delimited(path, find, problems))
 
 
 def open_records(path: Path, values: list[Any], options: Options) -> PairSource:
     """Likewise for the array of objects that is all of a JSON file."""
     options.no_split(path)
-    records = enumerate(values, start=1)
-    return _open(path, options, SCHEMA_OF_LISTS, lambda problems: _of_records(path, records, options, problems))
+    records, find = enumerate(values, start=1), partial(find_columns, path, options=options)
+    return _open(path, options, SCHEMA_OF_LISTS, lambda problems: _of_records(records, find, problems))
 
 
 def _open(path: Path, options: Options, schema: pa.Schema, read: Read) -> PairSource:
-    problems, mapped = _Problems(path, options), None
+    problems, mapped = _Problems(path, options.on_error == "skip"), None
     if path.stat().st_size > IN_MEMORY:
         said = (LAYOUT, options.image_column, options.caption_column, options.group_column, options.on_error)
         mapped = cache_file("tables", path, said, ".arrow")
