@@ -6,7 +6,7 @@ on any number of them, and so are the bytes of the result.
 
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -111,8 +111,24 @@ def encode(
     devices: int = 1,
     accelerator: str = "auto",
     precision: Precision = "32-true",
+    encoder: "Callable[..., Encoder] | None" = None,
+    title: str = "encoding",
 ) -> list[Bad] | None:
     """Encode into ``parts`` all items that are neither there nor known.
+
+    Args:
+        model: the encoders.
+        items: pictures or texts.
+        parts: where finished features are and go.
+        known: features that need no part.
+        batch_size: of one process.
+        num_workers: of each process.
+        on_error: what an item that cannot be read does.
+        devices: see :func:`embed`; likewise ``accelerator`` and ``precision``.
+        accelerator: see ``devices``.
+        precision: see ``devices``.
+        encoder: makes what is run, with the arguments of :class:`Encoder`, which is the default.
+        title: of the progress bar.
 
     Returns:
         On rank 0 those that could not be read; on other ranks, which have nothing to do any more, None.
@@ -121,7 +137,7 @@ def encode(
         InputError: a picture that cannot be read unless ``on_error`` is ``skip``, or impossible settings.
         KeyboardInterrupt: after the finished features have been kept.
     """
-    finished = parts.read()
+    finished = parts.finished()
     batches = [
         [row for row in batch if items[row].identity not in finished and items[row].identity not in known]
         for batch in in_batches(range(len(items)), batch_size)
@@ -129,10 +145,11 @@ def encode(
     batches = [batch for batch in batches if batch]
     if not batches:
         return []
-    writer = PartWriter(items, parts, on_error)
-    trainer = _trainer(writer, devices, accelerator, precision)
+    writer = PartWriter(items, parts, on_error, title)
+    trainer = make_trainer([writer], devices, accelerator, precision)
     try:
-        trainer.predict(Encoder(model, items, batches, parts.stop, num_workers), return_predictions=False)
+        module = (encoder or Encoder)(model, items, batches, parts.stop, num_workers)
+        trainer.predict(module, return_predictions=False)
     except SystemExit:
         if not trainer.interrupted:  # Lightning's answer to Ctrl-C is an exit
             raise
@@ -149,7 +166,12 @@ def encode(
     return sorted(bad)
 
 
-def _trainer(writer: "PartWriter", devices: int, accelerator: str, precision: Precision) -> Trainer:
+def make_trainer(callbacks: list[Callback], devices: int, accelerator: str, precision: Precision) -> Trainer:
+    """A trainer that computes and leaves nothing behind.
+
+    Raises:
+        InputError: no such device.
+    """
     try:
         return Trainer(
             accelerator=accelerator,
@@ -157,7 +179,7 @@ def _trainer(writer: "PartWriter", devices: int, accelerator: str, precision: Pr
             strategy="ddp" if devices != 1 else "auto",
             precision=precision,
             use_distributed_sampler=False,  # the encoder deals the batches, each once
-            callbacks=[writer],
+            callbacks=callbacks,
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -227,8 +249,8 @@ class PartWriter(Callback):
         bad: this rank's items that could not be read.
     """
 
-    def __init__(self, items: Sequence[Item], parts: Parts, on_error: OnError) -> None:
-        self.items, self.parts, self.on_error = items, parts, on_error
+    def __init__(self, items: Sequence[Item], parts: Parts, on_error: OnError, title: str = "encoding") -> None:
+        self.items, self.parts, self.on_error, self.title = items, parts, on_error, title
         self.bad: list[Bad] = []
         self._rows: list[int] = []
         self._features: list[np.ndarray] = []
@@ -244,7 +266,7 @@ class PartWriter(Callback):
         self._written = time.monotonic()
         total = sum(len(batch) for batch in pl_module.my_batches)
         share = f" (process 1 of {trainer.world_size})" if trainer.world_size > 1 else ""
-        self._bar = progress(f"encoding{share}", total, enabled=trainer.is_global_zero)
+        self._bar = progress(f"{self.title}{share}", total, enabled=trainer.is_global_zero)
         self._advance = self._bar.__enter__()
 
     def on_predict_batch_end(

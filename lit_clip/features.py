@@ -113,14 +113,23 @@ class Parts:
         self.folder.mkdir(exist_ok=True)  # another run with the same output may have ended and removed it
         table.save(self.folder / f"{uuid.uuid4().hex}.npz", self.model)
 
-    def read(self) -> dict[Identity, np.ndarray]:
-        """Identity -> feature ``[D]`` of all finished items."""
-        finished: dict[Identity, np.ndarray] = {}
+    def tables(self) -> Iterator[FeatureTable]:
+        """The parts that there are, one at a time."""
         for path in sorted(self.folder.glob("*.npz")):
             table = FeatureTable.load(path, self.model)
             if table is not None:
-                finished.update(zip(table.identities, table.features, strict=True))
+                yield table
+
+    def read(self) -> dict[Identity, np.ndarray]:
+        """Identity -> feature ``[D]`` of all finished items."""
+        finished: dict[Identity, np.ndarray] = {}
+        for table in self.tables():
+            finished.update(zip(table.identities, table.features, strict=True))
         return finished
+
+    def finished(self) -> set[Identity]:
+        """What needs not be encoded again."""
+        return {identity for table in self.tables() for identity in table.identities}
 
     def end(self) -> None:
         """The run ends unfinished: leave what can be gone on from, and no folder if that is nothing."""

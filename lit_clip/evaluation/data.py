@@ -31,7 +31,13 @@ def stamp_of_files(paths: Iterable[Path]) -> str:
 
 
 class Pictures(ABC):
-    """Pictures by number, decoded when they are asked for; an object that can be sent to data workers."""
+    """Pictures by number, decoded when they are asked for; an object that can be sent to data workers.
+
+    Attributes:
+        several: whether an item may have many pictures; then one is read at a time.
+    """
+
+    several: bool = False
 
     @abstractmethod
     def __len__(self) -> int:

@@ -1,0 +1,227 @@
+"""Image features of a set: computed once by any number of processes, kept on disk, and never mixed up.
+
+Shapes: N pictures that could be read, W features before the projection, D after it.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lit_clip import collectives
+from lit_clip.embed import Encoder, Precision, encode, make_trainer
+from lit_clip.errors import InputError, require
+from lit_clip.evaluation.data import Pictures
+from lit_clip.features import Parts, fingerprint
+from lit_clip.images import Bad, Item, OnError, loader
+from lit_clip.model import CLIP
+from lit_clip.preprocess import pixels
+
+ARRAYS = ("before", "after")
+
+
+class SetFeatures(NamedTuple):
+    """What was computed of a set, read from disk as it is needed.
+
+    Attributes:
+        before: float32 ``[N, W]``, before the projection.
+        after: float32 ``[N, D]``, of unit length; of several pictures their mean.
+        rows: the pictures that could be read, ascending.
+        skipped: key and reason of the others.
+    """
+
+    before: np.ndarray
+    after: np.ndarray
+    rows: list[int]
+    skipped: list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How features are computed; all but ``precision`` changes nothing but the time it takes."""
+
+    batch_size: int = 64
+    num_workers: int = 4
+    devices: int = 1
+    accelerator: str = "auto"
+    precision: Precision = "32-true"
+    on_error: OnError = "error"
+
+
+class _Batch(NamedTuple):
+    inputs: Tensor | None  # uint8 [F, 3, H, W]
+    counts: list[int]  # pictures of each row
+    rows: list[int]
+    bad: list[Bad]
+
+
+class _SetBatches(Dataset[_Batch]):
+    """One item is one batch, decoded and cropped."""
+
+    def __init__(self, pictures: Pictures, batches: Sequence[list[int]], transform: Any, stop: Path) -> None:
+        self.pictures, self.batches, self.transform, self.stop = pictures, batches, transform, stop
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> _Batch:
+        images, counts, rows, bad = [], [], [], []
+        for row in self.batches[index] if not self.stop.exists() else ():
+            try:
+                mine = [self.transform(picture) for picture in self.pictures.pictures(row)]
+                require(bool(mine), f"{self.pictures.key(row)}: has no picture")
+            except Exception as error:  # decoders answer a broken file with whatever they trip over
+                reason = str(error).partition("\n")[0] or type(error).__name__
+                ours = (
+                    reason if isinstance(error, InputError) else f"{self.pictures.key(row)}: cannot be read ({reason})"
+                )
+                bad.append(Bad(str(row), ours))
+                continue
+            images += mine
+            counts.append(len(mine))
+            rows.append(row)
+        return _Batch(torch.stack(images) if images else None, counts, rows, bad)
+
+
+class SetEncoder(Encoder):
+    """Both kinds of features side by side, ``[B, W + D]``."""
+
+    def __init__(self, pictures: Pictures, batch_size: int, *words: Any) -> None:
+        super().__init__(*words)
+        self.pictures, self.batch_size = pictures, batch_size
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        transform = pixels(self.model.preprocessing)
+        batches: Any = _SetBatches(self.pictures, self.my_batches, transform, self.stop)
+        return loader(batches, self.num_workers, pin_memory=self.device.type == "cuda")
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if batch.inputs is None:
+            return torch.empty(0, 0)
+        features = torch.cat([self._both(images) for images in batch.inputs.split(self.batch_size)])  # [F, W + D]
+        if len(batch.rows) == len(features):
+            return features
+        return torch.stack([part.mean(dim=0) for part in features.split(batch.counts)])
+
+    def _both(self, images: Tensor) -> Tensor:
+        before, after = self.model.image_features(self.model.normalize(images))
+        return torch.cat([before.float(), torch.nn.functional.normalize(after.float(), dim=1)], dim=1)
+
+
+class FeatureStore:
+    """A model's image features, in a folder.
+
+    Args:
+        model: whose; its weights must not change.
+        folder: is made if it is not there.
+        settings: how to compute.
+    """
+
+    def __init__(self, model: CLIP, folder: Path, settings: Settings) -> None:
+        self.model, self.folder, self.settings = model, folder, settings
+        self.fingerprint = fingerprint(model)
+
+    def start(self) -> torch.device:
+        """Start the other processes, or join them; return this one's device."""
+        settings = self.settings
+        trainer = make_trainer([], settings.devices, settings.accelerator, settings.precision)
+        strategy = trainer.strategy
+        if strategy.launcher is not None and trainer.world_size > 1:
+            strategy.launcher.launch(strategy.setup_environment, trainer=trainer)
+        else:
+            strategy.setup_environment()
+        return strategy.root_device
+
+    def path(self, pictures: Pictures) -> Path:
+        """The folder of a set's features: another one once the model, the pictures or the arithmetic are others."""
+        said = (self.fingerprint, self.settings.precision, type(pictures).__qualname__, pictures.stamp(), len(pictures))
+        return self.folder / sha256(repr(said).encode()).hexdigest()[:32]
+
+    def compute(self, pictures: Pictures, title: str) -> None:
+        """See to it that :meth:`read` finds the features; all ranks must ask, in the same order.
+
+        Raises:
+            InputError: on rank 0 alone, a picture that cannot be read unless ``on_error`` is ``skip``, or no picture.
+        """
+        require(len(pictures) > 0, f"{title}: the set is empty")
+        path = self.path(pictures)
+        if not collectives.maximum(int(not self._finished(path))):
+            return
+        settings = self.settings
+        path.parent.mkdir(parents=True, exist_ok=True)
+        parts = Parts(path, f"{self.fingerprint} {settings.precision}")
+        items = [Item(str(row)) for row in range(len(pictures))]
+        bad = encode(
+            self.model,
+            items,
+            parts,
+            {},
+            batch_size=1 if pictures.several else settings.batch_size,
+            num_workers=settings.num_workers,
+            on_error=settings.on_error,
+            devices=settings.devices,
+            accelerator=settings.accelerator,
+            precision=settings.precision,
+            encoder=partial(SetEncoder, pictures, settings.batch_size),
+            title=title,
+        )
+        if bad is not None and collectives.rank_and_world()[0] == 0:
+            skipped = sorted((int(item.key), pictures.key(int(item.key)), item.reason) for item in bad)
+            self._keep(path, parts, len(pictures), skipped)
+
+    def _finished(self, path: Path) -> bool:
+        """Whether all is there, and whatever could not be read may stay out."""
+        try:
+            skipped = json.loads((path / "skipped.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return not skipped or self.settings.on_error == "skip"
+
+    def _keep(self, path: Path, parts: Parts, size: int, skipped: list[tuple[int, str, str]]) -> None:
+        """Turn finished parts into arrays, which get their names when they are whole."""
+        require(len(skipped) < size, f"none of {size} pictures could be read; {skipped[0][2] if skipped else ''}")
+        rows = sorted(set(range(size)) - {row for row, _, _ in skipped})
+        place = {row: number for number, row in enumerate(rows)}
+        draft = path.with_name(f".{path.name}.draft")
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir()
+        arrays: dict[str, np.ndarray] = {}
+        filled = np.zeros(len(rows), dtype=bool)
+        for table in parts.tables():
+            for name, values in zip(ARRAYS, self._divided(table.features), strict=True):
+                if name not in arrays:
+                    shape = (len(rows), values.shape[1])
+                    arrays[name] = np.lib.format.open_memmap(draft / f"{name}.npy", "w+", np.float32, shape)
+                numbers = [place[int(key)] for key, _, _ in table.identities]
+                arrays[name][numbers] = values
+                filled[numbers] = True
+        require(bool(filled.all()), f"{path}: features are gone; another run with the same cache has ended meanwhile")
+        for array in arrays.values():
+            array.flush()  # pyright: ignore[reportAttributeAccessIssue]  # a memmap, which open_memmap does not say
+        (draft / "skipped.json").write_text(json.dumps(skipped), encoding="utf-8")
+        shutil.rmtree(path, ignore_errors=True)
+        draft.rename(path)
+        parts.remove()
+
+    def _divided(self, features: np.ndarray) -> Iterator[np.ndarray]:
+        embed_dim = self.model.config.embed_dim
+        yield features[:, :-embed_dim]
+        yield features[:, -embed_dim:]
+
+    def read(self, pictures: Pictures) -> SetFeatures:
+        """What :meth:`compute` has left."""
+        path = self.path(pictures)
+        skipped = json.loads((path / "skipped.json").read_text(encoding="utf-8"))
+        left_out = {row for row, _, _ in skipped}
+        before, after = (np.load(path / f"{name}.npy", mmap_mode="r") for name in ARRAYS)
+        rows = [row for row in range(len(pictures)) if row not in left_out]
+        return SetFeatures(before, after, rows, [(key, reason) for _, key, reason in skipped])
