@@ -2,9 +2,7 @@
 
 import os
 import signal
-import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +18,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lit_clip import collectives
 from lit_clip.checkpoint_io import put_in_place
 from lit_clip.errors import require
+from lit_clip.launcher import is_launched
 from lit_clip.summary import resume_command
-
-LAUNCHER = "LIT_CLIP_LAUNCHER"  # the process that other ranks of this machine are started by
-GRACE = 10.0  # seconds; after an orderly end the other ranks need one or two
 
 
 class _Signals(_SignalConnector):
@@ -191,43 +187,6 @@ def save_whole(trainer: Trainer, path: Path) -> None:
     if trainer.is_global_zero:
         put_in_place(part, path)
     trainer.strategy.barrier("save_whole")
-
-
-def is_launched() -> bool:
-    """Whether another rank's ``lit-clip`` started this process (not torchrun, SLURM or a person)."""
-    return "LOCAL_RANK" in os.environ and os.environ.get(LAUNCHER) == str(os.getppid())
-
-
-def watch_launcher() -> None:
-    """End this process soon after the one that started it as a rank; other processes are left alone.
-
-    A rank that computes or waits for data notices only at its next collective that the first rank was killed, and is
-    in nobody's care until then. Called before Lightning starts the other ranks.
-    """
-    launcher = os.environ.get(LAUNCHER)
-    if "LOCAL_RANK" not in os.environ or launcher is None:
-        os.environ[LAUNCHER] = str(os.getpid())
-    elif is_launched() or _has_ended(int(launcher)):
-        threading.Thread(target=_wait_for_launcher, args=(int(launcher),), daemon=True).start()
-
-
-def _has_ended(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:  # somebody else's
-        pass
-    return False
-
-
-def _wait_for_launcher(launcher: int) -> None:
-    while os.getppid() == launcher:
-        time.sleep(1)
-    time.sleep(GRACE)
-    sys.stderr.write("lit-clip: error: the first process of this machine has ended, so this one ends too\n")
-    sys.stderr.flush()
-    os._exit(1)
 
 
 def shield_worker(worker_id: int) -> None:

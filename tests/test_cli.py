@@ -11,8 +11,11 @@ import torch
 import yaml
 from PIL import Image
 
-from lit_clip.cli import main, one_line, run, user_error
+from lit_clip.cli import CONFIGURED, help_text, main, one_line, user_error
+from lit_clip.commands import COMMANDS
+from lit_clip.embed import embed
 from lit_clip.errors import InputError
+from lit_clip.lightning_cli import CLI, run
 from tests.conftest import TINY_YAML, lit_clip_command
 
 Completed = subprocess.CompletedProcess[str]
@@ -236,10 +239,34 @@ def test_other_errors_keep_their_traceback() -> None:
     assert one_line(user_error(wrapped) or wrapped) == "row 3"
 
 
-def test_help_pays_for_neither_timm_nor_open_clip() -> None:
-    code = "import sys, lit_clip.cli; print([m for m in ('timm', 'open_clip') if m in sys.modules])"
+@pytest.mark.parametrize(
+    ("command", "not_paid_for"),
+    [
+        ("--help", ("torch", "lightning", "numpy")),
+        ("fit --help", ("transformers", "timm", "open_clip", "pyarrow", "pandas")),
+        ("embed --help", ("transformers", "timm", "open_clip", "pyarrow", "pandas")),
+    ],
+)
+def test_help_does_not_pay_for_what_it_does_not_use(command: str, not_paid_for: tuple[str, ...]) -> None:
+    code = (
+        f"import sys; sys.argv = ['lit-clip', *{command.split()}]\n"
+        "import lit_clip.cli\n"
+        "try: lit_clip.cli.main()\nexcept SystemExit: pass\n"
+        f"print([name for name in {not_paid_for} if name in sys.modules], file=sys.stderr)"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"
+    assert "usage: lit-clip" in result.stdout
+    assert result.stderr.splitlines()[-1] == "[]"
+
+
+def test_help_names_every_command_with_what_it_does() -> None:
+    """Those of LightningCLI are listed without asking it."""
+    assert CONFIGURED.keys() == CLI.subcommands().keys()
+    lines = help_text().splitlines()
+    for name in (*CONFIGURED, *COMMANDS):
+        (line,) = [line for line in lines if line.startswith(f"  {name} ")]
+        assert line.endswith("."), line
+    assert any(line.split() == ["embed", *(embed.__doc__ or "").splitlines()[0].split()] for line in lines)
 
 
 def test_a_progress_bar_of_ones_own_replaces_ours(caption_table: Path, tmp_path: Path, cli: Cli) -> None:

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_clip import load_model
-from lit_clip.cli import CLI, run
+from lit_clip.lightning_cli import CLI, run
 from lit_clip.registry import resolve_architecture
 from tests.conftest import ROOT, TINY_YAML, torchrun
 

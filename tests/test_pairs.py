@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from datamodules import Captions, Weighted
-from lit_clip.cli import CLI, run
 from lit_clip.config import Preprocessing
 from lit_clip.errors import InputError
+from lit_clip.lightning_cli import CLI, run
 from lit_clip.tokenizer import Tokenize
 
 

@@ -133,7 +133,7 @@ def test_a_typing_error_in_a_towers_entry_is_named_in_one_line(
 
 
 def test_an_encoders_sizes_do_not_leak_into_another_kind_of_encoder(tmp_path: Path) -> None:
-    from lit_clip.cli import run
+    from lit_clip.lightning_cli import run
 
     (tmp_path / "a.yaml").write_text(
         "model: {architecture: {embed_dim: 32, image: {timm: test_vit}, text: {width: 64, heads: 1, layers: 1}}}",
