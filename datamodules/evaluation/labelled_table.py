@@ -1,0 +1,183 @@
+"""Labelled pictures of a user's table: a column of paths and a column of classes."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from datamodules.arrow import IMAGE_COLUMNS, Columns, find_column, is_encoded
+from datamodules.bad_samples import BLANK
+from datamodules.classes import ClassNames, LabelledFiles
+from datamodules.table import RawRow, raw_rows
+from lit_clip.errors import InputError
+from lit_clip.evaluation.data import MissingData
+from lit_clip.zero_shot import imagenet_class_names
+
+LABEL_COLUMNS = ("label", "labels", "class", "target", "class_id", "class_name", "category")
+BATCH_ROWS = 16_384
+
+
+def read_labels(
+    path: Path, image_column: str | None = None, label_column: str | None = None
+) -> list[tuple[int, str, Any]]:
+    """The rows of a table with a picture's path and its class: number in the file, path, and label as written.
+
+    Args:
+        path: ``.parquet``; ``.jsonl``, ``.ndjson`` or ``.json`` with an object a line; or a delimited file with a
+            header, whose delimiter is detected (UTF-8, or UTF-16 with a byte order mark). A text file's first line is
+            row 1, a parquet file's first row is row 0.
+        image_column: None: the first with a usual name.
+        label_column: likewise.
+
+    Raises:
+        MissingData: no such file.
+        InputError: no such column, a row that does not fit, one without a picture or label, or no rows.
+    """
+    if not path.is_file():
+        raise MissingData(f"{path}: no such table")
+
+    def find(found: list[str]) -> Columns:
+        image = find_column(path, found, image_column, IMAGE_COLUMNS, "image_column")
+        return Columns(image, find_column(path, found, label_column, LABEL_COLUMNS, "label_column"))
+
+    source = _parquet_rows(path, find) if path.suffix.lower() == ".parquet" else raw_rows(path, find)
+    rows = [_checked(path, row) for row in source]
+    if not rows:
+        raise InputError(f"{path}: no rows")
+    return rows
+
+
+def _parquet_rows(path: Path, find: Any) -> Iterator[RawRow]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+        columns = find(file.schema_arrow.names)
+        kind = file.schema_arrow.field(columns.image).type
+        if is_encoded(kind):
+            what = f"column {columns.image!r} holds {kind}, not paths"
+            raise InputError(f"{path}: {what}; datamodules.ParquetClasses reads pictures stored in a table")
+        number = 0
+        for batch in file.iter_batches(BATCH_ROWS, columns=[columns.image, columns.caption]):
+            images, labels = batch[columns.image].to_pylist(), batch[columns.caption].to_pylist()
+            for image, label in zip(images, labels, strict=True):
+                yield RawRow(number, image, label)
+                number += 1
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from error
+
+
+def _checked(path: Path, row: RawRow) -> tuple[int, str, Any]:
+    where = f"{path} row {row.number}"
+    if not isinstance(row.image, str) or row.image.strip().lower() in BLANK:
+        raise InputError(f"{where}: no picture ({str(row.image)[:40]!r}); name its file or remove the row")
+    label = row.caption.strip() if isinstance(row.caption, str) else row.caption
+    if isinstance(label, bool) or not isinstance(label, int | str) or label == "":
+        raise InputError(f"{where}: its label is {str(label)[:40]!r}, neither a whole number nor a name")
+    return row.number, row.image.strip(), label
+
+
+def resolve_labels(
+    path: Path, rows: Sequence[tuple[int, Any]], class_names: list[str] | None
+) -> tuple[list[int], list[str]]:
+    """Label numbers of a column of labels, and the names of the classes.
+
+    The whole column is read as names or as numbers, never some cells so and some so.
+
+    Args:
+        path: named in errors.
+        rows: number in the file and label of each row.
+        class_names: in label order; None: the numbers, or the names that occur, sorted.
+
+    Raises:
+        InputError: a label that is out of range or no name, or a column that could be read both ways.
+    """
+    numbers = [_number(label) for _, label in rows]
+    if class_names is None:
+        if all(number is not None for number in numbers):
+            class_names = [str(label) for label in range(1 + max(0, *(number or 0 for number in numbers)))]
+        else:
+            class_names = sorted({str(label) for _, label in rows})
+    place = {name: label for label, name in enumerate(class_names)}
+    named = [place.get(label) if isinstance(label, str) else None for _, label in rows]
+    as_names = len(place) == len(class_names) and None not in named
+    as_numbers = all(number is not None and 0 <= number < len(class_names) for number in numbers)
+    if as_names and as_numbers and named != numbers:
+        row, label = next(row for row, a, b in zip(rows, named, numbers, strict=True) if a != b)
+        both = f"label {label!r} is a class's name and another one's number"
+        raise InputError(f"{path} row {row}: {both}; give the classes other names, or write names into the table")
+    if not as_names and not as_numbers:
+        raise _wrong(path, rows, numbers, named, class_names)
+    return [label for label in (named if as_names else numbers) if label is not None], class_names
+
+
+def _number(label: Any) -> int | None:
+    if isinstance(label, str):
+        return int(label) if label.removeprefix("-").isdecimal() else None
+    return label
+
+
+def _wrong(
+    path: Path,
+    rows: Sequence[tuple[int, Any]],
+    numbers: list[int | None],
+    named: list[int | None],
+    class_names: list[str],
+) -> InputError:
+    """About the first label that does not fit, the column being read as what most of its cells are."""
+    twice = [name for place, name in enumerate(class_names) if name in class_names[:place]]
+    if twice and None not in named:
+        what = f"two classes are called {twice[0]!r}, so names do not tell them apart"
+        return InputError(f"{path}: {what}; write numbers into the table")
+    meant_numbers = sum(number is not None for number in numbers) > sum(label is not None for label in named)
+    wrong = [number is None or not 0 <= number < len(class_names) for number in numbers]
+    bad = wrong if meant_numbers else [label is None for label in named]
+    row, label = next(row for row, is_bad in zip(rows, bad, strict=True) if is_bad)
+    some = ", ".join(class_names[:3]) + (", ..." if len(class_names) > 3 else "")
+    if isinstance(label, str) and _number(label) is None:
+        return InputError(f"{path} row {row}: {label!r} is none of the {len(class_names)} classes ({some})")
+    return InputError(f"{path} row {row}: label {label} is not from 0 to {len(class_names) - 1} ({some})")
+
+
+class LabelledTable(LabelledFiles):
+    """Pictures whose paths and classes are columns of a table, in the order of its rows.
+
+    Args:
+        path: ``.csv``, ``.tsv``, ``.txt``, ``.jsonl``, ``.ndjson``, ``.json`` (an object a line) or ``.parquet``.
+        class_names: in label order; ``imagenet``: the paper's 1,000; None: the numbers in the table, or the names in
+            it, sorted. Give them if the table need not have every class.
+        image_column: paths of pictures; None: the first of ``image``, ``image_path``, ``filepath``, ...
+        label_column: whole numbers from 0, or names of classes; None: the first of ``label``, ``class``, ...
+        images: the folder where relative paths start; None: the table's.
+
+    Raises:
+        MissingData: no such table.
+        InputError: no such column; a row without a picture or a label; a label that is out of range or no name of a
+            class; no picture where the first row says. The message names file and row. Later pictures that are missing
+            or broken are errors of their own once they are read, so that an evaluation can count them.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        class_names: ClassNames | None = None,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        images: str | None = None,
+    ) -> None:
+        self.path = Path(path)
+        rows = read_labels(self.path, image_column, label_column)
+        names = imagenet_class_names() if class_names == "imagenet" else class_names
+        if names is not None and not names:
+            raise InputError(f"{path}: class_names is empty; leave it out for those in the table")
+        labels, self.class_names = resolve_labels(
+            self.path, [(number, label) for number, _, label in rows], None if names is None else list(names)
+        )
+        self.root = Path(images).expanduser() if images else self.path.parent
+        self.files = [(self.root / image, label) for (_, image, _), label in zip(rows, labels, strict=True)]
+        self._numbers = [number for number, _, _ in rows]
+        if not self.files[0][0].is_file():
+            raise InputError(f"{self.where(0)}: no such image file: {self.files[0][0]}; set images to their folder")
+
+    def where(self, index: int) -> str:
+        return f"{self.path} row {self._numbers[index]}"
