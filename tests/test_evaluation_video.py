@@ -1,0 +1,353 @@
+"""Sets of videos and of their frames, read from small real files in the sets' own layouts."""
+
+import csv
+import json
+import pickle
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from datamodules.evaluation.frame_robustness import ImageNetVidRobust, YTBBRobust
+from datamodules.evaluation.frames import read_frames, times_of_frames
+from datamodules.evaluation.video import UCF101, Kinetics700, RareAct
+from lit_clip.errors import InputError
+from lit_clip.evaluation.data import MissingData
+from tests.conftest import ROOT
+
+RATE = 10  # frames a second
+Colour = tuple[int, int, int]
+
+
+def colours(number: int, base: int = 0) -> list[Colour]:
+    """Far from each other from one frame to the next."""
+    return [((base + 40 * i) % 256, (90 * i + 60) % 256, (200 * i + base) % 256) for i in range(number)]
+
+
+def film(path: Path, frames: Sequence[Colour], codec: str = "mpeg4", **options: Any) -> Path:
+    """A video of one colour a frame, a key frame every six."""
+    import av
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream(codec, rate=RATE)
+        stream.width = stream.height = 32
+        stream.pix_fmt = "yuv420p"
+        stream.gop_size = 6
+        stream.bit_rate = 2_000_000
+        for name, value in options.items():
+            setattr(stream, name, value)
+        for colour in frames:
+            container.mux(stream.encode(av.VideoFrame.from_image(Image.new("RGB", (32, 32), colour))))
+        container.mux(stream.encode())
+    return path
+
+
+def which(image: Image.Image, frames: Sequence[Colour]) -> int:
+    """The frame whose colour is nearest to that of a picture."""
+    colour: Any = image.getpixel((16, 16))
+    return min(range(len(frames)), key=lambda i: sum(abs(a - b) for a, b in zip(frames[i], colour, strict=True)))
+
+
+def message_of(call: Callable[[], Any], kind: type[InputError] = InputError) -> str:
+    """The one line that a call fails with."""
+    with pytest.raises(kind) as error:
+        call()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+CODERS = {
+    "mpeg4.mp4": {},
+    "mpeg4.avi": {},
+    "bidirectional.avi": {"max_b_frames": 2},
+    "h264.mp4": {"codec": "libx264"},
+    "vp8.webm": {"codec": "libvpx"},
+    "raw.h264": {"codec": "libx264"},  # says not when a frame is shown
+}
+
+
+@pytest.mark.parametrize("name", CODERS)
+@pytest.mark.parametrize("number", [1, 2, 13, 24])
+def test_the_centre_frame_is_the_one_in_the_middle(name: str, number: int, tmp_path: Path) -> None:
+    frames = colours(number)
+    path = film(tmp_path / name, frames, **CODERS[name])
+    (image,) = read_frames(path, "centre")
+    assert which(image, frames) == number // 2
+    assert image.size == (32, 32)
+    assert image.mode == "RGB"
+
+
+@pytest.mark.parametrize("name", CODERS)
+def test_all_frames_come_in_their_order(name: str, tmp_path: Path) -> None:
+    frames = colours(13)
+    path = film(tmp_path / name, frames, **CODERS[name])
+    assert [which(image, frames) for image in read_frames(path, "all")] == list(range(13))
+    assert (times_of_frames(path) is None) == (name == "raw.h264")
+
+
+@pytest.mark.parametrize("name", ["mpeg4.mp4", "bidirectional.avi", "vp8.webm"])
+def test_a_span_is_cut_out_by_its_seconds(name: str, tmp_path: Path) -> None:
+    frames = colours(24)
+    path = film(tmp_path / name, frames, **CODERS[name])
+    assert [which(image, frames) for image in read_frames(path, "all", (1.0, 1.5))] == [10, 11, 12, 13, 14]
+    assert [which(image, frames) for image in read_frames(path, "centre", (1.0, 1.5))] == [12]
+    assert "from 60 to 70 s" in message_of(lambda: read_frames(path, "all", (60.0, 70.0)))
+
+
+def test_a_broken_an_empty_and_a_missing_video_are_errors_that_name_the_file(tmp_path: Path) -> None:
+    whole = film(tmp_path / "whole.mp4", colours(5)).read_bytes()
+    for name, content in {"empty.mp4": b"", "junk.avi": b"no video" * 99, "cut.mp4": whole[: len(whole) // 2]}.items():
+        (tmp_path / name).write_bytes(content)
+        assert str(tmp_path / name) in message_of(lambda name=name: read_frames(tmp_path / name, "centre"))
+    assert "gone.mp4" in message_of(lambda: read_frames(tmp_path / "gone.mp4", "all"))
+
+
+def test_without_pyav_a_video_is_an_error_that_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = film(tmp_path / "a.mp4", colours(2))
+    monkeypatch.setitem(sys.modules, "av", None)
+    assert "pip install av" in message_of(lambda: read_frames(path, "centre"))
+
+
+CLASSES = ["Archery", "Hammering", "HammerThrow", "JumpingJack", "JumpRope"]  # in the order of classInd.txt
+
+
+@pytest.fixture
+def ucf101(tmp_path: Path) -> Path:
+    """One clip for training and one for testing a class, other ones in the third fold."""
+    lists = tmp_path / "ucfTrainTestlist"
+    lists.mkdir()
+    (lists / "classInd.txt").write_text("".join(f"{i + 1} {name}\r\n" for i, name in enumerate(CLASSES)))
+    for fold in (1, 2, 3):
+        train, test = ("g01", "g02") if fold < 3 else ("g02", "g01")
+        clips = [f"{name}/v_{name}_{{}}_c01.avi" for name in CLASSES]
+        (lists / f"trainlist0{fold}.txt").write_text(
+            "".join(f"{clip.format(train)} {i + 1}\n" for i, clip in enumerate(clips))
+        )
+        (lists / f"testlist0{fold}.txt").write_text("".join(f"{clip.format(test)}\n" for clip in clips))
+    for i, name in enumerate(CLASSES):
+        for group in ("g01", "g02"):
+            base = 40 * i + 20 * (group == "g02")
+            film(tmp_path / f"UCF-101/{name}/v_{name}_{group}_c01.avi", colours(5, base))
+    return tmp_path
+
+
+def test_ucf101_has_the_papers_order_of_classes_and_three_folds(ucf101: Path) -> None:
+    train, test = UCF101(str(ucf101), "train"), UCF101(str(ucf101), "test", fold=1)
+    assert test.class_names == ["Archery", "Hammer Throw", "Hammering", "Jump Rope", "Jumping Jack"]
+    assert test.labels() == train.labels() == [0, 2, 1, 4, 3]
+    assert test.key(1) == "Hammering/v_Hammering_g02_c01.avi"
+    assert train.key(1) == "Hammering/v_Hammering_g01_c01.avi"
+    third = UCF101(str(ucf101), "test", fold=3)
+    assert [third.key(i) for i in range(5)] == [train.key(i) for i in range(5)]
+    assert third.stamp() == train.stamp() != test.stamp()
+    assert "fold" in message_of(lambda: UCF101(str(ucf101), "test", fold=0))
+
+
+def test_the_papers_ucf101_prompts_are_in_the_order_of_the_labels() -> None:
+    path = ROOT / "lit_clip/evaluation/paper_prompts.json"
+    prompts = json.loads(path.read_text(encoding="utf-8"))["sets"]["UCF101"]["classes"]
+    words = [prompts.index(name) for name in ("Archery", "Hammer Throw", "Hammering", "Jump Rope", "Jumping Jack")]
+    assert words == sorted(words)
+
+
+def test_a_videos_frames_are_by_the_rule_and_its_first_picture_the_centre(ucf101: Path) -> None:
+    centre, everything = UCF101(str(ucf101), "test"), UCF101(str(ucf101), "test", frames="all")
+    expected = colours(5, 40 * 2 + 20)
+    assert [which(image, expected) for image in centre.pictures(2)] == [2]
+    assert [which(image, expected) for image in everything.pictures(2)] == [0, 1, 2, 3, 4]
+    image, label = everything[2]
+    assert (which(image, expected), label) == (2, 1)
+    assert centre.stamp() != everything.stamp()
+    copy = pickle.loads(pickle.dumps(everything))
+    assert len(copy.pictures(2)) == 5
+    assert copy.stamp() == everything.stamp()
+    assert "middle" in message_of(lambda: UCF101(str(ucf101), "test", frames="middle"))  # pyright: ignore
+
+
+def test_ucf101_says_what_is_not_there(ucf101: Path, tmp_path: Path) -> None:
+    (ucf101 / "UCF-101/Archery/v_Archery_g02_c01.avi").unlink()
+    left = UCF101(str(ucf101), "test")
+    assert (len(left), str(left.left_out)) == (4, "1 rows (video is gone)")
+    (ucf101 / "ucfTrainTestlist/testlist02.txt").write_text("Fencing/v_Fencing_g01_c01.avi\n")
+    assert "Fencing" in message_of(lambda: UCF101(str(ucf101), "test", fold=2))
+    (ucf101 / "ucfTrainTestlist/testlist02.txt").unlink()
+    assert "testlist02.txt" in message_of(lambda: UCF101(str(ucf101), "test", fold=2), MissingData)
+    assert str(tmp_path / "nowhere") in message_of(lambda: UCF101(str(tmp_path / "nowhere"), "test"), MissingData)
+
+
+def write_table(path: Path, header: str, rows: Sequence[Sequence[object]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([header.split(","), *rows])
+
+
+def test_kinetics_clips_are_found_by_their_names_and_those_that_are_gone_counted(tmp_path: Path) -> None:
+    header = "label,youtube_id,time_start,time_end,split"
+    rows = [
+        ["yoga", "-0abc_DEF12", 10, 20, "val"],
+        ["acting in play", "gonegonegon", 1, 11, "val"],
+        ["acting in play", "xy", 3, 13, "val"],
+        ["yoga", "plainplain0", 3, 13, "val"],
+    ]
+    write_table(tmp_path / "annotations/val.csv", header, rows)
+    write_table(tmp_path / "annotations/train.csv", header, [["abseiling", "other", 3, 13, "train"]])
+    film(tmp_path / "val/yoga/-0abc_DEF12_000010_000020.mp4", colours(3))
+    film(tmp_path / "val/acting_in_play/xy_000003_000013.mp4", colours(3))  # as torchvision names folders
+    film(tmp_path / "val/yoga/plainplain0.mkv", colours(3))
+    clips = Kinetics700(str(tmp_path), "val")
+    assert clips.class_names == ["abseiling", "acting in play", "yoga"]
+    assert clips.labels() == [2, 1, 2]
+    assert [clips.key(i) for i in range(3)] == [
+        "val/yoga/-0abc_DEF12_000010_000020.mp4",
+        "val/acting_in_play/xy_000003_000013.mp4",
+        "val/yoga/plainplain0.mkv",
+    ]
+    assert clips.left_out.counts == {"video is gone": 1}
+    assert which(clips[1][0], colours(3)) == 1
+    assert pickle.loads(pickle.dumps(clips)).labels() == [2, 1, 2]
+    assert "train" in message_of(lambda: Kinetics700(str(tmp_path), "train"), MissingData)
+    write_table(tmp_path / "annotations/val.csv", "name,youtube_id", [["yoga", "xy"]])
+    assert "name, youtube_id" in message_of(lambda: Kinetics700(str(tmp_path), "val"))
+
+
+def test_kinetics_without_times_in_its_table_goes_by_the_identity(tmp_path: Path) -> None:
+    write_table(tmp_path / "val.csv", "youtube_id,label", [["b", "yoga"], ["a", "archery"]])
+    film(tmp_path / "val/a_000001_000011.mp4", colours(3))
+    film(tmp_path / "val/yoga/b_000001_000011.mp4", colours(3))
+    clips = Kinetics700(str(tmp_path), "val")
+    assert (clips.labels(), clips.key(1)) == ([1, 0], "val/a_000001_000011.mp4")
+    for file in tmp_path.rglob("*.mp4"):
+        file.unlink()
+    assert "none of the 2 videos" in message_of(lambda: Kinetics700(str(tmp_path), "val"), MissingData)
+
+
+def test_rareact_rows_are_spans_with_a_verb_a_noun_and_a_code(tmp_path: Path) -> None:
+    rows = [
+        [0, "one", 0, 1, 1, "cut", "phone", 1],
+        [1, "one", 1, 2, 0, "cut", "laptop", 3],
+        [2, "two", 0, 1, 2, "drink", "egg", 0],
+        [3, "gone", 0, 1, 2, "drink", "egg", 1],
+        [4, "one", 0, 1, 0, "cut", "laptop", 2],
+    ]
+    write_table(tmp_path / "rareact.csv", "id,video_id,start,end,class_id,verb,noun,annotation", rows)
+    film(tmp_path / "rareact/one.mp4", colours(20))
+    film(tmp_path / "rareact/two.mp4", colours(10, 30))
+    clips = RareAct(str(tmp_path))
+    assert clips.class_names == ["cut laptop", "cut phone", "drink egg"]
+    assert clips.labels() == [1, 0, 2, 0]
+    assert clips.annotations() == {
+        "verb": ["cut", "cut", "drink"],
+        "noun": ["laptop", "phone", "egg"],
+        "annotation": [1, 3, 0, 2],
+        "video": ["one", "one", "two", "one"],
+    }
+    assert [which(image, colours(20)) for image in clips.pictures(1)] == list(range(10, 20))
+    assert len(RareAct(str(tmp_path), frames="centre").pictures(1)) == 1
+    assert clips.key(1) == "rareact/one.mp4:1-2"
+    assert clips.left_out.counts == {"video is gone": 1}
+    stamp = clips.stamp()
+    assert pickle.loads(pickle.dumps(clips)).stamp() == stamp
+    rows[1][2] = 0.5
+    write_table(tmp_path / "rareact.csv", "id,video_id,start,end,class_id,verb,noun,annotation", rows)
+    assert RareAct(str(tmp_path)).stamp() != stamp
+    rows[0][6] = "pizza"
+    rows[0][4] = 0
+    write_table(tmp_path / "rareact.csv", "id,video_id,start,end,class_id,verb,noun,annotation", rows)
+    assert "cut pizza" in message_of(lambda: RareAct(str(tmp_path)))
+    assert "rareact.csv" in message_of(lambda: RareAct(str(tmp_path / "rareact")), MissingData)
+
+
+def picture(path: Path, colour: Colour = (1, 2, 3)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (4, 4), colour).save(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+def test_imagenet_vid_robust_knows_anchors_neighbours_and_all_classes_that_are_right(tmp_path: Path) -> None:
+    top = tmp_path / "imagenet-vid-robust"
+    first, second = "val/ILSVRC2015_val_00000000", "val/ILSVRC2015_val_00000001"
+    names = [f"{first}/{number:06}.JPEG" for number in (3, 4, 5)] + [f"{second}/000010.JPEG"]
+    for i, name in enumerate([*names, f"{first}/000099.JPEG"]):
+        picture(top / name, (i, 0, 0))
+    write_json(top / "metadata/pmsets.json", {names[3]: [], names[1]: [names[2], names[0], names[1]]})
+    write_json(top / "metadata/labels.json", {names[0]: [1], names[1]: [1, 0], names[2]: [1], names[3]: [2]})
+    classes = {"0": ["n02691156", "airplane"], "1": ["n02419796", "giant_panda"], "2": ["n02131653", "bear"]}
+    write_json(top / "misc/imagenet_vid_class_index.json", classes)
+    frames = ImageNetVidRobust(str(tmp_path))
+    assert [frames.key(i) for i in range(len(frames))] == names  # each once, and not those of no anchor
+    assert frames.class_names == ["airplane", "giant panda", "bear"]
+    assert frames.neighbours() == [(3, []), (1, [2, 0])]
+    assert frames.accepted() == [{1}, {0, 1}, {1}, {2}]
+    assert frames.labels() == [1, 0, 1, 2]
+    assert frames[2][0].size == (4, 4)
+    copy = pickle.loads(pickle.dumps(ImageNetVidRobust(str(top))))
+    assert (copy.neighbours(), copy.stamp()) == (frames.neighbours(), frames.stamp())
+    write_json(top / "metadata/labels.json", {names[0]: [1], names[1]: [3], names[2]: [1], names[3]: [2]})
+    assert names[1] in message_of(lambda: ImageNetVidRobust(str(top)))
+    write_json(top / "metadata/labels.json", [])
+    assert "labels.json" in message_of(lambda: ImageNetVidRobust(str(top)))
+    (top / "metadata/pmsets.json").unlink()
+    assert "pmsets.json" in message_of(lambda: ImageNetVidRobust(str(top)), MissingData)
+
+
+def test_ytbb_robust_counts_what_people_found_good_and_similar(tmp_path: Path) -> None:
+    metadata = tmp_path / "ytbb-robust/metadata"
+    names = {str(i): f"thing {i}" for i in range(24)} | {"0": "person", "22": "none", "23": "car"}
+    write_json(metadata / "ytbb_class_index.json", names)
+    anchors = ["good", "bad", "unsure", *names.values()]
+
+    def said(key: str, *labels: str) -> dict[str, Any]:
+        return {"key": key, "labels": [anchors.index(label) for label in labels], "notes": ""}
+
+    frames = [
+        said("/data/aa_1000/frame-15.jpg", "good", "person"),
+        said("bb_2000/frame-30.jpg", "good", "unsure"),
+        said("cc_0/frame-20.jpg", "good"),
+        said("dd_0/frame-20.jpg", "good"),
+        said("ee_0/frame-20.jpg", "good"),
+    ]
+    write_json(metadata / "anchor_labels.json", {"labels": anchors, "annotations": frames})
+    verdicts = ["similar", "dissimilar", "correct", "bad-anchor", "occlusion-increased"]
+
+    def pair(anchor: str, frame: str, *labels: str) -> dict[str, Any]:
+        return {"key": f"{anchor},{frame}", "labels": [verdicts.index(label) for label in labels]}
+
+    def near(number: int) -> str:
+        return f"aa_1000/frame-{number}.jpg"
+
+    pairs = [
+        pair(near(15), near(20), "similar", "correct"),
+        pair(near(15), near(5), "similar"),
+        pair(near(15), near(16), "similar", "occlusion-increased"),
+        pair(near(15), near(14), "dissimilar"),
+        pair(near(15), near(26), "similar"),  # too far
+        pair(near(15), near(13), "similar"),
+        pair(near(15), near(13), "dissimilar"),  # what was said last counts
+        pair("dd_0/frame-20.jpg", "dd_0/frame-21.jpg", "bad-anchor"),
+    ]
+    write_json(metadata / "pmk_labels.json", {"labels": verdicts, "annotations": pairs})
+    # The table counts car as 22 and none as 23.
+    videos = [["aa", 1000, 22], ["bb", 2000, 1], ["cc", 0, 2], ["dd", 0, 3], ["ee", 0, 23]]
+    write_table(metadata / "ytbb_robustness_test_anchors_full.csv", "ytid,time_ms,label", videos)
+    for name in (near(15), near(20), near(5), "cc_0/frame-20.jpg"):
+        picture(tmp_path / "ytbb-robust/ytbb_videos" / name)
+    robust = YTBBRobust(str(tmp_path))
+    assert [robust.key(i) for i in range(len(robust))] == [near(15), near(20), near(5), "cc_0/frame-20.jpg"]
+    assert len(robust.class_names) == 23
+    assert "none" not in robust.class_names
+    car = robust.class_names.index("car")
+    assert robust.accepted() == [{0, car}, {0, car}, {0, car}, {2}]
+    assert robust.neighbours() == [(0, [2, 1]), (3, [])]  # in the order of time
+    assert pickle.loads(pickle.dumps(robust)).accepted() == robust.accepted()
+    (metadata / "pmk_labels.json").unlink()
+    assert "pmk_labels.json" in message_of(lambda: YTBBRobust(str(tmp_path)), MissingData)
