@@ -148,7 +148,7 @@ class LabelledTable(LabelledFiles):
             it, sorted. Give them if the table need not have every class.
         image_column: paths of pictures; None: the first of ``image``, ``image_path``, ``filepath``, ...
         label_column: whole numbers from 0, or names of classes; None: the first of ``label``, ``class``, ...
-        images: the folder where relative paths start; None: the table's.
+        root: the folder where relative paths start; None: the table's.
 
     Raises:
         MissingData: no such table.
@@ -163,7 +163,7 @@ class LabelledTable(LabelledFiles):
         class_names: ClassNames | None = None,
         image_column: str | None = None,
         label_column: str | None = None,
-        images: str | None = None,
+        root: str | None = None,
     ) -> None:
         self.path = Path(path)
         rows = read_labels(self.path, image_column, label_column)
@@ -173,11 +173,11 @@ class LabelledTable(LabelledFiles):
         labels, self.class_names = resolve_labels(
             self.path, [(number, label) for number, _, label in rows], None if names is None else list(names)
         )
-        self.root = Path(images).expanduser() if images else self.path.parent
+        self.root = Path(root).expanduser() if root else self.path.parent
         self.files = [(self.root / image, label) for (_, image, _), label in zip(rows, labels, strict=True)]
         self._numbers = [number for number, _, _ in rows]
         if not self.files[0][0].is_file():
-            raise InputError(f"{self.where(0)}: no such image file: {self.files[0][0]}; set images to their folder")
+            raise InputError(f"{self.where(0)}: no such image file: {self.files[0][0]}; set root to their folder")
 
     def where(self, index: int) -> str:
         return f"{self.path} row {self._numbers[index]}"

@@ -142,9 +142,10 @@ class SUN(ImageFiles):
 
     def __init__(self, root: str) -> None:
         folder = find(Path(root), ["SUN397"], "folder of the set")
-        named = {" ".join(name.split("/")[2:]): name.strip("/") for name in read_text(folder / "ClassName.txt").split()}
-        names = sorted(name.replace("_", " ") for name in named)
-        files, labels = in_class_folders(folder, [named[name.replace(" ", "_")] for name in names])
+        classes = [name.strip("/") for name in read_text(folder / "ClassName.txt").split()]
+        folder_of = {" ".join(name.split("/")[1:]).replace("_", " "): name for name in classes}
+        names = sorted(folder_of)
+        files, labels = in_class_folders(folder, [folder_of[name] for name in names])
         super().__init__(folder, files, labels, names)
 
 
