@@ -461,6 +461,17 @@ def test_classes_of_imagenet_a_have_the_papers_names_and_only_their_own(tmp_path
     assert "n99999999 is no class of ImageNet" in message_of(lambda: ImageNetFolders(str(tmp_path)))
 
 
+def test_a_corrupt_picture_in_a_folder_can_be_skipped_for_it_is_an_error_of_its_own(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        paint(tmp_path / f"n01440764/{name}.png", 7)
+    (tmp_path / "n01440764/b.png").write_bytes(encoded(0)[:40])
+    images = ImageNetFolders(str(tmp_path))
+    assert len(images) == 3
+    with pytest.raises(BadSample, match="n01440764/b.png"):
+        images[1]
+    assert colour_of(images, 2) == colour(7)
+
+
 def objectnet(root: Path) -> Path:
     """Two classes that ImageNet has and one that it has not; red lines of a pixel around the pictures."""
     labels = {"tshirt": "T-shirt", "alarm_clock": "Alarm clock", "air_freshener": "Air freshener"}
@@ -540,6 +551,9 @@ def test_birdsnap_tests_on_the_listed_pictures_that_could_be_fetched(tmp_path: P
     assert found == [(colour(0), 2), (colour(3), 0), (colour(4), 0), (colour(5), 0)]
     assert test.stamp() != train.stamp()
     same_after_pickling(train)
+    for picture in (root / "download/images").rglob("*.jpg"):
+        picture.unlink()
+    assert "no pictures of this split" in message_of(lambda: Birdsnap(str(root)))
     (root / "species.txt").unlink()
     assert "species.txt" in message_of(lambda: Birdsnap(str(root)), MissingData)
 

@@ -265,5 +265,5 @@ class WebDatasetCaptions(_Tars, CaptionedImages):
                 raise InputError(f"{self.where(index)}: its .txt is empty; mend the set")
 
     def captions(self, index: int) -> list[str]:
-        # Lines of white space only are CLIP_benchmark's captions too; none of its sets has any.
+        # To CLIP_benchmark an empty line is a caption too, and one that no picture can be found by.
         return [line for line in self._text(index).splitlines() if line.strip()]
