@@ -1,0 +1,197 @@
+"""The rows that the terminal's table, the charts and the page have in common, from what ``results.json`` holds."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lit_clip.evaluation.published import Published, measured, nearest_model, published
+
+Column = Literal["zero_shot", "linear_probe", "few_shot"]
+COLUMNS: dict[Column, str] = {"zero_shot": "zero-shot", "linear_probe": "linear probe", "few_shot": "few-shot"}
+STATUSES = {"done": "", "missing": "not on disk", "failed": "failed"}
+METRICS = {
+    "top1": "top-1",
+    "top5": "top-5",
+    "mean_per_class": "mean per class",
+    "map11": "11-point mAP",
+    "roc_auc": "ROC AUC",
+    "mean_top1_top5": "mean of top-1 and top-5",
+    "pm": "mean of PM-0 and PM-10",
+    "pm0": "PM-0",
+    "pm10": "PM-10",
+    "lexicon": "top-1 of its lexicon",
+    "mwap": "mWAP",
+    "mwsap": "mWSAP",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A set by one metric; fractions.
+
+    Attributes:
+        name: of the set.
+        metric: its name, as in ``results.json``.
+        status: ``done``, ``missing`` or ``failed``.
+        reason: of what was not done, or could not be.
+        values: ours, by column; retrieval is zero-shot, and geolocation (which has labelled neighbours) stands with
+            the probes.
+        papers: of the nearest of the paper's models, likewise.
+        measured: what open_clip measured of that model, likewise.
+        guessing: what a constant answer reaches.
+        images: in the test split.
+        skipped: pictures of any split that could not be read.
+    """
+
+    name: str
+    metric: str
+    status: str
+    reason: str = ""
+    values: dict[Column, float] = field(default_factory=dict)
+    papers: dict[Column, Published] = field(default_factory=dict)
+    measured: dict[Column, Published] = field(default_factory=dict)
+    guessing: float | None = None
+    images: int | None = None
+    skipped: int = 0
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or None."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def percent(value: float | None, nothing: str = "") -> str:
+    """``91.3`` of 0.913."""
+    return nothing if value is None else f"{100 * value:.1f}"
+
+
+def papers_percent(figure: Published | None) -> str:
+    """Likewise, with a question mark behind what could not be checked."""
+    return "" if figure is None else percent(figure.value) + ("" if figure.verified else "?")
+
+
+def metric_words(metric: str) -> str:
+    """``image to text R@1`` of ``image_to_text_recall@1``."""
+    if metric.startswith("within_") and metric.endswith("km"):
+        return f"within {metric[7:-2]} km"
+    return METRICS.get(metric, metric.replace("_", " ").replace("recall@", "R@"))
+
+
+def rows(results: Mapping[str, Any]) -> list[Row]:
+    """A row a set and metric, in the order of the results: retrieval sets have one a direction."""
+    model = nearest_model(results.get("model") or {})
+    return [row for name, entry in sets_of(results) for row in _rows_of(name, entry, model)]
+
+
+def sets_of(results: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Names and entries of the sets."""
+    return [(str(name), entry) for name, entry in (results.get("sets") or {}).items() if isinstance(entry, Mapping)]
+
+
+def tasks_of(entry: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """What was done with a set, by task."""
+    return {name: task for name, task in (entry.get("tasks") or {}).items() if isinstance(task, Mapping)}
+
+
+def skipped_of(entry: Mapping[str, Any]) -> dict[str, list[Sequence[str]]]:
+    """Of each split the pictures that could not be read, with the reasons."""
+    return {name: list(split.get("skipped") or []) for name, split in (entry.get("splits") or {}).items()}
+
+
+def _rows_of(name: str, entry: Mapping[str, Any], model: str) -> Iterator[Row]:
+    tasks = tasks_of(entry)
+    common: dict[str, Any] = {
+        "name": name,
+        "status": entry.get("status") or "done",
+        "reason": entry.get("reason") or "",
+        "images": ((entry.get("splits") or {}).get("test") or {}).get("images"),
+        "skipped": sum(map(len, skipped_of(entry).values())),
+    }
+    found = False
+    for task, metrics in _reported(entry, tasks):
+        for metric in metrics:
+            found = True
+            yield _row(entry, tasks, task, metric, model, common)
+    if not found:
+        yield Row(metric=", ".join(tasks) or str(entry.get("metric") or ""), **common)
+
+
+def _reported(entry: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, list[str]]]:
+    """Which metrics get a row: the set's own for all that classifies, both directions, and the distance in use."""
+    if tasks.keys() & COLUMNS.keys():
+        yield "", [str(entry.get("metric") or "top1")]
+    if "retrieval" in tasks:
+        at_1 = [name for name in tasks["retrieval"].get("metrics") or {} if name.endswith("recall@1")]
+        yield "retrieval", at_1
+    if "geolocation" in tasks:
+        task = tasks["geolocation"]
+        metrics = task.get("metrics") or {}
+        yield "geolocation", [next((k for k, v in metrics.items() if v == task.get("value")), next(iter(metrics), ""))]
+
+
+def _row(
+    entry: Mapping[str, Any],
+    tasks: Mapping[str, Mapping[str, Any]],
+    other: str,
+    metric: str,
+    model: str,
+    common: Mapping[str, Any],
+) -> Row:
+    columns: dict[Column, str] = {"linear_probe" if other == "geolocation" else "zero_shot": other}
+    if not other:
+        columns = {column: column for column in COLUMNS}
+    row = Row(metric=metric, guessing=guessing_of(tasks), **common)
+    paper = str(entry.get("paper") or "")
+    for column, task in columns.items():
+        result = tasks.get(task, {})
+        value = number((result.get("metrics") or {}).get(metric) if other else result.get("value"))
+        if value is not None:
+            row.values[column] = value
+        figure, of_open_clip = published(paper, task, model, metric), measured(paper, task, model, metric)
+        if figure:
+            row.papers[column] = figure
+        if of_open_clip:
+            row.measured[column] = of_open_clip
+    return row
+
+
+def guessing_of(tasks: Mapping[str, Mapping[str, Any]]) -> float | None:
+    """What a constant answer reaches."""
+    known = (number(task.get("guessing")) for task in tasks.values())
+    return next((value for value in known if value is not None), None)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Means over the sets that have both figures; fractions.
+
+    Attributes:
+        sets: their number.
+        ours: of our values.
+        papers: of the paper's.
+    """
+
+    sets: int
+    ours: float
+    papers: float
+
+
+def means(table: Sequence[Row], column: Column) -> Mean | None:
+    """None without a set that has both."""
+    both = [(row.values[column], row.papers[column].value) for row in table if column in row.values.keys() & row.papers]
+    if not both:
+        return None
+    return Mean(len(both), sum(ours for ours, _ in both) / len(both), sum(theirs for _, theirs in both) / len(both))
+
+
+def shots_of(entry: Mapping[str, Any]) -> dict[int, float]:
+    """The mean over the draws of each number of shots."""
+    curve = {}
+    for shots, draws in tasks_of(entry).get("few_shot", {}).get("shots") or []:
+        values = [value for value in map(number, draws) if value is not None]
+        if values:
+            curve[int(shots)] = sum(values) / len(values)
+    return curve

@@ -1,0 +1,60 @@
+"""A contact sheet of pictures with what a model takes them for, drawn with Pillow."""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image, ImageDraw, ImageFont
+
+INK, PAPER, MUTED, RIGHT, WRONG = "#1a1a1a", "#ffffff", "#8a8a8a", "#157f3b", "#b3261e"
+TILE, LINE, MARGIN = 96, 15, 10
+
+
+class Prediction(NamedTuple):
+    """One image, what it is, and the names the model finds nearest with their cosine similarities."""
+
+    image: Image.Image
+    truth: str
+    nearest: list[tuple[str, float]]
+
+
+def fit(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
+    """The text, cut to ``width`` pixels with an ellipsis."""
+    if font.getlength(text) <= width:
+        return text
+    fitting = bisect_right(range(len(text)), width, key=lambda letters: font.getlength(text[:letters] + "…"))
+    return text[: max(0, fitting - 1)].rstrip() + "…"
+
+
+def prediction_grid(predictions: Sequence[Prediction], columns: int = 4, font_file: Path | None = None) -> Image.Image:
+    """A contact sheet: each image with its true name above and its nearest names, the right one marked.
+
+    Args:
+        predictions: any number.
+        columns: at most so many beside each other.
+        font_file: of TrueType; None: Pillow's own font, which knows the letters of English.
+    """
+    sizes = (12, 13)
+    font, bold = (ImageFont.truetype(font_file, n) if font_file else ImageFont.load_default(n) for n in sizes)
+    lines = max((len(p.nearest) for p in predictions), default=0)
+    text_width, height = 190, max(TILE, LINE * (lines + 1) + 4) + 2 * MARGIN
+    width = TILE + text_width + 3 * MARGIN
+    rows = -(-len(predictions) // columns)
+    sheet = Image.new("RGB", (width * min(columns, len(predictions)), height * rows), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for i, prediction in enumerate(predictions):
+        x, y = i % columns * width + MARGIN, i // columns * height + MARGIN
+        sheet.paste(prediction.image.resize((TILE, TILE), Image.Resampling.BICUBIC), (x, y))
+        x += TILE + MARGIN
+        draw.text((x, y), fit(prediction.truth, bold, text_width), INK, bold)
+        for line, (name, score) in enumerate(prediction.nearest, start=1):
+            top = y + LINE * line + 4
+            right = name == prediction.truth
+            color = RIGHT if right else WRONG if line == 1 else MUTED
+            if right:  # a tick; Pillow's own font has none
+                draw.line([(x, top + 8), (x + 3, top + 12), (x + 9, top + 3)], RIGHT, 2)
+            indent = 14 if right else 0
+            draw.text((x + indent, top), fit(name, font, text_width - 40 - indent), color, font)
+            draw.text((x + text_width, top), f"{score:.2f}", MUTED, font, anchor="ra")
+    return sheet
