@@ -1,0 +1,138 @@
+"""What is known of an evaluation set's pictures, as tensors and lists aligned with the rows of its features."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_clip.errors import InputError, require
+from lit_clip.evaluation.data import (
+    Grouped,
+    LabelledImages,
+    Lexicons,
+    Located,
+    MultiLabel,
+    Neighbours,
+    Pictures,
+    VerbsAndNouns,
+)
+
+ANNOTATIONS_BY_ROW = ("annotation", "video")  # the others of VerbsAndNouns are of a class
+
+
+@dataclass
+class Targets:
+    """The truth about N pictures and C classes.
+
+    Attributes:
+        labels: int64 ``[N]``; -1 where there is no single class.
+        classes: C.
+        relevance: see :class:`lit_clip.evaluation.data.MultiLabel`.
+        neighbours: see :class:`lit_clip.evaluation.data.Neighbours`.
+        accepted: likewise.
+        candidates: see :class:`lit_clip.evaluation.data.Lexicons`.
+        coordinates: see :class:`lit_clip.evaluation.data.Located`.
+        groups: see :class:`lit_clip.evaluation.data.Grouped`.
+        annotations: see :class:`lit_clip.evaluation.data.VerbsAndNouns`; with ``video``, of each clip the film that it
+            is from.
+    """
+
+    labels: Tensor
+    classes: int
+    relevance: Tensor | None = None
+    neighbours: list[tuple[int, list[int]]] | None = None
+    accepted: list[set[int]] | None = None
+    candidates: list[list[int]] | None = None
+    coordinates: Tensor | None = None
+    groups: dict[str, list[str]] | None = None
+    annotations: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        check_labels(self.labels, self.classes, lambda row: f"row {row}")
+        if self.relevance is not None and self.relevance.shape != (len(self), self.classes):
+            shape = "x".join(map(str, self.relevance.shape))
+            raise InputError(f"relevance: {shape}, but there are {len(self)} pictures and {self.classes} classes")
+        for name in ("accepted", "candidates", "coordinates"):
+            value = getattr(self, name)
+            require(value is None or len(value) == len(self), f"{name}: not one of each of {len(self)} pictures")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @classmethod
+    def of(cls, data: Pictures, rows: Sequence[int] | None = None, classes: int | None = None) -> "Targets":
+        """What a set knows of its pictures.
+
+        Args:
+            data: the set.
+            rows: the pictures that have features, ascending; None: all.
+            classes: how many names are in use; None: as many as the set has.
+
+        Raises:
+            InputError: a label that no class has, or knowledge of another number of pictures.
+        """
+        labelled = isinstance(data, LabelledImages)
+        if classes is None:
+            classes = len(data.class_names) if labelled else 0
+        labels = torch.tensor(data.labels() if labelled else [-1] * len(data), dtype=torch.int64)
+        require(len(labels) == len(data), f"{type(data).__name__}: {len(labels)} labels of {len(data)} pictures")
+        check_labels(labels, classes, data.key)
+        everything = cls(
+            labels,
+            classes,
+            relevance=data.relevance() if isinstance(data, MultiLabel) else None,
+            neighbours=data.neighbours() if isinstance(data, Neighbours) else None,
+            accepted=data.accepted() if isinstance(data, Neighbours) else None,
+            candidates=data.candidates() if isinstance(data, Lexicons) else None,
+            coordinates=data.coordinates() if isinstance(data, Located) else None,
+            groups=data.groups() if isinstance(data, Grouped) else None,
+            annotations=data.annotations() if isinstance(data, VerbsAndNouns) else None,
+        )
+        return everything if rows is None else everything.take(rows)
+
+    def take(self, rows: Sequence[int] | Tensor) -> "Targets":
+        """Some of the pictures, renumbered.
+
+        Neighbours that are not among them are left out, and so are anchors, with all their neighbours.
+        """
+        index = torch.as_tensor(rows, dtype=torch.int64)
+        kept = index.tolist()
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name in ("labels", "relevance", "coordinates"):
+            if values[name] is not None:
+                values[name] = values[name][index]
+        for name in ("accepted", "candidates"):
+            if values[name] is not None:
+                values[name] = [values[name][row] for row in kept]
+        if self.groups is not None:
+            values["groups"] = {name: [group[row] for row in kept] for name, group in self.groups.items()}
+        if self.annotations is not None:
+            by_row = {name: self.annotations[name] for name in ANNOTATIONS_BY_ROW if name in self.annotations}
+            values["annotations"] = self.annotations | {
+                name: [column[row] for row in kept] for name, column in by_row.items()
+            }
+        if self.neighbours is not None:
+            values["neighbours"] = _renumbered(self.neighbours, kept)
+        return Targets(**values)
+
+
+def _renumbered(neighbours: list[tuple[int, list[int]]], kept: Sequence[int]) -> list[tuple[int, list[int]]]:
+    place = {row: new for new, row in enumerate(kept)}
+    return [
+        (place[anchor], [place[row] for row in around if row in place])
+        for anchor, around in neighbours
+        if anchor in place
+    ]
+
+
+def check_labels(labels: Tensor, classes: int, name_of: Callable[[int], str]) -> None:
+    """Raise :class:`InputError` where a label is neither -1 nor that of one of the classes."""
+    wrong = ((labels < -1) | (labels >= classes)).nonzero()[:, 0]
+    if len(wrong):
+        row = int(wrong[0])
+        raise InputError(
+            f"{name_of(row)} has label {int(labels[row])}, but there are {classes} classes, numbered from 0; "
+            "give a list of class names that fits the labels"
+        )

@@ -1,0 +1,398 @@
+"""The metrics of the paper's evaluation, each against a plain loop in float64, the devkit's rule, or scikit-learn's."""
+
+import math
+from collections import defaultdict
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.stats import beta
+from sklearn.metrics import average_precision_score, balanced_accuracy_score, roc_auc_score
+from torch import Tensor
+
+from lit_clip.errors import InputError
+from lit_clip.evaluation import scores as module
+from lit_clip.evaluation.data import LabelledImages, Located, Neighbours, VerbsAndNouns
+from lit_clip.evaluation.scores import distances_km, evaluate_scores, guessing, interval, nearest, within_km
+from lit_clip.evaluation.targets import Targets
+
+NAN = float("nan")
+
+
+def labelled(*labels: int, classes: int = 3, **knowledge: Any) -> Targets:
+    return Targets(torch.tensor(labels), classes, **knowledge)
+
+
+def places(scores: Tensor, labels: Tensor) -> list[int]:
+    """Where each label stands when classes are sorted by score, then by number."""
+    result = []
+    for row, label in zip(scores.tolist(), labels.tolist(), strict=True):
+        order = sorted(range(len(row)), key=lambda c: (-row[c], c))
+        result.append(order.index(label))
+    return result
+
+
+@pytest.mark.parametrize(("N", "C"), [(1, 1), (1, 2), (7, 5), (31, 6), (101, 13), (64, 1000)])
+def test_accuracies_are_those_of_a_sort(N: int, C: int) -> None:
+    """Scores of few values, so that ties are everywhere."""
+    scores, labels = torch.randint(4, (N, C)).float(), torch.randint(C, (N,))
+    found = evaluate_scores("top1", scores, Targets(labels, C))
+    place = places(scores, labels)
+    assert found["top1"] == pytest.approx(sum(p < 1 for p in place) / N)
+    assert found.get("top5") == (pytest.approx(sum(p < 5 for p in place) / N) if C > 5 else None)
+    right = defaultdict(list)
+    for label, p in zip(labels.tolist(), place, strict=True):
+        right[label].append(p < 1)
+    assert found["mean_per_class"] == pytest.approx(sum(sum(r) / len(r) for r in right.values()) / len(right))
+
+
+def test_mean_per_class_is_scikit_learns_balanced_accuracy() -> None:
+    scores, labels = torch.randn(97, 8), torch.randint(1, 7, (97,))  # classes 0 and 7 have no pictures
+    found = evaluate_scores("mean_per_class", scores, Targets(labels, 8))
+    guess = scores.argmax(1)
+    seen = torch.isin(guess, labels)  # scikit-learn counts a class that is only guessed
+    guess[~seen] = (labels[~seen] % 6) + 1
+    assert found["mean_per_class"] == pytest.approx(balanced_accuracy_score(labels, guess))
+    assert next(iter(found)) == "mean_per_class"
+
+
+def test_nothing_depends_on_the_size_of_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores, targets = torch.randint(3, (101, 11)).float(), Targets(torch.randint(11, (101,)), 11)
+    whole = evaluate_scores("top1", scores, targets)
+    monkeypatch.setattr(module, "ENTRIES", 50)
+    assert evaluate_scores("top1", scores, targets) == whole
+
+
+def test_a_picture_with_a_nan_is_wrong_in_every_metric_of_one_class() -> None:
+    scores = torch.tensor([[NAN, 0.0, 0.0], [1.0, NAN, 0.0], [1.0, 0.0, 0.0]])
+    targets = labelled(0, 0, 0, candidates=[[0, 2], [0, 1], [0, 1]], accepted=[{0}] * 3, neighbours=[(0, [2]), (2, [])])
+    assert evaluate_scores("top1", scores, targets)["top1"] == pytest.approx(1 / 3)
+    assert evaluate_scores("lexicon", scores, targets)["lexicon"] == pytest.approx(1 / 3)
+    assert evaluate_scores("pm", scores, targets)["pm0"] == 0.5
+    wide = torch.zeros(1, 7)
+    wide[0, 6] = NAN
+    assert evaluate_scores("top1", wide, labelled(0, classes=7))["top5"] == 0
+
+
+def test_kinetics_metric_is_the_mean_of_top1_and_top5() -> None:
+    scores, targets = torch.randn(53, 9), Targets(torch.randint(9, (53,)), 9)
+    found = evaluate_scores("mean_top1_top5", scores, targets)
+    assert found["mean_top1_top5"] == pytest.approx((found["top1"] + found["top5"]) / 2)
+    assert 0 < found["top1"] < found["top5"]
+
+
+def eleven_points(scores: list[float], right: list[bool]) -> float:
+    """As the definition says it: for each recall the best precision of any threshold that reaches it, in fractions."""
+    total = sum(right)
+    points = []
+    for threshold in sorted(set(scores)):
+        found = [r for s, r in zip(scores, right, strict=True) if s >= threshold]
+        points.append((Fraction(sum(found), total), Fraction(sum(found), len(found))))
+    return float(sum(max(p for r, p in points if r >= Fraction(i, 10)) for i in range(11)) / 11)
+
+
+def devkit_eleven_points(scores: np.ndarray, right: np.ndarray) -> float:
+    """The arithmetic of VOCevaldet's and VOCevalcls' loops."""
+    order = np.argsort(-scores, kind="stable")
+    tp, fp = np.cumsum(right[order]), np.cumsum(~right[order])
+    recall, precision = tp / right.sum(), tp / (tp + fp)
+    ap = 0.0
+    for t in np.arange(11) / 10:
+        p = precision[recall >= t]
+        ap += (p.max() if len(p) else 0) / 11
+    return float(ap)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("N", [1, 5, 83])
+def test_the_mean_of_eleven_points_is_that_of_a_plain_loop(N: int, ties: bool) -> None:
+    C = 4
+    scores = torch.randint(5, (N, C)).float() if ties else torch.randn(N, C)
+    relevance = torch.randint(-1, 2, (N, C)).to(torch.int8)
+    relevance[0, 0] = 1
+    relevance[:, 3] = 0  # a class without pictures has no precision
+    values, devkit = [], []
+    for c in range(3):
+        rows = [i for i in range(N) if relevance[i, c] >= 0]
+        right = [bool(relevance[i, c] == 1) for i in rows]
+        if any(right):
+            values.append(eleven_points([float(scores[i, c]) for i in rows], right))
+            devkit.append(devkit_eleven_points(scores[rows, c].double().numpy(), np.array(right)))
+    targets = Targets(torch.full((N,), -1), C, relevance=relevance)
+    found = evaluate_scores("map11", scores, targets)
+    assert found == {"map11": pytest.approx(sum(values) / len(values))}
+    if not ties:
+        assert found["map11"] == pytest.approx(sum(devkit) / len(devkit))
+
+
+def test_difficult_pictures_do_not_count_for_their_class() -> None:
+    scores = torch.tensor([[3.0], [2.0], [1.0]])
+    for code, expected in ((-1, 1.0), (0, 0.5)):
+        relevance = torch.tensor([[code], [1], [0]], dtype=torch.int8)
+        found = evaluate_scores("map11", scores, Targets(torch.full((3,), -1), 1, relevance=relevance))
+        assert found["map11"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("N", [2, 3, 101])
+def test_roc_auc_is_scikit_learns(N: int, ties: bool) -> None:
+    scores = torch.randint(3, (N, 2)).float() if ties else torch.randn(N, 2)
+    labels = torch.randint(2, (N,))
+    labels[:2] = torch.tensor([0, 1])
+    found = evaluate_scores("roc_auc", scores, Targets(labels, 2))["roc_auc"]
+    assert found == pytest.approx(roc_auc_score(labels, scores[:, 1] - scores[:, 0]))
+
+
+def test_a_nan_never_helps_roc_auc_or_precision() -> None:
+    scores = torch.tensor([[0.0, 1.0], [0.0, NAN], [0.0, 0.0], [0.0, -1.0]])
+    assert evaluate_scores("roc_auc", scores, labelled(1, 1, 0, 0, classes=2))["roc_auc"] == 0.5
+    assert evaluate_scores("roc_auc", scores, labelled(1, 0, 0, 0, classes=2))["roc_auc"] == pytest.approx(2 / 3)
+    relevance = torch.tensor([[0], [1]], dtype=torch.int8)
+    column = torch.tensor([[1.0], [NAN]])
+    assert evaluate_scores("map11", column, Targets(torch.full((2,), -1), 1, relevance=relevance))["map11"] == 0.5
+
+
+def test_pm_asks_the_anchor_and_then_its_neighbours_too() -> None:
+    guess = torch.tensor([0, 0, 1, 2, 1, 0])
+    scores = torch.nn.functional.one_hot(guess, 3).float()
+    accepted = [{0}, {0, 1}, {0}, {2}, {1, 2}, {2}]  # right: 1, 1, 0, 1, 1, 0
+    neighbours = [(0, [1]), (1, [0, 2]), (3, []), (5, [4])]
+    targets = labelled(0, 0, 0, 2, 1, 2, neighbours=neighbours, accepted=accepted)
+    found = evaluate_scores("pm", scores, targets)
+    assert (found["pm0"], found["pm10"], found["pm"]) == (0.75, 0.5, 0.625)
+    assert list(found)[0] == "pm"
+
+
+def test_guessing_of_pm_is_the_best_of_all_constant_answers() -> None:
+    accepted = [{0, 1}, {1}, {0}, {2}, {0, 2}]
+    targets = labelled(0, 1, 0, 2, 0, neighbours=[(0, [1]), (2, [4]), (3, [4])], accepted=accepted)
+    constant = [
+        evaluate_scores("pm", torch.nn.functional.one_hot(torch.full((5,), c), 3).float(), targets)["pm"]
+        for c in range(3)
+    ]
+    assert guessing("pm", targets) == pytest.approx(max(constant))
+    assert len(set(constant)) > 1
+
+
+def test_a_lexicon_is_a_pictures_own() -> None:
+    scores = torch.tensor([[5.0, 3.0, 3.0, 1.0]]).repeat(4, 1)
+    candidates = [[2, 1], [3, 2], [3, 3], [0, 1, 2, 3]]
+    targets = Targets(torch.tensor([1, 2, 3, 1]), 4, candidates=candidates)
+    assert evaluate_scores("lexicon", scores, targets)["lexicon"] == 0.75  # a tie goes to the lower number
+    assert guessing("lexicon", targets) == pytest.approx((1 / 2 + 1 / 2 + 1 + 1 / 4) / 4)
+
+
+def rareact(scores: np.ndarray, rows: list[tuple[str, str, int, str, int]]) -> dict[str, float]:
+    """The dataset's definition in loops, its precision by scikit-learn; rows: verb, noun, code, film, class."""
+    actions = {(verb, noun): number for verb, noun, _, _, number in rows}
+    values = []
+    for (verb, noun), number in actions.items():
+        groups: dict[str, list[int]] = {"right": [], "hard": [], "wrong": []}
+        for i, (v, n, code, _, _) in enumerate(rows):
+            if (v, n) == (verb, noun):
+                groups["right" if code == 1 else "wrong" if code == 0 else "hard"].append(i)
+            elif code == 1:
+                groups["hard" if v == verb or n == noun else "wrong"].append(i)
+        if not groups["right"]:
+            continue
+        weight = []
+        for group in groups.values():
+            films = [rows[i][3] for i in group]
+            weight += [1 / films.count(film) for film in films]
+        order = [i for group in groups.values() for i in group]
+        truth = [i in groups["right"] for i in order]
+        values.append(average_precision_score(truth, scores[order, number], sample_weight=weight))
+    return {"mwap": float(np.mean(values))}
+
+
+def clips(count: int, seed: int, films: int) -> tuple[list[tuple[str, str, int, str, int]], Targets]:
+    random = np.random.default_rng(seed)
+    actions = [("cut", "phone"), ("cut", "book"), ("wash", "phone"), ("fry", "book"), ("fry", "shoe")]
+    rows = []
+    for i in range(count):
+        number = int(random.integers(len(actions)))
+        code = 1 if i == 0 else int(random.integers(5))
+        rows.append((*actions[number], code, f"film{random.integers(films)}", number))
+    annotations = {
+        "verb": [verb for verb, _ in actions],
+        "noun": [noun for _, noun in actions],
+        "annotation": [row[2] for row in rows],
+        "video": [row[3] for row in rows],
+    }
+    return rows, Targets(torch.tensor([row[4] for row in rows]), len(actions), annotations=annotations)
+
+
+@pytest.mark.parametrize("count", [1, 17, 120])
+@pytest.mark.parametrize("ties", [False, True])
+def test_mwap_is_that_of_the_datasets_definition(count: int, ties: bool) -> None:
+    rows, targets = clips(count, count, films=9)
+    scores = torch.randint(4, (count, 5)).float() if ties else torch.randn(count, 5)
+    found = evaluate_scores("mwap", scores, targets)
+    assert found["mwap"] == pytest.approx(rareact(scores.double().numpy(), rows)["mwap"])
+
+
+def test_mwsap_is_mwap_when_every_clip_is_from_a_film_of_its_own() -> None:
+    _, targets = clips(60, 3, films=9)
+    scores = torch.randn(60, 5)
+    found = evaluate_scores("mwap", scores, targets)
+    assert found["mwsap"] != found["mwap"]
+    assert targets.annotations is not None
+    targets.annotations["video"] = [str(i) for i in range(60)]
+    found = evaluate_scores("mwap", scores, targets)
+    assert found["mwsap"] == pytest.approx(found["mwap"])
+
+
+def test_mwsap_is_the_expectation_over_one_clip_of_each_film() -> None:
+    """Two right clips of one film and one wrong: precision is 1 or 1/2, whichever right clip is drawn."""
+    annotations = {"verb": ["a"], "noun": ["b"], "annotation": [1, 1, 0], "video": ["x", "x", "y"]}
+    scores = torch.tensor([[3.0], [1.0], [2.0]])
+    found = evaluate_scores("mwap", scores, Targets(torch.zeros(3, dtype=torch.int64), 1, annotations=annotations))
+    assert found["mwsap"] == pytest.approx(0.75, abs=4 * 0.25 / math.sqrt(module.SAMPLINGS))
+    assert (
+        found["mwsap"]
+        == evaluate_scores("mwap", scores, Targets(torch.zeros(3, dtype=torch.int64), 1, annotations=annotations))[
+            "mwsap"
+        ]
+    )
+
+
+def test_guessing_is_what_a_constant_answer_reaches() -> None:
+    targets = labelled(0, 0, 0, 1, 2, 2, 7, classes=9)
+    assert guessing("top1", targets) == pytest.approx(3 / 7)
+    assert guessing("mean_per_class", targets) == 1 / 4
+    assert guessing("mean_top1_top5", targets) == pytest.approx((3 / 7 + 1) / 2)
+    assert guessing("roc_auc", labelled(0, 0, 1, classes=2)) == 0.5
+    assert guessing("within_km", targets) is None
+    relevance = torch.tensor([[1, 0], [0, 0], [-1, 1], [0, 1]], dtype=torch.int8)
+    map11 = guessing("map11", Targets(torch.full((4,), -1), 2, relevance=relevance))
+    assert map11 == pytest.approx((1 / 3 + 1 / 2) / 2)
+
+
+@pytest.mark.parametrize(("right", "n"), [(0, 1), (1, 1), (3, 7), (8991, 10000), (50, 50)])
+def test_the_interval_is_that_of_the_beta_distribution(right: int, n: int) -> None:
+    low, high = interval(right / n, n)
+    assert low == pytest.approx(beta.ppf(0.0025, right, n - right + 1) if right else 0.0)
+    assert high == pytest.approx(beta.ppf(0.9975, right + 1, n - right) if right < n else 1.0)
+
+
+def test_distances_are_those_of_the_spherical_law_of_cosines() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = ((torch.rand(50, 2, generator=generator) * 2 - 1).double() * torch.tensor([90.0, 180.0]) for _ in range(2))
+    for found, (lat, lon), (lat2, lon2) in zip(distances_km(a, b).tolist(), a.tolist(), b.tolist(), strict=True):
+        angle = math.sin(math.radians(lat)) * math.sin(math.radians(lat2))
+        angle += math.cos(math.radians(lat)) * math.cos(math.radians(lat2)) * math.cos(math.radians(lon - lon2))
+        assert found == pytest.approx(6371.0088 * math.acos(angle), rel=1e-6)
+    paris, london, antipodes = torch.tensor([[48.8566, 2.3522], [51.5074, -0.1278], [-48.8566, -177.6478]])
+    assert float(distances_km(paris[None], london[None])) == pytest.approx(343.6, abs=1)
+    assert float(distances_km(paris[None], antipodes[None])) == pytest.approx(math.pi * 6371.0088)
+
+
+def test_within_km_counts_the_places_of_nearest_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, reference = torch.randn(13, 8), torch.randn(101, 8) * torch.rand(101, 1)
+    expected = [max(range(101), key=lambda m: float(torch.cosine_similarity(q, reference[m], dim=0))) for q in query]
+    where = torch.rand(101, 2).double() * 3
+    truth = where[expected]
+    truth[:4, 0] += torch.tensor([0.1, 1.0, 5.0, 20.0])  # about 11, 111, 556 and 2224 km further north
+    for entries in (2**24, 13 * 7):
+        monkeypatch.setattr(module, "ENTRIES", entries)
+        assert nearest(query, reference).tolist() == expected
+        found = within_km(query, reference, truth, where)
+        assert [round(13 * value) for value in found.values()] == [9, 10, 11, 12, 13]
+        assert list(found) == ["within_1km", "within_25km", "within_200km", "within_750km", "within_2500km"]
+
+
+def test_of_equal_neighbours_the_first_is_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ENTRIES", 2)
+    reference = torch.eye(4)[[3, 1, 1, 2, 1, 3]]
+    assert nearest(torch.eye(4)[[1, 3]], reference).tolist() == [1, 0]
+
+
+def test_a_place_that_is_none_is_an_error() -> None:
+    with pytest.raises(InputError, match="references: row 1 is at no place"):
+        within_km(torch.eye(2), torch.eye(2), torch.zeros(2, 2), torch.tensor([[0.0, 0.0], [NAN, 0.0]]))
+
+
+@pytest.mark.parametrize(
+    ("metric", "targets", "scores", "message"),
+    [
+        ("top1", labelled(0, -1), torch.zeros(2, 3), "row 1"),
+        ("top1", labelled(0, 1), torch.zeros(2, 4), "scores 2 x 4 of 2 pictures and 3 classes"),
+        ("top1", labelled(0, 1), torch.zeros(3, 3), "scores 3 x 3"),
+        ("top1", Targets(torch.zeros(0, dtype=torch.int64), 3), torch.zeros(0, 3), "no pictures"),
+        ("map11", labelled(0, 1), torch.zeros(2, 3), "map11 needs"),
+        ("roc_auc", labelled(0, 1), torch.zeros(2, 3), "2 classes, not 3"),
+        ("roc_auc", labelled(1, 1, classes=2), torch.zeros(2, 2), "all pictures are of one class"),
+        ("pm", labelled(0), torch.zeros(1, 3), "pm needs"),
+        ("recall@1", labelled(0), torch.zeros(1, 3), "recall@1"),
+        ("mwap", labelled(0, annotations={"verb": [], "noun": [], "annotation": []}), torch.zeros(1, 3), "video"),
+    ],
+)
+def test_what_a_metric_cannot_be_computed_of_is_an_error(
+    metric: Any, targets: Targets, scores: Tensor, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        evaluate_scores(metric, scores, targets)
+
+
+@pytest.mark.parametrize("label", [3, -2])
+def test_a_label_that_no_class_has_is_an_error_with_its_row(label: int) -> None:
+    with pytest.raises(InputError, match=f"row 1 has label {label}, but there are 3 classes"):
+        labelled(0, label)
+
+
+class Frames(LabelledImages, Neighbours, Located, VerbsAndNouns):
+    class_names = ["a", "b"]
+
+    def __init__(self, labels: list[int]) -> None:
+        self._labels = labels
+
+    def __len__(self) -> int:
+        return 5
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        raise AssertionError("pictures are not opened for what is known of them")
+
+    def key(self, index: int) -> str:
+        return f"frame{index}.jpg"
+
+    def labels(self) -> list[int]:
+        return self._labels
+
+    def neighbours(self) -> list[tuple[int, list[int]]]:
+        return [(0, [1, 2]), (3, [2, 4])]
+
+    def accepted(self) -> list[set[int]]:
+        return [{label} for label in self._labels]
+
+    def coordinates(self) -> Tensor:
+        return torch.arange(10).double().view(5, 2)
+
+    def annotations(self) -> dict[str, Any]:
+        return {"verb": ["v", "w"], "noun": ["n", "m"], "annotation": [0, 1, 2, 3, 4], "video": list("abcde")}
+
+
+def test_what_is_known_follows_the_pictures_that_could_be_read() -> None:
+    targets = Targets.of(Frames([0, 1, 0, 1, 0]), rows=[1, 2, 3, 4])
+    assert targets.labels.tolist() == [1, 0, 1, 0]
+    assert targets.classes == 2
+    assert targets.neighbours == [(2, [1, 3])]  # the anchor in row 0 is gone, and what is around it
+    assert targets.accepted == [{1}, {0}, {1}, {0}]
+    assert targets.coordinates is not None
+    assert targets.coordinates[:, 0].tolist() == [2, 4, 6, 8]
+    assert targets.annotations == {
+        "verb": ["v", "w"],
+        "noun": ["n", "m"],
+        "annotation": [1, 2, 3, 4],
+        "video": list("bcde"),
+    }
+    without_neighbour = Targets.of(Frames([0, 1, 0, 1, 0]), rows=[0, 2, 3])
+    assert without_neighbour.neighbours == [(0, [1]), (2, [1])]
+
+
+def test_a_set_with_a_label_out_of_range_is_an_error_with_the_pictures_key() -> None:
+    with pytest.raises(InputError, match="frame3.jpg has label 2, but there are 2 classes"):
+        Targets.of(Frames([0, 1, 0, 2, 0]))
+    assert Targets.of(Frames([0, 1, 0, 2, 0]), classes=3).classes == 3
