@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lit_clip import collectives
 from lit_clip.batch import LabelledBatch
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import LabelledImages
@@ -116,7 +117,6 @@ def collate_labelled(items: list[tuple[Tensor, int, str]]) -> LabelledBatch:
     return LabelledBatch(torch.stack(images), torch.tensor(labels), list(keys))
 
 
-@torch.no_grad()
 def zero_shot_classifier(
     model: TextEncoder,
     class_names: Sequence[str],
@@ -124,10 +124,7 @@ def zero_shot_classifier(
     batch_size: int = 512,
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """The paper's prompt ensemble in embedding space (section 3.1.4).
-
-    Every template of a class is encoded and brought to unit length; their mean, brought to unit length again, is the
-    class. Prompts are sorted by length and encoded without padding.
+    """The paper's prompt ensemble in embedding space (section 3.1.4), see :func:`ensemble`.
 
     Args:
         model: a :class:`lit_clip.CLIP`, or anything with ``tokenizer`` and ``encode_text``.
@@ -146,23 +143,54 @@ def zero_shot_classifier(
     require(not isinstance(class_names, str), f"class_names: {class_names!r} is one string; give a list of names")
     if not class_names:
         raise InputError("class_names: empty; there is nothing to tell apart")
-    prompts = [template.replace("{}", name) for name in class_names for template in templates]
+    tokens = model.tokenizer([template.replace("{}", name) for name in class_names for template in templates])
+    return ensemble(model, tokens, [len(templates)] * len(class_names), batch_size, progress)
+
+
+@torch.no_grad()
+def ensemble(
+    model: TextEncoder,
+    tokens: Tensor,
+    counts: Sequence[int],
+    batch_size: int = 512,
+    progress: Callable[[int], None] | None = None,
+    ranks: bool = False,
+) -> Tensor:
+    """Each class as the mean of its prompts' unit features, brought to unit length again.
+
+    Prompts are sorted by length and encoded without padding. Batches are dealt to the ranks, and sums are float64: the
+    result does not depend on how many ranks there are.
+
+    Args:
+        model: whose features.
+        tokens: int64 ``[P, L]``, the prompts of the first class, of the second, ...
+        counts: the number of prompts of each of C classes, at least one.
+        batch_size: prompts encoded at once.
+        progress: called with the number of prompts that this process has done after each batch.
+        ranks: whether all ranks ask, and so divide the work.
+
+    Returns:
+        float32 ``[D, C]`` on the model's device.
+    """
     tokenizer = model.tokenizer
-    tokens = tokenizer(prompts)  # [C T, L]
-    order = tokenizer.lengths(tokens).argsort()
-    features: Tensor | None = None
-    done = 0
-    for rows in order.split(batch_size):
-        encoded = model.encode_text(tokenizer.trim(tokens[rows]).to(model.device), normalize=True).float()  # [b, D]
-        if features is None:
-            features = encoded.new_empty(len(prompts), encoded.shape[1])
-        features[rows.to(encoded.device)] = encoded
+    classes = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))  # [P]
+    batches = tokenizer.lengths(tokens).argsort(stable=True).split(batch_size)
+    rank, world = collectives.rank_and_world() if ranks else (0, 1)
+
+    def encode(rows: Tensor) -> Tensor:
+        return model.encode_text(tokenizer.trim(tokens[rows]).to(model.device), normalize=True).cpu().double()
+
+    # A rank without a batch has to know D, too.
+    first = encode(batches[rank]) if rank < len(batches) else encode(batches[0][:1])[:0]  # [b, D]
+    sums, done = first.new_zeros(len(counts), first.shape[1]), 0
+    for number, rows in enumerate(batches[rank::world]):
+        sums.index_add_(0, classes[rows], encode(rows) if number else first)
         done += len(rows)
         if progress:
             progress(done)
-    assert features is not None
-    classes = features.view(len(class_names), len(templates), -1).mean(dim=1)  # [C, D]
-    return torch.nn.functional.normalize(classes, dim=-1).T
+    if ranks:
+        sums = collectives.sum_over_ranks(sums, model.device)
+    return torch.nn.functional.normalize(sums, dim=1).float().T.to(model.device)
 
 
 def classification_counts(logits: Tensor, labels: Tensor) -> Tensor:
