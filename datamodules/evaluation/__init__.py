@@ -1,0 +1,78 @@
+"""The sets of the evaluation suites: adapters of public data sets, each one of `lit_clip.evaluation.data`'s kinds."""
+
+from datamodules.evaluation.frame_robustness import ImageNetVidRobust, YTBBRobust
+from datamodules.evaluation.imagenet import ImageNet
+from datamodules.evaluation.imagenet_variants import ImageNetFolders, ImageNetV2, ObjectNet
+from datamodules.evaluation.labelled_table import LabelledTable
+from datamodules.evaluation.other_sets import RESISC45, SUN, AYahoo, Birdsnap, Digits, HatefulMemes
+from datamodules.evaluation.retrieval_sets import COCO, CaptionedPairs, Flickr30k
+from datamodules.evaluation.special_sets import IIIT5K, CelebAIdentities, FairFace, LocatedImages, SVHNNumbers
+from datamodules.evaluation.torchvision_arrays import CIFAR10, CIFAR100, FER2013, MNIST, STL10, PCam
+from datamodules.evaluation.torchvision_objects import KITTI, VOC2007, CLEVRCounts
+from datamodules.evaluation.torchvision_sets import (
+    DTD,
+    GTSRB,
+    SUN397,
+    Caltech101,
+    Country211,
+    EuroSAT,
+    FGVCAircraft,
+    Flowers102,
+    Food101,
+    OxfordPets,
+    RenderedSST2,
+    StanfordCars,
+)
+from datamodules.evaluation.video import UCF101, Kinetics700, RareAct
+from datamodules.evaluation.webdataset import WebDataset, WebDatasetCaptions, WebDatasetMultiLabel
+
+__all__ = [
+    "AYahoo",
+    "Birdsnap",
+    "CIFAR10",
+    "CIFAR100",
+    "CLEVRCounts",
+    "COCO",
+    "Caltech101",
+    "CaptionedPairs",
+    "CelebAIdentities",
+    "Country211",
+    "DTD",
+    "Digits",
+    "EuroSAT",
+    "FER2013",
+    "FGVCAircraft",
+    "FairFace",
+    "Flickr30k",
+    "Flowers102",
+    "Food101",
+    "GTSRB",
+    "HatefulMemes",
+    "IIIT5K",
+    "ImageNet",
+    "ImageNetFolders",
+    "ImageNetV2",
+    "ImageNetVidRobust",
+    "KITTI",
+    "Kinetics700",
+    "LabelledTable",
+    "LocatedImages",
+    "MNIST",
+    "ObjectNet",
+    "OxfordPets",
+    "PCam",
+    "RESISC45",
+    "RareAct",
+    "RenderedSST2",
+    "STL10",
+    "SUN",
+    "SUN397",
+    "SVHNNumbers",
+    "StanfordCars",
+    "UCF101",
+    "VOC2007",
+    "WebDataset",
+    "WebDatasetCaptions",
+    "WebDatasetMultiLabel",
+    "YTBBRobust",
+]

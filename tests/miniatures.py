@@ -1,0 +1,557 @@
+"""Miniatures of public data sets, written as their owners lay them out.
+
+A picture shows its number: that of a file by its width, that in an array by its pixels. Each ``write_...`` returns what
+is to be found, by split.
+"""
+
+import csv
+import json
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from datamodules import evaluation as sets
+from lit_clip.evaluation.data import LabelledImages
+
+SIDES = (28, 32, 48, 96)  # of pictures in arrays
+
+
+class Row(NamedTuple):
+    """What a set should have in a row: its key, its class in words, and the number that its picture shows."""
+
+    key: str
+    name: str
+    number: int
+
+
+Rows = dict[str, list[Row]]
+
+
+def paint(path: Path, number: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.RandomState(number).randint(0, 256, (6, 8 + number, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+
+
+def pixels(number: int, side: int, channels: int) -> np.ndarray:
+    shape = (side, side, channels) if channels > 1 else (side, side)
+    return np.random.RandomState(number).randint(0, 256, shape, dtype=np.uint8)
+
+
+def shows(image: Image.Image, number: int) -> bool:
+    if image.height in SIDES:
+        return np.array_equal(np.asarray(image), pixels(number, image.width, len(image.getbands())))
+    return image.size == (8 + number, 6)
+
+
+def write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def write_mat(path: Path, **values: Any) -> None:
+    from scipy.io import savemat
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    savemat(path, values)
+
+
+def painted(root: Path, rows: Rows) -> Rows:
+    for some in rows.values():
+        for row in some:
+            paint(root / row.key, row.number)
+    return rows
+
+
+def write_food101(root: Path) -> Rows:
+    rows = {
+        "train": [Row("images/apple_pie/7.jpg", "apple pie", 1), Row("images/apple_pie/5.jpg", "apple pie", 2)],
+        "test": [Row("images/apple_pie/9.jpg", "apple pie", 3)],
+    }
+    rows["train"].append(Row("images/cup_cakes/11.jpg", "cup cakes", 4))
+    rows["test"].append(Row("images/cup_cakes/10.jpg", "cup cakes", 5))
+    for split in rows:
+        lists: dict[str, list[str]] = {"cup_cakes": [], "apple_pie": []}
+        for row in rows[split]:
+            dish, file = row.key.split("/")[1:]
+            lists[dish].append(f"{dish}/{Path(file).stem}")
+        write_text(root / f"food-101/meta/{split}.json", json.dumps(lists))
+    return painted(root / "food-101", rows)
+
+
+def python2_pickle(value: Any) -> bytes:
+    """As Python 2 pickled it (protocol 2), which is how CIFAR comes: texts are bytes, arrays name ``numpy.core``."""
+    return b"\x80\x02" + _opcodes(value) + b"."
+
+
+def _opcodes(value: Any) -> bytes:
+    if isinstance(value, dict):
+        return b"}(" + b"".join(_opcodes(key) + _opcodes(item) for key, item in value.items()) + b"u"
+    if isinstance(value, list):
+        return b"](" + b"".join(map(_opcodes, value)) + b"e"
+    if isinstance(value, int):
+        return b"J" + struct.pack("<i", value)
+    if isinstance(value, str | bytes):
+        text = value.encode() if isinstance(value, str) else value
+        return b"T" + struct.pack("<i", len(text)) + text
+    assert isinstance(value, np.ndarray)
+    assert value.dtype == np.uint8
+    kind = b"cnumpy\ndtype\n(U\x02u1K\x00K\x01tR(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    shape = b"(" + b"".join(map(_opcodes, value.shape)) + b"t"
+    array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85U\x01btR"
+    return array + b"(K\x01" + shape + kind + b"\x89" + _opcodes(value.tobytes()) + b"tb"
+
+
+CIFAR10_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+
+def _write_cifar(folder: Path, batches: dict[str, list[tuple[int, int]]], labels: str, meta: tuple[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, items in batches.items():
+        data = np.stack([pixels(number, 32, 3).transpose(2, 0, 1).reshape(-1) for _, number in items])
+        batch = {"batch_label": name, labels: [label for label, _ in items], "data": data}
+        (folder / name).write_bytes(python2_pickle(batch))
+    (folder / meta[0]).write_bytes(python2_pickle(meta[1]))
+
+
+def write_cifar10(root: Path) -> Rows:
+    batches = {f"data_batch_{i}": [(i, 2 * i), (9 - i, 2 * i + 1)] for i in range(1, 6)}
+    batches["test_batch"] = [(3, 50), (0, 51), (9, 52)]
+    _write_cifar(root / "cifar-10-batches-py", batches, "labels", ("batches.meta", {"label_names": CIFAR10_NAMES}))
+    train = [item for i in range(1, 6) for item in batches[f"data_batch_{i}"]]
+    parts = {"train": train, "test": batches["test_batch"]}
+    return {
+        split: [Row(str(i), CIFAR10_NAMES[label], number) for i, (label, number) in enumerate(items)]
+        for split, items in parts.items()
+    }
+
+
+def write_cifar100(root: Path) -> Rows:
+    names = ["apple", "aquarium_fish", "baby"]
+    batches = {"train": [(2, 1), (1, 2), (0, 3), (1, 4)], "test": [(1, 5), (0, 6)]}
+    meta = {"fine_label_names": names, "coarse_label_names": ["fish", "fruit", "people"]}
+    _write_cifar(root / "cifar-100-python", batches, "fine_labels", ("meta", meta))
+    return {
+        split: [Row(str(i), names[label].replace("_", " "), number) for i, (label, number) in enumerate(items)]
+        for split, items in batches.items()
+    }
+
+
+def write_sun397(root: Path) -> Rows:
+    folder = root / "SUN397"
+    rows = {
+        "train": [Row("j/jail/indoor/sun_b.jpg", "jail indoor", 1), Row("a/abbey/sun_a.jpg", "abbey", 2)],
+        "test": [Row("j/jail_cell/sun_c.jpg", "jail cell", 3), Row("j/jail/indoor/sun_d.jpg", "jail indoor", 4)],
+    }
+    write_text(folder / "ClassName.txt", "/a/abbey\n/j/jail/indoor\n/j/jail_cell\n")
+    for split, name in (("train", "Training"), ("test", "Testing")):
+        write_text(folder / f"{name}_01.txt", "".join(f"/{row.key}\n" for row in rows[split]))
+        write_text(folder / f"{name}_02.txt", "/a/abbey/sun_a.jpg\n")
+    return painted(folder, rows)
+
+
+def write_stanford_cars(root: Path) -> Rows:
+    folder = root / "stanford_cars"
+    names = ["AM General Hummer SUV 2000", "Acura RL Sedan 2012", "Acura TL Sedan 2012"]
+    labels = {"train": [3, 1, 1], "test": [2, 3]}  # counted from 1
+    rows: Rows = {}
+    for split, numbers in labels.items():
+        annotations = np.zeros((1, len(numbers)), dtype=[(name, object) for name in ("bbox_x1", "class", "fname")])
+        rows[split] = []
+        for i, label in enumerate(numbers):
+            file = f"{i + 1:05}.jpg"
+            annotations[0, i] = (30, label, file)
+            rows[split].append(Row(f"cars_{split}/{file}", names[label - 1], i + (5 if split == "test" else 1)))
+        path = "devkit/cars_train_annos.mat" if split == "train" else "cars_test_annos_withlabels.mat"
+        write_mat(folder / path, annotations=annotations)
+    write_mat(folder / "devkit/cars_meta.mat", class_names=np.array([names], dtype=object))
+    return painted(folder, rows)
+
+
+def write_fgvc_aircraft(root: Path) -> Rows:
+    folder = root / "fgvc-aircraft-2013b/data"
+    lists = {
+        "train": [("0034309", "Boeing 717", 1), ("0062765", "A310", 2)],
+        "val": [("0034958", "An-12", 3)],
+        "test": [("1514522", "A310", 4), ("0747566", "An-12", 5)],
+    }
+    lists["trainval"] = lists["train"] + lists["val"]
+    write_text(folder / "variants.txt", "Boeing 717\nA310\nAn-12\n")
+    for split, items in lists.items():
+        write_text(folder / f"images_variant_{split}.txt", "".join(f"{file} {name}\n" for file, name, _ in items))
+    return painted(
+        folder,
+        {split: [Row(f"images/{file}.jpg", name, n) for file, name, n in items] for split, items in lists.items()},
+    )
+
+
+VOC_OBJECTS = {  # picture: its objects, with an asterisk if they are difficult
+    "000005": ["chair*", "chair", "chair*"],
+    "000007": ["car", "person*"],
+    "000009": ["horse", "person", "person"],
+    "000001": ["dog", "tvmonitor*"],
+    "000002": ["pottedplant"],
+}
+
+
+def write_voc2007(root: Path) -> Rows:
+    folder = root / "VOCdevkit/VOC2007"
+    lists = {"train": ["000005"], "val": ["000007", "000009"], "trainval": ["000005", "000007", "000009"]}
+    lists["test"] = ["000001", "000002"]
+    for split, pictures in lists.items():
+        write_text(folder / f"ImageSets/Main/{split}.txt", "".join(f"{picture}\n" for picture in pictures))
+    for picture, things in VOC_OBJECTS.items():
+        objects = "".join(
+            f"<object><name>{thing.rstrip('*')}</name><difficult>{int(thing.endswith('*'))}</difficult>"
+            "<part><name>head</name></part><bndbox><xmin>1</xmin></bndbox></object>"
+            for thing in things
+        )
+        text = f"<annotation><folder>VOC2007</folder><filename>{picture}.jpg</filename>{objects}</annotation>"
+        write_text(folder / f"Annotations/{picture}.xml", text)
+    rows = {
+        split: [Row(f"JPEGImages/{picture}.jpg", "", int(picture)) for picture in pictures]
+        for split, pictures in lists.items()
+    }
+    return painted(folder, rows)
+
+
+def write_dtd(root: Path) -> Rows:
+    folder = root / "dtd/dtd"
+    rows = {
+        split: [
+            Row(f"images/{name}/{name}_000{number}.jpg", name, number)
+            for number, name in enumerate(("polka-dotted", "banded"), start)
+        ]
+        for split, start in (("train", 1), ("val", 3), ("test", 5))
+    }
+    for split, some in rows.items():
+        lines = "".join(f"{row.key.removeprefix('images/')}\n" for row in some)
+        write_text(folder / f"labels/{split}1.txt", lines)
+        write_text(folder / f"labels/{split}2.txt", "banded/banded_0009.jpg\n")
+    return painted(folder, rows)
+
+
+def write_oxford_pets(root: Path) -> Rows:
+    folder = root / "oxford-iiit-pet"
+    lists = {
+        "trainval": [("Abyssinian_100", 1, 1), ("american_bulldog_103", 2, 2), ("Bengal_10", 3, 1)],
+        "test": [("american_bulldog_1", 2, 2), ("Bengal_111", 3, 1), ("Abyssinian_201", 1, 1)],
+    }
+    rows: Rows = {}
+    for split, items in lists.items():
+        write_text(
+            folder / f"annotations/{split}.txt", "".join(f"{name} {breed} {kind} 1\n" for name, breed, kind in items)
+        )
+        start = 1 if split == "test" else 4
+        rows[split] = [
+            Row(f"images/{name}.jpg", name.rsplit("_", 1)[0].replace("_", " "), i)
+            for i, (name, _, _) in enumerate(items, start)
+        ]
+    return painted(folder, rows)
+
+
+def write_caltech101(root: Path) -> Rows:
+    """Two pictures of each class are to train on; of ``tmp``, which the archive has too, none."""
+    folder = root / "caltech101/101_ObjectCategories"
+    names = {"BACKGROUND_Google": "background", "Faces": "Faces", "Faces_easy": "Faces easy", "airplanes": "airplanes"}
+    rows: Rows = {"train": [], "test": []}
+    number = 1
+    for name, words in names.items():
+        for i in range(1, 5):
+            row = Row(f"{name}/image_{i:04}.jpg", words, number)
+            paint(folder / row.key, number)
+            rows["train" if _among_first(name, i, 4, 2) else "test"].append(row)
+            number += 1
+    write_text(folder / "BACKGROUND_Google/tmp", "")
+    return rows
+
+
+def _among_first(name: str, number: int, count: int, shots: int) -> bool:
+    from hashlib import blake2b
+
+    digests = [blake2b(f"0/{name}/image_{i:04}.jpg".encode()).hexdigest() for i in range(1, count + 1)]
+    return digests[number - 1] in sorted(digests)[:shots]
+
+
+def write_flowers102(root: Path) -> Rows:
+    folder = root / "flowers-102"
+    labels = [77, 73, 1, 2, 102, 2]  # of pictures 1 to 6
+    names = {77: "passion flower", 73: "water lily", 1: "pink primrose", 2: "hard-leaved pocket orchid"}
+    names[102] = "blackberry lily"
+    ids = {"train": ("trnid", [4, 1]), "val": ("valid", [2]), "test": ("tstid", [6, 3, 5])}
+    write_mat(folder / "imagelabels.mat", labels=np.array([labels], np.uint8))
+    write_mat(folder / "setid.mat", **{name: np.array([numbers], np.uint16) for name, numbers in ids.values()})
+    rows = {
+        split: [Row(f"jpg/image_{number:05}.jpg", names[labels[number - 1]], number) for number in numbers]
+        for split, (_, numbers) in ids.items()
+    }
+    return painted(folder, rows)
+
+
+def idx(array: np.ndarray) -> bytes:
+    return bytes([0, 0, 8, array.ndim]) + b"".join(struct.pack(">i", size) for size in array.shape) + array.tobytes()
+
+
+def write_mnist(root: Path) -> Rows:
+    folder = root / "MNIST/raw"
+    folder.mkdir(parents=True)
+    rows: Rows = {}
+    for split, start, labels in (("train", "train", [5, 0, 4, 1]), ("test", "t10k", [7, 2])):
+        numbers = range(len(labels)) if split == "train" else range(10, 10 + len(labels))
+        (folder / f"{start}-images-idx3-ubyte").write_bytes(idx(np.stack([pixels(n, 28, 1) for n in numbers])))
+        (folder / f"{start}-labels-idx1-ubyte").write_bytes(idx(np.array(labels, np.uint8)))
+        rows[split] = [
+            Row(str(i), str(label), number) for i, (label, number) in enumerate(zip(labels, numbers, strict=True))
+        ]
+    return rows
+
+
+FACES = [(0, "Training"), (3, "PublicTest"), (6, "Training"), (1, "PrivateTest"), (3, "PrivateTest")]
+EMOTION_NAMES = {0: "angry", 1: "disgusted", 3: "happy", 6: "neutral"}
+
+
+def write_fer2013(root: Path, name: str = "fer2013.csv") -> Rows:
+    path = root / "fer2013" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = ["emotion", "pixels", "Usage"] if name == "fer2013.csv" else ["emotion", " Usage", " pixels"]
+    rows: Rows = {"Training": [], "PublicTest": [], "PrivateTest": []}
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        for i, (emotion, usage) in enumerate(FACES):
+            values = {"emotion": emotion, "Usage": usage, "pixels": " ".join(map(str, pixels(i, 48, 1).reshape(-1)))}
+            writer.writerow({column: values[column.strip()] for column in columns})
+            rows[usage].append(Row(str(i), EMOTION_NAMES[emotion], i))
+    return {"train": rows["Training"], "val": rows["PublicTest"], "test": rows["PrivateTest"]}
+
+
+STL10_NAMES = ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"]
+
+
+def write_stl10(root: Path) -> Rows:
+    folder = root / "stl10_binary"
+    folder.mkdir(parents=True)
+    rows: Rows = {}
+    for split, labels, start in (("train", [2, 10, 7, 1], 1), ("test", [3, 8], 7)):
+        numbers = range(start, start + len(labels))
+        data = np.stack([pixels(number, 96, 3).transpose(2, 1, 0) for number in numbers])  # column after column
+        (folder / f"{split}_X.bin").write_bytes(data.tobytes())
+        (folder / f"{split}_y.bin").write_bytes(bytes(labels))
+        rows[split] = [
+            Row(str(i), STL10_NAMES[label - 1], number)
+            for i, (label, number) in enumerate(zip(labels, numbers, strict=True))
+        ]
+    write_text(folder / "fold_indices.txt", "".join(f"{i % 4} {(i + 2) % 4} \n" for i in range(10)))
+    write_text(folder / "class_names.txt", "\n".join(STL10_NAMES))
+    return rows
+
+
+def write_eurosat(root: Path) -> Rows:
+    """Two pictures a class, of which the options below take eleven and seven."""
+    from hashlib import blake2b
+
+    folder = root / "eurosat/2750"
+    words = {"AnnualCrop": "annual crop", "Forest": "forest", "HerbaceousVegetation": "herbaceous vegetation"}
+    words |= {"Highway": "highway", "Industrial": "industrial", "Pasture": "pasture", "PermanentCrop": "permanent crop"}
+    words |= {"Residential": "residential", "River": "river", "SeaLake": "sea lake"}
+    rows = [Row(f"{name}/{name}_{i}.jpg", words[name], 2 * n + i) for n, name in enumerate(words) for i in range(2)]
+    painted(folder, {"all": rows})
+    drawn = sorted(rows, key=lambda row: blake2b(f"0/{row.key}".encode()).digest())
+    return {"train": sorted(drawn[:11]), "test": sorted(drawn[11:18])}
+
+
+def write_gtsrb(root: Path) -> Rows:
+    base = root / "gtsrb"
+    names = {0: "speed limit 20", 14: "stop", 42: "end of no passing for trucks", 1: "speed limit 30"}
+    train = [Row(f"{label:05}/00000_00000.ppm", names.get(label, ""), label) for label in range(43)]
+    train.insert(15, Row("00014/00000_00001.ppm", names[14], 43))
+    for row in train:
+        label = int(row.key[:5])
+        paint(base / "GTSRB/Training" / row.key, row.number)
+        header = "Filename;Width;Height;Roi.X1;Roi.Y1;Roi.X2;Roi.Y2;ClassId\n"
+        write_text(base / f"GTSRB/Training/{label:05}/GT-{label:05}.csv", header)
+    test = [Row("00000.ppm", names[14], 44), Row("00001.ppm", names[1], 45), Row("00002.ppm", names[42], 46)]
+    ids = [14, 1, 42]
+    lines = "".join(f"{row.key};9;6;1;1;8;5;{label}\n" for row, label in zip(test, ids, strict=True))
+    write_text(base / "GT-final_test.csv", "Filename;Width;Height;Roi.X1;Roi.Y1;Roi.X2;Roi.Y2;ClassId\n" + lines)
+    painted(base / "GTSRB/Final_Test/Images", {"test": test})
+    return {"train": train, "test": test}
+
+
+KITTI_LABELS = [  # objects of each picture: kind and distance
+    ([("Car", 7.9), ("Pedestrian", 3.0)], "a car on the left or right side"),
+    ([("Car", 30.0), ("Van", 8.0)], "a car on the left or right side"),
+    ([("Truck", 8.01), ("DontCare", -1000.0)], "a car nearby"),
+    ([("Car", 20.0)], "a car nearby"),
+    ([("Car", 20.5), ("Tram", 5.0)], "a car in the distance"),
+    ([("Cyclist", 5.0), ("DontCare", -1000.0)], "no car"),
+]
+
+
+def write_kitti(root: Path) -> Rows:
+    """36 pictures of 12 videos; one is drawn for ``val`` and one for ``test``, as numpy's old generator does."""
+    raw = root / "Kitti/raw"
+    count = 36
+    order = np.random.RandomState(5).permutation(count)  # picture -> line
+    videos = [f"2011_09_26_drive_{line // 3:04}_sync" for line in range(count)]
+    write_text(raw / "mapping/train_mapping.txt", "".join(f"2011_09_26 {v} {i:010}\n" for i, v in enumerate(videos)))
+    write_text(raw / "mapping/train_rand.txt", ",".join(str(line + 1) for line in order))
+    state = np.random.get_state()
+    np.random.seed(123)
+    test = np.random.choice(sorted(set(videos)), 1, replace=False)[0]
+    val = np.random.choice(sorted(set(videos) - {test}), 1, replace=False)[0]
+    np.random.set_state(state)
+    rows: Rows = {"train": [], "val": [], "test": []}
+    for i in range(count):
+        objects, name = KITTI_LABELS[i % len(KITTI_LABELS)]
+        lines = "".join(f"{kind} 0.00 0 -0.20 1 2 3 4 1.89 0.48 1.20 1.84 1.47 {z} 0.01\n" for kind, z in objects)
+        write_text(raw / f"training/label_2/{i:06}.txt", lines)
+        video = videos[order[i]]
+        split = "test" if video == test else "val" if video == val else "train"
+        rows[split].append(Row(f"image_2/{i:06}.png", name, i))
+    return painted(raw / "training", rows)
+
+
+def write_country211(root: Path) -> Rows:
+    folder = root / "country211"
+    rows: Rows = {}
+    for start, split in enumerate(("train", "valid", "test")):
+        rows[split] = [Row(f"{name}/{i}.jpg", name, 3 * start + i) for name in ("AD", "BR", "ZW") for i in (1, 2)]
+        painted(folder / split, {split: rows[split]})
+    return rows
+
+
+def write_pcam(root: Path) -> Rows:
+    import h5py
+
+    folder = root / "pcam"
+    folder.mkdir(parents=True)
+    names = ["lymph node", "lymph node containing metastatic tumor tissue"]
+    rows: Rows = {}
+    for split, part, labels, start in (
+        ("train", "train", [1, 0, 1], 1),
+        ("val", "valid", [0], 5),
+        ("test", "test", [0, 1], 7),
+    ):
+        numbers = range(start, start + len(labels))
+        stem = f"camelyonpatch_level_2_split_{part}"
+        with h5py.File(folder / f"{stem}_x.h5", "w") as file:
+            data = np.stack([pixels(number, 96, 3) for number in numbers])
+            file.create_dataset("x", data=data, chunks=(1, 96, 96, 3), compression="gzip")
+        with h5py.File(folder / f"{stem}_y.h5", "w") as file:
+            file["y"] = np.array(labels, np.uint8).reshape(-1, 1, 1, 1)
+        rows[split] = [
+            Row(str(i), names[label], number) for i, (label, number) in enumerate(zip(labels, numbers, strict=True))
+        ]
+    return rows
+
+
+def write_clevr_counts(root: Path) -> Rows:
+    """All of three training and two validation pictures are taken."""
+    folder = root / "clevr/CLEVR_v1.0"
+    rows: Rows = {}
+    for split, part, counts in (("train", "train", [3, 10, 4]), ("test", "val", [10, 5])):
+        rows[split] = [
+            Row(f"images/{part}/CLEVR_{part}_{i:06}.png", str(count), i + 1) for i, count in enumerate(counts)
+        ]
+        scenes = [
+            {"image_filename": f"CLEVR_{part}_{i:06}.png", "objects": [{"shape": "cube"}] * count}
+            for i, count in enumerate(counts)
+        ]
+        write_text(folder / f"scenes/CLEVR_{part}_scenes.json", json.dumps({"info": {}, "scenes": scenes[::-1]}))
+    return painted(folder, rows)
+
+
+def write_rendered_sst2(root: Path) -> Rows:
+    rows: Rows = {}
+    for number, (split, folder) in enumerate((("train", "train"), ("val", "valid"), ("test", "test"))):
+        rows[split] = [
+            Row(f"{name}/{i}.png", name, 3 * number + i) for name in ("negative", "positive") for i in (0, 1)
+        ]
+        painted(root / "rendered-sst2" / folder, {split: rows[split]})
+    return rows
+
+
+def write_imagenet(root: Path) -> Rows:
+    names = {"n01440764": "tench", "n01484850": "great white shark", "n15075141": "toilet paper"}
+    rows: Rows = {}
+    for number, split in enumerate(("train", "val")):
+        rows[split] = [
+            Row(f"{wnid}/ILSVRC2012_{i}.JPEG", name, 2 * number + i) for wnid, name in names.items() for i in (0, 1)
+        ]
+        painted(root / split, {split: rows[split]})
+    return rows
+
+
+@dataclass
+class Miniature:
+    """A set and how to write it.
+
+    Attributes:
+        make: the adapter.
+        write: writes it below a folder.
+        index: a file that says what is in the set, which cannot be read if it is overwritten; empty: it has none.
+        options: what makes the adapter content with so few pictures.
+        pixels: for a set in arrays, the file with the pixels.
+        torchvision: the name of torchvision's class, if that can read the miniature.
+    """
+
+    make: Callable[..., LabelledImages]
+    write: Callable[[Path], Rows]
+    index: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+    pixels: str = ""
+    torchvision: str = ""
+
+
+MINIATURES = {
+    "food101": Miniature(sets.Food101, write_food101, "food-101/meta/test.json", torchvision="Food101"),
+    "cifar10": Miniature(sets.CIFAR10, write_cifar10, "cifar-10-batches-py/batches.meta"),
+    "cifar100": Miniature(sets.CIFAR100, write_cifar100, "cifar-100-python/test"),
+    "sun397": Miniature(sets.SUN397, write_sun397, "SUN397/Testing_01.txt"),
+    "stanford_cars": Miniature(
+        sets.StanfordCars, write_stanford_cars, "stanford_cars/devkit/cars_meta.mat", torchvision="StanfordCars"
+    ),
+    "fgvc_aircraft": Miniature(
+        sets.FGVCAircraft,
+        write_fgvc_aircraft,
+        "fgvc-aircraft-2013b/data/images_variant_test.txt",
+        torchvision="FGVCAircraft",
+    ),
+    "voc2007": Miniature(sets.VOC2007, write_voc2007, "VOCdevkit/VOC2007/Annotations/000001.xml"),
+    "dtd": Miniature(sets.DTD, write_dtd, "dtd/dtd/labels/test1.txt", torchvision="DTD"),
+    "oxford_pets": Miniature(
+        sets.OxfordPets, write_oxford_pets, "oxford-iiit-pet/annotations/test.txt", torchvision="OxfordIIITPet"
+    ),
+    "caltech101": Miniature(sets.Caltech101, write_caltech101, options={"shots": 2}),
+    "flowers102": Miniature(sets.Flowers102, write_flowers102, "flowers-102/setid.mat"),
+    "mnist": Miniature(
+        sets.MNIST,
+        write_mnist,
+        "MNIST/raw/t10k-labels-idx1-ubyte",
+        pixels="MNIST/raw/t10k-images-idx3-ubyte",
+    ),
+    "fer2013": Miniature(sets.FER2013, write_fer2013, "fer2013/fer2013.csv", pixels="fer2013/fer2013.csv"),
+    "stl10": Miniature(sets.STL10, write_stl10, "stl10_binary/test_y.bin", pixels="stl10_binary/test_X.bin"),
+    "eurosat": Miniature(sets.EuroSAT, write_eurosat, options={"train": 11, "test": 7}),
+    "gtsrb": Miniature(sets.GTSRB, write_gtsrb, "gtsrb/GT-final_test.csv", torchvision="GTSRB"),
+    "kitti": Miniature(sets.KITTI, write_kitti, "Kitti/raw/mapping/train_rand.txt"),
+    "country211": Miniature(sets.Country211, write_country211, torchvision="Country211"),
+    "pcam": Miniature(
+        sets.PCam,
+        write_pcam,
+        "pcam/camelyonpatch_level_2_split_test_y.h5",
+        pixels="pcam/camelyonpatch_level_2_split_test_x.h5",
+        torchvision="PCAM",
+    ),
+    "clevr_counts": Miniature(
+        sets.CLEVRCounts, write_clevr_counts, "clevr/CLEVR_v1.0/scenes/CLEVR_val_scenes.json", {"train": 3, "test": 2}
+    ),
+    "rendered_sst2": Miniature(sets.RenderedSST2, write_rendered_sst2, torchvision="RenderedSST2"),
+    "imagenet": Miniature(sets.ImageNet, write_imagenet),
+}
