@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from torch.utils.data import DataLoader
 
 from datamodules import evaluation as sets
 from lit_clip.errors import InputError
@@ -451,6 +452,19 @@ def test_stl10_has_ten_folds(tmp_path: Path) -> None:
     message = message_of(lambda: sets.STL10(str(tmp_path), "train", 10))
     assert "fold_indices.txt" in message
     assert "0 to 9" in message
+
+
+@pytest.mark.parametrize("name", [name for name, m in MINIATURES.items() if m.pixels])
+def test_a_worker_opens_the_file_of_pixels_anew_after_its_parent_has_read_from_it(name: str, tmp_path: Path) -> None:
+    """HDF5's handles and a file's place do not survive a fork that is used on both sides."""
+    miniature = MINIATURES[name]
+    rows = miniature.write(tmp_path)["train"]
+    images = opened(miniature, tmp_path, "train")
+    assert shows(images[1][0], rows[1].number)
+    loader = DataLoader(images, batch_size=1, num_workers=1, collate_fn=list, multiprocessing_context="fork")
+    for row, ((image, _),) in zip(rows, loader, strict=True):
+        assert shows(image, row.number)
+        assert shows(images[0][0], rows[0].number)
 
 
 def test_fer2013_reads_the_other_table_too(tmp_path: Path) -> None:

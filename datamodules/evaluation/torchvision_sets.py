@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from datamodules.evaluation.image_files import ImageFiles, by_hash, in_class_folders, pictures_in, subfolders
-from datamodules.evaluation.indexes import read_json, read_table, read_text, read_words
+from datamodules.evaluation.indexes import find, read_json, read_table, read_text, read_words
 from lit_clip.errors import InputError
 from lit_clip.evaluation.data import MissingData
 
@@ -157,7 +157,8 @@ class SUN397(ListedImages):
 
     def __init__(self, root: str, split: Halves = "test", partition: int = 1) -> None:
         folder = Path(root) / "SUN397"
-        listed = folder / f"{'Training' if split == 'train' else 'Testing'}_{partition:02}.txt"
+        name = f"{'Training' if split == 'train' else 'Testing'}_{partition:02}.txt"
+        listed = find(folder, [name, f"Partitions/{name}"], "list of the partition's pictures")
         files = [line.strip().lstrip("/") for line in read_text(listed).splitlines() if line.strip()]
         path = folder / "ClassName.txt"
         words = {line.strip().strip("/"): _scene(line) for line in read_text(path).splitlines() if line.strip()}
