@@ -15,6 +15,7 @@ from torchvision.transforms import v2
 
 from lit_clip.config import Preprocessing
 from lit_clip.errors import InputError, require
+from lit_clip.launcher import end_with_parent
 from lit_clip.preprocess import image_transform
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
@@ -178,11 +179,13 @@ def loader(batches: Dataset[Batch], num_workers: int, pin_memory: bool = False) 
     count: int = len(batches)  # pyright: ignore[reportArgumentType]  # Dataset declares no length, ours have one
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(num_workers, count, cores) if count > 1 else 0
-    return DataLoader(
-        batches, batch_size=None, num_workers=workers, pin_memory=pin_memory, worker_init_fn=_ignore_interrupts
-    )
+    return DataLoader(batches, batch_size=None, num_workers=workers, pin_memory=pin_memory, worker_init_fn=quiet_worker)
 
 
-def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the main one ends its workers, without a traceback from each."""
+def quiet_worker(worker_id: int) -> None:
+    """A data worker's ``worker_init_fn``: it ends with the process that it reads for.
+
+    Ctrl-C reaches every process of a terminal; the main one ends its workers, without a traceback from each.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()

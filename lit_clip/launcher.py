@@ -1,4 +1,4 @@
-"""The process that started this one as another rank, and what becomes of this one without it."""
+"""The process that started this one, as another rank or as a data worker, and what becomes of this one without it."""
 
 import os
 import sys
@@ -27,6 +27,16 @@ def watch_launcher() -> None:
         threading.Thread(target=_wait_for_launcher, args=(int(launcher),), daemon=True).start()
 
 
+def let_launcher_end(seconds: float) -> None:
+    """Wait for the rank that started this one to end, which it may be about to do for the same reason.
+
+    Lightning kills it, in the middle of what it says and saves, when a rank that it started ends with an error.
+    """
+    deadline = time.monotonic() + seconds
+    while is_launched() and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
 def _has_ended(process: int) -> bool:
     try:
         os.kill(process, 0)
@@ -43,4 +53,19 @@ def _wait_for_launcher(launcher: int) -> None:
     time.sleep(GRACE)
     sys.stderr.write("lit-clip: error: the first process of this machine has ended, so this one ends too\n")
     sys.stderr.flush()
+    os._exit(1)
+
+
+def end_with_parent() -> None:
+    """End this process, a data worker, soon after the one that it reads for.
+
+    A worker whose process was killed, or left without a word, notices; but it can end by itself only if what waits in
+    its queue fits into a pipe (64 KiB), which nobody will read any more.
+    """
+    threading.Thread(target=_wait_for_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _wait_for_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
     os._exit(1)

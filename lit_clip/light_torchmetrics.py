@@ -26,7 +26,7 @@ class _Deferred(ModuleType):
             return getattr(import_module(f"{NAME}.{HOMES[name]}"), name)
         if name.startswith("__") and name != "__all__":
             raise AttributeError(name)  # what the import system and inspect ask of any module
-        self.__class__ = ModuleType
+        self.__class__ = ModuleType  # pyright: ignore[reportAttributeAccessIssue]  # as importlib.util.LazyLoader does
         assert self.__spec__ is not None
         assert self.__spec__.loader is not None
         self.__spec__.loader.exec_module(self)

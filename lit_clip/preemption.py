@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lit_clip import collectives
 from lit_clip.checkpoint_io import put_in_place
 from lit_clip.errors import require
-from lit_clip.launcher import is_launched
+from lit_clip.launcher import end_with_parent, is_launched
 from lit_clip.summary import resume_command
 
 
@@ -190,11 +190,12 @@ def save_whole(trainer: Trainer, path: Path) -> None:
 
 
 def shield_worker(worker_id: int) -> None:
-    """A data worker's ``worker_init_fn``: signals are for the process that the worker reads for.
+    """A data worker's ``worker_init_fn``: signals are for the process that the worker reads for, and it ends with it.
 
     SLURM, and whoever signals a process group, sends them to workers too; the loss of one is an error in the middle
     of a step, before anything could be saved.
     """
+    end_with_parent()
     if os.environ.get("PL_SEED_WORKERS") == "1":
         pl_worker_init_function(worker_id)  # Lightning sets it where there is no other
     if not hasattr(signal, "pthread_sigmask"):
@@ -202,10 +203,10 @@ def shield_worker(worker_id: int) -> None:
     signals = {signal.SIGTERM, signal.SIGUSR1}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     if hasattr(signal, "sigwaitinfo"):
-        threading.Thread(target=_wait_for_parent, args=(signals, os.getppid()), daemon=True).start()
+        threading.Thread(target=_wait_for_signal, args=(signals, os.getppid()), daemon=True).start()
 
 
-def _wait_for_parent(signals: set[signal.Signals], parent: int) -> None:
+def _wait_for_signal(signals: set[signal.Signals], parent: int) -> None:
     """The data loader ends a worker that does not end by itself with SIGTERM."""
     while True:
         received = signal.sigwaitinfo(signals)

@@ -17,6 +17,7 @@ from lit_clip.commands import progress
 from lit_clip.config import differences
 from lit_clip.errors import InputError, require
 from lit_clip.features import replacing
+from lit_clip.images import quiet_worker
 from lit_clip.model import CLIP
 from lit_clip.preprocess import pixels
 from lit_clip.sources import saved_tokenizer
@@ -158,6 +159,7 @@ def evaluate_line(
             num_workers=num_workers,
             collate_fn=collate_labelled,
             sampler=range(len(images)),
+            worker_init_fn=quiet_worker,
         )
         with progress(name, len(images)) as advance:
             for batch in loader:

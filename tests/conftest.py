@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ import torch
 import yaml
 
 from lit_clip.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
+from tests import forks
 
 ROOT = Path(__file__).parents[1]
 TINY_YAML = (
@@ -153,17 +155,23 @@ def openai_code() -> ModuleType:
 
 
 def lit_clip_command(
-    folder: Path, *words: str, environment: dict[str, str] | None = None, timeout: int = 120
+    folder: Path, *words: str, environment: dict[str, str] | None = None, timeout: int = 120, anew: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    """Run ``lit-clip`` in a folder, as a person would."""
+    """Run ``lit-clip`` in a folder, as a person would.
+
+    Args:
+        folder: the current one.
+        words: of the command line.
+        environment: what else is in it; ``anew`` then.
+        timeout: seconds.
+        anew: in a new interpreter, not in a fork (``tests/forks.py``).
+    """
+    command = [str(Path(sys.executable).parent / "lit-clip"), *words]
+    variables = {**os.environ, "COLUMNS": "200", "HF_HUB_OFFLINE": "1", **(environment or {})}
+    if not (anew or environment):
+        return forks.run([forks.Program(forks.command, command, folder, variables)], timeout)[0]
     return subprocess.run(
-        [str(Path(sys.executable).parent / "lit-clip"), *words],
-        cwd=folder,
-        env={**os.environ, "COLUMNS": "200", "HF_HUB_OFFLINE": "1", **(environment or {})},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
+        command, cwd=folder, env=variables, capture_output=True, text=True, timeout=timeout, check=False
     )
 
 
@@ -194,29 +202,33 @@ def torchrun(folder: Path, world: int, *words: str, timeout: int = 120) -> str:
     return output
 
 
+def run_ranks(world: int, script: str, *words: str, timeout: int, **environment: str) -> None:
+    """Run a file of ``tests/`` as each of W ranks; every one must exit with 0 within the time limit."""
+    common = {**os.environ, **environment, "WORLD_SIZE": str(world)}
+    programs = [
+        forks.Program(forks.script, [script, *words], Path.cwd(), {**common, "RANK": str(rank)})
+        for rank in range(world)
+    ]
+    for done in forks.run(programs, timeout):
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.fixture
 def ranks(tmp_path: Path) -> Callable[..., None]:
-    """Run a function of ``tests/ranks.py`` in W gloo processes; every one must exit with 0 within the time limit."""
+    """Run a function of ``tests/ranks.py`` in W gloo processes."""
 
     def run(function: str, world: int, *arguments: str, timeout: int = 120, script: str = "ranks.py") -> None:
         rendezvous = tmp_path / f"rendezvous_{function}_{world}"
         rendezvous.unlink(missing_ok=True)
-        processes = [
-            subprocess.Popen(
-                [sys.executable, str(ROOT / "tests" / script), function, *arguments],
-                env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(world), "RENDEZVOUS": f"file://{rendezvous}"},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank in range(world)
-        ]
-        try:
-            outputs = [process.communicate(timeout=timeout)[0] for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-        for process, output in zip(processes, outputs, strict=True):
-            assert process.returncode == 0, output
+        run_ranks(world, script, function, *arguments, timeout=timeout, RENDEZVOUS=f"file://{rendezvous}")
 
     return run
+
+
+def run_lightning_ranks(world: int, script: str, *words: str, timeout: int = 120) -> None:
+    """As :func:`run_ranks`, of a script in which Lightning takes the processes for those that torchrun starts."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    place = {"GROUP_RANK": "0", "LOCAL_WORLD_SIZE": str(world), "TORCHELASTIC_RUN_ID": "test"}
+    run_ranks(world, script, *words, timeout=timeout, **address, **place)
