@@ -102,8 +102,13 @@ def _near(bits: np.ndarray, colours: np.ndarray, first: int, width: int) -> Iter
         if not len(here):
             return
         left, right = order[here], order[here + step]
-        near = _few_bits(bits[left] ^ bits[right]) & _near_colours(colours[left], colours[right])
+        near = looks_near(bits[left], colours[left], bits[right], colours[right])
         yield np.stack([left[near], right[near]], axis=1)
+
+
+def looks_near(bits: np.ndarray, colours: np.ndarray, other_bits: np.ndarray, other_colours: np.ndarray) -> np.ndarray:
+    """Whether two looks are of one picture: bool ``[P]``, of uint64 and uint32 ``[P]`` as in :func:`look_alikes`."""
+    return _few_bits(bits ^ other_bits) & _near_colours(colours, other_colours)
 
 
 def _few_bits(values: np.ndarray) -> np.ndarray:
