@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from datamodules.overlap_findings import By, SetFindings, findings_of
-from datamodules.overlap_page import percent, write_page
+from datamodules.overlap_page import percent, points, write_page
 from datamodules.overlap_search import Found, Queries, joined, search
 from datamodules.overlap_sets import given, open_sets, read_results, read_thresholds, recognised
 from datamodules.sources import PairSource, open_source
@@ -60,7 +60,8 @@ def overlap(
         train: a table, a folder of pictures with captions beside them, tar shards or whatever else training takes.
         model: a checkpoint, or a name that lit_clip.load_model understands; its features tell what is near, and its
             accuracy is reported.
-        output: a page overlap.html, with the figures in overlap.json beside it; or that file alone.
+        output: a page overlap.html, with the figures and the names of all pairs in overlap.json beside it; or that file
+            alone.
         suite: YAML files of evaluation sets.
         sets: only these of the suite; by default all that are there.
         data_root: where the suite's sets lie.
@@ -201,13 +202,13 @@ def _write(path: Path, report: dict[str, Any], judged: Mapping[str, SetFindings]
 
 def _print(report: Mapping[str, Any]) -> None:
     table = Table("set", title=Text("data overlap"))
-    for column in ("images", "overlap", "all", "clean", "on overlap", "all - clean", "p"):
+    for column in ("images", "overlap", "all", "clean", "on overlap", "all - clean, points", "p"):
         table.add_column(column, justify="right")
     for name, figures in report["sets"].items():
         share = f"{figures['overlap']:,} ({percent(figures['contamination'])})"
         accuracies = [percent(figures[f"accuracy_{part}"]) for part in ("all", "clean", "overlap")]
         p_value = figures["p_value_bonferroni"]
-        last = [percent(figures["difference"], "+.2f"), "" if p_value is None else f"{p_value:.2g}"]
+        last = [points(figures["difference"]), "" if p_value is None else f"{p_value:.2g}"]
         table.add_row(Text(name), f"{figures['images']:,}", share, *accuracies, *last)
     console = Console(highlight=False)
     if not console.is_terminal:

@@ -82,9 +82,14 @@ def _total(train: Mapping[str, Any]) -> int:
     return sum(train["skipped"].values())
 
 
-def percent(value: float | None, form: str = ".1f") -> str:
+def percent(value: float | None) -> str:
     """A fraction for people; nothing if there is none."""
-    return "" if value is None else f"{100 * value:{form}} %"
+    return "" if value is None else f"{100 * value:.1f} %"
+
+
+def points(value: float | None) -> str:
+    """A difference of two fractions, likewise, in percentage points."""
+    return "" if value is None else f"{100 * value:+.2f}"
 
 
 def _table(head: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
@@ -95,13 +100,13 @@ def _table(head: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> st
     return "<table>\n" + "\n".join(lines) + "\n</table>"
 
 
-_FIGURES = ("overlap", "of all", "right: all", "clean", "overlap", "all - clean")
+_FIGURES = ("overlap", "of all", "accuracy: all", "on clean", "on overlap", "all - clean, points")
 
 
 def _figures(overlap: Overlap) -> list[str]:
     accuracies = [percent(value) for value in (overlap.accuracy_all, overlap.accuracy_clean, overlap.accuracy_overlap)]
     share = percent(overlap.contamination)
-    return [f"{overlap.overlap:,}", share, *accuracies, percent(overlap.difference, "+.2f")]
+    return [f"{overlap.overlap:,}", share, *accuracies, points(overlap.difference)]
 
 
 def _overview(report: Mapping[str, Any]) -> str:
@@ -112,7 +117,7 @@ def _overview(report: Mapping[str, Any]) -> str:
         p_value = said["p_value_bonferroni"]
         last = [interval, "" if p_value is None else f"{p_value:.2g}"]
         rows.append(("", [name, f"{said['threshold']:g}", f"{overlap.images:,}", *_figures(overlap), *last]))
-    head = ("set", "threshold", "images", *_FIGURES, "interval of overlap", "p")
+    head = ("set", "threshold", "images", *_FIGURES, "interval on overlap", "p")
     train = report["train"]
     skipped = f", {_total(train):,} could not be read" if train["skipped"] else ""
     said = f"<p>{train['pictures']:,} training pictures{skipped}; model: {escape(report['model']['name'])}</p>"

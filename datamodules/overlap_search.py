@@ -22,7 +22,8 @@ from torch.utils.data import Dataset
 
 from datamodules.bad_samples import BadSample
 from datamodules.images import open_image
-from datamodules.look_alikes import BANDS, Look, look_of, looks_near
+from datamodules.look_alikes import Look, look_of
+from datamodules.look_index import LookIndex, Looks
 from datamodules.sources import LISTED, PairSource
 from lit_clip.commands import progress
 from lit_clip.config import Preprocessing
@@ -141,8 +142,10 @@ class RowBatches(Dataset[Seen]):
 
 
 @torch.no_grad()
-def encoded(model: CLIP, batches: RowBatches, num_workers: int, title: str) -> Iterator[tuple[Seen, Tensor]]:
-    """Every batch with its unit features, float32 ``[B, D]`` on the model's device."""
+def encoded(
+    model: CLIP, batches: RowBatches, batch_size: int, num_workers: int, title: str
+) -> Iterator[tuple[Seen, Tensor]]:
+    """Every batch with its unit features, float32 ``[B, D]`` on the model's device; ``batch_size`` at once."""
     with progress(title, len(batches.data)) as advance:
         done = batches.first
         advance(done)
@@ -150,68 +153,12 @@ def encoded(model: CLIP, batches: RowBatches, num_workers: int, title: str) -> I
         for seen in loader(dataset, num_workers):
             features = torch.empty(0, model.config.embed_dim, device=model.device)
             if seen.images is not None:
-                parts = seen.images.split(batches.batch_size)
+                parts = seen.images.split(batch_size)
                 unit = [model.encode_image(model.normalize(part.to(model.device)), normalize=True) for part in parts]
                 features = torch.cat(unit).float()
             yield seen, features
             advance(seen.last - done)
             done = seen.last
-
-
-@dataclass
-class Looks:
-    """Looks in columns: uint64, uint32 and bool ``[N]``, see :class:`datamodules.look_alikes.Look`."""
-
-    bits: np.ndarray
-    colours: np.ndarray
-    plain: np.ndarray
-
-    @classmethod
-    def of(cls, looks: Sequence[Look]) -> "Looks":
-        """The columns of some looks."""
-        bits, colours, plain = zip(*looks, strict=True) if looks else ((), (), ())
-        return cls(np.array(bits, np.uint64), np.array(colours, np.uint32), np.array(plain, bool))
-
-
-class LookIndex:
-    """Finds pictures of one look without comparing all pairs: two looks of one picture agree in one of three bands.
-
-    Args:
-        looks: of the evaluation set; plain ones are like everything, so they are never found.
-    """
-
-    def __init__(self, looks: Looks) -> None:
-        self.looks = looks
-        self.usable = np.flatnonzero(~looks.plain)
-        self._bands = []
-        for first, width in BANDS:
-            band = self._band(looks.bits[self.usable], first, width)
-            order = np.argsort(band, kind="stable")
-            self._bands.append((first, width, band[order], self.usable[order]))
-
-    @staticmethod
-    def _band(bits: np.ndarray, first: int, width: int) -> np.ndarray:
-        return (bits >> np.uint64(first)) & np.uint64((1 << width) - 1)
-
-    def like(self, others: Looks) -> tuple[np.ndarray, np.ndarray]:
-        """Pairs that look the same: which of the evaluation set, and which of the others, int64 ``[P]`` each."""
-        found = [self._in_band(others, *band) for band in self._bands]
-        left, right = (np.concatenate(side) for side in zip(*found, strict=True))
-        return left, right
-
-    def _in_band(
-        self, others: Looks, first: int, width: int, band: np.ndarray, order: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        usable = np.flatnonzero(~others.plain)
-        wanted = self._band(others.bits[usable], first, width)
-        starts, stops = np.searchsorted(band, wanted, "left"), np.searchsorted(band, wanted, "right")
-        counts = stops - starts
-        right = np.repeat(usable, counts)
-        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        left = order[np.repeat(starts, counts) + within]
-        ours = self.looks
-        near = looks_near(ours.bits[left], ours.colours[left], others.bits[right], others.colours[right])
-        return left[near], right[near]
 
 
 @dataclass
@@ -252,10 +199,10 @@ class Queries:
         Raises:
             InputError: nothing of it can be read, or the model gives no numbers.
         """
-        size = 1 if pictures.several else batch_size
-        batches = RowBatches(SetRows(pictures), model.preprocessing, size)
+        rows = 1 if pictures.several else batch_size
+        batches = RowBatches(SetRows(pictures), model.preprocessing, rows)
         features, looks, items, bad = [torch.empty(0, model.config.embed_dim)], [], [], []
-        for seen, batch_features in encoded(model, batches, num_workers, title):
+        for seen, batch_features in encoded(model, batches, batch_size, num_workers, title):
             features.append(batch_features.cpu())
             looks += seen.looks
             items += seen.rows
@@ -367,7 +314,7 @@ def search(model: CLIP, queries: Queries, source: PairSource, path: Path, batch_
     batches = RowBatches(SourceRows(source), model.preprocessing, batch_size, found.done)
     saved = time.monotonic()
     try:
-        for seen, batch_features in encoded(model, batches, num_workers, "training pictures"):
+        for seen, batch_features in encoded(model, batches, batch_size, num_workers, "training pictures"):
             found.add(features, index, seen, batch_features)
             if time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
                 found.save(path)

@@ -22,8 +22,9 @@ from scipy.stats import beta, binom
 
 import lit_clip.evaluation.overlap as maths
 from datamodules.look_alikes import look_of
+from datamodules.look_index import LookIndex, Looks
 from datamodules.overlap_findings import findings_of
-from datamodules.overlap_search import Found, LookIndex, Looks, Queries, SourceRows, joined, search
+from datamodules.overlap_search import Found, Queries, SourceRows, joined, search
 from datamodules.overlap_sets import read_results, read_thresholds
 from datamodules.sources import open_source
 from lit_clip import load_model
