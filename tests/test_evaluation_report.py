@@ -31,7 +31,7 @@ from lit_clip.evaluation.published import (
 )
 from lit_clip.evaluation.report import report_page, write_report
 from lit_clip.evaluation.results_table import print_results
-from lit_clip.evaluation.robustness_chart import papers_points, run_points
+from lit_clip.evaluation.robustness_chart import effective_rows, papers_points, run_points
 from lit_clip.evaluation.set_section import section
 from lit_clip.evaluation.suite import SuiteEntry, read_suite
 from lit_clip.evaluation.tensorboard import write_tensorboard
@@ -371,6 +371,25 @@ def test_the_robustness_chart_compares_over_the_same_sets(full: dict[str, Any]) 
     assert by_name["NS EfficientNet-L2"].values["YTBB"] == pytest.approx((0.677 + 0.635) / 2)
     assert by_name["zero-shot CLIP"].values["ImageNet"] == pytest.approx(0.762)
     assert by_name["linear probe CLIP"].mean(["ImageNetV2", "ImageNet-A"]) == pytest.approx((0.759 + 0.753) / 2)
+
+
+def test_effective_robustness_is_of_the_same_classes(full: dict[str, Any], folder: Path) -> None:
+    assert [row.name for row in effective_rows(full)] == ["ImageNetV2"]  # not all classes are in ImageNet-A
+    full["sets"]["imagenet"]["tasks"]["zero_shot"]["metrics"]["top1/ImageNet-A"] = 0.8
+    v2, a = effective_rows(full)
+    assert (v2.point, a.point) == ((0.63, 0.56), (0.8, 0.31))
+    page = Page(report_page(full, folder, {}))
+    assert f"ImageNet-A 80.0 31.0 49.0 {100 * (a.effective or 0):+.1f}" in page.text
+    assert "zero-shot, top-1 among the classes of ImageNet-A 80.0" in page.text
+    full["sets"]["imagenet"]["tasks"]["zero_shot"]["value"] = 1.0  # which has no logit
+    assert [row.name for row in effective_rows(full)] == ["ImageNet-A"]
+
+
+def test_what_was_not_possible_of_a_set_and_what_its_list_lacks_is_said(folder: Path) -> None:
+    entry = a_set() | {"reason": "no train split: there is none", "splits": {"test": {"images": 7, "absent": 1234}}}
+    found = Page(section("a", entry, "set-0", "ViT-B-32", folder)).text
+    assert "no train split: there is none" in found
+    assert "7 pictures, 1,234 of its list not on disk" in found
 
 
 @pytest.mark.parametrize("number", [1, 40])

@@ -42,8 +42,8 @@ table.facts td:first-child { color: #555; white-space: nowrap }
 .columns { display: flex; flex-wrap: wrap; gap: .5rem 3rem; align-items: flex-start }
 .columns > div { min-width: 0; max-width: 100% }
 figure { margin: 0 }
-figure.chart { margin: 1rem 0 }
-figure.chart svg { width: 100%; height: auto; max-width: 900px }
+figure.chart { margin: 1rem 0; overflow-x: auto }
+figure.chart svg { width: 100%; height: auto; min-width: 620px; max-width: 900px }
 figure.wide svg { max-width: none }
 figure.narrow svg { max-width: 700px }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 1rem }

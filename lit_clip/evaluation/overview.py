@@ -68,6 +68,11 @@ def percent(value: float | None, nothing: str = "") -> str:
     return nothing if value is None else f"{100 * value:.1f}"
 
 
+def points(value: float | None) -> str:
+    """``+1.2`` of 0.012."""
+    return "" if value is None else f"{100 * value:+.1f}"
+
+
 def papers_percent(figure: Published | None) -> str:
     """Likewise, with a question mark behind what could not be checked."""
     return "" if figure is None else percent(figure.value) + ("" if figure.verified else "?")
@@ -77,6 +82,8 @@ def metric_words(metric: str) -> str:
     """``image to text R@1`` of ``image_to_text_recall@1``."""
     if metric.startswith("within_") and metric.endswith("km"):
         return f"within {metric[7:-2]} km"
+    if metric.startswith("top1/"):
+        return f"top-1 among the classes of {metric[5:]}"
     return METRICS.get(metric, metric.replace("_", " ").replace("recall@", "R@"))
 
 

@@ -4,14 +4,17 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lit_clip.evaluation.chart_style import MUTED, Series, colour, name_lines, new_figure, shown
-from lit_clip.evaluation.overview import COLUMNS, Column, rows, sets_of
+from lit_clip.evaluation.overview import COLUMNS, Column, number, rows, sets_of, tasks_of
 from lit_clip.evaluation.published import Published, peers, published_metrics, same_set
+from lit_clip.evaluation.robustness import Point as Accuracies
+from lit_clip.evaluation.robustness import RobustnessRow, robustness_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 IMAGENET = "ImageNet"
+ALL_CLASSES = ("ImageNetV2", "ImageNet-Sketch")  # shifted sets with all 1,000 of ImageNet's
 SHIFTED = ["ImageNetV2", "ImageNet-A", "ImageNet-R", "ObjectNet", "ImageNet-Sketch", "ImageNet-Vid", "YTBB"]
 MODEL = "ViT-L-14-336"  # of table 16
 GREYS = ["#222222", "#666666", "#9A9A9A", "#C4C4C4"]
@@ -52,6 +55,29 @@ def _values(results: Mapping[str, Any], column: Column) -> dict[str, float]:
         if known and column in row.values:
             values.setdefault(known, row.values[column])
     return values
+
+
+def effective_rows(results: Mapping[str, Any]) -> list[RobustnessRow]:
+    """Zero-shot effective robustness on the shifted sets for which it can be told.
+
+    Of sets without all of ImageNet's classes, that is those for which ImageNet's own metrics have the accuracy among
+    the same classes, as ``top1/ImageNet-A``.
+    """
+    ours = _values(results, "zero_shot")
+    points = {}
+    for name in SHIFTED:
+        same = ours.get(IMAGENET) if name in ALL_CLASSES else _among(results, name)
+        if same is not None and name in ours:
+            points[name] = Accuracies(same, ours[name])
+    return robustness_table({name: point for name, point in points.items() if 0 < point.imagenet < 1})
+
+
+def _among(results: Mapping[str, Any], name: str) -> float | None:
+    """ImageNet accuracy among the classes of another set."""
+    for _, entry in sets_of(results):
+        if same_set(str(entry.get("paper") or ""), IMAGENET):
+            return number((tasks_of(entry).get("zero_shot", {}).get("metrics") or {}).get(f"top1/{name}"))
+    return None
 
 
 def papers_points() -> list[Point]:

@@ -55,6 +55,8 @@ def _status(entry: Mapping[str, Any]) -> Iterator[str]:
     if status != "done":
         words = STATUSES.get(status, str(status))
         yield f'<p><span class="wrong">{escape(words)}</span> {escape(str(entry.get("reason") or ""))}</p>'
+    elif entry.get("reason"):  # of a part that was not possible
+        yield f'<p class="wrong">{escape(str(entry["reason"]))}</p>'
     if status == "missing" and entry.get("how_to_get"):
         yield f"<p>how to get it: {escape(str(entry['how_to_get']))}</p>"
     if entry.get("note"):
@@ -109,9 +111,10 @@ def _peers(paper: str, task: str, metric: str) -> Sequence[str]:
 def _facts(entry: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Any]]) -> str:
     facts: list[tuple[str, str]] = []
     for split, counts in (entry.get("splits") or {}).items():
-        skipped = len(counts.get("skipped") or [])
-        also = f", {plural(skipped, 'picture')} skipped" if skipped else ""
-        facts.append((split, plural(int(counts.get("images") or 0), "picture") + also))
+        skipped, absent = len(counts.get("skipped") or []), int(counts.get("absent") or 0)
+        also = f", {skipped:,} skipped" if skipped else ""
+        also += f", {absent:,} of its list not on disk" if absent else ""
+        facts.append((str(split), plural(int(counts.get("images") or 0), "picture") + also))
     prompts = entry.get("prompts") or {}
     if prompts:
         words = f"{plural(int(prompts.get('texts') or 0), 'text')} of {prompts.get('classes')} classes"
