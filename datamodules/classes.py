@@ -66,6 +66,9 @@ class LabelledFiles(LabelledImages):
         """How the user knows a picture, for errors."""
         return f"class folder {self.files[index][0].parent.name}"
 
+    def check(self) -> None:
+        check_images([(file, self.where(index)) for index, (file, _) in enumerate(self.files)])
+
     def labels(self) -> list[int]:
         return [label for _, label in self.files]
 
@@ -108,7 +111,6 @@ class ImageFolderClasses(LabelledFiles):
             if not pictures:
                 raise InputError(f"{path}: no pictures of this class ({', '.join(sorted(SUFFIXES))})")
             self.files += [(file, label) for file in pictures]
-        check_images([(file, self.where(index)) for index, (file, _) in enumerate(self.files)])
 
 
 class ParquetClasses(LabelledImages):

@@ -24,9 +24,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 COMMANDS: dict[str, str] = {
     "classify": "lit_clip.classify:classify",
     "embed": "lit_clip.embed:embed",
+    "evaluate": "lit_clip.evaluation.command:evaluate",
     "export": "lit_clip.export:export",
     "inspect": "datamodules.inspect_command:inspect",
     "models": "lit_clip.models:models",
+    "overlap": "datamodules.overlap_command:overlap",
     "search": "lit_clip.search:search",
     "shard": "datamodules.shard_command:shard",
     "wise-ft": "lit_clip.wise_ft:wise_ft",
@@ -64,7 +66,7 @@ def command_parser(name: str, function: Callable[..., None]) -> ArgumentParser:
 
 def run_command(words: Sequence[str]) -> None:
     """Run ``COMMANDS[words[0]]`` with the other words."""
-    name, *options = words
+    name, *options = map(_underscores, words)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # a file's name need not be Unicode
     module, _, function = COMMANDS[name].partition(":")
@@ -72,6 +74,12 @@ def run_command(words: Sequence[str]) -> None:
     parser = command_parser(name, command)
     with _quiet_lightning():
         command(**vars(parser.instantiate_classes(parser.parse_args(options))))
+
+
+def _underscores(word: str) -> str:
+    """An option's name may have dashes instead."""
+    option, equals, value = word.partition("=")
+    return option.replace("-", "_").replace("__", "--", 1) + equals + value if option.startswith("--") else word
 
 
 @contextmanager

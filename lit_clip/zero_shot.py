@@ -95,6 +95,7 @@ class ZeroShotSet:
         check_templates(self.templates)
         if not len(self.images):
             raise InputError("zero-shot images: the set is empty")
+        self.images.check()
         classes, highest = len(self.images.class_names), max(self.images.labels())
         if highest >= classes:
             raise InputError(f"zero-shot class_names: {classes} names, but a picture has label {highest}")

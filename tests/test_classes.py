@@ -13,7 +13,7 @@ from torchvision.datasets import ImageFolder
 
 from datamodules import ImageFolderClasses, ParquetClasses
 from lit_clip.errors import InputError
-from lit_clip.zero_shot import LabelledImages
+from lit_clip.zero_shot import LabelledImages, ZeroShotSet
 
 
 def message_of(call: Callable[[], Any]) -> str:
@@ -130,7 +130,7 @@ def test_a_class_without_pictures_is_named(folder: Path) -> None:
 
 def test_a_file_that_is_no_picture_is_an_error_before_anything_is_trained(folder: Path) -> None:
     (folder / "a_dog/broken.png").write_bytes(b"not a picture")
-    message = message_of(lambda: ImageFolderClasses(str(folder)))
+    message = message_of(lambda: ZeroShotSet(ImageFolderClasses(str(folder))))  # as the callback's YAML is read
     assert "broken.png" in message
     assert "not an image" in message
 

@@ -41,6 +41,7 @@ class Videos(LabelledFiles):
     def __init__(self, frames: Frames) -> None:
         require(frames in ("centre", "all"), f"frames: {frames!r} is neither centre nor all")
         self.frames: Frames = frames
+        self.several = frames == "all"
         self.left_out = LeftOut()
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
@@ -62,7 +63,7 @@ class Videos(LabelledFiles):
         return WHOLE if self.spans is None else self.spans[index]
 
     def _tell_left_out(self, of: int) -> None:
-        count = sum(self.left_out.counts.values())
+        count = self.absent = sum(self.left_out.counts.values())
         if count == of:
             raise MissingData(f"{self.root}: none of the {of} videos that the list names; get them")
         if count:

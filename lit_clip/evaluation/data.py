@@ -35,9 +35,11 @@ class Pictures(ABC):
 
     Attributes:
         several: whether an item may have many pictures; then one is read at a time.
+        absent: items that the set's own list names and that do not lie on the disk; they are none of those here.
     """
 
     several: bool = False
+    absent: int = 0
 
     @abstractmethod
     def __len__(self) -> int:
@@ -49,6 +51,12 @@ class Pictures(ABC):
 
         The features of several are averaged after each has been brought to unit length, so that the logits are the
         mean of the frames' logits.
+        """
+
+    def check(self) -> None:
+        """Raise :class:`InputError` for pictures that can be seen to be broken without decoding any.
+
+        For who would otherwise learn of it after hours of training; an evaluation reads them all anyhow.
         """
 
     def key(self, index: int) -> str:
@@ -144,8 +152,8 @@ class VerbsAndNouns(ABC):
 
     @abstractmethod
     def annotations(self) -> dict[str, Any]:
-        """``verb`` and ``noun``: of each class its two words; ``annotation``: the dataset's own code of each clip.
+        """``verb`` and ``noun`` of each class; of each clip ``video``, its film, and ``annotation``, a code.
 
-        The code is about the clip's own class: 1 the action is there, 2 only the verb, 3 only the noun, 4 both but
-        apart, 0 neither.
+        The code is the set's own, about the clip's own class: 1 the action is there, 2 only the verb, 3 only the noun,
+        4 both but apart, 0 neither.
         """

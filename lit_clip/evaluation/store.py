@@ -11,6 +11,7 @@ from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -129,6 +130,7 @@ class FeatureStore:
     def __init__(self, model: CLIP, folder: Path, settings: Settings) -> None:
         self.model, self.folder, self.settings = model, folder, settings
         self.fingerprint = fingerprint(model)
+        self._paths: WeakKeyDictionary[Pictures, Path] = WeakKeyDictionary()
 
     def start(self) -> torch.device:
         """Start the other processes, or join them; return this one's device."""
@@ -143,26 +145,37 @@ class FeatureStore:
 
     def path(self, pictures: Pictures) -> Path:
         """The folder of a set's features: another one once the model, the pictures or the arithmetic are others."""
-        said = (self.fingerprint, self.settings.precision, type(pictures).__qualname__, pictures.stamp(), len(pictures))
-        return self.folder / sha256(repr(said).encode()).hexdigest()[:32]
+        if pictures not in self._paths:  # a stamp may be of a million files
+            kind, stamp = type(pictures).__qualname__, pictures.stamp()
+            said = (self.fingerprint, self.settings.precision, kind, stamp, len(pictures))
+            self._paths[pictures] = self.folder / sha256(repr(said).encode()).hexdigest()[:32]
+        return self._paths[pictures]
 
     def compute(self, pictures: Pictures, title: str) -> None:
         """See to it that :meth:`read` finds the features; all ranks must ask, in the same order.
 
         Raises:
-            InputError: on rank 0 alone, a picture that cannot be read unless ``on_error`` is ``skip``, or no picture.
+            InputError: on every rank, a picture that cannot be read unless ``on_error`` is ``skip``, or no picture.
         """
         require(len(pictures) > 0, f"{title}: the set is empty")
         path = self.path(pictures)
         if not collectives.maximum(int(not self._finished(path))):
             return
-        settings = self.settings
         path.parent.mkdir(parents=True, exist_ok=True)
+        error = None
+        try:
+            self._encode(pictures, path, title)
+        except InputError as raised:
+            error = raised
+        if collectives.maximum(int(error is not None)):  # and none goes on before the arrays are there
+            raise error or InputError(f"{title}: another process says why")
+
+    def _encode(self, pictures: Pictures, path: Path, title: str) -> None:
+        settings = self.settings
         parts = Parts(path, f"{self.fingerprint} {settings.precision}")
-        items = [Item(str(row)) for row in range(len(pictures))]
         bad = encode(
             self.model,
-            items,
+            [Item(str(row)) for row in range(len(pictures))],
             parts,
             {},
             batch_size=1 if pictures.several else settings.batch_size,
