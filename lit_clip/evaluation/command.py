@@ -1,6 +1,7 @@
 """``lit-clip evaluate``: a suite of sets, as the paper evaluates, into results that can be cited."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,6 +24,8 @@ from lit_clip.evaluation.tasks import Captions, Fold, OpenSet, Options, caption_
 from lit_clip.evaluation.tensorboard import write_tensorboard
 from lit_clip.images import OnError
 from lit_clip.model import CLIP
+
+PACKAGES = ("matplotlib", "scipy")  # of the extra "eval", those that every evaluation needs in the end
 
 
 def evaluate(
@@ -67,6 +70,8 @@ def evaluate(
         draws: of the examples of each few-shot result.
         seed: of what is drawn.
     """
+    absent = [package for package in PACKAGES if find_spec(package) is None]
+    require(not absent, f"{' and '.join(absent)} must be installed to evaluate: pip install {' '.join(absent)}")
     entries = _chosen(read_suite(suite), sets)
     wanted = _tasks(tasks)
     require(draws >= 1, f"--draws {draws} must be at least 1")

@@ -53,7 +53,7 @@ class Pictures(ABC):
         mean of the frames' logits.
         """
 
-    def check(self) -> None:
+    def check(self) -> None:  # noqa: B027 # of most sets there is nothing to be seen so
         """Raise :class:`InputError` for pictures that can be seen to be broken without decoding any.
 
         For who would otherwise learn of it after hours of training; an evaluation reads them all anyhow.
