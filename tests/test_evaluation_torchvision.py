@@ -455,16 +455,26 @@ def test_stl10_has_ten_folds(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, m in MINIATURES.items() if m.pixels])
-def test_a_worker_opens_the_file_of_pixels_anew_after_its_parent_has_read_from_it(name: str, tmp_path: Path) -> None:
+def test_a_worker_opens_the_file_of_pixels_anew_after_its_parent_has_read_from_it(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """HDF5's handles and a file's place do not survive a fork that is used on both sides."""
     miniature = MINIATURES[name]
     rows = miniature.write(tmp_path)["train"]
-    images = opened(miniature, tmp_path, "train")
+    images: Any = opened(miniature, tmp_path, "train")
+    original = miniature.make.open  # pyright: ignore[reportFunctionMemberAccess]
+
+    def watched(self: Any) -> Any:
+        (tmp_path / f"opened by {os.getpid()}").touch()
+        return original(self)
+
+    monkeypatch.setattr(miniature.make, "open", watched)
     assert shows(images[1][0], rows[1].number)
     loader = DataLoader(images, batch_size=1, num_workers=1, collate_fn=list, multiprocessing_context="fork")
     for row, ((image, _),) in zip(rows, loader, strict=True):
         assert shows(image, row.number)
         assert shows(images[0][0], rows[0].number)
+    assert len(list(tmp_path.glob("opened by *"))) == 2
 
 
 def test_fer2013_reads_the_other_table_too(tmp_path: Path) -> None:
