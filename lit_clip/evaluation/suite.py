@@ -65,7 +65,9 @@ class SuiteEntry:
             return ["retrieval"]
         if self.metric == "within_km":
             return ["geolocation"]
-        return ["zero_shot", "linear_probe", "few_shot"] if "train" in self.splits else ["zero_shot"]
+        if "train" not in self.splits:
+            return ["zero_shot"]
+        return ["zero_shot", "linear_probe"] + (["few_shot"] if self.metric != "map11" else [])  # of one class each
 
     def open(self, split: str, fold: int, data_root: Path) -> Pictures:
         """One split of one fold.
@@ -106,11 +108,13 @@ def read_suite(paths: str | Path | Sequence[str | Path]) -> dict[str, SuiteEntry
         InputError: a file that cannot be read, or an entry that is wrong; the message names both.
     """
     entries: dict[str, SuiteEntry] = {}
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(SuiteEntry)
     for path in [paths] if isinstance(paths, str | Path) else paths:
         for name, value in _sets(Path(path)).items():
             require(name not in entries, f"{path}: {name} is in the suite already; call one of the two otherwise")
             require("/" not in name, f"{path}: {name!r} is part of metric and file names; leave out the slash")
-            entries[name] = _entry(value, f"{path}: {name}")
+            entries[name] = _entry(parser, value, f"{path}: {name}")
     require(bool(entries), "suite: no sets")
     return entries
 
@@ -126,11 +130,9 @@ def _sets(path: Path) -> Mapping[str, Any]:
     return sets
 
 
-def _entry(value: Any, where: str) -> SuiteEntry:
+def _entry(parser: ArgumentParser, value: Any, where: str) -> SuiteEntry:
     from lit_clip.cli import one_line
 
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(SuiteEntry)
     try:
         require(isinstance(value, dict), "a set is a mapping with data, splits, ...")
         return SuiteEntry(**parser.parse_object(value).as_dict())
