@@ -1,130 +1,188 @@
-"""Zero-shot classification after every validation."""
+"""Zero-shot classification beside validation."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import cast
+from statistics import fmean
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
 from torchvision.transforms.v2.functional import to_pil_image
 
 from callbacks.figures import Prediction, prediction_grid
+from callbacks.periodic import Findings, PeriodicEvaluation, of_first_rank
+from callbacks.suite_sets import Encoded, Reader, chosen_entries, open_sets
 from callbacks.tensorboard import show
 from lit_clip import collectives
-from lit_clip.errors import require
+from lit_clip.errors import InputError, require
+from lit_clip.evaluation.data import LabelledImages
+from lit_clip.evaluation.prompts import Prompts, prompts_of, text_classifier, text_sha256
+from lit_clip.evaluation.scores import evaluate_scores, guessing
+from lit_clip.evaluation.suite import Metric, SuiteEntry
+from lit_clip.evaluation.targets import Targets
+from lit_clip.images import OnError
 from lit_clip.module import LitCLIP
-from lit_clip.preemption import shield_worker
 from lit_clip.preprocess import pixels
-from lit_clip.zero_shot import (
-    LabelledImages,
-    LabelledPixels,
-    ZeroShotSet,
-    accuracies,
-    classification_counts,
-    collate_labelled,
-    guessing_accuracies,
-    zero_shot_classifier,
-)
+from lit_clip.zero_shot import ZeroShotSet, guessing_accuracies
+
+__all__ = ["ZeroShot", "ZeroShotSet"]
 
 
-class ZeroShot(Callback):
-    """Evaluates any number of sets at the end of every validation, under ``fit`` and ``validate`` alike.
+@dataclass
+class _Set:
+    """A set as it is evaluated.
 
-    Logs ``zero_shot/<set>/top1``, ``top5`` and ``mean_per_class``, each a fraction over every image counted once,
-    whatever the number of ranks, which divide the prompts and the images; ``ModelCheckpoint`` can monitor them. Shows
-    some images with their nearest names in TensorBoard and as ``zero_shot_<set>.png`` beside the logs.
+    Attributes:
+        folds: its pictures; results of several folds are averaged.
+        prompts: of its classes.
+        metric: what it is judged by.
+    """
+
+    folds: list[LabelledImages]
+    prompts: Prompts
+    metric: Metric = "top1"
+
+
+class ZeroShot(PeriodicEvaluation):
+    """Recognises the classes of any number of sets from their names, under ``fit`` and ``validate`` alike.
+
+    Logs ``zero_shot/<set>/<metric>``: the set's own metric and, where each picture has one class, ``top1``, ``top5``
+    and ``mean_per_class``; fractions over every picture counted once, whatever the number of ranks, which divide the
+    prompts and the pictures. Texts are encoded again only when the text tower has changed. Shows some pictures with
+    their nearest names in TensorBoard and as ``zero_shot_<set>.png`` beside the logs.
 
     Args:
         sets: by name.
-        batch_size: images encoded at once on each rank.
-        num_workers: processes that read images.
-        examples: how many images to show of each set, evenly spread over it.
+        suite: the entries of a suite besides, as ``lit-clip evaluate`` takes them: one YAML file or several.
+        data_root: the folder that a suite's sets are below. Those that are not are left out, with a warning.
+        only: these sets of the suite.
+        every_n_epochs: see :class:`callbacks.periodic.PeriodicEvaluation`.
+        every_n_steps: likewise.
+        batch_size: pictures encoded at once on each rank.
+        num_workers: processes that read pictures.
+        examples: how many pictures to show of each set, evenly spread over it.
+        on_error: what a picture that cannot be read does: error ends the run, skip leaves it out with a warning.
     """
 
-    needs_whole_weights = True  # it encodes pictures outside of the steps for which FSDP puts the weights together
-
     def __init__(
-        self, sets: dict[str, ZeroShotSet], batch_size: int = 256, num_workers: int = 0, examples: int = 24
+        self,
+        sets: dict[str, ZeroShotSet] | None = None,
+        suite: str | list[str] | None = None,
+        data_root: str = ".",
+        only: list[str] | None = None,
+        every_n_epochs: int = 1,
+        every_n_steps: int | None = None,
+        batch_size: int = 256,
+        num_workers: int = 0,
+        examples: int = 24,
+        on_error: OnError = "error",
     ) -> None:
-        require(batch_size >= 1, f"ZeroShot.batch_size: {batch_size} must be at least 1")
-        require(num_workers >= 0, f"ZeroShot.num_workers: {num_workers} must be at least 0")
+        super().__init__(every_n_epochs, every_n_steps)
         require(examples >= 0, f"ZeroShot.examples: {examples} must be at least 0")
-        for name in sets:
+        self.sets, self.data_root, self.examples = sets or {}, data_root, examples
+        self.entries = chosen_entries(suite, only, "zero_shot", "ZeroShot")
+        for name in self.sets:
             require("/" not in name, f"ZeroShot.sets: {name!r} is part of metric and file names; leave out the slash")
-        self.sets, self.batch_size, self.num_workers, self.examples = sets, batch_size, num_workers, examples
+            require(name not in self.entries, f"ZeroShot.sets: {name!r} is in the suite too; call one otherwise")
+        self._reader = Reader(batch_size, num_workers, on_error, "ZeroShot")
+        self._opened: dict[str, _Set] | None = None
+        self._classifiers: dict[str, Tensor] = {}
+        self._texts = ""  # hash of the text tower that they are of
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.sanity_checking:
-            self._evaluate(trainer, cast(LitCLIP, pl_module))
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(sets=sorted([*self.sets, *self.entries]))
 
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._evaluate(trainer, cast(LitCLIP, pl_module))
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if self._opened is None:
+            self._opened = {name: _given(one) for name, one in self.sets.items()}
+            for name, folds in open_sets(self.entries, ["test"], self.data_root, "ZeroShot").items():
+                self._opened[name] = _of_suite(name, self.entries[name], [fold["test"] for fold in folds])
 
-    def _evaluate(self, trainer: Trainer, module: LitCLIP) -> None:
+    def evaluate(self, trainer: Trainer, module: LitCLIP) -> Findings:
         log_dir = trainer.log_dir if trainer.loggers else None  # a broadcast: every rank must ask
-        with trainer.precision_plugin.forward_context():
-            for name, zero_shot_set in self.sets.items():
-                images = zero_shot_set.images
-                classifier = _classifier(module, images.class_names, zero_shot_set.templates)
-                counts = self._counts(module, images, classifier)
-                guessing = guessing_accuracies(counts)
-                for metric, value in accuracies(counts).items():
-                    key = f"zero_shot/{name}/{metric}"
-                    module.log(key, value)
-                    module.baselines[key] = guessing[metric]
-                if self.examples and trainer.is_global_zero:
-                    sheet = self._contact_sheet(module, images, classifier)
-                    show(trainer, f"zero_shot/{name}", sheet)
-                    if log_dir:
-                        Path(log_dir).mkdir(parents=True, exist_ok=True)
-                        sheet.save(Path(log_dir) / f"zero_shot_{name}.png")
+        texts = text_sha256(module.model)
+        if collectives.maximum(int(texts != self._texts)):
+            self._classifiers, self._texts = {}, texts
+        found = Findings()
+        for name, one in (self._opened or {}).items():
+            if name not in self._classifiers:
+                self._classifiers[name] = text_classifier(module.model, one.prompts).cpu()
+            scores = self._scores(module, name, one)
+            of_set = of_first_rank(partial(_judge, one, scores))
+            found.metrics |= {f"zero_shot/{name}/{metric}": value for metric, value in of_set.metrics.items()}
+            found.guesses |= {f"zero_shot/{name}/{metric}": value for metric, value in of_set.guesses.items()}
+            if self.examples and trainer.is_global_zero:
+                self._show(trainer, module, name, log_dir, scores[0])
+        return found
 
-    def _counts(self, module: LitCLIP, images: LabelledImages, classifier: Tensor) -> Tensor:
-        rank, world = collectives.rank_and_world()
-        loader = DataLoader(
-            Subset(LabelledPixels(images, pixels(module.preprocessing)), range(rank, len(images), world)),
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            worker_init_fn=shield_worker,
-            collate_fn=collate_labelled,
-        )
-        counts = torch.zeros(3, classifier.shape[1], dtype=torch.float64)
-        for batch in loader:
-            counts += classification_counts(_logits(module, batch.images, classifier), batch.labels)
-        return collectives.sum_over_ranks(counts, module.device)
+    def _scores(self, module: LitCLIP, name: str, one: _Set) -> list[Encoded]:
+        """Cosine similarities ``[N, C]`` of every fold; folds with the same pictures are encoded once."""
+        known: dict[str, Encoded] = {}
+        results = []
+        for number, images in enumerate(one.folds):
+            stamp = images.stamp() if len(one.folds) > 1 else ""
+            if stamp not in known:
+                title = name if len(one.folds) == 1 else f"{name} {number + 1}/{len(one.folds)}"
+                encoded = self._reader.encode(module, images, lambda x: module.model.encode_image(x, True), title)
+                with torch.autocast("cpu", enabled=False):
+                    known[stamp] = Encoded(encoded.rows, encoded.features @ self._classifiers[name])
+            results.append(known[stamp])
+        return results
 
-    def _contact_sheet(self, module: LitCLIP, images: LabelledImages, classifier: Tensor) -> Image.Image:
-        shown = min(self.examples, len(images))
-        dataset = LabelledPixels(images, pixels(module.preprocessing))
-        batch = collate_labelled([dataset[i * len(images) // shown] for i in range(shown)])
-        scores, nearest = _logits(module, batch.images, classifier).topk(min(5, classifier.shape[1]), dim=1)
-        names: Sequence[str] = images.class_names
-        return prediction_grid(
-            [
-                Prediction(
-                    to_pil_image(image), names[int(label)], [(names[i], s) for i, s in zip(ids, row, strict=True)]
-                )
-                for image, label, ids, row in zip(
-                    batch.images, batch.labels, nearest.tolist(), scores.tolist(), strict=True
-                )
-            ]
-        )
+    def _show(self, trainer: Trainer, module: LitCLIP, name: str, log_dir: str | None, scores: Encoded) -> None:
+        assert self._opened is not None
+        sheet = _contact_sheet(module, self._opened[name], scores, self.examples)
+        show(trainer, f"zero_shot/{name}", sheet)
+        if log_dir:
+            Path(log_dir).mkdir(parents=True, exist_ok=True)
+            sheet.save(Path(log_dir) / f"zero_shot_{name}.png")
 
 
-def _classifier(module: LitCLIP, class_names: list[str], templates: Sequence[str]) -> Tensor:
-    """The classifier ``[D, C]`` of all classes; each rank encodes the prompts of its share of them."""
-    mine = class_names[collectives.share(len(class_names))]
-    weights_CD = torch.zeros(0, module.model.config.embed_dim, device=module.device)
-    if mine:
-        weights_CD = zero_shot_classifier(module.model, mine, templates).T.contiguous()
-    return collectives.gather_uneven(weights_CD).T
+def _given(one: ZeroShotSet) -> _Set:
+    assert not isinstance(one.templates, str)  # __post_init__ has seen to it
+    return _Set([one.images], prompts_of(None, one.templates, one.images.class_names))
 
 
-def _logits(module: LitCLIP, images: Tensor, classifier: Tensor) -> Tensor:
-    """uint8 ``[B, 3, S, S]`` -> cosine similarities ``[B, C]``."""
-    features = module.model.encode_image(module.model.normalize(images.to(module.device)), normalize=True)
-    with torch.autocast(module.device.type, enabled=False):
-        return features @ classifier
+def _of_suite(name: str, entry: SuiteEntry, folds: Sequence[object]) -> _Set:
+    labelled = [fold for fold in folds if isinstance(fold, LabelledImages)]
+    require(len(labelled) == len(folds), f"{name}: {type(folds[0]).__name__} has no classes, which zero-shot needs")
+    templates = entry.templates or getattr(labelled[0], "templates", None)
+    try:
+        return _Set(labelled, prompts_of(entry.class_names, templates, labelled[0].class_names), entry.metric)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
+
+
+def _judge(one: _Set, folds: Sequence[Encoded]) -> Findings:
+    """Metrics, the means over folds, and what guessing reaches in the first."""
+    targets = [
+        Targets.of(images, scores.rows, len(one.prompts.names)) for images, scores in zip(one.folds, folds, strict=True)
+    ]
+    found = [evaluate_scores(one.metric, fold.features, known) for fold, known in zip(folds, targets, strict=True)]
+    guess = guessing(one.metric, targets[0])
+    guesses = {} if guess is None else {one.metric: guess}
+    if bool((targets[0].labels >= 0).all()):
+        counts = torch.zeros(3, targets[0].classes, dtype=torch.float64)
+        counts[0] = targets[0].labels.bincount(minlength=targets[0].classes)
+        guesses |= guessing_accuracies(counts)
+    return Findings({name: fmean(fold[name] for fold in found) for name in found[0]}, guesses)
+
+
+def _contact_sheet(module: LitCLIP, one: _Set, scores: Encoded, examples: int) -> Image.Image:
+    """Some pictures of the first fold, evenly spread, with their nearest names."""
+    names, images, transform = one.prompts.names, one.folds[0], pixels(module.preprocessing)
+    shown, labels = min(examples, len(scores.rows)), images.labels()
+    predictions = []
+    for number in [i * len(scores.rows) // shown for i in range(shown)]:
+        row = scores.rows[number]
+        several = images.pictures(row)
+        best = scores.features[number].topk(min(5, len(names)))
+        nearest = [(names[i], s) for i, s in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+        truth = names[labels[row]] if labels[row] >= 0 else ""
+        predictions.append(Prediction(to_pil_image(transform(several[len(several) // 2])), truth, nearest))
+    return prediction_grid(predictions)

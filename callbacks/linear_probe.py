@@ -1,0 +1,130 @@
+"""Linear probes beside validation."""
+
+from functools import partial
+from statistics import fmean
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+
+from callbacks.periodic import Findings, PeriodicEvaluation, of_first_rank
+from callbacks.suite_sets import Encoded, Fold, Reader, chosen_entries, open_sets
+from lit_clip.errors import require
+from lit_clip.evaluation.data import LabelledImages, Pictures
+from lit_clip.evaluation.probe import Split, fit_logistic, linear_probe
+from lit_clip.evaluation.scores import evaluate_scores, guessing
+from lit_clip.evaluation.suite import Metric
+from lit_clip.evaluation.targets import Targets
+from lit_clip.images import OnError
+from lit_clip.module import LitCLIP
+
+Features = dict[str, Encoded]
+
+
+class LinearProbe(PeriodicEvaluation):
+    """Trains the paper's linear probe (appendix A.3) on the image encoder as it is, for sets of a suite.
+
+    Logs ``linear_probe/<set>/<metric>``. All ranks encode, the features before the projection; the first one trains,
+    and the others wait, so it is for sets of a size at which that takes minutes at most.
+
+    Args:
+        suite: as ``lit-clip evaluate`` takes it: one YAML file or several; sets without a training split are left out.
+        data_root: the folder that its sets are below. Those that are not are left out, with a warning.
+        only: these sets of the suite.
+        l2: strength of the regularisation; None: searched for as in the paper, which takes some ten times as long.
+        every_n_epochs: see :class:`callbacks.periodic.PeriodicEvaluation`.
+        every_n_steps: likewise.
+        batch_size: pictures encoded at once on each rank.
+        num_workers: processes that read pictures.
+        on_error: what a picture that cannot be read does: error ends the run, skip leaves it out with a warning.
+    """
+
+    def __init__(
+        self,
+        suite: str | list[str],
+        data_root: str = ".",
+        only: list[str] | None = None,
+        l2: float | None = None,
+        every_n_epochs: int = 1,
+        every_n_steps: int | None = None,
+        batch_size: int = 256,
+        num_workers: int = 0,
+        on_error: OnError = "error",
+    ) -> None:
+        super().__init__(every_n_epochs, every_n_steps)
+        require(l2 is None or l2 > 0, f"LinearProbe.l2: {l2} must be above 0")
+        self.data_root, self.l2 = data_root, l2
+        self.entries = chosen_entries(suite, only, "linear_probe", "LinearProbe")
+        require(bool(self.entries), "LinearProbe.suite: no set has a split to train on")
+        self._reader = Reader(batch_size, num_workers, on_error, "LinearProbe")
+        self._opened: dict[str, list[Fold]] | None = None
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(sets=sorted(self.entries))
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if self._opened is None:
+            self._opened = open_sets(self.entries, ["train", "val", "test"], self.data_root, "LinearProbe")
+
+    def evaluate(self, trainer: Trainer, module: LitCLIP) -> Findings:
+        found = Findings()
+        for name, folds in (self._opened or {}).items():
+            metric = self.entries[name].metric
+            of_set = of_first_rank(
+                partial(_probe, folds, self._features(module, name, folds), metric, self.l2, module.device)
+            )
+            found.metrics |= {f"linear_probe/{name}/{key}": value for key, value in of_set.metrics.items()}
+            found.guesses |= {f"linear_probe/{name}/{key}": value for key, value in of_set.guesses.items()}
+        return found
+
+    def _features(self, module: LitCLIP, name: str, folds: list[Fold]) -> list[Features]:
+        """Of every split of every fold; splits with the same pictures are encoded once."""
+        known: dict[str, Encoded] = {}
+        results: list[Features] = []
+        for number, fold in enumerate(folds):
+            results.append({})
+            for split, pictures in fold.items():
+                stamp = f"{len(pictures)} {pictures.stamp()}" if len(folds) > 1 else split
+                if stamp not in known:
+                    title = f"{name} {split}" + (f" {number + 1}/{len(folds)}" if len(folds) > 1 else "")
+                    known[stamp] = self._reader.encode(
+                        module, pictures, lambda images: module.model.image_features(images)[0], title
+                    )
+                results[-1][split] = known[stamp]
+        return results
+
+
+def _probe(
+    folds: list[Fold], features: list[Features], metric: Metric, l2: float | None, device: torch.device
+) -> Findings:
+    """Metrics, the means over folds, and what guessing reaches in the first."""
+    metrics: list[dict[str, float]] = []
+    guess = None
+    with torch.autocast(device.type, enabled=False):
+        for fold, encoded in zip(folds, features, strict=True):
+            classes = _classes(fold["test"])
+            splits = {split: _split(fold[split], encoded[split], classes, device) for split in fold}
+            guess = guessing(metric, splits["test"].targets) if guess is None else guess
+            if l2 is None:
+                metrics.append(linear_probe(splits["train"], splits.get("val"), splits["test"], metric).metrics)
+            else:
+                metrics.append(_with_penalty(splits, metric, l2))
+    means = {name: fmean(fold[name] for fold in metrics) for name in metrics[0]}
+    return Findings(means, {} if guess is None else {metric: guess})
+
+
+def _with_penalty(splits: dict[str, Split], metric: Metric, l2: float) -> dict[str, float]:
+    """Train on all but the test split, without a search."""
+    learnt = [splits[name] for name in ("train", "val") if name in splits]
+    features, labels = torch.cat([part.features for part in learnt]), torch.cat([part.labels for part in learnt])
+    fit = fit_logistic(features, labels, learnt[0].targets.classes, l2)
+    return evaluate_scores(metric, fit.scores(splits["test"].features), splits["test"].targets)
+
+
+def _classes(pictures: Pictures) -> int | None:
+    return len(pictures.class_names) if isinstance(pictures, LabelledImages) else None
+
+
+def _split(pictures: Pictures, encoded: Encoded, classes: int | None, device: torch.device) -> Split:
+    return Split(encoded.features.to(device), Targets.of(pictures, encoded.rows, classes))
