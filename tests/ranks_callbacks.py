@@ -4,8 +4,11 @@ import json
 import os
 from pathlib import Path
 
+import torch
+
 from callbacks import LinearProbe, ZeroShot
 from lit_clip import collectives
+from lit_clip.evaluation.prompts import Prompts, text_classifier
 from tests.ranks import serve
 from tests.small_sets import data_for, make_module, make_trainer, numbers
 
@@ -30,8 +33,22 @@ def evaluate(folder: Path, suite: str) -> dict[str, dict[str, float]]:
     return results
 
 
+def classify(folder: Path) -> None:
+    """A classifier that all ranks make, find again, and find to be what each of them makes alone."""
+    model, prompts = make_module().model.eval(), Prompts(["a", "b", "c"], [["red"], ["green", "blue ball"], ["pink"]])
+    alone = text_classifier(model, prompts, ranks=False)
+    for batch_size in (1, 4):  # with one batch only the other rank has none
+        made = text_classifier(model, prompts, batch_size=batch_size)
+        torch.testing.assert_close(made, alone, rtol=0, atol=1e-6)
+    cache = folder / f"texts_{collectives.rank_and_world()[0]}"  # those of the first rank count
+    made = text_classifier(model, prompts, cache)
+    setattr(model, "encode_text", None)  # noqa: B010 # encoding once more would fail
+    assert torch.equal(text_classifier(model, prompts, cache), made)
+
+
 def run(output: str, folder: str, suite: str) -> None:
-    """:func:`evaluate`, written by rank 0."""
+    """:func:`evaluate`, written by rank 0, after :func:`classify`."""
+    classify(Path(folder))
     results = evaluate(Path(folder), suite)
     if collectives.rank_and_world()[0] == 0:
         Path(output).write_text(json.dumps(results), encoding="utf-8")

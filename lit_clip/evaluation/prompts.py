@@ -343,7 +343,7 @@ def _load(path: Path, shape: tuple[int, int]) -> tuple[Tensor, bool]:
     """What was kept, or zeros: not there, or damaged (an ``.npz`` file has a checksum)."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            values = file["classifier"]
+            values = np.ascontiguousarray(file["classifier"])  # ranks add up what lies in memory, in its order
         if values.shape == shape and values.dtype == np.float32:
             return torch.from_numpy(values), True
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
