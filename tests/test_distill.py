@@ -12,18 +12,21 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as TF
 
+import lit_clip.distill
 from callbacks import EMA
 from lit_clip import preprocess as pp
 from lit_clip.batch import CaptionBatch
+from lit_clip.collectives import Shards
 from lit_clip.config import CLIPConfig, Preprocessing, TextTransformerConfig, VisionTransformerConfig
-from lit_clip.distill import Distill
+from lit_clip.distill import Choices, Distill, blockwise_distillation
 from lit_clip.errors import InputError
-from lit_clip.losses import unit
+from lit_clip.losses import distillation_loss, unit
 from lit_clip.model import CLIP
 from lit_clip.module import LitCLIP
 from lit_clip.wise_ft import save
 from tests.ranks import PAIRS, finetuned_module, make_batch
 from tests.test_module import data_for, trainer
+from tests.test_sharded_loss import Largest
 
 
 @pytest.fixture
@@ -56,6 +59,40 @@ def test_the_loss_is_open_clips_with_the_teachers_own_pixels_and_tokens(teacher:
         loss = module.training_step(batch, 0)
     assert loss.item() == pytest.approx(losses[0].item() + 0.7 * losses[1].item(), rel=1e-5)
     assert losses[1].item() > 0.1
+
+
+@pytest.mark.parametrize("logits", [1, 50, 10_000])
+@pytest.mark.parametrize("pairs", [1, 7])
+def test_blocks_give_the_loss_and_gradients_of_all_logits_at_once(
+    pairs: int, logits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lit_clip.distill, "LOGITS", logits)
+    results = []
+    for blockwise in (True, False):
+        generator = torch.Generator().manual_seed(3)
+        features = [unit(torch.randn(4, pairs, 5, generator=generator, dtype=torch.float64)[i]) for i in range(4)]
+        scales = [torch.tensor(x, dtype=torch.float64) for x in (14.0, 50.0)]
+        learnt = [x.requires_grad_() for x in (*features[:2], scales[0])]
+        ours, theirs = Choices(*features[:2], scales[0]), Choices(*features[2:], scales[1])
+        if blockwise:
+            loss = blockwise_distillation(ours, theirs, Shards(0, (pairs,)))
+        else:
+            whole = slice(pairs)
+            loss = distillation_loss(ours.logits(whole, *features[:2]), theirs.logits(whole, *features[2:]))
+        results.append([loss, *torch.autograd.grad(2 * loss, learnt)])
+    for our, expected in zip(*results, strict=True):
+        torch.testing.assert_close(our, expected, rtol=1e-12, atol=1e-15)
+
+
+def test_no_more_than_a_block_of_logits_exists_at_one_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lit_clip.distill, "LOGITS", 1000)
+    generator = torch.Generator().manual_seed(3)
+    image, text = (unit(torch.randn(200, 4, generator=generator)).requires_grad_() for _ in range(2))
+    scale = torch.tensor(10.0)
+    with Largest() as largest:
+        theirs = Choices(image.detach(), text.detach(), scale)
+        blockwise_distillation(Choices(image, text, scale), theirs, Shards(0, (200,))).backward()
+    assert 400 < largest.elements <= 1000
 
 
 def test_two_ranks_equal_one_process(teacher: tuple[CLIP, Path], ranks: Callable[..., None], tmp_path: Path) -> None:

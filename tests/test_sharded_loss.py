@@ -92,7 +92,7 @@ def test_the_loss_of_each_duplicate_policy_by_hand() -> None:
     assert sigmoid("ignored") == pytest.approx((3 * yes + 4 * unsure) / 3, rel=1e-12)
 
 
-class _Largest(TorchDispatchMode):
+class Largest(TorchDispatchMode):
     """The most elements that any result of an operation has."""
 
     elements = 0
@@ -110,7 +110,7 @@ class _Largest(TorchDispatchMode):
 def test_nothing_is_larger_than_the_features_or_a_tile(kind: str, duplicates: Duplicates) -> None:
     pairs, dim, tile = 200, 8, (16, 32)
     inputs, ids = leaves(pairs, dim), torch.arange(pairs)[:, None] // 3
-    with _Largest() as largest:
+    with Largest() as largest:
         sharded(kind, inputs, Plan(Shards(0, (pairs,)), ids, duplicates, tile=tile)).loss.backward()
     assert largest.elements <= 2 * pairs * dim  # both features as the test makes them
     assert largest.elements >= tile[0] * tile[1]  # the tiles were seen
