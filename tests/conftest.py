@@ -202,15 +202,14 @@ def torchrun(folder: Path, world: int, *words: str, timeout: int = 120) -> str:
     return output
 
 
-def run_ranks(world: int, script: str, *words: str, timeout: int, **environment: str) -> None:
-    """Run a file of ``tests/`` as each of W ranks; every one must exit with 0 within the time limit."""
-    common = {**os.environ, **environment, "WORLD_SIZE": str(world)}
-    programs = [
-        forks.Program(forks.script, [script, *words], Path.cwd(), {**common, "RANK": str(rank)})
-        for rank in range(world)
-    ]
-    for done in forks.run(programs, timeout):
+def run_ranks(world: int, program: forks.Program, timeout: int) -> list[subprocess.CompletedProcess[str]]:
+    """Run a program as each of W ranks; every one must exit with 0 within the time limit."""
+    places = [{"RANK": str(rank), "WORLD_SIZE": str(world)} for rank in range(world)]
+    programs = [program._replace(environment=program.environment | place) for place in places]
+    results = forks.run(programs, timeout)
+    for done in results:
         assert done.returncode == 0, done.stdout + done.stderr
+    return results
 
 
 @pytest.fixture
@@ -220,15 +219,27 @@ def ranks(tmp_path: Path) -> Callable[..., None]:
     def run(function: str, world: int, *arguments: str, timeout: int = 120, script: str = "ranks.py") -> None:
         rendezvous = tmp_path / f"rendezvous_{function}_{world}"
         rendezvous.unlink(missing_ok=True)
-        run_ranks(world, script, function, *arguments, timeout=timeout, RENDEZVOUS=f"file://{rendezvous}")
+        environment = {**os.environ, "RENDEZVOUS": f"file://{rendezvous}"}
+        words = [str(ROOT / "tests" / script), function, *arguments]
+        run_ranks(world, forks.Program(forks.script, words, tmp_path, environment), timeout)
 
     return run
 
 
-def run_lightning_ranks(world: int, script: str, *words: str, timeout: int = 120) -> None:
-    """As :func:`run_ranks`, of a script in which Lightning takes the processes for those that torchrun starts."""
+def run_lightning_ranks(world: int, folder: Path, *words: str, timeout: int = 120) -> str:
+    """What ``torchrun --nproc_per_node W ...`` would write, without torchrun and without starting Python anew.
+
+    Args:
+        world: number of ranks.
+        folder: the current one.
+        words: ``lit-clip`` and its options, or a file of ``tests/`` and its arguments.
+        timeout: seconds.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     place = {"GROUP_RANK": "0", "LOCAL_WORLD_SIZE": str(world), "TORCHELASTIC_RUN_ID": "test"}
-    run_ranks(world, script, *words, timeout=timeout, **address, **place)
+    environment = {**os.environ, "COLUMNS": "200", **address, **place}
+    function = forks.command if words[0] == "lit-clip" else forks.script
+    results = run_ranks(world, forks.Program(function, words, folder, environment), timeout)
+    return "".join(done.stdout + done.stderr for done in results)

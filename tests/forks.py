@@ -6,9 +6,9 @@ ranks start other ranks, the tests start a new interpreter instead.
 """
 
 import atexit
-import importlib
 import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -17,7 +17,7 @@ from contextlib import chdir
 from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from unittest.mock import patch
 
 ROOT = Path(__file__).parents[1]
@@ -83,6 +83,8 @@ def _become(program: Program, out: str, err: str) -> None:
     os.chdir(program.folder)
     os.environ.clear()
     os.environ.update(program.environment)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        os.environ["LOCAL_RANK"] = os.environ["RANK"]
     sys.argv = list(program.words)
     sys.modules["__main__"] = ModuleType("__main__")  # not pytest's
     multiprocessing.set_start_method("fork", force=True)  # of data workers: as in any other process of Linux
@@ -102,16 +104,5 @@ def command() -> None:
 
 
 def script() -> None:
-    """A file of ``tests/`` that is run as a program: what its last lines do."""
-    import torch
-
-    from lit_clip import collectives
-
-    module: Any = importlib.import_module(f"tests.{Path(sys.argv[0]).stem}")
-    torch.set_num_threads(1)
-    if "RENDEZVOUS" in os.environ:
-        module.serve(vars(module))
-    else:
-        os.environ["LOCAL_RANK"] = os.environ["RANK"]
-        getattr(module, sys.argv[1])(*sys.argv[2:])
-        collectives.leave()
+    """The file that the command line names."""
+    runpy.run_path(sys.argv[0], run_name="__main__")

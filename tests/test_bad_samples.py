@@ -8,7 +8,6 @@ import os
 import pickle
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,8 @@ from lit_clip.config import Preprocessing
 from lit_clip.errors import InputError
 from lit_clip.preprocess import pixels
 from lit_clip.skipped import JUDGED_AFTER, Tally
-from tests.conftest import ROOT, TINY_YAML, torchrun
+from tests import forks
+from tests.conftest import ROOT, TINY_YAML, run_lightning_ranks
 from tests.fuzz import encoded, picture, whole_pictures
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
@@ -340,7 +340,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for case, options in CASES.items()
         ]
         jobs = [job | ({"strategy": "auto"} if world == 1 else {}) for job in jobs]
-        torchrun(folder, world, str(ROOT / "tests/ranks_skipped.py"), "train_all", json.dumps(jobs), timeout=120)
+        run_lightning_ranks(world, folder, str(ROOT / "tests/ranks_skipped.py"), "train_all", json.dumps(jobs))
     return folder
 
 
@@ -366,9 +366,9 @@ def test_pictures_that_stand_in_for_skipped_ones_leave_no_trace_in_statistics(ru
 
 def accidents(kind: str, folder: Path, count: int, seed: int, timeout: int) -> dict[str, Any]:
     """What ``tests/fuzz.py`` found."""
-    words = [sys.executable, str(ROOT / "tests/fuzz.py"), kind, str(folder), str(count), str(seed)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(folder / "cache")}
-    done = subprocess.run(words, capture_output=True, text=True, timeout=timeout, check=False, env=environment)
+    words = [str(ROOT / "tests/fuzz.py"), kind, str(folder), str(count), str(seed)]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache")}
+    (done,) = forks.run([forks.Program(forks.script, words, folder, environment)], timeout)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 

@@ -195,7 +195,7 @@ def test_bad_options_are_one_line_and_exit_code_2(
 @pytest.mark.parametrize(
     ("command", "part"),
     [
-        ([], "no command given; there are classify, embed, export, fit, inspect, models,"),
+        ([], f"no command given; there are {', '.join(sorted({*CONFIGURED, *COMMANDS}))}"),
         (["fti"], "'fti'; did you mean fit?"),
         (["clasify", "photos"], "'clasify'; did you mean classify?"),
     ],

@@ -2,18 +2,16 @@
 
 import csv
 import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.conftest import TINY_YAML
+from tests.conftest import TINY_YAML, run_lightning_ranks
 from tests.ranks import CASES
 
 Ranks = Callable[..., None]
-Cli = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
@@ -33,13 +31,13 @@ def test_uneven_rows_are_gathered_in_rank_order(world: int, ranks: Ranks) -> Non
     ranks("uneven_gather", world)
 
 
-def _fit(cli: Cli, table: Path, cache: Path, save: Path, name: str, devices: int, *options: str) -> None:
+def _fit(table: Path, cache: Path, save: Path, name: str, devices: int, *options: str) -> None:
     zero_shot = (
         "{class_path: callbacks.ZeroShot, init_args: {examples: 3, batch_size: 5, sets: {groups: {images: {class_path: "
         f"datamodules.OpenMojiClasses, init_args: {{drawings: held_out, classes: group, cache_dir: {cache}}}}}}}}}}}}}"
     )
-    result = cli(
-        "fit",
+    words = (
+        *("lit-clip", "fit"),
         *("--data", "datamodules.Captions", "--data.train", str(table), "--data.val", str(table)),
         *("--data.batch_size", str(64 // devices), "--data.num_workers", "0"),
         *("--model.architecture", TINY_YAML, "--model.warmup_steps", "2"),
@@ -60,7 +58,7 @@ def _fit(cli: Cli, table: Path, cache: Path, save: Path, name: str, devices: int
         "--trainer.callbacks+={class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: {save_last: true}}",
         *options,
     )
-    assert result.returncode == 0, result.stdout + result.stderr
+    run_lightning_ranks(devices, save, *words)
 
 
 def _metrics(folder: Path) -> dict[str, list[float]]:
@@ -70,12 +68,12 @@ def _metrics(folder: Path) -> dict[str, list[float]]:
 
 
 def test_training_and_validation_do_not_depend_on_ranks_parts_or_the_ring(
-    cli: Cli, caption_table: Path, drawings_cache: Path, tmp_path: Path
+    caption_table: Path, drawings_cache: Path, tmp_path: Path
 ) -> None:
     """``lit-clip fit`` on 1 x 64, 2 x 32 and 4 x 16 pairs a step: the same samples, loss curve, weights and metrics."""
     runs = {"one": (1,), "two": (2, "--model.ring_loss", "true"), "four": (4, "--model.micro_batch_size", "5")}
     for name, (devices, *options) in runs.items():
-        _fit(cli, caption_table, drawings_cache, tmp_path, name, devices, *options)
+        _fit(caption_table, drawings_cache, tmp_path, name, devices, *options)
     one = _metrics(tmp_path / "one")
     assert len(one["train/loss"]) == 10
     assert {"val/loss", "val/image_to_text_recall@1", "zero_shot/groups/top1", "train/in_batch_accuracy"} <= one.keys()

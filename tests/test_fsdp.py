@@ -1,4 +1,4 @@
-"""FSDP in real processes under torchrun: the numbers of DDP, in shards, with checkpoints that either can go on from."""
+"""FSDP in real processes: the numbers of DDP, in shards, with checkpoints that either can go on from."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from callbacks import EMA, ZeroShot
 from lit_clip import load_model
 from lit_clip.errors import InputError
 from lit_clip.fsdp import FSDP
-from tests.conftest import ROOT, torchrun
+from tests.conftest import ROOT, run_lightning_ranks
 
 SCRIPT = str(ROOT / "tests/ranks_scale.py")
 CASES: dict[str, dict[str, Any]] = {
@@ -42,9 +42,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
         for strategy, other in zip(strategies, reversed(strategies), strict=True)
     ]
-    torchrun(folder, 2, SCRIPT, "train_all", json.dumps(jobs), timeout=200)
+    run_lightning_ranks(2, folder, SCRIPT, "train_all", json.dumps(jobs), timeout=200)
     alone = {"output": str(folder / "plain_auto.ckpt"), "strategy": "auto"}
-    torchrun(folder, 1, SCRIPT, "train_all", json.dumps([alone]))
+    run_lightning_ranks(1, folder, SCRIPT, "train_all", json.dumps([alone]))
     return folder
 
 
@@ -99,7 +99,7 @@ def test_torchs_fsdp_takes_no_scalars() -> None:
 @pytest.mark.slow
 def test_four_shards_train_as_one_process_does(runs: Path) -> None:
     job = {"output": str(runs / "four.ckpt"), "strategy": "fsdp"}
-    torchrun(runs, 4, SCRIPT, "train_all", json.dumps([job]))
+    run_lightning_ranks(4, runs, SCRIPT, "train_all", json.dumps([job]))
     assert_same_training(runs / "four.ckpt", runs / "plain_auto.ckpt", 1e-5)
 
 

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import multiprocessing
 import random
 import shutil
 import socket
@@ -13,11 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.forks import CONTEXT
 from tests.resume_runs import Run, train
 
 TIME_LIMIT = 120
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.resume_runs"])
 STEPS = 5  # an epoch: 21 pairs, 4 a step
 
 

@@ -63,8 +63,9 @@ def test_a_siglip_head_trains_both_towers(folders: dict[str, Path]) -> None:
 
 
 def test_a_yaml_file_with_both_towers_trains_resumes_and_embeds(
-    folders: dict[str, Path], caption_table: Path, tmp_path: Path
+    folders: dict[str, Path], caption_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("ENCODER", str(folders["roberta"]))
     (tmp_path / "towers.yaml").write_text(
         "model:\n  architecture:\n    embed_dim: 32\n"
         "    image: {timm: test_convnext, image_size: 32, options: {drop_path_rate: 0.1}}\n"
@@ -75,12 +76,11 @@ def test_a_yaml_file_with_both_towers_trains_resumes_and_embeds(
         encoding="utf-8",
     )
     command = ("fit", "--config", "towers.yaml", "--trainer.max_epochs")
-    environment = {"ENCODER": str(folders["roberta"])}
-    result = lit_clip_command(tmp_path, *command, "1", environment=environment)
+    result = lit_clip_command(tmp_path, *command, "1")
     assert result.returncode == 0, result.stderr
     (first,) = (tmp_path / "checkpoints").glob("*.ckpt")
     first = first.rename(tmp_path / "first.ckpt")
-    result = lit_clip_command(tmp_path, *command, "2", "--ckpt_path", str(first), environment=environment)
+    result = lit_clip_command(tmp_path, *command, "2", "--ckpt_path", str(first))
     assert result.returncode == 0, result.stderr
     (second,) = (tmp_path / "checkpoints").glob("*.ckpt")
     steps = [torch.load(path, weights_only=True)["global_step"] for path in (first, second)]
