@@ -7,6 +7,8 @@ What makes it fast:
 - The search runs in coordinates in which the loss is about equally curved in all directions. With ``S`` the scatter
   matrix of the features, a class's Hessian at the start is ``p (1 - p) S + l2 I``, where p is the class's share; it is
   diagonal among S's eigenvectors, whatever ``l2``, so they are found once. (Boehning 1992 bounds it likewise.)
+  Where classes can be separated and ``l2`` is small, the Hessian at the end is another: directions in which features
+  hardly differ would be followed far too eagerly, so all count as if they differed by ``FLOOR`` of the mean more.
 - Logits, losses and gradients are made for some rows at a time, which stay in the cache; there is no ``[N, C]``.
 - With fewer examples than features the problem is solved in the space that the examples span: the optimum lies there.
 """
@@ -22,6 +24,7 @@ from lit_clip.errors import InputError, require
 MAX_ITERATIONS = 1000  # appendix A.3
 TOLERANCE = 1e-6
 HISTORY = 10
+FLOOR = 0.3  # measured on digits and on synthetic features: 0 takes 2 to 10 times as many iterations on digits
 CPU_ENTRIES, GPU_ENTRIES = 2**20, 2**27  # of the features and logits of a chunk: 4 MiB in the cache, 512 MiB
 
 
@@ -203,13 +206,18 @@ def spectrum(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _softmax_chunk(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses ``[n]`` and their gradients ``[n, K]``; one exponential each suffices for both."""
+    """Losses ``[n]`` and their gradients ``[n, K]``; one exponential each suffices for both.
+
+    Where the classes can be separated, losses become much smaller than the rounding of a probability near 1: what is
+    left to the other classes says them exactly.
+    """
     own = logits.gather(1, labels[:, None])[:, 0]
     highest = logits.amax(dim=1)
     residual = logits.softmax(dim=1)
-    loss = highest - residual.amax(dim=1).log() - own  # the highest probability is at least 1 / K: no underflow
-    residual.scatter_add_(1, labels[:, None], residual.new_full((len(labels), 1), -1.0))
-    return loss, residual
+    total = highest - residual.amax(dim=1).log()  # the highest probability is at least 1 / K: no underflow
+    others = residual.scatter_(1, labels[:, None], 0.0).sum(dim=1)
+    residual.scatter_(1, labels[:, None], -others[:, None])
+    return torch.where(others < 0.5, -(-others).log1p(), total - own), residual
 
 
 def _sigmoid_chunk(logits: Tensor, relevance: Tensor) -> tuple[Tensor, Tensor]:
@@ -226,7 +234,8 @@ class _Search:
         self.problem, self.l2 = problem, l2
         variance = problem.share * (1 - problem.share)  # [K]
         examples = len(problem.features)
-        curvature = (variance * problem.counted / examples)[:, None] * problem.values
+        values = problem.values + FLOOR * problem.values.mean()
+        curvature = (variance * problem.counted / examples)[:, None] * values
         self.scale = (curvature + l2).rsqrt()  # [K, R]
         self.bias_scale = (variance * problem.counted).rsqrt()  # [K]
         share = problem.share

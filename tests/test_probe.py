@@ -1,0 +1,372 @@
+"""The linear probe against scikit-learn on its real digits: one optimum, one accuracy; few shots; robustness."""
+
+import math
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+
+from lit_clip.errors import InputError
+from lit_clip.evaluation import logistic
+from lit_clip.evaluation.few_shot import few_shot
+from lit_clip.evaluation.logistic import Fit, fit_logistic
+from lit_clip.evaluation.probe import L2_GRID, Split, best_l2, held_out, linear_probe, search_l2
+from lit_clip.evaluation.robustness import (
+    Point,
+    effective_robustness,
+    imagenet_classifiers,
+    logit_line,
+    robustness_table,
+    subset_top1,
+)
+from lit_clip.evaluation.targets import Targets
+
+EXACT: Any = {"tolerance": 1e-13, "max_iterations": 3000}
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[Tensor, Tensor]:
+    """1,797 real pictures of 64 pixels, shuffled, some always black; float64."""
+    features, labels = load_digits(return_X_y=True)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    return torch.tensor(features)[order], torch.tensor(labels, dtype=torch.int64)[order]
+
+
+def split(features: Tensor, labels: Tensor, classes: int = 10) -> Split:
+    return Split(features.float(), Targets(labels, classes))
+
+
+@pytest.fixture(scope="module")
+def splits(digits: tuple[Tensor, Tensor]) -> tuple[Split, Split, Split]:
+    features, labels = digits
+    return tuple(split(features[a:b], labels[a:b]) for a, b in ((0, 500), (500, 1000), (1000, 1797)))  # type: ignore[return-value]
+
+
+def scikit(features: Tensor, labels: Tensor, l2: float) -> LogisticRegression:
+    """Their optimum by Newton's method: their L-BFGS stops on the way where the penalty is weak, whatever ``tol``."""
+    model = LogisticRegression(C=1 / l2, solver="newton-cholesky", max_iter=200, tol=1e-9)
+    return model.fit(features.double().numpy(), labels.numpy())
+
+
+def objective(weight: Any, bias: Any, features: Tensor, labels: Tensor, l2: float) -> float:
+    weight, bias = torch.as_tensor(weight).double(), torch.as_tensor(bias).double()
+    losses = torch.nn.functional.cross_entropy(features.double() @ weight.T + bias, labels, reduction="sum")
+    return float(losses + l2 / 2 * weight.square().sum())
+
+
+def accuracy(fit: Fit, features: Tensor, labels: Tensor) -> float:
+    return float((fit.scores(features).argmax(1) == labels).double().mean())
+
+
+@pytest.mark.parametrize(("N", "l2"), [(400, 1.0), (1000, 1e3), (997, 30.0), (61, 10.0), (41, 1.0)])
+def test_the_optimum_is_scikit_learns(digits: tuple[Tensor, Tensor], N: int, l2: float) -> None:
+    """With fewer examples than features, too, where the problem is solved in the space that they span."""
+    features, labels = digits[0][:N], digits[1][:N]
+    theirs, ours = scikit(features, labels, l2), fit_logistic(features, labels, 10, l2, **EXACT)
+    best = objective(theirs.coef_, theirs.intercept_, features, labels, l2)
+    assert ours.converged
+    assert ours.objective == pytest.approx(objective(ours.weight, ours.bias, features, labels, l2), rel=1e-9)
+    assert ours.objective == pytest.approx(best, rel=1e-7)
+    assert np.abs(ours.weight.numpy() - theirs.coef_).max() < 1e-3 * np.abs(theirs.coef_).max()
+    bias = ours.bias.numpy() - ours.bias.mean().item()  # theirs and ours are free up to a constant
+    assert np.abs(bias - (theirs.intercept_ - theirs.intercept_.mean())).max() < 1e-2
+
+
+@pytest.mark.parametrize("l2", [1e-6, 1e-2, 10.0, 1e4])
+def test_in_float32_the_accuracy_is_scikit_learns_within_a_tenth_of_a_point(
+    digits: tuple[Tensor, Tensor], l2: float
+) -> None:
+    features, labels = digits
+    ours = fit_logistic(features[:1000].float(), labels[:1000], 10, l2)
+    theirs = scikit(features[:1000], labels[:1000], l2)
+    expected = theirs.score(features[1000:].numpy(), labels[1000:].numpy())
+    assert ours.converged
+    assert ours.iterations < 250
+    assert ours.objective <= objective(theirs.coef_, theirs.intercept_, features[:1000], labels[:1000], l2) * (1 + 1e-4)
+    # of 797 pictures a tenth of a point is less than one; the same accuracy is the same number, or one more or less
+    assert accuracy(ours, features[1000:].float(), labels[1000:]) == pytest.approx(expected, abs=1e-3 + 1 / 797)
+
+
+def test_features_that_lie_far_from_zero_and_differ_in_size_make_no_difference(digits: tuple[Tensor, Tensor]) -> None:
+    features, labels = digits[0][:600], digits[1][:600]
+    moved = features + torch.linspace(-500, 500, 64)
+    ours, theirs = fit_logistic(moved.float(), labels, 10, 1.0), fit_logistic(features, labels, 10, 1.0, **EXACT)
+    assert ours.objective == pytest.approx(theirs.objective, rel=1e-3)
+    assert torch.allclose(ours.weight.double(), theirs.weight, atol=0.02 * float(theirs.weight.abs().max()))
+    assert accuracy(ours, moved.float(), labels) == pytest.approx(accuracy(theirs, features, labels), abs=2e-3)
+
+
+@pytest.mark.parametrize("N", [400, 30])
+def test_two_classes_have_a_single_logit_as_in_scikit_learn(digits: tuple[Tensor, Tensor], N: int) -> None:
+    rows = digits[1] < 2
+    features, labels = digits[0][rows][:N], digits[1][rows][:N]
+    theirs, ours = scikit(features, labels, 3.0), fit_logistic(features, labels, 2, 3.0, **EXACT)
+    assert np.abs((ours.weight[1] - ours.weight[0]).numpy() - theirs.coef_[0]).max() < 1e-5
+    probability = torch.softmax(ours.scores(features), 1).numpy()
+    assert np.abs(probability - theirs.predict_proba(features.numpy())).max() < 1e-5
+
+
+def test_a_class_without_examples_is_left_out_and_never_guessed(digits: tuple[Tensor, Tensor]) -> None:
+    rows = (digits[1] != 3) & (digits[1] != 9)
+    features, labels = digits[0][rows][:500], digits[1][rows][:500]
+    theirs, ours = scikit(features, labels, 1.0), fit_logistic(features, labels, 10, 1.0, **EXACT)
+    present = [0, 1, 2, 4, 5, 6, 7, 8]
+    assert theirs.classes_.tolist() == present
+    assert np.abs(ours.weight[present].numpy() - theirs.coef_).max() < 1e-3 * np.abs(theirs.coef_).max()
+    scores = ours.scores(digits[0])
+    assert torch.isneginf(scores[:, [3, 9]]).all()
+    assert scores.argmax(1).tolist() == theirs.predict(digits[0].numpy()).tolist()
+
+
+def test_several_classes_a_picture_are_each_told_from_the_rest(digits: tuple[Tensor, Tensor]) -> None:
+    """Entries of -1 have no weight: the classifier of a class is scikit-learn's of the others."""
+    features, labels = digits[0][:300], digits[1][:300]
+    relevance = torch.stack([labels % 2 == 0, labels > 6, labels == 11, labels < 9], dim=1).to(torch.int8)
+    relevance[torch.rand(300, 4, generator=torch.Generator().manual_seed(0)) < 0.2] = -1
+    ours = fit_logistic(features, relevance, 4, 2.0, **EXACT)
+    for c in (0, 1, 3):
+        rows = relevance[:, c] >= 0
+        theirs = scikit(features[rows], relevance[rows, c], 2.0)
+        assert np.abs(ours.weight[c].numpy() - theirs.coef_[0]).max() < 1e-3 * np.abs(theirs.coef_).max()
+        assert float(ours.bias[c]) == pytest.approx(theirs.intercept_[0], abs=1e-2)
+    assert float(ours.bias[2]) == -math.inf  # of class 2 there is no example
+    assert not ours.weight[2].any()
+
+
+def test_the_size_of_chunks_makes_no_difference(digits: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    features, labels = digits
+    whole = fit_logistic(features, labels, 10, 10.0, **EXACT)
+    monkeypatch.setattr(logistic, "CPU_ENTRIES", 1)  # 256 rows at a time: 7 chunks and 5 rows
+    chunked = fit_logistic(features, labels, 10, 10.0, **EXACT)
+    assert torch.allclose(chunked.weight, whole.weight, atol=1e-6)
+
+
+def test_a_fit_that_is_cut_short_says_so(digits: tuple[Tensor, Tensor]) -> None:
+    fit = fit_logistic(*digits, 10, 1e-3, max_iterations=3)
+    assert (fit.iterations, fit.converged) == (3, False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, y: (x, y * 0), "all the same"),
+        (lambda x, y: (x, y + 1), "row .* has 10, but there are 10 classes"),
+        (lambda x, y: (x, y - 1), "row .* has -1"),
+        (lambda x, y: (x[:5], y), "1797 of 5 features"),
+        (lambda x, y: (x[:0], y[:0]), "none to learn from"),
+        (lambda x, y: (torch.where(torch.arange(1797)[:, None] == 7, math.nan, x), y), "row 7 are not finite"),
+    ],
+)
+def test_what_cannot_be_learnt_from_is_an_error(digits: tuple[Tensor, Tensor], change: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        fit_logistic(*change(*digits), 10, 1.0)
+
+
+def test_no_penalty_is_an_error(digits: tuple[Tensor, Tensor]) -> None:
+    with pytest.raises(InputError, match="l2: 0"):
+        fit_logistic(*digits, 10, 0.0)
+
+
+@pytest.mark.parametrize("peak", [0, 1, 37, 48, 71, 95, 96])
+def test_the_search_finds_a_single_peak_anywhere_on_the_grid(peak: int) -> None:
+    tried = []
+
+    def value_of(l2: float) -> float:
+        tried.append(l2)
+        return -abs(L2_GRID.index(l2) - peak)
+
+    assert best_l2(search_l2(value_of)) == L2_GRID[peak]
+    assert tried[:7] == pytest.approx([1e6, 1e4, 1e2, 1, 1e-2, 1e-4, 1e-6])
+    assert len(tried) == len(set(tried)) <= 15
+
+
+def test_the_grid_has_97_points_eight_a_decade() -> None:
+    assert len(L2_GRID) == 97
+    assert [L2_GRID[0], L2_GRID[8], L2_GRID[52], L2_GRID[96]] == pytest.approx([1e-6, 1e-5, 10**0.5, 1e6])
+
+
+def test_of_equal_penalties_the_strongest_is_chosen() -> None:
+    assert best_l2(search_l2(lambda l2: float(l2 < 50))) == L2_GRID[61]  # 10^1.625 = 42, the last before 50
+
+
+@pytest.mark.parametrize("step", [6, pytest.param(1, marks=pytest.mark.slow)])
+def test_the_penalty_found_is_as_good_as_the_best_of_the_whole_grid(
+    splits: tuple[Split, Split, Split], step: int
+) -> None:
+    train, val, test = splits[0].take(torch.arange(250)), *splits[1:]
+    result = linear_probe(train, val, test, "top1")
+    full = {l2: accuracy(_fit(train, l2), val.features, val.targets.labels) for l2 in L2_GRID[::step]}
+    for l2 in result.search.keys() & full.keys():
+        assert result.search[l2] == pytest.approx(full[l2], abs=1.5 / 500)  # it starts where another penalty ended
+    assert result.search[result.l2] == max(result.search.values())
+    assert result.search[result.l2] >= max(full.values()) - 1.5 / 500
+    both = torch.cat([train.features, val.features]), torch.cat([train.targets.labels, val.targets.labels])
+    theirs = LogisticRegression(C=1 / result.l2, max_iter=1000).fit(*(x.double().numpy() for x in both))
+    expected = theirs.score(test.features.double().numpy(), test.targets.labels.numpy())
+    assert result.metrics["top1"] == pytest.approx(expected, abs=1e-3 + 1 / 797)
+    assert result.scores.shape == (797, 10)
+
+
+def _fit(train: Split, l2: float) -> Fit:
+    return fit_logistic(train.features, train.targets.labels, 10, l2)
+
+
+def test_without_a_validation_split_a_fifth_of_each_class_chooses_and_all_are_learnt_from(
+    splits: tuple[Split, Split, Split],
+) -> None:
+    train, _, test = splits
+    learnt, judged = held_out(train, seed=0)
+    counts = Counter(train.targets.labels.tolist())
+    assert Counter(judged.targets.labels.tolist()) == {label: count // 5 for label, count in counts.items()}
+    rows = torch.cat([learnt.features, judged.features])
+    assert sorted(map(tuple, rows.tolist())) == sorted(map(tuple, train.features.tolist()))
+    assert not torch.equal(judged.features, held_out(train, seed=1)[1].features)
+    result = linear_probe(train, None, test, "top1")
+    assert result.search[result.l2] == pytest.approx(
+        accuracy(
+            fit_logistic(learnt.features, learnt.targets.labels, 10, result.l2), judged.features, judged.targets.labels
+        ),
+        abs=1 / 95,
+    )
+    expected = accuracy(_fit(train, result.l2), test.features, test.targets.labels)
+    assert result.metrics["top1"] == pytest.approx(expected, abs=1e-3 + 1 / 797)
+
+
+def test_classes_of_a_few_examples_keep_one_to_learn_from() -> None:
+    labels = torch.tensor([0, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2])
+    learnt, judged = held_out(split(torch.randn(13, 4), labels, 4), seed=0)
+    assert sorted(judged.targets.labels.tolist()) == [1, 2, 2]
+    assert len(learnt.features) == 10
+    with pytest.raises(InputError, match="one picture of each class"):
+        held_out(split(torch.randn(3, 4), torch.arange(3), 3), seed=0)
+
+
+@pytest.mark.parametrize("metric", ["map11", "roc_auc"])
+def test_probes_of_several_and_of_two_classes_are_judged_by_their_metric(
+    digits: tuple[Tensor, Tensor], metric: Any
+) -> None:
+    features, labels = digits[0][:900].float(), digits[1][:900]
+    if metric == "map11":
+        relevance = torch.stack([labels % 2 == 0, labels > 6, labels % 3 == 0], dim=1).to(torch.int8)
+        targets = Targets(torch.full((900,), -1), 3, relevance=relevance)
+    else:
+        targets = Targets(labels % 2, 2)
+    whole = Split(features, targets)
+    parts = whole.take(torch.arange(500)), whole.take(torch.arange(500, 900))
+    result = linear_probe(parts[0], None, parts[1], metric)
+    assert next(iter(result.metrics)) == metric
+    assert 0.8 < result.metrics[metric] <= 1
+    assert max(result.search.values()) == result.search[result.l2]
+
+
+def test_features_can_be_brought_to_unit_length_first(splits: tuple[Split, Split, Split]) -> None:
+    train, val, test = splits
+    size = 1 + torch.arange(797) % 7
+    result = linear_probe(train, val, test, "top1", normalize=True)
+    scaled = linear_probe(train, val, Split(test.features * size[:, None], test.targets), "top1", normalize=True)
+    assert scaled.metrics["top1"] == pytest.approx(result.metrics["top1"], abs=1 / 797)
+
+
+def test_splits_that_do_not_go_together_are_an_error(splits: tuple[Split, Split, Split]) -> None:
+    train, _, test = splits
+    with pytest.raises(InputError, match="64 and of 63 features"):
+        linear_probe(train, None, Split(test.features[:, 1:], test.targets), "top1")
+    with pytest.raises(InputError, match="10 and of 11 classes"):
+        linear_probe(train, None, Split(test.features, Targets(test.targets.labels, 11)), "top1")
+    with pytest.raises(InputError, match="features of 3 pictures, but 797"):
+        Split(test.features[:3], test.targets)
+
+
+def test_few_shots_are_drawn_by_class_and_more_of_them_are_better(splits: tuple[Split, Split, Split]) -> None:
+    train, val, test = splits
+    result = few_shot(train, val, test, "top1", shots=(1, 4, 16), draws=2, max_iterations=60)
+    means = [float(np.mean(values)) for values in result.values.values()]
+    assert list(result.values) == [1, 4, 16]
+    assert means == sorted(means)
+    assert means[0] > 0.4
+    assert means[2] > 0.85
+    assert all(len(values) == 2 for values in result.values.values())
+    assert all(l2 in L2_GRID for l2 in result.l2.values())
+    again = few_shot(train, val, test, "top1", shots=(1,), draws=2, max_iterations=60)
+    assert again.values[1] == result.values[1]
+
+
+def test_few_shots_learn_k_examples_of_each_class_and_nothing_of_validation(
+    splits: tuple[Split, Split, Split], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, _, test = splits
+    seen = []
+    original = logistic.LogisticProblem.__init__
+
+    def spy(self: Any, features: Tensor, labels: Tensor, classes: int) -> None:
+        seen.append((features, Counter(labels.tolist())))
+        original(self, features, labels, classes)
+
+    monkeypatch.setattr(logistic.LogisticProblem, "__init__", spy)
+    few_shot(train, None, test, "top1", shots=(2, 3), draws=2, max_iterations=5)
+    assert [set(counts.values()) for _, counts in seen] == [{2}, {2}, {3}, {3}]
+    validation = set(map(tuple, held_out(train, 0)[1].features.tolist()))
+    drawn = [set(map(tuple, features.tolist())) for features, _ in seen]
+    assert not any(validation & rows for rows in drawn)
+    assert drawn[0] < drawn[2]  # the first draw of two is part of the first of three
+    assert drawn[0] != drawn[1]
+
+
+def test_numbers_of_shots_that_a_class_does_not_have_are_left_out(splits: tuple[Split, Split, Split]) -> None:
+    train, val, test = splits
+    result = few_shot(train.take(torch.arange(60)), val, test, "top1", shots=(1, 16), draws=1, max_iterations=5)
+    assert list(result.values) == [1]
+    assert "examples to draw from" in result.left_out[16]
+    with pytest.raises(InputError, match="class .* examples to draw from; leave few_shot out"):
+        few_shot(train.take(torch.arange(60)), val, test, "top1", shots=(16,))
+
+
+def test_few_shots_of_several_classes_a_picture_are_an_error() -> None:
+    targets = Targets(torch.full((4,), -1), 2, relevance=torch.zeros(4, 2, dtype=torch.int8))
+    some = Split(torch.randn(4, 3), targets)
+    with pytest.raises(InputError, match="few_shot"):
+        few_shot(some, None, some, "map11")
+
+
+def test_effective_robustness_is_the_height_above_the_line_of_logits() -> None:
+    def probability(x: float) -> float:
+        return 1 / (1 + math.exp(-x))
+
+    baseline = [Point(probability(x), probability(0.9 * x - 0.4)) for x in (0.1, 0.5, 1.2)]
+    assert logit_line(baseline) == pytest.approx((0.9, -0.4))
+    assert effective_robustness(baseline, baseline) == pytest.approx([0, 0, 0])
+    above = Point(0.7, probability(0.9 * math.log(0.7 / 0.3) - 0.4) + 0.05)
+    assert effective_robustness([above], baseline) == pytest.approx([0.05])
+
+
+def test_the_line_is_numpys_least_squares_and_the_papers_clip_is_far_above_it() -> None:
+    for name in ("ImageNetV2", "ImageNet-A", "ImageNet-R", "ImageNet-Sketch"):
+        points = imagenet_classifiers(name)
+        x, y = (np.log(v / (1 - v)) for v in np.array(points).T)
+        assert logit_line(points) == pytest.approx(np.polyfit(x, y, 1))
+        assert np.corrcoef(x, y)[0, 1] > 0.8  # what Taori et al. found
+    assert len(imagenet_classifiers("ImageNetV2")) == 19
+    rows = robustness_table({"ImageNetV2": Point(0.762, 0.701), "ObjectNet": Point(0.762, 0.723)})  # table 16
+    assert [row.name for row in rows] == ["ImageNetV2", "ObjectNet"]
+    assert rows[0].gap == pytest.approx(0.061)
+    assert rows[0].effective is not None
+    assert 0.04 < rows[0].effective < 0.08
+    assert rows[1].effective is None
+
+
+def test_a_line_needs_two_classifiers_with_logits() -> None:
+    with pytest.raises(InputError, match="at least two"):
+        effective_robustness([Point(0.5, 0.5)], [Point(0.7, 0.6), Point(0.7, 0.5)])
+    with pytest.raises(InputError, match="accuracy of 0"):
+        effective_robustness([Point(0.5, 0.5)], [Point(0.7, 0.6), Point(0.8, 0.0)])
+
+
+def test_accuracy_among_some_classes_looks_at_these_alone() -> None:
+    scores = torch.tensor([[9.0, 1, 2, 3], [9, 5, 2, 4], [0, 1, 2, 9], [9, 0, 0, 0]])
+    labels = torch.tensor([3, 3, 3, 0])
+    assert subset_top1(scores, labels, [3, 1]) == pytest.approx(2 / 3)  # class 0 and its picture are not in question
