@@ -19,6 +19,7 @@ from lit_clip.errors import InputError
 from lit_clip.module import LitCLIP
 from lit_clip.plan import measure_run, print_plan
 from lit_clip.preemption import Preemption
+from lit_clip.run_folders import run_folders
 from lit_clip.summary import print_next_steps, print_summary
 from lit_clip.weights import read_checkpoint
 
@@ -66,11 +67,11 @@ class CLI(LightningCLI):
             self._subcommand_parsers[name].set_defaults(verbose=False)  # our table says it, with what guessing reaches
         super().parse_arguments(parser, args)
         if subcommand and path in NEWEST:
-            found = newest_checkpoint(_run_folders(self.config[subcommand]))
+            found = newest_checkpoint(run_folders(self.config[subcommand]))
             if found or (path == "auto" and subcommand == "fit"):
                 self.parse_arguments(parser, [*words, "--ckpt_path", str(found) if found else "null"])
                 return
-            folders = ", ".join(map(str, _run_folders(self.config[subcommand])))
+            folders = ", ".join(map(str, run_folders(self.config[subcommand])))
             hint = "; auto begins anew in that case" if subcommand == "fit" else ""
             raise InputError(f"--ckpt_path {path}: no whole checkpoint below {folders}{hint}")
         if subcommand and path and not self.config[subcommand]["model"]["lora"]:
@@ -134,22 +135,6 @@ class CLI(LightningCLI):
     def _summarise(self, before: Mapping[str, float]) -> None:
         if self.trainer.is_global_zero:
             print_summary(self.trainer.callback_metrics, self.model.baselines, before)
-
-
-def _run_folders(config: Any) -> list[Path]:
-    """Where the runs of a configuration keep their checkpoints: below their loggers' folders and where it says."""
-    trainer = config["trainer"]
-    loggers = trainer["logger"] if isinstance(trainer["logger"], list) else [trainer["logger"]]
-    callbacks = trainer["callbacks"] if isinstance(trainer["callbacks"], list) else [trainer["callbacks"]]
-    root = Path(trainer["default_root_dir"] or ".")
-    folders = [root / "checkpoints", *root.glob("hpc_ckpt_*.ckpt")]  # without a logger, and of a requeued SLURM job
-    for logger in loggers:
-        options: Any = (logger or {}).get("init_args", {}) if not isinstance(logger, bool) else {}
-        folders.append(Path(options.get("save_dir") or root) / (options.get("name") or "lightning_logs"))
-    for callback in callbacks:
-        options = (callback or {}).get("init_args", {})
-        folders += [Path(options["dirpath"])] if options.get("dirpath") else []
-    return folders
 
 
 def _options(words: Sequence[str], *names: str) -> list[str]:
