@@ -159,7 +159,7 @@ def ensemble(
 ) -> Tensor:
     """Each class as the mean of its prompts' unit features, brought to unit length again.
 
-    A batch has prompts of one length, without padding. Batches are dealt to the ranks, and sums are float64: the
+    Prompts are sorted by length, so that a batch has hardly any padding. Batches are dealt to the ranks, and sums are float64: the
     result does not depend on how many ranks there are.
 
     Args:
@@ -175,7 +175,8 @@ def ensemble(
     """
     tokenizer = model.tokenizer
     classes = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))  # [P]
-    batches = _batches(tokenizer.lengths(tokens), batch_size)
+    # Not one length a batch: on a CPU small batches are slower by more than the padding that they save.
+    batches = tokenizer.lengths(tokens).argsort(stable=True).split(batch_size)
     rank, world = collectives.rank_and_world() if ranks else (0, 1)
 
     def encode(rows: Tensor) -> Tensor:
@@ -192,13 +193,6 @@ def ensemble(
     if ranks:
         sums = collectives.sum_over_ranks(sums, model.device)
     return torch.nn.functional.normalize(sums, dim=1).float().T.to(model.device)
-
-
-def _batches(lengths: Tensor, batch_size: int) -> list[Tensor]:
-    """Row numbers of texts of the same length, shortest first: int64 ``[P]`` -> at most ``batch_size`` each."""
-    order = lengths.argsort(stable=True)
-    _, counts = lengths[order].unique_consecutive(return_counts=True)
-    return [rows for same in order.split(counts.tolist()) for rows in same.split(batch_size)]
 
 
 def classification_counts(logits: Tensor, labels: Tensor) -> Tensor:
