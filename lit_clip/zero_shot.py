@@ -159,8 +159,8 @@ def ensemble(
 ) -> Tensor:
     """Each class as the mean of its prompts' unit features, brought to unit length again.
 
-    Prompts are sorted by length, so that a batch has hardly any padding. Batches are dealt to the ranks, and sums are float64: the
-    result does not depend on how many ranks there are.
+    Prompts are sorted by length, so that a batch has hardly any padding. Batches are dealt to the ranks, and sums are
+    float64: the result does not depend on how many ranks there are.
 
     Args:
         model: whose features.
