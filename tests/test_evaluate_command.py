@@ -235,6 +235,40 @@ def test_what_a_suite_may_get_wrong_fails_its_set_with_one_line(
     assert json.loads(Path("out/results.json").read_text())["sets"]["noise"]["status"] == "failed"
 
 
+def test_imagenets_accuracy_among_the_classes_of_another_set_tells_how_robust_a_model_is(root: Path) -> None:
+    from datamodules.evaluation.imagenet_variants import imagenet_wnids
+    from lit_clip.zero_shot import imagenet_class_names
+
+    few = [3, 207, 500, 999]
+    for label, wnid in enumerate(imagenet_wnids()):
+        for folder in ("imagenet/val", *(["imagenet-a"] if label in few else [])):
+            (root / "data" / folder / wnid).mkdir(parents=True)
+            for number in range(12 if label in few else 1):
+                noise(number, label % 6).resize((8, 8)).save(root / "data" / folder / wnid / f"{wnid}_{number}.png")
+    write_suite(
+        root,
+        imagenet={
+            "data": {"class_path": "datamodules.evaluation.ImageNet", "init_args": {"root": "imagenet"}},
+            "splits": {"test": {"split": "val"}},
+            "templates": ["{}"],
+            "paper": "ImageNet",
+        },
+        imagenet_a={
+            "data": {"class_path": "datamodules.evaluation.ImageNetFolders", "init_args": {"root": "imagenet-a"}},
+            "templates": ["{}"],
+            "paper": "ImageNet-A",
+        },
+    )
+    found = evaluate()["sets"]
+    metrics = found["imagenet"]["tasks"]["zero_shot"]["metrics"]
+    # The same pictures among the same names: what ImageNet-A is here.
+    assert metrics["top1/ImageNet-A"] == found["imagenet_a"]["tasks"]["zero_shot"]["metrics"]["top1"]
+    assert 0 < metrics["top1/ImageNet-A"] < 1
+    assert metrics["top1"] < metrics["top1/ImageNet-A"]  # among a thousand names it is harder
+    assert found["imagenet_a"]["class_names"] == [imagenet_class_names()[label] for label in few]
+    assert "top1/ImageNet-A" in evaluate()["sets"]["imagenet"]["tasks"]["zero_shot"]["metrics"]  # known results too
+
+
 def test_nothing_there_is_an_error_after_the_report(root: Path) -> None:
     with pytest.raises(InputError, match="none of 2 sets is there"):
         run_command([*words(), "--data-root", "elsewhere"])
@@ -264,9 +298,7 @@ def test_clip_benchmark_finds_the_same_accuracy_and_recall(root: Path, monkeypat
     from lit_clip import image_transform
 
     number: Any = lambda x: float(x.item() if hasattr(x, "item") else x)  # noqa: E731
-    monkeypatch.setattr(
-        zeroshot_classification, "float", number, raising=False
-    )  # for numpy 2.4
+    monkeypatch.setattr(zeroshot_classification, "float", number, raising=False)  # for numpy 2.4
     pictures = [noise(i, i % 6) for i in range(30)]
     model = load_model("last.ckpt")
     with torch.no_grad():  # labels of which about half are what the model says

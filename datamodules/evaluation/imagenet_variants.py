@@ -55,6 +55,7 @@ class ImageNetFolders(ImageFiles):
 
     Attributes:
         wnids: the classes, in ImageNet's order.
+        imagenet_classes: their labels there.
         class_names: the paper's names of them.
 
     Raises:
@@ -72,7 +73,8 @@ class ImageNetFolders(ImageFiles):
         self.wnids = sorted(folders, key=number.__getitem__)
         files, labels = in_class_folders(Path(root), self.wnids)
         names = imagenet_class_names()
-        super().__init__(Path(root), files, labels, [names[number[wnid]] for wnid in self.wnids])
+        self.imagenet_classes = [number[wnid] for wnid in self.wnids]
+        super().__init__(Path(root), files, labels, [names[label] for label in self.imagenet_classes])
 
 
 class ObjectNet(ImageFiles):

@@ -20,11 +20,22 @@ from lit_clip.evaluation.results import Results, provenance, read_results, recip
 from lit_clip.evaluation.results_table import print_results
 from lit_clip.evaluation.store import FeatureStore, Settings
 from lit_clip.evaluation.suite import TASKS, SuiteEntry, Task, read_suite
-from lit_clip.evaluation.tasks import Captions, Fold, OpenSet, Options, caption_texts, needed_splits, run_task
+from lit_clip.evaluation.tasks import (
+    Captions,
+    Fold,
+    OpenSet,
+    Options,
+    caption_texts,
+    needed_splits,
+    run_task,
+    top1_among,
+)
 from lit_clip.evaluation.tensorboard import write_tensorboard
 from lit_clip.images import OnError
 from lit_clip.model import CLIP
+from lit_clip.zero_shot import imagenet_class_names
 
+IMAGENET = "ImageNet"  # the paper's name
 PACKAGES = ("matplotlib", "scipy")  # of the extra "eval", those that every evaluation needs in the end
 
 
@@ -131,6 +142,7 @@ class _Run:
         self.model, self.store, self.root = model, store, root
         self.results, self.options, self.tasks = results, options, tasks
         self.device, self.texts = torch.device("cpu"), text_sha256(model)
+        self.imagenet: list[OpenSet] = []  # itself, and sets of some of its classes
 
     def evaluate(self, entries: Mapping[str, SuiteEntry]) -> None:
         """Every set in its turn."""
@@ -150,6 +162,8 @@ class _Run:
                 waiting.append(opened)
         for opened in waiting if rank == 0 else ():
             self._finish(opened)
+        if rank == 0:
+            self._among_classes_of_others()
 
     def _give_up(self, name: str, error: InputError) -> None:
         status = "missing" if isinstance(error, MissingData) else "failed"
@@ -264,6 +278,19 @@ class _Run:
             if "value" in result:
                 value = f"{100 * result['value']:.1f} %"
                 stderr().print(f"{opened.name}: {task} {opened.entry.metric} {value}", markup=False)
+
+        if opened.entry.paper == IMAGENET or hasattr(opened.folds[0].pictures["test"], "imagenet_classes"):
+            self.imagenet.append(opened)
+
+    def _among_classes_of_others(self) -> None:
+        """ImageNet's accuracy among the classes of each set that has not all of them, for effective robustness."""
+        done = [opened for opened in self.imagenet if "zero_shot" in self.results.sets[opened.name]["tasks"]]
+        for whole in done:
+            for other in done if whole.entry.paper == IMAGENET else ():
+                classes = getattr(other.folds[0].pictures["test"], "imagenet_classes", None)
+                if classes and len(classes) < len(imagenet_class_names()):
+                    metrics = self.results.sets[whole.name]["tasks"]["zero_shot"]["metrics"]
+                    metrics[f"top1/{other.entry.paper or other.name}"] = top1_among(whole, classes)
 
     def _now(self, opened: OpenSet) -> Iterator[Task]:
         for task in opened.entry.tasks or ():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lit_clip.errors import InputError, require
+from lit_clip.evaluation.overlap import clopper_pearson
 from lit_clip.evaluation.suite import Metric
 from lit_clip.evaluation.targets import Targets
 from lit_clip.losses import unit
@@ -74,11 +75,8 @@ def guessing(metric: Metric, targets: Targets) -> float | None:
 
 def interval(value: float, n: int) -> tuple[float, float]:
     """The 99.5 % Clopper-Pearson interval of a fraction of n pictures, as in the paper's tables (appendix A.3)."""
-    from scipy.stats import binomtest
-
     require(n > 0, "interval: there are no pictures")
-    found = binomtest(round(value * n), n).proportion_ci(confidence_level=0.995, method="exact")
-    return float(found.low), float(found.high)
+    return clopper_pearson(round(value * n), n)
 
 
 def ranks_of_labels(scores: Tensor, labels: Tensor) -> Tensor:

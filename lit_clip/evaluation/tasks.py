@@ -21,6 +21,7 @@ from lit_clip.evaluation.data import CaptionedImages, Grouped, Pictures
 from lit_clip.evaluation.few_shot import few_shot
 from lit_clip.evaluation.probe import Split, linear_probe
 from lit_clip.evaluation.prompts import Prompts
+from lit_clip.evaluation.robustness import subset_top1
 from lit_clip.evaluation.scores import PROPORTIONS, evaluate_scores, guesses, guessing, interval, within_km
 from lit_clip.evaluation.store import SetFeatures
 from lit_clip.evaluation.suite import SuiteEntry, Task
@@ -164,6 +165,12 @@ def _zero_shot(opened: OpenSet, folder: Path) -> dict[str, Any]:
         result["confusions"] = _confusions(opened, scores, targets)
         result["errors"] = _errors(opened, scores, targets, folder)
     return result
+
+
+def top1_among(opened: OpenSet, classes: Sequence[int]) -> float:
+    """Zero-shot accuracy where only some classes are in question, see :func:`subset_top1`."""
+    fold = opened.folds[0]
+    return subset_top1(_scores(opened, fold, opened.classifier), _targets(opened, fold, "test").labels, classes)
 
 
 def _confusions(opened: OpenSet, scores: Tensor, targets: Targets) -> list[tuple[str, str, int]]:
