@@ -1,0 +1,157 @@
+"""Time of a linear probe, lit_clip's L-BFGS and scikit-learn's, on the same features with the same penalty.
+
+    python benchmarks/linear_probe.py
+
+Each trains one classifier, in turn, on the same threads; then a whole search of the penalty by lit_clip. Features are
+synthetic, as a tower's are: classes lie about centres, directions differ in size by a power law (so that they are
+correlated), the mean is far from zero in a few coordinates, and lengths are left alone. Objectives are computed in
+float64: how far each has come. Scikit-learn's default ends before the optimum, so its accuracy may differ a little:
+lit-clip is run once more only as far as that, and scikit-learn once more with a smaller tolerance.
+"""
+
+import argparse
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from lit_clip.evaluation.logistic import MAX_ITERATIONS, Fit, fit_logistic
+from lit_clip.evaluation.probe import Split, linear_probe
+from lit_clip.evaluation.targets import Targets
+
+TIGHT = 1e-6  # scikit-learn's own tolerance, 1e-4 of the mean loss's gradient, ends some way before the optimum
+OURS = "lit-clip, float32"
+README_L2 = 10**0.5  # C = 0.316 in the README of openai/CLIP
+
+
+def features(examples: int, held: int, width: int, classes: int, noise: float) -> tuple[Tensor, Tensor]:
+    """float32 ``[examples + held, width]`` and their labels."""
+    random = torch.Generator().manual_seed(0)
+    size = 3 * torch.arange(1, width + 1) ** -0.6
+    rotation = torch.linalg.qr(torch.randn(width, width, generator=random)).Q
+    centres = torch.randn(classes, width, generator=random)
+    mean = 0.3 * torch.randn(width, generator=random)
+    mean[:3] = torch.tensor([8.0, -5.0, 3.0])
+    labels = torch.randint(classes, (examples + held,), generator=random)
+    scatter = noise * torch.randn(len(labels), width, generator=random)
+    return (centres[labels] + scatter) * size @ rotation + mean, labels
+
+
+def scikit(x: Tensor, labels: Tensor, l2: float, dtype: torch.dtype, tol: float = 1e-4) -> Fit:
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    warnings.simplefilter("ignore", ConvergenceWarning)  # iterations are in the table
+    model = LogisticRegression(C=1 / l2, max_iter=1000, tol=tol).fit(x.to(dtype).numpy(), labels.numpy())
+    iterations = int(model.n_iter_[0])
+    return Fit(torch.tensor(model.coef_), torch.tensor(model.intercept_), iterations, iterations < 1000, 0.0)
+
+
+def as_low(x: Tensor, labels: Tensor, classes: int, l2: float, theirs: float) -> int:
+    """How many iterations take lit-clip to an objective no higher than theirs."""
+    for iterations in range(1, 1001):
+        if fit_logistic(x, labels, classes, l2, iterations).objective <= theirs:
+            return iterations
+    raise RuntimeError(f"lit-clip does not get down to {theirs}")
+
+
+def objective(fit: Fit, x: Tensor, labels: Tensor, l2: float) -> float:
+    weight, bias = fit.weight.double(), fit.bias.double()
+    parts = zip(x.split(4096), labels.split(4096), strict=True)
+    loss = sum(
+        float(torch.nn.functional.cross_entropy(part.double() @ weight.T + bias, some, reduction="sum"))
+        for part, some in parts
+    )
+    return loss + l2 / 2 * float(weight.square().sum())
+
+
+class Comparison:
+    """The fits of each library, and how long they took."""
+
+    def __init__(self, x: Tensor, labels: Tensor, classes: int, l2: float) -> None:
+        self.x, self.labels, self.classes, self.l2 = x, labels, classes, l2
+        self.seconds: dict[str, list[float]] = {}
+        self.fits: dict[str, Fit] = {}
+
+    def run(self, name: str, fit: Callable[[], Fit]) -> None:
+        start = time.perf_counter()
+        self.fits[name] = fit()
+        self.seconds.setdefault(name, []).append(time.perf_counter() - start)
+
+    def ours(self, iterations: int = MAX_ITERATIONS) -> Fit:
+        return fit_logistic(self.x, self.labels, self.classes, self.l2, iterations)
+
+    def theirs(self, dtype: torch.dtype, tol: float = 1e-4) -> Fit:
+        return scikit(self.x, self.labels, self.l2, dtype, tol)
+
+    def rows(self, test_x: Tensor, test_y: Tensor) -> Iterator[list[str]]:
+        for name, times in self.seconds.items():
+            fit = self.fits[name]
+            ratio = statistics.median(a / b for a, b in zip(times, self.seconds[OURS], strict=False))
+            accuracy = float((fit.scores(test_x.to(fit.weight.dtype)).argmax(1) == test_y).double().mean())
+            least = objective(fit, self.x, self.labels, self.l2)
+            spread = f"{min(times):.2f} to {max(times):.2f}" if len(times) > 1 else ""
+            numbers = [f"{statistics.median(times):.2f}", spread, f"{ratio:.2f}", f"{fit.iterations}", f"{least:.2f}"]
+            yield [name, *numbers, f"{100 * accuracy:.2f} %"]
+
+
+def compare(comparison: Comparison, rounds: int, tight: bool) -> None:
+    peer = f"scikit-learn {version('scikit-learn')}"
+    for _ in range(rounds):
+        comparison.run(f"{peer}, float64", lambda: comparison.theirs(torch.float64))
+        comparison.run(f"{peer}, float32", lambda: comparison.theirs(torch.float32))
+        comparison.run(OURS, comparison.ours)
+    theirs = objective(comparison.fits[f"{peer}, float32"], comparison.x, comparison.labels, comparison.l2)
+    enough = as_low(comparison.x, comparison.labels, comparison.classes, comparison.l2, theirs)
+    comparison.run("lit-clip, only as far as scikit-learn", lambda: comparison.ours(enough))
+    if tight:
+        comparison.run(f"{peer}, float64, tol={TIGHT:g}", lambda: comparison.theirs(torch.float64, TIGHT))
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--examples", type=int, default=50_000)
+    options.add_argument("--held", type=int, default=10_000, help="whose accuracy is printed")
+    options.add_argument("--width", type=int, default=512)
+    options.add_argument("--classes", type=int, default=100)
+    options.add_argument("--noise", type=float, default=4.0, help="of examples about their class")
+    options.add_argument("--l2", type=float, default=README_L2)
+    options.add_argument("--rounds", type=int, default=3, help="of the first three; medians are printed")
+    flag: Any = argparse.BooleanOptionalAction
+    options.add_argument("--tight", action=flag, default=True, help="scikit-learn once more, nearer to its end")
+    options.add_argument("--search", action=flag, default=True, help="the whole probe by lit-clip")
+    chosen = options.parse_args()
+    x, y = features(chosen.examples, chosen.held, chosen.width, chosen.classes, chosen.noise)
+    train, test = (x[: chosen.examples], y[: chosen.examples]), (x[chosen.examples :], y[chosen.examples :])
+    warm_up = Comparison(train[0][:1000], train[1][:1000], chosen.classes, chosen.l2)  # imports on first use
+    warm_up.ours()
+    warm_up.theirs(torch.float32)
+    comparison = Comparison(*train, chosen.classes, chosen.l2)
+    compare(comparison, chosen.rounds, chosen.tight)
+    table = Table("", "seconds", "least to most", "times lit-clip's", "iterations", "objective", "accuracy")
+    table.title = (
+        f"{chosen.examples:,} x {chosen.width} features, {chosen.classes} classes, l2 = {chosen.l2:.3g}, "
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {chosen.rounds} rounds"
+    )
+    for row in comparison.rows(*test):
+        table.add_row(*row)
+    Console(width=160).print(table)
+    if chosen.search:
+        splits = [Split(part, Targets(labels, chosen.classes)) for part, labels in (train, test)]
+        start = time.perf_counter()
+        result = linear_probe(splits[0], None, splits[1], "top1")
+        print(
+            f"The whole probe ({len(result.search)} penalties on four fifths, one more on all): "
+            f"{time.perf_counter() - start:.1f} s, l2 = {result.l2:.3g}, accuracy {100 * result.metrics['top1']:.2f} %"
+        )
+
+
+if __name__ == "__main__":
+    main()
