@@ -74,7 +74,8 @@ class Preemption(Callback):
     SIGTERM, on Linux 138 for SIGUSR1). A rank that Lightning started itself exits with 0: else its parent is killed.
 
     A validation is cut short and its results are thrown away; with a sharded model, whose ranks compute each batch
-    together, it is finished first.
+    together, it is finished first. A run that goes on from a checkpoint of a step behind which a validation was due,
+    and had not ended when the file was written, begins with that validation (unless ``max_steps`` was reached).
 
     The checkpoint is ``last.ckpt`` if a ``ModelCheckpoint`` keeps one, else ``preempted.ckpt`` in its folder. Under
     SLURM with ``auto_requeue``, the requeue signal (SIGUSR1) saves and requeues as Lightning documents it.
@@ -88,6 +89,7 @@ class Preemption(Callback):
         self.every_n_steps = every_n_steps
         self._batches = 0
         self._first_step: int | None = None
+        self._validation_due = False  # of the last step, and not over yet
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # Lightning registers its handlers behind this and before any other hook, and there is no option for others.
@@ -100,12 +102,23 @@ class Preemption(Callback):
         )
         self._batches, self._first_step = 0, None
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["validation_due"] = self._validation_due
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._validation_due = checkpoint.get("validation_due", False)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._first_step = trainer.global_step
         if self._agreed(trainer):
             raise SIGTERMException
+        if self._validation_due and trainer.enable_validation:
+            _validate(trainer)
+        self._validation_due = False
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        loop: Any = trainer.fit_loop
+        self._validation_due = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
         self._batches += 1
         if self._batches % self.every_n_steps == 0 and self._agreed(trainer):
             # Lightning raises SIGTERMException for it when the step is over and logged. Ranks ask it nowhere before.
@@ -124,6 +137,10 @@ class Preemption(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING and self._agreed(trainer):
             raise SIGTERMException
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._validation_due = False
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         signals: Any = trainer._signal_connector
@@ -151,6 +168,18 @@ class Preemption(Callback):
         save_whole(trainer, path)
         log_dir = trainer.log_dir if trainer.loggers else None  # a broadcast: every rank must ask
         return f"saved step {trainer.global_step}; go on with: {resume_command(path, log_dir)}"
+
+
+def _validate(trainer: Trainer) -> None:
+    """Validate as the training loop does behind a step, and log it at that step."""
+    loop: Any = trainer.fit_loop.epoch_loop
+    loop.val_loop.restarting = False
+    trainer.validating = True
+    first_iteration = trainer._logger_connector._first_loop_iter
+    loop.val_loop.run()
+    loop.val_loop._has_run = False  # else the training loop takes the epoch that goes on for one that is over
+    trainer._logger_connector._first_loop_iter = first_iteration
+    trainer.training = True
 
 
 def _checkpoint_path(trainer: Trainer) -> Path | None:

@@ -18,6 +18,7 @@ from lit_clip.checkpoint_io import WholeCheckpointIO, newest_checkpoint
 from lit_clip.config import CLIPConfig, TextTransformerConfig, TimmConfig
 from lit_clip.errors import InputError
 from lit_clip.module import LitCLIP
+from lit_clip.preemption import Preemption
 
 
 class Run(NamedTuple):
@@ -99,7 +100,7 @@ def train(run: Run, rank: int, port: int) -> None:
         use_distributed_sampler=False,
         check_val_every_n_epoch=2,
         log_every_n_steps=1,
-        callbacks=[_Recorder(run, rank), TrainingMonitor(), saving],
+        callbacks=[Preemption(), _Recorder(run, rank), TrainingMonitor(), saving],
         plugins=[WholeCheckpointIO()],
         logger=CSVLogger(run.folder, run.name, version=0),
         enable_progress_bar=False,

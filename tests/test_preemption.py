@@ -152,6 +152,57 @@ def test_a_validation_is_cut_short_and_nobody_evaluates_its_part(
     torch.testing.assert_close(saved["state_dict"]["visual.proj"], 0.25 * first + 0.75 * second)
 
 
+class Diary(Callback):
+    """Training steps, epochs' ends, and validations that ended with what they found, in order."""
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[Any, ...]] = []
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        self.entries.append(("step", trainer.global_step, float(trainer.callback_metrics["train/loss"])))
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        found = float(trainer.callback_metrics["val/loss"])
+        self.entries.append(("validation", trainer.global_step, trainer.current_epoch, found))
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        self.entries.append(("epoch", trainer.current_epoch))
+
+
+@pytest.mark.parametrize(
+    ("batch", "options", "average"),
+    [
+        pytest.param(6, {}, True, id="at the end of an epoch, of averaged weights"),
+        pytest.param(6, {"val_check_interval": 1}, False, id="behind the second step of an epoch"),
+        pytest.param(10, {}, False, id="the last of all"),
+    ],
+)
+@pytest.mark.usefixtures("_handlers")
+def test_a_validation_that_was_cut_short_is_what_the_run_goes_on_with(
+    batch: int, options: dict[str, Any], average: bool, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+) -> None:
+    def fit(name: str, *more: Callback, ckpt_path: Path | None = None) -> list[tuple[Any, ...]]:
+        torch.manual_seed(0)
+        module, diary = LitCLIP(tiny_config, learning_rate=0.01, warmup_steps=1), Diary()
+        best = ModelCheckpoint(tmp_path / name, "best", monitor="val/loss", save_last=True)
+        callbacks = [Preemption(), diary, *([EMA(decay=0.25)] if average else []), *more, best]
+        settings = {"max_epochs": 3, "num_sanity_val_steps": 0, "limit_train_batches": 2, "callbacks": callbacks}
+        with suppress(SystemExit):
+            trainer(tmp_path, **settings, **options).fit(module, data_for(module, caption_table), ckpt_path=ckpt_path)
+        return diary.entries
+
+    whole = fit("whole")
+    cut = fit("cut", SignalAt("on_validation_batch_start", batch))
+    rest = fit("rest", ckpt_path=tmp_path / "cut/last.ckpt")
+    assert rest[0][0] == "validation"
+    assert cut + rest == whole
+    best = load(tmp_path / "rest/best.ckpt")["global_step"]  # maybe of that validation, before the first step
+    first = next(i for i, entry in enumerate(whole) if entry[:2] == ("validation", best))
+    assert best >= cut[-1][1]
+    again = fit("again", ckpt_path=tmp_path / "rest/best.ckpt")
+    assert [entry for entry in again if entry[0] != "epoch"] == [e for e in whole[first + 1 :] if e[0] != "epoch"]
+
+
 @pytest.mark.parametrize("hook", ["on_sanity_check_start", "on_validation_batch_start"])
 @pytest.mark.usefixtures("_handlers")
 def test_before_the_first_step_there_is_nothing_to_save(
