@@ -5,6 +5,7 @@ import csv
 import importlib.util
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,6 +18,7 @@ from types import ModuleType
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 
 from lit_clip.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
 from tests import forks
@@ -48,30 +50,57 @@ def tiny_config() -> CLIPConfig:
     )
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that the first of all test workers makes and the others wait for."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"shared_{name}"
+    whole = folder.with_suffix(".whole")
+    with FileLock(folder.with_suffix(".lock")):
+        if not whole.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            whole.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def drawings_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which OpenMoji is drawn once for the whole run."""
-    return tmp_path_factory.mktemp("drawings")
+    return made_once(tmp_path_factory, "drawings", _draw)
+
+
+def _draw(folder: Path) -> None:
+    from datamodules.openmoji import draw
+
+    draw(folder)
 
 
 @pytest.fixture(scope="session")
 def caption_table(tmp_path_factory: pytest.TempPathFactory, drawings_cache: Path) -> Path:
     """A CSV of 64 real drawings and their names, in a folder with the pictures."""
+    make = partial(_write_captions, drawings_cache)
+    return made_once(tmp_path_factory, "table", make) / "captions.csv"
+
+
+def _write_captions(drawings_cache: Path, folder: Path) -> None:
     from datamodules.openmoji import draw, read_table
 
-    folder = tmp_path_factory.mktemp("table")
     drawn = [(emoji.name, path) for emoji, path in zip(read_table(), draw(drawings_cache), strict=True)]
     named = [row for row in drawn if row[0] in ("tiger", "pizza", "bicycle")]
     rows = named + [row for row in drawn[::29] if row not in named][: 64 - len(named)]
     lines = [f'{os.path.relpath(path, folder)},"{name}"' for name, path in rows]
-    table = folder / "captions.csv"
-    table.write_text("\n".join(["image,caption", *lines]), encoding="utf-8")
-    return table
+    (folder / "captions.csv").write_text("\n".join(["image,caption", *lines]), encoding="utf-8")
 
 
 @pytest.fixture(scope="session")
 def overfitted(tmp_path_factory: pytest.TempPathFactory, caption_table: Path) -> tuple[Path, Path]:
     """A checkpoint of the quickstart's architecture that has learnt 64 real pairs by heart, and their table."""
+    folder = made_once(tmp_path_factory, "overfitted", partial(_overfit, caption_table))
+    return folder / "last.ckpt", caption_table
+
+
+def _overfit(caption_table: Path, folder: Path) -> None:
     from lightning.pytorch import Trainer
 
     from datamodules import Captions
@@ -88,12 +117,10 @@ def overfitted(tmp_path_factory: pytest.TempPathFactory, caption_table: Path) ->
         preprocessing=module.preprocessing,
         tokenize=module.tokenize,
     )
-    folder = tmp_path_factory.mktemp("overfitted")
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = Trainer(accelerator="cpu", max_steps=80, limit_val_batches=0, enable_checkpointing=False, **quiet)
     trainer.fit(module, data)
     trainer.save_checkpoint(folder / "last.ckpt")
-    return folder / "last.ckpt", caption_table
 
 
 @pytest.fixture(scope="session")
@@ -115,7 +142,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Of each kind of text encoder a model and its tokenizer as published ones lie on a disk."""
     from tests.towers import FAMILIES, save_family
 
-    return {family: save_family(family, tmp_path_factory.mktemp(family)) for family in FAMILIES}
+    def make(folder: Path) -> None:
+        for family in FAMILIES:
+            save_family(family, folder / family)
+
+    folder = made_once(tmp_path_factory, "families", make)
+    return {family: folder / family for family in FAMILIES}
 
 
 @pytest.fixture(scope="module")

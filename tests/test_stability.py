@@ -5,7 +5,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +28,7 @@ from lit_clip.model import CLIP
 from lit_clip.module import LitCLIP
 from lit_clip.optim import decay_groups, warmup_cosine
 from lit_clip.stability import MOST_IN_A_ROW
+from tests import forks
 from tests.conftest import ROOT
 from tests.ranks_stability import BrokenGradient, BrokenPicture
 from tests.test_finetune import command
@@ -161,22 +161,11 @@ def test_both_ranks_stop_with_the_same_message_and_the_weights_from_before(
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     cluster = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0", "WORLD_SIZE": "2"}
-    processes = [
-        subprocess.Popen(
-            [str(Path(sys.executable).parent / "lit-clip"), *command(caption_table, *options)],
-            cwd=tmp_path,
-            env={**os.environ, **cluster, "LOCAL_RANK": rank, "PYTHONPATH": str(ROOT)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
-    try:
-        errors = [process.communicate(timeout=120)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [2, 2], errors
+    words = ["lit-clip", *command(caption_table, *options)]
+    environments = [{**os.environ, **cluster, "LOCAL_RANK": rank} for rank in ("0", "1")]
+    ranks = forks.run([forks.Program(forks.command, words, tmp_path, each) for each in environments], 120)
+    errors = [rank.stderr for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2], errors
     one, two = ([line for line in text.splitlines() if line.startswith("lit-clip: error")] for text in errors)
     assert one == two
     assert len(one) == 1
