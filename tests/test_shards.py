@@ -1,7 +1,6 @@
 """Pairs in tar shards against the same pairs in a table: each once, whatever they are like and wherever they lie."""
 
 import csv
-import functools
 import http.server
 import io
 import json
@@ -13,6 +12,8 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -20,13 +21,15 @@ import pytest
 from PIL import Image
 from torch.utils.data import DataLoader
 
+import datamodules
 from datamodules.bad_samples import BadSample
-from datamodules.sampling import GlobalBatchSampler, Sample
+from datamodules.sampling import Sample
 from datamodules.shard_files import ShardFolder, expand_urls, stamp_of
 from datamodules.shard_index import INDEX_SUFFIX, split_name
 from datamodules.shard_order import resampled_order, shard_order
 from datamodules.shards import ShardOptions, TarPairs
 from datamodules.sources import Pair, open_source
+from lit_clip.config import Preprocessing
 from lit_clip.errors import InputError
 
 SIZES = (1, 2, 3, 5, 9, 17, 23)  # 60 pairs in seven shards
@@ -415,18 +418,41 @@ def test_a_source_that_is_sent_to_a_worker_is_small_and_reads_on(shards: Path) -
 # Order
 
 
+def write_same_table(folder: Path) -> Path:
+    """The pairs of :func:`write_shards` as a table."""
+    for number in range(60):
+        (folder / f"{number}.png").write_bytes(picture(number))
+    rows = "".join(f"{number}.png,number {number}\n" for number in range(60))
+    (folder / "pairs.csv").write_text(f"image,caption\n{rows}")
+    return folder / "pairs.csv"
+
+
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("workers", [0, 1, 2])
-def test_every_sample_comes_once_an_epoch_over_all_ranks_and_workers(shards: Path, world: int, workers: int) -> None:
-    source, batches = TarPairs(str(shards)), []
+@pytest.mark.parametrize("kind", ["table", "shards"])
+def test_ranks_and_workers_together_have_each_pair_once(
+    kind: str, workers: int, world: int, shards: Path, tmp_path: Path
+) -> None:
+    """In training, which these batches divide, and in validation, which they do not."""
+    data = str(shards if kind == "shards" else write_same_table(tmp_path))
+    training: Counter[str] = Counter()
+    validation: Counter[str] = Counter()
+    lengths = set()
     for rank in range(world):
-        order = functools.partial(source.order, seed=5)
-        sampler = GlobalBatchSampler(60, {1: 10, 2: 5, 3: 4}[world], rank, world, seed=5, order=order)
-        sampler.set_epoch(2)
-        batches.append(list(DataLoader(Captions(source), batch_sampler=sampler, num_workers=workers, collate_fn=list)))
-    seen = Counter(caption for own in batches for batch in own for caption in batch)
-    assert seen == Counter(f"number {number}" for number in range(60))
-    assert len({len(own) for own in batches}) == 1
+        options = {"num_workers": workers, "preprocessing": Preprocessing(image_size=4)}
+        module = datamodules.Captions(data, data, batch_size={1: 10, 2: 5, 3: 4}[world], **options)
+        connector = SimpleNamespace(use_distributed_sampler=False)
+        trainer: Any = SimpleNamespace(global_rank=rank, world_size=world, _accelerator_connector=connector)
+        module.trainer = trainer
+        module.setup("fit")
+        batches = list(module.train_dataloader())
+        lengths.add(len(batches))
+        training.update(caption for batch in batches for caption in batch.captions)
+        module.batch_size = 7
+        validation.update(caption for batch in module.val_dataloader() for caption in batch.captions)
+    expected = Counter(f"number {number}" for number in range(60))
+    assert training == validation == expected
+    assert len(lengths) == 1
 
 
 class Captions:
