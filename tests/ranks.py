@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from lit_clip import collectives, sharded_loss
@@ -145,6 +146,22 @@ def gradients(output: str) -> None:
             errors[str(case)] = max(error, errors.get(str(case), 0.0))
     if rank == 0:
         Path(output).write_text(json.dumps(errors), encoding="utf-8")
+
+
+def synchronisations() -> None:
+    """DDP sums each gradient over the ranks once a step, however many parts the batch is encoded in."""
+    rank, world = collectives.rank_and_world()
+    for parts in (1, 3):
+        module = Case(False, parts, (64, 64), None).module()
+        step, summed = DistributedDataParallel(_Step(module)), []
+
+        def count(summed: list[int], bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+            summed.append(bucket.buffer().numel())
+            return default_hooks.allreduce_hook(dist.group.WORLD, bucket)
+
+        step.register_comm_hook(summed, count)
+        step(make_batch(collectives.Shards(rank, COUNTS[world]).mine)).backward()
+        assert sum(summed) == sum(parameter.numel() for parameter in module.parameters()), (parts, summed)
 
 
 def uneven_gather() -> None:

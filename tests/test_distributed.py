@@ -25,6 +25,10 @@ def test_every_gradient_of_ranks_equals_that_of_one_process_with_the_whole_batch
     assert max(errors.values()) < 1e-6, max(errors.items(), key=lambda item: item[1])
 
 
+def test_a_step_of_several_parts_is_synchronised_once(ranks: Ranks) -> None:
+    ranks("synchronisations", 2)
+
+
 @pytest.mark.parametrize("world", [2, 3])
 def test_uneven_rows_are_gathered_in_rank_order(world: int, ranks: Ranks) -> None:
     """Each rank asserts for itself (``tests/ranks.py``); the fixture fails unless all of them end well."""
