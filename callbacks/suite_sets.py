@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from lit_clip import collectives
 from lit_clip.errors import InputError, require
-from lit_clip.evaluation.data import MissingData, Pictures
+from lit_clip.evaluation.data import MissingData, Pictures, check_classes
 from lit_clip.evaluation.suite import SuiteEntry, Task, read_suite
-from lit_clip.images import OnError
+from lit_clip.images import MEND, OnError
 from lit_clip.module import LitCLIP
 from lit_clip.preemption import shield_worker
 from lit_clip.preprocess import pixels
@@ -63,6 +63,8 @@ def open_folds(entry: SuiteEntry, splits: Sequence[str], data_root: Path) -> lis
     everywhere = collectives.gather_objects(missing)
     if everywhere:
         raise MissingData(everywhere[0])
+    for fold in folds:
+        check_classes({**fold, "the first fold": folds[0]["test"]})
     return folds
 
 
@@ -170,7 +172,9 @@ class Reader:
         if not bad:
             return
         _, reason = min(bad)
-        require(self.on_error == "skip", f"{name}: {reason}; mend or remove it, or set {self.who}.on_error to skip")
+        require(
+            self.on_error == "skip", f"{name}: {reason.removesuffix(MEND)}{MEND}, or set {self.who}.on_error to skip"
+        )
         require(len(bad) < size, f"{name}: none of {size} pictures could be read; {reason}")
         if name not in self._told:
             self._told.add(name)

@@ -21,7 +21,7 @@ from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import LabelledImages
 from lit_clip.evaluation.prompts import Prompts, prompts_of, text_classifier, text_sha256
 from lit_clip.evaluation.scores import evaluate_scores, guessing
-from lit_clip.evaluation.suite import Metric, SuiteEntry
+from lit_clip.evaluation.suite import Metric, SuiteEntry, check_name
 from lit_clip.evaluation.targets import Targets
 from lit_clip.images import OnError
 from lit_clip.module import LitCLIP
@@ -85,7 +85,7 @@ class ZeroShot(PeriodicEvaluation):
         self.sets, self.data_root, self.examples = sets or {}, data_root, examples
         self.entries = chosen_entries(suite, only, "zero_shot", "ZeroShot")
         for name in self.sets:
-            require("/" not in name, f"ZeroShot.sets: {name!r} is part of metric and file names; leave out the slash")
+            check_name(name, "ZeroShot.sets")
             require(name not in self.entries, f"ZeroShot.sets: {name!r} is in the suite too; call one otherwise")
         self._reader = Reader(batch_size, num_workers, on_error, "ZeroShot")
         self._opened: dict[str, _Set] | None = None

@@ -29,7 +29,7 @@ from lit_clip.features import (
     fingerprint,
     write_features,
 )
-from lit_clip.images import Bad, Batch, ImageBatches, Item, OnError, find_images, in_batches, loader
+from lit_clip.images import MEND, Bad, Batch, ImageBatches, Item, OnError, find_images, in_batches, loader
 from lit_clip.model import CLIP
 from lit_clip.tokenizer import TextTokenizer
 
@@ -162,7 +162,7 @@ def encode(
         return None
     if bad and on_error == "error":
         parts.end()
-        raise InputError(f"{min(bad).reason}; mend or remove it, or set --on_error skip")
+        raise InputError(f"{min(bad).reason.removesuffix(MEND)}{MEND}, or set --on_error skip")
     return sorted(bad)
 
 
@@ -278,8 +278,9 @@ class PartWriter(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._rows += batch.rows
-        self._features.append(outputs.cpu().numpy())
+        if batch.rows:  # of a batch without any nobody knows how wide its features are
+            self._rows += batch.rows
+            self._features.append(outputs.cpu().numpy())
         self.bad += batch.bad
         if batch.bad and self.on_error == "error":
             self.parts.stop.touch()

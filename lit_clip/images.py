@@ -21,6 +21,7 @@ from lit_clip.preprocess import image_transform
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
 OnError = Literal["error", "skip"]
+MEND = "; mend or remove it"  # how a line about a broken picture may end
 
 
 @dataclass(frozen=True)

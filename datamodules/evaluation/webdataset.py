@@ -98,11 +98,13 @@ class _Tars(Pictures):
         count = read_text(self.root / split / "nshards.txt").strip()
         if not count.isdecimal():
             raise InputError(f"{self.root / split / 'nshards.txt'}: {count[:20]!r} is no number of tar files")
-        self.tars = [self.root / split / f"{number}.tar" for number in range(int(count))]
+        self.tars: list[Path] = []
         self.keys: list[str] = []
         self.spans: list[Span | None] = []
         self.answers: list[bytes] = []
-        for number, path in enumerate(self.tars):
+        for number in range(int(count)):  # of a wrong count the first tar that is not there is the end
+            path = self.root / split / f"{number}.tar"
+            self.tars.append(path)
             self._add(path, _scan(path, number, ANSWERS[self.kind]))
         if not self.keys:
             raise InputError(f"{self.root / split}: no samples in its {count} tar files")

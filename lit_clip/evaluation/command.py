@@ -8,12 +8,12 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from lit_clip import collectives, load_model
+from lit_clip import __version__, collectives, load_model
 from lit_clip.commands import stderr
 from lit_clip.embed import Precision
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.bias import bias_texts
-from lit_clip.evaluation.data import CaptionedImages, LabelledImages, MissingData, Pictures
+from lit_clip.evaluation.data import CaptionedImages, LabelledImages, MissingData, Pictures, check_classes
 from lit_clip.evaluation.prompts import Prompts, prompts_of, text_classifier, text_sha256
 from lit_clip.evaluation.report import write_report
 from lit_clip.evaluation.results import Results, provenance, read_results, recipe
@@ -29,6 +29,8 @@ from lit_clip.evaluation.tasks import (
     needed_splits,
     run_task,
     top1_among,
+    truth,
+    used_splits,
 )
 from lit_clip.evaluation.tensorboard import write_tensorboard
 from lit_clip.images import OnError
@@ -167,7 +169,9 @@ class _Run:
 
     def _give_up(self, name: str, error: InputError) -> None:
         status = "missing" if isinstance(error, MissingData) else "failed"
-        self.results.say(name, status=status, reason=str(error))
+        known = self.results.sets[name]["reason"]
+        reason = known if str(error) in known else "; ".join(filter(None, (known, str(error))))
+        self.results.say(name, status=status, reason=reason)
         if collectives.rank_and_world()[0] == 0:
             stderr().print(f"{name}: {status}: {error}", markup=False)
 
@@ -211,6 +215,8 @@ class _Run:
                         raise
                     self.results.say(opened.name, reason=f"no {split} split: {error}")
                     break
+            first = (opened.folds or [fold])[0].pictures["test"]
+            check_classes({**fold.pictures, "the first fold": first})
             opened.folds.append(fold)
         return [task for task in tasks if all(set(needed_splits(task)) <= set(fold.pictures) for fold in opened.folds)]
 
@@ -261,19 +267,24 @@ class _Run:
         require("{}" in template, f"templates: {template!r} has no {{}} for the caption")
         texts, pairs = caption_texts(test, rows, template)
         features = self._encode(Prompts(texts, [[text] for text in texts])).T
-        opened.captions = Captions(features.contiguous(), pairs)
+        opened.captions = Captions(features.contiguous(), pairs, recipe(texts, [column.tolist() for column in pairs]))
 
     def _finish(self, opened: OpenSet) -> None:
         """Tasks, on the first rank."""
+        try:
+            known = truth(opened)
+        except InputError as error:
+            self._give_up(opened.name, error)
+            return
         for task in self._now(opened):
-            made = self._recipe(opened, task)
-            result = self.results.known(opened.name, task, made)
-            if result is None:
-                try:
+            made = self._recipe(opened, task, known)
+            try:
+                result = self.results.known(opened.name, task, made)
+                if result is None:
                     result = run_task(task, opened, self.options, self.results.folder)
-                except InputError as error:
-                    self._give_up(opened.name, error)
-                    return
+            except InputError as error:
+                self._give_up(opened.name, error)
+                continue  # another task may be possible
             self.results.add(opened.name, task, made, result)
             if "value" in result:
                 value = f"{100 * result['value']:.1f} %"
@@ -297,13 +308,19 @@ class _Run:
             if task in self.tasks and set(needed_splits(task)) <= set(opened.folds[0].pictures):
                 yield task
 
-    def _recipe(self, opened: OpenSet, task: Task) -> str:
+    def _recipe(self, opened: OpenSet, task: Task, known: Mapping[tuple[int, str], str]) -> str:
         """What a result depends on."""
-        features = [
-            (split, self.store.path(pictures).name, fold.features[split].skipped)
-            for fold in opened.folds
+        used = [
+            (split, self.store.path(pictures).name, fold.features[split].skipped, known[number, split])
+            for number, fold in enumerate(opened.folds)
             for split, pictures in fold.pictures.items()
+            if split in used_splits(task)
         ]
-        texts, entry = opened.prompts.sha256 if opened.prompts else "", opened.entry
-        said = (entry.metric, entry.data, entry.splits, entry.folds, entry.templates)
-        return recipe(task, features, texts, said, vars(self.options) if task in ("linear_probe", "few_shot") else "")
+        entry, more = opened.entry, ()
+        if task in ("linear_probe", "few_shot"):
+            more = (vars(self.options),)
+        elif task == "zero_shot" and opened.prompts:
+            more = (opened.prompts.names, opened.prompts.sha256)
+        elif opened.captions:
+            more = (opened.captions.digest,)
+        return recipe(__version__, task, used, more, entry.metric, entry.data, entry.splits, entry.folds)

@@ -5,7 +5,8 @@ need; an adapter that has one inherits from that class too.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,25 @@ from torch.utils.data import Dataset
 
 from lit_clip.errors import InputError
 
+BEGINNINGS, BEGINNING = 16, 2**16  # files, and bytes of each
+
 
 class MissingData(InputError):  # noqa: N818 # an InputError, as all that a user can mend
     """A set does not lie where it was looked for; an evaluation lists it and goes on with the others."""
 
 
 def stamp_of_files(paths: Iterable[Path]) -> str:
-    """What changes when one of the files does, as ``make`` judges it: names, sizes and times of writing."""
-    digest = blake2b(digest_size=16)
-    for path in sorted(paths):
+    """What changes when one of the files does, as ``make`` judges it: names, sizes and times of writing.
+
+    And what a few of them begin with: archives can give all files one time, and uncompressed pictures are of one size.
+    """
+    digest, files = blake2b(digest_size=16), sorted(paths)
+    for path in files:
         status = path.stat()
         digest.update(repr((path.name, status.st_size, status.st_mtime_ns)).encode("utf-8", "surrogatepass"))
+    for number in sorted({len(files) * part // BEGINNINGS for part in range(BEGINNINGS)}) if files else ():
+        with suppress(OSError), files[number].open("rb") as file:  # whoever reads it will say so
+            digest.update(file.read(BEGINNING))
     return digest.hexdigest()
 
 
@@ -93,6 +102,23 @@ class LabelledImages(Pictures, Dataset[tuple[Image.Image, int]]):
 
     def stamp(self) -> str:
         raise InputError(f"{type(self).__name__}: does not say what identifies its pictures, so features are not kept")
+
+
+def check_classes(splits: Mapping[str, Pictures]) -> None:
+    """Raise :class:`InputError` if the classes of another split are not those of the test split, in their order.
+
+    Of folders and tables without a list of classes each split has the classes that occur in it.
+    """
+    names = {split: one.class_names for split, one in splits.items() if isinstance(one, LabelledImages)}
+    test = names.get("test", [])
+    for split, others in names.items():
+        if "test" in names and others != test:
+            differ = next((f"{a!r} is {b!r}" for a, b in zip(test, others, strict=False) if a != b), "")
+            sizes = f"{len(test)} and {len(others)} classes"
+            raise InputError(
+                f"test and {split} have {sizes}{f', and {differ} there' if differ else ''}: the same label would be "
+                "another class; mend the splits, or give the same class_names as an argument of both"
+            )
 
 
 class CaptionedImages(Pictures):

@@ -63,6 +63,7 @@ def few_shot(
     require(
         train.targets.relevance is None, "few_shot: examples of a class are not defined where pictures have several"
     )
+    require(bool((train.targets.labels >= 0).all()), "few_shot: there are pictures without a class")
     require(draws >= 1 and bool(shots) and min(shots) >= 1, "few_shot: shots and draws are at least 1")
     pool, judged = held_out(train, seed) if val is None else (train, val)
     counts = pool.targets.labels.bincount(minlength=train.targets.classes)

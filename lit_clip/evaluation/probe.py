@@ -192,6 +192,8 @@ def _nearest(fits: dict[float, Fit], l2: float) -> Fit | None:
 def _check(splits: list[Split]) -> None:
     for split in splits:
         require(len(split.targets) > 0, "linear probe: a split has no pictures")
+        one_class = bool((split.targets.labels >= 0).all())
+        require(split.labels.ndim == 2 or one_class, "linear probe: a split has pictures without a class")
         for name, ours, first in (
             ("features", split.features.shape[1], splits[0].features.shape[1]),
             ("classes", split.targets.classes, splits[0].targets.classes),

@@ -307,7 +307,8 @@ def text_classifier(
         found = found.everywhere()
     if found.there:
         return found.classifier
-    classifier = ensemble(model, tokens, counts, batch_size, progress, ranks)
+    # In memory as a kept one is, or products with it would be rounded in another way the next time.
+    classifier = ensemble(model, tokens, counts, batch_size, progress, ranks).contiguous()
     if path is not None:
         _keep(path, classifier)
     return classifier

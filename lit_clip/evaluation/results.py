@@ -10,6 +10,7 @@ from typing import Any
 
 from lit_clip import __version__
 from lit_clip.errors import InputError
+from lit_clip.evaluation.overview import rows, sets_of, shots_of
 from lit_clip.evaluation.suite import SuiteEntry, Task
 from lit_clip.features import replacing
 from lit_clip.model import CLIP
@@ -84,7 +85,8 @@ class Results:
         """The result of an earlier run with the same :func:`recipe`."""
         try:
             saved = json.loads(self._file(name).read_text(encoding="utf-8"))[task]
-            return saved["result"] if saved["recipe"] == wanted else None
+            usable = saved["recipe"] == wanted and isinstance(saved["result"], dict)
+            return saved["result"] if usable else None
         except (OSError, ValueError, KeyError, TypeError):  # none, or a file that somebody has damaged
             return None
 
@@ -97,7 +99,7 @@ class Results:
             saved = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             saved = {}
-        saved[task] = {"recipe": made, "result": result}
+        saved = {**(saved if isinstance(saved, dict) else {}), task: {"recipe": made, "result": result}}
         with replacing(path) as draft:
             draft.write_text(json.dumps(saved), encoding="utf-8")
 
@@ -125,4 +127,10 @@ def read_results(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: not a readable results.json ({error})") from error
     if not isinstance(results, dict) or not isinstance(results.get("sets"), dict) or "model" not in results:
         raise InputError(f"{path}: not the results.json of lit-clip evaluate")
+    try:  # what the report will ask of it, hours later
+        rows(results)
+        for _, entry in sets_of(results):
+            shots_of(entry)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: not the results.json of lit-clip evaluate, or damaged ({error})") from error
     return results

@@ -6,11 +6,13 @@ Shapes: N pictures that could be read, W features before the projection, D after
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
+from uuid import uuid4
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -146,8 +148,11 @@ class FeatureStore:
     def path(self, pictures: Pictures) -> Path:
         """The folder of a set's features: another one once the model, the pictures or the arithmetic are others."""
         if pictures not in self._paths:  # a stamp may be of a million files
-            kind, stamp = type(pictures).__qualname__, pictures.stamp()
-            said = (self.fingerprint, self.settings.precision, kind, stamp, len(pictures))
+            kind = f"{type(pictures).__module__}.{type(pictures).__qualname__}"
+            try:
+                said = (self.fingerprint, self.settings.precision, kind, pictures.stamp(), len(pictures))
+            except OSError as error:
+                raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from error
             self._paths[pictures] = self.folder / sha256(repr(said).encode()).hexdigest()[:32]
         return self._paths[pictures]
 
@@ -159,14 +164,16 @@ class FeatureStore:
         """
         require(len(pictures) > 0, f"{title}: the set is empty")
         path = self.path(pictures)
-        if not collectives.maximum(int(not self._finished(path))):
+        if not collectives.maximum(int(not self._finished(path, len(pictures)))):
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
         error = None
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             self._encode(pictures, path, title)
         except InputError as raised:
             error = raised
+        except OSError as raised:
+            error = InputError(f"{raised.filename or path.parent}: cannot be written ({raised.strerror or raised})")
         if collectives.maximum(int(error is not None)):  # and none goes on before the arrays are there
             raise error or InputError(f"{title}: another process says why")
 
@@ -189,23 +196,38 @@ class FeatureStore:
         )
         if bad is not None and collectives.rank_and_world()[0] == 0:
             skipped = sorted((int(item.key), pictures.key(int(item.key)), item.reason) for item in bad)
-            self._keep(path, parts, len(pictures), skipped)
+            try:
+                self._keep(path, parts, len(pictures), skipped)
+            except OSError:
+                if not self._finished(path, len(pictures)):  # another run has not been quicker
+                    raise
 
-    def _finished(self, path: Path) -> bool:
+    def _finished(self, path: Path, size: int) -> bool:
         """Whether all is there, and whatever could not be read may stay out."""
+        kept = self._kept(path, size)
+        return kept is not None and (not kept.skipped or self.settings.on_error == "skip")
+
+    def _kept(self, path: Path, size: int) -> SetFeatures | None:
+        """What is there of ``size`` pictures; None: nothing, or what somebody has damaged, which is made anew."""
         try:
-            skipped = json.loads((path / "skipped.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return False
-        return not skipped or self.settings.on_error == "skip"
+            found = json.loads((path / "skipped.json").read_text(encoding="utf-8"))
+            skipped = {int(row): (str(key), str(reason)) for row, key, reason in found}
+            before, after = (np.lib.format.open_memmap(path / f"{name}.npy", mode="r") for name in ARRAYS)
+        except (OSError, ValueError, TypeError):
+            return None
+        rows = [row for row in range(size) if row not in skipped]
+        fits = all(
+            array.ndim == 2 and array.dtype == np.float32 and len(array) == len(rows) for array in (before, after)
+        )
+        whole = fits and after.shape[1] == self.model.config.embed_dim
+        return SetFeatures(before, after, rows, list(skipped.values())) if whole else None
 
     def _keep(self, path: Path, parts: Parts, size: int, skipped: list[tuple[int, str, str]]) -> None:
         """Turn finished parts into arrays, which get their names when they are whole."""
         require(len(skipped) < size, f"none of {size} pictures could be read; {skipped[0][2] if skipped else ''}")
         rows = sorted(set(range(size)) - {row for row, _, _ in skipped})
         place = {row: number for number, row in enumerate(rows)}
-        draft = path.with_name(f".{path.name}.draft")
-        shutil.rmtree(draft, ignore_errors=True)
+        draft = path.with_name(f".{path.name}.{uuid4().hex[:8]}.draft")
         draft.mkdir()
         arrays: dict[str, np.ndarray] = {}
         filled = np.zeros(len(rows), dtype=bool)
@@ -217,13 +239,20 @@ class FeatureStore:
                 numbers = [place[int(key)] for key, _, _ in table.identities]
                 arrays[name][numbers] = values
                 filled[numbers] = True
-        require(bool(filled.all()), f"{path}: features are gone; another run with the same cache has ended meanwhile")
-        for array in arrays.values():
-            array.flush()  # pyright: ignore[reportAttributeAccessIssue]  # a memmap, which open_memmap does not say
-        (draft / "skipped.json").write_text(json.dumps(skipped), encoding="utf-8")
-        shutil.rmtree(path, ignore_errors=True)
-        draft.rename(path)
+        whole = bool(filled.all())
+        if whole:
+            for array in arrays.values():
+                array.flush()  # pyright: ignore[reportAttributeAccessIssue]  # a memmap, which open_memmap does not say
+            (draft / "skipped.json").write_text(json.dumps(skipped), encoding="utf-8")
+            with suppress(OSError):  # another run was quicker
+                shutil.rmtree(path, ignore_errors=True)
+                path.unlink(missing_ok=True)
+                draft.rename(path)
+        for left in path.parent.glob(f".{path.name}.*.draft"):  # by runs that have been killed too
+            shutil.rmtree(left, ignore_errors=True)
         parts.remove()
+        if not self._kept(path, size):
+            raise InputError(f"{path}: features are gone; another run with the same cache has ended meanwhile")
 
     def _divided(self, features: np.ndarray) -> Iterator[np.ndarray]:
         embed_dim = self.model.config.embed_dim
@@ -233,8 +262,7 @@ class FeatureStore:
     def read(self, pictures: Pictures) -> SetFeatures:
         """What :meth:`compute` has left."""
         path = self.path(pictures)
-        skipped = json.loads((path / "skipped.json").read_text(encoding="utf-8"))
-        left_out = {row for row, _, _ in skipped}
-        before, after = (np.load(path / f"{name}.npy", mmap_mode="r") for name in ARRAYS)
-        rows = [row for row in range(len(pictures)) if row not in left_out]
-        return SetFeatures(before, after, rows, [(key, reason) for _, key, reason in skipped])
+        kept = self._kept(path, len(pictures))
+        if kept is None:
+            raise InputError(f"{path}: features are gone; run the command again")
+        return kept

@@ -1,6 +1,7 @@
 """Suites: YAML files of evaluation sets, each opened only when its turn comes."""
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -17,6 +18,7 @@ Metric = Literal[
     "top1", "mean_per_class", "map11", "roc_auc", "mean_top1_top5", "pm", "lexicon", "mwap", "within_km", "recall@1"
 ]
 PLACES = ("root", "path")  # arguments that say where the files are, below the data root
+NAME_BYTES = 100  # of a set, whose name is part of names of files, which have at most 255
 ClassNames = str | list[str | list[str]] | dict[str, list[str]] | None
 
 
@@ -51,6 +53,14 @@ class SuiteEntry:
 
     def __post_init__(self) -> None:
         require("class_path" in self.data, "data: no class_path; name the class that reads the set")
+        require(isinstance(self.data["class_path"], str), "data: class_path is not the name of a class")
+        unknown = sorted(map(str, self.data.keys() - {"class_path", "init_args"}))
+        require(
+            not unknown, f"data: {', '.join(unknown)} is neither class_path nor init_args; arguments go below init_args"
+        )
+        options = self.data.get("init_args") or {}
+        require(isinstance(options, dict), f"data: init_args is {options!r}, not a mapping of arguments")
+        self.data = self.data | {"init_args": options}
         require("test" in self.splits, f"splits: there is no test, only {', '.join(self.splits)}")
         unknown = self.splits.keys() - {"train", "val", "test"}
         require(not unknown, f"splits: {', '.join(sorted(unknown))} is none of train, val, test")
@@ -78,11 +88,11 @@ class SuiteEntry:
             MissingData: it is not below ``data_root``.
             InputError: it is there and cannot be used.
         """
-        options: dict[str, Any] = {**self.data.get("init_args", {}), **self.splits[split], **self.folds[fold]}
+        options: dict[str, Any] = {**self.data["init_args"], **self.splits[split], **self.folds[fold]}
         for key in PLACES:
             if isinstance(options.get(key), str):
                 options[key] = str(data_root / options[key])
-                if not Path(options[key]).exists():
+                if not os.path.exists(options[key]):  # Path's own fails where a name is too long
                     raise MissingData(f"{options[key]}: not there; {self.how_to_get or 'see the suite file'}")
         return _instantiate({"class_path": self.data["class_path"], "init_args": options})
 
@@ -114,16 +124,42 @@ def read_suite(paths: str | Path | Sequence[str | Path]) -> dict[str, SuiteEntry
     parser.add_class_arguments(SuiteEntry)
     for path in [paths] if isinstance(paths, str | Path) else paths:
         for name, value in _sets(Path(path)).items():
+            check_name(name, str(path))
             require(name not in entries, f"{path}: {name} is in the suite already; call one of the two otherwise")
-            require("/" not in name, f"{path}: {name!r} is part of metric and file names; leave out the slash")
             entries[name] = _entry(parser, value, f"{path}: {name}")
     require(bool(entries), "suite: no sets")
     return entries
 
 
-def _sets(path: Path) -> Mapping[str, Any]:
+def check_name(name: Any, where: str) -> None:
+    """Raise :class:`InputError` for what cannot be a set's name: it is part of those of metrics and files."""
+    if not isinstance(name, str):
+        raise InputError(f"{where}: the name of a set is {name!r}, not a text; put it in quotes")
+    require("/" not in name, f"{where}: {name!r} is part of metric and file names; leave out the slash")
+    fits = name == name.strip() and name.isprintable() and not name.startswith(".")
+    rule = f"1 to {NAME_BYTES} bytes, no dot before, no spaces around, no line breaks"
+    require(
+        fits and 0 < len(name.encode()) <= NAME_BYTES,
+        f"{where}: {name[:NAME_BYTES]!r} cannot be part of file names: {rule}",
+    )
+
+
+class UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key that is there twice is an error; others keep the last and say nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            said = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else None
+            if said in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is there twice", key.start_mark)
+            seen |= {said} if said else set()
+        return super().construct_mapping(node, deep)
+
+
+def _sets(path: Path) -> Mapping[Any, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), UniqueKeys)  # noqa: S506 # it is a safe one
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"{path}: not a readable YAML file ({' '.join(str(error).split())})") from error
     sets = values.get("sets") if isinstance(values, dict) else None
@@ -137,6 +173,20 @@ def _entry(parser: ArgumentParser, value: Any, where: str) -> SuiteEntry:
 
     try:
         require(isinstance(value, dict), "a set is a mapping with data, splits, ...")
-        return SuiteEntry(**parser.parse_object(value).as_dict())
+        texts = {key: _texts(value[key], key) for key in ("class_names", "templates") if value.get(key) is not None}
+        return SuiteEntry(**parser.parse_object(value | texts).as_dict())
     except (ArgumentError, InputError) as error:
         raise InputError(f"{where}: {one_line(error)}") from error
+
+
+def _texts(value: Any, where: str) -> Any:
+    """Texts, lists of them, or a mapping from texts to lists; YAML reads some as numbers, which is no harm."""
+    if isinstance(value, dict):
+        lists = {name: words if isinstance(words, list) else [words] for name, words in value.items()}
+        return {_texts(name, where): _texts(words, where) for name, words in lists.items()}
+    if isinstance(value, list):
+        return [_texts(one, where) for one in value]
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    require(isinstance(value, str), f"{where}: {value!r} is not a text; put it in quotes")
+    return value

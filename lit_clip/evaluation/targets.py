@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -91,6 +92,19 @@ class Targets:
             annotations=data.annotations() if isinstance(data, VerbsAndNouns) else None,
         )
         return everything if rows is None else everything.take(rows)
+
+    def digest(self) -> str:
+        """Of all that is known, the same in every process: results that depend on it are used again only if it is."""
+        digest = blake2b(digest_size=16)
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                digest.update(repr((field.name, value.dtype, value.shape)).encode())
+                digest.update(value.contiguous().numpy().tobytes())
+            else:
+                value = [sorted(one) for one in value] if field.name == "accepted" and value else value
+                digest.update(repr((field.name, value)).encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
 
     def take(self, rows: Sequence[int] | Tensor) -> "Targets":
         """Some of the pictures, renumbered.

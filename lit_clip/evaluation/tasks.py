@@ -79,10 +79,12 @@ class Captions:
     Attributes:
         features: ``[T, D]``, of unit length.
         pairs: which caption is which picture's.
+        digest: of the texts and the pairs.
     """
 
     features: Tensor
     pairs: Pairs
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,25 @@ def _zero_shot(opened: OpenSet, folder: Path) -> dict[str, Any]:
         result["confusions"] = _confusions(opened, scores, targets)
         result["errors"] = _errors(opened, scores, targets, folder)
     return result
+
+
+def used_splits(task: Task) -> tuple[str, ...]:
+    """The splits that a task's result depends on."""
+    return ("train", "val", "test") if task in ("linear_probe", "few_shot") else needed_splits(task)
+
+
+def truth(opened: OpenSet) -> dict[tuple[int, str], str]:
+    """What results depend on beside features and prompts: what is known of the pictures, by fold and split.
+
+    Raises:
+        InputError: a label that no class has.
+    """
+    classes = len(opened.prompts.names) if opened.prompts else None
+    return {
+        (number, split): Targets.of(pictures, None, classes).digest()
+        for number, fold in enumerate(opened.folds)
+        for split, pictures in fold.pictures.items()
+    }
 
 
 def top1_among(opened: OpenSet, classes: Sequence[int]) -> float:
@@ -276,8 +297,8 @@ def _geolocation(opened: OpenSet) -> dict[str, Any]:
     fold = opened.folds[0]
     query, reference = (_after(fold.features[split]) for split in ("test", "train"))
     where = [_targets(opened, fold, split).coordinates for split in ("test", "train")]
-    assert where[0] is not None
-    assert where[1] is not None
+    if where[0] is None or where[1] is None:
+        raise InputError("geolocation: the set does not know where its pictures were taken; leave it out of the tasks")
     metrics = within_km(query, reference, where[0], where[1])
     return {"value": metrics["within_25km"], "metrics": metrics, "images": len(query), "references": len(reference)}
 

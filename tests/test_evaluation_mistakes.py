@@ -1,0 +1,180 @@
+"""What users of ``lit-clip evaluate`` get wrong, and what accidents leave of its files."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lit_clip.commands import run_command
+from lit_clip.errors import InputError
+from lit_clip.evaluation.suite import read_suite
+from tests.test_clip_benchmark import CLASSES, write_shards
+from tests.test_evaluate_command import FOLDER, evaluate, noise, root, words, write_suite
+
+__all__ = ["root"]  # a fixture
+ZERO_SHOT = ("--tasks", "zero_shot")
+DATA = f"{{data: {{class_path: {FOLDER}, init_args: {{root: test}}}}}}"
+
+
+@pytest.mark.parametrize(
+    ("suite", "message"),
+    [
+        (f"sets: {{2024: {DATA}}}", "2024, not a text"),
+        (f"sets: {{yes: {DATA}}}", "True, not a text"),
+        (f"sets:\n  a: {DATA}\n  a: {DATA}", "'a' is there twice"),
+        (f"sets: {{'': {DATA}}}", "1 to 100 bytes"),
+        (f"sets: {{'..': {DATA}}}", "no dot"),
+        (f"sets: {{../x: {DATA}}}", "slash"),
+        (f"sets: {{{'x' * 300}: {DATA}}}", "1 to 100 bytes"),
+        (f'sets: {{"a\\nb": {DATA}}}', "no line breaks"),
+        (f'sets: {{"a\\0b": {DATA}}}', "cannot be part of file names"),
+        (f"sets: {{a: {{data: {{class_path: {FOLDER}, init_args: [test]}}}}}}", "not a mapping of arguments"),
+        (f"sets: {{a: {{data: {{class_path: {FOLDER}, root: test}}}}}}", "root is neither"),
+        ("sets: {a: {data: {class_path: 5}}}", "class_path is not"),
+        (f"sets: {{a: {{data: {{class_path: {FOLDER}}}, class_names: [yes, maybe]}}}}", "True is not a text; put it"),
+    ],
+)
+def test_a_suite_that_is_wrong_is_refused_in_one_line(tmp_path: Path, suite: str, message: str) -> None:
+    (tmp_path / "suite.yaml").write_text(suite)
+    with pytest.raises(InputError, match=message) as error:
+        read_suite(tmp_path / "suite.yaml")
+    assert "suite.yaml" in str(error.value)
+
+
+def test_names_that_yaml_takes_for_numbers_are_texts_and_no_arguments_are_none(tmp_path: Path) -> None:
+    (tmp_path / "suite.yaml").write_text(
+        f"sets: {{a: {{data: {{class_path: {FOLDER}, init_args: }}, class_names: [0, 1.5, [2, two]]}}}}"
+    )
+    entry = read_suite(tmp_path / "suite.yaml")["a"]
+    assert entry.class_names == ["0", "1.5", ["2", "two"]]
+    assert entry.data["init_args"] == {}
+
+
+def test_a_batch_of_which_no_picture_can_be_read_is_counted_like_any_other(root: Path) -> None:
+    for broken in ("ant/0", "cat/2"):
+        (Path("data/test") / broken).with_suffix(".png").write_bytes(b"no picture")
+    with pytest.raises(InputError, match=r"noise: .*ant/0\.png.*mend or remove it, or set --on_error skip$"):
+        run_command(words(*ZERO_SHOT, "--batch_size", "2"))
+    found = evaluate(*ZERO_SHOT, "--on_error", "skip", "--batch_size", "1")["sets"]["noise"]
+    assert [key for key, _ in found["splits"]["test"]["skipped"]] == ["ant/0.png", "cat/2.png"]
+    assert found["tasks"]["zero_shot"]["images"] == 28
+
+
+def test_splits_with_other_classes_are_not_mixed_up(root: Path) -> None:
+    Path("data/train", CLASSES[0]).rename(f"data/train/{CLASSES[-1]}_too")  # as many, but all others move up
+    with pytest.raises(InputError, match="test and train have 6 and 6 classes, and 'ant' is 'bee' there"):
+        run_command(words())
+
+
+def test_a_task_that_is_not_possible_leaves_the_others(root: Path) -> None:
+    suite = {"data": {"class_path": FOLDER}, "splits": {"train": {"root": "train"}, "test": {"root": "test"}}}
+    write_suite(root, noise=suite | {"tasks": ["geolocation", "bias", "zero_shot"]})
+    with pytest.raises(InputError, match="where its pictures were taken.*tells of no groups"):
+        run_command(words())
+    found = json.loads(Path("out/results.json").read_text())["sets"]["noise"]
+    assert (found["status"], list(found["tasks"])) == ("failed", ["zero_shot"])
+
+
+def test_pictures_without_a_class_cannot_be_learnt_from(root: Path) -> None:
+    captions = [[f"picture {number}"] for number in range(20)]
+    write_shards(root / "data/captioned", [noise(number, 0) for number in range(20)], None, captions)
+    shutil.copytree("data/captioned/test", "data/captioned/train")
+    reader = {"class_path": "datamodules.evaluation.WebDatasetCaptions", "init_args": {"root": "captioned"}}
+    splits = {"train": {"split": "train"}, "test": {"split": "test"}}
+    write_suite(root, captioned={"data": reader, "splits": splits, "tasks": ["linear_probe", "few_shot"]})
+    with pytest.raises(InputError, match="linear probe: .* without a class; few_shot: .* without a class"):
+        run_command(words())
+
+
+def test_labels_and_captions_that_have_changed_are_evaluated_anew(root: Path) -> None:
+    def write(shift: int) -> None:
+        rows = [f"test/{name}/{n}.png,{CLASSES[(i + shift) % 6]}" for i, name in enumerate(CLASSES) for n in range(5)]
+        Path("data/labels.csv").write_text("\n".join(["image,label", *rows]))
+
+    reader = {"class_path": "datamodules.evaluation.LabelledTable", "init_args": {"path": "labels.csv"}}
+    write_suite(root, table={"data": reader})
+    write(0)
+    first = evaluate(*ZERO_SHOT)["sets"]["table"]["tasks"]["zero_shot"]
+    write(1)
+    second = evaluate(*ZERO_SHOT)["sets"]["table"]["tasks"]["zero_shot"]
+    truth = {error["key"]: error["truth"] for error in first["errors"]}
+    assert all(
+        error["truth"] == CLASSES[(CLASSES.index(error["key"].split("/")[1]) + 1) % 6] for error in second["errors"]
+    )
+    assert any(truth.get(error["key"], error["truth"]) != error["truth"] for error in second["errors"])
+
+
+def test_sets_whose_files_are_alike_but_for_their_contents_have_features_of_their_own(root: Path) -> None:
+    """As archives leave uncompressed pictures: equal names, sizes and times."""
+    for number, name in enumerate(("one", "other")):
+        for label, class_name in enumerate(CLASSES):
+            path = root / "data" / name / class_name / "0.bmp"
+            path.parent.mkdir(parents=True)
+            noise(number, label).save(path)
+            os.utime(path, (1, 1))
+    sets = {name: {"data": {"class_path": FOLDER, "init_args": {"root": name}}} for name in ("one", "other")}
+    write_suite(root, **sets)
+    found = evaluate(*ZERO_SHOT)["sets"]
+    of = [{e["key"]: e["probability"] for e in found[name]["tasks"]["zero_shot"]["errors"]} for name in sets]
+    assert of[0].keys() & of[1].keys()
+    assert all(of[0][key] != of[1][key] for key in of[0].keys() & of[1].keys())
+
+
+def cached() -> Path:
+    return next(path for path in Path("out/cache").iterdir() if path.is_dir() and path.name != "texts")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda: (cached() / "after.npy").unlink(),
+        lambda: os.truncate(cached() / "before.npy", 500),
+        lambda: os.truncate(cached() / "after.npy", 0),
+        lambda: (cached() / "after.npy").write_bytes(b"x" * 5000),
+        lambda: np.save(cached() / "after.npy", np.zeros((30, 5), np.float32)),
+        lambda: (cached() / "skipped.json").write_text("null"),
+        lambda: [path.write_text("null") for path in Path("out/sets").iterdir()],
+    ],
+)
+def test_what_is_damaged_is_made_anew(root: Path, damage: Callable[[], Any]) -> None:
+    first = evaluate(*ZERO_SHOT)["sets"]
+    damage()
+    if json.loads(Path("out/sets/noise.json").read_text()):  # so that the features are asked for
+        shutil.rmtree("out/sets")
+    assert evaluate(*ZERO_SHOT)["sets"] == first
+
+
+def changed(results: Any, path: list[str], value: Any) -> Any:
+    """A copy with another value there."""
+    return results | {path[0]: changed(results[path[0]], path[1:], value) if path[1:] else value}
+
+
+def test_a_damaged_file_to_compare_with_is_refused_before_anything_is_computed(root: Path) -> None:
+    good = evaluate(*ZERO_SHOT)
+    shutil.rmtree("out")
+    for path, value in (
+        (["model"], "name"),
+        (["sets", "noise", "tasks"], [1]),
+        (["sets", "noise", "splits", "test"], None),
+        (["sets", "noise", "splits", "test", "skipped"], 5),
+        (["sets", "noise", "tasks"], {"few_shot": {"value": 0.5, "shots": [["one", [1]]]}}),
+    ):
+        Path("other.json").write_text(json.dumps(changed(good, path, value)))
+        with pytest.raises(InputError, match=r"other\.json: not the results"):
+            run_command(words(*ZERO_SHOT, "--compare", "other.json"))
+    assert not Path("out").exists()
+
+
+def test_a_count_of_tars_that_cannot_be_is_the_first_that_is_not_there(root: Path) -> None:
+    write_shards(root / "data/tars", [noise(number, number % 6) for number in range(20)], [0] * 20, [])
+    Path("data/tars/test/nshards.txt").write_text("999999999999")
+    reader = {"class_path": "datamodules.evaluation.WebDataset", "init_args": {"root": "tars"}}
+    write_suite(root, tars={"data": reader})
+    with pytest.raises(InputError, match="none of 1 sets is there"):
+        run_command(words())
+    assert "2.tar: no such file" in Path("out/report.html").read_text()
