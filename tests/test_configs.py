@@ -1,5 +1,7 @@
 """Every shipped configuration parses against the code it names, and says what it costs."""
 
+import importlib
+import inspect
 from pathlib import Path
 
 import pytest
@@ -7,11 +9,13 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_clip import load_model
+from lit_clip.evaluation.suite import read_suite
 from lit_clip.lightning_cli import CLI, run
 from lit_clip.registry import resolve_architecture
 from tests.conftest import ROOT, TINY_YAML, torchrun
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+SUITES = sorted((ROOT / "configs/evaluation").glob("*.yaml"))
 # Tables 18 to 20 of the paper: architecture, learning rate, beta2, epsilon, epochs.
 PAPER = {
     "pretrain_rn50": ("RN50", 5e-4, 0.999, 1e-8, 32),
@@ -39,7 +43,18 @@ def test_a_config_parses_and_its_classes_and_options_exist(path: Path, monkeypat
     assert not isinstance(architecture, str) or resolve_architecture(architecture)  # sizes have been checked by parsing
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
+def test_a_suite_parses_and_its_classes_take_their_arguments(path: Path) -> None:
+    for name, entry in read_suite(path).items():
+        module, _, kind = entry.data["class_path"].rpartition(".")
+        known = inspect.signature(getattr(importlib.import_module(module), kind)).parameters
+        for fold in entry.folds:
+            for split, more in entry.splits.items():
+                given = {**entry.data.get("init_args", {}), **more, **fold}
+                assert given.keys() <= known.keys(), f"{path.name}: {name} {split}"
+
+
+@pytest.mark.parametrize("path", [*CONFIGS, *SUITES], ids=lambda path: path.stem)
 def test_a_config_opens_with_its_command_cost_and_result(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     head = [line for line in lines if line.startswith("# ")]

@@ -51,8 +51,8 @@ def test_there_are_commands_for_every_task() -> None:
     assert len(commands()) >= 7
 
 
-# 80,000 prompts of ImageNet take minutes on two cores.
-SLOW = {command for command in commands() if "zero_shot_imagenet" in command}
+# 80,000 prompts of ImageNet take minutes on two cores, and so do probes on thousands of drawings.
+SLOW = {command for command in commands() if "zero_shot_imagenet" in command or "bundled" in command}
 
 
 @pytest.mark.parametrize(
