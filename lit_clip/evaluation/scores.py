@@ -66,7 +66,8 @@ def guessing(metric: Metric, targets: Targets) -> float | None:
     if metric in ("map11", "roc_auc", "mwap"):
         return evaluate_scores(metric, torch.zeros(len(targets), targets.classes), targets)[metric]
     _require_labels(targets, metric)
-    shares = (targets.labels.bincount(minlength=targets.classes) / len(targets)).sort(descending=True).values.double()
+    counts = targets.labels.bincount(minlength=targets.classes).double()
+    shares = (counts / len(targets)).sort(descending=True).values
     if metric == "mean_per_class":
         return 1 / int((shares > 0).sum())
     top1 = float(shares[0])
