@@ -31,6 +31,7 @@ from lit_clip.features import (
 )
 from lit_clip.images import MEND, Bad, Batch, ImageBatches, Item, OnError, find_images, in_batches, loader
 from lit_clip.model import CLIP
+from lit_clip.preemption import Signals
 from lit_clip.tokenizer import TextTokenizer
 
 SECONDS_BETWEEN_PARTS = 10  # of work that a killed run can lose
@@ -173,7 +174,7 @@ def make_trainer(callbacks: list[Callback], devices: int, accelerator: str, prec
         InputError: no such device.
     """
     try:
-        return Trainer(
+        trainer = Trainer(
             accelerator=accelerator,
             devices=devices,
             strategy="ddp" if devices != 1 else "auto",
@@ -187,6 +188,8 @@ def make_trainer(callbacks: list[Callback], devices: int, accelerator: str, prec
         )
     except (ValueError, TypeError, ImportError) as error:
         raise InputError(f"devices or accelerator: {error}") from error
+    trainer._signal_connector = Signals(trainer)  # Lightning's own would wait for the other ranks in the handler
+    return trainer
 
 
 class Encoder(LightningModule):

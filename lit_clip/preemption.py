@@ -22,7 +22,7 @@ from lit_clip.launcher import end_with_parent, is_launched
 from lit_clip.summary import resume_command
 
 
-class _Signals(_SignalConnector):
+class Signals(_SignalConnector):
     """Notes that a signal came, and does nothing else in the handler.
 
     Lightning's own handlers broadcast and save inside the handler, at a place where other ranks are not: ranks hang.
@@ -61,7 +61,7 @@ class _Signals(_SignalConnector):
             super().teardown()
 
 
-def _signals(trainer: Trainer) -> _Signals:
+def _signals(trainer: Trainer) -> Signals:
     connector: Any = trainer._signal_connector
     return connector
 
@@ -93,7 +93,7 @@ class Preemption(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # Lightning registers its handlers behind this and before any other hook, and there is no option for others.
-        trainer._signal_connector = _Signals(trainer)
+        trainer._signal_connector = Signals(trainer)
         savers = [keeper for keeper in trainer.checkpoint_callbacks if getattr(keeper, "save_on_exception", False)]
         require(
             not savers or trainer.world_size == 1,
@@ -144,7 +144,7 @@ class Preemption(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         signals: Any = trainer._signal_connector
-        if isinstance(exception, SIGTERMException) and isinstance(signals, _Signals) and signals.agreed:
+        if isinstance(exception, SIGTERMException) and isinstance(signals, Signals) and signals.agreed:
             outcome = self._save(trainer, signals)
             exception.code = 0 if is_launched() else 128 + signals.agreed
             if trainer.is_global_zero:
@@ -155,7 +155,7 @@ class Preemption(Callback):
         signals.agreed = collectives.maximum(signals.noted)
         return bool(signals.agreed)
 
-    def _save(self, trainer: Trainer, signals: _Signals) -> str:
+    def _save(self, trainer: Trainer, signals: Signals) -> str:
         """What was done, in words."""
         if signals.agreed == signals.requeue_signal:
             signals.requeue()

@@ -195,6 +195,29 @@ def test_interrupted_it_goes_on_where_it_was(root: Path) -> None:
     assert 0 <= again <= 4  # the batch that was being read
 
 
+def test_told_to_end_two_processes_do_and_go_on_later(root: Path) -> None:
+    """SIGTERM to the first, as schedulers send it: Lightning's own handler waits for the others in it, for ever."""
+    write_suite(root, slow={"data": {"class_path": "tests.test_evaluate_command.Slow", "init_args": {"root": "."}}})
+    command = [str(Path(sys.executable).parent / "lit-clip"), *words("--batch_size", "4", "--devices", "2")]
+    log = root / "data/read.log"
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(root)}
+    process = subprocess.Popen(command, cwd=root, stderr=subprocess.DEVNULL, env=environment)
+    limit = time.monotonic() + 60
+    while not (log.exists() and len(log.read_text().split()) >= 8) and time.monotonic() < limit:
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait(timeout=30) == -signal.SIGTERM
+    limit = time.monotonic() + 30
+    while (before := len(log.read_text().split())) and time.monotonic() < limit:  # the other one notices and ends
+        time.sleep(2)
+        if len(log.read_text().split()) == before:
+            break
+    assert before < 60
+    result = lit_clip_command(root, *words("--batch_size", "4"), environment=environment)
+    assert result.returncode == 0, result.stderr
+    assert set(map(int, log.read_text().split())) == set(range(60))
+
+
 def test_a_broken_picture_ends_its_set_with_its_name_or_is_counted(root: Path) -> None:
     Path("data/test/cat/2.png").write_bytes(b"no picture")
     suite = yaml.safe_load(Path("suite.yaml").read_text())["sets"]
