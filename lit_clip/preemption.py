@@ -224,15 +224,14 @@ def shield_worker(worker_id: int) -> None:
     SLURM, and whoever signals a process group, sends them to workers too; the loss of one is an error in the middle
     of a step, before anything could be saved.
     """
-    end_with_parent()
     if os.environ.get("PL_SEED_WORKERS") == "1":
         pl_worker_init_function(worker_id)  # Lightning sets it where there is no other
-    if not hasattr(signal, "pthread_sigmask"):
-        return
-    signals = {signal.SIGTERM, signal.SIGUSR1}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    if hasattr(signal, "sigwaitinfo"):
-        threading.Thread(target=_wait_for_signal, args=(signals, os.getppid()), daemon=True).start()
+    if hasattr(signal, "pthread_sigmask"):
+        signals = {signal.SIGTERM, signal.SIGUSR1}
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # before any thread starts: one that is open gets them
+        if hasattr(signal, "sigwaitinfo"):
+            threading.Thread(target=_wait_for_signal, args=(signals, os.getppid()), daemon=True).start()
+    end_with_parent()
 
 
 def _wait_for_signal(signals: set[signal.Signals], parent: int) -> None:

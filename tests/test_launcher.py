@@ -2,7 +2,9 @@
 
 import multiprocessing
 import os
+import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +84,34 @@ def test_a_process_that_nobody_launched_waits_for_none(monkeypatch: pytest.Monke
     start = time.monotonic()
     let_launcher_end(30)
     assert time.monotonic() - start < 1
+
+
+def read_on(path: str) -> None:
+    """Read a batch, tell who the worker is, and read the rest when told to."""
+    batches = iter(DataLoader(Captions(), num_workers=1, worker_init_fn=shield_worker, multiprocessing_context="fork"))
+    assert next(batches) == [LONG]
+    time.sleep(0.3)
+    (worker,) = psutil.Process().children()
+    Path(path).write_text(str(worker.pid))
+    wait_until(Path(path).with_name("go").exists)
+    assert sum(1 for _ in batches) == 99
+
+
+def wait_until(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_data_worker_that_a_stranger_signals_reads_on(tmp_path: Path) -> None:
+    """Whichever of its threads the signal reaches."""
+    path = tmp_path / "worker"
+    process = CONTEXT.Process(target=read_on, args=(str(path),))
+    process.start()
+    wait_until(lambda: path.exists() and path.read_text() != "")
+    for signum in (signal.SIGTERM, signal.SIGUSR1) * 3:
+        os.kill(int(path.read_text()), signum)
+    (tmp_path / "go").touch()
+    process.join(60)
+    assert process.exitcode == 0
