@@ -39,6 +39,10 @@ SECONDS_BETWEEN_PARTS = 10  # of work that a killed run can lose
 Precision = Literal["32-true", "16-mixed", "bf16-mixed"]
 
 
+class UnreadableError(InputError):
+    """Pictures that cannot be read, and may not be skipped; raised by the first rank when all have come to the end."""
+
+
 def embed(
     images: list[str],
     *,
@@ -135,7 +139,8 @@ def encode(
         On rank 0 those that could not be read; on other ranks, which have nothing to do any more, None.
 
     Raises:
-        InputError: a picture that cannot be read unless ``on_error`` is ``skip``, or impossible settings.
+        UnreadableError: a picture that cannot be read unless ``on_error`` is ``skip``.
+        InputError: impossible settings, or parts that cannot be written.
         KeyboardInterrupt: after the finished features have been kept.
     """
     finished = parts.finished()
@@ -163,7 +168,7 @@ def encode(
         return None
     if bad and on_error == "error":
         parts.end()
-        raise InputError(f"{min(bad).reason.removesuffix(MEND)}{MEND}, or set --on_error skip")
+        raise UnreadableError(f"{min(bad).reason.removesuffix(MEND)}{MEND}, or set --on_error skip")
     return sorted(bad)
 
 

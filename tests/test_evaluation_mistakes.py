@@ -10,9 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from datamodules import ImageFolderClasses
+from lit_clip import load_model
 from lit_clip.commands import run_command
 from lit_clip.errors import InputError
+from lit_clip.evaluation import store
+from lit_clip.evaluation.store import FeatureStore, Settings
 from lit_clip.evaluation.suite import read_suite
+from tests.conftest import lit_clip_command
 from tests.test_clip_benchmark import CLASSES, write_shards
 from tests.test_evaluate_command import FOLDER, evaluate, noise, root, words, write_suite
 
@@ -134,10 +139,7 @@ def cached() -> Path:
     [
         lambda: (cached() / "after.npy").unlink(),
         lambda: os.truncate(cached() / "before.npy", 500),
-        lambda: os.truncate(cached() / "after.npy", 0),
-        lambda: (cached() / "after.npy").write_bytes(b"x" * 5000),
         lambda: np.save(cached() / "after.npy", np.zeros((30, 5), np.float32)),
-        lambda: (cached() / "skipped.json").write_text("null"),
         lambda: [path.write_text("null") for path in Path("out/sets").iterdir()],
     ],
 )
@@ -147,6 +149,33 @@ def test_what_is_damaged_is_made_anew(root: Path, damage: Callable[[], Any]) -> 
     if json.loads(Path("out/sets/noise.json").read_text()):  # so that the features are asked for
         shutil.rmtree("out/sets")
     assert evaluate(*ZERO_SHOT)["sets"] == first
+
+
+def test_another_run_with_the_same_cache_may_be_quicker(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plain = load_model("last.ckpt"), store.encode
+    pictures = ImageFolderClasses("data/test")
+    ours, theirs = (FeatureStore(model, root / "cache", Settings(num_workers=0, accelerator="cpu")) for _ in range(2))
+
+    def overtaken(*arguments: Any, **options: Any) -> Any:
+        bad = plain(*arguments, **options)
+        monkeypatch.setattr(store, "encode", plain)
+        theirs.compute(pictures, "theirs")
+        return bad
+
+    monkeypatch.setattr(store, "encode", overtaken)
+    ours.compute(pictures, "ours")
+    assert len(ours.read(pictures).after) == 30
+    assert [path.name for path in (root / "cache").iterdir()] == [ours.path(pictures).name]
+
+
+def test_two_processes_of_which_one_cannot_write_do_not_wait_for_each_other(root: Path) -> None:
+    evaluate(*ZERO_SHOT)
+    kept = cached()
+    shutil.rmtree(kept)
+    kept.with_name(f".{kept.name}.parts").write_text("no folder")
+    result = lit_clip_command(root, *words(*ZERO_SHOT, "--devices", "2"), timeout=60)
+    assert result.returncode == 2
+    assert "files cannot be written here" in result.stderr
 
 
 def changed(results: Any, path: list[str], value: Any) -> Any:

@@ -309,8 +309,16 @@ def text_classifier(
         return found.classifier
     # In memory as a kept one is, or products with it would be rounded in another way the next time.
     classifier = ensemble(model, tokens, counts, batch_size, progress, ranks).contiguous()
+    error = None
     if path is not None:
-        _keep(path, classifier)
+        try:
+            _keep(path, classifier)
+        except InputError as raised:
+            error = raised
+    if cache is not None and ranks and collectives.maximum(int(error is not None)):  # on all of them, or on none
+        error = error or InputError("another process says why")
+    if error:
+        raise error
     return classifier
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lit_clip import collectives
-from lit_clip.embed import Encoder, Precision, encode, make_trainer
+from lit_clip.embed import Encoder, Precision, UnreadableError, encode, make_trainer
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import Pictures
 from lit_clip.features import Parts, fingerprint
@@ -168,39 +168,47 @@ class FeatureStore:
             return
         error = None
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._encode(pictures, path, title)
+            bad = self._encode(pictures, path, title)
+            if bad is not None and collectives.rank_and_world()[0] == 0:
+                self._keep(path, pictures, bad)
         except InputError as raised:
             error = raised
-        except OSError as raised:
-            error = InputError(f"{raised.filename or path.parent}: cannot be written ({raised.strerror or raised})")
         if collectives.maximum(int(error is not None)):  # and none goes on before the arrays are there
             raise error or InputError(f"{title}: another process says why")
 
-    def _encode(self, pictures: Pictures, path: Path, title: str) -> None:
+    def _parts(self, path: Path) -> Parts:
+        return Parts(path, f"{self.fingerprint} {self.settings.precision}")
+
+    def _encode(self, pictures: Pictures, path: Path, title: str) -> list[Bad] | None:
+        """Make parts of all that is not there yet; see :func:`lit_clip.embed.encode`.
+
+        Raises:
+            RuntimeError: from an error of this rank alone, while the others are in the middle of it.
+        """
         settings = self.settings
-        parts = Parts(path, f"{self.fingerprint} {settings.precision}")
-        bad = encode(
-            self.model,
-            [Item(str(row)) for row in range(len(pictures))],
-            parts,
-            {},
-            batch_size=1 if pictures.several else settings.batch_size,
-            num_workers=settings.num_workers,
-            on_error=settings.on_error,
-            devices=settings.devices,
-            accelerator=settings.accelerator,
-            precision=settings.precision,
-            encoder=partial(SetEncoder, pictures, settings.batch_size),
-            title=title,
-        )
-        if bad is not None and collectives.rank_and_world()[0] == 0:
-            skipped = sorted((int(item.key), pictures.key(int(item.key)), item.reason) for item in bad)
-            try:
-                self._keep(path, parts, len(pictures), skipped)
-            except OSError:
-                if not self._finished(path, len(pictures)):  # another run has not been quicker
-                    raise
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return encode(
+                self.model,
+                [Item(str(row)) for row in range(len(pictures))],
+                self._parts(path),
+                {},
+                batch_size=1 if pictures.several else settings.batch_size,
+                num_workers=settings.num_workers,
+                on_error=settings.on_error,
+                devices=settings.devices,
+                accelerator=settings.accelerator,
+                precision=settings.precision,
+                encoder=partial(SetEncoder, pictures, settings.batch_size),
+                title=title,
+            )
+        except UnreadableError:
+            raise
+        except (InputError, OSError) as error:
+            ours = error if isinstance(error, InputError) else _not_written(path.parent, error)
+            if collectives.rank_and_world()[1] > 1:  # to go on with the next set would be to wait for each other
+                raise RuntimeError("a process has to leave the others") from ours
+            raise ours from error
 
     def _finished(self, path: Path, size: int) -> bool:
         """Whether all is there, and whatever could not be read may stay out."""
@@ -222,8 +230,17 @@ class FeatureStore:
         whole = fits and after.shape[1] == self.model.config.embed_dim
         return SetFeatures(before, after, rows, list(skipped.values())) if whole else None
 
-    def _keep(self, path: Path, parts: Parts, size: int, skipped: list[tuple[int, str, str]]) -> None:
-        """Turn finished parts into arrays, which get their names when they are whole."""
+    def _keep(self, path: Path, pictures: Pictures, bad: Sequence[Bad]) -> None:
+        """Turn finished parts into arrays."""
+        skipped = sorted((int(item.key), pictures.key(int(item.key)), item.reason) for item in bad)
+        try:
+            self._join(path, self._parts(path), len(pictures), skipped)
+        except OSError as error:
+            if not self._finished(path, len(pictures)):  # another run has not been quicker
+                raise _not_written(path, error) from error
+
+    def _join(self, path: Path, parts: Parts, size: int, skipped: list[tuple[int, str, str]]) -> None:
+        """The arrays get their names when they are whole."""
         require(len(skipped) < size, f"none of {size} pictures could be read; {skipped[0][2] if skipped else ''}")
         rows = sorted(set(range(size)) - {row for row, _, _ in skipped})
         place = {row: number for number, row in enumerate(rows)}
@@ -239,12 +256,11 @@ class FeatureStore:
                 numbers = [place[int(key)] for key, _, _ in table.identities]
                 arrays[name][numbers] = values
                 filled[numbers] = True
-        whole = bool(filled.all())
-        if whole:
+        if bool(filled.all()) and not self._finished(path, size):
             for array in arrays.values():
                 array.flush()  # pyright: ignore[reportAttributeAccessIssue]  # a memmap, which open_memmap does not say
             (draft / "skipped.json").write_text(json.dumps(skipped), encoding="utf-8")
-            with suppress(OSError):  # another run was quicker
+            with suppress(OSError):  # of another run that was quicker
                 shutil.rmtree(path, ignore_errors=True)
                 path.unlink(missing_ok=True)
                 draft.rename(path)
@@ -266,3 +282,7 @@ class FeatureStore:
         if kept is None:
             raise InputError(f"{path}: features are gone; run the command again")
         return kept
+
+
+def _not_written(path: Path, error: OSError) -> InputError:
+    return InputError(f"{error.filename or path}: cannot be written ({error.strerror or error})")
