@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lit_clip import commands
 from lit_clip.errors import InputError
-from lit_clip.launcher import watch_launcher
+from lit_clip.launcher import let_launcher_end, watch_launcher
 from lit_clip.light_torchmetrics import defer_torchmetrics
 
 # LightningCLI's, which are imported when one of them is asked for.
@@ -27,6 +27,7 @@ CONFIGURED = {
 }
 USER_ERROR = 2  # argparse's exit code for a bad command line
 INTERRUPTED = 130  # what shells report of a program that Ctrl-C ended
+PATIENCE = 3.0  # seconds; the first rank may be waiting for this one, and learns from its end that it will not come
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # as gloo puts it
 # Of other libraries, those whose message is for the user: what has not been imported cannot have been raised.
 FOREIGN = {
@@ -149,6 +150,8 @@ def main() -> None:
             raise
         sys.stderr.write(f"lit-clip: error: {one_line(mendable)}\n")
         code = USER_ERROR
+    if code:
+        let_launcher_end(PATIENCE)
     if "torch" in sys.modules:
         from lit_clip import collectives
 

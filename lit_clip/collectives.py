@@ -12,10 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_clip.launcher import let_launcher_end
-
 LEAVE_WITHIN = 20.0  # seconds
-PATIENCE = 3.0  # seconds; the first rank may be waiting for this one, and learns from its end that it will not come
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -41,8 +38,6 @@ def leave(code: int = 0) -> None:
         at_last.start()
         if code == 0:  # after an error the others may be anywhere
             dist.destroy_process_group()
-        else:
-            let_launcher_end(PATIENCE)
         atexit._run_exitfuncs()  # what others wanted to happen still does
         sys.stdout.flush()
         sys.stderr.flush()

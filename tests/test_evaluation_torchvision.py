@@ -591,7 +591,8 @@ def test_the_suite_has_the_27_sets_of_table_9_with_their_metrics_and_prompts(sui
         assert (entry.class_names, entry.templates) == (prompts, prompts)
         assert entry.how_to_get
         assert {"train", "test"} <= set(entry.splits)
-        assert entry.tasks == ["zero_shot", "linear_probe", "few_shot"]
+        few = [] if name == "VOC2007" else ["few_shot"]  # of pictures with several classes it is not defined
+        assert entry.tasks == ["zero_shot", "linear_probe", *few]
     assert len(entries["STL10"].folds) == 10
     assert len(entries["UCF101"].folds) == 3
 
