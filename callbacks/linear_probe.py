@@ -7,10 +7,11 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from callbacks.periodic import Findings, PeriodicEvaluation, of_first_rank
-from callbacks.suite_sets import Encoded, Fold, Reader, chosen_entries, open_sets
+from callbacks.suite_sets import Encoded, Fold, Reader, check_folds, chosen_entries, named, open_sets
 from lit_clip.errors import require
 from lit_clip.evaluation.data import LabelledImages, Pictures
-from lit_clip.evaluation.probe import Split, fit_logistic, linear_probe
+from lit_clip.evaluation.logistic import LogisticProblem
+from lit_clip.evaluation.probe import Split, fit_logistic, held_out, linear_probe
 from lit_clip.evaluation.scores import evaluate_scores, guessing
 from lit_clip.evaluation.suite import Metric
 from lit_clip.evaluation.targets import Targets
@@ -66,14 +67,19 @@ class LinearProbe(PeriodicEvaluation):
         super().setup(trainer, pl_module, stage)
         if self._opened is None:
             self._opened = open_sets(self.entries, ["train", "val", "test"], self.data_root, "LinearProbe")
+            for name, folds in self._opened.items():
+                with named(name):
+                    check_folds(folds, self.entries[name].metric, _classes(folds[0]["test"]), self._reader.on_error)
+                    for fold in folds:
+                        _check_learnable(fold, self.l2)
 
     def evaluate(self, trainer: Trainer, module: LitCLIP) -> Findings:
         found = Findings()
         for name, folds in (self._opened or {}).items():
             metric = self.entries[name].metric
-            of_set = of_first_rank(
-                partial(_probe, folds, self._features(module, name, folds), metric, self.l2, module.device)
-            )
+            features = self._features(module, name, folds)
+            with named(name):
+                of_set = of_first_rank(partial(_probe, folds, features, metric, self.l2, module.device))
             found.metrics |= {f"linear_probe/{name}/{key}": value for key, value in of_set.metrics.items()}
             found.guesses |= {f"linear_probe/{name}/{key}": value for key, value in of_set.guesses.items()}
         return found
@@ -93,6 +99,17 @@ class LinearProbe(PeriodicEvaluation):
                     )
                 results[-1][split] = known[stamp]
         return results
+
+
+def _check_learnable(fold: Fold, l2: float | None) -> None:
+    """Raise :class:`InputError` for labels that no classifier can be learnt from."""
+    classes = _classes(fold["test"])
+    for split in fold:
+        known = Targets.of(fold[split], None, classes)
+        learnt = Split(torch.zeros(len(known), 1), known)
+        if split == "train":
+            learnt = held_out(learnt, 0)[0] if l2 is None and "val" not in fold else learnt
+            LogisticProblem(learnt.features, learnt.labels, known.classes)
 
 
 def _probe(

@@ -1,6 +1,7 @@
 """Evaluation sets in training: those of a suite that are there, and features of their pictures on all ranks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,9 @@ from torch.utils.data import DataLoader, Dataset
 from lit_clip import collectives
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import MissingData, Pictures, check_classes
-from lit_clip.evaluation.suite import SuiteEntry, Task, read_suite
+from lit_clip.evaluation.scores import evaluate_scores
+from lit_clip.evaluation.suite import Metric, SuiteEntry, Task, read_suite
+from lit_clip.evaluation.targets import Targets
 from lit_clip.images import MEND, OnError
 from lit_clip.module import LitCLIP
 from lit_clip.preemption import shield_worker
@@ -63,8 +66,6 @@ def open_folds(entry: SuiteEntry, splits: Sequence[str], data_root: Path) -> lis
     everywhere = collectives.gather_objects(missing)
     if everywhere:
         raise MissingData(everywhere[0])
-    for fold in folds:
-        check_classes({**fold, "the first fold": folds[0]["test"]})
     return folds
 
 
@@ -76,7 +77,47 @@ def open_sets(entries: dict[str, SuiteEntry], splits: Sequence[str], data_root: 
             opened[name] = open_folds(entry, splits, Path(data_root))
         except MissingData as error:
             rank_zero_warn(f"{who}: {name} is left out: {error}")
+            continue
+        with named(name):
+            for fold in opened[name]:
+                check_classes({**fold, "the first fold": opened[name][0]["test"]})
     return opened
+
+
+@contextmanager
+def named(name: str) -> Iterator[None]:
+    """Errors say which set they are about."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
+
+
+def check_folds(
+    folds: Sequence[Mapping[str, Pictures]], metric: Metric, classes: int | None, on_error: OnError
+) -> None:
+    """Raise :class:`InputError` for what would otherwise end a run after its first epoch, hours later.
+
+    Args:
+        folds: each with its test split.
+        metric: which must be defined on that.
+        classes: how many names are in use.
+        on_error: whether pictures that can be seen to be broken are an error.
+    """
+    for fold in folds:
+        for pictures in fold.values():
+            require(len(pictures) > 0, "the set is empty")
+            if on_error == "error":
+                _look_at(pictures)
+        known = Targets.of(fold["test"], None, classes)
+        evaluate_scores(metric, torch.zeros(()).expand(len(known), known.classes), known)
+
+
+def _look_at(pictures: Pictures) -> None:
+    try:
+        pictures.check()
+    except InputError as error:
+        raise InputError(f"{str(error).removesuffix(MEND)}{MEND}, or set on_error to skip") from error
 
 
 class _Item(NamedTuple):
@@ -124,7 +165,8 @@ class Reader:
     def __init__(self, batch_size: int, num_workers: int, on_error: OnError, who: str) -> None:
         require(batch_size >= 1, f"{who}.batch_size: {batch_size} must be at least 1")
         require(num_workers >= 0, f"{who}.num_workers: {num_workers} must be at least 0")
-        self.batch_size, self.num_workers, self.on_error, self.who = batch_size, num_workers, on_error, who
+        self.batch_size, self.num_workers, self.who = batch_size, num_workers, who
+        self.on_error: OnError = on_error
         self._told: set[str] = set()
 
     def encode(self, module: LitCLIP, pictures: Pictures, encode: Callable[[Tensor], Tensor], name: str) -> Encoded:

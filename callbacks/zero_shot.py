@@ -14,10 +14,10 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from callbacks.figures import Prediction, prediction_grid
 from callbacks.periodic import Findings, PeriodicEvaluation, of_first_rank
-from callbacks.suite_sets import Encoded, Reader, chosen_entries, open_sets
+from callbacks.suite_sets import Encoded, Reader, check_folds, chosen_entries, named, open_sets
 from callbacks.tensorboard import show
 from lit_clip import collectives
-from lit_clip.errors import InputError, require
+from lit_clip.errors import require
 from lit_clip.evaluation.data import LabelledImages
 from lit_clip.evaluation.prompts import Prompts, prompts_of, text_classifier, text_sha256
 from lit_clip.evaluation.scores import evaluate_scores, guessing
@@ -101,7 +101,9 @@ class ZeroShot(PeriodicEvaluation):
         if self._opened is None:
             self._opened = {name: _given(one) for name, one in self.sets.items()}
             for name, folds in open_sets(self.entries, ["test"], self.data_root, "ZeroShot").items():
-                self._opened[name] = _of_suite(name, self.entries[name], [fold["test"] for fold in folds])
+                with named(name):
+                    one = self._opened[name] = _of_suite(self.entries[name], [fold["test"] for fold in folds])
+                    check_folds(folds, one.metric, len(one.prompts.names), self._reader.on_error)
 
     def evaluate(self, trainer: Trainer, module: LitCLIP) -> Findings:
         log_dir = trainer.log_dir if trainer.loggers else None  # a broadcast: every rank must ask
@@ -113,7 +115,8 @@ class ZeroShot(PeriodicEvaluation):
             if name not in self._classifiers:
                 self._classifiers[name] = text_classifier(module.model, one.prompts).cpu()
             scores = self._scores(module, name, one)
-            of_set = of_first_rank(partial(_judge, one, scores))
+            with named(name):
+                of_set = of_first_rank(partial(_judge, one, scores))
             found.metrics |= {f"zero_shot/{name}/{metric}": value for metric, value in of_set.metrics.items()}
             found.guesses |= {f"zero_shot/{name}/{metric}": value for metric, value in of_set.guesses.items()}
             if self.examples and trainer.is_global_zero:
@@ -148,14 +151,11 @@ def _given(one: ZeroShotSet) -> _Set:
     return _Set([one.images], prompts_of(None, one.templates, one.images.class_names))
 
 
-def _of_suite(name: str, entry: SuiteEntry, folds: Sequence[object]) -> _Set:
+def _of_suite(entry: SuiteEntry, folds: Sequence[object]) -> _Set:
     labelled = [fold for fold in folds if isinstance(fold, LabelledImages)]
-    require(len(labelled) == len(folds), f"{name}: {type(folds[0]).__name__} has no classes, which zero-shot needs")
+    require(len(labelled) == len(folds), f"{type(folds[0]).__name__} has no classes, which zero-shot needs")
     templates = entry.templates or getattr(labelled[0], "templates", None)
-    try:
-        return _Set(labelled, prompts_of(entry.class_names, templates, labelled[0].class_names), entry.metric)
-    except InputError as error:
-        raise InputError(f"{name}: {error}") from error
+    return _Set(labelled, prompts_of(entry.class_names, templates, labelled[0].class_names), entry.metric)
 
 
 def _judge(one: _Set, folds: Sequence[Encoded]) -> Findings:

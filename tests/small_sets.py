@@ -23,8 +23,10 @@ SHADES = np.array([[9, 1, 1], [1, 9, 1], [1, 1, 9], [1, 9, 9], [9, 6, 6], [4, 4,
 class Shades(LabelledImages):
     """Noisy patches of 7 colours; with ``shift`` all are of the next colour, as another fold would have it."""
 
-    def __init__(self, root: str, split: str = "test", size: int = 40, broken: int = -1, shift: int = 0) -> None:
-        self.class_names, self.split, self.size, self.broken, self.shift = list(NAMES), split, size, broken, shift
+    def __init__(
+        self, root: str, split: str = "test", size: int = 40, broken: int = -1, shift: int = 0, names: int = 7
+    ) -> None:
+        self.class_names, self.split, self.size, self.broken, self.shift = NAMES[:names], split, size, broken, shift
 
     def __len__(self) -> int:
         return self.size

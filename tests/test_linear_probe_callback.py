@@ -94,3 +94,23 @@ def test_a_suite_without_training_splits_is_refused(folder: Path) -> None:
     suite = write_suite(folder, only_test=entry(splits={"test": {}}))
     with pytest.raises(InputError, match="no set has a split to train on"):
         LinearProbe(suite)
+
+
+@pytest.mark.parametrize(
+    ("splits", "metric", "message"),
+    [
+        ({"train": {"split": "train", "size": 1}, "test": {}}, "top1", "shades: .*one picture of each class"),
+        ({"train": {"split": "train", "size": 0}, "test": {}}, "top1", "shades: the set is empty"),
+        ({"train": {"split": "train"}, "test": {}}, "roc_auc", "shades: metric: roc_auc is of 2 classes"),
+        ({"train": {"split": "train"}, "test": {"names": 6}}, "top1", "shades: test and train have 6 and 7 classes"),
+    ],
+)
+def test_what_cannot_be_learnt_is_refused_before_the_first_step(
+    folder: Path, splits: dict[str, Any], metric: str, message: str
+) -> None:
+    write_suite(folder, shades=entry(splits=splits, metric=metric))
+    module = make_module()
+    trainer = make_trainer(folder, [probe(folder)], max_epochs=1, enable_checkpointing=False)
+    with pytest.raises(InputError, match=message):
+        trainer.fit(module, data_for(module, folder / "captions.csv"))
+    assert trainer.global_step == 0
