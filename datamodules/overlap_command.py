@@ -17,7 +17,7 @@ from rich.text import Text
 from datamodules.overlap_findings import By, SetFindings, findings_of
 from datamodules.overlap_page import percent, points, write_page
 from datamodules.overlap_search import Found, Queries, joined, search
-from datamodules.overlap_sets import given, open_sets, read_results, read_thresholds, recognised
+from datamodules.overlap_sets import check_prompts, given, open_sets, read_results, read_thresholds, recognised
 from datamodules.sources import PairSource, open_source
 from lit_clip import __version__, load_model
 from lit_clip.commands import stderr
@@ -84,6 +84,8 @@ def overlap(
     opened = open_sets(evaluation, suite or [], sets, Path(data_root), templates)
     thresholds = read_thresholds(threshold, list(opened))
     answers = read_results(Path(results), list(opened)) if results else None
+    if answers is None:
+        check_prompts(opened)
     require(bool(train), "--train: name a table, a folder or shards")
     columns = {"root": root, "image_column": image_column, "caption_column": caption_column, "split": split}
     source = open_source(train, **columns, on_error="skip")

@@ -185,7 +185,7 @@ class Queries:
     @classmethod
     def load(cls, path: Path) -> "Queries | None":
         """What :meth:`save` wrote; None if that is not there or not readable."""
-        found = _load(path)
+        found = _load(path, "bad", "features", "items", "bits", "colours", "plain")
         if found is None:
             return None
         said, arrays = found
@@ -283,7 +283,7 @@ class Found:
     @classmethod
     def load(cls, path: Path, device: torch.device) -> "Found | None":
         """What :meth:`save` wrote; None if that is not there or not readable."""
-        found = _load(path)
+        found = _load(path, "names", "look_names", "bad", "done", "reasons", "similarity", "row", "look_rows")
         if found is None:
             return None
         said, arrays = found
@@ -334,12 +334,14 @@ def _save(path: Path, said: dict[str, Any], **arrays: Any) -> None:
         np.savez(file, said=text, **arrays)
 
 
-def _load(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
+def _load(path: Path, *wanted: str) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
+    """What :func:`_save` wrote; None: not there, not readable, or something is wanting."""
     import zipfile
 
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-        return json.loads(arrays.pop("said").tobytes()), arrays
+        said = json.loads(arrays.pop("said").tobytes())
+        return (said, arrays) if said.keys() | arrays.keys() == set(wanted) else None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None

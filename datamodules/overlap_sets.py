@@ -16,7 +16,7 @@ from datamodules.overlap_search import Queries
 from lit_clip.commands import stderr
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import LabelledImages, MissingData, MultiLabel, Pictures
-from lit_clip.evaluation.prompts import prompts_of, text_classifier
+from lit_clip.evaluation.prompts import Prompts, prompts_of, text_classifier
 from lit_clip.evaluation.suite import SuiteEntry, read_suite
 from lit_clip.model import CLIP
 
@@ -65,6 +65,24 @@ def open_sets(
             stderr().print(f"left out: {name}: {error}", markup=False)
     require(bool(opened), f"--suite: none of its {len(entries)} sets is in {data_root}")
     return opened
+
+
+def check_prompts(opened: Mapping[str, EvaluationSet]) -> None:
+    """Raise :class:`InputError` for class names that do not fit, not only when all training data have been read."""
+    for name, each in opened.items():
+        try:
+            _prompts(each)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from error
+
+
+def _prompts(each: EvaluationSet) -> Prompts | None:
+    """Of its classes; None for sets without one class a picture."""
+    pictures = each.pictures
+    if not isinstance(pictures, LabelledImages) or isinstance(pictures, MultiLabel):
+        return None
+    templates = each.entry.templates or getattr(pictures, "templates", None)
+    return prompts_of(each.entry.class_names, templates, pictures.class_names)
 
 
 def read_thresholds(words: Sequence[str], names: Sequence[str]) -> dict[str, float]:
@@ -140,12 +158,10 @@ def given(pictures: Pictures, items_Q: np.ndarray, answers: Mapping[str, bool], 
 
 def recognised(model: CLIP, each: EvaluationSet, queries: Queries) -> Tensor | None:
     """Whether the model's first guess is right, bool ``[N]``; None for sets without one class a picture."""
-    pictures = each.pictures
-    if not isinstance(pictures, LabelledImages) or isinstance(pictures, MultiLabel):
+    pictures, prompts = each.pictures, _prompts(each)
+    if prompts is None or not isinstance(pictures, LabelledImages):
         return None
     items, counts = np.unique(queries.items, return_counts=True)
     features = torch.stack([part.mean(dim=0) for part in queries.features.split(counts.tolist())])
     labels = torch.tensor(pictures.labels())[torch.from_numpy(items)]
-    templates = each.entry.templates or getattr(pictures, "templates", None)
-    prompts = prompts_of(each.entry.class_names, templates, pictures.class_names)
     return (features @ text_classifier(model, prompts, None).cpu().float()).argmax(dim=1) == labels

@@ -283,6 +283,9 @@ def test_a_damaged_file_of_what_was_found_is_made_again(tmp_path: Path) -> None:
     assert Found.load(tmp_path / "found.npz", torch.device("cpu")) is None
     assert Queries.load(tmp_path / "found.npz") is None
     assert Queries.load(tmp_path / "nothing.npz") is None
+    np.savez(tmp_path / "other.npz", said=np.frombuffer(b'{"bad": []}', np.uint8), features=np.zeros((1, 2)))
+    assert Found.load(tmp_path / "other.npz", torch.device("cpu")) is None
+    assert Queries.load(tmp_path / "other.npz") is None
 
 
 def test_a_training_set_of_which_nothing_can_be_read_is_an_error(tiny_config: CLIPConfig, tmp_path: Path) -> None:
@@ -482,3 +485,17 @@ def test_what_cannot_be_is_said_before_anything_is_read(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=message):
         run_command(["overlap", "--train", "none.csv", "--model", "none.ckpt", *words])
+
+
+def test_class_names_that_do_not_fit_are_said_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "pets" / name / "1.png")
+    data = {"class_path": "datamodules.ImageFolderClasses", "init_args": {"root": "pets"}}
+    suite = {"sets": {"pets": {"data": data, "class_names": ["cat"]}}}
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="pets: class_names: 1 class names, the set has 2 classes"):
+        run_command(["overlap", "--suite", "suite.yaml", "--train", "none.csv", "--model", "none.ckpt"])
