@@ -41,6 +41,14 @@ DATA = f"{{data: {{class_path: {FOLDER}, init_args: {{root: test}}}}}}"
         (f"sets: {{a: {{data: {{class_path: {FOLDER}, init_args: [test]}}}}}}", "not a mapping of arguments"),
         (f"sets: {{a: {{data: {{class_path: {FOLDER}, root: test}}}}}}", "root is neither"),
         ("sets: {a: {data: {class_path: 5}}}", "class_path is not"),
+        (
+            f"sets: {{a: {{data: {{class_path: {FOLDER}}}, splits: {{train: {{}}, test: {{}}}}}}}}",
+            "would be learnt from",
+        ),
+        (
+            f"sets: {{a: {{data: {{class_path: {FOLDER}}}, splits: {{test: {{root: a}}}}, folds: [{{root: b}}]}}}}",
+            "folds: root of a fold would be put in the place",
+        ),
         (f"sets: {{a: {{data: {{class_path: {FOLDER}}}, class_names: [yes, maybe]}}}}", "True is not a text; put it"),
     ],
 )

@@ -65,6 +65,15 @@ class SuiteEntry:
         unknown = self.splits.keys() - {"train", "val", "test"}
         require(not unknown, f"splits: {', '.join(sorted(unknown))} is none of train, val, test")
         require(bool(self.folds), "folds: empty; leave it out for a set without folds")
+        twice = sorted(
+            {key for fold in self.folds for split in self.splits.values() for key in fold.keys() & split.keys()}
+        )
+        require(not twice, f"folds: {', '.join(twice)} of a fold would be put in the place of what splits say of it")
+        for name in self.splits.keys() - {"test"}:
+            same = self.splits[name] == self.splits["test"]
+            require(
+                not same, f"splits: {name} and test have the same arguments, so the test pictures would be learnt from"
+            )
         if self.tasks is None:
             self.tasks = self._possible()
         trained = {"linear_probe", "few_shot", "geolocation"} & set(self.tasks)
