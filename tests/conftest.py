@@ -40,6 +40,14 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _no_rank() -> Iterator[None]:
+    """A trainer with a launcher leaves its rank in the environment, and the next one would not start the others."""
+    yield
+    for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+
+
 @pytest.fixture
 def tiny_config() -> CLIPConfig:
     """A model of 3.3 million parameters, nearly all of them the token embedding."""
