@@ -10,7 +10,7 @@ from PIL import Image
 
 from datamodules.images import check_images, open_image
 from lit_clip.errors import InputError
-from lit_clip.evaluation.data import MissingData, stamp_of_files
+from lit_clip.evaluation.data import MissingData, numbered, stamp_of_files
 from lit_clip.images import SUFFIXES
 from lit_clip.zero_shot import LabelledImages, imagenet_class_names
 
@@ -148,8 +148,7 @@ class ParquetClasses(LabelledImages):
                 raise InputError(f"{file}: not a readable parquet file ({str(error).splitlines()[0]})") from error
         if not self._labels:
             raise InputError(f"{path}: no rows")
-        classes = [str(label) for label in range(max(self._labels) + 1)]
-        self.class_names = resolve_names(class_names, classes, path)
+        self.class_names = resolve_names(class_names, numbered(self._labels, path), path)
 
     def _index(self, file: Path, parquet: Any, label_column: str) -> None:
         import pyarrow as pa

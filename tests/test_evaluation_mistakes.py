@@ -145,7 +145,6 @@ def cached() -> Path:
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda: (cached() / "after.npy").unlink(),
         lambda: os.truncate(cached() / "before.npy", 500),
         lambda: np.save(cached() / "after.npy", np.zeros((30, 5), np.float32)),
         lambda: [path.write_text("null") for path in Path("out/sets").iterdir()],
@@ -215,3 +214,27 @@ def test_a_count_of_tars_that_cannot_be_is_the_first_that_is_not_there(root: Pat
     with pytest.raises(InputError, match="none of 1 sets is there"):
         run_command(words())
     assert "2.tar: no such file" in Path("out/report.html").read_text()
+
+
+def test_sets_that_a_task_is_not_for_are_left_out_and_no_failure(root: Path) -> None:
+    suite = {"class_path": FOLDER, "init_args": {"root": "test"}}
+    write_suite(root, noise={"data": suite}, of_another_kind={"data": suite, "tasks": ["retrieval"]})
+    assert list(evaluate(*ZERO_SHOT)["sets"]) == ["noise"]
+    with pytest.raises(InputError, match="--tasks bias: for none of the sets: noise, of_another_kind"):
+        run_command(words("--tasks", "bias"))
+
+
+def test_a_number_that_is_no_class_does_not_fill_the_memory(root: Path) -> None:
+    Path("data/labels.csv").write_text("image,label\ntest/ant/0.png,0\ntest/bee/0.png,1000000000000\n")
+    reader = {"class_path": "datamodules.evaluation.LabelledTable", "init_args": {"path": "labels.csv"}}
+    write_suite(root, table={"data": reader})
+    with pytest.raises(InputError, match=r"labels\.csv: a label is 1000000000000, which is hardly"):
+        run_command(words())
+
+
+def test_class_names_may_have_line_breaks_and_tags(root: Path) -> None:
+    names = ["<script>alert(1)</script>", "two\nlines", "x" * 300, "../x", "con", "日本語"]
+    suite = {"data": {"class_path": FOLDER, "init_args": {"root": "test"}}, "class_names": names}
+    write_suite(root, noise=suite)
+    assert evaluate()["sets"]["noise"]["status"] == "done"
+    assert "<script>alert" not in Path("out/report.html").read_text(encoding="utf-8")

@@ -9,7 +9,7 @@ from datamodules.bad_samples import BLANK
 from datamodules.classes import ClassNames, LabelledFiles
 from datamodules.table import RawRow, raw_rows
 from lit_clip.errors import InputError
-from lit_clip.evaluation.data import MissingData
+from lit_clip.evaluation.data import MissingData, numbered
 from lit_clip.zero_shot import imagenet_class_names
 
 LABEL_COLUMNS = ("label", "labels", "class", "target", "class_id", "class_name", "category")
@@ -95,7 +95,7 @@ def resolve_labels(
     numbers = [_number(label) for _, label in rows]
     if class_names is None:
         if all(number is not None for number in numbers):
-            class_names = [str(label) for label in range(1 + max(0, *(number or 0 for number in numbers)))]
+            class_names = numbered([number or 0 for number in numbers], str(path))
         else:
             class_names = sorted({str(label) for _, label in rows})
     place = {name: label for label, name in enumerate(class_names)}

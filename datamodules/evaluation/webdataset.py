@@ -21,7 +21,15 @@ from datamodules.evaluation.indexes import read_text
 from datamodules.images import open_image
 from datamodules.shard_index import DamagedError, split_name, tar_members
 from lit_clip.errors import InputError, require
-from lit_clip.evaluation.data import CaptionedImages, LabelledImages, MissingData, MultiLabel, Pictures, stamp_of_files
+from lit_clip.evaluation.data import (
+    CaptionedImages,
+    LabelledImages,
+    MissingData,
+    MultiLabel,
+    Pictures,
+    numbered,
+    stamp_of_files,
+)
 from lit_clip.images import SUFFIXES
 
 Kind = Literal["classification", "retrieval", "multilabel"]
@@ -184,7 +192,7 @@ class WebDataset(_Tars, LabelledImages):
     def __init__(self, root: str, split: str = "test") -> None:
         super().__init__(root, split)
         self._labels = [self._label(index) for index in range(len(self))]
-        self.class_names = self._lines("classnames.txt") or [str(label) for label in range(max(self._labels) + 1)]
+        self.class_names = self._lines("classnames.txt") or numbered(self._labels, str(self.root))
         for index, label in enumerate(self._labels):
             if label >= len(self.class_names):
                 where = f"classnames.txt has {len(self.class_names)} names"

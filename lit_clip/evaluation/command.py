@@ -85,8 +85,8 @@ def evaluate(
     """
     absent = [package for package in PACKAGES if find_spec(package) is None]
     require(not absent, f"{' and '.join(absent)} must be installed to evaluate: pip install {' '.join(absent)}")
-    entries = _chosen(read_suite(suite), sets)
     wanted = _tasks(tasks)
+    entries = _chosen(read_suite(suite), sets, wanted)
     require(draws >= 1, f"--draws {draws} must be at least 1")
     others = {path: read_results(Path(path)) for path in compare or []}
     clip, out = load_model(model), Path(output)
@@ -109,10 +109,16 @@ def evaluate(
     _complain(run.results.sets, data_root)
 
 
-def _chosen(entries: dict[str, SuiteEntry], names: Sequence[str] | None) -> dict[str, SuiteEntry]:
+def _chosen(
+    entries: dict[str, SuiteEntry], names: Sequence[str] | None, tasks: Sequence[Task]
+) -> dict[str, SuiteEntry]:
+    """Those that are meant, and for which one of the tasks is."""
     unknown = [name for name in names or [] if name not in entries]
     require(not unknown, f"--sets: no {', '.join(unknown)} in the suite; there are {', '.join(entries)}")
-    return {name: entry for name, entry in entries.items() if not names or name in names}
+    meant = {name: entry for name, entry in entries.items() if not names or name in names}
+    chosen = {name: entry for name, entry in meant.items() if set(tasks) & set(entry.tasks or ())}
+    require(bool(chosen), f"--tasks {' '.join(tasks)}: for none of the sets: {', '.join(meant)}")
+    return chosen
 
 
 def _tasks(names: Sequence[str] | None) -> tuple[Task, ...]:
@@ -201,7 +207,6 @@ class _Run:
         assert entry.tasks is not None
         asked = set(self.tasks)
         tasks: list[Task] = [task for task in entry.tasks if task in asked]
-        require(bool(tasks), f"none of the tasks asked for; it has {', '.join(entry.tasks)}")
         wanted = {split for task in tasks for split in needed_splits(task)}
         if "train" in wanted and "val" in entry.splits:
             wanted.add("val")

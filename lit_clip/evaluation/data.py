@@ -5,7 +5,7 @@ need; an adapter that has one inherits from that class too.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lit_clip.errors import InputError
+from lit_clip.errors import InputError, require
 
 BEGINNINGS, BEGINNING = 16, 2**16  # files, and bytes of each
 
@@ -102,6 +102,20 @@ class LabelledImages(Pictures, Dataset[tuple[Image.Image, int]]):
 
     def stamp(self) -> str:
         raise InputError(f"{type(self).__name__}: does not say what identifies its pictures, so features are not kept")
+
+
+def numbered(labels: Sequence[int], where: str) -> list[str]:
+    """The numbers from 0 to the highest label, as names of classes without any.
+
+    Raises:
+        InputError: that would be far more than there are pictures: a number that is no class.
+    """
+    classes = 1 + max(labels, default=0)
+    possible = classes <= max(10_000, 100 * len(labels))
+    require(
+        possible, f"{where}: a label is {classes - 1}, which is hardly a class's number; mend it or give class names"
+    )
+    return [str(label) for label in range(classes)]
 
 
 def check_classes(splits: Mapping[str, Pictures]) -> None:

@@ -20,7 +20,8 @@ class Prediction(NamedTuple):
 
 
 def fit(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
-    """The text, cut to ``width`` pixels with an ellipsis."""
+    """The text in one line, cut to ``width`` pixels with an ellipsis."""
+    text = " ".join(text.split())  # a line break is an error to one of Pillow's ways to lay out text
     if font.getlength(text) <= width:
         return text
     fitting = bisect_right(range(len(text)), width, key=lambda letters: font.getlength(text[:letters] + "…"))

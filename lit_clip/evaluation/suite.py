@@ -76,6 +76,7 @@ class SuiteEntry:
             )
         if self.tasks is None:
             self.tasks = self._possible()
+        require(bool(self.tasks), "tasks: empty; leave it out for what the splits allow")
         trained = {"linear_probe", "few_shot", "geolocation"} & set(self.tasks)
         require(not trained or "train" in self.splits, f"tasks: {', '.join(trained)} needs a split called train")
 
