@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from datamodules import ImageFolderClasses
 from lit_clip import load_model
@@ -238,3 +239,13 @@ def test_class_names_may_have_line_breaks_and_tags(root: Path) -> None:
     write_suite(root, noise=suite)
     assert evaluate()["sets"]["noise"]["status"] == "done"
     assert "<script>alert" not in Path("out/report.html").read_text(encoding="utf-8")
+
+
+def test_a_model_that_gives_no_numbers_is_said_to(root: Path) -> None:
+    saved = torch.load("last.ckpt", weights_only=True)
+    saved["state_dict"]["visual.proj"].fill_(torch.nan)
+    torch.save(saved, "last.ckpt")
+    found = evaluate(*ZERO_SHOT)["sets"]["noise"]
+    assert found["tasks"]["zero_shot"]["value"] == 0
+    assert found["reason"].startswith("features of 30 pictures are no numbers")
+    assert "no numbers" in Path("out/report.html").read_text(encoding="utf-8")

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -260,6 +261,11 @@ class _Run:
                 found = {"images": len(features.rows), "skipped": features.skipped, "absent": pictures.absent}
                 splits.setdefault(split, found)
         self.results.say(opened.name, splits=splits)
+        wrong = sum(int((~np.isfinite(fold.features["test"].after).all(axis=1)).sum()) for fold in opened.folds)
+        if wrong:
+            known = self.results.sets[opened.name]["reason"]
+            reason = f"features of {wrong} pictures are no numbers, and count as wrong; look at weights and precision"
+            self.results.say(opened.name, reason="; ".join(filter(None, (known, reason))))
 
     def _captions(self, opened: OpenSet) -> None:
         """Features of the captions, each distinct one once; on all ranks."""
