@@ -1,19 +1,18 @@
 """Numbers that tell whether training is healthy and fast."""
 
 import math
-import sys
-import time
 from collections import deque
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.fsdp import ShardingStrategy
 from torch.optim import Optimizer
 
+from callbacks.training_clock import TimedCallback, log_interval
 from lit_clip import collectives
 from lit_clip.batch import CaptionBatch
 from lit_clip.errors import require
@@ -57,18 +56,13 @@ def uninformed_loss(pairs: int, sigmoid: bool = False) -> float:
     return math.log(pairs) + others
 
 
-def _interval(trainer: Any) -> int:
-    return (
-        trainer.log_every_n_steps or sys.maxsize
-    )  # 0 is never; set by a connector, so the type checker does not know it
-
-
-class TrainingMonitor(Callback):
+class TrainingMonitor(TimedCallback):
     """Logs, every ``log_every_n_steps``, what a person wants beside the loss.
 
     ``train/learning_rate`` (of the head, where layers have rates of their own); ``train/image_gradient_norm`` and
     ``train/text_gradient_norm`` (before clipping, and without the factor of ``16-mixed``; not under FSDP's hybrid
-    sharding); ``train/samples_per_second`` over all ranks, validation not counted; ``train/samples_seen``.
+    sharding); ``train/samples_per_second`` over all ranks, in the time that training took (see
+    :class:`callbacks.training_clock.TimedCallback`); ``train/samples_seen``.
 
     Warns once if the model does not learn: if after warm-up the mean of the ``train/loss`` logged over ``stuck_steps``
     optimiser steps is still that of guessing (:func:`uninformed_loss`) or above.
@@ -85,7 +79,6 @@ class TrainingMonitor(Callback):
             f"TrainingMonitor.stuck_tolerance: {stuck_tolerance} must be at least 0 and below 1",
         )
         self.stuck_steps, self.stuck_tolerance = stuck_steps, stuck_tolerance
-        self._since = 0.0
         self._samples = 0
         self._samples_seen = 0
         self._losses: deque[tuple[int, float, float]] = deque()  # step, loss, what guessing would have
@@ -97,18 +90,13 @@ class TrainingMonitor(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._samples_seen = state_dict["samples_seen"]
 
-    def _restart(self) -> None:
-        self._since, self._samples = time.perf_counter(), 0
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._restart()
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._restart()
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._samples = 0
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if (trainer.global_step + 1) % _interval(trainer) == 0:
+        if (trainer.global_step + 1) % log_interval(trainer) == 0:
             kind = _sharding(trainer)
             if kind in (ShardingStrategy.NO_SHARD, ShardingStrategy.FULL_SHARD, ShardingStrategy.SHARD_GRAD_OP):
                 model = cast(LitCLIP, pl_module).model
@@ -122,12 +110,11 @@ class TrainingMonitor(Callback):
         samples = (len(batch.images) + len(batch.skipped)) * trainer.world_size  # as many on each rank
         self._samples += samples
         self._samples_seen += samples
-        if trainer.global_step % _interval(trainer) == 0:
-            rate = self._samples / (time.perf_counter() - self._since)
-            pl_module.log("train/samples_per_second", rate, prog_bar=True)
+        if trainer.global_step % log_interval(trainer) == 0:
+            pl_module.log("train/samples_per_second", self._samples / self.clock.lap().seconds, prog_bar=True)
             pl_module.log("train/samples_seen", float(self._samples_seen))
+            self._samples = 0
             self._look_for_a_stuck_loss(trainer, cast(LitCLIP, pl_module))
-            self._restart()
 
     def _look_for_a_stuck_loss(self, trainer: Trainer, module: LitCLIP) -> None:
         hparams: Any = module.hparams

@@ -1,0 +1,370 @@
+"""What the throughput callback says: time that training took, tokens that texts have, arithmetic that was asked for."""
+
+import csv
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.profilers import SimpleProfiler
+from torch import Tensor
+
+from callbacks import Throughput, TrainingMonitor, ZeroShot
+from callbacks.periodic import Findings
+from callbacks.throughput import Count, peak_memory, throughput
+from callbacks.training_clock import FETCH, TrainingClock
+from datamodules import Captions
+from lit_clip.batch import CaptionBatch
+from lit_clip.config import CLIPConfig, TextTransformerConfig
+from lit_clip.flops import PairFlops, matmul_peak, training_flops
+from lit_clip.layers import Freeze
+from lit_clip.model import CLIP
+from lit_clip.models import measure
+from lit_clip.module import LitCLIP
+from tests.small_sets import write_table
+from tests.test_module import data_for, trainer
+
+PEAK = 1e9
+SLEEP = 0.1
+
+
+@pytest.fixture(autouse=True)
+def _known_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("callbacks.throughput.matmul_peak", lambda device, dtype: PEAK)
+
+
+def fit(module: LitCLIP, data: Captions, folder: Path, *callbacks: Callback, **options: Any) -> Trainer:
+    settings = {"max_epochs": 1, "limit_val_batches": 0, "num_sanity_val_steps": 0, "log_every_n_steps": 1, **options}
+    ckpt_path = settings.pop("ckpt_path", None)
+    fitting = trainer(folder, logger=CSVLogger(folder), callbacks=list(callbacks), **settings)
+    fitting.fit(module, data, ckpt_path=ckpt_path)
+    return fitting
+
+
+def logged(folder: Path, name: str) -> list[float]:
+    (path,) = folder.rglob("metrics.csv")
+    with path.open() as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
+
+
+# The clock
+
+
+def test_the_clock_leaves_interruptions_out_and_knows_what_was_waited_for() -> None:
+    times: Iterator[float] = iter([10, 12, 15, 16, 19, 20, 26, 27, 30, 31, 31, 33, 34, 34])
+    clock = TrainingClock(lambda: float(next(times)))  # starts at 10, and waits
+    clock.got()  # 12: 2 s
+    clock.interrupt("validation")  # 15
+    clock.interrupt("checkpoint")  # stands still, so nobody asks for the time
+    clock.go_on("validation")  # 16: not yet
+    clock.wait()
+    clock.got()  # nothing
+    clock.go_on("checkpoint")  # 19
+    clock.wait()  # 20
+    clock.wait()  # a second time changes nothing
+    clock.got()  # 26: 6 s
+    assert clock.lap() == (5 + 8, 2 + 6)  # 27, and from 30 on
+    clock.wait()  # 31
+    assert clock.lap() == (1, 0)  # 31, and from 33 on
+    assert clock.lap() == (1, 1)  # 34: a wait goes over a lap
+
+
+# The arithmetic
+
+
+def test_a_towers_training_is_three_times_its_forward_pass(tiny_config: CLIPConfig) -> None:
+    config = replace(tiny_config, text=TextTransformerConfig(context_length=24, width=64, layers=3, heads=2))
+    size, flops = measure(config), training_flops(CLIP(config))
+    assert flops is not None
+    assert flops.total(0, 24, 24**2) + flops.text[0] == pytest.approx(3 * (size.text_flops or 0))
+    assert size.image_flops is not None
+    patches = 2 * 4 * (3 * 16 * 16) * 64  # the patch embedding: nobody asks for gradients of pixels
+    assert flops.image == pytest.approx(3 * size.image_flops - patches)
+
+
+def test_a_texts_arithmetic_is_that_of_its_length(tiny_config: CLIPConfig) -> None:
+    """By hand: of each token 24 W^2 a layer in weights and 4 n W in attention; the end is projected."""
+    config = replace(tiny_config, text=TextTransformerConfig(context_length=77, width=64, layers=20, heads=2))
+    flops = training_flops(CLIP(config))
+    assert flops is not None
+    for length in (1, 7, 40, 77):
+        by_hand = 3 * (20 * length * (24 * 64**2 + 4 * length * 64) + 2 * 64 * 16)
+        text = flops.total(1, length, length**2) - flops.image
+        assert 0.95 <= text / by_hand <= 1 + 1e-6  # the last of 20 layers need not compute more than the end
+
+
+def test_frozen_parts_have_no_backward_pass(tiny_config: CLIPConfig) -> None:
+    whole = training_flops(LitCLIP(tiny_config).model)
+    module = LitCLIP(tiny_config, freeze=Freeze(image=True))
+    frozen, size = training_flops(module.model), measure(tiny_config)
+    assert whole is not None
+    assert frozen is not None
+    assert frozen.image == size.image_flops
+    assert frozen.text == whole.text
+    module.model.visual.get_parameter("proj").requires_grad_(True)
+    projected = training_flops(module.model)
+    assert projected is not None
+    assert projected.image == (size.image_flops or 0) + 2 * 64 * 16  # of the projection the gradient of its weights
+
+
+def test_arithmetic_that_is_done_again_is_not_counted_and_counting_changes_nothing(tiny_config: CLIPConfig) -> None:
+    module = LitCLIP(tiny_config, gradient_checkpointing=True, micro_batch_size=2)
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    assert training_flops(module.model) == training_flops(LitCLIP(tiny_config).model)
+    assert all(part.training for part in module.modules())
+    assert all(parameter.grad is None for parameter in module.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
+def test_an_encoder_that_reads_the_whole_context_costs_it(tiny_config: CLIPConfig) -> None:
+    text = TextTransformerConfig(context_length=16, width=64, layers=1, heads=1, causal=False)
+    config = replace(tiny_config, text=text)
+    flops = training_flops(CLIP(config))
+    assert flops is not None
+    assert flops.text == (3 * (measure(config).text_flops or 0), 0, 0)
+
+
+def test_the_matrix_product_peak_leaves_the_runs_random_numbers_alone() -> None:
+    state = torch.get_rng_state()
+    since = time.perf_counter()
+    peak = matmul_peak(torch.device("cpu"), torch.float32, seconds=0.1)
+    took = time.perf_counter() - since
+    assert torch.equal(torch.get_rng_state(), state)
+    assert peak >= 2 * 2 * 512**3 / took  # at least two products of at least that size were made in that time
+
+
+# The metrics
+
+
+def test_metrics_are_sums_over_ranks_and_the_worst_of_each() -> None:
+    counts = [Count(10, 8, 50, 400, 2.0, 0.5, 2**30), Count(10, 10, 70, 600, 2.1, 1.05, 2**31)]
+    metrics = throughput(counts, 16, PairFlops(100.0, (10.0, 2.0, 1.0)), 1000.0)
+    assert metrics == {
+        "train/samples_per_second": 10.0,
+        "train/data_wait_share": 0.5,
+        "train/tokens_per_second": 60.0,
+        "train/padded_tokens_per_second": 18 * 16 / 2,
+        "train/peak_memory_gib": 2.0,
+        "train/mfu": (110 * 18 + 2 * 120 + 1000) / (2 * 1000.0 * 2),
+    }
+    assert "train/mfu" not in throughput(counts, 16, None, 1000.0)
+    assert "train/mfu" not in throughput(counts, 16, PairFlops(1, (1, 1, 1)), None)
+
+
+def lengths_of(table: Path, module: LitCLIP) -> list[int]:
+    with table.open(encoding="utf-8") as file:
+        counts = [module.tokenize.count(row["caption"]) for row in csv.DictReader(file)]
+    return [min(count, module.model.context_length) for count in counts]
+
+
+def test_tokens_and_arithmetic_are_those_of_the_captions(tiny_config: CLIPConfig, tmp_path: Path) -> None:
+    table = write_table(tmp_path)
+    module = LitCLIP(tiny_config, warmup_steps=0)
+    fit(module, data_for(module, table, batch_size=4), tmp_path, Throughput(), max_epochs=2, log_every_n_steps=2)
+    lengths = lengths_of(table, module)
+    samples, tokens, padded, mfu = (
+        logged(tmp_path, f"train/{name}")
+        for name in ("samples_per_second", "tokens_per_second", "padded_tokens_per_second", "mfu")
+    )
+    assert len(samples) == 2  # steps 2 and 4
+    flops = training_flops(module.model)
+    assert flops is not None
+    of_epoch = flops.total(8, sum(lengths), sum(length**2 for length in lengths))
+    for rate, with_padding, without, used in zip(samples, padded, tokens, mfu, strict=True):
+        assert without / rate == pytest.approx(sum(lengths) / 8)
+        assert with_padding / rate == pytest.approx(16)
+        assert used / rate == pytest.approx(of_epoch / 8 / PEAK)
+
+
+def test_lengths_that_are_known_are_not_asked_of_the_device(tiny_config: CLIPConfig) -> None:
+    class Batch(CaptionBatch):
+        lengths = (3, 5)
+
+    callback, model = Throughput(), LitCLIP(tiny_config).model
+    callback._add(Batch(torch.zeros(2, 3, 32, 32), torch.zeros(2, 16, device="meta"), ["a", "b"]), model)
+    assert (callback._tokens, callback._squares, callback._uncounted) == (8, 34, None)
+
+
+def test_skipped_samples_are_samples_without_tokens_and_arithmetic(tiny_config: CLIPConfig) -> None:
+    callback, model = Throughput(), LitCLIP(tiny_config).model
+    skipped = [("row 3", "broken"), ("row 4", "broken")]
+    tokens = model.tokenize(["a cat", "two cats"])
+    callback._add(CaptionBatch(torch.zeros(2, 3, 32, 32), tokens, ["a", "b"], skipped=skipped), model)
+    callback._add(CaptionBatch(torch.zeros(0, 3, 32, 32), tokens[:0], [], skipped=skipped * 2), model)
+    assert (callback._samples, callback._pairs) == (8, 2)
+    assert callback._uncounted is not None
+    assert callback._uncounted.tolist() == [8, 32]  # start, two words, end, each
+
+
+def test_peak_memory_is_of_this_process() -> None:
+    before = peak_memory(torch.device("cpu"))
+    held = torch.ones(2**25)  # 128 MiB, and written to
+    after = peak_memory(torch.device("cpu"))
+    assert after >= held.numel() * 4
+    del held
+    assert peak_memory(torch.device("cpu")) >= 0.99 * max(before, after)  # Linux counts it roughly
+
+
+# In a run
+
+
+class SlowData(Captions):
+    """Every batch takes its time."""
+
+    def train_dataloader(self) -> Any:
+        return Slow(super().train_dataloader())
+
+
+class Slow:
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.loader:
+            time.sleep(SLEEP)
+            yield batch
+
+
+def slow_data(module: LitCLIP, table: Path) -> SlowData:
+    names = str(table), str(table)
+    return SlowData(*names, batch_size=4, num_workers=0, preprocessing=module.preprocessing, tokenize=module.tokenize)
+
+
+def test_the_wait_for_data_is_that_of_the_loop(tiny_config: CLIPConfig, tmp_path: Path) -> None:
+    table, module = write_table(tmp_path), LitCLIP(tiny_config, warmup_steps=0)
+    fit(module, slow_data(module, table), tmp_path, Throughput(), max_epochs=2)
+    for rate, share in zip(
+        logged(tmp_path, "train/samples_per_second"), logged(tmp_path, "train/data_wait_share"), strict=True
+    ):
+        assert SLEEP <= share * 4 / rate <= 4 / rate  # seconds of a step
+
+
+class Sleeps(Callback):
+    """Takes its time in validation, in each checkpoint and between epochs."""
+
+    def __init__(self) -> None:
+        self.slept = 0.0
+
+    def sleep(self) -> None:
+        time.sleep(SLEEP)
+        self.slept += SLEEP
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.sleep()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.sleep()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.sleep()
+
+
+class SleepyZeroShot(ZeroShot):
+    """An evaluation between two steps."""
+
+    def evaluate(self, trainer: Trainer, module: LitCLIP) -> Findings:
+        time.sleep(SLEEP)
+        return Findings({"zero_shot/none/top1": 0.0})
+
+
+def test_validations_checkpoints_and_evaluations_are_not_counted(tiny_config: CLIPConfig, tmp_path: Path) -> None:
+    table, module = write_table(tmp_path), LitCLIP(tiny_config, warmup_steps=0)
+    sleeps, saving = Sleeps(), ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1)
+    between = SleepyZeroShot(every_n_steps=1)
+    options: dict[str, Any] = {"max_epochs": 2, "limit_val_batches": 1, "val_check_interval": 1}
+    since = time.perf_counter()
+    fit(module, data_for(module, table, batch_size=4), tmp_path, Throughput(), sleeps, between, saving, **options)
+    elapsed = time.perf_counter() - since
+    rates, shares = logged(tmp_path, "train/samples_per_second"), logged(tmp_path, "train/data_wait_share")
+    assert len(rates) == 4
+    assert sum(4 / rate for rate in rates) <= elapsed - sleeps.slept - 4 * SLEEP
+    assert sleeps.slept >= 9 * SLEEP
+    assert sum(share * 4 / rate for share, rate in zip(shares, rates, strict=True)) < SLEEP  # nor waited for
+
+
+@pytest.mark.parametrize("step", [1, 3])  # of two an epoch: the middle of the first and of the second
+def test_a_resumed_run_counts_its_own_time(step: int, tiny_config: CLIPConfig, tmp_path: Path) -> None:
+    table = write_table(tmp_path)
+    module = LitCLIP(tiny_config, warmup_steps=0)
+    monitors = [Throughput(), TrainingMonitor()]
+    saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    fit(module, data_for(module, table, batch_size=4), tmp_path / "first", *monitors, saving, max_epochs=2)
+    module, monitors = LitCLIP(tiny_config, warmup_steps=0), [Throughput(), TrainingMonitor()]
+    data, path = data_for(module, table, batch_size=4), tmp_path / f"step={step}.ckpt"
+    since = time.perf_counter()
+    fit(module, data, tmp_path / "second", *monitors, max_epochs=3, ckpt_path=path)
+    elapsed = time.perf_counter() - since
+    rates = logged(tmp_path / "second", "train/samples_per_second")
+    assert len(rates) == 6 - step
+    assert sum(4 / rate for rate in rates) <= elapsed
+
+
+def test_with_a_training_monitor_each_number_is_logged_once(tiny_config: CLIPConfig, tmp_path: Path) -> None:
+    table = write_table(tmp_path)
+    for number, callbacks in enumerate([[Throughput(), TrainingMonitor()], [TrainingMonitor(), Throughput()]]):
+        module = LitCLIP(tiny_config, warmup_steps=0)
+        folder = tmp_path / str(number)
+        fit(module, data_for(module, table, batch_size=4), folder, *callbacks, log_every_n_steps=2)
+        (rate,), (tokens,) = logged(folder, "train/samples_per_second"), logged(folder, "train/tokens_per_second")
+        mean = sum(lengths_of(table, module)) / 8
+        assert tokens / rate == pytest.approx(mean, rel=0.2)  # two clocks
+
+
+def test_the_users_profiler_hears_what_it_always_does_and_is_left_as_it_was(
+    tiny_config: CLIPConfig, tmp_path: Path
+) -> None:
+    table, profiler, module = write_table(tmp_path), SimpleProfiler(), LitCLIP(tiny_config, warmup_steps=0)
+    callbacks = [Throughput(), TrainingMonitor()]
+    fit(module, data_for(module, table, batch_size=4), tmp_path, *callbacks, profiler=profiler)
+    assert len(profiler.recorded_durations[FETCH]) == 2
+    assert {"start", "stop"}.isdisjoint(vars(profiler))
+
+
+class Fails(Callback):
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        raise RuntimeError("on purpose")
+
+
+def test_a_failed_run_leaves_the_profiler_as_it_was(tiny_config: CLIPConfig, tmp_path: Path) -> None:
+    table, profiler, module = write_table(tmp_path), SimpleProfiler(), LitCLIP(tiny_config, warmup_steps=0)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        fit(module, data_for(module, table, batch_size=4), tmp_path, Throughput(), Fails(), profiler=profiler)
+    assert {"start", "stop"}.isdisjoint(vars(profiler))
+
+
+def test_weights_and_losses_are_those_of_a_run_without_it(tiny_config: CLIPConfig, tmp_path: Path) -> None:
+    table, weights = write_table(tmp_path), list[dict[str, Tensor]]()
+    for callbacks in ([], [Throughput()]):
+        torch.manual_seed(0)
+        module = LitCLIP(tiny_config, warmup_steps=0)
+        fit(module, data_for(module, table, batch_size=4), tmp_path / str(len(callbacks)), *callbacks)
+        weights.append(module.state_dict())
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+def test_validate_alone_logs_nothing(tiny_config: CLIPConfig, tmp_path: Path) -> None:
+    table, module = write_table(tmp_path), LitCLIP(tiny_config)
+    validating = trainer(tmp_path, callbacks=[Throughput(), TrainingMonitor()])
+    validating.validate(module, data_for(module, table, batch_size=4), verbose=False)
+    assert not [name for name in validating.callback_metrics if name.startswith("train/")]
+
+
+def test_two_ranks_count_what_both_did(ranks: Callable[..., None], tiny_config: CLIPConfig, tmp_path: Path) -> None:
+    table, module = write_table(tmp_path), LitCLIP(tiny_config)
+    ranks("fit", 2, str(tmp_path / "metrics.json"), str(table), script="ranks_throughput.py")
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    rate = metrics["train/samples_per_second"]
+    assert metrics["train/tokens_per_second"] / rate == pytest.approx(sum(lengths_of(table, module)) / 8)
+    assert metrics["train/padded_tokens_per_second"] / rate == pytest.approx(16)
+    assert 0 <= metrics["train/data_wait_share"] <= 1
+    assert metrics["train/mfu"] > 0
