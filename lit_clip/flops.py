@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lit_clip.config import height_width
@@ -36,7 +37,10 @@ class PairFlops(NamedTuple):
 
 
 def training_flops(model: Any) -> PairFlops | None:
-    """Count the arithmetic of a :class:`lit_clip.CLIP` on torch's meta device, where nothing is computed.
+    """Count the arithmetic of a :class:`lit_clip.CLIP`.
+
+    On torch's meta device, where nothing is computed; an encoder from elsewhere may look at its inputs, which are not
+    there, and is run on one sample then.
 
     Matrix products, convolutions and attention are counted, each once: nothing is said of what is computed again to
     save memory. What is frozen has no gradients, and a tower without anything that learns has no backward pass. All
@@ -45,14 +49,14 @@ def training_flops(model: Any) -> PairFlops | None:
     Call it before a strategy cuts the weights in shards.
 
     Returns:
-        None where it cannot be counted: an encoder from elsewhere may look at its inputs, which are not there.
+        None where it cannot be counted either way.
     """
     height, width = height_width(model.preprocessing.image_size)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()  # in training, blocks may compute their activations again
     try:
         with torch.compiler.set_stance("force_eager"), torch.enable_grad():
-            image = _count(model.visual, torch.zeros(1, 3, height, width, device="meta"))
+            image = _count(model.visual, torch.zeros(1, 3, height, width))
             text = _text_flops(model.text_encoder, model.context_length)
     except Exception:  # whatever encoders from elsewhere raise
         return None
@@ -69,7 +73,7 @@ def _text_flops(encoder: nn.Module, context_length: int) -> tuple[float, float, 
     """
 
     def tokens(length: int) -> Tensor:
-        return torch.zeros(1, length, dtype=torch.long, device="meta")
+        return torch.full((1, length), 5)  # nobody's padding
 
     whole = _count(encoder, tokens(context_length))
     lengths = (context_length // 4, context_length // 2, context_length)
@@ -87,13 +91,19 @@ def _text_flops(encoder: nn.Module, context_length: int) -> tuple[float, float, 
 
 def _count(tower: nn.Module, inputs: Tensor) -> int:
     """Of the forward pass, and of the backward pass where gradients are enabled."""
+    try:
+        return _count_on(tower, inputs, torch.device("meta"))
+    except Exception:  # likewise
+        return _count_on(tower, inputs, next(tower.parameters()).device)
+
+
+def _count_on(tower: nn.Module, inputs: Tensor, device: torch.device) -> int:
     states = [*tower.named_parameters(), *tower.named_buffers()]
-    weights = {
-        name: state.detach().to("meta").requires_grad_(state.requires_grad and torch.is_grad_enabled())
-        for name, state in states
-    }
-    with FlopCounterMode(display=False) as counter:
-        features = functional_call(tower, weights, (inputs,), tie_weights=False)
+    learns = torch.is_grad_enabled()
+    weights = {name: state.detach().to(device).requires_grad_(learns and state.requires_grad) for name, state in states}
+    # Plain matrix products: the counter does not know a CPU's fused attention.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        features = functional_call(tower, weights, (inputs.to(device),), tie_weights=False)
         if features.requires_grad:
             features.sum().backward()
     return counter.get_total_flops()
