@@ -17,6 +17,8 @@ class CaptionBatch(NamedTuple):
         groups: pairs of one group say the same (a product, an event), empty strings for no group; a source may leave
             them out.
         skipped: where each sample was that had to be left out of this batch, and why; see ``on_error``.
+        lengths: tokens of each text, as its tokenizer counts them, so that nobody has to wait for the device that the
+            batch is on; a source may leave them out.
     """
 
     images: Tensor
@@ -25,6 +27,7 @@ class CaptionBatch(NamedTuple):
     captions: Sequence[str] = ()
     groups: Sequence[str] = ()
     skipped: Sequence[tuple[str, str]] = ()
+    lengths: Sequence[int] = ()
 
     def split(self, parts: int) -> "list[CaptionBatch]":
         """At most so many batches of nearly equal size, none of them empty, in order."""
@@ -35,7 +38,7 @@ class CaptionBatch(NamedTuple):
 
     def _rows(self, rows: slice) -> "CaptionBatch":
         texts = self.keys[rows], self.captions[rows], self.groups[rows]
-        return CaptionBatch(self.images[rows], self.tokens[rows], *texts)
+        return CaptionBatch(self.images[rows], self.tokens[rows], *texts, lengths=self.lengths[rows])
 
     def stretched(self, pairs: int) -> "CaptionBatch":
         """At least so many pairs: the last one is repeated."""
@@ -46,7 +49,8 @@ class CaptionBatch(NamedTuple):
         keys, captions, groups = (
             [*text, *[text[-1]] * more] if text else [] for text in (self.keys, self.captions, self.groups)
         )
-        return CaptionBatch(self.images[rows], self.tokens[rows], keys, captions, groups, self.skipped)
+        lengths = [*self.lengths, *[self.lengths[-1]] * more] if self.lengths else []
+        return CaptionBatch(self.images[rows], self.tokens[rows], keys, captions, groups, self.skipped, lengths)
 
 
 class LabelledBatch(NamedTuple):

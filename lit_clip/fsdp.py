@@ -54,6 +54,8 @@ class FSDP(FSDPStrategy):
         blocks = {id(block) for tower in TOWERS for block in tower_blocks(module.model, tower)}
         if module.hparams.micro_batch_size:  # FSDP cannot put a block together within a backward pass for a forward one
             blocks = set()
+        if hasattr(module.model.text_encoder, "in_groups"):
+            module.model.text_encoder.in_groups = False
         for tensor in [*module.parameters(), *module.buffers()]:  # FSDP would do that, but not on CPU
             tensor.data.copy_(self._of_rank_0(tensor.data))
         self._scalars = [parameter for parameter in module.parameters() if parameter.ndim == 0]

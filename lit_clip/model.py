@@ -135,16 +135,23 @@ class CLIP(TextTransformer):
         features = tower.features(images)
         return features, tower.project(features)
 
-    def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
+    def encode_text(self, tokens: Tensor, normalize: bool = False, lengths: Sequence[int] | None = None) -> Tensor:
         """int64 ``[B, L]``, ``L`` at most the context length -> ``[B, D]``, of unit length if ``normalize``.
 
-        Columns that no text needs change nothing: leave them out (``tokenizer.trim``) and save the time.
+        Padding changes nothing, and costs nothing where the texts' lengths are known: on a CPU always, on a device that
+        should not be waited for if ``lengths`` tells them (``tokenizer.lengths``). Otherwise leave columns that no text
+        needs out (``tokenizer.trim``).
         """
         if tokens.shape[1] > self.context_length:
             raise InputError(
                 f"texts have {tokens.shape[1]} tokens, the model reads {self.context_length}; tokenize for it"
             )
-        features = self.read_text(tokens) if self.config.papers_layout else self.text(tokens)
+        if self.config.papers_layout:
+            if self.config.text.tokenizer is not None:
+                lengths = None  # another tokenizer's may go on behind the id that the encoder takes for the end
+            features = self.read_text(tokens, lengths)
+        else:
+            features = self.text(tokens, lengths)
         return unit(features) if normalize else features
 
     @torch.no_grad()

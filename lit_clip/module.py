@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self, TypedDict, TypeVar
 
 import torch
@@ -195,13 +195,13 @@ class LitCLIP(LightningModule):
 
     def forward(self, batch: CaptionBatch) -> tuple[Tensor, Tensor]:
         """Unit features ``[B, D]`` of images and captions, float32."""
-        return self._encode_images(batch.images), self._encode_tokens(batch.tokens)
+        return self._encode_images(batch.images), self._encode_tokens(batch.tokens, batch.lengths)
 
     def _encode_images(self, images: Tensor) -> Tensor:
         return self.model.encode_image(self.model.normalize(images), normalize=True)
 
-    def _encode_tokens(self, tokens: Tensor) -> Tensor:
-        return self.model.encode_text(tokens, normalize=True)
+    def _encode_tokens(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
+        return self.model.encode_text(tokens, normalize=True, lengths=lengths)
 
     def train(self, mode: bool = True) -> Self:
         """As everywhere, but what is frozen stays in evaluation mode: statistics and dropout too."""
@@ -315,7 +315,8 @@ class LitCLIP(LightningModule):
             # Else all parts share one copy of the weights in half precision, and add up their gradients in it.
             torch.clear_autocast_cache()
             image_BD = checkpoint(self._encode_images, part.images, inside=self.model.visual)
-            features.append((image_BD, checkpoint(self._encode_tokens, part.tokens, inside=self.model.text_encoder)))
+            text_BD = checkpoint(self._encode_tokens, part.tokens, part.lengths, inside=self.model.text_encoder)
+            features.append((image_BD, text_BD))
         images, texts = zip(*features, strict=True)
         return torch.cat(images), torch.cat(texts)
 

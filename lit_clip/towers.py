@@ -6,7 +6,7 @@ Shapes: B batch, L tokens, W width, D embedding dimension.
 
 import json
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from lit_clip.config import HuggingFaceTextConfig, Preprocessing, TimmConfig, height_width
 from lit_clip.errors import InputError
 from lit_clip.files import read_tensors
-from lit_clip.transformer import check_images
+from lit_clip.packing import length_groups, to_device
+from lit_clip.transformer import check_images, is_traced
 
 
 def projection(width: int, embed_dim: int, kind: Literal["linear", "mlp", "none"], bias: bool, name: str) -> nn.Module:
@@ -267,6 +268,7 @@ class HuggingFaceTextEncoder(nn.Module):
         model: Any = _encoder(config)
         self.transformer = model
         self.pooling, self.pad_id = config.pooling, int(model.config.pad_token_id)
+        self.in_groups = True  # not where processes must call the blocks equally often
         longest = _positions(model)
         if longest is not None and config.context_length > longest:
             raise InputError(
@@ -279,8 +281,26 @@ class HuggingFaceTextEncoder(nn.Module):
             model.pooler = None  # weights that nothing would train
         self.proj = projection(int(model.config.hidden_size), embed_dim, config.projection, False, config.hugging_face)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """int64 ``[B, L]`` -> ``[B, D]``; padding changes nothing."""
+    def forward(self, tokens: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+        """int64 ``[B, L]`` -> ``[B, D]``; padding changes nothing.
+
+        Texts of like length are encoded together if that saves padding, where lengths are given or can be had without
+        waiting for a device.
+        """
+        if is_traced() or not len(tokens) or not (lengths or tokens.device.type == "cpu") or not self.in_groups:
+            return self._encode(tokens)
+        columns = torch.arange(1, tokens.shape[1] + 1)
+        lengths = lengths or ((tokens != self.pad_id) * columns).amax(dim=1).clamp(min=1).tolist()
+        groups = length_groups(lengths)
+        if len(groups) == 1:
+            return self._encode(tokens[:, : max(lengths)])
+        features = []
+        for group in groups:
+            longest = max(lengths[row] for row in group.tolist())
+            features.append(self._encode(tokens[:, :longest].index_select(0, to_device(group, tokens.device))))
+        return torch.cat(features).index_select(0, to_device(torch.cat(groups).argsort(), tokens.device))
+
+    def _encode(self, tokens: Tensor) -> Tensor:
         mask = (tokens != self.pad_id).long()  # [B, L]
         mask[:, 0] = 1  # of an empty text some tokenizers leave padding only
         out = self.transformer(input_ids=tokens, attention_mask=mask)

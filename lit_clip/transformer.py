@@ -4,7 +4,7 @@ Parameter names and shapes are those of OpenAI's code, so that published weights
 Shapes: B batch, L tokens, W width, H heads, D embedding dimension.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lit_clip.config import Activation, Size, TextTransformerConfig, VisionTransformerConfig, height_width
 from lit_clip.errors import InputError
+from lit_clip.packing import Layout, pack
 
 
 class QuickGELU(nn.Module):
@@ -33,12 +34,16 @@ class Attention(nn.MultiheadAttention):
     """Multi-head self-attention: PyTorch's parameters, names and initialisation, straight to the fused kernel."""
 
     # Self-attention has one input where PyTorch's signature has three.
-    def forward(self, x_BLW: Tensor, causal: bool) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        B, L, W = x_BLW.shape
-        qkv = F.linear(x_BLW, cast(Tensor, self.in_proj_weight), self.in_proj_bias)  # [B, L, 3W]
-        q, k, v = qkv.view(B, L, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)  # 3 x [B, H, L, W/H]
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-        return self.out_proj(out.transpose(1, 2).reshape(B, L, W))
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x_TW: Tensor, layout: Layout, read_B: Tensor | None = None
+    ) -> Tensor:
+        W, weight, bias = x_TW.shape[1], cast(Tensor, self.in_proj_weight), self.in_proj_bias
+        if read_B is None:
+            qkv = F.linear(x_TW, weight, bias)  # [T, 3W]
+            return self.out_proj(layout.attend(qkv, self.num_heads))
+        q = F.linear(x_TW.index_select(0, read_B), weight[:W], bias[:W])  # [B, W]
+        kv = F.linear(x_TW, weight[W:], bias[W:])  # [T, 2W]
+        return self.out_proj(layout.attend_from(q, kv, self.num_heads))
 
 
 class MLP(nn.Module):
@@ -55,7 +60,10 @@ class MLP(nn.Module):
 
 
 class ResidualAttentionBlock(nn.Module):
-    """``x + attention(ln_1(x))``, then ``x + mlp(ln_2(x))``."""
+    """``x + attention(ln_1(x))``, then ``x + mlp(ln_2(x))``.
+
+    Of tokens ``[T, W]``; if only those at ``read_B`` are looked at afterwards, of those: ``[B, W]``.
+    """
 
     def __init__(
         self, width: int, heads: int, activation: Activation, mlp_ratio: float = 4.0, layer_norm_eps: float = 1e-5
@@ -66,17 +74,14 @@ class ResidualAttentionBlock(nn.Module):
         self.mlp = MLP(width, activation, mlp_ratio)
         self.ln_2 = nn.LayerNorm(width, eps=layer_norm_eps)
 
-    def forward(self, x_BLW: Tensor, causal: bool) -> Tensor:
-        x_BLW = x_BLW + self.attn(self.ln_1(x_BLW), causal)
-        return x_BLW + self.mlp(self.ln_2(x_BLW))
+    def forward(self, x: Tensor, layout: Layout, read_B: Tensor | None = None) -> Tensor:
+        attended = self.attn(self.ln_1(x), layout, read_B)  # [T or B, W]
+        x = (x if read_B is None else x.index_select(0, read_B)) + attended
+        return x + self.mlp(self.ln_2(x))
 
 
 class Transformer(nn.Module):
-    """A stack of blocks.
-
-    Args:
-        causal: whether a token sees only itself and those before it (text) or all (images).
-    """
+    """A stack of blocks."""
 
     def __init__(
         self,
@@ -84,12 +89,10 @@ class Transformer(nn.Module):
         layers: int,
         heads: int,
         activation: Activation,
-        causal: bool,
         mlp_ratio: float = 4.0,
         layer_norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
-        self.causal = causal
         self.resblocks = nn.ModuleList(
             ResidualAttentionBlock(width, heads, activation, mlp_ratio, layer_norm_eps) for _ in range(layers)
         )
@@ -104,10 +107,14 @@ class Transformer(nn.Module):
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
             nn.init.normal_(block.mlp.c_proj.weight, std=residual_std)
 
-    def forward(self, x_BLW: Tensor) -> Tensor:
-        for block in self.resblocks:
-            x_BLW = block(x_BLW, self.causal)
-        return x_BLW
+    def forward(self, x_TW: Tensor, layout: Layout, read_B: Tensor | None = None) -> Tensor:
+        """Tokens ``[T, W]`` -> ``[T, W]``, or ``[B, W]`` of those at ``read_B``: the last block computes no others."""
+        *blocks, last = self.resblocks
+        for block in blocks:
+            x_TW = block(x_TW, layout)
+        if read_B is not None and x_TW.is_meta:  # where arithmetic is counted: as published tables count it
+            return last(x_TW, layout).index_select(0, read_B)
+        return last(x_TW, layout, read_B)
 
 
 def check_images(images: Tensor, image_size: Size) -> None:
@@ -136,7 +143,7 @@ class VisionTransformer(nn.Module):
         self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
         self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(patches + 1, width))
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, config.layers, config.heads, activation, False, config.mlp_ratio)
+        self.transformer = Transformer(width, config.layers, config.heads, activation, config.mlp_ratio)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(width**-0.5 * torch.randn(width, embed_dim))
 
@@ -146,8 +153,10 @@ class VisionTransformer(nn.Module):
         x = self.conv1(images).flatten(2).transpose(1, 2)  # [B, W, H/P, W/P] -> [B, L-1, W]
         class_token = self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)  # [B, 1, W]
         x = torch.cat([class_token, x], dim=1) + self.positional_embedding.to(x.dtype)  # [B, L, W]
-        x = self.transformer(self.ln_pre(x))
-        return self.ln_post(x[:, 0])  # [B, W]
+        B, L, W = x.shape
+        first = torch.arange(0, B * L, L, device=x.device)  # [B]: the class tokens
+        x = self.transformer(self.ln_pre(x).view(B * L, W), Layout(((B, L),), causal=False), first)  # [B, W]
+        return self.ln_post(x)
 
     def project(self, features: Tensor) -> Tensor:
         """``[B, W]`` -> ``[B, D]``."""
@@ -172,9 +181,8 @@ class TextTransformer(nn.Module):
     def add_text(self, config: TextTransformerConfig, embed_dim: int, activation: Activation) -> None:
         """Make the parts, initialised as OpenAI's code does."""
         width, eps = config.width, config.layer_norm_eps
-        self.transformer = Transformer(
-            width, config.layers, config.heads, activation, config.causal, config.mlp_ratio, eps
-        )
+        self.causal = config.causal
+        self.transformer = Transformer(width, config.layers, config.heads, activation, config.mlp_ratio, eps)
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.empty(config.context_length, width))
         self.ln_final = nn.LayerNorm(width, eps=eps)
@@ -190,23 +198,52 @@ class TextTransformer(nn.Module):
         nn.init.normal_(self.positional_embedding, std=0.01)
         self.transformer.init_like_gpt()
 
-    def read_text(self, tokens: Tensor) -> Tensor:
-        """int64 ``[B, L]`` -> ``[B, D]``; a causal text may be shorter than the context, another is padded to it."""
+    def read_text(self, tokens: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+        """int64 ``[B, L]`` -> ``[B, D]``; a causal text may be shorter than the context, another is padded to it.
+
+        Args:
+            tokens: ids.
+            lengths: of a causal encoder's texts, up to and with the end-of-text token, for tokens on a device that
+                should not be waited for. Without them texts there are computed with their padding.
+        """
         context, length = len(self.positional_embedding), tokens.shape[1]
-        if length > context or (length < context and not self.transformer.causal):
+        if length > context or (length < context and not self.causal):
             raise InputError(f"texts have {length} tokens, the model reads {context}; tokenize for it")
-        x = self.token_embedding(tokens) + self.positional_embedding[:length]  # [B, L, W]
-        x = self.transformer(x)
-        if self.transformer.causal:
-            end = tokens.argmax(dim=-1)  # [B]: the end-of-text token has the highest id
-            x = x[torch.arange(x.shape[0], device=x.device), end]  # [B, W]
+        if not self.causal:
+            B, L = tokens.shape
+            x = self._embed(tokens, self.positional_embedding)  # [B * L, W]
+            last = torch.arange(L - 1, B * L, L, device=x.device)
+            x = self.transformer(x, Layout(((B, L),), causal=False), last)  # [B, W]
+        elif not is_traced() and len(tokens) and (lengths or tokens.device.type == "cpu"):
+            packing = pack(lengths or text_lengths(tokens), tokens.device)
+            ids, positions = tokens[packing.rows, packing.columns], self.positional_embedding[packing.columns]
+            x = self.transformer(self._embed(ids, positions), packing.layout, packing.ends)  # [B, W]
+            x = x.index_select(0, packing.places)
         else:
-            x = x[:, -1]
+            B, L = tokens.shape
+            x = self._embed(tokens, self.positional_embedding[:length])  # [B * L, W]
+            end = torch.arange(0, B * L, L, device=x.device) + tokens.argmax(dim=-1)  # [B]
+            x = self.transformer(x, Layout(((B, L),), causal=True)).index_select(0, end)  # [B, W]
         x, project = self.ln_final(x), self.text_projection
         if project is None:
             return x
         return project(x) if isinstance(project, nn.Linear) else x @ project  # [B, D]
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Ids ``[...]`` and the embedding of their places ``[..., W]`` -> ``[T, W]``."""
+        return (self.token_embedding(tokens) + positions).flatten(0, -2)
+
+    def forward(self, tokens: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
         """See :meth:`read_text`."""
-        return self.read_text(tokens)
+        return self.read_text(tokens, lengths)
+
+
+def text_lengths(tokens: Tensor) -> list[int]:
+    """Tokens of each text of ``[B, L]`` up to and with its end, which has the highest id (the first of several)."""
+    return (tokens.argmax(dim=-1) + 1).tolist()
+
+
+def is_traced() -> bool:
+    """Whether a graph is being made, which must not depend on the lengths of this batch's texts."""
+    # torch documents the second, and types it as private.
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
