@@ -12,7 +12,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from datamodules.augmentation import Augmentation
 from datamodules.bad_samples import OnError, Skipped, SkippingDataset, split_skipped
@@ -97,7 +97,8 @@ class _Collate:
         if self.refuse_long:
             refuse_long(captions, [item.key for item in items], self.tokenize)
         tokens = self.tokenize(captions)  # [B, context length]
-        images, keys = torch.stack([item.image for item in items]), [item.key for item in items]
+        images = default_collate([item.image for item in items])  # in a worker in memory that it shares with the run
+        keys = [item.key for item in items]
         groups = [item.group for item in items] if any(item.group for item in items) else ()
         return CaptionBatch(images, self.tokenize.trim(tokens), keys, captions, groups, skipped)
 
@@ -308,7 +309,7 @@ class CaptionDataModule(LightningDataModule, ABC):
         if overfit:  # the same batch every time, augmented the same way
             batches.reshuffle = False
         transform = self.augmentation.transform(self.preprocessing)
-        least_size = self.augmentation.crop(self.preprocessing).least_size
+        least_size = self.augmentation.least_size(self.preprocessing)
         return self._loader(TrainingPairs(source, transform, self.seed, least_size), batch_sampler=batches)
 
     def val_dataloader(self) -> DataLoader[Any]:
