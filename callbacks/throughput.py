@@ -1,7 +1,5 @@
 """How fast training is, how near to what the device could do, and what holds it up."""
 
-import sys
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -12,7 +10,7 @@ from torch import Tensor
 
 from callbacks.monitor import TrainingMonitor
 from callbacks.training_clock import TimedCallback, log_interval
-from lit_clip import collectives
+from lit_clip import collectives, memory
 from lit_clip.batch import CaptionBatch
 from lit_clip.flops import PairFlops, matmul_peak, training_flops
 from lit_clip.model import CLIP
@@ -169,13 +167,4 @@ def _peak(trainer: Trainer) -> float | None:
 
 def peak_memory(device: torch.device) -> int:
     """The most bytes so far: of tensors on a CUDA device, elsewhere of this process in memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")  # getrusage has that of the parent before a fork too
-    if status.exists():
-        lines = status.read_text(encoding="ascii", errors="replace").splitlines()
-        return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)
-    import resource  # of Unix alone
-
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else 1024 * most
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else memory.peak_of_process()

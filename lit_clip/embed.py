@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lit_clip import __version__, collectives, load_model
+from lit_clip.batch_size import MOST, BatchSize, automatic_batch_size, image_batch_size
 from lit_clip.commands import progress, stderr
 from lit_clip.errors import InputError, require
 from lit_clip.features import (
@@ -49,7 +50,7 @@ def embed(
     model: str,
     output: str,
     texts: str | None = None,
-    batch_size: int = 64,
+    batch_size: BatchSize = 64,
     num_workers: int = 4,
     devices: int = 1,
     accelerator: str = "auto",
@@ -66,7 +67,8 @@ def embed(
         model: a checkpoint, or a name that lit_clip.load_model understands.
         output: features.parquet (columns key and feature) or features.npy (keys in features.keys.json).
         texts: instead of images a file with a text a line; a text is its own key.
-        batch_size: of one process.
+        batch_size: of one process; auto: the one at which the encoder is fastest and that fits in memory, found by
+            trying.
         num_workers: processes that decode pictures, of each process.
         devices: number of processes, one a device.
         accelerator: cpu, gpu, mps, ...
@@ -110,7 +112,7 @@ def encode(
     parts: Parts,
     known: Mapping[Identity, np.ndarray],
     *,
-    batch_size: int,
+    batch_size: BatchSize,
     num_workers: int,
     on_error: OnError = "error",
     devices: int = 1,
@@ -126,7 +128,7 @@ def encode(
         items: pictures or texts.
         parts: where finished features are and go.
         known: features that need no part.
-        batch_size: of one process.
+        batch_size: of one process; see :func:`embed`.
         num_workers: of each process.
         on_error: what an item that cannot be read does.
         devices: see :func:`embed`; likewise ``accelerator`` and ``precision``.
@@ -144,6 +146,10 @@ def encode(
         KeyboardInterrupt: after the finished features have been kept.
     """
     finished = parts.finished()
+    left = [item for item in items if item.identity not in finished and item.identity not in known]
+    if batch_size == "auto":
+        trainer = start_processes(devices, accelerator, precision)
+        batch_size = _fastest(model, left, trainer, num_workers) if left else 1
     batches = [
         [row for row in batch if items[row].identity not in finished and items[row].identity not in known]
         for batch in in_batches(range(len(items)), batch_size)
@@ -170,6 +176,34 @@ def encode(
         parts.end()
         raise UnreadableError(f"{min(bad).reason.removesuffix(MEND)}{MEND}, or set --on_error skip")
     return sorted(bad)
+
+
+def _fastest(model: CLIP, items: Sequence[Item], trainer: Trainer, num_workers: int) -> int:
+    """The batch size for these items, at which every process has some."""
+    if items[0].path is not None:
+        return image_batch_size(model, trainer, num_workers, len(items))
+    texts = [item.key for item in items[:MOST]]
+
+    def inputs(size: int) -> Tensor:
+        return model.tokenizer.trim(model.tokenizer(texts[:size]))
+
+    most = max(1, min(MOST, len(items) // trainer.world_size))
+    return automatic_batch_size(model, trainer, model.encode_text, inputs, most)
+
+
+def start_processes(devices: int, accelerator: str, precision: Precision) -> Trainer:
+    """Start the other processes, or join them, unless that has been done; the trainer knows this one's device.
+
+    Raises:
+        InputError: no such device.
+    """
+    trainer = make_trainer([], devices, accelerator, precision)
+    strategy = trainer.strategy
+    if strategy.launcher is not None and trainer.world_size > 1:
+        strategy.launcher.launch(strategy.setup_environment, trainer=trainer)
+    else:
+        strategy.setup_environment()
+    return trainer
 
 
 def make_trainer(callbacks: list[Callback], devices: int, accelerator: str, precision: Precision) -> Trainer:

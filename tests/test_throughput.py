@@ -34,7 +34,7 @@ from tests.small_sets import write_table
 from tests.test_module import data_for, trainer
 
 PEAK = 1e9
-SLEEP = 0.1
+SLEEP = 0.05
 
 
 @pytest.fixture(autouse=True)
@@ -325,20 +325,19 @@ def test_validations_checkpoints_and_evaluations_are_not_counted(tiny_config: CL
     assert waited < sleeps.slept / 2  # nor is it waiting for data
 
 
-@pytest.mark.parametrize("step", [1, 3])  # of two an epoch: the middle of the first and of the second
-def test_a_resumed_run_counts_its_own_time(step: int, tiny_config: CLIPConfig, tmp_path: Path) -> None:
+def test_a_run_that_goes_on_within_an_epoch_counts_its_own_time(tiny_config: CLIPConfig, tmp_path: Path) -> None:
     table = write_table(tmp_path)
     module = LitCLIP(tiny_config, warmup_steps=0)
     monitors = [Throughput(), TrainingMonitor()]
     saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
-    fit(module, data_for(module, table, batch_size=4), tmp_path / "first", *monitors, saving, max_epochs=2)
+    fit(module, data_for(module, table, batch_size=4), tmp_path / "first", *monitors, saving)
     module, monitors = LitCLIP(tiny_config, warmup_steps=0), [Throughput(), TrainingMonitor()]
-    data, path = data_for(module, table, batch_size=4), tmp_path / f"step={step}.ckpt"
+    data, path = data_for(module, table, batch_size=4), tmp_path / "step=1.ckpt"  # of two an epoch
     since = time.perf_counter()
-    fit(module, data, tmp_path / "second", *monitors, max_epochs=3, ckpt_path=path)
+    fit(module, data, tmp_path / "second", *monitors, max_epochs=2, ckpt_path=path)
     elapsed = time.perf_counter() - since
     rates = logged(tmp_path / "second", "train/samples_per_second")
-    assert len(rates) == 6 - step
+    assert len(rates) == 3
     assert sum(4 / rate for rate in rates) <= elapsed
 
 

@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lit_clip import collectives
-from lit_clip.embed import Encoder, Precision, UnreadableError, encode, make_trainer
+from lit_clip.batch_size import BatchSize, image_batch_size
+from lit_clip.embed import Encoder, Precision, UnreadableError, encode, start_processes
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import Pictures
 from lit_clip.features import Parts, fingerprint
@@ -52,7 +53,7 @@ class SetFeatures(NamedTuple):
 class Settings:
     """How features are computed; all but ``precision`` changes nothing but the time it takes."""
 
-    batch_size: int = 64
+    batch_size: BatchSize = 64
     num_workers: int = 4
     devices: int = 1
     accelerator: str = "auto"
@@ -137,13 +138,17 @@ class FeatureStore:
     def start(self) -> torch.device:
         """Start the other processes, or join them; return this one's device."""
         settings = self.settings
-        trainer = make_trainer([], settings.devices, settings.accelerator, settings.precision)
-        strategy = trainer.strategy
-        if strategy.launcher is not None and trainer.world_size > 1:
-            strategy.launcher.launch(strategy.setup_environment, trainer=trainer)
-        else:
-            strategy.setup_environment()
-        return strategy.root_device
+        return start_processes(settings.devices, settings.accelerator, settings.precision).strategy.root_device
+
+    def _batch_size(self) -> int:
+        """As asked for, or tried out once; all ranks must ask."""
+        settings = self.settings
+        if settings.batch_size != "auto":
+            return settings.batch_size
+        trainer = start_processes(settings.devices, settings.accelerator, settings.precision)
+        found = image_batch_size(self.model, trainer, settings.num_workers)
+        self.settings = replace(settings, batch_size=found)
+        return found
 
     def path(self, pictures: Pictures) -> Path:
         """The folder of a set's features: another one once the model, the pictures or the arithmetic are others."""
@@ -185,7 +190,7 @@ class FeatureStore:
         Raises:
             RuntimeError: from an error of this rank alone, while the others are in the middle of it.
         """
-        settings = self.settings
+        settings, batch_size = self.settings, self._batch_size()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             return encode(
@@ -193,13 +198,13 @@ class FeatureStore:
                 [Item(str(row)) for row in range(len(pictures))],
                 self._parts(path),
                 {},
-                batch_size=1 if pictures.several else settings.batch_size,
+                batch_size=1 if pictures.several else batch_size,
                 num_workers=settings.num_workers,
                 on_error=settings.on_error,
                 devices=settings.devices,
                 accelerator=settings.accelerator,
                 precision=settings.precision,
-                encoder=partial(SetEncoder, pictures, settings.batch_size),
+                encoder=partial(SetEncoder, pictures, batch_size),
                 title=title,
             )
         except UnreadableError:

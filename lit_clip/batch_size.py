@@ -1,0 +1,170 @@
+"""The batch size at which an encoder is fastest, found by trying."""
+
+import time
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from lit_clip import collectives, memory
+from lit_clip.commands import stderr
+from lit_clip.config import height_width
+from lit_clip.errors import InputError
+from lit_clip.model import CLIP
+
+BatchSize = int | Literal["auto"]
+
+FIRST, MOST = 8, 1024
+WORTH = 0.05  # more samples a second, for twice the memory
+LONG_BATCH = 1.0  # seconds: what a batch costs beside its samples no longer counts
+SPARED = 0.5  # of the memory that there is, for everything else
+TIMES = 3  # that a batch is timed
+
+
+class Choice(NamedTuple):
+    """A batch size, and what is in the way of a larger one."""
+
+    batch_size: int
+    reason: str
+
+
+def fastest_batch_size(seconds: Callable[[int], float], first: int = FIRST, most: int = MOST) -> Choice:
+    """Double the batch while that makes the encoder faster and memory permits.
+
+    Args:
+        seconds: how long a batch of so many takes; raises ``torch.OutOfMemoryError`` if it does not fit.
+        first: the size to begin with.
+        most: no size is larger.
+
+    Raises:
+        InputError: not even one fits.
+    """
+    size, took = _first_that_fits(seconds, min(first, most))
+    if size < min(first, most):
+        return Choice(size, f"memory is too small for {2 * size}")
+    while took < LONG_BATCH:
+        if 2 * size > most:
+            return Choice(size, f"{most} is the most")
+        try:
+            twice = seconds(2 * size)
+        except torch.OutOfMemoryError:
+            return Choice(size, f"memory is too small for {2 * size}")
+        faster = 2 * took / twice - 1
+        if faster < WORTH:
+            return Choice(size, f"{size / took:.0f} a second, {2 * size / twice:.0f} with {2 * size}")
+        size, took = 2 * size, twice
+    return Choice(size, f"it takes {took:.1f} seconds, {size / took:.0f} a second")
+
+
+def _first_that_fits(seconds: Callable[[int], float], size: int) -> tuple[int, float]:
+    while True:
+        try:
+            return size, seconds(size)
+        except torch.OutOfMemoryError as error:
+            if size == 1:
+                raise InputError("--batch_size auto: there is not memory enough for a single sample") from error
+            size //= 2
+
+
+class Trial:
+    """Runs an encoder on batches and says how long they take: ``seconds`` of :func:`fastest_batch_size`.
+
+    A device says itself when its memory is full. A CPU's system would swap, or end the process: there a batch is not
+    tried for which twice what half of it took, by the process's peak, is more than half of what is available.
+
+    Args:
+        encode: what is run, on a batch of inputs on its device.
+        inputs: makes a batch of so many, on the CPU.
+        device: where ``encode`` wants it.
+    """
+
+    def __init__(
+        self, encode: Callable[[Tensor], object], inputs: Callable[[int], Tensor], device: torch.device
+    ) -> None:
+        self.encode, self.inputs, self.device = encode, inputs, device
+        self._available = memory.available()
+        self._needed = 0  # of the last batch
+
+    def __call__(self, batch_size: int) -> float:
+        on_cpu = self.device.type == "cpu"
+        if on_cpu and 2 * self._needed > SPARED * self._available:
+            raise torch.OutOfMemoryError(f"a batch of {batch_size} would need {2 * self._needed:,} bytes")
+        now, before = memory.of_process(), memory.peak_of_process()
+        try:
+            batch = self.inputs(batch_size).to(self.device)
+            seconds = [self._seconds(batch) for _ in range(1 + TIMES)][1:]  # the first one warms up
+        finally:
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()  # of sizes that will not come again
+        peak = memory.peak_of_process()
+        self._needed = peak - now if peak > before else 0  # it has had as much before
+        return min(seconds)
+
+    def _seconds(self, batch: Tensor) -> float:
+        since = time.perf_counter()
+        self.encode(batch)
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+        return time.perf_counter() - since
+
+
+def image_batch_size(model: CLIP, trainer: Trainer, num_workers: int, images: int | None = None) -> int:
+    """At which the image encoder is fastest, see :func:`automatic_batch_size`.
+
+    Args:
+        model: the encoder.
+        trainer: likewise.
+        num_workers: of each process; each of them keeps two batches ready in the memory that it shares.
+        images: how many there are for all processes, whose workers should all have some of them; None: many.
+    """
+    height, width = height_width(model.preprocessing.image_size)
+    most, shared = MOST, memory.available_to_workers()
+    if num_workers and shared is not None:
+        most = min(most, int(SPARED * shared) // (num_workers * 2 * 3 * height * width * 4))
+    if images is not None:
+        most = min(most, images // (trainer.world_size * max(1, num_workers)))
+
+    def inputs(size: int) -> Tensor:
+        return torch.rand(size, 3, height, width, generator=torch.Generator().manual_seed(0))
+
+    return automatic_batch_size(model, trainer, model.encode_image, inputs, max(1, most))
+
+
+def automatic_batch_size(
+    model: CLIP,
+    trainer: Trainer,
+    encode: Callable[[Tensor], object],
+    inputs: Callable[[int], Tensor],
+    most: int = MOST,
+) -> int:
+    """What :func:`fastest_batch_size` finds on the first rank, on all ranks alike, and said on standard error.
+
+    Args:
+        model: is put on the device and back.
+        trainer: whose processes have been started; its device and precision are those of the encoder.
+        encode: of the model.
+        inputs: see :class:`Trial`.
+        most: see :func:`fastest_batch_size`; of all ranks that of the first counts.
+
+    Raises:
+        InputError: on all ranks, not even one sample fits.
+    """
+    found: list[Choice | str] = []
+    if collectives.rank_and_world()[0] == 0:
+        device, before = trainer.strategy.root_device, model.device
+        model.to(device).eval()
+        try:
+            with torch.inference_mode(), trainer.precision_plugin.forward_context():
+                found.append(fastest_batch_size(Trial(encode, inputs, device), most=most))
+        except InputError as error:
+            found.append(str(error))
+        finally:
+            model.to(before)
+        if isinstance(found[0], Choice):
+            stderr().print(f"--batch_size {found[0].batch_size}: {found[0].reason}", markup=False)
+    (choice,) = collectives.gather_objects(found)
+    if isinstance(choice, str):
+        raise InputError(choice)
+    return choice.batch_size
