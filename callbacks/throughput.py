@@ -91,7 +91,8 @@ class Throughput(TimedCallback):
       asks for. The loss, the optimiser and a teacher to distil are not counted. What a device could do is Lightning's
       table of GPUs for the run's precision (dense; float32 is TF32's if ``torch.set_float32_matmul_precision`` allows
       that); of a CPU, or a GPU that is not in it, the fastest matrix product found in half a second at the start on the
-      first rank's device, while the others wait: above 1 it was busy then. Not logged where either is unknown.
+      first rank's device, while the others wait: more than 1 means that it was busy then. Not logged where either is
+      unknown.
     - ``train/peak_memory_gib``: the most that a rank has had so far in this process: of CUDA's allocator, never reset;
       elsewhere of the process, without its data workers.
     - ``train/samples_per_second``, if no :class:`callbacks.TrainingMonitor` does.
@@ -115,7 +116,7 @@ class Throughput(TimedCallback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         first = collectives.rank_and_world()[0] == 0
-        (self._peak,) = collectives.gather_objects([_peak(trainer)] if first else [])
+        (self._peak,) = collectives.gather_objects([device_peak(trainer)] if first else [])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -156,8 +157,8 @@ class Throughput(TimedCallback):
         return count
 
 
-def _peak(trainer: Trainer) -> float | None:
-    """FLOP/s of this rank's device in the run's precision."""
+def device_peak(trainer: Trainer) -> float | None:
+    """FLOP/s of this rank's device in the run's precision: known, or measured; None: no precision of ours."""
     device, dtype = trainer.strategy.root_device, DTYPES.get(str(trainer.precision))
     if dtype is None:
         return None

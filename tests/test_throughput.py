@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from callbacks import Throughput, TrainingMonitor, ZeroShot
 from callbacks.periodic import Findings
-from callbacks.throughput import Count, peak_memory, throughput
+from callbacks.throughput import Count, device_peak, peak_memory, throughput
 from callbacks.training_clock import FETCH, TrainingClock
 from datamodules import Captions
 from lit_clip.batch import CaptionBatch
@@ -170,6 +171,24 @@ def test_the_matrix_product_peak_leaves_the_runs_random_numbers_alone() -> None:
     took = time.perf_counter() - since
     assert torch.equal(torch.get_rng_state(), state)
     assert peak >= 2 * 2 * 512**3 / took  # at least two products of at least that size were made in that time
+
+
+@pytest.mark.parametrize(
+    ("gpu", "precision", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16-mixed", 989.5e12),  # NVIDIA's data sheet: 1,979 with sparsity, half without
+        ("NVIDIA A100-SXM4-80GB", "16-mixed", 312e12),
+        ("a card of tomorrow", "bf16-mixed", PEAK),  # measured
+        ("NVIDIA H100 80GB HBM3", "transformer-engine", None),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:FLOPs not found")
+def test_a_gpus_peak_is_that_of_its_data_sheet(
+    gpu: str, precision: str, peak: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: gpu)
+    fake: Any = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cuda")), precision=precision)
+    assert device_peak(fake) == (None if peak is None else pytest.approx(peak, rel=1e-3))
 
 
 # The metrics
