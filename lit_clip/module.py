@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lit_clip import collectives
 from lit_clip.batch import CaptionBatch
 from lit_clip.checkpointing import StatisticsKept, checkpoint, checkpoint_blocks
+from lit_clip.compiling import compile_blocks
 from lit_clip.config import CLIPConfig, Preprocessing, Size
 from lit_clip.distill import Distill, Teacher
 from lit_clip.duplicates import pair_ids
@@ -44,6 +45,7 @@ from lit_clip.sources import EMA_WEIGHTS, checkpoint_tokenizer, saved_tokenizer
 from lit_clip.stability import NonFinite, NonFiniteSteps, check_master_weights
 from lit_clip.summary import print_parameter_groups
 from lit_clip.tokenizer import TextTokenizer
+from lit_clip.transformer import VisionTransformer
 from lit_clip.weights import check_architecture, check_weights, create_model, weights_sha256, whole_name
 
 PREFIX = "model."
@@ -88,7 +90,7 @@ class LitCLIP(LightningModule):
         non_finite: what all ranks do when a loss or a gradient is nan or infinite on any of them: stop, or skip that
             step; see :class:`lit_clip.stability.NonFiniteSteps`.
         gradient_checkpointing: keep what enters each block and compute the rest again in the backward pass: far less
-            memory for a third more arithmetic, and the same numbers.
+            memory for a third more arithmetic, and the same numbers. A fraction: for that share of each tower's blocks.
         micro_batch_size: pairs of this process that are encoded at a time, while the loss sees all pairs of all
             processes (GradCache, Gao et al. 2021). Their activations are computed again in the backward pass, so memory
             is that of one part; loss and gradients are those of the whole batch. BatchNorm alone sees the parts.
@@ -96,6 +98,11 @@ class LitCLIP(LightningModule):
             :func:`lit_clip.losses.contrastive_loss`.
         ring_loss: whether processes pass their texts' features on from one to the next (memory of two processes'
             pairs) instead of gathering those of all.
+        patch_dropout: the share of each picture's patches that a training step leaves out (FLIP, Li et al. 2023): as
+            much less work for the image tower, at a cost in accuracy (docs/performance.md). The paper's ViTs only;
+            timm's have ``options: {patch_drop_rate: ...}`` of their own.
+        compile: let ``torch.compile`` make the blocks of both towers faster, in place: names in checkpoints stay. The
+            first steps take minutes then, and texts are padded to a few lengths.
 
     Attributes:
         baselines: for a logged metric what guessing reaches, filled by whoever logs the metric.
@@ -120,10 +127,12 @@ class LitCLIP(LightningModule):
         lora: LoRA | None = None,
         distill: Distill | None = None,
         non_finite: NonFinite = "stop",
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: bool | float = False,
         micro_batch_size: int | None = None,
         duplicates: Duplicates = "negatives",
         ring_loss: bool = False,
+        patch_dropout: float = 0.0,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         freeze, lora, distill = _made(Freeze, freeze), _made(LoRA, lora), _made(Distill, distill)
@@ -133,6 +142,8 @@ class LitCLIP(LightningModule):
         check_settings(learning_rate, weight_decay, warmup_steps, betas, eps)
         if micro_batch_size is not None:
             require(micro_batch_size >= 1, f"model.micro_batch_size: {micro_batch_size} must be at least 1")
+        share = gradient_checkpointing
+        require(0 <= share <= 1, f"model.gradient_checkpointing: {share} is neither true, false nor between 0 and 1")
         self.model = create_model(architecture, pretrained, image_size, context_length)
         self.save_hyperparameters(  # plain values only: a checkpoint must load with weights_only=True
             {
@@ -151,6 +162,8 @@ class LitCLIP(LightningModule):
                 "micro_batch_size": micro_batch_size,
                 "duplicates": duplicates,
                 "ring_loss": ring_loss,
+                "patch_dropout": patch_dropout,
+                "compile": compile,
                 # What a LoRA belongs to, and what was made of it; any other checkpoint has it all.
                 "pretrained": base_name(whole_name(architecture, pretrained)) if lora and pretrained else None,
                 "image_size": image_size if lora else None,
@@ -160,8 +173,10 @@ class LitCLIP(LightningModule):
         self.starts_trained = pretrained is not None
         self.base_sha256 = ""
         self._choose_what_learns(freeze or Freeze(), lora)
-        if gradient_checkpointing:
-            checkpoint_blocks([block for tower in TOWERS for block in tower_blocks(self.model, tower)])
+        self._drop_patches(patch_dropout)
+        for tower in TOWERS if gradient_checkpointing else ():
+            blocks = tower_blocks(self.model, tower)
+            checkpoint_blocks(blocks[: math.ceil(gradient_checkpointing * len(blocks))])
         self._distill, self._teacher = distill, None
         self._groups: list[dict[str, Any]] | None = None
         self._finite = NonFiniteSteps(non_finite)
@@ -180,6 +195,15 @@ class LitCLIP(LightningModule):
             add_lora(self.model, lora)
         self._frozen_modules = frozen_modules(self.model)
         self.train()
+
+    def _drop_patches(self, share: float) -> None:
+        if not share:
+            return
+        require(0 <= share < 1, f"model.patch_dropout: {share} must be at least 0 and below 1")
+        tower = self.model.visual
+        if not isinstance(tower, VisionTransformer):
+            raise InputError(f"model.patch_dropout: {type(tower).__name__} has no patches to leave out; leave it at 0")
+        tower.patch_dropout = share
 
     # What the data modules are told, so that nothing has to be written twice in a YAML file.
 
@@ -222,6 +246,9 @@ class LitCLIP(LightningModule):
             self._groups = None
             self._groups = self._parameter_groups()
             self._print_plan()
+        hparams: Any = self.hparams
+        if hparams.compile:
+            compile_blocks(self.model)
 
     def _print_plan(self) -> None:
         """Here and not when training starts: a strategy may have cut the weights in shards by then."""

@@ -53,7 +53,7 @@ class RunPlan:
         nodes: machines.
         batch: pairs a step on each process.
         micro_batch: pairs that are encoded at a time, as asked for.
-        checkpointed: whether blocks compute their activations again.
+        checkpointed: the share of the blocks that compute their activations again.
         steps_per_epoch: of training.
         trial: whether it is a ``fast_dev_run``, in which nothing need agree.
         steps: of the whole run.
@@ -79,7 +79,7 @@ class RunPlan:
     nodes: int
     batch: int | None
     micro_batch: int | None
-    checkpointed: bool
+    checkpointed: float
     steps_per_epoch: int | None
     steps: int | None
     pairs: int | None
@@ -110,7 +110,7 @@ class RunPlan:
         return math.ceil(self.batch / self.micro_batch) if self.batch and self.micro_batch else 1
 
     @property
-    def passes(self) -> int:
+    def passes(self) -> float:
         """What a step of a tower that learns costs, in forward passes: 1, 2 for the gradients, and what is repeated.
 
         A block that is checkpointed within a micro-batch is computed three times.
@@ -125,7 +125,7 @@ class RunPlan:
         return self.image.forward + self.text.forward
 
     @property
-    def training_flops(self) -> int | None:
+    def training_flops(self) -> float | None:
         """Of one pair; a frozen tower has its forward pass alone, and a frozen part of a tower is not told apart."""
         towers = [(work.forward, self.passes if work.learns else 1) for work in (self.image, self.text)]
         if any(forward is None for forward, _ in towers):
@@ -183,7 +183,7 @@ def measure_run(module: Any, trainer: Trainer) -> RunPlan:
         nodes=trainer.num_nodes,
         batch=getattr(data, "train_batch_size", None),
         micro_batch=hparams.micro_batch_size,
-        checkpointed=hparams.gradient_checkpointing,
+        checkpointed=float(hparams.gradient_checkpointing),
         steps_per_epoch=per_epoch,
         trial=bool(getattr(trainer, "fast_dev_run", False)),
         steps=None if per_epoch is None else total_steps(trainer),
@@ -231,7 +231,7 @@ def plan_rows(plan: RunPlan) -> list[tuple[str, str]]:
     rows = [("parameters", f"{plan.trained:,} learn, {plan.frozen:,} are frozen")]
     forward, training = plan.forward_flops, plan.training_flops
     if forward is not None and training is not None:
-        work = f"{_short(forward)} forward, {_short(training)} of training ({plan.passes} x); texts of full length"
+        work = f"{_short(forward)} forward, {_short(training)} of training ({plan.passes:g} x); texts of full length"
         rows.append(("FLOPs a pair", work))
     rows.append(("weights, gradients, AdamW", f"{_bytes(plan.state_bytes)} on each process that has them whole"))
     if plan.loss_bytes is not None:

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_clip.config import HuggingFaceTextConfig, Preprocessing, TimmConfig, height_width
 from lit_clip.errors import InputError
 from lit_clip.files import read_tensors
 from lit_clip.packing import length_groups, to_device
-from lit_clip.transformer import check_images, is_traced
+from lit_clip.transformer import check_images, is_traced, rounded
 
 
 def projection(width: int, embed_dim: int, kind: Literal["linear", "mlp", "none"], bias: bool, name: str) -> nn.Module:
@@ -261,14 +262,21 @@ def _positions(model: Any) -> int | None:
 
 
 class HuggingFaceTextEncoder(nn.Module):
-    """A text encoder of transformers (``transformer``), pooling without padding, and a projection (``proj``)."""
+    """A text encoder of transformers (``transformer``), pooling without padding, and a projection (``proj``).
+
+    Attributes:
+        in_groups: whether texts of like length are encoded together.
+        few_lengths: whether batches are padded to one of a few lengths instead.
+    """
 
     def __init__(self, config: HuggingFaceTextConfig, embed_dim: int) -> None:
         super().__init__()
         model: Any = _encoder(config)
         self.transformer = model
         self.pooling, self.pad_id = config.pooling, int(model.config.pad_token_id)
-        self.in_groups = True  # not where processes must call the blocks equally often
+        self.in_groups = True  # False processes must call the blocks equally often
+        self.few_lengths = False
+        self.context_length = config.context_length
         longest = _positions(model)
         if longest is not None and config.context_length > longest:
             raise InputError(
@@ -287,7 +295,12 @@ class HuggingFaceTextEncoder(nn.Module):
         Texts of like length are encoded together if that saves padding, where lengths are given or can be had without
         waiting for a device.
         """
-        if is_traced() or not len(tokens) or not (lengths or tokens.device.type == "cpu") or not self.in_groups:
+        if is_traced() or not len(tokens):
+            return self._encode(tokens)
+        if self.few_lengths:
+            columns = rounded(tokens.shape[1], self.context_length) - tokens.shape[1]
+            return self._encode(F.pad(tokens, (0, columns), value=self.pad_id))
+        if not self.in_groups or not (lengths or tokens.device.type == "cpu"):
             return self._encode(tokens)
         columns = torch.arange(1, tokens.shape[1] + 1)
         lengths = lengths or ((tokens != self.pad_id) * columns).amax(dim=1).clamp(min=1).tolist()

@@ -131,12 +131,17 @@ class VisionTransformer(nn.Module):
 
     Initialised as OpenAI's code does: class token, positions and projection normal with std width^-0.5, the blocks
     and the patch embedding with PyTorch's defaults.
+
+    Attributes:
+        patch_dropout: the share of each picture's patches, drawn anew each time, that training leaves out (FLIP, Li et
+            al. 2023).
     """
 
     def __init__(self, config: VisionTransformerConfig, embed_dim: int, activation: Activation) -> None:
         super().__init__()
         width, (height, length) = config.width, height_width(config.image_size)
         self.image_size = config.image_size
+        self.patch_dropout = 0.0
         self.grid = (height // config.patch_size, length // config.patch_size)
         patches = self.grid[0] * self.grid[1]
         self.conv1 = nn.Conv2d(3, width, config.patch_size, stride=config.patch_size, bias=False)
@@ -153,10 +158,19 @@ class VisionTransformer(nn.Module):
         x = self.conv1(images).flatten(2).transpose(1, 2)  # [B, W, H/P, W/P] -> [B, L-1, W]
         class_token = self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)  # [B, 1, W]
         x = torch.cat([class_token, x], dim=1) + self.positional_embedding.to(x.dtype)  # [B, L, W]
+        if self.training and self.patch_dropout:
+            x = self._some(x)
         B, L, W = x.shape
         first = torch.arange(0, B * L, L, device=x.device)  # [B]: the class tokens
         x = self.transformer(self.ln_pre(x).view(B * L, W), Layout(((B, L),), causal=False), first)  # [B, W]
         return self.ln_post(x)
+
+    def _some(self, x: Tensor) -> Tensor:
+        """Each picture's class token and some of its patches: ``[B, L, W]`` -> ``[B, l, W]``."""
+        patches = x.shape[1] - 1
+        kept = max(1, round((1 - self.patch_dropout) * patches))
+        rows = torch.rand(len(x), patches, device=x.device).topk(kept, dim=1, sorted=False).indices + 1  # [B, l-1]
+        return torch.cat([x[:, :1], x.gather(1, rows[:, :, None].expand(-1, -1, x.shape[2]))], dim=1)
 
     def project(self, features: Tensor) -> Tensor:
         """``[B, W]`` -> ``[B, D]``."""
@@ -172,6 +186,10 @@ class TextTransformer(nn.Module):
 
     OpenAI's CLIP has these parts beside its image encoder, without a module of their own: :class:`lit_clip.CLIP`
     then is one of these itself, and calls :meth:`add_text` and :meth:`read_text`.
+
+    Attributes:
+        causal: whether a token sees only itself and those before it.
+        few_lengths: whether batches are padded to one of a few lengths, and not packed: each has a compiled graph.
     """
 
     def __init__(self, config: TextTransformerConfig, embed_dim: int, activation: Activation) -> None:
@@ -181,7 +199,7 @@ class TextTransformer(nn.Module):
     def add_text(self, config: TextTransformerConfig, embed_dim: int, activation: Activation) -> None:
         """Make the parts, initialised as OpenAI's code does."""
         width, eps = config.width, config.layer_norm_eps
-        self.causal = config.causal
+        self.causal, self.few_lengths = config.causal, False
         self.transformer = Transformer(width, config.layers, config.heads, activation, config.mlp_ratio, eps)
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.empty(config.context_length, width))
@@ -209,25 +227,33 @@ class TextTransformer(nn.Module):
         context, length = len(self.positional_embedding), tokens.shape[1]
         if length > context or (length < context and not self.causal):
             raise InputError(f"texts have {length} tokens, the model reads {context}; tokenize for it")
+        if self.few_lengths and self.causal and not is_traced():
+            tokens = F.pad(tokens, (0, rounded(length, context) - length))
         if not self.causal:
             B, L = tokens.shape
             x = self._embed(tokens, self.positional_embedding)  # [B * L, W]
             last = torch.arange(L - 1, B * L, L, device=x.device)
             x = self.transformer(x, Layout(((B, L),), causal=False), last)  # [B, W]
-        elif not is_traced() and len(tokens) and (lengths or tokens.device.type == "cpu"):
+        elif self._may_pack(tokens, lengths):
             packing = pack(lengths or text_lengths(tokens), tokens.device)
             ids, positions = tokens[packing.rows, packing.columns], self.positional_embedding[packing.columns]
             x = self.transformer(self._embed(ids, positions), packing.layout, packing.ends)  # [B, W]
             x = x.index_select(0, packing.places)
         else:
             B, L = tokens.shape
-            x = self._embed(tokens, self.positional_embedding[:length])  # [B * L, W]
+            x = self._embed(tokens, self.positional_embedding[:L])  # [B * L, W]
             end = torch.arange(0, B * L, L, device=x.device) + tokens.argmax(dim=-1)  # [B]
             x = self.transformer(x, Layout(((B, L),), causal=True)).index_select(0, end)  # [B, W]
         x, project = self.ln_final(x), self.text_projection
         if project is None:
             return x
         return project(x) if isinstance(project, nn.Linear) else x @ project  # [B, D]
+
+    def _may_pack(self, tokens: Tensor, lengths: Sequence[int] | None) -> bool:
+        """Whether the lengths are known, and may decide what is computed."""
+        if self.few_lengths or is_traced():
+            return False
+        return len(tokens) > 0 and (bool(lengths) or tokens.device.type == "cpu")
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Ids ``[...]`` and the embedding of their places ``[..., W]`` -> ``[T, W]``."""
@@ -241,6 +267,11 @@ class TextTransformer(nn.Module):
 def text_lengths(tokens: Tensor) -> list[int]:
     """Tokens of each text of ``[B, L]`` up to and with its end, which has the highest id (the first of several)."""
     return (tokens.argmax(dim=-1) + 1).tolist()
+
+
+def rounded(length: int, context_length: int, step: int = 16) -> int:
+    """The next multiple of a step, at most the context length."""
+    return min(-(-length // step) * step, context_length)
 
 
 def is_traced() -> bool:

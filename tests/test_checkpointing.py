@@ -5,6 +5,7 @@ import io
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from lit_clip.checkpointing import checkpoint, checkpoint_blocks
 from lit_clip.config import CLIPConfig, ResNetConfig, TextTransformerConfig, TimmConfig, height_width
+from lit_clip.errors import InputError
 from lit_clip.layers import TOWERS, Freeze, UnlockLast, tower_blocks
 from lit_clip.module import LitCLIP
 from tests.ranks import CONFIG, make_batch
@@ -94,7 +96,7 @@ def test_frozen_blocks_and_those_that_learn_side_by_side() -> None:
 
 def block_calls(config: CLIPConfig, **options: Any) -> dict[str, float]:
     """How often the blocks of each tower begin in one training step, on average."""
-    module = LitCLIP(config, gradient_checkpointing=True, **options).double()
+    module = LitCLIP(config, **{"gradient_checkpointing": True, **options}).double()
     begun: list[str] = []
     blocks = {tower: tower_blocks(module.model, tower) for tower in TOWERS}
     for tower in TOWERS:
@@ -103,6 +105,18 @@ def block_calls(config: CLIPConfig, **options: Any) -> dict[str, float]:
             first.register_forward_hook(lambda *_, tower=tower: begun.append(tower))
     step_loss(module).backward()
     return {tower: begun.count(tower) / len(blocks[tower]) for tower in TOWERS}
+
+
+@pytest.mark.parametrize(("share", "times"), [(0.0, 1), (0.5, 1.5), (0.25, 1.25), (1.0, 2)])
+def test_a_share_of_the_blocks_runs_twice(share: float, times: float) -> None:
+    deep = replace(CONFIG, image=replace(CONFIG.image, layers=4), text=replace(CONFIG.text, layers=4))  # type: ignore
+    assert block_calls(deep, gradient_checkpointing=share) == {"image": times, "text": times}
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5])
+def test_a_share_of_the_blocks_is_one(share: float) -> None:
+    with pytest.raises(InputError, match=r"model\.gradient_checkpointing: .* between 0 and 1"):
+        LitCLIP(CONFIG, gradient_checkpointing=share)
 
 
 @pytest.mark.parametrize("name", TIMM)

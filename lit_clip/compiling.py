@@ -1,0 +1,22 @@
+"""``torch.compile`` in place: names in the state dict stay, and a graph serves all batches."""
+
+from typing import Any
+
+from lit_clip.layers import TOWERS, tower_blocks
+
+
+def compile_blocks(model: Any, backend: str = "inductor") -> None:
+    """Compile each block of a :class:`lit_clip.CLIP`'s towers; what was compiled stays as it is.
+
+    By the block and not by the tower: equal blocks share their graphs, and what lies between them may look at a batch.
+    A text then is padded to one of a few lengths, for each of which there is a graph.
+
+    Args:
+        model: whose blocks.
+        backend: of ``torch.compile``.
+    """
+    model.text_encoder.few_lengths = True
+    for tower in TOWERS:
+        for block in tower_blocks(model, tower):
+            if block._compiled_call_impl is None:
+                block.compile(backend=backend)
