@@ -6,12 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import set_parsing_settings
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_clip.checkpoint_io import WholeCheckpointIO, newest_checkpoint
@@ -91,6 +94,8 @@ class CLI(LightningCLI):
         settings.plugins = plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in settings.plugins):
             settings.plugins.append(WholeCheckpointIO())
+        if self.subcommand == "fit" and settings.precision is None:
+            self._choose_precision(settings)
         has_bar = any(isinstance(callback, ProgressBar) for callback in settings.callbacks)
         if settings.enable_progress_bar is not False and not has_bar:
             self.trainer_defaults["callbacks"] = [RichProgressBar()]
@@ -98,6 +103,15 @@ class CLI(LightningCLI):
             return super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError) as error:
             raise InputError(f"trainer: {error}") from error
+
+    def _choose_precision(self, settings: Any) -> None:
+        """What training computes in where nobody says; evaluation is exact."""
+        if any(isinstance(plugin, Precision) for plugin in settings.plugins):
+            return
+        if computes_in_bfloat16(settings.accelerator):
+            # In both: one makes the trainer, the other is saved with the run.
+            settings.precision = self._get(self.config, "trainer").precision = "bf16-mixed"
+            rank_zero_info("trainer.precision: bf16-mixed, which this machine has; 32-true computes in float32")
 
     def before_fit(self) -> None:
         """Every metric at step 0; a resumed run has those of its checkpoint."""
@@ -135,6 +149,21 @@ class CLI(LightningCLI):
     def _summarise(self, before: Mapping[str, float]) -> None:
         if self.trainer.is_global_zero:
             print_summary(self.trainer.callback_metrics, self.model.baselines, before)
+
+
+def computes_in_bfloat16(accelerator: object) -> bool:
+    """Whether there are instructions for bfloat16 where ``trainer.accelerator`` will compute.
+
+    Where there are none it is emulated, and slower than float32.
+    """
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if accelerator != "cpu" and (accelerator != "auto" or torch.backends.mps.is_available()):
+        return False
+    known = (
+        torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    )  # newer than our oldest torch
+    return any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "sve_bf16"))
 
 
 def _options(words: Sequence[str], *names: str) -> list[str]:

@@ -11,11 +11,12 @@ import torch
 import yaml
 from PIL import Image
 
+from lit_clip import lightning_cli
 from lit_clip.cli import CONFIGURED, help_text, main, one_line, user_error
 from lit_clip.commands import COMMANDS
 from lit_clip.embed import embed
 from lit_clip.errors import InputError
-from lit_clip.lightning_cli import CLI, run
+from lit_clip.lightning_cli import CLI, computes_in_bfloat16, run
 from tests.conftest import TINY_YAML, lit_clip_command
 
 Completed = subprocess.CompletedProcess[str]
@@ -333,3 +334,39 @@ def test_a_run_that_gets_worse_leaves_the_last_epoch_and_the_best(
     assert dry.returncode == 0, dry.stderr
     assert {path.name for path in tmp_path.rglob("*.ckpt")} == {"last.ckpt", "best.ckpt"}
     assert len(list(tmp_path.rglob("*.ckpt"))) == 2  # a dry run leaves nothing
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "accelerator", "expected"),
+    [
+        ({"avx512_bf16": True}, "cpu", True),
+        ({"avx512_bf16": True}, "auto", True),
+        ({"amx_bf16": True}, "auto", True),
+        ({"avx512_f": True, "avx512_bf16": False}, "cpu", False),
+        ({"avx512_bf16": True}, "tpu", False),
+    ],
+)
+def test_bfloat16_is_what_the_processor_has_instructions_for(
+    capabilities: dict[str, bool], accelerator: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert computes_in_bfloat16(accelerator) is expected
+
+
+@pytest.mark.parametrize(("typed", "precision"), [(None, "bf16-mixed"), ("32-true", "32-true")])
+def test_training_computes_in_bfloat16_where_it_can_and_says_so_in_the_runs_configuration(
+    typed: str | None, precision: str, caption_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(lightning_cli, "computes_in_bfloat16", lambda accelerator: True)
+    options = ["--trainer.precision", typed] if typed else []
+    monkeypatch.setattr(sys, "argv", ["lit-clip", *words("fit", caption_table), "--trainer.max_steps", "1", *options])
+    run()
+    saved = yaml.safe_load((tmp_path / "lightning_logs/version_0/fit_config.yaml").read_text())
+    assert saved["trainer"]["precision"] == precision
+    monkeypatch.setattr(sys, "argv", ["lit-clip", *words("validate", caption_table)])
+    run()
+    saved = yaml.safe_load((tmp_path / "lightning_logs/version_1/validate_config.yaml").read_text())
+    assert saved["trainer"]["precision"] is None  # evaluation is exact
