@@ -20,7 +20,7 @@ FIRST, MOST = 8, 1024
 WORTH = 0.05  # more samples a second, for twice the memory
 LONG_BATCH = 1.0  # seconds: what a batch costs beside its samples no longer counts
 SPARED = 0.5  # of the memory that there is, for everything else
-TIMES = 3  # that a batch is timed
+TIMES, AT_LEAST = 3, 0.3  # that a batch is timed, and for how many seconds
 
 
 class Choice(NamedTuple):
@@ -49,6 +49,8 @@ def fastest_batch_size(seconds: Callable[[int], float], first: int = FIRST, most
             return Choice(size, f"{most} is the most")
         try:
             twice = seconds(2 * size)
+            if 2 * took / twice - 1 < WORTH:  # once more: another program may have run beside it
+                twice = min(twice, seconds(2 * size))
         except torch.OutOfMemoryError:
             return Choice(size, f"memory is too small for {2 * size}")
         faster = 2 * took / twice - 1
@@ -94,7 +96,10 @@ class Trial:
         now, before = memory.of_process(), memory.peak_of_process()
         try:
             batch = self.inputs(batch_size).to(self.device)
-            seconds = [self._seconds(batch) for _ in range(1 + TIMES)][1:]  # the first one warms up
+            self._seconds(batch)  # warms up
+            seconds: list[float] = []
+            while len(seconds) < TIMES or sum(seconds) < AT_LEAST:
+                seconds.append(self._seconds(batch))
         finally:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()  # of sizes that will not come again
