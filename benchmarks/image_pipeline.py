@@ -4,8 +4,8 @@
 
 Counted from a loader's first batch to its last: images a second of one worker, with each package's default training
 augmentation to 224 pixels and its tokenizer. Afterwards, of the same crops, how far the pixels of a JPEG decoded at a
-fraction of its size are from those of one decoded whole. The photographs are those that scikit-image and scikit-learn
-install, filled up to the size. open_clip's pipeline wants pandas.
+fraction of its size and resized by torch are from those of one decoded whole and resized by Pillow. The photographs are
+those that scikit-image and scikit-learn install, filled up to the size. open_clip's pipeline wants pandas.
 """
 
 import csv
@@ -86,7 +86,7 @@ def rate(loader: Iterable[Any]) -> float:
 
 def differences(size: tuple[int, int]) -> list[float]:
     """Mean absolute difference of the pixels (0 to 255) of each photograph."""
-    crop = Augmentation().crop(Preprocessing())
+    plain, crop = (Augmentation(exact=exact).crop(Preprocessing()) for exact in (True, False))
     result = []
     for image in photographs(size):
         file = io.BytesIO()
@@ -95,7 +95,8 @@ def differences(size: tuple[int, int]) -> list[float]:
         with decoding_at_least(crop.least_size):
             part = open_image(file, "")
         params = crop.make_params([])
-        one, other = (np.asarray(crop.transform(each, params), dtype=float) for each in (whole, part))
+        one = np.asarray(plain.transform(whole, params), dtype=float)
+        other = crop.transform(part, params).permute(1, 2, 0).numpy()
         result.append(float(np.abs(one - other).mean()))
     return result
 

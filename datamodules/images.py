@@ -1,17 +1,14 @@
 """Opening a picture, with an error that says where it came from."""
 
-import io
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from datamodules.bad_samples import BadSample
 
@@ -100,60 +97,12 @@ def open_image(source: Path | BinaryIO, where: str) -> Image.Image:
     """
     with _opened(source, where) as image:
         least_size = _least_size.get()
-        if least_size is None:
-            image.load()
-            return image
-        width, height = least_size(*image.size)
-        return _at_a_fraction(image, (max(1, width), max(1, height)))
-
-
-def _at_a_fraction(image: Image.Image, least: tuple[int, int]) -> Image.Image:
-    image.info[FULL_SIZE] = image.size
-    image.draft(None, least)  # pyright: ignore[reportArgumentType]  # None keeps the mode
-    pixels = _by_simplejpeg(image)
-    if pixels is None:
+        if least_size is not None:
+            width, height = least_size(*image.size)
+            image.info[FULL_SIZE] = image.size
+            image.draft(None, (max(1, width), max(1, height)))  # pyright: ignore[reportArgumentType]  # None keeps the mode
         image.load()
         return image
-    decoded = Image.fromarray(pixels)
-    decoded.info, decoded.format = image.info, image.format
-    return decoded
-
-
-def _by_simplejpeg(image: Image.Image) -> np.ndarray | None:
-    """A JPEG's pixels, uint8 ``[H, W, 3]``; None: of another kind or not without fault, and Pillow is to judge it."""
-    if image.format != "JPEG" or image.mode != "RGB" or (decode := _simplejpeg()) is None:
-        return None
-    file: BinaryIO = image.fp  # pyright: ignore[reportAttributeAccessIssue]  # of ImageFile
-    file.seek(0)
-    try:
-        pixels = decode(file.read(), min_width=image.width, min_height=image.height)
-    except ValueError:
-        return None
-    return pixels if pixels.shape[:2] == (image.height, image.width) else None
-
-
-@cache
-def _simplejpeg() -> Callable[..., np.ndarray] | None:
-    """The decoder of simplejpeg, if it is installed and gives the very pixels of Pillow: no run depends on it.
-
-    Both wrap a libjpeg-turbo of their own, whose versions may round differently.
-    """
-    try:
-        from simplejpeg import decode_jpeg
-    except ImportError:
-        return None
-    grey = Image.radial_gradient("L").resize((61, 43))
-    picture = Image.merge("RGB", (grey, Image.linear_gradient("L").resize(grey.size), ImageOps.mirror(grey).rotate(40)))
-    for subsampling in ("4:4:4", "4:2:2", "4:2:0"):
-        file = io.BytesIO()
-        picture.save(file, "JPEG", subsampling=subsampling)
-        for each in FRACTIONS:
-            with Image.open(file) as image:
-                image.draft("RGB", (image.width // each, image.height // each))
-                pixels = decode_jpeg(file.getvalue(), min_width=image.width, min_height=image.height)
-                if not np.array_equal(pixels, np.asarray(image)):
-                    return None
-    return decode_jpeg
 
 
 def fraction(size: tuple[int, int], least: tuple[int, int]) -> int:

@@ -1,9 +1,6 @@
 """Training pictures decoded and resized the fast way: the plain way's crops and, to within rounding, its pixels."""
 
-import builtins
 import io
-import random
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,11 +9,11 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from datamodules import Augmentation, images
+from datamodules import Augmentation
 from datamodules.augmentation import FastSquareCrop, RandomSquareCrop
 from datamodules.images import decoding_at_least, fraction, full_size, open_image
 from lit_clip.config import Preprocessing
-from tests.fuzz import mutated, whole_pictures
+from tests.fuzz import whole_pictures
 
 
 @pytest.fixture(scope="module")
@@ -25,34 +22,10 @@ def temple() -> Image.Image:
     return Image.fromarray(load_sample_images().images[0])
 
 
-@pytest.fixture
-def without_simplejpeg(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
-    """Makes simplejpeg not installed."""
-    images._simplejpeg.cache_clear()
-    real = builtins.__import__
-
-    def imported(name: str, *rest: Any, **options: Any) -> Any:
-        if name == "simplejpeg":
-            raise ImportError(name)
-        return real(name, *rest, **options)
-
-    def hide() -> None:
-        images._simplejpeg.cache_clear()
-        monkeypatch.setattr(builtins, "__import__", imported)
-
-    yield hide
-    images._simplejpeg.cache_clear()
-
-
 def jpeg(image: Image.Image, **options: Any) -> bytes:
     file = io.BytesIO()
     image.save(file, "JPEG", **{"quality": 90, **options})
     return file.getvalue()
-
-
-def opened(data: bytes, size: tuple[int, int] | None) -> Image.Image:
-    with decoding_at_least(size and (lambda width, height: size)):
-        return open_image(io.BytesIO(data), "")
 
 
 # What is cropped
@@ -163,92 +136,3 @@ def test_colours_change_alike_either_way(temple: Image.Image, exact: bool) -> No
     assert grey.dtype == torch.uint8
     assert torch.equal(grey[0], grey[2])
     assert grey.float().std() > 20
-
-
-# Decoders
-
-
-ENCODINGS = {
-    **{f"subsampling {each}": {"subsampling": each} for each in ("4:4:4", "4:2:2", "4:2:0")},
-    "progressive": {"progressive": True},
-    "quality 30": {"quality": 30, "optimize": True},
-    "kept as RGB": {"keep_rgb": True},
-    "restart markers": {"restart_marker_blocks": 3},
-}
-
-
-@pytest.mark.parametrize("encoding", list(ENCODINGS))
-def test_simplejpegs_pixels_are_pillows(
-    temple: Image.Image, encoding: str, without_simplejpeg: Callable[[], None]
-) -> None:
-    pytest.importorskip("simplejpeg")
-    for size in ((640, 427), (333, 251), (17, 9)):
-        data = jpeg(temple.resize(size), **ENCODINGS[encoding])
-        for divided in (1, 2, 4, 8):
-            least = (max(1, size[0] // divided), max(1, size[1] // divided))
-            with Image.open(io.BytesIO(data)) as image:
-                image.draft("RGB", least)
-                fast = images._by_simplejpeg(image)
-                assert fast is not None  # it was at work
-                assert np.array_equal(fast, np.asarray(image))
-            picture = opened(data, least)
-            assert np.array_equal(np.asarray(picture), fast)
-            assert (picture.mode, picture.format, full_size(picture)[:2]) == ("RGB", "JPEG", size)
-    without_simplejpeg()
-    assert np.array_equal(np.asarray(opened(data, least)), fast)
-
-
-@pytest.mark.parametrize("mode", ["L", "CMYK"])
-def test_other_jpegs_are_pillows_work(temple: Image.Image, mode: str) -> None:
-    data = jpeg(temple.convert(mode))
-    with Image.open(io.BytesIO(data)) as image:
-        assert images._by_simplejpeg(image) is None
-    assert opened(data, (200, 100)).mode == mode
-
-
-def outcome(data: bytes) -> object:
-    """The pixels, or the reason why there are none."""
-    try:
-        return np.asarray(opened(data, (20, 20))).tobytes()
-    except images.BadSample as error:
-        return str(error)
-
-
-def test_damaged_files_end_alike_with_and_without_simplejpeg(without_simplejpeg: Callable[[], None]) -> None:
-    pytest.importorskip("simplejpeg")
-    rng, others = random.Random(0), list(whole_pictures().values())
-    whole = jpeg(Image.fromarray(load_sample_images().images[1]).resize((160, 120)))
-    files = [mutated(whole, others, rng) for _ in range(300)] + [
-        whole + b"and more",
-        whole[:-2],
-        whole[: len(whole) // 2],
-    ]
-    found = [outcome(data) for data in files]
-    without_simplejpeg()
-    assert [outcome(data) for data in files] == found
-    assert {type(each) for each in found} == {bytes, str}
-
-
-def test_a_decoder_of_other_pixels_is_not_used(
-    temple: Image.Image, monkeypatch: pytest.MonkeyPatch, without_simplejpeg: Callable[[], None]
-) -> None:
-    """Another version of libjpeg-turbo may round differently; a resumed run would not find its pixels again."""
-    simplejpeg = pytest.importorskip("simplejpeg")
-    real = simplejpeg.decode_jpeg
-    assert images._simplejpeg() is real
-    images._simplejpeg.cache_clear()
-    monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda *data, **least: real(*data, **least) ^ 1)
-    assert images._simplejpeg() is None
-    data = jpeg(temple)
-    assert np.array_equal(np.asarray(opened(data, temple.size)), np.asarray(Image.open(io.BytesIO(data))))
-
-
-def test_evaluation_never_asks_another_decoder(temple: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
-    def asked(*_: Any) -> None:
-        raise AssertionError
-
-    monkeypatch.setattr(images, "_by_simplejpeg", asked)
-    data = jpeg(temple)
-    assert np.array_equal(np.asarray(opened(data, None)), np.asarray(Image.open(io.BytesIO(data))))
-    with pytest.raises(images.BadSample):  # the test would notice
-        opened(data, (10, 10))
