@@ -85,7 +85,7 @@ def test_the_fraction_is_the_one_that_pillow_takes() -> None:
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-@pytest.mark.parametrize("size", [(640, 427), (320, 240), (100, 75), (224, 224), (2000, 1500)])
+@pytest.mark.parametrize("size", [(640, 427), (320, 240), (100, 75), (224, 224), (900, 800), (2000, 1500)])
 def test_torch_resizes_as_pillow_does(temple: Image.Image, size: tuple[int, int], interpolation: Any) -> None:
     picture = temple.resize(size, Image.Resampling.BICUBIC)
     plain, fast = (kind(224, (0.5, 1.0), interpolation) for kind in (RandomSquareCrop, FastSquareCrop))
@@ -93,9 +93,9 @@ def test_torch_resizes_as_pillow_does(temple: Image.Image, size: tuple[int, int]
         params = plain.make_params([])
         expected = np.asarray(plain.transform(picture, params), dtype=float)
         found = fast.transform(picture, params)
-        assert (found.dtype, found.is_contiguous()) == (torch.uint8, True)
+        assert found.dtype == torch.uint8
         off = np.abs(found.permute(1, 2, 0).numpy() - expected)
-        assert off.mean() < (0.2 if max(size) < 1000 else 0.7)  # there Pillow averages pixels first
+        assert off.mean() < 0.2
     assert np.abs(np.diff(expected, axis=0)).mean() > 3
 
 
