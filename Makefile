@@ -3,8 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 RUNS ?= runs
+BENCH := $(RUNS)/bench
+# A benchmark, its options, and what its file is called beside its name.
+measure = $(BIN)/python benchmarks/$(1).py $(2) --json $(BENCH)/$(1)$(3).json
 
-.PHONY: help install quickstart test test-slow check format bench tensorboard clean
+.PHONY: help install quickstart test test-slow check format bench bench-check tensorboard clean
 
 help:  ## Show what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -42,13 +45,32 @@ format: install  ## Rewrite the code in the project's format
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: install  ## Measure against open_clip, in the same run
-	@$(BIN)/python benchmarks/train_step.py
-	@$(BIN)/python benchmarks/text_encoding.py
-	@$(BIN)/python benchmarks/load_model.py
-	@$(BIN)/python benchmarks/loss_memory.py
-	@$(BIN)/python benchmarks/step_memory.py
-	@$(BIN)/python benchmarks/retrieval.py --images 5000 --captions 25000
+bench: install  ## Measure against open_clip, in the same run; the table and the check follow (an hour or two, alone)
+	@mkdir -p $(BENCH) && rm -f $(BENCH)/*.json
+	@for model in ViT-B-32 quickstart; do \
+	$(call measure,train_step,--model $$model,.$$model.fp32) && \
+	$(call measure,train_step,--model $$model --bf16,.$$model.bf16) && \
+	$(call measure,train_step,--model $$model --pairs 0 --losses 20,.$$model.losses) || exit 1; done
+	@for model in ViT-B-16 RN50; do \
+	$(call measure,train_step,--model $$model --pairs 3,.$$model.fp32) && \
+	$(call measure,train_step,--model $$model --pairs 3 --bf16,.$$model.bf16) || exit 1; done
+	@$(call measure,image_forward)
+	@$(call measure,text_encoding)
+	@$(call measure,zero_shot_classifier,--classes 50)
+	@$(call measure,image_pipeline)
+	@$(call measure,epoch,,.fp32)
+	@$(call measure,epoch,--bf16,.bf16)
+	@$(call measure,start_up)
+	@$(call measure,load_model)
+	@$(call measure,loss_memory)
+	@$(call measure,step_memory)
+	@$(call measure,retrieval,--images 5000 --captions 25000)
+	@$(call measure,linear_probe,--no-tight --no-search)
+	@$(MAKE) --no-print-directory bench-check
+
+bench-check: install  ## The table of the last make bench, and whether its ratios are what they should be
+	@$(BIN)/python benchmarks/report.py $(BENCH)
+	@$(BIN)/python benchmarks/check_ratios.py $(BENCH) --against benchmarks/expected_ratios.yaml --all
 
 tensorboard: install  ## Show the curves and pictures of all runs
 	@$(BIN)/tensorboard --logdir $(RUNS)

@@ -18,6 +18,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+from results import Result, compared, parser, save
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -101,6 +102,13 @@ class Comparison:
             numbers = [f"{statistics.median(times):.2f}", spread, f"{ratio:.2f}", f"{fit.iterations}", f"{least:.2f}"]
             yield [name, *numbers, f"{100 * accuracy:.2f} %"]
 
+    def results(self, title: str) -> Iterator[Result]:
+        """Of scikit-learn in each precision beside ours."""
+        for name, times in self.seconds.items():
+            if name != OURS and len(times) == len(self.seconds[OURS]):
+                pairs, precision = zip(times, self.seconds[OURS], strict=True), name.rpartition(" ")[2]
+                yield compared(f"linear_probe/{precision}", f"linear probe, {title}", pairs, peer=name)
+
 
 def compare(comparison: Comparison, rounds: int, tight: bool) -> None:
     peer = f"scikit-learn {version('scikit-learn')}"
@@ -116,7 +124,7 @@ def compare(comparison: Comparison, rounds: int, tight: bool) -> None:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = parser(__doc__)
     options.add_argument("--examples", type=int, default=50_000)
     options.add_argument("--held", type=int, default=10_000, help="whose accuracy is printed")
     options.add_argument("--width", type=int, default=512)
@@ -143,6 +151,7 @@ def main() -> None:
     for row in comparison.rows(*test):
         table.add_row(*row)
     Console(width=160).print(table)
+    save(chosen.json, *comparison.results(table.title))
     if chosen.search:
         splits = [Split(part, Targets(labels, chosen.classes)) for part, labels in (train, test)]
         start = time.perf_counter()

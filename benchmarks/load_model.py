@@ -6,7 +6,6 @@ Peak is what the process held at most (VmHWM of Linux) above what it held right 
 weights in float32. The weights are random; the files (5 GB at a time) go to a temporary folder and are deleted.
 """
 
-import argparse
 import json
 import logging
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 import open_clip
 import torch
 from processes import forget_peak, held, in_a_process
+from results import Result, compared, parser, save
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
@@ -106,7 +106,7 @@ SOURCES: dict[str, tuple[str, Callable[[Path, dict[str, Tensor]], Path]]] = {
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = parser(__doc__)
     options.add_argument("--measure", nargs=3, metavar=("LIBRARY", "KIND", "SOURCE"), help="(used by itself)")
     arguments = options.parse_args()
     if arguments.measure:
@@ -117,19 +117,30 @@ def main() -> None:
         "", *libraries.values(), title=f"Peak memory / weights in float32 (seconds), torch {torch.__version__}"
     )
 
+    found: list[Result] = []
+
     def add(title: str, kind: str, source: Path | str) -> None:
         results = [in_a_process(__file__, library, kind, source) for library in libraries]
         size = f"{results[0]['weights'] / 1e9:.2f} GB"
         table.add_row(f"{title} ({size})", *(f"{r['peak']:.2f} ({r['seconds']:.1f} s)" for r in results))
+        ours, theirs = results
+        what = f"{title} ({size})"
+        unit = "times the weights"
+        found.append(
+            compared(f"load_model/{title}/peak", f"peak of opening {what}", [(theirs["peak"], ours["peak"])], unit)
+        )
+        times = [(theirs["seconds"], ours["seconds"])]
+        found.append(compared(f"load_model/{title}/time", f"time of opening {what}", times))
 
     state = create_model(NAME).state_dict()
-    for title, (kind, save) in SOURCES.items():
+    for title, (kind, write) in SOURCES.items():
         with tempfile.TemporaryDirectory() as folder:
-            add(f"{NAME}, {title}", kind, save(Path(folder), state))
+            add(f"{NAME}, {title}", kind, write(Path(folder), state))
     del state
     for name in ("ViT-L-14", "RN50x64"):
         add(f"{name}, random weights", "random", name)
     Console(width=120).print(table)
+    save(arguments.json, *found)
 
 
 if __name__ == "__main__":

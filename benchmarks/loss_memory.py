@@ -7,7 +7,6 @@ Linux, or what torch allocated at most on CUDA) above what it held right before 
 whatever the loss needs. All float32.
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 from processes import forget_peak, held, in_a_process
+from results import Figure, Result, compared, parser, save
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -64,8 +64,22 @@ def measure(library: str, kind: str, batch: int, dim: int, device: str) -> None:
     json.dump({"peak": peak - before, "seconds": seconds, "loss": value}, sys.stdout)
 
 
+def compared_rounds(
+    kind: str, title: str, theirs: list[dict[str, float]], ours: list[dict[str, float]]
+) -> list[Result]:
+    """Peak and time of the rounds of open_clip and lit-clip."""
+    rounds = list(zip(theirs, ours, strict=True))
+    peaks = [(a["peak"] / 1e6, b["peak"] / 1e6) for a, b in rounds]
+    seconds = [(a["seconds"], b["seconds"]) for a, b in rounds]
+    values: dict[str, Figure] = {"peers_loss": theirs[0]["loss"], "our_loss": ours[0]["loss"]}
+    return [
+        compared(f"loss_memory/{kind}/peak", f"peak memory of the {kind} loss, {title}", peaks, "MB", figures=values),
+        compared(f"loss_memory/{kind}/time", f"time of the {kind} loss, {title}", seconds),
+    ]
+
+
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = parser(__doc__)
     options.add_argument("--batch", type=int, default=16384)
     options.add_argument("--dim", type=int, default=512)
     options.add_argument("--rounds", type=int, default=3, help="medians are printed")
@@ -81,6 +95,7 @@ def main() -> None:
     libraries = ["lit-clip"] if arguments.ours_only else ["open_clip", "lit-clip"]
     title = f"{arguments.batch:,} pairs of {arguments.dim}, {arguments.device}, torch {torch.__version__}"
     table = Table("loss", "library", "peak", "time", "value", title=title)
+    found: list[Result] = []
     for kind in arguments.kinds:
         size = (arguments.batch, arguments.dim, arguments.device)
         results: dict[str, list[dict[str, float]]] = {library: [] for library in libraries}
@@ -91,7 +106,10 @@ def main() -> None:
             peak, seconds, loss = (statistics.median(r[key] for r in rounds) for key in ("peak", "seconds", "loss"))
             name = library if library == "lit-clip" else f"{library} {version('open-clip-torch')}"
             table.add_row(kind, name, f"{peak / 1e6:,.0f} MB", f"{seconds:.1f} s", f"{loss:.5f}")
+        if not arguments.ours_only:
+            found += compared_rounds(kind, title, *results.values())
     Console(width=120).print(table)
+    save(arguments.json, *found)
 
 
 if __name__ == "__main__":

@@ -1,58 +1,167 @@
 """What the benchmarks share: the peer with our weights, real captions, and a fair clock."""
 
-import argparse
+import json
 import logging
-import statistics
+import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
+from results import Figure, Result, compared, save
+from results import pair_parser as parser
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from datamodules.openmoji import read_table
 from lit_clip import CLIP, create_model
+from lit_clip.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
+from lit_clip.flops import matmul_peak
+
+__all__ = ["QUICKSTART", "captions", "compare", "counted", "lengths_of", "open_clip_pair", "parser", "save"]
+
+Work = Callable[[], object]
+
+# What is trained on small pictures in this field; ViT-tiny-16-64, of `make quickstart`, has a quarter of the patches.
+QUICKSTART = CLIPConfig(
+    embed_dim=192,
+    image=VisionTransformerConfig(image_size=64, patch_size=8, width=192, layers=6, heads=3),
+    text=TextTransformerConfig(width=192, layers=4, heads=3),
+)
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
-    """Options of every benchmark."""
-    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--pairs", type=int, default=5, help="measured pairs; the median is printed")
-    return options
+def architecture(name: str) -> CLIPConfig | str:
+    """A registered name, or ``quickstart``."""
+    return QUICKSTART if name == "quickstart" else name
 
 
 def open_clip_pair(name: str) -> tuple[Any, CLIP]:
-    """open_clip's model with random weights and ours with the same ones."""
+    """open_clip's model with random weights and ours with the same ones, both in training mode."""
     logging.disable(logging.WARNING)  # that the weights are random is meant
     torch.manual_seed(0)
-    theirs, ours = open_clip.create_model(name), create_model(name)
+    ours = create_model(architecture(name)).train()
+    if name not in open_clip.list_models():
+        register(name, ours)
+    theirs: Any = open_clip.create_model(name).train()
     state = theirs.state_dict()
     ours.load_state_dict({key: state[key] for key in ours.state_dict()})
     return theirs, ours
 
 
+def register(name: str, model: CLIP) -> None:
+    """Tell open_clip of a model's sizes, under a name of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_model_config(Path(folder) / f"{name}.json", model)
+        open_clip.add_model_config(folder)
+
+
+def write_model_config(path: Path, model: CLIP) -> None:
+    """open_clip's description of a model, in a JSON file that its ``add_model_config`` reads."""
+    from lit_clip.export_formats import open_clip_model
+
+    path.write_text(json.dumps(open_clip_model(model)), encoding="utf-8")
+
+
 def captions(count: int) -> list[str]:
-    """Real names in a sentence, short and long ones mixed."""
+    """Real names in a sentence, some with what they are tagged with: 14 tokens in the mean, 9 to 27 of single ones."""
     emoji = read_table()
-    return [f"a drawing of a {emoji[i * len(emoji) // count].name}." for i in range(count)]
+    return [_caption(emoji[i * len(emoji) // count], i % 5) for i in range(count)]
 
 
-def compare(title: str, theirs: Callable[[], object], ours: Callable[[], object], pairs: int) -> None:
-    """Alternate the two and print the median seconds of each and the median, least and greatest ratio of a pair."""
-    times = []
-    for warm_up in (theirs, ours):
-        warm_up()
+def _caption(emoji: Any, tags: int) -> str:
+    others = [tag for tag in emoji.tags if tag and tag != emoji.name]
+    return ", ".join([f"a colour drawing of a {emoji.name}", *others[:tags]]) + "."
+
+
+def lengths_of(model: CLIP, tokens: torch.Tensor) -> list[int]:
+    """Tokens of each text, as a batch of the data modules states them."""
+    return model.tokenizer.lengths(tokens).tolist()
+
+
+def length_figures(lengths: list[int]) -> dict[str, Figure]:
+    """How long the captions are."""
+    mean = sum(lengths) / len(lengths)
+    print(f"{len(lengths)} captions of {mean:.1f} tokens in the mean, {min(lengths)} to {max(lengths)}")
+    return {"mean_tokens": mean, "longest_tokens": max(lengths)}
+
+
+def counted(work: Work) -> int:
+    """FLOPs of the matrix products, convolutions and attention that some work really does, backward passes included.
+
+    Done without the fused kernels that torch's counter does not know.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            work()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    return counter.get_total_flops()
+
+
+def seconds_of(work: Work, device: str) -> float:
+    start = time.perf_counter()
+    work()
+    if device != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter() - start
+
+
+def compare(
+    title: str,
+    theirs: Work,
+    ours: Work,
+    pairs: int,
+    name: str = "",
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> Result:
+    """Alternate the two and print the median seconds of each and the median, least and greatest ratio of a pair.
+
+    Also what each achieves of the machine's peak, which is the fastest of the matrix products in ``dtype`` that are
+    made before every pair. Each side's first call is not timed: its arithmetic is counted.
+    """
+    flops = [counted(work) for work in (theirs, ours)]
+    times, peak = [], 0.0
     for _ in range(pairs):
-        start = time.perf_counter()
-        theirs()
-        middle = time.perf_counter()
-        ours()
-        times.append((middle - start, time.perf_counter() - middle))
-    ratios = sorted(a / b for a, b in times)
-    peer, us = (statistics.median(column) for column in zip(*times, strict=True))
-    print(
-        f"{title}: open_clip {version('open-clip-torch')} {peer:.2f} s, lit-clip {us:.2f} s, "
-        f"{statistics.median(ratios):.2f} times as fast ({ratios[0]:.2f} to {ratios[-1]:.2f}, {pairs} pairs, "
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads)"
+        peak = max(peak, matmul_peak(torch.device(device), dtype))
+        times.append((seconds_of(theirs, device), seconds_of(ours, device)))
+    result = compared(name or title, title, times)
+    result.figures.update(shares(result, flops, peak))
+    print(described(result))
+    return result
+
+
+def shares(result: Result, flops: list[int], peak: float) -> dict[str, Figure]:
+    """FLOP/s of both over the peak, and what they are made of."""
+    theirs, ours = result.peers or 0.0, result.ours or 0.0
+    return {
+        "peak_gflops": peak / 1e9,
+        "peers_gflop": flops[0] / 1e9,
+        "our_gflop": flops[1] / 1e9,
+        "peers_share_of_peak": flops[0] / theirs / peak,
+        "our_share_of_peak": flops[1] / ours / peak,
+    }
+
+
+def described(result: Result) -> str:
+    """A result in two lines."""
+    text = (
+        f"{result.title}: {result.peer} {result.peers:.2f} s, lit-clip {result.ours:.2f} s, "
+        f"times as fast: {result.ratio}, torch {torch.__version__}, {torch.get_num_threads()} threads"
     )
+    figures: Any = result.figures
+    return (
+        f"{text}\n  of the peak of {figures['peak_gflops']:.0f} GFLOP/s: "
+        f"open_clip {figures['peers_share_of_peak']:.1%} ({figures['peers_gflop']:.0f} GFLOP), "
+        f"lit-clip {figures['our_share_of_peak']:.1%} ({figures['our_gflop']:.0f} GFLOP)"
+    )
+
+
+def autocast(device: str, bf16: bool) -> Any:
+    """bfloat16 where it may be used, or nothing."""
+    return torch.autocast(device, torch.bfloat16) if bf16 else nullcontext()

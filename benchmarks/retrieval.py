@@ -8,7 +8,6 @@ again by brute force, in float64, over all candidates. open_clip's metric knows 
 similarities, so it is measured with fewer pairs, and so is lit-clip beside it.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from results import Result, compared, parser, save
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -122,8 +122,19 @@ def in_a_process(library: str, images: int, captions: int) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def results_of(found: list[dict[str, Any]], pairs: int, large: str) -> list[Result]:
+    """Of the three runs: theirs and ours of as many pairs, and ours of the large size."""
+    theirs, ours, most = found
+    title = f"retrieval metrics of {pairs:,} x {pairs:,}"
+    return [
+        compared("retrieval/time", title, [(theirs["seconds"], ours["seconds"])]),
+        compared("retrieval/peak", f"peak memory of {title}", [(theirs["peak"], ours["peak"])], "GiB"),
+        Result("retrieval/large", f"retrieval metrics of {large}", ours=most["seconds"], figures={"GiB": most["peak"]}),
+    ]
+
+
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = parser(__doc__)
     options.add_argument("--images", type=int, default=100_000)
     options.add_argument("--captions", type=int, default=500_000)
     options.add_argument("--peer_pairs", type=int, default=8_000, help="of the comparison with open_clip")
@@ -138,14 +149,17 @@ def main() -> None:
     table = Table("", "images", "captions", *columns, title=f"Retrieval, D = {D}, float32, torch {torch.__version__}")
     theirs, pairs = f"open_clip {version('open-clip-torch')}", arguments.peer_pairs
     runs = [("theirs", pairs, pairs), ("ours", pairs, pairs), ("ours", arguments.images, arguments.captions)]
+    found: list[dict[str, Any]] = []
     for library, images, captions in runs:
         result = in_a_process(library, images, captions)
+        found.append(result)
         loss_seconds = f"{result['loss_seconds']:.1f}" if "loss_seconds" in result else "-"
         numbers = [f"{result['seconds']:.1f}", loss_seconds, f"{result['peak']:.2f} GiB"]
         for direction in ("image_to_text", "text_to_image"):
             numbers += [f"{result[f'{direction}_recall@1']:.4f}", f"{result[f'{direction}_median_rank']:.0f}"]
         table.add_row(theirs if library == "theirs" else "lit-clip", f"{images:,}", f"{captions:,}", *numbers)
     Console(width=160).print(table)
+    save(arguments.json, *results_of(found, pairs, f"{arguments.images:,} x {arguments.captions:,}"))
 
 
 if __name__ == "__main__":

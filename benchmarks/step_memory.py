@@ -9,9 +9,9 @@ of its own that makes the model, AdamW's states and some steps, of which the las
 process held at most in all (VmHWM of Linux, or what torch allocated at most on CUDA).
 """
 
-import argparse
 import json
 import sys
+import tempfile
 import time
 from importlib.metadata import version
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from peers import captions, open_clip_pair
 from processes import held, in_a_process
+from results import Figure, Result, parser, save
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -91,8 +92,16 @@ def _without_keys(name: str, gradient: Tensor) -> Tensor:
     return torch.cat([queries, values])
 
 
+def as_result(library: str, pairs: int, at_a_time: int, title: str, measured: dict[str, float]) -> Result:
+    """One row of the table."""
+    what = f"a step of {library}, {title}, {pairs:,} pairs, {at_a_time} at a time"
+    figures: dict[str, Figure] = {"peak_GiB": measured["peak"] / 2**30}
+    figures |= {"seconds": measured["seconds"], "loss": measured["loss"]}
+    return Result(f"step_memory/{library}/{pairs}/{at_a_time}", what, figures=figures)
+
+
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = parser(__doc__)
     options.add_argument("--batch", type=int, default=1024)
     options.add_argument("--micro", type=int, default=64)
     options.add_argument("--small", type=int, default=64, help="a size where the plain step fits too; 0: leave it out")
@@ -106,12 +115,12 @@ def main() -> None:
         library, pairs, micro, steps, *rest = arguments.measure
         measure(library, int(pairs), int(micro), int(steps), *rest)
         return
-    import tempfile
-
     if arguments.compare:
         arguments.small, arguments.steps = 32, 1
     settings = (arguments.steps, "bf16" if arguments.bf16 else "fp32", arguments.device)
     table = Table("step", "pairs", "at a time", "peak", "time", "loss", title=f"ViT-B-32, {settings[1]} {settings[2]}")
+
+    found: list[Result] = []
 
     def add(library: str, pairs: int, micro: int, gradients: str = "-") -> None:
         try:
@@ -121,6 +130,7 @@ def main() -> None:
             return
         peak, seconds = f"{result['peak'] / 2**30:.2f} GiB", f"{result['seconds']:.1f} s"
         table.add_row(library, f"{pairs:,}", f"{micro or pairs}", peak, seconds, f"{result['loss']:.5f}")
+        found.append(as_result(library, pairs, micro or pairs, str(table.title), result))
 
     if arguments.small:
         with tempfile.TemporaryDirectory() as folder:
@@ -128,6 +138,7 @@ def main() -> None:
             add("lit-clip", arguments.small, 0, f"{folder}/whole.pt")
             add("lit-clip", arguments.small, max(1, arguments.small // 4), f"{folder}/parts.pt")
             difference, name = largest_difference(f"{folder}/parts.pt", f"{folder}/whole.pt")
+        found[-1].figures["largest_difference_of_a_gradient"] = difference
         table.caption = (
             f"largest relative difference of a parameter's gradient, parts against whole: {difference:.1e} ({name}); "
             f"open_clip {version('open-clip-torch')}, torch {torch.__version__}"
@@ -135,6 +146,7 @@ def main() -> None:
     if not arguments.compare:
         add("lit-clip", arguments.batch, arguments.micro)
     Console(width=120).print(table)
+    save(arguments.json, *found)
 
 
 if __name__ == "__main__":

@@ -1,55 +1,156 @@
-"""A training step of open_clip (its model, ClipLoss and AdamW groups) and of ours, same weights and batch, alternating.
+"""A training step of open_clip and of lit-clip, same weights, pictures and captions, alternating.
 
-    python benchmarks/train_step.py [--pairs 5] [--batch 32] [--bf16]
+    python benchmarks/train_step.py [--model ViT-B-32] [--batch 32] [--bf16] [--pairs 5] [--losses 20] [--device cpu]
 
-Text is what differs most: open_clip encodes 77 positions of every caption, we those that the batch needs.
+Both get pictures that are normalised already. open_clip's step is that of ``open_clip_train``: its model, ClipLoss and
+AdamW, 77 positions of every caption. Ours is that of ``LitCLIP``: the trimmed tokens and their lengths as the data
+modules give them, the loss over shards, AdamW fused. ``quickstart`` is a model of 64-pixel pictures, patches of 8,
+width 192, 6 and 4 layers; ``ViT-tiny-16-64`` is the one that ``make quickstart`` trains.
+
+Beside the ratio stands the share of the peak: the FLOPs of the matrix products that a side really does, forward and
+backward, over its time and over the fastest plain matrix product in the same precision in the same run. Who does less
+arithmetic for the same result gains in the ratio, not in this share.
+
+``--losses N``: N steps in fp32 from the same weights, each side with its own optimiser and its own arithmetic, and the
+largest relative difference of the losses. Every step has other pictures and captions.
 """
+
+import math
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import open_clip
 import torch
-from peers import captions, compare, open_clip_pair, parser
+from peers import autocast, captions, compare, length_figures, lengths_of, open_clip_pair, parser, save
+from results import Result
+from torch import Tensor
 
-from lit_clip.losses import contrastive_loss
+from lit_clip import CLIP
+from lit_clip.collectives import Shards
+from lit_clip.config import height_width
 from lit_clip.optim import decay_groups
-from lit_clip.tokenizer import trim_padding
+from lit_clip.sharded_loss import Plan, sharded_contrastive_loss
+
+MODELS = ("ViT-B-32", "ViT-B-16", "RN50", "quickstart", "ViT-tiny-16-64")
+BATCHES = {"quickstart": 128, "ViT-tiny-16-64": 128}
+ADAM = {"betas": (0.9, 0.98), "eps": 1e-6}
+TINY_RATE = 1e-6  # of the timed steps, which all have the same batch: it is not learnt by heart
+RATE = 1e-4  # of the compared losses
+
+
+class Pairs(NamedTuple):
+    """Normalised pictures ``[B, 3, H, W]``, padded tokens ``[B, L]``, trimmed ones, and lengths."""
+
+    images: Tensor
+    tokens: Tensor
+    trimmed: Tensor
+    lengths: list[int]
+
+
+def pairs_of(model: CLIP, texts: list[str], generator: torch.Generator, device: str) -> Pairs:
+    height, width = height_width(model.preprocessing.image_size)
+    images, tokens = torch.randn(len(texts), 3, height, width, generator=generator), model.tokenize(texts)
+    lengths = lengths_of(model, tokens)
+    return Pairs(images.to(device), tokens.to(device), model.tokenizer.trim(tokens).to(device), lengths)
+
+
+def their_step(model: Any, rate: float, bf16: bool, device: str) -> Callable[[Pairs], Tensor]:
+    """As ``open_clip_train.train.train_one_epoch`` does it."""
+    optimizer = torch.optim.AdamW(decay_groups(model, 0.2), lr=rate, **ADAM)  # the same groups as open_clip's
+    criterion = open_clip.ClipLoss()
+
+    def step(pairs: Pairs) -> Tensor:
+        optimizer.zero_grad()
+        with autocast(device, bf16):
+            loss = criterion(*model(pairs.images, pairs.tokens))
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, torch.log(torch.tensor(100.0)).item())
+        return loss.detach()
+
+    return step
+
+
+def our_step(model: CLIP, rate: float, bf16: bool, device: str) -> Callable[[Pairs], Tensor]:
+    """As ``LitCLIP`` does it."""
+    optimizer = torch.optim.AdamW(decay_groups(model, 0.2), lr=rate, **ADAM, fused=True)
+
+    def step(pairs: Pairs) -> Tensor:
+        optimizer.zero_grad()
+        with autocast(device, bf16):
+            image = model.encode_image(pairs.images, normalize=True)
+            text = model.encode_text(pairs.trimmed, normalize=True, lengths=pairs.lengths)
+            shards = Shards(0, (len(image),))
+            loss = sharded_contrastive_loss(image, text, model.logit_scale.exp(), Plan(shards)).loss
+        loss.backward()
+        optimizer.step()
+        model.clamp_logit_scale()
+        return loss.detach()
+
+    return step
+
+
+def timed(options: Namespace) -> Result:
+    """Ratio and shares."""
+    theirs, ours = (model.to(options.device) for model in open_clip_pair(options.model))
+    pairs = pairs_of(ours, captions(options.batch), torch.Generator().manual_seed(0), options.device)
+    figures = length_figures(pairs.lengths)
+    how = (TINY_RATE, options.bf16, options.device)
+    their, our = their_step(theirs, *how), our_step(ours, *how)
+    precision = "bf16" if options.bf16 else "fp32"
+    where = "" if options.device == "cpu" else f", {options.device}"
+    result = compare(
+        f"training step, {options.model}, batch {options.batch}, {precision}{where}",
+        lambda: their(pairs),
+        lambda: our(pairs),
+        options.pairs,
+        name=f"train_step/{options.model}/{precision}" + where.replace(", ", "/"),
+        dtype=torch.bfloat16 if options.bf16 else torch.float32,
+        device=options.device,
+    )
+    for side, seconds in (("peers", result.peers), ("our", result.ours)):
+        figures[f"{side}_samples_per_second"] = options.batch / (seconds or math.inf)
+    result.figures.update(figures)
+    return result
+
+
+def losses(options: Namespace) -> Iterator[tuple[float, float]]:
+    """Theirs and ours of each step, in fp32."""
+    theirs, ours = (model.to(options.device) for model in open_clip_pair(options.model))
+    their, our = (make(model, RATE, False, options.device) for make, model in ((their_step, theirs), (our_step, ours)))
+    texts, generator = captions(options.losses * options.batch), torch.Generator().manual_seed(0)
+    for step in range(options.losses):
+        pairs = pairs_of(ours, texts[step :: options.losses], generator, options.device)
+        yield their(pairs).item(), our(pairs).item()
+
+
+def same_losses(options: Namespace) -> Result:
+    found = list(losses(options))
+    most = max(abs(ours - theirs) / abs(theirs) for theirs, ours in found)
+    title = f"losses of {options.losses} steps, {options.model}, batch {options.batch}, fp32"
+    (first, _), last = found[0], found[-1]
+    print(
+        f"{title}: {first:.5f} to {last[0]:.5f} (open_clip) and {last[1]:.5f} (lit-clip), "
+        f"largest relative difference {most:.1e}"
+    )
+    return Result(f"losses/{options.model}", title, figures={"largest_difference": most})
 
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--batch", type=int, default=32)
-    arguments.add_argument("--bf16", action="store_true")
+    arguments.add_argument("--model", choices=MODELS, default="ViT-B-32")
+    arguments.add_argument("--batch", type=int, help="pairs; absent: 32, or 128 of the small models")
+    arguments.add_argument("--bf16", action="store_true", help="autocast on both sides")
+    arguments.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    arguments.add_argument("--losses", type=int, default=0, metavar="N", help="compare the losses of N steps as well")
     options = arguments.parse_args()
-    theirs, ours = open_clip_pair("ViT-B-32")
-    images, tokens = torch.randn(options.batch, 3, 224, 224), ours.tokenize(captions(options.batch))
-    adam = {"lr": 1e-6, "betas": (0.9, 0.98), "eps": 1e-6}  # a tiny rate: the losses stay comparable
-    their_optimizer = torch.optim.AdamW(decay_groups(theirs, 0.2), **adam)
-    our_optimizer = torch.optim.AdamW(decay_groups(ours, 0.2), **adam, fused=True)
-    their_loss = open_clip.ClipLoss()
-
-    def autocast() -> torch.autocast:
-        return torch.autocast("cpu", torch.bfloat16, enabled=options.bf16)
-
-    def step_theirs() -> float:
-        with autocast():
-            loss = their_loss(*theirs(images, tokens))
-        loss.backward()
-        their_optimizer.step()
-        their_optimizer.zero_grad()
-        return loss.item()
-
-    def step_ours() -> float:
-        with autocast():
-            image = ours.encode_image(images, normalize=True)
-            text = ours.encode_text(trim_padding(tokens), normalize=True)
-            loss = contrastive_loss(image, text, image, text, ours.logit_scale.exp())
-        loss.backward()
-        our_optimizer.step()
-        our_optimizer.zero_grad()
-        return loss.item()
-
-    print(f"losses of the first step: {step_theirs():.5f} (open_clip), {step_ours():.5f} (lit-clip)")
-    precision = "bf16" if options.bf16 else "fp32"
-    compare(f"training step, batch {options.batch}, ViT-B-32, {precision}", step_theirs, step_ours, options.pairs)
+    options.batch = options.batch or BATCHES.get(options.model, 32)
+    found = [timed(options)] if options.pairs else []
+    if options.losses:
+        found.append(same_losses(options))
+    save(options.json, *found)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ times include reading the texts into tokens. All classes take open_clip many min
 
 import open_clip
 import torch
-from peers import compare, open_clip_pair, parser
+from peers import compare, open_clip_pair, parser, save
 
 from lit_clip import zero_shot_classifier
 from lit_clip.zero_shot import imagenet_class_names, imagenet_templates
@@ -34,8 +34,12 @@ def main() -> None:
     def build_ours() -> None:
         built["ours"] = zero_shot_classifier(ours, names, templates)
 
-    compare(f"classifier of {len(names)} x {len(templates)} prompts", build_theirs, build_ours, chosen.pairs)
-    print(f"largest difference of a weight: {(built['theirs'] - built['ours']).abs().max().item():.1e}")
+    title = f"classifier of {len(names)} x {len(templates)} prompts, ViT-B-32, fp32"
+    result = compare(title, build_theirs, build_ours, chosen.pairs, name="zero_shot_classifier")
+    difference = (built["theirs"] - built["ours"]).abs().max().item()
+    print(f"largest difference of a weight: {difference:.1e}")
+    result.figures["largest_difference"] = difference
+    save(chosen.json, result)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,191 @@
+"""Whole epochs from files, ``lit-clip fit`` and ``open_clip_train`` on the same PNG files, captions and model.
+
+    python benchmarks/epoch.py [--model quickstart] [--bf16] [--epochs 2] [--batch 128] [--source files]
+
+Two programs, both as their users start them, one worker each, TensorBoard on, validation after every epoch, no
+checkpoint before the end. They take turns: while one does an epoch the other is stopped (SIGSTOP), so that every pair
+of epochs has the same machine. The first epoch of each is not counted. Counted is from the start of an epoch to its
+last step, and to the start of the next one, which has validation in it.
+
+The files are OpenMoji's 1,750 drawings for training, 164 for validation, and their names. ``--source openmoji``: ours
+reads them through ``datamodules.OpenMoji``, as ``configs/quickstart.yaml`` does: decoded once, names varied.
+open_clip_train wants pandas and webdataset.
+"""
+
+import csv
+import json
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from results import Result, compared, need, parser, save
+from running import Program
+
+BENCHMARKS = Path(__file__).parent
+MODELS = ("quickstart", "ViT-tiny-16-64")
+CROP = 0.9  # the least part of a picture that training sees, open_clip's default
+
+
+@dataclass(frozen=True)
+class Run:
+    """What both do. ``folder``: where :func:`write_run` put what they read."""
+
+    model: str
+    bf16: bool
+    epochs: int
+    batch: int = 128
+    source: str = "files"
+    folder: Path = Path()
+
+
+def write_run(folder: Path, run: Run) -> Run:
+    """Tables of pictures and names, the model's sizes for open_clip, and the configuration for lit-clip."""
+    from peers import architecture, write_model_config
+
+    from lit_clip import create_model
+
+    model = create_model(architecture(run.model))
+    write_model_config(folder / f"{run.model}.json", model)
+    write_tables(folder)
+    config = json.dumps(lit_clip_config(folder, run, model.config.to_dict()))  # JSON is YAML
+    (folder / "fit.yaml").write_text(config, encoding="utf-8")
+    return Run(**{**vars(run), "folder": folder})
+
+
+def write_tables(folder: Path) -> None:
+    """``train.tsv`` and ``val.tsv``, divided as ``datamodules.OpenMoji`` divides."""
+    from datamodules.openmoji import draw, held_out, read_table
+
+    emoji = read_table()
+    rows = list(zip(draw(), emoji, held_out(emoji), strict=True))
+    for name, out in (("train", False), ("val", True)):
+        with (folder / f"{name}.tsv").open("w", encoding="utf-8", newline="") as file:
+            table = csv.writer(file, delimiter="\t")
+            table.writerow(["filepath", "title"])
+            table.writerows([path, one.name] for path, one, held in rows if held == out)
+
+
+def lit_clip_config(folder: Path, run: Run, sizes: dict[str, Any]) -> dict[str, Any]:
+    """Of ``lit-clip fit``."""
+    reading: dict[str, Any] = {"batch_size": run.batch, "num_workers": 1, "augmentation": {"crop_scale": [CROP, 1.0]}}
+    if run.source == "files":
+        reading |= {"train": str(folder / "train.tsv"), "val": str(folder / "val.tsv")}
+    logger = "lightning.pytorch.loggers.TensorBoardLogger"
+    return {
+        "seed_everything": 0,
+        "model": {"architecture": sizes, "learning_rate": 1e-3, "weight_decay": 0.2, "warmup_steps": 50},
+        "data": {
+            "class_path": "datamodules.Captions" if run.source == "files" else "datamodules.OpenMoji",
+            "init_args": reading,
+        },
+        "trainer": {
+            "accelerator": "cpu",
+            "max_epochs": run.epochs,
+            "precision": "bf16-mixed" if run.bf16 else "32-true",
+            "log_every_n_steps": 10,
+            "num_sanity_val_steps": 0,
+            "enable_checkpointing": False,
+            "logger": {"class_path": logger, "init_args": {"save_dir": str(folder / "runs")}},
+            "callbacks": [{"class_path": "marks.Marks"}],
+        },
+    }
+
+
+def lit_clip_command(*words: str) -> list[str]:
+    """The installed command beside this Python."""
+    return [str(Path(sys.executable).parent / "lit-clip"), *words]
+
+
+def open_clip_command(run: Run, log_every: int = 10) -> list[str]:
+    """``open_clip_train`` with the settings of :func:`lit_clip_config`."""
+    folder = run.folder
+    options: dict[str, Any] = {
+        "model": run.model,
+        "train-data": folder / "train.tsv",
+        "val-data": folder / "val.tsv",
+        "dataset-type": "csv",
+        "batch-size": run.batch,
+        "workers": 1,
+        "epochs": run.epochs,
+        "precision": "amp_bf16" if run.bf16 else "fp32",
+        "device": "cpu",
+        "lr": 1e-3,
+        "wd": 0.2,
+        "beta2": 0.98,
+        "eps": 1e-6,
+        "warmup": 50,
+        "logs": folder / "logs",
+        "report-to": "tensorboard",
+        "log-every-n-steps": log_every,
+        "save-frequency": 0,
+    }
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    train = [sys.executable, str(BENCHMARKS / "open_clip_train_with.py"), str(folder / f"{run.model}.json")]
+    return [*train, *words]
+
+
+@dataclass
+class Side:
+    """One of the two programs, and the lines that tell its epochs apart."""
+
+    program: Program
+    start: str
+    trained: str
+
+    def until(self, epoch: int) -> float:
+        """When an epoch began; the program is stopped there."""
+        moment = self.program.wait_for(self.start.format(epoch=epoch))
+        self.program.pause()
+        return moment
+
+    def next(self, epoch: int, last: int) -> tuple[float, float]:
+        """Seconds of an epoch's training, and until the next one has begun; it is stopped there."""
+        began = self.program.resume()
+        trained = self.program.wait_for(self.trained.format(epoch=epoch, last=last)) - began
+        return trained, self.until(epoch + 1) - began
+
+
+def measure(run: Run) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+    """(open_clip's, our) seconds of each counted epoch: of training alone, and with validation."""
+    steps = len((run.folder / "train.tsv").read_text(encoding="utf-8").splitlines()[1:]) // run.batch
+    ours = lit_clip_command("fit", "--config", str(run.folder / "fit.yaml"))
+    with Program(open_clip_command(run)) as their_program:
+        them = Side(their_program, r"Start epoch {epoch}$", r"Train Epoch: {epoch} \[ *{last}/")
+        them.until(1)
+        with Program(ours, BENCHMARKS) as our_program:
+            us = Side(our_program, "^mark epoch {epoch}$", "^mark trained {epoch}$")
+            us.until(1)
+            both = [(them.next(epoch, steps * run.batch), us.next(epoch, 0)) for epoch in range(1, run.epochs - 1)]
+    training, whole = ([(theirs[i], ours[i]) for theirs, ours in both] for i in (0, 1))
+    return training, whole
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--model", choices=MODELS, default="quickstart")
+    arguments.add_argument("--bf16", action="store_true", help="autocast on both sides")
+    arguments.add_argument("--epochs", type=int, default=2, help="counted ones of each; the median is printed")
+    arguments.add_argument("--batch", type=int, default=128)
+    arguments.add_argument("--source", choices=["files", "openmoji"], default="files", help="of ours")
+    options = arguments.parse_args()
+    need("pandas", "webdataset")
+    with tempfile.TemporaryDirectory() as folder:
+        planned = Run(options.model, options.bf16, options.epochs + 2, options.batch, options.source)
+        training, whole = measure(write_run(Path(folder), planned))
+    precision = "bf16" if options.bf16 else "fp32"
+    what = f"{options.model}, batch {options.batch}, one worker, {precision}"
+    found: list[Result] = []
+    for kind, title, times in (
+        ("training", "epoch without validation", training),
+        ("whole", "epoch with validation", whole),
+    ):
+        one = compared(f"epoch/{options.model}/{precision}/{kind}", f"{title}, {what}", times)
+        print(f"{one.title}: {one.peer} {one.peers:.1f} s, lit-clip {one.ours:.1f} s, times as fast: {one.ratio}")
+        found.append(one)
+    save(options.json, *found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,261 @@
+"""What the benchmarks write, the table made of it, and the check of ratios; nothing is timed here."""
+
+import json
+import logging
+import runpy
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from open_clip import SimpleTokenizer
+
+from tests.conftest import ROOT
+
+BENCHMARKS = ROOT / "benchmarks"
+SCRIPTS = sorted(path.name for path in BENCHMARKS.glob("*.py") if "__main__" in path.read_text(encoding="utf-8"))
+STEP: dict[str, Any] = {
+    "name": "train_step/ViT-B-32/fp32",
+    "title": "training step, ViT-B-32, batch 32, fp32",
+    "peer": "open_clip 3.3.0",
+    "peers": 10.4,
+    "ours": 5.5,
+    "unit": "s",
+    "ratio": {"median": 1.89, "least": 1.8, "greatest": 2.0, "pairs": 5},
+    "figures": {"peers_share_of_peak": 0.801, "our_share_of_peak": 0.856, "mean_tokens": 14.03},
+    "command": "python benchmarks/train_step.py",
+    "versions": {"python": "3.11.7", "torch": "2.13.0"},
+    "machine": {"cpu": "AMD EPYC", "cores": 2, "threads": 2},
+}
+LOSSES = {**STEP, "name": "losses/ViT-B-32", "title": "losses of 20 steps", "ratio": None, "peers": None, "ours": None}
+LOSSES["figures"] = {"largest_difference": 3e-6}
+
+
+@pytest.fixture
+def measured(tmp_path: Path) -> Path:
+    """A folder as `make bench` leaves it."""
+    (tmp_path / "a.json").write_text(json.dumps([STEP]), encoding="utf-8")
+    (tmp_path / "b.json").write_text(json.dumps([LOSSES]), encoding="utf-8")
+    return tmp_path
+
+
+def run(script: str, *words: object) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, str(BENCHMARKS / script), *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def check(folder: Path, expected: dict[str, Any], *words: str) -> "subprocess.CompletedProcess[str]":
+    file = folder / "expected.yaml"
+    file.write_text(yaml.safe_dump(expected, sort_keys=False), encoding="utf-8")
+    return run("check_ratios.py", folder, "--against", file, *words)
+
+
+def functions(script: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return runpy.run_path(str(BENCHMARKS / script))
+
+
+def test_the_table_has_a_line_a_comparison_and_says_on_what_it_was_measured(measured: Path) -> None:
+    done = run("report.py", measured)
+    assert done.stdout.splitlines() == [
+        "Measured on 2 cores of AMD EPYC, 2 threads, with python 3.11.7, torch 2.13.0.",
+        "",
+        "| work | peer | lit-clip | times better | of the peak: peer, lit-clip | command |",
+        "|---|--:|--:|--:|--:|---|",
+        "| training step, ViT-B-32, batch 32, fp32 | open_clip 3.3.0: 10.40 s | 5.50 s | 1.89 (1.80 to 2.00, 5 pairs) "
+        "| 80.1%, 85.6% | `python benchmarks/train_step.py` |",
+        "",
+        "- training step, ViT-B-32, batch 32, fp32: mean tokens 14.03",
+        "- losses of 20 steps: largest difference 3e-06 (`python benchmarks/train_step.py`)",
+    ]
+
+
+def test_other_machines_and_versions_have_tables_of_their_own(measured: Path) -> None:
+    gpu = {**STEP, "title": "on a GPU", "machine": {**STEP["machine"], "gpu": "NVIDIA H100"}}
+    (measured / "c.json").write_text(json.dumps([gpu]), encoding="utf-8")
+    first, second = run("report.py", measured).stdout.split("Measured on ")[1:]
+    assert "ViT-B-32" in first
+    assert "on a GPU" not in first
+    assert second.startswith("2 cores of AMD EPYC and one NVIDIA H100, 2 threads")
+    assert "| on a GPU |" in second
+
+
+def test_ratios_within_their_bounds_pass(measured: Path) -> None:
+    expected = {STEP["name"]: {"least": {"ratio": 1.8}}, "losses/ViT-B-32": {"most": {"largest_difference": 1e-4}}}
+    done = check(measured, expected, "--all")
+    assert (done.returncode, done.stdout) == (0, "0 figures out of bounds, 2 results checked\n")
+
+
+def test_each_ratio_below_its_least_is_a_line_and_the_exit_code_says_so(measured: Path) -> None:
+    expected = {
+        STEP["name"]: {"least": {"ratio": 1.9, "our_share_of_peak": 0.85, "peers_share_of_peak": 0.9}},
+        "losses/ViT-B-32": {"most": {"largest_difference": 1e-6}},
+    }
+    done = check(measured, expected)
+    assert done.returncode == 1
+    assert done.stdout.splitlines() == [
+        "train_step/ViT-B-32/fp32: ratio 1.89 is below 1.9, pairs 1.89 (1.80 to 2.00, 5 pairs)",
+        "train_step/ViT-B-32/fp32: peers_share_of_peak 0.801 is below 0.9",
+        "losses/ViT-B-32: largest_difference 3e-06 is above 1e-06",
+        "3 figures out of bounds, 2 results checked",
+    ]
+
+
+def test_what_was_not_measured_fails_the_whole_check_alone(measured: Path) -> None:
+    expected = {"text_encoding": {"least": {"ratio": 5.0}}}
+    assert check(measured, expected).returncode == 0
+    done = check(measured, expected, "--all")
+    assert (done.returncode, done.stdout.splitlines()[0]) == (1, "text_encoding: not measured")
+
+
+def test_a_figure_that_a_result_does_not_have_or_is_no_number_is_out_of_bounds(measured: Path) -> None:
+    nan = {**STEP, "name": "nan", "figures": {"share": float("nan")}}
+    (measured / "c.json").write_text(json.dumps([nan]), encoding="utf-8")
+    done = check(measured, {"losses/ViT-B-32": {"least": {"ratio": 1.0}}, "nan": {"least": {"share": 0.1}}})
+    assert done.stdout.splitlines()[:2] == [
+        "losses/ViT-B-32: ratio was not measured",
+        "nan: share nan is below 0.1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("expected", "message"),
+    [
+        ({"a": {"lesat": {"ratio": 1.0}}}, "a must have least or most, and figures in them"),
+        ({"a": {"most": {"difference": "1e-4"}}}, "a: difference must be a number, it is '1e-4'"),
+    ],
+)
+def test_a_mistake_in_what_is_expected_is_said(measured: Path, expected: dict[str, Any], message: str) -> None:
+    done = check(measured, expected)
+    assert done.returncode == 1
+    assert done.stderr.strip() == f"{measured / 'expected.yaml'}: {message}"
+
+
+@pytest.mark.parametrize("content", ["{", '[{"title": "of something else"}]', "3"])
+def test_a_file_that_no_benchmark_wrote_is_named(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "other.json"
+    file.write_text(content, encoding="utf-8")
+    done = run("report.py", file)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"{file}: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_ratio_is_the_median_of_pairs_and_not_of_medians(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = functions("results.py", monkeypatch)["compared"]
+    times = [(2.0, 1.0), (30.0, 10.0), (4.0, 1.0)]  # ratios 2, 3, 4; medians 4 and 1
+    result = compared("a", "b", times)
+    assert (result.peers, result.ours) == (4.0, 1.0)
+    assert (result.ratio.median, result.ratio.least, result.ratio.greatest, result.ratio.pairs) == (3.0, 2.0, 4.0, 3)
+    assert compared("a", "b", times, "images/s", more_is_better=True).ratio.median == pytest.approx(1 / 3)
+
+
+def test_what_is_saved_is_read_back_with_the_command_that_gives_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = functions("results.py", monkeypatch)
+    file = tmp_path / "bench" / "a.json"
+    monkeypatch.setattr(sys, "argv", ["/here/benchmarks/some.py", "--pairs", "1", "--json", str(file), "--bf16"])
+    results["save"](str(file), results["compared"]("a", "b", [(2.0, 1.0)], figures={"share": 0.5}))
+    (read,) = results["load"]([str(file)])
+    assert read.command == "python benchmarks/some.py --pairs 1 --bf16"
+    assert (read.value("ratio"), read.value("share"), read.value("other")) == (2.0, 0.5, None)
+    assert read.versions["torch"] == torch.__version__
+    assert read.machine["threads"] == torch.get_num_threads()
+
+
+def test_the_processor_is_the_one_that_linux_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "cpuinfo"
+    file.write_text("processor\t: 0\nmodel name\t: A Processor\nmodel name\t: A Processor\n", encoding="utf-8")
+    cpu_model = functions("results.py", monkeypatch)["cpu_model"]
+    assert cpu_model(str(file)) == "A Processor"
+    assert cpu_model(str(tmp_path / "none"))
+
+
+def test_all_that_is_expected_is_measured_by_make_bench() -> None:
+    expected = yaml.safe_load((BENCHMARKS / "expected_ratios.yaml").read_text(encoding="utf-8"))
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    scripts = {name.partition("/")[0].replace("losses", "train_step") for name in expected}
+    assert {script for script in scripts if f"$(call measure,{script}" not in makefile} == set()
+
+
+def test_programs_are_read_paused_and_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    running = functions("running.py", monkeypatch)
+    loop = "import time\nfor i in range(10**6): print('line', i, '.', flush=True); time.sleep(0.001)"
+    with running["Program"]([sys.executable, "-c", loop]) as program:
+        program.wait_for(r"^line 3 \.")
+        program.pause()
+        status = Path(f"/proc/{program.process.pid}/stat")
+        for _ in range(1000):
+            if status.read_text().rpartition(")")[2].split()[0] == "T":  # stopped, as proc(5) has it
+                break
+            time.sleep(0.01)
+        else:
+            pytest.fail("it goes on")
+        program.resume()
+        program.wait_for(r"^line 40 \.")
+    assert program.process.returncode == -9
+    with pytest.raises(RuntimeError, match=r"never said 'more':\nall"), running["Program"](["echo", "all"]) as program:
+        program.wait_for("more")
+
+
+def test_arithmetic_is_counted_where_torch_would_use_kernels_that_hide_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = functions("peers.py", monkeypatch)["counted"]
+    B, L, W = 3, 5, 8
+    attention, x = torch.nn.MultiheadAttention(W, 2, batch_first=True).eval(), torch.randn(B, L, W)
+    projections, products = 2 * B * L * W * 4 * W, 2 * 2 * B * L * L * W  # queries, keys, values, out; scores, sums
+
+    @torch.inference_mode()
+    def infer() -> object:
+        return attention(x, x, x, need_weights=False)
+
+    assert counted(infer) == projections + products
+    assert torch.backends.mha.get_fastpath_enabled()
+    linear = torch.nn.Linear(W, 2 * W)
+    rows = torch.randn(B, W, requires_grad=True)
+    assert counted(lambda: linear(rows).sum().backward()) == 3 * 2 * B * W * 2 * W  # forward, input's, weight's
+
+
+def test_both_libraries_get_the_same_quickstart_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    peers = functions("peers.py", monkeypatch)
+    try:
+        theirs, ours = peers["open_clip_pair"]("quickstart")
+    finally:
+        logging.disable(logging.NOTSET)
+    assert theirs.state_dict().keys() - {"attn_mask"} == ours.state_dict().keys()
+    images, tokens = torch.randn(2, 3, 64, 64), ours.tokenize(peers["captions"](2))
+    with torch.no_grad():
+        torch.testing.assert_close(ours.encode_image(images), theirs.encode_image(images), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(ours.encode_text(tokens), theirs.encode_text(tokens), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("count", [32, 64, 128])
+def test_captions_have_about_14_tokens_in_the_mean(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    captions = functions("peers.py", monkeypatch)["captions"](count)
+    assert len(captions) == count
+    tokenizer = SimpleTokenizer()
+    lengths = [1 + len(tokenizer.encode(text)) + 1 for text in captions]  # start and end of text
+    assert sum(lengths) / count == pytest.approx(14, abs=0.6)
+
+
+ALL_HELP = """
+import contextlib, io, runpy, sys
+for script in sys.argv[1:]:
+    sys.argv = [script, "--help"]
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+        runpy.run_path(script, run_name="__main__")
+    print(said.getvalue().startswith("usage:"), script)
+"""
+
+
+def test_every_benchmark_says_what_it_measures() -> None:
+    scripts = [name for name in SCRIPTS if name != "open_clip_train_with.py"]  # its help is the peer's
+    command = [sys.executable, "-c", ALL_HELP, *scripts]  # one process, which imports torch once
+    environment = {"PYTHONPATH": str(BENCHMARKS), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(command, cwd=BENCHMARKS, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == [f"True {name}" for name in scripts], done.stderr
