@@ -100,7 +100,8 @@ class _Collate:
         images = default_collate([item.image for item in items])  # in a worker in memory that it shares with the run
         keys = [item.key for item in items]
         groups = [item.group for item in items] if any(item.group for item in items) else ()
-        return CaptionBatch(images, self.tokenize.trim(tokens), keys, captions, groups, skipped)
+        lengths = self.tokenize.lengths(tokens).tolist()
+        return CaptionBatch(images, tokens[:, : max(lengths)], keys, captions, groups, skipped, lengths)
 
 
 def _tell_of_long_captions(source: PairSource, tokenize: TextTokenizer) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Self, TypedDict, TypeVar
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -240,6 +241,9 @@ class LitCLIP(LightningModule):
         return [] if any(isinstance(one, SkippedSamples) for one in trainer.callbacks) else [SkippedSamples()]
 
     def setup(self, stage: str) -> None:
+        if self._trainer and isinstance(self.trainer.strategy, DDPStrategy):
+            # Gradients in the buckets that are sent, and not a second time beside them.
+            self.trainer.strategy._ddp_kwargs.setdefault("gradient_as_bucket_view", True)
         if stage == "fit" and self._distill and not self._teacher:
             self._teacher = Teacher(self._distill.teacher)
         if stage == "fit":

@@ -155,7 +155,7 @@ class VisionTransformer(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """``[B, 3, H, W]`` float, normalised -> ``[B, W]``, what is projected; the paper's linear probes use it."""
         check_images(images, self.image_size)
-        x = self.conv1(images).flatten(2).transpose(1, 2)  # [B, W, H/P, W/P] -> [B, L-1, W]
+        x = self._patches(images) @ self.conv1.weight.flatten(1).T  # [B, L-1, W]
         class_token = self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)  # [B, 1, W]
         x = torch.cat([class_token, x], dim=1) + self.positional_embedding.to(x.dtype)  # [B, L, W]
         if self.training and self.patch_dropout:
@@ -164,6 +164,13 @@ class VisionTransformer(nn.Module):
         first = torch.arange(0, B * L, L, device=x.device)  # [B]: the class tokens
         x = self.transformer(self.ln_pre(x).view(B * L, W), Layout(((B, L),), causal=False), first)  # [B, W]
         return self.ln_post(x)
+
+    def _patches(self, images: Tensor) -> Tensor:
+        """``[B, 3, H, W]`` -> ``[B, L-1, 3PP]``: a convolution with stride P of them is a product, and slower."""
+        (rows, columns), P = self.grid, self.conv1.kernel_size[0]
+        B = images.shape[0]  # not len(): an exported graph would keep it
+        x = images.reshape(B, 3, rows, P, columns, P).permute(0, 2, 4, 1, 3, 5)
+        return x.reshape(B, rows * columns, 3 * P * P)
 
     def _some(self, x: Tensor) -> Tensor:
         """Each picture's class token and some of its patches: ``[B, L, W]`` -> ``[B, l, W]``."""
