@@ -138,10 +138,9 @@ class Throughput(TimedCallback):
     def _add(self, batch: CaptionBatch, model: CLIP) -> None:
         self._samples += len(batch.images) + len(batch.skipped)
         self._pairs += len(batch.images)
-        lengths = getattr(batch, "lengths", ())
-        if len(lengths):
-            self._tokens += sum(lengths)
-            self._squares += sum(length * length for length in lengths)
+        if batch.lengths:
+            self._tokens += sum(batch.lengths)
+            self._squares += sum(length * length for length in batch.lengths)
         elif len(batch.images):
             lengths = model.tokenizer.lengths(batch.tokens)
             sums = torch.stack([lengths.sum(), (lengths * lengths).sum()])

@@ -43,8 +43,8 @@ def training_flops(model: Any) -> PairFlops | None:
     there, and is run on one sample then.
 
     Matrix products, convolutions and attention are counted, each once: nothing is said of what is computed again to
-    save memory. What is frozen has no gradients, and a tower without anything that learns has no backward pass. All
-    patches of an image count.
+    save memory. As in published tables, all tokens count in the last blocks too. What is frozen has no gradients, and a
+    tower without anything that learns has no backward pass. Patches that ``patch_dropout`` leaves out do not count.
 
     Call it before a strategy cuts the weights in shards.
 
@@ -54,6 +54,7 @@ def training_flops(model: Any) -> PairFlops | None:
     height, width = height_width(model.preprocessing.image_size)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()  # in training, blocks may compute their activations again
+    model.visual.training = bool(getattr(model.visual, "patch_dropout", 0))  # a training step's patches
     try:
         with torch.compiler.set_stance("force_eager"), torch.enable_grad():
             image = _count(model.visual, torch.zeros(1, 3, height, width))

@@ -9,6 +9,7 @@ from lit_clip import LitCLIP
 from lit_clip.batch import CaptionBatch
 from lit_clip.config import CLIPConfig, ResNetConfig, TextTransformerConfig, VisionTransformerConfig
 from lit_clip.errors import InputError
+from lit_clip.flops import training_flops
 
 TEXT = TextTransformerConfig(context_length=8, vocab_size=50, width=16, layers=1, heads=1)
 CONFIG = CLIPConfig(16, VisionTransformerConfig(image_size=32, patch_size=8, width=16, layers=2, heads=1), TEXT)
@@ -78,6 +79,16 @@ def test_parts_of_a_batch_are_computed_again_with_the_same_patches() -> None:
         gradients.append({name: p.grad for name, p in module.named_parameters()})
     torch.testing.assert_close(gradients[1], gradients[0])
     torch.testing.assert_close(gradients[2], gradients[0])
+
+
+def test_patches_that_are_left_out_are_no_work() -> None:
+    """Blocks see 5 of 17 tokens; patches are embedded before the choice."""
+    whole, some = (training_flops(LitCLIP(CONFIG, patch_dropout=share).model) for share in (0.0, 0.75))
+    assert whole is not None
+    assert some is not None
+    assert some.text == whole.text
+    embedding = 2 * 2 * 16 * (3 * 8 * 8) * 16  # forward, and the gradient of the weights
+    assert 0.2 < (some.image - embedding) / (whole.image - embedding) < 5 / 17 + 0.02
 
 
 def test_a_model_that_has_no_patches_says_so() -> None:
