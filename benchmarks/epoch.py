@@ -5,7 +5,8 @@
 Two programs, both as their users start them, one worker each, TensorBoard on, validation after every epoch, no
 checkpoint before the end. They take turns: while one does an epoch the other is stopped (SIGSTOP), so that every pair
 of epochs has the same machine. The first epoch of each is not counted. Counted is from the start of an epoch to its
-last step, and to the start of the next one, which has validation in it.
+last step, and to the start of the next one, which has validation in it. The share of the machine's peak (see
+``train_step.py``) is of training alone; the peak is measured between the epochs.
 
 The files are OpenMoji's 1,750 drawings for training, 164 for validation, and their names. ``--source openmoji``: ours
 reads them through ``datamodules.OpenMoji``, as ``configs/quickstart.yaml`` does: decoded once, names varied.
@@ -17,13 +18,15 @@ import json
 import sys
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from results import Result, compared, need, parser, save
+from results import Result, compared, need, parser, save, shares
 from running import Program
 
 BENCHMARKS = Path(__file__).parent
+SIDES = ("peers", "our")
 MODELS = ("quickstart", "ViT-tiny-16-64")
 CROP = 0.9  # the least part of a picture that training sees, open_clip's default
 
@@ -147,9 +150,47 @@ class Side:
         return trained, self.until(epoch + 1) - began
 
 
-def measure(run: Run) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
-    """(open_clip's, our) seconds of each counted epoch: of training alone, and with validation."""
-    steps = len((run.folder / "train.tsv").read_text(encoding="utf-8").splitlines()[1:]) // run.batch
+class Measured(NamedTuple):
+    """(open_clip's, our) seconds of each counted epoch, and FLOP/s of the fastest matrix product between them."""
+
+    training: list[tuple[float, float]]
+    whole: list[tuple[float, float]]
+    peak: float
+
+
+def training_captions(run: Run) -> list[str]:
+    with (run.folder / "train.tsv").open(encoding="utf-8", newline="") as file:
+        return [row["title"] for row in csv.DictReader(file, delimiter="\t")]
+
+
+def steps_of(run: Run) -> int:
+    """Of an epoch; neither side trains on the rest."""
+    return len(training_captions(run)) // run.batch
+
+
+def flops_of(run: Run) -> list[int]:
+    """Of the steps of an epoch, open_clip's and ours: one batch of captions from all over the table is counted."""
+    import torch
+    from peers import counted, open_clip_pair
+    from train_step import TINY_RATE, our_step, pairs_of, their_step
+
+    theirs, ours = open_clip_pair(run.model)
+    captions = training_captions(run)
+    some = [captions[i * len(captions) // run.batch] for i in range(run.batch)]
+    pairs, how = pairs_of(ours, some, torch.Generator().manual_seed(0), "cpu"), (TINY_RATE, run.bf16, "cpu")
+    steps = (their_step(theirs, *how), our_step(ours, *how))
+    return [counted(partial(step, pairs)) * steps_of(run) for step in steps]
+
+
+def measure(run: Run) -> Measured:
+    """Both sides in turn."""
+    import torch
+
+    from lit_clip.flops import matmul_peak
+
+    dtype, last = torch.bfloat16 if run.bf16 else torch.float32, steps_of(run) * run.batch
+    peak = 0.0
+    both: list[tuple[tuple[float, float], tuple[float, float]]] = []
     ours = lit_clip_command("fit", "--config", str(run.folder / "fit.yaml"))
     with Program(open_clip_command(run)) as their_program:
         them = Side(their_program, r"Start epoch {epoch}$", r"Train Epoch: {epoch} \[ *{last}/")
@@ -157,9 +198,11 @@ def measure(run: Run) -> tuple[list[tuple[float, float]], list[tuple[float, floa
         with Program(ours, BENCHMARKS) as our_program:
             us = Side(our_program, "^mark epoch {epoch}$", "^mark trained {epoch}$")
             us.until(1)
-            both = [(them.next(epoch, steps * run.batch), us.next(epoch, 0)) for epoch in range(1, run.epochs - 1)]
+            for epoch in range(1, run.epochs - 1):
+                peak = max(peak, matmul_peak(torch.device("cpu"), dtype))
+                both.append((them.next(epoch, last), us.next(epoch, last)))
     training, whole = ([(theirs[i], ours[i]) for theirs, ours in both] for i in (0, 1))
-    return training, whole
+    return Measured(training, whole, peak)
 
 
 def main() -> None:
@@ -173,17 +216,20 @@ def main() -> None:
     need("pandas", "webdataset")
     with tempfile.TemporaryDirectory() as folder:
         planned = Run(options.model, options.bf16, options.epochs + 2, options.batch, options.source)
-        training, whole = measure(write_run(Path(folder), planned))
+        run = write_run(Path(folder), planned)
+        measured, flops = measure(run), flops_of(run)
     precision = "bf16" if options.bf16 else "fp32"
     what = f"{options.model}, batch {options.batch}, one worker, {precision}"
     found: list[Result] = []
     for kind, title, times in (
-        ("training", "epoch without validation", training),
-        ("whole", "epoch with validation", whole),
+        ("training", "epoch without validation", measured.training),
+        ("whole", "epoch with validation", measured.whole),
     ):
         one = compared(f"epoch/{options.model}/{precision}/{kind}", f"{title}, {what}", times)
         print(f"{one.title}: {one.peer} {one.peers:.1f} s, lit-clip {one.ours:.1f} s, times as fast: {one.ratio}")
         found.append(one)
+    found[0].figures.update(shares(found[0], flops, measured.peak))
+    print("of the peak: " + ", ".join(f"{found[0].figures[f'{side}_share_of_peak']:.1%} ({side})" for side in SIDES))
     save(options.json, *found)
 
 

@@ -151,7 +151,7 @@ def main() -> None:
     for row in comparison.rows(*test):
         table.add_row(*row)
     Console(width=160).print(table)
-    save(chosen.json, *comparison.results(table.title))
+    save(chosen.json, *comparison.results(table.title.partition(", torch")[0]))
     if chosen.search:
         splits = [Split(part, Targets(labels, chosen.classes)) for part, labels in (train, test)]
         start = time.perf_counter()

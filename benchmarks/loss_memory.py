@@ -107,7 +107,7 @@ def main() -> None:
             name = library if library == "lit-clip" else f"{library} {version('open-clip-torch')}"
             table.add_row(kind, name, f"{peak / 1e6:,.0f} MB", f"{seconds:.1f} s", f"{loss:.5f}")
         if not arguments.ours_only:
-            found += compared_rounds(kind, title, *results.values())
+            found += compared_rounds(kind, title.partition(", torch")[0], *results.values())
     Console(width=120).print(table)
     save(arguments.json, *found)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import open_clip
 import torch
-from results import Figure, Result, compared, save
+from results import Figure, Result, compared, save, shares
 from results import pair_parser as parser
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -134,18 +134,6 @@ def compare(
     result.figures.update(shares(result, flops, peak))
     print(described(result))
     return result
-
-
-def shares(result: Result, flops: list[int], peak: float) -> dict[str, Figure]:
-    """FLOP/s of both over the peak, and what they are made of."""
-    theirs, ours = result.peers or 0.0, result.ours or 0.0
-    return {
-        "peak_gflops": peak / 1e9,
-        "peers_gflop": flops[0] / 1e9,
-        "our_gflop": flops[1] / 1e9,
-        "peers_share_of_peak": flops[0] / theirs / peak,
-        "our_share_of_peak": flops[1] / ours / peak,
-    }
 
 
 def described(result: Result) -> str:

@@ -88,6 +88,24 @@ def compared(
     return Result(name, title, peer or open_clip_version(), theirs, ours, unit, Ratio.of(ratios), dict(figures or {}))
 
 
+def shares(result: Result, flops: Sequence[int], peak: float) -> dict[str, Figure]:
+    """FLOP/s of peer and ours over the peak, and what they are made of.
+
+    Args:
+        result: of seconds.
+        flops: the peer's and ours.
+        peak: FLOP/s.
+    """
+    theirs, ours = result.peers or 0.0, result.ours or 0.0
+    return {
+        "peak_gflops": peak / 1e9,
+        "peers_gflop": flops[0] / 1e9,
+        "our_gflop": flops[1] / 1e9,
+        "peers_share_of_peak": flops[0] / theirs / peak,
+        "our_share_of_peak": flops[1] / ours / peak,
+    }
+
+
 def open_clip_version() -> str:
     return f"open_clip {version('open-clip-torch')}"
 

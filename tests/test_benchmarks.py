@@ -242,6 +242,24 @@ def test_captions_have_about_14_tokens_in_the_mean(count: int, monkeypatch: pyte
     assert sum(lengths) / count == pytest.approx(14, abs=0.6)
 
 
+@pytest.mark.slow
+def test_both_libraries_train_whole_epochs_from_the_same_files(tmp_path: Path) -> None:
+    for package in ("pandas", "webdataset"):  # open_clip_train's own
+        pytest.importorskip(package)
+    file = tmp_path / "epoch.json"
+    done = run("epoch.py", "--model", "ViT-tiny-16-64", "--batch", 800, "--epochs", 1, "--json", file)
+    assert done.returncode == 0, done.stderr
+    training, whole = json.loads(file.read_text(encoding="utf-8"))
+    assert (training["name"], whole["name"]) == tuple(f"epoch/ViT-tiny-16-64/fp32/{x}" for x in ("training", "whole"))
+    for side in ("peers", "ours"):
+        assert 0 < training[side] < whole[side]  # which has validation in it
+    # 32 positions of every caption, whatever it says; forward and backward of the weights' products, two steps.
+    positions, blocks, projections = 2 * 800 * 32, 2 * 12 * 256**2, 256**2 / 32
+    text = 3 * 2 * positions * (blocks + projections)
+    assert training["figures"]["peers_gflop"] > text / 1e9
+    assert training["figures"]["our_gflop"] < training["figures"]["peers_gflop"]
+
+
 ALL_HELP = """
 import contextlib, io, runpy, sys
 for script in sys.argv[1:]:
