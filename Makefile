@@ -22,6 +22,10 @@ $(BIN)/.installed: pyproject.toml
 
 install: $(BIN)/.installed  ## Make the environment in .venv
 
+$(BIN)/.bench: $(BIN)/.installed
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	@touch $@
+
 quickstart: install  ## Train a CLIP from scratch on 1,750 drawings, then validate it (about 10 minutes on 2 cores)
 	@echo "Training on OpenMoji; logs and pictures go to $(RUNS)/quickstart ..."
 	@$(BIN)/lit-clip fit --config configs/quickstart.yaml --trainer.logger.init_args.save_dir $(RUNS)
@@ -45,7 +49,7 @@ format: install  ## Rewrite the code in the project's format
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: install  ## Measure against open_clip, in the same run; the table and the check follow (an hour or two, alone)
+bench: $(BIN)/.bench  ## Measure against open_clip, in the same run; the table and the check follow (an hour or two, alone)
 	@mkdir -p $(BENCH) && rm -f $(BENCH)/*.json
 	@for model in ViT-B-32 quickstart; do \
 	$(call measure,train_step,--model $$model,.$$model.fp32) && \
@@ -58,6 +62,7 @@ bench: install  ## Measure against open_clip, in the same run; the table and the
 	@$(call measure,text_encoding)
 	@$(call measure,zero_shot_classifier,--classes 50)
 	@$(call measure,image_pipeline)
+	@$(BIN)/python benchmarks/decoders.py
 	@$(call measure,epoch,,.fp32)
 	@$(call measure,epoch,--bf16,.bf16)
 	@$(call measure,start_up)

@@ -24,6 +24,7 @@ import skimage
 import sklearn
 from peers import captions, parser
 from PIL import Image, ImageOps
+from results import compared, need, save
 from torch.utils.data import DataLoader
 
 from datamodules import Augmentation, Captions
@@ -106,20 +107,27 @@ def main() -> None:
     arguments.add_argument("--pictures", type=int, default=512)
     arguments.add_argument("--size", default="1280x960")
     options = arguments.parse_args()
+    need("pandas", "webdataset")
     logging.disable(logging.WARNING)
     width, height = map(int, options.size.split("x"))
     with tempfile.TemporaryDirectory() as folder:
         table = write_table(Path(folder), (width, height), options.pictures)
         makers: tuple[Callable[[Path], Iterable[Any]], ...] = (open_clip_loader, our_loader)
         rates = [[rate(make(table)) for make in makers] for _ in range(options.pairs + 1)][1:]  # the first warms up
-    ratios = sorted(ours / theirs for theirs, ours in rates)
-    theirs, ours = (statistics.median(column) for column in zip(*rates, strict=True))
+    found = compared(
+        "image_pipeline",
+        f"{options.size} JPEGs to 224 pixels, one worker",
+        [(theirs, ours) for theirs, ours in rates],
+        "images/s",
+        more_is_better=True,
+    )
     print(
-        f"{options.size} JPEGs to 224 pixels, one worker: open_clip {theirs:.0f} images/s, lit-clip {ours:.0f}, "
-        f"{statistics.median(ratios):.2f} times as many ({ratios[0]:.2f} to {ratios[-1]:.2f}, {options.pairs} pairs)"
+        f"{found.title}: open_clip {found.peers:.0f} images/s, lit-clip {found.ours:.0f}, times as many: {found.ratio}"
     )
     off = differences((width, height))
     print(f"pixels of 255 that a fraction's decoding is off: mean {statistics.mean(off):.2f}, most {max(off):.2f}")
+    found.figures.update(mean_difference=statistics.mean(off), largest_difference=max(off))
+    save(options.json, found)
 
 
 if __name__ == "__main__":

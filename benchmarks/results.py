@@ -151,9 +151,7 @@ def need(*packages: str) -> None:
     """End if a package that only the peer wants is not installed."""
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
-        sys.exit(
-            f"open_clip_train needs {' and '.join(missing)}, which lit-clip does not: pip install pandas webdataset"
-        )
+        sys.exit(f"open_clip_train needs {' and '.join(missing)}, which lit-clip does not: pip install -e '.[bench]'")
 
 
 def save(file: str | None, *found: Result) -> None:

@@ -1,0 +1,87 @@
+"""Where the time of a training step goes, in open_clip and in lit-clip: torch.profiler's own times, by kind of work.
+
+    python benchmarks/profile_step.py [--model ViT-B-32] [--batch 32] [--bf16] [--steps 3] [--device cpu]
+
+Steps are those of ``train_step.py``. Milliseconds a step, on a GPU of the device's kernels.
+"""
+
+import re
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peers import captions, open_clip_pair
+from results import Figure, Result, parser, save
+from rich.console import Console
+from rich.table import Table
+from torch.profiler import ProfilerActivity, profile
+from train_step import BATCHES, MODELS, TINY_RATE, our_step, pairs_of, their_step
+
+# The first that matches an operator's name is its kind.
+KINDS = {
+    "matrix products": r"mm$|linear|gemm",
+    "attention": r"attention|softmax|fmha|flash",
+    "convolutions": r"conv",
+    "normalisation": r"norm",
+    "activations": r"gelu|sigmoid|silu|relu",
+    "optimiser": r"adam|foreach",
+    "copies and casts": r"copy|cat|index|gather|scatter|clone|contiguous|pad|fill|zero",
+    "sums and products of elements": r"add|mul|sum|div|sub|exp|log|mean",
+}
+
+
+def kind_of(operator: str) -> str:
+    """One of ``KINDS``, or ``the rest``."""
+    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, operator)), "the rest")
+
+
+def milliseconds(step: Callable[[], object], steps: int, device: str) -> Counter[str]:
+    """Of each kind in a step."""
+    step()
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
+    with profile(activities=activities) as profiler:
+        for _ in range(steps):
+            step()
+    found: Counter[str] = Counter()
+    for event in profiler.key_averages():
+        row: Any = event
+        own = row.self_device_time_total if device == "cuda" else row.self_cpu_time_total
+        found[kind_of(row.key.lower())] += own / steps / 1000  # microseconds
+    return found
+
+
+def table(options: Namespace, theirs: Counter[str], ours: Counter[str]) -> Table:
+    precision = "bf16" if options.bf16 else "fp32"
+    result = Table("ms a step", "open_clip", "lit-clip", title=f"{options.model}, batch {options.batch}, {precision}")
+    for kind in [*KINDS, "the rest"]:
+        result.add_row(kind, f"{theirs[kind]:.0f}", f"{ours[kind]:.0f}")
+    result.add_row("all", f"{theirs.total():.0f}", f"{ours.total():.0f}")
+    return result
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--model", choices=MODELS, default="ViT-B-32")
+    arguments.add_argument("--batch", type=int, help="pairs; absent: 32, or 128 of the small models")
+    arguments.add_argument("--bf16", action="store_true", help="autocast on both sides")
+    arguments.add_argument("--steps", type=int, default=3)
+    arguments.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    options = arguments.parse_args()
+    options.batch = options.batch or BATCHES.get(options.model, 32)
+    theirs, ours = (model.to(options.device) for model in open_clip_pair(options.model))
+    pairs = pairs_of(ours, captions(options.batch), torch.Generator().manual_seed(0), options.device)
+    how = (TINY_RATE, options.bf16, options.device)
+    their, our = their_step(theirs, *how), our_step(ours, *how)
+    times = [milliseconds(lambda step=step: step(pairs), options.steps, options.device) for step in (their, our)]
+    Console(width=100).print(table(options, *times))
+    precision = "bf16" if options.bf16 else "fp32"
+    figures: dict[str, Figure] = {}
+    for who, found in zip(("peers", "our"), times, strict=True):
+        figures.update({f"{who} {kind}": float(ms) for kind, ms in found.items()})
+    save(options.json, Result(f"profile/{options.model}/{precision}", "profile of a training step", figures=figures))
+
+
+if __name__ == "__main__":
+    main()
