@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Tokens up to which plain products are faster on a CPU than the fused kernel, and their matrices small.
+LONGEST_PLAIN = {torch.float32: 64, torch.bfloat16: 256}
+
 
 class Layout(NamedTuple):
     """Sequences one behind the other in ``[T, W]``, and how they attend.
@@ -43,8 +46,7 @@ class Layout(NamedTuple):
     def _run(self, qkv: Tensor, count: int, length: int, heads: int) -> Tensor:
         W = qkv.shape[1] // 3
         q, k, v = qkv.view(count, length, 3, heads, W // heads).permute(2, 0, 3, 1, 4)  # 3 x [n, H, l, W/H]
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        return out.transpose(1, 2).reshape(count * length, W)
+        return attention(q, k, v, self.causal).transpose(1, 2).reshape(count * length, W)
 
     def attend_from(self, q_BW: Tensor, kv_TX: Tensor, heads: int) -> Tensor:
         """From one token of each sequence, which sees all of it: ``[B, W]`` and ``[T, 2W]`` -> ``[B, W]``."""
@@ -65,7 +67,25 @@ def _one_query(q: Tensor, kv: Tensor, count: int, length: int, heads: int, mask:
     W = q.shape[1]
     q = q.view(count, heads, 1, W // heads)  # [n, H, 1, W/H]
     k, v = kv.view(count, length, 2, heads, W // heads).permute(2, 0, 3, 1, 4)  # 2 x [n, H, l, W/H]
+    if mask is None:
+        return attention(q, k, v, causal=False).reshape(count, W)
     return F.scaled_dot_product_attention(q, k, v, mask).reshape(count, W)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """``[n, H, m, d]`` queries, ``[n, H, l, d]`` keys and values -> ``[n, H, m, d]``.
+
+    torch's own except on a CPU, whose fused kernel is slow backwards: in bfloat16 by up to four times, and in float32
+    where sequences fit into one of its blocks (docs/performance.md).
+    """
+    length = k.shape[2]
+    if q.device.type != "cpu" or q.dtype not in LONGEST_PLAIN:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    if not causal and length <= LONGEST_PLAIN[q.dtype]:
+        return torch.matmul((torch.matmul(q * q.shape[3] ** -0.5, k.transpose(2, 3))).softmax(dim=3).to(v.dtype), v)
+    if q.dtype == torch.bfloat16:  # short texts: the kernel in float32 costs a third
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=causal).to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
 
 class Packing(NamedTuple):

@@ -185,3 +185,29 @@ def test_layouts_say_where_each_token_is() -> None:
     assert found.layout.cells is not None
     assert found.layout.cells.tolist() == [0, 3, 4, 6, 7, 8]
     assert packing.pack([4, 4], torch.device("cpu"), padded_attention=True).layout.cells is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.03)]
+)
+@pytest.mark.parametrize(("queries", "length", "causal"), [(9, 9, False), (9, 9, True), (1, 9, False), (70, 70, False)])
+def test_attention_is_softmax_of_scaled_products(
+    dtype: torch.dtype, tolerance: float, queries: int, length: int, causal: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 3, queries, 8), (2, 3, length, 8), (2, 3, length, 8))
+    inputs = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    q, k, v = exact
+    scores = q @ k.transpose(2, 3) / 8**0.5
+    if causal:
+        scores = scores.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), -torch.inf)
+    expected = scores.softmax(3) @ v
+    found = packing.attention(*inputs, causal)
+    assert found.dtype == dtype
+    for result in (expected, found):
+        (result * torch.linspace(-1, 1, result.numel(), dtype=result.dtype).view_as(result)).sum().backward()
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+    for x, reference in zip(inputs, exact, strict=True):
+        assert x.grad is not None
+        torch.testing.assert_close(x.grad.double(), reference.grad, rtol=tolerance, atol=tolerance)
