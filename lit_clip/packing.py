@@ -135,10 +135,11 @@ def pack(lengths: Sequence[int], device: torch.device, padded_attention: bool | 
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A small tensor there, without waiting for what is queued."""
-    if device.type == "cuda":  # from memory that is not pinned the copy would wait for all that is queued before it
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    """A small tensor there, on a CUDA device without waiting for what is queued."""
+    if device.type != "cuda":  # MPS would read memory that has been given back by then (pytorch/pytorch#189690)
+        return tensor.to(device)
+    # From memory that is not pinned the copy would wait for all that is queued before it.
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def length_groups(lengths: Sequence[int], most: int = 4, least_rows: int = 16, worth: float = 0.1) -> list[Tensor]:
