@@ -14,7 +14,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_clip.checkpoint_io import WholeCheckpointIO, newest_checkpoint
@@ -96,6 +96,11 @@ class CLI(LightningCLI):
             settings.plugins.append(WholeCheckpointIO())
         if self.subcommand == "fit" and settings.precision is None:
             self._choose_precision(settings)
+        elif str(settings.precision).startswith("bf16") and computes_in_bfloat16(settings.accelerator) is False:
+            rank_zero_warn(
+                f"trainer.precision: {settings.precision} is emulated here, as the processor has no instructions for "
+                "bfloat16, and many times slower than --trainer.precision 32-true"
+            )
         has_bar = any(isinstance(callback, ProgressBar) for callback in settings.callbacks)
         if settings.enable_progress_bar is not False and not has_bar:
             self.trainer_defaults["callbacks"] = [RichProgressBar()]
@@ -151,15 +156,15 @@ class CLI(LightningCLI):
             print_summary(self.trainer.callback_metrics, self.model.baselines, before)
 
 
-def computes_in_bfloat16(accelerator: object) -> bool:
-    """Whether there are instructions for bfloat16 where ``trainer.accelerator`` will compute.
+def computes_in_bfloat16(accelerator: object) -> bool | None:
+    """Whether there are instructions for bfloat16 where ``trainer.accelerator`` will compute; None: not known.
 
     Where there are none it is emulated, and slower than float32.
     """
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if accelerator != "cpu" and (accelerator != "auto" or torch.backends.mps.is_available()):
-        return False
+        return None
     known = (
         torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     )  # newer than our oldest torch

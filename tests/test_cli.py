@@ -343,11 +343,11 @@ def test_a_run_that_gets_worse_leaves_the_last_epoch_and_the_best(
         ({"avx512_bf16": True}, "auto", True),
         ({"amx_bf16": True}, "auto", True),
         ({"avx512_f": True, "avx512_bf16": False}, "cpu", False),
-        ({"avx512_bf16": True}, "tpu", False),
+        ({"avx512_bf16": True}, "tpu", None),
     ],
 )
 def test_bfloat16_is_what_the_processor_has_instructions_for(
-    capabilities: dict[str, bool], accelerator: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+    capabilities: dict[str, bool], accelerator: str, expected: bool | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
@@ -370,3 +370,22 @@ def test_training_computes_in_bfloat16_where_it_can_and_says_so_in_the_runs_conf
     run()
     saved = yaml.safe_load((tmp_path / "lightning_logs/version_1/validate_config.yaml").read_text())
     assert saved["trainer"]["precision"] is None  # evaluation is exact
+
+
+@pytest.mark.parametrize(("has_instructions", "warned"), [(False, True), (True, False), (None, False)])
+def test_bfloat16_that_would_be_emulated_is_warned_of(
+    has_instructions: bool | None,
+    warned: bool,
+    caption_table: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(lightning_cli, "computes_in_bfloat16", lambda accelerator: has_instructions)
+    options = ["--trainer.max_steps", "1", "--trainer.precision", "bf16-mixed"]
+    monkeypatch.setattr(sys, "argv", ["lit-clip", *words("fit", caption_table), *options])
+    run()
+    told = [str(one.message) for one in recwarn if "bf16-mixed is emulated here" in str(one.message)]
+    assert bool(told) == warned
+    assert all("--trainer.precision 32-true" in one for one in told)

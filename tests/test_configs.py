@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_clip import load_model
@@ -75,6 +76,12 @@ def test_the_papers_runs_have_the_papers_numbers(name: str, monkeypatch: pytest.
     assert data.global_batch_size == 32_768
     assert data.global_batch_size % (trainer.devices * trainer.num_nodes) == 0
     assert (model.image_size, model.pretrained) == ((336, "l14.ckpt") if epochs == 1 else (None, None))
+
+
+@pytest.mark.parametrize("name", ["finetune_clip", "finetune_table", "quickstart", "towers"])
+def test_what_runs_on_any_machine_leaves_the_precision_to_it(name: str) -> None:
+    """bfloat16 is emulated by processors without instructions for it, ten times slower than float32."""
+    assert "precision" not in yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text(encoding="utf-8"))["trainer"]
 
 
 @pytest.mark.parametrize("name", ["finetune_table", "quickstart"])

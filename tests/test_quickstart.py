@@ -22,6 +22,6 @@ def test_the_quickstart_reaches_the_order_of_figures_that_the_readme_states(tmp_
     assert reached["zero_shot/unseen_groups/top1"] >= 40  # guessing: 24
     (run,) = (tmp_path / "runs/quickstart").iterdir()
     checkpoint = run / "checkpoints/last.ckpt"
-    again = ("validate", *config, "--ckpt_path", str(checkpoint))
+    again = ("validate", "--config", str(run / "fit_config.yaml"), "--ckpt_path", str(checkpoint))  # its precision too
     validated = lit_clip_command(tmp_path, *again, environment=threads, timeout=600)
     assert results(validated.stdout) == results(fitted.stdout)
