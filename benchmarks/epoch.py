@@ -213,6 +213,9 @@ def main() -> None:
     arguments.add_argument("--batch", type=int, default=128)
     arguments.add_argument("--source", choices=["files", "openmoji"], default="files", help="of ours")
     options = arguments.parse_args()
+    from peers import end_if_emulated
+
+    end_if_emulated(options.bf16, "cpu")
     need("pandas", "webdataset")
     with tempfile.TemporaryDirectory() as folder:
         planned = Run(options.model, options.bf16, options.epochs + 2, options.batch, options.source)

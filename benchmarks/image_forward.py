@@ -6,7 +6,7 @@ There is little to leave out of an image, so the share of the machine's peak is 
 """
 
 import torch
-from peers import autocast, compare, open_clip_pair, parser, save
+from peers import autocast, compare, end_if_emulated, open_clip_pair, parser, save
 from results import Result
 
 from lit_clip.config import height_width
@@ -44,8 +44,11 @@ def main() -> None:
     arguments.add_argument("--precisions", nargs="+", choices=DTYPES, default=list(DTYPES))
     arguments.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     options = arguments.parse_args()
-    found = [measured(options.model, options.batch, one, options.pairs, options.device) for one in options.precisions]
-    save(options.json, *found)
+    found = []
+    for precision in options.precisions:  # float32 first: bfloat16 may end it
+        end_if_emulated(precision == "bf16", options.device)
+        found.append(measured(options.model, options.batch, precision, options.pairs, options.device))
+        save(options.json, *found)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from datamodules.openmoji import read_table
 from lit_clip import CLIP, create_model
 from lit_clip.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
 from lit_clip.flops import matmul_peak
+from lit_clip.lightning_cli import computes_in_bfloat16
 
 __all__ = ["QUICKSTART", "captions", "compare", "counted", "lengths_of", "open_clip_pair", "parser", "save"]
 
@@ -148,6 +150,13 @@ def described(result: Result) -> str:
         f"open_clip {figures['peers_share_of_peak']:.1%} ({figures['peers_gflop']:.0f} GFLOP), "
         f"lit-clip {figures['our_share_of_peak']:.1%} ({figures['our_gflop']:.0f} GFLOP)"
     )
+
+
+def end_if_emulated(bf16: bool, device: str) -> None:
+    """End well where bfloat16 is asked for and would be emulated: its seconds would say nothing."""
+    if bf16 and computes_in_bfloat16(device) is False:
+        print("not measured: the processor has no instructions for bfloat16")
+        sys.exit()
 
 
 def autocast(device: str, bf16: bool) -> Any:

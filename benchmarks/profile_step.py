@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from peers import captions, open_clip_pair
+from peers import captions, end_if_emulated, open_clip_pair
 from results import Figure, Result, parser, save
 from rich.console import Console
 from rich.table import Table
@@ -69,6 +69,7 @@ def main() -> None:
     arguments.add_argument("--steps", type=int, default=3)
     arguments.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     options = arguments.parse_args()
+    end_if_emulated(options.bf16, options.device)
     options.batch = options.batch or BATCHES.get(options.model, 32)
     theirs, ours = (model.to(options.device) for model in open_clip_pair(options.model))
     pairs = pairs_of(ours, captions(options.batch), torch.Generator().manual_seed(0), options.device)

@@ -27,8 +27,8 @@ def circumstances(result: Result) -> str:
     machine, versions = result.machine, result.versions
     gpu = f" and one {machine['gpu']}" if "gpu" in machine else ""
     packages = ", ".join(f"{name} {number}" for name, number in versions.items())
-    cpu, cores, threads = (machine.get(name, "?") for name in ("cpu", "cores", "threads"))
-    return f"Measured on {cores} cores of {cpu}{gpu}, {threads} threads, with {packages}."
+    cpu, instructions, cores, threads = (machine.get(name, "?") for name in ("cpu", "instructions", "cores", "threads"))
+    return f"Measured on {cores} cores of {cpu} ({instructions}){gpu}, {threads} threads, with {packages}."
 
 
 def _group(results: list[Result]) -> str:

@@ -115,11 +115,11 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, Figure]:
-    """The processor, how many cores this process may use, torch's threads, and the GPU's name if there is one."""
+    """The processor, its instructions, the cores this process may use, torch's threads, and the GPU if there is one."""
     import torch
 
     result: dict[str, Figure] = {"cpu": cpu_model(), "cores": len(os.sched_getaffinity(0))}
-    result["threads"] = torch.get_num_threads()
+    result["threads"], result["instructions"] = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
     if torch.cuda.is_available():
         result["gpu"] = torch.cuda.get_device_name()
     return result

@@ -34,9 +34,11 @@ def of_help(name: str, words: Sequence[str], pairs: int) -> Result:
 
 
 def of_first_step(pairs: int) -> Result:
-    """Both from the command to the end of the first optimiser step, bf16."""
+    """Both from the command to the end of the first optimiser step, in what the processor computes in."""
+    from lit_clip.lightning_cli import computes_in_bfloat16
+
     with tempfile.TemporaryDirectory() as temporary:
-        run = write_run(Path(temporary), Run("ViT-tiny-16-64", bf16=True, epochs=1))
+        run = write_run(Path(temporary), Run("ViT-tiny-16-64", bf16=bool(computes_in_bfloat16("cpu")), epochs=1))
         theirs = open_clip_command(run, log_every=1)
         logger = ("--trainer.logger.init_args.save_dir", temporary)
         ours = lit_clip_command("fit", "--config", str(QUICKSTART), "--trainer.callbacks+=marks.Marks", *logger)

@@ -22,7 +22,17 @@ from typing import Any, NamedTuple
 
 import open_clip
 import torch
-from peers import autocast, captions, compare, length_figures, lengths_of, open_clip_pair, parser, save
+from peers import (
+    autocast,
+    captions,
+    compare,
+    end_if_emulated,
+    length_figures,
+    lengths_of,
+    open_clip_pair,
+    parser,
+    save,
+)
 from results import Result
 from torch import Tensor
 
@@ -146,6 +156,7 @@ def main() -> None:
     arguments.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     arguments.add_argument("--losses", type=int, default=0, metavar="N", help="compare the losses of N steps as well")
     options = arguments.parse_args()
+    end_if_emulated(options.bf16, options.device)
     options.batch = options.batch or BATCHES.get(options.model, 32)
     found = [timed(options)] if options.pairs else []
     if options.losses:

@@ -14,6 +14,7 @@ import torch
 import yaml
 from open_clip import SimpleTokenizer
 
+from lit_clip import lightning_cli
 from tests.conftest import ROOT
 
 BENCHMARKS = ROOT / "benchmarks"
@@ -29,7 +30,7 @@ STEP: dict[str, Any] = {
     "figures": {"peers_share_of_peak": 0.801, "our_share_of_peak": 0.856, "mean_tokens": 14.03},
     "command": "python benchmarks/train_step.py",
     "versions": {"python": "3.11.7", "torch": "2.13.0"},
-    "machine": {"cpu": "AMD EPYC", "cores": 2, "threads": 2},
+    "machine": {"cpu": "AMD EPYC", "instructions": "AVX512", "cores": 2, "threads": 2},
 }
 LOSSES = {**STEP, "name": "losses/ViT-B-32", "title": "losses of 20 steps", "ratio": None, "peers": None, "ours": None}
 LOSSES["figures"] = {"largest_difference": 3e-6}
@@ -62,7 +63,7 @@ def functions(script: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_the_table_has_a_line_a_comparison_and_says_on_what_it_was_measured(measured: Path) -> None:
     done = run("report.py", measured)
     assert done.stdout.splitlines() == [
-        "Measured on 2 cores of AMD EPYC, 2 threads, with python 3.11.7, torch 2.13.0.",
+        "Measured on 2 cores of AMD EPYC (AVX512), 2 threads, with python 3.11.7, torch 2.13.0.",
         "",
         "| work | peer | lit-clip | times better | of the peak: peer, lit-clip | command |",
         "|---|--:|--:|--:|--:|---|",
@@ -80,7 +81,7 @@ def test_other_machines_and_versions_have_tables_of_their_own(measured: Path) ->
     first, second = run("report.py", measured).stdout.split("Measured on ")[1:]
     assert "ViT-B-32" in first
     assert "on a GPU" not in first
-    assert second.startswith("2 cores of AMD EPYC and one NVIDIA H100, 2 threads")
+    assert second.startswith("2 cores of AMD EPYC (AVX512) and one NVIDIA H100, 2 threads")
     assert "| on a GPU |" in second
 
 
@@ -166,6 +167,22 @@ def test_what_is_saved_is_read_back_with_the_command_that_gives_it(
     assert (read.value("ratio"), read.value("share"), read.value("other")) == (2.0, 0.5, None)
     assert read.versions["torch"] == torch.__version__
     assert read.machine["threads"] == torch.get_num_threads()
+
+
+@pytest.mark.parametrize("instructions", [True, False, None])
+def test_bfloat16_is_not_measured_where_it_would_be_emulated(
+    instructions: bool | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(lightning_cli, "computes_in_bfloat16", lambda accelerator: instructions)
+    end_if_emulated = functions("peers.py", monkeypatch)["end_if_emulated"]
+    end_if_emulated(False, "cpu")
+    if instructions is False:
+        with pytest.raises(SystemExit) as end:
+            end_if_emulated(True, "cpu")
+        assert end.value.code is None  # the benchmarks after it are measured
+        assert capsys.readouterr().out.startswith("not measured: ")
+    else:
+        end_if_emulated(True, "cpu")
 
 
 def test_the_processor_is_the_one_that_linux_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
