@@ -41,6 +41,7 @@ from lit_clip.collectives import Shards
 from lit_clip.config import height_width
 from lit_clip.optim import decay_groups
 from lit_clip.sharded_loss import Plan, sharded_contrastive_loss
+from lit_clip.stability import largest_gradient
 
 MODELS = ("ViT-B-32", "ViT-B-16", "RN50", "quickstart", "ViT-tiny-16-64")
 BATCHES = {"quickstart": 128, "ViT-tiny-16-64": 128}
@@ -95,6 +96,7 @@ def our_step(model: CLIP, rate: float, bf16: bool, device: str) -> Callable[[Pai
             shards = Shards(0, (len(image),))
             loss = sharded_contrastive_loss(image, text, model.logit_scale.exp(), Plan(shards)).loss
         loss.backward()
+        assert largest_gradient(model.parameters()).isfinite()  # LitCLIP looks as well
         optimizer.step()
         model.clamp_logit_scale()
         return loss.detach()

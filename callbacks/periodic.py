@@ -36,7 +36,7 @@ class PeriodicEvaluation(Callback):
 
     It runs the first time that it can, so that its metrics exist whenever a checkpoint asks for them. Validations of
     ``fit`` at which it does not run log its last values again, a resumed run those of before. ``validate`` and ``test``
-    always run it, and find the numbers that ``fit`` found with the same weights.
+    always run it, and find the numbers that ``fit`` found with the same weights, at the same ``trainer.precision``.
 
     Args:
         every_n_epochs: the number of validations of ``fit`` (one an epoch, unless the trainer is told otherwise) from

@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.memory import is_oom_error
 from torch import Tensor
 
 from lit_clip import collectives, memory
@@ -74,19 +75,25 @@ class Trial:
     """Runs an encoder on batches and says how long they take: ``seconds`` of :func:`fastest_batch_size`.
 
     A device says itself when its memory is full. A CPU's system would swap, or end the process: there a batch is not
-    tried for which twice what half of it took, by the process's peak, is more than half of what is available.
+    tried for which twice what half of it took, by the process's peak, is more than half of what is available to each of
+    the machine's processes.
 
     Args:
         encode: what is run, on a batch of inputs on its device.
         inputs: makes a batch of so many, on the CPU.
         device: where ``encode`` wants it.
+        processes: on this machine, which will all run it; one tries it out.
     """
 
     def __init__(
-        self, encode: Callable[[Tensor], object], inputs: Callable[[int], Tensor], device: torch.device
+        self,
+        encode: Callable[[Tensor], object],
+        inputs: Callable[[int], Tensor],
+        device: torch.device,
+        processes: int = 1,
     ) -> None:
         self.encode, self.inputs, self.device = encode, inputs, device
-        self._available = memory.available()
+        self._available = memory.available() // processes
         self._needed = 0  # of the last batch
 
     def __call__(self, batch_size: int) -> float:
@@ -94,12 +101,16 @@ class Trial:
         if on_cpu and 2 * self._needed > SPARED * self._available:
             raise torch.OutOfMemoryError(f"a batch of {batch_size} would need {2 * self._needed:,} bytes")
         now, before = memory.of_process(), memory.peak_of_process()
+        seconds: list[float] = []
         try:
             batch = self.inputs(batch_size).to(self.device)
             self._seconds(batch)  # warms up
-            seconds: list[float] = []
             while len(seconds) < TIMES or sum(seconds) < AT_LEAST:
                 seconds.append(self._seconds(batch))
+        except RuntimeError as error:
+            if is_oom_error(error) or "ALLOC_FAILED" in str(error):  # of a CPU, of CUDA's libraries
+                raise torch.OutOfMemoryError(str(error)) from error
+            raise
         finally:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()  # of sizes that will not come again
@@ -127,7 +138,8 @@ def image_batch_size(model: CLIP, trainer: Trainer, num_workers: int, images: in
     height, width = height_width(model.preprocessing.image_size)
     most, shared = MOST, memory.available_to_workers()
     if num_workers and shared is not None:
-        most = min(most, int(SPARED * shared) // (num_workers * 2 * 3 * height * width * 4))
+        workers = num_workers * trainer.num_devices  # of this machine
+        most = min(most, int(SPARED * shared) // (workers * 2 * 3 * height * width * 4))
     if images is not None:
         most = min(most, images // (trainer.world_size * max(1, num_workers)))
 
@@ -154,22 +166,27 @@ def automatic_batch_size(
         most: see :func:`fastest_batch_size`; of all ranks that of the first counts.
 
     Raises:
-        InputError: on all ranks, not even one sample fits.
+        InputError: on all ranks, not even one sample fits; on all but the first, it failed there.
     """
     found: list[Choice | str] = []
+    failed: Exception | None = None
     if collectives.rank_and_world()[0] == 0:
         device, before = trainer.strategy.root_device, model.device
         model.to(device).eval()
         try:
             with torch.inference_mode(), trainer.precision_plugin.forward_context():
-                found.append(fastest_batch_size(Trial(encode, inputs, device), most=most))
-        except InputError as error:
-            found.append(str(error))
+                trial = Trial(encode, inputs, device, trainer.num_devices)
+                found.append(fastest_batch_size(trial, most=most))
+        except Exception as error:  # the others wait for an answer
+            failed = error
+            found.append(str(error) if isinstance(error, InputError) else f"--batch_size auto: {error}")
         finally:
             model.to(before)
         if isinstance(found[0], Choice):
             stderr().print(f"--batch_size {found[0].batch_size}: {found[0].reason}", markup=False)
     (choice,) = collectives.gather_objects(found)
+    if failed:
+        raise failed
     if isinstance(choice, str):
         raise InputError(choice)
     return choice.batch_size

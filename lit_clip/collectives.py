@@ -259,7 +259,7 @@ def gather_objects(local: list[Any]) -> list[Any]:
     if world == 1:
         return local
     parts: list[list[Any] | None] = [None] * world
-    dist.all_gather_object(parts, local)
+    dist.all_gather_object(parts, local, group=host_group())
     return [item for part in parts for item in part or []]
 
 

@@ -2,7 +2,11 @@
 
 from typing import Any
 
+import torch
+
 from lit_clip.layers import TOWERS, tower_blocks
+
+MOST_GRAPHS = 64
 
 
 def compile_blocks(model: Any, backend: str = "inductor") -> None:
@@ -16,6 +20,9 @@ def compile_blocks(model: Any, backend: str = "inductor") -> None:
         backend: of ``torch.compile``.
     """
     model.text_encoder.few_lengths = True
+    # Blocks of both towers are one function: each length, with and without gradients, is a graph of it, and beyond the
+    # limit torch gives up and runs them plainly.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
     for tower in TOWERS:
         for block in tower_blocks(model, tower):
             if block._compiled_call_impl is None:

@@ -3,13 +3,13 @@
 A multiplication with its addition counts as two FLOPs.
 """
 
+import copy
 import time
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -52,18 +52,12 @@ def training_flops(model: Any) -> PairFlops | None:
         None where it cannot be counted either way.
     """
     height, width = height_width(model.preprocessing.image_size)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()  # in training, blocks may compute their activations again
-    model.visual.training = bool(getattr(model.visual, "patch_dropout", 0))  # a training step's patches
     try:
-        with torch.compiler.set_stance("force_eager"), torch.enable_grad():
-            image = _count(model.visual, torch.zeros(1, 3, height, width))
+        with torch.enable_grad():
+            image = tower_flops(model.visual, torch.zeros(1, 3, height, width))
             text = _text_flops(model.text_encoder, model.context_length)
     except Exception:  # whatever encoders from elsewhere raise
         return None
-    finally:
-        for module, training in modes:
-            module.training = training
     return PairFlops(image, text)
 
 
@@ -76,13 +70,13 @@ def _text_flops(encoder: nn.Module, context_length: int) -> tuple[float, float, 
     def tokens(length: int) -> Tensor:
         return torch.full((1, length), 5)  # nobody's padding
 
-    whole = _count(encoder, tokens(context_length))
+    whole = tower_flops(encoder, tokens(context_length))
     lengths = (context_length // 4, context_length // 2, context_length)
     if not 0 < lengths[0] < lengths[1] < lengths[2]:
         return float(whole), 0.0, 0.0
     try:
         with torch.no_grad():
-            counts = [_count(encoder, tokens(length)) for length in lengths]
+            counts = [tower_flops(encoder, tokens(length)) for length in lengths]
     except Exception:  # likewise
         return float(whole), 0.0, 0.0
     powers = np.vander(np.array(lengths, dtype=np.float64), 3, increasing=True)
@@ -90,8 +84,12 @@ def _text_flops(encoder: nn.Module, context_length: int) -> tuple[float, float, 
     return constant, linear, quadratic
 
 
-def _count(tower: nn.Module, inputs: Tensor) -> int:
-    """Of the forward pass, and of the backward pass where gradients are enabled."""
+def tower_flops(tower: nn.Module, inputs: Tensor) -> int:
+    """Of the forward pass, and of the backward pass where gradients are enabled; see :func:`training_flops`.
+
+    Raises:
+        Exception: whatever an encoder from elsewhere raises that cannot be run on such inputs.
+    """
     try:
         return _count_on(tower, inputs, torch.device("meta"))
     except Exception:  # likewise
@@ -99,15 +97,28 @@ def _count(tower: nn.Module, inputs: Tensor) -> int:
 
 
 def _count_on(tower: nn.Module, inputs: Tensor, device: torch.device) -> int:
-    states = [*tower.named_parameters(), *tower.named_buffers()]
-    learns = torch.is_grad_enabled()
-    weights = {name: state.detach().to(device).requires_grad_(learns and state.requires_grad) for name, state in states}
+    copied: Any = _replica(tower, device).eval()  # in training, blocks may compute their activations again
+    if torch.is_grad_enabled():
+        copied.training = tower.training and bool(getattr(tower, "patch_dropout", 0))  # a training step's patches
+    copied.few_lengths = False  # as long as they are
     # Plain matrix products: the counter does not know a CPU's fused attention.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        features = functional_call(tower, weights, (inputs.to(device),), tie_weights=False)
+        features = copied(inputs.to(device))
         if features.requires_grad:
             features.sum().backward()
     return counter.get_total_flops()
+
+
+def _replica(tower: nn.Module, device: torch.device) -> nn.Module:
+    """A copy that is not compiled, with its weights on a device: no copies of those that are there.
+
+    Not ``torch.func.functional_call``: adapters that wrap a parameter would leave a buffer in its place.
+    """
+    tensors: dict[int, Tensor] = {}
+    for tensor in (*tower.parameters(), *tower.buffers()):
+        moved = tensor.detach().to(device)
+        tensors[id(tensor)] = nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
+    return copy.deepcopy(tower, tensors)
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.4) -> float:

@@ -22,6 +22,7 @@ from lit_clip.errors import InputError
 from lit_clip.module import LitCLIP
 from lit_clip.plan import measure_run, print_plan
 from lit_clip.preemption import Preemption
+from lit_clip.processor import has_bfloat16
 from lit_clip.run_folders import run_folders
 from lit_clip.summary import print_next_steps, print_summary
 from lit_clip.weights import read_checkpoint
@@ -110,7 +111,7 @@ class CLI(LightningCLI):
             raise InputError(f"trainer: {error}") from error
 
     def _choose_precision(self, settings: Any) -> None:
-        """What training computes in where nobody says; evaluation is exact."""
+        """What ``fit`` computes in where nobody says, its validations too; other subcommands are exact then."""
         if any(isinstance(plugin, Precision) for plugin in settings.plugins):
             return
         if computes_in_bfloat16(settings.accelerator):
@@ -165,10 +166,7 @@ def computes_in_bfloat16(accelerator: object) -> bool | None:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if accelerator != "cpu" and (accelerator != "auto" or torch.backends.mps.is_available()):
         return None
-    known = (
-        torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    )  # newer than our oldest torch
-    return any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "sve_bf16"))
+    return has_bfloat16()
 
 
 def _options(words: Sequence[str], *names: str) -> list[str]:

@@ -135,7 +135,9 @@ class CLIP(TextTransformer):
         features = tower.features(images)
         return features, tower.project(features)
 
-    def encode_text(self, tokens: Tensor, normalize: bool = False, lengths: Sequence[int] | None = None) -> Tensor:
+    def encode_text(
+        self, tokens: Tensor, normalize: bool = False, lengths: Sequence[int] | Tensor | None = None
+    ) -> Tensor:
         """int64 ``[B, L]``, ``L`` at most the context length -> ``[B, D]``, of unit length if ``normalize``.
 
         Padding changes nothing, and costs nothing where the texts' lengths are known: on a CPU always, on a device that
@@ -146,6 +148,8 @@ class CLIP(TextTransformer):
             raise InputError(
                 f"texts have {tokens.shape[1]} tokens, the model reads {self.context_length}; tokenize for it"
             )
+        if isinstance(lengths, Tensor):
+            lengths = lengths.tolist()
         if self.config.papers_layout:
             if self.config.text.tokenizer is not None:
                 lengths = None  # another tokenizer's may go on behind the id that the encoder takes for the end

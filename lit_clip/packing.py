@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Tokens up to which plain products are faster on a CPU than the fused kernel, and their matrices small.
-LONGEST_PLAIN = {torch.float32: 64, torch.bfloat16: 256}
+from lit_clip.processor import has_bfloat16
+
+# Tokens up to which plain products with gradients are faster on a CPU than the fused kernel, and their matrices small.
+LONGEST_PLAIN = {torch.float32: 64, torch.bfloat16: 256 if has_bfloat16() else 0}
 
 
 class Layout(NamedTuple):
@@ -78,14 +80,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     torch's own except on a CPU, whose fused kernel is slow backwards: in bfloat16 by up to four times, and in float32
     where sequences fit into one of its blocks (docs/performance.md).
     """
-    length = k.shape[2]
-    if q.device.type != "cpu" or q.dtype not in LONGEST_PLAIN:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    if not causal and length <= LONGEST_PLAIN[q.dtype]:
+    if q.device.type == "cpu" and not causal and k.shape[2] <= LONGEST_PLAIN.get(q.dtype, 0) and _differentiated(q, k):
         return torch.matmul((torch.matmul(q * q.shape[3] ** -0.5, k.transpose(2, 3))).softmax(dim=3).to(v.dtype), v)
-    if q.dtype == torch.bfloat16:  # short texts: the kernel in float32 costs a third
-        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=causal).to(q.dtype)
+    if q.device.type == "cpu" and causal and q.dtype == torch.bfloat16:  # short texts: half the time in float32
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True).to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+
+def _differentiated(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 class Packing(NamedTuple):

@@ -10,11 +10,10 @@ from lightning.pytorch import Trainer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.flop_counter import FlopCounterMode
 
 from lit_clip.config import height_width
+from lit_clip.flops import tower_flops
 from lit_clip.layers import TOWERS, tower_parameters
 from lit_clip.optim import batches_per_epoch, total_steps
 from lit_clip.sharded_loss import TILE
@@ -201,29 +200,21 @@ def measure_run(module: Any, trainer: Trainer) -> RunPlan:
 
 
 def tower_work(model: Any) -> tuple[Work, Work]:
-    """The work of both towers, counted on torch's meta device, where nothing is computed."""
+    """The work of both towers, see :func:`lit_clip.flops.training_flops`."""
     height, width = height_width(model.preprocessing.image_size)
-    with torch.device("meta"):
-        inputs = torch.zeros(1, 3, height, width), torch.zeros(1, model.context_length, dtype=torch.long)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    flops = [_flops(tower, x) for tower, x in zip((model.visual, model.text_encoder), inputs, strict=True)]
-    for module, training in modes:
-        module.training = training
+    inputs = torch.zeros(1, 3, height, width), torch.full((1, model.context_length), 5)  # nobody's padding
+    flops = [_forward_flops(tower, x) for tower, x in zip((model.visual, model.text_encoder), inputs, strict=True)]
     learning = [any(p.requires_grad for p in tower_parameters(model, tower).values()) for tower in TOWERS]
     image, text = (Work(count, learns) for count, learns in zip(flops, learning, strict=True))
     return image, text
 
 
 @torch.no_grad()
-def _flops(tower: nn.Module, inputs: Tensor) -> int | None:
-    weights = {name: tensor.to("meta") for name, tensor in [*tower.named_parameters(), *tower.named_buffers()]}
+def _forward_flops(tower: nn.Module, inputs: Tensor) -> int | None:
     try:
-        with FlopCounterMode(display=False) as counter:
-            functional_call(tower, weights, (inputs,), tie_weights=False)
-    except Exception:  # a tower from elsewhere may look at its inputs, which are not there
+        return tower_flops(tower, inputs)
+    except Exception:  # whatever encoders from elsewhere raise
         return None
-    return counter.get_total_flops()
 
 
 def plan_rows(plan: RunPlan) -> list[tuple[str, str]]:

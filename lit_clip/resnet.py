@@ -113,7 +113,7 @@ class ModifiedResNet(nn.Module):
         """``[B, 3, H, W]`` float, normalised -> ``[B, D]``."""
         check_images(images, self.image_size)
         x = images
-        if torch.is_autocast_enabled(x.device.type):
+        if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
             # Faster, and it stays that way through all layers; in float32 a CPU's gradients lose two digits by it.
             x = x.contiguous(memory_format=torch.channels_last)
         for conv, norm in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):

@@ -243,7 +243,8 @@ class TextTransformer(nn.Module):
             x = self.transformer(x, Layout(((B, L),), causal=False), last)  # [B, W]
         elif self._may_pack(tokens, lengths):
             packing = pack(lengths or text_lengths(tokens), tokens.device)
-            ids, positions = tokens[packing.rows, packing.columns], self.positional_embedding[packing.columns]
+            ids = tokens[packing.rows, packing.columns]
+            positions = F.embedding(packing.columns, self.positional_embedding)  # indexing is slower backwards
             x = self.transformer(self._embed(ids, positions), packing.layout, packing.ends)  # [B, W]
             x = x.index_select(0, packing.places)
         else:

@@ -114,6 +114,47 @@ def test_a_cpu_does_not_try_what_would_take_half_of_its_memory(
     assert choice.batch_size == max(tried) == largest
 
 
+@pytest.mark.parametrize(("processes", "largest"), [(2, 32), (4, 16)])
+def test_a_cpus_memory_is_shared_by_its_processes(
+    processes: int, largest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = Process(monkeypatch, has=100, peak=150, available=1280)
+    monkeypatch.setattr(batch_size, "WORTH", -1e9)
+    monkeypatch.setattr(batch_size, "AT_LEAST", 0.0)
+    trial = Trial(process.encode, lambda size: torch.zeros(size), torch.device("cpu"), processes)
+    assert fastest_batch_size(trial).batch_size == largest
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ],
+)
+def test_memory_that_is_refused_in_other_words_is_full_too(message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_size, "AT_LEAST", 0.0)
+
+    def encode(batch: Tensor) -> None:
+        if len(batch) > 16:
+            raise RuntimeError(message)
+
+    monkeypatch.setattr(batch_size, "WORTH", -1e9)
+    choice = fastest_batch_size(Trial(encode, lambda size: torch.zeros(size), torch.device("cpu")))
+    assert choice == Choice(16, "memory is too small for 32")
+
+
+def test_another_error_ends_it(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, trainer = load_model(tiny_checkpoint), start_processes(1, "cpu", "32-true")
+
+    def encode(images: Tensor) -> None:
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(model, "encode_image", encode)
+    with pytest.raises(RuntimeError, match=r"^something else$"):
+        image_batch_size(model, trainer, num_workers=0)
+
+
 def test_memory_is_what_the_system_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free = memory.available()
     assert 0 < memory.of_process() <= 1.01 * memory.peak_of_process()  # Linux counts roughly
@@ -139,6 +180,8 @@ def test_workers_all_have_a_batch_and_room_for_two(tiny_checkpoint: Path, monkey
     assert image_batch_size(model, trainer, num_workers=0) == 64
     assert image_batch_size(model, trainer, num_workers=1) == 16  # 2 of 20 at most
     assert image_batch_size(model, trainer, num_workers=4) == 5
+    monkeypatch.setattr(type(trainer), "num_devices", 2)
+    assert image_batch_size(model, trainer, num_workers=2) == 5
 
 
 # On the command line

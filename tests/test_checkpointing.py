@@ -113,6 +113,12 @@ def test_a_share_of_the_blocks_runs_twice(share: float, times: float) -> None:
     assert block_calls(deep, gradient_checkpointing=share) == {"image": times, "text": times}
 
 
+def test_a_share_is_not_rounded_up_for_its_last_digit() -> None:
+    """0.28 of 25 blocks are 7; in floating point it is a little more."""
+    text = replace(CONFIG.text, layers=25)  # type: ignore
+    assert block_calls(replace(CONFIG, text=text), gradient_checkpointing=0.28)["text"] == 1 + 7 / 25
+
+
 @pytest.mark.parametrize("share", [-0.1, 1.5])
 def test_a_share_of_the_blocks_is_one(share: float) -> None:
     with pytest.raises(InputError, match=r"model\.gradient_checkpointing: .* between 0 and 1"):

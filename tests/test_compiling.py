@@ -1,6 +1,7 @@
 """``torch.compile`` changes how fast the numbers come, and nothing else."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import Tensor
 from lit_clip import LitCLIP, load_model
 from lit_clip.batch import CaptionBatch
 from lit_clip.compiling import compile_blocks
-from lit_clip.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
+from lit_clip.config import CLIPConfig, ResNetConfig, TextTransformerConfig, VisionTransformerConfig
+from lit_clip.errors import InputError
 from lit_clip.model import CLIP
 from lit_clip.transformer import rounded
 
@@ -53,6 +55,42 @@ def test_a_compiled_model_has_the_gradients_and_the_names_of_a_plain_one() -> No
     for longest in (3, 7, 12, 15, 35, 40):  # of lengths that have been rounded to before
         gradients(compiled, longest)
     assert graphs["unique_graphs"] == known
+
+
+def test_training_and_validation_of_any_length_stay_compiled() -> None:
+    """Both towers' blocks are one function to torch, which makes 8 graphs of it unless it is told otherwise."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    config = replace(CONFIG, text=TextTransformerConfig(context_length=77, vocab_size=50, width=32, layers=2, heads=1))
+    model = CLIP(config)
+    compile_blocks(model, backend="eager")
+    graphs = torch._dynamo.utils.counters["stats"]
+
+    def both(length: int, rows: int) -> None:
+        pairs = batch(length)
+        images, tokens = model.normalize(pairs.images)[:rows], pairs.tokens[:rows]
+        model.eval()
+        with torch.inference_mode():
+            model.encode_image(images), model.encode_text(tokens)  # noqa: B018  # run, not looked at
+        model.train()
+        (model.encode_image(images) * model.encode_text(tokens)).sum().backward()
+
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for rows in (4, 3):
+            for length in (10, 20, 40, 50, 70):
+                both(length, rows)
+    known = graphs["unique_graphs"]
+    for length in (12, 77, 30, 60, 44):
+        both(length, 4)
+    assert graphs["unique_graphs"] == known
+
+
+def test_with_checkpointing_a_norm_of_the_batch_is_refused() -> None:
+    resnet = replace(CONFIG, image=ResNetConfig((1, 1, 1, 1), 16, 32))
+    with pytest.raises(InputError, match=r"model\.compile: not together with model\.gradient_checkpointing where"):
+        LitCLIP(resnet, gradient_checkpointing=True, compile=True)
+    LitCLIP(resnet, gradient_checkpointing=True)
+    LitCLIP(CONFIG, gradient_checkpointing=True, compile=True)
 
 
 def test_few_lengths_are_multiples_up_to_the_context() -> None:

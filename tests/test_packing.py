@@ -191,9 +191,17 @@ def test_layouts_say_where_each_token_is() -> None:
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.03)]
 )
 @pytest.mark.parametrize(("queries", "length", "causal"), [(9, 9, False), (9, 9, True), (1, 9, False), (70, 70, False)])
+@pytest.mark.parametrize("longest_plain", [0, 256])
 def test_attention_is_softmax_of_scaled_products(
-    dtype: torch.dtype, tolerance: float, queries: int, length: int, causal: bool
+    dtype: torch.dtype,
+    tolerance: float,
+    queries: int,
+    length: int,
+    causal: bool,
+    longest_plain: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(packing, "LONGEST_PLAIN", dict.fromkeys((torch.float32, torch.bfloat16), longest_plain))
     generator = torch.Generator().manual_seed(0)
     shapes = ((2, 3, queries, 8), (2, 3, length, 8), (2, 3, length, 8))
     inputs = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
@@ -211,3 +219,31 @@ def test_attention_is_softmax_of_scaled_products(
     for x, reference in zip(inputs, exact, strict=True):
         assert x.grad is not None
         torch.testing.assert_close(x.grad.double(), reference.grad, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_a_gradient_attention_is_torchs_own(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose forward pass is as fast and rounds less."""
+    monkeypatch.setattr(packing, "LONGEST_PLAIN", dict.fromkeys((torch.float32, torch.bfloat16), 256))
+    q, k, v = (torch.randn(2, 3, 9, 8, generator=torch.Generator().manual_seed(n)).to(dtype) * 8 for n in range(3))
+    kernels = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    assert torch.equal(packing.attention(q, k, v, causal=False), kernels)
+    q.requires_grad_()
+    with torch.no_grad():
+        assert torch.equal(packing.attention(q, k, v, causal=False), kernels)
+    assert not torch.equal(packing.attention(q, k, v, causal=False), kernels)
+
+
+def test_causal_attention_in_bfloat16_is_computed_in_float32_under_autocast_too() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 9, 8, generator=generator).bfloat16() for _ in range(3))
+    wide = torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = packing.attention(q, k, v, causal=True)
+    assert torch.equal(found, wide.bfloat16())
+
+
+def test_lengths_may_be_those_of_the_tokenizer() -> None:
+    model, tokens = small_clip(), texts(LENGTHS[2])
+    lengths = tokens.argmax(1) + 1
+    assert torch.equal(model.encode_text(tokens, lengths=lengths), model.encode_text(tokens))

@@ -10,6 +10,7 @@ from lit_clip.batch import CaptionBatch
 from lit_clip.config import CLIPConfig, ResNetConfig, TextTransformerConfig, VisionTransformerConfig
 from lit_clip.errors import InputError
 from lit_clip.flops import training_flops
+from lit_clip.layers import Freeze
 
 TEXT = TextTransformerConfig(context_length=8, vocab_size=50, width=16, layers=1, heads=1)
 CONFIG = CLIPConfig(16, VisionTransformerConfig(image_size=32, patch_size=8, width=16, layers=2, heads=1), TEXT)
@@ -89,6 +90,13 @@ def test_patches_that_are_left_out_are_no_work() -> None:
     assert some.text == whole.text
     embedding = 2 * 2 * 16 * (3 * 8 * 8) * 16  # forward, and the gradient of the weights
     assert 0.2 < (some.image - embedding) / (whole.image - embedding) < 5 / 17 + 0.02
+
+
+def test_a_frozen_encoder_leaves_out_no_patches_and_costs_them() -> None:
+    frozen = [
+        training_flops(LitCLIP(CONFIG, patch_dropout=share, freeze=Freeze(image="all")).model) for share in (0, 0.5)
+    ]
+    assert frozen[0] == frozen[1] is not None
 
 
 def test_a_model_that_has_no_patches_says_so() -> None:

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lit_clip.config import CLIPConfig, ResNetConfig, TextTransformerConfig
 from lit_clip.layers import Freeze
 from lit_clip.module import LitCLIP
+from lit_clip.models import measure
 from lit_clip.plan import RunPlan, Work, contradictions, loss_bytes, measure_run, plan_rows, tower_work
 from lit_clip.registry import resolve_architecture
 from lit_clip.weights import create_model
@@ -138,11 +139,17 @@ def test_the_passes_are_those_that_a_step_takes(checkpointed: bool, tiny_config:
 
 def test_the_work_of_a_tower_is_what_lit_clip_models_lists() -> None:
     image, text = tower_work(create_model("ViT-tiny-16-64"))
-    from lit_clip.models import measure
-
     size = measure(resolve_architecture("ViT-tiny-16-64"))
     assert (image.forward, text.forward) == (size.image_flops, size.text_flops)
     assert image.learns
+
+
+def test_the_work_of_a_resnet_and_of_an_encoder_that_looks_at_its_inputs_is_known(folders: dict[str, Path]) -> None:
+    image, _ = tower_work(create_model("RN50"))
+    assert image.forward == measure(resolve_architecture("RN50")).image_flops
+    _, text = tower_work(create_model(text_config(folders["bert"], 16)))
+    # Two layers, W = 32 and 48 inside of the MLP; a linear projection to 16.
+    assert text.forward == 2 * 32 * 2 * (4 * 32**2 + 2 * 32 * 48 + 2 * 32 * 32) + 2 * 32 * 16  # 32 tokens
 
 
 def test_measuring_leaves_the_model_as_it_was(folders: dict[str, Path]) -> None:

@@ -23,12 +23,15 @@ from callbacks.throughput import Count, device_peak, peak_memory, throughput
 from callbacks.training_clock import FETCH, TrainingClock
 from datamodules import Captions
 from lit_clip.batch import CaptionBatch
+from lit_clip.compiling import compile_blocks
 from lit_clip.config import CLIPConfig, HuggingFaceTextConfig, TextTransformerConfig
 from lit_clip.flops import PairFlops, matmul_peak, training_flops
 from lit_clip.layers import Freeze
+from lit_clip.lora import LoRA
 from lit_clip.model import CLIP
 from lit_clip.models import measure
 from lit_clip.module import LitCLIP
+from lit_clip.plan import tower_work
 from lit_clip.transformer import VisionTransformer
 from lit_clip.weights import create_model
 from tests.small_sets import write_table
@@ -124,6 +127,31 @@ def test_arithmetic_that_is_done_again_is_not_counted_and_counting_changes_nothi
     assert all(part.training for part in module.modules())
     assert all(parameter.grad is None for parameter in module.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
+def test_counting_leaves_the_parameters_that_a_lora_wraps_as_they_are(tiny_config: CLIPConfig, tmp_path: Path) -> None:
+    """An average of the weights that is made behind it found fewer parameters than it has to follow."""
+    base = tmp_path / "base.ckpt"
+    torch.manual_seed(0)
+    saving = trainer(tmp_path, max_steps=1)
+    first = LitCLIP(tiny_config)
+    saving.fit(first, data_for(first, write_table(tmp_path), batch_size=4))
+    saving.save_checkpoint(base)
+    model = LitCLIP(tiny_config, str(base), lora=LoRA(r=2)).model
+    before = list(model.named_parameters()), list(model.named_buffers())
+    assert training_flops(model)
+    assert tower_work(model)
+    for now, was in zip((model.named_parameters(), model.named_buffers()), before, strict=True):
+        assert [(name, id(tensor)) for name, tensor in now] == [(name, id(tensor)) for name, tensor in was]
+
+
+def test_texts_that_a_compiled_model_pads_are_counted_as_long_as_they_are(tiny_config: CLIPConfig) -> None:
+    config = replace(tiny_config, text=TextTransformerConfig(context_length=77, width=64, layers=2, heads=2))
+    model = CLIP(config)
+    plain = training_flops(model)
+    compile_blocks(model, backend="eager")
+    assert training_flops(model) == plain
+    assert model.text_encoder.few_lengths  # type: ignore[attr-defined]
 
 
 def test_an_encoder_that_reads_the_whole_context_costs_it(tiny_config: CLIPConfig) -> None:
