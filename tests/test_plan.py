@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lit_clip.config import CLIPConfig, ResNetConfig, TextTransformerConfig
 from lit_clip.layers import Freeze
-from lit_clip.module import LitCLIP
 from lit_clip.models import measure
+from lit_clip.module import LitCLIP
 from lit_clip.plan import RunPlan, Work, contradictions, loss_bytes, measure_run, plan_rows, tower_work
 from lit_clip.registry import resolve_architecture
 from lit_clip.weights import create_model
