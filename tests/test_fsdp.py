@@ -63,7 +63,8 @@ def assert_same_training(ours: Path, theirs: Path, tolerance: float) -> None:
         assert [group[key] for key in keys] == [other[key] for key in keys]
     assert a["state"].keys() == b["state"].keys()
     for number, state in a["state"].items():
-        torch.testing.assert_close(state, b["state"][number], rtol=0, atol=tolerance)
+        # Squares of gradients are above 1 here: float32 has 1.2e-7 of such a number, a mean over processes rounds some.
+        torch.testing.assert_close(state, b["state"][number], rtol=tolerance, atol=tolerance)
 
 
 def test_two_shards_train_as_one_process_does(runs: Path) -> None:
