@@ -36,6 +36,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
                 os.fsync(file.fileno())
             put_in_place(part, whole)
         except (OSError, RuntimeError) as error:  # torch's writer raises the second on a full disk
+            if isinstance(error.__context__, KeyboardInterrupt):  # and where it was interrupted
+                raise error.__context__ from None
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             raise InputError(f"{whole}: the checkpoint cannot be written ({reason}); the one before is kept") from error
         finally:

@@ -24,7 +24,7 @@ from lit_clip.plan import measure_run, print_plan
 from lit_clip.preemption import Preemption
 from lit_clip.processor import has_bfloat16
 from lit_clip.run_folders import run_folders
-from lit_clip.summary import print_next_steps, print_summary
+from lit_clip.summary import print_next_steps, print_summary, resume_command
 from lit_clip.weights import read_checkpoint
 
 NEWEST = ("last", "auto")  # of this configuration's runs; auto: or from the beginning
@@ -71,13 +71,13 @@ class CLI(LightningCLI):
             self._subcommand_parsers[name].set_defaults(verbose=False)  # our table says it, with what guessing reaches
         super().parse_arguments(parser, args)
         if subcommand and path in NEWEST:
-            found = newest_checkpoint(run_folders(self.config[subcommand]))
+            folders = run_folders(self.config[subcommand].as_dict())
+            found = newest_checkpoint(folders)
             if found or (path == "auto" and subcommand == "fit"):
                 self.parse_arguments(parser, [*words, "--ckpt_path", str(found) if found else "null"])
                 return
-            folders = ", ".join(map(str, run_folders(self.config[subcommand])))
             hint = "; auto begins anew in that case" if subcommand == "fit" else ""
-            raise InputError(f"--ckpt_path {path}: no whole checkpoint below {folders}{hint}")
+            raise InputError(f"--ckpt_path {path}: no whole checkpoint below {', '.join(map(str, folders))}{hint}")
         if subcommand and path and not self.config[subcommand]["model"]["lora"]:
             self.config[subcommand]["model"]["pretrained"] = None  # the checkpoint replaces every weight
 
@@ -118,6 +118,40 @@ class CLI(LightningCLI):
             # In both: one makes the trainer, the other is saved with the run.
             settings.precision = self._get(self.config, "trainer").precision = "bf16-mixed"
             rank_zero_info("trainer.precision: bf16-mixed, which this machine has; 32-true computes in float32")
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """As Lightning does, but Ctrl-C is Ctrl-C, and the last line says how to go on."""
+        try:
+            super()._run_subcommand(subcommand)
+        except SystemExit as end:
+            if not isinstance(end.__context__, KeyboardInterrupt):
+                raise
+            raise KeyboardInterrupt(self._how_to_go_on() if subcommand == "fit" else "") from None
+
+    def _how_to_go_on(self) -> str:
+        """Of the run that was interrupted, without asking other processes; only the first says it."""
+        folders = [
+            Path(folder) for one in self.trainer.checkpoint_callbacks if (folder := getattr(one, "dirpath", None))
+        ]
+        if not self.trainer.is_global_zero:
+            return ""
+        found = newest_checkpoint(folders)
+        if found is None:
+            return "nothing has been saved yet (kill, unlike Ctrl-C, saves first)"
+        return f"go on with: {resume_command(found, str(found.parent.parent))}"
+
+    def before_validate(self) -> None:
+        self._warn_of_random_weights()
+
+    def before_test(self) -> None:
+        self._warn_of_random_weights()
+
+    def _warn_of_random_weights(self) -> None:
+        if not self.model.starts_trained and not self._get(self.config, "ckpt_path"):
+            rank_zero_warn(
+                f"{self.subcommand}: the numbers are of random weights; name trained ones with --ckpt_path or "
+                "--model.pretrained"
+            )
 
     def before_fit(self) -> None:
         """Every metric at step 0; a resumed run has those of its checkpoint."""
@@ -228,7 +262,8 @@ def run(args: ArgsType = None, execute: bool = True) -> CLI:
         save_config_callback=SaveConfig,
         seed_everything_default=0,
         # The data modules divide the samples themselves, each exactly once.
-        trainer_defaults={"use_distributed_sampler": False},
+        # Our plan says what learns, and knows the arithmetic.
+        trainer_defaults={"use_distributed_sampler": False, "enable_model_summary": False},
         parser_kwargs={
             "parser_mode": "omegaconf+",
             "exit_on_error": False,

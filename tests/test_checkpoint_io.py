@@ -1,12 +1,15 @@
 """A checkpoint is whole or not there, and the newest whole one is found."""
 
+import io
 import multiprocessing
 import os
 import resource
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
+from typing import Any
 
 import pytest
 import torch
@@ -52,6 +55,25 @@ def test_a_full_disk_is_an_error_that_names_the_file_and_the_checkpoint_before_s
     assert sorted(os.listdir(tmp_path)) == ["last.ckpt", "last.ckpt.error"]
 
 
+def test_ctrl_c_in_the_middle_of_writing_is_not_taken_for_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Interrupted(io.FileIO):
+        def write(self, data: Any) -> int:
+            if self.tell() > 500_000:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().write(data)
+
+    path = tmp_path / "last.ckpt"
+    WholeCheckpointIO().save_checkpoint(CHECKPOINT, path)
+    monkeypatch.setattr(Path, "open", lambda path, mode: Interrupted(path, mode))
+    with pytest.raises(KeyboardInterrupt):
+        WholeCheckpointIO().save_checkpoint(CHECKPOINT, path)
+    monkeypatch.undo()
+    assert torch.load(path, weights_only=True)["global_step"] == 7
+    assert os.listdir(tmp_path) == ["last.ckpt"]
+
+
 def test_a_folder_that_is_a_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"file/last.ckpt: the checkpoint cannot be written \("):
@@ -86,16 +108,16 @@ def test_last_and_auto_go_on_from_the_newest_checkpoint_of_the_configurations_ru
         *("--data.batch_size", "32", "--data.num_workers", "0", "--model.architecture", TINY_YAML),
         *("--model.warmup_steps", "1", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"),
         "--trainer.callbacks+={class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: {filename: last}}",
+        "--trainer.logger={class_path: lightning.pytorch.loggers.CSVLogger, init_args: {save_dir: runs, name: mine}}",
     ]
     nothing = cli("fit", *words, "--ckpt_path", "last")
     assert nothing.returncode == 2
-    assert "--ckpt_path last: no whole checkpoint below checkpoints, lightning_logs; auto begins anew" in nothing.stderr
+    assert "--ckpt_path last: no whole checkpoint below checkpoints, runs/mine; auto begins anew" in nothing.stderr
     assert cli("fit", *words, "--trainer.max_epochs", "1", "--ckpt_path", "auto").returncode == 0
-    first = tmp_path / "lightning_logs/version_0/checkpoints/last.ckpt"
+    first = tmp_path / "runs/mine/version_0/checkpoints/last.ckpt"
     assert torch.load(first, weights_only=True)["global_step"] == 2
-    (tmp_path / "lightning_logs/broken.ckpt").write_bytes(first.read_bytes()[:-1000])
+    (tmp_path / "runs/mine/broken.ckpt").write_bytes(first.read_bytes()[:-1000])
     again = cli("fit", *words, "--trainer.max_epochs", "2", "--ckpt_path", "last")
     assert again.returncode == 0, again.stderr
-    assert (
-        torch.load(tmp_path / "lightning_logs/version_1/checkpoints/last.ckpt", weights_only=True)["global_step"] == 4
-    )
+    second = tmp_path / "runs/mine/version_1/checkpoints/last.ckpt"
+    assert torch.load(second, weights_only=True)["global_step"] == 4

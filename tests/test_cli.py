@@ -1,6 +1,7 @@
 """The command as a person meets it: what wins, what is written where, and errors in one line."""
 
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -334,6 +335,33 @@ def test_a_run_that_gets_worse_leaves_the_last_epoch_and_the_best(
     assert dry.returncode == 0, dry.stderr
     assert {path.name for path in tmp_path.rglob("*.ckpt")} == {"last.ckpt", "best.ckpt"}
     assert len(list(tmp_path.rglob("*.ckpt"))) == 2  # a dry run leaves nothing
+
+
+def test_ctrl_c_ends_a_run_with_its_own_exit_code_and_says_how_to_go_on(
+    cli: Callable[..., subprocess.CompletedProcess[str]], caption_table: Path, tmp_path: Path
+) -> None:
+    def interrupted(step: int) -> str:
+        callback = f"{{class_path: tests.ranks_preemption.CtrlC, init_args: {{step: {step}}}}}"
+        done = cli(*words("fit", caption_table), "--trainer.max_steps", "12", f"--trainer.callbacks+={callback}")
+        assert done.returncode == 130
+        return done.stderr.strip().splitlines()[-1]
+
+    assert interrupted(2) == "lit-clip: interrupted: nothing has been saved yet (kill, unlike Ctrl-C, saves first)"
+    said = interrupted(6)  # an epoch has 4 steps
+    run = "lightning_logs/version_1"
+    command = f"lit-clip fit --config {run}/fit_config.yaml --ckpt_path {run}/checkpoints/epoch=0-step=4.ckpt"
+    assert said == f"lit-clip: interrupted: go on with: {command}"
+    resumed = cli(*shlex.split(command)[1:], "--trainer.callbacks", "null")
+    assert resumed.returncode == 0, resumed.stderr
+    assert torch.load(tmp_path / "lightning_logs/version_2/checkpoints/epoch=2-step=12.ckpt", weights_only=True)
+
+
+def test_an_evaluation_of_random_weights_says_so(
+    cli: Callable[..., subprocess.CompletedProcess[str]], caption_table: Path
+) -> None:
+    validated = cli(*words("validate", caption_table))
+    assert validated.returncode == 0, validated.stderr
+    assert "validate: the numbers are of random weights" in validated.stderr
 
 
 @pytest.mark.parametrize(
