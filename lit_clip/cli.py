@@ -6,17 +6,18 @@ Nothing heavy is imported before it is known to be needed: ``lit-clip --help`` a
 import ast
 import importlib.util
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Sequence
 from difflib import get_close_matches
-from itertools import takewhile
 from pathlib import Path
 
 from lit_clip import commands
 from lit_clip.errors import InputError
 from lit_clip.launcher import let_launcher_end, watch_launcher
 from lit_clip.light_torchmetrics import defer_torchmetrics
+from lit_clip.option_errors import shorter
 
 # LightningCLI's, which are imported when one of them is asked for.
 CONFIGURED = {
@@ -35,6 +36,13 @@ FOREIGN = {
     "lightning.fabric.utilities.exceptions": "MisconfigurationException",
     "omegaconf.errors": "OmegaConfBaseException",
 }
+# What to do about errors of theirs that do not say it.
+HINTS = {
+    r"restored a checkpoint with current_epoch=": "raise --trainer.max_epochs, or give --model.pretrained FILE in "
+    "place of --ckpt_path to start a new run from its weights",
+    r"\bbatch_size: wants int, not auto": "auto is for embed and evaluate; give a number",
+    r"arguments are required: fit\.data": "give --config configs/finetune_table.yaml, or --data datamodules.Captions",
+}
 
 
 def one_line(error: BaseException) -> str:
@@ -42,15 +50,13 @@ def one_line(error: BaseException) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
     if lines and lines[0].startswith("Caught "):  # by a data worker, which appends the traceback to the message
         return lines[-1].partition(": ")[2]
-    # jsonargparse says of each type of a union why the value is not of it; the class that was named is the one meant.
-    start = next(
-        (i for i, line in enumerate(lines) if line.lstrip().startswith("- Problem with given class_path")), None
-    )
-    if start is not None:
-        indent = len(lines[start]) - len(lines[start].lstrip())
-        inner = takewhile(lambda line: len(line) - len(line.lstrip()) > indent, lines[start + 1 :])
-        lines = [lines[0], lines[start].lstrip(" -"), *inner]
-    return " ".join(line.strip() for line in lines)
+    unset = re.search(r"Environment variable '(\w+)' not found", str(error))
+    if unset:
+        command = f"{unset[1]}=... lit-clip {' '.join(sys.argv[1:2])} ..."
+        return f"the config wants the environment variable {unset[1]}: {command}"
+    text = re.sub(r'Parser key "([^"]+)":', r"\1:", " ".join(line.strip() for line in shorter(lines)))
+    hints = [hint for words, hint in HINTS.items() if re.search(words, text)]
+    return "; ".join([text, *getattr(error, "__notes__", ()), *hints])
 
 
 def user_error(error: BaseException) -> BaseException | None:

@@ -19,6 +19,8 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from lit_clip.option_errors import hinting, options_of
+
 # What a command runs, as "module:function", imported when it is asked for: `lit-clip --help` pays for none of them.
 # Those of other packages are names only, as class paths in a YAML are.
 COMMANDS: dict[str, str] = {
@@ -72,8 +74,10 @@ def run_command(words: Sequence[str]) -> None:
     module, _, function = COMMANDS[name].partition(":")
     command = getattr(importlib.import_module(module), function)
     parser = command_parser(name, command)
+    with hinting(options, lambda: options_of(parser), f"{parser.prog} --help"):
+        parsed = parser.parse_args(options)
     with _quiet_lightning():
-        command(**vars(parser.instantiate_classes(parser.parse_args(options))))
+        command(**vars(parser.instantiate_classes(parsed)))
 
 
 def _underscores(word: str) -> str:

@@ -1,5 +1,8 @@
 """What a user can mend is raised as one exception."""
 
+from difflib import get_close_matches
+from pathlib import Path
+
 
 class InputError(ValueError):
     """Something the user gave is wrong; the message is one line that names it (file, row or key) and says what to do.
@@ -12,3 +15,11 @@ def require(condition: bool, message: str) -> None:
     """Raise :class:`InputError` with ``message`` unless the condition holds (NaN never does)."""
     if not condition:
         raise InputError(message)
+
+
+def no_such_file(path: str | Path) -> InputError:
+    """The error to raise for a file that is not there, with the name beside it that was probably meant."""
+    path = Path(path)
+    near = get_close_matches(path.stem, [file.stem for file in path.parent.glob(f"*{path.suffix}")], n=1)
+    hint = f"; did you mean {path.with_stem(near[0])}?" if near else ""
+    return InputError(f"{path}: there is no such file{hint}")

@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+from argparse import ArgumentError
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_clip.checkpoint_io import WholeCheckpointIO, newest_checkpoint
-from lit_clip.errors import InputError
+from lit_clip.errors import InputError, no_such_file
 from lit_clip.module import LitCLIP
+from lit_clip.option_errors import hinting, options_of, parameters
 from lit_clip.plan import measure_run, print_plan
 from lit_clip.preemption import Preemption
 from lit_clip.processor import has_bfloat16
@@ -69,7 +71,22 @@ class CLI(LightningCLI):
             self._subcommand_parsers[subcommand].set_defaults({f"model.{key}": hparams[key] for key in known})
         for name in {"validate", "test"} & getattr(self, "_subcommand_parsers", {}).keys():
             self._subcommand_parsers[name].set_defaults(verbose=False)  # our table says it, with what guessing reaches
-        super().parse_arguments(parser, args)
+        known = getattr(self, "_subcommand_parsers", {}).get(subcommand, parser)
+        try:
+            with hinting(
+                words,
+                lambda: [*options_of(known), *_data_options(words, subcommand)],
+                f"lit-clip {subcommand or 'fit'} --help",
+            ):
+                super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            if "'lightning.LightningDataModule'" not in str(error):  # what data are as long as nobody says it
+                raise
+            option = next((word.partition("=")[0] for word in words if word.startswith("--data.")), "--data")
+            raise InputError(
+                f"{option}: no data module is named before it; put --config configs/finetune_table.yaml, or "
+                "--data datamodules.Captions, before it"
+            ) from error
         if subcommand and path in NEWEST:
             folders = run_folders(self.config[subcommand].as_dict())
             found = newest_checkpoint(folders)
@@ -228,6 +245,8 @@ def _sections(words: Sequence[str], subcommand: str | None) -> Iterator[dict[str
     for config in reversed(_options(words, "--config", "-c")):
         try:
             values = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise no_such_file(config) from error
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise InputError(f"{config}: not a readable YAML file ({' '.join(str(error).split())})") from error
         if not isinstance(values, dict):
@@ -235,6 +254,17 @@ def _sections(words: Sequence[str], subcommand: str | None) -> Iterator[dict[str
         section = values.get(subcommand, values)
         if isinstance(section, dict):
             yield section
+
+
+def _data_options(words: Sequence[str], subcommand: str | None) -> list[str]:
+    """What can be typed of the data module that is named; the parser knows of ``--data`` alone."""
+    named = _options(words, "--data")
+    for section in _sections(words, subcommand) if not named else ():
+        data = section.get("data")
+        if isinstance(data, dict) and isinstance(data.get("class_path"), str):
+            named.append(data["class_path"])
+            break
+    return [f"--data.{name}" for name in parameters(named[-1])] if named else []
 
 
 def _check_encoder_options(words: Sequence[str], subcommand: str | None) -> None:

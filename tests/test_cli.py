@@ -174,8 +174,26 @@ def assert_user_error(result: Completed, *parts: str) -> None:
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        (["--model.learning_rat", "1"], ["learning_rat"]),
-        (["--model.learning_rate", "fast"], ["model.learning_rate", "float", "fast"]),
+        (["--model.learning_rat", "1"], ["learning_rat", "did you mean --model.learning_rate?"]),
+        (["--trainer.max_epoch=1"], ["did you mean --trainer.max_epochs?"]),
+        (["--max_epochs", "1"], ["did you mean --trainer.max_epochs?"]),
+        (["--batch_size", "16"], ["did you mean --data.batch_size?"]),
+        (["--data.batchsize", "16"], ["datamodules.Captions", "did you mean --data.batch_size?"]),
+        (["--data.augmentation.crop_scal", "1"], ["did you mean --data.augmentation.crop_scale?"]),
+        (["--model.lora", "{rank: 4}"], ["'rank' is not accepted; there are r, alpha, targets"]),
+        (["--model.quux", "1"], ["unrecognized arguments: --model.quux 1; see lit-clip fit --help"]),
+        (["--model.learning_rate", "fast"], ["model.learning_rate: wants float, not fast"]),
+        (["--trainer.max_epochs", "many"], ["trainer.max_epochs: wants int or null, not many"]),
+        (["--trainer.precision", "fp16"], ["trainer.precision: wants 64, 32, 16,", "did you mean 16-mixed?"]),
+        (["--trainer.precision", "b16-mixed"], ["bf16 or null, not b16-mixed; did you mean bf16-mixed?"]),
+        (["--model.freeze", "image"], ['model.freeze: wants "{image: all}" or null, not image']),
+        (
+            ["--model.freeze", "{image: al}"],
+            ['image: wants all, "{unlock_last: ...}" or null, not al', "did you mean all?"],
+        ),
+        (["--model.freeze.image", "al"], ["not al; did you mean all?"]),
+        (["--data.on_error", "skp"], ["on_error: wants error or skip, not skp; did you mean skip?"]),
+        (["--data.batch_size", "auto"], ["not auto; auto is for embed and evaluate; give a number"]),
         (["--model.architecture", "ViT-B-33"], ["'ViT-B-33'", "did you mean ViT-B-32?"]),
         (["--model.architecture", "{image: {widht: 64}}"], ["model.architecture", "widht"]),
         (["--model.pretrained", "nowhere.ckpt"], ["nowhere.ckpt: no such checkpoint file"]),
@@ -184,7 +202,7 @@ def assert_user_error(result: Completed, *parts: str) -> None:
         (["--data.caption_column", "words"], ["no column 'words'", "image, caption", "caption_column"]),
         (["--data.batch_size", "1000"], ["64 training pairs", "batch_size to 64 or less"]),
         (["--trainer.callbacks+=callbacks.ZeroSho"], ["callbacks.ZeroSho", "no attribute"]),
-        (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
+        (["--config", "nowhere.yaml"], ["nowhere.yaml: there is no such file"]),
         (["--ckpt_path", "nowhere.ckpt"], ["nowhere.ckpt: no such checkpoint file"]),
     ],
 )
@@ -192,6 +210,25 @@ def test_bad_options_are_one_line_and_exit_code_2(
     options: list[str], parts: list[str], caption_table: Path, in_process: Cli
 ) -> None:
     assert_user_error(in_process(*words("fit", caption_table), *options), *parts)
+
+
+@pytest.mark.parametrize("before", [[], ["--trainer.max_epochs", "1"], ["--config", "no_data.yaml"]])
+def test_data_without_a_data_module_before_them_are_told_to_name_one(
+    before: list[str], tmp_path: Path, in_process: Cli
+) -> None:
+    (tmp_path / "no_data.yaml").write_text("model: {learning_rate: 1}")
+    after = ["--data", "datamodules.Captions"]  # the parser has given up before it comes
+    result = in_process("fit", *before, "--data.train=captions.csv", *after)
+    assert_user_error(result, "--data.train: no data module", "--config configs/finetune_table.yaml, or --data datamod")
+
+
+def test_a_command_without_data_is_told_how_to_give_them(in_process: Cli) -> None:
+    assert_user_error(in_process("fit", "--trainer.max_epochs", "1"), "fit.data; give --config configs/finetune_table")
+
+
+def test_the_name_of_a_config_is_mended(tmp_path: Path, in_process: Cli) -> None:
+    (tmp_path / "small.yaml").touch()
+    assert_user_error(in_process("fit", "--config", "smal.yaml"), "no such file; did you mean small.yaml?")
 
 
 @pytest.mark.parametrize(
@@ -285,7 +322,13 @@ def test_a_progress_bar_of_ones_own_replaces_ours(caption_table: Path, tmp_path:
         ("model: {learning_rate: '${model.lr}'}", ["model.lr", "not found"]),
         ("data: {class_path: datamodules.OpenMoji", ["typo.yaml", "not a readable YAML file"]),
         ("just words", ["typo.yaml", "not a YAML mapping"]),
-        ("modle: {learning_rate: 1}", ["modle"]),
+        ("modle: {learning_rate: 1}", ["modle", "did you mean model.learning_rate?"]),
+        ("trainer: {max_epoch: 1}", ["did you mean trainer.max_epochs?"]),
+        ("data: {class_path: datamodules.Captions, init_args: {batchsize: 1}}", ["did you mean batch_size?"]),
+        (
+            "model: {learning_rate: '${oc.env:LIT_CLIP_RATE}'}",
+            ["variable LIT_CLIP_RATE: LIT_CLIP_RATE=... lit-clip fit"],
+        ),
         ("ckpt_path: nowhere.ckpt", ["nowhere.ckpt: no such checkpoint file"]),
         ("trainer: {strategy: ddpp}", ["trainer:", "ddpp"]),
         ("model: {betas: [2, 3]}", ["model.betas", "[2.0, 3.0]"]),
@@ -309,6 +352,18 @@ def test_a_checkpoint_whose_weights_do_not_fit_names_one(
     for option in (["--ckpt_path", "broken.ckpt"], ["--model.pretrained", "broken.ckpt"]):
         result = in_process(*words("fit", caption_table), *option)
         assert_user_error(result, "broken.ckpt", "weights do not fit", "ln_final.weight")
+
+
+def test_a_run_that_was_longer_is_told_what_to_raise(
+    trained: tuple[Path, Completed], caption_table: Path, tmp_path: Path, in_process: Cli
+) -> None:
+    checkpoint = torch.load(checkpoint_of(trained[0]), weights_only=True)
+    for progress in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
+        progress.update(dict.fromkeys(progress, 74))
+    torch.save(checkpoint, tmp_path / "long.ckpt")
+    command = [*words("fit", caption_table), "--ckpt_path", "long.ckpt", "--trainer.max_epochs", "12"]
+    parts = ["current_epoch=74", "max_epochs=12", "raise --trainer.max_epochs", "--model.pretrained FILE"]
+    assert_user_error(in_process(*command), *parts)
 
 
 def test_a_single_entry_of_another_librarys_encoder_is_not_typed(

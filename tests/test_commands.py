@@ -88,6 +88,13 @@ def test_an_unknown_option_is_one_line(exit_of: Callable[..., tuple[object, str,
     assert (code, output) == (2, "")
     assert error.count("\n") == 1
     assert "--colour" in error
+    assert "see lit-clip classify --help" in error
+
+
+@pytest.mark.parametrize("typed", ["--num_worker=8", "--num-worker"])
+def test_a_misspelt_option_is_named_as_it_is_spelt(typed: str, exit_of: Callable[..., tuple[object, str, str]]) -> None:
+    _, _, error = exit_of("classify", "photos", "--model", "m", "--classes", "a", "b", typed)
+    assert "did you mean --num_workers?" in error
 
 
 # classify

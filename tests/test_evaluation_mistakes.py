@@ -27,6 +27,12 @@ ZERO_SHOT = ("--tasks", "zero_shot")
 DATA = f"{{data: {{class_path: {FOLDER}, init_args: {{root: test}}}}}}"
 
 
+def test_a_suite_that_is_not_there_is_told_so(tmp_path: Path) -> None:
+    (tmp_path / "paper.yaml").touch()
+    with pytest.raises(InputError, match=r"papr.yaml: there is no such file; did you mean .*paper.yaml\?"):
+        read_suite(tmp_path / "papr.yaml")
+
+
 @pytest.mark.parametrize(
     ("suite", "message"),
     [

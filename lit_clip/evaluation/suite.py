@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from lit_clip.errors import InputError, require
+from lit_clip.errors import InputError, no_such_file, require
 from lit_clip.evaluation.data import MissingData, Pictures
 
 Task = Literal["zero_shot", "linear_probe", "few_shot", "retrieval", "geolocation", "bias"]
@@ -170,6 +170,8 @@ class UniqueKeys(yaml.SafeLoader):
 def _sets(path: Path) -> Mapping[Any, Any]:
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), UniqueKeys)  # noqa: S506 # it is a safe one
+    except FileNotFoundError as error:
+        raise no_such_file(path) from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"{path}: not a readable YAML file ({' '.join(str(error).split())})") from error
     sets = values.get("sets") if isinstance(values, dict) else None

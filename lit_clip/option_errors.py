@@ -1,0 +1,133 @@
+"""What jsonargparse says of a command line: shorter, and with what was probably meant."""
+
+import dataclasses
+import importlib
+import inspect
+import re
+from argparse import ArgumentError
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+from itertools import takewhile
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+UNION = "Does not validate against any of the Union subtypes"
+# What other libraries call Lightning's precisions, and what no spelling is near to.
+ALIASES = {"fp16": "16-mixed", "float16": "16-mixed", "fp32": "32-true", "float32": "32-true", "bfloat16": "bf16-mixed"}
+
+
+def shorter(lines: Sequence[str]) -> list[str]:
+    """Lines of a message without the list of types that a value is none of.
+
+    jsonargparse says of each type of a union why the value is not of it. If a class is among them that was named, it is
+    the one meant; otherwise it is said what there is.
+    """
+    start = next((i for i, line in enumerate(lines) if line.strip(" -").startswith("Problem with given class_path")), 0)
+    if start:
+        inner = takewhile(lambda line: _indent(line) > _indent(lines[start]), lines[start + 1 :])
+        return [lines[0], lines[start].strip(" -"), *shorter(list(inner))]
+    union = next((i for i, line in enumerate(lines) if line.strip(" -") == UNION), None)
+    if union is None:
+        return [
+            re.sub(r"Expected a (.+)\. Got value: (.*)", lambda found: _wanted(*found.groups()), line) for line in lines
+        ]
+    value = re.sub(r"NestedArg\(.*val='(.*)'\)", r"\1", lines[-1].partition("Given value: ")[2])
+    before = [line for line in lines[:union] if not line.lstrip(" -").startswith("Expected a path")]
+    return [*before, _wanted(lines[union + 1].partition("[")[2].removesuffix("]"), value)]
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip())
+
+
+def _wanted(types: str, value: str) -> str:
+    *kinds, last = _kinds(types)
+    near = [ALIASES[value]] if ALIASES.get(value) in kinds else get_close_matches(value, [*kinds, last], n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"wants {', '.join(kinds)}{' or ' if kinds else ''}{last}, not {value}{hint}"
+
+
+def _kinds(types: str) -> list[str]:
+    """``<class 'int'>, typing.Literal['a', 'b']`` -> ``int``, ``a``, ``b``, each once."""
+    types = re.sub(r"typing\.Literal\[(.*?)\]", lambda found: found[1].replace("'", ""), types)
+    types = re.sub(r"<class '(.*?)'>", lambda found: _kind(found[1]), types.replace("<class 'NoneType'>", "null"))
+    return list(dict.fromkeys(types.split(", ")))
+
+
+def _kind(class_path: str) -> str:
+    """A class's name, or the form of a dataclass's mapping, as it is typed."""
+    found = _class(class_path)
+    if not dataclasses.is_dataclass(found):
+        return class_path.rpartition(".")[2]
+    first, hint = dataclasses.fields(found)[0], next(iter(get_type_hints(found).values()))
+    literals = [get_args(kind)[0] for kind in get_args(hint) if get_origin(kind) is Literal]
+    example = literals[0] if literals else "..." if first.default in (None, dataclasses.MISSING) else first.default
+    return f'"{{{first.name}: {example}}}"'
+
+
+def _class(class_path: str) -> Any:
+    """None if there is none."""
+    module, _, name = class_path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name, None)
+    except (ImportError, ValueError):
+        return None
+
+
+def parameters(class_path: str) -> list[str]:
+    """Names of what a class is made with."""
+    found = _class(class_path)
+    return [] if found is None else [name for name in inspect.signature(found).parameters if name != "self"]
+
+
+def options_of(parser: Any) -> list[str]:
+    """What can be typed, but for what depends on a class that is chosen."""
+    names = (name for action in parser._actions for name in action.option_strings)
+    return [name for name in names if name.startswith("--") and not name.endswith(".help")]
+
+
+@contextmanager
+def hinting(words: Sequence[str], options: Callable[[], Iterable[str]], see: str) -> Iterator[None]:
+    """Add to a parser's error of a misspelt option, as a note, which was probably meant.
+
+    Args:
+        words: as typed.
+        options: that there are.
+        see: what lists them, for what is like none.
+    """
+    try:
+        yield
+    except ArgumentError as error:
+        hint = _hint(str(error), words, options, see)
+        if hint:
+            error.add_note(hint)
+        raise
+
+
+def _hint(error: str, words: Sequence[str], options: Callable[[], Iterable[str]], see: str) -> str:
+    """Empty if the error is of another kind."""
+    of_class = re.search(r"class_path '([\w.]+)':\s+Option '([\w.]+)' is not accepted", error)
+    if of_class:
+        class_path, name = of_class.groups()
+        typed = (word.partition("=")[0] for word in words if word.startswith("--"))
+        option = next((one for one in typed if one.endswith(f".{name}")), name)  # else it is in a file
+        known = [option.removesuffix(name) + parameter for parameter in parameters(class_path)]
+        return _did_you_mean(option, known) or f"there are {', '.join(parameters(class_path))}"
+    if error.startswith("unrecognized arguments"):
+        wrong = next((word for word in error.split() if word.startswith("--")), "")
+        return _did_you_mean(wrong.partition("=")[0], options()) or f"see {see}"
+    in_file = re.search(r"[Oo]ption '([\w.]+)'", error)
+    known = [option.removeprefix("--") for option in options()] if in_file else []
+    return (_did_you_mean(in_file[1], known) or f"see {see}") if in_file else ""
+
+
+def _did_you_mean(option: str, options: Iterable[str]) -> str:
+    """By its last part, among those beside it or else among all: the same beginning makes none alike."""
+    before, _, name = option.rpartition(".")
+    known = list(options)
+    for some in ([one for one in known if one.rpartition(".")[0] == before], known):
+        by_name = {one.rpartition(".")[2].lstrip("-"): one for one in reversed(some)}
+        near = get_close_matches(name.lstrip("-"), by_name, n=1)
+        if near:
+            return f"did you mean {by_name[near[0]]}?"
+    return ""
