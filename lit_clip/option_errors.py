@@ -20,10 +20,13 @@ def shorter(lines: Sequence[str]) -> list[str]:
     """Lines of a message without the list of types that a value is none of.
 
     jsonargparse says of each type of a union why the value is not of it. If a class is among them that was named, it is
-    the one meant; otherwise it is said what there is.
+    the one meant, of several that which takes most of what is given; otherwise it is said what there is.
     """
-    start = next((i for i, line in enumerate(lines) if line.strip(" -").startswith("Problem with given class_path")), 0)
-    if start:
+    starts = [i for i, line in enumerate(lines) if line.strip(" -").startswith("Problem with given class_path")]
+    if starts and starts[0]:
+        given = lines[-1].partition("Given value: ")[2]
+        beside = [i for i in starts if _indent(lines[i]) == _indent(lines[starts[0]])]
+        start = max(beside, key=lambda i: sum(f"'{name}'" in given for name in parameters(lines[i].split("'")[1])))
         inner = takewhile(lambda line: _indent(line) > _indent(lines[start]), lines[start + 1 :])
         return [lines[0], lines[start].strip(" -"), *shorter(list(inner))]
     union = next((i for i, line in enumerate(lines) if line.strip(" -") == UNION), None)
@@ -98,7 +101,7 @@ def hinting(words: Sequence[str], options: Callable[[], Iterable[str]], see: str
     try:
         yield
     except ArgumentError as error:
-        hint = _hint(str(error), words, options, see)
+        hint = _hint("\n".join(shorter(str(error).splitlines())), words, options, see)
         if hint:
             error.add_note(hint)
         raise

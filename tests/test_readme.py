@@ -33,6 +33,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, drawings: tuple[Path, Path,
     (here / "captions.csv").write_text("\n".join(row.replace("../", f"{table.parent.parent}/") for row in rows))
     for name in ("last.ckpt", "before.ckpt"):
         shutil.copy(checkpoint, here / name)
+    (here / "runs/stopped/version_0/checkpoints").mkdir(parents=True)
+    shutil.copy(checkpoint, here / "runs/stopped/version_0/checkpoints/last.ckpt")
     shutil.copytree(drawings[1], here / "photos")
     for classes in ("my_classes", "other_classes"):
         for picture in sorted((here / "photos").iterdir())[:3]:
@@ -70,6 +72,8 @@ def test_a_command_runs(command: str, folder: Path) -> None:
         options += FAST
         if "--trainer.max_epochs" not in options and options[0] == "fit":
             options += ["--trainer.max_epochs", "81" if "--ckpt_path" in options else "1"]
+        if "last" in options:  # of its own runs, not of those of the commands before
+            options += ["--trainer.logger.init_args.name", "stopped"]
     if "configs/finetune_clip.yaml" in options:  # its own weights have to be downloaded
         options += [
             *FAST,
