@@ -87,7 +87,8 @@ def summarize(
         sections.append(Section("captions", _caption_lines(findings, repeats, context_length)))
     of_each = "one process" if world_size == 1 else f"each of {world_size} processes"
     title = f"batches of {batch_size} on {of_each}"
-    sections.append(Section(title, _batch_lines(len(findings.pictures), world_size, batch_size)))
+    unusable = len(findings.pictures) - len(findings.usable)
+    sections.append(Section(title, _batch_lines(len(findings.pictures), unusable, world_size, batch_size)))
     return sections
 
 
@@ -172,15 +173,21 @@ def _caption_lines(findings: Findings, repeats: Repeats, context_length: int) ->
     return lines
 
 
-def _batch_lines(pairs: int, world_size: int, batch_size: int) -> list[Line]:
+def _batch_lines(pairs: int, unusable: int, world_size: int, batch_size: int) -> list[Line]:
+    """Of all pairs: training that skips what cannot be used leaves its places in the batches empty."""
+    lines = [Line("pairs, with those that cannot be used", f"{pairs:,}")] if unusable else []
+    steps, none = 0, ""
     try:
         steps = len(GlobalBatchSampler(pairs, batch_size, 0, world_size, 0))
     except InputError:
-        steps = 0
+        fits = pairs // world_size
+        less = f"--batch_size {fits} or less, or fewer processes" if fits else "fewer processes"
+        none = f": a step takes {batch_size * world_size:,} pairs; nothing would be learnt; try {less}"
     left = pairs - steps * batch_size * world_size
     validation = len(EvaluationBatchSampler(pairs, batch_size, 0, world_size))
     return [
-        Line("training steps an epoch", f"{steps:,}", steps == 0),
+        *lines,
+        Line("training steps an epoch", f"{steps:,}{none}", steps == 0),
         Line("pairs that sit out an epoch, others each time", share(left, pairs)),
         Line("validation batches", f"{validation:,}"),
     ]
