@@ -3,6 +3,7 @@
 import io
 import random
 import re
+import shlex
 from abc import abstractmethod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -107,7 +108,7 @@ def find_column(path: object, found: list[str], wanted: str | None, usual: tuple
         found: names.
         wanted: what the user said; None: the first of ``usual`` that is there, in whatever case.
         usual: names to look for.
-        argument: by which the user says so.
+        argument: by which the user says so, as an option if it is typed.
 
     Raises:
         InputError: it is not there.
@@ -120,8 +121,10 @@ def find_column(path: object, found: list[str], wanted: str | None, usual: tuple
     for name in usual:
         if name in lowered:
             return lowered[name]
-    hint = f"set {argument}"
-    if argument == "image_column" and "url" in lowered:
+    is_image = argument.endswith("image_column")
+    likely = shlex.quote(found[0 if is_image else -1]) if found else "NAME"
+    hint = f"give {argument} {likely}, say" if argument.startswith("--") else f"set {argument}"
+    if is_image and "url" in lowered:
         hint = "img2dataset, say, downloads the pictures of such a table"
     raise InputError(f"{path}: none of its columns ({', '.join(found)}) is called {' or '.join(usual[:3])}; {hint}")
 
@@ -132,12 +135,12 @@ def find_columns(path: object, found: list[str], options: Options) -> Columns:
     Raises:
         InputError: one that is named is not there, or none has a usual name.
     """
-    image = find_column(path, found, options.image_column, IMAGE_COLUMNS, "image_column")
-    caption = find_column(path, found, options.caption_column, CAPTION_COLUMNS, "caption_column")
+    image = find_column(path, found, options.image_column, IMAGE_COLUMNS, f"{options.typed}image_column")
+    caption = find_column(path, found, options.caption_column, CAPTION_COLUMNS, f"{options.typed}caption_column")
     if image == caption:
         raise InputError(f"{path}: column {image!r} cannot be both the image and the caption")
     if options.group_column is not None:
-        find_column(path, found, options.group_column, (), "group_column")
+        find_column(path, found, options.group_column, (), f"{options.typed}group_column")
     return Columns(image, caption, options.group_column)
 
 

@@ -114,6 +114,7 @@ class Captions(CaptionDataModule):
             "group_column": group_column,
             "shards": shards,
             "on_error": on_error,
+            "typed": "--data.",
         }
 
     def prepare_data(self) -> None:

@@ -76,7 +76,7 @@ def shard(
     }
     folder = Path(output)
     require(not folder.exists() or folder.is_dir(), f"{folder}: there is a file of that name; give a folder")
-    source = open_source(data, **options, on_error=on_error)
+    source = open_source(data, **options, typed="--", on_error=on_error)
     source.prepare()
     folder.mkdir(parents=True, exist_ok=True)
     try:

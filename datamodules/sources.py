@@ -211,6 +211,7 @@ class Options(NamedTuple):
         default_split: which to take where a source has splits and ``split`` is None.
         on_error: whether a row that cannot be read ends the run or is left out and counted.
         shards: how tar shards are read, a :class:`datamodules.shards.ShardOptions`.
+        typed: what stands before these names on the command line, for messages.
     """
 
     root: str | None = None
@@ -221,6 +222,7 @@ class Options(NamedTuple):
     default_split: str | None = None
     on_error: OnError = "error"
     shards: Any = None
+    typed: str = ""
 
     def no_split(self, path: object) -> None:
         """Raise :class:`InputError` if a split is wanted of a source that has none."""

@@ -15,7 +15,7 @@ from datamodules.arrow import Columns, TablePairs, find_columns, group_name, is_
 from datamodules.bad_samples import BadSample
 from datamodules.cache import cache_file, write_whole
 from datamodules.sources import JSON_LINES, NO_CAPTION, LeftOut, Options, PairSource
-from lit_clip.errors import InputError
+from lit_clip.errors import InputError, require
 
 IN_MEMORY = 64 << 20  # bytes: the rows of a larger file are written once into an Arrow file, which is then mapped
 BATCH_ROWS, BATCH_CHARACTERS = 16_384, 8 << 20
@@ -252,6 +252,7 @@ def _open(path: Path, options: Options, schema: pa.Schema, read: Read) -> PairSo
     else:
         table, left_out = pa.Table.from_batches(_rows(path, schema, read, problems), schema), problems.left_out
     if not table.num_rows:
+        require(left_out.counts.total() > 0, f"{path}: the file is empty, or has a header alone")
         raise InputError(
             f"{path}: no row with an image and a caption ({left_out.counts[NO_CAPTION]} without a caption)"
         )

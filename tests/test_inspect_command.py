@@ -168,9 +168,24 @@ def test_figures_of_captions_are_those_of_another_tokenizer(report: Report, mess
 
 def test_batches_are_those_of_each_process(report: Report, messy: Path) -> None:
     pairs = len(usable_rows(messy)) + len(BROKEN)  # a broken one takes its place and leaves it empty
+    assert number(report, "pairs, with those that cannot be used") == pairs
     assert number(report, "training steps an epoch") == pairs // 12
     assert number(report, "pairs that sit out an epoch, others each time") == pairs % 12
     assert number(report, "validation batches") == math.ceil(math.ceil(pairs / 3) / 4)
+
+
+def test_no_step_at_all_is_told_with_what_to_change(
+    messy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    pairs = len(usable_rows(messy)) + len(BROKEN)
+    for world_size, words in ((8, f"try --batch_size {pairs // 8} or less, or fewer processes"), (64, "try fewer")):
+        options = ("--num_workers", "0", "--world_size", str(world_size), "--batch_size", "256")
+        report = run_inspect(tmp_path, capsys, str(messy / "pairs.csv"), *options)
+        steps = report.figures["training steps an epoch"]
+        assert steps.startswith(f"0: a step takes {256 * world_size:,} pairs")
+        assert words in steps
+        assert number(report, "pairs that sit out an epoch, others each time") == pairs
 
 
 class Page(HTMLParser):
@@ -288,6 +303,14 @@ def test_the_command_exits_with_2_where_nothing_can_be_used(
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("lit-clip: error: bad.csv: none of 2 pairs can be used; the first: bad.csv row 2")
     assert "what cannot be used" in (tmp_path / "inspect.html").read_text()
+
+
+def test_a_column_is_asked_for_as_it_is_typed_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "t.csv").write_text("Dateiname;Beschreibung\na.png;ein Hund\n")
+    with pytest.raises(InputError, match=r"\(Dateiname, Beschreibung\) .*; give --image_column Dateiname, say"):
+        run_inspect(tmp_path, capsys, str(tmp_path / "t.csv"))
+    with pytest.raises(InputError, match="give --caption_column Beschreibung, say"):
+        run_inspect(tmp_path, capsys, str(tmp_path / "t.csv"), "--image_column", "Dateiname")
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,13 @@ def test_a_wrong_column_is_an_error_that_lists_the_columns_found(folder: Path, s
     assert option in message
 
 
-@pytest.mark.parametrize(("header", "option"), [("photo,caption", "image_column"), ("image,words", "caption_column")])
+@pytest.mark.parametrize(
+    ("header", "option"),
+    [
+        ("photo,caption", "give --data.image_column photo, say"),
+        ("image,my words", "give --data.caption_column 'my words', say"),
+    ],
+)
 def test_columns_with_unusual_names_are_listed_and_the_option_that_names_them_is_said(
     folder: Path, header: str, option: str
 ) -> None:
@@ -229,9 +235,9 @@ def test_a_table_without_blank_captions_says_nothing_of_any(folder: Path, messag
 
 BROKEN: dict[str, tuple[str, bytes | None, list[str]]] = {
     "missing table": ("t.csv", None, ["no such file or folder"]),
-    "empty file": ("t.csv", b"", ["no row"]),
-    "empty JSON lines": ("t.jsonl", b"\n", ["no row"]),
-    "header only": ("t.csv", b"image,caption\n", ["no row"]),
+    "empty file": ("t.csv", b"", ["is empty"]),
+    "empty JSON lines": ("t.jsonl", b"\n", ["is empty"]),
+    "header only": ("t.csv", b"image,caption\n", ["has a header alone"]),
     "all blank": ("t.csv", b"image,caption\na.png,\na.png,nan\nb.png, \n", ["no row", "3"]),
     "missing image file": ("t.csv", b"image,caption\na.png,a cat\nnone.png,a dog\n", ["row 3", "none.png", "no such"]),
     "missing image in JSON": ("t.jsonl", b'{"image": "no.png", "caption": "a"}\n', ["row 1", "no.png", "no such"]),
@@ -402,7 +408,7 @@ def test_groups_come_from_their_column_and_blank_ones_are_none(tmp_path: Path) -
     data.setup("validate")
     assert next(iter(data.val_dataloader())).groups == ()
     with pytest.raises(
-        InputError, match=r"no column 'brand'; its columns are image, caption, product; set group_column"
+        InputError, match=r"no column 'brand'; its columns are image, caption, product; set --data.group_column"
     ):
         Captions(val=str(table), group_column="brand").setup("validate")
 
