@@ -60,13 +60,14 @@ class Weights:
     tokenizer: TextTokenizer | None = None
 
 
-def check_same(theirs: CLIPConfig, ours: CLIPConfig, name: Source) -> None:
-    """Raise :class:`InputError` with every difference between two architectures."""
+def check_same(theirs: CLIPConfig, ours: CLIPConfig, name: Source, hint: str = "") -> None:
+    """Raise :class:`InputError` with every difference between two architectures, and what to do about them."""
     wrong = differences(theirs, ours)
-    if wrong:
+    if wrong and not hint:
         hint = "set --model.architecture, to null for that of the weights"
         if any(difference.startswith("image.image_size") for difference in wrong):
             hint += ", or to interpolate the position embedding --model.image_size"
+    if wrong:
         raise InputError(f"{name} is of another architecture: {', '.join(wrong)}; {hint}")
 
 
@@ -86,7 +87,7 @@ def open_weights(source: Source) -> Weights:
     if file and is_path(file):  # a file that need not say what it is, and the name of that
         weights, named = _open_file(Path(file).expanduser()), resolve_architecture(architecture)
         if weights.config:
-            check_same(weights.config, named, file)
+            check_same(weights.config, named, file, f"leave {architecture}: out, the file says what it is")
         return dataclasses.replace(weights, config=named, name=name)
     if is_path(source):
         return _open_file(path)

@@ -132,8 +132,8 @@ def _model(weights: Weights, expected: CLIPConfig | None, image_size: Size | Non
     config = weights.config or expected  # they agree, and the weights' own says where its tokenizer lies
     if config is None:
         raise InputError(
-            f"{weights.name}: weights do not say of which model they are; name it: load_model's architecture, fit's "
-            "--model.architecture, or a folder as open_clip saves it"
+            f"{weights.name}: weights do not say of which model they are; write its name before the file's, as in "
+            f"{DEFAULT_ARCHITECTURE}:{weights.name} (lit-clip models lists the names), or give a folder of open_clip's"
         )
     state = _adapted(weights.state, config)
     larger = resized(config, image_size, context_length)

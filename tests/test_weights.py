@@ -178,7 +178,9 @@ def test_a_bare_file_of_open_clips_must_be_told_what_it_is(tmp_path: Path, name:
     (save_file if name.endswith("s") else torch.save)(theirs.state_dict(), tmp_path / name)
     message = refusal(tmp_path / name)
     assert "do not say of which model they are" in message
-    assert "architecture" in message
+    assert f"write its name before the file's, as in ViT-B-32:{tmp_path / name}" in message
+    named = refusal(f"ViT-B-32:{tmp_path / name}")  # is taken, and this is another model
+    assert "weights do not fit" in named
     assert_same(load_model(tmp_path / name, architecture=CONFIG), theirs)
     assert_same(create_model(CONFIG, tmp_path / name).eval(), theirs)
 
