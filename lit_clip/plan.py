@@ -227,11 +227,13 @@ def plan_rows(plan: RunPlan) -> list[tuple[str, str]]:
     rows.append(("weights, gradients, AdamW", f"{_bytes(plan.state_bytes)} on each process that has them whole"))
     if plan.loss_bytes is not None:
         tiled, dense = plan.loss_bytes
-        rows.append(("memory of the loss", f"{_bytes(tiled)} on each process (as a matrix: {_bytes(dense)})"))
+        instead = f" (as a matrix: {_bytes(dense)})" if dense > tiled else ""  # of a small batch it is less
+        rows.append(("memory of the loss", f"{_bytes(tiled)} on each process{instead}"))
         rows.append(("pairs a step", _pairs_a_step(plan)))
     if plan.steps is not None:
         rows.append(("steps", f"{plan.steps:,}, of which {plan.steps_per_epoch:,} an epoch"))
-        rows.append(("warm-up", f"{plan.warmup:,} steps, {plan.warmup / plan.steps:.1%} of the run"))
+        of_run = "longer than the run" if plan.warmup > plan.steps else f"{plan.warmup / plan.steps:.1%} of the run"
+        rows.append(("warm-up", f"{plan.warmup:,} steps, {of_run}"))
     if plan.steps is not None and plan.global_batch is not None:
         rows.append(("pairs seen", f"{plan.steps * plan.global_batch:,}" + _left_out(plan)))
     rows.append(("learning rate", f"{plan.learning_rate:g}"))

@@ -60,6 +60,14 @@ def test_the_papers_run_contradicts_nothing_and_sees_what_the_paper_says() -> No
     assert rows["weights, gradients, AdamW"].startswith("2.25 GiB")
 
 
+def test_a_row_says_nothing_that_is_no_help() -> None:
+    """A matrix that would be smaller, and a share of the run that is more than all of it."""
+    rows = dict(plan_rows(replace(GOOD, steps=1, warmup=50, batch=8, devices=1, nodes=1)))
+    assert rows["warm-up"] == "50 steps, longer than the run"
+    assert rows["memory of the loss"].endswith("on each process")
+    assert "(as a matrix: " in dict(plan_rows(replace(GOOD, batch=1024)))["memory of the loss"]
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
