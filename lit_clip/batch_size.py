@@ -18,6 +18,7 @@ from lit_clip.model import CLIP
 BatchSize = int | Literal["auto"]
 
 FIRST, MOST = 8, 1024
+NOT_TRIED = "no larger batch is tried"
 WORTH = 0.05  # more samples a second, for twice the memory
 LONG_BATCH = 1.0  # seconds: what a batch costs beside its samples no longer counts
 SPARED = 0.5  # of the memory that there is, for everything else
@@ -31,13 +32,16 @@ class Choice(NamedTuple):
     reason: str
 
 
-def fastest_batch_size(seconds: Callable[[int], float], first: int = FIRST, most: int = MOST) -> Choice:
+def fastest_batch_size(
+    seconds: Callable[[int], float], first: int = FIRST, most: int = MOST, why_most: str = NOT_TRIED
+) -> Choice:
     """Double the batch while that makes the encoder faster and memory permits.
 
     Args:
         seconds: how long a batch of so many takes; raises ``torch.OutOfMemoryError`` if it does not fit.
         first: the size to begin with.
         most: no size is larger.
+        why_most: for who asks.
 
     Raises:
         InputError: not even one fits.
@@ -47,7 +51,7 @@ def fastest_batch_size(seconds: Callable[[int], float], first: int = FIRST, most
         return Choice(size, f"memory is too small for {2 * size}")
     while took < LONG_BATCH:
         if 2 * size > most:
-            return Choice(size, f"{most} is the most")
+            return Choice(size, f"{most} is the most: {why_most}")
         try:
             twice = seconds(2 * size)
             if 2 * took / twice - 1 < WORTH:  # once more: another program may have run beside it
@@ -136,17 +140,20 @@ def image_batch_size(model: CLIP, trainer: Trainer, num_workers: int, images: in
         images: how many there are for all processes, whose workers should all have some of them; None: many.
     """
     height, width = height_width(model.preprocessing.image_size)
-    most, shared = MOST, memory.available_to_workers()
+    limits, shared = [(MOST, NOT_TRIED)], memory.available_to_workers()
     if num_workers and shared is not None:
         workers = num_workers * trainer.num_devices  # of this machine
-        most = min(most, int(SPARED * shared) // (workers * 2 * 3 * height * width * 4))
+        room = int(SPARED * shared) // (workers * 2 * 3 * height * width * 4)
+        limits.append((room, f"{workers} data workers share the memory of {memory.SHARED}; fewer of them leave more"))
     if images is not None:
-        most = min(most, images // (trainer.world_size * max(1, num_workers)))
+        readers = trainer.world_size * max(1, num_workers)
+        limits.append((images // readers, f"there are {images} pictures for {readers} to read"))
+    most, why = min(limits)
 
     def inputs(size: int) -> Tensor:
         return torch.rand(size, 3, height, width, generator=torch.Generator().manual_seed(0))
 
-    return automatic_batch_size(model, trainer, model.encode_image, inputs, max(1, most))
+    return automatic_batch_size(model, trainer, model.encode_image, inputs, max(1, most), why)
 
 
 def automatic_batch_size(
@@ -155,6 +162,7 @@ def automatic_batch_size(
     encode: Callable[[Tensor], object],
     inputs: Callable[[int], Tensor],
     most: int = MOST,
+    why_most: str = NOT_TRIED,
 ) -> int:
     """What :func:`fastest_batch_size` finds on the first rank, on all ranks alike, and said on standard error.
 
@@ -164,6 +172,7 @@ def automatic_batch_size(
         encode: of the model.
         inputs: see :class:`Trial`.
         most: see :func:`fastest_batch_size`; of all ranks that of the first counts.
+        why_most: likewise.
 
     Raises:
         InputError: on all ranks, not even one sample fits; on all but the first, it failed there.
@@ -176,7 +185,7 @@ def automatic_batch_size(
         try:
             with torch.inference_mode(), trainer.precision_plugin.forward_context():
                 trial = Trial(encode, inputs, device, trainer.num_devices)
-                found.append(fastest_batch_size(trial, most=most))
+                found.append(fastest_batch_size(trial, most=most, why_most=why_most))
         except Exception as error:  # the others wait for an answer
             failed = error
             found.append(str(error) if isinstance(error, InputError) else f"--batch_size auto: {error}")

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lit_clip import __version__, collectives, load_model
-from lit_clip.batch_size import MOST, BatchSize, automatic_batch_size, image_batch_size
+from lit_clip.batch_size import MOST, NOT_TRIED, BatchSize, automatic_batch_size, image_batch_size
 from lit_clip.commands import progress, stderr
 from lit_clip.errors import InputError, require
 from lit_clip.features import (
@@ -187,8 +187,8 @@ def _fastest(model: CLIP, items: Sequence[Item], trainer: Trainer, num_workers: 
     def inputs(size: int) -> Tensor:
         return model.tokenizer.trim(model.tokenizer(texts[:size]))
 
-    most = max(1, min(MOST, len(items) // trainer.world_size))
-    return automatic_batch_size(model, trainer, model.encode_text, inputs, most)
+    most, why = min((MOST, NOT_TRIED), (len(items) // trainer.world_size, f"there are {len(items)} texts"))
+    return automatic_batch_size(model, trainer, model.encode_text, inputs, max(1, most), why)
 
 
 def start_processes(devices: int, accelerator: str, precision: Precision) -> Trainer:

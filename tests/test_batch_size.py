@@ -41,7 +41,7 @@ def device(per_batch: float, per_sample: float, fits: float = float("inf")) -> t
         (0.0, 0.001, 8, "1000 a second, 1000 with 16"),  # no batch is faster than another
         (0.008, 0.001, 128, "941 a second, 970 with 256"),  # that is 3 % more; from 64 to 128 it was 6 %
         (0.3, 0.002, 512, "it takes 1.3 seconds, 387 a second"),  # from 256 it was 23 %, and would be 12 %
-        (0.5, 1e-6, 1024, "1024 is the most"),  # every sample is free
+        (0.5, 1e-6, 1024, "1024 is the most: no larger batch is tried"),  # every sample is free
     ],
 )
 def test_a_batch_is_doubled_while_that_is_worth_it(per_batch: float, per_sample: float, best: int, reason: str) -> None:
@@ -79,7 +79,7 @@ def test_memory_for_no_sample_is_one_line() -> None:
 @pytest.mark.parametrize(("most", "best"), [(1, 1), (5, 5), (20, 16), (64, 64)])
 def test_no_size_is_above_the_most(most: int, best: int) -> None:
     seconds, tried = device(0.5, 1e-6)
-    assert fastest_batch_size(seconds, most=most) == Choice(best, f"{most} is the most")
+    assert fastest_batch_size(seconds, most=most, why_most="so") == Choice(best, f"{most} is the most: so")
     assert max(tried) == best
 
 
@@ -167,18 +167,23 @@ def test_memory_is_what_the_system_says(tmp_path: Path, monkeypatch: pytest.Monk
     assert memory.available() == pytest.approx(free, rel=0.2)
 
 
-def test_workers_all_have_a_batch_and_room_for_two(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_all_have_a_batch_and_room_for_two(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     model, trainer = load_model(tiny_checkpoint), start_processes(1, "cpu", "32-true")
     monkeypatch.setattr(batch_size, "WORTH", -1e9)
     monkeypatch.setattr(batch_size, "LONG_BATCH", 1e9)
     monkeypatch.setattr(batch_size, "AT_LEAST", 0.0)
     monkeypatch.setattr(batch_size, "MOST", 64)
     assert image_batch_size(model, trainer, num_workers=0) == 64
+    assert "64 is the most: no larger batch is tried" in capsys.readouterr().err
     assert image_batch_size(model, trainer, num_workers=4, images=70) == 16  # 17 each
+    assert "17 is the most: there are 70 pictures for 4 to read" in capsys.readouterr().err
     assert image_batch_size(model, trainer, num_workers=4, images=3) == 1
     monkeypatch.setattr(memory, "available_to_workers", lambda: 2 * (3 * 32 * 32 * 4) * 40)  # half is for others
     assert image_batch_size(model, trainer, num_workers=0) == 64
     assert image_batch_size(model, trainer, num_workers=1) == 16  # 2 of 20 at most
+    assert "20 is the most: 1 data workers share the memory of /dev/shm" in capsys.readouterr().err
     assert image_batch_size(model, trainer, num_workers=4) == 5
     monkeypatch.setattr(type(trainer), "num_devices", 2)
     assert image_batch_size(model, trainer, num_workers=2) == 5
