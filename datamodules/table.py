@@ -252,7 +252,7 @@ def _open(path: Path, options: Options, schema: pa.Schema, read: Read) -> PairSo
     else:
         table, left_out = pa.Table.from_batches(_rows(path, schema, read, problems), schema), problems.left_out
     if not table.num_rows:
-        require(left_out.counts.total() > 0, f"{path}: the file is empty, or has a header alone")
+        require(left_out.counts.total() > 0, f"{path}: no row: the file is empty, or has a header alone")
         raise InputError(
             f"{path}: no row with an image and a caption ({left_out.counts[NO_CAPTION]} without a caption)"
         )

@@ -259,7 +259,7 @@ def test_two_ranks_find_the_numbers_of_one(folder: Path, ranks: Callable[..., No
     [
         ({"only": ["shade"]}, "ZeroShot.only: no 'shade' in the suite; there are many, shades"),
         ({"suite": None}, "ZeroShot.only: names sets of a suite; give suite"),
-        ({"suite": "no.yaml"}, "no.yaml: not a readable YAML file"),
+        ({"suite": "no.yaml"}, "no.yaml: there is no such file"),
         ({"every_n_epochs": 0}, "ZeroShot.every_n_epochs: 0 must be at least 1"),
         ({"every_n_steps": 0}, "ZeroShot.every_n_steps: 0 must be at least 1"),
         ({"every_n_steps": 5, "every_n_epochs": 2}, "give either every_n_epochs or every_n_steps"),
