@@ -1,7 +1,7 @@
 """Sources of (image, caption) pairs and of labelled images."""
 
 from datamodules.augmentation import Augmentation
-from datamodules.captions import CaptionDataModule
+from datamodules.caption_datamodule import CaptionDataModule
 from datamodules.classes import ImageFolderClasses, ParquetClasses
 from datamodules.no_captions import NoCaptions
 from datamodules.openmoji import OpenMoji, OpenMojiClasses

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from datamodules.augmentation import Augmentation
 from datamodules.cache import default_cache_dir
-from datamodules.captions import CaptionDataModule
+from datamodules.caption_datamodule import CaptionDataModule
 from datamodules.sources import Pair, PairSource
 from lit_clip.config import Preprocessing
 from lit_clip.errors import InputError

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from datamodules.augmentation import Augmentation
 from datamodules.bad_samples import OnError
 from datamodules.caption_lengths import LongCaptions
-from datamodules.captions import CaptionDataModule
+from datamodules.caption_datamodule import CaptionDataModule
 from datamodules.mixture import Mixture
 from datamodules.shards import ShardOptions
 from datamodules.sources import NO_CAPTION, PairSource, open_source
@@ -72,7 +72,7 @@ class Captions(CaptionDataModule):
         augmentation: in training.
         preprocessing: how the model wants its pictures; the command line takes it from the model.
         tokenize: texts -> int64 ``[N, L]``; the command line takes it from the model.
-        on_error: see :class:`datamodules.captions.CaptionDataModule`.
+        on_error: see :class:`datamodules.caption_datamodule.CaptionDataModule`.
         max_skipped: likewise.
         long_captions: likewise.
     """

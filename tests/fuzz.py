@@ -27,7 +27,7 @@ from PIL import Image
 
 from datamodules.augmentation import Augmentation
 from datamodules.bad_samples import BadSample, Skipped, SkippingDataset
-from datamodules.captions import TrainingPairs, ValidationPairs
+from datamodules.caption_datamodule import TrainingPairs, ValidationPairs
 from datamodules.images import open_image
 from datamodules.sampling import Sample
 from datamodules.sources import Pair, PairSource, open_source

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from datamodules import Augmentation, Captions
-from datamodules.captions import TrainingPairs
+from datamodules.caption_datamodule import TrainingPairs
 from datamodules.sampling import Sample
 from lit_clip.batch import CaptionBatch
 from lit_clip.config import CLIPConfig, Preprocessing
