@@ -186,7 +186,7 @@ def measure(run: Run) -> Measured:
     """Both sides in turn."""
     import torch
 
-    from lit_clip.flops import matmul_peak
+    from lit_clip.models.flops import matmul_peak
 
     dtype, last = torch.bfloat16 if run.bf16 else torch.float32, steps_of(run) * run.batch
     peak = 0.0

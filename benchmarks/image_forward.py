@@ -9,7 +9,7 @@ import torch
 from peers import autocast, compare, end_if_emulated, open_clip_pair, parser, save
 from results import Result
 
-from lit_clip.config import height_width
+from lit_clip.models.config import height_width
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lit_clip import create_model, load_model
-from lit_clip.registry import resolve_architecture
+from lit_clip.models.registry import resolve_architecture
 
 NAME = "ViT-L-14-quickgelu"
 

@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from lit_clip.collectives import Shards
-from lit_clip.losses import unit
-from lit_clip.sharded_loss import Plan, sharded_contrastive_loss, sharded_sigmoid_loss
+from lit_clip.distributed import Shards
+from lit_clip.losses.contrastive import unit
+from lit_clip.losses.tiled import Plan, sharded_contrastive_loss, sharded_sigmoid_loss
 
 KINDS = ("softmax", "sigmoid")
 

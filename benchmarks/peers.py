@@ -19,9 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from datamodules.openmoji import read_table
 from lit_clip import CLIP, create_model
-from lit_clip.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
-from lit_clip.flops import matmul_peak
-from lit_clip.lightning_cli import computes_in_bfloat16
+from lit_clip.cli.lightning import computes_in_bfloat16
+from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
+from lit_clip.models.flops import matmul_peak
 
 __all__ = ["QUICKSTART", "captions", "compare", "counted", "lengths_of", "open_clip_pair", "parser", "save"]
 
@@ -62,7 +62,7 @@ def register(name: str, model: CLIP) -> None:
 
 def write_model_config(path: Path, model: CLIP) -> None:
     """open_clip's description of a model, in a JSON file that its ``add_model_config`` reads."""
-    from lit_clip.export_formats import open_clip_model
+    from lit_clip.weights.export import open_clip_model
 
     path.write_text(json.dumps(open_clip_model(model)), encoding="utf-8")
 

@@ -31,19 +31,19 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 
-from lit_clip import collectives
+from lit_clip import distributed
 from lit_clip.batch import CaptionBatch
-from lit_clip.checkpointing import checkpoint_blocks
-from lit_clip.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig, height_width
-from lit_clip.layers import TOWERS, tower_blocks
-from lit_clip.losses import unit
-from lit_clip.model import CLIP
-from lit_clip.models import measure
+from lit_clip.commands.models import measure
+from lit_clip.losses.contrastive import unit
+from lit_clip.losses.tiled import Plan, sharded_contrastive_loss
+from lit_clip.models.clip import CLIP
+from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig, height_width
+from lit_clip.models.layers import TOWERS, tower_blocks
+from lit_clip.models.registry import resolve_architecture
 from lit_clip.module import LitCLIP
-from lit_clip.plan import loss_bytes
-from lit_clip.registry import resolve_architecture
-from lit_clip.sharded_loss import Plan, sharded_contrastive_loss
-from lit_clip.weights import create_model
+from lit_clip.training.activation_checkpointing import checkpoint_blocks
+from lit_clip.training.plan import loss_bytes
+from lit_clip.weights.load import create_model
 
 D, MIB = 512, 2**20
 WIDTH, LAYERS, IMAGE_TOKENS, TEXT_TOKENS = 256, 4, 65, 32
@@ -133,7 +133,7 @@ def a_step_of(kind: str, pairs: int) -> tuple[Callable[[], None], int]:
 
         return step, sum(p.numel() for p in module.parameters())
     image, text = (unit(torch.randn(pairs, D)).requires_grad_() for _ in range(2))
-    scale, plan = torch.tensor(10.0, requires_grad=True), Plan(collectives.shards(pairs), ring=kind == "ring")
+    scale, plan = torch.tensor(10.0, requires_grad=True), Plan(distributed.shards(pairs), ring=kind == "ring")
 
     def loss() -> None:
         sharded_contrastive_loss(image, text, scale, plan).loss.backward()
@@ -159,7 +159,7 @@ def on_a_rank(kind: str, pairs: int) -> None:
     dist.barrier()
     result = {"sent": sent, "held": held("VmHWM") - base, "parameters": parameters}
     print(json.dumps(result), flush=True)
-    collectives.leave()
+    distributed.leave()
 
 
 def ranks(kinds: list[str], worlds: list[int], pairs: int) -> Table:

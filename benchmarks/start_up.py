@@ -35,7 +35,7 @@ def of_help(name: str, words: Sequence[str], pairs: int) -> Result:
 
 def of_first_step(pairs: int) -> Result:
     """Both from the command to the end of the first optimiser step, in what the processor computes in."""
-    from lit_clip.lightning_cli import computes_in_bfloat16
+    from lit_clip.cli.lightning import computes_in_bfloat16
 
     with tempfile.TemporaryDirectory() as temporary:
         run = write_run(Path(temporary), Run("ViT-tiny-16-64", bf16=bool(computes_in_bfloat16("cpu")), epochs=1))

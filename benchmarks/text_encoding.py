@@ -9,7 +9,7 @@ for each.
 import torch
 from peers import captions, compare, length_figures, lengths_of, open_clip_pair, parser, save
 
-from lit_clip.tokenizer import trim_padding
+from lit_clip.models.tokenizer import trim_padding
 
 
 def main() -> None:

@@ -37,11 +37,11 @@ from results import Result
 from torch import Tensor
 
 from lit_clip import CLIP
-from lit_clip.collectives import Shards
-from lit_clip.config import height_width
-from lit_clip.optim import decay_groups
-from lit_clip.sharded_loss import Plan, sharded_contrastive_loss
+from lit_clip.distributed import Shards
+from lit_clip.losses.tiled import Plan, sharded_contrastive_loss
+from lit_clip.models.config import height_width
 from lit_clip.stability import largest_gradient
+from lit_clip.training.optim import decay_groups
 
 MODELS = ("ViT-B-32", "ViT-B-16", "RN50", "quickstart", "ViT-tiny-16-64")
 BATCHES = {"quickstart": 128, "ViT-tiny-16-64": 128}

@@ -11,7 +11,7 @@ import torch
 from peers import compare, open_clip_pair, parser, save
 
 from lit_clip import zero_shot_classifier
-from lit_clip.zero_shot import imagenet_class_names, imagenet_templates
+from lit_clip.evaluation.zero_shot import imagenet_class_names, imagenet_templates
 
 
 def main() -> None:

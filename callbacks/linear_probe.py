@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from callbacks.periodic import Findings, PeriodicEvaluation, of_first_rank
 from callbacks.suite_sets import Encoded, Fold, Reader, check_folds, chosen_entries, named, open_sets
+from lit_clip.embedding.image_files import OnError
 from lit_clip.errors import require
 from lit_clip.evaluation.data import LabelledImages, Pictures
 from lit_clip.evaluation.logistic import LogisticProblem
@@ -15,7 +16,6 @@ from lit_clip.evaluation.probe import Split, fit_logistic, held_out, linear_prob
 from lit_clip.evaluation.scores import evaluate_scores, guessing
 from lit_clip.evaluation.suite import Metric
 from lit_clip.evaluation.targets import Targets
-from lit_clip.images import OnError
 from lit_clip.module import LitCLIP
 
 Features = dict[str, Encoded]

@@ -13,10 +13,10 @@ from torch.distributed.fsdp import ShardingStrategy
 from torch.optim import Optimizer
 
 from callbacks.training_clock import TimedCallback, log_interval
-from lit_clip import collectives
+from lit_clip import distributed
 from lit_clip.batch import CaptionBatch
 from lit_clip.errors import require
-from lit_clip.model import CLIP
+from lit_clip.models.clip import CLIP
 from lit_clip.module import LitCLIP
 
 SCALARS = ("logit_scale", "logit_bias")
@@ -37,7 +37,7 @@ def gradient_norms(model: CLIP, sharded: bool = False) -> dict[str, Tensor]:
     norms = {tower: _norm(parameters) for tower, parameters in towers.items() if parameters}
     if sharded and norms:
         device = next(model.parameters()).device
-        squares = collectives.sum_over_ranks(torch.stack([norm.to(device) for norm in norms.values()]) ** 2, device)
+        squares = distributed.sum_over_ranks(torch.stack([norm.to(device) for norm in norms.values()]) ** 2, device)
         norms = dict(zip(norms, squares.sqrt(), strict=True))
     return norms
 

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 
-from lit_clip import collectives
+from lit_clip import distributed
 from lit_clip.errors import InputError, require
 from lit_clip.module import LitCLIP
 
@@ -129,7 +129,7 @@ def _as_in_validation(trainer: Trainer, module: LightningModule) -> Iterator[Non
     """Between two steps, what a validation would see: averaged weights, evaluation mode, statistics of one rank."""
     training = [one for one in module.modules() if one.training]
     averages = [one for one in _callbacks(trainer) if isinstance(one, WeightAveraging)]
-    collectives.same_buffers(cast(LitCLIP, module).model)
+    distributed.same_buffers(cast(LitCLIP, module).model)
     for average in averages:
         average.on_validation_start(trainer, module)
     module.eval()
@@ -150,12 +150,12 @@ def of_first_rank(make: Callable[[], Made]) -> Made:
         InputError: on all ranks, what the first raised.
     """
     made: list[tuple[Made | None, str]] = []
-    if collectives.rank_and_world()[0] == 0:
+    if distributed.rank_and_world()[0] == 0:
         try:
             made.append((make(), ""))
         except InputError as error:
             made.append((None, str(error) or type(error).__name__))
-    ((value, reason),) = collectives.gather_objects(made)
+    ((value, reason),) = distributed.gather_objects(made)
     if reason:
         raise InputError(reason)
     return cast(Made, value)

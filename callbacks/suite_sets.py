@@ -10,16 +10,16 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lit_clip import collectives
+from lit_clip import distributed
+from lit_clip.embedding.image_files import MEND, OnError
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import MissingData, Pictures, check_classes
 from lit_clip.evaluation.scores import evaluate_scores
 from lit_clip.evaluation.suite import Metric, SuiteEntry, Task, read_suite
 from lit_clip.evaluation.targets import Targets
-from lit_clip.images import MEND, OnError
+from lit_clip.models.preprocess import pixels
 from lit_clip.module import LitCLIP
 from lit_clip.preemption import shield_worker
-from lit_clip.preprocess import pixels
 
 Fold = dict[str, Pictures]
 
@@ -63,7 +63,7 @@ def open_folds(entry: SuiteEntry, splits: Sequence[str], data_root: Path) -> lis
             folds.append({split: entry.open(split, number, data_root) for split in splits if split in entry.splits})
     except MissingData as error:
         missing.append(str(error))
-    everywhere = collectives.gather_objects(missing)
+    everywhere = distributed.gather_objects(missing)
     if everywhere:
         raise MissingData(everywhere[0])
     return folds
@@ -181,7 +181,7 @@ class Reader:
         Raises:
             InputError: on all ranks, a picture that cannot be read unless it may be skipped, or none at all.
         """
-        rank, world = collectives.rank_and_world()
+        rank, world = distributed.rank_and_world()
         batches = torch.arange(len(pictures)).split(1 if pictures.several else self.batch_size)
         loader: Any = DataLoader(
             _Items(pictures, pixels(module.preprocessing)),
@@ -199,7 +199,7 @@ class Reader:
             rows += [item.row for item in read]
             features += self._features(module, [item.pictures for item in read], encode)
             bad += [(item.row, item.reason) for item in items if item.pictures is None]
-        self._judge(collectives.gather_objects(bad), len(pictures), name)
+        self._judge(distributed.gather_objects(bad), len(pictures), name)
         return _gathered(module, rows, features)
 
     def _features(self, module: LitCLIP, items: list[Tensor], encode: Callable[[Tensor], Tensor]) -> list[Tensor]:
@@ -225,8 +225,8 @@ class Reader:
 
 def _gathered(module: LitCLIP, rows: list[int], features: list[Tensor]) -> Encoded:
     """All ranks' rows in order; a rank that has none learns from the others how wide they are."""
-    width = collectives.maximum(len(features[0]) if features else 0)
+    width = distributed.maximum(len(features[0]) if features else 0)
     mine = torch.stack(features) if features else torch.zeros(0, width, device=module.device)
-    all_rows = collectives.gather_uneven(torch.tensor(rows, dtype=torch.long, device=module.device)).cpu()
+    all_rows = distributed.gather_uneven(torch.tensor(rows, dtype=torch.long, device=module.device)).cpu()
     order = all_rows.argsort()
-    return Encoded(all_rows[order].tolist(), collectives.gather_uneven(mine).cpu()[order])
+    return Encoded(all_rows[order].tolist(), distributed.gather_uneven(mine).cpu()[order])

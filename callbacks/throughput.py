@@ -10,11 +10,12 @@ from torch import Tensor
 
 from callbacks.monitor import TrainingMonitor
 from callbacks.training_clock import TimedCallback, log_interval
-from lit_clip import collectives, memory
+from lit_clip import distributed
 from lit_clip.batch import CaptionBatch
-from lit_clip.flops import PairFlops, matmul_peak, training_flops
-from lit_clip.model import CLIP
+from lit_clip.models.clip import CLIP
+from lit_clip.models.flops import PairFlops, matmul_peak, training_flops
 from lit_clip.module import LitCLIP
+from lit_clip.tools import hardware
 
 DTYPES = {  # of the matrix products, by Lightning's precision
     "64-true": torch.float64,
@@ -115,8 +116,8 @@ class Throughput(TimedCallback):
                 rank_zero_warn("Throughput: the FLOPs of these encoders cannot be counted, so there is no train/mfu")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        first = collectives.rank_and_world()[0] == 0
-        (self._peak,) = collectives.gather_objects([device_peak(trainer)] if first else [])
+        first = distributed.rank_and_world()[0] == 0
+        (self._peak,) = distributed.gather_objects([device_peak(trainer)] if first else [])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -129,7 +130,7 @@ class Throughput(TimedCallback):
         model = cast(LitCLIP, pl_module).model
         self._add(batch, model)
         if trainer.global_step % log_interval(trainer) == 0:
-            counts: list[Count] = collectives.gather_objects([self._count(trainer)])
+            counts: list[Count] = distributed.gather_objects([self._count(trainer)])
             metrics = throughput(counts, model.context_length, self._flops, self._peak)
             if any(isinstance(one, TrainingMonitor) for one in trainer.callbacks):
                 del metrics["train/samples_per_second"]
@@ -166,5 +167,5 @@ def device_peak(trainer: Trainer) -> float | None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes so far: of tensors on a CUDA device, elsewhere of this process in memory."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else memory.peak_of_process()
+    """The most bytes so far: of tensors on a CUDA device, elsewhere of this process in hardware."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else hardware.peak_of_process()

@@ -16,17 +16,17 @@ from callbacks.figures import Prediction, prediction_grid
 from callbacks.periodic import Findings, PeriodicEvaluation, of_first_rank
 from callbacks.suite_sets import Encoded, Reader, check_folds, chosen_entries, named, open_sets
 from callbacks.tensorboard import show
-from lit_clip import collectives
+from lit_clip import distributed
+from lit_clip.embedding.image_files import OnError
 from lit_clip.errors import require
 from lit_clip.evaluation.data import LabelledImages
 from lit_clip.evaluation.prompts import Prompts, prompts_of, text_classifier, text_sha256
 from lit_clip.evaluation.scores import evaluate_scores, guessing
 from lit_clip.evaluation.suite import Metric, SuiteEntry, check_name
 from lit_clip.evaluation.targets import Targets
-from lit_clip.images import OnError
+from lit_clip.evaluation.zero_shot import ZeroShotSet, guessing_accuracies
+from lit_clip.models.preprocess import pixels
 from lit_clip.module import LitCLIP
-from lit_clip.preprocess import pixels
-from lit_clip.zero_shot import ZeroShotSet, guessing_accuracies
 
 __all__ = ["ZeroShot", "ZeroShotSet"]
 
@@ -108,7 +108,7 @@ class ZeroShot(PeriodicEvaluation):
     def evaluate(self, trainer: Trainer, module: LitCLIP) -> Findings:
         log_dir = trainer.log_dir if trainer.loggers else None  # a broadcast: every rank must ask
         texts = text_sha256(module.model)
-        if collectives.maximum(int(texts != self._texts)):
+        if distributed.maximum(int(texts != self._texts)):
             self._classifiers, self._texts = {}, texts
         found = Findings()
         for name, one in (self._opened or {}).items():

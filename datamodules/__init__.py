@@ -1,12 +1,12 @@
 """Sources of (image, caption) pairs and of labelled images."""
 
-from datamodules.augmentation import Augmentation
 from datamodules.caption_datamodule import CaptionDataModule
-from datamodules.classes import ImageFolderClasses, ParquetClasses
+from datamodules.captions import Captions, Weighted
+from datamodules.evaluation.image_folder import ImageFolderClasses, ParquetClasses
+from datamodules.loading.augmentation import Augmentation
 from datamodules.no_captions import NoCaptions
 from datamodules.openmoji import OpenMoji, OpenMojiClasses
-from datamodules.pairs import Captions, Weighted
-from datamodules.shards import ShardOptions
+from datamodules.shards.pairs import ShardOptions
 
 __all__ = [
     "Augmentation",

@@ -14,20 +14,20 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from datamodules.augmentation import Augmentation
-from datamodules.bad_samples import OnError, Skipped, SkippingDataset, split_skipped
-from datamodules.caption_lengths import SAMPLED, LongCaptions, caption_statistics, refuse_long
-from datamodules.images import LeastSize, decoding_at_least
-from datamodules.sampling import EvaluationBatchSampler, GlobalBatchSampler, Position, Sample, StridedSampler
-from datamodules.sources import Pair as Pair
-from datamodules.sources import PairSource, Rows
+from datamodules.loading.augmentation import Augmentation
+from datamodules.loading.bad_samples import OnError, Skipped, SkippingDataset, split_skipped
+from datamodules.loading.images import LeastSize, decoding_at_least
+from datamodules.loading.sampling import EvaluationBatchSampler, GlobalBatchSampler, Position, Sample, StridedSampler
+from datamodules.pairs.caption_lengths import SAMPLED, LongCaptions, caption_statistics, refuse_long
+from datamodules.pairs.source import Pair as Pair
+from datamodules.pairs.source import PairSource, Rows
 from lit_clip.batch import CaptionBatch
-from lit_clip.collectives import rank_and_world
-from lit_clip.config import Preprocessing, Size, height_width
+from lit_clip.distributed import rank_and_world
 from lit_clip.errors import InputError, require
+from lit_clip.models.config import Preprocessing, Size, height_width
+from lit_clip.models.preprocess import pixels
+from lit_clip.models.tokenizer import TextTokenizer, Tokenize
 from lit_clip.preemption import shield_worker
-from lit_clip.preprocess import pixels
-from lit_clip.tokenizer import TextTokenizer, Tokenize
 
 
 class _Item(NamedTuple):

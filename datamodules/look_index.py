@@ -1,16 +1,16 @@
-"""Which pictures of one set look like pictures of another; see :mod:`datamodules.look_alikes` for what a look is."""
+"""Fingerprints of images by how they look, and which of them are alike."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from datamodules.look_alikes import BANDS, Look, looks_near
+from datamodules.near_duplicates import BANDS, Look, looks_near
 
 
 @dataclass
 class Looks:
-    """Looks in columns: uint64, uint32 and bool ``[N]``, see :class:`datamodules.look_alikes.Look`."""
+    """Looks in columns: uint64, uint32 and bool ``[N]``, see :class:`datamodules.near_duplicates.Look`."""
 
     bits: np.ndarray
     colours: np.ndarray

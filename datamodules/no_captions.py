@@ -6,7 +6,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, IterableDataset
 
-from lit_clip.config import Preprocessing
+from lit_clip.models.config import Preprocessing
 
 
 class _Nothing(IterableDataset[Any]):

@@ -16,15 +16,15 @@ from typing import Any, Literal
 
 from PIL import Image, ImageDraw, ImageFont
 
-from datamodules.augmentation import Augmentation
-from datamodules.cache import default_cache_dir
 from datamodules.caption_datamodule import CaptionDataModule
-from datamodules.sources import Pair, PairSource
-from lit_clip.config import Preprocessing
+from datamodules.loading.augmentation import Augmentation
+from datamodules.loading.cache import default_cache_dir
+from datamodules.pairs.source import Pair, PairSource
 from lit_clip.errors import InputError
 from lit_clip.evaluation.data import stamp_of_files
-from lit_clip.tokenizer import TextTokenizer
-from lit_clip.zero_shot import LabelledImages
+from lit_clip.evaluation.zero_shot import LabelledImages
+from lit_clip.models.config import Preprocessing
+from lit_clip.models.tokenizer import TextTokenizer
 
 Style = Literal["color", "line"]
 SIZE = 72  # pixels, OpenMoji's own grid

@@ -5,27 +5,27 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lit_clip.batch import CaptionBatch, LabelledBatch
-    from lit_clip.config import CLIPConfig
-    from lit_clip.model import CLIP
+    from lit_clip.evaluation.zero_shot import zero_shot_classifier
+    from lit_clip.models.clip import CLIP
+    from lit_clip.models.config import CLIPConfig
+    from lit_clip.models.preprocess import image_transform
+    from lit_clip.models.registry import list_models
+    from lit_clip.models.tokenizer import tokenize
     from lit_clip.module import LitCLIP
-    from lit_clip.preprocess import image_transform
-    from lit_clip.registry import list_models
-    from lit_clip.tokenizer import tokenize
-    from lit_clip.weights import create_model, load_model
-    from lit_clip.zero_shot import zero_shot_classifier
+    from lit_clip.weights.load import create_model, load_model
 
 _HOMES = {
-    "CLIP": "model",
-    "CLIPConfig": "config",
+    "CLIP": "models.clip",
+    "CLIPConfig": "models.config",
     "CaptionBatch": "batch",
     "LabelledBatch": "batch",
     "LitCLIP": "module",
-    "create_model": "weights",
-    "image_transform": "preprocess",
-    "list_models": "registry",
-    "load_model": "weights",
-    "tokenize": "tokenizer",
-    "zero_shot_classifier": "zero_shot",
+    "create_model": "weights.load",
+    "image_transform": "models.preprocess",
+    "list_models": "models.registry",
+    "load_model": "weights.load",
+    "tokenize": "models.tokenizer",
+    "zero_shot_classifier": "evaluation.zero_shot",
 }
 
 __version__ = "0.1.0"

@@ -1,6 +1,6 @@
 """``python -m lit_clip`` is ``lit-clip``."""
 
-from lit_clip.cli import main
+from lit_clip.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from lit_clip.layers import TOWERS, tower_blocks
+from lit_clip.models.layers import TOWERS, tower_blocks
 
 MOST_GRAPHS = 64
 

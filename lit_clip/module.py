@@ -16,15 +16,16 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from lit_clip import collectives
+from lit_clip import distributed
 from lit_clip.batch import CaptionBatch
-from lit_clip.checkpointing import StatisticsKept, checkpoint, checkpoint_blocks
 from lit_clip.compiling import compile_blocks
-from lit_clip.config import CLIPConfig, Preprocessing, Size
-from lit_clip.distill import Distill, Teacher
-from lit_clip.duplicates import pair_ids
 from lit_clip.errors import InputError, require
-from lit_clip.layers import (
+from lit_clip.evaluation.retrieval import RetrievalSet, token_hashes
+from lit_clip.losses.contrastive import Duplicates, at_least_float32
+from lit_clip.losses.duplicates import pair_ids
+from lit_clip.losses.tiled import Plan, ShardedLoss, sharded_contrastive_loss, sharded_sigmoid_loss
+from lit_clip.models.config import CLIPConfig, Preprocessing, Size
+from lit_clip.models.layers import (
     TOWERS,
     Freeze,
     LayerDecay,
@@ -33,21 +34,20 @@ from lit_clip.layers import (
     learning_rate_factors,
     tower_blocks,
 )
-from lit_clip.lora import LoRA, add_lora, base_name, check_base, is_added
-from lit_clip.losses import Duplicates, at_least_float32
-from lit_clip.optim import adamw, parameter_groups, total_steps, warmup_cosine
-from lit_clip.optimizer_settings import check_settings, keep_what_was_typed
-from lit_clip.plan import measure_run, print_plan
+from lit_clip.models.lora import LoRA, add_lora, base_name, check_base, is_added
+from lit_clip.models.tokenizer import TextTokenizer
+from lit_clip.models.transformer import VisionTransformer
 from lit_clip.random_states import random_states, restore_random_states
-from lit_clip.retrieval import RetrievalSet, token_hashes
-from lit_clip.sharded_loss import Plan, ShardedLoss, sharded_contrastive_loss, sharded_sigmoid_loss
 from lit_clip.skipped import SkippedSamples
-from lit_clip.sources import EMA_WEIGHTS, checkpoint_tokenizer, saved_tokenizer
 from lit_clip.stability import NonFinite, NonFiniteSteps, check_master_weights
-from lit_clip.summary import print_parameter_groups
-from lit_clip.tokenizer import TextTokenizer
-from lit_clip.transformer import VisionTransformer
-from lit_clip.weights import check_architecture, check_weights, create_model, weights_sha256, whole_name
+from lit_clip.training.activation_checkpointing import StatisticsKept, checkpoint, checkpoint_blocks
+from lit_clip.training.optim import adamw, parameter_groups, total_steps, warmup_cosine
+from lit_clip.training.optimizer_settings import check_settings, keep_what_was_typed
+from lit_clip.training.plan import measure_run, print_plan
+from lit_clip.training.summary import print_parameter_groups
+from lit_clip.training.teacher import Distill, Teacher
+from lit_clip.weights.load import check_architecture, check_weights, create_model, weights_sha256, whole_name
+from lit_clip.weights.sources import EMA_WEIGHTS, checkpoint_tokenizer, saved_tokenizer
 
 PREFIX = "model."
 STATES = {"state_dict", "current_model_state"}  # the second is the weights of the last step, if the first is an average
@@ -96,7 +96,7 @@ class LitCLIP(LightningModule):
             processes (GradCache, Gao et al. 2021). Their activations are computed again in the backward pass, so memory
             is that of one part; loss and gradients are those of the whole batch. BatchNorm alone sees the parts.
         duplicates: what pairs with the same caption, the same image or the same group are to each other, see
-            :func:`lit_clip.losses.contrastive_loss`.
+            :func:`lit_clip.losses.contrastive.contrastive_loss`.
         ring_loss: whether processes pass their texts' features on from one to the next (memory of two processes'
             pairs) instead of gathering those of all.
         patch_dropout: the share of each picture's patches that a training step leaves out (FLIP, Li et al. 2023): as
@@ -279,7 +279,7 @@ class LitCLIP(LightningModule):
 
     def on_train_start(self) -> None:
         self._finite.watch(self)
-        rank, world = collectives.rank_and_world()
+        rank, world = distributed.rank_and_world()
         if len(self._random_states) == world:  # here, behind all that draws numbers before the first step
             restore_random_states(self._random_states[rank])
         self._random_states = []
@@ -289,7 +289,7 @@ class LitCLIP(LightningModule):
             print_parameter_groups(self.trainer.optimizers[0].param_groups, frozen)
 
     def training_step(self, batch: CaptionBatch, batch_idx: int) -> Tensor:
-        shards = collectives.shards(len(batch.images))
+        shards = distributed.shards(len(batch.images))
         image_BD, text_BD = self._encode(batch, shards)
         self._no_pairs = shards.total == 0
         if self._no_pairs:
@@ -316,7 +316,7 @@ class LitCLIP(LightningModule):
         """Log the mean over ranks."""
         self.log(name, value, prog_bar=prog_bar, batch_size=len(batch.images), sync_dist=True)
 
-    def _parts(self, batch: CaptionBatch, shards: collectives.Shards) -> list[CaptionBatch]:
+    def _parts(self, batch: CaptionBatch, shards: distributed.Shards) -> list[CaptionBatch]:
         """What is encoded at a time; on every rank as many parts as on that with the most pairs."""
         hparams: Any = self.hparams
         most = max(1, *shards.counts)
@@ -333,7 +333,7 @@ class LitCLIP(LightningModule):
         images = batch.images.new_zeros(1, *batch.images.shape[1:])
         return CaptionBatch(images, tokens, [""], ["a"], [""])
 
-    def _encode(self, batch: CaptionBatch, shards: collectives.Shards) -> tuple[Tensor, Tensor]:
+    def _encode(self, batch: CaptionBatch, shards: distributed.Shards) -> tuple[Tensor, Tensor]:
         """As :meth:`forward`, part by part if there are several, without keeping a part's activations.
 
         Each part is one checkpointed segment of one graph: DDP synchronises once, after the last of them.
@@ -358,7 +358,7 @@ class LitCLIP(LightningModule):
         images, texts = zip(*features, strict=True)
         return torch.cat(images), torch.cat(texts)
 
-    def _loss(self, batch: CaptionBatch, image_BD: Tensor, text_BD: Tensor, shards: collectives.Shards) -> ShardedLoss:
+    def _loss(self, batch: CaptionBatch, image_BD: Tensor, text_BD: Tensor, shards: distributed.Shards) -> ShardedLoss:
         hparams: Any = self.hparams
         ids_BK = None
         if hparams.duplicates != "negatives":
@@ -417,7 +417,7 @@ class LitCLIP(LightningModule):
         model = self.trainer.strategy.model
         if isinstance(model, DistributedDataParallel):
             # DDP would do this in a rank's first batch, and wait for ranks that have none.
-            collectives.same_buffers(self.model)
+            distributed.same_buffers(self.model)
             model.require_forward_param_sync = False
 
     def test_step(self, batch: CaptionBatch, batch_idx: int) -> Features:
@@ -463,7 +463,7 @@ class LitCLIP(LightningModule):
         checkpoint["state_dict"] = {key.removeprefix(PREFIX): value for key, value in state.items()}
         checkpoint["before"] = dict(self.before)
         checkpoint["non_finite_steps"] = self._finite.steps
-        checkpoint["random_states"] = collectives.gather_objects([random_states()])
+        checkpoint["random_states"] = distributed.gather_objects([random_states()])
         checkpoint |= saved_tokenizer(self.model)
         if self.base_sha256:
             hparams: Any = self.hparams

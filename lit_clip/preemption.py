@@ -15,11 +15,11 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lit_clip import collectives
-from lit_clip.checkpoint_io import put_in_place
+from lit_clip import distributed
 from lit_clip.errors import require
-from lit_clip.launcher import end_with_parent, is_launched
-from lit_clip.summary import resume_command
+from lit_clip.tools.processes import end_with_parent, is_launched
+from lit_clip.training.checkpoint_io import put_in_place
+from lit_clip.training.summary import resume_command
 
 
 class Signals(_SignalConnector):
@@ -152,7 +152,7 @@ class Preemption(Callback):
 
     def _agreed(self, trainer: Trainer) -> bool:
         signals = _signals(trainer)
-        signals.agreed = collectives.maximum(signals.noted)
+        signals.agreed = distributed.maximum(signals.noted)
         return bool(signals.agreed)
 
     def _save(self, trainer: Trainer, signals: Signals) -> str:
@@ -204,7 +204,7 @@ def save_whole(trainer: Trainer, path: Path) -> None:
     """Save a checkpoint under another name, see that it is whole, and only then give it its name. On every rank.
 
     Whatever writes checkpoints: Lightning's own way says nothing where it may not write, see
-    :class:`lit_clip.checkpoint_io.WholeCheckpointIO`.
+    :class:`lit_clip.training.checkpoint_io.WholeCheckpointIO`.
 
     Raises:
         InputError: on the rank that writes, if it could not.

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lit_clip import collectives
+from lit_clip import distributed
 from lit_clip.batch import CaptionBatch
 from lit_clip.errors import InputError
-from lit_clip.hashing import hash64
+from lit_clip.tools.hashing import hash64
 
 FILE = "skipped.jsonl"
 JUDGED_AFTER = 100  # samples: of fewer, a single one is above any sensible limit
@@ -47,7 +47,7 @@ class Tally:
 
     def join(self) -> list[tuple[str, str]]:
         """Count what all ranks have added since, and return (where, reason) of all that was skipped; all must ask."""
-        reports: list[_Report] = collectives.gather_objects([_Report(self._drawn, self._skipped)])
+        reports: list[_Report] = distributed.gather_objects([_Report(self._drawn, self._skipped)])
         self._drawn, self._skipped = 0, []
         self.drawn += sum(report.drawn for report in reports)
         skipped = [sample for report in reports for sample in report.skipped]

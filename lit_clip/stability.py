@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lit_clip import collectives
+from lit_clip import distributed
 from lit_clip.errors import InputError, require
 
 FILE = "non_finite.jsonl"
@@ -122,7 +122,7 @@ class NonFiniteSteps:
         scaled = getattr(module.trainer.precision_plugin, "scaler", None) is not None
         gradients = torch.zeros_like(step.loss) if scaled else largest_gradient(parameters).to(step.loss)
         bad = torch.stack([~step.loss.isfinite(), step.bad_rows().any(), ~gradients.isfinite()]).float()
-        ranks = collectives.sum_over_ranks(bad, module.device).tolist()  # the one wait for the device
+        ranks = distributed.sum_over_ranks(bad, module.device).tolist()  # the one wait for the device
         if not any(ranks):
             self._in_a_row = 0
             return
@@ -186,11 +186,11 @@ def check_master_weights(module: LightningModule) -> None:
 
 def _findings(step: _Step, reason: str, number: int) -> list[Finding]:
     """Of all ranks that have something to tell, in their order; every rank must ask."""
-    rank, _ = collectives.rank_and_world()
+    rank, _ = distributed.rank_and_world()
     bad = step.bad_rows().tolist()
     keys = [key for key, is_bad in zip(step.keys, bad, strict=True) if is_bad]
     mine = Finding(number, rank, reason, str(float(step.loss)), keys or list(step.keys), bool(keys))
-    findings: list[Finding] = collectives.gather_objects([mine])
+    findings: list[Finding] = distributed.gather_objects([mine])
     return [finding for finding in findings if finding.non_finite_features] or findings
 
 

@@ -20,8 +20,8 @@ import torch
 import yaml
 from filelock import FileLock
 
-from lit_clip.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
-from tests import forks
+from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
+from tests.helpers import forks
 
 ROOT = Path(__file__).parents[1]
 TINY_YAML = (
@@ -157,7 +157,7 @@ def drawings(tmp_path_factory: pytest.TempPathFactory, overfitted: tuple[Path, P
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Of each kind of text encoder a model and its tokenizer as published ones lie on a disk."""
-    from tests.towers import FAMILIES, save_family
+    from tests.helpers.towers import FAMILIES, save_family
 
     def make(folder: Path) -> None:
         for family in FAMILIES:
@@ -213,7 +213,7 @@ def lit_clip_command(
         words: of the command line.
         environment: what else is in it; ``anew`` then.
         timeout: seconds.
-        anew: in a new interpreter, not in a fork (``tests/forks.py``).
+        anew: in a new interpreter, not in a fork (``tests/helpers/forks.py``).
     """
     command = [str(Path(sys.executable).parent / "lit-clip"), *words]
     variables = {**os.environ, "COLUMNS": "200", "HF_HUB_OFFLINE": "1", **(environment or {})}
@@ -263,13 +263,13 @@ def run_ranks(world: int, program: forks.Program, timeout: int) -> list[subproce
 
 @pytest.fixture
 def ranks(tmp_path: Path) -> Callable[..., None]:
-    """Run a function of ``tests/ranks.py`` in W gloo processes."""
+    """Run a function of ``tests/helpers/ranks.py`` in W gloo processes."""
 
     def run(function: str, world: int, *arguments: str, timeout: int = 120, script: str = "ranks.py") -> None:
         rendezvous = tmp_path / f"rendezvous_{function}_{world}"
         rendezvous.unlink(missing_ok=True)
         environment = {**os.environ, "RENDEZVOUS": f"file://{rendezvous}"}
-        words = [str(ROOT / "tests" / script), function, *arguments]
+        words = [str(ROOT / "tests/helpers" / script), function, *arguments]
         run_ranks(world, forks.Program(forks.script, words, tmp_path, environment), timeout)
 
     return run

@@ -14,7 +14,7 @@ import torch
 import yaml
 from open_clip import SimpleTokenizer
 
-from lit_clip import lightning_cli
+from lit_clip.cli import lightning
 from tests.conftest import ROOT
 
 BENCHMARKS = ROOT / "benchmarks"
@@ -173,7 +173,7 @@ def test_what_is_saved_is_read_back_with_the_command_that_gives_it(
 def test_bfloat16_is_not_measured_where_it_would_be_emulated(
     instructions: bool | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(lightning_cli, "computes_in_bfloat16", lambda accelerator: instructions)
+    monkeypatch.setattr(lightning, "computes_in_bfloat16", lambda accelerator: instructions)
     end_if_emulated = functions("peers.py", monkeypatch)["end_if_emulated"]
     end_if_emulated(False, "cpu")
     if instructions is False:

@@ -10,9 +10,9 @@ import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_clip import load_model
+from lit_clip.cli.lightning import CLI, run
 from lit_clip.evaluation.suite import read_suite
-from lit_clip.lightning_cli import CLI, run
-from lit_clip.registry import resolve_architecture
+from lit_clip.models.registry import resolve_architecture
 from tests.conftest import ROOT, TINY_YAML, torchrun
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_clip.collectives import Shards
-from lit_clip.losses import Duplicates, contrastive_loss, sigmoid_loss, unit
+from lit_clip.distributed import Shards
+from lit_clip.losses.contrastive import Duplicates, contrastive_loss, sigmoid_loss, unit
+from lit_clip.losses.tiled import Plan, sharded_contrastive_loss, sharded_sigmoid_loss
 from lit_clip.module import LitCLIP
-from lit_clip.sharded_loss import Plan, sharded_contrastive_loss, sharded_sigmoid_loss
-from tests.ranks import CONFIG, PAIRS, make_batch
+from tests.helpers.ranks import CONFIG, PAIRS, make_batch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.conftest import TINY_YAML, run_lightning_ranks
-from tests.ranks import CASES
+from tests.helpers.ranks import CASES
 
 Ranks = Callable[..., None]
 
@@ -18,7 +18,7 @@ Ranks = Callable[..., None]
 def test_every_gradient_of_ranks_equals_that_of_one_process_with_the_whole_batch(
     world: int, ranks: Ranks, tmp_path: Path
 ) -> None:
-    """Softmax and sigmoid, micro-batches, tiles, frozen towers, ring, duplicates: ``tests/ranks.py`` has the cases."""
+    """Softmax and sigmoid, micro-batches, tiles, frozen towers, ring, duplicates: cases in ``helpers/ranks.py``."""
     ranks("gradients", world, str(tmp_path / "errors.json"))
     errors = json.loads((tmp_path / "errors.json").read_text(encoding="utf-8"))
     assert errors.keys() == set(map(str, CASES))
@@ -31,7 +31,7 @@ def test_a_step_of_several_parts_is_synchronised_once(ranks: Ranks) -> None:
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_uneven_rows_are_gathered_in_rank_order(world: int, ranks: Ranks) -> None:
-    """Each rank asserts for itself (``tests/ranks.py``); the fixture fails unless all of them end well."""
+    """Each rank asserts for itself (``tests/helpers/ranks.py``); the fixture fails unless all of them end well."""
     ranks("uneven_gather", world)
 
 

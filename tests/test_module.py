@@ -14,13 +14,13 @@ from PIL import Image
 import lit_clip
 from datamodules import Captions
 from lit_clip.batch import CaptionBatch
-from lit_clip.config import CLIPConfig
 from lit_clip.errors import InputError
-from lit_clip.losses import contrastive_loss
+from lit_clip.losses.contrastive import contrastive_loss
+from lit_clip.models.config import CLIPConfig
+from lit_clip.models.registry import resolve_architecture
 from lit_clip.module import LitCLIP
-from lit_clip.optim import warmup_cosine
-from lit_clip.registry import resolve_architecture
-from lit_clip.weights import load_model
+from lit_clip.training.optim import warmup_cosine
+from lit_clip.weights.load import load_model
 
 
 def trainer(folder: Path, **options: Any) -> Trainer:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.test_main import results
 from tests.conftest import ROOT, lit_clip_command
-from tests.test_cli import results
 
 
 @pytest.mark.slow

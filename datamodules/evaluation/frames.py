@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from datamodules.bad_samples import BadSample
+from datamodules.loading.bad_samples import BadSample
 from lit_clip.errors import InputError
 
 Frames = Literal["centre", "all"]

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
 
-from datamodules.classes import LabelledFiles
+from datamodules.evaluation.image_folder import LabelledFiles
+from lit_clip.embedding.image_files import SUFFIXES
 from lit_clip.errors import InputError
 from lit_clip.evaluation.data import MissingData
-from lit_clip.images import SUFFIXES
 
 
 class ImageFiles(LabelledFiles):

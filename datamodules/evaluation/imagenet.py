@@ -11,7 +11,7 @@ from datamodules.evaluation.indexes import read_text
 from datamodules.evaluation.torchvision_sets import labels_of, read_mat
 from lit_clip.errors import InputError
 from lit_clip.evaluation.data import MissingData
-from lit_clip.zero_shot import imagenet_class_names
+from lit_clip.evaluation.zero_shot import imagenet_class_names
 
 DEVKIT = "ILSVRC2012_devkit_t12"
 

@@ -9,7 +9,7 @@ from PIL import Image
 from datamodules.evaluation.image_files import ImageFiles, in_class_folders, subfolders
 from datamodules.evaluation.indexes import read_json, read_text
 from lit_clip.errors import InputError
-from lit_clip.zero_shot import imagenet_class_names
+from lit_clip.evaluation.zero_shot import imagenet_class_names
 
 BORDER = 2  # pixels; the red one is 1 wide, and its makers' own loader takes off 2 (abarbu/objectnet-template-pytorch)
 

@@ -4,13 +4,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from datamodules.arrow import IMAGE_COLUMNS, Columns, find_column, is_encoded
-from datamodules.bad_samples import BLANK
-from datamodules.classes import ClassNames, LabelledFiles
-from datamodules.table import RawRow, raw_rows
+from datamodules.evaluation.image_folder import ClassNames, LabelledFiles
+from datamodules.loading.bad_samples import BLANK
+from datamodules.pairs.columns import IMAGE_COLUMNS, Columns, find_column, is_encoded
+from datamodules.pairs.text_table import RawRow, raw_rows
 from lit_clip.errors import InputError
 from lit_clip.evaluation.data import MissingData, numbered
-from lit_clip.zero_shot import imagenet_class_names
+from lit_clip.evaluation.zero_shot import imagenet_class_names
 
 LABEL_COLUMNS = ("label", "labels", "class", "target", "class_id", "class_name", "category")
 BATCH_ROWS = 16_384

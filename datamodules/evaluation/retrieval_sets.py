@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from datamodules.arrow import ColumnPairs
 from datamodules.evaluation.indexes import find, read_json, read_text, read_words
-from datamodules.images import open_image
-from datamodules.sources import PairSource, open_source
+from datamodules.loading.images import open_image
+from datamodules.pairs.columns import ColumnPairs
+from datamodules.pairs.source import PairSource, open_source
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import CaptionedImages, MissingData, stamp_of_files
-from lit_clip.hashing import hash64
+from lit_clip.tools.hashing import hash64
 
 LINE = re.compile(r"(?P<name>[^,|#\t]+\.jpe?g)(?:,|\|\s*\d+\s*\|?|#\d+\t)(?P<caption>.*\S)", re.IGNORECASE)
 
@@ -25,7 +25,7 @@ class CaptionedPairs(CaptionedImages):
     tar themselves are one a row.
 
     Args:
-        path: the source; see :func:`datamodules.sources.open_source`.
+        path: the source; see :func:`datamodules.pairs.source.open_source`.
         root: where relative paths of pictures start; None: found out.
         image_column: of a table; None: found out.
         caption_column: likewise.

@@ -16,9 +16,9 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from datamodules.bad_samples import BadSample
 from datamodules.evaluation.indexes import read_text
 from datamodules.evaluation.torchvision_sets import Halves, Thirds
+from datamodules.loading.bad_samples import BadSample
 from lit_clip.errors import InputError
 from lit_clip.evaluation.data import LabelledImages, MissingData, stamp_of_files
 

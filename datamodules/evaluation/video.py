@@ -12,13 +12,13 @@ from typing import Any, Literal
 from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 
-from datamodules.classes import LabelledFiles
 from datamodules.evaluation.frames import VIDEO_SUFFIXES, WHOLE, Frames, read_frames
+from datamodules.evaluation.image_folder import LabelledFiles
 from datamodules.evaluation.indexes import find, number, read_table, read_words
-from datamodules.sources import LeftOut
+from datamodules.pairs.source import LeftOut
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import MissingData, VerbsAndNouns
-from lit_clip.hashing import hash64
+from lit_clip.tools.hashing import hash64
 
 GONE = "video is gone"
 

@@ -16,10 +16,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from datamodules.bad_samples import BadSample
 from datamodules.evaluation.indexes import read_text
-from datamodules.images import open_image
-from datamodules.shard_index import DamagedError, split_name, tar_members
+from datamodules.loading.bad_samples import BadSample
+from datamodules.loading.images import open_image
+from datamodules.shards.index import DamagedError, split_name, tar_members
+from lit_clip.embedding.image_files import SUFFIXES
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import (
     CaptionedImages,
@@ -30,7 +31,6 @@ from lit_clip.evaluation.data import (
     numbered,
     stamp_of_files,
 )
-from lit_clip.images import SUFFIXES
 
 Kind = Literal["classification", "retrieval", "multilabel"]
 ANSWERS: dict[Kind, str] = {"classification": "cls", "retrieval": "txt", "multilabel": "npy"}

@@ -17,7 +17,7 @@ from lit_clip.evaluation.logistic import MAX_ITERATIONS, Fit, LogisticProblem, f
 from lit_clip.evaluation.scores import evaluate_scores
 from lit_clip.evaluation.suite import Metric
 from lit_clip.evaluation.targets import Targets
-from lit_clip.losses import unit
+from lit_clip.losses.contrastive import unit
 
 __all__ = ["Fit", "ProbeResult", "Split", "fit_logistic", "linear_probe", "search_l2"]
 

@@ -19,12 +19,12 @@ import torch
 import yaml
 from torch import Tensor
 
-from lit_clip import collectives
+from lit_clip import distributed
+from lit_clip.embedding.feature_files import replacing
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.suite import ClassNames
-from lit_clip.features import replacing
-from lit_clip.model import CLIP
-from lit_clip.zero_shot import IMAGENET, check_templates, ensemble, imagenet_class_names, imagenet_templates
+from lit_clip.evaluation.zero_shot import IMAGENET, check_templates, ensemble, imagenet_class_names, imagenet_templates
+from lit_clip.models.clip import CLIP
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 PAPER, PACKAGE = "paper:", "clip_benchmark:"
@@ -277,7 +277,7 @@ def text_classifier(
 ) -> Tensor:
     """The paper's prompt ensemble in embedding space (section 3.1.4) of classes with any number of prompts each.
 
-    See :func:`lit_clip.zero_shot.ensemble`. The result does not depend on the number of ranks.
+    See :func:`lit_clip.evaluation.zero_shot.ensemble`. The result does not depend on the number of ranks.
 
     Args:
         model: where it is to compute.
@@ -295,7 +295,7 @@ def text_classifier(
     require(bool(prompts.texts) and all(prompts.texts), "prompts: a class without a prompt, or no class")
     counts = [len(texts) for texts in prompts.texts]
     tokens = model.tokenizer([text for texts in prompts.texts for text in texts])  # [P, L]
-    first = not ranks or collectives.rank_and_world()[0] == 0
+    first = not ranks or distributed.rank_and_world()[0] == 0
     shape = (model.config.embed_dim, len(counts))
     path = None
     if cache is not None and first:
@@ -315,7 +315,7 @@ def text_classifier(
             _keep(path, classifier)
         except InputError as raised:
             error = raised
-    if cache is not None and ranks and collectives.maximum(int(error is not None)):  # on all of them, or on none
+    if cache is not None and ranks and distributed.maximum(int(error is not None)):  # on all of them, or on none
         error = error or InputError("another process says why")
     if error:
         raise error
@@ -334,9 +334,9 @@ class _Found(NamedTuple):
 
     def everywhere(self) -> "_Found":
         """The first rank's on all of them."""
-        if not collectives.maximum(int(self.there)):
+        if not distributed.maximum(int(self.there)):
             return self
-        return _Found(collectives.sum_over_ranks(self.classifier, self.classifier.device), True)
+        return _Found(distributed.sum_over_ranks(self.classifier, self.classifier.device), True)
 
 
 def _digest(model: CLIP, tokens: Tensor, counts: Sequence[int], weights: str | None) -> str:

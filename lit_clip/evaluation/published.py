@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from lit_clip.config import CLIPConfig, ResNetConfig, VisionTransformerConfig, height_width
 from lit_clip.errors import InputError
-from lit_clip.registry import papers_models, resolve_architecture
+from lit_clip.models.config import CLIPConfig, ResNetConfig, VisionTransformerConfig, height_width
+from lit_clip.models.registry import papers_models, resolve_architecture
 
 PAPER = "Radford et al. 2021"
 PARAMETERS = {  # of all, millions; as `lit-clip models` counts them
@@ -130,7 +130,7 @@ def published(name: str, task: str, model: str, metric: str | None = None) -> Pu
     Args:
         name: of the set, as the paper's tables call it.
         task: ``zero_shot``, ``linear_probe``, ``retrieval`` or ``geolocation``.
-        model: one of :func:`lit_clip.registry.papers_models`.
+        model: one of :func:`lit_clip.models.registry.papers_models`.
         metric: which, where a set has several; None: its first.
 
     Returns:

@@ -14,7 +14,7 @@ from lit_clip.errors import InputError, require
 from lit_clip.evaluation.overlap import clopper_pearson
 from lit_clip.evaluation.suite import Metric
 from lit_clip.evaluation.targets import Targets
-from lit_clip.losses import unit
+from lit_clip.losses.contrastive import unit
 
 PROPORTIONS: tuple[Metric, ...] = ("top1", "lexicon")  # of N pictures: those that have a Clopper-Pearson interval
 WITHIN_KM = (1, 25, 200, 750, 2500)  # table 17

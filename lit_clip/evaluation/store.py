@@ -20,15 +20,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lit_clip import collectives
-from lit_clip.batch_size import BatchSize, image_batch_size
-from lit_clip.embed import Encoder, Precision, UnreadableError, encode, start_processes
+from lit_clip import distributed
+from lit_clip.embedding.batch_size import BatchSize, image_batch_size
+from lit_clip.embedding.encode import Encoder, Precision, UnreadableError, encode, start_processes
+from lit_clip.embedding.feature_files import Parts, fingerprint
+from lit_clip.embedding.image_files import Bad, Item, OnError, loader
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import Pictures
-from lit_clip.features import Parts, fingerprint
-from lit_clip.images import Bad, Item, OnError, loader
-from lit_clip.model import CLIP
-from lit_clip.preprocess import pixels
+from lit_clip.models.clip import CLIP
+from lit_clip.models.preprocess import pixels
 
 ARRAYS = ("before", "after")
 
@@ -169,23 +169,23 @@ class FeatureStore:
         """
         require(len(pictures) > 0, f"{title}: the set is empty")
         path = self.path(pictures)
-        if not collectives.maximum(int(not self._finished(path, len(pictures)))):
+        if not distributed.maximum(int(not self._finished(path, len(pictures)))):
             return
         error = None
         try:
             bad = self._encode(pictures, path, title)
-            if bad is not None and collectives.rank_and_world()[0] == 0:
+            if bad is not None and distributed.rank_and_world()[0] == 0:
                 self._keep(path, pictures, bad)
         except InputError as raised:
             error = raised
-        if collectives.maximum(int(error is not None)):  # and none goes on before the arrays are there
+        if distributed.maximum(int(error is not None)):  # and none goes on before the arrays are there
             raise error or InputError(f"{title}: another process says why")
 
     def _parts(self, path: Path) -> Parts:
         return Parts(path, f"{self.fingerprint} {self.settings.precision}")
 
     def _encode(self, pictures: Pictures, path: Path, title: str) -> list[Bad] | None:
-        """Make parts of all that is not there yet; see :func:`lit_clip.embed.encode`.
+        """Make parts of all that is not there yet; see :func:`lit_clip.embedding.encode.encode`.
 
         Raises:
             RuntimeError: from an error of this rank alone, while the others are in the middle of it.
@@ -211,7 +211,7 @@ class FeatureStore:
             raise
         except (InputError, OSError) as error:
             ours = error if isinstance(error, InputError) else _not_written(path.parent, error)
-            if collectives.rank_and_world()[1] > 1:  # to go on with the next set would be to wait for each other
+            if distributed.rank_and_world()[1] > 1:  # to go on with the next set would be to wait for each other
                 raise RuntimeError("a process has to leave the others") from ours
             raise ours from error
 

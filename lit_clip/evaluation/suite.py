@@ -108,7 +108,7 @@ class SuiteEntry:
 
 
 def _instantiate(spec: Mapping[str, Any]) -> Pictures:
-    from lit_clip.cli import one_line, user_error
+    from lit_clip.cli.main import one_line, user_error
 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--data", type=Pictures, required=True)
@@ -181,7 +181,7 @@ def _sets(path: Path) -> Mapping[Any, Any]:
 
 
 def _entry(parser: ArgumentParser, value: Any, where: str) -> SuiteEntry:
-    from lit_clip.cli import one_line
+    from lit_clip.cli.main import one_line
 
     try:
         require(isinstance(value, dict), "a set is a mapping with data, splits, ...")

@@ -21,13 +21,13 @@ from lit_clip.evaluation.data import CaptionedImages, Grouped, Pictures
 from lit_clip.evaluation.few_shot import few_shot
 from lit_clip.evaluation.probe import Split, linear_probe
 from lit_clip.evaluation.prompts import Prompts
+from lit_clip.evaluation.retrieval import retrieval_metrics
+from lit_clip.evaluation.retrieval_metrics import Pairs, pair_scores, retrieval_ranks
 from lit_clip.evaluation.robustness import subset_top1
 from lit_clip.evaluation.scores import PROPORTIONS, evaluate_scores, guesses, guessing, interval, within_km
 from lit_clip.evaluation.store import SetFeatures
 from lit_clip.evaluation.suite import SuiteEntry, Task
 from lit_clip.evaluation.targets import Targets
-from lit_clip.metrics import Pairs, pair_scores, retrieval_ranks
-from lit_clip.retrieval import retrieval_metrics
 
 ERRORS = 24  # pictures most confidently wrong that are kept
 CONFUSIONS = 20  # pairs of classes

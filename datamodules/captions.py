@@ -1,0 +1,163 @@
+"""Pairs from whatever holds them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+
+from datamodules.caption_datamodule import CaptionDataModule
+from datamodules.loading.augmentation import Augmentation
+from datamodules.loading.bad_samples import OnError
+from datamodules.pairs.caption_lengths import LongCaptions
+from datamodules.pairs.mixture import Mixture
+from datamodules.pairs.source import NO_CAPTION, PairSource, open_source
+from datamodules.shards.pairs import ShardOptions
+from lit_clip.errors import InputError
+from lit_clip.models.config import Preprocessing
+from lit_clip.models.tokenizer import TextTokenizer
+from lit_clip.skipped import JUDGED_AFTER
+
+VALIDATION_SHARE = 0.1
+
+
+@dataclass
+class Weighted:
+    """A part of a mixture.
+
+    Attributes:
+        data: a path, or several, of one source.
+        weight: its share of an epoch, relative to the other parts'.
+    """
+
+    data: str | list[str]
+    weight: float = 1.0
+
+
+# Parts of a mixture as mappings: of a list of dataclasses the command line takes a path for its own configuration file.
+Data = str | list[str] | list[dict[str, Any]]
+
+
+def _part(part: Weighted | Mapping[str, Any]) -> Weighted:
+    if isinstance(part, Weighted):
+        return part
+    data, weight = part.get("data"), part.get("weight", 1.0)
+    if not part.keys() <= {"data", "weight"} or not isinstance(data, str | list) or not isinstance(weight, int | float):
+        raise InputError(f"data: a mixture's parts each want data (a path) and weight (a number), not {dict(part)}")
+    return Weighted(data, weight)
+
+
+class Captions(CaptionDataModule):
+    """Pairs from tables, folders, COCO's JSON, saved data sets or tar shards; which of them a path is is found out.
+
+    Rows without a caption (empty, ``nan``, ``none``, ``null``) are left out and counted.
+
+    Args:
+        train: a path; several paths, one after the other; or parts of a mixture. Needed by ``fit`` only.
+        val: likewise; None: a tenth of the images of ``train``, chosen by ``seed``.
+        root: where relative image paths start; None: the folder of the table.
+        image_column: of a table; None: detected.
+        caption_column: of a table; None: detected.
+        group_column: names the group of pairs that say the same (a product, say), for ``model.duplicates``.
+        train_split: of data that come in splits; None: ``train``.
+        val_split: likewise; None: ``val``.
+        shards: how tar shards are read.
+        epoch_size: pairs of a mixture's epoch; None: as many as its parts have together.
+        batch_size: pairs a step on each rank.
+        global_batch_size: pairs a training step on all ranks together, however many they are; ``batch_size`` is then
+            that of validation alone. None: ``batch_size`` on each rank.
+        num_workers: processes that read and augment.
+        seed: of the order, the augmentation and the division.
+        augmentation: in training.
+        preprocessing: how the model wants its pictures; the command line takes it from the model.
+        tokenize: texts -> int64 ``[N, L]``; the command line takes it from the model.
+        on_error: see :class:`datamodules.caption_datamodule.CaptionDataModule`.
+        max_skipped: likewise.
+        long_captions: likewise.
+    """
+
+    def __init__(
+        self,
+        train: Data | None = None,
+        val: Data | None = None,
+        root: str | None = None,
+        image_column: str | None = None,
+        caption_column: str | None = None,
+        batch_size: int = 64,
+        num_workers: int = 2,
+        seed: int = 0,
+        augmentation: Augmentation | None = None,
+        preprocessing: Preprocessing | None = None,
+        tokenize: TextTokenizer | None = None,
+        global_batch_size: int | None = None,
+        group_column: str | None = None,
+        train_split: str | None = None,
+        val_split: str | None = None,
+        shards: ShardOptions | None = None,
+        epoch_size: int | None = None,
+        on_error: OnError = "error",
+        max_skipped: float = 0.05,
+        long_captions: LongCaptions = "truncate",
+    ) -> None:
+        pictures = (augmentation, preprocessing, tokenize)
+        policies = (on_error, max_skipped, long_captions)
+        super().__init__(batch_size, num_workers, seed, *pictures, global_batch_size, *policies)
+        if train is None and val is None:
+            raise InputError("data: give train, val or both; each is a table, a folder or tar shards")
+        self.train, self.val, self.epoch_size = train, val, epoch_size
+        self._splits = {"train": train_split, "validation": val_split}
+        self._options: dict[str, Any] = {
+            "root": root,
+            "image_column": image_column,
+            "caption_column": caption_column,
+            "group_column": group_column,
+            "shards": shards,
+            "on_error": on_error,
+            "typed": "--data.",
+        }
+
+    def prepare_data(self) -> None:
+        trains = not self.trainer or self.trainer.state.fn == TrainerFn.FITTING or self.val is None
+        for data, split in ((self.train if trains else None, "train"), (self.val, "validation")):
+            if data is not None:
+                self._source(data, split).prepare()
+
+    def _source(self, data: Data, split: str) -> PairSource:
+        def one(path: str | Sequence[str]) -> PairSource:
+            return open_source(path, split=self._splits[split], default_split=split, **self._options)
+
+        if isinstance(data, str):
+            return one(data)
+        parts = [_part(part) for part in data if isinstance(part, Weighted | Mapping)]
+        if not parts:
+            return one([str(path) for path in data])
+        if len(parts) < len(data):
+            raise InputError("data: a mixture's parts each want data and weight; there is a bare path among them")
+        return Mixture([one(part.data) for part in parts], [part.weight for part in parts], self.epoch_size)
+
+    def _open(self, data: Data, split: str) -> PairSource:
+        source = self._source(data, split)
+        if source.left_out.counts:
+            name = data if isinstance(data, str) else split
+            rank_zero_info(f"{name}: {len(source)} pairs, {source.left_out} left out")
+            bad = sum(count for reason, count in source.left_out.counts.items() if reason != NO_CAPTION)
+            found = len(source) + bad
+            if self.on_error == "skip" and found >= JUDGED_AFTER and bad > self.max_skipped * found:
+                raise InputError(
+                    f"{name}: {source.left_out} cannot be used, beside {len(source)} pairs that can; mend or remove "
+                    f"them, or raise data.init_args.max_skipped (now {self.max_skipped:g})"
+                )
+        if self.on_error == "error":
+            source.check()
+        return source
+
+    def sources(self, fit: bool) -> tuple[PairSource | None, PairSource]:
+        if self.train is None and fit:
+            raise InputError("data.init_args.train: fit needs data to train on")
+        if self.val is not None:
+            train = self._open(self.train, "train") if fit and self.train is not None else None
+            return train, self._open(self.val, "validation")
+        assert self.train is not None
+        train, val = self._open(self.train, "train").divide(VALIDATION_SHARE, self.seed)
+        return train if fit else None, val

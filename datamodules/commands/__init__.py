@@ -1,0 +1,1 @@
+"""The commands about data, one a file: inspect, overlap, shard."""

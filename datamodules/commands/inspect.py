@@ -1,0 +1,133 @@
+"""``lit-clip inspect``: what is in data before anything is trained on them, and what is wrong with them."""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TextIO
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from datamodules.inspection.page import write_page
+from datamodules.inspection.scan import Findings, inspect_source
+from datamodules.inspection.summary import Section, find_repeats, summarize
+from datamodules.pairs.source import LeftOut, open_source
+from lit_clip.cli.subcommands import stderr
+from lit_clip.embedding.feature_files import replacing
+from lit_clip.errors import InputError, require
+from lit_clip.models.registry import list_models, resolve_architecture
+from lit_clip.models.tokenizer import TextTokenizer, Tokenize
+
+PAPERS_CONTEXT = 77
+NAMED = 5  # problems that the terminal shows; the page and the list beside it have more
+
+
+def inspect(
+    data: list[str],
+    *,
+    output: str = "inspect.html",
+    model: str | None = None,
+    context_length: int | None = None,
+    world_size: int = 1,
+    batch_size: int = 64,
+    root: str | None = None,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    split: str | None = None,
+    num_workers: int = 4,
+) -> None:
+    """Read data once and say what is in them and what is wrong: sizes, formats, bad rows, repeats, long captions.
+
+    Every picture is decoded. Rows that cannot be used are named on the page and, all of them, in a .problems.jsonl
+    beside it.
+
+    Args:
+        data: a table, a folder of pictures with captions beside them, tar shards or whatever else training takes.
+        output: an HTML page with the figures, pictures and lists; it holds the pictures itself.
+        model: a checkpoint, or a name that lit_clip.create_model or lit_clip.load_model understands; its tokenizer
+            measures the captions. By default CLIP's.
+        context_length: tokens that a model reads of a caption; by default the model's, or 77.
+        world_size: processes that are to train.
+        batch_size: pairs a step on each of them.
+        root: where relative image paths start.
+        image_column: of a table; found out if not given.
+        caption_column: likewise.
+        split: of data that come in splits.
+        num_workers: processes that decode.
+    """
+    require(bool(data), "no data: name a table, a folder or shards, before the options")
+    require(world_size >= 1, f"--world_size {world_size} must be at least 1")
+    require(batch_size >= 1, f"--batch_size {batch_size} must be at least 1")
+    page = Path(output)
+    require(page.absolute().parent.is_dir(), f"--output {output}: there is no such folder")
+    tokenizer = _tokenizer(model, context_length)
+    options = {"root": root, "image_column": image_column, "caption_column": caption_column, "split": split}
+    source = open_source(data, **options, typed="--", on_error="skip")
+    source.prepare()
+    every = page.with_suffix(".problems.jsonl")
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as problems:
+        for where, reason in source.left_out.listed:
+            problems.write(json.dumps({"where": where, "reason": reason}) + "\n")
+        findings = inspect_source(source, tokenizer, problems, num_workers)
+        _keep(problems, every)
+    repeats = find_repeats(findings)
+    sections = summarize(findings, source.left_out, repeats, tokenizer.context_length, world_size, batch_size)
+    write_page(page, ", ".join(data), source, findings, repeats, sections, tokenizer.context_length)
+    _print(", ".join(data), sections, findings, source.left_out)
+    stderr().print(f"the same with pictures: {page}", markup=False)
+    if every.exists():
+        stderr().print(f"all that cannot be used: {every}", markup=False)
+    if not len(findings.usable):
+        first = findings.problems[0][2]
+        raise InputError(f"{', '.join(data)}: none of {len(findings.pictures):,} pairs can be used; the first: {first}")
+
+
+def _keep(problems: TextIO, path: Path) -> None:
+    """The list of problems at its place; without any, none is there."""
+    if not problems.tell():
+        path.unlink(missing_ok=True)
+        return
+    problems.seek(0)
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        shutil.copyfileobj(problems, file)
+
+
+def _tokenizer(model: str | None, context_length: int | None) -> TextTokenizer:
+    if context_length is not None:
+        require(context_length >= 2, f"--context_length {context_length} must be at least 2")
+    if model is None:
+        return Tokenize(context_length or PAPERS_CONTEXT)
+    if model in list_models():
+        from lit_clip.models.clip import CLIP
+
+        with torch.device("meta"):  # no weights are needed
+            tokenizer = CLIP(resolve_architecture(model)).tokenizer
+    else:
+        from lit_clip.weights.load import load_model
+
+        tokenizer = load_model(model).tokenizer
+    return tokenizer.with_context(context_length) if context_length else tokenizer
+
+
+def _print(data: str, sections: list[Section], findings: Findings, left_out: LeftOut) -> None:
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 120)  # a file has room
+    table = Table(title=Text(data), show_header=False)
+    table.add_column("", overflow="fold")
+    table.add_column("", overflow="fold")
+    for section in sections:
+        table.add_section()
+        table.add_row(Text(section.title, style="bold"), "")
+        for line in section.lines:
+            table.add_row(Text(f"  {line.name}"), Text(line.value, style="yellow" if line.wrong else ""))
+    console.print(table)
+    wrong = [line for _, _, line in findings.problems] + [f"{where}: {reason}" for where, reason in left_out.listed]
+    for line in wrong[:NAMED]:
+        stderr().print(line, markup=False)
+    more = findings.reasons.total() + left_out.counts.total() - min(NAMED, len(wrong))
+    if more > 0:
+        stderr().print(f"... and {more:,} more that cannot be used", markup=False)

@@ -1,0 +1,226 @@
+"""``lit-clip overlap``: how much of evaluation sets a training set holds, and how much that helps a model."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from datamodules.overlap.findings import By, SetFindings, findings_of
+from datamodules.overlap.page import percent, points, write_page
+from datamodules.overlap.search import Found, Queries, joined, search
+from datamodules.overlap.sets import check_prompts, given, open_sets, read_results, read_thresholds, recognised
+from datamodules.pairs.source import PairSource, open_source
+from lit_clip import __version__, load_model
+from lit_clip.cli.subcommands import stderr
+from lit_clip.embedding.feature_files import fingerprint, replacing
+from lit_clip.errors import InputError, require
+from lit_clip.evaluation.data import Pictures, stamp_of_files
+from lit_clip.evaluation.overlap import CONFIDENCE, bonferroni
+from lit_clip.models.clip import CLIP
+
+LISTED_BAD = 20
+
+
+def overlap(
+    evaluation: list[str],
+    *,
+    train: list[str],
+    model: str,
+    output: str = "overlap.html",
+    suite: list[str] | None = None,
+    sets: list[str] | None = None,
+    data_root: str = ".",
+    threshold: list[str] = ["0.95"],  # noqa: B006 # jsonargparse shows it in the help; nothing writes to it
+    by: By = "either",
+    results: str | None = None,
+    templates: list[str] = ["a photo of a {}."],  # noqa: B006 # likewise
+    root: str | None = None,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    split: str | None = None,
+    batch_size: int = 64,
+    num_workers: int = 4,
+) -> None:
+    """Find the pictures of evaluation sets that are in a training set, and how much they help (section 5 of the paper).
+
+    The page shows pairs around each set's threshold: look at them, choose another threshold and run the command again;
+    what was read is kept in a hidden folder beside the output, as is what an interrupted run has found.
+
+    Args:
+        evaluation: folders of classes; or none, and --suite.
+        train: a table, a folder of pictures with captions beside them, tar shards or whatever else training takes.
+        model: a checkpoint, or a name that lit_clip.load_model understands; its features tell what is near, and its
+            accuracy is reported.
+        output: a page overlap.html, with the figures and the names of all pairs in overlap.json beside it; or that file
+            alone.
+        suite: YAML files of evaluation sets.
+        sets: only these of the suite; by default all that are there.
+        data_root: where the suite's sets lie.
+        threshold: cosine similarity from which a picture is the same; a number for all sets, NAME=NUMBER for one, or a
+            YAML file with a number by name.
+        by: what makes a picture the same, the embedding, the look (a hash of the picture that scaling and compressing
+            leave alone; of no use for drawings that are all alike) or either.
+        results: JSON with true or false by picture, by set, of a model whose accuracy is to be reported instead.
+        templates: of folders, prompts with {} for the class name; sets of a suite have their own.
+        root: where relative image paths of the training set start.
+        image_column: of a table; found out if not given.
+        caption_column: likewise.
+        split: of training data that come in splits.
+        batch_size: pictures encoded at once.
+        num_workers: processes that decode.
+    """
+    path = Path(output)
+    require(path.suffix in (".html", ".json"), f"--output {output}: a .html or a .json file")
+    require(path.absolute().parent.is_dir(), f"--output {output}: there is no such folder")
+    opened = open_sets(evaluation, suite or [], sets, Path(data_root), templates)
+    thresholds = read_thresholds(threshold, list(opened))
+    answers = read_results(Path(results), list(opened)) if results else None
+    if answers is None:
+        check_prompts(opened)
+    require(bool(train), "--train: name a table, a folder or shards")
+    columns = {"root": root, "image_column": image_column, "caption_column": caption_column, "split": split}
+    source = open_source(train, **columns, typed="--", on_error="skip")
+    source.prepare()
+    clip = load_model(model).to(torch.accelerator.current_accelerator() or torch.device("cpu"))
+    cache = _Cache(path, fingerprint(clip))
+    queries = {name: cache.queries(clip, name, each.pictures, batch_size, num_workers) for name, each in opened.items()}
+    stamp = _stamp_of(train, columns, len(source), (path.with_suffix(".html"), path.with_suffix(".json")))
+    found = search(clip, joined(list(queries.values())), source, cache.search(stamp), batch_size, num_workers)
+    judged, start = {}, 0
+    for name, each in opened.items():
+        ours = queries[name]
+        part = _part(found, start, start + len(ours.items))
+        start += len(ours.items)
+        correct = given(each.pictures, ours.items, answers[name], name) if answers else recognised(clip, each, ours)
+        judged[name] = findings_of(each.pictures, ours, part, thresholds[name], by, correct)
+    report = _report(judged, found, len(source), {"name": model, "fingerprint": cache.model}, train, by)
+    _write(path, report, judged, source)
+    _print(report)
+    stderr().print(f"the pairs to look at: {path}" if path.suffix == ".html" else f"{path}", markup=False)
+
+
+class _Cache:
+    """A hidden folder beside the output with what has been read."""
+
+    def __init__(self, output: Path, model: str) -> None:
+        self.folder, self.model = output.with_name(f".{output.stem}.found"), model
+        self._sets: list[tuple[object, ...]] = []
+        try:
+            self.folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{self.folder}: cannot be made ({error.strerror})") from error
+
+    def _path(self, kind: str, *said: object) -> Path:
+        return self.folder / f"{kind}-{sha256(repr((self.model, *said)).encode()).hexdigest()[:24]}.npz"
+
+    def queries(self, model: CLIP, name: str, pictures: Pictures, batch_size: int, num_workers: int) -> Queries:
+        """A set's features and looks."""
+        said = (type(pictures).__qualname__, pictures.stamp(), len(pictures))
+        path = self._path("set", *said)
+        found = Queries.load(path)
+        if found is None or found.bad:  # what could not be read may have been mended
+            found = Queries.compute(model, pictures, batch_size, num_workers, name)
+            found.save(path)
+        self._sets.append((*said, len(found.items)))
+        return found
+
+    def search(self, training_stamp: str) -> Path:
+        """Where the search for all sets so far is kept."""
+        return self._path("search", training_stamp, self._sets)
+
+
+def _stamp_of(data: Sequence[str], options: Mapping[str, Any], rows: int, without: Sequence[Path]) -> str:
+    """What changes when training data do: the files named and those in the folders named, as ``make`` judges them."""
+    outputs = [os.path.abspath(path) for path in without]
+    stamps = []
+    for name in data:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            below = (file for file in path.rglob("*") if file.is_file() and not _hidden(file.relative_to(path)))
+            stamps.append(stamp_of_files(file for file in below if os.path.abspath(file) not in outputs))
+        else:
+            stamps.append(stamp_of_files([path]) if path.is_file() else "")
+    return repr((list(data), sorted(options.items(), key=lambda item: item[0]), rows, stamps))
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _part(found: Found, start: int, stop: int) -> Found:
+    """What is found of one set."""
+    here = slice(start, stop)
+    nearest = type(found.nearest)(*(column[here].cpu() for column in found.nearest))
+    looks = {"look_rows": found.look_rows[here], "look_names": found.look_names[here]}
+    return replace(found, nearest=nearest, names=found.names[here], **looks)
+
+
+def _report(
+    judged: Mapping[str, SetFindings], found: Found, rows: int, model: dict[str, str], train: list[str], by: By
+) -> dict[str, Any]:
+    adjusted = bonferroni([findings.overlap.p_value for findings in judged.values()])
+    sets = {}
+    for (name, findings), p_value in zip(judged.items(), adjusted, strict=True):
+        sets[name] = {
+            "threshold": findings.threshold,
+            **findings.overlap.as_json(),
+            "p_value_bonferroni": p_value,
+            "skipped": findings.bad,
+            "thresholds": [{"threshold": value, **other.as_json()} for value, other in findings.tried],
+            "pairs": findings.pairs(),
+        }
+    unread = found.reasons.total()
+    return {
+        "lit_clip": __version__,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": model,
+        "train": {
+            "data": train,
+            "pictures": rows - unread,
+            "skipped": dict(found.reasons),
+            "skipped_lines": found.bad[:LISTED_BAD],
+        },
+        "by": by,
+        "interval_confidence": CONFIDENCE,
+        "sets": sets,
+    }
+
+
+def _write(path: Path, report: dict[str, Any], judged: Mapping[str, SetFindings], source: PairSource) -> None:
+    with replacing(path.with_suffix(".json")) as temporary:
+        temporary.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    if path.suffix == ".html":
+        write_page(path, report, judged, source)
+
+
+def _print(report: Mapping[str, Any]) -> None:
+    table = Table("set", title=Text("data overlap"))
+    for column in ("images", "overlap", "all", "clean", "on overlap", "all - clean, points", "p"):
+        table.add_column(column, justify="right")
+    for name, figures in report["sets"].items():
+        share = f"{figures['overlap']:,} ({percent(figures['contamination'])})"
+        accuracies = [percent(figures[f"accuracy_{part}"]) for part in ("all", "clean", "overlap")]
+        p_value = figures["p_value_bonferroni"]
+        last = [points(figures["difference"]), "" if p_value is None else f"{p_value:.2g}"]
+        table.add_row(Text(name), f"{figures['images']:,}", share, *accuracies, *last)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 120)  # a file has room
+    console.print(table)
+    train = report["train"]
+    stderr().print(f"{train['pictures']:,} training pictures", markup=False)
+    for reason, count in train["skipped"].items():
+        stderr().print(f"{count:,} training pictures could not be read: {reason}", markup=False)
+    for name, figures in report["sets"].items():
+        if figures["skipped"]:
+            many = len(figures["skipped"])
+            stderr().print(f"{name}: {many:,} pictures could not be read; {figures['skipped'][0]}", markup=False)

@@ -1,0 +1,1 @@
+"""What `lit-clip inspect` finds out about pairs: the scan, its summary and its page."""

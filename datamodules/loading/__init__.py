@@ -1,0 +1,1 @@
+"""From samples to batches: sampling, decoding and augmentation, bad samples, the cache."""

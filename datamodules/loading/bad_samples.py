@@ -1,0 +1,78 @@
+"""Samples that cannot be used: one error that names them, and the alternative of leaving them out, counted."""
+
+from typing import Any, NamedTuple, TypeVar
+
+from torch.utils.data import Dataset
+
+from lit_clip.embedding.image_files import OnError
+from lit_clip.errors import InputError
+
+__all__ = ["BLANK", "BadSample", "OnError", "Skipped", "SkippingDataset", "check_caption", "split_skipped"]
+
+BLANK = frozenset({"", "nan", "none", "null", "n/a", "<na>"})  # what spreadsheets and pandas write for "no caption"
+
+Item = TypeVar("Item")
+
+
+class BadSample(InputError):  # noqa: N818  # as what it is about is called: a sample
+    """A sample that cannot be used.
+
+    Args:
+        where: how the user knows it: file and row, or shard and key.
+        reason: what is wrong in a few words that other samples share; skipped ones are counted by it.
+        detail: the rest of the line: what exactly, and what to do.
+    """
+
+    def __init__(self, where: str, reason: str = "", detail: str = "") -> None:
+        # A data loader raises what a worker raised anew, from the message alone.
+        super().__init__(": ".join(part for part in (where, detail or reason) if part))
+        self.where, self.reason, self.detail = where, reason, detail
+
+    def __reduce__(self) -> tuple[type["BadSample"], tuple[str, str, str]]:
+        return type(self), (self.where, self.reason, self.detail)
+
+
+class Skipped(NamedTuple):
+    """What a dataset returns in place of a sample that cannot be used."""
+
+    where: str
+    reason: str
+
+
+class SkippingDataset(Dataset[Any]):
+    """A dataset whose bad samples are :class:`Skipped` instead of an error; none is replaced by its neighbour."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, sample: Any) -> Any:
+        try:
+            return self.dataset[sample]
+        except BadSample as error:
+            return Skipped(error.where, error.reason)
+
+
+def split_skipped(items: list[Item | Skipped]) -> tuple[list[Item], list[tuple[str, str]]]:
+    """What a batch is made of, and (where, reason) of each sample that is not in it."""
+    skipped = [(item.where, item.reason) for item in items if isinstance(item, Skipped)]
+    return [item for item in items if not isinstance(item, Skipped)], skipped
+
+
+def check_caption(caption: object, where: str) -> str:
+    """The caption.
+
+    Raises:
+        BadSample: it is missing, blank, a "nan" or "null" as spreadsheets write it, or no text.
+    """
+    if caption is None or caption != caption or str(caption).strip().lower() in BLANK:  # NaN differs from itself
+        raise BadSample(where, "no caption", "no caption; write one or remove it")
+    if not isinstance(caption, str):
+        raise BadSample(where, "caption is no text", f"the caption is not text: {str(caption)[:60]!r}")
+    try:
+        caption.encode()
+    except UnicodeEncodeError:
+        raise BadSample(where, "caption is no text", "the caption is not UTF-8 text; mend or remove it") from None
+    return caption

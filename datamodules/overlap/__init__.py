@@ -1,0 +1,1 @@
+"""Find images of evaluation sets in training data: the search, the sets, the findings and their page."""

@@ -1,0 +1,130 @@
+"""Captions in one JSON file: COCO's, Karpathy's splits of COCO and Flickr, or an array of objects."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from datamodules.loading.bad_samples import BadSample
+from datamodules.pairs.columns import TablePairs, is_blank
+from datamodules.pairs.source import NO_CAPTION, LeftOut, Options, PairSource, find_split
+from datamodules.pairs.text_table import SCHEMA_OF_LISTS, open_records, open_table
+from lit_clip.errors import InputError
+
+Row = tuple[str, list[Any], int]  # image, captions, number
+
+
+def open_json(path: Path, options: Options) -> PairSource:
+    """The pairs of a ``.json`` file, which may be any of this module's kinds, or an object a line.
+
+    Raises:
+        InputError: none of those, or damaged, or no image with a caption.
+    """
+    if _is_lines(path):
+        return open_table(path, options)
+    values = _load(path)
+    if isinstance(values, list):
+        return open_records(path, values, options)
+    images = values.get("images") if isinstance(values, dict) else None
+    if not isinstance(images, list) or not all(isinstance(image, dict) for image in images):
+        found = ", ".join(list(values)[:8]) if isinstance(values, dict) else ""
+        raise InputError(
+            f'{path}: no list "images" in it, found {found or "nothing"}; COCO\'s captions, '
+            "Karpathy's splits, an array of objects with an image and a caption, or one such object a line are read"
+        )
+    options.no_columns(path)
+    if isinstance(values.get("annotations"), list):
+        options.no_split(path)
+        return _pairs(path, _coco(path, images, values["annotations"]), options, "image id")
+    if any("sentences" in image for image in images[:1]):
+        return _pairs(path, _karpathy(path, images, options), options, "image number")
+    raise InputError(f'{path}: neither "annotations" with captions beside its "images", nor "sentences" in those')
+
+
+def _load(path: Path) -> Any:
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            return json.load(file)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({error})") from error
+
+
+def _is_lines(path: Path) -> bool:
+    """Whether the first line is an object of its own and not COCO's."""
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        first = next((line for line in file if line.strip()), "")
+    if not first.lstrip().startswith("{"):
+        return not first.strip()
+    try:
+        return "images" not in json.loads(first)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _coco(path: Path, images: list[dict[str, Any]], annotations: list[Any]) -> Iterator[Row]:
+    captions: dict[Any, list[Any]] = {}
+    for number, annotation in enumerate(annotations):
+        if not isinstance(annotation, dict) or "image_id" not in annotation:
+            raise InputError(f"{path}: annotation {number} has no image_id")
+        if "caption" not in annotation:
+            raise InputError(f"{path}: annotation {number} has no caption; is it COCO's file of instances?")
+        captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
+    for number, image in enumerate(images):
+        if not isinstance(image.get("file_name"), str) or not isinstance(image.get("id"), int):
+            raise InputError(f"{path}: image {number} has no file_name, or no number as its id")
+        yield image["file_name"], captions.get(image["id"], []), image["id"]
+
+
+def _karpathy(path: Path, images: list[dict[str, Any]], options: Options) -> Iterator[Row]:
+    """Of the wanted split; ``train`` is COCO's ``train`` and ``restval`` together, as everybody trains on both."""
+    splits = list(dict.fromkeys(str(image.get("split")) for image in images))
+    wanted = find_split(path, splits, options)
+    taken = {"train", "restval"} if wanted == "train" else {wanted}
+    for number, image in enumerate(images):
+        if str(image.get("split")) not in taken:
+            continue
+        sentences = image.get("sentences")
+        if not isinstance(image.get("filename"), str) or not isinstance(sentences, list):
+            raise InputError(f"{path}: image {number} has no filename, or no list of sentences")
+        folder = image.get("filepath")
+        name = f"{folder}/{image['filename']}" if folder else image["filename"]
+        yield name, [sentence.get("raw") if isinstance(sentence, dict) else None for sentence in sentences], number
+
+
+def _pairs(path: Path, rows: Iterator[Row], options: Options, label: str) -> TablePairs:
+    left_out, table = LeftOut(), []
+    for image, captions, number in rows:
+        where = f"{path} {label} {number}"
+        usable = [caption for caption in captions if not is_blank(caption)]
+        if wrong := [caption for caption in usable if not isinstance(caption, str)]:
+            if options.on_error == "error":
+                raise BadSample(where, "caption is no text", f"the caption is not text: {wrong[0]!r}")
+            left_out.add(where, "caption is no text")
+        elif usable:
+            table.append({"image": image, "caption": usable, "group": "", "number": number})
+        else:
+            left_out.add(where, NO_CAPTION)
+    if not table:
+        raise InputError(f"{path}: no image with a caption ({left_out.counts[NO_CAPTION]} without)")
+    root = Path(options.root).expanduser() if options.root else _find_root(path, table[0]["image"])
+    return TablePairs(pa.Table.from_pylist(table, SCHEMA_OF_LISTS), path, root, label, left_out=left_out)
+
+
+def _find_root(path: Path, image: str) -> Path:
+    """The folder of the pictures: beside the file, or where COCO's archives put it.
+
+    Raises:
+        InputError: the first picture is in none of those.
+    """
+    above = path.parent.parent
+    named = path.stem.removeprefix("captions_")  # captions_train2017.json
+    places = [path.parent, path.parent / "images", path.parent / named, above, above / "images", above / named]
+    places.append(above / "images" / named)
+    for place in places:
+        if (place / image).is_file():
+            return place
+    raise InputError(f"{path}: {image} is not in {', '.join(map(str, places))}; set root to the folder of its pictures")

@@ -1,0 +1,126 @@
+"""Pairs in files of columns that are read in parts as they are needed: parquet files, and Arrow's."""
+
+import os
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from datamodules.loading.bad_samples import BadSample
+from datamodules.pairs.columns import Cells, ColumnPairs, Columns, blank_mask, group_name
+from datamodules.pairs.source import LISTED, NO_CAPTION
+from lit_clip.errors import InputError
+
+
+class Part(NamedTuple):
+    """Rows that are read at once.
+
+    Attributes:
+        file: that holds them.
+        group: their row group, 0 in files that have none.
+        first: the number in the file of the first of them, counted from 0.
+        rows: how many.
+    """
+
+    file: Path
+    group: int
+    first: int
+    rows: int
+
+
+class StoredPairs(ColumnPairs):
+    """The pairs of some files' columns. Rows without a caption are left out, found by ``blank_rows``.
+
+    Args:
+        path: of all files, named in errors.
+        root: where relative image paths start.
+        parts: of all files, in order.
+        columns: that are read.
+        blank: numbers of the rows without a caption over all files, rising, int64 ``[K]``.
+
+    Raises:
+        InputError: there is no row but those.
+    """
+
+    def __init__(self, path: Path, root: Path, parts: Sequence[Part], columns: Columns, blank: np.ndarray) -> None:
+        super().__init__(path, root)
+        self.files = list(dict.fromkeys(part.file for part in parts))
+        numbers = {file: number for number, file in enumerate(self.files)}
+        self._parts = np.array([(numbers[part.file], part.group, part.first) for part in parts], dtype=np.int64)
+        self._stops = np.cumsum([part.rows for part in parts], dtype=np.int64)
+        self.columns = columns
+        self._kept_before = blank - np.arange(len(blank))  # usable rows before each unusable one
+        self._size = int(self._stops[-1] if len(parts) else 0) - len(blank)
+        if self._size < 1:
+            raise InputError(f"{path}: no row with an image and a caption ({len(blank)} without a caption)")
+        self._open: dict[Any, Any] = {}
+        self._process = os.getpid()
+        for row in blank[:LISTED].tolist():
+            self._left_out.add(self._where(row)[0], NO_CAPTION)
+        if len(blank):
+            self._left_out.counts[NO_CAPTION] = len(blank)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}
+
+    def __len__(self) -> int:
+        return self._size
+
+    def part(self, number: int) -> Part:
+        """A part by its number."""
+        file, group, first = self._parts[number].tolist()
+        rows = self._stops[number] - (self._stops[number - 1] if number else 0)
+        return Part(self.files[file], group, first, int(rows))
+
+    @abstractmethod
+    def table(self, number: int) -> pa.Table:
+        """The columns of a part."""
+
+    def kept(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What this process has open under a name; files that another one opened before it forked are not shared."""
+        if self._process != os.getpid():
+            self._open, self._process = {}, os.getpid()
+        if key not in self._open:
+            self._open[key] = make()
+        return self._open[key]
+
+    def row(self, index: int) -> int:
+        """The number over all files of a usable row."""
+        return index + int(np.searchsorted(self._kept_before, index, side="right"))
+
+    def _where(self, row: int) -> tuple[str, int, int]:
+        """How the user knows a row, the number of its part, and the row's in that."""
+        number = int(np.searchsorted(self._stops, row, side="right"))
+        part = self.part(number)
+        within = row - (int(self._stops[number - 1]) if number else 0)
+        return f"{part.file} row {part.first + within}", number, within
+
+    def cells(self, index: int) -> Cells:
+        where, number, within = self._where(self.row(index))
+        try:
+            table = self.table(number)
+            image, caption = (table[name][within].as_py() for name in (self.columns.image, self.columns.caption))
+            group = "" if self.columns.group is None else group_name(table[self.columns.group][within].as_py())
+        except UnicodeDecodeError as error:
+            raise BadSample(where, "not UTF-8", f"not UTF-8 text ({error.reason}); write the file anew") from error
+        except (pa.ArrowException, OSError) as error:  # pages are damaged that opening the file does not look at
+            what = str(error).splitlines()[0]
+            raise BadSample(where, "damaged table", f"cannot read this part ({what}); write the file anew") from error
+        file, line = where.rsplit(" row ", 1)
+        return Cells(image, caption, group, where, f"{Path(file).name}:{line}")
+
+
+def blank_rows(batches: Any, caption: str) -> np.ndarray:
+    """The numbers of the rows of record batches that have no caption: rising, int64 ``[K]``."""
+    found, first = [], 0
+    for batch in batches:
+        found.append(np.flatnonzero(blank_mask(_column(batch, caption))) + first)
+        first += batch.num_rows
+    return np.concatenate(found).astype(np.int64) if found else np.zeros(0, dtype=np.int64)
+
+
+def _column(batch: pa.RecordBatch, name: str) -> pa.Array:
+    return batch.column(batch.schema.get_field_index(name))

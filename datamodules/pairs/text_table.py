@@ -1,0 +1,287 @@
+"""Captions in a table of text: CSV, TSV or JSON."""
+
+import codecs
+import csv
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import pyarrow as pa
+from lightning.pytorch.utilities import rank_zero_info
+
+from datamodules.loading.bad_samples import BadSample
+from datamodules.loading.cache import cache_file, write_whole
+from datamodules.pairs.columns import Columns, TablePairs, find_columns, group_name, is_blank, map_table
+from datamodules.pairs.source import JSON_LINES, NO_CAPTION, LeftOut, Options, PairSource
+from lit_clip.errors import InputError, require
+
+IN_MEMORY = 64 << 20  # bytes: the rows of a larger file are written once into an Arrow file, which is then mapped
+BATCH_ROWS, BATCH_CHARACTERS = 16_384, 8 << 20
+LAYOUT = 1  # of that Arrow file; another number makes old ones be written anew
+SCHEMA = pa.schema({"image": pa.string(), "caption": pa.string(), "group": pa.string(), "number": pa.int64()})
+SCHEMA_OF_LISTS = SCHEMA.set(1, pa.field("caption", pa.list_(pa.string())))
+
+
+class RawRow(NamedTuple):
+    """One row as written: its number in the file (a header is row 1), and its cells."""
+
+    number: int
+    image: Any
+    caption: Any
+    group: Any = None
+
+
+Record = tuple[int, Mapping[str, Any]]
+Find = Callable[[list[str]], Columns]  # the names of a table's columns -> those that are read
+
+
+class _Problems:
+    """What becomes of a row that cannot be read: the end of it all, or a number."""
+
+    def __init__(self, path: Path, skip: bool) -> None:
+        self.path, self.skip, self.left_out = path, skip, LeftOut()
+        self.image_column = ""  # once it is known
+
+    def add(self, number: int, reason: str, detail: str) -> None:
+        if not self.skip:
+            raise BadSample(f"{self.path} row {number}", reason, detail)
+        self.left_out.add(f"{self.path} row {number}", reason)
+
+
+def _encoding(path: Path) -> str:
+    """UTF-8, or what the byte order mark says."""
+    with path.open("rb") as file:
+        start = file.read(4096)
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    if b"\0" in start:
+        raise InputError(f"{path} row 1: not UTF-8 text (a zero at byte {start.index(0)}); save it as UTF-8")
+    return "utf-8-sig"
+
+
+def _text_of(path: Path, skip: bool) -> TextIO:
+    encoding = _encoding(path)
+    errors = "surrogateescape" if skip and encoding == "utf-8-sig" else "strict"  # then the row is known
+    return path.open(encoding=encoding, errors=errors, newline="")
+
+
+def _delimited(path: Path, find: Find, problems: _Problems) -> Iterator[RawRow]:
+    with _text_of(path, problems.skip) as file:
+        header = file.readline()
+        if not header.strip():
+            return
+        tabs = path.suffix.lower() == ".tsv" and "\t" in header
+        delimiter = "\t" if tabs else max(",;\t|", key=header.count)
+        file.seek(0)
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        number = 1
+        try:
+            names = [name.strip() for name in next(reader)]
+            if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+                raise InputError(f"{path} row 1: two columns are called {twice[0]!r}; rename one")
+            columns = find(names)
+            problems.image_column = columns.image
+            image, caption = names.index(columns.image), names.index(columns.caption)
+            group = None if columns.group is None else names.index(columns.group)
+            for number, values in enumerate(reader, start=2):
+                if not values:
+                    continue
+                if len(values) == len(names):
+                    yield RawRow(number, values[image], values[caption], None if group is None else values[group])
+                else:
+                    what = f"{len(values)} fields, the header has {len(names)}"
+                    cure = f"put captions that contain {delimiter!r} in double quotes"
+                    problems.add(number, "wrong number of fields", f"{what}; {cure}")
+        except csv.Error as error:  # where the row ends is then unknown, so that nothing of it can be left out
+            raise InputError(f"{path} row {number + 1}: {error}; look at its double quotes") from error
+
+
+def _json_lines(path: Path, problems: _Problems) -> Iterator[Record]:
+    with _text_of(path, problems.skip) as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                values = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                problems.add(number, "not JSON", f"not JSON ({error}); one object a line is wanted")
+                continue
+            yield number, values
+
+
+def _of_records(records: Iterable[Record], find: Find, problems: _Problems) -> Iterator[RawRow]:
+    columns = None
+    for number, values in records:
+        if not isinstance(values, dict):
+            what = "not a JSON object with an image and a caption"
+            problems.add(number, "not a JSON object", f"{what}; one a line is wanted")
+            continue
+        if columns is None:
+            columns = find(list(values))
+            problems.image_column = columns.image
+        group = None if columns.group is None else values.get(columns.group)
+        yield RawRow(number, values.get(columns.image), values.get(columns.caption), group)
+
+
+def _undecodable(path: Path) -> InputError:
+    """Where a file stops being what it begins as; the reader's own error counts from its last buffer."""
+    if _encoding(path) == "utf-16":
+        return InputError(f"{path}: not the UTF-16 text that its first two bytes announce; save it as UTF-8")
+    start = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                where = f"{error.reason} at byte {start + error.start}"
+                return InputError(f"{path} row {number}: not UTF-8 text ({where}); save it as UTF-8")
+            start += len(line)
+    return InputError(f"{path}: changed while it was read")
+
+
+def _usable(rows: Iterable[RawRow], problems: _Problems) -> Iterator[RawRow]:
+    """The rows that have an image and a caption; the others are counted, or an error."""
+    for row in rows:
+        if not isinstance(row.image, str) or not row.image.strip():
+            problems.add(row.number, "missing image", f"no image in column {problems.image_column!r}")
+            continue
+        cells = row.caption if isinstance(row.caption, list) else (row.caption,)
+        captions = [caption for caption in cells if not is_blank(caption)]
+        if not captions:
+            problems.left_out.add(f"{problems.path} row {row.number}", NO_CAPTION)
+        elif not all(isinstance(caption, str) for caption in captions):
+            what = f"the caption is not text: {str(row.caption)[:60]}"
+            problems.add(row.number, "caption is no text", what)
+        elif not _encodes("".join([row.image, *captions])):
+            problems.add(row.number, "not UTF-8", "not UTF-8 text; save it as UTF-8")
+        else:
+            yield RawRow(row.number, row.image.strip(), captions, group_name(row.group))
+
+
+def _encodes(text: str) -> bool:
+    """Whether a text has no half of a surrogate pair, which JSON's escapes can write and bad bytes are read as."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _batches(rows: Iterable[RawRow], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """Columns of a bounded number of rows and characters each."""
+    lists = schema is SCHEMA_OF_LISTS
+    cells: dict[str, list[Any]] = {name: [] for name in RawRow._fields}  # no object a row: those cost the collector
+    add_number, add_image, add_caption, add_group = (column.append for column in cells.values())
+    characters = 0
+    for number, image, captions, group in rows:
+        add_number(number)
+        add_image(image)
+        add_caption(captions if lists else captions[0])
+        add_group(group)
+        characters += sum(map(len, captions))
+        if len(cells["number"]) == BATCH_ROWS or characters > BATCH_CHARACTERS:
+            yield pa.record_batch([pa.array(cells[field.name], field.type) for field in schema], schema=schema)
+            characters = 0
+            for column in cells.values():
+                column.clear()
+    if cells["number"]:
+        yield pa.record_batch([pa.array(cells[field.name], field.type) for field in schema], schema=schema)
+
+
+Read = Callable[[_Problems], Iterator[RawRow]]
+
+
+def raw_rows(path: Path, find: Find) -> Iterator[RawRow]:
+    """The rows of a table of text as they are written, whatever is in their cells; ``caption`` may be any column.
+
+    Args:
+        path: as :func:`open_table` takes it.
+        find: says which columns.
+
+    Raises:
+        InputError: a row that does not fit, or another encoding; and what ``find`` raises.
+    """
+    problems = _Problems(path, skip=False)
+    try:
+        if path.suffix.lower() in (*JSON_LINES, ".json"):
+            yield from _of_records(_json_lines(path, problems), find, problems)
+        else:
+            yield from _delimited(path, find, problems)
+    except UnicodeError:
+        raise _undecodable(path) from None
+
+
+def open_table(path: Path, options: Options) -> PairSource:
+    """The pairs of a table of text; rows without a caption are left out and counted.
+
+    Args:
+        path: ``.jsonl``, ``.ndjson`` or ``.json`` for an object a line, or anything else for a delimited file with a
+            header, whose delimiter is detected; UTF-8, or UTF-16 with a byte order mark.
+        options: of the user.
+
+    Raises:
+        InputError: no such file, no such column, an empty table, a row that does not fit, or another encoding.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such table")
+    options.no_split(path)
+    find = partial(find_columns, path, options=options)
+    if path.suffix.lower() in (*JSON_LINES, ".json"):
+        return _open(path, options, SCHEMA_OF_LISTS, lambda p: _of_records(_json_lines(path, p), find, p))
+    return _open(path, options, SCHEMA, lambda problems: _delimited(path, find, problems))
+
+
+def open_records(path: Path, values: list[Any], options: Options) -> PairSource:
+    """Likewise for the array of objects that is all of a JSON file."""
+    options.no_split(path)
+    records, find = enumerate(values, start=1), partial(find_columns, path, options=options)
+    return _open(path, options, SCHEMA_OF_LISTS, lambda problems: _of_records(records, find, problems))
+
+
+def _open(path: Path, options: Options, schema: pa.Schema, read: Read) -> PairSource:
+    problems, mapped = _Problems(path, options.on_error == "skip"), None
+    if path.stat().st_size > IN_MEMORY:
+        said = (LAYOUT, options.image_column, options.caption_column, options.group_column, options.on_error)
+        mapped = cache_file("tables", path, said, ".arrow")
+        if not mapped.is_file():
+            rank_zero_info(f"{path}: its rows are read once, into {mapped}")
+            write_whole(mapped, lambda file: _write(file, path, schema, read, problems))
+        table, left_out = map_table(mapped), _read_left_out(mapped)
+    else:
+        table, left_out = pa.Table.from_batches(_rows(path, schema, read, problems), schema), problems.left_out
+    if not table.num_rows:
+        require(left_out.counts.total() > 0, f"{path}: no row: the file is empty, or has a header alone")
+        raise InputError(
+            f"{path}: no row with an image and a caption ({left_out.counts[NO_CAPTION]} without a caption)"
+        )
+    root = Path(options.root).expanduser() if options.root else path.parent
+    return TablePairs(table, path, root, mapped=mapped, left_out=left_out)
+
+
+def _rows(path: Path, schema: pa.Schema, read: Read, problems: _Problems) -> Iterator[pa.RecordBatch]:
+    try:
+        yield from _batches(_usable(read(problems), problems), schema)
+    except UnicodeError:
+        raise _undecodable(path) from None
+
+
+def _write(file: Path, path: Path, schema: pa.Schema, read: Read, problems: _Problems) -> None:
+    """The rows, and behind them, with an empty batch, which were left out."""
+    with pa.ipc.new_file(str(file), schema) as writer:
+        for batch in _rows(path, schema, read, problems):
+            writer.write_batch(batch)
+        left_out = json.dumps([problems.left_out.counts, problems.left_out.listed])
+        writer.write_batch(pa.RecordBatch.from_pylist([], schema), custom_metadata={"left_out": left_out})
+
+
+def _read_left_out(mapped: Path) -> LeftOut:
+    with pa.memory_map(str(mapped)) as file:
+        reader = pa.ipc.open_file(file)
+        metadata = reader.get_batch_with_custom_metadata(reader.num_record_batches - 1).custom_metadata
+    left_out = LeftOut()
+    counts, listed = json.loads(metadata[b"left_out"])
+    left_out.counts.update(counts)
+    left_out.listed = [(where, reason) for where, reason in listed]
+    return left_out

@@ -1,0 +1,1 @@
+"""Pairs in tar shards: read, indexed, put in order, written."""

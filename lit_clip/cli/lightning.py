@@ -1,0 +1,317 @@
+"""LightningCLI's commands (``fit``, ``validate``, ``test``, ``predict``) with what must agree linked."""
+
+import inspect
+import sys
+from argparse import ArgumentError
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import set_parsing_settings
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from lit_clip.cli.run_folders import run_folders
+from lit_clip.errors import InputError, no_such_file
+from lit_clip.module import LitCLIP
+from lit_clip.preemption import Preemption
+from lit_clip.tools.messages import hinting, options_of, parameters
+from lit_clip.tools.processor import has_bfloat16
+from lit_clip.training.checkpoint_io import WholeCheckpointIO, newest_checkpoint
+from lit_clip.training.plan import measure_run, print_plan
+from lit_clip.training.summary import print_next_steps, print_summary, resume_command
+from lit_clip.weights.load import read_checkpoint
+
+NEWEST = ("last", "auto")  # of this configuration's runs; auto: or from the beginning
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes ``<subcommand>_config.yaml`` into the run's own folder, and nowhere if it has none."""
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        if trainer.loggers:
+            super().setup(trainer, pl_module, stage)
+
+
+class CLI(LightningCLI):
+    """``lit-clip fit | validate | test | predict``."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Tell the data module what the model wants, so that no YAML file states it twice."""
+        for name in ("preprocessing", "tokenize"):
+            parser.link_arguments(f"model.{name}", f"data.init_args.{name}", apply_on="instantiate")
+        parser.add_argument(
+            "--baseline",
+            type=bool,
+            default=False,
+            help="Under fit: validate before the first step and report the change.",
+        )
+        parser.add_argument(
+            "--print_plan",
+            action="store_true",
+            help="Under fit: print what the run would do, in numbers, and where its settings contradict; do not train.",
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Typed options beat the YAML files, those beat what ``--ckpt_path`` holds, and that beats the defaults."""
+        words = sys.argv[1:] if args is None else args if isinstance(args, list) else []
+        subcommand = next((word for word in words if word in getattr(self, "_subcommand_parsers", ())), None)
+        _check_encoder_options(words, subcommand)
+        path = _checkpoint_path(words, subcommand)
+        if subcommand and path and path not in (*NEWEST, "best", "hpc"):  # the last two are Lightning's own
+            hparams = read_checkpoint(path)["hyper_parameters"]
+            known = inspect.signature(LitCLIP).parameters.keys() & hparams.keys()
+            self._subcommand_parsers[subcommand].set_defaults({f"model.{key}": hparams[key] for key in known})
+        for name in {"validate", "test"} & getattr(self, "_subcommand_parsers", {}).keys():
+            self._subcommand_parsers[name].set_defaults(verbose=False)  # our table says it, with what guessing reaches
+        known = getattr(self, "_subcommand_parsers", {}).get(subcommand, parser)
+        try:
+            with hinting(
+                words,
+                lambda: [*options_of(known), *_data_options(words, subcommand)],
+                f"lit-clip {subcommand or 'fit'} --help",
+            ):
+                super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            if "'lightning.LightningDataModule'" not in str(error):  # what data are as long as nobody says it
+                raise
+            option = next((word.partition("=")[0] for word in words if word.startswith("--data.")), "--data")
+            raise InputError(
+                f"{option}: no data module is named before it; put --config configs/finetune_table.yaml, or "
+                "--data datamodules.Captions, before it"
+            ) from error
+        if subcommand and path in NEWEST:
+            folders = run_folders(self.config[subcommand].as_dict())
+            found = newest_checkpoint(folders)
+            if found or (path == "auto" and subcommand == "fit"):
+                self.parse_arguments(parser, [*words, "--ckpt_path", str(found) if found else "null"])
+                return
+            hint = "; auto begins anew in that case" if subcommand == "fit" else ""
+            raise InputError(f"--ckpt_path {path}: no whole checkpoint below {', '.join(map(str, folders))}{hint}")
+        if subcommand and path and not self.config[subcommand]["model"]["lora"]:
+            self.config[subcommand]["model"]["pretrained"] = None  # the checkpoint replaces every weight
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning lets a checkpoint's hyper-parameters override what the user typed; see :meth:`parse_arguments`."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        self.save_config_kwargs = {"config_filename": f"{self.subcommand}_config.yaml", "overwrite": True}
+        settings: Any = self._get(self.config_init, "trainer")
+        callbacks = settings.callbacks or []
+        settings.callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        if not any(isinstance(callback, Preemption) for callback in settings.callbacks):
+            settings.callbacks.insert(0, Preemption())  # first, so that none evaluates what a signal cut short
+        plugins = settings.plugins or []
+        settings.plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in settings.plugins):
+            settings.plugins.append(WholeCheckpointIO())
+        if self.subcommand == "fit" and settings.precision is None:
+            self._choose_precision(settings)
+        elif str(settings.precision).startswith("bf16") and computes_in_bfloat16(settings.accelerator) is False:
+            rank_zero_warn(
+                f"trainer.precision: {settings.precision} is emulated here, as the processor has no instructions for "
+                "bfloat16, and many times slower than --trainer.precision 32-true"
+            )
+        has_bar = any(isinstance(callback, ProgressBar) for callback in settings.callbacks)
+        if settings.enable_progress_bar is not False and not has_bar:
+            self.trainer_defaults["callbacks"] = [RichProgressBar()]
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (ValueError, TypeError) as error:
+            raise InputError(f"trainer: {error}") from error
+
+    def _choose_precision(self, settings: Any) -> None:
+        """What ``fit`` computes in where nobody says, its validations too; other subcommands are exact then."""
+        if any(isinstance(plugin, Precision) for plugin in settings.plugins):
+            return
+        if computes_in_bfloat16(settings.accelerator):
+            # In both: one makes the trainer, the other is saved with the run.
+            settings.precision = self._get(self.config, "trainer").precision = "bf16-mixed"
+            rank_zero_info("trainer.precision: bf16-mixed, which this machine has; 32-true computes in float32")
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """As Lightning does, but Ctrl-C is Ctrl-C, and the last line says how to go on."""
+        try:
+            super()._run_subcommand(subcommand)
+        except SystemExit as end:
+            if not isinstance(end.__context__, KeyboardInterrupt):
+                raise
+            raise KeyboardInterrupt(self._how_to_go_on() if subcommand == "fit" else "") from None
+
+    def _how_to_go_on(self) -> str:
+        """Of the run that was interrupted, without asking other processes; only the first says it."""
+        folders = [
+            Path(folder) for one in self.trainer.checkpoint_callbacks if (folder := getattr(one, "dirpath", None))
+        ]
+        if not self.trainer.is_global_zero:
+            return ""
+        found = newest_checkpoint(folders)
+        if found is None:
+            return "nothing has been saved yet (kill, unlike Ctrl-C, saves first)"
+        return f"go on with: {resume_command(found, str(found.parent.parent))}"
+
+    def before_validate(self) -> None:
+        self._warn_of_random_weights()
+
+    def before_test(self) -> None:
+        self._warn_of_random_weights()
+
+    def _warn_of_random_weights(self) -> None:
+        if not self.model.starts_trained and not self._get(self.config, "ckpt_path"):
+            rank_zero_warn(
+                f"{self.subcommand}: the numbers are of random weights; name trained ones with --ckpt_path or "
+                "--model.pretrained"
+            )
+
+    def before_fit(self) -> None:
+        """Every metric at step 0; a resumed run has those of its checkpoint."""
+        if self._get(self.config, "print_plan"):
+            self._print_plan()
+            sys.exit(0)
+        if self._get(self.config, "baseline") and not self._get(self.config, "ckpt_path"):
+            self.trainer.validate(self.model, self.datamodule, verbose=False)
+            self.model.before = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+
+    def _print_plan(self) -> None:
+        """What :meth:`lit_clip.LitCLIP.setup` prints at the start of a run, without starting other processes."""
+        trainer: Any = self.trainer
+        data = self.datamodule
+        trainer.datamodule, data.trainer = data, trainer  # as fit does
+        data.prepare_data()
+        data.setup("fit")
+        if trainer.is_global_zero:
+            print_plan(measure_run(self.model, trainer))
+
+    def after_fit(self) -> None:
+        self._summarise(self.model.before)
+        callback = self.trainer.checkpoint_callback
+        last = getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", "")
+        log_dir = self.trainer.log_dir if self.trainer.loggers else None  # a broadcast: every rank must ask
+        if last and self.trainer.is_global_zero:
+            print_next_steps(Path(last), log_dir)
+
+    def after_validate(self) -> None:
+        self._summarise({})  # what was before training was of another run, and maybe of other data
+
+    def after_test(self) -> None:
+        self._summarise({})
+
+    def _summarise(self, before: Mapping[str, float]) -> None:
+        if self.trainer.is_global_zero:
+            print_summary(self.trainer.callback_metrics, self.model.baselines, before)
+
+
+def computes_in_bfloat16(accelerator: object) -> bool | None:
+    """Whether there are instructions for bfloat16 where ``trainer.accelerator`` will compute; None: not known.
+
+    Where there are none it is emulated, and slower than float32.
+    """
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if accelerator != "cpu" and (accelerator != "auto" or torch.backends.mps.is_available()):
+        return None
+    return has_bfloat16()
+
+
+def _options(words: Sequence[str], *names: str) -> list[str]:
+    """The values of ``name value`` and ``name=value`` among command line words."""
+    values = []
+    for i, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name in names and (equals or i + 1 < len(words)):
+            values.append(value if equals else words[i + 1])
+    return values
+
+
+def _checkpoint_path(words: Sequence[str], subcommand: str | None) -> str | None:
+    """``ckpt_path`` as typed, or as the last YAML file that has one says."""
+    paths = _options(words, "--ckpt_path")
+    for section in _sections(words, subcommand) if not paths else ():
+        if section.get("ckpt_path"):
+            paths.append(str(section["ckpt_path"]))
+            break
+    return paths[-1] if paths and paths[-1] != "null" else None
+
+
+def _sections(words: Sequence[str], subcommand: str | None) -> Iterator[dict[str, Any]]:
+    """What the YAML files say of a subcommand, the last file first."""
+    for config in reversed(_options(words, "--config", "-c")):
+        try:
+            values = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise no_such_file(config) from error
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise InputError(f"{config}: not a readable YAML file ({' '.join(str(error).split())})") from error
+        if not isinstance(values, dict):
+            raise InputError(f"{config}: not a YAML mapping of options; see --print_config")
+        section = values.get(subcommand, values)
+        if isinstance(section, dict):
+            yield section
+
+
+def _data_options(words: Sequence[str], subcommand: str | None) -> list[str]:
+    """What can be typed of the data module that is named; the parser knows of ``--data`` alone."""
+    named = _options(words, "--data")
+    for section in _sections(words, subcommand) if not named else ():
+        data = section.get("data")
+        if isinstance(data, dict) and isinstance(data.get("class_path"), str):
+            named.append(data["class_path"])
+            break
+    return [f"--data.{name}" for name in parameters(named[-1])] if named else []
+
+
+def _check_encoder_options(words: Sequence[str], subcommand: str | None) -> None:
+    """An entry typed alone is our own transformer's to jsonargparse, whatever encoder the YAML file names."""
+    typed = [word for word in words if word.startswith(("--model.architecture.image.", "--model.architecture.text."))]
+    for section in _sections(words, subcommand) if typed else ():
+        for word in typed:
+            encoder: Any = section
+            for key in word[2:].split(".")[:3]:
+                encoder = encoder.get(key) if isinstance(encoder, dict) else None
+            others = isinstance(encoder, dict) and ({"timm", "hugging_face"} & encoder.keys())
+            if others or (isinstance(encoder, dict) and isinstance(encoder.get("layers"), list)):  # a ResNet's stages
+                option = word.partition("=")[0]
+                raise InputError(f"{option}: no single entry of this encoder can be typed; write it into the YAML file")
+
+
+def run(args: ArgsType = None, execute: bool = True) -> CLI:
+    """Parse and run a command; what the user can mend is raised as an error."""
+    # Without this, absolute keys such as ${model.learning_rate} are looked up above the subcommand.
+    set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    return CLI(
+        LitCLIP,
+        LightningDataModule,
+        subclass_mode_data=True,
+        save_config_callback=SaveConfig,
+        seed_everything_default=0,
+        # The data modules divide the samples themselves, each exactly once.
+        # Our plan says what learns, and knows the arithmetic.
+        trainer_defaults={"use_distributed_sampler": False, "enable_model_summary": False},
+        parser_kwargs={
+            "parser_mode": "omegaconf+",
+            "exit_on_error": False,
+            "allow_abbrev": False,
+        },
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+        args=args,
+        run=execute,
+    )
+
+
+def run_until_signal() -> int:
+    """Run what was typed; the exit code, which is that of a signal that ended it (see :mod:`lit_clip.preemption`)."""
+    try:
+        run()
+    except SIGTERMException as stop:
+        sys.stderr.write(f"lit-clip: {stop}\n" if str(stop) else "")
+        code: Any = stop.code
+        return code
+    return 0

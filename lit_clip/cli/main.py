@@ -1,0 +1,166 @@
+"""The ``lit-clip`` command: which of its parts is meant, errors in one line, and how a process ends.
+
+Nothing heavy is imported before it is known to be needed: ``lit-clip --help`` answers at once.
+"""
+
+import ast
+import importlib.util
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+from lit_clip.cli import subcommands
+from lit_clip.cli.lazy_torchmetrics import defer_torchmetrics
+from lit_clip.errors import InputError
+from lit_clip.tools.messages import shorter
+from lit_clip.tools.processes import let_launcher_end, watch_launcher
+
+# LightningCLI's, which are imported when one of them is asked for.
+CONFIGURED = {
+    "fit": "Train or fine-tune a model.",
+    "validate": "Loss, retrieval and zero-shot accuracy on the validation data.",
+    "test": "The same on the test data.",
+    "predict": "Features of the data's images and captions, for Python callers.",
+}
+USER_ERROR = 2  # argparse's exit code for a bad command line
+INTERRUPTED = 130  # what shells report of a program that Ctrl-C ended
+PATIENCE = 3.0  # seconds; the first rank may be waiting for this one, and learns from its end that it will not come
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # as gloo puts it
+# Of other libraries, those whose message is for the user: what has not been imported cannot have been raised.
+FOREIGN = {
+    "jsonargparse": "ArgumentError",
+    "lightning.fabric.utilities.exceptions": "MisconfigurationException",
+    "omegaconf.errors": "OmegaConfBaseException",
+}
+# What to do about errors of theirs that do not say it.
+HINTS = {
+    r"restored a checkpoint with current_epoch=": "raise --trainer.max_epochs, or give --model.pretrained FILE in "
+    "place of --ckpt_path to start a new run from its weights",
+    r"\bbatch_size: wants int, not auto": "auto is for embed and evaluate; give a number",
+    r"arguments are required: fit\.data": "give --config configs/finetune_table.yaml, or --data datamodules.Captions",
+}
+
+
+def one_line(error: BaseException) -> str:
+    """What to tell the user of an error: no traceback of a data worker, no list of types a value is none of."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    if lines and lines[0].startswith("Caught "):  # by a data worker, which appends the traceback to the message
+        return lines[-1].partition(": ")[2]
+    unset = re.search(r"Environment variable '(\w+)' not found", str(error))
+    if unset:
+        command = f"{unset[1]}=... lit-clip {' '.join(sys.argv[1:2])} ..."
+        return f"the config wants the environment variable {unset[1]}: {command}"
+    text = re.sub(r'Parser key "([^"]+)":', r"\1:", " ".join(line.strip() for line in shorter(lines)))
+    hints = [hint for words, hint in HINTS.items() if re.search(words, text)]
+    return "; ".join([text, *getattr(error, "__notes__", ()), *hints])
+
+
+def user_error(error: BaseException) -> BaseException | None:
+    """The error that the user can mend, if that is what this is.
+
+    jsonargparse wraps what a constructor raises; ours is then among the causes.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, InputError):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    # Of what a dataclass raises among the types of a union jsonargparse keeps the text alone.
+    lines = [line.strip(" -") for line in str(error).splitlines()] if isinstance(error, ValueError) else []
+    ours = next((line for line in lines if line.startswith("architecture")), None)
+    if ours:
+        return InputError(ours)
+    if isinstance(error, OSError) and error.filename:
+        return InputError(f"{error.filename}: {error.strerror}")
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in LOST_PEER):
+        return InputError("another process has ended; if it said why, that is above")
+    foreign = tuple(getattr(sys.modules[module], name) for module, name in FOREIGN.items() if module in sys.modules)
+    return error if isinstance(error, foreign) else None
+
+
+def _hush() -> None:
+    """Keep Lightning's advertisements, and a warning that only its authors can act on, from the terminal."""
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
+    warnings.filterwarnings("ignore", message=r"Precision bf16-mixed is not supported by the model summary.*")
+    # What we log at the end of an epoch has been summed over the ranks already.
+    warnings.filterwarnings("ignore", message=r".*recommended to use `self\.log\(.*sync_dist=True\)`.*")
+    warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode.*")  # what is frozen should be
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger.addFilter(lambda record: "Tip:" not in record.getMessage())
+
+
+def help_text() -> str:
+    """What ``lit-clip --help`` prints."""
+    others = {name: _first_line(function) for name, function in sorted(subcommands.COMMANDS.items())}
+    lines = ["usage: lit-clip COMMAND ...", "", "With a configuration (configs/ has some):"]
+    lines += [f"  {name:10} {line}" for name, line in CONFIGURED.items()]
+    lines += ["", "Without one:"]
+    lines += [f"  {name:10} {line}" for name, line in others.items()]
+    return "\n".join([*lines, "", "lit-clip COMMAND --help says more of each."])
+
+
+def _first_line(function: str) -> str:
+    """Of the docstring of ``package.module:function``, read without importing what the module needs."""
+    module, _, name = function.partition(":")
+    package, *parts = module.split(".")
+    spec = importlib.util.find_spec(package)
+    assert spec is not None
+    assert spec.origin is not None
+    source = Path(spec.origin).parent.joinpath(*parts).with_suffix(".py").read_text(encoding="utf-8")
+    found = (node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == name)
+    return (ast.get_docstring(next(found)) or "").partition("\n")[0]
+
+
+def _check_command(words: Sequence[str]) -> None:
+    """Jsonargparse knows LightningCLI's commands only, and would not name the others."""
+    known = sorted({*CONFIGURED, *subcommands.COMMANDS})
+    if not words:
+        raise InputError(f"no command given; there are {', '.join(known)}")
+    if words[0] not in known and not words[0].startswith("-"):
+        near = get_close_matches(words[0], known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+        raise InputError(f"no command is called {words[0]!r}; {hint}")
+
+
+def _run(words: list[str]) -> int:
+    """Exit code."""
+    _check_command(words)
+    if words[0] in ("-h", "--help"):
+        sys.stdout.write(f"{help_text()}\n")
+    elif words[0] in subcommands.COMMANDS:
+        subcommands.run_command(words)
+    else:
+        from lit_clip.cli.lightning import run_until_signal
+
+        return run_until_signal()
+    return 0
+
+
+def main() -> None:
+    """The ``lit-clip`` command: exit code 2 and one line for what the user can mend."""
+    _hush()
+    watch_launcher()
+    defer_torchmetrics()
+    try:
+        code = _run(sys.argv[1:])
+    except KeyboardInterrupt as stop:
+        sys.stderr.write(f"lit-clip: interrupted{f': {stop}' if str(stop) else ''}\n")
+        code = INTERRUPTED
+    except Exception as error:
+        mendable = user_error(error)
+        if mendable is None:
+            raise
+        sys.stderr.write(f"lit-clip: error: {one_line(mendable)}\n")
+        code = USER_ERROR
+    if code:
+        let_launcher_end(PATIENCE)
+    if "torch" in sys.modules:
+        from lit_clip import distributed
+
+        distributed.leave(code)
+    if code:
+        sys.exit(code)

@@ -1,0 +1,124 @@
+"""The commands beside LightningCLI's: each is one function, and its signature is its command line.
+
+Parameters without a default are words in their order, all others and those behind ``*`` are options (required if they
+have no default), and the docstring is the help. A ``list[str]`` takes any number of words, a
+``bool`` is a flag.
+"""
+
+import importlib
+import inspect
+import io
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, get_type_hints
+
+import docstring_parser
+from jsonargparse import ArgumentParser
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from lit_clip.tools.messages import hinting, options_of
+
+# What a command runs, as "module:function", imported when it is asked for: `lit-clip --help` pays for none of them.
+# Those of other packages are names only, as class paths in a YAML are.
+COMMANDS: dict[str, str] = {
+    "classify": "lit_clip.commands.classify:classify",
+    "embed": "lit_clip.embedding.encode:embed",
+    "evaluate": "lit_clip.commands.evaluate:evaluate",
+    "export": "lit_clip.commands.export:export",
+    "inspect": "datamodules.commands.inspect:inspect",
+    "models": "lit_clip.commands.models:models",
+    "overlap": "datamodules.commands.overlap:overlap",
+    "search": "lit_clip.commands.search:search",
+    "shard": "datamodules.commands.shard:shard",
+    "wise-ft": "lit_clip.commands.wise_ft:wise_ft",
+}
+
+HELP = f"Without a configuration: lit-clip {' | '.join(sorted(COMMANDS))}; each of them has a --help."
+
+
+def command_parser(name: str, function: Callable[..., None]) -> ArgumentParser:
+    """The command line of a function.
+
+    jsonargparse's own reading of a signature would have lists typed as ``[a, b]`` and flags as ``--flag true``.
+    """
+    documentation = docstring_parser.parse(function.__doc__ or "")
+    helps = {parameter.arg_name: parameter.description for parameter in documentation.params}
+    parser = ArgumentParser(
+        prog=f"lit-clip {name}", description=documentation.short_description, exit_on_error=False, allow_abbrev=False
+    )
+    hints = get_type_hints(function)
+    lists = {key for key, hint in hints.items() if hint in (list[str], list[str] | None)}
+    flags = {key for key, hint in hints.items() if hint is bool}
+    parser.add_function_arguments(function, as_positional=True, as_group=False, skip={*lists, *flags})
+    for key, parameter in inspect.signature(function).parameters.items():
+        required = parameter.default is parameter.empty
+        if key in flags:
+            assert parameter.default is False, f"{key}: a flag can only switch something on"
+            parser.add_argument(f"--{key}", action="store_true", help=helps.get(key))
+        elif key in lists and required and parameter.kind is not parameter.KEYWORD_ONLY:
+            parser.add_argument(key, type=str, nargs="*", default=[], help=helps.get(key))  # none may be right
+        elif key in lists:
+            default = {"required": True} if required else {"default": parameter.default}
+            parser.add_argument(f"--{key}", type=str, nargs="+", help=helps.get(key), **default)
+    return parser
+
+
+def run_command(words: Sequence[str]) -> None:
+    """Run ``COMMANDS[words[0]]`` with the other words."""
+    name, *options = map(_underscores, words)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # a file's name need not be Unicode
+    module, _, function = COMMANDS[name].partition(":")
+    command = getattr(importlib.import_module(module), function)
+    parser = command_parser(name, command)
+    with hinting(options, lambda: options_of(parser), f"{parser.prog} --help"):
+        parsed = parser.parse_args(options)
+    with _quiet_lightning():
+        command(**vars(parser.instantiate_classes(parsed)))
+
+
+def _underscores(word: str) -> str:
+    """An option's name may have dashes instead."""
+    option, equals, value = word.partition("=")
+    return option.replace("-", "_").replace("__", "--", 1) + equals + value if option.startswith("--") else word
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """What Lightning reports of devices and ranks is no news to who embeds a folder."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def stderr() -> Console:
+    """Where progress and notes go: standard output is for results alone."""
+    return Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+@contextmanager
+def progress(description: str, total: int, enabled: bool = True) -> Iterator[Any]:
+    """A progress bar on standard error.
+
+    Yields:
+        A function to call with the number of units that have just been done.
+    """
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), disable=not enabled) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda units: bar.advance(task, units)

@@ -1,0 +1,250 @@
+"""``lit-clip classify``: pictures named from class names alone."""
+
+import csv
+import io
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from lit_clip import load_model
+from lit_clip.cli.subcommands import progress, stderr
+from lit_clip.embedding.encode import report_skipped
+from lit_clip.embedding.feature_files import replacing
+from lit_clip.embedding.image_files import Bad, ImageBatches, Item, OnError, find_images, in_batches, loader
+from lit_clip.errors import InputError, require
+from lit_clip.evaluation.zero_shot import check_templates, imagenet_templates, zero_shot_classifier
+from lit_clip.models.clip import CLIP
+
+Output = Literal["table", "csv", "json"]
+
+
+class Guess(NamedTuple):
+    """A class and how probable it is."""
+
+    name: str
+    probability: float
+
+
+def classify(
+    images: list[str],
+    *,
+    model: str,
+    classes: list[str],
+    templates: list[str] = ["a photo of a {}."],  # noqa: B006 # jsonargparse shows it in the help; nothing writes to it
+    top_k: int = 5,
+    output: Output = "table",
+    output_file: str | None = None,
+    batch_size: int = 64,
+    num_workers: int = 4,
+    on_error: OnError = "error",
+) -> None:
+    """Name the class of each picture, from the classes' names alone.
+
+    The probabilities of a picture's classes add up to 1; those of a SigLIP do not, it judges every class by itself.
+
+    Args:
+        images: files, and folders with all below.
+        model: a checkpoint, or a name that lit_clip.load_model understands.
+        classes: names; or one text file with a name a line.
+        templates: prompts with {} for the name; or one text file with a prompt a line; or imagenet, the paper's 80.
+        top_k: number of classes shown for each picture.
+        output: what is printed. CSV has one row a class shown, JSON one object a picture.
+        output_file: write it to this file instead.
+        batch_size: pictures encoded at once.
+        num_workers: processes that decode pictures.
+        on_error: what a picture that cannot be read does; skip reports it and leaves it out.
+    """
+    names = read_classes(classes)
+    prompts = imagenet_templates() if templates == ["imagenet"] else _lines(templates, "templates")
+    check_templates(prompts)
+    require(top_k >= 1, f"--top_k {top_k} must be at least 1")
+    path = Path(output_file) if output_file else None
+    require(path is None or path.absolute().parent.is_dir(), f"--output_file {path}: there is no such folder")
+    items = find_images(images)
+    clip = load_model(model).to(_best_device())
+    require(
+        len(names) > 1 or clip.logit_bias is not None,
+        f"--classes {names[0]}: one class alone would have 100 % of every picture; name what else it may be",
+    )
+    classifier = _classifier(clip, names, prompts)
+    found = classify_items(clip, items, names, classifier, top_k, batch_size, num_workers)
+    guesses: dict[str, list[Guess]] = {}
+    try:
+        bad = _sort(found, guesses, on_error)
+    except KeyboardInterrupt:
+        kept = path.with_name(f"{path.name}.partial") if path else None
+        _write(guesses, output, kept)
+        raise KeyboardInterrupt(f"{len(guesses)} of {len(items)} are in {kept or 'the output'}") from None
+    require(bool(guesses), f"none of {len(items)} pictures could be read; the first: {bad[0].reason if bad else ''}")
+    _write(guesses, output, path)
+    if path:
+        report_skipped(bad, path.with_name(f"{path.name}.skipped.txt"))
+    for item in bad if not path else ():
+        stderr().print(f"skipped: {item.reason}", markup=False)
+
+
+def _sort(
+    found: Iterator[tuple[str, list[Guess] | Bad]], guesses: dict[str, list[Guess]], on_error: OnError
+) -> list[Bad]:
+    """Add what is known to ``guesses``, which an interrupted run still has, and return what could not be read."""
+    bad: list[Bad] = []
+    for key, result in found:
+        if isinstance(result, Bad):
+            require(on_error == "skip", f"{result.reason}; mend or remove it, or set --on_error skip")
+            bad.append(result)
+        else:
+            guesses[key] = result
+    return bad
+
+
+def _classifier(model: CLIP, names: Sequence[str], prompts: Sequence[str]) -> Tensor:
+    """:func:`lit_clip.zero_shot_classifier` with a progress bar."""
+    done = 0
+    with progress("class prompts", len(names) * len(prompts)) as advance:
+
+        def count(prompts_done: int) -> None:
+            nonlocal done
+            advance(prompts_done - done)
+            done = prompts_done
+
+        return zero_shot_classifier(model, names, prompts, progress=count)
+
+
+def _best_device() -> torch.device:
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
+def _lines(words: Sequence[str], option: str) -> list[str]:
+    """The words, or the lines of the file that a single word is the path of."""
+    path = Path(words[0]) if len(words) == 1 else None
+    if path is None or not (os.path.isfile(path) or path.suffix == ".txt"):  # Path's own fails at 256 characters
+        return [" ".join(word.split()) for word in words]
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--{option} {path}: not a readable UTF-8 text file ({error})") from error
+    lines = [" ".join(line.split()) for line in lines if line.strip()]
+    require(bool(lines), f"--{option} {path}: an empty file; it wants one a line")
+    return lines
+
+
+def read_classes(words: Sequence[str]) -> list[str]:
+    """Class names as typed, from a file with a name a line, or from a single word with commas between them.
+
+    Raises:
+        InputError: an unreadable file, an empty name, or one that is there twice (letter case aside).
+    """
+    names = _lines(words, "classes")
+    if len(names) == len(words) == 1 and "," in names[0]:
+        names = [name.strip() for name in names[0].split(",")]
+    require(all(names), "--classes: one of the names is empty")
+    counts = Counter(name.casefold() for name in names)
+    twice = {name.casefold(): name for name in names if counts[name.casefold()] > 1}
+    if twice:
+        listed = ", ".join(map(repr, twice.values()))
+        raise InputError(f"--classes: named more than once: {listed}; a picture has one best class, name each once")
+    return names
+
+
+@torch.inference_mode()
+def classify_items(
+    model: CLIP,
+    items: Sequence[Item],
+    names: Sequence[str],
+    classifier: Tensor,
+    top_k: int,
+    batch_size: int,
+    num_workers: int,
+) -> Iterator[tuple[str, list[Guess] | Bad]]:
+    """Each picture's key with its most probable classes, best first, or with why it has none.
+
+    Args:
+        model: where it is to compute.
+        items: pictures.
+        names: C class names.
+        classifier: ``[D, C]`` of them, see :func:`lit_clip.zero_shot_classifier`.
+        top_k: number of classes.
+        batch_size: pictures encoded at once.
+        num_workers: processes that decode.
+    """
+    batches = ImageBatches(items, in_batches(range(len(items)), batch_size), model.preprocessing)
+    with progress("pictures", len(items)) as advance:
+        for batch in loader(batches, num_workers):
+            if batch.inputs is not None:
+                features = model.encode_image(batch.inputs.to(model.device), normalize=True)  # [b, D]
+                best = class_probabilities(model, features, classifier).topk(min(top_k, len(names)), dim=1)
+                for row, values, indices in zip(batch.rows, best.values.tolist(), best.indices.tolist(), strict=True):
+                    guesses = [Guess(str(names[i]), value) for value, i in zip(values, indices, strict=True)]
+                    yield items[row].key, guesses
+            for bad in batch.bad:
+                yield bad.key, bad
+            advance(len(batch.rows) + len(batch.bad))
+
+
+def class_probabilities(model: CLIP, features: Tensor, classifier: Tensor) -> Tensor:
+    """Unit features ``[B, D]`` and a classifier ``[D, C]`` -> ``[B, C]``.
+
+    Softmax over the classes, as in the paper; with a ``logit_bias`` (SigLIP) the sigmoid of each class by itself.
+    """
+    logits = model.logit_scale.exp() * (features @ classifier)
+    return logits.softmax(dim=1) if model.logit_bias is None else (logits + model.logit_bias).sigmoid()
+
+
+def _write(guesses: dict[str, list[Guess]], output: Output, path: Path | None) -> None:
+    """Print the results, or write them to a file."""
+    if output == "table" and path is None:
+        Console().print(_table(guesses))
+        return
+    text = {"table": _as_text, "csv": _as_csv, "json": _as_json}[output](guesses)
+    if path is None:
+        sys.stdout.write(text)
+        return
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
+
+
+def _table(guesses: dict[str, list[Guess]]) -> Table:
+    table = Table("image", "class")
+    table.add_column("probability", justify="right")
+    for key, best in guesses.items():
+        for i, guess in enumerate(best):
+            image = Text(key if i == 0 else "", overflow="fold")
+            table.add_row(image, Text(guess.name), f"{100 * guess.probability:.1f} %")
+    return table
+
+
+def _as_text(guesses: dict[str, list[Guess]]) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    console.print(_table(guesses))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def _as_csv(guesses: dict[str, list[Guess]]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["image", "rank", "class", "probability"])
+    for key, best in guesses.items():
+        writer.writerows([key, rank, name, f"{value:.6f}"] for rank, (name, value) in enumerate(best, start=1))
+    return text.getvalue()
+
+
+def _as_json(guesses: dict[str, list[Guess]]) -> str:
+    rows = [
+        {"image": key, "classes": [{"class": name, "probability": round(value, 6)} for name, value in best]}
+        for key, best in guesses.items()
+    ]
+    text = json.dumps(rows, indent=1, ensure_ascii=False)
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        text = json.dumps(rows, indent=1)  # a name that is not Unicode: JSON must be
+    return text + "\n"

@@ -1,0 +1,150 @@
+"""``lit-clip export``: a model for other people's tools, checked against the original before it appears."""
+
+import hashlib
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+
+from lit_clip.cli.subcommands import progress
+from lit_clip.errors import InputError, require
+from lit_clip.models.clip import CLIP
+from lit_clip.weights.export import FORMATS, FormatName, Parity, Sample, parity_of
+from lit_clip.weights.load import load_model
+from lit_clip.weights.model_card import Source, model_card
+
+
+def export(model: str, *, format: FormatName, output: str, license: str | None = None) -> None:
+    """Write a model as other tools read it, and check that it computes the same there.
+
+    The folder appears when everything in it has been written, opened again and compared; otherwise nothing does.
+
+    Args:
+        model: a checkpoint, a folder or a name: whatever lit_clip.load_model opens.
+        format: open_clip and hugging_face are weights in float32 with their configuration, onnx is one file an encoder.
+        output: a folder that does not exist yet, or is empty.
+        license: of the weights, for the model card; unknown if not given.
+    """
+    folder = Path(output)
+    check_free(folder)
+    console = Console(soft_wrap=True, highlight=False)
+    with progress(f"export to {format}", 4) as advance:
+        original = load_model(model)
+        source = source_of(model)
+        advance(1)
+        with appearing(folder) as draft, quiet():
+            parity = write_checked(original, format, draft, advance)
+            card = model_card(original, format, folder.name, source, parity, license)
+            (draft / "README.md").write_text(card, encoding="utf-8")
+            advance(1)
+    console.print(_table(folder, format, parity))
+    console.print(f"written and checked: {folder}")
+
+
+def write_checked(original: CLIP, format: FormatName, draft: Path, advance: Callable[[int], object]) -> Parity:
+    """Write the model into a folder, open it with the other tool and compare.
+
+    Raises:
+        InputError: the format cannot hold this model, or what comes out differs by more than the format's tolerance.
+    """
+    target = FORMATS[format]
+    target.write(original, draft)
+    advance(1)
+    sample = Sample.of(original)
+    try:
+        reading = target.read(draft, sample)
+    except InputError:
+        raise
+    except Exception as error:  # whatever another library says to a file that it cannot use
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{format} cannot open this model ({type(error).__name__}: {reason})") from error
+    advance(1)
+    parity = parity_of(original, sample, reading)
+    for name, difference in (("image", parity.image), ("text", parity.text)):
+        if not difference <= target.tolerance:
+            raise InputError(
+                f"{format}: {name} features differ by {difference:.1e} from the original's, more than "
+                f"{target.tolerance:.0e}; nothing was written"
+            )
+    require(
+        parity.tokens is not False, f"{format}: its tokenizer gives other ids than the model's; nothing was written"
+    )
+    if parity.pixels is not None and not parity.pixels <= 1.001:
+        raise InputError(
+            f"{format}: its preprocessing differs from the model's by {parity.pixels:.1f} of 255 levels; "
+            "nothing was written"
+        )
+    return parity
+
+
+def check_free(folder: Path) -> None:
+    """Raise :class:`InputError` unless the folder can be made, or is empty."""
+    if folder.is_dir():
+        require(not any(folder.iterdir()), f"{folder}: the folder is not empty; name another one")
+    else:
+        require(not folder.exists(), f"{folder}: there is a file of that name")
+
+
+@contextmanager
+def appearing(folder: Path) -> Iterator[Path]:
+    """A folder beside it to write into, which takes its name at the end; on any failure it is removed."""
+    draft = folder.absolute().parent / f".{folder.absolute().name}.{os.getpid()}"
+    draft.mkdir(parents=True)
+    try:
+        yield draft
+        os.replace(draft, folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what the libraries say of their own insides."""
+    import logging
+
+    names = ("", "torch.onnx", "onnxscript", "transformers")
+    levels = {name: logging.getLogger(name).level for name in names}
+    try:
+        for name in names:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+def source_of(model: str) -> Source:
+    """What was exported: the name as given and, of a file or a folder's largest one, the SHA-256."""
+    path = Path(model)
+    if not path.exists():
+        return Source(model, None)
+    inside = [file for file in path.iterdir() if file.is_file()] if path.is_dir() else [path]
+    weights = max(inside, key=lambda file: file.stat().st_size)
+    with weights.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return Source(weights.name if path.is_file() else f"{path.resolve().name}/{weights.name}", digest)
+
+
+def _table(folder: Path, format: str, parity: Parity) -> Table:
+    table = Table(title=f"{format}: largest difference from the original")
+    table.add_column("what")
+    table.add_column("difference", justify="right")
+    table.add_column("tolerance", justify="right")
+    tolerance = FORMATS[format].tolerance
+    table.add_row("image features (unit length)", f"{parity.image:.1e}", f"{tolerance:.0e}")
+    table.add_row("text features (unit length)", f"{parity.text:.1e}", f"{tolerance:.0e}")
+    if parity.pixels is not None:
+        table.add_row("preprocessed pixels (of 255)", f"{parity.pixels:.2f}", "1")
+    if parity.tokens is not None:
+        table.add_row("token ids", "none", "none")
+    sizes = [f"{path.name} {decimal(path.stat().st_size)}" for path in sorted(folder.iterdir())]
+    table.caption = ", ".join(sizes)
+    return table

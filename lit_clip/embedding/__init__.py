@@ -1,0 +1,1 @@
+"""Encode images or texts into feature files, and search them."""

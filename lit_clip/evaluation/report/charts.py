@@ -1,0 +1,198 @@
+"""Charts of an evaluation, for the page and for TensorBoard."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lit_clip.evaluation.overview import COLUMNS, Column, Row, metric_words, percent, rows, sets_of, shots_of
+from lit_clip.evaluation.published import nearest_model, papers_name
+from lit_clip.evaluation.report.chart_style import (
+    COLOURS,
+    INK,
+    LETTERS,
+    THIS_RUN,
+    Series,
+    colour,
+    diamonds,
+    legend,
+    name_lines,
+    new_figure,
+    run_name,
+    shown,
+    styled,
+)
+from lit_clip.evaluation.report.robustness_chart import robustness
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+TALL = 12  # sets from which the scale is written above as well
+Key = tuple[str, str]  # a set's name, and a metric's
+Table = Mapping[Key, Row]
+
+
+def figures(results: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]]) -> "dict[str, Figure]":
+    """The charts for which there are data, by name.
+
+    They are ``zero_shot``, ``linear_probe``, ``zero_shot_minus_probe``, ``few_shot`` and ``robustness``.
+
+    Args:
+        results: what a ``results.json`` holds.
+        others: other runs to compare with, by the name that is shown.
+    """
+    runs = [Series(THIS_RUN, results), *(Series(run_name(name), other) for name, other in others.items())]
+    with styled():
+        drawn = {
+            "zero_shot": bars(runs, "zero_shot"),
+            "linear_probe": bars(runs, "linear_probe"),
+            "zero_shot_minus_probe": differences(results),
+            "few_shot": few_shot(runs),
+            "robustness": robustness(runs),
+        }
+    return {name: figure for name, figure in drawn.items() if figure is not None}
+
+
+def bars(runs: Sequence[Series], column: Column) -> "Figure | None":
+    """A bar a set and run, with the paper's figures of the nearest model and what guessing reaches as marks."""
+    tables: list[Table] = [{(row.name, row.metric): row for row in rows(run.results)} for run in runs]
+    keys = dict.fromkeys(key for table in tables for key in table)
+    order = [key for key in keys if any(_value(table, key, column) is not None for table in tables)]
+    kept = [place for place, table in enumerate(tables) if any(_value(table, key, column) is not None for key in order)]
+    if not order:
+        return None
+    figure, axes = new_figure(1.0 + len(order) * (0.13 + 0.15 * len(kept)))
+    handles, labels, thick = [], [], 0.8 / len(kept)
+    for slot, place in enumerate(kept):
+        values = [_value(tables[place], key, column) for key in order]
+        where = [line - 0.4 + (slot + 0.5) * thick for line in range(len(order))]
+        handles.append(
+            axes.barh(where, [100 * (value or 0) for value in values], 0.9 * thick, color=colour(place), alpha=0.85)
+        )
+        labels.append(runs[place].name)
+        for y, value in zip(where, values, strict=True):
+            axes.text(107, y, percent(value), va="center", ha="right", fontsize=7.5, color=INK)
+    marked = [tables[0].get(key) for key in order]
+    for handle, label in _marks(axes, marked, column, nearest_model(_model(runs[0])), thick / 2 - 0.4):
+        handles.append(handle)
+        labels.append(label)
+    name_lines(axes, [_title(key, order) for key in order])
+    axes.set(xlim=(0, 107), xticks=range(0, 101, 20), xlabel=f"{COLUMNS[column]}, %")
+    axes.tick_params(labeltop=len(order) > TALL)
+    axes.grid(axis="x")
+    legend(figure, handles, labels)
+    return figure
+
+
+def _model(run: Series) -> Mapping[str, Any]:
+    return run.results.get("model") or {}
+
+
+def _value(table: Table, key: Key, column: Column) -> float | None:
+    return table[key].values.get(column) if key in table else None
+
+
+def _title(key: Key, order: Sequence[Key]) -> str:
+    """The set's name, with the metric where the set has several."""
+    name, metric = key
+    several = sum(other == name for other, _ in order) > 1
+    return f"{shown(name, LETTERS - 19)}, {metric_words(metric)}" if several else name
+
+
+def _marks(
+    axes: "Axes", table: Sequence[Row | None], column: Column, model: str, first: float
+) -> list[tuple[Any, str]]:
+    """Handles and labels of the paper's diamonds (hollow: a figure that could not be checked), and of guessing."""
+    marks: list[tuple[Any, str]] = []
+    guesses = [(line, row.guessing) for line, row in enumerate(table) if row and row.guessing is not None]
+    if guesses:
+        places = [100 * value for _, value in guesses]
+        low, high = [line - 0.45 for line, _ in guesses], [line + 0.45 for line, _ in guesses]
+        marks.append((axes.vlines(places, low, high, colors=INK, linestyles=":", linewidth=1.2), "guessing"))
+    papers = [(line, row.papers[column]) for line, row in enumerate(table) if row and column in row.papers]
+    for verified in (True, False):
+        some = [(100 * figure.value, line + first) for line, figure in papers if figure.verified is verified]
+        if some:
+            label = f"paper, {papers_name(model)}" + ("" if verified else ", unchecked")
+            marks.append((diamonds(axes, some, filled=verified), label))
+    return marks
+
+
+def differences(results: Mapping[str, Any]) -> "Figure | None":
+    """By how much zero-shot is better than a probe of the same features, as in the paper's figure 5."""
+    both = [row for row in rows(results) if {"zero_shot", "linear_probe"} <= row.values.keys()]
+    if not both:
+        return None
+    gaps = sorted(((_gap(row.values), row) for row in both), key=lambda pair: -pair[0])
+    figure, axes = new_figure(1.0 + 0.25 * len(both))
+    values = [gap for gap, _ in gaps]
+    axes.barh(range(len(gaps)), values, 0.7, color=[COLOURS[0] if gap >= 0 else COLOURS[1] for gap in values])
+    marks: dict[bool, list[tuple[float, float]]] = {}
+    for line, (_, row) in enumerate(gaps):
+        if {"zero_shot", "linear_probe"} <= row.papers.keys():
+            verified = row.papers["zero_shot"].verified and row.papers["linear_probe"].verified
+            gap = _gap({column: figure.value for column, figure in row.papers.items()})
+            marks.setdefault(verified, []).append((gap, line))
+    model = papers_name(nearest_model(results.get("model") or {}))
+    names = {True: f"paper, {model}", False: f"paper, {model}, unchecked"}
+    legend(figure, [diamonds(axes, marks[key], key) for key in sorted(marks)], [names[key] for key in sorted(marks)])
+    all_values = [0.0, *values, *(value for places in marks.values() for value, _ in places)]
+    low, high = min(all_values), max(all_values)
+    room = 0.05 * max(5.0, high - low)
+    for line, gap in enumerate(values):
+        axes.text(high + 3 * room, line, f"{gap:+.1f}", va="center", ha="right", fontsize=7.5)
+    name_lines(axes, [row.name for _, row in gaps])
+    axes.axvline(0, color=INK, linewidth=0.8)
+    axes.set(xlim=(low - room, high + 3 * room), xlabel="zero-shot minus linear probe on the same features, points")
+    axes.grid(axis="x")
+    return figure
+
+
+def _gap(values: Mapping[Column, float]) -> float:
+    return 100 * (values["zero_shot"] - values["linear_probe"])
+
+
+def few_shot(runs: Sequence[Series]) -> "Figure | None":
+    """The mean over sets by labelled examples a class, zero-shot as a star, and this run's sets as thin lines."""
+    drawn = [(place, run, _curves(run.results)) for place, run in enumerate(runs)]
+    drawn = [(place, run, curves) for place, run, curves in drawn if curves and _common(curves)]
+    if not drawn:
+        return None
+    figure, axes = new_figure(4.6, 7.5)
+    positions = {
+        shots: place for place, shots in enumerate(sorted({s for *_, curves in drawn for s in _common(curves)}), 1)
+    }
+    handles, labels = [], []
+    for place, run, curves in drawn:
+        shots = _common(curves)
+        x = [positions[s] for s in shots]
+        for curve, _ in curves if place == 0 else ():
+            axes.plot(x, [100 * curve[s] for s in shots], color="#CFCFCF", linewidth=0.8)
+        y = [100 * sum(curve[s] for curve, _ in curves) / len(curves) for s in shots]
+        handles += axes.plot(x, y, color=colour(place), linewidth=2.2, marker="o", zorder=3)
+        labels.append(f"{shown(run.name, 24)}, {len(curves)} set{'s' * (len(curves) != 1)}")
+        starts = [value for _, value in curves if value is not None]
+        if len(starts) == len(curves):
+            mean = 100 * sum(starts) / len(starts)
+            axes.axhline(mean, color=colour(place), linewidth=0.8, linestyle=":")
+            axes.plot([0], [mean], color=colour(place), marker="*", markersize=15, markeredgecolor="white", zorder=4)
+    axes.set_xticks([0, *positions.values()], ["zero-shot", *map(str, positions)])
+    axes.set(xlabel="labelled examples a class", ylabel="mean over sets, %")
+    axes.grid(axis="y")
+    axes.tick_params(length=0)
+    legend(figure, handles, labels, 3)
+    return figure
+
+
+Curve = tuple[dict[int, float], float | None]
+
+
+def _curves(results: Mapping[str, Any]) -> list[Curve]:
+    """Of every set with few-shot results these and its zero-shot value."""
+    zero_shot = {row.name: row.values.get("zero_shot") for row in rows(results)}
+    found = [(shots_of(entry), zero_shot.get(name)) for name, entry in sets_of(results)]
+    return [(curve, value) for curve, value in found if curve]
+
+
+def _common(curves: Sequence[Curve]) -> list[int]:
+    """Numbers of shots that all sets have."""
+    return sorted(set.intersection(*(set(curve) for curve, _ in curves)))

@@ -1,0 +1,259 @@
+"""Retrieval and the loss of a whole set, pure functions over features; tiles keep memory linear in the number of pairs.
+
+Shapes: I distinct images, T distinct captions, E distinct pairs of them, D embedding dimension.
+
+Several ranks may divide the captions: each has all images and, of its captions, all pairs. What a rank finds out about
+an image it joins with what the others found, by two functions that it is given: ``highest`` takes the element-wise
+maximum over ranks, ``total`` the sum. Without them a rank is alone.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lit_clip.losses.contrastive import at_least_float32
+
+CAPTIONS, IMAGES = 1024, 4096  # a tile of similarities, 16 MiB in float32
+Join = Callable[[Tensor], Tensor]
+
+
+class Pairs(NamedTuple):
+    """Which caption is which image's, each distinct pair once.
+
+    Attributes:
+        image: int64 ``[E]``, rows of the images' features.
+        text: int64 ``[E]``, rows of the captions' features, ascending.
+        rows: int64 ``[E]``, how many rows of the set are this pair.
+    """
+
+    image: Tensor
+    text: Tensor
+    rows: Tensor
+
+    def to(self, device: torch.device) -> "Pairs":
+        """The same on another device."""
+        return Pairs(*(column.to(device) for column in self))
+
+
+class Ranks(NamedTuple):
+    """How many wrong candidates score at least as high as the best right one, int64, 0 is best.
+
+    A tie counts against the model. Where the right ones score NaN, or there is none, it is the number of candidates.
+
+    Attributes:
+        image: ``[I]``, of each image among all captions.
+        text: ``[T]``, of each of this rank's captions among all images.
+    """
+
+    image: Tensor
+    text: Tensor
+
+
+def alone(local: Tensor) -> Tensor:
+    """What one rank makes of its share: the whole."""
+    return local
+
+
+def _spans(size: int, most: int) -> list[slice]:
+    """``size`` rows in parts of at most ``most``, equal but for one row.
+
+    A part of a single row would be multiplied, and rounded, in another way than the rest.
+    """
+    count = -(-size // most)
+    return [slice(size * i // count, size * (i + 1) // count) for i in range(count)]
+
+
+def _product(text_TD: Tensor, image_ID: Tensor) -> Tensor:
+    with torch.autocast(text_TD.device.type, enabled=False):
+        return at_least_float32(text_TD) @ at_least_float32(image_ID).T
+
+
+def _tiles(image_ID: Tensor, text_TD: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+    """All similarities: rows of captions, rows of images, ``[captions, images]`` float32 or wider."""
+    for texts in _spans(len(text_TD), CAPTIONS):
+        for images in _spans(len(image_ID), IMAGES):
+            yield texts, images, _product(text_TD[texts], image_ID[images])
+
+
+@torch.no_grad()
+def pair_scores(image_ID: Tensor, text_TD: Tensor, pairs: Pairs) -> Tensor:
+    """The similarity of each pair, ``[E]``: bit for bit what it is among all similarities.
+
+    Only tiles with a pair are computed: where a caption stands near its image those are few.
+    """
+    score_E = torch.empty(len(pairs.text), device=text_TD.device, dtype=_product(text_TD[:0], image_ID[:0]).dtype)
+    image_spans = _spans(len(image_ID), IMAGES)
+    starts = torch.tensor([span.start for span in image_spans], device=text_TD.device)
+    for texts in _spans(len(text_TD), CAPTIONS):
+        first, last = torch.searchsorted(pairs.text, pairs.text.new_tensor([texts.start, texts.stop])).tolist()
+        image_e, text_e = pairs.image[first:last], pairs.text[first:last]
+        span_e = torch.searchsorted(starts, image_e, right=True) - 1
+        for number in span_e.unique().tolist():
+            images = image_spans[number]
+            here = (span_e == number).nonzero()[:, 0]
+            tile = _product(text_TD[texts], image_ID[images])
+            score_E[first + here] = tile[text_e[here] - texts.start, image_e[here] - images.start]
+    return score_E
+
+
+def _best(score_E: Tensor, index_E: Tensor, size: int) -> Tensor:
+    """Of each of ``size`` queries the highest score of a pair: NaN counts as infinite, none as -infinite."""
+    best = score_E.new_full((size,), -torch.inf)
+    return best.scatter_reduce_(0, index_E, score_E.nan_to_num(nan=torch.inf, neginf=-torch.inf), "amax")
+
+
+def _wrong_ahead(ahead: Tensor, score_E: Tensor, best: Tensor, index_E: Tensor) -> Tensor:
+    """Take from the candidates that are not below the best right one those that are right themselves."""
+    right_E = ~(score_E < best[index_E])
+    return ahead.index_add_(0, index_E, right_E.to(ahead.dtype), alpha=-1)
+
+
+@torch.no_grad()
+def retrieval_ranks(
+    image_ID: Tensor,
+    text_TD: Tensor,
+    pairs: Pairs,
+    score_E: Tensor,
+    highest: Join = alone,
+    total: Join = alone,
+) -> Ranks:
+    """Search for each image among all captions and for each caption among all images.
+
+    All captions of an image are right for it and all images of a caption are right for that.
+
+    Args:
+        image_ID: unit features of all images.
+        text_TD: unit features of this rank's captions.
+        pairs: those of this rank's captions.
+        score_E: :func:`pair_scores`.
+        highest: element-wise maximum over ranks.
+        total: sum over ranks.
+    """
+    best_I = highest(_best(score_E, pairs.image, len(image_ID)))
+    best_T = _best(score_E, pairs.text, len(text_TD))
+    below_I, below_T = pairs.image.new_zeros(len(image_ID)), pairs.image.new_zeros(len(text_TD))
+    for texts, images, score in _tiles(image_ID, text_TD):
+        below = torch.empty_like(score)  # 0 or 1 in float32: a product counts ten times as fast as a sum of bools
+        below_T[texts] += (torch.lt(score, best_T[texts, None], out=below) @ torch.ones_like(below[0])).long()
+        below_I[images] += (torch.ones_like(below[:, 0]) @ torch.lt(score, best_I[images], out=below)).long()
+    captions = int(total(torch.tensor([len(text_TD)], device=text_TD.device)))
+    wrong_I = total(_wrong_ahead(len(text_TD) - below_I, score_E, best_I, pairs.image))
+    wrong_T = _wrong_ahead(len(image_ID) - below_T, score_E, best_T, pairs.text)
+    return Ranks(wrong_I.masked_fill(best_I.isinf(), captions), wrong_T.masked_fill(best_T.isinf(), len(image_ID)))
+
+
+def recalls(ranks: Tensor, rows: Tensor, candidates: int, ks: Sequence[int]) -> list[float]:
+    """The fraction of queries with a right candidate among the first k, by k.
+
+    Args:
+        ranks: int64 ``[Q]``, one column of :class:`Ranks`.
+        rows: int64 ``[Q]``, how often each query is asked.
+        candidates: how many there are to choose from.
+        ks: the k of recall@k.
+    """
+    return [int(rows[ranks < min(k, candidates)].sum()) / int(rows.sum()) for k in ks]
+
+
+def median_rank(ranks: Tensor, rows: Tensor) -> int:
+    """The place by which half of the queries have met a right candidate, 1 is best; arguments as :func:`recalls`."""
+    order = ranks.argsort()
+    asked = rows[order].cumsum(0)
+    return 1 + int(ranks[order][2 * asked >= asked[-1]][0])
+
+
+def guessing_recalls(pairs: Pairs, ks: Sequence[int]) -> tuple[list[float], list[float]]:
+    """Recall image -> text and text -> image of the best answer that looks at nothing: always the same k candidates.
+
+    With N distinct pairs that is k / N; where captions repeat, naming the common ones gets further.
+
+    Args:
+        pairs: of all ranks.
+        ks: the k of recall@k.
+    """
+    image_E, text_E, rows_E = pairs.to(torch.device("cpu"))
+    images, rows = int(image_E.max()) + 1, int(rows_E.sum())
+    images_of_text = text_E.bincount()
+    rows_of_text = torch.zeros_like(images_of_text).index_add_(0, text_E, rows_E)
+    rows_of_image = rows_E.new_zeros(images)
+    rows_of_image.index_add_(0, image_E, rows_of_text[text_E])  # how many captions an image is right for
+    # A second image with the same caption gains nothing: of each caption count the best image.
+    best_image = torch.zeros_like(rows_of_text).scatter_reduce_(0, text_E, rows_of_image[image_E], "amax")
+
+    def best(gains: Tensor, queries: int) -> list[float]:
+        return [min(1.0, float(gains.sort(descending=True).values[:k].sum()) / queries) for k in ks]
+
+    return best(images_of_text, images), best(best_image, rows)
+
+
+class _LogSumExp:
+    """``log(sum(weight * exp(logit)))`` of many queries, candidates coming tile by tile.
+
+    Sums are in float64 (MPS has none): what a set's loss is must not depend on how it is cut into tiles.
+    """
+
+    def __init__(self, size: int, like: Tensor) -> None:
+        self.peak = like.new_full((size,), -torch.inf)
+        self.sum = torch.zeros(size, device=like.device, dtype=like.dtype if like.is_mps else torch.float64)
+
+    def add(self, queries: slice, logits: Tensor, weights: Tensor) -> None:
+        """Logits ``[queries, candidates]``, weights ``[candidates]``."""
+        old = self.peak[queries]
+        peak = torch.maximum(old, logits.amax(dim=1))
+        added = (logits - peak[:, None]).exp_() @ weights.to(logits.dtype)
+        self.sum[queries] = self.sum[queries] * (old - peak).exp() + added
+        self.peak[queries] = peak
+
+    def value(self, highest: Join = alone, total: Join = alone) -> Tensor:
+        """``[size]``, over all ranks' candidates."""
+        peak = highest(self.peak)
+        return peak + total(self.sum * (self.peak - peak).exp()).log()
+
+
+@torch.no_grad()
+def whole_set_loss(
+    image_ID: Tensor,
+    text_TD: Tensor,
+    pairs: Pairs,
+    score_E: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    highest: Join = alone,
+    total: Join = alone,
+) -> float:
+    """The loss that is trained with, of one batch that holds all N rows of the set, each row right for itself alone.
+
+    Rows with the same image and caption give the same similarities, so those are computed once and weighted.
+
+    Args:
+        image_ID: unit features of all images.
+        text_TD: unit features of this rank's captions.
+        pairs: those of this rank's captions.
+        score_E: :func:`pair_scores`.
+        scale: inverse temperature, ``exp(logit_scale)``.
+        bias: ``logit_bias``; with it the loss is the sigmoid one, without it the contrastive one.
+        highest: element-wise maximum over ranks.
+        total: sum over ranks.
+    """
+    rows_I = total(pairs.rows.new_zeros(len(image_ID)).index_add_(0, pairs.image, pairs.rows))
+    rows_T = pairs.rows.new_zeros(len(text_TD)).index_add_(0, pairs.text, pairs.rows)
+    scale = scale.to(score_E.dtype)
+    if bias is None:
+        image, text = _LogSumExp(len(image_ID), score_E), _LogSumExp(len(text_TD), score_E)
+        for texts, images, score in _tiles(image_ID, text_TD):
+            logits = scale * score
+            text.add(texts, logits, rows_I[images])
+            image.add(images, logits.T, rows_T[texts])
+        of_texts = (rows_T * text.value()).sum() - 2 * (pairs.rows * (scale * score_E)).to(text.sum.dtype).sum()
+        loss = (total(of_texts) + (rows_I * image.value(highest, total)).sum()) / 2
+    else:
+        bias = bias.to(score_E.dtype)
+        losses = torch.zeros_like(_LogSumExp(1, score_E).sum)[0]
+        losses -= (pairs.rows * (scale * score_E + bias)).sum()
+        for texts, images, score in _tiles(image_ID, text_TD):
+            no = -F.logsigmoid(-(scale * score + bias))  # of a pair that is none; a right one's is this less the logit
+            losses += (rows_T[texts] * (no @ rows_I[images].to(no.dtype)).to(losses.dtype)).sum()
+        loss = total(losses)
+    return float(loss / rows_I.sum())

@@ -1,0 +1,132 @@
+"""The losses, each defined once, as pure functions.
+
+:mod:`lit_clip.losses.tiled` computes the same without ever holding a matrix of similarities.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Duplicates = Literal["negatives", "positives", "ignored"]
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precisions widened, others as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def unit(features: Tensor) -> Tensor:
+    """``[..., D]`` at unit length, float32 or wider: in bfloat16 a length is off by up to 0.4%."""
+    return F.normalize(at_least_float32(features), dim=-1)
+
+
+def contrastive_loss(
+    image_BD: Tensor,
+    text_BD: Tensor,
+    all_image_ND: Tensor,
+    all_text_ND: Tensor,
+    scale: Tensor,
+    first_row: int = 0,
+    same_BN: Tensor | None = None,
+    duplicates: Duplicates = "negatives",
+) -> Tensor:
+    """The symmetric softmax loss (InfoNCE; paper, figure 3) of one rank's pairs among all ranks' pairs.
+
+    The mean over ranks that hold equally many pairs is the loss of the whole batch, and so is its gradient if
+    ``all_image_ND`` and ``all_text_ND`` carry gradients back to their ranks (:func:`lit_clip.distributed.gather`).
+    With one rank, pass the local features twice.
+
+    Args:
+        image_BD: this rank's image features, unit length.
+        text_BD: their captions' features, unit length.
+        all_image_ND: every rank's image features in rank order.
+        all_text_ND: every rank's text features in the same order.
+        scale: inverse temperature, ``exp(logit_scale)``.
+        first_row: where this rank's pairs begin among all; ``rank * B`` for equal ranks.
+        same_BN: bool, which pairs say the same as which (each the same as itself); None: none but themselves.
+        duplicates: what those are to each other. ``negatives``: wrong answers, as in the paper. ``positives``: right
+            ones, each with an equal share of the target (the "out" form of Khosla et al. 2020, equation 2).
+            ``ignored``: no answers.
+
+    Returns:
+        A scalar: half the sum of the cross-entropies image -> text and text -> image, float32 or wider.
+    """
+    with torch.autocast(image_BD.device.type, enabled=False):  # the exponentials need more than 8 or 11 bits
+        image_BD, text_BD, all_image_ND, all_text_ND = map(
+            at_least_float32, (image_BD, text_BD, all_image_ND, all_text_ND)
+        )
+        target_BN = torch.zeros(len(image_BD), len(all_text_ND), dtype=torch.bool, device=image_BD.device)
+        target_BN.diagonal(first_row).fill_(True)
+        total = image_BD.new_zeros(())
+        for query_BD, candidate_ND in ((image_BD, all_text_ND), (text_BD, all_image_ND)):
+            logits_BN = scale * query_BD @ candidate_ND.T
+            if same_BN is not None and duplicates == "ignored":
+                logits_BN = logits_BN.masked_fill(same_BN & ~target_BN, -torch.inf)
+            right_BN = same_BN if same_BN is not None and duplicates == "positives" else target_BN
+            right_B = logits_BN.masked_fill(~right_BN, 0).sum(dim=1) / right_BN.sum(dim=1)
+            total = total + (logits_BN.logsumexp(dim=1) - right_B).mean()
+        return total / 2
+
+
+def sigmoid_loss(
+    image_BD: Tensor,
+    all_text_ND: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    first_row: int = 0,
+    same_BN: Tensor | None = None,
+    duplicates: Duplicates = "negatives",
+) -> Tensor:
+    """The sigmoid loss of SigLIP (Zhai et al. 2023, equation 1) of one rank's images with all ranks' texts.
+
+    Each image with each text is a question of its own: do they belong together? As with :func:`contrastive_loss` the
+    mean over ranks is the loss of the whole batch, and so is its gradient.
+
+    Args:
+        image_BD: this rank's image features, unit length.
+        all_text_ND: every rank's text features in rank order, unit length.
+        scale: inverse temperature, ``exp(logit_scale)``.
+        bias: ``logit_bias``.
+        first_row: where this rank's pairs begin among all.
+        same_BN: see :func:`contrastive_loss`.
+        duplicates: likewise: the answer is no, the answer is yes, or the question is not asked.
+
+    Returns:
+        A scalar: the cross-entropies of B x N questions, summed and divided by B, float32 or wider.
+    """
+    with torch.autocast(image_BD.device.type, enabled=False):
+        image_BD, all_text_ND = at_least_float32(image_BD), at_least_float32(all_text_ND)
+        logits_BN = scale * image_BD @ all_text_ND.T + bias
+        target_BN, asked_BN = torch.zeros_like(logits_BN), None
+        target_BN.diagonal(first_row).fill_(1)
+        if same_BN is not None and duplicates == "positives":
+            target_BN = same_BN.to(logits_BN.dtype)
+        elif same_BN is not None and duplicates == "ignored":
+            asked_BN = torch.where(same_BN, target_BN, 1)
+        total = F.binary_cross_entropy_with_logits(logits_BN, target_BN, asked_BN, reduction="sum")
+        return total / len(image_BD)
+
+
+def two_way_logits(
+    image_BD: Tensor, text_BD: Tensor, all_image_ND: Tensor, all_text_ND: Tensor, scale: Tensor
+) -> Tensor:
+    """``[2B, N]``: the images' logits among all texts, then the texts' among all images, float32 or wider."""
+    with torch.autocast(image_BD.device.type, enabled=False):
+        image_BD, text_BD, all_image_ND, all_text_ND = map(
+            at_least_float32, (image_BD, text_BD, all_image_ND, all_text_ND)
+        )
+        return scale * torch.cat([image_BD @ all_text_ND.T, text_BD @ all_image_ND.T])
+
+
+def distillation_loss(student_QN: Tensor, teacher_QN: Tensor) -> Tensor:
+    """The mean cross-entropy between the teacher's and the student's choice among N candidates: a scalar.
+
+    As in open_clip; the mean over ranks is again the loss of the whole batch.
+
+    Args:
+        student_QN: logits of Q queries, :func:`two_way_logits`.
+        teacher_QN: the teacher's logits of the same.
+    """
+    return F.cross_entropy(student_QN, teacher_QN.softmax(dim=1).to(student_QN.dtype))

@@ -1,0 +1,186 @@
+"""CLIP: two encoders, one embedding space, one temperature.
+
+The state dict has OpenAI's own key names. Shapes: B batch, L tokens, W width, D embedding dimension.
+"""
+
+import math
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from lit_clip.errors import InputError, require
+from lit_clip.losses.contrastive import unit
+from lit_clip.models import preprocess as pp
+from lit_clip.models.config import (
+    CLIPConfig,
+    HuggingFaceTextConfig,
+    ResNetConfig,
+    TextTransformerConfig,
+    VisionTransformerConfig,
+)
+from lit_clip.models.resnet import ModifiedResNet
+from lit_clip.models.tokenizer import EOT_ID, TextTokenizer, Tokenize
+from lit_clip.models.transformer import TextTransformer, VisionTransformer
+
+if TYPE_CHECKING:
+    from lit_clip.models.external import TimmImageEncoder
+
+INITIAL_LOGIT_SCALE = math.log(1 / 0.07)  # paper, section 2.5
+MAX_LOGIT_SCALE = math.log(100)  # paper, section 2.5: "clipped to prevent scaling the logits by more than 100"
+SIGLIP_LOGIT_SCALE, SIGLIP_LOGIT_BIAS = math.log(10), -10.0  # Zhai et al. 2023, section 3.2
+
+
+class CLIP(TextTransformer):
+    """Image and text encoders of the paper, of SigLIP, or of other libraries.
+
+    OpenAI's models have the text encoder's parts beside ``visual``, so a CLIP is a text transformer itself; any other
+    text encoder is the module ``text``. :attr:`text_encoder` is whichever has the parts.
+
+    Args:
+        config: the architecture.
+        tokenizer: None: the one that the architecture names, read from its source when first asked for.
+
+    Attributes:
+        config: the architecture.
+        preprocessing: what :meth:`preprocess` does to a picture.
+        logit_scale: log of the inverse temperature, a scalar parameter.
+        logit_bias: added to the logits by the sigmoid loss, a scalar parameter; None if the architecture has none.
+    """
+
+    def __init__(self, config: CLIPConfig, tokenizer: TextTokenizer | None = None) -> None:
+        nn.Module.__init__(self)  # of the text transformer's parts only those that this architecture has
+        self.config = config
+        assert config.preprocessing is not None  # __post_init__ has seen to it
+        self.preprocessing = config.preprocessing
+        self.visual = _image_encoder(config)
+        if config.papers_layout:
+            assert isinstance(config.text, TextTransformerConfig)
+            self.add_text(config.text, config.embed_dim, config.activation)
+        else:
+            self.text = _text_encoder(config)
+        self.logit_scale = nn.Parameter(torch.tensor(SIGLIP_LOGIT_SCALE if config.logit_bias else INITIAL_LOGIT_SCALE))
+        self.logit_bias = nn.Parameter(torch.tensor(SIGLIP_LOGIT_BIAS)) if config.logit_bias else None
+        self._tokenizer = tokenizer
+
+    @property
+    def text_encoder(self) -> nn.Module:
+        """The module that has the text encoder's parts: this one, or ``text``."""
+        return self if self.config.papers_layout else self.text
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens a caption may have."""
+        return self.config.text.context_length
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.logit_scale.device
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """A picture -> float32 ``[3, H, W]``, as :meth:`encode_image` wants it."""
+        return pp.image_transform(self.preprocessing)(image)
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """What this model reads its texts with, as an object that data workers can be sent."""
+        if self._tokenizer is None:
+            text = self.config.text
+            whole, vocab_size = False, sys.maxsize
+            if isinstance(text, TextTransformerConfig):
+                whole, vocab_size = not text.causal, text.vocab_size
+            elif text.model and text.model.get("vocab_size"):
+                vocab_size = text.model["vocab_size"]
+            if text.tokenizer is None:
+                require(
+                    vocab_size > EOT_ID,
+                    f"architecture.text: vocab_size {vocab_size} is too small for CLIP's {EOT_ID + 1} tokens",
+                )
+                self._tokenizer = Tokenize(self.context_length)
+            else:
+                from lit_clip.models.hf_tokenizer import from_source  # transformers takes seconds to import
+
+                self._tokenizer = from_source(text.tokenizer, self.context_length, whole, vocab_size)
+        return self._tokenizer
+
+    def tokenize(self, texts: str | Sequence[str]) -> Tensor:
+        """Texts -> int64 ``[N, context_length]``; longer ones are cut."""
+        return self.tokenizer(texts)
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """uint8 ``[B, 3, H, W]`` of a batch -> float in the weights' precision, as :meth:`encode_image` wants it."""
+        # While FSDP has put weights together they are no parameters of their modules.
+        dtype = next((parameter.dtype for parameter in self.visual.parameters()), self.logit_scale.dtype)
+        return pp.normalize(images, self.preprocessing).to(dtype)
+
+    def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
+        """Float, normalised ``[B, 3, H, W]`` -> ``[B, D]``, of unit length if ``normalize``."""
+        features = self.visual(images)
+        return unit(features) if normalize else features
+
+    def image_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Float, normalised ``[B, 3, H, W]`` -> features before the projection and after it, ``[B, D]``.
+
+        The paper's linear probes (appendix A.3) use those before: ``[B, W]`` of a ViT. A ResNet's projection is inside
+        of its attention pooling, so both are the same there.
+        """
+        tower = self.visual
+        if isinstance(tower, ModifiedResNet):
+            features = tower(images)
+            return features, features
+        features = tower.features(images)
+        return features, tower.project(features)
+
+    def encode_text(
+        self, tokens: Tensor, normalize: bool = False, lengths: Sequence[int] | Tensor | None = None
+    ) -> Tensor:
+        """int64 ``[B, L]``, ``L`` at most the context length -> ``[B, D]``, of unit length if ``normalize``.
+
+        Padding changes nothing, and costs nothing where the texts' lengths are known: on a CPU always, on a device that
+        should not be waited for if ``lengths`` tells them (``tokenizer.lengths``). Otherwise leave columns that no text
+        needs out (``tokenizer.trim``).
+        """
+        if tokens.shape[1] > self.context_length:
+            raise InputError(
+                f"texts have {tokens.shape[1]} tokens, the model reads {self.context_length}; tokenize for it"
+            )
+        if isinstance(lengths, Tensor):
+            lengths = lengths.tolist()
+        if self.config.papers_layout:
+            if self.config.text.tokenizer is not None:
+                lengths = None  # another tokenizer's may go on behind the id that the encoder takes for the end
+            features = self.read_text(tokens, lengths)
+        else:
+            features = self.text(tokens, lengths)
+        return unit(features) if normalize else features
+
+    @torch.no_grad()
+    def clamp_logit_scale(self) -> None:
+        """Keep the logits' scale between 1 and 100; call it after every optimiser step.
+
+        The sigmoid loss has no such bound: published SigLIP models have scales above 100.
+        """
+        if self.logit_bias is None:
+            self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+
+
+def _image_encoder(config: CLIPConfig) -> "VisionTransformer | ModifiedResNet | TimmImageEncoder":
+    if isinstance(config.image, VisionTransformerConfig):
+        return VisionTransformer(config.image, config.embed_dim, config.activation)
+    if isinstance(config.image, ResNetConfig):
+        return ModifiedResNet(config.image, config.embed_dim)
+    from lit_clip.models.external import TimmImageEncoder  # timm takes seconds to import
+
+    return TimmImageEncoder(config.image, config.embed_dim)
+
+
+def _text_encoder(config: CLIPConfig) -> nn.Module:
+    if isinstance(config.text, HuggingFaceTextConfig):
+        from lit_clip.models.external import HuggingFaceTextEncoder  # transformers takes seconds to import
+
+        return HuggingFaceTextEncoder(config.text, config.embed_dim)
+    return TextTransformer(config.text, config.embed_dim, config.activation)

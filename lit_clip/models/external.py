@@ -1,0 +1,336 @@
+"""Encoders of other libraries: any image model of timm, any text encoder of Hugging Face's transformers.
+
+Both libraries are imported when a tower is made; the paper's models do without.
+Shapes: B batch, L tokens, W width, D embedding dimension.
+"""
+
+import json
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_clip.errors import InputError
+from lit_clip.models.config import HuggingFaceTextConfig, Preprocessing, TimmConfig, height_width
+from lit_clip.models.packing import length_groups, to_device
+from lit_clip.models.transformer import check_images, is_traced, rounded
+from lit_clip.tools.weight_files import read_tensors
+
+
+def projection(width: int, embed_dim: int, kind: Literal["linear", "mlp", "none"], bias: bool, name: str) -> nn.Module:
+    """From a tower's features to the embedding."""
+    if kind == "linear":
+        return nn.Linear(width, embed_dim, bias=bias)
+    if kind == "mlp":
+        hidden = (width + embed_dim) // 2
+        return nn.Sequential(nn.Linear(width, hidden, bias=bias), nn.GELU(), nn.Linear(hidden, embed_dim, bias=bias))
+    if width != embed_dim:
+        raise InputError(f"architecture: {name} gives {width} features and embed_dim is {embed_dim}; add a projection")
+    return nn.Identity()
+
+
+def _timm_cfg(name: str) -> Any:
+    """What timm says of a model's weights, or of the model itself: its data config is in it."""
+    import timm
+
+    bare, _, tag = name.partition(".")
+    if not timm.is_model(bare):
+        names = timm.list_models()
+        near = timm.list_models(f"*{bare}*")[:5] or get_close_matches(bare, names, n=5)
+        hint = f"near: {', '.join(near)}" if near else f"it has {len(names)}, see timm.list_models()"
+        raise InputError(f"architecture.image: timm has no model {name!r}; {hint}")
+    if tag and not timm.is_model_pretrained(name):
+        known = ", ".join(timm.list_pretrained(f"{bare}.*")) or "none, leave it out"
+        raise InputError(f"architecture.image: timm's {bare} has no weights {tag!r}; known: {known}")
+    return timm.get_pretrained_cfg(name) or timm.create_model(name, pretrained=False).pretrained_cfg
+
+
+def timm_preprocessing(config: TimmConfig) -> Preprocessing:
+    """What timm's data config says of a model, at the configured size."""
+    from timm.data import resolve_data_config  # pyright: ignore[reportPrivateImportUsage]  # timm's documented home
+
+    cfg = _timm_cfg(config.timm)
+    data = resolve_data_config({}, pretrained_cfg=cfg if isinstance(cfg, dict) else cfg.to_dict())
+    size = config.image_size or cast(tuple[int, int], tuple(data["input_size"][1:]))
+    interpolation, mode = data["interpolation"], data["crop_mode"]
+    if interpolation not in ("bicubic", "bilinear") or mode not in ("center", "squash"):
+        raise InputError(
+            f"architecture.image: timm's {config.timm} wants {interpolation} {mode} pictures; lit-clip has none"
+        )
+    return Preprocessing(
+        image_size=size,
+        mean=data["mean"],
+        std=data["std"],
+        interpolation=interpolation,
+        resize_mode="squash" if mode == "squash" else "shortest",
+        crop_pct=data["crop_pct"],
+    )
+
+
+class TimmImageEncoder(nn.Module):
+    """A model of timm without its classifier (``trunk``) and a projection (``head``), as open_clip names them."""
+
+    def __init__(self, config: TimmConfig, embed_dim: int) -> None:
+        super().__init__()
+        assert config.image_size is not None  # CLIPConfig has filled it in
+        self.image_size = config.image_size
+        self.trunk = _trunk(config, classes=embed_dim if config.projection == "classifier" else 0)
+        parts: OrderedDict[str, nn.Module] = OrderedDict()
+        features = int(cast(Any, self.trunk).head_hidden_size or cast(Any, self.trunk).num_features)
+        if config.projection == "linear":
+            parts["proj"] = projection(features, embed_dim, "linear", config.projection_bias, config.timm)
+        elif config.projection == "mlp":
+            from timm.layers import Mlp  # pyright: ignore[reportPrivateImportUsage]  # timm's documented home
+
+            parts["mlp"] = Mlp(features, 2 * embed_dim, embed_dim, bias=(True, config.projection_bias))
+        elif config.projection == "none":
+            projection(features, embed_dim, "none", False, config.timm)  # the widths must agree
+        self.head = nn.Sequential(parts)
+
+    def features(self, images: Tensor) -> Tensor:
+        """``[B, 3, H, W]`` float, normalised -> what is projected, of timm's own width."""
+        check_images(images, self.image_size)
+        return self.trunk(images)
+
+    def project(self, features: Tensor) -> Tensor:
+        """What :meth:`features` gives -> ``[B, D]``."""
+        return self.head(features)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``[B, 3, H, W]`` float, normalised -> ``[B, D]``."""
+        return self.project(self.features(images))
+
+
+def _trunk(config: TimmConfig, classes: int) -> nn.Module:
+    """A model of timm with its weights.
+
+    Raises:
+        InputError: timm does not make it so: the pooling, the size or an option is not one of that model's, or its
+            weights cannot be had.
+    """
+    import timm
+
+    assert config.image_size is not None
+    cfg, size = _timm_cfg(config.timm), height_width(config.image_size)
+    options = dict(config.options)
+    # As open_clip does: changed afterwards, a model keeps its norm, and so the names of its published weights; but
+    # attention pooling cannot be added then, and the classifier of some models depends on the pooling.
+    pooled_later = config.pool is not None and config.pool != "map" and config.projection in ("linear", "mlp")
+    if config.pool is not None and not pooled_later:
+        options["global_pool"] = config.pool
+    if cfg.fixed_input_size:  # a vision transformer: its position embedding has that size
+        options["img_size"] = size
+    try:
+        trunk = timm.create_model(config.timm, config.pretrained is True, num_classes=classes, **options)
+        if pooled_later:
+            cast(Any, trunk).reset_classifier(0, global_pool=config.pool)
+        if size != tuple(cfg.input_size[1:]):
+            _try_size(trunk, size)
+    except Exception as error:  # whatever several hundred models raise: TypeError, AssertionError, OSError, ...
+        settings = ", ".join(f"{key} {value}" for key, value in {"image_size": config.image_size, **options}.items())
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"architecture.image: timm does not make {config.timm} with {settings}: {reason}") from error
+    if isinstance(config.pretrained, str):
+        load_timm_file(trunk, config.timm, config.pretrained)
+    return trunk
+
+
+@torch.no_grad()
+def _try_size(trunk: nn.Module, size: tuple[int, int]) -> None:
+    """Some models are made at any size, and fail at the first picture of another than their own."""
+    if next(trunk.parameters()).is_meta:
+        return  # weights of a model that has been made before
+    trunk.eval()(torch.zeros(1, 3, *size))
+    trunk.train()
+
+
+def load_timm_file(trunk: nn.Module, name: str, path: str) -> None:
+    """Copy a file of timm's weights, or of another library's same model with other names, into a trunk.
+
+    Weights of another image size are resized as timm does it. Names that differ are matched by order, if every
+    tensor's shape and the last part of its name agree. The file's classifier is left out; a trunk that has one of its
+    own keeps it as it is.
+
+    Raises:
+        InputError: the file is not of that model.
+    """
+    theirs, state = read_tensors(Path(path)), trunk.state_dict()
+    classifiers = cast(Any, trunk).pretrained_cfg.get("classifier") or ()
+    classifiers = tuple(f"{part}." for part in ((classifiers,) if isinstance(classifiers, str) else classifiers))
+    ours = {key: value for key, value in state.items() if not key.startswith(classifiers)}
+    if ours.keys() <= theirs.keys():
+        theirs = {key: value for key, value in theirs.items() if not key.startswith(classifiers)}
+        parts = {key.partition(".")[0] for key in ours}
+        more = [key for key in theirs if key not in ours and key.partition(".")[0] in parts]
+        if more:
+            raise InputError(f"{path}: not weights of timm's {name}: {more[0]} is absent here")
+        theirs = resized_trunk(theirs, trunk, "")
+    else:
+        theirs = _by_order(theirs, ours, f"{path}: not weights of timm's {name}")
+    for key, value in ours.items():
+        if theirs[key].shape != value.shape:
+            raise InputError(
+                f"{path}: not weights of timm's {name}: {key} is {tuple(theirs[key].shape)} there and "
+                f"{tuple(value.shape)} here"
+            )
+    trunk.load_state_dict({**state, **{key: theirs[key] for key in ours}})
+
+
+def _by_order(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], refusal: str) -> dict[str, Tensor]:
+    """Tensors under our names; behind ours there may be a classifier's weight and bias."""
+    pairs = list(zip(ours, theirs, strict=False))
+    endings = all(a.rpartition(".")[2] == b.rpartition(".")[2] for a, b in pairs)
+    if not endings or not len(ours) <= len(theirs) <= len(ours) + 2:
+        raise InputError(f"{refusal}: {min(ours.keys() - theirs.keys())} is absent there")
+    return {a: theirs[b] for a, b in pairs}
+
+
+def hugging_face_config(source: str) -> dict[str, Any]:
+    """The configuration of an encoder, as plain values.
+
+    Raises:
+        InputError: nothing of that name, or not a text encoder.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"architecture.text: no Hugging Face model at {source!r} ({one_line(error)})") from error
+    if hasattr(config, "vision_config"):
+        raise InputError(f"architecture.text: {source} reads images and texts; open it as a whole with load_model")
+    if getattr(config, "pad_token_id", None) is None:
+        raise InputError(f"architecture.text: {source} has no padding token, without which texts cannot be told apart")
+    return json.loads(config.to_json_string(use_diff=False))
+
+
+def one_line(error: Exception) -> str:
+    """The first line of what transformers says, which may go on for a page."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _encoder(config: HuggingFaceTextConfig) -> nn.Module:
+    from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding
+
+    assert config.model is not None  # CLIPConfig has filled it in
+    values = dict(config.model)
+    hf_config: Any = AutoConfig.for_model(values.pop("model_type"), **values)
+    kinds = AutoModelForTextEncoding._model_mapping  # pyright: ignore[reportAttributeAccessIssue]  # no public lookup
+    auto: Any = AutoModelForTextEncoding if type(hf_config) in kinds else AutoModel
+    two_halves = hf_config.is_encoder_decoder
+    if config.pretrained:
+        model = _pretrained(auto, config, hf_config)
+    else:
+        model = auto.from_config(hf_config, dtype=torch.float32, trust_remote_code=False)
+    return model.get_encoder() if two_halves else model
+
+
+def _pretrained(auto: Any, config: HuggingFaceTextConfig, hf_config: Any) -> Any:
+    """A model with the weights of its source, all of them and nothing made up."""
+    where = f"architecture.text: {config.hugging_face}"
+    try:  # in float32, whatever they are stored in
+        model, loaded = auto.from_pretrained(
+            config.hugging_face,
+            config=hf_config,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except Exception as error:  # whatever reading a damaged or foreign file raises
+        raise InputError(f"{where}: no weights of that model there ({one_line(error)})") from error
+    absent = sorted(key for key in loaded["missing_keys"] if config.pooling == "pooler" or "pooler" not in key)
+    if absent:
+        raise InputError(f"{where}: its weights lack {absent[0]}, which would be random")
+    return model
+
+
+def _positions(model: Any) -> int | None:
+    """Most tokens that a model has positions for; None if it counts distances."""
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is None or longest < 0:  # T5 has no such entry, XLNet says -1
+        return None
+    table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
+    padding = getattr(table, "padding_idx", None)
+    # RoBERTa and its kin count from behind the padding's id.
+    return longest if padding is None else longest - padding - 1
+
+
+class HuggingFaceTextEncoder(nn.Module):
+    """A text encoder of transformers (``transformer``), pooling without padding, and a projection (``proj``).
+
+    Attributes:
+        in_groups: whether texts of like length are encoded together.
+        few_lengths: whether batches are padded to one of a few lengths instead.
+    """
+
+    def __init__(self, config: HuggingFaceTextConfig, embed_dim: int) -> None:
+        super().__init__()
+        model: Any = _encoder(config)
+        self.transformer = model
+        self.pooling, self.pad_id = config.pooling, int(model.config.pad_token_id)
+        self.in_groups = True  # False processes must call the blocks equally often
+        self.few_lengths = False
+        self.context_length = config.context_length
+        longest = _positions(model)
+        if longest is not None and config.context_length > longest:
+            raise InputError(
+                f"architecture.text: context_length {config.context_length} is more than the {longest} positions of "
+                f"{config.hugging_face}"
+            )
+        if config.pooling == "pooler" and getattr(model, "pooler", None) is None:
+            raise InputError(f"architecture.text: {config.hugging_face} has no pooler; choose another pooling")
+        if config.pooling != "pooler" and getattr(model, "pooler", None) is not None:
+            model.pooler = None  # weights that nothing would train
+        self.proj = projection(int(model.config.hidden_size), embed_dim, config.projection, False, config.hugging_face)
+
+    def forward(self, tokens: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+        """int64 ``[B, L]`` -> ``[B, D]``; padding changes nothing.
+
+        Texts of like length are encoded together if that saves padding, where lengths are given or can be had without
+        waiting for a device.
+        """
+        if is_traced() or not len(tokens):
+            return self._encode(tokens)
+        if self.few_lengths:
+            columns = rounded(tokens.shape[1], self.context_length) - tokens.shape[1]
+            return self._encode(F.pad(tokens, (0, columns), value=self.pad_id))
+        if not self.in_groups or not (lengths or tokens.device.type == "cpu"):
+            return self._encode(tokens)
+        columns = torch.arange(1, tokens.shape[1] + 1)
+        lengths = lengths or ((tokens != self.pad_id) * columns).amax(dim=1).clamp(min=1).tolist()
+        groups = length_groups(lengths)
+        if len(groups) == 1:
+            return self._encode(tokens[:, : max(lengths)])
+        features = []
+        for group in groups:
+            longest = max(lengths[row] for row in group.tolist())
+            features.append(self._encode(tokens[:, :longest].index_select(0, to_device(group, tokens.device))))
+        return torch.cat(features).index_select(0, to_device(torch.cat(groups).argsort(), tokens.device))
+
+    def _encode(self, tokens: Tensor) -> Tensor:
+        mask = (tokens != self.pad_id).long()  # [B, L]
+        mask[:, 0] = 1  # of an empty text some tokenizers leave padding only
+        out = self.transformer(input_ids=tokens, attention_mask=mask)
+        if self.pooling == "pooler":
+            return self.proj(out.pooler_output)
+        x = out.last_hidden_state  # [B, L, W]
+        if self.pooling == "mean":
+            weights = mask[:, :, None].to(x.dtype)
+            return self.proj((x * weights).sum(dim=1) / weights.sum(dim=1))
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        index = (positions * mask).argmax(dim=1) if self.pooling == "last" else torch.zeros_like(mask[:, 0])
+        return self.proj(x[torch.arange(x.shape[0], device=x.device), index])
+
+
+def resized_trunk(state: Mapping[str, Tensor], trunk: nn.Module, prefix: str) -> dict[str, Tensor]:
+    """A timm trunk's weights for another image size, by timm's own rule for that model."""
+    filter_weights = getattr(__import__(type(trunk).__module__, fromlist=["_"]), "checkpoint_filter_fn", None)
+    inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    filtered = filter_weights(inside, trunk) if filter_weights else inside
+    return {**state, **{prefix + key: value for key, value in filtered.items()}}

@@ -1,0 +1,221 @@
+"""open_clip's model configurations, as far as they describe models of ours."""
+
+import importlib.util
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from lit_clip.errors import InputError
+from lit_clip.models.config import (
+    Activation,
+    CLIPConfig,
+    HuggingFaceTextConfig,
+    HuggingFaceTokenizer,
+    ImageConfig,
+    Preprocessing,
+    ResNetConfig,
+    TextConfig,
+    TextTransformerConfig,
+    TimmConfig,
+    VisionTransformerConfig,
+)
+
+# What open_clip's configurations say by default, or say of training only.
+_NEUTRAL = {
+    "custom_text": (True, False),
+    "multimodal_cfg": (None,),
+    "init_logit_scale": None,
+    "timm_model_pretrained": None,
+    "timm_drop": None,
+    "timm_drop_path": None,
+    "patch_dropout": None,
+    "patch_size": None,
+    "hf_model_pretrained": None,
+    "hf_tokenizer_name": None,
+    "output_tokens": None,
+    "pos_embed_type": ("learnable",),
+    "embed_cls": (False,),
+    "pad_id": None,
+    "eos_id": None,
+    "final_ln_after_pool": (False,),
+    "attentional_pool": (False,),
+    "no_ln_pre": (False,),
+    "ls_init_value": (None,),
+    "tokenizer_mode": (None, ""),
+}
+
+
+class _Reader:
+    """A dictionary whose every entry must be asked for, or be one that changes nothing."""
+
+    def __init__(self, values: Mapping[str, Any], name: str) -> None:
+        self.values, self.name = dict(values), name
+
+    def take(self, key: str, default: Any = None) -> Any:
+        return self.values.pop(key, default)
+
+    def refuse(self, key: str, value: Any) -> InputError:
+        return InputError(f"{self.name}: {key} {value!r} is not a kind of model that lit-clip has")
+
+    def done(self) -> None:
+        for key, value in self.values.items():
+            allowed = _NEUTRAL.get(key, ())
+            if allowed is not None and value not in allowed:
+                raise self.refuse(key, value)
+
+
+def configs_folder() -> Path | None:
+    """Where the installed ``open-clip-torch`` keeps its configurations; the package is not imported."""
+    spec = importlib.util.find_spec("open_clip")
+    places = spec.submodule_search_locations if spec else None
+    return Path(places[0]) / "model_configs" if places else None
+
+
+@lru_cache(maxsize=1)
+def open_clip_names() -> tuple[str, ...]:
+    """Every name that open_clip has a configuration for."""
+    folder = configs_folder()
+    return tuple(sorted(path.stem for path in folder.glob("*.json"))) if folder else ()
+
+
+def named(name: str) -> CLIPConfig:
+    """The architecture behind a name of :func:`open_clip_names`.
+
+    Raises:
+        InputError: a kind of model that lit-clip does not have.
+    """
+    folder = configs_folder()
+    assert folder is not None
+    return from_open_clip(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")), None, name)
+
+
+def from_open_clip(model: Mapping[str, Any], preprocess: Mapping[str, Any] | None, name: str) -> CLIPConfig:
+    """``open_clip_config.json``'s two halves as ours.
+
+    Args:
+        model: ``model_cfg``.
+        preprocess: ``preprocess_cfg``; None: open_clip's default for that kind of model.
+        name: where it comes from, for messages.
+
+    Raises:
+        InputError: a kind of model that lit-clip does not have, named.
+    """
+    top = _Reader(model, name)
+    activation: Activation = "quick_gelu" if top.take("quick_gelu", False) else "gelu"
+    embed_dim, bias = top.take("embed_dim"), top.take("init_logit_bias") is not None
+    vision, text = _Reader(top.take("vision_cfg", {}), name), _Reader(top.take("text_cfg", {}), name)
+    tanh = [(tower.take("act_kwargs") or {}).get("approximate") == "tanh" for tower in (vision, text)]
+    if tanh[1] and (tanh[0] or vision.values.get("timm_model_name")):
+        activation = "gelu_tanh"  # beside an encoder of timm's it holds for the text encoder alone
+    elif any(tanh):
+        raise vision.refuse("act_kwargs", "of one encoder")
+    top.done()
+    try:
+        return CLIPConfig(
+            embed_dim=embed_dim,
+            image=_image(vision),
+            text=_text(text),
+            activation=activation,
+            preprocessing=_preprocessing(preprocess, model["vision_cfg"], bias),
+            logit_bias=bias,
+        )
+    except (TypeError, KeyError) as error:
+        raise InputError(f"{name}: not a configuration of open_clip's ({error})") from error
+
+
+def _preprocessing(values: Mapping[str, Any] | None, vision: Mapping[str, Any], siglip: bool) -> Preprocessing:
+    size = vision.get("image_size", 224)
+    if values is None:
+        return (
+            Preprocessing(size, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), resize_mode="squash")
+            if siglip
+            else Preprocessing(size)
+        )
+    default = Preprocessing(size)
+    mode = values.get("resize_mode") or "shortest"
+    interpolation = values.get("interpolation") or "bicubic"
+    if mode not in ("shortest", "squash") or interpolation not in ("bicubic", "bilinear"):
+        raise InputError(
+            f"preprocess_cfg: resize_mode {mode!r} with interpolation {interpolation!r} is not one of ours"
+        )
+    return Preprocessing(
+        values.get("size") or size,
+        values.get("mean") or default.mean,
+        values.get("std") or default.std,
+        interpolation,
+        mode,
+    )
+
+
+def _image(values: _Reader) -> ImageConfig:
+    image_size = values.take("image_size", 224)
+    timm_name = values.take("timm_model_name")
+    if timm_name:
+        pool, kind = values.take("timm_pool", "avg"), values.take("timm_proj", "linear")
+        if pool in ("abs_attn", "rot_attn"):
+            raise values.refuse("timm_pool", pool)
+        if kind not in ("linear", "mlp", "none", None, ""):
+            raise values.refuse("timm_proj", kind)
+        result: ImageConfig = TimmConfig(
+            timm_name,
+            image_size=tuple(image_size) if isinstance(image_size, list) else image_size,
+            pool=pool or None,
+            projection=kind or "classifier",
+            projection_bias=values.take("timm_proj_bias", False),
+            options={"drop_path_rate": drop_path} if (drop_path := values.take("timm_drop_path")) else {},
+        )
+    elif isinstance(values.values.get("layers"), list):
+        result = ResNetConfig(values.take("layers"), values.take("width", 64), image_size)
+    else:
+        width, head_width = values.take("width", 768), values.take("head_width", 64)
+        if (pool := values.take("pool_type", "tok")) != "tok":
+            raise values.refuse("pool_type", pool)
+        result = VisionTransformerConfig(
+            image_size,
+            values.take("patch_size", 16),
+            width,
+            values.take("layers", 12),
+            width // head_width,
+            values.take("mlp_ratio", 4.0),
+        )
+    values.done()
+    return result
+
+
+def _text(values: _Reader) -> TextConfig:
+    context, hf = values.take("context_length", 77), values.take("hf_model_name")
+    if hf:
+        pooler: dict[str, Literal["mean", "cls", "pooler"]] = {
+            "mean_pooler": "mean",
+            "cls_last_hidden_state_pooler": "cls",
+            "cls_pooler": "pooler",
+        }
+        kind, pooling = values.take("hf_proj_type", "mlp"), values.take("hf_pooler_type", "mean_pooler")
+        for key in ("vocab_size", "width", "heads", "layers"):
+            values.take(key)
+        if kind not in ("linear", "mlp") or pooling not in pooler:
+            raise values.refuse("hf_pooler_type", pooling)
+        result: TextConfig = HuggingFaceTextConfig(hf, False, context, pooler[pooling], kind)
+    else:
+        causal, pool = not values.take("no_causal_mask", False), values.take("pool_type", "argmax")
+        if pool != ("argmax" if causal else "last"):
+            raise values.refuse("pool_type", pool)
+        source = values.take("hf_tokenizer_name")
+        clean = (values.take("tokenizer_kwargs") or {}).get("clean", "whitespace")
+        result = TextTransformerConfig(
+            context,
+            values.take("vocab_size", 49408),
+            values.take("width", 512),
+            values.take("layers", 12),
+            values.take("heads", 8),
+            values.take("mlp_ratio", 4.0),
+            causal,
+            values.take("proj_type", "linear") != "none",
+            values.take("proj_bias", False),
+            (values.take("norm_kwargs") or {}).get("eps", 1e-5),
+            HuggingFaceTokenizer(source, clean) if source else None,
+        )
+    values.done()
+    return result

@@ -1,0 +1,72 @@
+"""From a picture to pixels: uint8 for the data loaders, normalised float for ``encode_image``."""
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as TF
+
+from lit_clip.models.config import Preprocessing, height_width
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any picture as RGB, by Pillow's rules as in every peer: published models have seen such pixels.
+
+    Transparency is dropped (what lies underneath shows), 16-bit grey levels are clipped at 255, and a camera's
+    rotation flag is ignored.
+    """
+    return image.convert("RGB")
+
+
+class _Resize(v2.Transform):
+    """The smallest size of the same shape that covers the crop."""
+
+    def __init__(self, height: int, width: int, interpolation: InterpolationMode) -> None:
+        super().__init__()
+        self.height, self.width, self.interpolation = height, width, interpolation
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        height, width = TF.get_size(inpt)
+        ratio = min(height / self.height, width / self.width)
+        size = [round(height / ratio), round(width / ratio)]
+        return TF.resize(inpt, size, self.interpolation)
+
+
+def _steps(config: Preprocessing) -> list[v2.Transform]:
+    interpolation = InterpolationMode(config.interpolation)
+    height, width = height_width(config.image_size)
+    larger = [math.floor(side / config.crop_pct) for side in (height, width)]
+    if config.resize_mode == "squash":
+        resize = v2.Resize(larger, interpolation)
+    elif height == width:
+        resize = v2.Resize(larger[0], interpolation)
+    else:
+        resize = _Resize(larger[0], larger[1], interpolation)
+    return (
+        [resize]
+        if config.resize_mode == "squash" and config.crop_pct == 1
+        else [resize, v2.CenterCrop((height, width))]
+    )
+
+
+def pixels(config: Preprocessing) -> v2.Compose:
+    """The evaluation transform up to the pixels: PIL image -> uint8 ``[3, H, W]``."""
+    # The colours last, as in the peers: a palette's entries are picked, not mixed, when it is resized.
+    return v2.Compose([*_steps(config), v2.Lambda(to_rgb), v2.PILToTensor()])
+
+
+def image_transform(config: Preprocessing) -> v2.Compose:
+    """The whole evaluation transform of the paper: PIL image -> float ``[3, H, W]``, normalised.
+
+    It can be pickled, and so be sent to data workers (``model.preprocess`` would take the model along).
+    """
+    return v2.Compose([pixels(config), v2.Lambda(partial(normalize, config=config))])
+
+
+def normalize(images: Tensor, config: Preprocessing) -> Tensor:
+    """uint8 ``[..., 3, H, W]`` -> float32, normalised by the model's own mean and standard deviation."""
+    return TF.normalize(images.to(torch.float32) / 255, list(config.mean), list(config.std))

@@ -1,0 +1,89 @@
+"""The models that have a name: the paper's, open_clip's that are of a kind we have, and a tiny one to start with.
+
+Sizes are those of tables 19 and 20 of the paper and names open_clip's.
+"""
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from functools import lru_cache
+from typing import Any
+
+from lit_clip.errors import InputError
+from lit_clip.models.config import (
+    CLIPConfig,
+    ResNetConfig,
+    TextTransformerConfig,
+    VisionTransformerConfig,
+)
+from lit_clip.models.open_clip_configs import named, open_clip_names
+
+
+def _text(width: int) -> TextTransformerConfig:
+    return TextTransformerConfig(width=width, heads=width // 64)
+
+
+_LARGE = {"width": 1024, "layers": 24, "heads": 16}
+
+# Tables 19 and 20. The paper's activation is QuickGELU; open_clip's names without -quickgelu mean GELU.
+_PAPER = {
+    "RN50": CLIPConfig(1024, ResNetConfig((3, 4, 6, 3), 64, 224), _text(512)),
+    "RN101": CLIPConfig(512, ResNetConfig((3, 4, 23, 3), 64, 224), _text(512)),
+    "RN50x4": CLIPConfig(640, ResNetConfig((4, 6, 10, 6), 80, 288), _text(640)),
+    "RN50x16": CLIPConfig(768, ResNetConfig((6, 8, 18, 8), 96, 384), _text(768)),
+    "RN50x64": CLIPConfig(1024, ResNetConfig((3, 15, 36, 10), 128, 448), _text(1024)),
+    "ViT-B-32": CLIPConfig(512, VisionTransformerConfig(patch_size=32), _text(512)),
+    "ViT-B-16": CLIPConfig(512, VisionTransformerConfig(patch_size=16), _text(512)),
+    "ViT-L-14": CLIPConfig(768, VisionTransformerConfig(224, 14, **_LARGE), _text(768)),
+    "ViT-L-14-336": CLIPConfig(768, VisionTransformerConfig(336, 14, **_LARGE), _text(768)),
+}
+
+# Ours, for small pictures on a CPU: 17.7 million parameters, 12.6 of them the token embedding.
+_TINY = CLIPConfig(
+    embed_dim=256,
+    image=VisionTransformerConfig(image_size=64, patch_size=16, width=256, layers=4, heads=4),
+    text=TextTransformerConfig(context_length=32, width=256, layers=2, heads=4),
+)
+
+
+def papers_models() -> list[str]:
+    """The nine models of the paper, by open_clip's names without ``-quickgelu``."""
+    return list(_PAPER)
+
+
+@lru_cache(maxsize=1)
+def _own() -> dict[str, dict[str, Any]]:
+    models = {"ViT-tiny-16-64": _TINY.to_dict()}
+    for name, config in _PAPER.items():
+        models[name] = config.to_dict()
+        models[f"{name}-quickgelu"] = {**config.to_dict(), "activation": "quick_gelu"}
+    return models
+
+
+def list_models() -> list[str]:
+    """Names that :func:`lit_clip.create_model` and ``--model.architecture`` understand.
+
+    The paper's models, with GELU and with QuickGELU, a tiny one, and the SigLIP family. Any other name of open_clip's
+    works as well if the model is of a kind that we have.
+    """
+    return [*_own(), *(name for name in open_clip_names() if "SigLIP" in name)]
+
+
+def resolve_architecture(architecture: "str | CLIPConfig | Mapping[str, Any]") -> CLIPConfig:
+    """The configuration behind a model's name (a copy), a mapping (as a checkpoint stores it) or itself.
+
+    Raises:
+        InputError: no such name, or one of open_clip's for a kind of model that lit-clip does not have.
+    """
+    if isinstance(architecture, CLIPConfig):
+        return architecture
+    if isinstance(architecture, Mapping):
+        return CLIPConfig.from_dict(architecture)
+    if architecture.lstrip().startswith("{"):  # sizes typed on the command line that did not parse as a CLIPConfig
+        raise InputError(f"model.architecture: {architecture} has an unknown entry or a value of the wrong type")
+    if architecture in _own():
+        return CLIPConfig.from_dict(_own()[architecture])
+    if architecture in open_clip_names():
+        return named(architecture)
+    near = get_close_matches(architecture, [*_own(), *open_clip_names()], n=1)
+    hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(list_models())}"
+    raise InputError(f"no model is called {architecture!r}; {hint}")

@@ -1,0 +1,77 @@
+"""Published weights at another image size or context length."""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from lit_clip.errors import InputError
+from lit_clip.models.config import (
+    CLIPConfig,
+    ResNetConfig,
+    Size,
+    TextTransformerConfig,
+    TimmConfig,
+    VisionTransformerConfig,
+    height_width,
+)
+
+
+def resized(config: CLIPConfig, image_size: Size | None, context_length: int | None) -> CLIPConfig:
+    """The architecture with other sizes; None keeps one.
+
+    Raises:
+        InputError: sizes that the architecture cannot have.
+    """
+    image, text, preprocessing = config.image, config.text, config.preprocessing
+    assert preprocessing is not None
+    if image_size is not None and height_width(image_size) != height_width(preprocessing.image_size):
+        image = dataclasses.replace(image, image_size=image_size)
+        preprocessing = dataclasses.replace(preprocessing, image_size=image_size)
+    if context_length is not None and context_length != text.context_length:
+        if isinstance(text, TextTransformerConfig) and not text.causal:
+            raise InputError(
+                f"context_length: {context_length} is not the {text.context_length} of the weights; this text encoder "
+                "reads the padding too and would give wrong features at another length"
+            )
+        text = dataclasses.replace(text, context_length=context_length)
+    return dataclasses.replace(config, image=image, text=text, preprocessing=preprocessing)
+
+
+def resize_weights(state: dict[str, Tensor], old: CLIPConfig, new: CLIPConfig) -> dict[str, Tensor]:
+    """Weights of ``old`` for ``new``, which :func:`resized` made of it.
+
+    The image encoder's position embedding is interpolated (bicubic, antialiased, as open_clip and timm do it). The text
+    encoder's is cut off at the end, or continued with copies of the last position: features of captions which fit
+    either way stay bit for bit the same.
+    """
+    state = dict(state)
+    if new.image != old.image:
+        state = _image(state, old, new)
+    key = "positional_embedding"
+    if new.text != old.text and isinstance(new.text, TextTransformerConfig):
+        positions, length = state[key], new.text.context_length
+        more = positions[-1:].expand(max(0, length - len(positions)), -1)
+        state[key] = torch.cat([positions[:length], more])
+    return state
+
+
+def _image(state: dict[str, Tensor], old: CLIPConfig, new: CLIPConfig) -> dict[str, Tensor]:
+    if isinstance(new.image, TimmConfig):
+        from lit_clip.models.external import TimmImageEncoder, resized_trunk
+
+        trunk = TimmImageEncoder(dataclasses.replace(new.image, pretrained=False), new.embed_dim).trunk
+        return resized_trunk(state, trunk, "visual.trunk.")
+    key = "visual.positional_embedding"
+    if isinstance(new.image, ResNetConfig):
+        key, stride = "visual.attnpool.positional_embedding", 32
+    else:
+        assert isinstance(new.image, VisionTransformerConfig)
+        stride = new.image.patch_size
+    from timm.layers import resample_abs_pos_embed  # pyright: ignore[reportPrivateImportUsage]  # its documented home
+
+    assert old.image.image_size is not None
+    assert new.image.image_size is not None
+    grids = [[side // stride for side in height_width(size)] for size in (old.image.image_size, new.image.image_size)]
+    state[key] = resample_abs_pos_embed(state[key][None], grids[1], grids[0], num_prefix_tokens=1)[0]
+    return state

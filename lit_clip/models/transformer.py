@@ -1,0 +1,288 @@
+"""The blocks of both encoders, the paper's vision transformer and its text transformer.
+
+Parameter names and shapes are those of OpenAI's code, so that published weights load without renaming.
+Shapes: B batch, L tokens, W width, H heads, D embedding dimension.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_clip.errors import InputError
+from lit_clip.models.config import Activation, Size, TextTransformerConfig, VisionTransformerConfig, height_width
+from lit_clip.models.packing import Layout, pack
+
+
+class QuickGELU(nn.Module):
+    """``x * sigmoid(1.702 x)``: the GELU of OpenAI's weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+def activation_module(activation: Activation) -> nn.Module:
+    """The non-linearity of a name."""
+    if activation == "quick_gelu":
+        return QuickGELU()
+    return nn.GELU(approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+class Attention(nn.MultiheadAttention):
+    """Multi-head self-attention: PyTorch's parameters, names and initialisation, straight to the fused kernel."""
+
+    # Self-attention has one input where PyTorch's signature has three.
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x_TW: Tensor, layout: Layout, read_B: Tensor | None = None
+    ) -> Tensor:
+        W, weight, bias = x_TW.shape[1], cast(Tensor, self.in_proj_weight), self.in_proj_bias
+        if read_B is None:
+            qkv = F.linear(x_TW, weight, bias)  # [T, 3W]
+            return self.out_proj(layout.attend(qkv, self.num_heads))
+        q = F.linear(x_TW.index_select(0, read_B), weight[:W], bias[:W])  # [B, W]
+        kv = F.linear(x_TW, weight[W:], bias[W:])  # [T, 2W]
+        return self.out_proj(layout.attend_from(q, kv, self.num_heads))
+
+
+class MLP(nn.Module):
+    """Two linear layers, the inner one ``ratio`` times as wide (4 in the paper)."""
+
+    def __init__(self, width: int, activation: Activation, ratio: float = 4.0) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(width, int(ratio * width))
+        self.gelu = activation_module(activation)
+        self.c_proj = nn.Linear(int(ratio * width), width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(self.gelu(self.c_fc(x)))
+
+
+class ResidualAttentionBlock(nn.Module):
+    """``x + attention(ln_1(x))``, then ``x + mlp(ln_2(x))``.
+
+    Of tokens ``[T, W]``; if only those at ``read_B`` are looked at afterwards, of those: ``[B, W]``.
+    """
+
+    def __init__(
+        self, width: int, heads: int, activation: Activation, mlp_ratio: float = 4.0, layer_norm_eps: float = 1e-5
+    ) -> None:
+        super().__init__()
+        self.attn = Attention(width, heads, batch_first=True)
+        self.ln_1 = nn.LayerNorm(width, eps=layer_norm_eps)
+        self.mlp = MLP(width, activation, mlp_ratio)
+        self.ln_2 = nn.LayerNorm(width, eps=layer_norm_eps)
+
+    def forward(self, x: Tensor, layout: Layout, read_B: Tensor | None = None) -> Tensor:
+        attended = self.attn(self.ln_1(x), layout, read_B)  # [T or B, W]
+        x = (x if read_B is None else x.index_select(0, read_B)) + attended
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    """A stack of blocks."""
+
+    def __init__(
+        self,
+        width: int,
+        layers: int,
+        heads: int,
+        activation: Activation,
+        mlp_ratio: float = 4.0,
+        layer_norm_eps: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        self.resblocks = nn.ModuleList(
+            ResidualAttentionBlock(width, heads, activation, mlp_ratio, layer_norm_eps) for _ in range(layers)
+        )
+
+    def init_like_gpt(self) -> None:
+        """OpenAI's initialisation of the text encoder: normal weights, residual ones smaller with depth."""
+        for block in cast("Iterable[ResidualAttentionBlock]", self.resblocks):
+            width = block.attn.embed_dim
+            residual_std = width**-0.5 * (2 * len(self.resblocks)) ** -0.5
+            nn.init.normal_(cast(Tensor, block.attn.in_proj_weight), std=width**-0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=residual_std)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=residual_std)
+
+    def forward(self, x_TW: Tensor, layout: Layout, read_B: Tensor | None = None) -> Tensor:
+        """Tokens ``[T, W]`` -> ``[T, W]``, or ``[B, W]`` of those at ``read_B``: the last block computes no others."""
+        *blocks, last = self.resblocks
+        for block in blocks:
+            x_TW = block(x_TW, layout)
+        if read_B is not None and x_TW.is_meta:  # where arithmetic is counted: as published tables count it
+            return last(x_TW, layout).index_select(0, read_B)
+        return last(x_TW, layout, read_B)
+
+
+def check_images(images: Tensor, image_size: Size) -> None:
+    """Raise :class:`InputError` unless a batch is ``[B, 3, H, W]`` of the size a model was made for."""
+    height, width = height_width(image_size)
+    if images.shape[1:] != (3, height, width):
+        raise InputError(
+            f"images are {list(images.shape)}, the model wants [B, 3, {height}, {width}]; use model.preprocess"
+        )
+
+
+class VisionTransformer(nn.Module):
+    """ViT as in the paper: no bias in the patch embedding, a LayerNorm before the blocks, the class token projected.
+
+    Initialised as OpenAI's code does: class token, positions and projection normal with std width^-0.5, the blocks
+    and the patch embedding with PyTorch's defaults.
+
+    Attributes:
+        patch_dropout: the share of each picture's patches, drawn anew each time, that training leaves out (FLIP, Li et
+            al. 2023).
+    """
+
+    def __init__(self, config: VisionTransformerConfig, embed_dim: int, activation: Activation) -> None:
+        super().__init__()
+        width, (height, length) = config.width, height_width(config.image_size)
+        self.image_size = config.image_size
+        self.patch_dropout = 0.0
+        self.grid = (height // config.patch_size, length // config.patch_size)
+        patches = self.grid[0] * self.grid[1]
+        self.conv1 = nn.Conv2d(3, width, config.patch_size, stride=config.patch_size, bias=False)
+        self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
+        self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(patches + 1, width))
+        self.ln_pre = nn.LayerNorm(width)
+        self.transformer = Transformer(width, config.layers, config.heads, activation, config.mlp_ratio)
+        self.ln_post = nn.LayerNorm(width)
+        self.proj = nn.Parameter(width**-0.5 * torch.randn(width, embed_dim))
+
+    def features(self, images: Tensor) -> Tensor:
+        """``[B, 3, H, W]`` float, normalised -> ``[B, W]``, what is projected; the paper's linear probes use it."""
+        check_images(images, self.image_size)
+        x = self._patches(images) @ self.conv1.weight.flatten(1).T  # [B, L-1, W]
+        class_token = self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)  # [B, 1, W]
+        x = torch.cat([class_token, x], dim=1) + self.positional_embedding.to(x.dtype)  # [B, L, W]
+        if self.training and self.patch_dropout:
+            x = self._some(x)
+        B, L, W = x.shape
+        first = torch.arange(0, B * L, L, device=x.device)  # [B]: the class tokens
+        x = self.transformer(self.ln_pre(x).view(B * L, W), Layout(((B, L),), causal=False), first)  # [B, W]
+        return self.ln_post(x)
+
+    def _patches(self, images: Tensor) -> Tensor:
+        """``[B, 3, H, W]`` -> ``[B, L-1, 3PP]``: a convolution with stride P of them is a product, and slower."""
+        (rows, columns), P = self.grid, self.conv1.kernel_size[0]
+        B = images.shape[0]  # not len(): an exported graph would keep it
+        x = images.reshape(B, 3, rows, P, columns, P).permute(0, 2, 4, 1, 3, 5)
+        return x.reshape(B, rows * columns, 3 * P * P)
+
+    def _some(self, x: Tensor) -> Tensor:
+        """Each picture's class token and some of its patches: ``[B, L, W]`` -> ``[B, l, W]``."""
+        patches = x.shape[1] - 1
+        kept = max(1, round((1 - self.patch_dropout) * patches))
+        rows = torch.rand(len(x), patches, device=x.device).topk(kept, dim=1, sorted=False).indices + 1  # [B, l-1]
+        return torch.cat([x[:, :1], x.gather(1, rows[:, :, None].expand(-1, -1, x.shape[2]))], dim=1)
+
+    def project(self, features: Tensor) -> Tensor:
+        """``[B, W]`` -> ``[B, D]``."""
+        return features @ self.proj
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``[B, 3, H, W]`` float, normalised -> ``[B, D]``."""
+        return self.project(self.features(images))
+
+
+class TextTransformer(nn.Module):
+    """The paper's text transformer and SigLIP's.
+
+    OpenAI's CLIP has these parts beside its image encoder, without a module of their own: :class:`lit_clip.CLIP`
+    then is one of these itself, and calls :meth:`add_text` and :meth:`read_text`.
+
+    Attributes:
+        causal: whether a token sees only itself and those before it.
+        few_lengths: whether batches are padded to one of a few lengths, and not packed: each has a compiled graph.
+    """
+
+    def __init__(self, config: TextTransformerConfig, embed_dim: int, activation: Activation) -> None:
+        super().__init__()
+        self.add_text(config, embed_dim, activation)
+
+    def add_text(self, config: TextTransformerConfig, embed_dim: int, activation: Activation) -> None:
+        """Make the parts, initialised as OpenAI's code does."""
+        width, eps = config.width, config.layer_norm_eps
+        self.causal, self.few_lengths = config.causal, False
+        self.transformer = Transformer(width, config.layers, config.heads, activation, config.mlp_ratio, eps)
+        self.token_embedding = nn.Embedding(config.vocab_size, width)
+        self.positional_embedding = nn.Parameter(torch.empty(config.context_length, width))
+        self.ln_final = nn.LayerNorm(width, eps=eps)
+        self.text_projection = None
+        if config.projection_bias:
+            self.text_projection = nn.Linear(width, embed_dim)
+            nn.init.zeros_(self.text_projection.bias)
+            nn.init.normal_(self.text_projection.weight, std=width**-0.5)
+        elif config.projection:
+            self.text_projection = nn.Parameter(torch.empty(width, embed_dim))
+            nn.init.normal_(self.text_projection, std=width**-0.5)
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        self.transformer.init_like_gpt()
+
+    def read_text(self, tokens: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+        """int64 ``[B, L]`` -> ``[B, D]``; a causal text may be shorter than the context, another is padded to it.
+
+        Args:
+            tokens: ids.
+            lengths: of a causal encoder's texts, up to and with the end-of-text token, for tokens on a device that
+                should not be waited for. Without them texts there are computed with their padding.
+        """
+        context, length = len(self.positional_embedding), tokens.shape[1]
+        if length > context or (length < context and not self.causal):
+            raise InputError(f"texts have {length} tokens, the model reads {context}; tokenize for it")
+        if self.few_lengths and self.causal and not is_traced():
+            tokens = F.pad(tokens, (0, rounded(length, context) - length))
+        if not self.causal:
+            B, L = tokens.shape
+            x = self._embed(tokens, self.positional_embedding)  # [B * L, W]
+            last = torch.arange(L - 1, B * L, L, device=x.device)
+            x = self.transformer(x, Layout(((B, L),), causal=False), last)  # [B, W]
+        elif self._may_pack(tokens, lengths):
+            packing = pack(lengths or text_lengths(tokens), tokens.device)
+            ids = tokens[packing.rows, packing.columns]
+            positions = F.embedding(packing.columns, self.positional_embedding)  # indexing is slower backwards
+            x = self.transformer(self._embed(ids, positions), packing.layout, packing.ends)  # [B, W]
+            x = x.index_select(0, packing.places)
+        else:
+            B, L = tokens.shape
+            x = self._embed(tokens, self.positional_embedding[:L])  # [B * L, W]
+            end = torch.arange(0, B * L, L, device=x.device) + tokens.argmax(dim=-1)  # [B]
+            x = self.transformer(x, Layout(((B, L),), causal=True)).index_select(0, end)  # [B, W]
+        x, project = self.ln_final(x), self.text_projection
+        if project is None:
+            return x
+        return project(x) if isinstance(project, nn.Linear) else x @ project  # [B, D]
+
+    def _may_pack(self, tokens: Tensor, lengths: Sequence[int] | None) -> bool:
+        """Whether the lengths are known, and may decide what is computed."""
+        if self.few_lengths or is_traced():
+            return False
+        return len(tokens) > 0 and (bool(lengths) or tokens.device.type == "cpu")
+
+    def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Ids ``[...]`` and the embedding of their places ``[..., W]`` -> ``[T, W]``."""
+        return (self.token_embedding(tokens) + positions).flatten(0, -2)
+
+    def forward(self, tokens: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+        """See :meth:`read_text`."""
+        return self.read_text(tokens, lengths)
+
+
+def text_lengths(tokens: Tensor) -> list[int]:
+    """Tokens of each text of ``[B, L]`` up to and with its end, which has the highest id (the first of several)."""
+    return (tokens.argmax(dim=-1) + 1).tolist()
+
+
+def rounded(length: int, context_length: int, step: int = 16) -> int:
+    """The next multiple of a step, at most the context length."""
+    return min(-(-length // step) * step, context_length)
+
+
+def is_traced() -> bool:
+    """Whether a graph is being made, which must not depend on the lengths of this batch's texts."""
+    # torch documents the second, and types it as private.
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]

@@ -1,0 +1,1 @@
+"""Small things with one job each, which know nothing of CLIP: hashing, HTML, hardware, messages, processes."""

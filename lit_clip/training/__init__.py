@@ -1,0 +1,1 @@
+"""Optimiser and schedule, micro-batches, activation checkpointing, the plan, checkpoint files, FSDP."""

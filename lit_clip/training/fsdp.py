@@ -1,0 +1,191 @@
+"""Fully sharded data parallel training: Lightning's strategy, told what a CLIP is made of."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.plugins.precision import FSDPPrecision, Precision
+from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullStateDictConfig, StateDictType
+from torch.distributed.fsdp import FullyShardedDataParallel as Sharded
+from torch.distributed.fsdp.api import FullOptimStateDictConfig
+from torch.distributed.fsdp.wrap import CustomPolicy
+from torch.optim import Optimizer
+
+from lit_clip.errors import InputError, require
+from lit_clip.models.layers import TOWERS, tower_blocks
+
+
+class FSDP(FSDPStrategy):
+    """Weights, gradients and optimiser states in shards, one a process; a block at a time is put together to be used.
+
+    The numbers are those of DDP, and so are the checkpoints, which either of the two can go on from. Mixed precision is
+    autocast, as elsewhere: shards are float32, and so is what is sent. What has no dimension that could be divided
+    (temperature and bias) is whole on every process. Only training is in shards; evaluation has whole weights. With
+    ``model.micro_batch_size`` weights and gradients are whole within a step, and only what stays is in shards. Runs on
+    CPU too.
+
+    ``ModelParallelStrategy`` (FSDP2) takes no scalar parameters at all, and OpenAI's layout has one.
+
+    Args:
+        sharding_strategy: ``FULL_SHARD``, ``SHARD_GRAD_OP`` (weights are whole between forward and backward pass), or
+            ``HYBRID_SHARD`` (shards within a machine, copies on each).
+        kwargs: of Lightning's FSDPStrategy and of torch's FullyShardedDataParallel.
+    """
+
+    def __init__(self, sharding_strategy: str = "FULL_SHARD", **kwargs: Any) -> None:
+        super().__init__(sharding_strategy=sharding_strategy, state_dict_type="full", **kwargs)  # pyright: ignore[reportArgumentType]  # torch checks the name
+        self._scalars: list[nn.Parameter] = []
+        self._sharded: Sharded | None = None
+
+    def setup(self, trainer: Trainer) -> None:
+        """Say what is wrapped: blocks; and what is not: scalars."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._check(trainer)
+            self._prepare(self.lightning_module)
+        super().setup(trainer)
+
+    def _prepare(self, module: Any) -> None:
+        blocks = {id(block) for tower in TOWERS for block in tower_blocks(module.model, tower)}
+        if module.hparams.micro_batch_size:  # FSDP cannot put a block together within a backward pass for a forward one
+            blocks = set()
+        if hasattr(module.model.text_encoder, "in_groups"):
+            module.model.text_encoder.in_groups = False
+        for tensor in [*module.parameters(), *module.buffers()]:  # FSDP would do that, but not on CPU
+            tensor.data.copy_(self._of_rank_0(tensor.data))
+        self._scalars = [parameter for parameter in module.parameters() if parameter.ndim == 0]
+        for parameter in self._scalars:
+            parameter.data = parameter.data.to(self.root_device)  # FSDP moves what it shards, and nothing else
+        self.kwargs |= {
+            "auto_wrap_policy": CustomPolicy(lambda block: id(block) in blocks),
+            "ignored_states": self._scalars,
+        }
+
+    def _of_rank_0(self, tensor: Tensor) -> Tensor:
+        tensor = tensor.to(self.root_device)
+        dist.broadcast(tensor, 0)
+        return tensor
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        if self._sharded is not None and self._sharded.module is model:
+            return self._sharded
+        if not self._scalars:  # nothing is being trained
+            return model.to(self.root_device)
+        # Lightning gives the device's index, of which the CPU has none.
+        settings: dict[str, Any] = {"sharding_strategy": self.sharding_strategy, "cpu_offload": self.cpu_offload}
+        self._sharded = Sharded(model, device_id=self.root_device, **settings, **self.kwargs)
+        return self._sharded
+
+    def _check(self, trainer: Any) -> None:
+        for callback in trainer.callbacks:
+            if isinstance(callback, WeightAveraging) or getattr(callback, "needs_whole_weights", False):
+                raise InputError(
+                    f"trainer.strategy: FSDP has no whole weights, which {type(callback).__name__} needs; leave it out "
+                    "and validate the checkpoint afterwards, or use ddp"
+                )
+
+    @property
+    def precision_plugin(self) -> FSDPPrecision:
+        return super().precision_plugin
+
+    @precision_plugin.setter
+    def precision_plugin(self, precision_plugin: Precision | None) -> None:
+        self._precision_plugin = None if precision_plugin is None else _Precision(precision_plugin.precision, self)
+
+    def post_backward(self, closure_loss: Tensor) -> None:
+        """Average the gradients of what is not sharded, as FSDP does with the rest."""
+        for parameter in self._scalars:
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= self.world_size
+
+    def _whole(self, rank0_only: bool) -> Any:
+        where: dict[str, bool] = {"rank0_only": rank0_only, "offload_to_cpu": self.root_device.type != "cpu"}
+        configs = FullStateDictConfig(**where), FullOptimStateDictConfig(**where)
+        return Sharded.state_dict_type(self._root, StateDictType.FULL_STATE_DICT, *configs)
+
+    @property
+    def _root(self) -> Sharded:
+        assert isinstance(self.model, Sharded)
+        return self.model
+
+    # Checkpoints: Lightning's own strategy reads weights before LightningModule.on_load_checkpoint has seen them, and
+    # numbers optimiser states otherwise than DDP does.
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        return False
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        if not isinstance(self.model, Sharded):
+            assert self.model is not None
+            return self.model.state_dict()
+        with self._whole(rank0_only=True):
+            return self._root.state_dict()
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        module = self.lightning_module
+        assert module is not None
+        module.load_state_dict(checkpoint["state_dict"], strict=strict)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """As torch's optimisers state it: numbered in the order of the groups."""
+        optimizer = getattr(optimizer, "_optimizer", optimizer)
+        with self._whole(rank0_only=True):
+            state = Sharded.optim_state_dict(self._root, optimizer)
+        return _renamed(state, {name: i for i, name in enumerate(_names(state))}) if state else {}
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            with self._whole(rank0_only=False):
+                ours = _names(Sharded.optim_state_dict(self._root, optimizer))
+                require(len(ours) == len(_names(state)), "the checkpoint's optimiser has other parameters")
+                state = _renamed(state, dict(zip(_names(state), ours, strict=True)))
+                optimizer.load_state_dict(Sharded.optim_state_dict_to_load(self._root, optimizer, state))
+
+
+def _names(state: Mapping[str, Any]) -> list[Any]:
+    """What an optimiser's state calls its parameters, in the order of the groups."""
+    return [name for group in state["param_groups"] for name in group["params"]]
+
+
+def _renamed(state: Mapping[str, Any], names: Mapping[Any, Any]) -> dict[str, Any]:
+    return {
+        "state": {names[name]: value for name, value in state["state"].items()},
+        "param_groups": [
+            {**group, "params": [names[name] for name in group["params"]]} for group in state["param_groups"]
+        ],
+    }
+
+
+class _Precision(FSDPPrecision):
+    """Autocast on any device, and clipping by a norm that is that of all shards."""
+
+    def __init__(self, precision: Any, strategy: FSDP) -> None:
+        super().__init__(precision)
+        self._strategy = strategy
+
+    @property
+    def mixed_precision_config(self) -> Any:
+        return None
+
+    def forward_context(self) -> Any:
+        if "mixed" not in self.precision:
+            return super().forward_context()
+        dtype = torch.bfloat16 if self.precision == "bf16-mixed" else torch.float16
+        return torch.autocast(self._strategy.root_device.type, dtype)
+
+    def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float, *_: Any, **__: Any) -> None:
+        self._strategy._root.clip_grad_norm_(clip_val)

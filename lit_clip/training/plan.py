@@ -1,0 +1,370 @@
+"""What a run is going to do, in numbers, and where its settings contradict each other."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import Trainer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lit_clip.losses.tiled import TILE
+from lit_clip.models.config import height_width
+from lit_clip.models.flops import tower_flops
+from lit_clip.models.layers import TOWERS, tower_parameters
+from lit_clip.training.optim import batches_per_epoch, total_steps
+
+PAPER_BATCH = 32_768  # table 18
+PAPER_RATES = (3.6e-4, 5e-4)  # tables 19 and 20, from scratch; 5e-4 at 2,048 pairs too (the run on YFCC)
+PAPER_FINE_TUNING_RATE = 2e-5  # table 20: ViT-L/14 for one more epoch at 336 pixels
+FAR = 10
+FEW_FOR_BATCH_NORM = 16
+
+
+class Work(NamedTuple):
+    """What one tower costs.
+
+    Attributes:
+        forward: FLOPs of one sample; None where they cannot be counted.
+        learns: whether any of it does.
+    """
+
+    forward: int | None
+    learns: bool
+
+
+@dataclass
+class RunPlan:
+    """A run in numbers; None where it is not known before the run.
+
+    Attributes:
+        trained: parameters that learn.
+        frozen: that do not.
+        image: the image tower's work.
+        text: likewise, for a text of full length.
+        embed_dim: channels of the features.
+        batch_norm: whether a tower learns BatchNorm statistics.
+        devices: processes on each node.
+        nodes: machines.
+        batch: pairs a step on each process.
+        micro_batch: pairs that are encoded at a time, as asked for.
+        checkpointed: the share of the blocks that compute their activations again.
+        steps_per_epoch: of training.
+        trial: whether it is a ``fast_dev_run``, in which nothing need agree.
+        steps: of the whole run.
+        pairs: training pairs.
+        warmup: steps of warm-up.
+        learning_rate: at its highest.
+        pretrained: whether training starts from trained weights.
+        adapters: whether a LoRA learns, whose rate is another matter.
+        accumulated: batches whose gradients are added up.
+        max_steps: as asked for.
+        max_epochs: likewise.
+        precision: Lightning's.
+        ring: whether texts go round instead of being gathered.
+    """
+
+    trained: int
+    frozen: int
+    image: Work
+    text: Work
+    embed_dim: int
+    batch_norm: bool
+    devices: int
+    nodes: int
+    batch: int | None
+    micro_batch: int | None
+    checkpointed: float
+    steps_per_epoch: int | None
+    steps: int | None
+    pairs: int | None
+    warmup: int
+    learning_rate: float
+    pretrained: bool
+    adapters: bool
+    accumulated: int
+    max_steps: int | None
+    max_epochs: int | None
+    precision: str
+    ring: bool
+    trial: bool = False
+
+    @property
+    def world(self) -> int:
+        """Processes."""
+        return self.devices * self.nodes
+
+    @property
+    def global_batch(self) -> int | None:
+        """Pairs a step, of all processes."""
+        return self.batch and self.batch * self.world
+
+    @property
+    def parts(self) -> int:
+        """How many micro-batches a step has."""
+        return math.ceil(self.batch / self.micro_batch) if self.batch and self.micro_batch else 1
+
+    @property
+    def passes(self) -> float:
+        """What a step of a tower that learns costs, in forward passes: 1, 2 for the gradients, and what is repeated.
+
+        A block that is checkpointed within a micro-batch is computed three times.
+        """
+        return 3 + (self.parts > 1) + self.checkpointed
+
+    @property
+    def forward_flops(self) -> int | None:
+        """Of one pair."""
+        if self.image.forward is None or self.text.forward is None:
+            return None
+        return self.image.forward + self.text.forward
+
+    @property
+    def training_flops(self) -> float | None:
+        """Of one pair; a frozen tower has its forward pass alone, and a frozen part of a tower is not told apart."""
+        towers = [(work.forward, self.passes if work.learns else 1) for work in (self.image, self.text)]
+        if any(forward is None for forward, _ in towers):
+            return None
+        return sum((forward or 0) * passes for forward, passes in towers)
+
+    @property
+    def state_bytes(self) -> int:
+        """Weights, gradients and AdamW's two moments, float32."""
+        return 4 * (self.frozen + self.trained) + 12 * self.trained
+
+    @property
+    def loss_bytes(self) -> tuple[int, int] | None:
+        """Of the loss as it is computed, and of one that holds the matrix of similarities."""
+        return None if self.batch is None else loss_bytes(self.batch, self.world, self.embed_dim, self.ring)
+
+
+def loss_bytes(batch: int, world: int, embed_dim: int, ring: bool = False) -> tuple[int, int]:
+    """Memory of the loss on one process, in float32: in tiles, and dense.
+
+    In tiles: of the images the scaled features and the gradient, of the texts the gradient (B rows each); if there are
+    other processes the texts that are shown and their gradient (N rows each, or three blocks of B that come and go);
+    four numbers a row and column; three tiles. Dense: two B x N matrices of logits and their two gradients, as in
+    open_clip's local loss.
+
+    Args:
+        batch: B, pairs of one process.
+        world: processes; N = B times as many.
+        embed_dim: channels of the features.
+        ring: see :class:`lit_clip.module.LitCLIP`.
+    """
+    total = batch * world
+    shown = 3 * batch if ring else 0 if world == 1 else 2 * total
+    tile = min(TILE[0], batch) * min(TILE[1], batch if ring else total)
+    return 4 * ((3 * batch + shown) * embed_dim + 4 * (batch + total) + 3 * tile), 4 * 4 * batch * total
+
+
+def measure_run(module: Any, trainer: Trainer) -> RunPlan:
+    """Look at a :class:`lit_clip.LitCLIP` and its trainer, whose data module has been set up.
+
+    Call it before the strategy wraps the module: shards have no sizes.
+    """
+    data: Any = getattr(trainer, "datamodule", None)
+    per_epoch = batches_per_epoch(trainer)
+    hparams, model = module.hparams, module.model
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    norms = (layer for layer in model.modules() if isinstance(layer, _BatchNorm))
+    return RunPlan(
+        trained=sum(size for size, learns in sizes if learns),
+        frozen=sum(size for size, learns in sizes if not learns),
+        **dict(zip(TOWERS, tower_work(model), strict=True)),
+        embed_dim=model.config.embed_dim,
+        batch_norm=any(layer.training for layer in norms),
+        devices=trainer.num_devices,
+        nodes=trainer.num_nodes,
+        batch=getattr(data, "train_batch_size", None),
+        micro_batch=hparams.micro_batch_size,
+        checkpointed=float(hparams.gradient_checkpointing),
+        steps_per_epoch=per_epoch,
+        trial=bool(getattr(trainer, "fast_dev_run", False)),
+        steps=None if per_epoch is None else total_steps(trainer),
+        pairs=len(source) if (source := getattr(data, "train_source", None)) is not None else None,
+        warmup=hparams.warmup_steps,
+        learning_rate=hparams.learning_rate,
+        pretrained=module.starts_trained,
+        adapters=bool(hparams.lora),
+        accumulated=trainer.accumulate_grad_batches,
+        max_steps=trainer.max_steps if trainer.max_steps >= 0 else None,
+        max_epochs=trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs >= 0 else None,
+        precision=str(trainer.precision),
+        ring=hparams.ring_loss,
+    )
+
+
+def tower_work(model: Any) -> tuple[Work, Work]:
+    """The work of both towers, see :func:`lit_clip.models.flops.training_flops`."""
+    height, width = height_width(model.preprocessing.image_size)
+    inputs = torch.zeros(1, 3, height, width), torch.full((1, model.context_length), 5)  # nobody's padding
+    flops = [_forward_flops(tower, x) for tower, x in zip((model.visual, model.text_encoder), inputs, strict=True)]
+    learning = [any(p.requires_grad for p in tower_parameters(model, tower).values()) for tower in TOWERS]
+    image, text = (Work(count, learns) for count, learns in zip(flops, learning, strict=True))
+    return image, text
+
+
+@torch.no_grad()
+def _forward_flops(tower: nn.Module, inputs: Tensor) -> int | None:
+    try:
+        return tower_flops(tower, inputs)
+    except Exception:  # whatever encoders from elsewhere raise
+        return None
+
+
+def plan_rows(plan: RunPlan) -> list[tuple[str, str]]:
+    """The plan as a table: what, and how much."""
+    rows = [("parameters", f"{plan.trained:,} learn, {plan.frozen:,} are frozen")]
+    forward, training = plan.forward_flops, plan.training_flops
+    if forward is not None and training is not None:
+        work = f"{_short(forward)} forward, {_short(training)} of training ({plan.passes:g} x); texts of full length"
+        rows.append(("FLOPs a pair", work))
+    rows.append(("weights, gradients, AdamW", f"{_bytes(plan.state_bytes)} on each process that has them whole"))
+    if plan.loss_bytes is not None:
+        tiled, dense = plan.loss_bytes
+        instead = f" (as a matrix: {_bytes(dense)})" if dense > tiled else ""  # of a small batch it is less
+        rows.append(("memory of the loss", f"{_bytes(tiled)} on each process{instead}"))
+        rows.append(("pairs a step", _pairs_a_step(plan)))
+    if plan.steps is not None:
+        rows.append(("steps", f"{plan.steps:,}, of which {plan.steps_per_epoch:,} an epoch"))
+        of_run = "longer than the run" if plan.warmup > plan.steps else f"{plan.warmup / plan.steps:.1%} of the run"
+        rows.append(("warm-up", f"{plan.warmup:,} steps, {of_run}"))
+    if plan.steps is not None and plan.global_batch is not None:
+        rows.append(("pairs seen", f"{plan.steps * plan.global_batch:,}" + _left_out(plan)))
+    rows.append(("learning rate", f"{plan.learning_rate:g}"))
+    return rows
+
+
+def _pairs_a_step(plan: RunPlan) -> str:
+    nodes = f" x {plan.nodes} nodes" if plan.nodes > 1 else ""
+    parts = f", encoded in {plan.parts} parts" if plan.parts > 1 else ""
+    return f"{plan.global_batch:,} = {plan.batch:,} x {plan.devices} processes{nodes}{parts}"
+
+
+def _left_out(plan: RunPlan) -> str:
+    if plan.pairs is None or not plan.global_batch or plan.steps_per_epoch != plan.pairs // plan.global_batch:
+        return ""
+    return f"; {plan.pairs % plan.global_batch:,} of {plan.pairs:,} wait for another epoch"
+
+
+def _short(number: float) -> str:
+    for unit in ("", "k", "M", "G"):
+        if number < 1000:
+            return f"{number:.3g} {unit}".strip()
+        number /= 1000
+    return f"{number:.3g} T"
+
+
+def _bytes(number: float) -> str:
+    for unit in ("bytes", "KiB", "MiB"):
+        if number < 1024:
+            return f"{number:.3g} {unit}"
+        number /= 1024
+    return f"{number:.3g} GiB"
+
+
+def contradictions(plan: RunPlan) -> list[str]:
+    """What of a plan cannot be meant, each in a sentence that says what to change."""
+    checks: list[Callable[[RunPlan], str | None]] = [
+        _accumulation,
+        _warmup,
+        _two_ends,
+        _micro_batch,
+        _few_for_batch_norm,
+        _rate,
+        _half_weights,
+    ]
+    return [sentence for check in checks if (sentence := check(plan))]
+
+
+def _accumulation(plan: RunPlan) -> str | None:
+    if plan.accumulated == 1:
+        return None
+    return (
+        f"trainer.accumulate_grad_batches {plan.accumulated}: adds no negatives and is refused; "
+        "raise the batch size and set model.micro_batch_size"
+    )
+
+
+def _warmup(plan: RunPlan) -> str | None:
+    if plan.steps is None or plan.warmup < plan.steps:
+        return None
+    return f"the run has {plan.steps} steps and warm-up takes {plan.warmup}: set --model.warmup_steps lower"
+
+
+def _two_ends(plan: RunPlan) -> str | None:
+    if not plan.steps_per_epoch or plan.max_steps is None or plan.max_epochs is None:
+        return None
+    ends = plan.max_epochs * plan.steps_per_epoch
+    if plan.max_steps == ends:
+        return None
+    first, second = (
+        ("max_steps", "max_epochs") if plan.max_steps < ends else ("max_epochs", "max_steps")
+    )  # what ends the run, and what is never reached
+    return (
+        f"trainer.max_steps {plan.max_steps} and max_epochs {plan.max_epochs} ({ends} steps) disagree: "
+        f"{first} ends the run; leave {second} out"
+    )
+
+
+def _micro_batch(plan: RunPlan) -> str | None:
+    if plan.micro_batch is None or plan.batch is None or plan.micro_batch <= plan.batch:
+        return None
+    return (
+        f"model.micro_batch_size {plan.micro_batch} is more than the {plan.batch} pairs a step of each process: "
+        "it does nothing"
+    )
+
+
+def _few_for_batch_norm(plan: RunPlan) -> str | None:
+    if not plan.batch_norm or plan.batch is None:
+        return None
+    least = plan.batch // plan.parts
+    if least >= FEW_FOR_BATCH_NORM:
+        return None
+    return (
+        f"BatchNorm sees {least} pairs at a time, and its statistics are theirs: "
+        f"let batch_size and model.micro_batch_size be at least {FEW_FOR_BATCH_NORM}"
+    )
+
+
+def _rate(plan: RunPlan) -> str | None:
+    """Far is more than ten times away from what the paper used, whatever the batch.
+
+    From scratch it used 3.6e-4 to 5e-4 at 32,768 pairs (tables 19, 20) and 5e-4 at 2,048 too, so the batch hardly
+    matters; from trained weights 2e-5. Smaller rates are only far off where the batch is as large as that.
+    """
+    rate, large = plan.learning_rate, (plan.global_batch or 0) >= 2048
+    if plan.adapters or rate == 0:
+        return None
+    low, high = (PAPER_FINE_TUNING_RATE,) * 2 if plan.pretrained else PAPER_RATES
+    if rate > FAR * high or (large and not plan.pretrained and rate < low / FAR):
+        start = "from trained weights" if plan.pretrained else "from scratch"
+        used = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+        return (
+            f"model.learning_rate {rate:g} is more than {FAR} times away from the paper's {start}, {used} at "
+            f"{PAPER_BATCH:,} pairs a step"
+        )
+    return None
+
+
+def _half_weights(plan: RunPlan) -> str | None:
+    if plan.precision not in ("16-true", "bf16-true"):
+        return None
+    return f"trainer.precision {plan.precision}: weights of 16 bits lose small updates; use bf16-mixed"
+
+
+def print_plan(plan: RunPlan) -> None:
+    """The table, and under it what contradicts."""
+    table = Table(title="Plan", show_header=False)
+    for row in plan_rows(plan):
+        table.add_row(*row)
+    console = Console(highlight=False)
+    console.print(table)
+    for sentence in contradictions(plan) if not plan.trial else ():
+        console.print(f"warning: {sentence}", style="yellow", soft_wrap=True, markup=False)

@@ -1,0 +1,398 @@
+"""How a model is written for another tool, and how that tool reads it: the two halves of ``lit-clip export``."""
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from lit_clip.errors import InputError, require
+from lit_clip.losses.contrastive import unit
+from lit_clip.models.clip import CLIP
+from lit_clip.models.config import (
+    CLIPConfig,
+    HuggingFaceTextConfig,
+    ResNetConfig,
+    TimmConfig,
+    height_width,
+)
+from lit_clip.weights.hugging_face import hugging_face_kind, to_hugging_face
+from lit_clip.weights.hugging_face_processor import PROCESSOR_OF, image_processor, save_byte_pairs, save_tokenizer
+
+FormatName = Literal["open_clip", "hugging_face", "onnx"]
+Kind = Literal["image", "text"]
+TEXTS = [  # without anything that tokenizers clean each in its own way
+    "a photo of a dog",
+    "two cats",
+    "a red bicycle in front of an old brick house by the sea",
+    "snow on a mountain in the evening",
+]
+PROTOBUF_LIMIT = 1.9e9  # bytes: an ONNX file above 2 GiB keeps its weights in a second one
+
+
+class Sample(NamedTuple):
+    """What both sides embed.
+
+    Attributes:
+        pictures: of random pixels, four.
+        pixels: float ``[4, 3, H, W]``, the same through the model's own preprocessing.
+        texts: four.
+        tokens: int64 ``[4, L]``, by the model's own tokenizer.
+    """
+
+    pictures: list[Image.Image]
+    pixels: Tensor
+    texts: list[str]
+    tokens: Tensor
+
+    @classmethod
+    def of(cls, model: CLIP) -> Self:
+        """Pictures that are resized by about one half, and on which a centre crop has no two middles."""
+        height, width = height_width(model.preprocessing.image_size)
+        noise = np.random.default_rng(0).integers(0, 256, (4, 2 * height, 2 * width + 8, 3), dtype=np.uint8)
+        pictures = [Image.fromarray(picture) for picture in noise]
+        pixels = torch.stack([model.preprocess(picture) for picture in pictures])
+        return cls(pictures, pixels, TEXTS, model.tokenize(TEXTS))
+
+
+class Reading(NamedTuple):
+    """What the other tool makes of a :class:`Sample`; None: the format has no such part.
+
+    Attributes:
+        image: of its pixels, unit features ``[4, D]``.
+        text: of its tokens, unit features ``[4, D]``.
+        pixels: of its pictures, as ``Sample.pixels``.
+        tokens: of its texts, as ``Sample.tokens``.
+    """
+
+    image: Tensor
+    text: Tensor
+    pixels: Tensor | None = None
+    tokens: Tensor | None = None
+
+
+class Parity(NamedTuple):
+    """Largest differences between a model and its export.
+
+    Attributes:
+        image: of unit features.
+        text: of unit features.
+        pixels: of 255 levels, before normalisation; None: not part of the format.
+        tokens: whether the ids are equal; None: not part of the format.
+    """
+
+    image: float
+    text: float
+    pixels: float | None
+    tokens: bool | None
+
+
+@torch.no_grad()
+def parity_of(model: CLIP, sample: Sample, reading: Reading) -> Parity:
+    """Compare a reading with what the model makes of the sample."""
+    image = model.encode_image(sample.pixels, normalize=True)
+    text = model.encode_text(sample.tokens, normalize=True)
+    pixels = None
+    if reading.pixels is not None:
+        std = torch.tensor(model.preprocessing.std)[:, None, None]
+        pixels = float(((reading.pixels - sample.pixels) * std).abs().max()) * 255
+    return Parity(
+        float((reading.image - image).abs().max()),
+        float((reading.text - text).abs().max()),
+        pixels,
+        None if reading.tokens is None else torch.equal(reading.tokens, sample.tokens),
+    )
+
+
+def _save_weights(state: dict[str, Tensor], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    # "pt" is the mark without which transformers refuses a file.
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, metadata={"format": "pt"})
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes a file that only its owner can read
+
+
+def _save_json(values: dict[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# open_clip
+
+
+def write_open_clip(model: CLIP, folder: Path) -> None:
+    """A folder that open_clip opens as ``local-dir:FOLDER``, or from the hub once it is there.
+
+    Raises:
+        InputError: a kind of model that open_clip does not have.
+    """
+    ours = model.preprocessing
+    require(
+        ours.crop_pct == 1, f"open_clip resizes to the crop itself, this model's crop is {ours.crop_pct} of the picture"
+    )
+    values = {
+        "model_cfg": open_clip_model(model),
+        "preprocess_cfg": {
+            "size": list(height_width(ours.image_size)),
+            "mode": "RGB",
+            "mean": list(ours.mean),
+            "std": list(ours.std),
+            "interpolation": ours.interpolation,
+            "resize_mode": ours.resize_mode,
+        },
+    }
+    _save_json(values, folder / "open_clip_config.json")
+    _save_weights(model.state_dict(), folder / "open_clip_model.safetensors")
+    if model.config.text.tokenizer is not None:
+        save_tokenizer(model, folder)
+
+
+def open_clip_model(model: CLIP) -> dict[str, Any]:
+    """The ``model_cfg`` of a model; its weights have open_clip's names already.
+
+    Raises:
+        InputError: a kind of model that open_clip does not have.
+    """
+    config = model.config
+    values: dict[str, Any] = {
+        "embed_dim": config.embed_dim,
+        "quick_gelu": config.activation == "quick_gelu",
+        "vision_cfg": _open_clip_vision(model),
+        "text_cfg": _open_clip_text(config),
+        "custom_text": not config.papers_layout,
+    }
+    if config.logit_bias:
+        values["init_logit_bias"] = -10  # overwritten by the weights; present, it says that there is one
+    return values
+
+
+def _open_clip_vision(model: CLIP) -> dict[str, Any]:
+    image = model.config.image
+    assert image.image_size is not None  # CLIPConfig has filled it in
+    height, width = height_width(image.image_size)
+    size = {"image_size": height if height == width else [height, width]}
+    if isinstance(image, ResNetConfig):
+        return {**size, "layers": list(image.layers), "width": image.width, "patch_size": None}
+    if isinstance(image, TimmConfig):
+        others = {name: value for name, value in image.options.items() if name != "drop_path_rate"}
+        require(not others, f"open_clip makes timm's {image.timm} as timm does, this model has {others}; use onnx")
+        trunk: Any = model.visual.trunk
+        pool = getattr(trunk.global_pool, "pool_type", trunk.global_pool)  # a module in convolutional networks
+        return {
+            **size,
+            "timm_model_name": image.timm,
+            "timm_model_pretrained": False,
+            # Without a projection of its own, open_clip takes an empty pool to mean none at all.
+            "timm_pool": image.pool or (pool if image.projection in ("none", "classifier") else ""),
+            "timm_proj": "" if image.projection == "classifier" else image.projection,
+            "timm_proj_bias": image.projection_bias,
+        }
+    tanh = {"act_kwargs": {"approximate": "tanh"}} if model.config.activation == "gelu_tanh" else {}
+    return {
+        **size,
+        "layers": image.layers,
+        "width": image.width,
+        "head_width": image.width // image.heads,
+        "mlp_ratio": image.mlp_ratio,
+        "patch_size": image.patch_size,
+        **tanh,
+    }
+
+
+def _open_clip_text(config: CLIPConfig) -> dict[str, Any]:
+    text = config.text
+    values: dict[str, Any] = {"context_length": text.context_length}
+    if text.tokenizer is not None:  # open_clip looks for it in the folder itself
+        values |= {"hf_tokenizer_name": text.tokenizer.source, "tokenizer_kwargs": {"clean": text.tokenizer.clean}}
+    if isinstance(text, HuggingFaceTextConfig):
+        poolers = {"mean": "mean_pooler", "cls": "cls_last_hidden_state_pooler", "pooler": "cls_pooler"}
+        require(text.pooling in poolers, f"open_clip has no pooling of the {text.pooling} token; use onnx")
+        require(text.projection != "none", "open_clip has a projection behind every Hugging Face encoder; use onnx")
+        return {
+            **values,
+            "hf_model_name": text.hugging_face,
+            "hf_model_pretrained": False,
+            "hf_proj_type": text.projection,
+            "hf_pooler_type": poolers[text.pooling],
+        }
+    values |= {
+        "vocab_size": text.vocab_size,
+        "width": text.width,
+        "heads": text.heads,
+        "layers": text.layers,
+        "mlp_ratio": text.mlp_ratio,
+        "norm_kwargs": {"eps": text.layer_norm_eps},
+        "proj_type": "linear" if text.projection else "none",
+        "proj_bias": text.projection_bias,
+    }
+    if config.activation == "gelu_tanh":
+        values["act_kwargs"] = {"approximate": "tanh"}
+    return values if text.causal else {**values, "no_causal_mask": True, "pool_type": "last"}
+
+
+@torch.no_grad()
+def read_open_clip(folder: Path, sample: Sample) -> Reading:
+    """As a user of open_clip would: model, transform and tokenizer of the folder."""
+    import open_clip
+
+    name = f"local-dir:{folder}"
+    model, preprocess = open_clip.create_model_from_pretrained(name)  # pyright: ignore[reportGeneralTypeIssues]  # a pair
+    model = cast(Any, model).eval()
+    tokenizer = open_clip.get_tokenizer(name)
+    return Reading(
+        model.encode_image(sample.pixels, normalize=True),
+        model.encode_text(sample.tokens, normalize=True),
+        torch.stack([cast(Any, preprocess)(picture) for picture in sample.pictures]),
+        tokenizer(sample.texts),
+    )
+
+
+# Hugging Face
+
+
+def write_hugging_face(model: CLIP, folder: Path) -> None:
+    """A folder that transformers' model and processor classes open.
+
+    Raises:
+        InputError: neither CLIPModel nor SiglipModel can be this model.
+    """
+    try:
+        kind = hugging_face_kind(model.config)
+        values, state = to_hugging_face(model)
+        processor = image_processor(model.preprocessing, PROCESSOR_OF[kind])
+    except InputError as error:
+        raise InputError(f"hugging_face cannot hold this model: {error}; use open_clip or onnx") from error
+    _save_json(values, folder / "config.json")
+    _save_weights(state, folder / "model.safetensors")
+    _save_json(processor, folder / "preprocessor_config.json")
+    save_tokenizer(model, folder)
+    if kind == "clip":
+        save_byte_pairs(folder)
+
+
+@torch.no_grad()
+def read_hugging_face(folder: Path, sample: Sample) -> Reading:
+    """As a user of transformers would: model and processor of the folder, nothing from the network."""
+    import transformers
+
+    siglip = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"] == "siglip"
+    models = (transformers.CLIPModel, transformers.CLIPProcessor)
+    model_class, processor_class = (transformers.SiglipModel, transformers.SiglipProcessor) if siglip else models
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model = model_class.from_pretrained(folder, local_files_only=True).eval()
+        # Without torch's own resampling, which differs by up to two levels from Pillow's, that the models have seen.
+        processor: Any = processor_class.from_pretrained(folder, local_files_only=True, backend="pil")
+    finally:
+        transformers.utils.logging.enable_progress_bar()
+    out = model(input_ids=sample.tokens, pixel_values=sample.pixels)
+    read = processor(
+        text=sample.texts,
+        images=sample.pictures,
+        return_tensors="pt",
+        padding="max_length",
+        truncation=True,
+        max_length=sample.tokens.shape[1],
+    )
+    # CLIP's padding is 0 here and the end of text there; the encoder sees neither.
+    tokens = read["input_ids"] if siglip else read["input_ids"] * read["attention_mask"]
+    return Reading(out.image_embeds, out.text_embeds, read["pixel_values"], tokens)
+
+
+# ONNX
+
+
+class _Encoder(nn.Module):
+    """One encoder as a module of its own, for tracing."""
+
+    def __init__(self, model: CLIP, kind: Kind) -> None:
+        super().__init__()
+        self.model, self.kind = model, kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model.encode_image(x) if self.kind == "image" else self.model.encode_text(x)
+
+
+def write_onnx(model: CLIP, folder: Path) -> None:
+    """``image_encoder.onnx`` and ``text_encoder.onnx``, of any batch size, and what happens before and after them.
+
+    Raises:
+        InputError: the packages of the extra are not installed.
+    """
+    missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
+    require(not missing, f"onnx needs {', '.join(missing)}: pip install -e '.[export]'")
+    sample = Sample.of(model)
+    parameters = {id(p): p.nbytes for p in model.visual.parameters()}
+    size = {"image": sum(parameters.values())}
+    size["text"] = sum(p.nbytes for p in model.parameters() if id(p) not in parameters)
+    encoders: tuple[tuple[Kind, str, Tensor], ...] = (
+        ("image", "pixels", sample.pixels),
+        ("text", "tokens", sample.tokens),
+    )
+    for kind, name, example in encoders:
+        torch.onnx.export(
+            _Encoder(model, kind).eval(),
+            (example[:2],),
+            folder / f"{kind}_encoder.onnx",
+            input_names=[name],
+            output_names=["features"],
+            dynamo=True,
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            external_data=size[kind] > PROTOBUF_LIMIT,
+            verbose=False,
+        )
+    _save_json(onnx_facts(model), folder / "model.json")
+    save_tokenizer(model, folder)
+
+
+def onnx_facts(model: CLIP) -> dict[str, Any]:
+    """What a user of the ONNX files must know that is not in them."""
+    height, width = height_width(model.preprocessing.image_size)
+    tokenizer = model.config.text.tokenizer
+    return {
+        "image_encoder": {"input": "pixels", "type": "float32", "shape": ["batch", 3, height, width]},
+        "text_encoder": {"input": "tokens", "type": "int64", "shape": ["batch", model.context_length]},
+        "output": {"name": "features", "type": "float32", "shape": ["batch", model.config.embed_dim]},
+        "features": "not of unit length: divide by the Euclidean norm before comparing",
+        "logits": "scale * (image features . text features) + bias",
+        "scale": float(model.logit_scale.exp()),
+        "bias": 0.0 if model.logit_bias is None else float(model.logit_bias),
+        "preprocessing": model.config.to_dict()["preprocessing"],
+        "tokenizer": {
+            "file": "tokenizer.json",
+            "context_length": model.context_length,
+            "padding_id": model.tokenizer.pad_id,
+            "cleaning": "lower" if tokenizer is None else tokenizer.clean,
+        },
+    }
+
+
+def read_onnx(folder: Path, sample: Sample) -> Reading:
+    """By onnxruntime on the CPU, in batches of 1 and 3."""
+    import onnxruntime
+
+    def run(kind: str, name: str, values: Tensor) -> Tensor:
+        session = onnxruntime.InferenceSession(folder / f"{kind}_encoder.onnx", providers=["CPUExecutionProvider"])
+        parts = [session.run(None, {name: part.numpy()})[0] for part in (values[:1], values[1:])]
+        return unit(torch.cat([torch.from_numpy(np.asarray(part)) for part in parts]))
+
+    return Reading(run("image", "pixels", sample.pixels), run("text", "tokens", sample.tokens))
+
+
+class Format(NamedTuple):
+    """A format: how it is written and read, and the largest difference of unit features that passes."""
+
+    write: Callable[[CLIP, Path], None]
+    read: Callable[[Path, Sample], Reading]
+    tolerance: float
+
+
+FORMATS: dict[str, Format] = {
+    "open_clip": Format(write_open_clip, read_open_clip, 1e-4),
+    "hugging_face": Format(write_hugging_face, read_hugging_face, 1e-4),
+    "onnx": Format(write_onnx, read_onnx, 1e-3),
+}

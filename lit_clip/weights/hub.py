@@ -1,0 +1,85 @@
+"""Published weights by name: huggingface_hub and open_clip's registry do the work."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+from lit_clip.errors import InputError
+from lit_clip.models.config import CLIPConfig
+from lit_clip.models.registry import resolve_architecture
+from lit_clip.weights.sources import OPEN_CLIP_WEIGHTS
+
+# What a model needs beside its weights.
+_SMALL = [
+    *("*config.json", "*.index.json", "tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model"),
+    *("special_tokens_map.json", "added_tokens.json"),
+]
+
+
+def download(name: str) -> Path:
+    """The folder of ``org/name`` in the hub's cache: its configuration, tokenizer and one file of weights.
+
+    Raises:
+        InputError: no such model, no network, or no weights that we read.
+    """
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=_SMALL))
+        if next(folder.glob("*.index.json"), None) is not None and not (folder / "open_clip_config.json").exists():
+            return Path(snapshot_download(name, allow_patterns=["*.safetensors"]))
+        for weights in OPEN_CLIP_WEIGHTS:
+            try:
+                hf_hub_download(name, weights)
+            except EntryNotFoundError:  # LocalEntryNotFoundError too: nothing of that name in the cache
+                continue
+            return folder
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{name}: no such file or folder, and not to be had from the hub ({reason})") from error
+    raise InputError(f"{name}: the hub has none of {', '.join(OPEN_CLIP_WEIGHTS)} of it")
+
+
+def download_tag(name: str) -> tuple[Path, CLIPConfig]:
+    """The file behind ``model:tag`` of open_clip's registry, and the architecture that the two describe.
+
+    The registry says with which activation and preprocessing weights were trained: that counts, whatever the name.
+
+    Raises:
+        InputError: no such model or tag, or no network.
+    """
+    model, _, tag = name.partition(":")
+    from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
+
+    cfg: dict[str, Any] = get_pretrained_cfg(model, tag)
+    if not cfg:
+        tags = list_pretrained_tags_by_model(model)
+        known = f"its tags: {', '.join(tags)}" if tags else "lit-clip models --pretrained lists all"
+        raise InputError(f"{name}: open_clip's registry has no such weights; {known}")
+    config = tagged(resolve_architecture(model), cfg)
+    try:
+        return Path(download_pretrained(cfg)), config
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{name}: cannot be downloaded ({reason})") from error
+
+
+def tagged(config: CLIPConfig, cfg: dict[str, Any]) -> CLIPConfig:
+    """An architecture with what a registry entry says of activation and preprocessing."""
+    assert config.preprocessing is not None
+    preprocessing = dataclasses.replace(config.preprocessing)
+    for ours, theirs in (
+        ("mean", "mean"),
+        ("std", "std"),
+        ("interpolation", "interpolation"),
+        ("resize_mode", "resize_mode"),
+    ):
+        if cfg.get(theirs) is not None:
+            setattr(preprocessing, ours, tuple(cfg[theirs]) if ours in ("mean", "std") else cfg[theirs])
+    activation: Literal["quick_gelu", "gelu", "gelu_tanh"] = config.activation
+    if cfg.get("quick_gelu"):
+        activation = "quick_gelu"
+    elif activation == "quick_gelu":
+        activation = "gelu"
+    return dataclasses.replace(config, activation=activation, preprocessing=preprocessing)

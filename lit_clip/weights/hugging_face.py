@@ -1,0 +1,360 @@
+"""Hugging Face's CLIPModel and SiglipModel <-> ours, both ways: settings and files (the weights' names are beside).
+
+What would change the features without a word (another activation, another epsilon, another crop) is an error that names
+both sides.
+"""
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from lit_clip.errors import InputError, require
+from lit_clip.models.clip import CLIP
+from lit_clip.models.config import (
+    Activation,
+    CLIPConfig,
+    HuggingFaceTokenizer,
+    TextTransformerConfig,
+    TimmConfig,
+    VisionTransformerConfig,
+)
+from lit_clip.models.tokenizer import EOT_ID, SOT_ID
+from lit_clip.weights.hugging_face_keys import clip_pairs, renamed, siglip_pairs
+from lit_clip.weights.hugging_face_processor import agree, check_vocabulary, preprocessing_of, read_json, square
+
+ACTIVATIONS: dict[str, Activation] = {
+    "gelu_new": "gelu_tanh",  # gelu_pytorch_tanh's formula, written out
+    "quick_gelu": "quick_gelu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+CLIP_EPS, SIGLIP_EPS = 1e-5, 1e-6  # of the LayerNorms of our vision transformer, and of timm's
+ARGMAX = 2  # an eos_token_id at which CLIPModel looks for the highest id, as OpenAI's code and ours do
+# timm's SigLIP image encoders by (width, layers, heads); each is there for some patch and image sizes.
+SIGLIP_SIZES = {(768, 12, 12): "base", (1024, 24, 16): "large", (1152, 27, 16): "so400m", (1536, 40, 16): "giantopt"}
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+
+
+def read_hugging_face_folder(folder: str | os.PathLike[str]) -> tuple[CLIPConfig, dict[str, Tensor]]:
+    """What :func:`from_hugging_face` makes of a folder that ``save_pretrained`` of a model and its processor wrote.
+
+    Raises:
+        InputError: a file is missing or unreadable, or the model is one that ours cannot be.
+    """
+    from lit_clip.tools.weight_files import read_tensors
+
+    folder = Path(folder)
+    config = read_json(folder / "config.json")
+    preprocessor = None
+    if (folder / "preprocessor_config.json").is_file():
+        preprocessor = read_json(folder / "preprocessor_config.json")
+    elif (folder / "processor_config.json").is_file():  # transformers 5 writes the whole processor into one file
+        preprocessor = read_json(folder / "processor_config.json").get("image_processor")
+    shards = next((name for name in WEIGHTS if (folder / f"{name}.index.json").is_file()), None)
+    if shards and not (folder / shards).is_file():
+        names = sorted(set(read_json(folder / f"{shards}.index.json")["weight_map"].values()))
+    else:
+        names = [next((name for name in WEIGHTS if (folder / name).is_file()), "")]
+        require(names != [""], f"{folder}: no {' or '.join(WEIGHTS)} in it")
+    state: dict[str, Tensor] = {}
+    for name in names:
+        state.update(read_tensors(folder / name))
+    try:
+        if config.get("model_type") == "clip":
+            check_vocabulary(folder)
+        return from_hugging_face(config, state, preprocessor, tokenizer=str(folder))
+    except InputError as error:
+        raise InputError(f"{folder}: {error}") from error
+
+
+def from_hugging_face(
+    config: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    preprocessor: Mapping[str, Any] | None = None,
+    tokenizer: str = "",
+) -> tuple[CLIPConfig, dict[str, Tensor]]:
+    """A ``CLIPModel`` or ``SiglipModel`` as ours.
+
+    Args:
+        config: its ``config.json``.
+        state: its weights.
+        preprocessor: its ``preprocessor_config.json``; None: that of the first published models of its kind.
+        tokenizer: where SigLIP's tokenizer lies: a folder or a name on the hub.
+
+    Returns:
+        The architecture, and the weights under our names in the type they came in.
+
+    Raises:
+        InputError: another kind of model, or a setting or weight that ours does not have.
+    """
+    kind = config.get("model_type")
+    if kind == "clip":
+        ours = _clip_config(config, preprocessor)
+    elif kind == "siglip":
+        ours = _siglip_config(config, preprocessor, tokenizer)
+    else:
+        raise InputError(f"config.json: model_type is {kind!r} there, lit-clip opens clip and siglip")
+    return ours, renamed(state, _pairs(ours), inwards=True)
+
+
+def to_hugging_face(model: CLIP) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Ours as a ``CLIPModel`` or a ``SiglipModel``: its ``config.json`` and its weights.
+
+    Raises:
+        InputError: neither can be this model.
+    """
+    kind = hugging_face_kind(model.config)
+    values = _clip_values(model.config) if kind == "clip" else _siglip_values(model.config)
+    return values, renamed(model.state_dict(), _pairs(model.config), inwards=False)
+
+
+def hugging_face_kind(config: CLIPConfig) -> Literal["clip", "siglip"]:
+    """Which of their models ours can be.
+
+    Raises:
+        InputError: none; the message says why.
+    """
+    image, text = config.image, config.text
+    encoders = f"{type(image).__name__} and {type(text).__name__}".replace("Config", "")
+    own = f"their CLIPModel is a vision transformer with a causal text transformer, this model is {encoders}"
+    if isinstance(image, TimmConfig) and isinstance(text, TextTransformerConfig) and not text.causal:
+        timm_siglip(image.timm, **image.options)
+        require(image.pool in (None, "map"), f"a SiglipModel pools by attention, this model by {image.pool}")
+        require(image.projection == "none", "a SiglipModel has no projection behind its image encoder, this model has")
+        require(config.logit_bias and text.projection_bias, "a SiglipModel has biases that this model does not have")
+        return "siglip"
+    require(isinstance(image, VisionTransformerConfig) and isinstance(text, TextTransformerConfig), own)
+    text = cast(TextTransformerConfig, text)
+    require(text.causal, own)
+    require(
+        text.tokenizer is None and not text.projection_bias, "a CLIPModel has CLIP's own tokenizer and no text bias"
+    )
+    require(text.projection, "a CLIPModel has a projection behind its text encoder, this model has not")
+    require(not config.logit_bias, "a CLIPModel has no logit bias, this model has")
+    agree("layer_norm_eps", CLIP_EPS, text.layer_norm_eps)
+    return "clip"
+
+
+def _pairs(config: CLIPConfig) -> Any:
+    text = cast(TextTransformerConfig, config.text)
+    if isinstance(config.image, TimmConfig):
+        return siglip_pairs(timm_siglip(config.image.timm, **config.image.options)["depth"], text.layers)
+    return clip_pairs(cast(VisionTransformerConfig, config.image).layers, text.layers)
+
+
+def _activation(name: str, theirs: str) -> Activation:
+    if theirs not in ACTIVATIONS:
+        raise InputError(f"{name} is {theirs} there, here are {', '.join(ACTIVATIONS)}; the features would differ")
+    return ACTIVATIONS[theirs]
+
+
+def _their_activation(ours: Activation) -> str:
+    return {name: here for here, name in ACTIVATIONS.items()}[ours]
+
+
+def _ratio(inner: int, width: int) -> float:
+    """``r`` such that ``int(width * r)`` is ``inner``, rounding notwithstanding."""
+    ratio = inner / width
+    return ratio if int(width * ratio) == inner else math.nextafter(ratio, math.inf)
+
+
+def _complete(kind: Literal["CLIPConfig", "SiglipConfig"], values: Mapping[str, Any]) -> Any:
+    """Their configuration with every default: files leave out what equals it."""
+    import transformers
+
+    try:
+        return getattr(transformers, kind).from_dict(dict(values))
+    except Exception as error:  # whatever their validation raises
+        raise InputError(f"config.json: not a {kind} ({' '.join(str(error).split())})") from error
+
+
+def _clip_config(values: Mapping[str, Any], preprocessor: Mapping[str, Any] | None) -> CLIPConfig:
+    theirs = _complete("CLIPConfig", values)
+    image, text = theirs.vision_config, theirs.text_config
+    for name, tower in (("vision_config", image), ("text_config", text)):
+        agree(f"{name}.layer_norm_eps", tower.layer_norm_eps, CLIP_EPS)
+    agree("vision_config.num_channels", image.num_channels, 3)
+    activation = _activation("vision_config.hidden_act", image.hidden_act)
+    require(
+        _activation("text_config.hidden_act", text.hidden_act) == activation,
+        f"hidden_act is {image.hidden_act} of images and {text.hidden_act} of texts there, and the same of both here",
+    )
+    if text.eos_token_id != ARGMAX:  # it then looks for that id, and we for the highest
+        agree("text_config.eos_token_id", text.eos_token_id, text.vocab_size - 1)
+    size = square("vision_config.image_size", image.image_size)
+    return CLIPConfig(
+        embed_dim=theirs.projection_dim,
+        image=VisionTransformerConfig(
+            image_size=size,
+            patch_size=square("vision_config.patch_size", image.patch_size),
+            width=image.hidden_size,
+            layers=image.num_hidden_layers,
+            heads=image.num_attention_heads,
+            mlp_ratio=_ratio(image.intermediate_size, image.hidden_size),
+        ),
+        text=_text_config(text),
+        activation=activation,
+        preprocessing=None if preprocessor is None else preprocessing_of(preprocessor, size, "CLIPImageProcessor"),
+    )
+
+
+def _siglip_config(values: Mapping[str, Any], preprocessor: Mapping[str, Any] | None, tokenizer: str) -> CLIPConfig:
+    theirs = _complete("SiglipConfig", values)
+    image, text = theirs.vision_config, theirs.text_config
+    agree("vision_config.layer_norm_eps", image.layer_norm_eps, SIGLIP_EPS)
+    agree("vision_config.num_channels", image.num_channels, 3)
+    agree("vision_config.vision_use_head", image.vision_use_head, True)
+    size = square("vision_config.image_size", image.image_size)
+    unspecified = {"size": {"height": size, "width": size}}
+    return CLIPConfig(
+        embed_dim=text.projection_size,
+        image=_timm_config(image, size),
+        text=_text_config(
+            text,
+            causal=False,
+            projection_bias=True,
+            layer_norm_eps=text.layer_norm_eps,
+            tokenizer=HuggingFaceTokenizer(tokenizer, clean="canonicalize"),
+        ),
+        activation=_activation("text_config.hidden_act", text.hidden_act),
+        preprocessing=preprocessing_of(
+            unspecified if preprocessor is None else preprocessor, size, "SiglipImageProcessor"
+        ),
+        logit_bias=True,
+    )
+
+
+def _text_config(theirs: Any, **settings: Any) -> TextTransformerConfig:
+    return TextTransformerConfig(
+        context_length=theirs.max_position_embeddings,
+        vocab_size=theirs.vocab_size,
+        width=theirs.hidden_size,
+        layers=theirs.num_hidden_layers,
+        heads=theirs.num_attention_heads,
+        mlp_ratio=_ratio(theirs.intermediate_size, theirs.hidden_size),
+        **settings,
+    )
+
+
+def _timm_config(theirs: Any, size: int) -> TimmConfig:
+    """The timm model of a SiglipModel's image encoder; what timm's own does otherwise becomes an option."""
+    import timm
+
+    patch = square("vision_config.patch_size", theirs.patch_size)
+    wanted = {
+        "patch_size": patch,
+        "embed_dim": theirs.hidden_size,
+        "depth": theirs.num_hidden_layers,
+        "num_heads": theirs.num_attention_heads,
+        "mlp_ratio": _ratio(theirs.intermediate_size, theirs.hidden_size),
+        "act_layer": _activation("vision_config.hidden_act", theirs.hidden_act),
+    }
+    kind = SIGLIP_SIZES.get((wanted["embed_dim"], wanted["depth"], wanted["num_heads"]), "base")
+    name = f"vit_{kind}_patch{patch}_siglip_{size}"
+    if not timm.is_model(name):
+        near = timm.list_models(f"vit_{kind}_patch{patch}_siglip_[0-9]*")
+        name = near[0] if near else "vit_base_patch16_siglip_224"
+    usual = timm_siglip(name)
+    options = {key: value for key, value in wanted.items() if value != usual[key]}
+    return TimmConfig(name, image_size=size, projection="none", options=options)
+
+
+def timm_siglip(name: str, **options: Any) -> dict[str, Any]:
+    """What a SigLIP image encoder of timm is made of, under the names of timm's arguments; nothing is allocated.
+
+    Raises:
+        InputError: not of SigLIP's kind: no class token, LayerNorms with epsilon 1e-6, attention pooling.
+    """
+    import timm
+
+    with torch.device("meta"):
+        model: Any = timm.create_model(name, num_classes=0, **options)
+    pooled = getattr(model, "attn_pool", None) is not None and getattr(model, "cls_token", 0) is None
+    require(pooled and model.norm.eps == SIGLIP_EPS, f"timm's {name} is not a SigLIP image encoder")
+    block = model.blocks[0]
+    activation = f"{type(block.mlp.act).__name__} {getattr(block.mlp.act, 'approximate', '')}".lower()
+    require("gelu" in activation, f"timm's {name} has {activation.split()[0]}, no GELU, between the layers of its MLPs")
+    return {
+        "patch_size": model.patch_embed.patch_size[0],
+        "embed_dim": model.embed_dim,
+        "depth": len(model.blocks),
+        "num_heads": block.attn.num_heads,
+        "mlp_ratio": _ratio(block.mlp.fc1.out_features, model.embed_dim),
+        "act_layer": "gelu_tanh" if "tanh" in activation else "quick_gelu" if "quick" in activation else "gelu",
+    }
+
+
+def _encoder(
+    width: int, layers: int, heads: int, mlp_ratio: float, activation: Activation, eps: float
+) -> dict[str, Any]:
+    return {
+        "hidden_size": width,
+        "intermediate_size": int(width * mlp_ratio),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "hidden_act": _their_activation(activation),
+        "layer_norm_eps": eps,
+        "attention_dropout": 0.0,
+    }
+
+
+def _clip_values(config: CLIPConfig) -> dict[str, Any]:
+    image, text = cast(VisionTransformerConfig, config.image), cast(TextTransformerConfig, config.text)
+    end = text.vocab_size - 1 if text.vocab_size <= EOT_ID + 1 else ARGMAX
+    return {
+        "model_type": "clip",
+        "architectures": ["CLIPModel"],
+        "dtype": "float32",
+        "projection_dim": config.embed_dim,
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "image_size": square("image.image_size", image.image_size),
+            "patch_size": image.patch_size,
+            "num_channels": 3,
+            "projection_dim": config.embed_dim,
+            **_encoder(image.width, image.layers, image.heads, image.mlp_ratio, config.activation, CLIP_EPS),
+        },
+        "text_config": {
+            "model_type": "clip_text_model",
+            "vocab_size": text.vocab_size,
+            "max_position_embeddings": text.context_length,
+            "projection_dim": config.embed_dim,
+            "bos_token_id": min(SOT_ID, text.vocab_size - 1),
+            "eos_token_id": end,
+            "pad_token_id": min(EOT_ID, text.vocab_size - 1),
+            **_encoder(text.width, text.layers, text.heads, text.mlp_ratio, config.activation, CLIP_EPS),
+        },
+    }
+
+
+def _siglip_values(config: CLIPConfig) -> dict[str, Any]:
+    image, text = cast(TimmConfig, config.image), cast(TextTransformerConfig, config.text)
+    made = timm_siglip(image.timm, **image.options)
+    sizes = (made["embed_dim"], made["depth"], made["num_heads"], made["mlp_ratio"])
+    return {
+        "model_type": "siglip",
+        "architectures": ["SiglipModel"],
+        "dtype": "float32",
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            "image_size": square("image.image_size", image.image_size),
+            "patch_size": made["patch_size"],
+            "num_channels": 3,
+            "vision_use_head": True,
+            **_encoder(*sizes, made["act_layer"], SIGLIP_EPS),
+        },
+        "text_config": {
+            "model_type": "siglip_text_model",
+            "vocab_size": text.vocab_size,
+            "max_position_embeddings": text.context_length,
+            "projection_size": config.embed_dim,
+            "bos_token_id": None,  # nothing reads them
+            "eos_token_id": None,
+            **_encoder(text.width, text.layers, text.heads, text.mlp_ratio, config.activation, text.layer_norm_eps),
+        },
+    }

@@ -1,0 +1,186 @@
+"""Hugging Face's image processors and tokenizers <-> our preprocessing and vocabulary."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from lit_clip.errors import InputError, require
+from lit_clip.models.clip import CLIP
+from lit_clip.models.config import Preprocessing
+from lit_clip.models.tokenizer import Tokenize, _bpe
+
+FILTERS: dict[int, Literal["bilinear", "bicubic"]] = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+# What their image processors do where a file says nothing.
+_PROCESSOR: dict[str, Any] = {
+    "do_resize": True,
+    "do_rescale": True,
+    "do_normalize": True,
+    "rescale_factor": 1 / 255,
+    "resample": 3,
+}
+PROCESSOR_OF = {"clip": "CLIPImageProcessor", "siglip": "SiglipImageProcessor"}  # by model_type
+PROCESSORS: dict[str, dict[str, Any]] = {
+    "CLIPImageProcessor": {
+        **_PROCESSOR,
+        "do_center_crop": True,
+        "size": {"shortest_edge": 224},
+        "crop_size": {"height": 224, "width": 224},
+        "image_mean": Preprocessing().mean,
+        "image_std": Preprocessing().std,
+    },
+    "SiglipImageProcessor": {
+        **_PROCESSOR,
+        "do_center_crop": False,
+        "size": {"height": 224, "width": 224},
+        "image_mean": (0.5, 0.5, 0.5),
+        "image_std": (0.5, 0.5, 0.5),
+    },
+}
+
+
+def agree(name: str, theirs: object, ours: object) -> None:
+    """Raise :class:`InputError` naming both sides unless they are equal."""
+    require(theirs == ours, f"{name} is {theirs} there and {ours} here; the features would differ")
+
+
+def square(name: str, size: Any) -> int:
+    """The side of a square: of a number, or of height and width that must be equal."""
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    require(height == width, f"{name} is {height} x {width}; a picture here and there can only both be square")
+    return int(height)
+
+
+def preprocessing_of(values: Mapping[str, Any], image_size: int, kind: str) -> Preprocessing:
+    """Their ``preprocessor_config.json`` as our preprocessing; what it leaves out is as :data:`PROCESSORS` says.
+
+    Raises:
+        InputError: a step that ours has not, or a crop of another size than the model's pictures.
+    """
+    settings = {**PROCESSORS[kind], **{key: value for key, value in values.items() if value is not None}}
+    for step in ("do_resize", "do_rescale"):
+        agree(f"preprocessor {step}", settings[step], True)
+    agree("preprocessor rescale_factor", round(1 / settings["rescale_factor"], 3), 255)
+    if settings["resample"] not in FILTERS:
+        raise InputError(
+            f"preprocessor resample is {settings['resample']} there, here are 2 (bilinear) and 3 (bicubic)"
+        )
+    resized = settings["size"]
+    if isinstance(resized, int):
+        resized = {"shortest_edge": resized}
+    shortest = "shortest_edge" in resized
+    if shortest:
+        edge = resized["shortest_edge"]
+        agree("preprocessor do_center_crop", settings["do_center_crop"], True)
+    else:
+        edge = square("preprocessor size", (resized.get("height"), resized.get("width")))
+    crop = settings["crop_size"] if settings["do_center_crop"] else edge
+    crop = square("preprocessor crop_size", (crop["height"], crop["width"]) if isinstance(crop, dict) else crop)
+    agree("size of a preprocessed picture", crop, image_size)
+    require(edge >= crop, f"preprocessor size {edge} is less than crop_size {crop}: pictures would get a black border")
+    normalised = settings["do_normalize"]
+    return Preprocessing(
+        image_size=image_size,
+        mean=tuple(settings["image_mean"]) if normalised else (0.0, 0.0, 0.0),
+        std=tuple(settings["image_std"]) if normalised else (1.0, 1.0, 1.0),
+        interpolation=FILTERS[settings["resample"]],
+        resize_mode="shortest" if shortest else "squash",
+        crop_pct=_crop_pct(crop, edge),
+    )
+
+
+def _crop_pct(crop: int, edge: int) -> float:
+    """``r`` such that ``floor(crop / r)`` is ``edge``, rounding notwithstanding."""
+    ratio = crop / edge
+    return ratio if math.floor(crop / ratio) == edge else math.nextafter(ratio, 0)
+
+
+def image_processor(ours: Preprocessing, kind: str) -> dict[str, Any]:
+    """Our preprocessing as their ``preprocessor_config.json``; ``kind`` is one of :data:`PROCESSORS`."""
+    size = square("preprocessing.image_size", ours.image_size)
+    edge = math.floor(size / ours.crop_pct)
+    shortest = ours.resize_mode == "shortest"
+    return {
+        **PROCESSORS[kind],
+        "image_processor_type": kind,
+        "do_convert_rgb": True,
+        "do_center_crop": shortest or edge != size,
+        "size": {"shortest_edge": edge} if shortest else {"height": edge, "width": edge},
+        "crop_size": {"height": size, "width": size},
+        "resample": {name: number for number, name in FILTERS.items()}[ours.interpolation],
+        "image_mean": list(ours.mean),
+        "image_std": list(ours.std),
+    }
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds; anything else is an :class:`InputError`."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{path}: not a readable JSON file ({error})") from error
+    require(isinstance(values, dict), f"{path}: not a JSON object")
+    return values
+
+
+def check_vocabulary(folder: Path) -> None:
+    """Whether a tokenizer that lies beside a CLIPModel is the one that ours is read with."""
+    if (folder / "vocab.json").is_file():
+        name, theirs = "vocab.json", read_json(folder / "vocab.json")
+    elif (folder / "tokenizer.json").is_file():
+        name, theirs = "tokenizer.json", read_json(folder / "tokenizer.json").get("model", {}).get("vocab", {})
+    else:
+        return
+    ours = byte_pairs()[0]
+    wrong = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+    if wrong:
+        there, here = (side.get(wrong[0], "absent") for side in (theirs, ours))
+        raise InputError(f"{name} is not CLIP's vocabulary: {wrong[0]!r} is {there} there and {here} here")
+
+
+def byte_pairs() -> tuple[dict[str, int], list[Any]]:
+    """CLIP's vocabulary, token to id, and its merges, pairs of strings."""
+    model = json.loads(_bpe().to_str())["model"]
+    return model["vocab"], [tuple(merge) for merge in model["merges"]]
+
+
+def save_tokenizer(model: CLIP, folder: Path) -> None:
+    """Write the model's tokenizer as files that transformers opens.
+
+    Theirs splits and lower-cases as ours does, but neither mends broken Unicode and ligatures nor undoes HTML escapes:
+    such texts get other ids.
+
+    Raises:
+        InputError: the model has a tokenizer that these files cannot hold.
+    """
+    import transformers
+
+    tokenizer: Any = model.tokenizer
+    if isinstance(tokenizer, Tokenize):
+        vocab, merges = byte_pairs()
+        transformers.CLIPTokenizer(
+            vocab=vocab, merges=merges, model_max_length=tokenizer.context_length
+        ).save_pretrained(folder)
+        return
+    from tokenizers import Tokenizer
+
+    definition = Tokenizer.from_str(tokenizer.definition)
+    pad = definition.id_to_token(tokenizer.pad_id)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=definition,
+        pad_token=pad,
+        model_max_length=tokenizer.context_length,
+        # SigLIP's encoder attends to padding: a mask that a user passes on would change the features.
+        model_input_names=["input_ids"] if tokenizer.whole else ["input_ids", "attention_mask"],
+    ).save_pretrained(folder)
+
+
+def save_byte_pairs(folder: Path) -> None:
+    """Write CLIP's vocabulary as older releases of transformers, and other tools, look for it."""
+    vocab, merges = byte_pairs()
+    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
+    lines = ["#version: 0.2", *(" ".join(merge) for merge in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

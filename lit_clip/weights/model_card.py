@@ -1,0 +1,143 @@
+"""The README.md that lies beside exported weights: facts alone, and how to open them."""
+
+import json
+from typing import NamedTuple
+
+import yaml
+
+from lit_clip import __version__
+from lit_clip.models.clip import CLIP
+from lit_clip.models.config import HuggingFaceTextConfig
+from lit_clip.weights.export import FORMATS, Parity
+
+LIBRARY = {"open_clip": "open_clip", "hugging_face": "transformers", "onnx": "onnx"}
+OPEN_CLIP = """\
+import open_clip
+
+model, preprocess = open_clip.create_model_from_pretrained("local-dir:{name}")
+tokenizer = open_clip.get_tokenizer("local-dir:{name}")
+"""
+HUGGING_FACE = """\
+from PIL import Image
+from transformers import {kind}Model, {kind}Processor
+
+model = {kind}Model.from_pretrained("{name}")
+processor = {kind}Processor.from_pretrained("{name}", backend="pil")
+padding = {{"padding": "max_length", "truncation": True, "return_tensors": "pt"}}
+inputs = processor(text=["a photo of a dog"], images=[Image.open("photo.jpg")], **padding)
+logits = model(**inputs).logits_per_image
+"""
+ONNX = """\
+import json
+
+import numpy as np
+import onnxruntime
+from PIL import Image
+from tokenizers import Tokenizer
+
+facts = json.load(open("{name}/model.json"))
+want, texts = facts["preprocessing"], facts["tokenizer"]
+picture, (height, width) = Image.open("photo.jpg"), facts["image_encoder"]["shape"][2:]
+{resize}
+pixels = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
+pixels = ((pixels - want["mean"]) / want["std"]).transpose(2, 0, 1)[None].astype(np.float32)
+
+tokenizer = Tokenizer.from_file("{name}/tokenizer.json")
+tokenizer.enable_truncation(texts["context_length"])
+tokenizer.enable_padding(length=texts["context_length"], pad_id=texts["padding_id"])
+tokens = np.array([tokenizer.encode("a photo of a dog").ids])
+
+image = onnxruntime.InferenceSession("{name}/image_encoder.onnx")
+text = onnxruntime.InferenceSession("{name}/text_encoder.onnx")
+image_features = image.run(None, {{"pixels": pixels}})[0]  # float32 [batch, {embed_dim}]
+text_features = text.run(None, {{"tokens": tokens}})[0]  # neither is of unit length
+"""
+SQUASH = "picture = picture.resize((width, height), Image.Resampling.{filter})"
+CROP = """\
+scale = max(width / picture.width, height / picture.height) / want["crop_pct"]
+larger = [max(least, int(side * scale)) for least, side in zip((width, height), picture.size)]
+picture = picture.resize(larger, Image.Resampling.{filter})
+left, top = round((larger[0] - width) / 2), round((larger[1] - height) / 2)
+picture = picture.crop((left, top, left + width, top + height))"""
+
+
+class Source(NamedTuple):
+    """What was exported.
+
+    Attributes:
+        name: of the file, folder or model.
+        sha256: of the file; None if it was none.
+    """
+
+    name: str
+    sha256: str | None
+
+
+def model_card(model: CLIP, format: str, name: str, source: Source, parity: Parity, license: str | None) -> str:
+    """The card as Markdown, with the front matter that model hubs read."""
+    front = {"library_name": LIBRARY[format], "pipeline_tag": "zero-shot-image-classification", "tags": ["clip"]}
+    if license:
+        front["license"] = license
+    total = sum(p.numel() for p in model.parameters())
+    image = sum(p.numel() for p in model.visual.parameters())
+    digest = f", SHA-256 `{source.sha256}`" if source.sha256 else ""
+    measured = [f"image features {parity.image:.1e}", f"text features {parity.text:.1e}"]
+    tested = "" if parity.tokens is None else "; preprocessing within one of 255 levels, token ids equal"
+    facts = {
+        "exported from": f"`{source.name}`{digest}",
+        "by": f"lit-clip {__version__}",
+        "licence of the weights": license or "unknown",
+        "parameters": f"{total:,} (image encoder {image:,})",
+        "embedding": f"{model.config.embed_dim} channels",
+        "logit scale": f"{float(model.logit_scale.exp()):.4f}",
+        **({} if model.logit_bias is None else {"logit bias": f"{float(model.logit_bias):.4f}"}),
+        "largest difference from the original": f"{', '.join(measured)} (unit length, tolerance "
+        f"{FORMATS[format].tolerance:.0e}){tested}",
+    }
+    rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
+    config = json.loads(json.dumps(model.config.to_dict()))  # tuples as lists
+    config["text"].pop("model", None)  # pages long, and in the configuration beside
+    snippet, notes = _snippet(model, format, name), _notes(model, format)
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {name}\n",
+        f"A CLIP model as {LIBRARY[format]} reads it.\n\n| | |\n|---|---|\n{rows}\n",
+        f"## Open it\n\nIn the folder above this one:\n\n```python\n{snippet}```\n\n{notes}",
+        f"## Architecture, preprocessing, tokenizer\n\n```yaml\n{yaml.safe_dump(config, sort_keys=False)}```\n",
+    ]
+    return "\n".join(parts)
+
+
+def _snippet(model: CLIP, format: str, name: str) -> str:
+    if format == "open_clip":
+        return OPEN_CLIP.format(name=name)
+    if format == "hugging_face":
+        return HUGGING_FACE.format(name=name, kind="CLIP" if model.logit_bias is None else "Siglip")
+    wanted = model.preprocessing
+    whole = wanted.resize_mode == "squash" and wanted.crop_pct == 1
+    resize = (SQUASH if whole else CROP).format(filter=wanted.interpolation.upper())
+    return ONNX.format(name=name, embed_dim=model.config.embed_dim, resize=resize)
+
+
+def _notes(model: CLIP, format: str) -> str:
+    if format == "open_clip":
+        text = model.config.text
+        if not isinstance(text, HuggingFaceTextConfig):
+            return ""
+        return f"- open_clip reads the text encoder's configuration from `{text.hugging_face}`, which must be there.\n"
+    if model.config.text.tokenizer is None:
+        cleaning = (
+            "`tokenizer.json` neither mends broken Unicode and ligatures nor undoes HTML escapes, as CLIP's own code "
+            "does: clean such texts before (`lit_clip.models.tokenizer.clean`), or they get other ids."
+        )
+    else:
+        cleaning = "`tokenizer.json` does not clean texts; the model saw them cleaned as `tokenizer.clean` below says."
+    notes = [cleaning]
+    if format == "hugging_face":
+        notes += [
+            'Without `backend="pil"` pixels differ by up to two of 255 levels from those the model was trained on.',
+            "The centre crop of `transformers` lies one pixel further left or up than PyTorch's where the long side is "
+            "3, 7, 11, ... pixels longer than the short one after resizing.",
+        ]
+    if format == "onnx":
+        notes.append("`model.json` says what has to happen to pictures, texts and features.")
+    return "\n".join(f"- {note}" for note in notes) + "\n"

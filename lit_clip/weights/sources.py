@@ -1,0 +1,257 @@
+"""Where weights come from: files, folders, the hub and open_clip's registry, each recognised for what it is."""
+
+import dataclasses
+import json
+import math
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lit_clip.errors import InputError, require
+from lit_clip.models.clip import CLIP
+from lit_clip.models.config import (
+    CLIPConfig,
+    HuggingFaceTextConfig,
+    HuggingFaceTokenizer,
+    ResNetConfig,
+    TextTransformerConfig,
+    VisionTransformerConfig,
+    differences,
+)
+from lit_clip.models.open_clip_configs import from_open_clip
+from lit_clip.models.registry import resolve_architecture
+from lit_clip.models.tokenizer import TextTokenizer
+from lit_clip.tools.weight_files import as_float32, is_path, read_file
+
+Source = str | os.PathLike[str]
+
+EMA_WEIGHTS = "exponential moving average"  # what a checkpoint's ``weights`` says of its state_dict, if so
+
+# In the order in which open_clip looks for them.
+OPEN_CLIP_WEIGHTS = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "open_clip_pytorch_model.pth",
+    "model.safetensors",
+    "pytorch_model.bin",
+)
+
+
+@dataclass
+class Weights:
+    """Weights by name, and what they say of themselves.
+
+    Attributes:
+        name: where they come from, for messages.
+        state: tensors under our (OpenAI's, open_clip's) names.
+        config: the architecture; None if nothing says which.
+        tokenizer: if it came with them.
+    """
+
+    name: str
+    state: dict[str, Tensor]
+    config: CLIPConfig | None = None
+    tokenizer: TextTokenizer | None = None
+
+
+def check_same(theirs: CLIPConfig, ours: CLIPConfig, name: Source, hint: str = "") -> None:
+    """Raise :class:`InputError` with every difference between two architectures, and what to do about them."""
+    wrong = differences(theirs, ours)
+    if wrong and not hint:
+        hint = "set --model.architecture, to null for that of the weights"
+        if any(difference.startswith("image.image_size") for difference in wrong):
+            hint += ", or to interpolate the position embedding --model.image_size"
+    if wrong:
+        raise InputError(f"{name} is of another architecture: {', '.join(wrong)}; {hint}")
+
+
+def open_weights(source: Source) -> Weights:
+    """Find and read what :func:`lit_clip.load_model` is given.
+
+    Raises:
+        InputError: see there.
+    """
+    path, name = Path(source).expanduser(), os.fspath(source)
+    require(bool(name), "no model: its name is empty")  # as a path it would be this folder
+    if path.is_dir():
+        return _open_folder(path)
+    if path.is_file():
+        return _open_file(path)
+    architecture, _, file = name.partition(":")
+    if file and is_path(file):  # a file that need not say what it is, and the name of that
+        weights, named = _open_file(Path(file).expanduser()), resolve_architecture(architecture)
+        if weights.config:
+            check_same(weights.config, named, file, f"leave {architecture}: out, the file says what it is")
+        return dataclasses.replace(weights, config=named, name=name)
+    if is_path(source):
+        return _open_file(path)
+    from lit_clip import hub  # huggingface_hub and open_clip take seconds to import
+
+    if name.startswith("hf-hub:") or ("/" in name and ":" not in name):
+        return dataclasses.replace(_open_folder(hub.download(name.removeprefix("hf-hub:"))), name=name)
+    if ":" in name:
+        file, config = hub.download_tag(name)
+        return Weights(name, _tensors(read_file(file), name), config)
+    raise InputError(
+        f"{name}: no such file or folder, and neither org/name on the hub nor model:tag of open_clip's registry "
+        "(lit-clip models --pretrained lists those)"
+    )
+
+
+def read_checkpoint(path: Source) -> dict[str, Any]:
+    """Load a file that ``lit-clip fit`` wrote, on the CPU; nothing in it is executed.
+
+    Raises:
+        InputError: no such file, not a checkpoint, or not one of lit-clip's.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint file")
+    return _checked(read_file(path), path)
+
+
+def _checked(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
+    try:
+        CLIPConfig.from_dict(checkpoint["hyper_parameters"]["architecture"])
+        dict(checkpoint["state_dict"])
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise InputError(f"{path}: not a lit-clip checkpoint (it has no weights or names no architecture)") from error
+    return checkpoint
+
+
+def _open_folder(folder: Path) -> Weights:
+    if (folder / "open_clip_config.json").is_file():
+        return _open_clip_folder(folder)
+    if (folder / "config.json").is_file():
+        from lit_clip.weights.hugging_face import read_hugging_face_folder
+
+        config, state = read_hugging_face_folder(folder)
+        return Weights(str(folder), state, config)
+    found = sorted(path.name for path in folder.iterdir())[:8]
+    raise InputError(
+        f"{folder}: neither open_clip_config.json nor config.json in it; found: {', '.join(found) or 'nothing'}"
+    )
+
+
+def _open_clip_config(folder: Path) -> CLIPConfig:
+    file = folder / "open_clip_config.json"
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        model = values.get("model_cfg", values)
+        config = from_open_clip(model, values.get("preprocess_cfg"), str(file))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError, TypeError, ArithmeticError) as error:
+        raise InputError(f"{file}: not a configuration of open_clip's ({error})") from error
+    text = config.text
+    if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):  # it came with them
+        if isinstance(text, HuggingFaceTextConfig):
+            config.text = dataclasses.replace(text, hugging_face=str(folder))
+        elif text.tokenizer is not None:
+            config.text = dataclasses.replace(text, tokenizer=HuggingFaceTokenizer(str(folder), text.tokenizer.clean))
+    return config
+
+
+def _open_clip_folder(folder: Path) -> Weights:
+    file = next((folder / name for name in OPEN_CLIP_WEIGHTS if (folder / name).is_file()), None)
+    if file is None:
+        raise InputError(
+            f"{folder}: no weights beside open_clip_config.json; wanted one of {', '.join(OPEN_CLIP_WEIGHTS)}"
+        )
+    config = _open_clip_config(folder)
+    return Weights(str(file), _tensors(read_file(file), file), config)
+
+
+def _open_file(path: Path) -> Weights:
+    values = read_file(path)
+    if "hyper_parameters" in values:
+        return _lit_clip_checkpoint(_checked(values, path), path)
+    if (path.parent / "open_clip_config.json").is_file() and path.name in OPEN_CLIP_WEIGHTS:
+        return Weights(str(path), _tensors(values, path), _open_clip_config(path.parent))
+    state = _tensors(values, path)
+    # OpenAI's archives, and the state dicts of models that their code has loaded, say their sizes beside the weights.
+    openai = "input_resolution" in state and "visual.conv1.weight" in state
+    return Weights(str(path), state, papers_architecture(state, path) if openai else None)
+
+
+def _lit_clip_checkpoint(checkpoint: dict[str, Any], path: Path) -> Weights:
+    from lit_clip.models.lora import with_base  # which opens the base as any other weights
+
+    checkpoint = with_base(checkpoint, path)
+    config = CLIPConfig.from_dict(checkpoint["hyper_parameters"]["architecture"])
+    if checkpoint.get("weights") == EMA_WEIGHTS:
+        warnings.warn(f"{path}: the weights are the moving average (EMA), not those of the last step", stacklevel=2)
+    tokenizer = checkpoint_tokenizer(checkpoint, config)
+    return Weights(str(path), as_float32(dict(checkpoint["state_dict"])), config, tokenizer)
+
+
+def saved_tokenizer(model: CLIP) -> dict[str, Any]:
+    """What a checkpoint holds of a tokenizer that is not the paper's: its source may be gone later."""
+    if model.config.text.tokenizer is None:
+        return {}
+    tokenizer: Any = model.tokenizer
+    return {"tokenizer": {"definition": tokenizer.definition, "pad_id": tokenizer.pad_id}}
+
+
+def checkpoint_tokenizer(checkpoint: Mapping[str, Any], config: CLIPConfig) -> TextTokenizer | None:
+    """The tokenizer that lies in a checkpoint of lit-clip's, if it is not the paper's."""
+    saved, text = checkpoint.get("tokenizer"), config.text
+    if saved is None or text.tokenizer is None:
+        return None
+    from lit_clip.models.hf_tokenizer import HuggingFaceTokenize
+
+    whole = isinstance(text, TextTransformerConfig) and not text.causal
+    return HuggingFaceTokenize(saved["definition"], saved["pad_id"], text.tokenizer.clean, text.context_length, whole)
+
+
+def _tensors(values: dict[str, Any], name: Source) -> dict[str, Tensor]:
+    state = values.get("state_dict", values)
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(
+            f"{name}: no weights by name in it; found: {', '.join(list(map(str, values))[:8]) or 'nothing'}"
+        )
+    return as_float32(state)
+
+
+def papers_architecture(state: Mapping[str, Tensor], name: Source) -> CLIPConfig:
+    """The architecture of one of OpenAI's models, read off the shapes of its weights; their activation is QuickGELU.
+
+    Raises:
+        InputError: weights of another kind of model.
+    """
+
+    def blocks(prefix: str) -> int:
+        return len({key[len(prefix) :].partition(".")[0] for key in state if key.startswith(prefix)})
+
+    try:
+        width = state["ln_final.weight"].shape[0]
+        positions, patches = (state[key] for key in ("positional_embedding", _positions(state)))
+        side = math.isqrt(len(patches) - 1)
+        if "visual.proj" in state:
+            image_width, patch = state["visual.conv1.weight"].shape[0], state["visual.conv1.weight"].shape[-1]
+            layers = blocks("visual.transformer.resblocks.")
+            image: Any = VisionTransformerConfig(side * patch, patch, image_width, layers, image_width // 64)
+        else:
+            a, b, c, d = (blocks(f"visual.layer{stage}.") for stage in (1, 2, 3, 4))
+            image = ResNetConfig((a, b, c, d), state["visual.conv3.weight"].shape[0], side * 32)
+        text = TextTransformerConfig(
+            len(positions),
+            state["token_embedding.weight"].shape[0],
+            width,
+            blocks("transformer.resblocks."),
+            width // 64,
+        )
+        return CLIPConfig(state["text_projection"].shape[1], image, text, "quick_gelu")
+    except (KeyError, IndexError, ValueError) as error:
+        raise InputError(f"{name}: not the weights of one of OpenAI's models ({error})") from error
+
+
+def _positions(state: Mapping[str, Tensor]) -> str:
+    transformer = "visual.positional_embedding"
+    return transformer if transformer in state else "visual.attnpool.positional_embedding"

@@ -1,0 +1,126 @@
+"""``torch.compile`` changes how fast the numbers come, and nothing else."""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lit_clip import LitCLIP, load_model
+from lit_clip.batch import CaptionBatch
+from lit_clip.compiling import compile_blocks
+from lit_clip.errors import InputError
+from lit_clip.models.clip import CLIP
+from lit_clip.models.config import CLIPConfig, ResNetConfig, TextTransformerConfig, VisionTransformerConfig
+from lit_clip.models.transformer import rounded
+
+CONFIG = CLIPConfig(
+    16,
+    VisionTransformerConfig(image_size=32, patch_size=16, width=32, layers=2, heads=1),
+    TextTransformerConfig(context_length=40, vocab_size=50, width=32, layers=2, heads=1),
+)
+
+
+def batch(longest: int) -> CaptionBatch:
+    generator = torch.Generator().manual_seed(longest)
+    tokens = torch.randint(1, 49, (4, longest), generator=generator)
+    tokens[0, -1] = tokens[1, longest // 2] = tokens[2:, 1] = 49
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    return CaptionBatch(images, tokens, list("abcd"))
+
+
+def gradients(model: CLIP, longest: int) -> dict[str, Tensor]:
+    model.zero_grad()
+    pairs = batch(longest)
+    (model.encode_image(model.normalize(pairs.images)) * model.encode_text(pairs.tokens)).sum().backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def test_a_compiled_model_has_the_gradients_and_the_names_of_a_plain_one() -> None:
+    torch.manual_seed(0)
+    plain = CLIP(CONFIG).double()
+    compiled = copy.deepcopy(plain)
+    compile_blocks(compiled, backend="eager")
+    compile_blocks(compiled, backend="eager")  # setup is called for each stage
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+    blocks: list[Any] = [*compiled.visual.transformer.resblocks, *compiled.transformer.resblocks]  # type: ignore
+    assert all(block._compiled_call_impl is not None for block in blocks)
+    graphs = torch._dynamo.utils.counters["stats"]
+    for longest in (5, 9, 16, 33):
+        torch.testing.assert_close(gradients(compiled, longest), gradients(plain, longest), rtol=1e-10, atol=1e-12)
+    known = graphs["unique_graphs"]
+    for longest in (3, 7, 12, 15, 35, 40):  # of lengths that have been rounded to before
+        gradients(compiled, longest)
+    assert graphs["unique_graphs"] == known
+
+
+def test_training_and_validation_of_any_length_stay_compiled() -> None:
+    """Both towers' blocks are one function to torch, which makes 8 graphs of it unless it is told otherwise."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    config = replace(CONFIG, text=TextTransformerConfig(context_length=77, vocab_size=50, width=32, layers=2, heads=1))
+    model = CLIP(config)
+    compile_blocks(model, backend="eager")
+    graphs = torch._dynamo.utils.counters["stats"]
+
+    def both(length: int, rows: int) -> None:
+        pairs = batch(length)
+        images, tokens = model.normalize(pairs.images)[:rows], pairs.tokens[:rows]
+        model.eval()
+        with torch.inference_mode():
+            model.encode_image(images), model.encode_text(tokens)  # noqa: B018  # run, not looked at
+        model.train()
+        (model.encode_image(images) * model.encode_text(tokens)).sum().backward()
+
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for rows in (4, 3):
+            for length in (10, 20, 40, 50, 70):
+                both(length, rows)
+    known = graphs["unique_graphs"]
+    for length in (12, 77, 30, 60, 44):
+        both(length, 4)
+    assert graphs["unique_graphs"] == known
+
+
+def test_with_checkpointing_a_norm_of_the_batch_is_refused() -> None:
+    resnet = replace(CONFIG, image=ResNetConfig((1, 1, 1, 1), 16, 32))
+    with pytest.raises(InputError, match=r"model\.compile: not together with model\.gradient_checkpointing where"):
+        LitCLIP(resnet, gradient_checkpointing=True, compile=True)
+    LitCLIP(resnet, gradient_checkpointing=True)
+    LitCLIP(CONFIG, gradient_checkpointing=True, compile=True)
+
+
+def test_few_lengths_are_multiples_up_to_the_context() -> None:
+    assert sorted({rounded(length, 77) for length in range(1, 78)}) == [16, 32, 48, 64, 77]
+
+
+@pytest.mark.slow  # half a minute of compiling
+def test_fit_with_compile_ends_with_the_weights_of_a_plain_one_and_either_goes_on_from_the_other(
+    caption_table: Path, tmp_path: Path
+) -> None:
+    from lightning.pytorch import Trainer, seed_everything
+
+    from datamodules import Captions
+
+    def run(name: str, compile: bool, steps: int, start: Path | None = None) -> Path:
+        seed_everything(0)
+        module = LitCLIP(CLIPConfig(16, CONFIG.image, TextTransformerConfig(40, 49408, 32, 2, 1)), compile=compile)
+        table, told = str(caption_table), {"preprocessing": module.preprocessing, "tokenize": module.tokenize}
+        data = Captions(table, table, batch_size=4, num_workers=0, **told)  # type: ignore[arg-type]
+        trainer = Trainer(
+            accelerator="cpu", max_steps=steps, logger=False, enable_progress_bar=False, default_root_dir=tmp_path
+        )
+        trainer.fit(module, data, ckpt_path=start, weights_only=True)
+        path = tmp_path / f"{name}.ckpt"
+        trainer.save_checkpoint(path)
+        return path
+
+    plain, compiled = run("plain", False, 2), run("compiled", True, 2)
+    models = [load_model(path).state_dict() for path in (plain, compiled)]
+    torch.testing.assert_close(models[1], models[0], rtol=1e-3, atol=1e-5)
+    longer = [run("a", True, 4, plain), run("b", False, 4, compiled)]
+    models = [load_model(path).state_dict() for path in longer]
+    torch.testing.assert_close(models[1], models[0], rtol=1e-3, atol=1e-4)

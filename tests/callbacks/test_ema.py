@@ -1,0 +1,172 @@
+"""The moving average of the weights: what is averaged, evaluated, saved, resumed and read."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+import lit_clip
+from callbacks import EMA
+from lit_clip.errors import InputError
+from lit_clip.models.config import CLIPConfig
+from lit_clip.module import LitCLIP
+from tests.test_module import data_for, trainer
+
+DECAY = 0.6
+
+
+class Recorder(Callback):
+    """The weights after each step and what validation has, for one parameter."""
+
+    def __init__(self) -> None:
+        self.steps: list[Tensor] = []
+        self.validated: list[Tensor] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.steps.append(pl_module.model.visual.proj.detach().clone())
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        if not trainer.sanity_checking:
+            self.validated.append(pl_module.model.visual.proj.detach().clone())
+
+
+def plain_average(weights: list[Tensor], start: int = 0) -> Tensor:
+    average = weights[start]
+    for weight in weights[start + 1 :]:
+        average = DECAY * average + (1 - DECAY) * weight
+    return average
+
+
+def fit(
+    config: CLIPConfig, table: Path, folder: Path, *callbacks: Callback, ckpt_path: Path | None = None, **options: Any
+) -> tuple[LitCLIP, Recorder, Any]:
+    torch.manual_seed(0)
+    module, recorder = LitCLIP(config, learning_rate=0.01, warmup_steps=1), Recorder()
+    # The recorder is behind the average in the list, where Lightning's own callback would show it the weights.
+    fitting = trainer(folder, callbacks=[*callbacks, recorder], **{"max_epochs": 2, **options})
+    fitting.fit(module, data_for(module, table), ckpt_path=ckpt_path)
+    return module, recorder, fitting
+
+
+@pytest.mark.parametrize("start", [0, 2])
+def test_the_average_is_that_of_a_plain_loop_and_training_goes_on_from_the_weights(
+    start: int, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+) -> None:
+    _, without, _ = fit(tiny_config, caption_table, tmp_path)
+    module, recorder, _ = fit(tiny_config, caption_table, tmp_path, EMA(DECAY, start))
+    for ours, expected in zip(recorder.steps, without.steps, strict=True):
+        assert torch.equal(ours, expected)
+    average = plain_average(recorder.steps, start)
+    torch.testing.assert_close(module.model.visual.proj, average, rtol=0, atol=1e-6)
+    for epoch, seen in enumerate(recorder.validated, start=1):
+        expected = plain_average(recorder.steps[: 4 * epoch], start)
+        torch.testing.assert_close(seen, expected, rtol=0, atol=1e-6)
+        assert not torch.equal(seen, recorder.steps[4 * epoch - 1])
+
+
+def test_before_its_first_update_the_weights_are_evaluated(
+    tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+) -> None:
+    """Lightning's own callback evaluates the initial weights until then (footgun L15)."""
+    module, recorder, fitting = fit(tiny_config, caption_table, tmp_path, EMA(DECAY, start_step=6))
+    assert torch.equal(recorder.validated[0], recorder.steps[3])
+    torch.testing.assert_close(recorder.validated[1], plain_average(recorder.steps, 6), rtol=0, atol=1e-6)
+    never, recorder, fitting = fit(tiny_config, caption_table, tmp_path, EMA(DECAY, start_step=100))
+    assert torch.equal(never.model.visual.proj, recorder.steps[-1])
+    fitting.save_checkpoint(tmp_path / "never.ckpt")
+    assert "weights" not in torch.load(tmp_path / "never.ckpt", weights_only=True)
+
+
+def test_the_modules_own_metrics_are_the_averages(tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path) -> None:
+    module, _, fitting = fit(tiny_config, caption_table, tmp_path, EMA(DECAY))
+    fitted = {k: float(v) for k, v in fitting.callback_metrics.items() if not k.startswith("train/")}
+    for validating in (trainer(tmp_path), fitting):  # the second with the callback, which must leave the average alone
+        (again,) = validating.validate(module, data_for(module, caption_table), verbose=False)
+        assert again == pytest.approx(fitted, abs=1e-6)
+    (again,) = fitting.validate(module, data_for(module, caption_table), verbose=False)
+    assert again == pytest.approx(fitted, abs=1e-6)
+
+
+def test_a_checkpoint_says_that_it_is_the_average_and_is_read_as_such(
+    tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+) -> None:
+    keep = ModelCheckpoint(tmp_path / "kept", "last")
+    _, recorder, fitting = fit(tiny_config, caption_table, tmp_path, EMA(DECAY), keep)
+    average = plain_average(recorder.steps)
+    fitting.save_checkpoint(tmp_path / "after.ckpt")
+    for path in (tmp_path / "kept/last.ckpt", tmp_path / "after.ckpt"):
+        checkpoint = torch.load(path, weights_only=True)
+        assert checkpoint["weights"] == "exponential moving average"
+        torch.testing.assert_close(checkpoint["state_dict"]["visual.proj"], average, rtol=0, atol=1e-6)
+        current = checkpoint["current_model_state"]["model.visual.proj"]
+        assert torch.equal(current, recorder.steps[-1])
+        with pytest.warns(UserWarning, match=rf"{path.name}: the weights are the moving average"):
+            loaded: Any = lit_clip.load_model(path)
+        torch.testing.assert_close(loaded.visual.proj, average, rtol=0, atol=1e-6)
+
+
+def test_a_resumed_run_keeps_both_copies_and_ends_as_one_that_was_not_stopped(
+    tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+) -> None:
+    whole, _, _ = fit(tiny_config, caption_table, tmp_path, EMA(DECAY), max_epochs=3, enable_checkpointing=False)
+    keep = ModelCheckpoint(tmp_path, "middle-{step}", save_top_k=-1)
+    fit(tiny_config, caption_table, tmp_path, EMA(DECAY), keep, max_epochs=3)
+    middle = tmp_path / "middle-step=4.ckpt"
+    resumed, recorder, fitting = fit(
+        tiny_config, caption_table, tmp_path, EMA(DECAY), ckpt_path=middle, max_epochs=3, enable_checkpointing=False
+    )
+    assert len(recorder.steps) == 8
+    for name, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+    assert fitting.global_step == 12
+
+
+def test_an_error_leaves_the_weights_in_place(tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path) -> None:
+    class Fails(Callback):
+        def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            if not trainer.sanity_checking:
+                raise RuntimeError("stop here")
+
+    keep = ModelCheckpoint(tmp_path, "failed", save_on_exception=True, save_top_k=0)
+    torch.manual_seed(0)
+    module, recorder = LitCLIP(tiny_config, warmup_steps=1), Recorder()
+    fitting = trainer(tmp_path, max_epochs=2, callbacks=[EMA(DECAY), recorder, Fails(), keep])
+    with pytest.raises(RuntimeError, match="stop here"):
+        fitting.fit(module, data_for(module, caption_table))
+    assert torch.equal(module.model.visual.proj, recorder.steps[-1])
+    (saved,) = tmp_path.glob("failed*.ckpt")
+    checkpoint = torch.load(saved, weights_only=True)
+    assert torch.equal(checkpoint["current_model_state"]["model.visual.proj"], recorder.steps[-1])
+
+
+def test_what_cannot_work_is_refused(tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"EMA.decay: 1.0"):
+        EMA(1.0)
+    with pytest.raises(InputError, match="save_weights_only"):
+        fit(tiny_config, caption_table, tmp_path, EMA(), ModelCheckpoint(tmp_path, save_weights_only=True))
+
+
+@pytest.mark.slow
+def test_two_ranks_have_the_average_of_one(cli: Callable[..., Any], caption_table: Path, tmp_path: Path) -> None:
+    from tests.models.test_finetune import command
+
+    states = []
+    for name, devices, batch in (("one", "1", "16"), ("two", "2", "8")):
+        ema = "{class_path: callbacks.EMA, init_args: {decay: 0.6}}"
+        options = ["--trainer.max_epochs", "1", f"--trainer.callbacks+={ema}", "--trainer.devices", devices]
+        options += ["--data.batch_size", batch, "--trainer.logger.init_args.save_dir", name]
+        result = cli(*command(caption_table, *options, *(["--trainer.strategy", "ddp"] if devices == "2" else [])))
+        assert result.returncode == 0, result.stderr
+        (path,) = (tmp_path / name).rglob("*.ckpt")
+        states.append(torch.load(path, weights_only=True))
+    assert [state["weights"] for state in states] == ["exponential moving average"] * 2
+    for key in ("visual.proj", "text_projection", "logit_scale"):
+        torch.testing.assert_close(
+            states[0]["state_dict"][key], states[1]["state_dict"][key], rtol=0, atol=1e-4
+        )  # a step is 1e-2
+        assert not torch.equal(states[0]["state_dict"][key], states[0]["current_model_state"][f"model.{key}"])

@@ -1,0 +1,139 @@
+"""What the training monitor says of a run: norms of gradients, and that the loss is that of guessing."""
+
+import csv
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.precision import MixedPrecision
+
+from callbacks import TrainingMonitor
+from callbacks.monitor import gradient_norms, uninformed_loss
+from lit_clip.errors import InputError
+from lit_clip.losses.contrastive import sigmoid_loss
+from lit_clip.models.config import CLIPConfig
+from lit_clip.module import LitCLIP
+from tests.test_module import data_for, trainer
+
+
+def run(module: LitCLIP, table: Path, folder: Path, monitor: TrainingMonitor, **options: Any) -> list[str]:
+    """Fit, logging every step; what the monitor warned of."""
+    settings: dict[str, Any] = {"max_epochs": 3, "limit_val_batches": 0, "log_every_n_steps": 1, **options}
+    callbacks = [*settings.pop("callbacks", []), monitor]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(folder, logger=CSVLogger(folder), callbacks=callbacks, **settings).fit(module, data_for(module, table))
+    return [str(warning.message) for warning in caught if "is not learning" in str(warning.message)]
+
+
+def logged(folder: Path, name: str) -> list[float]:
+    (path,) = folder.rglob("metrics.csv")
+    with path.open() as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row[name]]
+
+
+def test_gradient_norms_are_those_of_each_encoder(tiny_config: CLIPConfig) -> None:
+    model = LitCLIP(tiny_config).model
+    for name, parameter in model.named_parameters():
+        parameter.grad = torch.full_like(parameter, 2.0 if name.startswith("visual.") else 3.0)
+    norms = gradient_norms(model)
+    image = sum(p.numel() for p in model.visual.parameters())
+    text = sum(p.numel() for p in model.parameters()) - image - 1  # without logit_scale
+    assert norms["image"].item() == pytest.approx(2 * image**0.5, rel=1e-5)
+    assert norms["text"].item() == pytest.approx(3 * text**0.5, rel=1e-5)
+
+
+def test_a_frozen_encoder_has_no_norm(tiny_config: CLIPConfig) -> None:
+    model = LitCLIP(tiny_config).model
+    model.visual.requires_grad_(False)
+    assert gradient_norms(model).keys() == {"text"}
+
+
+@pytest.mark.parametrize("world", [2])
+def test_the_norm_of_gradients_that_ranks_have_parts_of_is_that_of_the_whole(
+    world: int, ranks: Callable[..., None]
+) -> None:
+    """Each rank asserts for itself; the fixture fails unless all of them end well."""
+    ranks("norms_of_shards", world, script="ranks_stability.py")
+
+
+class Norms(Callback):
+    """The text encoder's gradient as backward leaves it, before anything is unscaled or clipped."""
+
+    def __init__(self) -> None:
+        self.text: list[float] = []
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module: Any = pl_module
+        self.text.append(float(gradient_norms(module.model)["text"]))
+
+
+@pytest.mark.parametrize("scale", [1, 2**10])
+def test_logged_norms_are_those_before_clipping_and_without_the_factor_of_16_mixed(
+    scale: int, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"max_epochs": 1, "gradient_clip_val": 0.01}
+    if scale > 1:  # as on a GPU; named alone, Lightning would take bf16-mixed on a CPU instead
+        options["plugins"] = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))]
+    norms = Norms()
+    run(LitCLIP(tiny_config, warmup_steps=1), caption_table, tmp_path, TrainingMonitor(), callbacks=[norms], **options)
+    assert logged(tmp_path, "train/text_gradient_norm") == pytest.approx([norm / scale for norm in norms.text])
+    assert min(norms.text) / scale > 0.1
+    assert len(logged(tmp_path, "train/image_gradient_norm")) == 4
+
+
+@pytest.mark.parametrize("pairs", [2, 16, 100])
+def test_the_loss_of_guessing_is_the_least_that_equal_features_reach(pairs: int) -> None:
+    features = F.normalize(torch.ones(pairs, 4, dtype=torch.float64), dim=-1)
+    target = torch.arange(pairs)
+    softmax = F.cross_entropy(5 * features @ features.T, target)
+    assert uninformed_loss(pairs) == pytest.approx(float(softmax))
+    scale = torch.tensor(0.0, dtype=torch.float64)  # the bias alone is left
+    biases = torch.linspace(-8, 2, 300, dtype=torch.float64)
+    least = min(float(sigmoid_loss(features, features, scale, bias)) for bias in biases)
+    assert uninformed_loss(pairs, sigmoid=True) == pytest.approx(least, rel=1e-3)
+
+
+def test_a_run_that_does_not_learn_says_so_once(tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path) -> None:
+    module = LitCLIP(tiny_config, learning_rate=0.0, warmup_steps=2)
+    with torch.no_grad():
+        module.model.visual.proj.fill_(0.0)  # all images look alike
+    (message,) = run(module, caption_table, tmp_path, TrainingMonitor(stuck_steps=4))
+    assert f"guessing which caption is whose gives {math.log(16):.3f}" in message
+    assert "learning rate" in message
+    assert logged(tmp_path, "train/loss") == pytest.approx([math.log(16)] * 12)
+
+
+def test_the_sigmoid_loss_has_a_guess_of_its_own(tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path) -> None:
+    module = LitCLIP(replace(tiny_config, logit_bias=True), learning_rate=0.0, warmup_steps=0)
+    assert module.model.logit_bias is not None
+    with torch.no_grad():
+        module.model.visual.proj.fill_(0.0)
+        module.model.logit_bias.fill_(-math.log(15))  # which it learns to be where nothing else can be learnt
+    (message,) = run(module, caption_table, tmp_path, TrainingMonitor(stuck_steps=4))
+    assert f"gives {math.log(16) + 15 * math.log(16 / 15):.3f}" in message
+
+
+def test_a_model_that_has_learnt_and_one_in_warm_up_say_nothing(
+    overfitted: tuple[Path, Path], tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+) -> None:
+    checkpoint, table = overfitted
+    learnt = LitCLIP.load_from_checkpoint(checkpoint, learning_rate=1e-5, warmup_steps=0)
+    assert run(learnt, table, tmp_path / "learnt", TrainingMonitor(stuck_steps=4)) == []
+    assert max(logged(tmp_path / "learnt", "train/loss")) < 0.9 * math.log(16)
+    warming = LitCLIP(tiny_config, learning_rate=0.0, warmup_steps=12)
+    assert run(warming, caption_table, tmp_path / "warming", TrainingMonitor(stuck_steps=1)) == []
+
+
+@pytest.mark.parametrize("option", [{"stuck_steps": 0}, {"stuck_tolerance": 1.0}])
+def test_settings_that_mean_nothing_are_refused(option: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=f"TrainingMonitor.{next(iter(option))}: "):
+        TrainingMonitor(**option)

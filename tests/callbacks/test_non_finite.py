@@ -1,0 +1,364 @@
+"""Steps that are not finite: every rank decides the same, nothing of such a step stays, and its pairs are named."""
+
+import csv
+import json
+import os
+import socket
+import subprocess
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.precision import MixedPrecision
+from torch import Tensor
+
+from callbacks import EMA
+from datamodules import Captions
+from lit_clip.batch import CaptionBatch
+from lit_clip.errors import InputError
+from lit_clip.losses.contrastive import contrastive_loss
+from lit_clip.models.clip import CLIP
+from lit_clip.models.config import CLIPConfig, ResNetConfig, TextTransformerConfig
+from lit_clip.module import LitCLIP
+from lit_clip.stability import MOST_IN_A_ROW
+from lit_clip.training.optim import decay_groups, warmup_cosine
+from tests.conftest import ROOT
+from tests.helpers import forks
+from tests.helpers.ranks_stability import BrokenGradient, BrokenPicture
+from tests.models.test_finetune import command
+from tests.test_module import data_for, trainer
+
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+WITH_BATCH_NORM = CLIPConfig(
+    embed_dim=16,
+    image=ResNetConfig(layers=(1, 1, 1, 1), width=8, image_size=32),
+    text=TextTransformerConfig(context_length=16, width=64, layers=1, heads=1),
+)
+
+
+def batches(table: Path, config: CLIPConfig, epochs: int = 1) -> Iterator[tuple[int, CaptionBatch]]:
+    """The 4 global batches of 16 pairs of each epoch, and the epoch."""
+    model = CLIP(config)
+    data = Captions(
+        str(table),
+        str(table),
+        batch_size=16,
+        num_workers=0,
+        preprocessing=model.preprocessing,
+        tokenize=model.tokenizer,
+    )
+    data.setup("fit")
+    loader: Any = data.train_dataloader()
+    for epoch in range(epochs):
+        loader.batch_sampler.set_epoch(epoch)
+        for batch in loader:
+            yield epoch, batch
+
+
+def key_of_step(table: Path, config: CLIPConfig, step: int) -> str:
+    """Of a pair that is read at a step of the first epoch."""
+    for number, (_, batch) in enumerate(batches(table, config)):
+        if number == step:
+            return batch.keys[5]
+    raise AssertionError
+
+
+def findings(folder: Path) -> list[dict[str, Any]]:
+    (path,) = folder.rglob("non_finite.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def trained_without(
+    key: str, also: list[int], state: dict[str, Tensor], table: Path, config: CLIPConfig, epochs: int, steps: int = 99
+) -> tuple[dict[str, Tensor], list[int]]:
+    """An ordinary loop that leaves out the steps with one pair and some others; the weights, and all their numbers."""
+    model = CLIP(config)
+    model.load_state_dict(state)
+    optimizer = torch.optim.AdamW(decay_groups(model, 0.2), lr=0.01, betas=(0.9, 0.98), eps=1e-6)
+    left_out = []
+    for step, (_, batch) in enumerate(batches(table, config, epochs)):
+        if step == steps:
+            break
+        if key in batch.keys or step in also:
+            left_out.append(step)
+            continue
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 * warmup_cosine(step, 1, 4 * epochs)
+        image = model.encode_image(model.normalize(batch.images), normalize=True)
+        text = model.encode_text(batch.tokens, normalize=True)
+        optimizer.zero_grad()
+        contrastive_loss(image, text, image, text, model.logit_scale.exp()).backward()
+        optimizer.step()
+        model.clamp_logit_scale()
+    return model.state_dict(), left_out
+
+
+def assert_same_weights(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for key, value in expected.items():
+        if key.endswith("in_proj_bias"):  # the gradient of the keys' bias is zero; Adam makes steps of its rounding
+            continue
+        torch.testing.assert_close(ours[key], value, atol=5e-4, rtol=0, msg=lambda m, key=key: f"{key}: {m}")
+        assert ((ours[key] - value).abs() > 1e-4).float().mean() < 1e-3, key  # Adam makes much of a tiny gradient
+
+
+def callback(name: str, **arguments: Any) -> str:
+    values = {"class_path": f"tests.helpers.ranks_stability.{name}", "init_args": arguments}
+    return "--trainer.callbacks+=" + json.dumps(values)
+
+
+def test_two_ranks_leave_out_the_steps_that_are_broken_on_one(
+    cli: Cli, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+) -> None:
+    key = key_of_step(caption_table, tiny_config, 1)
+    options = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.log_every_n_steps", "1"]
+    options += ["--data.batch_size", "8", "--trainer.max_epochs", "2", "--model.non_finite", "skip"]
+    options += ["--trainer.precision", "32-true"]  # a new interpreter would compute as it likes
+    options += [callback("BrokenPicture", keys=[key], folder="."), callback("BrokenGradient", step=3, rank=1)]
+    # A quarter of a minute alone; with six programs on two cores it has taken two.
+    result = cli(*command(caption_table, *options), environment={"PYTHONPATH": str(ROOT)}, timeout=300)
+    assert result.returncode == 0, result.stderr
+    first, one, two = (torch.load(tmp_path / f"{name}.pt") for name in ("first_0", "last_0", "last_1"))
+    for name, value in one.items():
+        assert torch.equal(value, two[name]), name
+    expected, steps = trained_without(key, [3], first, caption_table, tiny_config, epochs=2)
+    assert steps[:2] == [1, 3]
+    assert len(steps) == 3
+    assert_same_weights(one, expected)
+    assert not torch.allclose(one["visual.proj"], first["visual.proj"], atol=1e-3)
+
+    found = findings(tmp_path)
+    pictures = [line for line in found if line["reason"] == "loss"]
+    assert [(line["step"], line["keys"]) for line in pictures] == [(steps[0], [key]), (steps[2], [key])]
+    assert all(line["rank"] in (0, 1) and line["non_finite_features"] for line in pictures)
+    gradients = [line for line in found if line["reason"] == "gradient"]
+    assert [(line["step"], line["rank"], line["non_finite_features"]) for line in gradients] == [
+        (3, 0, False),
+        (3, 1, False),
+    ]
+    (_, batch) = list(batches(caption_table, tiny_config))[3]
+    assert sorted(key for line in gradients for key in line["keys"]) == sorted(batch.keys)
+    assert result.stderr.count("step 1 is left out: the loss is nan") == 1
+    assert result.stderr.count("step 3 is left out: a gradient is not finite") == 1
+    (path,) = tmp_path.rglob("metrics.csv")
+    with path.open() as file:
+        counts = [float(row["train/non_finite_steps"]) for row in csv.DictReader(file) if row["train/non_finite_steps"]]
+    assert counts == [sum(step <= now for step in steps) for now in range(8)]
+    (saved,) = tmp_path.rglob("*.ckpt")
+    assert torch.load(saved, weights_only=True)["non_finite_steps"] == 3
+
+
+def test_both_ranks_stop_with_the_same_message_and_the_weights_from_before(
+    tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+) -> None:
+    key = key_of_step(caption_table, tiny_config, 2)
+    options = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "8"]
+    options += ["--trainer.max_epochs", "1", callback("BrokenPicture", keys=[key], folder=".")]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    cluster = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0", "WORLD_SIZE": "2"}
+    words = ["lit-clip", *command(caption_table, *options)]
+    environments = [{**os.environ, **cluster, "LOCAL_RANK": rank} for rank in ("0", "1")]
+    ranks = forks.run([forks.Program(forks.command, words, tmp_path, each) for each in environments], 120)
+    errors = [rank.stderr for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2], errors
+    one, two = ([line for line in text.splitlines() if line.startswith("lit-clip: error")] for text in errors)
+    assert one == two
+    assert len(one) == 1
+    assert "training stopped at step 2: the loss is nan" in one[0]
+    assert key in one[0]
+    assert "--model.non_finite skip" in one[0]
+    (found,) = findings(tmp_path)
+    assert (found["step"], found["keys"], found["reason"]) == (2, [key], "loss")
+    first, *last = (torch.load(tmp_path / f"{name}.pt") for name in ("first_0", "last_0", "last_1"))
+    expected, _ = trained_without(key, [], first, caption_table, tiny_config, epochs=1, steps=2)
+    for state in last:
+        assert_same_weights(state, expected)
+
+
+class States(Callback):
+    """All that an optimiser step and a forward pass change, before each step and at the end."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, Tensor]] = []
+
+    def _look(self, trainer: Trainer, module: LightningModule) -> None:
+        state = {name: value.clone() for name, value in module.state_dict().items()}
+        for i, moments in enumerate(trainer.optimizers[0].state.values()):
+            state |= {f"{name} {i}": value.clone() for name, value in moments.items()}
+        self.seen.append(state)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._look(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._look(trainer, pl_module)
+
+
+def scaled() -> MixedPrecision:
+    """``16-mixed`` as on a GPU; named alone, Lightning would take ``bf16-mixed`` on a CPU instead."""
+    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**10))
+
+
+def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
+    assert before.keys() == after.keys()
+    return {name for name, value in after.items() if not torch.equal(value, before[name])}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="fused"),
+        pytest.param({"gradient_clip_val": 1.0}, id="clipped by norm"),
+        pytest.param({"gradient_clip_val": 0.1, "gradient_clip_algorithm": "value"}, id="clipped by value"),
+        pytest.param({"gradient_clip_val": 1.0, "precision": "bf16-mixed"}, id="bf16-mixed, not fused"),
+        pytest.param({"precision": "16-mixed"}, id="16-mixed with a gradient scaler"),
+    ],
+)
+def test_nothing_of_a_step_that_is_left_out_remains(
+    options: dict[str, Any], caption_table: Path, tmp_path: Path
+) -> None:
+    """Weights, BatchNorm's statistics, AdamW's moments and its count of steps."""
+    if options.get("precision") == "16-mixed":
+        options = {"plugins": [scaled()]}
+    module, states = LitCLIP(WITH_BATCH_NORM, warmup_steps=0, learning_rate=1e-3, non_finite="skip"), States()
+    callbacks = [states, BrokenPicture([key_of_step(caption_table, WITH_BATCH_NORM, 2)])]
+    fitting = trainer(tmp_path, max_epochs=1, limit_val_batches=0, callbacks=callbacks, **options)
+    with pytest.warns(UserWarning, match="step 2 is left out: the loss is nan"):
+        fitting.fit(module, data_for(module, caption_table))
+    assert changed(*states.seen[2:4]) == set()
+    moved = changed(*states.seen[3:5])
+    assert {"model.visual.attnpool.c_proj.weight", "model.visual.bn1.running_mean", "exp_avg 0", "step 0"} <= moved
+    assert all(value.isfinite().all() for value in states.seen[4].values())
+    assert fitting.global_step == 4
+
+
+def test_a_gradient_that_is_not_finite_is_left_out_with_all_keys_of_the_step(
+    tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+) -> None:
+    module, states = LitCLIP(tiny_config, warmup_steps=0, non_finite="skip", micro_batch_size=4), States()
+    options: dict[str, Any] = {"logger": CSVLogger(tmp_path), "callbacks": [states, BrokenGradient(1)]}
+    fitting = trainer(tmp_path, max_epochs=1, limit_val_batches=0, **options)
+    with pytest.warns(UserWarning, match="step 1 is left out: a gradient is not finite"):
+        fitting.fit(module, data_for(module, caption_table))
+    assert changed(*states.seen[1:3]) == set()
+    (found,) = findings(tmp_path)
+    (_, expected) = list(batches(caption_table, tiny_config))[1]
+    assert found["keys"] == expected.keys
+    assert (found["reason"], found["rank"], found["non_finite_features"]) == ("gradient", 0, False)
+    assert float(found["loss"]) > 0
+
+
+def test_gradients_that_overflow_under_a_gradient_scaler_are_its_business(
+    tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+) -> None:
+    module, states = LitCLIP(tiny_config, warmup_steps=0, non_finite="stop"), States()
+    precision = scaled()
+    options: dict[str, Any] = {"plugins": [precision], "callbacks": [states, BrokenGradient(1)]}
+    trainer(tmp_path, max_epochs=1, limit_val_batches=0, **options).fit(module, data_for(module, caption_table))
+    assert precision.scaler is not None
+    assert precision.scaler.get_scale() == 2.0**9  # halved once: it left that step out itself
+    assert changed(*states.seen[1:3]) == set()
+    assert changed(*states.seen[2:4])
+    assert module._finite.steps == 0
+
+
+def test_the_count_goes_on_in_a_resumed_run(tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path) -> None:
+    key, counts = key_of_step(caption_table, tiny_config, 1), []
+    for epochs, path in ((1, None), (2, tmp_path / "last.ckpt")):
+        module = LitCLIP(tiny_config, warmup_steps=0, non_finite="skip")
+        keep = ModelCheckpoint(tmp_path, "last", enable_version_counter=False)
+        fitting = trainer(tmp_path, max_epochs=epochs, limit_val_batches=0, callbacks=[keep, BrokenPicture([key])])
+        with pytest.warns(UserWarning, match=f"{epochs} such steps so far"):
+            fitting.fit(module, data_for(module, caption_table), ckpt_path=path)
+        counts.append(float(fitting.callback_metrics["train/non_finite_steps"]))
+    assert counts == [1, 2]
+
+
+def test_weights_that_never_give_a_finite_loss_stop_even_a_run_that_skips(
+    tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+) -> None:
+    module = LitCLIP(tiny_config, non_finite="skip")
+    with torch.no_grad():
+        module.model.visual.proj.fill_(torch.nan)
+    fitting = trainer(tmp_path, max_epochs=99, limit_val_batches=0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with pytest.raises(InputError, match="so were 100 steps in a row: go on from a checkpoint before them"):
+            fitting.fit(module, data_for(module, caption_table, batch_size=4))
+    assert MOST_IN_A_ROW == 100
+    assert fitting.global_step == 99
+    said = [str(warning.message) for warning in caught if "is left out" in str(warning.message)]
+    assert [line.split()[1] for line in said] == ["0", "1", "3", "7", "15", "31", "63"]  # the 1st, 2nd, 4th, ...
+
+
+def test_without_a_logger_the_message_alone_names_the_first_pairs(
+    tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+) -> None:
+    module = LitCLIP(tiny_config)
+    (_, batch), *_ = batches(caption_table, tiny_config)
+    with pytest.raises(InputError) as caught:
+        trainer(tmp_path, max_epochs=1, callbacks=[BrokenPicture(None)], num_sanity_val_steps=0).fit(
+            module, data_for(module, caption_table)
+        )
+    assert f"(pairs with such features: {', '.join(batch.keys[:3])} and 13 more)" in str(caught.value)
+    assert not list(tmp_path.rglob("non_finite.jsonl"))
+
+
+def test_a_file_that_cannot_be_written_does_not_end_the_run(
+    tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+) -> None:
+    module, logger = LitCLIP(tiny_config, non_finite="skip"), CSVLogger(tmp_path)
+    (Path(logger.log_dir) / "non_finite.jsonl").mkdir(parents=True)
+    broken = BrokenPicture([key_of_step(caption_table, tiny_config, 1)])
+    fitting = trainer(tmp_path, max_epochs=1, limit_val_batches=0, callbacks=[broken], logger=logger)
+    with pytest.warns(UserWarning, match="the keys of step 1 could not be written"):
+        fitting.fit(module, data_for(module, caption_table))
+    assert fitting.global_step == 4
+
+
+def test_the_moving_average_stays_finite(tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path) -> None:
+    module = LitCLIP(tiny_config, warmup_steps=0, non_finite="skip")
+    broken = BrokenPicture([key_of_step(caption_table, tiny_config, 0)])
+    fitting = trainer(tmp_path, max_epochs=1, limit_val_batches=0, callbacks=[EMA(0.5), broken])
+    fitting.fit(module, data_for(module, caption_table))
+    fitting.save_checkpoint(tmp_path / "average.ckpt")
+    checkpoint = torch.load(tmp_path / "average.ckpt", weights_only=True)
+    assert checkpoint["weights"] == "exponential moving average"
+    assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_weights_in_half_precision_are_not_trained(
+    precision: Any, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+) -> None:
+    module = LitCLIP(tiny_config)
+    fitting = trainer(tmp_path, max_epochs=1, precision=precision, num_sanity_val_steps=0)
+    with pytest.raises(InputError, match=rf"trainer.precision: {precision} trains weights .*use bf16-mixed"):
+        fitting.fit(module, data_for(module, caption_table))
+
+
+def test_an_unknown_policy_is_refused(tiny_config: CLIPConfig) -> None:
+    policy: Any = "ignore"
+    with pytest.raises(InputError, match=r"model.non_finite: 'ignore' is neither stop nor skip"):
+        LitCLIP(tiny_config, non_finite=policy)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+def test_a_step_is_left_out_on_a_cuda_device_in_every_precision(
+    precision: Any, caption_table: Path, tmp_path: Path
+) -> None:
+    module, states = LitCLIP(WITH_BATCH_NORM, warmup_steps=0, learning_rate=1e-3, non_finite="skip"), States()
+    callbacks = [states, BrokenPicture([key_of_step(caption_table, WITH_BATCH_NORM, 2)])]
+    options: dict[str, Any] = {"accelerator": "gpu", "devices": 1, "precision": precision, "callbacks": callbacks}
+    trainer(tmp_path, max_epochs=1, limit_val_batches=0, **options).fit(module, data_for(module, caption_table))
+    assert changed(*states.seen[2:4]) == set()
+    assert changed(*states.seen[3:5])
+    assert module._finite.steps == 1

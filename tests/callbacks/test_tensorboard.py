@@ -1,0 +1,147 @@
+"""What a run leaves for people: the metrics, TensorBoard's pages and pictures."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
+from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from callbacks import EmbeddingProjector, SimilarityMatrix, TrainingMonitor, ZeroShot, ZeroShotSet
+from callbacks.figures import Prediction, prediction_grid, similarity_matrix
+from datamodules import Captions, NoCaptions, OpenMojiClasses
+from lit_clip import LitCLIP, zero_shot_classifier
+from lit_clip.errors import InputError
+from lit_clip.models.config import CLIPConfig
+
+TEMPLATES = ["{}", "a drawing of {}."]
+
+
+@pytest.fixture
+def groups(drawings_cache: Path) -> ZeroShotSet:
+    images = OpenMojiClasses("held_out", classes="group", cache_dir=str(drawings_cache))
+    return ZeroShotSet(images, list(TEMPLATES))
+
+
+def make_trainer(folder: Path, callbacks: list[Any], **options: Any) -> Trainer:
+    settings: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, **options}
+    logger = TensorBoardLogger(folder, name="run", default_hp_metric=False)
+    return Trainer(accelerator="cpu", logger=logger, callbacks=callbacks, use_distributed_sampler=False, **settings)
+
+
+def data_for(module: LitCLIP, table: Path) -> Captions:
+    return Captions(
+        str(table),
+        str(table),
+        batch_size=16,
+        num_workers=0,
+        preprocessing=module.preprocessing,
+        tokenize=module.tokenize,
+    )
+
+
+def test_zero_shot_metrics_are_those_of_scikit_learn(
+    groups: ZeroShotSet, tiny_config: CLIPConfig, tmp_path: Path
+) -> None:
+    module = LitCLIP(tiny_config)
+    (metrics,) = make_trainer(tmp_path, [ZeroShot({"groups": groups}, batch_size=7)]).validate(
+        module, NoCaptions(), verbose=False
+    )
+    model, images = module.model.eval(), groups.images
+    with torch.no_grad():
+        pixels = torch.stack([model.preprocess(images[i][0]) for i in range(len(images))])
+        classifier = zero_shot_classifier(model, images.class_names, TEMPLATES)
+        scores = (model.encode_image(pixels, normalize=True) @ classifier).numpy()
+    labels, classes = np.array(images.labels()), range(9)
+    assert metrics["zero_shot/groups/top1"] == pytest.approx(
+        float(top_k_accuracy_score(labels, scores, k=1, labels=classes)), abs=1e-6
+    )
+    assert metrics["zero_shot/groups/top5"] == pytest.approx(
+        float(top_k_accuracy_score(labels, scores, k=5, labels=classes)), abs=1e-6
+    )
+    assert metrics["zero_shot/groups/mean_per_class"] == pytest.approx(
+        balanced_accuracy_score(labels, scores.argmax(axis=1)), abs=1e-6
+    )
+    assert module.baselines["zero_shot/groups/top1"] == np.bincount(labels).max() / len(labels)
+
+
+def test_a_run_leaves_every_curve_and_picture_and_its_best_checkpoint(
+    groups: ZeroShotSet, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+) -> None:
+    module = LitCLIP(tiny_config, warmup_steps=1)
+    best = ModelCheckpoint(monitor="zero_shot/groups/top1", mode="max")
+    callbacks = [
+        ZeroShot({"groups": groups}, examples=6),
+        TrainingMonitor(),
+        SimilarityMatrix(5),
+        EmbeddingProjector(20),
+        best,
+    ]
+    trainer = make_trainer(tmp_path, callbacks, max_epochs=2, log_every_n_steps=1)
+    trainer.fit(module, data_for(module, caption_table))
+
+    folder = Path(str(trainer.log_dir))
+    events = EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0}).Reload()
+    recalls = {f"val/{d}_recall@{k}" for d in ("image_to_text", "text_to_image") for k in (1, 5, 10)}
+    zero_shot = {f"zero_shot/groups/{m}" for m in ("top1", "top5", "mean_per_class")}
+    training = {"loss", "logit_scale", "learning_rate", "samples_per_second", "samples_seen"}
+    training |= {"image_gradient_norm", "text_gradient_norm"}
+    scalars = set(events.Tags()["scalars"])
+    assert {"val/loss", *recalls, *zero_shot, *(f"train/{name}" for name in training)} <= scalars
+    assert "hp_metric" not in scalars
+    assert [e.step for e in events.Scalars("train/loss")] == list(range(8))
+    assert [e.value for e in events.Scalars("train/samples_seen")] == [16.0 * step for step in range(1, 9)]
+    for tag in ("zero_shot/groups", "val/similarity"):
+        assert [e.step for e in events.Images(tag)] == [4, 8]  # refreshed each epoch
+    assert (folder / "zero_shot_groups.png").stat().st_size > 1000
+    assert (folder / "projector_config.pbtxt").exists()
+    (metadata,) = folder.rglob("metadata.tsv")
+    assert len(metadata.read_text().splitlines()) == 1 + 2 * 20
+    assert Path(best.best_model_path).is_file()
+    assert best.best_model_score == pytest.approx(max(e.value for e in events.Scalars("zero_shot/groups/top1")))
+
+
+def test_validation_alone_gives_the_numbers_of_fit(
+    groups: ZeroShotSet, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+) -> None:
+    module = LitCLIP(tiny_config, warmup_steps=1)
+    trainer = make_trainer(tmp_path, [ZeroShot({"groups": groups})], max_epochs=1, precision="bf16-mixed")
+    trainer.fit(module, data_for(module, caption_table))
+    fitted = {name: float(v) for name, v in trainer.callback_metrics.items() if not name.startswith("train/")}
+    again = make_trainer(tmp_path, [ZeroShot({"groups": groups})], precision="bf16-mixed")
+    again.validate(module, data_for(module, caption_table), verbose=False)
+    assert {name: float(value) for name, value in again.callback_metrics.items()} == fitted
+    assert "zero_shot/groups/top1" in fitted
+
+
+def test_a_set_that_cannot_be_scored_is_refused_when_it_is_made(drawings_cache: Path) -> None:
+    images = OpenMojiClasses("held_out", classes="group", cache_dir=str(drawings_cache))
+    with pytest.raises(InputError, match="no {} for the class name"):
+        ZeroShotSet(images, ["a drawing"])
+    images.class_names = images.class_names[:3]
+    with pytest.raises(InputError, match="3 names, but a picture has label 7"):
+        ZeroShotSet(images)
+    images.files = []
+    with pytest.raises(InputError, match="empty"):
+        ZeroShotSet(images)
+
+
+def test_the_papers_templates_are_known_by_name(drawings_cache: Path) -> None:
+    images = OpenMojiClasses("held_out", classes="group", cache_dir=str(drawings_cache))
+    assert len(ZeroShotSet(images, "imagenet").templates) == 80
+
+
+def test_figures_hold_any_number_of_items_and_long_names() -> None:
+    picture = Image.new("RGB", (32, 32), "red")
+    for count in (1, 3, 9):
+        predictions = [Prediction(picture, "x" * 200, [("y" * 200, 0.5), ("x" * 200, 0.25)])] * count
+        sheet = np.asarray(prediction_grid(predictions))
+        assert (sheet == (255, 0, 0)).all(axis=-1).sum() == count * 96 * 96
+    matrix = similarity_matrix([picture] * 3, ["a", "b" * 300, ""], np.zeros((3, 3)))
+    assert matrix.size[0] > matrix.size[1] > 3 * 50

@@ -1,0 +1,460 @@
+"""What the throughput callback says: time that training took, tokens that texts have, arithmetic that was asked for."""
+
+import csv
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.profilers import SimpleProfiler
+from torch import Tensor
+
+from callbacks import Throughput, TrainingMonitor, ZeroShot
+from callbacks.periodic import Findings
+from callbacks.throughput import Count, device_peak, peak_memory, throughput
+from callbacks.training_clock import FETCH, TrainingClock
+from datamodules import Captions
+from lit_clip.batch import CaptionBatch
+from lit_clip.commands.models import measure
+from lit_clip.compiling import compile_blocks
+from lit_clip.models.clip import CLIP
+from lit_clip.models.config import CLIPConfig, HuggingFaceTextConfig, TextTransformerConfig
+from lit_clip.models.flops import PairFlops, matmul_peak, training_flops
+from lit_clip.models.layers import Freeze
+from lit_clip.models.lora import LoRA
+from lit_clip.models.transformer import VisionTransformer
+from lit_clip.module import LitCLIP
+from lit_clip.training.plan import tower_work
+from lit_clip.weights.load import create_model
+from tests.helpers.small_sets import write_table
+from tests.test_module import data_for, trainer
+
+PEAK = 1e9
+SLEEP = 0.05
+
+
+@pytest.fixture(autouse=True)
+def _known_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("callbacks.throughput.matmul_peak", lambda device, dtype: PEAK)
+
+
+def fit(module: LitCLIP, data: Captions, folder: Path, *callbacks: Callback, **options: Any) -> Trainer:
+    settings = {"max_epochs": 1, "limit_val_batches": 0, "num_sanity_val_steps": 0, "log_every_n_steps": 1, **options}
+    ckpt_path = settings.pop("ckpt_path", None)
+    fitting = trainer(folder, logger=CSVLogger(folder), callbacks=list(callbacks), **settings)
+    fitting.fit(module, data, ckpt_path=ckpt_path)
+    return fitting
+
+
+def logged(folder: Path, name: str) -> list[float]:
+    (path,) = folder.rglob("metrics.csv")
+    with path.open() as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
+
+
+# The clock
+
+
+def test_the_clock_leaves_interruptions_out_and_knows_what_was_waited_for() -> None:
+    times: Iterator[float] = iter([10, 12, 15, 16, 19, 20, 26, 27, 30, 31, 31, 33, 34, 34])
+    clock = TrainingClock(lambda: float(next(times)))  # starts at 10, and waits
+    clock.got()  # 12: 2 s
+    clock.interrupt("validation")  # 15
+    clock.interrupt("checkpoint")  # stands still, so nobody asks for the time
+    clock.go_on("validation")  # 16: not yet
+    clock.wait()
+    clock.got()  # nothing
+    clock.go_on("checkpoint")  # 19
+    clock.wait()  # 20
+    clock.wait()  # a second time changes nothing
+    clock.got()  # 26: 6 s
+    assert clock.lap() == (5 + 8, 2 + 6)  # 27, and from 30 on
+    clock.wait()  # 31
+    assert clock.lap() == (1, 0)  # 31, and from 33 on
+    assert clock.lap() == (1, 1)  # 34: a wait goes over a lap
+
+
+# The arithmetic
+
+
+def test_a_towers_training_is_three_times_its_forward_pass(tiny_config: CLIPConfig) -> None:
+    config = replace(tiny_config, text=TextTransformerConfig(context_length=24, width=64, layers=3, heads=2))
+    size, flops = measure(config), training_flops(CLIP(config))
+    assert flops is not None
+    assert flops.total(0, 24, 24**2) + flops.text[0] == pytest.approx(3 * (size.text_flops or 0))
+    assert size.image_flops is not None
+    patches = 2 * 4 * (3 * 16 * 16) * 64  # the patch embedding: nobody asks for gradients of pixels
+    assert flops.image == pytest.approx(3 * size.image_flops - patches)
+
+
+def test_a_texts_arithmetic_is_that_of_its_length(tiny_config: CLIPConfig) -> None:
+    """By hand: of each token 24 W^2 a layer in weights and 4 n W in attention; the end is projected."""
+    config = replace(tiny_config, text=TextTransformerConfig(context_length=77, width=64, layers=20, heads=2))
+    flops = training_flops(CLIP(config))
+    assert flops is not None
+    for length in (1, 7, 40, 77):
+        by_hand = 3 * (20 * length * (24 * 64**2 + 4 * length * 64) + 2 * 64 * 16)
+        text = flops.total(1, length, length**2) - flops.image
+        assert 0.95 <= text / by_hand <= 1 + 1e-6  # the last of 20 layers need not compute more than the end
+
+
+def test_frozen_parts_have_no_backward_pass(tiny_config: CLIPConfig) -> None:
+    whole = training_flops(LitCLIP(tiny_config).model)
+    module = LitCLIP(tiny_config, freeze=Freeze(image=True))
+    frozen, size = training_flops(module.model), measure(tiny_config)
+    assert whole is not None
+    assert frozen is not None
+    assert frozen.image == size.image_flops
+    assert frozen.text == whole.text
+    module.model.visual.get_parameter("proj").requires_grad_(True)
+    projected = training_flops(module.model)
+    assert projected is not None
+    assert projected.image == (size.image_flops or 0) + 2 * 64 * 16  # of the projection the gradient of its weights
+
+
+def test_arithmetic_that_is_done_again_is_not_counted_and_counting_changes_nothing(tiny_config: CLIPConfig) -> None:
+    module = LitCLIP(tiny_config, gradient_checkpointing=True, micro_batch_size=2)
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    assert training_flops(module.model) == training_flops(LitCLIP(tiny_config).model)
+    assert all(part.training for part in module.modules())
+    assert all(parameter.grad is None for parameter in module.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
+def test_counting_leaves_the_parameters_that_a_lora_wraps_as_they_are(tiny_config: CLIPConfig, tmp_path: Path) -> None:
+    """An average of the weights that is made behind it found fewer parameters than it has to follow."""
+    base = tmp_path / "base.ckpt"
+    torch.manual_seed(0)
+    saving = trainer(tmp_path, max_steps=1)
+    first = LitCLIP(tiny_config)
+    saving.fit(first, data_for(first, write_table(tmp_path), batch_size=4))
+    saving.save_checkpoint(base)
+    model = LitCLIP(tiny_config, str(base), lora=LoRA(r=2)).model
+    before = list(model.named_parameters()), list(model.named_buffers())
+    assert training_flops(model)
+    assert tower_work(model)
+    for now, was in zip((model.named_parameters(), model.named_buffers()), before, strict=True):
+        assert [(name, id(tensor)) for name, tensor in now] == [(name, id(tensor)) for name, tensor in was]
+
+
+def test_texts_that_a_compiled_model_pads_are_counted_as_long_as_they_are(tiny_config: CLIPConfig) -> None:
+    config = replace(tiny_config, text=TextTransformerConfig(context_length=77, width=64, layers=2, heads=2))
+    model = CLIP(config)
+    plain = training_flops(model)
+    compile_blocks(model, backend="eager")
+    assert training_flops(model) == plain
+    assert model.text_encoder.few_lengths  # type: ignore[attr-defined]
+
+
+def test_an_encoder_that_reads_the_whole_context_costs_it(tiny_config: CLIPConfig) -> None:
+    text = TextTransformerConfig(context_length=16, width=64, layers=1, heads=1, causal=False)
+    config = replace(tiny_config, text=text)
+    flops = training_flops(CLIP(config))
+    assert flops is not None
+    assert flops.text == (3 * (measure(config).text_flops or 0), 0, 0)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])  # of the second, id 1 is the padding
+def test_an_encoder_that_looks_at_its_inputs_is_counted_too(
+    family: str, folders: dict[str, Path], tiny_config: CLIPConfig
+) -> None:
+    text = HuggingFaceTextConfig(str(folders[family]), context_length=32)
+    model = create_model(replace(tiny_config, text=text))
+    flops = training_flops(model)
+    assert flops is not None
+    # Two layers, W = 32 and 48 inside of the MLP; a linear projection to 16.
+    by_hand = (3 * 2 * 32 * 16, 3 * 2 * (8 * 32**2 + 4 * 32 * 48), 3 * 2 * 4 * 32)
+    assert flops.text == pytest.approx(by_hand)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_without_a_count_there_is_no_mfu_and_a_warning(
+    tiny_config: CLIPConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(self: VisionTransformer, images: Tensor) -> Tensor:
+        if len(images) == 1:
+            raise ValueError("one image is none")
+        return VisionTransformer.project(self, VisionTransformer.features(self, images))
+
+    table, module = write_table(tmp_path), LitCLIP(tiny_config, warmup_steps=0)
+    monkeypatch.setattr(VisionTransformer, "forward", fails)
+    with pytest.warns(UserWarning, match="there is no train/mfu"):
+        done = fit(module, data_for(module, table, batch_size=4), tmp_path, Throughput())
+    assert "train/mfu" not in done.callback_metrics
+    assert "train/tokens_per_second" in done.callback_metrics
+
+
+def test_the_matrix_product_peak_leaves_the_runs_random_numbers_alone() -> None:
+    state = torch.get_rng_state()
+    since = time.perf_counter()
+    peak = matmul_peak(torch.device("cpu"), torch.float32, seconds=0.1)
+    took = time.perf_counter() - since
+    assert torch.equal(torch.get_rng_state(), state)
+    assert peak >= 2 * 2 * 512**3 / took  # at least two products of at least that size were made in that time
+
+
+@pytest.mark.parametrize(
+    ("gpu", "precision", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16-mixed", 989.5e12),  # NVIDIA's data sheet: 1,979 with sparsity, half without
+        ("NVIDIA A100-SXM4-80GB", "16-mixed", 312e12),
+        ("a card of tomorrow", "bf16-mixed", PEAK),  # measured
+        ("NVIDIA H100 80GB HBM3", "transformer-engine", None),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:FLOPs not found")
+def test_a_gpus_peak_is_that_of_its_data_sheet(
+    gpu: str, precision: str, peak: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: gpu)
+    fake: Any = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cuda")), precision=precision)
+    assert device_peak(fake) == (None if peak is None else pytest.approx(peak, rel=1e-3))
+
+
+# The metrics
+
+
+def test_metrics_are_sums_over_ranks_and_the_worst_of_each() -> None:
+    counts = [Count(10, 8, 50, 400, 2.0, 0.5, 2**30), Count(10, 10, 70, 600, 2.1, 1.05, 2**31)]
+    metrics = throughput(counts, 16, PairFlops(100.0, (10.0, 2.0, 1.0)), 1000.0)
+    assert metrics == {
+        "train/samples_per_second": 10.0,
+        "train/data_wait_share": 0.5,
+        "train/tokens_per_second": 60.0,
+        "train/padded_tokens_per_second": 18 * 16 / 2,
+        "train/peak_memory_gib": 2.0,
+        "train/mfu": (110 * 18 + 2 * 120 + 1000) / (2 * 1000.0 * 2),
+    }
+    assert "train/mfu" not in throughput(counts, 16, None, 1000.0)
+    assert "train/mfu" not in throughput(counts, 16, PairFlops(1, (1, 1, 1)), None)
+
+
+def lengths_of(table: Path, module: LitCLIP) -> list[int]:
+    with table.open(encoding="utf-8") as file:
+        counts = [module.tokenize.count(row["caption"]) for row in csv.DictReader(file)]
+    return [min(count, module.model.context_length) for count in counts]
+
+
+def test_tokens_and_arithmetic_are_those_of_the_captions(tiny_config: CLIPConfig, tmp_path: Path) -> None:
+    table = write_table(tmp_path)
+    module = LitCLIP(tiny_config, warmup_steps=0)
+    fit(module, data_for(module, table, batch_size=4), tmp_path, Throughput(), max_epochs=2, log_every_n_steps=2)
+    lengths = lengths_of(table, module)
+    samples, tokens, padded, mfu = (
+        logged(tmp_path, f"train/{name}")
+        for name in ("samples_per_second", "tokens_per_second", "padded_tokens_per_second", "mfu")
+    )
+    assert len(samples) == 2  # steps 2 and 4
+    flops = training_flops(module.model)
+    assert flops is not None
+    of_epoch = flops.total(8, sum(lengths), sum(length**2 for length in lengths))
+    for rate, with_padding, without, used in zip(samples, padded, tokens, mfu, strict=True):
+        assert without / rate == pytest.approx(sum(lengths) / 8)
+        assert with_padding / rate == pytest.approx(16)
+        assert used / rate == pytest.approx(of_epoch / 8 / PEAK)
+
+
+def test_lengths_that_are_known_are_not_asked_of_the_device(tiny_config: CLIPConfig) -> None:
+    class Batch(CaptionBatch):
+        lengths = (3, 5)
+
+    callback, model = Throughput(), LitCLIP(tiny_config).model
+    callback._add(Batch(torch.zeros(2, 3, 32, 32), torch.zeros(2, 16, device="meta"), ["a", "b"]), model)
+    assert (callback._tokens, callback._squares, callback._uncounted) == (8, 34, None)
+
+
+def test_skipped_samples_are_samples_without_tokens_and_arithmetic(tiny_config: CLIPConfig) -> None:
+    callback, model = Throughput(), LitCLIP(tiny_config).model
+    skipped = [("row 3", "broken"), ("row 4", "broken")]
+    tokens = model.tokenize(["a cat", "two cats"])
+    callback._add(CaptionBatch(torch.zeros(2, 3, 32, 32), tokens, ["a", "b"], skipped=skipped), model)
+    callback._add(CaptionBatch(torch.zeros(0, 3, 32, 32), tokens[:0], [], skipped=skipped * 2), model)
+    assert (callback._samples, callback._pairs) == (8, 2)
+    assert callback._uncounted is not None
+    assert callback._uncounted.tolist() == [8, 32]  # start, two words, end, each
+
+
+def test_peak_memory_is_of_this_process() -> None:
+    before = peak_memory(torch.device("cpu"))
+    held = torch.ones(2**25)  # 128 MiB, and written to
+    after = peak_memory(torch.device("cpu"))
+    assert after >= held.numel() * 4
+    del held
+    assert peak_memory(torch.device("cpu")) >= 0.99 * max(before, after)  # Linux counts it roughly
+
+
+# In a run
+
+
+class SlowData(Captions):
+    """Every batch takes its time."""
+
+    def train_dataloader(self) -> Any:
+        return Slow(super().train_dataloader())
+
+
+class Slow:
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.loader:
+            time.sleep(SLEEP)
+            yield batch
+
+
+def slow_data(module: LitCLIP, table: Path) -> SlowData:
+    names = str(table), str(table)
+    return SlowData(*names, batch_size=4, num_workers=0, preprocessing=module.preprocessing, tokenize=module.tokenize)
+
+
+class Steps(Callback):
+    """How long steps take, each of which sleeps a little."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.since = time.perf_counter()
+        time.sleep(SLEEP)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.seconds += time.perf_counter() - self.since
+
+
+def test_the_wait_for_data_is_that_of_the_loop(tiny_config: CLIPConfig, tmp_path: Path) -> None:
+    table, module, steps = write_table(tmp_path), LitCLIP(tiny_config, warmup_steps=0), Steps()
+    fit(module, slow_data(module, table), tmp_path, steps, Throughput(), max_epochs=2)
+    for rate, share in zip(
+        logged(tmp_path, "train/samples_per_second"), logged(tmp_path, "train/data_wait_share"), strict=True
+    ):
+        assert SLEEP <= share * 4 / rate <= 4 / rate - SLEEP  # seconds of a step
+
+
+class Sleeps(Callback):
+    """Takes its time in each validation, in each checkpoint, or between epochs."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        time.sleep(0.2 * (self.where == "validations"))
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        time.sleep(0.2 * (self.where == "checkpoints"))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        time.sleep(0.6 * (self.where == "ends of epochs"))
+
+
+class SleepyZeroShot(ZeroShot):
+    """An evaluation between two steps."""
+
+    def evaluate(self, trainer: Trainer, module: LitCLIP) -> Findings:
+        time.sleep(0.2)
+        return Findings({"zero_shot/none/top1": 0.0})
+
+
+@pytest.mark.parametrize("where", ["validations", "checkpoints", "ends of epochs", "evaluations"])
+def test_what_is_beside_training_is_not_counted(where: str, tiny_config: CLIPConfig, tmp_path: Path) -> None:
+    """Before the last of four steps 0.6 seconds are slept away."""
+    table, module, steps = write_table(tmp_path), LitCLIP(tiny_config, warmup_steps=0), Steps()
+    saving = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=1, save_top_k=-1)
+    sleeps = SleepyZeroShot(every_n_steps=1) if where == "evaluations" else Sleeps(where)
+    options: dict[str, Any] = {"max_epochs": 2, "limit_val_batches": 1, "val_check_interval": 1}
+    fit(module, data_for(module, table, batch_size=4), tmp_path, steps, Throughput(), sleeps, saving, **options)
+    rates, shares = logged(tmp_path, "train/samples_per_second"), logged(tmp_path, "train/data_wait_share")
+    assert len(rates) == 4
+    seconds = sum(4 / rate for rate in rates)
+    assert 0.9 * steps.seconds <= seconds <= steps.seconds + 0.4
+    waited = sum(share * 4 / rate for share, rate in zip(shares, rates, strict=True))
+    assert waited <= seconds - 4 * SLEEP
+
+
+def test_a_run_that_goes_on_within_an_epoch_counts_its_own_time(tiny_config: CLIPConfig, tmp_path: Path) -> None:
+    table = write_table(tmp_path)
+    module = LitCLIP(tiny_config, warmup_steps=0)
+    monitors = [Throughput(), TrainingMonitor()]
+    saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    fit(module, data_for(module, table, batch_size=4), tmp_path / "first", *monitors, saving)
+    module, monitors = LitCLIP(tiny_config, warmup_steps=0), [Throughput(), TrainingMonitor()]
+    data, path = data_for(module, table, batch_size=4), tmp_path / "step=1.ckpt"  # of two an epoch
+    since = time.perf_counter()
+    fit(module, data, tmp_path / "second", *monitors, max_epochs=2, ckpt_path=path)
+    elapsed = time.perf_counter() - since
+    rates = logged(tmp_path / "second", "train/samples_per_second")
+    assert len(rates) == 3
+    assert sum(4 / rate for rate in rates) <= elapsed
+
+
+def test_with_a_training_monitor_each_number_is_logged_once(tiny_config: CLIPConfig, tmp_path: Path) -> None:
+    table = write_table(tmp_path)
+    for number, callbacks in enumerate([[Throughput(), TrainingMonitor()], [TrainingMonitor(), Throughput()]]):
+        module = LitCLIP(tiny_config, warmup_steps=0)
+        folder = tmp_path / str(number)
+        fit(module, data_for(module, table, batch_size=4), folder, *callbacks, log_every_n_steps=2)
+        (rate,), (tokens,) = logged(folder, "train/samples_per_second"), logged(folder, "train/tokens_per_second")
+        assert min(rate, tokens) > 0
+
+
+def test_the_users_profiler_hears_what_it_always_does_and_is_left_as_it_was(
+    tiny_config: CLIPConfig, tmp_path: Path
+) -> None:
+    table, profiler, module = write_table(tmp_path), SimpleProfiler(), LitCLIP(tiny_config, warmup_steps=0)
+    callbacks = [Throughput(), TrainingMonitor()]
+    fit(module, data_for(module, table, batch_size=4), tmp_path, *callbacks, profiler=profiler)
+    assert len(profiler.recorded_durations[FETCH]) == 2
+    assert {"start", "stop"}.isdisjoint(vars(profiler))
+
+
+class Fails(Callback):
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        raise RuntimeError("on purpose")
+
+
+def test_a_failed_run_leaves_the_profiler_as_it_was(tiny_config: CLIPConfig, tmp_path: Path) -> None:
+    table, profiler, module = write_table(tmp_path), SimpleProfiler(), LitCLIP(tiny_config, warmup_steps=0)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        fit(module, data_for(module, table, batch_size=4), tmp_path, Throughput(), Fails(), profiler=profiler)
+    assert {"start", "stop"}.isdisjoint(vars(profiler))
+
+
+def test_weights_and_losses_are_those_of_a_run_without_it(tiny_config: CLIPConfig, tmp_path: Path) -> None:
+    table, weights = write_table(tmp_path), list[dict[str, Tensor]]()
+    for callbacks in ([], [Throughput()]):
+        torch.manual_seed(0)
+        module = LitCLIP(tiny_config, warmup_steps=0)
+        fit(module, data_for(module, table, batch_size=4), tmp_path / str(len(callbacks)), *callbacks)
+        weights.append(module.state_dict())
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+def test_validate_alone_logs_nothing(tiny_config: CLIPConfig, tmp_path: Path) -> None:
+    table, module = write_table(tmp_path), LitCLIP(tiny_config)
+    validating = trainer(tmp_path, callbacks=[Throughput(), TrainingMonitor()])
+    validating.validate(module, data_for(module, table, batch_size=4), verbose=False)
+    assert not [name for name in validating.callback_metrics if name.startswith("train/")]
+
+
+def test_two_ranks_count_what_both_did(ranks: Callable[..., None], tiny_config: CLIPConfig, tmp_path: Path) -> None:
+    table, module = write_table(tmp_path), LitCLIP(tiny_config)
+    ranks("fit", 2, str(tmp_path / "metrics.json"), str(table), script="ranks_throughput.py")
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    rate = metrics["train/samples_per_second"]
+    assert metrics["train/tokens_per_second"] / rate == pytest.approx(sum(lengths_of(table, module)) / 8)
+    assert metrics["train/padded_tokens_per_second"] / rate == pytest.approx(16)
+    assert 0 <= metrics["train/data_wait_share"] <= 1
+    assert metrics["train/mfu"] > 0

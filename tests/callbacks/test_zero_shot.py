@@ -1,0 +1,306 @@
+"""Sets of a suite in training: their metrics, when they are computed, and what is known in between."""
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
+
+from callbacks import EMA, ZeroShot
+from callbacks import zero_shot as zero_shot_file
+from datamodules import NoCaptions
+from lit_clip import LitCLIP, zero_shot_classifier
+from lit_clip.errors import InputError
+from lit_clip.evaluation.scores import evaluate_scores
+from lit_clip.evaluation.targets import Targets
+from lit_clip.models.layers import Freeze
+from tests.helpers.ranks_callbacks import evaluate
+from tests.helpers.small_sets import (
+    NAMES,
+    ManyShades,
+    Shades,
+    data_for,
+    entry,
+    make_module,
+    make_trainer,
+    numbers,
+    write_suite,
+    write_table,
+)
+
+TOP1 = "zero_shot/shades/top1"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_table(tmp_path)
+    write_suite(tmp_path, shades=entry(), many=entry("ManyShades", metric="map11", splits={"test": {"size": 33}}))
+    return tmp_path
+
+
+def zero_shot(folder: Path, **options: Any) -> ZeroShot:
+    return ZeroShot(
+        suite=str(folder / "suite.yaml"), data_root=str(folder), **{"examples": 0, "only": ["shades"], **options}
+    )
+
+
+def scores(module: LitCLIP, images: Shades) -> torch.Tensor:
+    """Cosine similarities ``[N, C]``, all pictures at once."""
+    model = module.model.eval()
+    with torch.no_grad():
+        pictures = torch.stack([model.preprocess(images.pictures(row)[0]) for row in range(len(images))])
+        classifier = zero_shot_classifier(model, NAMES, ["a {} patch.", "{}"])
+        return model.encode_image(pictures, normalize=True) @ classifier
+
+
+def test_each_set_of_a_suite_is_judged_by_its_own_metric(folder: Path) -> None:
+    module = make_module()
+    trainer = make_trainer(folder, [zero_shot(folder, only=None, batch_size=7)])
+    trainer.validate(module, NoCaptions(), verbose=False)
+    found = numbers(trainer, "zero_shot/")
+    images, many = Shades(""), ManyShades("", size=33)
+    logits, labels = scores(module, images).numpy(), np.array(images.labels())
+    assert found == pytest.approx(
+        {
+            TOP1: top_k_accuracy_score(labels, logits, k=1),
+            "zero_shot/shades/top5": top_k_accuracy_score(labels, logits, k=5),
+            "zero_shot/shades/mean_per_class": balanced_accuracy_score(labels, logits.argmax(axis=1)),
+            "zero_shot/many/map11": evaluate_scores("map11", scores(module, many), Targets.of(many))["map11"],
+        },
+        abs=1e-6,
+    )
+    assert module.baselines[TOP1] == np.bincount(labels).max() / len(labels)
+    assert "zero_shot/many/map11" in module.baselines
+
+
+def test_fit_and_validate_find_the_same_numbers_and_steps_find_them_too(folder: Path) -> None:
+    module, steps = make_module(), zero_shot(folder, every_n_steps=2)
+    logger = CSVLogger(folder, "csv", "")
+    trainer = make_trainer(folder, [EMA(0.5), steps], max_epochs=1, precision="bf16-mixed", logger=logger)
+    trainer.fit(module, data_for(module, folder / "captions.csv", 2))  # 4 steps
+    fitted = numbers(trainer, "zero_shot/")
+    assert len(fitted) == 3
+    again = make_trainer(folder, [zero_shot(folder)], precision="bf16-mixed")
+    again.validate(module, data_for(module, folder / "captions.csv"), verbose=False)  # the module has the average now
+    assert numbers(again, "zero_shot/") == fitted
+    rows = (folder / "csv" / "metrics.csv").read_text().splitlines()
+    columns = rows[0].split(",")
+    logged = [dict(zip(columns, row.split(","), strict=True)) for row in rows[1:]]
+    values = {int(row["step"]): float(row[TOP1]) for row in logged if row[TOP1]}
+    assert {1, 2, 4} <= values.keys()  # the first time that it could, and every second step
+    assert values[4] == pytest.approx(fitted[TOP1])
+
+
+class Counting(ZeroShot):
+    """Notes after how many steps it ran."""
+
+    def __init__(self, *words: Any, **options: Any) -> None:
+        super().__init__(*words, **options)
+        self.ran: list[int] = []
+
+    def evaluate(self, trainer: Any, module: LitCLIP) -> Any:
+        self.ran.append(trainer.global_step)
+        return super().evaluate(trainer, module)
+
+
+def counting(folder: Path, **options: Any) -> Counting:
+    return Counting(suite=str(folder / "suite.yaml"), data_root=str(folder), examples=0, only=["shades"], **options)
+
+
+class Seen(ModelCheckpoint):
+    """A checkpoint by the callback's metric, and the metric whenever it asked."""
+
+    def __init__(self, folder: Path, **options: Any) -> None:
+        super().__init__(folder, "{step}", monitor=TOP1, mode="max", save_top_k=-1, **options)
+        self.values: dict[int, float] = {}
+
+    def _save_topk_checkpoint(self, trainer: Any, monitor_candidates: Any) -> None:
+        self.values[trainer.global_step] = float(monitor_candidates[TOP1])
+        super()._save_topk_checkpoint(trainer, monitor_candidates)
+
+
+def test_a_checkpoint_knows_the_value_when_the_callback_did_not_run_and_after_resuming(folder: Path) -> None:
+    module, callback, seen = make_module(), counting(folder, every_n_epochs=2), Seen(folder / "saved")
+    make_trainer(folder, [callback, seen], max_epochs=4).fit(module, data_for(module, folder / "captions.csv"))
+    assert callback.ran == [2, 6]  # of validations after 2, 4, 6, 8 steps
+    assert list(seen.values) == [2, 4, 6, 8]
+    assert seen.values[2] == seen.values[4]
+    assert seen.values[6] == seen.values[8]
+    resumed, after = counting(folder, every_n_epochs=2), Seen(folder / "resumed")
+    trainer = make_trainer(folder, [resumed, after], max_epochs=6)
+    saved = str(folder / "saved" / "step=8.ckpt")
+    trainer.fit(make_module(), data_for(module, folder / "captions.csv"), ckpt_path=saved, weights_only=True)
+    assert resumed.ran == [10]
+    assert list(after.values) == [10, 12]
+    earlier = counting(folder, every_n_epochs=2)
+    trainer = make_trainer(folder, [earlier, Seen(folder / "earlier")], max_epochs=4)
+    saved = str(folder / "saved" / "step=6.ckpt")
+    trainer.fit(make_module(), data_for(module, folder / "captions.csv"), ckpt_path=saved, weights_only=True)
+    assert earlier.ran == []
+    assert numbers(trainer, TOP1)[TOP1] == seen.values[6]
+
+
+def test_a_checkpoint_every_few_steps_knows_the_value(folder: Path) -> None:
+    module, callback, seen = (
+        make_module(),
+        counting(folder, every_n_steps=3),
+        Seen(folder / "saved", every_n_train_steps=2),
+    )
+    trainer = make_trainer(folder, [callback, seen], max_epochs=4)
+    trainer.fit(module, data_for(module, folder / "captions.csv"))
+    assert callback.ran == [1, 3, 6]
+    assert [step for step in seen.values if step % 2 == 0] == [2, 4, 6, 8]
+    saved = str(folder / "saved" / "step=6.ckpt")
+    resumed, after = counting(folder, every_n_steps=30), Seen(folder / "resumed", every_n_train_steps=1)
+    trainer = make_trainer(folder, [resumed, after], max_epochs=5)
+    trainer.fit(make_module(), data_for(module, folder / "captions.csv"), ckpt_path=saved, weights_only=True)
+    assert resumed.ran == []
+    assert set(after.values.values()) == {seen.values[6]}
+
+
+def test_training_goes_the_same_way_with_the_callback(folder: Path) -> None:
+    states = []
+    for callbacks in ([], [zero_shot(folder, every_n_steps=1, num_workers=1)]):
+        module = make_module()
+        make_trainer(folder, callbacks, max_epochs=2, enable_checkpointing=False).fit(
+            module, data_for(module, folder / "captions.csv")
+        )
+        assert all(part.training for part in module.modules())
+        states.append((module.state_dict(), torch.get_rng_state()))
+    assert torch.equal(states[0][1], states[1][1])
+    for name, value in states[0][0].items():
+        assert torch.equal(value, states[1][0][name]), name
+
+
+@pytest.mark.parametrize(("frozen", "times"), [(True, 1), (False, 3)])
+def test_texts_are_encoded_again_only_when_the_text_tower_has_changed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, frozen: bool, times: int
+) -> None:
+    made: list[int] = []
+    make = zero_shot_file.text_classifier
+    monkeypatch.setattr(zero_shot_file, "text_classifier", lambda *words: made.append(1) or make(*words))
+    module = make_module(freeze=Freeze(text="all") if frozen else None)
+    callback = zero_shot(folder)
+    make_trainer(folder, [callback], max_epochs=3, enable_checkpointing=False).fit(
+        module, data_for(module, folder / "captions.csv")
+    )
+    assert len(made) == times
+    make_trainer(folder, [callback]).validate(module, NoCaptions(), verbose=False)
+    assert len(made) == times  # nothing has changed
+
+
+def test_folds_are_averaged_and_the_same_pictures_encoded_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folds = [{"shift": 0}, {"shift": 1}, {"shift": 0}]
+    suite = write_suite(folder, shades=entry(folds=folds))
+    module, encoded = make_module(), []
+    encode = module.model.encode_image
+    monkeypatch.setattr(
+        module.model, "encode_image", lambda x, normalize: encoded.append(len(x)) or encode(x, normalize)
+    )
+    trainer = make_trainer(folder, [ZeroShot(suite=suite, data_root=str(folder), examples=0)])
+    trainer.validate(module, NoCaptions(), verbose=False)
+    assert sum(encoded) == 2 * 40
+    monkeypatch.undo()
+    expected = [
+        (scores(module, images).argmax(dim=1) == torch.tensor(images.labels())).float().mean()
+        for images in (Shades("", shift=shift) for shift in (0, 1, 0))
+    ]
+    assert len({float(value) for value in expected}) == 2
+    assert numbers(trainer, TOP1)[TOP1] == pytest.approx(float(sum(expected) / 3), abs=1e-6)
+
+
+def test_sets_that_are_not_there_are_named_once_and_the_others_evaluated(folder: Path) -> None:
+    elsewhere = entry(init_args={"root": "nowhere"}, how_to_get="ask their owner")
+    callback = ZeroShot(suite=write_suite(folder, shades=entry(), lost=elsewhere), data_root=str(folder), examples=0)
+    trainer = make_trainer(folder, [callback])
+    with pytest.warns(UserWarning, match="ZeroShot: lost is left out: .*nowhere: not there; ask their owner") as warned:
+        trainer.validate(make_module(), NoCaptions(), verbose=False)
+    assert len([one for one in warned if "lost" in str(one.message)]) == 1
+    with warnings.catch_warnings(record=True) as again:
+        warnings.simplefilter("always")
+        make_trainer(folder, [callback]).validate(make_module(), NoCaptions(), verbose=False)
+    assert not [one for one in again if "lost" in str(one.message)]
+    assert {name.split("/")[1] for name in numbers(trainer, "zero_shot/")} == {"shades"}
+
+
+def test_a_picture_that_cannot_be_read_ends_the_run_or_is_left_out(folder: Path) -> None:
+    suite, module = write_suite(folder, shades=entry(init_args={"broken": 5})), make_module()
+    options = {"suite": suite, "data_root": str(folder), "examples": 2}
+    with pytest.raises(InputError, match=r"shades: 5.png: not a picture; mend or remove it, or set ZeroShot.on_error"):
+        make_trainer(folder, [ZeroShot(**options)]).validate(module, NoCaptions(), verbose=False)
+    trainer = make_trainer(folder, [ZeroShot(on_error="skip", **options)])
+    with pytest.warns(UserWarning, match=r"shades: 1 of 40 pictures are left out; the first: 5.png: not a picture"):
+        trainer.validate(module, NoCaptions(), verbose=False)
+    right = scores(module, Shades("")).argmax(dim=1) == torch.tensor(Shades("").labels())
+    rows = [row for row in range(40) if row != 5]
+    assert numbers(trainer, TOP1)[TOP1] == pytest.approx(float(right[rows].float().mean()), abs=1e-6)
+
+
+def test_two_ranks_find_the_numbers_of_one(folder: Path, ranks: Callable[..., None]) -> None:
+    suite, output = str(folder / "suite.yaml"), folder / "results.json"
+    ranks("run", 2, str(output), str(folder), suite, script="ranks_callbacks.py")
+    found, expected = json.loads(output.read_text()), evaluate(folder, suite)
+    assert found["steps"] == found["epochs"]
+    assert expected["steps"] == expected["epochs"]
+    assert found["epochs"].keys() == expected["epochs"].keys()
+    assert {"zero_shot/many/map11", "linear_probe/shades/top1", TOP1} <= found["epochs"].keys()
+    assert found["epochs"] == pytest.approx(expected["epochs"], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"only": ["shade"]}, "ZeroShot.only: no 'shade' in the suite; there are many, shades"),
+        ({"suite": None}, "ZeroShot.only: names sets of a suite; give suite"),
+        ({"suite": "no.yaml"}, "no.yaml: there is no such file"),
+        ({"every_n_epochs": 0}, "ZeroShot.every_n_epochs: 0 must be at least 1"),
+        ({"every_n_steps": 0}, "ZeroShot.every_n_steps: 0 must be at least 1"),
+        ({"every_n_steps": 5, "every_n_epochs": 2}, "give either every_n_epochs or every_n_steps"),
+        ({"batch_size": 0}, "ZeroShot.batch_size: 0 must be at least 1"),
+        ({"num_workers": -1}, "ZeroShot.num_workers: -1 must be at least 0"),
+        ({"examples": -1}, "ZeroShot.examples: -1 must be at least 0"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(folder: Path, options: dict[str, Any], message: str) -> None:
+    settings = {"suite": str(folder / "suite.yaml"), "only": ["shades"], **options}
+    with pytest.raises(InputError, match=message):
+        ZeroShot(**settings)
+
+
+def test_an_average_that_would_be_a_step_late_is_refused(folder: Path) -> None:
+    trainer = make_trainer(folder, [zero_shot(folder, every_n_steps=1), EMA(0.5)], max_epochs=1)
+    module = make_module()
+    with pytest.raises(InputError, match="put EMA before it in the list of callbacks"):
+        trainer.fit(module, data_for(module, folder / "captions.csv"))
+
+
+def test_names_that_do_not_go_with_a_set_are_refused_before_training(folder: Path) -> None:
+    suite = write_suite(folder, shades=entry(class_names=["red", "green"]))
+    trainer = make_trainer(folder, [ZeroShot(suite=suite, data_root=str(folder))], max_epochs=1)
+    module = make_module()
+    with pytest.raises(InputError, match="shades: class_names: 2 class names, the set has 7 classes"):
+        trainer.fit(module, data_for(module, folder / "captions.csv"))
+    assert trainer.global_step == 0
+
+
+def test_a_set_that_cannot_be_judged_or_read_is_refused_before_the_first_step(folder: Path) -> None:
+    for name in ("cat", "dog"):
+        (folder / "pets" / name).mkdir(parents=True)
+        (folder / "pets" / name / "1.png").write_bytes((folder / "0.png").read_bytes() if name == "cat" else b"")
+    pets = {"class_path": "datamodules.ImageFolderClasses", "init_args": {"root": "pets"}}
+    for entries, message in (
+        ({"shades": entry(metric="pm")}, "shades: metric: pm needs what this set does not know"),
+        ({"pets": {"data": pets}}, "pets: .*dog.*1.png.*or set on_error to skip"),
+    ):
+        suite, module = write_suite(folder, **entries), make_module()
+        trainer = make_trainer(folder, [ZeroShot(suite=suite, data_root=str(folder))], enable_checkpointing=False)
+        with pytest.raises(InputError, match=message):
+            trainer.fit(module, data_for(module, folder / "captions.csv"))
+        assert trainer.global_step == 0

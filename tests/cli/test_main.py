@@ -1,0 +1,473 @@
+"""The command as a person meets it: what wins, what is written where, and errors in one line."""
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from lit_clip.cli.lightning import CLI, computes_in_bfloat16, run
+from lit_clip.cli.main import CONFIGURED, help_text, lightning, main, one_line, user_error
+from lit_clip.cli.subcommands import COMMANDS
+from lit_clip.embedding.encode import embed
+from lit_clip.errors import InputError
+from tests.conftest import TINY_YAML, lit_clip_command
+
+Completed = subprocess.CompletedProcess[str]
+Cli = Callable[..., Completed]
+
+
+def words(subcommand: str, table: Path, architecture: bool = True) -> list[str]:
+    """A command on the table with the tiny model, one epoch of four steps long."""
+    model = ["--model.architecture", TINY_YAML] if architecture else []
+    steps = ["--trainer.max_steps", "4", "--data.train", str(table)] if subcommand == "fit" else []
+    return [
+        subcommand,
+        *("--data", "datamodules.Captions", "--data.val", str(table), "--data.batch_size", "16"),
+        *("--data.num_workers", "0", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"),
+        *model,
+        *steps,
+    ]
+
+
+def results(output: str) -> dict[str, str]:
+    """The rows of the table at the end: metric -> value."""
+    return dict(re.findall(r"^│ (\S+)\s+│\s+([\d.]+(?: %)?) │", output, re.MULTILINE))
+
+
+@pytest.fixture(scope="module")
+def trained(caption_table: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Completed]:
+    """The folder of a finished run, and what it printed."""
+    folder = tmp_path_factory.mktemp("trained")
+    result = lit_clip_command(folder, *words("fit", caption_table), "--model.learning_rate", "0.5")
+    assert result.returncode == 0, result.stderr
+    return folder / "lightning_logs/version_0", result
+
+
+@pytest.fixture
+def in_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Completed]:
+    """The command without a new process, for what fails before anything is trained: each start takes seconds."""
+
+    def run_main(*command: str) -> Completed:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["lit-clip", *command])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        output = capsys.readouterr()
+        assert isinstance(stopped.value.code, int)
+        return Completed(command, stopped.value.code, output.out, output.err)
+
+    return run_main
+
+
+def checkpoint_of(folder: Path) -> Path:
+    (path,) = (folder / "checkpoints").glob("*.ckpt")
+    return path
+
+
+def test_validate_prints_the_numbers_of_fit_and_takes_the_architecture_from_the_checkpoint(
+    trained: tuple[Path, Completed], caption_table: Path, cli: Cli
+) -> None:
+    folder, fitted = trained
+    command = words("validate", caption_table, architecture=False)
+    validated = cli(*command, "--ckpt_path", str(checkpoint_of(folder)))
+    assert validated.returncode == 0, validated.stderr
+    assert len(results(fitted.stdout)) == 9  # loss, and three recalls and a median rank in two directions
+    assert results(validated.stdout) == results(fitted.stdout)
+
+
+def test_the_command_that_fit_suggests_reproduces_its_numbers(trained: tuple[Path, Completed]) -> None:
+    folder, fitted = trained
+    (suggestion,) = re.findall(r"lit-clip (validate --config \S+ --ckpt_path \S+)", fitted.stdout)
+    validated = lit_clip_command(folder.parents[2], *suggestion.split())
+    assert validated.returncode == 0, validated.stderr
+    assert results(validated.stdout) == results(fitted.stdout)
+
+
+def test_what_is_typed_beats_the_checkpoint(
+    trained: tuple[Path, Completed], caption_table: Path, tmp_path: Path, cli: Cli
+) -> None:
+    """Lightning alone runs this with the checkpoint's learning rate and says nothing (footgun L8)."""
+    folder, _ = trained
+    resume = ("--ckpt_path", str(checkpoint_of(folder)), "--trainer.max_steps", "8")
+    result = cli(*words("fit", caption_table), "--model.learning_rate", "0.001", *resume)
+    assert result.returncode == 0, result.stderr
+    (resumed,) = (tmp_path / "lightning_logs/version_0/checkpoints").glob("*.ckpt")
+    state = torch.load(resumed, weights_only=True)
+    assert [group["initial_lr"] for group in state["optimizer_states"][0]["param_groups"]] == [0.001, 0.001]
+    assert state["lr_schedulers"][0]["base_lrs"] == [0.001, 0.001]
+    assert all(group["lr"] <= 0.001 for group in state["optimizer_states"][0]["param_groups"])
+    saved = tmp_path / "lightning_logs/version_0/fit_config.yaml"
+    assert yaml.safe_load(saved.read_text())["model"]["learning_rate"] == 0.001
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(
+    trained: tuple[Path, Completed], caption_table: Path, cli: Cli
+) -> None:
+    folder, _ = trained
+    other = TINY_YAML.replace("embed_dim: 16", "embed_dim: 32")
+    command = [word.replace(TINY_YAML, other) for word in words("validate", caption_table)]
+    result = cli(*command, "--ckpt_path", str(checkpoint_of(folder)))
+    assert_user_error(result, "another architecture", "embed_dim 16 there and 32 here")
+
+
+def test_a_second_run_in_the_same_folder_works_and_keeps_the_first(
+    caption_table: Path, tmp_path: Path, cli: Cli
+) -> None:
+    """Lightning alone refuses a second run and a validation where a config was saved (footgun L9)."""
+    for _ in range(2):
+        assert cli(*words("fit", caption_table)).returncode == 0
+    assert cli(*words("validate", caption_table)).returncode == 0
+    folder = tmp_path / "lightning_logs"
+    assert (folder / "version_0/fit_config.yaml").exists()
+    assert (folder / "version_1/fit_config.yaml").exists()
+    assert (folder / "version_2/validate_config.yaml").exists()
+
+
+def test_a_run_without_a_logger_writes_no_config_into_the_current_folder(
+    caption_table: Path, tmp_path: Path, cli: Cli
+) -> None:
+    assert cli(*words("validate", caption_table), "--trainer.logger", "false").returncode == 0
+    assert list(tmp_path.glob("*")) == []
+
+
+def test_configs_are_merged_and_interpolated(caption_table: Path, tmp_path: Path, cli: Cli) -> None:
+    (tmp_path / "model.yaml").write_text(f"model: {{architecture: {TINY_YAML}, learning_rate: 0.25}}")
+    (tmp_path / "data.yaml").write_text(
+        "data: {class_path: datamodules.Captions, init_args: {val: '${oc.env:TABLE}', batch_size: 16}}\n"
+        "model: {weight_decay: '${model.learning_rate}'}"
+    )
+    configs = ("--config", "model.yaml", "--config", "data.yaml", "--model.learning_rate", "0.125")
+    result = cli("validate", *configs, "--print_config", environment={"TABLE": str(caption_table)})
+    assert result.returncode == 0, result.stderr
+    config = yaml.safe_load(result.stdout)
+    assert config["data"]["init_args"]["val"] == str(caption_table)
+    assert config["model"]["weight_decay"] == 0.125  # follows what was typed, across files
+
+
+def test_the_data_module_is_told_the_models_preprocessing_and_tokenizer(caption_table: Path) -> None:
+    _, *options = words("fit", caption_table)
+    command = run(args=options, execute=False)
+    assert command.datamodule.preprocessing.image_size == 32
+    assert command.datamodule.tokenize(["a"]).shape == (1, 16)
+
+
+def assert_user_error(result: Completed, *parts: str) -> None:
+    """Exit code 2 and a last line that says it all; no traceback."""
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("lit-clip: error: ")
+    for part in parts:
+        assert part in last
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["--model.learning_rat", "1"], ["learning_rat", "did you mean --model.learning_rate?"]),
+        (["--trainer.max_epoch=1"], ["did you mean --trainer.max_epochs?"]),
+        (["--max_epochs", "1"], ["did you mean --trainer.max_epochs?"]),
+        (["--batch_size", "16"], ["did you mean --data.batch_size?"]),
+        (["--data.batchsize", "16"], ["datamodules.Captions", "did you mean --data.batch_size?"]),
+        (["--data.augmentation.crop_scal", "1"], ["did you mean --data.augmentation.crop_scale?"]),
+        (["--model.lora", "{rank: 4}"], ["'rank' is not accepted; there are r, alpha, targets"]),
+        (["--model.quux", "1"], ["unrecognized arguments: --model.quux 1; see lit-clip fit --help"]),
+        (["--model.learning_rate", "fast"], ["model.learning_rate: wants float, not fast"]),
+        (["--trainer.max_epochs", "many"], ["trainer.max_epochs: wants int or null, not many"]),
+        (["--trainer.precision", "fp16"], ["trainer.precision: wants 64, 32, 16,", "did you mean 16-mixed?"]),
+        (["--trainer.precision", "b16-mixed"], ["bf16 or null, not b16-mixed; did you mean bf16-mixed?"]),
+        (["--model.freeze", "image"], ['model.freeze: wants "{image: all}" or null, not image']),
+        (
+            ["--model.freeze", "{image: al}"],
+            ['image: wants all, "{unlock_last: ...}" or null, not al', "did you mean all?"],
+        ),
+        (["--model.freeze.image", "al"], ["not al; did you mean all?"]),
+        (["--data.on_error", "skp"], ["on_error: wants error or skip, not skp; did you mean skip?"]),
+        (["--data.batch_size", "auto"], ["not auto; auto is for embed and evaluate; give a number"]),
+        (["--model.architecture", "ViT-B-33"], ["'ViT-B-33'", "did you mean ViT-B-32?"]),
+        (["--model.architecture", "{image: {widht: 64}}"], ["model.architecture", "widht"]),
+        (["--model.pretrained", "nowhere.ckpt"], ["nowhere.ckpt: no such checkpoint file"]),
+        (["--data.trian", "x.csv"], ["datamodules.Captions", "trian"]),
+        (["--data.val", "nowhere.csv"], ["nowhere.csv: no such file or folder"]),
+        (["--data.caption_column", "words"], ["no column 'words'", "image, caption", "caption_column"]),
+        (["--data.batch_size", "1000"], ["64 training pairs", "batch_size to 64 or less"]),
+        (["--trainer.callbacks+=callbacks.ZeroSho"], ["callbacks.ZeroSho", "no attribute"]),
+        (["--config", "nowhere.yaml"], ["nowhere.yaml: there is no such file"]),
+        (["--ckpt_path", "nowhere.ckpt"], ["nowhere.ckpt: no such checkpoint file"]),
+    ],
+)
+def test_bad_options_are_one_line_and_exit_code_2(
+    options: list[str], parts: list[str], caption_table: Path, in_process: Cli
+) -> None:
+    assert_user_error(in_process(*words("fit", caption_table), *options), *parts)
+
+
+@pytest.mark.parametrize("before", [[], ["--trainer.max_epochs", "1"], ["--config", "no_data.yaml"]])
+def test_data_without_a_data_module_before_them_are_told_to_name_one(
+    before: list[str], tmp_path: Path, in_process: Cli
+) -> None:
+    (tmp_path / "no_data.yaml").write_text("model: {learning_rate: 1}")
+    after = ["--data", "datamodules.Captions"]  # the parser has given up before it comes
+    result = in_process("fit", *before, "--data.train=captions.csv", *after)
+    assert_user_error(result, "--data.train: no data module", "--config configs/finetune_table.yaml, or --data datamod")
+
+
+def test_a_command_without_data_is_told_how_to_give_them(in_process: Cli) -> None:
+    assert_user_error(in_process("fit", "--trainer.max_epochs", "1"), "fit.data; give --config configs/finetune_table")
+
+
+def test_the_name_of_a_config_is_mended(tmp_path: Path, in_process: Cli) -> None:
+    (tmp_path / "small.yaml").touch()
+    assert_user_error(in_process("fit", "--config", "smal.yaml"), "no such file; did you mean small.yaml?")
+
+
+@pytest.mark.parametrize(
+    ("command", "part"),
+    [
+        ([], f"no command given; there are {', '.join(sorted({*CONFIGURED, *COMMANDS}))}"),
+        (["fti"], "'fti'; did you mean fit?"),
+        (["clasify", "photos"], "'clasify'; did you mean classify?"),
+    ],
+)
+def test_a_missing_or_misspelt_subcommand_is_named(command: list[str], part: str, in_process: Cli) -> None:
+    assert_user_error(in_process(*command), part)
+
+
+def test_a_broken_image_met_in_a_data_worker_is_one_line_with_its_row(tmp_path: Path, cli: Cli) -> None:
+    for i in range(32):
+        Image.effect_noise((40, 40), 50 + i).convert("RGB").save(tmp_path / f"{i}.jpg")
+    data = (tmp_path / "7.jpg").read_bytes()
+    (tmp_path / "7.jpg").write_bytes(data[: len(data) // 2])
+    table = tmp_path / "table.csv"
+    table.write_text("image,caption\n" + "".join(f"{i}.jpg,noise {i}\n" for i in range(32)))
+    result = cli(*words("validate", table), "--data.num_workers", "2")
+    assert_user_error(result, f"{table} row 9: cannot read image", "7.jpg", "truncated")
+
+
+def test_a_class_list_of_the_wrong_length_names_both_counts(tmp_path: Path, in_process: Cli) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        Image.new("RGB", (40, 40)).save(tmp_path / "set" / name / "0.png")
+    images = "{class_path: datamodules.ImageFolderClasses, init_args: {root: set, class_names: [cat, dog, cow]}}"
+    callback = f"{{class_path: callbacks.ZeroShot, init_args: {{sets: {{pets: {{images: {images}}}}}}}}}"
+    command = ("validate", "--data", "datamodules.NoCaptions", "--model.architecture", TINY_YAML)
+    assert_user_error(in_process(*command, f"--trainer.callbacks+={callback}"), "3 names for the 2 classes", "cat")
+
+
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path: Path, caption_table: Path, in_process: Cli) -> None:
+    (tmp_path / "text.ckpt").write_text("not a checkpoint")
+    torch.save({"weights": torch.zeros(1)}, tmp_path / "other.ckpt")
+    for name, part in (("text.ckpt", "not a checkpoint of tensors"), ("other.ckpt", "not a lit-clip checkpoint")):
+        assert_user_error(in_process(*words("validate", caption_table), "--ckpt_path", name), name, part)
+
+
+def test_other_errors_keep_their_traceback() -> None:
+    assert user_error(RuntimeError("a bug")) is None
+    wrapped = ValueError("jsonargparse's")
+    wrapped.__cause__ = InputError("row 3")
+    assert one_line(user_error(wrapped) or wrapped) == "row 3"
+
+
+@pytest.mark.parametrize(
+    ("command", "not_paid_for"),
+    [
+        ("--help", ("torch", "lightning", "numpy")),
+        ("fit --help", ("transformers", "timm", "open_clip", "pyarrow", "pandas")),
+        ("embed --help", ("transformers", "timm", "open_clip", "pyarrow", "pandas")),
+    ],
+)
+def test_help_does_not_pay_for_what_it_does_not_use(command: str, not_paid_for: tuple[str, ...]) -> None:
+    code = (
+        f"import sys; sys.argv = ['lit-clip', *{command.split()}]\n"
+        "import lit_clip.cli.main\n"
+        "try: lit_clip.cli.main.main()\nexcept SystemExit: pass\n"
+        f"print([name for name in {not_paid_for} if name in sys.modules], file=sys.stderr)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "usage: lit-clip" in result.stdout
+    assert result.stderr.splitlines()[-1] == "[]"
+
+
+def test_help_names_every_command_with_what_it_does() -> None:
+    """Those of LightningCLI are listed without asking it."""
+    assert CONFIGURED.keys() == CLI.subcommands().keys()
+    lines = help_text().splitlines()
+    for name in (*CONFIGURED, *COMMANDS):
+        (line,) = [line for line in lines if line.startswith(f"  {name} ")]
+        assert line.endswith("."), line
+    assert any(line.split() == ["embed", *(embed.__doc__ or "").splitlines()[0].split()] for line in lines)
+
+
+def test_a_progress_bar_of_ones_own_replaces_ours(caption_table: Path, tmp_path: Path, cli: Cli) -> None:
+    command = [word for word in words("validate", caption_table) if "progress_bar" not in word and word != "false"]
+    bar = "--trainer.callbacks+=lightning.pytorch.callbacks.TQDMProgressBar"
+    result = cli(*command, "--trainer.logger", "false", bar)
+    assert result.returncode == 0, result.stderr
+    assert "litlogger" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("config", "parts"),
+    [
+        ("model: {learning_rate: '${model.lr}'}", ["model.lr", "not found"]),
+        ("data: {class_path: datamodules.OpenMoji", ["typo.yaml", "not a readable YAML file"]),
+        ("just words", ["typo.yaml", "not a YAML mapping"]),
+        ("modle: {learning_rate: 1}", ["modle", "did you mean model.learning_rate?"]),
+        ("trainer: {max_epoch: 1}", ["did you mean trainer.max_epochs?"]),
+        ("data: {class_path: datamodules.Captions, init_args: {batchsize: 1}}", ["did you mean batch_size?"]),
+        (
+            "model: {learning_rate: '${oc.env:LIT_CLIP_RATE}'}",
+            ["variable LIT_CLIP_RATE: LIT_CLIP_RATE=... lit-clip fit"],
+        ),
+        ("ckpt_path: nowhere.ckpt", ["nowhere.ckpt: no such checkpoint file"]),
+        ("trainer: {strategy: ddpp}", ["trainer:", "ddpp"]),
+        ("model: {betas: [2, 3]}", ["model.betas", "[2.0, 3.0]"]),
+        ("model: {architecture: {text: {vocab_size: 1000}}}", ["vocab_size 1000", "49408"]),
+        ("trainer: {accumulate_grad_batches: 2}", ["accumulate_grad_batches", "negatives"]),
+    ],
+)
+def test_bad_configs_are_one_line_and_exit_code_2(
+    config: str, parts: list[str], caption_table: Path, tmp_path: Path, in_process: Cli
+) -> None:
+    (tmp_path / "typo.yaml").write_text(config)
+    assert_user_error(in_process(*words("fit", caption_table), "--config", "typo.yaml"), *parts)
+
+
+def test_a_checkpoint_whose_weights_do_not_fit_names_one(
+    trained: tuple[Path, Completed], caption_table: Path, tmp_path: Path, in_process: Cli
+) -> None:
+    checkpoint = torch.load(checkpoint_of(trained[0]), weights_only=True)
+    del checkpoint["state_dict"]["ln_final.weight"]
+    torch.save(checkpoint, tmp_path / "broken.ckpt")
+    for option in (["--ckpt_path", "broken.ckpt"], ["--model.pretrained", "broken.ckpt"]):
+        result = in_process(*words("fit", caption_table), *option)
+        assert_user_error(result, "broken.ckpt", "weights do not fit", "ln_final.weight")
+
+
+def test_a_run_that_was_longer_is_told_what_to_raise(
+    trained: tuple[Path, Completed], caption_table: Path, tmp_path: Path, in_process: Cli
+) -> None:
+    checkpoint = torch.load(checkpoint_of(trained[0]), weights_only=True)
+    for progress in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
+        progress.update(dict.fromkeys(progress, 74))
+    torch.save(checkpoint, tmp_path / "long.ckpt")
+    command = [*words("fit", caption_table), "--ckpt_path", "long.ckpt", "--trainer.max_epochs", "12"]
+    parts = ["current_epoch=74", "max_epochs=12", "raise --trainer.max_epochs", "--model.pretrained FILE"]
+    assert_user_error(in_process(*command), *parts)
+
+
+def test_a_single_entry_of_another_librarys_encoder_is_not_typed(
+    in_process: Callable[..., Completed], tmp_path: Path
+) -> None:
+    (tmp_path / "t.yaml").write_text("model: {architecture: {image: {timm: resnet10t}}}\n")
+    result = in_process("fit", "--config", "t.yaml", "--model.architecture.image.image_size", "64")
+    assert result.returncode == 2
+    assert "--model.architecture.image.image_size: no single entry of this encoder can be typed" in result.stderr
+
+
+def test_a_run_that_gets_worse_leaves_the_last_epoch_and_the_best(
+    cli: Cli, caption_table: Path, tmp_path: Path
+) -> None:
+    config = str(Path(__file__).parents[2] / "configs/finetune_table.yaml")
+    options = ["--data.batch_size", "16", "--data.num_workers", "0", "--trainer.accelerator", "cpu"]
+    options += ["--model.architecture", TINY_YAML, "--model.learning_rate", "1", "--model.warmup_steps", "0"]
+    result = cli("fit", "--config", config, "--data.train", str(caption_table), *options, "--trainer.max_epochs", "3")
+    assert result.returncode == 0, result.stderr
+    (last,) = tmp_path.rglob("last.ckpt")
+    assert torch.load(last, weights_only=True)["epoch"] == 2
+    assert (last.parent / "best.ckpt").is_file()
+    dry = cli("fit", "--config", config, "--data.train", str(caption_table), *options, "--trainer.fast_dev_run", "true")
+    assert dry.returncode == 0, dry.stderr
+    assert {path.name for path in tmp_path.rglob("*.ckpt")} == {"last.ckpt", "best.ckpt"}
+    assert len(list(tmp_path.rglob("*.ckpt"))) == 2  # a dry run leaves nothing
+
+
+def test_ctrl_c_ends_a_run_with_its_own_exit_code_and_says_how_to_go_on(
+    cli: Callable[..., subprocess.CompletedProcess[str]], caption_table: Path, tmp_path: Path
+) -> None:
+    def interrupted(step: int) -> str:
+        callback = f"{{class_path: tests.helpers.ranks_preemption.CtrlC, init_args: {{step: {step}}}}}"
+        done = cli(*words("fit", caption_table), "--trainer.max_steps", "12", f"--trainer.callbacks+={callback}")
+        assert done.returncode == 130
+        return done.stderr.strip().splitlines()[-1]
+
+    assert interrupted(2) == "lit-clip: interrupted: nothing has been saved yet (kill, unlike Ctrl-C, saves first)"
+    said = interrupted(6)  # an epoch has 4 steps
+    run = "lightning_logs/version_1"
+    command = f"lit-clip fit --config {run}/fit_config.yaml --ckpt_path {run}/checkpoints/epoch=0-step=4.ckpt"
+    assert said == f"lit-clip: interrupted: go on with: {command}"
+    resumed = cli(*shlex.split(command)[1:], "--trainer.callbacks", "null")
+    assert resumed.returncode == 0, resumed.stderr
+    assert torch.load(tmp_path / "lightning_logs/version_2/checkpoints/epoch=2-step=12.ckpt", weights_only=True)
+
+
+def test_an_evaluation_of_random_weights_says_so(
+    cli: Callable[..., subprocess.CompletedProcess[str]], caption_table: Path
+) -> None:
+    validated = cli(*words("validate", caption_table))
+    assert validated.returncode == 0, validated.stderr
+    assert "validate: the numbers are of random weights" in validated.stderr
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "accelerator", "expected"),
+    [
+        ({"avx512_bf16": True}, "cpu", True),
+        ({"avx512_bf16": True}, "auto", True),
+        ({"amx_bf16": True}, "auto", True),
+        ({"avx512_f": True, "avx512_bf16": False}, "cpu", False),
+        ({"avx512_bf16": True}, "tpu", None),
+    ],
+)
+def test_bfloat16_is_what_the_processor_has_instructions_for(
+    capabilities: dict[str, bool], accelerator: str, expected: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert computes_in_bfloat16(accelerator) is expected
+
+
+@pytest.mark.parametrize(("typed", "precision"), [(None, "bf16-mixed"), ("32-true", "32-true")])
+def test_training_computes_in_bfloat16_where_it_can_and_says_so_in_the_runs_configuration(
+    typed: str | None, precision: str, caption_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(lightning, "computes_in_bfloat16", lambda accelerator: True)
+    options = ["--trainer.precision", typed] if typed else []
+    monkeypatch.setattr(sys, "argv", ["lit-clip", *words("fit", caption_table), "--trainer.max_steps", "1", *options])
+    run()
+    saved = yaml.safe_load((tmp_path / "lightning_logs/version_0/fit_config.yaml").read_text())
+    assert saved["trainer"]["precision"] == precision
+    monkeypatch.setattr(sys, "argv", ["lit-clip", *words("validate", caption_table)])
+    run()
+    saved = yaml.safe_load((tmp_path / "lightning_logs/version_1/validate_config.yaml").read_text())
+    assert saved["trainer"]["precision"] is None  # evaluation is exact
+
+
+@pytest.mark.parametrize(("has_instructions", "warned"), [(False, True), (True, False), (None, False)])
+def test_bfloat16_that_would_be_emulated_is_warned_of(
+    has_instructions: bool | None,
+    warned: bool,
+    caption_table: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(lightning, "computes_in_bfloat16", lambda accelerator: has_instructions)
+    options = ["--trainer.max_steps", "1", "--trainer.precision", "bf16-mixed"]
+    monkeypatch.setattr(sys, "argv", ["lit-clip", *words("fit", caption_table), *options])
+    run()
+    told = [str(one.message) for one in recwarn if "bf16-mixed is emulated here" in str(one.message)]
+    assert bool(told) == warned
+    assert all("--trainer.precision 32-true" in one for one in told)

@@ -1,0 +1,348 @@
+"""Commands without a configuration: how a signature becomes a command line, ``classify`` and ``models``."""
+
+import csv
+import importlib
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import lit_clip.commands.classify
+import lit_clip.commands.models
+from lit_clip import list_models, load_model
+from lit_clip.cli.main import main
+from lit_clip.cli.subcommands import COMMANDS, command_parser, run_command
+from lit_clip.commands.classify import class_probabilities, classify, read_classes
+from lit_clip.commands.models import measure
+from lit_clip.errors import InputError
+from lit_clip.models.config import CLIPConfig
+from lit_clip.models.registry import resolve_architecture
+from lit_clip.weights.load import create_model
+from tests.conftest import lit_clip_command
+
+NAMES = ["tiger", "pizza", "bicycle"]
+
+
+@pytest.fixture
+def exit_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[object, str, str]]:
+    """``lit-clip`` in this test's folder and process -> exit code, standard output, standard error."""
+
+    def run(*words: str) -> tuple[object, str, str]:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["lit-clip", *words])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        output = capsys.readouterr()
+        return stopped.value.code, output.out, output.err
+
+    return run
+
+
+def an_example(
+    words: list[str], single: str, *, model: str, flag: bool = False, several: list[str] | None = None, number: int = 3
+) -> None:
+    """A command."""
+
+
+def test_a_signature_is_a_command_line() -> None:
+    def parse(*options: str) -> dict[str, object]:
+        return vars(command_parser("example", an_example).parse_args(list(options)))
+
+    assert parse("one", "two", "three", "--model", "m") == {
+        **{"words": ["two", "three"], "single": "one", "model": "m", "flag": False, "several": None, "number": 3}
+    }
+    parsed = parse("one", "--model", "m", "--flag", "--several", "a", "b", "--number", "4")
+    assert (parsed["words"], parsed["flag"], parsed["several"], parsed["number"]) == ([], True, ["a", "b"], 4)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_every_parameter(name: str) -> None:
+    module, _, function = COMMANDS[name].partition(":")
+    parser = command_parser(name, getattr(importlib.import_module(module), function))
+    assert parser.description
+    explained = [action for action in parser._actions if action.dest != "help"]
+    assert explained
+    assert all(action.help and not action.help.startswith(" (") for action in explained)
+
+
+def test_the_help_names_the_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["lit-clip", "--help"])
+    main()
+    output = capsys.readouterr().out
+    assert all(name in output for name in COMMANDS)
+
+
+def test_an_unknown_option_is_one_line(exit_of: Callable[..., tuple[object, str, str]]) -> None:
+    code, output, error = exit_of("classify", "photos", "--model", "m", "--classes", "a", "b", "--colour", "red")
+    assert (code, output) == (2, "")
+    assert error.count("\n") == 1
+    assert "--colour" in error
+    assert "see lit-clip classify --help" in error
+
+
+@pytest.mark.parametrize("typed", ["--num_worker=8", "--num-worker"])
+def test_a_misspelt_option_is_named_as_it_is_spelt(typed: str, exit_of: Callable[..., tuple[object, str, str]]) -> None:
+    _, _, error = exit_of("classify", "photos", "--model", "m", "--classes", "a", "b", typed)
+    assert "did you mean --num_workers?" in error
+
+
+# classify
+
+
+def classified(*words: str, capsys: pytest.CaptureFixture[str]) -> str:
+    run_command(["classify", *words, "--num_workers", "0"])
+    return capsys.readouterr().out
+
+
+def test_classify_names_the_drawings_that_the_model_has_learnt(
+    drawings: tuple[Path, Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, folder, names = drawings
+    (tmp_path / "classes.txt").write_text("\n".join(names), encoding="utf-8")
+    options = ["--classes", str(tmp_path / "classes.txt"), "--templates", "{}", "--output", "json", "--top_k", "1"]
+    rows = json.loads(classified(str(folder), "--model", str(checkpoint), *options, capsys=capsys))
+    assert len(rows) == 64
+    right = sum(Path(row["image"]).stem == row["classes"][0]["class"].replace("/", "_") for row in rows)
+    assert right >= 60
+
+
+def test_probabilities_are_the_softmax_of_scaled_cosines(
+    drawings: tuple[Path, Path, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, folder, _ = drawings
+    pictures = [folder / f"{name}.png" for name in NAMES]
+    templates = ["a {}", "{}!"]
+    options = ["--classes", *NAMES, "--templates", *templates, "--output", "json", "--batch_size", "2"]
+    rows = json.loads(classified(*map(str, pictures), "--model", str(checkpoint), *options, capsys=capsys))
+    model = load_model(checkpoint)
+    with torch.no_grad():
+        columns = []
+        for name in NAMES:
+            texts = [model.encode_text(model.tokenize(template.replace("{}", name)))[0] for template in templates]
+            mean = sum(text / text.norm() for text in texts)
+            assert isinstance(mean, torch.Tensor)
+            columns.append(mean / mean.norm())
+        for row in rows:
+            image = model.encode_image(model.preprocess(Image.open(row["image"]))[None])[0]
+            logits = [float(model.logit_scale.exp() * (image / image.norm()) @ column) for column in columns]
+            expected = np.exp(logits) / np.exp(logits).sum()
+            got = {guess["class"]: guess["probability"] for guess in row["classes"]}
+            assert np.allclose([got[name] for name in NAMES], expected, atol=2e-5)
+            assert [guess["probability"] for guess in row["classes"]] == sorted(got.values(), reverse=True)
+
+
+def test_a_logit_bias_makes_each_probability_a_sigmoid() -> None:
+    features, classifier = torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 0.5]])
+    model = SimpleNamespace(logit_scale=torch.tensor(2.0).log(), logit_bias=torch.tensor(-1.0))
+    got = class_probabilities(model, features, classifier)  # pyright: ignore[reportArgumentType]  # all that it reads
+    expected = [[1 / (1 + np.exp(1 - 2)), 1 / (1 + np.exp(1))], [1 / (1 + np.exp(1)), 0.5]]
+    assert np.allclose(got, expected, atol=1e-6)
+
+
+def test_standard_output_is_csv_alone_and_progress_goes_elsewhere(drawings: tuple[Path, Path, list[str]]) -> None:
+    checkpoint, folder, _ = drawings
+    options = ["--model", str(checkpoint), "--classes", *NAMES, "--templates", "{}", "--output", "csv", "--top_k", "2"]
+    result: subprocess.CompletedProcess[str] = lit_clip_command(folder, "classify", "tiger.png", "pizza.png", *options)
+    assert result.returncode == 0, result.stderr
+    rows = list(csv.DictReader(io.StringIO(result.stdout)))
+    assert [(row["image"], row["rank"]) for row in rows] == [
+        *(("pizza.png", "1"), ("pizza.png", "2"), ("tiger.png", "1"), ("tiger.png", "2"))
+    ]
+    assert (rows[0]["class"], rows[2]["class"]) == ("pizza", "tiger")
+    assert "pictures" in result.stderr
+
+
+def test_an_output_file_holds_what_would_be_printed(
+    drawings: tuple[Path, Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, folder, _ = drawings
+    for output in ("csv", "json", "table"):
+        options = ["--model", str(checkpoint), "--classes", *NAMES, "--output", output]
+        printed = classified(str(folder / "tiger.png"), *options, capsys=capsys)
+        path = tmp_path / f"result.{output}"
+        assert classified(str(folder / "tiger.png"), *options, "--output_file", str(path), capsys=capsys) == ""
+        text = path.read_text(encoding="utf-8")
+        assert text == printed or (output == "table" and "tiger" in text)
+
+
+def test_classes_may_be_words_or_one_word_with_commas_or_a_file(tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_text("tiger\n\n  ice  cream \n", encoding="utf-8")
+    assert read_classes([str(tmp_path / "classes.txt")]) == ["tiger", "ice cream"]
+    assert read_classes(["tiger", "ice cream"]) == ["tiger", "ice cream"]
+    assert read_classes(["tiger, ice cream"]) == ["tiger", "ice cream"]
+    assert read_classes(["scissors, open", "tiger"]) == ["scissors, open", "tiger"]
+    names = [f"class number {i}" for i in range(100)]  # longer than a file's name may be
+    assert read_classes([", ".join(names)]) == names
+
+
+def test_a_byte_order_mark_is_no_part_of_a_class(tmp_path: Path) -> None:
+    path = tmp_path / "classes.txt"
+    path.write_bytes(b"\xef\xbb\xbftiger\r\npizza\r\n")
+    assert read_classes([str(path)]) == ["tiger", "pizza"]
+    path.write_bytes(b"\xef\xbb\xbftiger\r\npizza\r\ntiger\r\n")
+    with pytest.raises(InputError, match="named more than once: 'tiger'"):
+        read_classes([str(path)])
+
+
+@pytest.mark.parametrize("output", ["table", "csv", "json"])
+def test_a_name_that_is_not_unicode_is_printed_as_it_is(output: str, tmp_path: Path, tiny_checkpoint: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.png")
+    try:
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    except OSError:
+        pytest.skip("names are Unicode on this file system")
+    words = ["classify", name, "--model", str(tiny_checkpoint), "--classes", "a", "b", "--output", output]
+    result = lit_clip_command(tmp_path, *words, "--num_workers", "0")
+    assert result.returncode == 0, result.stderr
+    if output == "json":
+        assert json.loads(result.stdout.encode())[0]["image"] == name
+    else:
+        assert b"caf\xe9.png" in result.stdout.encode(errors="surrogateescape")
+
+
+def test_a_class_named_twice_is_named(exit_of: Callable[..., tuple[object, str, str]], tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_text("tiger\npizza\nTiger\npizza\nbicycle\n", encoding="utf-8")
+    code, output, error = exit_of("classify", "x.png", "--model", "last.ckpt", "--classes", "classes.txt")
+    assert (code, output) == (2, "")
+    assert error.count("\n") == 1
+    assert "'Tiger', 'pizza'" in error
+    assert "bicycle" not in error
+    code, _, error = exit_of("classify", "x.png", "--model", "last.ckpt", "--classes", "a", "b", "a")
+    assert code == 2
+    assert "named more than once: 'a';" in error
+
+
+def test_what_classify_cannot_use_is_named(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    (tmp_path / "empty/deep").mkdir(parents=True)
+    (tmp_path / "empty/notes.txt").write_text("no picture")
+    (tmp_path / "empty/.hidden.png").write_text("no picture")
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing more")
+    Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
+
+    def run(*words: str) -> None:
+        run_command(["classify", *words, "--model", str(tiny_checkpoint), "--num_workers", "0"])
+
+    with pytest.raises(InputError, match=r"empty: no pictures in this folder or below"):
+        run(str(tmp_path / "empty"), "--classes", "a", "b")
+    with pytest.raises(InputError, match=r"absent.png: no such file"):
+        run(str(tmp_path / "absent.png"), "--classes", "a", "b")
+    with pytest.raises(InputError, match=r"broken.png: cannot read this picture"):
+        run(str(tmp_path / "good.png"), str(tmp_path / "broken.png"), "--classes", "a", "b")
+    with pytest.raises(InputError, match=r"none of 1 pictures could be read; the first: .*broken.png"):
+        run(str(tmp_path / "broken.png"), "--classes", "a", "b", "--on_error", "skip")
+    with pytest.raises(InputError, match=r"'a photo' has no {}"):
+        run(str(tmp_path / "good.png"), "--classes", "a", "b", "--templates", "a photo")
+    with pytest.raises(InputError, match=r"absent.txt: not a readable"):
+        run(str(tmp_path / "good.png"), "--classes", str(tmp_path / "absent.txt"))
+    with pytest.raises(InputError, match="no images"):
+        run("--classes", "a", "b")
+
+
+def test_a_skipped_picture_is_left_out_and_reported(
+    tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "broken.png").write_text("junk")
+    Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
+    options = ["--classes", "a", "b", "--output", "csv", "--top_k", "1", "--on_error", "skip", "--num_workers", "0"]
+    run_command(["classify", str(tmp_path), "--model", str(tiny_checkpoint), *options])
+    output = capsys.readouterr()
+    assert [row["image"] for row in csv.DictReader(io.StringIO(output.out))] == [str(tmp_path / "good.png")]
+    assert f"skipped: {tmp_path / 'broken.png'}" in output.err.replace("\n", " ")
+
+
+@pytest.mark.parametrize("to_file", [False, True])
+def test_ctrl_c_leaves_the_rows_that_are_finished(
+    exit_of: Callable[..., tuple[object, str, str]],
+    tmp_path: Path,
+    tiny_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    to_file: bool,
+) -> None:
+    for i in range(5):
+        Image.new("RGB", (8, 8), (50 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    calls = iter([False, False, True])
+
+    def interrupted_in_the_third_batch(*arguments: torch.Tensor) -> torch.Tensor:
+        if next(calls):
+            raise KeyboardInterrupt
+        return class_probabilities(*arguments)  # pyright: ignore[reportArgumentType]  # the model, features, classes
+
+    monkeypatch.setattr(lit_clip.commands.classify, "class_probabilities", interrupted_in_the_third_batch)
+    options = ["--model", str(tiny_checkpoint), "--classes", "a", "b", "--output", "csv", "--top_k", "1"]
+    options += ["--batch_size", "2", "--num_workers", "0"] + (["--output_file", "rows.csv"] if to_file else [])
+    code, output, error = exit_of("classify", str(tmp_path), *options)
+    assert code == 130
+    assert error.splitlines()[-1].startswith("lit-clip: interrupted: 4 of 5 are in ")
+    assert not (tmp_path / "rows.csv").exists()
+    text = (tmp_path / "rows.csv.partial").read_text() if to_file else output
+    assert [Path(row["image"]).name for row in csv.DictReader(io.StringIO(text))] == [f"{i}.png" for i in range(4)]
+
+
+# models
+
+
+def test_measures_of_the_papers_model_are_the_papers() -> None:
+    size = measure(resolve_architecture("ViT-B-32"))
+    assert (size.image_parameters, size.text_parameters, size.parameters) == (87_849_216, 63_428_096, 151_277_313)
+    assert (size.image_size, size.context_length, size.embed_dim) == ("224", 77, 512)
+    assert size.image_flops == pytest.approx(8.82e9, abs=0.005e9)
+    assert size.text_flops == pytest.approx(5.96e9, abs=0.005e9)
+
+
+def test_parameters_are_those_of_the_model_that_is_made(tiny_config: CLIPConfig) -> None:
+    model = create_model(tiny_config)
+    size = measure(model.config)
+    assert size.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert size.image_parameters == sum(parameter.numel() for parameter in model.visual.parameters())
+
+
+def test_the_table_lists_the_models_that_match(capsys: pytest.CaptureFixture[str]) -> None:
+    run_command(["models", "b-32", "TINY"])
+    output = capsys.readouterr().out
+    listed = [name for name in list_models() if f" {name} " in output]
+    assert listed == [name for name in list_models() if "b-32" in name.lower() or "tiny" in name]
+    assert "8.82" in output
+
+
+def test_a_model_that_cannot_be_measured_does_not_break_the_table(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Stubborn(lit_clip.commands.models.CLIP):
+        def __init__(self, config: CLIPConfig) -> None:
+            if config.embed_dim == 256:
+                raise NotImplementedError("not on meta")
+            super().__init__(config)
+
+    monkeypatch.setattr(lit_clip.commands.models, "CLIP", Stubborn)
+    run_command(["models", "ViT-B-32", "ViT-tiny-16-64"])
+    rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines() if "ViT" in line}
+    assert rows["ViT-B-32"][0] == "87.85"
+    assert rows["ViT-tiny-16-64"][0] == "?"
+
+
+def test_pretrained_lists_the_registry(capsys: pytest.CaptureFixture[str]) -> None:
+    import open_clip
+
+    run_command(["models", "ViT-B-32", "--pretrained"])
+    expected = [f"{model}:{tag}" for model, tag in open_clip.list_pretrained() if "ViT-B-32" in f"{model}:{tag}"]
+    assert "ViT-B-32:laion2b_s34b_b79k" in expected
+    assert capsys.readouterr().out.splitlines() == expected
+    with pytest.raises(InputError, match="no weights called nothing-like-it"):
+        run_command(["models", "nothing-like-it", "--pretrained"])
+
+
+def test_one_class_alone_is_refused(drawings: tuple[Path, Path, list[str]]) -> None:
+    checkpoint, folder, _ = drawings
+    with pytest.raises(InputError, match="--classes tiger: one class alone"):
+        classify([str(folder)], model=str(checkpoint), classes=["tiger"])

@@ -1,0 +1,317 @@
+"""``lit-clip embed``: the features of a plain loop, whatever the batches, the ranks and the interruptions."""
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from lit_clip import LitCLIP, load_model
+from lit_clip.cli.subcommands import run_command
+from lit_clip.embedding.encode import Encoder, PartWriter
+from lit_clip.embedding.feature_files import fingerprint
+from lit_clip.embedding.image_files import Batch, find_images
+from lit_clip.errors import InputError
+from lit_clip.models.config import CLIPConfig, VisionTransformerConfig
+from tests.conftest import lit_clip_command
+
+PICTURES = ["a.png", "b.jpg", "deep/c.png", "deep/d.webp", "deep/er/e.png", "f.PNG", "g.bmp"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder ``photos`` with seven pictures of noise, in the current folder."""
+    noise = np.random.default_rng(0)
+    for name in PICTURES:
+        path = tmp_path / "photos" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        size = noise.integers(20, 60, 2)
+        Image.fromarray(noise.integers(0, 256, (*size, 3), dtype=np.uint8)).save(path)
+    (tmp_path / "photos/notes.txt").write_text("no picture")
+    (tmp_path / "photos/.hidden.png").write_text("no picture")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def embed(*words: str) -> None:
+    run_command(["embed", *words, "--num_workers", "0", "--accelerator", "cpu"])
+
+
+def read(path: str) -> tuple[list[str], np.ndarray]:
+    """Keys and features of a file that was written."""
+    if path.endswith(".npy"):
+        return json.loads(Path(path).with_suffix(".keys.json").read_text())["keys"], np.load(path)
+    table = pq.read_table(path)
+    return table["key"].to_pylist(), np.array(table["feature"].to_pylist(), dtype=np.float32)
+
+
+@torch.no_grad()
+def one_by_one(checkpoint: Path, keys: list[str]) -> np.ndarray:
+    model = load_model(checkpoint)
+    rows = [model.encode_image(model.preprocess(Image.open(key))[None])[0] for key in keys]
+    return torch.stack([row / row.norm() for row in rows]).numpy()
+
+
+@pytest.mark.parametrize("batch_size", ["1", "3", "64"])
+@pytest.mark.parametrize("output", ["features.npy", "features.parquet"])
+def test_features_are_those_of_a_plain_loop(folder: Path, tiny_checkpoint: Path, output: str, batch_size: str) -> None:
+    embed("photos", "--model", str(tiny_checkpoint), "--output", output, "--batch_size", batch_size)
+    keys, features = read(output)
+    assert keys == sorted(f"photos/{name}" for name in PICTURES)
+    assert features.dtype == np.float32
+    assert np.abs(features - one_by_one(tiny_checkpoint, keys)).max() < 1e-5
+    assert np.allclose(np.linalg.norm(features, axis=1), 1, atol=1e-6)
+    assert not list(folder.glob(".*"))
+
+
+def test_a_picture_named_twice_has_one_row(folder: Path, tiny_checkpoint: Path) -> None:
+    words = ["photos/g.bmp", "photos", "./photos/a.png", str(folder / "photos/deep")]
+    embed(*words, "--model", str(tiny_checkpoint), "--output", "features.npy")
+    keys, features = read("features.npy")
+    assert len(keys) == len(set(keys)) == len(features) == len(PICTURES)
+    assert {os.path.abspath(key) for key in keys} == {str(folder / "photos" / name) for name in PICTURES}
+
+
+def test_a_parquet_file_says_what_model_it_is_of(folder: Path, tiny_checkpoint: Path) -> None:
+    embed("photos", "--model", str(tiny_checkpoint), "--output", "features.parquet")
+    schema = pq.read_schema("features.parquet")
+    metadata = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
+    assert metadata["model"] == str(tiny_checkpoint)
+    assert metadata["model_sha256"] == fingerprint(load_model(tiny_checkpoint))
+    assert str(schema.field("feature").type).startswith("fixed_size_list<")
+    assert "float" in str(schema.field("feature").type)
+
+
+@pytest.mark.parametrize("batch_size", ["2", "64"])  # four batches for two ranks, and one for both
+def test_two_ranks_write_the_bytes_of_one(folder: Path, tiny_checkpoint: Path, batch_size: str) -> None:
+    output = "features.parquet" if batch_size == "2" else "features.npy"
+    options = ["photos", "--model", str(tiny_checkpoint), "--output", output, "--batch_size", batch_size]
+    embed(*options)
+    names = [output] if output.endswith("parquet") else [output, "features.keys.json"]
+    alone = [(folder / name).read_bytes() for name in names]
+    for name in names:
+        (folder / name).unlink()
+    result: subprocess.CompletedProcess[str] = lit_clip_command(
+        folder, "embed", *options, "--devices", "2", "--accelerator", "cpu", "--num_workers", "1"
+    )
+    assert result.returncode == 0, result.stderr
+    assert [(folder / name).read_bytes() for name in names] == alone
+    assert "process 1 of 2" in result.stderr
+    assert result.stdout == ""
+    assert not list(folder.glob(".*"))
+
+
+def test_a_picture_that_one_of_two_ranks_cannot_read_is_one_line(folder: Path, tiny_checkpoint: Path) -> None:
+    (folder / "photos/deep/c.png").write_text("junk")
+    options = ["--model", str(tiny_checkpoint), "--output", "features.npy", "--batch_size", "2"]
+    options += ["--devices", "2", "--accelerator", "cpu", "--num_workers", "0"]
+    result = lit_clip_command(folder, "embed", "photos", *options)
+    assert result.returncode == 2
+    assert [line for line in result.stderr.splitlines() if "error" in line.lower()] == [
+        "lit-clip: error: photos/deep/c.png: cannot read this picture (not an image); "
+        "mend or remove it, or set --on_error skip"
+    ]
+    assert "Traceback" not in result.stderr
+    assert not (folder / "features.npy").exists()
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], list[str]]:
+    """Watch what is encoded from now on, and press Ctrl-C instead of the batch of that number."""
+    step = Encoder.predict_step
+
+    def watch(interrupt_at: int | None) -> list[str]:
+        keys: list[str] = []
+
+        def predict_step(self: Encoder, batch: Batch, batch_idx: int) -> torch.Tensor:
+            if batch_idx == interrupt_at:
+                raise KeyboardInterrupt
+            keys.extend(self.items[row].key for row in batch.rows)
+            return step(self, batch, batch_idx)
+
+        monkeypatch.setattr(Encoder, "predict_step", predict_step)
+        return keys
+
+    return watch
+
+
+def test_an_interrupted_run_goes_on_with_what_is_left(
+    folder: Path, tiny_checkpoint: Path, encoded: Callable[[int | None], list[str]]
+) -> None:
+    options = ["photos", "--model", str(tiny_checkpoint), "--batch_size", "2"]
+    embed(*options, "--output", "whole.npy")
+    encoded(2)
+    with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
+        embed(*options, "--output", "features.npy")
+    assert not (folder / "features.npy").exists()
+    keys = encoded(None)
+    embed(*options, "--output", "features.npy")
+    assert keys == ["photos/deep/er/e.png", "photos/f.PNG", "photos/g.bmp"]
+    assert (folder / "features.npy").read_bytes() == (folder / "whole.npy").read_bytes()
+    assert not list(folder.glob(".*"))
+
+
+def test_what_has_changed_since_the_interruption_is_encoded_again(
+    folder: Path, tiny_checkpoint: Path, encoded: Callable[[int | None], list[str]]
+) -> None:
+    options = ["photos", "--model", str(tiny_checkpoint), "--batch_size", "2", "--output", "features.npy"]
+    encoded(2)
+    with pytest.raises(KeyboardInterrupt):
+        embed(*options)
+    Image.new("RGB", (30, 30), "red").save(folder / "photos/b.jpg")
+    (folder / "photos/deep/d.webp").unlink()
+    keys = encoded(None)
+    embed(*options)
+    assert keys == ["photos/b.jpg", "photos/deep/er/e.png", "photos/f.PNG", "photos/g.bmp"]
+    written, features = read("features.npy")
+    assert "photos/deep/d.webp" not in written
+    assert np.abs(features - one_by_one(tiny_checkpoint, written)).max() < 1e-5
+
+
+def test_another_model_does_not_go_on_with_the_first_ones_features(
+    folder: Path, tiny_checkpoint: Path, tiny_config: CLIPConfig, encoded: Callable[[int | None], list[str]]
+) -> None:
+    from lightning.pytorch import Trainer
+
+    encoded(2)
+    with pytest.raises(KeyboardInterrupt):
+        embed("photos", "--model", str(tiny_checkpoint), "--batch_size", "2", "--output", "features.npy")
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer.strategy.connect(LitCLIP(tiny_config))
+    trainer.save_checkpoint(folder / "other.ckpt", weights_only=True)
+    keys = encoded(None)
+    embed("photos", "--model", "other.ckpt", "--output", "features.npy")
+    assert len(keys) == len(PICTURES)
+    written, features = read("features.npy")
+    assert np.abs(features - one_by_one(folder / "other.ckpt", written)).max() < 1e-5
+
+
+def test_bad_pictures_are_an_error_or_counted_and_listed(
+    folder: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "photos/b.jpg").write_bytes((folder / "photos/b.jpg").read_bytes()[:300])
+    (folder / "photos/h.png").symlink_to(folder / "nowhere.png")
+    options = ["photos", "--model", str(tiny_checkpoint), "--output", "features.npy"]
+    with pytest.raises(InputError, match=r"photos/b.jpg: cannot read this picture \(.*; mend or remove it"):
+        embed(*options)
+    assert not (folder / "features.npy").exists()
+    embed(*options, "--on_error", "skip")
+    keys, features = read("features.npy")
+    assert keys == sorted(f"photos/{name}" for name in PICTURES if name != "b.jpg")
+    assert np.abs(features - one_by_one(tiny_checkpoint, keys)).max() < 1e-5
+    assert "skipped 2 that could not be read" in capsys.readouterr().err
+    listed = (folder / "features.npy.skipped.txt").read_text().splitlines()
+    assert [line.split("\t")[0] for line in listed] == ["photos/b.jpg", "photos/h.png"]
+    assert "no such file" in listed[1]
+    for name in ("b.jpg", "h.png"):
+        (folder / "photos" / name).unlink()
+    embed(*options)
+    assert not (folder / "features.npy.skipped.txt").exists()  # it was of the run before
+
+
+@torch.no_grad()
+def test_texts_are_embedded_by_line(folder: Path, tiny_checkpoint: Path) -> None:
+    text = "a red kite\n\n two dogs asleep \na red kite\nÄpfel\n"
+    Path("captions.txt").write_text(text, encoding="utf-8-sig")  # as Windows' editors write it
+    embed("--texts", "captions.txt", "--model", str(tiny_checkpoint), "--output", "texts.npy")
+    keys, features = read("texts.npy")
+    assert keys == ["a red kite", "two dogs asleep", "Äpfel"]
+    model = load_model(tiny_checkpoint)
+    for key, feature in zip(keys, features, strict=True):
+        expected = model.encode_text(model.tokenize(key))[0]
+        assert np.abs(feature - (expected / expected.norm()).numpy()).max() < 1e-5
+
+
+def test_a_pipe_in_the_folder_is_not_waited_for(folder: Path, tiny_checkpoint: Path) -> None:
+    os.mkfifo(folder / "photos/c.png")
+    options = ["photos", "--model", str(tiny_checkpoint), "--output", "features.npy"]
+    with pytest.raises(InputError, match=r"photos/c.png: not a file"):
+        embed(*options)
+    embed(*options, "--on_error", "skip")
+    assert len(read("features.npy")[0]) == len(PICTURES)
+
+
+def test_a_name_that_parquet_cannot_hold_is_refused_before_anything_is_encoded(
+    folder: Path, tiny_checkpoint: Path
+) -> None:
+    try:
+        (folder / "photos/a.png").rename(folder / "photos" / os.fsdecode(b"caf\xe9.png"))
+    except OSError:
+        pytest.skip("names are Unicode on this file system")
+    with pytest.raises(InputError, match=r"features.parquet: the file name .* is not Unicode text; rename"):
+        embed("photos", "--model", str(tiny_checkpoint), "--output", "features.parquet")
+    assert not (folder / ".features.parquet.parts").exists()
+
+
+def test_models_of_the_same_weights_that_compute_otherwise_have_other_fingerprints(tiny_checkpoint: Path) -> None:
+    model = load_model(tiny_checkpoint)
+    first = fingerprint(model)
+    assert first == fingerprint(load_model(tiny_checkpoint))
+    image = model.config.image
+    assert isinstance(image, VisionTransformerConfig)
+    image.heads *= 2  # of half the width each: the same shapes, other features
+    assert fingerprint(model) != first
+
+
+def test_what_another_run_with_the_same_output_has_taken_away_is_said(
+    folder: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = PartWriter._write
+
+    def late(writer: PartWriter) -> None:
+        shutil.rmtree(writer.parts.folder)  # as the other run does when it is complete
+        write(writer)
+        shutil.rmtree(writer.parts.folder)
+
+    monkeypatch.setattr(PartWriter, "_write", late)
+    with pytest.raises(InputError, match="another run with the same output has ended meanwhile; run this one again"):
+        embed("photos", "--model", str(tiny_checkpoint), "--output", "features.npy")
+
+
+def test_a_disk_that_fills_up_leaves_the_earlier_file(
+    folder: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("features.npy").write_text("the earlier one")
+
+    def full(file: object, array: np.ndarray) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(InputError, match=r"features.npy: cannot be written \(No space left on device\)"):
+        embed("photos", "--model", str(tiny_checkpoint), "--output", "features.npy")
+    assert Path("features.npy").read_text() == "the earlier one"
+    assert sorted(path.name for path in folder.iterdir()) == [".features.npy.parts", "features.npy", "photos"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["photos", "--output", "features.csv"], r"--output features.csv: .* \.parquet or a \.npy"),
+        (["photos", "--output", "absent/features.npy"], r"--output absent/features.npy: there is no folder absent"),
+        (["--output", "features.npy"], "either images or --texts"),
+        (["photos", "--texts", "captions.txt", "--output", "features.npy"], "either images or --texts"),
+        (["--texts", "captions.txt", "--output", "features.npy"], "captions.txt: not a readable UTF-8 text file"),
+        (["empty", "--output", "features.npy"], "empty: no pictures in this folder or below"),
+        (["absent", "--output", "features.npy"], "absent: no such file or folder"),
+        (["photos", "--output", "features.npy", "--batch_size", "0"], "--batch_size 0 must be at least 1"),
+        (["photos", "--output", "features.npy", "--devices", "0"], "devices"),
+    ],
+)
+def test_what_embed_cannot_use_is_named(folder: Path, tiny_checkpoint: Path, words: list[str], message: str) -> None:
+    (folder / "empty").mkdir()
+    with pytest.raises(Exception, match=message) as raised:
+        embed(*words, "--model", str(tiny_checkpoint))
+    assert "\n" not in str(raised.value).strip()
+    assert not list(folder.glob("features*"))
+
+
+def test_a_link_to_the_folder_itself_does_not_lead_round_in_circles(folder: Path) -> None:
+    (folder / "photos/deep/round").symlink_to(folder / "photos")
+    assert len(find_images(["photos"])) == len(PICTURES)

@@ -1,0 +1,360 @@
+"""``lit-clip evaluate``: the numbers of plain loops and of CLIP_benchmark, whatever the ranks and the interruptions."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+
+from lit_clip import load_model, zero_shot_classifier
+from lit_clip.cli.subcommands import run_command
+from lit_clip.errors import InputError
+from lit_clip.evaluation.data import LabelledImages
+from lit_clip.evaluation.store import SetEncoder
+from tests.conftest import ROOT, lit_clip_command
+from tests.evaluation.test_clip_benchmark import CLASSES, TEMPLATES, write_shards
+
+FOLDER = "datamodules.ImageFolderClasses"
+
+
+def noise(seed: int, label: int) -> Image.Image:
+    """A picture of noise whose colour tells its class a little."""
+    generator = np.random.default_rng((seed, label))
+    pixels = generator.integers(0, 200, (40, 48, 3), dtype=np.uint8)
+    pixels[..., label % 3] += np.uint8(20 + 15 * (label // 3))
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture
+def root(tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkpoint, ``data/train`` and ``data/test`` of six classes, a suite of them and of a set that is not there."""
+    for split, pictures in (("train", 12), ("test", 5)):
+        for label, name in enumerate(CLASSES):
+            folder = tmp_path / "data" / split / name
+            folder.mkdir(parents=True)
+            for number in range(pictures):
+                noise(100 * number + len(split), label).save(folder / f"{number}.png")
+    shutil.copy(tiny_checkpoint, tmp_path / "last.ckpt")
+    write_suite(
+        tmp_path,
+        noise={
+            "data": {"class_path": FOLDER},
+            "splits": {"train": {"root": "train"}, "test": {"root": "test"}},
+            "templates": TEMPLATES,
+        },
+        gone={"data": {"class_path": FOLDER, "init_args": {"root": "gone"}}, "how_to_get": "ask its authors"},
+    )
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write_suite(folder: Path, **sets: dict[str, Any]) -> None:
+    (folder / "suite.yaml").write_text(yaml.safe_dump({"sets": sets}), encoding="utf-8")
+
+
+def words(*more: str) -> list[str]:
+    base = ["--model", "last.ckpt", "--suite", "suite.yaml", "--data-root", "data", "--output", "out"]
+    return ["evaluate", *base, "--num_workers", "0", "--accelerator", "cpu", *more]
+
+
+def evaluate(*more: str) -> dict[str, Any]:
+    run_command(words(*more))
+    return json.loads(Path("out/results.json").read_text(encoding="utf-8"))
+
+
+@torch.no_grad()
+def features(split: str, before: bool = False) -> tuple[torch.Tensor, list[int]]:
+    model = load_model("last.ckpt")
+    rows, labels = [], []
+    for label, name in enumerate(CLASSES):
+        for path in sorted(Path("data", split, name).glob("*.png")):
+            both = model.image_features(model.preprocess(Image.open(path))[None])
+            rows.append(both[0][0] if before else both[1][0])
+            labels.append(label)
+    return torch.stack(rows), labels
+
+
+def test_one_command_gives_the_numbers_of_plain_loops_and_says_what_is_missing(root: Path) -> None:
+    results = evaluate("--draws", "2")
+    found, gone = results["sets"]["noise"], results["sets"]["gone"]
+    image_ND, labels = features("test")
+    classifier = zero_shot_classifier(load_model("last.ckpt"), CLASSES, TEMPLATES)
+    right = (image_ND @ classifier).argmax(dim=1) == torch.tensor(labels)
+    assert found["status"] == "done"
+    assert found["tasks"]["zero_shot"]["value"] == pytest.approx(float(right.double().mean()), abs=1e-9)
+    assert {split: said["images"] for split, said in found["splits"].items()} == {"test": 30, "train": 72}
+    assert all(said["skipped"] == [] and said["absent"] == 0 for said in found["splits"].values())
+    assert found["prompts"]["texts"] == len(CLASSES) * len(TEMPLATES)
+    assert sum(count for _, _, count in found["tasks"]["zero_shot"]["confusions"]) == int((~right).sum())
+    errors = found["tasks"]["zero_shot"]["errors"]
+    assert len(errors) == min(24, int((~right).sum()))
+    assert all(Image.open(root / "out" / error["picture"]).size == (48, 40) for error in errors)
+    assert all(error["guess"] == error["nearest"][0][0] != error["truth"] for error in errors)
+
+    probe = found["tasks"]["linear_probe"]
+    train, test = features("train", before=True), features("test", before=True)
+    oracle = LogisticRegression(C=1 / probe["l2"], max_iter=2000, tol=1e-8).fit(train[0].double().numpy(), train[1])
+    assert probe["value"] == pytest.approx(oracle.score(test[0].double().numpy(), test[1]), abs=1 / 30 + 1e-9)
+    assert [shots for shots, _ in found["tasks"]["few_shot"]["shots"]] == [1, 2, 4, 8]  # there are 12 of each class
+    assert all(len(values) == 2 for _, values in found["tasks"]["few_shot"]["shots"])
+
+    assert gone["status"] == "missing"
+    assert gone["how_to_get"] == "ask its authors"
+    assert "data/gone" in gone["reason"]
+    assert results["model"]["name"] == "last.ckpt"
+    assert len(results["model"]["weights_sha256"]) == 64
+    page = (root / "out/report.html").read_text(encoding="utf-8")
+    assert "ask its authors" in page
+    assert list((root / "out").rglob("events.out.tfevents*"))
+
+
+def test_two_processes_find_the_same(root: Path) -> None:
+    one = evaluate("--draws", "1")["sets"]
+    shutil.rmtree("out")
+    result = lit_clip_command(root, *words("--draws", "1", "--devices", "2"))
+    assert result.returncode == 0, result.stderr
+    two = json.loads(Path("out/results.json").read_text(encoding="utf-8"))["sets"]
+    for found in (one, two):
+        found["noise"]["tasks"]["linear_probe"].pop("seconds")
+    assert one == two
+
+
+def test_what_is_finished_is_not_computed_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: Counter[str] = Counter()
+    plain = SetEncoder.predict_step
+
+    def counted(self: SetEncoder, batch: Any, batch_idx: int) -> torch.Tensor:
+        calls["pictures"] += len(batch.rows)
+        return plain(self, batch, batch_idx)
+
+    monkeypatch.setattr(SetEncoder, "predict_step", counted)
+    first = evaluate("--tasks", "zero_shot")
+    assert calls["pictures"] == 30
+    again = evaluate("--tasks", "zero_shot", "linear_probe")
+    assert calls["pictures"] == 30 + 72  # another task needs the training pictures, and those of the test no more
+    assert again["sets"]["noise"]["tasks"]["zero_shot"] == first["sets"]["noise"]["tasks"]["zero_shot"]
+    noise(7, 3).save("data/test/dog/0.png")
+    evaluate("--tasks", "zero_shot", "linear_probe")
+    assert calls["pictures"] == 30 + 72 + 30  # a picture has changed
+
+
+class Slow(LabelledImages):
+    """Pictures that take their time, and say in a file that they were read."""
+
+    def __init__(self, root: str) -> None:
+        self.log, self.class_names = Path(root) / "read.log", CLASSES
+
+    def __len__(self) -> int:
+        return 60
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        with self.log.open("a") as file:
+            file.write(f"{index}\n")
+        time.sleep(0.05)
+        return noise(index, index % 6), index % 6
+
+    def labels(self) -> list[int]:
+        return [index % 6 for index in range(60)]
+
+    def stamp(self) -> str:
+        return "the same"
+
+
+def test_interrupted_it_goes_on_where_it_was(root: Path) -> None:
+    write_suite(root, slow={"data": {"class_path": "tests.commands.test_evaluate.Slow", "init_args": {"root": "."}}})
+    command = [str(Path(sys.executable).parent / "lit-clip"), *words("--batch_size", "4")]
+    log = root / "data/read.log"
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(root)}
+    process = subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True, env=environment)
+    limit = time.monotonic() + 60
+    while not (log.exists() and len(log.read_text().split()) >= 24) and time.monotonic() < limit:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    before = len(log.read_text().split())
+    assert 24 <= before < 60
+    result = lit_clip_command(root, *words("--batch_size", "4"), environment=environment)
+    assert result.returncode == 0, result.stderr
+    read = Counter(map(int, log.read_text().split()))
+    errors = len(json.loads((root / "out/results.json").read_text())["sets"]["slow"]["tasks"]["zero_shot"]["errors"])
+    assert set(read) == set(range(60))
+    again = sum(read.values()) - 60 - errors  # the pictures of errors are opened once more, to show them
+    assert 0 <= again <= 4  # the batch that was being read
+
+
+def test_told_to_end_two_processes_do_and_go_on_later(root: Path) -> None:
+    """SIGTERM to the first, as schedulers send it: Lightning's own handler waits for the others in it, for ever."""
+    write_suite(root, slow={"data": {"class_path": "tests.commands.test_evaluate.Slow", "init_args": {"root": "."}}})
+    command = [str(Path(sys.executable).parent / "lit-clip"), *words("--batch_size", "4", "--devices", "2")]
+    log = root / "data/read.log"
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(root)}
+    process = subprocess.Popen(command, cwd=root, stderr=subprocess.DEVNULL, env=environment)
+    limit = time.monotonic() + 60
+    while not (log.exists() and len(log.read_text().split()) >= 8) and time.monotonic() < limit:
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait(timeout=30) == -signal.SIGTERM
+    limit = time.monotonic() + 30
+    while (before := len(log.read_text().split())) and time.monotonic() < limit:  # the other one notices and ends
+        time.sleep(2)
+        if len(log.read_text().split()) == before:
+            break
+    assert before < 60
+    result = lit_clip_command(root, *words("--batch_size", "4"), environment=environment)
+    assert result.returncode == 0, result.stderr
+    assert set(map(int, log.read_text().split())) == set(range(60))
+
+
+def test_a_broken_picture_ends_its_set_with_its_name_or_is_counted(root: Path) -> None:
+    Path("data/test/cat/2.png").write_bytes(b"no picture")
+    suite = yaml.safe_load(Path("suite.yaml").read_text())["sets"]
+    suite["train_only"] = {"data": {"class_path": FOLDER, "init_args": {"root": "train"}}}
+    write_suite(root, **suite)
+    with pytest.raises(InputError, match=r"noise: .*cat/2\.png"):
+        run_command(words("--tasks", "zero_shot"))
+    results = json.loads(Path("out/results.json").read_text())["sets"]
+    assert results["noise"]["status"] == "failed"
+    assert results["train_only"]["tasks"]["zero_shot"]["images"] == 72  # the others are evaluated all the same
+    skipped = evaluate("--tasks", "zero_shot", "--on_error", "skip")["sets"]["noise"]
+    assert skipped["tasks"]["zero_shot"]["images"] == 29
+    assert [key for key, _ in skipped["splits"]["test"]["skipped"]] == ["cat/2.png"]
+    assert "cat/2.png" in Path("out/report.html").read_text(encoding="utf-8")
+    with pytest.raises(InputError, match="noise"):  # a cache that left it out is no answer to who wants none left out
+        run_command(words("--tasks", "zero_shot"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"class_names": ["one", "two"]}, "2"),
+        ({"templates": ["no place for a name"]}, "no place for a name"),
+        ({"data": {"class_path": "datamodules.NoSuchClass"}}, "NoSuchClass"),
+        ({"metric": "roc_auc"}, "roc_auc"),
+        ({"tasks": ["bias"]}, "groups"),
+        ({"tasks": ["retrieval"]}, "captions"),
+    ],
+)
+def test_what_a_suite_may_get_wrong_fails_its_set_with_one_line(
+    root: Path, change: dict[str, Any], message: str
+) -> None:
+    suite = yaml.safe_load(Path("suite.yaml").read_text())["sets"]
+    write_suite(root, noise=suite["noise"] | {"splits": {"test": {"root": "test"}}} | change)
+    with pytest.raises(InputError, match=message) as error:
+        run_command(words())
+    assert "\n" not in str(error.value)
+    assert json.loads(Path("out/results.json").read_text())["sets"]["noise"]["status"] == "failed"
+
+
+def test_imagenets_accuracy_among_the_classes_of_another_set_tells_how_robust_a_model_is(root: Path) -> None:
+    from datamodules.evaluation.imagenet_variants import imagenet_wnids
+    from lit_clip.evaluation.zero_shot import imagenet_class_names
+
+    few = [3, 207, 500, 999]
+    for label, wnid in enumerate(imagenet_wnids()):
+        for folder in ("imagenet/val", *(["imagenet-a"] if label in few else [])):
+            (root / "data" / folder / wnid).mkdir(parents=True)
+            for number in range(12 if label in few else 1):
+                noise(number, label % 6).resize((8, 8)).save(root / "data" / folder / wnid / f"{wnid}_{number}.png")
+    write_suite(
+        root,
+        imagenet={
+            "data": {"class_path": "datamodules.evaluation.ImageNet", "init_args": {"root": "imagenet"}},
+            "splits": {"test": {"split": "val"}},
+            "templates": ["{}"],
+            "paper": "ImageNet",
+        },
+        imagenet_a={
+            "data": {"class_path": "datamodules.evaluation.ImageNetFolders", "init_args": {"root": "imagenet-a"}},
+            "templates": ["{}"],
+            "paper": "ImageNet-A",
+        },
+    )
+    found = evaluate()["sets"]
+    metrics = found["imagenet"]["tasks"]["zero_shot"]["metrics"]
+    # The same pictures among the same names: what ImageNet-A is here.
+    assert metrics["top1/ImageNet-A"] == found["imagenet_a"]["tasks"]["zero_shot"]["metrics"]["top1"]
+    assert 0 < metrics["top1/ImageNet-A"] < 1
+    assert metrics["top1"] < metrics["top1/ImageNet-A"]  # among a thousand names it is harder
+    assert found["imagenet_a"]["class_names"] == [imagenet_class_names()[label] for label in few]
+    assert "top1/ImageNet-A" in evaluate()["sets"]["imagenet"]["tasks"]["zero_shot"]["metrics"]  # known results too
+
+
+def test_nothing_there_is_an_error_after_the_report(root: Path) -> None:
+    with pytest.raises(InputError, match="none of 2 sets is there"):
+        run_command([*words(), "--data-root", "elsewhere"])
+    assert "ask its authors" in Path("out/report.html").read_text(encoding="utf-8")
+
+
+def test_options_that_cannot_be_are_refused_before_anything_is_read(root: Path) -> None:
+    for option, message in (
+        (["--sets", "nosie"], "nosie"),
+        (["--tasks", "zeroshot"], "zeroshot"),
+        (["--compare", "nowhere"], "nowhere"),
+        (["--draws", "0"], "draws"),
+        (["--suite", "other.yaml"], "other.yaml"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run_command(words(*option))
+    assert not Path("out").exists()
+
+
+def test_clip_benchmark_finds_the_same_accuracy_and_recall(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the last picture; the sets are in its own format."""
+    pytest.importorskip("clip_benchmark")
+    from clip_benchmark.datasets.builder import build_dataset
+    from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
+    from torch.utils.data import DataLoader
+
+    from lit_clip import image_transform
+
+    number: Any = lambda x: float(x.item() if hasattr(x, "item") else x)  # noqa: E731
+    monkeypatch.setattr(zeroshot_classification, "float", number, raising=False)  # for numpy 2.4
+    pictures = [noise(i, i % 6) for i in range(30)]
+    model = load_model("last.ckpt")
+    with torch.no_grad():  # labels of which about half are what the model says
+        classifier = zero_shot_classifier(model, CLASSES, TEMPLATES)
+        guesses = [int((model.encode_image(model.preprocess(p)[None]) @ classifier).argmax()) for p in pictures]
+    labels = [guess if i % 2 else (guess + i) % len(CLASSES) for i, guess in enumerate(guesses)]
+    captions = [[f"picture {i} of {i * i % 7}", f"{CLASSES[i % 6]} number {i}"][: 1 + i % 2] for i in range(30)]
+    write_shards(root / "data/labelled", pictures, labels, [])
+    write_shards(root / "data/captioned", pictures, None, captions)
+    reader = "datamodules.evaluation.WebDataset"
+    write_suite(
+        root,
+        labelled={"data": {"class_path": reader, "init_args": {"root": "labelled"}}},
+        captioned={
+            "data": {"class_path": f"{reader}Captions", "init_args": {"root": "captioned"}},
+            "metric": "recall@1",
+        },
+    )
+    ours = evaluate()["sets"]
+    transform, tokenizer = image_transform(model.preprocessing), model.tokenizer
+    data = build_dataset("wds/labelled", str(root / "data/labelled"), transform, task="zeroshot_classification")
+    templates = [template.replace("{}", "{c}") for template in TEMPLATES]
+    loader: Callable[..., Any] = lambda data: DataLoader(data.batched(8), batch_size=None)  # noqa: E731
+    theirs = zeroshot_classification.evaluate(model, loader(data), tokenizer, CLASSES, templates, "cpu", amp=False)
+    zero_shot = ours["labelled"]["tasks"]["zero_shot"]["metrics"]
+    assert 0.4 < theirs["acc1"] < 0.9
+    assert zero_shot["top1"] == pytest.approx(theirs["acc1"], abs=1e-9)
+    assert zero_shot["top5"] == pytest.approx(theirs["acc5"], abs=1e-9)
+    assert zero_shot["mean_per_class"] == pytest.approx(theirs["mean_per_class_recall"], abs=1e-9)
+
+    data = build_dataset("wds/captioned", str(root / "data/captioned"), transform, task="zeroshot_retrieval")
+    theirs = zeroshot_retrieval.evaluate(model, loader(data), tokenizer, "cpu", amp=False, recall_k_list=[1, 5, 10])
+    for k in (1, 5, 10):
+        metrics = ours["captioned"]["tasks"]["retrieval"]["metrics"]
+        assert metrics[f"text_to_image_recall@{k}"] == pytest.approx(theirs[f"image_retrieval_recall@{k}"], abs=1e-7)
+        assert metrics[f"image_to_text_recall@{k}"] == pytest.approx(theirs[f"text_retrieval_recall@{k}"], abs=1e-7)

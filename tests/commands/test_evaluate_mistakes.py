@@ -1,0 +1,257 @@
+"""What users of ``lit-clip evaluate`` get wrong, and what accidents leave of its files."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from datamodules import ImageFolderClasses
+from lit_clip import load_model
+from lit_clip.cli.subcommands import run_command
+from lit_clip.errors import InputError
+from lit_clip.evaluation import store
+from lit_clip.evaluation.store import FeatureStore, Settings
+from lit_clip.evaluation.suite import read_suite
+from tests.commands.test_evaluate import FOLDER, evaluate, noise, root, words, write_suite
+from tests.conftest import lit_clip_command
+from tests.evaluation.test_clip_benchmark import CLASSES, write_shards
+
+__all__ = ["root"]  # a fixture
+ZERO_SHOT = ("--tasks", "zero_shot")
+DATA = f"{{data: {{class_path: {FOLDER}, init_args: {{root: test}}}}}}"
+
+
+def test_a_suite_that_is_not_there_is_told_so(tmp_path: Path) -> None:
+    (tmp_path / "paper.yaml").touch()
+    with pytest.raises(InputError, match=r"papr.yaml: there is no such file; did you mean .*paper.yaml\?"):
+        read_suite(tmp_path / "papr.yaml")
+
+
+@pytest.mark.parametrize(
+    ("suite", "message"),
+    [
+        (f"sets: {{2024: {DATA}}}", "2024, not a text"),
+        (f"sets: {{yes: {DATA}}}", "True, not a text"),
+        (f"sets:\n  a: {DATA}\n  a: {DATA}", "'a' is there twice"),
+        (f"sets: {{'': {DATA}}}", "1 to 100 bytes"),
+        (f"sets: {{'..': {DATA}}}", "no dot"),
+        (f"sets: {{../x: {DATA}}}", "slash"),
+        (f"sets: {{{'x' * 300}: {DATA}}}", "1 to 100 bytes"),
+        (f'sets: {{"a\\nb": {DATA}}}', "no line breaks"),
+        (f'sets: {{"a\\0b": {DATA}}}', "cannot be part of file names"),
+        (f"sets: {{a: {{data: {{class_path: {FOLDER}, init_args: [test]}}}}}}", "not a mapping of arguments"),
+        (f"sets: {{a: {{data: {{class_path: {FOLDER}, root: test}}}}}}", "root is neither"),
+        ("sets: {a: {data: {class_path: 5}}}", "class_path is not"),
+        (
+            f"sets: {{a: {{data: {{class_path: {FOLDER}}}, splits: {{train: {{}}, test: {{}}}}}}}}",
+            "would be learnt from",
+        ),
+        (
+            f"sets: {{a: {{data: {{class_path: {FOLDER}}}, splits: {{test: {{root: a}}}}, folds: [{{root: b}}]}}}}",
+            "folds: root of a fold would be put in the place",
+        ),
+        (f"sets: {{a: {{data: {{class_path: {FOLDER}}}, class_names: [yes, maybe]}}}}", "True is not a text; put it"),
+    ],
+)
+def test_a_suite_that_is_wrong_is_refused_in_one_line(tmp_path: Path, suite: str, message: str) -> None:
+    (tmp_path / "suite.yaml").write_text(suite)
+    with pytest.raises(InputError, match=message) as error:
+        read_suite(tmp_path / "suite.yaml")
+    assert "suite.yaml" in str(error.value)
+
+
+def test_names_that_yaml_takes_for_numbers_are_texts_and_no_arguments_are_none(tmp_path: Path) -> None:
+    (tmp_path / "suite.yaml").write_text(
+        f"sets: {{a: {{data: {{class_path: {FOLDER}, init_args: }}, class_names: [0, 1.5, [2, two]]}}}}"
+    )
+    entry = read_suite(tmp_path / "suite.yaml")["a"]
+    assert entry.class_names == ["0", "1.5", ["2", "two"]]
+    assert entry.data["init_args"] == {}
+
+
+def test_a_batch_of_which_no_picture_can_be_read_is_counted_like_any_other(root: Path) -> None:
+    for broken in ("ant/0", "cat/2"):
+        (Path("data/test") / broken).with_suffix(".png").write_bytes(b"no picture")
+    with pytest.raises(InputError, match=r"noise: .*ant/0\.png.*mend or remove it, or set --on_error skip$"):
+        run_command(words(*ZERO_SHOT, "--batch_size", "2"))
+    found = evaluate(*ZERO_SHOT, "--on_error", "skip", "--batch_size", "1")["sets"]["noise"]
+    assert [key for key, _ in found["splits"]["test"]["skipped"]] == ["ant/0.png", "cat/2.png"]
+    assert found["tasks"]["zero_shot"]["images"] == 28
+
+
+def test_splits_with_other_classes_are_not_mixed_up(root: Path) -> None:
+    Path("data/train", CLASSES[0]).rename(f"data/train/{CLASSES[-1]}_too")  # as many, but all others move up
+    with pytest.raises(InputError, match="test and train have 6 and 6 classes, and 'ant' is 'bee' there"):
+        run_command(words())
+
+
+def test_a_task_that_is_not_possible_leaves_the_others(root: Path) -> None:
+    suite = {"data": {"class_path": FOLDER}, "splits": {"train": {"root": "train"}, "test": {"root": "test"}}}
+    write_suite(root, noise=suite | {"tasks": ["geolocation", "bias", "zero_shot"]})
+    with pytest.raises(InputError, match="where its pictures were taken.*tells of no groups"):
+        run_command(words())
+    found = json.loads(Path("out/results.json").read_text())["sets"]["noise"]
+    assert (found["status"], list(found["tasks"])) == ("failed", ["zero_shot"])
+
+
+def test_pictures_without_a_class_cannot_be_learnt_from(root: Path) -> None:
+    captions = [[f"picture {number}"] for number in range(20)]
+    write_shards(root / "data/captioned", [noise(number, 0) for number in range(20)], None, captions)
+    shutil.copytree("data/captioned/test", "data/captioned/train")
+    reader = {"class_path": "datamodules.evaluation.WebDatasetCaptions", "init_args": {"root": "captioned"}}
+    splits = {"train": {"split": "train"}, "test": {"split": "test"}}
+    write_suite(root, captioned={"data": reader, "splits": splits, "tasks": ["linear_probe", "few_shot"]})
+    with pytest.raises(InputError, match="linear probe: .* without a class; few_shot: .* without a class"):
+        run_command(words())
+
+
+def test_labels_and_captions_that_have_changed_are_evaluated_anew(root: Path) -> None:
+    def write(shift: int) -> None:
+        rows = [f"test/{name}/{n}.png,{CLASSES[(i + shift) % 6]}" for i, name in enumerate(CLASSES) for n in range(5)]
+        Path("data/labels.csv").write_text("\n".join(["image,label", *rows]))
+
+    reader = {"class_path": "datamodules.evaluation.LabelledTable", "init_args": {"path": "labels.csv"}}
+    write_suite(root, table={"data": reader})
+    write(0)
+    first = evaluate(*ZERO_SHOT)["sets"]["table"]["tasks"]["zero_shot"]
+    write(1)
+    second = evaluate(*ZERO_SHOT)["sets"]["table"]["tasks"]["zero_shot"]
+    truth = {error["key"]: error["truth"] for error in first["errors"]}
+    assert all(
+        error["truth"] == CLASSES[(CLASSES.index(error["key"].split("/")[1]) + 1) % 6] for error in second["errors"]
+    )
+    assert any(truth.get(error["key"], error["truth"]) != error["truth"] for error in second["errors"])
+
+
+def test_sets_whose_files_are_alike_but_for_their_contents_have_features_of_their_own(root: Path) -> None:
+    """As archives leave uncompressed pictures: equal names, sizes and times."""
+    for number, name in enumerate(("one", "other")):
+        for label, class_name in enumerate(CLASSES):
+            path = root / "data" / name / class_name / "0.bmp"
+            path.parent.mkdir(parents=True)
+            noise(number, label).save(path)
+            os.utime(path, (1, 1))
+    sets = {name: {"data": {"class_path": FOLDER, "init_args": {"root": name}}} for name in ("one", "other")}
+    write_suite(root, **sets)
+    found = evaluate(*ZERO_SHOT)["sets"]
+    of = [{e["key"]: e["probability"] for e in found[name]["tasks"]["zero_shot"]["errors"]} for name in sets]
+    assert of[0].keys() & of[1].keys()
+    assert all(of[0][key] != of[1][key] for key in of[0].keys() & of[1].keys())
+
+
+def cached() -> Path:
+    return next(path for path in Path("out/cache").iterdir() if path.is_dir() and path.name != "texts")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda: os.truncate(cached() / "before.npy", 500),
+        lambda: np.save(cached() / "after.npy", np.zeros((30, 5), np.float32)),
+        lambda: [path.write_text("null") for path in Path("out/sets").iterdir()],
+    ],
+)
+def test_what_is_damaged_is_made_anew(root: Path, damage: Callable[[], Any]) -> None:
+    first = evaluate(*ZERO_SHOT)["sets"]
+    damage()
+    if json.loads(Path("out/sets/noise.json").read_text()):  # so that the features are asked for
+        shutil.rmtree("out/sets")
+    assert evaluate(*ZERO_SHOT)["sets"] == first
+
+
+def test_another_run_with_the_same_cache_may_be_quicker(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plain = load_model("last.ckpt"), store.encode
+    pictures = ImageFolderClasses("data/test")
+    ours, theirs = (FeatureStore(model, root / "cache", Settings(num_workers=0, accelerator="cpu")) for _ in range(2))
+
+    def overtaken(*arguments: Any, **options: Any) -> Any:
+        bad = plain(*arguments, **options)
+        monkeypatch.setattr(store, "encode", plain)
+        theirs.compute(pictures, "theirs")
+        return bad
+
+    monkeypatch.setattr(store, "encode", overtaken)
+    ours.compute(pictures, "ours")
+    assert len(ours.read(pictures).after) == 30
+    assert [path.name for path in (root / "cache").iterdir()] == [ours.path(pictures).name]
+
+
+def test_two_processes_of_which_one_cannot_write_do_not_wait_for_each_other(root: Path) -> None:
+    evaluate(*ZERO_SHOT)
+    kept = cached()
+    shutil.rmtree(kept)
+    kept.with_name(f".{kept.name}.parts").write_text("no folder")
+    result = lit_clip_command(root, *words(*ZERO_SHOT, "--devices", "2"), timeout=60)
+    assert result.returncode == 2
+    assert "files cannot be written here" in result.stderr
+
+
+def changed(results: Any, path: list[str], value: Any) -> Any:
+    """A copy with another value there."""
+    return results | {path[0]: changed(results[path[0]], path[1:], value) if path[1:] else value}
+
+
+def test_a_damaged_file_to_compare_with_is_refused_before_anything_is_computed(root: Path) -> None:
+    good = evaluate(*ZERO_SHOT)
+    shutil.rmtree("out")
+    for path, value in (
+        (["model"], "name"),
+        (["sets", "noise", "tasks"], [1]),
+        (["sets", "noise", "splits", "test"], None),
+        (["sets", "noise", "splits", "test", "skipped"], 5),
+        (["sets", "noise", "tasks"], {"few_shot": {"value": 0.5, "shots": [["one", [1]]]}}),
+    ):
+        Path("other.json").write_text(json.dumps(changed(good, path, value)))
+        with pytest.raises(InputError, match=r"other\.json: not the results"):
+            run_command(words(*ZERO_SHOT, "--compare", "other.json"))
+    assert not Path("out").exists()
+
+
+def test_a_count_of_tars_that_cannot_be_is_the_first_that_is_not_there(root: Path) -> None:
+    write_shards(root / "data/tars", [noise(number, number % 6) for number in range(20)], [0] * 20, [])
+    Path("data/tars/test/nshards.txt").write_text("999999999999")
+    reader = {"class_path": "datamodules.evaluation.WebDataset", "init_args": {"root": "tars"}}
+    write_suite(root, tars={"data": reader})
+    with pytest.raises(InputError, match="none of 1 sets is there"):
+        run_command(words())
+    assert "2.tar: no such file" in Path("out/report.html").read_text()
+
+
+def test_sets_that_a_task_is_not_for_are_left_out_and_no_failure(root: Path) -> None:
+    suite = {"class_path": FOLDER, "init_args": {"root": "test"}}
+    write_suite(root, noise={"data": suite}, of_another_kind={"data": suite, "tasks": ["retrieval"]})
+    assert list(evaluate(*ZERO_SHOT)["sets"]) == ["noise"]
+    with pytest.raises(InputError, match="--tasks bias: for none of the sets: noise, of_another_kind"):
+        run_command(words("--tasks", "bias"))
+
+
+def test_a_number_that_is_no_class_does_not_fill_the_memory(root: Path) -> None:
+    Path("data/labels.csv").write_text("image,label\ntest/ant/0.png,0\ntest/bee/0.png,1000000000000\n")
+    reader = {"class_path": "datamodules.evaluation.LabelledTable", "init_args": {"path": "labels.csv"}}
+    write_suite(root, table={"data": reader})
+    with pytest.raises(InputError, match=r"labels\.csv: a label is 1000000000000, which is hardly"):
+        run_command(words())
+
+
+def test_class_names_may_have_line_breaks_and_tags(root: Path) -> None:
+    names = ["<script>alert(1)</script>", "two\nlines", "x" * 300, "../x", "con", "日本語"]
+    suite = {"data": {"class_path": FOLDER, "init_args": {"root": "test"}}, "class_names": names}
+    write_suite(root, noise=suite)
+    assert evaluate()["sets"]["noise"]["status"] == "done"
+    assert "<script>alert" not in Path("out/report.html").read_text(encoding="utf-8")
+
+
+def test_a_model_that_gives_no_numbers_is_said_to(root: Path) -> None:
+    saved = torch.load("last.ckpt", weights_only=True)
+    saved["state_dict"]["visual.proj"].fill_(torch.nan)
+    torch.save(saved, "last.ckpt")
+    found = evaluate(*ZERO_SHOT)["sets"]["noise"]
+    assert found["tasks"]["zero_shot"]["value"] == 0
+    assert found["reason"].startswith("features of 30 pictures are no numbers")
+    assert "no numbers" in Path("out/report.html").read_text(encoding="utf-8")

@@ -1,0 +1,254 @@
+"""``lit-clip search``: exact answers, an index that keeps up with its folder, and a page that needs nothing else."""
+
+import base64
+import io
+import sys
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import lit_clip.commands.search
+from lit_clip import LitCLIP, load_model
+from lit_clip.cli.subcommands import run_command
+from lit_clip.commands.search import INDEX, nearest
+from lit_clip.embedding.encode import Encoder
+from lit_clip.embedding.image_files import Batch
+from lit_clip.errors import InputError
+from lit_clip.models.config import CLIPConfig
+
+Search = Callable[..., tuple[list[tuple[str, float]], list[str]]]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder ``photos`` with five pictures of noise, in the current folder."""
+    noise = np.random.default_rng(0)
+    for name in ("a.png", "b.png", "deep/c & <i>.png", "d[red].png", "e.png"):
+        path = tmp_path / "photos" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise.integers(0, 256, (40, 30, 3), dtype=np.uint8)).save(path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    return tmp_path
+
+
+@pytest.fixture
+def search(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Search:
+    """Run a search -> the pictures found with their scores, and the keys of those that were encoded for it."""
+    step = Encoder.predict_step
+
+    def run(*words: str) -> tuple[list[tuple[str, float]], list[str]]:
+        keys: list[str] = []
+
+        def predict_step(self: Encoder, batch: Batch, batch_idx: int) -> torch.Tensor:
+            keys.extend(self.items[row].key for row in batch.rows)
+            return step(self, batch, batch_idx)
+
+        monkeypatch.setattr(Encoder, "predict_step", predict_step)
+        run_command(["search", *words, "--num_workers", "0"])
+        rows = [line.strip("│ ").split("│") for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+        return [(key.strip(), float(score)) for _, score, key in rows], keys
+
+    return run
+
+
+class Page(HTMLParser):
+    """What a browser would see of a page."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data.strip())
+
+
+def test_search_finds_the_drawings_that_the_model_has_learnt(
+    drawings: tuple[Path, Path, list[str]],
+    tmp_path: Path,
+    search: Search,
+) -> None:
+    checkpoint, photos, names = drawings
+    words = [
+        "--model",
+        str(checkpoint),
+        "--sheet",
+        str(tmp_path / "sheet.html"),
+        "--index",
+        str(tmp_path / "index.npz"),
+    ]
+    found, encoded = search(str(photos), *names, *words, "--top_k", "1")
+    assert len(encoded) == 64
+    assert sum(Path(key).stem == name.replace("/", "_") for (key, _), name in zip(found, names, strict=True)) >= 60
+    found, encoded = search(str(photos), *words, "--image", str(photos / "bicycle.png"), "--top_k", "2")
+    assert encoded == []
+    assert found[0] == ("bicycle.png", 1.0)
+    assert found[1][1] < 1
+
+
+@torch.no_grad()
+def test_scores_are_the_cosines_of_a_plain_loop_best_first(folder: Path, tiny_checkpoint: Path, search: Search) -> None:
+    found, _ = search("photos", "a red kite", "--model", str(tiny_checkpoint))
+    model = load_model(tiny_checkpoint)
+    text = model.encode_text(model.tokenize("a red kite"), normalize=True)[0]
+    expected = {}
+    for path in (folder / "photos").rglob("*.png"):
+        image = model.encode_image(model.preprocess(Image.open(path))[None], normalize=True)[0]
+        expected[path.relative_to(folder / "photos").as_posix()] = float(image @ text)
+    assert [key for key, _ in found] == sorted(expected, key=lambda key: -expected[key])
+    for key, score in found:
+        assert score == pytest.approx(expected[key], abs=1e-4)
+
+
+def test_the_index_keeps_up_with_the_folder(folder: Path, tiny_checkpoint: Path, search: Search) -> None:
+    words = ["photos", "kite", "--model", str(tiny_checkpoint)]
+    first, encoded = search(*words)
+    assert len(encoded) == len(first) == 5
+    again, encoded = search(*words)
+    assert encoded == []
+    assert again == first
+    Image.new("RGB", (9, 9), "blue").save(folder / "photos/new.png")
+    Image.new("RGB", (50, 50), "red").save(folder / "photos/b.png")
+    (folder / "photos/e.png").unlink()
+    mixed, encoded = search(*words)
+    assert encoded == ["b.png", "new.png"]
+    (folder / "photos" / INDEX).unlink()
+    anew, encoded = search(*words)
+    assert len(encoded) == 5
+    assert dict(mixed) == pytest.approx(dict(anew), abs=1e-4)
+    assert "e.png" not in dict(mixed)
+
+
+def test_a_folder_with_a_picture_less_needs_no_encoding(folder: Path, tiny_checkpoint: Path, search: Search) -> None:
+    words = ["photos", "kite", "--model", str(tiny_checkpoint)]
+    first, _ = search(*words)
+    (folder / "photos/e.png").unlink()
+    found, encoded = search(*words)
+    assert encoded == []
+    assert found == [row for row in first if row[0] != "e.png"]
+
+
+def test_another_model_does_not_use_the_index_of_the_first(
+    folder: Path,
+    tiny_checkpoint: Path,
+    tiny_config: CLIPConfig,
+    search: Search,
+) -> None:
+    from lightning.pytorch import Trainer
+
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer.strategy.connect(LitCLIP(tiny_config))
+    trainer.save_checkpoint(folder / "other.ckpt", weights_only=True)
+    search("photos", "kite", "--model", str(tiny_checkpoint))
+    _, encoded = search("photos", "kite", "--model", "other.ckpt")
+    assert len(encoded) == 5
+
+
+def test_a_damaged_index_is_made_again(folder: Path, tiny_checkpoint: Path, search: Search) -> None:
+    first, _ = search("photos", "kite", "--model", str(tiny_checkpoint))
+    index = folder / "photos" / INDEX
+    index.write_bytes(index.read_bytes()[:200])
+    found, encoded = search("photos", "kite", "--model", str(tiny_checkpoint))
+    assert (len(encoded), found) == (5, first)
+
+
+@pytest.mark.parametrize("k", [1, 10, 53, 100])
+def test_chunks_find_what_a_full_sort_finds(monkeypatch: pytest.MonkeyPatch, k: int) -> None:
+    random = np.random.default_rng(1)
+    features, queries = (random.standard_normal((n, 16)).astype(np.float32) for n in (53, 3))
+    monkeypatch.setattr(lit_clip.commands.search, "CHUNK", 7)
+    scores, rows = nearest(features, queries, k)
+    everything = queries @ features.T
+    expected = np.argsort(-everything, axis=1)[:, :k]
+    assert np.array_equal(rows, expected)
+    assert np.allclose(scores, np.take_along_axis(everything, expected, axis=1), atol=1e-5)
+
+
+def test_faiss_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("faiss")
+    random = np.random.default_rng(2)
+    features, queries = (random.standard_normal((n, 16)).astype(np.float32) for n in (53, 3))
+    scores, rows = nearest(features, queries, 10)
+    monkeypatch.setattr(lit_clip.commands.search, "MOST_ROWS", 52)
+    faiss_scores, faiss_rows = nearest(features, queries, 10)
+    assert np.array_equal(rows, faiss_rows)
+    assert np.allclose(scores, faiss_scores, atol=1e-5)
+
+
+def test_a_missing_faiss_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lit_clip.commands.search, "MOST_ROWS", 3)
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(InputError, match=r"4 pictures: more than 3 need faiss: .*\[search\]"):
+        nearest(np.eye(4, dtype=np.float32), np.eye(4, dtype=np.float32)[:1], 2)
+
+
+def test_the_page_shows_every_hit_and_fetches_nothing(folder: Path, tiny_checkpoint: Path, search: Search) -> None:
+    query = '<script>alert("x")</script> & more'
+    found, _ = search("photos", query, "kite", "--model", str(tiny_checkpoint), "--top_k", "5", "--sheet", "page.html")
+    page = Page(folder / "page.html")
+    assert {tag for tag, _ in page.tags}.isdisjoint({"script", "link", "iframe", "i"})
+    assert query in page.text
+    images = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert [attributes["alt"] for attributes in images] == [
+        f"{rank}. {key} ({score:.4f})" for rank, (key, score) in zip([1, 2, 3, 4, 5] * 2, found, strict=True)
+    ]
+    for (key, _), attributes in zip(found, images, strict=True):
+        head, _, data = (attributes["src"] or "").partition(",")
+        assert head == "data:image/jpeg;base64"
+        thumbnail = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"), dtype=float)
+        picture = np.asarray(Image.open(folder / "photos" / key).convert("RGB"), dtype=float)
+        assert np.abs(thumbnail.mean((0, 1)) - picture.mean((0, 1))).max() < 5
+    addresses = [value for _, attributes in page.tags for key, value in attributes.items() if key in ("src", "href")]
+    assert all((address or "").startswith("data:") for address in addresses)
+    assert "url(" not in (folder / "page.html").read_text(encoding="utf-8")
+
+
+def test_a_transparent_picture_is_shown_on_white(tmp_path: Path) -> None:
+    Image.new("RGBA", (20, 10), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    thumbnail = Image.open(io.BytesIO(base64.b64decode(lit_clip.commands.search._thumbnail(tmp_path / "clear.png"))))
+    assert thumbnail.size == (20, 10)
+    assert np.asarray(thumbnail).min() > 250
+
+
+def test_a_bad_picture_is_named_or_skipped(folder: Path, tiny_checkpoint: Path, search: Search) -> None:
+    (folder / "photos/bad.png").write_text("junk")
+    words = ["photos", "kite", "--model", str(tiny_checkpoint)]
+    with pytest.raises(InputError, match=r"photos/bad.png: cannot read this picture"):
+        search(*words)
+    found, encoded = search(*words, "--on_error", "skip")
+    assert encoded == []  # the run that failed has kept the others
+    assert len(found) == 5
+    assert (folder / f"photos/{INDEX}.skipped.txt").read_text().startswith("bad.png\t")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["photos"], "nothing to search for"),
+        (["absent", "kite"], "absent: no such folder"),
+        (["photos/a.png", "kite"], "photos/a.png: no such folder"),
+        (["empty", "kite"], "empty: no pictures"),
+        (["photos", "kite", "--image", "absent.png"], "absent.png: no such file"),
+        (["photos", "kite", "--sheet", "absent/page.html"], "--sheet absent/page.html: there is no such folder"),
+        (["photos", "kite", "--index", "absent/index.npz"], "absent.*--index"),
+        (["photos", "kite", "--index", "photos/a.png"], "--index photos/a.png: an index is a .npz file"),
+        (["photos", "kite", "--top_k", "0"], "--top_k 0 must be at least 1"),
+    ],
+)
+def test_what_search_cannot_use_is_named(folder: Path, tiny_checkpoint: Path, words: list[str], message: str) -> None:
+    (folder / "empty").mkdir()
+    picture = (folder / "photos/a.png").read_bytes()
+    with pytest.raises(InputError, match=message):
+        run_command(["search", *words, "--model", str(tiny_checkpoint), "--num_workers", "0"])
+    assert (folder / "photos/a.png").read_bytes() == picture
+    assert not (folder / "search.html").exists()

@@ -1,0 +1,181 @@
+"""WiSE-FT: its ends are the two checkpoints, its middle is theirs, and it reads every picture once."""
+
+import copy
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from sklearn.metrics import accuracy_score
+
+import lit_clip
+from lit_clip.cli import subcommands
+from lit_clip.commands.wise_ft import Line, best_alpha, evaluate_line, read_sets, save, wise_ft
+from lit_clip.errors import InputError
+from lit_clip.evaluation.zero_shot import LabelledImages, ZeroShotSet, zero_shot_classifier
+from lit_clip.models.clip import CLIP
+from lit_clip.models.config import CLIPConfig, Preprocessing
+from lit_clip.module import LitCLIP
+
+ALPHAS = [0.0, 0.25, 1.0]
+
+
+class Noise(LabelledImages):
+    """Pictures of noise with random labels, which count how often they are read."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        generator = np.random.default_rng(seed)
+        self.pictures = [Image.fromarray(generator.integers(0, 256, (40, 36, 3), np.uint8)) for _ in range(size)]
+        self.numbers = generator.integers(0, 3, size).tolist()
+        self.class_names = ["one", "two", "three"]
+        self.read = 0
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        self.read += 1
+        return self.pictures[index], self.numbers[index]
+
+    def labels(self) -> list[int]:
+        return self.numbers
+
+
+@pytest.fixture
+def models(tiny_config: CLIPConfig, tmp_path: Path) -> tuple[CLIP, CLIP]:
+    """Two models, and their checkpoints as files."""
+    pair = (LitCLIP(tiny_config).model.eval(), LitCLIP(tiny_config).model.eval())
+    for name, model in zip(("before.ckpt", "after.ckpt"), pair, strict=True):
+        save(model, tmp_path / name, {})
+    return pair
+
+
+def test_the_ends_are_the_two_models_to_the_bit_and_the_middle_is_between(models: tuple[CLIP, CLIP]) -> None:
+    before, after = models
+    line = Line(before, after)
+    for alpha, end in ((0, before), (1, after), (0, before)):  # and back again
+        for name, value in line.at(alpha).state_dict().items():
+            assert torch.equal(value, end.state_dict()[name]), name
+    middle = {name: value.clone() for name, value in line.at(0.25).state_dict().items()}
+    for name, value in middle.items():
+        expected = 0.75 * before.state_dict()[name] + 0.25 * after.state_dict()[name]
+        torch.testing.assert_close(value, expected, rtol=0, atol=1e-6)
+
+
+def test_each_alpha_has_the_accuracy_of_its_model_and_each_picture_is_read_once(models: tuple[CLIP, CLIP]) -> None:
+    sets = {"target": ZeroShotSet(Noise(23, 0)), "other": ZeroShotSet(Noise(11, 1), ["{}", "{} again"])}
+    line = Line(*models)
+    results = evaluate_line(line, sets, ALPHAS, batch_size=5)
+    for name, zero_shot_set in sets.items():
+        images: Any = zero_shot_set.images
+        assert images.read == len(images)
+        for alpha in ALPHAS:
+            model = line.at(alpha)
+            with torch.no_grad():
+                classifier = zero_shot_classifier(model, images.class_names, zero_shot_set.templates)
+                pixels = torch.stack([model.preprocess(picture) for picture in images.pictures])
+                guesses = (model.encode_image(pixels, normalize=True) @ classifier).argmax(dim=1)
+            expected = accuracy_score(images.labels(), guesses.numpy())
+            assert results[name][alpha] == pytest.approx(expected, abs=1e-6), (name, alpha)
+
+
+def test_the_best_mean_of_target_and_held_out_sets_is_chosen_and_the_nearest_of_equals() -> None:
+    held_out = {"a": {0.0: 0.9, 0.5: 0.8, 1.0: 0.1}, "b": {0.0: 0.7, 0.5: 0.8, 1.0: 0.3}}
+    assert best_alpha({"t": {0.0: 0.2, 0.5: 0.5, 1.0: 0.7}, **held_out}, "t") == 0.5
+    assert best_alpha({"t": {0.0: 0.5, 0.5: 0.5, 1.0: 0.5}}, "t") == 0.0
+    assert best_alpha({"t": {0.0: 0.2, 0.5: 0.5, 1.0: 0.7}}, "t") == 1.0
+
+
+def write_sets(folder: Path) -> Path:
+    for name in ("pets", "tools"):
+        for label in ("cat", "dog"):
+            (folder / name / label).mkdir(parents=True)
+            for i in range(3):
+                Image.effect_noise((40, 36), 30 + 20 * i).convert("RGB").save(folder / name / label / f"{i}.png")
+    sets = {
+        name: {
+            "images": {"class_path": "datamodules.ImageFolderClasses", "init_args": {"root": str(folder / name)}},
+            "templates": ["a {}."],
+        }
+        for name in ("pets", "tools")
+    }
+    (folder / "sets.yaml").write_text(yaml.safe_dump(sets, sort_keys=False))
+    return folder / "sets.yaml"
+
+
+def test_the_command_prints_the_line_and_writes_a_checkpoint_that_everything_reads(
+    models: tuple[CLIP, CLIP], tmp_path: Path, cli: Callable[..., Any]
+) -> None:
+    words = ["before.ckpt", "after.ckpt", "--sets", str(write_sets(tmp_path)), "--alphas", "0,0.5,1"]
+    result = cli("wise-ft", *words, "--output", "chosen.ckpt", "--alpha", "0.25", "--num_workers", "0")
+    assert result.returncode == 0, result.stderr
+    rows = re.findall(r"^│\s+([\d.]+) │\s+([\d.]+) │\s+([\d.]+) │\s+([\d.]+) │", result.stdout, re.MULTILINE)
+    assert [row[0] for row in rows] == ["0", "0.25", "0.5", "1"]
+    assert "pets (target)" in result.stdout
+    assert "chosen: alpha 0.25" in result.stdout
+    chosen = lit_clip.load_model(tmp_path / "chosen.ckpt")
+    for name, value in Line(*models).at(0.25).state_dict().items():
+        torch.testing.assert_close(chosen.state_dict()[name], value, rtol=0, atol=1e-6)
+    LitCLIP.load_from_checkpoint(tmp_path / "chosen.ckpt")
+    tokens, pixels = chosen.tokenize(["a cat"]), torch.randn(2, 3, 32, 32)
+    for end, model in zip(("0", "1"), models, strict=True):
+        wise_ft(
+            *(str(tmp_path / name) for name in ("before.ckpt", "after.ckpt")),
+            sets=read_sets(str(tmp_path / "sets.yaml")),
+            output=str(tmp_path / f"{end}.ckpt"),
+            alpha=float(end),
+            alphas="0,1",
+            num_workers=0,
+        )
+        written = lit_clip.load_model(tmp_path / f"{end}.ckpt")
+        with torch.no_grad():
+            torch.testing.assert_close(written.encode_image(pixels), model.encode_image(pixels), rtol=0, atol=1e-6)
+            torch.testing.assert_close(written.encode_text(tokens), model.encode_text(tokens), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"alphas": "0,2"}, "2.0 must be from 0 to 1"),
+        ({"alphas": "0;1"}, "numbers divided by commas"),
+        ({"target": "cars"}, "no such set; there are pets, tools"),
+        ({"output": "nowhere/x.ckpt"}, "there is no such folder"),
+        ({"output": "chosen.safetensors"}, "chosen.safetensors: a checkpoint is a .ckpt file"),
+        ({"batch_size": 0}, "--batch_size 0 must be at least 1"),
+        ({"num_workers": -1}, "--num_workers -1 must be at least 0"),
+        ({"after": "nowhere.ckpt"}, "nowhere.ckpt"),
+        ({"sets": "nowhere.yaml"}, "nowhere.yaml: not a readable YAML file"),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_nothing_is_written(
+    options: dict[str, Any], message: str, models: tuple[CLIP, CLIP], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = {"before": "before.ckpt", "after": "after.ckpt", "sets": str(write_sets(tmp_path)), **options}
+    files = set(tmp_path.iterdir())
+    with pytest.raises(InputError, match=message):
+        wise_ft(**{"output": "chosen.ckpt", **arguments})
+    assert set(tmp_path.iterdir()) == files
+
+
+def test_models_that_differ_are_refused(models: tuple[CLIP, CLIP]) -> None:
+    other = copy.deepcopy(models[0].config)
+    other.preprocessing = Preprocessing(image_size=32, mean=(0.5, 0.5, 0.5))
+    with pytest.raises(InputError, match=r"after is of another architecture than before: preprocessing.mean"):
+        Line(models[0], CLIP(other))
+
+
+def test_an_unknown_entry_of_a_sets_file_is_named(tmp_path: Path) -> None:
+    path = write_sets(tmp_path)
+    path.write_text(path.read_text().replace("templates", "tempaltes"))
+    with pytest.raises(InputError, match=r"sets.yaml: .*tempaltes"):
+        read_sets(str(path))
+
+
+def test_the_command_is_listed() -> None:
+    assert subcommands.COMMANDS["wise-ft"] == "lit_clip.commands.wise_ft:wise_ft"

@@ -1,0 +1,334 @@
+"""``lit-clip inspect`` over data with everything wrong: figures against plain counting, page, exit codes."""
+
+import csv
+import hashlib
+import io
+import json
+import math
+import re
+import subprocess
+import sys
+from base64 import b64decode
+from collections import Counter
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import open_clip
+import pytest
+from PIL import Image
+
+from datamodules.commands.inspect import inspect
+from lit_clip.cli.main import main
+from lit_clip.cli.subcommands import run_command
+from lit_clip.errors import InputError
+
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+BROKEN = {
+    "cut.jpg": "broken image",
+    "page.jpg": "not an image",
+    "gone.jpg": "missing image",
+    "empty.png": "not an image",
+}
+
+
+class Report(NamedTuple):
+    """What an inspection leaves behind."""
+
+    figures: dict[str, str]
+    notes: str
+    page: str
+    problems: list[dict[str, str]]
+
+
+def figures_of(table: str) -> dict[str, str]:
+    cells = [[cell.strip() for cell in line.split("│")[1:3]] for line in table.splitlines() if "│" in line]
+    return {name: value for name, value in cells if value}
+
+
+def photo(seed: int) -> Image.Image:
+    coarse = np.random.default_rng(seed).integers(0, 256, (7, 8, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((300, 240), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="module")
+def messy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A table of 40 pictures, of which some are copies, odd or broken."""
+    folder = tmp_path_factory.mktemp("messy")
+    rows: list[tuple[str, str]] = []
+    for seed in range(24):
+        photo(seed).save(folder / f"{seed}.jpg", quality=92)
+        rows.append((f"{seed}.jpg", " ".join(WORDS[: 1 + seed % 10] * (1 + seed // 2))))
+    (folder / "copy.jpg").write_bytes((folder / "3.jpg").read_bytes())
+    photo(5).resize((150, 120)).save(folder / "small.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo(30).save(folder / "turned.jpg", exif=exif)
+    photo(31).convert("CMYK").save(folder / "print.jpg")
+    photo(32).convert("P").save(folder / "film.gif", save_all=True, append_images=[photo(33).convert("P")])
+    Image.new("RGB", (260, 260), "red").save(folder / "red.webp")
+    Image.new("RGBA", (20, 10), (0, 0, 0, 0)).save(folder / "clear.png")
+    (folder / "cut.jpg").write_bytes((folder / "7.jpg").read_bytes()[:2000])
+    (folder / "page.jpg").write_text("<html>404 & <script>alert(1)</script></html>")
+    (folder / "empty.png").touch()
+    rows += [(name, f"Caption <b>{name}</b>") for name in ("copy.jpg", "small.png", "turned.jpg", "print.jpg")]
+    rows += [
+        ("film.gif", "twice"),
+        ("red.webp", "Twice "),
+        ("clear.png", "clear"),
+        ("3.jpg", "another"),
+        ("3.jpg", "another"),
+    ]
+    rows += [(name, "not seen") for name in BROKEN]
+    rows += [("1.jpg", ""), ("2.jpg", "NaN")]
+    with (folder / "pairs.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("image", "caption"), *rows])
+    return folder
+
+
+def usable_rows(folder: Path) -> list[tuple[str, str]]:
+    with (folder / "pairs.csv").open(encoding="utf-8") as file:
+        rows = [(row["image"], row["caption"]) for row in csv.DictReader(file)]
+    return [(image, text) for image, text in rows if image not in BROKEN and text not in ("", "NaN")]
+
+
+def run_inspect(folder: Path, capsys: pytest.CaptureFixture[str], *words: str) -> Report:
+    run_command(["inspect", *words, "--output", str(folder / "report.html")])
+    output = capsys.readouterr()
+    listed = folder / "report.problems.jsonl"
+    problems = [json.loads(line) for line in listed.read_text().splitlines()] if listed.exists() else []
+    return Report(figures_of(output.out), output.err, (folder / "report.html").read_text(encoding="utf-8"), problems)
+
+
+@pytest.fixture
+def report(messy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Report:
+    """Of the messy table, as two processes read it."""
+    monkeypatch.setenv("COLUMNS", "200")
+    return run_inspect(
+        tmp_path, capsys, str(messy / "pairs.csv"), "--num_workers", "2", "--world_size", "3", "--batch_size", "4"
+    )
+
+
+def number(report: Report, name: str) -> int:
+    return int(report.figures[name].split(" ")[0].replace(",", ""))
+
+
+def test_every_row_is_counted_and_what_is_wrong_is_named(report: Report, messy: Path) -> None:
+    usable = usable_rows(messy)
+    assert number(report, "rows or samples found") == len(usable) + len(BROKEN) + 2
+    assert number(report, "usable") == len(usable)
+    assert number(report, "left out: no caption") == 2
+    for reason, count in Counter(BROKEN.values()).items():
+        assert number(report, f"cannot be used: {reason}") == count
+    with (messy / "pairs.csv").open(encoding="utf-8") as file:
+        images = {f"row {line}": row["image"] for line, row in enumerate(csv.DictReader(file), start=2)}
+    named = {images[problem["where"].split("pairs.csv ")[1]]: problem["reason"] for problem in report.problems}
+    assert named == {**BROKEN, "1.jpg": "no caption", "2.jpg": "no caption"}
+    assert all(problem["where"] in report.notes for problem in report.problems if problem["reason"] in BROKEN.values())
+    assert "report.problems.jsonl" in report.notes
+
+
+def test_figures_of_pictures_are_those_of_opening_each(report: Report, messy: Path) -> None:
+    names = dict.fromkeys(image for image, _ in usable_rows(messy))
+    opened = [Image.open(messy / name) for name in names]
+    for line, counts in (
+        ("formats", Counter(image.format for image in opened)),
+        ("colour modes", Counter(image.mode for image in opened)),
+    ):
+        found = {name: int(count) for name, count in re.findall(r"(\w+) (\d+)", report.figures[line])}
+        assert found == counts
+    sizes = sorted((image.size for image in opened), key=lambda size: size[0] * size[1])
+    for line, size in (("smallest", sizes[0]), ("median", sizes[len(sizes) // 2]), ("largest", sizes[-1])):
+        assert report.figures[f"{line}, width x height"] == f"{size[0]} x {size[1]}"
+    assert number(report, "shorter side under 224 pixels") == sum(min(image.size) < 224 for image in opened)
+    assert number(report, "turned by a camera's flag (models see them unturned)") == 1
+    assert number(report, "animated (models see the first frame)") == 1
+    assert number(report, "one plain colour") == 2
+    digests = {hashlib.md5((messy / name).read_bytes()).hexdigest() for name in names}
+    assert number(report, "the same file as another picture") == len(names) - len(digests) == 1
+    assert report.figures["another file, but the same look (64-bit difference hash)"].endswith("in 1 group")
+
+
+def test_figures_of_captions_are_those_of_another_tokenizer(report: Report, messy: Path) -> None:
+    captions = [text for _, text in usable_rows(messy)]
+    lengths = [int((open_clip.tokenize([text], context_length=1000) != 0).sum()) for text in captions]
+    cut = [length for length in lengths if length > 77]
+    assert number(report, "captions") == len(captions)
+    assert number(report, "cut at 77 tokens") == len(cut) > 0
+    lost = np.mean([length - 77 for length in cut])
+    assert report.figures["tokens lost of a caption that is cut"] == f"{lost:.1f} on average"
+    mean, most = np.mean(lengths), max(lengths)
+    assert re.fullmatch(f"mean {mean:.1f}, .*longest {most}", report.figures["tokens, start and end included"])
+    distinct = {" ".join(text.lower().split()) for text in captions}
+    assert number(report, "the same as another caption") == len(captions) - len(distinct)
+    assert number(report, "the same picture and caption as another pair") == 1
+
+
+def test_batches_are_those_of_each_process(report: Report, messy: Path) -> None:
+    pairs = len(usable_rows(messy)) + len(BROKEN)  # a broken one takes its place and leaves it empty
+    assert number(report, "pairs, with those that cannot be used") == pairs
+    assert number(report, "training steps an epoch") == pairs // 12
+    assert number(report, "pairs that sit out an epoch, others each time") == pairs % 12
+    assert number(report, "validation batches") == math.ceil(math.ceil(pairs / 3) / 4)
+
+
+def test_no_step_at_all_is_told_with_what_to_change(
+    messy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    pairs = len(usable_rows(messy)) + len(BROKEN)
+    for world_size, words in ((8, f"try --batch_size {pairs // 8} or less, or fewer processes"), (64, "try fewer")):
+        options = ("--num_workers", "0", "--world_size", str(world_size), "--batch_size", "256")
+        report = run_inspect(tmp_path, capsys, str(messy / "pairs.csv"), *options)
+        steps = report.figures["training steps an epoch"]
+        assert steps.startswith(f"0: a step takes {256 * world_size:,} pairs")
+        assert words in steps
+        assert number(report, "pairs that sit out an epoch, others each time") == pairs
+
+
+class Page(HTMLParser):
+    """What a browser would see of a page."""
+
+    def __init__(self, content: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.feed(content)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data.strip())
+
+
+def test_the_page_holds_all_it_shows(report: Report, messy: Path) -> None:
+    page = Page(report.page)
+    text = " ".join(page.text)
+    assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "b"}
+    sources = [str(attributes["src"]) for tag, attributes in page.tags if tag == "img"]
+    assert sources
+    for source in sources:
+        kind, _, data = source.partition(",")
+        assert kind == "data:image/jpeg;base64"
+        assert max(Image.open(io.BytesIO(b64decode(data))).size) <= 160
+    assert all(value in text for value in report.figures.values())
+    for expected in (
+        "the same file",
+        "other files of the same look",
+        "captions that come most often",
+        "what cannot be used",
+    ):
+        assert expected in page.text
+    assert "Caption <b>copy.jpg</b>" in text  # as text, not as markup
+    for name in ("copy.jpg", "small.png"):
+        assert sum(part == name for part in page.text) >= 1
+    assert all(f"pairs.csv {problem['where'].split('pairs.csv ')[1]}" in text for problem in report.problems)
+
+
+def test_a_histogram_has_every_caption_once_and_marks_those_cut(report: Report, messy: Path) -> None:
+    chart = re.findall(r"<svg.*?</svg>", report.page, re.DOTALL)[0]
+    bars = re.findall(r'fill="(#\w+)"><title>(\d+)(?: to (\d+))?: ([\d,]+)<', chart)
+    assert sum(int(count) for *_, count in bars) == len(usable_rows(messy))
+    marked = sum(int(count) for colour, *_, count in bars if colour == "#d9642c")
+    assert marked == number(report, "cut at 77 tokens")
+    assert all((int(first) > 77) == (colour == "#d9642c") for colour, first, *_ in bars)
+
+
+def test_any_number_of_processes_finds_the_same(
+    report: Report, messy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = (str(messy / "pairs.csv"), "--num_workers", "0", "--world_size", "3", "--batch_size", "4")
+    alone = run_inspect(tmp_path, capsys, *words)
+    assert (alone.figures, alone.problems, alone.page) == (report.figures, report.problems, report.page)
+
+
+def test_a_folder_and_shards_of_the_same_pairs_have_the_same_figures(
+    messy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for image, text in dict(usable_rows(messy)).items():
+        (folder / image).write_bytes((messy / image).read_bytes())
+        (folder / image).with_suffix(".txt").write_text(text)
+    (folder / "3.txt").write_text("first\nsecond\n")
+    run_command(["shard", str(folder), str(tmp_path / "shards"), "--shard_size", "10", "--workers", "0"])
+    capsys.readouterr()
+    of_folder, of_shards = (
+        run_inspect(tmp_path, capsys, str(tmp_path / name), "--num_workers", "0").figures
+        for name in ("folder", "shards")
+    )
+    assert of_folder == of_shards
+    pictures = len(dict(usable_rows(messy)))
+    assert of_folder["pictures"] == f"{pictures}, with {pictures + 1} captions"
+    assert not (tmp_path / "report.problems.jsonl").exists()
+
+
+def test_a_models_tokenizer_and_context_measure_the_captions(
+    messy: Path, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lengths = [int((open_clip.tokenize([text], context_length=1000) != 0).sum()) for _, text in usable_rows(messy)]
+    table = str(messy / "pairs.csv")
+    for words, context in (
+        (("--model", str(tiny_checkpoint)), 16),
+        (("--model", "ViT-tiny-16-64"), 32),
+        (("--model", "ViT-B-32", "--context_length", "20"), 20),
+    ):
+        report = run_inspect(tmp_path, capsys, table, "--num_workers", "0", *words)
+        assert number(report, f"cut at {context} tokens") == sum(length > context for length in lengths)
+
+
+def test_the_command_exits_with_0_where_something_can_be_used(
+    messy: Path, tmp_path: Path, cli: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    found = cli("inspect", str(messy / "pairs.csv"))
+    assert found.returncode == 0, found.stderr
+    assert (tmp_path / "inspect.html").stat().st_size > 10_000
+    assert "Traceback" not in found.stderr
+    assert "Warning" not in found.stderr
+
+
+def test_the_command_exits_with_2_where_nothing_can_be_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.csv").write_text("image,caption\nnone.jpg,a\nbad.csv,b\n")
+    monkeypatch.setattr(sys, "argv", ["lit-clip", "inspect", "bad.csv"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("lit-clip: error: bad.csv: none of 2 pairs can be used; the first: bad.csv row 2")
+    assert "what cannot be used" in (tmp_path / "inspect.html").read_text()
+
+
+def test_a_column_is_asked_for_as_it_is_typed_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "t.csv").write_text("Dateiname;Beschreibung\na.png;ein Hund\n")
+    with pytest.raises(InputError, match=r"\(Dateiname, Beschreibung\) .*; give --image_column Dateiname, say"):
+        run_inspect(tmp_path, capsys, str(tmp_path / "t.csv"))
+    with pytest.raises(InputError, match="give --caption_column Beschreibung, say"):
+        run_inspect(tmp_path, capsys, str(tmp_path / "t.csv"), "--image_column", "Dateiname")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": []}, "no data"),
+        ({"world_size": 0}, "world_size"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"context_length": 1}, "context_length"),
+        ({"output": "nowhere/inspect.html"}, "no such folder"),
+        ({"model": "ViT-B-99"}, "ViT-B-99"),
+        ({"data": ["nothing.csv"]}, "nothing.csv"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_before_anything_is_read(
+    options: dict[str, object], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=message):
+        inspect(**{"data": ["nothing.csv"], **options})  # pyright: ignore[reportArgumentType]  # wrong on purpose
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,501 @@
+"""Data overlap: statistics against SciPy and plain sums, copies of real pictures found and others not, the command."""
+
+import csv
+import io
+import json
+import math
+import re
+from base64 import b64decode
+from functools import lru_cache
+from html import escape
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import skimage.data
+import torch
+import torch.nn.functional as F
+import yaml
+from PIL import Image
+from scipy.stats import beta, binom
+
+import lit_clip.evaluation.overlap as maths
+from datamodules.look_index import LookIndex, Looks
+from datamodules.near_duplicates import look_of
+from datamodules.overlap.findings import findings_of
+from datamodules.overlap.search import Found, Queries, SourceRows, joined, search
+from datamodules.overlap.sets import read_results, read_thresholds
+from datamodules.pairs.source import open_source
+from lit_clip import load_model
+from lit_clip.cli.subcommands import run_command
+from lit_clip.embedding.image_files import in_batches
+from lit_clip.errors import InputError
+from lit_clip.evaluation.data import Pictures
+from lit_clip.evaluation.overlap import bonferroni, clopper_pearson, nearer, nearest, nowhere, overlap_of
+from lit_clip.evaluation.zero_shot import zero_shot_classifier
+from lit_clip.models.clip import CLIP
+from lit_clip.models.config import CLIPConfig
+
+
+def booleans(text: str) -> torch.Tensor:
+    return torch.tensor([character == "1" for character in text])
+
+
+def test_figures_are_those_counted_by_hand() -> None:
+    found = overlap_of(booleans("1110000000"), booleans("1101100000"))
+    assert (found.images, found.overlap, found.clean, found.contamination) == (10, 3, 7, 0.3)
+    assert (found.accuracy_all, found.accuracy_overlap, found.accuracy_clean) == (0.4, 2 / 3, 2 / 7)
+    assert found.difference == pytest.approx(0.4 - 2 / 7)
+    # Two or three of three, where each is right with 2/7.
+    assert found.p_value == pytest.approx(3 * (2 / 7) ** 2 * (5 / 7) + (2 / 7) ** 3)
+    assert found.interval == pytest.approx((beta.ppf(0.0025, 2, 2), beta.ppf(0.9975, 3, 1)))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_the_overlap_adds_is_its_share_of_what_it_is_better(seed: int) -> None:
+    """All - Clean = f (Overlap - Clean), as the paper's appendix C notes."""
+    generator = torch.Generator().manual_seed(seed)
+    size = int(torch.randint(2, 200, (1,), generator=generator))
+    seen = torch.rand(size, generator=generator) < 0.3
+    seen[0], seen[1] = True, False
+    found = overlap_of(seen, torch.rand(size, generator=generator) < 0.6)
+    assert found.contamination is not None
+    assert found.accuracy_overlap is not None
+    assert found.accuracy_clean is not None
+    assert found.difference == pytest.approx(
+        found.contamination * (found.accuracy_overlap - found.accuracy_clean), abs=1e-12
+    )
+
+
+@pytest.mark.parametrize(("successes", "trials", "null"), [(0, 5, 0.3), (5, 5, 0.3), (7, 20, 0.2), (130, 200, 0.6)])
+def test_the_test_is_a_sum_of_binomial_probabilities(successes: int, trials: int, null: float) -> None:
+    at_least = sum(math.comb(trials, k) * null**k * (1 - null) ** (trials - k) for k in range(successes, trials + 1))
+    assert maths.binomial_p_value(successes, trials, null) == pytest.approx(at_least, rel=1e-9)
+
+
+@pytest.mark.parametrize(("successes", "trials"), [(0, 9), (9, 9), (3, 40), (500, 1000)])
+def test_at_the_ends_of_an_interval_so_extreme_a_count_has_a_quarter_of_a_percent(successes: int, trials: int) -> None:
+    low, high = clopper_pearson(successes, trials)
+
+    def at_most(count: int, chance: float) -> float:
+        return sum(math.comb(trials, k) * chance**k * (1 - chance) ** (trials - k) for k in range(count + 1))
+
+    assert low == 0 if successes == 0 else 1 - at_most(successes - 1, low) == pytest.approx(0.0025, rel=1e-6)
+    assert high == 1 if successes == trials else at_most(successes, high) == pytest.approx(0.0025, rel=1e-6)
+    assert clopper_pearson(0, 0) == (0, 1)
+
+
+def test_a_part_without_pictures_has_no_accuracy_and_is_not_tested() -> None:
+    clean = overlap_of(booleans("0000"), booleans("1100"))
+    assert (clean.contamination, clean.accuracy_all, clean.accuracy_clean, clean.difference) == (0, 0.5, 0.5, 0)
+    assert (clean.accuracy_overlap, clean.p_value, clean.interval) == (None, None, None)
+    seen = overlap_of(booleans("1111"), booleans("1100"))
+    assert (seen.contamination, seen.accuracy_overlap, seen.accuracy_clean) == (1, 0.5, None)
+    assert (seen.difference, seen.p_value) == (None, None)
+    unknown = overlap_of(booleans("1000"))
+    assert (unknown.overlap, unknown.accuracy_all, unknown.interval) == (1, None, None)
+    assert overlap_of(booleans("")).contamination is None
+    with pytest.raises(InputError, match="3 answers of the model for 4 pictures"):
+        overlap_of(booleans("1000"), booleans("100"))
+
+
+def test_p_values_allow_for_the_tests_that_were_made() -> None:
+    assert bonferroni([0.01, None, 0.5, 0.0]) == pytest.approx([0.03, None, 1.0, 0.0])
+    assert bonferroni([]) == []
+
+
+def brute_force(query: torch.Tensor, reference: torch.Tensor) -> list[tuple[int, float]]:
+    best = []
+    for vector in query.double():
+        similarities = [float(vector @ other) for other in reference.double()]
+        best.append((similarities.index(max(similarities)), max(similarities)))
+    return best
+
+
+@pytest.mark.parametrize("batch", [1, 7, 23, 100])
+@pytest.mark.parametrize("tile", [1, 5, 4096])
+def test_the_nearest_is_found_whatever_the_chunks(batch: int, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(maths, "QUERIES", tile)
+    monkeypatch.setattr(maths, "REFERENCES", tile + 1)
+    query, reference = F.normalize(torch.randn(13, 6), dim=1), F.normalize(torch.randn(23, 6), dim=1)
+    found = nowhere(13)
+    for rows in in_batches(range(23), batch):
+        found = nearer(found, query, reference[rows], 100 + torch.tensor(rows))
+    expected = brute_force(query, reference)
+    assert found.row.tolist() == [100 + row for row, _ in expected]
+    assert found.similarity.tolist() == pytest.approx([similarity for _, similarity in expected], abs=1e-6)
+    assert nearest(query, reference).row.tolist() == [row for row, _ in expected]
+
+
+def test_of_equally_near_training_pictures_the_first_is_named() -> None:
+    query, reference = torch.eye(3)[:2], torch.eye(3)[[2, 0, 0]]
+    found = nowhere(2)
+    for row in range(3):
+        found = nearer(found, query, reference[row : row + 1], torch.tensor([row]))
+    assert found.row.tolist() == nearest(query, reference).row.tolist() == [1, 0]
+    assert nowhere(1).row.tolist() == [-1]
+
+
+@lru_cache
+def photographs(longest: int = 240) -> list[Image.Image]:
+    names = ("astronaut", "chelsea", "coffee", "rocket", "camera", "coins", "moon", "retina")
+    photos = [Image.fromarray(getattr(skimage.data, name)()) for name in names]
+    for photo in photos:
+        photo.thumbnail((longest, longest))
+    return photos
+
+
+def as_jpeg(picture: Image.Image, quality: int = 50) -> Image.Image:
+    data = io.BytesIO()
+    picture.convert("RGB").save(data, "JPEG", quality=quality)
+    return Image.open(data).convert("RGB")
+
+
+def smaller(picture: Image.Image) -> Image.Image:
+    return picture.convert("RGB").resize((picture.width * 2 // 3, picture.height * 2 // 3))
+
+
+def cropped(picture: Image.Image) -> Image.Image:
+    x, y = picture.width // 50, picture.height // 50
+    return picture.convert("RGB").crop((x, y, picture.width - x, picture.height - y))
+
+
+def test_copies_of_photographs_look_like_the_originals_and_like_no_other() -> None:
+    originals = photographs(600)
+    copies = [*map(smaller, originals), *map(as_jpeg, originals), Image.new("RGB", (40, 40), "red")]
+    index = LookIndex(Looks.of([look_of(picture) for picture in [*originals, Image.new("RGB", (9, 9), "red")]]))
+    left, right = index.like(Looks.of([look_of(picture) for picture in copies]))
+    assert set(zip(left.tolist(), right.tolist(), strict=True)) == {
+        (place % len(originals), place) for place in range(2 * len(originals))
+    }
+
+
+def test_like_looks_are_those_of_comparing_all_pairs() -> None:
+    random = np.random.default_rng(3)
+    seeds = random.integers(0, 2**64, 6, dtype=np.uint64)
+
+    def some(number: int) -> Looks:
+        bits = seeds[random.integers(0, 6, number)]
+        for _ in range(2):
+            bits = bits ^ (np.uint64(random.integers(0, 2)) << random.integers(0, 64, number).astype(np.uint64))
+        return Looks(bits, random.integers(0, 12, number).astype(np.uint32), random.random(number) < 0.1)
+
+    ours, others = some(40), some(60)
+    left, right = LookIndex(ours).like(others)
+    expected = {
+        (i, j)
+        for i in range(40)
+        for j in range(60)
+        if not (ours.plain[i] or others.plain[j])
+        and (int(ours.bits[i]) ^ int(others.bits[j])).bit_count() <= 2
+        and abs(int(ours.colours[i]) - int(others.colours[j])) <= 8
+    }
+    assert set(zip(left.tolist(), right.tolist(), strict=True)) == expected
+    assert 20 < len(expected) < 40 * 60
+    empty = LookIndex(Looks.of([])).like(others)
+    assert [len(side) for side in empty] == [0, 0]
+
+
+class Films(Pictures):
+    """Two films of three frames and a file that is broken."""
+
+    several = True
+
+    def __init__(self, frames: list[Image.Image]) -> None:
+        self.frames = frames
+
+    def __len__(self) -> int:
+        return 3
+
+    def pictures(self, index: int) -> list[Image.Image]:
+        if index == 1:
+            raise RuntimeError("no such codec")
+        return self.frames[3 * (index // 2) : 3 * (index // 2) + 3]
+
+    def stamp(self) -> str:
+        return "films"
+
+
+def write_table(folder: Path, pictures: list[Image.Image]) -> Path:
+    folder.mkdir(exist_ok=True)
+    with (folder / "train.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "caption"])
+        for number, picture in enumerate(pictures):
+            picture.save(folder / f"{number}.png")
+            writer.writerow([f"{number}.png", "a picture"])
+    return folder / "train.csv"
+
+
+def test_a_film_is_seen_if_one_of_its_frames_is(tiny_config: CLIPConfig, tmp_path: Path) -> None:
+    model, photos = CLIP(tiny_config).eval(), photographs()
+    queries = Queries.compute(model, Films(photos[:6]), 64, 0, "films")
+    assert queries.items.tolist() == [0, 0, 0, 2, 2, 2]
+    assert queries.bad == ["1: no such codec"]
+    source = open_source(write_table(tmp_path / "train", [photos[6], as_jpeg(photos[4], 90), photos[7]]))
+    found = search(model, queries, source, tmp_path / "found.npz", 2, 0)
+    judged = findings_of(Films(photos[:6]), queries, found, 2.0, "look", booleans("10"))
+    assert judged.seen.tolist() == [False, True]
+    pair = judged.alike[1]
+    assert pair is not None
+    assert (pair.item, pair.frame, pair.row, pair.name) == (2, 1, 1, f"{source.path} row 3")
+    nearest_of_second = judged.nearest[1]
+    assert (nearest_of_second.frame, nearest_of_second.row) == (1, 1)
+    assert (judged.overlap.images, judged.overlap.overlap, judged.overlap.accuracy_overlap) == (2, 1, 0)
+
+
+def test_an_interrupted_search_goes_on_and_ends_as_an_uninterrupted_one(
+    tiny_config: CLIPConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, photos = CLIP(tiny_config).eval(), photographs()
+    queries = joined([Queries.compute(model, Films(photos[:6]), 64, 0, "films") for _ in range(2)])
+    source = open_source(write_table(tmp_path / "train", [*photos[4:], *map(as_jpeg, photos[:4])]))
+    whole = search(model, queries, source, tmp_path / "whole.npz", 2, 0)
+    read: list[int] = []
+    plain = SourceRows.read
+
+    def counted(self: SourceRows, row: int) -> tuple[str, list[Image.Image]]:
+        if row == 5 and 5 not in read:
+            read.append(row)
+            raise KeyboardInterrupt
+        read.append(row)
+        return plain(self, row)
+
+    monkeypatch.setattr(SourceRows, "read", counted)
+    with pytest.raises(KeyboardInterrupt, match="goes on from there"):
+        search(model, queries, source, tmp_path / "found.npz", 2, 0)
+    assert read == [0, 1, 2, 3, 4, 5]
+    read[:] = [5]
+    again = search(model, queries, source, tmp_path / "found.npz", 2, 0)
+    assert read[1:] == [4, 5, 6, 7]
+    third = search(model, queries, source, tmp_path / "found.npz", 2, 0)
+    assert len(read) == 5
+    for found in (again, third):
+        assert found.nearest.row.tolist() == whole.nearest.row.tolist()
+        assert found.nearest.similarity.tolist() == whole.nearest.similarity.tolist()
+        assert found.look_rows.tolist() == whole.look_rows.tolist()
+        assert (found.names, found.look_names, found.done) == (whole.names, whole.look_names, 8)
+
+
+def test_a_damaged_file_of_what_was_found_is_made_again(tmp_path: Path) -> None:
+    (tmp_path / "found.npz").write_bytes(b"PK\x03\x04 half")
+    assert Found.load(tmp_path / "found.npz", torch.device("cpu")) is None
+    assert Queries.load(tmp_path / "found.npz") is None
+    assert Queries.load(tmp_path / "nothing.npz") is None
+    np.savez(tmp_path / "other.npz", said=np.frombuffer(b'{"bad": []}', np.uint8), features=np.zeros((1, 2)))
+    assert Found.load(tmp_path / "other.npz", torch.device("cpu")) is None
+    assert Queries.load(tmp_path / "other.npz") is None
+
+
+def test_a_training_set_of_which_nothing_can_be_read_is_an_error(tiny_config: CLIPConfig, tmp_path: Path) -> None:
+    table = write_table(tmp_path, photographs()[:2])
+    source = open_source(table)
+    for name in ("0.png", "1.png"):
+        (tmp_path / name).write_text("no picture")
+    queries = Queries(F.normalize(torch.randn(1, 16)), Looks.of([look_of(photographs()[0])]), np.array([0]), [])
+    with pytest.raises(InputError, match=r"none of 2 training pictures can be read; .*train.csv row 2: .*not an image"):
+        search(CLIP(tiny_config), queries, source, tmp_path / "found.npz", 2, 0)
+
+
+def test_thresholds_are_for_all_for_one_or_from_a_file(tmp_path: Path) -> None:
+    sets = ["a", "b=c"]
+    assert read_thresholds(["0.9"], sets) == {"a": 0.9, "b=c": 0.9}
+    assert read_thresholds(["0.9", "b=c=0.7"], sets) == {"a": 0.9, "b=c": 0.7}
+    (tmp_path / "t.yaml").write_text("a: 0.8\nother: 0.1\n")
+    assert read_thresholds([str(tmp_path / "t.yaml")], sets) == {"a": 0.8, "b=c": 0.95}
+    for word, message in (("x=0.5", "no set x; there are a, b=c"), ("high", "not a number"), ("7", "from -1 to 1")):
+        with pytest.raises(InputError, match=message):
+            read_thresholds([word], sets)
+
+
+def test_answers_of_another_model_must_be_true_or_false_of_every_set(tmp_path: Path) -> None:
+    path = tmp_path / "answers.json"
+    path.write_text(json.dumps({"a": {"x.png": True, "y.png": False}}))
+    assert read_results(path, ["a"])["a"] == {"x.png": True, "y.png": False}
+    with pytest.raises(InputError, match="nothing of b"):
+        read_results(path, ["a", "b"])
+    path.write_text(json.dumps({"a": {"x.png": "right"}}))
+    with pytest.raises(InputError, match=r"x\.png is neither true nor false"):
+        read_results(path, ["a"])
+    path.write_text("[")
+    with pytest.raises(InputError, match="not readable JSON"):
+        read_results(path, ["a"])
+
+
+class Drawn(NamedTuple):
+    """Drawings in folders of classes, and a training table with copies of some of them."""
+
+    model: Path
+    evaluation: Path
+    table: Path
+    copied: dict[str, str]  # key in the evaluation set -> row of the table
+    misplaced: list[str]
+
+
+@pytest.fixture(scope="module")
+def drawn(drawings: tuple[Path, Path, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Drawn:
+    """30 drawings, of which 12 are in the training set, smaller, compressed or cropped, among 20 others."""
+    model, photos, _ = drawings
+    root = tmp_path_factory.mktemp("drawn")
+    files = sorted(photos.iterdir())
+    for place, file in enumerate(files[:30]):
+        wrong = place in (0, 1, 2, 20)  # in the folder of another class
+        folder = root / "emoji" / files[place + 5 if wrong else place].stem
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / file.name).write_bytes(file.read_bytes())
+    pictures = [Image.open(file).convert("RGB") for file in files]
+    changes = (smaller, as_jpeg, cropped)
+    copies = [changes[place % 3](pictures[place]) for place in range(12)]
+    table = write_table(root / "train", [*pictures[30:50], *copies])
+    (root / "train/broken.jpg").write_bytes((root / "train/3.png").read_bytes()[:200])
+    with table.open("a", encoding="utf-8") as file:
+        file.write("broken.jpg,a picture\ngone.png,a picture\n")
+    keys = {path.name: path.relative_to(root / "emoji").as_posix() for path in (root / "emoji").rglob("*.png")}
+    copied = {keys[files[place].name]: f"{table} row {2 + 20 + place}" for place in range(12)}
+    return Drawn(model, root / "emoji", table, copied, [keys[files[place].name] for place in (0, 1, 2, 20)])
+
+
+def run_overlap(drawn: Drawn, output: Path, *words: str) -> dict[str, Any]:
+    run_command(["overlap", *words, "--model", str(drawn.model), "--output", str(output), "--num_workers", "0"])
+    return json.loads(output.with_suffix(".json").read_text())
+
+
+def recognised_keys(drawn: Drawn) -> set[str]:
+    """What the model gets right, one picture at a time."""
+    model = load_model(str(drawn.model))
+    names = sorted(folder.name for folder in drawn.evaluation.iterdir())
+    classifier = zero_shot_classifier(model, [name.replace("_", " ") for name in names], ["a drawing of a {}."])
+    right = set()
+    for path in drawn.evaluation.rglob("*.png"):
+        with torch.no_grad():
+            feature = model.encode_image(model.preprocess(Image.open(path))[None])[0]
+        if names[int((feature @ classifier).argmax())] == path.parent.name:
+            right.add(path.relative_to(drawn.evaluation).as_posix())
+    return right
+
+
+def test_the_command_finds_the_copies_and_says_what_they_are_worth(
+    drawn: Drawn, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [str(drawn.evaluation), "--train", str(drawn.table), "--templates", "a drawing of a {}."]
+    report = run_overlap(drawn, tmp_path / "overlap.html", *words, "--threshold", "0.9")
+    output = capsys.readouterr()
+    found = report["sets"]["emoji"]
+    assert {pair["picture"]: pair["train"] for pair in found["pairs"]} == drawn.copied
+    assert all(pair["similarity"] > 0.9 for pair in found["pairs"])
+    right = recognised_keys(drawn)
+    assert 15 < len(right) < 30
+    overlap, clean = set(drawn.copied), {*right, *drawn.misplaced} - set(drawn.copied)
+    assert (found["images"], found["overlap"], found["clean"]) == (30, 12, 18)
+    assert found["contamination"] == 0.4
+    assert found["accuracy_all"] == len(right) / 30
+    assert found["accuracy_overlap"] == len(right & overlap) / 12
+    assert found["accuracy_clean"] == pytest.approx(len(right & clean) / 18)
+    assert found["p_value"] == found["p_value_bonferroni"]
+    assert found["p_value"] == pytest.approx(binom.sf(len(right & overlap) - 1, 12, found["accuracy_clean"]))
+    assert report["train"]["pictures"] == 32
+    assert report["train"]["skipped"] == {"broken image": 1, "missing image": 1}
+    assert any("row 34" in line for line in report["train"]["skipped_lines"])
+    assert "1 training pictures could not be read: broken image" in output.err
+    assert "12 (40.0 %)" in output.out
+    check_page(tmp_path / "overlap.html", report)
+
+    def no_forward(*_: object, **__: object) -> None:
+        raise AssertionError("a picture was encoded again")
+
+    monkeypatch.setattr(CLIP, "encode_image", no_forward)
+    similar = sorted(pair["similarity"] for pair in found["pairs"])
+    limit = (similar[5] + similar[6]) / 2
+    words += ["--threshold", "0.9", f"emoji={limit}"]
+    higher = run_overlap(drawn, tmp_path / "overlap.html", *words)["sets"]["emoji"]
+    assert higher["threshold"] == limit
+    looks = {pair["picture"] for pair in higher["pairs"] if pair["similarity"] < limit}
+    assert looks == {pair["picture"] for pair in found["pairs"] if pair["similarity"] < limit and pair["same_look"]}
+    by_features = run_overlap(drawn, tmp_path / "overlap.html", *words, "--by", "embedding")["sets"]["emoji"]
+    assert by_features["overlap"] == 6
+    tried = {row["threshold"]: row["overlap"] for row in by_features["thresholds"]}
+    assert (tried[0.9], tried[limit]) == (12, 6)
+
+
+def check_page(path: Path, report: dict[str, Any]) -> None:
+    """It has the pairs, as pictures that can be opened, and needs nothing else."""
+    page = path.read_text(encoding="utf-8")
+    assert not re.search(r"(src|href)=\"(?!data:)", page)
+    assert "<script" not in page
+    images = re.findall(r'<img src="data:image/jpeg;base64,([^"]+)"', page)
+    assert len(images) >= 2 * 2 * 12  # both sides, above and below the threshold
+    assert all(max(Image.open(io.BytesIO(b64decode(image))).size) <= 160 for image in images)
+    for pair in report["sets"]["emoji"]["pairs"]:
+        assert escape(pair["picture"]) in page
+        assert escape(pair["train"]) in page
+    assert "could not be read" in page
+
+
+def test_sets_of_a_suite_and_answers_of_another_model(drawn: Drawn, tmp_path: Path) -> None:
+    """Two sets in one pass, one of which has a broken picture, with p-values that allow for two tests."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/emoji").symlink_to(drawn.evaluation)
+    half = tmp_path / "data/half"
+    for key in [*list(drawn.copied)[::2], *drawn.misplaced[3:]]:
+        (half / key).parent.mkdir(parents=True, exist_ok=True)
+        (half / key).write_bytes((drawn.evaluation / key).read_bytes())
+    broken = list(drawn.copied)[0]
+    (half / broken).write_bytes((half / broken).read_bytes()[:-300])
+    entries = {
+        name: {"data": {"class_path": "datamodules.ImageFolderClasses", "init_args": {"root": name}}}
+        for name in ("emoji", "half", "missing")
+    }
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump({"sets": entries}))
+    keys = [path.relative_to(drawn.evaluation).as_posix() for path in sorted(drawn.evaluation.rglob("*.png"))]
+    answers = {"emoji": {key: key in drawn.copied for key in keys}, "half": {key: True for key in keys}}
+    (tmp_path / "answers.json").write_text(json.dumps(answers))
+    words = ["--suite", str(tmp_path / "suite.yaml"), "--data_root", str(tmp_path / "data"), "--threshold", "0.9"]
+    words += ["--train", str(drawn.table), "--results", str(tmp_path / "answers.json")]
+    report = run_overlap(drawn, tmp_path / "overlap.json", *words)
+    assert list(report["sets"]) == ["emoji", "half"]
+    emoji, half_found = report["sets"].values()
+    assert (emoji["accuracy_overlap"], emoji["accuracy_clean"], emoji["difference"]) == (1, 0, 0.4)
+    assert emoji["p_value"] == 0
+    assert (half_found["images"], half_found["overlap"], half_found["accuracy_all"]) == (6, 5, 1)
+    assert half_found["p_value_bonferroni"] == 1
+    assert len(half_found["skipped"]) == 1
+    assert Path(broken).name in half_found["skipped"][0]
+    assert not (tmp_path / "overlap.html").exists()
+    with pytest.raises(InputError, match="missing: not there"):
+        run_overlap(drawn, tmp_path / "overlap.json", *words, "--sets", "missing")
+    del answers["emoji"][keys[0]]
+    (tmp_path / "answers.json").write_text(json.dumps(answers))
+    with pytest.raises(InputError, match=re.escape(f"emoji: nothing of {keys[0]}")):
+        run_overlap(drawn, tmp_path / "overlap.json", *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--output", "overlap.csv"], "a .html or a .json file"),
+        (["--output", "nowhere/overlap.html"], "no such folder"),
+        (["--sets", "cifar10"], "--suite"),
+        ([], "no evaluation set"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_read(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=message):
+        run_command(["overlap", "--train", "none.csv", "--model", "none.ckpt", *words])
+
+
+def test_class_names_that_do_not_fit_are_said_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "pets" / name / "1.png")
+    data = {"class_path": "datamodules.ImageFolderClasses", "init_args": {"root": "pets"}}
+    suite = {"sets": {"pets": {"data": data, "class_names": ["cat"]}}}
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="pets: class_names: 1 class names, the set has 2 classes"):
+        run_command(["overlap", "--suite", "suite.yaml", "--train", "none.csv", "--model", "none.ckpt"])

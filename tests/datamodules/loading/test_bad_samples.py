@@ -1,0 +1,391 @@
+"""Pictures and captions that cannot be used: named and refused, or left out, counted, listed and limited."""
+
+import csv
+import io
+import json
+import math
+import os
+import pickle
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from datamodules import Augmentation, Captions
+from datamodules.loading.augmentation import RandomSquareCrop
+from datamodules.loading.bad_samples import BadSample, check_caption
+from datamodules.loading.images import MAX_PIXELS, MOST_ELONGATED, decoding_at_least, open_image
+from lit_clip.batch import CaptionBatch
+from lit_clip.errors import InputError
+from lit_clip.models.config import Preprocessing
+from lit_clip.models.preprocess import pixels
+from lit_clip.skipped import JUDGED_AFTER, Tally
+from tests.conftest import ROOT, TINY_YAML, run_lightning_ranks
+from tests.helpers import forks
+from tests.helpers.fuzz import encoded, picture, whole_pictures
+
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+SMALL = Preprocessing(image_size=32)
+ROWS = 160
+
+
+def broken_pictures() -> dict[str, tuple[bytes, str]]:
+    """Contents of files that are no pictures to learn from, and the reason by which they are counted."""
+    whole = whole_pictures()
+    bomb = bytearray(whole["rgb.bmp"])
+    bomb[18:26] = (20_000).to_bytes(4, "little") * 2  # width and height
+    return {
+        "empty.jpg": (b"", "not an image"),
+        "text.jpg": (b"<html>404 Not Found</html>", "not an image"),
+        "cut.jpg": (whole["rgb.jpg"][:900], "broken image"),
+        "cut.png": (whole["rgb.png"][: len(whole["rgb.png"]) // 2], "broken image"),
+        "bomb.bmp": (bytes(bomb), "image too large"),
+        "thread.png": (encoded(Image.new("L", (MOST_ELONGATED + 1, 1)), "PNG"), "broken image"),
+        "drawn.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n{} loop\n", "not an image"),
+    }
+
+
+@pytest.mark.parametrize("name", list(broken_pictures()))
+def test_a_broken_picture_is_named_with_its_reason(name: str, tmp_path: Path) -> None:
+    data, reason = broken_pictures()[name]
+    (tmp_path / name).write_bytes(data)
+    for source in (tmp_path / name, io.BytesIO(data)):
+        with pytest.raises(BadSample, match=r"^t.csv row 7: ") as error:
+            open_image(source, "t.csv row 7")
+        assert (error.value.where, error.value.reason) == ("t.csv row 7", reason)
+        assert "\n" not in str(error.value)
+    assert MAX_PIXELS < 20_000**2
+
+
+@pytest.mark.parametrize("kind", ["absent", "folder", "pipe"])
+def test_a_path_without_a_file_is_a_missing_image(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":  # a reader would wait for ever
+        os.mkfifo(path)
+    with pytest.raises(BadSample, match=re.escape(str(path))) as error:
+        open_image(path, "t.csv row 2")
+    assert error.value.reason == "missing image"
+
+
+@pytest.mark.parametrize("name", list(whole_pictures()))
+def test_every_usual_kind_of_file_becomes_the_pixels_that_published_models_saw(name: str) -> None:
+    """CMYK, palettes, 16 bits, animations: Pillow's first frame, resized and then made RGB; never turned."""
+    data = whole_pictures()[name]
+    expected = pixels(SMALL)(Image.open(io.BytesIO(data)))
+    assert torch.equal(pixels(SMALL)(open_image(io.BytesIO(data), "")), expected)
+    augmented = Augmentation().transform(SMALL)(open_image(io.BytesIO(data), ""))
+    assert (augmented.dtype, tuple(augmented.shape)) == (torch.uint8, (3, 32, 32))
+    crop = RandomSquareCrop(32, (1.0, 1.0), "bicubic")
+    middle = crop.transform(open_image(io.BytesIO(data), ""), {"side": 1.0, "x": 0.5, "y": 0.5}).convert("RGB")
+    if not name.startswith(("palette", "bits", "fax", "animated.gif")):  # of which single pixels are picked
+        assert (torch.from_numpy(np.asarray(middle).copy()).permute(2, 0, 1).float() - expected).abs().mean() < 3
+
+
+@pytest.mark.parametrize("caption", [None, math.nan, "", " \t\n", "NaN", "null", "N/A", 7, ["a"], "a \ud800 cat"])
+def test_a_caption_that_is_none_is_refused(caption: object) -> None:
+    with pytest.raises(BadSample, match=r"^row 3: ") as error:
+        check_caption(caption, "row 3")
+    assert error.value.reason in ("no caption", "caption is no text")
+
+
+@pytest.mark.parametrize("caption", ["a cat", "x" * 100_000, "猫", "not none", "0"])
+def test_a_caption_of_any_length_or_script_is_taken_as_it_is(caption: str) -> None:
+    assert check_caption(caption, "row 3") == caption
+
+
+def test_the_error_survives_the_way_from_a_data_worker() -> None:
+    error = BadSample("t.csv row 7", "broken image", "cannot read it")
+    again = pickle.loads(pickle.dumps(error))
+    assert (str(again), again.where, again.reason) == ("t.csv row 7: cannot read it", "t.csv row 7", "broken image")
+    assert str(BadSample("Caught BadSample in worker 0.")) == "Caught BadSample in worker 0."  # as a loader makes it
+
+
+# Draft decoding
+
+
+def photo_like(width: int = 1280, height: int = 960) -> Image.Image:
+    """Smooth shapes and fine noise, as cameras make them."""
+    return picture(3, width // 8, height // 8).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize(("margin", "mean"), [(1.0, 2.0), (2.0, 0.6)])
+def test_a_jpeg_decoded_at_a_fraction_gives_nearly_the_same_pixels(margin: float, mean: float) -> None:
+    data = encoded(photo_like(), "JPEG", quality=90)
+    crop = RandomSquareCrop(224, (0.9, 1.0), "bicubic", decode_margin=margin)
+    whole = open_image(io.BytesIO(data), "")
+    with decoding_at_least(crop.least_size):
+        part = open_image(io.BytesIO(data), "")
+    assert part.size == {1.0: (320, 240), 2.0: (640, 480)}[margin]
+    for _ in range(5):
+        params = crop.make_params([])
+        plain, fast = (np.asarray(crop.transform(image, params), dtype=float) for image in (whole, part))
+        assert np.abs(plain - fast).mean() < mean
+        shifted = np.abs(plain[:, :-1] - fast[:, 1:]).mean()
+        assert shifted > 2 * np.abs(plain - fast).mean()  # the crop is at the same place
+
+
+def test_a_picture_that_is_small_already_is_decoded_whole() -> None:
+    data = encoded(photo_like(400, 300), "JPEG")
+    with decoding_at_least(RandomSquareCrop(224, (0.9, 1.0), "bicubic").least_size):
+        assert open_image(io.BytesIO(data), "").size == (400, 300)
+    with decoding_at_least(RandomSquareCrop(32, (0.01, 1.0), "bicubic").least_size):  # a crop may have 30 pixels
+        assert open_image(io.BytesIO(data), "").size == (400, 300)
+    with decoding_at_least(RandomSquareCrop(32, (0.5, 1.0), "bicubic").least_size):
+        assert open_image(io.BytesIO(data), "").size == (100, 75)
+
+
+# Batches
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """160 rows, five of which cannot be used, and the reasons of those by where they are."""
+    folder = tmp_path_factory.mktemp("bad")
+    for i in range(ROWS):
+        picture(i, 40, 36).save(folder / f"{i}.png")
+    bad = {}
+    for row, (name, (data, reason)) in zip((3, 50, 51, 120), broken_pictures().items(), strict=False):
+        (folder / f"{row}.png").write_bytes(data)
+        bad[f"captions.csv row {row + 2}"] = reason
+        assert name
+    (folder / "77.png").unlink()
+    bad["captions.csv row 79"] = "missing image"
+    lines = [f"{i}.png,{'long ' * 20_000 if i == 9 else f'noise {i}'}" for i in range(ROWS)]
+    (folder / "captions.csv").write_text("\n".join(["image,caption", *lines]))
+    return folder / "captions.csv", {str(folder / where): reason for where, reason in bad.items()}
+
+
+def batches_of(table: Path, workers: int = 0, **options: Any) -> tuple[list[CaptionBatch], list[CaptionBatch]]:
+    data = Captions(str(table), str(table), batch_size=8, num_workers=workers, preprocessing=SMALL, **options)
+    data.setup("fit")
+    return list(data.train_dataloader()), list(data.val_dataloader())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_skipped_sample_leaves_its_batch_smaller_and_is_named(
+    table: tuple[Path, dict[str, str]], workers: int
+) -> None:
+    path, bad = table
+    for batches in batches_of(path, workers, on_error="skip"):
+        assert {where: reason for batch in batches for where, reason in batch.skipped} == bad
+        keys = [key for batch in batches for key in batch.keys]
+        assert sorted(keys) == sorted(f"{i}.png" for i in set(range(ROWS)) - {3, 50, 51, 120, 77})
+        for batch in batches:
+            sizes = {len(batch.images), len(batch.tokens), len(batch.keys), len(batch.captions)}
+            assert sizes == {8 - len(batch.skipped)}
+
+
+def test_all_samples_of_a_batch_may_be_bad(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("image,caption\n" + "".join(f"{i}.png,a\n" for i in range(8)))
+    for (batch,) in batches_of(tmp_path / "a.csv", on_error="skip"):
+        assert (tuple(batch.images.shape), batch.images.dtype) == ((0, 3, 32, 32), torch.uint8)
+        assert (len(batch.tokens), batch.keys, len(batch.skipped)) == (0, [], 8)
+
+
+def test_without_the_option_the_first_bad_picture_is_an_error(table: tuple[Path, dict[str, str]]) -> None:
+    path, bad = table
+    with pytest.raises(InputError) as error:
+        batches_of(path)
+    assert any(str(error.value).startswith(f"{where}: ") for where in bad)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"on_error": "ignore"}, "on_error: 'ignore' is neither error nor skip"),
+        ({"max_skipped": 5}, "max_skipped: 5 is no share"),
+    ],
+)
+def test_an_impossible_policy_is_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        Captions("a.csv", **options)
+
+
+def test_a_batch_stretches_by_repeating_its_last_pair() -> None:
+    images, tokens = torch.arange(6).reshape(2, 3, 1, 1), torch.arange(4).reshape(2, 2)
+    batch = CaptionBatch(images, tokens, ["a", "b"], ["A", "B"], skipped=[("c", "broken image")])
+    more = batch.stretched(4)
+    assert more.keys == ["a", "b", "b", "b"]
+    assert more.captions == ["A", "B", "B", "B"]
+    assert torch.equal(more.images, images[[0, 1, 1, 1]])
+    assert torch.equal(more.tokens, tokens[[0, 1, 1, 1]])
+    assert batch.stretched(2) is batch
+    assert [part.keys for part in more.split(3)] == [["a"], ["b"], ["b", "b"]]
+
+
+# Counting
+
+
+def tally_of(drawn: int, skipped: int) -> Tally:
+    tally = Tally()
+    tally.add(
+        CaptionBatch(torch.zeros(drawn - skipped, 0), torch.zeros(0), [], skipped=[("x", "not an image")] * skipped)
+    )
+    tally.join()
+    return tally
+
+
+@pytest.mark.parametrize(
+    ("drawn", "skipped", "at_end", "expected"),
+    [
+        (99, 98, False, False),
+        (99, 98, True, False),
+        (100, 5, False, False),
+        (100, 6, False, True),
+        (1000, 50, True, False),
+        (3, 3, False, False),
+        (3, 3, True, True),
+        (0, 0, True, False),
+    ],
+)
+def test_too_many_is_a_share_of_a_hundred_or_all_there_is(
+    drawn: int, skipped: int, at_end: bool, expected: bool
+) -> None:
+    assert JUDGED_AFTER == 100
+    assert tally_of(drawn, skipped).too_many(0.05, at_end) is expected
+
+
+def test_reasons_become_metric_names() -> None:
+    assert tally_of(10, 2).metrics("data/skipped") == {"data/skipped": 2.0, "data/skipped_not_an_image": 2.0}
+
+
+# Runs of the command
+
+
+def fit(table: Path, devices: int, *more: str) -> list[str]:
+    return [
+        "fit",
+        *("--data", "datamodules.Captions", "--data.train", str(table), "--data.val", str(table)),
+        *("--data.num_workers", "1", "--data.batch_size", "4", "--model.architecture", TINY_YAML),
+        *("--trainer.accelerator", "cpu", "--trainer.devices", str(devices), "--trainer.max_epochs", "1"),
+        *("--trainer.strategy", "auto" if devices == 1 else "ddp", "--trainer.log_every_n_steps", "4"),
+        *("--trainer.enable_progress_bar", "false", "--trainer.num_sanity_val_steps", "0"),
+        *("--trainer.logger", "{class_path: lightning.pytorch.loggers.CSVLogger, init_args: {save_dir: logs}}"),
+        *more,
+    ]
+
+
+def test_two_processes_count_what_both_skip_and_list_each_sample_once(
+    table: tuple[Path, dict[str, str]], cli: Cli, tmp_path: Path
+) -> None:
+    path, bad = table
+    result = cli(*fit(path, 2, "--data.on_error", "skip"), timeout=180)
+    assert result.returncode == 0, result.stderr
+    assert "5 of 160 samples (3.1%) could not be used" in result.stderr
+    (listed,) = tmp_path.rglob("skipped.jsonl")
+    lines = [json.loads(line) for line in listed.read_text().splitlines()]
+    assert {line["where"]: line["reason"] for line in lines} == bad
+    assert len(lines) == len(bad)  # though the validation skipped them too
+    with (listed.parent / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    counts = {name: [float(row[name]) for row in rows if row.get(name)] for name in rows[0] if "skipped" in name}
+    reasons = {f"data/skipped_{reason.replace(' ', '_')}" for reason in bad.values()}
+    assert counts.keys() == {"data/skipped", "data/val_skipped"} | reasons | {
+        name.replace("skipped", "val_skipped", 1) for name in reasons
+    }
+    assert counts["data/skipped"] == sorted(counts["data/skipped"])
+    assert counts["data/skipped"][-1] == 5  # the twentieth step is the last one and is logged
+    assert counts["data/val_skipped"] == [5]
+
+
+def test_a_bad_sample_ends_a_run_of_several_processes_in_one_line(table: tuple[Path, dict[str, str]], cli: Cli) -> None:
+    path, _ = table
+    (path.parent / "one.csv").write_text(
+        "image,caption\n" + "".join(f"{i}.png,a\n" for i in range(40) if i != 3) + "77.png,a\n"
+    )
+    result = cli(*fit(path.parent / "one.csv", 2), timeout=120)
+    assert result.returncode == 2, result.stderr
+    assert re.search(r"lit-clip: error: \S+one.csv row 41: no such image file", result.stderr), result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_too_many_bad_samples_end_the_run_of_all_processes(
+    table: tuple[Path, dict[str, str]], cli: Cli, tmp_path: Path
+) -> None:
+    path, _ = table
+    result = cli(*fit(path, 2, "--data.on_error", "skip", "--data.max_skipped", "0.02"), timeout=120)
+    assert result.returncode == 2, result.stderr
+    assert re.search(r"error: \d of 1\d\d samples \(\d.\d%\) could not be used: .* raise data.init_args", result.stderr)
+    assert list(tmp_path.rglob("skipped.jsonl"))
+
+
+# Batches without pairs
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "positives": {"duplicates": "positives"},
+    "ring": {"ring_loss": True, "duplicates": "ignored"},
+    "parts": {"micro_batch_size": 3, "gradient_checkpointing": True},
+    "sharded": {"micro_batch_size": 3, "strategy": "fsdp"},
+    "batch_norm": {"batch_norm": True},
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a training of each case by two ranks, of which some have no pairs, and by one that has them all."""
+    folder = tmp_path_factory.mktemp("no_pairs")
+    for world in (1, 2):
+        jobs = [
+            {"output": str(folder / f"{case}_{world}.ckpt"), "world": world, "strategy": "ddp", **options}
+            for case, options in CASES.items()
+        ]
+        jobs = [job | ({"strategy": "auto"} if world == 1 else {}) for job in jobs]
+        run_lightning_ranks(world, folder, str(ROOT / "tests/helpers/ranks_skipped.py"), "train_all", json.dumps(jobs))
+    return folder
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "batch_norm"])
+def test_ranks_without_pairs_train_as_one_process_with_the_pairs_of_all(case: str, runs: Path) -> None:
+    """Also a step in which no rank has any: it counts, and leaves the weights as they are."""
+    alone, both = (torch.load(runs / f"{case}_{world}.ckpt", weights_only=True) for world in (1, 2))
+    assert alone["global_step"] == both["global_step"] == 5
+    torch.testing.assert_close(both["state_dict"], alone["state_dict"], rtol=0, atol=1e-5)
+    metrics = [json.loads((runs / f"{case}_{world}.json").read_text()) for world in (1, 2)]
+    assert metrics[1] == pytest.approx(metrics[0], abs=1e-5)
+
+
+def test_pictures_that_stand_in_for_skipped_ones_leave_no_trace_in_statistics(runs: Path) -> None:
+    state = torch.load(runs / "batch_norm_2.ckpt", weights_only=True)["state_dict"]
+    counts = {int(value) for name, value in state.items() if name.endswith("num_batches_tracked")}
+    assert counts == {3}  # of five steps the first rank, whose statistics count, had pairs in three
+    assert all(value.isfinite().all() for value in state.values())
+
+
+# Accidents
+
+
+def accidents(kind: str, folder: Path, count: int, seed: int, timeout: int) -> dict[str, Any]:
+    """What ``tests/helpers/fuzz.py`` found."""
+    words = [str(ROOT / "tests/helpers/fuzz.py"), kind, str(folder), str(count), str(seed)]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache")}
+    (done,) = forks.run([forks.Program(forks.script, words, folder, environment)], timeout)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def check_accidents(kind: str, folder: Path, count: int, timeout: int) -> None:
+    found = accidents(kind, folder, count, seed=1, timeout=timeout)
+    assert found["outcomes"].pop("used") > count // 4
+    assert sum(found["outcomes"].values()) > count // 4
+    assert len(found["warnings"]) <= 5, found["warnings"]
+
+
+@pytest.mark.parametrize(("kind", "count"), [("pictures", 100), ("sources", 50)])
+def test_damaged_files_are_refused_or_skipped_and_nothing_else_happens(kind: str, count: int, tmp_path: Path) -> None:
+    check_accidents(kind, tmp_path, count, timeout=120)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "count"), [("pictures", 2000), ("sources", 500)])
+def test_thousands_of_damaged_files(kind: str, count: int, tmp_path: Path) -> None:
+    check_accidents(kind, tmp_path, count, timeout=900)

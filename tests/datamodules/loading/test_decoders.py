@@ -1,0 +1,138 @@
+"""Training pictures decoded and resized the fast way: the plain way's crops and, to within rounding, its pixels."""
+
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from datamodules import Augmentation
+from datamodules.loading.augmentation import FastSquareCrop, RandomSquareCrop
+from datamodules.loading.images import decoding_at_least, fraction, full_size, open_image
+from lit_clip.models.config import Preprocessing
+from tests.helpers.fuzz import whole_pictures
+
+
+@pytest.fixture(scope="module")
+def temple() -> Image.Image:
+    """640 x 427."""
+    return Image.fromarray(load_sample_images().images[0])
+
+
+def jpeg(image: Image.Image, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "JPEG", **{"quality": 90, **options})
+    return file.getvalue()
+
+
+# What is cropped
+
+
+@pytest.mark.parametrize("size", [(1280, 960), (1281, 963), (1279, 957), (640, 481)])
+def test_a_fraction_is_cropped_where_the_whole_picture_is(temple: Image.Image, size: tuple[int, int]) -> None:
+    """Also where the size is no multiple of the fraction, and a decoded picture's last pixels cover less."""
+    data = jpeg(temple.resize(size, Image.Resampling.BICUBIC))
+    crop = RandomSquareCrop(224, (0.9, 1.0), "bicubic")
+    whole = open_image(io.BytesIO(data), "")
+    with decoding_at_least(crop.least_size):
+        part = open_image(io.BytesIO(data), "")
+    factor = {1280: 4, 1281: 4, 1279: 4, 640: 2}[size[0]]
+    assert full_size(part) == (*size, factor)
+    assert full_size(whole) == (*size, 1)
+    torch.manual_seed(0)
+    for _ in range(20):
+        params = crop.make_params([])
+        assert tuple(factor * edge for edge in crop.box(part, params)) == crop.box(whole, params)
+    one, other = (np.asarray(crop.transform(each, params), dtype=float) for each in (whole, part))
+    assert np.abs(one - other).mean() < 4  # this temple is all edges
+    for shifted in (one[:, 1:] - other[:, :-1], one[1:] - other[:-1], one[:, :-1] - other[:, 1:], one[:-1] - other[1:]):
+        assert np.abs(shifted).mean() > 3 * np.abs(one - other).mean()
+
+
+@pytest.mark.parametrize("size", [(224, 224), (100, 75), (500, 1), (1, 9), (1, 1), (225, 224), (3000, 17)])
+@pytest.mark.parametrize("target", [16, 224, (32, 64)])
+def test_a_crop_lies_inside_a_picture_of_any_shape(size: tuple[int, int], target: Any) -> None:
+    crop = FastSquareCrop(target, (0.1, 1.0), "bilinear", decode_margin=1.0)
+    picture = Image.new("RGB", size, (10, 20, 30))
+    with decoding_at_least(crop.least_size):
+        decoded = open_image(io.BytesIO(jpeg(picture, quality=100, subsampling=0)), "")
+    for place in (0.0, 0.49, 1.0):
+        for side in (0.1**0.5, 1.0):
+            params = {"side": side, "x": place, "y": place}
+            left, top, right, bottom = crop.box(decoded, params)
+            assert 0 <= left < right <= decoded.width
+            assert 0 <= top < bottom <= decoded.height
+            pixels = crop.transform(decoded, params)
+            assert tuple(pixels.shape) == (3, *crop.size)
+            assert (pixels.float() - torch.tensor([10.0, 20, 30]).view(3, 1, 1)).abs().max() <= 2
+
+
+def test_the_fraction_is_the_one_that_pillow_takes() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        width, height, wide, high = (int(each) for each in rng.integers(1, [300, 300, 90, 90]))
+        least = (min(wide, width), min(high, height))
+        with Image.open(io.BytesIO(jpeg(Image.new("RGB", (width, height))))) as image:
+            image.draft("RGB", least)
+            divided = fraction((width, height), least)
+            assert image.size == (-(-width // divided), -(-height // divided))
+
+
+# Its pixels
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("size", [(640, 427), (320, 240), (100, 75), (224, 224), (900, 800), (2000, 1500)])
+def test_torch_resizes_as_pillow_does(temple: Image.Image, size: tuple[int, int], interpolation: Any) -> None:
+    picture = temple.resize(size, Image.Resampling.BICUBIC)
+    plain, fast = (kind(224, (0.5, 1.0), interpolation) for kind in (RandomSquareCrop, FastSquareCrop))
+    for _ in range(3):
+        params = plain.make_params([])
+        expected = np.asarray(plain.transform(picture, params), dtype=float)
+        found = fast.transform(picture, params)
+        assert found.dtype == torch.uint8
+        off = np.abs(found.permute(1, 2, 0).numpy() - expected)
+        assert off.mean() < 0.2
+    assert np.abs(np.diff(expected, axis=0)).mean() > 3
+
+
+@pytest.mark.parametrize("name", list(whole_pictures()))
+def test_pictures_of_every_kind_are_the_exact_ones_to_within_rounding(name: str) -> None:
+    data = whole_pictures()[name]
+    small = Preprocessing(image_size=32)
+    result = []
+    for augmentation in (Augmentation(exact=True), Augmentation()):
+        torch.manual_seed(1)
+        with decoding_at_least(augmentation.least_size(small)):
+            result.append(augmentation.transform(small)(open_image(io.BytesIO(data), "")))
+    assert result[0].shape == result[1].shape == (3, 32, 32)
+    assert (result[0].float() - result[1].float()).abs().mean() < 2
+
+
+def test_exact_is_decoded_whole_and_resized_by_pillow(temple: Image.Image) -> None:
+    """The definition, written out: of the very pixels that Pillow has decoded."""
+    data = jpeg(temple.resize((1280, 960)))
+    augmentation = Augmentation(exact=True)
+    with decoding_at_least(augmentation.least_size(Preprocessing())):
+        decoded = open_image(io.BytesIO(data), "")
+    assert np.array_equal(np.asarray(decoded), np.asarray(Image.open(io.BytesIO(data))))
+    torch.manual_seed(5)
+    share, y, x = torch.rand(3).tolist()
+    side = round(240 * (0.9 + 0.1 * share) ** 0.5)  # in fours of pixels, which a quarter of the size would have
+    left, top = round(x * (320 - side)), round(y * (240 - side))
+    box = (4 * left, 4 * top, 4 * (left + side), 4 * (top + side))
+    expected = np.asarray(decoded.resize((224, 224), Image.Resampling.BICUBIC, box, 2.0))
+    torch.manual_seed(5)
+    found = augmentation.transform(Preprocessing())(decoded)
+    assert np.array_equal(found.permute(1, 2, 0).numpy(), expected)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_colours_change_alike_either_way(temple: Image.Image, exact: bool) -> None:
+    grey = Augmentation(color_jitter=0.4, grayscale=1.0, exact=exact).transform(Preprocessing())(temple)
+    assert grey.dtype == torch.uint8
+    assert torch.equal(grey[0], grey[2])
+    assert grey.float().std() > 20

@@ -1,0 +1,76 @@
+"""Memory of data workers that persist, and of the process they read for: what an epoch takes, the next gives back."""
+
+import io
+import os
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from datamodules import Captions
+from lit_clip.models.config import Preprocessing
+
+ROWS, TARS, EPOCHS = 3000, 30, 5
+
+
+def kilobytes(process: int) -> int:
+    """A process's own memory; pages of mapped files are the system's to keep or drop."""
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
+    return int(status["RssAnon"].split()[0])
+
+
+def write_pictures(folder: Path) -> list[str]:
+    """Twenty small files, of which each sample has one."""
+    rng = np.random.default_rng(0)
+    names = [f"{i:02}.jpg" for i in range(20)]
+    for i, name in enumerate(names):
+        Image.fromarray(rng.integers(0, 256, (60 + i, 80, 3), dtype=np.uint8)).save(folder / name)
+    return names
+
+
+def caption(row: int) -> str:
+    return f"caption {row} {'and so on ' * (row % 9)}"
+
+
+def write_table(folder: Path) -> str:
+    names = write_pictures(folder)
+    lines = [f"{names[row % 20]},{caption(row)}" for row in range(ROWS)]
+    (folder / "t.csv").write_text("\n".join(["image,caption", *lines]))
+    return str(folder / "t.csv")
+
+
+def write_tars(folder: Path) -> str:
+    """Thirty, more than are shuffled among themselves at a time."""
+    pictures = [(folder / name).read_bytes() for name in write_pictures(folder)]
+    for number in range(TARS):
+        with tarfile.open(folder / f"{number:05}.tar", "w") as tar:
+            for row in range(number * ROWS // TARS, (number + 1) * ROWS // TARS):
+                for name, content in ((f"{row}.jpg", pictures[row % 20]), (f"{row}.txt", caption(row).encode())):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    return f"{folder}/{{00000..{TARS - 1:05}}}.tar"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read as Linux tells it")
+@pytest.mark.parametrize("write", [write_table, write_tars])
+def test_workers_that_persist_grow_by_less_than_two_percent_after_the_second_epoch(
+    write: Callable[[Path], str], tmp_path: Path
+) -> None:
+    data, options = write(tmp_path), {"batch_size": 50, "num_workers": 2, "preprocessing": Preprocessing(image_size=32)}
+    module = Captions(data, data, **options)
+    module.setup("fit")
+    loader: Any = module.train_dataloader()
+    used = []
+    for epoch in range(EPOCHS):
+        loader.batch_sampler.set_epoch(epoch)
+        assert sum(len(batch.keys) for batch in loader) == ROWS
+        workers = [worker.pid for worker in loader._iterator._workers]
+        used.append([kilobytes(process) for process in (*workers, os.getpid())])
+    for process in range(3):
+        assert used[-1][process] < 1.02 * used[1][process], used

@@ -1,0 +1,130 @@
+"""Batches of samples against plain sets: nothing twice, nothing lost, the same for any number of ranks."""
+
+import pytest
+
+from datamodules.loading.sampling import EvaluationBatchSampler, GlobalBatchSampler, Sample, StridedSampler
+from lit_clip.errors import InputError
+
+WORLDS = (1, 2, 3, 4)
+
+
+def global_batches(
+    size: int, global_batch: int, world: int, seed: int = 0, epoch: int = 0
+) -> list[list[tuple[int, ...]]]:
+    """For each step, the rows of each rank."""
+    ranks = []
+    for rank in range(world):
+        sampler = GlobalBatchSampler(size, global_batch // world, rank, world, seed)
+        sampler.set_epoch(epoch)
+        ranks.append([tuple(sample.row for sample in batch) for batch in sampler])
+    return [list(step) for step in zip(*ranks, strict=True)]
+
+
+def rows_of(steps: list[list[tuple[int, ...]]]) -> list[int]:
+    return [row for step in steps for batch in step for row in batch]
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
+def test_a_step_sees_the_same_samples_on_any_number_of_ranks(world: int) -> None:
+    alone, together = global_batches(61, 12, 1, epoch=3), global_batches(61, 12, world, epoch=3)
+    assert len(alone) == 5
+    for one, many in zip(alone, together, strict=True):
+        assert {row for batch in many for row in batch} == set(one[0])
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("size", [12, 13, 61, 83])
+def test_a_sample_comes_at_most_once_an_epoch_and_only_an_incomplete_batch_is_left_out(size: int, world: int) -> None:
+    rows = rows_of(global_batches(size, 12, world))
+    assert len(rows) == len(set(rows)) == size - size % 12
+    assert set(rows) <= set(range(size))
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_where_sizes_divide_an_epoch_is_every_sample_once(world: int) -> None:
+    assert sorted(rows_of(global_batches(60, 12, world))) == list(range(60))
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_every_rank_has_as_many_full_batches_as_its_length_says(world: int) -> None:
+    samplers = [GlobalBatchSampler(50, 3, rank, world, seed=0) for rank in range(world)]
+    batches = [list(sampler) for sampler in samplers]
+    assert {len(sampler) for sampler in samplers} == {len(own) for own in batches} == {50 // (3 * world)}
+    assert {len(batch) for own in batches for batch in own} == {3}
+
+
+def test_a_seed_fixes_the_order_and_an_epoch_or_another_seed_changes_it() -> None:
+    orders = {(seed, epoch): rows_of(global_batches(60, 12, 2, seed, epoch)) for seed in (0, 1) for epoch in range(3)}
+    assert len({tuple(order) for order in orders.values()}) == len(orders)
+    assert list(range(60)) not in orders.values()
+    assert rows_of(global_batches(60, 12, 2, seed=1, epoch=2)) == orders[1, 2]
+
+
+def test_the_epoch_can_go_back_as_it_does_on_resuming() -> None:
+    sampler = GlobalBatchSampler(20, 4, 0, 1, seed=0)
+    first = list(sampler)
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+    sampler.set_epoch(0)
+    assert list(sampler) == first
+
+
+def test_other_samples_are_left_out_in_other_epochs() -> None:
+    left_out = [frozenset(range(23)) - set(rows_of(global_batches(23, 12, 2, epoch=epoch))) for epoch in range(8)]
+    assert all(len(rows) == 11 for rows in left_out)
+    assert len(set(left_out)) == 8
+    assert not frozenset.intersection(*left_out)
+
+
+def test_a_sample_carries_its_epoch() -> None:
+    sampler = GlobalBatchSampler(5, 2, 0, 1, seed=0)
+    sampler.set_epoch(7)
+    samples = [sample for batch in sampler for sample in batch]
+    assert all(isinstance(sample, Sample) for sample in samples)
+    assert {sample.epoch for sample in samples} == {7}
+
+
+@pytest.mark.parametrize(("size", "batch_size", "world", "largest"), [(11, 12, 1, 11), (23, 6, 4, 5), (4, 64, 3, 1)])
+def test_fewer_samples_than_a_batch_is_an_error_that_names_the_largest_that_fits(
+    size: int, batch_size: int, world: int, largest: int
+) -> None:
+    with pytest.raises(InputError) as error:
+        GlobalBatchSampler(size, batch_size, 0, world, seed=0)
+    message = str(error.value)
+    assert "\n" not in message
+    assert f"{size} training pairs" in message
+    assert f"batch_size to {largest} or less" in message
+    assert len(GlobalBatchSampler(size, largest, 0, world, seed=0)) == 1
+
+
+def test_fewer_samples_than_processes_does_not_advise_a_batch_of_none() -> None:
+    with pytest.raises(InputError) as error:
+        GlobalBatchSampler(3, 1, 0, 4, seed=0)
+    assert "3 training pairs" in str(error.value)
+    assert "to 0 or less" not in str(error.value)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("size", [1, 21])
+def test_strided_ranks_together_see_each_sample_once(size: int, world: int) -> None:
+    samplers = [StridedSampler(size, rank, world) for rank in range(world)]
+    parts = [list(sampler) for sampler in samplers]
+    assert sorted(index for part in parts for index in part) == list(range(size))
+    assert [len(sampler) for sampler in samplers] == [len(part) for part in parts]
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1  # no rank waits for another
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("batch_size", [1, 2, 7, 100])
+@pytest.mark.parametrize("size", [0, 1, 3, 15, 21, 64])
+def test_evaluation_has_each_sample_once_and_as_many_batches_on_each_rank_as_it_can(
+    size: int, batch_size: int, world: int
+) -> None:
+    samplers = [EvaluationBatchSampler(size, batch_size, rank, world) for rank in range(world)]
+    batches = [list(sampler) for sampler in samplers]
+    for rank, (sampler, own) in enumerate(zip(samplers, batches, strict=True)):
+        assert [row for batch in own for row in batch] == list(StridedSampler(size, rank, world))
+        assert all(0 < len(batch) <= batch_size for batch in own)
+        assert len(sampler) == max(len(own), min(size, 1))  # a rank that announced none would be left out
+    if size >= world and batch_size > 1:
+        assert {len(own) for own in batches} == {-(-len(StridedSampler(size, 0, world)) // batch_size)}

@@ -1,0 +1,97 @@
+"""Folders of pictures with texts beside them."""
+
+import pickle
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from datamodules.loading.bad_samples import BadSample
+from datamodules.pairs import folder as folders
+from datamodules.pairs.source import open_source
+from lit_clip.errors import InputError
+
+
+def paint(folder: Path, *names: str) -> None:
+    for i, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (6, 6), (i, 0, 0)).save(folder / name)
+
+
+def test_pictures_at_any_depth_are_paired_with_the_texts_of_their_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folders, "BATCH_ROWS", 2)
+    names = ["b.PNG", "a.jpg", "deep/er/c.webp", "deep/d.v2.png", "deep.png"]
+    paint(tmp_path, *names, "alone.png", ".hidden/e.png", ".f.png")
+    for name in (*names, ".hidden/e.png", ".f.png"):
+        (tmp_path / name).with_suffix(".txt").write_text(f"of {name}\n", encoding="utf-8")
+    (tmp_path / "no picture.txt").write_text("read me")
+    source = open_source(tmp_path)
+    found = [source.load(index, None) for index in range(len(source))]
+    assert [pair.key for pair in found] == ["a.jpg", "b.PNG", "deep/d.v2.png", "deep/er/c.webp", "deep.png"]
+    assert [pair.caption for pair in found] == [f"of {pair.key}" for pair in found]
+    assert source.left_out.counts == {"no caption": 1}
+    assert source.read(1).image == (tmp_path / "b.PNG").read_bytes()
+    assert pickle.loads(pickle.dumps(source)).captions(4) == ["of deep.png"]
+
+
+def test_each_line_is_a_caption_and_the_samples_own_seed_draws_one(tmp_path: Path) -> None:
+    paint(tmp_path, "a.png")
+    (tmp_path / "a.txt").write_text("\ufeffone\r\n\r\n  two \r\nnan\r\nthree", encoding="utf-8", newline="")
+    source = open_source(tmp_path)
+    assert source.captions(0) == ["one", "two", "three"]
+    drawn = [source.load(0, random.Random(seed)).caption for seed in range(30)]
+    assert drawn == [random.Random(seed).choice(["one", "two", "three"]) for seed in range(30)]
+
+
+BAD_TEXTS = {"blank": b" \n", "nan": b"NaN", "not UTF-8": "café".encode("latin-1")}
+
+
+@pytest.mark.parametrize("case", BAD_TEXTS)
+def test_a_text_that_is_no_caption_is_a_bad_sample_that_names_the_picture(tmp_path: Path, case: str) -> None:
+    paint(tmp_path, "a.png")
+    (tmp_path / "a.txt").write_bytes(BAD_TEXTS[case])
+    source = open_source(tmp_path)
+    for read in (source.captions, source.read, lambda index: source.load(index, None)):
+        with pytest.raises(BadSample) as error:
+            read(0)
+        assert error.value.where == f"{tmp_path}: a.png"
+        assert error.value.reason == ("not UTF-8" if case == "not UTF-8" else "no caption")
+    (tmp_path / "a.txt").unlink()
+    with pytest.raises(BadSample, match="cannot read a.txt"):
+        source.captions(0)
+
+
+def test_a_folder_of_pictures_without_texts_is_an_error_that_says_what_is_missing(tmp_path: Path) -> None:
+    paint(tmp_path, "a.png", "b.png")
+    with pytest.raises(InputError, match="its 2 pictures have no .txt beside them; a.jpg needs its caption in a.txt"):
+        open_source(tmp_path)
+    (tmp_path / "captions.csv").write_text("image,caption\na.png,a cat\n")
+    with pytest.raises(InputError, match=r"give the table itself \(captions.csv\)"):
+        open_source(tmp_path)
+
+
+def test_what_img2dataset_writes_as_files_is_a_folder_of_pictures(tmp_path: Path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for shard in ("00000", "00001"):
+        paint(tmp_path, f"{shard}/{shard}0000.jpg")
+        (tmp_path / f"{shard}/{shard}0000.txt").write_text(f"of {shard}")
+        (tmp_path / f"{shard}/{shard}0000.json").write_text("{}")
+        pq.write_table(pa.table({"url": ["http://x/a.jpg"], "caption": ["of"]}), tmp_path / f"{shard}.parquet")
+        (tmp_path / f"{shard}_stats.json").write_text("{}")
+    source = open_source(tmp_path)
+    assert [source.captions(index) for index in range(len(source))] == [["of 00000"], ["of 00001"]]
+
+
+def test_a_division_has_each_picture_once(tmp_path: Path) -> None:
+    names = [f"{i}.png" for i in range(10)]
+    paint(tmp_path, *names)
+    for name in names:
+        (tmp_path / name).with_suffix(".txt").write_text("a caption")
+    train, val = open_source(tmp_path).divide(0.3, seed=0)
+    assert (len(train), len(val)) == (7, 3)
+    colors = [part.load(i, None).image.getpixel((0, 0))[0] for part in (train, val) for i in range(len(part))]
+    assert np.array_equal(np.sort(colors), np.arange(10))

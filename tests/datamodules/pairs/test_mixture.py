@@ -1,0 +1,112 @@
+"""Mixtures against counting: the stated share of each source, and none of its pairs again before all have come."""
+
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from datamodules.pairs.mixture import Mixture, shares_of
+from datamodules.pairs.source import Encoded, Pair, PairSource
+from lit_clip.errors import InputError
+
+
+class Numbers(PairSource):
+    """Pairs without files, called by their rows."""
+
+    def __init__(self, size: int, group: str = "") -> None:
+        self.size, self.group = size, group
+
+    def __len__(self) -> int:
+        return self.size
+
+    def load(self, index: int, rng: random.Random | None) -> Pair:
+        return Pair(Image.new("RGB", (1, 1)), f"of {self.size}: {index}", str(index), self.group)
+
+    def read(self, index: int) -> Encoded:
+        return Encoded(b"", [f"of {self.size}: {index}"], str(index), self.group, f"row {index}")
+
+
+def test_each_source_has_the_share_of_an_epoch_that_its_weight_says() -> None:
+    mixture = Mixture([Numbers(1000), Numbers(10), Numbers(300)], [5, 3, 2], epoch_size=200)
+    source_of = np.repeat([0, 1, 2], [1000, 10, 300])
+    for epoch in range(4):
+        order = mixture.order(epoch, seed=3)
+        assert len(order) == mixture.epoch_size == 200
+        assert np.bincount(source_of[order]).tolist() == [100, 60, 40]
+
+
+@pytest.mark.parametrize(
+    ("weights", "total", "shares"),
+    [([1, 1, 1], 10, [4, 3, 3]), ([0.7, 0.2, 0.1], 10, [7, 2, 1]), ([1, 999], 1001, [1, 1000]), ([2.5], 7, [7])],
+)
+def test_shares_are_whole_numbers_near_the_weights(weights: list[float], total: int, shares: list[int]) -> None:
+    assert shares_of(weights, total) == shares
+
+
+def test_a_source_is_used_up_before_any_of_it_comes_again_across_epochs() -> None:
+    mixture = Mixture([Numbers(7), Numbers(50)], [3, 2], epoch_size=20)  # 12 and 8 an epoch
+    stream = np.concatenate([mixture.order(epoch, seed=0) for epoch in range(25)])
+    for start, size in ((0, 7), (7, 50)):
+        own = stream[(stream >= start) & (stream < start + size)] - start
+        passes = [own[first : first + size] for first in range(0, len(own) - size + 1, size)]
+        assert len(passes) == len(own) // size
+        for one in passes:
+            assert sorted(one) == list(range(size))
+        assert len({tuple(one) for one in passes}) == len(passes)  # each in an order of its own
+
+
+def test_the_order_is_a_pure_function_of_epoch_and_seed_and_mixes_the_sources() -> None:
+    mixture = Mixture([Numbers(400), Numbers(400)], [1, 1])
+    assert mixture.epoch_size == len(mixture) == 800
+    orders = {(epoch, seed): mixture.order(epoch, seed) for epoch in (3, 0) for seed in (0, 1)}
+    assert len({tuple(order) for order in orders.values()}) == 4
+    assert np.array_equal(Mixture([Numbers(400), Numbers(400)], [1, 1]).order(3, 1), orders[3, 1])
+    first = orders[0, 0]
+    assert sorted(first) == list(range(800))
+    assert 160 < (first[:400] < 400).sum() < 240
+    assert not np.array_equal(first[first < 400], first[first >= 400] - 400)  # equal sources differ in order
+
+
+def test_keys_and_groups_of_two_sources_stay_apart() -> None:
+    mixture = Mixture([Numbers(3, "a"), Numbers(2, "a"), Numbers(1)], [1, 1, 1])
+    pairs = [mixture.load(index, None) for index in range(len(mixture))]
+    assert [pair.key for pair in pairs] == ["0:0", "0:1", "0:2", "1:0", "1:1", "2:0"]
+    assert [pair.group for pair in pairs] == ["0:a", "0:a", "0:a", "1:a", "1:a", ""]
+    assert [pair.caption for pair in pairs[3:5]] == ["of 2: 0", "of 2: 1"]
+    assert [mixture.read(index).key for index in range(6)] == [pair.key for pair in pairs]
+    assert mixture.captions(4) == ["of 2: 1"]
+
+
+def test_a_mixture_of_mixtures_keeps_its_shares() -> None:
+    inner = Mixture([Numbers(30), Numbers(30)], [2, 1], epoch_size=30)
+    outer = Mixture([inner, Numbers(40)], [3, 1], epoch_size=40)
+    source_of = np.repeat([0, 1, 2], [30, 30, 40])
+    assert np.bincount(source_of[outer.order(5, seed=0)]).tolist() == [20, 10, 10]
+    assert outer.load(45, None).key == "0:1:15"
+
+
+def test_what_is_divided_keeps_its_shares_and_validates_each_pair_once() -> None:
+    train, kept = Mixture([Numbers(100), Numbers(20)], [1, 1], epoch_size=60).divide(0.1, seed=0)
+    assert isinstance(train, Mixture)
+    assert Counter(train.load(int(row), None).key[0] for row in train.order(0, 0)) == {"0": 30, "1": 30}
+    held = {kept.load(index, None).key for index in range(len(kept))}
+    assert len(held) == len(kept) == 12
+    assert not held & {train.load(index, None).key for index in range(len(train))}
+
+
+@pytest.mark.parametrize(
+    ("weights", "epoch_size", "message"),
+    [
+        ([1], None, "1 weights for 2 sources"),
+        ([1, 0], None, "weight 0 of source 1 must be above 0"),
+        ([1, float("nan")], None, "weight nan of source 1"),
+        ([1, float("inf")], None, "weight inf of source 1"),
+        ([1000, 1], 10, "in epochs of 10 pairs none would be of source 1"),
+        ([1, 1], 0, "epoch_size 0 must be at least 1"),
+    ],
+)
+def test_weights_that_make_no_sense_are_refused(weights: list[float], epoch_size: int | None, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Mixture([Numbers(3), Numbers(3)], weights, epoch_size)

@@ -1,0 +1,105 @@
+"""What Hugging Face's ``datasets`` saves to a disk, written here as that library's documentation of the files says."""
+
+import io
+import json
+import pickle
+import random
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from datamodules.pairs.source import open_source
+from lit_clip.errors import InputError
+
+IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+
+
+def png(color: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (5, 4), (color, 0, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+def save(folder: Path, columns: dict[str, Any], files: int = 2, batch: int = 3) -> Path:
+    """``Dataset.save_to_disk(folder, num_shards=files)``: IPC streams and a state."""
+    folder.mkdir(parents=True)
+    table = pa.table(columns)
+    names = [f"data-{i:05}-of-{files:05}.arrow" for i in range(files)]
+    for i, name in enumerate(names):
+        part = table.slice(table.num_rows * i // files, table.num_rows * (i + 1) // files - table.num_rows * i // files)
+        with pa.ipc.new_stream(str(folder / name), table.schema) as writer:
+            writer.write_table(part, max_chunksize=batch)
+    state = {"_data_files": [{"filename": name} for name in names], "_fingerprint": "a", "_split": "train"}
+    (folder / "state.json").write_text(json.dumps(state))
+    (folder / "dataset_info.json").write_text(json.dumps({"features": {}}))
+    return folder
+
+
+CAPTIONS = [["zero", "nought"], [], ["two"], ["three"], [" "], ["five"], ["six"], None, ["eight"], ["nine"]]
+USABLE = [0, 2, 3, 5, 6, 8, 9]
+
+
+def columns() -> dict[str, Any]:
+    images = pa.array([{"bytes": png(i), "path": f"{i}.png"} for i in range(10)], IMAGE)
+    return {"image": images, "captions": CAPTIONS, "source": ["web"] * 10}
+
+
+def test_a_saved_data_set_is_read_from_its_files_without_the_library(tmp_path: Path) -> None:
+    source = pickle.loads(pickle.dumps(open_source(save(tmp_path / "set", columns()), group_column="source")))
+    assert len(source) == len(USABLE)
+    assert source.left_out.counts == {"no caption": 3}
+    for index, row in enumerate(USABLE):
+        pair = source.load(index, None)
+        assert (pair.image.getpixel((0, 0)), pair.caption, pair.group) == ((row, 0, 0), CAPTIONS[row][0], "web")
+        assert pair.key == f"data-0000{row // 5}-of-00002.arrow:{row % 5}"
+    assert {source.load(0, random.Random(seed)).caption for seed in range(20)} == {"zero", "nought"}
+    assert source.read(1).image == png(2)
+    train, val = source.divide(0.3, seed=0)
+    assert (len(train), len(val)) == (5, 2)
+
+
+def test_paths_instead_of_pictures_start_at_the_folder_or_at_root(tmp_path: Path) -> None:
+    save(tmp_path / "set", {"image_path": ["a.png", "b.png", "a.png"], "text": ["a", "", "c"]})
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    source = open_source(tmp_path / "set", root=str(tmp_path))
+    source.check()
+    assert [source.load(i, None)[1:3] for i in range(2)] == [("a", "a.png"), ("c", "a.png")]
+    with pytest.raises(InputError, match=r"data-00000-of-00002.arrow row 0: no such image file"):
+        open_source(tmp_path / "set").check()
+    with pytest.raises(InputError, match="one image cannot be divided"):
+        source.divide(0.1, seed=0)
+
+
+def test_a_dictionary_of_data_sets_is_one_source_a_split(tmp_path: Path) -> None:
+    for split in ("train", "validation"):
+        save(tmp_path / split, columns(), files=1)
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "validation"]}')
+    for split in ("validation", "val"):
+        assert open_source(tmp_path, split=split).read(0).where.startswith(str(tmp_path / "validation"))
+    with pytest.raises(InputError, match="several splits; its splits are train, validation; set split"):
+        open_source(tmp_path)
+    with pytest.raises(InputError, match="has no splits"):
+        open_source(tmp_path / "train", split="train")
+
+
+def test_a_damaged_data_set_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    folder = save(tmp_path / "set", columns())
+    file = folder / "data-00001-of-00002.arrow"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:100])
+    with pytest.raises(InputError, match="data-00001-of-00002.arrow: not a readable Arrow file"):
+        open_source(folder)
+    file.unlink()
+    with pytest.raises(InputError, match="data-00001-of-00002.arrow: not a readable Arrow file"):
+        open_source(folder)
+    for state, message in (
+        ("{", "state.json: not readable as JSON"),
+        ("[]", "not a JSON object"),
+        ("{}", "no data files"),
+    ):
+        (folder / "state.json").write_text(state)
+        with pytest.raises(InputError, match=message):
+            open_source(folder)

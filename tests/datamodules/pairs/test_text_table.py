@@ -1,0 +1,527 @@
+"""Captions in tables: every usual format reads the same, and whatever is wrong with one is named by file and row."""
+
+import codecs
+import csv
+import io
+import json
+import logging
+import pickle
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning_utilities.core.rank_zero as rank_zero
+import pytest
+import torch
+from PIL import Image
+
+from datamodules import Captions
+from datamodules.loading.bad_samples import BadSample
+from datamodules.pairs import text_table
+from datamodules.pairs.source import Options
+from lit_clip.batch import CaptionBatch
+from lit_clip.errors import InputError
+from lit_clip.models.config import Preprocessing
+from lit_clip.models.preprocess import pixels
+from lit_clip.models.tokenizer import decode, tokenize
+
+TINY = Preprocessing(image_size=5)
+PAIRS = [
+    ("plain.png", "a dog"),
+    ("in a folder/with spaces.png", "a dog, a cat, and a bird"),
+    ("accents-é.png", "un café à côté de l'hôtel"),
+    ("quotes.png", 'a sign that says "stop"'),
+    ("quoted.png", '"all of it is quoted"'),
+    ("semicolon.png", "first; then second"),
+    ("tab.png", "left\tright"),
+    ("bar.png", "this | that"),
+    ("script.png", "東京の夜, 猫"),
+    ("emoji.png", "a party 🎉"),
+    ("apostrophe.png", "the dog's bowl, nan bread and none of the rest"),
+    ("lines.png", "two\nlines"),
+]
+VALID = "image,caption\na.png,a cat\nb.png,a dog\n"
+
+
+def delimited(delimiter: str, rows: list[tuple[str, str]], header: tuple[str, str] = ("image", "caption")) -> str:
+    file = io.StringIO(newline="")
+    csv.writer(file, delimiter=delimiter).writerows([header, *rows])
+    return file.getvalue()
+
+
+def json_lines(rows: list[tuple[str, str]]) -> str:
+    return "".join(json.dumps({"image": image, "caption": caption}) + "\n" for image, caption in rows)
+
+
+def paint(folder: Path, *names: str) -> None:
+    """A picture of one colour each, the colour made of its number."""
+    for i, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (6, 6), (9 + 20 * i, 255 - 20 * i, i)).save(folder / name)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with the pictures of PAIRS and of VALID."""
+    paint(tmp_path, *(name for name, _ in PAIRS), "a.png", "b.png")
+    return tmp_path
+
+
+@pytest.fixture
+def messages() -> Iterator[list[str]]:
+    """What a user would read, as it comes."""
+    read: list[str] = []
+    handler = logging.Handler(logging.INFO)
+    handler.emit = lambda record: read.append(record.getMessage())
+    rank_zero.log.addHandler(handler)
+    yield read
+    rank_zero.log.removeHandler(handler)
+
+
+def module_of(stage: str = "validate", **options: Any) -> Captions:
+    module = Captions(**{"num_workers": 0, "preprocessing": TINY, **options})
+    module.setup(stage)
+    return module
+
+
+def validation(table: Path, **options: Any) -> list[CaptionBatch]:
+    return list(module_of(val=str(table), batch_size=5, **options).val_dataloader())
+
+
+def captions(table: Path, **options: Any) -> list[str]:
+    return [decode(row) for batch in validation(table, **options) for row in batch.tokens.tolist()]
+
+
+def keys_of(source: Any) -> list[str]:
+    return [source.load(index, None).key for index in range(len(source))]
+
+
+def message_of(call: Callable[[], Any]) -> str:
+    """The one line that a call fails with."""
+    with pytest.raises(InputError) as error:
+        call()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+FORMATS = {
+    "comma.csv": delimited(",", PAIRS).encode(),
+    "semicolon.csv": delimited(";", PAIRS).encode(),
+    "bar.txt": delimited("|", PAIRS).encode(),
+    "tabs_in.csv": delimited("\t", PAIRS).encode(),
+    "with_bom.tsv": delimited("\t", PAIRS).encode("utf-8-sig"),
+    "comma_with_bom.csv": delimited(",", PAIRS).encode("utf-8-sig"),
+    "unix.csv": delimited(",", PAIRS).replace("\r\n", "\n").encode(),
+    "no_end_of_line.csv": delimited(",", PAIRS).rstrip().encode(),
+    "lines.jsonl": json_lines(PAIRS).encode(),
+    "lines_with_bom.jsonl": json_lines(PAIRS).encode("utf-8-sig"),
+    "lines.json": json_lines(PAIRS).encode(),
+    "array.json": json.dumps([{"image": i, "caption": c} for i, c in PAIRS], indent=1).encode(),
+    "utf16.csv": delimited(",", PAIRS).encode("utf-16"),
+    "utf16_big.tsv": codecs.BOM_UTF16_BE + delimited("\t", PAIRS).encode("utf-16-be"),
+    "utf16.jsonl": json_lines(PAIRS).encode("utf-16"),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_the_batches_of_the_pairs_themselves(folder: Path, name: str) -> None:
+    (folder / name).write_bytes(FORMATS[name])
+    batches = validation(folder / name)
+    assert [len(batch.keys) for batch in batches] == [5, 5, 2]
+    assert [key for batch in batches for key in batch.keys] == [image for image, _ in PAIRS]
+    rows = iter(PAIRS)
+    for batch in batches:
+        for image, tokens in zip(batch.images, batch.tokens, strict=True):
+            file, caption = next(rows)
+            assert torch.equal(image, pixels(TINY)(Image.open(folder / file)))
+            assert tokens[: tokens.argmax() + 1].tolist() == [t for t in tokenize(caption)[0].tolist() if t]
+
+
+@pytest.mark.parametrize(
+    "header", ["Image,Caption", "FILEPATH,TITLE", "filename,text", " image , caption ", "Caption,image", "x,y"]
+)
+def test_columns_are_found_by_their_usual_names_in_any_case_or_by_the_names_given(folder: Path, header: str) -> None:
+    rows = ["a.png,a cat", "b.png,a dog"]
+    if header.startswith("Caption"):
+        rows = ["a cat,a.png", "a dog,b.png"]
+    (folder / "t.csv").write_text("\n".join([header, *rows]))
+    named = {"image_column": "x", "caption_column": "y"} if header == "x,y" else {}
+    assert captions(folder / "t.csv", **named) == ["a cat", "a dog"]
+
+
+def test_a_column_that_is_named_goes_before_one_that_is_usual(folder: Path) -> None:
+    lines = ["image,caption,thumb,alt", "b.png,a dog,a.png,a cat"]
+    (folder / "t.csv").write_text("\n".join(lines))
+    (batch,) = validation(folder / "t.csv", image_column="thumb", caption_column="alt")
+    assert batch.keys == ["a.png"]
+    assert decode(batch.tokens[0].tolist()) == "a cat"
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+@pytest.mark.parametrize("option", ["image_column", "caption_column"])
+def test_a_wrong_column_is_an_error_that_lists_the_columns_found(folder: Path, suffix: str, option: str) -> None:
+    table = folder / f"t.{suffix}"
+    columns = ["image", "caption", "Licence"]
+    text = ",".join(columns) + "\na.png,a cat,MIT" if suffix == "csv" else json.dumps(dict.fromkeys(columns, "a"))
+    table.write_text(text)
+    message = message_of(lambda: validation(table, **{option: "kaption"}))
+    assert "t." + suffix in message
+    assert "'kaption'" in message
+    assert "image, caption, Licence" in message
+    assert option in message
+
+
+@pytest.mark.parametrize(
+    ("header", "option"),
+    [
+        ("photo,caption", "give --data.image_column photo, say"),
+        ("image,my words", "give --data.caption_column 'my words', say"),
+    ],
+)
+def test_columns_with_unusual_names_are_listed_and_the_option_that_names_them_is_said(
+    folder: Path, header: str, option: str
+) -> None:
+    (folder / "t.csv").write_text(header + "\na.png,a cat")
+    message = message_of(lambda: validation(folder / "t.csv"))
+    assert "t.csv" in message
+    assert header.replace(",", ", ") in message
+    assert option in message
+
+
+def test_relative_paths_start_at_the_folder_of_the_table_or_at_root(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paint(tmp_path / "beside", "a.png")
+    paint(tmp_path / "elsewhere", "other.png", "a.png")
+    (tmp_path / "beside/t.csv").write_text("image,caption\na.png,a cat")
+    monkeypatch.chdir(tmp_path / "elsewhere")  # the working directory plays no part
+    (beside,) = validation(tmp_path / "beside/t.csv")
+    (elsewhere,) = validation(tmp_path / "beside/t.csv", root=str(tmp_path / "elsewhere"))
+    assert beside.images[0, :, 0, 0].tolist() == [9, 255, 0]
+    assert elsewhere.images[0, :, 0, 0].tolist() == [29, 235, 1]
+    assert beside.keys == elsewhere.keys == ["a.png"]
+
+
+def test_absolute_paths_are_taken_as_they_are(tmp_path: Path) -> None:
+    paint(tmp_path / "pictures", "a.png")
+    (tmp_path / "t.csv").write_text(f"image,caption\n{tmp_path / 'pictures/a.png'},a cat")
+    (batch,) = validation(tmp_path / "t.csv", root="nowhere")
+    assert batch.images[0, :, 0, 0].tolist() == [9, 255, 0]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_rows_without_a_caption_are_dropped_and_counted(folder: Path, messages: list[str], suffix: str) -> None:
+    blank: list[str | float | None] = ["", "  ", "nan", "NaN", "None", "null", "NULL"]
+    if suffix == "jsonl":
+        blank += [None, float("nan")]
+    values = ["a cat", *blank, "nan bread"]
+    table = folder / f"t.{suffix}"
+    lines = [json.dumps({"image": "a.png", "caption": value}) for value in values]
+    table.write_text(
+        "\n".join(lines) if suffix == "jsonl" else delimited(",", [("a.png", str(value)) for value in values])
+    )
+    assert captions(table) == ["a cat", "nan bread"]
+    (message,) = [message for message in messages if "t." + suffix in message]
+    assert "2 pairs" in message
+    assert f"{len(blank)} rows without a caption" in message
+    assert rank_zero.log.isEnabledFor(logging.INFO)  # it is shown
+
+
+def test_a_table_without_blank_captions_says_nothing_of_any(folder: Path, messages: list[str]) -> None:
+    (folder / "t.csv").write_text(VALID)
+    validation(folder / "t.csv")
+    assert not any("without" in message for message in messages)
+
+
+BROKEN: dict[str, tuple[str, bytes | None, list[str]]] = {
+    "missing table": ("t.csv", None, ["no such file or folder"]),
+    "empty file": ("t.csv", b"", ["is empty"]),
+    "empty JSON lines": ("t.jsonl", b"\n", ["is empty"]),
+    "header only": ("t.csv", b"image,caption\n", ["has a header alone"]),
+    "all blank": ("t.csv", b"image,caption\na.png,\na.png,nan\nb.png, \n", ["no row", "3"]),
+    "missing image file": ("t.csv", b"image,caption\na.png,a cat\nnone.png,a dog\n", ["row 3", "none.png", "no such"]),
+    "missing image in JSON": ("t.jsonl", b'{"image": "no.png", "caption": "a"}\n', ["row 1", "no.png", "no such"]),
+    "text named .jpg": ("t.csv", b"image,caption\ntext.jpg,a cat\n", ["row 2", "text.jpg", "not an image"]),
+    "folder as image": ("t.csv", b"image,caption\na.png,a cat\nin a folder,a cat\n", ["row 3", "in a folder"]),
+    "too many fields": ("t.csv", b"image,caption\na.png,a cat\nb.png,a dog, a bone\n", ["row 3", "3 fields", "quote"]),
+    "too few fields": ("t.csv", b"image,caption,year\na.png,a cat,1999\nb.png,a dog\n", ["row 3", "2 fields", "3"]),
+    "row without image": ("t.csv", b"image,caption\na.png,a cat\n ,a dog\n", ["row 3", "no image", "'image'"]),
+    "JSON without image": ("t.jsonl", b'{"image":"a.png","caption":"a"}\n{"caption":"b"}\n', ["row 2", "no image"]),
+    "image is a number": ("t.jsonl", b'{"image": 7, "caption": "a"}\n', ["row 1", "no image"]),
+    "caption is a number": ("t.jsonl", b'{"image": "a.png", "caption": 7}\n', ["row 1", "not text", "7"]),
+    "caption is an object": (
+        "t.jsonl",
+        b'{"image": "a.png", "caption": {"a": 1}}\n',
+        ["row 1", "not text", "{'a': 1}"],
+    ),
+    "number among captions": (
+        "t.jsonl",
+        b'{"image": "a.png", "caption": ["a", 7]}\n',
+        ["row 1", "not text", "['a', 7]"],
+    ),
+    "half a character": ("t.jsonl", b'{"image": "a.png", "caption": "\\ud83c"}\n', ["row 1", "UTF-8"]),
+    "broken JSON": ("t.jsonl", b'{"image": "a.png", "caption": "a"}\n{"image": "a.png",\n', ["row 2", "not JSON"]),
+    "JSON list": ("t.jsonl", b'["a.png", "a cat"]\n', ["row 1", "not a JSON object"]),
+    "not UTF-8": ("t.csv", "image,caption\na.png,un caf\xe9\n".encode("latin-1"), ["UTF-8", "byte 26"]),
+    "UTF-16 without its mark": ("t.csv", VALID.encode("utf-16-le"), ["row 1", "UTF-8", "byte 1"]),
+    "half of UTF-16": ("t.csv", VALID.encode("utf-16")[:-1], ["UTF-16"]),
+    "unclosed quote": ("t.csv", b'image,caption\na.png,a cat\nb.png,"a dog\na.png,a cat\n', ["row 3"]),
+    "text after a quote": ("t.csv", b'image,caption\na.png,a cat\nb.png,"a" dog\na.png,a cat\n', ["row 3"]),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_table_is_an_error_that_names_file_and_row(folder: Path, case: str) -> None:
+    name, content, expected = BROKEN[case]
+    (folder / "text.jpg").write_text("not a picture")
+    if content is not None:
+        (folder / name).write_bytes(content)
+    message = message_of(lambda: module_of(val=str(folder / name)))
+    for part in [name, *expected]:
+        assert part in message
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl"])
+def test_a_byte_that_is_not_utf8_is_found_where_it_is_in_a_long_file(folder: Path, name: str) -> None:
+    """Beyond the buffer that Python reads at once: its byte in the file, or its row."""
+    first, row = ("image,caption\n", "a.png,{}\n") if name == "t.csv" else ("", '{{"image":"a.png","caption":"{}"}}\n')
+    content = (first + row.format("a cat") * 3000 + row.format("un café")).encode("latin-1")
+    (folder / name).write_bytes(content)
+    message = message_of(lambda: module_of(val=str(folder / name)))
+    assert name in message
+    assert "UTF-8" in message
+    byte = content.index("é".encode("latin-1"))
+    assert f"byte {byte}" in message or f"row {len(content.splitlines())}" in message
+
+
+def test_rows_are_counted_as_a_spreadsheet_shows_them(folder: Path) -> None:
+    """Row 1 is the header; a caption of several lines is one row, a blank line is one too."""
+    (folder / "t.csv").write_text('image,caption\na.png,"three\nlines\nlong"\n\nnone.png,a dog\n')
+    assert "row 4" in message_of(lambda: module_of(val=str(folder / "t.csv")))
+
+
+def test_a_truncated_picture_is_an_error_that_names_the_row_once_it_is_read(folder: Path) -> None:
+    noise = torch.randint(0, 256, (40, 40, 3), dtype=torch.uint8)
+    Image.fromarray(noise.numpy()).save(folder / "whole.jpg")
+    data = (folder / "whole.jpg").read_bytes()
+    (folder / "cut.jpg").write_bytes(data[: len(data) // 2])
+    (folder / "t.csv").write_text("image,caption\na.png,a cat\ncut.jpg,a dog\n")
+    module = module_of(val=str(folder / "t.csv"))  # its header is sound
+    message = message_of(lambda: list(module.val_dataloader()))
+    for part in ("t.csv", "row 3", "cut.jpg", "truncated"):
+        assert part in message
+
+
+def test_rows_that_are_dropped_count_in_the_numbers_of_later_rows(folder: Path) -> None:
+    (folder / "t.csv").write_text("image,caption\na.png,\nb.png,nan\na.png,a cat\nnone.png,a dog\n")
+    assert "row 5" in message_of(lambda: module_of(val=str(folder / "t.csv")))
+
+
+@pytest.fixture
+def two_captions_each(tmp_path: Path) -> Path:
+    """21 pictures with two rows each, far apart, and one with a third."""
+    names = [f"{i:02}.png" for i in range(21)]
+    for name in names:
+        Image.new("RGB", (6, 6)).save(tmp_path / name)
+    rows = [(name, f"caption {i}") for i, name in enumerate([*names, *names, names[7]])]
+    (tmp_path / "t.csv").write_text(delimited(",", rows))
+    return tmp_path / "t.csv"
+
+
+def division(table: Path, seed: int) -> tuple[list[str], list[str]]:
+    module = module_of("fit", train=str(table), seed=seed, batch_size=1)
+    return keys_of(module.train_source), keys_of(module.val_source)
+
+
+def test_without_a_validation_table_images_are_divided_and_no_row_is_lost(two_captions_each: Path) -> None:
+    for seed in range(5):
+        train, val = division(two_captions_each, seed)
+        assert not set(train) & set(val)
+        assert len(set(val)) == 2  # a tenth of 21
+        assert len(train) + len(val) == 43
+        assert set(train) | set(val) == {f"{i:02}.png" for i in range(21)}
+
+
+def test_the_division_is_a_function_of_the_seed(two_captions_each: Path) -> None:
+    divisions = [division(two_captions_each, seed) for seed in range(5)]
+    assert division(two_captions_each, 3) == divisions[3]
+    assert len({tuple(val) for _, val in divisions}) > 1
+
+
+def test_validating_divides_as_training_did(two_captions_each: Path) -> None:
+    module = module_of("validate", train=str(two_captions_each), seed=3)
+    assert keys_of(module.val_source) == division(two_captions_each, 3)[1]
+
+
+def test_one_image_cannot_be_divided(folder: Path) -> None:
+    (folder / "t.csv").write_text("image,caption\na.png,a cat\na.png,a dog\n")
+    message = message_of(lambda: module_of("fit", train=str(folder / "t.csv")))
+    assert "t.csv" in message
+    assert "data.init_args.val" in message
+
+
+def test_a_validation_table_of_its_own_leaves_the_training_table_whole(folder: Path) -> None:
+    (folder / "t.csv").write_text(VALID)
+    (folder / "v.csv").write_text("image,caption\nplain.png,a bird\n")
+    module = module_of("fit", train=str(folder / "t.csv"), val=str(folder / "v.csv"), batch_size=2)
+    assert keys_of(module.train_source) == ["a.png", "b.png"]
+    assert keys_of(module.val_source) == ["plain.png"]
+
+
+def test_validating_needs_no_training_table_but_fitting_does(folder: Path) -> None:
+    (folder / "v.csv").write_text(VALID)
+    assert captions(folder / "v.csv") == ["a cat", "a dog"]
+    assert captions(folder / "v.csv", train=str(folder / "not there.csv")) == ["a cat", "a dog"]
+    message = message_of(lambda: module_of("fit", val=str(folder / "v.csv")))
+    assert "data.init_args.train" in message
+    assert "train" in message_of(Captions)
+
+
+@pytest.mark.parametrize("batch_size", [0, -3])
+def test_a_batch_of_no_pairs_is_an_error(batch_size: int) -> None:
+    message = message_of(lambda: Captions("t.csv", batch_size=batch_size))
+    assert f"batch_size: {batch_size}" in message
+
+
+def test_fewer_pairs_than_a_batch_is_an_error_that_names_the_largest_batch_that_fits(folder: Path) -> None:
+    (folder / "t.csv").write_text(delimited(",", PAIRS))
+    module = module_of("fit", train=str(folder / "t.csv"), val=str(folder / "t.csv"), batch_size=13)
+    message = message_of(module.train_dataloader)
+    assert "12 training pairs" in message
+    assert "--data.init_args.batch_size to 12 or less" in message
+    assert message_of(lambda: module.steps_per_epoch) == message
+    fits = module_of("fit", train=str(folder / "t.csv"), val=str(folder / "t.csv"), batch_size=12)
+    assert fits.steps_per_epoch == len(list(fits.train_dataloader())) == 1
+
+
+def test_groups_come_from_their_column_and_blank_ones_are_none(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    table = tmp_path / "t.jsonl"
+    rows = [{"image": "a.png", "caption": "a", "product": 7}, {"image": "a.png", "caption": "b", "product": None}]
+    rows += [{"image": "a.png", "caption": "c", "product": " NaN "}, {"image": "a.png", "caption": "d"}]
+    table.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    data = Captions(val=str(table), group_column="product", batch_size=4, num_workers=0)
+    data.setup("validate")
+    (batch,) = data.val_dataloader()
+    assert batch.groups == ["7", "", "", ""]
+    data = Captions(val=str(table), batch_size=4, num_workers=0)
+    data.setup("validate")
+    assert next(iter(data.val_dataloader())).groups == ()
+    with pytest.raises(
+        InputError, match=r"no column 'brand'; its columns are image, caption, product; set --data.group_column"
+    ):
+        Captions(val=str(table), group_column="brand").setup("validate")
+
+
+def open_table(path: Path, **options: Any) -> Any:
+    return text_table.open_table(path, Options(**options))
+
+
+def test_a_list_of_captions_is_one_pair_whose_caption_is_drawn_by_the_samples_own_seed(folder: Path) -> None:
+    rows = [{"image": "a.png", "caption": ["one", None, "two", " ", "three"]}, {"image": "b.png", "caption": "alone"}]
+    (folder / "t.jsonl").write_text("\n".join(json.dumps(row) for row in [*rows, {"image": "b.png", "caption": []}]))
+    source = open_table(folder / "t.jsonl")
+    assert len(source) == 2
+    assert source.left_out.counts == {"no caption": 1}
+    assert source.captions(0) == ["one", "two", "three"]
+    assert source.load(0, None).caption == "one"
+    drawn = [source.load(0, random.Random(seed)).caption for seed in range(40)]
+    assert drawn == [random.Random(seed).choice(["one", "two", "three"]) for seed in range(40)]
+    assert {source.load(1, random.Random(seed)).caption for seed in range(9)} == {"alone"}
+
+
+BAD_ROWS = {  # a row that is no pair, and what it is counted as
+    "t.csv": [
+        ("b.png,a dog, a bone", "wrong number of fields"),
+        (" ,a dog", "missing image"),
+        ("b.png,", "no caption"),
+    ],
+    "t.jsonl": [
+        ('{"image": "b.png",', "not JSON"),
+        ("[1]", "not a JSON object"),
+        ('{"image": 3, "caption": "a"}', "missing image"),
+        ('{"image": "b.png", "caption": 3}', "caption is no text"),
+        ('{"image": "b.png", "caption": "\\udc00"}', "not UTF-8"),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_rows_that_are_no_pairs_are_left_out_and_counted_by_reason_if_so_wanted(folder: Path, name: str) -> None:
+    good = {"t.csv": ["image,caption", "a.png,a cat"], "t.jsonl": ['{"image": "a.png", "caption": "a cat"}']}[name]
+    bad = BAD_ROWS[name]
+    lines = [*good, *(line for line, _ in bad), good[-1]]
+    (folder / name).write_bytes("\n".join(lines).encode())
+    source = open_table(folder / name, on_error="skip")
+    assert [source.captions(i) for i in range(len(source))] == [["a cat"], ["a cat"]]
+    first = len(good) + 1
+    wanted = [(f"{folder / name} row {first + i}", reason) for i, (_, reason) in enumerate(bad)]
+    assert source.left_out.listed == wanted
+    assert source.left_out.counts == {reason: 1 for _, reason in bad}
+    assert source.cells(1).where == f"{folder / name} row {first + len(bad)}"
+
+
+def test_bytes_that_are_not_utf8_cost_their_row_alone_if_so_wanted(folder: Path) -> None:
+    (folder / "t.csv").write_bytes("image,caption\na.png,a cat\na.png,un café\nb.png,a dog\n".encode("latin-1"))
+    source = open_table(folder / "t.csv", on_error="skip")
+    assert [source.captions(i) for i in range(len(source))] == [["a cat"], ["a dog"]]
+    assert source.left_out.listed == [(f"{folder / 't.csv'} row 3", "not UTF-8")]
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl"])
+def test_a_large_table_is_read_once_and_mapped_from_then_on(
+    folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large is what exceeds a limit that is lowered here."""
+    text = delimited(",", [*PAIRS, ("a.png", "nan")]) if name == "t.csv" else json_lines([*PAIRS, ("a.png", "nan")])
+    (folder / name).write_text(text, newline="")
+    small = open_table(folder / name)
+    monkeypatch.setattr(text_table, "IN_MEMORY", 10)
+    monkeypatch.setattr(text_table, "BATCH_ROWS", 5)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    mapped = open_table(folder / name)
+    (file,) = (folder / "cache/lit-clip/tables").iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(text_table, "_rows", None)  # nothing is read again
+        again = open_table(folder / name)
+    sent = pickle.loads(pickle.dumps(again))
+    assert len(pickle.dumps(again)) < 2000
+    for source in (mapped, again, sent):
+        assert len(source) == len(small) == len(PAIRS)
+        assert [source.cells(i) for i in range(len(PAIRS))] == [small.cells(i) for i in range(len(PAIRS))]
+        assert source.left_out.counts == small.left_out.counts == {"no caption": 1}
+        assert source.left_out.listed == small.left_out.listed
+    with (folder / name).open("a", newline="") as stream:
+        stream.write("a.png,one more\r\n" if name == "t.csv" else '{"image": "a.png", "caption": "one more"}\n')
+    assert len(open_table(folder / name)) == len(PAIRS) + 1
+    assert file.is_file()
+
+
+def test_a_broken_large_table_leaves_nothing_in_the_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_table, "IN_MEMORY", 10)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    (folder / "t.csv").write_text("image,caption\na.png,a cat\nb.png,a dog, a bone\n")
+    assert "row 3" in message_of(lambda: open_table(folder / "t.csv"))
+    assert not list((folder / "cache/lit-clip/tables").iterdir())
+
+
+def test_a_cache_that_cannot_be_written_is_an_error_that_says_which(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text_table, "IN_MEMORY", 10)
+    (folder / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "file"))
+    (folder / "t.csv").write_text(VALID)
+    assert "XDG_CACHE_HOME" in message_of(lambda: open_table(folder / "t.csv"))
+
+
+def test_the_file_of_a_picture_comes_as_it_is(folder: Path) -> None:
+    (folder / "t.csv").write_text(VALID + "none.png,a bird\n")
+    source = open_table(folder / "t.csv")
+    stored = source.read(1)
+    where = f"{folder / 't.csv'} row 3"
+    assert stored == ((folder / "b.png").read_bytes(), ["a dog"], "b.png", "", where)
+    with pytest.raises(BadSample) as error:
+        source.read(2)
+    assert (error.value.where, error.value.reason) == (f"{folder / 't.csv'} row 4", "missing image")

@@ -1,0 +1,336 @@
+"""From a table to batches: what a batch holds, where its randomness comes from, and who sees which row."""
+
+import random
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from PIL import Image
+from torch import Tensor
+
+from datamodules import Augmentation, Captions
+from datamodules.caption_datamodule import TrainingPairs
+from datamodules.loading.sampling import Sample
+from lit_clip.batch import CaptionBatch
+from lit_clip.errors import InputError
+from lit_clip.models.clip import CLIP
+from lit_clip.models.config import CLIPConfig, Preprocessing
+from lit_clip.models.preprocess import normalize, pixels
+
+SIZE = 17  # pixels a side: odd
+ROWS = 21
+SHORT = Preprocessing(image_size=SIZE)
+CAPTIONS = ["a cat", "a photo of a cat", "a"]
+IDS = {  # of OpenAI's vocabulary
+    "a cat": [49406, 320, 2368, 49407],
+    "a photo of a cat": [49406, 320, 1125, 539, 320, 2368, 49407],
+    "a": [49406, 320, 49407],
+}
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """21 pictures of noise in several shapes, captions repeating every three rows."""
+    folder = tmp_path_factory.mktemp("noise")
+    rng = np.random.default_rng(0)
+    for i in range(ROWS):
+        noise = rng.integers(0, 256, (30 + i, 45 - i, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{i:02}.png")
+    lines = [f"{i:02}.png,{CAPTIONS[i % 3]}" for i in range(ROWS)]
+    (folder / "captions.csv").write_text("\n".join(["image,caption", *lines]), encoding="utf-8")
+    return folder / "captions.csv"
+
+
+def data_module(table: Path, rank: int = 0, world: int = 1, **options: Any) -> Captions:
+    """The module as it is on one of several ranks, trained and validated on all rows."""
+    arguments = {"batch_size": 4, "num_workers": 0, "preprocessing": SHORT, **options}
+    module = Captions(str(table), str(table), **arguments)
+    connector = SimpleNamespace(use_distributed_sampler=False)
+    trainer: Any = SimpleNamespace(global_rank=rank, world_size=world, _accelerator_connector=connector)
+    module.trainer = trainer
+    module.setup("fit")
+    return module
+
+
+def epoch_of(module: Captions, epoch: int = 0) -> list[CaptionBatch]:
+    loader: Any = module.train_dataloader()
+    loader.batch_sampler.set_epoch(epoch)
+    return list(loader)
+
+
+def pixels_by_key(batches: list[CaptionBatch]) -> dict[str, Tensor]:
+    return {key: image for batch in batches for key, image in zip(batch.keys, batch.images, strict=True)}
+
+
+def same_pixels(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_batch_is_uint8_pictures_tokens_without_needless_padding_and_keys(table: Path) -> None:
+    module = data_module(table)
+    assert module.steps_per_epoch == ROWS // 4
+    for batch in [*epoch_of(module), *module.val_dataloader()]:
+        size = len(batch.keys)
+        captions = [CAPTIONS[int(key.removesuffix(".png")) % 3] for key in batch.keys]
+        longest = max(len(IDS[caption]) for caption in captions)
+        assert isinstance(batch, CaptionBatch)
+        assert (batch.images.dtype, tuple(batch.images.shape)) == (torch.uint8, (size, 3, SIZE, SIZE))
+        assert batch.tokens.dtype == torch.int64
+        padded = [IDS[caption] + [0] * (longest - len(IDS[caption])) for caption in captions]
+        assert batch.tokens.tolist() == padded
+
+
+def test_captions_longer_than_the_context_end_in_the_end_of_text(table: Path, tmp_path: Path) -> None:
+    long = tmp_path / "long.csv"
+    long.write_text("image,caption\n00.png," + "a cat " * 60 + "\n01.png,a cat\n", encoding="utf-8")
+    module = Captions(val=str(long), root=str(table.parent), num_workers=0, preprocessing=SHORT)
+    module.setup("validate")
+    (batch,) = module.val_dataloader()
+    assert batch.tokens.shape == (2, 77)
+    assert batch.tokens[0].tolist() == [49406, *[320, 2368] * 37, 320, 49407]
+
+
+def test_the_pixels_of_a_sample_are_the_same_with_and_without_workers(table: Path) -> None:
+    none, two = (epoch_of(data_module(table, num_workers=workers), epoch=1) for workers in (0, 2))
+    assert [batch.keys for batch in none] == [batch.keys for batch in two]
+    assert same_pixels(pixels_by_key(none), pixels_by_key(two))
+
+
+def test_workers_that_persist_augment_each_epoch_anew(table: Path) -> None:
+    loader: Any = data_module(table, num_workers=1).train_dataloader()
+    epochs = []
+    for epoch in range(2):
+        loader.batch_sampler.set_epoch(epoch)
+        epochs.append(pixels_by_key(list(loader)))
+    for epoch, seen in enumerate(epochs):
+        assert same_pixels(seen, pixels_by_key(epoch_of(data_module(table), epoch)))
+
+
+def test_the_pixels_of_a_sample_are_the_same_on_one_rank_and_on_two(table: Path) -> None:
+    alone = pixels_by_key(epoch_of(data_module(table, batch_size=4)))
+    ranks = [pixels_by_key(epoch_of(data_module(table, rank, 2, batch_size=2))) for rank in (0, 1)]
+    assert not ranks[0].keys() & ranks[1].keys()
+    assert same_pixels(alone, ranks[0] | ranks[1])
+
+
+def test_the_pixels_of_a_sample_differ_between_epochs_and_seeds(table: Path) -> None:
+    source = data_module(table).train_source
+    assert source is not None
+    square = Augmentation(crop_scale=(0.3, 1.0), color_jitter=0.2).transform(SHORT)
+    one, two = TrainingPairs(source, square, seed=0), TrainingPairs(source, square, seed=1)
+    for row in range(ROWS):
+        first = one[Sample(0, row)].image
+        assert torch.equal(one[Sample(0, row)].image, first)
+        assert not torch.equal(one[Sample(1, row)].image, first)
+        assert not torch.equal(two[Sample(0, row)].image, first)
+
+
+def test_augmenting_a_sample_leaves_global_random_states_alone(table: Path) -> None:
+    source = data_module(table).train_source
+    assert source is not None
+    pairs = TrainingPairs(source, Augmentation(color_jitter=0.2, grayscale=0.5).transform(SHORT), seed=0)
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
+    for row in range(ROWS):
+        pairs[Sample(0, row)]
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    assert np.array_equal(np.random.get_state()[1], before[2])  # noqa: NPY002
+
+
+@pytest.mark.parametrize("loader", ["train_dataloader", "val_dataloader"])
+def test_iterating_a_loader_leaves_the_global_generator_alone(table: Path, loader: str) -> None:
+    """Otherwise how often a run validates would change its dropout."""
+    module = data_module(table)
+    torch.manual_seed(1)
+    expected = torch.rand(5)
+    torch.manual_seed(1)
+    list(getattr(module, loader)())
+    assert torch.equal(torch.rand(5), expected)
+
+
+def test_validation_pixels_are_what_the_model_preprocesses_before_it_normalises(
+    table: Path, tiny_config: CLIPConfig
+) -> None:
+    preprocessing = Preprocessing(image_size=32, interpolation="bilinear", mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
+    model = CLIP(tiny_config)
+    model.preprocessing = preprocessing
+    module = data_module(table, preprocessing=preprocessing)
+    for key, image in pixels_by_key(list(module.val_dataloader())).items():
+        with Image.open(table.parent / key) as picture:
+            assert torch.equal(image, pixels(preprocessing)(picture))
+            assert torch.equal(normalize(image, preprocessing), model.preprocess(picture))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_validation_is_every_row_once_with_the_last_short_batch(table: Path, world: int) -> None:
+    loaders = [list(data_module(table, rank, world, batch_size=4).val_dataloader()) for rank in range(world)]
+    keys = [key for batches in loaders for batch in batches for key in batch.keys]
+    assert sorted(keys) == [f"{i:02}.png" for i in range(ROWS)]
+    assert [len(batch.keys) for batch in loaders[0]][-1] == -(-ROWS // world) % 4
+
+
+def test_test_and_predict_loaders_see_the_validation_rows(table: Path) -> None:
+    module = data_module(table)
+    expected = [batch.keys for batch in module.val_dataloader()]
+    assert [batch.keys for batch in module.test_dataloader()] == expected
+    assert [batch.keys for batch in module.predict_dataloader()] == expected
+
+
+def test_two_processes_that_let_lightning_divide_the_samples_are_an_error(table: Path) -> None:
+    module = Captions(str(table), num_workers=0)
+    connector = SimpleNamespace(use_distributed_sampler=True)
+    trainer: Any = SimpleNamespace(global_rank=0, world_size=2, _accelerator_connector=connector)
+    module.trainer = trainer
+    with pytest.raises(InputError, match="use_distributed_sampler: set it to false"):
+        module.setup("fit")
+    trainer.world_size = 1  # there is nothing to divide
+    module.setup("fit")
+
+
+class _Recorder(LightningModule):
+    """Trains one number and remembers what it saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen: dict[int, list[CaptionBatch]] = {}
+
+    def training_step(self, batch: CaptionBatch, _: int) -> Tensor:
+        self.seen.setdefault(self.current_epoch, []).append(batch)
+        return self.weight * 1
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit_recorder(table: Path, **options: Any) -> tuple[Captions, _Recorder]:
+    """Three epochs under a real trainer, which writes and prints nothing."""
+    module, recorder = Captions(str(table), batch_size=4, num_workers=0, preprocessing=SHORT), _Recorder()
+    quiet: dict[str, Any] = dict.fromkeys(
+        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+    )
+    Trainer(accelerator="cpu", max_epochs=3, use_distributed_sampler=False, **options, **quiet).fit(recorder, module)
+    return module, recorder
+
+
+def test_lightning_moves_from_epoch_to_epoch(table: Path) -> None:
+    """Under a real trainer, each epoch has an order and an augmentation of its own."""
+    module, recorder = fit_recorder(table, limit_val_batches=0)
+    assert [len(batches) for batches in recorder.seen.values()] == [4, 4, 4]  # 19 of 21 pairs, 4 at a time
+    orders = [[key for batch in batches for key in batch.keys] for batches in recorder.seen.values()]
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+    for epoch, batches in recorder.seen.items():
+        expected = epoch_of(module, epoch)
+        assert [batch.keys for batch in batches] == [batch.keys for batch in expected]
+        assert same_pixels(pixels_by_key(batches), pixels_by_key(expected))
+
+
+def test_overfitting_a_batch_sees_the_same_batch_every_epoch(table: Path) -> None:
+    """Lightning's ``overfit_batches`` takes the first batch of each epoch, which must then not change."""
+    _, recorder = fit_recorder(table, overfit_batches=1)
+    first, *others = [batch for (batch,) in recorder.seen.values()]
+    assert len(others) == 2
+    for batch in others:
+        assert batch.keys == first.keys
+        assert same_pixels(pixels_by_key([batch]), pixels_by_key([first]))
+
+
+def gradients_of(width: int, height: int, image_size: int, draws: int) -> np.ndarray:
+    """Crops of a picture whose red is 2 x and whose green is 2 y: ``[draws, 4]`` left, top, width, height in pixels."""
+    assert 2 * max(width, height) <= 256
+    picture = np.zeros((height, width, 3), np.uint8)
+    picture[..., 0], picture[..., 1] = 2 * np.arange(width), 2 * np.arange(height)[:, None]
+    transform = Augmentation().transform(Preprocessing(image_size=image_size, interpolation="bilinear"))
+    image, crops = Image.fromarray(picture), []
+    for _ in range(draws):
+        crop = transform(image).double().numpy() / 2
+        steps = np.arange(image_size)[3:-3]  # resampling flattens the ends
+        sides = [np.polyfit(steps, line[3:-3], 1) for line in (crop[0].mean(0), crop[1].mean(1))]
+        (across, left), (down, top) = sides
+        crops.append((left + 0.5 - across / 2, top + 0.5 - down / 2, across * image_size, down * image_size))
+    return np.array(crops)
+
+
+def test_the_default_crop_is_a_square_of_nine_tenths_of_the_area_or_more() -> None:
+    left, top, width, height = gradients_of(120, 120, image_size=40, draws=300).T
+    assert np.abs(width - height).max() < 1  # pixels; how the filter meets the grid differs between the two
+    side = np.sqrt(0.9) * 120
+    assert width.min() > side - 1
+    assert width.max() < 121
+    assert width.min() < side + 1  # the whole range is used
+    assert width.max() > 119
+    assert left.max() > 4  # of at most 6
+    assert top.max() > 4
+    assert min(left.min(), top.min()) > -1
+
+
+@pytest.mark.parametrize(("width", "height"), [(120, 90), (80, 120), (120, 68)])
+def test_a_photo_in_its_usual_shape_is_cropped_at_random_too(width: int, height: int) -> None:
+    """4:3, 2:3 and 16:9: a crop that is always the same would be no augmentation."""
+    left, top, across, down = gradients_of(width, height, image_size=40, draws=60).T
+    assert np.abs(across - down).max() < 1  # still a square
+    assert (left if width > height else top).std() > 1  # pixels
+
+
+def test_grayscale_of_probability_one_makes_the_channels_equal() -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8))
+    gray = Augmentation(grayscale=1.0).transform(SHORT)(noise)
+    assert torch.equal(gray[0], gray[1])
+    assert torch.equal(gray[0], gray[2])
+    assert gray.float().std() > 1
+    colour = Augmentation().transform(SHORT)(noise)
+    assert not torch.equal(colour[0], colour[1])
+
+
+def test_colour_jitter_changes_colours_within_its_bounds() -> None:
+    flat = Image.new("RGB", (20, 20), (100, 100, 100))
+    jitter = Augmentation(color_jitter=0.2).transform(SHORT)
+    values = [float(jitter(flat).float().mean()) for _ in range(100)]
+    assert 78 < min(values) < 90  # of a flat grey only the brightness can change: 80 to 120
+    assert 110 < max(values) < 122
+
+
+def test_transparent_pictures_are_what_published_models_have_seen(tmp_path: Path) -> None:
+    """Pillow's RGB: what lies underneath shows, in training as in evaluation."""
+    Image.new("RGBA", (40, 40), (200, 0, 0, 0)).save(tmp_path / "a.png")
+    (tmp_path / "t.csv").write_text("image,caption\na.png,a\n")
+    for loader in ("train_dataloader", "val_dataloader"):
+        module = data_module(tmp_path / "t.csv", batch_size=1)
+        (batch,) = getattr(module, loader)()
+        expected = Image.open(tmp_path / "a.png").resize((4, 4), Image.Resampling.BICUBIC).convert("RGB")
+        assert (batch.images[0, :, 0, 0] == torch.tensor(expected.getpixel((0, 0)))).all()
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_a_global_batch_is_the_same_pairs_on_any_number_of_ranks(table: Path, world: int) -> None:
+    """And validation's batches are those of ``batch_size``."""
+    ranks = [data_module(table, rank, world, batch_size=3, global_batch_size=8) for rank in range(world)]
+    epochs = [epoch_of(module) for module in ranks]
+    steps = [{key for batches in epochs for key in batches[step].keys} for step in range(2)]
+    assert [len(batches) for batches in epochs] == [2] * world
+    assert [module.steps_per_epoch for module in ranks] == [2] * world
+    assert {len(batch.keys) for batches in epochs for batch in batches} == {8 // world}
+    alone = epoch_of(data_module(table, batch_size=8))
+    assert steps == [set(batch.keys) for batch in alone]
+    validation: Any = ranks[0].val_dataloader()
+    assert [len(batch.keys) for batch in validation][0] == 3
+
+
+@pytest.mark.parametrize(
+    ("batch", "world", "words"),
+    [
+        (8, 3, ["8 pairs cannot be shared evenly by 3 processes", "6 or 9"]),
+        (2, 3, ["2 pairs", "near it: 3"]),
+        (22, 2, ["22 pairs a step are more than the 21 training pairs", "20 or less"]),
+        (0, 1, ["global_batch_size: 0 must be at least 1"]),
+    ],
+)
+def test_a_global_batch_that_cannot_be(table: Path, batch: int, world: int, words: list[str]) -> None:
+    with pytest.raises(InputError) as error:
+        data_module(table, 0, world, global_batch_size=batch).train_dataloader()
+    for word in words:
+        assert word in str(error.value)

@@ -1,0 +1,148 @@
+"""Any path to pairs is known for what it is, and what holds the same pairs gives the same batches."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from datamodules import CaptionDataModule
+from datamodules.pairs.mixture import Concatenated
+from datamodules.pairs.source import PairSource, Rows, open_source
+from lit_clip.batch import CaptionBatch
+from lit_clip.errors import InputError
+from lit_clip.models.config import Preprocessing
+
+PAIRS = 200
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """200 pictures of noise with a text beside each, and tables of them in which nothing but the format differs."""
+    root = tmp_path_factory.mktemp("pairs")
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(PAIRS):
+        name = f"{'ab'[i // 100]}/{i:03}.png"
+        (root / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (9 + i % 4, 12, 3), dtype=np.uint8)).save(root / name)
+        rows.append((name, f"picture {i}; of {i % 7} cats, é"))
+        (root / name).with_suffix(".txt").write_text(rows[-1][1], encoding="utf-8")
+    for name, delimiter, encoding in (("c.csv", ",", "utf-8"), ("s.csv", ";", "utf-8"), ("t.tsv", "\t", "utf-8-sig")):
+        lines = [delimiter.join(["image", "caption"]), *(f'{image}{delimiter}"{text}"' for image, text in rows)]
+        (root / name).write_text("\n".join(lines), encoding=encoding)
+    objects = [{"image": image, "caption": text} for image, text in rows]
+    (root / "l.jsonl").write_text("\n".join(map(json.dumps, objects)), encoding="utf-8")
+    (root / "parquet").mkdir()  # in a folder of its own: one with parquet files is no folder of pictures
+    pq.write_table(pa.Table.from_pylist(objects), root / "parquet/p.parquet", row_group_size=70)
+    for part in "ab":
+        shutil.copytree(root / part, root / "parquet" / part, ignore=shutil.ignore_patterns("*.txt"))
+    return root
+
+
+class Batches(CaptionDataModule):
+    """Of any one source."""
+
+    def __init__(self, source: PairSource, **options: Any) -> None:
+        super().__init__(batch_size=32, preprocessing=Preprocessing(image_size=7), **options)
+        self.source = source
+
+    def sources(self, fit: bool) -> tuple[PairSource | None, PairSource]:
+        return self.source, self.source
+
+
+def batches(path: Path) -> list[CaptionBatch]:
+    """An epoch of training and one of validation, no option named."""
+    module = Batches(open_source(path), num_workers=0)
+    module.setup("fit")
+    return [*module.train_dataloader(), *module.val_dataloader()]
+
+
+def test_tables_of_any_format_and_a_folder_of_the_same_pairs_give_identical_batches(folder: Path) -> None:
+    expected = batches(folder / "c.csv")
+    assert sum(len(batch.keys) for batch in expected) == 192 + PAIRS
+    for name in ("s.csv", "t.tsv", "l.jsonl", "parquet/p.parquet", "."):
+        found = batches(folder / name)
+        assert len(found) == len(expected)
+        for batch, other in zip(found, expected, strict=True):
+            assert torch.equal(batch.images, other.images), name
+            assert torch.equal(batch.tokens, other.tokens), name
+            assert (batch.keys, batch.captions) == (other.keys, other.captions), name
+
+
+@pytest.mark.parametrize("name", ["missing.csv", "notes.docx", "none", "empty"])
+def test_a_path_that_is_no_data_is_an_error_that_says_what_is_taken(tmp_path: Path, name: str) -> None:
+    (tmp_path / "notes.docx").write_text("image,caption")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError) as error:
+        open_source(tmp_path / name)
+    for part in (name, ".txt") if name == "empty" else (name, ".csv", ".parquet", "tar shards", "folder"):
+        assert part in str(error.value)
+    with pytest.raises(InputError, match="empty list"):
+        open_source([])
+
+
+def test_options_that_a_source_does_not_have_are_refused(folder: Path) -> None:
+    for name in ("c.csv", "l.jsonl", "parquet/p.parquet", "."):
+        with pytest.raises(InputError, match="no splits"):
+            open_source(folder / name, split="train")
+        assert len(open_source(folder / name, default_split="train")) == PAIRS
+    with pytest.raises(InputError, match="caption_column is 'text'"):
+        open_source(folder, caption_column="text")
+
+
+def test_a_folder_of_pictures_with_a_metadata_file_is_that_table(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "one of Hugging Face\'s folders"}')
+    assert open_source(tmp_path).captions(0) == ["one of Hugging Face's folders"]
+
+
+def test_a_list_of_tables_is_one_source_after_the_other(folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "o.csv"
+    other.write_text(f"image,caption\n{folder}/a/003.png,another\na/003.png,lost\n")
+    same = open_source([folder / "c.csv", folder / "l.jsonl"])
+    assert isinstance(same, Concatenated)
+    assert len(same) == 2 * PAIRS
+    assert same.load(3, None).key == same.load(203, None).key == "a/003.png"  # one picture, as both start in one folder
+    apart = open_source([folder / "c.csv", other])
+    assert len(apart) == PAIRS + 2
+    assert [apart.load(row, None)[1:3] for row in (3, 200)] == [
+        ("picture 3; of 3 cats, é", "0:a/003.png"),
+        ("another", f"1:{folder}/a/003.png"),
+    ]
+    assert apart.captions(201) == ["lost"]
+    assert apart.read(200)[1:3] == (["another"], f"1:{folder}/a/003.png")
+    assert sorted(apart.order(1, 2)) == list(range(PAIRS + 2))
+    with pytest.raises(InputError, match="o.csv row 3"):
+        apart.check()
+
+
+def test_a_source_of_some_rows_keeps_the_order_of_the_whole(folder: Path) -> None:
+    class Backwards(Rows):
+        def order(self, epoch: int, seed: int) -> np.ndarray:
+            return np.roll(np.arange(len(self))[::-1], epoch)
+
+    whole = Backwards(open_source(folder / "c.csv"), np.arange(PAIRS))
+    some = Rows(whole, np.array([1, 5, 150]))
+    assert len(some) == 3
+    assert [some.load(i, None).key for i in range(3)] == ["a/001.png", "a/005.png", "b/150.png"]
+    assert some.order(0, 0).tolist() == [2, 1, 0]
+    assert some.order(2, 0).tolist() == [0, 2, 1]  # rows 1 and 0 come first then
+    assert some.captions(2) == ["picture 150; of 3 cats, é"]
+    assert some.read(2).image == (folder / "b/150.png").read_bytes()
+
+
+def test_a_division_is_all_of_the_pictures_once(folder: Path) -> None:
+    train, val = open_source(folder).divide(0.25, seed=3)
+    keys = [[source.read(i).key for i in range(len(source))] for source in (train, val)]
+    assert [len(part) for part in keys] == [150, 50]
+    assert sorted([*keys[0], *keys[1]]) == sorted(f"{'ab'[i // 100]}/{i:03}.png" for i in range(PAIRS))
+    images = sorted([*keys[0], *keys[1]])
+    assert keys[1] == sorted(random.Random(3).sample(images, 50))

@@ -1,0 +1,338 @@
+"""OpenMoji's drawings and names: all there, drawn right without help from the system, and divided as documented."""
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFont
+
+from datamodules import OpenMoji, OpenMojiClasses
+from datamodules.openmoji import Emoji, caption, default_cache_dir, draw, held_out, read_table
+from lit_clip.models.config import Preprocessing
+from lit_clip.models.tokenizer import decode
+
+EMOJI = read_table()
+ROW = {emoji.name: row for row, emoji in enumerate(EMOJI)}
+RED, WHITE, BLUE, GREEN = (210, 47, 39), (255, 255, 255), (30, 80, 160), (92, 158, 49)  # OpenMoji's palette
+
+
+@pytest.fixture(scope="session")
+def color(drawings_cache: Path) -> np.ndarray:
+    """All drawings, ``[1914, 72, 72, 3]``."""
+    return _read(draw(drawings_cache))
+
+
+@pytest.fixture(scope="session")
+def line(drawings_cache: Path) -> np.ndarray:
+    """All drawings in the line style, ``[1914, 72, 72, 3]``."""
+    return _read(draw(drawings_cache, "line"))
+
+
+def _read(paths: list[Path]) -> np.ndarray:
+    images = [Image.open(path) for path in paths]
+    assert {(image.mode, image.size) for image in images} == {("RGB", (72, 72))}
+    return np.stack([np.asarray(image) for image in images])
+
+
+def ink(images: np.ndarray) -> np.ndarray:
+    """Where a drawing is not white paper: bool ``[N, 72, 72]``."""
+    return (images < 250).any(axis=-1)
+
+
+def saturation(images: np.ndarray) -> np.ndarray:
+    """Difference between the strongest and the weakest channel: ``[N, 72, 72]``, 0 for grey."""
+    return images.max(axis=-1) - images.min(axis=-1)
+
+
+def test_the_table_has_1914_emoji_with_names_of_their_own() -> None:
+    assert len(EMOJI) == len(ROW) == len({emoji.hexcode for emoji in EMOJI}) == 1914
+    assert all(emoji.name and emoji.group and emoji.subgroup and all(emoji.tags) for emoji in EMOJI)
+    assert [emoji.name for emoji in EMOJI[:2]] == ["grinning face", "grinning face with big eyes"]
+    # Skin tones are five variants of one drawing.
+    tones = {f"{code:X}" for code in range(0x1F3FB, 0x1F400)}
+    assert not any(tones & set(emoji.hexcode.split("-")) for emoji in EMOJI)
+    assert not any("-" in emoji.group for emoji in EMOJI)  # words, not slugs
+
+
+def test_164_names_are_held_out_and_none_is_a_flag() -> None:
+    out = [emoji for emoji, kept in zip(EMOJI, held_out(EMOJI), strict=True) if kept]
+    assert len(out) == 164
+    assert "flags" not in {emoji.group for emoji in out}
+    assert {emoji.group for emoji in out} == {emoji.group for emoji in EMOJI} - {"flags"}
+
+
+def test_no_drawing_is_blank(color: np.ndarray) -> None:
+    assert color.shape == (1914, 72, 72, 3)
+    marks = ink(color).sum(axis=(1, 2))
+    assert [EMOJI[row].name for row in np.flatnonzero(marks < 100)] == []
+
+
+def test_drawings_are_whole(color: np.ndarray) -> None:
+    """OpenMoji's grid of 72 pixels has a margin: only a handful of drawings fill it, and no flag does."""
+    marks = ink(color)
+    cut = marks[:, [0, -1]].any(axis=(1, 2)) | marks[:, :, [0, -1]].any(axis=(1, 2))  # touches the edge
+    assert [EMOJI[row].name for row in np.flatnonzero(cut) if EMOJI[row].group == "flags"] == []
+    assert cut.sum() < 1914 / 50
+
+
+def test_drawings_are_in_the_middle(color: np.ndarray) -> None:
+    """The mean drawing's centre of mass is at most 3 of 72 pixels off."""
+    mass = ink(color).mean(axis=0)
+    at = np.arange(72) + 0.5
+    assert abs((mass.sum(axis=0) * at).sum() / mass.sum() - 36) < 3
+    assert abs((mass.sum(axis=1) * at).sum() / mass.sum() - 36) < 3
+
+
+@pytest.mark.parametrize(
+    ("flag", "stripes"),
+    [("France", (BLUE, WHITE, RED)), ("Italy", (GREEN, WHITE, RED)), ("Japan", (WHITE, RED, WHITE))],
+)
+def test_a_flag_of_two_letters_is_drawn_as_that_flag(
+    color: np.ndarray, flag: str, stripes: tuple[tuple[int, int, int], ...]
+) -> None:
+    """The middle of its three thirds, looked at on the flag's own middle line."""
+    image = color[ROW[f"flag: {flag}"]]
+    rows, columns = (np.flatnonzero(ink(image[None])[0].any(axis=axis)) for axis in (1, 0))
+    middle, left, width = (rows[0] + rows[-1]) // 2, columns[0], columns[-1] - columns[0] + 1
+    assert width > 1.4 * len(rows)  # a flag, not two letters in a row
+    found = [tuple(image[middle, left + int(width * share)].tolist()) for share in (1 / 6, 1 / 2, 5 / 6)]
+    assert found == list(stripes)
+
+
+def test_joined_families_are_one_glyph_each(color: np.ndarray) -> None:
+    """Shown as a row of persons, they would not fit, and all would begin with the same man."""
+    names = [f"family: man, woman, {children}" for children in ("boy", "girl", "girl, boy", "boy, boy", "girl, girl")]
+    rows = [ROW[name] for name in names]
+    assert all("200D" in EMOJI[row].hexcode for row in rows)
+    columns = ink(color[rows]).any(axis=1)
+    assert (columns.sum(axis=1) > 36).all()
+    assert not columns[:, [0, -1]].any()  # the ends are paper
+    assert len({color[row].tobytes() for row in rows}) == 5
+    assert not any(np.array_equal(color[row], color[ROW["man"]]) for row in rows)
+
+
+def test_only_a_few_drawings_look_alike(color: np.ndarray) -> None:
+    """OpenMoji draws 18 of them like another on purpose: France's flag and St. Martin's, man and person walking."""
+    same = Counter(image.tobytes() for image in color)
+    assert 1914 - len(same) <= 20
+    assert np.array_equal(color[ROW["flag: France"]], color[ROW["flag: St. Martin"]])
+
+
+def test_drawings_are_the_same_where_pillow_has_no_text_shaping(
+    color: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ImageFont.core, "HAVE_RAQM", False)
+    monkeypatch.setattr(ImageFont.core, "HAVE_FRIBIDI", False)
+    few = EMOJI[:: len(EMOJI) // 40] + [EMOJI[ROW["flag: Japan"]], EMOJI[ROW["family: man, woman, girl"]]]
+    monkeypatch.setattr("datamodules.openmoji.read_table", lambda: few)
+    assert np.array_equal(_read(draw(tmp_path)), color[[ROW[emoji.name] for emoji in few]])
+
+
+def test_the_line_style_has_only_greys_and_the_colour_style_has_colours(color: np.ndarray, line: np.ndarray) -> None:
+    assert saturation(line).max() == 0
+    assert line.min() == 0
+    coloured = (saturation(color) > 100).any(axis=(1, 2))
+    assert coloured.mean() > 0.7  # many symbols and clocks are black
+    # Where there is ink in a line drawing there is in the coloured one.
+    black = line[..., 0] < 30
+    assert (color[black].max(axis=-1) < 60).mean() > 0.95
+
+
+def _times(paths: list[Path]) -> list[int]:
+    return [path.stat().st_mtime_ns for path in paths]
+
+
+def test_what_is_drawn_is_not_drawn_again(drawings_cache: Path, color: np.ndarray) -> None:
+    paths = draw(drawings_cache)
+    before = _times(paths)
+    assert draw(drawings_cache) == paths
+    assert _times(paths) == before
+    OpenMojiClasses(cache_dir=str(drawings_cache))
+    OpenMoji(cache_dir=str(drawings_cache)).prepare_data()
+    assert _times(paths) == before
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> list[Emoji]:
+    """The table cut down to 25 rows, for what is about the cache."""
+    monkeypatch.setattr("datamodules.openmoji.read_table", lambda: EMOJI[:25])
+    return EMOJI[:25]
+
+
+def test_a_cache_that_lacks_a_drawing_is_completed(few: list[Emoji], color: np.ndarray, tmp_path: Path) -> None:
+    paths = draw(tmp_path)
+    paths[11].unlink()
+    assert draw(tmp_path) == paths
+    assert np.array_equal(_read(paths), color[: len(few)])
+
+
+def test_drawing_that_is_killed_leaves_no_half_picture(
+    few: list[Emoji], color: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[Path] = []
+    save: Callable[..., None] = Image.Image.save
+
+    def killed(image: Image.Image, path: Path, **options: Any) -> None:
+        save(image, path, **options)
+        saved.append(path)
+        if len(saved) == 7:
+            path.write_bytes(path.read_bytes()[:40])
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            draw(tmp_path)
+    whole = sorted(tmp_path.rglob("*.png"))
+    assert len(whole) == 6
+    _read(whole)
+    assert np.array_equal(_read(draw(tmp_path)), color[: len(few)])
+
+
+def test_the_two_styles_do_not_share_files(few: list[Emoji], tmp_path: Path) -> None:
+    assert not set(draw(tmp_path)) & set(draw(tmp_path, "line"))
+
+
+@pytest.mark.parametrize("value", ["given", "", None])
+def test_the_cache_is_where_the_system_keeps_caches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str | None
+) -> None:
+    """The XDG base directory specification: unset and empty mean the same."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    if value is not None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / value) if value else "")
+    assert default_cache_dir() == tmp_path / (value or "home/.cache") / "lit-clip"
+
+
+def module_of(cache: Path, **options: Any) -> OpenMoji:
+    tiny = Preprocessing(image_size=8)
+    module = OpenMoji(num_workers=0, cache_dir=str(cache), preprocessing=tiny, **options)
+    module.setup("fit")
+    return module
+
+
+def names_of(source: Any) -> list[str]:
+    return [source.load(index, None).caption for index in range(len(source))]
+
+
+@pytest.mark.parametrize(("hold_out", "trained"), [(True, 1750), (False, 1914)])
+def test_nine_names_of_ten_are_trained_on_and_the_others_validated(
+    drawings_cache: Path, hold_out: bool, trained: int
+) -> None:
+    module = module_of(drawings_cache, hold_out=hold_out)
+    train, val = names_of(module.train_source), names_of(module.val_source)
+    assert (len(train), len(val)) == (trained, 164)
+    assert set(train) | set(val) == set(ROW)
+    assert bool(set(train) & set(val)) != hold_out
+    assert module.steps_per_epoch == trained // 64
+
+
+def test_validation_captions_are_the_plain_names_and_keys_the_code_points(
+    drawings_cache: Path, color: np.ndarray
+) -> None:
+    module = module_of(drawings_cache)
+    batches = list(module.val_dataloader())
+    assert [len(batch.keys) for batch in batches] == [64, 64, 36]
+    expected = [emoji for emoji, out in zip(EMOJI, held_out(EMOJI), strict=True) if out]
+    assert [key for batch in batches for key in batch.keys] == [emoji.hexcode for emoji in expected]
+    ascii_names = 0
+    captions = [decode(row) for batch in batches for row in batch.tokens.tolist()]
+    for text, emoji in zip(captions, expected, strict=True):
+        if emoji.name.isascii() and emoji.name.replace(" ", "").isalpha():  # decoding puts spaces around marks
+            ascii_names += 1
+            assert text == emoji.name.lower()
+    assert ascii_names > 100
+    source: Any = module.val_source
+    for index in (0, 63, 163):
+        picture = source.load(index, None).image
+        assert np.array_equal(np.asarray(picture), color[ROW[expected[index].name]])
+
+
+def test_training_captions_say_the_name_the_name_with_tags_or_the_groups(drawings_cache: Path) -> None:
+    source: Any = module_of(drawings_cache).train_source
+    kinds = Counter[str]()
+    by_key = {emoji.hexcode: emoji for emoji in EMOJI}
+    for index in range(len(source)):
+        _, text, key, _ = source.load(index, random.Random(index))
+        emoji = by_key[key]
+        if text == emoji.name:
+            kinds["name"] += 1
+        elif text in (emoji.group, f"{emoji.group}, {emoji.subgroup}"):
+            kinds["group"] += 1
+        else:
+            kinds["tags"] += 1
+            tags = text.removeprefix(emoji.name + ", ")
+            assert tags != text
+            assert 1 <= len(tags.split(", ")) <= 3
+            assert set(tags.split(", ")) <= set(emoji.tags) - {emoji.name}
+    # 0.7, 0.15, 0.15 of 1,750 draws, plus or minus five standard deviations.
+    assert abs(kinds["name"] - 1225) < 96
+    assert abs(kinds["tags"] - 262) < 75
+    assert abs(kinds["group"] - 263) < 75
+
+
+def test_a_caption_is_a_function_of_its_random_numbers() -> None:
+    emoji = EMOJI[ROW["pizza"]]
+    assert [caption(emoji, random.Random(seed)) for seed in range(20)] == [
+        caption(emoji, random.Random(seed)) for seed in range(20)
+    ]
+    assert len({caption(emoji, random.Random(seed)) for seed in range(50)}) > 5
+
+
+@pytest.mark.parametrize(
+    ("drawings", "style", "count"),
+    [
+        ("all", "color", 1914),
+        ("trained", "color", 1750),
+        ("held_out", "color", 164),
+        ("all", "line", 1643),  # without 270 flags and the NEW button, which has no ink
+        ("trained", "line", 1480),
+        ("held_out", "line", 163),
+    ],
+)
+def test_classes_are_all_1914_names_whichever_drawings_are_shown(
+    drawings_cache: Path, drawings: Any, style: Any, count: int
+) -> None:
+    images = OpenMojiClasses(drawings, style, cache_dir=str(drawings_cache))
+    assert len(images) == len(images.labels()) == len(set(images.labels())) == count
+    assert images.class_names == [emoji.name for emoji in EMOJI]
+    out = held_out(EMOJI)
+    shown = {"all": {True, False}, "trained": {False}, "held_out": {True}}[drawings]
+    color = style == "color"
+    assert images.labels() == [
+        row
+        for row, emoji in enumerate(EMOJI)
+        if out[row] in shown and (color or (emoji.group != "flags" and emoji.name != "NEW button"))
+    ]
+
+
+@pytest.mark.parametrize("style", ["color", "line"])
+def test_a_labelled_drawing_is_that_of_its_name(drawings_cache: Path, style: Any, request: Any) -> None:
+    drawn = request.getfixturevalue(style)
+    images = OpenMojiClasses("held_out", style, cache_dir=str(drawings_cache))
+    for index in range(0, len(images), 9):
+        image, label = images[index]
+        assert label == images.labels()[index]
+        assert np.array_equal(np.asarray(image), drawn[ROW[images.class_names[label]]])
+
+
+def test_no_labelled_line_drawing_is_blank(drawings_cache: Path, line: np.ndarray) -> None:
+    """A drawing that is nothing but colour cannot be recognised from its ink."""
+    marks = ink(line).sum(axis=(1, 2))
+    images = OpenMojiClasses(style="line", cache_dir=str(drawings_cache))
+    assert [images.class_names[label] for label in images.labels() if marks[label] < 20] == []
+
+
+def test_groups_are_nine_classes(drawings_cache: Path) -> None:
+    images = OpenMojiClasses(classes="group", cache_dir=str(drawings_cache))
+    assert len(images.class_names) == len(set(images.class_names)) == 9
+    assert [images.class_names[label] for label in images.labels()] == [emoji.group for emoji in EMOJI]
+    assert set(images.labels()) == set(range(9))
+    line = OpenMojiClasses(style="line", classes="group", cache_dir=str(drawings_cache))
+    assert line.class_names == images.class_names  # "flags" stays a wrong answer
+    assert len(set(line.labels())) == 8

@@ -1,0 +1,600 @@
+import base64
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.collections import PathCollection
+from PIL import Image
+from rich.console import Console
+
+from lit_clip.errors import InputError
+from lit_clip.evaluation.overview import means, metric_words, percent, rows
+from lit_clip.evaluation.published import (
+    PARAMETERS,
+    disagreements,
+    measured,
+    nearest,
+    nearest_model,
+    papers_name,
+    peers,
+    published,
+    published_metrics,
+)
+from lit_clip.evaluation.report.chart_style import Series, run_name, shown, svg
+from lit_clip.evaluation.report.charts import few_shot, figures
+from lit_clip.evaluation.report.page import report_page, write_report
+from lit_clip.evaluation.report.prediction_grid import Prediction, prediction_grid
+from lit_clip.evaluation.report.results_table import print_results
+from lit_clip.evaluation.report.robustness_chart import effective_rows, papers_points, run_points
+from lit_clip.evaluation.report.set_section import section
+from lit_clip.evaluation.report.tensorboard import write_tensorboard
+from lit_clip.evaluation.suite import SuiteEntry, read_suite
+from lit_clip.models.clip import CLIP
+from lit_clip.models.registry import papers_models, resolve_architecture
+
+SUITE = Path(__file__).parents[2] / "configs" / "evaluation" / "paper.yaml"
+EVIL = "<script>alert('x')</script>&\"$a$ \x07"
+
+
+def zero_shot(value: float, **more: Any) -> dict[str, Any]:
+    return {
+        "value": value,
+        "metrics": {"top1": value, "top5": min(1.0, value + 0.1)},
+        "interval": [value - 0.01, value + 0.01],
+        "guessing": 0.1,
+        "images": 1000,
+        **more,
+    }
+
+
+def a_set(paper: str = "", value: float = 0.5, **tasks: Any) -> dict[str, Any]:
+    return {
+        "status": "done",
+        "reason": "",
+        "how_to_get": "",
+        "note": "",
+        "metric": "top1",
+        "paper": paper,
+        "splits": {"test": {"images": 1000, "skipped": []}},
+        "prompts": {"classes": 10, "texts": 180, "sha256": "ab" * 32},
+        "class_names": ["cat", "dog"],
+        "tasks": tasks or {"zero_shot": zero_shot(value)},
+    }
+
+
+def results_of(sets: dict[str, Any], name: str = "ViT-B-32-quickgelu:openai") -> dict[str, Any]:
+    return {
+        "lit_clip": "0.1.0",
+        "created": "2026-01-01T00:00:00+00:00",
+        "model": {"name": name, "weights_sha256": "cd" * 32, "preprocessing": {"image_size": 224}, "parameters": 1},
+        "precision": "32-true",
+        "suite": [{"path": "paper.yaml", "sha256": "ef" * 32}],
+        "packages": {"torch": "2.8.0", "scipy": None},
+        "sets": sets,
+    }
+
+
+def probe(value: float) -> dict[str, Any]:
+    return {"value": value, "metrics": {"top1": value}, "l2": 1.0, "search": [[0.1, 0.4], [1.0, 0.5]], "guessing": 0.1}
+
+
+def shots(*values: float) -> dict[str, Any]:
+    return {"value": values[-1], "shots": [[2**place, [v - 0.01, v + 0.01]] for place, v in enumerate(values)]}
+
+
+@pytest.fixture
+def full() -> dict[str, Any]:
+    """One of everything: probes, retrieval, places, bias, a set that is missing, one that failed, skipped pictures."""
+    error = {"key": "a/1.png", "truth": "cat", "guess": "dog", "probability": 0.9, "picture": "pictures/a/1.jpg"}
+    wrong = zero_shot(
+        0.85, confusions=[["cat", "dog", 88]], errors=[{**error, "nearest": [["dog", 0.9], ["cat", 0.1]]}]
+    )
+    sets = {
+        "cifar10": a_set("CIFAR10", zero_shot=wrong, linear_probe=probe(0.95), few_shot=shots(0.5, 0.6, 0.7)),
+        "mnist": a_set("MNIST", zero_shot=zero_shot(0.4), linear_probe=probe(0.99), few_shot=shots(0.3, 0.5, 0.8)),
+        "imagenet": a_set("ImageNet", 0.63),
+        "imagenetv2": a_set("ImageNetV2", 0.56),
+        "imagenet_a": a_set("ImageNet-A", 0.31),
+        "ours": a_set("", 0.77),
+        "flickr": a_set("Flickr30k", retrieval={"value": 0.7, "metrics": {
+            "image_to_text_recall@1": 0.8, "image_to_text_recall@5": 0.9, "text_to_image_recall@1": 0.6}}),
+        "im2gps": a_set("IM2GPS", geolocation={"value": 0.3, "metrics": {"within_1km": 0.1, "within_25km": 0.3}}),
+        "fairface": a_set("", bias={"images": 3, "accuracy": {"gender": {"by_gender": {
+            "Male": {"value": 0.25, "count": 1, "images": 4, "interval": [0.1, 0.6]},
+            "Female": {"value": None, "count": 0, "images": 0, "interval": [0.0, 1.0]}}}}}),
+        "pets": {**a_set("OxfordPets"), "status": "missing", "reason": "data/pets: not there", "tasks": {},
+                 "splits": {}, "how_to_get": "ask the authors"},
+        "pcam": {**a_set("PCam"), "status": "failed", "reason": "test.h5: truncated", "tasks": {}},
+    }  # fmt: skip
+    sets["cifar10"]["splits"]["test"]["skipped"] = [["bad.png", "truncated file"], ["worse.png", "no picture"]]
+    return results_of(sets)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A run's folder with the picture that the results name."""
+    (tmp_path / "pictures" / "a").mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 255, (90, 400, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "pictures" / "a" / "1.jpg")
+    return tmp_path
+
+
+class Page(HTMLParser):
+    """What a browser would make of a page: its text, tags, and every address in it."""
+
+    VOID = ("meta", "img", "br", "link", "input")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+        self.ids: list[str] = []
+        self.texts: list[str] = []
+        self.feed(text)
+        self.text = " ".join(" ".join(self.texts).split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag not in self.VOID:
+            self.open.append(tag)
+        for name, value in attrs:
+            if name in ("src", "href", "xlink:href", "action", "data", "srcset", "poster"):
+                self.addresses.append(value or "")
+            if name == "id":
+                self.ids.append(value or "")
+            assert not name.startswith("on")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "model", "metric", "percents", "verified", "table"),
+    [
+        ("ImageNet", "zero_shot", "ViT-L-14-336", None, 76.2, True, 11),
+        ("Food101", "zero_shot", "RN50", None, 81.1, True, 11),
+        ("Country211", "zero_shot", "ViT-B-32", None, 17.8, False, 11),
+        ("RenderedSST2", "zero_shot", "RN50x64", "top1", 70.7, False, 11),
+        ("OxfordPets", "linear_probe", "ViT-L-14-336", "mean_per_class", 95.1, True, 10),
+        ("ImageNet", "linear_probe", "ViT-B-16", None, 80.2, False, 10),
+        ("HatefulMemes", "linear_probe", "ViT-L-14-336", "roc_auc", 77.3, True, 10),
+        ("COCO", "retrieval", "ViT-L-14-336", "text_to_image_recall@10", 72.2, True, 13),
+        ("Flickr30k", "retrieval", "ViT-L-14-336", None, 88.0, True, 13),
+        ("aYahoo", "zero_shot", "ViT-L-14-336", None, 98.4, True, 1),
+        ("SVHN full number", "zero_shot", "ViT-L-14-336", None, 51.0, True, 14),
+        ("RareAct", "zero_shot", "ViT-L-14-336", "mwsap", 44.8, True, 15),
+        ("ImageNet-R", "linear_probe", "ViT-L-14-336", None, 84.2, True, 16),
+        ("IM2GPS", "geolocation", "ViT-L-14-336", "within_750km", 62.0, True, 17),
+        ("CelebA 1000", "zero_shot", "RN50x16", None, 37.4, True, 8),
+    ],
+)
+def test_published_figures_are_the_papers(
+    name: str, task: str, model: str, metric: str | None, percents: float, verified: bool, table: int
+) -> None:
+    figure = published(name, task, model, metric)
+    assert figure is not None
+    assert figure.value == pytest.approx(percents / 100)
+    assert figure.verified is verified
+    assert figure.source == f"Radford et al. 2021, table {table}"
+
+
+@pytest.fixture(scope="module")
+def suite() -> dict[str, SuiteEntry]:
+    return read_suite(SUITE)
+
+
+def test_every_model_has_the_27_sets_and_the_best_ones_mean_is_the_papers(suite: dict[str, SuiteEntry]) -> None:
+    names = {entry.paper for entry in suite.values()}
+    for model in papers_models():
+        for task, table in (("zero_shot", 11), ("linear_probe", 10)):
+            found = [published(name, task, model) for name in names]
+            assert sum(figure is not None and figure.source.endswith(f"table {table}") for figure in found) == 27
+    probes = {name: published(name, "linear_probe", "ViT-L-14-336") for name in names}
+    kept = {name: one.value for name, one in probes.items() if one and one.source.endswith("table 10")}
+    assert 100 * sum(kept.values()) / 27 == pytest.approx(85.056, abs=5e-4)  # the mean that a transcription prints
+
+
+def test_every_set_that_the_suite_calls_by_a_name_of_the_papers_has_a_figure_for_its_metric(
+    suite: dict[str, SuiteEntry],
+) -> None:
+    task_of = {"recall@1": "retrieval", "within_km": "geolocation"}
+    for name, entry in suite.items():
+        if entry.paper:
+            model = "ViT-L-14" if entry.paper.startswith("CelebA") else "ViT-L-14-336"
+            figures_of = published_metrics(entry.paper, task_of.get(entry.metric, "zero_shot"), model)
+            metrics = {"recall@1": "text_to_image_recall@1", "within_km": "within_25km"}
+            assert metrics.get(entry.metric, entry.metric) in figures_of, name
+
+
+def test_means_of_pm0_and_pm10_peers_and_open_clips_measurements_stand_beside() -> None:
+    pm = published("ImageNet-Vid (robust)", "zero_shot", "ViT-L-14-336", "pm")
+    assert pm is not None
+    assert pm.value == pytest.approx((0.953 + 0.892) / 2)
+    assert peers("IM2GPS", "geolocation")["PlaNet"]["within_1km"].value == pytest.approx(0.084)
+    of_open_clip = measured("COCO", "retrieval", "RN50", "text_to_image_recall@5")
+    assert of_open_clip is not None
+    assert of_open_clip.value == pytest.approx(0.5291)
+    assert published("COCO", "retrieval", "RN50") is None
+    assert published("nothing of the kind", "zero_shot", "RN50") is None
+    assert published("", "zero_shot", "RN50") is None
+    assert any("88.3 in table 11, 88.4 in table 14" in line for line in disagreements())
+
+
+@pytest.mark.parametrize("name", papers_models())
+def test_a_paper_model_is_nearest_to_itself_by_name_and_by_size(name: str) -> None:
+    config = resolve_architecture(name).to_dict()
+    assert nearest({"name": f"{name}-quickgelu:openai"}) == (name, "the same name")
+    assert nearest({"name": papers_name(name)}) == (name, "the same name")
+    assert nearest({"name": "runs/last.ckpt", "architecture": config}) == (name, "the same image encoder")
+
+
+def resnet(layers: list[int], image_size: int) -> dict[str, Any]:
+    return {"image": {"layers": layers, "width": 64, "image_size": image_size}}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "parameters", "expected", "rule"),
+    [
+        ("ViT-tiny-16-64", 1, "ViT-B-32", "ViT"),
+        ("ViT-H-14", 1, "ViT-L-14-336", "ViT"),
+        (resnet([3, 4, 22, 3], 224), 1, "RN101", "ResNet"),
+        (resnet([2, 2, 2, 2], 64), 1, "RN50", "ResNet"),
+        ({"image": {"timm": "vit_large"}}, 430_000_000, "ViT-L-14-336", "parameters"),
+        ({"image": {"patch_size": 3}}, 600_000_000, "RN50x64", "parameters"),
+        ({"image": {"sizes": "of a later version"}}, 600_000_000, "RN50x64", "parameters"),
+        ("no such model", None, "ViT-B-32", "nothing is known"),
+        (None, None, "ViT-B-32", "nothing is known"),
+    ],
+)
+def test_another_model_stands_beside_the_one_nearest_in_size(
+    architecture: Any, parameters: int | None, expected: str, rule: str
+) -> None:
+    found = nearest({"name": "x", "architecture": architecture, "parameters": parameters})
+    assert found.name == nearest_model({"architecture": architecture, "parameters": parameters}) == expected
+    assert rule in found.rule
+
+
+def test_parameters_are_those_that_are_counted() -> None:
+    for name in ("RN50", "ViT-B-32", "ViT-B-16"):
+        with torch.device("meta"):
+            model = CLIP(resolve_architecture(name))
+        assert PARAMETERS[name] == pytest.approx(sum(p.numel() for p in model.parameters()) / 1e6, abs=0.005)
+
+
+def test_rows_are_a_set_and_metric_with_the_papers_figure_of_the_same_metric(full: dict[str, Any]) -> None:
+    found = {(row.name, row.metric): row for row in rows(full)}
+    assert found["cifar10", "top1"].values == {"zero_shot": 0.85, "linear_probe": 0.95, "few_shot": 0.7}
+    assert found["cifar10", "top1"].papers["zero_shot"].value == pytest.approx(0.913)
+    assert found["cifar10", "top1"].skipped == 2
+    assert found["flickr", "image_to_text_recall@1"].values == {"zero_shot": 0.8}
+    assert found["flickr", "text_to_image_recall@1"].measured["zero_shot"].value == pytest.approx(0.5878)
+    assert found["im2gps", "within_25km"].values == {"linear_probe": 0.3}
+    assert found["ours", "top1"].papers == {}
+    assert found["pets", "top1"].status == "missing"
+    full["sets"]["cifar10"]["metric"] = "mean_per_class"  # the paper has no such figure of it
+    assert rows(full)[0].papers == {}
+
+
+def test_means_are_over_the_sets_that_both_have(full: dict[str, Any]) -> None:
+    mean = means(rows(full), "zero_shot")
+    assert mean is not None
+    assert mean.sets == 3  # cifar10, mnist, imagenet; of the shifted sets the paper has no figure for ViT-B/32
+    assert mean.ours == pytest.approx((0.85 + 0.4 + 0.63) / 3)
+    assert mean.papers == pytest.approx((0.913 + 0.519 + 0.632) / 3)
+    assert means(rows(full), "few_shot") is None
+
+
+def printed(results: dict[str, Any]) -> str:
+    console = Console(file=io.StringIO(), width=120)
+    print_results(results, console)
+    return console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_the_terminals_table_has_percents_the_papers_figures_and_what_went_wrong(full: dict[str, Any]) -> None:
+    lines = [line.strip() for line in printed(full).splitlines()]
+    cifar = next(line for line in lines if line.startswith("cifar10")).split()
+    assert cifar == ["cifar10", "top-1", "85.0", "91.3", "95.0", "95.1?", "70.0", "10.0", "1,000", "2"]
+    assert any(line.startswith("pets") and "not on disk" in line for line in lines)
+    assert "pets: not on disk: data/pets: not there" in lines
+    assert "pcam: failed: test.h5: truncated" in lines
+    assert any("ViT-B/32 (the same name)" in line and "?" in line for line in lines)
+
+
+def test_a_table_of_nothing_and_names_with_markup_are_printed_as_they_are() -> None:
+    assert "[red]set[/red]" in printed(results_of({"[red]set[/red]": a_set()}))
+    assert "set" in printed(results_of({}))
+
+
+def test_there_is_a_figure_only_for_what_there_are_data(full: dict[str, Any]) -> None:
+    everything = {"zero_shot", "linear_probe", "zero_shot_minus_probe", "few_shot", "robustness"}
+    assert set(figures(full, {})) == everything
+    assert set(figures(results_of({"a": a_set()}), {})) == {"zero_shot"}
+    assert figures(results_of({}), {}) == {}
+    assert set(figures(results_of({}), {"other": full})) == everything - {"zero_shot_minus_probe"}
+    assert "robustness" not in figures(results_of({"imagenet": a_set("ImageNet")}), {})
+
+
+def bar_lengths(figure: Any) -> list[list[float]]:
+    return [[bar.get_width() for bar in container] for container in figure.axes[0].containers]
+
+
+def test_bars_and_diamonds_are_at_the_values(full: dict[str, Any]) -> None:
+    other = results_of({"mnist": a_set("MNIST", 0.6), "new": a_set("", 0.2)})
+    figure = figures(full, {"runs/b/results.json": other})["zero_shot"]
+    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    ours, theirs = bar_lengths(figure)
+    assert names[:2] == ["cifar10", "mnist"]
+    assert names[-1] == "new"
+    assert ours[:2] == pytest.approx([85.0, 40.0])
+    assert theirs[:2] == pytest.approx([0.0, 60.0])  # no bar of what it lacks
+    assert (ours[-1], theirs[-1]) == pytest.approx((0.0, 20.0))
+    marks = [mark for mark in figure.axes[0].collections if isinstance(mark, PathCollection)]
+    diamonds = [dot for mark in marks for dot in np.asarray(mark.get_offsets()).tolist()]
+    assert [90.0 < x < 92.0 for x, y in diamonds if -0.5 < y < 0.5] == [True]  # 91.3 beside the first bar
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend[:2] == ["this run", "runs/b"]
+
+
+def test_the_differences_are_sorted_and_few_shot_means_are_means(full: dict[str, Any]) -> None:
+    figure = figures(full, {})["zero_shot_minus_probe"]
+    assert bar_lengths(figure)[0] == pytest.approx([-10.0, -59.0])
+    curve = few_shot([Series("this run", full)])
+    assert curve is not None
+    thick = [line for line in curve.axes[0].lines if line.get_linewidth() > 2]
+    assert np.asarray(thick[0].get_ydata()) == pytest.approx([40.0, 55.0, 75.0])
+    star = next(line for line in curve.axes[0].lines if line.get_marker() == "*")
+    assert np.asarray(star.get_ydata()) == pytest.approx([62.5])
+
+
+def test_the_robustness_chart_compares_over_the_same_sets(full: dict[str, Any]) -> None:
+    ours = run_points([Series("this run", full)])
+    assert [point.name for point in ours] == ["this run, zero-shot"]
+    assert ours[0].mean(["ImageNetV2", "ImageNet-A"]) == pytest.approx((0.56 + 0.31) / 2)
+    assert ours[0].mean(["ImageNet-R"]) is None
+    by_name = {point.name: point for point in papers_points()}
+    assert len(by_name) == 4
+    assert by_name["NS EfficientNet-L2"].values["YTBB"] == pytest.approx((0.677 + 0.635) / 2)
+    assert by_name["zero-shot CLIP"].values["ImageNet"] == pytest.approx(0.762)
+    assert by_name["linear probe CLIP"].mean(["ImageNetV2", "ImageNet-A"]) == pytest.approx((0.759 + 0.753) / 2)
+
+
+def test_effective_robustness_is_of_the_same_classes(full: dict[str, Any], folder: Path) -> None:
+    assert [row.name for row in effective_rows(full)] == ["ImageNetV2"]  # not all classes are in ImageNet-A
+    full["sets"]["imagenet"]["tasks"]["zero_shot"]["metrics"]["top1/ImageNet-A"] = 0.8
+    v2, a = effective_rows(full)
+    assert (v2.point, a.point) == ((0.63, 0.56), (0.8, 0.31))
+    page = Page(report_page(full, folder, {}))
+    assert f"ImageNet-A 80.0 31.0 49.0 {100 * (a.effective or 0):+.1f}" in page.text
+    assert "zero-shot, top-1 among the classes of ImageNet-A 80.0" in page.text
+    full["sets"]["imagenet"]["tasks"]["zero_shot"]["value"] = 1.0  # which has no logit
+    assert [row.name for row in effective_rows(full)] == ["ImageNet-A"]
+
+
+def test_what_was_not_possible_of_a_set_and_what_its_list_lacks_is_said(folder: Path) -> None:
+    entry = a_set() | {"reason": "no train split: there is none", "splits": {"test": {"images": 7, "absent": 1234}}}
+    found = Page(section("a", entry, "set-0", "ViT-B-32", folder)).text
+    assert "no train split: there is none" in found
+    assert "7 pictures, 1,234 of its list not on disk" in found
+
+
+@pytest.mark.parametrize("number", [1, 40])
+def test_charts_of_any_number_of_sets_keep_names_apart(number: int) -> None:
+    sets = {f"a set with a name that is too long for any chart {place}": a_set("", 0.5) for place in range(number)}
+    figure = figures(results_of(sets), {})["zero_shot"]
+    figure.draw_without_rendering()
+    boxes = [label.get_window_extent() for label in figure.axes[0].get_yticklabels()]
+    assert len(boxes) == number
+    assert all(upper.y0 >= lower.y1 for upper, lower in zip(boxes[:-1], boxes[1:], strict=True))
+    assert all(box.x0 >= 0 for box in boxes)
+
+
+def test_drawing_leaves_matplotlibs_settings_and_gives_the_same_svg_twice(full: dict[str, Any]) -> None:
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    once, again = (svg(figures(full, {})["zero_shot"], "zero_shot") for _ in range(2))
+    assert dict(matplotlib.rcParams) == before
+    assert once == again
+    assert once.startswith("<svg")
+    assert ">cifar10</text>" in once  # text, in the reader's fonts
+
+
+def test_names_in_charts_are_short_and_printable() -> None:
+    assert shown("tab\there") == "tab here"
+    assert shown("\x00") == "?"
+    assert shown("é" * 50, 10) == "é" * 9 + "…"
+    assert run_name("runs/b16/results.json") == "runs/b16"
+    assert run_name("results.json") == "results.json"
+    assert run_name("/somewhere/" + "x" * 40).startswith("…")
+
+
+def test_the_page_says_what_was_found(full: dict[str, Any], folder: Path) -> None:
+    write_report(full, folder, {})
+    page = Page((folder / "report.html").read_text(encoding="utf-8"))
+    assert page.open == []
+    for words in (
+        "Evaluation of ViT-B-32-quickgelu:openai",
+        "9 sets done; 1 not on disk; 1 failed; 2 pictures skipped",
+        "91.3 (table 11)",
+        "95.1? (table 10)",
+        "test: 2 pictures could not be read",
+        "bad.png",
+        "truncated file",
+        "how to get it: ask the authors",
+        "test.h5: truncated",
+        "cat dog 88",
+        "25.0 % (1 of 4), 10.0 to 60.0",
+        "no pictures",
+        "cd" * 32,
+        "torch 2.8.0",
+        "PlaNet 8.4 (table 17)",
+    ):
+        assert words in page.text, words
+    images = [address for address in page.addresses if address.startswith("data:image/jpeg;base64,")]
+    assert len(images) == 1
+    assert page.tags.count("svg") == 5
+
+
+def test_the_page_refers_to_nothing_outside(full: dict[str, Any], folder: Path) -> None:
+    text = report_page(full, folder, {"other": full})
+    page = Page(text)
+    assert all(address.startswith(("data:image/", "#")) for address in page.addresses)
+    assert {address[1:] for address in page.addresses if address.startswith("#")} <= set(page.ids)
+    assert len(page.ids) == len(set(page.ids))
+    assert not {"script", "iframe", "link", "object", "embed", "base", "form"} & set(page.tags)
+    assert all(found.startswith("#") for found in re.findall(r"url\(\s*['\"]?([^)'\"]*)", text))
+    assert "@import" not in text
+    assert "default-src 'none'" in text
+
+
+def evil(value: Any) -> Any:
+    """The same structure with every text of a run in it replaced, keys of free choice too."""
+    if isinstance(value, dict):
+        return {key: evil(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [evil(inner) for inner in value]
+    return EVIL if isinstance(value, str) else value
+
+
+def test_whatever_text_comes_from_the_data_is_escaped(full: dict[str, Any], folder: Path) -> None:
+    changed = evil(full)
+    for kept, entry in zip(full["sets"].values(), changed["sets"].values(), strict=True):
+        entry["status"] = kept["status"]
+        entry["splits"] = {EVIL: {"images": 1, "skipped": [[EVIL, EVIL]]}, "test": {"images": 1, "skipped": []}}
+    changed["sets"] = {f"{EVIL}{place}": entry for place, entry in enumerate(changed["sets"].values())}
+    changed["sets"][f"{EVIL}8"]["tasks"]["bias"][EVIL] = {EVIL: EVIL}
+    changed["model"]["architecture"] = {EVIL: {EVIL: EVIL}}
+    changed["packages"][EVIL] = EVIL
+    text = report_page(changed, folder, {EVIL: changed})
+    page = Page(text)
+    assert page.open == []
+    assert "script" not in page.tags
+    assert "<script" not in text
+    assert "alert('x')" in page.text
+    assert page.text.count("<script>") > 30
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"tasks": None},
+        {"splits": None, "prompts": None, "class_names": None},
+        {"tasks": {"zero_shot": {"value": float("nan"), "metrics": {"top1": float("nan")}}}},
+        {"tasks": {"zero_shot": {"value": None}, "few_shot": {"value": None, "shots": []}, "linear_probe": {}}},
+        {"tasks": {"few_shot": {"shots": [[1, []], [2, [None]]]}, "retrieval": {}, "geolocation": {}, "bias": {}}},
+        {"tasks": {"zero_shot": {"errors": [{}], "confusions": []}}},
+        {"status": "failed", "reason": None, "note": None},
+    ],
+)
+def test_missing_values_leave_gaps_not_errors(damage: dict[str, Any], tmp_path: Path) -> None:
+    results = results_of({"cifar10": a_set("CIFAR10") | damage, "mnist": a_set("MNIST", 0.4)})
+    page = Page(report_page(results, tmp_path, {"other": results_of({"cifar10": {}, "x": a_set()})}))
+    assert "cifar10" in page.text
+    assert "40.0" in page.text
+    assert "cifar10" in printed(results)
+    write_tensorboard(results, {}, tmp_path)
+
+
+def test_results_of_which_only_the_sets_are_known_are_shown(tmp_path: Path) -> None:
+    for results in ({}, {"sets": {}}, {"sets": {"a": a_set()}, "model": None, "packages": None, "suite": None}):
+        assert "Evaluation of a model" in report_page(results, tmp_path, {})
+        assert printed(results)
+
+
+def test_two_result_files_are_shown_beside_each_other(full: dict[str, Any], folder: Path) -> None:
+    other = results_of({"cifar10": a_set("CIFAR10", 0.123)}, "RN50:openai")
+    page = Page(report_page(full, folder, {"runs/other/results.json": other}))
+    assert "runs/other/results.json: RN50:openai" in page.text
+    row = page.text[page.text.index("cifar10 top-1") :].split()[:5]
+    assert row == ["cifar10", "top-1", "85.0", "91.3", "12.3"]
+
+
+def test_pictures_outside_the_run_are_not_read_and_broken_ones_leave_a_gap(
+    full: dict[str, Any], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    Image.new("RGB", (9, 9)).save(tmp_path / "secret.png")
+    (run / "broken.jpg").write_bytes(b"\xff\xd8 no picture")
+    entry = full["sets"]["cifar10"]
+    for name in ("../secret.png", str(tmp_path / "secret.png"), "broken.jpg", "not/there.jpg", "", None, "nul\0", 7):
+        entry["tasks"]["zero_shot"]["errors"][0]["picture"] = name
+        found = section("cifar10", entry, "set-0", "ViT-B-32", run)
+        assert "most confidently wrong" in found
+        assert "data:image" not in found
+
+
+def test_thumbnails_are_small_whatever_the_run_kept(full: dict[str, Any], folder: Path) -> None:
+    found = Page(section("cifar10", full["sets"]["cifar10"], "set-0", "ViT-B-32", folder))
+    address = next(address for address in found.addresses if address.startswith("data:image"))
+    with Image.open(io.BytesIO(base64.b64decode(address.split(",", 1)[1]))) as picture:
+        assert picture.size == (160, 36)
+
+
+def test_a_page_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"report\.html"):
+        write_report(results_of({}), tmp_path / "nowhere", {})
+
+
+def test_tensorboard_has_the_numbers_charts_and_sheets_of_the_last_evaluation(
+    full: dict[str, Any], folder: Path
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    full["sets"]["cifar10"]["tasks"]["zero_shot"]["metrics"]["top1"] = 0.1
+    write_tensorboard(full, {"other": full}, folder)
+    full["sets"]["cifar10"]["tasks"]["zero_shot"]["metrics"]["top1"] = 0.85
+    write_tensorboard(full, {"other": full}, folder)
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert [event.value for event in events.Scalars("zero_shot/cifar10/top1")] == pytest.approx([0.85])
+    curve = [(event.step, event.value) for event in events.Scalars("few_shot/mnist/top1")]
+    assert curve == [(1, pytest.approx(0.3)), (2, pytest.approx(0.5)), (4, pytest.approx(0.8))]
+    images = events.Tags()["images"]
+    assert {f"evaluation/{name}" for name in figures(full, {})} <= set(images)
+    assert "zero_shot/cifar10/most confidently wrong" in images
+    assert "zero_shot/mnist/most confidently wrong" not in images
+
+
+def test_sheets_cut_long_names_where_the_width_ends() -> None:
+    image = Image.new("RGB", (8, 8))
+    wide = prediction_grid([Prediction(image, "W" * 200, [("i" * 500, 1.0), ("", 0.0)])])
+    assert wide.size == prediction_grid([Prediction(image, "a", [("b", 1.0), ("c", 0.0)])]).size
+    right_edge = np.asarray(wide)[:, -10:]
+    assert (right_edge == 255).all()  # the margin stays empty
+
+
+def test_words_for_metrics_and_percents() -> None:
+    assert metric_words("image_to_text_recall@5") == "image to text R@5"
+    assert metric_words("within_2500km") == "within 2500 km"
+    assert metric_words("something_new") == "something new"
+    assert (percent(0.91349), percent(None), percent(None, "-")) == ("91.3", "", "-")
+
+
+def tuples(value: Any) -> Any:
+    """The same structure with tuples for lists, as it is before it has been through a file."""
+    if isinstance(value, dict):
+        return {key: tuples(inner) for key, inner in value.items()}
+    return tuple(map(tuples, value)) if isinstance(value, list | tuple) else value
+
+
+def test_results_that_were_just_made_and_those_read_from_a_file_give_the_same(full: dict[str, Any]) -> None:
+    made, read = tuples(full), json.loads(json.dumps(tuples(full)))
+    assert rows(made) == rows(read)
+    for name, entry in made["sets"].items():
+        pages = [section(name, one, "set-0", "ViT-B-32", Path()) for one in (entry, read["sets"][name])]
+        assert pages[0] == pages[1]

@@ -1,0 +1,211 @@
+"""Validation on several ranks is that of one: each sample once, the same numbers, and nobody waits for ever."""
+
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from datamodules import Captions
+from datamodules.openmoji import draw, read_table
+from lit_clip.evaluation.retrieval import RetrievalSet, token_hashes
+from tests.conftest import ROOT
+from tests.helpers.ranks_evaluation import (
+    CASES,
+    evaluate_cases,
+    evaluate_rows,
+    make_module,
+    random_rows,
+    validate_tables,
+)
+
+Ranks = Callable[..., None]
+SIZES = (1, 21, 1000)
+
+
+def brute_force(image: Tensor, text: Tensor, keys: list[str], tokens: Tensor, scale: float) -> dict[str, float]:
+    """The same numbers from the whole matrix of all rows, where rows with one key or one caption are one candidate."""
+    scores = image.double() @ text.double().T
+    rows = range(len(keys))
+    captions = [tuple(row) for row in tokens.tolist()]
+    right = {(keys[row], captions[row]) for row in rows}
+    targets = torch.arange(len(keys))
+    loss = (F.cross_entropy(scale * scores, targets) + F.cross_entropy(scale * scores.T, targets)) / 2
+    metrics = {"loss": float(loss)}
+    first_image = {key: row for row, key in reversed(list(enumerate(keys)))}
+    first_text = {caption: row for row, caption in reversed(list(enumerate(captions)))}
+    sides = {
+        "image_to_text": (first_image, first_text, [*first_image], scores, lambda a, b: (a, b)),
+        "text_to_image": (first_text, first_image, captions, scores.T, lambda a, b: (b, a)),
+    }
+    for name, (row_of_query, candidates, asked, side, pair) in sides.items():
+        matrix = side[:, list(candidates.values())].tolist()
+        places = {}
+        for query, row in row_of_query.items():
+            is_right = [pair(query, candidate) in right for candidate in candidates]
+            best = max(score for score, good in zip(matrix[row], is_right, strict=True) if good)
+            places[query] = sum(s >= best for s, good in zip(matrix[row], is_right, strict=True) if not good)
+        ranks = sorted(places[query] for query in asked)
+        metrics |= {f"{name}_recall@{k}": sum(rank < k for rank in ranks) / len(ranks) for k in (1, 5, 10)}
+        metrics[f"{name}_median_rank"] = ranks[(len(ranks) - 1) // 2] + 1
+    return metrics
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("batch_size", [1, 7, 1000])
+def test_images_with_many_captions_and_captions_of_many_images_are_found_as_by_brute_force(
+    size: int, batch_size: int
+) -> None:
+    expected = brute_force(*random_rows(size), scale=20.0)
+    assert evaluate_rows(size, batch_size, None).metrics == pytest.approx(expected, abs=1e-6)
+    assert size < 1000 or 0.1 < expected["text_to_image_recall@1"] < expected["text_to_image_recall@10"] < 1
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory: pytest.TempPathFactory, drawings_cache: Path) -> dict[int, Path]:
+    """By number of rows: four captions a drawing, of which some are of several drawings."""
+    folder = tmp_path_factory.mktemp("tables")
+    drawn = [(emoji.name, path) for emoji, path in zip(read_table(), draw(drawings_cache), strict=True)][::7]
+    tables = {}
+    for size in (*SIZES, 24):
+        tables[size] = folder / f"{size}.csv"
+        with tables[size].open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["image", "caption"])
+            for row in range(size):
+                name, path = drawn[row // 4]
+                writer.writerow([path, f"{name}, {row % 4}" if row % 5 else "a drawing"])
+    return tables
+
+
+@pytest.fixture(scope="module")
+def one_process(tables: dict[int, Path], drawings_cache: Path) -> dict[int, dict[str, float]]:
+    """What one process logs when it validates each of the tables."""
+    results = validate_tables(str(drawings_cache), [str(tables[size]) for size in SIZES])
+    return dict(zip(SIZES, results, strict=True))
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_ranks_find_the_numbers_of_one_process(
+    world: int,
+    one_process: dict[int, dict[str, float]],
+    tables: dict[int, Path],
+    drawings_cache: Path,
+    ranks: Ranks,
+    tmp_path: Path,
+) -> None:
+    """1, 21 and 1,000 pairs, zero-shot sets of one image and of two classes: some ranks have none of them.
+
+    First rows whose images and captions lie on several ranks, with both losses; then ``Trainer.validate``.
+    """
+    output, paths = tmp_path / "results.json", [str(tables[size]) for size in SIZES]
+    ranks("evaluate", world, str(output), str(drawings_cache), *paths, script="ranks_evaluation.py")
+    results = json.loads(output.read_text())
+    for case, result, expected in zip(CASES, results["cases"], evaluate_cases(), strict=True):
+        assert len(result) == 9 + 6
+        assert result == pytest.approx(expected, rel=1e-6, abs=1e-6), case
+    for size, result in zip(SIZES, results["tables"], strict=True):
+        assert result.keys() == one_process[size].keys()
+        assert len(result) == 9 + 3 + 3 + 2
+        assert result == pytest.approx(one_process[size], rel=1e-6, abs=1e-6), size
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_validation_logs_the_numbers_of_brute_force(
+    size: int, one_process: dict[int, dict[str, float]], tables: dict[int, Path]
+) -> None:
+    module = make_module()
+    table = str(tables[size])
+    data = Captions(
+        table, table, batch_size=size, num_workers=0, preprocessing=module.preprocessing, tokenize=module.tokenize
+    )
+    data.setup("validate")
+    (batch,) = data.val_dataloader()
+    with torch.no_grad():
+        image, text = module.eval()(batch)
+    expected = brute_force(image, text, batch.keys, batch.tokens, module.model.logit_scale.exp().item())
+    found = {name.removeprefix("val/"): one_process[size][name] for name in one_process[size] if "val/" in name}
+    assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_a_network_with_statistics_is_validated_during_training_though_a_rank_has_no_pair(
+    tables: dict[int, Path], drawings_cache: Path, ranks: Ranks, tmp_path: Path
+) -> None:
+    """DDP makes buffers equal in a rank's first batch: the ranks with one waited for that without."""
+    output, arguments = tmp_path / "results.json", [str(drawings_cache), str(tables[24]), str(tables[1])]
+    ranks("fit", 2, str(output), *arguments, script="ranks_evaluation.py", timeout=90)
+    result = json.loads(output.read_text())
+    assert result["val/loss"] == pytest.approx(0, abs=1e-6)
+    assert result["val/text_to_image_recall@1"] == 1
+    assert 0 < result["zero_shot/two_classes/top1"] < 1
+
+
+def test_features_are_the_same_however_many_fit_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = brute_force(*random_rows(1000), scale=20.0)
+    monkeypatch.setattr("lit_clip.evaluation.retrieval.BLOCK", 10 * 12 * 4)  # ten rows
+    assert evaluate_rows(1000, 7, None).metrics == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_set_is_empty_after_its_evaluation() -> None:
+    pairs, nothing = RetrievalSet(), torch.zeros(0, 3)
+    one = torch.eye(3)[:1]
+    for _ in range(2):
+        pairs.add(one, one, ["a.jpg"], token_hashes(torch.ones(1, 2, dtype=torch.long), 5, 0))
+        joined = pairs.join(nothing)
+        assert joined is not None
+        assert joined.image.tolist() == joined.text.tolist() == one.tolist()
+        assert pairs.evaluate(nothing, torch.tensor(1.0), None).metrics == {}
+
+
+def test_a_caption_is_the_same_however_far_it_is_padded_and_no_other() -> None:
+    short, long = torch.tensor([[5, 6], [5, 0]]), torch.tensor([[5, 6, 0, 0], [6, 5, 0, 0], [5, 6, 1, 0]])
+    hashes = [*token_hashes(short, 6, 0), *token_hashes(long, 6, 0)]
+    assert hashes[0] == hashes[2]
+    assert len(set(hashes)) == 4
+
+
+def test_keys_of_files_whose_names_are_no_text_are_told_apart() -> None:
+    pairs, features = RetrievalSet(), torch.eye(3)
+    keys = ["\udcff.jpg", "\udcfe.jpg", "\udcff.jpg"]
+    pairs.add(features, features, keys, token_hashes(torch.arange(3)[:, None], 4, 9))
+    joined = pairs.join(torch.zeros(0, 3))
+    assert joined is not None
+    assert joined.image.tolist() == features[:2].tolist()
+    assert joined.mine.image.tolist() == [0, 1, 0]
+
+
+MEMORY = """
+import torch
+from pathlib import Path
+from lit_clip.losses.contrastive import unit
+from lit_clip.evaluation.retrieval import RetrievalSet, token_hashes
+torch.set_num_threads(1)
+def held(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key))
+pairs = RetrievalSet()
+for start in range(0, 30000, 1000):
+    tokens = torch.arange(start, start + 1000)
+    keys = [str(i // 5) for i in tokens.tolist()]
+    pairs.add(torch.randn(1000, 32), torch.randn(1000, 32), keys, token_hashes(tokens[:, None], 4, 0))
+Path("/proc/self/clear_refs").write_text("5")
+before = held("VmRSS")
+metrics = pairs.evaluate(torch.zeros(0, 32), torch.tensor(10.0), None).metrics
+print(len(metrics), held("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="counts memory as Linux does")
+def test_memory_is_that_of_the_features_and_a_tile() -> None:
+    """6,000 images and 30,000 captions: all similarities would be 720 MB, a bool for each 180 MB."""
+    words = [sys.executable, "-c", MEMORY]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=100, check=True, cwd=ROOT)
+    metrics, megabytes = done.stdout.split()
+    assert int(metrics) == 9
+    assert float(megabytes) < 150

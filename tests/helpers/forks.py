@@ -1,0 +1,108 @@
+"""Programs in processes that have imported everything already: a new interpreter takes seconds to import torch.
+
+A server that has done nothing but import is forked for each program, which then gets the arguments, the folder, the
+environment and the output files that a new process would get. Where the start itself is what a test is about, and where
+ranks start other ranks, the tests start a new interpreter instead.
+"""
+
+import atexit
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import chdir
+from multiprocessing.forkserver import ensure_running
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+from unittest.mock import patch
+
+ROOT = Path(__file__).parents[2]
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.helpers.preloaded"])
+
+
+class Program(NamedTuple):
+    """What a process is told.
+
+    Attributes:
+        function: what it runs.
+        words: its command line, the program's name first.
+        folder: where it runs.
+        environment: all of it.
+    """
+
+    function: Callable[[], None]
+    words: Sequence[str]
+    folder: Path
+    environment: dict[str, str]
+
+
+def run(programs: Sequence[Program], timeout: float) -> list[subprocess.CompletedProcess[str]]:
+    """Run programs at the same time, each to its end.
+
+    Raises:
+        subprocess.TimeoutExpired: one did not end; none is left.
+    """
+    with chdir(ROOT), patch.dict(os.environ, HF_HUB_OFFLINE="1"):
+        ensure_running()  # what it imports is looked for in the current folder
+    with tempfile.TemporaryDirectory() as folder:
+        files = [[f"{folder}/{number}_{stream}" for stream in ("out", "err")] for number in range(len(programs))]
+        processes = [
+            CONTEXT.Process(target=_become, args=(program, *streams))
+            for program, streams in zip(programs, files, strict=True)
+        ]
+        try:
+            for process in processes:
+                process.start()
+            for process in processes:
+                process.join(timeout)
+            late = [program for program, process in zip(programs, processes, strict=True) if process.is_alive()]
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+        texts = [
+            [Path(stream).read_text(encoding="utf-8", errors="surrogateescape") for stream in two] for two in files
+        ]
+    if late:
+        raise subprocess.TimeoutExpired(late[0].words, timeout, str(texts))
+    return [
+        subprocess.CompletedProcess(program.words, process.exitcode or 0, *text)
+        for program, process, text in zip(programs, processes, texts, strict=True)
+    ]
+
+
+def _become(program: Program, out: str, err: str) -> None:
+    """Be the program: in the child."""
+    for descriptor, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    os.chdir(program.folder)
+    os.environ.clear()
+    os.environ.update(program.environment)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        os.environ["LOCAL_RANK"] = os.environ["RANK"]
+    sys.argv = list(program.words)
+    sys.modules["__main__"] = ModuleType("__main__")  # not pytest's
+    multiprocessing.set_start_method("fork", force=True)  # of data workers: as in any other process of Linux
+    try:
+        program.function()
+    finally:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+def command() -> None:
+    """``lit-clip``."""
+    from lit_clip.cli.main import main
+
+    main()
+
+
+def script() -> None:
+    """The file that the command line names."""
+    runpy.run_path(sys.argv[0], run_name="__main__")

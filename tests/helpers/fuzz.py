@@ -1,0 +1,234 @@
+"""Pictures, tables and tar shards as accidents leave them: seeded, in a process of its own.
+
+    python tests/helpers/fuzz.py pictures FOLDER COUNT SEED
+    python tests/helpers/fuzz.py sources FOLDER COUNT SEED
+
+Prints one JSON object: how many could be used, how many were skipped or refused for what reason, the longest seconds of
+one, and the warnings. Anything but a documented error, and anything that takes longer than ``LIMIT``, ends the process
+with another exit code than 0.
+"""
+
+import faulthandler
+import io
+import json
+import random
+import sys
+import tarfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from datamodules.caption_datamodule import TrainingPairs, ValidationPairs
+from datamodules.loading.augmentation import Augmentation
+from datamodules.loading.bad_samples import BadSample, Skipped, SkippingDataset
+from datamodules.loading.images import open_image
+from datamodules.loading.sampling import Sample
+from datamodules.pairs.source import Pair, PairSource, open_source
+from lit_clip.errors import InputError
+from lit_clip.models.config import Preprocessing
+from lit_clip.models.preprocess import pixels
+
+LIMIT = 20  # seconds that one may take on a busy machine
+SMALL = Preprocessing(image_size=32)
+
+
+def picture(seed: int = 0, width: int = 70, height: int = 50) -> Image.Image:
+    """A smooth picture with some noise."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+    waves = [127 + 90 * np.sin(x / rng.uniform(3, 20) + y / rng.uniform(3, 20)) for _ in range(3)]
+    return Image.fromarray((np.stack(waves, axis=2) + rng.normal(0, 10, (height, width, 3))).clip(0, 255).astype("u1"))
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    """A picture as a file's content."""
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+@cache
+def whole_pictures() -> dict[str, bytes]:
+    """Of each kind of file one that is whole."""
+    rgb = picture()
+    frames = [picture(seed) for seed in (1, 2)]
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    sixteen = Image.fromarray(np.asarray(rgb.convert("L")).astype("u2") * 257)
+    return {
+        "rgb.jpg": encoded(rgb, "JPEG", quality=90),
+        "progressive.jpg": encoded(rgb, "JPEG", progressive=True),
+        "gray.jpg": encoded(rgb.convert("L"), "JPEG"),
+        "cmyk.jpg": encoded(rgb.convert("CMYK"), "JPEG"),
+        "turned.jpg": encoded(rgb, "JPEG", exif=exif),
+        "rgb.png": encoded(rgb, "PNG"),
+        "rgba.png": encoded(rgb.convert("RGBA"), "PNG"),
+        "palette.png": encoded(rgb.quantize(16), "PNG", transparency=3),
+        "gray_alpha.png": encoded(rgb.convert("LA"), "PNG"),
+        "bits.png": encoded(rgb.convert("1"), "PNG"),
+        "sixteen.png": encoded(sixteen, "PNG"),
+        "animated.png": encoded(frames[0], "PNG", save_all=True, append_images=frames[1:]),
+        "animated.gif": encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]),
+        "lossy.webp": encoded(rgb, "WEBP"),
+        "lossless.webp": encoded(rgb.convert("RGBA"), "WEBP", lossless=True),
+        "animated.webp": encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:]),
+        "rgb.bmp": encoded(rgb, "BMP"),
+        "palette.bmp": encoded(rgb.quantize(16), "BMP"),
+        "raw.tif": encoded(rgb, "TIFF"),
+        "lzw.tif": encoded(rgb, "TIFF", compression="tiff_lzw"),
+        "deflate.tif": encoded(rgb, "TIFF", compression="tiff_adobe_deflate"),
+        "jpeg.tif": encoded(rgb, "TIFF", compression="jpeg"),
+        "fax.tif": encoded(rgb.convert("1"), "TIFF", compression="group4"),
+        "sixteen.tif": encoded(sixteen, "TIFF"),
+        "cmyk.tif": encoded(rgb.convert("CMYK"), "TIFF"),
+        "float.tif": encoded(rgb.convert("F"), "TIFF"),
+        "pages.tif": encoded(frames[0], "TIFF", save_all=True, append_images=frames[1:]),
+        "rgb.ppm": encoded(rgb, "PPM"),
+    }
+
+
+def mutated(data: bytes, others: list[bytes], rng: random.Random) -> bytes:
+    """The content of a file after an accident: some bits flipped, cut off, or another file's beginning."""
+    kind, changed = rng.randrange(7), bytearray(data)
+    if kind < 2:  # anywhere, or in the header
+        for _ in range(rng.choice((1, 3, 10, 50))):
+            changed[rng.randrange(len(changed) if kind else min(len(changed), 100))] ^= 1 << rng.randrange(8)
+    elif kind == 2:
+        del changed[rng.randrange(len(changed)) :]
+    elif kind == 3:
+        length, other = rng.choice((4, 12, 30, 200)), rng.choice(others)
+        changed[:length] = other[:length]
+    elif kind == 4:
+        start = rng.randrange(len(changed))
+        del changed[start : start + rng.choice((1, 5, 100))]
+    elif kind == 5:
+        start = rng.randrange(len(changed))
+        changed[start : start + 8] = rng.choice((bytes(8), b"\xff" * 8, b"\x7f" * 8, rng.randbytes(8)))
+    else:
+        start = rng.randrange(len(changed))
+        changed[start:start] = changed[rng.randrange(len(changed)) :][: rng.choice((1, 20, 500))]
+    return bytes(changed)
+
+
+class Pictures(PairSource):
+    """One picture, as content."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return 1
+
+    def load(self, index: int, rng: random.Random | None) -> Pair:
+        return Pair(open_image(io.BytesIO(self.data), "the picture"), "a picture", "0")
+
+
+def read_all(source: PairSource, outcomes: Counter[str], rows: int = 50) -> None:
+    """Load pairs as training and as validation do, and count what came of it."""
+    augmentation = Augmentation(crop_scale=(0.5, 1.0), color_jitter=0.1)
+    least_size = augmentation.crop(SMALL).least_size
+    train = SkippingDataset(TrainingPairs(source, augmentation.transform(SMALL), 0, least_size))
+    val = SkippingDataset(ValidationPairs(source, pixels(SMALL)))
+    for row in range(min(len(source), rows)):
+        for item in (train[Sample(0, row)], val[row]):
+            if isinstance(item, Skipped):
+                outcomes[item.reason] += 1
+            else:
+                assert item.image.shape == (3, 32, 32), item.image.shape
+                outcomes["used"] += 1
+
+
+def fuzz_pictures(folder: Path, rng: random.Random, outcomes: Counter[str]) -> None:
+    """One mutated picture."""
+    whole = list(whole_pictures().values())
+    data = mutated(rng.choice(whole), whole, rng)
+    (folder / "last").write_bytes(data)  # to look at, if this was too much
+    read_all(Pictures(data), outcomes)
+
+
+CAPTIONS = ["a cat", 'a "dog", sitting', "naïve — ½ 猫", "x" * 100_000, "two\nlines", "nan", "   ", "😀 smile"]
+
+
+@cache
+def whole_sources(folder: Path) -> dict[str, bytes]:
+    """Of each kind of table, and a tar shard, one that is whole; their pictures lie in the folder."""
+    import pyarrow as pa
+    import pyarrow.csv as pa_csv
+    import pyarrow.parquet as pq
+
+    names = [f"{i}.png" for i in range(len(CAPTIONS))]
+    for i, name in enumerate(names):
+        (folder / name).write_bytes(encoded(picture(i), "PNG"))
+    table = pa.table({"image": names, "caption": CAPTIONS})
+    files: dict[str, bytes] = {}
+    comma, parquet = io.BytesIO(), io.BytesIO()
+    pa_csv.write_csv(table, comma)
+    pq.write_table(table, parquet)
+    files["t.csv"], files["t.parquet"] = comma.getvalue(), parquet.getvalue()
+    lines = [json.dumps({"image": name, "caption": text}) for name, text in zip(names, CAPTIONS, strict=True)]
+    files["t.jsonl"] = "\n".join(lines).encode()
+    plain = [(name, text) for name, text in zip(names, CAPTIONS, strict=True) if not {'"', "\n"} & set(text)]
+    files["t.tsv"] = "\n".join(["image\tcaption", *("\t".join(row) for row in plain)]).encode("utf-8-sig")
+    files["t16.csv"] = files["t.csv"].decode().encode("utf-16")
+    shard = io.BytesIO()
+    with tarfile.open(fileobj=shard, mode="w") as tar:
+        for i, text in enumerate(CAPTIONS):
+            members = {"jpg": encoded(picture(i), "JPEG"), "txt": text.encode(), "json": json.dumps({"i": i}).encode()}
+            for extension, data in members.items():
+                member = tarfile.TarInfo(f"{i:05}.{extension}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    files["t.tar"] = shard.getvalue()
+    return files
+
+
+def fuzz_sources(folder: Path, rng: random.Random, outcomes: Counter[str]) -> None:
+    """One mutated table or tar."""
+    files = whole_sources(folder)
+    name = rng.choice(list(files))
+    path = folder / f"{rng.randrange(10**9)}_{name}"
+    path.write_bytes(mutated(files[name], list(files.values()), rng))
+    on_error = rng.choice(("error", "skip"))
+    try:
+        read_all(open_source(path, on_error=on_error), outcomes)
+    except InputError as error:
+        if path.name not in str(error):  # it must say what it is about
+            raise
+        outcomes["refused" if not isinstance(error, BadSample) else "refused, a row"] += 1
+    path.unlink()
+
+
+KINDS: dict[str, Callable[[Path, random.Random, Counter[str]], None]] = {
+    "pictures": fuzz_pictures,
+    "sources": fuzz_sources,
+}
+
+
+def main(kind: str, folder: str, count: str, seed: str) -> None:
+    """Mutate and read ``count`` times."""
+    outcomes: Counter[str] = Counter()
+    slowest = 0.0
+    with warnings.catch_warnings(record=True) as caught:
+        for number in range(int(count)):
+            faulthandler.dump_traceback_later(LIMIT, exit=True)
+            start = time.perf_counter()
+            try:
+                KINDS[kind](Path(folder), random.Random(f"{seed} {number}"), outcomes)
+            except BaseException:
+                sys.stderr.write(f"{kind} number {number} of seed {seed}:\n")
+                raise
+            slowest = max(slowest, time.perf_counter() - start)
+            faulthandler.cancel_dump_traceback_later()
+    result = {"outcomes": dict(outcomes), "slowest": slowest, "warnings": [str(each.message) for each in caught]}
+    sys.stdout.write(json.dumps(result) + "\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,31 @@
+"""What a process that ``tests/helpers/forks.py`` starts has imported already."""
+
+from importlib import import_module
+
+from lit_clip.cli.lazy_torchmetrics import defer_torchmetrics
+
+defer_torchmetrics()  # before Lightning is imported, as the command does
+for name in (
+    "timm",
+    "torch.utils.tensorboard",
+    "callbacks",
+    "datamodules.commands.inspect",
+    "datamodules.commands.shard",
+    "lit_clip.commands.classify",
+    "lit_clip.cli.main",
+    "lit_clip.embedding.encode",
+    "lit_clip.commands.export",
+    "lit_clip.training.fsdp",
+    "lit_clip.cli.lightning",
+    "lit_clip.commands.search",
+    "lit_clip.commands.wise_ft",
+    "tests.helpers.ranks_evaluation",
+    "tests.helpers.ranks_scale",
+    "tests.helpers.ranks_skipped",
+    "tests.helpers.ranks_stability",
+    "tests.helpers.resume_runs",
+):
+    import_module(name)
+
+# Tests compare numbers, on any machine: what is not said is float32 in them. (test_cli.py tests the default.)
+import_module("lit_clip.cli.lightning").computes_in_bfloat16 = lambda accelerator: False

@@ -1,0 +1,211 @@
+"""What one rank of a distributed test does; started by the ``ranks`` fixture as a process of its own."""
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.nn.parallel import DistributedDataParallel
+
+from lit_clip import distributed
+from lit_clip.batch import CaptionBatch
+from lit_clip.losses.contrastive import Duplicates, contrastive_loss, sigmoid_loss, tiled
+from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
+from lit_clip.models.layers import Freeze
+from lit_clip.models.tokenizer import Tokenize
+from lit_clip.module import LitCLIP
+
+CONFIG = CLIPConfig(
+    embed_dim=16,
+    image=VisionTransformerConfig(image_size=32, patch_size=16, width=64, layers=1, heads=1),
+    text=TextTransformerConfig(context_length=16, vocab_size=50, width=64, layers=2, heads=1),
+)
+PAIRS = 8
+SAME = ((0, 5), (1, 7), (2, 6))
+
+
+def make_module(**options: Any) -> LitCLIP:
+    """The same float64 model on every rank, without a logger; ``options`` are LitCLIP's."""
+    torch.manual_seed(0)
+    module = LitCLIP(**{"architecture": CONFIG, **options}).double()
+    module.model.normalize = lambda images: images.double() / 255  # the real one ends in float32
+    module.model._tokenizer = Tokenize(16)  # asked for what it pads with only
+    module.log = lambda *_, **__: None  # there is no trainer
+    return module
+
+
+def make_batch(rows: slice) -> CaptionBatch:
+    """Some rows of one fixed batch of 8 pairs, of which some say the same (``SAME``)."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (PAIRS, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    tokens = torch.randint(1, 49, (PAIRS, 16), generator=generator)
+    tokens[torch.arange(PAIRS), torch.randint(3, 16, (PAIRS,), generator=generator)] = 49  # end of text
+    tokens[6] = tokens[2]  # one caption
+    captions = [f"picture {chr(ord('a') + i)}" for i in range(PAIRS)]
+    keys = ["0", "1", "2", "3", "4", "0", "6", "7"]  # one image
+    groups = ["", "shoe", "", "", "", "", "", "shoe"]
+    return CaptionBatch(images[rows], tokens[rows], keys[rows], captions[rows], groups[rows])
+
+
+class _Step(torch.nn.Module):
+    """``training_step`` as ``forward``, which is what Lightning hands to DDP."""
+
+    def __init__(self, module: LitCLIP) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, batch: CaptionBatch) -> torch.Tensor:
+        return self.module.training_step(batch, 0)
+
+
+COUNTS = {1: (8,), 2: (5, 3), 3: (3, 4, 1), 4: (3, 2, 2, 1)}  # pairs of each rank, uneven as a last batch may be
+
+
+class Case(NamedTuple):
+    """One way to compute the gradient of the whole batch."""
+
+    sigmoid: bool
+    parts: int
+    tile: tuple[int, int]
+    frozen: str | None
+    ring: bool = False
+    duplicates: Duplicates = "negatives"
+
+    def module(self) -> LitCLIP:
+        config = dataclasses.replace(CONFIG, logit_bias=self.sigmoid)
+        most = max(COUNTS[distributed.rank_and_world()[1]])
+        module = make_module(
+            architecture=config,
+            freeze=Freeze(**{self.frozen: "all"}) if self.frozen else None,
+            micro_batch_size=-(-most // self.parts) if self.parts > 1 else None,
+            ring_loss=self.ring,
+            duplicates=self.duplicates,
+        )
+        if module.model.logit_bias is not None:
+            module.model.logit_bias.data.fill_(-2)  # -10 leaves next to no gradient of the negatives
+        return module
+
+
+CASES = [
+    *(
+        Case(sigmoid, parts, tile, frozen)
+        for sigmoid in (False, True)
+        for parts in (1, 3)
+        for tile in ((64, 64), (2, 3))
+        for frozen in (None, "image", "text")
+    ),
+    *(Case(sigmoid, 3, (2, 3), None, ring=True) for sigmoid in (False, True)),
+    *(
+        Case(sigmoid, 1, (2, 3), None, ring, duplicates)
+        for sigmoid in (False, True)
+        for ring in (False, True)
+        for duplicates in ("positives", "ignored")
+    ),
+]
+
+
+def dense_gradients(case: Case) -> dict[str, torch.Tensor | None]:
+    """Of one process with the whole batch: the loss as it is defined, and plain autograd."""
+    module, batch = case.module(), make_batch(slice(0, PAIRS))
+    model, (image, text) = module.model, module(batch)
+    same = torch.eye(PAIRS, dtype=torch.bool)
+    for i, j in SAME:
+        same[i, j] = same[j, i] = True
+    if model.logit_bias is None:
+        loss = contrastive_loss(image, text, image, text, model.logit_scale.exp(), 0, same, case.duplicates)
+    else:
+        loss = sigmoid_loss(image, text, model.logit_scale.exp(), model.logit_bias, 0, same, case.duplicates)
+    loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def gradients(output: str) -> None:
+    """Of every case, the largest relative error of a parameter's gradient after one DDP step over uneven ranks.
+
+    Against one process with the whole batch; written by the first rank as JSON.
+    """
+    rank, world = distributed.rank_and_world()
+    shards, errors = distributed.Shards(rank, COUNTS[world]), {}
+    for case in CASES:
+        tiled.TILE = case.tile
+        step = DistributedDataParallel(_Step(case.module()))
+        step(make_batch(shards.mine)).backward()
+        for name, expected in dense_gradients(case).items() if rank == 0 else ():
+            ours = step.module.module.model.get_parameter(name).grad
+            if expected is None:
+                assert ours is None, f"{case}: {name} is frozen"
+                continue
+            assert ours is not None, f"{case}: {name} has no gradient"
+            assert expected.norm() > 0, f"{case}: {name} has a zero gradient"
+            error = float((ours - expected).norm() / expected.norm())
+            errors[str(case)] = max(error, errors.get(str(case), 0.0))
+    if rank == 0:
+        Path(output).write_text(json.dumps(errors), encoding="utf-8")
+
+
+def synchronisations() -> None:
+    """DDP sums each gradient over the ranks once a step, however many parts the batch is encoded in."""
+    rank, world = distributed.rank_and_world()
+    for parts in (1, 3):
+        module = Case(False, parts, (64, 64), None).module()
+        step, summed = DistributedDataParallel(_Step(module)), []
+
+        def count(summed: list[int], bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+            summed.append(bucket.buffer().numel())
+            return default_hooks.allreduce_hook(dist.group.WORLD, bucket)
+
+        step.register_comm_hook(summed, count)
+        step(make_batch(distributed.Shards(rank, COUNTS[world]).mine)).backward()
+        assert sum(summed) == sum(parameter.numel() for parameter in module.parameters()), (parts, summed)
+
+
+def uneven_gather() -> None:
+    """Ranks with 0, 1, 2, ... rows; everyone gets all in rank order."""
+    rank, world = distributed.rank_and_world()
+    rows = torch.full((rank, 3), float(rank))
+    expected = torch.cat([torch.full((r, 3), float(r)) for r in range(world)])
+    assert torch.equal(distributed.gather_uneven(rows), expected)
+    assert distributed.gather_objects([f"{rank}"] * rank) == [f"{r}" for r in range(world) for _ in range(r)]
+    assert distributed.sum_over_ranks(torch.tensor(rank + 1.0), torch.device("cpu")).item() == world * (world + 1) / 2
+
+
+def finetuned_module(options: str) -> LitCLIP:
+    """Like :func:`make_module` with LitCLIP's arguments as JSON."""
+    module = make_module(**json.loads(options))
+    module.setup("fit")
+    return module
+
+
+def finetune_gradients(output: str, options: str) -> None:
+    """The gradients of one DDP step of a module with options, and which parameters it trains; written by rank 0."""
+    rank, world = distributed.rank_and_world()
+    step = DistributedDataParallel(_Step(finetuned_module(options)))
+    size = PAIRS // world
+    for _ in range(2):  # DDP complains of unused parameters at the second step
+        step.zero_grad()
+        step(make_batch(slice(rank * size, (rank + 1) * size))).backward()
+    if rank == 0:
+        torch.save({name: p.grad for name, p in step.module.module.model.named_parameters()}, output)
+
+
+def serve(functions: dict[str, Any]) -> None:
+    """Run the function that the command line names on this rank, with all others, and end well."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=os.environ["RENDEZVOUS"],
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+    )
+    functions[sys.argv[1]](*sys.argv[2:])
+    dist.barrier()
+    distributed.leave()
+
+
+if __name__ == "__main__":
+    serve(globals())

@@ -1,0 +1,157 @@
+"""What one rank of the evaluation's tests does; started by the ``ranks`` fixture as a process of its own."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from callbacks import EmbeddingProjector, SimilarityMatrix, ZeroShot, ZeroShotSet
+from datamodules import Captions, OpenMojiClasses
+from lit_clip import distributed
+from lit_clip.evaluation.retrieval import Evaluation, RetrievalSet, token_hashes
+from lit_clip.losses.contrastive import unit
+from lit_clip.models.config import CLIPConfig, ResNetConfig, TextTransformerConfig, VisionTransformerConfig
+from lit_clip.module import LitCLIP
+from tests.helpers.ranks import serve
+
+TEXT = TextTransformerConfig(context_length=16, width=64, layers=1, heads=1)
+VIT = VisionTransformerConfig(image_size=32, patch_size=16, width=64, layers=1, heads=1)
+
+
+def random_rows(rows: int, dim: int = 12) -> tuple[Tensor, Tensor, list[str], Tensor]:
+    """Features ``[N, D]`` x 2, keys and tokens ``[N, 2]``: images with many captions, captions of many images."""
+    generator = torch.Generator().manual_seed(rows)
+    images, texts = max(1, rows // 4), max(1, 2 * rows // 3)
+    text_of = torch.randint(texts, (rows,), generator=generator)
+    strays = torch.rand(rows, generator=generator) < 0.3
+    image_of = torch.where(strays, torch.randint(images, (rows,), generator=generator), text_of % images)
+    image = unit(torch.randn(images, dim, generator=generator))
+    text = unit(image[torch.arange(texts) % images] + 0.2 * torch.randn(texts, dim, generator=generator))
+    tokens = torch.stack([text_of, torch.full_like(text_of, 7)], dim=1)
+    return image[image_of], text[text_of], [f"{i}.jpg" for i in image_of.tolist()], tokens
+
+
+def evaluate_rows(rows: int, batch_size: int, bias: float | None) -> Evaluation:
+    """Of :func:`random_rows`, of which this rank gives every W-th."""
+    rank, world = distributed.rank_and_world()
+    image, text, keys, tokens = random_rows(rows)
+    pairs = RetrievalSet()
+    for start in range(rank, rows, batch_size * world):
+        part = slice(start, start + batch_size * world, world)
+        pairs.add(image[part], text[part], keys[part], token_hashes(tokens[part], 16, 0))
+    return pairs.evaluate(torch.zeros(0, 12), torch.tensor(20.0), None if bias is None else torch.tensor(bias))
+
+
+CASES = [(rows, bias) for rows in (1, 21, 1000) for bias in (None, -3.0)]
+
+
+def evaluate_cases() -> list[dict[str, float]]:
+    """Sets of several sizes with both losses: what was found and what guessing reaches."""
+    results = [evaluate_rows(rows, 7, bias) for rows, bias in CASES]
+    return [{**metrics, **{f"guess {name}": x for name, x in guesses.items()}} for metrics, guesses in results]
+
+
+def make_module(image: VisionTransformerConfig | ResNetConfig = VIT) -> LitCLIP:
+    """The same weights on every rank, larger than fresh ones: those give every text nearly the same feature."""
+    torch.manual_seed(0)
+    module = LitCLIP(CLIPConfig(embed_dim=16, image=image, text=TEXT), warmup_steps=0)
+    with torch.no_grad():
+        for parameter in (module.model.token_embedding.weight, module.model.positional_embedding):
+            parameter.mul_(30)
+        cast(Any, module.model.visual).conv1.weight.mul_(30)
+    return module
+
+
+def make_trainer(callbacks: list[Any], **options: Any) -> Trainer:
+    rank, world = distributed.rank_and_world()
+    if world > 1:
+        os.environ["LOCAL_RANK"] = str(rank)  # Lightning then starts no processes of its own; it forgets it afterwards
+    return Trainer(
+        accelerator="cpu",
+        devices=world,
+        strategy="ddp" if world > 1 else "auto",
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        **options,
+    )
+
+
+def data_for(module: LitCLIP, train: str, val: str, batch_size: int) -> Captions:
+    return Captions(
+        train, val, batch_size=batch_size, num_workers=0, preprocessing=module.preprocessing, tokenize=module.tokenize
+    )
+
+
+def zero_shot(drawings: str, every: int = 1) -> ZeroShot:
+    """Every so many held-out drawings, and sets with fewer images or fewer classes than ranks."""
+
+    def images(count: int | None, classes: int | None = None) -> OpenMojiClasses:
+        held_out = OpenMojiClasses("held_out", classes="group", cache_dir=drawings)
+        files = [file for file in held_out.files if classes is None or file[1] < classes]
+        held_out.files = files[::every][:count]
+        held_out.class_names = held_out.class_names[:classes]
+        return held_out
+
+    sets = {"all": images(None), "one_image": images(1), "two_classes": images(None, 2)}
+    templates = ["a drawing of {}.", "{}"]
+    return ZeroShot({name: ZeroShotSet(its, templates) for name, its in sets.items()}, batch_size=50, examples=3)
+
+
+def _numbers(trainer: Trainer) -> dict[str, float]:
+    """What was logged, the same on every rank."""
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    for others in distributed.gather_objects([metrics]):
+        assert others == metrics
+    return metrics
+
+
+def validate_tables(drawings: str, tables: list[str]) -> list[dict[str, float]]:
+    """What ``Trainer.validate`` logs with each table."""
+    results = []
+    for table in tables:
+        module = make_module()
+        trainer = make_trainer([zero_shot(drawings), SimilarityMatrix(), EmbeddingProjector()])
+        trainer.validate(module, data_for(module, table, table, 30), verbose=False)
+        results.append(_numbers(trainer))
+    return results
+
+
+def _write(output: str, results: Any) -> None:
+    if distributed.rank_and_world()[0] == 0:
+        Path(output).write_text(json.dumps(results), encoding="utf-8")
+
+
+def evaluate(output: str, drawings: str, *tables: str) -> None:
+    """The numbers of :func:`evaluate_cases` and of :func:`validate_tables`, written by rank 0."""
+    _write(output, {"cases": evaluate_cases(), "tables": validate_tables(drawings, list(tables))})
+
+
+class SameStatistics(Callback):
+    """Asserts that statistics are the same everywhere when a validation ends."""
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        sums = [float(buffer.double().sum()) for buffer in pl_module.buffers()]
+        assert any(sums)
+        assert all(others == sums for others in distributed.gather_objects([sums]))
+
+
+def fit(output: str, drawings: str, train: str, val: str) -> None:
+    """Train a network with batch normalisation, whose buffers DDP keeps equal; validation in between and at the end."""
+    module = make_module(ResNetConfig(layers=(1, 1, 1, 1), width=16, image_size=32))
+    callbacks = [zero_shot(drawings, 10), SameStatistics()]
+    trainer = make_trainer(callbacks, max_epochs=2, num_sanity_val_steps=1)
+    trainer.fit(module, data_for(module, train, val, 8))
+    assert trainer.global_step > 1
+    _write(output, _numbers(trainer))
+
+
+if __name__ == "__main__":
+    serve(globals())

@@ -1,0 +1,98 @@
+"""What one rank of the tests of batches without pairs does; started by ``torchrun`` as a process of its own."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, Trainer
+from torch.utils.data import DataLoader, Dataset
+
+from lit_clip import distributed
+from lit_clip.batch import CaptionBatch
+from lit_clip.models.config import ResNetConfig
+from lit_clip.module import LitCLIP
+from lit_clip.training.fsdp import FSDP
+from tests.helpers.ranks import CONFIG, PAIRS, make_batch
+
+# Rows of the first and of the second rank in each step; what is missing was skipped.
+STEPS = (((0, 4), (0, 0)), ((0, 0), (0, 0)), ((0, 0), (2, 8)), ((0, 7), (7, 8)), ((0, 4), (4, 8)))
+TEXT = dataclasses.replace(CONFIG.text, vocab_size=49408)  # of the tokenizer, which is asked for a caption
+PLAIN = dataclasses.replace(CONFIG, text=TEXT)
+BATCH_NORM = dataclasses.replace(PLAIN, image=ResNetConfig(layers=(1, 1, 1, 1), width=8, image_size=32))
+
+
+def batch_of(rows: tuple[int, int]) -> CaptionBatch:
+    """Some of the pairs; the others are named as skipped."""
+    batch = make_batch(slice(*rows))
+    if rows[0] == rows[1]:
+        batch = CaptionBatch(batch.images, torch.zeros(0, 1, dtype=torch.long), [])
+    skipped = [(f"row {row}", "broken image") for row in range(PAIRS) if not rows[0] <= row < rows[1]]
+    return batch._replace(skipped=skipped)
+
+
+class _Steps(Dataset[CaptionBatch]):
+    def __init__(self, rank: int, world: int, steps: tuple[Any, ...] = STEPS) -> None:
+        self.rank, self.world, self.steps = rank, world, steps
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, step: int) -> CaptionBatch:
+        ranks = self.steps[step]
+        if self.world > 1:
+            return batch_of(ranks[self.rank])
+        # A single rank has the pairs of both, which lie beside each other.
+        filled = [rows for rows in ranks if rows[0] < rows[1]] or [(0, 0)]
+        return batch_of((filled[0][0], filled[-1][1]))
+
+
+class Data(LightningDataModule):
+    """The steps, and two validation batches."""
+
+    def _loader(self, *steps: Any) -> Any:
+        trainer: Any = self.trainer
+        return DataLoader(_Steps(trainer.global_rank, trainer.world_size, *steps), batch_size=None)
+
+    def train_dataloader(self) -> Any:
+        return self._loader()
+
+    def val_dataloader(self) -> Any:
+        return self._loader((((0, 3), (0, 0)), ((0, 0), (3, 8))))
+
+
+def train(output: str, world: int, strategy: str, batch_norm: bool = False, **options: Any) -> None:
+    """One epoch and a validation; rank 0 writes the checkpoint and the metrics."""
+    torch.manual_seed(0)
+    # AdamW divides what is zero but for rounding by itself, unless eps is larger than rounding.
+    module = LitCLIP(BATCH_NORM if batch_norm else PLAIN, warmup_steps=1, eps=1e-3, **options)
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=world,
+        strategy=FSDP() if strategy == "fsdp" else strategy,
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    trainer.fit(module, Data())
+    trainer.save_checkpoint(output)
+    if trainer.is_global_zero:
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        Path(output).with_suffix(".json").write_text(json.dumps({"steps": trainer.global_step, **metrics}))
+
+
+def train_all(jobs: str) -> None:
+    """Several runs in the same processes; JSON of :func:`train`'s arguments."""
+    for job in json.loads(jobs):
+        train(**job)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    globals()[sys.argv[1]](*sys.argv[2:])
+    distributed.leave()

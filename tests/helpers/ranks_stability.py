@@ -1,0 +1,94 @@
+"""A picture that is broken, for runs of the real command, and what one rank of a test of gradient norms does."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from callbacks.monitor import gradient_norms
+from lit_clip import distributed
+from lit_clip.batch import CaptionBatch
+from lit_clip.models.clip import CLIP
+from tests.helpers.ranks import serve
+
+
+class BrokenPicture(Callback):
+    """Gives a picture infinite pixels in training, on whichever rank reads it.
+
+    Args:
+        keys: of such pictures; None: all are.
+        folder: where every rank writes its weights: before training, and when it ended or failed.
+    """
+
+    def __init__(self, keys: list[str] | None, folder: str | None = None) -> None:
+        self.keys, self.folder = keys, folder
+        self._rows: list[int] = []
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: CaptionBatch, batch_idx: int
+    ) -> None:
+        self._rows = [row for row, key in enumerate(batch.keys) if self.keys is None or key in self.keys]
+
+    def _break(self, tower: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
+        if not tower.training:
+            return None
+        images = inputs[0].clone()
+        images[self._rows] = torch.inf
+        return (images,)
+
+    def _write(self, trainer: Trainer, module: Any, name: str) -> None:
+        if self.folder:
+            torch.save(module.model.state_dict(), Path(self.folder) / f"{name}_{trainer.global_rank}.pt")
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module: Any = pl_module
+        module.model.visual.register_forward_pre_hook(self._break)
+        self._write(trainer, module, "first")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._write(trainer, pl_module, "last")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._write(trainer, pl_module, "last")
+
+
+class BrokenGradient(Callback):
+    """Makes one gradient infinite on one rank at one step, after DDP's averaging; the loss stays as it is."""
+
+    def __init__(self, step: int, rank: int = 0) -> None:
+        self.step, self.rank = step, rank
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        gradient = pl_module.get_parameter("model.visual.proj").grad
+        if gradient is not None and (trainer.global_step, trainer.global_rank) == (self.step, self.rank):
+            gradient[0, 0] = torch.inf
+
+
+def give_gradients(model: nn.Module, part: int = 0, parts: int = 1) -> None:
+    """Numbers as gradients, and 0 for what belongs to another part."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        gradient = torch.randn(parameter.numel(), generator=generator)
+        gradient[torch.arange(len(gradient)) % parts != part] = 0
+        parameter.grad = gradient.reshape(parameter.shape)
+
+
+def norms_of_shards() -> None:
+    """Every rank has a part of each gradient; the norms are those of the whole."""
+    from tests.helpers.ranks import CONFIG
+
+    torch.manual_seed(0)
+    model = CLIP(CONFIG)
+    give_gradients(model)
+    expected = gradient_norms(model)
+    give_gradients(model, *distributed.rank_and_world())
+    norms = gradient_norms(model, sharded=True)
+    assert norms.keys() == expected.keys() == {"image", "text"}
+    for tower, norm in norms.items():
+        torch.testing.assert_close(norm, expected[tower])
+
+
+if __name__ == "__main__":
+    serve(globals())

@@ -1,0 +1,134 @@
+"""Evaluation sets that are drawn when they are asked for, and runs to evaluate them in."""
+
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import yaml
+from lightning.pytorch import Trainer
+from PIL import Image
+from torch import Tensor
+
+from datamodules import Captions
+from lit_clip import LitCLIP, distributed
+from lit_clip.errors import InputError
+from lit_clip.evaluation.data import LabelledImages, MultiLabel
+from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
+
+NAMES = ["red", "green", "blue", "cyan", "pink", "grey", "white"]
+SHADES = np.array([[9, 1, 1], [1, 9, 1], [1, 1, 9], [1, 9, 9], [9, 6, 6], [4, 4, 4], [9, 9, 9]]) * 25
+
+
+class Shades(LabelledImages):
+    """Noisy patches of 7 colours; with ``shift`` all are of the next colour, as another fold would have it."""
+
+    def __init__(
+        self, root: str, split: str = "test", size: int = 40, broken: int = -1, shift: int = 0, names: int = 7
+    ) -> None:
+        self.class_names, self.split, self.size, self.broken, self.shift = NAMES[:names], split, size, broken, shift
+
+    def __len__(self) -> int:
+        return self.size
+
+    def labels(self) -> list[int]:
+        return [(row * row + self.shift) % 7 if row % 3 else row % 7 for row in range(self.size)]
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        if index == self.broken:
+            raise InputError(f"{index}.png: not a picture")
+        label = self.labels()[index]
+        noise = np.random.default_rng([index, len(self.split)]).normal(0, 40, (40, 36, 3))
+        return Image.fromarray((SHADES[label] + noise).clip(0, 255).astype(np.uint8)), label
+
+    def stamp(self) -> str:
+        return f"{self.split} {self.size} {self.shift}"
+
+
+class ManyShades(Shades, MultiLabel):
+    """As :class:`Shades`, of which grey pictures are white too."""
+
+    def relevance(self) -> Tensor:
+        relevance = torch.nn.functional.one_hot(torch.tensor(super().labels()), 7).to(torch.int8)
+        relevance[:, 6] |= relevance[:, 5]
+        return relevance
+
+    def labels(self) -> list[int]:
+        return [-1] * self.size
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Shades("", self.split, self.size)[index]
+
+
+def entry(name: str = "Shades", **values: Any) -> dict[str, Any]:
+    data = {
+        "class_path": f"tests.helpers.small_sets.{name}",
+        "init_args": {"root": "shades", **values.pop("init_args", {})},
+    }
+    splits = values.pop("splits", {"train": {"split": "train", "size": 60}, "test": {}})
+    return {"data": data, "splits": splits, "templates": ["a {} patch.", "{}"], **values}
+
+
+def write_suite(folder: Path, **sets: dict[str, Any]) -> str:
+    """A suite file in a folder that is its data root, too."""
+    (folder / "shades").mkdir(exist_ok=True)
+    path = folder / "suite.yaml"
+    path.write_text(yaml.safe_dump({"sets": sets}), encoding="utf-8")
+    return str(path)
+
+
+def write_table(folder: Path, rows: int = 8) -> Path:
+    shades = Shades("", "captions", rows)
+    lines = ["image,caption"]
+    for row in range(rows):
+        image, label = shades[row]
+        image.save(folder / f"{row}.png")
+        lines.append(f"{row}.png,{NAMES[label]} number {row}")
+    (folder / "captions.csv").write_text("\n".join(lines), encoding="utf-8")
+    return folder / "captions.csv"
+
+
+def make_module(**options: Any) -> LitCLIP:
+    """The same weights everywhere, larger than fresh ones: those give every text nearly the same feature."""
+    torch.manual_seed(0)
+    config = CLIPConfig(
+        embed_dim=16,
+        image=VisionTransformerConfig(image_size=32, patch_size=16, width=64, layers=1, heads=1),
+        text=TextTransformerConfig(context_length=16, width=64, layers=1, heads=1),
+    )
+    module = LitCLIP(config, **{"warmup_steps": 0, "learning_rate": 1e-2, **options})
+    with torch.no_grad():
+        module.model.token_embedding.weight.mul_(30)
+        cast(Any, module.model.visual).conv1.weight.mul_(5)
+    return module
+
+
+def make_trainer(folder: Path, callbacks: list[Any], **options: Any) -> Trainer:
+    _, world = distributed.rank_and_world()
+    return Trainer(
+        accelerator="cpu",
+        devices=world,
+        strategy="ddp" if world > 1 else "auto",
+        callbacks=callbacks,
+        default_root_dir=folder,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        **{"logger": False, "num_sanity_val_steps": 0, **options},
+    )
+
+
+def data_for(module: LitCLIP, table: Path, batch_size: int = 4) -> Captions:
+    return Captions(
+        str(table),
+        str(table),
+        batch_size=batch_size,
+        num_workers=0,
+        preprocessing=module.preprocessing,
+        tokenize=module.tokenize,
+    )
+
+
+def numbers(trainer: Trainer, prefix: str) -> dict[str, float]:
+    """What the trainer knows of a callback's metrics."""
+    return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(prefix)}

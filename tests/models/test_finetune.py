@@ -1,0 +1,381 @@
+"""Fine-tuning: what is frozen stays as it was, what learns does so at its own rate, and the change is told."""
+
+import csv
+import json
+import subprocess
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import yaml
+
+from lit_clip.errors import InputError
+from lit_clip.models.clip import CLIP
+from lit_clip.models.config import (
+    CLIPConfig,
+    HuggingFaceTextConfig,
+    ResNetConfig,
+    TextTransformerConfig,
+    TimmConfig,
+    VisionTransformerConfig,
+)
+from lit_clip.models.layers import (
+    Freeze,
+    LayerDecay,
+    UnlockLast,
+    frozen_modules,
+    frozen_names,
+    layer_groups,
+    tower_parameters,
+)
+from lit_clip.module import LitCLIP
+from lit_clip.training.optim import warmup_cosine
+from tests.conftest import TINY_YAML
+from tests.helpers.ranks import CONFIG, PAIRS, finetuned_module, make_batch
+from tests.test_module import SaveAt, data_for, trainer
+
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def sizes_of_bert() -> dict[str, Any]:
+    """A tiny BERT's configuration, as an architecture holds it."""
+    from transformers import BertConfig
+
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=99, intermediate_size=64, **sizes)
+    return json.loads(config.to_json_string(use_diff=False))
+
+
+def two_towers(image: str) -> CLIPConfig:
+    """A model whose image tower is timm's and whose text tower is a Hugging Face encoder."""
+    text = HuggingFaceTextConfig("nowhere", pretrained=False, context_length=16, model=sizes_of_bert())
+    return CLIPConfig(embed_dim=16, image=TimmConfig(image, image_size=32), text=text)
+
+
+def residual_network() -> CLIPConfig:
+    return CLIPConfig(
+        embed_dim=16,
+        image=ResNetConfig(layers=(1, 2, 3, 1), width=8, image_size=32),
+        text=TextTransformerConfig(context_length=16, vocab_size=50, width=64, layers=1, heads=1),
+    )
+
+
+def siglip() -> CLIPConfig:
+    return CLIPConfig(
+        embed_dim=64,
+        image=VisionTransformerConfig(image_size=32, patch_size=16, width=64, layers=1, heads=1),
+        text=TextTransformerConfig(context_length=16, vocab_size=50, width=64, layers=1, heads=1, causal=False),
+        logit_bias=True,
+    )
+
+
+def parts_of(model: CLIP, tower: Any) -> dict[str, set[str]]:
+    return {
+        group.name: {".".join(name.split(".")[:3]) for name in group.parameters} for group in layer_groups(model, tower)
+    }
+
+
+def test_the_papers_towers_go_from_embeddings_to_projection() -> None:
+    image, text = (parts_of(CLIP(CONFIG), tower) for tower in ("image", "text"))
+    assert list(image) == ["embeddings", "blocks.0", "head"]
+    assert image["embeddings"] == {
+        *("visual.class_embedding", "visual.positional_embedding", "visual.conv1.weight"),
+        *("visual.ln_pre.weight", "visual.ln_pre.bias"),
+    }
+    assert image["head"] == {"visual.proj", "visual.ln_post.weight", "visual.ln_post.bias"}
+    assert list(text) == ["embeddings", "blocks.0", "blocks.1", "head"]
+    assert text["embeddings"] == {"positional_embedding", "token_embedding.weight"}
+    assert text["blocks.1"] == {"transformer.resblocks.1"}
+    assert text["head"] == {"text_projection", "ln_final.weight", "ln_final.bias"}
+
+
+def test_a_residual_networks_blocks_are_those_of_its_stages() -> None:
+    groups = parts_of(CLIP(residual_network()), "image")
+    assert list(groups) == ["embeddings", *(f"blocks.{i}" for i in range(7)), "head"]
+    assert groups["blocks.3"] == {"visual.layer3.0"}
+    stem = {f"{kind}{i}" for kind in ("conv", "bn") for i in (1, 2, 3)}
+    assert {name.split(".")[1] for name in groups["embeddings"]} == stem
+    assert {name.split(".")[1] for name in groups["head"]} == {"attnpool"}
+
+
+@pytest.mark.parametrize(("name", "blocks"), [("test_vit", 6), ("test_resnet", 4), ("test_convnext", 9)])
+def test_timms_towers_are_cut_as_timm_says(name: str, blocks: int) -> None:
+    model: Any = CLIP(two_towers(name))
+    groups = layer_groups(model, "image")
+    assert [group.name for group in groups] == ["embeddings", *(f"blocks.{i}" for i in range(blocks)), "head"]
+    order = timm.models.group_parameters(model.visual.trunk, model.visual.trunk.group_matcher(coarse=False))
+    for group, names in zip(groups[:-1], order.values(), strict=False):
+        assert list(group.parameters) == [f"visual.trunk.{name}" for name in names]
+    assert "visual.head.proj.weight" in groups[-1].parameters
+
+
+def test_a_hugging_face_encoders_blocks_are_its_layers() -> None:
+    groups = parts_of(CLIP(two_towers("test_vit")), "text")
+    assert list(groups) == ["embeddings", "blocks.0", "blocks.1", "blocks.2", "head"]
+    assert groups["embeddings"] == {"text.transformer.embeddings"}
+    assert groups["blocks.2"] == {"text.transformer.encoder"}
+    assert groups["head"] == {"text.proj.weight"}
+
+
+@pytest.mark.parametrize("make", [partial(two_towers, "test_vit"), residual_network, siglip, lambda: CONFIG])
+def test_every_parameter_of_a_tower_is_in_one_group(make: Callable[[], CLIPConfig]) -> None:
+    model = CLIP(make())
+    for tower in ("image", "text"):
+        names = [name for group in layer_groups(model, tower) for name in group.parameters]
+        assert len(names) == len(set(names))
+        assert set(names) == set(tower_parameters(model, tower))
+    assert len(tower_parameters(model, "image")) + len(tower_parameters(model, "text")) == len(
+        [name for name, _ in model.named_parameters() if not name.startswith("logit_")]
+    )
+
+
+def test_frozen_batch_norms_and_dropout_stay_in_evaluation_mode_and_others_do_not() -> None:
+    model: Any = CLIP(two_towers("test_resnet"))
+    frozen = frozen_names(model, Freeze(image=UnlockLast(1), text=UnlockLast(2)))
+    model.train()
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
+    for module in frozen_modules(model):
+        module.eval()
+    trunk, encoder = model.visual.trunk, model.text.transformer
+    training = {i: {m.training for m in stage.modules()} for i, stage in enumerate(trunk.children())}
+    last = list(trunk.children()).index(trunk.layer4)
+    assert all(modes == {False} for i, modes in training.items() if i < last)
+    assert training[last] == {True}
+    assert not encoder.embeddings.dropout.training
+    assert [layer.attention.output.dropout.training for layer in encoder.encoder.layer] == [False, True, True]
+    assert model.visual.head.training
+
+
+def test_a_frozen_module_keeps_its_mode_and_its_weights_through_training(
+    tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+) -> None:
+    """LiT with a text tower of which the last of two blocks learns, through a real fit with validations."""
+    tiny_config.text.layers = 2
+    module = LitCLIP(tiny_config, warmup_steps=1, freeze=Freeze(image="all", text=UnlockLast(1)))
+    before = {name: value.clone() for name, value in module.model.state_dict().items()}
+    modes: list[tuple[bool, bool, bool]] = []
+    blocks: Any = module.model.transformer.resblocks
+
+    def note(*_: Any) -> None:
+        modes.append((module.model.visual.training, blocks[0].training, blocks[1].training))
+
+    module.on_train_batch_start = note
+    fitting = trainer(tmp_path, max_epochs=2, enable_checkpointing=False)
+    fitting.fit(module, data_for(module, caption_table))
+    assert set(modes) == {(False, False, True)}
+    changed = {name for name, value in module.model.state_dict().items() if not torch.equal(value, before[name])}
+    in_optimizer = {id(p) for group in fitting.optimizers[0].param_groups for p in group["params"]}
+    trained = {name for name, p in module.model.named_parameters() if id(p) in in_optimizer}
+    assert changed == trained
+    assert {name.split(".")[0] for name in trained} == {"transformer", "ln_final", "text_projection", "logit_scale"}
+    assert all(name.startswith("transformer.resblocks.1.") for name in trained if name.startswith("transformer"))
+
+
+def test_a_wholly_frozen_tower_keeps_no_activations() -> None:
+    module = finetuned_module('{"freeze": {"image": "all"}}')
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        image, text = module(make_batch(slice(0, 4)))
+    assert text.requires_grad
+    assert not image.requires_grad
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        kept.clear()
+        module.model.encode_image(module.model.normalize(make_batch(slice(0, 4)).images))
+    assert kept == []
+
+
+@pytest.mark.parametrize(
+    ("options", "trained"),
+    [
+        ({"freeze": {"image": {"unlock_last": 0}, "text": {"unlock_last": 1}}}, 19),
+        ({"architecture": residual_network(), "freeze": {"image": "all"}}, 18),  # its statistics would differ by rank
+        ({"architecture": two_towers("test_vit"), "freeze": {"image": {"unlock_last": 1}, "text": "all"}}, 16),
+        ({"architecture": siglip()}, 39),
+    ],
+)
+def test_two_ranks_without_find_unused_parameters_equal_one_process(
+    options: dict[str, Any], trained: int, ranks: Callable[..., None], tmp_path: Path
+) -> None:
+    words = json.dumps(options, default=CLIPConfig.to_dict)
+    module = finetuned_module(words)
+    module.training_step(make_batch(slice(0, PAIRS)), 0).backward()
+    ranks("finetune_gradients", 2, str(tmp_path / "gradients.pt"), words)
+    distributed = torch.load(tmp_path / "gradients.pt", weights_only=True)
+    for name, parameter in module.model.named_parameters():
+        if parameter.grad is None:
+            assert distributed[name] is None, name
+        else:
+            torch.testing.assert_close(distributed[name], parameter.grad, rtol=1e-6, atol=1e-12, msg=name)
+    assert sum(gradient is not None for gradient in distributed.values()) == trained
+
+
+@pytest.mark.parametrize(
+    ("freeze", "message"),
+    [
+        ({"image": {"unlock_last": 2}}, "model.freeze.image: unlock_last 2, but the tower has 1 blocks"),
+        ({"text": {"unlock_last": -1}}, "unlock_last -1 must be at least 0"),
+    ],
+)
+def test_more_blocks_than_there_are_cannot_be_unlocked(freeze: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        LitCLIP(CONFIG, freeze=freeze)
+
+
+def rates(module: LitCLIP) -> dict[str, float]:
+    """Each trained parameter's learning rate, once."""
+    names = {id(p): name for name, p in module.model.named_parameters()}
+    found: dict[str, float] = {}
+    for group in module._parameter_groups():
+        for parameter in group["params"]:
+            assert names[id(parameter)] not in found
+            found[names[id(parameter)]] = group["lr"]
+    return found
+
+
+def test_each_layer_learns_more_slowly_than_the_one_behind_it() -> None:
+    module = LitCLIP(CONFIG, learning_rate=1.0, layer_decay=LayerDecay(image=0.5, text=0.1))
+    found = rates(module)
+    assert found.keys() == dict(module.model.named_parameters()).keys()
+    expected = {
+        **{"visual.proj": 1.0, "visual.ln_post.bias": 1.0, "visual.transformer.resblocks.0.ln_1.weight": 0.5},
+        **{"visual.conv1.weight": 0.25, "visual.ln_pre.weight": 0.25, "logit_scale": 1.0, "text_projection": 1.0},
+        **{"transformer.resblocks.1.mlp.c_fc.weight": 0.1, "transformer.resblocks.0.mlp.c_fc.bias": 0.01},
+        **{"token_embedding.weight": 0.001, "positional_embedding": 0.001},
+    }
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+    decays = {id(p): group["weight_decay"] for group in module._parameter_groups() for p in group["params"]}
+    assert all((decays[id(p)] > 0) == (p.ndim >= 2) for p in module.model.parameters())
+    assert module._parameter_groups()[0]["lr"] == 1.0  # what train/learning_rate shows
+
+
+def test_without_layer_decay_every_rate_is_the_same() -> None:
+    assert set(rates(LitCLIP(CONFIG, learning_rate=0.25)).values()) == {0.25}
+    halves = rates(LitCLIP(CONFIG, learning_rate=1.0, layer_decay=0.5))
+    assert halves["visual.conv1.weight"] == 0.25
+    assert halves["token_embedding.weight"] == 0.125
+
+
+def test_frozen_parameters_are_in_no_group_of_a_decaying_optimizer() -> None:
+    module = LitCLIP(CONFIG, layer_decay=0.5, freeze=Freeze(image=UnlockLast(0), text=UnlockLast(1)))
+    assert rates(module).keys() == {name for name, p in module.model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("decay", [0.0, 1.5, float("nan")])
+def test_a_decay_that_is_none_is_refused(decay: float) -> None:
+    with pytest.raises(InputError, match="layer_decay: image"):
+        LitCLIP(CONFIG, layer_decay=decay)
+
+
+def test_layer_rates_follow_the_schedule_across_a_resume_with_what_is_typed(
+    tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+) -> None:
+    def module(learning_rate: float, **options: Any) -> LitCLIP:
+        return LitCLIP(tiny_config, learning_rate=learning_rate, warmup_steps=1, **options)
+
+    options: dict[str, Any] = {"layer_decay": 0.5, "freeze": Freeze(image=UnlockLast(0))}
+    first, path = module(0.01, **options), tmp_path / "epoch.ckpt"
+    fitting = trainer(tmp_path, max_epochs=2, limit_val_batches=0, callbacks=[SaveAt(4, path)])
+    fitting.fit(first, data_for(first, caption_table))
+    second = module(0.002, **options)
+    seen: dict[str, list[float]] = {}
+
+    def note(*_: Any) -> None:
+        for group in second.trainer.optimizers[0].param_groups:
+            seen.setdefault(group["name"], []).append(group["lr"])
+
+    second.on_train_batch_start = note
+    trainer(tmp_path, max_epochs=2, limit_val_batches=0).fit(second, data_for(second, caption_table), ckpt_path=path)
+    schedule = [0.002 * warmup_cosine(step, 1, 8) for step in range(4, 8)]
+    for name, depth in (("image.head", 0), ("text.head", 0), ("text.blocks.0", 1), ("text.embeddings", 2)):
+        assert seen[name] == pytest.approx([rate * 0.5**depth for rate in schedule]), name
+    assert "image.blocks.0" not in seen
+    other = module(0.01, layer_decay=0.5)
+    with pytest.raises(InputError, match="resuming needs the model.freeze, layer_decay"):
+        trainer(tmp_path, max_epochs=2).fit(other, data_for(other, caption_table), ckpt_path=path)
+
+
+def test_a_checkpoint_of_a_fine_tuned_model_holds_plain_values(tmp_path: Path, caption_table: Path) -> None:
+    module = LitCLIP(CONFIG, freeze=Freeze(image="all", text=UnlockLast(1)), layer_decay=0.5)
+    hparams: Any = module.hparams
+    assert hparams.freeze == {"image": "all", "text": {"unlock_last": 1}}
+    assert hparams.layer_decay == {"image": 0.5, "text": 0.5}
+    again = LitCLIP(**hparams)
+    assert rates(again).keys() == rates(module).keys()
+
+
+def command(table: Path, *options: str) -> list[str]:
+    return [
+        *("fit", "--data", "datamodules.Captions", "--data.val", str(table), "--data.batch_size", "16"),
+        *("--data.num_workers", "0", "--trainer.accelerator", "cpu", "--data.train", str(table)),
+        *("--model.architecture", TINY_YAML, "--model.warmup_steps", "1", "--model.learning_rate", "0.01"),
+        *("--trainer.logger", "lightning.pytorch.loggers.CSVLogger", "--trainer.logger.init_args.save_dir", "logs"),
+        *("--trainer.enable_progress_bar", "false", *options),
+    ]
+
+
+def metrics(folder: Path) -> list[dict[str, str]]:
+    (path,) = folder.rglob("metrics.csv")
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_freezing_and_decay_are_written_in_yaml_and_printed_as_they_were(
+    cli: Cli, caption_table: Path, tmp_path: Path
+) -> None:
+    finetune = {"freeze": {"image": "all", "text": {"unlock_last": 1}}, "layer_decay": {"image": 1.0, "text": 0.5}}
+    (tmp_path / "finetune.yaml").write_text(yaml.safe_dump({"model": finetune}))
+    result = cli(*command(caption_table, "--config", "finetune.yaml", "--print_config"))
+    assert result.returncode == 0, result.stderr
+    printed = yaml.safe_load(result.stdout)["model"]
+    assert {name: printed[name] for name in finetune} == finetune
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_baseline_is_logged_at_step_0_and_the_change_is_told_and_kept(
+    devices: int, cli: Cli, caption_table: Path, tmp_path: Path
+) -> None:
+    options = ["--baseline", "true", "--model.freeze", "{image: all}", "--model.layer_decay", "0.5"]
+    ddp = [] if devices == 1 else ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "8"]
+    result = cli(*command(caption_table, *options, *ddp, "--trainer.max_epochs", "1"))
+    assert result.returncode == 0, result.stderr
+    rows = [row for row in metrics(tmp_path / "logs") if row["val/loss"]]
+    assert [row["step"] for row in rows] == ["0", "3"]
+    losses = [float(row["val/loss"]) for row in rows]
+    assert "before" in result.stdout
+    assert "What learns" in result.stdout
+    assert f"{losses[1] - losses[0]:+.4f}" in result.stdout
+    assert losses[0] != losses[1]
+    if devices == 2:
+        return
+    (path,) = (tmp_path / "logs").rglob("*.ckpt")
+    again = ["--baseline", "true", "--ckpt_path", str(path), "--trainer.max_epochs", "2"]
+    again += ["--trainer.logger.init_args.save_dir", "again"]
+    resumed = cli(*command(caption_table, *again))
+    assert resumed.returncode == 0, resumed.stderr
+    later = [row for row in metrics(tmp_path / "again") if row["val/loss"]]
+    assert [row["step"] for row in later] == ["7"]  # no second baseline
+    assert f"{float(later[0]['val/loss']) - losses[0]:+.4f}" in resumed.stdout
+
+
+@pytest.mark.slow
+def test_a_baseline_changes_nothing_of_the_training(cli: Cli, caption_table: Path, tmp_path: Path) -> None:
+    weights = []
+    for baseline in ("true", "false"):
+        logs = ["--trainer.logger.init_args.save_dir", baseline, "--trainer.max_epochs", "1"]
+        result = cli(*command(caption_table, "--baseline", baseline, *logs))
+        assert result.returncode == 0, result.stderr
+        (path,) = (tmp_path / baseline).rglob("*.ckpt")
+        weights.append(torch.load(path, weights_only=True)["state_dict"])
+    for name, value in weights[0].items():
+        assert torch.equal(value, weights[1][name]), name
+
+
+def test_a_fast_dev_run_has_a_baseline_too(cli: Cli, caption_table: Path) -> None:
+    result = cli(*command(caption_table, "--baseline", "true", "--trainer.fast_dev_run", "true"))
+    assert result.returncode == 0, result.stderr
+    assert "before" in result.stdout

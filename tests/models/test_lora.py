@@ -1,0 +1,322 @@
+"""LoRA: only the additions learn, a checkpoint holds only them, and merged they are the same model."""
+
+import copy
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import lit_clip
+from callbacks import EMA
+from lit_clip.commands.wise_ft import save
+from lit_clip.errors import InputError
+from lit_clip.models.clip import CLIP
+from lit_clip.models.config import CLIPConfig
+from lit_clip.models.layers import Freeze
+from lit_clip.models.lora import LoRA, add_lora, merge_lora, target_names
+from lit_clip.module import LitCLIP
+from lit_clip.tools.weight_files import read_tensors
+from tests.helpers.ranks import CONFIG, PAIRS, finetuned_module, make_batch
+from tests.models.test_finetune import command, two_towers
+from tests.test_module import SaveAt, data_for, trainer
+
+MEMBERS = ("attn.in_proj_weight", "attn.out_proj", "mlp.c_fc", "mlp.c_proj")
+
+
+@pytest.fixture
+def base(tiny_config: CLIPConfig, tmp_path: Path) -> Path:
+    save(CLIP(tiny_config), tmp_path / "base.ckpt", {})
+    return tmp_path / "base.ckpt"
+
+
+def randomize(model: nn.Module) -> None:
+    """Give the additions an effect: their second factor begins at zero."""
+    for name, parameter in model.named_parameters():
+        if ".lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+
+
+def inputs(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    batch = make_batch(slice(0, 4))
+    return model.normalize(batch.images).float(), batch.tokens
+
+
+def test_attention_in_and_out_and_mlp_of_both_native_towers_are_adapted() -> None:
+    expected = [f"visual.transformer.resblocks.0.{member}" for member in MEMBERS]
+    expected += [f"transformer.resblocks.{i}.{member}" for i in range(2) for member in MEMBERS]
+    assert sorted(target_names(CLIP(CONFIG))) == sorted(expected)
+    model = CLIP(CONFIG)
+    add_lora(model, LoRA(r=2))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * len(expected) + 1
+    assert {name.rpartition(".lora_")[1] for name in trained if name != "logit_scale"} == {".lora_"}
+
+
+def test_at_first_nothing_changes_and_the_fused_weight_gets_its_addition() -> None:
+    """Against W + alpha / r * B A worked out by hand, in the weights of the plain model."""
+    plain = CLIP(CONFIG).eval()
+    model = copy.deepcopy(plain)
+    add_lora(model, LoRA(r=3, alpha=6))
+    images, tokens = inputs(plain)
+    with torch.no_grad():
+        assert torch.equal(model.encode_image(images), plain.encode_image(images))
+        randomize(model)
+        added = dict(model.named_parameters())
+        for target in target_names(plain):
+            owner, _, last = target.rpartition(".")
+            holder = owner if last == "in_proj_weight" else target
+            (a,) = (v for n, v in added.items() if stripped(n) == f"{holder}.lora_A.default.weight")
+            (b,) = (v for n, v in added.items() if stripped(n) == f"{holder}.lora_B.default.weight")
+            weight = plain.get_parameter(target if last == "in_proj_weight" else f"{target}.weight")
+            weight += 6 / 3 * b @ a
+        for encode, x in (("encode_image", images), ("encode_text", tokens)):
+            torch.testing.assert_close(getattr(model, encode)(x), getattr(plain, encode)(x), rtol=0, atol=1e-5)
+
+
+def stripped(name: str) -> str:
+    return name.replace(".base_layer", "")
+
+
+@pytest.mark.parametrize("targets", [None, ["in_proj_weight"], ["c_fc", "attn.out_proj"]])
+def test_merged_the_features_are_the_same_and_the_model_is_plain(targets: list[str] | None) -> None:
+    model = CLIP(CONFIG).eval()
+    before = copy.deepcopy(model.state_dict())
+    add_lora(model, LoRA(r=4, targets=targets))
+    randomize(model)
+    images, tokens = inputs(model)
+    with torch.no_grad():
+        expected = model.encode_image(images, normalize=True), model.encode_text(tokens, normalize=True)
+        merge_lora(model)
+        merged = model.encode_image(images, normalize=True), model.encode_text(tokens, normalize=True)
+    for ours, theirs in zip(merged, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    assert model.state_dict().keys() == before.keys()
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    ends = {name.removesuffix(".weight").rpartition(".")[2] for name in changed}
+    assert ends == {target.rpartition(".")[2] for target in targets or MEMBERS}
+    assert not any("lora" in type(module).__module__ for module in model.modules())
+
+
+def test_timms_and_hugging_faces_towers_are_adapted_and_merged_too() -> None:
+    model = CLIP(two_towers("test_vit")).eval()
+    names = target_names(model)
+    assert {name.rpartition(".")[2] for name in names if name.startswith("visual.")} == {"qkv", "proj", "fc1", "fc2"}
+    ends = {name.rpartition(".")[2] for name in names if name.startswith("text.")}
+    assert ends == {"query", "key", "value", "dense"}
+    images, tokens = torch.randn(2, 3, 32, 32), torch.randint(1, 99, (2, 7))
+
+    def features() -> tuple[torch.Tensor, torch.Tensor]:
+        return model.encode_image(images, normalize=True), model.encode_text(tokens, normalize=True)
+
+    with torch.no_grad():
+        plain = features()
+        add_lora(model, LoRA(r=2))
+        randomize(model)
+        adapted = features()
+        merge_lora(model)
+        for merged, ours, before in zip(features(), adapted, plain, strict=True):
+            torch.testing.assert_close(merged, ours, rtol=0, atol=1e-5)
+            assert not torch.allclose(ours, before, atol=1e-3)
+
+
+def test_a_frozen_tower_gets_no_additions(base: Path, tiny_config: CLIPConfig) -> None:
+    module = LitCLIP(tiny_config, base, lora=LoRA(), freeze=Freeze(image="all"))
+    added = [name for name, p in module.model.named_parameters() if p.requires_grad]
+    assert len(added) == 2 * len(MEMBERS) + 1
+    assert not any(name.startswith("visual.") for name in added)
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_a_checkpoint_holds_the_additions_alone_and_opens_as_a_plain_model(
+    ema: bool, base: Path, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+) -> None:
+    module = LitCLIP(tiny_config, base, learning_rate=0.01, warmup_steps=1, lora=LoRA(r=2))
+    callbacks = [EMA(0.5)] if ema else []
+    fitting = trainer(tmp_path, max_epochs=1, callbacks=callbacks, enable_checkpointing=False)
+    fitting.fit(module, data_for(module, caption_table))
+    fitting.save_checkpoint(tmp_path / "adapter.ckpt")
+    checkpoint = torch.load(tmp_path / "adapter.ckpt", weights_only=True)
+    for states in {"state_dict", "current_model_state"} & checkpoint.keys():
+        assert len(checkpoint[states]) == 2 * 2 * len(MEMBERS) + 1
+        assert all(".lora_" in name or name.endswith("logit_scale") for name in checkpoint[states])
+    assert ("current_model_state" in checkpoint) == ema
+    assert checkpoint["hyper_parameters"]["lora"] == {"r": 2, "alpha": 16.0, "targets": None}
+    assert checkpoint["base"] == {"pretrained": str(base), "sha256": module.base_sha256}
+    assert (tmp_path / "adapter.ckpt").stat().st_size < base.stat().st_size / 20
+
+    plain, again = (
+        lit_clip.load_model(tmp_path / "adapter.ckpt"),
+        LitCLIP.load_from_checkpoint(tmp_path / "adapter.ckpt"),
+    )
+    assert plain.state_dict().keys() == CLIP(tiny_config).state_dict().keys()
+    assert not torch.equal(
+        plain.visual.transformer.resblocks[0].attn.in_proj_weight,  # pyright: ignore
+        lit_clip.load_model(base).visual.transformer.resblocks[0].attn.in_proj_weight,  # pyright: ignore
+    )
+    module.eval()
+    images, tokens = inputs(plain)
+    with torch.no_grad():
+        for encode, x in (("encode_image", images), ("encode_text", tokens)):
+            expected = getattr(module.model, encode)(x, normalize=True)
+            for model in (plain, again.eval().model):
+                torch.testing.assert_close(getattr(model, encode)(x, normalize=True), expected, rtol=0, atol=1e-5)
+    started = LitCLIP(tiny_config, tmp_path / "adapter.ckpt")
+    assert torch.equal(started.model.visual.proj, plain.visual.proj)
+
+
+def test_a_resumed_adapter_ends_as_one_that_was_not_stopped(
+    base: Path, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+) -> None:
+    def run(ckpt_path: Path | None = None) -> LitCLIP:
+        torch.manual_seed(0)
+        module = LitCLIP(tiny_config, base, learning_rate=0.01, warmup_steps=1, lora=LoRA(r=2))
+        callbacks = [] if ckpt_path else [SaveAt(4, tmp_path / "middle.ckpt")]
+        fitting = trainer(tmp_path, max_epochs=2, callbacks=callbacks, enable_checkpointing=False)
+        fitting.fit(module, data_for(module, caption_table), ckpt_path=ckpt_path)
+        return module
+
+    whole, resumed = run(), run(tmp_path / "middle.ckpt")
+    for name, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+
+
+def test_two_ranks_equal_one_process(ranks: Callable[..., None], tmp_path: Path) -> None:
+    save(CLIP(CONFIG), tmp_path / "base.ckpt", {})
+    options = json.dumps({"lora": {"r": 2}, "pretrained": str(tmp_path / "base.ckpt")})
+    module = finetuned_module(options)
+    module.training_step(make_batch(slice(0, PAIRS)), 0).backward()
+    ranks("finetune_gradients", 2, str(tmp_path / "gradients.pt"), options)
+    distributed = torch.load(tmp_path / "gradients.pt", weights_only=True)
+    found = 0
+    for name, parameter in module.model.named_parameters():
+        if parameter.grad is None:
+            assert distributed[name] is None, name
+        else:
+            found += 1
+            torch.testing.assert_close(distributed[name], parameter.grad, rtol=1e-6, atol=1e-12, msg=name)
+    assert found == 3 * 2 * len(MEMBERS) + 1
+
+
+def test_another_base_is_refused(base: Path, tiny_config: CLIPConfig, tmp_path: Path) -> None:
+    module = LitCLIP(tiny_config, base, lora=LoRA(r=2))
+    fitting = trainer(tmp_path)
+    fitting.strategy.connect(module)
+    fitting.save_checkpoint(tmp_path / "adapter.ckpt")
+    save(CLIP(tiny_config), base, {})  # other weights under the same name
+    for load in (lit_clip.load_model, LitCLIP.load_from_checkpoint):
+        with pytest.raises(InputError, match="belongs to .*base.ckpt with other weights"):
+            load(tmp_path / "adapter.ckpt")
+    base.unlink()
+    with pytest.raises(InputError, match=r"adapter.ckpt: the weights that its LoRA belongs to .*base.ckpt"):
+        lit_clip.load_model(tmp_path / "adapter.ckpt")
+
+
+def test_an_adapter_finds_its_base_beside_it_when_both_have_moved(
+    base: Path, tiny_config: CLIPConfig, tmp_path: Path
+) -> None:
+    fitting = trainer(tmp_path)
+    fitting.strategy.connect(LitCLIP(tiny_config, base, lora=LoRA(r=2)))
+    fitting.save_checkpoint(tmp_path / "adapter.ckpt")
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("adapter.ckpt", "base.ckpt"):
+        (tmp_path / name).rename(tmp_path / "elsewhere" / name)
+    names = ("elsewhere/adapter.ckpt", "elsewhere/base.ckpt")
+    first, second = (lit_clip.load_model(tmp_path / name).state_dict()["visual.proj"] for name in names)
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_an_adapter_of_resized_weights_opens_again(
+    named: bool, base: Path, tiny_config: CLIPConfig, tmp_path: Path
+) -> None:
+    module = LitCLIP(tiny_config if named else None, base, 48, 12, lora=LoRA(r=2))
+    randomize(module.model)
+    fitting = trainer(tmp_path)
+    fitting.strategy.connect(module)
+    fitting.save_checkpoint(tmp_path / "adapter.ckpt")
+    plain, again = (
+        lit_clip.load_model(tmp_path / "adapter.ckpt"),
+        LitCLIP.load_from_checkpoint(tmp_path / "adapter.ckpt"),
+    )
+    pixels, tokens = torch.randn(2, 3, 48, 48), plain.tokenize(["a cat"])
+    assert tokens.shape == (1, 12)
+    with torch.no_grad():
+        for model in (plain, again.eval().model):
+            torch.testing.assert_close(model.encode_image(pixels), module.model.encode_image(pixels), rtol=0, atol=1e-5)
+            torch.testing.assert_close(model.encode_text(tokens), module.model.encode_text(tokens), rtol=0, atol=1e-5)
+
+
+def test_an_adapter_of_a_tag_remembers_of_which_model(
+    base: Path, tiny_config: CLIPConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_clip.weights.hub.download_tag", lambda name: downloads[name])
+    state = read_tensors(base)
+    from lit_clip.models.registry import _own
+
+    monkeypatch.setitem(_own(), "tiny", tiny_config.to_dict())
+    downloads = {"tiny:mine": (tmp_path / "tiny.safetensors", tiny_config)}
+    save_file(state, tmp_path / "tiny.safetensors")
+    fitting = trainer(tmp_path)
+    fitting.strategy.connect(LitCLIP("tiny", "mine", lora=LoRA(r=2)))
+    fitting.save_checkpoint(tmp_path / "adapter.ckpt")
+    opened = lit_clip.load_model(tmp_path / "adapter.ckpt").state_dict()
+    assert torch.equal(opened["visual.proj"], state["visual.proj"])
+
+
+def test_what_cannot_work_is_named(base: Path, tiny_config: CLIPConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="set model.pretrained"):
+        LitCLIP(tiny_config, lora=LoRA())
+    with pytest.raises(
+        InputError, match="no layer is called 'q_proj'; there are c_fc, c_proj, in_proj_weight, out_proj"
+    ):
+        LitCLIP(tiny_config, base, lora=LoRA(targets=["c_fc", "q_proj"]))
+    with pytest.raises(InputError, match="r 0 must be at least 1"):
+        LoRA(r=0)
+    with pytest.raises(InputError, match="the blocks that are not frozen have no linear layers"):
+        LitCLIP(tiny_config, base, lora=LoRA(), freeze=Freeze("all", "all"))
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(InputError, match=r"needs peft: pip install -e '.\[lora\]'"):
+        LitCLIP(tiny_config, base, lora=LoRA())
+
+
+def test_an_addition_that_a_layer_passes_by_is_an_error(
+    base: Path, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+) -> None:
+    """A layer whose weight is read without calling it would learn nothing and say nothing."""
+    module = LitCLIP(tiny_config, base, lora=LoRA(r=2))
+    mlp: Any = module.model.transformer.resblocks[0].mlp  # pyright: ignore
+    mlp.forward = lambda x: mlp.c_proj(torch.relu(nn.functional.linear(x, mlp.c_fc.weight, mlp.c_fc.bias)))
+    with pytest.raises(InputError, match=r"c_fc.lora_A.default.weight has no effect"):
+        trainer(tmp_path, max_epochs=1, enable_checkpointing=False).fit(module, data_for(module, caption_table))
+
+
+def test_the_command_fits_validates_and_resumes_an_adapter(
+    base: Path, caption_table: Path, tmp_path: Path, cli: Callable[..., Any]
+) -> None:
+    lora = ["--model.lora", "{r: 2, targets: [in_proj_weight, c_fc]}", "--model.pretrained", "base.ckpt"]
+    result = cli(*command(caption_table, *lora, "--trainer.max_epochs", "1"))
+    assert result.returncode == 0, result.stderr
+    (path,) = (tmp_path / "logs").rglob("*.ckpt")
+    data = ["--data", "datamodules.Captions", "--data.val", str(caption_table), "--data.batch_size", "16"]
+    checkpoint = ["--ckpt_path", str(path), "--trainer.accelerator", "cpu", "--trainer.logger", "false"]
+    validated = cli("validate", *data, *checkpoint, "--data.num_workers", "0")
+    assert validated.returncode == 0, validated.stderr
+    losses = [
+        next(line for line in out.splitlines() if "val/loss" in line) for out in (result.stdout, validated.stdout)
+    ]
+    assert losses[0] == losses[1]
+    again = ["--ckpt_path", str(path), "--trainer.max_epochs", "2", "--trainer.logger.init_args.save_dir", "again"]
+    resumed = cli(*command(caption_table, *again))
+    assert resumed.returncode == 0, resumed.stderr
+    (second,) = (tmp_path / "again").rglob("*.ckpt")
+    states = [torch.load(file, weights_only=True) for file in (path, second)]
+    assert states[0]["base"] == states[1]["base"]
+    assert states[1]["global_step"] == 8
+    assert math.isfinite(float(states[1]["state_dict"]["logit_scale"]))

@@ -1,0 +1,107 @@
+"""FLIP: a training step leaves patches out; everything else sees whole pictures."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from lit_clip import LitCLIP
+from lit_clip.batch import CaptionBatch
+from lit_clip.errors import InputError
+from lit_clip.models.config import CLIPConfig, ResNetConfig, TextTransformerConfig, VisionTransformerConfig
+from lit_clip.models.flops import training_flops
+from lit_clip.models.layers import Freeze
+
+TEXT = TextTransformerConfig(context_length=8, vocab_size=50, width=16, layers=1, heads=1)
+CONFIG = CLIPConfig(16, VisionTransformerConfig(image_size=32, patch_size=8, width=16, layers=2, heads=1), TEXT)
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """What enters the blocks, ``[B, L, W]``, and it is 100 x the place in every channel."""
+    found: list[torch.Tensor] = []
+    from lit_clip.models.transformer import Transformer
+
+    forward = Transformer.forward
+
+    def spy(self: Transformer, x: torch.Tensor, layout: Any, read: Any = None) -> torch.Tensor:
+        ((count, length),) = layout.runs
+        found.append(x.detach().view(count, length, -1).clone())
+        return forward(self, x, layout, read)
+
+    monkeypatch.setattr(Transformer, "forward", spy)
+    return found
+
+
+def placed(module: LitCLIP) -> LitCLIP:
+    """Each token of a picture is its place, 100 for the first patch."""
+    visual: Any = module.model.visual
+    with torch.no_grad():
+        visual.conv1.weight.zero_()
+        visual.class_embedding.zero_()
+        visual.positional_embedding.copy_(100.0 * torch.arange(17)[:, None].expand(-1, 16))
+        visual.ln_pre = torch.nn.Identity()
+    return module
+
+
+def test_each_picture_keeps_its_class_token_and_other_patches_each_time(seen: list[torch.Tensor]) -> None:
+    visual = placed(LitCLIP(CONFIG, patch_dropout=0.75)).model.visual
+    images = torch.zeros(64, 3, 32, 32)
+    torch.manual_seed(0)
+    visual(images), visual(images)
+    first, second = ((x[:, :, 0] / 100).round().long() for x in seen)
+    assert first.shape == (64, 1 + 4)
+    assert (first[:, 0] == 0).all()
+    for row in first[:, 1:].tolist():
+        assert len(set(row)) == 4
+        assert min(row) >= 1
+    assert len({tuple(sorted(row)) for row in first[:, 1:].tolist()}) > 32
+    assert not torch.equal(first, second)
+    often = torch.cat([first, second])[:, 1:].flatten().bincount(minlength=17)[1:]
+    assert often.min() > 10  # of 32 expected of each of 16 patches
+
+
+def test_evaluation_sees_all_patches(seen: list[torch.Tensor]) -> None:
+    module = placed(LitCLIP(CONFIG, patch_dropout=0.75)).eval()
+    module.model.visual(torch.zeros(2, 3, 32, 32))
+    assert (seen[0][0, :, 0] / 100).round().tolist() == list(range(17))
+
+
+def test_parts_of_a_batch_are_computed_again_with_the_same_patches() -> None:
+    """Micro-batches run twice; with other patches the second time their gradients would be of another loss."""
+    tokens = torch.randint(1, 49, (6, 8), generator=torch.Generator().manual_seed(0))
+    images = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for options in ({}, {"micro_batch_size": 6}, {"gradient_checkpointing": True}):
+        torch.manual_seed(0)
+        module = LitCLIP(CONFIG, patch_dropout=0.5, **options)  # type: ignore[arg-type]
+        torch.manual_seed(1)
+        module.training_step(CaptionBatch(images, tokens, list("abcdef")), 0).backward()
+        gradients.append({name: p.grad for name, p in module.named_parameters()})
+    torch.testing.assert_close(gradients[1], gradients[0])
+    torch.testing.assert_close(gradients[2], gradients[0])
+
+
+def test_patches_that_are_left_out_are_no_work() -> None:
+    """Blocks see 5 of 17 tokens; patches are embedded before the choice."""
+    whole, some = (training_flops(LitCLIP(CONFIG, patch_dropout=share).model) for share in (0.0, 0.75))
+    assert whole is not None
+    assert some is not None
+    assert some.text == whole.text
+    embedding = 2 * 2 * 16 * (3 * 8 * 8) * 16  # forward, and the gradient of the weights
+    assert 0.2 < (some.image - embedding) / (whole.image - embedding) < 5 / 17 + 0.02
+
+
+def test_a_frozen_encoder_leaves_out_no_patches_and_costs_them() -> None:
+    frozen = [
+        training_flops(LitCLIP(CONFIG, patch_dropout=share, freeze=Freeze(image="all")).model) for share in (0, 0.5)
+    ]
+    assert frozen[0] == frozen[1] is not None
+
+
+def test_a_model_that_has_no_patches_says_so() -> None:
+    resnet = CLIPConfig(16, ResNetConfig((1, 1, 1, 1), 16, 32), TEXT)
+    with pytest.raises(InputError, match=r"model\.patch_dropout: ModifiedResNet has no patches"):
+        LitCLIP(resnet, patch_dropout=0.5)
+    with pytest.raises(InputError, match=r"model\.patch_dropout: 1\.0 must be at least 0 and below 1"):
+        LitCLIP(CONFIG, patch_dropout=1.0)

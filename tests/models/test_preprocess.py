@@ -1,0 +1,191 @@
+"""Evaluation pixels are open_clip's, for pictures of any shape and mode."""
+
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+import skimage.data
+import torch
+from open_clip.transform import image_transform as open_clip_transform
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from lit_clip.models.clip import CLIP
+from lit_clip.models.config import CLIPConfig, Preprocessing, TextTransformerConfig, VisionTransformerConfig
+from lit_clip.models.preprocess import image_transform, normalize, pixels
+
+ROUNDING = {"rtol": 0, "atol": 1e-5}  # a grey level is 0.0142 or more after normalisation: no pixel may differ
+
+
+@pytest.fixture(scope="module")
+def photographs() -> list[Image.Image]:
+    """A temple and a flower, 640 x 427."""
+    return [Image.fromarray(picture) for picture in load_sample_images().images]
+
+
+@pytest.mark.parametrize("name", ["astronaut", "cat", "coffee", "rocket", "hubble_deep_field", "retina", "camera"])
+@pytest.mark.parametrize("image_size", [64, 224, 336])
+def test_photographs_are_open_clips(name: str, image_size: int) -> None:
+    photograph = Image.fromarray(getattr(skimage.data, name)())
+    theirs = open_clip_transform(image_size, is_train=False)(photograph)
+    torch.testing.assert_close(model(image_size).preprocess(photograph), theirs, **ROUNDING)
+
+
+def model(image_size: int = 224) -> CLIP:
+    return CLIP(
+        CLIPConfig(
+            embed_dim=8,
+            image=VisionTransformerConfig(image_size=image_size, patch_size=image_size, width=16, layers=1, heads=1),
+            text=TextTransformerConfig(context_length=4, vocab_size=9, width=16, layers=1, heads=1),
+        )
+    )
+
+
+def png(image: Image.Image, **options: Any) -> Image.Image:
+    """As it comes back from a file."""
+    file = io.BytesIO()
+    image.save(file, "PNG", **options)
+    return Image.open(io.BytesIO(file.getvalue()))
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        (640, 427),
+        (333, 251),
+        (251, 333),
+        (225, 223),
+        (224, 224),
+        (97, 31),
+        (901, 70),
+        (61, 803),
+        (7, 1),
+        (1, 5),
+        (1, 1),
+    ],
+)
+@pytest.mark.parametrize("which", [0, 1])
+def test_photographs_of_any_shape_are_open_clips(photographs: list[Image.Image], size: Any, which: int) -> None:
+    photograph = photographs[which].resize(size)
+    ours = model().preprocess(photograph)
+    assert ours.shape == (3, 224, 224)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, open_clip_transform(224, is_train=False)(photograph), **ROUNDING)
+
+
+@pytest.mark.parametrize("image_size", [1, 31, 336])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("resize_mode", ["shortest", "squash"])
+def test_other_settings_are_open_clips(
+    photographs: list[Image.Image], image_size: int, interpolation: Any, resize_mode: Any
+) -> None:
+    mean, std = (0.5, 0.4, 0.3), (0.1, 0.2, 0.3)
+    config = Preprocessing(image_size, mean, std, interpolation, resize_mode)
+    theirs = open_clip_transform(
+        image_size, is_train=False, mean=mean, std=std, interpolation=interpolation, resize_mode=resize_mode
+    )
+    for size in ((301, 97), (97, 301)):
+        photograph = photographs[0].resize(size)
+        ours = image_transform(config)(photograph)
+        assert ours.shape == (3, image_size, image_size)
+        torch.testing.assert_close(ours, theirs(photograph), rtol=0, atol=4e-5)  # a grey level is 0.013 or more
+
+
+def test_squash_shows_the_whole_picture_and_shortest_its_centre() -> None:
+    wide = Image.new("RGB", (96, 32), "black")
+    wide.paste("white", (0, 0, 24, 32))  # left of the central square
+    squashed = pixels(Preprocessing(image_size=32, resize_mode="squash"))(wide)
+    cropped = pixels(Preprocessing(image_size=32))(wide)
+    assert squashed.shape == cropped.shape == (3, 32, 32)
+    assert (squashed[:, :, 0] == 255).all()
+    assert (cropped == 0).all()
+
+
+def test_a_model_of_another_size_preprocesses_for_itself(photographs: list[Image.Image]) -> None:
+    small = model(image_size=33)
+    pixels_of_one = small.preprocess(photographs[1])
+    torch.testing.assert_close(pixels_of_one, open_clip_transform(33, is_train=False)(photographs[1]), **ROUNDING)
+    assert small.encode_image(pixels_of_one[None]).shape == (1, 8)
+
+
+def unusual(kind: str, photograph: Image.Image) -> Image.Image:
+    """A photograph as files of other kinds have it."""
+    photograph = photograph.resize((301, 257))
+    alpha = Image.fromarray(np.random.default_rng(0).integers(0, 256, (257, 301), dtype=np.uint8))
+    if kind == "palette with transparency":
+        return png(photograph.quantize(16), transparency=bytes(range(0, 256, 16)))
+    if kind == "palette with a transparent entry":
+        return png(photograph.quantize(16), transparency=3)
+    if kind in ("RGBA", "LA"):
+        picture = photograph.convert(kind[:-1])
+        picture.putalpha(alpha)
+        return png(picture)
+    if kind == "16 bit":
+        levels = np.asarray(photograph.convert("L")).astype(np.uint16) * 3  # some above 255, which are clipped
+        return png(Image.fromarray(levels))
+    if kind == "EXIF-rotated":
+        exif, file = Image.Exif(), io.BytesIO()
+        exif[0x0112] = 6
+        photograph.save(file, "JPEG", exif=exif)
+        return Image.open(io.BytesIO(file.getvalue()))
+    if kind == "one pixel high":
+        return photograph.resize((300, 1))
+    return photograph.convert(kind)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("L", "1", "CMYK", "P", "YCbCr", "RGBA", "LA", "16 bit", "EXIF-rotated", "one pixel high"),
+        *("palette with transparency", "palette with a transparent entry"),
+    ],
+)
+def test_files_of_any_kind_are_open_clips(photographs: list[Image.Image], kind: str) -> None:
+    picture = unusual(kind, photographs[0])
+    theirs = open_clip_transform(224, is_train=False)(picture.copy())
+    torch.testing.assert_close(model().preprocess(picture), theirs, **ROUNDING)
+
+
+@pytest.mark.parametrize("size", [(32, 64), (64, 32), (48, 80)])
+@pytest.mark.parametrize("resize_mode", ["shortest", "squash"])
+def test_rectangles_are_open_clips(photographs: list[Image.Image], size: tuple[int, int], resize_mode: Any) -> None:
+    ours = image_transform(Preprocessing(image_size=size, resize_mode=resize_mode))(photographs[1])
+    theirs = open_clip_transform(size, is_train=False, resize_mode=resize_mode)(photographs[1])
+    assert ours.shape == (3, *size)
+    torch.testing.assert_close(ours, theirs, **ROUNDING)
+
+
+@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "vit_tiny_patch16_224", "resnet10t"])
+def test_a_timm_models_pixels_are_timms(photographs: list[Image.Image], name: str) -> None:
+    import timm
+    from timm.data import create_transform, resolve_data_config
+
+    from lit_clip.models.config import TimmConfig
+    from lit_clip.models.external import timm_preprocessing
+
+    cfg = timm.get_pretrained_cfg(name)
+    assert cfg is not None
+    theirs = create_transform(**resolve_data_config({}, pretrained_cfg=cfg.to_dict()))
+    ours = image_transform(timm_preprocessing(TimmConfig(name)))
+    for photograph in photographs:
+        torch.testing.assert_close(ours(photograph), theirs(photograph), **ROUNDING)
+
+
+def test_normalised_pixels_are_the_whole_transform(photographs: list[Image.Image]) -> None:
+    config = Preprocessing(image_size=65)
+    batch = torch.stack([pixels(config)(photograph) for photograph in photographs])
+    assert batch.dtype == torch.uint8
+    assert batch.shape == (2, 3, 65, 65)
+    normalized = normalize(batch, config)
+    assert normalized.dtype == torch.float32
+    for image, photograph in zip(normalized, photographs, strict=True):
+        assert torch.equal(image, image_transform(config)(photograph))
+    assert torch.equal(model(65).normalize(batch), normalized)
+
+
+def test_normalize_is_the_formula() -> None:
+    images = torch.randint(256, (2, 3, 5, 4), dtype=torch.uint8)
+    config = Preprocessing()
+    mean, std = torch.tensor(config.mean).view(3, 1, 1), torch.tensor(config.std).view(3, 1, 1)
+    torch.testing.assert_close(normalize(images, config), (images / 255 - mean) / std)

@@ -1,0 +1,217 @@
+"""Weights at another image size or context length: open_clip's features, or the same captions' same bits."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lit_clip import LitCLIP, create_model, load_model
+from lit_clip.errors import InputError
+from lit_clip.models.clip import CLIP
+from lit_clip.models.config import (
+    CLIPConfig,
+    HuggingFaceTextConfig,
+    ResNetConfig,
+    Size,
+    TextTransformerConfig,
+    height_width,
+)
+from lit_clip.models.open_clip_configs import from_open_clip
+
+TEXT = {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2}
+SIGLIP_TEXT = {
+    **{**TEXT, "vocab_size": 99, "no_causal_mask": True, "proj_bias": True, "pool_type": "last"},
+    **{"norm_kwargs": {"eps": 1e-6}, "hf_tokenizer_name": "timm/nowhere"},
+}
+VIT = {"image_size": 64, "layers": 2, "width": 64, "patch_size": 16}
+TIMM = {"timm_model_name": "test_vit3", "timm_pool": "map", "timm_proj": "none", "image_size": 160}
+CONVNEXT = {"timm_model_name": "test_convnext", "timm_pool": "", "timm_proj": "linear", "image_size": 160}
+
+
+def model_cfg(vision: dict[str, Any], text: dict[str, Any] | None = None) -> dict[str, Any]:
+    values: dict[str, Any] = {"embed_dim": 96, "vision_cfg": vision, "text_cfg": text or TEXT}
+    return values if text is None else {**values, "custom_text": True, "init_logit_bias": -10}
+
+
+def randomised(model: CLIP) -> CLIP:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def save_folder(folder: Path, values: dict[str, Any]) -> Path:
+    """A model with random weights, as open_clip keeps it."""
+    folder.mkdir(exist_ok=True)
+    model = randomised(CLIP(from_open_clip(values, None, "tiny")))
+    state = model.state_dict()
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": values}), encoding="utf-8")
+    save_file(state, folder / "open_clip_model.safetensors")
+    return folder
+
+
+@pytest.fixture
+def vit(tmp_path: Path) -> Path:
+    return save_folder(tmp_path / "vit", model_cfg(VIT))
+
+
+def pictures(size: Size, number: int = 2) -> Tensor:
+    return F.interpolate(torch.randn(number, 3, 5, 5, generator=torch.Generator().manual_seed(1)), height_width(size))
+
+
+@pytest.mark.parametrize(
+    ("values", "size"),
+    [
+        *((model_cfg(VIT), size) for size in (32, 96, 128, (48, 80), (112, 64))),
+        *((model_cfg(TIMM, SIGLIP_TEXT), size) for size in (96, 240, (128, 192))),
+        *((model_cfg(CONVNEXT), size) for size in (96, (128, 192))),
+    ],
+)
+def test_another_image_size_gives_open_clips_features(tmp_path: Path, values: dict[str, Any], size: Size) -> None:
+    folder = save_folder(tmp_path / "model", values)
+    theirs: Any = open_clip.create_model(f"local-dir:{folder}", force_image_size=size).eval()
+    ours, images = load_model(folder, image_size=size), pictures(size)
+    assert ours.config.image.image_size == ours.preprocessing.image_size == size
+    with torch.no_grad():
+        features, expected = ours.encode_image(images, normalize=True), F.normalize(theirs.encode_image(images), dim=-1)
+    assert float((expected[0] - expected[1]).abs().max()) > 1e-3
+    torch.testing.assert_close(features, expected, rtol=0, atol=1e-5)
+    if "timm_model_name" not in values["vision_cfg"]:  # its position embedding matters: left out, the features differ
+        with torch.no_grad():
+            ours.get_parameter("visual.positional_embedding").zero_()
+            assert float((ours.encode_image(images, normalize=True) - features).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("size", [32, 96, (64, 128)])
+def test_a_resnets_attention_pool_is_interpolated_in_two_dimensions(tmp_path: Path, size: Size) -> None:
+    """open_clip cannot resize these; the oracle is the interpolation of the grid, written out."""
+    text = TextTransformerConfig(context_length=16, width=64, layers=1, heads=1)
+    config = CLIPConfig(32, ResNetConfig((1, 1, 1, 1), width=16, image_size=64), text)
+    state = randomised(CLIP(config)).state_dict()
+    torch.save(state, tmp_path / "weights.pt")
+    model = load_model(tmp_path / "weights.pt", architecture=config, image_size=size)
+    key, (height, width) = "visual.attnpool.positional_embedding", (side // 32 for side in height_width(size))
+    grid = state[key][1:].T.reshape(1, -1, 2, 2)
+    expected = F.interpolate(grid, (height, width), mode="bicubic", antialias=True)[0].flatten(1).T
+    resized = model.state_dict()
+    torch.testing.assert_close(resized[key], torch.cat([state[key][:1], expected]), rtol=0, atol=1e-6)
+    assert all(torch.equal(value, state[name]) for name, value in resized.items() if name != key)
+    with torch.no_grad():
+        assert model.encode_image(pictures(size)).shape == (2, 32)
+
+
+def test_the_weights_own_size_changes_no_bit(vit: Path) -> None:
+    expected = load_model(vit).state_dict()
+    for size in (64, (64, 64)):
+        again = load_model(vit, image_size=size, context_length=16)
+        assert again.config.image.image_size == 64
+        assert all(torch.equal(value, expected[key]) for key, value in again.state_dict().items())
+
+
+def test_there_and_back_a_non_square_size_is_interpolated_from_its_own_grid(vit: Path, tmp_path: Path) -> None:
+    """open_clip takes every stored grid for a square."""
+    wide = load_model(vit, image_size=(64, 128))
+    torch.save(wide.state_dict(), tmp_path / "wide.pt")
+    back = load_model(tmp_path / "wide.pt", architecture=wide.config, image_size=64)
+    grid = wide.state_dict()["visual.positional_embedding"][1:].T.reshape(1, 64, 4, 8)
+    expected = F.interpolate(grid, (4, 4), mode="bicubic", antialias=True)[0].flatten(1).T
+    torch.testing.assert_close(back.state_dict()["visual.positional_embedding"][1:], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("length", [5, 10, 15, 17, 30, 77])
+def test_captions_that_fit_either_context_keep_their_bits(vit: Path, length: int) -> None:
+    before, after = load_model(vit), load_model(vit, context_length=length)
+    assert after.context_length == after.tokenizer.context_length == length
+    texts = ["a dog", "cats", ""]
+    short = before.tokenizer.trim(before.tokenize(texts))
+    assert torch.equal(short, after.tokenizer.trim(after.tokenize(texts)))
+    with torch.no_grad():
+        assert torch.equal(before.encode_text(short), after.encode_text(short))
+        full = after.encode_text(after.tokenize(texts), normalize=True)
+        torch.testing.assert_close(full, before.encode_text(short, normalize=True), rtol=0, atol=1e-6)
+
+
+def test_positions_behind_the_weights_own_are_copies_of_their_last(vit: Path) -> None:
+    before = load_model(vit).state_dict()["positional_embedding"]
+    longer = load_model(vit, context_length=20).state_dict()["positional_embedding"]
+    assert longer.shape == (20, 64)
+    assert torch.equal(longer[:16], before)
+    assert all(torch.equal(row, before[15]) for row in longer[16:])
+    assert torch.equal(load_model(vit, context_length=7).state_dict()["positional_embedding"], before[:7])
+    with torch.no_grad():
+        features = load_model(vit, context_length=20).encode_text(torch.randint(1, 9, (2, 20)))
+    assert features.isfinite().all()
+
+
+def test_siglip_refuses_another_context_and_says_why(tmp_path: Path) -> None:
+    folder = save_folder(tmp_path / "siglip", model_cfg(TIMM, SIGLIP_TEXT))
+    with pytest.raises(InputError, match=r"^context_length: 8 is not the 16 of the weights; .* reads the padding too"):
+        load_model(folder, context_length=8)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image_size": 65}, "image_size 65 is not a multiple of patch_size 16"),
+        ({"image_size": (64, 70)}, r"image_size \(64, 70\) is not a multiple of patch_size 16"),
+        ({"image_size": 0}, "image_size 0 must be at least 1"),
+        ({"context_length": 2}, "context_length 2 must be at least 3"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(vit: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_model(vit, **options)
+
+
+@pytest.mark.parametrize("size", [96, (48, 80)])
+def test_a_checkpoint_keeps_the_new_sizes(vit: Path, tmp_path: Path, size: Size) -> None:
+    from lightning.pytorch import Trainer
+
+    source = load_model(vit, image_size=size, context_length=20)
+    module = LitCLIP(source.config)
+    module.model.load_state_dict(source.state_dict())
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(tmp_path / "last.ckpt", weights_only=True)
+    again = load_model(tmp_path / "last.ckpt")
+    assert again.config == source.config
+    images, tokens = pictures(size), source.tokenize(["a dog"])
+    assert tokens.shape == (1, 20)
+    with torch.no_grad():
+        assert torch.equal(again.encode_image(images), source.encode_image(images))
+        assert torch.equal(again.encode_text(tokens), source.encode_text(tokens))
+    resized = load_model(tmp_path / "last.ckpt", image_size=64, context_length=16)
+    assert (resized.config.image.image_size, resized.context_length) == (64, 16)
+
+
+def test_a_random_model_of_a_name_has_the_sizes_asked_for() -> None:
+    model = create_model("ViT-tiny-16-64", image_size=(32, 48), context_length=9)
+    assert model.visual.grid == (2, 3)
+    assert model.tokenize("a dog").shape == (1, 9)
+    with torch.no_grad():
+        assert model.encode_image(pictures((32, 48))).shape == (2, 256)
+
+
+def test_an_encoder_of_hugging_face_takes_any_context_up_to_its_positions(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    bert = transformers.BertConfig(**sizes, intermediate_size=64, max_position_embeddings=32)
+    transformers.BertModel(bert).save_pretrained(tmp_path / "bert")
+    text = HuggingFaceTextConfig(str(tmp_path / "bert"), pretrained=False, context_length=12)
+    source = randomised(CLIP(CLIPConfig(32, from_open_clip(model_cfg(VIT), None, "").image, text)))
+    torch.save(source.state_dict(), tmp_path / "weights.pt")
+    options: dict[str, Any] = {"architecture": source.config}
+    longer = load_model(tmp_path / "weights.pt", context_length=20, **options)
+    assert longer.context_length == 20
+    tokens = torch.randint(5, 60, (2, 12))
+    with torch.no_grad():
+        torch.testing.assert_close(longer.encode_text(tokens), source.eval().encode_text(tokens), rtol=0, atol=0)
+    with pytest.raises(InputError, match="context_length 33 is more than the 32 positions"):
+        load_model(tmp_path / "weights.pt", context_length=33, **options)

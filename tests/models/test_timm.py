@@ -1,0 +1,265 @@
+"""timm's models as image encoders: what open_clip's adapter and timm itself give."""
+
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import timm.data
+import torch
+from open_clip.timm_model import TimmModel
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lit_clip import load_model
+from lit_clip.errors import InputError
+from lit_clip.models.clip import CLIP
+from lit_clip.models.config import (
+    CLIPConfig,
+    Preprocessing,
+    Size,
+    TextTransformerConfig,
+    TimmConfig,
+    height_width,
+)
+from lit_clip.models.external import timm_preprocessing
+from lit_clip.models.preprocess import image_transform
+from lit_clip.module import LitCLIP
+from lit_clip.weights.load import create_model
+from tests.helpers.towers import (
+    D,
+    assert_all_trainable_weights_are_used,
+    image_tower,
+    image_tower_from,
+    pictures,
+    saved,
+    shaken,
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "theirs"),
+    [
+        ("test_vit", {"pool": "avg"}, {"pool": "avg", "proj": "linear"}),
+        ("test_vit", {"pool": "token", "projection": "mlp"}, {"pool": "token", "proj": "mlp"}),
+        ("test_vit", {"pool": "avg", "projection": "classifier"}, {"pool": "avg", "proj": None}),
+        ("test_vit3", {"pool": "map", "projection": "none"}, {"pool": "map", "proj": "none"}),
+        ("test_vit3", {"pool": "map", "projection": "classifier"}, {"pool": "map", "proj": None}),
+        ("test_convnext", {"projection_bias": True}, {"pool": "", "proj": "linear", "proj_bias": True}),
+        ("test_convnext", {"pool": "avg", "projection": "none"}, {"pool": "avg", "proj": "none"}),
+        ("test_resnet", {"pool": "avg", "projection": "mlp"}, {"pool": "avg", "proj": "mlp"}),
+        ("test_efficientnet", {"pool": "avg"}, {"pool": "avg", "proj": "linear"}),
+        ("test_efficientnet", {"pool": "avg", "projection": "classifier"}, {"pool": "avg", "proj": None}),
+        ("resnet10t", {"pool": "avg"}, {"pool": "avg", "proj": "linear"}),
+        ("convnext_atto", {"pool": "avg"}, {"pool": "avg", "proj": "linear"}),
+        ("swin_tiny_patch4_window7_224", {"pool": "avg"}, {"pool": "avg", "proj": "linear"}),
+    ],
+)
+def test_timms_models_have_open_clips_names_and_features(
+    name: str, settings: dict[str, Any], theirs: dict[str, Any]
+) -> None:
+    width = {"test_vit3": 96, "test_convnext": 64}[name] if settings.get("projection") == "none" else D
+    ours = image_tower(name, width, **settings)
+    size = ours.image_size
+    peer: Any = TimmModel(name, width, image_size=size, **theirs).eval()
+    assert list(ours.state_dict()) == list(peer.state_dict())
+    peer.load_state_dict(ours.state_dict())
+    images = pictures(size)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), peer(images), atol=1e-5, rtol=0)
+    assert ours(images).shape == (2, width)
+    assert_all_trainable_weights_are_used(ours, images)
+
+
+@pytest.mark.parametrize("size", [64, (96, 64)])
+@pytest.mark.parametrize("name", ["test_convnext", "test_resnet", "test_efficientnet"])
+def test_a_convolutional_model_takes_any_size(name: str, size: Size) -> None:
+    ours = image_tower(name, image_size=size, pool="avg")
+    peer: Any = TimmModel(name, D, image_size=size, pool="avg", proj="linear").eval()
+    peer.load_state_dict(ours.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(ours(pictures(size)), peer(pictures(size)), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("size", [64, (96, 64)])
+@pytest.mark.parametrize("name", ["test_vit", "swin_tiny_patch4_window7_224"])
+def test_a_model_of_one_size_is_made_for_another_as_timm_makes_it(name: str, size: Size) -> None:
+    ours = image_tower(name, image_size=size)
+    peer: Any = timm.create_model(name, num_classes=0, img_size=height_width(size)).eval()
+    peer.load_state_dict(ours.trunk.state_dict())
+    with torch.no_grad():
+        expected = peer(pictures(size)) @ ours.head.proj.weight.T  # type: ignore[operator]  # a Linear
+        torch.testing.assert_close(ours(pictures(size)), expected, atol=1e-5, rtol=0)
+    assert_all_trainable_weights_are_used(ours, pictures(size))
+
+
+def test_pictures_of_another_size_than_the_towers_are_refused() -> None:
+    with pytest.raises(InputError, match=r"\[B, 3, 64, 64\]"):
+        image_tower("test_convnext", image_size=64)(pictures(96))
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("resnet10t", None),  # bicubic, crop 0.875, ImageNet's colours
+        ("tf_efficientnet_lite0", None),
+        ("test_vit", None),
+        ("vit_base_patch16_clip_224.openai", None),
+        ("vit_base_patch16_siglip_384.webli", None),  # squashed
+        ("convnext_atto", 96),
+        ("convnext_atto", (96, 64)),
+        ("mobilenetv3_small_050", (64, 160)),  # another interpolation
+    ],
+)
+@pytest.mark.parametrize("picture_size", [(230, 170), (75, 310), (20, 20)])
+def test_pictures_are_prepared_as_timm_does_it(name: str, size: Size | None, picture_size: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(3)
+    rough = torch.randint(0, 256, (picture_size[1] // 5, picture_size[0] // 5, 3), generator=generator)
+    picture = Image.fromarray(rough.to(torch.uint8).numpy()).resize(picture_size)
+    peer: Any = timm.data
+    cfg: Any = timm.get_pretrained_cfg(name)
+    data = peer.resolve_data_config({}, pretrained_cfg=cfg.to_dict())
+    if size:
+        data["input_size"] = (3, *height_width(size))
+    theirs = peer.create_transform(**data)
+    ours = image_transform(timm_preprocessing(TimmConfig(name, image_size=size)))
+    torch.testing.assert_close(ours(picture), theirs(picture), atol=1e-5, rtol=0)
+
+
+def test_preprocessing_of_ones_own_beats_timms() -> None:
+    mine = Preprocessing(64, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    config = CLIPConfig(D, TimmConfig("test_vit", image_size=64), preprocessing=mine)
+    assert config.preprocessing == mine
+    assert CLIPConfig(D, TimmConfig("test_vit")).preprocessing == timm_preprocessing(TimmConfig("test_vit"))
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, Tensor]:
+    """A whole test_efficientnet, classifier included."""
+    return shaken(timm.create_model("test_efficientnet")).state_dict()
+
+
+def other_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Another library's names for the same weights in the same order."""
+    return OrderedDict((f"_part{i}.{key.rpartition('.')[2]}", value) for i, (key, value) in enumerate(state.items()))
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_weights_come_from_a_local_file(suffix: str, weights: dict[str, Tensor], tmp_path: Path) -> None:
+    path = tmp_path / f"weights{suffix}"
+    torch.save(weights, path) if suffix == ".pth" else save_file(weights, path)
+    tower = create_model(CLIPConfig(D, TimmConfig("test_efficientnet", pretrained=str(path)))).visual
+    peer: Any = timm.create_model("test_efficientnet")
+    peer.load_state_dict(weights)
+    peer.reset_classifier(0)
+    images = pictures(160)
+    with torch.no_grad():
+        torch.testing.assert_close(tower.eval().trunk(images), peer.eval()(images), atol=1e-6, rtol=0)  # type: ignore[operator]  # a module
+
+
+@pytest.mark.parametrize("classifier", [True, False])
+def test_weights_under_other_names_in_the_same_order_are_taken(
+    classifier: bool, weights: dict[str, Tensor], tmp_path: Path
+) -> None:
+    kept = {key: value for key, value in weights.items() if classifier or not key.startswith("classifier")}
+    torch.save(other_names(kept), tmp_path / "w.pth")
+    tower = image_tower_from(tmp_path / "w.pth")
+    for key, value in tower.trunk.state_dict().items():
+        assert torch.equal(value, weights[key]), key
+
+
+def _spoilt(kind: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    other = other_names(weights)
+    first = next(iter(other))
+    return {
+        "another shape": {**weights, "conv_stem.weight": torch.zeros(8, 3, 3, 3)},
+        "another shape under other names": {**other, first: torch.zeros(8, 3, 3, 3)},
+        "another ending": {f"{key}_" if key == first else key: value for key, value in other.items()},
+        "more under other names": {**other, "x.weight": torch.zeros(1)},
+        "fewer": dict(list(weights.items())[:5]),
+        "deeper": {**weights, "blocks.7.0.conv.weight": torch.zeros(1)},
+        "no tensors": {"a": 1},  # type: ignore[dict-item]  # which is the point
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("another shape", r"conv_stem.weight is \(8, 3, 3, 3\) there and \(24, 3, 3, 3\) here"),
+        ("another shape under other names", r"conv_stem.weight is \(8, 3, 3, 3\) there and \(24, 3, 3, 3\) here"),
+        ("another ending", "not weights of timm's test_efficientnet: .* is absent there"),
+        ("more under other names", "not weights of timm's test_efficientnet: .* is absent there"),
+        ("fewer", "not weights of timm's test_efficientnet: .* is absent there"),
+        ("deeper", "not weights of timm's test_efficientnet: blocks.7.0.conv.weight is absent here"),
+        ("no tensors", "no tensors by name in it"),
+    ],
+)
+def test_weights_of_another_model_are_refused(
+    kind: str, message: str, weights: dict[str, Tensor], tmp_path: Path
+) -> None:
+    torch.save(_spoilt(kind, weights), tmp_path / "w.pth")
+    with pytest.raises(InputError, match=message) as refusal:
+        image_tower_from(tmp_path / "w.pth")
+    assert str(tmp_path / "w.pth") in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_projection_by_the_classifier_is_new_beside_a_files_weights(
+    weights: dict[str, Tensor], tmp_path: Path
+) -> None:
+    torch.save(weights, tmp_path / "w.pth")
+    trunk: Any = image_tower_from(tmp_path / "w.pth", projection="classifier").trunk
+    assert trunk.classifier.weight.shape == (D, 256)
+    assert torch.equal(trunk.conv_stem.weight, weights["conv_stem.weight"])
+
+
+def test_a_files_position_embedding_is_resized_as_timm_does_it(tmp_path: Path) -> None:
+    small: Any = shaken(timm.create_model("test_vit"))
+    torch.save(small.state_dict(), tmp_path / "w.pth")
+    trunk: Any = image_tower_from(tmp_path / "w.pth", "test_vit", image_size=(192, 128)).trunk
+    peer: Any = timm.layers
+    expected = peer.resample_abs_pos_embed(small.pos_embed, [12, 8], num_prefix_tokens=1)
+    torch.testing.assert_close(trunk.pos_embed, expected, atol=1e-6, rtol=0)
+    assert not torch.equal(trunk.pos_embed[:, :1], torch.zeros_like(trunk.pos_embed[:, :1]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"timm": "resnt50"}, r"timm has no model 'resnt50'; near: .*resnet50"),
+        ({"timm": "efficientnet_lit"}, r"timm has no model 'efficientnet_lit'; near: .*efficientnet_lite0"),
+        ({"timm": "xqzw"}, r"timm has no model 'xqzw'; it has \d+, see timm.list_models"),
+        ({"timm": "resnet50.nothing"}, r"timm's resnet50 has no weights 'nothing'; known: .*resnet50.a1_in1k"),
+        ({"timm": "test_resnet", "pool": "map"}, "timm does not make test_resnet with .*global_pool map"),
+        ({"timm": "test_vit", "options": {"dropp": 1}}, "timm does not make test_vit with .*dropp 1"),
+        ({"timm": "test_vit", "options": {"img_size": 64}}, "options.img_size is set by image_size"),
+        ({"timm": "test_vit", "image_size": 72}, "timm does not make test_vit with image_size 72"),
+        ({"timm": "efficientformer_l1", "image_size": 192}, "does not make efficientformer_l1 with image_size 192"),
+        ({"timm": "test_vit", "image_size": 0}, "image_size 0 must be at least 1"),
+        (
+            {"timm": "test_vit", "projection": "none"},
+            "test_vit gives 64 features and embed_dim is 24; add a projection",
+        ),
+        ({"timm": "test_vit", "pretrained": "gone.pth"}, "gone.pth: no such"),
+    ],
+)
+def test_what_timm_does_not_have_is_refused_in_one_line(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message) as refusal:
+        CLIP(CLIPConfig(D, TimmConfig(**settings)))
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["test_convnext", "test_vit3", "swin_tiny_patch4_window7_224"])
+def test_a_checkpoint_with_a_timm_tower_loads_as_it_was_and_at_another_size(name: str, tmp_path: Path) -> None:
+    config = CLIPConfig(D, TimmConfig(name, image_size=64), TextTransformerConfig(8, 49408, 64, 1, 1))
+    path, model = saved(LitCLIP(config), tmp_path)
+    again = load_model(path)
+    images = pictures(64)
+    with torch.no_grad():
+        assert torch.equal(again.encode_image(images), model.encode_image(images))
+        larger = load_model(path, image_size=96)
+        assert larger.preprocess(Image.new("RGB", (200, 100), "red")).shape == (3, 96, 96)
+        assert larger.encode_image(pictures(96)).isfinite().all()
+    assert again.preprocessing == config.preprocessing

@@ -1,0 +1,203 @@
+"""The tokenizer gives the ids of OpenAI's and open_clip's, for any text."""
+
+import pickle
+import random
+
+import pytest
+import regex
+import torch
+from open_clip.tokenizer import SimpleTokenizer
+
+from lit_clip.errors import InputError
+from lit_clip.models.tokenizer import EOT_ID, SOT_ID, Tokenize, clean, decode, encode, tokenize, trim_padding
+
+# Ids of openai/CLIP at d05afc4 (clip/simple_tokenizer.py, run with ftfy 6.3.1 and regex 2026.11.19).
+OPENAI_IDS = {
+    "a diagram": [49406, 320, 22697, 49407],
+    "a dog": [49406, 320, 1929, 49407],
+    "a cat": [49406, 320, 2368, 49407],
+    "a photo of a cat.": [49406, 320, 1125, 539, 320, 2368, 269, 49407],
+    "A Photo of a CAT!": [49406, 320, 1125, 539, 320, 2368, 256, 49407],
+    "  multiple   spaces\tand\nnewlines ": [49406, 6470, 9006, 537, 1218, 3418, 49407],
+    "it's the dog's bone, they'll've": [49406, 585, 568, 518, 1929, 568, 6195, 267, 889, 1342, 1200, 49407],
+    "café naïve": [49406, 15304, 1097, 35689, 563, 49407],
+    "cafe\u0301": [49406, 15304, 49407],  # decomposed
+    "&amp;lt;b&amp;gt; bold": [49406, 283, 321, 285, 8911, 49407],
+    "12345 3.14": [49406, 272, 273, 274, 275, 276, 274, 269, 272, 275, 49407],
+    "emoji 😀🚀": [49406, 16327, 12832, 13542, 49407],
+    "中文 日本語": [49406, 19759, 255, 29032, 485, 39121, 44353, 34002, 508, 49407],
+    "schÃ¶n": [49406, 844, 7255, 333, 49407],
+    "<|startoftext|> x <|endoftext|>": [49406, 49406, 343, 49407, 49407],
+    "": [49406, 49407],
+    'a photo of the number: "7".': [49406, 320, 1125, 539, 518, 2842, 281, 257, 278, 2811, 49407],
+    "hello-world_foo": [49406, 3306, 268, 1002, 318, 23435, 49407],
+    "ﬁne ﬂour": [49406, 3797, 18592, 49407],
+    "“curly” ‘quotes’": [49406, 257, 20795, 257, 262, 5808, 262, 49407],
+}
+
+CODE_POINTS = {
+    "ascii": [range(0x20, 0x7F)],
+    "accents": [range(0xC0, 0x250), range(0x300, 0x370), range(0x1E00, 0x1F00)],
+    "scripts": [range(0x370, 0x530), range(0x590, 0x780), range(0x900, 0xE80)],
+    "cjk": [range(0x3040, 0x3100), range(0x4E00, 0x9FFF), range(0xAC00, 0xD7A4), range(0x20000, 0x2A000)],
+    "emoji": [range(0x1F300, 0x1F650), range(0x1F680, 0x1F6D0), range(0x1F900, 0x1FA00), [0x200D, 0xFE0F, 0x20E3]],
+    "private use": [range(0xE000, 0xF900), range(0xF0000, 0xF0100)],
+    "control": [range(0x00, 0x20), range(0x7F, 0xA0)],
+    "white space": [[0x09, 0x0A, 0x0B, 0x0C, 0x0D, 0x1C, 0x1F, 0x20, 0x85, 0xA0, 0x1680, 0x2028, 0x2029, 0x3000]],
+    "invisible": [range(0x2000, 0x2010), [0x2060, 0xFEFF, 0xAD]],
+    "digits": [range(0x30, 0x3A), range(0x660, 0x66A), range(0x2150, 0x2190), [0xB2, 0xBD, 0x1D7D8]],
+    "surrogates": [range(0xD800, 0xE000)],
+    "anything": [range(0x20, 0xD800), range(0xE000, 0x110000)],
+}
+FRAGMENTS = [
+    *("&amp;", "&lt;", "&amp;amp;", "&amp;lt;", "&#39;", "&#x1F600;", "&nbsp;", "&eacute;", "&bogus;", "&#28;", "&"),
+    *("'s", "'S", "’s", "'LL", "'d", "it's", "they'll've", "'ſ", "''", "rock'n'roll"),
+    *("schÃ¶n", "â€™", "naÃ¯ve", "ﬁ", "Ⅷ", "İ", "ß", "K", "the", "photograph", "hello-world_foo", "   ", "!!!???"),
+]
+SPECIAL = ["<|startoftext|>", "<|endoftext|>", "<|EndOfText|>", "<|startoftext|", "<start_of_text>", "<end_of_text>"]
+
+
+def random_texts(number: int, seed: int, extra: list[str]) -> list[str]:
+    """Texts of all kinds of characters and fragments; one in ten is far longer than 77 tokens."""
+    rng = random.Random(seed)
+    kinds = list(CODE_POINTS.values())
+
+    def piece() -> str:
+        if rng.random() < 0.3:
+            return rng.choice(FRAGMENTS + extra)
+        if rng.random() < 0.3:
+            return "".join(rng.choices("abcdefghijklmnopqrstuvwxyzABC", k=rng.randint(1, 9)))
+        ranges = rng.choice(kinds)
+        return "".join(chr(rng.choice(rng.choice(ranges))) for _ in range(rng.randint(1, 5)))
+
+    def text() -> str:
+        pieces = rng.randint(60, 120) if rng.random() < 0.1 else rng.randint(0, 10)
+        return "".join(piece() + rng.choice(["", " "]) for _ in range(pieces))
+
+    return [text() for _ in range(number)]
+
+
+@pytest.fixture(scope="module")
+def open_clip_tokenizer() -> SimpleTokenizer:
+    return SimpleTokenizer()
+
+
+@pytest.fixture(scope="module")
+def openai_tokenizer() -> SimpleTokenizer:
+    """open_clip's tokenizer with the special tokens spelled as in the paper's code."""
+    tokenizer = SimpleTokenizer()
+    for theirs, papers in (("<start_of_text>", "<|startoftext|>"), ("<end_of_text>", "<|endoftext|>")):
+        del tokenizer.cache[theirs]
+        tokenizer.encoder[papers] = tokenizer.encoder.pop(theirs)
+        tokenizer.cache[papers] = papers
+    tokenizer.pat = regex.compile(  # clip/simple_tokenizer.py
+        r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+""",
+        regex.IGNORECASE,
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("text", OPENAI_IDS)
+def test_ids_are_openais(text: str) -> None:
+    tokens = tokenize(text)
+    ids = OPENAI_IDS[text]
+    assert tokens.dtype == torch.int64
+    assert tokens.tolist() == [ids + [0] * (77 - len(ids))]
+
+
+def test_ids_of_random_unicode_are_open_clips(open_clip_tokenizer: SimpleTokenizer) -> None:
+    texts = random_texts(10_000, seed=0, extra=[])
+    ours, theirs = tokenize(texts), open_clip_tokenizer(texts)
+    differ = [text for text, a, b in zip(texts, ours, theirs, strict=True) if not torch.equal(a, b)]
+    assert differ == []
+    assert ours.shape == (10_000, 77)
+    assert (ours[:, -1] == EOT_ID).sum() > 500  # the cut at 77 was among the cases
+
+
+def test_special_tokens_inside_a_text_are_read_as_by_openai(openai_tokenizer: SimpleTokenizer) -> None:
+    # open_clip spells them <start_of_text> and <end_of_text>, which are ordinary text to the paper's code.
+    texts = random_texts(500, seed=1, extra=SPECIAL * 10)
+    ours, theirs = tokenize(texts), openai_tokenizer(texts)
+    differ = [text for text, a, b in zip(texts, ours, theirs, strict=True) if not torch.equal(a, b)]
+    assert differ == []
+    assert (ours[:, 1:] == SOT_ID).any(dim=1).sum() > 50  # special tokens were among the cases
+
+
+@pytest.mark.parametrize("context_length", [2, 3, 16])
+def test_other_context_lengths_cut_as_open_clip_does(context_length: int, open_clip_tokenizer: SimpleTokenizer) -> None:
+    texts = ["", "a", "a dog", "a photo of a dog on a hill in the rain, seen from far away, in black and white"]
+    assert torch.equal(tokenize(texts, context_length), open_clip_tokenizer(texts, context_length))
+
+
+def test_a_caption_that_just_fits_is_whole_and_one_word_more_is_refused_without_truncation() -> None:
+    fits, too_long = " ".join(["dog"] * 75), " ".join(["dog"] * 76)
+    assert tokenize(fits, truncate=False).tolist() == [[SOT_ID, *[1929] * 75, EOT_ID]]
+    assert torch.equal(tokenize(too_long), tokenize(fits))
+    with pytest.raises(InputError, match=r"text 1 has 78 tokens, 77 fit.*dog dog"):
+        tokenize(["a cat", too_long], truncate=False)
+
+
+@pytest.mark.parametrize("stranger", [3, None, b"a dog", ["a dog"], float("nan")])
+def test_what_is_not_a_string_is_refused_by_position_and_type(stranger: object) -> None:
+    with pytest.raises(InputError, match=rf"text 1 is a {type(stranger).__name__}, not a string"):
+        tokenize(["a dog", stranger])  # type: ignore[list-item]
+
+
+def test_no_texts_give_no_rows() -> None:
+    tokens = tokenize([])
+    assert tokens.shape == (0, 77)
+    assert tokens.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("A photo of a cat.", "a photo of a cat ."),
+        ("it's 7 dogs", "it 's 7 dogs"),
+        ("café naïve", "café naïve"),
+        ("schön", "schön"),
+        ("中文 日本語", "中文 日本語"),
+        ("emoji 😀🚀", "emoji 😀🚀"),
+        ("", ""),
+    ],
+)
+def test_decoding_an_encoded_caption_gives_its_words(text: str, words: str) -> None:
+    assert decode(tokenize(text)[0].tolist()) == words  # without start, end and padding
+    assert decode(encode(text)) == words
+
+
+def test_decoding_is_open_clips(open_clip_tokenizer: SimpleTokenizer) -> None:
+    texts = random_texts(200, seed=2, extra=[])
+    differ = [text for text in texts if decode(ids := encode(text)) != open_clip_tokenizer.decode(ids).strip()]
+    assert differ == []
+
+
+def test_cleaning_mends_unescapes_twice_collapses_and_lower_cases() -> None:
+    assert clean(" SchÃ¶n &amp;lt;B&amp;gt;\t \n x ") == "schön <b> x"
+
+
+def test_trim_padding_keeps_the_longest_caption_and_no_column_more() -> None:
+    tokens = tokenize(["a dog", "a photo of a cat.", ""])
+    trimmed = trim_padding(tokens)
+    assert torch.equal(trimmed, tokens[:, :8])  # 'a photo of a cat.' has 8 ids
+    assert torch.equal(trim_padding(trimmed), trimmed)
+    assert trim_padding(tokens[2:]).tolist() == [[SOT_ID, EOT_ID]]
+
+
+def test_trim_padding_leaves_full_and_empty_batches_alone() -> None:
+    full = tokenize([" ".join(["dog"] * 100), "a"])
+    assert torch.equal(trim_padding(full), full)
+    assert trim_padding(tokenize([])).shape == (0, 77)
+
+
+def test_tokenize_object_survives_pickling() -> None:
+    copy = pickle.loads(pickle.dumps(Tokenize(context_length=5)))
+    assert copy == Tokenize(context_length=5)
+    assert torch.equal(copy(["a photo of a cat.", "a dog"]), tokenize(["a photo of a cat.", "a dog"], 5))
+
+
+def test_ids_are_counted_before_a_text_is_cut() -> None:
+    assert {text: Tokenize(4).count(text) for text in OPENAI_IDS} == {
+        text: len(ids) for text, ids in OPENAI_IDS.items()
+    }
+    assert Tokenize(77).count("cat " * 500) == 502

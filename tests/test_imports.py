@@ -1,0 +1,57 @@
+"""The dependency rule: ``lit_clip`` knows neither of the other two packages, and those do not know each other."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import callbacks
+import datamodules
+import lit_clip
+from tests.conftest import ROOT
+
+FORBIDDEN = {
+    "lit_clip": {"callbacks", "datamodules"},
+    "callbacks": {"datamodules"},
+    "datamodules": {"callbacks"},
+}
+
+
+def imported(file: Path) -> set[str]:
+    """Top-level names of everything a file imports, wherever in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_packages_import_only_downwards(package: str) -> None:
+    files = list((ROOT / package).rglob("*.py"))
+    assert files
+    for file in files:
+        assert not imported(file) & FORBIDDEN[package], file
+
+
+def test_the_three_packages_come_from_this_checkout() -> None:
+    """``callbacks`` and ``datamodules`` are names that another package could shadow."""
+    for package in (lit_clip, callbacks, datamodules):
+        assert Path(str(package.__file__)).parents[1] == ROOT
+
+
+def test_importing_lit_clip_imports_nothing_heavy() -> None:
+    code = "import sys, lit_clip; print([m for m in ('torch', 'lightning', 'open_clip') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_every_public_name_is_there() -> None:
+    for name in lit_clip.__all__:
+        assert getattr(lit_clip, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'CLIPP'"):
+        _ = lit_clip.CLIPP

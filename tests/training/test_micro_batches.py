@@ -1,0 +1,128 @@
+"""Encoding part by part gives the numbers of encoding at once, whatever is random or has statistics in a tower."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lit_clip.batch import CaptionBatch
+from lit_clip.errors import InputError
+from lit_clip.losses.contrastive import contrastive_loss
+from lit_clip.models.config import CLIPConfig, ResNetConfig, TextTransformerConfig, TimmConfig
+from lit_clip.module import LitCLIP
+from tests.helpers.ranks import CONFIG, PAIRS, make_batch, make_module
+
+TEXT = TextTransformerConfig(context_length=16, vocab_size=50, width=64, layers=1, heads=1)
+RANDOM = TimmConfig(
+    timm="vit_tiny_patch16_224",
+    image_size=32,
+    options={"depth": 2, "proj_drop_rate": 0.2, "attn_drop_rate": 0.2, "drop_path_rate": 0.3, "patch_drop_rate": 0.5},
+)
+STATISTICS = ResNetConfig(layers=(1, 1, 1, 1), width=8, image_size=32)
+
+
+def gradients(module: LitCLIP, loss: Tensor) -> dict[str, Tensor]:
+    module.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in module.model.named_parameters() if p.grad is not None}
+
+
+def plain_loss(module: LitCLIP, batch: CaptionBatch, parts: int) -> Tensor:
+    """Part by part in one graph that keeps everything."""
+    features = [module(part) for part in batch.split(parts)]
+    image, text = (torch.cat(x) for x in zip(*features, strict=True))
+    return contrastive_loss(image, text, image, text, module.model.logit_scale.exp())
+
+
+def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        assert (ours[name] - expected).norm() <= tolerance * expected.norm() + 1e-12, name  # some are zero
+
+
+@pytest.mark.parametrize("image", [RANDOM, STATISTICS], ids=["dropout and patch dropout", "BatchNorm"])
+def test_random_numbers_are_replayed_and_statistics_move_once(image: TimmConfig | ResNetConfig) -> None:
+    architecture = CLIPConfig(embed_dim=16, image=image, text=TEXT)
+    batch, parts = make_batch(slice(0, PAIRS)), 3
+    ours, theirs = (make_module(architecture=architecture, micro_batch_size=3) for _ in range(2))
+    torch.manual_seed(5)
+    expected = gradients(theirs, plain_loss(theirs, batch, parts))
+    torch.manual_seed(5)
+    assert_equal(gradients(ours, ours.training_step(batch, 0)), expected, 1e-9)
+    assert torch.rand(1) == _after(theirs, batch, parts), "the generator is not where plain encoding leaves it"
+    for (name, our), their in zip(ours.model.named_buffers(), theirs.model.buffers(), strict=True):
+        torch.testing.assert_close(our, their, rtol=1e-12, atol=0, msg=lambda m, name=name: f"{name}: {m}")
+    if image is RANDOM:  # the test would pass without dropout
+        torch.manual_seed(6)
+        other = gradients(theirs, plain_loss(theirs, batch, parts))
+        assert any((other[name] - expected[name]).norm() > 0.01 * expected[name].norm() for name in expected)
+    else:
+        assert any(isinstance(m, nn.BatchNorm2d) and m.num_batches_tracked == parts for m in ours.modules())
+
+
+def _after(module: LitCLIP, batch: CaptionBatch, parts: int) -> Tensor:
+    """The next random number behind plain encoding; the module's statistics stay as they are."""
+    kept = {name: buffer.clone() for name, buffer in module.model.named_buffers()}
+    torch.manual_seed(5)
+    plain_loss(module, batch, parts)
+    number = torch.rand(1)
+    for name, buffer in module.model.named_buffers():
+        buffer.copy_(kept[name])
+    return number
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"freeze": {"text": "all", "image": None}}])
+@pytest.mark.parametrize("size", [1, 3, 8, 100])
+def test_any_size_of_part_gives_the_gradient_of_the_whole_batch(size: int, options: dict[str, Any]) -> None:
+    batch = make_batch(slice(0, PAIRS))
+    whole, parted = make_module(**options), make_module(**options, micro_batch_size=size)
+    expected = gradients(whole, whole.training_step(batch, 0))
+    assert_equal(gradients(parted, parted.training_step(batch, 0)), expected, 1e-9)
+
+
+def test_parts_in_bfloat16_add_up_in_float32() -> None:
+    """Parts that shared one bfloat16 copy of the weights would add up their gradients in it."""
+    batch = make_batch(slice(0, PAIRS))
+
+    def error(**options: Any) -> float:
+        module = make_module(**options).float()
+        module.model.normalize = lambda images: images.float() / 255
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = module.training_step(batch, 0)
+        ours = gradients(module, loss)
+        return float(torch.stack([(ours[n] - exact[n]).norm() / exact[n].norm() for n in exact]).mean())
+
+    module = make_module()
+    exact = gradients(module, module.training_step(batch, 0))
+    whole, parted = error(), error(micro_batch_size=1)
+    assert whole < 0.1
+    assert parted < 1.5 * whole
+
+
+def test_activations_of_one_part_at_most_are_alive() -> None:
+    """The most bytes that backward keeps at the end of the forward pass: those of no part, but the features."""
+
+    def kept(size: int | None) -> int:
+        module, batch = make_module(micro_batch_size=size), make_batch(slice(0, PAIRS))
+        storages: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            module.training_step(batch, 0)
+        parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
+        return sum(size for pointer, size in storages.items() if pointer not in parameters)
+
+    assert kept(2) < 0.1 * kept(None)
+
+
+def test_accumulated_batches_are_refused_with_the_option_that_does_it() -> None:
+    module = LitCLIP(CONFIG)
+    module._trainer = type("Trainer", (), {"accumulate_grad_batches": 4, "precision": "32-true", "callbacks": ()})()  # pyright: ignore
+    with pytest.raises(InputError, match=r"accumulate_grad_batches: 4 .*batch_size 4 times and set model.micro_batch"):
+        module.on_fit_start()
+    with pytest.raises(InputError, match="micro_batch_size: 0 must be at least 1"):
+        LitCLIP(CONFIG, micro_batch_size=0)

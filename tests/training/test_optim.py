@@ -1,0 +1,187 @@
+"""Learning rates and decay are open_clip's, and so is the loss curve of a training that uses them."""
+
+import copy
+import math
+
+import open_clip
+import pytest
+import torch
+from open_clip_train.scheduler import cosine_lr
+from torch import Tensor
+
+from lit_clip.losses.contrastive import contrastive_loss
+from lit_clip.models.clip import CLIP
+from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
+from lit_clip.training.optim import decay_groups, warmup_cosine
+
+LEARNING_RATE, WEIGHT_DECAY, WARMUP, STEPS = 1e-3, 0.2, 5, 30
+
+
+def tiny_open_clip() -> open_clip.CLIP:
+    return open_clip.CLIP(
+        embed_dim=32,
+        vision_cfg=open_clip.CLIPVisionCfg(image_size=32, patch_size=8, width=64, layers=2, head_width=32),
+        text_cfg=open_clip.CLIPTextCfg(context_length=16, vocab_size=499, width=64, heads=2, layers=2),
+    )
+
+
+def tiny_clip() -> CLIP:
+    return CLIP(
+        CLIPConfig(
+            embed_dim=32,
+            image=VisionTransformerConfig(image_size=32, patch_size=8, width=64, layers=2, heads=2),
+            text=TextTransformerConfig(context_length=16, vocab_size=499, width=64, heads=2, layers=2),
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("step", "factor"),
+    [
+        (0, 0.1),  # the first step already learns
+        (4, 0.5),
+        (9, 1.0),
+        (10, 1.0),
+        (60, 0.5),  # half-way down
+        (35, 0.5 * (1 + math.sqrt(0.5))),
+        (110, 0.0),
+        (1000, 0.0),  # past the end it stays there
+    ],
+)
+def test_warmup_is_linear_to_one_and_then_a_cosine_to_zero(step: int, factor: float) -> None:
+    assert warmup_cosine(step, warmup_steps=10, total_steps=110) == pytest.approx(factor, abs=1e-12)
+
+
+def test_without_warmup_the_first_step_has_the_full_rate() -> None:
+    assert warmup_cosine(0, warmup_steps=0, total_steps=10) == 1
+    assert warmup_cosine(10, warmup_steps=0, total_steps=10) == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("total_steps", [1, 5, 10])
+def test_a_run_no_longer_than_its_warmup_only_warms_up(total_steps: int) -> None:
+    factors = [warmup_cosine(step, warmup_steps=10, total_steps=total_steps) for step in range(total_steps)]
+    assert factors == pytest.approx([(step + 1) / 10 for step in range(total_steps)])
+
+
+@pytest.mark.parametrize(("warmup_steps", "total_steps"), [(0, 1), (0, 7), (1, 2), (3, 10), (2000, 2347)])
+def test_every_step_has_open_clips_learning_rate(warmup_steps: int, total_steps: int) -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    theirs = cosine_lr(optimizer, 5e-4, warmup_steps, total_steps)
+    for step in range(total_steps):
+        assert 5e-4 * warmup_cosine(step, warmup_steps, total_steps) == pytest.approx(theirs(step), abs=1e-15)
+
+
+def open_clips_groups(model: torch.nn.Module) -> tuple[set[str], set[str]]:
+    """Names of the parameters that decay and that do not, by the rule of open_clip_train.main."""
+    named = dict(model.named_parameters())
+    kept = {n for n, p in named.items() if p.ndim < 2 or "bn" in n or "ln" in n or "bias" in n or "logit_scale" in n}
+    return set(named) - kept, kept
+
+
+def names_in_groups(model: CLIP) -> list[list[str]]:
+    names = {id(p): name for name, p in model.named_parameters()}
+    return [[names[id(p)] for p in group["params"]] for group in decay_groups(model, WEIGHT_DECAY)]
+
+
+def test_decay_groups_are_open_clips() -> None:
+    model = tiny_clip()
+    decaying, kept = names_in_groups(model)
+    assert (set(decaying), set(kept)) == open_clips_groups(model)
+    assert [group["weight_decay"] for group in decay_groups(model, WEIGHT_DECAY)] == [WEIGHT_DECAY, 0]
+
+
+def test_every_parameter_is_in_one_group_and_no_gain_or_bias_decays() -> None:
+    model = tiny_clip()
+    decaying, kept = names_in_groups(model)
+    assert sorted(decaying + kept) == sorted(name for name, _ in model.named_parameters())
+    layer_norms = [name for name, module in model.named_modules() if isinstance(module, torch.nn.LayerNorm)]
+    assert len(layer_norms) == 2 * 4 + 3  # two a block, ln_pre, ln_post, ln_final
+    gains_and_biases = {f"{name}.weight" for name in layer_norms} | {n for n in decaying + kept if n.endswith("bias")}
+    assert gains_and_biases | {"logit_scale"} <= set(kept)
+    assert {"text_projection", "visual.proj", "visual.conv1.weight", "token_embedding.weight"} <= set(decaying)
+
+
+def test_frozen_parameters_are_in_no_group() -> None:
+    model = tiny_clip()
+    model.visual.requires_grad_(False)
+    decaying, kept = names_in_groups(model)
+    assert sorted(decaying + kept) == sorted(n for n, _ in model.named_parameters() if not n.startswith("visual."))
+
+
+def fixed_batches(number: int, size: int) -> list[tuple[Tensor, Tensor]]:
+    """Random pictures ``[B, 3, 32, 32]`` and captions ``[B, 16]`` of 3 to 16 tokens."""
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for _ in range(number):
+        images = torch.randn(size, 3, 32, 32, generator=generator)
+        tokens = torch.randint(1, 497, (size, 16), generator=generator)
+        for row, length in zip(tokens, torch.randint(3, 17, (size,), generator=generator).tolist(), strict=True):
+            row[0], row[length - 1], row[length:] = 497, 498, 0
+        batches.append((images, tokens))
+    return batches
+
+
+def train_ours(model: CLIP, batches: list[tuple[Tensor, Tensor]]) -> tuple[list[float], list[float]]:
+    """Losses and scales of the logits; the step is that of LitCLIP."""
+    optimizer = torch.optim.AdamW(
+        decay_groups(model, WEIGHT_DECAY), lr=LEARNING_RATE, betas=(0.9, 0.98), eps=1e-6, fused=True
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, WARMUP, STEPS))
+    losses, scales = [], []
+    for step in range(STEPS):
+        images, tokens = batches[step % len(batches)]
+        image, text = model.encode_image(images, normalize=True), model.encode_text(tokens, normalize=True)
+        loss = contrastive_loss(image, text, image, text, model.logit_scale.exp())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        model.clamp_logit_scale()
+        losses.append(loss.item())
+        scales.append(model.logit_scale.exp().item())
+    return losses, scales
+
+
+def train_theirs(model: open_clip.CLIP, batches: list[tuple[Tensor, Tensor]]) -> tuple[list[float], list[float]]:
+    """The same with open_clip's loss, schedule, parameter groups and clamp (open_clip_train.main and .train)."""
+    decaying, kept = open_clips_groups(model)
+    named = dict(model.named_parameters())
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [named[n] for n in sorted(kept)], "weight_decay": 0.0},
+            {"params": [named[n] for n in sorted(decaying)], "weight_decay": WEIGHT_DECAY},
+        ],
+        lr=LEARNING_RATE,
+        betas=(0.9, 0.98),  # open_clip_train.params for ViT
+        eps=1e-6,
+    )
+    scheduler, loss_function = cosine_lr(optimizer, LEARNING_RATE, WARMUP, STEPS), open_clip.ClipLoss()
+    losses, scales = [], []
+    for step in range(STEPS):
+        scheduler(step)
+        optimizer.zero_grad()
+        loss = loss_function(*model(*batches[step % len(batches)]))
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, math.log(100))
+        losses.append(loss.item())
+        scales.append(model.logit_scale.exp().item())
+    return losses, scales
+
+
+@pytest.mark.parametrize("first_scale", [1 / 0.07, 120.0])  # the second meets the clamp
+def test_thirty_steps_have_open_clips_loss_curve(first_scale: float) -> None:
+    torch.manual_seed(0)
+    theirs, ours = tiny_open_clip(), tiny_clip()
+    with torch.no_grad():
+        theirs.logit_scale.fill_(math.log(first_scale))
+    ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    batches = fixed_batches(3, size=7)
+    our_losses, our_scales = train_ours(ours, batches)
+    their_losses, their_scales = train_theirs(theirs, batches)
+    assert our_losses == pytest.approx(their_losses, rel=0, abs=1e-4)
+    assert our_scales == pytest.approx(their_scales, rel=1e-5)
+    assert our_losses[-1] < 0.5 * our_losses[0]  # it learned, so that a wrong step would show
+    assert max(our_scales) <= 100 * (1 + 1e-6)
+    assert first_scale < 100 or our_scales[0] == pytest.approx(100)

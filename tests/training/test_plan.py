@@ -1,0 +1,212 @@
+"""What a run says of itself before it starts."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from subprocess import CompletedProcess
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from lit_clip.commands.models import measure
+from lit_clip.models.config import CLIPConfig, ResNetConfig, TextTransformerConfig
+from lit_clip.models.layers import Freeze
+from lit_clip.models.registry import resolve_architecture
+from lit_clip.module import LitCLIP
+from lit_clip.training.plan import RunPlan, Work, contradictions, loss_bytes, measure_run, plan_rows, tower_work
+from lit_clip.weights.load import create_model
+from tests.conftest import TINY_YAML
+from tests.helpers.towers import text_config
+
+GOOD = RunPlan(
+    trained=151_277_313,
+    frozen=0,
+    image=Work(8_820_000_000, True),
+    text=Work(5_960_000_000, True),
+    embed_dim=512,
+    batch_norm=False,
+    devices=8,
+    nodes=16,
+    batch=256,
+    micro_batch=None,
+    checkpointed=False,
+    steps_per_epoch=12_207,
+    steps=390_624,
+    pairs=400_000_000,
+    warmup=2000,
+    learning_rate=5e-4,
+    pretrained=False,
+    adapters=False,
+    accumulated=1,
+    max_steps=None,
+    max_epochs=32,
+    precision="bf16-mixed",
+    ring=False,
+)
+
+
+def test_the_papers_run_contradicts_nothing_and_sees_what_the_paper_says() -> None:
+    """12.8 billion pairs; 44.3 GFLOPs of training a pair are published tables' 3 x (8.82 + 5.96)."""
+    assert contradictions(GOOD) == []
+    rows = dict(plan_rows(GOOD))
+    assert rows["pairs a step"] == "32,768 = 256 x 8 processes x 16 nodes"
+    assert rows["steps"] == "390,624, of which 12,207 an epoch"
+    assert rows["warm-up"] == "2,000 steps, 0.5% of the run"
+    assert rows["pairs seen"] == "12,799,967,232; 1,024 of 400,000,000 wait for another epoch"
+    assert rows["FLOPs a pair"].startswith("14.8 G forward, 44.3 G of training (3 x)")
+    assert rows["weights, gradients, AdamW"].startswith("2.25 GiB")
+
+
+def test_a_row_says_nothing_that_is_no_help() -> None:
+    """A matrix that would be smaller, and a share of the run that is more than all of it."""
+    rows = dict(plan_rows(replace(GOOD, steps=1, warmup=50, batch=8, devices=1, nodes=1)))
+    assert rows["warm-up"] == "50 steps, longer than the run"
+    assert rows["memory of the loss"].endswith("on each process")
+    assert "(as a matrix: " in dict(plan_rows(replace(GOOD, batch=1024)))["memory of the loss"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"warmup": 390_624}, ["390624 steps", "warm-up takes 390624", "model.warmup_steps"]),
+        ({"accumulated": 4}, ["accumulate_grad_batches 4", "micro_batch_size"]),
+        ({"max_steps": 100}, ["max_steps 100", "max_epochs 32 (390624 steps)", "max_steps ends", "max_epochs out"]),
+        ({"max_steps": 10**6}, ["max_epochs ends the run", "leave max_steps out"]),
+        ({"micro_batch": 512}, ["micro_batch_size 512", "256 pairs"]),
+        ({"batch_norm": True, "micro_batch": 10}, ["BatchNorm sees 9 pairs", "16"]),
+        ({"learning_rate": 6e-3}, ["learning_rate 0.006", "from scratch", "0.00036 to 0.0005", "32,768"]),
+        ({"learning_rate": 1e-5}, ["learning_rate 1e-05", "from scratch"]),
+        ({"learning_rate": 5e-4, "pretrained": True}, ["from trained weights", "2e-05"]),
+        ({"precision": "16-true"}, ["16-true", "bf16-mixed"]),
+    ],
+)
+def test_a_contradiction_is_told_with_what_to_change(change: dict[str, Any], words: list[str]) -> None:
+    (sentence,) = contradictions(replace(GOOD, **change))
+    for word in words:
+        assert word in sentence
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"batch": 1, "devices": 1, "nodes": 1, "learning_rate": 1e-5},  # a small batch may well have a small rate
+        {"pretrained": True, "learning_rate": 1e-4, "batch": 1},
+        {"adapters": True, "pretrained": True, "learning_rate": 1e-2},
+        {"batch_norm": True, "micro_batch": 64},
+        {"max_steps": 390_624},
+        {"steps_per_epoch": None, "steps": None, "max_steps": 5, "warmup": 10**9},  # not known before the run
+    ],
+)
+def test_what_may_well_be_meant_is_not_warned_of(change: dict[str, Any]) -> None:
+    assert contradictions(replace(GOOD, **change)) == []
+
+
+def test_what_is_computed_again_counts() -> None:
+    """4 x with micro-batches or checkpointing, 5 x with both: a block within a micro-batch runs three times forward."""
+    assert GOOD.passes == 3
+    assert replace(GOOD, micro_batch=256).passes == 3  # one part is no micro-batch
+    assert replace(GOOD, micro_batch=100).passes == replace(GOOD, checkpointed=True).passes == 4
+    both = replace(GOOD, micro_batch=100, checkpointed=True)
+    assert (both.passes, both.parts) == (5, 3)
+    frozen = replace(both, image=Work(100, False), text=Work(10, True))
+    assert frozen.training_flops == 100 + 50
+    assert replace(GOOD, text=Work(None, True)).training_flops is None
+
+
+@pytest.mark.parametrize("world", [1, 8])
+def test_memory_of_the_loss_grows_with_the_batch_and_not_with_its_square(world: int) -> None:
+    small, large = loss_bytes(16_384, world, 512), loss_bytes(32_768, world, 512)
+    assert 1.5 < large[0] / small[0] <= 2
+    assert large[1] == 4 * small[1] == 16 * 32_768 * 32_768 * world
+
+
+def test_texts_that_go_round_take_no_more_memory_on_more_processes() -> None:
+    two, many = loss_bytes(4096, 2, 512, ring=True)[0], loss_bytes(4096, 64, 512, ring=True)[0]
+    assert many < 1.1 * two
+    assert loss_bytes(4096, 64, 512)[0] > 10 * many
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_the_passes_are_those_that_a_step_takes(checkpointed: bool, tiny_config: CLIPConfig) -> None:
+    """torch counts the operations of one real step: three forward passes' worth, or nearly four."""
+    deep = replace(tiny_config, image=replace(tiny_config.image, layers=6), text=replace(tiny_config.text, layers=6))  # type: ignore
+    module = LitCLIP(deep, gradient_checkpointing=checkpointed)
+    model, tokens = module.model, torch.zeros(1, 16, dtype=torch.long)
+    tokens[:, -1] = 49407
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.encode_image(torch.zeros(1, 3, 32, 32)), model.encode_text(tokens)
+    forward = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        (model.encode_image(torch.zeros(1, 3, 32, 32)).sum() + model.encode_text(tokens).sum()).backward()
+    assert counter.get_total_flops() / forward == pytest.approx(4 if checkpointed else 3, rel=0.2)
+    assert sum(tower.forward or 0 for tower in tower_work(model)) >= forward  # of all tokens in the last block too
+
+
+def test_the_work_of_a_tower_is_what_lit_clip_models_lists() -> None:
+    image, text = tower_work(create_model("ViT-tiny-16-64"))
+    size = measure(resolve_architecture("ViT-tiny-16-64"))
+    assert (image.forward, text.forward) == (size.image_flops, size.text_flops)
+    assert image.learns
+
+
+def test_the_work_of_a_resnet_and_of_an_encoder_that_looks_at_its_inputs_is_known(folders: dict[str, Path]) -> None:
+    image, _ = tower_work(create_model("RN50"))
+    assert image.forward == measure(resolve_architecture("RN50")).image_flops
+    _, text = tower_work(create_model(text_config(folders["bert"], 16)))
+    # Two layers, W = 32 and 48 inside of the MLP; a linear projection to 16.
+    assert text.forward == 2 * 32 * 2 * (4 * 32**2 + 2 * 32 * 48 + 2 * 32 * 32) + 2 * 32 * 16  # 32 tokens
+
+
+def test_measuring_leaves_the_model_as_it_was(folders: dict[str, Path]) -> None:
+    """A ResNet's statistics, a Hugging Face tower, and what is frozen in evaluation mode."""
+    text = TextTransformerConfig(16, 50, 64, 1, 1)
+    for config in (CLIPConfig(16, ResNetConfig((1, 1, 1, 1), 16, 32), text), text_config(folders["bert"], 16)):
+        module = LitCLIP(config, freeze=Freeze(image="all"))
+        before = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in module.model.state_dict().items()}
+        modes = [layer.training for layer in module.modules()]
+        image, _ = tower_work(module.model)
+        assert not image.learns
+        assert [layer.training for layer in module.modules()] == modes
+        for name, tensor in module.model.state_dict().items():
+            assert tensor.data_ptr() == before[name][0]
+            assert torch.equal(tensor, before[name][1])
+
+
+def trainer(**settings: Any) -> Any:
+    values = {"num_devices": 2, "num_nodes": 3, "accumulate_grad_batches": 1, "max_steps": -1, "max_epochs": 4}
+    return SimpleNamespace(**{**values, "precision": "32-true", "limit_train_batches": 1.0, **settings})
+
+
+def test_a_module_and_its_trainer_are_measured(tiny_config: CLIPConfig) -> None:
+    module = LitCLIP(tiny_config, warmup_steps=7, micro_batch_size=5, freeze=Freeze(text="all"))
+    data = SimpleNamespace(steps_per_epoch=10, train_batch_size=12, train_source=range(725))
+    plan = measure_run(module, trainer(datamodule=data))
+    assert plan.trained == sum(p.numel() for p in module.model.visual.parameters()) + 1  # the temperature
+    assert plan.trained + plan.frozen == sum(p.numel() for p in module.parameters())
+    assert (plan.global_batch, plan.parts, plan.steps, plan.pairs, plan.warmup) == (72, 3, 40, 725, 7)
+    assert (plan.image.learns, plan.text.learns, plan.max_steps, plan.max_epochs) == (True, False, None, 4)
+
+
+def test_steps_are_told_only_where_the_data_module_knows_them(tiny_config: CLIPConfig) -> None:
+    plan = measure_run(LitCLIP(tiny_config), trainer(datamodule=None))
+    assert (plan.steps, plan.batch, plan.global_batch) == (None, None, None)
+    assert "steps" not in dict(plan_rows(plan))
+    assert contradictions(plan) == []
+
+
+def test_print_plan_prints_and_does_not_train(cli: Callable[..., CompletedProcess[str]], caption_table: Path) -> None:
+    words = ["fit", "--print_plan", "--model.architecture", TINY_YAML, "--data", "datamodules.Captions"]
+    words += ["--data.train", str(caption_table), "--data.val", str(caption_table), "--data.global_batch_size", "24"]
+    words += ["--trainer.max_epochs", "3", "--trainer.accelerator", "cpu", "--trainer.devices", "2"]
+    done = cli(*words, "--trainer.default_root_dir", "here")
+    assert done.returncode == 0, done.stderr
+    assert "24 = 12 x 2 processes" in done.stdout
+    assert "6, of which 2 an epoch" in done.stdout
+    assert "warm-up takes 2000" in done.stdout
+    assert "Epoch" not in done.stdout
+    wrong = cli(*words, "--data.global_batch_size", "25")
+    assert wrong.returncode == 2
+    assert "25 pairs cannot be shared evenly by 2 processes; near it: 24 or 26" in wrong.stderr

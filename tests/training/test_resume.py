@@ -1,0 +1,177 @@
+"""Killed anywhere, a run goes on with the samples, the random numbers and the weights of one that was not."""
+
+import csv
+import io
+import random
+import shutil
+import socket
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers.forks import CONTEXT
+from tests.helpers.resume_runs import Run, train
+
+TIME_LIMIT = 120
+STEPS = 5  # an epoch: 21 pairs, 4 a step
+
+
+def start(run: Run) -> list[int]:
+    """Run all ranks to their end; their exit codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [CONTEXT.Process(target=train, args=(run, rank, port)) for rank in range(run.world)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(TIME_LIMIT)
+    alive = [process for process in ranks if process.is_alive()]
+    for process in alive:
+        process.kill()
+    assert not alive, f"{run}: {len(alive)} ranks hang"
+    return [process.exitcode or 0 for process in ranks]
+
+
+def samples(run: Run) -> list[list[str]]:
+    """What each rank was trained on, a line a step."""
+    return [Path(run.folder, f"{run.name}_{rank}.txt").read_text().splitlines() for rank in range(run.world)]
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory, caption_table: Path) -> Path:
+    """A table of 21 pairs: an epoch leaves one of them out."""
+    folder = tmp_path_factory.mktemp("pairs")
+    with caption_table.open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))[:21]
+    lines = [f'{(caption_table.parent / row["image"]).resolve()},"{row["caption"]}"' for row in rows]
+    (folder / "pairs.csv").write_text("\n".join(["image,caption", *lines]), encoding="utf-8")
+    return folder / "pairs.csv"
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory, pairs: Path) -> Path:
+    """The same pairs in seven tars of 1 to 5."""
+    folder = tmp_path_factory.mktemp("shards")
+    with pairs.open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for number, size in enumerate((1, 5, 2, 4, 3, 1, 5)):
+        with tarfile.open(folder / f"{number:05d}.tar", "w") as tar:
+            for _ in range(size):
+                row = rows.pop()
+                caption = tarfile.TarInfo(f"{len(rows):04d}.txt")
+                caption.size = len(row["caption"].encode())
+                tar.addfile(caption, io.BytesIO(row["caption"].encode()))
+                tar.add(row["image"], f"{len(rows):04d}.png")
+    assert not rows
+    return folder / "{00000..00006}.tar"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, pairs: Path, shards: Path) -> Callable[[int, int, bool], Run]:
+    """A run that nothing happened to, for a number of ranks and workers, of a table or of tars."""
+    runs: dict[tuple[int, int, bool], Run] = {}
+
+    def get(world: int, workers: int, tars: bool = False) -> Run:
+        if (world, workers, tars) not in runs:
+            folder = tmp_path_factory.mktemp(f"whole_{world}_{workers}")
+            run = Run(str(folder), str(shards if tars else pairs), world, workers, 4 // world)
+            assert start(run) == [0] * world
+            runs[world, workers, tars] = run
+        return runs[world, workers, tars]
+
+    return get
+
+
+def check_resumed(expected: Run, folder: Path, kill: int, every: int) -> None:
+    """Kill a run like ``expected`` at a step, go on from the newest checkpoint, and compare all there is."""
+    killed = expected._replace(folder=str(folder), kill=kill, every=every, name="killed")
+    codes = start(killed)
+    assert -9 in codes
+    assert 0 not in codes
+    again = killed._replace(kill=None, resume=True, name="again")
+    assert start(again) == [0] * again.world
+    done = kill // every * every
+    for theirs, before, after in zip(samples(expected), samples(killed), samples(again), strict=True):
+        assert before[:kill] == theirs[:kill]
+        assert after == theirs[done:]
+    ours, whole = (torch.load(f"{run.folder}/{run.name}.pt", weights_only=True) for run in (again, expected))
+    for name, value in whole.items():
+        assert torch.equal(ours[name], value), f"{name} is not bit-identical"
+    check_curves(curves(again), curves(expected), done)
+
+
+def curves(run: Run) -> dict[str, dict[int, float]]:
+    """Each logged metric's value at each step."""
+    with Path(run.folder, run.name, "version_0", "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    names = [name for name in rows[0] if name not in ("step", "epoch", "train/samples_per_second")]
+    metrics = {}
+    for name in names:
+        points = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
+        assert len(points) == len({step for step, _ in points}), f"{name} has a step twice"
+        assert points == sorted(points), f"{name} steps back"
+        metrics[name] = dict(points)
+    return metrics
+
+
+def check_curves(ours: dict[str, dict[int, float]], whole: dict[str, dict[int, float]], done: int) -> None:
+    """The resumed run's curves are the rest of the others, the learning rate's and the samples' too.
+
+    Where a validation was due behind the step that was saved, nobody knows whether it ended: it is there again.
+    """
+    assert {"train/loss", "train/samples_seen", "train/learning_rate"} <= ours.keys()
+    for name, points in whole.items():
+        first = done - 1 if name.startswith("val/") else done
+        rest = {step: value for step, value in points.items() if step >= first}
+        assert ours.get(name, {}) == rest, name
+
+
+CASES = [
+    pytest.param(1, 0, False, 3, 1, id="one rank in the middle of an epoch"),
+    pytest.param(1, 2, True, 5, 1, id="tars, with workers exactly at the end of an epoch"),
+    pytest.param(2, 0, False, 10, 1, id="two ranks at the end of an epoch with a validation"),
+    pytest.param(2, 2, True, 8, 3, id="tars, two ranks with workers, some steps after the checkpoint"),
+]
+
+
+@pytest.mark.parametrize(("world", "workers", "tars", "kill", "every"), CASES)
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+    world: int, workers: int, tars: bool, kill: int, every: int, whole: Callable[[int, int, bool], Run], tmp_path: Path
+) -> None:
+    check_resumed(whole(world, workers, tars), tmp_path, kill, every)
+
+
+def test_the_middle_of_an_epoch_of_other_batches_or_data_is_refused(
+    whole: Callable[[int, int, bool], Run], tmp_path: Path
+) -> None:
+    killed = whole(1, 0, False)._replace(folder=str(tmp_path), kill=3, name="killed")
+    assert start(killed) == [-9]
+    other = killed._replace(kill=None, resume=True, name="other", batch_size=5)
+    assert start(other) == [1]
+    error = Path(tmp_path, "other.error").read_text(encoding="utf-8")
+    assert "saved after 3 batches of an epoch" in error
+    assert "pairs a step (all processes) 4 there and 5 here" in error
+    two = killed._replace(kill=None, resume=True, name="two", batch_size=2, world=2)  # the same 4 pairs a step
+    assert start(two) == [0, 0]
+    whole_steps, (one, other_rank) = samples(whole(1, 0, False))[0], samples(two)
+    for line, *ours in zip(whole_steps[3:], one, other_rank, strict=True):
+        assert sorted(line.split()[3:]) == sorted(key for our in ours for key in our.split()[3:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("tars", [False, True])
+def test_killed_at_random_steps(
+    world: int, workers: int, tars: bool, whole: Callable[[int, int, bool], Run], tmp_path: Path
+) -> None:
+    rng = random.Random(f"{world} {workers} {tars}")
+    for kill in [STEPS, *rng.sample(range(1, 3 * STEPS), 3)]:  # 32 kills in all, one of each kind at an epoch's end
+        every = rng.choice([every for every in (1, 2, 5) if every <= kill])
+        check_resumed(whole(world, workers, tars), tmp_path, kill, every)
+        for path in tmp_path.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()

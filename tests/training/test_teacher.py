@@ -1,0 +1,167 @@
+"""Distillation: the teacher reads with its own eyes, counts over all ranks, and is never part of the student."""
+
+import copy
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from torchvision.transforms.v2 import functional as TF
+
+import lit_clip.training.teacher
+from callbacks import EMA
+from lit_clip.batch import CaptionBatch
+from lit_clip.commands.wise_ft import save
+from lit_clip.distributed import Shards
+from lit_clip.errors import InputError
+from lit_clip.losses.contrastive import distillation_loss, unit
+from lit_clip.models import preprocess as pp
+from lit_clip.models.clip import CLIP
+from lit_clip.models.config import CLIPConfig, Preprocessing, TextTransformerConfig, VisionTransformerConfig
+from lit_clip.module import LitCLIP
+from lit_clip.training.teacher import Choices, Distill, blockwise_distillation
+from tests.helpers.ranks import PAIRS, finetuned_module, make_batch
+from tests.losses.test_tiled import Largest
+from tests.test_module import data_for, trainer
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> tuple[CLIP, Path]:
+    """A model with other pixels, other tokens and other features than the students', and its checkpoint."""
+    config = CLIPConfig(
+        embed_dim=24,
+        image=VisionTransformerConfig(image_size=48, patch_size=16, width=64, layers=1, heads=1),
+        text=TextTransformerConfig(context_length=20, width=64, layers=1, heads=1),
+        preprocessing=Preprocessing(image_size=48, mean=(0.5, 0.5, 0.5), std=(0.25, 0.5, 1.0)),
+    )
+    model = CLIP(config).eval()
+    save(model, tmp_path / "teacher.ckpt", {})
+    return model, tmp_path / "teacher.ckpt"
+
+
+def test_the_loss_is_open_clips_with_the_teachers_own_pixels_and_tokens(teacher: tuple[CLIP, Path]) -> None:
+    model, path = teacher
+    options = {"distill": {"teacher": str(path), "weight": 0.7}}
+    module, batch = finetuned_module(json.dumps(options)), make_batch(slice(0, PAIRS))
+    with torch.no_grad():
+        resized = TF.resize(batch.images, [48, 48], TF.InterpolationMode.BICUBIC, antialias=True)
+        assert model.preprocessing.mean == (0.5, 0.5, 0.5)
+        image = unit(model.encode_image(pp.normalize(resized, model.preprocessing)))
+        text = unit(model.encode_text(model.tokenize(list(batch.captions))))
+        student = module(batch)
+        losses: Any = open_clip.loss.DistillClipLoss()(
+            *student, module.model.logit_scale.exp(), image.double(), text.double(), model.logit_scale.exp().double()
+        )
+        loss = module.training_step(batch, 0)
+    assert loss.item() == pytest.approx(losses[0].item() + 0.7 * losses[1].item(), rel=1e-5)
+    assert losses[1].item() > 0.1
+
+
+@pytest.mark.parametrize("logits", [1, 50, 10_000])
+@pytest.mark.parametrize("pairs", [1, 7])
+def test_blocks_give_the_loss_and_gradients_of_all_logits_at_once(
+    pairs: int, logits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lit_clip.training.teacher, "LOGITS", logits)
+    results = []
+    for blockwise in (True, False):
+        generator = torch.Generator().manual_seed(3)
+        features = [unit(torch.randn(4, pairs, 5, generator=generator, dtype=torch.float64)[i]) for i in range(4)]
+        scales = [torch.tensor(x, dtype=torch.float64) for x in (14.0, 50.0)]
+        learnt = [x.requires_grad_() for x in (*features[:2], scales[0])]
+        ours, theirs = Choices(*features[:2], scales[0]), Choices(*features[2:], scales[1])
+        if blockwise:
+            loss = blockwise_distillation(ours, theirs, Shards(0, (pairs,)))
+        else:
+            whole = slice(pairs)
+            loss = distillation_loss(ours.logits(whole, *features[:2]), theirs.logits(whole, *features[2:]))
+        results.append([loss, *torch.autograd.grad(2 * loss, learnt)])
+    for our, expected in zip(*results, strict=True):
+        torch.testing.assert_close(our, expected, rtol=1e-12, atol=1e-15)
+
+
+def test_no_more_than_a_block_of_logits_exists_at_one_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lit_clip.training.teacher, "LOGITS", 1000)
+    generator = torch.Generator().manual_seed(3)
+    image, text = (unit(torch.randn(200, 4, generator=generator)).requires_grad_() for _ in range(2))
+    scale = torch.tensor(10.0)
+    with Largest() as largest:
+        theirs = Choices(image.detach(), text.detach(), scale)
+        blockwise_distillation(Choices(image, text, scale), theirs, Shards(0, (200,))).backward()
+    assert 400 < largest.elements <= 1000
+
+
+def test_two_ranks_equal_one_process(teacher: tuple[CLIP, Path], ranks: Callable[..., None], tmp_path: Path) -> None:
+    options = json.dumps({"distill": {"teacher": str(teacher[1])}})
+    module, plain = finetuned_module(options), finetuned_module("{}")
+    for one in (module, plain):
+        one.training_step(make_batch(slice(0, PAIRS)), 0).backward()
+    ranks("finetune_gradients", 2, str(tmp_path / "gradients.pt"), options)
+    distributed = torch.load(tmp_path / "gradients.pt", weights_only=True)
+    for name, parameter in module.model.named_parameters():
+        # The teacher is float32: its rows are the same to rounding only.
+        torch.testing.assert_close(distributed[name], parameter.grad, rtol=1e-4, atol=1e-7, msg=name)
+    scale = [one.model.logit_scale.grad for one in (module, plain)]
+    assert scale[0] != scale[1]
+
+
+def test_the_teacher_is_in_no_checkpoint_optimizer_copy_or_table_of_parameters(
+    teacher: tuple[CLIP, Path], tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+) -> None:
+    distill = Distill(str(teacher[1]))
+    module, plain = LitCLIP(tiny_config, warmup_steps=1, distill=distill), LitCLIP(tiny_config, warmup_steps=1)
+    fitting = trainer(tmp_path, max_epochs=1, enable_checkpointing=False, callbacks=[EMA(0.5)])
+    fitting.fit(module, data_for(module, caption_table))
+    assert float(fitting.callback_metrics["train/distillation_loss"]) > 0
+    fitting.save_checkpoint(tmp_path / "student.ckpt")
+    assert [name for name, _ in module.named_parameters()] == [name for name, _ in plain.named_parameters()]
+    checkpoint = torch.load(tmp_path / "student.ckpt", weights_only=True)
+    assert checkpoint["state_dict"].keys() == plain.model.state_dict().keys()
+    assert checkpoint["hyper_parameters"]["distill"] == {"teacher": str(teacher[1]), "weight": 1.0}
+    assert copy.deepcopy(module)._teacher is module._teacher
+    taught = module._teacher
+    assert taught is not None
+    assert not taught.model.training
+    for name, value in taught.model.state_dict().items():
+        assert torch.equal(value, teacher[0].state_dict()[name]), name
+    teacher[1].unlink()
+    LitCLIP.load_from_checkpoint(tmp_path / "student.ckpt")  # a student needs no teacher to be used
+
+
+def test_a_missing_teacher_or_batches_without_captions_are_named(teacher: tuple[CLIP, Path]) -> None:
+    with pytest.raises(InputError, match=r"nowhere.ckpt"):
+        LitCLIP("ViT-tiny-16-64", distill=Distill("nowhere.ckpt")).setup("fit")
+    module = finetuned_module(json.dumps({"distill": {"teacher": str(teacher[1])}}))
+    with pytest.raises(InputError, match="no captions for the teacher"):
+        module.training_step(CaptionBatch(*make_batch(slice(0, 4))[:3]), 0)
+    with pytest.raises(InputError, match="weight -1"):
+        Distill("teacher.ckpt", -1)
+
+
+def test_a_student_learns_its_teachers_choices(teacher: tuple[CLIP, Path]) -> None:
+    """On one batch the cross-entropy falls to the teacher's own entropy, the least there is."""
+    model, path = teacher
+    with torch.no_grad():
+        model.logit_scale.fill_(math.log(100))  # random features are alike: make something of their differences
+    save(model, path, {})
+    module = finetuned_module(json.dumps({"distill": {"teacher": str(path), "weight": 1000}}))
+    logged: dict[str, float] = {}
+    module.log = lambda name, value, **_: logged.update({name: float(value)})
+    batch, optimizer = make_batch(slice(0, PAIRS)), torch.optim.Adam(module.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        module.training_step(batch, 0).backward()
+        optimizer.step()
+        losses.append(logged["train/distillation_loss"])
+    taught = module._teacher
+    assert taught is not None
+    image, text = taught.features(batch)
+    choices = 100 * torch.cat([image @ text.T, text @ image.T])
+    entropy = float(torch.distributions.Categorical(logits=choices).entropy().mean())
+    assert losses[0] > entropy + 0.2
+    assert losses[-1] - entropy < 0.3 * (losses[0] - entropy)

@@ -1,0 +1,240 @@
+"""Models by name: from the hub's cache on this disk, and through open_clip's registry, with what that says of them."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+import transformers
+from open_clip.pretrained import get_pretrained_cfg
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lit_clip import create_model, load_model
+from lit_clip.errors import InputError
+from lit_clip.models.clip import CLIP
+from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
+from lit_clip.models.registry import resolve_architecture
+from lit_clip.weights.hub import tagged
+
+MODEL_CFG: dict[str, Any] = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 64, "layers": 1, "width": 64, "patch_size": 16},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1},
+}
+CONFIG = CLIPConfig(
+    32, VisionTransformerConfig(64, 16, 64, 1, 1), TextTransformerConfig(width=64, layers=1, heads=1), "gelu"
+)
+
+
+def put(cache: Path, name: str, files: Path) -> None:
+    """A repository in the hub's cache, as huggingface_hub lays it out: blobs, and links to them in a snapshot."""
+    folder, commit = cache / f"models--{name.replace('/', '--')}", "0123456789abcdef0123456789abcdef01234567"
+    for part in ("blobs", "refs", f"snapshots/{commit}"):
+        (folder / part).mkdir(parents=True)
+    (folder / "refs" / "main").write_text(commit, encoding="utf-8")
+    for file in files.iterdir():
+        content = file.read_bytes()
+        blob = folder / "blobs" / hashlib.sha256(content).hexdigest()
+        blob.write_bytes(content)
+        (folder / "snapshots" / commit / file.name).symlink_to(os.path.relpath(blob, folder / "snapshots" / commit))
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The hub's cache, empty, with no network behind it."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "hub").mkdir()
+    return tmp_path / "hub"
+
+
+def open_clip_repository(folder: Path, weights: str = "open_clip_model.safetensors") -> dict[str, Tensor]:
+    folder.mkdir()
+    torch.manual_seed(0)
+    state = CLIP(CONFIG).state_dict()
+    preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
+    values = {"model_cfg": MODEL_CFG, "preprocess_cfg": preprocess}
+    (folder / "open_clip_config.json").write_text(json.dumps(values), encoding="utf-8")
+    (save_file if weights.endswith("s") else torch.save)(state, folder / weights)
+    return state
+
+
+def clip_model() -> transformers.CLIPModel:
+    torch.manual_seed(0)
+    vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 1}
+    text = {**vision, "max_position_embeddings": 77}
+    vision |= {"image_size": 64, "patch_size": 16}
+    return transformers.CLIPModel(
+        transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=32)
+    ).eval()
+
+
+@pytest.mark.parametrize("weights", ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"])
+@pytest.mark.parametrize("prefix", ["", "hf-hub:"])
+def test_an_open_clip_repository_is_opened_by_its_name(tmp_path: Path, cache: Path, weights: str, prefix: str) -> None:
+    state = open_clip_repository(tmp_path / "files", weights)
+    put(cache, "somebody/tiny-clip", tmp_path / "files")
+    model = load_model(f"{prefix}somebody/tiny-clip")
+    assert model.preprocessing.mean == (0.5, 0.5, 0.5)
+    assert model.config.activation == "gelu"
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("shard", ["10GB", "5MB"], ids=["one file", "several files"])
+def test_a_hugging_face_repository_is_opened_by_its_name(tmp_path: Path, cache: Path, shard: str) -> None:
+    theirs = clip_model()
+    theirs.save_pretrained(tmp_path / "files", max_shard_size=shard)
+    transformers.CLIPImageProcessor(size={"shortest_edge": 64}, crop_size=64).save_pretrained(tmp_path / "files")
+    assert len(list((tmp_path / "files").glob("*.safetensors"))) == (1 if shard == "10GB" else 2)
+    put(cache, "somebody/tiny-clip-hf", tmp_path / "files")
+    model = load_model("somebody/tiny-clip-hf")
+    assert model.config.activation == "quick_gelu"
+    images, tokens = torch.randn(2, 3, 64, 64), model.tokenize(["a dog", "two cats"])
+    with torch.no_grad():
+        out = theirs(input_ids=tokens, pixel_values=images)
+        torch.testing.assert_close(model.encode_image(images, normalize=True), out.image_embeds, rtol=0, atol=1e-5)
+        torch.testing.assert_close(model.encode_text(tokens, normalize=True), out.text_embeds, rtol=0, atol=1e-5)
+
+
+def test_the_hubs_own_environment_variables_say_where_its_cache_is(tmp_path: Path) -> None:
+    open_clip_repository(tmp_path / "files")
+    put(tmp_path / "home" / "hub", "somebody/tiny-clip", tmp_path / "files")
+    code = "import lit_clip; print(lit_clip.load_model('somebody/tiny-clip').config.embed_dim)"
+    unset = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE")
+    environment = {key: value for key, value in os.environ.items() if key not in unset}
+    environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "32"
+
+
+def refusal(source: str) -> str:
+    with pytest.raises(InputError) as caught:
+        load_model(source)
+    assert "\n" not in str(caught.value)
+    assert source.removeprefix("hf-hub:") in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("name", ["nobody/nothing", "hf-hub:nobody/nothing", "nobody/noth ing", "a/b/c"])
+def test_a_name_that_is_not_in_the_cache_is_refused_in_one_line_without_a_network(name: str) -> None:
+    assert "no such file or folder, and not to be had from the hub" in refusal(name)
+
+
+def test_a_repository_without_weights_says_which_files_were_looked_for(tmp_path: Path, cache: Path) -> None:
+    open_clip_repository(tmp_path / "files")
+    (tmp_path / "files" / "open_clip_model.safetensors").unlink()
+    put(cache, "somebody/tiny-clip", tmp_path / "files")
+    assert "the hub has none of open_clip_model.safetensors, " in refusal("somebody/tiny-clip")
+
+
+# open_clip's registry -------------------------------------------------------------------------------------------------
+
+TAGS = {  # how open_clip runs the weights: the (text encoder's) activation, mean of red, interpolation, resizing
+    "ViT-B-16-SigLIP:webli": ("gelu", 0.5, "bicubic", "squash"),
+    "ViT-B-32-SigLIP2-256:webli": ("gelu_tanh", 0.5, "bicubic", "squash"),
+    "ViT-B-32:openai": ("quick_gelu", 0.48145466, "bicubic", "shortest"),
+    "ViT-B-32:laion2b_s34b_b79k": ("gelu", 0.48145466, "bicubic", "shortest"),
+    "ViT-B-32-quickgelu:laion400m_e32": ("quick_gelu", 0.48145466, "bicubic", "shortest"),
+    "ViT-L-14:laion2b_s32b_b82k": ("gelu", 0.5, "bicubic", "shortest"),
+    "ViT-L-14-quickgelu:dfn2b": ("quick_gelu", 0.48145466, "bicubic", "shortest"),
+    "ViT-H-14-quickgelu:dfn5b": ("quick_gelu", 0.48145466, "bicubic", "squash"),
+    "ViT-H-14-378:dfn5b": ("quick_gelu", 0.48145466, "bicubic", "squash"),
+    "MobileCLIP-B:datacompdr": ("gelu", 0.0, "bilinear", "shortest"),
+    "RN50:cc12m": ("quick_gelu", 0.48145466, "bicubic", "shortest"),
+}
+
+
+def open_clips_preprocessing(model: str, tag: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What open_clip would do to pictures for those weights; they are neither fetched nor read."""
+    monkeypatch.setattr("open_clip.factory.download_pretrained", lambda *_, **__: "nowhere")
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")  # that a name without -quickgelu is the wrong one
+        made: Any = open_clip.create_model(model, tag, load_weights=False, device="meta", pretrained_text=False)
+    return made.visual.preprocess_cfg
+
+
+def assert_open_clips(config: CLIPConfig, theirs: dict[str, Any]) -> None:
+    ours = config.preprocessing
+    assert ours is not None
+    size = ours.image_size if isinstance(ours.image_size, tuple) else (ours.image_size,) * 2
+    assert size == (tuple(theirs["size"]) if isinstance(theirs["size"], list | tuple) else (theirs["size"],) * 2)
+    assert ours.mean == tuple(theirs["mean"])
+    assert ours.std == tuple(theirs["std"])
+    assert (ours.interpolation, ours.resize_mode) == (theirs["interpolation"], theirs["resize_mode"])
+    assert ours.crop_pct == 1
+
+
+@pytest.mark.parametrize("name", TAGS)
+def test_a_tag_says_with_which_activation_and_pixels_its_weights_were_trained(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _, tag = name.partition(":")
+    entry = get_pretrained_cfg(model, tag)
+    config = tagged(resolve_architecture(model), entry)
+    assert_open_clips(config, open_clips_preprocessing(model, tag, monkeypatch))
+    assert config.preprocessing is not None
+    got = config.preprocessing
+    assert (config.activation, got.mean[0], got.interpolation, got.resize_mode) == TAGS[name]
+    assert config.logit_bias == ("SigLIP" in name)
+
+
+@pytest.mark.slow
+def test_every_tag_that_can_be_opened_has_open_clips_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    opened = 0
+    for model, tag in open_clip.list_pretrained():
+        try:
+            config = tagged(resolve_architecture(model), get_pretrained_cfg(model, tag))
+        except InputError:
+            continue
+        opened += 1
+        assert_open_clips(config, open_clips_preprocessing(model, tag, monkeypatch))
+    assert opened > 150
+
+
+def test_a_tag_is_downloaded_by_open_clip_and_its_word_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name says GELU, the registry says that laion400m_e32 was trained with QuickGELU."""
+    asked: list[dict[str, Any]] = []
+    state = open_clip_repository(tmp_path / "files")
+
+    def download(cfg: dict[str, Any]) -> str:
+        asked.append(cfg)
+        return str(tmp_path / "files" / "open_clip_model.safetensors")
+
+    monkeypatch.setattr("open_clip.pretrained.download_pretrained", download)
+    monkeypatch.setattr("lit_clip.weights.hub.resolve_architecture", lambda name: {"ViT-B-32": CONFIG}[name])
+    model = load_model("ViT-B-32:laion400m_e32")
+    assert asked == [get_pretrained_cfg("ViT-B-32", "laion400m_e32")]
+    assert model.config.activation == "quick_gelu"
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+    monkeypatch.setattr("lit_clip.weights.load.resolve_architecture", lambda name: {"ViT-B-32": CONFIG}[name])
+    with pytest.raises(InputError, match="^ViT-B-32:laion400m_e32 .*activation quick_gelu there and gelu here"):
+        create_model("ViT-B-32", "laion400m_e32")
+    assert create_model("ViT-B-32", "laion2b_s34b_b79k").config == CONFIG
+
+
+def test_a_download_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: dict[str, Any]) -> str:
+        raise OSError("no route to host\nand more")
+
+    monkeypatch.setattr("open_clip.pretrained.download_pretrained", fail)
+    message = refusal("ViT-B-32:openai")
+    assert message == "ViT-B-32:openai: cannot be downloaded (no route to host)"
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_tag_that_is_not_in_the_cache_is_refused_in_one_line_without_a_network() -> None:
+    assert "cannot be downloaded" in refusal("ViT-B-16-SigLIP:webli")
