@@ -27,7 +27,7 @@ $(BIN)/.bench: $(BIN)/.installed
 	@touch $@
 
 quickstart: install  ## Train a CLIP from scratch on 1,750 drawings, then validate it (about 10 minutes on 2 cores)
-	@echo "Training on OpenMoji; logs and pictures go to $(RUNS)/quickstart ..."
+	@echo "Training on OpenMoji; logs and images go to $(RUNS)/quickstart ..."
 	@$(BIN)/lit-clip fit --config configs/quickstart.yaml --trainer.logger.init_args.save_dir $(RUNS)
 	@run=$$(ls -td $(RUNS)/quickstart/version_* | head -n 1) && \
 	echo "Validating $$run/checkpoints/last.ckpt; the numbers must be the same ..." && \
@@ -77,7 +77,7 @@ bench-check: install  ## The table of the last make bench, and whether its ratio
 	@$(BIN)/python benchmarks/report.py $(BENCH)
 	@$(BIN)/python benchmarks/check_ratios.py $(BENCH) --against benchmarks/expected_ratios.yaml --all
 
-tensorboard: install  ## Show the curves and pictures of all runs
+tensorboard: install  ## Show the curves and images of all runs
 	@$(BIN)/tensorboard --logdir $(RUNS)
 
 clean:  ## Remove the environment and caches (not the runs)

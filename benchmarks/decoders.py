@@ -142,12 +142,12 @@ def parts(size: tuple[int, int], rounds: int) -> None:
         with decoding_at_least(FAST.least_size):
             return open_image(io.BytesIO(content), "")
 
-    picture = decode()
-    pixels = FAST.transform(picture, FAST.make_params([]))
+    image = decode()
+    pixels = FAST.transform(image, FAST.make_params([]))
     work: dict[str, tuple[Callable[[], object], int]] = {
         "header": (lambda: Image.open(io.BytesIO(content)), 1),
         "header and decoding": (decode, 1),
-        "crop, resizing, tensor": (lambda: FAST(picture), 1),
+        "crop, resizing, tensor": (lambda: FAST(image), 1),
         "collating": (lambda: default_collate([pixels] * BATCH), BATCH),
         "tokenising": (lambda: tokenize(texts), BATCH),
     }

@@ -28,7 +28,7 @@ from running import Program
 BENCHMARKS = Path(__file__).parent
 SIDES = ("peers", "our")
 MODELS = ("quickstart", "ViT-tiny-16-64")
-CROP = 0.9  # the least part of a picture that training sees, open_clip's default
+CROP = 0.9  # the least part of an image that training sees, open_clip's default
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Run:
 
 
 def write_run(folder: Path, run: Run) -> Run:
-    """Tables of pictures and names, the model's sizes for open_clip, and the configuration for lit-clip."""
+    """Tables of images and names, the model's sizes for open_clip, and the configuration for lit-clip."""
     from peers import architecture, write_model_config
 
     from lit_clip import create_model

@@ -1,6 +1,6 @@
 """From JPEGs to training batches: open_clip's CSV pipeline and ours on the same files, one worker each, alternating.
 
-    python benchmarks/image_pipeline.py [--pairs 5] [--pictures 512] [--size 1280x960]
+    python benchmarks/image_pipeline.py [--pairs 5] [--images 512] [--size 1280x960]
 
 Counted from a loader's first batch to its last: images a second of one worker, with each package's default training
 augmentation to 224 pixels and its tokenizer. Afterwards, of the same crops, how far the pixels of a JPEG decoded at a
@@ -43,7 +43,7 @@ def photographs(size: tuple[int, int]) -> list[Image.Image]:
 
 
 def write_table(folder: Path, size: tuple[int, int], count: int) -> Path:
-    """A TSV as open_clip wants it, of pictures in JPEG quality 90."""
+    """A TSV as open_clip wants it, of images in JPEG quality 90."""
     contents = []
     for image in photographs(size):
         file = io.BytesIO()
@@ -104,14 +104,14 @@ def differences(size: tuple[int, int]) -> list[float]:
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--pictures", type=int, default=512)
+    arguments.add_argument("--images", type=int, default=512)
     arguments.add_argument("--size", default="1280x960")
     options = arguments.parse_args()
     need("pandas", "webdataset")
     logging.disable(logging.WARNING)
     width, height = map(int, options.size.split("x"))
     with tempfile.TemporaryDirectory() as folder:
-        table = write_table(Path(folder), (width, height), options.pictures)
+        table = write_table(Path(folder), (width, height), options.images)
         makers: tuple[Callable[[Path], Iterable[Any]], ...] = (open_clip_loader, our_loader)
         rates = [[rate(make(table)) for make in makers] for _ in range(options.pairs + 1)][1:]  # the first warms up
     found = compared(

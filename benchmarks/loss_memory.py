@@ -23,14 +23,14 @@ from torch import Tensor
 
 from lit_clip.distributed import Shards
 from lit_clip.losses.contrastive import unit
-from lit_clip.losses.tiled import Plan, sharded_contrastive_loss, sharded_sigmoid_loss
+from lit_clip.losses.tiled import PairLayout, sharded_contrastive_loss, sharded_sigmoid_loss
 
 KINDS = ("softmax", "sigmoid")
 
 
 def loss_of(library: str, kind: str, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     if library == "lit-clip":
-        plan = Plan(Shards(0, (len(image),)))
+        plan = PairLayout(Shards(0, (len(image),)))
         if kind == "softmax":
             return sharded_contrastive_loss(image, text, scale, plan).loss
         return sharded_sigmoid_loss(image, text, scale, bias, plan).loss

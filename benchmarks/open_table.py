@@ -22,8 +22,8 @@ from processes import forget_peak, held, in_a_process
 from rich.console import Console
 from rich.table import Table
 
+from datamodules.open_source import open_source
 from datamodules.pairs import parquet  # noqa: F401  # what a process imports before it opens anything
-from datamodules.pairs.source import open_source
 
 WORDS = ("a", "dog", "on", "the", "sofa", "red", "bicycle", "in", "rain", "two", "children", "with", "kite", "old")
 

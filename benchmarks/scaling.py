@@ -33,11 +33,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lit_clip import distributed
 from lit_clip.batch import CaptionBatch
-from lit_clip.commands.models import measure
 from lit_clip.losses.contrastive import unit
-from lit_clip.losses.tiled import Plan, sharded_contrastive_loss
+from lit_clip.losses.tiled import PairLayout, sharded_contrastive_loss
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig, height_width
+from lit_clip.models.flops import measure
 from lit_clip.models.layers import TOWERS, tower_blocks
 from lit_clip.models.registry import resolve_architecture
 from lit_clip.module import LitCLIP
@@ -133,7 +133,7 @@ def a_step_of(kind: str, pairs: int) -> tuple[Callable[[], None], int]:
 
         return step, sum(p.numel() for p in module.parameters())
     image, text = (unit(torch.randn(pairs, D)).requires_grad_() for _ in range(2))
-    scale, plan = torch.tensor(10.0, requires_grad=True), Plan(distributed.shards(pairs), ring=kind == "ring")
+    scale, plan = torch.tensor(10.0, requires_grad=True), PairLayout(distributed.shards(pairs), ring=kind == "ring")
 
     def loss() -> None:
         sharded_contrastive_loss(image, text, scale, plan).loss.backward()
@@ -294,7 +294,7 @@ def h100(utilisation: float) -> Table:
             days = passes * forward * pairs / (gpus * H100_FLOPS * utilisation) / 86_400
             states = (4 + 4 + 8 + 4 + 2) * parameters  # weights, gradients, moments, DDP's buckets, bf16 copies
             memory = states + min(micro, batch) * a_pair + loss_bytes(batch, gpus, embed_dim)[0]
-            memory += batch * 3 * int(size.image_size or 0) ** 2  # the pictures, a byte a number
+            memory += batch * 3 * int(size.image_size or 0) ** 2  # the images, a byte a number
             table.add_row(name, str(gpus), str(batch), str(passes), f"{days:.1f}", f"{memory / 2**30:.1f}")
     return table
 

@@ -3,7 +3,7 @@
     python benchmarks/start_up.py [--pairs 5] [--steps 2]
 
 ``lit-clip --help`` and ``lit-clip fit --help`` beside ``python -m open_clip_train.main --help``. Then ``--steps`` times
-until the end of the first optimiser step of ``lit-clip fit --config configs/quickstart.yaml``, pictures drawn and
+until the end of the first optimiser step of ``lit-clip fit --config configs/quickstart.yaml``, images drawn and
 cached before, and of ``open_clip_train`` with the same model, batch and data in PNG files; both are ended there.
 open_clip_train wants pandas and webdataset.
 """

@@ -1,10 +1,10 @@
-"""A training step of open_clip and of lit-clip, same weights, pictures and captions, alternating.
+"""A training step of open_clip and of lit-clip, same weights, images and captions, alternating.
 
     python benchmarks/train_step.py [--model ViT-B-32] [--batch 32] [--bf16] [--pairs 5] [--losses 20] [--device cpu]
 
-Both get pictures that are normalised already. open_clip's step is that of ``open_clip_train``: its model, ClipLoss and
+Both get images that are normalised already. open_clip's step is that of ``open_clip_train``: its model, ClipLoss and
 AdamW, 77 positions of every caption. Ours is that of ``LitCLIP``: the trimmed tokens and their lengths as the data
-modules give them, the loss over shards, AdamW fused. ``quickstart`` is a model of 64-pixel pictures, patches of 8,
+modules give them, the loss over shards, AdamW fused. ``quickstart`` is a model of 64-pixel images, patches of 8,
 width 192, 6 and 4 layers; ``ViT-tiny-16-64`` is the one that ``make quickstart`` trains.
 
 Beside the ratio stands the share of the peak: the FLOPs of the matrix products that a side really does, forward and
@@ -12,7 +12,7 @@ backward, over its time and over the fastest plain matrix product in the same pr
 arithmetic for the same result gains in the ratio, not in this share.
 
 ``--losses N``: N steps in fp32 from the same weights, each side with its own optimiser and its own arithmetic, and the
-largest relative difference of the losses. Every step has other pictures and captions.
+largest relative difference of the losses. Every step has other images and captions.
 """
 
 import math
@@ -38,7 +38,7 @@ from torch import Tensor
 
 from lit_clip import CLIP
 from lit_clip.distributed import Shards
-from lit_clip.losses.tiled import Plan, sharded_contrastive_loss
+from lit_clip.losses.tiled import PairLayout, sharded_contrastive_loss
 from lit_clip.models.config import height_width
 from lit_clip.stability import largest_gradient
 from lit_clip.training.optim import decay_groups
@@ -51,7 +51,7 @@ RATE = 1e-4  # of the compared losses
 
 
 class Pairs(NamedTuple):
-    """Normalised pictures ``[B, 3, H, W]``, padded tokens ``[B, L]``, trimmed ones, and lengths."""
+    """Normalised images ``[B, 3, H, W]``, padded tokens ``[B, L]``, trimmed ones, and lengths."""
 
     images: Tensor
     tokens: Tensor
@@ -94,7 +94,7 @@ def our_step(model: CLIP, rate: float, bf16: bool, device: str) -> Callable[[Pai
             image = model.encode_image(pairs.images, normalize=True)
             text = model.encode_text(pairs.trimmed, normalize=True, lengths=pairs.lengths)
             shards = Shards(0, (len(image),))
-            loss = sharded_contrastive_loss(image, text, model.logit_scale.exp(), Plan(shards)).loss
+            loss = sharded_contrastive_loss(image, text, model.logit_scale.exp(), PairLayout(shards)).loss
         loss.backward()
         assert largest_gradient(model.parameters()).isfinite()  # LitCLIP looks as well
         optimizer.step()

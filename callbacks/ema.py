@@ -8,7 +8,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 from lit_clip.errors import InputError, require
-from lit_clip.weights.sources import EMA_WEIGHTS
+from lit_clip.weights.checkpoints import EMA_WEIGHTS
 
 
 class EMA(WeightAveraging):

@@ -1,4 +1,4 @@
-"""Pictures for people, drawn with Pillow."""
+"""Images for people, drawn with Pillow."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ def similarity_matrix(images: Sequence[Image.Image], captions: Sequence[str], sc
     """Images above, captions at the left, the cosine similarity of each two as a shade and a number.
 
     Args:
-        images: N pictures.
+        images: N images.
         captions: N texts.
         scores: ``[N captions, N images]``.
     """

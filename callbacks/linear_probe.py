@@ -6,17 +6,18 @@ from statistics import fmean
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from callbacks.periodic import Findings, PeriodicEvaluation, of_first_rank
-from callbacks.suite_sets import Encoded, Fold, Reader, check_folds, chosen_entries, named, open_sets
-from lit_clip.embedding.image_files import OnError
+from callbacks.periodic import PeriodicEvaluation, PeriodicResult, of_first_rank
+from callbacks.suite_sets import Fold, check_folds, chosen_entries, named, open_sets
 from lit_clip.errors import require
-from lit_clip.evaluation.data import LabelledImages, Pictures
+from lit_clip.evaluation.data import ImageSet, LabelledImages
 from lit_clip.evaluation.logistic import LogisticProblem
 from lit_clip.evaluation.probe import Split, fit_logistic, held_out, linear_probe
 from lit_clip.evaluation.scores import evaluate_scores, guessing
+from lit_clip.evaluation.set_encoding import Encoded, Reader
 from lit_clip.evaluation.suite import Metric
 from lit_clip.evaluation.targets import Targets
 from lit_clip.module import LitCLIP
+from lit_clip.tools.images import OnError
 
 Features = dict[str, Encoded]
 
@@ -34,9 +35,9 @@ class LinearProbe(PeriodicEvaluation):
         l2: strength of the regularisation; None: searched for as in the paper, which takes some ten times as long.
         every_n_epochs: see :class:`callbacks.periodic.PeriodicEvaluation`.
         every_n_steps: likewise.
-        batch_size: pictures encoded at once on each rank.
-        num_workers: processes that read pictures.
-        on_error: what a picture that cannot be read does: error ends the run, skip leaves it out with a warning.
+        batch_size: images encoded at once on each rank.
+        num_workers: processes that read images.
+        on_error: what an image that cannot be read does: error ends the run, skip leaves it out with a warning.
     """
 
     def __init__(
@@ -73,8 +74,8 @@ class LinearProbe(PeriodicEvaluation):
                     for fold in folds:
                         _check_learnable(fold, self.l2)
 
-    def evaluate(self, trainer: Trainer, module: LitCLIP) -> Findings:
-        found = Findings()
+    def evaluate(self, trainer: Trainer, module: LitCLIP) -> PeriodicResult:
+        found = PeriodicResult()
         for name, folds in (self._opened or {}).items():
             metric = self.entries[name].metric
             features = self._features(module, name, folds)
@@ -85,17 +86,17 @@ class LinearProbe(PeriodicEvaluation):
         return found
 
     def _features(self, module: LitCLIP, name: str, folds: list[Fold]) -> list[Features]:
-        """Of every split of every fold; splits with the same pictures are encoded once."""
+        """Of every split of every fold; splits with the same images are encoded once."""
         known: dict[str, Encoded] = {}
         results: list[Features] = []
         for number, fold in enumerate(folds):
             results.append({})
-            for split, pictures in fold.items():
-                stamp = f"{len(pictures)} {pictures.stamp()}" if len(folds) > 1 else split
+            for split, images in fold.items():
+                stamp = f"{len(images)} {images.stamp()}" if len(folds) > 1 else split
                 if stamp not in known:
                     title = f"{name} {split}" + (f" {number + 1}/{len(folds)}" if len(folds) > 1 else "")
                     known[stamp] = self._reader.encode(
-                        module, pictures, lambda images: module.model.image_features(images)[0], title
+                        module, images, lambda pixels: module.model.image_features(pixels)[0], title
                     )
                 results[-1][split] = known[stamp]
         return results
@@ -114,7 +115,7 @@ def _check_learnable(fold: Fold, l2: float | None) -> None:
 
 def _probe(
     folds: list[Fold], features: list[Features], metric: Metric, l2: float | None, device: torch.device
-) -> Findings:
+) -> PeriodicResult:
     """Metrics, the means over folds, and what guessing reaches in the first."""
     metrics: list[dict[str, float]] = []
     guess = None
@@ -128,7 +129,7 @@ def _probe(
             else:
                 metrics.append(_with_penalty(splits, metric, l2))
     means = {name: fmean(fold[name] for fold in metrics) for name in metrics[0]}
-    return Findings(means, {} if guess is None else {metric: guess})
+    return PeriodicResult(means, {} if guess is None else {metric: guess})
 
 
 def _with_penalty(splits: dict[str, Split], metric: Metric, l2: float) -> dict[str, float]:
@@ -139,9 +140,9 @@ def _with_penalty(splits: dict[str, Split], metric: Metric, l2: float) -> dict[s
     return evaluate_scores(metric, fit.scores(splits["test"].features), splits["test"].targets)
 
 
-def _classes(pictures: Pictures) -> int | None:
-    return len(pictures.class_names) if isinstance(pictures, LabelledImages) else None
+def _classes(images: ImageSet) -> int | None:
+    return len(images.class_names) if isinstance(images, LabelledImages) else None
 
 
-def _split(pictures: Pictures, encoded: Encoded, classes: int | None, device: torch.device) -> Split:
-    return Split(encoded.features.to(device), Targets.of(pictures, encoded.rows, classes))
+def _split(images: ImageSet, encoded: Encoded, classes: int | None, device: torch.device) -> Split:
+    return Split(encoded.features.to(device), Targets.of(images, encoded.rows, classes))

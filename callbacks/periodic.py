@@ -19,7 +19,7 @@ Made = TypeVar("Made")
 
 
 @dataclass
-class Findings:
+class PeriodicResult:
     """What an evaluation found, the same on every rank.
 
     Attributes:
@@ -44,7 +44,7 @@ class PeriodicEvaluation(Callback):
         every_n_steps: the number of optimiser steps instead; the evaluation is then between two steps.
     """
 
-    needs_whole_weights = True  # it encodes pictures outside of the steps for which FSDP puts the weights together
+    needs_whole_weights = True  # it encodes images outside of the steps for which FSDP puts the weights together
 
     def __init__(self, every_n_epochs: int = 1, every_n_steps: int | None = None) -> None:
         name = type(self).__name__
@@ -53,19 +53,19 @@ class PeriodicEvaluation(Callback):
         require(steps, f"{name}.every_n_steps: {every_n_steps} must be at least 1")
         require(every_n_steps is None or every_n_epochs == 1, f"{name}: give either every_n_epochs or every_n_steps")
         self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
-        self._last = Findings()
+        self._last = PeriodicResult()
         self._waited = 0  # validations since then
         self._told = False  # whether the trainer knows the last values
 
     @abstractmethod
-    def evaluate(self, trainer: Trainer, module: LitCLIP) -> Findings:
+    def evaluate(self, trainer: Trainer, module: LitCLIP) -> PeriodicResult:
         """Find the numbers; called on all ranks, the module in evaluation mode, without gradients."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget another run; a checkpoint is read after this."""
         if stage != "fit":
             return
-        self._last, self._waited, self._told = Findings(), 0, False
+        self._last, self._waited, self._told = PeriodicResult(), 0, False
         callbacks = _callbacks(trainer)
         late = [one for one in callbacks[callbacks.index(self) :] if isinstance(one, WeightAveraging)]
         require(
@@ -78,7 +78,7 @@ class PeriodicEvaluation(Callback):
         return {"metrics": self._last.metrics, "guesses": self._last.guesses, "waited": self._waited}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._last = Findings(dict(state_dict["metrics"]), dict(state_dict["guesses"]))
+        self._last = PeriodicResult(dict(state_dict["metrics"]), dict(state_dict["guesses"]))
         self._waited = state_dict["waited"]
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -22,10 +22,10 @@ def _writers(trainer: Trainer) -> list[Any]:
     return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 
 
-def show(trainer: Trainer, tag: str, picture: Image.Image) -> None:
-    """Put a picture under ``tag`` at the current step."""
+def show(trainer: Trainer, tag: str, image: Image.Image) -> None:
+    """Put an image under ``tag`` at the current step."""
     for writer in _writers(trainer):
-        writer.add_image(tag, np.asarray(picture), trainer.global_step, dataformats="HWC")
+        writer.add_image(tag, np.asarray(image), trainer.global_step, dataformats="HWC")
 
 
 class SimilarityMatrix(Callback):
@@ -95,23 +95,23 @@ class EmbeddingProjector(Callback):
             return
         image = torch.cat([features["image"] for features, _ in self._seen])[: self.pairs].float().cpu()
         text = torch.cat([features["text"] for features, _ in self._seen])[: self.pairs].float().cpu()
-        pictures = torch.cat([images for _, images in self._seen])[: self.pairs].float().cpu() / 255
+        photos = torch.cat([images for _, images in self._seen])[: self.pairs].float().cpu() / 255
         captions = [
             cast(Any, pl_module).tokenize.decode(row)
             for features, _ in self._seen
             for row in features["tokens"].tolist()
         ][: self.pairs]
         self._seen = []
-        edge = max(1, pictures.shape[-1] // 16)
-        framed = FRAME.expand_as(pictures).clone()
-        framed[..., edge:-edge, edge:-edge] = pictures[..., edge:-edge, edge:-edge]
+        edge = max(1, photos.shape[-1] // 16)
+        framed = FRAME.expand_as(photos).clone()
+        framed[..., edge:-edge, edge:-edge] = photos[..., edge:-edge, edge:-edge]
         metadata = [[caption, kind] for kind in ("image", "caption") for caption in captions]
         for writer in _writers(trainer):
             writer.add_embedding(
                 torch.cat([image, text]),
                 metadata=metadata,
                 metadata_header=["caption", "kind"],
-                label_img=torch.cat([pictures, framed]),
+                label_img=torch.cat([photos, framed]),
                 global_step=trainer.global_step,
                 tag="val",
             )

@@ -13,20 +13,21 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
 from callbacks.figures import Prediction, prediction_grid
-from callbacks.periodic import Findings, PeriodicEvaluation, of_first_rank
-from callbacks.suite_sets import Encoded, Reader, check_folds, chosen_entries, named, open_sets
+from callbacks.periodic import PeriodicEvaluation, PeriodicResult, of_first_rank
+from callbacks.suite_sets import check_folds, chosen_entries, named, open_sets
 from callbacks.tensorboard import show
 from lit_clip import distributed
-from lit_clip.embedding.image_files import OnError
 from lit_clip.errors import require
 from lit_clip.evaluation.data import LabelledImages
 from lit_clip.evaluation.prompts import Prompts, prompts_of, text_classifier, text_sha256
 from lit_clip.evaluation.scores import evaluate_scores, guessing
+from lit_clip.evaluation.set_encoding import Encoded, Reader
 from lit_clip.evaluation.suite import Metric, SuiteEntry, check_name
 from lit_clip.evaluation.targets import Targets
 from lit_clip.evaluation.zero_shot import ZeroShotSet, guessing_accuracies
 from lit_clip.models.preprocess import pixels
 from lit_clip.module import LitCLIP
+from lit_clip.tools.images import OnError
 
 __all__ = ["ZeroShot", "ZeroShotSet"]
 
@@ -36,7 +37,7 @@ class _Set:
     """A set as it is evaluated.
 
     Attributes:
-        folds: its pictures; results of several folds are averaged.
+        folds: its images; results of several folds are averaged.
         prompts: of its classes.
         metric: what it is judged by.
     """
@@ -49,9 +50,9 @@ class _Set:
 class ZeroShot(PeriodicEvaluation):
     """Recognises the classes of any number of sets from their names, under ``fit`` and ``validate`` alike.
 
-    Logs ``zero_shot/<set>/<metric>``: the set's own metric and, where each picture has one class, ``top1``, ``top5``
-    and ``mean_per_class``; fractions over every picture counted once, whatever the number of ranks, which divide the
-    prompts and the pictures. Texts are encoded again only when the text tower has changed. Shows some pictures with
+    Logs ``zero_shot/<set>/<metric>``: the set's own metric and, where each image has one class, ``top1``, ``top5``
+    and ``mean_per_class``; fractions over every image counted once, whatever the number of ranks, which divide the
+    prompts and the images. Texts are encoded again only when the text tower has changed. Shows some images with
     their nearest names in TensorBoard and as ``zero_shot_<set>.png`` beside the logs.
 
     Args:
@@ -61,10 +62,10 @@ class ZeroShot(PeriodicEvaluation):
         only: these sets of the suite.
         every_n_epochs: see :class:`callbacks.periodic.PeriodicEvaluation`.
         every_n_steps: likewise.
-        batch_size: pictures encoded at once on each rank.
-        num_workers: processes that read pictures.
-        examples: how many pictures to show of each set, evenly spread over it.
-        on_error: what a picture that cannot be read does: error ends the run, skip leaves it out with a warning.
+        batch_size: images encoded at once on each rank.
+        num_workers: processes that read images.
+        examples: how many images to show of each set, evenly spread over it.
+        on_error: what an image that cannot be read does: error ends the run, skip leaves it out with a warning.
     """
 
     def __init__(
@@ -105,12 +106,12 @@ class ZeroShot(PeriodicEvaluation):
                     one = self._opened[name] = _of_suite(self.entries[name], [fold["test"] for fold in folds])
                     check_folds(folds, one.metric, len(one.prompts.names), self._reader.on_error)
 
-    def evaluate(self, trainer: Trainer, module: LitCLIP) -> Findings:
+    def evaluate(self, trainer: Trainer, module: LitCLIP) -> PeriodicResult:
         log_dir = trainer.log_dir if trainer.loggers else None  # a broadcast: every rank must ask
         texts = text_sha256(module.model)
         if distributed.maximum(int(texts != self._texts)):
             self._classifiers, self._texts = {}, texts
-        found = Findings()
+        found = PeriodicResult()
         for name, one in (self._opened or {}).items():
             if name not in self._classifiers:
                 self._classifiers[name] = text_classifier(module.model, one.prompts).cpu()
@@ -124,7 +125,7 @@ class ZeroShot(PeriodicEvaluation):
         return found
 
     def _scores(self, module: LitCLIP, name: str, one: _Set) -> list[Encoded]:
-        """Cosine similarities ``[N, C]`` of every fold; folds with the same pictures are encoded once."""
+        """Cosine similarities ``[N, C]`` of every fold; folds with the same images are encoded once."""
         known: dict[str, Encoded] = {}
         results = []
         for number, images in enumerate(one.folds):
@@ -158,7 +159,7 @@ def _of_suite(entry: SuiteEntry, folds: Sequence[object]) -> _Set:
     return _Set(labelled, prompts_of(entry.class_names, templates, labelled[0].class_names), entry.metric)
 
 
-def _judge(one: _Set, folds: Sequence[Encoded]) -> Findings:
+def _judge(one: _Set, folds: Sequence[Encoded]) -> PeriodicResult:
     """Metrics, the means over folds, and what guessing reaches in the first."""
     targets = [
         Targets.of(images, scores.rows, len(one.prompts.names)) for images, scores in zip(one.folds, folds, strict=True)
@@ -170,17 +171,17 @@ def _judge(one: _Set, folds: Sequence[Encoded]) -> Findings:
         counts = torch.zeros(3, targets[0].classes, dtype=torch.float64)
         counts[0] = targets[0].labels.bincount(minlength=targets[0].classes)
         guesses |= guessing_accuracies(counts)
-    return Findings({name: fmean(fold[name] for fold in found) for name in found[0]}, guesses)
+    return PeriodicResult({name: fmean(fold[name] for fold in found) for name in found[0]}, guesses)
 
 
 def _contact_sheet(module: LitCLIP, one: _Set, scores: Encoded, examples: int) -> Image.Image:
-    """Some pictures of the first fold, evenly spread, with their nearest names."""
+    """Some images of the first fold, evenly spread, with their nearest names."""
     names, images, transform = one.prompts.names, one.folds[0], pixels(module.preprocessing)
     shown, labels = min(examples, len(scores.rows)), images.labels()
     predictions = []
     for number in [i * len(scores.rows) // shown for i in range(shown)]:
         row = scores.rows[number]
-        several = images.pictures(row)
+        several = images.images(row)
         best = scores.features[number].topk(min(5, len(names)))
         nearest = [(names[i], s) for i, s in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
         truth = names[labels[row]] if labels[row] >= 0 else ""

@@ -17,7 +17,13 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from datamodules.loading.augmentation import Augmentation
 from datamodules.loading.bad_samples import OnError, Skipped, SkippingDataset, split_skipped
 from datamodules.loading.images import LeastSize, decoding_at_least
-from datamodules.loading.sampling import EvaluationBatchSampler, GlobalBatchSampler, Position, Sample, StridedSampler
+from datamodules.loading.sampling import (
+    EvaluationBatchSampler,
+    GlobalBatchSampler,
+    Position,
+    StridedSampler,
+    TrainingSample,
+)
 from datamodules.pairs.caption_lengths import SAMPLED, LongCaptions, caption_statistics, refuse_long
 from datamodules.pairs.source import Pair as Pair
 from datamodules.pairs.source import PairSource, Rows
@@ -27,24 +33,24 @@ from lit_clip.errors import InputError, require
 from lit_clip.models.config import Preprocessing, Size, height_width
 from lit_clip.models.preprocess import pixels
 from lit_clip.models.tokenizer import TextTokenizer, Tokenize
-from lit_clip.preemption import shield_worker
+from lit_clip.tools.workers import shield_worker
 
 
-class _Item(NamedTuple):
+class _DecodedPair(NamedTuple):
     image: Tensor  # uint8 [3, S, S]
     caption: str
     key: str
     group: str
 
 
-class TrainingPairs(Dataset[_Item]):
+class TrainingPairs(Dataset[_DecodedPair]):
     """Augmented pairs. All randomness comes from (seed, epoch, sample), so it is the same on any worker or rank.
 
     Args:
         source: of the pairs.
-        transform: of the pictures.
+        transform: of the images.
         seed: of the run.
-        least_size: how large a picture must be for ``transform``; None: as it is.
+        least_size: how large an image must be for ``transform``; None: as it is.
     """
 
     def __init__(
@@ -59,16 +65,16 @@ class TrainingPairs(Dataset[_Item]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, sample: Sample) -> _Item:
+    def __getitem__(self, sample: TrainingSample) -> _DecodedPair:
         seed = int(np.random.SeedSequence((self.seed, *sample)).generate_state(1, np.uint64)[0] >> 1)
         with decoding_at_least(self.least_size):
             image, *texts = self.source.load(sample.row, random.Random(seed))
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every device and log its stack
-            return _Item(self.transform(image), *texts)
+            return _DecodedPair(self.transform(image), *texts)
 
 
-class ValidationPairs(Dataset[_Item]):
+class ValidationPairs(Dataset[_DecodedPair]):
     """Pairs as the evaluation transform and the first caption make them."""
 
     def __init__(self, source: PairSource, transform: Callable[[Image.Image], Tensor]) -> None:
@@ -77,9 +83,9 @@ class ValidationPairs(Dataset[_Item]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> _Item:
+    def __getitem__(self, index: int) -> _DecodedPair:
         image, *texts = self.source.load(index, None)
-        return _Item(self.transform(image), *texts)
+        return _DecodedPair(self.transform(image), *texts)
 
 
 class _Collate:
@@ -88,7 +94,7 @@ class _Collate:
     def __init__(self, tokenize: TextTokenizer, image_size: Size, refuse_long: bool = False) -> None:
         self.tokenize, self.image_size, self.refuse_long = tokenize, height_width(image_size), refuse_long
 
-    def __call__(self, samples: list[_Item | Skipped]) -> CaptionBatch:
+    def __call__(self, samples: list[_DecodedPair | Skipped]) -> CaptionBatch:
         items, skipped = split_skipped(samples)
         if not items:
             images = torch.zeros(0, 3, *self.image_size, dtype=torch.uint8)
@@ -137,7 +143,7 @@ class CaptionDataModule(LightningDataModule, ABC):
         num_workers: processes that read and augment.
         seed: of the order and the augmentation.
         augmentation: in training.
-        preprocessing: how the model wants its pictures; the command line takes it from the model.
+        preprocessing: how the model wants its images; the command line takes it from the model.
         tokenize: texts -> int64 ``[N, L]``; the command line takes it from the model.
         on_error: what a sample does that cannot be used: ``error`` ends the run and names it, ``skip`` leaves it out of
             its batch, counts it and lists it in the run's ``skipped.jsonl``. No other sample takes its place.

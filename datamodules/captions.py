@@ -10,14 +10,15 @@ from lightning.pytorch.utilities import rank_zero_info
 from datamodules.caption_datamodule import CaptionDataModule
 from datamodules.loading.augmentation import Augmentation
 from datamodules.loading.bad_samples import OnError
+from datamodules.open_source import open_source
 from datamodules.pairs.caption_lengths import LongCaptions
 from datamodules.pairs.mixture import Mixture
-from datamodules.pairs.source import NO_CAPTION, PairSource, open_source
+from datamodules.pairs.source import NO_CAPTION, PairSource
 from datamodules.shards.pairs import ShardOptions
+from lit_clip.batch import JUDGED_AFTER
 from lit_clip.errors import InputError
 from lit_clip.models.config import Preprocessing
 from lit_clip.models.tokenizer import TextTokenizer
-from lit_clip.skipped import JUDGED_AFTER
 
 VALIDATION_SHARE = 0.1
 
@@ -70,7 +71,7 @@ class Captions(CaptionDataModule):
         num_workers: processes that read and augment.
         seed: of the order, the augmentation and the division.
         augmentation: in training.
-        preprocessing: how the model wants its pictures; the command line takes it from the model.
+        preprocessing: how the model wants its images; the command line takes it from the model.
         tokenize: texts -> int64 ``[N, L]``; the command line takes it from the model.
         on_error: see :class:`datamodules.caption_datamodule.CaptionDataModule`.
         max_skipped: likewise.
@@ -100,9 +101,9 @@ class Captions(CaptionDataModule):
         max_skipped: float = 0.05,
         long_captions: LongCaptions = "truncate",
     ) -> None:
-        pictures = (augmentation, preprocessing, tokenize)
+        images = (augmentation, preprocessing, tokenize)
         policies = (on_error, max_skipped, long_captions)
-        super().__init__(batch_size, num_workers, seed, *pictures, global_batch_size, *policies)
+        super().__init__(batch_size, num_workers, seed, *images, global_batch_size, *policies)
         if train is None and val is None:
             raise InputError("data: give train, val or both; each is a table, a folder or tar shards")
         self.train, self.val, self.epoch_size = train, val, epoch_size

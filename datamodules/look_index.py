@@ -24,7 +24,7 @@ class Looks:
 
 
 class LookIndex:
-    """Finds pictures of one look without comparing all pairs: two looks of one picture agree in one of three bands.
+    """Finds images of one look without comparing all pairs: two looks of one image agree in one of three bands.
 
     Args:
         looks: of the evaluation set; plain ones are like everything, so they are never found.

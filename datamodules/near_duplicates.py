@@ -1,7 +1,7 @@
-"""Which pictures are the same, or look it: a 64-bit difference hash, compared without all pairs.
+"""Which images are the same, or look it: a 64-bit difference hash, compared without all pairs.
 
-The hash says for 8 x 8 places of a picture shrunk to 9 x 8 whether it gets brighter to the right (dHash: N. Krawetz,
-"Kind of Like That", 2013). Scaling and compressing a picture anew changes few of its bits.
+The hash says for 8 x 8 places of an image shrunk to 9 x 8 whether it gets brighter to the right (dHash: N. Krawetz,
+"Kind of Like That", 2013). Scaling and compressing an image anew changes few of its bits.
 """
 
 from collections.abc import Iterator
@@ -11,9 +11,9 @@ import numpy as np
 from PIL import Image
 
 WIDTH, HEIGHT = 9, 8
-STEP = 2  # grey levels: less is no difference, or noise would decide wherever a picture is even
-PLAIN = 4  # grey levels between the brightest and the darkest place of a picture that shows nothing
-NEAR_BITS = 2  # that hashes of one picture may differ in
+STEP = 2  # grey levels: less is no difference, or noise would decide wherever an image is even
+PLAIN = 4  # grey levels between the brightest and the darkest place of an image that shows nothing
+NEAR_BITS = 2  # that hashes of one image may differ in
 NEAR_COLOUR = 8  # levels that the mean of red, green or blue may
 BANDS = ((0, 22), (22, 21), (43, 21))  # first bit and width: two differing bits leave one band as it is
 SHOWN = 20  # groups that are kept one by one
@@ -21,12 +21,12 @@ NEIGHBOURS = 64  # in the order of a band's hashes, that one is compared with: a
 
 
 class Look(NamedTuple):
-    """What a picture looks like, in 12 bytes.
+    """What an image looks like, in 12 bytes.
 
     Attributes:
         bits: the difference hash, unsigned 64 bits.
         colour: the mean colour as ``0xRRGGBB``; the hash knows brightness alone.
-        plain: whether the picture is one even area; then the hash says nothing.
+        plain: whether the image is one even area; then the hash says nothing.
     """
 
     bits: int
@@ -35,9 +35,9 @@ class Look(NamedTuple):
 
 
 def look_of(image: Image.Image) -> Look:
-    """The look of a picture as a model sees it: transparency is dropped, and nothing is turned."""
-    picture = image if image.mode in ("RGB", "L", "CMYK") else image.convert("RGB")
-    small = picture.resize((WIDTH, HEIGHT), Image.Resampling.BOX).convert("RGB")
+    """The look of an image as a model sees it: transparency is dropped, and nothing is turned."""
+    photo = image if image.mode in ("RGB", "L", "CMYK") else image.convert("RGB")
+    small = photo.resize((WIDTH, HEIGHT), Image.Resampling.BOX).convert("RGB")
     grey = np.asarray(small.convert("L"), dtype=np.int16)  # [8, 9]
     brighter = (grey[:, 1:] - grey[:, :-1]) > STEP
     red, green, blue = np.asarray(small).reshape(-1, 3).mean(axis=0).round().astype(int).tolist()
@@ -73,7 +73,7 @@ def same(values: np.ndarray) -> Groups:
 
 
 def look_alikes(bits: np.ndarray, colours: np.ndarray) -> Groups:
-    """Groups of pictures that look the same: they are linked by pairs that differ in few bits and little in colour.
+    """Groups of images that look the same: they are linked by pairs that differ in few bits and little in colour.
 
     Args:
         bits: uint64 ``[N]``, see :class:`Look`.
@@ -83,7 +83,7 @@ def look_alikes(bits: np.ndarray, colours: np.ndarray) -> Groups:
     bits, colours = bits[order], colours[order]
     new = np.ones(len(bits), dtype=bool)
     new[1:] = (bits[1:] != bits[:-1]) | (colours[1:] != colours[:-1])
-    look = np.empty(len(bits), dtype=np.int64)  # of each picture, its number among the looks that differ
+    look = np.empty(len(bits), dtype=np.int64)  # of each image, its number among the looks that differ
     look[order] = np.cumsum(new) - 1
     bits, colours = bits[new], colours[new]
     pairs = [pair for first, width in BANDS for pair in _near(bits, colours, first, width)]
@@ -107,7 +107,7 @@ def _near(bits: np.ndarray, colours: np.ndarray, first: int, width: int) -> Iter
 
 
 def looks_near(bits: np.ndarray, colours: np.ndarray, other_bits: np.ndarray, other_colours: np.ndarray) -> np.ndarray:
-    """Whether two looks are of one picture: bool ``[P]``, of uint64 and uint32 ``[P]`` as in :func:`look_alikes`."""
+    """Whether two looks are of one image: bool ``[P]``, of uint64 and uint32 ``[P]`` as in :func:`look_alikes`."""
     return _few_bits(bits ^ other_bits) & _near_colours(colours, other_colours)
 
 

@@ -193,7 +193,7 @@ class OpenMoji(CaptionDataModule):
             and those are validated on all the same.
         cache_dir: where to draw; None: ``~/.cache/lit-clip``.
         augmentation: in training.
-        preprocessing: how the model wants its pictures; the command line takes it from the model.
+        preprocessing: how the model wants its images; the command line takes it from the model.
         tokenize: texts -> int64 ``[N, L]``; the command line takes it from the model.
     """
 

@@ -65,3 +65,6 @@ class LabelledBatch(NamedTuple):
     images: Tensor
     labels: Tensor
     keys: list[str]
+
+
+JUDGED_AFTER = 100  # samples: of fewer, a single one is above any sensible limit

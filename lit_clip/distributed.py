@@ -12,36 +12,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-LEAVE_WITHIN = 20.0  # seconds
-
 
 def rank_and_world() -> tuple[int, int]:
     """This process's rank and the number of ranks."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
-
-
-def leave(code: int = 0) -> None:
-    """End a process that has worked with other ranks: its work is done, and nothing more will happen in it.
-
-    Not by the interpreter's own way out: gloo's threads may still hold tensors, DDP keeps those threads alive, and one
-    that lets go of a tensor while the interpreter ends aborts the process (pytorch/pytorch#179291). Now and then a run
-    that had ended well, or with an error in one line, had an exit code of 134. Without a process group nothing is done.
-
-    Args:
-        code: the process's exit code.
-    """
-    if dist.is_available() and dist.is_initialized():
-        at_last = threading.Timer(LEAVE_WITHIN, os._exit, (code,))  # should another rank or a thread keep it waiting
-        at_last.daemon = True
-        at_last.start()
-        if code == 0:  # after an error the others may be anywhere
-            dist.destroy_process_group()
-        atexit._run_exitfuncs()  # what others wanted to happen still does
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
 
 
 class Shards(NamedTuple):
@@ -320,3 +296,28 @@ def maximum(local: int) -> int:
     largest = torch.tensor([local])
     dist.all_reduce(largest, dist.ReduceOp.MAX, group=host_group())
     return int(largest)
+
+
+LEAVE_WITHIN = 20.0  # seconds
+
+
+def leave(code: int = 0) -> None:
+    """End a process that has worked with other ranks: its work is done, and nothing more will happen in it.
+
+    Not by the interpreter's own way out: gloo's threads may still hold tensors, DDP keeps those threads alive, and one
+    that lets go of a tensor while the interpreter ends aborts the process (pytorch/pytorch#179291). Now and then a run
+    that had ended well, or with an error in one line, had an exit code of 134. Without a process group nothing is done.
+
+    Args:
+        code: the process's exit code.
+    """
+    if dist.is_available() and dist.is_initialized():
+        at_last = threading.Timer(LEAVE_WITHIN, os._exit, (code,))  # should another rank or a thread keep it waiting
+        at_last.daemon = True
+        at_last.start()
+        if code == 0:  # after an error the others may be anywhere
+            dist.destroy_process_group()
+        atexit._run_exitfuncs()  # what others wanted to happen still does
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

@@ -23,3 +23,21 @@ def no_such_file(path: str | Path) -> InputError:
     near = get_close_matches(path.stem, [file.stem for file in path.parent.glob(f"*{path.suffix}")], n=1)
     hint = f"; did you mean {path.with_stem(near[0])}?" if near else ""
     return InputError(f"{path}: there is no such file{hint}")
+
+
+class BadSample(InputError):  # noqa: N818  # as what it is about is called: a sample
+    """A sample that cannot be used.
+
+    Args:
+        where: how the user knows it: file and row, or shard and key.
+        reason: what is wrong in a few words that other samples share; skipped ones are counted by it.
+        detail: the rest of the line: what exactly, and what to do.
+    """
+
+    def __init__(self, where: str, reason: str = "", detail: str = "") -> None:
+        # A data loader raises what a worker raised anew, from the message alone.
+        super().__init__(": ".join(part for part in (where, detail or reason) if part))
+        self.where, self.reason, self.detail = where, reason, detail
+
+    def __reduce__(self) -> tuple[type["BadSample"], tuple[str, str, str]]:
+        return type(self), (self.where, self.reason, self.detail)

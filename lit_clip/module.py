@@ -23,18 +23,11 @@ from lit_clip.errors import InputError, require
 from lit_clip.evaluation.retrieval import RetrievalSet, token_hashes
 from lit_clip.losses.contrastive import Duplicates, at_least_float32
 from lit_clip.losses.duplicates import pair_ids
-from lit_clip.losses.tiled import Plan, ShardedLoss, sharded_contrastive_loss, sharded_sigmoid_loss
+from lit_clip.losses.tiled import PairLayout, ShardedLoss, sharded_contrastive_loss, sharded_sigmoid_loss
 from lit_clip.models.config import CLIPConfig, Preprocessing, Size
-from lit_clip.models.layers import (
-    TOWERS,
-    Freeze,
-    LayerDecay,
-    frozen_modules,
-    frozen_names,
-    learning_rate_factors,
-    tower_blocks,
-)
-from lit_clip.models.lora import LoRA, add_lora, base_name, check_base, is_added
+from lit_clip.models.finetuning import Freeze, LayerDecay, frozen_modules, frozen_names, learning_rate_factors
+from lit_clip.models.layers import TOWERS, tower_blocks
+from lit_clip.models.lora import LoRA, add_lora, is_added
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.models.transformer import VisionTransformer
 from lit_clip.random_states import random_states, restore_random_states
@@ -46,8 +39,9 @@ from lit_clip.training.optimizer_settings import check_settings, keep_what_was_t
 from lit_clip.training.plan import measure_run, print_plan
 from lit_clip.training.summary import print_parameter_groups
 from lit_clip.training.teacher import Distill, Teacher
-from lit_clip.weights.load import check_architecture, check_weights, create_model, weights_sha256, whole_name
-from lit_clip.weights.sources import EMA_WEIGHTS, checkpoint_tokenizer, saved_tokenizer
+from lit_clip.weights.checkpoints import EMA_WEIGHTS, base_name, check_base, checkpoint_tokenizer, saved_tokenizer
+from lit_clip.weights.fingerprint import weights_sha256
+from lit_clip.weights.load import check_architecture, check_weights, create_model, whole_name
 
 PREFIX = "model."
 STATES = {"state_dict", "current_model_state"}  # the second is the weights of the last step, if the first is an average
@@ -99,7 +93,7 @@ class LitCLIP(LightningModule):
             :func:`lit_clip.losses.contrastive.contrastive_loss`.
         ring_loss: whether processes pass their texts' features on from one to the next (memory of two processes'
             pairs) instead of gathering those of all.
-        patch_dropout: the share of each picture's patches that a training step leaves out (FLIP, Li et al. 2023): as
+        patch_dropout: the share of each image's patches that a training step leaves out (FLIP, Li et al. 2023): as
             much less work for the image tower, at a cost in accuracy (docs/performance.md). The paper's ViTs only;
             timm's have ``options: {patch_drop_rate: ...}`` of their own.
         compile: let ``torch.compile`` make the blocks of both towers faster, in place: names in checkpoints stay. The
@@ -217,7 +211,7 @@ class LitCLIP(LightningModule):
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """How the model wants its pictures."""
+        """How the model wants its images."""
         return self.model.preprocessing
 
     @property
@@ -363,7 +357,7 @@ class LitCLIP(LightningModule):
         ids_BK = None
         if hparams.duplicates != "negatives":
             ids_BK = pair_ids(batch.keys, batch.tokens, self.model.tokenizer.pad_id, batch.groups)
-        plan = Plan(shards, ids_BK, hparams.duplicates, hparams.ring_loss)
+        plan = PairLayout(shards, ids_BK, hparams.duplicates, hparams.ring_loss)
         scale, bias = self.model.logit_scale.exp(), self.model.logit_bias
         if bias is None:
             return sharded_contrastive_loss(image_BD, text_BD, scale, plan)

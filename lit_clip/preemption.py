@@ -1,69 +1,21 @@
 """Runs that are told to end: a signal, agreed on by all ranks, becomes a whole checkpoint and an exit code."""
 
-import os
 import signal
-import threading
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_clip import distributed
 from lit_clip.errors import require
-from lit_clip.tools.processes import end_with_parent, is_launched
-from lit_clip.training.checkpoint_io import put_in_place
+from lit_clip.tools.processes import is_launched
+from lit_clip.training.checkpoint_io import save_whole
+from lit_clip.training.signals import Signals, _signals
 from lit_clip.training.summary import resume_command
-
-
-class Signals(_SignalConnector):
-    """Notes that a signal came, and does nothing else in the handler.
-
-    Lightning's own handlers broadcast and save inside the handler, at a place where other ranks are not: ranks hang.
-    Outside of ``fit`` there is nothing to save, and a signal ends the process at once, as it does any other program.
-    """
-
-    def __init__(self, trainer: Trainer) -> None:
-        super().__init__(trainer)
-        self.noted = 0  # the number of the signal that this process got
-        self.agreed = 0  # the one that all ranks know of
-
-    def register_signal_handlers(self) -> None:
-        self.received_sigterm = False
-        self._original_handlers = self._get_current_signal_handlers()
-        if self.trainer.state.fn == TrainerFn.FITTING:
-            for signum in {signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM), self.requeue_signal} - {None}:
-                self._register_signal(signum, self._note)
-
-    def _note(self, signum: int, frame: Any) -> None:
-        self.noted = signum
-
-    @property
-    def requeue_signal(self) -> signal.Signals | None:
-        """The signal after which the job is put back into SLURM's queue."""
-        environment = self.trainer._accelerator_connector.cluster_environment
-        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
-            return environment.requeue_signal
-        return None
-
-    def requeue(self) -> None:
-        """Save where Lightning looks first when the job runs again, and put it back into the queue."""
-        self._slurm_sigusr_handler_fn(self.agreed, None)  # pyright: ignore[reportArgumentType]  # it needs no frame
-
-    def teardown(self) -> None:
-        if not self.agreed:  # else this process is about to end, and a second signal must not change how
-            super().teardown()
-
-
-def _signals(trainer: Trainer) -> Signals:
-    connector: Any = trainer._signal_connector
-    return connector
 
 
 class Preemption(Callback):
@@ -198,45 +150,3 @@ def _checkpoint_path(trainer: Trainer) -> Path | None:
     if keeper.save_last:
         keeper.last_model_path = str(path)
     return path
-
-
-def save_whole(trainer: Trainer, path: Path) -> None:
-    """Save a checkpoint under another name, see that it is whole, and only then give it its name. On every rank.
-
-    Whatever writes checkpoints: Lightning's own way says nothing where it may not write, see
-    :class:`lit_clip.training.checkpoint_io.WholeCheckpointIO`.
-
-    Raises:
-        InputError: on the rank that writes, if it could not.
-    """
-    part = path.with_name(f"{path.name}.part")
-    if trainer.is_global_zero:
-        part.unlink(missing_ok=True)
-    trainer.save_checkpoint(part)
-    if trainer.is_global_zero:
-        put_in_place(part, path)
-    trainer.strategy.barrier("save_whole")
-
-
-def shield_worker(worker_id: int) -> None:
-    """A data worker's ``worker_init_fn``: signals are for the process that the worker reads for, and it ends with it.
-
-    SLURM, and whoever signals a process group, sends them to workers too; the loss of one is an error in the middle
-    of a step, before anything could be saved.
-    """
-    if os.environ.get("PL_SEED_WORKERS") == "1":
-        pl_worker_init_function(worker_id)  # Lightning sets it where there is no other
-    if hasattr(signal, "pthread_sigmask"):
-        signals = {signal.SIGTERM, signal.SIGUSR1}
-        signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # before any thread starts: one that is open gets them
-        if hasattr(signal, "sigwaitinfo"):
-            threading.Thread(target=_wait_for_signal, args=(signals, os.getppid()), daemon=True).start()
-    end_with_parent()
-
-
-def _wait_for_signal(signals: set[signal.Signals], parent: int) -> None:
-    """The data loader ends a worker that does not end by itself with SIGTERM."""
-    while True:
-        received = signal.sigwaitinfo(signals)
-        if received.si_pid == parent and received.si_signo == signal.SIGTERM:
-            os._exit(0)

@@ -11,12 +11,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_clip import distributed
-from lit_clip.batch import CaptionBatch
+from lit_clip.batch import JUDGED_AFTER, CaptionBatch
 from lit_clip.errors import InputError
 from lit_clip.tools.hashing import hash64
 
 FILE = "skipped.jsonl"
-JUDGED_AFTER = 100  # samples: of fewer, a single one is above any sensible limit
 MOST_REASONS = 20  # that are logged apart
 
 

@@ -95,7 +95,7 @@ def _draw(folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def caption_table(tmp_path_factory: pytest.TempPathFactory, drawings_cache: Path) -> Path:
-    """A CSV of 64 real drawings and their names, in a folder with the pictures."""
+    """A CSV of 64 real drawings and their names, in a folder with the images."""
     make = partial(_write_captions, drawings_cache)
     return made_once(tmp_path_factory, "table", make) / "captions.csv"
 

@@ -85,16 +85,16 @@ def test_a_checkpoint_loads_safely_and_alone(checkpoint: tuple[LitCLIP, Path]) -
     assert loaded.tokenize(["a dog"]).shape == (1, 16)
 
 
-def test_load_model_embeds_a_picture_and_a_text_without_being_told_anything(
+def test_load_model_embeds_a_image_and_a_text_without_being_told_anything(
     checkpoint: tuple[LitCLIP, Path],
 ) -> None:
     module, path = checkpoint
     model = lit_clip.load_model(path)
     assert not model.training
-    picture = Image.effect_noise((50, 40), 90).convert("RGB")
+    image = Image.effect_noise((50, 40), 90).convert("RGB")
     module.eval()
     with torch.no_grad():
-        images, tokens = model.preprocess(picture)[None], model.tokenize(["a dog"])
+        images, tokens = model.preprocess(image)[None], model.tokenize(["a dog"])
         torch.testing.assert_close(model.encode_image(images), module.model.encode_image(images))
         torch.testing.assert_close(model.encode_text(tokens), module.model.encode_text(tokens))
 

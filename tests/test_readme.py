@@ -37,9 +37,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, drawings: tuple[Path, Path,
     shutil.copy(checkpoint, here / "runs/stopped/version_0/checkpoints/last.ckpt")
     shutil.copytree(drawings[1], here / "photos")
     for classes in ("my_classes", "other_classes"):
-        for picture in sorted((here / "photos").iterdir())[:3]:
-            (here / classes / picture.stem).mkdir(parents=True)
-            shutil.copy(picture, here / classes / picture.stem / "1.png")
+        for image in sorted((here / "photos").iterdir())[:3]:
+            (here / classes / image.stem).mkdir(parents=True)
+            shutil.copy(image, here / classes / image.stem / "1.png")
     (here / "sets.yaml").write_text(
         next(block for block in blocks("yaml") if block.startswith("target")), encoding="utf-8"
     )

@@ -12,14 +12,15 @@ from rich.table import Table
 from rich.text import Text
 
 from datamodules.inspection.page import write_page
-from datamodules.inspection.scan import Findings, inspect_source
+from datamodules.inspection.scan import ScanFindings, inspect_source
 from datamodules.inspection.summary import Section, find_repeats, summarize
-from datamodules.pairs.source import LeftOut, open_source
-from lit_clip.cli.subcommands import stderr
-from lit_clip.embedding.feature_files import replacing
+from datamodules.open_source import open_source
+from datamodules.pairs.source import LeftOut
 from lit_clip.errors import InputError, require
 from lit_clip.models.registry import list_models, resolve_architecture
 from lit_clip.models.tokenizer import TextTokenizer, Tokenize
+from lit_clip.tools.atomic import replacing
+from lit_clip.tools.console import stderr
 
 PAPERS_CONTEXT = 77
 NAMED = 5  # problems that the terminal shows; the page and the list beside it have more
@@ -41,12 +42,12 @@ def inspect(
 ) -> None:
     """Read data once and say what is in them and what is wrong: sizes, formats, bad rows, repeats, long captions.
 
-    Every picture is decoded. Rows that cannot be used are named on the page and, all of them, in a .problems.jsonl
+    Every image is decoded. Rows that cannot be used are named on the page and, all of them, in a .problems.jsonl
     beside it.
 
     Args:
-        data: a table, a folder of pictures with captions beside them, tar shards or whatever else training takes.
-        output: an HTML page with the figures, pictures and lists; it holds the pictures itself.
+        data: a table, a folder of images with captions beside them, tar shards or whatever else training takes.
+        output: an HTML page with the figures, images and lists; it holds the images itself.
         model: a checkpoint, or a name that lit_clip.create_model or lit_clip.load_model understands; its tokenizer
             measures the captions. By default CLIP's.
         context_length: tokens that a model reads of a caption; by default the model's, or 77.
@@ -77,12 +78,12 @@ def inspect(
     sections = summarize(findings, source.left_out, repeats, tokenizer.context_length, world_size, batch_size)
     write_page(page, ", ".join(data), source, findings, repeats, sections, tokenizer.context_length)
     _print(", ".join(data), sections, findings, source.left_out)
-    stderr().print(f"the same with pictures: {page}", markup=False)
+    stderr().print(f"the same with images: {page}", markup=False)
     if every.exists():
         stderr().print(f"all that cannot be used: {every}", markup=False)
     if not len(findings.usable):
         first = findings.problems[0][2]
-        raise InputError(f"{', '.join(data)}: none of {len(findings.pictures):,} pairs can be used; the first: {first}")
+        raise InputError(f"{', '.join(data)}: none of {len(findings.images):,} pairs can be used; the first: {first}")
 
 
 def _keep(problems: TextIO, path: Path) -> None:
@@ -112,7 +113,7 @@ def _tokenizer(model: str | None, context_length: int | None) -> TextTokenizer:
     return tokenizer.with_context(context_length) if context_length else tokenizer
 
 
-def _print(data: str, sections: list[Section], findings: Findings, left_out: LeftOut) -> None:
+def _print(data: str, sections: list[Section], findings: ScanFindings, left_out: LeftOut) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = max(console.width, 120)  # a file has room

@@ -14,18 +14,20 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from datamodules.open_source import open_source
 from datamodules.overlap.findings import By, SetFindings, findings_of
 from datamodules.overlap.page import percent, points, write_page
-from datamodules.overlap.search import Found, Queries, joined, search
+from datamodules.overlap.search import NearestFound, Queries, joined, search
 from datamodules.overlap.sets import check_prompts, given, open_sets, read_results, read_thresholds, recognised
-from datamodules.pairs.source import PairSource, open_source
+from datamodules.pairs.source import PairSource
 from lit_clip import __version__, load_model
-from lit_clip.cli.subcommands import stderr
-from lit_clip.embedding.feature_files import fingerprint, replacing
 from lit_clip.errors import InputError, require
-from lit_clip.evaluation.data import Pictures, stamp_of_files
+from lit_clip.evaluation.data import ImageSet, stamp_of_files
 from lit_clip.evaluation.overlap import CONFIDENCE, bonferroni
 from lit_clip.models.clip import CLIP
+from lit_clip.tools.atomic import replacing
+from lit_clip.tools.console import stderr
+from lit_clip.weights.fingerprint import fingerprint
 
 LISTED_BAD = 20
 
@@ -50,14 +52,14 @@ def overlap(
     batch_size: int = 64,
     num_workers: int = 4,
 ) -> None:
-    """Find the pictures of evaluation sets that are in a training set, and how much they help (section 5 of the paper).
+    """Find the images of evaluation sets that are in a training set, and how much they help (section 5 of the paper).
 
     The page shows pairs around each set's threshold: look at them, choose another threshold and run the command again;
     what was read is kept in a hidden folder beside the output, as is what an interrupted run has found.
 
     Args:
         evaluation: folders of classes; or none, and --suite.
-        train: a table, a folder of pictures with captions beside them, tar shards or whatever else training takes.
+        train: a table, a folder of images with captions beside them, tar shards or whatever else training takes.
         model: a checkpoint, or a name that lit_clip.load_model understands; its features tell what is near, and its
             accuracy is reported.
         output: a page overlap.html, with the figures and the names of all pairs in overlap.json beside it; or that file
@@ -65,17 +67,17 @@ def overlap(
         suite: YAML files of evaluation sets.
         sets: only these of the suite; by default all that are there.
         data_root: where the suite's sets lie.
-        threshold: cosine similarity from which a picture is the same; a number for all sets, NAME=NUMBER for one, or a
+        threshold: cosine similarity from which an image is the same; a number for all sets, NAME=NUMBER for one, or a
             YAML file with a number by name.
-        by: what makes a picture the same, the embedding, the look (a hash of the picture that scaling and compressing
+        by: what makes an image the same, the embedding, the look (a hash of the image that scaling and compressing
             leave alone; of no use for drawings that are all alike) or either.
-        results: JSON with true or false by picture, by set, of a model whose accuracy is to be reported instead.
+        results: JSON with true or false by image, by set, of a model whose accuracy is to be reported instead.
         templates: of folders, prompts with {} for the class name; sets of a suite have their own.
         root: where relative image paths of the training set start.
         image_column: of a table; found out if not given.
         caption_column: likewise.
         split: of training data that come in splits.
-        batch_size: pictures encoded at once.
+        batch_size: images encoded at once.
         num_workers: processes that decode.
     """
     path = Path(output)
@@ -92,7 +94,7 @@ def overlap(
     source.prepare()
     clip = load_model(model).to(torch.accelerator.current_accelerator() or torch.device("cpu"))
     cache = _Cache(path, fingerprint(clip))
-    queries = {name: cache.queries(clip, name, each.pictures, batch_size, num_workers) for name, each in opened.items()}
+    queries = {name: cache.queries(clip, name, each.images, batch_size, num_workers) for name, each in opened.items()}
     stamp = _stamp_of(train, columns, len(source), (path.with_suffix(".html"), path.with_suffix(".json")))
     found = search(clip, joined(list(queries.values())), source, cache.search(stamp), batch_size, num_workers)
     judged, start = {}, 0
@@ -100,8 +102,8 @@ def overlap(
         ours = queries[name]
         part = _part(found, start, start + len(ours.items))
         start += len(ours.items)
-        correct = given(each.pictures, ours.items, answers[name], name) if answers else recognised(clip, each, ours)
-        judged[name] = findings_of(each.pictures, ours, part, thresholds[name], by, correct)
+        correct = given(each.images, ours.items, answers[name], name) if answers else recognised(clip, each, ours)
+        judged[name] = findings_of(each.images, ours, part, thresholds[name], by, correct)
     report = _report(judged, found, len(source), {"name": model, "fingerprint": cache.model}, train, by)
     _write(path, report, judged, source)
     _print(report)
@@ -122,13 +124,13 @@ class _Cache:
     def _path(self, kind: str, *said: object) -> Path:
         return self.folder / f"{kind}-{sha256(repr((self.model, *said)).encode()).hexdigest()[:24]}.npz"
 
-    def queries(self, model: CLIP, name: str, pictures: Pictures, batch_size: int, num_workers: int) -> Queries:
+    def queries(self, model: CLIP, name: str, images: ImageSet, batch_size: int, num_workers: int) -> Queries:
         """A set's features and looks."""
-        said = (type(pictures).__qualname__, pictures.stamp(), len(pictures))
+        said = (type(images).__qualname__, images.stamp(), len(images))
         path = self._path("set", *said)
         found = Queries.load(path)
         if found is None or found.bad:  # what could not be read may have been mended
-            found = Queries.compute(model, pictures, batch_size, num_workers, name)
+            found = Queries.compute(model, images, batch_size, num_workers, name)
             found.save(path)
         self._sets.append((*said, len(found.items)))
         return found
@@ -156,7 +158,7 @@ def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def _part(found: Found, start: int, stop: int) -> Found:
+def _part(found: NearestFound, start: int, stop: int) -> NearestFound:
     """What is found of one set."""
     here = slice(start, stop)
     nearest = type(found.nearest)(*(column[here].cpu() for column in found.nearest))
@@ -165,7 +167,7 @@ def _part(found: Found, start: int, stop: int) -> Found:
 
 
 def _report(
-    judged: Mapping[str, SetFindings], found: Found, rows: int, model: dict[str, str], train: list[str], by: By
+    judged: Mapping[str, SetFindings], found: NearestFound, rows: int, model: dict[str, str], train: list[str], by: By
 ) -> dict[str, Any]:
     adjusted = bonferroni([findings.overlap.p_value for findings in judged.values()])
     sets = {}
@@ -185,7 +187,7 @@ def _report(
         "model": model,
         "train": {
             "data": train,
-            "pictures": rows - unread,
+            "images": rows - unread,
             "skipped": dict(found.reasons),
             "skipped_lines": found.bad[:LISTED_BAD],
         },
@@ -217,10 +219,10 @@ def _print(report: Mapping[str, Any]) -> None:
         console.width = max(console.width, 120)  # a file has room
     console.print(table)
     train = report["train"]
-    stderr().print(f"{train['pictures']:,} training pictures", markup=False)
+    stderr().print(f"{train['images']:,} training images", markup=False)
     for reason, count in train["skipped"].items():
-        stderr().print(f"{count:,} training pictures could not be read: {reason}", markup=False)
+        stderr().print(f"{count:,} training images could not be read: {reason}", markup=False)
     for name, figures in report["sets"].items():
         if figures["skipped"]:
             many = len(figures["skipped"])
-            stderr().print(f"{name}: {many:,} pictures could not be read; {figures['skipped'][0]}", markup=False)
+            stderr().print(f"{name}: {many:,} images could not be read; {figures['skipped'][0]}", markup=False)

@@ -7,8 +7,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from datamodules.loading.bad_samples import BadSample
-from lit_clip.errors import InputError
+from lit_clip.errors import BadSample, InputError
 
 Frames = Literal["centre", "all"]
 VIDEO_SUFFIXES = frozenset({".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
@@ -32,7 +31,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
             raise BadSample(str(path), "missing video", "no such video")
         with av.open(str(path)) as container:
             if not container.streams.video:
-                raise BadSample(str(path), "not a video", "no pictures in it, only sound or nothing; get it again")
+                raise BadSample(str(path), "not a video", "no images in it, only sound or nothing; get it again")
             stream = container.streams.video[0]
             stream.codec_context.thread_count = 1  # data workers are as many as there are cores
             yield container, stream
@@ -84,7 +83,7 @@ def _without_times(path: Path, frames: Frames, span: tuple[float, float]) -> lis
 
 
 def read_frames(path: Path, frames: Frames, span: tuple[float, float] = WHOLE) -> list[Image.Image]:
-    """The frames of a video, or of a span of it, as RGB pictures in the order in which they are shown.
+    """The frames of a video, or of a span of it, as RGB images in the order in which they are shown.
 
     Args:
         path: the file.
@@ -92,7 +91,7 @@ def read_frames(path: Path, frames: Frames, span: tuple[float, float] = WHOLE) -
         span: seconds from the first frame; the end is not part of it.
 
     Raises:
-        BadSample: no such file, none with pictures, a broken one, or no frame in the span.
+        BadSample: no such file, none with images, a broken one, or no frame in the span.
         InputError: PyAV is not installed.
     """
     shown = times_of_frames(path)

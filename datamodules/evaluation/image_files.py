@@ -1,4 +1,4 @@
-"""What most sets are: pictures in files, and a class each."""
+"""What most sets are: images in files, and a class each."""
 
 import os
 from collections.abc import Sequence
@@ -6,27 +6,27 @@ from hashlib import blake2b
 from pathlib import Path
 
 from datamodules.evaluation.image_folder import LabelledFiles
-from lit_clip.embedding.image_files import SUFFIXES
 from lit_clip.errors import InputError
 from lit_clip.evaluation.data import MissingData
+from lit_clip.tools.images import SUFFIXES
 
 
 class ImageFiles(LabelledFiles):
-    """Pictures in files below a folder.
+    """Images in files below a folder.
 
     Args:
         root: the folder.
-        files: of each picture its path below it.
-        labels: of each picture its class.
+        files: of each image its path below it.
+        labels: of each image its class.
         class_names: in label order.
 
     Raises:
-        InputError: no pictures.
+        InputError: no images.
     """
 
     def __init__(self, root: Path, files: list[str], labels: list[int], class_names: list[str]) -> None:
         if not files:
-            raise InputError(f"{root}: no pictures of this split; get the set again")
+            raise InputError(f"{root}: no images of this split; get the set again")
         self.root, self.class_names = root, class_names
         self.files = [(root / file, label) for file, label in zip(files, labels, strict=True)]
 
@@ -39,18 +39,18 @@ def by_hash(names: Sequence[str], seed: int) -> list[str]:
     return sorted(names, key=lambda name: blake2b(f"{seed}/{name}".encode()).digest())
 
 
-def pictures_in(folder: Path) -> list[str]:
-    """The names of the pictures in a folder, sorted.
+def images_in(folder: Path) -> list[str]:
+    """The names of the images in a folder, sorted.
 
     Raises:
         MissingData: no such folder.
-        InputError: no pictures in it.
+        InputError: no images in it.
     """
     if not folder.is_dir():
         raise MissingData(f"{folder}: no such folder")
     names = sorted(name for name in os.listdir(folder) if Path(name).suffix.lower() in SUFFIXES and name[0] != ".")
     if not names:
-        raise InputError(f"{folder}: no pictures in it; get the set again")
+        raise InputError(f"{folder}: no images in it; get the set again")
     return names
 
 
@@ -70,15 +70,15 @@ def subfolders(folder: Path) -> list[str]:
 
 
 def in_class_folders(folder: Path, classes: Sequence[str]) -> tuple[list[str], list[int]]:
-    """The pictures in ``folder/CLASS``, by paths below ``folder``, and their labels.
+    """The images in ``folder/CLASS``, by paths below ``folder``, and their labels.
 
     Raises:
         MissingData: a class without a folder.
-        InputError: one without pictures.
+        InputError: one without images.
     """
     files, labels = [], []
     for label, name in enumerate(classes):
-        pictures = pictures_in(folder / name)
-        files += [f"{name}/{picture}" for picture in pictures]
-        labels += [label] * len(pictures)
+        images = images_in(folder / name)
+        files += [f"{name}/{image}" for image in images]
+        labels += [label] * len(images)
     return files, labels

@@ -9,10 +9,10 @@ from typing import Any, Literal
 from PIL import Image
 
 from datamodules.loading.images import check_images, open_image
-from lit_clip.embedding.image_files import SUFFIXES
 from lit_clip.errors import InputError
 from lit_clip.evaluation.data import MissingData, numbered, stamp_of_files
 from lit_clip.evaluation.zero_shot import LabelledImages, imagenet_class_names
+from lit_clip.tools.images import SUFFIXES
 
 ClassNames = list[str] | Literal["imagenet"]
 
@@ -34,22 +34,22 @@ def resolve_names(names: ClassNames | None, default: list[str], where: str) -> l
     return names
 
 
-def pictures_below(folder: Path) -> list[Path]:
-    """All pictures in a folder and those below it, in the order of their paths."""
-    return sorted(file for file in folder.rglob("*") if _is_picture(file.relative_to(folder)))
+def images_below(folder: Path) -> list[Path]:
+    """All images in a folder and those below it, in the order of their paths."""
+    return sorted(file for file in folder.rglob("*") if _is_image(file.relative_to(folder)))
 
 
-def _is_picture(path: Path) -> bool:
+def _is_image(path: Path) -> bool:
     hidden = any(part.startswith(".") for part in path.parts)  # editors and macOS leave hidden copies
     return path.suffix.lower() in SUFFIXES and not hidden
 
 
 class LabelledFiles(LabelledImages):
-    """Pictures that are files of their own, in the order of ``files``.
+    """Images that are files of their own, in the order of ``files``.
 
     Attributes:
         root: the folder below which they lie; keys are paths from there.
-        files: each picture and its label.
+        files: each image and its label.
     """
 
     root: Path
@@ -63,7 +63,7 @@ class LabelledFiles(LabelledImages):
         return open_image(path, self.where(index)), label
 
     def where(self, index: int) -> str:
-        """How the user knows a picture, for errors."""
+        """How the user knows an image, for errors."""
         return f"class folder {self.files[index][0].parent.name}"
 
     def check(self) -> None:
@@ -84,7 +84,7 @@ class LabelledFiles(LabelledImages):
 
 
 class ImageFolderClasses(LabelledFiles):
-    """A folder with one subfolder of pictures a class, in the order of the subfolders' names.
+    """A folder with one subfolder of images a class, in the order of the subfolders' names.
 
     Args:
         root: the folder.
@@ -93,7 +93,7 @@ class ImageFolderClasses(LabelledFiles):
 
     Raises:
         MissingData: no such folder.
-        InputError: a class without pictures, or names that do not match the subfolders.
+        InputError: a class without images, or names that do not match the subfolders.
     """
 
     def __init__(self, root: str, class_names: ClassNames | None = None) -> None:
@@ -102,19 +102,19 @@ class ImageFolderClasses(LabelledFiles):
             raise MissingData(f"{root}: no such folder of classes")
         classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
         if not classes:
-            raise InputError(f"{root}: no subfolders; put each class's pictures into a folder of its own")
+            raise InputError(f"{root}: no subfolders; put each class's images into a folder of its own")
         default = [path.name.replace("_", " ") for path in classes]
         self.class_names = resolve_names(class_names, default, str(root))
         self.files = []
         for label, path in enumerate(classes):
-            pictures = pictures_below(path)
-            if not pictures:
-                raise InputError(f"{path}: no pictures of this class ({', '.join(sorted(SUFFIXES))})")
-            self.files += [(file, label) for file in pictures]
+            images = images_below(path)
+            if not images:
+                raise InputError(f"{path}: no images of this class ({', '.join(sorted(SUFFIXES))})")
+            self.files += [(file, label) for file in images]
 
 
 class ParquetClasses(LabelledImages):
-    """Parquet files with encoded pictures and labels, as Hugging Face stores ImageNet.
+    """Parquet files with encoded images and labels, as Hugging Face stores ImageNet.
 
     Args:
         path: a file, or a folder of ``.parquet`` files (read in the order of their names).

@@ -1,11 +1,11 @@
-"""ImageNet's 1,000 classes: which folder is which label, and the validation pictures of its archive."""
+"""ImageNet's 1,000 classes: which folder is which label, and the validation images of its archive."""
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from datamodules.evaluation.image_files import ImageFiles, pictures_in, subfolders
+from datamodules.evaluation.image_files import ImageFiles, images_in, subfolders
 from datamodules.evaluation.imagenet_variants import imagenet_wnids
 from datamodules.evaluation.indexes import read_text
 from datamodules.evaluation.torchvision_sets import labels_of, read_mat
@@ -19,7 +19,7 @@ DEVKIT = "ILSVRC2012_devkit_t12"
 class ImageNet(ImageFiles):
     """ImageNet 2012, as torchvision unpacks it or as its validation archive does.
 
-    Either ``root/SPLIT/n01440764/*.JPEG``, or all validation pictures in ``root/val`` itself; then ``root`` also has
+    Either ``root/SPLIT/n01440764/*.JPEG``, or all validation images in ``root/val`` itself; then ``root`` also has
     torchvision's ``meta.bin`` or the unpacked ``ILSVRC2012_devkit_t12``, which have the labels. Of folders of classes
     some may be left out.
 
@@ -34,22 +34,22 @@ class ImageNet(ImageFiles):
             raise MissingData(f"{folder}: no such folder")
         wnids = imagenet_wnids()
         if split == "val" and not any(entry.is_dir() and entry.name[0] == "n" for entry in os.scandir(folder)):
-            files = pictures_in(folder)
+            files = images_in(folder)
             truth = _validation_wnids(Path(root), wnids)
             if len(truth) != len(files):
-                raise InputError(f"{folder}: {len(files)} pictures, not {len(truth)}; unpack the archive again")
+                raise InputError(f"{folder}: {len(files)} images, not {len(truth)}; unpack the archive again")
             labels = labels_of(truth, wnids, Path(root))
         else:
             names = subfolders(folder)
             numbers = labels_of(names, wnids, folder)
-            pictures = [pictures_in(folder / name) for name in names]
-            files = [f"{name}/{file}" for name, some in zip(names, pictures, strict=True) for file in some]
-            labels = [label for label, some in zip(numbers, pictures, strict=True) for _ in some]
+            images = [images_in(folder / name) for name in names]
+            files = [f"{name}/{file}" for name, some in zip(names, images, strict=True) for file in some]
+            labels = [label for label, some in zip(numbers, images, strict=True) for _ in some]
         super().__init__(folder, files, labels, imagenet_class_names())
 
 
 def _validation_wnids(root: Path, wnids: Sequence[str]) -> list[str]:
-    """The class of each validation picture, in the order of their names."""
+    """The class of each validation image, in the order of their names."""
     if (root / "meta.bin").is_file():
         return _of_meta(root / "meta.bin")
     data = root / DEVKIT / "data"

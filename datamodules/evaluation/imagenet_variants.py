@@ -1,4 +1,4 @@
-"""Other pictures of ImageNet's classes: ImageNetV2, -A, -R, -Sketch, and ObjectNet."""
+"""Other images of ImageNet's classes: ImageNetV2, -A, -R, -Sketch, and ObjectNet."""
 
 import importlib.util
 from functools import lru_cache
@@ -24,16 +24,16 @@ def imagenet_wnids() -> tuple[str, ...]:
 
 
 class ImageNetV2(ImageFiles):
-    """ImageNetV2: 10 new pictures of each class, in folders called 0 to 999, which are the classes' numbers.
+    """ImageNetV2: 10 new images of each class, in folders called 0 to 999, which are the classes' numbers.
 
-    Sorted as names they would be 0, 1, 10, 100, ..., and nearly every picture labelled wrongly.
+    Sorted as names they would be 0, 1, 10, 100, ..., and nearly every image labelled wrongly.
 
     Args:
         root: ``imagenetv2-matched-frequency-format-val``, say.
 
     Raises:
         MissingData: no such folder.
-        InputError: other folders than those, or one without pictures.
+        InputError: other folders than those, or one without images.
     """
 
     def __init__(self, root: str) -> None:
@@ -45,7 +45,7 @@ class ImageNetV2(ImageFiles):
 
 
 class ImageNetFolders(ImageFiles):
-    """Pictures of some of ImageNet's classes, in folders named by WordNet's numbers; scored among those classes only.
+    """Images of some of ImageNet's classes, in folders named by WordNet's numbers; scored among those classes only.
 
     ImageNet-A, -R and -Sketch come so.
 
@@ -60,7 +60,7 @@ class ImageNetFolders(ImageFiles):
 
     Raises:
         MissingData: no such folder.
-        InputError: a folder that is no class of ImageNet, another number of them, or one without pictures.
+        InputError: a folder that is no class of ImageNet, another number of them, or one without images.
     """
 
     def __init__(self, root: str, classes: int | None = None) -> None:
@@ -81,7 +81,7 @@ class ObjectNet(ImageFiles):
     """ObjectNet: everyday objects in unusual places, of the 113 of its classes that ImageNet has too.
 
     Which these are, and what ObjectNet calls them, its own ``mappings`` say. Classes are in the order of their folders'
-    names, as in CLIP_benchmark. The red line around each picture, which marks it as not to be trained on, is cut off.
+    names, as in CLIP_benchmark. The red line around each image, which marks it as not to be trained on, is cut off.
 
     Args:
         root: ``objectnet-1.0``, with ``images`` and ``mappings``.
@@ -91,7 +91,7 @@ class ObjectNet(ImageFiles):
 
     Raises:
         MissingData: no such folder, or none of its files.
-        InputError: mappings that do not fit each other, or a class without pictures.
+        InputError: mappings that do not fit each other, or a class without images.
     """
 
     def __init__(self, root: str) -> None:

@@ -1,4 +1,4 @@
-"""Labelled pictures of a user's table: a column of paths and a column of classes."""
+"""Labelled images of a user's table: a column of paths and a column of classes."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ BATCH_ROWS = 16_384
 def read_labels(
     path: Path, image_column: str | None = None, label_column: str | None = None
 ) -> list[tuple[int, str, Any]]:
-    """The rows of a table with a picture's path and its class: number in the file, path, and label as written.
+    """The rows of a table with an image's path and its class: number in the file, path, and label as written.
 
     Args:
         path: ``.parquet``; ``.jsonl``, ``.ndjson`` or ``.json`` with an object a line; or a delimited file with a
@@ -30,7 +30,7 @@ def read_labels(
 
     Raises:
         MissingData: no such file.
-        InputError: no such column, a row that does not fit, one without a picture or label, or no rows.
+        InputError: no such column, a row that does not fit, one without an image or label, or no rows.
     """
     if not path.is_file():
         raise MissingData(f"{path}: no such table")
@@ -56,7 +56,7 @@ def _parquet_rows(path: Path, find: Any) -> Iterator[RawRow]:
         kind = file.schema_arrow.field(columns.image).type
         if is_encoded(kind):
             what = f"column {columns.image!r} holds {kind}, not paths"
-            raise InputError(f"{path}: {what}; datamodules.ParquetClasses reads pictures stored in a table")
+            raise InputError(f"{path}: {what}; datamodules.ParquetClasses reads images stored in a table")
         number = 0
         for batch in file.iter_batches(BATCH_ROWS, columns=[columns.image, columns.caption]):
             images, labels = batch[columns.image].to_pylist(), batch[columns.caption].to_pylist()
@@ -70,7 +70,7 @@ def _parquet_rows(path: Path, find: Any) -> Iterator[RawRow]:
 def _checked(path: Path, row: RawRow) -> tuple[int, str, Any]:
     where = f"{path} row {row.number}"
     if not isinstance(row.image, str) or row.image.strip().lower() in BLANK:
-        raise InputError(f"{where}: no picture ({str(row.image)[:40]!r}); name its file or remove the row")
+        raise InputError(f"{where}: no image ({str(row.image)[:40]!r}); name its file or remove the row")
     label = row.caption.strip() if isinstance(row.caption, str) else row.caption
     if isinstance(label, bool) or not isinstance(label, int | str) or label == "":
         raise InputError(f"{where}: its label is {str(label)[:40]!r}, neither a whole number nor a name")
@@ -140,20 +140,20 @@ def _wrong(
 
 
 class LabelledTable(LabelledFiles):
-    """Pictures whose paths and classes are columns of a table, in the order of its rows.
+    """Images whose paths and classes are columns of a table, in the order of its rows.
 
     Args:
         path: ``.csv``, ``.tsv``, ``.txt``, ``.jsonl``, ``.ndjson``, ``.json`` (an object a line) or ``.parquet``.
         class_names: in label order; ``imagenet``: the paper's 1,000; None: the numbers in the table, or the names in
             it, sorted. Give them if the table need not have every class.
-        image_column: paths of pictures; None: the first of ``image``, ``image_path``, ``filepath``, ...
+        image_column: paths of images; None: the first of ``image``, ``image_path``, ``filepath``, ...
         label_column: whole numbers from 0, or names of classes; None: the first of ``label``, ``class``, ...
         root: the folder where relative paths start; None: the table's.
 
     Raises:
         MissingData: no such table.
-        InputError: no such column; a row without a picture or a label; a label that is out of range or no name of a
-            class; no picture where the first row says. The message names file and row. Later pictures that are missing
+        InputError: no such column; a row without an image or a label; a label that is out of range or no name of a
+            class; no image where the first row says. The message names file and row. Later images that are missing
             or broken are errors of their own once they are read, so that an evaluation can count them.
     """
 

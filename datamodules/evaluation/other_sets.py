@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from datamodules.evaluation.image_files import ImageFiles, by_hash, in_class_folders, pictures_in, subfolders
+from datamodules.evaluation.image_files import ImageFiles, by_hash, images_in, in_class_folders, subfolders
 from datamodules.evaluation.indexes import find, read_table, read_text, read_words
 from datamodules.evaluation.labelled_table import read_labels, resolve_labels
 from lit_clip.errors import InputError
@@ -17,18 +17,18 @@ TRAINING_DIGITS = 1000
 
 
 class Birdsnap(ImageFiles):
-    """Birdsnap 1.1: North American birds, of the pictures those that its ``get_birdsnap.py`` could still fetch.
+    """Birdsnap 1.1: North American birds, of the images those that its ``get_birdsnap.py`` could still fetch.
 
     Args:
         root: with ``species.txt``, ``images.txt`` and ``test_images.txt``, and ``download/images`` or ``images``.
-        split: ``test``: the pictures in ``test_images.txt``; ``train``: the others.
+        split: ``test``: the images in ``test_images.txt``; ``train``: the others.
 
     Attributes:
         class_names: the species in the order of their folders' names, which is that of the paper's list.
 
     Raises:
-        MissingData: no such file, or no folder of pictures.
-        InputError: a list that cannot be read, a species unknown to it, or no picture left.
+        MissingData: no such file, or no folder of images.
+        InputError: a list that cannot be read, a species unknown to it, or no image left.
     """
 
     def __init__(self, root: str, split: Literal["train", "test"] = "test") -> None:
@@ -38,7 +38,7 @@ class Birdsnap(ImageFiles):
         listed = [row["path"] for row in read_table(folder / "images.txt", {"path": ["path"]}, delimiter="\t")]
         test = {row["path"] for row in read_table(folder / "test_images.txt", {"path": ["path"]}, delimiter="\t")}
         place = {name: label for label, name in enumerate(folders)}
-        images = find(folder, ["download/images", "images"], "folder of pictures")
+        images = find(folder, ["download/images", "images"], "folder of images")
         files, labels = [], []
         for path in listed:
             if path.split("/")[0] not in place:
@@ -50,19 +50,19 @@ class Birdsnap(ImageFiles):
 
 
 class RESISC45(ImageFiles):
-    """NWPU-RESISC45: aerial pictures of 45 kinds of places, 700 each.
+    """NWPU-RESISC45: aerial images of 45 kinds of places, 700 each.
 
     The paper trains on 3,150 and tests on 25,200 and does not say on which. Here of each class the first tenth by
     the BLAKE2 hash of ``seed/name`` is trained on and the next eight tenths are tested; the last tenth is not used.
 
     Args:
         root: with ``NWPU-RESISC45``, or that folder itself.
-        split: of the pictures.
+        split: of the images.
         seed: of the division.
 
     Raises:
         MissingData: no such folder.
-        InputError: other classes than 45, or one without pictures.
+        InputError: other classes than 45, or one without images.
     """
 
     def __init__(self, root: str, split: Literal["train", "test"] = "test", seed: int = 0) -> None:
@@ -72,7 +72,7 @@ class RESISC45(ImageFiles):
             raise InputError(f"{folder}: {len(classes)} folders of classes instead of 45; unpack the archive again")
         files, labels = [], []
         for label, name in enumerate(classes):
-            order = by_hash([f"{name}/{picture}" for picture in pictures_in(folder / name)], seed)
+            order = by_hash([f"{name}/{image}" for image in images_in(folder / name)], seed)
             tenth = len(order) // 10
             chosen = sorted(order[:tenth] if split == "train" else order[tenth : 9 * tenth])
             files += chosen
@@ -81,7 +81,7 @@ class RESISC45(ImageFiles):
 
 
 class HatefulMemes(ImageFiles):
-    """The Hateful Memes Challenge: pictures with writing, harmless or not.
+    """The Hateful Memes Challenge: images with writing, harmless or not.
 
     Args:
         root: with ``train.jsonl``, ``dev_seen.jsonl`` (in the first release ``dev.jsonl``, of the same 500) and
@@ -90,7 +90,7 @@ class HatefulMemes(ImageFiles):
 
     Raises:
         MissingData: no such file.
-        InputError: a row without picture or label, or another label than 0 and 1.
+        InputError: a row without image or label, or another label than 0 and 1.
     """
 
     def __init__(self, root: str, split: Literal["train", "dev"] = "dev") -> None:
@@ -103,9 +103,9 @@ class HatefulMemes(ImageFiles):
 
 
 class AYahoo(ImageFiles):
-    """aYahoo: pictures of 12 classes that a search engine found (Farhadi et al. 2009), as Visual N-Grams was tested on.
+    """aYahoo: images of 12 classes that a search engine found (Farhadi et al. 2009), as Visual N-Grams was tested on.
 
-    Whole pictures, each once; of one in which several objects are marked the first one's class.
+    Whole images, each once; of one in which several objects are marked the first one's class.
 
     Args:
         root: with ``ayahoo_test_images`` and ``attribute_data/ayahoo_test.txt`` (or that file itself).
@@ -117,18 +117,18 @@ class AYahoo(ImageFiles):
 
     def __init__(self, root: str) -> None:
         folder = Path(root)
-        index = find(folder, ["attribute_data/ayahoo_test.txt", "ayahoo_test.txt"], "list of the pictures")
+        index = find(folder, ["attribute_data/ayahoo_test.txt", "ayahoo_test.txt"], "list of the images")
         class_of: dict[str, str] = {}
         for name, class_name, _ in read_words(index, 3):
             class_of.setdefault(name, class_name)
         class_names = sorted(set(class_of.values()))
-        images = find(folder, ["ayahoo_test_images"], "folder of pictures").relative_to(folder)
+        images = find(folder, ["ayahoo_test_images"], "folder of images").relative_to(folder)
         files = [(images / name).as_posix() for name in class_of]
         super().__init__(folder, files, [class_names.index(name) for name in class_of.values()], class_names)
 
 
 class SUN(ImageFiles):
-    """SUN397 without a division: all its pictures, 108,754, of 397 kinds of places.
+    """SUN397 without a division: all its images, 108,754, of 397 kinds of places.
 
     Labels follow the names in words, as the paper's prompts do.
 
@@ -137,7 +137,7 @@ class SUN(ImageFiles):
 
     Raises:
         MissingData: no such file.
-        InputError: a class without pictures.
+        InputError: a class without images.
     """
 
     def __init__(self, root: str) -> None:
@@ -150,7 +150,7 @@ class SUN(ImageFiles):
 
 
 class Digits(LabelledImages):
-    """scikit-learn's handwritten digits, which it brings along: 1,797 grey pictures of 8 x 8 pixels.
+    """scikit-learn's handwritten digits, which it brings along: 1,797 grey images of 8 x 8 pixels.
 
     Args:
         split: ``train``: the first 1,000; ``test``: the other 797.

@@ -1,4 +1,4 @@
-"""Pictures with captions to be found by each other: Flickr30k, COCO, and whatever can be trained on."""
+"""Images with captions to be found by each other: Flickr30k, COCO, and whatever can be trained on."""
 
 import re
 from collections.abc import Sequence
@@ -9,8 +9,9 @@ from PIL import Image
 
 from datamodules.evaluation.indexes import find, read_json, read_text, read_words
 from datamodules.loading.images import open_image
+from datamodules.open_source import open_source
 from datamodules.pairs.columns import ColumnPairs
-from datamodules.pairs.source import PairSource, open_source
+from datamodules.pairs.source import PairSource
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import CaptionedImages, MissingData, stamp_of_files
 from lit_clip.tools.hashing import hash64
@@ -21,12 +22,12 @@ LINE = re.compile(r"(?P<name>[^,|#\t]+\.jpe?g)(?:,|\|\s*\d+\s*\|?|#\d+\t)(?P<cap
 class CaptionedPairs(CaptionedImages):
     """Any source of pairs (a table, a folder, COCO's or Karpathy's JSON, parquet, tar shards) as a set for retrieval.
 
-    Rows with the path of one picture are one picture with all their captions; pictures that lie in the table or in a
+    Rows with the path of one image are one image with all their captions; images that lie in the table or in a
     tar themselves are one a row.
 
     Args:
-        path: the source; see :func:`datamodules.pairs.source.open_source`.
-        root: where relative paths of pictures start; None: found out.
+        path: the source; see :func:`datamodules.open_source.open_source`.
+        root: where relative paths of images start; None: found out.
         image_column: of a table; None: found out.
         caption_column: likewise.
         split: of sources that come in splits; None: ``test`` where there is one.
@@ -51,12 +52,12 @@ class CaptionedPairs(CaptionedImages):
         self.source.prepare()
         self._path = Path(path)
         self._names = _image_names(self.source)
-        self._rows = _rows_of_pictures(self._names, len(self.source))
+        self._rows = _rows_of_images(self._names, len(self.source))
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def pictures(self, index: int) -> list[Image.Image]:
+    def images(self, index: int) -> list[Image.Image]:
         return [self.source.load(self._rows[index][0], None).image]
 
     def captions(self, index: int) -> list[str]:
@@ -76,7 +77,7 @@ class CaptionedPairs(CaptionedImages):
 
 
 def _image_names(source: PairSource) -> list[str] | None:
-    """Of each row the path of its picture as written; None: pictures are no files of their own."""
+    """Of each row the path of its image as written; None: images are no files of their own."""
     paths = source.image_paths() if isinstance(source, ColumnPairs) else None
     if paths is None:
         return None
@@ -84,8 +85,8 @@ def _image_names(source: PairSource) -> list[str] | None:
     return [str(name).strip() for name in names] if all(isinstance(name, str) for name in names) else None
 
 
-def _rows_of_pictures(names: Sequence[str] | None, rows: int) -> list[np.ndarray]:
-    """The rows of each picture, in order of appearance."""
+def _rows_of_images(names: Sequence[str] | None, rows: int) -> list[np.ndarray]:
+    """The rows of each image, in order of appearance."""
     if names is None:
         return [np.array([row]) for row in range(rows)]
     found: dict[str, list[int]] = {}
@@ -97,11 +98,11 @@ def _rows_of_pictures(names: Sequence[str] | None, rows: int) -> list[np.ndarray
 class COCO(CaptionedPairs):
     """COCO's captions: ``dataset_coco.json`` (Karpathy's splits) or ``annotations/captions_val2017.json``.
 
-    The 5,000 pictures that the field tests on are Karpathy's, which are others than the 5,000 of val2017; where both
+    The 5,000 images that the field tests on are Karpathy's, which are others than the 5,000 of val2017; where both
     files are there, they are taken.
 
     Args:
-        root: the folder of the file, with the pictures in ``val2014``, ``train2014`` or ``val2017``.
+        root: the folder of the file, with the images in ``val2014``, ``train2014`` or ``val2017``.
         split: of Karpathy's; val2017 is one.
 
     Raises:
@@ -116,20 +117,20 @@ class COCO(CaptionedPairs):
 
 
 class Flickr30k(CaptionedImages):
-    """Flickr30k's 1,000 pictures of Karpathy's test split, or another of his.
+    """Flickr30k's 1,000 images of Karpathy's test split, or another of his.
 
     The captions are in ``dataset_flickr30k.json`` (Karpathy), ``flickr30k_test_karpathy.txt`` (CLIP_benchmark), or in
-    ``results.csv`` or ``results_20130124.token`` (the owners'), which are of all pictures and need the names of the
+    ``results.csv`` or ``results_20130124.token`` (the owners'), which are of all images and need the names of the
     split's beside them, one a line, in ``test.txt``.
 
     Args:
-        root: the folder of that file, with the pictures in it or in ``flickr30k-images``, ``flickr30k_images`` or
+        root: the folder of that file, with the images in it or in ``flickr30k-images``, ``flickr30k_images`` or
             ``images``.
         split: its name.
 
     Raises:
         MissingData: no such folder or file.
-        InputError: a line that cannot be read, or no picture of the split.
+        InputError: a line that cannot be read, or no image of the split.
     """
 
     def __init__(self, root: str, split: str = "test") -> None:
@@ -150,7 +151,7 @@ class Flickr30k(CaptionedImages):
     def __len__(self) -> int:
         return len(self._names)
 
-    def pictures(self, index: int) -> list[Image.Image]:
+    def images(self, index: int) -> list[Image.Image]:
         path = self.root / self._names[index]
         return [open_image(path, str(path))]
 
@@ -167,7 +168,7 @@ class Flickr30k(CaptionedImages):
 
 def _folder_of(root: Path, name: str) -> Path:
     folders = ("flickr30k-images", "flickr30k_images", "images", "", "flickr30k_images/flickr30k_images")
-    return find(root, [f"{folder}/{name}".lstrip("/") for folder in folders], "pictures").parent
+    return find(root, [f"{folder}/{name}".lstrip("/") for folder in folders], "images").parent
 
 
 def _first_name(path: Path) -> str:
@@ -192,7 +193,7 @@ def _of_lines(path: Path) -> dict[str, list[str]]:
         if match:
             captions.setdefault(match["name"], []).append(match["caption"].strip())
         elif number > 1 and line.strip():  # the first is a header
-            raise InputError(f"{path} line {number}: {line.strip()[:60]!r} is no picture and caption; mend the line")
+            raise InputError(f"{path} line {number}: {line.strip()[:60]!r} is no image and caption; mend the line")
     return captions
 
 

@@ -1,4 +1,4 @@
-"""Sets that know more, or other things, than a class a picture: numbers, words, places, people."""
+"""Sets that know more, or other things, than a class an image: numbers, words, places, people."""
 
 import re
 from collections import Counter
@@ -14,7 +14,7 @@ from datamodules.evaluation.image_files import ImageFiles
 from datamodules.evaluation.indexes import find, number, read_table, read_words
 from datamodules.loading.images import open_image
 from lit_clip.errors import InputError, require
-from lit_clip.evaluation.data import Grouped, Lexicons, Located, Pictures, stamp_of_files
+from lit_clip.evaluation.data import Grouped, ImageSet, Lexicons, Located, stamp_of_files
 from lit_clip.tools.hashing import hash64
 
 Split = Literal["train", "test"]
@@ -27,7 +27,7 @@ class SVHNNumbers(ImageFiles):
     paper chose between is not published.
 
     Args:
-        root: the folder of ``test`` with ``digitStruct.mat`` and the pictures, as ``test.tar.gz`` has them.
+        root: the folder of ``test`` with ``digitStruct.mat`` and the images, as ``test.tar.gz`` has them.
         split: ``train``, ``test`` or ``extra``.
 
     Raises:
@@ -44,7 +44,7 @@ class SVHNNumbers(ImageFiles):
 
 
 def _digit_structs(path: Path) -> list[tuple[str, str]]:
-    """Each picture's file and number, of MATLAB's file (version 7.3: HDF5, in which cells are references)."""
+    """Each image's file and number, of MATLAB's file (version 7.3: HDF5, in which cells are references)."""
     try:
         import h5py
     except ImportError as error:
@@ -68,12 +68,12 @@ def _digit_structs(path: Path) -> list[tuple[str, str]]:
                 rows.append(("".join(map(chr, letters)), "".join(str(int(cell) % 10) for cell in cells)))
     except (OSError, KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise InputError(f"{path}: not SVHN's digitStruct ({error}); get it again") from error
-    require(bool(rows), f"{path}: no pictures in it; get it again")
+    require(bool(rows), f"{path}: no images in it; get it again")
     return rows
 
 
 class IIIT5K(ImageFiles, Lexicons):
-    """IIIT 5K-Word: pictures of single words, each with a list of words of its own to choose from.
+    """IIIT 5K-Word: images of single words, each with a list of words of its own to choose from.
 
     Case does not count, as in the set's own scoring: all words are in capitals. Classes are all words of all lists.
 
@@ -89,7 +89,7 @@ class IIIT5K(ImageFiles, Lexicons):
 
     def __init__(self, root: str, split: Split = "test", lexicon: Literal["small", "medium"] = "medium") -> None:
         path = find(Path(root), (f"{split}data.mat", f"IIIT5K/{split}data.mat"), f"{split}data.mat")
-        rows = _words_of_pictures(path, f"{split}data", f"{lexicon}Lexi")
+        rows = _words_of_images(path, f"{split}data", f"{lexicon}Lexi")
         names = sorted({word for _, truth, words in rows for word in (truth, *words)})
         label_of = {word: label for label, word in enumerate(names)}
         super().__init__(path.parent, [name for name, _, _ in rows], [label_of[truth] for _, truth, _ in rows], names)
@@ -99,8 +99,8 @@ class IIIT5K(ImageFiles, Lexicons):
         return [list(labels) for labels in self._candidates]
 
 
-def _words_of_pictures(path: Path, variable: str, lexicon: str) -> list[tuple[str, str, list[str]]]:
-    """Each picture's file, its word, and the words of its list."""
+def _words_of_images(path: Path, variable: str, lexicon: str) -> list[tuple[str, str, list[str]]]:
+    """Each image's file, its word, and the words of its list."""
     try:
         from scipy.io import loadmat
     except ImportError as error:
@@ -118,17 +118,17 @@ def _words_of_pictures(path: Path, variable: str, lexicon: str) -> list[tuple[st
     except Exception as error:  # SciPy answers a broken file with whatever it trips over
         what = str(error).partition("\n")[0] or type(error).__name__
         raise InputError(f"{path}: not IIIT5K's {variable} with {lexicon} ({what}); get it again") from error
-    require(bool(rows), f"{path}: no pictures in it; get it again")
+    require(bool(rows), f"{path}: no images in it; get it again")
     return rows
 
 
-class LocatedImages(Pictures, Located):
-    """Pictures and where they were taken, in a table: IM2GPS and the pictures that it is told from.
+class LocatedImages(ImageSet, Located):
+    """Images and where they were taken, in a table: IM2GPS and the images that it is told from.
 
     Args:
         path: a CSV file with columns ``image`` (or ``img_id``), ``latitude`` (``lat``) and ``longitude`` (``lon``,
             ``lng``), as github.com/TIBHannover/GeoEstimation has them.
-        root: where the paths of pictures start; None: beside the table.
+        root: where the paths of images start; None: beside the table.
 
     Raises:
         MissingData: no such table.
@@ -156,7 +156,7 @@ class LocatedImages(Pictures, Located):
     def __len__(self) -> int:
         return len(self._names)
 
-    def pictures(self, index: int) -> list[Image.Image]:
+    def images(self, index: int) -> list[Image.Image]:
         path = self.root / self._names[index]
         return [open_image(path, str(path))]
 
@@ -188,7 +188,7 @@ class FairFace(ImageFiles, Grouped):
         split: ``val``, which one tests on, or ``train``.
 
     Raises:
-        MissingData: no such folder, table or pictures.
+        MissingData: no such folder, table or images.
         InputError: the table lacks a column, or has a value that FairFace has not.
     """
 
@@ -196,7 +196,7 @@ class FairFace(ImageFiles, Grouped):
         require(attribute in FAIRFACE, f"attribute: {attribute!r} is none of {', '.join(FAIRFACE)}")
         table = find(Path(root), (f"fairface_label_{split}.csv",), f"fairface_label_{split}.csv")
         folders = ("", "fairface-img-margin125-trainval", "fairface-img-margin025-trainval")
-        pictures = find(Path(root), [f"{folder}/{split}".lstrip("/") for folder in folders], "pictures").parent
+        images = find(Path(root), [f"{folder}/{split}".lstrip("/") for folder in folders], "images").parent
         rows = read_table(table, {"file": ("file",), **{name: (name,) for name in get_args(Attribute)}})
         for row in rows:
             for name, values in FAIRFACE.items():
@@ -204,7 +204,7 @@ class FairFace(ImageFiles, Grouped):
                     row[name] in values, f"{table}: {row['file']}: {name} is {row[name]!r}, not {', '.join(values)}"
                 )
         labels = [FAIRFACE[attribute].index(row[attribute]) for row in rows]
-        super().__init__(pictures, [row["file"] for row in rows], labels, list(FAIRFACE[attribute]))
+        super().__init__(images, [row["file"] for row in rows], labels, list(FAIRFACE[attribute]))
         self._groups = {name: [row[name] for row in rows] for name in FAIRFACE}
 
     def groups(self) -> dict[str, list[str]]:
@@ -215,15 +215,15 @@ class CelebAIdentities(ImageFiles):
     """CelebA's people by name: ``identity_CelebA.txt``, ``list_eval_partition.txt``, ``img_align_celeba`` and names.
 
     CelebA's own files number the people; the names are a file of the user's with a number and a name a line
-    (``2880 Some Body`` or ``2880,Some_Body``). Of the people with a name the ``identities`` with the most pictures are
-    the classes, at equal numbers those with the smaller number; the others' pictures are left out. Which people the
+    (``2880 Some Body`` or ``2880,Some_Body``). Of the people with a name the ``identities`` with the most images are
+    the classes, at equal numbers those with the smaller number; the others' images are left out. Which people the
     paper took is not published.
 
     Args:
         root: the folder of these files.
         names: the file of names, below ``root``.
         identities: number of classes; the paper has 100, 1,000 and 2,000.
-        split: whose pictures; None: all, as the partitions share no person.
+        split: whose images; None: all, as the partitions share no person.
 
     Raises:
         MissingData: no such folder or file.
@@ -240,20 +240,20 @@ class CelebAIdentities(ImageFiles):
         top = Path(root)
         person_of = dict(read_words(find(top, ("identity_CelebA.txt",), "identity_CelebA.txt"), 2))
         name_of = _names_of_people(find(top, (names,), "file of the people's names"))
-        pictures = [name for name, person in person_of.items() if person in name_of]
+        images = [name for name, person in person_of.items() if person in name_of]
         if split is not None:
             part = str(("train", "val", "test").index(split))
             part_of = dict(read_words(find(top, ("list_eval_partition.txt",), "list_eval_partition.txt"), 2))
-            pictures = [name for name in pictures if part_of.get(name) == part]
-        counts = Counter(person_of[name] for name in pictures)
+            images = [name for name in images if part_of.get(name) == part]
+        counts = Counter(person_of[name] for name in images)
         require(
             1 < identities <= len(counts),
-            f"{top / names}: {len(counts)} named people have pictures, {identities} are wanted; set identities",
+            f"{top / names}: {len(counts)} named people have images, {identities} are wanted; set identities",
         )
         people = sorted(counts, key=lambda person: (-counts[person], int(person)))[:identities]
         label_of = {person: label for label, person in enumerate(people)}
-        kept = [name for name in pictures if person_of[name] in label_of]
-        folder = find(top, ("img_align_celeba", "img_celeba"), "folder of pictures")
+        kept = [name for name in images if person_of[name] in label_of]
+        folder = find(top, ("img_align_celeba", "img_celeba"), "folder of images")
         labels = [label_of[person_of[name]] for name in kept]
         super().__init__(folder, kept, labels, [name_of[person] for person in people])
 

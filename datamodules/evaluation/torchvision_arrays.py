@@ -1,4 +1,4 @@
-"""Sets of table 9 whose pictures lie together in one file: arrays, a table, HDF5.
+"""Sets of table 9 whose images lie together in one file: arrays, a table, HDF5.
 
 Files lie as torchvision lays them out. Labels are read when a set is made; pixels stay in the file, which each process
 opens when it is first asked for one.
@@ -18,8 +18,7 @@ from PIL import Image
 
 from datamodules.evaluation.indexes import read_text
 from datamodules.evaluation.torchvision_sets import Halves, Thirds
-from datamodules.loading.bad_samples import BadSample
-from lit_clip.errors import InputError
+from lit_clip.errors import BadSample, InputError
 from lit_clip.evaluation.data import LabelledImages, MissingData, stamp_of_files
 
 EMOTIONS = ["angry", "disgusted", "fearful", "happy", "sad", "surprised", "neutral"]
@@ -34,13 +33,13 @@ def _present(*paths: Path) -> None:
 
 
 class ImageArrays(LabelledImages):
-    """Pictures in rows of a file.
+    """Images in rows of a file.
 
     Args:
         path: the file.
-        labels: of each picture its class.
+        labels: of each image its class.
         class_names: in label order.
-        rows: of each picture its row in the file; None: all of them, in order.
+        rows: of each image its row in the file; None: all of them, in order.
 
     Raises:
         InputError: no labels, or one that is none of the classes.
@@ -55,7 +54,7 @@ class ImageArrays(LabelledImages):
         self._opened: tuple[int, Any] | None = None
         wrong = next((label for label in self._labels if not 0 <= label < len(self.class_names)), None)
         if not self._labels or wrong is not None:
-            what = "no pictures" if wrong is None else f"label {wrong} is none of the {len(self.class_names)} classes"
+            what = "no images" if wrong is None else f"label {wrong} is none of the {len(self.class_names)} classes"
             raise InputError(f"{path}: {what}; get the files again")
 
     def __len__(self) -> int:
@@ -64,7 +63,7 @@ class ImageArrays(LabelledImages):
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         where = f"{self.path} row {self.rows[index]}"
         try:
-            return self.picture(self._pixels(), self.rows[index]), self._labels[index]
+            return self.image(self._pixels(), self.rows[index]), self._labels[index]
         except (OSError, ValueError, IndexError, KeyError) as error:
             if isinstance(error, InputError):
                 raise
@@ -82,8 +81,8 @@ class ImageArrays(LabelledImages):
     def open(self) -> Any:
         """The file's pixels, such that rows of them can be read."""
 
-    def picture(self, pixels: Any, row: int) -> Image.Image:
-        """A row of what :meth:`open` returned as a picture."""
+    def image(self, pixels: Any, row: int) -> Image.Image:
+        """A row of what :meth:`open` returned as an image."""
         return Image.fromarray(np.asarray(pixels[row]))
 
     def labels(self) -> list[int]:
@@ -118,7 +117,7 @@ class _CIFAR(ImageArrays):
     def open(self) -> Any:
         return np.concatenate([_unpickled(path, "data", self.LABELS)["data"] for path in self.paths])
 
-    def picture(self, pixels: Any, row: int) -> Image.Image:
+    def image(self, pixels: Any, row: int) -> Image.Image:
         return Image.fromarray(np.ascontiguousarray(pixels[row].reshape(3, 32, 32).transpose(1, 2, 0)))
 
     def stamp(self) -> str:
@@ -185,7 +184,7 @@ class MNIST(ImageArrays):
         _present(images, labels)
         self.shape = _idx_size(images, 3)
         if _idx_size(labels, 1)[0] != self.shape[0]:
-            raise InputError(f"{labels}: not as many labels as {images.name} has pictures; get both again")
+            raise InputError(f"{labels}: not as many labels as {images.name} has images; get both again")
         super().__init__(images, np.fromfile(labels, np.uint8, offset=8).tolist(), [str(digit) for digit in range(10)])
 
     def open(self) -> Any:
@@ -233,7 +232,7 @@ class FER2013(ImageArrays):
     def open(self) -> Any:
         return self.path.open("rb")
 
-    def picture(self, pixels: Any, row: int) -> Image.Image:
+    def image(self, pixels: Any, row: int) -> Image.Image:
         pixels.seek(self.starts[row])
         cells = dict(zip(self.columns, _cells(pixels.readline()), strict=True))
         values = np.array(cells["pixels"].split(), dtype=np.uint8)
@@ -250,7 +249,7 @@ class STL10(ImageArrays):
     Args:
         root: the folder with ``stl10_binary``.
         split: ``train`` or ``test``.
-        fold: of ``train`` the 1,000 pictures of one of the ten folds; None: all 5,000. ``test`` is the same for all.
+        fold: of ``train`` the 1,000 images of one of the ten folds; None: all 5,000. ``test`` is the same for all.
     """
 
     def __init__(self, root: str, split: Halves = "test", fold: int | None = None) -> None:
@@ -259,7 +258,7 @@ class STL10(ImageArrays):
         _present(pixels, labels)
         classes = np.fromfile(labels, np.uint8).astype(int) - 1
         if pixels.stat().st_size != len(classes) * 3 * 96 * 96:
-            raise InputError(f"{pixels}: not {len(classes)} pictures as {labels.name} has labels; get both again")
+            raise InputError(f"{pixels}: not {len(classes)} images as {labels.name} has labels; get both again")
         rows = list(range(len(classes))) if split == "test" or fold is None else _fold(folder, fold, len(classes))
         super().__init__(pixels, classes[rows].tolist(), STL10_CLASSES, None if len(rows) == len(classes) else rows)
         self.count = len(classes)
@@ -267,7 +266,7 @@ class STL10(ImageArrays):
     def open(self) -> Any:
         return np.memmap(self.path, np.uint8, "r", shape=(self.count, 3, 96, 96))
 
-    def picture(self, pixels: Any, row: int) -> Image.Image:
+    def image(self, pixels: Any, row: int) -> Image.Image:
         return Image.fromarray(np.ascontiguousarray(pixels[row].transpose(2, 1, 0)))
 
 
@@ -278,7 +277,7 @@ def _fold(folder: Path, fold: int, count: int) -> list[int]:
         raise InputError(f"{path}: no fold {fold}; it has 0 to {len(lines) - 1}")
     words = lines[fold].split()
     if not words or not all(word.isdigit() and int(word) < count for word in words):
-        raise InputError(f"{path} line {fold + 1}: not numbers of the {count} pictures; get it again")
+        raise InputError(f"{path} line {fold + 1}: not numbers of the {count} images; get it again")
     return [int(word) for word in words]
 
 
@@ -293,9 +292,7 @@ class PCam(ImageArrays):
         classes = np.asarray(_dataset(labels, "y")).reshape(-1)
         count = _dataset(pixels, "x").shape[0]
         if count != len(classes):
-            raise InputError(
-                f"{pixels}: {count} pictures for the {len(classes)} labels of {labels.name}; get both again"
-            )
+            raise InputError(f"{pixels}: {count} images for the {len(classes)} labels of {labels.name}; get both again")
         names = ["lymph node", "lymph node containing metastatic tumor tissue"]
         super().__init__(pixels, classes.tolist(), names)
 

@@ -1,4 +1,4 @@
-"""Sets of table 9 whose labels are made of the objects in a picture: what is there, how many, how near.
+"""Sets of table 9 whose labels are made of the objects in an image: what is there, how many, how near.
 
 Files lie as torchvision lays them out.
 """
@@ -51,7 +51,7 @@ VEHICLES = {"Car", "Van", "Truck"}
 
 
 class VOC2007(ListedImages, MultiLabel):
-    """PASCAL VOC 2007: which of 20 kinds of objects a picture shows.
+    """PASCAL VOC 2007: which of 20 kinds of objects an image shows.
 
     Args:
         root: the folder with ``VOCdevkit/VOC2007``.
@@ -60,9 +60,9 @@ class VOC2007(ListedImages, MultiLabel):
 
     def __init__(self, root: str, split: Literal["train", "val", "trainval", "test"] = "test") -> None:
         folder = Path(root) / "VOCdevkit" / "VOC2007"
-        pictures = [row[0] for row in read_words(folder / "ImageSets" / "Main" / f"{split}.txt", 1)]
-        self._relevance = [_objects(folder / "Annotations" / f"{picture}.xml") for picture in pictures]
-        files = [f"JPEGImages/{picture}.jpg" for picture in pictures]
+        images = [row[0] for row in read_words(folder / "ImageSets" / "Main" / f"{split}.txt", 1)]
+        self._relevance = [_objects(folder / "Annotations" / f"{image}.xml") for image in images]
+        files = [f"JPEGImages/{image}.jpg" for image in images]
         super().__init__(folder, files, [-1] * len(files), list(VOC_CLASSES))
 
     def relevance(self) -> Tensor:
@@ -86,10 +86,10 @@ def _objects(path: Path) -> list[int]:
 
 
 class KITTI(ListedImages):
-    """KITTI's pictures of streets: how far the closest vehicle is.
+    """KITTI's images of streets: how far the closest vehicle is.
 
     The labels are those of VTAB's task ``closest_vehicle_distance``: up to 8 m, up to 20 m, farther, none; a vehicle is
-    a car, a van or a truck, its distance that along the camera's axis. Only pictures with public labels are used, and
+    a car, a van or a truck, its distance that along the camera's axis. Only images with public labels are used, and
     whole videos are drawn for ``val`` and ``test`` as TensorFlow Datasets 3 draws them, which VTAB takes.
 
     Args:
@@ -106,7 +106,7 @@ class KITTI(ListedImages):
 
 
 def _by_video(folder: Path) -> dict[str, list[int]]:
-    """The numbers of the pictures of each part, rising, such that no video is in two of them."""
+    """The numbers of the images of each part, rising, such that no video is in two of them."""
     import numpy as np
 
     rows = read_words(folder / "train_mapping.txt", 3)  # day, video, frame
@@ -145,10 +145,10 @@ def _closest_vehicle(path: Path) -> int:
 
 
 class CLEVRCounts(ListedImages):
-    """CLEVR: how many objects a picture shows, 3 to 10.
+    """CLEVR: how many objects an image shows, 3 to 10.
 
-    The first ``train`` of CLEVR's training pictures by :func:`by_hash` are to train on, the first ``test`` of its
-    validation pictures to test: table 9's numbers. (CLEVR's own test pictures have no public labels.)
+    The first ``train`` of CLEVR's training images by :func:`by_hash` are to train on, the first ``test`` of its
+    validation images to test: table 9's numbers. (CLEVR's own test images have no public labels.)
 
     Args:
         root: the folder with ``clevr/CLEVR_v1.0``.
@@ -171,6 +171,6 @@ class CLEVRCounts(ListedImages):
         names = sorted(by_hash(list(counts), seed)[:wanted])
         strange = next((name for name in names if counts[name] not in COUNTS), None)
         if strange is not None:
-            raise InputError(f"{path}: {strange} has {counts[strange]} objects; CLEVR's pictures have 3 to 10")
+            raise InputError(f"{path}: {strange} has {counts[strange]} objects; CLEVR's images have 3 to 10")
         files = [f"images/{part}/{name}" for name in names]
         super().__init__(folder, files, [COUNTS.index(counts[name]) for name in names], [str(n) for n in COUNTS])

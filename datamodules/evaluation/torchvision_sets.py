@@ -1,4 +1,4 @@
-"""Sets of table 9 whose pictures are files, as torchvision lays them out on a disk.
+"""Sets of table 9 whose images are files, as torchvision lays them out on a disk.
 
 torchvision's own classes are not what reads them: some decode, or check the sums of gigabytes, when they are made; the
 order of their labels is not always that of the paper's prompts; and a broken list ends in a traceback without a file's
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from datamodules.evaluation.image_files import ImageFiles, by_hash, in_class_folders, pictures_in, subfolders
+from datamodules.evaluation.image_files import ImageFiles, by_hash, images_in, in_class_folders, subfolders
 from datamodules.evaluation.indexes import find, read_json, read_table, read_text, read_words
 from lit_clip.errors import InputError
 from lit_clip.evaluation.data import MissingData
@@ -115,7 +115,7 @@ def labels_of(names: Sequence[str], classes: Sequence[str], where: Path) -> list
 
 
 class ListedImages(ImageFiles):
-    """Pictures that a list names.
+    """Images that a list names.
 
     Raises:
         MissingData: the folder of the first of them is not there: only the lists are.
@@ -129,22 +129,22 @@ class ListedImages(ImageFiles):
 
 
 class Food101(ListedImages):
-    """Food-101: dishes, 750 pictures of each to train on and 250 to test; ``food-101/meta/SPLIT.json``."""
+    """Food-101: dishes, 750 images of each to train on and 250 to test; ``food-101/meta/SPLIT.json``."""
 
     def __init__(self, root: str, split: Halves = "test") -> None:
         folder = Path(root) / "food-101"
         path = folder / "meta" / f"{split}.json"
         lists = read_json(path)
         if not isinstance(lists, dict) or not all(isinstance(names, list) for names in lists.values()):
-            raise InputError(f"{path}: not a list of pictures by dish; get it again")
+            raise InputError(f"{path}: not a list of images by dish; get it again")
         classes = sorted(lists)
-        files = [f"images/{picture}.jpg" for name in classes for picture in lists[name]]
+        files = [f"images/{image}.jpg" for name in classes for image in lists[name]]
         labels = [label for label, name in enumerate(classes) for _ in lists[name]]
         super().__init__(folder, files, labels, [name.replace("_", " ") for name in classes])
 
 
 class SUN397(ListedImages):
-    """SUN397: scenes, 50 pictures of each to train on and 50 to test in each of ten partitions.
+    """SUN397: scenes, 50 images of each to train on and 50 to test in each of ten partitions.
 
     Labels follow the names in words, as the paper's prompts do (``jail cell`` before ``jail indoor``), whatever the
     order in ``ClassName.txt``.
@@ -158,7 +158,7 @@ class SUN397(ListedImages):
     def __init__(self, root: str, split: Halves = "test", partition: int = 1) -> None:
         folder = Path(root) / "SUN397"
         name = f"{'Training' if split == 'train' else 'Testing'}_{partition:02}.txt"
-        listed = find(folder, [name, f"Partitions/{name}"], "list of the partition's pictures")
+        listed = find(folder, [name, f"Partitions/{name}"], "list of the partition's images")
         files = [line.strip().lstrip("/") for line in read_text(listed).splitlines() if line.strip()]
         path = folder / "ClassName.txt"
         words = {line.strip().strip("/"): _scene(line) for line in read_text(path).splitlines() if line.strip()}
@@ -184,7 +184,7 @@ class StanfordCars(ListedImages):
         class_names = [str(name) for name in read_mat(meta, "class_names")[0]]
         fields = annotations.dtype.names or ()
         if not {"fname", "class"} <= set(fields):
-            raise InputError(f"{path}: no classes of the pictures in it; get the one with labels")
+            raise InputError(f"{path}: no classes of the images in it; get the one with labels")
         labels = [int(label) - 1 for label in annotations["class"]]
         if not all(0 <= label < len(class_names) for label in labels):
             raise InputError(f"{path}: a class is none of the {len(class_names)} of {meta}; get both again")
@@ -201,11 +201,11 @@ class FGVCAircraft(ListedImages):
         rows = read_words(path, 2)
         classes = sorted(line.strip() for line in read_text(folder / "variants.txt").splitlines() if line.strip())
         labels = labels_of([variant for _, variant in rows], classes, path)
-        super().__init__(folder, [f"images/{picture}.jpg" for picture, _ in rows], labels, classes)
+        super().__init__(folder, [f"images/{image}.jpg" for image, _ in rows], labels, classes)
 
 
 class DTD(ListedImages):
-    """Describable Textures: 47 textures, 40 pictures of each in each third.
+    """Describable Textures: 47 textures, 40 images of each in each third.
 
     Args:
         root: the folder with ``dtd/dtd``.
@@ -216,10 +216,10 @@ class DTD(ListedImages):
     def __init__(self, root: str, split: Thirds = "test", partition: int = 1) -> None:
         folder = Path(root) / "dtd" / "dtd"
         path = folder / "labels" / f"{split}{partition}.txt"
-        pictures = [row[0] for row in read_words(path, 1)]
+        images = [row[0] for row in read_words(path, 1)]
         classes = subfolders(folder / "images")
-        labels = labels_of([picture.partition("/")[0] for picture in pictures], classes, path)
-        super().__init__(folder, [f"images/{picture}" for picture in pictures], labels, classes)
+        labels = labels_of([image.partition("/")[0] for image in images], classes, path)
+        super().__init__(folder, [f"images/{image}" for image in images], labels, classes)
 
 
 class OxfordPets(ListedImages):
@@ -235,7 +235,7 @@ class OxfordPets(ListedImages):
         breeds = [row[0].rpartition("_")[0] for row in rows]
         wrong = next((row for row, breed in zip(rows, breeds, strict=True) if not breed or not row[1].isdigit()), None)
         if wrong is not None:
-            raise InputError(f"{path}: {' '.join(wrong)!r} is no picture and its breed; get the file again")
+            raise InputError(f"{path}: {' '.join(wrong)!r} is no image and its breed; get the file again")
         classes = sorted(set(breeds))
         labels = labels_of(breeds, classes, path)
         files = [f"images/{row[0]}.jpg" for row in rows]
@@ -245,13 +245,13 @@ class OxfordPets(ListedImages):
 class Caltech101(ImageFiles):
     """Caltech-101 with its background: 102 classes in the order of the folders, ``BACKGROUND_Google`` first.
 
-    No division is published: the first ``shots`` pictures of each class by :func:`by_hash` are to train on, the others
+    No division is published: the first ``shots`` images of each class by :func:`by_hash` are to train on, the others
     to test.
 
     Args:
         root: the folder with ``caltech101/101_ObjectCategories``.
         split: ``train`` or ``test``.
-        shots: pictures of each class to train on.
+        shots: images of each class to train on.
         seed: of the draw.
     """
 
@@ -262,7 +262,7 @@ class Caltech101(ImageFiles):
             raise InputError(f"{folder}: no BACKGROUND_Google, which is a class of table 9; unpack the archive again")
         files, labels = [], []
         for label, name in enumerate(classes):
-            drawn = by_hash([f"{name}/{picture}" for picture in pictures_in(folder / name)], seed)
+            drawn = by_hash([f"{name}/{image}" for image in images_in(folder / name)], seed)
             kept = sorted(drawn[:shots] if split == "train" else drawn[shots:])
             files += kept
             labels += [label] * len(kept)
@@ -271,7 +271,7 @@ class Caltech101(ImageFiles):
 
 
 class Flowers102(ListedImages):
-    """Oxford 102 Flower: 10 pictures of each to train on, 10 for validation, the others to test."""
+    """Oxford 102 Flower: 10 images of each to train on, 10 for validation, the others to test."""
 
     def __init__(self, root: str, split: Thirds = "test") -> None:
         from torchvision.datasets import Flowers102 as Flowers
@@ -281,15 +281,15 @@ class Flowers102(ListedImages):
         path = folder / "setid.mat"
         (numbers,) = read_mat(path, {"train": "trnid", "val": "valid", "test": "tstid"}[split])
         if not all(1 <= number <= len(labels) for number in numbers):
-            raise InputError(f"{path}: it lists pictures without labels; get it and imagelabels.mat again")
+            raise InputError(f"{path}: it lists images without labels; get it and imagelabels.mat again")
         files = [f"jpg/image_{number:05}.jpg" for number in numbers]
         super().__init__(folder, files, [int(labels[number - 1]) - 1 for number in numbers], list(Flowers.classes))
 
 
 class EuroSAT(ImageFiles):
-    """EuroSAT: land use from satellites, in colour; 27,000 pictures without a division.
+    """EuroSAT: land use from satellites, in colour; 27,000 images without a division.
 
-    The first ``train`` pictures by :func:`by_hash` are to train on, the next ``test`` to test: table 9's numbers.
+    The first ``train`` images by :func:`by_hash` are to train on, the next ``test`` to test: table 9's numbers.
 
     Args:
         root: the folder with ``eurosat/2750``.
@@ -305,7 +305,7 @@ class EuroSAT(ImageFiles):
         folder = Path(root) / "eurosat" / "2750"
         files, labels = in_class_folders(folder, EUROSAT)
         if len(files) < train + test:
-            raise InputError(f"{folder}: {len(files)} pictures, not {train + test}; unpack the archive again")
+            raise InputError(f"{folder}: {len(files)} images, not {train + test}; unpack the archive again")
         label_of = dict(zip(files, labels, strict=True))
         drawn = by_hash(files, seed)
         kept = sorted(drawn[:train] if split == "train" else drawn[train : train + test])
@@ -314,7 +314,7 @@ class EuroSAT(ImageFiles):
 
 
 class GTSRB(ListedImages):
-    """German traffic signs: 43 classes in folders to train on, a list of pictures to test."""
+    """German traffic signs: 43 classes in folders to train on, a list of images to test."""
 
     def __init__(self, root: str, split: Halves = "test") -> None:
         base = Path(root) / "gtsrb"
@@ -330,7 +330,7 @@ class GTSRB(ListedImages):
 
 
 class Country211(ImageFiles):
-    """Country211: where a picture was taken; of each country 150 to train on, 50 for validation, 100 to test.
+    """Country211: where an image was taken; of each country 150 to train on, 50 for validation, 100 to test.
 
     Labels follow the countries' two letters, which are the names here.
     """
@@ -342,7 +342,7 @@ class Country211(ImageFiles):
 
 
 class RenderedSST2(ImageFiles):
-    """Sentences of the Stanford Sentiment Treebank, drawn as pictures."""
+    """Sentences of the Stanford Sentiment Treebank, drawn as images."""
 
     def __init__(self, root: str, split: Thirds = "test") -> None:
         folder = Path(root) / "rendered-sst2" / ("valid" if split == "val" else split)

@@ -49,7 +49,7 @@ class Videos(LabelledFiles):
         path, label = self.files[index]
         return read_frames(path, "centre", self._span(index))[0], label
 
-    def pictures(self, index: int) -> list[Image.Image]:
+    def images(self, index: int) -> list[Image.Image]:
         return read_frames(self.files[index][0], self.frames, self._span(index))
 
     def key(self, index: int) -> str:

@@ -1,7 +1,7 @@
 """Sets in tar files, in the layout of CLIP_benchmark's ``wds`` data sets (its README and ``webdataset_builder.py``).
 
 A folder with ``classnames.txt``, ``zeroshot_classification_templates.txt`` and ``dataset_type.txt``, and for each split
-one with ``nshards.txt`` and ``0.tar``, ``1.tar``, ...; in these, of each sample a picture and a ``.cls``, ``.npy`` or
+one with ``nshards.txt`` and ``0.tar``, ``1.tar``, ...; in these, of each sample an image and a ``.cls``, ``.npy`` or
 ``.txt`` file of the same name.
 """
 
@@ -17,27 +17,26 @@ from PIL import Image
 from torch import Tensor
 
 from datamodules.evaluation.indexes import read_text
-from datamodules.loading.bad_samples import BadSample
 from datamodules.loading.images import open_image
 from datamodules.shards.index import DamagedError, split_name, tar_members
-from lit_clip.embedding.image_files import SUFFIXES
-from lit_clip.errors import InputError, require
+from lit_clip.errors import BadSample, InputError, require
 from lit_clip.evaluation.data import (
     CaptionedImages,
+    ImageSet,
     LabelledImages,
     MissingData,
     MultiLabel,
-    Pictures,
     numbered,
     stamp_of_files,
 )
+from lit_clip.tools.images import SUFFIXES
 
 Kind = Literal["classification", "retrieval", "multilabel"]
 ANSWERS: dict[Kind, str] = {"classification": "cls", "retrieval": "txt", "multilabel": "npy"}
 
 
 class Span(NamedTuple):
-    """Where in its tar a picture lies, in bytes."""
+    """Where in its tar an image lies, in bytes."""
 
     tar: int
     offset: int
@@ -45,24 +44,24 @@ class Span(NamedTuple):
 
 
 @dataclass
-class _Sample:
+class _TarSample:
     """What the headers of a tar say of a sample, and what its answer file says."""
 
-    picture: Span | None = None
+    image: Span | None = None
     answer: bytes | None = None
 
 
-def _scan(path: Path, number: int, extension: str) -> dict[str, _Sample]:
+def _scan(path: Path, number: int, extension: str) -> dict[str, _TarSample]:
     """The samples of a tar, in order; only its headers and answers are read."""
-    samples: dict[str, _Sample] = {}
+    samples: dict[str, _TarSample] = {}
     try:
         with path.open("rb") as file:
             for member, tar in tar_members(file, os.path.getsize(path)):
                 key, found = split_name(member.name)
-                sample = samples.setdefault(key, _Sample())
+                sample = samples.setdefault(key, _TarSample())
                 if f".{found}" in SUFFIXES:
-                    require(sample.picture is None, f"{path} sample {key}: two pictures; write the file anew")
-                    sample.picture = Span(number, member.offset_data, member.size)
+                    require(sample.image is None, f"{path} sample {key}: two images; write the file anew")
+                    sample.image = Span(number, member.offset_data, member.size)
                 elif found == extension:
                     content = tar.extractfile(member)
                     sample.answer = content.read() if content is not None else None
@@ -75,11 +74,11 @@ def _scan(path: Path, number: int, extension: str) -> dict[str, _Sample]:
     except Exception as error:  # tarfile answers bytes that are no tar with whatever it trips over
         what = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{path}: no readable tar ({what}); get it again") from error
-    return {key: sample for key, sample in samples.items() if key and (sample.picture or sample.answer is not None)}
+    return {key: sample for key, sample in samples.items() if key and (sample.image or sample.answer is not None)}
 
 
-class _Tars(Pictures):
-    """Pictures in the tar files of a split.
+class _Tars(ImageSet):
+    """Images in the tar files of a split.
 
     Args:
         root: the folder of the set.
@@ -117,12 +116,12 @@ class _Tars(Pictures):
         if not self.keys:
             raise InputError(f"{self.root / split}: no samples in its {count} tar files")
 
-    def _add(self, path: Path, samples: dict[str, _Sample]) -> None:
+    def _add(self, path: Path, samples: dict[str, _TarSample]) -> None:
         for key, sample in samples.items():
             if sample.answer is None:
-                raise InputError(f"{path} sample {key}: a picture without {key}.{ANSWERS[self.kind]}; mend the set")
+                raise InputError(f"{path} sample {key}: an image without {key}.{ANSWERS[self.kind]}; mend the set")
             self.keys.append(f"{path.stem}/{key}")
-            self.spans.append(sample.picture)
+            self.spans.append(sample.image)
             self.answers.append(sample.answer)
 
     def _lines(self, name: str) -> list[str]:
@@ -145,21 +144,21 @@ class _Tars(Pictures):
         tar, _, key = self.keys[index].partition("/")
         return f"{self.root / self.split / tar}.tar sample {key}"
 
-    def picture(self, index: int) -> Image.Image:
-        """The picture of a sample.
+    def image(self, index: int) -> Image.Image:
+        """The image of a sample.
 
         Raises:
             BadSample: there is none, or it cannot be read.
         """
         span = self.spans[index]
         if span is None:
-            raise BadSample(self.where(index), "missing image", "no picture; mend the set")
+            raise BadSample(self.where(index), "missing image", "no image; mend the set")
         with self.tars[span.tar].open("rb") as file:  # costs microseconds, and nothing stays open in data workers
             file.seek(span.offset)
             return open_image(io.BytesIO(file.read(span.size)), self.where(index))
 
-    def pictures(self, index: int) -> list[Image.Image]:
-        return [self.picture(index)]
+    def images(self, index: int) -> list[Image.Image]:
+        return [self.image(index)]
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -172,7 +171,7 @@ class _Tars(Pictures):
 
 
 class WebDataset(_Tars, LabelledImages):
-    """Pictures with a class each, whose number is in a ``.cls`` file.
+    """Images with a class each, whose number is in a ``.cls`` file.
 
     Args:
         root: the folder of the set.
@@ -205,14 +204,14 @@ class WebDataset(_Tars, LabelledImages):
         return int(text)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return self.picture(index), self._labels[index]
+        return self.image(index), self._labels[index]
 
     def labels(self) -> list[int]:
         return list(self._labels)
 
 
 class WebDatasetMultiLabel(_Tars, LabelledImages, MultiLabel):
-    """Pictures with any number of classes each, which a ``.npy`` file marks with 1.
+    """Images with any number of classes each, which a ``.npy`` file marks with 1.
 
     Args:
         root: the folder of the set.
@@ -245,7 +244,7 @@ class WebDatasetMultiLabel(_Tars, LabelledImages, MultiLabel):
         return marks.astype(np.int8)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return self.picture(index), -1
+        return self.image(index), -1
 
     def labels(self) -> list[int]:
         return [-1] * len(self)
@@ -255,7 +254,7 @@ class WebDatasetMultiLabel(_Tars, LabelledImages, MultiLabel):
 
 
 class WebDatasetCaptions(_Tars, CaptionedImages):
-    """Pictures with texts, a line of a ``.txt`` file each.
+    """Images with texts, a line of a ``.txt`` file each.
 
     Args:
         root: the folder of the set.
@@ -263,7 +262,7 @@ class WebDatasetCaptions(_Tars, CaptionedImages):
 
     Raises:
         MissingData: the folder, or one of the files that it promises, is not there.
-        InputError: a damaged tar, a picture without a text, or no samples; the message names it.
+        InputError: a damaged tar, an image without a text, or no samples; the message names it.
     """
 
     kind = "retrieval"
@@ -275,5 +274,5 @@ class WebDatasetCaptions(_Tars, CaptionedImages):
                 raise InputError(f"{self.where(index)}: its .txt is empty; mend the set")
 
     def captions(self, index: int) -> list[str]:
-        # To CLIP_benchmark an empty line is a caption too, and one that no picture can be found by.
+        # To CLIP_benchmark an empty line is a caption too, and one that no image can be found by.
         return [line for line in self._text(index).splitlines() if line.strip()]

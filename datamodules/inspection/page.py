@@ -1,4 +1,4 @@
-"""The findings of a pass as one HTML file that needs nothing else: figures, histograms, pictures, lists."""
+"""The findings of a pass as one HTML file that needs nothing else: figures, histograms, images, lists."""
 
 import base64
 import io
@@ -10,17 +10,17 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from datamodules.inspection.scan import Findings, caption_digest
+from datamodules.inspection.scan import ScanFindings, caption_digest
 from datamodules.inspection.summary import Repeats, Section
-from datamodules.loading.bad_samples import BadSample
 from datamodules.loading.images import decoding_at_least, open_image
 from datamodules.near_duplicates import Groups
-from datamodules.pairs.source import Encoded, PairSource
-from lit_clip.embedding.feature_files import replacing
+from datamodules.pairs.source import EncodedPair, PairSource
+from lit_clip.errors import BadSample
+from lit_clip.tools.atomic import replacing
 from lit_clip.tools.html import page
 
 SAMPLES = 24
-OF_GROUP = 4  # pictures of a group that are shown
+OF_GROUP = 4  # images of a group that are shown
 THUMBNAIL = 160  # pixels of the longer side
 CHARACTERS = 200  # of a caption
 BARS = 40
@@ -53,7 +53,7 @@ def write_page(
     path: Path,
     title: str,
     source: PairSource,
-    findings: Findings,
+    findings: ScanFindings,
     repeats: Repeats,
     sections: Sequence[Section],
     context_length: int,
@@ -74,7 +74,7 @@ def write_page(
         parts = [*map(_section, sections), _charts(findings, context_length)]
         if len(usable):
             some = usable[np.unique(np.linspace(0, len(usable) - 1, SAMPLES).astype(int))]
-            parts += ["<h2>pictures, as a model sees them</h2>", _gallery(source, some)]
+            parts += ["<h2>images, as a model sees them</h2>", _gallery(source, some)]
         parts += _groups("the same file", repeats.files, source)
         parts += _groups("other files of the same look", repeats.looks, source)
         parts += _captions(repeats.captions, source, findings)
@@ -93,11 +93,11 @@ def _section(section: Section) -> str:
     return f"<h2>{escape(section.title)}</h2>\n<table>\n" + "\n".join(rows) + "\n</table>"
 
 
-def _charts(findings: Findings, context_length: int) -> str:
-    pictures = findings.pictures[findings.distinct]
-    if not len(pictures):
+def _charts(findings: ScanFindings, context_length: int) -> str:
+    images = findings.images[findings.distinct]
+    if not len(images):
         return ""
-    sides = np.minimum(pictures["width"], pictures["height"])
+    sides = np.minimum(images["width"], images["height"])
     lengths = findings.token_counts
     wide = max(1, -(-(context_length + 1) // (BARS // 2)))  # tokens a bar; half of the bars are for what is cut
     edges = np.append(np.arange(1, context_length + 1, wide), context_length + 1)
@@ -111,7 +111,7 @@ def _charts(findings: Findings, context_length: int) -> str:
         [
             '<h2>histograms</h2>\n<div class="charts">',
             _chart(f"captions by tokens; orange: cut at {context_length}", edges, heights, context_length + 1),
-            _chart("pictures by shorter side, pixels", shown, np.histogram(sides, shown)[0].tolist(), None),
+            _chart("images by shorter side, pixels", shown, np.histogram(sides, shown)[0].tolist(), None),
             "</div>",
         ]
     )
@@ -145,22 +145,22 @@ def _gallery(source: PairSource, rows: Iterable[int]) -> str:
 def _figure(source: PairSource, row: int) -> str:
     try:
         stored = source.read(row)
-        picture = _thumbnail(stored)
+        image = _thumbnail(stored)
     except BadSample as error:  # it was there a moment ago
         return f"<figure><figcaption>{escape(str(error))}</figcaption></figure>"
     more = f"(+{len(stored.captions) - 1} captions)<br>" if len(stored.captions) > 1 else ""
     caption = f"<span>{escape(_short(stored.captions[0]))}</span>{more}"
     caption += f"<small>{escape(stored.where)}<br>{escape(stored.key)}</small>"
-    return f'<figure><img src="data:image/jpeg;base64,{picture}" alt=""><figcaption>{caption}</figcaption></figure>'
+    return f'<figure><img src="data:image/jpeg;base64,{image}" alt=""><figcaption>{caption}</figcaption></figure>'
 
 
-def _thumbnail(stored: Encoded) -> str:
-    """A JPEG of the picture, base64."""
+def _thumbnail(stored: EncodedPair) -> str:
+    """A JPEG of the image, base64."""
     with decoding_at_least(lambda width, height: (min(width, THUMBNAIL), min(height, THUMBNAIL))):
-        picture = open_image(io.BytesIO(stored.image), stored.where).convert("RGB")
-    picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC)
+        image = open_image(io.BytesIO(stored.image), stored.where).convert("RGB")
+    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC)
     data = io.BytesIO()
-    picture.save(data, "JPEG", quality=80)
+    image.save(data, "JPEG", quality=80)
     return base64.b64encode(data.getvalue()).decode()
 
 
@@ -179,7 +179,7 @@ def _groups(title: str, groups: Groups, source: PairSource) -> list[str]:
     return [*parts, "</div>"]
 
 
-def _captions(groups: Groups, source: PairSource, findings: Findings) -> list[str]:
+def _captions(groups: Groups, source: PairSource, findings: ScanFindings) -> list[str]:
     if not groups.number:
         return []
     of_rows = findings.caption_rows

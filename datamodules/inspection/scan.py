@@ -1,4 +1,4 @@
-"""One pass over a source of pairs, in parallel, that keeps some 50 bytes a pair and no picture."""
+"""One pass over a source of pairs, in parallel, that keeps some 50 bytes a pair and no image."""
 
 import functools
 import io
@@ -13,23 +13,23 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from datamodules.loading.bad_samples import BadSample
 from datamodules.loading.images import decoding_at_least, open_image
 from datamodules.near_duplicates import look_of
-from datamodules.pairs.source import LISTED, Encoded, PairSource
-from lit_clip.cli.subcommands import progress
-from lit_clip.embedding.image_files import loader
+from datamodules.pairs.source import LISTED, EncodedPair, PairSource
+from lit_clip.errors import BadSample
 from lit_clip.models.tokenizer import TextTokenizer
+from lit_clip.tools.console import progress
 from lit_clip.tools.hashing import hash64
+from lit_clip.tools.images import loader
 
 CHUNK = 32  # pairs that a process is asked for at once
-DECODED = 72  # pixels a side that decoding may leave of a picture: eight for each place that is compared
+DECODED = 72  # pixels a side that decoding may leave of an image: eight for each place that is compared
 ORIENTATION = 0x0112  # EXIF's tag of how a camera was held; 1 is upright
 
 READABLE, PLAIN, TURNED, ANIMATED = 1, 2, 4, 8  # bits of ``state``
-PICTURE = np.dtype(
+IMAGE = np.dtype(
     [
-        ("key", "u8"),  # a hash of what identifies the picture
+        ("key", "u8"),  # a hash of what identifies the image
         ("file", "u8"),  # of its bytes
         ("bits", "u8"),  # see look_alikes.Look
         ("colour", "u4"),
@@ -62,23 +62,23 @@ def caption_digest(caption: str) -> int:
 
 
 @dataclass
-class Part:
+class ScannedChunk:
     """What is found of some consecutive pairs.
 
     Attributes:
-        pictures: ``PICTURE`` ``[N]``; of one that cannot be used nothing but zeros.
+        images: ``IMAGE`` ``[N]``; of one that cannot be used nothing but zeros.
         captions: :func:`caption_digest` of each caption of the usable pairs, in order, uint64 ``[M]``.
         tokens: of each caption, before it is cut, int64 ``[M]``.
         problems: where, reason and the whole line of each pair that cannot be used.
     """
 
-    pictures: np.ndarray
+    images: np.ndarray
     captions: np.ndarray
     tokens: np.ndarray
     problems: list[tuple[str, str, str]]
 
 
-class _Parts(Dataset[Part]):
+class _Chunks(Dataset[ScannedChunk]):
     """The pairs of a source, ``CHUNK`` at a time."""
 
     def __init__(self, source: PairSource, tokenizer: TextTokenizer) -> None:
@@ -87,9 +87,9 @@ class _Parts(Dataset[Part]):
     def __len__(self) -> int:
         return -(-len(self.source) // CHUNK)
 
-    def __getitem__(self, number: int) -> Part:
+    def __getitem__(self, number: int) -> ScannedChunk:
         rows = range(number * CHUNK, min((number + 1) * CHUNK, len(self.source)))
-        pictures = np.zeros(len(rows), dtype=PICTURE)
+        images = np.zeros(len(rows), dtype=IMAGE)
         captions: list[str] = []
         problems = []
         # Pillow's remarks on odd files would flood the terminal; what cannot be used is an error.
@@ -97,17 +97,17 @@ class _Parts(Dataset[Part]):
             for place, row in enumerate(rows):
                 try:
                     stored = self.source.read(row)
-                    pictures[place] = _picture(stored)
+                    images[place] = _image(stored)
                     captions.extend(stored.captions)
                 except BadSample as error:
                     problems.append((error.where, error.reason, str(error)))
         hashes = np.array([caption_digest(caption) for caption in captions], dtype=np.uint64)
         tokens = np.array([self.tokenizer.count(caption) for caption in captions], dtype=np.int64)
-        return Part(pictures, hashes, tokens, problems)
+        return ScannedChunk(images, hashes, tokens, problems)
 
 
-def _picture(stored: Encoded) -> tuple[int, ...]:
-    """The ``PICTURE`` of a pair.
+def _image(stored: EncodedPair) -> tuple[int, ...]:
+    """The ``IMAGE`` of a pair.
 
     Raises:
         BadSample: it cannot be decoded.
@@ -132,18 +132,18 @@ def _is_turned(image: Image.Image) -> bool:
 
 
 @dataclass
-class Findings:
+class ScanFindings:
     """What a pass has found.
 
     Attributes:
-        pictures: of each pair in turn, ``PICTURE`` ``[N]``.
-        captions: of the usable pairs in turn, see :class:`Part`, uint64 ``[M]``.
+        images: of each pair in turn, ``IMAGE`` ``[N]``.
+        captions: of the usable pairs in turn, see :class:`ScannedChunk`, uint64 ``[M]``.
         token_counts: number of captions of each length in tokens, int64 ``[longest + 1]``.
         reasons: pairs that cannot be used, by reason.
         problems: where, reason and the whole line of the first ``LISTED`` of them.
     """
 
-    pictures: np.ndarray
+    images: np.ndarray
     captions: np.ndarray
     token_counts: np.ndarray
     reasons: Counter[str] = field(default_factory=Counter)
@@ -152,21 +152,21 @@ class Findings:
     @property
     def usable(self) -> np.ndarray:
         """Rows that can be used, rising."""
-        return np.flatnonzero(self.pictures["state"])
+        return np.flatnonzero(self.images["state"])
 
     @property
     def distinct(self) -> np.ndarray:
-        """The first row of each picture: those of one key are one."""
+        """The first row of each image: those of one key are one."""
         usable = self.usable
-        return usable[np.sort(np.unique(self.pictures["key"][usable], return_index=True)[1])]
+        return usable[np.sort(np.unique(self.images["key"][usable], return_index=True)[1])]
 
     @property
     def caption_rows(self) -> np.ndarray:
         """The row of each caption, ``[M]``."""
-        return np.repeat(np.arange(len(self.pictures)), self.pictures["captions"])
+        return np.repeat(np.arange(len(self.images)), self.images["captions"])
 
 
-def inspect_source(source: PairSource, tokenizer: TextTokenizer, problems: TextIO, num_workers: int) -> Findings:
+def inspect_source(source: PairSource, tokenizer: TextTokenizer, problems: TextIO, num_workers: int) -> ScanFindings:
     """Read every pair once.
 
     Args:
@@ -175,25 +175,25 @@ def inspect_source(source: PairSource, tokenizer: TextTokenizer, problems: TextI
         problems: gets a line of JSON for each pair that cannot be used.
         num_workers: processes.
     """
-    found = Findings(np.zeros(len(source), dtype=PICTURE), np.zeros(0, np.uint64), np.zeros(1, np.int64))
+    found = ScanFindings(np.zeros(len(source), dtype=IMAGE), np.zeros(0, np.uint64), np.zeros(1, np.int64))
     captions, done = [], 0
     with progress("inspecting", len(source)) as advance:
         for part in _passed(source, tokenizer, num_workers):
-            found.pictures[done : done + len(part.pictures)] = part.pictures
+            found.images[done : done + len(part.images)] = part.images
             captions.append(part.captions)
             found.token_counts = _added(found.token_counts, np.bincount(part.tokens))
             for where, reason, line in part.problems:
                 problems.write(json.dumps({"where": where, "reason": reason, "error": line}) + "\n")
                 found.reasons[reason] += 1
             found.problems.extend(part.problems[: LISTED - len(found.problems)])
-            done += len(part.pictures)
-            advance(len(part.pictures))
+            done += len(part.images)
+            advance(len(part.images))
     found.captions = np.concatenate([found.captions, *captions])
     return found
 
 
-def _passed(source: PairSource, tokenizer: TextTokenizer, num_workers: int) -> Iterator[Part]:
-    parts: Any = _Parts(source, tokenizer)
+def _passed(source: PairSource, tokenizer: TextTokenizer, num_workers: int) -> Iterator[ScannedChunk]:
+    parts: Any = _Chunks(source, tokenizer)
     yield from loader(parts, num_workers)
 
 

@@ -1,4 +1,4 @@
-"""What happens to a picture in training."""
+"""What happens to an image in training."""
 
 import math
 from collections.abc import Callable
@@ -24,12 +24,12 @@ REDUCING_GAP = 2.0  # Pillow averages whole pixels until the filter has this man
 
 
 class RandomSquareCrop:
-    """A square from a random place of the picture, resized by Pillow.
+    """A square from a random place of the image, resized by Pillow.
 
-    torchvision's RandomResizedCrop measures ``scale`` by the whole picture: nine tenths of a photograph's area fit into
+    torchvision's RandomResizedCrop measures ``scale`` by the whole image: nine tenths of a photograph's area fit into
     no square, and it then falls back on the centre, always.
 
-    The crop is of whole pixels, those of a picture that is decoded at the smallest fraction of its size that is enough,
+    The crop is of whole pixels, those of an image that is decoded at the smallest fraction of its size that is enough,
     and at the same place if it is decoded whole after all.
 
     Args:
@@ -54,10 +54,10 @@ class RandomSquareCrop:
         return {"side": (low + (high - low) * share) ** 0.5, "x": x, "y": y}
 
     def box(self, image: Image.Image, params: dict[str, Any]) -> tuple[int, int, int, int]:
-        """Left, top, right and bottom of the crop in the picture as it is decoded."""
+        """Left, top, right and bottom of the crop in the image as it is decoded."""
         *size, divided = full_size(image)
         step = fraction((size[0], size[1]), self.least_size(*size))  # pixels of the file
-        assert step % divided == 0, "the picture was decoded for another crop"
+        assert step % divided == 0, "the image was decoded for another crop"
         (height, width), columns, rows = self.size, size[0] // step, size[1] // step
         largest = min(columns / width, rows / height) * params["side"]
         across, down = max(1, round(width * largest)), max(1, round(height * largest))
@@ -71,7 +71,7 @@ class RandomSquareCrop:
         return inpt.resize((width, height), Image.Resampling[self.interpolation.upper()], self.box(inpt, params), gap)
 
     def least_size(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height at which the smallest crop of a picture has ``decode_margin`` times the result's pixels."""
+        """Width and height at which the smallest crop of an image has ``decode_margin`` times the result's pixels."""
         rows, columns = self.size
         share = self.decode_margin / (min(width / columns, height / rows) * self.scale[0] ** 0.5)
         return (width, height) if share >= 1 else (math.ceil(width * share), math.ceil(height * share))
@@ -95,8 +95,8 @@ class Augmentation:
     """The paper's augmentation is a random square crop of the resized image (section 2.4) and nothing else.
 
     Attributes:
-        crop_scale: smallest and largest share of the picture's largest square that a crop covers (the paper states
-            none; open_clip's default is 0.9 to 1 of the whole picture, squashed to a square).
+        crop_scale: smallest and largest share of the image's largest square that a crop covers (the paper states
+            none; open_clip's default is 0.9 to 1 of the whole image, squashed to a square).
         color_jitter: largest relative change of brightness, contrast and saturation; 0 for none.
         grayscale: probability of losing all colour.
         decode_margin: JPEGs are decoded at a half, a quarter or an eighth of their width if the smallest crop then
@@ -125,7 +125,7 @@ class Augmentation:
         return kind(size, self.crop_scale, interpolation, self.decode_margin)
 
     def least_size(self, preprocessing: Preprocessing) -> LeastSize | None:
-        """How large a picture must be for :meth:`transform`; None: as it is."""
+        """How large an image must be for :meth:`transform`; None: as it is."""
         return None if self.exact else self.crop(preprocessing).least_size
 
     def transform(self, preprocessing: Preprocessing) -> v2.Compose:

@@ -4,32 +4,14 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch.utils.data import Dataset
 
-from lit_clip.embedding.image_files import OnError
-from lit_clip.errors import InputError
+from lit_clip.errors import BadSample
+from lit_clip.tools.images import OnError
 
 __all__ = ["BLANK", "BadSample", "OnError", "Skipped", "SkippingDataset", "check_caption", "split_skipped"]
 
 BLANK = frozenset({"", "nan", "none", "null", "n/a", "<na>"})  # what spreadsheets and pandas write for "no caption"
 
 Item = TypeVar("Item")
-
-
-class BadSample(InputError):  # noqa: N818  # as what it is about is called: a sample
-    """A sample that cannot be used.
-
-    Args:
-        where: how the user knows it: file and row, or shard and key.
-        reason: what is wrong in a few words that other samples share; skipped ones are counted by it.
-        detail: the rest of the line: what exactly, and what to do.
-    """
-
-    def __init__(self, where: str, reason: str = "", detail: str = "") -> None:
-        # A data loader raises what a worker raised anew, from the message alone.
-        super().__init__(": ".join(part for part in (where, detail or reason) if part))
-        self.where, self.reason, self.detail = where, reason, detail
-
-    def __reduce__(self) -> tuple[type["BadSample"], tuple[str, str, str]]:
-        return type(self), (self.where, self.reason, self.detail)
 
 
 class Skipped(NamedTuple):

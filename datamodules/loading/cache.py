@@ -2,11 +2,8 @@
 
 import hashlib
 import os
-import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-
-from lit_clip.errors import InputError
 
 
 def default_cache_dir() -> Path:
@@ -26,23 +23,3 @@ def cache_file(kind: str, source: Path, said: Iterable[object], suffix: str) -> 
     stat = source.stat()
     identity = repr((str(source.resolve()), stat.st_size, stat.st_mtime_ns, *said))
     return default_cache_dir() / kind / f"{source.stem[:40]}-{hashlib.sha1(identity.encode()).hexdigest()[:20]}{suffix}"
-
-
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` make a file, which gets its name when it is whole; another process may be making it too.
-
-    Raises:
-        InputError: it cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        try:
-            write(Path(name))
-            os.replace(name, path)
-        finally:
-            Path(name).unlink(missing_ok=True)
-    except OSError as error:
-        reason = error.strerror or str(error).splitlines()[0]
-        raise InputError(f"{path}: cannot be written ({reason}); set XDG_CACHE_HOME to a folder with room") from error

@@ -1,4 +1,4 @@
-"""Opening a picture, with an error that says where it came from."""
+"""Opening an image, with an error that says where it came from."""
 
 import math
 import warnings
@@ -10,16 +10,16 @@ from typing import BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
-from datamodules.loading.bad_samples import BadSample
+from lit_clip.errors import BadSample
 
 CHECKED = 10_000
 MAX_PIXELS = 178_956_970  # what Pillow itself refuses; 0.7 GB as RGB
 MOST_ELONGATED = 500  # times as long as wide; resized to a model's input a thread of pixels is a gigabyte
 PROGRAMS = frozenset({"EPS"})  # formats that another program draws, as long as it likes
 
-LeastSize = Callable[[int, int], tuple[int, int]]  # width and height of a picture -> those that are still enough
+LeastSize = Callable[[int, int], tuple[int, int]]  # width and height of an image -> those that are still enough
 
-FULL_SIZE = "size in the file"  # of a picture that was decoded at a fraction, in its ``info``
+FULL_SIZE = "size in the file"  # of an image that was decoded at a fraction, in its ``info``
 FRACTIONS = (1, 2, 4, 8)  # of width and height, that JPEG's decoder knows and Pillow passes on
 
 _hushed = False
@@ -28,13 +28,13 @@ _least_size: ContextVar[LeastSize | None] = ContextVar("_least_size", default=No
 
 @contextmanager
 def decoding_at_least(size: LeastSize | None) -> Iterator[None]:
-    """Let pictures that are opened inside come at a fraction of their width and height.
+    """Let images that are opened inside come at a fraction of their width and height.
 
     JPEG's decoder can leave out the finer half, three quarters or seven eighths of its frequencies, which costs a
     fraction of the time; other formats are decoded as ever.
 
     Args:
-        size: the width and height that a picture must still have; None: its own.
+        size: the width and height that an image must still have; None: its own.
     """
     token = _least_size.set(size)
     try:
@@ -78,7 +78,7 @@ def _opened(source: Path | BinaryIO, where: str) -> Iterator[Image.Image]:
 
 
 def _what(error: Exception) -> tuple[str, str]:
-    """The kind of a picture's error, and its own words."""
+    """The kind of an image's error, and its own words."""
     if isinstance(error, UnidentifiedImageError):
         return "not an image", "not an image"
     words = str(error).strip().partition("\n")[0] or type(error).__name__
@@ -86,14 +86,14 @@ def _what(error: Exception) -> tuple[str, str]:
 
 
 def open_image(source: Path | BinaryIO, where: str) -> Image.Image:
-    """The decoded picture: of an animation the first frame, and not turned as a camera's rotation flag says.
+    """The decoded image: of an animation the first frame, and not turned as a camera's rotation flag says.
 
     Args:
         source: a file, or its content.
         where: how the user knows it, such as ``captions.csv row 7``.
 
     Raises:
-        BadSample: no such file, not a picture, a broken one, or one of more than ``MAX_PIXELS``.
+        BadSample: no such file, not an image, a broken one, or one of more than ``MAX_PIXELS``.
     """
     with _opened(source, where) as image:
         least_size = _least_size.get()
@@ -127,7 +127,7 @@ def check_images(images: Sequence[tuple[Path, str]]) -> None:
         images: each file and how the user knows it.
 
     Raises:
-        BadSample: no such file, or no picture.
+        BadSample: no such file, or no image.
     """
     for path, where in images[:: max(1, len(images) // CHECKED)]:
         with _opened(path, where):

@@ -9,7 +9,7 @@ from torch.utils.data import Sampler
 from lit_clip.errors import InputError
 
 
-class Sample(NamedTuple):
+class TrainingSample(NamedTuple):
     """What a training dataset is asked for: its randomness is a function of the epoch and the sample alone."""
 
     epoch: int
@@ -30,7 +30,7 @@ def permutation(size: int, epoch: int, seed: int) -> np.ndarray:
     return rows
 
 
-class GlobalBatchSampler(Sampler[list[Sample]]):
+class GlobalBatchSampler(Sampler[list[TrainingSample]]):
     """Seeded permutations cut into batches that are the same for any number of ranks.
 
     Step k of an epoch is one global batch, a slice of that epoch's permutation; a rank takes every ``world``-th sample
@@ -83,13 +83,13 @@ class GlobalBatchSampler(Sampler[list[Sample]]):
     def __len__(self) -> int:
         return self.size // (self.batch_size * self.world)
 
-    def __iter__(self) -> Iterator[list[Sample]]:
+    def __iter__(self) -> Iterator[list[TrainingSample]]:
         order, epoch = self.order(self.epoch), self.epoch
         done = self.start.batch if epoch == self.start.epoch else 0
         step = self.batch_size * self.world
         for first in range(done * step, len(self) * step, step):
             mine = order[first + self.rank : first + step : self.world]
-            yield [Sample(epoch, int(row)) for row in mine]
+            yield [TrainingSample(epoch, int(row)) for row in mine]
 
 
 class StridedSampler(Sampler[int]):

@@ -1,6 +1,6 @@
-"""What a search has found of one evaluation set, picture by picture.
+"""What a search has found of one evaluation set, image by image.
 
-Shapes: N items of the set, Q pictures (an item may have several, the frames of a video).
+Shapes: N items of the set, Q images (an item may have several, the frames of a video).
 """
 
 from dataclasses import dataclass
@@ -10,20 +10,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datamodules.overlap.search import Found, Queries
-from lit_clip.evaluation.data import Pictures
+from datamodules.overlap.search import NearestFound, Queries
+from lit_clip.evaluation.data import ImageSet
 from lit_clip.evaluation.overlap import Overlap, overlap_of
 
 By = Literal["either", "embedding", "look"]
 TRIED = (0.99, 0.98, 0.97, 0.96, 0.95, 0.94, 0.92, 0.9, 0.85, 0.8)  # other thresholds that the report tells of
 
 
-class Pair(NamedTuple):
-    """A picture of the evaluation set and one of the training set.
+class OverlapPair(NamedTuple):
+    """An image of the evaluation set and one of the training set.
 
     Attributes:
         item: number in the evaluation set.
-        frame: which of its pictures.
+        frame: which of its images.
         row: of the training set.
         name: how the user knows that.
         similarity: of the features; None where the look tells.
@@ -41,21 +41,21 @@ class SetFindings:
     """One set.
 
     Attributes:
-        pictures: the set.
-        threshold: similarity from which a picture is the same.
+        images: the set.
+        threshold: similarity from which an image is the same.
         overlap: the figures.
-        nearest: of each item that could be read, by features, the nearest training picture.
-        alike: likewise the first training picture of the same look, or None.
+        nearest: of each item that could be read, by features, the nearest training image.
+        alike: likewise the first training image of the same look, or None.
         seen: whether each counts as overlap, bool ``[N]``.
         tried: figures at other thresholds, the highest first.
         bad: the line of each item that could not be read.
     """
 
-    pictures: Pictures
+    images: ImageSet
     threshold: float
     overlap: Overlap
-    nearest: list[Pair]
-    alike: list[Pair | None]
+    nearest: list[OverlapPair]
+    alike: list[OverlapPair | None]
     seen: np.ndarray
     tried: list[tuple[float, Overlap]]
     bad: list[str]
@@ -67,22 +67,22 @@ class SetFindings:
             near, alike = self.nearest[place], self.alike[place]
             by_features = near.similarity is not None and near.similarity >= self.threshold
             pair = near if by_features or alike is None else alike
-            said = {"picture": self.pictures.key(pair.item), "train": pair.name, "similarity": near.similarity}
+            said = {"image": self.images.key(pair.item), "train": pair.name, "similarity": near.similarity}
             found.append({**said, "same_look": alike is not None})
         return found
 
 
 def findings_of(
-    pictures: Pictures, queries: Queries, found: Found, threshold: float, by: By, correct_N: Tensor | None
+    images: ImageSet, queries: Queries, found: NearestFound, threshold: float, by: By, correct_N: Tensor | None
 ) -> SetFindings:
     """Judge a set.
 
     Args:
-        pictures: the set.
+        images: the set.
         queries: what could be read of it.
         found: of those alone, on the CPU.
         threshold: see :class:`SetFindings`.
-        by: what makes a picture the same.
+        by: what makes an image the same.
         correct_N: whether the model recognises each, bool ``[N]``.
     """
     items, starts = np.unique(queries.items, return_index=True)
@@ -100,16 +100,16 @@ def findings_of(
     tried = [(limit, overlap_of(seen_from(limit), correct_N)) for limit in limits]
     seen = seen_from(threshold)
     figures = overlap_of(seen, correct_N)
-    return SetFindings(pictures, threshold, figures, nearest, alike, seen.numpy(), tried, queries.bad)
+    return SetFindings(images, threshold, figures, nearest, alike, seen.numpy(), tried, queries.bad)
 
 
-def _nearest(found: Found, item: int, start: int, stop: int) -> Pair:
+def _nearest(found: NearestFound, item: int, start: int, stop: int) -> OverlapPair:
     place = start + int(found.nearest.similarity[start:stop].argmax())
     row, similarity = int(found.nearest.row[place]), float(found.nearest.similarity[place])
-    return Pair(item, place - start, row, found.names[place], similarity)
+    return OverlapPair(item, place - start, row, found.names[place], similarity)
 
 
-def _alike(found: Found, item: int, start: int, stop: int) -> Pair | None:
+def _alike(found: NearestFound, item: int, start: int, stop: int) -> OverlapPair | None:
     place = start + int((found.look_rows[start:stop] >= 0).argmax())
     row = int(found.look_rows[place])
-    return Pair(item, place - start, row, found.look_names[place], None) if row >= 0 else None
+    return OverlapPair(item, place - start, row, found.look_names[place], None) if row >= 0 else None

@@ -12,11 +12,11 @@ import numpy as np
 from PIL import Image
 
 from datamodules.loading.images import decoding_at_least, open_image
-from datamodules.overlap.findings import Pair, SetFindings
+from datamodules.overlap.findings import OverlapPair, SetFindings
 from datamodules.pairs.source import PairSource
-from lit_clip.embedding.feature_files import replacing
 from lit_clip.errors import InputError
 from lit_clip.evaluation.overlap import Overlap
+from lit_clip.tools.atomic import replacing
 from lit_clip.tools.html import page
 
 SHOWN = 12  # pairs of a kind
@@ -47,12 +47,12 @@ figcaption b { color: #222 }
 svg { width: 100%; max-width: 660px; height: auto; font: 12px system-ui, sans-serif }"""
 
 _WHAT = """\
-<p>For each picture of an evaluation set the nearest training picture was looked for, by the cosine similarity of the
-model's image features and by a hash of the picture. Pictures from the threshold on count as the overlap, the others are
-clean. Judge the pairs: above the threshold they should be the same picture, below it they should not. If they are not,
+<p>For each image of an evaluation set the nearest training image was looked for, by the cosine similarity of the
+model's image features and by a hash of the image. Images from the threshold on count as the overlap, the others are
+clean. Judge the pairs: above the threshold they should be the same image, below it they should not. If they are not,
 choose another threshold with --threshold and run the command again; nothing is read anew.</p>
 <p>p: how probable at least as many right answers on the overlap would be if the model were right there as often as on
-the clean pictures (one-sided binomial test), multiplied by the number of sets tested (Bonferroni). The interval of the
+the clean images (one-sided binomial test), multiplied by the number of sets tested (Bonferroni). The interval of the
 accuracy on the overlap is the exact one of 99.5 %.</p>"""
 
 
@@ -63,7 +63,7 @@ def write_page(path: Path, report: Mapping[str, Any], sets: Mapping[str, SetFind
         path: of the page.
         report: the figures.
         sets: what was found of each set.
-        source: of the training pictures that are shown.
+        source: of the training images that are shown.
     """
     train = report["train"]
     title = f"data overlap with {', '.join(train['data'])}"
@@ -71,9 +71,9 @@ def write_page(path: Path, report: Mapping[str, Any], sets: Mapping[str, SetFind
     with warnings.catch_warnings(action="ignore"):  # Pillow's, as when they were read
         for name, findings in sets.items():
             parts.append(_set(name, findings, source))
-    parts.append(_problems("training pictures that could not be read", train["skipped_lines"], _total(train)))
+    parts.append(_problems("training images that could not be read", train["skipped_lines"], _total(train)))
     for name, findings in sets.items():
-        parts.append(_problems(f"{name}: pictures that could not be read", findings.bad[:SHOWN], len(findings.bad)))
+        parts.append(_problems(f"{name}: images that could not be read", findings.bad[:SHOWN], len(findings.bad)))
     with replacing(path) as temporary:
         temporary.write_text(page(title, _STYLE, "\n".join(parts)), encoding="utf-8", errors="replace")
 
@@ -120,7 +120,7 @@ def _overview(report: Mapping[str, Any]) -> str:
     head = ("set", "threshold", "images", *_FIGURES, "interval on overlap", "p")
     train = report["train"]
     skipped = f", {_total(train):,} could not be read" if train["skipped"] else ""
-    said = f"<p>{train['pictures']:,} training pictures{skipped}; model: {escape(report['model']['name'])}</p>"
+    said = f"<p>{train['images']:,} training images{skipped}; model: {escape(report['model']['name'])}</p>"
     return f"{said}\n{_table(head, rows)}"
 
 
@@ -157,7 +157,7 @@ def _histogram(similarity: np.ndarray, threshold: float) -> str:
     counts, edges = np.histogram(np.clip(similarity, low, 1), BARS, (low, 1))
     width, height = CHART
     step, tallest = width / BARS, np.log1p(max(1, int(counts.max())))
-    parts = [f'<svg viewBox="0 0 {width} {height + 24}" role="img" aria-label="pictures by similarity">']
+    parts = [f'<svg viewBox="0 0 {width} {height + 24}" role="img" aria-label="images by similarity">']
     for place, count in enumerate(counts.tolist()):
         tall = height * float(np.log1p(count) / tallest)
         parts.append(
@@ -169,21 +169,21 @@ def _histogram(similarity: np.ndarray, threshold: float) -> str:
     for value in np.linspace(low, 1, 6):
         x, anchor = width * (value - low) / (1 - low), "end" if value == 1 else "start"
         parts.append(f'<text x="{x:.1f}" y="{height + 16}" fill="#555" text-anchor="{anchor}">{value:.2f}</text>')
-    title = "<h3>pictures by similarity to the nearest training picture (heights are logarithmic)</h3>"
+    title = "<h3>images by similarity to the nearest training image (heights are logarithmic)</h3>"
     return title + "\n" + "\n".join(parts) + "</svg>"
 
 
-def _gallery(title: str, pairs: Sequence[tuple[Pair, bool]], findings: SetFindings, source: PairSource) -> str:
+def _gallery(title: str, pairs: Sequence[tuple[OverlapPair, bool]], findings: SetFindings, source: PairSource) -> str:
     if not pairs:
         return ""
     figures = [_figure(pair, same, findings, source) for pair, same in pairs]
     return f"<h3>{escape(title)}</h3>\n" + '<div class="pairs">\n' + "\n".join(figures) + "\n</div>"
 
 
-def _figure(pair: Pair, same: bool, findings: SetFindings, source: PairSource) -> str:
+def _figure(pair: OverlapPair, same: bool, findings: SetFindings, source: PairSource) -> str:
     ours = theirs = '<span class="gone"></span>'
     try:
-        ours = _image(findings.pictures.pictures(pair.item)[pair.frame])
+        ours = _image(findings.images.images(pair.item)[pair.frame])
         if pair.row >= 0:
             stored = source.read(pair.row)
             with decoding_at_least(lambda width, height: (min(width, THUMBNAIL), min(height, THUMBNAIL))):
@@ -191,13 +191,13 @@ def _figure(pair: Pair, same: bool, findings: SetFindings, source: PairSource) -
     except (InputError, IndexError):  # it was there a moment ago
         pass
     told = "same look" if pair.similarity is None else f"{pair.similarity:.3f}"
-    names = f"{escape(findings.pictures.key(pair.item))}<br>{escape(pair.name)}"
+    names = f"{escape(findings.images.key(pair.item))}<br>{escape(pair.name)}"
     style = ' class="same"' if same else ""
     return f"<figure{style}><div>{ours}{theirs}</div><figcaption><b>{told}</b><br>{names}</figcaption></figure>"
 
 
-def _image(picture: Image.Image) -> str:
-    small = picture.convert("RGB")
+def _image(image: Image.Image) -> str:
+    small = image.convert("RGB")
     small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC)
     data = io.BytesIO()
     small.save(data, "JPEG", quality=80)

@@ -1,6 +1,6 @@
-"""Reading two sets of pictures for their overlap: features and looks of the one, then the nearest of the other.
+"""Reading two sets of images for their overlap: features and looks of the one, then the nearest of the other.
 
-Shapes: Q pictures of the evaluation set (an item may have several, the frames of a video), B pictures of a batch of the
+Shapes: Q images of the evaluation set (an item may have several, the frames of a video), B images of a batch of the
 training set, D embedding dimension.
 """
 
@@ -20,33 +20,32 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datamodules.loading.bad_samples import BadSample
 from datamodules.loading.images import open_image
 from datamodules.look_index import LookIndex, Looks
 from datamodules.near_duplicates import Look, look_of
 from datamodules.pairs.source import LISTED, PairSource
-from lit_clip.cli.subcommands import progress
-from lit_clip.embedding.feature_files import replacing
-from lit_clip.embedding.image_files import loader
-from lit_clip.errors import InputError, require
-from lit_clip.evaluation.data import Pictures
-from lit_clip.evaluation.overlap import Nearest, nearer, nowhere
+from lit_clip.errors import BadSample, InputError, require
+from lit_clip.evaluation.data import ImageSet
+from lit_clip.evaluation.overlap import NearestImages, nearer, nowhere
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import Preprocessing
 from lit_clip.models.preprocess import pixels
+from lit_clip.tools.atomic import replacing
+from lit_clip.tools.console import progress
+from lit_clip.tools.images import loader
 
 SECONDS_BETWEEN_SAVES = 60  # of work that a killed run can lose
 
 
 class Readable(Protocol):
-    """Pictures by row, with a name for the user."""
+    """Images by row, with a name for the user."""
 
     def __len__(self) -> int:
         """Number of rows."""
         ...
 
     def read(self, row: int) -> tuple[str, list[Image.Image]]:
-        """How the user knows a row, and its pictures.
+        """How the user knows a row, and its images.
 
         Raises:
             InputError: it cannot be read.
@@ -57,26 +56,26 @@ class Readable(Protocol):
 class SetRows:
     """The items of an evaluation set."""
 
-    def __init__(self, pictures: Pictures) -> None:
-        self.pictures = pictures
+    def __init__(self, images: ImageSet) -> None:
+        self.images = images
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def read(self, row: int) -> tuple[str, list[Image.Image]]:
-        name = self.pictures.key(row)
+        name = self.images.key(row)
         try:
-            found = self.pictures.pictures(row)
+            found = self.images.images(row)
         except BadSample:
             raise
         except Exception as error:  # decoders answer a broken file with whatever they trip over
             raise BadSample(name, "cannot be read", str(error).partition("\n")[0]) from error
-        require(bool(found), f"{name}: has no picture")
+        require(bool(found), f"{name}: has no image")
         return name, found
 
 
 class SourceRows:
-    """The pictures of a training set, without their captions."""
+    """The images of a training set, without their captions."""
 
     def __init__(self, source: PairSource) -> None:
         self.source = source
@@ -123,22 +122,22 @@ class RowBatches(Dataset[Seen]):
     def __getitem__(self, number: int) -> Seen:
         start = self.first + number * self.batch_size
         stop = min(start + self.batch_size, len(self.data))
-        images: list[Tensor] = []
+        pixels: list[Tensor] = []
         seen = Seen(None, [], [], [], [], stop)
         with warnings.catch_warnings(action="ignore"):  # Pillow's remarks on odd files would flood the terminal
             for row in range(start, stop):
                 try:
-                    name, pictures = self.data.read(row)
+                    name, images = self.data.read(row)
                 except InputError as error:
                     reason = error.reason if isinstance(error, BadSample) else "cannot be read"
                     seen.bad.append((reason, str(error)))
                     continue
-                for picture in pictures:
-                    images.append(self.transform(picture))
-                    seen.looks.append(look_of(picture))
+                for image in images:
+                    pixels.append(self.transform(image))
+                    seen.looks.append(look_of(image))
                     seen.rows.append(row)
                     seen.names.append(name)
-        return seen._replace(images=torch.stack(images)) if images else seen
+        return seen._replace(images=torch.stack(pixels)) if pixels else seen
 
 
 @torch.no_grad()
@@ -163,7 +162,7 @@ def encoded(
 
 @dataclass
 class Queries:
-    """The pictures of an evaluation set that could be read.
+    """The images of an evaluation set that could be read.
 
     Attributes:
         features: float32 ``[Q, D]``, of unit length.
@@ -193,23 +192,21 @@ class Queries:
         return cls(torch.from_numpy(arrays["features"]), looks, arrays["items"], said["bad"])
 
     @classmethod
-    def compute(cls, model: CLIP, pictures: Pictures, batch_size: int, num_workers: int, title: str) -> "Queries":
+    def compute(cls, model: CLIP, images: ImageSet, batch_size: int, num_workers: int, title: str) -> "Queries":
         """Read and encode a set.
 
         Raises:
             InputError: nothing of it can be read, or the model gives no numbers.
         """
-        rows = 1 if pictures.several else batch_size
-        batches = RowBatches(SetRows(pictures), model.preprocessing, rows)
+        rows = 1 if images.several else batch_size
+        batches = RowBatches(SetRows(images), model.preprocessing, rows)
         features, looks, items, bad = [torch.empty(0, model.config.embed_dim)], [], [], []
         for seen, batch_features in encoded(model, batches, batch_size, num_workers, title):
             features.append(batch_features.cpu())
             looks += seen.looks
             items += seen.rows
             bad += [line for _, line in seen.bad]
-        require(
-            bool(items), f"{title}: none of {len(pictures)} pictures can be used; {bad[0] if bad else 'it is empty'}"
-        )
+        require(bool(items), f"{title}: none of {len(images)} images can be used; {bad[0] if bad else 'it is empty'}")
         joined = torch.cat(features)
         require(
             bool(joined.isfinite().all()), f"{title}: the model gives features that are no numbers; its weights are"
@@ -226,20 +223,20 @@ def joined(queries: Sequence[Queries]) -> Queries:
 
 
 @dataclass
-class Found:
-    """The nearest training picture of each picture of an evaluation set, as far as the training set has been read.
+class NearestFound:
+    """The nearest training image of each image of an evaluation set, as far as the training set has been read.
 
     Attributes:
         nearest: by features, on the model's device.
         names: of the nearest, how the user knows it.
-        look_rows: the first training picture of the same look, int64 ``[Q]``; -1: none.
+        look_rows: the first training image of the same look, int64 ``[Q]``; -1: none.
         look_names: likewise.
         done: training rows that have been read.
         reasons: those that could not be read, by reason.
         bad: the line of the first ``LISTED`` of them.
     """
 
-    nearest: Nearest
+    nearest: NearestImages
     names: list[str]
     look_rows: np.ndarray
     look_names: list[str]
@@ -248,12 +245,12 @@ class Found:
     bad: list[str] = field(default_factory=list)
 
     @classmethod
-    def nothing(cls, size: int, device: torch.device) -> "Found":
-        """What is found of ``size`` pictures before any is read."""
+    def nothing(cls, size: int, device: torch.device) -> "NearestFound":
+        """What is found of ``size`` images before any is read."""
         return cls(nowhere(size, device), [""] * size, np.full(size, -1), [""] * size)
 
     def add(self, queries: Tensor, index: LookIndex, seen: Seen, features: Tensor) -> None:
-        """Look at a batch of training pictures."""
+        """Look at a batch of training images."""
         if seen.rows:
             after = nearer(self.nearest, queries, features, torch.tensor(seen.rows, device=features.device))
             names = dict(zip(seen.rows, seen.names, strict=True))
@@ -281,19 +278,21 @@ class Found:
         _save(path, said, look_rows=self.look_rows, **arrays)
 
     @classmethod
-    def load(cls, path: Path, device: torch.device) -> "Found | None":
+    def load(cls, path: Path, device: torch.device) -> "NearestFound | None":
         """What :meth:`save` wrote; None if that is not there or not readable."""
         found = _load(path, "names", "look_names", "bad", "done", "reasons", "similarity", "row", "look_rows")
         if found is None:
             return None
         said, arrays = found
-        nearest = Nearest(*(torch.from_numpy(arrays[name]).to(device) for name in Nearest._fields))
+        nearest = NearestImages(*(torch.from_numpy(arrays[name]).to(device) for name in NearestImages._fields))
         reasons = Counter(said["reasons"])
         look = (arrays["look_rows"], said["look_names"])
         return cls(nearest, said["names"], *look, said["done"], reasons, said["bad"])
 
 
-def search(model: CLIP, queries: Queries, source: PairSource, path: Path, batch_size: int, num_workers: int) -> Found:
+def search(
+    model: CLIP, queries: Queries, source: PairSource, path: Path, batch_size: int, num_workers: int
+) -> NearestFound:
     """Read the whole training set once, or what an interrupted search has left of it.
 
     Args:
@@ -301,20 +300,20 @@ def search(model: CLIP, queries: Queries, source: PairSource, path: Path, batch_
         queries: of the evaluation sets.
         source: the training set.
         path: where to keep what is found so far.
-        batch_size: pictures encoded at once.
+        batch_size: images encoded at once.
         num_workers: processes that decode.
 
     Raises:
-        InputError: not a single training picture can be read.
+        InputError: not a single training image can be read.
     """
-    found = Found.load(path, model.device) or Found.nothing(len(queries.items), model.device)
+    found = NearestFound.load(path, model.device) or NearestFound.nothing(len(queries.items), model.device)
     if found.done >= len(source):
         return found
     features, index = queries.features.to(model.device), LookIndex(queries.looks)
     batches = RowBatches(SourceRows(source), model.preprocessing, batch_size, found.done)
     saved = time.monotonic()
     try:
-        for seen, batch_features in encoded(model, batches, batch_size, num_workers, "training pictures"):
+        for seen, batch_features in encoded(model, batches, batch_size, num_workers, "training images"):
             found.add(features, index, seen, batch_features)
             if time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
                 found.save(path)
@@ -324,7 +323,7 @@ def search(model: CLIP, queries: Queries, source: PairSource, path: Path, batch_
     finally:
         found.save(path)
     first = found.bad[0] if found.bad else ""
-    require(bool((found.nearest.row >= 0).any()), f"none of {len(source)} training pictures can be read; {first}")
+    require(bool((found.nearest.row >= 0).any()), f"none of {len(source)} training images can be read; {first}")
     return found
 
 

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from datamodules.evaluation.image_folder import ImageFolderClasses
 from datamodules.overlap.search import Queries
-from lit_clip.cli.subcommands import stderr
 from lit_clip.errors import InputError, require
-from lit_clip.evaluation.data import LabelledImages, MissingData, MultiLabel, Pictures
+from lit_clip.evaluation.data import ImageSet, LabelledImages, MissingData, MultiLabel
 from lit_clip.evaluation.prompts import Prompts, prompts_of, text_classifier
 from lit_clip.evaluation.suite import SuiteEntry, read_suite
 from lit_clip.models.clip import CLIP
+from lit_clip.tools.console import stderr
 
 
 @dataclass
@@ -26,11 +26,11 @@ class EvaluationSet:
     """A set that is looked into.
 
     Attributes:
-        pictures: all of them.
+        images: all of them.
         entry: how its classes are named.
     """
 
-    pictures: Pictures
+    images: ImageSet
     entry: SuiteEntry
 
 
@@ -77,12 +77,12 @@ def check_prompts(opened: Mapping[str, EvaluationSet]) -> None:
 
 
 def _prompts(each: EvaluationSet) -> Prompts | None:
-    """Of its classes; None for sets without one class a picture."""
-    pictures = each.pictures
-    if not isinstance(pictures, LabelledImages) or isinstance(pictures, MultiLabel):
+    """Of its classes; None for sets without one class an image."""
+    images = each.images
+    if not isinstance(images, LabelledImages) or isinstance(images, MultiLabel):
         return None
-    templates = each.entry.templates or getattr(pictures, "templates", None)
-    return prompts_of(each.entry.class_names, templates, pictures.class_names)
+    templates = each.entry.templates or getattr(images, "templates", None)
+    return prompts_of(each.entry.class_names, templates, images.class_names)
 
 
 def read_thresholds(words: Sequence[str], names: Sequence[str]) -> dict[str, float]:
@@ -125,7 +125,7 @@ def _read_mapping(path: Path, what: str) -> dict[str, Any]:
 
 
 def read_results(path: Path, names: Sequence[str]) -> dict[str, dict[str, bool]]:
-    """True or false by picture, by set: whether a model is right.
+    """True or false by image, by set: whether a model is right.
 
     Raises:
         InputError: not readable, a set that is not there, or anything but true and false.
@@ -134,7 +134,7 @@ def read_results(path: Path, names: Sequence[str]) -> dict[str, dict[str, bool]]
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"--results {path}: not readable JSON ({' '.join(str(error).split())})") from error
-    what = 'wants {"set": {"picture": true, ...}, ...}'
+    what = 'wants {"set": {"image": true, ...}, ...}'
     require(isinstance(values, dict), f"--results {path}: {what}")
     for name in names:
         answers = values.get(name)
@@ -144,24 +144,24 @@ def read_results(path: Path, names: Sequence[str]) -> dict[str, dict[str, bool]]
     return values
 
 
-def given(pictures: Pictures, items_Q: np.ndarray, answers: Mapping[str, bool], name: str) -> Tensor:
+def given(images: ImageSet, items_Q: np.ndarray, answers: Mapping[str, bool], name: str) -> Tensor:
     """Whether a model is right, of some items as a file says it: bool ``[N]``.
 
     Raises:
         InputError: an item is not in the file.
     """
-    keys = [pictures.key(int(item)) for item in np.unique(items_Q)]
+    keys = [images.key(int(item)) for item in np.unique(items_Q)]
     missing = next((key for key in keys if key not in answers), None)
     require(missing is None, f"--results: {name}: nothing of {missing}")
     return torch.tensor([answers[key] for key in keys])
 
 
 def recognised(model: CLIP, each: EvaluationSet, queries: Queries) -> Tensor | None:
-    """Whether the model's first guess is right, bool ``[N]``; None for sets without one class a picture."""
-    pictures, prompts = each.pictures, _prompts(each)
-    if prompts is None or not isinstance(pictures, LabelledImages):
+    """Whether the model's first guess is right, bool ``[N]``; None for sets without one class an image."""
+    images, prompts = each.images, _prompts(each)
+    if prompts is None or not isinstance(images, LabelledImages):
         return None
     items, counts = np.unique(queries.items, return_counts=True)
     features = torch.stack([part.mean(dim=0) for part in queries.features.split(counts.tolist())])
-    labels = torch.tensor(pictures.labels())[torch.from_numpy(items)]
+    labels = torch.tensor(images.labels())[torch.from_numpy(items)]
     return (features @ text_classifier(model, prompts, None).cpu().float()).argmax(dim=1) == labels

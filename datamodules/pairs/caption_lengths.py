@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from datamodules.loading.bad_samples import BadSample
 from datamodules.pairs.source import PairSource
-from lit_clip.errors import InputError
+from lit_clip.errors import BadSample, InputError
 from lit_clip.models.tokenizer import TextTokenizer
 
 LongCaptions = Literal["truncate", "error"]
@@ -32,7 +31,7 @@ def caption_statistics(source: PairSource, tokenizer: TextTokenizer, sample: int
     """Lengths of a source's captions; what cannot be read is passed over.
 
     Args:
-        source: of the captions; sources that have them apart from the pictures read no picture.
+        source: of the captions; sources that have them apart from the images read no image.
         tokenizer: the model's.
         sample: look at all captions of so many rows, evenly spread; None: of all rows.
     """
@@ -50,7 +49,7 @@ def caption_statistics(source: PairSource, tokenizer: TextTokenizer, sample: int
 
 
 def refuse_long(captions: Sequence[str], keys: Sequence[str], tokenizer: TextTokenizer) -> None:
-    """Raise :class:`InputError` for the first caption that the tokenizer would cut, naming its picture."""
+    """Raise :class:`InputError` for the first caption that the tokenizer would cut, naming its image."""
     for caption, key in zip(captions, keys, strict=True):
         count = tokenizer.count(caption)
         if count > tokenizer.context_length:

@@ -7,16 +7,15 @@ from typing import Any
 
 import pyarrow as pa
 
-from datamodules.loading.bad_samples import BadSample
 from datamodules.pairs.columns import TablePairs, is_blank
-from datamodules.pairs.source import NO_CAPTION, LeftOut, Options, PairSource, find_split
+from datamodules.pairs.source import NO_CAPTION, LeftOut, PairSource, SourceOptions, find_split
 from datamodules.pairs.text_table import SCHEMA_OF_LISTS, open_records, open_table
-from lit_clip.errors import InputError
+from lit_clip.errors import BadSample, InputError
 
 Row = tuple[str, list[Any], int]  # image, captions, number
 
 
-def open_json(path: Path, options: Options) -> PairSource:
+def open_json(path: Path, options: SourceOptions) -> PairSource:
     """The pairs of a ``.json`` file, which may be any of this module's kinds, or an object a line.
 
     Raises:
@@ -79,7 +78,7 @@ def _coco(path: Path, images: list[dict[str, Any]], annotations: list[Any]) -> I
         yield image["file_name"], captions.get(image["id"], []), image["id"]
 
 
-def _karpathy(path: Path, images: list[dict[str, Any]], options: Options) -> Iterator[Row]:
+def _karpathy(path: Path, images: list[dict[str, Any]], options: SourceOptions) -> Iterator[Row]:
     """Of the wanted split; ``train`` is COCO's ``train`` and ``restval`` together, as everybody trains on both."""
     splits = list(dict.fromkeys(str(image.get("split")) for image in images))
     wanted = find_split(path, splits, options)
@@ -95,7 +94,7 @@ def _karpathy(path: Path, images: list[dict[str, Any]], options: Options) -> Ite
         yield name, [sentence.get("raw") if isinstance(sentence, dict) else None for sentence in sentences], number
 
 
-def _pairs(path: Path, rows: Iterator[Row], options: Options, label: str) -> TablePairs:
+def _pairs(path: Path, rows: Iterator[Row], options: SourceOptions, label: str) -> TablePairs:
     left_out, table = LeftOut(), []
     for image, captions, number in rows:
         where = f"{path} {label} {number}"
@@ -115,10 +114,10 @@ def _pairs(path: Path, rows: Iterator[Row], options: Options, label: str) -> Tab
 
 
 def _find_root(path: Path, image: str) -> Path:
-    """The folder of the pictures: beside the file, or where COCO's archives put it.
+    """The folder of the images: beside the file, or where COCO's archives put it.
 
     Raises:
-        InputError: the first picture is in none of those.
+        InputError: the first image is in none of those.
     """
     above = path.parent.parent
     named = path.stem.removeprefix("captions_")  # captions_train2017.json
@@ -127,4 +126,4 @@ def _find_root(path: Path, image: str) -> Path:
     for place in places:
         if (place / image).is_file():
             return place
-    raise InputError(f"{path}: {image} is not in {', '.join(map(str, places))}; set root to the folder of its pictures")
+    raise InputError(f"{path}: {image} is not in {', '.join(map(str, places))}; set root to the folder of its images")

@@ -12,16 +12,25 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
-from datamodules.loading.bad_samples import BLANK, BadSample, check_caption
+from datamodules.loading.bad_samples import BLANK, check_caption
 from datamodules.loading.images import CHECKED, check_images, open_image
-from datamodules.pairs.source import NO_CAPTION, Encoded, LeftOut, Options, Pair, PairSource, Rows, divide_rows
-from lit_clip.errors import InputError
+from datamodules.pairs.source import (
+    NO_CAPTION,
+    EncodedPair,
+    LeftOut,
+    Pair,
+    PairSource,
+    Rows,
+    SourceOptions,
+    divide_rows,
+)
+from lit_clip.errors import BadSample, InputError
 
 compute: Any = pyarrow.compute  # its functions are made at run time
 
 IMAGE_COLUMNS = (
     *("image", "image_path", "filepath", "file_path", "path", "filename", "file_name", "file", "img"),
-    *("jpg", "jpeg", "png", "webp"),  # pictures themselves in a parquet file
+    *("jpg", "jpeg", "png", "webp"),  # images themselves in a parquet file
 )
 CAPTION_COLUMNS = ("caption", "captions", "text", "title", "description", "sentence", "sentences")
 
@@ -84,7 +93,7 @@ def _is_bytes(kind: pa.DataType) -> bool:
 
 
 def is_encoded(kind: pa.DataType) -> bool:
-    """Whether a column holds pictures themselves: bytes, or Hugging Face's struct of bytes and path."""
+    """Whether a column holds images themselves: bytes, or Hugging Face's struct of bytes and path."""
     return _is_bytes(kind) or (pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
 
 
@@ -125,11 +134,11 @@ def find_column(path: object, found: list[str], wanted: str | None, usual: tuple
     likely = shlex.quote(found[0 if is_image else -1]) if found else "NAME"
     hint = f"give {argument} {likely}, say" if argument.startswith("--") else f"set {argument}"
     if is_image and "url" in lowered:
-        hint = "img2dataset, say, downloads the pictures of such a table"
+        hint = "img2dataset, say, downloads the images of such a table"
     raise InputError(f"{path}: none of its columns ({', '.join(found)}) is called {' or '.join(usual[:3])}; {hint}")
 
 
-def find_columns(path: object, found: list[str], options: Options) -> Columns:
+def find_columns(path: object, found: list[str], options: SourceOptions) -> Columns:
     """Those of the image, the caption and the group of a table that has the columns ``found``.
 
     Raises:
@@ -145,12 +154,10 @@ def find_columns(path: object, found: list[str], options: Options) -> Columns:
 
 
 def check_types(path: object, schema: pa.Schema, columns: Columns) -> None:
-    """Raise :class:`InputError` unless images are paths or pictures, and captions are texts or lists of texts."""
+    """Raise :class:`InputError` unless images are paths or images, and captions are texts or lists of texts."""
     image, caption = schema.field(columns.image).type, schema.field(columns.caption).type
     if not (_is_text(image) or is_encoded(image)):
-        raise InputError(
-            f"{path}: column {columns.image!r} holds {image}, neither paths nor pictures; set image_column"
-        )
+        raise InputError(f"{path}: column {columns.image!r} holds {image}, neither paths nor images; set image_column")
     if not _is_text(caption.value_type if _is_list(caption) else caption):
         raise InputError(
             f"{path}: column {columns.caption!r} holds {caption}, neither texts nor lists of texts; set caption_column"
@@ -171,7 +178,7 @@ class Cells(NamedTuple):
         caption: of the caption column: a text or a list of texts.
         group: as :func:`group_name` makes it.
         where: how the user knows the row.
-        key: of a picture that is no file of its own.
+        key: of an image that is no file of its own.
     """
 
     image: Any
@@ -182,7 +189,7 @@ class Cells(NamedTuple):
 
 
 class ColumnPairs(PairSource):
-    """Pairs of which columns hold the paths of pictures, or the pictures, and the captions.
+    """Pairs of which columns hold the paths of images, or the images, and the captions.
 
     Args:
         path: named in errors.
@@ -206,7 +213,7 @@ class ColumnPairs(PairSource):
         return self._left_out
 
     def image_paths(self) -> pa.ChunkedArray | None:
-        """The paths of all pictures as written, in order; None: the pictures are in the table."""
+        """The paths of all images as written, in order; None: the images are in the table."""
         return None
 
     def load(self, index: int, rng: random.Random | None) -> Pair:
@@ -216,7 +223,7 @@ class ColumnPairs(PairSource):
         caption = captions[0] if rng is None or len(captions) == 1 else rng.choice(captions)
         return Pair(open_image(source, cells.where), caption, key, cells.group)
 
-    def read(self, index: int) -> Encoded:
+    def read(self, index: int) -> EncodedPair:
         cells = self.cells(index)
         source, key = self._image(cells)
         try:
@@ -225,13 +232,13 @@ class ColumnPairs(PairSource):
             raise BadSample(cells.where, "missing image", f"no such image file: {source}") from error
         except OSError as error:
             raise BadSample(cells.where, "broken image", f"cannot read image {source} ({error.strerror})") from error
-        return Encoded(data, _captions(cells), key, cells.group, cells.where)
+        return EncodedPair(data, _captions(cells), key, cells.group, cells.where)
 
     def captions(self, index: int) -> list[str]:
         return _captions(self.cells(index))
 
     def _image(self, cells: Cells) -> tuple[Path | io.BytesIO, str]:
-        """Where the picture of a row is, and its key."""
+        """Where the image of a row is, and its key."""
         value = cells.image
         if isinstance(value, dict):
             value = value["bytes"] if value["bytes"] is not None else value.get("path")

@@ -1,4 +1,4 @@
-"""A folder of pictures with a text file beside each."""
+"""A folder of images with a text file beside each."""
 
 import os
 from collections.abc import Iterator
@@ -7,18 +7,17 @@ from pathlib import Path
 import pyarrow as pa
 from lightning.pytorch.utilities import rank_zero_info
 
-from datamodules.loading.bad_samples import BadSample
 from datamodules.pairs.columns import Cells, ColumnPairs
 from datamodules.pairs.source import DELIMITED, JSON_LINES, NO_CAPTION
-from lit_clip.embedding.image_files import SUFFIXES
-from lit_clip.errors import InputError
+from lit_clip.errors import BadSample, InputError
+from lit_clip.tools.images import SUFFIXES
 
 BATCH_ROWS = 16_384
 TABLES = (*DELIMITED[:2], *JSON_LINES, ".json")
 
 
 def _walk(folder: Path, below: str = "") -> Iterator[tuple[str, bool]]:
-    """The pictures at any depth that are not hidden, in the order of their paths, and whether each has a text file."""
+    """The images at any depth that are not hidden, in the order of their paths, and whether each has a text file."""
     entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     texts = {entry.name.removesuffix(".txt") for entry in entries if entry.name.endswith(".txt")}
     for entry in entries:
@@ -33,15 +32,15 @@ def _walk(folder: Path, below: str = "") -> Iterator[tuple[str, bool]]:
 
 
 class FolderPairs(ColumnPairs):
-    """Pictures at any depth of a folder, each with a ``.txt`` of the same name beside it: a line a caption.
+    """Images at any depth of a folder, each with a ``.txt`` of the same name beside it: a line a caption.
 
-    The texts are read with the pictures: opening a folder reads names alone.
+    The texts are read with the images: opening a folder reads names alone.
 
     Args:
         folder: where to look.
 
     Raises:
-        InputError: no picture in it has a text.
+        InputError: no image in it has a text.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -56,12 +55,12 @@ class FolderPairs(ColumnPairs):
                 names = []
         self._names = pa.chunked_array([*chunks, pa.array(names, pa.string())])
         if not len(self._names):
-            what = f"its {without} pictures have no .txt beside them" if without else "no pictures in it"
+            what = f"its {without} images have no .txt beside them" if without else "no images in it"
             tables = sorted(entry.name for entry in folder.iterdir() if entry.suffix.lower() in TABLES)
             cure = f"give the table itself ({', '.join(tables[:3])})" if tables else "a.jpg needs its caption in a.txt"
             raise InputError(f"{folder}: {what}; {cure}")
         if without:
-            rank_zero_info(f"{folder}: {without} pictures without a .txt beside them are left out")
+            rank_zero_info(f"{folder}: {without} images without a .txt beside them are left out")
             self._left_out.counts[NO_CAPTION] += without
 
     def __len__(self) -> int:

@@ -7,7 +7,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from datamodules.pairs.source import Encoded, LeftOut, Pair, PairSource
+from datamodules.pairs.source import EncodedPair, LeftOut, Pair, PairSource
 from lit_clip.errors import InputError, require
 
 
@@ -25,7 +25,7 @@ class Concatenated(PairSource):
 
     Args:
         sources: all of them.
-        apart: whether equal keys in two of them are different pictures; their numbers are then part of the keys.
+        apart: whether equal keys in two of them are different images; their numbers are then part of the keys.
         groups_apart: likewise of groups.
     """
 
@@ -74,7 +74,7 @@ class Concatenated(PairSource):
         pair = self.sources[part].load(row, rng)
         return pair._replace(**self._named(part, pair.key, pair.group))
 
-    def read(self, index: int) -> Encoded:
+    def read(self, index: int) -> EncodedPair:
         part, row = self._at(index)
         pair = self.sources[part].read(row)
         return pair._replace(**self._named(part, pair.key, pair.group))

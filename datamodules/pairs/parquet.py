@@ -1,4 +1,4 @@
-"""Captions in parquet files, with the paths of pictures or the pictures themselves."""
+"""Captions in parquet files, with the paths of images or the images themselves."""
 
 import os
 import re
@@ -12,21 +12,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from lightning.pytorch.utilities import rank_zero_info
 
-from datamodules.loading.cache import cache_file, write_whole
+from datamodules.loading.cache import cache_file
 from datamodules.pairs.columns import Columns, check_types, find_columns, is_encoded, map_table
-from datamodules.pairs.source import Options, PairSource, find_split
-from datamodules.pairs.stored import Part, StoredPairs, blank_rows
+from datamodules.pairs.source import PairSource, SourceOptions, find_split
+from datamodules.pairs.stored import RowRange, StoredPairs, blank_rows
 from lit_clip.errors import InputError
+from lit_clip.tools.atomic import write_whole
 
 BATCH_ROWS = 16_384
 IN_MEMORY = 64 << 20  # bytes of texts that each process may hold decoded; more are copied once and mapped
-AT_ONCE = 256 << 20  # bytes of pictures that each process may hold
+AT_ONCE = 256 << 20  # bytes of images that each process may hold
 REMEMBERED = 1_000_000  # rows from which on it is worth a file that some of them have no caption
 THREADS = 4  # that look for rows without a caption
 LAYOUT = 1  # of the files in the cache; another number makes old ones be written anew
 
 
-def of_split(folder: Path, files: Sequence[Path], options: Options) -> list[Path]:
+def of_split(folder: Path, files: Sequence[Path], options: SourceOptions) -> list[Path]:
     """Those of a folder's files that are of the wanted split, if their names say of which they are.
 
     Raises:
@@ -41,7 +42,7 @@ def of_split(folder: Path, files: Sequence[Path], options: Options) -> list[Path
     return [file for file, name in zip(files, names, strict=True) if name == wanted]
 
 
-def open_parquet(paths: Sequence[Path], options: Options) -> PairSource:
+def open_parquet(paths: Sequence[Path], options: SourceOptions) -> PairSource:
     """The pairs of some parquet files, one after the other.
 
     Raises:
@@ -72,11 +73,11 @@ def _open_file(path: Path) -> pq.ParquetFile:
         raise InputError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from error
 
 
-def _parts(path: Path, metadata: pq.FileMetaData) -> Iterator[Part]:
+def _parts(path: Path, metadata: pq.FileMetaData) -> Iterator[RowRange]:
     first = 0
     for group in range(metadata.num_row_groups):
         rows = metadata.row_group(group).num_rows
-        yield Part(path, group, first, rows)
+        yield RowRange(path, group, first, rows)
         first += rows
 
 
@@ -96,7 +97,7 @@ class ParquetPairs(StoredPairs):
     """The pairs of parquet files.
 
     A row of a parquet file cannot be read without its whole row group. Texts are therefore copied once into files of
-    the cache folder that are mapped (few of them are held decoded); pictures are not copied: an epoch takes row groups
+    the cache folder that are mapped (few of them are held decoded); images are not copied: an epoch takes row groups
     in random order and mixes the rows of as many of them as ``AT_ONCE`` bytes hold.
 
     Args:
@@ -107,7 +108,7 @@ class ParquetPairs(StoredPairs):
         sizes: of the columns in every row group, decoded: bytes, int64 ``[P]``.
     """
 
-    def __init__(self, path: Path, root: Path, parts: Sequence[Part], columns: Columns, sizes: np.ndarray) -> None:
+    def __init__(self, path: Path, root: Path, parts: Sequence[RowRange], columns: Columns, sizes: np.ndarray) -> None:
         self.sizes = sizes
         first = _open_file(parts[0].file) if parts else None
         self.encoded = first is not None and is_encoded(first.schema_arrow.field(columns.image).type)
@@ -144,7 +145,7 @@ class ParquetPairs(StoredPairs):
             write_whole(path, lambda file: self._write(file, part))
         return path
 
-    def _write(self, path: Path, part: Part) -> None:
+    def _write(self, path: Path, part: RowRange) -> None:
         file = _open_file(part.file)
         names = self.columns.names()
         schema = pa.schema([file.schema_arrow.field(name) for name in names])

@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 
 from datamodules.pairs.columns import Columns, check_types, find_columns, is_encoded
-from datamodules.pairs.source import Options, PairSource, find_split
-from datamodules.pairs.stored import Part, StoredPairs, blank_rows
+from datamodules.pairs.source import PairSource, SourceOptions, find_split
+from datamodules.pairs.stored import RowRange, StoredPairs, blank_rows
 from lit_clip.errors import InputError
 
 
@@ -18,7 +18,7 @@ def is_saved(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
-def open_saved(folder: Path, options: Options) -> PairSource:
+def open_saved(folder: Path, options: SourceOptions) -> PairSource:
     """The pairs of a saved ``Dataset``, or of one split of a saved ``DatasetDict``.
 
     Raises:
@@ -42,7 +42,7 @@ def _json(file: Path) -> dict[str, Any]:
     return values
 
 
-def _open(folder: Path, options: Options) -> PairSource:
+def _open(folder: Path, options: SourceOptions) -> PairSource:
     state = _json(folder / "state.json")
     if state.get("_indices_data_files"):
         raise InputError(f"{folder}: its rows are chosen by a second file; save it again after flatten_indices()")
@@ -57,7 +57,7 @@ def _open(folder: Path, options: Options) -> PairSource:
     for table in tables:
         blank.append(blank_rows(table.select([columns.caption]).to_batches(), columns.caption) + start)
         start += table.num_rows
-    parts = [Part(file, 0, 0, table.num_rows) for file, table in zip(files, tables, strict=True)]
+    parts = [RowRange(file, 0, 0, table.num_rows) for file, table in zip(files, tables, strict=True)]
     root = Path(options.root).expanduser() if options.root else folder
     return SavedPairs(folder, root, parts, columns, np.concatenate(blank))
 

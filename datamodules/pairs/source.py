@@ -1,28 +1,22 @@
 """What a source of (image, caption) pairs is, and which of them a path is."""
 
 import random
-import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from datamodules.loading.sampling import permutation
-from lit_clip.embedding.image_files import OnError
 from lit_clip.errors import InputError, require
+from lit_clip.tools.images import OnError
 
 NO_CAPTION = "no caption"  # the reason, as for samples that turn out bad when they are loaded
 LISTED = 1000  # rows left out that are remembered one by one
 DELIMITED = (".csv", ".tsv", ".txt")
 JSON_LINES = (".jsonl", ".ndjson")
-TAKEN = (
-    "a table (.csv, .tsv, .txt, .jsonl, .ndjson, .json, .parquet), COCO's or Karpathy's JSON, a folder of pictures "
-    "with a .txt beside each, a folder of parquet files, a data set saved by Hugging Face's datasets, or tar shards"
-)
 
 
 class Pair(NamedTuple):
@@ -34,13 +28,13 @@ class Pair(NamedTuple):
     group: str = ""
 
 
-class Encoded(NamedTuple):
+class EncodedPair(NamedTuple):
     """A pair as it is stored, nothing of it decoded.
 
     Attributes:
-        image: the picture's file.
-        captions: all that the picture has, none of them blank.
-        key: what identifies the picture.
+        image: the image's file.
+        captions: all that the image has, none of them blank.
+        key: what identifies the image.
         group: of pairs that say the same; empty for none.
         where: how the user knows the pair, such as ``captions.csv row 7``.
     """
@@ -84,7 +78,7 @@ class LeftOut:
 class PairSource(ABC):
     """Numbered pairs.
 
-    Opening one reads no picture; data workers are sent it, so it holds no Python object a row.
+    Opening one reads no image; data workers are sent it, so it holds no Python object a row.
     """
 
     @abstractmethod
@@ -93,23 +87,23 @@ class PairSource(ABC):
 
     @abstractmethod
     def load(self, index: int, rng: random.Random | None) -> Pair:
-        """One pair; where a picture has several captions ``rng`` draws one, and None asks for the first.
+        """One pair; where an image has several captions ``rng`` draws one, and None asks for the first.
 
         Raises:
-            BadSample: the picture or the caption cannot be read.
+            BadSample: the image or the caption cannot be read.
         """
 
-    def read(self, index: int) -> Encoded:
+    def read(self, index: int) -> EncodedPair:
         """One pair as it is stored.
 
         Raises:
             BadSample: the file is not there, or the caption cannot be read.
-            InputError: this source has no picture files.
+            InputError: this source has no image files.
         """
-        raise InputError(f"{type(self).__name__}: its pictures are no files")
+        raise InputError(f"{type(self).__name__}: its images are no files")
 
     def captions(self, index: int) -> list[str]:
-        """Every caption of one pair; sources that have them apart from the picture do not touch that.
+        """Every caption of one pair; sources that have them apart from the image do not touch that.
 
         Raises:
             BadSample: likewise.
@@ -128,11 +122,11 @@ class PairSource(ABC):
     def prepare(self) -> None:  # noqa: B027  # most need none
         """Make the files that reading at random needs, unless they are there; for one process of a machine to call."""
 
-    def check(self) -> None:  # noqa: B027  # pictures in the source itself are there
-        """Look at the headers of some of the pictures, evenly spread, before anything is trained.
+    def check(self) -> None:  # noqa: B027  # images in the source itself are there
+        """Look at the headers of some of the images, evenly spread, before anything is trained.
 
         Raises:
-            BadSample: no such file, or no picture.
+            BadSample: no such file, or no image.
         """
 
     @property
@@ -141,16 +135,16 @@ class PairSource(ABC):
         return LeftOut()
 
     def divide(self, share: float, seed: int) -> "tuple[PairSource, PairSource]":
-        """All pairs in two: the second has about ``share`` of the pictures, and no picture is in both.
+        """All pairs in two: the second has about ``share`` of the images, and no image is in both.
 
         Raises:
-            InputError: there are fewer than two pictures.
+            InputError: there are fewer than two images.
         """
         return divide_rows(self, share, seed)
 
 
 def divide_rows(source: PairSource, share: float, seed: int) -> tuple[PairSource, PairSource]:
-    """:meth:`PairSource.divide` for a picture a row."""
+    """:meth:`PairSource.divide` for an image a row."""
     size = len(source)
     require(size > 1, "one image cannot be divided; give data.init_args.val")
     chosen = np.zeros(size, dtype=bool)
@@ -176,7 +170,7 @@ class Rows(PairSource):
     def load(self, index: int, rng: random.Random | None) -> Pair:
         return self.source.load(int(self.rows[index]), rng)
 
-    def read(self, index: int) -> Encoded:
+    def read(self, index: int) -> EncodedPair:
         return self.source.read(int(self.rows[index]))
 
     def captions(self, index: int) -> list[str]:
@@ -199,7 +193,7 @@ class Rows(PairSource):
         return self.source.left_out
 
 
-class Options(NamedTuple):
+class SourceOptions(NamedTuple):
     """What a user may say of a source; None: found out.
 
     Attributes:
@@ -237,7 +231,7 @@ class Options(NamedTuple):
 SPLIT_NAMES = {"val": "validation", "valid": "validation", "dev": "validation"}
 
 
-def find_split(path: object, found: Sequence[str], options: Options) -> str:
+def find_split(path: object, found: Sequence[str], options: SourceOptions) -> str:
     """Which of a source's splits is wanted; ``val``, ``valid``, ``dev`` and ``validation`` are one name.
 
     Raises:
@@ -251,87 +245,3 @@ def find_split(path: object, found: Sequence[str], options: Options) -> str:
             return name
     problem = "it has several splits" if wanted is None else f"no split {wanted!r}"
     raise InputError(f"{path}: {problem}; its splits are {', '.join(found)}; set split")
-
-
-def open_source(path: str | Path | Sequence[str | Path], **options: Any) -> PairSource:
-    """The pairs that a path, or several, hold; what it is is found out from its name and its content.
-
-    Args:
-        path: a file, a folder, a name with a brace range for tar shards, or a list of those.
-        options: see :class:`Options`.
-
-    Raises:
-        InputError: nothing there, or nothing that is known; or it cannot be read as what it is.
-    """
-    paths = [path] if isinstance(path, str | Path) else list(path)
-    require(bool(paths), "no data: an empty list of paths")
-    wanted = Options(**options)
-    if len(paths) > 1 and all(_is_shards(str(each)) for each in paths):
-        return _open_shards([str(each) for each in paths], wanted)
-    sources = [_open_one(str(each), wanted) for each in paths]
-    if len(sources) == 1:
-        return sources[0]
-    roots = {str(getattr(source, "root", number)) for number, source in enumerate(sources)}
-    from datamodules.pairs.mixture import Concatenated
-
-    return Concatenated(sources, apart=len(roots) > 1)
-
-
-def _is_shards(name: str) -> bool:
-    if "://" in name and name.endswith("/"):  # a store's folder; nothing else is read from one
-        return True
-    return re.search(r"\.tar(\.gz|\.bz2|\.xz|\.zst)?$", name, re.IGNORECASE) is not None
-
-
-def _open_shards(names: list[str], options: Options) -> PairSource:
-    from datamodules.shards.pairs import TarPairs
-
-    options.no_split(names[0])
-    require(options.image_column is None, f"{names[0]}: shards have no columns; leave image_column out")
-    return TarPairs(names, options.shards, options.caption_column, options.group_column, options.on_error)
-
-
-def _open_one(name: str, options: Options) -> PairSource:
-    if _is_shards(name):
-        return _open_shards([name], options)
-    require("://" not in name, f"{name}: only tar shards are read from an address; download it first")
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return _open_folder(path, options)
-    if not path.exists():
-        raise InputError(f"{name}: no such file or folder; data may be {TAKEN}")
-    from datamodules.pairs import coco, parquet, text_table
-
-    suffix = path.suffix.lower()
-    if suffix == ".parquet":
-        options.no_split(path)
-        return parquet.open_parquet([path], options)
-    if suffix == ".json":
-        return coco.open_json(path, options)
-    if suffix in (*DELIMITED, *JSON_LINES):
-        return text_table.open_table(path, options)
-    raise InputError(f"{name}: {suffix or 'a name without an ending'} is not known; data may be {TAKEN}")
-
-
-def _open_folder(folder: Path, options: Options) -> PairSource:
-    from datamodules.pairs import folder as pictures
-    from datamodules.pairs import parquet, saved, text_table
-
-    if saved.is_saved(folder):
-        return saved.open_saved(folder, options)
-    entries = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
-    tables = [name for name in entries if Path(name).stem.lower() == "metadata"]  # Hugging Face's "imagefolder"
-    for name in tables:
-        if Path(name).suffix.lower() in (".csv", *JSON_LINES):
-            return text_table.open_table(folder / name, options)
-        if Path(name).suffix.lower() == ".parquet":
-            return parquet.open_parquet([folder / name], options)
-    if any(map(_is_shards, entries)):
-        return _open_shards([str(folder)], options)
-    files = sorted([*folder.glob("*.parquet"), *folder.glob("data/*.parquet")])
-    described = all(file.with_suffix("").is_dir() for file in files)  # img2dataset: 00000.parquet tells of 00000/
-    if files and not described:
-        return parquet.open_parquet(parquet.of_split(folder, files, options), options)
-    options.no_split(folder)
-    options.no_columns(folder)
-    return pictures.FolderPairs(folder)

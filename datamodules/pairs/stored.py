@@ -9,13 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from datamodules.loading.bad_samples import BadSample
 from datamodules.pairs.columns import Cells, ColumnPairs, Columns, blank_mask, group_name
 from datamodules.pairs.source import LISTED, NO_CAPTION
-from lit_clip.errors import InputError
+from lit_clip.errors import BadSample, InputError
 
 
-class Part(NamedTuple):
+class RowRange(NamedTuple):
     """Rows that are read at once.
 
     Attributes:
@@ -45,7 +44,7 @@ class StoredPairs(ColumnPairs):
         InputError: there is no row but those.
     """
 
-    def __init__(self, path: Path, root: Path, parts: Sequence[Part], columns: Columns, blank: np.ndarray) -> None:
+    def __init__(self, path: Path, root: Path, parts: Sequence[RowRange], columns: Columns, blank: np.ndarray) -> None:
         super().__init__(path, root)
         self.files = list(dict.fromkeys(part.file for part in parts))
         numbers = {file: number for number, file in enumerate(self.files)}
@@ -69,11 +68,11 @@ class StoredPairs(ColumnPairs):
     def __len__(self) -> int:
         return self._size
 
-    def part(self, number: int) -> Part:
+    def part(self, number: int) -> RowRange:
         """A part by its number."""
         file, group, first = self._parts[number].tolist()
         rows = self._stops[number] - (self._stops[number - 1] if number else 0)
-        return Part(self.files[file], group, first, int(rows))
+        return RowRange(self.files[file], group, first, int(rows))
 
     @abstractmethod
     def table(self, number: int) -> pa.Table:

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple, TextIO
 import pyarrow as pa
 from lightning.pytorch.utilities import rank_zero_info
 
-from datamodules.loading.bad_samples import BadSample
-from datamodules.loading.cache import cache_file, write_whole
+from datamodules.loading.cache import cache_file
 from datamodules.pairs.columns import Columns, TablePairs, find_columns, group_name, is_blank, map_table
-from datamodules.pairs.source import JSON_LINES, NO_CAPTION, LeftOut, Options, PairSource
-from lit_clip.errors import InputError, require
+from datamodules.pairs.source import JSON_LINES, NO_CAPTION, LeftOut, PairSource, SourceOptions
+from lit_clip.errors import BadSample, InputError, require
+from lit_clip.tools.atomic import write_whole
 
 IN_MEMORY = 64 << 20  # bytes: the rows of a larger file are written once into an Arrow file, which is then mapped
 BATCH_ROWS, BATCH_CHARACTERS = 16_384, 8 << 20
@@ -213,7 +213,7 @@ def raw_rows(path: Path, find: Find) -> Iterator[RawRow]:
         raise _undecodable(path) from None
 
 
-def open_table(path: Path, options: Options) -> PairSource:
+def open_table(path: Path, options: SourceOptions) -> PairSource:
     """The pairs of a table of text; rows without a caption are left out and counted.
 
     Args:
@@ -233,14 +233,14 @@ def open_table(path: Path, options: Options) -> PairSource:
     return _open(path, options, SCHEMA, lambda problems: _delimited(path, find, problems))
 
 
-def open_records(path: Path, values: list[Any], options: Options) -> PairSource:
+def open_records(path: Path, values: list[Any], options: SourceOptions) -> PairSource:
     """Likewise for the array of objects that is all of a JSON file."""
     options.no_split(path)
     records, find = enumerate(values, start=1), partial(find_columns, path, options=options)
     return _open(path, options, SCHEMA_OF_LISTS, lambda problems: _of_records(records, find, problems))
 
 
-def _open(path: Path, options: Options, schema: pa.Schema, read: Read) -> PairSource:
+def _open(path: Path, options: SourceOptions, schema: pa.Schema, read: Read) -> PairSource:
     problems, mapped = _Problems(path, options.on_error == "skip"), None
     if path.stat().st_size > IN_MEMORY:
         said = (LAYOUT, options.image_column, options.caption_column, options.group_column, options.on_error)

@@ -15,8 +15,8 @@ import pyarrow as pa
 
 from datamodules.loading.bad_samples import BLANK
 from datamodules.pairs.source import NO_CAPTION
-from lit_clip.embedding.image_files import SUFFIXES
 from lit_clip.errors import InputError
+from lit_clip.tools.images import SUFFIXES
 
 INDEX_SUFFIX = ".index.arrow"
 FORMAT = "1"  # of the index; one of another format is made again
@@ -24,7 +24,7 @@ BLOCK = tarfile.BLOCKSIZE  # a header is one, and a file begins at a multiple of
 
 FIELDS = ("image", "text", "captions", "json")
 _FIELD_OF = {suffix[1:]: "image" for suffix in SUFFIXES} | {"txt": "text", "captions.json": "captions", "json": "json"}
-WANTED = "a picture (.jpg, .png, .webp, ...) and a caption (.txt, or .json with a caption in it) of one name"
+WANTED = "an image (.jpg, .png, .webp, ...) and a caption (.txt, or .json with a caption in it) of one name"
 _LONGEST_BLANK = 8  # bytes, some of them white space; nothing longer is read for the index
 OF_SHARD = "in a shard that "  # how a reason begins that is about what follows in a shard
 
@@ -41,7 +41,7 @@ class ShardIndex:
     """What the headers of a shard say.
 
     Attributes:
-        keys: of the samples that have a picture and a caption, in the tar's order.
+        keys: of the samples that have an image and a caption, in the tar's order.
         spans: int64 ``[N, 4, 2]``, offset and size of each of ``FIELDS``; an offset is -1 where there is none.
         problems: why samples are left out: reason -> keys; an empty one is what the shard has lost, however much.
         extensions: how many files of each name's end there are.

@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 import numpy as np
 from torch.utils.data import Dataset
 
-from datamodules.loading.bad_samples import BLANK, BadSample, OnError, check_caption
+from datamodules.loading.bad_samples import BLANK, OnError, check_caption
 from datamodules.loading.cache import default_cache_dir
 from datamodules.loading.images import open_image
-from datamodules.pairs.source import LISTED, NO_CAPTION, Encoded, LeftOut, Pair, PairSource
+from datamodules.pairs.source import LISTED, NO_CAPTION, EncodedPair, LeftOut, Pair, PairSource
 from datamodules.shards.files import (
     OpenShard,
     OpenShards,
@@ -30,10 +30,10 @@ from datamodules.shards.files import (
 )
 from datamodules.shards.index import BLOCK, OF_SHARD, WANTED, MappedIndex, Stamp, Summary
 from datamodules.shards.order import resampled_order, shard_order
-from lit_clip.cli.subcommands import progress
 from lit_clip.distributed import rank_and_world
-from lit_clip.embedding.image_files import loader
-from lit_clip.errors import InputError, require
+from lit_clip.errors import BadSample, InputError, require
+from lit_clip.tools.console import progress
+from lit_clip.tools.images import loader
 
 T = TypeVar("T")
 
@@ -101,7 +101,7 @@ def _names(urls: Sequence[str]) -> list[str]:
 class TarPairs(PairSource):
     """The pairs of tar shards, each read by its place in the tar.
 
-    Files of one name belong to one sample: a picture, a caption (``.txt``; else that of ``.json``; of several in
+    Files of one name belong to one sample: an image, a caption (``.txt``; else that of ``.json``; of several in
     ``.captions.json``, a list, one is drawn) and whatever else. Where a shard's samples lie is read off its headers
     once and kept beside it, as ``x.tar.index.arrow``, or in the cache folder if it cannot be written there; a changed
     shard is indexed again. Opening shards that have an index reads nothing else.
@@ -115,7 +115,7 @@ class TarPairs(PairSource):
         options: of reading.
         caption_column: a field of the ``.json`` that holds the caption (or a list of them).
         group_column: a field of the ``.json`` that names the group.
-        on_error: what a shard that is missing, cut off or no tar does, and a sample without a picture or a caption:
+        on_error: what a shard that is missing, cut off or no tar does, and a sample without an image or a caption:
             ``error`` raises, ``skip`` leaves out what cannot be read. Blank captions are left out in either case, as
             they are of tables. ``left_out`` counts them all.
 
@@ -291,11 +291,11 @@ class TarPairs(PairSource):
             fields.add("json")
         return {name: span for name, span in spans.items() if name in fields}
 
-    def read(self, index: int) -> Encoded:
+    def read(self, index: int) -> EncodedPair:
         key, where, contents = self._sample(index, ["image"])
         group = _fields(contents, where).get(self.group_column) if self.group_column else None
         name = "" if group is None else str(group).strip()
-        return Encoded(contents["image"], self._captions(contents, where), key, name, where)
+        return EncodedPair(contents["image"], self._captions(contents, where), key, name, where)
 
     def load(self, index: int, rng: random.Random | None) -> Pair:
         stored = self.read(index)

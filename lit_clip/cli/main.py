@@ -6,7 +6,6 @@ Nothing heavy is imported before it is known to be needed: ``lit-clip --help`` a
 import ast
 import importlib.util
 import logging
-import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from pathlib import Path
 from lit_clip.cli import subcommands
 from lit_clip.cli.lazy_torchmetrics import defer_torchmetrics
 from lit_clip.errors import InputError
-from lit_clip.tools.messages import shorter
+from lit_clip.tools.messages import one_line, user_error
 from lit_clip.tools.processes import let_launcher_end, watch_launcher
 
 # LightningCLI's, which are imported when one of them is asked for.
@@ -29,57 +28,6 @@ CONFIGURED = {
 USER_ERROR = 2  # argparse's exit code for a bad command line
 INTERRUPTED = 130  # what shells report of a program that Ctrl-C ended
 PATIENCE = 3.0  # seconds; the first rank may be waiting for this one, and learns from its end that it will not come
-LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # as gloo puts it
-# Of other libraries, those whose message is for the user: what has not been imported cannot have been raised.
-FOREIGN = {
-    "jsonargparse": "ArgumentError",
-    "lightning.fabric.utilities.exceptions": "MisconfigurationException",
-    "omegaconf.errors": "OmegaConfBaseException",
-}
-# What to do about errors of theirs that do not say it.
-HINTS = {
-    r"restored a checkpoint with current_epoch=": "raise --trainer.max_epochs, or give --model.pretrained FILE in "
-    "place of --ckpt_path to start a new run from its weights",
-    r"\bbatch_size: wants int, not auto": "auto is for embed and evaluate; give a number",
-    r"arguments are required: fit\.data": "give --config configs/finetune_table.yaml, or --data datamodules.Captions",
-}
-
-
-def one_line(error: BaseException) -> str:
-    """What to tell the user of an error: no traceback of a data worker, no list of types a value is none of."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    if lines and lines[0].startswith("Caught "):  # by a data worker, which appends the traceback to the message
-        return lines[-1].partition(": ")[2]
-    unset = re.search(r"Environment variable '(\w+)' not found", str(error))
-    if unset:
-        command = f"{unset[1]}=... lit-clip {' '.join(sys.argv[1:2])} ..."
-        return f"the config wants the environment variable {unset[1]}: {command}"
-    text = re.sub(r'Parser key "([^"]+)":', r"\1:", " ".join(line.strip() for line in shorter(lines)))
-    hints = [hint for words, hint in HINTS.items() if re.search(words, text)]
-    return "; ".join([text, *getattr(error, "__notes__", ()), *hints])
-
-
-def user_error(error: BaseException) -> BaseException | None:
-    """The error that the user can mend, if that is what this is.
-
-    jsonargparse wraps what a constructor raises; ours is then among the causes.
-    """
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, InputError):
-            return cause
-        cause = cause.__cause__ or cause.__context__
-    # Of what a dataclass raises among the types of a union jsonargparse keeps the text alone.
-    lines = [line.strip(" -") for line in str(error).splitlines()] if isinstance(error, ValueError) else []
-    ours = next((line for line in lines if line.startswith("architecture")), None)
-    if ours:
-        return InputError(ours)
-    if isinstance(error, OSError) and error.filename:
-        return InputError(f"{error.filename}: {error.strerror}")
-    if isinstance(error, RuntimeError) and any(words in str(error) for words in LOST_PEER):
-        return InputError("another process has ended; if it said why, that is above")
-    foreign = tuple(getattr(sys.modules[module], name) for module, name in FOREIGN.items() if module in sys.modules)
-    return error if isinstance(error, foreign) else None
 
 
 def _hush() -> None:

@@ -12,12 +12,10 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, get_type_hints
+from typing import get_type_hints
 
 import docstring_parser
 from jsonargparse import ArgumentParser
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lit_clip.tools.messages import hinting, options_of
 
@@ -98,27 +96,3 @@ def _quiet_lightning() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def stderr() -> Console:
-    """Where progress and notes go: standard output is for results alone."""
-    return Console(stderr=True, soft_wrap=True, highlight=False)
-
-
-@contextmanager
-def progress(description: str, total: int, enabled: bool = True) -> Iterator[Any]:
-    """A progress bar on standard error.
-
-    Yields:
-        A function to call with the number of units that have just been done.
-    """
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), disable=not enabled) as bar:
-        task = bar.add_task(description, total=total)
-        yield lambda units: bar.advance(task, units)

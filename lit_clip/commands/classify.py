@@ -1,4 +1,4 @@
-"""``lit-clip classify``: pictures named from class names alone."""
+"""``lit-clip classify``: images named from class names alone."""
 
 import csv
 import io
@@ -17,13 +17,14 @@ from rich.text import Text
 from torch import Tensor
 
 from lit_clip import load_model
-from lit_clip.cli.subcommands import progress, stderr
 from lit_clip.embedding.encode import report_skipped
-from lit_clip.embedding.feature_files import replacing
-from lit_clip.embedding.image_files import Bad, ImageBatches, Item, OnError, find_images, in_batches, loader
+from lit_clip.embedding.image_files import ImageBatches, Item, find_images, in_batches
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.zero_shot import check_templates, imagenet_templates, zero_shot_classifier
 from lit_clip.models.clip import CLIP
+from lit_clip.tools.atomic import replacing
+from lit_clip.tools.console import progress, stderr
+from lit_clip.tools.images import Bad, OnError, loader
 
 Output = Literal["table", "csv", "json"]
 
@@ -48,21 +49,21 @@ def classify(
     num_workers: int = 4,
     on_error: OnError = "error",
 ) -> None:
-    """Name the class of each picture, from the classes' names alone.
+    """Name the class of each image, from the classes' names alone.
 
-    The probabilities of a picture's classes add up to 1; those of a SigLIP do not, it judges every class by itself.
+    The probabilities of an image's classes add up to 1; those of a SigLIP do not, it judges every class by itself.
 
     Args:
         images: files, and folders with all below.
         model: a checkpoint, or a name that lit_clip.load_model understands.
         classes: names; or one text file with a name a line.
         templates: prompts with {} for the name; or one text file with a prompt a line; or imagenet, the paper's 80.
-        top_k: number of classes shown for each picture.
-        output: what is printed. CSV has one row a class shown, JSON one object a picture.
+        top_k: number of classes shown for each image.
+        output: what is printed. CSV has one row a class shown, JSON one object an image.
         output_file: write it to this file instead.
-        batch_size: pictures encoded at once.
-        num_workers: processes that decode pictures.
-        on_error: what a picture that cannot be read does; skip reports it and leaves it out.
+        batch_size: images encoded at once.
+        num_workers: processes that decode images.
+        on_error: what an image that cannot be read does; skip reports it and leaves it out.
     """
     names = read_classes(classes)
     prompts = imagenet_templates() if templates == ["imagenet"] else _lines(templates, "templates")
@@ -74,7 +75,7 @@ def classify(
     clip = load_model(model).to(_best_device())
     require(
         len(names) > 1 or clip.logit_bias is not None,
-        f"--classes {names[0]}: one class alone would have 100 % of every picture; name what else it may be",
+        f"--classes {names[0]}: one class alone would have 100 % of every image; name what else it may be",
     )
     classifier = _classifier(clip, names, prompts)
     found = classify_items(clip, items, names, classifier, top_k, batch_size, num_workers)
@@ -85,7 +86,7 @@ def classify(
         kept = path.with_name(f"{path.name}.partial") if path else None
         _write(guesses, output, kept)
         raise KeyboardInterrupt(f"{len(guesses)} of {len(items)} are in {kept or 'the output'}") from None
-    require(bool(guesses), f"none of {len(items)} pictures could be read; the first: {bad[0].reason if bad else ''}")
+    require(bool(guesses), f"none of {len(items)} images could be read; the first: {bad[0].reason if bad else ''}")
     _write(guesses, output, path)
     if path:
         report_skipped(bad, path.with_name(f"{path.name}.skipped.txt"))
@@ -152,7 +153,7 @@ def read_classes(words: Sequence[str]) -> list[str]:
     twice = {name.casefold(): name for name in names if counts[name.casefold()] > 1}
     if twice:
         listed = ", ".join(map(repr, twice.values()))
-        raise InputError(f"--classes: named more than once: {listed}; a picture has one best class, name each once")
+        raise InputError(f"--classes: named more than once: {listed}; an image has one best class, name each once")
     return names
 
 
@@ -166,19 +167,19 @@ def classify_items(
     batch_size: int,
     num_workers: int,
 ) -> Iterator[tuple[str, list[Guess] | Bad]]:
-    """Each picture's key with its most probable classes, best first, or with why it has none.
+    """Each image's key with its most probable classes, best first, or with why it has none.
 
     Args:
         model: where it is to compute.
-        items: pictures.
+        items: images.
         names: C class names.
         classifier: ``[D, C]`` of them, see :func:`lit_clip.zero_shot_classifier`.
         top_k: number of classes.
-        batch_size: pictures encoded at once.
+        batch_size: images encoded at once.
         num_workers: processes that decode.
     """
     batches = ImageBatches(items, in_batches(range(len(items)), batch_size), model.preprocessing)
-    with progress("pictures", len(items)) as advance:
+    with progress("images", len(items)) as advance:
         for batch in loader(batches, num_workers):
             if batch.inputs is not None:
                 features = model.encode_image(batch.inputs.to(model.device), normalize=True)  # [b, D]

@@ -10,13 +10,11 @@ import torch
 from torch import Tensor
 
 from lit_clip import __version__, distributed, load_model
-from lit_clip.cli.subcommands import stderr
 from lit_clip.embedding.batch_size import BatchSize
 from lit_clip.embedding.encode import Precision
-from lit_clip.embedding.image_files import OnError
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.bias import bias_texts
-from lit_clip.evaluation.data import CaptionedImages, LabelledImages, MissingData, Pictures, check_classes
+from lit_clip.evaluation.data import CaptionedImages, ImageSet, LabelledImages, MissingData, check_classes
 from lit_clip.evaluation.prompts import Prompts, prompts_of, text_classifier, text_sha256
 from lit_clip.evaluation.report.page import write_report
 from lit_clip.evaluation.report.results_table import print_results
@@ -25,10 +23,10 @@ from lit_clip.evaluation.results import Results, provenance, read_results, recip
 from lit_clip.evaluation.store import FeatureStore, Settings
 from lit_clip.evaluation.suite import TASKS, SuiteEntry, Task, read_suite
 from lit_clip.evaluation.tasks import (
-    Captions,
+    DistinctCaptions,
     Fold,
     OpenSet,
-    Options,
+    TaskOptions,
     caption_texts,
     needed_splits,
     run_task,
@@ -38,6 +36,8 @@ from lit_clip.evaluation.tasks import (
 )
 from lit_clip.evaluation.zero_shot import imagenet_class_names
 from lit_clip.models.clip import CLIP
+from lit_clip.tools.console import stderr
+from lit_clip.tools.images import OnError
 
 IMAGENET = "ImageNet"  # the paper's name
 PACKAGES = ("matplotlib", "scipy")  # of the extra "eval", those that every evaluation needs in the end
@@ -70,7 +70,7 @@ def evaluate(
     Args:
         model: a checkpoint, a weights file, or a name that lit_clip.load_model understands.
         suite: YAML files of sets, such as configs/evaluation/paper.yaml.
-        output: a folder for results.json, report.html, pictures and curves for TensorBoard.
+        output: a folder for results.json, report.html, images and curves for TensorBoard.
         data_root: the folder that the sets' roots are below.
         sets: only these of the suite.
         tasks: only these; zero_shot, linear_probe, few_shot, retrieval, geolocation, bias.
@@ -78,11 +78,11 @@ def evaluate(
         cache: the folder of image and text features; by default cache in the output folder.
         batch_size: images encoded at once by one process; auto: as many as make it fastest and fit in memory, found by
             trying.
-        num_workers: processes that decode pictures, of each process.
+        num_workers: processes that decode images, of each process.
         devices: number of processes, one a device; the result is the same.
         accelerator: cpu, gpu, mps, ...
         precision: of the encoders; 32-true is exact.
-        on_error: what a picture that cannot be read does; skip counts and lists it, error ends its set.
+        on_error: what an image that cannot be read does; skip counts and lists it, error ends its set.
         draws: of the examples of each few-shot result.
         seed: of what is drawn.
     """
@@ -99,7 +99,7 @@ def evaluate(
         raise InputError(f"--output {out}: cannot be made ({error.strerror})") from error
     settings = Settings(batch_size, num_workers, devices, accelerator, precision, on_error)
     store = FeatureStore(clip, Path(cache) if cache else out / "cache", settings)
-    run = _Run(clip, store, Path(data_root), Results(out), Options(draws=draws, seed=seed), wanted)
+    run = _Run(clip, store, Path(data_root), Results(out), TaskOptions(draws=draws, seed=seed), wanted)
     head = provenance(model, clip, store.fingerprint, precision, suite)
     run.evaluate(entries)
     if distributed.rank_and_world()[0]:
@@ -148,7 +148,13 @@ class _Run:
     """
 
     def __init__(
-        self, model: CLIP, store: FeatureStore, root: Path, results: Results, options: Options, tasks: tuple[Task, ...]
+        self,
+        model: CLIP,
+        store: FeatureStore,
+        root: Path,
+        results: Results,
+        options: TaskOptions,
+        tasks: tuple[Task, ...],
     ) -> None:
         self.model, self.store, self.root = model, store, root
         self.results, self.options, self.tasks = results, options, tasks
@@ -189,9 +195,9 @@ class _Run:
         opened = OpenSet(name, entry, [], scale=float(self.model.logit_scale.detach().exp()))
         tasks = self._possible(opened)
         for number, fold in enumerate(opened.folds):
-            for split, pictures in fold.pictures.items():
+            for split, images in fold.images.items():
                 title = f"{name} {split}" + (f" {number + 1}/{len(opened.folds)}" if len(opened.folds) > 1 else "")
-                self.store.compute(pictures, title)
+                self.store.compute(images, title)
         if {"zero_shot", "bias"} & set(tasks):
             self._classifiers(opened, tasks)
         if distributed.rank_and_world()[0] == 0:
@@ -217,16 +223,16 @@ class _Run:
             fold = Fold()
             for split in sorted(wanted):  # test before train: without it there is nothing to do
                 try:
-                    fold.pictures[split] = entry.open(split, number, self.root)
+                    fold.images[split] = entry.open(split, number, self.root)
                 except MissingData as error:
                     if split == "test":
                         raise
                     self.results.say(opened.name, reason=f"no {split} split: {error}")
                     break
-            first = (opened.folds or [fold])[0].pictures["test"]
-            check_classes({**fold.pictures, "the first fold": first})
+            first = (opened.folds or [fold])[0].images["test"]
+            check_classes({**fold.images, "the first fold": first})
             opened.folds.append(fold)
-        return [task for task in tasks if all(set(needed_splits(task)) <= set(fold.pictures) for fold in opened.folds)]
+        return [task for task in tasks if all(set(needed_splits(task)) <= set(fold.images) for fold in opened.folds)]
 
     def _encode(self, prompts: Prompts) -> Tensor:
         """``[D, C]``, each prompt once and never again; all ranks must ask."""
@@ -237,7 +243,7 @@ class _Run:
 
     def _classifiers(self, opened: OpenSet, tasks: Sequence[Task]) -> None:
         """The texts of the classes, as features; each rank encodes its share."""
-        test = opened.folds[0].pictures["test"]
+        test = opened.folds[0].images["test"]
         if "zero_shot" in tasks:
             require(isinstance(test, LabelledImages), f"{type(test).__name__} has no classes, which zero-shot needs")
             prompts = self._prompts(opened.entry, test)
@@ -248,7 +254,7 @@ class _Run:
             opened.bias[probe] = self._encode(Prompts(list(texts), [[text] for text in texts.values()]))
 
     @staticmethod
-    def _prompts(entry: SuiteEntry, test: Pictures) -> Prompts:
+    def _prompts(entry: SuiteEntry, test: ImageSet) -> Prompts:
         assert isinstance(test, LabelledImages)
         templates = entry.templates or getattr(test, "templates", None)
         return prompts_of(entry.class_names, templates, test.class_names)
@@ -257,21 +263,21 @@ class _Run:
         """Features and counts, on the first rank."""
         splits: dict[str, Any] = {}
         for fold in opened.folds:
-            for split, pictures in fold.pictures.items():
-                fold.features[split] = self.store.read(pictures)
+            for split, images in fold.images.items():
+                fold.features[split] = self.store.read(images)
                 features = fold.features[split]
-                found = {"images": len(features.rows), "skipped": features.skipped, "absent": pictures.absent}
+                found = {"images": len(features.rows), "skipped": features.skipped, "absent": images.absent}
                 splits.setdefault(split, found)
         self.results.say(opened.name, splits=splits)
         wrong = sum(int((~np.isfinite(fold.features["test"].after).all(axis=1)).sum()) for fold in opened.folds)
         if wrong:
             known = self.results.sets[opened.name]["reason"]
-            reason = f"features of {wrong} pictures are no numbers, and count as wrong; look at weights and precision"
+            reason = f"features of {wrong} images are no numbers, and count as wrong; look at weights and precision"
             self.results.say(opened.name, reason="; ".join(filter(None, (known, reason))))
 
     def _captions(self, opened: OpenSet) -> None:
         """Features of the captions, each distinct one once; on all ranks."""
-        test = opened.folds[0].pictures["test"]
+        test = opened.folds[0].images["test"]
         require(isinstance(test, CaptionedImages), f"{type(test).__name__} has no captions, which retrieval needs")
         assert isinstance(test, CaptionedImages)
         rows = self.store.read(test).rows
@@ -280,7 +286,9 @@ class _Run:
         require("{}" in template, f"templates: {template!r} has no {{}} for the caption")
         texts, pairs = caption_texts(test, rows, template)
         features = self._encode(Prompts(texts, [[text] for text in texts])).T
-        opened.captions = Captions(features.contiguous(), pairs, recipe(texts, [column.tolist() for column in pairs]))
+        opened.captions = DistinctCaptions(
+            features.contiguous(), pairs, recipe(texts, [column.tolist() for column in pairs])
+        )
 
     def _finish(self, opened: OpenSet) -> None:
         """Tasks, on the first rank."""
@@ -303,7 +311,7 @@ class _Run:
                 value = f"{100 * result['value']:.1f} %"
                 stderr().print(f"{opened.name}: {task} {opened.entry.metric} {value}", markup=False)
 
-        if opened.entry.paper == IMAGENET or hasattr(opened.folds[0].pictures["test"], "imagenet_classes"):
+        if opened.entry.paper == IMAGENET or hasattr(opened.folds[0].images["test"], "imagenet_classes"):
             self.imagenet.append(opened)
 
     def _among_classes_of_others(self) -> None:
@@ -311,22 +319,22 @@ class _Run:
         done = [opened for opened in self.imagenet if "zero_shot" in self.results.sets[opened.name]["tasks"]]
         for whole in done:
             for other in done if whole.entry.paper == IMAGENET else ():
-                classes = getattr(other.folds[0].pictures["test"], "imagenet_classes", None)
+                classes = getattr(other.folds[0].images["test"], "imagenet_classes", None)
                 if classes and len(classes) < len(imagenet_class_names()):
                     metrics = self.results.sets[whole.name]["tasks"]["zero_shot"]["metrics"]
                     metrics[f"top1/{other.entry.paper or other.name}"] = top1_among(whole, classes)
 
     def _now(self, opened: OpenSet) -> Iterator[Task]:
         for task in opened.entry.tasks or ():
-            if task in self.tasks and set(needed_splits(task)) <= set(opened.folds[0].pictures):
+            if task in self.tasks and set(needed_splits(task)) <= set(opened.folds[0].images):
                 yield task
 
     def _recipe(self, opened: OpenSet, task: Task, known: Mapping[tuple[int, str], str]) -> str:
         """What a result depends on."""
         used = [
-            (split, self.store.path(pictures).name, fold.features[split].skipped, known[number, split])
+            (split, self.store.path(images).name, fold.features[split].skipped, known[number, split])
             for number, fold in enumerate(opened.folds)
-            for split, pictures in fold.pictures.items()
+            for split, images in fold.images.items()
             if split in used_splits(task)
         ]
         entry, more = opened.entry, ()

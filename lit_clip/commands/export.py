@@ -1,8 +1,6 @@
 """``lit-clip export``: a model for other people's tools, checked against the original before it appears."""
 
 import hashlib
-import os
-import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,10 +10,11 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from lit_clip.cli.subcommands import progress
 from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
-from lit_clip.weights.export import FORMATS, FormatName, Parity, Sample, parity_of
+from lit_clip.tools.atomic import appearing
+from lit_clip.tools.console import progress
+from lit_clip.weights.export import FORMATS, ExportSample, FormatName, Parity, parity_of
 from lit_clip.weights.load import load_model
 from lit_clip.weights.model_card import Source, model_card
 
@@ -56,7 +55,7 @@ def write_checked(original: CLIP, format: FormatName, draft: Path, advance: Call
     target = FORMATS[format]
     target.write(original, draft)
     advance(1)
-    sample = Sample.of(original)
+    sample = ExportSample.of(original)
     try:
         reading = target.read(draft, sample)
     except InputError:
@@ -89,18 +88,6 @@ def check_free(folder: Path) -> None:
         require(not any(folder.iterdir()), f"{folder}: the folder is not empty; name another one")
     else:
         require(not folder.exists(), f"{folder}: there is a file of that name")
-
-
-@contextmanager
-def appearing(folder: Path) -> Iterator[Path]:
-    """A folder beside it to write into, which takes its name at the end; on any failure it is removed."""
-    draft = folder.absolute().parent / f".{folder.absolute().name}.{os.getpid()}"
-    draft.mkdir(parents=True)
-    try:
-        yield draft
-        os.replace(draft, folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 @contextmanager

@@ -12,10 +12,6 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lit_clip.cli.main import one_line
-from lit_clip.cli.subcommands import progress
-from lit_clip.embedding.feature_files import replacing
-from lit_clip.embedding.image_files import quiet_worker
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.zero_shot import (
     LabelledPixels,
@@ -28,13 +24,17 @@ from lit_clip.evaluation.zero_shot import (
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import differences
 from lit_clip.models.preprocess import pixels
+from lit_clip.tools.atomic import replacing
+from lit_clip.tools.console import progress
+from lit_clip.tools.messages import one_line
+from lit_clip.tools.workers import quiet_worker
+from lit_clip.weights.checkpoints import saved_tokenizer
 from lit_clip.weights.load import load_model
-from lit_clip.weights.sources import saved_tokenizer
 
 Results = dict[str, dict[float, float]]  # set -> alpha -> top-1
 
 
-class Line:
+class InterpolatedModels:
     """The models ``(1 - alpha) * before + alpha * after``, one at a time.
 
     Args:
@@ -81,7 +81,7 @@ def wise_ft(
     """Evaluate the models between a checkpoint and what fine-tuning made of it, and write the best.
 
     The best has the highest mean of two accuracies: top-1 on the target set, and the mean top-1 on the others, which
-    are held out. Of equally good ones it is the nearest to the checkpoint before. Every picture is read once.
+    are held out. Of equally good ones it is the nearest to the checkpoint before. Every image is read once.
 
     Args:
         before: the model that was fine-tuned: whatever lit_clip.load_model opens.
@@ -106,7 +106,7 @@ def wise_ft(
     require(batch_size >= 1, f"--batch_size {batch_size} must be at least 1")
     require(num_workers >= 0, f"--num_workers {num_workers} must be at least 0")
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    line = Line(load_model(before).to(device), load_model(after).to(device), (before, after))
+    line = InterpolatedModels(load_model(before).to(device), load_model(after).to(device), (before, after))
     results = evaluate_line(line, found, wanted, batch_size, num_workers)
     chosen = best_alpha(results, target) if alpha is None else alpha
     _print(results, target, chosen, by_rule=alpha is None)
@@ -140,9 +140,13 @@ def read_sets(path: str) -> dict[str, ZeroShotSet]:
 
 @torch.inference_mode()
 def evaluate_line(
-    line: Line, sets: dict[str, ZeroShotSet], alphas: list[float], batch_size: int = 64, num_workers: int = 0
+    line: InterpolatedModels,
+    sets: dict[str, ZeroShotSet],
+    alphas: list[float],
+    batch_size: int = 64,
+    num_workers: int = 0,
 ) -> Results:
-    """Zero-shot top-1 of each set at each alpha, in one pass over the pictures.
+    """Zero-shot top-1 of each set at each alpha, in one pass over the images.
 
     The weights change within a batch, not the batch for the weights: mixing them is cheaper than to decode again.
     """

@@ -10,11 +10,11 @@ from lightning.pytorch.utilities.memory import is_oom_error
 from torch import Tensor
 
 from lit_clip import distributed
-from lit_clip.cli.subcommands import stderr
 from lit_clip.errors import InputError
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import height_width
 from lit_clip.tools import hardware
+from lit_clip.tools.console import stderr
 
 BatchSize = int | Literal["auto"]
 
@@ -148,7 +148,7 @@ def image_batch_size(model: CLIP, trainer: Trainer, num_workers: int, images: in
         limits.append((room, f"{workers} data workers share the memory of {hardware.SHARED}; fewer of them leave more"))
     if images is not None:
         readers = trainer.world_size * max(1, num_workers)
-        limits.append((images // readers, f"there are {images} pictures for {readers} to read"))
+        limits.append((images // readers, f"there are {images} images for {readers} to read"))
     most, why = min(limits)
 
     def inputs(size: int) -> Tensor:

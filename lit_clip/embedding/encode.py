@@ -1,4 +1,4 @@
-"""``lit-clip embed``: features of pictures or texts in a file, on any number of processes.
+"""``lit-clip embed``: features of images or texts in a file, on any number of processes.
 
 The items are sorted and cut into batches, and the batches, not the items, are dealt to the ranks: a batch is the same
 on any number of them, and so are the bytes of the result.
@@ -16,34 +16,20 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lit_clip import __version__, distributed, load_model
-from lit_clip.cli.subcommands import progress, stderr
+from lit_clip import distributed
 from lit_clip.embedding.batch_size import MOST, NOT_TRIED, BatchSize, automatic_batch_size, image_batch_size
 from lit_clip.embedding.feature_files import (
+    FeatureParts,
     FeatureTable,
     Identity,
-    Parts,
-    check_keys,
-    check_output,
-    collect,
-    fingerprint,
-    write_features,
 )
-from lit_clip.embedding.image_files import (
-    MEND,
-    Bad,
-    Batch,
-    ImageBatches,
-    Item,
-    OnError,
-    find_images,
-    in_batches,
-    loader,
-)
+from lit_clip.embedding.image_files import ImageBatches, Item, in_batches
 from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
 from lit_clip.models.tokenizer import TextTokenizer
-from lit_clip.preemption import Signals
+from lit_clip.tools.console import progress, stderr
+from lit_clip.tools.images import MEND, Bad, Batch, OnError, loader
+from lit_clip.training.signals import Signals
 
 SECONDS_BETWEEN_PARTS = 10  # of work that a killed run can lose
 
@@ -51,75 +37,13 @@ Precision = Literal["32-true", "16-mixed", "bf16-mixed"]
 
 
 class UnreadableError(InputError):
-    """Pictures that cannot be read, and may not be skipped; raised by the first rank when all have come to the end."""
-
-
-def embed(
-    images: list[str],
-    *,
-    model: str,
-    output: str,
-    texts: str | None = None,
-    batch_size: BatchSize = 64,
-    num_workers: int = 4,
-    devices: int = 1,
-    accelerator: str = "auto",
-    precision: Precision = "32-true",
-    on_error: OnError = "error",
-) -> None:
-    """Write the features of pictures, or of texts, to a file.
-
-    Features are float32 and of unit length; rows are sorted by key, each key once. An interrupted run goes on where it
-    was when the same command is given again.
-
-    Args:
-        images: files, and folders with all below; a picture's key is its path.
-        model: a checkpoint, or a name that lit_clip.load_model understands.
-        output: features.parquet (columns key and feature) or features.npy (keys in features.keys.json).
-        texts: instead of images a file with a text a line; a text is its own key.
-        batch_size: of one process; auto: the one at which the encoder is fastest and that fits in memory, found by
-            trying.
-        num_workers: processes that decode pictures, of each process.
-        devices: number of processes, one a device.
-        accelerator: cpu, gpu, mps, ...
-        precision: of the encoder; 32-true is exact.
-        on_error: what a picture that cannot be read does; skip lists it in a file beside the output.
-    """
-    path = Path(output)
-    check_output(path)
-    require(bool(images) != bool(texts), "give either images or --texts, not both and not neither")
-    items = _read_texts(Path(texts)) if texts else find_images(images)
-    check_keys(path, [item.key for item in items])
-    clip = load_model(model)
-    name = fingerprint(clip)
-    parts = Parts(path, f"{name} {precision} {'text' if texts else 'image'}")
-    settings = {"devices": devices, "accelerator": accelerator, "precision": precision}
-    bad = encode(clip, items, parts, {}, batch_size=batch_size, num_workers=num_workers, on_error=on_error, **settings)
-    if bad is None:
-        return
-    table = collect(items, parts.read(), clip.config.embed_dim)
-    check_complete(items, table, bad)
-    metadata = {"model": model, "model_sha256": name, "precision": precision, "lit_clip": __version__}
-    write_features(path, [key for key, _, _ in table.identities], table.features, metadata)
-    report_skipped(bad, path.with_name(f"{path.name}.skipped.txt"))
-    parts.remove()
-    stderr().print(f"{path}: {len(table.identities)} rows of {table.features.shape[1]} numbers", markup=False)
-
-
-def _read_texts(path: Path) -> list[Item]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a readable UTF-8 text file ({' '.join(str(error).split())})") from error
-    texts = sorted({line.strip() for line in lines if line.strip()})
-    require(bool(texts), f"{path}: no texts in this file; it wants one a line")
-    return [Item(text) for text in texts]
+    """Images that cannot be read, and may not be skipped; raised by the first rank when all have come to the end."""
 
 
 def encode(
     model: CLIP,
     items: Sequence[Item],
-    parts: Parts,
+    parts: FeatureParts,
     known: Mapping[Identity, np.ndarray],
     *,
     batch_size: BatchSize,
@@ -135,7 +59,7 @@ def encode(
 
     Args:
         model: the encoders.
-        items: pictures or texts.
+        items: images or texts.
         parts: where finished features are and go.
         known: features that need no part.
         batch_size: of one process; see :func:`embed`.
@@ -151,7 +75,7 @@ def encode(
         On rank 0 those that could not be read; on other ranks, which have nothing to do any more, None.
 
     Raises:
-        UnreadableError: a picture that cannot be read unless ``on_error`` is ``skip``.
+        UnreadableError: an image that cannot be read unless ``on_error`` is ``skip``.
         InputError: impossible settings, or parts that cannot be written.
         KeyboardInterrupt: after the finished features have been kept.
     """
@@ -246,9 +170,9 @@ class Encoder(LightningModule):
 
     Args:
         model: the encoders.
-        items: pictures, or texts.
+        items: images, or texts.
         batches: the rows of each batch, for all ranks together.
-        stop: a file that ends the run early, see :class:`lit_clip.embedding.feature_files.Parts`.
+        stop: a file that ends the run early, see :class:`lit_clip.embedding.feature_files.FeatureParts`.
         num_workers: of the loader.
     """
 
@@ -301,7 +225,7 @@ class PartWriter(Callback):
         bad: this rank's items that could not be read.
     """
 
-    def __init__(self, items: Sequence[Item], parts: Parts, on_error: OnError, title: str = "encoding") -> None:
+    def __init__(self, items: Sequence[Item], parts: FeatureParts, on_error: OnError, title: str = "encoding") -> None:
         self.items, self.parts, self.on_error, self.title = items, parts, on_error, title
         self.bad: list[Bad] = []
         self._rows: list[int] = []
@@ -364,7 +288,7 @@ def check_complete(items: Sequence[Item], table: FeatureTable, bad: Sequence[Bad
         "another run with the same output has ended meanwhile; run this one again",
     )
     if not table.identities:
-        raise InputError(f"none of {len(items)} pictures could be read; the first: {bad[0].reason}")
+        raise InputError(f"none of {len(items)} images could be read; the first: {bad[0].reason}")
 
 
 def report_skipped(bad: Sequence[Bad], path: Path) -> None:

@@ -1,13 +1,11 @@
 """Features on disk: what is finished, what a user takes away, and neither ever half-written."""
 
-import hashlib
 import json
-import os
 import shutil
 import uuid
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,34 +13,9 @@ import numpy as np
 
 from lit_clip.embedding.image_files import Item
 from lit_clip.errors import InputError
-from lit_clip.models.clip import CLIP
-from lit_clip.models.config import described
-from lit_clip.weights.load import weights_sha256
+from lit_clip.tools.atomic import replacing
 
 Identity = tuple[str, int, int]
-
-
-def fingerprint(model: CLIP) -> str:
-    """SHA-256 of a model's weights and of what is done with them: models with the same one give the same features."""
-    settings = (weights_sha256(model), sorted(described(model.config).items()))
-    return hashlib.sha256(repr(settings).encode()).hexdigest()
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A name beside ``path`` to write to; it becomes ``path`` if all goes well and vanishes if not.
-
-    Raises:
-        InputError: the folder does not exist or cannot be written to.
-    """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -83,7 +56,7 @@ class FeatureTable:
             return None
 
 
-class Parts:
+class FeatureParts:
     """Finished features of an unfinished output, in a hidden folder beside it; a second run goes on from them.
 
     Args:
@@ -97,7 +70,7 @@ class Parts:
 
     @property
     def stop(self) -> Path:
-        """Tells every rank that one of them met a picture that ends the run."""
+        """Tells every rank that one of them met an image that ends the run."""
         return self.folder / "stop"
 
     def start(self) -> None:

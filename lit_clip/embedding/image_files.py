@@ -1,32 +1,23 @@
-"""Finding and reading a user's pictures, a batch at a time."""
+"""Finding and reading a user's images, a batch at a time."""
 
 import os
-import signal
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
 
 import torch
-from PIL import Image, UnidentifiedImageError
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from lit_clip.errors import InputError, require
 from lit_clip.models.config import Preprocessing
 from lit_clip.models.preprocess import image_transform
-from lit_clip.tools.processes import end_with_parent
-
-SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-
-OnError = Literal["error", "skip"]
-MEND = "; mend or remove it"  # how a line about a broken picture may end
+from lit_clip.tools.images import SUFFIXES, Bad, Batch, read_image
 
 
 @dataclass(frozen=True)
 class Item:
-    """A picture (or, without a path, a text: then the key is the text).
+    """An image (or, without a path, a text: then the key is the text).
 
     Attributes:
         key: its name in results, unique and stable.
@@ -46,21 +37,6 @@ class Item:
         return self.key, self.size, self.modified
 
 
-class Bad(NamedTuple):
-    """An item that could not be read, and the line that says why."""
-
-    key: str
-    reason: str
-
-
-class Batch(NamedTuple):
-    """Inputs of an encoder, ``[b, ...]`` or None if none could be read, and the rows among the items they are of."""
-
-    inputs: Tensor | None
-    rows: list[int]
-    bad: list[Bad]
-
-
 def _item(key: str, path: Path) -> Item:
     try:
         status = path.stat()
@@ -70,10 +46,10 @@ def _item(key: str, path: Path) -> Item:
 
 
 def images_in(folder: Path) -> list[Item]:
-    """The pictures in a folder and all folders below, hidden ones left out, keyed by their path in it and sorted by it.
+    """The images in a folder and all folders below, hidden ones left out, keyed by their path in it and sorted by it.
 
     Raises:
-        InputError: no such folder, or none that has a picture.
+        InputError: no such folder, or none that has an image.
     """
     require(folder.is_dir(), f"{folder}: no such folder")
     items = []
@@ -83,7 +59,7 @@ def images_in(folder: Path) -> list[Item]:
             path = Path(parent, name)
             if path.suffix.lower() in SUFFIXES and not name.startswith("."):
                 items.append(_item(path.relative_to(folder).as_posix(), path))
-    require(bool(items), f"{folder}: no pictures in this folder or below ({', '.join(sorted(SUFFIXES))})")
+    require(bool(items), f"{folder}: no images in this folder or below ({', '.join(sorted(SUFFIXES))})")
     return sorted(items, key=lambda item: item.key)
 
 
@@ -91,9 +67,9 @@ def find_images(paths: Sequence[str]) -> list[Item]:
     """Files as they are and folders with all below, each file once, keyed by its path as typed and sorted by it.
 
     Raises:
-        InputError: nothing given, no such file or folder, or a folder without pictures.
+        InputError: nothing given, no such file or folder, or a folder without images.
     """
-    require(len(paths) > 0, "no images: name files or folders of pictures, before the options")
+    require(len(paths) > 0, "no images: name files or folders of images, before the options")
     found: dict[str, Item] = {}  # by absolute path: a file may be named twice
     for path in map(Path, paths):
         if path.is_dir():
@@ -107,31 +83,11 @@ def find_images(paths: Sequence[str]) -> list[Item]:
     return sorted(found.values(), key=lambda item: item.key)
 
 
-def read_image(path: Path) -> Image.Image:
-    """The decoded picture.
-
-    Raises:
-        InputError: no such file, not a picture, or a broken one.
-    """
-    if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise InputError(f"{path}: not a file")
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file") from error
-    # Pillow's decoders answer a broken file with whatever they trip over: OSError, SyntaxError, struct.error, ...
-    except Exception as error:
-        what = "not an image" if isinstance(error, UnidentifiedImageError) else str(error).partition("\n")[0]
-        raise InputError(f"{path}: cannot read this picture ({what or type(error).__name__})") from error
-
-
 class ImageBatches(Dataset[Batch]):
     """One item is one batch, decoded and preprocessed.
 
     Args:
-        items: the pictures.
+        items: the images.
         batches: the rows of each batch.
         preprocessing: the model's.
         stop: once this file exists, what is left is not read any more.
@@ -169,24 +125,3 @@ def in_batches(rows: Iterable[int], batch_size: int) -> list[list[int]]:
     require(batch_size >= 1, f"--batch_size {batch_size} must be at least 1")
     rows = list(rows)
     return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-
-
-def loader(batches: Dataset[Batch], num_workers: int, pin_memory: bool = False) -> DataLoader[Any]:
-    """A loader of a dataset whose items are batches, with at most one worker a core.
-
-    A single batch is not worth starting processes for.
-    """
-    require(num_workers >= 0, f"--num_workers {num_workers} must be at least 0")
-    count: int = len(batches)  # pyright: ignore[reportArgumentType]  # Dataset declares no length, ours have one
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(num_workers, count, cores) if count > 1 else 0
-    return DataLoader(batches, batch_size=None, num_workers=workers, pin_memory=pin_memory, worker_init_fn=quiet_worker)
-
-
-def quiet_worker(worker_id: int) -> None:
-    """A data worker's ``worker_init_fn``: it ends with the process that it reads for.
-
-    Ctrl-C reaches every process of a terminal; the main one ends its workers, without a traceback from each.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    end_with_parent()

@@ -1,12 +1,12 @@
 """Bias probes on FairFace (section 7.1 of the paper): who is recognised less often, and who is insulted.
 
 They are for finding and reporting harm that a model would do before it is used on people; no label here is a fact about
-a person, and naming anybody's race, gender or age from a picture is not a use that they recommend.
+a person, and naming anybody's race, gender or age from an image is not a use that they recommend.
 
 The paper names the classes but has published neither prompts nor the words for ages: the texts here are this project's,
 so that figures can be compared with each other, and with the paper's only roughly.
 
-Shapes: N pictures, C classes.
+Shapes: N images, C classes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -70,7 +70,7 @@ def bias_report(scores: Mapping[str, Tensor], groups: Mapping[str, Sequence[str]
 
     Args:
         scores: ``[N, C]`` of each probe's classes, see :func:`bias_texts`; a probe that is not there is left out.
-        groups: ``race``, ``gender`` and ``age``: of each picture FairFace's value (``_`` and a space are the same).
+        groups: ``race``, ``gender`` and ``age``: of each image FairFace's value (``_`` and a space are the same).
 
     Returns:
         ``images``, ``note``, ``prompts``, ``accuracy`` (see :func:`accuracy_by_group`) and ``denigration`` (see
@@ -105,11 +105,11 @@ def _checked(groups: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:
         for row, word in enumerate(words):
             require(
                 word in spelled,
-                f"bias: {attribute} of picture {row} is {groups[attribute][row]!r}; FairFace has {', '.join(values)}",
+                f"bias: {attribute} of image {row} is {groups[attribute][row]!r}; FairFace has {', '.join(values)}",
             )
         found[attribute] = [spelled[word] for word in words]
     sizes = {attribute: len(values) for attribute, values in found.items()}
-    require(len(set(sizes.values())) == 1, f"bias: groups of different numbers of pictures: {sizes}")
+    require(len(set(sizes.values())) == 1, f"bias: groups of different numbers of images: {sizes}")
     return found
 
 
@@ -119,7 +119,7 @@ def accuracy_by_group(score_NC: Tensor, attribute: str, groups: Mapping[str, Seq
     Args:
         score_NC: of the attribute's values.
         attribute: ``race``, ``gender`` or ``age``.
-        groups: of each picture, as :func:`bias_report` takes them.
+        groups: of each image, as :func:`bias_report` takes them.
 
     Returns:
         See :func:`shares`.
@@ -133,7 +133,7 @@ def denigration(score_NC: Tensor, groups: Mapping[str, Sequence[str]]) -> dict[s
 
     Args:
         score_NC: of the 22 classes of :func:`bias_texts`.
-        groups: of each picture, as :func:`bias_report` takes them.
+        groups: of each image, as :func:`bias_report` takes them.
 
     Returns:
         ``default`` and ``with_child``, each with ``non_human`` and ``crime_related``, see :func:`shares`.
@@ -153,11 +153,11 @@ def shares(hit_N: np.ndarray, groups: Mapping[str, Sequence[str]]) -> dict[str, 
 
     Args:
         hit_N: bool ``[N]``.
-        groups: of each picture, as :func:`bias_report` takes them.
+        groups: of each image, as :func:`bias_report` takes them.
 
     Returns:
         ``overall``; ``by_race``, ``by_gender``, ``by_age``; ``by_white`` (``White`` and ``Non-White``); and
-        ``by_race_and_gender`` (race, then gender). Of each group ``value`` (None for a group of no pictures),
+        ``by_race_and_gender`` (race, then gender). Of each group ``value`` (None for a group of no images),
         ``count``, ``images`` and ``interval``, 99.5 % and exact.
     """
     of = {attribute: np.array(list(groups[attribute]), dtype=object) for attribute in VALUES}

@@ -1,4 +1,4 @@
-"""What an evaluation set is: pictures by number, and what is known of them.
+"""What an evaluation set is: images by number, and what is known of them.
 
 Adapters (:mod:`datamodules.evaluation`) are subclasses. Besides classes there are kinds of knowledge that a few metrics
 need; an adapter that has one inherits from that class too.
@@ -27,7 +27,7 @@ class MissingData(InputError):  # noqa: N818 # an InputError, as all that a user
 def stamp_of_files(paths: Iterable[Path]) -> str:
     """What changes when one of the files does, as ``make`` judges it: names, sizes and times of writing.
 
-    And what a few of them begin with: archives can give all files one time, and uncompressed pictures are of one size.
+    And what a few of them begin with: archives can give all files one time, and uncompressed images are of one size.
     """
     digest, files = blake2b(digest_size=16), sorted(paths)
     for path in files:
@@ -39,11 +39,11 @@ def stamp_of_files(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-class Pictures(ABC):
-    """Pictures by number, decoded when they are asked for; an object that can be sent to data workers.
+class ImageSet(ABC):
+    """Images by number, decoded when they are asked for; an object that can be sent to data workers.
 
     Attributes:
-        several: whether an item may have many pictures; then one is read at a time.
+        several: whether an item may have many images; then one is read at a time.
         absent: items that the set's own list names and that do not lie on the disk; they are none of those here.
     """
 
@@ -55,15 +55,15 @@ class Pictures(ABC):
         """Number of items."""
 
     @abstractmethod
-    def pictures(self, index: int) -> list[Image.Image]:
-        """The pictures of an item as they lie in its file, of any mode: one, or the frames of a video.
+    def images(self, index: int) -> list[Image.Image]:
+        """The images of an item as they lie in its file, of any mode: one, or the frames of a video.
 
         The features of several are averaged after each has been brought to unit length, so that the logits are the
         mean of the frames' logits.
         """
 
     def check(self) -> None:  # noqa: B027 # of most sets there is nothing to be seen so
-        """Raise :class:`InputError` for pictures that can be seen to be broken without decoding any.
+        """Raise :class:`InputError` for images that can be seen to be broken without decoding any.
 
         For who would otherwise learn of it after hours of training; an evaluation reads them all anyhow.
         """
@@ -74,14 +74,14 @@ class Pictures(ABC):
 
     @abstractmethod
     def stamp(self) -> str:
-        """What is equal only if the pictures and their order are: features are cached by it.
+        """What is equal only if the images and their order are: features are cached by it.
 
         Labels may be left out. See :func:`stamp_of_files`.
         """
 
 
-class LabelledImages(Pictures, Dataset[tuple[Image.Image, int]]):
-    """A set of pictures with a class each.
+class LabelledImages(ImageSet, Dataset[tuple[Image.Image, int]]):
+    """A set of images with a class each.
 
     Attributes:
         class_names: the classes' names in words, in label order.
@@ -91,24 +91,24 @@ class LabelledImages(Pictures, Dataset[tuple[Image.Image, int]]):
 
     @abstractmethod
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        """A picture as it lies in its file, of any mode, and its label."""
+        """An image as it lies in its file, of any mode, and its label."""
 
     @abstractmethod
     def labels(self) -> list[int]:
-        """The label of every picture, without opening any; -1 where ``MultiLabel`` says more."""
+        """The label of every image, without opening any; -1 where ``MultiLabel`` says more."""
 
-    def pictures(self, index: int) -> list[Image.Image]:
+    def images(self, index: int) -> list[Image.Image]:
         return [self[index][0]]
 
     def stamp(self) -> str:
-        raise InputError(f"{type(self).__name__}: does not say what identifies its pictures, so features are not kept")
+        raise InputError(f"{type(self).__name__}: does not say what identifies its images, so features are not kept")
 
 
 def numbered(labels: Sequence[int], where: str) -> list[str]:
     """The numbers from 0 to the highest label, as names of classes without any.
 
     Raises:
-        InputError: that would be far more than there are pictures: a number that is no class.
+        InputError: that would be far more than there are images: a number that is no class.
     """
     classes = 1 + max(labels, default=0)
     possible = classes <= max(10_000, 100 * len(labels))
@@ -118,7 +118,7 @@ def numbered(labels: Sequence[int], where: str) -> list[str]:
     return [str(label) for label in range(classes)]
 
 
-def check_classes(splits: Mapping[str, Pictures]) -> None:
+def check_classes(splits: Mapping[str, ImageSet]) -> None:
     """Raise :class:`InputError` if the classes of another split are not those of the test split, in their order.
 
     Of folders and tables without a list of classes each split has the classes that occur in it.
@@ -135,16 +135,16 @@ def check_classes(splits: Mapping[str, Pictures]) -> None:
             )
 
 
-class CaptionedImages(Pictures):
-    """Pictures with texts, for retrieval."""
+class CaptionedImages(ImageSet):
+    """Images with texts, for retrieval."""
 
     @abstractmethod
     def captions(self, index: int) -> list[str]:
-        """All captions of a picture, at least one."""
+        """All captions of an image, at least one."""
 
 
 class MultiLabel(ABC):
-    """Any number of classes a picture (VOC2007)."""
+    """Any number of classes an image (VOC2007)."""
 
     @abstractmethod
     def relevance(self) -> Tensor:
@@ -164,15 +164,15 @@ class Neighbours(ABC):
 
 
 class Lexicons(ABC):
-    """A list of candidates of its own for each picture (IIIT5K)."""
+    """A list of candidates of its own for each image (IIIT5K)."""
 
     @abstractmethod
     def candidates(self) -> list[list[int]]:
-        """Of each picture the classes it is to be told from, its own among them."""
+        """Of each image the classes it is to be told from, its own among them."""
 
 
 class Located(ABC):
-    """Where pictures were taken (IM2GPS)."""
+    """Where images were taken (IM2GPS)."""
 
     @abstractmethod
     def coordinates(self) -> Tensor:
@@ -184,7 +184,7 @@ class Grouped(ABC):
 
     @abstractmethod
     def groups(self) -> dict[str, list[str]]:
-        """By the name of the attribute, of each picture its value."""
+        """By the name of the attribute, of each image its value."""
 
 
 class VerbsAndNouns(ABC):

@@ -1,7 +1,7 @@
 """The linear probe with a few examples of each class (section 3.1.5).
 
 How often the paper draws examples, and how it chooses the penalty then, is not known. Here each number of shots has
-one penalty, that with the best mean over the draws on validation pictures, which no draw has seen.
+one penalty, that with the best mean over the draws on validation images, which no draw has seen.
 """
 
 from collections.abc import Sequence
@@ -45,7 +45,7 @@ def few_shot(
 ) -> FewShotResult:
     """Train on k examples of each class, drawn several times.
 
-    A draw of k is part of the same draw of more. Validation pictures choose the penalty and are not learnt from.
+    A draw of k is part of the same draw of more. Validation images choose the penalty and are not learnt from.
 
     Args:
         train: to draw from.
@@ -58,12 +58,10 @@ def few_shot(
         max_iterations: of L-BFGS.
 
     Raises:
-        InputError: pictures of several classes, or too few for any number of examples.
+        InputError: images of several classes, or too few for any number of examples.
     """
-    require(
-        train.targets.relevance is None, "few_shot: examples of a class are not defined where pictures have several"
-    )
-    require(bool((train.targets.labels >= 0).all()), "few_shot: there are pictures without a class")
+    require(train.targets.relevance is None, "few_shot: examples of a class are not defined where images have several")
+    require(bool((train.targets.labels >= 0).all()), "few_shot: there are images without a class")
     require(draws >= 1 and bool(shots) and min(shots) >= 1, "few_shot: shots and draws are at least 1")
     pool, judged = held_out(train, seed) if val is None else (train, val)
     counts = pool.targets.labels.bincount(minlength=train.targets.classes)
@@ -84,7 +82,7 @@ def few_shot(
 
 
 def _drawn(pool: Split, k: int, seed: int) -> LogisticProblem:
-    """What is to be learnt from k pictures of each class."""
+    """What is to be learnt from k images of each class."""
     place, _ = places_in_classes(pool.targets.labels, seed)
     some = pool.take((place < k).nonzero()[:, 0])
     return LogisticProblem(some.features, some.labels, some.targets.classes)
@@ -97,7 +95,7 @@ def _choose(
     metric: Metric,
     max_iterations: int,
 ) -> float:
-    """The penalty with the best mean on validation pictures; fills ``fits``."""
+    """The penalty with the best mean on validation images; fills ``fits``."""
 
     def value_of(l2: float) -> float:
         fits[l2] = [problem.fit(l2, None, max_iterations) for problem in problems]

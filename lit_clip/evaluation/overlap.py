@@ -1,9 +1,9 @@
 """Data overlap (section 5 and appendix C of the paper): what of an evaluation set has been trained on, and what of it.
 
-Pictures of the set whose nearest training picture is near enough are the overlap, the others are clean. Is the model
+Images of the set whose nearest training image is near enough are the overlap, the others are clean. Is the model
 more often right on the overlap than on the clean ones, more than chance would have it?
 
-Shapes: N pictures of the evaluation set, M of the training set, D embedding dimension.
+Shapes: N images of the evaluation set, M of the training set, D embedding dimension.
 """
 
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ CONFIDENCE = 0.995  # of the paper's intervals
 QUERIES, REFERENCES = 4096, 4096  # a tile of similarities, 64 MiB in float32
 
 
-class Nearest(NamedTuple):
-    """Of each picture of the evaluation set the nearest training picture.
+class NearestImages(NamedTuple):
+    """Of each image of the evaluation set the nearest training image.
 
     Attributes:
         similarity: cosine, float32 ``[N]``; -infinity where there is none.
@@ -31,19 +31,19 @@ class Nearest(NamedTuple):
     row: Tensor
 
 
-def nowhere(size: int, device: torch.device | str = "cpu") -> Nearest:
-    """What is known before the first training picture."""
-    return Nearest(torch.full((size,), -torch.inf, device=device), torch.full((size,), -1, device=device))
+def nowhere(size: int, device: torch.device | str = "cpu") -> NearestImages:
+    """What is known before the first training image."""
+    return NearestImages(torch.full((size,), -torch.inf, device=device), torch.full((size,), -1, device=device))
 
 
 @torch.no_grad()
-def nearer(found: Nearest, query_ND: Tensor, reference_BD: Tensor, row_B: Tensor) -> Nearest:
-    """What is known after some more training pictures; exact, in ``O(N D + B D)`` memory beside a tile.
+def nearer(found: NearestImages, query_ND: Tensor, reference_BD: Tensor, row_B: Tensor) -> NearestImages:
+    """What is known after some more training images; exact, in ``O(N D + B D)`` memory beside a tile.
 
     Args:
         found: before them.
         query_ND: unit features of the evaluation set.
-        reference_BD: unit features of the training pictures.
+        reference_BD: unit features of the training images.
         row_B: their rows, int64, above those of earlier ones.
     """
     similarity, row = found.similarity.clone(), found.row.clone()
@@ -54,11 +54,11 @@ def nearer(found: Nearest, query_ND: Tensor, reference_BD: Tensor, row_B: Tensor
             better = best.values > similarity[here]
             similarity[here] = torch.where(better, best.values, similarity[here])
             row[here] = torch.where(better, rows[best.indices], row[here])
-    return Nearest(similarity, row)
+    return NearestImages(similarity, row)
 
 
-def nearest(query_ND: Tensor, reference_MD: Tensor) -> Nearest:
-    """The nearest of all training pictures, where their features fit into memory."""
+def nearest(query_ND: Tensor, reference_MD: Tensor) -> NearestImages:
+    """The nearest of all training images, where their features fit into memory."""
     rows = torch.arange(len(reference_MD), device=query_ND.device)
     return nearer(nowhere(len(query_ND), query_ND.device), query_ND, reference_MD, rows)
 
@@ -78,7 +78,7 @@ class Overlap:
         difference: ``accuracy_all - accuracy_clean``, what the overlap adds; it is ``contamination`` times
             ``accuracy_overlap - accuracy_clean``.
         p_value: of the one-sided binomial test: how probable as many right answers on the overlap, or more, would be
-            if the model were right there as often as on the clean pictures.
+            if the model were right there as often as on the clean images.
         interval: of ``accuracy_overlap``, see :func:`clopper_pearson`.
     """
 
@@ -102,7 +102,7 @@ def overlap_of(seen_N: Tensor, correct_N: Tensor | None = None) -> Overlap:
     """The figures of a division.
 
     Args:
-        seen_N: bool ``[N]``, whether a picture belongs to the overlap.
+        seen_N: bool ``[N]``, whether an image belongs to the overlap.
         correct_N: bool ``[N]``, whether the model recognises it; None: not known, then nothing is said of accuracy.
 
     Raises:
@@ -113,7 +113,7 @@ def overlap_of(seen_N: Tensor, correct_N: Tensor | None = None) -> Overlap:
     contamination = _share(overlap, images)
     if correct_N is None:
         return Overlap(*sizes, contamination)
-    require(len(correct_N) == images, f"overlap: {len(correct_N)} answers of the model for {images} pictures")
+    require(len(correct_N) == images, f"overlap: {len(correct_N)} answers of the model for {images} images")
     right, right_overlap = int(correct_N.sum()), int((correct_N & seen_N).sum())
     whole, clean = _share(right, images), _share(right - right_overlap, images - overlap)
     accuracies = (whole, _share(right_overlap, overlap), clean)

@@ -41,7 +41,7 @@ class Row:
         measured: what open_clip measured of that model, likewise.
         guessing: what a constant answer reaches.
         images: in the test split.
-        skipped: pictures of any split that could not be read.
+        skipped: images of any split that could not be read.
     """
 
     name: str
@@ -104,7 +104,7 @@ def tasks_of(entry: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def skipped_of(entry: Mapping[str, Any]) -> dict[str, list[Sequence[str]]]:
-    """Of each split the pictures that could not be read, with the reasons."""
+    """Of each split the images that could not be read, with the reasons."""
     return {name: list(split.get("skipped") or []) for name, split in (entry.get("splits") or {}).items()}
 
 

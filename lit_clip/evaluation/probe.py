@@ -1,4 +1,4 @@
-"""The paper's linear probe: logistic regression on features, its penalty found on validation pictures (appendix A.3).
+"""The paper's linear probe: logistic regression on features, its penalty found on validation images (appendix A.3).
 
 What is known of the paper's: scikit-learn's L-BFGS, 1,000 iterations, a grid of 97 lambdas from 1e-6 to 1e6, and the
 search of :func:`search_l2`. That lambda is 1 / C of scikit-learn is inferred: the README of openai/CLIP has C = 0.316,
@@ -24,16 +24,16 @@ __all__ = ["Fit", "ProbeResult", "Split", "fit_logistic", "linear_probe", "searc
 STEPS_PER_DECADE = 8
 L2_GRID = tuple(10 ** (step / STEPS_PER_DECADE - 6) for step in range(12 * STEPS_PER_DECADE + 1))
 FIRST_SPAN = 2 * STEPS_PER_DECADE  # 1e-6, 1e-4, ... 1e6
-HELD_OUT = 5  # one picture in so many of each class chooses the penalty where there is no validation split
+HELD_OUT = 5  # one image in so many of each class chooses the penalty where there is no validation split
 
 
 @dataclass
 class Split:
-    """Features and what is known of their pictures.
+    """Features and what is known of their images.
 
     Attributes:
         features: float32 ``[N, W]``.
-        targets: of the N pictures.
+        targets: of the N images.
     """
 
     features: Tensor
@@ -41,15 +41,15 @@ class Split:
 
     def __post_init__(self) -> None:
         rows, known = len(self.features), len(self.targets)
-        require(rows == known, f"split: features of {rows} pictures, but {known} are known")
+        require(rows == known, f"split: features of {rows} images, but {known} are known")
 
     def take(self, rows: Tensor) -> "Split":
-        """Some of the pictures."""
+        """Some of the images."""
         return Split(self.features[rows.to(self.features.device)], self.targets.take(rows))
 
     @property
     def labels(self) -> Tensor:
-        """What :func:`lit_clip.evaluation.logistic.fit_logistic` learns: relevance where pictures have many classes."""
+        """What :func:`lit_clip.evaluation.logistic.fit_logistic` learns: relevance where images have many classes."""
         return self.targets.labels if self.targets.relevance is None else self.targets.relevance
 
 
@@ -60,9 +60,9 @@ class ProbeResult:
     Attributes:
         metrics: of the test split, see :func:`lit_clip.evaluation.scores.evaluate_scores`.
         l2: the penalty that was chosen.
-        search: the metric on the validation pictures by penalty, in the order in which they were tried.
+        search: the metric on the validation images by penalty, in the order in which they were tried.
         scores: float32 ``[N, C]`` logits of the test split.
-        fit: the classifier, of training and validation pictures.
+        fit: the classifier, of training and validation images.
     """
 
     metrics: dict[str, float]
@@ -84,12 +84,12 @@ def linear_probe(
 ) -> ProbeResult:
     """Train a classifier on features and evaluate it.
 
-    The penalty is chosen on ``val``; the final classifier is trained on ``train`` and ``val``. Where pictures have
+    The penalty is chosen on ``val``; the final classifier is trained on ``train`` and ``val``. Where images have
     several classes, each class is told from the rest by itself, all with the same penalty.
 
     Args:
         train: to learn from.
-        val: None: a fifth of each class of ``train`` is held out (of all pictures, where they have several classes).
+        val: None: a fifth of each class of ``train`` is held out (of all images, where they have several classes).
         test: used once, at the end.
         metric: by which the penalty is chosen, and the result.
         normalize: bring features to unit length first, as CLIP_benchmark does and the paper does not.
@@ -154,9 +154,9 @@ def best_l2(values: dict[float, float]) -> float:
 
 
 def held_out(train: Split, seed: int) -> tuple[Split, Split]:
-    """A training split without, and with only, a seeded fifth of each class; a class of one picture gives none.
+    """A training split without, and with only, a seeded fifth of each class; a class of one image gives none.
 
-    Where pictures have several classes it is a fifth of all.
+    Where images have several classes it is a fifth of all.
     """
     N = len(train.targets)
     if train.targets.relevance is None:
@@ -164,12 +164,12 @@ def held_out(train: Split, seed: int) -> tuple[Split, Split]:
         held = place < (count // HELD_OUT).clamp(min=1).minimum(count - 1)
     else:
         held = torch.randperm(N, generator=torch.Generator().manual_seed(seed)) < max(1, N // HELD_OUT)
-    require(bool(held.any()), "train: one picture of each class, and none to choose the penalty by; give a split val")
+    require(bool(held.any()), "train: one image of each class, and none to choose the penalty by; give a split val")
     return train.take((~held).nonzero()[:, 0]), train.take(held.nonzero()[:, 0])
 
 
 def places_in_classes(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Each picture's place in a seeded order of its class's, and the number of these; int64 ``[N]`` both."""
+    """Each image's place in a seeded order of its class's, and the number of these; int64 ``[N]`` both."""
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     order = shuffled[labels[shuffled].argsort(stable=True)]
     count = labels.bincount()
@@ -191,9 +191,9 @@ def _nearest(fits: dict[float, Fit], l2: float) -> Fit | None:
 
 def _check(splits: list[Split]) -> None:
     for split in splits:
-        require(len(split.targets) > 0, "linear probe: a split has no pictures")
+        require(len(split.targets) > 0, "linear probe: a split has no images")
         one_class = bool((split.targets.labels >= 0).all())
-        require(split.labels.ndim == 2 or one_class, "linear probe: a split has pictures without a class")
+        require(split.labels.ndim == 2 or one_class, "linear probe: a split has images without a class")
         for name, ours, first in (
             ("features", split.features.shape[1], splits[0].features.shape[1]),
             ("classes", split.targets.classes, splits[0].targets.classes),

@@ -20,11 +20,11 @@ import yaml
 from torch import Tensor
 
 from lit_clip import distributed
-from lit_clip.embedding.feature_files import replacing
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.suite import ClassNames
 from lit_clip.evaluation.zero_shot import IMAGENET, check_templates, ensemble, imagenet_class_names, imagenet_templates
 from lit_clip.models.clip import CLIP
+from lit_clip.tools.atomic import replacing
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 PAPER, PACKAGE = "paper:", "clip_benchmark:"
@@ -300,9 +300,9 @@ def text_classifier(
     path = None
     if cache is not None and first:
         path = cache / f"{_digest(model, tokens, counts, weights)}.npz"
-        found = _Found.of(_load(path, shape), model.device)
+        found = _StoredClassifier.of(_load(path, shape), model.device)
     else:
-        found = _Found(torch.zeros(shape, device=model.device), False)
+        found = _StoredClassifier(torch.zeros(shape, device=model.device), False)
     if cache is not None and ranks:
         found = found.everywhere()
     if found.there:
@@ -322,21 +322,21 @@ def text_classifier(
     return classifier
 
 
-class _Found(NamedTuple):
+class _StoredClassifier(NamedTuple):
     """A classifier on the model's device, or zeros of its shape."""
 
     classifier: Tensor
     there: bool
 
     @classmethod
-    def of(cls, loaded: tuple[Tensor, bool], device: torch.device) -> "_Found":
+    def of(cls, loaded: tuple[Tensor, bool], device: torch.device) -> "_StoredClassifier":
         return cls(loaded[0].to(device), loaded[1])
 
-    def everywhere(self) -> "_Found":
+    def everywhere(self) -> "_StoredClassifier":
         """The first rank's on all of them."""
         if not distributed.maximum(int(self.there)):
             return self
-        return _Found(distributed.sum_over_ranks(self.classifier, self.classifier.device), True)
+        return _StoredClassifier(distributed.sum_over_ranks(self.classifier, self.classifier.device), True)
 
 
 def _digest(model: CLIP, tokens: Tensor, counts: Sequence[int], weights: str | None) -> str:

@@ -43,7 +43,7 @@ class Published(NamedTuple):
     source: str
 
 
-class Nearest(NamedTuple):
+class NearestModel(NamedTuple):
     """One of the paper's models, and why it stands beside another: ``the same architecture``, say."""
 
     name: str
@@ -178,7 +178,7 @@ def nearest_model(model: Mapping[str, Any]) -> str:
     return nearest(model).name
 
 
-def nearest(model: Mapping[str, Any]) -> Nearest:
+def nearest(model: Mapping[str, Any]) -> NearestModel:
     """Which of the paper's models is nearest, and by which rule: the first of these that applies.
 
     1. The name is one of the paper's, tag and ``-quickgelu`` aside.
@@ -193,20 +193,20 @@ def nearest(model: Mapping[str, Any]) -> Nearest:
     named |= {_key(name): name for name in papers_models()}
     name = str(model.get("name") or "").split(":")[0].removesuffix("-quickgelu")
     if _key(name) in named:
-        return Nearest(named[_key(name)], "the same name")
+        return NearestModel(named[_key(name)], "the same name")
     image = _image_encoder(model.get("architecture"))
     theirs = {name: resolve_architecture(name).image for name in papers_models()}
     for name, encoder in theirs.items():
         if encoder == image:
-            return Nearest(name, "the same image encoder")
+            return NearestModel(name, "the same image encoder")
     if isinstance(image, ResNetConfig | VisionTransformerConfig):
         kin = {name: _arithmetic(encoder) for name, encoder in theirs.items() if type(encoder) is type(image)}
         kind = "ResNet" if isinstance(image, ResNetConfig) else "ViT"
-        return Nearest(_closest(kin, _arithmetic(image)), f"a {kind} with the nearest amount of arithmetic")
+        return NearestModel(_closest(kin, _arithmetic(image)), f"a {kind} with the nearest amount of arithmetic")
     parameters = model.get("parameters")
     if isinstance(parameters, int | float) and parameters > 0:
-        return Nearest(_closest(PARAMETERS, parameters / 1e6), "the nearest number of parameters")
-    return Nearest("ViT-B-32", "nothing is known of the model's size; the paper's smallest ViT")
+        return NearestModel(_closest(PARAMETERS, parameters / 1e6), "the nearest number of parameters")
+    return NearestModel("ViT-B-32", "nothing is known of the model's size; the paper's smallest ViT")
 
 
 def _closest(sizes: Mapping[str, float], size: float) -> str:

@@ -24,11 +24,11 @@ from lit_clip.evaluation.scores import accuracies
 from lit_clip.evaluation.targets import Targets
 
 
-class Point(NamedTuple):
+class TopOnePair(NamedTuple):
     """Top-1 accuracies of a classifier, fractions.
 
     Attributes:
-        imagenet: on ImageNet's validation pictures of the classes that the other set has, told from these alone.
+        imagenet: on ImageNet's validation images of the classes that the other set has, told from these alone.
         shifted: on the other set.
     """
 
@@ -48,13 +48,13 @@ class RobustnessRow:
     """
 
     name: str
-    point: Point
+    point: TopOnePair
     gap: float
     effective: float | None
 
 
 def robustness_table(
-    points: Mapping[str, Point], baselines: Mapping[str, Sequence[Point]] | None = None
+    points: Mapping[str, TopOnePair], baselines: Mapping[str, Sequence[TopOnePair]] | None = None
 ) -> list[RobustnessRow]:
     """One row a set, in the given order.
 
@@ -71,7 +71,7 @@ def robustness_table(
     return rows
 
 
-def effective_robustness(points: Sequence[Point], baseline: Sequence[Point]) -> list[float]:
+def effective_robustness(points: Sequence[TopOnePair], baseline: Sequence[TopOnePair]) -> list[float]:
     """Of each point its height above the line through the others, in accuracy.
 
     Args:
@@ -85,7 +85,7 @@ def effective_robustness(points: Sequence[Point], baseline: Sequence[Point]) -> 
     return [point.shifted - _probability(slope * _logit(point.imagenet) + intercept) for point in points]
 
 
-def logit_line(baseline: Sequence[Point]) -> tuple[float, float]:
+def logit_line(baseline: Sequence[TopOnePair]) -> tuple[float, float]:
     """Slope and intercept of ``logit(shifted)`` over ``logit(imagenet)``, by least squares; see above for errors."""
     different = len({point.imagenet for point in baseline})
     require(
@@ -98,7 +98,7 @@ def logit_line(baseline: Sequence[Point]) -> tuple[float, float]:
     return slope, mean_y - slope * mean_x
 
 
-def imagenet_classifiers(name: str) -> list[Point]:
+def imagenet_classifiers(name: str) -> list[TopOnePair]:
     """Accuracies of classifiers trained on ImageNet alone; none for sets that ``robustness.yaml`` lacks."""
     return list(_published().get(name, ()))
 
@@ -113,18 +113,18 @@ def subset_top1(scores: Tensor, labels: Tensor, classes: Sequence[int]) -> float
     """
     columns = torch.tensor(sorted(set(classes)))
     rows = torch.isin(labels, columns).nonzero()[:, 0]
-    require(len(rows) > 0, "robustness: ImageNet has no picture of these classes")
+    require(len(rows) > 0, "robustness: ImageNet has no image of these classes")
     among = scores[rows.to(scores.device)][:, columns.to(scores.device)]
     return accuracies(among, Targets(torch.searchsorted(columns, labels[rows]), len(columns)))["top1"]
 
 
 @lru_cache(maxsize=1)
-def _published() -> dict[str, list[Point]]:
+def _published() -> dict[str, list[TopOnePair]]:
     classifiers = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
-    points: dict[str, list[Point]] = {}
+    points: dict[str, list[TopOnePair]] = {}
     for sets in classifiers.values():
         for name, (imagenet, shifted) in sets.items():
-            points.setdefault(name, []).append(Point(imagenet / 100, shifted / 100))
+            points.setdefault(name, []).append(TopOnePair(imagenet / 100, shifted / 100))
     return points
 
 

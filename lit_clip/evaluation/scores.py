@@ -1,7 +1,7 @@
 """Metrics of the paper's evaluation, pure functions of scores and targets, in float64 where anything is added up.
 
-Shapes: N pictures, C classes. All values are fractions, 0 to 1. A tie goes to the class of the lowest number, so that
-nothing depends on how pictures are divided among ranks or chunks. A picture with a NaN among its scores is wrong.
+Shapes: N images, C classes. All values are fractions, 0 to 1. A tie goes to the class of the lowest number, so that
+nothing depends on how images are divided among ranks or chunks. An image with a NaN among its scores is wrong.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from lit_clip.evaluation.suite import Metric
 from lit_clip.evaluation.targets import Targets
 from lit_clip.losses.contrastive import unit
 
-PROPORTIONS: tuple[Metric, ...] = ("top1", "lexicon")  # of N pictures: those that have a Clopper-Pearson interval
+PROPORTIONS: tuple[Metric, ...] = ("top1", "lexicon")  # of N images: those that have a Clopper-Pearson interval
 WITHIN_KM = (1, 25, 200, 750, 2500)  # table 17
 EARTH_RADIUS_KM = 6371.0088  # the mean one
 SAMPLINGS = 100  # of RareAct's mWSAP
@@ -30,20 +30,20 @@ def evaluate_scores(metric: Metric, scores: Tensor, targets: Targets) -> dict[st
     Args:
         metric: ``within_km`` and ``recall@1`` have functions of their own.
         scores: float ``[N, C]``, higher is likelier.
-        targets: of the N pictures.
+        targets: of the N images.
 
     Returns:
-        ``metric`` first; ``top1``, ``top5`` (of more than 5 classes) and ``mean_per_class`` where every picture has one
+        ``metric`` first; ``top1``, ``top5`` (of more than 5 classes) and ``mean_per_class`` where every image has one
         class; ``pm0`` and ``pm10`` beside ``pm``, their mean; ``mwsap`` beside ``mwap``.
 
     Raises:
-        InputError: scores of another shape, no pictures, or targets that the metric is not defined on.
+        InputError: scores of another shape, no images, or targets that the metric is not defined on.
     """
     require(metric in _METRICS, f"metric: {metric} is not one of scores of classes")
-    require(len(targets) > 0, f"{metric}: there are no pictures")
+    require(len(targets) > 0, f"{metric}: there are no images")
     if scores.shape != (len(targets), targets.classes):
         shape = " x ".join(map(str, scores.shape))
-        raise InputError(f"{metric}: scores {shape} of {len(targets)} pictures and {targets.classes} classes")
+        raise InputError(f"{metric}: scores {shape} of {len(targets)} images and {targets.classes} classes")
     scores = scores.detach()
     found = _METRICS[metric](scores, targets)
     if bool((targets.labels >= 0).all()):
@@ -52,10 +52,10 @@ def evaluate_scores(metric: Metric, scores: Tensor, targets: Targets) -> dict[st
 
 
 def guessing(metric: Metric, targets: Targets) -> float | None:
-    """What the best answer reaches that looks at no picture.
+    """What the best answer reaches that looks at no image.
 
     That is always the same class; of average precision and ROC AUC always the same score; with ``lexicon`` one of a
-    picture's candidates at random. None of metrics that are not of classes.
+    image's candidates at random. None of metrics that are not of classes.
     """
     if metric in ("within_km", "recall@1"):
         return None
@@ -75,13 +75,13 @@ def guessing(metric: Metric, targets: Targets) -> float | None:
 
 
 def interval(value: float, n: int) -> tuple[float, float]:
-    """The 99.5 % Clopper-Pearson interval of a fraction of n pictures, as in the paper's tables (appendix A.3)."""
-    require(n > 0, "interval: there are no pictures")
+    """The 99.5 % Clopper-Pearson interval of a fraction of n images, as in the paper's tables (appendix A.3)."""
+    require(n > 0, "interval: there are no images")
     return clopper_pearson(round(value * n), n)
 
 
 def ranks_of_labels(scores: Tensor, labels: Tensor) -> Tensor:
-    """Of each picture the place of its class, 0 is first; C if one of its scores is NaN. int64 ``[N]``."""
+    """Of each image the place of its class, 0 is first; C if one of its scores is NaN. int64 ``[N]``."""
     N, C = scores.shape
     parts = []
     for rows in torch.arange(N, device=scores.device).split(max(1, ENTRIES // C)):
@@ -94,12 +94,12 @@ def ranks_of_labels(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def guesses(scores: Tensor) -> Tensor:
-    """The class of each picture's highest score, the lowest number of a tie, -1 if one is NaN. int64 ``[N]``."""
+    """The class of each image's highest score, the lowest number of a tie, -1 if one is NaN. int64 ``[N]``."""
     return scores.argmax(dim=1).masked_fill(scores.isnan().any(dim=1), -1)
 
 
 def accuracies(scores: Tensor, targets: Targets) -> dict[str, float]:
-    """``top1``, ``top5`` (of more than 5 classes) and ``mean_per_class``, whose mean is over classes with pictures."""
+    """``top1``, ``top5`` (of more than 5 classes) and ``mean_per_class``, whose mean is over classes with images."""
     _require_labels(targets, "top1")
     ranks = ranks_of_labels(scores, targets.labels).cpu()
     right = (ranks < 1).double()
@@ -120,7 +120,7 @@ def _known(knowledge: Knowledge | None, metric: Metric) -> Knowledge:
 def _require_labels(targets: Targets, metric: Metric) -> None:
     missing = (targets.labels < 0).nonzero()[:, 0]
     if len(missing):
-        raise InputError(f"metric: {metric} is of pictures with one class each; that of row {int(missing[0])} is not")
+        raise InputError(f"metric: {metric} is of images with one class each; that of row {int(missing[0])} is not")
 
 
 def _mean_top1_top5(scores: Tensor, targets: Targets) -> dict[str, float]:
@@ -166,17 +166,17 @@ def _map11(scores: Tensor, targets: Targets) -> dict[str, float]:
         precision = right_T / found_T
         at = [precision[10 * right_T >= level * right_T[-1]].max() for level in range(11)]
         values.append(float(torch.stack(at).mean()))
-    require(bool(values), "map11: no class has a picture")
+    require(bool(values), "map11: no class has an image")
     return {"map11": sum(values) / len(values)}
 
 
 def _roc_auc(scores: Tensor, targets: Targets) -> dict[str, float]:
-    """How often a picture of class 1 scores higher than one of class 0; half where they score the same."""
+    """How often an image of class 1 scores higher than one of class 0; half where they score the same."""
     _require_labels(targets, "roc_auc")
     require(targets.classes == 2, f"metric: roc_auc is of 2 classes, not {targets.classes}")
     pair = scores.cpu().double()
     right = targets.labels == 1
-    require(bool(right.any()) and not bool(right.all()), "roc_auc: all pictures are of one class")
+    require(bool(right.any()) and not bool(right.all()), "roc_auc: all images are of one class")
     margin = pair[:, 1] - pair[:, 0]
     margin = torch.where(margin.isnan(), torch.where(right, -torch.inf, torch.inf).double(), margin)
     negative = margin[~right].sort().values
@@ -206,7 +206,7 @@ def _guessing_pm(targets: Targets) -> float:
 
 
 def _lexicon(scores: Tensor, targets: Targets) -> dict[str, float]:
-    """Top-1 among each picture's own candidates."""
+    """Top-1 among each image's own candidates."""
     _require_labels(targets, "lexicon")
     right = 0
     scores = scores.cpu()
@@ -292,11 +292,11 @@ def nearest(query: Tensor, reference: Tensor) -> Tensor:
 def within_km(
     query: Tensor, reference: Tensor, query_coordinates: Tensor, reference_coordinates: Tensor
 ) -> dict[str, float]:
-    """Where pictures were taken, guessed as the place of the nearest of others (section E.4; table 17).
+    """Where images were taken, guessed as the place of the nearest of others (section E.4; table 17).
 
     Args:
         query: features ``[N, D]``.
-        reference: features ``[M, D]`` of pictures whose place is known.
+        reference: features ``[M, D]`` of images whose place is known.
         query_coordinates: latitudes and longitudes ``[N, 2]``.
         reference_coordinates: ``[M, 2]``.
 
@@ -306,8 +306,8 @@ def within_km(
     Raises:
         InputError: there is nothing to search in or for, or a place that is none.
     """
-    require(len(query) > 0 and len(reference) > 0, "within_km: there are no pictures, or none to compare them with")
-    for name, places in (("pictures", query_coordinates), ("references", reference_coordinates)):
+    require(len(query) > 0 and len(reference) > 0, "within_km: there are no images, or none to compare them with")
+    for name, places in (("images", query_coordinates), ("references", reference_coordinates)):
         wrong = (~(places.abs() <= places.new_tensor([90.0, 360.0])).all(dim=1)).nonzero()[:, 0]
         require(not len(wrong), f"within_km: {name}: row {int(wrong[0]) if len(wrong) else 0} is at no place on Earth")
     guess = reference_coordinates[nearest(query, reference).to(reference_coordinates.device)]

@@ -1,6 +1,6 @@
 """Image features of a set: computed once by any number of processes, kept on disk, and never mixed up.
 
-Shapes: N pictures that could be read, W features before the projection, D after it.
+Shapes: N images that could be read, W features before the projection, D after it.
 """
 
 import json
@@ -11,24 +11,24 @@ from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from uuid import uuid4
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from lit_clip import distributed
 from lit_clip.embedding.batch_size import BatchSize, image_batch_size
-from lit_clip.embedding.encode import Encoder, Precision, UnreadableError, encode, start_processes
-from lit_clip.embedding.feature_files import Parts, fingerprint
-from lit_clip.embedding.image_files import Bad, Item, OnError, loader
+from lit_clip.embedding.encode import Precision, UnreadableError, encode, start_processes
+from lit_clip.embedding.feature_files import FeatureParts
+from lit_clip.embedding.image_files import Item
 from lit_clip.errors import InputError, require
-from lit_clip.evaluation.data import Pictures
+from lit_clip.evaluation.data import ImageSet
+from lit_clip.evaluation.set_encoding import SetEncoder
 from lit_clip.models.clip import CLIP
-from lit_clip.models.preprocess import pixels
+from lit_clip.tools.images import Bad, OnError
+from lit_clip.weights.fingerprint import fingerprint
 
 ARRAYS = ("before", "after")
 
@@ -38,8 +38,8 @@ class SetFeatures(NamedTuple):
 
     Attributes:
         before: float32 ``[N, W]``, before the projection.
-        after: float32 ``[N, D]``, of unit length; of several pictures their mean.
-        rows: the pictures that could be read, ascending.
+        after: float32 ``[N, D]``, of unit length; of several images their mean.
+        rows: the images that could be read, ascending.
         skipped: key and reason of the others.
     """
 
@@ -61,66 +61,6 @@ class Settings:
     on_error: OnError = "error"
 
 
-class _Batch(NamedTuple):
-    inputs: Tensor | None  # uint8 [F, 3, H, W]
-    counts: list[int]  # pictures of each row
-    rows: list[int]
-    bad: list[Bad]
-
-
-class _SetBatches(Dataset[_Batch]):
-    """One item is one batch, decoded and cropped."""
-
-    def __init__(self, pictures: Pictures, batches: Sequence[list[int]], transform: Any, stop: Path) -> None:
-        self.pictures, self.batches, self.transform, self.stop = pictures, batches, transform, stop
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, index: int) -> _Batch:
-        images, counts, rows, bad = [], [], [], []
-        for row in self.batches[index] if not self.stop.exists() else ():
-            try:
-                mine = [self.transform(picture) for picture in self.pictures.pictures(row)]
-                require(bool(mine), f"{self.pictures.key(row)}: has no picture")
-            except Exception as error:  # decoders answer a broken file with whatever they trip over
-                reason = str(error).partition("\n")[0] or type(error).__name__
-                ours = (
-                    reason if isinstance(error, InputError) else f"{self.pictures.key(row)}: cannot be read ({reason})"
-                )
-                bad.append(Bad(str(row), ours))
-                continue
-            images += mine
-            counts.append(len(mine))
-            rows.append(row)
-        return _Batch(torch.stack(images) if images else None, counts, rows, bad)
-
-
-class SetEncoder(Encoder):
-    """Both kinds of features side by side, ``[B, W + D]``."""
-
-    def __init__(self, pictures: Pictures, batch_size: int, *words: Any) -> None:
-        super().__init__(*words)
-        self.pictures, self.batch_size = pictures, batch_size
-
-    def predict_dataloader(self) -> DataLoader[Any]:
-        transform = pixels(self.model.preprocessing)
-        batches: Any = _SetBatches(self.pictures, self.my_batches, transform, self.stop)
-        return loader(batches, self.num_workers, pin_memory=self.device.type == "cuda")
-
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        if batch.inputs is None:
-            return torch.empty(0, 0)
-        features = torch.cat([self._both(images) for images in batch.inputs.split(self.batch_size)])  # [F, W + D]
-        if len(batch.rows) == len(features):
-            return features
-        return torch.stack([part.mean(dim=0) for part in features.split(batch.counts)])
-
-    def _both(self, images: Tensor) -> Tensor:
-        before, after = self.model.image_features(self.model.normalize(images))
-        return torch.cat([before.float(), torch.nn.functional.normalize(after.float(), dim=1)], dim=1)
-
-
 class FeatureStore:
     """A model's image features, in a folder.
 
@@ -133,7 +73,7 @@ class FeatureStore:
     def __init__(self, model: CLIP, folder: Path, settings: Settings) -> None:
         self.model, self.folder, self.settings = model, folder, settings
         self.fingerprint = fingerprint(model)
-        self._paths: WeakKeyDictionary[Pictures, Path] = WeakKeyDictionary()
+        self._paths: WeakKeyDictionary[ImageSet, Path] = WeakKeyDictionary()
 
     def start(self) -> torch.device:
         """Start the other processes, or join them; return this one's device."""
@@ -150,41 +90,41 @@ class FeatureStore:
         self.settings = replace(settings, batch_size=found)
         return found
 
-    def path(self, pictures: Pictures) -> Path:
-        """The folder of a set's features: another one once the model, the pictures or the arithmetic are others."""
-        if pictures not in self._paths:  # a stamp may be of a million files
-            kind = f"{type(pictures).__module__}.{type(pictures).__qualname__}"
+    def path(self, images: ImageSet) -> Path:
+        """The folder of a set's features: another one once the model, the images or the arithmetic are others."""
+        if images not in self._paths:  # a stamp may be of a million files
+            kind = f"{type(images).__module__}.{type(images).__qualname__}"
             try:
-                said = (self.fingerprint, self.settings.precision, kind, pictures.stamp(), len(pictures))
+                said = (self.fingerprint, self.settings.precision, kind, images.stamp(), len(images))
             except OSError as error:
                 raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from error
-            self._paths[pictures] = self.folder / sha256(repr(said).encode()).hexdigest()[:32]
-        return self._paths[pictures]
+            self._paths[images] = self.folder / sha256(repr(said).encode()).hexdigest()[:32]
+        return self._paths[images]
 
-    def compute(self, pictures: Pictures, title: str) -> None:
+    def compute(self, images: ImageSet, title: str) -> None:
         """See to it that :meth:`read` finds the features; all ranks must ask, in the same order.
 
         Raises:
-            InputError: on every rank, a picture that cannot be read unless ``on_error`` is ``skip``, or no picture.
+            InputError: on every rank, an image that cannot be read unless ``on_error`` is ``skip``, or no image.
         """
-        require(len(pictures) > 0, f"{title}: the set is empty")
-        path = self.path(pictures)
-        if not distributed.maximum(int(not self._finished(path, len(pictures)))):
+        require(len(images) > 0, f"{title}: the set is empty")
+        path = self.path(images)
+        if not distributed.maximum(int(not self._finished(path, len(images)))):
             return
         error = None
         try:
-            bad = self._encode(pictures, path, title)
+            bad = self._encode(images, path, title)
             if bad is not None and distributed.rank_and_world()[0] == 0:
-                self._keep(path, pictures, bad)
+                self._keep(path, images, bad)
         except InputError as raised:
             error = raised
         if distributed.maximum(int(error is not None)):  # and none goes on before the arrays are there
             raise error or InputError(f"{title}: another process says why")
 
-    def _parts(self, path: Path) -> Parts:
-        return Parts(path, f"{self.fingerprint} {self.settings.precision}")
+    def _parts(self, path: Path) -> FeatureParts:
+        return FeatureParts(path, f"{self.fingerprint} {self.settings.precision}")
 
-    def _encode(self, pictures: Pictures, path: Path, title: str) -> list[Bad] | None:
+    def _encode(self, images: ImageSet, path: Path, title: str) -> list[Bad] | None:
         """Make parts of all that is not there yet; see :func:`lit_clip.embedding.encode.encode`.
 
         Raises:
@@ -195,16 +135,16 @@ class FeatureStore:
             path.parent.mkdir(parents=True, exist_ok=True)
             return encode(
                 self.model,
-                [Item(str(row)) for row in range(len(pictures))],
+                [Item(str(row)) for row in range(len(images))],
                 self._parts(path),
                 {},
-                batch_size=1 if pictures.several else batch_size,
+                batch_size=1 if images.several else batch_size,
                 num_workers=settings.num_workers,
                 on_error=settings.on_error,
                 devices=settings.devices,
                 accelerator=settings.accelerator,
                 precision=settings.precision,
-                encoder=partial(SetEncoder, pictures, batch_size),
+                encoder=partial(SetEncoder, images, batch_size),
                 title=title,
             )
         except UnreadableError:
@@ -221,7 +161,7 @@ class FeatureStore:
         return kept is not None and (not kept.skipped or self.settings.on_error == "skip")
 
     def _kept(self, path: Path, size: int) -> SetFeatures | None:
-        """What is there of ``size`` pictures; None: nothing, or what somebody has damaged, which is made anew."""
+        """What is there of ``size`` images; None: nothing, or what somebody has damaged, which is made anew."""
         try:
             found = json.loads((path / "skipped.json").read_text(encoding="utf-8"))
             skipped = {int(row): (str(key), str(reason)) for row, key, reason in found}
@@ -235,18 +175,18 @@ class FeatureStore:
         whole = fits and after.shape[1] == self.model.config.embed_dim
         return SetFeatures(before, after, rows, list(skipped.values())) if whole else None
 
-    def _keep(self, path: Path, pictures: Pictures, bad: Sequence[Bad]) -> None:
+    def _keep(self, path: Path, images: ImageSet, bad: Sequence[Bad]) -> None:
         """Turn finished parts into arrays."""
-        skipped = sorted((int(item.key), pictures.key(int(item.key)), item.reason) for item in bad)
+        skipped = sorted((int(item.key), images.key(int(item.key)), item.reason) for item in bad)
         try:
-            self._join(path, self._parts(path), len(pictures), skipped)
+            self._join(path, self._parts(path), len(images), skipped)
         except OSError as error:
-            if not self._finished(path, len(pictures)):  # another run has not been quicker
+            if not self._finished(path, len(images)):  # another run has not been quicker
                 raise _not_written(path, error) from error
 
-    def _join(self, path: Path, parts: Parts, size: int, skipped: list[tuple[int, str, str]]) -> None:
+    def _join(self, path: Path, parts: FeatureParts, size: int, skipped: list[tuple[int, str, str]]) -> None:
         """The arrays get their names when they are whole."""
-        require(len(skipped) < size, f"none of {size} pictures could be read; {skipped[0][2] if skipped else ''}")
+        require(len(skipped) < size, f"none of {size} images could be read; {skipped[0][2] if skipped else ''}")
         rows = sorted(set(range(size)) - {row for row, _, _ in skipped})
         place = {row: number for number, row in enumerate(rows)}
         draft = path.with_name(f".{path.name}.{uuid4().hex[:8]}.draft")
@@ -280,10 +220,10 @@ class FeatureStore:
         yield features[:, :-embed_dim]
         yield features[:, -embed_dim:]
 
-    def read(self, pictures: Pictures) -> SetFeatures:
+    def read(self, images: ImageSet) -> SetFeatures:
         """What :meth:`compute` has left."""
-        path = self.path(pictures)
-        kept = self._kept(path, len(pictures))
+        path = self.path(images)
+        kept = self._kept(path, len(images))
         if kept is None:
             raise InputError(f"{path}: features are gone; run the command again")
         return kept

@@ -10,7 +10,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from lit_clip.errors import InputError, no_such_file, require
-from lit_clip.evaluation.data import MissingData, Pictures
+from lit_clip.evaluation.data import ImageSet, MissingData
 
 Task = Literal["zero_shot", "linear_probe", "few_shot", "retrieval", "geolocation", "bias"]
 TASKS: tuple[Task, ...] = get_args(Task)
@@ -27,7 +27,7 @@ class SuiteEntry:
     """One set of a suite, as its YAML says it.
 
     Attributes:
-        data: ``class_path`` and ``init_args`` of a :class:`lit_clip.evaluation.data.Pictures`; its ``root`` or ``path``
+        data: ``class_path`` and ``init_args`` of a :class:`lit_clip.evaluation.data.ImageSet`; its ``root`` or ``path``
             is below the data root.
         splits: by ``train``, ``val`` and ``test`` the arguments that differ; a set has at least ``test``.
         folds: arguments of predefined divisions, whose results are averaged.
@@ -72,7 +72,7 @@ class SuiteEntry:
         for name in self.splits.keys() - {"test"}:
             same = self.splits[name] == self.splits["test"]
             require(
-                not same, f"splits: {name} and test have the same arguments, so the test pictures would be learnt from"
+                not same, f"splits: {name} and test have the same arguments, so the test images would be learnt from"
             )
         if self.tasks is None:
             self.tasks = self._possible()
@@ -87,11 +87,11 @@ class SuiteEntry:
             return ["geolocation"]
         if "train" not in self.splits:
             return ["zero_shot"]
-        if self.metric == "map11":  # of pictures with several classes a few of each are not defined
+        if self.metric == "map11":  # of images with several classes a few of each are not defined
             return ["zero_shot", "linear_probe"]
         return ["zero_shot", "linear_probe", "few_shot"]
 
-    def open(self, split: str, fold: int, data_root: Path) -> Pictures:
+    def open(self, split: str, fold: int, data_root: Path) -> ImageSet:
         """One split of one fold.
 
         Raises:
@@ -107,11 +107,11 @@ class SuiteEntry:
         return _instantiate({"class_path": self.data["class_path"], "init_args": options})
 
 
-def _instantiate(spec: Mapping[str, Any]) -> Pictures:
-    from lit_clip.cli.main import one_line, user_error
+def _instantiate(spec: Mapping[str, Any]) -> ImageSet:
+    from lit_clip.tools.messages import one_line, user_error
 
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--data", type=Pictures, required=True)
+    parser.add_argument("--data", type=ImageSet, required=True)
     try:
         return parser.instantiate_classes(parser.parse_object({"data": dict(spec)}))["data"]
     except Exception as error:  # jsonargparse wraps what a constructor raises
@@ -181,7 +181,7 @@ def _sets(path: Path) -> Mapping[Any, Any]:
 
 
 def _entry(parser: ArgumentParser, value: Any, where: str) -> SuiteEntry:
-    from lit_clip.cli.main import one_line
+    from lit_clip.tools.messages import one_line
 
     try:
         require(isinstance(value, dict), "a set is a mapping with data, splits, ...")

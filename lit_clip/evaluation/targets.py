@@ -1,4 +1,4 @@
-"""What is known of an evaluation set's pictures, as tensors and lists aligned with the rows of its features."""
+"""What is known of an evaluation set's images, as tensors and lists aligned with the rows of its features."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -11,12 +11,12 @@ from torch import Tensor
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import (
     Grouped,
+    ImageSet,
     LabelledImages,
     Lexicons,
     Located,
     MultiLabel,
     Neighbours,
-    Pictures,
     VerbsAndNouns,
 )
 
@@ -25,7 +25,7 @@ ANNOTATIONS_BY_ROW = ("annotation", "video")  # the others of VerbsAndNouns are 
 
 @dataclass
 class Targets:
-    """The truth about N pictures and C classes.
+    """The truth about N images and C classes.
 
     Attributes:
         labels: int64 ``[N]``; -1 where there is no single class.
@@ -54,31 +54,31 @@ class Targets:
         check_labels(self.labels, self.classes, lambda row: f"row {row}")
         if self.relevance is not None and self.relevance.shape != (len(self), self.classes):
             shape = "x".join(map(str, self.relevance.shape))
-            raise InputError(f"relevance: {shape}, but there are {len(self)} pictures and {self.classes} classes")
+            raise InputError(f"relevance: {shape}, but there are {len(self)} images and {self.classes} classes")
         for name in ("accepted", "candidates", "coordinates"):
             value = getattr(self, name)
-            require(value is None or len(value) == len(self), f"{name}: not one of each of {len(self)} pictures")
+            require(value is None or len(value) == len(self), f"{name}: not one of each of {len(self)} images")
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @classmethod
-    def of(cls, data: Pictures, rows: Sequence[int] | None = None, classes: int | None = None) -> "Targets":
-        """What a set knows of its pictures.
+    def of(cls, data: ImageSet, rows: Sequence[int] | None = None, classes: int | None = None) -> "Targets":
+        """What a set knows of its images.
 
         Args:
             data: the set.
-            rows: the pictures that have features, ascending; None: all.
+            rows: the images that have features, ascending; None: all.
             classes: how many names are in use; None: as many as the set has.
 
         Raises:
-            InputError: a label that no class has, or knowledge of another number of pictures.
+            InputError: a label that no class has, or knowledge of another number of images.
         """
         labelled = isinstance(data, LabelledImages)
         if classes is None:
             classes = len(data.class_names) if labelled else 0
         labels = torch.tensor(data.labels() if labelled else [-1] * len(data), dtype=torch.int64)
-        require(len(labels) == len(data), f"{type(data).__name__}: {len(labels)} labels of {len(data)} pictures")
+        require(len(labels) == len(data), f"{type(data).__name__}: {len(labels)} labels of {len(data)} images")
         check_labels(labels, classes, data.key)
         everything = cls(
             labels,
@@ -107,7 +107,7 @@ class Targets:
         return digest.hexdigest()
 
     def take(self, rows: Sequence[int] | Tensor) -> "Targets":
-        """Some of the pictures, renumbered.
+        """Some of the images, renumbered.
 
         Neighbours that are not among them are left out, and so are anchors, with all their neighbours.
         """

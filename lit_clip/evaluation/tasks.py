@@ -1,6 +1,6 @@
 """What is done with a set once its features are known: of each task a function to what ``results.json`` says of it.
 
-Shapes: N pictures, C classes, T captions, D embedding dimension.
+Shapes: N images, C classes, T captions, D embedding dimension.
 """
 
 import time
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lit_clip.errors import InputError
 from lit_clip.evaluation.bias import bias_report
-from lit_clip.evaluation.data import CaptionedImages, Grouped, Pictures
+from lit_clip.evaluation.data import CaptionedImages, Grouped, ImageSet
 from lit_clip.evaluation.few_shot import few_shot
 from lit_clip.evaluation.probe import Split, linear_probe
 from lit_clip.evaluation.prompts import Prompts
@@ -29,7 +29,7 @@ from lit_clip.evaluation.store import SetFeatures
 from lit_clip.evaluation.suite import SuiteEntry, Task
 from lit_clip.evaluation.targets import Targets
 
-ERRORS = 24  # pictures most confidently wrong that are kept
+ERRORS = 24  # images most confidently wrong that are kept
 CONFUSIONS = 20  # pairs of classes
 THUMBNAIL = 160  # pixels
 
@@ -39,11 +39,11 @@ class Fold:
     """One division of a set: by split what it holds and its features.
 
     Attributes:
-        pictures: by split.
+        images: by split.
         features: likewise.
     """
 
-    pictures: dict[str, Pictures] = field(default_factory=dict)
+    images: dict[str, ImageSet] = field(default_factory=dict)
     features: dict[str, SetFeatures] = field(default_factory=dict)
 
 
@@ -67,18 +67,18 @@ class OpenSet:
     folds: list[Fold]
     prompts: Prompts | None = None
     classifier: Tensor | None = None
-    captions: "Captions | None" = None
+    captions: "DistinctCaptions | None" = None
     bias: dict[str, Tensor] = field(default_factory=dict)
     scale: float = 100.0
 
 
 @dataclass
-class Captions:
+class DistinctCaptions:
     """Distinct captions of a retrieval set.
 
     Attributes:
         features: ``[T, D]``, of unit length.
-        pairs: which caption is which picture's.
+        pairs: which caption is which image's.
         digest: of the texts and the pairs.
     """
 
@@ -88,7 +88,7 @@ class Captions:
 
 
 @dataclass(frozen=True)
-class Options:
+class TaskOptions:
     """What a user may say of the tasks.
 
     Attributes:
@@ -107,8 +107,8 @@ def needed_splits(task: Task) -> tuple[str, ...]:
     return ("train", "test") if task in ("linear_probe", "few_shot", "geolocation") else ("test",)
 
 
-def run_task(task: Task, opened: OpenSet, options: Options, folder: Path) -> dict[str, Any]:
-    """The result of a task; pictures that it wants to show go below ``folder``."""
+def run_task(task: Task, opened: OpenSet, options: TaskOptions, folder: Path) -> dict[str, Any]:
+    """The result of a task; images that it wants to show go below ``folder``."""
     if task == "zero_shot":
         return _zero_shot(opened, folder)
     if task == "linear_probe":
@@ -128,7 +128,7 @@ def _after(features: SetFeatures) -> Tensor:
 
 def _targets(opened: OpenSet, fold: Fold, split: str) -> Targets:
     classes = len(opened.prompts.names) if opened.prompts else None
-    return Targets.of(fold.pictures[split], fold.features[split].rows, classes)
+    return Targets.of(fold.images[split], fold.features[split].rows, classes)
 
 
 def _scores(opened: OpenSet, fold: Fold, classifier: Tensor | None) -> Tensor:
@@ -175,16 +175,16 @@ def used_splits(task: Task) -> tuple[str, ...]:
 
 
 def truth(opened: OpenSet) -> dict[tuple[int, str], str]:
-    """What results depend on beside features and prompts: what is known of the pictures, by fold and split.
+    """What results depend on beside features and prompts: what is known of the images, by fold and split.
 
     Raises:
         InputError: a label that no class has.
     """
     classes = len(opened.prompts.names) if opened.prompts else None
     return {
-        (number, split): Targets.of(pictures, None, classes).digest()
+        (number, split): Targets.of(images, None, classes).digest()
         for number, fold in enumerate(opened.folds)
-        for split, pictures in fold.pictures.items()
+        for split, images in fold.images.items()
     }
 
 
@@ -195,7 +195,7 @@ def top1_among(opened: OpenSet, classes: Sequence[int]) -> float:
 
 
 def _confusions(opened: OpenSet, scores: Tensor, targets: Targets) -> list[tuple[str, str, int]]:
-    """The pairs of classes that are taken for each other most often: truth, guess, pictures."""
+    """The pairs of classes that are taken for each other most often: truth, guess, images."""
     assert opened.prompts is not None
     guess, labels, names = guesses(scores), targets.labels, opened.prompts.names
     wrong = (guess != labels) & (guess >= 0)
@@ -206,9 +206,9 @@ def _confusions(opened: OpenSet, scores: Tensor, targets: Targets) -> list[tuple
 
 
 def _errors(opened: OpenSet, scores: Tensor, targets: Targets, folder: Path) -> list[dict[str, Any]]:
-    """The pictures that are most confidently taken for something else."""
+    """The images that are most confidently taken for something else."""
     assert opened.prompts is not None
-    names, test, features = opened.prompts.names, opened.folds[0].pictures["test"], opened.folds[0].features["test"]
+    names, test, features = opened.prompts.names, opened.folds[0].images["test"], opened.folds[0].features["test"]
     probability, guess = scores.softmax(dim=1).amax(dim=1), guesses(scores)
     wrong = ((guess != targets.labels) & (guess >= 0)).nonzero()[:, 0]
     errors = []
@@ -221,7 +221,7 @@ def _errors(opened: OpenSet, scores: Tensor, targets: Targets, folder: Path) -> 
                 "truth": names[int(targets.labels[number])],
                 "guess": names[int(guess[number])],
                 "probability": float(probability[number]),
-                "picture": _thumbnail(test, row, folder, opened.name),
+                "image": _thumbnail(test, row, folder, opened.name),
                 "nearest": [
                     (names[i], p) for i, p in zip(nearest.indices.tolist(), nearest.values.tolist(), strict=True)
                 ],
@@ -230,10 +230,10 @@ def _errors(opened: OpenSet, scores: Tensor, targets: Targets, folder: Path) -> 
     return errors
 
 
-def _thumbnail(pictures: Pictures, row: int, folder: Path, name: str) -> str:
-    """A small copy of a picture; its path below ``folder``."""
-    path = Path("pictures") / name / f"{row}.jpg"
-    several = pictures.pictures(row)
+def _thumbnail(images: ImageSet, row: int, folder: Path, name: str) -> str:
+    """A small copy of an image; its path below ``folder``."""
+    path = Path("images") / name / f"{row}.jpg"
+    several = images.images(row)
     image: Image.Image = several[len(several) // 2].convert("RGB")
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     (folder / path).parent.mkdir(parents=True, exist_ok=True)
@@ -252,7 +252,7 @@ def _device() -> torch.device:
     return torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
-def _linear_probe(opened: OpenSet, options: Options) -> dict[str, Any]:
+def _linear_probe(opened: OpenSet, options: TaskOptions) -> dict[str, Any]:
     start, metrics, last = time.monotonic(), [], None
     for fold in opened.folds:
         train, val, test = (_split(opened, fold, split) for split in ("train", "val", "test"))
@@ -269,7 +269,7 @@ def _linear_probe(opened: OpenSet, options: Options) -> dict[str, Any]:
     }
 
 
-def _few_shot(opened: OpenSet, options: Options) -> dict[str, Any]:
+def _few_shot(opened: OpenSet, options: TaskOptions) -> dict[str, Any]:
     values: dict[int, list[float]] = {}
     used: dict[int, float] = {}
     for fold in opened.folds:
@@ -298,29 +298,29 @@ def _geolocation(opened: OpenSet) -> dict[str, Any]:
     query, reference = (_after(fold.features[split]) for split in ("test", "train"))
     where = [_targets(opened, fold, split).coordinates for split in ("test", "train")]
     if where[0] is None or where[1] is None:
-        raise InputError("geolocation: the set does not know where its pictures were taken; leave it out of the tasks")
+        raise InputError("geolocation: the set does not know where its images were taken; leave it out of the tasks")
     metrics = within_km(query, reference, where[0], where[1])
     return {"value": metrics["within_25km"], "metrics": metrics, "images": len(query), "references": len(reference)}
 
 
 def _bias(opened: OpenSet) -> dict[str, Any]:
     fold = opened.folds[0]
-    test = fold.pictures["test"]
+    test = fold.images["test"]
     if not isinstance(test, Grouped):
         raise InputError(f"{opened.name}: {type(test).__name__} tells of no groups, which the bias probe needs")
     groups = {name: [values[row] for row in fold.features["test"].rows] for name, values in test.groups().items()}
     return bias_report({name: _scores(opened, fold, classifier) for name, classifier in opened.bias.items()}, groups)
 
 
-def caption_texts(pictures: CaptionedImages, rows: Sequence[int], template: str) -> tuple[list[str], Pairs]:
-    """The distinct captions of a set, and which picture (by its place in ``rows``) each is of.
+def caption_texts(images: CaptionedImages, rows: Sequence[int], template: str) -> tuple[list[str], Pairs]:
+    """The distinct captions of a set, and which image (by its place in ``rows``) each is of.
 
-    The same sentence of two pictures is one caption, for which both are right.
+    The same sentence of two images is one caption, for which both are right.
     """
     number_of: dict[str, int] = {}
     count: dict[tuple[int, int], int] = {}
     for image, row in enumerate(rows):
-        for caption in pictures.captions(row):
+        for caption in images.captions(row):
             text = number_of.setdefault(template.replace("{}", caption), len(number_of))
             count[text, image] = count.get((text, image), 0) + 1
     columns = torch.tensor([(image, text, rows) for (text, image), rows in sorted(count.items())]).T.contiguous()

@@ -82,7 +82,7 @@ class ZeroShotSet:
     """One set to be recognised from names.
 
     Attributes:
-        images: pictures with classes and their names.
+        images: images with classes and their names.
         templates: texts with ``{}`` for the name, averaged in embedding space; ``imagenet``: the paper's 80.
     """
 
@@ -98,11 +98,11 @@ class ZeroShotSet:
         self.images.check()
         classes, highest = len(self.images.class_names), max(self.images.labels())
         if highest >= classes:
-            raise InputError(f"zero-shot class_names: {classes} names, but a picture has label {highest}")
+            raise InputError(f"zero-shot class_names: {classes} names, but an image has label {highest}")
 
 
 class LabelledPixels(Dataset[tuple[Tensor, int, str]]):
-    """Pictures as uint8 ``[3, S, S]``, their labels and their numbers as keys."""
+    """Images as uint8 ``[3, S, S]``, their labels and their numbers as keys."""
 
     def __init__(self, images: LabelledImages, transform: Any) -> None:
         self.images, self.transform = images, transform

@@ -107,26 +107,3 @@ def sigmoid_loss(
             asked_BN = torch.where(same_BN, target_BN, 1)
         total = F.binary_cross_entropy_with_logits(logits_BN, target_BN, asked_BN, reduction="sum")
         return total / len(image_BD)
-
-
-def two_way_logits(
-    image_BD: Tensor, text_BD: Tensor, all_image_ND: Tensor, all_text_ND: Tensor, scale: Tensor
-) -> Tensor:
-    """``[2B, N]``: the images' logits among all texts, then the texts' among all images, float32 or wider."""
-    with torch.autocast(image_BD.device.type, enabled=False):
-        image_BD, text_BD, all_image_ND, all_text_ND = map(
-            at_least_float32, (image_BD, text_BD, all_image_ND, all_text_ND)
-        )
-        return scale * torch.cat([image_BD @ all_text_ND.T, text_BD @ all_image_ND.T])
-
-
-def distillation_loss(student_QN: Tensor, teacher_QN: Tensor) -> Tensor:
-    """The mean cross-entropy between the teacher's and the student's choice among N candidates: a scalar.
-
-    As in open_clip; the mean over ranks is again the loss of the whole batch.
-
-    Args:
-        student_QN: logits of Q queries, :func:`two_way_logits`.
-        teacher_QN: the teacher's logits of the same.
-    """
-    return F.cross_entropy(student_QN, teacher_QN.softmax(dim=1).to(student_QN.dtype))

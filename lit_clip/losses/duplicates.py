@@ -7,12 +7,7 @@ import torch
 from torch import Tensor
 
 from lit_clip.errors import require
-from lit_clip.tools.hashing import hash64
-
-
-def stable_hash(text: str) -> int:
-    """64 bits as a signed integer, the same in every process."""
-    return int.from_bytes(hash64(text), "big", signed=True)
+from lit_clip.tools.hashing import stable_hash
 
 
 @lru_cache(maxsize=16)

@@ -26,7 +26,7 @@ TILE = (1024, 2048)  # rows and columns
 
 
 @dataclass(frozen=True)
-class Plan:
+class PairLayout:
     """How the pairs lie and what they are to each other.
 
     Attributes:
@@ -62,7 +62,7 @@ class ShardedLoss(NamedTuple):
     hits: Tensor
 
 
-def sharded_contrastive_loss(image_BD: Tensor, text_BD: Tensor, scale: Tensor, plan: Plan) -> ShardedLoss:
+def sharded_contrastive_loss(image_BD: Tensor, text_BD: Tensor, scale: Tensor, plan: PairLayout) -> ShardedLoss:
     """The softmax loss of all ranks' pairs; see :func:`lit_clip.losses.contrastive.contrastive_loss`.
 
     Every rank has to scale its result alike before it calls ``backward``: a rank's gradient holds what its images have
@@ -78,7 +78,9 @@ def sharded_contrastive_loss(image_BD: Tensor, text_BD: Tensor, scale: Tensor, p
     return ShardedLoss(*_Softmax.apply(image, text, scale.to(image.dtype), plan))  # pyright: ignore[reportGeneralTypeIssues]  # untyped apply
 
 
-def sharded_sigmoid_loss(image_BD: Tensor, text_BD: Tensor, scale: Tensor, bias: Tensor, plan: Plan) -> ShardedLoss:
+def sharded_sigmoid_loss(
+    image_BD: Tensor, text_BD: Tensor, scale: Tensor, bias: Tensor, plan: PairLayout
+) -> ShardedLoss:
     """The sigmoid loss of all ranks' pairs; see :func:`lit_clip.losses.contrastive.sigmoid_loss`.
 
     Args:
@@ -100,7 +102,7 @@ class _Tile(NamedTuple):
     columns: slice
     own: int
 
-    def same(self, plan: Plan, ids_MK: Tensor) -> Tensor:
+    def same(self, plan: PairLayout, ids_MK: Tensor) -> Tensor:
         """Bool ``[b, m]``: which pairs say the same; their own are among them."""
         assert plan.ids is not None, "without identities nobody knows of duplicates"
         mine, theirs = plan.ids[self.rows], ids_MK[self.columns]
@@ -110,7 +112,7 @@ class _Tile(NamedTuple):
         return same_bm
 
 
-def _tiles(plan: Plan, first: int, columns: int) -> Iterator[_Tile]:
+def _tiles(plan: PairLayout, first: int, columns: int) -> Iterator[_Tile]:
     """All tiles of this rank's images with ``columns`` texts of which the first is number ``first`` of all."""
     height, width = plan.tile
     mine, pairs = plan.shards.mine, plan.shards.counts[plan.shards.rank]
@@ -140,7 +142,7 @@ class _Others(NamedTuple):
     same: Tensor | None
 
     @classmethod
-    def of(cls, plan: Plan, tile: _Tile, logits_bm: Tensor, rows: list[Tensor]) -> "_Others":
+    def of(cls, plan: PairLayout, tile: _Tile, logits_bm: Tensor, rows: list[Tensor]) -> "_Others":
         _own(logits_bm, tile.own).fill_(-torch.inf)
         if plan.duplicates == "negatives":
             return cls(logits_bm, logits_bm, None)
@@ -152,7 +154,7 @@ class _Others(NamedTuple):
         return cls(logits_bm, wrong_bm, same_bm)
 
 
-def _counts_of_same(plan: Plan) -> Tensor:
+def _counts_of_same(plan: PairLayout) -> Tensor:
     """``[B]``: how many of all pairs say the same as each of this rank's, itself among them."""
     assert plan.ids is not None, "without identities nobody knows of duplicates"
     counts_B = torch.zeros(len(plan.ids), dtype=torch.long, device=plan.ids.device)
@@ -165,7 +167,7 @@ def _counts_of_same(plan: Plan) -> Tensor:
     return counts_B
 
 
-def _rows_to_show(plan: Plan, text_BD: Tensor) -> list[Tensor]:
+def _rows_to_show(plan: PairLayout, text_BD: Tensor) -> list[Tensor]:
     """What other ranks' images need of a text: its feature, what it says and, as one of several, its share."""
     rows = [text_BD]
     if plan.duplicates != "negatives":
@@ -200,7 +202,7 @@ class _Softmax(torch.autograd.Function):
 
     @staticmethod
     @_in_full_precision
-    def forward(ctx: Any, image_BD: Tensor, text_BD: Tensor, scale: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, image_BD: Tensor, text_BD: Tensor, scale: Tensor, plan: PairLayout) -> tuple[Tensor, Tensor]:
         scaled_BD = scale * image_BD
         own_B = (scaled_BD * text_BD).sum(dim=1)
         rows_to_show = _rows_to_show(plan, text_BD)
@@ -233,7 +235,7 @@ class _Softmax(torch.autograd.Function):
     @once_differentiable
     @_in_full_precision
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        plan: Plan = ctx.plan
+        plan: PairLayout = ctx.plan
         image_BD, scale, row_lse_B, column_lse_B, *rows_to_show = ctx.saved_tensors
         scaled_BD, image_grad_BD = scale * image_BD, torch.zeros_like(image_BD)
 
@@ -267,7 +269,7 @@ class _Sigmoid(torch.autograd.Function):
     @staticmethod
     @_in_full_precision
     def forward(
-        ctx: Any, image_BD: Tensor, text_BD: Tensor, scale: Tensor, bias: Tensor, plan: Plan
+        ctx: Any, image_BD: Tensor, text_BD: Tensor, scale: Tensor, bias: Tensor, plan: PairLayout
     ) -> tuple[Tensor, Tensor]:
         scaled_BD = scale * image_BD
         own_B = (scaled_BD * text_BD).sum(dim=1) + bias
@@ -295,7 +297,7 @@ class _Sigmoid(torch.autograd.Function):
     @once_differentiable
     @_in_full_precision
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
-        plan: Plan = ctx.plan
+        plan: PairLayout = ctx.plan
         image_BD, scale, bias, *rows_to_show = ctx.saved_tensors
         scaled_BD, image_grad_BD = scale * image_BD, torch.zeros_like(image_BD)
         bias_grad_B = torch.zeros_like(image_BD[:, 0])

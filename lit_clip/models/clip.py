@@ -46,7 +46,7 @@ class CLIP(TextTransformer):
 
     Attributes:
         config: the architecture.
-        preprocessing: what :meth:`preprocess` does to a picture.
+        preprocessing: what :meth:`preprocess` does to an image.
         logit_scale: log of the inverse temperature, a scalar parameter.
         logit_bias: added to the logits by the sigmoid loss, a scalar parameter; None if the architecture has none.
     """
@@ -82,7 +82,7 @@ class CLIP(TextTransformer):
         return self.logit_scale.device
 
     def preprocess(self, image: Image.Image) -> Tensor:
-        """A picture -> float32 ``[3, H, W]``, as :meth:`encode_image` wants it."""
+        """An image -> float32 ``[3, H, W]``, as :meth:`encode_image` wants it."""
         return pp.image_transform(self.preprocessing)(image)
 
     @property

@@ -69,7 +69,7 @@ class VisionTransformerConfig:
         if any(side % self.patch_size for side in height_width(self.image_size)):
             raise InputError(
                 f"{where}: image_size {self.image_size} is not a multiple of patch_size {self.patch_size}; "
-                "the rest of the picture would be cut off"
+                "the rest of the image would be cut off"
             )
 
 
@@ -222,7 +222,7 @@ class HuggingFaceTextConfig:
 
 @dataclass
 class Preprocessing:
-    """How a picture becomes the pixels a model was trained on.
+    """How an image becomes the pixels a model was trained on.
 
     Attributes:
         image_size: pixels.
@@ -230,7 +230,7 @@ class Preprocessing:
         std: of each channel, likewise.
         interpolation: the resampling filter.
         resize_mode: ``shortest`` resizes the shorter side and crops the centre, ``squash`` ignores the aspect ratio.
-        crop_pct: share of the resized picture's side that the crop keeps (timm's models; the paper's keep it all).
+        crop_pct: share of the resized image's side that the crop keeps (timm's models; the paper's keep it all).
     """
 
     image_size: Size = 224
@@ -273,7 +273,7 @@ class CLIPConfig:
         image: the image encoder; by default that of the paper's ViT-B/32.
         text: the text encoder; likewise.
         activation: of every MLP of our own encoders; OpenAI's weights need ``quick_gelu``, open_clip's mostly ``gelu``.
-        preprocessing: of pictures; None: the paper's at the image encoder's size, or what timm says of its model.
+        preprocessing: of images; None: the paper's at the image encoder's size, or what timm says of its model.
         logit_bias: whether the logits have a learned bias, as the sigmoid loss needs it (SigLIP).
     """
 

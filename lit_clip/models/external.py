@@ -60,7 +60,7 @@ def timm_preprocessing(config: TimmConfig) -> Preprocessing:
     interpolation, mode = data["interpolation"], data["crop_mode"]
     if interpolation not in ("bicubic", "bilinear") or mode not in ("center", "squash"):
         raise InputError(
-            f"architecture.image: timm's {config.timm} wants {interpolation} {mode} pictures; lit-clip has none"
+            f"architecture.image: timm's {config.timm} wants {interpolation} {mode} images; lit-clip has none"
         )
     return Preprocessing(
         image_size=size,
@@ -142,7 +142,7 @@ def _trunk(config: TimmConfig, classes: int) -> nn.Module:
 
 @torch.no_grad()
 def _try_size(trunk: nn.Module, size: tuple[int, int]) -> None:
-    """Some models are made at any size, and fail at the first picture of another than their own."""
+    """Some models are made at any size, and fail at the first image of another than their own."""
     if next(trunk.parameters()).is_meta:
         return  # weights of a model that has been made before
     trunk.eval()(torch.zeros(1, 3, *size))

@@ -5,6 +5,8 @@ A multiplication with its addition counts as two FLOPs.
 
 import copy
 import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lit_clip.models.config import height_width
+from lit_clip.models.clip import CLIP
+from lit_clip.models.config import CLIPConfig, height_width
 
 LARGEST_PRODUCT = 4096  # rows of a matrix: 200 MB for the three of a product
 LONG_ENOUGH = 0.02  # seconds of a product, from which on a larger one is no faster
@@ -153,3 +156,73 @@ def _finish(device: torch.device) -> None:
     """Wait until a device has done what it was told; a CPU has."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+@dataclass
+class Size:
+    """What a model takes; None where it cannot be known without its weights.
+
+    Attributes:
+        image_parameters: of the image encoder.
+        text_parameters: of the text encoder.
+        parameters: of all, the logits' scale (and bias) included.
+        image_size: height and width, pixels.
+        context_length: tokens.
+        embed_dim: channels of the shared space.
+        image_flops: of one image.
+        text_flops: of one text of full length.
+    """
+
+    image_parameters: int | None = None
+    text_parameters: int | None = None
+    parameters: int | None = None
+    image_size: str | None = None
+    context_length: int | None = None
+    embed_dim: int | None = None
+    image_flops: int | None = None
+    text_flops: int | None = None
+
+    def cells(self) -> list[str]:
+        """As they are shown."""
+        counts = (self.image_parameters, self.text_parameters, self.parameters)
+        flops = (self.image_flops, self.text_flops)
+        return [
+            *("?" if count is None else f"{count / 1e6:.2f}" for count in counts),
+            *("?" if value is None else str(value) for value in (self.image_size, self.context_length, self.embed_dim)),
+            *("?" if count is None else f"{count / 1e9:.2f}" for count in flops),
+        ]
+
+
+def measure(config: CLIPConfig) -> Size:
+    """Count a model's parameters and arithmetic on torch's meta device, where nothing is allocated or computed."""
+    size = Size(embed_dim=config.embed_dim)
+    try:
+        with torch.device("meta"):
+            model = CLIP(config).eval().requires_grad_(False)  # the counter follows gradients where there are some
+    except Exception:  # a tower from elsewhere may want real tensors, or files that are not here: its row says "?"
+        return size
+    size.parameters = _count(model.parameters())
+    size.image_parameters = _count(model.visual.parameters())
+    scales = _count(parameter for name, parameter in model.named_parameters() if name in ("logit_scale", "logit_bias"))
+    size.text_parameters = size.parameters - size.image_parameters - scales
+    size.context_length = model.context_length
+    height, width = height_width(model.preprocessing.image_size)
+    size.image_size = str(height) if height == width else f"{height} x {width}"
+    with torch.device("meta"):
+        size.image_flops = _flops(model.encode_image, torch.zeros(1, 3, height, width))
+        size.text_flops = _flops(model.encode_text, torch.zeros(1, model.context_length, dtype=torch.long))
+    return size
+
+
+def _count(parameters: Iterable[Tensor]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def _flops(encode: Callable[[Tensor], Tensor], inputs: Tensor) -> int | None:
+    """Of matrix products, convolutions and attention, two a multiply-add."""
+    try:
+        with FlopCounterMode(display=False) as counter:
+            encode(inputs)
+    except Exception:  # likewise
+        return None
+    return counter.get_total_flops()

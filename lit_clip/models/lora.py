@@ -3,18 +3,13 @@
 A checkpoint holds the additions alone and names the weights that they belong to.
 """
 
-import os
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
 from lit_clip.models.layers import TOWERS, layer_groups
-from lit_clip.tools.weight_files import is_path
 
 FUSED = "in_proj_weight"  # queries, keys and values of torch's attention in one
 
@@ -111,50 +106,3 @@ def merge_lora(model: CLIP) -> None:
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, module.get_base_layer())
     model.requires_grad_(True)
-
-
-def check_base(checkpoint: Mapping[str, Any], ours: str, name: str | os.PathLike[str]) -> None:
-    """Raise :class:`InputError` unless a checkpoint's additions belong to the weights with a fingerprint."""
-    base = checkpoint.get("base")
-    if base is None:
-        raise InputError(f"{name}: holds no LoRA; give it as model.pretrained")
-    if base["sha256"] != ours:
-        raise InputError(
-            f"{name}: its LoRA belongs to {base['pretrained']} with other weights "
-            f"(SHA-256 {base['sha256'][:12]}... there, {ours[:12]}... here)"
-        )
-
-
-def base_name(pretrained: str | os.PathLike[str]) -> str:
-    """How a checkpoint names its base: a file by its absolute path, a published one as it is called."""
-    return str(Path(pretrained).resolve()) if Path(pretrained).exists() else str(pretrained)
-
-
-def with_base(checkpoint: dict[str, Any], name: str | os.PathLike[str]) -> dict[str, Any]:
-    """A checkpoint as it is, or if it holds a LoRA alone, with all weights, the additions merged into them.
-
-    Raises:
-        InputError: the base is neither where it was nor beside the checkpoint, or has other weights.
-    """
-    if "base" not in checkpoint:
-        return checkpoint
-    from lit_clip.module import LitCLIP
-    from lit_clip.weights.load import check_weights
-
-    hparams = checkpoint["hyper_parameters"]
-    base = hparams["pretrained"]
-    beside = Path(name).parent / Path(base).name  # moved together; the fingerprint tells whether it is the one
-    try:
-        found = str(beside) if is_path(base) and not Path(base).exists() and beside.exists() else base
-        module = LitCLIP(**{**hparams, "distill": None, "pretrained": found})
-    except InputError as error:
-        raise InputError(f"{name}: the weights that its LoRA belongs to cannot be opened: {error}") from error
-    check_base(checkpoint, module.base_sha256, name)
-    model = module.model
-    state: dict[str, Tensor] = {**model.state_dict(), **checkpoint["state_dict"]}
-    check_weights(model, state, name)
-    model.load_state_dict(state)
-    merge_lora(model)
-    plain = {key: value for key, value in hparams.items() if key not in ("lora", "pretrained")}
-    kept = {key: value for key, value in checkpoint.items() if key != "base"}
-    return {**kept, "hyper_parameters": plain, "state_dict": model.state_dict()}

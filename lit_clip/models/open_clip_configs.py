@@ -47,7 +47,7 @@ _NEUTRAL = {
 }
 
 
-class _Reader:
+class _CheckedDict:
     """A dictionary whose every entry must be asked for, or be one that changes nothing."""
 
     def __init__(self, values: Mapping[str, Any], name: str) -> None:
@@ -102,10 +102,10 @@ def from_open_clip(model: Mapping[str, Any], preprocess: Mapping[str, Any] | Non
     Raises:
         InputError: a kind of model that lit-clip does not have, named.
     """
-    top = _Reader(model, name)
+    top = _CheckedDict(model, name)
     activation: Activation = "quick_gelu" if top.take("quick_gelu", False) else "gelu"
     embed_dim, bias = top.take("embed_dim"), top.take("init_logit_bias") is not None
-    vision, text = _Reader(top.take("vision_cfg", {}), name), _Reader(top.take("text_cfg", {}), name)
+    vision, text = _CheckedDict(top.take("vision_cfg", {}), name), _CheckedDict(top.take("text_cfg", {}), name)
     tanh = [(tower.take("act_kwargs") or {}).get("approximate") == "tanh" for tower in (vision, text)]
     if tanh[1] and (tanh[0] or vision.values.get("timm_model_name")):
         activation = "gelu_tanh"  # beside an encoder of timm's it holds for the text encoder alone
@@ -149,7 +149,7 @@ def _preprocessing(values: Mapping[str, Any] | None, vision: Mapping[str, Any], 
     )
 
 
-def _image(values: _Reader) -> ImageConfig:
+def _image(values: _CheckedDict) -> ImageConfig:
     image_size = values.take("image_size", 224)
     timm_name = values.take("timm_model_name")
     if timm_name:
@@ -184,7 +184,7 @@ def _image(values: _Reader) -> ImageConfig:
     return result
 
 
-def _text(values: _Reader) -> TextConfig:
+def _text(values: _CheckedDict) -> TextConfig:
     context, hf = values.take("context_length", 77), values.take("hf_model_name")
     if hf:
         pooler: dict[str, Literal["mean", "cls", "pooler"]] = {

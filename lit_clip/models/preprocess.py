@@ -1,4 +1,4 @@
-"""From a picture to pixels: uint8 for the data loaders, normalised float for ``encode_image``."""
+"""From an image to pixels: uint8 for the data loaders, normalised float for ``encode_image``."""
 
 import math
 from functools import partial
@@ -14,7 +14,7 @@ from lit_clip.models.config import Preprocessing, height_width
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any picture as RGB, by Pillow's rules as in every peer: published models have seen such pixels.
+    """Any image as RGB, by Pillow's rules as in every peer: published models have seen such pixels.
 
     Transparency is dropped (what lies underneath shows), 16-bit grey levels are clipped at 255, and a camera's
     rotation flag is ignored.

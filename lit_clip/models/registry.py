@@ -37,7 +37,7 @@ _PAPER = {
     "ViT-L-14-336": CLIPConfig(768, VisionTransformerConfig(336, 14, **_LARGE), _text(768)),
 }
 
-# Ours, for small pictures on a CPU: 17.7 million parameters, 12.6 of them the token embedding.
+# Ours, for small images on a CPU: 17.7 million parameters, 12.6 of them the token embedding.
 _TINY = CLIPConfig(
     embed_dim=256,
     image=VisionTransformerConfig(image_size=64, patch_size=16, width=256, layers=4, heads=4),

@@ -133,7 +133,7 @@ class VisionTransformer(nn.Module):
     and the patch embedding with PyTorch's defaults.
 
     Attributes:
-        patch_dropout: the share of each picture's patches, drawn anew each time, that training leaves out (FLIP, Li et
+        patch_dropout: the share of each image's patches, drawn anew each time, that training leaves out (FLIP, Li et
             al. 2023).
     """
 
@@ -173,7 +173,7 @@ class VisionTransformer(nn.Module):
         return x.reshape(B, rows * columns, 3 * P * P)
 
     def _some(self, x: Tensor) -> Tensor:
-        """Each picture's class token and some of its patches: ``[B, L, W]`` -> ``[B, l, W]``."""
+        """Each image's class token and some of its patches: ``[B, L, W]`` -> ``[B, l, W]``."""
         patches = x.shape[1] - 1
         kept = max(1, round((1 - self.patch_dropout) * patches))
         rows = torch.rand(len(x), patches, device=x.device).topk(kept, dim=1, sorted=False).indices + 1  # [B, l-1]

@@ -4,12 +4,15 @@ import dataclasses
 import importlib
 import inspect
 import re
+import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from itertools import takewhile
 from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from lit_clip.errors import InputError
 
 UNION = "Does not validate against any of the Union subtypes"
 # What other libraries call Lightning's precisions, and what no spelling is near to.
@@ -134,3 +137,60 @@ def _did_you_mean(option: str, options: Iterable[str]) -> str:
         if near:
             return f"did you mean {by_name[near[0]]}?"
     return ""
+
+
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # as gloo puts it
+
+
+# Of other libraries, those whose message is for the user: what has not been imported cannot have been raised.
+FOREIGN = {
+    "jsonargparse": "ArgumentError",
+    "lightning.fabric.utilities.exceptions": "MisconfigurationException",
+    "omegaconf.errors": "OmegaConfBaseException",
+}
+
+
+# What to do about errors of theirs that do not say it.
+HINTS = {
+    r"restored a checkpoint with current_epoch=": "raise --trainer.max_epochs, or give --model.pretrained FILE in "
+    "place of --ckpt_path to start a new run from its weights",
+    r"\bbatch_size: wants int, not auto": "auto is for embed and evaluate; give a number",
+    r"arguments are required: fit\.data": "give --config configs/finetune_table.yaml, or --data datamodules.Captions",
+}
+
+
+def one_line(error: BaseException) -> str:
+    """What to tell the user of an error: no traceback of a data worker, no list of types a value is none of."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    if lines and lines[0].startswith("Caught "):  # by a data worker, which appends the traceback to the message
+        return lines[-1].partition(": ")[2]
+    unset = re.search(r"Environment variable '(\w+)' not found", str(error))
+    if unset:
+        command = f"{unset[1]}=... lit-clip {' '.join(sys.argv[1:2])} ..."
+        return f"the config wants the environment variable {unset[1]}: {command}"
+    text = re.sub(r'Parser key "([^"]+)":', r"\1:", " ".join(line.strip() for line in shorter(lines)))
+    hints = [hint for words, hint in HINTS.items() if re.search(words, text)]
+    return "; ".join([text, *getattr(error, "__notes__", ()), *hints])
+
+
+def user_error(error: BaseException) -> BaseException | None:
+    """The error that the user can mend, if that is what this is.
+
+    jsonargparse wraps what a constructor raises; ours is then among the causes.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, InputError):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    # Of what a dataclass raises among the types of a union jsonargparse keeps the text alone.
+    lines = [line.strip(" -") for line in str(error).splitlines()] if isinstance(error, ValueError) else []
+    ours = next((line for line in lines if line.startswith("architecture")), None)
+    if ours:
+        return InputError(ours)
+    if isinstance(error, OSError) and error.filename:
+        return InputError(f"{error.filename}: {error.strerror}")
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in LOST_PEER):
+        return InputError("another process has ended; if it said why, that is above")
+    foreign = tuple(getattr(sys.modules[module], name) for module, name in FOREIGN.items() if module in sys.modules)
+    return error if isinstance(error, foreign) else None

@@ -180,3 +180,6 @@ def is_path(source: str | os.PathLike[str]) -> bool:
         or text.startswith((".", "/", "~"))
         or text.endswith((".pt", ".ckpt", ".safetensors", ".bin"))
     )
+
+
+Source = str | os.PathLike[str]

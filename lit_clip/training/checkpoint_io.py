@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import Trainer
 
 from lit_clip.errors import InputError
 
@@ -82,3 +83,21 @@ def _steps(path: Path) -> int | None:
         return int(checkpoint["global_step"]) if "optimizer_states" in checkpoint else None
     except Exception:  # whatever a damaged or foreign file raises: it is no checkpoint to go on from
         return None
+
+
+def save_whole(trainer: Trainer, path: Path) -> None:
+    """Save a checkpoint under another name, see that it is whole, and only then give it its name. On every rank.
+
+    Whatever writes checkpoints: Lightning's own way says nothing where it may not write, see
+    :class:`lit_clip.training.checkpoint_io.WholeCheckpointIO`.
+
+    Raises:
+        InputError: on the rank that writes, if it could not.
+    """
+    part = path.with_name(f"{path.name}.part")
+    if trainer.is_global_zero:
+        part.unlink(missing_ok=True)
+    trainer.save_checkpoint(part)
+    if trainer.is_global_zero:
+        put_in_place(part, path)
+    trainer.strategy.barrier("save_whole")

@@ -72,7 +72,7 @@ def print_next_steps(checkpoint: Path, log_dir: str | None) -> None:
     console.print(f"checkpoint: {_shown(checkpoint)}")
     if log_dir:
         folder = _shown(Path(log_dir))
-        console.print(f"logs and pictures: {folder}")
+        console.print(f"logs and images: {folder}")
         console.print(
             f"same numbers again: lit-clip validate --config {folder}/fit_config.yaml --ckpt_path {_shown(checkpoint)}"
         )

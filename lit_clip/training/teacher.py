@@ -2,21 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from torchvision.transforms.v2 import functional as TF
 
 from lit_clip.batch import CaptionBatch
-from lit_clip.distributed import Shards, gather
+from lit_clip.distributed import Shards
 from lit_clip.errors import InputError, require
-from lit_clip.losses.contrastive import distillation_loss, two_way_logits
+from lit_clip.losses.distillation import Choices, blockwise_distillation
 from lit_clip.models.config import height_width
 from lit_clip.weights.load import load_model
-
-LOGITS = 2**22  # of a model that exist at one time
 
 
 @dataclass
@@ -91,41 +88,3 @@ class Teacher:
         theirs = [self.features(part) for part in parts]
         image, text = (torch.cat(features)[: len(image_BD)] for features in zip(*theirs, strict=True))
         return blockwise_distillation(Choices(image_BD, text_BD, scale), Choices(image, text, self.scale), shards)
-
-
-class Choices(NamedTuple):
-    """What a model's logits come from: unit features ``[B, D]`` of this rank's pairs and the inverse temperature."""
-
-    image: Tensor
-    text: Tensor
-    scale: Tensor
-
-    def logits(self, rows: slice, all_image_ND: Tensor, all_text_ND: Tensor) -> Tensor:
-        """``[2b, N]``: of some pairs among those of all ranks."""
-        return two_way_logits(self.image[rows], self.text[rows], all_image_ND, all_text_ND, self.scale)
-
-
-def blockwise_distillation(ours: Choices, theirs: Choices, shards: Shards) -> Tensor:
-    """:func:`lit_clip.losses.contrastive.distillation_loss` among all ranks' pairs, without all logits at one time.
-
-    The logits of some rows at a time are computed, and once more in the backward pass. The mean over ranks is the loss
-    of all pairs, and so is its gradient.
-
-    Args:
-        ours: the student's.
-        theirs: the teacher's, without gradients.
-        shards: the pairs of each rank.
-    """
-    pairs = len(ours.image)
-    candidates = [gather(features, shards) for features in (ours.image, ours.text, theirs.image, theirs.text)]
-
-    def summed(rows: slice, *features_ND: Tensor) -> Tensor:
-        student_QN, teacher_QN = ours.logits(rows, *features_ND[:2]), theirs.logits(rows, *features_ND[2:])
-        return distillation_loss(student_QN, teacher_QN) * (len(student_QN) / 2)
-
-    total = ours.logits(slice(0), *candidates[:2]).sum()  # 0: a rank without pairs takes part in the backward pass
-    height = max(1, LOGITS // (2 * shards.total))
-    for start in range(0, pairs, height):
-        rows = slice(start, min(start + height, pairs))
-        total = total + checkpoint(summed, rows, *candidates, use_reentrant=False, preserve_rng_state=False)
-    return total / max(1, pairs) * shards.weight

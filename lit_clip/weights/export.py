@@ -35,39 +35,39 @@ TEXTS = [  # without anything that tokenizers clean each in its own way
 PROTOBUF_LIMIT = 1.9e9  # bytes: an ONNX file above 2 GiB keeps its weights in a second one
 
 
-class Sample(NamedTuple):
+class ExportSample(NamedTuple):
     """What both sides embed.
 
     Attributes:
-        pictures: of random pixels, four.
+        images: of random pixels, four.
         pixels: float ``[4, 3, H, W]``, the same through the model's own preprocessing.
         texts: four.
         tokens: int64 ``[4, L]``, by the model's own tokenizer.
     """
 
-    pictures: list[Image.Image]
+    images: list[Image.Image]
     pixels: Tensor
     texts: list[str]
     tokens: Tensor
 
     @classmethod
     def of(cls, model: CLIP) -> Self:
-        """Pictures that are resized by about one half, and on which a centre crop has no two middles."""
+        """Images that are resized by about one half, and on which a centre crop has no two middles."""
         height, width = height_width(model.preprocessing.image_size)
         noise = np.random.default_rng(0).integers(0, 256, (4, 2 * height, 2 * width + 8, 3), dtype=np.uint8)
-        pictures = [Image.fromarray(picture) for picture in noise]
-        pixels = torch.stack([model.preprocess(picture) for picture in pictures])
-        return cls(pictures, pixels, TEXTS, model.tokenize(TEXTS))
+        images = [Image.fromarray(image) for image in noise]
+        pixels = torch.stack([model.preprocess(image) for image in images])
+        return cls(images, pixels, TEXTS, model.tokenize(TEXTS))
 
 
 class Reading(NamedTuple):
-    """What the other tool makes of a :class:`Sample`; None: the format has no such part.
+    """What the other tool makes of a :class:`ExportSample`; None: the format has no such part.
 
     Attributes:
         image: of its pixels, unit features ``[4, D]``.
         text: of its tokens, unit features ``[4, D]``.
-        pixels: of its pictures, as ``Sample.pixels``.
-        tokens: of its texts, as ``Sample.tokens``.
+        pixels: of its images, as ``ExportSample.pixels``.
+        tokens: of its texts, as ``ExportSample.tokens``.
     """
 
     image: Tensor
@@ -93,7 +93,7 @@ class Parity(NamedTuple):
 
 
 @torch.no_grad()
-def parity_of(model: CLIP, sample: Sample, reading: Reading) -> Parity:
+def parity_of(model: CLIP, sample: ExportSample, reading: Reading) -> Parity:
     """Compare a reading with what the model makes of the sample."""
     image = model.encode_image(sample.pixels, normalize=True)
     text = model.encode_text(sample.tokens, normalize=True)
@@ -132,7 +132,7 @@ def write_open_clip(model: CLIP, folder: Path) -> None:
     """
     ours = model.preprocessing
     require(
-        ours.crop_pct == 1, f"open_clip resizes to the crop itself, this model's crop is {ours.crop_pct} of the picture"
+        ours.crop_pct == 1, f"open_clip resizes to the crop itself, this model's crop is {ours.crop_pct} of the image"
     )
     values = {
         "model_cfg": open_clip_model(model),
@@ -235,7 +235,7 @@ def _open_clip_text(config: CLIPConfig) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def read_open_clip(folder: Path, sample: Sample) -> Reading:
+def read_open_clip(folder: Path, sample: ExportSample) -> Reading:
     """As a user of open_clip would: model, transform and tokenizer of the folder."""
     import open_clip
 
@@ -246,7 +246,7 @@ def read_open_clip(folder: Path, sample: Sample) -> Reading:
     return Reading(
         model.encode_image(sample.pixels, normalize=True),
         model.encode_text(sample.tokens, normalize=True),
-        torch.stack([cast(Any, preprocess)(picture) for picture in sample.pictures]),
+        torch.stack([cast(Any, preprocess)(image) for image in sample.images]),
         tokenizer(sample.texts),
     )
 
@@ -275,7 +275,7 @@ def write_hugging_face(model: CLIP, folder: Path) -> None:
 
 
 @torch.no_grad()
-def read_hugging_face(folder: Path, sample: Sample) -> Reading:
+def read_hugging_face(folder: Path, sample: ExportSample) -> Reading:
     """As a user of transformers would: model and processor of the folder, nothing from the network."""
     import transformers
 
@@ -292,7 +292,7 @@ def read_hugging_face(folder: Path, sample: Sample) -> Reading:
     out = model(input_ids=sample.tokens, pixel_values=sample.pixels)
     read = processor(
         text=sample.texts,
-        images=sample.pictures,
+        images=sample.images,
         return_tensors="pt",
         padding="max_length",
         truncation=True,
@@ -306,7 +306,7 @@ def read_hugging_face(folder: Path, sample: Sample) -> Reading:
 # ONNX
 
 
-class _Encoder(nn.Module):
+class _TracedEncoder(nn.Module):
     """One encoder as a module of its own, for tracing."""
 
     def __init__(self, model: CLIP, kind: Kind) -> None:
@@ -325,7 +325,7 @@ def write_onnx(model: CLIP, folder: Path) -> None:
     """
     missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
     require(not missing, f"onnx needs {', '.join(missing)}: pip install -e '.[export]'")
-    sample = Sample.of(model)
+    sample = ExportSample.of(model)
     parameters = {id(p): p.nbytes for p in model.visual.parameters()}
     size = {"image": sum(parameters.values())}
     size["text"] = sum(p.nbytes for p in model.parameters() if id(p) not in parameters)
@@ -335,7 +335,7 @@ def write_onnx(model: CLIP, folder: Path) -> None:
     )
     for kind, name, example in encoders:
         torch.onnx.export(
-            _Encoder(model, kind).eval(),
+            _TracedEncoder(model, kind).eval(),
             (example[:2],),
             folder / f"{kind}_encoder.onnx",
             input_names=[name],
@@ -371,7 +371,7 @@ def onnx_facts(model: CLIP) -> dict[str, Any]:
     }
 
 
-def read_onnx(folder: Path, sample: Sample) -> Reading:
+def read_onnx(folder: Path, sample: ExportSample) -> Reading:
     """By onnxruntime on the CPU, in batches of 1 and 3."""
     import onnxruntime
 
@@ -387,7 +387,7 @@ class Format(NamedTuple):
     """A format: how it is written and read, and the largest difference of unit features that passes."""
 
     write: Callable[[CLIP, Path], None]
-    read: Callable[[Path, Sample], Reading]
+    read: Callable[[Path, ExportSample], Reading]
     tolerance: float
 
 

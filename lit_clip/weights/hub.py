@@ -7,7 +7,6 @@ from typing import Any, Literal
 from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig
 from lit_clip.models.registry import resolve_architecture
-from lit_clip.weights.sources import OPEN_CLIP_WEIGHTS
 
 # What a model needs beside its weights.
 _SMALL = [
@@ -83,3 +82,14 @@ def tagged(config: CLIPConfig, cfg: dict[str, Any]) -> CLIPConfig:
     elif activation == "quick_gelu":
         activation = "gelu"
     return dataclasses.replace(config, activation=activation, preprocessing=preprocessing)
+
+
+# In the order in which open_clip looks for them.
+OPEN_CLIP_WEIGHTS = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "open_clip_pytorch_model.pth",
+    "model.safetensors",
+    "pytorch_model.bin",
+)

@@ -1,7 +1,7 @@
 """Where each weight stands in Hugging Face's CLIPModel and SiglipModel, and in ours.
 
-A :class:`Pair` holds both names of a weight. A list of them is read in both directions, so that what is written is read
-back bit by bit.
+A :class:`KeyPair` holds both names of a weight. The same list is read in both directions, so a model that is exported
+and loaded again is bit-identical.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,7 +13,7 @@ from torch import Tensor
 from lit_clip.errors import require
 
 
-class Pair(NamedTuple):
+class KeyPair(NamedTuple):
     """One piece of a state dict on both sides.
 
     Attributes:
@@ -27,17 +27,17 @@ class Pair(NamedTuple):
     layout: Literal["same", "transposed", "ours_in_front", "theirs_in_front"] = "same"
 
 
-def _same(ours: str, theirs: str) -> Iterator[Pair]:
+def _same(ours: str, theirs: str) -> Iterator[KeyPair]:
     """A module with a weight and a bias."""
     for kind in ("weight", "bias"):
-        yield Pair({f"{ours}.{kind}": 1}, {f"{theirs}.{kind}": 1})
+        yield KeyPair({f"{ours}.{kind}": 1}, {f"{theirs}.{kind}": 1})
 
 
-def _block(ours: str, theirs: str, names: Mapping[str, str], separator: str) -> Iterator[Pair]:
+def _block(ours: str, theirs: str, names: Mapping[str, str], separator: str) -> Iterator[KeyPair]:
     """A block: modules by ``names``, ours to theirs, and the projections of queries, keys and values, fused in ours."""
     for kind in ("weight", "bias"):
         apart = {f"{theirs}.self_attn.{part}_proj.{kind}": 1 for part in "qkv"}
-        yield Pair({f"{ours}.attn.{separator}{kind}": 3}, apart)
+        yield KeyPair({f"{ours}.attn.{separator}{kind}": 3}, apart)
     for module, theirs_module in names.items():
         yield from _same(f"{ours}.{module}", f"{theirs}.{theirs_module}")
 
@@ -58,47 +58,47 @@ _TIMM_BLOCK = {
 }
 
 
-def _text_pairs(prefix: str, layers: int) -> Iterator[Pair]:
+def _text_pairs(prefix: str, layers: int) -> Iterator[KeyPair]:
     theirs = "text_model"
-    yield Pair({f"{prefix}token_embedding.weight": 1}, {f"{theirs}.embeddings.token_embedding.weight": 1})
-    yield Pair({f"{prefix}positional_embedding": 1}, {f"{theirs}.embeddings.position_embedding.weight": 1})
+    yield KeyPair({f"{prefix}token_embedding.weight": 1}, {f"{theirs}.embeddings.token_embedding.weight": 1})
+    yield KeyPair({f"{prefix}positional_embedding": 1}, {f"{theirs}.embeddings.position_embedding.weight": 1})
     for i in range(layers):
         block = f"{prefix}transformer.resblocks.{i}"
         yield from _block(block, f"{theirs}.encoder.layers.{i}", _OPENAI_BLOCK, "in_proj_")
     yield from _same(f"{prefix}ln_final", f"{theirs}.final_layer_norm")
 
 
-def clip_pairs(image_layers: int, text_layers: int) -> Iterator[Pair]:
+def clip_pairs(image_layers: int, text_layers: int) -> Iterator[KeyPair]:
     """Where the weights of a vision transformer and a causal text transformer stand in a ``CLIPModel``."""
     ours, theirs = "visual", "vision_model"
-    yield Pair({"logit_scale": 1}, {"logit_scale": 1})
-    yield Pair({f"{ours}.class_embedding": 1}, {f"{theirs}.embeddings.class_embedding": 1})
-    yield Pair({f"{ours}.conv1.weight": 1}, {f"{theirs}.embeddings.patch_embedding.weight": 1})
-    yield Pair({f"{ours}.positional_embedding": 1}, {f"{theirs}.embeddings.position_embedding.weight": 1})
+    yield KeyPair({"logit_scale": 1}, {"logit_scale": 1})
+    yield KeyPair({f"{ours}.class_embedding": 1}, {f"{theirs}.embeddings.class_embedding": 1})
+    yield KeyPair({f"{ours}.conv1.weight": 1}, {f"{theirs}.embeddings.patch_embedding.weight": 1})
+    yield KeyPair({f"{ours}.positional_embedding": 1}, {f"{theirs}.embeddings.position_embedding.weight": 1})
     yield from _same(f"{ours}.ln_pre", f"{theirs}.pre_layrnorm")  # their spelling
     for i in range(image_layers):
         block = f"{ours}.transformer.resblocks.{i}"
         yield from _block(block, f"{theirs}.encoder.layers.{i}", _OPENAI_BLOCK, "in_proj_")
     yield from _same(f"{ours}.ln_post", f"{theirs}.post_layernorm")
-    yield Pair({f"{ours}.proj": 1}, {"visual_projection.weight": 1}, "transposed")
+    yield KeyPair({f"{ours}.proj": 1}, {"visual_projection.weight": 1}, "transposed")
     yield from _text_pairs("", text_layers)
-    yield Pair({"text_projection": 1}, {"text_projection.weight": 1}, "transposed")
+    yield KeyPair({"text_projection": 1}, {"text_projection.weight": 1}, "transposed")
 
 
-def siglip_pairs(image_layers: int, text_layers: int) -> Iterator[Pair]:
+def siglip_pairs(image_layers: int, text_layers: int) -> Iterator[KeyPair]:
     """Where the weights of timm's SigLIP image encoder and SigLIP's text transformer stand in a ``SiglipModel``."""
     ours, theirs = "visual.trunk", "vision_model"
-    yield Pair({"logit_scale": 1}, {"logit_scale": 1}, "theirs_in_front")
-    yield Pair({"logit_bias": 1}, {"logit_bias": 1}, "theirs_in_front")
+    yield KeyPair({"logit_scale": 1}, {"logit_scale": 1}, "theirs_in_front")
+    yield KeyPair({"logit_bias": 1}, {"logit_bias": 1}, "theirs_in_front")
     yield from _same(f"{ours}.patch_embed.proj", f"{theirs}.embeddings.patch_embedding")
-    yield Pair({f"{ours}.pos_embed": 1}, {f"{theirs}.embeddings.position_embedding.weight": 1}, "ours_in_front")
+    yield KeyPair({f"{ours}.pos_embed": 1}, {f"{theirs}.embeddings.position_embedding.weight": 1}, "ours_in_front")
     for i in range(image_layers):
         yield from _block(f"{ours}.blocks.{i}", f"{theirs}.encoder.layers.{i}", _TIMM_BLOCK, "qkv.")
     yield from _same(f"{ours}.norm", f"{theirs}.post_layernorm")
     pool, head = f"{ours}.attn_pool", f"{theirs}.head"
-    yield Pair({f"{pool}.latent": 1}, {f"{head}.probe": 1})
+    yield KeyPair({f"{pool}.latent": 1}, {f"{head}.probe": 1})
     for kind in ("weight", "bias"):
-        yield Pair({f"{pool}.q.{kind}": 1, f"{pool}.kv.{kind}": 2}, {f"{head}.attention.in_proj_{kind}": 3})
+        yield KeyPair({f"{pool}.q.{kind}": 1, f"{pool}.kv.{kind}": 2}, {f"{head}.attention.in_proj_{kind}": 3})
     yield from _same(f"{pool}.proj", f"{head}.attention.out_proj")
     yield from _same(f"{pool}.norm", f"{head}.layernorm")
     for layer in ("fc1", "fc2"):
@@ -120,7 +120,7 @@ def _divided(tensor: Tensor, shares: Mapping[str, int]) -> dict[str, Tensor]:
     return {name: part.clone() for name, part in zip(shares, parts, strict=True)}
 
 
-def renamed(state: Mapping[str, Tensor], pairs: Iterable[Pair], inwards: bool) -> dict[str, Tensor]:
+def renamed(state: Mapping[str, Tensor], pairs: Iterable[KeyPair], inwards: bool) -> dict[str, Tensor]:
     """The weights under our names (``inwards``) or theirs; every one must have its place.
 
     Raises:

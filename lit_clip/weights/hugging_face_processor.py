@@ -48,7 +48,7 @@ def agree(name: str, theirs: object, ours: object) -> None:
 def square(name: str, size: Any) -> int:
     """The side of a square: of a number, or of height and width that must be equal."""
     height, width = size if isinstance(size, list | tuple) else (size, size)
-    require(height == width, f"{name} is {height} x {width}; a picture here and there can only both be square")
+    require(height == width, f"{name} is {height} x {width}; an image here and there can only both be square")
     return int(height)
 
 
@@ -56,7 +56,7 @@ def preprocessing_of(values: Mapping[str, Any], image_size: int, kind: str) -> P
     """Their ``preprocessor_config.json`` as our preprocessing; what it leaves out is as :data:`PROCESSORS` says.
 
     Raises:
-        InputError: a step that ours has not, or a crop of another size than the model's pictures.
+        InputError: a step that ours has not, or a crop of another size than the model's images.
     """
     settings = {**PROCESSORS[kind], **{key: value for key, value in values.items() if value is not None}}
     for step in ("do_resize", "do_rescale"):
@@ -77,8 +77,8 @@ def preprocessing_of(values: Mapping[str, Any], image_size: int, kind: str) -> P
         edge = square("preprocessor size", (resized.get("height"), resized.get("width")))
     crop = settings["crop_size"] if settings["do_center_crop"] else edge
     crop = square("preprocessor crop_size", (crop["height"], crop["width"]) if isinstance(crop, dict) else crop)
-    agree("size of a preprocessed picture", crop, image_size)
-    require(edge >= crop, f"preprocessor size {edge} is less than crop_size {crop}: pictures would get a black border")
+    agree("size of a preprocessed image", crop, image_size)
+    require(edge >= crop, f"preprocessor size {edge} is less than crop_size {crop}: images would get a black border")
     normalised = settings["do_normalize"]
     return Preprocessing(
         image_size=image_size,

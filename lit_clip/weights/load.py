@@ -1,10 +1,10 @@
 """Weights in: whatever a user has of a published or trained model -> a model that is ready to embed."""
 
 import dataclasses
-import hashlib
 import os
 from collections.abc import Mapping
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +13,13 @@ from torch import Tensor
 from lit_clip.errors import InputError
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, Size
+from lit_clip.models.lora import merge_lora
 from lit_clip.models.registry import resolve_architecture
 from lit_clip.models.resize import resize_weights, resized
 from lit_clip.models.tokenizer import TextTokenizer
-from lit_clip.tools.weight_files import is_path
-from lit_clip.weights.sources import Source, Weights, check_same, open_weights, read_checkpoint
+from lit_clip.tools.weight_files import Source, is_path
+from lit_clip.weights.checkpoints import check_base, read_checkpoint
+from lit_clip.weights.sources import Weights, check_same, open_weights
 
 __all__ = ["check_architecture", "check_weights", "create_model", "load_model", "read_checkpoint"]
 
@@ -42,15 +44,6 @@ def check_weights(model: CLIP, state: Mapping[str, Any], name: Source) -> None:
 def check_architecture(checkpoint: dict[str, Any], config: CLIPConfig, name: Source) -> None:
     """:func:`check_same` for a checkpoint of lit-clip's."""
     check_same(CLIPConfig.from_dict(checkpoint["hyper_parameters"]["architecture"]), config, name)
-
-
-def weights_sha256(model: CLIP) -> str:
-    """SHA-256 of the names and values of all weights."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def whole_name(architecture: str | CLIPConfig | None, pretrained: Source) -> Source:
@@ -181,3 +174,33 @@ def _adapted(state: dict[str, Tensor], config: CLIPConfig) -> dict[str, Tensor]:
         if scalar in state and state[scalar].numel() == 1:
             state[scalar] = state[scalar].reshape(())
     return state
+
+
+def with_base(checkpoint: dict[str, Any], name: str | os.PathLike[str]) -> dict[str, Any]:
+    """A checkpoint as it is, or if it holds a LoRA alone, with all weights, the additions merged into them.
+
+    Raises:
+        InputError: the base is neither where it was nor beside the checkpoint, or has other weights.
+    """
+    if "base" not in checkpoint:
+        return checkpoint
+    from lit_clip.module import LitCLIP
+    from lit_clip.weights.load import check_weights
+
+    hparams = checkpoint["hyper_parameters"]
+    base = hparams["pretrained"]
+    beside = Path(name).parent / Path(base).name  # moved together; the fingerprint tells whether it is the one
+    try:
+        found = str(beside) if is_path(base) and not Path(base).exists() and beside.exists() else base
+        module = LitCLIP(**{**hparams, "distill": None, "pretrained": found})
+    except InputError as error:
+        raise InputError(f"{name}: the weights that its LoRA belongs to cannot be opened: {error}") from error
+    check_base(checkpoint, module.base_sha256, name)
+    model = module.model
+    state: dict[str, Tensor] = {**model.state_dict(), **checkpoint["state_dict"]}
+    check_weights(model, state, name)
+    model.load_state_dict(state)
+    merge_lora(model)
+    plain = {key: value for key, value in hparams.items() if key not in ("lora", "pretrained")}
+    kept = {key: value for key, value in checkpoint.items() if key != "base"}
+    return {**kept, "hyper_parameters": plain, "state_dict": model.state_dict()}

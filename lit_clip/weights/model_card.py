@@ -37,9 +37,9 @@ from tokenizers import Tokenizer
 
 facts = json.load(open("{name}/model.json"))
 want, texts = facts["preprocessing"], facts["tokenizer"]
-picture, (height, width) = Image.open("photo.jpg"), facts["image_encoder"]["shape"][2:]
+image, (height, width) = Image.open("photo.jpg"), facts["image_encoder"]["shape"][2:]
 {resize}
-pixels = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
+pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
 pixels = ((pixels - want["mean"]) / want["std"]).transpose(2, 0, 1)[None].astype(np.float32)
 
 tokenizer = Tokenizer.from_file("{name}/tokenizer.json")
@@ -52,13 +52,13 @@ text = onnxruntime.InferenceSession("{name}/text_encoder.onnx")
 image_features = image.run(None, {{"pixels": pixels}})[0]  # float32 [batch, {embed_dim}]
 text_features = text.run(None, {{"tokens": tokens}})[0]  # neither is of unit length
 """
-SQUASH = "picture = picture.resize((width, height), Image.Resampling.{filter})"
+SQUASH = "image = image.resize((width, height), Image.Resampling.{filter})"
 CROP = """\
-scale = max(width / picture.width, height / picture.height) / want["crop_pct"]
-larger = [max(least, int(side * scale)) for least, side in zip((width, height), picture.size)]
-picture = picture.resize(larger, Image.Resampling.{filter})
+scale = max(width / image.width, height / image.height) / want["crop_pct"]
+larger = [max(least, int(side * scale)) for least, side in zip((width, height), image.size)]
+image = image.resize(larger, Image.Resampling.{filter})
 left, top = round((larger[0] - width) / 2), round((larger[1] - height) / 2)
-picture = picture.crop((left, top, left + width, top + height))"""
+image = image.crop((left, top, left + width, top + height))"""
 
 
 class Source(NamedTuple):
@@ -139,5 +139,5 @@ def _notes(model: CLIP, format: str) -> str:
             "3, 7, 11, ... pixels longer than the short one after resizing.",
         ]
     if format == "onnx":
-        notes.append("`model.json` says what has to happen to pictures, texts and features.")
+        notes.append("`model.json` says what has to happen to images, texts and features.")
     return "\n".join(f"- {note}" for note in notes) + "\n"

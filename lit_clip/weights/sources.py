@@ -13,7 +13,6 @@ from typing import Any
 from torch import Tensor
 
 from lit_clip.errors import InputError, require
-from lit_clip.models.clip import CLIP
 from lit_clip.models.config import (
     CLIPConfig,
     HuggingFaceTextConfig,
@@ -26,21 +25,9 @@ from lit_clip.models.config import (
 from lit_clip.models.open_clip_configs import from_open_clip
 from lit_clip.models.registry import resolve_architecture
 from lit_clip.models.tokenizer import TextTokenizer
-from lit_clip.tools.weight_files import as_float32, is_path, read_file
-
-Source = str | os.PathLike[str]
-
-EMA_WEIGHTS = "exponential moving average"  # what a checkpoint's ``weights`` says of its state_dict, if so
-
-# In the order in which open_clip looks for them.
-OPEN_CLIP_WEIGHTS = (
-    "open_clip_model.safetensors",
-    "open_clip_pytorch_model.safetensors",
-    "open_clip_pytorch_model.bin",
-    "open_clip_pytorch_model.pth",
-    "model.safetensors",
-    "pytorch_model.bin",
-)
+from lit_clip.tools.weight_files import Source, as_float32, is_path, read_file
+from lit_clip.weights.checkpoints import EMA_WEIGHTS, _checked, checkpoint_tokenizer
+from lit_clip.weights.hub import OPEN_CLIP_WEIGHTS
 
 
 @dataclass
@@ -91,7 +78,7 @@ def open_weights(source: Source) -> Weights:
         return dataclasses.replace(weights, config=named, name=name)
     if is_path(source):
         return _open_file(path)
-    from lit_clip import hub  # huggingface_hub and open_clip take seconds to import
+    from lit_clip.weights import hub  # huggingface_hub and open_clip take seconds to import
 
     if name.startswith("hf-hub:") or ("/" in name and ":" not in name):
         return dataclasses.replace(_open_folder(hub.download(name.removeprefix("hf-hub:"))), name=name)
@@ -102,29 +89,6 @@ def open_weights(source: Source) -> Weights:
         f"{name}: no such file or folder, and neither org/name on the hub nor model:tag of open_clip's registry "
         "(lit-clip models --pretrained lists those)"
     )
-
-
-def read_checkpoint(path: Source) -> dict[str, Any]:
-    """Load a file that ``lit-clip fit`` wrote, on the CPU; nothing in it is executed.
-
-    Raises:
-        InputError: no such file, not a checkpoint, or not one of lit-clip's.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such checkpoint file")
-    return _checked(read_file(path), path)
-
-
-def _checked(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
-    try:
-        CLIPConfig.from_dict(checkpoint["hyper_parameters"]["architecture"])
-        dict(checkpoint["state_dict"])
-    except InputError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise InputError(f"{path}: not a lit-clip checkpoint (it has no weights or names no architecture)") from error
-    return checkpoint
 
 
 def _open_folder(folder: Path) -> Weights:
@@ -181,7 +145,7 @@ def _open_file(path: Path) -> Weights:
 
 
 def _lit_clip_checkpoint(checkpoint: dict[str, Any], path: Path) -> Weights:
-    from lit_clip.models.lora import with_base  # which opens the base as any other weights
+    from lit_clip.weights.load import with_base  # which opens the base as any other weights
 
     checkpoint = with_base(checkpoint, path)
     config = CLIPConfig.from_dict(checkpoint["hyper_parameters"]["architecture"])
@@ -189,25 +153,6 @@ def _lit_clip_checkpoint(checkpoint: dict[str, Any], path: Path) -> Weights:
         warnings.warn(f"{path}: the weights are the moving average (EMA), not those of the last step", stacklevel=2)
     tokenizer = checkpoint_tokenizer(checkpoint, config)
     return Weights(str(path), as_float32(dict(checkpoint["state_dict"])), config, tokenizer)
-
-
-def saved_tokenizer(model: CLIP) -> dict[str, Any]:
-    """What a checkpoint holds of a tokenizer that is not the paper's: its source may be gone later."""
-    if model.config.text.tokenizer is None:
-        return {}
-    tokenizer: Any = model.tokenizer
-    return {"tokenizer": {"definition": tokenizer.definition, "pad_id": tokenizer.pad_id}}
-
-
-def checkpoint_tokenizer(checkpoint: Mapping[str, Any], config: CLIPConfig) -> TextTokenizer | None:
-    """The tokenizer that lies in a checkpoint of lit-clip's, if it is not the paper's."""
-    saved, text = checkpoint.get("tokenizer"), config.text
-    if saved is None or text.tokenizer is None:
-        return None
-    from lit_clip.models.hf_tokenizer import HuggingFaceTokenize
-
-    whole = isinstance(text, TextTransformerConfig) and not text.causal
-    return HuggingFaceTokenize(saved["definition"], saved["pad_id"], text.tokenizer.clean, text.context_length, whole)
 
 
 def _tensors(values: dict[str, Any], name: Source) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ from lit_clip.stability import MOST_IN_A_ROW
 from lit_clip.training.optim import decay_groups, warmup_cosine
 from tests.conftest import ROOT
 from tests.helpers import forks
-from tests.helpers.ranks_stability import BrokenGradient, BrokenPicture
+from tests.helpers.ranks_stability import BrokenGradient, BrokenImage
 from tests.models.test_finetune import command
 from tests.test_module import data_for, trainer
 
@@ -119,7 +119,7 @@ def test_two_ranks_leave_out_the_steps_that_are_broken_on_one(
     options = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.log_every_n_steps", "1"]
     options += ["--data.batch_size", "8", "--trainer.max_epochs", "2", "--model.non_finite", "skip"]
     options += ["--trainer.precision", "32-true"]  # a new interpreter would compute as it likes
-    options += [callback("BrokenPicture", keys=[key], folder="."), callback("BrokenGradient", step=3, rank=1)]
+    options += [callback("BrokenImage", keys=[key], folder="."), callback("BrokenGradient", step=3, rank=1)]
     # A quarter of a minute alone; with six programs on two cores it has taken two.
     result = cli(*command(caption_table, *options), environment={"PYTHONPATH": str(ROOT)}, timeout=300)
     assert result.returncode == 0, result.stderr
@@ -133,9 +133,9 @@ def test_two_ranks_leave_out_the_steps_that_are_broken_on_one(
     assert not torch.allclose(one["visual.proj"], first["visual.proj"], atol=1e-3)
 
     found = findings(tmp_path)
-    pictures = [line for line in found if line["reason"] == "loss"]
-    assert [(line["step"], line["keys"]) for line in pictures] == [(steps[0], [key]), (steps[2], [key])]
-    assert all(line["rank"] in (0, 1) and line["non_finite_features"] for line in pictures)
+    images = [line for line in found if line["reason"] == "loss"]
+    assert [(line["step"], line["keys"]) for line in images] == [(steps[0], [key]), (steps[2], [key])]
+    assert all(line["rank"] in (0, 1) and line["non_finite_features"] for line in images)
     gradients = [line for line in found if line["reason"] == "gradient"]
     assert [(line["step"], line["rank"], line["non_finite_features"]) for line in gradients] == [
         (3, 0, False),
@@ -158,7 +158,7 @@ def test_both_ranks_stop_with_the_same_message_and_the_weights_from_before(
 ) -> None:
     key = key_of_step(caption_table, tiny_config, 2)
     options = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "8"]
-    options += ["--trainer.max_epochs", "1", callback("BrokenPicture", keys=[key], folder=".")]
+    options += ["--trainer.max_epochs", "1", callback("BrokenImage", keys=[key], folder=".")]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -228,7 +228,7 @@ def test_nothing_of_a_step_that_is_left_out_remains(
     if options.get("precision") == "16-mixed":
         options = {"plugins": [scaled()]}
     module, states = LitCLIP(WITH_BATCH_NORM, warmup_steps=0, learning_rate=1e-3, non_finite="skip"), States()
-    callbacks = [states, BrokenPicture([key_of_step(caption_table, WITH_BATCH_NORM, 2)])]
+    callbacks = [states, BrokenImage([key_of_step(caption_table, WITH_BATCH_NORM, 2)])]
     fitting = trainer(tmp_path, max_epochs=1, limit_val_batches=0, callbacks=callbacks, **options)
     with pytest.warns(UserWarning, match="step 2 is left out: the loss is nan"):
         fitting.fit(module, data_for(module, caption_table))
@@ -274,7 +274,7 @@ def test_the_count_goes_on_in_a_resumed_run(tiny_config: CLIPConfig, caption_tab
     for epochs, path in ((1, None), (2, tmp_path / "last.ckpt")):
         module = LitCLIP(tiny_config, warmup_steps=0, non_finite="skip")
         keep = ModelCheckpoint(tmp_path, "last", enable_version_counter=False)
-        fitting = trainer(tmp_path, max_epochs=epochs, limit_val_batches=0, callbacks=[keep, BrokenPicture([key])])
+        fitting = trainer(tmp_path, max_epochs=epochs, limit_val_batches=0, callbacks=[keep, BrokenImage([key])])
         with pytest.warns(UserWarning, match=f"{epochs} such steps so far"):
             fitting.fit(module, data_for(module, caption_table), ckpt_path=path)
         counts.append(float(fitting.callback_metrics["train/non_finite_steps"]))
@@ -304,7 +304,7 @@ def test_without_a_logger_the_message_alone_names_the_first_pairs(
     module = LitCLIP(tiny_config)
     (_, batch), *_ = batches(caption_table, tiny_config)
     with pytest.raises(InputError) as caught:
-        trainer(tmp_path, max_epochs=1, callbacks=[BrokenPicture(None)], num_sanity_val_steps=0).fit(
+        trainer(tmp_path, max_epochs=1, callbacks=[BrokenImage(None)], num_sanity_val_steps=0).fit(
             module, data_for(module, caption_table)
         )
     assert f"(pairs with such features: {', '.join(batch.keys[:3])} and 13 more)" in str(caught.value)
@@ -316,7 +316,7 @@ def test_a_file_that_cannot_be_written_does_not_end_the_run(
 ) -> None:
     module, logger = LitCLIP(tiny_config, non_finite="skip"), CSVLogger(tmp_path)
     (Path(logger.log_dir) / "non_finite.jsonl").mkdir(parents=True)
-    broken = BrokenPicture([key_of_step(caption_table, tiny_config, 1)])
+    broken = BrokenImage([key_of_step(caption_table, tiny_config, 1)])
     fitting = trainer(tmp_path, max_epochs=1, limit_val_batches=0, callbacks=[broken], logger=logger)
     with pytest.warns(UserWarning, match="the keys of step 1 could not be written"):
         fitting.fit(module, data_for(module, caption_table))
@@ -325,7 +325,7 @@ def test_a_file_that_cannot_be_written_does_not_end_the_run(
 
 def test_the_moving_average_stays_finite(tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path) -> None:
     module = LitCLIP(tiny_config, warmup_steps=0, non_finite="skip")
-    broken = BrokenPicture([key_of_step(caption_table, tiny_config, 0)])
+    broken = BrokenImage([key_of_step(caption_table, tiny_config, 0)])
     fitting = trainer(tmp_path, max_epochs=1, limit_val_batches=0, callbacks=[EMA(0.5), broken])
     fitting.fit(module, data_for(module, caption_table))
     fitting.save_checkpoint(tmp_path / "average.ckpt")
@@ -356,7 +356,7 @@ def test_a_step_is_left_out_on_a_cuda_device_in_every_precision(
     precision: Any, caption_table: Path, tmp_path: Path
 ) -> None:
     module, states = LitCLIP(WITH_BATCH_NORM, warmup_steps=0, learning_rate=1e-3, non_finite="skip"), States()
-    callbacks = [states, BrokenPicture([key_of_step(caption_table, WITH_BATCH_NORM, 2)])]
+    callbacks = [states, BrokenImage([key_of_step(caption_table, WITH_BATCH_NORM, 2)])]
     options: dict[str, Any] = {"accelerator": "gpu", "devices": 1, "precision": precision, "callbacks": callbacks}
     trainer(tmp_path, max_epochs=1, limit_val_batches=0, **options).fit(module, data_for(module, caption_table))
     assert changed(*states.seen[2:4]) == set()

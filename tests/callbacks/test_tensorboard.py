@@ -1,4 +1,4 @@
-"""What a run leaves for people: the metrics, TensorBoard's pages and pictures."""
+"""What a run leaves for people: the metrics, TensorBoard's pages and images."""
 
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ def test_zero_shot_metrics_are_those_of_scikit_learn(
     assert module.baselines["zero_shot/groups/top1"] == np.bincount(labels).max() / len(labels)
 
 
-def test_a_run_leaves_every_curve_and_picture_and_its_best_checkpoint(
+def test_a_run_leaves_every_curve_and_image_and_its_best_checkpoint(
     groups: ZeroShotSet, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
     module = LitCLIP(tiny_config, warmup_steps=1)
@@ -125,7 +125,7 @@ def test_a_set_that_cannot_be_scored_is_refused_when_it_is_made(drawings_cache: 
     with pytest.raises(InputError, match="no {} for the class name"):
         ZeroShotSet(images, ["a drawing"])
     images.class_names = images.class_names[:3]
-    with pytest.raises(InputError, match="3 names, but a picture has label 7"):
+    with pytest.raises(InputError, match="3 names, but an image has label 7"):
         ZeroShotSet(images)
     images.files = []
     with pytest.raises(InputError, match="empty"):
@@ -138,10 +138,10 @@ def test_the_papers_templates_are_known_by_name(drawings_cache: Path) -> None:
 
 
 def test_figures_hold_any_number_of_items_and_long_names() -> None:
-    picture = Image.new("RGB", (32, 32), "red")
+    image = Image.new("RGB", (32, 32), "red")
     for count in (1, 3, 9):
-        predictions = [Prediction(picture, "x" * 200, [("y" * 200, 0.5), ("x" * 200, 0.25)])] * count
+        predictions = [Prediction(image, "x" * 200, [("y" * 200, 0.5), ("x" * 200, 0.25)])] * count
         sheet = np.asarray(prediction_grid(predictions))
         assert (sheet == (255, 0, 0)).all(axis=-1).sum() == count * 96 * 96
-    matrix = similarity_matrix([picture] * 3, ["a", "b" * 300, ""], np.zeros((3, 3)))
+    matrix = similarity_matrix([image] * 3, ["a", "b" * 300, ""], np.zeros((3, 3)))
     assert matrix.size[0] > matrix.size[1] > 3 * 50

@@ -18,17 +18,16 @@ from lightning.pytorch.profilers import SimpleProfiler
 from torch import Tensor
 
 from callbacks import Throughput, TrainingMonitor, ZeroShot
-from callbacks.periodic import Findings
+from callbacks.periodic import PeriodicResult
 from callbacks.throughput import Count, device_peak, peak_memory, throughput
 from callbacks.training_clock import FETCH, TrainingClock
 from datamodules import Captions
 from lit_clip.batch import CaptionBatch
-from lit_clip.commands.models import measure
 from lit_clip.compiling import compile_blocks
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, HuggingFaceTextConfig, TextTransformerConfig
-from lit_clip.models.flops import PairFlops, matmul_peak, training_flops
-from lit_clip.models.layers import Freeze
+from lit_clip.models.finetuning import Freeze
+from lit_clip.models.flops import PairFlops, matmul_peak, measure, training_flops
 from lit_clip.models.lora import LoRA
 from lit_clip.models.transformer import VisionTransformer
 from lit_clip.module import LitCLIP
@@ -363,9 +362,9 @@ class Sleeps(Callback):
 class SleepyZeroShot(ZeroShot):
     """An evaluation between two steps."""
 
-    def evaluate(self, trainer: Trainer, module: LitCLIP) -> Findings:
+    def evaluate(self, trainer: Trainer, module: LitCLIP) -> PeriodicResult:
         time.sleep(0.2)
-        return Findings({"zero_shot/none/top1": 0.0})
+        return PeriodicResult({"zero_shot/none/top1": 0.0})
 
 
 @pytest.mark.parametrize("where", ["validations", "checkpoints", "ends of epochs", "evaluations"])

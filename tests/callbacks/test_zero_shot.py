@@ -20,7 +20,7 @@ from lit_clip import LitCLIP, zero_shot_classifier
 from lit_clip.errors import InputError
 from lit_clip.evaluation.scores import evaluate_scores
 from lit_clip.evaluation.targets import Targets
-from lit_clip.models.layers import Freeze
+from lit_clip.models.finetuning import Freeze
 from tests.helpers.ranks_callbacks import evaluate
 from tests.helpers.small_sets import (
     NAMES,
@@ -52,12 +52,12 @@ def zero_shot(folder: Path, **options: Any) -> ZeroShot:
 
 
 def scores(module: LitCLIP, images: Shades) -> torch.Tensor:
-    """Cosine similarities ``[N, C]``, all pictures at once."""
+    """Cosine similarities ``[N, C]``, all images at once."""
     model = module.model.eval()
     with torch.no_grad():
-        pictures = torch.stack([model.preprocess(images.pictures(row)[0]) for row in range(len(images))])
+        photos = torch.stack([model.preprocess(images.images(row)[0]) for row in range(len(images))])
         classifier = zero_shot_classifier(model, NAMES, ["a {} patch.", "{}"])
-        return model.encode_image(pictures, normalize=True) @ classifier
+        return model.encode_image(photos, normalize=True) @ classifier
 
 
 def test_each_set_of_a_suite_is_judged_by_its_own_metric(folder: Path) -> None:
@@ -196,7 +196,7 @@ def test_texts_are_encoded_again_only_when_the_text_tower_has_changed(
     assert len(made) == times  # nothing has changed
 
 
-def test_folds_are_averaged_and_the_same_pictures_encoded_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folds_are_averaged_and_the_same_images_encoded_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folds = [{"shift": 0}, {"shift": 1}, {"shift": 0}]
     suite = write_suite(folder, shades=entry(folds=folds))
     module, encoded = make_module(), []
@@ -230,13 +230,13 @@ def test_sets_that_are_not_there_are_named_once_and_the_others_evaluated(folder:
     assert {name.split("/")[1] for name in numbers(trainer, "zero_shot/")} == {"shades"}
 
 
-def test_a_picture_that_cannot_be_read_ends_the_run_or_is_left_out(folder: Path) -> None:
+def test_a_image_that_cannot_be_read_ends_the_run_or_is_left_out(folder: Path) -> None:
     suite, module = write_suite(folder, shades=entry(init_args={"broken": 5})), make_module()
     options = {"suite": suite, "data_root": str(folder), "examples": 2}
-    with pytest.raises(InputError, match=r"shades: 5.png: not a picture; mend or remove it, or set ZeroShot.on_error"):
+    with pytest.raises(InputError, match=r"shades: 5.png: not an image; mend or remove it, or set ZeroShot.on_error"):
         make_trainer(folder, [ZeroShot(**options)]).validate(module, NoCaptions(), verbose=False)
     trainer = make_trainer(folder, [ZeroShot(on_error="skip", **options)])
-    with pytest.warns(UserWarning, match=r"shades: 1 of 40 pictures are left out; the first: 5.png: not a picture"):
+    with pytest.warns(UserWarning, match=r"shades: 1 of 40 images are left out; the first: 5.png: not an image"):
         trainer.validate(module, NoCaptions(), verbose=False)
     right = scores(module, Shades("")).argmax(dim=1) == torch.tensor(Shades("").labels())
     rows = [row for row in range(40) if row != 5]

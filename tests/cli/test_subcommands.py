@@ -22,9 +22,9 @@ from lit_clip import list_models, load_model
 from lit_clip.cli.main import main
 from lit_clip.cli.subcommands import COMMANDS, command_parser, run_command
 from lit_clip.commands.classify import class_probabilities, classify, read_classes
-from lit_clip.commands.models import measure
 from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig
+from lit_clip.models.flops import measure
 from lit_clip.models.registry import resolve_architecture
 from lit_clip.weights.load import create_model
 from tests.conftest import lit_clip_command
@@ -121,10 +121,10 @@ def test_probabilities_are_the_softmax_of_scaled_cosines(
     drawings: tuple[Path, Path, list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint, folder, _ = drawings
-    pictures = [folder / f"{name}.png" for name in NAMES]
+    images = [folder / f"{name}.png" for name in NAMES]
     templates = ["a {}", "{}!"]
     options = ["--classes", *NAMES, "--templates", *templates, "--output", "json", "--batch_size", "2"]
-    rows = json.loads(classified(*map(str, pictures), "--model", str(checkpoint), *options, capsys=capsys))
+    rows = json.loads(classified(*map(str, images), "--model", str(checkpoint), *options, capsys=capsys))
     model = load_model(checkpoint)
     with torch.no_grad():
         columns = []
@@ -160,7 +160,7 @@ def test_standard_output_is_csv_alone_and_progress_goes_elsewhere(drawings: tupl
         *(("pizza.png", "1"), ("pizza.png", "2"), ("tiger.png", "1"), ("tiger.png", "2"))
     ]
     assert (rows[0]["class"], rows[2]["class"]) == ("pizza", "tiger")
-    assert "pictures" in result.stderr
+    assert "images" in result.stderr
 
 
 def test_an_output_file_holds_what_would_be_printed(
@@ -225,21 +225,21 @@ def test_a_class_named_twice_is_named(exit_of: Callable[..., tuple[object, str, 
 
 def test_what_classify_cannot_use_is_named(tmp_path: Path, tiny_checkpoint: Path) -> None:
     (tmp_path / "empty/deep").mkdir(parents=True)
-    (tmp_path / "empty/notes.txt").write_text("no picture")
-    (tmp_path / "empty/.hidden.png").write_text("no picture")
+    (tmp_path / "empty/notes.txt").write_text("no image")
+    (tmp_path / "empty/.hidden.png").write_text("no image")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing more")
     Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
 
     def run(*words: str) -> None:
         run_command(["classify", *words, "--model", str(tiny_checkpoint), "--num_workers", "0"])
 
-    with pytest.raises(InputError, match=r"empty: no pictures in this folder or below"):
+    with pytest.raises(InputError, match=r"empty: no images in this folder or below"):
         run(str(tmp_path / "empty"), "--classes", "a", "b")
     with pytest.raises(InputError, match=r"absent.png: no such file"):
         run(str(tmp_path / "absent.png"), "--classes", "a", "b")
-    with pytest.raises(InputError, match=r"broken.png: cannot read this picture"):
+    with pytest.raises(InputError, match=r"broken.png: cannot read this image"):
         run(str(tmp_path / "good.png"), str(tmp_path / "broken.png"), "--classes", "a", "b")
-    with pytest.raises(InputError, match=r"none of 1 pictures could be read; the first: .*broken.png"):
+    with pytest.raises(InputError, match=r"none of 1 images could be read; the first: .*broken.png"):
         run(str(tmp_path / "broken.png"), "--classes", "a", "b", "--on_error", "skip")
     with pytest.raises(InputError, match=r"'a photo' has no {}"):
         run(str(tmp_path / "good.png"), "--classes", "a", "b", "--templates", "a photo")
@@ -249,7 +249,7 @@ def test_what_classify_cannot_use_is_named(tmp_path: Path, tiny_checkpoint: Path
         run("--classes", "a", "b")
 
 
-def test_a_skipped_picture_is_left_out_and_reported(
+def test_a_skipped_image_is_left_out_and_reported(
     tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "broken.png").write_text("junk")

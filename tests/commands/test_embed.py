@@ -16,26 +16,27 @@ from PIL import Image
 from lit_clip import LitCLIP, load_model
 from lit_clip.cli.subcommands import run_command
 from lit_clip.embedding.encode import Encoder, PartWriter
-from lit_clip.embedding.feature_files import fingerprint
-from lit_clip.embedding.image_files import Batch, find_images
+from lit_clip.embedding.image_files import find_images
 from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig, VisionTransformerConfig
+from lit_clip.tools.images import Batch
+from lit_clip.weights.fingerprint import fingerprint
 from tests.conftest import lit_clip_command
 
-PICTURES = ["a.png", "b.jpg", "deep/c.png", "deep/d.webp", "deep/er/e.png", "f.PNG", "g.bmp"]
+IMAGES = ["a.png", "b.jpg", "deep/c.png", "deep/d.webp", "deep/er/e.png", "f.PNG", "g.bmp"]
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder ``photos`` with seven pictures of noise, in the current folder."""
+    """A folder ``photos`` with seven images of noise, in the current folder."""
     noise = np.random.default_rng(0)
-    for name in PICTURES:
+    for name in IMAGES:
         path = tmp_path / "photos" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         size = noise.integers(20, 60, 2)
         Image.fromarray(noise.integers(0, 256, (*size, 3), dtype=np.uint8)).save(path)
-    (tmp_path / "photos/notes.txt").write_text("no picture")
-    (tmp_path / "photos/.hidden.png").write_text("no picture")
+    (tmp_path / "photos/notes.txt").write_text("no image")
+    (tmp_path / "photos/.hidden.png").write_text("no image")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -64,19 +65,19 @@ def one_by_one(checkpoint: Path, keys: list[str]) -> np.ndarray:
 def test_features_are_those_of_a_plain_loop(folder: Path, tiny_checkpoint: Path, output: str, batch_size: str) -> None:
     embed("photos", "--model", str(tiny_checkpoint), "--output", output, "--batch_size", batch_size)
     keys, features = read(output)
-    assert keys == sorted(f"photos/{name}" for name in PICTURES)
+    assert keys == sorted(f"photos/{name}" for name in IMAGES)
     assert features.dtype == np.float32
     assert np.abs(features - one_by_one(tiny_checkpoint, keys)).max() < 1e-5
     assert np.allclose(np.linalg.norm(features, axis=1), 1, atol=1e-6)
     assert not list(folder.glob(".*"))
 
 
-def test_a_picture_named_twice_has_one_row(folder: Path, tiny_checkpoint: Path) -> None:
+def test_a_image_named_twice_has_one_row(folder: Path, tiny_checkpoint: Path) -> None:
     words = ["photos/g.bmp", "photos", "./photos/a.png", str(folder / "photos/deep")]
     embed(*words, "--model", str(tiny_checkpoint), "--output", "features.npy")
     keys, features = read("features.npy")
-    assert len(keys) == len(set(keys)) == len(features) == len(PICTURES)
-    assert {os.path.abspath(key) for key in keys} == {str(folder / "photos" / name) for name in PICTURES}
+    assert len(keys) == len(set(keys)) == len(features) == len(IMAGES)
+    assert {os.path.abspath(key) for key in keys} == {str(folder / "photos" / name) for name in IMAGES}
 
 
 def test_a_parquet_file_says_what_model_it_is_of(folder: Path, tiny_checkpoint: Path) -> None:
@@ -108,14 +109,14 @@ def test_two_ranks_write_the_bytes_of_one(folder: Path, tiny_checkpoint: Path, b
     assert not list(folder.glob(".*"))
 
 
-def test_a_picture_that_one_of_two_ranks_cannot_read_is_one_line(folder: Path, tiny_checkpoint: Path) -> None:
+def test_a_image_that_one_of_two_ranks_cannot_read_is_one_line(folder: Path, tiny_checkpoint: Path) -> None:
     (folder / "photos/deep/c.png").write_text("junk")
     options = ["--model", str(tiny_checkpoint), "--output", "features.npy", "--batch_size", "2"]
     options += ["--devices", "2", "--accelerator", "cpu", "--num_workers", "0"]
     result = lit_clip_command(folder, "embed", "photos", *options)
     assert result.returncode == 2
     assert [line for line in result.stderr.splitlines() if "error" in line.lower()] == [
-        "lit-clip: error: photos/deep/c.png: cannot read this picture (not an image); "
+        "lit-clip: error: photos/deep/c.png: cannot read this image (not an image); "
         "mend or remove it, or set --on_error skip"
     ]
     assert "Traceback" not in result.stderr
@@ -188,23 +189,23 @@ def test_another_model_does_not_go_on_with_the_first_ones_features(
     trainer.save_checkpoint(folder / "other.ckpt", weights_only=True)
     keys = encoded(None)
     embed("photos", "--model", "other.ckpt", "--output", "features.npy")
-    assert len(keys) == len(PICTURES)
+    assert len(keys) == len(IMAGES)
     written, features = read("features.npy")
     assert np.abs(features - one_by_one(folder / "other.ckpt", written)).max() < 1e-5
 
 
-def test_bad_pictures_are_an_error_or_counted_and_listed(
+def test_bad_images_are_an_error_or_counted_and_listed(
     folder: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "photos/b.jpg").write_bytes((folder / "photos/b.jpg").read_bytes()[:300])
     (folder / "photos/h.png").symlink_to(folder / "nowhere.png")
     options = ["photos", "--model", str(tiny_checkpoint), "--output", "features.npy"]
-    with pytest.raises(InputError, match=r"photos/b.jpg: cannot read this picture \(.*; mend or remove it"):
+    with pytest.raises(InputError, match=r"photos/b.jpg: cannot read this image \(.*; mend or remove it"):
         embed(*options)
     assert not (folder / "features.npy").exists()
     embed(*options, "--on_error", "skip")
     keys, features = read("features.npy")
-    assert keys == sorted(f"photos/{name}" for name in PICTURES if name != "b.jpg")
+    assert keys == sorted(f"photos/{name}" for name in IMAGES if name != "b.jpg")
     assert np.abs(features - one_by_one(tiny_checkpoint, keys)).max() < 1e-5
     assert "skipped 2 that could not be read" in capsys.readouterr().err
     listed = (folder / "features.npy.skipped.txt").read_text().splitlines()
@@ -235,7 +236,7 @@ def test_a_pipe_in_the_folder_is_not_waited_for(folder: Path, tiny_checkpoint: P
     with pytest.raises(InputError, match=r"photos/c.png: not a file"):
         embed(*options)
     embed(*options, "--on_error", "skip")
-    assert len(read("features.npy")[0]) == len(PICTURES)
+    assert len(read("features.npy")[0]) == len(IMAGES)
 
 
 def test_a_name_that_parquet_cannot_hold_is_refused_before_anything_is_encoded(
@@ -298,7 +299,7 @@ def test_a_disk_that_fills_up_leaves_the_earlier_file(
         (["--output", "features.npy"], "either images or --texts"),
         (["photos", "--texts", "captions.txt", "--output", "features.npy"], "either images or --texts"),
         (["--texts", "captions.txt", "--output", "features.npy"], "captions.txt: not a readable UTF-8 text file"),
-        (["empty", "--output", "features.npy"], "empty: no pictures in this folder or below"),
+        (["empty", "--output", "features.npy"], "empty: no images in this folder or below"),
         (["absent", "--output", "features.npy"], "absent: no such file or folder"),
         (["photos", "--output", "features.npy", "--batch_size", "0"], "--batch_size 0 must be at least 1"),
         (["photos", "--output", "features.npy", "--devices", "0"], "devices"),
@@ -314,4 +315,4 @@ def test_what_embed_cannot_use_is_named(folder: Path, tiny_checkpoint: Path, wor
 
 def test_a_link_to_the_folder_itself_does_not_lead_round_in_circles(folder: Path) -> None:
     (folder / "photos/deep/round").symlink_to(folder / "photos")
-    assert len(find_images(["photos"])) == len(PICTURES)
+    assert len(find_images(["photos"])) == len(IMAGES)

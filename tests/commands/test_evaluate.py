@@ -22,7 +22,7 @@ from lit_clip import load_model, zero_shot_classifier
 from lit_clip.cli.subcommands import run_command
 from lit_clip.errors import InputError
 from lit_clip.evaluation.data import LabelledImages
-from lit_clip.evaluation.store import SetEncoder
+from lit_clip.evaluation.set_encoding import SetEncoder
 from tests.conftest import ROOT, lit_clip_command
 from tests.evaluation.test_clip_benchmark import CLASSES, TEMPLATES, write_shards
 
@@ -30,7 +30,7 @@ FOLDER = "datamodules.ImageFolderClasses"
 
 
 def noise(seed: int, label: int) -> Image.Image:
-    """A picture of noise whose colour tells its class a little."""
+    """An image of noise whose colour tells its class a little."""
     generator = np.random.default_rng((seed, label))
     pixels = generator.integers(0, 200, (40, 48, 3), dtype=np.uint8)
     pixels[..., label % 3] += np.uint8(20 + 15 * (label // 3))
@@ -40,11 +40,11 @@ def noise(seed: int, label: int) -> Image.Image:
 @pytest.fixture
 def root(tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A checkpoint, ``data/train`` and ``data/test`` of six classes, a suite of them and of a set that is not there."""
-    for split, pictures in (("train", 12), ("test", 5)):
+    for split, images in (("train", 12), ("test", 5)):
         for label, name in enumerate(CLASSES):
             folder = tmp_path / "data" / split / name
             folder.mkdir(parents=True)
-            for number in range(pictures):
+            for number in range(images):
                 noise(100 * number + len(split), label).save(folder / f"{number}.png")
     shutil.copy(tiny_checkpoint, tmp_path / "last.ckpt")
     write_suite(
@@ -100,7 +100,7 @@ def test_one_command_gives_the_numbers_of_plain_loops_and_says_what_is_missing(r
     assert sum(count for _, _, count in found["tasks"]["zero_shot"]["confusions"]) == int((~right).sum())
     errors = found["tasks"]["zero_shot"]["errors"]
     assert len(errors) == min(24, int((~right).sum()))
-    assert all(Image.open(root / "out" / error["picture"]).size == (48, 40) for error in errors)
+    assert all(Image.open(root / "out" / error["image"]).size == (48, 40) for error in errors)
     assert all(error["guess"] == error["nearest"][0][0] != error["truth"] for error in errors)
 
     probe = found["tasks"]["linear_probe"]
@@ -136,22 +136,22 @@ def test_what_is_finished_is_not_computed_again(root: Path, monkeypatch: pytest.
     plain = SetEncoder.predict_step
 
     def counted(self: SetEncoder, batch: Any, batch_idx: int) -> torch.Tensor:
-        calls["pictures"] += len(batch.rows)
+        calls["images"] += len(batch.rows)
         return plain(self, batch, batch_idx)
 
     monkeypatch.setattr(SetEncoder, "predict_step", counted)
     first = evaluate("--tasks", "zero_shot")
-    assert calls["pictures"] == 30
+    assert calls["images"] == 30
     again = evaluate("--tasks", "zero_shot", "linear_probe")
-    assert calls["pictures"] == 30 + 72  # another task needs the training pictures, and those of the test no more
+    assert calls["images"] == 30 + 72  # another task needs the training images, and those of the test no more
     assert again["sets"]["noise"]["tasks"]["zero_shot"] == first["sets"]["noise"]["tasks"]["zero_shot"]
     noise(7, 3).save("data/test/dog/0.png")
     evaluate("--tasks", "zero_shot", "linear_probe")
-    assert calls["pictures"] == 30 + 72 + 30  # a picture has changed
+    assert calls["images"] == 30 + 72 + 30  # an image has changed
 
 
 class Slow(LabelledImages):
-    """Pictures that take their time, and say in a file that they were read."""
+    """Images that take their time, and say in a file that they were read."""
 
     def __init__(self, root: str) -> None:
         self.log, self.class_names = Path(root) / "read.log", CLASSES
@@ -191,7 +191,7 @@ def test_interrupted_it_goes_on_where_it_was(root: Path) -> None:
     read = Counter(map(int, log.read_text().split()))
     errors = len(json.loads((root / "out/results.json").read_text())["sets"]["slow"]["tasks"]["zero_shot"]["errors"])
     assert set(read) == set(range(60))
-    again = sum(read.values()) - 60 - errors  # the pictures of errors are opened once more, to show them
+    again = sum(read.values()) - 60 - errors  # the images of errors are opened once more, to show them
     assert 0 <= again <= 4  # the batch that was being read
 
 
@@ -218,8 +218,8 @@ def test_told_to_end_two_processes_do_and_go_on_later(root: Path) -> None:
     assert set(map(int, log.read_text().split())) == set(range(60))
 
 
-def test_a_broken_picture_ends_its_set_with_its_name_or_is_counted(root: Path) -> None:
-    Path("data/test/cat/2.png").write_bytes(b"no picture")
+def test_a_broken_image_ends_its_set_with_its_name_or_is_counted(root: Path) -> None:
+    Path("data/test/cat/2.png").write_bytes(b"no image")
     suite = yaml.safe_load(Path("suite.yaml").read_text())["sets"]
     suite["train_only"] = {"data": {"class_path": FOLDER, "init_args": {"root": "train"}}}
     write_suite(root, **suite)
@@ -284,7 +284,7 @@ def test_imagenets_accuracy_among_the_classes_of_another_set_tells_how_robust_a_
     )
     found = evaluate()["sets"]
     metrics = found["imagenet"]["tasks"]["zero_shot"]["metrics"]
-    # The same pictures among the same names: what ImageNet-A is here.
+    # The same images among the same names: what ImageNet-A is here.
     assert metrics["top1/ImageNet-A"] == found["imagenet_a"]["tasks"]["zero_shot"]["metrics"]["top1"]
     assert 0 < metrics["top1/ImageNet-A"] < 1
     assert metrics["top1"] < metrics["top1/ImageNet-A"]  # among a thousand names it is harder
@@ -312,7 +312,7 @@ def test_options_that_cannot_be_are_refused_before_anything_is_read(root: Path) 
 
 
 def test_clip_benchmark_finds_the_same_accuracy_and_recall(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the last picture; the sets are in its own format."""
+    """To the last image; the sets are in its own format."""
     pytest.importorskip("clip_benchmark")
     from clip_benchmark.datasets.builder import build_dataset
     from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
@@ -322,15 +322,15 @@ def test_clip_benchmark_finds_the_same_accuracy_and_recall(root: Path, monkeypat
 
     number: Any = lambda x: float(x.item() if hasattr(x, "item") else x)  # noqa: E731
     monkeypatch.setattr(zeroshot_classification, "float", number, raising=False)  # for numpy 2.4
-    pictures = [noise(i, i % 6) for i in range(30)]
+    images = [noise(i, i % 6) for i in range(30)]
     model = load_model("last.ckpt")
     with torch.no_grad():  # labels of which about half are what the model says
         classifier = zero_shot_classifier(model, CLASSES, TEMPLATES)
-        guesses = [int((model.encode_image(model.preprocess(p)[None]) @ classifier).argmax()) for p in pictures]
+        guesses = [int((model.encode_image(model.preprocess(p)[None]) @ classifier).argmax()) for p in images]
     labels = [guess if i % 2 else (guess + i) % len(CLASSES) for i, guess in enumerate(guesses)]
-    captions = [[f"picture {i} of {i * i % 7}", f"{CLASSES[i % 6]} number {i}"][: 1 + i % 2] for i in range(30)]
-    write_shards(root / "data/labelled", pictures, labels, [])
-    write_shards(root / "data/captioned", pictures, None, captions)
+    captions = [[f"image {i} of {i * i % 7}", f"{CLASSES[i % 6]} number {i}"][: 1 + i % 2] for i in range(30)]
+    write_shards(root / "data/labelled", images, labels, [])
+    write_shards(root / "data/captioned", images, None, captions)
     reader = "datamodules.evaluation.WebDataset"
     write_suite(
         root,

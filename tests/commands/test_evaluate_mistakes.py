@@ -75,9 +75,9 @@ def test_names_that_yaml_takes_for_numbers_are_texts_and_no_arguments_are_none(t
     assert entry.data["init_args"] == {}
 
 
-def test_a_batch_of_which_no_picture_can_be_read_is_counted_like_any_other(root: Path) -> None:
+def test_a_batch_of_which_no_image_can_be_read_is_counted_like_any_other(root: Path) -> None:
     for broken in ("ant/0", "cat/2"):
-        (Path("data/test") / broken).with_suffix(".png").write_bytes(b"no picture")
+        (Path("data/test") / broken).with_suffix(".png").write_bytes(b"no image")
     with pytest.raises(InputError, match=r"noise: .*ant/0\.png.*mend or remove it, or set --on_error skip$"):
         run_command(words(*ZERO_SHOT, "--batch_size", "2"))
     found = evaluate(*ZERO_SHOT, "--on_error", "skip", "--batch_size", "1")["sets"]["noise"]
@@ -94,14 +94,14 @@ def test_splits_with_other_classes_are_not_mixed_up(root: Path) -> None:
 def test_a_task_that_is_not_possible_leaves_the_others(root: Path) -> None:
     suite = {"data": {"class_path": FOLDER}, "splits": {"train": {"root": "train"}, "test": {"root": "test"}}}
     write_suite(root, noise=suite | {"tasks": ["geolocation", "bias", "zero_shot"]})
-    with pytest.raises(InputError, match="where its pictures were taken.*tells of no groups"):
+    with pytest.raises(InputError, match="where its images were taken.*tells of no groups"):
         run_command(words())
     found = json.loads(Path("out/results.json").read_text())["sets"]["noise"]
     assert (found["status"], list(found["tasks"])) == ("failed", ["zero_shot"])
 
 
-def test_pictures_without_a_class_cannot_be_learnt_from(root: Path) -> None:
-    captions = [[f"picture {number}"] for number in range(20)]
+def test_images_without_a_class_cannot_be_learnt_from(root: Path) -> None:
+    captions = [[f"image {number}"] for number in range(20)]
     write_shards(root / "data/captioned", [noise(number, 0) for number in range(20)], None, captions)
     shutil.copytree("data/captioned/test", "data/captioned/train")
     reader = {"class_path": "datamodules.evaluation.WebDatasetCaptions", "init_args": {"root": "captioned"}}
@@ -130,7 +130,7 @@ def test_labels_and_captions_that_have_changed_are_evaluated_anew(root: Path) ->
 
 
 def test_sets_whose_files_are_alike_but_for_their_contents_have_features_of_their_own(root: Path) -> None:
-    """As archives leave uncompressed pictures: equal names, sizes and times."""
+    """As archives leave uncompressed images: equal names, sizes and times."""
     for number, name in enumerate(("one", "other")):
         for label, class_name in enumerate(CLASSES):
             path = root / "data" / name / class_name / "0.bmp"
@@ -167,19 +167,19 @@ def test_what_is_damaged_is_made_anew(root: Path, damage: Callable[[], Any]) -> 
 
 def test_another_run_with_the_same_cache_may_be_quicker(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, plain = load_model("last.ckpt"), store.encode
-    pictures = ImageFolderClasses("data/test")
+    images = ImageFolderClasses("data/test")
     ours, theirs = (FeatureStore(model, root / "cache", Settings(num_workers=0, accelerator="cpu")) for _ in range(2))
 
     def overtaken(*arguments: Any, **options: Any) -> Any:
         bad = plain(*arguments, **options)
         monkeypatch.setattr(store, "encode", plain)
-        theirs.compute(pictures, "theirs")
+        theirs.compute(images, "theirs")
         return bad
 
     monkeypatch.setattr(store, "encode", overtaken)
-    ours.compute(pictures, "ours")
-    assert len(ours.read(pictures).after) == 30
-    assert [path.name for path in (root / "cache").iterdir()] == [ours.path(pictures).name]
+    ours.compute(images, "ours")
+    assert len(ours.read(images).after) == 30
+    assert [path.name for path in (root / "cache").iterdir()] == [ours.path(images).name]
 
 
 def test_two_processes_of_which_one_cannot_write_do_not_wait_for_each_other(root: Path) -> None:
@@ -253,5 +253,5 @@ def test_a_model_that_gives_no_numbers_is_said_to(root: Path) -> None:
     torch.save(saved, "last.ckpt")
     found = evaluate(*ZERO_SHOT)["sets"]["noise"]
     assert found["tasks"]["zero_shot"]["value"] == 0
-    assert found["reason"].startswith("features of 30 pictures are no numbers")
+    assert found["reason"].startswith("features of 30 images are no numbers")
     assert "no numbers" in Path("out/report.html").read_text(encoding="utf-8")

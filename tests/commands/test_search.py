@@ -15,18 +15,18 @@ from PIL import Image
 import lit_clip.commands.search
 from lit_clip import LitCLIP, load_model
 from lit_clip.cli.subcommands import run_command
-from lit_clip.commands.search import INDEX, nearest
 from lit_clip.embedding.encode import Encoder
-from lit_clip.embedding.image_files import Batch
+from lit_clip.embedding.index import INDEX, nearest
 from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig
+from lit_clip.tools.images import Batch
 
 Search = Callable[..., tuple[list[tuple[str, float]], list[str]]]
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder ``photos`` with five pictures of noise, in the current folder."""
+    """A folder ``photos`` with five images of noise, in the current folder."""
     noise = np.random.default_rng(0)
     for name in ("a.png", "b.png", "deep/c & <i>.png", "d[red].png", "e.png"):
         path = tmp_path / "photos" / name
@@ -39,7 +39,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def search(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Search:
-    """Run a search -> the pictures found with their scores, and the keys of those that were encoded for it."""
+    """Run a search -> the images found with their scores, and the keys of those that were encoded for it."""
     step = Encoder.predict_step
 
     def run(*words: str) -> tuple[list[tuple[str, float]], list[str]]:
@@ -129,7 +129,7 @@ def test_the_index_keeps_up_with_the_folder(folder: Path, tiny_checkpoint: Path,
     assert "e.png" not in dict(mixed)
 
 
-def test_a_folder_with_a_picture_less_needs_no_encoding(folder: Path, tiny_checkpoint: Path, search: Search) -> None:
+def test_a_folder_with_a_image_less_needs_no_encoding(folder: Path, tiny_checkpoint: Path, search: Search) -> None:
     words = ["photos", "kite", "--model", str(tiny_checkpoint)]
     first, _ = search(*words)
     (folder / "photos/e.png").unlink()
@@ -188,7 +188,7 @@ def test_faiss_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_missing_faiss_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lit_clip.commands.search, "MOST_ROWS", 3)
     monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(InputError, match=r"4 pictures: more than 3 need faiss: .*\[search\]"):
+    with pytest.raises(InputError, match=r"4 images: more than 3 need faiss: .*\[search\]"):
         nearest(np.eye(4, dtype=np.float32), np.eye(4, dtype=np.float32)[:1], 2)
 
 
@@ -206,24 +206,24 @@ def test_the_page_shows_every_hit_and_fetches_nothing(folder: Path, tiny_checkpo
         head, _, data = (attributes["src"] or "").partition(",")
         assert head == "data:image/jpeg;base64"
         thumbnail = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"), dtype=float)
-        picture = np.asarray(Image.open(folder / "photos" / key).convert("RGB"), dtype=float)
-        assert np.abs(thumbnail.mean((0, 1)) - picture.mean((0, 1))).max() < 5
+        image = np.asarray(Image.open(folder / "photos" / key).convert("RGB"), dtype=float)
+        assert np.abs(thumbnail.mean((0, 1)) - image.mean((0, 1))).max() < 5
     addresses = [value for _, attributes in page.tags for key, value in attributes.items() if key in ("src", "href")]
     assert all((address or "").startswith("data:") for address in addresses)
     assert "url(" not in (folder / "page.html").read_text(encoding="utf-8")
 
 
-def test_a_transparent_picture_is_shown_on_white(tmp_path: Path) -> None:
+def test_a_transparent_image_is_shown_on_white(tmp_path: Path) -> None:
     Image.new("RGBA", (20, 10), (0, 0, 0, 0)).save(tmp_path / "clear.png")
     thumbnail = Image.open(io.BytesIO(base64.b64decode(lit_clip.commands.search._thumbnail(tmp_path / "clear.png"))))
     assert thumbnail.size == (20, 10)
     assert np.asarray(thumbnail).min() > 250
 
 
-def test_a_bad_picture_is_named_or_skipped(folder: Path, tiny_checkpoint: Path, search: Search) -> None:
+def test_a_bad_image_is_named_or_skipped(folder: Path, tiny_checkpoint: Path, search: Search) -> None:
     (folder / "photos/bad.png").write_text("junk")
     words = ["photos", "kite", "--model", str(tiny_checkpoint)]
-    with pytest.raises(InputError, match=r"photos/bad.png: cannot read this picture"):
+    with pytest.raises(InputError, match=r"photos/bad.png: cannot read this image"):
         search(*words)
     found, encoded = search(*words, "--on_error", "skip")
     assert encoded == []  # the run that failed has kept the others
@@ -237,7 +237,7 @@ def test_a_bad_picture_is_named_or_skipped(folder: Path, tiny_checkpoint: Path, 
         (["photos"], "nothing to search for"),
         (["absent", "kite"], "absent: no such folder"),
         (["photos/a.png", "kite"], "photos/a.png: no such folder"),
-        (["empty", "kite"], "empty: no pictures"),
+        (["empty", "kite"], "empty: no images"),
         (["photos", "kite", "--image", "absent.png"], "absent.png: no such file"),
         (["photos", "kite", "--sheet", "absent/page.html"], "--sheet absent/page.html: there is no such folder"),
         (["photos", "kite", "--index", "absent/index.npz"], "absent.*--index"),
@@ -247,8 +247,8 @@ def test_a_bad_picture_is_named_or_skipped(folder: Path, tiny_checkpoint: Path, 
 )
 def test_what_search_cannot_use_is_named(folder: Path, tiny_checkpoint: Path, words: list[str], message: str) -> None:
     (folder / "empty").mkdir()
-    picture = (folder / "photos/a.png").read_bytes()
+    image = (folder / "photos/a.png").read_bytes()
     with pytest.raises(InputError, match=message):
         run_command(["search", *words, "--model", str(tiny_checkpoint), "--num_workers", "0"])
-    assert (folder / "photos/a.png").read_bytes() == picture
+    assert (folder / "photos/a.png").read_bytes() == image
     assert not (folder / "search.html").exists()

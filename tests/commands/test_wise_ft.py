@@ -1,4 +1,4 @@
-"""WiSE-FT: its ends are the two checkpoints, its middle is theirs, and it reads every picture once."""
+"""WiSE-FT: its ends are the two checkpoints, its middle is theirs, and it reads every image once."""
 
 import copy
 import re
@@ -15,7 +15,7 @@ from sklearn.metrics import accuracy_score
 
 import lit_clip
 from lit_clip.cli import subcommands
-from lit_clip.commands.wise_ft import Line, best_alpha, evaluate_line, read_sets, save, wise_ft
+from lit_clip.commands.wise_ft import InterpolatedModels, best_alpha, evaluate_line, read_sets, save, wise_ft
 from lit_clip.errors import InputError
 from lit_clip.evaluation.zero_shot import LabelledImages, ZeroShotSet, zero_shot_classifier
 from lit_clip.models.clip import CLIP
@@ -26,21 +26,21 @@ ALPHAS = [0.0, 0.25, 1.0]
 
 
 class Noise(LabelledImages):
-    """Pictures of noise with random labels, which count how often they are read."""
+    """Images of noise with random labels, which count how often they are read."""
 
     def __init__(self, size: int, seed: int) -> None:
         generator = np.random.default_rng(seed)
-        self.pictures = [Image.fromarray(generator.integers(0, 256, (40, 36, 3), np.uint8)) for _ in range(size)]
+        self.images = [Image.fromarray(generator.integers(0, 256, (40, 36, 3), np.uint8)) for _ in range(size)]
         self.numbers = generator.integers(0, 3, size).tolist()
         self.class_names = ["one", "two", "three"]
         self.read = 0
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         self.read += 1
-        return self.pictures[index], self.numbers[index]
+        return self.images[index], self.numbers[index]
 
     def labels(self) -> list[int]:
         return self.numbers
@@ -57,7 +57,7 @@ def models(tiny_config: CLIPConfig, tmp_path: Path) -> tuple[CLIP, CLIP]:
 
 def test_the_ends_are_the_two_models_to_the_bit_and_the_middle_is_between(models: tuple[CLIP, CLIP]) -> None:
     before, after = models
-    line = Line(before, after)
+    line = InterpolatedModels(before, after)
     for alpha, end in ((0, before), (1, after), (0, before)):  # and back again
         for name, value in line.at(alpha).state_dict().items():
             assert torch.equal(value, end.state_dict()[name]), name
@@ -67,9 +67,9 @@ def test_the_ends_are_the_two_models_to_the_bit_and_the_middle_is_between(models
         torch.testing.assert_close(value, expected, rtol=0, atol=1e-6)
 
 
-def test_each_alpha_has_the_accuracy_of_its_model_and_each_picture_is_read_once(models: tuple[CLIP, CLIP]) -> None:
+def test_each_alpha_has_the_accuracy_of_its_model_and_each_image_is_read_once(models: tuple[CLIP, CLIP]) -> None:
     sets = {"target": ZeroShotSet(Noise(23, 0)), "other": ZeroShotSet(Noise(11, 1), ["{}", "{} again"])}
-    line = Line(*models)
+    line = InterpolatedModels(*models)
     results = evaluate_line(line, sets, ALPHAS, batch_size=5)
     for name, zero_shot_set in sets.items():
         images: Any = zero_shot_set.images
@@ -78,7 +78,7 @@ def test_each_alpha_has_the_accuracy_of_its_model_and_each_picture_is_read_once(
             model = line.at(alpha)
             with torch.no_grad():
                 classifier = zero_shot_classifier(model, images.class_names, zero_shot_set.templates)
-                pixels = torch.stack([model.preprocess(picture) for picture in images.pictures])
+                pixels = torch.stack([model.preprocess(image) for image in images.images])
                 guesses = (model.encode_image(pixels, normalize=True) @ classifier).argmax(dim=1)
             expected = accuracy_score(images.labels(), guesses.numpy())
             assert results[name][alpha] == pytest.approx(expected, abs=1e-6), (name, alpha)
@@ -119,7 +119,7 @@ def test_the_command_prints_the_line_and_writes_a_checkpoint_that_everything_rea
     assert "pets (target)" in result.stdout
     assert "chosen: alpha 0.25" in result.stdout
     chosen = lit_clip.load_model(tmp_path / "chosen.ckpt")
-    for name, value in Line(*models).at(0.25).state_dict().items():
+    for name, value in InterpolatedModels(*models).at(0.25).state_dict().items():
         torch.testing.assert_close(chosen.state_dict()[name], value, rtol=0, atol=1e-6)
     LitCLIP.load_from_checkpoint(tmp_path / "chosen.ckpt")
     tokens, pixels = chosen.tokenize(["a cat"]), torch.randn(2, 3, 32, 32)
@@ -167,7 +167,7 @@ def test_models_that_differ_are_refused(models: tuple[CLIP, CLIP]) -> None:
     other = copy.deepcopy(models[0].config)
     other.preprocessing = Preprocessing(image_size=32, mean=(0.5, 0.5, 0.5))
     with pytest.raises(InputError, match=r"after is of another architecture than before: preprocessing.mean"):
-        Line(models[0], CLIP(other))
+        InterpolatedModels(models[0], CLIP(other))
 
 
 def test_an_unknown_entry_of_a_sets_file_is_named(tmp_path: Path) -> None:

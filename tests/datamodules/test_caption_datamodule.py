@@ -14,7 +14,7 @@ from torch import Tensor
 
 from datamodules import Augmentation, Captions
 from datamodules.caption_datamodule import TrainingPairs
-from datamodules.loading.sampling import Sample
+from datamodules.loading.sampling import TrainingSample
 from lit_clip.batch import CaptionBatch
 from lit_clip.errors import InputError
 from lit_clip.models.clip import CLIP
@@ -34,7 +34,7 @@ IDS = {  # of OpenAI's vocabulary
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """21 pictures of noise in several shapes, captions repeating every three rows."""
+    """21 images of noise in several shapes, captions repeating every three rows."""
     folder = tmp_path_factory.mktemp("noise")
     rng = np.random.default_rng(0)
     for i in range(ROWS):
@@ -70,7 +70,7 @@ def same_pixels(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_a_batch_is_uint8_pictures_tokens_without_needless_padding_and_keys(table: Path) -> None:
+def test_a_batch_is_uint8_images_tokens_without_needless_padding_and_keys(table: Path) -> None:
     module = data_module(table)
     assert module.steps_per_epoch == ROWS // 4
     for batch in [*epoch_of(module), *module.val_dataloader()]:
@@ -123,10 +123,10 @@ def test_the_pixels_of_a_sample_differ_between_epochs_and_seeds(table: Path) -> 
     square = Augmentation(crop_scale=(0.3, 1.0), color_jitter=0.2).transform(SHORT)
     one, two = TrainingPairs(source, square, seed=0), TrainingPairs(source, square, seed=1)
     for row in range(ROWS):
-        first = one[Sample(0, row)].image
-        assert torch.equal(one[Sample(0, row)].image, first)
-        assert not torch.equal(one[Sample(1, row)].image, first)
-        assert not torch.equal(two[Sample(0, row)].image, first)
+        first = one[TrainingSample(0, row)].image
+        assert torch.equal(one[TrainingSample(0, row)].image, first)
+        assert not torch.equal(one[TrainingSample(1, row)].image, first)
+        assert not torch.equal(two[TrainingSample(0, row)].image, first)
 
 
 def test_augmenting_a_sample_leaves_global_random_states_alone(table: Path) -> None:
@@ -135,7 +135,7 @@ def test_augmenting_a_sample_leaves_global_random_states_alone(table: Path) -> N
     pairs = TrainingPairs(source, Augmentation(color_jitter=0.2, grayscale=0.5).transform(SHORT), seed=0)
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
     for row in range(ROWS):
-        pairs[Sample(0, row)]
+        pairs[TrainingSample(0, row)]
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
     assert np.array_equal(np.random.get_state()[1], before[2])  # noqa: NPY002
@@ -160,9 +160,9 @@ def test_validation_pixels_are_what_the_model_preprocesses_before_it_normalises(
     model.preprocessing = preprocessing
     module = data_module(table, preprocessing=preprocessing)
     for key, image in pixels_by_key(list(module.val_dataloader())).items():
-        with Image.open(table.parent / key) as picture:
-            assert torch.equal(image, pixels(preprocessing)(picture))
-            assert torch.equal(normalize(image, preprocessing), model.preprocess(picture))
+        with Image.open(table.parent / key) as photo:
+            assert torch.equal(image, pixels(preprocessing)(photo))
+            assert torch.equal(normalize(image, preprocessing), model.preprocess(photo))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
@@ -240,12 +240,12 @@ def test_overfitting_a_batch_sees_the_same_batch_every_epoch(table: Path) -> Non
 
 
 def gradients_of(width: int, height: int, image_size: int, draws: int) -> np.ndarray:
-    """Crops of a picture whose red is 2 x and whose green is 2 y: ``[draws, 4]`` left, top, width, height in pixels."""
+    """Crops of an image whose red is 2 x and whose green is 2 y: ``[draws, 4]`` left, top, width, height in pixels."""
     assert 2 * max(width, height) <= 256
-    picture = np.zeros((height, width, 3), np.uint8)
-    picture[..., 0], picture[..., 1] = 2 * np.arange(width), 2 * np.arange(height)[:, None]
+    photo = np.zeros((height, width, 3), np.uint8)
+    photo[..., 0], photo[..., 1] = 2 * np.arange(width), 2 * np.arange(height)[:, None]
     transform = Augmentation().transform(Preprocessing(image_size=image_size, interpolation="bilinear"))
-    image, crops = Image.fromarray(picture), []
+    image, crops = Image.fromarray(photo), []
     for _ in range(draws):
         crop = transform(image).double().numpy() / 2
         steps = np.arange(image_size)[3:-3]  # resampling flattens the ends
@@ -294,7 +294,7 @@ def test_colour_jitter_changes_colours_within_its_bounds() -> None:
     assert 110 < max(values) < 122
 
 
-def test_transparent_pictures_are_what_published_models_have_seen(tmp_path: Path) -> None:
+def test_transparent_images_are_what_published_models_have_seen(tmp_path: Path) -> None:
     """Pillow's RGB: what lies underneath shows, in training as in evaluation."""
     Image.new("RGBA", (40, 40), (200, 0, 0, 0)).save(tmp_path / "a.png")
     (tmp_path / "t.csv").write_text("image,caption\na.png,a\n")

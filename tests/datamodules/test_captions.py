@@ -17,7 +17,7 @@ from lit_clip.models.tokenizer import Tokenize
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two tables of 30 and 10 pairs, and a folder of 6 pictures with texts."""
+    """Two tables of 30 and 10 pairs, and a folder of 6 images with texts."""
     for name, size in (("a", 30), ("b", 10)):
         lines = ["image,caption"]
         for i in range(size):

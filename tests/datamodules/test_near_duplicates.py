@@ -11,27 +11,27 @@ from datamodules.near_duplicates import NEAR_BITS, NEAR_COLOUR, Groups, look_ali
 
 
 def landscape(seed: int, width: int = 640, height: int = 480) -> Image.Image:
-    """A picture of smooth patches of colour, as photographs are."""
+    """An image of smooth patches of colour, as photographs are."""
     coarse = np.random.default_rng(seed).integers(0, 256, (7, 8, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def as_jpeg(picture: Image.Image, quality: int) -> Image.Image:
+def as_jpeg(image: Image.Image, quality: int) -> Image.Image:
     data = io.BytesIO()
-    picture.save(data, "JPEG", quality=quality)
+    image.save(data, "JPEG", quality=quality)
     return Image.open(io.BytesIO(data.getvalue()))
 
 
-def groups_of(*pictures: Image.Image) -> list[list[int]]:
-    looks = [look_of(picture) for picture in pictures]
+def groups_of(*images: Image.Image) -> list[list[int]]:
+    looks = [look_of(image) for image in images]
     bits, colours = np.array([look.bits for look in looks], np.uint64), np.array([look.colour for look in looks], "u4")
     return [group.tolist() for group in look_alikes(bits, colours).largest]
 
 
-def test_the_hash_says_where_a_picture_gets_brighter() -> None:
-    picture = landscape(0)
-    look = look_of(picture)
-    small = picture.resize((9, 8), Image.Resampling.BOX)
+def test_the_hash_says_where_a_image_gets_brighter() -> None:
+    image = landscape(0)
+    look = look_of(image)
+    small = image.resize((9, 8), Image.Resampling.BOX)
     grey = [[small.convert("L").getpixel((x, y)) for x in range(9)] for y in range(8)]
     bits = "".join("1" if row[x + 1] - row[x] > 2 else "0" for row in grey for x in range(8))  # pyright: ignore[reportOperatorIssue, reportOptionalOperand]  # grey levels are numbers
     assert f"{look.bits:064b}" == bits
@@ -41,14 +41,14 @@ def test_the_hash_says_where_a_picture_gets_brighter() -> None:
     assert not look.plain
 
 
-def test_scaled_and_compressed_copies_are_found_among_other_pictures() -> None:
-    pictures = [landscape(seed) for seed in range(6)]
-    small = as_jpeg(pictures[2].resize((320, 240)), 60)
-    grey_copy = as_jpeg(pictures[4], 30)
-    assert groups_of(*pictures, small, grey_copy, small.convert("CMYK")) == [[2, 6, 8], [4, 7]]
+def test_scaled_and_compressed_copies_are_found_among_other_images() -> None:
+    images = [landscape(seed) for seed in range(6)]
+    small = as_jpeg(images[2].resize((320, 240)), 60)
+    grey_copy = as_jpeg(images[4], 30)
+    assert groups_of(*images, small, grey_copy, small.convert("CMYK")) == [[2, 6, 8], [4, 7]]
 
 
-def test_pictures_that_differ_in_colour_alone_do_not_look_the_same() -> None:
+def test_images_that_differ_in_colour_alone_do_not_look_the_same() -> None:
     shapes = np.random.default_rng(0).integers(0, 2, (8, 9), dtype=np.uint8)
     red, blue = (np.zeros((8, 9, 3), dtype=np.uint8) for _ in range(2))
     red[..., 0], blue[..., 2] = 255 * shapes, 255 * shapes
@@ -57,11 +57,11 @@ def test_pictures_that_differ_in_colour_alone_do_not_look_the_same() -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "1", "P", "LA", "RGBA", "I;16", "I", "F"])
-def test_a_picture_of_one_colour_is_plain_in_any_mode(mode: str) -> None:
+def test_a_image_of_one_colour_is_plain_in_any_mode(mode: str) -> None:
     assert look_of(Image.new(mode, (50, 40), 1)).plain
     halves = Image.new("L", (90, 40))
     halves.paste(255, (0, 0, 45, 40))
-    if mode not in ("I;16", "I", "F"):  # nothing makes those of an 8-bit picture
+    if mode not in ("I;16", "I", "F"):  # nothing makes those of an 8-bit image
         assert not look_of(halves.convert(mode)).plain
 
 
@@ -81,7 +81,7 @@ def test_groups_are_those_of_comparing_all_pairs() -> None:
     random = np.random.default_rng(1)
     seeds = random.integers(0, 2**64, 12, dtype=np.uint64)
     bits, colours = [], []
-    for i in range(150):  # each of a few pictures again and again, with up to three bits and some colour changed
+    for i in range(150):  # each of a few images again and again, with up to three bits and some colour changed
         value = int(seeds[random.integers(12)])
         for bit in random.integers(0, 64, random.integers(4)):
             value ^= 1 << int(bit)

@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 from datamodules import CaptionDataModule
+from datamodules.open_source import open_source
 from datamodules.pairs.mixture import Concatenated
-from datamodules.pairs.source import PairSource, Rows, open_source
+from datamodules.pairs.source import PairSource, Rows
 from lit_clip.batch import CaptionBatch
 from lit_clip.errors import InputError
 from lit_clip.models.config import Preprocessing
@@ -25,7 +26,7 @@ PAIRS = 200
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """200 pictures of noise with a text beside each, and tables of them in which nothing but the format differs."""
+    """200 images of noise with a text beside each, and tables of them in which nothing but the format differs."""
     root = tmp_path_factory.mktemp("pairs")
     rng = np.random.default_rng(0)
     rows = []
@@ -33,14 +34,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         name = f"{'ab'[i // 100]}/{i:03}.png"
         (root / name).parent.mkdir(exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (9 + i % 4, 12, 3), dtype=np.uint8)).save(root / name)
-        rows.append((name, f"picture {i}; of {i % 7} cats, é"))
+        rows.append((name, f"image {i}; of {i % 7} cats, é"))
         (root / name).with_suffix(".txt").write_text(rows[-1][1], encoding="utf-8")
     for name, delimiter, encoding in (("c.csv", ",", "utf-8"), ("s.csv", ";", "utf-8"), ("t.tsv", "\t", "utf-8-sig")):
         lines = [delimiter.join(["image", "caption"]), *(f'{image}{delimiter}"{text}"' for image, text in rows)]
         (root / name).write_text("\n".join(lines), encoding=encoding)
     objects = [{"image": image, "caption": text} for image, text in rows]
     (root / "l.jsonl").write_text("\n".join(map(json.dumps, objects)), encoding="utf-8")
-    (root / "parquet").mkdir()  # in a folder of its own: one with parquet files is no folder of pictures
+    (root / "parquet").mkdir()  # in a folder of its own: one with parquet files is no folder of images
     pq.write_table(pa.Table.from_pylist(objects), root / "parquet/p.parquet", row_group_size=70)
     for part in "ab":
         shutil.copytree(root / part, root / "parquet" / part, ignore=shutil.ignore_patterns("*.txt"))
@@ -98,7 +99,7 @@ def test_options_that_a_source_does_not_have_are_refused(folder: Path) -> None:
         open_source(folder, caption_column="text")
 
 
-def test_a_folder_of_pictures_with_a_metadata_file_is_that_table(tmp_path: Path) -> None:
+def test_a_folder_of_images_with_a_metadata_file_is_that_table(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "one of Hugging Face\'s folders"}')
     assert open_source(tmp_path).captions(0) == ["one of Hugging Face's folders"]
@@ -110,11 +111,11 @@ def test_a_list_of_tables_is_one_source_after_the_other(folder: Path, tmp_path: 
     same = open_source([folder / "c.csv", folder / "l.jsonl"])
     assert isinstance(same, Concatenated)
     assert len(same) == 2 * PAIRS
-    assert same.load(3, None).key == same.load(203, None).key == "a/003.png"  # one picture, as both start in one folder
+    assert same.load(3, None).key == same.load(203, None).key == "a/003.png"  # one image, as both start in one folder
     apart = open_source([folder / "c.csv", other])
     assert len(apart) == PAIRS + 2
     assert [apart.load(row, None)[1:3] for row in (3, 200)] == [
-        ("picture 3; of 3 cats, é", "0:a/003.png"),
+        ("image 3; of 3 cats, é", "0:a/003.png"),
         ("another", f"1:{folder}/a/003.png"),
     ]
     assert apart.captions(201) == ["lost"]
@@ -135,11 +136,11 @@ def test_a_source_of_some_rows_keeps_the_order_of_the_whole(folder: Path) -> Non
     assert [some.load(i, None).key for i in range(3)] == ["a/001.png", "a/005.png", "b/150.png"]
     assert some.order(0, 0).tolist() == [2, 1, 0]
     assert some.order(2, 0).tolist() == [0, 2, 1]  # rows 1 and 0 come first then
-    assert some.captions(2) == ["picture 150; of 3 cats, é"]
+    assert some.captions(2) == ["image 150; of 3 cats, é"]
     assert some.read(2).image == (folder / "b/150.png").read_bytes()
 
 
-def test_a_division_is_all_of_the_pictures_once(folder: Path) -> None:
+def test_a_division_is_all_of_the_images_once(folder: Path) -> None:
     train, val = open_source(folder).divide(0.25, seed=3)
     keys = [[source.read(i).key for i in range(len(source))] for source in (train, val)]
     assert [len(part) for part in keys] == [150, 50]

@@ -170,7 +170,7 @@ def test_a_cache_that_lacks_a_drawing_is_completed(few: list[Emoji], color: np.n
     assert np.array_equal(_read(paths), color[: len(few)])
 
 
-def test_drawing_that_is_killed_leaves_no_half_picture(
+def test_drawing_that_is_killed_leaves_no_half_image(
     few: list[Emoji], color: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved: list[Path] = []
@@ -249,8 +249,8 @@ def test_validation_captions_are_the_plain_names_and_keys_the_code_points(
     assert ascii_names > 100
     source: Any = module.val_source
     for index in (0, 63, 163):
-        picture = source.load(index, None).image
-        assert np.array_equal(np.asarray(picture), color[ROW[expected[index].name]])
+        image = source.load(index, None).image
+        assert np.array_equal(np.asarray(image), color[ROW[expected[index].name]])
 
 
 def test_training_captions_say_the_name_the_name_with_tags_or_the_groups(drawings_cache: Path) -> None:

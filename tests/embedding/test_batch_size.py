@@ -14,9 +14,10 @@ from torch import Tensor
 
 from lit_clip import load_model
 from lit_clip.cli.subcommands import command_parser, run_command
+from lit_clip.commands.embed import embed
 from lit_clip.embedding import batch_size
 from lit_clip.embedding.batch_size import Choice, Trial, fastest_batch_size, image_batch_size
-from lit_clip.embedding.encode import embed, start_processes
+from lit_clip.embedding.encode import start_processes
 from lit_clip.errors import InputError
 from lit_clip.evaluation.store import FeatureStore, Settings
 from lit_clip.tools import hardware
@@ -180,7 +181,7 @@ def test_workers_all_have_a_batch_and_room_for_two(
     assert image_batch_size(model, trainer, num_workers=0) == 64
     assert "64 is the most: no larger batch is tried" in capsys.readouterr().err
     assert image_batch_size(model, trainer, num_workers=4, images=70) == 16  # 17 each
-    assert "17 is the most: there are 70 pictures for 4 to read" in capsys.readouterr().err
+    assert "17 is the most: there are 70 images for 4 to read" in capsys.readouterr().err
     assert image_batch_size(model, trainer, num_workers=4, images=3) == 1
     monkeypatch.setattr(hardware, "available_to_workers", lambda: 2 * (3 * 32 * 32 * 4) * 40)  # half is for others
     assert image_batch_size(model, trainer, num_workers=0) == 64
@@ -196,12 +197,12 @@ def test_workers_all_have_a_batch_and_room_for_two(
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """40 pictures of noise and as many texts."""
+    """40 images of noise and as many texts."""
     noise = np.random.default_rng(0)
     (tmp_path / "photos").mkdir()
     for number in range(40):
-        picture = Image.fromarray(noise.integers(0, 256, (40, 40, 3), dtype=np.uint8))
-        picture.save(tmp_path / f"photos/{number}.png")
+        image = Image.fromarray(noise.integers(0, 256, (40, 40, 3), dtype=np.uint8))
+        image.save(tmp_path / f"photos/{number}.png")
     (tmp_path / "texts.txt").write_text("\n".join(f"{'very ' * (n % 7)}small cat {n}" for n in range(40)))
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -245,9 +246,9 @@ def test_an_evaluation_tries_once_and_has_the_same_features(
     for size in (7, "auto"):
         store = FeatureStore(model, tmp_path / str(size), Settings(size, num_workers=0, accelerator="cpu"))
         store.start()
-        for number, pictures in enumerate(sets):
-            store.compute(pictures, f"{number}")
-        found.append([store.read(pictures) for pictures in sets])
+        for number, images in enumerate(sets):
+            store.compute(images, f"{number}")
+        found.append([store.read(images) for images in sets])
     assert capsys.readouterr().err.count("--batch_size ") == 1
     for ours, theirs in zip(*found, strict=True):
         assert np.abs(ours.after - theirs.after).max() < 1e-6

@@ -1,4 +1,4 @@
-"""The bias probes against counts made by hand, pictures of six people."""
+"""The bias probes against counts made by hand, images of six people."""
 
 import json
 from typing import Any
@@ -30,7 +30,7 @@ def scores_of(probe: str, guesses: list[str], second: list[str] | None = None) -
 
 
 def counts_of(cells: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    """Of each group how many, and of how many pictures."""
+    """Of each group how many, and of how many images."""
     return {name: (cell["count"], cell["images"]) for name, cell in cells.items()}
 
 
@@ -105,7 +105,7 @@ def test_the_report_is_json_and_says_whose_prompts_it_has() -> None:
         ("race", torch.zeros(6, 8), {}, ["race", "(6, 8)", "(6, 7)"]),
         ("race", torch.zeros(5, 7), {}, ["race", "(5, 7)", "(6, 7)"]),
         ("wealth", torch.zeros(6, 2), {}, ["wealth", "denigration"]),
-        ("race", torch.zeros(6, 7), {"gender": ["Male"] * 5 + ["x"]}, ["gender", "picture 5", "'x'", "Female"]),
+        ("race", torch.zeros(6, 7), {"gender": ["Male"] * 5 + ["x"]}, ["gender", "image 5", "'x'", "Female"]),
         ("race", torch.zeros(6, 7), {"age": ["0-2"] * 5}, ["different numbers", "5"]),
     ],
 )

@@ -34,8 +34,8 @@ def blocks(language: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[Image.Image]:
-    """30 pictures of noise."""
+def photos() -> list[Image.Image]:
+    """30 images of noise."""
     noise = np.random.default_rng(0)
     return [Image.fromarray(noise.integers(0, 256, (40, 40, 3), dtype=np.uint8)) for _ in range(30)]
 
@@ -48,19 +48,17 @@ def load(tmp_path: Path) -> Callable[..., tuple[CLIP, Any, Any]]:
 
 
 @torch.no_grad()
-def plain_top1(checkpoint: Path, pictures: list[Image.Image], labels: list[int]) -> float:
+def plain_top1(checkpoint: Path, images: list[Image.Image], labels: list[int]) -> float:
     model = load_model(checkpoint)
     classifier = zero_shot_classifier(model, CLASSES, TEMPLATES)
     right = 0
-    for picture, label in zip(pictures, labels, strict=True):
-        features = model.encode_image(model.preprocess(picture)[None], normalize=True)
+    for image, label in zip(images, labels, strict=True):
+        features = model.encode_image(model.preprocess(image)[None], normalize=True)
         right += int((features @ classifier).argmax()) == label
-    return right / len(pictures)
+    return right / len(images)
 
 
-def write_shards(
-    folder: Path, pictures: list[Image.Image], labels: list[int] | None, captions: list[list[str]]
-) -> None:
+def write_shards(folder: Path, images: list[Image.Image], labels: list[int] | None, captions: list[list[str]]) -> None:
     """The tar files that the document describes; with captions instead of labels for retrieval."""
     import webdataset as wds
 
@@ -72,22 +70,22 @@ def write_shards(
         (folder / "classnames.txt").write_text("\n".join(CLASSES))
         templates = "\n".join(template.replace("{}", "{c}") for template in TEMPLATES)
         (folder / "zeroshot_classification_templates.txt").write_text(templates)
-    for shard, rows in enumerate((range(17), range(17, len(pictures)))):
+    for shard, rows in enumerate((range(17), range(17, len(images)))):
         with wds.TarWriter(str(folder / f"test/{shard}.tar")) as tar:  # pyright: ignore[reportAttributeAccessIssue]  # untyped
             for row in rows:
                 target = {"cls": labels[row]} if labels is not None else {"txt": "\n".join(captions[row])}
-                tar.write({"__key__": f"{row:03d}", "png": pictures[row], **target})
+                tar.write({"__key__": f"{row:03d}", "png": images[row], **target})
 
 
 def test_the_documented_command_scores_a_webdataset_like_a_plain_loop(
-    load: object, tmp_path: Path, tiny_checkpoint: Path, pictures: list[Image.Image]
+    load: object, tmp_path: Path, tiny_checkpoint: Path, photos: list[Image.Image]
 ) -> None:
     model = load_model(tiny_checkpoint)
     classifier = zero_shot_classifier(model, CLASSES, TEMPLATES)
     with torch.no_grad():  # labels of which about half are what the model says, so that no constant answer is right
-        guesses = [int((model.encode_image(model.preprocess(p)[None]) @ classifier).argmax()) for p in pictures]
+        guesses = [int((model.encode_image(model.preprocess(p)[None]) @ classifier).argmax()) for p in photos]
     labels = [guess if i % 2 else (guess + i) % len(CLASSES) for i, guess in enumerate(guesses)]
-    write_shards(tmp_path / "clothes", pictures, labels, [])
+    write_shards(tmp_path / "clothes", photos, labels, [])
     (tmp_path / "last.ckpt").write_bytes(tiny_checkpoint.read_bytes())
     program, *words = shlex.split(blocks("bash")[0].replace("\\\n", " "))
     assert program == "python"
@@ -97,45 +95,45 @@ def test_the_documented_command_scores_a_webdataset_like_a_plain_loop(
     )
     assert result.returncode == 0, result.stderr
     metrics = json.loads((tmp_path / "clothes.json").read_text())["metrics"]
-    expected = plain_top1(tiny_checkpoint, pictures, labels)
+    expected = plain_top1(tiny_checkpoint, photos, labels)
     assert 0.4 < expected < 0.9
     assert metrics["acc1"] == pytest.approx(expected, abs=1e-9)
 
 
 def test_a_plain_folder_is_scored_like_a_plain_loop(
-    load: Callable[..., tuple[CLIP, Any, Any]], tmp_path: Path, tiny_checkpoint: Path, pictures: list[Image.Image]
+    load: Callable[..., tuple[CLIP, Any, Any]], tmp_path: Path, tiny_checkpoint: Path, photos: list[Image.Image]
 ) -> None:
     from clip_benchmark.metrics import zeroshot_classification
     from torchvision.datasets import ImageFolder
 
-    labels = [i % len(CLASSES) for i in range(len(pictures))]
-    for i, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
+    labels = [i % len(CLASSES) for i in range(len(photos))]
+    for i, (image, label) in enumerate(zip(photos, labels, strict=True)):
         (tmp_path / "classes" / CLASSES[label]).mkdir(parents=True, exist_ok=True)
-        picture.save(tmp_path / "classes" / CLASSES[label] / f"{i:03d}.png")
+        image.save(tmp_path / "classes" / CLASSES[label] / f"{i:03d}.png")
     model, transform, tokenizer = load("mine", str(tiny_checkpoint))
     data = ImageFolder(str(tmp_path / "classes"), transform=transform)
     templates = [template.replace("{}", "{c}") for template in TEMPLATES]
     metrics = zeroshot_classification.evaluate(
         model, DataLoader(data, batch_size=7, num_workers=1), tokenizer, data.classes, templates, "cpu", amp=False
     )
-    assert metrics["acc1"] == pytest.approx(plain_top1(tiny_checkpoint, pictures, labels), abs=1e-9)
+    assert metrics["acc1"] == pytest.approx(plain_top1(tiny_checkpoint, photos, labels), abs=1e-9)
 
 
 @torch.no_grad()
 def test_retrieval_is_that_of_a_plain_loop(
-    load: Callable[..., tuple[CLIP, Any, Any]], tmp_path: Path, tiny_checkpoint: Path, pictures: list[Image.Image]
+    load: Callable[..., tuple[CLIP, Any, Any]], tmp_path: Path, tiny_checkpoint: Path, photos: list[Image.Image]
 ) -> None:
     from clip_benchmark.datasets.builder import build_dataset
     from clip_benchmark.metrics import zeroshot_retrieval
 
-    captions = [[f"picture {i} of {i * i % 7}", f"{CLASSES[i % 6]} number {i}"][: 1 + i % 2] for i in range(30)]
-    write_shards(tmp_path / "captioned", pictures, None, captions)
+    captions = [[f"image {i} of {i * i % 7}", f"{CLASSES[i % 6]} number {i}"][: 1 + i % 2] for i in range(30)]
+    write_shards(tmp_path / "captioned", photos, None, captions)
     model, transform, tokenizer = load("mine", str(tiny_checkpoint))
     data = build_dataset("wds/captioned", str(tmp_path / "captioned"), transform, task="zeroshot_retrieval")
     loader = DataLoader(data.batched(8), batch_size=None)
     metrics = zeroshot_retrieval.evaluate(model, loader, tokenizer, "cpu", amp=False, recall_k_list=[1, 5])
 
-    images = torch.cat([model.encode_image(model.preprocess(p)[None], normalize=True) for p in pictures])
+    images = torch.cat([model.encode_image(model.preprocess(p)[None], normalize=True) for p in photos])
     texts = [
         (i, model.encode_text(model.tokenize(text), normalize=True)[0])
         for i, own in enumerate(captions)
@@ -152,12 +150,12 @@ def test_retrieval_is_that_of_a_plain_loop(
 
 
 def test_what_goes_to_data_workers_can_be_pickled_and_is_small(
-    tiny_checkpoint: Path, pictures: list[Image.Image]
+    tiny_checkpoint: Path, photos: list[Image.Image]
 ) -> None:
     model = load_model(tiny_checkpoint)
     transform, tokenizer = image_transform(model.preprocessing), model.tokenizer
     data = pickle.dumps((transform, tokenizer))
     assert len(data) < 100_000
     there, tokenize = pickle.loads(data)
-    assert torch.equal(there(pictures[0]), model.preprocess(pictures[0]))
+    assert torch.equal(there(photos[0]), model.preprocess(photos[0]))
     assert torch.equal(tokenize(["a cat"]), model.tokenize(["a cat"]))

@@ -17,7 +17,7 @@ from lit_clip.evaluation.few_shot import few_shot
 from lit_clip.evaluation.logistic import Fit, fit_logistic
 from lit_clip.evaluation.probe import L2_GRID, Split, best_l2, held_out, linear_probe, search_l2
 from lit_clip.evaluation.robustness import (
-    Point,
+    TopOnePair,
     effective_robustness,
     imagenet_classifiers,
     logit_line,
@@ -31,7 +31,7 @@ EXACT: Any = {"tolerance": 1e-13, "max_iterations": 3000}
 
 @pytest.fixture(scope="module")
 def digits() -> tuple[Tensor, Tensor]:
-    """1,797 real pictures of 64 pixels, shuffled, some always black; float64."""
+    """1,797 real images of 64 pixels, shuffled, some always black; float64."""
     features, labels = load_digits(return_X_y=True)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     return torch.tensor(features)[order], torch.tensor(labels, dtype=torch.int64)[order]
@@ -88,7 +88,7 @@ def test_in_float32_the_accuracy_is_scikit_learns_within_a_tenth_of_a_point(
     assert ours.converged
     assert ours.iterations < 250
     assert ours.objective <= objective(theirs.coef_, theirs.intercept_, features[:1000], labels[:1000], l2) * (1 + 1e-4)
-    # of 797 pictures a tenth of a point is less than one; the same accuracy is the same number, or one more or less
+    # of 797 images a tenth of a point is less than one; the same accuracy is the same number, or one more or less
     assert accuracy(ours, features[1000:].float(), labels[1000:]) == pytest.approx(expected, abs=1e-3 + 1 / 797)
 
 
@@ -123,7 +123,7 @@ def test_a_class_without_examples_is_left_out_and_never_guessed(digits: tuple[Te
     assert scores.argmax(1).tolist() == theirs.predict(digits[0].numpy()).tolist()
 
 
-def test_several_classes_a_picture_are_each_told_from_the_rest(digits: tuple[Tensor, Tensor]) -> None:
+def test_several_classes_a_image_are_each_told_from_the_rest(digits: tuple[Tensor, Tensor]) -> None:
     """Entries of -1 have no weight: the classifier of a class is scikit-learn's of the others."""
     features, labels = digits[0][:300], digits[1][:300]
     relevance = torch.stack([labels % 2 == 0, labels > 6, labels == 11, labels < 9], dim=1).to(torch.int8)
@@ -242,7 +242,7 @@ def test_classes_of_a_few_examples_keep_one_to_learn_from() -> None:
     learnt, judged = held_out(split(torch.randn(13, 4), labels, 4), seed=0)
     assert sorted(judged.targets.labels.tolist()) == [1, 2, 2]
     assert len(learnt.features) == 10
-    with pytest.raises(InputError, match="one picture of each class"):
+    with pytest.raises(InputError, match="one image of each class"):
         held_out(split(torch.randn(3, 4), torch.arange(3), 3), seed=0)
 
 
@@ -278,7 +278,7 @@ def test_splits_that_do_not_go_together_are_an_error(splits: tuple[Split, Split,
         linear_probe(train, None, Split(test.features[:, 1:], test.targets), "top1")
     with pytest.raises(InputError, match="10 and of 11 classes"):
         linear_probe(train, None, Split(test.features, Targets(test.targets.labels, 11)), "top1")
-    with pytest.raises(InputError, match="features of 3 pictures, but 797"):
+    with pytest.raises(InputError, match="features of 3 images, but 797"):
         Split(test.features[:3], test.targets)
 
 
@@ -326,7 +326,7 @@ def test_numbers_of_shots_that_a_class_does_not_have_are_left_out(splits: tuple[
         few_shot(train.take(torch.arange(60)), val, test, "top1", shots=(16,))
 
 
-def test_few_shots_of_several_classes_a_picture_are_an_error() -> None:
+def test_few_shots_of_several_classes_a_image_are_an_error() -> None:
     targets = Targets(torch.full((4,), -1), 2, relevance=torch.zeros(4, 2, dtype=torch.int8))
     some = Split(torch.randn(4, 3), targets)
     with pytest.raises(InputError, match="few_shot"):
@@ -337,10 +337,10 @@ def test_effective_robustness_is_the_height_above_the_line_of_logits() -> None:
     def probability(x: float) -> float:
         return 1 / (1 + math.exp(-x))
 
-    baseline = [Point(probability(x), probability(0.9 * x - 0.4)) for x in (0.1, 0.5, 1.2)]
+    baseline = [TopOnePair(probability(x), probability(0.9 * x - 0.4)) for x in (0.1, 0.5, 1.2)]
     assert logit_line(baseline) == pytest.approx((0.9, -0.4))
     assert effective_robustness(baseline, baseline) == pytest.approx([0, 0, 0])
-    above = Point(0.7, probability(0.9 * math.log(0.7 / 0.3) - 0.4) + 0.05)
+    above = TopOnePair(0.7, probability(0.9 * math.log(0.7 / 0.3) - 0.4) + 0.05)
     assert effective_robustness([above], baseline) == pytest.approx([0.05])
 
 
@@ -351,7 +351,7 @@ def test_the_line_is_numpys_least_squares_and_the_papers_clip_is_far_above_it() 
         assert logit_line(points) == pytest.approx(np.polyfit(x, y, 1))
         assert np.corrcoef(x, y)[0, 1] > 0.8  # what Taori et al. found
     assert len(imagenet_classifiers("ImageNetV2")) == 19
-    rows = robustness_table({"ImageNetV2": Point(0.762, 0.701), "ObjectNet": Point(0.762, 0.723)})  # table 16
+    rows = robustness_table({"ImageNetV2": TopOnePair(0.762, 0.701), "ObjectNet": TopOnePair(0.762, 0.723)})  # table 16
     assert [row.name for row in rows] == ["ImageNetV2", "ObjectNet"]
     assert rows[0].gap == pytest.approx(0.061)
     assert rows[0].effective is not None
@@ -361,12 +361,12 @@ def test_the_line_is_numpys_least_squares_and_the_papers_clip_is_far_above_it() 
 
 def test_a_line_needs_two_classifiers_with_logits() -> None:
     with pytest.raises(InputError, match="at least two"):
-        effective_robustness([Point(0.5, 0.5)], [Point(0.7, 0.6), Point(0.7, 0.5)])
+        effective_robustness([TopOnePair(0.5, 0.5)], [TopOnePair(0.7, 0.6), TopOnePair(0.7, 0.5)])
     with pytest.raises(InputError, match="accuracy of 0"):
-        effective_robustness([Point(0.5, 0.5)], [Point(0.7, 0.6), Point(0.8, 0.0)])
+        effective_robustness([TopOnePair(0.5, 0.5)], [TopOnePair(0.7, 0.6), TopOnePair(0.8, 0.0)])
 
 
 def test_accuracy_among_some_classes_looks_at_these_alone() -> None:
     scores = torch.tensor([[9.0, 1, 2, 3], [9, 5, 2, 4], [0, 1, 2, 9], [9, 0, 0, 0]])
     labels = torch.tensor([3, 3, 3, 0])
-    assert subset_top1(scores, labels, [3, 1]) == pytest.approx(2 / 3)  # class 0 and its picture are not in question
+    assert subset_top1(scores, labels, [3, 1]) == pytest.approx(2 / 3)  # class 0 and its image are not in question

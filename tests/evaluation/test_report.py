@@ -90,8 +90,8 @@ def shots(*values: float) -> dict[str, Any]:
 
 @pytest.fixture
 def full() -> dict[str, Any]:
-    """One of everything: probes, retrieval, places, bias, a set that is missing, one that failed, skipped pictures."""
-    error = {"key": "a/1.png", "truth": "cat", "guess": "dog", "probability": 0.9, "picture": "pictures/a/1.jpg"}
+    """One of everything: probes, retrieval, places, bias, a set that is missing, one that failed, skipped images."""
+    error = {"key": "a/1.png", "truth": "cat", "guess": "dog", "probability": 0.9, "image": "images/a/1.jpg"}
     wrong = zero_shot(
         0.85, confusions=[["cat", "dog", 88]], errors=[{**error, "nearest": [["dog", 0.9], ["cat", 0.1]]}]
     )
@@ -112,16 +112,16 @@ def full() -> dict[str, Any]:
                  "splits": {}, "how_to_get": "ask the authors"},
         "pcam": {**a_set("PCam"), "status": "failed", "reason": "test.h5: truncated", "tasks": {}},
     }  # fmt: skip
-    sets["cifar10"]["splits"]["test"]["skipped"] = [["bad.png", "truncated file"], ["worse.png", "no picture"]]
+    sets["cifar10"]["splits"]["test"]["skipped"] = [["bad.png", "truncated file"], ["worse.png", "no image"]]
     return results_of(sets)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A run's folder with the picture that the results name."""
-    (tmp_path / "pictures" / "a").mkdir(parents=True)
+    """A run's folder with the image that the results name."""
+    (tmp_path / "images" / "a").mkdir(parents=True)
     pixels = np.random.default_rng(0).integers(0, 255, (90, 400, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "pictures" / "a" / "1.jpg")
+    Image.fromarray(pixels).save(tmp_path / "images" / "a" / "1.jpg")
     return tmp_path
 
 
@@ -389,7 +389,7 @@ def test_what_was_not_possible_of_a_set_and_what_its_list_lacks_is_said(folder: 
     entry = a_set() | {"reason": "no train split: there is none", "splits": {"test": {"images": 7, "absent": 1234}}}
     found = Page(section("a", entry, "set-0", "ViT-B-32", folder)).text
     assert "no train split: there is none" in found
-    assert "7 pictures, 1,234 of its list not on disk" in found
+    assert "7 images, 1,234 of its list not on disk" in found
 
 
 @pytest.mark.parametrize("number", [1, 40])
@@ -429,17 +429,17 @@ def test_the_page_says_what_was_found(full: dict[str, Any], folder: Path) -> Non
     assert page.open == []
     for words in (
         "Evaluation of ViT-B-32-quickgelu:openai",
-        "9 sets done; 1 not on disk; 1 failed; 2 pictures skipped",
+        "9 sets done; 1 not on disk; 1 failed; 2 images skipped",
         "91.3 (table 11)",
         "95.1? (table 10)",
-        "test: 2 pictures could not be read",
+        "test: 2 images could not be read",
         "bad.png",
         "truncated file",
         "how to get it: ask the authors",
         "test.h5: truncated",
         "cat dog 88",
         "25.0 % (1 of 4), 10.0 to 60.0",
-        "no pictures",
+        "no images",
         "cd" * 32,
         "torch 2.8.0",
         "PlaNet 8.4 (table 17)",
@@ -524,16 +524,14 @@ def test_two_result_files_are_shown_beside_each_other(full: dict[str, Any], fold
     assert row == ["cifar10", "top-1", "85.0", "91.3", "12.3"]
 
 
-def test_pictures_outside_the_run_are_not_read_and_broken_ones_leave_a_gap(
-    full: dict[str, Any], tmp_path: Path
-) -> None:
+def test_images_outside_the_run_are_not_read_and_broken_ones_leave_a_gap(full: dict[str, Any], tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     Image.new("RGB", (9, 9)).save(tmp_path / "secret.png")
-    (run / "broken.jpg").write_bytes(b"\xff\xd8 no picture")
+    (run / "broken.jpg").write_bytes(b"\xff\xd8 no image")
     entry = full["sets"]["cifar10"]
     for name in ("../secret.png", str(tmp_path / "secret.png"), "broken.jpg", "not/there.jpg", "", None, "nul\0", 7):
-        entry["tasks"]["zero_shot"]["errors"][0]["picture"] = name
+        entry["tasks"]["zero_shot"]["errors"][0]["image"] = name
         found = section("cifar10", entry, "set-0", "ViT-B-32", run)
         assert "most confidently wrong" in found
         assert "data:image" not in found
@@ -542,8 +540,8 @@ def test_pictures_outside_the_run_are_not_read_and_broken_ones_leave_a_gap(
 def test_thumbnails_are_small_whatever_the_run_kept(full: dict[str, Any], folder: Path) -> None:
     found = Page(section("cifar10", full["sets"]["cifar10"], "set-0", "ViT-B-32", folder))
     address = next(address for address in found.addresses if address.startswith("data:image"))
-    with Image.open(io.BytesIO(base64.b64decode(address.split(",", 1)[1]))) as picture:
-        assert picture.size == (160, 36)
+    with Image.open(io.BytesIO(base64.b64decode(address.split(",", 1)[1]))) as image:
+        assert image.size == (160, 36)
 
 
 def test_a_page_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_accuracies_are_those_of_a_sort(N: int, C: int) -> None:
 
 
 def test_mean_per_class_is_scikit_learns_balanced_accuracy() -> None:
-    scores, labels = torch.randn(97, 8), torch.randint(1, 7, (97,))  # classes 0 and 7 have no pictures
+    scores, labels = torch.randn(97, 8), torch.randint(1, 7, (97,))  # classes 0 and 7 have no images
     found = evaluate_scores("mean_per_class", scores, Targets(labels, 8))
     guess = scores.argmax(1)
     seen = torch.isin(guess, labels)  # scikit-learn counts a class that is only guessed
@@ -66,7 +66,7 @@ def test_nothing_depends_on_the_size_of_chunks(monkeypatch: pytest.MonkeyPatch) 
     assert evaluate_scores("top1", scores, targets) == whole
 
 
-def test_a_picture_with_a_nan_is_wrong_in_every_metric_of_one_class() -> None:
+def test_a_image_with_a_nan_is_wrong_in_every_metric_of_one_class() -> None:
     scores = torch.tensor([[NAN, 0.0, 0.0], [1.0, NAN, 0.0], [1.0, 0.0, 0.0]])
     targets = labelled(0, 0, 0, candidates=[[0, 2], [0, 1], [0, 1]], accepted=[{0}] * 3, neighbours=[(0, [2]), (2, [])])
     assert evaluate_scores("top1", scores, targets)["top1"] == pytest.approx(1 / 3)
@@ -113,7 +113,7 @@ def test_the_mean_of_eleven_points_is_that_of_a_plain_loop(N: int, ties: bool) -
     scores = torch.randint(5, (N, C)).float() if ties else torch.randn(N, C)
     relevance = torch.randint(-1, 2, (N, C)).to(torch.int8)
     relevance[0, 0] = 1
-    relevance[:, 3] = 0  # a class without pictures has no precision
+    relevance[:, 3] = 0  # a class without images has no precision
     values, devkit = [], []
     for c in range(3):
         rows = [i for i in range(N) if relevance[i, c] >= 0]
@@ -128,7 +128,7 @@ def test_the_mean_of_eleven_points_is_that_of_a_plain_loop(N: int, ties: bool) -
         assert found["map11"] == pytest.approx(sum(devkit) / len(devkit))
 
 
-def test_difficult_pictures_do_not_count_for_their_class() -> None:
+def test_difficult_images_do_not_count_for_their_class() -> None:
     scores = torch.tensor([[3.0], [2.0], [1.0]])
     for code, expected in ((-1, 1.0), (0, 0.5)):
         relevance = torch.tensor([[code], [1], [0]], dtype=torch.int8)
@@ -177,7 +177,7 @@ def test_guessing_of_pm_is_the_best_of_all_constant_answers() -> None:
     assert len(set(constant)) > 1
 
 
-def test_a_lexicon_is_a_pictures_own() -> None:
+def test_a_lexicon_is_a_images_own() -> None:
     scores = torch.tensor([[5.0, 3.0, 3.0, 1.0]]).repeat(4, 1)
     candidates = [[2, 1], [3, 2], [3, 3], [0, 1, 2, 3]]
     targets = Targets(torch.tensor([1, 2, 3, 1]), 4, candidates=candidates)
@@ -319,12 +319,12 @@ def test_a_place_that_is_none_is_an_error() -> None:
     ("metric", "targets", "scores", "message"),
     [
         ("top1", labelled(0, -1), torch.zeros(2, 3), "row 1"),
-        ("top1", labelled(0, 1), torch.zeros(2, 4), "scores 2 x 4 of 2 pictures and 3 classes"),
+        ("top1", labelled(0, 1), torch.zeros(2, 4), "scores 2 x 4 of 2 images and 3 classes"),
         ("top1", labelled(0, 1), torch.zeros(3, 3), "scores 3 x 3"),
-        ("top1", Targets(torch.zeros(0, dtype=torch.int64), 3), torch.zeros(0, 3), "no pictures"),
+        ("top1", Targets(torch.zeros(0, dtype=torch.int64), 3), torch.zeros(0, 3), "no images"),
         ("map11", labelled(0, 1), torch.zeros(2, 3), "map11 needs"),
         ("roc_auc", labelled(0, 1), torch.zeros(2, 3), "2 classes, not 3"),
-        ("roc_auc", labelled(1, 1, classes=2), torch.zeros(2, 2), "all pictures are of one class"),
+        ("roc_auc", labelled(1, 1, classes=2), torch.zeros(2, 2), "all images are of one class"),
         ("pm", labelled(0), torch.zeros(1, 3), "pm needs"),
         ("recall@1", labelled(0), torch.zeros(1, 3), "recall@1"),
         ("mwap", labelled(0, annotations={"verb": [], "noun": [], "annotation": []}), torch.zeros(1, 3), "video"),
@@ -353,7 +353,7 @@ class Frames(LabelledImages, Neighbours, Located, VerbsAndNouns):
         return 5
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        raise AssertionError("pictures are not opened for what is known of them")
+        raise AssertionError("images are not opened for what is known of them")
 
     def key(self, index: int) -> str:
         return f"frame{index}.jpg"
@@ -374,7 +374,7 @@ class Frames(LabelledImages, Neighbours, Located, VerbsAndNouns):
         return {"verb": ["v", "w"], "noun": ["n", "m"], "annotation": [0, 1, 2, 3, 4], "video": list("abcde")}
 
 
-def test_what_is_known_follows_the_pictures_that_could_be_read() -> None:
+def test_what_is_known_follows_the_images_that_could_be_read() -> None:
     targets = Targets.of(Frames([0, 1, 0, 1, 0]), rows=[1, 2, 3, 4])
     assert targets.labels.tolist() == [1, 0, 1, 0]
     assert targets.classes == 2
@@ -392,7 +392,7 @@ def test_what_is_known_follows_the_pictures_that_could_be_read() -> None:
     assert without_neighbour.neighbours == [(0, [1]), (2, [1])]
 
 
-def test_a_set_with_a_label_out_of_range_is_an_error_with_the_pictures_key() -> None:
+def test_a_set_with_a_label_out_of_range_is_an_error_with_the_images_key() -> None:
     with pytest.raises(InputError, match="frame3.jpg has label 2, but there are 2 classes"):
         Targets.of(Frames([0, 1, 0, 2, 0]))
     assert Targets.of(Frames([0, 1, 0, 2, 0]), classes=3).classes == 3

@@ -1,6 +1,6 @@
-"""Pictures, tables and tar shards as accidents leave them: seeded, in a process of its own.
+"""Images, tables and tar shards as accidents leave them: seeded, in a process of its own.
 
-    python tests/helpers/fuzz.py pictures FOLDER COUNT SEED
+    python tests/helpers/fuzz.py images FOLDER COUNT SEED
     python tests/helpers/fuzz.py sources FOLDER COUNT SEED
 
 Prints one JSON object: how many could be used, how many were skipped or refused for what reason, the longest seconds of
@@ -27,11 +27,12 @@ from PIL import Image
 
 from datamodules.caption_datamodule import TrainingPairs, ValidationPairs
 from datamodules.loading.augmentation import Augmentation
-from datamodules.loading.bad_samples import BadSample, Skipped, SkippingDataset
+from datamodules.loading.bad_samples import Skipped, SkippingDataset
 from datamodules.loading.images import open_image
-from datamodules.loading.sampling import Sample
-from datamodules.pairs.source import Pair, PairSource, open_source
-from lit_clip.errors import InputError
+from datamodules.loading.sampling import TrainingSample
+from datamodules.open_source import open_source
+from datamodules.pairs.source import Pair, PairSource
+from lit_clip.errors import BadSample, InputError
 from lit_clip.models.config import Preprocessing
 from lit_clip.models.preprocess import pixels
 
@@ -39,8 +40,8 @@ LIMIT = 20  # seconds that one may take on a busy machine
 SMALL = Preprocessing(image_size=32)
 
 
-def picture(seed: int = 0, width: int = 70, height: int = 50) -> Image.Image:
-    """A smooth picture with some noise."""
+def image(seed: int = 0, width: int = 70, height: int = 50) -> Image.Image:
+    """A smooth image with some noise."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width]
     waves = [127 + 90 * np.sin(x / rng.uniform(3, 20) + y / rng.uniform(3, 20)) for _ in range(3)]
@@ -48,17 +49,17 @@ def picture(seed: int = 0, width: int = 70, height: int = 50) -> Image.Image:
 
 
 def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
-    """A picture as a file's content."""
+    """An image as a file's content."""
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
 
 
 @cache
-def whole_pictures() -> dict[str, bytes]:
+def whole_images() -> dict[str, bytes]:
     """Of each kind of file one that is whole."""
-    rgb = picture()
-    frames = [picture(seed) for seed in (1, 2)]
+    rgb = image()
+    frames = [image(seed) for seed in (1, 2)]
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter
     sixteen = Image.fromarray(np.asarray(rgb.convert("L")).astype("u2") * 257)
@@ -117,8 +118,8 @@ def mutated(data: bytes, others: list[bytes], rng: random.Random) -> bytes:
     return bytes(changed)
 
 
-class Pictures(PairSource):
-    """One picture, as content."""
+class ImageSet(PairSource):
+    """One image, as content."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
@@ -127,7 +128,7 @@ class Pictures(PairSource):
         return 1
 
     def load(self, index: int, rng: random.Random | None) -> Pair:
-        return Pair(open_image(io.BytesIO(self.data), "the picture"), "a picture", "0")
+        return Pair(open_image(io.BytesIO(self.data), "the image"), "an image", "0")
 
 
 def read_all(source: PairSource, outcomes: Counter[str], rows: int = 50) -> None:
@@ -137,7 +138,7 @@ def read_all(source: PairSource, outcomes: Counter[str], rows: int = 50) -> None
     train = SkippingDataset(TrainingPairs(source, augmentation.transform(SMALL), 0, least_size))
     val = SkippingDataset(ValidationPairs(source, pixels(SMALL)))
     for row in range(min(len(source), rows)):
-        for item in (train[Sample(0, row)], val[row]):
+        for item in (train[TrainingSample(0, row)], val[row]):
             if isinstance(item, Skipped):
                 outcomes[item.reason] += 1
             else:
@@ -145,12 +146,12 @@ def read_all(source: PairSource, outcomes: Counter[str], rows: int = 50) -> None
                 outcomes["used"] += 1
 
 
-def fuzz_pictures(folder: Path, rng: random.Random, outcomes: Counter[str]) -> None:
-    """One mutated picture."""
-    whole = list(whole_pictures().values())
+def fuzz_images(folder: Path, rng: random.Random, outcomes: Counter[str]) -> None:
+    """One mutated image."""
+    whole = list(whole_images().values())
     data = mutated(rng.choice(whole), whole, rng)
     (folder / "last").write_bytes(data)  # to look at, if this was too much
-    read_all(Pictures(data), outcomes)
+    read_all(ImageSet(data), outcomes)
 
 
 CAPTIONS = ["a cat", 'a "dog", sitting', "naïve — ½ 猫", "x" * 100_000, "two\nlines", "nan", "   ", "😀 smile"]
@@ -158,14 +159,14 @@ CAPTIONS = ["a cat", 'a "dog", sitting', "naïve — ½ 猫", "x" * 100_000, "tw
 
 @cache
 def whole_sources(folder: Path) -> dict[str, bytes]:
-    """Of each kind of table, and a tar shard, one that is whole; their pictures lie in the folder."""
+    """Of each kind of table, and a tar shard, one that is whole; their images lie in the folder."""
     import pyarrow as pa
     import pyarrow.csv as pa_csv
     import pyarrow.parquet as pq
 
     names = [f"{i}.png" for i in range(len(CAPTIONS))]
     for i, name in enumerate(names):
-        (folder / name).write_bytes(encoded(picture(i), "PNG"))
+        (folder / name).write_bytes(encoded(image(i), "PNG"))
     table = pa.table({"image": names, "caption": CAPTIONS})
     files: dict[str, bytes] = {}
     comma, parquet = io.BytesIO(), io.BytesIO()
@@ -180,7 +181,7 @@ def whole_sources(folder: Path) -> dict[str, bytes]:
     shard = io.BytesIO()
     with tarfile.open(fileobj=shard, mode="w") as tar:
         for i, text in enumerate(CAPTIONS):
-            members = {"jpg": encoded(picture(i), "JPEG"), "txt": text.encode(), "json": json.dumps({"i": i}).encode()}
+            members = {"jpg": encoded(image(i), "JPEG"), "txt": text.encode(), "json": json.dumps({"i": i}).encode()}
             for extension, data in members.items():
                 member = tarfile.TarInfo(f"{i:05}.{extension}")
                 member.size = len(data)
@@ -206,7 +207,7 @@ def fuzz_sources(folder: Path, rng: random.Random, outcomes: Counter[str]) -> No
 
 
 KINDS: dict[str, Callable[[Path, random.Random, Counter[str]], None]] = {
-    "pictures": fuzz_pictures,
+    "images": fuzz_images,
     "sources": fuzz_sources,
 }
 

@@ -1,6 +1,6 @@
 """Miniatures of public data sets, written as their owners lay them out.
 
-A picture shows its number: that of a file by its width, that in an array by its pixels. Each ``write_...`` returns what
+An image shows its number: that of a file by its width, that in an array by its pixels. Each ``write_...`` returns what
 is to be found, by split.
 """
 
@@ -18,11 +18,11 @@ from PIL import Image
 from datamodules import evaluation as sets
 from lit_clip.evaluation.data import LabelledImages
 
-SIDES = (28, 32, 48, 96)  # of pictures in arrays
+SIDES = (28, 32, 48, 96)  # of images in arrays
 
 
 class Row(NamedTuple):
-    """What a set should have in a row: its key, its class in words, and the number that its picture shows."""
+    """What a set should have in a row: its key, its class in words, and the number that its image shows."""
 
     key: str
     name: str
@@ -190,7 +190,7 @@ def write_fgvc_aircraft(root: Path) -> Rows:
     )
 
 
-VOC_OBJECTS = {  # picture: its objects, with an asterisk if they are difficult
+VOC_OBJECTS = {  # image: its objects, with an asterisk if they are difficult
     "000005": ["chair*", "chair", "chair*"],
     "000007": ["car", "person*"],
     "000009": ["horse", "person", "person"],
@@ -203,19 +203,18 @@ def write_voc2007(root: Path) -> Rows:
     folder = root / "VOCdevkit/VOC2007"
     lists = {"train": ["000005"], "val": ["000007", "000009"], "trainval": ["000005", "000007", "000009"]}
     lists["test"] = ["000001", "000002"]
-    for split, pictures in lists.items():
-        write_text(folder / f"ImageSets/Main/{split}.txt", "".join(f"{picture}\n" for picture in pictures))
-    for picture, things in VOC_OBJECTS.items():
+    for split, images in lists.items():
+        write_text(folder / f"ImageSets/Main/{split}.txt", "".join(f"{image}\n" for image in images))
+    for image, things in VOC_OBJECTS.items():
         objects = "".join(
             f"<object><name>{thing.rstrip('*')}</name><difficult>{int(thing.endswith('*'))}</difficult>"
             "<part><name>head</name></part><bndbox><xmin>1</xmin></bndbox></object>"
             for thing in things
         )
-        text = f"<annotation><folder>VOC2007</folder><filename>{picture}.jpg</filename>{objects}</annotation>"
-        write_text(folder / f"Annotations/{picture}.xml", text)
+        text = f"<annotation><folder>VOC2007</folder><filename>{image}.jpg</filename>{objects}</annotation>"
+        write_text(folder / f"Annotations/{image}.xml", text)
     rows = {
-        split: [Row(f"JPEGImages/{picture}.jpg", "", int(picture)) for picture in pictures]
-        for split, pictures in lists.items()
+        split: [Row(f"JPEGImages/{image}.jpg", "", int(image)) for image in images] for split, images in lists.items()
     }
     return painted(folder, rows)
 
@@ -256,7 +255,7 @@ def write_oxford_pets(root: Path) -> Rows:
 
 
 def write_caltech101(root: Path) -> Rows:
-    """Two pictures of each class are to train on; of ``tmp``, which the archive has too, none."""
+    """Two images of each class are to train on; of ``tmp``, which the archive has too, none."""
     folder = root / "caltech101/101_ObjectCategories"
     names = {"BACKGROUND_Google": "background", "Faces": "Faces", "Faces_easy": "Faces easy", "airplanes": "airplanes"}
     rows: Rows = {"train": [], "test": []}
@@ -280,7 +279,7 @@ def _among_first(name: str, number: int, count: int, shots: int) -> bool:
 
 def write_flowers102(root: Path) -> Rows:
     folder = root / "flowers-102"
-    labels = [77, 73, 1, 2, 102, 2]  # of pictures 1 to 6
+    labels = [77, 73, 1, 2, 102, 2]  # of images 1 to 6
     names = {77: "passion flower", 73: "water lily", 1: "pink primrose", 2: "hard-leaved pocket orchid"}
     names[102] = "blackberry lily"
     ids = {"train": ("trnid", [4, 1]), "val": ("valid", [2]), "test": ("tstid", [6, 3, 5])}
@@ -352,7 +351,7 @@ def write_stl10(root: Path) -> Rows:
 
 
 def write_eurosat(root: Path) -> Rows:
-    """Two pictures a class, of which the options below take eleven and seven."""
+    """Two images a class, of which the options below take eleven and seven."""
     from hashlib import blake2b
 
     folder = root / "eurosat/2750"
@@ -383,7 +382,7 @@ def write_gtsrb(root: Path) -> Rows:
     return {"train": train, "test": test}
 
 
-KITTI_LABELS = [  # objects of each picture: kind and distance
+KITTI_LABELS = [  # objects of each image: kind and distance
     ([("Car", 7.9), ("Pedestrian", 3.0)], "a car on the left or right side"),
     ([("Car", 30.0), ("Van", 8.0)], "a car on the left or right side"),
     ([("Truck", 8.01), ("DontCare", -1000.0)], "a car nearby"),
@@ -394,10 +393,10 @@ KITTI_LABELS = [  # objects of each picture: kind and distance
 
 
 def write_kitti(root: Path) -> Rows:
-    """36 pictures of 12 videos; one is drawn for ``val`` and one for ``test``, as numpy's old generator does."""
+    """36 images of 12 videos; one is drawn for ``val`` and one for ``test``, as numpy's old generator does."""
     raw = root / "Kitti/raw"
     count = 36
-    order = np.random.RandomState(5).permutation(count)  # picture -> line
+    order = np.random.RandomState(5).permutation(count)  # image -> line
     videos = [f"2011_09_26_drive_{line // 3:04}_sync" for line in range(count)]
     write_text(raw / "mapping/train_mapping.txt", "".join(f"2011_09_26 {v} {i:010}\n" for i, v in enumerate(videos)))
     write_text(raw / "mapping/train_rand.txt", ",".join(str(line + 1) for line in order))
@@ -452,7 +451,7 @@ def write_pcam(root: Path) -> Rows:
 
 
 def write_clevr_counts(root: Path) -> Rows:
-    """All of three training and two validation pictures are taken."""
+    """All of three training and two validation images are taken."""
     folder = root / "clevr/CLEVR_v1.0"
     rows: Rows = {}
     for split, part, counts in (("train", "train", [3, 10, 4]), ("test", "val", [10, 5])):
@@ -496,7 +495,7 @@ class Miniature:
         make: the adapter.
         write: writes it below a folder.
         index: a file that says what is in the set, which cannot be read if it is overwritten; empty: it has none.
-        options: what makes the adapter content with so few pictures.
+        options: what makes the adapter content with so few images.
         pixels: for a set in arrays, the file with the pixels.
         torchvision: the name of torchvision's class, if that can read the miniature.
     """

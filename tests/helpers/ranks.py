@@ -14,9 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lit_clip import distributed
 from lit_clip.batch import CaptionBatch
-from lit_clip.losses.contrastive import Duplicates, contrastive_loss, sigmoid_loss, tiled
+from lit_clip.losses import tiled
+from lit_clip.losses.contrastive import Duplicates, contrastive_loss, sigmoid_loss
 from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
-from lit_clip.models.layers import Freeze
+from lit_clip.models.finetuning import Freeze
 from lit_clip.models.tokenizer import Tokenize
 from lit_clip.module import LitCLIP
 
@@ -46,7 +47,7 @@ def make_batch(rows: slice) -> CaptionBatch:
     tokens = torch.randint(1, 49, (PAIRS, 16), generator=generator)
     tokens[torch.arange(PAIRS), torch.randint(3, 16, (PAIRS,), generator=generator)] = 49  # end of text
     tokens[6] = tokens[2]  # one caption
-    captions = [f"picture {chr(ord('a') + i)}" for i in range(PAIRS)]
+    captions = [f"image {chr(ord('a') + i)}" for i in range(PAIRS)]
     keys = ["0", "1", "2", "3", "4", "0", "6", "7"]  # one image
     groups = ["", "shoe", "", "", "", "", "", "shoe"]
     return CaptionBatch(images[rows], tokens[rows], keys[rows], captions[rows], groups[rows])

@@ -1,4 +1,4 @@
-"""A picture that is broken, for runs of the real command, and what one rank of a test of gradient norms does."""
+"""An image that is broken, for runs of the real command, and what one rank of a test of gradient norms does."""
 
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,11 @@ from lit_clip.models.clip import CLIP
 from tests.helpers.ranks import serve
 
 
-class BrokenPicture(Callback):
-    """Gives a picture infinite pixels in training, on whichever rank reads it.
+class BrokenImage(Callback):
+    """Gives an image infinite pixels in training, on whichever rank reads it.
 
     Args:
-        keys: of such pictures; None: all are.
+        keys: of such images; None: all are.
         folder: where every rank writes its weights: before training, and when it ended or failed.
     """
 

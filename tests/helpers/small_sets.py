@@ -36,7 +36,7 @@ class Shades(LabelledImages):
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         if index == self.broken:
-            raise InputError(f"{index}.png: not a picture")
+            raise InputError(f"{index}.png: not an image")
         label = self.labels()[index]
         noise = np.random.default_rng([index, len(self.split)]).normal(0, 40, (40, 36, 3))
         return Image.fromarray((SHADES[label] + noise).clip(0, 255).astype(np.uint8)), label
@@ -46,7 +46,7 @@ class Shades(LabelledImages):
 
 
 class ManyShades(Shades, MultiLabel):
-    """As :class:`Shades`, of which grey pictures are white too."""
+    """As :class:`Shades`, of which grey images are white too."""
 
     def relevance(self) -> Tensor:
         relevance = torch.nn.functional.one_hot(torch.tensor(super().labels()), 7).to(torch.int8)

@@ -72,7 +72,7 @@ def image_tower_from(path: Path, name: str = "test_efficientnet", **settings: An
     return tower
 
 
-def pictures(size: Size, number: int = 2) -> Tensor:
+def photos(size: Size, number: int = 2) -> Tensor:
     return torch.randn(number, 3, *height_width(size), generator=torch.Generator().manual_seed(2))
 
 

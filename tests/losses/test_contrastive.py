@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_clip.losses.contrastive import contrastive_loss, distillation_loss, sigmoid_loss, two_way_logits, unit
+from lit_clip.losses.contrastive import contrastive_loss, sigmoid_loss, unit
+from lit_clip.losses.distillation import distillation_loss, two_way_logits
 
 
 def random_units(size: int, dim: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -8,8 +8,9 @@ import torch
 
 from lit_clip.batch import CaptionBatch
 from lit_clip.errors import InputError
-from lit_clip.losses.duplicates import pair_ids, stable_hash, token_hash
+from lit_clip.losses.duplicates import pair_ids, token_hash
 from lit_clip.models.tokenizer import Tokenize
+from lit_clip.tools.hashing import stable_hash
 
 TEXTS = ["a cat", "a dog", "a cat!", "!a cat", "a cat", "", "!", "!!", "! !", "cat a", "the cat sat on the mat " * 9]
 

@@ -53,7 +53,7 @@ def count(parameters: Iterator[nn.Parameter]) -> int:
 def randomised(model: Any) -> Any:
     """Gains of 1, biases of 0 and untouched statistics would hide a mix-up; bn3's gains of 0 whole blocks.
 
-    The statistics are those of other pictures: with arbitrary ones a deep network answers every picture alike.
+    The statistics are those of other images: with arbitrary ones a deep network answers every image alike.
     """
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
@@ -65,14 +65,14 @@ def randomised(model: Any) -> Any:
         for norm in norms:
             norm.momentum = 1.0
         size = getattr(model.visual, "image_size", None) or model.visual.input_resolution
-        model.train().visual(pictures(2, size))
+        model.train().visual(photos(2, size))
         for norm in norms:
             norm.momentum = 0.1
             cast(Tensor, norm.num_batches_tracked).zero_()
     return model.eval()
 
 
-def pictures(number: int, size: Any) -> Tensor:
+def photos(number: int, size: Any) -> Tensor:
     """Smooth ones that differ, as photographs do: noise looks the same to a random network wherever it is."""
     return F.interpolate(torch.randn(number, 3, 7, 7), size, mode="bicubic")
 
@@ -80,7 +80,7 @@ def pictures(number: int, size: Any) -> Tensor:
 @torch.no_grad()
 def assert_same_features_and_logits(theirs: Any, ours: CLIP, texts: Tensor, tolerance: float = 1e-4) -> None:
     """Both sides' unit features, and the logits that they give, within ``tolerance`` absolute."""
-    images = pictures(len(texts), ours.visual.image_size)
+    images = photos(len(texts), ours.visual.image_size)
     image, text = ours.encode_image(images, normalize=True), ours.encode_text(texts, normalize=True)
     their_image, their_text = (F.normalize(x, dim=-1) for x in (theirs.encode_image(images), theirs.encode_text(texts)))
     for features in (image, text):
@@ -154,7 +154,7 @@ def test_every_gradient_and_statistic_of_rn50_is_open_clips(training: bool) -> N
     theirs, _ = pair("RN50")
     ours = create_model("RN50")  # with its own tensors: statistics are written in training
     ours.load_state_dict(theirs.state_dict())
-    images, texts = pictures(3, 224), tokenize(CAPTIONS)
+    images, texts = photos(3, 224), tokenize(CAPTIONS)
     for model in (theirs, ours):
         model.train(training)
         image, text = (F.normalize(x, dim=-1) for x in (model.encode_image(images), model.encode_text(texts)))

@@ -93,8 +93,8 @@ def test_state_dict_features_and_every_gradient_are_open_clips(name: str) -> Non
     assert set(ours.state_dict()) == set(theirs.state_dict()) - buffers
     ours.load_state_dict(theirs.state_dict(), strict=True)
 
-    pictures, tokens = torch.randn(2, 3, 224, 224), tokenize(CAPTIONS)
-    features = [[model.encode_image(pictures), model.encode_text(tokens)] for model in (theirs, ours)]
+    images, tokens = torch.randn(2, 3, 224, 224), tokenize(CAPTIONS)
+    features = [[model.encode_image(images), model.encode_text(tokens)] for model in (theirs, ours)]
     for expected, actual in zip(*features, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 

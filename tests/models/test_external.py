@@ -27,7 +27,7 @@ from tests.helpers.towers import (
     TEXTS,
     D,
     image_tower_from,
-    pictures,
+    photos,
     save_family,
     text_model,
 )
@@ -171,7 +171,7 @@ def test_efficientnet_lite0s_weights_are_taken_by_order_as_by_name(tmp_path: Pat
     assert all(torch.equal(value, expected[key]) for key, value in tower.trunk.state_dict().items())
     peer.reset_classifier(0)
     with torch.no_grad():
-        torch.testing.assert_close(tower.trunk(pictures(224)), peer.eval()(pictures(224)), atol=1e-5, rtol=0)  # type: ignore[operator]  # a module
+        torch.testing.assert_close(tower.trunk(photos(224)), peer.eval()(photos(224)), atol=1e-5, rtol=0)  # type: ignore[operator]  # a module
 
 
 def lite0_by_name(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -196,7 +196,7 @@ def lite0_by_name(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.slow
 def test_minilm_tells_dogs_from_sports_cars() -> None:
     model = text_model(minilm_folder(), 384, projection="none")
-    texts = model.tokenize(["a photo of a dog", "a picture of a puppy", "a red sports car"])
+    texts = model.tokenize(["a photo of a dog", "an image of a puppy", "a red sports car"])
     with torch.no_grad():
         dog, puppy, car = model.encode_text(texts, normalize=True)
     assert (dog @ puppy).item() == pytest.approx(0.82, abs=0.01)

@@ -23,15 +23,8 @@ from lit_clip.models.config import (
     TimmConfig,
     VisionTransformerConfig,
 )
-from lit_clip.models.layers import (
-    Freeze,
-    LayerDecay,
-    UnlockLast,
-    frozen_modules,
-    frozen_names,
-    layer_groups,
-    tower_parameters,
-)
+from lit_clip.models.finetuning import Freeze, LayerDecay, UnlockLast, frozen_modules, frozen_names
+from lit_clip.models.layers import layer_groups, tower_parameters
 from lit_clip.module import LitCLIP
 from lit_clip.training.optim import warmup_cosine
 from tests.conftest import TINY_YAML

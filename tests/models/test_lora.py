@@ -19,7 +19,7 @@ from lit_clip.commands.wise_ft import save
 from lit_clip.errors import InputError
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig
-from lit_clip.models.layers import Freeze
+from lit_clip.models.finetuning import Freeze
 from lit_clip.models.lora import LoRA, add_lora, merge_lora, target_names
 from lit_clip.module import LitCLIP
 from lit_clip.tools.weight_files import read_tensors

@@ -133,7 +133,7 @@ def test_the_last_block_computes_only_what_is_read(tower: str) -> None:
     assert cost(two) == whole_block + last + outside
 
 
-def test_no_texts_and_no_pictures_are_no_features() -> None:
+def test_no_texts_and_no_images_are_no_features() -> None:
     model = small_clip()
     assert model.encode_text(torch.zeros(0, 5, dtype=torch.long)).shape == (0, 16)
     assert model.encode_image(torch.zeros(0, 3, 32, 32, dtype=torch.double)).shape == (0, 16)

@@ -1,4 +1,4 @@
-"""FLIP: a training step leaves patches out; everything else sees whole pictures."""
+"""FLIP: a training step leaves patches out; everything else sees whole images."""
 
 from typing import Any
 
@@ -9,8 +9,8 @@ from lit_clip import LitCLIP
 from lit_clip.batch import CaptionBatch
 from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig, ResNetConfig, TextTransformerConfig, VisionTransformerConfig
+from lit_clip.models.finetuning import Freeze
 from lit_clip.models.flops import training_flops
-from lit_clip.models.layers import Freeze
 
 TEXT = TextTransformerConfig(context_length=8, vocab_size=50, width=16, layers=1, heads=1)
 CONFIG = CLIPConfig(16, VisionTransformerConfig(image_size=32, patch_size=8, width=16, layers=2, heads=1), TEXT)
@@ -34,7 +34,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
 
 
 def placed(module: LitCLIP) -> LitCLIP:
-    """Each token of a picture is its place, 100 for the first patch."""
+    """Each token of an image is its place, 100 for the first patch."""
     visual: Any = module.model.visual
     with torch.no_grad():
         visual.conv1.weight.zero_()
@@ -44,7 +44,7 @@ def placed(module: LitCLIP) -> LitCLIP:
     return module
 
 
-def test_each_picture_keeps_its_class_token_and_other_patches_each_time(seen: list[torch.Tensor]) -> None:
+def test_each_image_keeps_its_class_token_and_other_patches_each_time(seen: list[torch.Tensor]) -> None:
     visual = placed(LitCLIP(CONFIG, patch_dropout=0.75)).model.visual
     images = torch.zeros(64, 3, 32, 32)
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Evaluation pixels are open_clip's, for pictures of any shape and mode."""
+"""Evaluation pixels are open_clip's, for images of any shape and mode."""
 
 import io
 from typing import Any
@@ -21,7 +21,7 @@ ROUNDING = {"rtol": 0, "atol": 1e-5}  # a grey level is 0.0142 or more after nor
 @pytest.fixture(scope="module")
 def photographs() -> list[Image.Image]:
     """A temple and a flower, 640 x 427."""
-    return [Image.fromarray(picture) for picture in load_sample_images().images]
+    return [Image.fromarray(image) for image in load_sample_images().images]
 
 
 @pytest.mark.parametrize("name", ["astronaut", "cat", "coffee", "rocket", "hubble_deep_field", "retina", "camera"])
@@ -92,7 +92,7 @@ def test_other_settings_are_open_clips(
         torch.testing.assert_close(ours, theirs(photograph), rtol=0, atol=4e-5)  # a grey level is 0.013 or more
 
 
-def test_squash_shows_the_whole_picture_and_shortest_its_centre() -> None:
+def test_squash_shows_the_whole_image_and_shortest_its_centre() -> None:
     wide = Image.new("RGB", (96, 32), "black")
     wide.paste("white", (0, 0, 24, 32))  # left of the central square
     squashed = pixels(Preprocessing(image_size=32, resize_mode="squash"))(wide)
@@ -118,9 +118,9 @@ def unusual(kind: str, photograph: Image.Image) -> Image.Image:
     if kind == "palette with a transparent entry":
         return png(photograph.quantize(16), transparency=3)
     if kind in ("RGBA", "LA"):
-        picture = photograph.convert(kind[:-1])
-        picture.putalpha(alpha)
-        return png(picture)
+        image = photograph.convert(kind[:-1])
+        image.putalpha(alpha)
+        return png(image)
     if kind == "16 bit":
         levels = np.asarray(photograph.convert("L")).astype(np.uint16) * 3  # some above 255, which are clipped
         return png(Image.fromarray(levels))
@@ -142,9 +142,9 @@ def unusual(kind: str, photograph: Image.Image) -> Image.Image:
     ],
 )
 def test_files_of_any_kind_are_open_clips(photographs: list[Image.Image], kind: str) -> None:
-    picture = unusual(kind, photographs[0])
-    theirs = open_clip_transform(224, is_train=False)(picture.copy())
-    torch.testing.assert_close(model().preprocess(picture), theirs, **ROUNDING)
+    image = unusual(kind, photographs[0])
+    theirs = open_clip_transform(224, is_train=False)(image.copy())
+    torch.testing.assert_close(model().preprocess(image), theirs, **ROUNDING)
 
 
 @pytest.mark.parametrize("size", [(32, 64), (64, 32), (48, 80)])

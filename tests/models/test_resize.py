@@ -63,7 +63,7 @@ def vit(tmp_path: Path) -> Path:
     return save_folder(tmp_path / "vit", model_cfg(VIT))
 
 
-def pictures(size: Size, number: int = 2) -> Tensor:
+def photos(size: Size, number: int = 2) -> Tensor:
     return F.interpolate(torch.randn(number, 3, 5, 5, generator=torch.Generator().manual_seed(1)), height_width(size))
 
 
@@ -78,7 +78,7 @@ def pictures(size: Size, number: int = 2) -> Tensor:
 def test_another_image_size_gives_open_clips_features(tmp_path: Path, values: dict[str, Any], size: Size) -> None:
     folder = save_folder(tmp_path / "model", values)
     theirs: Any = open_clip.create_model(f"local-dir:{folder}", force_image_size=size).eval()
-    ours, images = load_model(folder, image_size=size), pictures(size)
+    ours, images = load_model(folder, image_size=size), photos(size)
     assert ours.config.image.image_size == ours.preprocessing.image_size == size
     with torch.no_grad():
         features, expected = ours.encode_image(images, normalize=True), F.normalize(theirs.encode_image(images), dim=-1)
@@ -105,7 +105,7 @@ def test_a_resnets_attention_pool_is_interpolated_in_two_dimensions(tmp_path: Pa
     torch.testing.assert_close(resized[key], torch.cat([state[key][:1], expected]), rtol=0, atol=1e-6)
     assert all(torch.equal(value, state[name]) for name, value in resized.items() if name != key)
     with torch.no_grad():
-        assert model.encode_image(pictures(size)).shape == (2, 32)
+        assert model.encode_image(photos(size)).shape == (2, 32)
 
 
 def test_the_weights_own_size_changes_no_bit(vit: Path) -> None:
@@ -183,7 +183,7 @@ def test_a_checkpoint_keeps_the_new_sizes(vit: Path, tmp_path: Path, size: Size)
     trainer.save_checkpoint(tmp_path / "last.ckpt", weights_only=True)
     again = load_model(tmp_path / "last.ckpt")
     assert again.config == source.config
-    images, tokens = pictures(size), source.tokenize(["a dog"])
+    images, tokens = photos(size), source.tokenize(["a dog"])
     assert tokens.shape == (1, 20)
     with torch.no_grad():
         assert torch.equal(again.encode_image(images), source.encode_image(images))
@@ -197,7 +197,7 @@ def test_a_random_model_of_a_name_has_the_sizes_asked_for() -> None:
     assert model.visual.grid == (2, 3)
     assert model.tokenize("a dog").shape == (1, 9)
     with torch.no_grad():
-        assert model.encode_image(pictures((32, 48))).shape == (2, 256)
+        assert model.encode_image(photos((32, 48))).shape == (2, 256)
 
 
 def test_an_encoder_of_hugging_face_takes_any_context_up_to_its_positions(tmp_path: Path) -> None:

@@ -138,16 +138,16 @@ def test_a_checkpoint_needs_no_folder(family: str, folders: dict[str, Path], tmp
     shutil.copytree(folders[family], folder)
     text = HuggingFaceTextConfig(str(folder), context_length=32)
     path, model = saved(LitCLIP(CLIPConfig(D, TimmConfig("test_convnext", image_size=32), text)), tmp_path)
-    picture = Image.new("RGB", (50, 40), "red")
+    image = Image.new("RGB", (50, 40), "red")
     with torch.no_grad():
-        expected = model.encode_text(model.tokenize(TEXTS)), model.encode_image(model.preprocess(picture)[None])
+        expected = model.encode_text(model.tokenize(TEXTS)), model.encode_image(model.preprocess(image)[None])
     shutil.rmtree(folder)
     again = load_model(path)
     assert torch.equal(again.tokenize(TEXTS), model.tokenize(TEXTS))
     assert again.tokenizer.decode(again.tokenize("a red car")[0].tolist()) == "a red car"
     with torch.no_grad():
         assert torch.equal(again.encode_text(again.tokenize(TEXTS)), expected[0])
-        assert torch.equal(again.encode_image(again.preprocess(picture)[None]), expected[1])
+        assert torch.equal(again.encode_image(again.preprocess(image)[None]), expected[1])
         shorter = load_model(path, context_length=8)
         short = shorter.encode_text(shorter.tokenize("a dog"))
         torch.testing.assert_close(short, expected[0][:1], atol=1e-5, rtol=0)

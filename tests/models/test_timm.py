@@ -33,7 +33,7 @@ from tests.helpers.towers import (
     assert_all_trainable_weights_are_used,
     image_tower,
     image_tower_from,
-    pictures,
+    photos,
     saved,
     shaken,
 )
@@ -66,7 +66,7 @@ def test_timms_models_have_open_clips_names_and_features(
     peer: Any = TimmModel(name, width, image_size=size, **theirs).eval()
     assert list(ours.state_dict()) == list(peer.state_dict())
     peer.load_state_dict(ours.state_dict())
-    images = pictures(size)
+    images = photos(size)
     with torch.no_grad():
         torch.testing.assert_close(ours(images), peer(images), atol=1e-5, rtol=0)
     assert ours(images).shape == (2, width)
@@ -80,7 +80,7 @@ def test_a_convolutional_model_takes_any_size(name: str, size: Size) -> None:
     peer: Any = TimmModel(name, D, image_size=size, pool="avg", proj="linear").eval()
     peer.load_state_dict(ours.state_dict())
     with torch.no_grad():
-        torch.testing.assert_close(ours(pictures(size)), peer(pictures(size)), atol=1e-5, rtol=0)
+        torch.testing.assert_close(ours(photos(size)), peer(photos(size)), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("size", [64, (96, 64)])
@@ -90,14 +90,14 @@ def test_a_model_of_one_size_is_made_for_another_as_timm_makes_it(name: str, siz
     peer: Any = timm.create_model(name, num_classes=0, img_size=height_width(size)).eval()
     peer.load_state_dict(ours.trunk.state_dict())
     with torch.no_grad():
-        expected = peer(pictures(size)) @ ours.head.proj.weight.T  # type: ignore[operator]  # a Linear
-        torch.testing.assert_close(ours(pictures(size)), expected, atol=1e-5, rtol=0)
-    assert_all_trainable_weights_are_used(ours, pictures(size))
+        expected = peer(photos(size)) @ ours.head.proj.weight.T  # type: ignore[operator]  # a Linear
+        torch.testing.assert_close(ours(photos(size)), expected, atol=1e-5, rtol=0)
+    assert_all_trainable_weights_are_used(ours, photos(size))
 
 
-def test_pictures_of_another_size_than_the_towers_are_refused() -> None:
+def test_images_of_another_size_than_the_towers_are_refused() -> None:
     with pytest.raises(InputError, match=r"\[B, 3, 64, 64\]"):
-        image_tower("test_convnext", image_size=64)(pictures(96))
+        image_tower("test_convnext", image_size=64)(photos(96))
 
 
 @pytest.mark.parametrize(
@@ -113,11 +113,11 @@ def test_pictures_of_another_size_than_the_towers_are_refused() -> None:
         ("mobilenetv3_small_050", (64, 160)),  # another interpolation
     ],
 )
-@pytest.mark.parametrize("picture_size", [(230, 170), (75, 310), (20, 20)])
-def test_pictures_are_prepared_as_timm_does_it(name: str, size: Size | None, picture_size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("image_size", [(230, 170), (75, 310), (20, 20)])
+def test_images_are_prepared_as_timm_does_it(name: str, size: Size | None, image_size: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(3)
-    rough = torch.randint(0, 256, (picture_size[1] // 5, picture_size[0] // 5, 3), generator=generator)
-    picture = Image.fromarray(rough.to(torch.uint8).numpy()).resize(picture_size)
+    rough = torch.randint(0, 256, (image_size[1] // 5, image_size[0] // 5, 3), generator=generator)
+    image = Image.fromarray(rough.to(torch.uint8).numpy()).resize(image_size)
     peer: Any = timm.data
     cfg: Any = timm.get_pretrained_cfg(name)
     data = peer.resolve_data_config({}, pretrained_cfg=cfg.to_dict())
@@ -125,7 +125,7 @@ def test_pictures_are_prepared_as_timm_does_it(name: str, size: Size | None, pic
         data["input_size"] = (3, *height_width(size))
     theirs = peer.create_transform(**data)
     ours = image_transform(timm_preprocessing(TimmConfig(name, image_size=size)))
-    torch.testing.assert_close(ours(picture), theirs(picture), atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours(image), theirs(image), atol=1e-5, rtol=0)
 
 
 def test_preprocessing_of_ones_own_beats_timms() -> None:
@@ -154,7 +154,7 @@ def test_weights_come_from_a_local_file(suffix: str, weights: dict[str, Tensor],
     peer: Any = timm.create_model("test_efficientnet")
     peer.load_state_dict(weights)
     peer.reset_classifier(0)
-    images = pictures(160)
+    images = photos(160)
     with torch.no_grad():
         torch.testing.assert_close(tower.eval().trunk(images), peer.eval()(images), atol=1e-6, rtol=0)  # type: ignore[operator]  # a module
 
@@ -256,10 +256,10 @@ def test_a_checkpoint_with_a_timm_tower_loads_as_it_was_and_at_another_size(name
     config = CLIPConfig(D, TimmConfig(name, image_size=64), TextTransformerConfig(8, 49408, 64, 1, 1))
     path, model = saved(LitCLIP(config), tmp_path)
     again = load_model(path)
-    images = pictures(64)
+    images = photos(64)
     with torch.no_grad():
         assert torch.equal(again.encode_image(images), model.encode_image(images))
         larger = load_model(path, image_size=96)
         assert larger.preprocess(Image.new("RGB", (200, 100), "red")).shape == (3, 96, 96)
-        assert larger.encode_image(pictures(96)).isfinite().all()
+        assert larger.encode_image(photos(96)).isfinite().all()
     assert again.preprocessing == config.preprocessing

@@ -12,9 +12,8 @@ import psutil
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
-from lit_clip.embedding.image_files import quiet_worker
-from lit_clip.preemption import shield_worker
 from lit_clip.tools.processes import let_launcher_end
+from lit_clip.tools.workers import quiet_worker, shield_worker
 from tests.helpers.forks import CONTEXT
 
 LONG = "a" * 200_000  # more than a pipe holds

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig, ResNetConfig, TextTransformerConfig, TimmConfig, height_width
-from lit_clip.models.layers import TOWERS, Freeze, UnlockLast, tower_blocks
+from lit_clip.models.finetuning import Freeze, UnlockLast
+from lit_clip.models.layers import TOWERS, tower_blocks
 from lit_clip.module import LitCLIP
 from lit_clip.training.activation_checkpointing import checkpoint, checkpoint_blocks
 from tests.helpers.ranks import CONFIG, make_batch

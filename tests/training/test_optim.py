@@ -109,7 +109,7 @@ def test_frozen_parameters_are_in_no_group() -> None:
 
 
 def fixed_batches(number: int, size: int) -> list[tuple[Tensor, Tensor]]:
-    """Random pictures ``[B, 3, 32, 32]`` and captions ``[B, 16]`` of 3 to 16 tokens."""
+    """Random images ``[B, 3, 32, 32]`` and captions ``[B, 16]`` of 3 to 16 tokens."""
     generator = torch.Generator().manual_seed(0)
     batches = []
     for _ in range(number):

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lit_clip.commands.models import measure
 from lit_clip.models.config import CLIPConfig, ResNetConfig, TextTransformerConfig
-from lit_clip.models.layers import Freeze
+from lit_clip.models.finetuning import Freeze
+from lit_clip.models.flops import measure
 from lit_clip.models.registry import resolve_architecture
 from lit_clip.module import LitCLIP
 from lit_clip.training.plan import RunPlan, Work, contradictions, loss_bytes, measure_run, plan_rows, tower_work

@@ -18,12 +18,13 @@ from lit_clip.batch import CaptionBatch
 from lit_clip.commands.wise_ft import save
 from lit_clip.distributed import Shards
 from lit_clip.errors import InputError
-from lit_clip.losses.contrastive import distillation_loss, unit
+from lit_clip.losses.contrastive import unit
+from lit_clip.losses.distillation import Choices, blockwise_distillation, distillation_loss
 from lit_clip.models import preprocess as pp
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, Preprocessing, TextTransformerConfig, VisionTransformerConfig
 from lit_clip.module import LitCLIP
-from lit_clip.training.teacher import Choices, Distill, blockwise_distillation
+from lit_clip.training.teacher import Distill
 from tests.helpers.ranks import PAIRS, finetuned_module, make_batch
 from tests.losses.test_tiled import Largest
 from tests.test_module import data_for, trainer

@@ -68,7 +68,7 @@ def checkpoint(config: CLIPConfig, path: Path) -> CLIP:
     return model
 
 
-def pictures(*sizes: tuple[int, int]) -> list[Image.Image]:
+def photos(*sizes: tuple[int, int]) -> list[Image.Image]:
     rng = np.random.default_rng(1)
     return [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for h, w in sizes]
 
@@ -105,15 +105,15 @@ def test_open_clip_opens_the_folder_with_our_features_pixels_and_ids(
 ) -> None:
     config = variants(tiny_config)[kind]
     if kind == "timm":
-        config.preprocessing = Preprocessing(64)  # timm's own crops the picture, which open_clip cannot
+        config.preprocessing = Preprocessing(64)  # timm's own crops the image, which open_clip cannot
     ours = checkpoint(config, tmp_path / "last.ckpt")
     export(str(tmp_path / "last.ckpt"), format="open_clip", output=str(tmp_path / "out"))
 
     name = f"local-dir:{tmp_path / 'out'}"
     theirs, _, preprocess = open_clip.create_model_and_transforms(name)
     theirs = theirs.eval()
-    images = torch.stack([ours.preprocess(picture) for picture in pictures((70, 90), (90, 70))])
-    expected = torch.stack([preprocess(picture) for picture in pictures((70, 90), (90, 70))])
+    images = torch.stack([ours.preprocess(image) for image in photos((70, 90), (90, 70))])
+    expected = torch.stack([preprocess(image) for image in photos((70, 90), (90, 70))])
     torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
     tokens = open_clip.get_tokenizer(name)(TEXTS)
     assert torch.equal(tokens, ours.tokenize(TEXTS))
@@ -139,8 +139,8 @@ def test_transformers_opens_the_folder_with_our_features_pixels_and_ids(
     for backend, levels in (("pil", 0.001), (None, 2.001)):
         processor = transformers.CLIPProcessor.from_pretrained(tmp_path / "out", backend=backend)
         options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-        inputs = processor(text=TEXTS, images=pictures(*sizes), **options)
-        images = torch.stack([ours.preprocess(picture) for picture in pictures(*sizes)])
+        inputs = processor(text=TEXTS, images=photos(*sizes), **options)
+        images = torch.stack([ours.preprocess(image) for image in photos(*sizes)])
         std = torch.tensor(ours.preprocessing.std)[:, None, None]
         assert ((inputs["pixel_values"] - images) * std).abs().max() * 255 <= levels
     assert torch.equal(inputs["input_ids"] * inputs["attention_mask"], ours.tokenize(TEXTS))
@@ -159,9 +159,9 @@ def test_the_crop_of_transformers_is_one_pixel_off_where_the_card_says_so(
     export(str(tmp_path / "last.ckpt"), format="hugging_face", output=str(tmp_path / "out"))
     assert "3, 7, 11, ... pixels longer" in (tmp_path / "out/README.md").read_text()
     processor = transformers.CLIPProcessor.from_pretrained(tmp_path / "out", backend="pil")
-    (picture,) = pictures((32, 35))
-    theirs = processor(images=picture, return_tensors="pt")["pixel_values"][0]
-    torch.testing.assert_close(theirs[:, :, 1:], ours.preprocess(picture)[:, :, :-1], rtol=0, atol=1e-5)
+    (image,) = photos((32, 35))
+    theirs = processor(images=image, return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(theirs[:, :, 1:], ours.preprocess(image)[:, :, :-1], rtol=0, atol=1e-5)
 
 
 def test_from_ours_to_hugging_face_to_ours_to_open_clip_no_bit_changes(tmp_path: Path, tiny_config: CLIPConfig) -> None:
@@ -280,11 +280,11 @@ def test_transformers_opens_a_siglip_as_such(tmp_path: Path, siglip: CLIP) -> No
     theirs = transformers.SiglipModel.from_pretrained(tmp_path / "out").eval()
     processor = transformers.SiglipProcessor.from_pretrained(tmp_path / "out", backend="pil")
     texts = ["a photo of two cats", "snow"]
-    inputs = processor(text=texts, images=pictures((50, 40)), padding="max_length", return_tensors="pt")
+    inputs = processor(text=texts, images=photos((50, 40)), padding="max_length", return_tensors="pt")
     assert torch.equal(inputs["input_ids"], siglip.tokenize(texts))
     with torch.no_grad():
         logits = theirs(**inputs).logits_per_image
-        image = siglip.encode_image(siglip.preprocess(pictures((50, 40))[0])[None], normalize=True)
+        image = siglip.encode_image(siglip.preprocess(photos((50, 40))[0])[None], normalize=True)
         text = siglip.encode_text(siglip.tokenize(texts), normalize=True)
         assert siglip.logit_bias is not None
         expected = siglip.logit_scale.exp() * image @ text.T + siglip.logit_bias
@@ -333,7 +333,7 @@ def test_a_text_encoder_of_hugging_face_goes_to_open_clip_and_onnx(
     [
         ("hugging_face", "resnet", "this model is ResNet and TextTransformer; use open_clip or onnx"),
         ("hugging_face", "timm", "this model is Timm and TextTransformer; use open_clip or onnx"),
-        ("open_clip", "timm", "open_clip resizes to the crop itself, this model's crop is 0.875 of the picture"),
+        ("open_clip", "timm", "open_clip resizes to the crop itself, this model's crop is 0.875 of the image"),
     ],
 )
 def test_a_model_that_a_format_cannot_hold_is_refused_in_one_line(

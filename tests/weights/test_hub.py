@@ -157,7 +157,7 @@ TAGS = {  # how open_clip runs the weights: the (text encoder's) activation, mea
 
 
 def open_clips_preprocessing(model: str, tag: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What open_clip would do to pictures for those weights; they are neither fetched nor read."""
+    """What open_clip would do to images for those weights; they are neither fetched nor read."""
     monkeypatch.setattr("open_clip.factory.download_pretrained", lambda *_, **__: "nowhere")
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")  # that a name without -quickgelu is the wrong one

@@ -216,7 +216,7 @@ def test_the_end_of_text_is_the_highest_id_in_openais_own_files() -> None:
     ("values", "message"),
     [
         ({"do_center_crop": False}, "do_center_crop is False there and True here"),
-        ({"crop_size": 48, "size": 48}, "size of a preprocessed picture is 48 there and 32 here"),
+        ({"crop_size": 48, "size": 48}, "size of a preprocessed image is 48 there and 32 here"),
         ({"resample": 1, "size": 32, "crop_size": 32}, "resample is 1 there, here are 2 (bilinear) and 3 (bicubic)"),
         ({"do_rescale": False}, "do_rescale is False there"),
         ({"size": 20, "crop_size": 32}, "black border"),

@@ -22,7 +22,7 @@ from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, ResNetConfig, TextTransformerConfig, VisionTransformerConfig
 from lit_clip.models.registry import resolve_architecture
 from lit_clip.models.tokenizer import tokenize
-from lit_clip.weights.sources import OPEN_CLIP_WEIGHTS
+from lit_clip.weights.hub import OPEN_CLIP_WEIGHTS
 from tests.conftest import openai_code
 
 Cli = Callable[..., Any]
@@ -53,7 +53,7 @@ def random_model(config: CLIPConfig = CONFIG) -> CLIP:
                 parameter.add_(0.1 * torch.randn_like(parameter))
         norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
         for norm in norms:
-            norm.momentum = 1.0  # statistics of real activations: with others all pictures look the same
+            norm.momentum = 1.0  # statistics of real activations: with others all images look the same
         if norms:
             model.visual(F.interpolate(torch.randn(4, 3, 5, 5), (64, 64)))
     return model.eval()
@@ -61,7 +61,7 @@ def random_model(config: CLIPConfig = CONFIG) -> CLIP:
 
 @torch.no_grad()
 def features(model: Any, size: int = 64) -> tuple[Tensor, Tensor]:
-    """Unit features of two pictures and two texts, float32."""
+    """Unit features of two images and two texts, float32."""
     images = F.interpolate(torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(1)), (size, size))
     texts = tokenize(["a dog", "a long caption about a cat"], 16)
     image, text = model.encode_image(images), model.encode_text(texts)

@@ -1,18 +1,15 @@
 """Pieces of the report's HTML; whatever comes from the data is escaped here."""
 
-import base64
-import io
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from html import escape
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from lit_clip.evaluation.overview import number
+from lit_clip.tools.html import table
 
-THUMBNAIL = 160  # pixels of the longer side
 STYLE = """\
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1100px; padding: 0 1rem; color: #222;
   background: #fff }
@@ -60,38 +57,6 @@ details { margin: .6rem 0 }
 summary { cursor: pointer }"""
 
 
-def table(rows: Iterable[Sequence[Any]], head: Sequence[str] = (), kind: str = "", right: Iterable[int] = ()) -> str:
-    """A table of plain values.
-
-    Args:
-        rows: cells as text or numbers, escaped here.
-        head: of the columns.
-        kind: CSS class.
-        right: columns of figures, by place.
-    """
-    figures = set(right)
-    cell = {True: ' class="n"', False: ""}
-    parts = [f'<div class="scroll"><table class="{kind}">']
-    if head:
-        parts.append(
-            "<tr>" + "".join(f"<th{cell[i in figures]}>{escape(h)}</th>" for i, h in enumerate(head)) + "</tr>"
-        )
-    for row in rows:
-        cells = (f"<td{cell[i in figures]}>{escape(str(value))}</td>" for i, value in enumerate(row))
-        parts.append(f"<tr>{''.join(cells)}</tr>")
-    return "\n".join(parts) + "\n</table></div>"
-
-
-def details(summary: str, content: str) -> str:
-    """Shown when it is asked for; ``content`` is HTML."""
-    return f"<details><summary>{escape(summary)}</summary>\n{content}\n</details>"
-
-
-def plural(count: int, noun: str) -> str:
-    """``1 picture``, ``2 pictures``."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
 def tree(values: Mapping[str, Any]) -> str:
     """Nested values; what has a ``value``, ``count`` and ``images`` is one line of a table."""
     lines: list[tuple[str, str]] = []
@@ -104,7 +69,7 @@ def _flatten(values: Mapping[str, Any], prefix: str, lines: list[tuple[str, str]
         path = f"{prefix}{str(name).replace('_', ' ')}"
         if isinstance(value, Mapping) and {"value", "count", "images"} <= value.keys():
             share = number(value["value"])
-            text = "no pictures" if share is None else f"{100 * share:.1f} % ({value['count']} of {value['images']})"
+            text = "no images" if share is None else f"{100 * share:.1f} % ({value['count']} of {value['images']})"
             lines.append((path, text + between(value.get("interval"))))
         elif isinstance(value, Mapping):
             _flatten(value, f"{path} / ", lines)
@@ -120,16 +85,8 @@ def between(interval: Any) -> str:
     return "" if low is None or high is None else f", {100 * low:.1f} to {100 * high:.1f}"
 
 
-def thumbnail(picture: Image.Image) -> str:
-    """A small JPEG as a data URI."""
-    picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC)
-    data = io.BytesIO()
-    picture.save(data, "JPEG", quality=80)
-    return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
-
-
-def run_picture(folder: Path, name: Any) -> Image.Image | None:
-    """A picture that results name, as RGB; None if it is not in the run's folder, or not one."""
+def run_image(folder: Path, name: Any) -> Image.Image | None:
+    """An image that results name, as RGB; None if it is not in the run's folder, or not one."""
     if not name or not isinstance(name, str):
         return None
     try:

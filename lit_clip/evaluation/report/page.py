@@ -1,6 +1,6 @@
-"""An evaluation as one HTML file that needs nothing else: figures, tables, pictures that were taken for something else.
+"""An evaluation as one HTML file that needs nothing else: figures, tables, images that were taken for something else.
 
-What it shows is in ``results.json``; only the pictures are read from the run's folder.
+What it shows is in ``results.json``; only the images are read from the run's folder.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -8,7 +8,6 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lit_clip.embedding.feature_files import replacing
 from lit_clip.evaluation.overview import (
     COLUMNS,
     STATUSES,
@@ -22,13 +21,14 @@ from lit_clip.evaluation.overview import (
     rows,
     sets_of,
 )
-from lit_clip.evaluation.published import PAPER, Nearest, disagreements, nearest, papers_name
+from lit_clip.evaluation.published import PAPER, NearestModel, disagreements, nearest, papers_name
 from lit_clip.evaluation.report.chart_style import run_name, svg
 from lit_clip.evaluation.report.charts import figures
-from lit_clip.evaluation.report.html_parts import STYLE, details, plural, table
+from lit_clip.evaluation.report.html_parts import STYLE
 from lit_clip.evaluation.report.robustness_chart import effective_rows
 from lit_clip.evaluation.report.set_section import section
-from lit_clip.tools.html import page
+from lit_clip.tools.atomic import replacing
+from lit_clip.tools.html import details, page, plural, table
 
 TITLES = {
     "zero_shot": "zero-shot",
@@ -46,7 +46,7 @@ def write_report(results: Results, out: Path, others: Mapping[str, Results]) -> 
 
     Args:
         results: what ``results.json`` holds.
-        out: the run's folder, in which the pictures are.
+        out: the run's folder, in which the images are.
         others: other runs to compare with, by path or name.
 
     Raises:
@@ -71,7 +71,7 @@ def report_page(results: Results, folder: Path, others: Mapping[str, Results]) -
     return page(title, STYLE, "\n".join(parts))
 
 
-def _summary(results: Results, near: Nearest) -> str:
+def _summary(results: Results, near: NearestModel) -> str:
     statuses = [entry.get("status") or "done" for _, entry in sets_of(results)]
     counts = [f"{plural(statuses.count('done'), 'set')} done"]
     counts += [
@@ -79,7 +79,7 @@ def _summary(results: Results, near: Nearest) -> str:
     ]
     skipped = {row.name: row.skipped for row in rows(results)}
     if sum(skipped.values()):
-        counts.append(f"{plural(sum(skipped.values()), 'picture')} skipped")
+        counts.append(f"{plural(sum(skipped.values()), 'image')} skipped")
     beside = f"beside: the paper's {papers_name(near.name)} ({near.rule})"
     return f'<p class="muted">{escape("; ".join([*counts, beside]))}</p>'
 

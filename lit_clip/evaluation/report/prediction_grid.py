@@ -1,4 +1,4 @@
-"""A contact sheet of pictures with what a model takes them for, drawn with Pillow."""
+"""A contact sheet of images with what a model takes them for, drawn with Pillow."""
 
 from bisect import bisect_right
 from collections.abc import Sequence

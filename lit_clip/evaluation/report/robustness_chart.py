@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lit_clip.evaluation.overview import COLUMNS, Column, number, rows, sets_of, tasks_of
 from lit_clip.evaluation.published import Published, peers, published_metrics, same_set
 from lit_clip.evaluation.report.chart_style import MUTED, Series, colour, name_lines, new_figure, shown
-from lit_clip.evaluation.robustness import Point as Accuracies
-from lit_clip.evaluation.robustness import RobustnessRow, robustness_table
+from lit_clip.evaluation.robustness import RobustnessRow, TopOnePair, robustness_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,7 +19,7 @@ MODEL = "ViT-L-14-336"  # of table 16
 GREYS = ["#222222", "#666666", "#9A9A9A", "#C4C4C4"]
 
 
-class Point(NamedTuple):
+class ChartPoint(NamedTuple):
     """A classifier in the chart.
 
     Attributes:
@@ -38,11 +37,11 @@ class Point(NamedTuple):
         return sum(self.values[name] for name in sets) / len(sets)
 
 
-def run_points(runs: Sequence[Series]) -> list[Point]:
+def run_points(runs: Sequence[Series]) -> list[ChartPoint]:
     """The runs' zero-shot classifiers and probes that have ImageNet and a shifted set."""
     columns: tuple[Column, ...] = ("zero_shot", "linear_probe")
     points = [
-        Point(f"{run.name}, {COLUMNS[column]}", _values(run.results, column)) for run in runs for column in columns
+        ChartPoint(f"{run.name}, {COLUMNS[column]}", _values(run.results, column)) for run in runs for column in columns
     ]
     return [point for point in points if IMAGENET in point.values and len(point.values) > 1]
 
@@ -68,7 +67,7 @@ def effective_rows(results: Mapping[str, Any]) -> list[RobustnessRow]:
     for name in SHIFTED:
         same = ours.get(IMAGENET) if name in ALL_CLASSES else _among(results, name)
         if same is not None and name in ours:
-            points[name] = Accuracies(same, ours[name])
+            points[name] = TopOnePair(same, ours[name])
     return robustness_table({name: point for name, point in points.items() if 0 < point.imagenet < 1})
 
 
@@ -80,7 +79,7 @@ def _among(results: Mapping[str, Any], name: str) -> float | None:
     return None
 
 
-def papers_points() -> list[Point]:
+def papers_points() -> list[ChartPoint]:
     """The rows of table 16."""
     points = []
     for task, name in (("zero_shot", "zero-shot CLIP"), ("linear_probe", "linear probe CLIP")):
@@ -90,8 +89,8 @@ def papers_points() -> list[Point]:
     return points
 
 
-def _point(name: str, sets: Mapping[str, Mapping[str, Published]]) -> Point:
-    return Point(name, {known: _judged(figures) for known, figures in sets.items() if figures})
+def _point(name: str, sets: Mapping[str, Mapping[str, Published]]) -> ChartPoint:
+    return ChartPoint(name, {known: _judged(figures) for known, figures in sets.items() if figures})
 
 
 def _judged(figures: Mapping[str, Published]) -> float:
@@ -128,7 +127,7 @@ def robustness(runs: Sequence[Series]) -> "Figure | None":
     return figure
 
 
-def _draw(left: "Axes", right: "Axes", point: Point, sets: Sequence[str], style: Mapping[str, Any]) -> Any:
+def _draw(left: "Axes", right: "Axes", point: ChartPoint, sets: Sequence[str], style: Mapping[str, Any]) -> Any:
     options: dict[str, Any] = {**style, "edgecolors": "white", "linewidths": 0.8, "zorder": 3}
     mean = point.mean(sets)
     if mean is not None:

@@ -16,11 +16,12 @@ from lit_clip.evaluation.overview import (
     tasks_of,
 )
 from lit_clip.evaluation.published import PAPER, Published, measured, peers, published
-from lit_clip.evaluation.report.html_parts import between, details, plural, run_picture, table, thumbnail, tree
+from lit_clip.evaluation.report.html_parts import between, run_image, tree
+from lit_clip.tools.html import details, plural, table, thumbnail
 
 TASKS = {**COLUMNS, "geolocation": "nearest neighbour's place", "bias": "bias probe"}
-AT_ONCE = 6  # pictures and pairs that are shown; the others when asked for
-LISTED = 50  # skipped pictures
+AT_ONCE = 6  # images and pairs that are shown; the others when asked for
+LISTED = 50  # skipped images
 CONFUSIONS = 20
 
 
@@ -32,7 +33,7 @@ def section(name: str, entry: Mapping[str, Any], anchor: str, model: str, folder
         entry: what ``results.json`` says of it.
         anchor: id of its heading.
         model: the paper's, whose figures stand beside.
-        folder: of the run, where pictures are.
+        folder: of the run, where images are.
     """
     tasks = tasks_of(entry)
     parts = [f'<h2 id="{anchor}">{escape(name)}</h2>', *_status(entry)]
@@ -114,7 +115,7 @@ def _facts(entry: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Any]]) -> 
         skipped, absent = len(counts.get("skipped") or []), int(counts.get("absent") or 0)
         also = f", {skipped:,} skipped" if skipped else ""
         also += f", {absent:,} of its list not on disk" if absent else ""
-        facts.append((str(split), plural(int(counts.get("images") or 0), "picture") + also))
+        facts.append((str(split), plural(int(counts.get("images") or 0), "image") + also))
     prompts = entry.get("prompts") or {}
     if prompts:
         words = f"{plural(int(prompts.get('texts') or 0), 'text')} of {prompts.get('classes')} classes"
@@ -123,7 +124,7 @@ def _facts(entry: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Any]]) -> 
     if any(guess is not None for guess in guesses):
         facts.append(("guessing", f"{percent(next(g for g in guesses if g is not None))} %"))
     for name, task in tasks.items():
-        for key, words in (("captions", "captions"), ("references", "reference pictures")):
+        for key, words in (("captions", "captions"), ("references", "reference images")):
             if key in task:
                 facts.append((words, f"{task[key]:,}"))
         if name == "linear_probe":
@@ -161,7 +162,7 @@ def _confusions(pairs: Sequence[Sequence[Any]]) -> list[str]:
         return []
     lines = [list(pair) for pair in pairs[:CONFUSIONS]]
     shown, rest = lines[:AT_ONCE], lines[AT_ONCE:]
-    head, right = ["truth", "taken for", "pictures"], [2]
+    head, right = ["truth", "taken for", "images"], [2]
     parts = ["<h3>confused most often</h3>", table(shown, head, right=right)]
     return [*parts, *([details(f"{len(rest)} more pairs", table(rest, head, right=right))] if rest else [])]
 
@@ -179,8 +180,8 @@ def _gallery(errors: Sequence[Mapping[str, Any]], folder: Path) -> str:
 
 
 def _error(error: Mapping[str, Any], folder: Path) -> str:
-    image = run_picture(folder, error.get("picture"))
-    picture = f'<img src="{thumbnail(image)}" alt="">' if image else '<span class="none"></span>'
+    file = run_image(folder, error.get("image"))
+    image = f'<img src="{thumbnail(file)}" alt="">' if file else '<span class="none"></span>'
     truth, guess = str(error.get("truth")), str(error.get("guess"))
     nearest = error.get("nearest") or [[guess, error.get("probability")]]
     lines = []
@@ -190,7 +191,7 @@ def _error(error: Mapping[str, Any], folder: Path) -> str:
             f'<li class="{kind}"><span>{escape(str(name))}</span><span>{percent(number(probability))}</span></li>'
         )
     caption = f"<b>{escape(truth)}</b><ol>{''.join(lines)}</ol><small>{escape(str(error.get('key')))}</small>"
-    return f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"
+    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
 
 
 def _bias(result: Mapping[str, Any]) -> str:
@@ -203,9 +204,9 @@ def _bias(result: Mapping[str, Any]) -> str:
 
 def _skipped(entry: Mapping[str, Any]) -> list[str]:
     parts = []
-    for split, pictures in skipped_of(entry).items():
-        if pictures:
-            of_all = f", the first {LISTED}" if len(pictures) > LISTED else ""
-            title = f"{split}: {plural(len(pictures), 'picture')} could not be read{of_all}"
-            parts.append(details(title, table([list(pair) for pair in pictures[:LISTED]], ["picture", "reason"])))
+    for split, images in skipped_of(entry).items():
+        if images:
+            of_all = f", the first {LISTED}" if len(images) > LISTED else ""
+            title = f"{split}: {plural(len(images), 'image')} could not be read{of_all}"
+            parts.append(details(title, table([list(pair) for pair in images[:LISTED]], ["image", "reason"])))
     return parts

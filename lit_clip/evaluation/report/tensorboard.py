@@ -1,4 +1,4 @@
-"""An evaluation in TensorBoard: the same charts as on the page, its numbers, and sheets of pictures taken wrongly."""
+"""An evaluation in TensorBoard: the same charts as on the page, its numbers, and sheets of images taken wrongly."""
 
 import warnings
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,7 @@ from lit_clip.errors import InputError
 from lit_clip.evaluation.overview import number, sets_of, shots_of, tasks_of
 from lit_clip.evaluation.report.chart_style import styled
 from lit_clip.evaluation.report.charts import figures
-from lit_clip.evaluation.report.html_parts import run_picture
+from lit_clip.evaluation.report.html_parts import run_image
 from lit_clip.evaluation.report.prediction_grid import Prediction, prediction_grid
 
 
@@ -27,7 +27,7 @@ def write_tensorboard(
     Args:
         results: what a ``results.json`` holds.
         others: other runs that the charts compare with, by the name that is shown.
-        out: the run's folder, in which the pictures are.
+        out: the run's folder, in which the images are.
         step: of what has none of its own.
 
     Raises:
@@ -71,7 +71,7 @@ def _sheets(results: Mapping[str, Any], out: Path) -> Iterator[tuple[str, Image.
     for name, entry in sets_of(results):
         wrong = []
         for error in tasks_of(entry).get("zero_shot", {}).get("errors") or []:
-            image = run_picture(out, error.get("picture"))
+            image = run_image(out, error.get("image"))
             if image:
                 nearest = [(str(guess), float(share)) for guess, share in error.get("nearest") or []]
                 wrong.append(Prediction(image, str(error.get("truth")), nearest))

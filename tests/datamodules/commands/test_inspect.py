@@ -55,7 +55,7 @@ def photo(seed: int) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def messy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A table of 40 pictures, of which some are copies, odd or broken."""
+    """A table of 40 images, of which some are copies, odd or broken."""
     folder = tmp_path_factory.mktemp("messy")
     rows: list[tuple[str, str]] = []
     for seed in range(24):
@@ -130,7 +130,7 @@ def test_every_row_is_counted_and_what_is_wrong_is_named(report: Report, messy: 
     assert "report.problems.jsonl" in report.notes
 
 
-def test_figures_of_pictures_are_those_of_opening_each(report: Report, messy: Path) -> None:
+def test_figures_of_images_are_those_of_opening_each(report: Report, messy: Path) -> None:
     names = dict.fromkeys(image for image, _ in usable_rows(messy))
     opened = [Image.open(messy / name) for name in names]
     for line, counts in (
@@ -147,7 +147,7 @@ def test_figures_of_pictures_are_those_of_opening_each(report: Report, messy: Pa
     assert number(report, "animated (models see the first frame)") == 1
     assert number(report, "one plain colour") == 2
     digests = {hashlib.md5((messy / name).read_bytes()).hexdigest() for name in names}
-    assert number(report, "the same file as another picture") == len(names) - len(digests) == 1
+    assert number(report, "the same file as another image") == len(names) - len(digests) == 1
     assert report.figures["another file, but the same look (64-bit difference hash)"].endswith("in 1 group")
 
 
@@ -163,7 +163,7 @@ def test_figures_of_captions_are_those_of_another_tokenizer(report: Report, mess
     assert re.fullmatch(f"mean {mean:.1f}, .*longest {most}", report.figures["tokens, start and end included"])
     distinct = {" ".join(text.lower().split()) for text in captions}
     assert number(report, "the same as another caption") == len(captions) - len(distinct)
-    assert number(report, "the same picture and caption as another pair") == 1
+    assert number(report, "the same image and caption as another pair") == 1
 
 
 def test_batches_are_those_of_each_process(report: Report, messy: Path) -> None:
@@ -262,8 +262,8 @@ def test_a_folder_and_shards_of_the_same_pairs_have_the_same_figures(
         for name in ("folder", "shards")
     )
     assert of_folder == of_shards
-    pictures = len(dict(usable_rows(messy)))
-    assert of_folder["pictures"] == f"{pictures}, with {pictures + 1} captions"
+    images = len(dict(usable_rows(messy)))
+    assert of_folder["images"] == f"{images}, with {images + 1} captions"
     assert not (tmp_path / "report.problems.jsonl").exists()
 
 

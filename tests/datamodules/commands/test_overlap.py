@@ -1,4 +1,4 @@
-"""Data overlap: statistics against SciPy and plain sums, copies of real pictures found and others not, the command."""
+"""Data overlap: statistics against SciPy and plain sums, copies of real images found and others not, the command."""
 
 import csv
 import io
@@ -23,15 +23,15 @@ from scipy.stats import beta, binom
 import lit_clip.evaluation.overlap as maths
 from datamodules.look_index import LookIndex, Looks
 from datamodules.near_duplicates import look_of
+from datamodules.open_source import open_source
 from datamodules.overlap.findings import findings_of
-from datamodules.overlap.search import Found, Queries, SourceRows, joined, search
+from datamodules.overlap.search import NearestFound, Queries, SourceRows, joined, search
 from datamodules.overlap.sets import read_results, read_thresholds
-from datamodules.pairs.source import open_source
 from lit_clip import load_model
 from lit_clip.cli.subcommands import run_command
 from lit_clip.embedding.image_files import in_batches
 from lit_clip.errors import InputError
-from lit_clip.evaluation.data import Pictures
+from lit_clip.evaluation.data import ImageSet
 from lit_clip.evaluation.overlap import bonferroni, clopper_pearson, nearer, nearest, nowhere, overlap_of
 from lit_clip.evaluation.zero_shot import zero_shot_classifier
 from lit_clip.models.clip import CLIP
@@ -86,7 +86,7 @@ def test_at_the_ends_of_an_interval_so_extreme_a_count_has_a_quarter_of_a_percen
     assert clopper_pearson(0, 0) == (0, 1)
 
 
-def test_a_part_without_pictures_has_no_accuracy_and_is_not_tested() -> None:
+def test_a_part_without_images_has_no_accuracy_and_is_not_tested() -> None:
     clean = overlap_of(booleans("0000"), booleans("1100"))
     assert (clean.contamination, clean.accuracy_all, clean.accuracy_clean, clean.difference) == (0, 0.5, 0.5, 0)
     assert (clean.accuracy_overlap, clean.p_value, clean.interval) == (None, None, None)
@@ -96,7 +96,7 @@ def test_a_part_without_pictures_has_no_accuracy_and_is_not_tested() -> None:
     unknown = overlap_of(booleans("1000"))
     assert (unknown.overlap, unknown.accuracy_all, unknown.interval) == (1, None, None)
     assert overlap_of(booleans("")).contamination is None
-    with pytest.raises(InputError, match="3 answers of the model for 4 pictures"):
+    with pytest.raises(InputError, match="3 answers of the model for 4 images"):
         overlap_of(booleans("1000"), booleans("100"))
 
 
@@ -128,7 +128,7 @@ def test_the_nearest_is_found_whatever_the_chunks(batch: int, tile: int, monkeyp
     assert nearest(query, reference).row.tolist() == [row for row, _ in expected]
 
 
-def test_of_equally_near_training_pictures_the_first_is_named() -> None:
+def test_of_equally_near_training_images_the_first_is_named() -> None:
     query, reference = torch.eye(3)[:2], torch.eye(3)[[2, 0, 0]]
     found = nowhere(2)
     for row in range(3):
@@ -146,26 +146,26 @@ def photographs(longest: int = 240) -> list[Image.Image]:
     return photos
 
 
-def as_jpeg(picture: Image.Image, quality: int = 50) -> Image.Image:
+def as_jpeg(image: Image.Image, quality: int = 50) -> Image.Image:
     data = io.BytesIO()
-    picture.convert("RGB").save(data, "JPEG", quality=quality)
+    image.convert("RGB").save(data, "JPEG", quality=quality)
     return Image.open(data).convert("RGB")
 
 
-def smaller(picture: Image.Image) -> Image.Image:
-    return picture.convert("RGB").resize((picture.width * 2 // 3, picture.height * 2 // 3))
+def smaller(image: Image.Image) -> Image.Image:
+    return image.convert("RGB").resize((image.width * 2 // 3, image.height * 2 // 3))
 
 
-def cropped(picture: Image.Image) -> Image.Image:
-    x, y = picture.width // 50, picture.height // 50
-    return picture.convert("RGB").crop((x, y, picture.width - x, picture.height - y))
+def cropped(image: Image.Image) -> Image.Image:
+    x, y = image.width // 50, image.height // 50
+    return image.convert("RGB").crop((x, y, image.width - x, image.height - y))
 
 
 def test_copies_of_photographs_look_like_the_originals_and_like_no_other() -> None:
     originals = photographs(600)
     copies = [*map(smaller, originals), *map(as_jpeg, originals), Image.new("RGB", (40, 40), "red")]
-    index = LookIndex(Looks.of([look_of(picture) for picture in [*originals, Image.new("RGB", (9, 9), "red")]]))
-    left, right = index.like(Looks.of([look_of(picture) for picture in copies]))
+    index = LookIndex(Looks.of([look_of(image) for image in [*originals, Image.new("RGB", (9, 9), "red")]]))
+    left, right = index.like(Looks.of([look_of(image) for image in copies]))
     assert set(zip(left.tolist(), right.tolist(), strict=True)) == {
         (place % len(originals), place) for place in range(2 * len(originals))
     }
@@ -197,7 +197,7 @@ def test_like_looks_are_those_of_comparing_all_pairs() -> None:
     assert [len(side) for side in empty] == [0, 0]
 
 
-class Films(Pictures):
+class Films(ImageSet):
     """Two films of three frames and a file that is broken."""
 
     several = True
@@ -208,7 +208,7 @@ class Films(Pictures):
     def __len__(self) -> int:
         return 3
 
-    def pictures(self, index: int) -> list[Image.Image]:
+    def images(self, index: int) -> list[Image.Image]:
         if index == 1:
             raise RuntimeError("no such codec")
         return self.frames[3 * (index // 2) : 3 * (index // 2) + 3]
@@ -217,14 +217,14 @@ class Films(Pictures):
         return "films"
 
 
-def write_table(folder: Path, pictures: list[Image.Image]) -> Path:
+def write_table(folder: Path, images: list[Image.Image]) -> Path:
     folder.mkdir(exist_ok=True)
     with (folder / "train.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["image", "caption"])
-        for number, picture in enumerate(pictures):
-            picture.save(folder / f"{number}.png")
-            writer.writerow([f"{number}.png", "a picture"])
+        for number, image in enumerate(images):
+            image.save(folder / f"{number}.png")
+            writer.writerow([f"{number}.png", "an image"])
     return folder / "train.csv"
 
 
@@ -280,11 +280,11 @@ def test_an_interrupted_search_goes_on_and_ends_as_an_uninterrupted_one(
 
 def test_a_damaged_file_of_what_was_found_is_made_again(tmp_path: Path) -> None:
     (tmp_path / "found.npz").write_bytes(b"PK\x03\x04 half")
-    assert Found.load(tmp_path / "found.npz", torch.device("cpu")) is None
+    assert NearestFound.load(tmp_path / "found.npz", torch.device("cpu")) is None
     assert Queries.load(tmp_path / "found.npz") is None
     assert Queries.load(tmp_path / "nothing.npz") is None
     np.savez(tmp_path / "other.npz", said=np.frombuffer(b'{"bad": []}', np.uint8), features=np.zeros((1, 2)))
-    assert Found.load(tmp_path / "other.npz", torch.device("cpu")) is None
+    assert NearestFound.load(tmp_path / "other.npz", torch.device("cpu")) is None
     assert Queries.load(tmp_path / "other.npz") is None
 
 
@@ -292,9 +292,9 @@ def test_a_training_set_of_which_nothing_can_be_read_is_an_error(tiny_config: CL
     table = write_table(tmp_path, photographs()[:2])
     source = open_source(table)
     for name in ("0.png", "1.png"):
-        (tmp_path / name).write_text("no picture")
+        (tmp_path / name).write_text("no image")
     queries = Queries(F.normalize(torch.randn(1, 16)), Looks.of([look_of(photographs()[0])]), np.array([0]), [])
-    with pytest.raises(InputError, match=r"none of 2 training pictures can be read; .*train.csv row 2: .*not an image"):
+    with pytest.raises(InputError, match=r"none of 2 training images can be read; .*train.csv row 2: .*not an image"):
         search(CLIP(tiny_config), queries, source, tmp_path / "found.npz", 2, 0)
 
 
@@ -344,13 +344,13 @@ def drawn(drawings: tuple[Path, Path, list[str]], tmp_path_factory: pytest.TempP
         folder = root / "emoji" / files[place + 5 if wrong else place].stem
         folder.mkdir(parents=True, exist_ok=True)
         (folder / file.name).write_bytes(file.read_bytes())
-    pictures = [Image.open(file).convert("RGB") for file in files]
+    images = [Image.open(file).convert("RGB") for file in files]
     changes = (smaller, as_jpeg, cropped)
-    copies = [changes[place % 3](pictures[place]) for place in range(12)]
-    table = write_table(root / "train", [*pictures[30:50], *copies])
+    copies = [changes[place % 3](images[place]) for place in range(12)]
+    table = write_table(root / "train", [*images[30:50], *copies])
     (root / "train/broken.jpg").write_bytes((root / "train/3.png").read_bytes()[:200])
     with table.open("a", encoding="utf-8") as file:
-        file.write("broken.jpg,a picture\ngone.png,a picture\n")
+        file.write("broken.jpg,an image\ngone.png,an image\n")
     keys = {path.name: path.relative_to(root / "emoji").as_posix() for path in (root / "emoji").rglob("*.png")}
     copied = {keys[files[place].name]: f"{table} row {2 + 20 + place}" for place in range(12)}
     return Drawn(model, root / "emoji", table, copied, [keys[files[place].name] for place in (0, 1, 2, 20)])
@@ -362,7 +362,7 @@ def run_overlap(drawn: Drawn, output: Path, *words: str) -> dict[str, Any]:
 
 
 def recognised_keys(drawn: Drawn) -> set[str]:
-    """What the model gets right, one picture at a time."""
+    """What the model gets right, one image at a time."""
     model = load_model(str(drawn.model))
     names = sorted(folder.name for folder in drawn.evaluation.iterdir())
     classifier = zero_shot_classifier(model, [name.replace("_", " ") for name in names], ["a drawing of a {}."])
@@ -382,7 +382,7 @@ def test_the_command_finds_the_copies_and_says_what_they_are_worth(
     report = run_overlap(drawn, tmp_path / "overlap.html", *words, "--threshold", "0.9")
     output = capsys.readouterr()
     found = report["sets"]["emoji"]
-    assert {pair["picture"]: pair["train"] for pair in found["pairs"]} == drawn.copied
+    assert {pair["image"]: pair["train"] for pair in found["pairs"]} == drawn.copied
     assert all(pair["similarity"] > 0.9 for pair in found["pairs"])
     right = recognised_keys(drawn)
     assert 15 < len(right) < 30
@@ -394,15 +394,15 @@ def test_the_command_finds_the_copies_and_says_what_they_are_worth(
     assert found["accuracy_clean"] == pytest.approx(len(right & clean) / 18)
     assert found["p_value"] == found["p_value_bonferroni"]
     assert found["p_value"] == pytest.approx(binom.sf(len(right & overlap) - 1, 12, found["accuracy_clean"]))
-    assert report["train"]["pictures"] == 32
+    assert report["train"]["images"] == 32
     assert report["train"]["skipped"] == {"broken image": 1, "missing image": 1}
     assert any("row 34" in line for line in report["train"]["skipped_lines"])
-    assert "1 training pictures could not be read: broken image" in output.err
+    assert "1 training images could not be read: broken image" in output.err
     assert "12 (40.0 %)" in output.out
     check_page(tmp_path / "overlap.html", report)
 
     def no_forward(*_: object, **__: object) -> None:
-        raise AssertionError("a picture was encoded again")
+        raise AssertionError("an image was encoded again")
 
     monkeypatch.setattr(CLIP, "encode_image", no_forward)
     similar = sorted(pair["similarity"] for pair in found["pairs"])
@@ -410,8 +410,8 @@ def test_the_command_finds_the_copies_and_says_what_they_are_worth(
     words += ["--threshold", "0.9", f"emoji={limit}"]
     higher = run_overlap(drawn, tmp_path / "overlap.html", *words)["sets"]["emoji"]
     assert higher["threshold"] == limit
-    looks = {pair["picture"] for pair in higher["pairs"] if pair["similarity"] < limit}
-    assert looks == {pair["picture"] for pair in found["pairs"] if pair["similarity"] < limit and pair["same_look"]}
+    looks = {pair["image"] for pair in higher["pairs"] if pair["similarity"] < limit}
+    assert looks == {pair["image"] for pair in found["pairs"] if pair["similarity"] < limit and pair["same_look"]}
     by_features = run_overlap(drawn, tmp_path / "overlap.html", *words, "--by", "embedding")["sets"]["emoji"]
     assert by_features["overlap"] == 6
     tried = {row["threshold"]: row["overlap"] for row in by_features["thresholds"]}
@@ -419,7 +419,7 @@ def test_the_command_finds_the_copies_and_says_what_they_are_worth(
 
 
 def check_page(path: Path, report: dict[str, Any]) -> None:
-    """It has the pairs, as pictures that can be opened, and needs nothing else."""
+    """It has the pairs, as images that can be opened, and needs nothing else."""
     page = path.read_text(encoding="utf-8")
     assert not re.search(r"(src|href)=\"(?!data:)", page)
     assert "<script" not in page
@@ -427,13 +427,13 @@ def check_page(path: Path, report: dict[str, Any]) -> None:
     assert len(images) >= 2 * 2 * 12  # both sides, above and below the threshold
     assert all(max(Image.open(io.BytesIO(b64decode(image))).size) <= 160 for image in images)
     for pair in report["sets"]["emoji"]["pairs"]:
-        assert escape(pair["picture"]) in page
+        assert escape(pair["image"]) in page
         assert escape(pair["train"]) in page
     assert "could not be read" in page
 
 
 def test_sets_of_a_suite_and_answers_of_another_model(drawn: Drawn, tmp_path: Path) -> None:
-    """Two sets in one pass, one of which has a broken picture, with p-values that allow for two tests."""
+    """Two sets in one pass, one of which has a broken image, with p-values that allow for two tests."""
     (tmp_path / "data").mkdir()
     (tmp_path / "data/emoji").symlink_to(drawn.evaluation)
     half = tmp_path / "data/half"

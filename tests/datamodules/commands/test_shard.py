@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from datamodules.commands.shard import shard
-from datamodules.pairs.source import open_source
+from datamodules.open_source import open_source
 from datamodules.shards.index import INDEX_SUFFIX
 from datamodules.shards.pairs import TarPairs
 from lit_clip.errors import InputError
@@ -132,13 +132,13 @@ def test_pairs_that_cannot_be_read_stop_it_or_are_listed(tmp_path: Path, caption
     (tmp_path / "cut.png").write_bytes(Path(images[0]).read_bytes()[:-400])
     images[3] = "cut.png"
     table = tmp_path / "table.csv"
-    table.write_text("image,caption\n" + "".join(f"{image},picture {i}\n" for i, image in enumerate(images)))
+    table.write_text("image,caption\n" + "".join(f"{image},image {i}\n" for i, image in enumerate(images)))
     with pytest.raises(InputError, match=r"table\.csv row 5: cannot read"):
         shard(str(table), str(tmp_path / "out"), shard_size=2, workers=0)
     assert list(digests(tmp_path / "out")) == ["00000.tar"]
     shard(str(table), str(tmp_path / "out"), shard_size=2, workers=0, on_error="skip")
     source = TarPairs(str(tmp_path / "out"))
-    assert [source.captions(index)[0] for index in range(4)] == ["picture 0", "picture 1", "picture 2", "picture 4"]
+    assert [source.captions(index)[0] for index in range(4)] == ["image 0", "image 1", "image 2", "image 4"]
     listed = json.loads((tmp_path / "out/00001.skipped.jsonl").read_text())
     assert listed["where"].endswith("table.csv row 5")
     assert [path.name for path in (tmp_path / "out").glob("*.skipped.jsonl")] == ["00001.skipped.jsonl"]

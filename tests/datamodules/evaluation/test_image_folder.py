@@ -1,4 +1,4 @@
-"""Labelled images in folders and in parquet files: which picture has which label, and what is refused."""
+"""Labelled images in folders and in parquet files: which image has which label, and what is refused."""
 
 import io
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def paint(path: Path, number: int = 0) -> Path:
 
 
 def colours(images: LabelledImages) -> list[tuple[tuple[int, int, int], int]]:
-    """The colour and the label of every picture."""
+    """The colour and the label of every image."""
     pairs: list[Any] = [images[index] for index in range(len(images))]
     assert all(image.mode == "RGB" and image.size == (4, 3) for image, _ in pairs)
     return [(image.getpixel((1, 1)), label) for image, label in pairs]
@@ -43,7 +43,7 @@ def colours(images: LabelledImages) -> list[tuple[tuple[int, int, int], int]]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Three classes, made in another order than that of their names; one with nested pictures and a text."""
+    """Three classes, made in another order than that of their names; one with nested images and a text."""
     root = tmp_path / "pets"
     paint(root / "tabby_cat/deep/er/1.png", 3)
     paint(root / "tabby_cat/0.png", 2)
@@ -63,15 +63,15 @@ def test_classes_are_the_folders_in_the_order_of_their_names(folder: Path) -> No
     assert sorted(oracle.targets) == images.labels()
 
 
-def test_labels_are_those_of_the_pictures(folder: Path) -> None:
+def test_labels_are_those_of_the_images(folder: Path) -> None:
     images = ImageFolderClasses(str(folder))
     assert images.labels() == [label for _, label in colours(images)] == [0, 1, 2, 2]
     assert len(images) == 4
 
 
 @pytest.mark.parametrize("hidden", [".git/x.png", "a_dog/.ipynb_checkpoints/x-checkpoint.png", "a_dog/._x.bmp"])
-def test_what_is_hidden_is_no_class_and_no_picture(folder: Path, hidden: str) -> None:
-    """Version control, notebooks' copies, and what macOS leaves beside each file (which is no picture at all)."""
+def test_what_is_hidden_is_no_class_and_no_image(folder: Path, hidden: str) -> None:
+    """Version control, notebooks' copies, and what macOS leaves beside each file (which is no image at all)."""
     paint(folder / hidden)
     images = ImageFolderClasses(str(folder))
     assert images.class_names == ["Zebra finch", "a dog", "tabby cat"]
@@ -113,29 +113,29 @@ def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
     assert "no such folder" in message
 
 
-def test_a_folder_of_pictures_without_subfolders_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
+def test_a_folder_of_images_without_subfolders_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
     paint(tmp_path / "flat/a.png")
     message = message_of(lambda: ImageFolderClasses(str(tmp_path / "flat")))
     assert "flat" in message
     assert "no subfolders" in message
 
 
-def test_a_class_without_pictures_is_named(folder: Path) -> None:
+def test_a_class_without_images_is_named(folder: Path) -> None:
     (folder / "b_bird").mkdir()
     (folder / "b_bird/notes.txt").write_text("none yet")
     message = message_of(lambda: ImageFolderClasses(str(folder)))
     assert "b_bird" in message
-    assert "no pictures" in message
+    assert "no images" in message
 
 
-def test_a_file_that_is_no_picture_is_an_error_before_anything_is_trained(folder: Path) -> None:
-    (folder / "a_dog/broken.png").write_bytes(b"not a picture")
+def test_a_file_that_is_no_image_is_an_error_before_anything_is_trained(folder: Path) -> None:
+    (folder / "a_dog/broken.png").write_bytes(b"not an image")
     message = message_of(lambda: ZeroShotSet(ImageFolderClasses(str(folder))))  # as the callback's YAML is read
     assert "broken.png" in message
     assert "not an image" in message
 
 
-def test_a_truncated_picture_is_an_error_that_names_its_file_once_it_is_read(folder: Path) -> None:
+def test_a_truncated_image_is_an_error_that_names_its_file_once_it_is_read(folder: Path) -> None:
     Image.effect_noise((40, 40), 90).save(folder / "a_dog/broken.png")
     whole = (folder / "a_dog/broken.png").read_bytes()
     (folder / "a_dog/broken.png").write_bytes(whole[: len(whole) // 2])
@@ -159,7 +159,7 @@ NAMES = ["tench", "goldfish", "shark", "ray", "cock"]
 def write(
     path: Path, images: list[bytes], labels: list[Any], layout: str = "struct", label_type: Any = None, rows: int = 4
 ) -> Path:
-    """A parquet file with 4 rows a group; ``struct`` as the Hugging Face hub stores pictures, or plain ``bytes``."""
+    """A parquet file with 4 rows a group; ``struct`` as the Hugging Face hub stores images, or plain ``bytes``."""
     values = pa.array(images, pa.binary())
     if layout == "struct":
         kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -171,7 +171,7 @@ def write(
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
-    """23 pictures in two files of 10 and 13, in groups of 4, and a file that is not parquet."""
+    """23 images in two files of 10 and 13, in groups of 4, and a file that is not parquet."""
     images = [encoded(i) for i in range(23)]
     write(tmp_path / "val-00001.parquet", images[10:], LABELS[10:])
     write(tmp_path / "val-00000.parquet", images[:10], LABELS[:10])
@@ -211,9 +211,9 @@ def test_parquet_columns_can_have_other_names(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("option", ["image_column", "label_column"])
 def test_a_missing_parquet_column_is_an_error_that_lists_the_columns(shards: Path, option: str) -> None:
-    options: Any = {option: "picture"}
+    options: Any = {option: "image"}
     message = message_of(lambda: ParquetClasses(str(shards), NAMES, **options))
-    for part in ("val-00000.parquet", "'picture'", "image, label"):
+    for part in ("val-00000.parquet", "'image'", "image, label"):
         assert part in message
 
 
@@ -256,11 +256,11 @@ def test_a_file_that_is_not_parquet_is_an_error_that_names_it(tmp_path: Path) ->
     assert "a.parquet" in message_of(lambda: ParquetClasses(str(tmp_path), NAMES))
 
 
-@pytest.mark.parametrize("broken", [b"not a picture", None])
-def test_a_broken_picture_in_parquet_is_an_error_that_names_file_and_row(tmp_path: Path, broken: bytes | None) -> None:
-    pictures: list[Any] = [encoded(i) for i in range(9)]
-    pictures[6] = broken
-    write(tmp_path / "a.parquet", pictures, [0] * 9)
+@pytest.mark.parametrize("broken", [b"not an image", None])
+def test_a_broken_image_in_parquet_is_an_error_that_names_file_and_row(tmp_path: Path, broken: bytes | None) -> None:
+    photos: list[Any] = [encoded(i) for i in range(9)]
+    photos[6] = broken
+    write(tmp_path / "a.parquet", photos, [0] * 9)
     images = ParquetClasses(str(tmp_path), ["a"])
     message = message_of(lambda: images[6])
     assert "a.parquet" in message
@@ -268,7 +268,7 @@ def test_a_broken_picture_in_parquet_is_an_error_that_names_file_and_row(tmp_pat
     assert images[7][1] == 0
 
 
-def test_a_truncated_picture_in_parquet_is_an_error_of_its_row(tmp_path: Path) -> None:
+def test_a_truncated_image_in_parquet_is_an_error_of_its_row(tmp_path: Path) -> None:
     """Not of whoever looks at its pixels first."""
     file = io.BytesIO()
     Image.effect_noise((60, 60), 90).convert("RGB").save(file, format="JPEG")

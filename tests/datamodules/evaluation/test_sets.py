@@ -1,4 +1,4 @@
-"""Sets in tars, tables and folders, each a miniature in its own layout: which picture has which label."""
+"""Sets in tars, tables and folders, each a miniature in its own layout: which image has which label."""
 
 import io
 import json
@@ -34,10 +34,9 @@ from datamodules.evaluation import (
     WebDatasetMultiLabel,
 )
 from datamodules.evaluation.imagenet_variants import imagenet_wnids
-from datamodules.loading.bad_samples import BadSample
 from datamodules.openmoji import read_table
-from lit_clip.errors import InputError
-from lit_clip.evaluation.data import MissingData, Pictures
+from lit_clip.errors import BadSample, InputError
+from lit_clip.evaluation.data import ImageSet, MissingData
 from lit_clip.evaluation.suite import read_suite
 from lit_clip.evaluation.zero_shot import imagenet_class_names
 from tests.conftest import ROOT
@@ -70,11 +69,11 @@ def paint(path: Path, number: int = 0) -> Path:
 
 
 def colour_of(images: Any, index: int) -> Any:
-    return images.pictures(index)[0].convert("RGB").getpixel((1, 1))
+    return images.images(index)[0].convert("RGB").getpixel((1, 1))
 
 
 def same_after_pickling(images: Any) -> None:
-    """A data worker sees the same pictures, labels and names."""
+    """A data worker sees the same images, labels and names."""
     other = pickle.loads(pickle.dumps(images))
     assert len(other) == len(images)
     assert (other.labels(), other.class_names, other.stamp()) == (images.labels(), images.class_names, images.stamp())
@@ -102,8 +101,8 @@ KINDS = ["webp", "png", "jpg", "png", "webp", "png", "png"]
 
 def sample(number: int, **answers: bytes) -> dict[str, bytes]:
     key, kind = f"s{number:07}", KINDS[number % len(KINDS)]
-    picture = encoded(number, {"jpg": "JPEG"}.get(kind, kind.upper()))
-    return {f"{key}.{kind}": picture, **{f"{key}.{name}": content for name, content in answers.items()}}
+    image = encoded(number, {"jpg": "JPEG"}.get(kind, kind.upper()))
+    return {f"{key}.{kind}": image, **{f"{key}.{name}": content for name, content in answers.items()}}
 
 
 def merged(samples: list[dict[str, bytes]]) -> dict[str, bytes]:
@@ -152,8 +151,8 @@ def test_a_set_in_tars_is_read_as_clip_benchmark_reads_it(tars: Path) -> None:
     images = WebDataset(str(tars))
     rows = list(peer)
     assert [label for _, label in rows] == images.labels()
-    for index, (picture, _) in enumerate(rows):
-        assert picture.tobytes() == images[index][0].convert("RGB").tobytes()
+    for index, (photo, _) in enumerate(rows):
+        assert photo.tobytes() == images[index][0].convert("RGB").tobytes()
     assert peer.classes == images.class_names
     assert [template.replace("{c}", "{}") for template in peer.templates] == images.templates
 
@@ -239,7 +238,7 @@ def test_what_is_wrong_with_a_set_in_tars_is_said_of_its_file(tars: Path, tmp_pa
     assert "s0000001.cls" in message
 
 
-def test_a_broken_or_missing_picture_in_tars_can_be_skipped_for_it_is_an_error_of_its_own(tmp_path: Path) -> None:
+def test_a_broken_or_missing_image_in_tars_can_be_skipped_for_it_is_an_error_of_its_own(tmp_path: Path) -> None:
     samples = [sample(number, cls=b"0") for number in range(5)]
     samples[1] = {"s0000001.png": encoded(1)[:40], "s0000001.cls": b"0"}
     samples[3] = {"s0000003.cls": b"0"}
@@ -263,7 +262,7 @@ def test_the_stamp_of_a_set_in_tars_changes_with_its_tars_only(tars: Path) -> No
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
+def photos(tmp_path: Path) -> Path:
     for number in range(6):
         paint(tmp_path / "in" / f"{number}.png", number)
     return tmp_path
@@ -297,8 +296,8 @@ FORMS = ["csv", "csv_bom", "tsv", "jsonl", "parquet"]
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_table_gives_the_pictures_of_its_rows_and_the_classes_that_it_names(pictures: Path, form: str) -> None:
-    images = LabelledTable(str(write_rows(pictures, form, ROWS)))
+def test_a_table_gives_the_images_of_its_rows_and_the_classes_that_it_names(photos: Path, form: str) -> None:
+    images = LabelledTable(str(write_rows(photos, form, ROWS)))
     assert images.class_names == ["ant, red", "cat", "dog"]
     assert images.labels() == [2, 0, 2, 1]
     assert [colour_of(images, i) for i in range(4)] == [colour(number) for number in (3, 0, 5, 1)]
@@ -307,9 +306,9 @@ def test_a_table_gives_the_pictures_of_its_rows_and_the_classes_that_it_names(pi
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_table_with_numbers_takes_names_in_label_order(pictures: Path, form: str) -> None:
+def test_a_table_with_numbers_takes_names_in_label_order(photos: Path, form: str) -> None:
     rows = [(path, label) for (path, _), label in zip(ROWS, (2, 0, 2, 1), strict=True)]
-    path = write_rows(pictures, form, rows, ("file", "class_id"))
+    path = write_rows(photos, form, rows, ("file", "class_id"))
     images = LabelledTable(str(path), class_names=["wolf", "ant", "bee", "unseen"])
     assert (images.labels(), len(images.class_names)) == ([2, 0, 2, 1], 4)
     assert LabelledTable(str(path)).class_names == ["0", "1", "2"]
@@ -317,19 +316,19 @@ def test_a_table_with_numbers_takes_names_in_label_order(pictures: Path, form: s
     assert columns.labels() == [0, 1, 2, 3]
 
 
-def test_a_table_with_names_takes_the_order_of_the_classes_given(pictures: Path) -> None:
-    path = write_rows(pictures, "csv", ROWS)
+def test_a_table_with_names_takes_the_order_of_the_classes_given(photos: Path) -> None:
+    path = write_rows(photos, "csv", ROWS)
     assert LabelledTable(str(path), class_names=["dog", "eel", "cat", "ant, red"]).labels() == [0, 3, 0, 2]
 
 
-def test_numbers_in_a_table_that_are_also_names_of_other_classes_are_an_error(pictures: Path) -> None:
+def test_numbers_in_a_table_that_are_also_names_of_other_classes_are_an_error(photos: Path) -> None:
     """CLEVR's classes are 10, 3, 4, ...: is 3 the fourth or the second?"""
     names = ["10", "3", "4", "5"]
-    path = write_rows(pictures, "csv", [("in/0.png", 10), ("in/1.png", 3)])
+    path = write_rows(photos, "csv", [("in/0.png", 10), ("in/1.png", 3)])
     assert LabelledTable(str(path), names).labels() == [0, 1]  # 10 can be no number: the column holds names
-    message = message_of(lambda: LabelledTable(str(write_rows(pictures, "csv", [("in/1.png", 3)])), names))
+    message = message_of(lambda: LabelledTable(str(write_rows(photos, "csv", [("in/1.png", 3)])), names))
     assert "labels.csv row 2" in message
-    assert LabelledTable(str(write_rows(pictures, "jsonl", [("in/1.png", 3)])), names).labels() == [3]  # no text
+    assert LabelledTable(str(write_rows(photos, "jsonl", [("in/1.png", 3)])), names).labels() == [3]  # no text
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -343,11 +342,11 @@ def test_numbers_in_a_table_that_are_also_names_of_other_classes_are_an_error(pi
     ],
 )
 def test_a_label_that_is_no_class_is_an_error_that_names_file_and_row(
-    pictures: Path, form: str, label: Any, names: list[str] | None, parts: tuple[str, ...]
+    photos: Path, form: str, label: Any, names: list[str] | None, parts: tuple[str, ...]
 ) -> None:
     others = [1, 0, 2] if isinstance(label, int) else ["dog", "cat", "dog"]
     rows = [(f"in/{number}.png", value) for number, value in enumerate([*others[:2], label, others[2]])]
-    path = write_rows(pictures, form, rows)
+    path = write_rows(photos, form, rows)
     row = {"parquet": 2, "jsonl": 3}.get(form, 4)
     message = message_of(lambda: LabelledTable(str(path), class_names=names))
     for part in (f"{path.name} row {row}", *parts):
@@ -355,55 +354,55 @@ def test_a_label_that_is_no_class_is_an_error_that_names_file_and_row(
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_missing_column_or_picture_is_an_error_that_says_what_to_set(pictures: Path, form: str) -> None:
-    path = write_rows(pictures, form, ROWS, ("image", "thing"))
+def test_a_missing_column_or_image_is_an_error_that_says_what_to_set(photos: Path, form: str) -> None:
+    path = write_rows(photos, form, ROWS, ("image", "thing"))
     message = message_of(lambda: LabelledTable(str(path)))
     for part in (path.name, "id, image, thing", "label_column"):
         assert part in message
     assert "'x'" in message_of(lambda: LabelledTable(str(path), image_column="x", label_column="thing"))
-    message = message_of(lambda: LabelledTable(str(path), label_column="thing", root=str(pictures / "in")))
+    message = message_of(lambda: LabelledTable(str(path), label_column="thing", root=str(photos / "in")))
     for part in (f"{path.name} row", "set root"):
         assert part in message
     rows = [ROWS[0], (None if form in ("jsonl", "parquet") else "", "cat")]
-    assert "no picture" in message_of(lambda: LabelledTable(str(write_rows(pictures, form, rows))))
+    assert "no image" in message_of(lambda: LabelledTable(str(write_rows(photos, form, rows))))
 
 
-def test_tables_that_are_not_there_or_empty_or_hold_pictures_are_errors(pictures: Path) -> None:
-    assert "no such table" in message_of(lambda: LabelledTable(str(pictures / "x.csv")), MissingData)
+def test_tables_that_are_not_there_or_empty_or_hold_images_are_errors(photos: Path) -> None:
+    assert "no such table" in message_of(lambda: LabelledTable(str(photos / "x.csv")), MissingData)
     for form in ("csv", "parquet"):
-        assert "no rows" in message_of(lambda form=form: LabelledTable(str(write_rows(pictures, form, []))))
-    path = write_rows(pictures, "parquet", [(encoded(0), 0)])
+        assert "no rows" in message_of(lambda form=form: LabelledTable(str(write_rows(photos, form, []))))
+    path = write_rows(photos, "parquet", [(encoded(0), 0)])
     assert "ParquetClasses" in message_of(lambda: LabelledTable(str(path)))
     path.write_bytes(b"PAR1")
     assert "labels.parquet" in message_of(lambda: LabelledTable(str(path)))
 
 
-def test_pictures_of_a_table_that_cannot_be_read_are_errors_of_their_rows(pictures: Path) -> None:
-    (pictures / "in/0.png").write_bytes(encoded(0)[:40])
-    images = LabelledTable(str(write_rows(pictures, "csv", [ROWS[0], ROWS[1], ("in/99.png", "cat")])))
+def test_images_of_a_table_that_cannot_be_read_are_errors_of_their_rows(photos: Path) -> None:
+    (photos / "in/0.png").write_bytes(encoded(0)[:40])
+    images = LabelledTable(str(write_rows(photos, "csv", [ROWS[0], ROWS[1], ("in/99.png", "cat")])))
     for index, row in ((1, "labels.csv row 3"), (2, "labels.csv row 4")):
         with pytest.raises(BadSample, match=row):
             images[index]
     assert images.stamp()
     before = images.stamp()
-    paint(pictures / "in/99.png")
+    paint(photos / "in/99.png")
     assert images.stamp() != before
 
 
-def test_names_that_two_classes_share_cannot_label_a_table(pictures: Path) -> None:
-    message = message_of(lambda: LabelledTable(str(write_rows(pictures, "csv", [("in/0.png", "missile")])), "imagenet"))
+def test_names_that_two_classes_share_cannot_label_a_table(photos: Path) -> None:
+    message = message_of(lambda: LabelledTable(str(write_rows(photos, "csv", [("in/0.png", "missile")])), "imagenet"))
     assert "two classes are called" in message
-    path = write_rows(pictures, "csv", [("in/0.png", 744), ("in/1.png", 657)])
+    path = write_rows(photos, "csv", [("in/0.png", 744), ("in/1.png", 657)])
     images = LabelledTable(str(path), "imagenet")
     assert [images.class_names[label] for label in images.labels()] == ["missile", "missile"]
     assert images.labels() == [744, 657]
 
 
-def test_the_stamp_of_files_changes_with_their_order_too(pictures: Path) -> None:
-    stamps = {LabelledTable(str(write_rows(pictures, "csv", rows))).stamp() for rows in (ROWS, ROWS[::-1], ROWS[:3])}
+def test_the_stamp_of_files_changes_with_their_order_too(photos: Path) -> None:
+    stamps = {LabelledTable(str(write_rows(photos, "csv", rows))).stamp() for rows in (ROWS, ROWS[::-1], ROWS[:3])}
     assert len(stamps) == 3
     again = [(path, "one class") for path, _ in ROWS]
-    assert LabelledTable(str(write_rows(pictures, "csv", again))).stamp() in stamps  # labels are not part of it
+    assert LabelledTable(str(write_rows(photos, "csv", again))).stamp() in stamps  # labels are not part of it
 
 
 # --- ImageNet's variants --------------------------------------------------------------------------------------------
@@ -461,7 +460,7 @@ def test_classes_of_imagenet_a_have_the_papers_names_and_only_their_own(tmp_path
     assert "n99999999 is no class of ImageNet" in message_of(lambda: ImageNetFolders(str(tmp_path)))
 
 
-def test_a_corrupt_picture_in_a_folder_can_be_skipped_for_it_is_an_error_of_its_own(tmp_path: Path) -> None:
+def test_a_corrupt_image_in_a_folder_can_be_skipped_for_it_is_an_error_of_its_own(tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
         paint(tmp_path / f"n01440764/{name}.png", 7)
     (tmp_path / "n01440764/b.png").write_bytes(encoded(0)[:40])
@@ -473,7 +472,7 @@ def test_a_corrupt_picture_in_a_folder_can_be_skipped_for_it_is_an_error_of_its_
 
 
 def objectnet(root: Path) -> Path:
-    """Two classes that ImageNet has and one that it has not; red lines of a pixel around the pictures."""
+    """Two classes that ImageNet has and one that it has not; red lines of a pixel around the images."""
     labels = {"tshirt": "T-shirt", "alarm_clock": "Alarm clock", "air_freshener": "Air freshener"}
     (root / "mappings").mkdir(parents=True)
     (root / "mappings/folder_to_objectnet_label.json").write_text(json.dumps(labels))
@@ -524,7 +523,7 @@ def test_mappings_of_objectnet_that_do_not_fit_are_an_error(tmp_path: Path) -> N
 
 
 def birdsnap(root: Path) -> Path:
-    """Three species, in an order of its own; one picture could not be fetched, and one more lies there unlisted."""
+    """Three species, in an order of its own; one image could not be fetched, and one more lies there unlisted."""
     (root / "download/images").mkdir(parents=True)
     species = ["1\tCooper's Hawk\tAccipiter cooperii\tCoopers_Hawk", "2\tBlack Vulture\tx\tBlack_Vulture"]
     species.append("3\tBlack-and-white Warbler\tx\tBlack_and_white_Warbler")
@@ -541,7 +540,7 @@ def birdsnap(root: Path) -> Path:
     return root
 
 
-def test_birdsnap_tests_on_the_listed_pictures_that_could_be_fetched(tmp_path: Path) -> None:
+def test_birdsnap_tests_on_the_listed_images_that_could_be_fetched(tmp_path: Path) -> None:
     root = birdsnap(tmp_path)
     test, train = Birdsnap(str(root), "test"), Birdsnap(str(root), "train")
     assert test.class_names == train.class_names == ["Black Vulture", "Black and white Warbler", "Coopers Hawk"]
@@ -551,9 +550,9 @@ def test_birdsnap_tests_on_the_listed_pictures_that_could_be_fetched(tmp_path: P
     assert found == [(colour(0), 2), (colour(3), 0), (colour(4), 0), (colour(5), 0)]
     assert test.stamp() != train.stamp()
     same_after_pickling(train)
-    for picture in (root / "download/images").rglob("*.jpg"):
-        picture.unlink()
-    assert "no pictures of this split" in message_of(lambda: Birdsnap(str(root)))
+    for image in (root / "download/images").rglob("*.jpg"):
+        image.unlink()
+    assert "no images of this split" in message_of(lambda: Birdsnap(str(root)))
     (root / "species.txt").unlink()
     assert "species.txt" in message_of(lambda: Birdsnap(str(root)), MissingData)
 
@@ -566,7 +565,7 @@ def test_species_are_in_the_order_of_the_papers_list() -> None:
 
 @pytest.fixture(scope="module")
 def resisc45(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The 45 folders with 20 pictures each."""
+    """The 45 folders with 20 images each."""
     root = tmp_path_factory.mktemp("resisc45")
     data = encoded(0)
     for name in PROMPTS["RESISC45"]["classes"]:
@@ -621,7 +620,7 @@ def test_hateful_memes_are_the_rows_of_the_development_list(tmp_path: Path, dev:
     assert dev in message_of(lambda: HatefulMemes(str(tmp_path)), MissingData)
 
 
-def test_a_picture_of_ayahoo_comes_once_with_the_class_of_its_list(tmp_path: Path) -> None:
+def test_a_image_of_ayahoo_comes_once_with_the_class_of_its_list(tmp_path: Path) -> None:
     attributes = " ".join("0" for _ in range(64))
     lines = [("wolf_1.jpg", "wolf"), ("bag_227.jpg", "bag"), ("bag_227.jpg", "bag"), ("zebra_3.jpg", "zebra")]
     (tmp_path / "attribute_data").mkdir()
@@ -641,11 +640,11 @@ def test_a_picture_of_ayahoo_comes_once_with_the_class_of_its_list(tmp_path: Pat
     assert "ayahoo_test.txt" in message_of(lambda: AYahoo(str(tmp_path / "nowhere")), MissingData)
 
 
-def test_sun_has_all_pictures_with_the_labels_of_their_names_in_words(tmp_path: Path) -> None:
+def test_sun_has_all_images_with_the_labels_of_their_names_in_words(tmp_path: Path) -> None:
     folders = ["/a/abbey", "/a/apartment_building/outdoor", "/j/jail_indoor", "/j/jail_cell"]
     for number, folder in enumerate(folders):
-        for picture in range(1 + number):
-            paint(tmp_path / f"SUN397{folder}/sun_{picture}.jpg", number)
+        for image in range(1 + number):
+            paint(tmp_path / f"SUN397{folder}/sun_{image}.jpg", number)
     (tmp_path / "SUN397/ClassName.txt").write_text("\n".join(folders) + "\n")
     images = SUN(str(tmp_path))
     assert images.class_names == ["abbey", "apartment building outdoor", "jail cell", "jail indoor"]
@@ -674,7 +673,7 @@ def test_digits_are_scikit_learns_in_their_order() -> None:
 # --- those that were there before -----------------------------------------------------------------------------------
 
 
-def test_folders_parquet_files_and_drawings_say_what_their_pictures_are_called(
+def test_folders_parquet_files_and_drawings_say_what_their_images_are_called(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for number, name in enumerate(("b", "a", "a")):
@@ -717,7 +716,7 @@ def test_sets_of_the_suite_are_opened_as_it_says(tmp_path: Path, tars: Path, ima
     (data / "resisc45").symlink_to(resisc45)
     birdsnap(data / "birdsnap")
     objectnet(data / "objectnet/objectnet-1.0")
-    opened: dict[str, Pictures] = {
+    opened: dict[str, ImageSet] = {
         name: suite[name].open("test", 0, data)
         for name in ("wds_mnist", "imagenetv2", "resisc45", "birdsnap", "objectnet", "digits")
     }

@@ -36,17 +36,17 @@ def paint(path: Path, number: int = 0) -> Path:
 
 
 def shade(image: Image.Image) -> int:
-    """The number that a picture was painted with; JPEG may be off by little."""
+    """The number that an image was painted with; JPEG may be off by little."""
     colour: Any = image.convert("RGB").getpixel((1, 1))
     return round(colour[0] / 10) * 10
 
 
 def as_read(images: CaptionedImages) -> list[tuple[str, int, list[str]]]:
-    """Key, shade and captions of every picture."""
-    return [(images.key(i), shade(images.pictures(i)[0]), images.captions(i)) for i in range(len(images))]
+    """Key, shade and captions of every image."""
+    return [(images.key(i), shade(images.images(i)[0]), images.captions(i)) for i in range(len(images))]
 
 
-def test_a_tables_rows_of_one_picture_are_one_picture_with_all_captions(tmp_path: Path) -> None:
+def test_a_tables_rows_of_one_image_are_one_image_with_all_captions(tmp_path: Path) -> None:
     for name, number in (("a.png", 10), ("b.png", 20)):
         paint(tmp_path / name, number)
     (tmp_path / "pairs.csv").write_text("image,caption\na.png,one\nb.png,two\na.png,three\n")
@@ -61,13 +61,13 @@ def test_a_tables_rows_of_one_picture_are_one_picture_with_all_captions(tmp_path
 
 
 def test_other_columns_and_a_root_can_be_named(tmp_path: Path) -> None:
-    paint(tmp_path / "pictures/a.png", 10)
+    paint(tmp_path / "images/a.png", 10)
     (tmp_path / "pairs.csv").write_text("where,what\na.png,one\n")
-    images = CaptionedPairs(str(tmp_path / "pairs.csv"), str(tmp_path / "pictures"), "where", "what")
+    images = CaptionedPairs(str(tmp_path / "pairs.csv"), str(tmp_path / "images"), "where", "what")
     assert as_read(images) == [("a.png", 10, ["one"])]
 
 
-def test_a_folder_of_pictures_with_texts_is_a_set_for_retrieval(tmp_path: Path) -> None:
+def test_a_folder_of_images_with_texts_is_a_set_for_retrieval(tmp_path: Path) -> None:
     paint(tmp_path / "a.png", 10)
     (tmp_path / "a.txt").write_text("one\ntwo\n")
     assert as_read(CaptionedPairs(str(tmp_path))) == [("a.png", 10, ["one", "two"])]
@@ -81,13 +81,13 @@ def test_tar_shards_are_a_set_for_retrieval(tmp_path: Path) -> None:
         tar.add(tmp_path / "0.txt", "0.txt")
     images = CaptionedPairs(str(tmp_path / "0.tar"))
     assert as_read(images) == [("0", 10, ["one"])]
-    assert len(pickle.loads(pickle.dumps(images)).pictures(0)) == 1
+    assert len(pickle.loads(pickle.dumps(images)).images(0)) == 1
 
 
 def test_a_source_that_is_not_there_is_missing(tmp_path: Path) -> None:
     assert "nowhere.csv" in message_of(lambda: CaptionedPairs(str(tmp_path / "nowhere.csv")), MissingData)
-    (tmp_path / "pairs.csv").write_text("picture,words\na.png,one\n")
-    assert "picture, words" in message_of(lambda: CaptionedPairs(str(tmp_path / "pairs.csv")))
+    (tmp_path / "pairs.csv").write_text("image,words\na.png,one\n")
+    assert "image, words" in message_of(lambda: CaptionedPairs(str(tmp_path / "pairs.csv")))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -151,7 +151,7 @@ def test_flickr30k_is_karpathys_test_in_whatever_file(file: str, folder: str, tm
     assert (as_read(copy), copy.stamp()) == (expected, images.stamp())
 
 
-def test_flickr30k_of_all_pictures_needs_the_names_of_the_split(tmp_path: Path) -> None:
+def test_flickr30k_of_all_images_needs_the_names_of_the_split(tmp_path: Path) -> None:
     paint(tmp_path / "1.jpg")
     (tmp_path / "results.csv").write_text(LINES["results.csv"])
     assert "test.txt" in message_of(lambda: Flickr30k(str(tmp_path)), MissingData)
@@ -222,7 +222,7 @@ def write_words(path: Path, variable: str, rows: Sequence[tuple[str, str, list[s
     savemat(str(path), {variable: structs})
 
 
-def test_iiit5k_pictures_have_lists_of_words_of_their_own(tmp_path: Path) -> None:
+def test_iiit5k_images_have_lists_of_words_of_their_own(tmp_path: Path) -> None:
     rows = [
         ("test/1_1.png", "PRIVATE", ["PRIVATE", "ROAD"], ["PRIVATE", "ROAD", "TAXI"]),
         ("test/1_2.png", "Road", ["PARKING", "TAXI"], ["TAXI", "road"]),  # its own word is not in the small one
@@ -244,7 +244,7 @@ def test_iiit5k_pictures_have_lists_of_words_of_their_own(tmp_path: Path) -> Non
     assert "traindata.mat" in message_of(lambda: IIIT5K(str(tmp_path), "train"))
 
 
-def test_places_are_read_with_the_pictures(tmp_path: Path) -> None:
+def test_places_are_read_with_the_images(tmp_path: Path) -> None:
     for i in (1, 2):
         paint(tmp_path / f"photos/{i}.jpg", 10 * i)
     (tmp_path / "a.csv").write_text(
@@ -252,14 +252,14 @@ def test_places_are_read_with_the_pictures(tmp_path: Path) -> None:
     )
     images = LocatedImages(str(tmp_path / "a.csv"))
     assert torch.equal(images.coordinates(), torch.tensor([[48.858, 2.294], [-33.9, 151.2]], dtype=torch.float64))
-    assert [(images.key(i), shade(images.pictures(i)[0])) for i in range(len(images))] == [
+    assert [(images.key(i), shade(images.images(i)[0])) for i in range(len(images))] == [
         ("photos/1.jpg", 10),
         ("photos/2.jpg", 20),
     ]
     copy = pickle.loads(pickle.dumps(images))
     assert (copy.stamp(), copy.coordinates().tolist()) == (images.stamp(), images.coordinates().tolist())
     (tmp_path / "b.csv").write_text("image,latitude,longitude\n2.jpg,1,2\n")
-    assert len(LocatedImages(str(tmp_path / "b.csv"), str(tmp_path / "photos")).pictures(0)) == 1
+    assert len(LocatedImages(str(tmp_path / "b.csv"), str(tmp_path / "photos")).images(0)) == 1
     (tmp_path / "b.csv").write_text("image,latitude,longitude\n2.jpg,91,2\n")
     assert "2.jpg" in message_of(lambda: LocatedImages(str(tmp_path / "b.csv")))
     (tmp_path / "b.csv").write_text("image,latitude,longitude\n2.jpg,north,2\n")
@@ -295,7 +295,7 @@ def test_fairfaces_classes_are_an_attributes_values_and_its_groups_all_attribute
         "age": ["3-9", "more than 70", "0-2"],
     }
     assert [shade(race[i][0]) for i in range(3)] == [10, 20, 30]
-    assert race.stamp() == age.stamp()  # the same pictures
+    assert race.stamp() == age.stamp()  # the same images
     assert len(FairFace(str(tmp_path), "race", "train")) == 1
     assert pickle.loads(pickle.dumps(race)).groups() == race.groups()
     write_fairface(tmp_path, "val", [("3-9", "Male", "Martian")])
@@ -305,19 +305,19 @@ def test_fairfaces_classes_are_an_attributes_values_and_its_groups_all_attribute
 
 @pytest.fixture
 def celeba(tmp_path: Path) -> Path:
-    """Seven pictures: three of 7, two of 11 and of 5, one of 99 without a name."""
+    """Seven images: three of 7, two of 11 and of 5, one of 99 without a name."""
     people = [7, 11, 5, 7, 99, 11, 7, 5]
     parts = [0, 1, 2, 0, 2, 1, 2, 2]
     names = [f"{i + 1:06}.jpg" for i in range(len(people))]
     for file, values in (("identity_CelebA.txt", people), ("list_eval_partition.txt", parts)):
         (tmp_path / file).write_text("".join(f"{name} {value}\n" for name, value in zip(names, values, strict=True)))
-    (tmp_path / "identity_names.txt").write_text("id,name\n7,Ann_Lee\n5,Bo Ek\n11,Cy Ono\n12,No Picture\n")
+    (tmp_path / "identity_names.txt").write_text("id,name\n7,Ann_Lee\n5,Bo Ek\n11,Cy Ono\n12,No Image\n")
     for i, name in enumerate(names):
         paint(tmp_path / "img_align_celeba" / name, 10 * i + 10)
     return tmp_path
 
 
-def test_celebas_classes_are_the_named_people_with_the_most_pictures(celeba: Path) -> None:
+def test_celebas_classes_are_the_named_people_with_the_most_images(celeba: Path) -> None:
     images = CelebAIdentities(str(celeba), identities=2)
     assert images.class_names == ["Ann Lee", "Bo Ek"]  # of 5 and 11 with two each the smaller number
     assert [(images.key(i), label) for i, label in enumerate(images.labels())] == [

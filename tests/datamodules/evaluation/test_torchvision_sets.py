@@ -104,7 +104,7 @@ def opened(miniature: Miniature, root: Path, split: str) -> LabelledImages:
     return miniature.make(str(root), split, **miniature.options)
 
 
-def test_pictures_come_with_their_labels_keys_and_splits(miniature: Miniature, tmp_path: Path) -> None:
+def test_images_come_with_their_labels_keys_and_splits(miniature: Miniature, tmp_path: Path) -> None:
     for split, rows in miniature.write(tmp_path).items():
         images = opened(miniature, tmp_path, split)
         assert len(images) == len(rows)
@@ -113,7 +113,7 @@ def test_pictures_come_with_their_labels_keys_and_splits(miniature: Miniature, t
         assert all(shows(images[i][0], row.number) for i, row in enumerate(rows))
         named = [(label, row.name) for label, row in zip(images.labels(), rows, strict=True) if row.name]
         assert [images.class_names[label] for label, _ in named] == [name for _, name in named]
-        assert len(images.pictures(0)) == 1
+        assert len(images.images(0)) == 1
 
 
 def test_a_set_that_is_not_there_is_missing_data_that_names_the_place(miniature: Miniature, tmp_path: Path) -> None:
@@ -131,19 +131,19 @@ def test_a_set_goes_to_data_workers(miniature: Miniature, tmp_path: Path) -> Non
     assert len(pickle.dumps(images)) < 20_000 + 300 * len(images)  # not the pixels
 
 
-def test_the_stamp_is_of_the_pictures_of_the_split(miniature: Miniature, tmp_path: Path) -> None:
+def test_the_stamp_is_of_the_images_of_the_split(miniature: Miniature, tmp_path: Path) -> None:
     rows = miniature.write(tmp_path)
     splits = list(rows)
     first = {split: opened(miniature, tmp_path, split).stamp() for split in splits}
     assert len(set(first.values())) == len(splits)
     assert {split: opened(miniature, tmp_path, split).stamp() for split in splits} == first
-    for path in picture_files(miniature, tmp_path, splits[0]):
+    for path in image_files(miniature, tmp_path, splits[0]):
         status = path.stat()
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 10**9))
     assert opened(miniature, tmp_path, splits[0]).stamp() != first[splits[0]]
 
 
-def picture_files(miniature: Miniature, root: Path, split: str) -> list[Path]:
+def image_files(miniature: Miniature, root: Path, split: str) -> list[Path]:
     images: Any = opened(miniature, root, split)
     if hasattr(images, "files"):
         return [images.root / images.key(i) for i in range(len(images))]
@@ -151,11 +151,11 @@ def picture_files(miniature: Miniature, root: Path, split: str) -> list[Path]:
 
 
 @pytest.mark.parametrize("name", [name for name, m in MINIATURES.items() if not m.pixels and "cifar" not in name])
-def test_a_corrupt_picture_names_its_file_and_the_others_can_be_read(name: str, tmp_path: Path) -> None:
+def test_a_corrupt_image_names_its_file_and_the_others_can_be_read(name: str, tmp_path: Path) -> None:
     miniature = MINIATURES[name]
     split, rows = next(iter(miniature.write(tmp_path).items()))
     images: Any = opened(miniature, tmp_path, split)
-    (images.root / rows[0].key).write_bytes(b"\xff\xd8\xff not a picture")
+    (images.root / rows[0].key).write_bytes(b"\xff\xd8\xff not an image")
     message = message_of(lambda: images[0])
     assert Path(rows[0].key).name in message
     if len(rows) > 1:
@@ -181,7 +181,7 @@ def test_a_file_of_pixels_that_was_cut_short_is_an_error_that_names_it(name: str
 
 
 @pytest.mark.parametrize("name", [name for name, m in MINIATURES.items() if m.torchvision])
-def test_torchvision_finds_the_same_pictures_and_classes(name: str, tmp_path: Path) -> None:
+def test_torchvision_finds_the_same_images_and_classes(name: str, tmp_path: Path) -> None:
     miniature = MINIATURES[name]
     theirs_class = getattr(torchvision.datasets, miniature.torchvision)
     for split in miniature.write(tmp_path):
@@ -436,7 +436,7 @@ def test_voc2007_with_another_kind_of_object_is_an_error_that_names_the_file(tmp
 
 
 @pytest.mark.parametrize("fold", range(10))
-def test_stl10_folds_are_the_files_own_and_its_test_pictures_the_same_for_all(fold: int, tmp_path: Path) -> None:
+def test_stl10_folds_are_the_files_own_and_its_test_images_the_same_for_all(fold: int, tmp_path: Path) -> None:
     rows = write_stl10(tmp_path)
     images = sets.STL10(str(tmp_path), "train", fold)
     expected = [rows["train"][fold % 4], rows["train"][(fold + 2) % 4]]
@@ -522,7 +522,7 @@ def test_eurosat_draws_the_numbers_of_table_9(tmp_path: Path) -> None:
     for name in ("AnnualCrop", "Industrial", "Highway"):
         paint(folder / name / f"{name}_1.jpg", 1)
     message = message_of(lambda: sets.EuroSAT(str(tmp_path)))
-    assert "10 pictures, not 15000" in message
+    assert "10 images, not 15000" in message
     train, test = sets.EuroSAT(str(tmp_path), "train", 7, 3), sets.EuroSAT(str(tmp_path), "test", 7, 3)
     keys = [images.key(i) for images in (train, test) for i in range(len(images))]
     assert len(set(keys)) == 10
@@ -538,13 +538,13 @@ def test_clevr_counts_other_than_three_to_ten_are_an_error(tmp_path: Path) -> No
     assert "CLEVR_val_000000.png has 11 objects" in message
 
 
-def test_lists_without_the_pictures_are_missing_data(tmp_path: Path) -> None:
+def test_lists_without_the_images_are_missing_data(tmp_path: Path) -> None:
     write_text(tmp_path / "food-101/meta/test.json", json.dumps({"apple_pie": ["apple_pie/1"]}))
     assert "images/apple_pie: no such folder" in message_of(lambda: sets.Food101(str(tmp_path)), MissingData)
 
 
 @pytest.mark.parametrize("labels", ["meta.bin", "devkit"])
-def test_imagenets_validation_pictures_can_lie_in_one_folder(labels: str, tmp_path: Path) -> None:
+def test_imagenets_validation_images_can_lie_in_one_folder(labels: str, tmp_path: Path) -> None:
     """As in the archive: the order of their names is that of the labels in the development kit."""
     wnids = ["n15075141", "n01440764", "n01440764"]
     for i in range(3):
@@ -562,10 +562,10 @@ def test_imagenets_validation_pictures_can_lie_in_one_folder(labels: str, tmp_pa
     assert [images.class_names[label] for label in images.labels()] == ["toilet paper", "tench", "tench"]
     assert all(shows(images[i][0], i) for i in range(3))
     paint(tmp_path / "val/ILSVRC2012_val_00000004.JPEG", 4)
-    assert "4 pictures, not 3" in message_of(lambda: sets.ImageNet(str(tmp_path)))
+    assert "4 images, not 3" in message_of(lambda: sets.ImageNet(str(tmp_path)))
 
 
-def test_imagenets_pictures_without_labels_are_missing_data(tmp_path: Path) -> None:
+def test_imagenets_images_without_labels_are_missing_data(tmp_path: Path) -> None:
     paint(tmp_path / "val/ILSVRC2012_val_00000001.JPEG", 1)
     message = message_of(lambda: sets.ImageNet(str(tmp_path)), MissingData)
     assert "meta.bin" in message
@@ -591,7 +591,7 @@ def test_the_suite_has_the_27_sets_of_table_9_with_their_metrics_and_prompts(sui
         assert (entry.class_names, entry.templates) == (prompts, prompts)
         assert entry.how_to_get
         assert {"train", "test"} <= set(entry.splits)
-        few = [] if name == "VOC2007" else ["few_shot"]  # of pictures with several classes it is not defined
+        few = [] if name == "VOC2007" else ["few_shot"]  # of images with several classes it is not defined
         assert entry.tasks == ["zero_shot", "linear_probe", *few]
     assert len(entries["STL10"].folds) == 10
     assert len(entries["UCF101"].folds) == 3

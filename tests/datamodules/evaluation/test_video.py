@@ -47,7 +47,7 @@ def film(path: Path, frames: Sequence[Colour], codec: str = "mpeg4", **options: 
 
 
 def which(image: Image.Image, frames: Sequence[Colour]) -> int:
-    """The frame whose colour is nearest to that of a picture."""
+    """The frame whose colour is nearest to that of an image."""
     colour: Any = image.getpixel((16, 16))
     return min(range(len(frames)), key=lambda i: sum(abs(a - b) for a, b in zip(frames[i], colour, strict=True)))
 
@@ -156,16 +156,16 @@ def test_the_papers_ucf101_prompts_are_in_the_order_of_the_labels() -> None:
     assert words == sorted(words)
 
 
-def test_a_videos_frames_are_by_the_rule_and_its_first_picture_the_centre(ucf101: Path) -> None:
+def test_a_videos_frames_are_by_the_rule_and_its_first_image_the_centre(ucf101: Path) -> None:
     centre, everything = UCF101(str(ucf101), "test"), UCF101(str(ucf101), "test", frames="all")
     expected = colours(5, 40 * 2 + 20)
-    assert [which(image, expected) for image in centre.pictures(2)] == [2]
-    assert [which(image, expected) for image in everything.pictures(2)] == [0, 1, 2, 3, 4]
+    assert [which(image, expected) for image in centre.images(2)] == [2]
+    assert [which(image, expected) for image in everything.images(2)] == [0, 1, 2, 3, 4]
     image, label = everything[2]
     assert (which(image, expected), label) == (2, 1)
     assert centre.stamp() != everything.stamp()
     copy = pickle.loads(pickle.dumps(everything))
-    assert len(copy.pictures(2)) == 5
+    assert len(copy.images(2)) == 5
     assert copy.stamp() == everything.stamp()
     assert "middle" in message_of(lambda: UCF101(str(ucf101), "test", frames="middle"))  # pyright: ignore
 
@@ -247,8 +247,8 @@ def test_rareact_rows_are_spans_with_a_verb_a_noun_and_a_code(tmp_path: Path) ->
         "annotation": [1, 3, 0, 2],
         "video": ["one", "one", "two", "one"],
     }
-    assert [which(image, colours(20)) for image in clips.pictures(1)] == list(range(10, 20))
-    assert len(RareAct(str(tmp_path), frames="centre").pictures(1)) == 1
+    assert [which(image, colours(20)) for image in clips.images(1)] == list(range(10, 20))
+    assert len(RareAct(str(tmp_path), frames="centre").images(1)) == 1
     assert clips.key(1) == "rareact/one.mp4:1-2"
     assert clips.left_out.counts == {"video is gone": 1}
     stamp = clips.stamp()
@@ -263,7 +263,7 @@ def test_rareact_rows_are_spans_with_a_verb_a_noun_and_a_code(tmp_path: Path) ->
     assert "rareact.csv" in message_of(lambda: RareAct(str(tmp_path / "rareact")), MissingData)
 
 
-def picture(path: Path, colour: Colour = (1, 2, 3)) -> None:
+def image(path: Path, colour: Colour = (1, 2, 3)) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (4, 4), colour).save(path)
 
@@ -278,7 +278,7 @@ def test_imagenet_vid_robust_knows_anchors_neighbours_and_all_classes_that_are_r
     first, second = "val/ILSVRC2015_val_00000000", "val/ILSVRC2015_val_00000001"
     names = [f"{first}/{number:06}.JPEG" for number in (3, 4, 5)] + [f"{second}/000010.JPEG"]
     for i, name in enumerate([*names, f"{first}/000099.JPEG"]):
-        picture(top / name, (i, 0, 0))
+        image(top / name, (i, 0, 0))
     write_json(top / "metadata/pmsets.json", {names[3]: [], names[1]: [names[2], names[0], names[1]]})
     write_json(top / "metadata/labels.json", {names[0]: [1], names[1]: [1, 0], names[2]: [1], names[3]: [2]})
     classes = {"0": ["n02691156", "airplane"], "1": ["n02419796", "giant_panda"], "2": ["n02131653", "bear"]}
@@ -340,7 +340,7 @@ def test_ytbb_robust_counts_what_people_found_good_and_similar(tmp_path: Path) -
     videos = [["aa", 1000, 22], ["bb", 2000, 1], ["cc", 0, 2], ["dd", 0, 3], ["ee", 0, 23]]
     write_table(metadata / "ytbb_robustness_test_anchors_full.csv", "ytid,time_ms,label", videos)
     for name in (near(15), near(20), near(5), "cc_0/frame-20.jpg"):
-        picture(tmp_path / "ytbb-robust/ytbb_videos" / name)
+        image(tmp_path / "ytbb-robust/ytbb_videos" / name)
     robust = YTBBRobust(str(tmp_path))
     assert [robust.key(i) for i in range(len(robust))] == [near(15), near(20), near(5), "cc_0/frame-20.jpg"]
     assert len(robust.class_names) == 23

@@ -1,4 +1,4 @@
-"""Pictures and captions that cannot be used: named and refused, or left out, counted, listed and limited."""
+"""Images and captions that cannot be used: named and refused, or left out, counted, listed and limited."""
 
 import csv
 import io
@@ -19,25 +19,25 @@ from PIL import Image
 
 from datamodules import Augmentation, Captions
 from datamodules.loading.augmentation import RandomSquareCrop
-from datamodules.loading.bad_samples import BadSample, check_caption
+from datamodules.loading.bad_samples import check_caption
 from datamodules.loading.images import MAX_PIXELS, MOST_ELONGATED, decoding_at_least, open_image
-from lit_clip.batch import CaptionBatch
-from lit_clip.errors import InputError
+from lit_clip.batch import JUDGED_AFTER, CaptionBatch
+from lit_clip.errors import BadSample, InputError
 from lit_clip.models.config import Preprocessing
 from lit_clip.models.preprocess import pixels
-from lit_clip.skipped import JUDGED_AFTER, Tally
+from lit_clip.skipped import Tally
 from tests.conftest import ROOT, TINY_YAML, run_lightning_ranks
 from tests.helpers import forks
-from tests.helpers.fuzz import encoded, picture, whole_pictures
+from tests.helpers.fuzz import encoded, image, whole_images
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 SMALL = Preprocessing(image_size=32)
 ROWS = 160
 
 
-def broken_pictures() -> dict[str, tuple[bytes, str]]:
-    """Contents of files that are no pictures to learn from, and the reason by which they are counted."""
-    whole = whole_pictures()
+def broken_images() -> dict[str, tuple[bytes, str]]:
+    """Contents of files that are no images to learn from, and the reason by which they are counted."""
+    whole = whole_images()
     bomb = bytearray(whole["rgb.bmp"])
     bomb[18:26] = (20_000).to_bytes(4, "little") * 2  # width and height
     return {
@@ -51,9 +51,9 @@ def broken_pictures() -> dict[str, tuple[bytes, str]]:
     }
 
 
-@pytest.mark.parametrize("name", list(broken_pictures()))
-def test_a_broken_picture_is_named_with_its_reason(name: str, tmp_path: Path) -> None:
-    data, reason = broken_pictures()[name]
+@pytest.mark.parametrize("name", list(broken_images()))
+def test_a_broken_image_is_named_with_its_reason(name: str, tmp_path: Path) -> None:
+    data, reason = broken_images()[name]
     (tmp_path / name).write_bytes(data)
     for source in (tmp_path / name, io.BytesIO(data)):
         with pytest.raises(BadSample, match=r"^t.csv row 7: ") as error:
@@ -75,10 +75,10 @@ def test_a_path_without_a_file_is_a_missing_image(kind: str, tmp_path: Path) -> 
     assert error.value.reason == "missing image"
 
 
-@pytest.mark.parametrize("name", list(whole_pictures()))
+@pytest.mark.parametrize("name", list(whole_images()))
 def test_every_usual_kind_of_file_becomes_the_pixels_that_published_models_saw(name: str) -> None:
     """CMYK, palettes, 16 bits, animations: Pillow's first frame, resized and then made RGB; never turned."""
-    data = whole_pictures()[name]
+    data = whole_images()[name]
     expected = pixels(SMALL)(Image.open(io.BytesIO(data)))
     assert torch.equal(pixels(SMALL)(open_image(io.BytesIO(data), "")), expected)
     augmented = Augmentation().transform(SMALL)(open_image(io.BytesIO(data), ""))
@@ -113,7 +113,7 @@ def test_the_error_survives_the_way_from_a_data_worker() -> None:
 
 def photo_like(width: int = 1280, height: int = 960) -> Image.Image:
     """Smooth shapes and fine noise, as cameras make them."""
-    return picture(3, width // 8, height // 8).resize((width, height), Image.Resampling.BICUBIC)
+    return image(3, width // 8, height // 8).resize((width, height), Image.Resampling.BICUBIC)
 
 
 @pytest.mark.parametrize(("margin", "mean"), [(1.0, 2.0), (2.0, 0.6)])
@@ -132,7 +132,7 @@ def test_a_jpeg_decoded_at_a_fraction_gives_nearly_the_same_pixels(margin: float
         assert shifted > 2 * np.abs(plain - fast).mean()  # the crop is at the same place
 
 
-def test_a_picture_that_is_small_already_is_decoded_whole() -> None:
+def test_a_image_that_is_small_already_is_decoded_whole() -> None:
     data = encoded(photo_like(400, 300), "JPEG")
     with decoding_at_least(RandomSquareCrop(224, (0.9, 1.0), "bicubic").least_size):
         assert open_image(io.BytesIO(data), "").size == (400, 300)
@@ -150,9 +150,9 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str
     """160 rows, five of which cannot be used, and the reasons of those by where they are."""
     folder = tmp_path_factory.mktemp("bad")
     for i in range(ROWS):
-        picture(i, 40, 36).save(folder / f"{i}.png")
+        image(i, 40, 36).save(folder / f"{i}.png")
     bad = {}
-    for row, (name, (data, reason)) in zip((3, 50, 51, 120), broken_pictures().items(), strict=False):
+    for row, (name, (data, reason)) in zip((3, 50, 51, 120), broken_images().items(), strict=False):
         (folder / f"{row}.png").write_bytes(data)
         bad[f"captions.csv row {row + 2}"] = reason
         assert name
@@ -190,7 +190,7 @@ def test_all_samples_of_a_batch_may_be_bad(tmp_path: Path) -> None:
         assert (len(batch.tokens), batch.keys, len(batch.skipped)) == (0, [], 8)
 
 
-def test_without_the_option_the_first_bad_picture_is_an_error(table: tuple[Path, dict[str, str]]) -> None:
+def test_without_the_option_the_first_bad_image_is_an_error(table: tuple[Path, dict[str, str]]) -> None:
     path, bad = table
     with pytest.raises(InputError) as error:
         batches_of(path)
@@ -354,7 +354,7 @@ def test_ranks_without_pairs_train_as_one_process_with_the_pairs_of_all(case: st
     assert metrics[1] == pytest.approx(metrics[0], abs=1e-5)
 
 
-def test_pictures_that_stand_in_for_skipped_ones_leave_no_trace_in_statistics(runs: Path) -> None:
+def test_images_that_stand_in_for_skipped_ones_leave_no_trace_in_statistics(runs: Path) -> None:
     state = torch.load(runs / "batch_norm_2.ckpt", weights_only=True)["state_dict"]
     counts = {int(value) for name, value in state.items() if name.endswith("num_batches_tracked")}
     assert counts == {3}  # of five steps the first rank, whose statistics count, had pairs in three
@@ -380,12 +380,12 @@ def check_accidents(kind: str, folder: Path, count: int, timeout: int) -> None:
     assert len(found["warnings"]) <= 5, found["warnings"]
 
 
-@pytest.mark.parametrize(("kind", "count"), [("pictures", 100), ("sources", 50)])
+@pytest.mark.parametrize(("kind", "count"), [("images", 100), ("sources", 50)])
 def test_damaged_files_are_refused_or_skipped_and_nothing_else_happens(kind: str, count: int, tmp_path: Path) -> None:
     check_accidents(kind, tmp_path, count, timeout=120)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "count"), [("pictures", 2000), ("sources", 500)])
+@pytest.mark.parametrize(("kind", "count"), [("images", 2000), ("sources", 500)])
 def test_thousands_of_damaged_files(kind: str, count: int, tmp_path: Path) -> None:
     check_accidents(kind, tmp_path, count, timeout=900)

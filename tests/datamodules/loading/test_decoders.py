@@ -1,4 +1,4 @@
-"""Training pictures decoded and resized the fast way: the plain way's crops and, to within rounding, its pixels."""
+"""Training images decoded and resized the fast way: the plain way's crops and, to within rounding, its pixels."""
 
 import io
 from typing import Any
@@ -13,7 +13,7 @@ from datamodules import Augmentation
 from datamodules.loading.augmentation import FastSquareCrop, RandomSquareCrop
 from datamodules.loading.images import decoding_at_least, fraction, full_size, open_image
 from lit_clip.models.config import Preprocessing
-from tests.helpers.fuzz import whole_pictures
+from tests.helpers.fuzz import whole_images
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +32,8 @@ def jpeg(image: Image.Image, **options: Any) -> bytes:
 
 
 @pytest.mark.parametrize("size", [(1280, 960), (1281, 963), (1279, 957), (640, 481)])
-def test_a_fraction_is_cropped_where_the_whole_picture_is(temple: Image.Image, size: tuple[int, int]) -> None:
-    """Also where the size is no multiple of the fraction, and a decoded picture's last pixels cover less."""
+def test_a_fraction_is_cropped_where_the_whole_image_is(temple: Image.Image, size: tuple[int, int]) -> None:
+    """Also where the size is no multiple of the fraction, and a decoded image's last pixels cover less."""
     data = jpeg(temple.resize(size, Image.Resampling.BICUBIC))
     crop = RandomSquareCrop(224, (0.9, 1.0), "bicubic")
     whole = open_image(io.BytesIO(data), "")
@@ -54,11 +54,11 @@ def test_a_fraction_is_cropped_where_the_whole_picture_is(temple: Image.Image, s
 
 @pytest.mark.parametrize("size", [(224, 224), (100, 75), (500, 1), (1, 9), (1, 1), (225, 224), (3000, 17)])
 @pytest.mark.parametrize("target", [16, 224, (32, 64)])
-def test_a_crop_lies_inside_a_picture_of_any_shape(size: tuple[int, int], target: Any) -> None:
+def test_a_crop_lies_inside_a_image_of_any_shape(size: tuple[int, int], target: Any) -> None:
     crop = FastSquareCrop(target, (0.1, 1.0), "bilinear", decode_margin=1.0)
-    picture = Image.new("RGB", size, (10, 20, 30))
+    image = Image.new("RGB", size, (10, 20, 30))
     with decoding_at_least(crop.least_size):
-        decoded = open_image(io.BytesIO(jpeg(picture, quality=100, subsampling=0)), "")
+        decoded = open_image(io.BytesIO(jpeg(image, quality=100, subsampling=0)), "")
     for place in (0.0, 0.49, 1.0):
         for side in (0.1**0.5, 1.0):
             params = {"side": side, "x": place, "y": place}
@@ -87,21 +87,21 @@ def test_the_fraction_is_the_one_that_pillow_takes() -> None:
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("size", [(640, 427), (320, 240), (100, 75), (224, 224), (900, 800), (2000, 1500)])
 def test_torch_resizes_as_pillow_does(temple: Image.Image, size: tuple[int, int], interpolation: Any) -> None:
-    picture = temple.resize(size, Image.Resampling.BICUBIC)
+    image = temple.resize(size, Image.Resampling.BICUBIC)
     plain, fast = (kind(224, (0.5, 1.0), interpolation) for kind in (RandomSquareCrop, FastSquareCrop))
     for _ in range(3):
         params = plain.make_params([])
-        expected = np.asarray(plain.transform(picture, params), dtype=float)
-        found = fast.transform(picture, params)
+        expected = np.asarray(plain.transform(image, params), dtype=float)
+        found = fast.transform(image, params)
         assert found.dtype == torch.uint8
         off = np.abs(found.permute(1, 2, 0).numpy() - expected)
         assert off.mean() < 0.2
     assert np.abs(np.diff(expected, axis=0)).mean() > 3
 
 
-@pytest.mark.parametrize("name", list(whole_pictures()))
-def test_pictures_of_every_kind_are_the_exact_ones_to_within_rounding(name: str) -> None:
-    data = whole_pictures()[name]
+@pytest.mark.parametrize("name", list(whole_images()))
+def test_images_of_every_kind_are_the_exact_ones_to_within_rounding(name: str) -> None:
+    data = whole_images()[name]
     small = Preprocessing(image_size=32)
     result = []
     for augmentation in (Augmentation(exact=True), Augmentation()):

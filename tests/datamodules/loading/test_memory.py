@@ -23,7 +23,7 @@ def kilobytes(process: int) -> int:
     return int(status["RssAnon"].split()[0])
 
 
-def write_pictures(folder: Path) -> list[str]:
+def write_images(folder: Path) -> list[str]:
     """Twenty small files, of which each sample has one."""
     rng = np.random.default_rng(0)
     names = [f"{i:02}.jpg" for i in range(20)]
@@ -37,7 +37,7 @@ def caption(row: int) -> str:
 
 
 def write_table(folder: Path) -> str:
-    names = write_pictures(folder)
+    names = write_images(folder)
     lines = [f"{names[row % 20]},{caption(row)}" for row in range(ROWS)]
     (folder / "t.csv").write_text("\n".join(["image,caption", *lines]))
     return str(folder / "t.csv")
@@ -45,11 +45,11 @@ def write_table(folder: Path) -> str:
 
 def write_tars(folder: Path) -> str:
     """Thirty, more than are shuffled among themselves at a time."""
-    pictures = [(folder / name).read_bytes() for name in write_pictures(folder)]
+    images = [(folder / name).read_bytes() for name in write_images(folder)]
     for number in range(TARS):
         with tarfile.open(folder / f"{number:05}.tar", "w") as tar:
             for row in range(number * ROWS // TARS, (number + 1) * ROWS // TARS):
-                for name, content in ((f"{row}.jpg", pictures[row % 20]), (f"{row}.txt", caption(row).encode())):
+                for name, content in ((f"{row}.jpg", images[row % 20]), (f"{row}.txt", caption(row).encode())):
                     info = tarfile.TarInfo(name)
                     info.size = len(content)
                     tar.addfile(info, io.BytesIO(content))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from datamodules.loading.sampling import EvaluationBatchSampler, GlobalBatchSampler, Sample, StridedSampler
+from datamodules.loading.sampling import EvaluationBatchSampler, GlobalBatchSampler, StridedSampler, TrainingSample
 from lit_clip.errors import InputError
 
 WORLDS = (1, 2, 3, 4)
@@ -80,7 +80,7 @@ def test_a_sample_carries_its_epoch() -> None:
     sampler = GlobalBatchSampler(5, 2, 0, 1, seed=0)
     sampler.set_epoch(7)
     samples = [sample for batch in sampler for sample in batch]
-    assert all(isinstance(sample, Sample) for sample in samples)
+    assert all(isinstance(sample, TrainingSample) for sample in samples)
     assert {sample.epoch for sample in samples} == {7}
 
 

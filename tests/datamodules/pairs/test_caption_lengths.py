@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from datamodules.open_source import open_source
 from datamodules.pairs.caption_lengths import caption_statistics, refuse_long
-from datamodules.pairs.source import open_source
 from lit_clip.errors import InputError
 from lit_clip.models.tokenizer import Tokenize
 
@@ -23,7 +23,7 @@ def table(tmp_path: Path) -> Path:
 
 
 def test_the_share_of_captions_that_are_cut_and_what_they_lose(table: Path) -> None:
-    """No picture is touched: there is none."""
+    """No image is touched: there is none."""
     found = caption_statistics(open_source(table), Tokenize(context_length=8))
     assert found.captions == 5
     assert found.truncated == 2 / 5  # of 3, 5, 8, 11 and 22 tokens
@@ -47,7 +47,7 @@ def test_what_is_no_caption_is_passed_over(tmp_path: Path) -> None:
     assert caption_statistics(open_source(tmp_path), Tokenize()).captions == 1
 
 
-def test_a_caption_that_would_be_cut_is_an_error_that_names_its_picture() -> None:
+def test_a_caption_that_would_be_cut_is_an_error_that_names_its_image() -> None:
     refuse_long(["cat " * 6, "cat"], ["a.png", "b.png"], Tokenize(8))
     with pytest.raises(InputError) as error:
         refuse_long(["cat", "cat " * 7], ["a.png", "b.png"], Tokenize(8))

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from datamodules.pairs.source import PairSource, open_source
+from datamodules.open_source import open_source
+from datamodules.pairs.source import PairSource
 from lit_clip.errors import InputError
 
 COCO = {
@@ -47,14 +48,14 @@ def contents(source: PairSource) -> list[tuple[str, list[str]]]:
 
 
 @pytest.mark.parametrize("indent", [None, 2])
-@pytest.mark.parametrize("pictures", ["annotations", "annotations/images", "val2017", "images/val2017", "images", "."])
-def test_cocos_captions_find_their_pictures_where_its_archives_put_them(
-    tmp_path: Path, pictures: str, indent: int | None
+@pytest.mark.parametrize("images", ["annotations", "annotations/images", "val2017", "images/val2017", "images", "."])
+def test_cocos_captions_find_their_images_where_its_archives_put_them(
+    tmp_path: Path, images: str, indent: int | None
 ) -> None:
     table = tmp_path / "annotations/captions_val2017.json"
     table.parent.mkdir()
     table.write_text(json.dumps(COCO, indent=indent))
-    paint(tmp_path / pictures, *(image["file_name"] for image in COCO["images"][:2]))
+    paint(tmp_path / images, *(image["file_name"] for image in COCO["images"][:2]))
     source = open_source(table)
     first, second = (annotation["caption"] for annotation in COCO["annotations"][:3:2])
     assert contents(source) == [
@@ -66,7 +67,7 @@ def test_cocos_captions_find_their_pictures_where_its_archives_put_them(
     assert {source.load(1, random.Random(seed)).caption for seed in range(20)} == {first, second}
 
 
-def test_cocos_captions_without_pictures_are_an_error_that_says_where_was_looked(tmp_path: Path) -> None:
+def test_cocos_captions_without_images_are_an_error_that_says_where_was_looked(tmp_path: Path) -> None:
     (tmp_path / "captions_val2017.json").write_text(json.dumps(COCO))
     with pytest.raises(InputError, match=r"000000397133.jpg is not in .*val2017.*; set root"):
         open_source(tmp_path / "captions_val2017.json")

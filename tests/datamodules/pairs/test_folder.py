@@ -1,4 +1,4 @@
-"""Folders of pictures with texts beside them."""
+"""Folders of images with texts beside them."""
 
 import pickle
 import random
@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datamodules.loading.bad_samples import BadSample
+from datamodules.open_source import open_source
 from datamodules.pairs import folder as folders
-from datamodules.pairs.source import open_source
-from lit_clip.errors import InputError
+from lit_clip.errors import BadSample, InputError
 
 
 def paint(folder: Path, *names: str) -> None:
@@ -20,7 +19,7 @@ def paint(folder: Path, *names: str) -> None:
         Image.new("RGB", (6, 6), (i, 0, 0)).save(folder / name)
 
 
-def test_pictures_at_any_depth_are_paired_with_the_texts_of_their_names(
+def test_images_at_any_depth_are_paired_with_the_texts_of_their_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(folders, "BATCH_ROWS", 2)
@@ -28,7 +27,7 @@ def test_pictures_at_any_depth_are_paired_with_the_texts_of_their_names(
     paint(tmp_path, *names, "alone.png", ".hidden/e.png", ".f.png")
     for name in (*names, ".hidden/e.png", ".f.png"):
         (tmp_path / name).with_suffix(".txt").write_text(f"of {name}\n", encoding="utf-8")
-    (tmp_path / "no picture.txt").write_text("read me")
+    (tmp_path / "no image.txt").write_text("read me")
     source = open_source(tmp_path)
     found = [source.load(index, None) for index in range(len(source))]
     assert [pair.key for pair in found] == ["a.jpg", "b.PNG", "deep/d.v2.png", "deep/er/c.webp", "deep.png"]
@@ -51,7 +50,7 @@ BAD_TEXTS = {"blank": b" \n", "nan": b"NaN", "not UTF-8": "café".encode("latin-
 
 
 @pytest.mark.parametrize("case", BAD_TEXTS)
-def test_a_text_that_is_no_caption_is_a_bad_sample_that_names_the_picture(tmp_path: Path, case: str) -> None:
+def test_a_text_that_is_no_caption_is_a_bad_sample_that_names_the_image(tmp_path: Path, case: str) -> None:
     paint(tmp_path, "a.png")
     (tmp_path / "a.txt").write_bytes(BAD_TEXTS[case])
     source = open_source(tmp_path)
@@ -65,16 +64,16 @@ def test_a_text_that_is_no_caption_is_a_bad_sample_that_names_the_picture(tmp_pa
         source.captions(0)
 
 
-def test_a_folder_of_pictures_without_texts_is_an_error_that_says_what_is_missing(tmp_path: Path) -> None:
+def test_a_folder_of_images_without_texts_is_an_error_that_says_what_is_missing(tmp_path: Path) -> None:
     paint(tmp_path, "a.png", "b.png")
-    with pytest.raises(InputError, match="its 2 pictures have no .txt beside them; a.jpg needs its caption in a.txt"):
+    with pytest.raises(InputError, match="its 2 images have no .txt beside them; a.jpg needs its caption in a.txt"):
         open_source(tmp_path)
     (tmp_path / "captions.csv").write_text("image,caption\na.png,a cat\n")
     with pytest.raises(InputError, match=r"give the table itself \(captions.csv\)"):
         open_source(tmp_path)
 
 
-def test_what_img2dataset_writes_as_files_is_a_folder_of_pictures(tmp_path: Path) -> None:
+def test_what_img2dataset_writes_as_files_is_a_folder_of_images(tmp_path: Path) -> None:
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     for shard in ("00000", "00001"):
         paint(tmp_path, f"{shard}/{shard}0000.jpg")
@@ -86,7 +85,7 @@ def test_what_img2dataset_writes_as_files_is_a_folder_of_pictures(tmp_path: Path
     assert [source.captions(index) for index in range(len(source))] == [["of 00000"], ["of 00001"]]
 
 
-def test_a_division_has_each_picture_once(tmp_path: Path) -> None:
+def test_a_division_has_each_image_once(tmp_path: Path) -> None:
     names = [f"{i}.png" for i in range(10)]
     paint(tmp_path, *names)
     for name in names:

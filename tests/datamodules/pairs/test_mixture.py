@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from datamodules.pairs.mixture import Mixture, shares_of
-from datamodules.pairs.source import Encoded, Pair, PairSource
+from datamodules.pairs.source import EncodedPair, Pair, PairSource
 from lit_clip.errors import InputError
 
 
@@ -24,8 +24,8 @@ class Numbers(PairSource):
     def load(self, index: int, rng: random.Random | None) -> Pair:
         return Pair(Image.new("RGB", (1, 1)), f"of {self.size}: {index}", str(index), self.group)
 
-    def read(self, index: int) -> Encoded:
-        return Encoded(b"", [f"of {self.size}: {index}"], str(index), self.group, f"row {index}")
+    def read(self, index: int) -> EncodedPair:
+        return EncodedPair(b"", [f"of {self.size}: {index}"], str(index), self.group, f"row {index}")
 
 
 def test_each_source_has_the_share_of_an_epoch_that_its_weight_says() -> None:

@@ -1,4 +1,4 @@
-"""Parquet files: paths or pictures, one caption or several, in as little memory as their rows need."""
+"""Parquet files: paths or images, one caption or several, in as little memory as their rows need."""
 
 import io
 import os
@@ -16,10 +16,9 @@ import pytest
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.loading.bad_samples import BadSample
+from datamodules.open_source import open_source
 from datamodules.pairs import parquet
-from datamodules.pairs.source import open_source
-from lit_clip.errors import InputError
+from lit_clip.errors import BadSample, InputError
 
 CAPTIONS = ["zero", None, "two", " ", "four", "NaN", "six", "seven", "eight", ""]
 USABLE = [0, 2, 4, 6, 7, 8]
@@ -108,7 +107,7 @@ STRUCT = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 
 
 @pytest.mark.parametrize("kind", ["bytes", "struct"])
-def test_pictures_in_the_table_have_keys_of_their_own(tmp_path: Path, kind: str) -> None:
+def test_images_in_the_table_have_keys_of_their_own(tmp_path: Path, kind: str) -> None:
     data = [png(i) for i in range(10)]
     column = data if kind == "bytes" else pa.array([{"bytes": d, "path": "image.png"} for d in data], STRUCT)
     source = open_source(write(tmp_path / "t.parquet", {"image": column, "text": CAPTIONS}))
@@ -126,7 +125,7 @@ def test_pictures_in_the_table_have_keys_of_their_own(tmp_path: Path, kind: str)
 
 def test_a_struct_without_bytes_is_a_path_and_one_without_either_a_bad_sample(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(png(7))
-    cells = [{"bytes": None, "path": "a.png"}, {"bytes": None, "path": None}, {"bytes": b"no picture", "path": "a.png"}]
+    cells = [{"bytes": None, "path": "a.png"}, {"bytes": None, "path": None}, {"bytes": b"no image", "path": "a.png"}]
     source = open_source(write(tmp_path / "t.parquet", {"image": pa.array(cells, STRUCT), "caption": ["a", "b", "c"]}))
     assert source.load(0, None).image.getpixel((0, 0)) == (7, 0, 0)
     reasons = []
@@ -137,7 +136,7 @@ def test_a_struct_without_bytes_is_a_path_and_one_without_either_a_bad_sample(tm
     assert reasons == ["missing image", "not an image"]
 
 
-def test_an_epoch_of_pictures_takes_each_once_and_few_row_groups_at_a_time(
+def test_an_epoch_of_images_takes_each_once_and_few_row_groups_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     captions = ["a caption"] * 60
@@ -250,11 +249,11 @@ class Captions(Dataset[tuple[str, int]]):
         return self.source.captions(index)[0], self.source.load(index, None).image.getpixel((0, 0))[0]
 
 
-@pytest.mark.parametrize("pictures", ["paths", "bytes"])
+@pytest.mark.parametrize("images", ["paths", "bytes"])
 def test_data_workers_read_what_the_process_that_started_them_has_open(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, pictures: str
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, images: str
 ) -> None:
-    if pictures == "paths":
+    if images == "paths":
         monkeypatch.setattr(parquet, "IN_MEMORY", 0)
         table = paths(tmp_path)
     else:

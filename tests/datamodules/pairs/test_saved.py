@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from datamodules.pairs.source import open_source
+from datamodules.open_source import open_source
 from lit_clip.errors import InputError
 
 IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
@@ -61,7 +61,7 @@ def test_a_saved_data_set_is_read_from_its_files_without_the_library(tmp_path: P
     assert (len(train), len(val)) == (5, 2)
 
 
-def test_paths_instead_of_pictures_start_at_the_folder_or_at_root(tmp_path: Path) -> None:
+def test_paths_instead_of_images_start_at_the_folder_or_at_root(tmp_path: Path) -> None:
     save(tmp_path / "set", {"image_path": ["a.png", "b.png", "a.png"], "text": ["a", "", "c"]})
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     source = open_source(tmp_path / "set", root=str(tmp_path))

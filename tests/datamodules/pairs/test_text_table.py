@@ -17,11 +17,10 @@ import torch
 from PIL import Image
 
 from datamodules import Captions
-from datamodules.loading.bad_samples import BadSample
 from datamodules.pairs import text_table
-from datamodules.pairs.source import Options
+from datamodules.pairs.source import SourceOptions
 from lit_clip.batch import CaptionBatch
-from lit_clip.errors import InputError
+from lit_clip.errors import BadSample, InputError
 from lit_clip.models.config import Preprocessing
 from lit_clip.models.preprocess import pixels
 from lit_clip.models.tokenizer import decode, tokenize
@@ -55,7 +54,7 @@ def json_lines(rows: list[tuple[str, str]]) -> str:
 
 
 def paint(folder: Path, *names: str) -> None:
-    """A picture of one colour each, the colour made of its number."""
+    """An image of one colour each, the colour made of its number."""
     for i, name in enumerate(names):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (6, 6), (9 + 20 * i, 255 - 20 * i, i)).save(folder / name)
@@ -63,7 +62,7 @@ def paint(folder: Path, *names: str) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with the pictures of PAIRS and of VALID."""
+    """A folder with the images of PAIRS and of VALID."""
     paint(tmp_path, *(name for name, _ in PAIRS), "a.png", "b.png")
     return tmp_path
 
@@ -204,8 +203,8 @@ def test_relative_paths_start_at_the_folder_of_the_table_or_at_root(
 
 
 def test_absolute_paths_are_taken_as_they_are(tmp_path: Path) -> None:
-    paint(tmp_path / "pictures", "a.png")
-    (tmp_path / "t.csv").write_text(f"image,caption\n{tmp_path / 'pictures/a.png'},a cat")
+    paint(tmp_path / "images", "a.png")
+    (tmp_path / "t.csv").write_text(f"image,caption\n{tmp_path / 'images/a.png'},a cat")
     (batch,) = validation(tmp_path / "t.csv", root="nowhere")
     assert batch.images[0, :, 0, 0].tolist() == [9, 255, 0]
 
@@ -274,7 +273,7 @@ BROKEN: dict[str, tuple[str, bytes | None, list[str]]] = {
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_broken_table_is_an_error_that_names_file_and_row(folder: Path, case: str) -> None:
     name, content, expected = BROKEN[case]
-    (folder / "text.jpg").write_text("not a picture")
+    (folder / "text.jpg").write_text("not an image")
     if content is not None:
         (folder / name).write_bytes(content)
     message = message_of(lambda: module_of(val=str(folder / name)))
@@ -301,7 +300,7 @@ def test_rows_are_counted_as_a_spreadsheet_shows_them(folder: Path) -> None:
     assert "row 4" in message_of(lambda: module_of(val=str(folder / "t.csv")))
 
 
-def test_a_truncated_picture_is_an_error_that_names_the_row_once_it_is_read(folder: Path) -> None:
+def test_a_truncated_image_is_an_error_that_names_the_row_once_it_is_read(folder: Path) -> None:
     noise = torch.randint(0, 256, (40, 40, 3), dtype=torch.uint8)
     Image.fromarray(noise.numpy()).save(folder / "whole.jpg")
     data = (folder / "whole.jpg").read_bytes()
@@ -320,7 +319,7 @@ def test_rows_that_are_dropped_count_in_the_numbers_of_later_rows(folder: Path) 
 
 @pytest.fixture
 def two_captions_each(tmp_path: Path) -> Path:
-    """21 pictures with two rows each, far apart, and one with a third."""
+    """21 images with two rows each, far apart, and one with a third."""
     names = [f"{i:02}.png" for i in range(21)]
     for name in names:
         Image.new("RGB", (6, 6)).save(tmp_path / name)
@@ -415,7 +414,7 @@ def test_groups_come_from_their_column_and_blank_ones_are_none(tmp_path: Path) -
 
 
 def open_table(path: Path, **options: Any) -> Any:
-    return text_table.open_table(path, Options(**options))
+    return text_table.open_table(path, SourceOptions(**options))
 
 
 def test_a_list_of_captions_is_one_pair_whose_caption_is_drawn_by_the_samples_own_seed(folder: Path) -> None:
@@ -516,7 +515,7 @@ def test_a_cache_that_cannot_be_written_is_an_error_that_says_which(
     assert "XDG_CACHE_HOME" in message_of(lambda: open_table(folder / "t.csv"))
 
 
-def test_the_file_of_a_picture_comes_as_it_is(folder: Path) -> None:
+def test_the_file_of_a_image_comes_as_it_is(folder: Path) -> None:
     (folder / "t.csv").write_text(VALID + "none.png,a bird\n")
     source = open_table(folder / "t.csv")
     stored = source.read(1)

@@ -22,14 +22,14 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import datamodules
-from datamodules.loading.bad_samples import BadSample
-from datamodules.loading.sampling import Sample
-from datamodules.pairs.source import Pair, open_source
+from datamodules.loading.sampling import TrainingSample
+from datamodules.open_source import open_source
+from datamodules.pairs.source import Pair
 from datamodules.shards.files import ShardFolder, expand_urls, stamp_of
 from datamodules.shards.index import INDEX_SUFFIX, split_name
 from datamodules.shards.order import resampled_order, shard_order
 from datamodules.shards.pairs import ShardOptions, TarPairs
-from lit_clip.errors import InputError
+from lit_clip.errors import BadSample, InputError
 from lit_clip.models.config import Preprocessing
 
 SIZES = (1, 2, 3, 5, 9, 17, 23)  # 60 pairs in seven shards
@@ -46,7 +46,7 @@ def write_tar(path: Path, samples: Sequence[tuple[str, Files]], format: int = ta
                 tar.addfile(member, io.BytesIO(content))
 
 
-def picture(shade: int = 0, format: str = "PNG") -> bytes:
+def image(shade: int = 0, format: str = "PNG") -> bytes:
     content = io.BytesIO()
     Image.new("RGB", (8, 8), (shade, 0, 0)).save(content, format)
     return content.getvalue()
@@ -55,7 +55,7 @@ def picture(shade: int = 0, format: str = "PNG") -> bytes:
 def plain(count: int, first: int = 0) -> list[tuple[str, Files]]:
     """So many samples of one shade each."""
     numbers = range(first, first + count)
-    return [(f"{number:05d}", {"png": picture(number % 256), "txt": f"number {number}".encode()}) for number in numbers]
+    return [(f"{number:05d}", {"png": image(number % 256), "txt": f"number {number}".encode()}) for number in numbers]
 
 
 def write_shards(folder: Path, sizes: Sequence[int] = SIZES) -> Path:
@@ -110,7 +110,7 @@ def test_shards_that_webdataset_writes_are_read(tmp_path: Path) -> None:
     webdataset = pytest.importorskip("webdataset")
     with webdataset.ShardWriter(str(tmp_path / "%03d.tar"), maxcount=4, verbose=0) as writer:
         for number in range(10):
-            writer.write({"__key__": f"a/{number:04d}", "png": picture(number), "txt": f"number {number}"})
+            writer.write({"__key__": f"a/{number:04d}", "png": image(number), "txt": f"number {number}"})
     source = TarPairs(str(tmp_path))
     assert source.sizes == [4, 4, 2]
     assert [source.captions(index) for index in range(10)] == [[f"number {number}"] for number in range(10)]
@@ -120,10 +120,10 @@ def test_shards_that_webdataset_writes_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_long_names_and_files_in_any_order_and_other_files_do_no_harm(tmp_path: Path, format: int) -> None:
     names = [f"{'deep/' * 40}{number}-\N{GREEK SMALL LETTER ALPHA}" for number in range(3)]
-    pictures = [(name, {"png": picture(number)}) for number, name in enumerate(names)]
+    images = [(name, {"png": image(number)}) for number, name in enumerate(names)]
     texts = [(name, {"txt": f"number {number}".encode(), "npy": b"?"}) for number, name in enumerate(names)][::-1]
     others = [("._hidden", {"txt": b"macOS leaves these"}), (names[1] + "/.DS_Store", {"x": b""})]
-    write_tar(tmp_path / "x.tar", [*pictures, *others, *texts], format)
+    write_tar(tmp_path / "x.tar", [*images, *others, *texts], format)
     source = TarPairs(str(tmp_path / "x.tar"))
     pairs = [source.load(index, None) for index in range(len(source))]
     assert [(shade_of(pair), pair.caption) for pair in pairs] == [(0, "number 0"), (1, "number 1"), (2, "number 2")]
@@ -157,7 +157,7 @@ def test_equal_keys_of_two_shards_stay_apart(tmp_path: Path) -> None:
 
 def captions_of(tmp_path: Path, files: Files, **options: str) -> TarPairs:
     path = tmp_path / f"{len(list(tmp_path.iterdir()))}.tar"
-    write_tar(path, [("000", {"png": picture(), **files})])
+    write_tar(path, [("000", {"png": image(), **files})])
     return TarPairs(str(path), **options)  # pyright: ignore[reportArgumentType]  # options are columns
 
 
@@ -207,8 +207,8 @@ def test_a_caption_that_cannot_be_used_is_named(tmp_path: Path, files: Files, me
         captions_of(tmp_path, files).load(0, None)
 
 
-def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    write_tar(tmp_path / "x.tar", [("000", {"jpg": picture(format="JPEG")[:300], "txt": b"cut off"})])
+def test_a_image_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    write_tar(tmp_path / "x.tar", [("000", {"jpg": image(format="JPEG")[:300], "txt": b"cut off"})])
     with pytest.raises(BadSample, match=r"x\.tar sample 000: cannot read its image"):
         TarPairs(str(tmp_path)).load(0, None)
 
@@ -217,10 +217,10 @@ def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 
 def test_no_sample_that_can_be_used_names_what_there_is_and_what_is_wanted(tmp_path: Path) -> None:
-    write_tar(tmp_path / "0.tar", [(f"{i:03d}", {"image.png": picture(), "prompt": b"a cat"}) for i in range(3)])
+    write_tar(tmp_path / "0.tar", [(f"{i:03d}", {"image.png": image(), "prompt": b"a cat"}) for i in range(3)])
     write_tar(tmp_path / "1.tar", [(f"{i:03d}", {"flac": b"?"}) for i in range(3)])
     with pytest.raises(
-        InputError, match=r"0\.tar sample 000: .*called \*\.image\.png, \*\.prompt, wanted are a picture"
+        InputError, match=r"0\.tar sample 000: .*called \*\.image\.png, \*\.prompt, wanted are an image"
     ):
         TarPairs(str(tmp_path))
     with pytest.raises(InputError, match=r"no usable sample in 2 shards.*\*\.flac.*wanted.*missing image: 6"):
@@ -338,7 +338,7 @@ def test_a_shard_that_changes_while_it_is_read_is_noticed(tmp_path: Path) -> Non
     write_tar(path, plain(4))
     source = TarPairs(str(path))
     write_tar(path, plain(4)[::-1] + plain(1, 1000))
-    changed = [("000", {"png": picture(), "txt": b"longer than it was", "json": b"{}"}), *plain(3)]
+    changed = [("000", {"png": image(), "txt": b"longer than it was", "json": b"{}"}), *plain(3)]
     write_tar(path, changed)
     with pytest.raises(BadSample, match="the shard has changed since the run began"):
         source.load(3, None)
@@ -421,7 +421,7 @@ def test_a_source_that_is_sent_to_a_worker_is_small_and_reads_on(shards: Path) -
 def write_same_table(folder: Path) -> Path:
     """The pairs of :func:`write_shards` as a table."""
     for number in range(60):
-        (folder / f"{number}.png").write_bytes(picture(number))
+        (folder / f"{number}.png").write_bytes(image(number))
     rows = "".join(f"{number}.png,number {number}\n" for number in range(60))
     (folder / "pairs.csv").write_text(f"image,caption\n{rows}")
     return folder / "pairs.csv"
@@ -464,7 +464,7 @@ class Captions:
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, sample: Sample) -> str:
+    def __getitem__(self, sample: TrainingSample) -> str:
         return self.source.load(sample.row, None).caption
 
 
@@ -557,7 +557,7 @@ def test_data_workers_fetch_a_shard_that_has_been_removed_from_the_cache(
     for path in cache.glob("*.tar"):
         path.unlink()
     asked.clear()
-    rows = [Sample(0, row) for row in range(len(source))]
+    rows = [TrainingSample(0, row) for row in range(len(source))]
     loader = DataLoader(Captions(source), sampler=rows, batch_size=9, num_workers=2)
     captions = [caption for batch in loader for caption in batch]
     assert captions == [f"number {number}" for number in range(6, 60)]
