@@ -12,7 +12,7 @@ from lit_clip.errors import require
 from lit_clip.evaluation.data import ImageSet, LabelledImages
 from lit_clip.evaluation.logistic import LogisticProblem
 from lit_clip.evaluation.probe import Split, fit_logistic, held_out, linear_probe
-from lit_clip.evaluation.scores import evaluate_scores, guessing
+from lit_clip.evaluation.scores import baseline, evaluate_scores
 from lit_clip.evaluation.set_encoding import Encoded, Reader
 from lit_clip.evaluation.suite import Metric
 from lit_clip.evaluation.targets import Targets
@@ -82,7 +82,7 @@ class LinearProbe(PeriodicEvaluation):
             with named(name):
                 of_set = of_first_rank(partial(_probe, folds, features, metric, self.l2, module.device))
             found.metrics |= {f"linear_probe/{name}/{key}": value for key, value in of_set.metrics.items()}
-            found.guesses |= {f"linear_probe/{name}/{key}": value for key, value in of_set.guesses.items()}
+            found.predictions |= {f"linear_probe/{name}/{key}": value for key, value in of_set.predictions.items()}
         return found
 
     def _features(self, module: LitCLIP, name: str, folds: list[Fold]) -> list[Features]:
@@ -116,20 +116,20 @@ def _check_learnable(fold: Fold, l2: float | None) -> None:
 def _probe(
     folds: list[Fold], features: list[Features], metric: Metric, l2: float | None, device: torch.device
 ) -> PeriodicResult:
-    """Metrics, the means over folds, and what guessing reaches in the first."""
+    """Metrics, the means over folds, and the baseline in the first."""
     metrics: list[dict[str, float]] = []
-    guess = None
+    prediction = None
     with torch.autocast(device.type, enabled=False):
         for fold, encoded in zip(folds, features, strict=True):
             classes = _classes(fold["test"])
             splits = {split: _split(fold[split], encoded[split], classes, device) for split in fold}
-            guess = guessing(metric, splits["test"].targets) if guess is None else guess
+            prediction = baseline(metric, splits["test"].targets) if prediction is None else prediction
             if l2 is None:
                 metrics.append(linear_probe(splits["train"], splits.get("val"), splits["test"], metric).metrics)
             else:
                 metrics.append(_with_penalty(splits, metric, l2))
     means = {name: fmean(fold[name] for fold in metrics) for name in metrics[0]}
-    return PeriodicResult(means, {} if guess is None else {metric: guess})
+    return PeriodicResult(means, {} if prediction is None else {metric: prediction})
 
 
 def _with_penalty(splits: dict[str, Split], metric: Metric, l2: float) -> dict[str, float]:

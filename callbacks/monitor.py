@@ -49,7 +49,7 @@ def _norm(parameters: list[nn.Parameter]) -> Tensor:
 def uninformed_loss(pairs: int, sigmoid: bool = False) -> float:
     """The least loss of a model that cannot tell which caption is whose, among ``pairs`` pairs.
 
-    The softmax loss is then log N: each of N captions is as likely. The sigmoid loss's best guess for each of an
+    The softmax loss is then log N: each of N captions is as likely. The sigmoid loss's best prediction for each of an
     image's N questions is 1/N, which costs ``log N + (N - 1) log(N / (N - 1))`` an image.
     """
     others = (pairs - 1) * math.log(pairs / (pairs - 1)) if sigmoid and pairs > 1 else 0.0
@@ -65,11 +65,11 @@ class TrainingMonitor(TimedCallback):
     :class:`callbacks.training_clock.TimedCallback`); ``train/samples_seen``.
 
     Warns once if the model does not learn: if after warm-up the mean of the ``train/loss`` logged over ``stuck_steps``
-    optimiser steps is still that of guessing (:func:`uninformed_loss`) or above.
+    optimiser steps is still that of chance (:func:`uninformed_loss`) or above.
 
     Args:
         stuck_steps: optimiser steps after warm-up to look at, at a time.
-        stuck_tolerance: how far, relative to guessing, the loss may be below it and count as no better.
+        stuck_tolerance: how far, relative to chance, the loss may be below it and count as no better.
     """
 
     def __init__(self, stuck_steps: int = 500, stuck_tolerance: float = 0.01) -> None:
@@ -81,7 +81,7 @@ class TrainingMonitor(TimedCallback):
         self.stuck_steps, self.stuck_tolerance = stuck_steps, stuck_tolerance
         self._samples = 0
         self._samples_seen = 0
-        self._losses: deque[tuple[int, float, float]] = deque()  # step, loss, what guessing would have
+        self._losses: deque[tuple[int, float, float]] = deque()  # step, loss, what chance gives
         self._warned = False
 
     def state_dict(self) -> dict[str, Any]:
@@ -123,25 +123,25 @@ class TrainingMonitor(TimedCallback):
         if self._warned or loss is None or chance is None or trainer.global_step <= hparams.warmup_steps:
             return
         pairs = round(1 / float(chance))  # of all ranks
-        guess = uninformed_loss(pairs, sigmoid=module.model.logit_bias is not None)
+        uninformed = uninformed_loss(pairs, sigmoid=module.model.logit_bias is not None)
         if hparams.distill:  # whose cross-entropy is log N too if all candidates seem equal
-            guess += hparams.distill["weight"] * math.log(pairs)
+            uninformed += hparams.distill["weight"] * math.log(pairs)
         value = float(loss)  # waits for the device, as seldom as the loss is logged
         if math.isfinite(value):
-            self._losses.append((trainer.global_step, value, guess))
+            self._losses.append((trainer.global_step, value, uninformed))
         if not self._losses or trainer.global_step - self._losses[0][0] < self.stuck_steps:
             return
-        ours, guessed = (sum(entry[i] for entry in self._losses) / len(self._losses) for i in (1, 2))
+        ours, uninformed = (sum(entry[i] for entry in self._losses) / len(self._losses) for i in (1, 2))
         self._losses.clear()
-        if ours >= (1 - self.stuck_tolerance) * guessed:
+        if ours >= (1 - self.stuck_tolerance) * uninformed:
             self._warned = True
-            rank_zero_warn(_advice(ours, guessed, self.stuck_steps))
+            rank_zero_warn(_advice(ours, uninformed, self.stuck_steps))
 
 
-def _advice(loss: float, guess: float, steps: int) -> str:
+def _advice(loss: float, chance: float, steps: int) -> str:
     return (
-        f"the model is not learning: train/loss was {loss:.3f} on average over the last {steps} steps, and guessing "
-        f"which caption is whose gives {guess:.3f}. Look whether captions belong to their images (one column of the "
+        f"the model is not learning: train/loss was {loss:.3f} on average over the last {steps} steps, and chance "
+        f"gives {chance:.3f}. Look whether captions belong to their images (one column of the "
         "table sorted alone, captions that are all alike), whether the learning rate (train/learning_rate) is far too "
         "high or too low, whether towers that should learn are frozen, and whether the gradients "
         "(train/image_gradient_norm, train/text_gradient_norm) are near 0"

@@ -24,11 +24,11 @@ class PeriodicResult:
 
     Attributes:
         metrics: by whole name.
-        guesses: of some of them, what guessing reaches.
+        predictions: of some of them, the baseline.
     """
 
     metrics: dict[str, float] = field(default_factory=dict)
-    guesses: dict[str, float] = field(default_factory=dict)
+    predictions: dict[str, float] = field(default_factory=dict)
 
 
 class PeriodicEvaluation(Callback):
@@ -75,10 +75,10 @@ class PeriodicEvaluation(Callback):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"metrics": self._last.metrics, "guesses": self._last.guesses, "waited": self._waited}
+        return {"metrics": self._last.metrics, "predictions": self._last.predictions, "waited": self._waited}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._last = PeriodicResult(dict(state_dict["metrics"]), dict(state_dict["guesses"]))
+        self._last = PeriodicResult(dict(state_dict["metrics"]), dict(state_dict["predictions"]))
         self._waited = state_dict["waited"]
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -117,7 +117,7 @@ class PeriodicEvaluation(Callback):
         with trainer.precision_plugin.forward_context():
             self._last = self.evaluate(trainer, module)
         self._waited = 0
-        module.baselines |= self._last.guesses
+        module.baselines |= self._last.predictions
 
 
 def _callbacks(trainer: Trainer) -> list[Callback]:

@@ -13,7 +13,7 @@ from lit_clip.evaluation.data import ImageSet, MissingData, check_classes
 from lit_clip.evaluation.scores import evaluate_scores
 from lit_clip.evaluation.suite import Metric, SuiteEntry, Task, read_suite
 from lit_clip.evaluation.targets import Targets
-from lit_clip.tools.images import MEND, OnError
+from lit_clip.tools.images import FIX_HINT, OnError
 
 Fold = dict[str, ImageSet]
 
@@ -111,4 +111,4 @@ def _look_at(images: ImageSet) -> None:
     try:
         images.check()
     except InputError as error:
-        raise InputError(f"{str(error).removesuffix(MEND)}{MEND}, or set on_error to skip") from error
+        raise InputError(f"{str(error).removesuffix(FIX_HINT)}{FIX_HINT}, or set on_error to skip") from error

@@ -146,7 +146,7 @@ class Captions(CaptionDataModule):
             found = len(source) + bad
             if self.on_error == "skip" and found >= JUDGED_AFTER and bad > self.max_skipped * found:
                 raise InputError(
-                    f"{name}: {source.left_out} cannot be used, beside {len(source)} pairs that can; mend or remove "
+                    f"{name}: {source.left_out} cannot be used, beside {len(source)} pairs that can; fix or remove "
                     f"them, or raise data.init_args.max_skipped (now {self.max_skipped:g})"
                 )
         if self.on_error == "error":

@@ -1,4 +1,4 @@
-"""What a user can mend is raised as one exception."""
+"""What a user can fix is raised as one exception."""
 
 from difflib import get_close_matches
 from pathlib import Path

@@ -101,7 +101,7 @@ class LitCLIP(LightningModule):
             interrupts the graphs.
 
     Attributes:
-        baselines: for a logged metric what guessing reaches, filled by whoever logs the metric.
+        baselines: for a logged metric the baseline, filled by whoever logs the metric.
         starts_trained: whether the weights to start from are somebody's.
         base_sha256: of the weights that the ``lora`` belongs to; empty without one.
         before: what the validation before the first step logged, if there was one; kept in checkpoints.
@@ -435,7 +435,7 @@ class LitCLIP(LightningModule):
         for name, value in evaluation.metrics.items():
             # Already over all ranks: Lightning's own means would weigh ranks and batches of unequal size wrongly.
             self.log(f"{prefix}/{name}", value, prog_bar=name == "loss" or name.endswith("recall@1"))
-        self.baselines |= {f"{prefix}/{name}": guess for name, guess in evaluation.baselines.items()}
+        self.baselines |= {f"{prefix}/{name}": prediction for name, prediction in evaluation.baselines.items()}
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         """As they were when ``fit`` began: in FSDP's shards a weight has one dimension, as gains and biases have."""

@@ -150,7 +150,7 @@ class NonFiniteSteps:
         stopped = f"training stopped at step {trainer.global_step}: {what}"
         if self.policy == "stop":
             raise InputError(
-                f"{stopped}; mend or remove those pairs, lower the learning rate or clip gradients "
+                f"{stopped}; fix or remove those pairs, lower the learning rate or clip gradients "
                 "(trainer.gradient_clip_val); --model.non_finite skip goes on without such steps"
             )
         if self._in_a_row >= MOST_IN_A_ROW:

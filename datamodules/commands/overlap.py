@@ -129,7 +129,7 @@ class _Cache:
         said = (type(images).__qualname__, images.stamp(), len(images))
         path = self._path("set", *said)
         found = Queries.load(path)
-        if found is None or found.bad:  # what could not be read may have been mended
+        if found is None or found.bad:  # what could not be read may have been fixed
             found = Queries.compute(model, images, batch_size, num_workers, name)
             found.save(path)
         self._sets.append((*said, len(found.items)))

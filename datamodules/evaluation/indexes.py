@@ -52,7 +52,7 @@ def read_words(path: Path, words: int) -> list[list[str]]:
         if not row:
             continue
         if len(row) < words:
-            raise InputError(f"{path} line {number}: {line.strip()!r} has {len(row)} words, not {words}; mend the line")
+            raise InputError(f"{path} line {number}: {line.strip()!r} has {len(row)} words, not {words}; fix the line")
         rows.append([word.strip() for word in row])
     return rows
 
@@ -98,7 +98,7 @@ def read_table(path: Path, columns: Mapping[str, Sequence[str]], delimiter: str 
             continue
         if len(cells) <= max(places.values()):
             raise InputError(
-                f"{path} line {reader.line_num}: {len(cells)} cells for {len(header)} columns; mend the row"
+                f"{path} line {reader.line_num}: {len(cells)} cells for {len(header)} columns; fix the row"
             )
         rows.append({column: cells[place].strip() for column, place in places.items()})
     if not rows:
@@ -115,4 +115,4 @@ def number(row: Mapping[str, str], column: str, where: str) -> float:
     try:
         return float(row[column])
     except ValueError as error:
-        raise InputError(f"{where}: {column} is {row[column]!r}, not a number; mend the row") from error
+        raise InputError(f"{where}: {column} is {row[column]!r}, not a number; fix the row") from error

@@ -193,12 +193,12 @@ def _of_lines(path: Path) -> dict[str, list[str]]:
         if match:
             captions.setdefault(match["name"], []).append(match["caption"].strip())
         elif number > 1 and line.strip():  # the first is a header
-            raise InputError(f"{path} line {number}: {line.strip()[:60]!r} is no image and caption; mend the line")
+            raise InputError(f"{path} line {number}: {line.strip()[:60]!r} is no image and caption; fix the line")
     return captions
 
 
 def _only(captions: dict[str, list[str]], path: Path, names: Path) -> dict[str, list[str]]:
     wanted = [row[0] for row in read_words(names, 1)]
     if wrong := [name for name in wanted if name not in captions]:
-        raise InputError(f"{names}: {wrong[0]} is not in {path.name}; mend the list")
+        raise InputError(f"{names}: {wrong[0]} is not in {path.name}; fix the list")
     return {name: captions[name] for name in wanted}

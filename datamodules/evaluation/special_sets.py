@@ -265,5 +265,5 @@ def _names_of_people(path: Path) -> dict[str, str]:
         if match:
             names[match[1]] = match[2].strip().strip('"').replace("_", " ")
         elif names:  # the first line may be a header
-            raise InputError(f"{path}: {row[0]!r} is no number and name; mend the line")
+            raise InputError(f"{path}: {row[0]!r} is no number and name; fix the line")
     return names

@@ -108,7 +108,7 @@ class UCF101(Videos):
             name = row[0].split()[0]  # a training list has the class's number after it
             folder = name.split("/")[0]
             if folder not in label_of:
-                raise InputError(f"{path}: {name} is in none of the folders that classInd.txt names; mend the line")
+                raise InputError(f"{path}: {name} is in none of the folders that classInd.txt names; fix the line")
             if (self.root / name).is_file():
                 self.files.append((self.root / name, label_of[folder]))
             else:

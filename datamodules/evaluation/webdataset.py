@@ -119,7 +119,7 @@ class _Tars(ImageSet):
     def _add(self, path: Path, samples: dict[str, _TarSample]) -> None:
         for key, sample in samples.items():
             if sample.answer is None:
-                raise InputError(f"{path} sample {key}: an image without {key}.{ANSWERS[self.kind]}; mend the set")
+                raise InputError(f"{path} sample {key}: an image without {key}.{ANSWERS[self.kind]}; fix the set")
             self.keys.append(f"{path.stem}/{key}")
             self.spans.append(sample.image)
             self.answers.append(sample.answer)
@@ -152,7 +152,7 @@ class _Tars(ImageSet):
         """
         span = self.spans[index]
         if span is None:
-            raise BadSample(self.where(index), "missing image", "no image; mend the set")
+            raise BadSample(self.where(index), "missing image", "no image; fix the set")
         with self.tars[span.tar].open("rb") as file:  # costs microseconds, and nothing stays open in data workers
             file.seek(span.offset)
             return open_image(io.BytesIO(file.read(span.size)), self.where(index))
@@ -231,7 +231,7 @@ class WebDatasetMultiLabel(_Tars, LabelledImages, MultiLabel):
         for index, mark in enumerate(marks):
             if len(mark) != len(self.class_names):
                 names = f"there are {len(self.class_names)} class names"
-                raise InputError(f"{self.where(index)}: {len(mark)} marks, {names}; mend classnames.txt or the set")
+                raise InputError(f"{self.where(index)}: {len(mark)} marks, {names}; fix classnames.txt or the set")
         self._relevance = torch.tensor(np.stack(marks))
 
     def _marks(self, index: int) -> np.ndarray:
@@ -271,7 +271,7 @@ class WebDatasetCaptions(_Tars, CaptionedImages):
         super().__init__(root, split)
         for index in range(len(self)):
             if not self.captions(index):
-                raise InputError(f"{self.where(index)}: its .txt is empty; mend the set")
+                raise InputError(f"{self.where(index)}: its .txt is empty; fix the set")
 
     def captions(self, index: int) -> list[str]:
         # To CLIP_benchmark an empty line is a caption too, and one that no image can be found by.

@@ -56,5 +56,5 @@ def check_caption(caption: object, where: str) -> str:
     try:
         caption.encode()
     except UnicodeEncodeError:
-        raise BadSample(where, "caption is no text", "the caption is not UTF-8 text; mend or remove it") from None
+        raise BadSample(where, "caption is no text", "the caption is not UTF-8 text; fix or remove it") from None
     return caption

@@ -74,7 +74,7 @@ def _opened(source: Path | BinaryIO, where: str) -> Iterator[Image.Image]:
     # Pillow's decoders answer a broken file with whatever they trip over: OSError, SyntaxError, struct.error, ...
     except Exception as error:
         reason, what = _what(error)
-        raise BadSample(where, reason, f"cannot read {name} ({what}); mend or remove it") from error
+        raise BadSample(where, reason, f"cannot read {name} ({what}); fix or remove it") from error
 
 
 def _what(error: Exception) -> tuple[str, str]:

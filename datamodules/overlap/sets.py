@@ -157,7 +157,7 @@ def given(images: ImageSet, items_Q: np.ndarray, answers: Mapping[str, bool], na
 
 
 def recognised(model: CLIP, each: EvaluationSet, queries: Queries) -> Tensor | None:
-    """Whether the model's first guess is right, bool ``[N]``; None for sets without one class an image."""
+    """Whether the model's first prediction is right, bool ``[N]``; None for sets without one class an image."""
     images, prompts = each.images, _prompts(each)
     if prompts is None or not isinstance(images, LabelledImages):
         return None

@@ -160,7 +160,7 @@ class TarPairs(PairSource):
                 stamps[url] = stamp_of(url)
             except FileNotFoundError as error:
                 if self.on_error == "error":
-                    raise InputError(f"{url}: no such shard; mend the name, or set on_error: skip") from error
+                    raise InputError(f"{url}: no such shard; fix the name, or set on_error: skip") from error
                 self._absent.append(url)
         if not stamps:
             raise InputError(f"{urls[0]}: no such shard, nor any other of {len(urls)}")
@@ -197,7 +197,7 @@ class TarPairs(PairSource):
         more = f" (and of {count - 1} more)" if count > 1 else ""
         raise InputError(
             f"{where}: {what}{more}; the shard has {_listed(summary.extensions)}, wanted are {WANTED}; "
-            "mend the shard, or set on_error: skip to go on without what is missing"
+            "fix the shard, or set on_error: skip to go on without what is missing"
         )
 
     def _check(self, urls: str, summaries: Sequence[Summary]) -> None:
@@ -372,7 +372,7 @@ def _text(content: bytes, where: str) -> str:
     try:
         return content.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
-        detail = f"its caption is not UTF-8 text ({error.reason} at byte {error.start}); mend or remove it"
+        detail = f"its caption is not UTF-8 text ({error.reason} at byte {error.start}); fix or remove it"
         raise BadSample(where, "caption is no text", detail) from error
 
 

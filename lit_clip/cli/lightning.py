@@ -48,7 +48,7 @@ class CLI(LightningCLI):
         for name in ("preprocessing", "tokenize"):
             parser.link_arguments(f"model.{name}", f"data.init_args.{name}", apply_on="instantiate")
         parser.add_argument(
-            "--baseline",
+            "--validate_first",
             type=bool,
             default=False,
             help="Under fit: validate before the first step and report the change.",
@@ -70,7 +70,7 @@ class CLI(LightningCLI):
             known = inspect.signature(LitCLIP).parameters.keys() & hparams.keys()
             self._subcommand_parsers[subcommand].set_defaults({f"model.{key}": hparams[key] for key in known})
         for name in {"validate", "test"} & getattr(self, "_subcommand_parsers", {}).keys():
-            self._subcommand_parsers[name].set_defaults(verbose=False)  # our table says it, with what guessing reaches
+            self._subcommand_parsers[name].set_defaults(verbose=False)  # our table says it, with the baseline
         known = getattr(self, "_subcommand_parsers", {}).get(subcommand, parser)
         try:
             with hinting(
@@ -175,7 +175,7 @@ class CLI(LightningCLI):
         if self._get(self.config, "print_plan"):
             self._print_plan()
             sys.exit(0)
-        if self._get(self.config, "baseline") and not self._get(self.config, "ckpt_path"):
+        if self._get(self.config, "validate_first") and not self._get(self.config, "ckpt_path"):
             self.trainer.validate(self.model, self.datamodule, verbose=False)
             self.model.before = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
 
@@ -282,7 +282,7 @@ def _check_encoder_options(words: Sequence[str], subcommand: str | None) -> None
 
 
 def run(args: ArgsType = None, execute: bool = True) -> CLI:
-    """Parse and run a command; what the user can mend is raised as an error."""
+    """Parse and run a command; what the user can fix is raised as an error."""
     # Without this, absolute keys such as ${model.learning_rate} are looked up above the subcommand.
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     return CLI(

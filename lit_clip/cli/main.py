@@ -89,7 +89,7 @@ def _run(words: list[str]) -> int:
 
 
 def main() -> None:
-    """The ``lit-clip`` command: exit code 2 and one line for what the user can mend."""
+    """The ``lit-clip`` command: exit code 2 and one line for what the user can fix."""
     _hush()
     watch_launcher()
     defer_torchmetrics()
@@ -99,10 +99,10 @@ def main() -> None:
         sys.stderr.write(f"lit-clip: interrupted{f': {stop}' if str(stop) else ''}\n")
         code = INTERRUPTED
     except Exception as error:
-        mendable = user_error(error)
-        if mendable is None:
+        fixable = user_error(error)
+        if fixable is None:
             raise
-        sys.stderr.write(f"lit-clip: error: {one_line(mendable)}\n")
+        sys.stderr.write(f"lit-clip: error: {one_line(fixable)}\n")
         code = USER_ERROR
     if code:
         let_launcher_end(PATIENCE)

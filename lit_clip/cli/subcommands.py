@@ -23,7 +23,7 @@ from lit_clip.tools.messages import hinting, options_of
 # Those of other packages are names only, as class paths in a YAML are.
 COMMANDS: dict[str, str] = {
     "classify": "lit_clip.commands.classify:classify",
-    "embed": "lit_clip.embedding.encode:embed",
+    "embed": "lit_clip.commands.embed:embed",
     "evaluate": "lit_clip.commands.evaluate:evaluate",
     "export": "lit_clip.commands.export:export",
     "inspect": "datamodules.commands.inspect:inspect",

@@ -29,7 +29,7 @@ from lit_clip.tools.images import Bad, OnError, loader
 Output = Literal["table", "csv", "json"]
 
 
-class Guess(NamedTuple):
+class RankedClass(NamedTuple):
     """A class and how probable it is."""
 
     name: str
@@ -79,15 +79,15 @@ def classify(
     )
     classifier = _classifier(clip, names, prompts)
     found = classify_items(clip, items, names, classifier, top_k, batch_size, num_workers)
-    guesses: dict[str, list[Guess]] = {}
+    predictions: dict[str, list[RankedClass]] = {}
     try:
-        bad = _sort(found, guesses, on_error)
+        bad = _sort(found, predictions, on_error)
     except KeyboardInterrupt:
         kept = path.with_name(f"{path.name}.partial") if path else None
-        _write(guesses, output, kept)
-        raise KeyboardInterrupt(f"{len(guesses)} of {len(items)} are in {kept or 'the output'}") from None
-    require(bool(guesses), f"none of {len(items)} images could be read; the first: {bad[0].reason if bad else ''}")
-    _write(guesses, output, path)
+        _write(predictions, output, kept)
+        raise KeyboardInterrupt(f"{len(predictions)} of {len(items)} are in {kept or 'the output'}") from None
+    require(bool(predictions), f"none of {len(items)} images could be read; the first: {bad[0].reason if bad else ''}")
+    _write(predictions, output, path)
     if path:
         report_skipped(bad, path.with_name(f"{path.name}.skipped.txt"))
     for item in bad if not path else ():
@@ -95,16 +95,16 @@ def classify(
 
 
 def _sort(
-    found: Iterator[tuple[str, list[Guess] | Bad]], guesses: dict[str, list[Guess]], on_error: OnError
+    found: Iterator[tuple[str, list[RankedClass] | Bad]], predictions: dict[str, list[RankedClass]], on_error: OnError
 ) -> list[Bad]:
-    """Add what is known to ``guesses``, which an interrupted run still has, and return what could not be read."""
+    """Add what is known to ``predictions``, which an interrupted run still has, and return what could not be read."""
     bad: list[Bad] = []
     for key, result in found:
         if isinstance(result, Bad):
-            require(on_error == "skip", f"{result.reason}; mend or remove it, or set --on_error skip")
+            require(on_error == "skip", f"{result.reason}; fix or remove it, or set --on_error skip")
             bad.append(result)
         else:
-            guesses[key] = result
+            predictions[key] = result
     return bad
 
 
@@ -166,7 +166,7 @@ def classify_items(
     top_k: int,
     batch_size: int,
     num_workers: int,
-) -> Iterator[tuple[str, list[Guess] | Bad]]:
+) -> Iterator[tuple[str, list[RankedClass] | Bad]]:
     """Each image's key with its most probable classes, best first, or with why it has none.
 
     Args:
@@ -185,8 +185,8 @@ def classify_items(
                 features = model.encode_image(batch.inputs.to(model.device), normalize=True)  # [b, D]
                 best = class_probabilities(model, features, classifier).topk(min(top_k, len(names)), dim=1)
                 for row, values, indices in zip(batch.rows, best.values.tolist(), best.indices.tolist(), strict=True):
-                    guesses = [Guess(str(names[i]), value) for value, i in zip(values, indices, strict=True)]
-                    yield items[row].key, guesses
+                    predictions = [RankedClass(str(names[i]), value) for value, i in zip(values, indices, strict=True)]
+                    yield items[row].key, predictions
             for bad in batch.bad:
                 yield bad.key, bad
             advance(len(batch.rows) + len(batch.bad))
@@ -201,12 +201,12 @@ def class_probabilities(model: CLIP, features: Tensor, classifier: Tensor) -> Te
     return logits.softmax(dim=1) if model.logit_bias is None else (logits + model.logit_bias).sigmoid()
 
 
-def _write(guesses: dict[str, list[Guess]], output: Output, path: Path | None) -> None:
+def _write(predictions: dict[str, list[RankedClass]], output: Output, path: Path | None) -> None:
     """Print the results, or write them to a file."""
     if output == "table" and path is None:
-        Console().print(_table(guesses))
+        Console().print(_table(predictions))
         return
-    text = {"table": _as_text, "csv": _as_csv, "json": _as_json}[output](guesses)
+    text = {"table": _as_text, "csv": _as_csv, "json": _as_json}[output](predictions)
     if path is None:
         sys.stdout.write(text)
         return
@@ -214,36 +214,36 @@ def _write(guesses: dict[str, list[Guess]], output: Output, path: Path | None) -
         temporary.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
 
 
-def _table(guesses: dict[str, list[Guess]]) -> Table:
+def _table(predictions: dict[str, list[RankedClass]]) -> Table:
     table = Table("image", "class")
     table.add_column("probability", justify="right")
-    for key, best in guesses.items():
-        for i, guess in enumerate(best):
+    for key, best in predictions.items():
+        for i, prediction in enumerate(best):
             image = Text(key if i == 0 else "", overflow="fold")
-            table.add_row(image, Text(guess.name), f"{100 * guess.probability:.1f} %")
+            table.add_row(image, Text(prediction.name), f"{100 * prediction.probability:.1f} %")
     return table
 
 
-def _as_text(guesses: dict[str, list[Guess]]) -> str:
+def _as_text(predictions: dict[str, list[RankedClass]]) -> str:
     console = Console(file=io.StringIO(), width=200)
-    console.print(_table(guesses))
+    console.print(_table(predictions))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
 
-def _as_csv(guesses: dict[str, list[Guess]]) -> str:
+def _as_csv(predictions: dict[str, list[RankedClass]]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["image", "rank", "class", "probability"])
-    for key, best in guesses.items():
+    for key, best in predictions.items():
         writer.writerows([key, rank, name, f"{value:.6f}"] for rank, (name, value) in enumerate(best, start=1))
     return text.getvalue()
 
 
-def _as_json(guesses: dict[str, list[Guess]]) -> str:
+def _as_json(predictions: dict[str, list[RankedClass]]) -> str:
     rows = [
         {"image": key, "classes": [{"class": name, "probability": round(value, 6)} for name, value in best]}
-        for key, best in guesses.items()
+        for key, best in predictions.items()
     ]
     text = json.dumps(rows, indent=1, ensure_ascii=False)
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):

@@ -28,7 +28,7 @@ from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.tools.console import progress, stderr
-from lit_clip.tools.images import MEND, Bad, Batch, OnError, loader
+from lit_clip.tools.images import FIX_HINT, Bad, Batch, OnError, loader
 from lit_clip.training.signals import Signals
 
 SECONDS_BETWEEN_PARTS = 10  # of work that a killed run can lose
@@ -108,7 +108,7 @@ def encode(
         return None
     if bad and on_error == "error":
         parts.end()
-        raise UnreadableError(f"{min(bad).reason.removesuffix(MEND)}{MEND}, or set --on_error skip")
+        raise UnreadableError(f"{min(bad).reason.removesuffix(FIX_HINT)}{FIX_HINT}, or set --on_error skip")
     return sorted(bad)
 
 

@@ -143,8 +143,8 @@ def denigration(score_NC: Tensor, groups: Mapping[str, Sequence[str]]) -> dict[s
     columns = {kind: [names.index(name) for name in classes] for kind, classes in kinds.items()}
     report = {}
     for title, size in (("default", len(names) - len(CHILD)), ("with_child", len(names))):
-        guess_N = score_NC[:, :size].argmax(dim=1).cpu().numpy()
-        report[title] = {kind: shares(np.isin(guess_N, places), groups) for kind, places in columns.items()}
+        prediction_N = score_NC[:, :size].argmax(dim=1).cpu().numpy()
+        report[title] = {kind: shares(np.isin(prediction_N, places), groups) for kind, places in columns.items()}
     return report
 
 

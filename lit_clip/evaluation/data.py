@@ -20,7 +20,7 @@ from lit_clip.errors import InputError, require
 BEGINNINGS, BEGINNING = 16, 2**16  # files, and bytes of each
 
 
-class MissingData(InputError):  # noqa: N818 # an InputError, as all that a user can mend
+class MissingData(InputError):  # noqa: N818 # an InputError, as all that a user can fix
     """A set does not lie where it was looked for; an evaluation lists it and goes on with the others."""
 
 
@@ -113,7 +113,7 @@ def numbered(labels: Sequence[int], where: str) -> list[str]:
     classes = 1 + max(labels, default=0)
     possible = classes <= max(10_000, 100 * len(labels))
     require(
-        possible, f"{where}: a label is {classes - 1}, which is hardly a class's number; mend it or give class names"
+        possible, f"{where}: a label is {classes - 1}, which is hardly a class's number; fix it or give class names"
     )
     return [str(label) for label in range(classes)]
 
@@ -131,7 +131,7 @@ def check_classes(splits: Mapping[str, ImageSet]) -> None:
             sizes = f"{len(test)} and {len(others)} classes"
             raise InputError(
                 f"test and {split} have {sizes}{f', and {differ} there' if differ else ''}: the same label would be "
-                "another class; mend the splits, or give the same class_names as an argument of both"
+                "another class; fix the splits, or give the same class_names as an argument of both"
             )
 
 

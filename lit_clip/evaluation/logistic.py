@@ -34,7 +34,7 @@ class Fit:
 
     Attributes:
         weight: ``[C, W]``.
-        bias: ``[C]``; -inf for a class without examples, which is never guessed.
+        bias: ``[C]``; -inf for a class without examples, which is never predicted.
         iterations: of L-BFGS.
         converged: whether the objective stood still before the iterations were spent.
         objective: sum of losses + l2 / 2 |weight|^2, of what was fitted.

@@ -39,7 +39,7 @@ class Row:
             the probes.
         papers: of the nearest of the paper's models, likewise.
         measured: what open_clip measured of that model, likewise.
-        guessing: what a constant answer reaches.
+        baseline: what a constant answer reaches.
         images: in the test split.
         skipped: images of any split that could not be read.
     """
@@ -51,7 +51,7 @@ class Row:
     values: dict[Column, float] = field(default_factory=dict)
     papers: dict[Column, Published] = field(default_factory=dict)
     measured: dict[Column, Published] = field(default_factory=dict)
-    guessing: float | None = None
+    baseline: float | None = None
     images: int | None = None
     skipped: int = 0
 
@@ -150,7 +150,7 @@ def _row(
     columns: dict[Column, str] = {"linear_probe" if other == "geolocation" else "zero_shot": other}
     if not other:
         columns = {column: column for column in COLUMNS}
-    row = Row(metric=metric, guessing=guessing_of(tasks), **common)
+    row = Row(metric=metric, baseline=baseline_of(tasks), **common)
     paper = str(entry.get("paper") or "")
     for column, task in columns.items():
         result = tasks.get(task, {})
@@ -165,9 +165,9 @@ def _row(
     return row
 
 
-def guessing_of(tasks: Mapping[str, Mapping[str, Any]]) -> float | None:
+def baseline_of(tasks: Mapping[str, Mapping[str, Any]]) -> float | None:
     """What a constant answer reaches."""
-    known = (number(task.get("guessing")) for task in tasks.values())
+    known = (number(task.get("baseline")) for task in tasks.values())
     return next((value for value in known if value is not None), None)
 
 

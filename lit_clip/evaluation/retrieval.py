@@ -11,7 +11,7 @@ from torch import Tensor
 from lit_clip import distributed
 from lit_clip.evaluation.retrieval_metrics import (
     Pairs,
-    guessing_recalls,
+    baseline_recalls,
     median_rank,
     pair_scores,
     recalls,
@@ -125,7 +125,7 @@ class Evaluation(NamedTuple):
 
     Attributes:
         metrics: by name, without the prefix of the stage.
-        baselines: what guessing reaches, of those metrics that can be guessed.
+        baselines: the baseline, of those metrics that can be predicted.
     """
 
     metrics: dict[str, float]
@@ -190,10 +190,10 @@ class RetrievalSet:
         ranks = retrieval_ranks(image_ID, text_TD, mine, score_E, *joins)
         loss = whole_set_loss(image_ID, text_TD, mine, score_E, scale, bias, *joins)
         metrics = retrieval_metrics(ranks.image.cpu(), distributed.gather_uneven(ranks.text).cpu(), everyones)
-        guesses = zip(DIRECTIONS, guessing_recalls(everyones, RECALL_AT), strict=True)
+        predictions = zip(DIRECTIONS, baseline_recalls(everyones, RECALL_AT), strict=True)
         baselines = {
             f"{direction}_recall@{k}": fraction
-            for direction, fractions in guesses
+            for direction, fractions in predictions
             for k, fraction in zip(RECALL_AT, fractions, strict=True)
         }
         return Evaluation({"loss": loss, **metrics}, baselines)

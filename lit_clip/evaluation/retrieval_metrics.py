@@ -164,7 +164,7 @@ def median_rank(ranks: Tensor, rows: Tensor) -> int:
     return 1 + int(ranks[order][2 * asked >= asked[-1]][0])
 
 
-def guessing_recalls(pairs: Pairs, ks: Sequence[int]) -> tuple[list[float], list[float]]:
+def baseline_recalls(pairs: Pairs, ks: Sequence[int]) -> tuple[list[float], list[float]]:
     """Recall image -> text and text -> image of the best answer that looks at nothing: always the same k candidates.
 
     With N distinct pairs that is k / N; where captions repeat, naming the common ones gets further.

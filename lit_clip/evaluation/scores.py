@@ -51,7 +51,7 @@ def evaluate_scores(metric: Metric, scores: Tensor, targets: Targets) -> dict[st
     return {metric: found[metric], **found}
 
 
-def guessing(metric: Metric, targets: Targets) -> float | None:
+def baseline(metric: Metric, targets: Targets) -> float | None:
     """What the best answer reaches that looks at no image.
 
     That is always the same class; of average precision and ROC AUC always the same score; with ``lexicon`` one of a
@@ -62,7 +62,7 @@ def guessing(metric: Metric, targets: Targets) -> float | None:
     if metric == "lexicon":
         return sum(1 / len(set(words)) for words in _known(targets.candidates, metric)) / len(targets)
     if metric == "pm":
-        return _guessing_pm(targets)
+        return _baseline_pm(targets)
     if metric in ("map11", "roc_auc", "mwap"):
         return evaluate_scores(metric, torch.zeros(len(targets), targets.classes), targets)[metric]
     _require_labels(targets, metric)
@@ -93,7 +93,7 @@ def ranks_of_labels(scores: Tensor, labels: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def guesses(scores: Tensor) -> Tensor:
+def predictions(scores: Tensor) -> Tensor:
     """The class of each image's highest score, the lowest number of a tie, -1 if one is NaN. int64 ``[N]``."""
     return scores.argmax(dim=1).masked_fill(scores.isnan().any(dim=1), -1)
 
@@ -186,8 +186,8 @@ def _roc_auc(scores: Tensor, targets: Targets) -> dict[str, float]:
 
 def _pm(scores: Tensor, targets: Targets) -> dict[str, float]:
     """The anchor frames that are right, and those with which every neighbour is right too."""
-    guess = guesses(scores).tolist()
-    right = [one in accepted for one, accepted in zip(guess, _known(targets.accepted, "pm"), strict=True)]
+    prediction = predictions(scores).tolist()
+    right = [one in accepted for one, accepted in zip(prediction, _known(targets.accepted, "pm"), strict=True)]
     neighbours = _known(targets.neighbours, "pm")
     require(bool(neighbours), "pm: there are no anchor frames")
     pm0 = sum(right[anchor] for anchor, _ in neighbours) / len(neighbours)
@@ -195,7 +195,7 @@ def _pm(scores: Tensor, targets: Targets) -> dict[str, float]:
     return {"pm0": pm0, "pm10": pm10, "pm": (pm0 + pm10) / 2}
 
 
-def _guessing_pm(targets: Targets) -> float:
+def _baseline_pm(targets: Targets) -> float:
     accepted = _known(targets.accepted, "pm")
     counts = torch.zeros(2, targets.classes, dtype=torch.float64)
     neighbours = _known(targets.neighbours, "pm")
@@ -212,8 +212,8 @@ def _lexicon(scores: Tensor, targets: Targets) -> dict[str, float]:
     scores = scores.cpu()
     for row, words in enumerate(_known(targets.candidates, "lexicon")):
         candidates = torch.tensor(sorted(set(words)))
-        guess = int(guesses(scores[row : row + 1, candidates]))
-        right += guess >= 0 and int(candidates[guess]) == int(targets.labels[row])
+        prediction = int(predictions(scores[row : row + 1, candidates]))
+        right += prediction >= 0 and int(candidates[prediction]) == int(targets.labels[row])
     return {"lexicon": right / len(targets)}
 
 
@@ -292,7 +292,7 @@ def nearest(query: Tensor, reference: Tensor) -> Tensor:
 def within_km(
     query: Tensor, reference: Tensor, query_coordinates: Tensor, reference_coordinates: Tensor
 ) -> dict[str, float]:
-    """Where images were taken, guessed as the place of the nearest of others (section E.4; table 17).
+    """Where images were taken, predicted as the place of the nearest of others (section E.4; table 17).
 
     Args:
         query: features ``[N, D]``.
@@ -310,8 +310,8 @@ def within_km(
     for name, places in (("images", query_coordinates), ("references", reference_coordinates)):
         wrong = (~(places.abs() <= places.new_tensor([90.0, 360.0])).all(dim=1)).nonzero()[:, 0]
         require(not len(wrong), f"within_km: {name}: row {int(wrong[0]) if len(wrong) else 0} is at no place on Earth")
-    guess = reference_coordinates[nearest(query, reference).to(reference_coordinates.device)]
-    distance = distances_km(guess.cpu(), query_coordinates.cpu())
+    prediction = reference_coordinates[nearest(query, reference).to(reference_coordinates.device)]
+    distance = distances_km(prediction.cpu(), query_coordinates.cpu())
     return {f"within_{km}km": float((distance <= km).double().mean()) for km in WITHIN_KM}
 
 

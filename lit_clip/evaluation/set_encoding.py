@@ -15,7 +15,7 @@ from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import ImageSet
 from lit_clip.models.preprocess import pixels
 from lit_clip.module import LitCLIP
-from lit_clip.tools.images import MEND, Bad, OnError, loader
+from lit_clip.tools.images import FIX_HINT, Bad, OnError, loader
 from lit_clip.tools.workers import shield_worker
 
 
@@ -114,7 +114,8 @@ class Reader:
             return
         _, reason = min(bad)
         require(
-            self.on_error == "skip", f"{name}: {reason.removesuffix(MEND)}{MEND}, or set {self.who}.on_error to skip"
+            self.on_error == "skip",
+            f"{name}: {reason.removesuffix(FIX_HINT)}{FIX_HINT}, or set {self.who}.on_error to skip",
         )
         require(len(bad) < size, f"{name}: none of {size} images could be read; {reason}")
         if name not in self._told:

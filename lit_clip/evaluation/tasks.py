@@ -24,7 +24,7 @@ from lit_clip.evaluation.prompts import Prompts
 from lit_clip.evaluation.retrieval import retrieval_metrics
 from lit_clip.evaluation.retrieval_metrics import Pairs, pair_scores, retrieval_ranks
 from lit_clip.evaluation.robustness import subset_top1
-from lit_clip.evaluation.scores import PROPORTIONS, evaluate_scores, guesses, guessing, interval, within_km
+from lit_clip.evaluation.scores import PROPORTIONS, baseline, evaluate_scores, interval, predictions, within_km
 from lit_clip.evaluation.store import SetFeatures
 from lit_clip.evaluation.suite import SuiteEntry, Task
 from lit_clip.evaluation.targets import Targets
@@ -142,14 +142,14 @@ def _mean(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def _judged(opened: OpenSet, metrics: Sequence[Mapping[str, float]], targets: Targets) -> dict[str, Any]:
-    """What every task with classes says: mean metrics, interval and what guessing reaches."""
+    """What every task with classes says: mean metrics, interval and the baseline."""
     mean, metric, images = _mean(metrics), opened.entry.metric, len(targets.labels)
     value = mean[metric]
     return {
         "value": value,
         "metrics": mean,
         "interval": interval(value, images) if metric in PROPORTIONS else None,
-        "guessing": guessing(metric, targets),
+        "baseline": baseline(metric, targets),
         "images": images,
     }
 
@@ -195,11 +195,11 @@ def top1_among(opened: OpenSet, classes: Sequence[int]) -> float:
 
 
 def _confusions(opened: OpenSet, scores: Tensor, targets: Targets) -> list[tuple[str, str, int]]:
-    """The pairs of classes that are taken for each other most often: truth, guess, images."""
+    """The pairs of classes that are taken for each other most often: truth, prediction, images."""
     assert opened.prompts is not None
-    guess, labels, names = guesses(scores), targets.labels, opened.prompts.names
-    wrong = (guess != labels) & (guess >= 0)
-    codes, counts = (labels[wrong] * len(names) + guess[wrong]).unique(return_counts=True)
+    prediction, labels, names = predictions(scores), targets.labels, opened.prompts.names
+    wrong = (prediction != labels) & (prediction >= 0)
+    codes, counts = (labels[wrong] * len(names) + prediction[wrong]).unique(return_counts=True)
     most = counts.argsort(descending=True, stable=True)[:CONFUSIONS]
     pairs = zip(codes[most].tolist(), counts[most].tolist(), strict=True)
     return [(names[code // len(names)], names[code % len(names)], count) for code, count in pairs]
@@ -209,8 +209,8 @@ def _errors(opened: OpenSet, scores: Tensor, targets: Targets, folder: Path) -> 
     """The images that are most confidently taken for something else."""
     assert opened.prompts is not None
     names, test, features = opened.prompts.names, opened.folds[0].images["test"], opened.folds[0].features["test"]
-    probability, guess = scores.softmax(dim=1).amax(dim=1), guesses(scores)
-    wrong = ((guess != targets.labels) & (guess >= 0)).nonzero()[:, 0]
+    probability, prediction = scores.softmax(dim=1).amax(dim=1), predictions(scores)
+    wrong = ((prediction != targets.labels) & (prediction >= 0)).nonzero()[:, 0]
     errors = []
     for number in wrong[probability[wrong].argsort(descending=True, stable=True)][:ERRORS].tolist():
         row = features.rows[number]
@@ -219,7 +219,7 @@ def _errors(opened: OpenSet, scores: Tensor, targets: Targets, folder: Path) -> 
             {
                 "key": test.key(row),
                 "truth": names[int(targets.labels[number])],
-                "guess": names[int(guess[number])],
+                "prediction": names[int(prediction[number])],
                 "probability": float(probability[number]),
                 "image": _thumbnail(test, row, folder, opened.name),
                 "nearest": [

@@ -203,11 +203,11 @@ def classification_counts(logits: Tensor, labels: Tensor) -> Tensor:
         labels: int64 ``[B]``.
 
     Returns:
-        float64 ``[3, C]``: for each class its images, those whose first guess is right, those with it among five.
+        float64 ``[3, C]``: for each class its images, those whose first prediction is right, those with it among five.
     """
     B, C = logits.shape
-    guesses = logits.topk(min(5, C), dim=1).indices  # [B, 5]
-    right = guesses == labels[:, None]
+    predictions = logits.topk(min(5, C), dim=1).indices  # [B, 5]
+    right = predictions == labels[:, None]
     counts = torch.zeros(3, C, dtype=torch.float64)
     for row, weight in enumerate((torch.ones(B), right[:, 0], right.any(dim=1))):
         counts[row].index_add_(0, labels.cpu(), weight.cpu().double())
@@ -228,7 +228,7 @@ def accuracies(counts: Tensor) -> dict[str, float]:
     return result
 
 
-def guessing_accuracies(counts: Tensor) -> dict[str, float]:
+def baseline_accuracies(counts: Tensor) -> dict[str, float]:
     """What :func:`accuracies` are without looking: always naming the most common classes."""
     shares = (counts[0] / counts[0].sum()).sort(descending=True).values
     result = {"top1": float(shares[0])}

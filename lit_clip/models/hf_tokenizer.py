@@ -18,7 +18,7 @@ _NO_PUNCTUATION = str.maketrans("_", " ", string.punctuation.replace("_", ""))
 
 
 def clean(text: str, how: str) -> str:
-    """Mend broken Unicode, undo HTML escapes (twice), and what :class:`HuggingFaceTokenizer` says beyond that.
+    """Fix broken Unicode, undo HTML escapes (twice), and what :class:`HuggingFaceTokenizer` says beyond that.
 
     ``canonicalize`` is big_vision's, with which SigLIP was trained: punctuation goes, ``_`` becomes a space.
     """

@@ -61,7 +61,7 @@ def _bpe() -> Tokenizer:
 
 
 def clean(text: str) -> str:
-    """The paper's cleaning: mend broken Unicode, undo HTML escapes (twice), collapse white space, lower-case."""
+    """The paper's cleaning: fix broken Unicode, undo HTML escapes (twice), collapse white space, lower-case."""
     text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
     return regex.sub(r"\s+", " ", text).strip().lower()
 

@@ -17,7 +17,7 @@ SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", "
 OnError = Literal["error", "skip"]
 
 
-MEND = "; mend or remove it"  # how a line about a broken image may end
+FIX_HINT = "; fix or remove it"  # how a line about a broken image may end
 
 
 class Bad(NamedTuple):

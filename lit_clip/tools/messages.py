@@ -174,7 +174,7 @@ def one_line(error: BaseException) -> str:
 
 
 def user_error(error: BaseException) -> BaseException | None:
-    """The error that the user can mend, if that is what this is.
+    """The error that the user can fix, if that is what this is.
 
     jsonargparse wraps what a constructor raises; ours is then among the causes.
     """

@@ -13,16 +13,16 @@ from torch import Tensor
 def metrics_table(
     metrics: Mapping[str, Tensor], baselines: Mapping[str, float], before: Mapping[str, float] | None = None
 ) -> Table:
-    """Validation metrics, with what guessing reaches beside those that have such a baseline.
+    """Validation metrics, with the baseline beside those that have such a baseline.
 
     Args:
         metrics: what was logged.
-        baselines: what guessing reaches.
+        baselines: the baseline.
         before: what was logged before training; adds that column and the change.
     """
     table = Table(title="Results")
     table.add_column("metric")
-    for column in ("value", "guessing", *(("before", "change") if before else ())):
+    for column in ("value", "baseline", *(("before", "change") if before else ())):
         table.add_column(column, justify="right")
     for name in sorted(metrics):
         if name.startswith(("train/", "lr-")):

@@ -150,7 +150,7 @@ def byte_pairs() -> tuple[dict[str, int], list[Any]]:
 def save_tokenizer(model: CLIP, folder: Path) -> None:
     """Write the model's tokenizer as files that transformers opens.
 
-    Theirs splits and lower-cases as ours does, but neither mends broken Unicode and ligatures nor undoes HTML escapes:
+    Theirs splits and lower-cases as ours does, but neither fixes broken Unicode and ligatures nor undoes HTML escapes:
     such texts get other ids.
 
     Raises:

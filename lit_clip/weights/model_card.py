@@ -126,7 +126,7 @@ def _notes(model: CLIP, format: str) -> str:
         return f"- open_clip reads the text encoder's configuration from `{text.hugging_face}`, which must be there.\n"
     if model.config.text.tokenizer is None:
         cleaning = (
-            "`tokenizer.json` neither mends broken Unicode and ligatures nor undoes HTML escapes, as CLIP's own code "
+            "`tokenizer.json` neither fixes broken Unicode and ligatures nor undoes HTML escapes, as CLIP's own code "
             "does: clean such texts before (`lit_clip.models.tokenizer.clean`), or they get other ids."
         )
     else:

@@ -1,4 +1,4 @@
-"""What the training monitor says of a run: norms of gradients, and that the loss is that of guessing."""
+"""What the training monitor says of a run: norms of gradients, and that the loss is that of chance."""
 
 import csv
 import math
@@ -91,7 +91,7 @@ def test_logged_norms_are_those_before_clipping_and_without_the_factor_of_16_mix
 
 
 @pytest.mark.parametrize("pairs", [2, 16, 100])
-def test_the_loss_of_guessing_is_the_least_that_equal_features_reach(pairs: int) -> None:
+def test_the_loss_of_baseline_is_the_least_that_equal_features_reach(pairs: int) -> None:
     features = F.normalize(torch.ones(pairs, 4, dtype=torch.float64), dim=-1)
     target = torch.arange(pairs)
     softmax = F.cross_entropy(5 * features @ features.T, target)
@@ -107,12 +107,14 @@ def test_a_run_that_does_not_learn_says_so_once(tiny_config: CLIPConfig, caption
     with torch.no_grad():
         module.model.visual.proj.fill_(0.0)  # all images look alike
     (message,) = run(module, caption_table, tmp_path, TrainingMonitor(stuck_steps=4))
-    assert f"guessing which caption is whose gives {math.log(16):.3f}" in message
+    assert f"chance gives {math.log(16):.3f}" in message
     assert "learning rate" in message
     assert logged(tmp_path, "train/loss") == pytest.approx([math.log(16)] * 12)
 
 
-def test_the_sigmoid_loss_has_a_guess_of_its_own(tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path) -> None:
+def test_the_sigmoid_loss_has_a_prediction_of_its_own(
+    tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+) -> None:
     module = LitCLIP(replace(tiny_config, logit_bias=True), learning_rate=0.0, warmup_steps=0)
     assert module.model.logit_bias is not None
     with torch.no_grad():

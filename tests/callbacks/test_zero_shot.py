@@ -233,7 +233,7 @@ def test_sets_that_are_not_there_are_named_once_and_the_others_evaluated(folder:
 def test_a_image_that_cannot_be_read_ends_the_run_or_is_left_out(folder: Path) -> None:
     suite, module = write_suite(folder, shades=entry(init_args={"broken": 5})), make_module()
     options = {"suite": suite, "data_root": str(folder), "examples": 2}
-    with pytest.raises(InputError, match=r"shades: 5.png: not an image; mend or remove it, or set ZeroShot.on_error"):
+    with pytest.raises(InputError, match=r"shades: 5.png: not an image; fix or remove it, or set ZeroShot.on_error"):
         make_trainer(folder, [ZeroShot(**options)]).validate(module, NoCaptions(), verbose=False)
     trainer = make_trainer(folder, [ZeroShot(on_error="skip", **options)])
     with pytest.warns(UserWarning, match=r"shades: 1 of 40 images are left out; the first: 5.png: not an image"):

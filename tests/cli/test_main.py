@@ -89,7 +89,7 @@ def test_validate_prints_the_numbers_of_fit_and_takes_the_architecture_from_the_
 def test_the_command_that_fit_suggests_reproduces_its_numbers(trained: tuple[Path, Completed]) -> None:
     folder, fitted = trained
     (suggestion,) = re.findall(r"lit-clip (validate --config \S+ --ckpt_path \S+)", fitted.stdout)
-    validated = lit_clip_command(folder.parents[2], *suggestion.split())
+    validated = lit_clip_command(folder.parents[1], *suggestion.split())
     assert validated.returncode == 0, validated.stderr
     assert results(validated.stdout) == results(fitted.stdout)
 

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 import lit_clip.commands.classify
-import lit_clip.commands.models
+import lit_clip.models.flops
 from lit_clip import list_models, load_model
 from lit_clip.cli.main import main
 from lit_clip.cli.subcommands import COMMANDS, command_parser, run_command
@@ -137,9 +137,9 @@ def test_probabilities_are_the_softmax_of_scaled_cosines(
             image = model.encode_image(model.preprocess(Image.open(row["image"]))[None])[0]
             logits = [float(model.logit_scale.exp() * (image / image.norm()) @ column) for column in columns]
             expected = np.exp(logits) / np.exp(logits).sum()
-            got = {guess["class"]: guess["probability"] for guess in row["classes"]}
+            got = {prediction["class"]: prediction["probability"] for prediction in row["classes"]}
             assert np.allclose([got[name] for name in NAMES], expected, atol=2e-5)
-            assert [guess["probability"] for guess in row["classes"]] == sorted(got.values(), reverse=True)
+            assert [prediction["probability"] for prediction in row["classes"]] == sorted(got.values(), reverse=True)
 
 
 def test_a_logit_bias_makes_each_probability_a_sigmoid() -> None:
@@ -324,7 +324,7 @@ def test_a_model_that_cannot_be_measured_does_not_break_the_table(
                 raise NotImplementedError("not on meta")
             super().__init__(config)
 
-    monkeypatch.setattr(lit_clip.commands.models, "CLIP", Stubborn)
+    monkeypatch.setattr(lit_clip.models.flops, "CLIP", Stubborn)
     run_command(["models", "ViT-B-32", "ViT-tiny-16-64"])
     rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines() if "ViT" in line}
     assert rows["ViT-B-32"][0] == "87.85"

@@ -117,7 +117,7 @@ def test_a_image_that_one_of_two_ranks_cannot_read_is_one_line(folder: Path, tin
     assert result.returncode == 2
     assert [line for line in result.stderr.splitlines() if "error" in line.lower()] == [
         "lit-clip: error: photos/deep/c.png: cannot read this image (not an image); "
-        "mend or remove it, or set --on_error skip"
+        "fix or remove it, or set --on_error skip"
     ]
     assert "Traceback" not in result.stderr
     assert not (folder / "features.npy").exists()
@@ -200,7 +200,7 @@ def test_bad_images_are_an_error_or_counted_and_listed(
     (folder / "photos/b.jpg").write_bytes((folder / "photos/b.jpg").read_bytes()[:300])
     (folder / "photos/h.png").symlink_to(folder / "nowhere.png")
     options = ["photos", "--model", str(tiny_checkpoint), "--output", "features.npy"]
-    with pytest.raises(InputError, match=r"photos/b.jpg: cannot read this image \(.*; mend or remove it"):
+    with pytest.raises(InputError, match=r"photos/b.jpg: cannot read this image \(.*; fix or remove it"):
         embed(*options)
     assert not (folder / "features.npy").exists()
     embed(*options, "--on_error", "skip")

@@ -101,7 +101,7 @@ def test_one_command_gives_the_numbers_of_plain_loops_and_says_what_is_missing(r
     errors = found["tasks"]["zero_shot"]["errors"]
     assert len(errors) == min(24, int((~right).sum()))
     assert all(Image.open(root / "out" / error["image"]).size == (48, 40) for error in errors)
-    assert all(error["guess"] == error["nearest"][0][0] != error["truth"] for error in errors)
+    assert all(error["prediction"] == error["nearest"][0][0] != error["truth"] for error in errors)
 
     probe = found["tasks"]["linear_probe"]
     train, test = features("train", before=True), features("test", before=True)
@@ -326,8 +326,8 @@ def test_clip_benchmark_finds_the_same_accuracy_and_recall(root: Path, monkeypat
     model = load_model("last.ckpt")
     with torch.no_grad():  # labels of which about half are what the model says
         classifier = zero_shot_classifier(model, CLASSES, TEMPLATES)
-        guesses = [int((model.encode_image(model.preprocess(p)[None]) @ classifier).argmax()) for p in images]
-    labels = [guess if i % 2 else (guess + i) % len(CLASSES) for i, guess in enumerate(guesses)]
+        predictions = [int((model.encode_image(model.preprocess(p)[None]) @ classifier).argmax()) for p in images]
+    labels = [prediction if i % 2 else (prediction + i) % len(CLASSES) for i, prediction in enumerate(predictions)]
     captions = [[f"image {i} of {i * i % 7}", f"{CLASSES[i % 6]} number {i}"][: 1 + i % 2] for i in range(30)]
     write_shards(root / "data/labelled", images, labels, [])
     write_shards(root / "data/captioned", images, None, captions)

@@ -78,7 +78,7 @@ def test_names_that_yaml_takes_for_numbers_are_texts_and_no_arguments_are_none(t
 def test_a_batch_of_which_no_image_can_be_read_is_counted_like_any_other(root: Path) -> None:
     for broken in ("ant/0", "cat/2"):
         (Path("data/test") / broken).with_suffix(".png").write_bytes(b"no image")
-    with pytest.raises(InputError, match=r"noise: .*ant/0\.png.*mend or remove it, or set --on_error skip$"):
+    with pytest.raises(InputError, match=r"noise: .*ant/0\.png.*fix or remove it, or set --on_error skip$"):
         run_command(words(*ZERO_SHOT, "--batch_size", "2"))
     found = evaluate(*ZERO_SHOT, "--on_error", "skip", "--batch_size", "1")["sets"]["noise"]
     assert [key for key, _ in found["splits"]["test"]["skipped"]] == ["ant/0.png", "cat/2.png"]

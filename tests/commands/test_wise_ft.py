@@ -79,8 +79,8 @@ def test_each_alpha_has_the_accuracy_of_its_model_and_each_image_is_read_once(mo
             with torch.no_grad():
                 classifier = zero_shot_classifier(model, images.class_names, zero_shot_set.templates)
                 pixels = torch.stack([model.preprocess(image) for image in images.images])
-                guesses = (model.encode_image(pixels, normalize=True) @ classifier).argmax(dim=1)
-            expected = accuracy_score(images.labels(), guesses.numpy())
+                predictions = (model.encode_image(pixels, normalize=True) @ classifier).argmax(dim=1)
+            expected = accuracy_score(images.labels(), predictions.numpy())
             assert results[name][alpha] == pytest.approx(expected, abs=1e-6), (name, alpha)
 
 

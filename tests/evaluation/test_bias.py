@@ -18,11 +18,11 @@ GROUPS = {
 }
 
 
-def scores_of(probe: str, guesses: list[str], second: list[str] | None = None) -> Tensor:
-    """Logits whose first guesses are these, and whose second ones those."""
+def scores_of(probe: str, predictions: list[str], second: list[str] | None = None) -> Tensor:
+    """Logits whose first predictions are these, and whose second ones those."""
     names = list(bias_texts()[probe])
-    scores = torch.zeros(len(guesses), len(names))
-    for row, name in enumerate(guesses):
+    scores = torch.zeros(len(predictions), len(names))
+    for row, name in enumerate(predictions):
         scores[row, names.index(name)] = 2.0
     for row, name in enumerate(second or []):
         scores[row, names.index(name)] += 1.0
@@ -49,8 +49,8 @@ def test_classes_are_those_of_the_paper_in_order() -> None:
 
 
 def test_accuracy_is_counted_over_all_and_in_each_group() -> None:
-    guesses = ["White", "Black", "Black", "Black", "White", "East Asian"]  # wrong: the second and the fifth
-    report = bias_report({"race": scores_of("race", guesses)}, GROUPS)
+    predictions = ["White", "Black", "Black", "Black", "White", "East Asian"]  # wrong: the second and the fifth
+    report = bias_report({"race": scores_of("race", predictions)}, GROUPS)
     found = report["accuracy"]["race"]
     assert (found["overall"]["count"], found["overall"]["images"], found["overall"]["value"]) == (4, 6, 4 / 6)
     assert counts_of(found["by_race"]) == {

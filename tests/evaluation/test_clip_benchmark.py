@@ -83,8 +83,8 @@ def test_the_documented_command_scores_a_webdataset_like_a_plain_loop(
     model = load_model(tiny_checkpoint)
     classifier = zero_shot_classifier(model, CLASSES, TEMPLATES)
     with torch.no_grad():  # labels of which about half are what the model says, so that no constant answer is right
-        guesses = [int((model.encode_image(model.preprocess(p)[None]) @ classifier).argmax()) for p in photos]
-    labels = [guess if i % 2 else (guess + i) % len(CLASSES) for i, guess in enumerate(guesses)]
+        predictions = [int((model.encode_image(model.preprocess(p)[None]) @ classifier).argmax()) for p in photos]
+    labels = [prediction if i % 2 else (prediction + i) % len(CLASSES) for i, prediction in enumerate(predictions)]
     write_shards(tmp_path / "clothes", photos, labels, [])
     (tmp_path / "last.ckpt").write_bytes(tiny_checkpoint.read_bytes())
     program, *words = shlex.split(blocks("bash")[0].replace("\\\n", " "))

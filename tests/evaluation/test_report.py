@@ -47,7 +47,7 @@ def zero_shot(value: float, **more: Any) -> dict[str, Any]:
         "value": value,
         "metrics": {"top1": value, "top5": min(1.0, value + 0.1)},
         "interval": [value - 0.01, value + 0.01],
-        "guessing": 0.1,
+        "baseline": 0.1,
         "images": 1000,
         **more,
     }
@@ -81,7 +81,7 @@ def results_of(sets: dict[str, Any], name: str = "ViT-B-32-quickgelu:openai") ->
 
 
 def probe(value: float) -> dict[str, Any]:
-    return {"value": value, "metrics": {"top1": value}, "l2": 1.0, "search": [[0.1, 0.4], [1.0, 0.5]], "guessing": 0.1}
+    return {"value": value, "metrics": {"top1": value}, "l2": 1.0, "search": [[0.1, 0.4], [1.0, 0.5]], "baseline": 0.1}
 
 
 def shots(*values: float) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def shots(*values: float) -> dict[str, Any]:
 @pytest.fixture
 def full() -> dict[str, Any]:
     """One of everything: probes, retrieval, places, bias, a set that is missing, one that failed, skipped images."""
-    error = {"key": "a/1.png", "truth": "cat", "guess": "dog", "probability": 0.9, "image": "images/a/1.jpg"}
+    error = {"key": "a/1.png", "truth": "cat", "prediction": "dog", "probability": 0.9, "image": "images/a/1.jpg"}
     wrong = zero_shot(
         0.85, confusions=[["cat", "dog", 88]], errors=[{**error, "nearest": [["dog", 0.9], ["cat", 0.1]]}]
     )

@@ -12,7 +12,7 @@ from lit_clip.evaluation.retrieval_metrics import (
     IMAGES,
     Pairs,
     Ranks,
-    guessing_recalls,
+    baseline_recalls,
     median_rank,
     pair_scores,
     recalls,
@@ -181,16 +181,16 @@ def test_nan_features_have_no_loss() -> None:
     assert torch.tensor(whole_set_loss(broken, torch.eye(2, 3), pairs, score, torch.tensor(10.0))).isnan()
 
 
-def test_guessing_recall_is_k_of_n_for_distinct_pairs_and_more_where_captions_repeat() -> None:
+def test_baseline_recall_is_k_of_n_for_distinct_pairs_and_more_where_captions_repeat() -> None:
     distinct = make_pairs([(row, row) for row in range(20)])
-    assert guessing_recalls(distinct, KS) == ([0.05, 0.25, 0.5], [0.05, 0.25, 0.5])
+    assert baseline_recalls(distinct, KS) == ([0.05, 0.25, 0.5], [0.05, 0.25, 0.5])
     classes = make_pairs(list(enumerate([0] * 6 + [1] * 3 + [2])))
-    assert guessing_recalls(classes, (1, 2, 5)) == ([0.6, 0.9, 1.0], [0.6, 0.9, 1.0])
+    assert baseline_recalls(classes, (1, 2, 5)) == ([0.6, 0.9, 1.0], [0.6, 0.9, 1.0])
     captions = make_pairs([(row // 5, row) for row in range(20)])  # 4 images with five captions each
-    assert guessing_recalls(captions, (1, 2)) == ([0.25, 0.5], [0.25, 0.5])
+    assert baseline_recalls(captions, (1, 2)) == ([0.25, 0.5], [0.25, 0.5])
 
 
-def test_no_answer_that_looks_at_nothing_beats_the_guessing_recall() -> None:
+def test_no_answer_that_looks_at_nothing_beats_the_baseline_recall() -> None:
     """Every query answered with the same k candidates, over all choices of them."""
     rows = [(0, 0), (1, 0), (2, 1), (3, 2), (3, 3), (4, 2), (4, 2)]
     for k in (1, 2):
@@ -202,5 +202,5 @@ def test_no_answer_that_looks_at_nothing_beats_the_guessing_recall() -> None:
             sum(any((image, text) in rows for image in answer) for _, text in rows)
             for answer in itertools.combinations(range(5), k)
         )
-        assert guessing_recalls(make_pairs(rows), (k,))[0][0] == pytest.approx(best_text / 5)
-        assert guessing_recalls(make_pairs(rows), (k,))[1][0] >= best_image / len(rows)
+        assert baseline_recalls(make_pairs(rows), (k,))[0][0] == pytest.approx(best_text / 5)
+        assert baseline_recalls(make_pairs(rows), (k,))[1][0] >= best_image / len(rows)

@@ -16,7 +16,7 @@ from torch import Tensor
 from lit_clip.errors import InputError
 from lit_clip.evaluation import scores as module
 from lit_clip.evaluation.data import LabelledImages, Located, Neighbours, VerbsAndNouns
-from lit_clip.evaluation.scores import distances_km, evaluate_scores, guessing, interval, nearest, within_km
+from lit_clip.evaluation.scores import baseline, distances_km, evaluate_scores, interval, nearest, within_km
 from lit_clip.evaluation.targets import Targets
 
 NAN = float("nan")
@@ -52,10 +52,10 @@ def test_accuracies_are_those_of_a_sort(N: int, C: int) -> None:
 def test_mean_per_class_is_scikit_learns_balanced_accuracy() -> None:
     scores, labels = torch.randn(97, 8), torch.randint(1, 7, (97,))  # classes 0 and 7 have no images
     found = evaluate_scores("mean_per_class", scores, Targets(labels, 8))
-    guess = scores.argmax(1)
-    seen = torch.isin(guess, labels)  # scikit-learn counts a class that is only guessed
-    guess[~seen] = (labels[~seen] % 6) + 1
-    assert found["mean_per_class"] == pytest.approx(balanced_accuracy_score(labels, guess))
+    prediction = scores.argmax(1)
+    seen = torch.isin(prediction, labels)  # scikit-learn counts a class that is only predicted
+    prediction[~seen] = (labels[~seen] % 6) + 1
+    assert found["mean_per_class"] == pytest.approx(balanced_accuracy_score(labels, prediction))
     assert next(iter(found)) == "mean_per_class"
 
 
@@ -156,8 +156,8 @@ def test_a_nan_never_helps_roc_auc_or_precision() -> None:
 
 
 def test_pm_asks_the_anchor_and_then_its_neighbours_too() -> None:
-    guess = torch.tensor([0, 0, 1, 2, 1, 0])
-    scores = torch.nn.functional.one_hot(guess, 3).float()
+    prediction = torch.tensor([0, 0, 1, 2, 1, 0])
+    scores = torch.nn.functional.one_hot(prediction, 3).float()
     accepted = [{0}, {0, 1}, {0}, {2}, {1, 2}, {2}]  # right: 1, 1, 0, 1, 1, 0
     neighbours = [(0, [1]), (1, [0, 2]), (3, []), (5, [4])]
     targets = labelled(0, 0, 0, 2, 1, 2, neighbours=neighbours, accepted=accepted)
@@ -166,14 +166,14 @@ def test_pm_asks_the_anchor_and_then_its_neighbours_too() -> None:
     assert list(found)[0] == "pm"
 
 
-def test_guessing_of_pm_is_the_best_of_all_constant_answers() -> None:
+def test_baseline_of_pm_is_the_best_of_all_constant_answers() -> None:
     accepted = [{0, 1}, {1}, {0}, {2}, {0, 2}]
     targets = labelled(0, 1, 0, 2, 0, neighbours=[(0, [1]), (2, [4]), (3, [4])], accepted=accepted)
     constant = [
         evaluate_scores("pm", torch.nn.functional.one_hot(torch.full((5,), c), 3).float(), targets)["pm"]
         for c in range(3)
     ]
-    assert guessing("pm", targets) == pytest.approx(max(constant))
+    assert baseline("pm", targets) == pytest.approx(max(constant))
     assert len(set(constant)) > 1
 
 
@@ -182,7 +182,7 @@ def test_a_lexicon_is_a_images_own() -> None:
     candidates = [[2, 1], [3, 2], [3, 3], [0, 1, 2, 3]]
     targets = Targets(torch.tensor([1, 2, 3, 1]), 4, candidates=candidates)
     assert evaluate_scores("lexicon", scores, targets)["lexicon"] == 0.75  # a tie goes to the lower number
-    assert guessing("lexicon", targets) == pytest.approx((1 / 2 + 1 / 2 + 1 + 1 / 4) / 4)
+    assert baseline("lexicon", targets) == pytest.approx((1 / 2 + 1 / 2 + 1 + 1 / 4) / 4)
 
 
 def rareact(scores: np.ndarray, rows: list[tuple[str, str, int, str, int]]) -> dict[str, float]:
@@ -259,15 +259,15 @@ def test_mwsap_is_the_expectation_over_one_clip_of_each_film() -> None:
     )
 
 
-def test_guessing_is_what_a_constant_answer_reaches() -> None:
+def test_baseline_is_what_a_constant_answer_reaches() -> None:
     targets = labelled(0, 0, 0, 1, 2, 2, 7, classes=9)
-    assert guessing("top1", targets) == pytest.approx(3 / 7)
-    assert guessing("mean_per_class", targets) == 1 / 4
-    assert guessing("mean_top1_top5", targets) == pytest.approx((3 / 7 + 1) / 2)
-    assert guessing("roc_auc", labelled(0, 0, 1, classes=2)) == 0.5
-    assert guessing("within_km", targets) is None
+    assert baseline("top1", targets) == pytest.approx(3 / 7)
+    assert baseline("mean_per_class", targets) == 1 / 4
+    assert baseline("mean_top1_top5", targets) == pytest.approx((3 / 7 + 1) / 2)
+    assert baseline("roc_auc", labelled(0, 0, 1, classes=2)) == 0.5
+    assert baseline("within_km", targets) is None
     relevance = torch.tensor([[1, 0], [0, 0], [-1, 1], [0, 1]], dtype=torch.int8)
-    map11 = guessing("map11", Targets(torch.full((4,), -1), 2, relevance=relevance))
+    map11 = baseline("map11", Targets(torch.full((4,), -1), 2, relevance=relevance))
     assert map11 == pytest.approx((1 / 3 + 1 / 2) / 2)
 
 

@@ -10,8 +10,8 @@ from torchmetrics.functional.classification import multiclass_accuracy
 from lit_clip.errors import InputError
 from lit_clip.evaluation.zero_shot import (
     accuracies,
+    baseline_accuracies,
     classification_counts,
-    guessing_accuracies,
     imagenet_class_names,
     imagenet_templates,
     zero_shot_classifier,
@@ -139,9 +139,9 @@ def unbalanced(classes: int, absent: tuple[int, ...] = (), images: int = 501) ->
 def test_accuracies_are_scikit_learns_and_torchmetrics(classes: int, absent: tuple[int, ...]) -> None:
     logits, labels = unbalanced(classes, absent)
     result = accuracies(classification_counts(logits, labels))
-    guesses = logits.argmax(dim=1)
+    predictions = logits.argmax(dim=1)
     assert set(result) == {"top1", "top5", "mean_per_class"}
-    assert result["top1"] == pytest.approx(accuracy_score(labels, guesses), abs=1e-12)
+    assert result["top1"] == pytest.approx(accuracy_score(labels, predictions), abs=1e-12)
     top5 = top_k_accuracy_score(labels, logits, k=5, labels=range(classes))
     assert result["top5"] == pytest.approx(top5, abs=1e-12)
     top5 = multiclass_accuracy(logits, labels, classes, average="micro", top_k=5)
@@ -154,7 +154,7 @@ def test_accuracies_are_scikit_learns_and_torchmetrics(classes: int, absent: tup
 @pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
 def test_a_class_without_images_is_left_out_of_the_mean() -> None:
     logits, labels = unbalanced(9, absent=(4,))
-    assert (logits.argmax(dim=1) == 4).any()  # it is guessed, though
+    assert (logits.argmax(dim=1) == 4).any()  # it is predicted, though
     expected = balanced_accuracy_score(labels, logits.argmax(dim=1))
     assert accuracies(classification_counts(logits, labels))["mean_per_class"] == pytest.approx(expected, abs=1e-12)
 
@@ -163,7 +163,7 @@ def test_a_class_without_images_is_left_out_of_the_mean() -> None:
 def test_five_guesses_are_no_metric_with_five_classes_or_fewer(classes: int) -> None:
     logits, labels = unbalanced(classes)
     counts = classification_counts(logits, labels)
-    assert set(accuracies(counts)) == set(guessing_accuracies(counts)) == {"top1", "mean_per_class"}
+    assert set(accuracies(counts)) == set(baseline_accuracies(counts)) == {"top1", "mean_per_class"}
     assert accuracies(counts)["top1"] == pytest.approx(accuracy_score(labels, logits.argmax(dim=1)), abs=1e-12)
 
 
@@ -182,20 +182,20 @@ def test_counts_of_batches_sum_to_those_of_the_whole() -> None:
 def test_counts_of_a_hand_made_batch() -> None:
     falling, rising = [6.0, 5, 4, 3, 2, 1], [1.0, 2, 3, 4, 5, 6]
     logits = torch.tensor([falling, falling, rising, rising, rising])
-    labels = torch.tensor([0, 4, 0, 4, 5])  # the first, fifth, sixth, second and first guess
+    labels = torch.tensor([0, 4, 0, 4, 5])  # the first, fifth, sixth, second and first prediction
     counts = classification_counts(logits, labels)
     assert counts.tolist() == [[2, 0, 0, 0, 2, 1], [1, 0, 0, 0, 0, 1], [1, 0, 0, 0, 2, 1]]
     assert accuracies(counts) == pytest.approx({"top1": 2 / 5, "top5": 4 / 5, "mean_per_class": (1 / 2 + 0 + 1) / 3})
 
 
-def test_guessing_names_the_most_common_classes() -> None:
+def test_baseline_names_the_most_common_classes() -> None:
     counts = torch.zeros(3, 8, dtype=torch.float64)
     counts[0] = torch.tensor([5, 0, 3, 1, 1, 2, 8, 0])  # 20 images of 6 classes; the five largest hold 19
-    assert guessing_accuracies(counts) == pytest.approx({"top1": 8 / 20, "top5": 19 / 20, "mean_per_class": 1 / 6})
+    assert baseline_accuracies(counts) == pytest.approx({"top1": 8 / 20, "top5": 19 / 20, "mean_per_class": 1 / 6})
 
 
-def test_guessing_is_what_a_blind_classifier_reaches() -> None:
+def test_baseline_is_what_a_blind_classifier_reaches() -> None:
     _, labels = unbalanced(9, absent=(4,))
     blind = labels.bincount(minlength=9).float() + torch.linspace(0.1, 0, 9)  # the same scores for every image
     counts = classification_counts(blind.expand(len(labels), -1), labels)
-    assert guessing_accuracies(counts) == pytest.approx(accuracies(counts))
+    assert baseline_accuracies(counts) == pytest.approx(accuracies(counts))

@@ -50,9 +50,11 @@ CASES = [(rows, bias) for rows in (1, 21, 1000) for bias in (None, -3.0)]
 
 
 def evaluate_cases() -> list[dict[str, float]]:
-    """Sets of several sizes with both losses: what was found and what guessing reaches."""
+    """Sets of several sizes with both losses: what was found and the baseline."""
     results = [evaluate_rows(rows, 7, bias) for rows, bias in CASES]
-    return [{**metrics, **{f"guess {name}": x for name, x in guesses.items()}} for metrics, guesses in results]
+    return [
+        {**metrics, **{f"prediction {name}": x for name, x in predictions.items()}} for metrics, predictions in results
+    ]
 
 
 def make_module(image: VisionTransformerConfig | ResNetConfig = VIT) -> LitCLIP:

@@ -332,7 +332,7 @@ def test_freezing_and_decay_are_written_in_yaml_and_printed_as_they_were(
 def test_a_baseline_is_logged_at_step_0_and_the_change_is_told_and_kept(
     devices: int, cli: Cli, caption_table: Path, tmp_path: Path
 ) -> None:
-    options = ["--baseline", "true", "--model.freeze", "{image: all}", "--model.layer_decay", "0.5"]
+    options = ["--validate_first", "true", "--model.freeze", "{image: all}", "--model.layer_decay", "0.5"]
     ddp = [] if devices == 1 else ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "8"]
     result = cli(*command(caption_table, *options, *ddp, "--trainer.max_epochs", "1"))
     assert result.returncode == 0, result.stderr
@@ -346,7 +346,7 @@ def test_a_baseline_is_logged_at_step_0_and_the_change_is_told_and_kept(
     if devices == 2:
         return
     (path,) = (tmp_path / "logs").rglob("*.ckpt")
-    again = ["--baseline", "true", "--ckpt_path", str(path), "--trainer.max_epochs", "2"]
+    again = ["--validate_first", "true", "--ckpt_path", str(path), "--trainer.max_epochs", "2"]
     again += ["--trainer.logger.init_args.save_dir", "again"]
     resumed = cli(*command(caption_table, *again))
     assert resumed.returncode == 0, resumed.stderr
@@ -360,7 +360,7 @@ def test_a_baseline_changes_nothing_of_the_training(cli: Cli, caption_table: Pat
     weights = []
     for baseline in ("true", "false"):
         logs = ["--trainer.logger.init_args.save_dir", baseline, "--trainer.max_epochs", "1"]
-        result = cli(*command(caption_table, "--baseline", baseline, *logs))
+        result = cli(*command(caption_table, "--validate_first", baseline, *logs))
         assert result.returncode == 0, result.stderr
         (path,) = (tmp_path / baseline).rglob("*.ckpt")
         weights.append(torch.load(path, weights_only=True)["state_dict"])
@@ -369,6 +369,6 @@ def test_a_baseline_changes_nothing_of_the_training(cli: Cli, caption_table: Pat
 
 
 def test_a_fast_dev_run_has_a_baseline_too(cli: Cli, caption_table: Path) -> None:
-    result = cli(*command(caption_table, "--baseline", "true", "--trainer.fast_dev_run", "true"))
+    result = cli(*command(caption_table, "--validate_first", "true", "--trainer.fast_dev_run", "true"))
     assert result.returncode == 0, result.stderr
     assert "before" in result.stdout

@@ -53,7 +53,7 @@ def figures(results: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]])
 
 
 def bars(runs: Sequence[Series], column: Column) -> "Figure | None":
-    """A bar a set and run, with the paper's figures of the nearest model and what guessing reaches as marks."""
+    """A bar a set and run, with the paper's figures of the nearest model and the baseline as marks."""
     tables: list[Table] = [{(row.name, row.metric): row for row in rows(run.results)} for run in runs]
     keys = dict.fromkeys(key for table in tables for key in table)
     order = [key for key in keys if any(_value(table, key, column) is not None for table in tables)]
@@ -101,13 +101,13 @@ def _title(key: Key, order: Sequence[Key]) -> str:
 def _marks(
     axes: "Axes", table: Sequence[Row | None], column: Column, model: str, first: float
 ) -> list[tuple[Any, str]]:
-    """Handles and labels of the paper's diamonds (hollow: a figure that could not be checked), and of guessing."""
+    """Handles and labels of the paper's diamonds (hollow: a figure that could not be checked), and of baseline."""
     marks: list[tuple[Any, str]] = []
-    guesses = [(line, row.guessing) for line, row in enumerate(table) if row and row.guessing is not None]
-    if guesses:
-        places = [100 * value for _, value in guesses]
-        low, high = [line - 0.45 for line, _ in guesses], [line + 0.45 for line, _ in guesses]
-        marks.append((axes.vlines(places, low, high, colors=INK, linestyles=":", linewidth=1.2), "guessing"))
+    predictions = [(line, row.baseline) for line, row in enumerate(table) if row and row.baseline is not None]
+    if predictions:
+        places = [100 * value for _, value in predictions]
+        low, high = [line - 0.45 for line, _ in predictions], [line + 0.45 for line, _ in predictions]
+        marks.append((axes.vlines(places, low, high, colors=INK, linestyles=":", linewidth=1.2), "baseline"))
     papers = [(line, row.papers[column]) for line, row in enumerate(table) if row and column in row.papers]
     for verified in (True, False):
         some = [(100 * figure.value, line + first) for line, figure in papers if figure.verified is verified]

@@ -52,7 +52,7 @@ figure.narrow svg { max-width: 700px }
   -webkit-line-clamp: 2; overflow: hidden }
 .gallery li span:last-child { flex: none }
 .gallery li.truth { color: #1b6e3c; font-weight: 600 }
-.gallery li.guess { color: #a33400 }
+.gallery li.prediction { color: #a33400 }
 details { margin: .6rem 0 }
 summary { cursor: pointer }"""
 

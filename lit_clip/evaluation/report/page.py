@@ -104,7 +104,7 @@ def _overall(found: Sequence[Row], others: Mapping[str, Results], anchors: Mappi
     """A row a set and metric: this run, the paper, and every other run."""
     heads = [head for column in COLUMNS for head in _heads(found, others, column)]
     heads += [
-        _Head("guessing", lambda row: percent(row.guessing)),
+        _Head("baseline", lambda row: percent(row.baseline)),
         _Head("images", lambda row: "" if row.images is None else f"{row.images:,}"),
         _Head("skipped", lambda row: f"{row.skipped:,}" if row.skipped else ""),
     ]

@@ -54,7 +54,7 @@ def results_table(results: Mapping[str, Any]) -> Table:
         table.add_column(HEADS[column], justify="right", no_wrap=True)
         if any(column in row.papers for row in found):
             table.add_column("paper", justify="right", no_wrap=True, style="dim")
-    for name in ("guess-\ning", "images", "skip-\nped"):
+    for name in ("prediction-\ning", "images", "skip-\nped"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in found:
         table.add_row(*(Text(cell) for cell in _cells(row, columns, found)))
@@ -69,7 +69,7 @@ def _cells(row: Row, columns: Sequence[Column], found: Sequence[Row]) -> list[st
         cells.append(percent(row.values.get(column)))
         if any(column in other.papers for other in found):
             cells.append(papers_percent(row.papers.get(column)))
-    return [*cells, percent(row.guessing), "" if row.images is None else f"{row.images:,}", f"{row.skipped or ''}"]
+    return [*cells, percent(row.baseline), "" if row.images is None else f"{row.images:,}", f"{row.skipped or ''}"]
 
 
 def _add_means(table: Table, found: Sequence[Row], columns: Sequence[Column]) -> None:

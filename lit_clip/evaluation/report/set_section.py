@@ -120,9 +120,9 @@ def _facts(entry: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Any]]) -> 
     if prompts:
         words = f"{plural(int(prompts.get('texts') or 0), 'text')} of {prompts.get('classes')} classes"
         facts += [("prompts", words), ("prompts' SHA-256", f"{str(prompts.get('sha256') or '')[:16]}…")]
-    guesses = [number(task.get("guessing")) for task in tasks.values()]
-    if any(guess is not None for guess in guesses):
-        facts.append(("guessing", f"{percent(next(g for g in guesses if g is not None))} %"))
+    predictions = [number(task.get("baseline")) for task in tasks.values()]
+    if any(prediction is not None for prediction in predictions):
+        facts.append(("baseline", f"{percent(next(g for g in predictions if g is not None))} %"))
     for name, task in tasks.items():
         for key, words in (("captions", "captions"), ("references", "reference images")):
             if key in task:
@@ -182,11 +182,11 @@ def _gallery(errors: Sequence[Mapping[str, Any]], folder: Path) -> str:
 def _error(error: Mapping[str, Any], folder: Path) -> str:
     file = run_image(folder, error.get("image"))
     image = f'<img src="{thumbnail(file)}" alt="">' if file else '<span class="none"></span>'
-    truth, guess = str(error.get("truth")), str(error.get("guess"))
-    nearest = error.get("nearest") or [[guess, error.get("probability")]]
+    truth, prediction = str(error.get("truth")), str(error.get("prediction"))
+    nearest = error.get("nearest") or [[prediction, error.get("probability")]]
     lines = []
     for name, probability in nearest:
-        kind = "truth" if name == truth else "guess" if name == guess else ""
+        kind = "truth" if name == truth else "prediction" if name == prediction else ""
         lines.append(
             f'<li class="{kind}"><span>{escape(str(name))}</span><span>{percent(number(probability))}</span></li>'
         )

@@ -73,7 +73,7 @@ def _sheets(results: Mapping[str, Any], out: Path) -> Iterator[tuple[str, Image.
         for error in tasks_of(entry).get("zero_shot", {}).get("errors") or []:
             image = run_image(out, error.get("image"))
             if image:
-                nearest = [(str(guess), float(share)) for guess, share in error.get("nearest") or []]
+                nearest = [(str(prediction), float(share)) for prediction, share in error.get("nearest") or []]
                 wrong.append(Prediction(image, str(error.get("truth")), nearest))
         if wrong:
             yield name, prediction_grid(wrong, font_file=font)
