@@ -318,7 +318,7 @@ def test_the_table_lists_the_models_that_match(capsys: pytest.CaptureFixture[str
 def test_a_model_that_cannot_be_measured_does_not_break_the_table(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    class Stubborn(lit_clip.commands.models.CLIP):
+    class Stubborn(lit_clip.models.flops.CLIP):
         def __init__(self, config: CLIPConfig) -> None:
             if config.embed_dim == 256:
                 raise NotImplementedError("not on meta")
