@@ -36,11 +36,11 @@ from peers import (
 from results import Result
 from torch import Tensor
 
+from callbacks.non_finite import largest_gradient
 from lit_clip import CLIP
 from lit_clip.distributed import Shards
 from lit_clip.losses.tiled import PairLayout, sharded_contrastive_loss
 from lit_clip.models.config import height_width
-from lit_clip.stability import largest_gradient
 from lit_clip.training.optim import decay_groups
 
 MODELS = ("ViT-B-32", "ViT-B-16", "RN50", "quickstart", "ViT-tiny-16-64")

@@ -16,9 +16,12 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from callbacks.compile import compile_blocks
+from callbacks.non_finite import NonFinite, NonFiniteSteps, check_master_weights
+from callbacks.random_states import random_states, restore_random_states
+from callbacks.skipped_samples import SkippedSamples
 from lit_clip import distributed
 from lit_clip.batch import CaptionBatch
-from lit_clip.compiling import compile_blocks
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.retrieval import RetrievalSet, token_hashes
 from lit_clip.losses.contrastive import Duplicates, at_least_float32
@@ -30,9 +33,6 @@ from lit_clip.models.layers import TOWERS, tower_blocks
 from lit_clip.models.lora import LoRA, add_lora, is_added
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.models.transformer import VisionTransformer
-from lit_clip.random_states import random_states, restore_random_states
-from lit_clip.skipped import SkippedSamples
-from lit_clip.stability import NonFinite, NonFiniteSteps, check_master_weights
 from lit_clip.training.activation_checkpointing import StatisticsKept, checkpoint, checkpoint_blocks
 from lit_clip.training.optim import adamw, parameter_groups, total_steps, warmup_cosine
 from lit_clip.training.optimizer_settings import check_settings, keep_what_was_typed
@@ -83,7 +83,7 @@ class LitCLIP(LightningModule):
             them alone and names ``pretrained``, which they belong to.
         distill: a teacher whose choices among the batch's images and captions are learnt too.
         non_finite: what all ranks do when a loss or a gradient is nan or infinite on any of them: stop, or skip that
-            step; see :class:`lit_clip.stability.NonFiniteSteps`.
+            step; see :class:`callbacks.non_finite.NonFiniteSteps`.
         gradient_checkpointing: keep what enters each block and compute the rest again in the backward pass: far less
             memory for a third more arithmetic, and the same numbers. A fraction: for that share of each tower's blocks.
         micro_batch_size: pairs of this process that are encoded at a time, while the loss sees all pairs of all

@@ -18,10 +18,10 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from callbacks.preemption import Preemption
 from lit_clip.cli.run_folders import run_folders
 from lit_clip.errors import InputError, no_such_file
 from lit_clip.module import LitCLIP
-from lit_clip.preemption import Preemption
 from lit_clip.tools.messages import hinting, options_of, parameters
 from lit_clip.tools.processor import has_bfloat16
 from lit_clip.training.checkpoint_io import WholeCheckpointIO, newest_checkpoint
@@ -307,7 +307,7 @@ def run(args: ArgsType = None, execute: bool = True) -> CLI:
 
 
 def run_until_signal() -> int:
-    """Run what was typed; the exit code, which is that of a signal that ended it (see :mod:`lit_clip.preemption`)."""
+    """Run what was typed; the exit code, which is that of a signal that ended it (see :mod:`callbacks.preemption`)."""
     try:
         run()
     except SIGTERMException as stop:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from callbacks.compile import compile_blocks
 from lit_clip import LitCLIP, load_model
 from lit_clip.batch import CaptionBatch
-from lit_clip.compiling import compile_blocks
 from lit_clip.errors import InputError
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, ResNetConfig, TextTransformerConfig, VisionTransformerConfig

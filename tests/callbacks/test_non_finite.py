@@ -19,6 +19,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 
 from callbacks import EMA
+from callbacks.non_finite import MOST_IN_A_ROW
 from datamodules import Captions
 from lit_clip.batch import CaptionBatch
 from lit_clip.errors import InputError
@@ -26,7 +27,6 @@ from lit_clip.losses.contrastive import contrastive_loss
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, ResNetConfig, TextTransformerConfig
 from lit_clip.module import LitCLIP
-from lit_clip.stability import MOST_IN_A_ROW
 from lit_clip.training.optim import decay_groups, warmup_cosine
 from tests.conftest import ROOT
 from tests.helpers import forks

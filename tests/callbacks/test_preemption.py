@@ -22,10 +22,10 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from torch import Tensor
 
 from callbacks import EMA
+from callbacks.preemption import Preemption
 from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig
 from lit_clip.module import LitCLIP
-from lit_clip.preemption import Preemption
 from tests.conftest import ROOT, TINY_YAML, lit_clip_command
 from tests.test_module import data_for, trainer
 

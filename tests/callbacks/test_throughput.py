@@ -18,12 +18,12 @@ from lightning.pytorch.profilers import SimpleProfiler
 from torch import Tensor
 
 from callbacks import Throughput, TrainingMonitor, ZeroShot
+from callbacks.compile import compile_blocks
 from callbacks.periodic import PeriodicResult
 from callbacks.throughput import Count, device_peak, peak_memory, throughput
 from callbacks.training_clock import FETCH, TrainingClock
 from datamodules import Captions
 from lit_clip.batch import CaptionBatch
-from lit_clip.compiling import compile_blocks
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, HuggingFaceTextConfig, TextTransformerConfig
 from lit_clip.models.finetuning import Freeze

@@ -12,12 +12,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from callbacks import TrainingMonitor
+from callbacks.preemption import Preemption
 from datamodules import Captions
 from lit_clip.batch import CaptionBatch
 from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig, TextTransformerConfig, TimmConfig
 from lit_clip.module import LitCLIP
-from lit_clip.preemption import Preemption
 from lit_clip.training.checkpoint_io import WholeCheckpointIO, newest_checkpoint
 
 

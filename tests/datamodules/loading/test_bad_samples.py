@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from callbacks.skipped_samples import Tally
 from datamodules import Augmentation, Captions
 from datamodules.loading.augmentation import RandomSquareCrop
 from datamodules.loading.bad_samples import check_caption
@@ -25,7 +26,6 @@ from lit_clip.batch import JUDGED_AFTER, CaptionBatch
 from lit_clip.errors import BadSample, InputError
 from lit_clip.models.config import Preprocessing
 from lit_clip.models.preprocess import pixels
-from lit_clip.skipped import Tally
 from tests.conftest import ROOT, TINY_YAML, run_lightning_ranks
 from tests.helpers import forks
 from tests.helpers.fuzz import encoded, image, whole_images
