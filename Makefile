@@ -40,10 +40,11 @@ test: install  ## Run the tests (no network, under 15 minutes on 2 cores)
 test-slow: install  ## Run the tests that take minutes each
 	@$(BIN)/python -m pytest -m slow
 
-check: install  ## Lint, format and types
+check: install  ## Lint, format, types and the import rule
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/basedpyright --pythonpath $(BIN)/python
+	@$(BIN)/lint-imports --no-logo --no-cache
 
 format: install  ## Rewrite the code in the project's format
 	@$(BIN)/ruff check --fix .

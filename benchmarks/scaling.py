@@ -1,6 +1,6 @@
 """What a training step needs, as formulas, measured, and for the paper's models on H100s (docs/scaling.md).
 
-    python benchmarks/scaling.py ranks [--processes 1 2 4] [--pairs 256] [--kinds loss ring step]
+    python benchmarks/scaling.py ranks [--processes 1 2 4] [--pairs 256] [--kinds loss step]
     python benchmarks/scaling.py activations [--models ViT-B-32 ViT-L-14]
     python benchmarks/scaling.py h100 [--utilisation 0.2]
 
@@ -69,12 +69,10 @@ MODELS = {  # name: micro-batch and checkpointing of the shipped configurations
 # What a rank sends in a step, in bytes; B pairs a rank, W ranks, P parameters (docs/scaling.md).
 
 
-def sent_by_loss(pairs: int, world: int, ring: bool) -> float:
+def sent_by_loss(pairs: int, world: int) -> float:
     """The softmax loss and its backward pass."""
     if world == 1:
         return 0
-    if ring:
-        return 4 * pairs * (D * (3 * world - 2) + 2 * world - 1)
     return 4 * pairs * (world - 1) * (4 * D + 5)
 
 
@@ -133,7 +131,7 @@ def a_step_of(kind: str, pairs: int) -> tuple[Callable[[], None], int]:
 
         return step, sum(p.numel() for p in module.parameters())
     image, text = (unit(torch.randn(pairs, D)).requires_grad_() for _ in range(2))
-    scale, plan = torch.tensor(10.0, requires_grad=True), PairLayout(distributed.shards(pairs), ring=kind == "ring")
+    scale, plan = torch.tensor(10.0, requires_grad=True), PairLayout(distributed.shards(pairs))
 
     def loss() -> None:
         sharded_contrastive_loss(image, text, scale, plan).loss.backward()
@@ -169,8 +167,8 @@ def ranks(kinds: list[str], worlds: list[int], pairs: int) -> Table:
         for world in worlds:
             results = _run(kind, pairs, world)
             result = {key: max(result[key] for result in results) for key in results[0]}
-            sent = sent_by_loss(pairs, world, kind == "ring")
-            memory = float(loss_bytes(pairs, world, D, kind == "ring")[0])
+            sent = sent_by_loss(pairs, world)
+            memory = float(loss_bytes(pairs, world, D)[0])
             if kind == "step":
                 sent += sent_by_gradients(result["parameters"], world)
                 copies = 4 if world == 1 else 5  # weights, gradients, two moments; DDP's buckets
@@ -305,7 +303,7 @@ def main() -> None:
     measured = commands.add_parser("ranks")
     measured.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     measured.add_argument("--pairs", type=int, default=256)
-    measured.add_argument("--kinds", nargs="+", default=["loss", "ring", "step"])
+    measured.add_argument("--kinds", nargs="+", default=["loss", "step"])
     commands.add_parser("activations").add_argument("--models", nargs="+", default=list(MODELS))
     commands.add_parser("h100").add_argument("--utilisation", type=float, default=0.2)
     rank = commands.add_parser("rank", help="(used by itself)")

@@ -1,19 +1,57 @@
-"""What happens around the training loop."""
+"""Callbacks: everything that happens around a training step."""
 
+from lightning.pytorch import Callback
+
+from callbacks.activation_checkpointing import ActivationCheckpointing
+from callbacks.compile import Compile
 from callbacks.ema import EMA
 from callbacks.linear_probe import LinearProbe
 from callbacks.monitor import TrainingMonitor
+from callbacks.non_finite import NonFiniteSteps
+from callbacks.patch_dropout import PatchDropout
+from callbacks.preemption import Preemption
+from callbacks.print_plan import PrintPlan
+from callbacks.random_states import RandomStates
+from callbacks.skipped_samples import SkippedSamples
 from callbacks.tensorboard import EmbeddingProjector, SimilarityMatrix
 from callbacks.throughput import Throughput
 from callbacks.zero_shot import ZeroShot, ZeroShotSet
 
 __all__ = [
     "EMA",
+    "ActivationCheckpointing",
+    "Compile",
     "EmbeddingProjector",
     "LinearProbe",
+    "NonFiniteSteps",
+    "PatchDropout",
+    "Preemption",
+    "PrintPlan",
+    "RandomStates",
     "SimilarityMatrix",
+    "SkippedSamples",
     "Throughput",
     "TrainingMonitor",
     "ZeroShot",
     "ZeroShotSet",
+    "defaults",
 ]
+
+
+def defaults(*callbacks: Callback) -> list[Callback]:
+    """Return the callbacks that every run should have, with the given ones in the right place among them.
+
+    ``lit-clip`` adds them by itself; in Python pass ``Trainer(callbacks=callbacks.defaults())``, or
+    ``callbacks.defaults(EMA(0.999))``. A given callback replaces the default one of its class.
+
+    - :class:`Preemption`, first, so that no other callback evaluates what a signal interrupted
+    - :class:`PrintPlan`
+    - :class:`SkippedSamples`
+    - :class:`NonFiniteSteps`
+    - :class:`RandomStates`, last, after all that draws random numbers before the first step
+    """
+
+    def missing(*kinds: type[Callback]) -> list[Callback]:
+        return [kind() for kind in kinds if not any(isinstance(callback, kind) for callback in callbacks)]
+
+    return [*missing(Preemption), *callbacks, *missing(PrintPlan, SkippedSamples, NonFiniteSteps, RandomStates)]

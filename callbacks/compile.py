@@ -1,27 +1,51 @@
-"""``torch.compile`` in place: names in the state dict stay, and a graph serves all batches."""
+"""``torch.compile`` in place: parameter names stay, and a few graphs serve all batches."""
 
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from callbacks.activation_checkpointing import ActivationCheckpointing
+from lit_clip.errors import require
 from lit_clip.models.layers import TOWERS, tower_blocks
 
 MOST_GRAPHS = 64
 
 
-def compile_blocks(model: Any, backend: str = "inductor") -> None:
-    """Compile each block of a :class:`lit_clip.CLIP`'s towers; what was compiled stays as it is.
+class Compile(Callback):
+    """Compile the blocks of both encoders with ``torch.compile``.
 
-    By the block and not by the tower: equal blocks share their graphs, and what lies between them may look at a batch.
-    A text then is padded to one of a few lengths, for each of which there is a graph.
+    The first steps take minutes, and texts are padded to a few lengths. A ``lora`` on attention's inputs breaks the
+    graphs.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        model: Any = pl_module.model
+        callbacks: Any = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]  # set by a connector
+        blocks = [block for tower in TOWERS for block in tower_blocks(model, tower)]
+        batch_norm = any(isinstance(layer, _BatchNorm) for block in blocks for layer in block.modules())
+        require(
+            not (batch_norm and any(isinstance(callback, ActivationCheckpointing) for callback in callbacks)),
+            "callbacks.Compile: cannot keep BatchNorm's statistics in blocks that callbacks.ActivationCheckpointing "
+            "computes again; leave one of the two out",
+        )
+        compile_blocks(model)
+
+
+def compile_blocks(model: Any, backend: str = "inductor") -> None:
+    """Compile each block of a :class:`lit_clip.CLIP`'s encoders, unless it is compiled already.
+
+    Blocks rather than whole encoders: equal blocks share their graphs, and the code between them may look at the batch.
+    Texts are padded to one of a few lengths, each of which has its graph.
 
     Args:
-        model: whose blocks.
+        model: the encoders.
         backend: of ``torch.compile``.
     """
     model.text_encoder.few_lengths = True
-    # Blocks of both towers are one function: each length, with and without gradients, is a graph of it, and beyond the
-    # limit torch gives up and runs them plainly.
+    # All blocks are one function to torch: each length, with and without gradients, is a graph of it, and beyond the
+    # limit torch falls back to eager mode.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
     for tower in TOWERS:
         for block in tower_blocks(model, tower):

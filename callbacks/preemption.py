@@ -1,4 +1,4 @@
-"""Runs that are told to end: a signal, agreed on by all ranks, becomes a whole checkpoint and an exit code."""
+"""Preemption: a signal that any rank gets becomes a complete checkpoint and an exit code on all ranks."""
 
 import signal
 from pathlib import Path
@@ -14,26 +14,26 @@ from lit_clip import distributed
 from lit_clip.errors import require
 from lit_clip.tools.processes import is_launched
 from lit_clip.training.checkpoint_io import save_whole
-from lit_clip.training.signals import Signals, _signals
+from lit_clip.training.signals import Signals, signals_of
 from lit_clip.training.summary import resume_command
 
 
 class Preemption(Callback):
-    """Saves a whole checkpoint and ends the run when any rank gets SIGTERM or SIGUSR1.
+    """Save a complete checkpoint and end the run when any rank gets SIGTERM or SIGUSR1.
 
-    ``lit-clip fit`` always has one. The handler notes the signal; all ranks compare notes on the CPU at the end of a
-    step, where they all are. Then they save and raise a ``SystemExit`` whose code is 128 + the signal's number (143 for
-    SIGTERM, on Linux 138 for SIGUSR1). A rank that Lightning started itself exits with 0: else its parent is killed.
+    The signal handler only records the signal; at the end of a step all ranks check for signals with a collective on
+    the CPU. Then they save and raise a ``SystemExit`` with code 128 + the signal's number (143 for SIGTERM, on Linux
+    138 for SIGUSR1). A rank that Lightning started itself exits with 0; otherwise Lightning would kill its parent.
 
-    A validation is cut short and its results are thrown away; with a sharded model, whose ranks compute each batch
-    together, it is finished first. A run that goes on from a checkpoint of a step behind which a validation was due,
-    and had not ended when the file was written, begins with that validation (unless ``max_steps`` was reached).
+    A validation is stopped and its results are discarded; with a sharded model, whose ranks compute each batch
+    together, it finishes first. A run that is resumed from a checkpoint written before a due validation had finished
+    begins with that validation (unless ``max_steps`` was reached).
 
     The checkpoint is ``last.ckpt`` if a ``ModelCheckpoint`` keeps one, else ``preempted.ckpt`` in its folder. Under
     SLURM with ``auto_requeue``, the requeue signal (SIGUSR1) saves and requeues as Lightning documents it.
 
     Args:
-        every_n_steps: how often ranks compare notes.
+        every_n_steps: how often ranks check for signals.
     """
 
     def __init__(self, every_n_steps: int = 1) -> None:
@@ -41,16 +41,16 @@ class Preemption(Callback):
         self.every_n_steps = every_n_steps
         self._batches = 0
         self._first_step: int | None = None
-        self._validation_due = False  # of the last step, and not over yet
+        self._validation_due = False  # after the last step, and not finished
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # Lightning registers its handlers behind this and before any other hook, and there is no option for others.
+        # Lightning registers its handlers after this hook and before any other, and has no option for different ones.
         trainer._signal_connector = Signals(trainer)
         savers = [keeper for keeper in trainer.checkpoint_callbacks if getattr(keeper, "save_on_exception", False)]
         require(
             not savers or trainer.world_size == 1,
-            "ModelCheckpoint.save_on_exception: with several processes the one that fails would wait for the others to "
-            "save; leave it out (a signal saves by itself), and set every_n_train_steps",
+            "ModelCheckpoint.save_on_exception: a rank that fails would wait for the others to save; remove it (a "
+            "signal saves anyway), and set every_n_train_steps",
         )
         self._batches, self._first_step = 0, None
 
@@ -73,17 +73,17 @@ class Preemption(Callback):
         self._validation_due = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
         self._batches += 1
         if self._batches % self.every_n_steps == 0 and self._agreed(trainer):
-            # Lightning raises SIGTERMException for it when the step is over and logged. Ranks ask it nowhere before.
-            _signals(trainer).received_sigterm = True
+            # Lightning raises SIGTERMException when the step is complete and logged, and checks for it nowhere before.
+            signals_of(trainer).received_sigterm = True
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if _signals(trainer).agreed:
+        if signals_of(trainer).agreed:
             raise SIGTERMException
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        # Ranks may have different numbers of batches, so nothing is agreed here: a rank that knows of a signal goes to
-        # the end of the validation at once and meets the others there.
-        if _signals(trainer).noted and type(trainer.strategy) in (DDPStrategy, SingleDeviceStrategy):
+        # Ranks may have different numbers of batches, so there is no collective here: a rank with a signal jumps to the
+        # end of the validation and meets the others there.
+        if signals_of(trainer).noted and type(trainer.strategy) in (DDPStrategy, SingleDeviceStrategy):
             raise StopIteration
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -103,39 +103,39 @@ class Preemption(Callback):
                 exception.args = (f"{signal.Signals(signals.agreed).name}: {outcome}",)
 
     def _agreed(self, trainer: Trainer) -> bool:
-        signals = _signals(trainer)
+        signals = signals_of(trainer)
         signals.agreed = distributed.maximum(signals.noted)
         return bool(signals.agreed)
 
     def _save(self, trainer: Trainer, signals: Signals) -> str:
-        """What was done, in words."""
+        """Save and return what was done, in words."""
         if signals.agreed == signals.requeue_signal:
             signals.requeue()
-            return f"saved step {trainer.global_step}; SLURM was asked to run the job again, which goes on from there"
+            return f"saved step {trainer.global_step}; SLURM was asked to run the job again and resume from there"
         if trainer.global_step == self._first_step or self._first_step is None:
-            return "ended before the first step; there is nothing to save"
+            return "ended before the first step, so there is nothing to save"
         path = _checkpoint_path(trainer)
         if path is None:
             return f"ended after step {trainer.global_step}; no checkpoint, as there is no ModelCheckpoint"
         save_whole(trainer, path)
         log_dir = trainer.log_dir if trainer.loggers else None  # a broadcast: every rank must ask
-        return f"saved step {trainer.global_step}; go on with: {resume_command(path, log_dir)}"
+        return f"saved step {trainer.global_step}; resume with: {resume_command(path, log_dir)}"
 
 
 def _validate(trainer: Trainer) -> None:
-    """Validate as the training loop does behind a step, and log it at that step."""
+    """Validate as the training loop does after a step, and log at that step."""
     loop: Any = trainer.fit_loop.epoch_loop
     loop.val_loop.restarting = False
     trainer.validating = True
     first_iteration = trainer._logger_connector._first_loop_iter
     loop.val_loop.run()
-    loop.val_loop._has_run = False  # else the training loop takes the epoch that goes on for one that is over
+    loop.val_loop._has_run = False  # otherwise the training loop takes the current epoch for a finished one
     trainer._logger_connector._first_loop_iter = first_iteration
     trainer.training = True
 
 
 def _checkpoint_path(trainer: Trainer) -> Path | None:
-    """Where a ``ModelCheckpoint`` keeps the last state, or else beside what it keeps; never another run's file."""
+    """Return the path of a ``ModelCheckpoint``'s last state, or one beside its files; never another run's file."""
     keepers = [keeper for keeper in trainer.checkpoint_callbacks if isinstance(keeper, ModelCheckpoint)]
     keeper = next((keeper for keeper in keepers if keeper.save_last), keepers[0] if keepers else None)
     if keeper is None or not keeper.dirpath:

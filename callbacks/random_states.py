@@ -1,14 +1,40 @@
-"""The states of all random number generators of a process, as a checkpoint can hold them."""
+"""Random number generators: saved with a checkpoint and restored on resume, on every rank."""
 
 import random
 from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lit_clip import distributed
+
+
+class RandomStates(Callback):
+    """Save every rank's random states in checkpoints, so that a resumed run draws the numbers it would have drawn.
+
+    States are restored when training starts; callbacks behind this one must not draw numbers in ``on_train_start``.
+    They are left as they are if the number of ranks has changed.
+    """
+
+    def __init__(self) -> None:
+        self._saved: list[dict[str, Any]] = []  # one for each rank
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["random_states"] = distributed.gather_objects([random_states()])
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._saved = checkpoint.get("random_states", [])
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        rank, world = distributed.rank_and_world()
+        if len(self._saved) == world:
+            restore_random_states(self._saved[rank])
+        self._saved = []
 
 
 def random_states() -> dict[str, Any]:
-    """Python's, numpy's, torch's and every GPU's, as plain values and tensors."""
+    """Return the states of Python's, numpy's, torch's and every GPU's generator as plain values and tensors."""
     name, keys, *rest = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
@@ -19,7 +45,7 @@ def random_states() -> dict[str, Any]:
 
 
 def restore_random_states(states: dict[str, Any]) -> None:
-    """The inverse of :func:`random_states`; GPUs that there were not, or are not, keep theirs."""
+    """Restore :func:`random_states`; GPUs keep theirs if their number has changed."""
     version, numbers, gauss = states["python"]
     random.setstate((version, tuple(numbers), gauss))
     name, keys, *rest = states["numpy"]

@@ -1,4 +1,4 @@
-"""Samples that the data module leaves out because they cannot be used: counted, listed in a file, and limited."""
+"""Samples that the data module skips because they cannot be used: counted, listed in a file, and limited."""
 
 import json
 import re
@@ -16,28 +16,28 @@ from lit_clip.errors import InputError
 from lit_clip.tools.hashing import hash64
 
 FILE = "skipped.jsonl"
-MOST_REASONS = 20  # that are logged apart
+MOST_REASONS = 20  # logged separately
 
 
 class _Report(NamedTuple):
-    """What a rank saw since the last one."""
+    """A rank's counts since its last report."""
 
     drawn: int
     skipped: list[tuple[str, str]]  # where, reason
 
 
 class Tally:
-    """How many samples were drawn, and how many of them skipped for what reason, over all ranks.
+    """Number of samples drawn, and of those skipped for each reason, over all ranks.
 
     Attributes:
-        drawn: samples, the skipped ones among them.
+        drawn: samples, including skipped ones.
         counts: skipped samples by reason.
     """
 
     def __init__(self) -> None:
         self.drawn = 0
         self.counts: Counter[str] = Counter()
-        self._drawn, self._skipped = 0, []  # of this rank alone, and not yet told to the others
+        self._drawn, self._skipped = 0, []  # this rank's, since the last join
 
     def add(self, batch: CaptionBatch) -> None:
         """Count a batch of this rank."""
@@ -45,7 +45,7 @@ class Tally:
         self._skipped += batch.skipped
 
     def join(self) -> list[tuple[str, str]]:
-        """Count what all ranks have added since, and return (where, reason) of all that was skipped; all must ask."""
+        """Sum the counts of all ranks and return (where, reason) of every newly skipped sample; a collective."""
         reports: list[_Report] = distributed.gather_objects([_Report(self._drawn, self._skipped)])
         self._drawn, self._skipped = 0, []
         self.drawn += sum(report.drawn for report in reports)
@@ -55,17 +55,17 @@ class Tally:
 
     @property
     def skipped(self) -> int:
-        """Samples that were skipped."""
+        """Number of skipped samples."""
         return self.counts.total()
 
     def too_many(self, limit: float, at_end: bool) -> bool:
-        """Whether more than ``limit`` of the samples were skipped, or all of them when there are no more."""
+        """Return whether more than a share ``limit`` of the samples was skipped, or, at the end, all of them."""
         if at_end and self.skipped == self.drawn:
             return self.drawn > 0
         return self.drawn >= JUDGED_AFTER and self.skipped > limit * self.drawn
 
     def metrics(self, name: str) -> dict[str, float]:
-        """The number of skipped samples, and that of each reason."""
+        """Return the number of skipped samples, in total and by reason."""
         reasons = self.counts.most_common(MOST_REASONS)
         return {name: float(self.skipped)} | {f"{name}_{slug(reason)}": float(count) for reason, count in reasons}
 
@@ -76,19 +76,20 @@ class Tally:
 
 
 def slug(reason: str) -> str:
-    """A reason as part of a metric's name."""
+    """Return a reason in the form of a metric's name."""
     return re.sub(r"\W+", "_", reason.lower()).strip("_")
 
 
 class SkippedSamples(Callback):
-    """Counts, lists and limits what a data module with ``on_error: skip`` leaves out; :class:`LitCLIP` brings it along.
+    """Count, list and limit the samples that a data module with ``on_error: skip`` leaves out.
 
-    ``data/skipped`` and ``data/skipped_<reason>`` are the training samples skipped so far, on all ranks, epoch after
-    epoch, logged every ``log_every_n_steps``; ``data/val_skipped`` those of one validation. ``skipped.jsonl`` in the
-    run's folder names each sample once. The run fails, on all ranks alike, when more than the data module's
-    ``max_skipped`` of at least ``JUDGED_AFTER`` training samples, or of a validation, were skipped, and when a whole
-    epoch had nothing else.
+    ``data/skipped`` and ``data/skipped_<reason>`` are the training samples skipped so far, on all ranks and in all
+    epochs, logged every ``log_every_n_steps``; ``data/val_skipped`` those of one validation. ``skipped.jsonl`` in the
+    run's folder lists each sample once. The run fails on all ranks when more than the data module's ``max_skipped`` of
+    at least ``JUDGED_AFTER`` training samples, or of a validation's, were skipped, or all samples of an epoch.
     """
+
+    counts_skipped_samples = True
 
     def __init__(self) -> None:
         self.training, self.evaluation = Tally(), Tally()
@@ -99,7 +100,7 @@ class SkippedSamples(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         source = getattr(_data(trainer), "train_source", None)
-        if self._active(trainer) and source is not None:  # what was left out when it was opened, on each rank alike
+        if self._active(trainer) and source is not None:  # skipped when the source was opened, the same on each rank
             self._list(trainer, source.left_out.listed, "opening")
 
     def on_train_batch_end(
@@ -110,7 +111,7 @@ class SkippedSamples(Callback):
         self.training.add(batch)
         step = trainer.global_step
         logged = trainer.log_every_n_steps and step % trainer.log_every_n_steps == 0
-        if logged or step & (step - 1) == 0:  # 1, 2, 4, 8, ...: data that are all bad are found out soon
+        if logged or step & (step - 1) == 0:  # 1, 2, 4, 8, ...: data that are all bad are reported soon
             self._join_training(trainer)
             self._judge(trainer, self.training, at_end=False)
         if logged:
@@ -169,7 +170,7 @@ class SkippedSamples(Callback):
         self._list(trainer, self.training.join(), "train")
 
     def _list(self, trainer: Trainer, skipped: list[tuple[str, str]], stage: str) -> None:
-        """Put what is new into the file; all ranks know of the same, and the first writes."""
+        """Append new samples to the file, on the first rank; all ranks have the same list."""
         if not skipped:
             return
         if self._file is None:
@@ -177,7 +178,7 @@ class SkippedSamples(Callback):
             folder = trainer.log_dir if trainer.loggers else None  # a broadcast: every rank must ask
             self._file = _File(Path(folder) / FILE if folder else None)
             listed = self._listed_in()
-            rank_zero_warn(f"{where}: skipped ({reason}); so will others be, counted in data/skipped{listed}")
+            rank_zero_warn(f"{where}: skipped ({reason}); further ones are counted in data/skipped{listed}")
         if trainer.is_global_zero:
             self._file.append(skipped, stage)
 
@@ -193,10 +194,10 @@ class SkippedSamples(Callback):
 
 
 class _File:
-    """The list of skipped samples, each once, also in the file of a run that is gone on with.
+    """The list of skipped samples, each of them once, also when a run is resumed.
 
     Args:
-        path: None: there is none.
+        path: None for no file.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -204,7 +205,7 @@ class _File:
         self._known: set[bytes] | None = None
 
     def append(self, skipped: Iterable[tuple[str, str]], stage: str) -> None:
-        """Add those that are not in it."""
+        """Append the samples that are not in the file yet."""
         if self.path is None:
             return
         try:
@@ -216,7 +217,7 @@ class _File:
                     if (key := hash64(where)) not in self._known:
                         self._known.add(key)
                         file.write(json.dumps({"where": where, "reason": reason, "stage": stage}) + "\n")
-        except OSError as error:  # raised on this rank alone it would leave the others waiting
+        except OSError as error:  # raising on this rank only would leave the others waiting
             rank_zero_warn(f"{self.path}: {error.strerror}; skipped samples are counted but not listed")
             self.path = None
 

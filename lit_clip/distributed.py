@@ -5,7 +5,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -116,43 +116,33 @@ def gather(local: Tensor, shards: Shards) -> Tensor:
     return local if shards.world == 1 else _Gather.apply(local, shards)  # pyright: ignore[reportReturnType]  # untyped apply
 
 
-class Visit(Protocol):
-    """What is done with some ranks' rows: ``totals`` are added to in place.
-
-    Args:
-        first: the place of the rows' first among all.
-        rows: ``[M, ...]`` each.
-        totals: ``[M, ...]`` each, one row for each of ``rows``.
-    """
-
-    def __call__(self, first: int, rows: list[Tensor], totals: list[Tensor]) -> None:
-        """Add to the totals."""
-
-
 Total = Literal["sum", "logsumexp"]
+# Called with every rank's rows ``[N, ...]`` each and totals ``[N, ...]`` each, which it adds to in place.
+Visit = Callable[[list[Tensor], list[Tensor]], None]
 
 
 def visit_gathered(
     shards: Shards, rows: Sequence[Tensor], totals: Sequence[Tensor], kind: Total, visit: Visit
 ) -> list[Tensor]:
-    """Show every rank's rows to every rank, all at once; return the totals of this rank's rows over all ranks.
-
-    Holds all ranks' rows and totals at one time. No gradients.
+    """Gather every rank's rows, let ``visit`` add to their totals, and reduce the totals over ranks. No gradients.
 
     Args:
-        shards: the pairs of each rank.
-        rows: ``[B, ...]`` each, of this rank.
-        totals: ``[B, ...]`` each, what they start from: 0 or, of a ``logsumexp``, -inf.
-        kind: how totals of several ranks are joined.
-        visit: called on every rank once.
+        shards: number of pairs of each rank.
+        rows: ``[B, ...]`` each, this rank's.
+        totals: ``[B, ...]`` each, the initial values: 0 for ``sum``, -inf for ``logsumexp``.
+        kind: how the totals of several ranks are reduced.
+        visit: called once on every rank.
+
+    Returns:
+        The totals of this rank's rows over all ranks.
     """
     if shards.world == 1:
-        visit(0, list(rows), list(totals))
+        visit(list(rows), list(totals))
         return list(totals)
     everyones = [
         total.new_full((shards.total, *total.shape[1:]), 0 if kind == "sum" else -torch.inf) for total in totals
     ]
-    visit(0, [_all_rows(row, shards) for row in rows], everyones)
+    visit([_all_rows(row, shards) for row in rows], everyones)
     for total in everyones:
         if kind == "sum":
             dist.all_reduce(total)
@@ -164,54 +154,6 @@ def visit_gathered(
         dist.all_reduce(total)
         total.log_().add_(highest)
     return [total[shards.mine].clone() for total in everyones]
-
-
-def visit_ring(
-    shards: Shards, rows: Sequence[Tensor], totals: Sequence[Tensor], kind: Total, visit: Visit
-) -> list[Tensor]:
-    """As :func:`visit_gathered`, but block by block: each rank's rows and totals go round all ranks and come home.
-
-    Holds the rows and totals of two ranks at one time.
-    """
-    del kind  # a total travels with its rows, so nobody joins several
-    rank, counts, world, most = shards.rank, shards.counts, shards.world, max(shards.counts)
-
-    def padded(tensor: Tensor) -> Tensor:
-        return F.pad(tensor, [0, 0] * (tensor.ndim - 1) + [0, most - len(tensor)]).contiguous()
-
-    rows, totals = [padded(row) for row in rows], [padded(total) for total in totals]
-    for hop in range(world):
-        owner = (rank - hop) % world
-        arriving, wait = _start_shift(rows, rank, world) if hop < world - 1 else (rows, lambda: None)
-        count = counts[owner]
-        visit(shards.first(owner), [row[:count] for row in rows], [total[:count] for total in totals])
-        wait()
-        rows = arriving
-        totals, wait = _start_shift(totals, rank, world)
-        wait()
-    return [total[: counts[rank]] for total in totals]
-
-
-def _start_shift(tensors: Sequence[Tensor], rank: int, world: int) -> tuple[list[Tensor], Callable[[], None]]:
-    """Begin to send each tensor to the next rank; what the one before sends is there after the returned wait."""
-    if world == 1 or not tensors:
-        return list(tensors), lambda: None
-    arriving = [torch.empty_like(tensor) for tensor in tensors]
-    operations = [
-        operation
-        for sent, received in zip(tensors, arriving, strict=True)
-        for operation in (
-            dist.P2POp(dist.isend, sent, (rank + 1) % world),
-            dist.P2POp(dist.irecv, received, (rank - 1) % world),
-        )
-    ]
-    works = dist.batch_isend_irecv(operations)
-
-    def wait() -> None:
-        for work in works:
-            work.wait()
-
-    return arriving, wait
 
 
 def gather_uneven(local: Tensor) -> Tensor:

@@ -70,8 +70,8 @@ def test_the_papers_runs_have_the_papers_numbers(name: str, monkeypatch: pytest.
     architecture, rate, beta2, eps, epochs = PAPER[name]
     model, data, trainer = config.model, config.data.init_args, config.trainer
     assert model.architecture == f"{architecture}-quickgelu"
-    assert (model.learning_rate, tuple(model.betas), model.eps) == (rate, (0.9, beta2), eps)
-    assert (model.weight_decay, model.warmup_steps) == (0.2, 2000)
+    assert (model.optimizer.lr, tuple(model.optimizer.betas), model.optimizer.eps) == (rate, (0.9, beta2), eps)
+    assert (model.optimizer.weight_decay, model.lr_scheduler.warmup_steps) == (0.2, 2000)
     assert (trainer.max_epochs, trainer.precision) == (epochs, "bf16-mixed")
     assert data.global_batch_size == 32_768
     assert data.global_batch_size % (trainer.devices * trainer.num_nodes) == 0
@@ -101,7 +101,7 @@ def test_a_papers_run_in_shards_under_torchrun_trains_and_leaves_a_model(tmp_pat
     for option, value in {
         "model.architecture": TINY_YAML,
         "model.micro_batch_size": 8,
-        "model.warmup_steps": 1,
+        "model.lr_scheduler.warmup_steps": 1,
         "data.train": caption_table,
         "data.val": caption_table,
         "data.num_workers": 0,

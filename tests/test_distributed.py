@@ -18,7 +18,7 @@ Ranks = Callable[..., None]
 def test_every_gradient_of_ranks_equals_that_of_one_process_with_the_whole_batch(
     world: int, ranks: Ranks, tmp_path: Path
 ) -> None:
-    """Softmax and sigmoid, micro-batches, tiles, frozen towers, ring, duplicates: cases in ``helpers/ranks.py``."""
+    """Softmax and sigmoid, micro-batches, tiles, frozen encoders, duplicates: cases in ``helpers/ranks.py``."""
     ranks("gradients", world, str(tmp_path / "errors.json"))
     errors = json.loads((tmp_path / "errors.json").read_text(encoding="utf-8"))
     assert errors.keys() == set(map(str, CASES))
@@ -44,7 +44,7 @@ def _fit(table: Path, cache: Path, save: Path, name: str, devices: int, *options
         *("lit-clip", "fit"),
         *("--data", "datamodules.Captions", "--data.train", str(table), "--data.val", str(table)),
         *("--data.batch_size", str(64 // devices), "--data.num_workers", "0"),
-        *("--model.architecture", TINY_YAML, "--model.warmup_steps", "2"),
+        *("--model.architecture", TINY_YAML, "--model.lr_scheduler.warmup_steps", "2"),
         *(
             "--trainer.max_steps",
             "10",
@@ -71,11 +71,11 @@ def _metrics(folder: Path) -> dict[str, list[float]]:
     return {name: [float(row[name]) for row in rows if row[name]] for name in rows[0]}
 
 
-def test_training_and_validation_do_not_depend_on_ranks_parts_or_the_ring(
+def test_training_and_validation_do_not_depend_on_ranks_or_micro_batches(
     caption_table: Path, drawings_cache: Path, tmp_path: Path
 ) -> None:
     """``lit-clip fit`` on 1 x 64, 2 x 32 and 4 x 16 pairs a step: the same samples, loss curve, weights and metrics."""
-    runs = {"one": (1,), "two": (2, "--model.ring_loss", "true"), "four": (4, "--model.micro_batch_size", "5")}
+    runs = {"one": (1,), "two": (2,), "four": (4, "--model.micro_batch_size", "5")}
     for name, (devices, *options) in runs.items():
         _fit(caption_table, drawings_cache, tmp_path, name, devices, *options)
     one = _metrics(tmp_path / "one")

@@ -1,4 +1,4 @@
-"""LitCLIP: it learns, and its checkpoints hold all that is needed and nothing that is dangerous."""
+"""LitCLIP learns, and its checkpoints are complete and safe to load."""
 
 import random
 from pathlib import Path
@@ -19,7 +19,7 @@ from lit_clip.losses.contrastive import contrastive_loss
 from lit_clip.models.config import CLIPConfig
 from lit_clip.models.registry import resolve_architecture
 from lit_clip.module import LitCLIP
-from lit_clip.training.optim import warmup_cosine
+from lit_clip.training.optim import AdamWSettings, WarmupCosineSettings, warmup_cosine
 from lit_clip.weights.load import load_model
 
 
@@ -37,7 +37,7 @@ def trainer(folder: Path, **options: Any) -> Trainer:
 
 
 class SaveAt(Callback):
-    """Saves a checkpoint at the end of the epoch that ends at one step."""
+    """Save a checkpoint at the end of the epoch that ends at a step."""
 
     def __init__(self, step: int, path: Path) -> None:
         self.step, self.path = step, path
@@ -54,7 +54,7 @@ def data_for(module: LitCLIP, table: Path, **options: Any) -> Captions:
 
 @pytest.fixture
 def checkpoint(tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path) -> tuple[LitCLIP, Path]:
-    module = LitCLIP(tiny_config, warmup_steps=2)
+    module = LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(2))
     fitting = trainer(tmp_path, max_epochs=1)
     fitting.fit(module, data_for(module, caption_table))
     fitting.save_checkpoint(tmp_path / "model.ckpt")
@@ -62,7 +62,7 @@ def checkpoint(tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path) -> 
 
 
 def test_overfits_64_real_pairs(overfitted: tuple[Path, Path]) -> None:
-    """In-batch accuracy 1.0 both ways: the surest sign that every part of the path is connected."""
+    """In-batch accuracy 1.0 in both directions shows that every part of the path is connected."""
     checkpoint, table = overfitted
     module = LitCLIP.load_from_checkpoint(checkpoint).eval()
     data = data_for(module, table, batch_size=64)
@@ -75,9 +75,9 @@ def test_overfits_64_real_pairs(overfitted: tuple[Path, Path]) -> None:
     assert (scores.argmax(dim=0) == target).all()
 
 
-def test_a_checkpoint_loads_safely_and_alone(checkpoint: tuple[LitCLIP, Path]) -> None:
+def test_a_checkpoint_loads_without_unpickling_and_without_arguments(checkpoint: tuple[LitCLIP, Path]) -> None:
     module, path = checkpoint
-    torch.load(path, weights_only=True)  # no class, no path, nothing that needs unpickling
+    torch.load(path, weights_only=True)  # plain values and tensors only
     loaded = LitCLIP.load_from_checkpoint(path)
     for (name, ours), theirs in zip(module.state_dict().items(), loaded.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs), name
@@ -85,7 +85,7 @@ def test_a_checkpoint_loads_safely_and_alone(checkpoint: tuple[LitCLIP, Path]) -
     assert loaded.tokenize(["a dog"]).shape == (1, 16)
 
 
-def test_load_model_embeds_a_image_and_a_text_without_being_told_anything(
+def test_load_model_needs_nothing_but_the_checkpoint(
     checkpoint: tuple[LitCLIP, Path],
 ) -> None:
     module, path = checkpoint
@@ -99,7 +99,7 @@ def test_load_model_embeds_a_image_and_a_text_without_being_told_anything(
         torch.testing.assert_close(model.encode_text(tokens), module.model.encode_text(tokens))
 
 
-def test_open_clip_loads_our_checkpoint_as_it_is(checkpoint: tuple[LitCLIP, Path]) -> None:
+def test_open_clip_loads_our_checkpoint_unchanged(checkpoint: tuple[LitCLIP, Path]) -> None:
     module, path = checkpoint
     theirs = open_clip.CLIP(
         16,
@@ -113,7 +113,7 @@ def test_open_clip_loads_our_checkpoint_as_it_is(checkpoint: tuple[LitCLIP, Path
         torch.testing.assert_close(theirs.eval().encode_image(images), expected, atol=1e-5, rtol=0)
 
 
-def test_starting_weights_must_be_of_the_architecture(
+def test_pretrained_weights_of_another_architecture_are_refused(
     checkpoint: tuple[LitCLIP, Path], tiny_config: CLIPConfig
 ) -> None:
     module, path = checkpoint
@@ -129,7 +129,7 @@ def test_starting_weights_must_be_of_the_architecture(
 def test_the_learning_rate_follows_the_schedule_every_step_and_across_a_resume(
     tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
-    """Per step, not per epoch (footgun L11), over the steps of the whole run, before and after a resume."""
+    """Per step, not per epoch (footgun L11), over the whole run, before and after a resume."""
     total, rates = 12, []
 
     class Recorder(LitCLIP):
@@ -137,7 +137,7 @@ def test_the_learning_rate_follows_the_schedule_every_step_and_across_a_resume(
             rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
 
     def module() -> Recorder:
-        return Recorder(tiny_config, learning_rate=0.01, warmup_steps=3)
+        return Recorder(tiny_config, optimizer=AdamWSettings(lr=0.01), lr_scheduler=WarmupCosineSettings(3))
 
     first, second, path = module(), module(), tmp_path / "epoch.ckpt"
     fitting = trainer(
@@ -157,7 +157,7 @@ def test_the_learning_rate_follows_the_schedule_every_step_and_across_a_resume(
 def test_the_temperature_is_clamped_after_every_step(
     tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
-    module = LitCLIP(tiny_config, warmup_steps=0)
+    module = LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(0))
     with torch.no_grad():
         module.model.logit_scale.fill_(10.0)
     keep = ModelCheckpoint(tmp_path, "step", every_n_train_steps=1)  # its hook comes before the module's
@@ -166,7 +166,7 @@ def test_the_temperature_is_clamped_after_every_step(
     assert saved.exp().item() == pytest.approx(100)
 
 
-def test_validation_is_of_the_whole_set_whatever_the_batch_size(
+def test_validation_covers_the_whole_set_for_any_batch_size(
     tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
     module = LitCLIP(tiny_config)
@@ -191,7 +191,7 @@ def test_training_repeats_exactly_under_a_seed(tiny_config: CLIPConfig, caption_
     weights = []
     for disturbance in (0, 1):
         torch.manual_seed(3)
-        module = LitCLIP(tiny_config, warmup_steps=1)
+        module = LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(1))
         random.seed(disturbance)  # nothing may draw from a global generator
         torch.manual_seed(disturbance)
         fitting = trainer(tmp_path, max_epochs=1, limit_val_batches=0, enable_checkpointing=False)
@@ -200,7 +200,7 @@ def test_training_repeats_exactly_under_a_seed(tiny_config: CLIPConfig, caption_
     assert torch.equal(weights[0], weights[1])
 
 
-def test_test_is_the_same_evaluation_and_predict_gives_features_in_the_tables_order(
+def test_test_equals_validate_and_predict_returns_features_in_table_order(
     tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
     module = LitCLIP(tiny_config)
@@ -229,20 +229,20 @@ def test_gradients_can_be_clipped_in_any_precision(
             gradients = [p.grad for p in self.parameters() if p.grad is not None]
             norms.extend([float(torch.nn.utils.get_total_norm(gradients))] if gradients else [])
 
-    module = Norms(tiny_config, warmup_steps=0)
+    module = Norms(tiny_config, lr_scheduler=WarmupCosineSettings(0))
     options: dict[str, Any] = {"gradient_clip_val": 0.01, "precision": precision, "enable_checkpointing": False}
     trainer(tmp_path, max_steps=2, limit_val_batches=0, **options).fit(module, data_for(module, caption_table))
     assert norms
     assert all(norm == pytest.approx(0.01, rel=1e-3) for norm in norms)
 
 
-def test_without_an_architecture_the_weights_say_it_and_without_weights_it_is_the_papers(tiny_checkpoint: Path) -> None:
+def test_the_default_architecture_is_that_of_the_weights_or_vit_b_32(tiny_checkpoint: Path) -> None:
     assert LitCLIP(pretrained=tiny_checkpoint).model.config == load_model(tiny_checkpoint).config
     with torch.device("meta"):
         assert LitCLIP().model.config == resolve_architecture("ViT-B-32")
 
 
-def test_weights_of_another_image_size_and_context_length_are_interpolated_and_the_checkpoint_keeps_it(
+def test_a_checkpoint_keeps_an_interpolated_image_size_and_context_length(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     module = LitCLIP(pretrained=tiny_checkpoint, image_size=64, context_length=20)
@@ -258,8 +258,8 @@ def test_weights_of_another_image_size_and_context_length_are_interpolated_and_t
     assert again.preprocessing.image_size == 64
 
 
-def test_weights_alone_cannot_be_gone_on_from(tiny_checkpoint: Path, caption_table: Path, tmp_path: Path) -> None:
+def test_training_cannot_resume_from_weights_only(tiny_checkpoint: Path, caption_table: Path, tmp_path: Path) -> None:
     module = LitCLIP.load_from_checkpoint(tiny_checkpoint)
-    with pytest.raises(InputError, match=r"tiny.ckpt: holds weights alone .*; start from it with --model.pretrained"):
+    with pytest.raises(InputError, match=r"tiny.ckpt: holds weights only, .*; start from it with --model.pretrained"):
         trainer(tmp_path).fit(module, data_for(module, caption_table), ckpt_path=tiny_checkpoint)
     trainer(tmp_path).validate(module, data_for(module, caption_table), ckpt_path=tiny_checkpoint)

@@ -1,9 +1,10 @@
-"""LightningCLI's commands (``fit``, ``validate``, ``test``, ``predict``) with what must agree linked."""
+"""LightningCLI's commands: ``fit``, ``validate``, ``test`` and ``predict``."""
 
 import inspect
 import sys
 from argparse import ArgumentError
 from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +19,21 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from callbacks.preemption import Preemption
 from lit_clip.cli.run_folders import run_folders
 from lit_clip.errors import InputError, no_such_file
 from lit_clip.module import LitCLIP
 from lit_clip.tools.messages import hinting, options_of, parameters
 from lit_clip.tools.processor import has_bfloat16
 from lit_clip.training.checkpoint_io import WholeCheckpointIO, newest_checkpoint
-from lit_clip.training.plan import measure_run, print_plan
 from lit_clip.training.summary import print_next_steps, print_summary, resume_command
 from lit_clip.weights.load import read_checkpoint
 
-NEWEST = ("last", "auto")  # of this configuration's runs; auto: or from the beginning
+DEFAULT_CALLBACKS = "callbacks"  # the package whose defaults() every run gets; by name, as class paths are
+NEWEST = ("last", "auto")  # the newest of this configuration's runs; auto: or start from the beginning
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes ``<subcommand>_config.yaml`` into the run's own folder, and nowhere if it has none."""
+    """Write ``<subcommand>_config.yaml`` into the run's folder, if it has one."""
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         if trainer.loggers:
@@ -44,7 +44,7 @@ class CLI(LightningCLI):
     """``lit-clip fit | validate | test | predict``."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Tell the data module what the model wants, so that no YAML file states it twice."""
+        """Pass the model's preprocessing and tokenizer to the data module, so that no YAML file states them twice."""
         for name in ("preprocessing", "tokenize"):
             parser.link_arguments(f"model.{name}", f"data.init_args.{name}", apply_on="instantiate")
         parser.add_argument(
@@ -56,21 +56,22 @@ class CLI(LightningCLI):
         parser.add_argument(
             "--print_plan",
             action="store_true",
-            help="Under fit: print what the run would do, in numbers, and where its settings contradict; do not train.",
+            help="Under fit: print the plan of the run and contradictions in its settings, and do not train.",
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Typed options beat the YAML files, those beat what ``--ckpt_path`` holds, and that beats the defaults."""
+        """Parse with this priority: typed options, YAML files, the settings in ``--ckpt_path``, defaults."""
         words = sys.argv[1:] if args is None else args if isinstance(args, list) else []
         subcommand = next((word for word in words if word in getattr(self, "_subcommand_parsers", ())), None)
         _check_encoder_options(words, subcommand)
         path = _checkpoint_path(words, subcommand)
-        if subcommand and path and path not in (*NEWEST, "best", "hpc"):  # the last two are Lightning's own
+        if subcommand and path and path not in (*NEWEST, "best", "hpc"):  # Lightning handles the last two
             hparams = read_checkpoint(path)["hyper_parameters"]
             known = inspect.signature(LitCLIP).parameters.keys() & hparams.keys()
-            self._subcommand_parsers[subcommand].set_defaults({f"model.{key}": hparams[key] for key in known})
+            defaults = dict(_flat({f"model.{key}": hparams[key] for key in known}))
+            self._subcommand_parsers[subcommand].set_defaults(defaults)
         for name in {"validate", "test"} & getattr(self, "_subcommand_parsers", {}).keys():
-            self._subcommand_parsers[name].set_defaults(verbose=False)  # our table says it, with the baseline
+            self._subcommand_parsers[name].set_defaults(verbose=False)  # our table shows it, with the baselines
         known = getattr(self, "_subcommand_parsers", {}).get(subcommand, parser)
         try:
             with hinting(
@@ -80,12 +81,12 @@ class CLI(LightningCLI):
             ):
                 super().parse_arguments(parser, args)
         except ArgumentError as error:
-            if "'lightning.LightningDataModule'" not in str(error):  # what data are as long as nobody says it
+            if "'lightning.LightningDataModule'" not in str(error):  # the type of --data while no class is named
                 raise
             option = next((word.partition("=")[0] for word in words if word.startswith("--data.")), "--data")
             raise InputError(
-                f"{option}: no data module is named before it; put --config configs/finetune_table.yaml, or "
-                "--data datamodules.Captions, before it"
+                f"{option}: no data module is named yet; put --config configs/finetune_table.yaml or "
+                "--data datamodules.Captions before it"
             ) from error
         if subcommand and path in NEWEST:
             folders = run_folders(self.config[subcommand].as_dict())
@@ -93,8 +94,8 @@ class CLI(LightningCLI):
             if found or (path == "auto" and subcommand == "fit"):
                 self.parse_arguments(parser, [*words, "--ckpt_path", str(found) if found else "null"])
                 return
-            hint = "; auto begins anew in that case" if subcommand == "fit" else ""
-            raise InputError(f"--ckpt_path {path}: no whole checkpoint below {', '.join(map(str, folders))}{hint}")
+            hint = "; --ckpt_path auto starts from the beginning in that case" if subcommand == "fit" else ""
+            raise InputError(f"--ckpt_path {path}: no complete checkpoint below {', '.join(map(str, folders))}{hint}")
         if subcommand and path and not self.config[subcommand]["model"]["lora"]:
             self.config[subcommand]["model"]["pretrained"] = None  # the checkpoint replaces every weight
 
@@ -105,9 +106,8 @@ class CLI(LightningCLI):
         self.save_config_kwargs = {"config_filename": f"{self.subcommand}_config.yaml", "overwrite": True}
         settings: Any = self._get(self.config_init, "trainer")
         callbacks = settings.callbacks or []
-        settings.callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-        if not any(isinstance(callback, Preemption) for callback in settings.callbacks):
-            settings.callbacks.insert(0, Preemption())  # first, so that none evaluates what a signal cut short
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        settings.callbacks = import_module(DEFAULT_CALLBACKS).defaults(*callbacks)
         plugins = settings.plugins or []
         settings.plugins = plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in settings.plugins):
@@ -116,8 +116,8 @@ class CLI(LightningCLI):
             self._choose_precision(settings)
         elif str(settings.precision).startswith("bf16") and computes_in_bfloat16(settings.accelerator) is False:
             rank_zero_warn(
-                f"trainer.precision: {settings.precision} is emulated here, as the processor has no instructions for "
-                "bfloat16, and many times slower than --trainer.precision 32-true"
+                f"trainer.precision: {settings.precision} is emulated on this processor, which has no bfloat16 "
+                "instructions, and many times slower than --trainer.precision 32-true"
             )
         has_bar = any(isinstance(callback, ProgressBar) for callback in settings.callbacks)
         if settings.enable_progress_bar is not False and not has_bar:
@@ -128,25 +128,25 @@ class CLI(LightningCLI):
             raise InputError(f"trainer: {error}") from error
 
     def _choose_precision(self, settings: Any) -> None:
-        """What ``fit`` computes in where nobody says, its validations too; other subcommands are exact then."""
+        """Choose ``fit``'s precision where none is set; other subcommands compute in float32 then."""
         if any(isinstance(plugin, Precision) for plugin in settings.plugins):
             return
         if computes_in_bfloat16(settings.accelerator):
-            # In both: one makes the trainer, the other is saved with the run.
+            # Set in both: one creates the trainer, the other is saved with the run.
             settings.precision = self._get(self.config, "trainer").precision = "bf16-mixed"
-            rank_zero_info("trainer.precision: bf16-mixed, which this machine has; 32-true computes in float32")
+            rank_zero_info("trainer.precision: bf16-mixed, which this machine supports; set 32-true for float32")
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """As Lightning does, but Ctrl-C is Ctrl-C, and the last line says how to go on."""
+        """Run a subcommand; Ctrl-C stays a KeyboardInterrupt, with the command that resumes the run."""
         try:
             super()._run_subcommand(subcommand)
         except SystemExit as end:
             if not isinstance(end.__context__, KeyboardInterrupt):
                 raise
-            raise KeyboardInterrupt(self._how_to_go_on() if subcommand == "fit" else "") from None
+            raise KeyboardInterrupt(self._how_to_resume() if subcommand == "fit" else "") from None
 
-    def _how_to_go_on(self) -> str:
-        """Of the run that was interrupted, without asking other processes; only the first says it."""
+    def _how_to_resume(self) -> str:
+        """Return how to resume an interrupted run, on the first rank and without a collective."""
         folders = [
             Path(folder) for one in self.trainer.checkpoint_callbacks if (folder := getattr(one, "dirpath", None))
         ]
@@ -154,8 +154,8 @@ class CLI(LightningCLI):
             return ""
         found = newest_checkpoint(folders)
         if found is None:
-            return "nothing has been saved yet (kill, unlike Ctrl-C, saves first)"
-        return f"go on with: {resume_command(found, str(found.parent.parent))}"
+            return "nothing has been saved yet (unlike Ctrl-C, kill saves first)"
+        return f"resume with: {resume_command(found, str(found.parent.parent))}"
 
     def before_validate(self) -> None:
         self._warn_of_random_weights()
@@ -166,12 +166,11 @@ class CLI(LightningCLI):
     def _warn_of_random_weights(self) -> None:
         if not self.model.starts_trained and not self._get(self.config, "ckpt_path"):
             rank_zero_warn(
-                f"{self.subcommand}: the numbers are of random weights; name trained ones with --ckpt_path or "
-                "--model.pretrained"
+                f"{self.subcommand}: evaluates random weights; set trained ones with --ckpt_path or --model.pretrained"
             )
 
     def before_fit(self) -> None:
-        """Every metric at step 0; a resumed run has those of its checkpoint."""
+        """Print the plan only, or validate before the first step; a resumed run has those metrics in its checkpoint."""
         if self._get(self.config, "print_plan"):
             self._print_plan()
             sys.exit(0)
@@ -180,14 +179,14 @@ class CLI(LightningCLI):
             self.model.before = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
 
     def _print_plan(self) -> None:
-        """What :meth:`lit_clip.LitCLIP.setup` prints at the start of a run, without starting other processes."""
+        """Print the plan as the start of a run does, without starting other processes."""
         trainer: Any = self.trainer
         data = self.datamodule
         trainer.datamodule, data.trainer = data, trainer  # as fit does
         data.prepare_data()
         data.setup("fit")
-        if trainer.is_global_zero:
-            print_plan(measure_run(self.model, trainer))
+        for callback in trainer.callbacks:  # they change the model, and one of them prints the plan
+            callback.setup(trainer, self.model, "fit")
 
     def after_fit(self) -> None:
         self._summarise(self.model.before)
@@ -198,7 +197,7 @@ class CLI(LightningCLI):
             print_next_steps(Path(last), log_dir)
 
     def after_validate(self) -> None:
-        self._summarise({})  # what was before training was of another run, and maybe of other data
+        self._summarise({})  # metrics before training belong to another run, maybe to other data
 
     def after_test(self) -> None:
         self._summarise({})
@@ -209,9 +208,12 @@ class CLI(LightningCLI):
 
 
 def computes_in_bfloat16(accelerator: object) -> bool | None:
-    """Whether there are instructions for bfloat16 where ``trainer.accelerator`` will compute; None: not known.
+    """Return whether the device has bfloat16 instructions; None if unknown.
 
-    Where there are none it is emulated, and slower than float32.
+    Without them bfloat16 is emulated, and slower than float32.
+
+    Args:
+        accelerator: ``trainer.accelerator``.
     """
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -220,8 +222,17 @@ def computes_in_bfloat16(accelerator: object) -> bool | None:
     return has_bfloat16()
 
 
+def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield settings of the optimiser and schedule under their own options; other values as they are."""
+    for name, value in values.items():
+        if name in ("model.optimizer", "model.lr_scheduler"):
+            yield from ((f"{name}.{key}", item) for key, item in value.items())
+        else:
+            yield name, value
+
+
 def _options(words: Sequence[str], *names: str) -> list[str]:
-    """The values of ``name value`` and ``name=value`` among command line words."""
+    """Return the values of ``name value`` and ``name=value`` among command line words."""
     values = []
     for i, word in enumerate(words):
         name, equals, value = word.partition("=")
@@ -231,7 +242,7 @@ def _options(words: Sequence[str], *names: str) -> list[str]:
 
 
 def _checkpoint_path(words: Sequence[str], subcommand: str | None) -> str | None:
-    """``ckpt_path`` as typed, or as the last YAML file that has one says."""
+    """Return ``ckpt_path`` as typed, or from the last YAML file that has one."""
     paths = _options(words, "--ckpt_path")
     for section in _sections(words, subcommand) if not paths else ():
         if section.get("ckpt_path"):
@@ -241,7 +252,7 @@ def _checkpoint_path(words: Sequence[str], subcommand: str | None) -> str | None
 
 
 def _sections(words: Sequence[str], subcommand: str | None) -> Iterator[dict[str, Any]]:
-    """What the YAML files say of a subcommand, the last file first."""
+    """Yield the YAML files' settings of a subcommand, the last file first."""
     for config in reversed(_options(words, "--config", "-c")):
         try:
             values = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
@@ -257,7 +268,7 @@ def _sections(words: Sequence[str], subcommand: str | None) -> Iterator[dict[str
 
 
 def _data_options(words: Sequence[str], subcommand: str | None) -> list[str]:
-    """What can be typed of the data module that is named; the parser knows of ``--data`` alone."""
+    """Return the options of the named data module; the parser only knows ``--data``."""
     named = _options(words, "--data")
     for section in _sections(words, subcommand) if not named else ():
         data = section.get("data")
@@ -268,7 +279,7 @@ def _data_options(words: Sequence[str], subcommand: str | None) -> list[str]:
 
 
 def _check_encoder_options(words: Sequence[str], subcommand: str | None) -> None:
-    """An entry typed alone is our own transformer's to jsonargparse, whatever encoder the YAML file names."""
+    """Refuse single encoder settings on the command line where jsonargparse would take them for our transformer's."""
     typed = [word for word in words if word.startswith(("--model.architecture.image.", "--model.architecture.text."))]
     for section in _sections(words, subcommand) if typed else ():
         for word in typed:
@@ -278,12 +289,14 @@ def _check_encoder_options(words: Sequence[str], subcommand: str | None) -> None
             others = isinstance(encoder, dict) and ({"timm", "hugging_face"} & encoder.keys())
             if others or (isinstance(encoder, dict) and isinstance(encoder.get("layers"), list)):  # a ResNet's stages
                 option = word.partition("=")[0]
-                raise InputError(f"{option}: no single entry of this encoder can be typed; write it into the YAML file")
+                raise InputError(
+                    f"{option}: single settings of this encoder cannot be typed; write them into the YAML file"
+                )
 
 
 def run(args: ArgsType = None, execute: bool = True) -> CLI:
-    """Parse and run a command; what the user can fix is raised as an error."""
-    # Without this, absolute keys such as ${model.learning_rate} are looked up above the subcommand.
+    """Parse and run a command; errors that the user can fix are raised."""
+    # Without this, absolute keys such as ${model.optimizer.lr} are looked up above the subcommand.
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     return CLI(
         LitCLIP,
@@ -291,8 +304,7 @@ def run(args: ArgsType = None, execute: bool = True) -> CLI:
         subclass_mode_data=True,
         save_config_callback=SaveConfig,
         seed_everything_default=0,
-        # The data modules divide the samples themselves, each exactly once.
-        # Our plan says what learns, and knows the arithmetic.
+        # Data modules divide the samples among ranks themselves, each exactly once. The plan replaces the summary.
         trainer_defaults={"use_distributed_sampler": False, "enable_model_summary": False},
         parser_kwargs={
             "parser_mode": "omegaconf+",
@@ -307,7 +319,7 @@ def run(args: ArgsType = None, execute: bool = True) -> CLI:
 
 
 def run_until_signal() -> int:
-    """Run what was typed; the exit code, which is that of a signal that ended it (see :mod:`callbacks.preemption`)."""
+    """Run the command line and return the exit code; that of a signal comes from :class:`callbacks.Preemption`."""
     try:
         run()
     except SIGTERMException as stop:

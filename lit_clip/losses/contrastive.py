@@ -1,6 +1,6 @@
-"""The losses, each defined once, as pure functions.
+"""Definitions of the losses as pure functions.
 
-:mod:`lit_clip.losses.tiled` computes the same without ever holding a matrix of similarities.
+:mod:`lit_clip.losses.tiled` computes the same values and gradients without a matrix of similarities.
 """
 
 from typing import Literal
@@ -13,12 +13,12 @@ Duplicates = Literal["negatives", "positives", "ignored"]
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Half precisions widened, others as they are."""
+    """Convert half precision to float32; leave other types unchanged."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def unit(features: Tensor) -> Tensor:
-    """``[..., D]`` at unit length, float32 or wider: in bfloat16 a length is off by up to 0.4%."""
+    """Normalise ``[..., D]`` to unit length, in float32 or wider: in bfloat16 the length is off by up to 0.4 %."""
     return F.normalize(at_least_float32(features), dim=-1)
 
 
@@ -32,23 +32,23 @@ def contrastive_loss(
     same_BN: Tensor | None = None,
     duplicates: Duplicates = "negatives",
 ) -> Tensor:
-    """The symmetric softmax loss (InfoNCE; paper, figure 3) of one rank's pairs among all ranks' pairs.
+    """Symmetric softmax loss (InfoNCE; paper, figure 3) of one rank's pairs among all ranks' pairs.
 
-    The mean over ranks that hold equally many pairs is the loss of the whole batch, and so is its gradient if
-    ``all_image_ND`` and ``all_text_ND`` carry gradients back to their ranks (:func:`lit_clip.distributed.gather`).
-    With one rank, pass the local features twice.
+    If all ranks hold the same number of pairs, the mean over ranks is the loss of the whole batch, and so is its
+    gradient if ``all_image_ND`` and ``all_text_ND`` carry gradients back to their ranks
+    (:func:`lit_clip.distributed.gather`). With one rank, pass the local features twice.
 
     Args:
         image_BD: this rank's image features, unit length.
         text_BD: their captions' features, unit length.
-        all_image_ND: every rank's image features in rank order.
-        all_text_ND: every rank's text features in the same order.
+        all_image_ND: all ranks' image features in rank order.
+        all_text_ND: all ranks' text features in the same order.
         scale: inverse temperature, ``exp(logit_scale)``.
-        first_row: where this rank's pairs begin among all; ``rank * B`` for equal ranks.
-        same_BN: bool, which pairs say the same as which (each the same as itself); None: none but themselves.
-        duplicates: what those are to each other. ``negatives``: wrong answers, as in the paper. ``positives``: right
-            ones, each with an equal share of the target (the "out" form of Khosla et al. 2020, equation 2).
-            ``ignored``: no answers.
+        first_row: index of this rank's first pair among all; ``rank * B`` if all ranks hold B.
+        same_BN: bool, which pairs are duplicates of each other (each pair of itself); None: there are none.
+        duplicates: how they count. ``negatives``: as wrong answers (the paper). ``positives``: as right answers, each
+            with an equal share of the target (the "out" form of Khosla et al. 2020, equation 2). ``ignored``: not at
+            all.
 
     Returns:
         A scalar: half the sum of the cross-entropies image -> text and text -> image, float32 or wider.
@@ -79,31 +79,31 @@ def sigmoid_loss(
     same_BN: Tensor | None = None,
     duplicates: Duplicates = "negatives",
 ) -> Tensor:
-    """The sigmoid loss of SigLIP (Zhai et al. 2023, equation 1) of one rank's images with all ranks' texts.
+    """Sigmoid loss of SigLIP (Zhai et al. 2023, equation 1) of one rank's images with all ranks' texts.
 
-    Each image with each text is a question of its own: do they belong together? As with :func:`contrastive_loss` the
-    mean over ranks is the loss of the whole batch, and so is its gradient.
+    Each image with each text is a binary classification. As with :func:`contrastive_loss` the mean over ranks is the
+    loss of the whole batch, and so is its gradient.
 
     Args:
         image_BD: this rank's image features, unit length.
-        all_text_ND: every rank's text features in rank order, unit length.
+        all_text_ND: all ranks' text features in rank order, unit length.
         scale: inverse temperature, ``exp(logit_scale)``.
         bias: ``logit_bias``.
-        first_row: where this rank's pairs begin among all.
+        first_row: index of this rank's first pair among all.
         same_BN: see :func:`contrastive_loss`.
-        duplicates: likewise: the answer is no, the answer is yes, or the question is not asked.
+        duplicates: as in :func:`contrastive_loss`.
 
     Returns:
-        A scalar: the cross-entropies of B x N questions, summed and divided by B, float32 or wider.
+        A scalar: the sum of the B x N binary cross-entropies divided by B, float32 or wider.
     """
     with torch.autocast(image_BD.device.type, enabled=False):
         image_BD, all_text_ND = at_least_float32(image_BD), at_least_float32(all_text_ND)
         logits_BN = scale * image_BD @ all_text_ND.T + bias
-        target_BN, asked_BN = torch.zeros_like(logits_BN), None
+        target_BN, weight_BN = torch.zeros_like(logits_BN), None
         target_BN.diagonal(first_row).fill_(1)
         if same_BN is not None and duplicates == "positives":
             target_BN = same_BN.to(logits_BN.dtype)
         elif same_BN is not None and duplicates == "ignored":
-            asked_BN = torch.where(same_BN, target_BN, 1)
-        total = F.binary_cross_entropy_with_logits(logits_BN, target_BN, asked_BN, reduction="sum")
+            weight_BN = torch.where(same_BN, target_BN, 1)
+        total = F.binary_cross_entropy_with_logits(logits_BN, target_BN, weight_BN, reduction="sum")
         return total / len(image_BD)

@@ -1,6 +1,7 @@
-"""Activations that are computed again in the backward pass instead of being kept."""
+"""Activation checkpointing: compute activations again in the backward pass instead of keeping them."""
 
 import functools
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
@@ -10,14 +11,16 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
+from lit_clip.models.layers import TOWERS, tower_blocks
+
 Result = TypeVar("Result")
 
 
 class StatisticsKept(AbstractContextManager[None]):
-    """While it is entered, the running statistics of a module's BatchNorms stay as they are.
+    """Context in which the running statistics of BatchNorm layers do not change.
 
-    A layer still normalises with its batch and saves for backward what it always saves: checkpointing compares the
-    two. Can be entered again and again, and within itself.
+    A layer still normalises with its batch and saves the same tensors for backward, which checkpointing compares. The
+    context can be entered repeatedly and within itself.
     """
 
     def __init__(self, norms: list[_BatchNorm]) -> None:
@@ -29,7 +32,7 @@ class StatisticsKept(AbstractContextManager[None]):
         for norm in self.norms:
             norm.momentum = 0.0  # exact: running * (1 - 0) + batch * 0
             if norm.num_batches_tracked is not None:
-                norm.num_batches_tracked = norm.num_batches_tracked.clone()  # counts, and is thrown away
+                norm.num_batches_tracked = norm.num_batches_tracked.clone()  # counts up, and is discarded
 
     def __exit__(self, *_: object) -> None:
         for norm, (momentum, batches) in zip(self.norms, self._kept.pop(), strict=True):
@@ -38,21 +41,21 @@ class StatisticsKept(AbstractContextManager[None]):
 
 
 def checkpoint(function: Callable[..., Result], *args: Any, inside: nn.Module, **kwargs: Any) -> Result:
-    """``function(*args, **kwargs)`` without keeping what its backward pass needs: that is computed again.
+    """Call ``function(*args, **kwargs)`` and compute its activations again in the backward pass.
 
-    Exact: the random numbers (dropout) and autocast's state are those of the first time, and BatchNorm's running
-    statistics move once. May be nested. Without gradients this is a plain call.
+    Exact: random numbers (dropout) and autocast's state are those of the first call, and BatchNorm's running statistics
+    are updated once. Can be nested. Without gradients this is a plain call.
 
     Args:
-        function: what to call.
-        args: its inputs; they are kept.
-        inside: the module that the function runs, whose BatchNorms are meant.
-        kwargs: as ``args``.
+        function: the function.
+        args: its inputs, which are kept.
+        inside: the module that the function runs, with its BatchNorm layers.
+        kwargs: further inputs, which are kept.
     """
     if not torch.is_grad_enabled():
         return function(*args, **kwargs)
     norms = [module for module in inside.modules() if isinstance(module, _BatchNorm)]
-    if not norms:  # torch.compile takes no contexts
+    if not norms:  # torch.compile supports no context_fn
         return torch_checkpoint(function, *args, use_reentrant=False, **kwargs)  # pyright: ignore[reportReturnType]
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -62,15 +65,28 @@ def checkpoint(function: Callable[..., Result], *args: Any, inside: nn.Module, *
 
 
 def _forward(block: nn.Module, forward: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
-    if not block.training:  # frozen blocks are in evaluation mode, and keep nothing anyway
+    if not block.training:  # frozen blocks are in evaluation mode and keep nothing anyway
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, inside=block, **kwargs)
 
 
 def checkpoint_blocks(blocks: list[nn.Module]) -> None:
-    """Let modules compute their activations again, from now on and wherever gradients are asked for in training.
+    """Make modules compute their activations again wherever gradients are needed in training.
 
-    Names in the state dict stay, and a deep copy is checkpointed too.
+    Names in the state dict stay, a deep copy is checkpointed too, and a module that is checkpointed already stays so.
     """
     for block in blocks:
-        block.forward = functools.partial(_forward, block, block.forward)
+        if not is_checkpointed(block):
+            block.forward = functools.partial(_forward, block, block.forward)
+
+
+def is_checkpointed(block: nn.Module) -> bool:
+    """Return whether :func:`checkpoint_blocks` was applied to a module."""
+    return isinstance(block.forward, functools.partial) and block.forward.func is _forward
+
+
+def checkpoint_encoders(model: Any, share: float = 1.0) -> None:
+    """Apply :func:`checkpoint_blocks` to a share of each encoder's blocks, from the first one on."""
+    for tower in TOWERS:
+        blocks = tower_blocks(model, tower)
+        checkpoint_blocks(blocks[: math.ceil(share * len(blocks) - 1e-9)])  # 0.28 of 25 are 7

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, and the newest of them."""
+"""Checkpoint files that are complete or absent, and how to find the newest one."""
 
 import os
 import shutil
@@ -16,14 +16,18 @@ from lit_clip.errors import InputError
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint under another name beside its own, and gives it its name when it is on the disk.
+    """Write a checkpoint beside its final path and rename it when it is on the disk.
 
-    Lightning's own builds the file in memory first, writes it to the system's temporary folder, which may be another
-    disk, and says nothing where it may not write.
+    Lightning's own builds the file in memory, writes it to the system's temporary folder, which may be another disk,
+    and is silent when it may not write.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Raise :class:`InputError` where it cannot be written; a file of that name is then as it was."""
+        """Write a checkpoint.
+
+        Raises:
+            InputError: it cannot be written; a file of that name is unchanged then.
+        """
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -36,8 +40,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             put_in_place(part, whole)
-        except (OSError, RuntimeError) as error:  # torch's writer raises the second on a full disk
-            if isinstance(error.__context__, KeyboardInterrupt):  # and where it was interrupted
+        except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
+            if isinstance(error.__context__, KeyboardInterrupt):  # and when it is interrupted
                 raise error.__context__ from None
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             raise InputError(f"{whole}: the checkpoint cannot be written ({reason}); the one before is kept") from error
@@ -47,25 +51,27 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
 
 def put_in_place(part: Path, whole: Path) -> None:
-    """Give a written checkpoint its name, if it is whole; a sharded one is a folder.
+    """Rename a written checkpoint to its final path if it is complete; a sharded one is a folder.
 
     Raises:
-        InputError: it is not.
+        InputError: it is not complete.
     """
-    if not (part.is_dir() or zipfile.is_zipfile(part)):  # a file's end is written last
-        raise InputError(f"{whole}: could not be written; is the disk full, or the folder not yours?")
+    if not (part.is_dir() or zipfile.is_zipfile(part)):  # the end of the file is written last
+        raise InputError(
+            f"{whole}: the checkpoint could not be written; check the free space and the folder's permissions"
+        )
     if whole.is_dir() and not whole.is_symlink():
         shutil.rmtree(whole)
     os.replace(part, whole)
 
 
 def newest_checkpoint(places: Iterable[Path]) -> Path | None:
-    """Of the folder that was written to last, the whole checkpoint of the most optimiser steps.
+    """Return the complete checkpoint with the most optimiser steps in the folder that was written to last.
 
-    Files that are not whole, not checkpoints, or hold weights alone are passed over.
+    Incomplete files, other files, and checkpoints that hold weights only are ignored.
 
     Args:
-        places: folders, which are searched at any depth, and files.
+        places: folders, searched at any depth, and files.
     """
     files = {file.resolve() for place in places for file in ([place] if place.is_file() else place.rglob("*.ckpt"))}
     found = [(step, file.stat().st_mtime, file) for file in files if (step := _steps(file)) is not None]
@@ -79,20 +85,21 @@ def _steps(path: Path) -> int | None:
     try:
         if not zipfile.is_zipfile(path):
             return None
-        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)  # mapped: no tensor is read
+        checkpoint = torch.load(
+            path, map_location="cpu", mmap=True, weights_only=True
+        )  # memory-mapped: no tensor is read
         return int(checkpoint["global_step"]) if "optimizer_states" in checkpoint else None
-    except Exception:  # whatever a damaged or foreign file raises: it is no checkpoint to go on from
+    except Exception:  # whatever a damaged or foreign file raises: it cannot be resumed from
         return None
 
 
 def save_whole(trainer: Trainer, path: Path) -> None:
-    """Save a checkpoint under another name, see that it is whole, and only then give it its name. On every rank.
+    """Save a checkpoint beside its final path, check that it is complete, and rename it; called on every rank.
 
-    Whatever writes checkpoints: Lightning's own way says nothing where it may not write, see
-    :class:`lit_clip.training.checkpoint_io.WholeCheckpointIO`.
+    Works with any ``CheckpointIO``: Lightning's own is silent when it may not write, see :class:`WholeCheckpointIO`.
 
     Raises:
-        InputError: on the rank that writes, if it could not.
+        InputError: on the rank that writes, if the file could not be written.
     """
     part = path.with_name(f"{path.name}.part")
     if trainer.is_global_zero:

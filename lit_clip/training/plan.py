@@ -1,4 +1,4 @@
-"""What a run is going to do, in numbers, and where its settings contradict each other."""
+"""The plan of a run in numbers, and contradictions in its settings."""
 
 import math
 from collections.abc import Callable
@@ -15,7 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lit_clip.losses.tiled import TILE
 from lit_clip.models.config import height_width
 from lit_clip.models.flops import tower_flops
-from lit_clip.models.layers import TOWERS, tower_parameters
+from lit_clip.models.layers import TOWERS, tower_blocks, tower_parameters
+from lit_clip.training.activation_checkpointing import is_checkpointed
 from lit_clip.training.optim import batches_per_epoch, total_steps
 
 PAPER_BATCH = 32_768  # table 18
@@ -26,49 +27,48 @@ FEW_FOR_BATCH_NORM = 16
 
 
 class Work(NamedTuple):
-    """What one tower costs.
+    """Cost of one encoder.
 
     Attributes:
-        forward: FLOPs of one sample; None where they cannot be counted.
-        learns: whether any of it does.
+        forward: FLOPs of one sample; None if they cannot be counted.
+        trainable: whether any of its parameters is.
     """
 
     forward: int | None
-    learns: bool
+    trainable: bool
 
 
 @dataclass
 class RunPlan:
-    """A run in numbers; None where it is not known before the run.
+    """A run in numbers; None for what is unknown before it starts.
 
     Attributes:
-        trained: parameters that learn.
-        frozen: that do not.
-        image: the image tower's work.
-        text: likewise, for a text of full length.
+        trainable: number of trainable parameters.
+        frozen: number of frozen parameters.
+        image: cost of the image encoder.
+        text: cost of the text encoder, for a text of full length.
         embed_dim: channels of the features.
-        batch_norm: whether a tower learns BatchNorm statistics.
-        devices: processes on each node.
-        nodes: machines.
-        batch: pairs a step on each process.
-        micro_batch: pairs that are encoded at a time, as asked for.
-        checkpointed: the share of the blocks that compute their activations again.
+        batch_norm: whether an encoder updates BatchNorm statistics.
+        devices: ranks on each node.
+        nodes: number of machines.
+        batch: pairs a step on each rank.
+        micro_batch: pairs encoded at once, as set.
+        checkpointed: share of the blocks that compute their activations again.
         steps_per_epoch: of training.
-        trial: whether it is a ``fast_dev_run``, in which nothing need agree.
         steps: of the whole run.
-        pairs: training pairs.
+        pairs: number of training pairs.
         warmup: steps of warm-up.
-        learning_rate: at its highest.
-        pretrained: whether training starts from trained weights.
-        adapters: whether a LoRA learns, whose rate is another matter.
-        accumulated: batches whose gradients are added up.
-        max_steps: as asked for.
-        max_epochs: likewise.
+        learning_rate: the highest.
+        pretrained: whether training starts from pretrained weights.
+        lora: whether a LoRA is trained, whose learning rates differ from the paper's.
+        accumulated: batches whose gradients are accumulated.
+        max_steps: as set.
+        max_epochs: as set.
         precision: Lightning's.
-        ring: whether texts go round instead of being gathered.
+        trial: whether this is a ``fast_dev_run``, whose settings need not agree.
     """
 
-    trained: int
+    trainable: int
     frozen: int
     image: Work
     text: Work
@@ -85,87 +85,84 @@ class RunPlan:
     warmup: int
     learning_rate: float
     pretrained: bool
-    adapters: bool
+    lora: bool
     accumulated: int
     max_steps: int | None
     max_epochs: int | None
     precision: str
-    ring: bool
     trial: bool = False
 
     @property
     def world(self) -> int:
-        """Processes."""
+        """World size."""
         return self.devices * self.nodes
 
     @property
     def global_batch(self) -> int | None:
-        """Pairs a step, of all processes."""
+        """Pairs a step over all ranks."""
         return self.batch and self.batch * self.world
 
     @property
     def parts(self) -> int:
-        """How many micro-batches a step has."""
+        """Micro-batches a step."""
         return math.ceil(self.batch / self.micro_batch) if self.batch and self.micro_batch else 1
 
     @property
     def passes(self) -> float:
-        """What a step of a tower that learns costs, in forward passes: 1, 2 for the gradients, and what is repeated.
+        """Cost of a step of a trainable encoder in forward passes: 1, 2 for the gradients, and recomputation.
 
-        A block that is checkpointed within a micro-batch is computed three times.
+        A checkpointed block within a micro-batch is computed three times.
         """
         return 3 + (self.parts > 1) + self.checkpointed
 
     @property
     def forward_flops(self) -> int | None:
-        """Of one pair."""
+        """Forward FLOPs of one pair."""
         if self.image.forward is None or self.text.forward is None:
             return None
         return self.image.forward + self.text.forward
 
     @property
     def training_flops(self) -> float | None:
-        """Of one pair; a frozen tower has its forward pass alone, and a frozen part of a tower is not told apart."""
-        towers = [(work.forward, self.passes if work.learns else 1) for work in (self.image, self.text)]
+        """Training FLOPs of one pair; a frozen encoder costs its forward pass, a partly frozen one all of it."""
+        towers = [(work.forward, self.passes if work.trainable else 1) for work in (self.image, self.text)]
         if any(forward is None for forward, _ in towers):
             return None
         return sum((forward or 0) * passes for forward, passes in towers)
 
     @property
     def state_bytes(self) -> int:
-        """Weights, gradients and AdamW's two moments, float32."""
-        return 4 * (self.frozen + self.trained) + 12 * self.trained
+        """Bytes of weights, gradients and AdamW's two moments in float32."""
+        return 4 * (self.frozen + self.trainable) + 12 * self.trainable
 
     @property
     def loss_bytes(self) -> tuple[int, int] | None:
-        """Of the loss as it is computed, and of one that holds the matrix of similarities."""
-        return None if self.batch is None else loss_bytes(self.batch, self.world, self.embed_dim, self.ring)
+        """Bytes of the loss as computed, and with a matrix of similarities."""
+        return None if self.batch is None else loss_bytes(self.batch, self.world, self.embed_dim)
 
 
-def loss_bytes(batch: int, world: int, embed_dim: int, ring: bool = False) -> tuple[int, int]:
-    """Memory of the loss on one process, in float32: in tiles, and dense.
+def loss_bytes(batch: int, world: int, embed_dim: int) -> tuple[int, int]:
+    """Return the bytes of the loss on one rank in float32: in tiles, and dense.
 
-    In tiles: of the images the scaled features and the gradient, of the texts the gradient (B rows each); if there are
-    other processes the texts that are shown and their gradient (N rows each, or three blocks of B that come and go);
-    four numbers a row and column; three tiles. Dense: two B x N matrices of logits and their two gradients, as in
-    open_clip's local loss.
+    In tiles: the images' scaled features and gradient and the texts' gradient (B rows each); with several ranks the
+    gathered texts and their gradient (N rows each); four numbers for each row and column; three tiles. Dense: two
+    B x N matrices of logits and their gradients, as in open_clip's local loss.
 
     Args:
-        batch: B, pairs of one process.
-        world: processes; N = B times as many.
+        batch: B, pairs of one rank.
+        world: number of ranks; N = B * world.
         embed_dim: channels of the features.
-        ring: see :class:`lit_clip.module.LitCLIP`.
     """
     total = batch * world
-    shown = 3 * batch if ring else 0 if world == 1 else 2 * total
-    tile = min(TILE[0], batch) * min(TILE[1], batch if ring else total)
-    return 4 * ((3 * batch + shown) * embed_dim + 4 * (batch + total) + 3 * tile), 4 * 4 * batch * total
+    gathered = 0 if world == 1 else 2 * total
+    tile = min(TILE[0], batch) * min(TILE[1], total)
+    return 4 * ((3 * batch + gathered) * embed_dim + 4 * (batch + total) + 3 * tile), 4 * 4 * batch * total
 
 
 def measure_run(module: Any, trainer: Trainer) -> RunPlan:
-    """Look at a :class:`lit_clip.LitCLIP` and its trainer, whose data module has been set up.
+    """Return the plan of a :class:`lit_clip.LitCLIP` and its trainer, whose data module has been set up.
 
-    Call it before the strategy wraps the module: shards have no sizes.
+    To be called before the strategy wraps the module: the sizes of shards say nothing.
     """
     data: Any = getattr(trainer, "datamodule", None)
     per_epoch = batches_per_epoch(trainer)
@@ -173,8 +170,8 @@ def measure_run(module: Any, trainer: Trainer) -> RunPlan:
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     norms = (layer for layer in model.modules() if isinstance(layer, _BatchNorm))
     return RunPlan(
-        trained=sum(size for size, learns in sizes if learns),
-        frozen=sum(size for size, learns in sizes if not learns),
+        trainable=sum(size for size, trainable in sizes if trainable),
+        frozen=sum(size for size, trainable in sizes if not trainable),
         **dict(zip(TOWERS, tower_work(model), strict=True)),
         embed_dim=model.config.embed_dim,
         batch_norm=any(layer.training for layer in norms),
@@ -182,30 +179,34 @@ def measure_run(module: Any, trainer: Trainer) -> RunPlan:
         nodes=trainer.num_nodes,
         batch=getattr(data, "train_batch_size", None),
         micro_batch=hparams.micro_batch_size,
-        checkpointed=float(hparams.gradient_checkpointing),
+        checkpointed=_checkpointed_share(model),
         steps_per_epoch=per_epoch,
         trial=bool(getattr(trainer, "fast_dev_run", False)),
         steps=None if per_epoch is None else total_steps(trainer),
         pairs=len(source) if (source := getattr(data, "train_source", None)) is not None else None,
-        warmup=hparams.warmup_steps,
-        learning_rate=hparams.learning_rate,
+        warmup=hparams.lr_scheduler["warmup_steps"],
+        learning_rate=hparams.optimizer["lr"],
         pretrained=module.starts_trained,
-        adapters=bool(hparams.lora),
+        lora=bool(hparams.lora),
         accumulated=trainer.accumulate_grad_batches,
         max_steps=trainer.max_steps if trainer.max_steps >= 0 else None,
         max_epochs=trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs >= 0 else None,
         precision=str(trainer.precision),
-        ring=hparams.ring_loss,
     )
 
 
+def _checkpointed_share(model: Any) -> float:
+    blocks = [block for tower in TOWERS for block in tower_blocks(model, tower)]
+    return sum(is_checkpointed(block) for block in blocks) / len(blocks)
+
+
 def tower_work(model: Any) -> tuple[Work, Work]:
-    """The work of both towers, see :func:`lit_clip.models.flops.training_flops`."""
+    """Return the cost of the image and the text encoder."""
     height, width = height_width(model.preprocessing.image_size)
-    inputs = torch.zeros(1, 3, height, width), torch.full((1, model.context_length), 5)  # nobody's padding
+    inputs = torch.zeros(1, 3, height, width), torch.full((1, model.context_length), 5)  # no tokenizer's padding
     flops = [_forward_flops(tower, x) for tower, x in zip((model.visual, model.text_encoder), inputs, strict=True)]
-    learning = [any(p.requires_grad for p in tower_parameters(model, tower).values()) for tower in TOWERS]
-    image, text = (Work(count, learns) for count, learns in zip(flops, learning, strict=True))
+    trainable = [any(p.requires_grad for p in tower_parameters(model, tower).values()) for tower in TOWERS]
+    image, text = (Work(*both) for both in zip(flops, trainable, strict=True))
     return image, text
 
 
@@ -213,25 +214,25 @@ def tower_work(model: Any) -> tuple[Work, Work]:
 def _forward_flops(tower: nn.Module, inputs: Tensor) -> int | None:
     try:
         return tower_flops(tower, inputs)
-    except Exception:  # whatever encoders from elsewhere raise
+    except Exception:  # whatever external encoders raise
         return None
 
 
 def plan_rows(plan: RunPlan) -> list[tuple[str, str]]:
-    """The plan as a table: what, and how much."""
-    rows = [("parameters", f"{plan.trained:,} learn, {plan.frozen:,} are frozen")]
+    """Return the rows of the plan's table."""
+    rows = [("parameters", f"{plan.trainable:,} trainable, {plan.frozen:,} frozen")]
     forward, training = plan.forward_flops, plan.training_flops
     if forward is not None and training is not None:
-        work = f"{_short(forward)} forward, {_short(training)} of training ({plan.passes:g} x); texts of full length"
-        rows.append(("FLOPs a pair", work))
-    rows.append(("weights, gradients, AdamW", f"{_bytes(plan.state_bytes)} on each process that has them whole"))
+        work = f"{_short(forward)} forward, {_short(training)} in training ({plan.passes:g} x); texts of full length"
+        rows.append(("FLOPs per pair", work))
+    rows.append(("weights, gradients, AdamW", f"{_bytes(plan.state_bytes)} on each rank without sharding"))
     if plan.loss_bytes is not None:
         tiled, dense = plan.loss_bytes
-        instead = f" (as a matrix: {_bytes(dense)})" if dense > tiled else ""  # of a small batch it is less
-        rows.append(("memory of the loss", f"{_bytes(tiled)} on each process{instead}"))
-        rows.append(("pairs a step", _pairs_a_step(plan)))
+        instead = f" (as a matrix: {_bytes(dense)})" if dense > tiled else ""  # it is smaller for a small batch
+        rows.append(("memory of the loss", f"{_bytes(tiled)} on each rank{instead}"))
+        rows.append(("pairs per step", _pairs_a_step(plan)))
     if plan.steps is not None:
-        rows.append(("steps", f"{plan.steps:,}, of which {plan.steps_per_epoch:,} an epoch"))
+        rows.append(("steps", f"{plan.steps:,}, {plan.steps_per_epoch:,} per epoch"))
         of_run = "longer than the run" if plan.warmup > plan.steps else f"{plan.warmup / plan.steps:.1%} of the run"
         rows.append(("warm-up", f"{plan.warmup:,} steps, {of_run}"))
     if plan.steps is not None and plan.global_batch is not None:
@@ -242,14 +243,14 @@ def plan_rows(plan: RunPlan) -> list[tuple[str, str]]:
 
 def _pairs_a_step(plan: RunPlan) -> str:
     nodes = f" x {plan.nodes} nodes" if plan.nodes > 1 else ""
-    parts = f", encoded in {plan.parts} parts" if plan.parts > 1 else ""
-    return f"{plan.global_batch:,} = {plan.batch:,} x {plan.devices} processes{nodes}{parts}"
+    parts = f", encoded in {plan.parts} micro-batches" if plan.parts > 1 else ""
+    return f"{plan.global_batch:,} = {plan.batch:,} x {plan.devices} ranks{nodes}{parts}"
 
 
 def _left_out(plan: RunPlan) -> str:
     if plan.pairs is None or not plan.global_batch or plan.steps_per_epoch != plan.pairs // plan.global_batch:
         return ""
-    return f"; {plan.pairs % plan.global_batch:,} of {plan.pairs:,} wait for another epoch"
+    return f"; {plan.pairs % plan.global_batch:,} of {plan.pairs:,} are left out of an epoch"
 
 
 def _short(number: float) -> str:
@@ -269,7 +270,7 @@ def _bytes(number: float) -> str:
 
 
 def contradictions(plan: RunPlan) -> list[str]:
-    """What of a plan cannot be meant, each in a sentence that says what to change."""
+    """Return the contradictions in a plan, each a sentence that says what to change."""
     checks: list[Callable[[RunPlan], str | None]] = [
         _accumulation,
         _warmup,
@@ -294,7 +295,7 @@ def _accumulation(plan: RunPlan) -> str | None:
 def _warmup(plan: RunPlan) -> str | None:
     if plan.steps is None or plan.warmup < plan.steps:
         return None
-    return f"the run has {plan.steps} steps and warm-up takes {plan.warmup}: set --model.warmup_steps lower"
+    return f"the run has {plan.steps} steps and warm-up takes {plan.warmup}: lower --model.lr_scheduler.warmup_steps"
 
 
 def _two_ends(plan: RunPlan) -> str | None:
@@ -316,8 +317,8 @@ def _micro_batch(plan: RunPlan) -> str | None:
     if plan.micro_batch is None or plan.batch is None or plan.micro_batch <= plan.batch:
         return None
     return (
-        f"model.micro_batch_size {plan.micro_batch} is more than the {plan.batch} pairs a step of each process: "
-        "it does nothing"
+        f"model.micro_batch_size {plan.micro_batch} exceeds the {plan.batch} pairs per step of each rank: it "
+        "has no effect"
     )
 
 
@@ -328,27 +329,27 @@ def _few_for_batch_norm(plan: RunPlan) -> str | None:
     if least >= FEW_FOR_BATCH_NORM:
         return None
     return (
-        f"BatchNorm sees {least} pairs at a time, and its statistics are theirs: "
-        f"let batch_size and model.micro_batch_size be at least {FEW_FOR_BATCH_NORM}"
+        f"BatchNorm computes its statistics over {least} pairs: "
+        f"set batch_size and model.micro_batch_size to at least {FEW_FOR_BATCH_NORM}"
     )
 
 
 def _rate(plan: RunPlan) -> str | None:
-    """Far is more than ten times away from what the paper used, whatever the batch.
+    """Warn of a learning rate more than ten times away from the paper's.
 
     From scratch it used 3.6e-4 to 5e-4 at 32,768 pairs (tables 19, 20) and 5e-4 at 2,048 too, so the batch hardly
-    matters; from trained weights 2e-5. Smaller rates are only far off where the batch is as large as that.
+    matters; from pretrained weights 2e-5. Smaller rates are only suspicious with a batch as large as that.
     """
     rate, large = plan.learning_rate, (plan.global_batch or 0) >= 2048
-    if plan.adapters or rate == 0:
+    if plan.lora or rate == 0:
         return None
     low, high = (PAPER_FINE_TUNING_RATE,) * 2 if plan.pretrained else PAPER_RATES
     if rate > FAR * high or (large and not plan.pretrained and rate < low / FAR):
-        start = "from trained weights" if plan.pretrained else "from scratch"
+        start = "from pretrained weights" if plan.pretrained else "from scratch"
         used = f"{low:g}" if low == high else f"{low:g} to {high:g}"
         return (
-            f"model.learning_rate {rate:g} is more than {FAR} times away from the paper's {start}, {used} at "
-            f"{PAPER_BATCH:,} pairs a step"
+            f"model.optimizer.lr {rate:g} is more than {FAR} times away from the paper's {start}, {used} at "
+            f"{PAPER_BATCH:,} pairs per step"
         )
     return None
 
@@ -356,11 +357,11 @@ def _rate(plan: RunPlan) -> str | None:
 def _half_weights(plan: RunPlan) -> str | None:
     if plan.precision not in ("16-true", "bf16-true"):
         return None
-    return f"trainer.precision {plan.precision}: weights of 16 bits lose small updates; use bf16-mixed"
+    return f"trainer.precision {plan.precision}: 16-bit weights lose small updates; use bf16-mixed"
 
 
 def print_plan(plan: RunPlan) -> None:
-    """The table, and under it what contradicts."""
+    """Print the table, and below it the contradictions."""
     table = Table(title="Plan", show_header=False)
     for row in plan_rows(plan):
         table.add_row(*row)

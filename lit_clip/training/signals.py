@@ -1,4 +1,4 @@
-"""Signals of a run: noted in the handler, acted on where all ranks are."""
+"""Signal handlers of a run: they record the signal; ranks act on it at a point that all of them reach."""
 
 import signal
 from typing import Any
@@ -10,16 +10,16 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 
 class Signals(_SignalConnector):
-    """Notes that a signal came, and does nothing else in the handler.
+    """Record signals and do nothing else in the handler.
 
-    Lightning's own handlers broadcast and save inside the handler, at a place where other ranks are not: ranks hang.
-    Outside of ``fit`` there is nothing to save, and a signal ends the process at once, as it does any other program.
+    Lightning's own handlers broadcast and save inside the handler, at a point that other ranks have not reached, and
+    ranks hang. Outside ``fit`` there is nothing to save, and a signal ends the process as it does any other program.
     """
 
     def __init__(self, trainer: Trainer) -> None:
         super().__init__(trainer)
-        self.noted = 0  # the number of the signal that this process got
-        self.agreed = 0  # the one that all ranks know of
+        self.noted = 0  # number of the signal that this process got
+        self.agreed = 0  # number of the signal that all ranks agreed on
 
     def register_signal_handlers(self) -> None:
         self.received_sigterm = False
@@ -33,21 +33,22 @@ class Signals(_SignalConnector):
 
     @property
     def requeue_signal(self) -> signal.Signals | None:
-        """The signal after which the job is put back into SLURM's queue."""
+        """The signal that puts the job back into SLURM's queue; None without requeueing."""
         environment = self.trainer._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             return environment.requeue_signal
         return None
 
     def requeue(self) -> None:
-        """Save where Lightning looks first when the job runs again, and put it back into the queue."""
+        """Save where Lightning looks first when the job runs again, and put the job back into the queue."""
         self._slurm_sigusr_handler_fn(self.agreed, None)  # pyright: ignore[reportArgumentType]  # it needs no frame
 
     def teardown(self) -> None:
-        if not self.agreed:  # else this process is about to end, and a second signal must not change how
+        if not self.agreed:  # otherwise this process is about to end, and a second signal must not change how
             super().teardown()
 
 
-def _signals(trainer: Trainer) -> Signals:
+def signals_of(trainer: Trainer) -> Signals:
+    """Return the trainer's signal handlers."""
     connector: Any = trainer._signal_connector
     return connector

@@ -1,4 +1,4 @@
-"""What the terminal shows at the end of a run."""
+"""Tables and lines that the terminal shows around a run."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -13,12 +13,12 @@ from torch import Tensor
 def metrics_table(
     metrics: Mapping[str, Tensor], baselines: Mapping[str, float], before: Mapping[str, float] | None = None
 ) -> Table:
-    """Validation metrics, with the baseline beside those that have such a baseline.
+    """Return a table of validation metrics, with the baseline of those that have one.
 
     Args:
-        metrics: what was logged.
-        baselines: the baseline.
-        before: what was logged before training; adds that column and the change.
+        metrics: the logged metrics.
+        baselines: baselines by metric.
+        before: metrics before training; adds two columns, the value before and the change.
     """
     table = Table(title="Results")
     table.add_column("metric")
@@ -41,20 +41,20 @@ def metrics_table(
 def print_summary(
     metrics: Mapping[str, Tensor], baselines: Mapping[str, float], before: Mapping[str, float] | None = None
 ) -> None:
-    """Print the table if there is anything to tell."""
+    """Print :func:`metrics_table` unless it is empty."""
     table = metrics_table(metrics, baselines, before)
     if table.row_count:
         Console().print(table)
 
 
 def print_parameter_groups(groups: Sequence[Mapping[str, Any]], frozen: int) -> None:
-    """What learns and how fast.
+    """Print the optimiser's parameter groups.
 
     Args:
         groups: the optimiser's.
-        frozen: how many parameters do not learn.
+        frozen: number of frozen parameters.
     """
-    table = Table(title="What learns")
+    table = Table(title="Parameter groups")
     table.add_column("group")
     for column in ("parameters", "learning rate", "weight decay"):
         table.add_column(column, justify="right")
@@ -67,7 +67,7 @@ def print_parameter_groups(groups: Sequence[Mapping[str, Any]], frozen: int) -> 
 
 
 def print_next_steps(checkpoint: Path, log_dir: str | None) -> None:
-    """Where the run's results are and how to look at them again."""
+    """Print where a run's results are and how to look at them again."""
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"checkpoint: {_shown(checkpoint)}")
     if log_dir:
@@ -80,7 +80,7 @@ def print_next_steps(checkpoint: Path, log_dir: str | None) -> None:
 
 
 def resume_command(checkpoint: Path, log_dir: str | None) -> str:
-    """What to type to go on from a checkpoint of a run that was ended."""
+    """Return the command that resumes a run from a checkpoint."""
     config = Path(log_dir, "fit_config.yaml") if log_dir else None
     if config is None or not config.exists():
         return f"the same command and {shlex.join(['--ckpt_path', str(_shown(checkpoint))])}"

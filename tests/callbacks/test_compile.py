@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
+from callbacks import ActivationCheckpointing, Compile
 from callbacks.compile import compile_blocks
 from lit_clip import LitCLIP, load_model
 from lit_clip.batch import CaptionBatch
@@ -87,10 +89,10 @@ def test_training_and_validation_of_any_length_stay_compiled() -> None:
 
 def test_with_checkpointing_a_norm_of_the_batch_is_refused() -> None:
     resnet = replace(CONFIG, image=ResNetConfig((1, 1, 1, 1), 16, 32))
-    with pytest.raises(InputError, match=r"model\.compile: not together with model\.gradient_checkpointing where"):
-        LitCLIP(resnet, gradient_checkpointing=True, compile=True)
-    LitCLIP(resnet, gradient_checkpointing=True)
-    LitCLIP(CONFIG, gradient_checkpointing=True, compile=True)
+    both: list[Callback] = [Compile(), ActivationCheckpointing()]
+    with pytest.raises(InputError, match=r"callbacks\.Compile: cannot keep BatchNorm's statistics"):
+        both[0].setup(Trainer(callbacks=both, logger=False), LitCLIP(resnet), "fit")
+    both[0].setup(Trainer(callbacks=both, logger=False), LitCLIP(CONFIG), "fit")
 
 
 def test_few_lengths_are_multiples_up_to_the_context() -> None:
@@ -101,17 +103,22 @@ def test_few_lengths_are_multiples_up_to_the_context() -> None:
 def test_fit_with_compile_ends_with_the_weights_of_a_plain_one_and_either_goes_on_from_the_other(
     caption_table: Path, tmp_path: Path
 ) -> None:
-    from lightning.pytorch import Trainer, seed_everything
+    from lightning.pytorch import seed_everything
 
     from datamodules import Captions
 
     def run(name: str, compile: bool, steps: int, start: Path | None = None) -> Path:
         seed_everything(0)
-        module = LitCLIP(CLIPConfig(16, CONFIG.image, TextTransformerConfig(40, 49408, 32, 2, 1)), compile=compile)
+        module = LitCLIP(CLIPConfig(16, CONFIG.image, TextTransformerConfig(40, 49408, 32, 2, 1)))
         table, told = str(caption_table), {"preprocessing": module.preprocessing, "tokenize": module.tokenize}
         data = Captions(table, table, batch_size=4, num_workers=0, **told)  # type: ignore[arg-type]
         trainer = Trainer(
-            accelerator="cpu", max_steps=steps, logger=False, enable_progress_bar=False, default_root_dir=tmp_path
+            callbacks=[Compile()] if compile else [],
+            accelerator="cpu",
+            max_steps=steps,
+            logger=False,
+            enable_progress_bar=False,
+            default_root_dir=tmp_path,
         )
         trainer.fit(module, data, ckpt_path=start, weights_only=True)
         path = tmp_path / f"{name}.ckpt"

@@ -15,6 +15,7 @@ from callbacks import EMA
 from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig
 from lit_clip.module import LitCLIP
+from lit_clip.training.optim import AdamWSettings, WarmupCosineSettings
 from tests.test_module import data_for, trainer
 
 DECAY = 0.6
@@ -46,7 +47,10 @@ def fit(
     config: CLIPConfig, table: Path, folder: Path, *callbacks: Callback, ckpt_path: Path | None = None, **options: Any
 ) -> tuple[LitCLIP, Recorder, Any]:
     torch.manual_seed(0)
-    module, recorder = LitCLIP(config, learning_rate=0.01, warmup_steps=1), Recorder()
+    module, recorder = (
+        LitCLIP(config, optimizer=AdamWSettings(lr=0.01), lr_scheduler=WarmupCosineSettings(1)),
+        Recorder(),
+    )
     # The recorder is behind the average in the list, where Lightning's own callback would show it the weights.
     fitting = trainer(folder, callbacks=[*callbacks, recorder], **{"max_epochs": 2, **options})
     fitting.fit(module, data_for(module, table), ckpt_path=ckpt_path)
@@ -134,7 +138,7 @@ def test_an_error_leaves_the_weights_in_place(tiny_config: CLIPConfig, caption_t
 
     keep = ModelCheckpoint(tmp_path, "failed", save_on_exception=True, save_top_k=0)
     torch.manual_seed(0)
-    module, recorder = LitCLIP(tiny_config, warmup_steps=1), Recorder()
+    module, recorder = LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(1)), Recorder()
     fitting = trainer(tmp_path, max_epochs=2, callbacks=[EMA(DECAY), recorder, Fails(), keep])
     with pytest.raises(RuntimeError, match="stop here"):
         fitting.fit(module, data_for(module, caption_table))

@@ -21,6 +21,7 @@ from lit_clip.errors import InputError
 from lit_clip.losses.contrastive import sigmoid_loss
 from lit_clip.models.config import CLIPConfig
 from lit_clip.module import LitCLIP
+from lit_clip.training.optim import AdamWSettings, WarmupCosineSettings
 from tests.test_module import data_for, trainer
 
 
@@ -84,7 +85,14 @@ def test_logged_norms_are_those_before_clipping_and_without_the_factor_of_16_mix
     if scale > 1:  # as on a GPU; named alone, Lightning would take bf16-mixed on a CPU instead
         options["plugins"] = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))]
     norms = Norms()
-    run(LitCLIP(tiny_config, warmup_steps=1), caption_table, tmp_path, TrainingMonitor(), callbacks=[norms], **options)
+    run(
+        LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(1)),
+        caption_table,
+        tmp_path,
+        TrainingMonitor(),
+        callbacks=[norms],
+        **options,
+    )
     assert logged(tmp_path, "train/text_gradient_norm") == pytest.approx([norm / scale for norm in norms.text])
     assert min(norms.text) / scale > 0.1
     assert len(logged(tmp_path, "train/image_gradient_norm")) == 4
@@ -103,7 +111,7 @@ def test_the_loss_of_baseline_is_the_least_that_equal_features_reach(pairs: int)
 
 
 def test_a_run_that_does_not_learn_says_so_once(tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path) -> None:
-    module = LitCLIP(tiny_config, learning_rate=0.0, warmup_steps=2)
+    module = LitCLIP(tiny_config, optimizer=AdamWSettings(lr=0.0), lr_scheduler=WarmupCosineSettings(2))
     with torch.no_grad():
         module.model.visual.proj.fill_(0.0)  # all images look alike
     (message,) = run(module, caption_table, tmp_path, TrainingMonitor(stuck_steps=4))
@@ -115,7 +123,9 @@ def test_a_run_that_does_not_learn_says_so_once(tiny_config: CLIPConfig, caption
 def test_the_sigmoid_loss_has_a_prediction_of_its_own(
     tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
-    module = LitCLIP(replace(tiny_config, logit_bias=True), learning_rate=0.0, warmup_steps=0)
+    module = LitCLIP(
+        replace(tiny_config, logit_bias=True), optimizer=AdamWSettings(lr=0.0), lr_scheduler=WarmupCosineSettings(0)
+    )
     assert module.model.logit_bias is not None
     with torch.no_grad():
         module.model.visual.proj.fill_(0.0)
@@ -131,7 +141,7 @@ def test_a_model_that_has_learnt_and_one_in_warm_up_say_nothing(
     learnt = LitCLIP.load_from_checkpoint(checkpoint, learning_rate=1e-5, warmup_steps=0)
     assert run(learnt, table, tmp_path / "learnt", TrainingMonitor(stuck_steps=4)) == []
     assert max(logged(tmp_path / "learnt", "train/loss")) < 0.9 * math.log(16)
-    warming = LitCLIP(tiny_config, learning_rate=0.0, warmup_steps=12)
+    warming = LitCLIP(tiny_config, optimizer=AdamWSettings(lr=0.0), lr_scheduler=WarmupCosineSettings(12))
     assert run(warming, caption_table, tmp_path / "warming", TrainingMonitor(stuck_steps=1)) == []
 
 

@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 
-from callbacks import EMA
+from callbacks import EMA, NonFiniteSteps
 from callbacks.non_finite import MOST_IN_A_ROW
 from datamodules import Captions
 from lit_clip.batch import CaptionBatch
@@ -27,7 +27,7 @@ from lit_clip.losses.contrastive import contrastive_loss
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, ResNetConfig, TextTransformerConfig
 from lit_clip.module import LitCLIP
-from lit_clip.training.optim import decay_groups, warmup_cosine
+from lit_clip.training.optim import AdamWSettings, WarmupCosineSettings, decay_groups, warmup_cosine
 from tests.conftest import ROOT
 from tests.helpers import forks
 from tests.helpers.ranks_stability import BrokenGradient, BrokenImage
@@ -107,6 +107,9 @@ def assert_same_weights(ours: dict[str, Tensor], expected: dict[str, Tensor]) ->
         assert ((ours[key] - value).abs() > 1e-4).float().mean() < 1e-3, key  # Adam makes much of a tiny gradient
 
 
+SKIP = "--trainer.callbacks+={class_path: callbacks.NonFiniteSteps, init_args: {policy: skip}}"
+
+
 def callback(name: str, **arguments: Any) -> str:
     values = {"class_path": f"tests.helpers.ranks_stability.{name}", "init_args": arguments}
     return "--trainer.callbacks+=" + json.dumps(values)
@@ -117,7 +120,7 @@ def test_two_ranks_leave_out_the_steps_that_are_broken_on_one(
 ) -> None:
     key = key_of_step(caption_table, tiny_config, 1)
     options = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.log_every_n_steps", "1"]
-    options += ["--data.batch_size", "8", "--trainer.max_epochs", "2", "--model.non_finite", "skip"]
+    options += ["--data.batch_size", "8", "--trainer.max_epochs", "2", SKIP]
     options += ["--trainer.precision", "32-true"]  # a new interpreter would compute as it likes
     options += [callback("BrokenImage", keys=[key], folder="."), callback("BrokenGradient", step=3, rank=1)]
     # A quarter of a minute alone; with six programs on two cores it has taken two.
@@ -143,14 +146,14 @@ def test_two_ranks_leave_out_the_steps_that_are_broken_on_one(
     ]
     (_, batch) = list(batches(caption_table, tiny_config))[3]
     assert sorted(key for line in gradients for key in line["keys"]) == sorted(batch.keys)
-    assert result.stderr.count("step 1 is left out: the loss is nan") == 1
-    assert result.stderr.count("step 3 is left out: a gradient is not finite") == 1
+    assert result.stderr.count("step 1 is skipped: the loss is nan") == 1
+    assert result.stderr.count("step 3 is skipped: a gradient is not finite") == 1
     (path,) = tmp_path.rglob("metrics.csv")
     with path.open() as file:
         counts = [float(row["train/non_finite_steps"]) for row in csv.DictReader(file) if row["train/non_finite_steps"]]
     assert counts == [sum(step <= now for step in steps) for now in range(8)]
     (saved,) = tmp_path.rglob("*.ckpt")
-    assert torch.load(saved, weights_only=True)["non_finite_steps"] == 3
+    assert torch.load(saved, weights_only=True)["callbacks"]["NonFiniteSteps"] == {"steps": 3}
 
 
 def test_both_ranks_stop_with_the_same_message_and_the_weights_from_before(
@@ -173,7 +176,7 @@ def test_both_ranks_stop_with_the_same_message_and_the_weights_from_before(
     assert len(one) == 1
     assert "training stopped at step 2: the loss is nan" in one[0]
     assert key in one[0]
-    assert "--model.non_finite skip" in one[0]
+    assert "callbacks.NonFiniteSteps with policy: skip" in one[0]
     (found,) = findings(tmp_path)
     assert (found["step"], found["keys"], found["reason"]) == (2, [key], "loss")
     first, *last = (torch.load(tmp_path / f"{name}.pt") for name in ("first_0", "last_0", "last_1"))
@@ -227,10 +230,13 @@ def test_nothing_of_a_step_that_is_left_out_remains(
     """Weights, BatchNorm's statistics, AdamW's moments and its count of steps."""
     if options.get("precision") == "16-mixed":
         options = {"plugins": [scaled()]}
-    module, states = LitCLIP(WITH_BATCH_NORM, warmup_steps=0, learning_rate=1e-3, non_finite="skip"), States()
-    callbacks = [states, BrokenImage([key_of_step(caption_table, WITH_BATCH_NORM, 2)])]
+    module, states = (
+        LitCLIP(WITH_BATCH_NORM, optimizer=AdamWSettings(lr=1e-3), lr_scheduler=WarmupCosineSettings(0)),
+        States(),
+    )
+    callbacks = [states, BrokenImage([key_of_step(caption_table, WITH_BATCH_NORM, 2)]), NonFiniteSteps("skip")]
     fitting = trainer(tmp_path, max_epochs=1, limit_val_batches=0, callbacks=callbacks, **options)
-    with pytest.warns(UserWarning, match="step 2 is left out: the loss is nan"):
+    with pytest.warns(UserWarning, match="step 2 is skipped: the loss is nan"):
         fitting.fit(module, data_for(module, caption_table))
     assert changed(*states.seen[2:4]) == set()
     moved = changed(*states.seen[3:5])
@@ -242,10 +248,16 @@ def test_nothing_of_a_step_that_is_left_out_remains(
 def test_a_gradient_that_is_not_finite_is_left_out_with_all_keys_of_the_step(
     tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
-    module, states = LitCLIP(tiny_config, warmup_steps=0, non_finite="skip", micro_batch_size=4), States()
-    options: dict[str, Any] = {"logger": CSVLogger(tmp_path), "callbacks": [states, BrokenGradient(1)]}
+    module, states = (
+        LitCLIP(tiny_config, micro_batch_size=4, lr_scheduler=WarmupCosineSettings(0)),
+        States(),
+    )
+    options: dict[str, Any] = {
+        "logger": CSVLogger(tmp_path),
+        "callbacks": [states, BrokenGradient(1), NonFiniteSteps("skip")],
+    }
     fitting = trainer(tmp_path, max_epochs=1, limit_val_batches=0, **options)
-    with pytest.warns(UserWarning, match="step 1 is left out: a gradient is not finite"):
+    with pytest.warns(UserWarning, match="step 1 is skipped: a gradient is not finite"):
         fitting.fit(module, data_for(module, caption_table))
     assert changed(*states.seen[1:3]) == set()
     (found,) = findings(tmp_path)
@@ -258,23 +270,28 @@ def test_a_gradient_that_is_not_finite_is_left_out_with_all_keys_of_the_step(
 def test_gradients_that_overflow_under_a_gradient_scaler_are_its_business(
     tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
-    module, states = LitCLIP(tiny_config, warmup_steps=0, non_finite="stop"), States()
-    precision = scaled()
-    options: dict[str, Any] = {"plugins": [precision], "callbacks": [states, BrokenGradient(1)]}
+    module, states = LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(0)), States()
+    precision, non_finite = scaled(), NonFiniteSteps()
+    options: dict[str, Any] = {"plugins": [precision], "callbacks": [states, BrokenGradient(1), non_finite]}
     trainer(tmp_path, max_epochs=1, limit_val_batches=0, **options).fit(module, data_for(module, caption_table))
     assert precision.scaler is not None
     assert precision.scaler.get_scale() == 2.0**9  # halved once: it left that step out itself
     assert changed(*states.seen[1:3]) == set()
     assert changed(*states.seen[2:4])
-    assert module._finite.steps == 0
+    assert non_finite.steps == 0
 
 
 def test_the_count_goes_on_in_a_resumed_run(tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path) -> None:
     key, counts = key_of_step(caption_table, tiny_config, 1), []
     for epochs, path in ((1, None), (2, tmp_path / "last.ckpt")):
-        module = LitCLIP(tiny_config, warmup_steps=0, non_finite="skip")
+        module = LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(0))
         keep = ModelCheckpoint(tmp_path, "last", enable_version_counter=False)
-        fitting = trainer(tmp_path, max_epochs=epochs, limit_val_batches=0, callbacks=[keep, BrokenImage([key])])
+        fitting = trainer(
+            tmp_path,
+            max_epochs=epochs,
+            limit_val_batches=0,
+            callbacks=[keep, BrokenImage([key]), NonFiniteSteps("skip")],
+        )
         with pytest.warns(UserWarning, match=f"{epochs} such steps so far"):
             fitting.fit(module, data_for(module, caption_table), ckpt_path=path)
         counts.append(float(fitting.callback_metrics["train/non_finite_steps"]))
@@ -284,17 +301,17 @@ def test_the_count_goes_on_in_a_resumed_run(tiny_config: CLIPConfig, caption_tab
 def test_weights_that_never_give_a_finite_loss_stop_even_a_run_that_skips(
     tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
-    module = LitCLIP(tiny_config, non_finite="skip")
+    module = LitCLIP(tiny_config)
     with torch.no_grad():
         module.model.visual.proj.fill_(torch.nan)
-    fitting = trainer(tmp_path, max_epochs=99, limit_val_batches=0)
+    fitting = trainer(tmp_path, max_epochs=99, limit_val_batches=0, callbacks=[NonFiniteSteps("skip")])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        with pytest.raises(InputError, match="so were 100 steps in a row: go on from a checkpoint before them"):
+        with pytest.raises(InputError, match="so were 100 steps in a row: resume from a checkpoint before them"):
             fitting.fit(module, data_for(module, caption_table, batch_size=4))
     assert MOST_IN_A_ROW == 100
     assert fitting.global_step == 99
-    said = [str(warning.message) for warning in caught if "is left out" in str(warning.message)]
+    said = [str(warning.message) for warning in caught if "is skipped" in str(warning.message)]
     assert [line.split()[1] for line in said] == ["0", "1", "3", "7", "15", "31", "63"]  # the 1st, 2nd, 4th, ...
 
 
@@ -304,7 +321,7 @@ def test_without_a_logger_the_message_alone_names_the_first_pairs(
     module = LitCLIP(tiny_config)
     (_, batch), *_ = batches(caption_table, tiny_config)
     with pytest.raises(InputError) as caught:
-        trainer(tmp_path, max_epochs=1, callbacks=[BrokenImage(None)], num_sanity_val_steps=0).fit(
+        trainer(tmp_path, max_epochs=1, callbacks=[BrokenImage(None), NonFiniteSteps()], num_sanity_val_steps=0).fit(
             module, data_for(module, caption_table)
         )
     assert f"(pairs with such features: {', '.join(batch.keys[:3])} and 13 more)" in str(caught.value)
@@ -314,19 +331,21 @@ def test_without_a_logger_the_message_alone_names_the_first_pairs(
 def test_a_file_that_cannot_be_written_does_not_end_the_run(
     tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
-    module, logger = LitCLIP(tiny_config, non_finite="skip"), CSVLogger(tmp_path)
+    module, logger = LitCLIP(tiny_config), CSVLogger(tmp_path)
     (Path(logger.log_dir) / "non_finite.jsonl").mkdir(parents=True)
     broken = BrokenImage([key_of_step(caption_table, tiny_config, 1)])
-    fitting = trainer(tmp_path, max_epochs=1, limit_val_batches=0, callbacks=[broken], logger=logger)
-    with pytest.warns(UserWarning, match="the keys of step 1 could not be written"):
+    fitting = trainer(
+        tmp_path, max_epochs=1, limit_val_batches=0, callbacks=[broken, NonFiniteSteps("skip")], logger=logger
+    )
+    with pytest.warns(UserWarning, match="the keys of step 1 are lost"):
         fitting.fit(module, data_for(module, caption_table))
     assert fitting.global_step == 4
 
 
 def test_the_moving_average_stays_finite(tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path) -> None:
-    module = LitCLIP(tiny_config, warmup_steps=0, non_finite="skip")
+    module = LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(0))
     broken = BrokenImage([key_of_step(caption_table, tiny_config, 0)])
-    fitting = trainer(tmp_path, max_epochs=1, limit_val_batches=0, callbacks=[EMA(0.5), broken])
+    fitting = trainer(tmp_path, max_epochs=1, limit_val_batches=0, callbacks=[EMA(0.5), broken, NonFiniteSteps("skip")])
     fitting.fit(module, data_for(module, caption_table))
     fitting.save_checkpoint(tmp_path / "average.ckpt")
     checkpoint = torch.load(tmp_path / "average.ckpt", weights_only=True)
@@ -344,10 +363,10 @@ def test_weights_in_half_precision_are_not_trained(
         fitting.fit(module, data_for(module, caption_table))
 
 
-def test_an_unknown_policy_is_refused(tiny_config: CLIPConfig) -> None:
+def test_an_unknown_policy_is_refused() -> None:
     policy: Any = "ignore"
-    with pytest.raises(InputError, match=r"model.non_finite: 'ignore' is neither stop nor skip"):
-        LitCLIP(tiny_config, non_finite=policy)
+    with pytest.raises(InputError, match=r"NonFiniteSteps.policy: 'ignore' must be 'stop' or 'skip'"):
+        NonFiniteSteps(policy)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -355,10 +374,13 @@ def test_an_unknown_policy_is_refused(tiny_config: CLIPConfig) -> None:
 def test_a_step_is_left_out_on_a_cuda_device_in_every_precision(
     precision: Any, caption_table: Path, tmp_path: Path
 ) -> None:
-    module, states = LitCLIP(WITH_BATCH_NORM, warmup_steps=0, learning_rate=1e-3, non_finite="skip"), States()
-    callbacks = [states, BrokenImage([key_of_step(caption_table, WITH_BATCH_NORM, 2)])]
+    module, states = (
+        LitCLIP(WITH_BATCH_NORM, optimizer=AdamWSettings(lr=1e-3), lr_scheduler=WarmupCosineSettings(0)),
+        States(),
+    )
+    callbacks = [states, BrokenImage([key_of_step(caption_table, WITH_BATCH_NORM, 2)]), NonFiniteSteps("skip")]
     options: dict[str, Any] = {"accelerator": "gpu", "devices": 1, "precision": precision, "callbacks": callbacks}
     trainer(tmp_path, max_epochs=1, limit_val_batches=0, **options).fit(module, data_for(module, caption_table))
     assert changed(*states.seen[2:4]) == set()
     assert changed(*states.seen[3:5])
-    assert module._finite.steps == 1
+    assert callbacks[2].steps == 1

@@ -1,24 +1,33 @@
-"""FLIP: a training step leaves patches out; everything else sees whole images."""
+"""Patch dropout (FLIP): training steps see part of the patches, everything else sees whole images."""
 
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 
+from callbacks import PatchDropout
 from lit_clip import LitCLIP
 from lit_clip.batch import CaptionBatch
 from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig, ResNetConfig, TextTransformerConfig, VisionTransformerConfig
 from lit_clip.models.finetuning import Freeze
 from lit_clip.models.flops import training_flops
+from lit_clip.training.activation_checkpointing import checkpoint_encoders
 
 TEXT = TextTransformerConfig(context_length=8, vocab_size=50, width=16, layers=1, heads=1)
 CONFIG = CLIPConfig(16, VisionTransformerConfig(image_size=32, patch_size=8, width=16, layers=2, heads=1), TEXT)
 
 
+def lit_clip(share: float, **options: Any) -> LitCLIP:
+    module = LitCLIP(CONFIG, **options)
+    PatchDropout(share).setup(Trainer(logger=False), module, "fit")
+    return module
+
+
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """What enters the blocks, ``[B, L, W]``, and it is 100 x the place in every channel."""
+    """Inputs of the blocks, ``[B, L, W]``: 100 x the position in every channel."""
     found: list[torch.Tensor] = []
     from lit_clip.models.transformer import Transformer
 
@@ -34,7 +43,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
 
 
 def placed(module: LitCLIP) -> LitCLIP:
-    """Each token of an image is its place, 100 for the first patch."""
+    """Make each token of an image its position, 100 for the first patch."""
     visual: Any = module.model.visual
     with torch.no_grad():
         visual.conv1.weight.zero_()
@@ -44,8 +53,8 @@ def placed(module: LitCLIP) -> LitCLIP:
     return module
 
 
-def test_each_image_keeps_its_class_token_and_other_patches_each_time(seen: list[torch.Tensor]) -> None:
-    visual = placed(LitCLIP(CONFIG, patch_dropout=0.75)).model.visual
+def test_each_image_keeps_its_class_token_and_draws_other_patches_each_time(seen: list[torch.Tensor]) -> None:
+    visual = placed(lit_clip(0.75)).model.visual
     images = torch.zeros(64, 3, 32, 32)
     torch.manual_seed(0)
     visual(images), visual(images)
@@ -62,19 +71,21 @@ def test_each_image_keeps_its_class_token_and_other_patches_each_time(seen: list
 
 
 def test_evaluation_sees_all_patches(seen: list[torch.Tensor]) -> None:
-    module = placed(LitCLIP(CONFIG, patch_dropout=0.75)).eval()
+    module = placed(lit_clip(0.75)).eval()
     module.model.visual(torch.zeros(2, 3, 32, 32))
     assert (seen[0][0, :, 0] / 100).round().tolist() == list(range(17))
 
 
-def test_parts_of_a_batch_are_computed_again_with_the_same_patches() -> None:
-    """Micro-batches run twice; with other patches the second time their gradients would be of another loss."""
+def test_micro_batches_and_checkpointed_blocks_are_computed_again_with_the_same_patches() -> None:
+    """With other patches the second time, gradients would belong to another loss."""
     tokens = torch.randint(1, 49, (6, 8), generator=torch.Generator().manual_seed(0))
     images = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     gradients = []
-    for options in ({}, {"micro_batch_size": 6}, {"gradient_checkpointing": True}):
+    for size, checkpointed in ((None, False), (6, False), (None, True)):
         torch.manual_seed(0)
-        module = LitCLIP(CONFIG, patch_dropout=0.5, **options)  # type: ignore[arg-type]
+        module = lit_clip(0.5, micro_batch_size=size)
+        if checkpointed:
+            checkpoint_encoders(module.model)
         torch.manual_seed(1)
         module.training_step(CaptionBatch(images, tokens, list("abcdef")), 0).backward()
         gradients.append({name: p.grad for name, p in module.named_parameters()})
@@ -82,9 +93,9 @@ def test_parts_of_a_batch_are_computed_again_with_the_same_patches() -> None:
     torch.testing.assert_close(gradients[2], gradients[0])
 
 
-def test_patches_that_are_left_out_are_no_work() -> None:
+def test_dropped_patches_are_not_counted_as_flops() -> None:
     """Blocks see 5 of 17 tokens; patches are embedded before the choice."""
-    whole, some = (training_flops(LitCLIP(CONFIG, patch_dropout=share).model) for share in (0.0, 0.75))
+    whole, some = (training_flops(lit_clip(share).model) for share in (0.0, 0.75))
     assert whole is not None
     assert some is not None
     assert some.text == whole.text
@@ -92,16 +103,14 @@ def test_patches_that_are_left_out_are_no_work() -> None:
     assert 0.2 < (some.image - embedding) / (whole.image - embedding) < 5 / 17 + 0.02
 
 
-def test_a_frozen_encoder_leaves_out_no_patches_and_costs_them() -> None:
-    frozen = [
-        training_flops(LitCLIP(CONFIG, patch_dropout=share, freeze=Freeze(image="all")).model) for share in (0, 0.5)
-    ]
+def test_a_frozen_encoder_drops_no_patches() -> None:
+    frozen = [training_flops(lit_clip(share, freeze=Freeze(image="all")).model) for share in (0, 0.5)]
     assert frozen[0] == frozen[1] is not None
 
 
-def test_a_model_that_has_no_patches_says_so() -> None:
+def test_a_model_without_patches_is_refused() -> None:
     resnet = CLIPConfig(16, ResNetConfig((1, 1, 1, 1), 16, 32), TEXT)
-    with pytest.raises(InputError, match=r"model\.patch_dropout: ModifiedResNet has no patches"):
-        LitCLIP(resnet, patch_dropout=0.5)
-    with pytest.raises(InputError, match=r"model\.patch_dropout: 1\.0 must be at least 0 and below 1"):
-        LitCLIP(CONFIG, patch_dropout=1.0)
+    with pytest.raises(InputError, match=r"callbacks\.PatchDropout: ModifiedResNet has no patches"):
+        PatchDropout(0.5).setup(Trainer(logger=False), LitCLIP(resnet), "fit")
+    with pytest.raises(InputError, match=r"PatchDropout\.share: 1\.0 must be at least 0 and below 1"):
+        PatchDropout(1.0)

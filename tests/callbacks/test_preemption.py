@@ -26,6 +26,7 @@ from callbacks.preemption import Preemption
 from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig
 from lit_clip.module import LitCLIP
+from lit_clip.training.optim import AdamWSettings, WarmupCosineSettings
 from tests.conftest import ROOT, TINY_YAML, lit_clip_command
 from tests.test_module import data_for, trainer
 
@@ -82,7 +83,10 @@ def stopped_fit(
     config: CLIPConfig, table: Path, folder: Path, *callbacks: Callback, ckpt_path: Path | None = None, **options: Any
 ) -> tuple[SystemExit, Recorder]:
     """A run that a signal must end: how it ended, and what happened. Epochs have 4 steps, validations 4 batches."""
-    module, recorder = LitCLIP(config, learning_rate=0.01, warmup_steps=1), Recorder()
+    module, recorder = (
+        LitCLIP(config, optimizer=AdamWSettings(lr=0.01), lr_scheduler=WarmupCosineSettings(1)),
+        Recorder(),
+    )
     settings = {"max_epochs": 3, "callbacks": [Preemption(), recorder, *callbacks], **options}
     with pytest.raises(SystemExit) as stopped:
         trainer(folder, **settings).fit(module, data_for(module, table), ckpt_path=ckpt_path)
@@ -183,7 +187,10 @@ def test_a_validation_that_was_cut_short_is_what_the_run_goes_on_with(
 ) -> None:
     def fit(name: str, *more: Callback, ckpt_path: Path | None = None) -> list[tuple[Any, ...]]:
         torch.manual_seed(0)
-        module, diary = LitCLIP(tiny_config, learning_rate=0.01, warmup_steps=1), Diary()
+        module, diary = (
+            LitCLIP(tiny_config, optimizer=AdamWSettings(lr=0.01), lr_scheduler=WarmupCosineSettings(1)),
+            Diary(),
+        )
         best = ModelCheckpoint(tmp_path / name, "best", monitor="val/loss", save_last=True)
         callbacks = [Preemption(), diary, *([EMA(decay=0.25)] if average else []), *more, best]
         settings = {"max_epochs": 3, "num_sanity_val_steps": 0, "limit_train_batches": 2, "callbacks": callbacks}
@@ -217,7 +224,7 @@ def test_before_the_first_step_there_is_nothing_to_save(
 
 @pytest.mark.usefixtures("_handlers")
 def test_ranks_may_compare_notes_less_often(tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path) -> None:
-    recorder, module = Recorder(), LitCLIP(tiny_config, warmup_steps=1)
+    recorder, module = Recorder(), LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(1))
     callbacks = [Preemption(every_n_steps=3), recorder, SignalAt("on_before_optimizer_step"), keeper(tmp_path)]
     with pytest.raises(SystemExit):
         trainer(tmp_path, max_epochs=2, callbacks=callbacks).fit(module, data_for(module, caption_table))
@@ -293,7 +300,7 @@ def test_a_checkpoint_that_is_not_whole_replaces_nothing_and_is_an_error(
     """Lightning says nothing of a file that it could not write (footgun L19)."""
     run = tiny_config, caption_table, tmp_path
     stopped_fit(*run, SignalAt("on_before_optimizer_step", 1), keeper(tmp_path))
-    module = LitCLIP(tiny_config, warmup_steps=1)
+    module = LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(1))
     callbacks = [Preemption(), SignalAt("on_before_optimizer_step", 1), keeper(tmp_path)]
     fitting = trainer(tmp_path, max_epochs=2, callbacks=callbacks, plugins=[FullDisk()])
     with pytest.raises(InputError, match=r"last\.ckpt: could not be written"):
@@ -325,7 +332,14 @@ class Run:
         command = [
             *(str(Path(sys.executable).parent / "lit-clip"), "fit", "--data", "datamodules.Captions"),
             *("--data.train", str(table), "--data.val", str(val or table), "--data.batch_size", "8"),
-            *("--model.architecture", TINY_YAML, "--model.warmup_steps", "2", "--trainer.max_steps", "100000"),
+            *(
+                "--model.architecture",
+                TINY_YAML,
+                "--model.lr_scheduler.warmup_steps",
+                "2",
+                "--trainer.max_steps",
+                "100000",
+            ),
             *("--trainer.max_time", "00:00:05:00", "--trainer.accelerator", "cpu", "--trainer.devices", str(devices)),
             *("--trainer.strategy", "auto" if devices == 1 else "ddp", "--trainer.enable_progress_bar", "false"),
             *("--trainer.logger.class_path", "lightning.pytorch.loggers.CSVLogger", "--trainer.log_every_n_steps", "1"),

@@ -31,6 +31,8 @@ from lit_clip.models.flops import PairFlops, matmul_peak, measure, training_flop
 from lit_clip.models.lora import LoRA
 from lit_clip.models.transformer import VisionTransformer
 from lit_clip.module import LitCLIP
+from lit_clip.training.activation_checkpointing import checkpoint_encoders
+from lit_clip.training.optim import WarmupCosineSettings
 from lit_clip.training.plan import tower_work
 from lit_clip.weights.load import create_model
 from tests.helpers.small_sets import write_table
@@ -120,7 +122,8 @@ def test_frozen_parts_have_no_backward_pass(tiny_config: CLIPConfig) -> None:
 
 
 def test_arithmetic_that_is_done_again_is_not_counted_and_counting_changes_nothing(tiny_config: CLIPConfig) -> None:
-    module = LitCLIP(tiny_config, gradient_checkpointing=True, micro_batch_size=2)
+    module = LitCLIP(tiny_config, micro_batch_size=2)
+    checkpoint_encoders(module.model)
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     assert training_flops(module.model) == training_flops(LitCLIP(tiny_config).model)
     assert all(part.training for part in module.modules())
@@ -183,7 +186,7 @@ def test_without_a_count_there_is_no_mfu_and_a_warning(
             raise ValueError("one image is none")
         return VisionTransformer.project(self, VisionTransformer.features(self, images))
 
-    table, module = write_table(tmp_path), LitCLIP(tiny_config, warmup_steps=0)
+    table, module = write_table(tmp_path), LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(0))
     monkeypatch.setattr(VisionTransformer, "forward", fails)
     with pytest.warns(UserWarning, match="there is no train/mfu"):
         done = fit(module, data_for(module, table, batch_size=4), tmp_path, Throughput())
@@ -244,7 +247,7 @@ def lengths_of(table: Path, module: LitCLIP) -> list[int]:
 
 def test_tokens_and_arithmetic_are_those_of_the_captions(tiny_config: CLIPConfig, tmp_path: Path) -> None:
     table = write_table(tmp_path)
-    module = LitCLIP(tiny_config, warmup_steps=0)
+    module = LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(0))
     fit(module, data_for(module, table, batch_size=4), tmp_path, Throughput(), max_epochs=2, log_every_n_steps=2)
     lengths = lengths_of(table, module)
     samples, tokens, padded, mfu = (
@@ -335,7 +338,7 @@ class Steps(Callback):
 
 
 def test_the_wait_for_data_is_that_of_the_loop(tiny_config: CLIPConfig, tmp_path: Path) -> None:
-    table, module, steps = write_table(tmp_path), LitCLIP(tiny_config, warmup_steps=0), Steps()
+    table, module, steps = write_table(tmp_path), LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(0)), Steps()
     fit(module, slow_data(module, table), tmp_path, steps, Throughput(), max_epochs=2)
     for rate, share in zip(
         logged(tmp_path, "train/samples_per_second"), logged(tmp_path, "train/data_wait_share"), strict=True
@@ -370,7 +373,7 @@ class SleepyZeroShot(ZeroShot):
 @pytest.mark.parametrize("where", ["validations", "checkpoints", "ends of epochs", "evaluations"])
 def test_what_is_beside_training_is_not_counted(where: str, tiny_config: CLIPConfig, tmp_path: Path) -> None:
     """Before the last of four steps 0.6 seconds are slept away."""
-    table, module, steps = write_table(tmp_path), LitCLIP(tiny_config, warmup_steps=0), Steps()
+    table, module, steps = write_table(tmp_path), LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(0)), Steps()
     saving = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=1, save_top_k=-1)
     sleeps = SleepyZeroShot(every_n_steps=1) if where == "evaluations" else Sleeps(where)
     options: dict[str, Any] = {"max_epochs": 2, "limit_val_batches": 1, "val_check_interval": 1}
@@ -385,11 +388,11 @@ def test_what_is_beside_training_is_not_counted(where: str, tiny_config: CLIPCon
 
 def test_a_run_that_goes_on_within_an_epoch_counts_its_own_time(tiny_config: CLIPConfig, tmp_path: Path) -> None:
     table = write_table(tmp_path)
-    module = LitCLIP(tiny_config, warmup_steps=0)
+    module = LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(0))
     monitors = [Throughput(), TrainingMonitor()]
     saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
     fit(module, data_for(module, table, batch_size=4), tmp_path / "first", *monitors, saving)
-    module, monitors = LitCLIP(tiny_config, warmup_steps=0), [Throughput(), TrainingMonitor()]
+    module, monitors = LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(0)), [Throughput(), TrainingMonitor()]
     data, path = data_for(module, table, batch_size=4), tmp_path / "step=1.ckpt"  # of two an epoch
     since = time.perf_counter()
     fit(module, data, tmp_path / "second", *monitors, max_epochs=2, ckpt_path=path)
@@ -402,7 +405,7 @@ def test_a_run_that_goes_on_within_an_epoch_counts_its_own_time(tiny_config: CLI
 def test_with_a_training_monitor_each_number_is_logged_once(tiny_config: CLIPConfig, tmp_path: Path) -> None:
     table = write_table(tmp_path)
     for number, callbacks in enumerate([[Throughput(), TrainingMonitor()], [TrainingMonitor(), Throughput()]]):
-        module = LitCLIP(tiny_config, warmup_steps=0)
+        module = LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(0))
         folder = tmp_path / str(number)
         fit(module, data_for(module, table, batch_size=4), folder, *callbacks, log_every_n_steps=2)
         (rate,), (tokens,) = logged(folder, "train/samples_per_second"), logged(folder, "train/tokens_per_second")
@@ -412,7 +415,11 @@ def test_with_a_training_monitor_each_number_is_logged_once(tiny_config: CLIPCon
 def test_the_users_profiler_hears_what_it_always_does_and_is_left_as_it_was(
     tiny_config: CLIPConfig, tmp_path: Path
 ) -> None:
-    table, profiler, module = write_table(tmp_path), SimpleProfiler(), LitCLIP(tiny_config, warmup_steps=0)
+    table, profiler, module = (
+        write_table(tmp_path),
+        SimpleProfiler(),
+        LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(0)),
+    )
     callbacks = [Throughput(), TrainingMonitor()]
     fit(module, data_for(module, table, batch_size=4), tmp_path, *callbacks, profiler=profiler)
     assert len(profiler.recorded_durations[FETCH]) == 2
@@ -425,7 +432,11 @@ class Fails(Callback):
 
 
 def test_a_failed_run_leaves_the_profiler_as_it_was(tiny_config: CLIPConfig, tmp_path: Path) -> None:
-    table, profiler, module = write_table(tmp_path), SimpleProfiler(), LitCLIP(tiny_config, warmup_steps=0)
+    table, profiler, module = (
+        write_table(tmp_path),
+        SimpleProfiler(),
+        LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(0)),
+    )
     with pytest.raises(RuntimeError, match="on purpose"):
         fit(module, data_for(module, table, batch_size=4), tmp_path, Throughput(), Fails(), profiler=profiler)
     assert {"start", "stop"}.isdisjoint(vars(profiler))
@@ -435,7 +446,7 @@ def test_weights_and_losses_are_those_of_a_run_without_it(tiny_config: CLIPConfi
     table, weights = write_table(tmp_path), list[dict[str, Tensor]]()
     for callbacks in ([], [Throughput()]):
         torch.manual_seed(0)
-        module = LitCLIP(tiny_config, warmup_steps=0)
+        module = LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(0))
         fit(module, data_for(module, table, batch_size=4), tmp_path / str(len(callbacks)), *callbacks)
         weights.append(module.state_dict())
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())

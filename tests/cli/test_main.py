@@ -47,7 +47,7 @@ def results(output: str) -> dict[str, str]:
 def trained(caption_table: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Completed]:
     """The folder of a finished run, and what it printed."""
     folder = tmp_path_factory.mktemp("trained")
-    result = lit_clip_command(folder, *words("fit", caption_table), "--model.learning_rate", "0.5")
+    result = lit_clip_command(folder, *words("fit", caption_table), "--model.optimizer.lr", "0.5")
     assert result.returncode == 0, result.stderr
     return folder / "lightning_logs/version_0", result
 
@@ -100,7 +100,7 @@ def test_what_is_typed_beats_the_checkpoint(
     """Lightning alone runs this with the checkpoint's learning rate and says nothing (footgun L8)."""
     folder, _ = trained
     resume = ("--ckpt_path", str(checkpoint_of(folder)), "--trainer.max_steps", "8")
-    result = cli(*words("fit", caption_table), "--model.learning_rate", "0.001", *resume)
+    result = cli(*words("fit", caption_table), "--model.optimizer.lr", "0.001", *resume)
     assert result.returncode == 0, result.stderr
     (resumed,) = (tmp_path / "lightning_logs/version_0/checkpoints").glob("*.ckpt")
     state = torch.load(resumed, weights_only=True)
@@ -145,9 +145,9 @@ def test_configs_are_merged_and_interpolated(caption_table: Path, tmp_path: Path
     (tmp_path / "model.yaml").write_text(f"model: {{architecture: {TINY_YAML}, learning_rate: 0.25}}")
     (tmp_path / "data.yaml").write_text(
         "data: {class_path: datamodules.Captions, init_args: {val: '${oc.env:TABLE}', batch_size: 16}}\n"
-        "model: {weight_decay: '${model.learning_rate}'}"
+        "model: {weight_decay: '${model.optimizer.lr}'}"
     )
-    configs = ("--config", "model.yaml", "--config", "data.yaml", "--model.learning_rate", "0.125")
+    configs = ("--config", "model.yaml", "--config", "data.yaml", "--model.optimizer.lr", "0.125")
     result = cli("validate", *configs, "--print_config", environment={"TABLE": str(caption_table)})
     assert result.returncode == 0, result.stderr
     config = yaml.safe_load(result.stdout)
@@ -175,7 +175,7 @@ def assert_user_error(result: Completed, *parts: str) -> None:
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        (["--model.learning_rat", "1"], ["learning_rat", "did you mean --model.learning_rate?"]),
+        (["--model.learning_rat", "1"], ["learning_rat", "did you mean --model.optimizer.lr?"]),
         (["--trainer.max_epoch=1"], ["did you mean --trainer.max_epochs?"]),
         (["--max_epochs", "1"], ["did you mean --trainer.max_epochs?"]),
         (["--batch_size", "16"], ["did you mean --data.batch_size?"]),
@@ -183,7 +183,7 @@ def assert_user_error(result: Completed, *parts: str) -> None:
         (["--data.augmentation.crop_scal", "1"], ["did you mean --data.augmentation.crop_scale?"]),
         (["--model.lora", "{rank: 4}"], ["'rank' is not accepted; there are r, alpha, targets"]),
         (["--model.quux", "1"], ["unrecognized arguments: --model.quux 1; see lit-clip fit --help"]),
-        (["--model.learning_rate", "fast"], ["model.learning_rate: wants float, not fast"]),
+        (["--model.optimizer.lr", "fast"], ["model.optimizer.lr: wants float, not fast"]),
         (["--trainer.max_epochs", "many"], ["trainer.max_epochs: wants int or null, not many"]),
         (["--trainer.precision", "fp16"], ["trainer.precision: wants 64, 32, 16,", "did you mean 16-mixed?"]),
         (["--trainer.precision", "b16-mixed"], ["bf16 or null, not b16-mixed; did you mean bf16-mixed?"]),
@@ -323,7 +323,7 @@ def test_a_progress_bar_of_ones_own_replaces_ours(caption_table: Path, tmp_path:
         ("model: {learning_rate: '${model.lr}'}", ["model.lr", "not found"]),
         ("data: {class_path: datamodules.OpenMoji", ["typo.yaml", "not a readable YAML file"]),
         ("just words", ["typo.yaml", "not a YAML mapping"]),
-        ("modle: {learning_rate: 1}", ["modle", "did you mean model.learning_rate?"]),
+        ("modle: {learning_rate: 1}", ["modle", "did you mean model.optimizer.lr?"]),
         ("trainer: {max_epoch: 1}", ["did you mean trainer.max_epochs?"]),
         ("data: {class_path: datamodules.Captions, init_args: {batchsize: 1}}", ["did you mean batch_size?"]),
         (
@@ -332,7 +332,7 @@ def test_a_progress_bar_of_ones_own_replaces_ours(caption_table: Path, tmp_path:
         ),
         ("ckpt_path: nowhere.ckpt", ["nowhere.ckpt: no such checkpoint file"]),
         ("trainer: {strategy: ddpp}", ["trainer:", "ddpp"]),
-        ("model: {betas: [2, 3]}", ["model.betas", "[2.0, 3.0]"]),
+        ("model: {betas: [2, 3]}", ["model.optimizer.betas", "[2.0, 3.0]"]),
         ("model: {architecture: {text: {vocab_size: 1000}}}", ["vocab_size 1000", "49408"]),
         ("trainer: {accumulate_grad_batches: 2}", ["accumulate_grad_batches", "negatives"]),
     ],
@@ -381,7 +381,14 @@ def test_a_run_that_gets_worse_leaves_the_last_epoch_and_the_best(
 ) -> None:
     config = str(Path(__file__).parents[2] / "configs/finetune_table.yaml")
     options = ["--data.batch_size", "16", "--data.num_workers", "0", "--trainer.accelerator", "cpu"]
-    options += ["--model.architecture", TINY_YAML, "--model.learning_rate", "1", "--model.warmup_steps", "0"]
+    options += [
+        "--model.architecture",
+        TINY_YAML,
+        "--model.optimizer.lr",
+        "1",
+        "--model.lr_scheduler.warmup_steps",
+        "0",
+    ]
     result = cli("fit", "--config", config, "--data.train", str(caption_table), *options, "--trainer.max_epochs", "3")
     assert result.returncode == 0, result.stderr
     (last,) = tmp_path.rglob("last.ckpt")

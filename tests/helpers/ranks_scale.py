@@ -9,10 +9,12 @@ import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, Dataset
 
+from callbacks import ActivationCheckpointing
 from lit_clip import distributed
 from lit_clip.batch import CaptionBatch
 from lit_clip.module import LitCLIP
 from lit_clip.training.fsdp import FSDP
+from lit_clip.training.optim import AdamWSettings, WarmupCosineSettings
 from tests.helpers.ranks import CONFIG, PAIRS, make_batch
 
 
@@ -41,13 +43,14 @@ class Data(LightningDataModule):
         return DataLoader(batches, batch_size=None)
 
 
-def train(output: str, strategy: str, resume: str | None = None, **options: Any) -> None:
+def train(output: str, strategy: str, resume: str | None = None, checkpointed: bool = False, **options: Any) -> None:
     """Three steps an epoch by ``Trainer.fit``; the checkpoint is written by rank 0."""
     settings = {"max_epochs": 1, "precision": "32-true", **options.pop("trainer", {})}
     torch.manual_seed(int(os.environ["RANK"]) if strategy == "fsdp" else 0)  # weights are those of rank 0
     # AdamW divides what is zero but for rounding by itself, unless eps is larger than rounding.
-    module = LitCLIP(CONFIG, warmup_steps=1, eps=1e-3, **options)
+    module = LitCLIP(CONFIG, **options, optimizer=AdamWSettings(eps=1e-3), lr_scheduler=WarmupCosineSettings(1))
     trainer = Trainer(
+        callbacks=[ActivationCheckpointing()] if checkpointed else [],
         accelerator="cpu",
         devices=int(os.environ["WORLD_SIZE"]),
         strategy=FSDP() if strategy == "fsdp" else strategy,

@@ -10,11 +10,13 @@ import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, Dataset
 
+from callbacks import ActivationCheckpointing
 from lit_clip import distributed
 from lit_clip.batch import CaptionBatch
 from lit_clip.models.config import ResNetConfig
 from lit_clip.module import LitCLIP
 from lit_clip.training.fsdp import FSDP
+from lit_clip.training.optim import AdamWSettings, WarmupCosineSettings
 from tests.helpers.ranks import CONFIG, PAIRS, make_batch
 
 # Rows of the first and of the second rank in each step; what is missing was skipped.
@@ -63,12 +65,20 @@ class Data(LightningDataModule):
         return self._loader((((0, 3), (0, 0)), ((0, 0), (3, 8))))
 
 
-def train(output: str, world: int, strategy: str, batch_norm: bool = False, **options: Any) -> None:
+def train(
+    output: str, world: int, strategy: str, batch_norm: bool = False, checkpointed: bool = False, **options: Any
+) -> None:
     """One epoch and a validation; rank 0 writes the checkpoint and the metrics."""
     torch.manual_seed(0)
     # AdamW divides what is zero but for rounding by itself, unless eps is larger than rounding.
-    module = LitCLIP(BATCH_NORM if batch_norm else PLAIN, warmup_steps=1, eps=1e-3, **options)
+    module = LitCLIP(
+        BATCH_NORM if batch_norm else PLAIN,
+        **options,
+        optimizer=AdamWSettings(eps=1e-3),
+        lr_scheduler=WarmupCosineSettings(1),
+    )
     trainer = Trainer(
+        callbacks=[ActivationCheckpointing()] if checkpointed else [],
         accelerator="cpu",
         devices=world,
         strategy=FSDP() if strategy == "fsdp" else strategy,

@@ -19,6 +19,7 @@ from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig, TextTransformerConfig, TimmConfig
 from lit_clip.module import LitCLIP
 from lit_clip.training.checkpoint_io import WholeCheckpointIO, newest_checkpoint
+from lit_clip.training.optim import AdamWSettings, WarmupCosineSettings
 
 
 class Run(NamedTuple):
@@ -80,7 +81,11 @@ def train(run: Run, rank: int, port: int) -> None:
     seed_everything(1, verbose=False)
     image = TimmConfig(timm="vit_tiny_patch16_224", image_size=32, options={"depth": 1, "proj_drop_rate": 0.3})
     text = TextTransformerConfig(context_length=16, width=64, layers=1, heads=1)
-    module = LitCLIP(CLIPConfig(embed_dim=16, image=image, text=text), warmup_steps=2, learning_rate=1e-3)
+    module = LitCLIP(
+        CLIPConfig(embed_dim=16, image=image, text=text),
+        optimizer=AdamWSettings(lr=1e-3),
+        lr_scheduler=WarmupCosineSettings(2),
+    )
     data = Captions(
         run.table,
         run.table,

@@ -26,7 +26,7 @@ from lit_clip.models.config import (
 from lit_clip.models.finetuning import Freeze, LayerDecay, UnlockLast, frozen_modules, frozen_names
 from lit_clip.models.layers import layer_groups, tower_parameters
 from lit_clip.module import LitCLIP
-from lit_clip.training.optim import warmup_cosine
+from lit_clip.training.optim import AdamWSettings, WarmupCosineSettings, warmup_cosine
 from tests.conftest import TINY_YAML
 from tests.helpers.ranks import CONFIG, PAIRS, finetuned_module, make_batch
 from tests.test_module import SaveAt, data_for, trainer
@@ -149,7 +149,7 @@ def test_a_frozen_module_keeps_its_mode_and_its_weights_through_training(
 ) -> None:
     """LiT with a text tower of which the last of two blocks learns, through a real fit with validations."""
     tiny_config.text.layers = 2
-    module = LitCLIP(tiny_config, warmup_steps=1, freeze=Freeze(image="all", text=UnlockLast(1)))
+    module = LitCLIP(tiny_config, freeze=Freeze(image="all", text=UnlockLast(1)), lr_scheduler=WarmupCosineSettings(1))
     before = {name: value.clone() for name, value in module.model.state_dict().items()}
     modes: list[tuple[bool, bool, bool]] = []
     blocks: Any = module.model.transformer.resblocks
@@ -231,7 +231,7 @@ def rates(module: LitCLIP) -> dict[str, float]:
 
 
 def test_each_layer_learns_more_slowly_than_the_one_behind_it() -> None:
-    module = LitCLIP(CONFIG, learning_rate=1.0, layer_decay=LayerDecay(image=0.5, text=0.1))
+    module = LitCLIP(CONFIG, layer_decay=LayerDecay(image=0.5, text=0.1), optimizer=AdamWSettings(lr=1.0))
     found = rates(module)
     assert found.keys() == dict(module.model.named_parameters()).keys()
     expected = {
@@ -247,8 +247,8 @@ def test_each_layer_learns_more_slowly_than_the_one_behind_it() -> None:
 
 
 def test_without_layer_decay_every_rate_is_the_same() -> None:
-    assert set(rates(LitCLIP(CONFIG, learning_rate=0.25)).values()) == {0.25}
-    halves = rates(LitCLIP(CONFIG, learning_rate=1.0, layer_decay=0.5))
+    assert set(rates(LitCLIP(CONFIG, optimizer=AdamWSettings(lr=0.25))).values()) == {0.25}
+    halves = rates(LitCLIP(CONFIG, layer_decay=0.5, optimizer=AdamWSettings(lr=1.0)))
     assert halves["visual.conv1.weight"] == 0.25
     assert halves["token_embedding.weight"] == 0.125
 
@@ -268,7 +268,9 @@ def test_layer_rates_follow_the_schedule_across_a_resume_with_what_is_typed(
     tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
     def module(learning_rate: float, **options: Any) -> LitCLIP:
-        return LitCLIP(tiny_config, learning_rate=learning_rate, warmup_steps=1, **options)
+        return LitCLIP(
+            tiny_config, **options, optimizer=AdamWSettings(lr=learning_rate), lr_scheduler=WarmupCosineSettings(1)
+        )
 
     options: dict[str, Any] = {"layer_decay": 0.5, "freeze": Freeze(image=UnlockLast(0))}
     first, path = module(0.01, **options), tmp_path / "epoch.ckpt"
@@ -305,7 +307,7 @@ def command(table: Path, *options: str) -> list[str]:
     return [
         *("fit", "--data", "datamodules.Captions", "--data.val", str(table), "--data.batch_size", "16"),
         *("--data.num_workers", "0", "--trainer.accelerator", "cpu", "--data.train", str(table)),
-        *("--model.architecture", TINY_YAML, "--model.warmup_steps", "1", "--model.learning_rate", "0.01"),
+        *("--model.architecture", TINY_YAML, "--model.lr_scheduler.warmup_steps", "1", "--model.optimizer.lr", "0.01"),
         *("--trainer.logger", "lightning.pytorch.loggers.CSVLogger", "--trainer.logger.init_args.save_dir", "logs"),
         *("--trainer.enable_progress_bar", "false", *options),
     ]

@@ -23,6 +23,7 @@ from lit_clip.models.finetuning import Freeze
 from lit_clip.models.lora import LoRA, add_lora, merge_lora, target_names
 from lit_clip.module import LitCLIP
 from lit_clip.tools.weight_files import read_tensors
+from lit_clip.training.optim import AdamWSettings, WarmupCosineSettings
 from tests.helpers.ranks import CONFIG, PAIRS, finetuned_module, make_batch
 from tests.models.test_finetune import command, two_towers
 from tests.test_module import SaveAt, data_for, trainer
@@ -137,7 +138,9 @@ def test_a_frozen_tower_gets_no_additions(base: Path, tiny_config: CLIPConfig) -
 def test_a_checkpoint_holds_the_additions_alone_and_opens_as_a_plain_model(
     ema: bool, base: Path, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
-    module = LitCLIP(tiny_config, base, learning_rate=0.01, warmup_steps=1, lora=LoRA(r=2))
+    module = LitCLIP(
+        tiny_config, base, lora=LoRA(r=2), optimizer=AdamWSettings(lr=0.01), lr_scheduler=WarmupCosineSettings(1)
+    )
     callbacks = [EMA(0.5)] if ema else []
     fitting = trainer(tmp_path, max_epochs=1, callbacks=callbacks, enable_checkpointing=False)
     fitting.fit(module, data_for(module, caption_table))
@@ -176,7 +179,9 @@ def test_a_resumed_adapter_ends_as_one_that_was_not_stopped(
 ) -> None:
     def run(ckpt_path: Path | None = None) -> LitCLIP:
         torch.manual_seed(0)
-        module = LitCLIP(tiny_config, base, learning_rate=0.01, warmup_steps=1, lora=LoRA(r=2))
+        module = LitCLIP(
+            tiny_config, base, lora=LoRA(r=2), optimizer=AdamWSettings(lr=0.01), lr_scheduler=WarmupCosineSettings(1)
+        )
         callbacks = [] if ckpt_path else [SaveAt(4, tmp_path / "middle.ckpt")]
         fitting = trainer(tmp_path, max_epochs=2, callbacks=callbacks, enable_checkpointing=False)
         fitting.fit(module, data_for(module, caption_table), ckpt_path=ckpt_path)

@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from callbacks import ActivationCheckpointing
 from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig, ResNetConfig, TextTransformerConfig, TimmConfig, height_width
 from lit_clip.models.finetuning import Freeze, UnlockLast
 from lit_clip.models.layers import TOWERS, tower_blocks
 from lit_clip.module import LitCLIP
-from lit_clip.training.activation_checkpointing import checkpoint, checkpoint_blocks
+from lit_clip.training.activation_checkpointing import checkpoint, checkpoint_blocks, checkpoint_encoders
 from tests.helpers.ranks import CONFIG, make_batch
 from tests.helpers.towers import FAMILIES, shaken, text_config
 
@@ -50,10 +51,12 @@ def step_loss(module: LitCLIP) -> Tensor:
     return F.cross_entropy(logits, torch.arange(4)) + F.cross_entropy(logits.T, torch.arange(4))
 
 
-def three_steps(config: CLIPConfig, **options: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
+def three_steps(config: CLIPConfig, share: float, **options: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Losses and weights (running statistics too) of three optimiser steps in float64."""
     torch.manual_seed(0)
     module = shaken(LitCLIP(config, **options)).double()
+    if share:
+        checkpoint_encoders(module.model, share)
     optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], 0.01)
     losses = []
     for _ in range(3):
@@ -66,8 +69,8 @@ def three_steps(config: CLIPConfig, **options: Any) -> tuple[list[Tensor], dict[
 
 
 def assert_nothing_changes(config: CLIPConfig, **options: Any) -> None:
-    losses, weights = three_steps(config, **options)
-    ours, our_weights = three_steps(config, gradient_checkpointing=True, **options)
+    losses, weights = three_steps(config, 0.0, **options)
+    ours, our_weights = three_steps(config, 1.0, **options)
     torch.testing.assert_close(ours, losses, rtol=1e-10, atol=1e-12)
     assert list(our_weights) == list(weights)
     torch.testing.assert_close(our_weights, weights, rtol=1e-10, atol=1e-12)
@@ -95,9 +98,10 @@ def test_frozen_blocks_and_those_that_learn_side_by_side() -> None:
     assert_nothing_changes(CONFIG, freeze=Freeze(image="all", text=UnlockLast(1)))
 
 
-def block_calls(config: CLIPConfig, **options: Any) -> dict[str, float]:
+def block_calls(config: CLIPConfig, share: float = 1.0, **options: Any) -> dict[str, float]:
     """How often the blocks of each tower begin in one training step, on average."""
-    module = LitCLIP(config, **{"gradient_checkpointing": True, **options}).double()
+    module = LitCLIP(config, **options).double()
+    checkpoint_encoders(module.model, share)
     begun: list[str] = []
     blocks = {tower: tower_blocks(module.model, tower) for tower in TOWERS}
     for tower in TOWERS:
@@ -111,19 +115,19 @@ def block_calls(config: CLIPConfig, **options: Any) -> dict[str, float]:
 @pytest.mark.parametrize(("share", "times"), [(0.0, 1), (0.5, 1.5), (0.25, 1.25), (1.0, 2)])
 def test_a_share_of_the_blocks_runs_twice(share: float, times: float) -> None:
     deep = replace(CONFIG, image=replace(CONFIG.image, layers=4), text=replace(CONFIG.text, layers=4))  # type: ignore
-    assert block_calls(deep, gradient_checkpointing=share) == {"image": times, "text": times}
+    assert block_calls(deep, share) == {"image": times, "text": times}
 
 
 def test_a_share_is_not_rounded_up_for_its_last_digit() -> None:
     """0.28 of 25 blocks are 7; in floating point it is a little more."""
     text = replace(CONFIG.text, layers=25)  # type: ignore
-    assert block_calls(replace(CONFIG, text=text), gradient_checkpointing=0.28)["text"] == 1 + 7 / 25
+    assert block_calls(replace(CONFIG, text=text), 0.28)["text"] == 1 + 7 / 25
 
 
-@pytest.mark.parametrize("share", [-0.1, 1.5])
-def test_a_share_of_the_blocks_is_one(share: float) -> None:
-    with pytest.raises(InputError, match=r"model\.gradient_checkpointing: .* between 0 and 1"):
-        LitCLIP(CONFIG, gradient_checkpointing=share)
+@pytest.mark.parametrize("share", [-0.1, 0.0, 1.5])
+def test_a_share_outside_0_to_1_is_refused(share: float) -> None:
+    with pytest.raises(InputError, match=r"ActivationCheckpointing\.share: .* must be above 0 and at most 1"):
+        ActivationCheckpointing(share)
 
 
 @pytest.mark.parametrize("name", TIMM)
@@ -158,7 +162,8 @@ def test_nothing_is_computed_again_without_gradients_or_in_evaluation() -> None:
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: torch.load(saved(model), weights_only=False)])
 def test_a_copy_computes_with_its_own_weights(copied: Callable[[nn.Module], nn.Module]) -> None:
     """The average of weights (EMA) is made with a deep copy; a process may be sent a pickle."""
-    module = LitCLIP(CONFIG, gradient_checkpointing=True)
+    module = LitCLIP(CONFIG)
+    checkpoint_encoders(module.model)
     twin = copied(module.model)
     before = twin.encode_image(torch.ones(1, 3, 32, 32))
     with torch.no_grad():
@@ -211,10 +216,13 @@ from lit_clip.cli.lazy_torchmetrics import defer_torchmetrics
 defer_torchmetrics()
 from lit_clip import LitCLIP
 from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
+from lit_clip.training.activation_checkpointing import checkpoint_encoders
 torch.set_num_threads(1)
 image = VisionTransformerConfig(image_size=64, patch_size=8, width=128, layers=8, heads=2)
 text = TextTransformerConfig(context_length=32, vocab_size=50, width=128, layers=8, heads=2)
-module = LitCLIP(CLIPConfig(16, image, text), gradient_checkpointing=sys.argv[1] == "True")
+module = LitCLIP(CLIPConfig(16, image, text))
+if sys.argv[1] == "True":
+    checkpoint_encoders(module.model)
 images, tokens = torch.ones(64, 3, 64, 64), torch.ones(64, 32, dtype=torch.long)
 tokens[:, -1] = 49  # texts of full length: nothing is computed behind their end
 def peak():  # of this program alone: ru_maxrss begins with what the process that started it held

@@ -18,8 +18,8 @@ SCRIPT = str(ROOT / "tests/helpers/ranks_scale.py")
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "clipped": {"trainer": {"gradient_clip_val": 0.05, "precision": "bf16-mixed"}},
-    "recomputed": {"gradient_checkpointing": True, "freeze": {"image": "all"}},
-    "micro_batches": {"micro_batch_size": 2, "gradient_checkpointing": True},
+    "recomputed": {"checkpointed": True, "freeze": {"image": "all"}},
+    "micro_batches": {"micro_batch_size": 2, "checkpointed": True},
 }
 
 

@@ -72,7 +72,7 @@ def _after(module: LitCLIP, batch: CaptionBatch, parts: int) -> Tensor:
     return number
 
 
-@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"freeze": {"text": "all", "image": None}}])
+@pytest.mark.parametrize("options", [{}, {"checkpointed": True}, {"freeze": {"text": "all", "image": None}}])
 @pytest.mark.parametrize("size", [1, 3, 8, 100])
 def test_any_size_of_part_gives_the_gradient_of_the_whole_batch(size: int, options: dict[str, Any]) -> None:
     batch = make_batch(slice(0, PAIRS))

@@ -323,8 +323,8 @@ def test_too_many_bad_samples_end_the_run_of_all_processes(
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "positives": {"duplicates": "positives"},
-    "ring": {"ring_loss": True, "duplicates": "ignored"},
-    "parts": {"micro_batch_size": 3, "gradient_checkpointing": True},
+    "ignored": {"duplicates": "ignored"},
+    "parts": {"micro_batch_size": 3, "checkpointed": True},
     "sharded": {"micro_batch_size": 3, "strategy": "fsdp"},
     "batch_norm": {"batch_norm": True},
 }

@@ -1,0 +1,63 @@
+"""Settings that would train something else than they say, refused before the first step."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from torch import nn
+
+from lit_clip.errors import InputError, require
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def check_run(module: LightningModule) -> None:
+    """Check a module's trainer and weights before the first step.
+
+    Raises:
+        InputError: weights in half precision, accumulated gradients, or skipped samples that nobody counts.
+    """
+    trainer: Any = module.trainer  # its callbacks and data module are set by connectors
+    _check_master_weights(module, str(trainer.precision))
+    _check_accumulation(trainer)
+    if getattr(getattr(trainer, "datamodule", None), "on_error", "error") == "skip":
+        require(
+            any(getattr(callback, "counts_skipped_samples", False) for callback in trainer.callbacks),
+            "data.on_error: skip needs the callback that counts and limits skipped samples; pass "
+            "Trainer(callbacks=callbacks.defaults())",
+        )
+
+
+def _check_master_weights(module: nn.Module, precision: str) -> None:
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad and parameter.dtype in HALF:
+            kind = str(parameter.dtype).removeprefix("torch.")
+            raise InputError(
+                f"trainer.precision: {precision} trains weights kept in {kind} ({name}), which rounds away "
+                "AdamW's small updates and ends in nan under float16; use bf16-mixed (or 16-mixed): it computes in "
+                "half precision and keeps the weights in float32"
+            )
+
+
+def _check_accumulation(trainer: Any) -> None:
+    planned = [each for each in trainer.callbacks if isinstance(each, GradientAccumulationScheduler)]
+    batches = max([trainer.accumulate_grad_batches, *(n for each in planned for n in each.scheduling.values())])
+    require(
+        batches == 1,
+        f"trainer.accumulate_grad_batches: {batches} adds no negatives, the point of a larger batch; multiply "
+        f"data.init_args.batch_size by {batches} and set model.micro_batch_size to its present value",
+    )
+
+
+def check_lora_gradients(model: nn.Module) -> None:
+    """Check after a backward pass that every LoRA addition got a gradient.
+
+    Raises:
+        InputError: an addition belongs to a layer that is never called.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.grad is None and parameter.numel():  # a shard may be empty
+            raise InputError(
+                f"model.lora: {name} has no effect, because its layer is never called; see model.lora.targets"
+            )

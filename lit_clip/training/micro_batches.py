@@ -1,0 +1,83 @@
+"""Micro-batches: encode a step's pairs part by part while the loss sees all of them (GradCache, Gao et al. 2021)."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lit_clip.batch import CaptionBatch
+from lit_clip.distributed import Shards
+from lit_clip.models.clip import CLIP
+from lit_clip.training.activation_checkpointing import StatisticsKept, checkpoint
+
+
+def encode_pairs(model: CLIP, batch: CaptionBatch) -> tuple[Tensor, Tensor]:
+    """Return unit features ``[B, D]`` of a batch's images and of its captions, float32."""
+    return _encode_images(model, batch.images), _encode_texts(model, batch.tokens, batch.lengths)
+
+
+def _encode_images(model: CLIP, images: Tensor) -> Tensor:
+    return model.encode_image(model.normalize(images), normalize=True)
+
+
+def _encode_texts(model: CLIP, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
+    return model.encode_text(tokens, normalize=True, lengths=lengths)
+
+
+def split_batch(model: CLIP, batch: CaptionBatch, shards: Shards, size: int | None) -> list[CaptionBatch]:
+    """Split a rank's batch into micro-batches: the same number on every rank, that of the rank with the most pairs.
+
+    A rank with fewer pairs encodes its last pair several times: ranks synchronise in every backward pass, and under
+    FSDP in every forward pass too.
+
+    Args:
+        model: provides the tokenizer for a placeholder.
+        batch: this rank's pairs.
+        shards: number of pairs of each rank.
+        size: most pairs in a micro-batch; None: all pairs at once.
+    """
+    most = max(1, *shards.counts)
+    parts = math.ceil(most / (size or most))
+    whole = batch if len(batch.images) else placeholder(model, batch)
+    return whole.stretched(2 * parts if batch.skipped else parts).split(parts)  # BatchNorm may need two pairs
+
+
+def placeholder(model: CLIP, batch: CaptionBatch) -> CaptionBatch:
+    """Return one blank pair, for a rank whose samples were all skipped; its features are discarded."""
+    tokens = model.tokenizer.trim(model.tokenizer(["a"])).to(batch.tokens.device)
+    images = batch.images.new_zeros(1, *batch.images.shape[1:])
+    return CaptionBatch(images, tokens, [""], ["a"], [""])
+
+
+def encode_parts(model: CLIP, parts: list[CaptionBatch], pairs: int) -> tuple[Tensor, Tensor]:
+    """Encode micro-batches without keeping their activations; the same features and gradients as all pairs at once.
+
+    Each micro-batch is a checkpointed segment of one graph, so DDP synchronises once, after the last of them. Only
+    BatchNorm sees the micro-batches instead of the batch.
+
+    Args:
+        model: the encoders.
+        parts: from :func:`split_batch`.
+        pairs: number of this rank's pairs; features of repeated pairs and of a placeholder are cut off.
+    """
+    if sum(len(part.images) for part in parts) == pairs:
+        return _encode_parts(model, parts)
+    with StatisticsKept([layer for layer in model.modules() if isinstance(layer, _BatchNorm)]):
+        image_BD, text_BD = _encode_parts(model, parts)
+    return image_BD[:pairs], text_BD[:pairs]
+
+
+def _encode_parts(model: CLIP, parts: list[CaptionBatch]) -> tuple[Tensor, Tensor]:
+    if len(parts) == 1:
+        return encode_pairs(model, parts[0])
+    features = []
+    for part in parts:
+        # Otherwise all micro-batches share one half-precision copy of the weights and sum their gradients in it.
+        torch.clear_autocast_cache()
+        image_BD = checkpoint(_encode_images, model, part.images, inside=model.visual)
+        text_BD = checkpoint(_encode_texts, model, part.tokens, part.lengths, inside=model.text_encoder)
+        features.append((image_BD, text_BD))
+    images, texts = zip(*features, strict=True)
+    return torch.cat(images), torch.cat(texts)

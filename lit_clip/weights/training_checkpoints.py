@@ -1,0 +1,61 @@
+"""How a LitCLIP's state becomes a checkpoint that open_clip can read, and how it comes back."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
+
+from lit_clip.models.clip import CLIP
+from lit_clip.models.lora import is_added
+from lit_clip.tools.weight_files import Source
+from lit_clip.weights.checkpoints import EMA_WEIGHTS, check_base, checkpoint_tokenizer, saved_tokenizer
+from lit_clip.weights.load import check_architecture, check_weights
+
+PREFIX = "model."
+# EMA's checkpoints hold the average as their state_dict, and the weights of the last step as current_model_state.
+STATES = {"state_dict", "current_model_state"}
+
+
+def pack_checkpoint(checkpoint: dict[str, Any], model: CLIP, base: Mapping[str, str] | None) -> None:
+    """Turn what Lightning saves into what we write: OpenAI's key names, the tokenizer, and of a LoRA nothing else.
+
+    Args:
+        checkpoint: changed in place.
+        model: the trained model.
+        base: the weights that a LoRA belongs to, ``pretrained`` and ``sha256``; None without a LoRA.
+    """
+    state: Mapping[str, Any] = checkpoint["state_dict"]
+    checkpoint["state_dict"] = {key.removeprefix(PREFIX): value for key, value in state.items()}
+    checkpoint |= saved_tokenizer(model)
+    if base:
+        checkpoint["base"] = dict(base)
+        for states in STATES & checkpoint.keys():
+            checkpoint[states] = {key: value for key, value in checkpoint[states].items() if is_added(key)}
+
+
+def unpack_checkpoint(checkpoint: dict[str, Any], module: LightningModule, base_sha256: str, name: Source) -> None:
+    """Turn a checkpoint of ours into what Lightning loads, and give the module's model the checkpoint's tokenizer.
+
+    Args:
+        checkpoint: changed in place.
+        module: its ``model`` is a :class:`CLIP`.
+        base_sha256: fingerprint of the weights that the module's LoRA belongs to; empty without a LoRA.
+        name: of the checkpoint, for messages.
+
+    Raises:
+        InputError: another architecture, weights that do not fit, or a LoRA of other weights.
+    """
+    model: Any = module.model
+    check_architecture(checkpoint, model.config, name)
+    if base_sha256:
+        check_base(checkpoint, base_sha256, name)
+        for states, ours in (("state_dict", model.state_dict()), ("current_model_state", module.state_dict())):
+            if states in checkpoint:
+                checkpoint[states] = {**ours, **checkpoint[states]}
+    state: Mapping[str, Any] = checkpoint["state_dict"]
+    check_weights(model, state, name)
+    checkpoint["state_dict"] = {PREFIX + key: value for key, value in state.items()}
+    model._tokenizer = checkpoint_tokenizer(checkpoint, model.config) or model._tokenizer
+    if checkpoint.get("weights") == EMA_WEIGHTS:
+        rank_zero_info(f"{name}: these weights are the exponential moving average, not those of the last step")
