@@ -1,4 +1,4 @@
-"""What a batch is: tensors and keys with names."""
+"""Batches: named tuples of tensors and keys."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,15 +10,13 @@ class CaptionBatch(NamedTuple):
     """Pairs of an image and its caption.
 
     Attributes:
-        images: uint8 ``[B, 3, H, W]``, not normalised: the model does that on its own device.
-        tokens: int64 ``[B, L]``, ``L`` at most the context length, zero-padded behind the end-of-text token.
-        keys: what identifies each image (rows with one key share one image), stable between runs.
-        captions: what ``tokens`` say, for a teacher with another tokenizer; a source may leave them out.
-        groups: pairs of one group say the same (a product, an event), empty strings for no group; a source may leave
-            them out.
-        skipped: where each sample was that had to be left out of this batch, and why; see ``on_error``.
-        lengths: tokens of each text, as its tokenizer counts them, so that nobody has to wait for the device that the
-            batch is on; a source may leave them out.
+        images: uint8 ``[B, 3, H, W]``, not normalised: the model does that on its device.
+        tokens: int64 ``[B, L]``, ``L`` at most the context length, padded after the end-of-text token.
+        keys: identify the images (rows with one key share one image), stable between runs.
+        captions: the texts of ``tokens``, for a teacher with another tokenizer; optional.
+        groups: pairs of one group (a product, an event) are duplicates; empty strings for no group; optional.
+        skipped: place and reason of each sample that had to be skipped, see ``on_error``.
+        lengths: number of tokens of each text, so that nobody has to wait for the batch's device; optional.
     """
 
     images: Tensor
@@ -30,7 +28,7 @@ class CaptionBatch(NamedTuple):
     lengths: Sequence[int] = ()
 
     def split(self, parts: int) -> "list[CaptionBatch]":
-        """At most so many batches of nearly equal size, none of them empty, in order."""
+        """Split into at most ``parts`` batches of nearly equal size, none of them empty, in order."""
         pairs = len(self.images)
         bounds = [pairs * part // parts for part in range(parts + 1)]
         rows = [slice(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False) if start < stop]
@@ -41,7 +39,7 @@ class CaptionBatch(NamedTuple):
         return CaptionBatch(self.images[rows], self.tokens[rows], *texts, lengths=self.lengths[rows])
 
     def stretched(self, pairs: int) -> "CaptionBatch":
-        """At least so many pairs: the last one is repeated."""
+        """Repeat the last pair until there are at least ``pairs``."""
         more = pairs - len(self.images)
         if more <= 0:
             return self
@@ -58,8 +56,8 @@ class LabelledBatch(NamedTuple):
 
     Attributes:
         images: uint8 ``[B, 3, H, W]``.
-        labels: int64 ``[B]``, an index into the set's class names.
-        keys: what identifies each image.
+        labels: int64 ``[B]``, indices into the set's class names.
+        keys: identify the images.
     """
 
     images: Tensor

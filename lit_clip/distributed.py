@@ -1,4 +1,4 @@
-"""Everything that talks to other ranks. Without a process group each function is the identity of one rank."""
+"""Collectives: all communication between ranks. Without a process group each function acts as a single rank."""
 
 import atexit
 import os
@@ -14,18 +14,18 @@ from torch import Tensor
 
 
 def rank_and_world() -> tuple[int, int]:
-    """This process's rank and the number of ranks."""
+    """Return this process's rank and the world size."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
 class Shards(NamedTuple):
-    """How many pairs of a global batch each rank holds, and which rank this is.
+    """Number of pairs of a global batch that each rank holds, and this process's rank.
 
     Attributes:
-        rank: this process.
-        counts: pairs of each rank; their order in the global batch is that of the ranks.
+        rank: this process's.
+        counts: pairs of each rank, in rank order in the global batch.
     """
 
     rank: int
@@ -33,37 +33,37 @@ class Shards(NamedTuple):
 
     @property
     def world(self) -> int:
-        """Number of ranks."""
+        """World size."""
         return len(self.counts)
 
     @property
     def total(self) -> int:
-        """Pairs of all ranks."""
+        """Number of pairs of all ranks."""
         return sum(self.counts)
 
     @property
     def weight(self) -> float:
-        """Of this rank's mean among the ranks' means, so that their plain mean is that of all pairs."""
+        """Factor that makes the mean over ranks of a rank's mean equal the mean over all pairs."""
         return self.world * self.counts[self.rank] / self.total
 
     def first(self, rank: int) -> int:
-        """The place of a rank's first pair among all."""
+        """Index of a rank's first pair among all."""
         return sum(self.counts[:rank])
 
     @property
     def mine(self) -> slice:
-        """This rank's pairs among all."""
+        """Slice of this rank's pairs among all."""
         first = self.first(self.rank)
         return slice(first, first + self.counts[self.rank])
 
 
-_host_group: Any = None  # one a process, like the default group
+_host_group: Any = None  # one for each process, like the default group
 
 
 def host_group() -> Any:
-    """A process group for values on the CPU, so that nobody waits for the device; made when first asked for.
+    """Return a process group for values on the CPU, which needs no synchronisation with the device.
 
-    Every rank must ask for it at the same point.
+    The group is created on the first call, which all ranks must make at the same point.
     """
     global _host_group
     if dist.get_backend() == "gloo":
@@ -74,7 +74,7 @@ def host_group() -> Any:
 
 
 def shards(pairs: int) -> Shards:
-    """Tell the other ranks how many pairs this one has, and learn how many they have."""
+    """Exchange the number of pairs with the other ranks."""
     rank, world = rank_and_world()
     if world == 1:
         return Shards(0, (pairs,))
@@ -85,7 +85,7 @@ def shards(pairs: int) -> Shards:
 
 
 def _all_rows(local: Tensor, shards: Shards) -> Tensor:
-    """``[B, ...]`` -> ``[N, ...]`` in rank order."""
+    """Gather ``[B, ...]`` to ``[N, ...]`` in rank order."""
     most, even = max(shards.counts), len(set(shards.counts)) == 1
     padded = local.contiguous() if even else F.pad(local, [0, 0] * (local.ndim - 1) + [0, most - len(local)])
     gathered = padded.new_empty(shards.world * most, *local.shape[1:])
@@ -96,7 +96,7 @@ def _all_rows(local: Tensor, shards: Shards) -> Tensor:
 
 
 class _Gather(torch.autograd.Function):
-    """Concatenate over ranks; the gradient of a row is the sum of what every rank's loss says about it."""
+    """Concatenate over ranks; the gradient of a row is the sum of its gradients on all ranks."""
 
     @staticmethod
     def forward(ctx: Any, local: Tensor, shards: Shards) -> Tensor:
@@ -112,7 +112,7 @@ class _Gather(torch.autograd.Function):
 
 
 def gather(local: Tensor, shards: Shards) -> Tensor:
-    """``[B, ...]`` on each rank -> ``[N, ...]`` in rank order, differentiable."""
+    """Gather ``[B, ...]`` to ``[N, ...]`` in rank order, differentiably."""
     return local if shards.world == 1 else _Gather.apply(local, shards)  # pyright: ignore[reportReturnType]  # untyped apply
 
 
@@ -157,7 +157,7 @@ def visit_gathered(
 
 
 def gather_uneven(local: Tensor) -> Tensor:
-    """``[B, ...]`` with any B (even 0) on each rank -> all rows in rank order; no gradient."""
+    """Gather ``[B, ...]``, with a B of any size (even 0) on each rank, in rank order; no gradient."""
     _, world = rank_and_world()
     if world == 1:
         return local
@@ -172,7 +172,7 @@ def gather_uneven(local: Tensor) -> Tensor:
 
 
 def gather_objects(local: list[Any]) -> list[Any]:
-    """Each rank's list -> all of them joined in rank order (picklable items)."""
+    """Concatenate the lists of all ranks in rank order (picklable items)."""
     _, world = rank_and_world()
     if world == 1:
         return local
@@ -182,7 +182,7 @@ def gather_objects(local: list[Any]) -> list[Any]:
 
 
 def sum_over_ranks(local: Tensor, device: torch.device) -> Tensor:
-    """The element-wise sum over ranks, where ``local`` is; ``device`` is one that the backend serves."""
+    """Return the element-wise sum over ranks on ``local``'s device; the backend must support ``device``."""
     if rank_and_world()[1] == 1:
         return local
     total = local.to(device)
@@ -192,11 +192,11 @@ def sum_over_ranks(local: Tensor, device: torch.device) -> Tensor:
 
 
 def gather_large(local: Tensor, counts: Sequence[int]) -> Tensor:
-    """``[B, ...]`` on each rank -> all rows in rank order, without a second copy of them on the way; no gradient.
+    """Gather ``[B, ...]`` in rank order without a second copy on the way; no gradient.
 
     Args:
-        local: this rank's rows, on a device that the backend serves.
-        counts: the rows of each rank.
+        local: this rank's rows, on a device that the backend supports.
+        counts: number of rows of each rank.
     """
     if len(counts) == 1:
         return local
@@ -210,7 +210,7 @@ def gather_large(local: Tensor, counts: Sequence[int]) -> Tensor:
 
 
 def highest_over_ranks(local: Tensor) -> Tensor:
-    """The element-wise maximum over ranks, of a tensor on a device that the backend serves."""
+    """Return the element-wise maximum over ranks of a tensor on a device that the backend supports."""
     if rank_and_world()[1] == 1:
         return local
     highest = local.clone()
@@ -219,20 +219,20 @@ def highest_over_ranks(local: Tensor) -> Tensor:
 
 
 def share(size: int) -> slice:
-    """This rank's part of ``size`` rows; over all ranks each row once."""
+    """Return this rank's slice of ``size`` rows; the slices of all ranks cover each row once."""
     rank, world = rank_and_world()
     return slice(size * rank // world, size * (rank + 1) // world)
 
 
 def same_buffers(module: torch.nn.Module) -> None:
-    """Give every rank the first one's buffers, such as the statistics of batch normalisation."""
+    """Broadcast the first rank's buffers, such as BatchNorm's statistics."""
     if rank_and_world()[1] > 1:
         for buffer in module.buffers():
             dist.broadcast(buffer, 0)
 
 
 def maximum(local: int) -> int:
-    """The largest of all ranks' numbers; waits for the other ranks but not for the device."""
+    """Return the largest of all ranks' numbers; waits for the other ranks but not for the device."""
     if rank_and_world()[1] == 1:
         return local
     largest = torch.tensor([local])
@@ -244,22 +244,21 @@ LEAVE_WITHIN = 20.0  # seconds
 
 
 def leave(code: int = 0) -> None:
-    """End a process that has worked with other ranks: its work is done, and nothing more will happen in it.
+    """End a process that belongs to a process group, whose work is done; do nothing without a process group.
 
-    Not by the interpreter's own way out: gloo's threads may still hold tensors, DDP keeps those threads alive, and one
-    that lets go of a tensor while the interpreter ends aborts the process (pytorch/pytorch#179291). Now and then a run
-    that had ended well, or with an error in one line, had an exit code of 134. Without a process group nothing is done.
+    The interpreter's own exit may abort: gloo's threads may still hold tensors, DDP keeps these threads alive, and one
+    that releases a tensor while the interpreter exits aborts the process with exit code 134 (pytorch/pytorch#179291).
 
     Args:
         code: the process's exit code.
     """
     if dist.is_available() and dist.is_initialized():
-        at_last = threading.Timer(LEAVE_WITHIN, os._exit, (code,))  # should another rank or a thread keep it waiting
+        at_last = threading.Timer(LEAVE_WITHIN, os._exit, (code,))  # in case another rank or a thread keeps it waiting
         at_last.daemon = True
         at_last.start()
-        if code == 0:  # after an error the others may be anywhere
+        if code == 0:  # after an error the other ranks may be anywhere
             dist.destroy_process_group()
-        atexit._run_exitfuncs()  # what others wanted to happen still does
+        atexit._run_exitfuncs()  # registered exit handlers still run
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -1,6 +1,6 @@
-"""The ``lit-clip`` command: which of its parts is meant, errors in one line, and how a process ends.
+"""The ``lit-clip`` command: find the command that is meant, print user errors in one line, end the process.
 
-Nothing heavy is imported before it is known to be needed: ``lit-clip --help`` answers at once.
+Heavy modules are imported only when they are needed, so that ``lit-clip --help`` answers at once.
 """
 
 import ast
@@ -18,41 +18,41 @@ from lit_clip.errors import InputError
 from lit_clip.tools.messages import one_line, user_error
 from lit_clip.tools.processes import let_launcher_end, watch_launcher
 
-# LightningCLI's, which are imported when one of them is asked for.
+# LightningCLI's commands, imported when one of them is run.
 CONFIGURED = {
     "fit": "Train or fine-tune a model.",
     "validate": "Loss, retrieval and zero-shot accuracy on the validation data.",
-    "test": "The same on the test data.",
+    "test": "The same metrics on the test data.",
     "predict": "Features of the data's images and captions, for Python callers.",
 }
 USER_ERROR = 2  # argparse's exit code for a bad command line
-INTERRUPTED = 130  # what shells report of a program that Ctrl-C ended
-PATIENCE = 3.0  # seconds; the first rank may be waiting for this one, and learns from its end that it will not come
+INTERRUPTED = 130  # exit code of a program that Ctrl-C ended, as in shells
+PATIENCE = 3.0  # seconds; the first rank may be waiting for this one, and learns from its end that it failed
 
 
 def _hush() -> None:
-    """Keep Lightning's advertisements, and a warning that only its authors can act on, from the terminal."""
+    """Silence Lightning's tips and warnings that users cannot act on."""
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
     warnings.filterwarnings("ignore", message=r"Precision bf16-mixed is not supported by the model summary.*")
-    # What we log at the end of an epoch has been summed over the ranks already.
+    # Metrics logged at the end of an epoch are over all ranks already.
     warnings.filterwarnings("ignore", message=r".*recommended to use `self\.log\(.*sync_dist=True\)`.*")
-    warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode.*")  # what is frozen should be
+    warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode.*")  # frozen modules should be
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     logger.addFilter(lambda record: "Tip:" not in record.getMessage())
 
 
 def help_text() -> str:
-    """What ``lit-clip --help`` prints."""
+    """Return the text of ``lit-clip --help``."""
     others = {name: _first_line(function) for name, function in sorted(subcommands.COMMANDS.items())}
-    lines = ["usage: lit-clip COMMAND ...", "", "With a configuration (configs/ has some):"]
+    lines = ["usage: lit-clip COMMAND ...", "", "With a configuration (see configs/):"]
     lines += [f"  {name:10} {line}" for name, line in CONFIGURED.items()]
     lines += ["", "Without one:"]
     lines += [f"  {name:10} {line}" for name, line in others.items()]
-    return "\n".join([*lines, "", "lit-clip COMMAND --help says more of each."])
+    return "\n".join([*lines, "", "lit-clip COMMAND --help lists a command's options."])
 
 
 def _first_line(function: str) -> str:
-    """Of the docstring of ``package.module:function``, read without importing what the module needs."""
+    """Return the first line of a function's docstring without importing its module."""
     module, _, name = function.partition(":")
     package, *parts = module.split(".")
     spec = importlib.util.find_spec(package)
@@ -64,18 +64,18 @@ def _first_line(function: str) -> str:
 
 
 def _check_command(words: Sequence[str]) -> None:
-    """Jsonargparse knows LightningCLI's commands only, and would not name the others."""
+    """Check that the command exists; jsonargparse only knows LightningCLI's."""
     known = sorted({*CONFIGURED, *subcommands.COMMANDS})
     if not words:
-        raise InputError(f"no command given; there are {', '.join(known)}")
+        raise InputError(f"no command given; use one of {', '.join(known)}")
     if words[0] not in known and not words[0].startswith("-"):
         near = get_close_matches(words[0], known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+        hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}"
         raise InputError(f"no command is called {words[0]!r}; {hint}")
 
 
 def _run(words: list[str]) -> int:
-    """Exit code."""
+    """Run a command and return the exit code."""
     _check_command(words)
     if words[0] in ("-h", "--help"):
         sys.stdout.write(f"{help_text()}\n")
@@ -89,7 +89,7 @@ def _run(words: list[str]) -> int:
 
 
 def main() -> None:
-    """The ``lit-clip`` command: exit code 2 and one line for what the user can fix."""
+    """Run the ``lit-clip`` command; errors that the user can fix are one line and exit code 2."""
     _hush()
     watch_launcher()
     defer_torchmetrics()

@@ -1,4 +1,4 @@
-"""Where the runs of a configuration keep their checkpoints."""
+"""Folders in which the runs of a configuration keep their checkpoints."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -8,14 +8,14 @@ import yaml
 
 
 def run_folders(config: Any) -> list[Path]:
-    """Below the loggers' folders, and where a callback says; files among them are checkpoints.
+    """Return the folders to search for a configuration's checkpoints; files among them are checkpoints themselves.
 
     Args:
-        config: of ``fit`` or another of LightningCLI's commands.
+        config: of one of LightningCLI's commands.
     """
     trainer = config["trainer"]
     root = Path(trainer["default_root_dir"] or ".")
-    folders = [root / "checkpoints", *root.glob("hpc_ckpt_*.ckpt")]  # without a logger, and of a requeued SLURM job
+    folders = [root / "checkpoints", *root.glob("hpc_ckpt_*.ckpt")]  # runs without a logger, and requeued SLURM jobs
     for logger in _listed(trainer["logger"]):
         folders += _logger_folders(logger if isinstance(logger, Mapping) else {}, root)
     for callback in _listed(trainer["callbacks"]):
@@ -29,12 +29,12 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _logger_folders(logger: Mapping[str, Any], root: Path) -> list[Path]:
-    """The folder of a logger's runs; ``ModelCheckpoint`` makes it of what the logger calls its folder and its name."""
+    """Return the folders of a logger's runs, as ``ModelCheckpoint`` derives them from the logger's folder and name."""
     options: Mapping[str, Any] = logger.get("init_args") or {}
     kind = str(logger.get("class_path", "")).rpartition(".")[2]
     if kind == "MLFlowLogger":
         return list(_mlflow_folders(options))
-    if kind == "WandbLogger":  # what it calls ``name`` is shown and names no folder
+    if kind == "WandbLogger":  # its ``name`` is only displayed
         place = options.get("save_dir", ".") or options.get("dir") or root
         return [Path(place) / (options.get("project") or "lightning_logs")]
     if kind == "CometLogger":
@@ -43,7 +43,7 @@ def _logger_folders(logger: Mapping[str, Any], root: Path) -> list[Path]:
 
 
 def _mlflow_folders(options: Mapping[str, Any]) -> Iterator[Path]:
-    """Folders are called by an experiment's number, and a file in them says its name; a server's are not known here."""
+    """Yield an experiment's folders, which have numbers and a file with the name; those on a server are unknown."""
     address = str(options.get("tracking_uri") or f"file:{options.get('save_dir') or './mlruns'}")
     name = options.get("experiment_name") or "lightning_logs"
     if not address.startswith("file:"):

@@ -1,8 +1,7 @@
-"""The commands beside LightningCLI's: each is one function, and its signature is its command line.
+"""Commands other than LightningCLI's: each is a function, and its signature is its command line.
 
-Parameters without a default are words in their order, all others and those behind ``*`` are options (required if they
-have no default), and the docstring is the help. A ``list[str]`` takes any number of words, a
-``bool`` is a flag.
+Parameters without a default are positional; all others, and those after ``*``, are options, required if they have no
+default. The docstring is the help. A ``list[str]`` takes any number of words, a ``bool`` is a flag.
 """
 
 import importlib
@@ -19,8 +18,8 @@ from jsonargparse import ArgumentParser
 
 from lit_clip.tools.messages import hinting, options_of
 
-# What a command runs, as "module:function", imported when it is asked for: `lit-clip --help` pays for none of them.
-# Those of other packages are names only, as class paths in a YAML are.
+# "module:function", imported when the command is run, so that `lit-clip --help` stays fast. Other packages' commands
+# are only named, like class paths in a YAML file.
 COMMANDS: dict[str, str] = {
     "classify": "lit_clip.commands.classify:classify",
     "embed": "lit_clip.commands.embed:embed",
@@ -38,9 +37,9 @@ HELP = f"Without a configuration: lit-clip {' | '.join(sorted(COMMANDS))}; each 
 
 
 def command_parser(name: str, function: Callable[..., None]) -> ArgumentParser:
-    """The command line of a function.
+    """Return the command line of a function.
 
-    jsonargparse's own reading of a signature would have lists typed as ``[a, b]`` and flags as ``--flag true``.
+    By itself jsonargparse would want lists as ``[a, b]`` and flags as ``--flag true``.
     """
     documentation = docstring_parser.parse(function.__doc__ or "")
     helps = {parameter.arg_name: parameter.description for parameter in documentation.params}
@@ -57,7 +56,7 @@ def command_parser(name: str, function: Callable[..., None]) -> ArgumentParser:
             assert parameter.default is False, f"{key}: a flag can only switch something on"
             parser.add_argument(f"--{key}", action="store_true", help=helps.get(key))
         elif key in lists and required and parameter.kind is not parameter.KEYWORD_ONLY:
-            parser.add_argument(key, type=str, nargs="*", default=[], help=helps.get(key))  # none may be right
+            parser.add_argument(key, type=str, nargs="*", default=[], help=helps.get(key))  # an empty list may be right
         elif key in lists:
             default = {"required": True} if required else {"default": parameter.default}
             parser.add_argument(f"--{key}", type=str, nargs="+", help=helps.get(key), **default)
@@ -68,7 +67,7 @@ def run_command(words: Sequence[str]) -> None:
     """Run ``COMMANDS[words[0]]`` with the other words."""
     name, *options = map(_underscores, words)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")  # a file's name need not be Unicode
+        sys.stdout.reconfigure(errors="surrogateescape")  # file names need not be Unicode
     module, _, function = COMMANDS[name].partition(":")
     command = getattr(importlib.import_module(module), function)
     parser = command_parser(name, command)
@@ -79,14 +78,14 @@ def run_command(words: Sequence[str]) -> None:
 
 
 def _underscores(word: str) -> str:
-    """An option's name may have dashes instead."""
+    """Replace dashes in an option's name by underscores."""
     option, equals, value = word.partition("=")
     return option.replace("-", "_").replace("__", "--", 1) + equals + value if option.startswith("--") else word
 
 
 @contextmanager
 def _quiet_lightning() -> Iterator[None]:
-    """What Lightning reports of devices and ranks is no news to who embeds a folder."""
+    """Silence Lightning's messages about devices and ranks."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

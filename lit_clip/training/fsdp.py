@@ -1,4 +1,4 @@
-"""Fully sharded data parallel training: Lightning's strategy, told what a CLIP is made of."""
+"""Fully sharded data parallel training: Lightning's strategy adapted to CLIP."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -22,19 +22,18 @@ from lit_clip.models.layers import TOWERS, tower_blocks
 
 
 class FSDP(FSDPStrategy):
-    """Weights, gradients and optimiser states in shards, one a process; a block at a time is put together to be used.
+    """Shard weights, gradients and optimiser states over ranks; gather one block at a time to use it.
 
-    The numbers are those of DDP, and so are the checkpoints, which either of the two can go on from. Mixed precision is
-    autocast, as elsewhere: shards are float32, and so is what is sent. What has no dimension that could be divided
-    (temperature and bias) is whole on every process. Only training is in shards; evaluation has whole weights. With
-    ``model.micro_batch_size`` weights and gradients are whole within a step, and only what stays is in shards. Runs on
-    CPU too.
+    The numbers are those of DDP, and so are the checkpoints: either can resume from the other's. Mixed precision is
+    autocast, as elsewhere: shards and what is sent are float32. Scalars (temperature and bias) are whole on every rank.
+    Only training is sharded; evaluation has whole weights. With ``model.micro_batch_size`` weights and gradients are
+    whole within a step, and sharded between steps. Runs on CPU too.
 
-    ``ModelParallelStrategy`` (FSDP2) takes no scalar parameters at all, and OpenAI's layout has one.
+    ``ModelParallelStrategy`` (FSDP2) supports no scalar parameters, and OpenAI's layout has one.
 
     Args:
-        sharding_strategy: ``FULL_SHARD``, ``SHARD_GRAD_OP`` (weights are whole between forward and backward pass), or
-            ``HYBRID_SHARD`` (shards within a machine, copies on each).
+        sharding_strategy: ``FULL_SHARD``, ``SHARD_GRAD_OP`` (weights stay whole between forward and backward pass), or
+            ``HYBRID_SHARD`` (sharded within a machine, replicated over machines).
         kwargs: of Lightning's FSDPStrategy and of torch's FullyShardedDataParallel.
     """
 
@@ -44,7 +43,7 @@ class FSDP(FSDPStrategy):
         self._sharded: Sharded | None = None
 
     def setup(self, trainer: Trainer) -> None:
-        """Say what is wrapped: blocks; and what is not: scalars."""
+        """Wrap the blocks, and leave out the scalars."""
         if trainer.state.fn == TrainerFn.FITTING:
             self._check(trainer)
             self._prepare(self.lightning_module)
@@ -52,15 +51,15 @@ class FSDP(FSDPStrategy):
 
     def _prepare(self, module: Any) -> None:
         blocks = {id(block) for tower in TOWERS for block in tower_blocks(module.model, tower)}
-        if module.hparams.micro_batch_size:  # FSDP cannot put a block together within a backward pass for a forward one
+        if module.hparams.micro_batch_size:  # FSDP cannot gather a block for a forward pass within a backward pass
             blocks = set()
         if hasattr(module.model.text_encoder, "in_groups"):
             module.model.text_encoder.in_groups = False
-        for tensor in [*module.parameters(), *module.buffers()]:  # FSDP would do that, but not on CPU
+        for tensor in [*module.parameters(), *module.buffers()]:  # FSDP does this itself, but not on CPU
             tensor.data.copy_(self._of_rank_0(tensor.data))
         self._scalars = [parameter for parameter in module.parameters() if parameter.ndim == 0]
         for parameter in self._scalars:
-            parameter.data = parameter.data.to(self.root_device)  # FSDP moves what it shards, and nothing else
+            parameter.data = parameter.data.to(self.root_device)  # FSDP moves only what it shards
         self.kwargs |= {
             "auto_wrap_policy": CustomPolicy(lambda block: id(block) in blocks),
             "ignored_states": self._scalars,
@@ -76,7 +75,7 @@ class FSDP(FSDPStrategy):
             return self._sharded
         if not self._scalars:  # nothing is being trained
             return model.to(self.root_device)
-        # Lightning gives the device's index, of which the CPU has none.
+        # Lightning passes the device's index, and a CPU has none.
         settings: dict[str, Any] = {"sharding_strategy": self.sharding_strategy, "cpu_offload": self.cpu_offload}
         self._sharded = Sharded(model, device_id=self.root_device, **settings, **self.kwargs)
         return self._sharded
@@ -85,7 +84,7 @@ class FSDP(FSDPStrategy):
         for callback in trainer.callbacks:
             if isinstance(callback, WeightAveraging) or getattr(callback, "needs_whole_weights", False):
                 raise InputError(
-                    f"trainer.strategy: FSDP has no whole weights, which {type(callback).__name__} needs; leave it out "
+                    f"trainer.strategy: FSDP has no whole weights, which {type(callback).__name__} needs; remove it "
                     "and validate the checkpoint afterwards, or use ddp"
                 )
 
@@ -98,7 +97,7 @@ class FSDP(FSDPStrategy):
         self._precision_plugin = None if precision_plugin is None else _Precision(precision_plugin.precision, self)
 
     def post_backward(self, closure_loss: Tensor) -> None:
-        """Average the gradients of what is not sharded, as FSDP does with the rest."""
+        """Average the scalars' gradients over ranks, as FSDP does with the rest."""
         for parameter in self._scalars:
             if parameter.grad is not None:
                 dist.all_reduce(parameter.grad)
@@ -114,8 +113,8 @@ class FSDP(FSDPStrategy):
         assert isinstance(self.model, Sharded)
         return self.model
 
-    # Checkpoints: Lightning's own strategy reads weights before LightningModule.on_load_checkpoint has seen them, and
-    # numbers optimiser states otherwise than DDP does.
+    # Checkpoints: Lightning's own strategy loads weights before LightningModule.on_load_checkpoint has seen them, and
+    # numbers optimiser states differently from DDP.
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
@@ -141,7 +140,7 @@ class FSDP(FSDPStrategy):
         module.load_state_dict(checkpoint["state_dict"], strict=strict)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """As torch's optimisers state it: numbered in the order of the groups."""
+        """Return the state in torch's form: parameters numbered in the order of the groups."""
         optimizer = getattr(optimizer, "_optimizer", optimizer)
         with self._whole(rank0_only=True):
             state = Sharded.optim_state_dict(self._root, optimizer)
@@ -157,7 +156,7 @@ class FSDP(FSDPStrategy):
 
 
 def _names(state: Mapping[str, Any]) -> list[Any]:
-    """What an optimiser's state calls its parameters, in the order of the groups."""
+    """Return the parameters' names in an optimiser's state, in the order of the groups."""
     return [name for group in state["param_groups"] for name in group["params"]]
 
 
@@ -171,7 +170,7 @@ def _renamed(state: Mapping[str, Any], names: Mapping[Any, Any]) -> dict[str, An
 
 
 class _Precision(FSDPPrecision):
-    """Autocast on any device, and clipping by a norm that is that of all shards."""
+    """Autocast on any device, and clipping by the norm over all shards."""
 
     def __init__(self, precision: Any, strategy: FSDP) -> None:
         super().__init__(precision)

@@ -12,14 +12,14 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as TF
 
-import lit_clip.training.teacher
+import lit_clip.losses.distillation
 from callbacks import EMA
 from lit_clip.batch import CaptionBatch
 from lit_clip.commands.wise_ft import save
 from lit_clip.distributed import Shards
 from lit_clip.errors import InputError
 from lit_clip.losses.contrastive import unit
-from lit_clip.losses.distillation import Choices, blockwise_distillation, distillation_loss
+from lit_clip.losses.distillation import ModelFeatures, blockwise_distillation, distillation_loss
 from lit_clip.models import preprocess as pp
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, Preprocessing, TextTransformerConfig, VisionTransformerConfig
@@ -68,14 +68,14 @@ def test_the_loss_is_open_clips_with_the_teachers_own_pixels_and_tokens(teacher:
 def test_blocks_give_the_loss_and_gradients_of_all_logits_at_once(
     pairs: int, logits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lit_clip.training.teacher, "LOGITS", logits)
+    monkeypatch.setattr(lit_clip.losses.distillation, "LOGITS", logits)
     results = []
     for blockwise in (True, False):
         generator = torch.Generator().manual_seed(3)
         features = [unit(torch.randn(4, pairs, 5, generator=generator, dtype=torch.float64)[i]) for i in range(4)]
         scales = [torch.tensor(x, dtype=torch.float64) for x in (14.0, 50.0)]
         learnt = [x.requires_grad_() for x in (*features[:2], scales[0])]
-        ours, theirs = Choices(*features[:2], scales[0]), Choices(*features[2:], scales[1])
+        ours, theirs = ModelFeatures(*features[:2], scales[0]), ModelFeatures(*features[2:], scales[1])
         if blockwise:
             loss = blockwise_distillation(ours, theirs, Shards(0, (pairs,)))
         else:
@@ -87,13 +87,13 @@ def test_blocks_give_the_loss_and_gradients_of_all_logits_at_once(
 
 
 def test_no_more_than_a_block_of_logits_exists_at_one_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lit_clip.training.teacher, "LOGITS", 1000)
+    monkeypatch.setattr(lit_clip.losses.distillation, "LOGITS", 1000)
     generator = torch.Generator().manual_seed(3)
     image, text = (unit(torch.randn(200, 4, generator=generator)).requires_grad_() for _ in range(2))
     scale = torch.tensor(10.0)
     with Largest() as largest:
-        theirs = Choices(image.detach(), text.detach(), scale)
-        blockwise_distillation(Choices(image, text, scale), theirs, Shards(0, (200,))).backward()
+        theirs = ModelFeatures(image.detach(), text.detach(), scale)
+        blockwise_distillation(ModelFeatures(image, text, scale), theirs, Shards(0, (200,))).backward()
     assert 400 < largest.elements <= 1000
 
 
