@@ -1,55 +1,43 @@
 """Folders in which the runs of a configuration keep their checkpoints."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
+from lit_clip.errors import InputError
+
+# Loggers whose runs lie in save_dir/name/version_N. Others name their folders when a run starts, after numbers or ids.
+ON_DISK = ("CSVLogger", "TensorBoardLogger")
 
 
 def run_folders(config: Any) -> list[Path]:
     """Return the folders to search for a configuration's checkpoints; files among them are checkpoints themselves.
 
+    ``ModelCheckpoint`` keeps them in its ``dirpath``, or else in the folder of the first logger's run.
+
     Args:
         config: of one of LightningCLI's commands.
+
+    Raises:
+        InputError: neither is known before the run.
     """
     trainer = config["trainer"]
     root = Path(trainer["default_root_dir"] or ".")
     folders = [root / "checkpoints", *root.glob("hpc_ckpt_*.ckpt")]  # runs without a logger, and requeued SLURM jobs
-    for logger in _listed(trainer["logger"]):
-        folders += _logger_folders(logger if isinstance(logger, Mapping) else {}, root)
-    for callback in _listed(trainer["callbacks"]):
-        options = (callback or {}).get("init_args", {})
-        folders += [Path(options["dirpath"])] if options.get("dirpath") else []
-    return folders
+    options = [(callback or {}).get("init_args", {}) for callback in _listed(trainer["callbacks"])]
+    dirpaths = [Path(each["dirpath"]) for each in options if each.get("dirpath")]
+    logger = _listed(trainer["logger"])[0]
+    kind = str(logger["class_path"]).rpartition(".")[2] if isinstance(logger, Mapping) else ON_DISK[0]
+    if kind in ON_DISK:
+        named: Mapping[str, Any] = (logger.get("init_args") if isinstance(logger, Mapping) else None) or {}
+        folders.append(Path(named.get("save_dir") or root) / (named.get("name") or "lightning_logs"))
+    elif not dirpaths:
+        raise InputError(
+            f"--ckpt_path: the folder of {kind}'s runs is not known in advance; set ModelCheckpoint's dirpath "
+            "or give the checkpoint's path"
+        )
+    return folders + dirpaths
 
 
 def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
-
-
-def _logger_folders(logger: Mapping[str, Any], root: Path) -> list[Path]:
-    """Return the folders of a logger's runs, as ``ModelCheckpoint`` derives them from the logger's folder and name."""
-    options: Mapping[str, Any] = logger.get("init_args") or {}
-    kind = str(logger.get("class_path", "")).rpartition(".")[2]
-    if kind == "MLFlowLogger":
-        return list(_mlflow_folders(options))
-    if kind == "WandbLogger":  # its ``name`` is only displayed
-        place = options.get("save_dir", ".") or options.get("dir") or root
-        return [Path(place) / (options.get("project") or "lightning_logs")]
-    if kind == "CometLogger":
-        return [Path(options.get("offline_directory") or root) / str(options.get("project"))]
-    return [Path(options.get("save_dir") or root) / (options.get("name") or "lightning_logs")]
-
-
-def _mlflow_folders(options: Mapping[str, Any]) -> Iterator[Path]:
-    """Yield an experiment's folders, which have numbers and a file with the name; those on a server are unknown."""
-    address = str(options.get("tracking_uri") or f"file:{options.get('save_dir') or './mlruns'}")
-    name = options.get("experiment_name") or "lightning_logs"
-    if not address.startswith("file:"):
-        return
-    place = Path(address.removeprefix("file:"))
-    for described in place.glob("*/meta.yaml"):
-        found = yaml.safe_load(described.read_text(encoding="utf-8"))
-        if isinstance(found, dict) and found.get("name") == name:
-            yield described.parent

@@ -1,4 +1,4 @@
-"""Where checkpoints of a configuration's runs are looked for is where ModelCheckpoint puts them."""
+"""Checkpoints of a configuration's runs are searched for where ModelCheckpoint puts them."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lit_clip.cli.run_folders import run_folders
+from lit_clip.errors import InputError
 
 LOGGERS = "lightning.pytorch.loggers"
+KEEPER = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"dirpath": "kept"}}
 
 
 def config(logger: Any, callbacks: Any = None, root: str | None = None) -> dict[str, Any]:
@@ -18,56 +20,31 @@ def config(logger: Any, callbacks: Any = None, root: str | None = None) -> dict[
 
 
 def folder_of(logger: Any, root: str) -> Path:
-    """Lightning's own answer for the run that this logger would log."""
+    """Return Lightning's own folder for a run with this logger."""
     trainer: Any = SimpleNamespace(loggers=[logger], default_root_dir=root)
     return Path(ModelCheckpoint()._ModelCheckpoint__resolve_ckpt_dir(trainer))  # pyright: ignore
 
 
 @pytest.mark.parametrize("options", [{"save_dir": "logs"}, {"save_dir": "logs", "name": "mine"}])
 @pytest.mark.parametrize("kind", [CSVLogger, TensorBoardLogger])
-def test_of_a_logger_on_disk_it_is_its_folder(kind: Any, options: dict[str, str]) -> None:
+def test_checkpoints_lie_in_the_folder_of_a_logger_on_disk(kind: Any, options: dict[str, str]) -> None:
     (_, folder) = run_folders(config({"class_path": f"{LOGGERS}.{kind.__name__}", "init_args": options}))
     assert folder_of(kind(**options), "root").is_relative_to(folder)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"name": "shown", "save_dir": "logs"},
-        {"project": "birds", "dir": "here", "save_dir": "there", "name": "shown"},
-    ],
-)
-def test_of_weights_and_biases_it_is_that_of_the_project(
-    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(f"{LOGGERS}.wandb._WANDB_AVAILABLE", True)
-    logger = WandbLogger(**options, version="a1b2")  # no run is begun before something is logged
-    (_, folder) = run_folders(config({"class_path": f"{LOGGERS}.WandbLogger", "init_args": options}))
-    assert folder_of(logger, "root") == folder / "a1b2/checkpoints"
-    assert folder.name == options.get("project", "lightning_logs")
+@pytest.mark.parametrize("kind", ["WandbLogger", "MLFlowLogger", "CometLogger"])
+def test_a_logger_with_unknown_folders_needs_a_dirpath(kind: str) -> None:
+    logger = {"class_path": f"{LOGGERS}.{kind}", "init_args": {"save_dir": "logs"}}
+    with pytest.raises(InputError, match=f"--ckpt_path: the folder of {kind}'s runs is not known in advance; "):
+        run_folders(config(logger))
+    assert run_folders(config(logger, KEEPER)) == [Path("checkpoints"), Path("kept")]
+    csv = {"class_path": f"{LOGGERS}.CSVLogger", "init_args": {"save_dir": "logs"}}
+    assert run_folders(config([csv, logger]))[1:] == [Path("logs/lightning_logs")]  # the first logger's folder counts
 
 
-def test_of_comet_it_is_that_of_the_project() -> None:
-    options = {"project": "birds", "offline_directory": "here"}
-    assert run_folders(config({"class_path": f"{LOGGERS}.CometLogger", "init_args": options}))[1] == Path("here/birds")
-
-
-def test_of_mlflow_it_is_the_number_of_the_experiment_of_that_name(tmp_path: Path) -> None:
-    for number, name in ((11, "birds"), (12, "fish")):
-        (tmp_path / f"mlruns/{number}").mkdir(parents=True)
-        (tmp_path / f"mlruns/{number}/meta.yaml").write_text(f"experiment_id: '{number}'\nname: {name}\n")
-    for place in ({"save_dir": f"{tmp_path}/mlruns"}, {"tracking_uri": f"file:{tmp_path}/mlruns"}):
-        logger = {"class_path": f"{LOGGERS}.MLFlowLogger", "init_args": {"experiment_name": "fish", **place}}
-        assert run_folders(config(logger))[1:] == [tmp_path / "mlruns/12"]
-    logger["init_args"]["tracking_uri"] = "http://127.0.0.1"
-    assert run_folders(config(logger))[1:] == []
-
-
-def test_without_a_logger_it_is_the_root_and_callbacks_name_their_own(tmp_path: Path) -> None:
+def test_runs_without_a_logger_use_the_root_and_callbacks_their_dirpath(tmp_path: Path) -> None:
     (tmp_path / "hpc_ckpt_1.ckpt").touch()
-    keeper = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"dirpath": "kept"}}
     expected = [tmp_path / "checkpoints", tmp_path / "hpc_ckpt_1.ckpt"]
-    assert run_folders(config(False, [keeper, None], str(tmp_path)))[:2] == expected
-    assert run_folders(config(False, keeper, str(tmp_path)))[-1] == Path("kept")
+    assert run_folders(config(False, [KEEPER, None], str(tmp_path)))[:2] == expected
+    assert run_folders(config(False, KEEPER, str(tmp_path)))[-1] == Path("kept")
     assert run_folders(config(None, None, str(tmp_path)))[-1] == tmp_path / "lightning_logs"
