@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_clip import __version__, distributed, load_model
+from lit_clip import distributed, load_model
 from lit_clip.embedding.batch_size import BatchSize
 from lit_clip.embedding.encode import Precision
 from lit_clip.errors import InputError, require
@@ -38,6 +38,7 @@ from lit_clip.evaluation.zero_shot import imagenet_class_names
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.console import stderr
 from lit_clip.tools.images import OnError
+from lit_clip.version import __version__
 
 IMAGENET = "ImageNet"  # the paper's name
 PACKAGES = ("matplotlib", "scipy")  # of the extra "eval", those that every evaluation needs in the end

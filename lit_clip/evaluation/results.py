@@ -8,12 +8,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from lit_clip import __version__
 from lit_clip.errors import InputError
 from lit_clip.evaluation.overview import rows, sets_of, shots_of
 from lit_clip.evaluation.suite import SuiteEntry, Task
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import replacing
+from lit_clip.version import __version__
 from lit_clip.weights.fingerprint import weights_sha256
 
 PACKAGES = ("torch", "torchvision", "lightning", "pillow", "timm", "transformers", "open-clip-torch", "clip-benchmark")

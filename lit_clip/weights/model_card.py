@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import yaml
 
-from lit_clip import __version__
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import HuggingFaceTextConfig
+from lit_clip.version import __version__
 from lit_clip.weights.export import FORMATS, Parity
 
 LIBRARY = {"open_clip": "open_clip", "hugging_face": "transformers", "onnx": "onnx"}
