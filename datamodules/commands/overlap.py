@@ -94,7 +94,7 @@ def overlap(
     source = open_source(train, **columns, typed="--", on_error="skip")
     source.prepare()
     clip = load_model(model).to(torch.accelerator.current_accelerator() or torch.device("cpu"))
-    cache = _Cache(path, fingerprint(clip))
+    cache = _Cache(path, fingerprint(clip).model)
     queries = {name: cache.queries(clip, name, each.images, batch_size, num_workers) for name, each in opened.items()}
     stamp = _stamp_of(train, columns, len(source), (path.with_suffix(".html"), path.with_suffix(".json")))
     found = search(clip, joined(list(queries.values())), source, cache.search(stamp), batch_size, num_workers)

@@ -27,7 +27,7 @@ from lit_clip.tools.processor import has_bfloat16
 from lit_clip.training.checkpoint_io import WholeCheckpointIO, newest_checkpoint
 from lit_clip.training.plan import measure_run, print_plan
 from lit_clip.training.summary import print_next_steps, print_summary, resume_command
-from lit_clip.weights.load import read_checkpoint
+from lit_clip.weights.checkpoints import read_checkpoint
 
 NEWEST = ("last", "auto")  # of this configuration's runs; auto: or from the beginning
 

@@ -51,7 +51,7 @@ def embed(
     items = _read_texts(Path(texts)) if texts else find_images(images)
     check_keys(path, [item.key for item in items])
     clip = load_model(model)
-    name = fingerprint(clip)
+    name = fingerprint(clip).model
     parts = FeatureParts(path, f"{name} {precision} {'text' if texts else 'image'}")
     settings = {"devices": devices, "accelerator": accelerator, "precision": precision}
     bad = encode(clip, items, parts, {}, batch_size=batch_size, num_workers=num_workers, on_error=on_error, **settings)

@@ -15,7 +15,7 @@ from lit_clip.embedding.encode import Precision
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.bias import bias_texts
 from lit_clip.evaluation.data import CaptionedImages, ImageSet, LabelledImages, MissingData, check_classes
-from lit_clip.evaluation.prompts import Prompts, prompts_of, text_classifier, text_sha256
+from lit_clip.evaluation.prompts import Prompts, prompts_of, text_classifier
 from lit_clip.evaluation.report.page import write_report
 from lit_clip.evaluation.report.results_table import print_results
 from lit_clip.evaluation.report.tensorboard import write_tensorboard
@@ -159,7 +159,7 @@ class _Run:
     ) -> None:
         self.model, self.store, self.root = model, store, root
         self.results, self.options, self.tasks = results, options, tasks
-        self.device, self.texts = torch.device("cpu"), text_sha256(model)
+        self.device, self.texts = torch.device("cpu"), store.fingerprint.text
         self.imagenet: list[OpenSet] = []  # itself, and sets of some of its classes
 
     def evaluate(self, entries: Mapping[str, SuiteEntry]) -> None:

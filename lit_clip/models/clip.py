@@ -6,7 +6,6 @@ The state dict has OpenAI's own key names. Shapes: B batch, L tokens, W width, D
 import math
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -22,12 +21,12 @@ from lit_clip.models.config import (
     TextTransformerConfig,
     VisionTransformerConfig,
 )
+from lit_clip.models.external import HuggingFaceTextEncoder, TimmImageEncoder
+from lit_clip.models.external_settings import with_external_settings
+from lit_clip.models.hf_tokenizer import from_source
 from lit_clip.models.resnet import ModifiedResNet
 from lit_clip.models.tokenizer import EOT_ID, TextTokenizer, Tokenize
 from lit_clip.models.transformer import TextTransformer, VisionTransformer
-
-if TYPE_CHECKING:
-    from lit_clip.models.external import TimmImageEncoder
 
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)  # paper, section 2.5
 MAX_LOGIT_SCALE = math.log(100)  # paper, section 2.5: "clipped to prevent scaling the logits by more than 100"
@@ -53,8 +52,8 @@ class CLIP(TextTransformer):
 
     def __init__(self, config: CLIPConfig, tokenizer: TextTokenizer | None = None) -> None:
         nn.Module.__init__(self)  # of the text transformer's parts only those that this architecture has
-        self.config = config
-        assert config.preprocessing is not None  # __post_init__ has seen to it
+        self.config = config = with_external_settings(config)
+        assert config.preprocessing is not None  # with_external_settings has filled it in
         self.preprocessing = config.preprocessing
         self.visual = _image_encoder(config)
         if config.papers_layout:
@@ -102,8 +101,6 @@ class CLIP(TextTransformer):
                 )
                 self._tokenizer = Tokenize(self.context_length)
             else:
-                from lit_clip.models.hf_tokenizer import from_source  # transformers takes seconds to import
-
                 self._tokenizer = from_source(text.tokenizer, self.context_length, whole, vocab_size)
         return self._tokenizer
 
@@ -168,19 +165,15 @@ class CLIP(TextTransformer):
             self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
 
 
-def _image_encoder(config: CLIPConfig) -> "VisionTransformer | ModifiedResNet | TimmImageEncoder":
+def _image_encoder(config: CLIPConfig) -> VisionTransformer | ModifiedResNet | TimmImageEncoder:
     if isinstance(config.image, VisionTransformerConfig):
         return VisionTransformer(config.image, config.embed_dim, config.activation)
     if isinstance(config.image, ResNetConfig):
         return ModifiedResNet(config.image, config.embed_dim)
-    from lit_clip.models.external import TimmImageEncoder  # timm takes seconds to import
-
     return TimmImageEncoder(config.image, config.embed_dim)
 
 
 def _text_encoder(config: CLIPConfig) -> nn.Module:
     if isinstance(config.text, HuggingFaceTextConfig):
-        from lit_clip.models.external import HuggingFaceTextEncoder  # transformers takes seconds to import
-
         return HuggingFaceTextEncoder(config.text, config.embed_dim)
     return TextTransformer(config.text, config.embed_dim, config.activation)

@@ -288,29 +288,17 @@ class CLIPConfig:
     def __post_init__(self) -> None:
         require(self.embed_dim >= 1, f"architecture: embed_dim {self.embed_dim} must be at least 1")
         self.image, self.text = self.image or VisionTransformerConfig(), self.text or TextTransformerConfig()
-        if isinstance(self.image, TimmConfig):
-            from lit_clip.models.external import (
-                timm_preprocessing,  # timm takes seconds to import; most models do without
-            )
-
-            theirs = timm_preprocessing(self.image)
-            self.image = dataclasses.replace(self.image, image_size=theirs.image_size)
-            self.preprocessing = self.preprocessing or theirs
-        if isinstance(self.text, HuggingFaceTextConfig) and self.text.model is None:
-            from lit_clip.models.external import hugging_face_config  # likewise transformers
-
-            self.text = dataclasses.replace(self.text, model=hugging_face_config(self.text.hugging_face))
-        size = self.image.image_size
-        assert size is not None  # timm's has just been filled in
         if isinstance(self.text, TextTransformerConfig) and not self.text.projection:
             width = self.text.width
             require(
                 width == self.embed_dim, f"architecture.text: width {width} is not embed_dim {self.embed_dim}; project"
             )
-        if self.preprocessing is None:
-            self.preprocessing = Preprocessing(image_size=size)
-        theirs, ours = self.preprocessing.image_size, size
-        require(theirs == ours, f"architecture: preprocessing.image_size {theirs} is not image.image_size {ours}")
+        if self.preprocessing is None and not isinstance(self.image, TimmConfig):
+            self.preprocessing = Preprocessing(self.image.image_size)
+        size = self.image.image_size
+        if self.preprocessing is not None and size is not None:
+            wanted = self.preprocessing.image_size
+            require(wanted == size, f"architecture: preprocessing.image_size {wanted} is not image.image_size {size}")
 
     @property
     def papers_layout(self) -> bool:

@@ -4,10 +4,8 @@ Both libraries are imported when a tower is made; the paper's models do without.
 Shapes: B batch, L tokens, W width, D embedding dimension.
 """
 
-import json
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -16,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_clip.errors import InputError
-from lit_clip.models.config import HuggingFaceTextConfig, Preprocessing, TimmConfig, height_width
+from lit_clip.models.config import HuggingFaceTextConfig, TimmConfig, height_width
+from lit_clip.models.external_settings import one_line, timm_pretrained_cfg
 from lit_clip.models.packing import length_groups, to_device
 from lit_clip.models.transformer import check_images, is_traced, rounded
 from lit_clip.tools.weight_files import read_tensors
@@ -34,50 +33,12 @@ def projection(width: int, embed_dim: int, kind: Literal["linear", "mlp", "none"
     return nn.Identity()
 
 
-def _timm_cfg(name: str) -> Any:
-    """What timm says of a model's weights, or of the model itself: its data config is in it."""
-    import timm
-
-    bare, _, tag = name.partition(".")
-    if not timm.is_model(bare):
-        names = timm.list_models()
-        near = timm.list_models(f"*{bare}*")[:5] or get_close_matches(bare, names, n=5)
-        hint = f"near: {', '.join(near)}" if near else f"it has {len(names)}, see timm.list_models()"
-        raise InputError(f"architecture.image: timm has no model {name!r}; {hint}")
-    if tag and not timm.is_model_pretrained(name):
-        known = ", ".join(timm.list_pretrained(f"{bare}.*")) or "none, leave it out"
-        raise InputError(f"architecture.image: timm's {bare} has no weights {tag!r}; known: {known}")
-    return timm.get_pretrained_cfg(name) or timm.create_model(name, pretrained=False).pretrained_cfg
-
-
-def timm_preprocessing(config: TimmConfig) -> Preprocessing:
-    """What timm's data config says of a model, at the configured size."""
-    from timm.data import resolve_data_config  # pyright: ignore[reportPrivateImportUsage]  # timm's documented home
-
-    cfg = _timm_cfg(config.timm)
-    data = resolve_data_config({}, pretrained_cfg=cfg if isinstance(cfg, dict) else cfg.to_dict())
-    size = config.image_size or cast(tuple[int, int], tuple(data["input_size"][1:]))
-    interpolation, mode = data["interpolation"], data["crop_mode"]
-    if interpolation not in ("bicubic", "bilinear") or mode not in ("center", "squash"):
-        raise InputError(
-            f"architecture.image: timm's {config.timm} wants {interpolation} {mode} images; lit-clip has none"
-        )
-    return Preprocessing(
-        image_size=size,
-        mean=data["mean"],
-        std=data["std"],
-        interpolation=interpolation,
-        resize_mode="squash" if mode == "squash" else "shortest",
-        crop_pct=data["crop_pct"],
-    )
-
-
 class TimmImageEncoder(nn.Module):
     """A model of timm without its classifier (``trunk``) and a projection (``head``), as open_clip names them."""
 
     def __init__(self, config: TimmConfig, embed_dim: int) -> None:
         super().__init__()
-        assert config.image_size is not None  # CLIPConfig has filled it in
+        assert config.image_size is not None  # with_external_settings has filled it in
         self.image_size = config.image_size
         self.trunk = _trunk(config, classes=embed_dim if config.projection == "classifier" else 0)
         parts: OrderedDict[str, nn.Module] = OrderedDict()
@@ -116,7 +77,7 @@ def _trunk(config: TimmConfig, classes: int) -> nn.Module:
     import timm
 
     assert config.image_size is not None
-    cfg, size = _timm_cfg(config.timm), height_width(config.image_size)
+    cfg, size = timm_pretrained_cfg(config.timm), height_width(config.image_size)
     options = dict(config.options)
     # As open_clip does: changed afterwards, a model keeps its norm, and so the names of its published weights; but
     # attention pooling cannot be added then, and the classifier of some models depends on the pooling.
@@ -190,35 +151,10 @@ def _by_order(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], refusal:
     return {a: theirs[b] for a, b in pairs}
 
 
-def hugging_face_config(source: str) -> dict[str, Any]:
-    """The configuration of an encoder, as plain values.
-
-    Raises:
-        InputError: nothing of that name, or not a text encoder.
-    """
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"architecture.text: no Hugging Face model at {source!r} ({one_line(error)})") from error
-    if hasattr(config, "vision_config"):
-        raise InputError(f"architecture.text: {source} reads images and texts; open it as a whole with load_model")
-    if getattr(config, "pad_token_id", None) is None:
-        raise InputError(f"architecture.text: {source} has no padding token, without which texts cannot be told apart")
-    return json.loads(config.to_json_string(use_diff=False))
-
-
-def one_line(error: Exception) -> str:
-    """The first line of what transformers says, which may go on for a page."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
 def _encoder(config: HuggingFaceTextConfig) -> nn.Module:
     from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding
 
-    assert config.model is not None  # CLIPConfig has filled it in
+    assert config.model is not None  # with_external_settings has filled it in
     values = dict(config.model)
     hf_config: Any = AutoConfig.for_model(values.pop("model_type"), **values)
     kinds = AutoModelForTextEncoding._model_mapping  # pyright: ignore[reportAttributeAccessIssue]  # no public lookup

@@ -122,7 +122,7 @@ def from_open_clip(model: Mapping[str, Any], preprocess: Mapping[str, Any] | Non
             logit_bias=bias,
         )
     except (TypeError, KeyError) as error:
-        raise InputError(f"{name}: not a configuration of open_clip's ({error})") from error
+        raise InputError(f"{name}: not an open_clip configuration ({error})") from error
 
 
 def _preprocessing(values: Mapping[str, Any] | None, vision: Mapping[str, Any], siglip: bool) -> Preprocessing:

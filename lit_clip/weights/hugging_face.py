@@ -24,6 +24,7 @@ from lit_clip.models.config import (
     VisionTransformerConfig,
 )
 from lit_clip.models.tokenizer import EOT_ID, SOT_ID
+from lit_clip.tools.weight_files import read_tensors
 from lit_clip.weights.hugging_face_keys import clip_pairs, renamed, siglip_pairs
 from lit_clip.weights.hugging_face_processor import agree, check_vocabulary, preprocessing_of, read_json, square
 
@@ -46,8 +47,6 @@ def read_hugging_face_folder(folder: str | os.PathLike[str]) -> tuple[CLIPConfig
     Raises:
         InputError: a file is missing or unreadable, or the model is one that ours cannot be.
     """
-    from lit_clip.tools.weight_files import read_tensors
-
     folder = Path(folder)
     config = read_json(folder / "config.json")
     preprocessor = None

@@ -24,7 +24,7 @@ from lit_clip.models.config import (
     TimmConfig,
     height_width,
 )
-from lit_clip.models.external import timm_preprocessing
+from lit_clip.models.external_settings import timm_preprocessing, with_external_settings
 from lit_clip.models.preprocess import image_transform
 from lit_clip.module import LitCLIP
 from lit_clip.weights.load import create_model
@@ -131,8 +131,9 @@ def test_images_are_prepared_as_timm_does_it(name: str, size: Size | None, image
 def test_preprocessing_of_ones_own_beats_timms() -> None:
     mine = Preprocessing(64, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     config = CLIPConfig(D, TimmConfig("test_vit", image_size=64), preprocessing=mine)
-    assert config.preprocessing == mine
-    assert CLIPConfig(D, TimmConfig("test_vit")).preprocessing == timm_preprocessing(TimmConfig("test_vit"))
+    assert with_external_settings(config).preprocessing == mine
+    config = with_external_settings(CLIPConfig(D, TimmConfig("test_vit")))
+    assert config.preprocessing == timm_preprocessing(TimmConfig("test_vit"))
 
 
 @pytest.fixture(scope="module")
@@ -262,4 +263,4 @@ def test_a_checkpoint_with_a_timm_tower_loads_as_it_was_and_at_another_size(name
         larger = load_model(path, image_size=96)
         assert larger.preprocess(Image.new("RGB", (200, 100), "red")).shape == (3, 96, 96)
         assert larger.encode_image(photos(96)).isfinite().all()
-    assert again.preprocessing == config.preprocessing
+    assert again.preprocessing == with_external_settings(config).preprocessing

@@ -379,7 +379,7 @@ def test_what_the_other_library_says_is_passed_on_in_one_line(
 ) -> None:
     checkpoint(tiny_config, tmp_path / "last.ckpt")
 
-    def fail(folder: Path, sample: export_formats.Sample) -> export_formats.Reading:
+    def fail(folder: Path, sample: export_formats.ExportSample) -> export_formats.Reading:
         raise RuntimeError("size mismatch\nfor a weight")
 
     right = export_formats.FORMATS["open_clip"]
