@@ -33,14 +33,14 @@ def with_external_settings(config: CLIPConfig) -> CLIPConfig:
 
 
 def timm_pretrained_cfg(name: str) -> Any:
-    """What timm says of a model's weights, or of the model itself: its data config is in it."""
+    """Return timm's entry for a model's weights, or for the model itself; it includes the data config."""
     import timm
 
     bare, _, tag = name.partition(".")
     if not timm.is_model(bare):
         names = timm.list_models()
         near = timm.list_models(f"*{bare}*")[:5] or get_close_matches(bare, names, n=5)
-        hint = f"near: {', '.join(near)}" if near else f"it has {len(names)}, see timm.list_models()"
+        hint = f"did you mean {', '.join(near)}?" if near else f"it has {len(names)}, see timm.list_models()"
         raise InputError(f"architecture.image: timm has no model {name!r}; {hint}")
     if tag and not timm.is_model_pretrained(name):
         known = ", ".join(timm.list_pretrained(f"{bare}.*")) or "none, leave it out"
@@ -49,7 +49,7 @@ def timm_pretrained_cfg(name: str) -> Any:
 
 
 def timm_preprocessing(config: TimmConfig) -> Preprocessing:
-    """What timm's data config says of a model, at the configured size."""
+    """Return the preprocessing of timm's data config for a model, at the configured size."""
     from timm.data import resolve_data_config  # pyright: ignore[reportPrivateImportUsage]  # timm's documented home
 
     cfg = timm_pretrained_cfg(config.timm)
@@ -58,7 +58,7 @@ def timm_preprocessing(config: TimmConfig) -> Preprocessing:
     interpolation, mode = data["interpolation"], data["crop_mode"]
     if interpolation not in ("bicubic", "bilinear") or mode not in ("center", "squash"):
         raise InputError(
-            f"architecture.image: timm's {config.timm} wants {interpolation} {mode} images; lit-clip has none"
+            f"architecture.image: timm's {config.timm} needs {interpolation} {mode} preprocessing, which lit-clip lacks"
         )
     return Preprocessing(
         image_size=size,
@@ -71,10 +71,10 @@ def timm_preprocessing(config: TimmConfig) -> Preprocessing:
 
 
 def hugging_face_config(source: str) -> dict[str, Any]:
-    """The configuration of an encoder, as plain values.
+    """Return the configuration of a text encoder as plain values.
 
     Raises:
-        InputError: nothing of that name, or not a text encoder.
+        InputError: no such model, or not a text encoder.
     """
     from transformers import AutoConfig
 
@@ -83,13 +83,15 @@ def hugging_face_config(source: str) -> dict[str, Any]:
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"architecture.text: no Hugging Face model at {source!r} ({one_line(error)})") from error
     if hasattr(config, "vision_config"):
-        raise InputError(f"architecture.text: {source} reads images and texts; open it as a whole with load_model")
+        raise InputError(f"architecture.text: {source} has an image encoder too; open the whole model with load_model")
     if getattr(config, "pad_token_id", None) is None:
-        raise InputError(f"architecture.text: {source} has no padding token, without which texts cannot be told apart")
+        raise InputError(
+            f"architecture.text: {source} has no padding token, so the ends of texts are unknown; choose another encoder"
+        )
     return json.loads(config.to_json_string(use_diff=False))
 
 
 def one_line(error: Exception) -> str:
-    """The first line of what transformers says, which may go on for a page."""
+    """Return the first line of an error of transformers, which may be a page long."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -12,7 +12,7 @@ from lit_clip.models.config import (
     Activation,
     CLIPConfig,
     HuggingFaceTextConfig,
-    HuggingFaceTokenizer,
+    HuggingFaceTokenizerConfig,
     ImageConfig,
     Preprocessing,
     ResNetConfig,
@@ -215,7 +215,7 @@ def _text(values: _CheckedDict) -> TextConfig:
             values.take("proj_type", "linear") != "none",
             values.take("proj_bias", False),
             (values.take("norm_kwargs") or {}).get("eps", 1e-5),
-            HuggingFaceTokenizer(source, clean) if source else None,
+            HuggingFaceTokenizerConfig(source, clean) if source else None,
         )
     values.done()
     return result

@@ -8,7 +8,7 @@ from typing import Any
 from lit_clip.errors import InputError
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, TextTransformerConfig
-from lit_clip.models.hf_tokenizer import HuggingFaceTokenize
+from lit_clip.models.hf_tokenizer import HuggingFaceTokenizer
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.tools.weight_files import Source, read_file
 
@@ -48,7 +48,7 @@ def saved_tokenizer(model: CLIP) -> dict[str, Any]:
     if model.config.text.tokenizer is None:
         return {}
     tokenizer: Any = model.tokenizer
-    return {"tokenizer": {"definition": tokenizer.definition, "pad_id": tokenizer.pad_id}}
+    return {"tokenizer": tokenizer.to_dict()}
 
 
 def checkpoint_tokenizer(checkpoint: Mapping[str, Any], config: CLIPConfig) -> TextTokenizer | None:
@@ -57,7 +57,7 @@ def checkpoint_tokenizer(checkpoint: Mapping[str, Any], config: CLIPConfig) -> T
     if saved is None or text.tokenizer is None:
         return None
     whole = isinstance(text, TextTransformerConfig) and not text.causal
-    return HuggingFaceTokenize(saved["definition"], saved["pad_id"], text.tokenizer.clean, text.context_length, whole)
+    return HuggingFaceTokenizer(saved["definition"], saved["pad_id"], text.tokenizer.clean, text.context_length, whole)
 
 
 def check_base(checkpoint: Mapping[str, Any], ours: str, name: str | os.PathLike[str]) -> None:

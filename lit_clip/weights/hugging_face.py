@@ -18,7 +18,7 @@ from lit_clip.models.clip import CLIP
 from lit_clip.models.config import (
     Activation,
     CLIPConfig,
-    HuggingFaceTokenizer,
+    HuggingFaceTokenizerConfig,
     TextTransformerConfig,
     TimmConfig,
     VisionTransformerConfig,
@@ -218,7 +218,7 @@ def _siglip_config(values: Mapping[str, Any], preprocessor: Mapping[str, Any] | 
             causal=False,
             projection_bias=True,
             layer_norm_eps=text.layer_norm_eps,
-            tokenizer=HuggingFaceTokenizer(tokenizer, clean="canonicalize"),
+            tokenizer=HuggingFaceTokenizerConfig(tokenizer, clean="canonicalize"),
         ),
         activation=_activation("text_config.hidden_act", text.hidden_act),
         preprocessing=preprocessing_of(

@@ -61,7 +61,7 @@ left, top = round((larger[0] - width) / 2), round((larger[1] - height) / 2)
 image = image.crop((left, top, left + width, top + height))"""
 
 
-class Source(NamedTuple):
+class ExportedSource(NamedTuple):
     """What was exported.
 
     Attributes:
@@ -73,7 +73,7 @@ class Source(NamedTuple):
     sha256: str | None
 
 
-def model_card(model: CLIP, format: str, name: str, source: Source, parity: Parity, license: str | None) -> str:
+def model_card(model: CLIP, format: str, name: str, source: ExportedSource, parity: Parity, license: str | None) -> str:
     """The card as Markdown, with the front matter that model hubs read."""
     front = {"library_name": LIBRARY[format], "pipeline_tag": "zero-shot-image-classification", "tags": ["clip"]}
     if license:

@@ -16,7 +16,7 @@ from lit_clip.errors import InputError, require
 from lit_clip.models.config import (
     CLIPConfig,
     HuggingFaceTextConfig,
-    HuggingFaceTokenizer,
+    HuggingFaceTokenizerConfig,
     ResNetConfig,
     TextTransformerConfig,
     VisionTransformerConfig,
@@ -126,7 +126,9 @@ def _open_clip_config(folder: Path) -> CLIPConfig:
         if isinstance(text, HuggingFaceTextConfig):
             config.text = dataclasses.replace(text, hugging_face=str(folder))
         elif text.tokenizer is not None:
-            config.text = dataclasses.replace(text, tokenizer=HuggingFaceTokenizer(str(folder), text.tokenizer.clean))
+            config.text = dataclasses.replace(
+                text, tokenizer=HuggingFaceTokenizerConfig(str(folder), text.tokenizer.clean)
+            )
     return config
 
 

@@ -30,7 +30,7 @@ from lit_clip.models.clip import CLIP
 from lit_clip.models.config import (
     CLIPConfig,
     HuggingFaceTextConfig,
-    HuggingFaceTokenizer,
+    HuggingFaceTokenizerConfig,
     Preprocessing,
     ResNetConfig,
     TextTransformerConfig,
@@ -266,7 +266,7 @@ def siglip(tmp_path: Path) -> CLIP:
             causal=False,
             projection_bias=True,
             layer_norm_eps=1e-6,
-            tokenizer=HuggingFaceTokenizer(str(tmp_path / "tok"), "canonicalize"),
+            tokenizer=HuggingFaceTokenizerConfig(str(tmp_path / "tok"), "canonicalize"),
         ),
         activation="gelu_tanh",
         preprocessing=Preprocessing(32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), resize_mode="squash"),
