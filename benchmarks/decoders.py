@@ -26,7 +26,7 @@ from torch.utils.data import default_collate
 from datamodules.loading import images
 from datamodules.loading.augmentation import FastSquareCrop, RandomSquareCrop
 from datamodules.loading.images import decoding_at_least, fraction, open_image
-from lit_clip.models.tokenizer import Tokenize
+from lit_clip.models.tokenizer import CLIPTokenizer
 
 Decode = Callable[[bytes], Image.Image]
 SCALE, BATCH = (0.9, 1.0), 32
@@ -135,7 +135,7 @@ def compare(size: tuple[int, int], rounds: int) -> None:
 
 def parts(size: tuple[int, int], rounds: int) -> None:
     """Where a sample's time goes in a data worker."""
-    tokenize, texts = Tokenize(), captions(BATCH)
+    tokenize, texts = CLIPTokenizer(), captions(BATCH)
     content = contents_of(size)[1]
 
     def decode() -> Image.Image:

@@ -9,7 +9,7 @@ for each.
 import torch
 from peers import captions, compare, length_figures, lengths_of, open_clip_pair, parser, save
 
-from lit_clip.models.tokenizer import trim_padding
+from lit_clip.models.tokenizer import CLIPTokenizer
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
 
     @torch.inference_mode()
     def encode_ours() -> torch.Tensor:
-        return ours.encode_text(trim_padding(tokens))
+        return ours.encode_text(CLIPTokenizer().trim(tokens))
 
     difference = (encode_theirs() - encode_ours()).abs().max().item()
     print(f"largest difference of a feature: {difference:.1e}")

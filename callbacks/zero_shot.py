@@ -19,7 +19,7 @@ from callbacks.tensorboard import show
 from lit_clip import distributed
 from lit_clip.errors import require
 from lit_clip.evaluation.data import LabelledImages
-from lit_clip.evaluation.prompts import Prompts, prompts_of, text_classifier, text_sha256
+from lit_clip.evaluation.prompts import Prompts, prompts_of, text_classifier
 from lit_clip.evaluation.scores import baseline, evaluate_scores
 from lit_clip.evaluation.set_encoding import Encoded, Reader
 from lit_clip.evaluation.suite import Metric, SuiteEntry, check_name
@@ -28,6 +28,7 @@ from lit_clip.evaluation.zero_shot import ZeroShotSet, baseline_accuracies
 from lit_clip.models.preprocess import pixels
 from lit_clip.module import LitCLIP
 from lit_clip.tools.images import OnError
+from lit_clip.weights.fingerprint import text_sha256
 
 __all__ = ["ZeroShot", "ZeroShotSet"]
 

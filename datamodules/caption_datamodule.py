@@ -32,7 +32,7 @@ from lit_clip.distributed import rank_and_world
 from lit_clip.errors import InputError, require
 from lit_clip.models.config import Preprocessing, Size, height_width
 from lit_clip.models.preprocess import pixels
-from lit_clip.models.tokenizer import TextTokenizer, Tokenize
+from lit_clip.models.tokenizer import CLIPTokenizer, TextTokenizer
 from lit_clip.tools.workers import shield_worker
 
 
@@ -179,7 +179,7 @@ class CaptionDataModule(LightningDataModule, ABC):
         self.global_batch_size = global_batch_size
         self.augmentation = augmentation or Augmentation()
         self.preprocessing = preprocessing or Preprocessing()
-        self.tokenize = tokenize or Tokenize()
+        self.tokenize = tokenize or CLIPTokenizer()
         self._resumed: dict[str, Any] = {}  # the state of the checkpoint that training goes on from
         self._began_at, self._first_step = Position(), 0
         self._order_sum = (-1, 0)  # of an epoch

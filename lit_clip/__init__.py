@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lit_clip.version import __version__
+
 if TYPE_CHECKING:
     from lit_clip.batch import CaptionBatch, LabelledBatch
     from lit_clip.evaluation.zero_shot import zero_shot_classifier
@@ -28,13 +30,13 @@ _HOMES = {
     "zero_shot_classifier": "evaluation.zero_shot",
 }
 
-__version__ = "0.1.0"
 __all__ = [
     "CLIP",
     "CLIPConfig",
     "CaptionBatch",
     "LabelledBatch",
     "LitCLIP",
+    "__version__",
     "create_model",
     "image_transform",
     "list_models",

@@ -18,7 +18,7 @@ from datamodules.open_source import open_source
 from datamodules.pairs.source import LeftOut
 from lit_clip.errors import InputError, require
 from lit_clip.models.registry import list_models, resolve_architecture
-from lit_clip.models.tokenizer import TextTokenizer, Tokenize
+from lit_clip.models.tokenizer import CLIPTokenizer, TextTokenizer
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.console import stderr
 
@@ -100,7 +100,7 @@ def _tokenizer(model: str | None, context_length: int | None) -> TextTokenizer:
     if context_length is not None:
         require(context_length >= 2, f"--context_length {context_length} must be at least 2")
     if model is None:
-        return Tokenize(context_length or PAPERS_CONTEXT)
+        return CLIPTokenizer(context_length or PAPERS_CONTEXT)
     if model in list_models():
         from lit_clip.models.clip import CLIP
 

@@ -20,13 +20,14 @@ from datamodules.overlap.page import percent, points, write_page
 from datamodules.overlap.search import NearestFound, Queries, joined, search
 from datamodules.overlap.sets import check_prompts, given, open_sets, read_results, read_thresholds, recognised
 from datamodules.pairs.source import PairSource
-from lit_clip import __version__, load_model
+from lit_clip import load_model
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import ImageSet, stamp_of_files
 from lit_clip.evaluation.overlap import CONFIDENCE, bonferroni
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.console import stderr
+from lit_clip.version import __version__
 from lit_clip.weights.fingerprint import fingerprint
 
 LISTED_BAD = 20
@@ -93,7 +94,7 @@ def overlap(
     source = open_source(train, **columns, typed="--", on_error="skip")
     source.prepare()
     clip = load_model(model).to(torch.accelerator.current_accelerator() or torch.device("cpu"))
-    cache = _Cache(path, fingerprint(clip))
+    cache = _Cache(path, fingerprint(clip).model)
     queries = {name: cache.queries(clip, name, each.images, batch_size, num_workers) for name, each in opened.items()}
     stamp = _stamp_of(train, columns, len(source), (path.with_suffix(".html"), path.with_suffix(".json")))
     found = search(clip, joined(list(queries.values())), source, cache.search(stamp), batch_size, num_workers)

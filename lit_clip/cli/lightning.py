@@ -26,7 +26,7 @@ from lit_clip.tools.messages import hinting, options_of, parameters
 from lit_clip.tools.processor import has_bfloat16
 from lit_clip.training.checkpoint_io import WholeCheckpointIO, newest_checkpoint
 from lit_clip.training.summary import print_next_steps, print_summary, resume_command
-from lit_clip.weights.load import read_checkpoint
+from lit_clip.weights.checkpoints import read_checkpoint
 
 DEFAULT_CALLBACKS = "callbacks"  # the package whose defaults() every run gets; by name, as class paths are
 NEWEST = ("last", "auto")  # the newest of this configuration's runs; auto: or start from the beginning

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lit_clip import __version__, load_model
+from lit_clip import load_model
 from lit_clip.embedding.batch_size import BatchSize
 from lit_clip.embedding.encode import Precision, check_complete, encode, report_skipped
 from lit_clip.embedding.feature_files import FeatureParts, check_keys, check_output, collect, write_features
@@ -10,6 +10,7 @@ from lit_clip.embedding.image_files import Item, find_images
 from lit_clip.errors import InputError, require
 from lit_clip.tools.console import stderr
 from lit_clip.tools.images import OnError
+from lit_clip.version import __version__
 from lit_clip.weights.fingerprint import fingerprint
 
 
@@ -50,7 +51,7 @@ def embed(
     items = _read_texts(Path(texts)) if texts else find_images(images)
     check_keys(path, [item.key for item in items])
     clip = load_model(model)
-    name = fingerprint(clip)
+    name = fingerprint(clip).model
     parts = FeatureParts(path, f"{name} {precision} {'text' if texts else 'image'}")
     settings = {"devices": devices, "accelerator": accelerator, "precision": precision}
     bad = encode(clip, items, parts, {}, batch_size=batch_size, num_workers=num_workers, on_error=on_error, **settings)

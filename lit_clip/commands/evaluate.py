@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_clip import __version__, distributed, load_model
+from lit_clip import distributed, load_model
 from lit_clip.embedding.batch_size import BatchSize
 from lit_clip.embedding.encode import Precision
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.bias import bias_texts
 from lit_clip.evaluation.data import CaptionedImages, ImageSet, LabelledImages, MissingData, check_classes
-from lit_clip.evaluation.prompts import Prompts, prompts_of, text_classifier, text_sha256
+from lit_clip.evaluation.prompts import Prompts, prompts_of, text_classifier
 from lit_clip.evaluation.report.page import write_report
 from lit_clip.evaluation.report.results_table import print_results
 from lit_clip.evaluation.report.tensorboard import write_tensorboard
@@ -38,6 +38,7 @@ from lit_clip.evaluation.zero_shot import imagenet_class_names
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.console import stderr
 from lit_clip.tools.images import OnError
+from lit_clip.version import __version__
 
 IMAGENET = "ImageNet"  # the paper's name
 PACKAGES = ("matplotlib", "scipy")  # of the extra "eval", those that every evaluation needs in the end
@@ -158,7 +159,7 @@ class _Run:
     ) -> None:
         self.model, self.store, self.root = model, store, root
         self.results, self.options, self.tasks = results, options, tasks
-        self.device, self.texts = torch.device("cpu"), text_sha256(model)
+        self.device, self.texts = torch.device("cpu"), store.fingerprint.text
         self.imagenet: list[OpenSet] = []  # itself, and sets of some of its classes
 
     def evaluate(self, entries: Mapping[str, SuiteEntry]) -> None:

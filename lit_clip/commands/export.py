@@ -16,7 +16,7 @@ from lit_clip.tools.atomic import appearing
 from lit_clip.tools.console import progress
 from lit_clip.weights.export import FORMATS, ExportSample, FormatName, Parity, parity_of
 from lit_clip.weights.load import load_model
-from lit_clip.weights.model_card import Source, model_card
+from lit_clip.weights.model_card import ExportedSource, model_card
 
 
 def export(model: str, *, format: FormatName, output: str, license: str | None = None) -> None:
@@ -108,16 +108,16 @@ def quiet() -> Iterator[None]:
             logging.getLogger(name).setLevel(level)
 
 
-def source_of(model: str) -> Source:
+def source_of(model: str) -> ExportedSource:
     """What was exported: the name as given and, of a file or a folder's largest one, the SHA-256."""
     path = Path(model)
     if not path.exists():
-        return Source(model, None)
+        return ExportedSource(model, None)
     inside = [file for file in path.iterdir() if file.is_file()] if path.is_dir() else [path]
     weights = max(inside, key=lambda file: file.stat().st_size)
     with weights.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Source(weights.name if path.is_file() else f"{path.resolve().name}/{weights.name}", digest)
+    return ExportedSource(weights.name if path.is_file() else f"{path.resolve().name}/{weights.name}", digest)
 
 
 def _table(folder: Path, format: str, parity: Parity) -> Table:

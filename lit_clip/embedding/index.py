@@ -33,7 +33,7 @@ def update_index(
         InputError: the index cannot be written, or an image cannot be read.
     """
     require(path.absolute().parent.is_dir(), f"{path}: there is no folder for this --index")
-    name = fingerprint(model)
+    name = fingerprint(model).model
     old = FeatureTable.load(path, name)
     if old is None and path.exists():
         stderr().print(f"{path} is of another model, or damaged: everything is encoded anew", markup=False)

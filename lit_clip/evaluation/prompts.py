@@ -9,7 +9,7 @@ import importlib.util
 import json
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from lit_clip.evaluation.suite import ClassNames
 from lit_clip.evaluation.zero_shot import IMAGENET, check_templates, ensemble, imagenet_class_names, imagenet_templates
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import replacing
+from lit_clip.weights.fingerprint import text_sha256
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 PAPER, PACKAGE = "paper:", "clip_benchmark:"
@@ -248,20 +249,6 @@ def _read(path: str, what: str) -> Any:
         return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"{what}: {path}: not a readable YAML file ({' '.join(str(error).split())})") from error
-
-
-def text_sha256(model: CLIP) -> str:
-    """SHA-256 of all that a model's text features depend on but the texts: weights, sizes, activation.
-
-    A gigabyte of weights takes about a second.
-    """
-    said = (asdict(model.config.text), model.config.activation, model.config.embed_dim)
-    digest = hashlib.sha256(repr(said).encode())
-    for name, value in sorted(model.state_dict().items()):
-        if not name.startswith(("visual.", "logit_")):
-            digest.update(f"{name} {value.dtype}".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 @torch.no_grad()

@@ -8,13 +8,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from lit_clip import __version__
 from lit_clip.errors import InputError
 from lit_clip.evaluation.overview import rows, sets_of, shots_of
 from lit_clip.evaluation.suite import SuiteEntry, Task
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import replacing
-from lit_clip.weights.fingerprint import weights_sha256
+from lit_clip.version import __version__
+from lit_clip.weights.fingerprint import Fingerprint
 
 PACKAGES = ("torch", "torchvision", "lightning", "pillow", "timm", "transformers", "open-clip-torch", "clip-benchmark")
 
@@ -24,7 +24,9 @@ def recipe(*said: Any) -> str:
     return sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-def provenance(name: str, model: CLIP, fingerprint: str, precision: str, suite: Sequence[str]) -> dict[str, Any]:
+def provenance(
+    name: str, model: CLIP, fingerprint: Fingerprint, precision: str, suite: Sequence[str]
+) -> dict[str, Any]:
     """Where the numbers come from: of ``results.json`` all but the sets."""
     architecture = model.config.to_dict()
     return {
@@ -32,8 +34,8 @@ def provenance(name: str, model: CLIP, fingerprint: str, precision: str, suite: 
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "model": {
             "name": name,
-            "fingerprint": fingerprint,
-            "weights_sha256": weights_sha256(model),
+            "fingerprint": fingerprint.model,
+            "weights_sha256": fingerprint.weights,
             "preprocessing": architecture.pop("preprocessing"),
             "architecture": architecture,
             "activation": model.config.activation,

@@ -95,7 +95,7 @@ class FeatureStore:
         if images not in self._paths:  # a stamp may be of a million files
             kind = f"{type(images).__module__}.{type(images).__qualname__}"
             try:
-                said = (self.fingerprint, self.settings.precision, kind, images.stamp(), len(images))
+                said = (self.fingerprint.model, self.settings.precision, kind, images.stamp(), len(images))
             except OSError as error:
                 raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from error
             self._paths[images] = self.folder / sha256(repr(said).encode()).hexdigest()[:32]
@@ -122,7 +122,7 @@ class FeatureStore:
             raise error or InputError(f"{title}: another process says why")
 
     def _parts(self, path: Path) -> FeatureParts:
-        return FeatureParts(path, f"{self.fingerprint} {self.settings.precision}")
+        return FeatureParts(path, f"{self.fingerprint.model} {self.settings.precision}")
 
     def _encode(self, images: ImageSet, path: Path, title: str) -> list[Bad] | None:
         """Make parts of all that is not there yet; see :func:`lit_clip.embedding.encode.encode`.

@@ -1,12 +1,11 @@
 """CLIP: two encoders, one embedding space, one temperature.
 
-The state dict has OpenAI's own key names. Shapes: B batch, L tokens, W width, D embedding dimension.
+The state dict has OpenAI's key names. Shapes: B batch, L tokens, W width, D embedding dimension.
 """
 
 import math
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -22,12 +21,12 @@ from lit_clip.models.config import (
     TextTransformerConfig,
     VisionTransformerConfig,
 )
+from lit_clip.models.external import HuggingFaceTextEncoder, TimmImageEncoder
+from lit_clip.models.external_settings import with_external_settings
+from lit_clip.models.hf_tokenizer import from_source
 from lit_clip.models.resnet import ModifiedResNet
-from lit_clip.models.tokenizer import EOT_ID, TextTokenizer, Tokenize
+from lit_clip.models.tokenizer import EOT_ID, CLIPTokenizer, TextTokenizer
 from lit_clip.models.transformer import TextTransformer, VisionTransformer
-
-if TYPE_CHECKING:
-    from lit_clip.models.external import TimmImageEncoder
 
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)  # paper, section 2.5
 MAX_LOGIT_SCALE = math.log(100)  # paper, section 2.5: "clipped to prevent scaling the logits by more than 100"
@@ -35,26 +34,26 @@ SIGLIP_LOGIT_SCALE, SIGLIP_LOGIT_BIAS = math.log(10), -10.0  # Zhai et al. 2023,
 
 
 class CLIP(TextTransformer):
-    """Image and text encoders of the paper, of SigLIP, or of other libraries.
+    """The image and text encoders of the paper, of SigLIP, or of other libraries.
 
-    OpenAI's models have the text encoder's parts beside ``visual``, so a CLIP is a text transformer itself; any other
-    text encoder is the module ``text``. :attr:`text_encoder` is whichever has the parts.
+    OpenAI's models have the text encoder's parts beside ``visual``, so a CLIP is itself a text transformer; any other
+    text encoder is the module ``text``. :attr:`text_encoder` is the module that has the parts.
 
     Args:
         config: the architecture.
-        tokenizer: None: the one that the architecture names, read from its source when first asked for.
+        tokenizer: None: the one that the architecture names, read from its source on first use.
 
     Attributes:
-        config: the architecture.
-        preprocessing: what :meth:`preprocess` does to an image.
+        config: the architecture, with the settings of other libraries filled in.
+        preprocessing: how :meth:`preprocess` transforms an image.
         logit_scale: log of the inverse temperature, a scalar parameter.
         logit_bias: added to the logits by the sigmoid loss, a scalar parameter; None if the architecture has none.
     """
 
     def __init__(self, config: CLIPConfig, tokenizer: TextTokenizer | None = None) -> None:
-        nn.Module.__init__(self)  # of the text transformer's parts only those that this architecture has
-        self.config = config
-        assert config.preprocessing is not None  # __post_init__ has seen to it
+        nn.Module.__init__(self)  # not TextTransformer's: its parts are added below if this architecture has them
+        self.config = config = with_external_settings(config)
+        assert config.preprocessing is not None  # with_external_settings has filled it in
         self.preprocessing = config.preprocessing
         self.visual = _image_encoder(config)
         if config.papers_layout:
@@ -68,26 +67,26 @@ class CLIP(TextTransformer):
 
     @property
     def text_encoder(self) -> nn.Module:
-        """The module that has the text encoder's parts: this one, or ``text``."""
+        """The module that has the text encoder's parts: the model itself, or ``text``."""
         return self if self.config.papers_layout else self.text
 
     @property
     def context_length(self) -> int:
-        """Most tokens a caption may have."""
+        """Maximum tokens of a caption."""
         return self.config.text.context_length
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """The device of the parameters."""
         return self.logit_scale.device
 
     def preprocess(self, image: Image.Image) -> Tensor:
-        """An image -> float32 ``[3, H, W]``, as :meth:`encode_image` wants it."""
+        """An image -> float32 ``[3, H, W]``, the input of :meth:`encode_image`."""
         return pp.image_transform(self.preprocessing)(image)
 
     @property
     def tokenizer(self) -> TextTokenizer:
-        """What this model reads its texts with, as an object that data workers can be sent."""
+        """The tokenizer, picklable so that data workers can receive it."""
         if self._tokenizer is None:
             text = self.config.text
             whole, vocab_size = False, sys.maxsize
@@ -98,22 +97,20 @@ class CLIP(TextTransformer):
             if text.tokenizer is None:
                 require(
                     vocab_size > EOT_ID,
-                    f"architecture.text: vocab_size {vocab_size} is too small for CLIP's {EOT_ID + 1} tokens",
+                    f"architecture.text: vocab_size {vocab_size} must be at least {EOT_ID + 1} for CLIP's tokenizer",
                 )
-                self._tokenizer = Tokenize(self.context_length)
+                self._tokenizer = CLIPTokenizer(self.context_length)
             else:
-                from lit_clip.models.hf_tokenizer import from_source  # transformers takes seconds to import
-
                 self._tokenizer = from_source(text.tokenizer, self.context_length, whole, vocab_size)
         return self._tokenizer
 
     def tokenize(self, texts: str | Sequence[str]) -> Tensor:
-        """Texts -> int64 ``[N, context_length]``; longer ones are cut."""
+        """Texts -> int64 ``[N, context_length]``; longer ones are truncated."""
         return self.tokenizer(texts)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """uint8 ``[B, 3, H, W]`` of a batch -> float in the weights' precision, as :meth:`encode_image` wants it."""
-        # While FSDP has put weights together they are no parameters of their modules.
+        """uint8 ``[B, 3, H, W]`` -> float in the weights' precision, the input of :meth:`encode_image`."""
+        # Weights that FSDP has gathered are not parameters of their modules.
         dtype = next((parameter.dtype for parameter in self.visual.parameters()), self.logit_scale.dtype)
         return pp.normalize(images, self.preprocessing).to(dtype)
 
@@ -125,8 +122,8 @@ class CLIP(TextTransformer):
     def image_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Float, normalised ``[B, 3, H, W]`` -> features before the projection and after it, ``[B, D]``.
 
-        The paper's linear probes (appendix A.3) use those before: ``[B, W]`` of a ViT. A ResNet's projection is inside
-        of its attention pooling, so both are the same there.
+        The paper's linear probes (appendix A.3) use those before the projection, ``[B, W]`` for a ViT. A ResNet
+        projects inside its attention pooling, so both are the same.
         """
         tower = self.visual
         if isinstance(tower, ModifiedResNet):
@@ -140,19 +137,19 @@ class CLIP(TextTransformer):
     ) -> Tensor:
         """int64 ``[B, L]``, ``L`` at most the context length -> ``[B, D]``, of unit length if ``normalize``.
 
-        Padding changes nothing, and costs nothing where the texts' lengths are known: on a CPU always, on a device that
-        should not be waited for if ``lengths`` tells them (``tokenizer.lengths``). Otherwise leave columns that no text
-        needs out (``tokenizer.trim``).
+        Padding never changes the features. It costs nothing where the texts' lengths are known without synchronising
+        the device: always on a CPU, elsewhere if ``lengths`` is given (``tokenizer.lengths``). Without them, drop the
+        columns that no text needs (``tokenizer.trim``).
         """
         if tokens.shape[1] > self.context_length:
             raise InputError(
-                f"texts have {tokens.shape[1]} tokens, the model reads {self.context_length}; tokenize for it"
+                f"texts have {tokens.shape[1]} tokens, the model reads {self.context_length}; use model.tokenize"
             )
         if isinstance(lengths, Tensor):
             lengths = lengths.tolist()
         if self.config.papers_layout:
             if self.config.text.tokenizer is not None:
-                lengths = None  # another tokenizer's may go on behind the id that the encoder takes for the end
+                lengths = None  # the encoder stops at the highest id, which another tokenizer may use before the end
             features = self.read_text(tokens, lengths)
         else:
             features = self.text(tokens, lengths)
@@ -160,7 +157,7 @@ class CLIP(TextTransformer):
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
-        """Keep the logits' scale between 1 and 100; call it after every optimiser step.
+        """Clamp the logit scale to between 1 and 100; to be called after every optimiser step.
 
         The sigmoid loss has no such bound: published SigLIP models have scales above 100.
         """
@@ -168,19 +165,15 @@ class CLIP(TextTransformer):
             self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
 
 
-def _image_encoder(config: CLIPConfig) -> "VisionTransformer | ModifiedResNet | TimmImageEncoder":
+def _image_encoder(config: CLIPConfig) -> VisionTransformer | ModifiedResNet | TimmImageEncoder:
     if isinstance(config.image, VisionTransformerConfig):
         return VisionTransformer(config.image, config.embed_dim, config.activation)
     if isinstance(config.image, ResNetConfig):
         return ModifiedResNet(config.image, config.embed_dim)
-    from lit_clip.models.external import TimmImageEncoder  # timm takes seconds to import
-
     return TimmImageEncoder(config.image, config.embed_dim)
 
 
 def _text_encoder(config: CLIPConfig) -> nn.Module:
     if isinstance(config.text, HuggingFaceTextConfig):
-        from lit_clip.models.external import HuggingFaceTextEncoder  # transformers takes seconds to import
-
         return HuggingFaceTextEncoder(config.text, config.embed_dim)
     return TextTransformer(config.text, config.embed_dim, config.activation)

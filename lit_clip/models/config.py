@@ -1,4 +1,4 @@
-"""What a model is made of, as plain dataclasses that YAML files fill in and checkpoints store.
+"""Architectures as plain dataclasses, filled in by YAML files and stored in checkpoints.
 
 Named models are in :mod:`lit_clip.models.registry`.
 """
@@ -12,16 +12,16 @@ from lit_clip.errors import InputError, require
 
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
 Size = int | tuple[int, int]
-"""Pixels: of a square's side, or height and width."""
+"""In pixels: the side of a square, or height and width."""
 
 
 def height_width(size: Size) -> tuple[int, int]:
-    """A :data:`Size` as height and width."""
+    """Return a :data:`Size` as height and width."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def _size(size: Size) -> Size:
-    """JSON and YAML know lists only; a square is one number."""
+    """Normalise: a square is one number; JSON and YAML give a list instead of a tuple."""
     height, width = height_width(size)
     return height if height == width else (height, width)
 
@@ -44,12 +44,12 @@ class VisionTransformerConfig:
     """An image encoder: ViT with a class token, a learned position embedding and pre-LN blocks.
 
     Attributes:
-        image_size: of the input, pixels.
-        patch_size: height and width of a patch, pixels; divides ``image_size``.
+        image_size: input size in pixels.
+        patch_size: height and width of a patch in pixels; divides ``image_size``.
         width: channels of a token.
         layers: number of blocks.
-        heads: attention heads; the paper's models have 64 channels a head.
-        mlp_ratio: width of the MLPs' inner layer, times ``width``.
+        heads: attention heads; the paper's models have 64 channels per head.
+        mlp_ratio: width of the MLPs' inner layer, as a multiple of ``width``.
     """
 
     image_size: Size = 224
@@ -69,7 +69,7 @@ class VisionTransformerConfig:
         if any(side % self.patch_size for side in height_width(self.image_size)):
             raise InputError(
                 f"{where}: image_size {self.image_size} is not a multiple of patch_size {self.patch_size}; "
-                "the rest of the image would be cut off"
+                "the rest of the image would be lost"
             )
 
 
@@ -78,9 +78,9 @@ class ResNetConfig:
     """An image encoder: the paper's modified ResNet with attention pooling.
 
     Attributes:
-        layers: bottleneck blocks of each of the four stages.
+        layers: bottleneck blocks in each of the four stages.
         width: channels of the stem; the features before pooling have 32 times as many.
-        image_size: of the input, pixels; a multiple of 32.
+        image_size: input size in pixels, a multiple of 32.
     """
 
     layers: tuple[int, int, int, int]
@@ -101,16 +101,16 @@ class ResNetConfig:
 
 @dataclass
 class TimmConfig:
-    """An image encoder from timm, and a projection behind it.
+    """An image encoder from timm, followed by a projection.
 
     Attributes:
         timm: the model's name in timm.
         pretrained: weights to start from: true for timm's own, or a local file of that model's weights.
-        image_size: of the input, pixels; None: the one timm's weights were trained with.
+        image_size: input size in pixels; None: the size timm's weights were trained with.
         pool: timm's ``global_pool``; None: the model's own.
-        projection: from the model's features to the embedding: one layer, two, what timm has for a ``classifier``, or
-            none (the widths must agree).
-        projection_bias: whether the (last) layer of the projection has a bias.
+        projection: from the model's features to the embedding: one layer, two layers, timm's ``classifier``, or none
+            (the widths must agree).
+        projection_bias: whether the last layer of the projection has a bias.
         options: other arguments of the timm model, such as ``drop_path_rate``.
     """
 
@@ -135,17 +135,17 @@ class TimmConfig:
             "pretrained": "pretrained",
         }
         for theirs in ours.keys() & self.options.keys():
-            raise InputError(f"{where}: options.{theirs} is set by {ours[theirs]}")
+            raise InputError(f"{where}: options.{theirs} is not allowed; set {ours[theirs]}")
 
 
 @dataclass
-class HuggingFaceTokenizer:
-    """A tokenizer that Hugging Face's ``tokenizers`` can run.
+class HuggingFaceTokenizerConfig:
+    """The location of a tokenizer that Hugging Face's ``tokenizers`` can run.
 
     Attributes:
         source: a name on the hub, or a local folder.
-        clean: of the text before: ``whitespace`` collapses it, ``lower`` lower-cases as well, ``canonicalize`` also
-            takes punctuation out (as SigLIP was trained).
+        clean: how texts are cleaned first: ``whitespace`` collapses white space, ``lower`` also lower-cases,
+            ``canonicalize`` also removes punctuation (as in SigLIP's training).
     """
 
     source: str
@@ -154,20 +154,20 @@ class HuggingFaceTokenizer:
 
 @dataclass
 class TextTransformerConfig:
-    """A text encoder of pre-LN blocks; the paper's is causal and read at the end-of-text token.
+    """A text encoder of pre-LN blocks; the paper's is causal and pooled at the end-of-text token.
 
     Attributes:
-        context_length: most tokens a caption may have, start and end included.
+        context_length: maximum tokens of a caption, including start and end.
         vocab_size: number of token ids.
         width: channels of a token.
         layers: number of blocks.
         heads: attention heads.
-        mlp_ratio: width of the MLPs' inner layer, times ``width``.
-        causal: true: a token sees those before it, and the text is read at its end. False: every token sees every
-            other, padding included, and the text is read at the last one (SigLIP).
-        projection: whether there is one into the embedding; without it the widths must agree.
-        projection_bias: whether it has a bias (SigLIP).
-        layer_norm_eps: of every LayerNorm.
+        mlp_ratio: width of the MLPs' inner layer, as a multiple of ``width``.
+        causal: true: a token attends to those before it, and the features are those of the end-of-text token. False:
+            every token attends to all, padding included, and the features are those of the last one (SigLIP).
+        projection: whether a projection maps into the embedding; without it the widths must agree.
+        projection_bias: whether the projection has a bias (SigLIP).
+        layer_norm_eps: epsilon of every LayerNorm.
         tokenizer: None: CLIP's own byte-pair encoding.
     """
 
@@ -181,7 +181,7 @@ class TextTransformerConfig:
     projection: bool = True
     projection_bias: bool = False
     layer_norm_eps: float = 1e-5
-    tokenizer: HuggingFaceTokenizer | None = None
+    tokenizer: HuggingFaceTokenizerConfig | None = None
 
     def __post_init__(self) -> None:
         where = "architecture.text"
@@ -192,16 +192,17 @@ class TextTransformerConfig:
 
 @dataclass
 class HuggingFaceTextConfig:
-    """A text encoder from Hugging Face's transformers with its own tokenizer, and a projection behind it.
+    """A text encoder from Hugging Face's transformers with its own tokenizer, followed by a projection.
 
     Attributes:
         hugging_face: a name on the hub, or a local folder.
         pretrained: whether to start from that model's weights.
-        context_length: most tokens a caption may have.
-        pooling: which of the last layer's tokens are the text: the ``mean`` of those that are not padding, the first
-            (``cls``), the ``last`` that is not padding, or what the model's own ``pooler`` makes of the first.
-        projection: from the model's features to the embedding: one layer, two, or none (the widths must agree).
-        model: the model's own configuration, so that a checkpoint needs no source; read from it when None.
+        context_length: maximum tokens of a caption.
+        pooling: how the last layer's tokens become one feature: the ``mean`` of all except padding, the first
+            (``cls``), the ``last`` except padding, or the model's own ``pooler``, applied to the first.
+        projection: from the model's features to the embedding: one layer, two layers, or none (the widths must agree).
+        model: the model's own configuration, so that a checkpoint does not depend on the source; None: read from the
+            source when the model is created.
     """
 
     hugging_face: str
@@ -215,9 +216,9 @@ class HuggingFaceTextConfig:
         _at_least(self, "architecture.text", context_length=3)
 
     @property
-    def tokenizer(self) -> HuggingFaceTokenizer:
-        """The one that lies beside the model."""
-        return HuggingFaceTokenizer(self.hugging_face)
+    def tokenizer(self) -> HuggingFaceTokenizerConfig:
+        """The tokenizer that the model's source holds."""
+        return HuggingFaceTokenizerConfig(self.hugging_face)
 
 
 @dataclass
@@ -225,12 +226,13 @@ class Preprocessing:
     """How an image becomes the pixels a model was trained on.
 
     Attributes:
-        image_size: pixels.
-        mean: of each channel, on the scale 0 to 1 (the paper's, by default).
-        std: of each channel, likewise.
+        image_size: in pixels.
+        mean: per channel, on the scale 0 to 1; the paper's by default.
+        std: per channel, on the scale 0 to 1; the paper's by default.
         interpolation: the resampling filter.
         resize_mode: ``shortest`` resizes the shorter side and crops the centre, ``squash`` ignores the aspect ratio.
-        crop_pct: share of the resized image's side that the crop keeps (timm's models; the paper's keep it all).
+        crop_pct: fraction of the resized image's side that the crop keeps; 1 for the paper's models, less for some of
+            timm's.
     """
 
     image_size: Size = 224
@@ -242,9 +244,12 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         (r, g, b), (r_std, g_std, b_std) = self.mean, self.std
-        self.mean, self.std = (r, g, b), (r_std, g_std, b_std)  # JSON knows lists only
+        self.mean, self.std = (r, g, b), (r_std, g_std, b_std)  # JSON gives lists
         self.image_size = _size(self.image_size)
-        require(0 < self.crop_pct <= 1, f"architecture: preprocessing.crop_pct {self.crop_pct} must be in (0, 1]")
+        require(
+            0 < self.crop_pct <= 1,
+            f"architecture: preprocessing.crop_pct {self.crop_pct} must be above 0 and at most 1",
+        )
 
 
 ImageConfig = VisionTransformerConfig | ResNetConfig | TimmConfig
@@ -261,24 +266,27 @@ def _text(values: Mapping[str, Any]) -> TextConfig:
     if "hugging_face" in values:
         return HuggingFaceTextConfig(**values)
     tokenizer = values.get("tokenizer")
-    return TextTransformerConfig(**{**values, "tokenizer": HuggingFaceTokenizer(**tokenizer) if tokenizer else None})
+    return TextTransformerConfig(
+        **{**values, "tokenizer": HuggingFaceTokenizerConfig(**tokenizer) if tokenizer else None}
+    )
 
 
 @dataclass
 class CLIPConfig:
-    """Two encoders into one embedding space.
+    """Two encoders that map into one embedding space.
 
     Attributes:
         embed_dim: channels of that space.
-        image: the image encoder; by default that of the paper's ViT-B/32.
-        text: the text encoder; likewise.
-        activation: of every MLP of our own encoders; OpenAI's weights need ``quick_gelu``, open_clip's mostly ``gelu``.
-        preprocessing: of images; None: the paper's at the image encoder's size, or what timm says of its model.
-        logit_bias: whether the logits have a learned bias, as the sigmoid loss needs it (SigLIP).
+        image: the image encoder, by default the one of the paper's ViT-B/32.
+        text: the text encoder, by default the one of the paper's ViT-B/32.
+        activation: in every MLP of our own encoders; OpenAI's weights need ``quick_gelu``, most of open_clip's
+            ``gelu``.
+        preprocessing: of images; None: the paper's at the image encoder's size, or timm's for its model.
+        logit_bias: whether the logits have a learned bias, which the sigmoid loss needs (SigLIP).
     """
 
     embed_dim: int = 512
-    # None only until __post_init__: jsonargparse would leave a default's sizes in an encoder of another kind.
+    # None only until __post_init__: jsonargparse would mix a default's sizes into an encoder of another kind.
     image: ImageConfig = cast(ImageConfig, None)
     text: TextConfig = cast(TextConfig, None)
     activation: Activation = "gelu"
@@ -288,38 +296,27 @@ class CLIPConfig:
     def __post_init__(self) -> None:
         require(self.embed_dim >= 1, f"architecture: embed_dim {self.embed_dim} must be at least 1")
         self.image, self.text = self.image or VisionTransformerConfig(), self.text or TextTransformerConfig()
-        if isinstance(self.image, TimmConfig):
-            from lit_clip.models.external import (
-                timm_preprocessing,  # timm takes seconds to import; most models do without
-            )
-
-            theirs = timm_preprocessing(self.image)
-            self.image = dataclasses.replace(self.image, image_size=theirs.image_size)
-            self.preprocessing = self.preprocessing or theirs
-        if isinstance(self.text, HuggingFaceTextConfig) and self.text.model is None:
-            from lit_clip.models.external import hugging_face_config  # likewise transformers
-
-            self.text = dataclasses.replace(self.text, model=hugging_face_config(self.text.hugging_face))
-        size = self.image.image_size
-        assert size is not None  # timm's has just been filled in
         if isinstance(self.text, TextTransformerConfig) and not self.text.projection:
             width = self.text.width
             require(
-                width == self.embed_dim, f"architecture.text: width {width} is not embed_dim {self.embed_dim}; project"
+                width == self.embed_dim,
+                f"architecture.text: width {width} is not embed_dim {self.embed_dim}; set projection to true",
             )
-        if self.preprocessing is None:
-            self.preprocessing = Preprocessing(image_size=size)
-        theirs, ours = self.preprocessing.image_size, size
-        require(theirs == ours, f"architecture: preprocessing.image_size {theirs} is not image.image_size {ours}")
+        if self.preprocessing is None and not isinstance(self.image, TimmConfig):
+            self.preprocessing = Preprocessing(self.image.image_size)
+        size = self.image.image_size
+        if self.preprocessing is not None and size is not None:
+            wanted = self.preprocessing.image_size
+            require(wanted == size, f"architecture: preprocessing.image_size {wanted} is not image.image_size {size}")
 
     @property
     def papers_layout(self) -> bool:
-        """Whether the text encoder's weights lie beside ``visual.``, as OpenAI named them, or below ``text.``."""
+        """Whether the text encoder's weights are named as OpenAI's, beside ``visual.``, and not below ``text.``."""
         return isinstance(self.text, TextTransformerConfig) and self.text.causal
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "CLIPConfig":
-        """The inverse of :meth:`to_dict`."""
+        """Invert :meth:`to_dict`."""
         preprocessing = values.get("preprocessing")
         return cls(
             **{
@@ -331,7 +328,7 @@ class CLIPConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as a checkpoint stores them: with its own weights it asks for no others."""
+        """Return plain values for a checkpoint; ``pretrained`` is false in them, as the checkpoint has its own weights."""
         values = dataclasses.asdict(self)
         for tower in ("image", "text"):
             if "pretrained" in values[tower]:
@@ -339,14 +336,14 @@ class CLIPConfig:
         return values
 
     def without_pretrained(self) -> "CLIPConfig":
-        """The same sizes, with random weights in both towers."""
+        """Return the same sizes, with random weights in both towers."""
         return CLIPConfig.from_dict(self.to_dict())
 
 
 def described(config: CLIPConfig) -> dict[str, Any]:
-    """All that an architecture's features depend on beside the weights, as plain values by name.
+    """Return everything that features depend on except the weights, as plain values by name.
 
-    Where towers and tokenizers come from is left out; the sizes of a Hugging Face encoder show in its weights.
+    The sources of towers and tokenizers are left out; the sizes of a Hugging Face encoder show in its weights.
     """
     values = config.to_dict()
     for name, tower in (("image", values.pop("image")), ("text", values.pop("text"))):
@@ -359,7 +356,7 @@ def described(config: CLIPConfig) -> dict[str, Any]:
 
 
 def differences(theirs: CLIPConfig, ours: CLIPConfig) -> list[str]:
-    """What two architectures (:func:`described`) do not agree on, each as ``image.width 768 there and 1024 here``."""
+    """List how two architectures (:func:`described`) differ, each as ``image.width 768 there and 1024 here``."""
     there, here = described(theirs), described(ours)
     return [
         f"{key} {there[key]} there and {here[key]} here" for key in here if key in there and there[key] != here[key]

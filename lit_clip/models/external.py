@@ -1,13 +1,11 @@
 """Encoders of other libraries: any image model of timm, any text encoder of Hugging Face's transformers.
 
-Both libraries are imported when a tower is made; the paper's models do without.
+Either library is imported when one of its encoders is created: both take seconds.
 Shapes: B batch, L tokens, W width, D embedding dimension.
 """
 
-import json
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -16,68 +14,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_clip.errors import InputError
-from lit_clip.models.config import HuggingFaceTextConfig, Preprocessing, TimmConfig, height_width
+from lit_clip.models.config import HuggingFaceTextConfig, TimmConfig, height_width
+from lit_clip.models.external_settings import one_line, timm_pretrained_cfg
 from lit_clip.models.packing import length_groups, to_device
 from lit_clip.models.transformer import check_images, is_traced, rounded
 from lit_clip.tools.weight_files import read_tensors
 
 
 def projection(width: int, embed_dim: int, kind: Literal["linear", "mlp", "none"], bias: bool, name: str) -> nn.Module:
-    """From a tower's features to the embedding."""
+    """Create the projection from a tower's features to the embedding."""
     if kind == "linear":
         return nn.Linear(width, embed_dim, bias=bias)
     if kind == "mlp":
         hidden = (width + embed_dim) // 2
         return nn.Sequential(nn.Linear(width, hidden, bias=bias), nn.GELU(), nn.Linear(hidden, embed_dim, bias=bias))
     if width != embed_dim:
-        raise InputError(f"architecture: {name} gives {width} features and embed_dim is {embed_dim}; add a projection")
+        raise InputError(f"architecture: {name} has {width} features but embed_dim is {embed_dim}; set a projection")
     return nn.Identity()
 
 
-def _timm_cfg(name: str) -> Any:
-    """What timm says of a model's weights, or of the model itself: its data config is in it."""
-    import timm
-
-    bare, _, tag = name.partition(".")
-    if not timm.is_model(bare):
-        names = timm.list_models()
-        near = timm.list_models(f"*{bare}*")[:5] or get_close_matches(bare, names, n=5)
-        hint = f"near: {', '.join(near)}" if near else f"it has {len(names)}, see timm.list_models()"
-        raise InputError(f"architecture.image: timm has no model {name!r}; {hint}")
-    if tag and not timm.is_model_pretrained(name):
-        known = ", ".join(timm.list_pretrained(f"{bare}.*")) or "none, leave it out"
-        raise InputError(f"architecture.image: timm's {bare} has no weights {tag!r}; known: {known}")
-    return timm.get_pretrained_cfg(name) or timm.create_model(name, pretrained=False).pretrained_cfg
-
-
-def timm_preprocessing(config: TimmConfig) -> Preprocessing:
-    """What timm's data config says of a model, at the configured size."""
-    from timm.data import resolve_data_config  # pyright: ignore[reportPrivateImportUsage]  # timm's documented home
-
-    cfg = _timm_cfg(config.timm)
-    data = resolve_data_config({}, pretrained_cfg=cfg if isinstance(cfg, dict) else cfg.to_dict())
-    size = config.image_size or cast(tuple[int, int], tuple(data["input_size"][1:]))
-    interpolation, mode = data["interpolation"], data["crop_mode"]
-    if interpolation not in ("bicubic", "bilinear") or mode not in ("center", "squash"):
-        raise InputError(
-            f"architecture.image: timm's {config.timm} wants {interpolation} {mode} images; lit-clip has none"
-        )
-    return Preprocessing(
-        image_size=size,
-        mean=data["mean"],
-        std=data["std"],
-        interpolation=interpolation,
-        resize_mode="squash" if mode == "squash" else "shortest",
-        crop_pct=data["crop_pct"],
-    )
-
-
 class TimmImageEncoder(nn.Module):
-    """A model of timm without its classifier (``trunk``) and a projection (``head``), as open_clip names them."""
+    """A timm model without its classifier (``trunk``) and a projection (``head``), named as in open_clip."""
 
     def __init__(self, config: TimmConfig, embed_dim: int) -> None:
         super().__init__()
-        assert config.image_size is not None  # CLIPConfig has filled it in
+        assert config.image_size is not None  # with_external_settings has filled it in
         self.image_size = config.image_size
         self.trunk = _trunk(config, classes=embed_dim if config.projection == "classifier" else 0)
         parts: OrderedDict[str, nn.Module] = OrderedDict()
@@ -89,16 +50,16 @@ class TimmImageEncoder(nn.Module):
 
             parts["mlp"] = Mlp(features, 2 * embed_dim, embed_dim, bias=(True, config.projection_bias))
         elif config.projection == "none":
-            projection(features, embed_dim, "none", False, config.timm)  # the widths must agree
+            projection(features, embed_dim, "none", False, config.timm)  # checks that the widths agree
         self.head = nn.Sequential(parts)
 
     def features(self, images: Tensor) -> Tensor:
-        """``[B, 3, H, W]`` float, normalised -> what is projected, of timm's own width."""
+        """``[B, 3, H, W]`` float, normalised -> ``[B, W]``, before the projection."""
         check_images(images, self.image_size)
         return self.trunk(images)
 
     def project(self, features: Tensor) -> Tensor:
-        """What :meth:`features` gives -> ``[B, D]``."""
+        """``[B, W]`` -> ``[B, D]``."""
         return self.head(features)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -107,23 +68,22 @@ class TimmImageEncoder(nn.Module):
 
 
 def _trunk(config: TimmConfig, classes: int) -> nn.Module:
-    """A model of timm with its weights.
+    """Create a timm model with its weights.
 
     Raises:
-        InputError: timm does not make it so: the pooling, the size or an option is not one of that model's, or its
-            weights cannot be had.
+        InputError: the model does not support the pooling, the size or an option, or its weights are unavailable.
     """
     import timm
 
     assert config.image_size is not None
-    cfg, size = _timm_cfg(config.timm), height_width(config.image_size)
+    cfg, size = timm_pretrained_cfg(config.timm), height_width(config.image_size)
     options = dict(config.options)
-    # As open_clip does: changed afterwards, a model keeps its norm, and so the names of its published weights; but
-    # attention pooling cannot be added then, and the classifier of some models depends on the pooling.
+    # As in open_clip: a model whose pooling is changed afterwards keeps its norm, and so the names of its published
+    # weights. Attention pooling cannot be added then, and the classifier of some models depends on the pooling.
     pooled_later = config.pool is not None and config.pool != "map" and config.projection in ("linear", "mlp")
     if config.pool is not None and not pooled_later:
         options["global_pool"] = config.pool
-    if cfg.fixed_input_size:  # a vision transformer: its position embedding has that size
+    if cfg.fixed_input_size:  # a vision transformer: the position embedding depends on the size
         options["img_size"] = size
     try:
         trunk = timm.create_model(config.timm, config.pretrained is True, num_classes=classes, **options)
@@ -131,10 +91,10 @@ def _trunk(config: TimmConfig, classes: int) -> nn.Module:
             cast(Any, trunk).reset_classifier(0, global_pool=config.pool)
         if size != tuple(cfg.input_size[1:]):
             _try_size(trunk, size)
-    except Exception as error:  # whatever several hundred models raise: TypeError, AssertionError, OSError, ...
+    except Exception as error:  # hundreds of models raise anything: TypeError, AssertionError, OSError, ...
         settings = ", ".join(f"{key} {value}" for key, value in {"image_size": config.image_size, **options}.items())
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"architecture.image: timm does not make {config.timm} with {settings}: {reason}") from error
+        raise InputError(f"architecture.image: timm cannot create {config.timm} with {settings}: {reason}") from error
     if isinstance(config.pretrained, str):
         load_timm_file(trunk, config.timm, config.pretrained)
     return trunk
@@ -142,19 +102,19 @@ def _trunk(config: TimmConfig, classes: int) -> nn.Module:
 
 @torch.no_grad()
 def _try_size(trunk: nn.Module, size: tuple[int, int]) -> None:
-    """Some models are made at any size, and fail at the first image of another than their own."""
+    """Run one image: some models accept any size when created, and fail on images that are not of their own."""
     if next(trunk.parameters()).is_meta:
-        return  # weights of a model that has been made before
+        return  # to be filled with the weights of a model that passed this
     trunk.eval()(torch.zeros(1, 3, *size))
     trunk.train()
 
 
 def load_timm_file(trunk: nn.Module, name: str, path: str) -> None:
-    """Copy a file of timm's weights, or of another library's same model with other names, into a trunk.
+    """Copy a file of timm's weights into a trunk, or of the same model from a library that names them differently.
 
-    Weights of another image size are resized as timm does it. Names that differ are matched by order, if every
-    tensor's shape and the last part of its name agree. The file's classifier is left out; a trunk that has one of its
-    own keeps it as it is.
+    Weights of another image size are resized by timm's own rule. Different names are matched by order, if every
+    tensor's shape and the last part of its name agree. The file's classifier is ignored; a trunk that has a
+    classifier keeps its own.
 
     Raises:
         InputError: the file is not of that model.
@@ -182,7 +142,7 @@ def load_timm_file(trunk: nn.Module, name: str, path: str) -> None:
 
 
 def _by_order(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], refusal: str) -> dict[str, Tensor]:
-    """Tensors under our names; behind ours there may be a classifier's weight and bias."""
+    """Return the tensors under our names; theirs may end with a classifier's weight and bias."""
     pairs = list(zip(ours, theirs, strict=False))
     endings = all(a.rpartition(".")[2] == b.rpartition(".")[2] for a, b in pairs)
     if not endings or not len(ours) <= len(theirs) <= len(ours) + 2:
@@ -190,35 +150,10 @@ def _by_order(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], refusal:
     return {a: theirs[b] for a, b in pairs}
 
 
-def hugging_face_config(source: str) -> dict[str, Any]:
-    """The configuration of an encoder, as plain values.
-
-    Raises:
-        InputError: nothing of that name, or not a text encoder.
-    """
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"architecture.text: no Hugging Face model at {source!r} ({one_line(error)})") from error
-    if hasattr(config, "vision_config"):
-        raise InputError(f"architecture.text: {source} reads images and texts; open it as a whole with load_model")
-    if getattr(config, "pad_token_id", None) is None:
-        raise InputError(f"architecture.text: {source} has no padding token, without which texts cannot be told apart")
-    return json.loads(config.to_json_string(use_diff=False))
-
-
-def one_line(error: Exception) -> str:
-    """The first line of what transformers says, which may go on for a page."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
 def _encoder(config: HuggingFaceTextConfig) -> nn.Module:
     from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding
 
-    assert config.model is not None  # CLIPConfig has filled it in
+    assert config.model is not None  # with_external_settings has filled it in
     values = dict(config.model)
     hf_config: Any = AutoConfig.for_model(values.pop("model_type"), **values)
     kinds = AutoModelForTextEncoding._model_mapping  # pyright: ignore[reportAttributeAccessIssue]  # no public lookup
@@ -232,7 +167,7 @@ def _encoder(config: HuggingFaceTextConfig) -> nn.Module:
 
 
 def _pretrained(auto: Any, config: HuggingFaceTextConfig, hf_config: Any) -> Any:
-    """A model with the weights of its source, all of them and nothing made up."""
+    """Load a model with all its weights from the source; none may be left random."""
     where = f"architecture.text: {config.hugging_face}"
     try:  # in float32, whatever they are stored in
         model, loaded = auto.from_pretrained(
@@ -242,7 +177,7 @@ def _pretrained(auto: Any, config: HuggingFaceTextConfig, hf_config: Any) -> Any
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except Exception as error:  # whatever reading a damaged or foreign file raises
+    except Exception as error:  # damaged or foreign files raise anything
         raise InputError(f"{where}: no weights of that model there ({one_line(error)})") from error
     absent = sorted(key for key in loaded["missing_keys"] if config.pooling == "pooler" or "pooler" not in key)
     if absent:
@@ -251,13 +186,13 @@ def _pretrained(auto: Any, config: HuggingFaceTextConfig, hf_config: Any) -> Any
 
 
 def _positions(model: Any) -> int | None:
-    """Most tokens that a model has positions for; None if it counts distances."""
+    """Return how many positions a model has; None if its positions are relative."""
     longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is None or longest < 0:  # T5 has no such entry, XLNet says -1
+    if longest is None or longest < 0:  # T5 has no such entry, XLNet has -1
         return None
     table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
     padding = getattr(table, "padding_idx", None)
-    # RoBERTa and its kin count from behind the padding's id.
+    # RoBERTa and its relatives start counting after the padding's id.
     return longest if padding is None else longest - padding - 1
 
 
@@ -265,8 +200,8 @@ class HuggingFaceTextEncoder(nn.Module):
     """A text encoder of transformers (``transformer``), pooling without padding, and a projection (``proj``).
 
     Attributes:
-        in_groups: whether texts of like length are encoded together.
-        few_lengths: whether batches are padded to one of a few lengths instead.
+        in_groups: whether to encode texts of similar length together.
+        few_lengths: whether to pad batches to one of a few lengths instead.
     """
 
     def __init__(self, config: HuggingFaceTextConfig, embed_dim: int) -> None:
@@ -274,26 +209,26 @@ class HuggingFaceTextEncoder(nn.Module):
         model: Any = _encoder(config)
         self.transformer = model
         self.pooling, self.pad_id = config.pooling, int(model.config.pad_token_id)
-        self.in_groups = True  # False processes must call the blocks equally often
+        self.in_groups = True  # FSDP sets it to False: all ranks must call the blocks equally often
         self.few_lengths = False
         self.context_length = config.context_length
         longest = _positions(model)
         if longest is not None and config.context_length > longest:
             raise InputError(
-                f"architecture.text: context_length {config.context_length} is more than the {longest} positions of "
+                f"architecture.text: context_length {config.context_length} exceeds the {longest} positions of "
                 f"{config.hugging_face}"
             )
         if config.pooling == "pooler" and getattr(model, "pooler", None) is None:
             raise InputError(f"architecture.text: {config.hugging_face} has no pooler; choose another pooling")
         if config.pooling != "pooler" and getattr(model, "pooler", None) is not None:
-            model.pooler = None  # weights that nothing would train
+            model.pooler = None  # it would get no gradient
         self.proj = projection(int(model.config.hidden_size), embed_dim, config.projection, False, config.hugging_face)
 
     def forward(self, tokens: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
-        """int64 ``[B, L]`` -> ``[B, D]``; padding changes nothing.
+        """int64 ``[B, L]`` -> ``[B, D]``; padding never changes the features.
 
-        Texts of like length are encoded together if that saves padding, where lengths are given or can be had without
-        waiting for a device.
+        Texts of similar length are encoded together if that saves padding and the lengths are known without
+        synchronising the device.
         """
         if is_traced() or not len(tokens):
             return self._encode(tokens)
@@ -315,7 +250,7 @@ class HuggingFaceTextEncoder(nn.Module):
 
     def _encode(self, tokens: Tensor) -> Tensor:
         mask = (tokens != self.pad_id).long()  # [B, L]
-        mask[:, 0] = 1  # of an empty text some tokenizers leave padding only
+        mask[:, 0] = 1  # some tokenizers turn an empty text into padding only
         out = self.transformer(input_ids=tokens, attention_mask=mask)
         if self.pooling == "pooler":
             return self.proj(out.pooler_output)
@@ -329,7 +264,7 @@ class HuggingFaceTextEncoder(nn.Module):
 
 
 def resized_trunk(state: Mapping[str, Tensor], trunk: nn.Module, prefix: str) -> dict[str, Tensor]:
-    """A timm trunk's weights for another image size, by timm's own rule for that model."""
+    """Resize a timm trunk's weights to its image size, by timm's own rule for that model."""
     filter_weights = getattr(__import__(type(trunk).__module__, fromlist=["_"]), "checkpoint_filter_fn", None)
     inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     filtered = filter_weights(inside, trunk) if filter_weights else inside

@@ -159,7 +159,7 @@ def _finish(device: torch.device) -> None:
 
 
 @dataclass
-class Size:
+class ModelSize:
     """What a model takes; None where it cannot be known without its weights.
 
     Attributes:
@@ -193,9 +193,9 @@ class Size:
         ]
 
 
-def measure(config: CLIPConfig) -> Size:
+def measure(config: CLIPConfig) -> ModelSize:
     """Count a model's parameters and arithmetic on torch's meta device, where nothing is allocated or computed."""
-    size = Size(embed_dim=config.embed_dim)
+    size = ModelSize(embed_dim=config.embed_dim)
     try:
         with torch.device("meta"):
             model = CLIP(config).eval().requires_grad_(False)  # the counter follows gradients where there are some

@@ -1,4 +1,4 @@
-"""Other models' tokenizers, run by Hugging Face's ``tokenizers`` from one string that a checkpoint can hold."""
+"""Other models' tokenizers, run by Hugging Face's ``tokenizers`` from a single string that fits in a checkpoint."""
 
 import html
 import string
@@ -11,16 +11,16 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from lit_clip.errors import InputError
-from lit_clip.models.config import HuggingFaceTokenizer
+from lit_clip.models.config import HuggingFaceTokenizerConfig
 from lit_clip.models.tokenizer import TextTokenizer
 
 _NO_PUNCTUATION = str.maketrans("_", " ", string.punctuation.replace("_", ""))
 
 
 def clean(text: str, how: str) -> str:
-    """Fix broken Unicode, undo HTML escapes (twice), and what :class:`HuggingFaceTokenizer` says beyond that.
+    """Fix broken Unicode, undo HTML escapes (twice), then clean as :class:`HuggingFaceTokenizerConfig` describes.
 
-    ``canonicalize`` is big_vision's, with which SigLIP was trained: punctuation goes, ``_`` becomes a space.
+    ``canonicalize`` is big_vision's, used to train SigLIP: punctuation is removed, ``_`` becomes a space.
     """
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     if how == "canonicalize":
@@ -29,15 +29,15 @@ def clean(text: str, how: str) -> str:
     return text if how == "whitespace" else text.lower()
 
 
-class HuggingFaceTokenize(TextTokenizer):
-    """Texts to ids, padded to the context length on the right.
+class HuggingFaceTokenizer(TextTokenizer):
+    """Turns texts into ids, padded on the right to the context length.
 
     Args:
-        definition: what ``tokenizers.Tokenizer.to_str`` gives.
-        pad_id: of the padding.
-        clean: how texts are cleaned before.
-        context_length: ids of a text.
-        whole: whether the encoder attends to padding too, as SigLIP's does: then no column may be trimmed.
+        definition: the output of ``tokenizers.Tokenizer.to_str``.
+        pad_id: id of the padding.
+        clean: how texts are cleaned first, see :func:`clean`.
+        context_length: ids per text.
+        whole: whether the encoder attends to padding too, as SigLIP's does; no column may be trimmed then.
     """
 
     def __init__(self, definition: str, pad_id: int, clean: str, context_length: int, whole: bool) -> None:
@@ -54,7 +54,7 @@ class HuggingFaceTokenize(TextTokenizer):
         for i, text in enumerate(texts):
             if not isinstance(text, str):
                 raise InputError(f"text {i} is a {type(text).__name__}, not a string: {text!r}")
-            # One call a text: a batched one starts a thread pool, which does not survive the fork of data workers.
+            # One call per text: a batched call starts a thread pool, which does not survive the fork of data workers.
             ids = self._tokenizer.encode(clean(text, self.clean)).ids
             result[i, : len(ids)] = torch.tensor(ids, dtype=torch.long)
         return result
@@ -71,60 +71,64 @@ class HuggingFaceTokenize(TextTokenizer):
         used = (tokens != self.pad_id) * positions
         return torch.full_like(used[:, 0], tokens.shape[1]) if self.whole else used.amax(dim=1).clamp(min=1)
 
-    def with_context(self, context_length: int) -> "HuggingFaceTokenize":
-        return HuggingFaceTokenize(self.definition, self.pad_id, self.clean, context_length, self.whole)
+    def with_context(self, context_length: int) -> "HuggingFaceTokenizer":
+        return HuggingFaceTokenizer(self.definition, self.pad_id, self.clean, context_length, self.whole)
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(list(tokens), skip_special_tokens=True).strip()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for a checkpoint."""
+        """Return plain values for a checkpoint."""
         return {"definition": self.definition, "pad_id": self.pad_id}
 
 
-def from_source(config: HuggingFaceTokenizer, context_length: int, whole: bool, vocab_size: int) -> HuggingFaceTokenize:
-    """The tokenizer of a hub name or a local folder.
+def from_source(
+    config: HuggingFaceTokenizerConfig, context_length: int, whole: bool, vocab_size: int
+) -> HuggingFaceTokenizer:
+    """Load the tokenizer of a hub name or a local folder.
 
     Args:
-        config: where it is.
-        context_length: see :class:`HuggingFaceTokenize`.
-        whole: likewise.
-        vocab_size: number of ids that the encoder knows.
+        config: its location and cleaning.
+        context_length: ids per text.
+        whole: whether the encoder attends to padding.
+        vocab_size: number of ids in the encoder's embedding.
 
     Raises:
-        InputError: none there, or one that ``tokenizers`` cannot run, that has no padding, or that has ids which the
-            encoder does not know.
+        InputError: there is no tokenizer, ``tokenizers`` cannot run it, it has no padding token, or it has ids
+            outside the encoder's vocabulary.
     """
     from transformers import AutoTokenizer
 
     where = f"architecture.text: the tokenizer at {config.source!r}"
     try:
         loaded: Any = AutoTokenizer.from_pretrained(config.source, trust_remote_code=False)
-    except Exception as error:  # whatever reading a damaged or foreign file raises
+    except Exception as error:  # damaged or foreign files raise anything
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"architecture.text: no tokenizer at {config.source!r} ({reason})") from error
     backend = _backend(loaded)
     if backend is None:
         raise InputError(
-            f"{where} has no tokenizer.json form; save it as one (transformers' save_pretrained of its Fast class)"
+            f"{where} has no tokenizer.json; save one with save_pretrained of its Fast class in transformers"
         )
     if loaded.pad_token_id is None:
         raise InputError(f"{where} has no padding token")
-    # Published models lack some of the tokens that no text is made of: <extra_id_0>, [unused0].
+    # Published models lack embeddings for some tokens that no text produces: <extra_id_0>, [unused0].
     words = [id for token, id in backend.get_vocab().items() if not (token[0] in "<[" and token[-1] in ">]")]
     largest = max(loaded.pad_token_id, *words)
     if largest >= vocab_size:
-        raise InputError(f"{where} has ids up to {largest}, the encoder has {vocab_size}; it belongs to another model")
-    return HuggingFaceTokenize(backend.to_str(), loaded.pad_token_id, config.clean, context_length, whole)
+        raise InputError(
+            f"{where} has ids up to {largest}, but the encoder has {vocab_size}; it belongs to another model"
+        )
+    return HuggingFaceTokenizer(backend.to_str(), loaded.pad_token_id, config.clean, context_length, whole)
 
 
 def _backend(loaded: Any) -> Tokenizer | None:
-    """What a tokenizer of transformers runs on, if ``tokenizers`` can run it."""
+    """Return the ``tokenizers`` object behind a tokenizer of transformers; None if there is none."""
     if hasattr(loaded, "backend_tokenizer"):
         return loaded.backend_tokenizer
     from transformers import SiglipTokenizer
 
-    if isinstance(loaded, SiglipTokenizer):  # a sentencepiece model made as T5's is; transformers converts that alone
+    if isinstance(loaded, SiglipTokenizer):  # a sentencepiece model like T5's, the only kind that transformers converts
         from transformers.convert_slow_tokenizer import T5Converter
 
         loaded._extra_ids = 0

@@ -12,7 +12,7 @@ from lit_clip.models.config import (
     Activation,
     CLIPConfig,
     HuggingFaceTextConfig,
-    HuggingFaceTokenizer,
+    HuggingFaceTokenizerConfig,
     ImageConfig,
     Preprocessing,
     ResNetConfig,
@@ -122,7 +122,7 @@ def from_open_clip(model: Mapping[str, Any], preprocess: Mapping[str, Any] | Non
             logit_bias=bias,
         )
     except (TypeError, KeyError) as error:
-        raise InputError(f"{name}: not a configuration of open_clip's ({error})") from error
+        raise InputError(f"{name}: not an open_clip configuration ({error})") from error
 
 
 def _preprocessing(values: Mapping[str, Any] | None, vision: Mapping[str, Any], siglip: bool) -> Preprocessing:
@@ -215,7 +215,7 @@ def _text(values: _CheckedDict) -> TextConfig:
             values.take("proj_type", "linear") != "none",
             values.take("proj_bias", False),
             (values.take("norm_kwargs") or {}).get("eps", 1e-5),
-            HuggingFaceTokenizer(source, clean) if source else None,
+            HuggingFaceTokenizerConfig(source, clean) if source else None,
         )
     values.done()
     return result

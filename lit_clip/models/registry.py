@@ -15,6 +15,7 @@ from lit_clip.models.config import (
     TextTransformerConfig,
     VisionTransformerConfig,
 )
+from lit_clip.models.external_settings import with_external_settings
 from lit_clip.models.open_clip_configs import named, open_clip_names
 
 
@@ -75,15 +76,15 @@ def resolve_architecture(architecture: "str | CLIPConfig | Mapping[str, Any]") -
         InputError: no such name, or one of open_clip's for a kind of model that lit-clip does not have.
     """
     if isinstance(architecture, CLIPConfig):
-        return architecture
+        return with_external_settings(architecture)
     if isinstance(architecture, Mapping):
-        return CLIPConfig.from_dict(architecture)
+        return with_external_settings(CLIPConfig.from_dict(architecture))
     if architecture.lstrip().startswith("{"):  # sizes typed on the command line that did not parse as a CLIPConfig
         raise InputError(f"model.architecture: {architecture} has an unknown entry or a value of the wrong type")
     if architecture in _own():
         return CLIPConfig.from_dict(_own()[architecture])
     if architecture in open_clip_names():
-        return named(architecture)
+        return with_external_settings(named(architecture))
     near = get_close_matches(architecture, [*_own(), *open_clip_names()], n=1)
     hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(list_models())}"
     raise InputError(f"no model is called {architecture!r}; {hint}")

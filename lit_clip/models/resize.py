@@ -15,6 +15,7 @@ from lit_clip.models.config import (
     VisionTransformerConfig,
     height_width,
 )
+from lit_clip.models.external import TimmImageEncoder, resized_trunk
 
 
 def resized(config: CLIPConfig, image_size: Size | None, context_length: int | None) -> CLIPConfig:
@@ -58,8 +59,6 @@ def resize_weights(state: dict[str, Tensor], old: CLIPConfig, new: CLIPConfig) -
 
 def _image(state: dict[str, Tensor], old: CLIPConfig, new: CLIPConfig) -> dict[str, Tensor]:
     if isinstance(new.image, TimmConfig):
-        from lit_clip.models.external import TimmImageEncoder, resized_trunk
-
         trunk = TimmImageEncoder(dataclasses.replace(new.image, pretrained=False), new.embed_dim).trunk
         return resized_trunk(state, trunk, "visual.trunk.")
     key = "visual.positional_embedding"

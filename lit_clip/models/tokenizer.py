@@ -1,7 +1,7 @@
 """CLIP's byte-pair encoding on Hugging Face ``tokenizers``.
 
-The vocabulary is the file that ``open-clip-torch`` installs; cleaning, splitting and special tokens are those of the
-paper's code, so ids equal OpenAI's for any text, and open_clip's (which spells the special tokens otherwise).
+The vocabulary is the file that ``open-clip-torch`` installs; cleaning, splitting and special tokens follow the paper's
+code, so ids equal OpenAI's for any text, and open_clip's (which spells the special tokens differently).
 """
 
 import gzip
@@ -31,7 +31,7 @@ _WORDS = regex.compile(
 
 
 def vocabulary_file() -> Path:
-    """The merges file inside the installed ``open-clip-torch``, found without importing it (that takes seconds)."""
+    """Return the merges file of the installed ``open-clip-torch``, without importing it (that takes seconds)."""
     spec = importlib.util.find_spec("open_clip")
     if spec is None or not spec.submodule_search_locations:
         raise InputError("the BPE vocabulary comes with open-clip-torch, which is not installed")
@@ -39,14 +39,15 @@ def vocabulary_file() -> Path:
 
 
 def bytes_to_unicode() -> dict[int, str]:
-    """GPT-2's printable stand-in for each byte, in the order in which CLIP numbers them."""
+    """Return GPT-2's printable stand-in for each byte, in CLIP's order of ids."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [b for b in range(256) if b not in printable]
     return {**{b: chr(b) for b in printable}, **{b: chr(256 + i) for i, b in enumerate(others)}}
 
 
 @lru_cache(maxsize=1)
-def _bpe() -> Tokenizer:
+def byte_pair_tokenizer() -> Tokenizer:
+    """Build CLIP's byte-pair encoding; texts must be cleaned and split before."""
     with gzip.open(vocabulary_file(), "rt", encoding="utf-8") as file:
         lines = file.read().split("\n")[1 : MERGES + 1]  # the first line is a version
     merges = [(left, right) for left, right in (line.split() for line in lines)]
@@ -61,38 +62,44 @@ def _bpe() -> Tokenizer:
 
 
 def clean(text: str) -> str:
-    """The paper's cleaning: fix broken Unicode, undo HTML escapes (twice), collapse white space, lower-case."""
+    """Clean a text as the paper does: fix broken Unicode, undo HTML escapes (twice), collapse white space, lower-case."""
     text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
     return regex.sub(r"\s+", " ", text).strip().lower()
 
 
 def encode(text: str) -> list[int]:
-    """The ids of a text, without start and end."""
-    # One call a text, not a batched call: those start a thread pool, which does not survive the fork of data workers.
-    return _bpe().encode(_WORDS.findall(clean(text)), is_pretokenized=True, add_special_tokens=False).ids
+    """Return the ids of a text, without start and end."""
+    # One call per text: a batched call starts a thread pool, which does not survive the fork of data workers.
+    return byte_pair_tokenizer().encode(_WORDS.findall(clean(text)), is_pretokenized=True, add_special_tokens=False).ids
 
 
 def decode(tokens: Sequence[int]) -> str:
-    """The text of ids up to the first end-of-text token."""
+    """Return the text of ids up to the first end-of-text token."""
     ids = list(tokens)
-    return _bpe().decode(ids[: ids.index(EOT_ID)] if EOT_ID in ids else ids, skip_special_tokens=True).strip()
+    return (
+        byte_pair_tokenizer()
+        .decode(ids[: ids.index(EOT_ID)] if EOT_ID in ids else ids, skip_special_tokens=True)
+        .strip()
+    )
 
 
 def tokenize(texts: str | Sequence[str], context_length: int = 77, truncate: bool = True) -> Tensor:
-    """Texts to ids: start of text, the words, end of text, zeros.
+    """Turn texts into ids: start of text, the words, end of text, zeros.
 
     Args:
         texts: one text or several.
-        context_length: most ids of a text, start and end included.
-        truncate: whether a longer text is cut (its last id is then the end of text) or refused.
+        context_length: maximum ids of a text, including start and end.
+        truncate: true: truncate a longer text, its last id is then the end of text; false: refuse it.
 
     Returns:
         int64 ``[N, context_length]``.
 
     Raises:
-        InputError: something is not a string, or too long while ``truncate`` is false.
+        InputError: an entry that is not a string, or a text too long while ``truncate`` is false.
     """
-    require(context_length >= 2, f"context_length: {context_length} has no room for the start and the end of a text")
+    require(
+        context_length >= 2, f"context_length: {context_length} must be at least 2, for the start and the end of a text"
+    )
     texts = [texts] if isinstance(texts, str) else list(texts)
     result = torch.zeros(len(texts), context_length, dtype=torch.long)
     for i, text in enumerate(texts):
@@ -108,38 +115,38 @@ def tokenize(texts: str | Sequence[str], context_length: int = 77, truncate: boo
 
 
 class TextTokenizer(ABC):
-    """What a model reads its texts with, as an object that data workers can be sent."""
+    """A model's tokenizer, picklable so that data workers can receive it."""
 
     context_length: int
     pad_id: int
 
     @abstractmethod
     def __call__(self, texts: str | Sequence[str]) -> Tensor:
-        """Texts -> int64 ``[N, context_length]``; longer ones are cut."""
+        """Texts -> int64 ``[N, context_length]``; longer ones are truncated."""
 
     @abstractmethod
     def count(self, text: str) -> int:
-        """Ids that a text has before it is cut, start and end included."""
+        """Count the ids of a text before truncation, including start and end."""
 
     @abstractmethod
     def lengths(self, tokens: Tensor) -> Tensor:
-        """int64 ``[N, L]`` -> ``[N]``: the columns of each text that the encoder must see."""
+        """int64 ``[N, L]`` -> ``[N]``: how many columns of each text the encoder must see."""
 
     @abstractmethod
     def with_context(self, context_length: int) -> "TextTokenizer":
-        """The same for another context length."""
+        """Return the same tokenizer for another context length."""
 
     @abstractmethod
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of ids, without special tokens."""
+        """Return the text of ids, without special tokens."""
 
     def trim(self, tokens: Tensor) -> Tensor:
-        """Drop the columns that no text needs: ``[N, L]`` -> ``[N, longest]``; features stay what they are."""
+        """Drop the columns that no text needs: ``[N, L]`` -> ``[N, longest]``; features do not change."""
         return tokens[:, : int(self.lengths(tokens).max())] if len(tokens) else tokens
 
 
 @dataclass(frozen=True)
-class Tokenize(TextTokenizer):
+class CLIPTokenizer(TextTokenizer):
     """:func:`tokenize` for one context length."""
 
     context_length: int = 77
@@ -154,16 +161,8 @@ class Tokenize(TextTokenizer):
     def lengths(self, tokens: Tensor) -> Tensor:
         return tokens.argmax(dim=-1) + 1  # the (first) end of text has the highest id
 
-    def with_context(self, context_length: int) -> "Tokenize":
-        return Tokenize(context_length)
+    def with_context(self, context_length: int) -> "CLIPTokenizer":
+        return CLIPTokenizer(context_length)
 
     def decode(self, tokens: Sequence[int]) -> str:
         return decode(tokens)
-
-
-def trim_padding(tokens: Tensor) -> Tensor:
-    """Drop the columns behind every text's (first) end-of-text token: ``[N, L]`` -> ``[N, longest]``.
-
-    The encoder is causal and read at the end of text, so what follows changes nothing but the time it takes.
-    """
-    return Tokenize().trim(tokens)

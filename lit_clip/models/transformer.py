@@ -1,6 +1,6 @@
-"""The blocks of both encoders, the paper's vision transformer and its text transformer.
+"""The paper's vision and text transformers, and the blocks they share.
 
-Parameter names and shapes are those of OpenAI's code, so that published weights load without renaming.
+Parameter names and shapes are those of OpenAI's code, so published weights load without renaming.
 Shapes: B batch, L tokens, W width, H heads, D embedding dimension.
 """
 
@@ -24,16 +24,16 @@ class QuickGELU(nn.Module):
 
 
 def activation_module(activation: Activation) -> nn.Module:
-    """The non-linearity of a name."""
+    """Create the activation of this name."""
     if activation == "quick_gelu":
         return QuickGELU()
     return nn.GELU(approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
 class Attention(nn.MultiheadAttention):
-    """Multi-head self-attention: PyTorch's parameters, names and initialisation, straight to the fused kernel."""
+    """Multi-head self-attention with PyTorch's parameters and initialisation that calls the fused kernel directly."""
 
-    # Self-attention has one input where PyTorch's signature has three.
+    # Self-attention has one input, PyTorch's signature has three.
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x_TW: Tensor, layout: Layout, read_B: Tensor | None = None
     ) -> Tensor:
@@ -47,7 +47,7 @@ class Attention(nn.MultiheadAttention):
 
 
 class MLP(nn.Module):
-    """Two linear layers, the inner one ``ratio`` times as wide (4 in the paper)."""
+    """Two linear layers; the inner width is ``ratio`` times the outer (4 in the paper)."""
 
     def __init__(self, width: int, activation: Activation, ratio: float = 4.0) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class MLP(nn.Module):
 class ResidualAttentionBlock(nn.Module):
     """``x + attention(ln_1(x))``, then ``x + mlp(ln_2(x))``.
 
-    Of tokens ``[T, W]``; if only those at ``read_B`` are looked at afterwards, of those: ``[B, W]``.
+    Maps tokens ``[T, W]`` to ``[T, W]``, or only those at ``read_B`` to ``[B, W]`` if nothing reads the others.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Transformer(nn.Module):
         )
 
     def init_like_gpt(self) -> None:
-        """OpenAI's initialisation of the text encoder: normal weights, residual ones smaller with depth."""
+        """Initialise as OpenAI's text encoder: normal weights, those of the residual path smaller with depth."""
         for block in cast("Iterable[ResidualAttentionBlock]", self.resblocks):
             width = block.attn.embed_dim
             residual_std = width**-0.5 * (2 * len(self.resblocks)) ** -0.5
@@ -108,33 +108,32 @@ class Transformer(nn.Module):
             nn.init.normal_(block.mlp.c_proj.weight, std=residual_std)
 
     def forward(self, x_TW: Tensor, layout: Layout, read_B: Tensor | None = None) -> Tensor:
-        """Tokens ``[T, W]`` -> ``[T, W]``, or ``[B, W]`` of those at ``read_B``: the last block computes no others."""
+        """Tokens ``[T, W]`` -> ``[T, W]``, or ``[B, W]`` for ``read_B``: the last block computes only those."""
         *blocks, last = self.resblocks
         for block in blocks:
             x_TW = block(x_TW, layout)
-        if read_B is not None and x_TW.is_meta:  # where arithmetic is counted: as published tables count it
+        if read_B is not None and x_TW.is_meta:  # FLOPs are being counted; published tables count all tokens
             return last(x_TW, layout).index_select(0, read_B)
         return last(x_TW, layout, read_B)
 
 
 def check_images(images: Tensor, image_size: Size) -> None:
-    """Raise :class:`InputError` unless a batch is ``[B, 3, H, W]`` of the size a model was made for."""
+    """Raise :class:`InputError` unless a batch is ``[B, 3, H, W]`` of the model's image size."""
     height, width = height_width(image_size)
     if images.shape[1:] != (3, height, width):
         raise InputError(
-            f"images are {list(images.shape)}, the model wants [B, 3, {height}, {width}]; use model.preprocess"
+            f"images are {list(images.shape)}, the model reads [B, 3, {height}, {width}]; use model.preprocess"
         )
 
 
 class VisionTransformer(nn.Module):
     """ViT as in the paper: no bias in the patch embedding, a LayerNorm before the blocks, the class token projected.
 
-    Initialised as OpenAI's code does: class token, positions and projection normal with std width^-0.5, the blocks
-    and the patch embedding with PyTorch's defaults.
+    Initialised as in OpenAI's code: class token, positions and projection normal with std width^-0.5, blocks and
+    patch embedding with PyTorch's defaults.
 
     Attributes:
-        patch_dropout: the share of each image's patches, drawn anew each time, that training leaves out (FLIP, Li et
-            al. 2023).
+        patch_dropout: fraction of each image's patches that a training step drops at random (FLIP, Li et al. 2023).
     """
 
     def __init__(self, config: VisionTransformerConfig, embed_dim: int, activation: Activation) -> None:
@@ -153,27 +152,27 @@ class VisionTransformer(nn.Module):
         self.proj = nn.Parameter(width**-0.5 * torch.randn(width, embed_dim))
 
     def features(self, images: Tensor) -> Tensor:
-        """``[B, 3, H, W]`` float, normalised -> ``[B, W]``, what is projected; the paper's linear probes use it."""
+        """``[B, 3, H, W]`` float, normalised -> ``[B, W]``, before the projection; for the paper's linear probes."""
         check_images(images, self.image_size)
         x = self._patches(images) @ self.conv1.weight.flatten(1).T  # [B, L-1, W]
         class_token = self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)  # [B, 1, W]
         x = torch.cat([class_token, x], dim=1) + self.positional_embedding.to(x.dtype)  # [B, L, W]
         if self.training and self.patch_dropout:
-            x = self._some(x)
+            x = self._drop_patches(x)
         B, L, W = x.shape
         first = torch.arange(0, B * L, L, device=x.device)  # [B]: the class tokens
         x = self.transformer(self.ln_pre(x).view(B * L, W), Layout(((B, L),), causal=False), first)  # [B, W]
         return self.ln_post(x)
 
     def _patches(self, images: Tensor) -> Tensor:
-        """``[B, 3, H, W]`` -> ``[B, L-1, 3PP]``: a convolution with stride P of them is a product, and slower."""
+        """``[B, 3, H, W]`` -> ``[B, L-1, 3PP]``: one matrix product is faster than a convolution with stride P."""
         (rows, columns), P = self.grid, self.conv1.kernel_size[0]
-        B = images.shape[0]  # not len(): an exported graph would keep it
+        B = images.shape[0]  # not len(): an exported graph would hard-code it
         x = images.reshape(B, 3, rows, P, columns, P).permute(0, 2, 4, 1, 3, 5)
         return x.reshape(B, rows * columns, 3 * P * P)
 
-    def _some(self, x: Tensor) -> Tensor:
-        """Each image's class token and some of its patches: ``[B, L, W]`` -> ``[B, l, W]``."""
+    def _drop_patches(self, x: Tensor) -> Tensor:
+        """Keep each image's class token and a random part of its patches: ``[B, L, W]`` -> ``[B, l, W]``."""
         patches = x.shape[1] - 1
         kept = max(1, round((1 - self.patch_dropout) * patches))
         rows = torch.rand(len(x), patches, device=x.device).topk(kept, dim=1, sorted=False).indices + 1  # [B, l-1]
@@ -191,12 +190,13 @@ class VisionTransformer(nn.Module):
 class TextTransformer(nn.Module):
     """The paper's text transformer and SigLIP's.
 
-    OpenAI's CLIP has these parts beside its image encoder, without a module of their own: :class:`lit_clip.CLIP`
-    then is one of these itself, and calls :meth:`add_text` and :meth:`read_text`.
+    OpenAI's CLIP has these parts beside its image encoder, not in a module of their own. :class:`lit_clip.CLIP` then
+    is a text transformer itself, and calls :meth:`add_text` and :meth:`read_text`.
 
     Attributes:
-        causal: whether a token sees only itself and those before it.
-        few_lengths: whether batches are padded to one of a few lengths, and not packed: each has a compiled graph.
+        causal: whether a token attends only to itself and those before it.
+        few_lengths: whether to pad batches to one of a few lengths instead of packing them: ``torch.compile`` makes a
+            graph for each length.
     """
 
     def __init__(self, config: TextTransformerConfig, embed_dim: int, activation: Activation) -> None:
@@ -204,7 +204,7 @@ class TextTransformer(nn.Module):
         self.add_text(config, embed_dim, activation)
 
     def add_text(self, config: TextTransformerConfig, embed_dim: int, activation: Activation) -> None:
-        """Make the parts, initialised as OpenAI's code does."""
+        """Create the parts, initialised as in OpenAI's code."""
         width, eps = config.width, config.layer_norm_eps
         self.causal, self.few_lengths = config.causal, False
         self.transformer = Transformer(width, config.layers, config.heads, activation, config.mlp_ratio, eps)
@@ -224,16 +224,16 @@ class TextTransformer(nn.Module):
         self.transformer.init_like_gpt()
 
     def read_text(self, tokens: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
-        """int64 ``[B, L]`` -> ``[B, D]``; a causal text may be shorter than the context, another is padded to it.
+        """int64 ``[B, L]`` -> ``[B, D]``; ``L`` may be below the context length only for a causal encoder.
 
         Args:
             tokens: ids.
-            lengths: of a causal encoder's texts, up to and with the end-of-text token, for tokens on a device that
-                should not be waited for. Without them texts there are computed with their padding.
+            lengths: of a causal encoder's texts, including the end-of-text token. Reading them off tokens on a GPU
+                would synchronise it, so without them the padding is computed too.
         """
         context, length = len(self.positional_embedding), tokens.shape[1]
         if length > context or (length < context and not self.causal):
-            raise InputError(f"texts have {length} tokens, the model reads {context}; tokenize for it")
+            raise InputError(f"texts have {length} tokens, the model reads {context}; use model.tokenize")
         if self.few_lengths and self.causal and not is_traced():
             tokens = F.pad(tokens, (0, rounded(length, context) - length))
         if not self.causal:
@@ -244,7 +244,7 @@ class TextTransformer(nn.Module):
         elif self._may_pack(tokens, lengths):
             packing = pack(lengths or text_lengths(tokens), tokens.device)
             ids = tokens[packing.rows, packing.columns]
-            positions = F.embedding(packing.columns, self.positional_embedding)  # indexing is slower backwards
+            positions = F.embedding(packing.columns, self.positional_embedding)  # indexing has a slower backward pass
             x = self.transformer(self._embed(ids, positions), packing.layout, packing.ends)  # [B, W]
             x = x.index_select(0, packing.places)
         else:
@@ -258,13 +258,13 @@ class TextTransformer(nn.Module):
         return project(x) if isinstance(project, nn.Linear) else x @ project  # [B, D]
 
     def _may_pack(self, tokens: Tensor, lengths: Sequence[int] | None) -> bool:
-        """Whether the lengths are known, and may decide what is computed."""
+        """Whether the lengths are known, and the computation may depend on them."""
         if self.few_lengths or is_traced():
             return False
         return len(tokens) > 0 and (bool(lengths) or tokens.device.type == "cpu")
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Ids ``[...]`` and the embedding of their places ``[..., W]`` -> ``[T, W]``."""
+        """Ids ``[...]`` and their position embeddings ``[..., W]`` -> ``[T, W]``."""
         return (self.token_embedding(tokens) + positions).flatten(0, -2)
 
     def forward(self, tokens: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
@@ -273,16 +273,16 @@ class TextTransformer(nn.Module):
 
 
 def text_lengths(tokens: Tensor) -> list[int]:
-    """Tokens of each text of ``[B, L]`` up to and with its end, which has the highest id (the first of several)."""
+    """Count each text's tokens in ``[B, L]``, including the end of text: the (first) highest id."""
     return (tokens.argmax(dim=-1) + 1).tolist()
 
 
 def rounded(length: int, context_length: int, step: int = 16) -> int:
-    """The next multiple of a step, at most the context length."""
+    """Round up to a multiple of ``step``, at most the context length."""
     return min(-(-length // step) * step, context_length)
 
 
 def is_traced() -> bool:
-    """Whether a graph is being made, which must not depend on the lengths of this batch's texts."""
-    # torch documents the second, and types it as private.
+    """Whether a graph is being traced, which must not depend on the lengths of this batch's texts."""
+    # torch documents is_tracing, but types it as private.
     return torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]

@@ -1,4 +1,4 @@
-"""What a checkpoint of ours holds: architecture, weights under OpenAI's names, a tokenizer, the base of a LoRA."""
+"""Our checkpoint files: architecture, weights under OpenAI's names, a tokenizer, the base of a LoRA."""
 
 import os
 from collections.abc import Mapping
@@ -8,10 +8,11 @@ from typing import Any
 from lit_clip.errors import InputError
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, TextTransformerConfig
+from lit_clip.models.hf_tokenizer import HuggingFaceTokenizer
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.tools.weight_files import Source, read_file
 
-EMA_WEIGHTS = "exponential moving average"  # what a checkpoint's ``weights`` says of its state_dict, if so
+EMA_WEIGHTS = "exponential moving average"  # a checkpoint's ``weights`` if its state_dict is an average
 
 
 def read_checkpoint(path: Source) -> dict[str, Any]:
@@ -23,10 +24,15 @@ def read_checkpoint(path: Source) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint file")
-    return _checked(read_file(path), path)
+    return checked(read_file(path), path)
 
 
-def _checked(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
+def checked(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return the checkpoint if it has weights and an architecture.
+
+    Raises:
+        InputError: it is not one of lit-clip's.
+    """
     try:
         CLIPConfig.from_dict(checkpoint["hyper_parameters"]["architecture"])
         dict(checkpoint["state_dict"])
@@ -38,29 +44,27 @@ def _checked(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def saved_tokenizer(model: CLIP) -> dict[str, Any]:
-    """What a checkpoint holds of a tokenizer that is not the paper's: its source may be gone later."""
+    """Return a checkpoint's entry for a tokenizer other than CLIP's own, whose source may be gone later."""
     if model.config.text.tokenizer is None:
         return {}
     tokenizer: Any = model.tokenizer
-    return {"tokenizer": {"definition": tokenizer.definition, "pad_id": tokenizer.pad_id}}
+    return {"tokenizer": tokenizer.to_dict()}
 
 
 def checkpoint_tokenizer(checkpoint: Mapping[str, Any], config: CLIPConfig) -> TextTokenizer | None:
-    """The tokenizer that lies in a checkpoint of lit-clip's, if it is not the paper's."""
+    """Return the tokenizer that a checkpoint holds; None if it is CLIP's own."""
     saved, text = checkpoint.get("tokenizer"), config.text
     if saved is None or text.tokenizer is None:
         return None
-    from lit_clip.models.hf_tokenizer import HuggingFaceTokenize
-
     whole = isinstance(text, TextTransformerConfig) and not text.causal
-    return HuggingFaceTokenize(saved["definition"], saved["pad_id"], text.tokenizer.clean, text.context_length, whole)
+    return HuggingFaceTokenizer(saved["definition"], saved["pad_id"], text.tokenizer.clean, text.context_length, whole)
 
 
 def check_base(checkpoint: Mapping[str, Any], ours: str, name: str | os.PathLike[str]) -> None:
-    """Raise :class:`InputError` unless a checkpoint's additions belong to the weights with a fingerprint."""
+    """Raise :class:`InputError` unless a checkpoint's LoRA belongs to the weights with this SHA-256."""
     base = checkpoint.get("base")
     if base is None:
-        raise InputError(f"{name}: holds no LoRA; give it as model.pretrained")
+        raise InputError(f"{name}: holds no LoRA; pass it as model.pretrained")
     if base["sha256"] != ours:
         raise InputError(
             f"{name}: its LoRA belongs to {base['pretrained']} with other weights "
@@ -69,5 +73,5 @@ def check_base(checkpoint: Mapping[str, Any], ours: str, name: str | os.PathLike
 
 
 def base_name(pretrained: str | os.PathLike[str]) -> str:
-    """How a checkpoint names its base: a file by its absolute path, a published one as it is called."""
+    """Return how a checkpoint names its base: a file by its absolute path, published weights by their name."""
     return str(Path(pretrained).resolve()) if Path(pretrained).exists() else str(pretrained)

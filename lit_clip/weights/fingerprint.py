@@ -1,23 +1,74 @@
-"""Fingerprints of weights."""
+"""Fingerprints of a model: SHA-256 of its weights, and of everything its features depend on.
+
+Nothing is cached on the model, whose weights may be training: whoever evaluates fixed weights computes a
+:class:`Fingerprint` once and passes it on. Hashing a gigabyte of weights takes about a second.
+"""
 
 import hashlib
+from dataclasses import asdict
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import described
 
 
+class Fingerprint(NamedTuple):
+    """SHA-256 digests of a model, in hexadecimal.
+
+    Attributes:
+        model: of weights, sizes and preprocessing; models with the same one give the same features.
+        weights: of the weights only.
+        text: of everything text features depend on.
+    """
+
+    model: str
+    weights: str
+    text: str
+
+
+def fingerprint(model: CLIP) -> Fingerprint:
+    """Compute all digests of a model; each weight is hashed once."""
+    tensors = _tensor_digests(model)
+    weights = _combined(tensors)
+    settings = sorted(described(model.config).items())
+    return Fingerprint(_combined((weights, settings)), weights, _text_digest(model, tensors))
+
+
 def weights_sha256(model: CLIP) -> str:
-    """SHA-256 of the names and values of all weights."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    """Return the SHA-256 of the names, types and values of all weights."""
+    return _combined(_tensor_digests(model))
+
+
+def text_sha256(model: CLIP) -> str:
+    """Return the SHA-256 of everything text features depend on except the texts: weights, sizes, activation."""
+    return _text_digest(model, _tensor_digests(model, text_only=True))
+
+
+def _text_digest(model: CLIP, tensors: list[tuple[str, str]]) -> str:
+    config = model.config
+    settings = (asdict(config.text), config.activation, config.embed_dim)
+    return _combined((settings, [tensor for tensor in tensors if _is_text(tensor[0])]))
+
+
+def _is_text(name: str) -> bool:
+    return not name.startswith(("visual.", "logit_"))
+
+
+def _tensor_digests(model: CLIP, text_only: bool = False) -> list[tuple[str, str]]:
+    """Return each weight's name with its digest, in the order of the names."""
+    state = sorted(model.state_dict().items())
+    return [(name, _tensor_sha256(value)) for name, value in state if _is_text(name) or not text_only]
+
+
+def _tensor_sha256(value: Tensor) -> str:
+    digest = hashlib.sha256(f"{value.dtype} {list(value.shape)}".encode())
+    values: Any = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()  # typed as no buffer
+    digest.update(values)
     return digest.hexdigest()
 
 
-def fingerprint(model: CLIP) -> str:
-    """SHA-256 of a model's weights and of what is done with them: models with the same one give the same features."""
-    settings = (weights_sha256(model), sorted(described(model.config).items()))
-    return hashlib.sha256(repr(settings).encode()).hexdigest()
+def _combined(parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()

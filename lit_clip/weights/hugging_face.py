@@ -18,12 +18,13 @@ from lit_clip.models.clip import CLIP
 from lit_clip.models.config import (
     Activation,
     CLIPConfig,
-    HuggingFaceTokenizer,
+    HuggingFaceTokenizerConfig,
     TextTransformerConfig,
     TimmConfig,
     VisionTransformerConfig,
 )
 from lit_clip.models.tokenizer import EOT_ID, SOT_ID
+from lit_clip.tools.weight_files import read_tensors
 from lit_clip.weights.hugging_face_keys import clip_pairs, renamed, siglip_pairs
 from lit_clip.weights.hugging_face_processor import agree, check_vocabulary, preprocessing_of, read_json, square
 
@@ -46,8 +47,6 @@ def read_hugging_face_folder(folder: str | os.PathLike[str]) -> tuple[CLIPConfig
     Raises:
         InputError: a file is missing or unreadable, or the model is one that ours cannot be.
     """
-    from lit_clip.tools.weight_files import read_tensors
-
     folder = Path(folder)
     config = read_json(folder / "config.json")
     preprocessor = None
@@ -219,7 +218,7 @@ def _siglip_config(values: Mapping[str, Any], preprocessor: Mapping[str, Any] | 
             causal=False,
             projection_bias=True,
             layer_norm_eps=text.layer_norm_eps,
-            tokenizer=HuggingFaceTokenizer(tokenizer, clean="canonicalize"),
+            tokenizer=HuggingFaceTokenizerConfig(tokenizer, clean="canonicalize"),
         ),
         activation=_activation("text_config.hidden_act", text.hidden_act),
         preprocessing=preprocessing_of(

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import Preprocessing
-from lit_clip.models.tokenizer import Tokenize, _bpe
+from lit_clip.models.tokenizer import CLIPTokenizer, byte_pair_tokenizer
 
 FILTERS: dict[int, Literal["bilinear", "bicubic"]] = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 # What their image processors do where a file says nothing.
@@ -143,7 +143,7 @@ def check_vocabulary(folder: Path) -> None:
 
 def byte_pairs() -> tuple[dict[str, int], list[Any]]:
     """CLIP's vocabulary, token to id, and its merges, pairs of strings."""
-    model = json.loads(_bpe().to_str())["model"]
+    model = json.loads(byte_pair_tokenizer().to_str())["model"]
     return model["vocab"], [tuple(merge) for merge in model["merges"]]
 
 
@@ -159,7 +159,7 @@ def save_tokenizer(model: CLIP, folder: Path) -> None:
     import transformers
 
     tokenizer: Any = model.tokenizer
-    if isinstance(tokenizer, Tokenize):
+    if isinstance(tokenizer, CLIPTokenizer):
         vocab, merges = byte_pairs()
         transformers.CLIPTokenizer(
             vocab=vocab, merges=merges, model_max_length=tokenizer.context_length

@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import yaml
 
-from lit_clip import __version__
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import HuggingFaceTextConfig
+from lit_clip.version import __version__
 from lit_clip.weights.export import FORMATS, Parity
 
 LIBRARY = {"open_clip": "open_clip", "hugging_face": "transformers", "onnx": "onnx"}
@@ -61,7 +61,7 @@ left, top = round((larger[0] - width) / 2), round((larger[1] - height) / 2)
 image = image.crop((left, top, left + width, top + height))"""
 
 
-class Source(NamedTuple):
+class ExportedSource(NamedTuple):
     """What was exported.
 
     Attributes:
@@ -73,7 +73,7 @@ class Source(NamedTuple):
     sha256: str | None
 
 
-def model_card(model: CLIP, format: str, name: str, source: Source, parity: Parity, license: str | None) -> str:
+def model_card(model: CLIP, format: str, name: str, source: ExportedSource, parity: Parity, license: str | None) -> str:
     """The card as Markdown, with the front matter that model hubs read."""
     front = {"library_name": LIBRARY[format], "pipeline_tag": "zero-shot-image-classification", "tags": ["clip"]}
     if license:

@@ -1,4 +1,4 @@
-"""Where weights come from: files, folders, the hub and open_clip's registry, each recognised for what it is."""
+"""Find weights and read them: files, folders, the hub, open_clip's registry, each format detected automatically."""
 
 import dataclasses
 import json
@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -16,75 +16,84 @@ from lit_clip.errors import InputError, require
 from lit_clip.models.config import (
     CLIPConfig,
     HuggingFaceTextConfig,
-    HuggingFaceTokenizer,
+    HuggingFaceTokenizerConfig,
     ResNetConfig,
     TextTransformerConfig,
     VisionTransformerConfig,
     differences,
 )
+from lit_clip.models.external_settings import with_external_settings
 from lit_clip.models.open_clip_configs import from_open_clip
 from lit_clip.models.registry import resolve_architecture
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.tools.weight_files import Source, as_float32, is_path, read_file
-from lit_clip.weights.checkpoints import EMA_WEIGHTS, _checked, checkpoint_tokenizer
-from lit_clip.weights.hub import OPEN_CLIP_WEIGHTS
+from lit_clip.weights import hub
+from lit_clip.weights.checkpoints import EMA_WEIGHTS, checked, checkpoint_tokenizer
+from lit_clip.weights.hugging_face import read_hugging_face_folder
+
+
+class LoRACheckpoint(NamedTuple):
+    """A checkpoint that holds only a LoRA's additions and names the weights they belong to."""
+
+    path: Path
+    checkpoint: dict[str, Any]
 
 
 @dataclass
 class Weights:
-    """Weights by name, and what they say of themselves.
+    """Weights by name, with what their source says about them.
 
     Attributes:
-        name: where they come from, for messages.
+        name: the source, for messages.
         state: tensors under our (OpenAI's, open_clip's) names.
-        config: the architecture; None if nothing says which.
-        tokenizer: if it came with them.
+        config: the architecture; None if the source does not name it.
+        tokenizer: if the source holds one.
+        lora: set if ``state`` holds only a LoRA's additions.
     """
 
     name: str
     state: dict[str, Tensor]
     config: CLIPConfig | None = None
     tokenizer: TextTokenizer | None = None
+    lora: LoRACheckpoint | None = None
 
 
 def check_same(theirs: CLIPConfig, ours: CLIPConfig, name: Source, hint: str = "") -> None:
-    """Raise :class:`InputError` with every difference between two architectures, and what to do about them."""
+    """Raise :class:`InputError` listing every difference between two architectures, and what to do about them."""
     wrong = differences(theirs, ours)
     if wrong and not hint:
         hint = "set --model.architecture, to null for that of the weights"
         if any(difference.startswith("image.image_size") for difference in wrong):
-            hint += ", or to interpolate the position embedding --model.image_size"
+            hint += ", or --model.image_size to interpolate the position embedding"
     if wrong:
         raise InputError(f"{name} is of another architecture: {', '.join(wrong)}; {hint}")
 
 
 def open_weights(source: Source) -> Weights:
-    """Find and read what :func:`lit_clip.load_model` is given.
+    """Find and read whatever :func:`lit_clip.load_model` accepts.
 
     Raises:
-        InputError: see there.
+        InputError: the source does not exist, is unreadable, or contradicts the name in front of it.
     """
     path, name = Path(source).expanduser(), os.fspath(source)
-    require(bool(name), "no model: its name is empty")  # as a path it would be this folder
+    require(bool(name), "no model: its name is empty")  # as a path it would be the working folder
     if path.is_dir():
         return _open_folder(path)
     if path.is_file():
         return _open_file(path)
     architecture, _, file = name.partition(":")
-    if file and is_path(file):  # a file that need not say what it is, and the name of that
+    if file and is_path(file):  # the file may not name its architecture
         weights, named = _open_file(Path(file).expanduser()), resolve_architecture(architecture)
         if weights.config:
-            check_same(weights.config, named, file, f"leave {architecture}: out, the file says what it is")
+            check_same(weights.config, named, file, f"leave out {architecture}:, the file names its own")
         return dataclasses.replace(weights, config=named, name=name)
     if is_path(source):
         return _open_file(path)
-    from lit_clip.weights import hub  # huggingface_hub and open_clip take seconds to import
-
     if name.startswith("hf-hub:") or ("/" in name and ":" not in name):
         return dataclasses.replace(_open_folder(hub.download(name.removeprefix("hf-hub:"))), name=name)
     if ":" in name:
-        file, config = hub.download_tag(name)
-        return Weights(name, _tensors(read_file(file), name), config)
+        downloaded, config = hub.download_tag(name)
+        return Weights(name, _tensors(read_file(downloaded), name), config)
     raise InputError(
         f"{name}: no such file or folder, and neither org/name on the hub nor model:tag of open_clip's registry "
         "(lit-clip models --pretrained lists those)"
@@ -95,13 +104,11 @@ def _open_folder(folder: Path) -> Weights:
     if (folder / "open_clip_config.json").is_file():
         return _open_clip_folder(folder)
     if (folder / "config.json").is_file():
-        from lit_clip.weights.hugging_face import read_hugging_face_folder
-
         config, state = read_hugging_face_folder(folder)
         return Weights(str(folder), state, config)
     found = sorted(path.name for path in folder.iterdir())[:8]
     raise InputError(
-        f"{folder}: neither open_clip_config.json nor config.json in it; found: {', '.join(found) or 'nothing'}"
+        f"{folder}: has neither open_clip_config.json nor config.json; found: {', '.join(found) or 'nothing'}"
     )
 
 
@@ -110,23 +117,26 @@ def _open_clip_config(folder: Path) -> CLIPConfig:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
         model = values.get("model_cfg", values)
-        config = from_open_clip(model, values.get("preprocess_cfg"), str(file))
+        # Before a tokenizer's folder takes the place of the text encoder's name: only the name has its configuration.
+        config = with_external_settings(from_open_clip(model, values.get("preprocess_cfg"), str(file)))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError, TypeError, ArithmeticError) as error:
-        raise InputError(f"{file}: not a configuration of open_clip's ({error})") from error
+        raise InputError(f"{file}: not an open_clip configuration ({error})") from error
     text = config.text
-    if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):  # it came with them
+    if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         if isinstance(text, HuggingFaceTextConfig):
             config.text = dataclasses.replace(text, hugging_face=str(folder))
         elif text.tokenizer is not None:
-            config.text = dataclasses.replace(text, tokenizer=HuggingFaceTokenizer(str(folder), text.tokenizer.clean))
+            config.text = dataclasses.replace(
+                text, tokenizer=HuggingFaceTokenizerConfig(str(folder), text.tokenizer.clean)
+            )
     return config
 
 
 def _open_clip_folder(folder: Path) -> Weights:
-    file = next((folder / name for name in OPEN_CLIP_WEIGHTS if (folder / name).is_file()), None)
+    file = next((folder / name for name in hub.OPEN_CLIP_WEIGHTS if (folder / name).is_file()), None)
     if file is None:
         raise InputError(
-            f"{folder}: no weights beside open_clip_config.json; wanted one of {', '.join(OPEN_CLIP_WEIGHTS)}"
+            f"{folder}: no weights beside open_clip_config.json; expected one of {', '.join(hub.OPEN_CLIP_WEIGHTS)}"
         )
     config = _open_clip_config(folder)
     return Weights(str(file), _tensors(read_file(file), file), config)
@@ -135,37 +145,37 @@ def _open_clip_folder(folder: Path) -> Weights:
 def _open_file(path: Path) -> Weights:
     values = read_file(path)
     if "hyper_parameters" in values:
-        return _lit_clip_checkpoint(_checked(values, path), path)
-    if (path.parent / "open_clip_config.json").is_file() and path.name in OPEN_CLIP_WEIGHTS:
+        return _open_checkpoint(checked(values, path), path)
+    if (path.parent / "open_clip_config.json").is_file() and path.name in hub.OPEN_CLIP_WEIGHTS:
         return Weights(str(path), _tensors(values, path), _open_clip_config(path.parent))
     state = _tensors(values, path)
-    # OpenAI's archives, and the state dicts of models that their code has loaded, say their sizes beside the weights.
+    # OpenAI's archives, and state dicts of models loaded by OpenAI's code, hold their sizes beside the weights.
     openai = "input_resolution" in state and "visual.conv1.weight" in state
-    return Weights(str(path), state, papers_architecture(state, path) if openai else None)
+    return Weights(str(path), state, openai_architecture(state, path) if openai else None)
 
 
-def _lit_clip_checkpoint(checkpoint: dict[str, Any], path: Path) -> Weights:
-    from lit_clip.weights.load import with_base  # which opens the base as any other weights
-
-    checkpoint = with_base(checkpoint, path)
-    config = CLIPConfig.from_dict(checkpoint["hyper_parameters"]["architecture"])
+def _open_checkpoint(checkpoint: dict[str, Any], path: Path) -> Weights:
+    config = resolve_architecture(checkpoint["hyper_parameters"]["architecture"])
     if checkpoint.get("weights") == EMA_WEIGHTS:
         warnings.warn(f"{path}: the weights are the moving average (EMA), not those of the last step", stacklevel=2)
-    tokenizer = checkpoint_tokenizer(checkpoint, config)
-    return Weights(str(path), as_float32(dict(checkpoint["state_dict"])), config, tokenizer)
+    return Weights(
+        str(path),
+        as_float32(dict(checkpoint["state_dict"])),
+        config,
+        checkpoint_tokenizer(checkpoint, config),
+        LoRACheckpoint(path, checkpoint) if "base" in checkpoint else None,
+    )
 
 
 def _tensors(values: dict[str, Any], name: Source) -> dict[str, Tensor]:
     state = values.get("state_dict", values)
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError(
-            f"{name}: no weights by name in it; found: {', '.join(list(map(str, values))[:8]) or 'nothing'}"
-        )
+        raise InputError(f"{name}: holds no named tensors; found: {', '.join(list(map(str, values))[:8]) or 'nothing'}")
     return as_float32(state)
 
 
-def papers_architecture(state: Mapping[str, Tensor], name: Source) -> CLIPConfig:
-    """The architecture of one of OpenAI's models, read off the shapes of its weights; their activation is QuickGELU.
+def openai_architecture(state: Mapping[str, Tensor], name: Source) -> CLIPConfig:
+    """Infer the architecture of an OpenAI model from the shapes of its weights; their activation is QuickGELU.
 
     Raises:
         InputError: weights of another kind of model.

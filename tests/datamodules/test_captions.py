@@ -12,7 +12,7 @@ from datamodules import Captions, Weighted
 from lit_clip.cli.lightning import CLI, run
 from lit_clip.errors import InputError
 from lit_clip.models.config import Preprocessing
-from lit_clip.models.tokenizer import Tokenize
+from lit_clip.models.tokenizer import CLIPTokenizer
 
 
 @pytest.fixture
@@ -88,4 +88,4 @@ def test_what_makes_no_sense_is_refused(folder: Path) -> None:
     with pytest.raises(InputError, match="nowhere.csv: no such file or folder"):
         captions(module(folder, train=str(folder / "nowhere.csv")))
     with pytest.raises(InputError, match=r"a\d+.png: its caption has 4 tokens, the model reads 3"):
-        captions(module(folder, train=str(folder / "a.csv"), long_captions="error", tokenize=Tokenize(3)))
+        captions(module(folder, train=str(folder / "a.csv"), long_captions="error", tokenize=CLIPTokenizer(3)))

@@ -15,9 +15,10 @@ import yaml
 from lit_clip import zero_shot_classifier
 from lit_clip.errors import InputError
 from lit_clip.evaluation import prompts as module
-from lit_clip.evaluation.prompts import Prompts, paper_names, prompts_of, templates_of, text_classifier, text_sha256
+from lit_clip.evaluation.prompts import Prompts, paper_names, prompts_of, templates_of, text_classifier
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig
+from lit_clip.weights.fingerprint import text_sha256
 
 COUNTS = {  # classes and templates, counted in the paper's own files
     "Food101": (101, 1),

@@ -18,7 +18,7 @@ from lit_clip.losses import tiled
 from lit_clip.losses.contrastive import Duplicates, contrastive_loss, sigmoid_loss
 from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
 from lit_clip.models.finetuning import Freeze
-from lit_clip.models.tokenizer import Tokenize
+from lit_clip.models.tokenizer import CLIPTokenizer
 from lit_clip.module import LitCLIP
 from lit_clip.training.activation_checkpointing import checkpoint_encoders
 
@@ -36,7 +36,7 @@ def make_module(checkpointed: bool = False, **options: Any) -> LitCLIP:
     torch.manual_seed(0)
     module = LitCLIP(**{"architecture": CONFIG, **options}).double()
     module.model.normalize = lambda images: images.double() / 255  # the real one ends in float32
-    module.model._tokenizer = Tokenize(16)  # asked for what it pads with only
+    module.model._tokenizer = CLIPTokenizer(16)  # asked for what it pads with only
     module.log = lambda *_, **__: None  # there is no trainer
     if checkpointed:
         checkpoint_encoders(module.model)

@@ -19,6 +19,7 @@ from lit_clip.models.config import (
     height_width,
 )
 from lit_clip.models.external import TimmImageEncoder
+from lit_clip.models.external_settings import with_external_settings
 from lit_clip.module import LitCLIP
 from lit_clip.weights.load import create_model
 
@@ -61,7 +62,8 @@ def shaken(model: nn.Module) -> Any:
 
 
 def image_tower(name: str, embed_dim: int = D, **settings: Any) -> TimmImageEncoder:
-    config = CLIPConfig(embed_dim, TimmConfig(name, **settings), TextTransformerConfig(8, 50, 64, 1, 1))
+    text = TextTransformerConfig(8, 50, 64, 1, 1)
+    config = with_external_settings(CLIPConfig(embed_dim, TimmConfig(name, **settings), text))
     assert isinstance(config.image, TimmConfig)
     return shaken(TimmImageEncoder(config.image, embed_dim)).eval()
 
@@ -156,7 +158,7 @@ def save_family(family: str, folder: Path, **sizes: Any) -> Path:
 
 def text_config(folder: Path, embed_dim: int = D, **settings: Any) -> CLIPConfig:
     text = HuggingFaceTextConfig(str(folder), **{"context_length": 32, **settings})
-    return CLIPConfig(embed_dim, VisionTransformerConfig(32, 16, 64, 1, 1), text)
+    return with_external_settings(CLIPConfig(embed_dim, VisionTransformerConfig(32, 16, 64, 1, 1), text))
 
 
 def text_model(folder: Path, embed_dim: int = D, **settings: Any) -> CLIP:

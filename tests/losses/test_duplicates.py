@@ -9,14 +9,14 @@ import torch
 from lit_clip.batch import CaptionBatch
 from lit_clip.errors import InputError
 from lit_clip.losses.duplicates import pair_ids, token_hash
-from lit_clip.models.tokenizer import Tokenize
+from lit_clip.models.tokenizer import CLIPTokenizer
 from lit_clip.tools.hashing import stable_hash
 
 TEXTS = ["a cat", "a dog", "a cat!", "!a cat", "a cat", "", "!", "!!", "! !", "cat a", "the cat sat on the mat " * 9]
 
 
 def test_texts_share_a_number_exactly_if_their_tokens_are_equal() -> None:
-    tokens = Tokenize(77)(TEXTS)
+    tokens = CLIPTokenizer(77)(TEXTS)
     equal = (tokens[:, None] == tokens[None]).all(dim=-1)
     numbers = token_hash(tokens, 0)
     assert torch.equal(numbers[:, None] == numbers[None], equal)
@@ -44,7 +44,7 @@ def test_numbers_of_keys_are_the_same_in_every_process() -> None:
 
 
 def test_images_captions_and_groups_each_join_pairs_and_a_missing_group_joins_none() -> None:
-    tokens = Tokenize(16)(["a cat", "a dog", "a cat", "a bird", "a cow", "a fish"])
+    tokens = CLIPTokenizer(16)(["a cat", "a dog", "a cat", "a bird", "a cow", "a fish"])
     ids = pair_ids(["1", "2", "3", "1", "5", "6"], tokens, 0, ["", "pet", "", "", "pet", ""])
     same = (ids[:, None] == ids[None]).any(dim=-1)
     expected = torch.eye(6, dtype=torch.bool)
@@ -56,7 +56,7 @@ def test_images_captions_and_groups_each_join_pairs_and_a_missing_group_joins_no
 
 def test_groups_for_some_of_the_pairs_are_refused() -> None:
     with pytest.raises(InputError, match="1 groups for 2 pairs"):
-        pair_ids(["1", "2"], Tokenize(16)(["a", "b"]), 0, ["x"])
+        pair_ids(["1", "2"], CLIPTokenizer(16)(["a", "b"]), 0, ["x"])
 
 
 @pytest.mark.parametrize(("parts", "sizes"), [(1, [7]), (3, [2, 2, 3]), (7, [1] * 7), (9, [1] * 7)])

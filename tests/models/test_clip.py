@@ -23,7 +23,7 @@ from lit_clip.models.config import (
 )
 from lit_clip.models.open_clip_configs import from_open_clip
 from lit_clip.models.registry import list_models, papers_models, resolve_architecture
-from lit_clip.models.tokenizer import tokenize, trim_padding
+from lit_clip.models.tokenizer import CLIPTokenizer, tokenize
 from lit_clip.weights.load import create_model
 
 SOT, EOT = 97, 98  # of the small models
@@ -174,7 +174,7 @@ def test_loss_is_that_of_transformers(eos_token_id: int, activation: Any) -> Non
 def test_padding_changes_neither_text_features_nor_gradients() -> None:
     model = small_model().double()
     _, tokens = small_batch((2, 7, 5))
-    trimmed = trim_padding(tokens)
+    trimmed = CLIPTokenizer().trim(tokens)
     assert trimmed.shape == (3, 7)
     weights = torch.randn(3, 24, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     text_parameters = [p for name, p in model.named_parameters() if not name.startswith("visual.")][:-1]
@@ -296,7 +296,7 @@ def test_normalized_features_are_unit_float32_rows_under_bfloat16_autocast() -> 
 
 @pytest.mark.parametrize("shape", [(2, 3, 32, 40), (2, 3, 224, 224), (2, 1, 32, 32), (3, 32, 32)])
 def test_images_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(InputError, match=r"the model wants \[B, 3, 32, 32\]; use model.preprocess"):
+    with pytest.raises(InputError, match=r"the model reads \[B, 3, 32, 32\]; use model.preprocess"):
         small_model().encode_image(torch.zeros(shape))
 
 

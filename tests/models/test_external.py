@@ -96,7 +96,7 @@ def test_a_yaml_file_with_both_towers_trains_resumes_and_embeds(
     [
         ("{timm: test_convnext, imge_size: 32}", "{width: 64, heads: 1}", [], ["imge_size", "TimmConfig"]),
         ("{timm: test_convnext}", "{hugging_face: x, poling: cls}", [], ["poling", "HuggingFaceTextConfig"]),
-        ("{timm: test_convnxt}", "{width: 64, heads: 1}", [], ["no model 'test_convnxt'; near: test_convnext"]),
+        ("{timm: test_convnxt}", "{width: 64, heads: 1}", [], ["no model 'test_convnxt'; did you mean test_convnext"]),
         ("{timm: test_convnext}", "{hugging_face: ./nowhere}", [], ["no Hugging Face model at './nowhere'"]),
         # jsonargparse would make the default ViT of it, without a word.
         (

@@ -18,11 +18,11 @@ from lit_clip.errors import InputError
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import (
     CLIPConfig,
-    HuggingFaceTokenizer,
+    HuggingFaceTokenizerConfig,
     TextTransformerConfig,
     VisionTransformerConfig,
 )
-from lit_clip.models.hf_tokenizer import HuggingFaceTokenize, clean, from_source
+from lit_clip.models.hf_tokenizer import HuggingFaceTokenizer, clean, from_source
 from tests.models.test_tokenizer import FRAGMENTS, random_texts
 
 Clean = Literal["whitespace", "lower", "canonicalize"]
@@ -73,8 +73,8 @@ def siglip_folder(corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
-def tokenizer_of(folder: Path, how: Clean, context_length: int = 64) -> HuggingFaceTokenize:
-    return from_source(HuggingFaceTokenizer(str(folder), how), context_length, whole=True, vocab_size=1000)
+def tokenizer_of(folder: Path, how: Clean, context_length: int = 64) -> HuggingFaceTokenizer:
+    return from_source(HuggingFaceTokenizerConfig(str(folder), how), context_length, whole=True, vocab_size=1000)
 
 
 @pytest.mark.parametrize("how", ["canonicalize", "lower", "whitespace"])
@@ -139,7 +139,7 @@ def test_a_whole_reader_keeps_its_padding_and_any_other_is_trimmed_to_the_longes
     tokens = whole(["a dog", "grinning face with a hat", ""])
     assert torch.equal(whole.trim(tokens), tokens)
     assert whole.lengths(tokens).tolist() == [16, 16, 16]
-    other = HuggingFaceTokenize(whole.definition, 0, "canonicalize", 16, whole=False)
+    other = HuggingFaceTokenizer(whole.definition, 0, "canonicalize", 16, whole=False)
     tokens = other(["a dog", "grinning face with a hat", ""])
     used = [len(other._tokenizer.encode(text).ids) for text in ("a dog", "grinning face with a hat", "")]
     assert used[2] == 1  # the end alone
@@ -164,7 +164,7 @@ def test_overlong_empty_and_foreign_input(t5_folder: Path) -> None:
 
 def test_ids_are_counted_before_a_text_is_cut(t5_folder: Path) -> None:
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(t5_folder)
-    tokenizer = from_source(HuggingFaceTokenizer(str(t5_folder), "whitespace"), 4, False, 600)
+    tokenizer = from_source(HuggingFaceTokenizerConfig(str(t5_folder), "whitespace"), 4, False, 600)
     for text in ["", "a dog", "a dog on a sofa " * 40]:
         assert tokenizer.count(text) == len(theirs(text.strip())["input_ids"])
     assert tokenizer("a dog on a sofa " * 40).shape == (1, 4)  # counting changes nothing of the cutting
@@ -175,7 +175,7 @@ def test_it_survives_pickling_another_length_and_plain_values(t5_folder: Path) -
     texts = ["A photo of a Tiger.", "grinning face"]
     assert torch.equal(pickle.loads(pickle.dumps(tokenizer))(texts), tokenizer(texts))
     assert torch.equal(tokenizer.with_context(9)(texts)[:, :9], tokenizer_of(t5_folder, "canonicalize", 9)(texts))
-    again = HuggingFaceTokenize(**tokenizer.to_dict(), clean="canonicalize", context_length=16, whole=True)
+    again = HuggingFaceTokenizer(**tokenizer.to_dict(), clean="canonicalize", context_length=16, whole=True)
     assert torch.equal(again(texts), tokenizer(texts))
     assert tokenizer.decode(tokenizer(texts)[0].tolist()) == "a photo of a tiger"
 
@@ -186,7 +186,7 @@ def test_it_survives_pickling_another_length_and_plain_values(t5_folder: Path) -
         ("gone", "no tokenizer at"),
         ("damaged", "no tokenizer at"),
         ("no padding", "has no padding token"),
-        ("too small", r"has ids up to \d+, the encoder has 100; it belongs to another model"),
+        ("too small", r"has ids up to \d+, but the encoder has 100; it belongs to another model"),
     ],
 )
 def test_a_tokenizer_that_does_not_fit_is_refused_in_one_line(
@@ -200,7 +200,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused_in_one_line(
     elif spoil == "damaged":
         (tmp_path / "tokenizer.json").write_text("{", encoding="utf-8")
         (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
-    text = TextTransformerConfig(16, 100, 64, 1, 1, causal=False, tokenizer=HuggingFaceTokenizer(str(tmp_path)))
+    text = TextTransformerConfig(16, 100, 64, 1, 1, causal=False, tokenizer=HuggingFaceTokenizerConfig(str(tmp_path)))
     if spoil == "no padding":
         text.vocab_size = 1000
     model = CLIP(CLIPConfig(16, VisionTransformerConfig(32, 16, 64, 1, 1), text))
@@ -215,7 +215,7 @@ def test_sentinels_that_the_encoder_lacks_are_no_reason_to_refuse_a_tokenizer(t5
     size = len(tokenizer)
     tokenizer.add_tokens([f"<extra_id_{i}>" for i in range(100)])  # as mT5's, whose published encoders stop before
     tokenizer.save_pretrained(tmp_path)
-    config = HuggingFaceTokenizer(str(tmp_path))
+    config = HuggingFaceTokenizerConfig(str(tmp_path))
     assert from_source(config, 16, whole=True, vocab_size=size)("tiger").shape == (1, 16)
     with pytest.raises(InputError, match="belongs to another model"):
         from_source(config, 16, whole=True, vocab_size=size - 1)

@@ -162,7 +162,7 @@ def test_a_timm_models_pixels_are_timms(photographs: list[Image.Image], name: st
     from timm.data import create_transform, resolve_data_config
 
     from lit_clip.models.config import TimmConfig
-    from lit_clip.models.external import timm_preprocessing
+    from lit_clip.models.external_settings import timm_preprocessing
 
     cfg = timm.get_pretrained_cfg(name)
     assert cfg is not None

@@ -213,5 +213,5 @@ def test_an_encoder_of_hugging_face_takes_any_context_up_to_its_positions(tmp_pa
     tokens = torch.randint(5, 60, (2, 12))
     with torch.no_grad():
         torch.testing.assert_close(longer.encode_text(tokens), source.eval().encode_text(tokens), rtol=0, atol=0)
-    with pytest.raises(InputError, match="context_length 33 is more than the 32 positions"):
+    with pytest.raises(InputError, match="context_length 33 exceeds the 32 positions"):
         load_model(tmp_path / "weights.pt", context_length=33, **options)

@@ -107,7 +107,7 @@ def test_without_a_projection_the_features_are_the_models_own(folders: dict[str,
     with torch.no_grad():
         got = model.encode_text(model.tokenize(TEXTS[1]))[0]
     torch.testing.assert_close(got, by_hand(folders["bert"], TEXTS[1], "mean"), atol=1e-5, rtol=0)
-    with pytest.raises(InputError, match="gives 32 features and embed_dim is 24; add a projection"):
+    with pytest.raises(InputError, match="has 32 features but embed_dim is 24; set a projection"):
         text_model(folders["bert"], projection="none")
 
 
@@ -185,7 +185,7 @@ def _broken(kind: str, folders: dict[str, Path], folder: Path) -> dict[str, Any]
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("images too", "reads images and texts; open it as a whole with load_model"),
+        ("images too", "has an image encoder too; open the whole model with load_model"),
         ("no padding", "has no padding token"),
         ("not JSON", "no Hugging Face model at"),
         ("unknown kind", "no Hugging Face model at"),
@@ -209,9 +209,9 @@ def test_a_folder_that_is_no_text_encoder_is_refused_in_one_line(
 def test_what_the_encoder_cannot_do_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no Hugging Face model at '.*nowhere'"):
         text_config(tmp_path / "nowhere")
-    with pytest.raises(InputError, match="context_length 41 is more than the 40 positions"):
+    with pytest.raises(InputError, match="context_length 41 exceeds the 40 positions"):
         text_model(folders["bert"], context_length=41)
-    with pytest.raises(InputError, match="context_length 39 is more than the 38 positions"):  # they begin at 2
+    with pytest.raises(InputError, match="context_length 39 exceeds the 38 positions"):  # they begin at 2
         text_model(folders["roberta"], context_length=39)
     assert text_model(folders["roberta"], context_length=38).encode_text(torch.full((1, 38), 5)).shape == (1, D)
     assert text_model(folders["t5"], context_length=400).context_length == 400  # distances, not positions

@@ -24,7 +24,7 @@ from lit_clip.models.config import (
     TimmConfig,
     height_width,
 )
-from lit_clip.models.external import timm_preprocessing
+from lit_clip.models.external_settings import timm_preprocessing, with_external_settings
 from lit_clip.models.preprocess import image_transform
 from lit_clip.module import LitCLIP
 from lit_clip.weights.load import create_model
@@ -131,8 +131,9 @@ def test_images_are_prepared_as_timm_does_it(name: str, size: Size | None, image
 def test_preprocessing_of_ones_own_beats_timms() -> None:
     mine = Preprocessing(64, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     config = CLIPConfig(D, TimmConfig("test_vit", image_size=64), preprocessing=mine)
-    assert config.preprocessing == mine
-    assert CLIPConfig(D, TimmConfig("test_vit")).preprocessing == timm_preprocessing(TimmConfig("test_vit"))
+    assert with_external_settings(config).preprocessing == mine
+    config = with_external_settings(CLIPConfig(D, TimmConfig("test_vit")))
+    assert config.preprocessing == timm_preprocessing(TimmConfig("test_vit"))
 
 
 @pytest.fixture(scope="module")
@@ -228,19 +229,19 @@ def test_a_files_position_embedding_is_resized_as_timm_does_it(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"timm": "resnt50"}, r"timm has no model 'resnt50'; near: .*resnet50"),
-        ({"timm": "efficientnet_lit"}, r"timm has no model 'efficientnet_lit'; near: .*efficientnet_lite0"),
+        ({"timm": "resnt50"}, r"timm has no model 'resnt50'; did you mean .*resnet50"),
+        ({"timm": "efficientnet_lit"}, r"timm has no model 'efficientnet_lit'; did you mean .*efficientnet_lite0"),
         ({"timm": "xqzw"}, r"timm has no model 'xqzw'; it has \d+, see timm.list_models"),
         ({"timm": "resnet50.nothing"}, r"timm's resnet50 has no weights 'nothing'; known: .*resnet50.a1_in1k"),
-        ({"timm": "test_resnet", "pool": "map"}, "timm does not make test_resnet with .*global_pool map"),
-        ({"timm": "test_vit", "options": {"dropp": 1}}, "timm does not make test_vit with .*dropp 1"),
-        ({"timm": "test_vit", "options": {"img_size": 64}}, "options.img_size is set by image_size"),
-        ({"timm": "test_vit", "image_size": 72}, "timm does not make test_vit with image_size 72"),
-        ({"timm": "efficientformer_l1", "image_size": 192}, "does not make efficientformer_l1 with image_size 192"),
+        ({"timm": "test_resnet", "pool": "map"}, "timm cannot create test_resnet with .*global_pool map"),
+        ({"timm": "test_vit", "options": {"dropp": 1}}, "timm cannot create test_vit with .*dropp 1"),
+        ({"timm": "test_vit", "options": {"img_size": 64}}, "options.img_size is not allowed; set image_size"),
+        ({"timm": "test_vit", "image_size": 72}, "timm cannot create test_vit with image_size 72"),
+        ({"timm": "efficientformer_l1", "image_size": 192}, "cannot create efficientformer_l1 with image_size 192"),
         ({"timm": "test_vit", "image_size": 0}, "image_size 0 must be at least 1"),
         (
             {"timm": "test_vit", "projection": "none"},
-            "test_vit gives 64 features and embed_dim is 24; add a projection",
+            "test_vit has 64 features but embed_dim is 24; set a projection",
         ),
         ({"timm": "test_vit", "pretrained": "gone.pth"}, "gone.pth: no such"),
     ],
@@ -262,4 +263,4 @@ def test_a_checkpoint_with_a_timm_tower_loads_as_it_was_and_at_another_size(name
         larger = load_model(path, image_size=96)
         assert larger.preprocess(Image.new("RGB", (200, 100), "red")).shape == (3, 96, 96)
         assert larger.encode_image(photos(96)).isfinite().all()
-    assert again.preprocessing == config.preprocessing
+    assert again.preprocessing == with_external_settings(config).preprocessing

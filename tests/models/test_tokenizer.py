@@ -9,7 +9,7 @@ import torch
 from open_clip.tokenizer import SimpleTokenizer
 
 from lit_clip.errors import InputError
-from lit_clip.models.tokenizer import EOT_ID, SOT_ID, Tokenize, clean, decode, encode, tokenize, trim_padding
+from lit_clip.models.tokenizer import EOT_ID, SOT_ID, CLIPTokenizer, clean, decode, encode, tokenize
 
 # Ids of openai/CLIP at d05afc4 (clip/simple_tokenizer.py, run with ftfy 6.3.1 and regex 2026.11.19).
 OPENAI_IDS = {
@@ -176,28 +176,28 @@ def test_cleaning_mends_unescapes_twice_collapses_and_lower_cases() -> None:
     assert clean(" SchÃ¶n &amp;lt;B&amp;gt;\t \n x ") == "schön <b> x"
 
 
-def test_trim_padding_keeps_the_longest_caption_and_no_column_more() -> None:
+def test_trim_keeps_the_columns_of_the_longest_caption() -> None:
     tokens = tokenize(["a dog", "a photo of a cat.", ""])
-    trimmed = trim_padding(tokens)
+    trimmed = CLIPTokenizer().trim(tokens)
     assert torch.equal(trimmed, tokens[:, :8])  # 'a photo of a cat.' has 8 ids
-    assert torch.equal(trim_padding(trimmed), trimmed)
-    assert trim_padding(tokens[2:]).tolist() == [[SOT_ID, EOT_ID]]
+    assert torch.equal(CLIPTokenizer().trim(trimmed), trimmed)
+    assert CLIPTokenizer().trim(tokens[2:]).tolist() == [[SOT_ID, EOT_ID]]
 
 
-def test_trim_padding_leaves_full_and_empty_batches_alone() -> None:
+def test_trim_leaves_full_and_empty_batches_unchanged() -> None:
     full = tokenize([" ".join(["dog"] * 100), "a"])
-    assert torch.equal(trim_padding(full), full)
-    assert trim_padding(tokenize([])).shape == (0, 77)
+    assert torch.equal(CLIPTokenizer().trim(full), full)
+    assert CLIPTokenizer().trim(tokenize([])).shape == (0, 77)
 
 
 def test_tokenize_object_survives_pickling() -> None:
-    copy = pickle.loads(pickle.dumps(Tokenize(context_length=5)))
-    assert copy == Tokenize(context_length=5)
+    copy = pickle.loads(pickle.dumps(CLIPTokenizer(context_length=5)))
+    assert copy == CLIPTokenizer(context_length=5)
     assert torch.equal(copy(["a photo of a cat.", "a dog"]), tokenize(["a photo of a cat.", "a dog"], 5))
 
 
 def test_ids_are_counted_before_a_text_is_cut() -> None:
-    assert {text: Tokenize(4).count(text) for text in OPENAI_IDS} == {
+    assert {text: CLIPTokenizer(4).count(text) for text in OPENAI_IDS} == {
         text: len(ids) for text, ids in OPENAI_IDS.items()
     }
-    assert Tokenize(77).count("cat " * 500) == 502
+    assert CLIPTokenizer(77).count("cat " * 500) == 502

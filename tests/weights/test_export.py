@@ -30,7 +30,7 @@ from lit_clip.models.clip import CLIP
 from lit_clip.models.config import (
     CLIPConfig,
     HuggingFaceTextConfig,
-    HuggingFaceTokenizer,
+    HuggingFaceTokenizerConfig,
     Preprocessing,
     ResNetConfig,
     TextTransformerConfig,
@@ -266,7 +266,7 @@ def siglip(tmp_path: Path) -> CLIP:
             causal=False,
             projection_bias=True,
             layer_norm_eps=1e-6,
-            tokenizer=HuggingFaceTokenizer(str(tmp_path / "tok"), "canonicalize"),
+            tokenizer=HuggingFaceTokenizerConfig(str(tmp_path / "tok"), "canonicalize"),
         ),
         activation="gelu_tanh",
         preprocessing=Preprocessing(32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), resize_mode="squash"),
@@ -379,7 +379,7 @@ def test_what_the_other_library_says_is_passed_on_in_one_line(
 ) -> None:
     checkpoint(tiny_config, tmp_path / "last.ckpt")
 
-    def fail(folder: Path, sample: export_formats.Sample) -> export_formats.Reading:
+    def fail(folder: Path, sample: export_formats.ExportSample) -> export_formats.Reading:
         raise RuntimeError("size mismatch\nfor a weight")
 
     right = export_formats.FORMATS["open_clip"]

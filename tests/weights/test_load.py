@@ -177,8 +177,8 @@ def test_a_bare_file_of_open_clips_must_be_told_what_it_is(tmp_path: Path, name:
     theirs = open_clip_model()
     (save_file if name.endswith("s") else torch.save)(theirs.state_dict(), tmp_path / name)
     message = refusal(tmp_path / name)
-    assert "do not say of which model they are" in message
-    assert f"write its name before the file's, as in ViT-B-32:{tmp_path / name}" in message
+    assert "do not name their model" in message
+    assert f"put its name in front, as in ViT-B-32:{tmp_path / name}" in message
     named = refusal(f"ViT-B-32:{tmp_path / name}")  # is taken, and this is another model
     assert "weights do not fit" in named
     assert_same(load_model(tmp_path / name, architecture=CONFIG), theirs)
@@ -455,13 +455,13 @@ def bad_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("empty.safetensors", "it may be incomplete"),
         ("text.pt", "it may be incomplete"),
         ("list.pt", "a list, not weights by name"),
-        ("nothing.pt", "no weights by name in it; found: nothing"),
-        ("numbers.pt", "no weights by name in it; found: epoch, loss"),
-        ("empty_folder", "neither open_clip_config.json nor config.json in it; found: nothing"),
-        ("broken", "open_clip_config.json: not a configuration of open_clip's"),
-        ("list", "open_clip_config.json: not a configuration of open_clip's"),
-        ("inner", "open_clip_config.json: not a configuration of open_clip's"),
-        ("half", "open_clip_config.json: not a configuration of open_clip's"),
+        ("nothing.pt", "holds no named tensors; found: nothing"),
+        ("numbers.pt", "holds no named tensors; found: epoch, loss"),
+        ("empty_folder", "has neither open_clip_config.json nor config.json; found: nothing"),
+        ("broken", "open_clip_config.json: not an open_clip configuration"),
+        ("list", "open_clip_config.json: not an open_clip configuration"),
+        ("inner", "open_clip_config.json: not an open_clip configuration"),
+        ("half", "open_clip_config.json: not an open_clip configuration"),
         ("weightless", "no weights beside open_clip_config.json"),
         ("ViT-B-32:nope", "no such weights; its tags: openai, "),
         ("ViT-B-33:openai", "no such weights; lit-clip models --pretrained lists all"),

@@ -9,7 +9,7 @@ from PIL import Image
 from datamodules.open_source import open_source
 from datamodules.pairs.caption_lengths import caption_statistics, refuse_long
 from lit_clip.errors import InputError
-from lit_clip.models.tokenizer import Tokenize
+from lit_clip.models.tokenizer import CLIPTokenizer
 
 WORDS = [1, 3, 6, 9, 20]  # "cat" is one token; start and end are two more
 
@@ -24,32 +24,32 @@ def table(tmp_path: Path) -> Path:
 
 def test_the_share_of_captions_that_are_cut_and_what_they_lose(table: Path) -> None:
     """No image is touched: there is none."""
-    found = caption_statistics(open_source(table), Tokenize(context_length=8))
+    found = caption_statistics(open_source(table), CLIPTokenizer(context_length=8))
     assert found.captions == 5
     assert found.truncated == 2 / 5  # of 3, 5, 8, 11 and 22 tokens
     assert found.tokens_lost == (3 + 14) / 2
     assert found.longest == 22
-    none = caption_statistics(open_source(table), Tokenize())
+    none = caption_statistics(open_source(table), CLIPTokenizer())
     assert (none.truncated, none.tokens_lost, none.longest) == (0, 0, 22)
 
 
 def test_a_sample_is_spread_evenly(table: Path) -> None:
-    assert caption_statistics(open_source(table), Tokenize(8), sample=2).captions == 2  # rows 0 and 2
-    assert caption_statistics(open_source(table), Tokenize(8), sample=2).longest == 11
-    assert caption_statistics(open_source(table), Tokenize(8), sample=None).captions == 5
-    assert caption_statistics(open_source(table), Tokenize(8), sample=3).captions == 2
+    assert caption_statistics(open_source(table), CLIPTokenizer(8), sample=2).captions == 2  # rows 0 and 2
+    assert caption_statistics(open_source(table), CLIPTokenizer(8), sample=2).longest == 11
+    assert caption_statistics(open_source(table), CLIPTokenizer(8), sample=None).captions == 5
+    assert caption_statistics(open_source(table), CLIPTokenizer(8), sample=3).captions == 2
 
 
 def test_what_is_no_caption_is_passed_over(tmp_path: Path) -> None:
     for name, text in (("a", b"a cat"), ("b", b"\xff"), ("c", b" ")):
         Image.new("RGB", (4, 4)).save(tmp_path / f"{name}.png")
         (tmp_path / f"{name}.txt").write_bytes(text)
-    assert caption_statistics(open_source(tmp_path), Tokenize()).captions == 1
+    assert caption_statistics(open_source(tmp_path), CLIPTokenizer()).captions == 1
 
 
 def test_a_caption_that_would_be_cut_is_an_error_that_names_its_image() -> None:
-    refuse_long(["cat " * 6, "cat"], ["a.png", "b.png"], Tokenize(8))
+    refuse_long(["cat " * 6, "cat"], ["a.png", "b.png"], CLIPTokenizer(8))
     with pytest.raises(InputError) as error:
-        refuse_long(["cat", "cat " * 7], ["a.png", "b.png"], Tokenize(8))
+        refuse_long(["cat", "cat " * 7], ["a.png", "b.png"], CLIPTokenizer(8))
     assert str(error.value).startswith("b.png: its caption has 9 tokens, the model reads 8; ")
     assert "long_captions" in str(error.value)

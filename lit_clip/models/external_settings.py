@@ -1,0 +1,97 @@
+"""The settings that only timm and Hugging Face's transformers know of their encoders.
+
+Apart from :mod:`lit_clip.models.external` because naming an architecture needs no torch. Either library is imported
+when one of its encoders is named: both take seconds.
+"""
+
+import json
+from dataclasses import replace
+from difflib import get_close_matches
+from typing import Any, cast
+
+from lit_clip.errors import InputError
+from lit_clip.models.config import CLIPConfig, HuggingFaceTextConfig, Preprocessing, TimmConfig
+
+
+def with_external_settings(config: CLIPConfig) -> CLIPConfig:
+    """Return the architecture with image size, preprocessing and text configuration filled in from other libraries.
+
+    An explicit image size or preprocessing wins over timm's. Architectures of our own encoders come back unchanged.
+
+    Raises:
+        InputError: an unknown model, or one that lit-clip cannot use.
+    """
+    image, text, preprocessing = config.image, config.text, config.preprocessing
+    if isinstance(image, TimmConfig):
+        timms = timm_preprocessing(image)
+        image, preprocessing = replace(image, image_size=timms.image_size), preprocessing or timms
+    if isinstance(text, HuggingFaceTextConfig) and text.model is None:
+        text = replace(text, model=hugging_face_config(text.hugging_face))
+    if image is config.image and text is config.text:
+        return config
+    return replace(config, image=image, text=text, preprocessing=preprocessing)
+
+
+def timm_pretrained_cfg(name: str) -> Any:
+    """Return timm's entry for a model's weights, or for the model itself; it includes the data config."""
+    import timm
+
+    bare, _, tag = name.partition(".")
+    if not timm.is_model(bare):
+        names = timm.list_models()
+        near = timm.list_models(f"*{bare}*")[:5] or get_close_matches(bare, names, n=5)
+        hint = f"did you mean {', '.join(near)}?" if near else f"it has {len(names)}, see timm.list_models()"
+        raise InputError(f"architecture.image: timm has no model {name!r}; {hint}")
+    if tag and not timm.is_model_pretrained(name):
+        known = ", ".join(timm.list_pretrained(f"{bare}.*")) or "none, leave it out"
+        raise InputError(f"architecture.image: timm's {bare} has no weights {tag!r}; known: {known}")
+    return timm.get_pretrained_cfg(name) or timm.create_model(name, pretrained=False).pretrained_cfg
+
+
+def timm_preprocessing(config: TimmConfig) -> Preprocessing:
+    """Return the preprocessing of timm's data config for a model, at the configured size."""
+    from timm.data import resolve_data_config  # pyright: ignore[reportPrivateImportUsage]  # timm's documented home
+
+    cfg = timm_pretrained_cfg(config.timm)
+    data = resolve_data_config({}, pretrained_cfg=cfg if isinstance(cfg, dict) else cfg.to_dict())
+    size = config.image_size or cast(tuple[int, int], tuple(data["input_size"][1:]))
+    interpolation, mode = data["interpolation"], data["crop_mode"]
+    if interpolation not in ("bicubic", "bilinear") or mode not in ("center", "squash"):
+        raise InputError(
+            f"architecture.image: timm's {config.timm} needs {interpolation} {mode} preprocessing, which lit-clip lacks"
+        )
+    return Preprocessing(
+        image_size=size,
+        mean=data["mean"],
+        std=data["std"],
+        interpolation=interpolation,
+        resize_mode="squash" if mode == "squash" else "shortest",
+        crop_pct=data["crop_pct"],
+    )
+
+
+def hugging_face_config(source: str) -> dict[str, Any]:
+    """Return the configuration of a text encoder as plain values.
+
+    Raises:
+        InputError: no such model, or not a text encoder.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"architecture.text: no Hugging Face model at {source!r} ({one_line(error)})") from error
+    if hasattr(config, "vision_config"):
+        raise InputError(f"architecture.text: {source} has an image encoder too; open the whole model with load_model")
+    if getattr(config, "pad_token_id", None) is None:
+        raise InputError(
+            f"architecture.text: {source} has no padding token, so the ends of texts are unknown; choose another encoder"
+        )
+    return json.loads(config.to_json_string(use_diff=False))
+
+
+def one_line(error: Exception) -> str:
+    """Return the first line of an error of transformers, which may be a page long."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
