@@ -153,9 +153,9 @@ def test_a_folder_in_use_for_something_else_is_refused(tmp_path: Path, caption_t
         shard(str(caption_table), str(out), shard_size=50, workers=0)
     (tmp_path / "others").mkdir()
     (tmp_path / "others/00000.tar").write_bytes(b"")
-    with pytest.raises(InputError, match=r"00000\.tar is not of lit-clip shard"):
+    with pytest.raises(InputError, match=r"00000\.tar was not written by lit-clip shard"):
         shard(str(caption_table), str(tmp_path / "others"), workers=0)
-    with pytest.raises(InputError, match="there is a file of that name"):
+    with pytest.raises(InputError, match="00000.tar: is a file; give a folder"):
         shard(str(caption_table), str(out / "00000.tar"), workers=0)
     with pytest.raises(InputError, match="--shard_size 0"):
         shard(str(caption_table), str(out), shard_size=0)

@@ -25,7 +25,7 @@ import datamodules
 from datamodules.loading.sampling import TrainingSample
 from datamodules.open_source import open_source
 from datamodules.pairs.source import Pair
-from datamodules.shards.files import ShardFolder, expand_urls, stamp_of
+from datamodules.shards.files import ShardFolder, expand_braces, expand_urls, stamp_of
 from datamodules.shards.index import INDEX_SUFFIX, split_name
 from datamodules.shards.order import resampled_order, shard_order
 from datamodules.shards.pairs import ShardOptions, TarPairs
@@ -220,10 +220,10 @@ def test_no_sample_that_can_be_used_names_what_there_is_and_what_is_wanted(tmp_p
     write_tar(tmp_path / "0.tar", [(f"{i:03d}", {"image.png": image(), "prompt": b"a cat"}) for i in range(3)])
     write_tar(tmp_path / "1.tar", [(f"{i:03d}", {"flac": b"?"}) for i in range(3)])
     with pytest.raises(
-        InputError, match=r"0\.tar sample 000: .*called \*\.image\.png, \*\.prompt, wanted are an image"
+        InputError, match=r"0\.tar sample 000: .*called \*\.image\.png, \*\.prompt, needed are an image"
     ):
         TarPairs(str(tmp_path))
-    with pytest.raises(InputError, match=r"no usable sample in 2 shards.*\*\.flac.*wanted.*missing image: 6"):
+    with pytest.raises(InputError, match=r"no usable sample in 2 shards.*\*\.flac.*needed.*missing image: 6"):
         TarPairs(str(tmp_path), on_error="skip")
 
 
@@ -251,7 +251,7 @@ def test_blank_captions_are_left_out_as_those_of_tables_are(tmp_path: Path) -> N
     write_tar(tmp_path / "x.tar", samples)
     source = TarPairs(str(tmp_path))
     assert len(source) == 2
-    assert str(source.left_out) == "1 rows without a caption"
+    assert str(source.left_out) == "1 row without a caption"
 
 
 @pytest.mark.parametrize("cut", [1, 512, 1000, 1536, 2048, 5000, 7000, 9000, -10240])
@@ -263,7 +263,7 @@ def test_a_tar_that_is_cut_off_keeps_the_samples_before_the_cut(tmp_path: Path, 
     whole = path.read_bytes()[:cut]
     path.write_bytes(whole)
     expected = sum(end <= len(whole) for end in ends) // 2
-    with pytest.raises(InputError, match=r"x\.tar: is (cut off|no readable tar)"):
+    with pytest.raises(InputError, match=r"x\.tar: is (truncated|not a tar)"):
         TarPairs(str(path))
     if expected == 0:
         with pytest.raises(InputError, match="no usable sample"):
@@ -289,7 +289,7 @@ def test_a_header_overwritten_in_the_middle_is_noticed(tmp_path: Path) -> None:
         start = tar.getmembers()[4].offset
     content[start : start + 512] = random.Random(0).randbytes(512)
     path.write_bytes(content)
-    with pytest.raises(InputError, match=rf"x\.tar: is cut off or damaged at byte {start}"):
+    with pytest.raises(InputError, match=rf"x\.tar: is truncated or damaged at byte {start}"):
         TarPairs(str(path))
     assert len(TarPairs(str(path), on_error="skip")) == 2
 
@@ -329,7 +329,7 @@ def test_files_that_are_no_tars_and_shards_that_are_not_there_are_named(tmp_path
         "missing shard": 1,
         "damaged shard": 1,
     }
-    with pytest.raises(InputError, match=r"9\.tar: no such shard, nor any other of 1"):
+    with pytest.raises(InputError, match=r"9\.tar: no such shard, nor any of the 1 that are named"):
         TarPairs(str(tmp_path / "9.tar"), on_error="skip")
 
 
@@ -340,7 +340,7 @@ def test_a_shard_that_changes_while_it_is_read_is_noticed(tmp_path: Path) -> Non
     write_tar(path, plain(4)[::-1] + plain(1, 1000))
     changed = [("000", {"png": image(), "txt": b"longer than it was", "json": b"{}"}), *plain(3)]
     write_tar(path, changed)
-    with pytest.raises(BadSample, match="the shard has changed since the run began"):
+    with pytest.raises(BadSample, match="the shard changed since the run began"):
         source.load(3, None)
 
 
@@ -356,9 +356,33 @@ def test_braces_patterns_folders_and_lists_name_shards(shards: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("0.tar", ["0.tar"]),
+        ("{008..010}.tar", ["008.tar", "009.tar", "010.tar"]),
+        ("{8..10}", ["8", "9", "10"]),
+        ("{0..2}", ["0", "1", "2"]),
+        ("{8..010}", ["008", "009", "010"]),
+        ("{2..0}", ["2", "1", "0"]),
+        ("{07..07}.tar", ["07.tar"]),
+        ("{a,b,}-{0..1}", ["a-0", "a-1", "b-0", "b-1", "-0", "-1"]),
+        ("{../a,b}/0.tar", ["../a/0.tar", "b/0.tar"]),
+        ("a{b}c{}.tar", ["a{b}c{}.tar"]),
+    ],
+)
+def test_braces_expand_as_in_a_shell(name: str, expected: list[str]) -> None:
+    assert expand_braces(name) == expected
+
+
+@pytest.mark.parametrize(
     ("urls", "message"),
     [
-        ("{00..03.tar", "braces do not match"),
+        ("{00..03.tar", "braces do not match or are nested"),
+        ("00..03}.tar", "braces do not match or are nested"),
+        ("{a,{b,c}}.tar", "braces do not match or are nested"),
+        ("{a..c}.tar", r"\{a\.\.c\} is not a range of whole numbers"),
+        ("{-1..1}.tar", "is not a range of whole numbers"),
+        ("{0..6..2}.tar", "is not a range of whole numbers"),
         (["a.tar", "a.tar"], "a.tar: named twice"),
         ("x.tar.gz", "unpack it to .tar"),
         ("pipe:aws s3 cp s3://b/0.tar -", "give the shards' own URLs"),
@@ -496,7 +520,7 @@ def test_resampled_rows_are_drawn_evenly_and_as_many_as_stated(shards: Path) -> 
     assert source.epoch_size == len(source.order(0, 0)) == 13
     assert not np.array_equal(source.order(0, 0), source.order(1, 0))
     assert np.array_equal(source.order(1, 0), source.order(1, 0))
-    with pytest.raises(InputError, match="drawn with replacement none is kept for validation"):
+    with pytest.raises(InputError, match="drawing with replacement holds nothing out"):
         source.divide(0.1, 0)
 
 
@@ -603,7 +627,7 @@ def test_the_cache_stays_within_its_limit_and_keeps_what_was_used_last(shards: P
 def test_a_cache_that_would_fetch_the_same_shards_again_and_again_is_refused(shards: Path) -> None:
     put_into_memory(shards, "small")
     with pytest.raises(
-        InputError, match=r"shards\.cache_gb: 1e-05 is too little for 4 shards at a time.*or cache_gb to 0"
+        InputError, match=r"shards\.cache_gb: 1e-05 is too little for 4 shards at once.*or set cache_gb to 0"
     ):
         TarPairs("memory://small/", ShardOptions(shuffle_shards=2, cache_gb=1e-5, index_workers=0))
 
@@ -638,7 +662,7 @@ def test_a_store_that_fails_once_is_asked_again_and_one_that_goes_on_failing_end
     [
         ({"shuffle_shards": 0}, "shuffle_shards: 0"),
         ({"cache_gb": -1.0}, "cache_gb: -1.0"),
-        ({"epoch_size": 5}, "each sample comes once an epoch unless"),
+        ({"epoch_size": 5}, "epoch_size: only for shards.resampled"),
         ({"resampled": True, "epoch_size": 0}, "epoch_size: 0"),
     ],
 )
