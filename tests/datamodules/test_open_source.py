@@ -95,7 +95,7 @@ def test_options_that_a_source_does_not_have_are_refused(folder: Path) -> None:
         with pytest.raises(InputError, match="no splits"):
             open_source(folder / name, split="train")
         assert len(open_source(folder / name, default_split="train")) == PAIRS
-    with pytest.raises(InputError, match="caption_column is 'text'"):
+    with pytest.raises(InputError, match="is not a table, but caption_column is 'text'"):
         open_source(folder, caption_column="text")
 
 

@@ -105,11 +105,14 @@ def broken(**changes: Any) -> dict[str, Any]:
 
 
 BROKEN: dict[str, tuple[Any, str]] = {
-    "another object": ({"data": [], "version": 1}, 'no list "images" in it, found data, version'),
-    "no captions": ({"images": COCO["images"]}, 'neither "annotations"'),
-    "boxes": (broken(annotations=[{"image_id": 5, "bbox": [1, 2, 3, 4]}]), "annotation 0 has no caption; .*instances"),
+    "another object": ({"data": [], "version": 1}, 'no list "images", found data, version'),
+    "no captions": ({"images": COCO["images"]}, '"images" without captions'),
+    "boxes": (
+        broken(annotations=[{"image_id": 5, "bbox": [1, 2, 3, 4]}]),
+        "annotation 0 has no caption.*instances",
+    ),
     "annotation of nothing": (broken(annotations=[{"caption": "a"}]), "annotation 0 has no image_id"),
-    "nameless image": (broken(images=[{"id": 1}]), "image 0 has no file_name"),
+    "nameless image": (broken(images=[{"id": 1}]), "image 0 needs a file_name"),
     "number as caption": (
         broken(annotations=[{"image_id": 5, "caption": 7}]),
         "image id 5: the caption is not text: 7",
@@ -138,4 +141,4 @@ def test_a_caption_that_is_no_text_costs_its_image_alone_if_so_wanted(tmp_path: 
     (tmp_path / "t.json").write_text(json.dumps(broken(annotations=annotations)))
     source = open_source(tmp_path / "t.json", on_error="skip", root=".")
     assert len(source) == 2
-    assert source.left_out.counts == {"caption is no text": 1}
+    assert source.left_out.counts == {"caption is not text": 1}

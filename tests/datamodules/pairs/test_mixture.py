@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datamodules.pairs.mixture import Mixture, shares_of
+from datamodules.pairs.mixture import Mixture, proportional_counts
 from datamodules.pairs.source import EncodedPair, Pair, PairSource
 from lit_clip.errors import InputError
 
@@ -42,7 +42,7 @@ def test_each_source_has_the_share_of_an_epoch_that_its_weight_says() -> None:
     [([1, 1, 1], 10, [4, 3, 3]), ([0.7, 0.2, 0.1], 10, [7, 2, 1]), ([1, 999], 1001, [1, 1000]), ([2.5], 7, [7])],
 )
 def test_shares_are_whole_numbers_near_the_weights(weights: list[float], total: int, shares: list[int]) -> None:
-    assert shares_of(weights, total) == shares
+    assert proportional_counts(weights, total) == shares
 
 
 def test_a_source_is_used_up_before_any_of_it_comes_again_across_epochs() -> None:
@@ -103,7 +103,7 @@ def test_what_is_divided_keeps_its_shares_and_validates_each_pair_once() -> None
         ([1, 0], None, "weight 0 of source 1 must be above 0"),
         ([1, float("nan")], None, "weight nan of source 1"),
         ([1, float("inf")], None, "weight inf of source 1"),
-        ([1000, 1], 10, "in epochs of 10 pairs none would be of source 1"),
+        ([1000, 1], 10, "an epoch of 10 pairs would have none of source 1"),
         ([1, 1], 0, "epoch_size 0 must be at least 1"),
     ],
 )

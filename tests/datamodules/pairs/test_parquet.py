@@ -143,7 +143,7 @@ def test_an_epoch_of_images_takes_each_once_and_few_row_groups_at_a_time(
     captions[7] = captions[31] = ""
     table = write(tmp_path / "t.parquet", {"image": [png(i) for i in range(60)], "caption": captions}, group=5)
     size = open_source(table).sizes[0]  # pyright: ignore[reportAttributeAccessIssue]  # ParquetPairs'
-    monkeypatch.setattr(parquet, "AT_ONCE", int(size * 3.5))
+    monkeypatch.setattr(parquet, "IMAGE_MEMORY", int(size * 3.5))
     source: Any = open_source(table)
     orders = [source.order(epoch, seed=1) for epoch in (0, 1, 0)]
     for order in orders:

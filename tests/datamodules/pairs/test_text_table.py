@@ -174,8 +174,8 @@ def test_a_wrong_column_is_an_error_that_lists_the_columns_found(folder: Path, s
 @pytest.mark.parametrize(
     ("header", "option"),
     [
-        ("photo,caption", "give --data.image_column photo, say"),
-        ("image,my words", "give --data.caption_column 'my words', say"),
+        ("photo,caption", "for example, set --data.image_column photo"),
+        ("image,my words", "for example, set --data.caption_column 'my words'"),
     ],
 )
 def test_columns_with_unusual_names_are_listed_and_the_option_that_names_them_is_said(
@@ -237,7 +237,7 @@ BROKEN: dict[str, tuple[str, bytes | None, list[str]]] = {
     "missing table": ("t.csv", None, ["no such file or folder"]),
     "empty file": ("t.csv", b"", ["is empty"]),
     "empty JSON lines": ("t.jsonl", b"\n", ["is empty"]),
-    "header only": ("t.csv", b"image,caption\n", ["has a header alone"]),
+    "header only": ("t.csv", b"image,caption\n", ["only a header"]),
     "all blank": ("t.csv", b"image,caption\na.png,\na.png,nan\nb.png, \n", ["no row", "3"]),
     "missing image file": ("t.csv", b"image,caption\na.png,a cat\nnone.png,a dog\n", ["row 3", "none.png", "no such"]),
     "missing image in JSON": ("t.jsonl", b'{"image": "no.png", "caption": "a"}\n', ["row 1", "no.png", "no such"]),
@@ -440,7 +440,7 @@ BAD_ROWS = {  # a row that is no pair, and what it is counted as
         ('{"image": "b.png",', "not JSON"),
         ("[1]", "not a JSON object"),
         ('{"image": 3, "caption": "a"}', "missing image"),
-        ('{"image": "b.png", "caption": 3}', "caption is no text"),
+        ('{"image": "b.png", "caption": 3}', "caption is not text"),
         ('{"image": "b.png", "caption": "\\udc00"}', "not UTF-8"),
     ],
 }
@@ -482,7 +482,7 @@ def test_a_large_table_is_read_once_and_mapped_from_then_on(
     mapped = open_table(folder / name)
     (file,) = (folder / "cache/lit-clip/tables").iterdir()
     with monkeypatch.context() as patch:
-        patch.setattr(text_table, "_rows", None)  # nothing is read again
+        patch.setattr(text_table, "_record_batches", None)  # nothing is read again
         again = open_table(folder / name)
     sent = pickle.loads(pickle.dumps(again))
     assert len(pickle.dumps(again)) < 2000
