@@ -323,9 +323,9 @@ def test_a_global_batch_is_the_same_pairs_on_any_number_of_ranks(table: Path, wo
 @pytest.mark.parametrize(
     ("batch", "world", "words"),
     [
-        (8, 3, ["8 pairs cannot be shared evenly by 3 processes", "6 or 9"]),
-        (2, 3, ["2 pairs", "near it: 3"]),
-        (22, 2, ["22 pairs a step are more than the 21 training pairs", "20 or less"]),
+        (8, 3, ["8 pairs cannot be divided evenly among 3 processes", "6 or 9"]),
+        (2, 3, ["2 pairs", "set it to 3"]),
+        (22, 2, ["22 pairs per step are more than the 21 training pairs", "20 or less"]),
         (0, 1, ["global_batch_size: 0 must be at least 1"]),
     ],
 )

@@ -79,9 +79,9 @@ def test_a_mixture_in_a_yaml_file_reaches_the_data_module(
 
 
 def test_what_makes_no_sense_is_refused(folder: Path) -> None:
-    with pytest.raises(InputError, match="give train, val or both"):
+    with pytest.raises(InputError, match="set train, val or both"):
         Captions()
-    with pytest.raises(InputError, match="bare path among them"):
+    with pytest.raises(InputError, match="a bare path among them"):
         captions(module(folder, train=[{"data": str(folder / "a.csv")}, str(folder / "c")]))
     with pytest.raises(InputError, match="wheight"):
         captions(module(folder, train=[{"data": str(folder / "a.csv"), "wheight": 1}]))

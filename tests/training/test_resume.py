@@ -154,7 +154,7 @@ def test_the_middle_of_an_epoch_of_other_batches_or_data_is_refused(
     assert start(other) == [1]
     error = Path(tmp_path, "other.error").read_text(encoding="utf-8")
     assert "saved after 3 batches of an epoch" in error
-    assert "pairs a step (all processes) 4 there and 5 here" in error
+    assert "pairs per step (all ranks) 4 there and 5 here" in error
     two = killed._replace(kill=None, resume=True, name="two", batch_size=2, world=2)  # the same 4 pairs a step
     assert start(two) == [0, 0]
     whole_steps, (one, other_rank) = samples(whole(1, 0, False))[0], samples(two)

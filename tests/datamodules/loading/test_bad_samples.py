@@ -93,7 +93,7 @@ def test_every_usual_kind_of_file_becomes_the_pixels_that_published_models_saw(n
 def test_a_caption_that_is_none_is_refused(caption: object) -> None:
     with pytest.raises(BadSample, match=r"^row 3: ") as error:
         check_caption(caption, "row 3")
-    assert error.value.reason in ("no caption", "caption is no text")
+    assert error.value.reason in ("no caption", "caption is not text")
 
 
 @pytest.mark.parametrize("caption", ["a cat", "x" * 100_000, "猫", "not none", "0"])
@@ -200,8 +200,8 @@ def test_without_the_option_the_first_bad_image_is_an_error(table: tuple[Path, d
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"on_error": "ignore"}, "on_error: 'ignore' is neither error nor skip"),
-        ({"max_skipped": 5}, "max_skipped: 5 is no share"),
+        ({"on_error": "ignore"}, "on_error: 'ignore' must be 'error' or 'skip'"),
+        ({"max_skipped": 5}, "max_skipped: 5 must be between 0 and 1"),
     ],
 )
 def test_an_impossible_policy_is_refused(options: dict[str, Any], words: str) -> None:
