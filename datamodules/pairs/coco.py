@@ -70,7 +70,7 @@ def _coco(path: Path, images: list[dict[str, Any]], annotations: list[Any]) -> I
     captions: dict[Any, list[Any]] = {}
     for number, annotation in enumerate(annotations):
         if not isinstance(annotation, dict) or "image_id" not in annotation:
-            raise InputError(f"{path}: annotation {number} has no image_id")
+            raise InputError(f"{path}: annotation {number} has no image_id; fix the file")
         if "caption" not in annotation:
             raise InputError(f"{path}: annotation {number} has no caption; give captions_*.json, not instances_*.json")
         captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
@@ -112,7 +112,9 @@ def _pairs(path: Path, rows: Iterator[Row], options: SourceOptions, label: str) 
         else:
             left_out.add(where, NO_CAPTION)
     if not table:
-        raise InputError(f"{path}: no image with a caption ({left_out.counts[NO_CAPTION]} without)")
+        raise InputError(
+            f"{path}: no image with a caption ({left_out.counts[NO_CAPTION]} without); add captions to the file"
+        )
     root = Path(options.root).expanduser() if options.root else _find_root(path, table[0]["image"])
     return TablePairs(pa.Table.from_pylist(table, SCHEMA_OF_LISTS), path, root, label, left_out=left_out)
 

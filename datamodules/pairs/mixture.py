@@ -123,7 +123,7 @@ class Mixture(Concatenated):
         require(len(sources) == len(weights), f"mixture: {len(weights)} weights for {len(sources)} sources")
         for number, weight in enumerate(weights):
             usable = 0 < weight < float("inf")
-            require(usable, f"mixture: weight {weight} of source {number} must be above 0 and finite, or remove it")
+            require(usable, f"mixture: weight {weight} of source {number} must be above 0 and finite; or leave it out")
         super().__init__(sources, distinct_keys=True, distinct_groups=True)
         self.weights, self._epoch_size = list(weights), epoch_size
         if epoch_size is not None:

@@ -22,7 +22,7 @@ from lit_clip.tools.atomic import write_whole
 BATCH_ROWS = 16_384
 IN_MEMORY = 64 << 20  # bytes of decoded texts that each process may hold; more are copied once and mapped
 IMAGE_MEMORY = 256 << 20  # bytes of encoded images that each process may hold
-REMEMBERED = 1_000_000  # rows from which the search for blank captions is kept in a file
+REMEMBERED = 1_000_000  # rows; from this size on the list of blank captions is cached
 THREADS = 4  # that search for blank captions
 LAYOUT = 1  # of the cached files; a new number makes old ones be written again
 

@@ -14,7 +14,7 @@ from lit_clip.errors import InputError, require
 from lit_clip.tools.images import OnError
 
 NO_CAPTION = "no caption"  # the reason, the same for samples that turn out bad when loaded
-LISTED = 1000  # left-out rows that are remembered one by one
+LISTED = 1000  # left-out rows that are listed one by one
 DELIMITED = (".csv", ".tsv", ".txt")
 JSON_LINES = (".jsonl", ".ndjson")
 
@@ -119,7 +119,7 @@ class PairSource(ABC):
 
     @property
     def epoch_size(self) -> int:
-        """Rows in an epoch; another number than all rows where a source draws with replacement."""
+        """Rows in an epoch; not all rows where a source draws with replacement."""
         return len(self)
 
     def prepare(self) -> None:  # noqa: B027  # most need nothing
