@@ -114,7 +114,7 @@ class Augmentation:
         low, high = self.crop_scale
         require(
             0 < low <= high <= 1,
-            f"augmentation.crop_scale: {[low, high]} must be two ascending numbers above 0 and at most 1",
+            f"augmentation.crop_scale: {[low, high]} must be ascending, above 0 and at most 1",
         )
         require(self.color_jitter >= 0, f"augmentation.color_jitter: {self.color_jitter} must be at least 0")
         require(self.decode_margin >= 1, f"augmentation.decode_margin: {self.decode_margin} must be at least 1")
