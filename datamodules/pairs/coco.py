@@ -7,12 +7,18 @@ from typing import Any
 
 import pyarrow as pa
 
-from datamodules.pairs.columns import TablePairs, is_blank
-from datamodules.pairs.source import NO_CAPTION, LeftOut, PairSource, SourceOptions, find_split
-from datamodules.pairs.text_table import SCHEMA_OF_LISTS, open_records, open_table
-from lit_clip.errors import BadSample, InputError
-
-Row = tuple[str, list[Any], int]  # image, captions, number
+from datamodules.pairs.columns import TablePairs
+from datamodules.pairs.source import NO_CAPTION, PairSource, SourceOptions, find_split
+from datamodules.pairs.text_table import (
+    SCHEMA_OF_LISTS,
+    Problems,
+    RawRow,
+    open_records,
+    open_table,
+    record_batches,
+    usable_rows,
+)
+from lit_clip.errors import InputError
 
 
 def open_json(path: Path, options: SourceOptions) -> PairSource:
@@ -66,7 +72,7 @@ def _is_lines(path: Path) -> bool:
         return False
 
 
-def _coco(path: Path, images: list[dict[str, Any]], annotations: list[Any]) -> Iterator[Row]:
+def _coco(path: Path, images: list[dict[str, Any]], annotations: list[Any]) -> Iterator[RawRow]:
     captions: dict[Any, list[Any]] = {}
     for number, annotation in enumerate(annotations):
         if not isinstance(annotation, dict) or "image_id" not in annotation:
@@ -77,10 +83,10 @@ def _coco(path: Path, images: list[dict[str, Any]], annotations: list[Any]) -> I
     for number, image in enumerate(images):
         if not isinstance(image.get("file_name"), str) or not isinstance(image.get("id"), int):
             raise InputError(f"{path}: image {number} needs a file_name and an integer id")
-        yield image["file_name"], captions.get(image["id"], []), image["id"]
+        yield RawRow(image["id"], image["file_name"], captions.get(image["id"], []))
 
 
-def _karpathy(path: Path, images: list[dict[str, Any]], options: SourceOptions) -> Iterator[Row]:
+def _karpathy(path: Path, images: list[dict[str, Any]], options: SourceOptions) -> Iterator[RawRow]:
     """Yield the wanted split; ``train`` includes ``restval``, which is commonly trained on too."""
     splits = list(dict.fromkeys(str(image.get("split")) for image in images))
     wanted = find_split(path, splits, options)
@@ -93,30 +99,18 @@ def _karpathy(path: Path, images: list[dict[str, Any]], options: SourceOptions) 
             raise InputError(f"{path}: image {number} needs a filename and a list of sentences")
         folder = image.get("filepath")
         name = f"{folder}/{image['filename']}" if folder else image["filename"]
-        yield name, [sentence.get("raw") if isinstance(sentence, dict) else None for sentence in sentences], number
+        captions = [sentence.get("raw") if isinstance(sentence, dict) else None for sentence in sentences]
+        yield RawRow(number, name, captions)
 
 
-def _pairs(path: Path, rows: Iterator[Row], options: SourceOptions, label: str) -> TablePairs:
-    left_out, table = LeftOut(), []
-    for image, captions, number in rows:
-        where = f"{path} {label} {number}"
-        usable = [caption for caption in captions if not is_blank(caption)]
-        if wrong := [caption for caption in usable if not isinstance(caption, str)]:
-            if options.on_error == "error":
-                raise BadSample(
-                    where, "caption is not text", f"the caption is not text: {wrong[0]!r}; fix or remove it"
-                )
-            left_out.add(where, "caption is not text")
-        elif usable:
-            table.append({"image": image, "caption": usable, "group": "", "number": number})
-        else:
-            left_out.add(where, NO_CAPTION)
-    if not table:
-        raise InputError(
-            f"{path}: no image with a caption ({left_out.counts[NO_CAPTION]} without); add captions to the file"
-        )
-    root = Path(options.root).expanduser() if options.root else _find_root(path, table[0]["image"])
-    return TablePairs(pa.Table.from_pylist(table, SCHEMA_OF_LISTS), path, root, label, left_out=left_out)
+def _pairs(path: Path, rows: Iterator[RawRow], options: SourceOptions, label: str) -> TablePairs:
+    problems = Problems(path, options.on_error == "skip", label)
+    batches = record_batches(usable_rows(rows, problems), SCHEMA_OF_LISTS)
+    table, left_out = pa.Table.from_batches(batches, SCHEMA_OF_LISTS), problems.left_out
+    if not table.num_rows:
+        raise InputError(f"{path}: no image with a caption ({left_out.counts[NO_CAPTION]} without); add captions")
+    root = Path(options.root).expanduser() if options.root else _find_root(path, table["image"][0].as_py())
+    return TablePairs(table, path, root, label, left_out=left_out)
 
 
 def _find_root(path: Path, image: str) -> Path:

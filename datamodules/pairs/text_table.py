@@ -37,17 +37,18 @@ Record = tuple[int, Mapping[str, Any]]
 FindColumns = Callable[[list[str]], Columns]  # the names of a table's columns -> those that are read
 
 
-class _Problems:
-    """Raises the error of a row that cannot be read, or leaves the row out and counts it."""
+class Problems:
+    """Raises the error of a row that cannot be read, or with ``skip`` leaves the row out and counts it."""
 
-    def __init__(self, path: Path, skip: bool) -> None:
-        self.path, self.skip, self.left_out = path, skip, LeftOut()
-        self.image_column = ""  # set when the header was read
+    def __init__(self, path: Path, skip: bool, label: str = "row") -> None:
+        self.path, self.skip, self.label, self.left_out = path, skip, label, LeftOut()
+        self.image_column = "image"  # until the header is read
 
     def add(self, number: int, reason: str, detail: str) -> None:
+        """Raise or count a problem of a row."""
         if not self.skip:
-            raise BadSample(f"{self.path} row {number}", reason, detail)
-        self.left_out.add(f"{self.path} row {number}", reason)
+            raise BadSample(f"{self.path} {self.label} {number}", reason, detail)
+        self.left_out.add(f"{self.path} {self.label} {number}", reason)
 
 
 def _encoding(path: Path) -> str:
@@ -67,7 +68,7 @@ def _open_text(path: Path, skip: bool) -> TextIO:
     return path.open(encoding=encoding, errors=errors, newline="")
 
 
-def _delimited_rows(path: Path, find: FindColumns, problems: _Problems) -> Iterator[RawRow]:
+def _delimited_rows(path: Path, find: FindColumns, problems: Problems) -> Iterator[RawRow]:
     with _open_text(path, problems.skip) as file:
         header = file.readline()
         if not header.strip():
@@ -98,7 +99,7 @@ def _delimited_rows(path: Path, find: FindColumns, problems: _Problems) -> Itera
             raise InputError(f"{path} row {number + 1}: {error}; check its double quotes") from error
 
 
-def _json_lines(path: Path, problems: _Problems) -> Iterator[Record]:
+def _json_lines(path: Path, problems: Problems) -> Iterator[Record]:
     with _open_text(path, problems.skip) as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -111,7 +112,7 @@ def _json_lines(path: Path, problems: _Problems) -> Iterator[Record]:
             yield number, values
 
 
-def _record_rows(records: Iterable[Record], find: FindColumns, problems: _Problems) -> Iterator[RawRow]:
+def _record_rows(records: Iterable[Record], find: FindColumns, problems: Problems) -> Iterator[RawRow]:
     columns = None
     for number, values in records:
         if not isinstance(values, dict):
@@ -141,7 +142,7 @@ def _undecodable(path: Path) -> InputError:
     return InputError(f"{path}: changed while it was read; start again")
 
 
-def _usable(rows: Iterable[RawRow], problems: _Problems) -> Iterator[RawRow]:
+def usable_rows(rows: Iterable[RawRow], problems: Problems) -> Iterator[RawRow]:
     """Yield the rows that have an image and a caption; the others are errors, or left out and counted."""
     for row in rows:
         if not isinstance(row.image, str) or not row.image.strip():
@@ -154,7 +155,7 @@ def _usable(rows: Iterable[RawRow], problems: _Problems) -> Iterator[RawRow]:
         cells = row.caption if isinstance(row.caption, list) else (row.caption,)
         captions = [caption for caption in cells if not is_blank(caption)]
         if not captions:
-            problems.left_out.add(f"{problems.path} row {row.number}", NO_CAPTION)
+            problems.left_out.add(f"{problems.path} {problems.label} {row.number}", NO_CAPTION)
         elif not all(isinstance(caption, str) for caption in captions):
             problems.add(row.number, "caption is not text", f"the caption is not text: {str(row.caption)[:60]}")
         elif not _is_encodable("".join([row.image, *captions])):
@@ -172,7 +173,7 @@ def _is_encodable(text: str) -> bool:
     return True
 
 
-def _batches(rows: Iterable[RawRow], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+def record_batches(rows: Iterable[RawRow], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     """Collect rows into record batches of a bounded number of rows and characters."""
     lists = schema is SCHEMA_OF_LISTS
     cells: dict[str, list[Any]] = {name: [] for name in RawRow._fields}  # no object per row: slow to collect
@@ -193,7 +194,7 @@ def _batches(rows: Iterable[RawRow], schema: pa.Schema) -> Iterator[pa.RecordBat
         yield pa.record_batch([pa.array(cells[field.name], field.type) for field in schema], schema=schema)
 
 
-Read = Callable[[_Problems], Iterator[RawRow]]
+Read = Callable[[Problems], Iterator[RawRow]]
 
 
 def raw_rows(path: Path, find: FindColumns) -> Iterator[RawRow]:
@@ -206,7 +207,7 @@ def raw_rows(path: Path, find: FindColumns) -> Iterator[RawRow]:
     Raises:
         InputError: a row does not match the header, the encoding is wrong, or ``find`` raises.
     """
-    problems = _Problems(path, skip=False)
+    problems = Problems(path, skip=False)
     try:
         if path.suffix.lower() in (*JSON_LINES, ".json"):
             yield from _record_rows(_json_lines(path, problems), find, problems)
@@ -244,7 +245,7 @@ def open_records(path: Path, values: list[Any], options: SourceOptions) -> PairS
 
 
 def _open(path: Path, options: SourceOptions, schema: pa.Schema, read: Read) -> PairSource:
-    problems, mapped = _Problems(path, options.on_error == "skip"), None
+    problems, mapped = Problems(path, options.on_error == "skip"), None
     if path.stat().st_size > IN_MEMORY:
         settings = (LAYOUT, options.image_column, options.caption_column, options.group_column, options.on_error)
         mapped = cache_file("tables", path, settings, ".arrow")
@@ -254,7 +255,7 @@ def _open(path: Path, options: SourceOptions, schema: pa.Schema, read: Read) -> 
         table, left_out = map_table(mapped), _read_left_out(mapped)
     else:
         table, left_out = (
-            pa.Table.from_batches(_record_batches(path, schema, read, problems), schema),
+            pa.Table.from_batches(_read_batches(path, schema, read, problems), schema),
             problems.left_out,
         )
     if not table.num_rows:
@@ -266,17 +267,17 @@ def _open(path: Path, options: SourceOptions, schema: pa.Schema, read: Read) -> 
     return TablePairs(table, path, root, mapped=mapped, left_out=left_out)
 
 
-def _record_batches(path: Path, schema: pa.Schema, read: Read, problems: _Problems) -> Iterator[pa.RecordBatch]:
+def _read_batches(path: Path, schema: pa.Schema, read: Read, problems: Problems) -> Iterator[pa.RecordBatch]:
     try:
-        yield from _batches(_usable(read(problems), problems), schema)
+        yield from record_batches(usable_rows(read(problems), problems), schema)
     except UnicodeError:
         raise _undecodable(path) from None
 
 
-def _write(file: Path, path: Path, schema: pa.Schema, read: Read, problems: _Problems) -> None:
+def _write(file: Path, path: Path, schema: pa.Schema, read: Read, problems: Problems) -> None:
     """Write the rows, then an empty batch whose metadata lists the rows that were left out."""
     with pa.ipc.new_file(str(file), schema) as writer:
-        for batch in _record_batches(path, schema, read, problems):
+        for batch in _read_batches(path, schema, read, problems):
             writer.write_batch(batch)
         left_out = json.dumps([problems.left_out.counts, problems.left_out.listed])
         writer.write_batch(pa.RecordBatch.from_pylist([], schema), custom_metadata={"left_out": left_out})

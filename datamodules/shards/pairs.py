@@ -178,10 +178,10 @@ class TarPairs(PairSource):
                 self._refuse_problems(url, summary)
                 found[url] = summary
                 advance(1)
-        for url, summary in found.items():
-            assert summary is not None
+        summaries = [summary for summary in found.values() if summary is not None]
+        for url, summary in zip(found, summaries, strict=True):
             self._refuse_problems(url, summary)
-        return [summary for summary in found.values() if summary is not None]
+        return summaries
 
     def _refuse_problems(self, url: str, summary: Summary) -> None:
         """With ``on_error: error``, raise the first problem of a shard."""

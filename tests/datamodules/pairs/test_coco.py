@@ -113,7 +113,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "nameless image": (broken(images=[{"id": 1}]), "image 0 needs a file_name"),
     "number as caption": (
         broken(annotations=[{"image_id": 5, "caption": 7}]),
-        "image id 5: the caption is not text: 7",
+        r"image id 5: the caption is not text: \[7\]",
     ),
     "no annotations": (broken(annotations=[]), r"no image with a caption \(3 without\)"),
     "array of words": (["a", "b"], "row 1: not a JSON object"),
