@@ -1,4 +1,4 @@
-"""Sources of (image, caption) pairs and of labelled images."""
+"""Data modules, sources of (image, caption) pairs, and sets of labelled images."""
 
 from datamodules.caption_datamodule import CaptionDataModule
 from datamodules.captions import Captions, Weighted

@@ -1,4 +1,4 @@
-"""Pairs from whatever holds them."""
+"""Data module for pairs in any format."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,6 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from datamodules.caption_datamodule import CaptionDataModule
 from datamodules.loading.augmentation import Augmentation
-from datamodules.loading.bad_samples import OnError
 from datamodules.open_source import open_source
 from datamodules.pairs.caption_lengths import LongCaptions
 from datamodules.pairs.mixture import Mixture
@@ -19,63 +18,64 @@ from lit_clip.batch import JUDGED_AFTER
 from lit_clip.errors import InputError
 from lit_clip.models.config import Preprocessing
 from lit_clip.models.tokenizer import TextTokenizer
+from lit_clip.tools.images import OnError
 
 VALIDATION_SHARE = 0.1
 
 
 @dataclass
 class Weighted:
-    """A part of a mixture.
+    """Part of a mixture.
 
     Attributes:
-        data: a path, or several, of one source.
-        weight: its share of an epoch, relative to the other parts'.
+        data: a path or several, which together are one source.
+        weight: share of an epoch, relative to the other parts.
     """
 
     data: str | list[str]
     weight: float = 1.0
 
 
-# Parts of a mixture as mappings: of a list of dataclasses the command line takes a path for its own configuration file.
+# Mappings, not ``Weighted``: for a list of dataclasses the command line reads a path as a configuration file.
 Data = str | list[str] | list[dict[str, Any]]
 
 
-def _part(part: Weighted | Mapping[str, Any]) -> Weighted:
+def _weighted(part: Weighted | Mapping[str, Any]) -> Weighted:
     if isinstance(part, Weighted):
         return part
     data, weight = part.get("data"), part.get("weight", 1.0)
     if not part.keys() <= {"data", "weight"} or not isinstance(data, str | list) or not isinstance(weight, int | float):
-        raise InputError(f"data: a mixture's parts each want data (a path) and weight (a number), not {dict(part)}")
+        raise InputError(f"data: each part of a mixture needs data (a path) and weight (a number), not {dict(part)}")
     return Weighted(data, weight)
 
 
 class Captions(CaptionDataModule):
-    """Pairs from tables, folders, COCO's JSON, saved data sets or tar shards; which of them a path is is found out.
+    """Pairs from tables, folders, COCO's JSON, saved data sets or tar shards; the format is detected automatically.
 
     Rows without a caption (empty, ``nan``, ``none``, ``null``) are left out and counted.
 
     Args:
-        train: a path; several paths, one after the other; or parts of a mixture. Needed by ``fit`` only.
-        val: likewise; None: a tenth of the images of ``train``, chosen by ``seed``.
-        root: where relative image paths start; None: the folder of the table.
-        image_column: of a table; None: detected.
-        caption_column: of a table; None: detected.
-        group_column: names the group of pairs that say the same (a product, say), for ``model.duplicates``.
-        train_split: of data that come in splits; None: ``train``.
-        val_split: likewise; None: ``val``.
-        shards: how tar shards are read.
-        epoch_size: pairs of a mixture's epoch; None: as many as its parts have together.
-        batch_size: pairs a step on each rank.
-        global_batch_size: pairs a training step on all ranks together, however many they are; ``batch_size`` is then
-            that of validation alone. None: ``batch_size`` on each rank.
-        num_workers: processes that read and augment.
-        seed: of the order, the augmentation and the division.
-        augmentation: in training.
-        preprocessing: how the model wants its images; the command line takes it from the model.
+        train: a path; several paths, read one after the other; or the parts of a mixture. Only needed by ``fit``.
+        val: as ``train``; None: a tenth of the images of ``train``, chosen by ``seed``.
+        root: folder that relative image paths start from; None: the folder of the table.
+        image_column: of a table; None: detected automatically.
+        caption_column: of a table; None: detected automatically.
+        batch_size: pairs per step on each rank.
+        num_workers: data worker processes on each rank.
+        seed: of the order, the augmentation and the choice of validation images.
+        augmentation: of the training images.
+        preprocessing: of images for the model; the command line takes it from the model.
         tokenize: texts -> int64 ``[N, L]``; the command line takes it from the model.
-        on_error: see :class:`datamodules.caption_datamodule.CaptionDataModule`.
-        max_skipped: likewise.
-        long_captions: likewise.
+        global_batch_size: pairs per training step on all ranks together; ``batch_size`` is then used for validation
+            only. None: ``batch_size`` on each rank.
+        group_column: names the group of duplicates (such as a product), for ``model.duplicates``.
+        train_split: of data that come in splits; None: ``train``.
+        val_split: of data that come in splits; None: ``val``.
+        shards: how tar shards are read.
+        epoch_size: pairs in an epoch of a mixture; None: as many as its parts have together.
+        on_error: ``error`` or ``skip``, see :class:`datamodules.caption_datamodule.CaptionDataModule`.
+        max_skipped: largest share of skipped samples.
+        long_captions: ``truncate`` or ``error``.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Captions(CaptionDataModule):
         policies = (on_error, max_skipped, long_captions)
         super().__init__(batch_size, num_workers, seed, *images, global_batch_size, *policies)
         if train is None and val is None:
-            raise InputError("data: give train, val or both; each is a table, a folder or tar shards")
+            raise InputError("data: set train, val or both to a table, a folder or tar shards")
         self.train, self.val, self.epoch_size = train, val, epoch_size
         self._splits = {"train": train_split, "validation": val_split}
         self._options: dict[str, Any] = {
@@ -115,27 +115,27 @@ class Captions(CaptionDataModule):
             "group_column": group_column,
             "shards": shards,
             "on_error": on_error,
-            "typed": "--data.",
+            "option_prefix": "--data.",
         }
 
     def prepare_data(self) -> None:
-        trains = not self.trainer or self.trainer.state.fn == TrainerFn.FITTING or self.val is None
-        for data, split in ((self.train if trains else None, "train"), (self.val, "validation")):
+        needs_train = not self.trainer or self.trainer.state.fn == TrainerFn.FITTING or self.val is None
+        for data, split in ((self.train if needs_train else None, "train"), (self.val, "validation")):
             if data is not None:
                 self._source(data, split).prepare()
 
     def _source(self, data: Data, split: str) -> PairSource:
-        def one(path: str | Sequence[str]) -> PairSource:
+        def opened(path: str | Sequence[str]) -> PairSource:
             return open_source(path, split=self._splits[split], default_split=split, **self._options)
 
         if isinstance(data, str):
-            return one(data)
-        parts = [_part(part) for part in data if isinstance(part, Weighted | Mapping)]
+            return opened(data)
+        parts = [_weighted(part) for part in data if isinstance(part, Weighted | Mapping)]
         if not parts:
-            return one([str(path) for path in data])
+            return opened([str(path) for path in data])
         if len(parts) < len(data):
-            raise InputError("data: a mixture's parts each want data and weight; there is a bare path among them")
-        return Mixture([one(part.data) for part in parts], [part.weight for part in parts], self.epoch_size)
+            raise InputError("data: each part of a mixture needs data and weight; there is a bare path among them")
+        return Mixture([opened(part.data) for part in parts], [part.weight for part in parts], self.epoch_size)
 
     def _open(self, data: Data, split: str) -> PairSource:
         source = self._source(data, split)
@@ -146,8 +146,8 @@ class Captions(CaptionDataModule):
             found = len(source) + bad
             if self.on_error == "skip" and found >= JUDGED_AFTER and bad > self.max_skipped * found:
                 raise InputError(
-                    f"{name}: {source.left_out} cannot be used, beside {len(source)} pairs that can; fix or remove "
-                    f"them, or raise data.init_args.max_skipped (now {self.max_skipped:g})"
+                    f"{name}: {source.left_out} cannot be used, {len(source)} pairs can; fix or remove them, "
+                    f"or raise data.init_args.max_skipped (now {self.max_skipped:g})"
                 )
         if self.on_error == "error":
             source.check()
@@ -155,7 +155,7 @@ class Captions(CaptionDataModule):
 
     def sources(self, fit: bool) -> tuple[PairSource | None, PairSource]:
         if self.train is None and fit:
-            raise InputError("data.init_args.train: fit needs data to train on")
+            raise InputError("data.init_args.train: not set; fit needs data to train on")
         if self.val is not None:
             train = self._open(self.train, "train") if fit and self.train is not None else None
             return train, self._open(self.val, "validation")

@@ -1,23 +1,24 @@
-"""Which images are the same, or look it: a 64-bit difference hash, compared without all pairs.
+"""Find images that are the same or look the same, by a 64-bit difference hash and without comparing all pairs.
 
-The hash says for 8 x 8 places of an image shrunk to 9 x 8 whether it gets brighter to the right (dHash: N. Krawetz,
-"Kind of Like That", 2013). Scaling and compressing an image anew changes few of its bits.
+The hash holds, for 8 x 8 cells of the image shrunk to 9 x 8, whether the next cell to the right is brighter (dHash:
+N. Krawetz, "Kind of Like That", 2013). Resizing or recompressing an image changes few of its bits.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 WIDTH, HEIGHT = 9, 8
-STEP = 2  # grey levels: less is no difference, or noise would decide wherever an image is even
-PLAIN = 4  # grey levels between the brightest and the darkest place of an image that shows nothing
-NEAR_BITS = 2  # that hashes of one image may differ in
-NEAR_COLOUR = 8  # levels that the mean of red, green or blue may
-BANDS = ((0, 22), (22, 21), (43, 21))  # first bit and width: two differing bits leave one band as it is
-SHOWN = 20  # groups that are kept one by one
-NEIGHBOURS = 64  # in the order of a band's hashes, that one is compared with: a bound for very many alike
+STEP = 2  # grey levels; a smaller difference counts as none, or noise would decide in even areas
+PLAIN = 4  # grey levels between the brightest and darkest cell of an image that shows nothing
+NEAR_BITS = 2  # by which two hashes of one image may differ
+NEAR_COLOUR = 8  # levels by which the mean red, green or blue may differ
+BANDS = ((0, 22), (22, 21), (43, 21))  # first bit and width; two differing bits leave at least one band equal
+SHOWN = 20  # groups whose members are kept
+NEIGHBOURS = 64  # compared with each hash in the order of a band: a bound where very many are alike
 
 
 class Look(NamedTuple):
@@ -25,8 +26,8 @@ class Look(NamedTuple):
 
     Attributes:
         bits: the difference hash, unsigned 64 bits.
-        colour: the mean colour as ``0xRRGGBB``; the hash knows brightness alone.
-        plain: whether the image is one even area; then the hash says nothing.
+        colour: mean colour as ``0xRRGGBB``; the hash itself only knows brightness.
+        plain: whether the image is one even area, so that its hash means nothing.
     """
 
     bits: int
@@ -35,9 +36,9 @@ class Look(NamedTuple):
 
 
 def look_of(image: Image.Image) -> Look:
-    """The look of an image as a model sees it: transparency is dropped, and nothing is turned."""
-    photo = image if image.mode in ("RGB", "L", "CMYK") else image.convert("RGB")
-    small = photo.resize((WIDTH, HEIGHT), Image.Resampling.BOX).convert("RGB")
+    """Return the look of an image as a model sees it: transparency dropped, EXIF rotation ignored."""
+    opaque = image if image.mode in ("RGB", "L", "CMYK") else image.convert("RGB")
+    small = opaque.resize((WIDTH, HEIGHT), Image.Resampling.BOX).convert("RGB")
     grey = np.asarray(small.convert("L"), dtype=np.int16)  # [8, 9]
     brighter = (grey[:, 1:] - grey[:, :-1]) > STEP
     red, green, blue = np.asarray(small).reshape(-1, 3).mean(axis=0).round().astype(int).tolist()
@@ -45,13 +46,65 @@ def look_of(image: Image.Image) -> Look:
     return Look(int.from_bytes(np.packbits(brighter).tobytes(), "big"), red << 16 | green << 8 | blue, plain)
 
 
+@dataclass
+class Looks:
+    """Columns of :class:`Look`: uint64, uint32 and bool ``[N]``."""
+
+    bits: np.ndarray
+    colours: np.ndarray
+    plain: np.ndarray
+
+    @classmethod
+    def of(cls, looks: Sequence[Look]) -> "Looks":
+        """Return the columns of a sequence of looks."""
+        bits, colours, plain = zip(*looks, strict=True) if looks else ((), (), ())
+        return cls(np.array(bits, np.uint64), np.array(colours, np.uint32), np.array(plain, bool))
+
+
+class LookIndex:
+    """Finds the look-alikes of a set of images among others, comparing only looks that agree in one of the bands.
+
+    Args:
+        looks: of the set; plain ones resemble everything, so they are never found.
+    """
+
+    def __init__(self, looks: Looks) -> None:
+        self.looks = looks
+        usable = np.flatnonzero(~looks.plain)
+        self._bands = []
+        for first, width in BANDS:
+            band = _band(looks.bits[usable], first, width)
+            order = np.argsort(band, kind="stable")
+            self._bands.append((first, width, band[order], usable[order]))
+
+    def like(self, others: Looks) -> tuple[np.ndarray, np.ndarray]:
+        """Return the look-alikes: positions in the set and in ``others``, int64 ``[P]`` each; a pair may repeat."""
+        found = [self._in_band(others, *band) for band in self._bands]
+        left, right = (np.concatenate(side) for side in zip(*found, strict=True))
+        return left, right
+
+    def _in_band(
+        self, others: Looks, first: int, width: int, band: np.ndarray, order: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        usable = np.flatnonzero(~others.plain)
+        wanted = _band(others.bits[usable], first, width)
+        starts, stops = np.searchsorted(band, wanted, "left"), np.searchsorted(band, wanted, "right")
+        counts = stops - starts
+        right = np.repeat(usable, counts)
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        left = order[np.repeat(starts, counts) + within]
+        ours = self.looks
+        near = _near(ours.bits[left], ours.colours[left], others.bits[right], others.colours[right])
+        return left[near], right[near]
+
+
 class Groups(NamedTuple):
     """Positions that belong together.
 
     Attributes:
         number: of groups of two or more.
-        surplus: members beyond one a group.
-        largest: the positions of the largest groups, rising, int64 ``[n]`` each, ``SHOWN`` groups at most.
+        surplus: members beyond the first of each group.
+        largest: positions of the largest groups, ascending, int64 ``[n]`` each; at most ``SHOWN`` groups.
     """
 
     number: int
@@ -59,8 +112,8 @@ class Groups(NamedTuple):
     largest: list[np.ndarray]
 
 
-def same(values: np.ndarray) -> Groups:
-    """Groups of equal values."""
+def equal_groups(values: np.ndarray) -> Groups:
+    """Group equal values."""
     order = np.argsort(values, kind="stable")
     new = np.ones(len(values), dtype=bool)
     new[1:] = values[order][1:] != values[order][:-1]
@@ -73,26 +126,30 @@ def same(values: np.ndarray) -> Groups:
 
 
 def look_alikes(bits: np.ndarray, colours: np.ndarray) -> Groups:
-    """Groups of images that look the same: they are linked by pairs that differ in few bits and little in colour.
+    """Group images that look the same; a group is connected by near pairs, so its ends may differ more.
 
     Args:
         bits: uint64 ``[N]``, see :class:`Look`.
-        colours: uint32 ``[N]``, likewise.
+        colours: uint32 ``[N]``.
     """
     order = np.lexsort((colours, bits))
     bits, colours = bits[order], colours[order]
     new = np.ones(len(bits), dtype=bool)
     new[1:] = (bits[1:] != bits[:-1]) | (colours[1:] != colours[:-1])
-    look = np.empty(len(bits), dtype=np.int64)  # of each image, its number among the looks that differ
+    look = np.empty(len(bits), dtype=np.int64)  # number of each image's look among the distinct ones
     look[order] = np.cumsum(new) - 1
     bits, colours = bits[new], colours[new]
-    pairs = [pair for first, width in BANDS for pair in _near(bits, colours, first, width)]
-    return same(_components(len(bits), pairs)[look])
+    pairs = [pair for first, width in BANDS for pair in _near_pairs(bits, colours, first, width)]
+    return equal_groups(_components(len(bits), pairs)[look])
 
 
-def _near(bits: np.ndarray, colours: np.ndarray, first: int, width: int) -> Iterator[np.ndarray]:
-    """Pairs that agree in a band and nearly in the rest: int64 ``[P, 2]`` at a time."""
-    band = (bits >> np.uint64(first)) & np.uint64((1 << width) - 1)
+def _band(bits: np.ndarray, first: int, width: int) -> np.ndarray:
+    return (bits >> np.uint64(first)) & np.uint64((1 << width) - 1)
+
+
+def _near_pairs(bits: np.ndarray, colours: np.ndarray, first: int, width: int) -> Iterator[np.ndarray]:
+    """Yield near pairs that agree in a band, int64 ``[P, 2]`` each time."""
+    band = _band(bits, first, width)
     order = np.lexsort((colours, bits, band))
     band = band[order]
     here = np.arange(len(order))
@@ -102,32 +159,24 @@ def _near(bits: np.ndarray, colours: np.ndarray, first: int, width: int) -> Iter
         if not len(here):
             return
         left, right = order[here], order[here + step]
-        near = looks_near(bits[left], colours[left], bits[right], colours[right])
+        near = _near(bits[left], colours[left], bits[right], colours[right])
         yield np.stack([left[near], right[near]], axis=1)
 
 
-def looks_near(bits: np.ndarray, colours: np.ndarray, other_bits: np.ndarray, other_colours: np.ndarray) -> np.ndarray:
-    """Whether two looks are of one image: bool ``[P]``, of uint64 and uint32 ``[P]`` as in :func:`look_alikes`."""
-    return _few_bits(bits ^ other_bits) & _near_colours(colours, other_colours)
-
-
-def _few_bits(values: np.ndarray) -> np.ndarray:
-    """Whether at most ``NEAR_BITS`` bits are set."""
+def _near(bits: np.ndarray, colours: np.ndarray, other_bits: np.ndarray, other_colours: np.ndarray) -> np.ndarray:
+    """Whether pairs of looks differ in few bits and little in colour, bool ``[P]``."""
+    differing = bits ^ other_bits
     for _ in range(NEAR_BITS):
-        values = values & (values - np.uint64(1))  # without the lowest one; zero stays zero
-    return values == 0
-
-
-def _near_colours(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    near = np.ones(len(left), dtype=bool)
+        differing = differing & (differing - np.uint64(1))  # clears the lowest set bit; zero stays zero
+    near = differing == 0
     for shift in (0, 8, 16):
-        one, other = ((colours >> shift & 0xFF).astype(np.int16) for colours in (left, right))
-        near &= np.abs(one - other) <= NEAR_COLOUR
+        level, other = ((side >> shift & 0xFF).astype(np.int16) for side in (colours, other_colours))
+        near &= np.abs(level - other) <= NEAR_COLOUR
     return near
 
 
 def _components(size: int, pairs: list[np.ndarray]) -> np.ndarray:
-    """The lowest number that each is linked with, over any number of pairs: int64 ``[size]``."""
+    """Lowest number that each is connected with through any chain of pairs, int64 ``[size]``."""
     lowest = np.arange(size)
     left, right = np.concatenate([np.zeros((0, 2), dtype=np.int64), *pairs]).T
     while True:

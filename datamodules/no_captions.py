@@ -1,4 +1,4 @@
-"""Nothing to train on: for ``validate`` runs that are about the callbacks."""
+"""Data module without pairs, for ``validate`` runs that only run callbacks."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,22 +9,22 @@ from torch.utils.data import DataLoader, IterableDataset
 from lit_clip.models.config import Preprocessing
 
 
-class _Nothing(IterableDataset[Any]):
+class _Empty(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         return iter(())
 
 
 class NoCaptions(LightningDataModule):
-    """No pairs: ``lit-clip validate`` then runs the zero-shot callback and nothing else.
+    """No pairs: ``lit-clip validate`` then only runs the zero-shot callback.
 
     Args:
-        preprocessing: not used; every data module is told the model's.
-        tokenize: not used, likewise.
+        preprocessing: not used; the command line gives the model's to every data module.
+        tokenize: not used either.
     """
 
     def __init__(self, preprocessing: Preprocessing | None = None, tokenize: Any = None) -> None:
         super().__init__()
 
     def val_dataloader(self) -> DataLoader[Any]:
-        # Iterable: its length is unknown, so Lightning runs an (empty) epoch with all its hooks instead of skipping it.
-        return DataLoader(_Nothing())
+        # Iterable: without a known length Lightning runs an empty epoch with all its hooks instead of skipping it.
+        return DataLoader(_Empty())

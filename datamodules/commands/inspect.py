@@ -66,7 +66,7 @@ def inspect(
     require(page.absolute().parent.is_dir(), f"--output {output}: there is no such folder")
     tokenizer = _tokenizer(model, context_length)
     options = {"root": root, "image_column": image_column, "caption_column": caption_column, "split": split}
-    source = open_source(data, **options, typed="--", on_error="skip")
+    source = open_source(data, **options, option_prefix="--", on_error="skip")
     source.prepare()
     every = page.with_suffix(".problems.jsonl")
     with tempfile.TemporaryFile("w+", encoding="utf-8") as problems:

@@ -91,7 +91,7 @@ def overlap(
         check_prompts(opened)
     require(bool(train), "--train: name a table, a folder or shards")
     columns = {"root": root, "image_column": image_column, "caption_column": caption_column, "split": split}
-    source = open_source(train, **columns, typed="--", on_error="skip")
+    source = open_source(train, **columns, option_prefix="--", on_error="skip")
     source.prepare()
     clip = load_model(model).to(torch.accelerator.current_accelerator() or torch.device("cpu"))
     cache = _Cache(path, fingerprint(clip).model)

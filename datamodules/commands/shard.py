@@ -1,13 +1,13 @@
-"""``lit-clip shard``: any source of pairs as tar shards in img2dataset's layout, with their indexes."""
+"""``lit-clip shard``: write any source of pairs as indexed tar shards in img2dataset's layout."""
 
 from pathlib import Path
 
-from datamodules.loading.bad_samples import OnError
 from datamodules.open_source import open_source
 from datamodules.pairs.source import PairSource
-from datamodules.shards.writing import PLAN, ShardPlan, _keep_plan, _plan, _write_all
+from datamodules.shards.writing import MANIFEST, ShardWriter, keep_manifest, manifest_of, write_shards
 from lit_clip.errors import InputError, require
 from lit_clip.tools.console import stderr
+from lit_clip.tools.images import OnError
 
 
 def shard(
@@ -23,22 +23,22 @@ def shard(
     split: str | None = None,
     on_error: OnError = "error",
 ) -> None:
-    """Write pairs as tar shards, as img2dataset does, with an index of each.
+    """Write pairs as tar shards in img2dataset's layout, with an index of each.
 
-    Images are copied byte for byte, after they have been decoded once to see that they can be. A shard gets its name
-    when it is whole; the same command given again keeps those and writes the others.
+    Images are copied byte for byte, after a check that they can be decoded. A shard gets its name when it is complete;
+    the same command run again keeps the complete shards and writes the others.
 
     Args:
-        data: a table, a folder of images with captions beside them, or whatever else training takes.
-        output: a folder, for nothing else.
-        shard_size: pairs of a shard.
+        data: a table, a folder of images with captions beside them, or anything else that training accepts.
+        output: an empty folder, or one that the same command began to fill.
+        shard_size: pairs in a shard.
         workers: processes.
-        root: where relative image paths start.
-        image_column: of a table; found out if not given.
-        caption_column: likewise.
-        group_column: of a table; kept in the shards' .json as group.
+        root: folder that relative image paths start from.
+        image_column: of a table; detected automatically if not given.
+        caption_column: of a table; detected automatically if not given.
+        group_column: of a table; written to the shards' .json as group.
         split: of data that come in splits.
-        on_error: what a pair that cannot be read does; skip lists it beside its shard, in a .skipped.jsonl.
+        on_error: for pairs that cannot be read; skip lists them beside their shard in a .skipped.jsonl.
     """
     from filelock import FileLock, Timeout
 
@@ -51,23 +51,23 @@ def shard(
         "split": split,
     }
     folder = Path(output)
-    require(not folder.exists() or folder.is_dir(), f"{folder}: there is a file of that name; give a folder")
-    source = open_source(data, **options, typed="--", on_error=on_error)
+    require(not folder.exists() or folder.is_dir(), f"{folder}: is a file; give a folder")
+    source = open_source(data, **options, option_prefix="--", on_error=on_error)
     source.prepare()
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0):
-            _keep_plan(folder / PLAN, _plan(data, source, shard_size, options))
-            counts = _write_all(ShardPlan(source, folder, shard_size, on_error), workers)
+            keep_manifest(folder / MANIFEST, manifest_of(data, source, shard_size, options))
+            counts = write_shards(ShardWriter(source, folder, shard_size, on_error), workers)
     except Timeout as error:
-        raise InputError(f"{folder}: another lit-clip shard is writing there") from error
+        raise InputError(f"{folder}: another lit-clip shard is writing there; wait for it or stop it") from error
     _report(source, folder, counts)
 
 
 def _report(source: PairSource, folder: Path, counts: list[tuple[int, int]]) -> None:
     pairs, skipped = (sum(column) for column in zip(*counts, strict=True))
     if not pairs:
-        raise InputError(f"{folder}: none of {skipped} pairs could be read; {folder}/*.skipped.jsonl say why")
+        raise InputError(f"{folder}: none of {skipped} pairs could be read; see {folder}/*.skipped.jsonl")
     note = f", {skipped} skipped ({folder}/*.skipped.jsonl)" if skipped else ""
     left_out = f", left out: {source.left_out}" if str(source.left_out) else ""
     stderr().print(f"{folder}: {pairs} pairs in {len(counts)} shards{note}{left_out}", markup=False)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from datamodules.inspection.scan import ANIMATED, PLAIN, TURNED, ScanFindings, formats
 from datamodules.loading.sampling import EvaluationBatchSampler, GlobalBatchSampler
-from datamodules.near_duplicates import Groups, look_alikes, same
+from datamodules.near_duplicates import Groups, equal_groups, look_alikes
 from datamodules.pairs.source import LeftOut
 from lit_clip.errors import InputError
 
@@ -56,12 +56,12 @@ class Repeats(NamedTuple):
 def find_repeats(findings: ScanFindings) -> Repeats:
     """Compare all images and all captions by their hashes."""
     images, rows = findings.images, findings.distinct
-    files = _of_rows(same(images["file"][rows]), rows)
+    files = _of_rows(equal_groups(images["file"][rows]), rows)
     each = rows[np.sort(np.unique(images["file"][rows], return_index=True)[1])]
     each = each[images["state"][each] & PLAIN == 0]
     looks = _of_rows(look_alikes(images["bits"][each], images["colour"][each]), each)
     pairs = images["file"][findings.caption_rows] ^ (findings.captions * np.uint64(0x9E3779B97F4A7C15))
-    return Repeats(files, looks, same(findings.captions), len(pairs) - len(np.unique(pairs)))
+    return Repeats(files, looks, equal_groups(findings.captions), len(pairs) - len(np.unique(pairs)))
 
 
 def _of_rows(groups: Groups, rows: np.ndarray) -> Groups:

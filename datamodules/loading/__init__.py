@@ -1,1 +1,1 @@
-"""From samples to batches: sampling, decoding and augmentation, bad samples, the cache."""
+"""From samples to batches: sampling, decoding, augmentation, bad samples, and the cache folder."""

@@ -1,13 +1,10 @@
-"""Samples that cannot be used: one error that names them, and the alternative of leaving them out, counted."""
+"""Samples that cannot be used: skipped and counted instead of an error, and the check of captions."""
 
 from typing import Any, NamedTuple, TypeVar
 
 from torch.utils.data import Dataset
 
 from lit_clip.errors import BadSample
-from lit_clip.tools.images import OnError
-
-__all__ = ["BLANK", "BadSample", "OnError", "Skipped", "SkippingDataset", "check_caption", "split_skipped"]
 
 BLANK = frozenset({"", "nan", "none", "null", "n/a", "<na>"})  # what spreadsheets and pandas write for "no caption"
 
@@ -22,7 +19,7 @@ class Skipped(NamedTuple):
 
 
 class SkippingDataset(Dataset[Any]):
-    """A dataset whose bad samples are :class:`Skipped` instead of an error; none is replaced by its neighbour."""
+    """Dataset that returns :class:`Skipped` for a bad sample; never a neighbour in its place."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -38,23 +35,23 @@ class SkippingDataset(Dataset[Any]):
 
 
 def split_skipped(items: list[Item | Skipped]) -> tuple[list[Item], list[tuple[str, str]]]:
-    """What a batch is made of, and (where, reason) of each sample that is not in it."""
+    """Separate the usable items from the (where, reason) of each skipped one."""
     skipped = [(item.where, item.reason) for item in items if isinstance(item, Skipped)]
     return [item for item in items if not isinstance(item, Skipped)], skipped
 
 
 def check_caption(caption: object, where: str) -> str:
-    """The caption.
+    """Return the caption unchanged.
 
     Raises:
-        BadSample: it is missing, blank, a "nan" or "null" as spreadsheets write it, or no text.
+        BadSample: it is missing, blank, a spreadsheet's "nan" or "null", or not text.
     """
     if caption is None or caption != caption or str(caption).strip().lower() in BLANK:  # NaN differs from itself
         raise BadSample(where, "no caption", "no caption; write one or remove it")
     if not isinstance(caption, str):
-        raise BadSample(where, "caption is no text", f"the caption is not text: {str(caption)[:60]!r}")
+        raise BadSample(where, "caption is not text", f"the caption is not text: {str(caption)[:60]!r}")
     try:
         caption.encode()
     except UnicodeEncodeError:
-        raise BadSample(where, "caption is no text", "the caption is not UTF-8 text; fix or remove it") from None
+        raise BadSample(where, "caption is not text", "the caption is not UTF-8 text; fix or remove it") from None
     return caption

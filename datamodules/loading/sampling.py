@@ -1,4 +1,4 @@
-"""Which samples make up which batch: exact for any number of ranks and workers."""
+"""Samplers: which samples make up which batch, exact for any number of ranks and workers."""
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -10,21 +10,21 @@ from lit_clip.errors import InputError
 
 
 class TrainingSample(NamedTuple):
-    """What a training dataset is asked for: its randomness is a function of the epoch and the sample alone."""
+    """Index of a training dataset; the epoch is part of it because it seeds the augmentation."""
 
     epoch: int
     row: int
 
 
 class Position(NamedTuple):
-    """Where training is in the data: ``batch`` batches of epoch ``epoch`` are done."""
+    """Position of training in the data: ``batch`` batches of epoch ``epoch`` are done."""
 
     epoch: int = 0
     batch: int = 0
 
 
 def permutation(size: int, epoch: int, seed: int) -> np.ndarray:
-    """All rows in an order of that epoch's own, int32 where it fits."""
+    """Return all rows, shuffled by (seed, epoch), int32 where it fits."""
     rows = np.arange(size, dtype=np.int32 if size < 2**31 else np.int64)
     np.random.default_rng((seed, epoch)).shuffle(rows)
     return rows
@@ -33,20 +33,20 @@ def permutation(size: int, epoch: int, seed: int) -> np.ndarray:
 class GlobalBatchSampler(Sampler[list[TrainingSample]]):
     """Seeded permutations cut into batches that are the same for any number of ranks.
 
-    Step k of an epoch is one global batch, a slice of that epoch's permutation; a rank takes every ``world``-th sample
-    of it. The incomplete global batch at the end of an epoch is left out; the next permutation leaves out others.
+    Step k of an epoch is one global batch, a slice of the epoch's permutation; each rank takes every ``world``-th
+    sample of it. The incomplete global batch at the end is dropped; the next epoch drops other samples.
 
     Args:
         size: number of samples.
-        batch_size: samples a step on each rank.
-        rank: this process.
+        batch_size: samples per step on each rank.
+        rank: of this process.
         world: number of processes.
         seed: of the permutations.
         order: epoch -> all rows in that epoch's order, int ``[size]``; None: :func:`permutation`.
-        start: where to begin, of a run that goes on.
+        start: position to resume from.
 
     Attributes:
-        reshuffle: whether each epoch has a permutation of its own.
+        reshuffle: whether each epoch has its own permutation.
 
     Raises:
         InputError: fewer samples than one global batch.
@@ -70,7 +70,7 @@ class GlobalBatchSampler(Sampler[list[TrainingSample]]):
             )
         self.size, self.batch_size, self.rank, self.world, self.seed = size, batch_size, rank, world, seed
         self.order = order or (lambda epoch: permutation(size, epoch, seed))
-        # Data workers ask for the first batches before Lightning has told the epoch.
+        # Data workers fetch the first batches before Lightning calls set_epoch.
         self.epoch, self.start = start.epoch, start
         self.reshuffle = True
         self.sampler = self  # Lightning calls set_epoch on a loader's batch_sampler.sampler, not on its batch_sampler
@@ -93,7 +93,7 @@ class GlobalBatchSampler(Sampler[list[TrainingSample]]):
 
 
 class StridedSampler(Sampler[int]):
-    """Every ``world``-th sample from ``rank`` on: over all ranks each sample exactly once, none repeated as padding."""
+    """Every ``world``-th sample from ``rank`` on: over all ranks each sample exactly once, without padding."""
 
     def __init__(self, size: int, rank: int, world: int) -> None:
         self.indices = range(rank, size, world)
@@ -106,29 +106,29 @@ class StridedSampler(Sampler[int]):
 
 
 class EvaluationBatchSampler(Sampler[list[int]]):
-    """The samples of :class:`StridedSampler` in batches, of which each rank has as many as any other, if it can.
+    """The samples of :class:`StridedSampler` in batches, the same number on every rank where possible.
 
-    Strategies that divide the weights over ranks need every rank's help in every batch, so a rank that would have fewer
-    makes its own smaller; one with too few samples for that has fewer batches. One without any announces a batch that
-    never comes: Lightning would leave out its epoch, and the others would wait for it for ever.
+    Strategies that shard the weights need every rank in every batch, so a rank that would have fewer batches makes them
+    smaller; a rank with too few samples for that has fewer. A rank without samples still reports length 1: Lightning
+    would skip its epoch, and the other ranks would wait for ever.
 
     Args:
         size: number of samples.
-        batch_size: at most how many at once.
-        rank: this process.
+        batch_size: largest batch.
+        rank: of this process.
         world: number of processes.
     """
 
     def __init__(self, size: int, batch_size: int, rank: int, world: int) -> None:
         indices = range(rank, size, world)
-        count = -(-len(range(0, size, world)) // batch_size)  # of the first rank, which has the most samples
+        count = -(-len(range(0, size, world)) // batch_size)  # batches of rank 0, which has the most samples
         whole = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
         even = [indices[len(indices) * i // count : len(indices) * (i + 1) // count] for i in range(count)]
         self.batches = [list(batch) for batch in (whole if len(whole) == count else even) if batch]
-        self._announced = max(len(self.batches), min(size, 1))
+        self._length = max(len(self.batches), min(size, 1))
 
     def __len__(self) -> int:
-        return self._announced
+        return self._length
 
     def __iter__(self) -> Iterator[list[int]]:
         return iter(self.batches)

@@ -21,8 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from datamodules.loading.images import open_image
-from datamodules.look_index import LookIndex, Looks
-from datamodules.near_duplicates import Look, look_of
+from datamodules.near_duplicates import Look, LookIndex, Looks, look_of
 from datamodules.pairs.source import LISTED, PairSource
 from lit_clip.errors import BadSample, InputError, require
 from lit_clip.evaluation.data import ImageSet

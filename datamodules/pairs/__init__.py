@@ -1,1 +1,1 @@
-"""Sources of (image, caption) pairs with random access: tables, parquet, saved data sets, COCO's JSON, folders."""
+"""Sources of (image, caption) pairs with random access: tables, parquet, saved data sets, COCO's JSON and folders."""

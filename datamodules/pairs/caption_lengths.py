@@ -1,4 +1,4 @@
-"""What a model's context length does to captions."""
+"""Caption lengths in tokens against the model's context length."""
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -8,16 +8,16 @@ from lit_clip.errors import BadSample, InputError
 from lit_clip.models.tokenizer import TextTokenizer
 
 LongCaptions = Literal["truncate", "error"]
-SAMPLED = 2000  # captions cost some 50 microseconds each
+SAMPLED = 2000  # captions take about 50 microseconds each
 
 
 class CaptionStatistics(NamedTuple):
-    """How long captions are for a tokenizer.
+    """Lengths of captions in a tokenizer's tokens.
 
     Attributes:
-        captions: number looked at.
-        truncated: share of them that are cut, from 0 to 1.
-        tokens_lost: mean number of tokens that those lose; 0 if none is cut.
+        captions: number measured.
+        truncated: share of them that is truncated, from 0 to 1.
+        tokens_lost: mean number of tokens that the truncated ones lose; 0 if there are none.
         longest: tokens of the longest, start and end included.
     """
 
@@ -28,12 +28,12 @@ class CaptionStatistics(NamedTuple):
 
 
 def caption_statistics(source: PairSource, tokenizer: TextTokenizer, sample: int | None = SAMPLED) -> CaptionStatistics:
-    """Lengths of a source's captions; what cannot be read is passed over.
+    """Measure a source's captions; unreadable ones are skipped.
 
     Args:
-        source: of the captions; sources that have them apart from the images read no image.
+        source: of the captions; its images are not read where it can read captions alone.
         tokenizer: the model's.
-        sample: look at all captions of so many rows, evenly spread; None: of all rows.
+        sample: number of evenly spread rows to measure, about; None: all.
     """
     step = 1 if sample is None else max(1, -(-len(source) // sample))
     counts = []
@@ -49,7 +49,7 @@ def caption_statistics(source: PairSource, tokenizer: TextTokenizer, sample: int
 
 
 def refuse_long(captions: Sequence[str], keys: Sequence[str], tokenizer: TextTokenizer) -> None:
-    """Raise :class:`InputError` for the first caption that the tokenizer would cut, naming its image."""
+    """Raise :class:`InputError` for the first caption that the tokenizer would truncate, naming its image."""
     for caption, key in zip(captions, keys, strict=True):
         count = tokenizer.count(caption)
         if count > tokenizer.context_length:

@@ -1,4 +1,4 @@
-"""Captions in one JSON file: COCO's, Karpathy's splits of COCO and Flickr, or an array of objects."""
+"""Captions in a JSON file: COCO's, Karpathy's splits of COCO and Flickr, or an array of objects."""
 
 import json
 from collections.abc import Iterator
@@ -7,19 +7,25 @@ from typing import Any
 
 import pyarrow as pa
 
-from datamodules.pairs.columns import TablePairs, is_blank
-from datamodules.pairs.source import NO_CAPTION, LeftOut, PairSource, SourceOptions, find_split
-from datamodules.pairs.text_table import SCHEMA_OF_LISTS, open_records, open_table
-from lit_clip.errors import BadSample, InputError
-
-Row = tuple[str, list[Any], int]  # image, captions, number
+from datamodules.pairs.columns import TablePairs
+from datamodules.pairs.source import NO_CAPTION, PairSource, SourceOptions, find_split
+from datamodules.pairs.text_table import (
+    SCHEMA_OF_LISTS,
+    Problems,
+    RawRow,
+    open_records,
+    open_table,
+    record_batches,
+    usable_rows,
+)
+from lit_clip.errors import InputError
 
 
 def open_json(path: Path, options: SourceOptions) -> PairSource:
-    """The pairs of a ``.json`` file, which may be any of this module's kinds, or an object a line.
+    """Open a ``.json`` file of any of this module's formats, or with an object per line.
 
     Raises:
-        InputError: none of those, or damaged, or no image with a caption.
+        InputError: another format, a damaged file, or no image with a caption.
     """
     if _is_lines(path):
         return open_table(path, options)
@@ -30,16 +36,18 @@ def open_json(path: Path, options: SourceOptions) -> PairSource:
     if not isinstance(images, list) or not all(isinstance(image, dict) for image in images):
         found = ", ".join(list(values)[:8]) if isinstance(values, dict) else ""
         raise InputError(
-            f'{path}: no list "images" in it, found {found or "nothing"}; COCO\'s captions, '
-            "Karpathy's splits, an array of objects with an image and a caption, or one such object a line are read"
+            f"{path}: no list \"images\", found {found or 'nothing'}; it must be COCO's captions, Karpathy's splits, "
+            "an array of objects with an image and a caption, or one such object per line"
         )
-    options.no_columns(path)
+    options.refuse_columns(path)
     if isinstance(values.get("annotations"), list):
-        options.no_split(path)
+        options.refuse_split(path)
         return _pairs(path, _coco(path, images, values["annotations"]), options, "image id")
     if any("sentences" in image for image in images[:1]):
         return _pairs(path, _karpathy(path, images, options), options, "image number")
-    raise InputError(f'{path}: neither "annotations" with captions beside its "images", nor "sentences" in those')
+    raise InputError(
+        f'{path}: "images" without captions; they must be in "annotations" or in each image\'s "sentences"'
+    )
 
 
 def _load(path: Path) -> Any:
@@ -49,11 +57,11 @@ def _load(path: Path) -> Any:
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON ({error})") from error
+        raise InputError(f"{path}: not JSON ({error}); fix the file") from error
 
 
 def _is_lines(path: Path) -> bool:
-    """Whether the first line is an object of its own and not COCO's."""
+    """Whether the first line is a complete object, and not COCO's."""
     with path.open(encoding="utf-8-sig", errors="replace") as file:
         first = next((line for line in file if line.strip()), "")
     if not first.lstrip().startswith("{"):
@@ -64,60 +72,52 @@ def _is_lines(path: Path) -> bool:
         return False
 
 
-def _coco(path: Path, images: list[dict[str, Any]], annotations: list[Any]) -> Iterator[Row]:
+def _coco(path: Path, images: list[dict[str, Any]], annotations: list[Any]) -> Iterator[RawRow]:
     captions: dict[Any, list[Any]] = {}
     for number, annotation in enumerate(annotations):
         if not isinstance(annotation, dict) or "image_id" not in annotation:
-            raise InputError(f"{path}: annotation {number} has no image_id")
+            raise InputError(f"{path}: annotation {number} has no image_id; fix the file")
         if "caption" not in annotation:
-            raise InputError(f"{path}: annotation {number} has no caption; is it COCO's file of instances?")
+            raise InputError(f"{path}: annotation {number} has no caption; give captions_*.json, not instances_*.json")
         captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
     for number, image in enumerate(images):
         if not isinstance(image.get("file_name"), str) or not isinstance(image.get("id"), int):
-            raise InputError(f"{path}: image {number} has no file_name, or no number as its id")
-        yield image["file_name"], captions.get(image["id"], []), image["id"]
+            raise InputError(f"{path}: image {number} needs a file_name and an integer id")
+        yield RawRow(image["id"], image["file_name"], captions.get(image["id"], []))
 
 
-def _karpathy(path: Path, images: list[dict[str, Any]], options: SourceOptions) -> Iterator[Row]:
-    """Of the wanted split; ``train`` is COCO's ``train`` and ``restval`` together, as everybody trains on both."""
+def _karpathy(path: Path, images: list[dict[str, Any]], options: SourceOptions) -> Iterator[RawRow]:
+    """Yield the wanted split; ``train`` includes ``restval``, which is commonly trained on too."""
     splits = list(dict.fromkeys(str(image.get("split")) for image in images))
     wanted = find_split(path, splits, options)
-    taken = {"train", "restval"} if wanted == "train" else {wanted}
+    included = {"train", "restval"} if wanted == "train" else {wanted}
     for number, image in enumerate(images):
-        if str(image.get("split")) not in taken:
+        if str(image.get("split")) not in included:
             continue
         sentences = image.get("sentences")
         if not isinstance(image.get("filename"), str) or not isinstance(sentences, list):
-            raise InputError(f"{path}: image {number} has no filename, or no list of sentences")
+            raise InputError(f"{path}: image {number} needs a filename and a list of sentences")
         folder = image.get("filepath")
         name = f"{folder}/{image['filename']}" if folder else image["filename"]
-        yield name, [sentence.get("raw") if isinstance(sentence, dict) else None for sentence in sentences], number
+        captions = [sentence.get("raw") if isinstance(sentence, dict) else None for sentence in sentences]
+        yield RawRow(number, name, captions)
 
 
-def _pairs(path: Path, rows: Iterator[Row], options: SourceOptions, label: str) -> TablePairs:
-    left_out, table = LeftOut(), []
-    for image, captions, number in rows:
-        where = f"{path} {label} {number}"
-        usable = [caption for caption in captions if not is_blank(caption)]
-        if wrong := [caption for caption in usable if not isinstance(caption, str)]:
-            if options.on_error == "error":
-                raise BadSample(where, "caption is no text", f"the caption is not text: {wrong[0]!r}")
-            left_out.add(where, "caption is no text")
-        elif usable:
-            table.append({"image": image, "caption": usable, "group": "", "number": number})
-        else:
-            left_out.add(where, NO_CAPTION)
-    if not table:
-        raise InputError(f"{path}: no image with a caption ({left_out.counts[NO_CAPTION]} without)")
-    root = Path(options.root).expanduser() if options.root else _find_root(path, table[0]["image"])
-    return TablePairs(pa.Table.from_pylist(table, SCHEMA_OF_LISTS), path, root, label, left_out=left_out)
+def _pairs(path: Path, rows: Iterator[RawRow], options: SourceOptions, label: str) -> TablePairs:
+    problems = Problems(path, options.on_error == "skip", label)
+    batches = record_batches(usable_rows(rows, problems), SCHEMA_OF_LISTS)
+    table, left_out = pa.Table.from_batches(batches, SCHEMA_OF_LISTS), problems.left_out
+    if not table.num_rows:
+        raise InputError(f"{path}: no image with a caption ({left_out.counts[NO_CAPTION]} without); add captions")
+    root = Path(options.root).expanduser() if options.root else _find_root(path, table["image"][0].as_py())
+    return TablePairs(table, path, root, label, left_out=left_out)
 
 
 def _find_root(path: Path, image: str) -> Path:
-    """The folder of the images: beside the file, or where COCO's archives put it.
+    """Find the folder of the images: beside the file, or where COCO's archives put it.
 
     Raises:
-        InputError: the first image is in none of those.
+        InputError: the first image is in none of these folders.
     """
     above = path.parent.parent
     named = path.stem.removeprefix("captions_")  # captions_train2017.json

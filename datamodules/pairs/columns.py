@@ -1,4 +1,4 @@
-"""Pairs in columns of Arrow: no Python object a row, and none of a memory-mapped file in a process's own memory."""
+"""Pairs in Arrow columns: no Python object per row, and memory-mapped files stay outside a process's own memory."""
 
 import io
 import random
@@ -26,27 +26,27 @@ from datamodules.pairs.source import (
 )
 from lit_clip.errors import BadSample, InputError
 
-compute: Any = pyarrow.compute  # its functions are made at run time
+compute: Any = pyarrow.compute  # its functions are defined at run time
 
 IMAGE_COLUMNS = (
     *("image", "image_path", "filepath", "file_path", "path", "filename", "file_name", "file", "img"),
-    *("jpg", "jpeg", "png", "webp"),  # images themselves in a parquet file
+    *("jpg", "jpeg", "png", "webp"),  # encoded images in a parquet file
 )
 CAPTION_COLUMNS = ("caption", "captions", "text", "title", "description", "sentence", "sentences")
 
-_SPACE = r"[\t-\r\x1c-\x1f\x{85}\p{Z}]*"  # what str.strip takes off
+_SPACE = r"[\t-\r\x1c-\x1f\x{85}\p{Z}]*"  # what str.strip removes
 _BLANK = f"^{_SPACE}(?:{'|'.join(map(re.escape, sorted(BLANK)))}){_SPACE}$"
-_MAY_BE_BLANK = np.zeros(256, dtype=bool)  # by a text's first byte: white space (also of several bytes), or a letter
+_MAY_BE_BLANK = np.zeros(256, dtype=bool)  # by first byte: of white space, or of a blank word
 _MAY_BE_BLANK[[*range(9, 14), *range(0x1C, 0x21), 0xC2, 0xE1, 0xE2, 0xE3, *b"nN<"]] = True
 
 
 def is_blank(caption: Any) -> bool:
-    """Whether a cell says that there is no caption."""
+    """Whether a cell means "no caption"."""
     return caption is None or (isinstance(caption, str | float) and str(caption).strip().lower() in BLANK)
 
 
 def blank_mask(captions: pa.Array) -> np.ndarray:
-    """:func:`is_blank` of every text of a column, or of every row whose list holds no other: bool ``[N]``."""
+    """Return :func:`is_blank` of each text, or for lists whether all their texts are blank: bool ``[N]``."""
     if pa.types.is_dictionary(captions.type):
         captions = captions.dictionary_decode()
     if _is_list(captions.type):
@@ -65,7 +65,7 @@ def blank_mask(captions: pa.Array) -> np.ndarray:
 
 
 def _may_be_blank(texts: pa.Array) -> np.ndarray:
-    """A cheap look at lengths and first bytes that leaves the regular expression few texts: bool ``[N]``."""
+    """Preselect by length and first byte, so that the regular expression runs on few texts: bool ``[N]``."""
     wide = pa.types.is_large_string(texts.type) or pa.types.is_large_binary(texts.type)
     _, offsets, data = texts.buffers()
     if data is None or offsets is None or not data.size:
@@ -93,68 +93,69 @@ def _is_bytes(kind: pa.DataType) -> bool:
 
 
 def is_encoded(kind: pa.DataType) -> bool:
-    """Whether a column holds images themselves: bytes, or Hugging Face's struct of bytes and path."""
+    """Whether a column holds encoded images: bytes, or Hugging Face's struct of bytes and path."""
     return _is_bytes(kind) or (pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
 
 
 class Columns(NamedTuple):
-    """The columns of a table that are read."""
+    """Names of the columns that are read."""
 
     image: str
     caption: str
     group: str | None = None
 
     def names(self) -> list[str]:
-        """All of them, each once."""
+        """Return the columns, each once."""
         return list(dict.fromkeys(name for name in self if name is not None))
 
 
-def find_column(path: object, found: list[str], wanted: str | None, usual: tuple[str, ...], argument: str) -> str:
-    """One column of a table that has the columns ``found``.
+def find_column(path: object, found: list[str], wanted: str | None, usual: tuple[str, ...], option: str) -> str:
+    """Choose one of a table's columns.
 
     Args:
-        path: named in errors.
-        found: names.
-        wanted: what the user said; None: the first of ``usual`` that is there, in whatever case.
+        path: of the table, for messages.
+        found: names of its columns.
+        wanted: name set by the user; None: the first of ``usual`` that is found, ignoring case.
         usual: names to look for.
-        argument: by which the user says so, as an option if it is typed.
+        option: by which the user sets ``wanted``, for messages.
 
     Raises:
-        InputError: it is not there.
+        InputError: there is no such column.
     """
     if wanted is not None:
         if wanted in found:
             return wanted
-        raise InputError(f"{path}: no column {wanted!r}; its columns are {', '.join(found)}; set {argument}")
+        raise InputError(f"{path}: no column {wanted!r}; its columns are {', '.join(found)}; set {option}")
     lowered = {column.lower(): column for column in reversed(found)}
     for name in usual:
         if name in lowered:
             return lowered[name]
-    is_image = argument.endswith("image_column")
+    is_image = option.endswith("image_column")
     likely = shlex.quote(found[0 if is_image else -1]) if found else "NAME"
-    hint = f"give {argument} {likely}, say" if argument.startswith("--") else f"set {argument}"
+    hint = f"for example, set {option} {likely}" if option.startswith("--") else f"set {option}"
     if is_image and "url" in lowered:
-        hint = "img2dataset, say, downloads the images of such a table"
+        hint = "download the images first, for example with img2dataset"
     raise InputError(f"{path}: none of its columns ({', '.join(found)}) is called {' or '.join(usual[:3])}; {hint}")
 
 
 def find_columns(path: object, found: list[str], options: SourceOptions) -> Columns:
-    """Those of the image, the caption and the group of a table that has the columns ``found``.
+    """Choose the image, caption and group columns among the columns ``found``.
 
     Raises:
-        InputError: one that is named is not there, or none has a usual name.
+        InputError: a column that is set does not exist, or none has a usual name.
     """
-    image = find_column(path, found, options.image_column, IMAGE_COLUMNS, f"{options.typed}image_column")
-    caption = find_column(path, found, options.caption_column, CAPTION_COLUMNS, f"{options.typed}caption_column")
+    prefix = options.option_prefix
+    image = find_column(path, found, options.image_column, IMAGE_COLUMNS, f"{prefix}image_column")
+    caption = find_column(path, found, options.caption_column, CAPTION_COLUMNS, f"{prefix}caption_column")
     if image == caption:
         raise InputError(f"{path}: column {image!r} cannot be both the image and the caption")
     if options.group_column is not None:
-        find_column(path, found, options.group_column, (), f"{options.typed}group_column")
+        find_column(path, found, options.group_column, (), f"{prefix}group_column")
     return Columns(image, caption, options.group_column)
 
 
 def check_types(path: object, schema: pa.Schema, columns: Columns) -> None:
-    """Raise :class:`InputError` unless images are paths or images, and captions are texts or lists of texts."""
+    """Raise :class:`InputError` unless images are paths or encoded images, and captions texts or lists of texts."""
     image, caption = schema.field(columns.image).type, schema.field(columns.caption).type
     if not (_is_text(image) or is_encoded(image)):
         raise InputError(f"{path}: column {columns.image!r} holds {image}, neither paths nor images; set image_column")
@@ -165,20 +166,20 @@ def check_types(path: object, schema: pa.Schema, columns: Columns) -> None:
 
 
 def group_name(value: Any) -> str:
-    """What a cell calls a row's group; numbers are names too."""
+    """Return the group that a cell names, empty for none; numbers are names too."""
     name = "" if value is None else str(value).strip()
     return "" if name.lower() in BLANK else name
 
 
 class Cells(NamedTuple):
-    """What a row says: the image as a path or as bytes (or Hugging Face's struct of both), captions, and its names.
+    """Cells of a row.
 
     Attributes:
-        image: of the image column.
-        caption: of the caption column: a text or a list of texts.
-        group: as :func:`group_name` makes it.
-        where: how the user knows the row.
-        key: of an image that is no file of its own.
+        image: a path, bytes, or Hugging Face's struct of both.
+        caption: a text or a list of texts.
+        group: see :func:`group_name`.
+        where: name of the row in messages.
+        key: of an image that is not a file of its own.
     """
 
     image: Any
@@ -189,11 +190,11 @@ class Cells(NamedTuple):
 
 
 class ColumnPairs(PairSource):
-    """Pairs of which columns hold the paths of images, or the images, and the captions.
+    """Pairs in columns of captions and of image paths or encoded images.
 
     Args:
-        path: named in errors.
-        root: where relative image paths start.
+        path: of the source, for messages.
+        root: folder that relative image paths start from.
     """
 
     def __init__(self, path: Path, root: Path) -> None:
@@ -202,10 +203,10 @@ class ColumnPairs(PairSource):
 
     @abstractmethod
     def cells(self, index: int) -> Cells:
-        """What row ``index`` of the usable ones says.
+        """Return the cells of a usable row.
 
         Raises:
-            BadSample: it is no text.
+            BadSample: they cannot be read.
         """
 
     @property
@@ -213,7 +214,7 @@ class ColumnPairs(PairSource):
         return self._left_out
 
     def image_paths(self) -> pa.ChunkedArray | None:
-        """The paths of all images as written, in order; None: the images are in the table."""
+        """Paths of all images as written, in order; None: the images are in the table."""
         return None
 
     def load(self, index: int, rng: random.Random | None) -> Pair:
@@ -238,19 +239,19 @@ class ColumnPairs(PairSource):
         return _captions(self.cells(index))
 
     def _image(self, cells: Cells) -> tuple[Path | io.BytesIO, str]:
-        """Where the image of a row is, and its key."""
+        """Return a row's image file and its key."""
         value = cells.image
         if isinstance(value, dict):
             value = value["bytes"] if value["bytes"] is not None else value.get("path")
         if isinstance(value, bytes):
             return io.BytesIO(value), cells.key
         if not isinstance(value, str) or not value.strip():
-            raise BadSample(cells.where, "missing image", "no image; name one or remove the row")
+            raise BadSample(cells.where, "missing image", "no image; add a path or remove the row")
         return self.root / value.strip(), value.strip()
 
     def check(self) -> None:
-        some = (self.cells(index) for index in range(0, len(self), max(1, len(self) // CHECKED)))
-        files = [(self._image(cells)[0], cells.where) for cells in some if not isinstance(cells.image, bytes | dict)]
+        sample = (self.cells(index) for index in range(0, len(self), max(1, len(self) // CHECKED)))
+        files = [(self._image(cells)[0], cells.where) for cells in sample if not isinstance(cells.image, bytes | dict)]
         check_images([(source, where) for source, where in files if isinstance(source, Path)])
 
     def divide(self, share: float, seed: int) -> tuple[PairSource, PairSource]:
@@ -259,16 +260,16 @@ class ColumnPairs(PairSource):
             return divide_rows(self, share, seed)
         images = compute.unique(paths)
         if len(images) < 2:
-            raise InputError(f"{self.path}: one image cannot be divided; give data.init_args.val")
+            raise InputError(f"{self.path}: one image cannot be divided; set data.init_args.val")
         images = images.take(compute.sort_indices(images))
         chosen = random.Random(seed).sample(range(len(images)), max(1, int(share * len(images))))
-        kept = compute.is_in(paths, value_set=images.take(pa.array(chosen)))
-        held_out = kept.to_numpy(zero_copy_only=False).astype(bool)
+        is_held_out = compute.is_in(paths, value_set=images.take(pa.array(chosen)))
+        held_out = is_held_out.to_numpy(zero_copy_only=False).astype(bool)
         return Rows(self, np.flatnonzero(~held_out)), Rows(self, np.flatnonzero(held_out))
 
 
 def _captions(cells: Cells) -> list[str]:
-    """All captions of a row that are not blank."""
+    """Return the captions of a row that are not blank."""
     values = cells.caption if isinstance(cells.caption, list) else [cells.caption]
     texts = [_decoded(value, cells.where) for value in values]
     captions = [check_caption(text, cells.where) for text in texts if not is_blank(text)]
@@ -278,25 +279,25 @@ def _captions(cells: Cells) -> list[str]:
 
 
 def _decoded(value: Any, where: str) -> Any:
-    """A value of a column of bytes as text, any other as it is."""
+    """Decode bytes; any other value is returned unchanged."""
     if not isinstance(value, bytes):
         return value
     try:
         return value.decode("utf-8")
     except UnicodeDecodeError as error:
-        what = f"the caption is not UTF-8 text ({error.reason} at its byte {error.start})"
-        raise BadSample(where, "caption is no text", what) from error
+        detail = f"the caption is not UTF-8 text ({error.reason} at its byte {error.start}); fix or remove it"
+        raise BadSample(where, "caption is not text", detail) from error
 
 
 class TablePairs(ColumnPairs):
-    """The pairs of an Arrow table with columns ``image``, ``caption``, ``number`` and perhaps ``group``.
+    """Pairs in an Arrow table with columns ``image``, ``caption``, ``number`` and perhaps ``group``.
 
     Args:
-        table: one row a pair, all of them usable.
-        path: the file that it was made of, named in errors.
-        root: where relative image paths start.
+        table: one usable pair per row.
+        path: of the file that the table was made from, for messages.
+        root: folder that relative image paths start from.
         label: what ``number`` counts in that file.
-        mapped: the Arrow file that ``table`` maps, if it does.
+        mapped: the Arrow file that ``table`` maps, if any.
         left_out: rows of the file that are not in the table.
     """
 
@@ -314,7 +315,7 @@ class TablePairs(ColumnPairs):
         self._left_out = left_out or LeftOut()
 
     def __getstate__(self) -> dict[str, Any]:
-        """A mapped table is opened again where the source is sent, not sent with it."""
+        """Leave a mapped table out: the receiving process maps it again."""
         state = dict(self.__dict__)
         return {**state, "_table": None} if self._mapped else state
 
@@ -336,6 +337,6 @@ class TablePairs(ColumnPairs):
 
 
 def map_table(path: Path) -> pa.Table:
-    """An Arrow file as a table whose memory is the file's."""
+    """Map an Arrow file as a table."""
     with pa.memory_map(str(path)) as file:
         return pa.ipc.open_file(file).read_all()

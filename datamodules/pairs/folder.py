@@ -17,7 +17,7 @@ TABLES = (*DELIMITED[:2], *JSON_LINES, ".json")
 
 
 def _walk(folder: Path, below: str = "") -> Iterator[tuple[str, bool]]:
-    """The images at any depth that are not hidden, in the order of their paths, and whether each has a text file."""
+    """Yield the images at any depth, sorted, without hidden ones, and whether each has a text file."""
     entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     texts = {entry.name.removesuffix(".txt") for entry in entries if entry.name.endswith(".txt")}
     for entry in entries:
@@ -32,15 +32,15 @@ def _walk(folder: Path, below: str = "") -> Iterator[tuple[str, bool]]:
 
 
 class FolderPairs(ColumnPairs):
-    """Images at any depth of a folder, each with a ``.txt`` of the same name beside it: a line a caption.
+    """Images at any depth of a folder, each with a ``.txt`` of the same name beside it that holds a caption per line.
 
-    The texts are read with the images: opening a folder reads names alone.
+    Opening a folder only reads file names; a text is read with its image.
 
     Args:
-        folder: where to look.
+        folder: to search.
 
     Raises:
-        InputError: no image in it has a text.
+        InputError: no image in it has a text file.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -55,12 +55,12 @@ class FolderPairs(ColumnPairs):
                 names = []
         self._names = pa.chunked_array([*chunks, pa.array(names, pa.string())])
         if not len(self._names):
-            what = f"its {without} images have no .txt beside them" if without else "no images in it"
+            problem = f"its {without} images have no .txt beside them" if without else "no images in it"
             tables = sorted(entry.name for entry in folder.iterdir() if entry.suffix.lower() in TABLES)
-            cure = f"give the table itself ({', '.join(tables[:3])})" if tables else "a.jpg needs its caption in a.txt"
-            raise InputError(f"{folder}: {what}; {cure}")
+            hint = f"give the table itself ({', '.join(tables[:3])})" if tables else "a.jpg needs its caption in a.txt"
+            raise InputError(f"{folder}: {problem}; {hint}")
         if without:
-            rank_zero_info(f"{folder}: {without} images without a .txt beside them are left out")
+            rank_zero_info(f"{folder}: left out {without} images without a .txt beside them")
             self._left_out.counts[NO_CAPTION] += without
 
     def __len__(self) -> int:
@@ -76,8 +76,8 @@ class FolderPairs(ColumnPairs):
         try:
             lines = file.read_text(encoding="utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
-            what = f"{file.name} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
-            raise BadSample(where, "not UTF-8", what) from error
+            detail = f"{file.name} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
+            raise BadSample(where, "not UTF-8", detail) from error
         except OSError as error:
             raise BadSample(where, NO_CAPTION, f"cannot read {file.name} ({error.strerror})") from error
         return Cells(name, [line.strip() for line in lines], "", where, "")

@@ -20,33 +20,39 @@ from lit_clip.errors import InputError
 from lit_clip.tools.atomic import write_whole
 
 BATCH_ROWS = 16_384
-IN_MEMORY = 64 << 20  # bytes of texts that each process may hold decoded; more are copied once and mapped
-AT_ONCE = 256 << 20  # bytes of images that each process may hold
-REMEMBERED = 1_000_000  # rows from which on it is worth a file that some of them have no caption
-THREADS = 4  # that look for rows without a caption
-LAYOUT = 1  # of the files in the cache; another number makes old ones be written anew
+IN_MEMORY = 64 << 20  # bytes of decoded texts that each process may hold; more are copied once and mapped
+IMAGE_MEMORY = 256 << 20  # bytes of encoded images that each process may hold
+REMEMBERED = 1_000_000  # rows; from this size on the list of blank captions is cached
+THREADS = 4  # that search for blank captions
+LAYOUT = 1  # of the cached files; a new number makes old ones be written again
 
 
-def of_split(folder: Path, files: Sequence[Path], options: SourceOptions) -> list[Path]:
-    """Those of a folder's files that are of the wanted split, if their names say of which they are.
+def files_of_split(folder: Path, files: Sequence[Path], options: SourceOptions) -> list[Path]:
+    """Return a folder's files of the wanted split, if their names (``train-00000-of-00001``) tell.
 
     Raises:
-        InputError: there is no such split, or there are several and none is wanted.
+        InputError: there is no such split, or several and none is set.
     """
     splits = [re.match(r"(.+?)-\d{5}-of-\d{5}", file.name) for file in files]
     names = [split[1] for split in splits if split]
     if len(names) < len(files):
-        options.no_split(folder)
+        options.refuse_split(folder)
         return list(files)
     wanted = find_split(folder, list(dict.fromkeys(names)), options)
     return [file for file, name in zip(files, names, strict=True) if name == wanted]
 
 
+def open_parquet_file(path: Path, options: SourceOptions) -> PairSource:
+    """Open one parquet file; see :func:`open_parquet`."""
+    options.refuse_split(path)
+    return open_parquet([path], options)
+
+
 def open_parquet(paths: Sequence[Path], options: SourceOptions) -> PairSource:
-    """The pairs of some parquet files, one after the other.
+    """Open parquet files as one source.
 
     Raises:
-        InputError: unreadable, no such column, or no row with a caption.
+        InputError: a file is unreadable, lacks a column, or no row has a caption.
     """
     whole = paths[0] if len(paths) == 1 else paths[0].parent
     parts, sizes, columns = [], [], None
@@ -68,7 +74,7 @@ def open_parquet(paths: Sequence[Path], options: SourceOptions) -> PairSource:
 
 def _open_file(path: Path) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)  # pages as they come, not all row groups
+        return pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)  # read pages on demand
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from error
 
@@ -82,30 +88,30 @@ def _parts(path: Path, metadata: pq.FileMetaData) -> Iterator[RowRange]:
 
 
 def _size(group: Any, columns: Columns) -> int:
-    """Bytes that the columns have in a row group when they are not compressed."""
+    """Return the uncompressed bytes of the columns in a row group."""
     chunks = [group.column(number) for number in range(group.num_columns)]
     names = columns.names()
     return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] in names)
 
 
 def _batches(file: pq.ParquetFile, groups: list[int], names: list[str]) -> Iterator[pa.RecordBatch]:
-    # No threads: they do not survive the fork of a data worker.
+    # Without threads: they would not survive the fork of a data worker.
     return file.iter_batches(BATCH_ROWS, row_groups=groups, columns=names, use_threads=False)
 
 
 class ParquetPairs(StoredPairs):
-    """The pairs of parquet files.
+    """Pairs in parquet files.
 
-    A row of a parquet file cannot be read without its whole row group. Texts are therefore copied once into files of
-    the cache folder that are mapped (few of them are held decoded); images are not copied: an epoch takes row groups
-    in random order and mixes the rows of as many of them as ``AT_ONCE`` bytes hold.
+    A row can only be read with its whole row group. Large texts are therefore copied once into memory-mapped files of
+    the cache folder. Images are not copied: an epoch takes row groups in random order, and shuffles the rows of as many
+    row groups together as fit ``IMAGE_MEMORY``.
 
     Args:
-        path: of all files, named in errors.
-        root: where relative image paths start.
+        path: of the files together, for messages.
+        root: folder that relative image paths start from.
         parts: the row groups of all files, in order.
         columns: that are read.
-        sizes: of the columns in every row group, decoded: bytes, int64 ``[P]``.
+        sizes: uncompressed bytes of the columns in each row group, int64 ``[P]``.
     """
 
     def __init__(self, path: Path, root: Path, parts: Sequence[RowRange], columns: Columns, sizes: np.ndarray) -> None:
@@ -118,15 +124,15 @@ class ParquetPairs(StoredPairs):
             blank.append(_blank(file, columns.caption) + start)
             start += sum(part.rows for part in parts if part.file == file)
         super().__init__(path, root, parts, columns, np.concatenate(blank) if blank else np.zeros(0, dtype=np.int64))
-        self._recent: dict[int, None] = {}  # parts that are held, the last used last
+        self._recent: dict[int, None] = {}  # numbers of the parts in memory, the most recently used last
 
     def table(self, number: int) -> pa.Table:
         if self.copied:
-            return self.kept(number, lambda: map_table(self._copy(number)))
-        table = self.kept(number, lambda: self._decoded(number))
+            return self.opened(number, lambda: map_table(self._copy(number)))
+        table = self.opened(number, lambda: self._decoded(number))
         self._recent.pop(number, None)
         self._recent[number] = None
-        while len(self._recent) > 1 and sum(self.sizes[part] for part in self._recent) > AT_ONCE:
+        while len(self._recent) > 1 and sum(self.sizes[part] for part in self._recent) > IMAGE_MEMORY:
             oldest = next(iter(self._recent))
             del self._recent[oldest]
             self._open.pop(oldest, None)
@@ -134,11 +140,11 @@ class ParquetPairs(StoredPairs):
 
     def _decoded(self, number: int) -> pa.Table:
         part = self.part(number)
-        file = self.kept(part.file, lambda: _open_file(part.file))
+        file = self.opened(part.file, lambda: _open_file(part.file))
         return file.read_row_group(part.group, columns=self.columns.names(), use_threads=False)
 
     def _copy(self, number: int) -> Path:
-        """The Arrow file of a row group's texts; it is written unless it is there."""
+        """Return the Arrow file of a row group's texts, written if it does not exist."""
         part = self.part(number)
         path = cache_file("tables", part.file, (LAYOUT, part.group, *self.columns), ".arrow")
         if not path.is_file():
@@ -155,7 +161,7 @@ class ParquetPairs(StoredPairs):
 
     def prepare(self) -> None:
         if self.copied:
-            rank_zero_info(f"{self.path}: its texts are copied once, unless they are in the cache folder")
+            rank_zero_info(f"{self.path}: copying its texts into the cache folder, unless they are there already")
             for number in range(len(self._stops)):
                 self._copy(number)
 
@@ -163,19 +169,16 @@ class ParquetPairs(StoredPairs):
         if self.encoded:
             return None
         tables = [_open_file(file).read(columns=[self.columns.image], use_threads=False) for file in self.files]
-        paths = pa.chunked_array([chunk for table in tables for chunk in table[self.columns.image].chunks])
-        usable = np.ones(len(paths), dtype=bool)
-        usable[self._kept_before + np.arange(len(self._kept_before))] = False
-        return paths.filter(pa.array(usable)) if len(self) < len(paths) else paths
+        chunks = [chunk for table in tables for chunk in table[self.columns.image].chunks]
+        return self._without_blank(pa.chunked_array(chunks))
 
     def order(self, epoch: int, seed: int) -> np.ndarray:
         if not self.encoded:
             return super().order(epoch, seed)
         rng = np.random.default_rng((seed, epoch))
         numbers = rng.permutation(len(self._stops))
-        window = np.cumsum(self.sizes[numbers]) // AT_ONCE
-        blank = self._kept_before
-        stops = self._stops - np.searchsorted(blank + np.arange(len(blank)), self._stops)  # of usable rows
+        window = np.cumsum(self.sizes[numbers]) // IMAGE_MEMORY
+        stops = self._stops - np.searchsorted(self._blank, self._stops)  # in usable rows
         bounds = list(zip([0, *stops[:-1].tolist()], stops.tolist(), strict=True))
         order = []
         for number in np.unique(window):
@@ -185,27 +188,27 @@ class ParquetPairs(StoredPairs):
 
 
 def _blank(path: Path, caption: str) -> np.ndarray:
-    """The numbers of a file's rows without a caption, int64 ``[K]``: looked for once in a large file."""
+    """Return the numbers of a file's rows without a caption, int64 ``[K]``; cached for a large file."""
     metadata = _open_file(path).metadata
     rows = np.array([metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)], dtype=np.int64)
 
-    def found_in(groups: np.ndarray) -> np.ndarray:
+    def search_groups(groups: np.ndarray) -> np.ndarray:
         numbers = blank_rows(_batches(_open_file(path), groups.tolist(), [caption]), caption)
         return numbers + rows[: groups[0]].sum() if len(groups) else numbers
 
-    def found() -> np.ndarray:
+    def search() -> np.ndarray:
         threads = min(THREADS, os.cpu_count() or 1)
         try:
-            with ThreadPoolExecutor(threads) as pool:  # decoding leaves Python's lock alone
-                return np.concatenate(list(pool.map(found_in, np.array_split(np.arange(len(rows)), threads))))
+            with ThreadPoolExecutor(threads) as pool:  # decoding releases the GIL
+                return np.concatenate(list(pool.map(search_groups, np.array_split(np.arange(len(rows)), threads))))
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from error
 
     if metadata.num_rows < REMEMBERED:
-        return found()
+        return search()
     remembered = cache_file("tables", path, (LAYOUT, "blank", caption), ".npy")
     if not remembered.is_file():
-        blank = found()
+        blank = search()
 
         def write(target: Path) -> None:
             with target.open("wb") as stream:

@@ -1,4 +1,4 @@
-"""Data sets that Hugging Face's ``datasets`` saved to a disk: Arrow files, mapped, without that library."""
+"""Data sets saved by Hugging Face's ``datasets``: memory-mapped Arrow files, read without that library."""
 
 import json
 from pathlib import Path
@@ -14,12 +14,12 @@ from lit_clip.errors import InputError
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether ``save_to_disk`` made a folder."""
+    """Whether a folder was written by ``save_to_disk``."""
     return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
 def open_saved(folder: Path, options: SourceOptions) -> PairSource:
-    """The pairs of a saved ``Dataset``, or of one split of a saved ``DatasetDict``.
+    """Open a saved ``Dataset``, or one split of a saved ``DatasetDict``.
 
     Raises:
         InputError: damaged, no such split or column, or no row with a caption.
@@ -28,7 +28,7 @@ def open_saved(folder: Path, options: SourceOptions) -> PairSource:
     if splits.is_file():
         names = [str(name) for name in _json(splits).get("splits", [])]
         return _open(folder / find_split(folder, names, options), options)
-    options.no_split(folder)
+    options.refuse_split(folder)
     return _open(folder, options)
 
 
@@ -45,7 +45,7 @@ def _json(file: Path) -> dict[str, Any]:
 def _open(folder: Path, options: SourceOptions) -> PairSource:
     state = _json(folder / "state.json")
     if state.get("_indices_data_files"):
-        raise InputError(f"{folder}: its rows are chosen by a second file; save it again after flatten_indices()")
+        raise InputError(f"{folder}: it has an indices mapping; call flatten_indices() and save it again")
     files = [folder / str(entry["filename"]) for entry in state.get("_data_files") or []]
     if not files:
         raise InputError(f"{folder}: state.json lists no data files; the data set is empty")
@@ -71,18 +71,16 @@ def _map_stream(file: Path) -> pa.Table:
 
 
 class SavedPairs(StoredPairs):
-    """The pairs of a saved data set's mapped files."""
+    """Pairs in the mapped files of a saved data set."""
 
     columns: Columns
 
     def table(self, number: int) -> pa.Table:
-        return self.kept(number, lambda: _map_stream(self.part(number).file))
+        return self.opened(number, lambda: _map_stream(self.part(number).file))
 
     def image_paths(self) -> pa.ChunkedArray | None:
         first = self.table(0)
         if is_encoded(first.schema.field(self.columns.image).type):
             return None
         paths = [chunk for number in range(len(self._stops)) for chunk in self.table(number)[self.columns.image].chunks]
-        usable = np.ones(int(self._stops[-1]), dtype=bool)
-        usable[self._kept_before + np.arange(len(self._kept_before))] = False
-        return pa.chunked_array(paths).filter(pa.array(usable))
+        return self._without_blank(pa.chunked_array(paths))

@@ -1,4 +1,4 @@
-"""What a source of (image, caption) pairs is, and which of them a path is."""
+"""Source of (image, caption) pairs: its interface, its options, and sources of some of its rows."""
 
 import random
 from abc import ABC, abstractmethod
@@ -13,14 +13,14 @@ from datamodules.loading.sampling import permutation
 from lit_clip.errors import InputError, require
 from lit_clip.tools.images import OnError
 
-NO_CAPTION = "no caption"  # the reason, as for samples that turn out bad when they are loaded
-LISTED = 1000  # rows left out that are remembered one by one
+NO_CAPTION = "no caption"  # the reason, the same for samples that turn out bad when loaded
+LISTED = 1000  # left-out rows that are listed one by one
 DELIMITED = (".csv", ".tsv", ".txt")
 JSON_LINES = (".jsonl", ".ndjson")
 
 
 class Pair(NamedTuple):
-    """An image, a caption, what identifies the image, and the group of pairs that say the same, if there is one."""
+    """An image, one of its captions, the key that identifies the image, and the group of its duplicates, if any."""
 
     image: Image.Image
     caption: str
@@ -29,14 +29,14 @@ class Pair(NamedTuple):
 
 
 class EncodedPair(NamedTuple):
-    """A pair as it is stored, nothing of it decoded.
+    """A pair as stored, not decoded.
 
     Attributes:
-        image: the image's file.
-        captions: all that the image has, none of them blank.
-        key: what identifies the image.
-        group: of pairs that say the same; empty for none.
-        where: how the user knows the pair, such as ``captions.csv row 7``.
+        image: content of the image file.
+        captions: all of the image, none of them blank.
+        key: identifies the image.
+        group: of duplicates; empty for none.
+        where: name of the pair in messages, such as ``captions.csv row 7``.
     """
 
     image: bytes
@@ -47,10 +47,10 @@ class EncodedPair(NamedTuple):
 
 
 class LeftOut:
-    """Rows that opening a source found to be no pairs: how many for which reason, and the first of them.
+    """Rows that were left out when a source was opened: counts by reason, and the first of them.
 
     Attributes:
-        counts: rows by reason.
+        counts: reason -> number of rows.
         listed: (where, reason) of at most ``LISTED`` rows.
     """
 
@@ -59,26 +59,29 @@ class LeftOut:
         self.listed: list[tuple[str, str]] = []
 
     def add(self, where: str, reason: str) -> None:
-        """Count a row that ``where`` names."""
+        """Count a row."""
         self.counts[reason] += 1
         if len(self.listed) < LISTED:
             self.listed.append((where, reason))
 
     def update(self, other: "LeftOut") -> None:
-        """Add another source's."""
+        """Add those of another source."""
         self.counts.update(other.counts)
         self.listed = [*self.listed, *other.listed][:LISTED]
 
     def __str__(self) -> str:
         """Such as ``3 rows without a caption``; empty if nothing was left out."""
-        said = {NO_CAPTION: "without a caption"}
-        return ", ".join(f"{count} rows {said.get(reason, f'({reason})')}" for reason, count in self.counts.items())
+        texts = {NO_CAPTION: "without a caption"}
+        return ", ".join(
+            f"{count} row{'s' * (count != 1)} {texts.get(reason, f'({reason})')}"
+            for reason, count in self.counts.items()
+        )
 
 
 class PairSource(ABC):
-    """Numbered pairs.
+    """Pairs with random access.
 
-    Opening one reads no image; data workers are sent it, so it holds no Python object a row.
+    Opening one reads no image. Data workers are sent a copy, so it holds no Python object per row.
     """
 
     @abstractmethod
@@ -87,77 +90,77 @@ class PairSource(ABC):
 
     @abstractmethod
     def load(self, index: int, rng: random.Random | None) -> Pair:
-        """One pair; where an image has several captions ``rng`` draws one, and None asks for the first.
+        """Load a pair; of several captions ``rng`` draws one, and None takes the first.
 
         Raises:
             BadSample: the image or the caption cannot be read.
         """
 
     def read(self, index: int) -> EncodedPair:
-        """One pair as it is stored.
+        """Return a pair as stored.
 
         Raises:
-            BadSample: the file is not there, or the caption cannot be read.
+            BadSample: the image file is missing, or the caption cannot be read.
             InputError: this source has no image files.
         """
-        raise InputError(f"{type(self).__name__}: its images are no files")
+        raise InputError(f"{type(self).__name__}: its images are not files; use a table, a folder or shards")
 
     def captions(self, index: int) -> list[str]:
-        """Every caption of one pair; sources that have them apart from the image do not touch that.
+        """Return all captions of a pair, without reading the image where the source can.
 
         Raises:
-            BadSample: likewise.
+            BadSample: the caption cannot be read.
         """
         return [self.load(index, None).caption]
 
     def order(self, epoch: int, seed: int) -> np.ndarray:
-        """All rows in the order of an epoch, a pure function: int ``[epoch_size]``."""
+        """Return the rows of an epoch in their order, a pure function: int ``[epoch_size]``."""
         return permutation(len(self), epoch, seed)
 
     @property
     def epoch_size(self) -> int:
-        """Rows in an epoch's order; sources that draw with replacement have their own."""
+        """Rows in an epoch; not all rows where a source draws with replacement."""
         return len(self)
 
-    def prepare(self) -> None:  # noqa: B027  # most need none
-        """Make the files that reading at random needs, unless they are there; for one process of a machine to call."""
+    def prepare(self) -> None:  # noqa: B027  # most need nothing
+        """Write the files that random access needs, unless they exist; called by one process per machine."""
 
-    def check(self) -> None:  # noqa: B027  # images in the source itself are there
-        """Look at the headers of some of the images, evenly spread, before anything is trained.
+    def check(self) -> None:  # noqa: B027  # nothing to check where images are in the source
+        """Read the headers of some evenly spread images, to fail before training starts.
 
         Raises:
-            BadSample: no such file, or no image.
+            BadSample: a file is missing or not an image.
         """
 
     @property
     def left_out(self) -> LeftOut:
-        """Rows that are no pairs; none by default."""
+        """Rows that were left out when the source was opened."""
         return LeftOut()
 
     def divide(self, share: float, seed: int) -> "tuple[PairSource, PairSource]":
-        """All pairs in two: the second has about ``share`` of the images, and no image is in both.
+        """Divide the pairs in two; the second has about ``share`` of the images, and no image is in both.
 
         Raises:
-            InputError: there are fewer than two images.
+            InputError: fewer than two images.
         """
         return divide_rows(self, share, seed)
 
 
 def divide_rows(source: PairSource, share: float, seed: int) -> tuple[PairSource, PairSource]:
-    """:meth:`PairSource.divide` for an image a row."""
+    """Divide a source that has a different image in every row; see :meth:`PairSource.divide`."""
     size = len(source)
-    require(size > 1, "one image cannot be divided; give data.init_args.val")
+    require(size > 1, "data: one image cannot be divided into training and validation; set data.init_args.val")
     chosen = np.zeros(size, dtype=bool)
     chosen[random.Random(seed).sample(range(size), max(1, int(share * size)))] = True
     return Rows(source, np.flatnonzero(~chosen)), Rows(source, np.flatnonzero(chosen))
 
 
 class Rows(PairSource):
-    """Some pairs of a source.
+    """Some rows of a source.
 
     Args:
-        source: of all pairs.
-        rows: which of them, int ``[N]``, rising.
+        source: that they belong to.
+        rows: int ``[N]``, ascending.
     """
 
     def __init__(self, source: PairSource, rows: np.ndarray) -> None:
@@ -177,7 +180,7 @@ class Rows(PairSource):
         return self.source.captions(int(self.rows[index]))
 
     def order(self, epoch: int, seed: int) -> np.ndarray:
-        position = np.full(len(self.source), -1, dtype=self.rows.dtype)  # of each row of the whole among ours
+        position = np.full(len(self.source), -1, dtype=self.rows.dtype)  # row of ``source`` -> row of this
         position[self.rows] = np.arange(len(self.rows), dtype=self.rows.dtype)
         ours = position[self.source.order(epoch, seed)]
         return ours[ours >= 0]
@@ -194,18 +197,18 @@ class Rows(PairSource):
 
 
 class SourceOptions(NamedTuple):
-    """What a user may say of a source; None: found out.
+    """Options for opening a source; None: detected automatically.
 
     Attributes:
-        root: where relative image paths start.
-        image_column: of a text_table.
+        root: folder that relative image paths start from.
+        image_column: of a table.
         caption_column: of a table; its values are texts or lists of texts.
-        group_column: of a table: names the group of pairs that say the same.
+        group_column: of a table; names the group of duplicates.
         split: of sources that come in splits.
-        default_split: which to take where a source has splits and ``split`` is None.
-        on_error: whether a row that cannot be read ends the run or is left out and counted.
+        default_split: taken where a source has splits and ``split`` is None.
+        on_error: ``error`` ends the run at a row that cannot be read, ``skip`` leaves it out.
         shards: how tar shards are read, a :class:`datamodules.shards.pairs.ShardOptions`.
-        typed: what stands before these names on the command line, for messages.
+        option_prefix: of these names on the command line, for messages.
     """
 
     root: str | None = None
@@ -216,26 +219,27 @@ class SourceOptions(NamedTuple):
     default_split: str | None = None
     on_error: OnError = "error"
     shards: Any = None
-    typed: str = ""
+    option_prefix: str = ""
 
-    def no_split(self, path: object) -> None:
-        """Raise :class:`InputError` if a split is wanted of a source that has none."""
-        require(self.split is None, f"{path}: has no splits, but split is {self.split!r}")
+    def refuse_split(self, path: object) -> None:
+        """Raise :class:`InputError` if a split is set, for a source without splits."""
+        require(self.split is None, f"{path}: has no splits, but split is {self.split!r}; leave it out")
 
-    def no_columns(self, path: object) -> None:
-        """Raise :class:`InputError` if a column is named of a source that has none."""
+    def refuse_columns(self, path: object) -> None:
+        """Raise :class:`InputError` if a column is set, for a source without columns."""
         for name in ("image_column", "caption_column", "group_column"):
-            require(getattr(self, name) is None, f"{path}: is no text_table, but {name} is {getattr(self, name)!r}")
+            column = getattr(self, name)
+            require(column is None, f"{path}: is not a table, but {name} is {column!r}; leave it out")
 
 
 SPLIT_NAMES = {"val": "validation", "valid": "validation", "dev": "validation"}
 
 
 def find_split(path: object, found: Sequence[str], options: SourceOptions) -> str:
-    """Which of a source's splits is wanted; ``val``, ``valid``, ``dev`` and ``validation`` are one name.
+    """Return the split to take; ``val``, ``valid``, ``dev`` and ``validation`` are the same name.
 
     Raises:
-        InputError: none of that name, or none is named and there are several.
+        InputError: there is no such split, or several and none is set.
     """
     wanted = options.split or options.default_split
     if options.split is None and len(found) == 1:

@@ -1,4 +1,4 @@
-"""Pairs in files of columns that are read in parts as they are needed: parquet files, and Arrow's."""
+"""Pairs in files of columns that are read in parts when needed: parquet and Arrow files."""
 
 import os
 from abc import abstractmethod
@@ -15,12 +15,12 @@ from lit_clip.errors import BadSample, InputError
 
 
 class RowRange(NamedTuple):
-    """Rows that are read at once.
+    """Rows that are read together.
 
     Attributes:
         file: that holds them.
         group: their row group, 0 in files that have none.
-        first: the number in the file of the first of them, counted from 0.
+        first: number of the first row in the file, from 0.
         rows: how many.
     """
 
@@ -31,17 +31,17 @@ class RowRange(NamedTuple):
 
 
 class StoredPairs(ColumnPairs):
-    """The pairs of some files' columns. Rows without a caption are left out, found by ``blank_rows``.
+    """Pairs in the columns of several files, without the rows that have no caption.
 
     Args:
-        path: of all files, named in errors.
-        root: where relative image paths start.
+        path: of the files together, for messages.
+        root: folder that relative image paths start from.
         parts: of all files, in order.
         columns: that are read.
-        blank: numbers of the rows without a caption over all files, rising, int64 ``[K]``.
+        blank: numbers of the rows without a caption over all files, ascending, int64 ``[K]``; see :func:`blank_rows`.
 
     Raises:
-        InputError: there is no row but those.
+        InputError: every row is blank.
     """
 
     def __init__(self, path: Path, root: Path, parts: Sequence[RowRange], columns: Columns, blank: np.ndarray) -> None:
@@ -69,29 +69,39 @@ class StoredPairs(ColumnPairs):
         return self._size
 
     def part(self, number: int) -> RowRange:
-        """A part by its number."""
+        """Return a part by its number."""
         file, group, first = self._parts[number].tolist()
         rows = self._stops[number] - (self._stops[number - 1] if number else 0)
         return RowRange(self.files[file], group, first, int(rows))
 
     @abstractmethod
     def table(self, number: int) -> pa.Table:
-        """The columns of a part."""
+        """Return the columns of a part."""
 
-    def kept(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What this process has open under a name; files that another one opened before it forked are not shared."""
+    def opened(self, key: Any, make: Callable[[], Any]) -> Any:
+        """Return what this process has opened under a key; what its parent opened before a fork is not shared."""
         if self._process != os.getpid():
             self._open, self._process = {}, os.getpid()
         if key not in self._open:
             self._open[key] = make()
         return self._open[key]
 
+    @property
+    def _blank(self) -> np.ndarray:
+        return self._kept_before + np.arange(len(self._kept_before))
+
+    def _without_blank(self, rows: pa.ChunkedArray) -> pa.ChunkedArray:
+        """Drop the rows without a caption from a column of all rows."""
+        usable = np.ones(len(rows), dtype=bool)
+        usable[self._blank] = False
+        return rows.filter(pa.array(usable)) if len(self) < len(rows) else rows
+
     def row(self, index: int) -> int:
-        """The number over all files of a usable row."""
+        """Return the number over all files of a usable row."""
         return index + int(np.searchsorted(self._kept_before, index, side="right"))
 
     def _where(self, row: int) -> tuple[str, int, int]:
-        """How the user knows a row, the number of its part, and the row's in that."""
+        """Return a row's name in messages, the number of its part, and its number in that part."""
         number = int(np.searchsorted(self._stops, row, side="right"))
         part = self.part(number)
         within = row - (int(self._stops[number - 1]) if number else 0)
@@ -104,16 +114,16 @@ class StoredPairs(ColumnPairs):
             image, caption = (table[name][within].as_py() for name in (self.columns.image, self.columns.caption))
             group = "" if self.columns.group is None else group_name(table[self.columns.group][within].as_py())
         except UnicodeDecodeError as error:
-            raise BadSample(where, "not UTF-8", f"not UTF-8 text ({error.reason}); write the file anew") from error
-        except (pa.ArrowException, OSError) as error:  # pages are damaged that opening the file does not look at
-            what = str(error).splitlines()[0]
-            raise BadSample(where, "damaged table", f"cannot read this part ({what}); write the file anew") from error
+            raise BadSample(where, "not UTF-8", f"not UTF-8 text ({error.reason}); write the file again") from error
+        except (pa.ArrowException, OSError) as error:  # damaged pages go unnoticed when the file is opened
+            cause = str(error).splitlines()[0]
+            raise BadSample(where, "damaged table", f"cannot read this part ({cause}); write the file again") from error
         file, line = where.rsplit(" row ", 1)
         return Cells(image, caption, group, where, f"{Path(file).name}:{line}")
 
 
 def blank_rows(batches: Any, caption: str) -> np.ndarray:
-    """The numbers of the rows of record batches that have no caption: rising, int64 ``[K]``."""
+    """Return the numbers of the rows of record batches that have no caption, ascending, int64 ``[K]``."""
     found, first = [], 0
     for batch in batches:
         found.append(np.flatnonzero(blank_mask(_column(batch, caption))) + first)

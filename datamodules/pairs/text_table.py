@@ -1,4 +1,4 @@
-"""Captions in a table of text: CSV, TSV or JSON."""
+"""Captions in a text table: CSV, TSV, or JSON objects."""
 
 import codecs
 import csv
@@ -17,15 +17,15 @@ from datamodules.pairs.source import JSON_LINES, NO_CAPTION, LeftOut, PairSource
 from lit_clip.errors import BadSample, InputError, require
 from lit_clip.tools.atomic import write_whole
 
-IN_MEMORY = 64 << 20  # bytes: the rows of a larger file are written once into an Arrow file, which is then mapped
+IN_MEMORY = 64 << 20  # bytes; a larger file is converted once to an Arrow file, which is memory-mapped
 BATCH_ROWS, BATCH_CHARACTERS = 16_384, 8 << 20
-LAYOUT = 1  # of that Arrow file; another number makes old ones be written anew
+LAYOUT = 1  # of that Arrow file; a new number makes old ones be written again
 SCHEMA = pa.schema({"image": pa.string(), "caption": pa.string(), "group": pa.string(), "number": pa.int64()})
 SCHEMA_OF_LISTS = SCHEMA.set(1, pa.field("caption", pa.list_(pa.string())))
 
 
 class RawRow(NamedTuple):
-    """One row as written: its number in the file (a header is row 1), and its cells."""
+    """A row as written: its number in the file (a header is row 1) and its cells."""
 
     number: int
     image: Any
@@ -34,41 +34,42 @@ class RawRow(NamedTuple):
 
 
 Record = tuple[int, Mapping[str, Any]]
-Find = Callable[[list[str]], Columns]  # the names of a table's columns -> those that are read
+FindColumns = Callable[[list[str]], Columns]  # the names of a table's columns -> those that are read
 
 
-class _Problems:
-    """What becomes of a row that cannot be read: the end of it all, or a number."""
+class Problems:
+    """Raises the error of a row that cannot be read, or with ``skip`` leaves the row out and counts it."""
 
-    def __init__(self, path: Path, skip: bool) -> None:
-        self.path, self.skip, self.left_out = path, skip, LeftOut()
-        self.image_column = ""  # once it is known
+    def __init__(self, path: Path, skip: bool, label: str = "row") -> None:
+        self.path, self.skip, self.label, self.left_out = path, skip, label, LeftOut()
+        self.image_column = "image"  # until the header is read
 
     def add(self, number: int, reason: str, detail: str) -> None:
+        """Raise or count a problem of a row."""
         if not self.skip:
-            raise BadSample(f"{self.path} row {number}", reason, detail)
-        self.left_out.add(f"{self.path} row {number}", reason)
+            raise BadSample(f"{self.path} {self.label} {number}", reason, detail)
+        self.left_out.add(f"{self.path} {self.label} {number}", reason)
 
 
 def _encoding(path: Path) -> str:
-    """UTF-8, or what the byte order mark says."""
+    """Return UTF-16 if the byte order mark says so, else UTF-8."""
     with path.open("rb") as file:
         start = file.read(4096)
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
     if b"\0" in start:
-        raise InputError(f"{path} row 1: not UTF-8 text (a zero at byte {start.index(0)}); save it as UTF-8")
+        raise InputError(f"{path} row 1: not UTF-8 text (zero at byte {start.index(0)}); save it as UTF-8")
     return "utf-8-sig"
 
 
-def _text_of(path: Path, skip: bool) -> TextIO:
+def _open_text(path: Path, skip: bool) -> TextIO:
     encoding = _encoding(path)
-    errors = "surrogateescape" if skip and encoding == "utf-8-sig" else "strict"  # then the row is known
+    errors = "surrogateescape" if skip and encoding == "utf-8-sig" else "strict"  # so that the bad row can be named
     return path.open(encoding=encoding, errors=errors, newline="")
 
 
-def _delimited(path: Path, find: Find, problems: _Problems) -> Iterator[RawRow]:
-    with _text_of(path, problems.skip) as file:
+def _delimited_rows(path: Path, find: FindColumns, problems: Problems) -> Iterator[RawRow]:
+    with _open_text(path, problems.skip) as file:
         header = file.readline()
         if not header.strip():
             return
@@ -79,8 +80,8 @@ def _delimited(path: Path, find: Find, problems: _Problems) -> Iterator[RawRow]:
         number = 1
         try:
             names = [name.strip() for name in next(reader)]
-            if twice := [name for i, name in enumerate(names) if name in names[:i]]:
-                raise InputError(f"{path} row 1: two columns are called {twice[0]!r}; rename one")
+            if repeated := [name for i, name in enumerate(names) if name in names[:i]]:
+                raise InputError(f"{path} row 1: two columns are called {repeated[0]!r}; rename one")
             columns = find(names)
             problems.image_column = columns.image
             image, caption = names.index(columns.image), names.index(columns.caption)
@@ -91,32 +92,32 @@ def _delimited(path: Path, find: Find, problems: _Problems) -> Iterator[RawRow]:
                 if len(values) == len(names):
                     yield RawRow(number, values[image], values[caption], None if group is None else values[group])
                 else:
-                    what = f"{len(values)} fields, the header has {len(names)}"
-                    cure = f"put captions that contain {delimiter!r} in double quotes"
-                    problems.add(number, "wrong number of fields", f"{what}; {cure}")
-        except csv.Error as error:  # where the row ends is then unknown, so that nothing of it can be left out
-            raise InputError(f"{path} row {number + 1}: {error}; look at its double quotes") from error
+                    fields = f"{len(values)} fields, the header has {len(names)}"
+                    hint = f"put captions that contain {delimiter!r} in double quotes"
+                    problems.add(number, "wrong number of fields", f"{fields}; {hint}")
+        except csv.Error as error:  # the end of the row is unknown, so it cannot be left out
+            raise InputError(f"{path} row {number + 1}: {error}; check its double quotes") from error
 
 
-def _json_lines(path: Path, problems: _Problems) -> Iterator[Record]:
-    with _text_of(path, problems.skip) as file:
+def _json_lines(path: Path, problems: Problems) -> Iterator[Record]:
+    with _open_text(path, problems.skip) as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
                 values = json.loads(line)
             except (ValueError, RecursionError) as error:
-                problems.add(number, "not JSON", f"not JSON ({error}); one object a line is wanted")
+                problems.add(number, "not JSON", f"not JSON ({error}); write one object per line")
                 continue
             yield number, values
 
 
-def _of_records(records: Iterable[Record], find: Find, problems: _Problems) -> Iterator[RawRow]:
+def _record_rows(records: Iterable[Record], find: FindColumns, problems: Problems) -> Iterator[RawRow]:
     columns = None
     for number, values in records:
         if not isinstance(values, dict):
-            what = "not a JSON object with an image and a caption"
-            problems.add(number, "not a JSON object", f"{what}; one a line is wanted")
+            detail = "not a JSON object with an image and a caption; write one per line"
+            problems.add(number, "not a JSON object", detail)
             continue
         if columns is None:
             columns = find(list(values))
@@ -126,9 +127,9 @@ def _of_records(records: Iterable[Record], find: Find, problems: _Problems) -> I
 
 
 def _undecodable(path: Path) -> InputError:
-    """Where a file stops being what it begins as; the reader's own error counts from its last buffer."""
+    """Return the error that names the undecodable byte; the reader's own error counts from its last buffer."""
     if _encoding(path) == "utf-16":
-        return InputError(f"{path}: not the UTF-16 text that its first two bytes announce; save it as UTF-8")
+        return InputError(f"{path}: not UTF-16 text, though it has a UTF-16 byte order mark; save it as UTF-8")
     start = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -138,30 +139,33 @@ def _undecodable(path: Path) -> InputError:
                 where = f"{error.reason} at byte {start + error.start}"
                 return InputError(f"{path} row {number}: not UTF-8 text ({where}); save it as UTF-8")
             start += len(line)
-    return InputError(f"{path}: changed while it was read")
+    return InputError(f"{path}: changed while it was read; start again")
 
 
-def _usable(rows: Iterable[RawRow], problems: _Problems) -> Iterator[RawRow]:
-    """The rows that have an image and a caption; the others are counted, or an error."""
+def usable_rows(rows: Iterable[RawRow], problems: Problems) -> Iterator[RawRow]:
+    """Yield the rows that have an image and a caption; the others are errors, or left out and counted."""
     for row in rows:
         if not isinstance(row.image, str) or not row.image.strip():
-            problems.add(row.number, "missing image", f"no image in column {problems.image_column!r}")
+            problems.add(
+                row.number,
+                "missing image",
+                f"no image in column {problems.image_column!r}; add a path or remove the row",
+            )
             continue
         cells = row.caption if isinstance(row.caption, list) else (row.caption,)
         captions = [caption for caption in cells if not is_blank(caption)]
         if not captions:
-            problems.left_out.add(f"{problems.path} row {row.number}", NO_CAPTION)
+            problems.left_out.add(f"{problems.path} {problems.label} {row.number}", NO_CAPTION)
         elif not all(isinstance(caption, str) for caption in captions):
-            what = f"the caption is not text: {str(row.caption)[:60]}"
-            problems.add(row.number, "caption is no text", what)
-        elif not _encodes("".join([row.image, *captions])):
+            problems.add(row.number, "caption is not text", f"the caption is not text: {str(row.caption)[:60]}")
+        elif not _is_encodable("".join([row.image, *captions])):
             problems.add(row.number, "not UTF-8", "not UTF-8 text; save it as UTF-8")
         else:
             yield RawRow(row.number, row.image.strip(), captions, group_name(row.group))
 
 
-def _encodes(text: str) -> bool:
-    """Whether a text has no half of a surrogate pair, which JSON's escapes can write and bad bytes are read as."""
+def _is_encodable(text: str) -> bool:
+    """Whether a text has no lone surrogate; JSON's escapes can write one, and bad bytes are read as one."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -169,10 +173,10 @@ def _encodes(text: str) -> bool:
     return True
 
 
-def _batches(rows: Iterable[RawRow], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    """Columns of a bounded number of rows and characters each."""
+def record_batches(rows: Iterable[RawRow], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """Collect rows into record batches of a bounded number of rows and characters."""
     lists = schema is SCHEMA_OF_LISTS
-    cells: dict[str, list[Any]] = {name: [] for name in RawRow._fields}  # no object a row: those cost the collector
+    cells: dict[str, list[Any]] = {name: [] for name in RawRow._fields}  # no object per row: slow to collect
     add_number, add_image, add_caption, add_group = (column.append for column in cells.values())
     characters = 0
     for number, image, captions, group in rows:
@@ -190,69 +194,72 @@ def _batches(rows: Iterable[RawRow], schema: pa.Schema) -> Iterator[pa.RecordBat
         yield pa.record_batch([pa.array(cells[field.name], field.type) for field in schema], schema=schema)
 
 
-Read = Callable[[_Problems], Iterator[RawRow]]
+Read = Callable[[Problems], Iterator[RawRow]]
 
 
-def raw_rows(path: Path, find: Find) -> Iterator[RawRow]:
-    """The rows of a table of text as they are written, whatever is in their cells; ``caption`` may be any column.
+def raw_rows(path: Path, find: FindColumns) -> Iterator[RawRow]:
+    """Yield the rows of a text table as written, with unchecked cells; ``caption`` may be any column.
 
     Args:
-        path: as :func:`open_table` takes it.
-        find: says which columns.
+        path: see :func:`open_table`.
+        find: chooses the columns.
 
     Raises:
-        InputError: a row that does not fit, or another encoding; and what ``find`` raises.
+        InputError: a row does not match the header, the encoding is wrong, or ``find`` raises.
     """
-    problems = _Problems(path, skip=False)
+    problems = Problems(path, skip=False)
     try:
         if path.suffix.lower() in (*JSON_LINES, ".json"):
-            yield from _of_records(_json_lines(path, problems), find, problems)
+            yield from _record_rows(_json_lines(path, problems), find, problems)
         else:
-            yield from _delimited(path, find, problems)
+            yield from _delimited_rows(path, find, problems)
     except UnicodeError:
         raise _undecodable(path) from None
 
 
 def open_table(path: Path, options: SourceOptions) -> PairSource:
-    """The pairs of a table of text; rows without a caption are left out and counted.
+    """Open a text table; rows without a caption are left out and counted.
 
     Args:
-        path: ``.jsonl``, ``.ndjson`` or ``.json`` for an object a line, or anything else for a delimited file with a
-            header, whose delimiter is detected; UTF-8, or UTF-16 with a byte order mark.
-        options: of the user.
+        path: ``.jsonl``, ``.ndjson`` or ``.json`` with an object per line; any other suffix is a delimited file with a
+            header, whose delimiter is detected automatically. UTF-8, or UTF-16 with a byte order mark.
+        options: set by the user.
 
     Raises:
-        InputError: no such file, no such column, an empty table, a row that does not fit, or another encoding.
+        InputError: no such file or column, an empty table, a row that does not match the header, or wrong encoding.
     """
     if not path.is_file():
-        raise InputError(f"{path}: no such table")
-    options.no_split(path)
+        raise InputError(f"{path}: no such file")
+    options.refuse_split(path)
     find = partial(find_columns, path, options=options)
     if path.suffix.lower() in (*JSON_LINES, ".json"):
-        return _open(path, options, SCHEMA_OF_LISTS, lambda p: _of_records(_json_lines(path, p), find, p))
-    return _open(path, options, SCHEMA, lambda problems: _delimited(path, find, problems))
+        return _open(path, options, SCHEMA_OF_LISTS, lambda p: _record_rows(_json_lines(path, p), find, p))
+    return _open(path, options, SCHEMA, lambda problems: _delimited_rows(path, find, problems))
 
 
 def open_records(path: Path, values: list[Any], options: SourceOptions) -> PairSource:
-    """Likewise for the array of objects that is all of a JSON file."""
-    options.no_split(path)
+    """Open the array of objects that a JSON file consists of."""
+    options.refuse_split(path)
     records, find = enumerate(values, start=1), partial(find_columns, path, options=options)
-    return _open(path, options, SCHEMA_OF_LISTS, lambda problems: _of_records(records, find, problems))
+    return _open(path, options, SCHEMA_OF_LISTS, lambda problems: _record_rows(records, find, problems))
 
 
 def _open(path: Path, options: SourceOptions, schema: pa.Schema, read: Read) -> PairSource:
-    problems, mapped = _Problems(path, options.on_error == "skip"), None
+    problems, mapped = Problems(path, options.on_error == "skip"), None
     if path.stat().st_size > IN_MEMORY:
-        said = (LAYOUT, options.image_column, options.caption_column, options.group_column, options.on_error)
-        mapped = cache_file("tables", path, said, ".arrow")
+        settings = (LAYOUT, options.image_column, options.caption_column, options.group_column, options.on_error)
+        mapped = cache_file("tables", path, settings, ".arrow")
         if not mapped.is_file():
-            rank_zero_info(f"{path}: its rows are read once, into {mapped}")
+            rank_zero_info(f"{path}: converting it once to {mapped}")
             write_whole(mapped, lambda file: _write(file, path, schema, read, problems))
         table, left_out = map_table(mapped), _read_left_out(mapped)
     else:
-        table, left_out = pa.Table.from_batches(_rows(path, schema, read, problems), schema), problems.left_out
+        table, left_out = (
+            pa.Table.from_batches(_read_batches(path, schema, read, problems), schema),
+            problems.left_out,
+        )
     if not table.num_rows:
-        require(left_out.counts.total() > 0, f"{path}: no row: the file is empty, or has a header alone")
+        require(left_out.counts.total() > 0, f"{path}: no rows; the file is empty or has only a header")
         raise InputError(
             f"{path}: no row with an image and a caption ({left_out.counts[NO_CAPTION]} without a caption)"
         )
@@ -260,17 +267,17 @@ def _open(path: Path, options: SourceOptions, schema: pa.Schema, read: Read) -> 
     return TablePairs(table, path, root, mapped=mapped, left_out=left_out)
 
 
-def _rows(path: Path, schema: pa.Schema, read: Read, problems: _Problems) -> Iterator[pa.RecordBatch]:
+def _read_batches(path: Path, schema: pa.Schema, read: Read, problems: Problems) -> Iterator[pa.RecordBatch]:
     try:
-        yield from _batches(_usable(read(problems), problems), schema)
+        yield from record_batches(usable_rows(read(problems), problems), schema)
     except UnicodeError:
         raise _undecodable(path) from None
 
 
-def _write(file: Path, path: Path, schema: pa.Schema, read: Read, problems: _Problems) -> None:
-    """The rows, and behind them, with an empty batch, which were left out."""
+def _write(file: Path, path: Path, schema: pa.Schema, read: Read, problems: Problems) -> None:
+    """Write the rows, then an empty batch whose metadata lists the rows that were left out."""
     with pa.ipc.new_file(str(file), schema) as writer:
-        for batch in _rows(path, schema, read, problems):
+        for batch in _read_batches(path, schema, read, problems):
             writer.write_batch(batch)
         left_out = json.dumps([problems.left_out.counts, problems.left_out.listed])
         writer.write_batch(pa.RecordBatch.from_pylist([], schema), custom_metadata={"left_out": left_out})

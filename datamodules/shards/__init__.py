@@ -1,1 +1,1 @@
-"""Pairs in tar shards: read, indexed, put in order, written."""
+"""Pairs in tar shards: locating, indexing, ordering, reading and writing them."""

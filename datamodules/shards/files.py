@@ -1,8 +1,10 @@
-"""Where tar shards lie: local files; and those of a store, fetched whole into a folder or read piece by piece."""
+"""Locations of tar shards: local files, and those of a store, fetched whole into a folder or read piece by piece."""
 
 import glob
 import hashlib
+import itertools
 import os
+import re
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -19,23 +21,24 @@ from datamodules.shards.index import (
     scan_shard,
     write_index,
 )
-from lit_clip.errors import InputError
+from lit_clip.errors import InputError, require
+from lit_clip.tools.atomic import replacing
 
 T = TypeVar("T")
 
-OPEN_AT_ONCE = 32  # shards, of one process
-ATTEMPTS = 3  # at a store that does not answer
+OPEN_AT_ONCE = 32  # shards in each process
+ATTEMPTS = 3  # to reach a store that does not answer
 VERSIONS = ("ETag", "etag", "LastModified", "Last-Modified", "last_modified", "mtime", "updated", "created")
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 def is_remote(url: str) -> bool:
-    """Whether something is fsspec's to open; ``file://`` is not."""
+    """Whether a URL is opened by fsspec; ``file://`` is not."""
     return "://" in url
 
 
 def _store(url: str) -> tuple[Any, str]:
-    """The store and the path in it; fsspec keeps one store of a kind for each process."""
+    """Return the store and the path in it; fsspec keeps one store of each kind per process."""
     import fsspec
 
     try:
@@ -44,64 +47,78 @@ def _store(url: str) -> tuple[Any, str]:
         raise InputError(f"{url}: {' '.join(str(error).split())}") from error
 
 
-def _retry(what: str, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
-    """Ask a store again after a failure: a run of days sees some, and none of them is the sample's fault.
+def _retry(url: str, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
+    """Call a store again after a failure: a run of days sees some, and they are not the sample's fault.
 
     Raises:
-        FileNotFoundError: it is not there.
-        InputError: nor did it work later.
+        FileNotFoundError: the file does not exist.
+        InputError: every attempt failed.
     """
     for attempt in range(ATTEMPTS):
         try:
             return function(*arguments, **options)
         except FileNotFoundError:
             raise
-        except Exception as error:  # each store has its own
+        except Exception as error:  # every store has its own exceptions
             if attempt == ATTEMPTS - 1:
                 reason = " ".join(str(error).split()) or type(error).__name__
-                raise InputError(f"{what}: cannot be fetched ({reason}); asked {ATTEMPTS} times") from error
+                raise InputError(f"{url}: cannot be fetched ({reason}); tried {ATTEMPTS} times") from error
             time.sleep(2.0**attempt)
     raise AssertionError("unreachable")
 
 
 def expand_urls(urls: str | Sequence[str]) -> list[str]:
-    """Every shard that is meant, in the order given; those of a folder or of a pattern sorted.
+    """Return every shard that is named, in the order given; those of a folder or pattern are sorted.
 
     Args:
-        urls: ``x.tar``, ``shards/{000..099}.tar``, ``shards/*.tar``, a folder of .tar files, or a list of these; any of
-            them may be a URL that fsspec knows (a folder's URL ends with ``/``).
+        urls: ``x.tar``, ``shards/{000..099}.tar``, ``shards/*.tar``, a folder of .tar files, or a list of these; each
+            may be a URL that fsspec knows (a folder's URL ends with ``/``).
 
     Raises:
-        InputError: no shard, or one twice.
+        InputError: no shard, a shard named twice, or a compressed one.
     """
-    found: list[str] = []
-    for url in [urls] if isinstance(urls, str) else urls:
-        for one in _expand_braces(url) if "{" in url else [url]:
-            found += _expand_one(one)
-    if not found:
-        raise InputError(f"{urls}: no .tar file")
+    given = [urls] if isinstance(urls, str) else urls
+    shards = [shard for url in given for name in expand_braces(url) for shard in _expand_name(name)]
+    require(bool(shards), f"{urls}: no .tar file")
     seen: set[str] = set()
-    for url in found:
-        if url in seen:  # each of its samples would come twice an epoch
-            raise InputError(f"{url}: named twice; name each shard once")
+    for url in shards:
+        require(url not in seen, f"{url}: named twice; name each shard once")  # or its samples would repeat in an epoch
         if url.lower().endswith(COMPRESSED):
-            raise InputError(f"{url}: samples cannot be read by their place in a compressed tar; unpack it to .tar")
+            raise InputError(f"{url}: a compressed tar cannot be read at random; unpack it to .tar")
         seen.add(url)
-    return found
+    return shards
 
 
-def _expand_braces(url: str) -> list[str]:
-    try:
-        from braceexpand import braceexpand
-    except ImportError as error:
-        raise InputError(f"{url}: ranges of shards need braceexpand: pip install -e '.[shards]'") from error
-    try:
-        return list(braceexpand(url))
-    except ValueError as error:
-        raise InputError(f"{url}: its braces do not match ({error})") from error
+def expand_braces(name: str) -> list[str]:
+    """Return the names that ranges (``{000..099}``) and lists (``{a,b}``) in braces stand for, as a shell does.
+
+    Raises:
+        InputError: a brace has no partner, braces are nested, or a range is not one of whole numbers.
+    """
+    parts = re.split(r"\{([^{}]*)\}", name)  # every second part was in braces
+    if any(brace in part for part in parts for brace in "{}"):
+        raise InputError(f"{name}: its braces do not match or are nested; use {{000..099}} or {{a,b}}")
+    choices = [_choices(part, name) if number % 2 else [part] for number, part in enumerate(parts)]
+    return ["".join(chosen) for chosen in itertools.product(*choices)]
 
 
-def _expand_one(url: str) -> list[str]:
+def _choices(inside: str, name: str) -> list[str]:
+    """Return what a pair of braces stands for; without a range or list in them they are part of the name."""
+    if "," in inside:
+        return inside.split(",")
+    if ".." not in inside:
+        return [f"{{{inside}}}"]
+    bounds = inside.split("..")
+    if len(bounds) != 2 or not all(re.fullmatch("[0-9]+", bound) for bound in bounds):
+        raise InputError(f"{name}: {{{inside}}} is not a range of whole numbers, such as {{000..099}}")
+    first, last = map(int, bounds)
+    padded = any(bound.startswith("0") and bound != "0" for bound in bounds)
+    width = max(map(len, bounds)) if padded else 0
+    step = 1 if first <= last else -1
+    return [str(number).zfill(width) for number in range(first, last + step, step)]
+
+
+def _expand_name(url: str) -> list[str]:
     if url.startswith("pipe:"):
         raise InputError(f"{url}: commands are not run; give the shards' own URLs (s3://, gs://, https://, ...)")
     if not is_remote(url) or url.startswith("file://"):
@@ -123,45 +140,44 @@ def _expand_one(url: str) -> list[str]:
 
 
 def stamp_of(url: str) -> Stamp:
-    """What changes when the shard does.
+    """Return what changes when the shard does.
 
     Raises:
         FileNotFoundError: there is no such shard.
-        InputError: the store does not answer, or knows no size.
+        InputError: the store does not answer, or reports no size.
     """
     if not is_remote(url):
         status = os.stat(url)
-        if not os.path.isfile(url):
-            raise InputError(f"{url}: not a file")
+        require(os.path.isfile(url), f"{url}: not a file")
         return Stamp(status.st_size, str(status.st_mtime_ns))
     store, path = _store(url)
     info = _retry(url, store.info, path)
     if info.get("size") is None:
-        raise InputError(f"{url}: the server does not say its size; fetch it and name the file")
+        raise InputError(f"{url}: the server does not report its size; download it and name the file")
     return Stamp(info["size"], str(next((info[key] for key in VERSIONS if info.get(key)), "")))
 
 
 class ShardFolder:
-    """A folder for what is fetched from stores, and for indexes that cannot lie beside their shards.
+    """Cache for shards fetched from stores, and for indexes that cannot be written beside their shards.
 
-    Any number of processes may use it at a time.
+    Any number of processes may use it at once.
 
     Args:
-        folder: made when it is needed.
-        limit: bytes of shards; those used longest ago make room for new ones.
+        folder: created when needed.
+        limit: bytes of shards to keep; the least recently used make room for new ones.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
         self.folder, self.limit = folder, limit
 
     def place(self, url: str, stamp: Stamp) -> Path:
-        """The file for a shard; another one once the shard has changed."""
+        """Return the file for a shard; a changed shard gets another one."""
         digest = hashlib.sha256("\n".join((url, *map(str, stamp))).encode()).hexdigest()[:24]
         name = url.partition("?")[0].rpartition("/")[2].removesuffix(".tar")
         return self.folder / f"{digest}-{name}.tar"
 
     def open(self, url: str, stamp: Stamp) -> BinaryIO:
-        """A shard as a local file, fetched if it is not there; by one process, however many ask."""
+        """Open a shard as a local file, fetched if missing; one process fetches it, however many ask."""
         if not is_remote(url):
             return open(url, "rb", buffering=0)
         path = self.place(url, stamp)
@@ -181,14 +197,15 @@ class ShardFolder:
             if path.exists():
                 return
             self._make_room(stamp.size)
-            part = path.with_suffix(".part")
+            part = path.with_suffix(".part")  # always the same name, so that a killed run leaves one at most
             store, remote = _store(url)
             try:
                 _retry(url, store.get_file, remote, str(part))
-                if part.stat().st_size != stamp.size:
-                    raise InputError(
-                        f"{url}: {part.stat().st_size} bytes came instead of {stamp.size}; has it changed?"
-                    )
+                received = part.stat().st_size
+                require(
+                    received == stamp.size,
+                    f"{url}: received {received} bytes instead of {stamp.size}; did the shard change? start again",
+                )
                 os.replace(part, path)
             finally:
                 part.unlink(missing_ok=True)
@@ -205,44 +222,53 @@ class ShardFolder:
         for _, size, path in sorted(shards):
             if total <= self.limit:
                 break
-            path.unlink(missing_ok=True)  # whoever has it open can still read it
+            path.unlink(missing_ok=True)  # processes that have it open can still read it
             total -= size
 
 
 def find_index(url: str, stamp: Stamp, folder: ShardFolder) -> Summary | None:
-    """The index of a shard as it is now: beside it, or in the folder; of a remote shard brought into the folder."""
-    own = Path(f"{folder.place(url, stamp)}{INDEX_SUFFIX}")
+    """Return the index of a shard's present version: from beside it, or from the folder; a remote one is fetched."""
+    cached = Path(f"{folder.place(url, stamp)}{INDEX_SUFFIX}")
     beside = None if is_remote(url) else Path(f"{url}{INDEX_SUFFIX}")
-    for path in (beside, own):
+    for path in (beside, cached):
         summary = read_summary(path) if path is not None else None
-        if summary is not None and (summary.stamp == stamp or (path == own and summary.stamp.size == stamp.size)):
+        if summary is not None and (summary.stamp == stamp or (path == cached and summary.stamp.size == stamp.size)):
             return summary
-    return _remote_index(url, stamp, own) if is_remote(url) else None
+    return _fetch_index(url, stamp, cached) if is_remote(url) else None
 
 
-def _remote_index(url: str, stamp: Stamp, own: Path) -> Summary | None:
-    """What ``lit-clip shard`` wrote beside the shard; stores give times of their own, so its size must do."""
+def _fetch_index(url: str, stamp: Stamp, cached: Path) -> Summary | None:
+    """Fetch what ``lit-clip shard`` wrote beside the shard; only sizes are compared, as stores set their own times."""
     store, path = _store(f"{url}{INDEX_SUFFIX}")
     try:
         content = store.cat_file(path)
-    except Exception:  # that there is none is said in as many ways as there are stores
+    except Exception:  # every store reports a missing file in its own way
         return None
-    own.parent.mkdir(parents=True, exist_ok=True)
-    part = own.with_suffix(f".{os.getpid()}.part")
-    part.write_bytes(content)
-    os.replace(part, own)
-    summary = read_summary(own)
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(cached) as draft:
+        draft.write_bytes(content)
+    summary = read_summary(cached)
     if summary is not None and summary.stamp.size == stamp.size:
         return summary
-    own.unlink(missing_ok=True)
+    cached.unlink(missing_ok=True)
     return None
 
 
 def make_index(url: str, stamp: Stamp, folder: ShardFolder) -> Summary:
-    """Read a shard's headers and keep its index beside it, or in the folder where that cannot be written to."""
+    """Read a shard's headers and write its index beside it, or into the folder if that fails.
+
+    Raises:
+        InputError: the index cannot be written to either.
+    """
     with folder.open(url, stamp) if folder.limit or not is_remote(url) else _stream(url) as file:
         index = scan_shard(file, stamp.size)
-    return keep_index(index, url, stamp, folder)
+    cached = Path(f"{folder.place(url, stamp)}{INDEX_SUFFIX}")
+    if not is_remote(url):
+        try:
+            return _write_and_read(index, stamp, Path(f"{url}{INDEX_SUFFIX}"))
+        except InputError:  # a read-only folder
+            pass
+    return _write_and_read(index, stamp, cached)
 
 
 def _stream(url: str) -> BinaryIO:
@@ -250,23 +276,15 @@ def _stream(url: str) -> BinaryIO:
     return _retry(url, store.open, path, "rb")
 
 
-def keep_index(index: ShardIndex, url: str, stamp: Stamp, folder: ShardFolder) -> Summary:
-    """Write an index where :func:`find_index` finds it."""
-    places = [Path(f"{folder.place(url, stamp)}{INDEX_SUFFIX}")]
-    if not is_remote(url):
-        places.insert(0, Path(f"{url}{INDEX_SUFFIX}"))
-    for path in places:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_index(index, stamp, path)
-        except OSError as error:
-            if path == places[-1]:
-                raise InputError(f"{path}: the index of {url} cannot be written ({error.strerror})") from error
-            continue
-        summary = read_summary(path)
-        assert summary is not None, f"{path}: written and not readable"
-        return summary
-    raise AssertionError("unreachable")
+def _write_and_read(index: ShardIndex, stamp: Stamp, path: Path) -> Summary:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
+    write_index(index, stamp, path)
+    summary = read_summary(path)
+    assert summary is not None, f"{path}: written and not readable"
+    return summary
 
 
 class OpenShard:
@@ -274,27 +292,26 @@ class OpenShard:
 
     def __init__(self, url: str, summary: Summary, folder: ShardFolder) -> None:
         self.url, self.index = url, MappedIndex(summary.path)
-        whole = folder.limit > 0 or not is_remote(url)
-        self._file = folder.open(url, summary.stamp) if whole else None
+        as_file = folder.limit > 0 or not is_remote(url)
+        self._file = folder.open(url, summary.stamp) if as_file else None
 
     def read(self, offset: int, size: int) -> bytes:
-        """That many bytes from there on, or as many as there are."""
+        """Return ``size`` bytes from ``offset`` on, or fewer at the end of the shard."""
         if self._file is not None:
             return os.pread(self._file.fileno(), size, offset)
         store, path = _store(self.url)
         data = _retry(self.url, store.cat_file, path, start=offset, end=offset + size)
-        if len(data) > size:
-            raise InputError(f"{self.url}: the server cannot send parts of a file; set cache_gb above 0")
+        require(len(data) <= size, f"{self.url}: the server cannot send parts of a file; set cache_gb above 0")
         return data
 
     def close(self) -> None:
-        """Give the file back."""
+        """Close the file."""
         if self._file is not None:
             self._file.close()
 
 
 class OpenShards:
-    """The shards that were read last, kept open; each process and each data worker has its own."""
+    """The most recently read shards, kept open; each process and data worker has its own."""
 
     def __init__(self, urls: Sequence[str], summaries: Sequence[Summary], folder: ShardFolder) -> None:
         self.urls, self.summaries, self.folder = urls, summaries, folder
@@ -308,7 +325,7 @@ class OpenShards:
             try:
                 shard = OpenShard(self.urls[number], self.summaries[number], self.folder)
             except FileNotFoundError as error:
-                raise InputError(f"{self.urls[number]}: was there, and is not any more") from error
+                raise InputError(f"{self.urls[number]}: was removed since the run began; start again") from error
             self._open[number] = shard
         self._open.move_to_end(number)
         return shard

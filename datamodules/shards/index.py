@@ -1,7 +1,6 @@
-"""The index of a tar shard: where in it each sample's files lie, read off the headers once and kept in a file."""
+"""The index of a tar shard: the position of each sample's files, read from the headers once and kept in a file."""
 
 import json
-import os
 import re
 import tarfile
 from collections import Counter
@@ -16,21 +15,22 @@ import pyarrow as pa
 from datamodules.loading.bad_samples import BLANK
 from datamodules.pairs.source import NO_CAPTION
 from lit_clip.errors import InputError
+from lit_clip.tools.atomic import replacing
 from lit_clip.tools.images import SUFFIXES
 
 INDEX_SUFFIX = ".index.arrow"
-FORMAT = "1"  # of the index; one of another format is made again
-BLOCK = tarfile.BLOCKSIZE  # a header is one, and a file begins at a multiple of it
+FORMAT = "1"  # of the index; one of another format is written again
+BLOCK = tarfile.BLOCKSIZE  # size of a header; files start at multiples of it
 
 FIELDS = ("image", "text", "captions", "json")
 _FIELD_OF = {suffix[1:]: "image" for suffix in SUFFIXES} | {"txt": "text", "captions.json": "captions", "json": "json"}
-WANTED = "an image (.jpg, .png, .webp, ...) and a caption (.txt, or .json with a caption in it) of one name"
-_LONGEST_BLANK = 8  # bytes, some of them white space; nothing longer is read for the index
-OF_SHARD = "in a shard that "  # how a reason begins that is about what follows in a shard
+WANTED = "an image (.jpg, .png, .webp, ...) and a caption (.txt, or .json with a caption in it) with the same name"
+_LONGEST_BLANK = 8  # bytes, white space included; longer texts are not read for the index
+OF_SHARD = "in a shard that "  # starts the reasons that concern the rest of a shard
 
 
 class Stamp(NamedTuple):
-    """What is equal only if a shard is the same: its size in bytes, and when or as what it was stored."""
+    """Identifies a version of a shard: its size in bytes, and its modification time or the store's tag."""
 
     size: int
     version: str
@@ -38,13 +38,13 @@ class Stamp(NamedTuple):
 
 @dataclass
 class ShardIndex:
-    """What the headers of a shard say.
+    """Contents of a shard according to its headers.
 
     Attributes:
         keys: of the samples that have an image and a caption, in the tar's order.
-        spans: int64 ``[N, 4, 2]``, offset and size of each of ``FIELDS``; an offset is -1 where there is none.
-        problems: why samples are left out: reason -> keys; an empty one is what the shard has lost, however much.
-        extensions: how many files of each name's end there are.
+        spans: int64 ``[N, 4, 2]``, offset and size of each of ``FIELDS``; an absent field has offset -1.
+        problems: why samples are left out: reason -> keys; the empty key stands for the lost rest of the shard.
+        extensions: extension -> number of files.
     """
 
     keys: list[str]
@@ -54,53 +54,53 @@ class ShardIndex:
 
 
 class DamagedError(Exception):
-    """The rest of a tar cannot be read; the message goes on after the tar's name."""
+    """The rest of a tar cannot be read; the message follows the tar's name."""
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Key and extension as webdataset divides them: at the first dot of the last part of the path.
+    """Split a name into key and extension as webdataset does: at the first dot of the last part of the path.
 
-    Hidden files and those without extension belong to no sample: their key is empty.
+    Hidden files and files without extension belong to no sample: their key is empty.
     """
     match = re.fullmatch(r"(?:\./)*((?:.*/)?[^./][^./]*)\.([^/]*)", name)
     return (match[1], match[2].lower()) if match else ("", "")
 
 
 def tar_members(file: BinaryIO, size: int) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
-    """The whole regular files of a tar.
+    """Yield the complete regular files of a tar.
 
-    tarfile itself ends without a word where a header is cut off or broken.
+    tarfile itself stops silently at a truncated or broken header.
 
     Raises:
-        DamagedError: where the tar does not go on as it should.
+        DamagedError: the tar is truncated or damaged; what came before it was yielded.
     """
     end = 0
     with tarfile.open(fileobj=file, mode="r:") as tar:
         while (member := tar.next()) is not None:
-            tar.members = []  # pyright: ignore[reportAttributeAccessIssue]  # not in its stubs; it would keep all
-            if member.offset < end:  # headers of a negative size would lead round in a circle
+            tar.members = []  # pyright: ignore[reportAttributeAccessIssue]  # not in its stubs; else it keeps every member
+            if member.offset < end:  # a header with a negative size would loop for ever
                 raise DamagedError(f"is damaged at byte {end}")
             end = member.offset_data
             if not member.isreg() or member.issparse():
                 continue
             end += member.size
             if end > size:
-                raise DamagedError(f"is cut off in the middle of {member.name}")
+                raise DamagedError(f"is truncated in the middle of {member.name}")
             yield member, tar
         file.seek(tar.offset)
         if file.read(BLOCK) != bytes(BLOCK):
-            raise DamagedError(f"is cut off or damaged at byte {tar.offset}: there is no end mark")
+            raise DamagedError(f"is truncated or damaged at byte {tar.offset}: no end mark")
 
 
 class _Scan:
-    """Collects a shard's samples; their files may lie in any order."""
+    """Collects the samples of a shard; their files may come in any order."""
 
     def __init__(self) -> None:
         self.spans: dict[str, list[int]] = {}
         self.extensions: Counter[str] = Counter()
         self.problems: dict[str, list[str]] = {}
         self.blank: set[str] = set()
-        self.twice: dict[str, None] = {}  # in their order
+        self.duplicates: dict[str, None] = {}  # a set that keeps its order
 
     def problem(self, reason: str, key: str) -> None:
         self.problems.setdefault(reason, []).append(key)
@@ -115,7 +115,7 @@ class _Scan:
             return
         start = 2 * FIELDS.index(_FIELD_OF[extension])
         if spans[start] >= 0:
-            self.twice[key] = None
+            self.duplicates[key] = None
             return
         spans[start : start + 2] = member.offset_data, member.size
         if extension == "txt" and member.size <= _LONGEST_BLANK:
@@ -125,7 +125,7 @@ class _Scan:
 
     def finish(self) -> ShardIndex:
         usable = {}
-        for key in self.twice:
+        for key in self.duplicates:
             self.problem("duplicate key", key)
         for key, spans in self.spans.items():
             if spans[0] < 0:
@@ -142,16 +142,16 @@ class _Scan:
 
 
 def _printable(name: str) -> str:
-    """A file's name need not be Unicode."""
+    """Escape what is not Unicode in a file's name."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def scan_shard(file: BinaryIO, size: int) -> ShardIndex:
-    """Read a tar's headers, and of its files nothing but texts short enough to be no caption.
+    """Read the headers of a tar, and those texts that are short enough to be blank captions.
 
     Args:
-        file: at its beginning; seekable.
-        size: bytes.
+        file: seekable, at its start.
+        size: of the file in bytes.
     """
     scan = _Scan()
     try:
@@ -159,25 +159,25 @@ def scan_shard(file: BinaryIO, size: int) -> ShardIndex:
             scan.add(member, tar)
     except DamagedError as error:
         scan.problem(f"{OF_SHARD}{error}", "")
-    except Exception as error:  # tarfile answers bytes that are no tar with whatever it trips over
+    except Exception as error:  # tarfile raises anything for bytes that are not a tar
         file.seek(0)
         packed = file.read(2) in (b"\x1f\x8b", b"BZ", b"\xfd7", b"\x28\xb5")
-        what = "compressed; unpack it to .tar" if packed else f"no readable tar ({str(error) or type(error).__name__})"
-        scan.problem(f"{OF_SHARD}is {' '.join(what.split())}", "")
+        kind = "compressed; unpack it to .tar" if packed else f"not a tar ({str(error) or type(error).__name__})"
+        scan.problem(f"{OF_SHARD}is {' '.join(kind.split())}", "")
     return scan.finish()
 
 
 def write_index(index: ShardIndex, stamp: Stamp, path: Path) -> None:
-    """Write an index, whole or not at all.
+    """Write an index file.
 
     Raises:
-        OSError: the folder cannot be written to.
+        InputError: the folder cannot be written to.
     """
     flat = index.spans.reshape(len(index.keys), 2 * len(FIELDS))
     names = [f"{name}_{part}" for name in FIELDS for part in ("offset", "size")]
     columns = {"key": pa.array(index.keys, pa.large_string())}
     columns |= {name: pa.array(np.ascontiguousarray(flat[:, i])) for i, name in enumerate(names)}
-    about = {
+    metadata = {
         "format": FORMAT,
         "size": str(stamp.size),
         "version": stamp.version,
@@ -185,26 +185,21 @@ def write_index(index: ShardIndex, stamp: Stamp, path: Path) -> None:
         "problems": json.dumps(index.problems),
         "extensions": json.dumps(index.extensions),
     }
-    table = pa.table(columns).replace_schema_metadata(about).combine_chunks()
-    part = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}")
-    try:
-        with pa.OSFile(str(part), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-            writer.write_table(table)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    table = pa.table(columns).replace_schema_metadata(metadata).combine_chunks()
+    with replacing(path) as draft, pa.OSFile(str(draft), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a set of shards needs of one of its indexes before anything is read.
+    """The head of an index: all that opening a set of shards needs.
 
     Attributes:
         path: of the index.
         stamp: of the shard.
-        samples: how many can be used.
-        problems: how many are left out for which reason, and the first one's key.
-        extensions: how many files of each name's end there are.
+        samples: number of usable samples.
+        problems: reason -> number of samples left out for it, and the first one's key.
+        extensions: extension -> number of files.
     """
 
     path: str
@@ -215,38 +210,38 @@ class Summary:
 
 
 def read_summary(path: Path) -> Summary | None:
-    """The head of an index file; None if there is none, or none of this format."""
+    """Return the head of an index file; None if it is missing or of another format."""
     try:
         with pa.memory_map(str(path)) as file:
-            about = {key.decode(): value.decode() for key, value in pa.ipc.open_file(file).schema.metadata.items()}
-        if about["format"] != FORMAT:
+            metadata = {key.decode(): value.decode() for key, value in pa.ipc.open_file(file).schema.metadata.items()}
+        if metadata["format"] != FORMAT:
             return None
-        problems = {reason: (len(keys), keys[0]) for reason, keys in json.loads(about["problems"]).items()}
-        stamp = Stamp(int(about["size"]), about["version"])
-        return Summary(str(path), stamp, int(about["samples"]), problems, json.loads(about["extensions"]))
-    except (OSError, pa.ArrowInvalid, AttributeError, KeyError, ValueError):  # cut off, or some other Arrow file
+        problems = {reason: (len(keys), keys[0]) for reason, keys in json.loads(metadata["problems"]).items()}
+        stamp = Stamp(int(metadata["size"]), metadata["version"])
+        return Summary(str(path), stamp, int(metadata["samples"]), problems, json.loads(metadata["extensions"]))
+    except (OSError, pa.ArrowInvalid, AttributeError, KeyError, ValueError):  # truncated, or some other Arrow file
         return None
 
 
 class MappedIndex:
-    """An index file mapped into memory: pages of it come and go as they are read.
+    """An index file mapped into memory.
 
     Raises:
-        InputError: the file has gone, or is broken.
+        InputError: the file is gone or damaged.
     """
 
     def __init__(self, path: str) -> None:
         try:
             table = pa.ipc.open_file(pa.memory_map(path)).read_all()
         except (OSError, pa.ArrowInvalid) as error:
-            raise InputError(f"{path}: not readable ({error}); delete it, it is made again") from error
+            raise InputError(f"{path}: not readable ({error}); delete it, and it is written again") from error
         self.keys = table["key"]
         names = [f"{name}_{part}" for name in FIELDS for part in ("offset", "size")]
         self.columns = [table[name].chunk(0).to_numpy() if len(table) else np.empty(0, np.int64) for name in names]
         self.problems: dict[str, list[str]] = json.loads(table.schema.metadata[b"problems"])
 
     def sample(self, row: int) -> tuple[str, dict[str, tuple[int, int]]]:
-        """A sample's key, and offset and size of each of its files by field."""
+        """Return a sample's key, and the offset and size of each of its files by field."""
         spans = [(int(self.columns[2 * i][row]), int(self.columns[2 * i + 1][row])) for i in range(len(FIELDS))]
         found = {name: span for name, span in zip(FIELDS, spans, strict=True) if span[0] >= 0}
         return self.keys[row].as_py(), found

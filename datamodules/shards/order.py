@@ -1,4 +1,4 @@
-"""In which order the samples of tar shards come: pure functions of their numbers, the epoch and a seed."""
+"""Order of the samples of tar shards: pure functions of the shard sizes, the epoch and a seed."""
 
 from collections.abc import Sequence
 
@@ -6,21 +6,21 @@ import numpy as np
 
 
 def _starts(sizes: Sequence[int]) -> list[int]:
-    """The number of each shard's first row, and of all rows."""
+    """Return the first row of each shard, followed by the number of rows."""
     return [0, *np.cumsum(sizes, dtype=np.int64).tolist()]
 
 
 def shard_order(sizes: Sequence[int], shuffle_shards: int, epoch: int, seed: int) -> np.ndarray:
-    """Each row once, those of a shard near each other.
+    """Return each row once, with the rows of a shard near each other.
 
-    The shards are shuffled and cut into windows of at most ``shuffle_shards``, as equal as can be; the rows of a window
-    are shuffled among themselves.
+    The shards are shuffled and cut into windows of at most ``shuffle_shards``, as equal as possible; the rows of a
+    window are shuffled together.
 
     Args:
-        sizes: rows of each shard, which are numbered in this order.
-        shuffle_shards: see above.
-        epoch: each has an order of its own.
-        seed: of all of them.
+        sizes: rows of each shard; rows are numbered in this order.
+        shuffle_shards: shards in a window.
+        epoch: each has its own order.
+        seed: of all epochs.
 
     Returns:
         int32 where it fits, else int64, ``[sum(sizes)]``.
@@ -38,21 +38,28 @@ def shard_order(sizes: Sequence[int], shuffle_shards: int, epoch: int, seed: int
 
 
 def resampled_order(sizes: Sequence[int], shuffle_shards: int, count: int, epoch: int, seed: int) -> np.ndarray:
-    """Rows drawn with replacement, each as likely as any other at any place; arguments as in :func:`shard_order`.
+    """Return rows drawn with replacement, all equally likely at every position.
 
-    Windows of ``shuffle_shards`` shards are drawn by their sizes, and of each as many rows as shards of the mean size
-    have.
+    Each window draws ``shuffle_shards`` shards in proportion to their sizes, and as many rows from them as that number
+    of shards of mean size has.
+
+    Args:
+        sizes: rows of each shard; rows are numbered in this order.
+        shuffle_shards: shards in a window.
+        count: rows to draw.
+        epoch: each has its own order.
+        seed: of all epochs.
 
     Returns:
         int64 ``[count]``.
     """
     rng = np.random.default_rng((seed, epoch))
-    shares = np.asarray(sizes, np.float64) / sum(sizes)
+    probabilities = np.asarray(sizes, np.float64) / sum(sizes)
     starts = _starts(sizes)
     window = max(1, shuffle_shards * sum(sizes) // len(sizes))
     order = np.empty(count, np.int64)
     for first in range(0, count, window):
-        drawn = rng.choice(len(sizes), shuffle_shards, p=shares)
-        of_each = drawn[rng.integers(shuffle_shards, size=min(window, count - first))]
-        order[first : first + window] = np.asarray(starts)[of_each] + rng.integers(np.asarray(sizes)[of_each])
+        shards = rng.choice(len(sizes), shuffle_shards, p=probabilities)
+        shard_of = shards[rng.integers(shuffle_shards, size=min(window, count - first))]
+        order[first : first + window] = np.asarray(starts)[shard_of] + rng.integers(np.asarray(sizes)[shard_of])
     return order

@@ -1,4 +1,4 @@
-"""From a table to batches: what a batch holds, where its randomness comes from, and who sees which row."""
+"""From a table to batches: what a batch holds, what its randomness depends on, and which rank has which rows."""
 
 import random
 from pathlib import Path
@@ -21,7 +21,7 @@ from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, Preprocessing
 from lit_clip.models.preprocess import normalize, pixels
 
-SIZE = 17  # pixels a side: odd
+SIZE = 17  # pixels; odd
 ROWS = 21
 SHORT = Preprocessing(image_size=SIZE)
 CAPTIONS = ["a cat", "a photo of a cat", "a"]
@@ -34,7 +34,7 @@ IDS = {  # of OpenAI's vocabulary
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """21 images of noise in several shapes, captions repeating every three rows."""
+    """Table of 21 noise images in several shapes; captions repeat every three rows."""
     folder = tmp_path_factory.mktemp("noise")
     rng = np.random.default_rng(0)
     for i in range(ROWS):
@@ -46,7 +46,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def data_module(table: Path, rank: int = 0, world: int = 1, **options: Any) -> Captions:
-    """The module as it is on one of several ranks, trained and validated on all rows."""
+    """Return the module of one rank, with all rows for both training and validation."""
     arguments = {"batch_size": 4, "num_workers": 0, "preprocessing": SHORT, **options}
     module = Captions(str(table), str(table), **arguments)
     connector = SimpleNamespace(use_distributed_sampler=False)
@@ -70,7 +70,7 @@ def same_pixels(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_a_batch_is_uint8_images_tokens_without_needless_padding_and_keys(table: Path) -> None:
+def test_batch_has_uint8_images_keys_and_tokens_without_needless_padding(table: Path) -> None:
     module = data_module(table)
     assert module.steps_per_epoch == ROWS // 4
     for batch in [*epoch_of(module), *module.val_dataloader()]:
@@ -84,7 +84,7 @@ def test_a_batch_is_uint8_images_tokens_without_needless_padding_and_keys(table:
         assert batch.tokens.tolist() == padded
 
 
-def test_captions_longer_than_the_context_end_in_the_end_of_text(table: Path, tmp_path: Path) -> None:
+def test_truncated_captions_end_with_the_end_of_text_token(table: Path, tmp_path: Path) -> None:
     long = tmp_path / "long.csv"
     long.write_text("image,caption\n00.png," + "a cat " * 60 + "\n01.png,a cat\n", encoding="utf-8")
     module = Captions(val=str(long), root=str(table.parent), num_workers=0, preprocessing=SHORT)
@@ -94,13 +94,13 @@ def test_captions_longer_than_the_context_end_in_the_end_of_text(table: Path, tm
     assert batch.tokens[0].tolist() == [49406, *[320, 2368] * 37, 320, 49407]
 
 
-def test_the_pixels_of_a_sample_are_the_same_with_and_without_workers(table: Path) -> None:
+def test_pixels_do_not_depend_on_the_number_of_workers(table: Path) -> None:
     none, two = (epoch_of(data_module(table, num_workers=workers), epoch=1) for workers in (0, 2))
     assert [batch.keys for batch in none] == [batch.keys for batch in two]
     assert same_pixels(pixels_by_key(none), pixels_by_key(two))
 
 
-def test_workers_that_persist_augment_each_epoch_anew(table: Path) -> None:
+def test_persistent_workers_augment_each_epoch_differently(table: Path) -> None:
     loader: Any = data_module(table, num_workers=1).train_dataloader()
     epochs = []
     for epoch in range(2):
@@ -110,26 +110,26 @@ def test_workers_that_persist_augment_each_epoch_anew(table: Path) -> None:
         assert same_pixels(seen, pixels_by_key(epoch_of(data_module(table), epoch)))
 
 
-def test_the_pixels_of_a_sample_are_the_same_on_one_rank_and_on_two(table: Path) -> None:
-    alone = pixels_by_key(epoch_of(data_module(table, batch_size=4)))
+def test_pixels_do_not_depend_on_the_number_of_ranks(table: Path) -> None:
+    single = pixels_by_key(epoch_of(data_module(table, batch_size=4)))
     ranks = [pixels_by_key(epoch_of(data_module(table, rank, 2, batch_size=2))) for rank in (0, 1)]
     assert not ranks[0].keys() & ranks[1].keys()
-    assert same_pixels(alone, ranks[0] | ranks[1])
+    assert same_pixels(single, ranks[0] | ranks[1])
 
 
-def test_the_pixels_of_a_sample_differ_between_epochs_and_seeds(table: Path) -> None:
+def test_pixels_differ_between_epochs_and_seeds(table: Path) -> None:
     source = data_module(table).train_source
     assert source is not None
     square = Augmentation(crop_scale=(0.3, 1.0), color_jitter=0.2).transform(SHORT)
-    one, two = TrainingPairs(source, square, seed=0), TrainingPairs(source, square, seed=1)
+    pairs, other_seed = TrainingPairs(source, square, seed=0), TrainingPairs(source, square, seed=1)
     for row in range(ROWS):
-        first = one[TrainingSample(0, row)].image
-        assert torch.equal(one[TrainingSample(0, row)].image, first)
-        assert not torch.equal(one[TrainingSample(1, row)].image, first)
-        assert not torch.equal(two[TrainingSample(0, row)].image, first)
+        first = pairs[TrainingSample(0, row)].image
+        assert torch.equal(pairs[TrainingSample(0, row)].image, first)
+        assert not torch.equal(pairs[TrainingSample(1, row)].image, first)
+        assert not torch.equal(other_seed[TrainingSample(0, row)].image, first)
 
 
-def test_augmenting_a_sample_leaves_global_random_states_alone(table: Path) -> None:
+def test_augmentation_does_not_change_global_random_states(table: Path) -> None:
     source = data_module(table).train_source
     assert source is not None
     pairs = TrainingPairs(source, Augmentation(color_jitter=0.2, grayscale=0.5).transform(SHORT), seed=0)
@@ -142,8 +142,8 @@ def test_augmenting_a_sample_leaves_global_random_states_alone(table: Path) -> N
 
 
 @pytest.mark.parametrize("loader", ["train_dataloader", "val_dataloader"])
-def test_iterating_a_loader_leaves_the_global_generator_alone(table: Path, loader: str) -> None:
-    """Otherwise how often a run validates would change its dropout."""
+def test_iterating_a_loader_does_not_change_the_global_generator(table: Path, loader: str) -> None:
+    """Otherwise the number of validations would change a run's dropout."""
     module = data_module(table)
     torch.manual_seed(1)
     expected = torch.rand(5)
@@ -152,7 +152,7 @@ def test_iterating_a_loader_leaves_the_global_generator_alone(table: Path, loade
     assert torch.equal(torch.rand(5), expected)
 
 
-def test_validation_pixels_are_what_the_model_preprocesses_before_it_normalises(
+def test_validation_pixels_match_the_models_preprocessing_before_normalisation(
     table: Path, tiny_config: CLIPConfig
 ) -> None:
     preprocessing = Preprocessing(image_size=32, interpolation="bilinear", mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
@@ -166,33 +166,33 @@ def test_validation_pixels_are_what_the_model_preprocesses_before_it_normalises(
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_validation_is_every_row_once_with_the_last_short_batch(table: Path, world: int) -> None:
+def test_validation_has_every_row_once_including_the_last_short_batch(table: Path, world: int) -> None:
     loaders = [list(data_module(table, rank, world, batch_size=4).val_dataloader()) for rank in range(world)]
     keys = [key for batches in loaders for batch in batches for key in batch.keys]
     assert sorted(keys) == [f"{i:02}.png" for i in range(ROWS)]
     assert [len(batch.keys) for batch in loaders[0]][-1] == -(-ROWS // world) % 4
 
 
-def test_test_and_predict_loaders_see_the_validation_rows(table: Path) -> None:
+def test_test_and_predict_loaders_have_the_validation_rows(table: Path) -> None:
     module = data_module(table)
     expected = [batch.keys for batch in module.val_dataloader()]
     assert [batch.keys for batch in module.test_dataloader()] == expected
     assert [batch.keys for batch in module.predict_dataloader()] == expected
 
 
-def test_two_processes_that_let_lightning_divide_the_samples_are_an_error(table: Path) -> None:
+def test_lightnings_distributed_sampler_is_refused_on_two_processes(table: Path) -> None:
     module = Captions(str(table), num_workers=0)
     connector = SimpleNamespace(use_distributed_sampler=True)
     trainer: Any = SimpleNamespace(global_rank=0, world_size=2, _accelerator_connector=connector)
     module.trainer = trainer
     with pytest.raises(InputError, match="use_distributed_sampler: set it to false"):
         module.setup("fit")
-    trainer.world_size = 1  # there is nothing to divide
+    trainer.world_size = 1  # nothing to divide
     module.setup("fit")
 
 
 class _Recorder(LightningModule):
-    """Trains one number and remembers what it saw."""
+    """Trains one number and records its batches."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -208,7 +208,7 @@ class _Recorder(LightningModule):
 
 
 def fit_recorder(table: Path, **options: Any) -> tuple[Captions, _Recorder]:
-    """Three epochs under a real trainer, which writes and prints nothing."""
+    """Run three epochs of a real trainer that writes and prints nothing."""
     module, recorder = Captions(str(table), batch_size=4, num_workers=0, preprocessing=SHORT), _Recorder()
     quiet: dict[str, Any] = dict.fromkeys(
         ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
@@ -217,10 +217,13 @@ def fit_recorder(table: Path, **options: Any) -> tuple[Captions, _Recorder]:
     return module, recorder
 
 
-def test_lightning_moves_from_epoch_to_epoch(table: Path) -> None:
-    """Under a real trainer, each epoch has an order and an augmentation of its own."""
+def test_each_epoch_of_a_real_trainer_has_its_own_order_and_augmentation(table: Path) -> None:
     module, recorder = fit_recorder(table, limit_val_batches=0)
-    assert [len(batches) for batches in recorder.seen.values()] == [4, 4, 4]  # 19 of 21 pairs, 4 at a time
+    assert [len(batches) for batches in recorder.seen.values()] == [
+        4,
+        4,
+        4,
+    ]  # of 19 training pairs
     orders = [[key for batch in batches for key in batch.keys] for batches in recorder.seen.values()]
     assert orders[0] != orders[1] != orders[2] != orders[0]
     for epoch, batches in recorder.seen.items():
@@ -229,8 +232,8 @@ def test_lightning_moves_from_epoch_to_epoch(table: Path) -> None:
         assert same_pixels(pixels_by_key(batches), pixels_by_key(expected))
 
 
-def test_overfitting_a_batch_sees_the_same_batch_every_epoch(table: Path) -> None:
-    """Lightning's ``overfit_batches`` takes the first batch of each epoch, which must then not change."""
+def test_overfit_batches_repeats_the_same_batch_every_epoch(table: Path) -> None:
+    """Lightning takes the first batch of each epoch, which must then not change."""
     _, recorder = fit_recorder(table, overfit_batches=1)
     first, *others = [batch for (batch,) in recorder.seen.values()]
     assert len(others) == 2
@@ -239,8 +242,8 @@ def test_overfitting_a_batch_sees_the_same_batch_every_epoch(table: Path) -> Non
         assert same_pixels(pixels_by_key([batch]), pixels_by_key([first]))
 
 
-def gradients_of(width: int, height: int, image_size: int, draws: int) -> np.ndarray:
-    """Crops of an image whose red is 2 x and whose green is 2 y: ``[draws, 4]`` left, top, width, height in pixels."""
+def measured_crops(width: int, height: int, image_size: int, draws: int) -> np.ndarray:
+    """Measure crops of an image with red = 2 x and green = 2 y: left, top, width, height in pixels, ``[draws, 4]``."""
     assert 2 * max(width, height) <= 256
     photo = np.zeros((height, width, 3), np.uint8)
     photo[..., 0], photo[..., 1] = 2 * np.arange(width), 2 * np.arange(height)[:, None]
@@ -255,9 +258,9 @@ def gradients_of(width: int, height: int, image_size: int, draws: int) -> np.nda
     return np.array(crops)
 
 
-def test_the_default_crop_is_a_square_of_nine_tenths_of_the_area_or_more() -> None:
-    left, top, width, height = gradients_of(120, 120, image_size=40, draws=300).T
-    assert np.abs(width - height).max() < 1  # pixels; how the filter meets the grid differs between the two
+def test_default_crop_is_a_square_of_at_least_nine_tenths_of_the_area() -> None:
+    left, top, width, height = measured_crops(120, 120, image_size=40, draws=300).T
+    assert np.abs(width - height).max() < 1  # pixels; resampling shifts the two axes differently
     side = np.sqrt(0.9) * 120
     assert width.min() > side - 1
     assert width.max() < 121
@@ -269,9 +272,9 @@ def test_the_default_crop_is_a_square_of_nine_tenths_of_the_area_or_more() -> No
 
 
 @pytest.mark.parametrize(("width", "height"), [(120, 90), (80, 120), (120, 68)])
-def test_a_photo_in_its_usual_shape_is_cropped_at_random_too(width: int, height: int) -> None:
-    """4:3, 2:3 and 16:9: a crop that is always the same would be no augmentation."""
-    left, top, across, down = gradients_of(width, height, image_size=40, draws=60).T
+def test_photos_of_usual_shapes_are_cropped_at_random_places(width: int, height: int) -> None:
+    """4:3, 2:3 and 16:9: always the same crop would be no augmentation."""
+    left, top, across, down = measured_crops(width, height, image_size=40, draws=60).T
     assert np.abs(across - down).max() < 1  # still a square
     assert (left if width > height else top).std() > 1  # pixels
 
@@ -286,16 +289,16 @@ def test_grayscale_of_probability_one_makes_the_channels_equal() -> None:
     assert not torch.equal(colour[0], colour[1])
 
 
-def test_colour_jitter_changes_colours_within_its_bounds() -> None:
+def test_colour_jitter_stays_within_its_bounds() -> None:
     flat = Image.new("RGB", (20, 20), (100, 100, 100))
     jitter = Augmentation(color_jitter=0.2).transform(SHORT)
     values = [float(jitter(flat).float().mean()) for _ in range(100)]
-    assert 78 < min(values) < 90  # of a flat grey only the brightness can change: 80 to 120
+    assert 78 < min(values) < 90  # only brightness can change a flat grey: 80 to 120
     assert 110 < max(values) < 122
 
 
-def test_transparent_images_are_what_published_models_have_seen(tmp_path: Path) -> None:
-    """Pillow's RGB: what lies underneath shows, in training as in evaluation."""
+def test_transparent_images_are_converted_as_for_published_models(tmp_path: Path) -> None:
+    """Pillow drops the alpha channel, in training and in evaluation."""
     Image.new("RGBA", (40, 40), (200, 0, 0, 0)).save(tmp_path / "a.png")
     (tmp_path / "t.csv").write_text("image,caption\na.png,a\n")
     for loader in ("train_dataloader", "val_dataloader"):
@@ -306,16 +309,16 @@ def test_transparent_images_are_what_published_models_have_seen(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_a_global_batch_is_the_same_pairs_on_any_number_of_ranks(table: Path, world: int) -> None:
-    """And validation's batches are those of ``batch_size``."""
+def test_global_batch_has_the_same_pairs_on_any_number_of_ranks(table: Path, world: int) -> None:
+    """Validation still uses ``batch_size``."""
     ranks = [data_module(table, rank, world, batch_size=3, global_batch_size=8) for rank in range(world)]
     epochs = [epoch_of(module) for module in ranks]
     steps = [{key for batches in epochs for key in batches[step].keys} for step in range(2)]
     assert [len(batches) for batches in epochs] == [2] * world
     assert [module.steps_per_epoch for module in ranks] == [2] * world
     assert {len(batch.keys) for batches in epochs for batch in batches} == {8 // world}
-    alone = epoch_of(data_module(table, batch_size=8))
-    assert steps == [set(batch.keys) for batch in alone]
+    single = epoch_of(data_module(table, batch_size=8))
+    assert steps == [set(batch.keys) for batch in single]
     validation: Any = ranks[0].val_dataloader()
     assert [len(batch.keys) for batch in validation][0] == 3
 
@@ -323,13 +326,13 @@ def test_a_global_batch_is_the_same_pairs_on_any_number_of_ranks(table: Path, wo
 @pytest.mark.parametrize(
     ("batch", "world", "words"),
     [
-        (8, 3, ["8 pairs cannot be shared evenly by 3 processes", "6 or 9"]),
-        (2, 3, ["2 pairs", "near it: 3"]),
-        (22, 2, ["22 pairs a step are more than the 21 training pairs", "20 or less"]),
+        (8, 3, ["8 pairs cannot be divided evenly among 3 processes", "6 or 9"]),
+        (2, 3, ["2 pairs", "set it to 3"]),
+        (22, 2, ["22 pairs per step are more than the 21 training pairs", "20 or less"]),
         (0, 1, ["global_batch_size: 0 must be at least 1"]),
     ],
 )
-def test_a_global_batch_that_cannot_be(table: Path, batch: int, world: int, words: list[str]) -> None:
+def test_impossible_global_batch_size_is_refused(table: Path, batch: int, world: int, words: list[str]) -> None:
     with pytest.raises(InputError) as error:
         data_module(table, 0, world, global_batch_size=batch).train_dataloader()
     for word in words:

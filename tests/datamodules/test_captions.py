@@ -1,4 +1,4 @@
-"""The data module that finds out what its data are: several sources, mixtures, splits, and what it refuses."""
+"""Data module for any format: several sources, mixtures, splits, and refused options."""
 
 import json
 from collections import Counter
@@ -32,14 +32,14 @@ def folder(tmp_path: Path) -> Path:
 
 
 def captions(data: Captions, epochs: int = 1) -> list[list[str]]:
-    """What each training epoch says."""
+    """Return the captions of each training epoch."""
     data.setup("fit")
     loader: Any = data.train_dataloader()
-    said = []
+    found = []
     for epoch in range(epochs):
         loader.batch_sampler.set_epoch(epoch)
-        said.append([caption for batch in loader for caption in batch.captions])
-    return said
+        found.append([caption for batch in loader for caption in batch.captions])
+    return found
 
 
 def module(folder: Path, **options: Any) -> Captions:
@@ -47,23 +47,23 @@ def module(folder: Path, **options: Any) -> Captions:
     return Captions(val=str(folder / "b.csv"), batch_size=2, num_workers=0, preprocessing=size, **options)
 
 
-def test_several_paths_are_one_after_the_other(folder: Path) -> None:
-    (said,) = captions(module(folder, train=[str(folder / "a.csv"), str(folder / "c")]))
-    assert sorted(said) == sorted([f"a {i}" for i in range(30)] + [f"c {i}" for i in range(6)])
+def test_several_paths_are_concatenated(folder: Path) -> None:
+    (found,) = captions(module(folder, train=[str(folder / "a.csv"), str(folder / "c")]))
+    assert sorted(found) == sorted([f"a {i}" for i in range(30)] + [f"c {i}" for i in range(6)])
 
 
-@pytest.mark.parametrize("typed", [False, True])
-def test_a_mixture_has_its_shares_and_repeats_nothing_before_all_has_come(folder: Path, typed: bool) -> None:
+@pytest.mark.parametrize("as_objects", [False, True])
+def test_mixture_has_its_shares_and_repeats_no_pair_early(folder: Path, as_objects: bool) -> None:
     parts: Any = [{"data": str(folder / "a.csv"), "weight": 1}, {"data": str(folder / "c"), "weight": 3}]
-    parts = [Weighted(**part) for part in parts] if typed else parts
+    parts = [Weighted(**part) for part in parts] if as_objects else parts
     first, second = captions(module(folder, train=parts, epoch_size=16), epochs=2)
-    for said in (first, second):
-        assert Counter(caption[0] for caption in said) == {"a": 4, "c": 12}
+    for texts in (first, second):
+        assert Counter(caption[0] for caption in texts) == {"a": 4, "c": 12}
     assert all(first.count(f"c {i}") == 2 for i in range(6))
     assert len({caption for caption in first + second if caption[0] == "a"}) == 8
 
 
-def test_a_mixture_in_a_yaml_file_reaches_the_data_module(
+def test_mixture_in_a_yaml_file_reaches_the_data_module(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(CLI, "before_instantiate_classes", lambda self: None)
@@ -78,10 +78,10 @@ def test_a_mixture_in_a_yaml_file_reaches_the_data_module(
     assert data.train_source.epoch_size == 36
 
 
-def test_what_makes_no_sense_is_refused(folder: Path) -> None:
-    with pytest.raises(InputError, match="give train, val or both"):
+def test_invalid_data_options_are_refused(folder: Path) -> None:
+    with pytest.raises(InputError, match="set train, val or both"):
         Captions()
-    with pytest.raises(InputError, match="bare path among them"):
+    with pytest.raises(InputError, match="a bare path among them"):
         captions(module(folder, train=[{"data": str(folder / "a.csv")}, str(folder / "c")]))
     with pytest.raises(InputError, match="wheight"):
         captions(module(folder, train=[{"data": str(folder / "a.csv"), "wheight": 1}]))

@@ -1,11 +1,11 @@
-"""The data module without data."""
+"""Data module without pairs."""
 
 import pytest
 
 from datamodules import NoCaptions
 
 
-def test_its_loader_yields_nothing_and_does_not_say_how_much() -> None:
+def test_loader_is_empty_and_has_no_length() -> None:
     loader = NoCaptions().val_dataloader()
     assert list(loader) == []
     with pytest.raises(TypeError):  # a length of 0 would make Lightning skip the epoch with its hooks

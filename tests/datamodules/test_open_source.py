@@ -1,4 +1,4 @@
-"""Any path to pairs is known for what it is, and what holds the same pairs gives the same batches."""
+"""Formats are recognised, and the same pairs in any format give the same batches."""
 
 import json
 import random
@@ -26,7 +26,7 @@ PAIRS = 200
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """200 images of noise with a text beside each, and tables of them in which nothing but the format differs."""
+    """200 noise images with a text beside each, and tables of them that only differ in format."""
     root = tmp_path_factory.mktemp("pairs")
     rng = np.random.default_rng(0)
     rows = []
@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / name).write_text("\n".join(lines), encoding=encoding)
     objects = [{"image": image, "caption": text} for image, text in rows]
     (root / "l.jsonl").write_text("\n".join(map(json.dumps, objects)), encoding="utf-8")
-    (root / "parquet").mkdir()  # in a folder of its own: one with parquet files is no folder of images
+    (root / "parquet").mkdir()  # in its own folder: a folder with parquet files is not read as a folder of images
     pq.write_table(pa.Table.from_pylist(objects), root / "parquet/p.parquet", row_group_size=70)
     for part in "ab":
         shutil.copytree(root / part, root / "parquet" / part, ignore=shutil.ignore_patterns("*.txt"))
@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Batches(CaptionDataModule):
-    """Of any one source."""
+    """Data module of a given source."""
 
     def __init__(self, source: PairSource, **options: Any) -> None:
         super().__init__(batch_size=32, preprocessing=Preprocessing(image_size=7), **options)
@@ -60,13 +60,13 @@ class Batches(CaptionDataModule):
 
 
 def batches(path: Path) -> list[CaptionBatch]:
-    """An epoch of training and one of validation, no option named."""
+    """Return an epoch of training and one of validation, without options."""
     module = Batches(open_source(path), num_workers=0)
     module.setup("fit")
     return [*module.train_dataloader(), *module.val_dataloader()]
 
 
-def test_tables_of_any_format_and_a_folder_of_the_same_pairs_give_identical_batches(folder: Path) -> None:
+def test_every_format_of_the_same_pairs_gives_identical_batches(folder: Path) -> None:
     expected = batches(folder / "c.csv")
     assert sum(len(batch.keys) for batch in expected) == 192 + PAIRS
     for name in ("s.csv", "t.tsv", "l.jsonl", "parquet/p.parquet", "."):
@@ -79,7 +79,7 @@ def test_tables_of_any_format_and_a_folder_of_the_same_pairs_give_identical_batc
 
 
 @pytest.mark.parametrize("name", ["missing.csv", "notes.docx", "none", "empty"])
-def test_a_path_that_is_no_data_is_an_error_that_says_what_is_taken(tmp_path: Path, name: str) -> None:
+def test_unknown_data_is_an_error_that_lists_the_supported_formats(tmp_path: Path, name: str) -> None:
     (tmp_path / "notes.docx").write_text("image,caption")
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError) as error:
@@ -90,42 +90,42 @@ def test_a_path_that_is_no_data_is_an_error_that_says_what_is_taken(tmp_path: Pa
         open_source([])
 
 
-def test_options_that_a_source_does_not_have_are_refused(folder: Path) -> None:
+def test_options_that_do_not_apply_to_a_source_are_refused(folder: Path) -> None:
     for name in ("c.csv", "l.jsonl", "parquet/p.parquet", "."):
         with pytest.raises(InputError, match="no splits"):
             open_source(folder / name, split="train")
         assert len(open_source(folder / name, default_split="train")) == PAIRS
-    with pytest.raises(InputError, match="caption_column is 'text'"):
+    with pytest.raises(InputError, match="is not a table, but caption_column is 'text'"):
         open_source(folder, caption_column="text")
 
 
-def test_a_folder_of_images_with_a_metadata_file_is_that_table(tmp_path: Path) -> None:
+def test_folder_with_a_metadata_file_is_that_table(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "one of Hugging Face\'s folders"}')
     assert open_source(tmp_path).captions(0) == ["one of Hugging Face's folders"]
 
 
-def test_a_list_of_tables_is_one_source_after_the_other(folder: Path, tmp_path: Path) -> None:
+def test_list_of_tables_is_concatenated(folder: Path, tmp_path: Path) -> None:
     other = tmp_path / "o.csv"
     other.write_text(f"image,caption\n{folder}/a/003.png,another\na/003.png,lost\n")
     same = open_source([folder / "c.csv", folder / "l.jsonl"])
     assert isinstance(same, Concatenated)
     assert len(same) == 2 * PAIRS
-    assert same.load(3, None).key == same.load(203, None).key == "a/003.png"  # one image, as both start in one folder
-    apart = open_source([folder / "c.csv", other])
-    assert len(apart) == PAIRS + 2
-    assert [apart.load(row, None)[1:3] for row in (3, 200)] == [
+    assert same.load(3, None).key == same.load(203, None).key == "a/003.png"  # one image: both roots are equal
+    distinct = open_source([folder / "c.csv", other])
+    assert len(distinct) == PAIRS + 2
+    assert [distinct.load(row, None)[1:3] for row in (3, 200)] == [
         ("image 3; of 3 cats, é", "0:a/003.png"),
         ("another", f"1:{folder}/a/003.png"),
     ]
-    assert apart.captions(201) == ["lost"]
-    assert apart.read(200)[1:3] == (["another"], f"1:{folder}/a/003.png")
-    assert sorted(apart.order(1, 2)) == list(range(PAIRS + 2))
+    assert distinct.captions(201) == ["lost"]
+    assert distinct.read(200)[1:3] == (["another"], f"1:{folder}/a/003.png")
+    assert sorted(distinct.order(1, 2)) == list(range(PAIRS + 2))
     with pytest.raises(InputError, match="o.csv row 3"):
-        apart.check()
+        distinct.check()
 
 
-def test_a_source_of_some_rows_keeps_the_order_of_the_whole(folder: Path) -> None:
+def test_rows_of_a_source_keep_its_order(folder: Path) -> None:
     class Backwards(Rows):
         def order(self, epoch: int, seed: int) -> np.ndarray:
             return np.roll(np.arange(len(self))[::-1], epoch)
@@ -135,12 +135,12 @@ def test_a_source_of_some_rows_keeps_the_order_of_the_whole(folder: Path) -> Non
     assert len(some) == 3
     assert [some.load(i, None).key for i in range(3)] == ["a/001.png", "a/005.png", "b/150.png"]
     assert some.order(0, 0).tolist() == [2, 1, 0]
-    assert some.order(2, 0).tolist() == [0, 2, 1]  # rows 1 and 0 come first then
+    assert some.order(2, 0).tolist() == [0, 2, 1]  # then rows 1 and 0 come first
     assert some.captions(2) == ["image 150; of 3 cats, é"]
     assert some.read(2).image == (folder / "b/150.png").read_bytes()
 
 
-def test_a_division_is_all_of_the_images_once(folder: Path) -> None:
+def test_division_has_every_image_once(folder: Path) -> None:
     train, val = open_source(folder).divide(0.25, seed=3)
     keys = [[source.read(i).key for i in range(len(source))] for source in (train, val)]
     assert [len(part) for part in keys] == [150, 50]

@@ -1,4 +1,4 @@
-"""OpenMoji's drawings and names: all there, drawn right without help from the system, and divided as documented."""
+"""OpenMoji's drawings and names: complete, drawn the same on every system, and divided as documented."""
 
 import random
 from collections import Counter
@@ -39,27 +39,27 @@ def _read(paths: list[Path]) -> np.ndarray:
 
 
 def ink(images: np.ndarray) -> np.ndarray:
-    """Where a drawing is not white paper: bool ``[N, 72, 72]``."""
+    """Return where a drawing is not white: bool ``[N, 72, 72]``."""
     return (images < 250).any(axis=-1)
 
 
 def saturation(images: np.ndarray) -> np.ndarray:
-    """Difference between the strongest and the weakest channel: ``[N, 72, 72]``, 0 for grey."""
+    """Return the difference between the strongest and weakest channel, 0 for grey: ``[N, 72, 72]``."""
     return images.max(axis=-1) - images.min(axis=-1)
 
 
-def test_the_table_has_1914_emoji_with_names_of_their_own() -> None:
+def test_table_has_1914_emoji_with_distinct_names() -> None:
     assert len(EMOJI) == len(ROW) == len({emoji.hexcode for emoji in EMOJI}) == 1914
     assert all(emoji.name and emoji.group and emoji.subgroup and all(emoji.tags) for emoji in EMOJI)
     assert [emoji.name for emoji in EMOJI[:2]] == ["grinning face", "grinning face with big eyes"]
-    # Skin tones are five variants of one drawing.
+    # The five skin tones of a drawing are left out.
     tones = {f"{code:X}" for code in range(0x1F3FB, 0x1F400)}
     assert not any(tones & set(emoji.hexcode.split("-")) for emoji in EMOJI)
     assert not any("-" in emoji.group for emoji in EMOJI)  # words, not slugs
 
 
 def test_164_names_are_held_out_and_none_is_a_flag() -> None:
-    out = [emoji for emoji, kept in zip(EMOJI, held_out(EMOJI), strict=True) if kept]
+    out = [emoji for emoji, is_held_out in zip(EMOJI, held_out(EMOJI), strict=True) if is_held_out]
     assert len(out) == 164
     assert "flags" not in {emoji.group for emoji in out}
     assert {emoji.group for emoji in out} == {emoji.group for emoji in EMOJI} - {"flags"}
@@ -71,16 +71,16 @@ def test_no_drawing_is_blank(color: np.ndarray) -> None:
     assert [EMOJI[row].name for row in np.flatnonzero(marks < 100)] == []
 
 
-def test_drawings_are_whole(color: np.ndarray) -> None:
-    """OpenMoji's grid of 72 pixels has a margin: only a handful of drawings fill it, and no flag does."""
+def test_drawings_are_not_cut_off(color: np.ndarray) -> None:
+    """OpenMoji's grid of 72 pixels has a margin: only a few drawings touch the edge, and no flag does."""
     marks = ink(color)
     cut = marks[:, [0, -1]].any(axis=(1, 2)) | marks[:, :, [0, -1]].any(axis=(1, 2))  # touches the edge
     assert [EMOJI[row].name for row in np.flatnonzero(cut) if EMOJI[row].group == "flags"] == []
     assert cut.sum() < 1914 / 50
 
 
-def test_drawings_are_in_the_middle(color: np.ndarray) -> None:
-    """The mean drawing's centre of mass is at most 3 of 72 pixels off."""
+def test_drawings_are_centred(color: np.ndarray) -> None:
+    """The centre of mass of the mean drawing is at most 3 of 72 pixels off."""
     mass = ink(color).mean(axis=0)
     at = np.arange(72) + 0.5
     assert abs((mass.sum(axis=0) * at).sum() / mass.sum() - 36) < 3
@@ -91,38 +91,38 @@ def test_drawings_are_in_the_middle(color: np.ndarray) -> None:
     ("flag", "stripes"),
     [("France", (BLUE, WHITE, RED)), ("Italy", (GREEN, WHITE, RED)), ("Japan", (WHITE, RED, WHITE))],
 )
-def test_a_flag_of_two_letters_is_drawn_as_that_flag(
+def test_flag_sequences_are_drawn_as_flags(
     color: np.ndarray, flag: str, stripes: tuple[tuple[int, int, int], ...]
 ) -> None:
-    """The middle of its three thirds, looked at on the flag's own middle line."""
+    """Checks the colour at the centre of each third of the flag."""
     image = color[ROW[f"flag: {flag}"]]
     rows, columns = (np.flatnonzero(ink(image[None])[0].any(axis=axis)) for axis in (1, 0))
     middle, left, width = (rows[0] + rows[-1]) // 2, columns[0], columns[-1] - columns[0] + 1
-    assert width > 1.4 * len(rows)  # a flag, not two letters in a row
+    assert width > 1.4 * len(rows)  # a flag, not two letters side by side
     found = [tuple(image[middle, left + int(width * share)].tolist()) for share in (1 / 6, 1 / 2, 5 / 6)]
     assert found == list(stripes)
 
 
-def test_joined_families_are_one_glyph_each(color: np.ndarray) -> None:
-    """Shown as a row of persons, they would not fit, and all would begin with the same man."""
+def test_family_sequences_are_one_glyph_each(color: np.ndarray) -> None:
+    """Drawn as a row of people they would not fit, and all would start with the same man."""
     names = [f"family: man, woman, {children}" for children in ("boy", "girl", "girl, boy", "boy, boy", "girl, girl")]
     rows = [ROW[name] for name in names]
     assert all("200D" in EMOJI[row].hexcode for row in rows)
     columns = ink(color[rows]).any(axis=1)
     assert (columns.sum(axis=1) > 36).all()
-    assert not columns[:, [0, -1]].any()  # the ends are paper
+    assert not columns[:, [0, -1]].any()  # white at both ends
     assert len({color[row].tobytes() for row in rows}) == 5
     assert not any(np.array_equal(color[row], color[ROW["man"]]) for row in rows)
 
 
-def test_only_a_few_drawings_look_alike(color: np.ndarray) -> None:
-    """OpenMoji draws 18 of them like another on purpose: France's flag and St. Martin's, man and person walking."""
-    same = Counter(image.tobytes() for image in color)
-    assert 1914 - len(same) <= 20
+def test_only_a_few_drawings_are_identical(color: np.ndarray) -> None:
+    """OpenMoji draws 18 like another one on purpose, such as the flags of France and St. Martin."""
+    distinct = {image.tobytes() for image in color}
+    assert 1914 - len(distinct) <= 20
     assert np.array_equal(color[ROW["flag: France"]], color[ROW["flag: St. Martin"]])
 
 
-def test_drawings_are_the_same_where_pillow_has_no_text_shaping(
+def test_drawings_are_the_same_without_text_shaping(
     color: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ImageFont.core, "HAVE_RAQM", False)
@@ -132,12 +132,12 @@ def test_drawings_are_the_same_where_pillow_has_no_text_shaping(
     assert np.array_equal(_read(draw(tmp_path)), color[[ROW[emoji.name] for emoji in few]])
 
 
-def test_the_line_style_has_only_greys_and_the_colour_style_has_colours(color: np.ndarray, line: np.ndarray) -> None:
+def test_line_style_is_grey_and_colour_style_is_coloured(color: np.ndarray, line: np.ndarray) -> None:
     assert saturation(line).max() == 0
     assert line.min() == 0
     coloured = (saturation(color) > 100).any(axis=(1, 2))
     assert coloured.mean() > 0.7  # many symbols and clocks are black
-    # Where there is ink in a line drawing there is in the coloured one.
+    # What is black in a line drawing is dark in the coloured one.
     black = line[..., 0] < 30
     assert (color[black].max(axis=-1) < 60).mean() > 0.95
 
@@ -146,7 +146,7 @@ def _times(paths: list[Path]) -> list[int]:
     return [path.stat().st_mtime_ns for path in paths]
 
 
-def test_what_is_drawn_is_not_drawn_again(drawings_cache: Path, color: np.ndarray) -> None:
+def test_cached_drawings_are_not_drawn_again(drawings_cache: Path, color: np.ndarray) -> None:
     paths = draw(drawings_cache)
     before = _times(paths)
     assert draw(drawings_cache) == paths
@@ -158,19 +158,19 @@ def test_what_is_drawn_is_not_drawn_again(drawings_cache: Path, color: np.ndarra
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> list[Emoji]:
-    """The table cut down to 25 rows, for what is about the cache."""
+    """The table cut down to 25 rows, for tests of the cache."""
     monkeypatch.setattr("datamodules.openmoji.read_table", lambda: EMOJI[:25])
     return EMOJI[:25]
 
 
-def test_a_cache_that_lacks_a_drawing_is_completed(few: list[Emoji], color: np.ndarray, tmp_path: Path) -> None:
+def test_missing_drawing_in_the_cache_is_added(few: list[Emoji], color: np.ndarray, tmp_path: Path) -> None:
     paths = draw(tmp_path)
     paths[11].unlink()
     assert draw(tmp_path) == paths
     assert np.array_equal(_read(paths), color[: len(few)])
 
 
-def test_drawing_that_is_killed_leaves_no_half_image(
+def test_interrupted_drawing_leaves_no_partial_image(
     few: list[Emoji], color: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved: list[Path] = []
@@ -193,15 +193,15 @@ def test_drawing_that_is_killed_leaves_no_half_image(
     assert np.array_equal(_read(draw(tmp_path)), color[: len(few)])
 
 
-def test_the_two_styles_do_not_share_files(few: list[Emoji], tmp_path: Path) -> None:
+def test_styles_do_not_share_files(few: list[Emoji], tmp_path: Path) -> None:
     assert not set(draw(tmp_path)) & set(draw(tmp_path, "line"))
 
 
 @pytest.mark.parametrize("value", ["given", "", None])
-def test_the_cache_is_where_the_system_keeps_caches(
+def test_cache_folder_follows_the_xdg_specification(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str | None
 ) -> None:
-    """The XDG base directory specification: unset and empty mean the same."""
+    """Unset and empty mean the same."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     if value is not None:
@@ -221,7 +221,7 @@ def names_of(source: Any) -> list[str]:
 
 
 @pytest.mark.parametrize(("hold_out", "trained"), [(True, 1750), (False, 1914)])
-def test_nine_names_of_ten_are_trained_on_and_the_others_validated(
+def test_training_has_nine_names_of_ten_and_validation_the_others(
     drawings_cache: Path, hold_out: bool, trained: int
 ) -> None:
     module = module_of(drawings_cache, hold_out=hold_out)
@@ -232,9 +232,7 @@ def test_nine_names_of_ten_are_trained_on_and_the_others_validated(
     assert module.steps_per_epoch == trained // 64
 
 
-def test_validation_captions_are_the_plain_names_and_keys_the_code_points(
-    drawings_cache: Path, color: np.ndarray
-) -> None:
+def test_validation_captions_are_names_and_keys_are_code_points(drawings_cache: Path, color: np.ndarray) -> None:
     module = module_of(drawings_cache)
     batches = list(module.val_dataloader())
     assert [len(batch.keys) for batch in batches] == [64, 64, 36]
@@ -243,7 +241,7 @@ def test_validation_captions_are_the_plain_names_and_keys_the_code_points(
     ascii_names = 0
     captions = [decode(row) for batch in batches for row in batch.tokens.tolist()]
     for text, emoji in zip(captions, expected, strict=True):
-        if emoji.name.isascii() and emoji.name.replace(" ", "").isalpha():  # decoding puts spaces around marks
+        if emoji.name.isascii() and emoji.name.replace(" ", "").isalpha():  # decoding puts spaces around punctuation
             ascii_names += 1
             assert text == emoji.name.lower()
     assert ascii_names > 100
@@ -253,7 +251,7 @@ def test_validation_captions_are_the_plain_names_and_keys_the_code_points(
         assert np.array_equal(np.asarray(image), color[ROW[expected[index].name]])
 
 
-def test_training_captions_say_the_name_the_name_with_tags_or_the_groups(drawings_cache: Path) -> None:
+def test_training_captions_are_names_names_with_tags_or_groups(drawings_cache: Path) -> None:
     source: Any = module_of(drawings_cache).train_source
     kinds = Counter[str]()
     by_key = {emoji.hexcode: emoji for emoji in EMOJI}
@@ -270,13 +268,13 @@ def test_training_captions_say_the_name_the_name_with_tags_or_the_groups(drawing
             assert tags != text
             assert 1 <= len(tags.split(", ")) <= 3
             assert set(tags.split(", ")) <= set(emoji.tags) - {emoji.name}
-    # 0.7, 0.15, 0.15 of 1,750 draws, plus or minus five standard deviations.
+    # 0.7, 0.15 and 0.15 of 1,750 draws, plus or minus five standard deviations.
     assert abs(kinds["name"] - 1225) < 96
     assert abs(kinds["tags"] - 262) < 75
     assert abs(kinds["group"] - 263) < 75
 
 
-def test_a_caption_is_a_function_of_its_random_numbers() -> None:
+def test_caption_depends_on_its_generator_only() -> None:
     emoji = EMOJI[ROW["pizza"]]
     assert [caption(emoji, random.Random(seed)) for seed in range(20)] == [
         caption(emoji, random.Random(seed)) for seed in range(20)
@@ -290,12 +288,12 @@ def test_a_caption_is_a_function_of_its_random_numbers() -> None:
         ("all", "color", 1914),
         ("trained", "color", 1750),
         ("held_out", "color", 164),
-        ("all", "line", 1643),  # without 270 flags and the NEW button, which has no ink
+        ("all", "line", 1643),  # without 270 flags and the NEW button, which has no black
         ("trained", "line", 1480),
         ("held_out", "line", 163),
     ],
 )
-def test_classes_are_all_1914_names_whichever_drawings_are_shown(
+def test_classes_are_all_1914_names_for_any_choice_of_drawings(
     drawings_cache: Path, drawings: Any, style: Any, count: int
 ) -> None:
     images = OpenMojiClasses(drawings, style, cache_dir=str(drawings_cache))
@@ -312,7 +310,7 @@ def test_classes_are_all_1914_names_whichever_drawings_are_shown(
 
 
 @pytest.mark.parametrize("style", ["color", "line"])
-def test_a_labelled_drawing_is_that_of_its_name(drawings_cache: Path, style: Any, request: Any) -> None:
+def test_labelled_drawing_matches_its_class_name(drawings_cache: Path, style: Any, request: Any) -> None:
     drawn = request.getfixturevalue(style)
     images = OpenMojiClasses("held_out", style, cache_dir=str(drawings_cache))
     for index in range(0, len(images), 9):
@@ -322,17 +320,17 @@ def test_a_labelled_drawing_is_that_of_its_name(drawings_cache: Path, style: Any
 
 
 def test_no_labelled_line_drawing_is_blank(drawings_cache: Path, line: np.ndarray) -> None:
-    """A drawing that is nothing but colour cannot be recognised from its ink."""
+    """A drawing without black could not be recognised from its lines."""
     marks = ink(line).sum(axis=(1, 2))
     images = OpenMojiClasses(style="line", cache_dir=str(drawings_cache))
     assert [images.class_names[label] for label in images.labels() if marks[label] < 20] == []
 
 
-def test_groups_are_nine_classes(drawings_cache: Path) -> None:
+def test_group_classes_are_nine(drawings_cache: Path) -> None:
     images = OpenMojiClasses(classes="group", cache_dir=str(drawings_cache))
     assert len(images.class_names) == len(set(images.class_names)) == 9
     assert [images.class_names[label] for label in images.labels()] == [emoji.group for emoji in EMOJI]
     assert set(images.labels()) == set(range(9))
     line = OpenMojiClasses(style="line", classes="group", cache_dir=str(drawings_cache))
-    assert line.class_names == images.class_names  # "flags" stays a wrong answer
+    assert line.class_names == images.class_names  # "flags" stays a possible wrong prediction
     assert len(set(line.labels())) == 8

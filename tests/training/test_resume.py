@@ -1,4 +1,4 @@
-"""Killed anywhere, a run goes on with the samples, the random numbers and the weights of one that was not."""
+"""A run killed anywhere resumes with the samples, random numbers and weights of an uninterrupted run."""
 
 import csv
 import io
@@ -16,11 +16,12 @@ from tests.helpers.forks import CONTEXT
 from tests.helpers.resume_runs import Run, train
 
 TIME_LIMIT = 120
-STEPS = 5  # an epoch: 21 pairs, 4 a step
+Runs = Callable[[int, int, bool], Run]  # world size, workers, tars -> an uninterrupted run
+STEPS = 5  # per epoch: 21 pairs, 4 per step
 
 
 def start(run: Run) -> list[int]:
-    """Run all ranks to their end; their exit codes."""
+    """Run all ranks to their end and return their exit codes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -37,13 +38,13 @@ def start(run: Run) -> list[int]:
 
 
 def samples(run: Run) -> list[list[str]]:
-    """What each rank was trained on, a line a step."""
+    """Return the samples that each rank was trained on, one line per step."""
     return [Path(run.folder, f"{run.name}_{rank}.txt").read_text().splitlines() for rank in range(run.world)]
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory, caption_table: Path) -> Path:
-    """A table of 21 pairs: an epoch leaves one of them out."""
+    """A table of 21 pairs; an epoch drops one of them."""
     folder = tmp_path_factory.mktemp("pairs")
     with caption_table.open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))[:21]
@@ -71,13 +72,13 @@ def shards(tmp_path_factory: pytest.TempPathFactory, pairs: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, pairs: Path, shards: Path) -> Callable[[int, int, bool], Run]:
-    """A run that nothing happened to, for a number of ranks and workers, of a table or of tars."""
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, pairs: Path, shards: Path) -> Runs:
+    """Return an uninterrupted run for a number of ranks and workers, on a table or tars; each is run once."""
     runs: dict[tuple[int, int, bool], Run] = {}
 
     def get(world: int, workers: int, tars: bool = False) -> Run:
         if (world, workers, tars) not in runs:
-            folder = tmp_path_factory.mktemp(f"whole_{world}_{workers}")
+            folder = tmp_path_factory.mktemp(f"uninterrupted_{world}_{workers}")
             run = Run(str(folder), str(shards if tars else pairs), world, workers, 4 // world)
             assert start(run) == [0] * world
             runs[world, workers, tars] = run
@@ -87,25 +88,25 @@ def whole(tmp_path_factory: pytest.TempPathFactory, pairs: Path, shards: Path) -
 
 
 def check_resumed(expected: Run, folder: Path, kill: int, every: int) -> None:
-    """Kill a run like ``expected`` at a step, go on from the newest checkpoint, and compare all there is."""
+    """Kill a run like ``expected`` at a step, resume it, and compare samples, state and curves."""
     killed = expected._replace(folder=str(folder), kill=kill, every=every, name="killed")
     codes = start(killed)
     assert -9 in codes
     assert 0 not in codes
-    again = killed._replace(kill=None, resume=True, name="again")
-    assert start(again) == [0] * again.world
+    resumed = killed._replace(kill=None, resume=True, name="resumed")
+    assert start(resumed) == [0] * resumed.world
     done = kill // every * every
-    for theirs, before, after in zip(samples(expected), samples(killed), samples(again), strict=True):
-        assert before[:kill] == theirs[:kill]
-        assert after == theirs[done:]
-    ours, whole = (torch.load(f"{run.folder}/{run.name}.pt", weights_only=True) for run in (again, expected))
-    for name, value in whole.items():
+    for steps, before, after in zip(samples(expected), samples(killed), samples(resumed), strict=True):
+        assert before[:kill] == steps[:kill]
+        assert after == steps[done:]
+    ours, theirs = (torch.load(f"{run.folder}/{run.name}.pt", weights_only=True) for run in (resumed, expected))
+    for name, value in theirs.items():
         assert torch.equal(ours[name], value), f"{name} is not bit-identical"
-    check_curves(curves(again), curves(expected), done)
+    check_curves(curves(resumed), curves(expected), done)
 
 
 def curves(run: Run) -> dict[str, dict[int, float]]:
-    """Each logged metric's value at each step."""
+    """Return the value of each logged metric at each step."""
     with Path(run.folder, run.name, "version_0", "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     names = [name for name in rows[0] if name not in ("step", "epoch", "train/samples_per_second")]
@@ -118,13 +119,13 @@ def curves(run: Run) -> dict[str, dict[int, float]]:
     return metrics
 
 
-def check_curves(ours: dict[str, dict[int, float]], whole: dict[str, dict[int, float]], done: int) -> None:
-    """The resumed run's curves are the rest of the others, the learning rate's and the samples' too.
+def check_curves(ours: dict[str, dict[int, float]], theirs: dict[str, dict[int, float]], done: int) -> None:
+    """Check that the resumed run's curves continue the uninterrupted ones, learning rate and samples seen included.
 
-    Where a validation was due behind the step that was saved, nobody knows whether it ended: it is there again.
+    A validation due right after the saved step may not have finished, so it is repeated.
     """
     assert {"train/loss", "train/samples_seen", "train/learning_rate"} <= ours.keys()
-    for name, points in whole.items():
+    for name, points in theirs.items():
         first = done - 1 if name.startswith("val/") else done
         rest = {step: value for step, value in points.items() if step >= first}
         assert ours.get(name, {}) == rest, name
@@ -139,39 +140,43 @@ CASES = [
 
 
 @pytest.mark.parametrize(("world", "workers", "tars", "kill", "every"), CASES)
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(
-    world: int, workers: int, tars: bool, kill: int, every: int, whole: Callable[[int, int, bool], Run], tmp_path: Path
+def test_killed_run_resumes_bit_for_bit(
+    world: int,
+    workers: int,
+    tars: bool,
+    kill: int,
+    every: int,
+    uninterrupted: Runs,
+    tmp_path: Path,
 ) -> None:
-    check_resumed(whole(world, workers, tars), tmp_path, kill, every)
+    check_resumed(uninterrupted(world, workers, tars), tmp_path, kill, every)
 
 
-def test_the_middle_of_an_epoch_of_other_batches_or_data_is_refused(
-    whole: Callable[[int, int, bool], Run], tmp_path: Path
-) -> None:
-    killed = whole(1, 0, False)._replace(folder=str(tmp_path), kill=3, name="killed")
+def test_resume_inside_an_epoch_with_another_global_batch_is_refused(uninterrupted: Runs, tmp_path: Path) -> None:
+    killed = uninterrupted(1, 0, False)._replace(folder=str(tmp_path), kill=3, name="killed")
     assert start(killed) == [-9]
     other = killed._replace(kill=None, resume=True, name="other", batch_size=5)
     assert start(other) == [1]
     error = Path(tmp_path, "other.error").read_text(encoding="utf-8")
     assert "saved after 3 batches of an epoch" in error
-    assert "pairs a step (all processes) 4 there and 5 here" in error
-    two = killed._replace(kill=None, resume=True, name="two", batch_size=2, world=2)  # the same 4 pairs a step
+    assert "pairs per step (all ranks) 4 there and 5 here" in error
+    two = killed._replace(kill=None, resume=True, name="two", batch_size=2, world=2)  # still 4 pairs per step
     assert start(two) == [0, 0]
-    whole_steps, (one, other_rank) = samples(whole(1, 0, False))[0], samples(two)
-    for line, *ours in zip(whole_steps[3:], one, other_rank, strict=True):
-        assert sorted(line.split()[3:]) == sorted(key for our in ours for key in our.split()[3:])
+    expected, (first_rank, second_rank) = samples(uninterrupted(1, 0, False))[0], samples(two)
+    for line, *lines in zip(expected[3:], first_rank, second_rank, strict=True):
+        assert sorted(line.split()[3:]) == sorted(key for own in lines for key in own.split()[3:])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("tars", [False, True])
-def test_killed_at_random_steps(
-    world: int, workers: int, tars: bool, whole: Callable[[int, int, bool], Run], tmp_path: Path
+def test_run_killed_at_random_steps_resumes_bit_for_bit(
+    world: int, workers: int, tars: bool, uninterrupted: Runs, tmp_path: Path
 ) -> None:
     rng = random.Random(f"{world} {workers} {tars}")
-    for kill in [STEPS, *rng.sample(range(1, 3 * STEPS), 3)]:  # 32 kills in all, one of each kind at an epoch's end
+    for kill in [STEPS, *rng.sample(range(1, 3 * STEPS), 3)]:  # 32 kills in all, one per case at the end of an epoch
         every = rng.choice([every for every in (1, 2, 5) if every <= kill])
-        check_resumed(whole(world, workers, tars), tmp_path, kill, every)
+        check_resumed(uninterrupted(world, workers, tars), tmp_path, kill, every)
         for path in tmp_path.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -307,9 +307,9 @@ def test_the_command_exits_with_2_where_nothing_can_be_used(
 
 def test_a_column_is_asked_for_as_it_is_typed_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "t.csv").write_text("Dateiname;Beschreibung\na.png;ein Hund\n")
-    with pytest.raises(InputError, match=r"\(Dateiname, Beschreibung\) .*; give --image_column Dateiname, say"):
+    with pytest.raises(InputError, match=r"\(Dateiname, Beschreibung\) .*; for example, set --image_column Dateiname"):
         run_inspect(tmp_path, capsys, str(tmp_path / "t.csv"))
-    with pytest.raises(InputError, match="give --caption_column Beschreibung, say"):
+    with pytest.raises(InputError, match="for example, set --caption_column Beschreibung"):
         run_inspect(tmp_path, capsys, str(tmp_path / "t.csv"), "--image_column", "Dateiname")
 
 

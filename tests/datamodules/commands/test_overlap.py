@@ -21,8 +21,7 @@ from PIL import Image
 from scipy.stats import beta, binom
 
 import lit_clip.evaluation.overlap as maths
-from datamodules.look_index import LookIndex, Looks
-from datamodules.near_duplicates import look_of
+from datamodules.near_duplicates import LookIndex, Looks, look_of
 from datamodules.open_source import open_source
 from datamodules.overlap.findings import findings_of
 from datamodules.overlap.search import NearestFound, Queries, SourceRows, joined, search

@@ -1,4 +1,4 @@
-"""``lit-clip shard``: what it writes is what it was given, byte for byte, and what it had written it keeps."""
+"""``lit-clip shard``: images are copied byte for byte, and complete shards are kept."""
 
 import csv
 import hashlib
@@ -28,7 +28,7 @@ def digests(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.tar"))}
 
 
-def test_a_table_becomes_shards_of_the_same_bytes_and_captions(cli: Run, tmp_path: Path, caption_table: Path) -> None:
+def test_table_becomes_shards_of_the_same_bytes_and_captions(cli: Run, tmp_path: Path, caption_table: Path) -> None:
     result = cli("shard", str(caption_table), "out", "--shard_size", "20", "--workers", "2")
     assert result.returncode == 0, result.stderr
     assert "out: 64 pairs in 4 shards" in result.stderr
@@ -50,7 +50,7 @@ def test_a_table_becomes_shards_of_the_same_bytes_and_captions(cli: Run, tmp_pat
     assert len(list((tmp_path / "out").glob(f"*.tar{INDEX_SUFFIX}"))) == 4
 
 
-def test_other_tools_read_what_is_written(tmp_path: Path, caption_table: Path) -> None:
+def test_webdataset_reads_the_written_shards(tmp_path: Path, caption_table: Path) -> None:
     webdataset = pytest.importorskip("webdataset")
     shard(str(caption_table), str(tmp_path / "out"), shard_size=40, workers=0)
     urls = [str(path) for path in sorted((tmp_path / "out").glob("*.tar"))]
@@ -60,7 +60,7 @@ def test_other_tools_read_what_is_written(tmp_path: Path, caption_table: Path) -
     assert samples[63][0].size == table.load(63, None).image.size
 
 
-def test_shards_that_are_finished_are_kept_and_the_others_written(tmp_path: Path, caption_table: Path) -> None:
+def test_complete_shards_are_kept_and_missing_ones_written(tmp_path: Path, caption_table: Path) -> None:
     out = tmp_path / "out"
     shard(str(caption_table), str(out), shard_size=10, workers=0)
     whole = digests(out)
@@ -68,7 +68,7 @@ def test_shards_that_are_finished_are_kept_and_the_others_written(tmp_path: Path
     for number in (1, 4):
         (out / f"{number:05d}.tar").unlink()
     (out / f"00005.tar{INDEX_SUFFIX}").unlink()
-    (out / ".00004.tar.part").write_bytes(b"of a run that was stopped")
+    (out / ".00004.tar.part").write_bytes(b"of a killed run")
     before = (out / "00002.tar").stat().st_mtime_ns
     shard(str(caption_table), str(out), shard_size=10, workers=0)
     assert digests(out) == whole
@@ -77,7 +77,7 @@ def test_shards_that_are_finished_are_kept_and_the_others_written(tmp_path: Path
     assert not list(out.glob(".*.part"))
 
 
-def test_a_killed_run_leaves_whole_shards_only_and_goes_on(tmp_path: Path, caption_table: Path) -> None:
+def test_killed_run_leaves_only_complete_shards_and_continues(tmp_path: Path, caption_table: Path) -> None:
     with caption_table.open(encoding="utf-8") as file:
         rows = list(csv.reader(file))[1:]
     table = tmp_path / "many.csv"
@@ -106,7 +106,7 @@ def test_a_killed_run_leaves_whole_shards_only_and_goes_on(tmp_path: Path, capti
     assert len(TarPairs(str(out))) == 2560
 
 
-def test_several_captions_and_groups_come_through(tmp_path: Path, caption_table: Path) -> None:
+def test_several_captions_and_groups_are_kept(tmp_path: Path, caption_table: Path) -> None:
     with caption_table.open(encoding="utf-8") as file:
         images = [str(caption_table.parent / row["image"]) for row in csv.DictReader(file)][:3]
     records = [
@@ -126,7 +126,7 @@ def test_several_captions_and_groups_come_through(tmp_path: Path, caption_table:
     assert [source.read(index).group for index in range(3)] == ["x", "", "5"]
 
 
-def test_pairs_that_cannot_be_read_stop_it_or_are_listed(tmp_path: Path, caption_table: Path) -> None:
+def test_unreadable_pairs_end_the_run_or_are_listed(tmp_path: Path, caption_table: Path) -> None:
     with caption_table.open(encoding="utf-8") as file:
         images = [str(caption_table.parent / row["image"]) for row in csv.DictReader(file)][:5]
     (tmp_path / "cut.png").write_bytes(Path(images[0]).read_bytes()[:-400])
@@ -144,7 +144,7 @@ def test_pairs_that_cannot_be_read_stop_it_or_are_listed(tmp_path: Path, caption
     assert [path.name for path in (tmp_path / "out").glob("*.skipped.jsonl")] == ["00001.skipped.jsonl"]
 
 
-def test_a_folder_in_use_for_something_else_is_refused(tmp_path: Path, caption_table: Path) -> None:
+def test_folder_with_other_content_is_refused(tmp_path: Path, caption_table: Path) -> None:
     out = tmp_path / "out"
     shard(str(caption_table), str(out), shard_size=40, workers=0)
     with pytest.raises(
@@ -153,9 +153,9 @@ def test_a_folder_in_use_for_something_else_is_refused(tmp_path: Path, caption_t
         shard(str(caption_table), str(out), shard_size=50, workers=0)
     (tmp_path / "others").mkdir()
     (tmp_path / "others/00000.tar").write_bytes(b"")
-    with pytest.raises(InputError, match=r"00000\.tar is not of lit-clip shard"):
+    with pytest.raises(InputError, match=r"00000\.tar was not written by lit-clip shard"):
         shard(str(caption_table), str(tmp_path / "others"), workers=0)
-    with pytest.raises(InputError, match="there is a file of that name"):
+    with pytest.raises(InputError, match="00000.tar: is a file; give a folder"):
         shard(str(caption_table), str(out / "00000.tar"), workers=0)
     with pytest.raises(InputError, match="--shard_size 0"):
         shard(str(caption_table), str(out), shard_size=0)

@@ -173,7 +173,7 @@ def test_a_videos_frames_are_by_the_rule_and_its_first_image_the_centre(ucf101: 
 def test_ucf101_says_what_is_not_there(ucf101: Path, tmp_path: Path) -> None:
     (ucf101 / "UCF-101/Archery/v_Archery_g02_c01.avi").unlink()
     left = UCF101(str(ucf101), "test")
-    assert (len(left), str(left.left_out)) == (4, "1 rows (video is gone)")
+    assert (len(left), str(left.left_out)) == (4, "1 row (video is gone)")
     (ucf101 / "ucfTrainTestlist/testlist02.txt").write_text("Fencing/v_Fencing_g01_c01.avi\n")
     assert "Fencing" in message_of(lambda: UCF101(str(ucf101), "test", fold=2))
     (ucf101 / "ucfTrainTestlist/testlist02.txt").unlink()

@@ -1,4 +1,4 @@
-"""Images and captions that cannot be used: named and refused, or left out, counted, listed and limited."""
+"""Images and captions that cannot be used: refused with their row, or skipped, counted, listed and limited."""
 
 import csv
 import io
@@ -36,7 +36,7 @@ ROWS = 160
 
 
 def broken_images() -> dict[str, tuple[bytes, str]]:
-    """Contents of files that are no images to learn from, and the reason by which they are counted."""
+    """File name -> content of an unusable image, and the reason that it is counted under."""
     whole = whole_images()
     bomb = bytearray(whole["rgb.bmp"])
     bomb[18:26] = (20_000).to_bytes(4, "little") * 2  # width and height
@@ -52,7 +52,7 @@ def broken_images() -> dict[str, tuple[bytes, str]]:
 
 
 @pytest.mark.parametrize("name", list(broken_images()))
-def test_a_broken_image_is_named_with_its_reason(name: str, tmp_path: Path) -> None:
+def test_broken_image_raises_with_its_row_and_reason(name: str, tmp_path: Path) -> None:
     data, reason = broken_images()[name]
     (tmp_path / name).write_bytes(data)
     for source in (tmp_path / name, io.BytesIO(data)):
@@ -64,11 +64,11 @@ def test_a_broken_image_is_named_with_its_reason(name: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("kind", ["absent", "folder", "pipe"])
-def test_a_path_without_a_file_is_a_missing_image(kind: str, tmp_path: Path) -> None:
+def test_path_without_a_regular_file_is_a_missing_image(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "a.jpg"
     if kind == "folder":
         path.mkdir()
-    elif kind == "pipe":  # a reader would wait for ever
+    elif kind == "pipe":  # reading it would block for ever
         os.mkfifo(path)
     with pytest.raises(BadSample, match=re.escape(str(path))) as error:
         open_image(path, "t.csv row 2")
@@ -76,8 +76,8 @@ def test_a_path_without_a_file_is_a_missing_image(kind: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", list(whole_images()))
-def test_every_usual_kind_of_file_becomes_the_pixels_that_published_models_saw(name: str) -> None:
-    """CMYK, palettes, 16 bits, animations: Pillow's first frame, resized and then made RGB; never turned."""
+def test_every_image_format_gives_the_pixels_that_published_models_saw(name: str) -> None:
+    """CMYK, palettes, 16 bits, animations: first frame, resized, then converted to RGB; EXIF rotation ignored."""
     data = whole_images()[name]
     expected = pixels(SMALL)(Image.open(io.BytesIO(data)))
     assert torch.equal(pixels(SMALL)(open_image(io.BytesIO(data), "")), expected)
@@ -85,39 +85,39 @@ def test_every_usual_kind_of_file_becomes_the_pixels_that_published_models_saw(n
     assert (augmented.dtype, tuple(augmented.shape)) == (torch.uint8, (3, 32, 32))
     crop = RandomSquareCrop(32, (1.0, 1.0), "bicubic")
     middle = crop.transform(open_image(io.BytesIO(data), ""), {"side": 1.0, "x": 0.5, "y": 0.5}).convert("RGB")
-    if not name.startswith(("palette", "bits", "fax", "animated.gif")):  # of which single pixels are picked
+    if not name.startswith(("palette", "bits", "fax", "animated.gif")):  # resized by nearest pixel
         assert (torch.from_numpy(np.asarray(middle).copy()).permute(2, 0, 1).float() - expected).abs().mean() < 3
 
 
 @pytest.mark.parametrize("caption", [None, math.nan, "", " \t\n", "NaN", "null", "N/A", 7, ["a"], "a \ud800 cat"])
-def test_a_caption_that_is_none_is_refused(caption: object) -> None:
+def test_missing_or_invalid_caption_is_refused(caption: object) -> None:
     with pytest.raises(BadSample, match=r"^row 3: ") as error:
         check_caption(caption, "row 3")
-    assert error.value.reason in ("no caption", "caption is no text")
+    assert error.value.reason in ("no caption", "caption is not text")
 
 
 @pytest.mark.parametrize("caption", ["a cat", "x" * 100_000, "猫", "not none", "0"])
-def test_a_caption_of_any_length_or_script_is_taken_as_it_is(caption: str) -> None:
+def test_caption_of_any_length_or_script_is_unchanged(caption: str) -> None:
     assert check_caption(caption, "row 3") == caption
 
 
-def test_the_error_survives_the_way_from_a_data_worker() -> None:
+def test_bad_sample_error_survives_pickling_and_reraising_from_a_data_worker() -> None:
     error = BadSample("t.csv row 7", "broken image", "cannot read it")
     again = pickle.loads(pickle.dumps(error))
     assert (str(again), again.where, again.reason) == ("t.csv row 7: cannot read it", "t.csv row 7", "broken image")
-    assert str(BadSample("Caught BadSample in worker 0.")) == "Caught BadSample in worker 0."  # as a loader makes it
+    assert str(BadSample("Caught BadSample in worker 0.")) == "Caught BadSample in worker 0."  # as data loaders do
 
 
 # Draft decoding
 
 
 def photo_like(width: int = 1280, height: int = 960) -> Image.Image:
-    """Smooth shapes and fine noise, as cameras make them."""
+    """Image of smooth shapes and fine noise, like a photograph."""
     return image(3, width // 8, height // 8).resize((width, height), Image.Resampling.BICUBIC)
 
 
 @pytest.mark.parametrize(("margin", "mean"), [(1.0, 2.0), (2.0, 0.6)])
-def test_a_jpeg_decoded_at_a_fraction_gives_nearly_the_same_pixels(margin: float, mean: float) -> None:
+def test_jpeg_decoded_at_a_fraction_gives_nearly_the_same_crop(margin: float, mean: float) -> None:
     data = encoded(photo_like(), "JPEG", quality=90)
     crop = RandomSquareCrop(224, (0.9, 1.0), "bicubic", decode_margin=margin)
     whole = open_image(io.BytesIO(data), "")
@@ -132,11 +132,11 @@ def test_a_jpeg_decoded_at_a_fraction_gives_nearly_the_same_pixels(margin: float
         assert shifted > 2 * np.abs(plain - fast).mean()  # the crop is at the same place
 
 
-def test_a_image_that_is_small_already_is_decoded_whole() -> None:
+def test_small_image_is_decoded_at_full_size() -> None:
     data = encoded(photo_like(400, 300), "JPEG")
     with decoding_at_least(RandomSquareCrop(224, (0.9, 1.0), "bicubic").least_size):
         assert open_image(io.BytesIO(data), "").size == (400, 300)
-    with decoding_at_least(RandomSquareCrop(32, (0.01, 1.0), "bicubic").least_size):  # a crop may have 30 pixels
+    with decoding_at_least(RandomSquareCrop(32, (0.01, 1.0), "bicubic").least_size):  # a crop may be 30 pixels wide
         assert open_image(io.BytesIO(data), "").size == (400, 300)
     with decoding_at_least(RandomSquareCrop(32, (0.5, 1.0), "bicubic").least_size):
         assert open_image(io.BytesIO(data), "").size == (100, 75)
@@ -147,7 +147,7 @@ def test_a_image_that_is_small_already_is_decoded_whole() -> None:
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
-    """160 rows, five of which cannot be used, and the reasons of those by where they are."""
+    """A table of 160 rows, and where -> reason of the five that cannot be used."""
     folder = tmp_path_factory.mktemp("bad")
     for i in range(ROWS):
         image(i, 40, 36).save(folder / f"{i}.png")
@@ -170,9 +170,7 @@ def batches_of(table: Path, workers: int = 0, **options: Any) -> tuple[list[Capt
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_skipped_sample_leaves_its_batch_smaller_and_is_named(
-    table: tuple[Path, dict[str, str]], workers: int
-) -> None:
+def test_skipped_samples_shrink_their_batch_and_are_listed(table: tuple[Path, dict[str, str]], workers: int) -> None:
     path, bad = table
     for batches in batches_of(path, workers, on_error="skip"):
         assert {where: reason for batch in batches for where, reason in batch.skipped} == bad
@@ -183,14 +181,14 @@ def test_a_skipped_sample_leaves_its_batch_smaller_and_is_named(
             assert sizes == {8 - len(batch.skipped)}
 
 
-def test_all_samples_of_a_batch_may_be_bad(tmp_path: Path) -> None:
+def test_batch_of_only_bad_samples_is_empty(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("image,caption\n" + "".join(f"{i}.png,a\n" for i in range(8)))
     for (batch,) in batches_of(tmp_path / "a.csv", on_error="skip"):
         assert (tuple(batch.images.shape), batch.images.dtype) == ((0, 3, 32, 32), torch.uint8)
         assert (len(batch.tokens), batch.keys, len(batch.skipped)) == (0, [], 8)
 
 
-def test_without_the_option_the_first_bad_image_is_an_error(table: tuple[Path, dict[str, str]]) -> None:
+def test_bad_image_is_an_error_by_default(table: tuple[Path, dict[str, str]]) -> None:
     path, bad = table
     with pytest.raises(InputError) as error:
         batches_of(path)
@@ -200,16 +198,16 @@ def test_without_the_option_the_first_bad_image_is_an_error(table: tuple[Path, d
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"on_error": "ignore"}, "on_error: 'ignore' is neither error nor skip"),
-        ({"max_skipped": 5}, "max_skipped: 5 is no share"),
+        ({"on_error": "ignore"}, "on_error: 'ignore' must be 'error' or 'skip'"),
+        ({"max_skipped": 5}, "max_skipped: 5 must be between 0 and 1"),
     ],
 )
-def test_an_impossible_policy_is_refused(options: dict[str, Any], words: str) -> None:
+def test_invalid_policy_is_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
         Captions("a.csv", **options)
 
 
-def test_a_batch_stretches_by_repeating_its_last_pair() -> None:
+def test_stretched_batch_repeats_its_last_pair() -> None:
     images, tokens = torch.arange(6).reshape(2, 3, 1, 1), torch.arange(4).reshape(2, 2)
     batch = CaptionBatch(images, tokens, ["a", "b"], ["A", "B"], skipped=[("c", "broken image")])
     more = batch.stretched(4)
@@ -246,14 +244,14 @@ def tally_of(drawn: int, skipped: int) -> Tally:
         (0, 0, True, False),
     ],
 )
-def test_too_many_is_a_share_of_a_hundred_or_all_there_is(
+def test_limit_applies_from_a_hundred_samples_or_when_all_were_skipped(
     drawn: int, skipped: int, at_end: bool, expected: bool
 ) -> None:
     assert JUDGED_AFTER == 100
     assert tally_of(drawn, skipped).too_many(0.05, at_end) is expected
 
 
-def test_reasons_become_metric_names() -> None:
+def test_skip_reasons_become_metric_names() -> None:
     assert tally_of(10, 2).metrics("data/skipped") == {"data/skipped": 2.0, "data/skipped_not_an_image": 2.0}
 
 
@@ -273,7 +271,7 @@ def fit(table: Path, devices: int, *more: str) -> list[str]:
     ]
 
 
-def test_two_processes_count_what_both_skip_and_list_each_sample_once(
+def test_two_processes_sum_their_skipped_samples_and_list_each_once(
     table: tuple[Path, dict[str, str]], cli: Cli, tmp_path: Path
 ) -> None:
     path, bad = table
@@ -283,7 +281,7 @@ def test_two_processes_count_what_both_skip_and_list_each_sample_once(
     (listed,) = tmp_path.rglob("skipped.jsonl")
     lines = [json.loads(line) for line in listed.read_text().splitlines()]
     assert {line["where"]: line["reason"] for line in lines} == bad
-    assert len(lines) == len(bad)  # though the validation skipped them too
+    assert len(lines) == len(bad)  # once, though validation skipped them too
     with (listed.parent / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     counts = {name: [float(row[name]) for row in rows if row.get(name)] for name in rows[0] if "skipped" in name}
@@ -292,11 +290,11 @@ def test_two_processes_count_what_both_skip_and_list_each_sample_once(
         name.replace("skipped", "val_skipped", 1) for name in reasons
     }
     assert counts["data/skipped"] == sorted(counts["data/skipped"])
-    assert counts["data/skipped"][-1] == 5  # the twentieth step is the last one and is logged
+    assert counts["data/skipped"][-1] == 5  # the last step, the twentieth, is logged
     assert counts["data/val_skipped"] == [5]
 
 
-def test_a_bad_sample_ends_a_run_of_several_processes_in_one_line(table: tuple[Path, dict[str, str]], cli: Cli) -> None:
+def test_bad_sample_ends_a_run_of_several_processes_with_one_line(table: tuple[Path, dict[str, str]], cli: Cli) -> None:
     path, _ = table
     (path.parent / "one.csv").write_text(
         "image,caption\n" + "".join(f"{i}.png,a\n" for i in range(40) if i != 3) + "77.png,a\n"
@@ -307,7 +305,7 @@ def test_a_bad_sample_ends_a_run_of_several_processes_in_one_line(table: tuple[P
     assert "Traceback" not in result.stderr
 
 
-def test_too_many_bad_samples_end_the_run_of_all_processes(
+def test_too_many_skipped_samples_end_the_run_on_all_processes(
     table: tuple[Path, dict[str, str]], cli: Cli, tmp_path: Path
 ) -> None:
     path, _ = table
@@ -332,7 +330,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a training of each case by two ranks, of which some have no pairs, and by one that has them all."""
+    """Train each case on two ranks, some of whose batches have no pairs, and on one rank with all pairs."""
     folder = tmp_path_factory.mktemp("no_pairs")
     for world in (1, 2):
         jobs = [
@@ -345,27 +343,27 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "batch_norm"])
-def test_ranks_without_pairs_train_as_one_process_with_the_pairs_of_all(case: str, runs: Path) -> None:
-    """Also a step in which no rank has any: it counts, and leaves the weights as they are."""
-    alone, both = (torch.load(runs / f"{case}_{world}.ckpt", weights_only=True) for world in (1, 2))
-    assert alone["global_step"] == both["global_step"] == 5
-    torch.testing.assert_close(both["state_dict"], alone["state_dict"], rtol=0, atol=1e-5)
+def test_ranks_without_pairs_train_like_one_process_with_all_pairs(case: str, runs: Path) -> None:
+    """Also for a step without pairs on any rank: it is counted and does not change the weights."""
+    single, both = (torch.load(runs / f"{case}_{world}.ckpt", weights_only=True) for world in (1, 2))
+    assert single["global_step"] == both["global_step"] == 5
+    torch.testing.assert_close(both["state_dict"], single["state_dict"], rtol=0, atol=1e-5)
     metrics = [json.loads((runs / f"{case}_{world}.json").read_text()) for world in (1, 2)]
     assert metrics[1] == pytest.approx(metrics[0], abs=1e-5)
 
 
-def test_images_that_stand_in_for_skipped_ones_leave_no_trace_in_statistics(runs: Path) -> None:
+def test_placeholder_images_do_not_change_batch_norm_statistics(runs: Path) -> None:
     state = torch.load(runs / "batch_norm_2.ckpt", weights_only=True)["state_dict"]
     counts = {int(value) for name, value in state.items() if name.endswith("num_batches_tracked")}
-    assert counts == {3}  # of five steps the first rank, whose statistics count, had pairs in three
+    assert counts == {3}  # rank 0, whose statistics are kept, had pairs in three of five steps
     assert all(value.isfinite().all() for value in state.values())
 
 
-# Accidents
+# Damaged files
 
 
-def accidents(kind: str, folder: Path, count: int, seed: int, timeout: int) -> dict[str, Any]:
-    """What ``tests/helpers/fuzz.py`` found."""
+def fuzz(kind: str, folder: Path, count: int, seed: int, timeout: int) -> dict[str, Any]:
+    """Return the findings of ``tests/helpers/fuzz.py``."""
     words = [str(ROOT / "tests/helpers/fuzz.py"), kind, str(folder), str(count), str(seed)]
     environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache")}
     (done,) = forks.run([forks.Program(forks.script, words, folder, environment)], timeout)
@@ -373,19 +371,19 @@ def accidents(kind: str, folder: Path, count: int, seed: int, timeout: int) -> d
     return json.loads(done.stdout)
 
 
-def check_accidents(kind: str, folder: Path, count: int, timeout: int) -> None:
-    found = accidents(kind, folder, count, seed=1, timeout=timeout)
+def check_fuzz(kind: str, folder: Path, count: int, timeout: int) -> None:
+    found = fuzz(kind, folder, count, seed=1, timeout=timeout)
     assert found["outcomes"].pop("used") > count // 4
     assert sum(found["outcomes"].values()) > count // 4
     assert len(found["warnings"]) <= 5, found["warnings"]
 
 
 @pytest.mark.parametrize(("kind", "count"), [("images", 100), ("sources", 50)])
-def test_damaged_files_are_refused_or_skipped_and_nothing_else_happens(kind: str, count: int, tmp_path: Path) -> None:
-    check_accidents(kind, tmp_path, count, timeout=120)
+def test_damaged_files_are_refused_or_skipped_without_other_errors(kind: str, count: int, tmp_path: Path) -> None:
+    check_fuzz(kind, tmp_path, count, timeout=120)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "count"), [("images", 2000), ("sources", 500)])
-def test_thousands_of_damaged_files(kind: str, count: int, tmp_path: Path) -> None:
-    check_accidents(kind, tmp_path, count, timeout=900)
+def test_thousands_of_damaged_files_are_refused_or_skipped(kind: str, count: int, tmp_path: Path) -> None:
+    check_fuzz(kind, tmp_path, count, timeout=900)

@@ -1,4 +1,4 @@
-"""Memory of data workers that persist, and of the process they read for: what an epoch takes, the next gives back."""
+"""Memory of persistent data workers and of the main process: it does not grow from epoch to epoch."""
 
 import io
 import os
@@ -18,13 +18,13 @@ ROWS, TARS, EPOCHS = 3000, 30, 5
 
 
 def kilobytes(process: int) -> int:
-    """A process's own memory; pages of mapped files are the system's to keep or drop."""
+    """Return a process's anonymous memory; pages of mapped files can be dropped by the system."""
     status = dict(line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
     return int(status["RssAnon"].split()[0])
 
 
 def write_images(folder: Path) -> list[str]:
-    """Twenty small files, of which each sample has one."""
+    """Write twenty small files, which the samples share."""
     rng = np.random.default_rng(0)
     names = [f"{i:02}.jpg" for i in range(20)]
     for i, name in enumerate(names):
@@ -44,7 +44,7 @@ def write_table(folder: Path) -> str:
 
 
 def write_tars(folder: Path) -> str:
-    """Thirty, more than are shuffled among themselves at a time."""
+    """Write thirty shards, more than are shuffled together."""
     images = [(folder / name).read_bytes() for name in write_images(folder)]
     for number in range(TARS):
         with tarfile.open(folder / f"{number:05}.tar", "w") as tar:
@@ -57,9 +57,9 @@ def write_tars(folder: Path) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read as Linux tells it")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
 @pytest.mark.parametrize("write", [write_table, write_tars])
-def test_workers_that_persist_grow_by_less_than_two_percent_after_the_second_epoch(
+def test_persistent_workers_grow_by_less_than_two_percent_after_the_second_epoch(
     write: Callable[[Path], str], tmp_path: Path
 ) -> None:
     data, options = write(tmp_path), {"batch_size": 50, "num_workers": 2, "preprocessing": Preprocessing(image_size=32)}

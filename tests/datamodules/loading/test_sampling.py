@@ -1,4 +1,4 @@
-"""Batches of samples against plain sets: nothing twice, nothing lost, the same for any number of ranks."""
+"""Samplers against plain sets: nothing repeated, nothing lost, the same for any number of ranks."""
 
 import pytest
 
@@ -11,7 +11,7 @@ WORLDS = (1, 2, 3, 4)
 def global_batches(
     size: int, global_batch: int, world: int, seed: int = 0, epoch: int = 0
 ) -> list[list[tuple[int, ...]]]:
-    """For each step, the rows of each rank."""
+    """Return the rows of each rank in each step."""
     ranks = []
     for rank in range(world):
         sampler = GlobalBatchSampler(size, global_batch // world, rank, world, seed)
@@ -25,42 +25,42 @@ def rows_of(steps: list[list[tuple[int, ...]]]) -> list[int]:
 
 
 @pytest.mark.parametrize("world", WORLDS[1:])
-def test_a_step_sees_the_same_samples_on_any_number_of_ranks(world: int) -> None:
-    alone, together = global_batches(61, 12, 1, epoch=3), global_batches(61, 12, world, epoch=3)
-    assert len(alone) == 5
-    for one, many in zip(alone, together, strict=True):
-        assert {row for batch in many for row in batch} == set(one[0])
+def test_step_has_the_same_samples_on_any_number_of_ranks(world: int) -> None:
+    one_rank, all_ranks = global_batches(61, 12, 1, epoch=3), global_batches(61, 12, world, epoch=3)
+    assert len(one_rank) == 5
+    for (expected,), batches in zip(one_rank, all_ranks, strict=True):
+        assert {row for batch in batches for row in batch} == set(expected)
 
 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("size", [12, 13, 61, 83])
-def test_a_sample_comes_at_most_once_an_epoch_and_only_an_incomplete_batch_is_left_out(size: int, world: int) -> None:
+def test_sample_occurs_at_most_once_per_epoch_and_only_the_incomplete_batch_is_dropped(size: int, world: int) -> None:
     rows = rows_of(global_batches(size, 12, world))
     assert len(rows) == len(set(rows)) == size - size % 12
     assert set(rows) <= set(range(size))
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_where_sizes_divide_an_epoch_is_every_sample_once(world: int) -> None:
+def test_divisible_epoch_has_every_sample_once(world: int) -> None:
     assert sorted(rows_of(global_batches(60, 12, world))) == list(range(60))
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_every_rank_has_as_many_full_batches_as_its_length_says(world: int) -> None:
+def test_every_rank_yields_len_full_batches(world: int) -> None:
     samplers = [GlobalBatchSampler(50, 3, rank, world, seed=0) for rank in range(world)]
     batches = [list(sampler) for sampler in samplers]
     assert {len(sampler) for sampler in samplers} == {len(own) for own in batches} == {50 // (3 * world)}
     assert {len(batch) for own in batches for batch in own} == {3}
 
 
-def test_a_seed_fixes_the_order_and_an_epoch_or_another_seed_changes_it() -> None:
+def test_order_depends_on_seed_and_epoch_only() -> None:
     orders = {(seed, epoch): rows_of(global_batches(60, 12, 2, seed, epoch)) for seed in (0, 1) for epoch in range(3)}
     assert len({tuple(order) for order in orders.values()}) == len(orders)
     assert list(range(60)) not in orders.values()
     assert rows_of(global_batches(60, 12, 2, seed=1, epoch=2)) == orders[1, 2]
 
 
-def test_the_epoch_can_go_back_as_it_does_on_resuming() -> None:
+def test_epoch_can_be_set_back_as_in_a_resume() -> None:
     sampler = GlobalBatchSampler(20, 4, 0, 1, seed=0)
     first = list(sampler)
     sampler.set_epoch(1)
@@ -69,14 +69,14 @@ def test_the_epoch_can_go_back_as_it_does_on_resuming() -> None:
     assert list(sampler) == first
 
 
-def test_other_samples_are_left_out_in_other_epochs() -> None:
-    left_out = [frozenset(range(23)) - set(rows_of(global_batches(23, 12, 2, epoch=epoch))) for epoch in range(8)]
-    assert all(len(rows) == 11 for rows in left_out)
-    assert len(set(left_out)) == 8
-    assert not frozenset.intersection(*left_out)
+def test_each_epoch_drops_other_samples() -> None:
+    dropped = [frozenset(range(23)) - set(rows_of(global_batches(23, 12, 2, epoch=epoch))) for epoch in range(8)]
+    assert all(len(rows) == 11 for rows in dropped)
+    assert len(set(dropped)) == 8
+    assert not frozenset.intersection(*dropped)
 
 
-def test_a_sample_carries_its_epoch() -> None:
+def test_training_sample_carries_its_epoch() -> None:
     sampler = GlobalBatchSampler(5, 2, 0, 1, seed=0)
     sampler.set_epoch(7)
     samples = [sample for batch in sampler for sample in batch]
@@ -85,7 +85,7 @@ def test_a_sample_carries_its_epoch() -> None:
 
 
 @pytest.mark.parametrize(("size", "batch_size", "world", "largest"), [(11, 12, 1, 11), (23, 6, 4, 5), (4, 64, 3, 1)])
-def test_fewer_samples_than_a_batch_is_an_error_that_names_the_largest_that_fits(
+def test_fewer_samples_than_a_batch_is_an_error_that_names_the_largest_batch_size(
     size: int, batch_size: int, world: int, largest: int
 ) -> None:
     with pytest.raises(InputError) as error:
@@ -97,7 +97,7 @@ def test_fewer_samples_than_a_batch_is_an_error_that_names_the_largest_that_fits
     assert len(GlobalBatchSampler(size, largest, 0, world, seed=0)) == 1
 
 
-def test_fewer_samples_than_processes_does_not_advise_a_batch_of_none() -> None:
+def test_fewer_samples_than_processes_does_not_suggest_batch_size_zero() -> None:
     with pytest.raises(InputError) as error:
         GlobalBatchSampler(3, 1, 0, 4, seed=0)
     assert "3 training pairs" in str(error.value)
@@ -106,18 +106,18 @@ def test_fewer_samples_than_processes_does_not_advise_a_batch_of_none() -> None:
 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("size", [1, 21])
-def test_strided_ranks_together_see_each_sample_once(size: int, world: int) -> None:
+def test_strided_ranks_together_have_each_sample_once(size: int, world: int) -> None:
     samplers = [StridedSampler(size, rank, world) for rank in range(world)]
     parts = [list(sampler) for sampler in samplers]
     assert sorted(index for part in parts for index in part) == list(range(size))
     assert [len(sampler) for sampler in samplers] == [len(part) for part in parts]
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1  # no rank waits for another
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1  # the ranks have equal work
 
 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("batch_size", [1, 2, 7, 100])
 @pytest.mark.parametrize("size", [0, 1, 3, 15, 21, 64])
-def test_evaluation_has_each_sample_once_and_as_many_batches_on_each_rank_as_it_can(
+def test_evaluation_has_each_sample_once_and_equal_batch_counts_where_possible(
     size: int, batch_size: int, world: int
 ) -> None:
     samplers = [EvaluationBatchSampler(size, batch_size, rank, world) for rank in range(world)]
@@ -125,6 +125,6 @@ def test_evaluation_has_each_sample_once_and_as_many_batches_on_each_rank_as_it_
     for rank, (sampler, own) in enumerate(zip(samplers, batches, strict=True)):
         assert [row for batch in own for row in batch] == list(StridedSampler(size, rank, world))
         assert all(0 < len(batch) <= batch_size for batch in own)
-        assert len(sampler) == max(len(own), min(size, 1))  # a rank that announced none would be left out
+        assert len(sampler) == max(len(own), min(size, 1))  # Lightning would skip a rank with length 0
     if size >= world and batch_size > 1:
         assert {len(own) for own in batches} == {-(-len(StridedSampler(size, 0, world)) // batch_size)}

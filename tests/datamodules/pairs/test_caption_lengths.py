@@ -1,4 +1,4 @@
-"""How much of the captions a context length cuts off, and the refusal to cut."""
+"""Caption lengths against the context length, and the refusal to truncate."""
 
 import json
 from pathlib import Path
@@ -22,8 +22,8 @@ def table(tmp_path: Path) -> Path:
     return tmp_path / "t.jsonl"
 
 
-def test_the_share_of_captions_that_are_cut_and_what_they_lose(table: Path) -> None:
-    """No image is touched: there is none."""
+def test_share_of_truncated_captions_and_tokens_lost(table: Path) -> None:
+    """No image is read: there is none."""
     found = caption_statistics(open_source(table), CLIPTokenizer(context_length=8))
     assert found.captions == 5
     assert found.truncated == 2 / 5  # of 3, 5, 8, 11 and 22 tokens
@@ -33,21 +33,21 @@ def test_the_share_of_captions_that_are_cut_and_what_they_lose(table: Path) -> N
     assert (none.truncated, none.tokens_lost, none.longest) == (0, 0, 22)
 
 
-def test_a_sample_is_spread_evenly(table: Path) -> None:
+def test_sample_is_spread_evenly(table: Path) -> None:
     assert caption_statistics(open_source(table), CLIPTokenizer(8), sample=2).captions == 2  # rows 0 and 2
     assert caption_statistics(open_source(table), CLIPTokenizer(8), sample=2).longest == 11
     assert caption_statistics(open_source(table), CLIPTokenizer(8), sample=None).captions == 5
     assert caption_statistics(open_source(table), CLIPTokenizer(8), sample=3).captions == 2
 
 
-def test_what_is_no_caption_is_passed_over(tmp_path: Path) -> None:
+def test_unusable_captions_are_skipped(tmp_path: Path) -> None:
     for name, text in (("a", b"a cat"), ("b", b"\xff"), ("c", b" ")):
         Image.new("RGB", (4, 4)).save(tmp_path / f"{name}.png")
         (tmp_path / f"{name}.txt").write_bytes(text)
     assert caption_statistics(open_source(tmp_path), CLIPTokenizer()).captions == 1
 
 
-def test_a_caption_that_would_be_cut_is_an_error_that_names_its_image() -> None:
+def test_caption_that_would_be_truncated_is_an_error_that_names_its_image() -> None:
     refuse_long(["cat " * 6, "cat"], ["a.png", "b.png"], CLIPTokenizer(8))
     with pytest.raises(InputError) as error:
         refuse_long(["cat", "cat " * 7], ["a.png", "b.png"], CLIPTokenizer(8))

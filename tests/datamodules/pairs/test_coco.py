@@ -1,4 +1,4 @@
-"""JSON files of captions: COCO's, Karpathy's splits, and what is none of them."""
+"""JSON files of captions: COCO's, Karpathy's splits, and unknown ones."""
 
 import json
 import random
@@ -49,9 +49,7 @@ def contents(source: PairSource) -> list[tuple[str, list[str]]]:
 
 @pytest.mark.parametrize("indent", [None, 2])
 @pytest.mark.parametrize("images", ["annotations", "annotations/images", "val2017", "images/val2017", "images", "."])
-def test_cocos_captions_find_their_images_where_its_archives_put_them(
-    tmp_path: Path, images: str, indent: int | None
-) -> None:
+def test_coco_images_are_found_where_its_archives_put_them(tmp_path: Path, images: str, indent: int | None) -> None:
     table = tmp_path / "annotations/captions_val2017.json"
     table.parent.mkdir()
     table.write_text(json.dumps(COCO, indent=indent))
@@ -67,7 +65,7 @@ def test_cocos_captions_find_their_images_where_its_archives_put_them(
     assert {source.load(1, random.Random(seed)).caption for seed in range(20)} == {first, second}
 
 
-def test_cocos_captions_without_images_are_an_error_that_says_where_was_looked(tmp_path: Path) -> None:
+def test_missing_coco_images_are_an_error_that_lists_the_folders_searched(tmp_path: Path) -> None:
     (tmp_path / "captions_val2017.json").write_text(json.dumps(COCO))
     with pytest.raises(InputError, match=r"000000397133.jpg is not in .*val2017.*; set root"):
         open_source(tmp_path / "captions_val2017.json")
@@ -75,7 +73,7 @@ def test_cocos_captions_without_images_are_an_error_that_says_where_was_looked(t
     assert len(open_source(tmp_path / "captions_val2017.json", root=str(tmp_path / "elsewhere"))) == 2
 
 
-def test_karpathys_splits_are_one_source_each_and_train_has_restval(tmp_path: Path) -> None:
+def test_karpathy_splits_are_one_source_each_and_train_includes_restval(tmp_path: Path) -> None:
     table = tmp_path / "dataset_coco.json"
     table.write_text(json.dumps(KARPATHY))
     paint(tmp_path, *(f"{image['filepath']}/{image['filename']}" for image in KARPATHY["images"]))
@@ -93,7 +91,7 @@ def test_karpathys_splits_are_one_source_each_and_train_has_restval(tmp_path: Pa
         open_source(table)
 
 
-def test_flickrs_file_has_no_folders(tmp_path: Path) -> None:
+def test_flickr_file_without_folders_is_read(tmp_path: Path) -> None:
     (image,) = [{key: value for key, value in KARPATHY["images"][0].items() if key != "filepath"}]
     (tmp_path / "dataset_flickr30k.json").write_text(json.dumps({"images": [image], "dataset": "flickr30k"}))
     paint(tmp_path / "images", "a.jpg")
@@ -105,26 +103,29 @@ def broken(**changes: Any) -> dict[str, Any]:
 
 
 BROKEN: dict[str, tuple[Any, str]] = {
-    "another object": ({"data": [], "version": 1}, 'no list "images" in it, found data, version'),
-    "no captions": ({"images": COCO["images"]}, 'neither "annotations"'),
-    "boxes": (broken(annotations=[{"image_id": 5, "bbox": [1, 2, 3, 4]}]), "annotation 0 has no caption; .*instances"),
-    "annotation of nothing": (broken(annotations=[{"caption": "a"}]), "annotation 0 has no image_id"),
-    "nameless image": (broken(images=[{"id": 1}]), "image 0 has no file_name"),
+    "another object": ({"data": [], "version": 1}, 'no list "images", found data, version'),
+    "no captions": ({"images": COCO["images"]}, '"images" without captions'),
+    "boxes": (
+        broken(annotations=[{"image_id": 5, "bbox": [1, 2, 3, 4]}]),
+        "annotation 0 has no caption.*instances",
+    ),
+    "annotation without image": (broken(annotations=[{"caption": "a"}]), "annotation 0 has no image_id"),
+    "nameless image": (broken(images=[{"id": 1}]), "image 0 needs a file_name"),
     "number as caption": (
         broken(annotations=[{"image_id": 5, "caption": 7}]),
-        "image id 5: the caption is not text: 7",
+        r"image id 5: the caption is not text: \[7\]",
     ),
-    "nothing said": (broken(annotations=[]), r"no image with a caption \(3 without\)"),
+    "no annotations": (broken(annotations=[]), r"no image with a caption \(3 without\)"),
     "array of words": (["a", "b"], "row 1: not a JSON object"),
     "empty array": ([], "no row"),
     "a number": (7, "found nothing"),
     "half a file": (json.dumps(COCO, indent=1)[:200].encode(), "not JSON"),
-    "no text": (b'{"images": [\n"caf\xe9"', "not UTF-8 text"),
+    "not UTF-8": (b'{"images": [\n"caf\xe9"', "not UTF-8 text"),
 }
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_json_file_that_is_neither_is_an_error_that_names_it(tmp_path: Path, case: str) -> None:
+def test_unknown_json_file_is_an_error_that_names_it(tmp_path: Path, case: str) -> None:
     content, message = BROKEN[case]
     if not isinstance(content, bytes):
         content = json.dumps(content, indent=1).encode()
@@ -133,9 +134,9 @@ def test_a_json_file_that_is_neither_is_an_error_that_names_it(tmp_path: Path, c
         open_source(tmp_path / "t.json")
 
 
-def test_a_caption_that_is_no_text_costs_its_image_alone_if_so_wanted(tmp_path: Path) -> None:
+def test_non_text_caption_only_loses_its_image_with_on_error_skip(tmp_path: Path) -> None:
     annotations = [*COCO["annotations"], {"image_id": 5, "caption": 7}]
     (tmp_path / "t.json").write_text(json.dumps(broken(annotations=annotations)))
     source = open_source(tmp_path / "t.json", on_error="skip", root=".")
     assert len(source) == 2
-    assert source.left_out.counts == {"caption is no text": 1}
+    assert source.left_out.counts == {"caption is not text": 1}

@@ -1,4 +1,4 @@
-"""Columns of captions: a whole column says which rows have none as each cell by itself does."""
+"""Blank captions of a whole column against checking each cell."""
 
 import sys
 
@@ -33,7 +33,7 @@ KINDS = [pa.string(), pa.large_string(), pa.binary(), pa.large_binary(), pa.dict
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_column_finds_the_blank_texts_that_python_finds_one_by_one(kind: pa.DataType) -> None:
+def test_blank_mask_equals_is_blank_of_each_text(kind: pa.DataType) -> None:
     cells = [*TEXTS, None]
     encode = str.encode if kind in (pa.binary(), pa.large_binary()) else str
     column = pa.array([None if cell is None else encode(cell) for cell in cells], kind)
@@ -44,7 +44,7 @@ def test_a_column_finds_the_blank_texts_that_python_finds_one_by_one(kind: pa.Da
         assert blank_mask(column[start:stop]).tolist() == expected[start:stop]
 
 
-def test_a_list_is_blank_if_all_its_texts_are() -> None:
+def test_list_is_blank_if_all_its_texts_are() -> None:
     lists = [["a"], [], None, ["", "nan"], ["", "b"], [None], ["c", None, "d"]]
     for kind in (pa.list_(pa.string()), pa.large_list(pa.string())):
         column = pa.array(lists, kind)
@@ -52,7 +52,7 @@ def test_a_list_is_blank_if_all_its_texts_are() -> None:
         assert blank_mask(column[3:6]).tolist() == [True, False, True]
 
 
-def test_columns_of_nothing_are_blank() -> None:
+def test_empty_and_null_columns_have_blank_masks() -> None:
     assert blank_mask(pa.array([], pa.string())).tolist() == []
     assert blank_mask(pa.array([None, None], pa.string())).tolist() == [True, True]
     assert np.array_equal(blank_mask(pa.array([""], pa.string())), [True])

@@ -1,4 +1,4 @@
-"""Folders of images with texts beside them."""
+"""Folders of images with a text file beside each."""
 
 import pickle
 import random
@@ -19,12 +19,12 @@ def paint(folder: Path, *names: str) -> None:
         Image.new("RGB", (6, 6), (i, 0, 0)).save(folder / name)
 
 
-def test_images_at_any_depth_are_paired_with_the_texts_of_their_names(
+def test_images_at_any_depth_are_paired_with_texts_of_the_same_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(folders, "BATCH_ROWS", 2)
     names = ["b.PNG", "a.jpg", "deep/er/c.webp", "deep/d.v2.png", "deep.png"]
-    paint(tmp_path, *names, "alone.png", ".hidden/e.png", ".f.png")
+    paint(tmp_path, *names, "no text.png", ".hidden/e.png", ".f.png")
     for name in (*names, ".hidden/e.png", ".f.png"):
         (tmp_path / name).with_suffix(".txt").write_text(f"of {name}\n", encoding="utf-8")
     (tmp_path / "no image.txt").write_text("read me")
@@ -37,7 +37,7 @@ def test_images_at_any_depth_are_paired_with_the_texts_of_their_names(
     assert pickle.loads(pickle.dumps(source)).captions(4) == ["of deep.png"]
 
 
-def test_each_line_is_a_caption_and_the_samples_own_seed_draws_one(tmp_path: Path) -> None:
+def test_each_line_is_a_caption_and_the_samples_seed_draws_one(tmp_path: Path) -> None:
     paint(tmp_path, "a.png")
     (tmp_path / "a.txt").write_text("\ufeffone\r\n\r\n  two \r\nnan\r\nthree", encoding="utf-8", newline="")
     source = open_source(tmp_path)
@@ -50,7 +50,7 @@ BAD_TEXTS = {"blank": b" \n", "nan": b"NaN", "not UTF-8": "café".encode("latin-
 
 
 @pytest.mark.parametrize("case", BAD_TEXTS)
-def test_a_text_that_is_no_caption_is_a_bad_sample_that_names_the_image(tmp_path: Path, case: str) -> None:
+def test_unusable_text_is_a_bad_sample_that_names_its_image(tmp_path: Path, case: str) -> None:
     paint(tmp_path, "a.png")
     (tmp_path / "a.txt").write_bytes(BAD_TEXTS[case])
     source = open_source(tmp_path)
@@ -64,7 +64,7 @@ def test_a_text_that_is_no_caption_is_a_bad_sample_that_names_the_image(tmp_path
         source.captions(0)
 
 
-def test_a_folder_of_images_without_texts_is_an_error_that_says_what_is_missing(tmp_path: Path) -> None:
+def test_folder_of_images_without_texts_is_an_error_with_a_hint(tmp_path: Path) -> None:
     paint(tmp_path, "a.png", "b.png")
     with pytest.raises(InputError, match="its 2 images have no .txt beside them; a.jpg needs its caption in a.txt"):
         open_source(tmp_path)
@@ -73,7 +73,7 @@ def test_a_folder_of_images_without_texts_is_an_error_that_says_what_is_missing(
         open_source(tmp_path)
 
 
-def test_what_img2dataset_writes_as_files_is_a_folder_of_images(tmp_path: Path) -> None:
+def test_img2dataset_output_as_files_is_a_folder_of_images(tmp_path: Path) -> None:
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     for shard in ("00000", "00001"):
         paint(tmp_path, f"{shard}/{shard}0000.jpg")
@@ -85,7 +85,7 @@ def test_what_img2dataset_writes_as_files_is_a_folder_of_images(tmp_path: Path) 
     assert [source.captions(index) for index in range(len(source))] == [["of 00000"], ["of 00001"]]
 
 
-def test_a_division_has_each_image_once(tmp_path: Path) -> None:
+def test_division_has_each_image_once(tmp_path: Path) -> None:
     names = [f"{i}.png" for i in range(10)]
     paint(tmp_path, *names)
     for name in names:

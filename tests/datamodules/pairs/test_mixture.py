@@ -1,4 +1,4 @@
-"""Mixtures against counting: the stated share of each source, and none of its pairs again before all have come."""
+"""Mixtures checked by counting: the share of each source, and no pair repeated before all were used."""
 
 import random
 from collections import Counter
@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datamodules.pairs.mixture import Mixture, shares_of
+from datamodules.pairs.mixture import Mixture, proportional_counts
 from datamodules.pairs.source import EncodedPair, Pair, PairSource
 from lit_clip.errors import InputError
 
 
 class Numbers(PairSource):
-    """Pairs without files, called by their rows."""
+    """Pairs without files; row numbers are keys."""
 
     def __init__(self, size: int, group: str = "") -> None:
         self.size, self.group = size, group
@@ -28,7 +28,7 @@ class Numbers(PairSource):
         return EncodedPair(b"", [f"of {self.size}: {index}"], str(index), self.group, f"row {index}")
 
 
-def test_each_source_has_the_share_of_an_epoch_that_its_weight_says() -> None:
+def test_each_source_has_its_weighted_share_of_an_epoch() -> None:
     mixture = Mixture([Numbers(1000), Numbers(10), Numbers(300)], [5, 3, 2], epoch_size=200)
     source_of = np.repeat([0, 1, 2], [1000, 10, 300])
     for epoch in range(4):
@@ -38,26 +38,26 @@ def test_each_source_has_the_share_of_an_epoch_that_its_weight_says() -> None:
 
 
 @pytest.mark.parametrize(
-    ("weights", "total", "shares"),
+    ("weights", "total", "counts"),
     [([1, 1, 1], 10, [4, 3, 3]), ([0.7, 0.2, 0.1], 10, [7, 2, 1]), ([1, 999], 1001, [1, 1000]), ([2.5], 7, [7])],
 )
-def test_shares_are_whole_numbers_near_the_weights(weights: list[float], total: int, shares: list[int]) -> None:
-    assert shares_of(weights, total) == shares
+def test_proportional_counts_are_the_nearest_whole_numbers(weights: list[float], total: int, counts: list[int]) -> None:
+    assert proportional_counts(weights, total) == counts
 
 
-def test_a_source_is_used_up_before_any_of_it_comes_again_across_epochs() -> None:
-    mixture = Mixture([Numbers(7), Numbers(50)], [3, 2], epoch_size=20)  # 12 and 8 an epoch
+def test_no_pair_repeats_before_its_source_is_used_up_across_epochs() -> None:
+    mixture = Mixture([Numbers(7), Numbers(50)], [3, 2], epoch_size=20)  # 12 and 8 per epoch
     stream = np.concatenate([mixture.order(epoch, seed=0) for epoch in range(25)])
     for start, size in ((0, 7), (7, 50)):
         own = stream[(stream >= start) & (stream < start + size)] - start
         passes = [own[first : first + size] for first in range(0, len(own) - size + 1, size)]
         assert len(passes) == len(own) // size
-        for one in passes:
-            assert sorted(one) == list(range(size))
-        assert len({tuple(one) for one in passes}) == len(passes)  # each in an order of its own
+        for rows in passes:
+            assert sorted(rows) == list(range(size))
+        assert len({tuple(rows) for rows in passes}) == len(passes)  # each in its own order
 
 
-def test_the_order_is_a_pure_function_of_epoch_and_seed_and_mixes_the_sources() -> None:
+def test_order_is_a_pure_function_of_epoch_and_seed_and_mixes_the_sources() -> None:
     mixture = Mixture([Numbers(400), Numbers(400)], [1, 1])
     assert mixture.epoch_size == len(mixture) == 800
     orders = {(epoch, seed): mixture.order(epoch, seed) for epoch in (3, 0) for seed in (0, 1)}
@@ -69,7 +69,7 @@ def test_the_order_is_a_pure_function_of_epoch_and_seed_and_mixes_the_sources() 
     assert not np.array_equal(first[first < 400], first[first >= 400] - 400)  # equal sources differ in order
 
 
-def test_keys_and_groups_of_two_sources_stay_apart() -> None:
+def test_keys_and_groups_are_distinct_between_sources() -> None:
     mixture = Mixture([Numbers(3, "a"), Numbers(2, "a"), Numbers(1)], [1, 1, 1])
     pairs = [mixture.load(index, None) for index in range(len(mixture))]
     assert [pair.key for pair in pairs] == ["0:0", "0:1", "0:2", "1:0", "1:1", "2:0"]
@@ -79,7 +79,7 @@ def test_keys_and_groups_of_two_sources_stay_apart() -> None:
     assert mixture.captions(4) == ["of 2: 1"]
 
 
-def test_a_mixture_of_mixtures_keeps_its_shares() -> None:
+def test_nested_mixtures_keep_their_shares() -> None:
     inner = Mixture([Numbers(30), Numbers(30)], [2, 1], epoch_size=30)
     outer = Mixture([inner, Numbers(40)], [3, 1], epoch_size=40)
     source_of = np.repeat([0, 1, 2], [30, 30, 40])
@@ -87,13 +87,13 @@ def test_a_mixture_of_mixtures_keeps_its_shares() -> None:
     assert outer.load(45, None).key == "0:1:15"
 
 
-def test_what_is_divided_keeps_its_shares_and_validates_each_pair_once() -> None:
-    train, kept = Mixture([Numbers(100), Numbers(20)], [1, 1], epoch_size=60).divide(0.1, seed=0)
+def test_division_keeps_the_shares_and_validates_each_pair_once() -> None:
+    train, held_out = Mixture([Numbers(100), Numbers(20)], [1, 1], epoch_size=60).divide(0.1, seed=0)
     assert isinstance(train, Mixture)
     assert Counter(train.load(int(row), None).key[0] for row in train.order(0, 0)) == {"0": 30, "1": 30}
-    held = {kept.load(index, None).key for index in range(len(kept))}
-    assert len(held) == len(kept) == 12
-    assert not held & {train.load(index, None).key for index in range(len(train))}
+    held_out_keys = {held_out.load(index, None).key for index in range(len(held_out))}
+    assert len(held_out_keys) == len(held_out) == 12
+    assert not held_out_keys & {train.load(index, None).key for index in range(len(train))}
 
 
 @pytest.mark.parametrize(
@@ -103,10 +103,10 @@ def test_what_is_divided_keeps_its_shares_and_validates_each_pair_once() -> None
         ([1, 0], None, "weight 0 of source 1 must be above 0"),
         ([1, float("nan")], None, "weight nan of source 1"),
         ([1, float("inf")], None, "weight inf of source 1"),
-        ([1000, 1], 10, "in epochs of 10 pairs none would be of source 1"),
+        ([1000, 1], 10, "an epoch of 10 pairs would have none of source 1"),
         ([1, 1], 0, "epoch_size 0 must be at least 1"),
     ],
 )
-def test_weights_that_make_no_sense_are_refused(weights: list[float], epoch_size: int | None, message: str) -> None:
+def test_invalid_weights_are_refused(weights: list[float], epoch_size: int | None, message: str) -> None:
     with pytest.raises(InputError, match=message):
         Mixture([Numbers(3), Numbers(3)], weights, epoch_size)

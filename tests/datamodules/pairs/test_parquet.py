@@ -1,4 +1,4 @@
-"""Parquet files: paths or images, one caption or several, in as little memory as their rows need."""
+"""Parquet files: paths or encoded images, one caption or several, in bounded memory."""
 
 import io
 import os
@@ -43,7 +43,7 @@ def write(file: Path, columns: dict[str, Any], group: int = 3) -> Path:
 
 
 def paths(folder: Path) -> Path:
-    """A table of ten paths, of which six have a caption, in row groups of three."""
+    """Write a table of ten paths, six of them with a caption, in row groups of three."""
     names = [f"{i}.png" for i in range(10)]
     for i, name in enumerate(names):
         (folder / name).write_bytes(png(i))
@@ -52,14 +52,14 @@ def paths(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("copied", [False, True])
-def test_rows_with_a_caption_are_read_at_random(
+def test_rows_with_a_caption_are_read_in_any_order(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, copied: bool
 ) -> None:
     if copied:
         monkeypatch.setattr(parquet, "IN_MEMORY", 0)
     source = open_source(paths(tmp_path), group_column="product")
     source.prepare()
-    assert len(list(cache.glob("*"))) == (4 if copied else 0)  # a file a row group
+    assert len(list(cache.glob("*"))) == (4 if copied else 0)  # a file per row group
     assert len(source) == len(USABLE)
     assert source.left_out.counts == {"no caption": 4}
     assert source.left_out.listed == [(f"{tmp_path / 't.parquet'} row {row}", "no caption") for row in (1, 3, 5, 9)]
@@ -77,21 +77,21 @@ def test_rows_with_a_caption_are_read_at_random(
     assert len(train) == 4
 
 
-def test_copies_are_made_when_they_are_needed_and_of_a_changed_file_anew(
+def test_copies_are_made_on_demand_and_again_for_a_changed_file(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(parquet, "IN_MEMORY", 0)
     source = open_source(paths(tmp_path))
     assert not cache.exists()
     assert source.captions(5) == ["eight"]
-    (copy,) = cache.iterdir()  # of the third row group alone
+    (copy,) = cache.iterdir()  # of the third row group only
     write(tmp_path / "t.parquet", {"filename": ["9.png"] * 9, "caption": ["changed"] * 9})
     assert open_source(tmp_path / "t.parquet").captions(7) == ["changed"]
     assert copy.exists()
     assert len(list(cache.iterdir())) == 2
 
 
-def test_which_rows_have_no_caption_is_looked_for_once_in_a_large_file(
+def test_blank_captions_of_a_large_file_are_searched_once(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(parquet, "REMEMBERED", 10)
@@ -107,7 +107,7 @@ STRUCT = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 
 
 @pytest.mark.parametrize("kind", ["bytes", "struct"])
-def test_images_in_the_table_have_keys_of_their_own(tmp_path: Path, kind: str) -> None:
+def test_encoded_images_have_keys_of_file_and_row(tmp_path: Path, kind: str) -> None:
     data = [png(i) for i in range(10)]
     column = data if kind == "bytes" else pa.array([{"bytes": d, "path": "image.png"} for d in data], STRUCT)
     source = open_source(write(tmp_path / "t.parquet", {"image": column, "text": CAPTIONS}))
@@ -123,7 +123,7 @@ def test_images_in_the_table_have_keys_of_their_own(tmp_path: Path, kind: str) -
     }
 
 
-def test_a_struct_without_bytes_is_a_path_and_one_without_either_a_bad_sample(tmp_path: Path) -> None:
+def test_struct_without_bytes_is_a_path_and_without_either_a_bad_sample(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(png(7))
     cells = [{"bytes": None, "path": "a.png"}, {"bytes": None, "path": None}, {"bytes": b"no image", "path": "a.png"}]
     source = open_source(write(tmp_path / "t.parquet", {"image": pa.array(cells, STRUCT), "caption": ["a", "b", "c"]}))
@@ -136,14 +136,14 @@ def test_a_struct_without_bytes_is_a_path_and_one_without_either_a_bad_sample(tm
     assert reasons == ["missing image", "not an image"]
 
 
-def test_an_epoch_of_images_takes_each_once_and_few_row_groups_at_a_time(
+def test_epoch_of_images_has_each_once_and_few_row_groups_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     captions = ["a caption"] * 60
     captions[7] = captions[31] = ""
     table = write(tmp_path / "t.parquet", {"image": [png(i) for i in range(60)], "caption": captions}, group=5)
     size = open_source(table).sizes[0]  # pyright: ignore[reportAttributeAccessIssue]  # ParquetPairs'
-    monkeypatch.setattr(parquet, "AT_ONCE", int(size * 3.5))
+    monkeypatch.setattr(parquet, "IMAGE_MEMORY", int(size * 3.5))
     source: Any = open_source(table)
     orders = [source.order(epoch, seed=1) for epoch in (0, 1, 0)]
     for order in orders:
@@ -161,7 +161,7 @@ def test_an_epoch_of_images_takes_each_once_and_few_row_groups_at_a_time(
         assert len([key for key in source._open if isinstance(key, int)]) <= 4
 
 
-def test_lists_of_captions_and_captions_as_bytes_are_texts_too(tmp_path: Path) -> None:
+def test_captions_may_be_lists_bytes_or_dictionary_encoded(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(png(7))
     lists = [["one", None, "two"], [], ["", "three"], None]
     source = open_source(write(tmp_path / "l.parquet", {"image": ["a.png"] * 4, "caption": lists}))
@@ -179,7 +179,7 @@ def test_lists_of_captions_and_captions_as_bytes_are_texts_too(tmp_path: Path) -
     assert [source.load(i, None)[1:3] for i in range(len(source))] == [("c", "a.png")]
 
 
-def test_a_folder_of_parquet_files_is_one_source_of_the_wanted_split(tmp_path: Path) -> None:
+def test_folder_of_parquet_files_is_one_source_of_the_wanted_split(tmp_path: Path) -> None:
     for name in ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"):
         cells = {"image": [png(1)] * 2, "caption": [f"{name} {i}" for i in range(2)]}
         write(tmp_path / f"data/{name}.parquet", cells)
@@ -198,19 +198,19 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "numbers as images": ({"image": [7], "caption": ["a"]}, "'image' holds int64"),
     "no caption at all": ({"image": ["a.png"] * 2, "caption": ["", None]}, "no row with an image and a caption"),
     "no rows": ({"image": pa.array([], pa.string()), "caption": pa.array([], pa.string())}, "no row"),
-    "addresses": ({"URL": ["http://x/a.jpg"], "TEXT": ["a"]}, "img2dataset"),
+    "URLs": ({"URL": ["http://x/a.jpg"], "TEXT": ["a"]}, "img2dataset"),
     "unusual names": ({"photo": ["a.png"], "words": ["a"]}, r"\(photo, words\).*image_column"),
 }
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_table_that_cannot_be_used_is_an_error_that_names_it(tmp_path: Path, case: str) -> None:
+def test_unusable_table_is_an_error_that_names_it(tmp_path: Path, case: str) -> None:
     columns, message = BROKEN[case]
     with pytest.raises(InputError, match=f"t.parquet: .*{message}"):
         open_source(write(tmp_path / "t.parquet", columns))
 
 
-def test_a_damaged_file_is_an_error_that_names_it(tmp_path: Path) -> None:
+def test_damaged_file_is_an_error_that_names_it(tmp_path: Path) -> None:
     table = paths(tmp_path)
     whole = table.read_bytes()
     for data in (b"", whole[: len(whole) // 2], b"image,caption\na.png,a cat\n"):
@@ -220,7 +220,7 @@ def test_a_damaged_file_is_an_error_that_names_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("compression", ["none", "snappy"])
-def test_damage_that_opening_does_not_see_is_a_bad_sample_that_names_the_row(tmp_path: Path, compression: str) -> None:
+def test_damaged_pages_are_bad_samples_that_name_their_row(tmp_path: Path, compression: str) -> None:
     columns = pa.table({"image": [png(i) * 9 for i in range(9)], "caption": ["a caption"] * 9})
     pq.write_table(columns, tmp_path / "t.parquet", row_group_size=3, compression=compression, use_dictionary=False)
     data = bytearray((tmp_path / "t.parquet").read_bytes())
@@ -238,7 +238,7 @@ def test_damage_that_opening_does_not_see_is_a_bad_sample_that_names_the_row(tmp
             assert source.load(index, None).image.getpixel((0, 0)) == (index, 0, 0)
 
 
-class Captions(Dataset[tuple[str, int]]):
+class CaptionAndColour(Dataset[tuple[str, int]]):
     def __init__(self, source: Any) -> None:
         self.source = source
 
@@ -250,7 +250,7 @@ class Captions(Dataset[tuple[str, int]]):
 
 
 @pytest.mark.parametrize("images", ["paths", "bytes"])
-def test_data_workers_read_what_the_process_that_started_them_has_open(
+def test_data_workers_read_files_that_their_parent_has_open(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, images: str
 ) -> None:
     if images == "paths":
@@ -260,22 +260,21 @@ def test_data_workers_read_what_the_process_that_started_them_has_open(
         table = write(tmp_path / "t.parquet", {"image": [png(i) for i in range(10)], "caption": CAPTIONS})
     source = open_source(table)
     assert source.captions(0) == ["zero"]
-    loader = DataLoader(Captions(source), None, num_workers=2, timeout=60)
+    loader = DataLoader(CaptionAndColour(source), None, num_workers=2, timeout=60)
     assert list(map(tuple, loader)) == [(CAPTIONS[row], row) for row in USABLE]
 
 
 MILLIONS = 20
 OPEN = """
-import sys, time
-from datamodules.pairs import source
-from datamodules.pairs import parquet
+import sys
+from datamodules.open_source import open_source
 
 def used():
     status = dict(line.split(":", 1) for line in open("/proc/self/status"))
     return int(status["VmHWM"].split()[0]) // 1024
 
 before = used()
-source = source.open_source(sys.argv[1])
+source = open_source(sys.argv[1])
 assert len(source) == int(sys.argv[2]), len(source)
 assert source.captions(len(source) - 2) == ["caption of a row"]
 print(used() - before)
@@ -283,7 +282,7 @@ print(used() - before)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read as Linux tells it")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
 def test_twenty_million_rows_open_in_less_than_300_mb(tmp_path: Path) -> None:
     rows = 1_000_000
     names = pa.array([f"folder/{i:09}.jpg" for i in range(rows)])
@@ -296,7 +295,7 @@ def test_twenty_million_rows_open_in_less_than_300_mb(tmp_path: Path) -> None:
         "XDG_CACHE_HOME": str(tmp_path / "cache"),
         "PYTHONPATH": str(Path(__file__).parents[3]),
     }
-    for _ in range(2):  # the first time it also looks for captions that are none, and copies a row group
+    for _ in range(2):  # the first run also searches for blank captions and copies a row group
         arguments = [sys.executable, "-c", OPEN, str(tmp_path / "t.parquet"), str(MILLIONS * (rows - 1))]
         result = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=120, check=False)
         assert result.returncode == 0, result.stderr

@@ -1,4 +1,4 @@
-"""What Hugging Face's ``datasets`` saves to a disk, written here as that library's documentation of the files says."""
+"""Data sets saved by Hugging Face's ``datasets``, written here in its documented file format."""
 
 import io
 import json
@@ -24,7 +24,7 @@ def png(color: int) -> bytes:
 
 
 def save(folder: Path, columns: dict[str, Any], files: int = 2, batch: int = 3) -> Path:
-    """``Dataset.save_to_disk(folder, num_shards=files)``: IPC streams and a state."""
+    """Write what ``Dataset.save_to_disk(folder, num_shards=files)`` does: IPC streams and a state."""
     folder.mkdir(parents=True)
     table = pa.table(columns)
     names = [f"data-{i:05}-of-{files:05}.arrow" for i in range(files)]
@@ -47,7 +47,7 @@ def columns() -> dict[str, Any]:
     return {"image": images, "captions": CAPTIONS, "source": ["web"] * 10}
 
 
-def test_a_saved_data_set_is_read_from_its_files_without_the_library(tmp_path: Path) -> None:
+def test_saved_data_set_is_read_without_the_datasets_library(tmp_path: Path) -> None:
     source = pickle.loads(pickle.dumps(open_source(save(tmp_path / "set", columns()), group_column="source")))
     assert len(source) == len(USABLE)
     assert source.left_out.counts == {"no caption": 3}
@@ -61,7 +61,7 @@ def test_a_saved_data_set_is_read_from_its_files_without_the_library(tmp_path: P
     assert (len(train), len(val)) == (5, 2)
 
 
-def test_paths_instead_of_images_start_at_the_folder_or_at_root(tmp_path: Path) -> None:
+def test_relative_paths_start_at_the_folder_or_at_root(tmp_path: Path) -> None:
     save(tmp_path / "set", {"image_path": ["a.png", "b.png", "a.png"], "text": ["a", "", "c"]})
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     source = open_source(tmp_path / "set", root=str(tmp_path))
@@ -73,7 +73,7 @@ def test_paths_instead_of_images_start_at_the_folder_or_at_root(tmp_path: Path) 
         source.divide(0.1, seed=0)
 
 
-def test_a_dictionary_of_data_sets_is_one_source_a_split(tmp_path: Path) -> None:
+def test_dictionary_of_data_sets_is_one_source_per_split(tmp_path: Path) -> None:
     for split in ("train", "validation"):
         save(tmp_path / split, columns(), files=1)
     (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "validation"]}')
@@ -85,7 +85,7 @@ def test_a_dictionary_of_data_sets_is_one_source_a_split(tmp_path: Path) -> None
         open_source(tmp_path / "train", split="train")
 
 
-def test_a_damaged_data_set_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+def test_damaged_data_set_is_an_error_that_names_the_file(tmp_path: Path) -> None:
     folder = save(tmp_path / "set", columns())
     file = folder / "data-00001-of-00002.arrow"
     whole = file.read_bytes()

@@ -1,4 +1,4 @@
-"""Captions in tables: every usual format reads the same, and whatever is wrong with one is named by file and row."""
+"""Captions in text tables: every format reads the same, and errors name file and row."""
 
 import codecs
 import csv
@@ -54,7 +54,7 @@ def json_lines(rows: list[tuple[str, str]]) -> str:
 
 
 def paint(folder: Path, *names: str) -> None:
-    """An image of one colour each, the colour made of its number."""
+    """Save images of one colour each, by number."""
     for i, name in enumerate(names):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (6, 6), (9 + 20 * i, 255 - 20 * i, i)).save(folder / name)
@@ -62,14 +62,14 @@ def paint(folder: Path, *names: str) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with the images of PAIRS and of VALID."""
+    """A folder with the images of PAIRS and VALID."""
     paint(tmp_path, *(name for name, _ in PAIRS), "a.png", "b.png")
     return tmp_path
 
 
 @pytest.fixture
 def messages() -> Iterator[list[str]]:
-    """What a user would read, as it comes."""
+    """Messages that the user would see, as they are logged."""
     read: list[str] = []
     handler = logging.Handler(logging.INFO)
     handler.emit = lambda record: read.append(record.getMessage())
@@ -97,7 +97,7 @@ def keys_of(source: Any) -> list[str]:
 
 
 def message_of(call: Callable[[], Any]) -> str:
-    """The one line that a call fails with."""
+    """Return the one-line message that a call fails with."""
     with pytest.raises(InputError) as error:
         call()
     assert "\n" not in str(error.value)
@@ -124,7 +124,7 @@ FORMATS = {
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_format_gives_the_batches_of_the_pairs_themselves(folder: Path, name: str) -> None:
+def test_every_format_gives_the_same_batches(folder: Path, name: str) -> None:
     (folder / name).write_bytes(FORMATS[name])
     batches = validation(folder / name)
     assert [len(batch.keys) for batch in batches] == [5, 5, 2]
@@ -140,7 +140,7 @@ def test_every_format_gives_the_batches_of_the_pairs_themselves(folder: Path, na
 @pytest.mark.parametrize(
     "header", ["Image,Caption", "FILEPATH,TITLE", "filename,text", " image , caption ", "Caption,image", "x,y"]
 )
-def test_columns_are_found_by_their_usual_names_in_any_case_or_by_the_names_given(folder: Path, header: str) -> None:
+def test_columns_are_found_by_usual_names_in_any_case_or_by_option(folder: Path, header: str) -> None:
     rows = ["a.png,a cat", "b.png,a dog"]
     if header.startswith("Caption"):
         rows = ["a cat,a.png", "a dog,b.png"]
@@ -149,7 +149,7 @@ def test_columns_are_found_by_their_usual_names_in_any_case_or_by_the_names_give
     assert captions(folder / "t.csv", **named) == ["a cat", "a dog"]
 
 
-def test_a_column_that_is_named_goes_before_one_that_is_usual(folder: Path) -> None:
+def test_named_column_takes_precedence_over_a_usual_name(folder: Path) -> None:
     lines = ["image,caption,thumb,alt", "b.png,a dog,a.png,a cat"]
     (folder / "t.csv").write_text("\n".join(lines))
     (batch,) = validation(folder / "t.csv", image_column="thumb", caption_column="alt")
@@ -159,7 +159,7 @@ def test_a_column_that_is_named_goes_before_one_that_is_usual(folder: Path) -> N
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
 @pytest.mark.parametrize("option", ["image_column", "caption_column"])
-def test_a_wrong_column_is_an_error_that_lists_the_columns_found(folder: Path, suffix: str, option: str) -> None:
+def test_unknown_column_is_an_error_that_lists_the_columns_found(folder: Path, suffix: str, option: str) -> None:
     table = folder / f"t.{suffix}"
     columns = ["image", "caption", "Licence"]
     text = ",".join(columns) + "\na.png,a cat,MIT" if suffix == "csv" else json.dumps(dict.fromkeys(columns, "a"))
@@ -174,13 +174,11 @@ def test_a_wrong_column_is_an_error_that_lists_the_columns_found(folder: Path, s
 @pytest.mark.parametrize(
     ("header", "option"),
     [
-        ("photo,caption", "give --data.image_column photo, say"),
-        ("image,my words", "give --data.caption_column 'my words', say"),
+        ("photo,caption", "for example, set --data.image_column photo"),
+        ("image,my words", "for example, set --data.caption_column 'my words'"),
     ],
 )
-def test_columns_with_unusual_names_are_listed_and_the_option_that_names_them_is_said(
-    folder: Path, header: str, option: str
-) -> None:
+def test_unusual_column_names_are_listed_with_the_option_to_set(folder: Path, header: str, option: str) -> None:
     (folder / "t.csv").write_text(header + "\na.png,a cat")
     message = message_of(lambda: validation(folder / "t.csv"))
     assert "t.csv" in message
@@ -194,7 +192,7 @@ def test_relative_paths_start_at_the_folder_of_the_table_or_at_root(
     paint(tmp_path / "beside", "a.png")
     paint(tmp_path / "elsewhere", "other.png", "a.png")
     (tmp_path / "beside/t.csv").write_text("image,caption\na.png,a cat")
-    monkeypatch.chdir(tmp_path / "elsewhere")  # the working directory plays no part
+    monkeypatch.chdir(tmp_path / "elsewhere")  # the working directory does not matter
     (beside,) = validation(tmp_path / "beside/t.csv")
     (elsewhere,) = validation(tmp_path / "beside/t.csv", root=str(tmp_path / "elsewhere"))
     assert beside.images[0, :, 0, 0].tolist() == [9, 255, 0]
@@ -202,7 +200,7 @@ def test_relative_paths_start_at_the_folder_of_the_table_or_at_root(
     assert beside.keys == elsewhere.keys == ["a.png"]
 
 
-def test_absolute_paths_are_taken_as_they_are(tmp_path: Path) -> None:
+def test_absolute_paths_ignore_root(tmp_path: Path) -> None:
     paint(tmp_path / "images", "a.png")
     (tmp_path / "t.csv").write_text(f"image,caption\n{tmp_path / 'images/a.png'},a cat")
     (batch,) = validation(tmp_path / "t.csv", root="nowhere")
@@ -210,7 +208,7 @@ def test_absolute_paths_are_taken_as_they_are(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
-def test_rows_without_a_caption_are_dropped_and_counted(folder: Path, messages: list[str], suffix: str) -> None:
+def test_rows_without_a_caption_are_left_out_and_counted(folder: Path, messages: list[str], suffix: str) -> None:
     blank: list[str | float | None] = ["", "  ", "nan", "NaN", "None", "null", "NULL"]
     if suffix == "jsonl":
         blank += [None, float("nan")]
@@ -224,10 +222,10 @@ def test_rows_without_a_caption_are_dropped_and_counted(folder: Path, messages: 
     (message,) = [message for message in messages if "t." + suffix in message]
     assert "2 pairs" in message
     assert f"{len(blank)} rows without a caption" in message
-    assert rank_zero.log.isEnabledFor(logging.INFO)  # it is shown
+    assert rank_zero.log.isEnabledFor(logging.INFO)  # so it is shown
 
 
-def test_a_table_without_blank_captions_says_nothing_of_any(folder: Path, messages: list[str]) -> None:
+def test_table_without_blank_captions_reports_none(folder: Path, messages: list[str]) -> None:
     (folder / "t.csv").write_text(VALID)
     validation(folder / "t.csv")
     assert not any("without" in message for message in messages)
@@ -237,7 +235,7 @@ BROKEN: dict[str, tuple[str, bytes | None, list[str]]] = {
     "missing table": ("t.csv", None, ["no such file or folder"]),
     "empty file": ("t.csv", b"", ["is empty"]),
     "empty JSON lines": ("t.jsonl", b"\n", ["is empty"]),
-    "header only": ("t.csv", b"image,caption\n", ["has a header alone"]),
+    "header only": ("t.csv", b"image,caption\n", ["only a header"]),
     "all blank": ("t.csv", b"image,caption\na.png,\na.png,nan\nb.png, \n", ["no row", "3"]),
     "missing image file": ("t.csv", b"image,caption\na.png,a cat\nnone.png,a dog\n", ["row 3", "none.png", "no such"]),
     "missing image in JSON": ("t.jsonl", b'{"image": "no.png", "caption": "a"}\n', ["row 1", "no.png", "no such"]),
@@ -271,7 +269,7 @@ BROKEN: dict[str, tuple[str, bytes | None, list[str]]] = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_broken_table_is_an_error_that_names_file_and_row(folder: Path, case: str) -> None:
+def test_broken_table_is_an_error_that_names_file_and_row(folder: Path, case: str) -> None:
     name, content, expected = BROKEN[case]
     (folder / "text.jpg").write_text("not an image")
     if content is not None:
@@ -282,8 +280,8 @@ def test_a_broken_table_is_an_error_that_names_file_and_row(folder: Path, case: 
 
 
 @pytest.mark.parametrize("name", ["t.csv", "t.jsonl"])
-def test_a_byte_that_is_not_utf8_is_found_where_it_is_in_a_long_file(folder: Path, name: str) -> None:
-    """Beyond the buffer that Python reads at once: its byte in the file, or its row."""
+def test_invalid_utf8_in_a_long_file_is_located(folder: Path, name: str) -> None:
+    """Beyond the first buffer that Python reads, the byte's position in the file or its row is right."""
     first, row = ("image,caption\n", "a.png,{}\n") if name == "t.csv" else ("", '{{"image":"a.png","caption":"{}"}}\n')
     content = (first + row.format("a cat") * 3000 + row.format("un café")).encode("latin-1")
     (folder / name).write_bytes(content)
@@ -294,32 +292,32 @@ def test_a_byte_that_is_not_utf8_is_found_where_it_is_in_a_long_file(folder: Pat
     assert f"byte {byte}" in message or f"row {len(content.splitlines())}" in message
 
 
-def test_rows_are_counted_as_a_spreadsheet_shows_them(folder: Path) -> None:
-    """Row 1 is the header; a caption of several lines is one row, a blank line is one too."""
+def test_rows_are_numbered_as_in_a_spreadsheet(folder: Path) -> None:
+    """Row 1 is the header; a caption of several lines is one row, and so is a blank line."""
     (folder / "t.csv").write_text('image,caption\na.png,"three\nlines\nlong"\n\nnone.png,a dog\n')
     assert "row 4" in message_of(lambda: module_of(val=str(folder / "t.csv")))
 
 
-def test_a_truncated_image_is_an_error_that_names_the_row_once_it_is_read(folder: Path) -> None:
+def test_truncated_image_is_an_error_that_names_its_row_when_read(folder: Path) -> None:
     noise = torch.randint(0, 256, (40, 40, 3), dtype=torch.uint8)
     Image.fromarray(noise.numpy()).save(folder / "whole.jpg")
     data = (folder / "whole.jpg").read_bytes()
     (folder / "cut.jpg").write_bytes(data[: len(data) // 2])
     (folder / "t.csv").write_text("image,caption\na.png,a cat\ncut.jpg,a dog\n")
-    module = module_of(val=str(folder / "t.csv"))  # its header is sound
+    module = module_of(val=str(folder / "t.csv"))  # its header is intact
     message = message_of(lambda: list(module.val_dataloader()))
     for part in ("t.csv", "row 3", "cut.jpg", "truncated"):
         assert part in message
 
 
-def test_rows_that_are_dropped_count_in_the_numbers_of_later_rows(folder: Path) -> None:
+def test_left_out_rows_count_in_the_numbers_of_later_rows(folder: Path) -> None:
     (folder / "t.csv").write_text("image,caption\na.png,\nb.png,nan\na.png,a cat\nnone.png,a dog\n")
     assert "row 5" in message_of(lambda: module_of(val=str(folder / "t.csv")))
 
 
 @pytest.fixture
 def two_captions_each(tmp_path: Path) -> Path:
-    """21 images with two rows each, far apart, and one with a third."""
+    """Table of 21 images with two rows each, far apart, and a third row for one of them."""
     names = [f"{i:02}.png" for i in range(21)]
     for name in names:
         Image.new("RGB", (6, 6)).save(tmp_path / name)
@@ -333,7 +331,7 @@ def division(table: Path, seed: int) -> tuple[list[str], list[str]]:
     return keys_of(module.train_source), keys_of(module.val_source)
 
 
-def test_without_a_validation_table_images_are_divided_and_no_row_is_lost(two_captions_each: Path) -> None:
+def test_without_validation_data_images_are_divided_and_no_row_is_lost(two_captions_each: Path) -> None:
     for seed in range(5):
         train, val = division(two_captions_each, seed)
         assert not set(train) & set(val)
@@ -342,13 +340,13 @@ def test_without_a_validation_table_images_are_divided_and_no_row_is_lost(two_ca
         assert set(train) | set(val) == {f"{i:02}.png" for i in range(21)}
 
 
-def test_the_division_is_a_function_of_the_seed(two_captions_each: Path) -> None:
+def test_division_depends_on_the_seed_only(two_captions_each: Path) -> None:
     divisions = [division(two_captions_each, seed) for seed in range(5)]
     assert division(two_captions_each, 3) == divisions[3]
     assert len({tuple(val) for _, val in divisions}) > 1
 
 
-def test_validating_divides_as_training_did(two_captions_each: Path) -> None:
+def test_validate_divides_as_fit_did(two_captions_each: Path) -> None:
     module = module_of("validate", train=str(two_captions_each), seed=3)
     assert keys_of(module.val_source) == division(two_captions_each, 3)[1]
 
@@ -360,7 +358,7 @@ def test_one_image_cannot_be_divided(folder: Path) -> None:
     assert "data.init_args.val" in message
 
 
-def test_a_validation_table_of_its_own_leaves_the_training_table_whole(folder: Path) -> None:
+def test_separate_validation_table_leaves_the_training_table_undivided(folder: Path) -> None:
     (folder / "t.csv").write_text(VALID)
     (folder / "v.csv").write_text("image,caption\nplain.png,a bird\n")
     module = module_of("fit", train=str(folder / "t.csv"), val=str(folder / "v.csv"), batch_size=2)
@@ -368,7 +366,7 @@ def test_a_validation_table_of_its_own_leaves_the_training_table_whole(folder: P
     assert keys_of(module.val_source) == ["plain.png"]
 
 
-def test_validating_needs_no_training_table_but_fitting_does(folder: Path) -> None:
+def test_validate_needs_no_training_data_but_fit_does(folder: Path) -> None:
     (folder / "v.csv").write_text(VALID)
     assert captions(folder / "v.csv") == ["a cat", "a dog"]
     assert captions(folder / "v.csv", train=str(folder / "not there.csv")) == ["a cat", "a dog"]
@@ -378,12 +376,12 @@ def test_validating_needs_no_training_table_but_fitting_does(folder: Path) -> No
 
 
 @pytest.mark.parametrize("batch_size", [0, -3])
-def test_a_batch_of_no_pairs_is_an_error(batch_size: int) -> None:
+def test_batch_size_below_one_is_refused(batch_size: int) -> None:
     message = message_of(lambda: Captions("t.csv", batch_size=batch_size))
     assert f"batch_size: {batch_size}" in message
 
 
-def test_fewer_pairs_than_a_batch_is_an_error_that_names_the_largest_batch_that_fits(folder: Path) -> None:
+def test_fewer_pairs_than_a_batch_is_an_error_that_names_the_largest_batch_size(folder: Path) -> None:
     (folder / "t.csv").write_text(delimited(",", PAIRS))
     module = module_of("fit", train=str(folder / "t.csv"), val=str(folder / "t.csv"), batch_size=13)
     message = message_of(module.train_dataloader)
@@ -394,7 +392,7 @@ def test_fewer_pairs_than_a_batch_is_an_error_that_names_the_largest_batch_that_
     assert fits.steps_per_epoch == len(list(fits.train_dataloader())) == 1
 
 
-def test_groups_come_from_their_column_and_blank_ones_are_none(tmp_path: Path) -> None:
+def test_groups_come_from_their_column_and_blank_cells_are_no_group(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     table = tmp_path / "t.jsonl"
     rows = [{"image": "a.png", "caption": "a", "product": 7}, {"image": "a.png", "caption": "b", "product": None}]
@@ -417,7 +415,7 @@ def open_table(path: Path, **options: Any) -> Any:
     return text_table.open_table(path, SourceOptions(**options))
 
 
-def test_a_list_of_captions_is_one_pair_whose_caption_is_drawn_by_the_samples_own_seed(folder: Path) -> None:
+def test_list_of_captions_is_one_pair_whose_caption_is_drawn_by_the_samples_seed(folder: Path) -> None:
     rows = [{"image": "a.png", "caption": ["one", None, "two", " ", "three"]}, {"image": "b.png", "caption": "alone"}]
     (folder / "t.jsonl").write_text("\n".join(json.dumps(row) for row in [*rows, {"image": "b.png", "caption": []}]))
     source = open_table(folder / "t.jsonl")
@@ -430,7 +428,7 @@ def test_a_list_of_captions_is_one_pair_whose_caption_is_drawn_by_the_samples_ow
     assert {source.load(1, random.Random(seed)).caption for seed in range(9)} == {"alone"}
 
 
-BAD_ROWS = {  # a row that is no pair, and what it is counted as
+BAD_ROWS = {  # a bad row, and the reason that it is counted under
     "t.csv": [
         ("b.png,a dog, a bone", "wrong number of fields"),
         (" ,a dog", "missing image"),
@@ -440,14 +438,14 @@ BAD_ROWS = {  # a row that is no pair, and what it is counted as
         ('{"image": "b.png",', "not JSON"),
         ("[1]", "not a JSON object"),
         ('{"image": 3, "caption": "a"}', "missing image"),
-        ('{"image": "b.png", "caption": 3}', "caption is no text"),
+        ('{"image": "b.png", "caption": 3}', "caption is not text"),
         ('{"image": "b.png", "caption": "\\udc00"}', "not UTF-8"),
     ],
 }
 
 
 @pytest.mark.parametrize("name", BAD_ROWS)
-def test_rows_that_are_no_pairs_are_left_out_and_counted_by_reason_if_so_wanted(folder: Path, name: str) -> None:
+def test_bad_rows_are_left_out_and_counted_by_reason_with_on_error_skip(folder: Path, name: str) -> None:
     good = {"t.csv": ["image,caption", "a.png,a cat"], "t.jsonl": ['{"image": "a.png", "caption": "a cat"}']}[name]
     bad = BAD_ROWS[name]
     lines = [*good, *(line for line, _ in bad), good[-1]]
@@ -455,13 +453,13 @@ def test_rows_that_are_no_pairs_are_left_out_and_counted_by_reason_if_so_wanted(
     source = open_table(folder / name, on_error="skip")
     assert [source.captions(i) for i in range(len(source))] == [["a cat"], ["a cat"]]
     first = len(good) + 1
-    wanted = [(f"{folder / name} row {first + i}", reason) for i, (_, reason) in enumerate(bad)]
-    assert source.left_out.listed == wanted
+    expected = [(f"{folder / name} row {first + i}", reason) for i, (_, reason) in enumerate(bad)]
+    assert source.left_out.listed == expected
     assert source.left_out.counts == {reason: 1 for _, reason in bad}
     assert source.cells(1).where == f"{folder / name} row {first + len(bad)}"
 
 
-def test_bytes_that_are_not_utf8_cost_their_row_alone_if_so_wanted(folder: Path) -> None:
+def test_invalid_utf8_only_loses_its_row_with_on_error_skip(folder: Path) -> None:
     (folder / "t.csv").write_bytes("image,caption\na.png,a cat\na.png,un café\nb.png,a dog\n".encode("latin-1"))
     source = open_table(folder / "t.csv", on_error="skip")
     assert [source.captions(i) for i in range(len(source))] == [["a cat"], ["a dog"]]
@@ -469,10 +467,10 @@ def test_bytes_that_are_not_utf8_cost_their_row_alone_if_so_wanted(folder: Path)
 
 
 @pytest.mark.parametrize("name", ["t.csv", "t.jsonl"])
-def test_a_large_table_is_read_once_and_mapped_from_then_on(
+def test_large_table_is_converted_once_and_then_mapped(
     folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Large is what exceeds a limit that is lowered here."""
+    """The limit above which a table is large is lowered here."""
     text = delimited(",", [*PAIRS, ("a.png", "nan")]) if name == "t.csv" else json_lines([*PAIRS, ("a.png", "nan")])
     (folder / name).write_text(text, newline="")
     small = open_table(folder / name)
@@ -482,7 +480,7 @@ def test_a_large_table_is_read_once_and_mapped_from_then_on(
     mapped = open_table(folder / name)
     (file,) = (folder / "cache/lit-clip/tables").iterdir()
     with monkeypatch.context() as patch:
-        patch.setattr(text_table, "_rows", None)  # nothing is read again
+        patch.setattr(text_table, "_read_batches", None)  # nothing is read again
         again = open_table(folder / name)
     sent = pickle.loads(pickle.dumps(again))
     assert len(pickle.dumps(again)) < 2000
@@ -497,7 +495,7 @@ def test_a_large_table_is_read_once_and_mapped_from_then_on(
     assert file.is_file()
 
 
-def test_a_broken_large_table_leaves_nothing_in_the_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_large_table_leaves_nothing_in_the_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_table, "IN_MEMORY", 10)
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     (folder / "t.csv").write_text("image,caption\na.png,a cat\nb.png,a dog, a bone\n")
@@ -505,7 +503,7 @@ def test_a_broken_large_table_leaves_nothing_in_the_cache(folder: Path, monkeypa
     assert not list((folder / "cache/lit-clip/tables").iterdir())
 
 
-def test_a_cache_that_cannot_be_written_is_an_error_that_says_which(
+def test_unwritable_cache_is_an_error_that_names_the_variable_to_set(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(text_table, "IN_MEMORY", 10)
@@ -515,12 +513,12 @@ def test_a_cache_that_cannot_be_written_is_an_error_that_says_which(
     assert "XDG_CACHE_HOME" in message_of(lambda: open_table(folder / "t.csv"))
 
 
-def test_the_file_of_a_image_comes_as_it_is(folder: Path) -> None:
+def test_read_returns_the_image_file_unchanged(folder: Path) -> None:
     (folder / "t.csv").write_text(VALID + "none.png,a bird\n")
     source = open_table(folder / "t.csv")
-    stored = source.read(1)
+    pair = source.read(1)
     where = f"{folder / 't.csv'} row 3"
-    assert stored == ((folder / "b.png").read_bytes(), ["a dog"], "b.png", "", where)
+    assert pair == ((folder / "b.png").read_bytes(), ["a dog"], "b.png", "", where)
     with pytest.raises(BadSample) as error:
         source.read(2)
     assert (error.value.where, error.value.reason) == (f"{folder / 't.csv'} row 4", "missing image")
