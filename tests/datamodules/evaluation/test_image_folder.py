@@ -211,9 +211,9 @@ def test_parquet_columns_can_have_other_names(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("option", ["image_column", "label_column"])
 def test_a_missing_parquet_column_is_an_error_that_lists_the_columns(shards: Path, option: str) -> None:
-    options: Any = {option: "image"}
+    options: Any = {option: "photo"}
     message = message_of(lambda: ParquetClasses(str(shards), NAMES, **options))
-    for part in ("val-00000.parquet", "'image'", "image, label"):
+    for part in ("val-00000.parquet", "'photo'", "image, label"):
         assert part in message
 
 

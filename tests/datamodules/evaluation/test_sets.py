@@ -225,7 +225,7 @@ def test_what_is_wrong_with_a_set_in_tars_is_said_of_its_file(tars: Path, tmp_pa
     (tars / "test/1.tar").write_bytes(whole[:1500])
     assert "1.tar" in message_of(lambda: WebDataset(str(tars)))
     (tars / "test/1.tar").write_bytes(b"<html>404</html>" * 100)
-    assert "1.tar: no readable tar" in message_of(lambda: WebDataset(str(tars)))
+    assert "1.tar: not a readable tar" in message_of(lambda: WebDataset(str(tars)))
     (tars / "test/1.tar").unlink()
     assert "1.tar" in message_of(lambda: WebDataset(str(tars)), MissingData)
     (tars / "test/nshards.txt").write_text("many")
@@ -335,7 +335,7 @@ def test_numbers_in_a_table_that_are_also_names_of_other_classes_are_an_error(ph
 @pytest.mark.parametrize(
     ("label", "names", "parts"),
     [
-        (4, ["a", "b", "c"], ("label 4", "0 to 2")),
+        (4, ["a", "b", "c"], ("label 4", "between 0 and 2")),
         (-1, None, ("label -1",)),
         ("elk", ["dog", "cat", "ant, red"], ("'elk'", "3 classes", "dog")),
         ("", None, ("row",)),
@@ -452,7 +452,7 @@ def test_classes_of_imagenet_a_have_the_papers_names_and_only_their_own(tmp_path
     assert images.labels() == [0, 0, 1, 1, 2, 2]
     assert [colour_of(images, i) for i in (0, 2, 4)] == [colour(6), colour(309), colour(988)]
     same_after_pickling(images)
-    assert "3 folders of classes instead of 200" in message_of(lambda: ImageNetFolders(str(tmp_path), classes=200))
+    assert "3 class folders instead of 200" in message_of(lambda: ImageNetFolders(str(tmp_path), classes=200))
     (tmp_path / "n02206856/0.000_x.jpg").unlink()
     (tmp_path / "n02206856/1.jpg").unlink()
     assert "n02206856" in message_of(lambda: ImageNetFolders(str(tmp_path)))
@@ -594,7 +594,7 @@ def test_resisc45_trains_on_a_tenth_of_each_class_and_tests_on_eight(resisc45: P
 
 def test_resisc45_needs_all_its_classes(tmp_path: Path) -> None:
     paint(tmp_path / "NWPU-RESISC45/lake/1.jpg")
-    assert "1 folders of classes instead of 45" in message_of(lambda: RESISC45(str(tmp_path)))
+    assert "1 class folders instead of 45" in message_of(lambda: RESISC45(str(tmp_path)))
     assert "nowhere" in message_of(lambda: RESISC45(str(tmp_path / "nowhere")), MissingData)
 
 

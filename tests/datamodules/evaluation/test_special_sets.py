@@ -15,8 +15,10 @@ import torch
 from PIL import Image
 from scipy.io import savemat
 
+from datamodules.evaluation.located_images import LocatedImages
+from datamodules.evaluation.people_sets import CelebAIdentities, FairFace
+from datamodules.evaluation.reading_sets import IIIT5K, SVHNNumbers
 from datamodules.evaluation.retrieval_sets import COCO, CaptionedPairs, Flickr30k
-from datamodules.evaluation.special_sets import IIIT5K, CelebAIdentities, FairFace, LocatedImages, SVHNNumbers
 from lit_clip.errors import InputError
 from lit_clip.evaluation.data import CaptionedImages, MissingData
 

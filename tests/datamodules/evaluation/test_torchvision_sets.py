@@ -451,7 +451,7 @@ def test_stl10_has_ten_folds(tmp_path: Path) -> None:
     write_stl10(tmp_path)
     message = message_of(lambda: sets.STL10(str(tmp_path), "train", 10))
     assert "fold_indices.txt" in message
-    assert "0 to 9" in message
+    assert "between 0 and 9" in message
 
 
 @pytest.mark.parametrize("name", [name for name, m in MINIATURES.items() if m.pixels])

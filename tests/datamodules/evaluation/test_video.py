@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from datamodules.evaluation.frame_robustness import ImageNetVidRobust, YTBBRobust
-from datamodules.evaluation.frames import read_frames, times_of_frames
-from datamodules.evaluation.video import UCF101, Kinetics700, RareAct
+from datamodules.evaluation.video_frames import read_frames, times_of_frames
+from datamodules.evaluation.video_sets import UCF101, Kinetics700, RareAct
 from lit_clip.errors import InputError
 from lit_clip.evaluation.data import MissingData
 from tests.conftest import ROOT
