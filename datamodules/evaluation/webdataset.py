@@ -1,8 +1,8 @@
 """Sets in tar files, in the layout of CLIP_benchmark's ``wds`` data sets (its README and ``webdataset_builder.py``).
 
 A folder with ``classnames.txt``, ``zeroshot_classification_templates.txt`` and ``dataset_type.txt``, and one subfolder
-per split with ``nshards.txt`` and ``0.tar``, ``1.tar``, ... A sample is an image and its target: a ``.cls``, ``.npy`` or
-``.txt`` file of the same name.
+per split with ``nshards.txt`` and ``0.tar``, ``1.tar``, ... A sample is an image and its target: a ``.cls``, ``.npy``
+or ``.txt`` file of the same name.
 """
 
 import io
