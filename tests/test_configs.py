@@ -93,7 +93,9 @@ def test_last_ckpt_is_the_last_epoch_even_if_it_is_not_the_best(name: str) -> No
     assert (saving.filename, saving.monitor, saving._enable_version_counter) == ("last", None, False)
 
 
-def test_pretraining_config_with_fsdp_trains_under_torchrun_and_saves_a_model(tmp_path: Path, caption_table: Path) -> None:
+def test_pretraining_config_with_fsdp_trains_under_torchrun_and_saves_a_model(
+    tmp_path: Path, caption_table: Path
+) -> None:
     """``configs/pretrain_vit_l14.yaml`` with ``configs/fsdp.yaml``, a tiny model, and two processes on CPU."""
     words = ["-m", "lit_clip", "fit"]
     for name in ("pretrain_vit_l14", "fsdp"):
