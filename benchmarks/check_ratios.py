@@ -1,8 +1,9 @@
-"""Whether the benchmarks still find what they should: ratios and shares, which a slower machine changes little.
+"""Check benchmark results against expected bounds on ratios and shares, which hardly depend on the machine.
 
     python benchmarks/check_ratios.py FILES OR FOLDERS ... [--against benchmarks/expected_ratios.yaml] [--all]
 
-Exit code 1, and a line for each figure that is out of its bound. ``--all``: also for each that was not measured.
+Prints a line for each figure that is out of bounds, and exits with code 1 if there is one. ``--all``: figures that were
+not measured count too.
 """
 
 import argparse
@@ -21,12 +22,12 @@ Bounds = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 
 def broken(results: Sequence[Result], expected: Bounds, everything: bool = False) -> Iterator[str]:
-    """A line for each figure out of its bound.
+    """Yield a line for each figure that is out of bounds.
 
     Args:
-        results: of any benchmarks; those that nothing is expected of are passed over.
-        expected: by a result's name the bounds, ``least`` and ``most``, of its figures.
-        everything: whether what was not measured is a line too.
+        results: of any benchmarks; those without bounds are ignored.
+        expected: a result's name -> the bounds, ``least`` and ``most``, of its figures.
+        everything: also yield a line for each result that was not measured.
     """
     for name, bounds in expected.items():
         some = [one for one in results if one.name == name]
@@ -42,25 +43,25 @@ def _out_of_bound(result: Result, bound: str, figure: str, limit: float) -> Iter
     value = result.value(figure)
     if not isinstance(value, int | float):
         yield f"{result.name}: {figure} was not measured"
-    elif not (value >= limit if bound == "least" else value <= limit):  # nan is out of any bound
+    elif not (value >= limit if bound == "least" else value <= limit):  # NaN is out of any bounds
         pairs = f", pairs {result.ratio}" if figure == "ratio" else ""
         yield f"{result.name}: {figure} {value:.4g} is {BOUNDS[bound]} {limit:g}{pairs}"
 
 
 def read_expected(path: Path) -> Bounds:
-    """Of YAML.
+    """Read bounds from YAML.
 
     Raises:
-        SystemExit: no such file, or an entry is not of bounds.
+        SystemExit: no such file, or an entry is malformed.
     """
     if not path.exists():
-        sys.exit(f"{path}: there is no such file")
+        sys.exit(f"{path}: no such file")
     expected: Any = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     for name, bounds in expected.items():
         if not isinstance(bounds, dict) or not bounds or bounds.keys() - BOUNDS:
             sys.exit(f"{path}: {name} must have least or most, and figures in them")
         for figure, limit in (item for figures in bounds.values() for item in figures.items()):
-            if not isinstance(limit, int | float):  # YAML takes 1e-4 for a word, 1.0e-4 is a number
+            if not isinstance(limit, int | float):  # YAML reads 1e-4 as text, 1.0e-4 as a number
                 sys.exit(f"{path}: {name}: {figure} must be a number, it is {limit!r}")
     return expected
 
@@ -69,7 +70,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("paths", nargs="+", metavar="PATH", help="JSON files, and folders of them")
     options.add_argument("--against", type=Path, default=EXPECTED, metavar="YAML")
-    options.add_argument("--all", action="store_true", help="what is expected but not measured counts too")
+    options.add_argument("--all", action="store_true", help="expected figures that were not measured count too")
     chosen = options.parse_args()
     results, expected = load(chosen.paths), read_expected(chosen.against)
     out = list(broken(results, expected, chosen.all))

@@ -1,11 +1,11 @@
-"""From a JPEG to the uint8 pixels of a training crop, by each decoder that is installed: one thread, alternating.
+"""Compare JPEG decoders: from a file to the uint8 pixels of a training crop, on one thread, alternating.
 
     python benchmarks/decoders.py [--pairs 7] [--sizes 1280x960 640x480 320x240]
 
-Images a second of one core, by the processor's time, for the same crops to 224 pixels of eight photographs in JPEG
-quality 90, and how far the pixels are from those of the peers' way (decoded whole by Pillow and resized by it), in the
-mean over all and in the worst photograph. Then where the time of a sample goes. simplejpeg and torchcodec are left out
-where they are not installed or cannot be loaded.
+Prints images per second of CPU time on one core, for the same 224-pixel crops of eight photographs (JPEG quality 90),
+and the pixels' difference from the peers' method (Pillow decodes the whole image and resizes it): the mean over all
+photographs, and the worst one. Then how the time of a sample is spent. simplejpeg and torchcodec are skipped where they
+are not installed or cannot be loaded.
 """
 
 import importlib
@@ -34,7 +34,7 @@ EXACT, FAST = RandomSquareCrop(224, SCALE, "bicubic"), FastSquareCrop(224, SCALE
 
 
 def by_pillow(content: bytes, least: images.LeastSize | None) -> Image.Image:
-    """As the data modules do it."""
+    """Decode as the data modules do."""
     image = Image.open(io.BytesIO(content))
     image.info[images.FULL_SIZE] = image.size
     if least is not None:
@@ -44,7 +44,7 @@ def by_pillow(content: bytes, least: images.LeastSize | None) -> Image.Image:
 
 
 def by_simplejpeg(content: bytes, decode: Any, least: images.LeastSize | None) -> Image.Image:
-    """At the fraction that Pillow would take, or whole."""
+    """Decode at the fraction that Pillow would choose, or at full size."""
     height, width, *_ = decode.decode_jpeg_header(content)
     divided = fraction((width, height), least(width, height)) if least else 1
     pixels = decode.decode_jpeg(content, min_width=-(-width // divided), min_height=-(-height // divided))
@@ -54,13 +54,13 @@ def by_simplejpeg(content: bytes, decode: Any, least: images.LeastSize | None) -
 
 
 def by_torch(content: bytes, decode: Any) -> Image.Image:
-    """By torchvision or torchcodec, whole: they know no fraction."""
+    """Decode with torchvision or torchcodec, always at full size: they cannot decode at a fraction."""
     pixels = decode(torch.frombuffer(content, dtype=torch.uint8), mode="RGB")
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
 def decoders() -> dict[str, Decode]:
-    """Those that can be loaded."""
+    """Return the decoders that can be loaded."""
     found: dict[str, Decode] = {
         "Pillow, whole": lambda content: by_pillow(content, None),
         "Pillow, fraction": lambda content: by_pillow(content, FAST.least_size),
@@ -69,7 +69,7 @@ def decoders() -> dict[str, Decode]:
         try:
             module = importlib.import_module(name)
         except (ImportError, OSError, RuntimeError) as error:
-            print(f"{name}: left out ({str(error).partition(chr(10))[0]})")
+            print(f"{name}: skipped ({str(error).partition(chr(10))[0]})")
             continue
         if name == "simplejpeg":
             found[f"{name}, whole"] = lambda content, module=module: by_simplejpeg(content, module, None)
@@ -80,7 +80,7 @@ def decoders() -> dict[str, Decode]:
 
 
 def ways() -> dict[str, Callable[[bytes, dict[str, Any]], Any]]:
-    """From a file's content and a crop's place to its pixels; the first is the reference."""
+    """Return the combinations of decoder and resizing: file content and crop -> pixels; the first is the reference."""
     found: dict[str, Callable[[bytes, dict[str, Any]], Any]] = {}
     for name, decode in decoders().items():
         for resize, crop in (("Pillow", EXACT), ("torch", FAST)):
@@ -94,12 +94,12 @@ def ways() -> dict[str, Callable[[bytes, dict[str, Any]], Any]]:
 
 
 def as_array(pixels: Any) -> np.ndarray:
-    """Float ``[H, W, 3]`` of either kind of result."""
+    """Convert either kind of result to float ``[H, W, 3]``."""
     return np.asarray(pixels.permute(1, 2, 0) if isinstance(pixels, torch.Tensor) else pixels, dtype=float)
 
 
 def microseconds(work: Callable[[], object], times: int) -> float:
-    """Of the processor."""
+    """Return the CPU time of one call."""
     start = time.process_time()
     for _ in range(times):
         work()
@@ -107,7 +107,7 @@ def microseconds(work: Callable[[], object], times: int) -> float:
 
 
 def contents_of(size: tuple[int, int]) -> list[bytes]:
-    """The photographs as JPEGs."""
+    """Encode the photographs as JPEGs."""
     files = [io.BytesIO() for _ in range(8)]
     for file, image in zip(files, photographs(size), strict=True):
         image.save(file, "JPEG", quality=90)
@@ -115,7 +115,7 @@ def contents_of(size: tuple[int, int]) -> list[bytes]:
 
 
 def compare(size: tuple[int, int], rounds: int) -> None:
-    """One table."""
+    """Print the table for one image size."""
     contents, params = contents_of(size), [EXACT.make_params([]) for _ in range(8)]
     work = ways()
     crops = list(zip(contents, params, strict=True))
@@ -134,7 +134,7 @@ def compare(size: tuple[int, int], rounds: int) -> None:
 
 
 def parts(size: tuple[int, int], rounds: int) -> None:
-    """Where a sample's time goes in a data worker."""
+    """Print how a data worker spends the time of a sample."""
     tokenize, texts = CLIPTokenizer(), captions(BATCH)
     content = contents_of(size)[1]
 

@@ -1,16 +1,16 @@
-"""Whole epochs from files, ``lit-clip fit`` and ``open_clip_train`` on the same PNG files, captions and model.
+"""Time whole epochs of ``lit-clip fit`` and ``open_clip_train`` on the same PNG files, captions and model.
 
     python benchmarks/epoch.py [--model quickstart] [--bf16] [--epochs 2] [--batch 128] [--source files]
 
-Two programs, both as their users start them, one worker each, TensorBoard on, validation after every epoch, no
-checkpoint before the end. They take turns: while one does an epoch the other is stopped (SIGSTOP), so that every pair
-of epochs has the same machine. The first epoch of each is not counted. Counted is from the start of an epoch to its
-last step, and to the start of the next one, which has validation in it. The share of the machine's peak (see
-``train_step.py``) is of training alone; the peak is measured between the epochs.
+Both programs are started as their users start them, with one worker, TensorBoard, validation after every epoch, and no
+checkpoint before the end. They take turns: while one runs an epoch the other is stopped (SIGSTOP), so that each pair of
+epochs runs under the same conditions. The first epoch of each is not counted. Two times are measured: from the start of
+an epoch to its last step, and to the start of the next epoch, which includes validation. The share of the machine's
+peak (see ``train_step.py``) covers training only; the peak is measured between epochs.
 
-The files are OpenMoji's 1,750 drawings for training, 164 for validation, and their names. ``--source openmoji``: ours
-reads them through ``datamodules.OpenMoji``, as ``configs/quickstart.yaml`` does: decoded once, names varied.
-open_clip_train wants pandas and webdataset.
+The data are OpenMoji's 1,750 training drawings, 164 validation drawings, and their names. With ``--source openmoji``
+lit-clip reads them through ``datamodules.OpenMoji``, like ``configs/quickstart.yaml``: decoded once, with varied names.
+open_clip_train needs pandas and webdataset.
 """
 
 import csv
@@ -28,12 +28,12 @@ from running import Program
 BENCHMARKS = Path(__file__).parent
 SIDES = ("peers", "our")
 MODELS = ("quickstart", "ViT-tiny-16-64")
-CROP = 0.9  # the least part of an image that training sees, open_clip's default
+CROP = 0.9  # smallest fraction of an image in a training crop, open_clip's default
 
 
 @dataclass(frozen=True)
 class Run:
-    """What both do. ``folder``: where :func:`write_run` put what they read."""
+    """Settings of both programs. ``folder`` holds the files that :func:`write_run` wrote for them."""
 
     model: str
     bf16: bool
@@ -44,7 +44,7 @@ class Run:
 
 
 def write_run(folder: Path, run: Run) -> Run:
-    """Tables of images and names, the model's sizes for open_clip, and the configuration for lit-clip."""
+    """Write tables of images and names, the model config for open_clip, and the config for lit-clip."""
     from peers import architecture, write_model_config
 
     from lit_clip import create_model
@@ -58,7 +58,7 @@ def write_run(folder: Path, run: Run) -> Run:
 
 
 def write_tables(folder: Path) -> None:
-    """``train.tsv`` and ``val.tsv``, divided as ``datamodules.OpenMoji`` divides."""
+    """Write ``train.tsv`` and ``val.tsv`` with the split of ``datamodules.OpenMoji``."""
     from datamodules.openmoji import draw, held_out, read_table
 
     emoji = read_table()
@@ -71,7 +71,7 @@ def write_tables(folder: Path) -> None:
 
 
 def lit_clip_config(folder: Path, run: Run, sizes: dict[str, Any]) -> dict[str, Any]:
-    """Of ``lit-clip fit``."""
+    """Return the config for ``lit-clip fit``."""
     reading: dict[str, Any] = {"batch_size": run.batch, "num_workers": 1, "augmentation": {"crop_scale": [CROP, 1.0]}}
     if run.source == "files":
         reading |= {"train": str(folder / "train.tsv"), "val": str(folder / "val.tsv")}
@@ -97,12 +97,12 @@ def lit_clip_config(folder: Path, run: Run, sizes: dict[str, Any]) -> dict[str, 
 
 
 def lit_clip_command(*words: str) -> list[str]:
-    """The installed command beside this Python."""
+    """Return the ``lit-clip`` command that is installed beside this Python."""
     return [str(Path(sys.executable).parent / "lit-clip"), *words]
 
 
 def open_clip_command(run: Run, log_every: int = 10) -> list[str]:
-    """``open_clip_train`` with the settings of :func:`lit_clip_config`."""
+    """Return the ``open_clip_train`` command with the settings of :func:`lit_clip_config`."""
     folder = run.folder
     options: dict[str, Any] = {
         "model": run.model,
@@ -131,27 +131,27 @@ def open_clip_command(run: Run, log_every: int = 10) -> list[str]:
 
 @dataclass
 class Side:
-    """One of the two programs, and the lines that tell its epochs apart."""
+    """One of the two programs, and the output lines that mark its epochs."""
 
     program: Program
     start: str
     trained: str
 
     def until(self, epoch: int) -> float:
-        """When an epoch began; the program is stopped there."""
+        """Wait until an epoch begins, stop the program there, and return the time."""
         moment = self.program.wait_for(self.start.format(epoch=epoch))
         self.program.pause()
         return moment
 
     def next(self, epoch: int, last: int) -> tuple[float, float]:
-        """Seconds of an epoch's training, and until the next one has begun; it is stopped there."""
+        """Run an epoch; return the seconds of its training, and until the next one began, where it is stopped."""
         began = self.program.resume()
         trained = self.program.wait_for(self.trained.format(epoch=epoch, last=last)) - began
         return trained, self.until(epoch + 1) - began
 
 
 class Measured(NamedTuple):
-    """(open_clip's, our) seconds of each counted epoch, and FLOP/s of the fastest matrix product between them."""
+    """Seconds of each counted epoch (open_clip's, ours), and FLOP/s of the fastest matrix product between them."""
 
     training: list[tuple[float, float]]
     whole: list[tuple[float, float]]
@@ -164,12 +164,12 @@ def training_captions(run: Run) -> list[str]:
 
 
 def steps_of(run: Run) -> int:
-    """Of an epoch; neither side trains on the rest."""
+    """Return the steps per epoch; both programs drop the incomplete last batch."""
     return len(training_captions(run)) // run.batch
 
 
 def flops_of(run: Run) -> list[int]:
-    """Of the steps of an epoch, open_clip's and ours: one batch of captions from all over the table is counted."""
+    """Return the FLOPs of an epoch's steps, open_clip's and ours, from a batch of captions spread over the table."""
     import torch
     from peers import counted, open_clip_pair
     from train_step import TINY_RATE, our_step, pairs_of, their_step
@@ -183,7 +183,7 @@ def flops_of(run: Run) -> list[int]:
 
 
 def measure(run: Run) -> Measured:
-    """Both sides in turn."""
+    """Run both programs in turn."""
     import torch
 
     from lit_clip.models.flops import matmul_peak
@@ -209,9 +209,9 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--model", choices=MODELS, default="quickstart")
     arguments.add_argument("--bf16", action="store_true", help="autocast on both sides")
-    arguments.add_argument("--epochs", type=int, default=2, help="counted ones of each; the median is printed")
+    arguments.add_argument("--epochs", type=int, default=2, help="counted epochs of each; medians are printed")
     arguments.add_argument("--batch", type=int, default=128)
-    arguments.add_argument("--source", choices=["files", "openmoji"], default="files", help="of ours")
+    arguments.add_argument("--source", choices=["files", "openmoji"], default="files", help="of lit-clip")
     options = arguments.parse_args()
     from peers import end_if_emulated
 

@@ -1,8 +1,8 @@
-"""The image encoder alone, open_clip's and ours with the same weights, in inference mode, alternating.
+"""Time the image encoder alone, open_clip's and ours with the same weights, in inference mode, alternating.
 
     python benchmarks/image_forward.py [--model ViT-B-32] [--batch 64] [--precisions fp32 bf16] [--pairs 5]
 
-There is little to leave out of an image, so the share of the machine's peak is what counts: see ``train_step.py``.
+Images have no padding to save, so the figure to watch is the share of the machine's peak: see ``train_step.py``.
 """
 
 import torch
@@ -45,7 +45,7 @@ def main() -> None:
     arguments.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     options = arguments.parse_args()
     found = []
-    for precision in options.precisions:  # float32 first: bfloat16 may end it
+    for precision in options.precisions:  # float32 first: the program ends where bfloat16 is emulated
         end_if_emulated(precision == "bf16", options.device)
         found.append(measured(options.model, options.batch, precision, options.pairs, options.device))
         save(options.json, *found)

@@ -1,11 +1,11 @@
-"""From JPEGs to training batches: open_clip's CSV pipeline and ours on the same files, one worker each, alternating.
+"""Time JPEGs to training batches: open_clip's CSV pipeline and ours on the same files, one worker each, alternating.
 
     python benchmarks/image_pipeline.py [--pairs 5] [--images 512] [--size 1280x960]
 
-Counted from a loader's first batch to its last: images a second of one worker, with each package's default training
-augmentation to 224 pixels and its tokenizer. Afterwards, of the same crops, how far the pixels of a JPEG decoded at a
-fraction of its size and resized by torch are from those of one decoded whole and resized by Pillow. The photographs are
-those that scikit-image and scikit-learn install, filled up to the size. open_clip's pipeline wants pandas.
+Prints images per second of one worker, from a loader's first batch to its last, with each package's tokenizer and
+default training augmentation to 224 pixels. Then the pixel difference, on the same crops, between a JPEG decoded at a
+fraction of its size and resized by torch and one decoded at full size and resized by Pillow. The photographs are those
+that scikit-image and scikit-learn install, cropped to the size. open_clip's pipeline needs pandas.
 """
 
 import csv
@@ -35,7 +35,7 @@ BATCH = 32
 
 
 def photographs(size: tuple[int, int]) -> list[Image.Image]:
-    """Eight real photographs, each filling the size."""
+    """Load eight real photographs, resized and cropped to the size."""
     sk, sl = Path(skimage.__file__).parent / "data", Path(sklearn.__file__).parent / "datasets/images"
     names = ("astronaut.png", "coffee.png", "chelsea.png", "hubble_deep_field.jpg", "rocket.jpg", "motorcycle_left.png")
     files = [sk / name for name in names] + [sl / "china.jpg", sl / "flower.jpg"]
@@ -43,7 +43,7 @@ def photographs(size: tuple[int, int]) -> list[Image.Image]:
 
 
 def write_table(folder: Path, size: tuple[int, int], count: int) -> Path:
-    """A TSV as open_clip wants it, of images in JPEG quality 90."""
+    """Write images in JPEG quality 90, and a TSV of them for open_clip."""
     contents = []
     for image in photographs(size):
         file = io.BytesIO()
@@ -60,7 +60,7 @@ def write_table(folder: Path, size: tuple[int, int], count: int) -> Path:
 
 
 def open_clip_loader(table: Path) -> Iterable[Any]:
-    """As ``open_clip_train.data.get_csv_dataset`` makes it for one process."""
+    """Build the loader that ``open_clip_train.data.get_csv_dataset`` builds for one process."""
     from open_clip_train.data import CsvDataset
 
     transform = open_clip.image_transform(224, is_train=True)
@@ -69,14 +69,14 @@ def open_clip_loader(table: Path) -> Iterable[Any]:
 
 
 def our_loader(table: Path) -> Iterable[Any]:
-    """The data module's training loader."""
+    """Return the data module's training loader."""
     data = Captions(str(table), str(table), batch_size=BATCH, num_workers=1)
     data.setup("fit")
     return data.train_dataloader()
 
 
 def rate(loader: Iterable[Any]) -> float:
-    """Images a second from the first batch to the last."""
+    """Return images per second from the first batch to the last."""
     batches = iter(loader)
     next(batches)
     start, count = time.perf_counter(), 0
@@ -86,7 +86,7 @@ def rate(loader: Iterable[Any]) -> float:
 
 
 def differences(size: tuple[int, int]) -> list[float]:
-    """Mean absolute difference of the pixels (0 to 255) of each photograph."""
+    """Return each photograph's mean absolute pixel difference (0 to 255)."""
     plain, crop = (Augmentation(exact=exact).crop(Preprocessing()) for exact in (True, False))
     result = []
     for image in photographs(size):
@@ -125,7 +125,7 @@ def main() -> None:
         f"{found.title}: open_clip {found.peers:.0f} images/s, lit-clip {found.ours:.0f}, times as many: {found.ratio}"
     )
     off = differences((width, height))
-    print(f"pixels of 255 that a fraction's decoding is off: mean {statistics.mean(off):.2f}, most {max(off):.2f}")
+    print(f"pixel difference of 255 by decoding at a fraction: mean {statistics.mean(off):.2f}, largest {max(off):.2f}")
     found.figures.update(mean_difference=statistics.mean(off), largest_difference=max(off))
     save(options.json, found)
 

@@ -1,12 +1,13 @@
-"""Time of a linear probe, lit_clip's L-BFGS and scikit-learn's, on the same features with the same penalty.
+"""Time a linear probe with lit_clip's L-BFGS and scikit-learn's, on the same features with the same penalty.
 
     python benchmarks/linear_probe.py
 
-Each trains one classifier, in turn, on the same threads; then a whole search of the penalty by lit_clip. Features are
-synthetic, as a tower's are: classes lie about centres, directions differ in size by a power law (so that they are
-correlated), the mean is far from zero in a few coordinates, and lengths are left alone. Objectives are computed in
-float64: how far each has come. Scikit-learn's default ends before the optimum, so its accuracy may differ a little:
-lit-clip is run once more only as far as that, and scikit-learn once more with a smaller tolerance.
+Each trains one classifier, in turn, with the same number of threads; then lit_clip runs a whole search of the penalty.
+Features are synthetic and resemble a tower's: classes cluster around centres, scales of directions follow a power law
+(so that coordinates are correlated), the mean is far from zero in a few coordinates, and lengths are not normalised.
+The objective, computed in float64, shows how close each gets to the optimum. Scikit-learn's default tolerance stops
+short of it, so its accuracy may differ a little: lit-clip is run again only as far as that, and scikit-learn again with
+a smaller tolerance.
 """
 
 import argparse
@@ -27,13 +28,13 @@ from lit_clip.evaluation.logistic import MAX_ITERATIONS, Fit, fit_logistic
 from lit_clip.evaluation.probe import Split, linear_probe
 from lit_clip.evaluation.targets import Targets
 
-TIGHT = 1e-6  # scikit-learn's own tolerance, 1e-4 of the mean loss's gradient, ends some way before the optimum
+TIGHT = 1e-6  # scikit-learn's default tolerance, 1e-4 on the mean loss's gradient, stops short of the optimum
 OURS = "lit-clip, float32"
 README_L2 = 10**0.5  # C = 0.316 in the README of openai/CLIP
 
 
 def features(examples: int, held: int, width: int, classes: int, noise: float) -> tuple[Tensor, Tensor]:
-    """float32 ``[examples + held, width]`` and their labels."""
+    """Return float32 features ``[examples + held, width]`` and their labels."""
     random = torch.Generator().manual_seed(0)
     size = 3 * torch.arange(1, width + 1) ** -0.6
     rotation = torch.linalg.qr(torch.randn(width, width, generator=random)).Q
@@ -49,18 +50,18 @@ def scikit(x: Tensor, labels: Tensor, l2: float, dtype: torch.dtype, tol: float 
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    warnings.simplefilter("ignore", ConvergenceWarning)  # iterations are in the table
+    warnings.simplefilter("ignore", ConvergenceWarning)  # the table shows the iterations
     model = LogisticRegression(C=1 / l2, max_iter=1000, tol=tol).fit(x.to(dtype).numpy(), labels.numpy())
     iterations = int(model.n_iter_[0])
     return Fit(torch.tensor(model.coef_), torch.tensor(model.intercept_), iterations, iterations < 1000, 0.0)
 
 
 def as_low(x: Tensor, labels: Tensor, classes: int, l2: float, theirs: float) -> int:
-    """How many iterations take lit-clip to an objective no higher than theirs."""
+    """Return how many iterations lit-clip needs for an objective no higher than theirs."""
     for iterations in range(1, 1001):
         if fit_logistic(x, labels, classes, l2, iterations).objective <= theirs:
             return iterations
-    raise RuntimeError(f"lit-clip does not get down to {theirs}")
+    raise RuntimeError(f"lit-clip does not reach the objective {theirs}")
 
 
 def objective(fit: Fit, x: Tensor, labels: Tensor, l2: float) -> float:
@@ -74,7 +75,7 @@ def objective(fit: Fit, x: Tensor, labels: Tensor, l2: float) -> float:
 
 
 class Comparison:
-    """The fits of each library, and how long they took."""
+    """The fits of each library, and their times."""
 
     def __init__(self, x: Tensor, labels: Tensor, classes: int, l2: float) -> None:
         self.x, self.labels, self.classes, self.l2 = x, labels, classes, l2
@@ -103,7 +104,7 @@ class Comparison:
             yield [name, *numbers, f"{100 * accuracy:.2f} %"]
 
     def results(self, title: str) -> Iterator[Result]:
-        """Of scikit-learn in each precision beside ours."""
+        """Yield the comparison of ours with scikit-learn in each precision."""
         for name, times in self.seconds.items():
             if name != OURS and len(times) == len(self.seconds[OURS]):
                 pairs, precision = zip(times, self.seconds[OURS], strict=True), name.rpartition(" ")[2]
@@ -126,19 +127,19 @@ def compare(comparison: Comparison, rounds: int, tight: bool) -> None:
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--examples", type=int, default=50_000)
-    options.add_argument("--held", type=int, default=10_000, help="whose accuracy is printed")
+    options.add_argument("--held", type=int, default=10_000, help="test examples, for the printed accuracy")
     options.add_argument("--width", type=int, default=512)
     options.add_argument("--classes", type=int, default=100)
-    options.add_argument("--noise", type=float, default=4.0, help="of examples about their class")
+    options.add_argument("--noise", type=float, default=4.0, help="of examples around their class's centre")
     options.add_argument("--l2", type=float, default=README_L2)
-    options.add_argument("--rounds", type=int, default=3, help="of the first three; medians are printed")
+    options.add_argument("--rounds", type=int, default=3, help="of the first three fits; medians are printed")
     flag: Any = argparse.BooleanOptionalAction
-    options.add_argument("--tight", action=flag, default=True, help="scikit-learn once more, nearer to its end")
-    options.add_argument("--search", action=flag, default=True, help="the whole probe by lit-clip")
+    options.add_argument("--tight", action=flag, default=True, help="also run scikit-learn with a smaller tolerance")
+    options.add_argument("--search", action=flag, default=True, help="also run lit-clip's whole probe")
     chosen = options.parse_args()
     x, y = features(chosen.examples, chosen.held, chosen.width, chosen.classes, chosen.noise)
     train, test = (x[: chosen.examples], y[: chosen.examples]), (x[chosen.examples :], y[chosen.examples :])
-    warm_up = Comparison(train[0][:1000], train[1][:1000], chosen.classes, chosen.l2)  # imports on first use
+    warm_up = Comparison(train[0][:1000], train[1][:1000], chosen.classes, chosen.l2)  # warms up imports
     warm_up.ours()
     warm_up.theirs(torch.float32)
     comparison = Comparison(*train, chosen.classes, chosen.l2)

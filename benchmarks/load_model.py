@@ -1,9 +1,9 @@
-"""Memory that opening a ViT-L-14 takes, by lit_clip.load_model and by open_clip, each in a process of its own.
+"""Measure the memory for loading a ViT-L-14 with lit_clip.load_model and with open_clip, each in its own process.
 
     python benchmarks/load_model.py
 
-Peak is what the process held at most (VmHWM of Linux) above what it held right before the call, over the bytes of the
-weights in float32. The weights are random; the files (5 GB at a time) go to a temporary folder and are deleted.
+The peak is the process's largest resident memory (Linux's VmHWM) minus that right before the call, divided by the bytes
+of the weights in float32. The weights are random; the files (up to 5 GB at once) are written to a temporary folder.
 """
 
 import json
@@ -32,7 +32,7 @@ NAME = "ViT-L-14-quickgelu"
 
 
 def measure(library: str, kind: str, source: str) -> None:
-    """Open a source and print the peak and the seconds; the weights' bytes are those of the opened model."""
+    """Load a source and print the peak, the seconds, and the bytes of the loaded model's weights."""
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     before, start = forget_peak(), time.perf_counter()
@@ -43,7 +43,7 @@ def measure(library: str, kind: str, source: str) -> None:
 
 
 def openers() -> dict[tuple[str, str], Callable[[str], nn.Module]]:
-    """By library and kind of source."""
+    """Return the loading function for each library and kind of source."""
     ours: dict[tuple[str, str], Callable[[str], nn.Module]] = {
         ("lit-clip", "file"): lambda source: load_model(source, architecture=NAME),
         ("lit-clip", "archive"): load_model,
@@ -70,7 +70,7 @@ def save_bin(folder: Path, state: dict[str, Tensor]) -> Path:
 
 
 def save_archive(folder: Path, state: dict[str, Tensor]) -> Path:
-    """TorchScript in half precision, with sizes beside the weights, as OpenAI's archives are."""
+    """Save a TorchScript archive in half precision that also holds model sizes, like OpenAI's."""
     root = nn.Module()
     sizes = {"input_resolution": 224, "context_length": 77, "vocab_size": 49408}
     for name, tensor in {**state, **{key: torch.tensor(value) for key, value in sizes.items()}}.items():
@@ -86,7 +86,7 @@ def save_archive(folder: Path, state: dict[str, Tensor]) -> Path:
 
 
 def save_checkpoint(folder: Path, state: dict[str, Tensor]) -> Path:
-    """With both moments of AdamW, as training writes it."""
+    """Save a checkpoint with both moments of AdamW, like training does."""
     moments = {i: {"exp_avg": value, "exp_avg_sq": value.clone()} for i, value in enumerate(state.values())}
     checkpoint = {
         "state_dict": state,

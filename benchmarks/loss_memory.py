@@ -1,10 +1,9 @@
-"""Memory and time of the loss alone, forward and backward, by open_clip's ClipLoss and SigLipLoss and by ours.
+"""Measure memory and time of the loss alone, forward and backward: open_clip's ClipLoss and SigLipLoss, and ours.
 
     python benchmarks/loss_memory.py [--batch 16384] [--dim 512] [--rounds 3] [--ours-only] [--device cpu]
 
-Each measurement is a process of its own; ours and theirs alternate. Memory is what the process held at most (VmHWM of
-Linux, or what torch allocated at most on CUDA) above what it held right before the call: the features' gradients and
-whatever the loss needs. All float32.
+Each measurement runs in its own process; ours and theirs alternate. Memory is the peak (Linux's VmHWM, or torch's peak
+allocation on CUDA) minus that right before the call: the features' gradients and what the loss needs. All in float32.
 """
 
 import json
@@ -46,7 +45,7 @@ def measure(library: str, kind: str, batch: int, dim: int, device: str) -> None:
     image, text = (unit(torch.randn(batch, dim, generator=generator)).to(device).requires_grad_() for _ in range(2))
     scale, bias = (torch.tensor(x, device=device, requires_grad=True) for x in (14.3, -10.0))
     small = [x[:64].detach().requires_grad_() for x in (image, text)]
-    loss_of(library, kind, small[0], small[1], scale, bias).backward()  # what is imported and prepared once
+    loss_of(library, kind, small[0], small[1], scale, bias).backward()  # warms up one-time imports and setup
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -67,7 +66,7 @@ def measure(library: str, kind: str, batch: int, dim: int, device: str) -> None:
 def compared_rounds(
     kind: str, title: str, theirs: list[dict[str, float]], ours: list[dict[str, float]]
 ) -> list[Result]:
-    """Peak and time of the rounds of open_clip and lit-clip."""
+    """Compare peak and time over the rounds of open_clip and lit-clip."""
     rounds = list(zip(theirs, ours, strict=True))
     peaks = [(a["peak"] / 1e6, b["peak"] / 1e6) for a, b in rounds]
     seconds = [(a["seconds"], b["seconds"]) for a, b in rounds]
@@ -84,7 +83,7 @@ def main() -> None:
     options.add_argument("--dim", type=int, default=512)
     options.add_argument("--rounds", type=int, default=3, help="medians are printed")
     options.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
-    options.add_argument("--ours-only", action="store_true", help="where open_clip's would not fit")
+    options.add_argument("--ours-only", action="store_true", help="for sizes where open_clip's loss does not fit")
     options.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     options.add_argument("--measure", nargs=5, metavar="WORD", help="(used by itself)")
     arguments = options.parse_args()

@@ -1,4 +1,4 @@
-"""A callback that says on standard output where a run is, for a program that reads along."""
+"""A callback that prints a run's progress for the program that reads its output."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from lightning.pytorch import Callback
 
 
 class Marks(Callback):
-    """``mark epoch E``, ``mark step S`` and ``mark trained E``, each in a line of its own."""
+    """Print ``mark epoch E``, ``mark step 1`` and ``mark trained E``, each on its own line."""
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         say(f"epoch {trainer.current_epoch}")

@@ -1,8 +1,8 @@
-"""``open_clip_train`` with a model that open_clip has no name for.
+"""Run ``open_clip_train`` with a model that open_clip does not list.
 
     python benchmarks/open_clip_train_with.py MODEL.json OPTIONS OF open_clip_train.main ...
 
-The file's name without ``.json`` is the model's, for ``--model``.
+The file's name without ``.json`` is the model name for ``--model``.
 """
 
 import sys

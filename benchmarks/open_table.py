@@ -1,11 +1,11 @@
-"""Opening a large parquet table: time and memory, the first time and later.
+"""Measure time and memory for opening a large parquet table, the first time and later.
 
     python benchmarks/open_table.py [--millions 20] [--folder DIR] [--same]
 
-Writes a table of paths and captions (each another one of some words; --same: one for all rows, which parquet keeps as a
-number), and opens it three times, each in a process of its own: seconds and memory (VmHWM of Linux above what the
-process held right before) until its number of usable rows is known and the caption of its last one read. The first
-time it also looks for rows without a caption, and copies the row group that it reads.
+Writes a table of paths and captions (all different; --same: one caption for all rows, which parquet stores as a number)
+and opens it three times, each in its own process. It reports seconds and memory (Linux's VmHWM, above what
+the process held before) until the number of usable rows is known and the last one's caption has been read. The first
+opening also searches for rows without a caption, and copies the row group that it reads.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from datamodules.open_source import open_source
-from datamodules.pairs import parquet  # noqa: F401  # what a process imports before it opens anything
+from datamodules.pairs import parquet  # noqa: F401  # imported before the measurement starts
 
 WORDS = ("a", "dog", "on", "the", "sofa", "red", "bicycle", "in", "rain", "two", "children", "with", "kite", "old")
 
@@ -43,7 +43,7 @@ def write(path: Path, millions: int, same: bool) -> None:
 
 
 def measure(path: str) -> None:
-    """Print the seconds and the bytes of opening, and the rows."""
+    """Print the seconds and bytes for opening the table, and its number of rows."""
     before, start = forget_peak(), time.perf_counter()
     source = open_source(path)
     rows = len(source)
@@ -56,7 +56,7 @@ def measure(path: str) -> None:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--millions", type=int, default=20)
-    options.add_argument("--folder", help="where the table is written and stays; absent: a temporary folder")
+    options.add_argument("--folder", help="where to write and keep the table; default: a temporary folder")
     options.add_argument("--same", action="store_true")
     options.add_argument("--measure", nargs=1, metavar="WORD", help="(used by itself)")
     arguments = options.parse_args()
@@ -67,7 +67,7 @@ def main() -> None:
         path = Path(arguments.folder or temporary) / f"{arguments.millions}_{arguments.same}.parquet"
         if not path.exists():
             write(path, arguments.millions, arguments.same)
-        os.environ["XDG_CACHE_HOME"] = f"{temporary}/cache"  # nothing is known of the table
+        os.environ["XDG_CACHE_HOME"] = f"{temporary}/cache"  # an empty cache, which knows nothing about the table
         table = Table("time", "seconds", "memory", "rows", title=f"{path.stat().st_size / 1e6:,.0f} MB of parquet")
         for name in ("first", "second", "third"):
             result = in_a_process(__file__, path)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the peer with our weights, real captions, and a fair clock."""
+"""Shared by the benchmarks: the peer's model with our weights, real captions, and alternating timing."""
 
 import json
 import logging
@@ -27,7 +27,7 @@ __all__ = ["QUICKSTART", "captions", "compare", "counted", "lengths_of", "open_c
 
 Work = Callable[[], object]
 
-# What is trained on small images in this field; ViT-tiny-16-64, of `make quickstart`, has a quarter of the patches.
+# A typical model for small images; ViT-tiny-16-64, which `make quickstart` trains, has a quarter of the patches.
 QUICKSTART = CLIPConfig(
     embed_dim=192,
     image=VisionTransformerConfig(image_size=64, patch_size=8, width=192, layers=6, heads=3),
@@ -36,13 +36,13 @@ QUICKSTART = CLIPConfig(
 
 
 def architecture(name: str) -> CLIPConfig | str:
-    """A registered name, or ``quickstart``."""
+    """Return the sizes of ``quickstart``, or any other name unchanged."""
     return QUICKSTART if name == "quickstart" else name
 
 
 def open_clip_pair(name: str) -> tuple[Any, CLIP]:
-    """open_clip's model with random weights and ours with the same ones, both in training mode."""
-    logging.disable(logging.WARNING)  # that the weights are random is meant
+    """Create open_clip's model with random weights, and ours with the same weights, both in training mode."""
+    logging.disable(logging.WARNING)  # open_clip warns about random weights, which are intended
     torch.manual_seed(0)
     ours = create_model(architecture(name)).train()
     if name not in open_clip.list_models():
@@ -54,21 +54,21 @@ def open_clip_pair(name: str) -> tuple[Any, CLIP]:
 
 
 def register(name: str, model: CLIP) -> None:
-    """Tell open_clip of a model's sizes, under a name of its own."""
+    """Register a model's sizes with open_clip under a name."""
     with tempfile.TemporaryDirectory() as folder:
         write_model_config(Path(folder) / f"{name}.json", model)
         open_clip.add_model_config(folder)
 
 
 def write_model_config(path: Path, model: CLIP) -> None:
-    """open_clip's description of a model, in a JSON file that its ``add_model_config`` reads."""
+    """Write a model's config as JSON for open_clip's ``add_model_config``."""
     from lit_clip.weights.export import open_clip_model
 
     path.write_text(json.dumps(open_clip_model(model)), encoding="utf-8")
 
 
 def captions(count: int) -> list[str]:
-    """Real names in a sentence, some with what they are tagged with: 14 tokens in the mean, 9 to 27 of single ones."""
+    """Make captions from real names, some with tags: 14 tokens on average, from 9 to 27."""
     emoji = read_table()
     return [_caption(emoji[i * len(emoji) // count], i % 5) for i in range(count)]
 
@@ -79,21 +79,21 @@ def _caption(emoji: Any, tags: int) -> str:
 
 
 def lengths_of(model: CLIP, tokens: torch.Tensor) -> list[int]:
-    """Tokens of each text, as a batch of the data modules states them."""
+    """Return the number of tokens of each text, as in the data modules' batches."""
     return model.tokenizer.lengths(tokens).tolist()
 
 
 def length_figures(lengths: list[int]) -> dict[str, Figure]:
-    """How long the captions are."""
+    """Print and return the mean and largest caption length."""
     mean = sum(lengths) / len(lengths)
-    print(f"{len(lengths)} captions of {mean:.1f} tokens in the mean, {min(lengths)} to {max(lengths)}")
+    print(f"{len(lengths)} captions of {mean:.1f} tokens on average, {min(lengths)} to {max(lengths)}")
     return {"mean_tokens": mean, "longest_tokens": max(lengths)}
 
 
 def counted(work: Work) -> int:
-    """FLOPs of the matrix products, convolutions and attention that some work really does, backward passes included.
+    """Count the FLOPs of the matrix products, convolutions and attention that a call executes, backward included.
 
-    Done without the fused kernels that torch's counter does not know.
+    Fused kernels are disabled, since torch's counter does not know them.
     """
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -122,10 +122,10 @@ def compare(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> Result:
-    """Alternate the two and print the median seconds of each and the median, least and greatest ratio of a pair.
+    """Run both in turn; print each one's median seconds and the median, least and greatest ratio of a pair.
 
-    Also what each achieves of the machine's peak, which is the fastest of the matrix products in ``dtype`` that are
-    made before every pair. Each side's first call is not timed: its arithmetic is counted.
+    Also prints the share of the machine's peak, which is the fastest of the matrix products in ``dtype`` that are timed
+    before every pair. Each side's first call is not timed but used to count its FLOPs.
     """
     flops = [counted(work) for work in (theirs, ours)]
     times, peak = [], 0.0
@@ -139,7 +139,7 @@ def compare(
 
 
 def described(result: Result) -> str:
-    """A result in two lines."""
+    """Format a result as two lines."""
     text = (
         f"{result.title}: {result.peer} {result.peers:.2f} s, lit-clip {result.ours:.2f} s, "
         f"times as fast: {result.ratio}, torch {torch.__version__}, {torch.get_num_threads()} threads"
@@ -153,12 +153,12 @@ def described(result: Result) -> str:
 
 
 def end_if_emulated(bf16: bool, device: str) -> None:
-    """End well where bfloat16 is asked for and would be emulated: its seconds would say nothing."""
+    """Exit successfully if bfloat16 is requested but would be emulated: the times would mean nothing."""
     if bf16 and computes_in_bfloat16(device) is False:
         print("not measured: the processor has no instructions for bfloat16")
         sys.exit()
 
 
 def autocast(device: str, bf16: bool) -> Any:
-    """bfloat16 where it may be used, or nothing."""
+    """Return a bfloat16 autocast context, or an empty one."""
     return torch.autocast(device, torch.bfloat16) if bf16 else nullcontext()

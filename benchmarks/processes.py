@@ -1,4 +1,4 @@
-"""Measuring in a process of its own: what it held at most."""
+"""Measure peak memory in a process of its own."""
 
 import json
 import subprocess
@@ -7,13 +7,13 @@ from pathlib import Path
 
 
 def held(key: str) -> int:
-    """Bytes of a line of ``/proc/self/status`` of Linux: ``VmRSS`` is what is held now, ``VmHWM`` the most so far."""
+    """Read a line of Linux's ``/proc/self/status`` in bytes: ``VmRSS`` is resident memory, ``VmHWM`` its peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 
 def forget_peak() -> int:
-    """Let ``VmHWM`` start again from what is held now, and return that."""
+    """Reset ``VmHWM`` to the current resident memory, and return it."""
     Path("/proc/self/clear_refs").write_text("5")
     return held("VmHWM")
 
@@ -22,7 +22,7 @@ def in_a_process(script: str, *words: object) -> dict[str, float]:
     """Run ``script --measure WORDS``, which prints one JSON object in its last line.
 
     Raises:
-        RuntimeError: it failed, with what it said.
+        RuntimeError: the script failed; the message has its standard error.
     """
     command = [sys.executable, script, "--measure", *(str(word) for word in words)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

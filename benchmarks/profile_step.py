@@ -1,8 +1,8 @@
-"""Where the time of a training step goes, in open_clip and in lit-clip: torch.profiler's own times, by kind of work.
+"""Profile a training step of open_clip and of lit-clip: torch.profiler's self times by kind of operator.
 
     python benchmarks/profile_step.py [--model ViT-B-32] [--batch 32] [--bf16] [--steps 3] [--device cpu]
 
-Steps are those of ``train_step.py``. Milliseconds a step, on a GPU of the device's kernels.
+The steps are those of ``train_step.py``. Prints milliseconds per step; on a GPU, those of the device's kernels.
 """
 
 import re
@@ -19,7 +19,7 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 from train_step import BATCHES, MODELS, TINY_RATE, our_step, pairs_of, their_step
 
-# The first that matches an operator's name is its kind.
+# The first pattern that matches an operator's name gives its kind.
 KINDS = {
     "matrix products": r"mm$|linear|gemm",
     "attention": r"attention|softmax|fmha|flash",
@@ -33,12 +33,12 @@ KINDS = {
 
 
 def kind_of(operator: str) -> str:
-    """One of ``KINDS``, or ``the rest``."""
+    """Return one of ``KINDS``, or ``the rest``."""
     return next((kind for kind, pattern in KINDS.items() if re.search(pattern, operator)), "the rest")
 
 
 def milliseconds(step: Callable[[], object], steps: int, device: str) -> Counter[str]:
-    """Of each kind in a step."""
+    """Return the milliseconds per step of each kind of operator."""
     step()
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
     with profile(activities=activities) as profiler:
@@ -64,7 +64,7 @@ def table(options: Namespace, theirs: Counter[str], ours: Counter[str]) -> Table
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--model", choices=MODELS, default="ViT-B-32")
-    arguments.add_argument("--batch", type=int, help="pairs; absent: 32, or 128 of the small models")
+    arguments.add_argument("--batch", type=int, help="pairs; default: 32, or 128 for the small models")
     arguments.add_argument("--bf16", action="store_true", help="autocast on both sides")
     arguments.add_argument("--steps", type=int, default=3)
     arguments.add_argument("--device", default="cpu", choices=["cpu", "cuda"])

@@ -1,8 +1,8 @@
-"""The Markdown of ``docs/benchmarks.md`` from what the benchmarks wrote with ``--json``.
+"""Format results that the benchmarks wrote with ``--json`` as Markdown for ``docs/benchmarks.md``.
 
     python benchmarks/report.py FILES OR FOLDERS ...
 
-One table for each machine and set of versions, then what else was found, a line each.
+Prints one table for each machine and set of versions, followed by a line for each result with other figures.
 """
 
 import argparse
@@ -15,7 +15,7 @@ IN_TABLE = ("peers_share_of_peak", "our_share_of_peak")
 
 
 def markdown(results: Iterable[Result]) -> str:
-    """Tables, each below a sentence that says where and with what it was measured."""
+    """Return the tables, each below a sentence that names the machine and the versions."""
     groups: dict[str, list[Result]] = {}
     for result in results:
         groups.setdefault(circumstances(result), []).append(result)
@@ -23,7 +23,7 @@ def markdown(results: Iterable[Result]) -> str:
 
 
 def circumstances(result: Result) -> str:
-    """The machine and the versions."""
+    """Describe the machine and the versions in a sentence."""
     machine, versions = result.machine, result.versions
     gpu = f" and one {machine['gpu']}" if "gpu" in machine else ""
     packages = ", ".join(f"{name} {number}" for name, number in versions.items())
@@ -38,7 +38,7 @@ def _group(results: list[Result]) -> str:
 
 
 def row(result: Result) -> str:
-    """A comparison as a line of the table."""
+    """Format a comparison as a table row."""
     theirs = "" if result.peers is None else f"{result.peer}: {quantity(result.peers, result.unit)}"
     ours = "" if result.ours is None else quantity(result.ours, result.unit)
     figures = [result.figures.get(name) for name in IN_TABLE]
@@ -48,13 +48,13 @@ def row(result: Result) -> str:
 
 
 def quantity(value: float, unit: str) -> str:
-    """Three digits or so."""
+    """Format a value with about three significant digits and its unit."""
     digits = 0 if value >= 1000 else 1 if value >= 100 else 2
     return f"{value:,.{digits}f} {unit}"
 
 
 def lines(result: Result) -> Iterator[str]:
-    """What was found besides."""
+    """Yield a line with the result's other figures, if there are any."""
     figures = [
         f"{name.replace('_', ' ')} {_figure(one)}" for name, one in result.figures.items() if name not in IN_TABLE
     ]

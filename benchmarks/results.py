@@ -1,4 +1,4 @@
-"""What a benchmark found, as JSON: medians and ratios, of what versions, on what machine."""
+"""Benchmark results as JSON: medians, ratios, versions and machine."""
 
 import argparse
 import json
@@ -19,7 +19,7 @@ PACKAGES = ("torch", "open-clip-torch", "lit-clip")
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times better ours did in each pair; above 1 is faster or smaller."""
+    """How many times better ours is, over all pairs; above 1 means faster or smaller."""
 
     median: float
     least: float
@@ -40,15 +40,15 @@ class Result:
     """One comparison.
 
     Attributes:
-        name: what it is called in ``expected_ratios.yaml``.
-        title: what it is, for people.
-        peer: who did the same work, and of what version; empty if nobody did.
-        peers: the peer's median; None: nobody did the same, or it could not be had.
-        ours: our median; None: only ``figures`` were taken.
-        unit: of both.
-        ratio: of the pairs; None: there was nothing to compare with.
-        figures: whatever else was found.
-        command: what to type for it.
+        name: its key in ``expected_ratios.yaml``.
+        title: its name in tables.
+        peer: the compared package and its version; empty if there is none.
+        peers: the peer's median; None: no peer, or its result is not available.
+        ours: our median; None: only ``figures`` were measured.
+        unit: of both medians.
+        ratio: over the pairs; None: nothing to compare with.
+        figures: any other measurements.
+        command: the command that measures it.
         versions: of Python and of the packages.
         machine: see :func:`machine`.
     """
@@ -66,7 +66,7 @@ class Result:
     machine: dict[str, Figure] = field(default_factory=dict)
 
     def value(self, figure: str) -> Figure | None:
-        """``ratio`` (the median) or one of the figures; None: it was not measured."""
+        """Return the median ``ratio`` or one of the figures; None: it was not measured."""
         if figure == "ratio":
             return self.ratio and self.ratio.median
         return self.figures.get(figure)
@@ -81,7 +81,7 @@ def compared(
     peer: str = "",
     figures: Mapping[str, Figure] | None = None,
 ) -> Result:
-    """Of pairs (peer's, ours), taken one right after the other. ``peer`` is open_clip unless it is named."""
+    """Make a result from pairs (peer's, ours), each measured back to back; ``peer`` defaults to open_clip."""
     pairs = list(pairs)
     ratios = [ours / theirs if more_is_better else theirs / ours for theirs, ours in pairs]
     theirs, ours = (statistics.median(column) for column in zip(*pairs, strict=True))
@@ -89,12 +89,12 @@ def compared(
 
 
 def shares(result: Result, flops: Sequence[int], peak: float) -> dict[str, Figure]:
-    """FLOP/s of peer and ours over the peak, and what they are made of.
+    """Return each side's share of the peak FLOP/s, with the FLOPs and the peak.
 
     Args:
-        result: of seconds.
+        result: a comparison in seconds.
         flops: the peer's and ours.
-        peak: FLOP/s.
+        peak: of the machine, in FLOP/s.
     """
     theirs, ours = result.peers or 0.0, result.ours or 0.0
     return {
@@ -115,7 +115,7 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, Figure]:
-    """The processor, its instructions, the cores this process may use, torch's threads, and the GPU if there is one."""
+    """Describe the processor, its instructions, the cores of this process, torch's threads, and the GPU if any."""
     import torch
 
     result: dict[str, Figure] = {"cpu": cpu_model(), "cores": len(os.sched_getaffinity(0))}
@@ -126,7 +126,7 @@ def machine() -> dict[str, Figure]:
 
 
 def cpu_model(cpuinfo: str = "/proc/cpuinfo") -> str:
-    """As Linux calls it."""
+    """Return the processor's name as Linux reports it."""
     path = Path(cpuinfo)
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -134,28 +134,28 @@ def cpu_model(cpuinfo: str = "/proc/cpuinfo") -> str:
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """A benchmark's command line, with ``--json``."""
+    """Return a command-line parser with ``--json``."""
     options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--json", metavar="FILE", help="write what was found to this file as well")
+    options.add_argument("--json", metavar="FILE", help="also write the results to this file")
     return options
 
 
 def pair_parser(description: str | None) -> argparse.ArgumentParser:
-    """Also with how many pairs to measure."""
+    """Return a command-line parser with ``--json`` and ``--pairs``."""
     options = parser(description)
     options.add_argument("--pairs", type=int, default=5, help="measured pairs; the median is printed")
     return options
 
 
 def need(*packages: str) -> None:
-    """End if a package that only the peer wants is not installed."""
+    """Exit if a package that only the peer needs is not installed."""
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
-        sys.exit(f"open_clip_train needs {' and '.join(missing)}, which lit-clip does not: pip install -e '.[bench]'")
+        sys.exit(f"open_clip_train needs {' and '.join(missing)}, which lit-clip does not; pip install -e '.[bench]'")
 
 
 def save(file: str | None, *found: Result) -> None:
-    """Write results to a JSON file, with the command, the versions and the machine; without a file nothing is done."""
+    """Write results to a JSON file, with the command, the versions and the machine; do nothing if ``file`` is None."""
     if file is None:
         return
     command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *_without_json(sys.argv[1:])])
@@ -171,15 +171,15 @@ def _without_json(words: Sequence[str]) -> list[str]:
 
 
 def load(paths: Iterable[str]) -> list[Result]:
-    """Of JSON files and of folders of them, in the order of their names.
+    """Read results from JSON files and folders of them, sorted by name.
 
     Raises:
-        SystemExit: a path is neither, or a file is not of :func:`save`.
+        SystemExit: a path does not exist, or a file was not written by :func:`save`.
     """
     files: list[Path] = []
     for path in map(Path, paths):
         if not path.exists():
-            sys.exit(f"{path}: there is no such file or folder")
+            sys.exit(f"{path}: no such file or folder")
         files += sorted(path.glob("*.json")) if path.is_dir() else [path]
     return [_result(row, path) for path in files for row in _rows(path)]
 
@@ -197,4 +197,4 @@ def _result(row: Any, path: Path) -> Result:
         ratio = row["ratio"] and Ratio(**row["ratio"])
         return Result(**{**row, "ratio": ratio})
     except (KeyError, TypeError) as error:
-        sys.exit(f"{path}: was not written by a benchmark's --json ({error})")
+        sys.exit(f"{path}: not written by a benchmark's --json ({error})")

@@ -1,11 +1,11 @@
-"""Memory and time of retrieval metrics with many captions an image, by lit_clip and by open_clip.
+"""Measure memory and time of retrieval metrics with many captions per image, by lit_clip and by open_clip.
 
     python benchmarks/retrieval.py
 
-Each in a process of its own; peak is the most that the process held (VmHWM of Linux), the interpreter and the features
-included. Features come in batches, as in validation: random images, captions near them. Some queries are searched for
-again by brute force, in float64, over all candidates. open_clip's metric knows one caption an image and holds all
-similarities, so it is measured with fewer pairs, and so is lit-clip beside it.
+Each runs in its own process; the peak is the process's largest resident memory (Linux's VmHWM), including interpreter
+and features. Features come in batches, as in validation: random image features, and caption features near them. The
+ranks of some queries are checked by brute force in float64 over all candidates. open_clip's metric supports one caption
+per image and stores all similarities, so both are compared on fewer pairs.
 """
 
 import json
@@ -33,9 +33,9 @@ CHECKED = 100  # queries of each direction
 
 
 def batches(images: int, captions: int) -> Iterator[tuple[Tensor, Tensor, range]]:
-    """Unit features ``[B, D]`` of some pairs' images and captions, and the captions' numbers.
+    """Yield unit features ``[B, D]`` of a batch's images and captions, and the captions' indices.
 
-    Caption j is of image ``j * images // captions``.
+    Caption j belongs to image ``j * images // captions``.
     """
     for start in range(0, captions, BATCH):
         rows = range(start, min(start + BATCH, captions))
@@ -48,13 +48,13 @@ def batches(images: int, captions: int) -> Iterator[tuple[Tensor, Tensor, range]
 
 
 def peak_memory() -> float:
-    """GiB."""
+    """Return the peak resident memory in GiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 2**20 for line in lines if line.startswith("VmHWM:"))
 
 
 def brute_force(query_QD: Tensor, right_QC: list[list[int]], candidate_CD: Tensor) -> list[int]:
-    """How many wrong candidates score at least as high as the best right one, of each query."""
+    """Return, for each query, how many wrong candidates score at least as high as the best right one."""
     ranks = []
     for query, right in zip(query_QD.double(), right_QC, strict=True):
         scores = torch.cat([part.double() @ query for part in candidate_CD.split(2**14)])
@@ -65,7 +65,7 @@ def brute_force(query_QD: Tensor, right_QC: list[list[int]], candidate_CD: Tenso
 
 
 def check(joined: Joined, images: int, captions: int, ranks: tuple[Tensor, Tensor]) -> None:
-    """Compare the ranks of some queries, evenly spread, with brute force."""
+    """Check the ranks of some evenly spread queries by brute force."""
     image_of = [j * images // captions for j in range(captions)]
     captions_of: dict[int, list[int]] = {}
     for caption, image in enumerate(image_of):
@@ -123,7 +123,7 @@ def in_a_process(library: str, images: int, captions: int) -> dict[str, Any]:
 
 
 def results_of(found: list[dict[str, Any]], pairs: int, large: str) -> list[Result]:
-    """Of the three runs: theirs and ours of as many pairs, and ours of the large size."""
+    """Convert the three runs: theirs and ours on the same pairs, and ours on the large size."""
     theirs, ours, most = found
     title = f"retrieval metrics of {pairs:,} x {pairs:,}"
     return [
@@ -137,7 +137,7 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--images", type=int, default=100_000)
     options.add_argument("--captions", type=int, default=500_000)
-    options.add_argument("--peer_pairs", type=int, default=8_000, help="of the comparison with open_clip")
+    options.add_argument("--peer_pairs", type=int, default=8_000, help="for the comparison with open_clip")
     options.add_argument("--measure", choices=["ours", "theirs"], help="(used by itself)")
     arguments = options.parse_args()
     if arguments.measure:

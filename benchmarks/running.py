@@ -1,4 +1,4 @@
-"""Programs whose output is read as it comes: when they said what, and stopping them meanwhile."""
+"""Run programs, follow their output line by line, and stop and continue them."""
 
 import contextlib
 import os
@@ -13,11 +13,11 @@ from typing import Any, Self
 
 
 class Program:
-    """A command in a process group of its own, which ends with the ``with`` block.
+    """A command in its own process group, killed at the end of the ``with`` block.
 
     Args:
-        command: the words.
-        path: a folder that it imports from as well.
+        command: its words.
+        path: a folder to add to its ``PYTHONPATH``.
     """
 
     def __init__(self, command: Sequence[str], path: Path | None = None) -> None:
@@ -54,37 +54,37 @@ class Program:
             yield line
 
     def wait_for(self, pattern: str) -> float:
-        """The time (``time.perf_counter``) at which a line came that has a match of the regular expression.
+        """Wait for a line that matches a regular expression, and return the time (``time.perf_counter``).
 
         Raises:
-            RuntimeError: the program ended before, with the end of what it said.
+            RuntimeError: the program ended before; the message has the end of its output.
         """
         for line in self.lines():
             if re.search(pattern, line):
                 return time.perf_counter()
-        raise RuntimeError(f"{' '.join(self.command)} never said {pattern!r}:\n{''.join(self.said[-20:])}")
+        raise RuntimeError(f"{' '.join(self.command)} never printed {pattern!r}:\n{''.join(self.said[-20:])}")
 
     def pause(self) -> None:
-        """Stop it and its workers where they are."""
+        """Stop the program and its workers."""
         os.killpg(self.process.pid, signal.SIGSTOP)
 
     def resume(self) -> float:
-        """Let it go on, and say when."""
+        """Continue the program, and return the time."""
         os.killpg(self.process.pid, signal.SIGCONT)
         return time.perf_counter()
 
 
 def seconds_until(command: Sequence[str], pattern: str, path: Path | None = None) -> float:
-    """From the start of a command to the line with a match; it is ended then."""
+    """Return the seconds from the start of a command to a matching line, then end it."""
     with Program(command, path) as program:
         return program.wait_for(pattern) - program.started
 
 
 def seconds_of_all(command: Sequence[str]) -> float:
-    """From the start of a command to its end.
+    """Return the seconds that a command takes.
 
     Raises:
-        RuntimeError: it failed, with the end of what it said.
+        RuntimeError: it failed; the message has the end of its output.
     """
     start = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -1,12 +1,13 @@
-"""What a training step needs, as formulas, measured, and for the paper's models on H100s (docs/scaling.md).
+"""Memory and communication of a training step: formulas, measurements, and the paper's models on H100s.
 
     python benchmarks/scaling.py ranks [--processes 1 2 4] [--pairs 256] [--kinds loss step]
     python benchmarks/scaling.py activations [--models ViT-B-32 ViT-L-14]
     python benchmarks/scaling.py h100 [--utilisation 0.2]
 
-``ranks`` starts gloo processes on this machine that do the loss alone and a whole step under DDP, and sets what they
-held (VmHWM of Linux) and what they sent (the kernel's count of bytes that each process's TCP connections have sent)
-beside the formulas. ``activations`` counts the bytes that autograd keeps for one pair. ``h100`` computes.
+``ranks`` starts gloo processes on this machine that run the loss alone and a whole step under DDP, and compares their
+peak memory (Linux's VmHWM) and the bytes they sent (counted by the kernel for each process's TCP connections) with the
+formulas. ``activations`` counts the bytes that autograd keeps for one pair. ``h100`` evaluates the formulas for the
+paper's runs. docs/scaling.md explains them.
 """
 
 import argparse
@@ -52,12 +53,12 @@ SMALL = CLIPConfig(
     image=VisionTransformerConfig(image_size=64, patch_size=8, width=WIDTH, layers=LAYERS, heads=4),
     text=TextTransformerConfig(context_length=TEXT_TOKENS, vocab_size=5000, width=WIDTH, layers=LAYERS, heads=4),
 )
-BLOCK = 17  # numbers a block keeps of each token, in widths, with GELU; 21 with QuickGELU
-BYTES_SENT = 200  # offset in Linux's struct tcp_info
+BLOCK = 17  # activations that a block keeps per token, in units of its width, with GELU; 21 with QuickGELU
+BYTES_SENT = 200  # offset of the field in Linux's struct tcp_info
 
-H100_FLOPS = 989e12  # dense bf16, as NVIDIA states it for the SXM5 card
+H100_FLOPS = 989e12  # dense bf16, NVIDIA's figure for the SXM5 card
 PAIRS = 400e6 * 32
-MODELS = {  # name: micro-batch and checkpointing of the shipped configurations
+MODELS = {  # name: micro-batch size and activation checkpointing of the shipped configs
     "RN50": (512, False),
     "RN50x64": (64, True),
     "ViT-B-32": (1024, False),
@@ -66,28 +67,28 @@ MODELS = {  # name: micro-batch and checkpointing of the shipped configurations
     "ViT-L-14-336": (64, False),
 }
 
-# What a rank sends in a step, in bytes; B pairs a rank, W ranks, P parameters (docs/scaling.md).
+# Bytes that a rank sends in a step, from the pairs per rank, the world size and the parameters (docs/scaling.md).
 
 
 def sent_by_loss(pairs: int, world: int) -> float:
-    """The softmax loss and its backward pass."""
+    """Bytes sent by the softmax loss and its backward pass."""
     if world == 1:
         return 0
     return 4 * pairs * (world - 1) * (4 * D + 5)
 
 
 def sent_by_gradients(parameters: int, world: int) -> float:
-    """An all-reduce round a ring."""
+    """Bytes sent by a ring all-reduce of the gradients."""
     return 4 * parameters * 2 * (world - 1) / world
 
 
 def kept_by_activations(pairs: int, block: float = BLOCK) -> float:
-    """Of the small model here, float32."""
+    """Bytes that autograd keeps for ``SMALL``, in float32."""
     return 4 * pairs * LAYERS * block * WIDTH * (IMAGE_TOKENS + TEXT_TOKENS)
 
 
 def bytes_sent() -> int:
-    """By this process's TCP connections since they were made, as the kernel counts them."""
+    """Return the kernel's count of bytes that this process's open TCP connections have sent."""
     total = 0
     for entry in Path("/proc/self/fd").iterdir():
         try:
@@ -95,14 +96,14 @@ def bytes_sent() -> int:
                 continue
             with socket.socket(fileno=os.dup(int(entry.name))) as connection:
                 info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-        except OSError:  # closed meanwhile, or no TCP
+        except OSError:  # closed in the meantime, or not TCP
             continue
         total += struct.unpack_from("Q", info, BYTES_SENT)[0]
     return total
 
 
 class _Step(nn.Module):
-    """``training_step`` as ``forward``, which is what Lightning hands to DDP."""
+    """Wrap ``training_step`` as ``forward``, like Lightning does for DDP."""
 
     def __init__(self, module: LitCLIP) -> None:
         super().__init__()
@@ -113,11 +114,11 @@ class _Step(nn.Module):
 
 
 def a_step_of(kind: str, pairs: int) -> tuple[Callable[[], None], int]:
-    """Something to repeat, and how many parameters it trains."""
+    """Return a step to repeat, and the number of parameters it trains."""
     torch.manual_seed(0)
     if kind == "step":
         module: Any = LitCLIP(SMALL)
-        module.log = lambda *_, **__: None  # there is no trainer
+        module.log = lambda *_, **__: None  # no trainer to log to
         trained = _Step(module)
         trained = DistributedDataParallel(trained) if dist.get_world_size() > 1 else trained
         images = torch.randint(0, 256, (pairs, 3, 64, 64), dtype=torch.uint8)
@@ -142,7 +143,7 @@ def a_step_of(kind: str, pairs: int) -> tuple[Callable[[], None], int]:
 
 
 def on_a_rank(kind: str, pairs: int) -> None:
-    """Print what one repetition sent and what was held beside what was there before."""
+    """Print the bytes sent by one repetition, and the peak memory above that at the start."""
     torch.set_num_threads(1)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo", init_method=os.environ["RENDEZVOUS"], rank=rank, world_size=world)
@@ -181,7 +182,7 @@ def ranks(kinds: list[str], worlds: list[int], pairs: int) -> Table:
 def _run(kind: str, pairs: int, world: int) -> list[dict[str, int]]:
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "RENDEZVOUS": f"file://{folder}/rendezvous"}
-        environment["MALLOC_TRIM_THRESHOLD_"] = environment["MALLOC_MMAP_THRESHOLD_"] = "65536"  # what is freed is gone
+        environment["MALLOC_TRIM_THRESHOLD_"] = environment["MALLOC_MMAP_THRESHOLD_"] = "65536"  # return freed memory
         processes = [
             subprocess.Popen(
                 [sys.executable, __file__, "rank", kind, str(pairs)],
@@ -196,10 +197,10 @@ def _run(kind: str, pairs: int, world: int) -> list[dict[str, int]]:
 
 @contextmanager
 def counting(model: nn.Module) -> Iterator[dict[int, int]]:
-    """Storages that autograd keeps meanwhile, and their bytes; weights are none of them."""
+    """Record the storages that autograd keeps inside the block, and their bytes, without the weights."""
     weights = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
     kept: dict[int, int] = {}
-    alive = []  # a storage that is freed may come again
+    alive = []  # a freed storage's address could be reused
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -213,12 +214,12 @@ def counting(model: nn.Module) -> Iterator[dict[int, int]]:
 
 
 class Kept(NamedTuple):
-    """Bytes that autograd keeps of one pair.
+    """Bytes that autograd keeps for one pair.
 
     Attributes:
-        plain: of everything.
-        checkpointed: of everything if blocks are computed again.
-        block: of the largest block, which are there meanwhile.
+        plain: without activation checkpointing.
+        checkpointed: with activation checkpointing of the blocks.
+        block: of the largest block, kept while it is recomputed.
     """
 
     plain: float
@@ -227,7 +228,7 @@ class Kept(NamedTuple):
 
 
 def kept_by_a_pair(name: str, half: bool) -> Kept:
-    """Counted without memory or arithmetic; of two pairs the second: what does not grow with them does not count."""
+    """Count with fake tensors, as the difference of two pairs and one: what does not grow with pairs cancels out."""
     with FakeTensorMode():
         return _kept_by_a_pair(name, half)
 
@@ -274,7 +275,7 @@ def activations(names: list[str]) -> Table:
 
 
 def h100(utilisation: float) -> Table:
-    """Days and GiB of the paper's runs with the settings of configs/pretrain_*.yaml."""
+    """Compute days and GiB of the paper's runs with the settings of configs/pretrain_*.yaml."""
     title = f"{utilisation:.0%} of 989 TFLOP/s"
     table = Table("model", "GPUs", "pairs a GPU", "passes", "days", "GiB a GPU", title=title)
     for name, (micro, checkpointed) in MODELS.items():
@@ -283,7 +284,7 @@ def h100(utilisation: float) -> Table:
         parameters, forward, embed_dim = size.parameters or 0, size.image_flops or 0, size.embed_dim or 0
         forward += size.text_flops or 0
         pairs = PAIRS / 32 if name == "ViT-L-14-336" else PAIRS
-        # On CUDA autocast keeps the sums of residual blocks in float32, of which a block keeps two; on CPU it does not.
+        # On CUDA autocast keeps residual sums in float32, two per block; on CPU, where this counts, it does not.
         residual = full.checkpointed - half.checkpointed
         a_pair = full.checkpointed + half.block if checkpointed else half.plain + 2 * residual
         for gpus in (8, 64, 256):
@@ -292,7 +293,7 @@ def h100(utilisation: float) -> Table:
             days = passes * forward * pairs / (gpus * H100_FLOPS * utilisation) / 86_400
             states = (4 + 4 + 8 + 4 + 2) * parameters  # weights, gradients, moments, DDP's buckets, bf16 copies
             memory = states + min(micro, batch) * a_pair + loss_bytes(batch, gpus, embed_dim)[0]
-            memory += batch * 3 * int(size.image_size or 0) ** 2  # the images, a byte a number
+            memory += batch * 3 * int(size.image_size or 0) ** 2  # uint8 images
             table.add_row(name, str(gpus), str(batch), str(passes), f"{days:.1f}", f"{memory / 2**30:.1f}")
     return table
 

@@ -1,11 +1,11 @@
-"""How long commands take to answer, lit-clip's and open_clip_train's, alternating, each once before to warm the cache.
+"""Time how long commands of lit-clip and open_clip_train take to start, alternating, after one warm-up run each.
 
     python benchmarks/start_up.py [--pairs 5] [--steps 2]
 
-``lit-clip --help`` and ``lit-clip fit --help`` beside ``python -m open_clip_train.main --help``. Then ``--steps`` times
-until the end of the first optimiser step of ``lit-clip fit --config configs/quickstart.yaml``, images drawn and
-cached before, and of ``open_clip_train`` with the same model, batch and data in PNG files; both are ended there.
-open_clip_train wants pandas and webdataset.
+Compares ``lit-clip --help`` and ``lit-clip fit --help`` with ``python -m open_clip_train.main --help``. Then
+``--steps`` times until the end of the first optimiser step: ``lit-clip fit --config configs/quickstart.yaml`` with
+images already drawn and cached, and ``open_clip_train`` with the same model, batch size and data as PNG files.
+open_clip_train needs pandas and webdataset.
 """
 
 import sys
@@ -22,7 +22,7 @@ QUICKSTART = BENCHMARKS.parent / "configs/quickstart.yaml"
 
 
 def alternated(theirs: Callable[[], float], ours: Callable[[], float], pairs: int) -> list[tuple[float, float]]:
-    """Seconds of both; the first of each is not counted."""
+    """Return the seconds of both, without the first pair."""
     return [(theirs(), ours()) for _ in range(pairs + 1)][1:]
 
 
@@ -34,7 +34,7 @@ def of_help(name: str, words: Sequence[str], pairs: int) -> Result:
 
 
 def of_first_step(pairs: int) -> Result:
-    """Both from the command to the end of the first optimiser step, in what the processor computes in."""
+    """Time both to the end of the first optimiser step, in the processor's fastest precision."""
     from lit_clip.cli.lightning import computes_in_bfloat16
 
     with tempfile.TemporaryDirectory() as temporary:

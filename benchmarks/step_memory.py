@@ -1,12 +1,12 @@
-"""Memory of an optimiser step of ViT-B-32 with a large batch: encoded at once, and part by part.
+"""Measure the memory of an optimiser step of ViT-B-32 with a large batch: encoded at once, and in micro-batches.
 
     python benchmarks/step_memory.py [--batch 1024] [--micro 64] [--small 64] [--steps 2] [--bf16] [--device cpu]
-    python benchmarks/step_memory.py --compare    # only the gradients of 32 pairs at once and 8 at a time
+    python benchmarks/step_memory.py --compare    # only gradients: 32 pairs at once and in micro-batches of 8
 
-First at a size where both fit, with open_clip's plain step beside them and the largest relative difference of any
-parameter's gradient between ours at once and ours part by part; then the large batch, part by part. Each is a process
-of its own that makes the model, AdamW's states and some steps, of which the last is timed. Memory is what the
-process held at most in all (VmHWM of Linux, or what torch allocated at most on CUDA).
+First a size where both fit, together with open_clip's plain step and the largest relative difference of any parameter's
+gradient between ours at once and ours in micro-batches; then the large batch in micro-batches. Each run is a process of
+its own that creates the model and AdamW's states and does some steps, the last of which is timed. Memory is the
+process's peak in total (Linux's VmHWM, or torch's peak allocation on CUDA).
 """
 
 import json
@@ -37,11 +37,11 @@ def batch_of(pairs: int, device: str, tokenize: Any) -> CaptionBatch:
 
 
 def measure(library: str, pairs: int, micro: int, steps: int, precision: str, device: str, gradients: str) -> None:
-    """Print the peak in bytes and the seconds of the last step; ``gradients``: a file to write the first step's to."""
+    """Print the peak in bytes and the last step's seconds; ``gradients``: file for the first step's gradients, or -."""
     theirs, model = open_clip_pair("ViT-B-32")
     module: Any = LitCLIP("ViT-B-32", micro_batch_size=micro or None)
     module.model.load_state_dict(model.state_dict())
-    module.log = lambda *_, **__: None  # there is no trainer
+    module.log = lambda *_, **__: None  # no trainer to log to
     batch = batch_of(pairs, device, model.tokenizer)
     trained = (theirs if library == "open_clip" else module).to(device)
     del theirs, model
@@ -72,9 +72,9 @@ def measure(library: str, pairs: int, micro: int, steps: int, precision: str, de
 
 
 def largest_difference(one: str, other: str) -> tuple[float, str]:
-    """Of any parameter's gradient, relative to its norm, and the parameter's name.
+    """Return the largest difference of a parameter's gradient, relative to its norm, and the parameter's name.
 
-    The keys' bias is left out: its true gradient is zero, what is there is rounding.
+    The keys' bias is left out: its exact gradient is zero, and what is computed is rounding error.
     """
     ours, theirs = ({name: _without_keys(name, g) for name, g in _load(path).items()} for path in (one, other))
     assert ours.keys() == theirs.keys()
@@ -93,7 +93,7 @@ def _without_keys(name: str, gradient: Tensor) -> Tensor:
 
 
 def as_result(library: str, pairs: int, at_a_time: int, title: str, measured: dict[str, float]) -> Result:
-    """One row of the table."""
+    """Convert one measurement to a result."""
     what = f"a step of {library}, {title}, {pairs:,} pairs, {at_a_time} at a time"
     figures: dict[str, Figure] = {"peak_GiB": measured["peak"] / 2**30}
     figures |= {"seconds": measured["seconds"], "loss": measured["loss"]}
@@ -104,9 +104,9 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--batch", type=int, default=1024)
     options.add_argument("--micro", type=int, default=64)
-    options.add_argument("--small", type=int, default=64, help="a size where the plain step fits too; 0: leave it out")
+    options.add_argument("--small", type=int, default=64, help="a size where the plain step fits too; 0: skip it")
     options.add_argument("--steps", type=int, default=2)
-    options.add_argument("--compare", action="store_true", help="--small 32 --steps 1, and the large batch left out")
+    options.add_argument("--compare", action="store_true", help="--small 32 --steps 1, without the large batch")
     options.add_argument("--bf16", action="store_true")
     options.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     options.add_argument("--measure", nargs=7, metavar="WORD", help="(used by itself)")

@@ -1,9 +1,9 @@
-"""Encode the same captions with open_clip's text tower and ours (same weights), alternating; print the ratio.
+"""Time text encoding of the same captions by open_clip's text tower and ours (same weights), alternating.
 
     python benchmarks/text_encoding.py [--pairs 5]
 
-The captions are OpenMoji's names in a sentence, some with tags: 14 tokens in the mean of the 77 that open_clip encodes
-for each.
+The captions are OpenMoji's names in a sentence, some with tags: 14 tokens on average, while open_clip encodes 77 for
+each.
 """
 
 import torch

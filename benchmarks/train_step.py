@@ -1,18 +1,18 @@
-"""A training step of open_clip and of lit-clip, same weights, images and captions, alternating.
+"""Time a training step of open_clip and of lit-clip with the same weights, images and captions, alternating.
 
     python benchmarks/train_step.py [--model ViT-B-32] [--batch 32] [--bf16] [--pairs 5] [--losses 20] [--device cpu]
 
-Both get images that are normalised already. open_clip's step is that of ``open_clip_train``: its model, ClipLoss and
-AdamW, 77 positions of every caption. Ours is that of ``LitCLIP``: the trimmed tokens and their lengths as the data
-modules give them, the loss over shards, AdamW fused. ``quickstart`` is a model of 64-pixel images, patches of 8,
-width 192, 6 and 4 layers; ``ViT-tiny-16-64`` is the one that ``make quickstart`` trains.
+Both get normalised images. open_clip's step is that of ``open_clip_train``: its model, ClipLoss and AdamW, with all 77
+positions of every caption. Ours is that of ``LitCLIP``: trimmed tokens and their lengths as from the data modules, the
+tiled loss, and fused AdamW. ``quickstart`` is a model for 64-pixel images with patches of 8, width 192, and 6 and 4
+layers; ``ViT-tiny-16-64`` is the model that ``make quickstart`` trains.
 
-Beside the ratio stands the share of the peak: the FLOPs of the matrix products that a side really does, forward and
-backward, over its time and over the fastest plain matrix product in the same precision in the same run. Who does less
-arithmetic for the same result gains in the ratio, not in this share.
+Besides the ratio it prints the share of the peak: the FLOP/s of the matrix products that a side executes, forward and
+backward, divided by those of the fastest plain matrix product in the same precision and run. Needing fewer FLOPs for
+the same result improves the ratio, not this share.
 
-``--losses N``: N steps in fp32 from the same weights, each side with its own optimiser and its own arithmetic, and the
-largest relative difference of the losses. Every step has other images and captions.
+``--losses N``: also run N steps in fp32 from the same weights, each side with its own optimiser and arithmetic, and
+print the largest relative difference of the losses. Every step has new images and captions.
 """
 
 import math
@@ -46,8 +46,8 @@ from lit_clip.training.optim import decay_groups
 MODELS = ("ViT-B-32", "ViT-B-16", "RN50", "quickstart", "ViT-tiny-16-64")
 BATCHES = {"quickstart": 128, "ViT-tiny-16-64": 128}
 ADAM = {"betas": (0.9, 0.98), "eps": 1e-6}
-TINY_RATE = 1e-6  # of the timed steps, which all have the same batch: it is not learnt by heart
-RATE = 1e-4  # of the compared losses
+TINY_RATE = 1e-6  # for timed steps, which all have the same batch: it must not be memorised
+RATE = 1e-4  # for compared losses
 
 
 class Pairs(NamedTuple):
@@ -67,7 +67,7 @@ def pairs_of(model: CLIP, texts: list[str], generator: torch.Generator, device: 
 
 
 def their_step(model: Any, rate: float, bf16: bool, device: str) -> Callable[[Pairs], Tensor]:
-    """As ``open_clip_train.train.train_one_epoch`` does it."""
+    """Return a step like that of ``open_clip_train.train.train_one_epoch``."""
     optimizer = torch.optim.AdamW(decay_groups(model, 0.2), lr=rate, **ADAM)  # the same groups as open_clip's
     criterion = open_clip.ClipLoss()
 
@@ -85,7 +85,7 @@ def their_step(model: Any, rate: float, bf16: bool, device: str) -> Callable[[Pa
 
 
 def our_step(model: CLIP, rate: float, bf16: bool, device: str) -> Callable[[Pairs], Tensor]:
-    """As ``LitCLIP`` does it."""
+    """Return a step like that of ``LitCLIP``."""
     optimizer = torch.optim.AdamW(decay_groups(model, 0.2), lr=rate, **ADAM, fused=True)
 
     def step(pairs: Pairs) -> Tensor:
@@ -96,7 +96,7 @@ def our_step(model: CLIP, rate: float, bf16: bool, device: str) -> Callable[[Pai
             shards = Shards(0, (len(image),))
             loss = sharded_contrastive_loss(image, text, model.logit_scale.exp(), PairLayout(shards)).loss
         loss.backward()
-        assert largest_gradient(model.parameters()).isfinite()  # LitCLIP looks as well
+        assert largest_gradient(model.parameters()).isfinite()  # lit-clip checks this too
         optimizer.step()
         model.clamp_logit_scale()
         return loss.detach()
@@ -105,7 +105,7 @@ def our_step(model: CLIP, rate: float, bf16: bool, device: str) -> Callable[[Pai
 
 
 def timed(options: Namespace) -> Result:
-    """Ratio and shares."""
+    """Measure the ratio, the shares of the peak, and samples per second."""
     theirs, ours = (model.to(options.device) for model in open_clip_pair(options.model))
     pairs = pairs_of(ours, captions(options.batch), torch.Generator().manual_seed(0), options.device)
     figures = length_figures(pairs.lengths)
@@ -129,7 +129,7 @@ def timed(options: Namespace) -> Result:
 
 
 def losses(options: Namespace) -> Iterator[tuple[float, float]]:
-    """Theirs and ours of each step, in fp32."""
+    """Yield the losses of each step in fp32, theirs and ours."""
     theirs, ours = (model.to(options.device) for model in open_clip_pair(options.model))
     their, our = (make(model, RATE, False, options.device) for make, model in ((their_step, theirs), (our_step, ours)))
     texts, generator = captions(options.losses * options.batch), torch.Generator().manual_seed(0)
@@ -153,10 +153,10 @@ def same_losses(options: Namespace) -> Result:
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--model", choices=MODELS, default="ViT-B-32")
-    arguments.add_argument("--batch", type=int, help="pairs; absent: 32, or 128 of the small models")
+    arguments.add_argument("--batch", type=int, help="pairs; default: 32, or 128 for the small models")
     arguments.add_argument("--bf16", action="store_true", help="autocast on both sides")
     arguments.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    arguments.add_argument("--losses", type=int, default=0, metavar="N", help="compare the losses of N steps as well")
+    arguments.add_argument("--losses", type=int, default=0, metavar="N", help="also compare the losses of N steps")
     options = arguments.parse_args()
     end_if_emulated(options.bf16, options.device)
     options.batch = options.batch or BATCHES.get(options.model, 32)

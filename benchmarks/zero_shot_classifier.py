@@ -1,9 +1,9 @@
-"""Build the paper's ImageNet classifier with open_clip's text tower and ours (same weights), alternating.
+"""Time building the paper's ImageNet classifier with open_clip's text tower and ours (same weights), alternating.
 
     python benchmarks/zero_shot_classifier.py [--classes 1000] [--pairs 3]
 
-1,000 names in 80 templates are 80,000 prompts of 10 tokens on average, of the 77 that open_clip encodes for each. Both
-times include reading the texts into tokens. All classes take open_clip many minutes on a CPU.
+1,000 class names in 80 templates make 80,000 prompts of 10 tokens on average, while open_clip encodes 77 for each. Both
+times include tokenising. With all classes open_clip takes many minutes on a CPU.
 """
 
 import open_clip
@@ -16,7 +16,7 @@ from lit_clip.evaluation.zero_shot import imagenet_class_names, imagenet_templat
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--classes", type=int, default=1000, help="the first so many of ImageNet's")
+    options.add_argument("--classes", type=int, default=1000, help="number of ImageNet's classes to use")
     options.set_defaults(pairs=3)
     chosen = options.parse_args()
     theirs, ours = open_clip_pair("ViT-B-32")

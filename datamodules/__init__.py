@@ -2,7 +2,8 @@
 
 from datamodules.caption_datamodule import CaptionDataModule
 from datamodules.captions import Captions, Weighted
-from datamodules.evaluation.image_folder import ImageFolderClasses, ParquetClasses
+from datamodules.evaluation.image_folder import ImageFolderClasses
+from datamodules.evaluation.parquet_classes import ParquetClasses
 from datamodules.loading.augmentation import Augmentation
 from datamodules.no_captions import NoCaptions
 from datamodules.openmoji import OpenMoji, OpenMojiClasses

@@ -216,7 +216,10 @@ def test_programs_are_read_paused_and_ended(monkeypatch: pytest.MonkeyPatch) -> 
         program.resume()
         program.wait_for(r"^line 40 \.")
     assert program.process.returncode == -9
-    with pytest.raises(RuntimeError, match=r"never said 'more':\nall"), running["Program"](["echo", "all"]) as program:
+    with (
+        pytest.raises(RuntimeError, match=r"never printed 'more':\nall"),
+        running["Program"](["echo", "all"]) as program,
+    ):
         program.wait_for("more")
 
 

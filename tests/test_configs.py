@@ -1,4 +1,4 @@
-"""Every shipped configuration parses against the code it names, and says what it costs."""
+"""Every shipped config parses against the code it names, and states its command, cost and result."""
 
 import importlib
 import inspect
@@ -28,43 +28,43 @@ PAPER = {
 }
 
 
-def test_there_are_configs() -> None:
+def test_the_documented_configs_exist() -> None:
     names = {path.stem for path in CONFIGS}
     assert {"quickstart", "finetune_table", "zero_shot_imagenet", "fsdp", *PAPER} <= names
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_a_config_parses_and_its_classes_and_options_exist(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(CLI, "instantiate_classes", lambda self: None)  # its data may not be here
+def test_config_parses_and_its_classes_and_options_exist(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CLI, "instantiate_classes", lambda self: None)  # the data may not exist here
     for name in ("IMAGENET", "CLASSES", "HELD_OUT", "IMAGE_WEIGHTS", "TEXT_ENCODER"):
         monkeypatch.setenv(name, name.lower())
-    alone = [] if path.stem != "fsdp" else ["--config", str(ROOT / "configs/pretrain_vit_l14.yaml")]
-    command = run(args=[*alone, "--config", str(path)], execute=False)
-    architecture = command.config.model.architecture  # None: that of the checkpoint that is given
-    assert not isinstance(architecture, str) or resolve_architecture(architecture)  # sizes have been checked by parsing
+    base = [] if path.stem != "fsdp" else ["--config", str(ROOT / "configs/pretrain_vit_l14.yaml")]
+    command = run(args=[*base, "--config", str(path)], execute=False)
+    architecture = command.config.model.architecture  # None: the checkpoint's
+    assert not isinstance(architecture, str) or resolve_architecture(architecture)  # parsing has checked explicit sizes
 
 
 @pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
-def test_a_suite_parses_and_its_classes_take_their_arguments(path: Path) -> None:
+def test_suite_parses_and_its_classes_accept_their_arguments(path: Path) -> None:
     for name, entry in read_suite(path).items():
         module, _, kind = entry.data["class_path"].rpartition(".")
         known = inspect.signature(getattr(importlib.import_module(module), kind)).parameters
         for fold in entry.folds:
             for split, more in entry.splits.items():
-                given = {**entry.data.get("init_args", {}), **more, **fold}
-                assert given.keys() <= known.keys(), f"{path.name}: {name} {split}"
+                arguments = {**entry.data.get("init_args", {}), **more, **fold}
+                assert arguments.keys() <= known.keys(), f"{path.name}: {name} {split}"
 
 
 @pytest.mark.parametrize("path", [*CONFIGS, *SUITES], ids=lambda path: path.stem)
-def test_a_config_opens_with_its_command_cost_and_result(path: Path) -> None:
+def test_config_opens_with_its_command_cost_and_result(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     head = [line for line in lines if line.startswith("# ")]
     for word in ("command:", "cost:", "result:"):
-        assert any(line.startswith(f"# {word}") for line in head), f"{path.name} does not say its {word}"
+        assert any(line.startswith(f"# {word}") for line in head), f"{path.name}: no line '# {word}' in its head"
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_the_papers_runs_have_the_papers_numbers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pretraining_configs_have_the_papers_hyperparameters(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CLI, "instantiate_classes", lambda self: None)
     config = run(args=["--config", str(ROOT / f"configs/{name}.yaml")], execute=False).config
     architecture, rate, beta2, eps, epochs = PAPER[name]
@@ -79,21 +79,23 @@ def test_the_papers_runs_have_the_papers_numbers(name: str, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("name", ["finetune_clip", "finetune_table", "quickstart", "towers"])
-def test_what_runs_on_any_machine_leaves_the_precision_to_it(name: str) -> None:
-    """bfloat16 is emulated by processors without instructions for it, ten times slower than float32."""
+def test_configs_for_any_machine_do_not_set_the_precision(name: str) -> None:
+    """Processors without bfloat16 instructions emulate it, ten times slower than float32."""
     assert "precision" not in yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text(encoding="utf-8"))["trainer"]
 
 
 @pytest.mark.parametrize("name", ["finetune_table", "quickstart"])
-def test_last_ckpt_is_the_last_epoch_however_bad_it_is(name: str) -> None:
-    """Lightning's ``save_last`` beside a ``monitor`` copies the best: the table at the end was of another model."""
+def test_last_ckpt_is_the_last_epoch_even_if_it_is_not_the_best(name: str) -> None:
+    """With a ``monitor``, Lightning's ``save_last`` copies the best: the final table described another model."""
     trainer = run(args=["--config", str(ROOT / f"configs/{name}.yaml")], execute=False).trainer
     saving = trainer.checkpoint_callback
     assert isinstance(saving, ModelCheckpoint)
     assert (saving.filename, saving.monitor, saving._enable_version_counter) == ("last", None, False)
 
 
-def test_a_papers_run_in_shards_under_torchrun_trains_and_leaves_a_model(tmp_path: Path, caption_table: Path) -> None:
+def test_pretraining_config_with_fsdp_trains_under_torchrun_and_saves_a_model(
+    tmp_path: Path, caption_table: Path
+) -> None:
     """``configs/pretrain_vit_l14.yaml`` with ``configs/fsdp.yaml``, a tiny model, and two processes on CPU."""
     words = ["-m", "lit_clip", "fit"]
     for name in ("pretrain_vit_l14", "fsdp"):
@@ -113,7 +115,7 @@ def test_a_papers_run_in_shards_under_torchrun_trains_and_leaves_a_model(tmp_pat
     }.items():
         words += [f"--{option}", str(value)]
     output = torchrun(tmp_path, 2, *words)
-    assert output.count("32 = 16 x 2 processes, encoded in 2 parts") == 1  # rank 0 alone says so
+    assert output.count("32 = 16 x 2 processes, encoded in 2 parts") == 1  # printed by rank 0 only
     checkpoint = tmp_path / "runs/pretrain_vit_l14/version_0/checkpoints/last.ckpt"
     assert torch.load(checkpoint, weights_only=True)["global_step"] == 2
     assert load_model(checkpoint).visual.proj.shape == (64, 16)

@@ -1,12 +1,17 @@
-"""The sets of the evaluation suites: adapters of public data sets, each one of `lit_clip.evaluation.data`'s kinds."""
+"""The data sets of the evaluation suites, as subclasses of `lit_clip.evaluation.data.ImageSet`, one class per set.
+
+`image_files` has the bases and `annotation_files` the readers that most sets share; the other files hold sets.
+"""
 
 from datamodules.evaluation.frame_robustness import ImageNetVidRobust, YTBBRobust
 from datamodules.evaluation.imagenet import ImageNet
 from datamodules.evaluation.imagenet_variants import ImageNetFolders, ImageNetV2, ObjectNet
 from datamodules.evaluation.labelled_table import LabelledTable
-from datamodules.evaluation.other_sets import RESISC45, SUN, AYahoo, Birdsnap, Digits, HatefulMemes
+from datamodules.evaluation.located_images import LocatedImages
+from datamodules.evaluation.non_torchvision_sets import RESISC45, SUN, AYahoo, Birdsnap, Digits, HatefulMemes
+from datamodules.evaluation.people_sets import CelebAIdentities, FairFace
+from datamodules.evaluation.reading_sets import IIIT5K, SVHNNumbers
 from datamodules.evaluation.retrieval_sets import COCO, CaptionedPairs, Flickr30k
-from datamodules.evaluation.special_sets import IIIT5K, CelebAIdentities, FairFace, LocatedImages, SVHNNumbers
 from datamodules.evaluation.torchvision_arrays import CIFAR10, CIFAR100, FER2013, MNIST, STL10, PCam
 from datamodules.evaluation.torchvision_objects import KITTI, VOC2007, CLEVRCounts
 from datamodules.evaluation.torchvision_sets import (
@@ -23,7 +28,7 @@ from datamodules.evaluation.torchvision_sets import (
     RenderedSST2,
     StanfordCars,
 )
-from datamodules.evaluation.video import UCF101, Kinetics700, RareAct
+from datamodules.evaluation.video_sets import UCF101, Kinetics700, RareAct
 from datamodules.evaluation.webdataset import WebDataset, WebDatasetCaptions, WebDatasetMultiLabel
 
 __all__ = [

@@ -1,6 +1,6 @@
-"""Frames of videos and those close to them, which look the same to people: ImageNet-Vid-Robust and YTBB-Robust.
+"""Video frames and neighbouring frames that look the same to people: ImageNet-Vid-Robust and YTBB-Robust.
 
-"Do Image Classifiers Generalize Across Time?", arXiv 1906.02168; the rules are those of its authors' scoring, as in
+From "Do Image Classifiers Generalize Across Time?", arXiv 1906.02168. The rules are those of its authors' scoring:
 github.com/modestyachts/imagenet-vid-robust-example and github.com/modestyachts/imagenet-testbed.
 """
 
@@ -9,13 +9,13 @@ from pathlib import Path, PurePosixPath
 
 from lightning.pytorch.utilities import rank_zero_info
 
+from datamodules.evaluation.annotation_files import find, read_json, read_table
 from datamodules.evaluation.image_files import ImageFiles
-from datamodules.evaluation.indexes import find, read_json, read_table
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import Neighbours
 
-REACH = 10  # frames before and after an anchor
-NO_CLASS = "none"  # YouTube-BoundingBoxes' name for frames without any of its objects
+MAX_DISTANCE = 10  # frames between an anchor and its neighbours
+NO_CLASS = "none"  # YouTube-BoundingBoxes' class of frames without any of its objects
 PROBLEMS = frozenset(
     {
         *("dissimilar", "problematic", "incorrect", "dont know", "deformation"),
@@ -25,16 +25,16 @@ PROBLEMS = frozenset(
 
 
 class NeighbouringFrames(ImageFiles, Neighbours):
-    """Anchors and their neighbours, each frame once, in the order of their names.
+    """Anchor frames and their neighbours, each frame once, sorted by name.
 
     Args:
         root: the folder of the frames.
-        anchors: by each anchor's name below it the names of its neighbours.
-        accepted: of each frame the classes that are right.
-        class_names: in the order of these.
+        anchors: each anchor's name below ``root`` -> the names of its neighbours.
+        accepted: each frame's name -> the labels that count as correct.
+        class_names: in label order.
 
     Raises:
-        InputError: no anchors, a frame without a class, or one that is not among the names.
+        InputError: there are no anchors, or a frame has no label or one without a class name.
     """
 
     def __init__(
@@ -45,13 +45,16 @@ class NeighbouringFrames(ImageFiles, Neighbours):
         for name in names:
             classes = accepted.get(name)
             if not classes or not all(0 <= label < len(class_names) for label in classes):
-                raise InputError(f"{root}: {name} has the classes {sorted(classes or ())} of {len(class_names)}")
+                labels = sorted(classes or ())
+                raise InputError(
+                    f"{root}: {name} has the labels {labels}, with {len(class_names)} classes; get the metadata again"
+                )
         row_of = {name: row for row, name in enumerate(names)}
         self._neighbours = [
             (row_of[anchor], [row_of[name] for name in frames if name != anchor]) for anchor, frames in anchors.items()
         ]
         self._accepted = [set(accepted[name]) for name in names]
-        # Where one label is wanted, the first.
+        # labels() can only give one of the accepted labels: the first.
         super().__init__(root, names, [min(accepted[name]) for name in names], class_names)
 
     def neighbours(self) -> list[tuple[int, list[int]]]:
@@ -65,11 +68,11 @@ class ImageNetVidRobust(NeighbouringFrames):
     """ImageNet-Vid-Robust: ``val/VIDEO/FRAME.JPEG``, ``metadata/{pmsets,labels}.json``, ``misc/``; 30 classes.
 
     Args:
-        root: the folder of these, or the one above.
+        root: the folder that contains these, or its parent.
 
     Raises:
         MissingData: no such folder or file.
-        InputError: the metadata are not of this form.
+        InputError: the metadata have another structure.
     """
 
     def __init__(self, root: str) -> None:
@@ -87,64 +90,64 @@ class ImageNetVidRobust(NeighbouringFrames):
 
 
 def _class_names(path: Path) -> list[str]:
-    """Of ``{"0": ["n02691156", "airplane"], ...}`` or ``{"0": "airplane", ...}``."""
+    """Read ``{"0": ["n02691156", "airplane"], ...}`` or ``{"0": "airplane", ...}``."""
     values = read_json(path)
     require(isinstance(values, dict) and bool(values), f"{path}: not a mapping from numbers to names; get it again")
     try:
         named = [values[str(label)] for label in range(len(values))]
     except KeyError as error:
-        raise InputError(f"{path}: no class {error}; its numbers are to be 0 to {len(values) - 1}") from error
+        raise InputError(f"{path}: no class {error}; its keys must be 0 to {len(values) - 1}") from error
     return [str(name[1] if isinstance(name, list) else name).replace("_", " ") for name in named]
 
 
 class YTBBRobust(NeighbouringFrames):
     """YTBB-Robust: ``ytbb_videos/VIDEO_MS/frame-NUMBER.jpg``, and the metadata of its authors' testbed.
 
-    An anchor counts if people found it good; it has the classes of its video and those that were added. A neighbour
-    counts if it is at most ten frames away, people found it similar and named no problem; its classes are the anchor's.
-    The class "none" is no class here: frames of which it is the only one are left out.
+    An anchor counts if reviewers marked it good; its labels are its video's class and those that reviewers added. A
+    neighbour counts if it is at most ten frames away and reviewers marked it similar without a problem; it has the
+    anchor's labels. "none" is not used as a class: anchors that have only this label are left out.
 
     Args:
-        root: the folder of the frames' folder, with ``anchor_labels.json``, ``pmk_labels.json``,
-            ``ytbb_class_index.json`` and ``ytbb_robustness_test_anchors_full.csv`` in it, in ``metadata`` or in
-            ``ytbb-robust_metadata``; or the folder above.
+        root: the folder of ``ytbb_videos``, or its parent. ``anchor_labels.json``, ``pmk_labels.json``,
+            ``ytbb_class_index.json`` and ``ytbb_robustness_test_anchors_full.csv`` lie beside ``ytbb_videos``, in
+            ``metadata`` or in ``ytbb-robust_metadata``.
 
     Raises:
         MissingData: no such folder or file.
-        InputError: the metadata are not of this form.
+        InputError: the metadata have another structure.
     """
 
     def __init__(self, root: str) -> None:
         videos = find(Path(root), ("ytbb_videos", "ytbb-robust/ytbb_videos"), "folder of frames")
-        folders = ("metadata", "ytbb-robust_metadata", "")
-        file = find(videos.parent, [f"{folder}/anchor_labels.json".lstrip("/") for folder in folders], "metadata")
+        folders = ("metadata/", "ytbb-robust_metadata/", "")
+        file = find(videos.parent, [f"{folder}anchor_labels.json" for folder in folders], "metadata")
         metadata = file.parent
         names = _class_names(metadata / "ytbb_class_index.json")
         kept = [label for label, name in enumerate(names) if name != NO_CLASS]
-        number_of = {names[label]: number for number, label in enumerate(kept)}
-        of_video = _classes_of_videos(metadata / "ytbb_robustness_test_anchors_full.csv", names)
+        label_of = {names[label]: new_label for new_label, label in enumerate(kept)}
+        class_of_video = _classes_of_videos(metadata / "ytbb_robustness_test_anchors_full.csv", names)
         good, bad_anchors, pairs = _reviewed(metadata)
         anchors: dict[str, list[str]] = {}
         accepted: dict[str, set[int]] = {}
-        empty = 0
+        without_class = 0
         for anchor, added in good.items():
             if anchor in bad_anchors:
                 continue
             folder = anchor.split("/")[0]
-            require(folder in of_video, f"{metadata}: {folder} is not in ytbb_robustness_test_anchors_full.csv")
-            classes = {number_of[name] for name in {of_video[folder], *added} if name in number_of}
+            require(folder in class_of_video, f"{metadata}: {folder} is not in ytbb_robustness_test_anchors_full.csv")
+            classes = {label_of[name] for name in {class_of_video[folder], *added} if name in label_of}
             if not classes:
-                empty += 1
+                without_class += 1
                 continue
             anchors[anchor] = sorted(pairs.get(anchor, ()), key=_frame_number)
             accepted |= dict.fromkeys([anchor, *anchors[anchor]], classes)
-        if empty:
-            rank_zero_info(f"{videos}: {empty} anchors without a class are left out")
+        if without_class:
+            rank_zero_info(f"{videos}: left out {without_class} anchors without a class")
         super().__init__(videos, anchors, accepted, [names[label] for label in kept])
 
 
-def _name(path: str) -> str:
-    """The last folder and the file."""
+def _frame_name(path: str) -> str:
+    """Return the last folder and the file name."""
     return "/".join(PurePosixPath(path).parts[-2:])
 
 
@@ -152,11 +155,11 @@ def _frame_number(name: str) -> int:
     try:
         return int(name.rpartition("-")[2].partition(".")[0])
     except ValueError as error:
-        raise InputError(f"{name}: a frame is called frame-NUMBER.jpg; get the metadata again") from error
+        raise InputError(f"{name}: a frame must be named frame-NUMBER.jpg; get the metadata again") from error
 
 
 def _annotations(path: Path) -> dict[str, set[str]]:
-    """By key what people said of it; where several did, the last."""
+    """Read the reviewers' labels of each key; of several reviews the last counts."""
     values = read_json(path)
     try:
         labels = values["labels"]
@@ -166,7 +169,7 @@ def _annotations(path: Path) -> dict[str, set[str]]:
 
 
 def _classes_of_videos(path: Path, names: list[str]) -> dict[str, str]:
-    """By ``VIDEO_MS`` the class of an anchor. The table counts the last two classes the other way round."""
+    """Read the class name of each ``VIDEO_MS``. The table numbers the last two classes the other way round."""
     swapped = {22: 23, 23: 22}
     found = {}
     for row in read_table(path, {"video": ("ytid",), "time": ("time_ms",), "label": ("label",)}):
@@ -179,17 +182,20 @@ def _classes_of_videos(path: Path, names: list[str]) -> dict[str, str]:
 
 
 def _reviewed(metadata: Path) -> tuple[dict[str, set[str]], set[str], dict[str, set[str]]]:
-    """What was said of each good anchor, those that turned out bad, and of each anchor the neighbours that count."""
-    of_anchor = _annotations(metadata / "anchor_labels.json")
-    good = {_name(key): said for key, said in of_anchor.items() if "good" in said and not said & {"bad", "unsure"}}
+    """Read the reviews: the labels of each good anchor, the bad anchors, and each anchor's neighbours that count."""
+    good = {
+        _frame_name(key): labels
+        for key, labels in _annotations(metadata / "anchor_labels.json").items()
+        if "good" in labels and not labels & {"bad", "unsure"}
+    }
     bad_anchors: set[str] = set()
     pairs: dict[str, set[str]] = {}
-    for key, said in _annotations(metadata / "pmk_labels.json").items():
+    for key, labels in _annotations(metadata / "pmk_labels.json").items():
         anchor, _, frame = key.partition(",")
-        anchor, frame = _name(anchor), _name(frame)
-        if "bad-anchor" in said:
+        anchor, frame = _frame_name(anchor), _frame_name(frame)
+        if "bad-anchor" in labels:
             bad_anchors.add(anchor)
-        alike = "similar" in said and not said & PROBLEMS and anchor.split("/")[0] == frame.split("/")[0]
-        if alike and 0 < abs(_frame_number(frame) - _frame_number(anchor)) <= REACH:
+        alike = "similar" in labels and not labels & PROBLEMS and anchor.split("/")[0] == frame.split("/")[0]
+        if alike and 0 < abs(_frame_number(frame) - _frame_number(anchor)) <= MAX_DISTANCE:
             pairs.setdefault(anchor, set()).add(frame)
     return good, bad_anchors, pairs

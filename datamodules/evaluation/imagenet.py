@@ -1,14 +1,13 @@
-"""ImageNet's 1,000 classes: which folder is which label, and the validation images of its archive."""
+"""ImageNet: its class folders, or the validation images as the archive holds them."""
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from datamodules.evaluation.image_files import ImageFiles, images_in, subfolders
+from datamodules.evaluation.annotation_files import first_line, read_mat, read_text
+from datamodules.evaluation.image_files import ImageFiles, images_in, in_class_folders, labels_of, subfolders
 from datamodules.evaluation.imagenet_variants import imagenet_wnids
-from datamodules.evaluation.indexes import read_text
-from datamodules.evaluation.torchvision_sets import labels_of, read_mat
 from lit_clip.errors import InputError
 from lit_clip.evaluation.data import MissingData
 from lit_clip.evaluation.zero_shot import imagenet_class_names
@@ -19,9 +18,9 @@ DEVKIT = "ILSVRC2012_devkit_t12"
 class ImageNet(ImageFiles):
     """ImageNet 2012, as torchvision unpacks it or as its validation archive does.
 
-    Either ``root/SPLIT/n01440764/*.JPEG``, or all validation images in ``root/val`` itself; then ``root`` also has
-    torchvision's ``meta.bin`` or the unpacked ``ILSVRC2012_devkit_t12``, which have the labels. Of folders of classes
-    some may be left out.
+    Either ``root/SPLIT/n01440764/*.JPEG``, where class folders may be missing, or all validation images in ``root/val``
+    itself. In the second case the labels come from torchvision's ``meta.bin`` or the unpacked
+    ``ILSVRC2012_devkit_t12`` in ``root``.
 
     Args:
         root: the folder.
@@ -40,23 +39,20 @@ class ImageNet(ImageFiles):
                 raise InputError(f"{folder}: {len(files)} images, not {len(truth)}; unpack the archive again")
             labels = labels_of(truth, wnids, Path(root))
         else:
-            names = subfolders(folder)
-            numbers = labels_of(names, wnids, folder)
-            images = [images_in(folder / name) for name in names]
-            files = [f"{name}/{file}" for name, some in zip(names, images, strict=True) for file in some]
-            labels = [label for label, some in zip(numbers, images, strict=True) for _ in some]
+            classes = subfolders(folder)
+            label_of = labels_of(classes, wnids, folder)
+            files, places = in_class_folders(folder, classes)
+            labels = [label_of[place] for place in places]
         super().__init__(folder, files, labels, imagenet_class_names())
 
 
 def _validation_wnids(root: Path, wnids: Sequence[str]) -> list[str]:
-    """The class of each validation image, in the order of their names."""
+    """Read the class of each validation image, in the order of the images' names."""
     if (root / "meta.bin").is_file():
-        return _of_meta(root / "meta.bin")
+        return _wnids_in_meta(root / "meta.bin")
     data = root / DEVKIT / "data"
     if not data.is_dir():
-        raise MissingData(
-            f"{root}: neither folders of classes in val nor meta.bin nor {DEVKIT}, so there are no labels"
-        )
+        raise MissingData(f"{root}: no labels: neither class folders in val, nor meta.bin, nor {DEVKIT}")
     table = read_mat(data / "meta.mat", "synsets")[0]
     try:
         wnid_of = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in table}
@@ -66,18 +62,17 @@ def _validation_wnids(root: Path, wnids: Sequence[str]) -> list[str]:
     words = read_text(path).split()
     wrong = next((word for word in words if not word.isdigit() or wnid_of.get(int(word)) not in wnids), None)
     if wrong is not None:
-        raise InputError(f"{path}: {wrong!r} is no class of meta.mat; get the file again")
+        raise InputError(f"{path}: {wrong!r} is not a class of meta.mat; get the file again")
     return [wnid_of[int(word)] for word in words]
 
 
-def _of_meta(path: Path) -> list[str]:
+def _wnids_in_meta(path: Path) -> list[str]:
     import torch
 
     try:
         _, wnids = torch.load(path, weights_only=True)
         return [str(wnid) for wnid in wnids]
-    except Exception as error:  # a broken pickle fails with whatever its bytes happen to say
-        what = str(error).partition("\n")[0] or type(error).__name__
+    except Exception as error:  # a broken pickle can raise anything
         raise InputError(
-            f"{path}: not what torchvision writes ({what}); remove it and have it written again"
+            f"{path}: not written by torchvision ({first_line(error)}); remove it and let torchvision write it again"
         ) from error

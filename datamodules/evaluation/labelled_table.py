@@ -1,10 +1,11 @@
-"""Labelled images of a user's table: a column of paths and a column of classes."""
+"""A user's table of labelled images: a column of paths and a column of labels."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from datamodules.evaluation.image_folder import ClassNames, LabelledFiles
+from datamodules.evaluation.image_files import LabelledFiles
+from datamodules.evaluation.image_folder import ClassNames
 from datamodules.loading.bad_samples import BLANK
 from datamodules.pairs.columns import IMAGE_COLUMNS, Columns, find_column, is_encoded
 from datamodules.pairs.text_table import RawRow, raw_rows
@@ -19,18 +20,18 @@ BATCH_ROWS = 16_384
 def read_labels(
     path: Path, image_column: str | None = None, label_column: str | None = None
 ) -> list[tuple[int, str, Any]]:
-    """The rows of a table with an image's path and its class: number in the file, path, and label as written.
+    """Read a table of images and labels: each row's number in the file, image path, and label as written.
 
     Args:
-        path: ``.parquet``; ``.jsonl``, ``.ndjson`` or ``.json`` with an object a line; or a delimited file with a
+        path: ``.parquet``; ``.jsonl``, ``.ndjson`` or ``.json`` with one object per line; or a delimited file with a
             header, whose delimiter is detected (UTF-8, or UTF-16 with a byte order mark). A text file's first line is
             row 1, a parquet file's first row is row 0.
-        image_column: None: the first with a usual name.
-        label_column: likewise.
+        image_column: None: the first column with a usual name.
+        label_column: None: the first column with a usual name.
 
     Raises:
         MissingData: no such file.
-        InputError: no such column, a row that does not fit, one without an image or label, or no rows.
+        InputError: a column is missing, a row is malformed or lacks an image or a label, or there are no rows.
     """
     if not path.is_file():
         raise MissingData(f"{path}: no such table")
@@ -40,7 +41,7 @@ def read_labels(
         return Columns(image, find_column(path, found, label_column, LABEL_COLUMNS, "label_column"))
 
     source = _parquet_rows(path, find) if path.suffix.lower() == ".parquet" else raw_rows(path, find)
-    rows = [_checked(path, row) for row in source]
+    rows = [_validated(path, row) for row in source]
     if not rows:
         raise InputError(f"{path}: no rows")
     return rows
@@ -55,8 +56,8 @@ def _parquet_rows(path: Path, find: Any) -> Iterator[RawRow]:
         columns = find(file.schema_arrow.names)
         kind = file.schema_arrow.field(columns.image).type
         if is_encoded(kind):
-            what = f"column {columns.image!r} holds {kind}, not paths"
-            raise InputError(f"{path}: {what}; datamodules.ParquetClasses reads images stored in a table")
+            problem = f"column {columns.image!r} holds {kind}, not paths"
+            raise InputError(f"{path}: {problem}; use datamodules.ParquetClasses for images stored in the table")
         number = 0
         for batch in file.iter_batches(BATCH_ROWS, columns=[columns.image, columns.caption]):
             images, labels = batch[columns.image].to_pylist(), batch[columns.caption].to_pylist()
@@ -67,30 +68,30 @@ def _parquet_rows(path: Path, find: Any) -> Iterator[RawRow]:
         raise InputError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from error
 
 
-def _checked(path: Path, row: RawRow) -> tuple[int, str, Any]:
+def _validated(path: Path, row: RawRow) -> tuple[int, str, Any]:
     where = f"{path} row {row.number}"
     if not isinstance(row.image, str) or row.image.strip().lower() in BLANK:
         raise InputError(f"{where}: no image ({str(row.image)[:40]!r}); name its file or remove the row")
     label = row.caption.strip() if isinstance(row.caption, str) else row.caption
     if isinstance(label, bool) or not isinstance(label, int | str) or label == "":
-        raise InputError(f"{where}: its label is {str(label)[:40]!r}, neither a whole number nor a name")
+        raise InputError(f"{where}: its label is {str(label)[:40]!r}, which must be a whole number or a class name")
     return row.number, row.image.strip(), label
 
 
 def resolve_labels(
     path: Path, rows: Sequence[tuple[int, Any]], class_names: list[str] | None
 ) -> tuple[list[int], list[str]]:
-    """Label numbers of a column of labels, and the names of the classes.
+    """Turn a column of labels into label numbers and class names.
 
-    The whole column is read as names or as numbers, never some cells so and some so.
+    The column is read as names or as numbers, never as a mixture.
 
     Args:
-        path: named in errors.
-        rows: number in the file and label of each row.
-        class_names: in label order; None: the numbers, or the names that occur, sorted.
+        path: for error messages.
+        rows: each row's number in the file and its label.
+        class_names: in label order; None: the numbers, or the sorted names that occur.
 
     Raises:
-        InputError: a label that is out of range or no name, or a column that could be read both ways.
+        InputError: a label is out of range or not a class name, or the column could be read both ways.
     """
     numbers = [_number(label) for _, label in rows]
     if class_names is None:
@@ -98,16 +99,16 @@ def resolve_labels(
             class_names = numbered([number or 0 for number in numbers], str(path))
         else:
             class_names = sorted({str(label) for _, label in rows})
-    place = {name: label for label, name in enumerate(class_names)}
-    named = [place.get(label) if isinstance(label, str) else None for _, label in rows]
-    as_names = len(place) == len(class_names) and None not in named
+    label_of = {name: label for label, name in enumerate(class_names)}
+    named = [label_of.get(label) if isinstance(label, str) else None for _, label in rows]
+    as_names = len(label_of) == len(class_names) and None not in named
     as_numbers = all(number is not None and 0 <= number < len(class_names) for number in numbers)
     if as_names and as_numbers and named != numbers:
         row, label = next(row for row, a, b in zip(rows, named, numbers, strict=True) if a != b)
-        both = f"label {label!r} is a class's name and another one's number"
+        both = f"label {label!r} is the name of one class and the number of another"
         raise InputError(f"{path} row {row}: {both}; give the classes other names, or write names into the table")
     if not as_names and not as_numbers:
-        raise _wrong(path, rows, numbers, named, class_names)
+        raise _bad_label(path, rows, numbers, named, class_names)
     return [label for label in (named if as_names else numbers) if label is not None], class_names
 
 
@@ -117,18 +118,18 @@ def _number(label: Any) -> int | None:
     return label
 
 
-def _wrong(
+def _bad_label(
     path: Path,
     rows: Sequence[tuple[int, Any]],
     numbers: list[int | None],
     named: list[int | None],
     class_names: list[str],
 ) -> InputError:
-    """About the first label that does not fit, the column being read as what most of its cells are."""
-    twice = [name for place, name in enumerate(class_names) if name in class_names[:place]]
+    """Describe the first bad label, reading the column as whichever most of its cells are: names or numbers."""
+    twice = [name for label, name in enumerate(class_names) if name in class_names[:label]]
     if twice and None not in named:
-        what = f"two classes are called {twice[0]!r}, so names do not tell them apart"
-        return InputError(f"{path}: {what}; write numbers into the table")
+        problem = f"two classes are called {twice[0]!r}, so a name does not identify them"
+        return InputError(f"{path}: {problem}; write numbers into the table")
     meant_numbers = sum(number is not None for number in numbers) > sum(label is not None for label in named)
     wrong = [number is None or not 0 <= number < len(class_names) for number in numbers]
     bad = wrong if meant_numbers else [label is None for label in named]
@@ -136,25 +137,25 @@ def _wrong(
     some = ", ".join(class_names[:3]) + (", ..." if len(class_names) > 3 else "")
     if isinstance(label, str) and _number(label) is None:
         return InputError(f"{path} row {row}: {label!r} is none of the {len(class_names)} classes ({some})")
-    return InputError(f"{path} row {row}: label {label} is not from 0 to {len(class_names) - 1} ({some})")
+    return InputError(f"{path} row {row}: label {label} is not between 0 and {len(class_names) - 1} ({some})")
 
 
 class LabelledTable(LabelledFiles):
-    """Images whose paths and classes are columns of a table, in the order of its rows.
+    """Images whose paths and labels are columns of a table, in row order.
 
     Args:
-        path: ``.csv``, ``.tsv``, ``.txt``, ``.jsonl``, ``.ndjson``, ``.json`` (an object a line) or ``.parquet``.
-        class_names: in label order; ``imagenet``: the paper's 1,000; None: the numbers in the table, or the names in
-            it, sorted. Give them if the table need not have every class.
+        path: ``.csv``, ``.tsv``, ``.txt``, ``.jsonl``, ``.ndjson``, ``.json`` (one object per line) or ``.parquet``.
+        class_names: in label order; ``imagenet``: the paper's 1,000; None: the numbers in the table, or its names,
+            sorted. Set them if some class may not occur in the table.
         image_column: paths of images; None: the first of ``image``, ``image_path``, ``filepath``, ...
-        label_column: whole numbers from 0, or names of classes; None: the first of ``label``, ``class``, ...
-        root: the folder where relative paths start; None: the table's.
+        label_column: whole numbers from 0, or class names; None: the first of ``label``, ``class``, ...
+        root: folder that image paths are relative to; None: the table's.
 
     Raises:
         MissingData: no such table.
-        InputError: no such column; a row without an image or a label; a label that is out of range or no name of a
-            class; no image where the first row says. The message names file and row. Later images that are missing
-            or broken are errors of their own once they are read, so that an evaluation can count them.
+        InputError: a column is missing, a row lacks an image or a label, a label is out of range or not a class name,
+            or the first row's image does not exist. The message names file and row. Other missing or broken images
+            raise ``BadSample`` when they are read, so that an evaluation can count them.
     """
 
     def __init__(
@@ -169,7 +170,7 @@ class LabelledTable(LabelledFiles):
         rows = read_labels(self.path, image_column, label_column)
         names = imagenet_class_names() if class_names == "imagenet" else class_names
         if names is not None and not names:
-            raise InputError(f"{path}: class_names is empty; leave it out for those in the table")
+            raise InputError(f"class_names: must not be empty; leave it out to use the classes of {path}")
         labels, self.class_names = resolve_labels(
             self.path, [(number, label) for number, _, label in rows], None if names is None else list(names)
         )

@@ -1,4 +1,4 @@
-"""Images with captions to be found by each other: Flickr30k, COCO, and whatever can be trained on."""
+"""Captioned images for retrieval: Flickr30k, COCO, and any source of pairs that can be trained on."""
 
 import re
 from collections.abc import Sequence
@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from datamodules.evaluation.indexes import find, read_json, read_text, read_words
-from datamodules.loading.images import open_image
+from datamodules.evaluation.annotation_files import find, read_json, read_text, read_words
+from datamodules.evaluation.image_files import UnlabelledFiles
 from datamodules.open_source import open_source
 from datamodules.pairs.columns import ColumnPairs
 from datamodules.pairs.source import PairSource
@@ -20,21 +20,21 @@ LINE = re.compile(r"(?P<name>[^,|#\t]+\.jpe?g)(?:,|\|\s*\d+\s*\|?|#\d+\t)(?P<cap
 
 
 class CaptionedPairs(CaptionedImages):
-    """Any source of pairs (a table, a folder, COCO's or Karpathy's JSON, parquet, tar shards) as a set for retrieval.
+    """Any source of pairs (a table, a folder, COCO's or Karpathy's JSON, parquet, tar shards) as a retrieval set.
 
-    Rows with the path of one image are one image with all their captions; images that lie in the table or in a
-    tar themselves are one a row.
+    Rows with the same image path are one image with all their captions. Where the source contains the images
+    themselves, each row is an image.
 
     Args:
         path: the source; see :func:`datamodules.open_source.open_source`.
-        root: where relative paths of images start; None: found out.
-        image_column: of a table; None: found out.
-        caption_column: likewise.
-        split: of sources that come in splits; None: ``test`` where there is one.
+        root: folder that image paths are relative to; None: detected automatically.
+        image_column: of a table; None: detected automatically.
+        caption_column: of a table; None: detected automatically.
+        split: of a source with splits; None: ``test`` if there is one.
 
     Raises:
         MissingData: no such path.
-        InputError: it cannot be read as what it is.
+        InputError: the source cannot be read.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class CaptionedPairs(CaptionedImages):
 
 
 def _image_names(source: PairSource) -> list[str] | None:
-    """Of each row the path of its image as written; None: images are no files of their own."""
+    """Return each row's image path as written; None: the images are not files of their own."""
     paths = source.image_paths() if isinstance(source, ColumnPairs) else None
     if paths is None:
         return None
@@ -86,51 +86,51 @@ def _image_names(source: PairSource) -> list[str] | None:
 
 
 def _rows_of_images(names: Sequence[str] | None, rows: int) -> list[np.ndarray]:
-    """The rows of each image, in order of appearance."""
+    """Group rows by image, in order of appearance."""
     if names is None:
         return [np.array([row]) for row in range(rows)]
     found: dict[str, list[int]] = {}
     for row, name in enumerate(names):
         found.setdefault(name, []).append(row)
-    return [np.array(mine) for mine in found.values()]
+    return [np.array(rows_of_image) for rows_of_image in found.values()]
 
 
 class COCO(CaptionedPairs):
     """COCO's captions: ``dataset_coco.json`` (Karpathy's splits) or ``annotations/captions_val2017.json``.
 
-    The 5,000 images that the field tests on are Karpathy's, which are others than the 5,000 of val2017; where both
-    files are there, they are taken.
+    Results in the literature are on the 5,000 images of Karpathy's test split, which are not the 5,000 of val2017.
+    If both files exist, Karpathy's is used.
 
     Args:
         root: the folder of the file, with the images in ``val2014``, ``train2014`` or ``val2017``.
-        split: of Karpathy's; val2017 is one.
+        split: one of Karpathy's splits; ignored for val2017.
 
     Raises:
         MissingData: no such folder or file.
     """
 
     def __init__(self, root: str, split: str = "test") -> None:
-        names = ("dataset_coco.json", "annotations/dataset_coco.json")
-        others = ("annotations/captions_val2017.json", "captions_val2017.json")
-        path = find(Path(root), (*names, *others), "file of captions")
+        karpathy = ("dataset_coco.json", "annotations/dataset_coco.json")
+        val2017 = ("annotations/captions_val2017.json", "captions_val2017.json")
+        path = find(Path(root), (*karpathy, *val2017), "file of captions")
         super().__init__(str(path), split=split if path.name == "dataset_coco.json" else None)
 
 
-class Flickr30k(CaptionedImages):
-    """Flickr30k's 1,000 images of Karpathy's test split, or another of his.
+class Flickr30k(UnlabelledFiles, CaptionedImages):
+    """Flickr30k's 1,000 images of Karpathy's test split, or another of his splits.
 
-    The captions are in ``dataset_flickr30k.json`` (Karpathy), ``flickr30k_test_karpathy.txt`` (CLIP_benchmark), or in
-    ``results.csv`` or ``results_20130124.token`` (the owners'), which are of all images and need the names of the
-    split's beside them, one a line, in ``test.txt``.
+    Captions are read from ``dataset_flickr30k.json`` (Karpathy), ``flickr30k_test_karpathy.txt`` (CLIP_benchmark),
+    ``results.csv`` or ``results_20130124.token`` (both from the set's owners). The last two cover all images and need a
+    ``test.txt`` beside them that lists the split's images, one per line.
 
     Args:
         root: the folder of that file, with the images in it or in ``flickr30k-images``, ``flickr30k_images`` or
             ``images``.
-        split: its name.
+        split: ``train``, ``val`` or ``test``.
 
     Raises:
         MissingData: no such folder or file.
-        InputError: a line that cannot be read, or no image of the split.
+        InputError: a line cannot be read, or the split has no images.
     """
 
     def __init__(self, root: str, split: str = "test") -> None:
@@ -139,36 +139,23 @@ class Flickr30k(CaptionedImages):
         names = ("dataset_flickr30k.json", listed, "results.csv", "flickr30k_images/results.csv")
         path = find(top, (*names, "results_20130124.token"), "file of captions")
         if path.suffix == ".json":
-            self._captions = _of_karpathy(path, split, _folder_of(top, _first_name(path)))
+            self._captions = _read_karpathy(path, split, _folder_of(top, _first_name(path)))
         else:
-            self._captions = _of_lines(path)
+            self._captions = _read_lines(path)
             if path.name != listed:
-                self._captions = _only(self._captions, path, find(path.parent, (f"{split}.txt",), "names of the split"))
+                names_file = find(path.parent, (f"{split}.txt",), "list of the split's images")
+                self._captions = _restrict(self._captions, path, names_file)
         require(bool(self._captions), f"{path}: no captions in it; get it again")
-        self._names = list(self._captions)
-        self.root = _folder_of(top, self._names[0])
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def images(self, index: int) -> list[Image.Image]:
-        path = self.root / self._names[index]
-        return [open_image(path, str(path))]
+        self.names = list(self._captions)
+        self.root = _folder_of(top, self.names[0])
 
     def captions(self, index: int) -> list[str]:
-        return list(self._captions[self._names[index]])
-
-    def key(self, index: int) -> str:
-        return self._names[index]
-
-    def stamp(self) -> str:
-        files = stamp_of_files(path for path in (self.root / name for name in self._names) if path.is_file())
-        return f"{files}-{hash64(repr(self._names)).hex()}"
+        return list(self._captions[self.names[index]])
 
 
 def _folder_of(root: Path, name: str) -> Path:
-    folders = ("flickr30k-images", "flickr30k_images", "images", "", "flickr30k_images/flickr30k_images")
-    return find(root, [f"{folder}/{name}".lstrip("/") for folder in folders], "images").parent
+    folders = ("flickr30k-images/", "flickr30k_images/", "images/", "", "flickr30k_images/flickr30k_images/")
+    return find(root, [f"{folder}{name}" for folder in folders], "images").parent
 
 
 def _first_name(path: Path) -> str:
@@ -179,26 +166,27 @@ def _first_name(path: Path) -> str:
         raise InputError(f"{path}: not Karpathy's list of images ({error!r}); get it again") from error
 
 
-def _of_karpathy(path: Path, split: str, folder: Path) -> dict[str, list[str]]:
+def _read_karpathy(path: Path, split: str, folder: Path) -> dict[str, list[str]]:
     source = open_source(path, root=str(folder), split=split)
     names = _image_names(source) or []
     return {name: source.captions(row) for row, name in enumerate(names)}
 
 
-def _of_lines(path: Path) -> dict[str, list[str]]:
-    """``NAME.jpg,CAPTION`` with commas in it, ``NAME.jpg| NUMBER| CAPTION`` or ``NAME.jpg#NUMBER<tab>CAPTION``."""
+def _read_lines(path: Path) -> dict[str, list[str]]:
+    """Read ``NAME.jpg,CAPTION`` with commas in it, ``NAME.jpg| NUMBER| CAPTION`` or ``NAME.jpg#NUMBER<tab>CAPTION``."""
     captions: dict[str, list[str]] = {}
     for number, line in enumerate(read_text(path).splitlines(), start=1):
         match = LINE.fullmatch(line.strip())
         if match:
             captions.setdefault(match["name"], []).append(match["caption"].strip())
-        elif number > 1 and line.strip():  # the first is a header
-            raise InputError(f"{path} line {number}: {line.strip()[:60]!r} is no image and caption; fix the line")
+        elif number > 1 and line.strip():  # the first line may be a header
+            raise InputError(f"{path} line {number}: {line.strip()[:60]!r} is not an image and a caption; fix the line")
     return captions
 
 
-def _only(captions: dict[str, list[str]], path: Path, names: Path) -> dict[str, list[str]]:
-    wanted = [row[0] for row in read_words(names, 1)]
-    if wrong := [name for name in wanted if name not in captions]:
-        raise InputError(f"{names}: {wrong[0]} is not in {path.name}; fix the list")
+def _restrict(captions: dict[str, list[str]], path: Path, names_file: Path) -> dict[str, list[str]]:
+    """Keep the captions of the images that ``names_file`` lists, in its order."""
+    wanted = [row[0] for row in read_words(names_file, 1)]
+    if unknown := [name for name in wanted if name not in captions]:
+        raise InputError(f"{names_file}: {unknown[0]} is not in {path.name}; fix the list")
     return {name: captions[name] for name in wanted}

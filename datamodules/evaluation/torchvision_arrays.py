@@ -1,7 +1,6 @@
-"""Sets of table 9 whose images lie together in one file: arrays, a table, HDF5.
+"""Sets of table 9 whose images are rows of one file (an array, a table, HDF5), in torchvision's layout on disk.
 
-Files lie as torchvision lays them out. Labels are read when a set is made; pixels stay in the file, which each process
-opens when it is first asked for one.
+Labels are read on construction. Pixels stay in the file, which each process opens when it first reads an image.
 """
 
 import csv
@@ -11,38 +10,38 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from datamodules.evaluation.indexes import read_text
-from datamodules.evaluation.torchvision_sets import Halves, Thirds
+from datamodules.evaluation.annotation_files import find, first_line, import_optional, read_text
+from datamodules.evaluation.image_files import TrainTest, TrainValTest
 from lit_clip.errors import BadSample, InputError
 from lit_clip.evaluation.data import LabelledImages, MissingData, stamp_of_files
 
 EMOTIONS = ["angry", "disgusted", "fearful", "happy", "sad", "surprised", "neutral"]
 STL10_CLASSES = ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"]
-FACE = 48  # pixels a side
+FACE_SIDE = 48  # pixels
 
 
-def _present(*paths: Path) -> None:
+def _require_files(*paths: Path) -> None:
     missing = next((path for path in paths if not path.is_file()), None)
     if missing is not None:
         raise MissingData(f"{missing}: no such file")
 
 
 class ImageArrays(LabelledImages):
-    """Images in rows of a file.
+    """Images that are rows of a file.
 
     Args:
         path: the file.
-        labels: of each image its class.
+        labels: each image's class.
         class_names: in label order.
-        rows: of each image its row in the file; None: all of them, in order.
+        rows: each image's row in the file; None: all rows, in order.
 
     Raises:
-        InputError: no labels, or one that is none of the classes.
+        InputError: there are no labels, or one has no class name.
     """
 
     def __init__(
@@ -54,8 +53,8 @@ class ImageArrays(LabelledImages):
         self._opened: tuple[int, Any] | None = None
         wrong = next((label for label in self._labels if not 0 <= label < len(self.class_names)), None)
         if not self._labels or wrong is not None:
-            what = "no images" if wrong is None else f"label {wrong} is none of the {len(self.class_names)} classes"
-            raise InputError(f"{path}: {what}; get the files again")
+            problem = "no images" if wrong is None else f"label {wrong} is none of the {len(self.class_names)} classes"
+            raise InputError(f"{path}: {problem}; get the files again")
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -70,7 +69,7 @@ class ImageArrays(LabelledImages):
             raise BadSample(where, "broken image", f"cannot read its pixels ({error}); get the file again") from error
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_opened": None}  # a data worker opens its own
+        return {**self.__dict__, "_opened": None}  # each data worker opens the file itself
 
     def _pixels(self) -> Any:
         if self._opened is None or self._opened[0] != os.getpid():  # HDF5 files do not survive a fork
@@ -79,10 +78,10 @@ class ImageArrays(LabelledImages):
 
     @abstractmethod
     def open(self) -> Any:
-        """The file's pixels, such that rows of them can be read."""
+        """Open the file and return its pixels, to be indexed by row."""
 
     def image(self, pixels: Any, row: int) -> Image.Image:
-        """A row of what :meth:`open` returned as an image."""
+        """Return a row of what :meth:`open` returned as an image."""
         return Image.fromarray(np.asarray(pixels[row]))
 
     def labels(self) -> list[int]:
@@ -97,25 +96,25 @@ class ImageArrays(LabelledImages):
 
 
 class _CIFAR(ImageArrays):
-    """Pickled batches of ``uint8 [N, 3072]``: 32 x 32 pixels, one colour after the other."""
+    """Pickled batches of ``uint8 [N, 3072]``: 32 x 32 pixels, one channel after the other."""
 
     FOLDER: str
     PARTS: dict[str, list[str]]
     META: tuple[str, str]
     LABELS: str
 
-    def __init__(self, root: str, split: Halves = "test") -> None:
+    def __init__(self, root: str, split: TrainTest = "test") -> None:
         folder = Path(root) / self.FOLDER
         self.paths = [folder / name for name in self.PARTS[split]]
-        _present(*self.paths, folder / self.META[0])
-        batches = [_unpickled(path, "data", self.LABELS) for path in self.paths]
+        _require_files(*self.paths, folder / self.META[0])
+        batches = [_unpickle(path, "data", self.LABELS) for path in self.paths]
         labels = [label for batch in batches for label in batch[self.LABELS]]
-        (names,) = (_unpickled(folder / self.META[0], self.META[1])[self.META[1]],)
+        names = _unpickle(folder / self.META[0], self.META[1])[self.META[1]]
         super().__init__(self.paths[0], labels, [name.replace("_", " ") for name in names])
         self._opened = (os.getpid(), np.concatenate([batch["data"] for batch in batches]))
 
     def open(self) -> Any:
-        return np.concatenate([_unpickled(path, "data", self.LABELS)["data"] for path in self.paths])
+        return np.concatenate([_unpickle(path, "data", self.LABELS)["data"] for path in self.paths])
 
     def image(self, pixels: Any, row: int) -> Image.Image:
         return Image.fromarray(np.ascontiguousarray(pixels[row].reshape(3, 32, 32).transpose(1, 2, 0)))
@@ -142,8 +141,8 @@ class CIFAR100(_CIFAR):
     LABELS = "fine_labels"
 
 
-class _Arrays(pickle.Unpickler):
-    """Unpickles lists, texts and arrays, and refuses whatever else a file would run."""
+class _ArrayUnpickler(pickle.Unpickler):
+    """Unpickle lists, strings and arrays, and refuse anything else, which could run code."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("_codecs", "encode") or (
@@ -153,38 +152,37 @@ class _Arrays(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it would run {module}.{name}")
 
 
-def _unpickled(path: Path, *keys: str) -> dict[str, Any]:
+def _unpickle(path: Path, *keys: str) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
-            content = _Arrays(file, encoding="latin1").load()
+            content = _ArrayUnpickler(file, encoding="latin1").load()
         if "data" in keys and content["data"].shape != (len(content[keys[1]]), 3072):
             raise ValueError(f"pixels of shape {content['data'].shape}")
         return {key: content[key] for key in keys}
-    except Exception as error:  # a broken pickle fails with whatever its bytes happen to say
-        what = str(error).partition("\n")[0] or type(error).__name__
-        raise InputError(f"{path}: not a batch of CIFAR ({what}); get it again") from error
+    except Exception as error:  # a broken pickle can raise anything
+        raise InputError(f"{path}: not a batch of CIFAR ({first_line(error)}); get it again") from error
 
 
 def _idx_size(path: Path, dimensions: int) -> tuple[int, ...]:
-    """The sizes that an IDX file of bytes states: 0, 0, 8 (bytes), the number of dimensions, and each as 4 bytes."""
+    """Read the array shape from an IDX file's header: 0, 0, 8 (bytes), the number of dimensions, 4 bytes for each."""
     with path.open("rb") as file:
-        head = file.read(4 + 4 * dimensions)
-    sizes = tuple(int.from_bytes(head[start : start + 4], "big") for start in range(4, len(head), 4))
-    if head[:4] != bytes([0, 0, 8, dimensions]) or path.stat().st_size != len(head) + int(np.prod(sizes)):
-        raise InputError(f"{path}: not a whole IDX file of bytes in {dimensions} dimensions; get it again")
+        header = file.read(4 + 4 * dimensions)
+    sizes = tuple(int.from_bytes(header[start : start + 4], "big") for start in range(4, len(header), 4))
+    if header[:4] != bytes([0, 0, 8, dimensions]) or path.stat().st_size != len(header) + int(np.prod(sizes)):
+        raise InputError(f"{path}: not a complete IDX file of bytes in {dimensions} dimensions; get it again")
     return sizes
 
 
 class MNIST(ImageArrays):
-    """MNIST: digits of 28 x 28 grey pixels in unpacked IDX files, ``MNIST/raw``."""
+    """MNIST: grey digits of 28 x 28 pixels in unpacked IDX files, ``MNIST/raw``."""
 
-    def __init__(self, root: str, split: Halves = "test") -> None:
+    def __init__(self, root: str, split: TrainTest = "test") -> None:
         start = str(Path(root) / "MNIST" / "raw" / ("train" if split == "train" else "t10k"))
         images, labels = Path(f"{start}-images-idx3-ubyte"), Path(f"{start}-labels-idx1-ubyte")
-        _present(images, labels)
+        _require_files(images, labels)
         self.shape = _idx_size(images, 3)
         if _idx_size(labels, 1)[0] != self.shape[0]:
-            raise InputError(f"{labels}: not as many labels as {images.name} has images; get both again")
+            raise InputError(f"{labels}: fewer or more labels than images in {images.name}; get both again")
         super().__init__(images, np.fromfile(labels, np.uint8, offset=8).tolist(), [str(digit) for digit in range(10)])
 
     def open(self) -> Any:
@@ -192,40 +190,37 @@ class MNIST(ImageArrays):
 
 
 class FER2013(ImageArrays):
-    """Faces of 48 x 48 grey pixels with one of seven emotions, in a table: ``fer2013.csv`` or ``icml_face_data.csv``.
+    """FER2013: grey faces of 48 x 48 pixels with seven emotions, in ``fer2013.csv`` or ``icml_face_data.csv``.
 
     Args:
         root: the folder with ``fer2013``.
-        split: ``train`` is the challenge's Training, ``val`` its PublicTest, ``test`` its PrivateTest.
+        split: the challenge's Training (``train``), PublicTest (``val``) or PrivateTest (``test``).
     """
 
-    def __init__(self, root: str, split: Thirds = "test") -> None:
+    def __init__(self, root: str, split: TrainValTest = "test") -> None:
         folder = Path(root) / "fer2013"
-        places = [folder / "fer2013.csv", folder / "icml_face_data.csv"]
-        path = next((place for place in places if place.is_file()), None)
-        if path is None:
-            raise MissingData(f"{folder}: neither fer2013.csv nor icml_face_data.csv in it")
+        path = find(folder, ("fer2013.csv", "icml_face_data.csv"), "table")
         usage = {"train": "Training", "val": "PublicTest", "test": "PrivateTest"}[split]
         labels, rows = [], []
-        self.starts: list[int] = []  # of every row of the table its first byte
+        self.starts: list[int] = []  # byte offset of every row of the table
         with path.open("rb") as file:
             self.columns = _cells(file.readline())
             if set(self.columns) != {"emotion", "pixels", "Usage"}:
                 raise InputError(f"{path}: its columns are {', '.join(self.columns)}, not emotion, pixels, Usage")
-            while line := self._next(file):
+            while line := self._next_line(file):
                 if not line.strip():
                     continue
                 cells = dict(zip(self.columns, _cells(line), strict=False))
                 if not cells["emotion"].isdigit() or "Usage" not in cells:
                     raise InputError(
-                        f"{path} row {len(self.starts) - 1}: not a face with its emotion; get the file again"
+                        f"{path} row {len(self.starts) - 1}: not a face and its emotion; get the file again"
                     )
                 if cells["Usage"] == usage:
                     rows.append(len(self.starts) - 1)
                     labels.append(int(cells["emotion"]))
         super().__init__(path, labels, EMOTIONS, rows)
 
-    def _next(self, file: Any) -> bytes:
+    def _next_line(self, file: Any) -> bytes:
         self.starts.append(file.tell())
         return file.readline()
 
@@ -236,7 +231,7 @@ class FER2013(ImageArrays):
         pixels.seek(self.starts[row])
         cells = dict(zip(self.columns, _cells(pixels.readline()), strict=True))
         values = np.array(cells["pixels"].split(), dtype=np.uint8)
-        return Image.fromarray(values.reshape(FACE, FACE))
+        return Image.fromarray(values.reshape(FACE_SIDE, FACE_SIDE))
 
 
 def _cells(line: bytes) -> list[str]:
@@ -244,21 +239,23 @@ def _cells(line: bytes) -> list[str]:
 
 
 class STL10(ImageArrays):
-    """STL-10: 96 x 96 pixels, column after column, colour after colour; ``stl10_binary``.
+    """STL-10: 96 x 96 pixels, stored channel by channel and column by column; ``stl10_binary``.
 
     Args:
         root: the folder with ``stl10_binary``.
         split: ``train`` or ``test``.
-        fold: of ``train`` the 1,000 images of one of the ten folds; None: all 5,000. ``test`` is the same for all.
+        fold: one of the ten folds of 1,000 training images; None: all 5,000. ``test`` is the same for all folds.
     """
 
-    def __init__(self, root: str, split: Halves = "test", fold: int | None = None) -> None:
+    def __init__(self, root: str, split: TrainTest = "test", fold: int | None = None) -> None:
         folder = Path(root) / "stl10_binary"
         pixels, labels = folder / f"{split}_X.bin", folder / f"{split}_y.bin"
-        _present(pixels, labels)
+        _require_files(pixels, labels)
         classes = np.fromfile(labels, np.uint8).astype(int) - 1
         if pixels.stat().st_size != len(classes) * 3 * 96 * 96:
-            raise InputError(f"{pixels}: not {len(classes)} images as {labels.name} has labels; get both again")
+            raise InputError(
+                f"{pixels}: not {len(classes)} images, the number of labels in {labels.name}; get both again"
+            )
         rows = list(range(len(classes))) if split == "test" or fold is None else _fold(folder, fold, len(classes))
         super().__init__(pixels, classes[rows].tolist(), STL10_CLASSES, None if len(rows) == len(classes) else rows)
         self.count = len(classes)
@@ -274,21 +271,21 @@ def _fold(folder: Path, fold: int, count: int) -> list[int]:
     path = folder / "fold_indices.txt"
     lines = read_text(path).splitlines()
     if not 0 <= fold < len(lines):
-        raise InputError(f"{path}: no fold {fold}; it has 0 to {len(lines) - 1}")
+        raise InputError(f"{path}: fold must be between 0 and {len(lines) - 1}, not {fold}")
     words = lines[fold].split()
     if not words or not all(word.isdigit() and int(word) < count for word in words):
-        raise InputError(f"{path} line {fold + 1}: not numbers of the {count} images; get it again")
+        raise InputError(f"{path} line {fold + 1}: not indices of the {count} images; get the file again")
     return [int(word) for word in words]
 
 
 class PCam(ImageArrays):
-    """PatchCamelyon: 96 x 96 pixels of lymph nodes, in HDF5 files."""
+    """PatchCamelyon: images of lymph nodes, 96 x 96 pixels, in HDF5 files."""
 
-    def __init__(self, root: str, split: Literal["train", "val", "test"] = "test") -> None:
+    def __init__(self, root: str, split: TrainValTest = "test") -> None:
         part = {"train": "train", "val": "valid", "test": "test"}[split]
         start = f"camelyonpatch_level_2_split_{part}"
-        pixels, labels = (Path(root) / "pcam" / f"{start}_{what}.h5" for what in "xy")
-        _present(pixels, labels)
+        pixels, labels = (Path(root) / "pcam" / f"{start}_{array}.h5" for array in "xy")
+        _require_files(pixels, labels)
         classes = np.asarray(_dataset(labels, "y")).reshape(-1)
         count = _dataset(pixels, "x").shape[0]
         if count != len(classes):
@@ -301,10 +298,7 @@ class PCam(ImageArrays):
 
 
 def _dataset(path: Path, name: str) -> Any:
-    try:
-        import h5py
-    except ImportError as error:
-        raise InputError(f"{path}: is read with h5py, which is not installed; pip install h5py") from error
+    h5py = import_optional("h5py", "h5py", path)
     try:
         return h5py.File(path, "r")[name]
     except (OSError, KeyError) as error:

@@ -554,3 +554,7 @@ MINIATURES = {
     "rendered_sst2": Miniature(sets.RenderedSST2, write_rendered_sst2, torchvision="RenderedSST2"),
     "imagenet": Miniature(sets.ImageNet, write_imagenet),
 }
+
+
+def open_miniature(miniature: Miniature, root: Path, split: str) -> LabelledImages:
+    return miniature.make(str(root), split, **miniature.options)

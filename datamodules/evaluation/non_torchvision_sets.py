@@ -1,13 +1,13 @@
-"""Sets without a class in torchvision: Birdsnap, RESISC45, Hateful Memes, aYahoo, SUN; and scikit-learn's digits."""
+"""Classification sets that torchvision lacks: Birdsnap, RESISC45, Hateful Memes, aYahoo, SUN, scikit-learn's digits."""
 
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from PIL import Image
 
-from datamodules.evaluation.image_files import ImageFiles, by_hash, images_in, in_class_folders, subfolders
-from datamodules.evaluation.indexes import find, read_table, read_text, read_words
+from datamodules.evaluation.annotation_files import find, import_optional, read_table, read_text, read_words
+from datamodules.evaluation.image_files import ImageFiles, TrainTest, by_hash, in_class_folders, subfolders
 from datamodules.evaluation.labelled_table import read_labels, resolve_labels
 from lit_clip.errors import InputError
 from lit_clip.evaluation.data import LabelledImages
@@ -17,80 +17,80 @@ TRAINING_DIGITS = 1000
 
 
 class Birdsnap(ImageFiles):
-    """Birdsnap 1.1: North American birds, of the images those that its ``get_birdsnap.py`` could still fetch.
+    """Birdsnap 1.1: North American birds, as far as its ``get_birdsnap.py`` could still download the images.
 
     Args:
         root: with ``species.txt``, ``images.txt`` and ``test_images.txt``, and ``download/images`` or ``images``.
         split: ``test``: the images in ``test_images.txt``; ``train``: the others.
 
     Attributes:
-        class_names: the species in the order of their folders' names, which is that of the paper's list.
+        class_names: the species, sorted by folder name, which is the order of the paper's list.
 
     Raises:
-        MissingData: no such file, or no folder of images.
-        InputError: a list that cannot be read, a species unknown to it, or no image left.
+        MissingData: a list or the folder of images does not exist.
+        InputError: a list cannot be read or names an unknown species, or no image of the split exists.
     """
 
-    def __init__(self, root: str, split: Literal["train", "test"] = "test") -> None:
+    def __init__(self, root: str, split: TrainTest = "test") -> None:
         folder = Path(root)
         species = read_table(folder / "species.txt", {"dir": ["dir"]}, delimiter="\t")
         folders = sorted(row["dir"] for row in species)
         listed = [row["path"] for row in read_table(folder / "images.txt", {"path": ["path"]}, delimiter="\t")]
         test = {row["path"] for row in read_table(folder / "test_images.txt", {"path": ["path"]}, delimiter="\t")}
-        place = {name: label for label, name in enumerate(folders)}
+        label_of = {name: label for label, name in enumerate(folders)}
         images = find(folder, ["download/images", "images"], "folder of images")
         files, labels = [], []
         for path in listed:
-            if path.split("/")[0] not in place:
-                raise InputError(f"{folder / 'images.txt'}: {path} is of no species in species.txt")
+            species_folder = path.split("/")[0]
+            if species_folder not in label_of:
+                raise InputError(f"{folder / 'images.txt'}: {path} is of no species in species.txt; get both again")
             if (path in test) == (split == "test") and (images / path).is_file():
                 files.append((images / path).relative_to(folder).as_posix())
-                labels.append(place[path.split("/")[0]])
+                labels.append(label_of[species_folder])
         super().__init__(folder, files, labels, [name.replace("_", " ") for name in folders])
 
 
 class RESISC45(ImageFiles):
     """NWPU-RESISC45: aerial images of 45 kinds of places, 700 each.
 
-    The paper trains on 3,150 and tests on 25,200 and does not say on which. Here of each class the first tenth by
-    the BLAKE2 hash of ``seed/name`` is trained on and the next eight tenths are tested; the last tenth is not used.
+    The paper trains on 3,150 images and tests on 25,200 without saying which. Here each class is sorted by
+    :func:`by_hash`: the first tenth is ``train``, the next eight tenths are ``test``, and the last tenth is not used.
 
     Args:
-        root: with ``NWPU-RESISC45``, or that folder itself.
-        split: of the images.
-        seed: of the division.
+        root: the folder that contains ``NWPU-RESISC45``, or that folder itself.
+        split: ``train`` or ``test``.
+        seed: of the split.
 
     Raises:
         MissingData: no such folder.
-        InputError: other classes than 45, or one without images.
+        InputError: there are not 45 classes, or one has no images.
     """
 
-    def __init__(self, root: str, split: Literal["train", "test"] = "test", seed: int = 0) -> None:
-        folder = find(Path(root), ["NWPU-RESISC45", ""], "folder of classes")
+    def __init__(self, root: str, split: TrainTest = "test", seed: int = 0) -> None:
+        folder = find(Path(root), ["NWPU-RESISC45", ""], "class folders")
         classes = subfolders(folder)
         if len(classes) != 45:
-            raise InputError(f"{folder}: {len(classes)} folders of classes instead of 45; unpack the archive again")
-        files, labels = [], []
-        for label, name in enumerate(classes):
-            order = by_hash([f"{name}/{image}" for image in images_in(folder / name)], seed)
-            tenth = len(order) // 10
-            chosen = sorted(order[:tenth] if split == "train" else order[tenth : 9 * tenth])
-            files += chosen
-            labels += [label] * len(chosen)
+            raise InputError(f"{folder}: {len(classes)} class folders instead of 45; unpack the archive again")
+
+        def in_split(paths: list[str]) -> list[str]:
+            shuffled, tenth = by_hash(paths, seed), len(paths) // 10
+            return sorted(shuffled[:tenth] if split == "train" else shuffled[tenth : 9 * tenth])
+
+        files, labels = in_class_folders(folder, classes, in_split)
         super().__init__(folder, files, labels, [name.replace("_", " ") for name in classes])
 
 
 class HatefulMemes(ImageFiles):
-    """The Hateful Memes Challenge: images with writing, harmless or not.
+    """The Hateful Memes Challenge: images with text, hateful or not.
 
     Args:
-        root: with ``train.jsonl``, ``dev_seen.jsonl`` (in the first release ``dev.jsonl``, of the same 500) and
+        root: with ``train.jsonl``, ``dev_seen.jsonl`` (in the first release ``dev.jsonl``, the same 500 rows) and
             ``img``.
-        split: ``dev`` is what the paper tests on.
+        split: ``train``, or ``dev``, which the paper tests on.
 
     Raises:
         MissingData: no such file.
-        InputError: a row without image or label, or another label than 0 and 1.
+        InputError: a row has no image or label, or a label is not 0 or 1.
     """
 
     def __init__(self, root: str, split: Literal["train", "dev"] = "dev") -> None:
@@ -103,16 +103,16 @@ class HatefulMemes(ImageFiles):
 
 
 class AYahoo(ImageFiles):
-    """aYahoo: images of 12 classes that a search engine found (Farhadi et al. 2009), as Visual N-Grams was tested on.
+    """aYahoo: search engine results for 12 classes (Farhadi et al. 2009), a test set of Visual N-Grams.
 
-    Whole images, each once; of one in which several objects are marked the first one's class.
+    Each image is used whole and once; where several objects are marked, the first gives the class.
 
     Args:
-        root: with ``ayahoo_test_images`` and ``attribute_data/ayahoo_test.txt`` (or that file itself).
+        root: with ``ayahoo_test_images`` and ``attribute_data/ayahoo_test.txt`` (or ``ayahoo_test.txt``).
 
     Raises:
         MissingData: no such file.
-        InputError: a line that cannot be read.
+        InputError: a line has too few words.
     """
 
     def __init__(self, root: str) -> None:
@@ -128,16 +128,16 @@ class AYahoo(ImageFiles):
 
 
 class SUN(ImageFiles):
-    """SUN397 without a division: all its images, 108,754, of 397 kinds of places.
+    """All 108,754 images of SUN397, without splits: 397 kinds of places.
 
-    Labels follow the names in words, as the paper's prompts do.
+    Labels follow the sorted class names in words, like the paper's prompts.
 
     Args:
-        root: with ``SUN397``, in which ``ClassName.txt`` lists the classes' folders.
+        root: with ``SUN397``, whose ``ClassName.txt`` lists the class folders.
 
     Raises:
         MissingData: no such file.
-        InputError: a class without images.
+        InputError: a class has no images.
     """
 
     def __init__(self, root: str) -> None:
@@ -150,7 +150,7 @@ class SUN(ImageFiles):
 
 
 class Digits(LabelledImages):
-    """scikit-learn's handwritten digits, which it brings along: 1,797 grey images of 8 x 8 pixels.
+    """The handwritten digits that come with scikit-learn: 1,797 grey images of 8 x 8 pixels.
 
     Args:
         split: ``train``: the first 1,000; ``test``: the other 797.
@@ -159,17 +159,12 @@ class Digits(LabelledImages):
         InputError: scikit-learn is not installed.
     """
 
-    def __init__(self, split: Literal["train", "test"] = "test") -> None:
-        try:
-            from sklearn.datasets import load_digits
-        except ImportError as error:
-            raise InputError(
-                "the digits come with scikit-learn, which is not installed: pip install scikit-learn"
-            ) from error
+    def __init__(self, split: TrainTest = "test") -> None:
+        load_digits = import_optional("sklearn.datasets", "scikit-learn", "the set of digits").load_digits
         rows = slice(0, TRAINING_DIGITS) if split == "train" else slice(TRAINING_DIGITS, None)
         self.class_names, self.first = list(DIGIT_NAMES), rows.start
-        digits: Any = load_digits()
-        self.pixels = (digits.images[rows] * (255 / 16)).round().astype("uint8")  # uint8 [N, 8, 8], of 0 to 16
+        digits = load_digits()
+        self.pixels = (digits.images[rows] * (255 / 16)).round().astype("uint8")  # [N, 8, 8], scaled from 0 to 16
         self._labels: list[int] = digits.target[rows].tolist()
 
     def __len__(self) -> int:

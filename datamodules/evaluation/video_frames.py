@@ -1,4 +1,4 @@
-"""Frames of a video: the one in the middle, or all."""
+"""Decoding a video's frames: the middle one, or all."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,43 +7,36 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from lit_clip.errors import BadSample, InputError
+from datamodules.evaluation.annotation_files import first_line, import_optional
+from lit_clip.errors import BadSample
 
 Frames = Literal["centre", "all"]
 VIDEO_SUFFIXES = frozenset({".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
-WHOLE = (0.0, float("inf"))
-
-
-def _library() -> Any:
-    try:
-        import av
-    except ImportError as error:
-        raise InputError("videos are decoded by PyAV, which is not installed; pip install av") from error
-    return av
+WHOLE = (0.0, float("inf"))  # seconds
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
-    """A container and its first video stream; what goes wrong inside is said of the file."""
-    av = _library()
+    """Open a container and its first video stream; errors raised inside the block name the file."""
+    av = import_optional("av", "av", path)
     try:
         if not path.is_file():
             raise BadSample(str(path), "missing video", "no such video")
         with av.open(str(path)) as container:
             if not container.streams.video:
-                raise BadSample(str(path), "not a video", "no images in it, only sound or nothing; get it again")
+                raise BadSample(str(path), "not a video", "no video stream in it; get it again")
             stream = container.streams.video[0]
-            stream.codec_context.thread_count = 1  # data workers are as many as there are cores
+            stream.codec_context.thread_count = 1  # data workers already use every core
             yield container, stream
     except BadSample:
         raise
     except (av.FFmpegError, OSError, EOFError, ValueError) as error:
-        what = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
-        raise BadSample(str(path), "broken video", f"cannot read this video ({what}); get it again") from error
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise BadSample(str(path), "broken video", f"cannot read this video ({reason}); get it again") from error
 
 
 def times_of_frames(path: Path) -> tuple[list[int], float] | None:
-    """When each frame is shown, rising, and the unit of that in seconds; nothing is decoded. None: the file is mute."""
+    """Return the frames' ascending timestamps and their unit in seconds, without decoding; None: it has none."""
     with _opened(path) as (container, stream):
         times = [packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard]
         unit = float(stream.time_base)
@@ -51,7 +44,7 @@ def times_of_frames(path: Path) -> tuple[list[int], float] | None:
 
 
 def _decoded(path: Path, first: int, last: int, seek: bool) -> list[Image.Image] | None:
-    """Frames shown from ``first`` to ``last``, both included; None: the file's index led past the first of them."""
+    """Decode the frames from timestamp ``first`` to ``last``, inclusive; None: seeking went past ``first``."""
     with _opened(path) as (container, stream):
         if seek:
             container.seek(first, stream=stream)
@@ -68,7 +61,7 @@ def _decoded(path: Path, first: int, last: int, seek: bool) -> list[Image.Image]
 
 
 def _without_times(path: Path, frames: Frames, span: tuple[float, float]) -> list[Image.Image]:
-    """Frames of a file that does not say when they are shown: counted, then decoded from the start."""
+    """Decode frames of a file without timestamps: count all, then decode again from the start."""
     with _opened(path) as (container, stream):
         rate = float(stream.average_rate or stream.guessed_rate or 25)
         count = sum(1 for _ in container.decode(stream))
@@ -83,22 +76,22 @@ def _without_times(path: Path, frames: Frames, span: tuple[float, float]) -> lis
 
 
 def read_frames(path: Path, frames: Frames, span: tuple[float, float] = WHOLE) -> list[Image.Image]:
-    """The frames of a video, or of a span of it, as RGB images in the order in which they are shown.
+    """Decode the frames of a video, or of a span of it, as RGB images in display order.
 
     Args:
         path: the file.
-        frames: ``centre``: the one in the middle, of an even number the later of the two; ``all``.
-        span: seconds from the first frame; the end is not part of it.
+        frames: ``centre``: the middle frame, of an even number the later of the two; ``all``: every frame.
+        span: seconds from the first frame; the end is excluded.
 
     Raises:
-        BadSample: no such file, none with images, a broken one, or no frame in the span.
+        BadSample: the file is missing, broken or not a video, or the span contains no frame.
         InputError: PyAV is not installed.
     """
-    shown = times_of_frames(path)
-    if shown is None:
+    timestamps = times_of_frames(path)
+    if timestamps is None:
         images = _without_times(path, frames, span)
     else:
-        times, unit = shown
+        times, unit = timestamps
         times = [time for time in times if span[0] <= (time - times[0]) * unit < span[1]]
         if frames == "centre":
             times = times[len(times) // 2 :][:1]
@@ -111,6 +104,6 @@ def read_frames(path: Path, frames: Frames, span: tuple[float, float] = WHOLE) -
 
 def _between(path: Path, first: int, last: int) -> list[Image.Image]:
     images = _decoded(path, first, last, seek=True)
-    if images is None:  # the index is wrong: from the start
+    if images is None:  # the file's index is wrong: decode from the start
         images = _decoded(path, first, last, seek=False)
     return images or []

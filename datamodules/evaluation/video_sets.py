@@ -1,51 +1,51 @@
-"""Sets of videos: UCF101, Kinetics700 and RareAct.
+"""Video sets: UCF101, Kinetics700 and RareAct.
 
-The paper looks at the middle frame (tables 10 and 11), or at all frames (table 15).
+The paper uses the middle frame (tables 10 and 11), or all frames (table 15).
 """
 
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 
-from datamodules.evaluation.frames import VIDEO_SUFFIXES, WHOLE, Frames, read_frames
-from datamodules.evaluation.image_folder import LabelledFiles
-from datamodules.evaluation.indexes import find, number, read_table, read_words
+from datamodules.evaluation.annotation_files import find, number, read_table, read_words
+from datamodules.evaluation.image_files import LabelledFiles, TrainTest
+from datamodules.evaluation.video_frames import VIDEO_SUFFIXES, WHOLE, Frames, read_frames
 from datamodules.pairs.source import LeftOut
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import MissingData, VerbsAndNouns
 from lit_clip.tools.hashing import hash64
 
-GONE = "video is gone"
+GONE = "video is gone"  # the reason under which missing videos are counted
 
 
 class Videos(LabelledFiles):
-    """Videos in files, or spans of them, with a class each; one looked at by several frames has their mean features.
+    """Labelled video files, or spans of them; the features of several frames are averaged.
 
-    A class of it sets ``root``, ``files`` and ``class_names``.
+    Subclasses set ``root``, ``files`` and ``class_names``.
 
     Args:
-        frames: ``centre``: the frame in the middle; ``all``.
+        frames: ``centre``: the middle frame; ``all``: every frame.
 
     Attributes:
-        spans: of each clip the seconds from where to where; None: all of each.
-        left_out: what the set names and is not on disk.
+        spans: each clip's start and end in seconds; None: whole files.
+        left_out: videos that the set lists but that are not on disk.
     """
 
     spans: list[tuple[float, float]] | None = None
 
     def __init__(self, frames: Frames) -> None:
-        require(frames in ("centre", "all"), f"frames: {frames!r} is neither centre nor all")
+        require(frames in ("centre", "all"), f"frames: must be 'centre' or 'all', not {frames!r}")
         self.frames: Frames = frames
         self.several = frames == "all"
         self.left_out = LeftOut()
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        """The frame in the middle and the label."""
+        """Return the middle frame and the label."""
         path, label = self.files[index]
         return read_frames(path, "centre", self._span(index))[0], label
 
@@ -62,29 +62,29 @@ class Videos(LabelledFiles):
     def _span(self, index: int) -> tuple[float, float]:
         return WHOLE if self.spans is None else self.spans[index]
 
-    def _tell_left_out(self, of: int) -> None:
+    def _report_left_out(self, listed: int) -> None:
         count = self.absent = sum(self.left_out.counts.values())
-        if count == of:
-            raise MissingData(f"{self.root}: none of the {of} videos that the list names; get them")
+        if count == listed:
+            raise MissingData(f"{self.root}: none of the {listed} videos in the list exists; get them")
         if count:
-            rank_zero_info(f"{self.root}: {count} of {of} videos are not there and are left out")
+            rank_zero_info(f"{self.root}: left out {count} of {listed} videos, which are not there")
 
 
-def _in_words(name: str) -> str:
-    """``BlowDryHair`` -> ``Blow Dry Hair``."""
+def _as_words(name: str) -> str:
+    """Split a name at capitals: ``BlowDryHair`` -> ``Blow Dry Hair``."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
 
 
 class UCF101(Videos):
     """UCF101: ``UCF-101/CLASS/v_CLASS_gXX_cYY.avi`` and the lists in ``ucfTrainTestlist``.
 
-    Labels count the classes in the order of their folders' names, as the paper's prompts do: in ``classInd.txt``
-    HammerThrow comes after Hammering, and JumpRope after JumpingJack, there it is the other way round.
+    Labels follow the sorted class names, like the paper's prompts: HammerThrow before Hammering, and JumpRope before
+    JumpingJack. In ``classInd.txt`` it is the other way round.
 
     Args:
         root: the folder of both.
-        split: of the official ones.
-        fold: which of the three official divisions, from 1.
+        split: ``train`` or ``test``.
+        fold: official split 1, 2 or 3.
         frames: see :class:`Videos`.
 
     Raises:
@@ -92,15 +92,15 @@ class UCF101(Videos):
         InputError: a list names an unknown class.
     """
 
-    def __init__(self, root: str, split: Literal["train", "test"], fold: int = 1, frames: Frames = "centre") -> None:
+    def __init__(self, root: str, split: TrainTest, fold: int = 1, frames: Frames = "centre") -> None:
         super().__init__(frames)
-        require(fold in (1, 2, 3), f"fold: {fold} is none of 1, 2 and 3")
+        require(fold in (1, 2, 3), f"fold: must be 1, 2 or 3, not {fold}")
         top = Path(root)
         lists = find(top, ("ucfTrainTestlist", "UCF101TrainTestSplits-RecognitionTask/ucfTrainTestlist"), "lists")
         self.root = find(top, ("UCF-101", "UCF101"), "folder of videos")
         names = sorted(name for _, name in read_words(lists / "classInd.txt", 2))
         label_of = {name: label for label, name in enumerate(names)}
-        self.class_names = [_in_words(name) for name in names]
+        self.class_names = [_as_words(name) for name in names]
         self.files = []
         path = lists / f"{split}list{fold:02}.txt"
         rows = read_words(path, 1)
@@ -108,16 +108,16 @@ class UCF101(Videos):
             name = row[0].split()[0]  # a training list has the class's number after it
             folder = name.split("/")[0]
             if folder not in label_of:
-                raise InputError(f"{path}: {name} is in none of the folders that classInd.txt names; fix the line")
+                raise InputError(f"{path}: {name} is in none of the folders listed in classInd.txt; fix the line")
             if (self.root / name).is_file():
                 self.files.append((self.root / name, label_of[folder]))
             else:
                 self.left_out.add(name, GONE)
-        self._tell_left_out(len(rows))
+        self._report_left_out(len(rows))
 
 
 def videos_below(folder: Path) -> dict[str, Path]:
-    """All videos in a folder and those below by name without the ending; of several of one name the first by path."""
+    """Map file names without suffix to all videos in a folder and below; of equal names the first by path counts."""
     found: dict[str, Path] = {}
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -131,17 +131,16 @@ def videos_below(folder: Path) -> dict[str, Path]:
 class Kinetics700(Videos):
     """Kinetics700: ``val/LABEL/ID_000010_000020.mp4`` (or ``ID.mp4``, in any folders) and ``annotations/val.csv``.
 
-    Labels count the names in their order, over the tables of all splits that are there. Clips that are gone are left
-    out and counted.
+    Labels follow the sorted class names of all splits whose tables exist. Clips that are gone are left out and counted.
 
     Args:
         root: the folder of both.
-        split: its name.
+        split: ``train``, ``val``, ...
         frames: see :class:`Videos`.
 
     Raises:
         MissingData: no such folder or table, or none of its videos.
-        InputError: the table lacks ``label`` or ``youtube_id``; ``time_start`` and ``time_end`` may be there.
+        InputError: the table lacks ``label`` or ``youtube_id``; ``time_start`` and ``time_end`` are optional.
     """
 
     def __init__(self, root: str, split: str, frames: Frames = "centre") -> None:
@@ -152,10 +151,10 @@ class Kinetics700(Videos):
         timed = "time_start" in table.read_text(encoding="utf-8-sig").partition("\n")[0]
         times = {"start": ("time_start",), "end": ("time_end",)} if timed else {}
         rows = read_table(table, {**columns, **times})
-        self.class_names = sorted({row["label"] for row in rows} | self._labels_elsewhere(split))
+        self.class_names = sorted({row["label"] for row in rows} | self._names_in_other_splits(split))
         label_of = {name: label for label, name in enumerate(self.class_names)}
         found = videos_below(find(self.root, (split,), "folder of videos"))
-        for name in list(found):  # of a clip with its seconds in its name also the name alone
+        for name in list(found):  # also find a clip whose name ends with its seconds by its id
             found.setdefault(re.sub(r"_\d{6}_\d{6}$", "", name), found[name])
         self.files = []
         for row in rows:
@@ -164,9 +163,9 @@ class Kinetics700(Videos):
                 self.left_out.add(row["id"], GONE)
             else:
                 self.files.append((path, label_of[row["label"]]))
-        self._tell_left_out(len(rows))
+        self._report_left_out(len(rows))
 
-    def _labels_elsewhere(self, split: str) -> set[str]:
+    def _names_in_other_splits(self, split: str) -> set[str]:
         names: set[str] = set()
         for other in {"train", "val", "validate"} - {split}:
             try:
@@ -190,11 +189,10 @@ def _clip_name(row: dict[str, str], table: str) -> str:
 
 
 class RareAct(Videos, VerbsAndNouns):
-    """RareAct: ``rareact.csv`` and the videos, called by their identity in any folder below.
+    """RareAct: ``rareact.csv`` and the videos, named by their id, in any folder below.
 
-    A row of the table is a span of a video, a class (a verb and a noun), and a code that says how much of the class is
-    in the span; see :class:`lit_clip.evaluation.data.VerbsAndNouns`. Rows of videos that are gone are left out and
-    counted.
+    A table row is a span of a video, a class (a verb and a noun), and a code for how much of the class the span shows;
+    see :class:`lit_clip.evaluation.data.VerbsAndNouns`. Rows of videos that are gone are left out and counted.
 
     Args:
         root: the folder of both.
@@ -202,7 +200,7 @@ class RareAct(Videos, VerbsAndNouns):
 
     Raises:
         MissingData: no such folder or table, or none of its videos.
-        InputError: the table lacks a column, or a class has no number of its own.
+        InputError: the table lacks a column, or ``class_id`` does not number the classes from 0.
     """
 
     def __init__(self, root: str, frames: Frames = "all") -> None:
@@ -219,10 +217,11 @@ class RareAct(Videos, VerbsAndNouns):
         for row in rows:
             where = f"{table}: {row['video_id']}"
             label, start, end, code = (number(row, name, where) for name in ("class_id", "start", "end", "annotation"))
-            require(code in range(5), f"{where}: annotation is {code:g}, none of 0 to 4")
+            require(code in range(5), f"{where}: annotation must be 0 to 4, not {code:g}; fix the row")
             pair = (row["verb"], row["noun"])
             if words.setdefault(int(label), pair) != pair:
-                raise InputError(f"{where}: class {label:g} is {' '.join(pair)} and {' '.join(words[int(label)])}")
+                both = f"{' '.join(pair)} here and {' '.join(words[int(label)])} in another row"
+                raise InputError(f"{where}: class {label:g} is {both}; fix the row")
             if row["video_id"] not in found:
                 self.left_out.add(row["video_id"], GONE)
                 continue
@@ -230,12 +229,12 @@ class RareAct(Videos, VerbsAndNouns):
             self.files.append((found[row["video_id"]], int(label)))
             self._codes.append(int(code))
             self._videos.append(row["video_id"])
-        self._words = _in_order(words, table)
+        self._words = _sorted_by_label(words, table)
         self.class_names = [f"{verb} {noun}" for verb, noun in self._words]
-        self._tell_left_out(len(rows))
+        self._report_left_out(len(rows))
 
     def annotations(self) -> dict[str, Any]:
-        """Besides what every such set says, ``video``: of each clip the video that it is of."""
+        """Return the verbs and nouns of the classes, and the code and the video of each clip."""
         verbs, nouns = (list(words) for words in zip(*self._words, strict=True))
         return {"verb": verbs, "noun": nouns, "annotation": list(self._codes), "video": list(self._videos)}
 
@@ -243,7 +242,7 @@ class RareAct(Videos, VerbsAndNouns):
         return f"{super().stamp()}-{hash64(repr(self.spans)).hex()}"
 
 
-def _in_order(words: dict[int, tuple[str, str]], table: Path) -> Sequence[tuple[str, str]]:
+def _sorted_by_label(words: dict[int, tuple[str, str]], table: Path) -> Sequence[tuple[str, str]]:
     if sorted(words) != list(range(len(words))):
-        raise InputError(f"{table}: its class_id are not 0 to {len(words) - 1}; get the table again")
+        raise InputError(f"{table}: class_id must be 0 to {len(words) - 1}; get the table again")
     return [words[label] for label in range(len(words))]

@@ -1,0 +1,110 @@
+"""Labelled images that are stored in parquet files."""
+
+import io
+from bisect import bisect_right
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from datamodules.evaluation.image_folder import ClassNames, resolve_names
+from datamodules.loading.images import open_image
+from lit_clip.errors import InputError
+from lit_clip.evaluation.data import LabelledImages, MissingData, numbered, stamp_of_files
+
+
+class ParquetClasses(LabelledImages):
+    """Parquet files with encoded images and labels, as Hugging Face stores ImageNet.
+
+    Args:
+        path: a file, or a folder of ``.parquet`` files (read in the order of their names).
+        class_names: names in label order, or ``imagenet``.
+        image_column: bytes, or a struct with a field ``bytes``.
+        label_column: integers from 0.
+
+    Raises:
+        MissingData: no such file.
+        InputError: a column is missing, or a label has no class name.
+    """
+
+    def __init__(
+        self, path: str, class_names: ClassNames, image_column: str = "image", label_column: str = "label"
+    ) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        self.paths = sorted(Path(path).glob("*.parquet")) if Path(path).is_dir() else [Path(path)]
+        if not self.paths or not all(file.is_file() for file in self.paths):
+            raise MissingData(f"{path}: no such parquet file, and no folder with parquet files")
+        self.image_column = image_column
+        self._labels: list[int] = []
+        self._groups: list[tuple[Path, int, int]] = []  # file, row group, the group's first row in the file
+        self._starts: list[int] = []  # first row of each group, counted over all files
+        self._loaded: tuple[int, Any] | None = None
+        for file in self.paths:
+            try:
+                self._index(file, pq.ParquetFile(file), label_column)
+            except (pa.ArrowException, OSError) as error:
+                raise InputError(f"{file}: not a readable parquet file ({str(error).splitlines()[0]})") from error
+        if not self._labels:
+            raise InputError(f"{path}: no rows")
+        self.class_names = resolve_names(class_names, numbered(self._labels, path), path)
+
+    def _index(self, file: Path, parquet: Any, label_column: str) -> None:
+        import pyarrow as pa
+
+        schema = parquet.schema_arrow
+        for column in (self.image_column, label_column):
+            if column not in schema.names:
+                raise InputError(f"{file}: no column {column!r}; its columns are {', '.join(schema.names)}")
+        if not pa.types.is_integer(schema.field(label_column).type):
+            raise InputError(
+                f"{file}: column {label_column!r} holds {schema.field(label_column).type}, not labels from 0"
+            )
+        first = 0
+        for group in range(parquet.num_row_groups):
+            labels = parquet.read_row_group(group, columns=[label_column])[label_column].to_pylist()
+            for row, label in enumerate(labels, start=first):
+                if label is None or label < 0:
+                    raise InputError(f"{file} row {row}: its label is {label}; only labelled images can be scored")
+            self._groups.append((file, group, first))
+            self._starts.append(len(self._labels))
+            self._labels += labels
+            first += len(labels)
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        import pyarrow.parquet as pq
+
+        group, file, row = self._place(index)
+        number = self._groups[group][1]
+        if self._loaded is None or self._loaded[0] != group:  # rows are read in order: keep the last group
+            column = pq.ParquetFile(file).read_row_group(number, columns=[self.image_column])[self.image_column]
+            self._loaded = (group, column)
+        value = self._loaded[1][index - self._starts[group]].as_py()
+        data = value.get("bytes") if isinstance(value, dict) else value
+        where = f"{file} row {row}"
+        if not isinstance(data, bytes):
+            raise InputError(f"{where}: column {self.image_column!r} holds no encoded image")
+        return open_image(io.BytesIO(data), where), self._labels[index]
+
+    def _place(self, index: int) -> tuple[int, Path, int]:
+        """Find a row: the index of its row group, its file, and its number in the file."""
+        group = bisect_right(self._starts, index) - 1
+        file, _, first = self._groups[group]
+        return group, file, first + index - self._starts[group]
+
+    def labels(self) -> list[int]:
+        return self._labels
+
+    def key(self, index: int) -> str:
+        _, file, row = self._place(index)
+        return f"{file.name}:{row}"
+
+    def stamp(self) -> str:
+        return f"{stamp_of_files(self.paths)}-{self.image_column}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_loaded": None}  # each data worker loads its own row groups

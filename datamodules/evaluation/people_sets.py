@@ -1,0 +1,108 @@
+"""Sets of people: FairFace, with groups to compare accuracy over, and CelebA's identities."""
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Literal, get_args
+
+from datamodules.evaluation.annotation_files import find, read_table, read_words
+from datamodules.evaluation.image_files import ImageFiles, TrainValTest
+from lit_clip.errors import InputError, require
+from lit_clip.evaluation.data import Grouped
+
+Attribute = Literal["race", "gender", "age"]
+FAIRFACE: dict[str, list[str]] = {  # as the tables write them
+    "race": ["White", "Black", "Indian", "East Asian", "Southeast Asian", "Middle Eastern", "Latino_Hispanic"],
+    "gender": ["Male", "Female"],
+    "age": ["0-2", "3-9", "10-19", "20-29", "30-39", "40-49", "50-59", "60-69", "more than 70"],
+}
+
+
+class FairFace(ImageFiles, Grouped):
+    """FairFace: ``fairface_label_val.csv`` and ``val/1.jpg``; one attribute is the class, all three are groups.
+
+    Args:
+        root: the folder of the tables and of ``train`` and ``val``.
+        attribute: ``race`` (7 classes), ``gender`` (2) or ``age`` (9).
+        split: ``val``, the usual test split, or ``train``.
+
+    Raises:
+        MissingData: no such folder, table or images.
+        InputError: a column is missing, or has a value that FairFace does not use.
+    """
+
+    def __init__(self, root: str, attribute: Attribute = "race", split: Literal["train", "val"] = "val") -> None:
+        require(attribute in FAIRFACE, f"attribute: must be one of {', '.join(FAIRFACE)}, not {attribute!r}")
+        table = find(Path(root), (f"fairface_label_{split}.csv",), f"fairface_label_{split}.csv")
+        folders = ("", "fairface-img-margin125-trainval/", "fairface-img-margin025-trainval/")
+        images = find(Path(root), [f"{folder}{split}" for folder in folders], "images").parent
+        rows = read_table(table, {"file": ("file",), **{name: (name,) for name in get_args(Attribute)}})
+        for row in rows:
+            for name, values in FAIRFACE.items():
+                require(
+                    row[name] in values, f"{table}: {row['file']}: {name} is {row[name]!r}, not {', '.join(values)}"
+                )
+        labels = [FAIRFACE[attribute].index(row[attribute]) for row in rows]
+        super().__init__(images, [row["file"] for row in rows], labels, list(FAIRFACE[attribute]))
+        self._groups = {name: [row[name] for row in rows] for name in FAIRFACE}
+
+    def groups(self) -> dict[str, list[str]]:
+        return {name: list(values) for name, values in self._groups.items()}
+
+
+class CelebAIdentities(ImageFiles):
+    """CelebA's people by name: ``identity_CelebA.txt``, ``list_eval_partition.txt``, ``img_align_celeba`` and names.
+
+    CelebA only numbers the people. Their names come from a file of the user's with a number and a name on each line
+    (``2880 Some Body`` or ``2880,Some_Body``). Classes are the ``identities`` named people with the most images, ties
+    going to the smaller number; all other images are left out. The paper does not say which people it used.
+
+    Args:
+        root: the folder of these files.
+        names: the file of names, below ``root``.
+        identities: number of classes; the paper has 100, 1,000 and 2,000.
+        split: the partition; None: all, since no person is in two partitions.
+
+    Raises:
+        MissingData: no such folder or file.
+        InputError: a line that cannot be read, or fewer people than ``identities``.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        names: str = "identity_names.txt",
+        identities: int = 100,
+        split: TrainValTest | None = None,
+    ) -> None:
+        top = Path(root)
+        person_of = dict(read_words(find(top, ("identity_CelebA.txt",), "identity_CelebA.txt"), 2))
+        name_of = _names_of_people(find(top, (names,), "file of the people's names"))
+        images = [name for name, person in person_of.items() if person in name_of]
+        if split is not None:
+            partition = str(get_args(TrainValTest).index(split))
+            partition_of = dict(read_words(find(top, ("list_eval_partition.txt",), "list_eval_partition.txt"), 2))
+            images = [name for name in images if partition_of.get(name) == partition]
+        counts = Counter(person_of[name] for name in images)
+        require(
+            1 < identities <= len(counts),
+            f"identities: {identities} is not at least 2 and at most the {len(counts)} named people who have images "
+            f"({top / names}); change it, or name more people",
+        )
+        people = sorted(counts, key=lambda person: (-counts[person], int(person)))[:identities]
+        label_of = {person: label for label, person in enumerate(people)}
+        kept = [name for name in images if person_of[name] in label_of]
+        folder = find(top, ("img_align_celeba", "img_celeba"), "folder of images")
+        labels = [label_of[person_of[name]] for name in kept]
+        super().__init__(folder, kept, labels, [name_of[person] for person in people])
+
+
+def _names_of_people(path: Path) -> dict[str, str]:
+    names = {}
+    for row in read_words(path, 1):
+        match = re.fullmatch(r"(\d+)[\s,;:]+(.+)", row[0])
+        if match:
+            names[match[1]] = match[2].strip().strip('"').replace("_", " ")
+        elif names:  # the first line may be a header
+            raise InputError(f"{path}: {row[0]!r} is not a number and a name; fix the line")
+    return names

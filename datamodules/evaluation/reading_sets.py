@@ -1,0 +1,107 @@
+"""Sets whose classes are written in the images: SVHN's house numbers and IIIT5K's words."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from datamodules.evaluation.annotation_files import find, first_line, import_optional, read_mat
+from datamodules.evaluation.image_files import ImageFiles, TrainTest
+from lit_clip.errors import InputError, require
+from lit_clip.evaluation.data import Lexicons
+
+
+class SVHNNumbers(ImageFiles):
+    """SVHN's photographs of house numbers (format 1); the class is the whole number.
+
+    Classes are the numbers that occur in the split, sorted by value and then by spelling. The paper does not say which
+    classes it used.
+
+    Args:
+        root: the folder that contains ``test`` with ``digitStruct.mat`` and the images, as in ``test.tar.gz``.
+        split: ``train``, ``test`` or ``extra``.
+
+    Raises:
+        MissingData: no such folder or file.
+        InputError: h5py is not installed, or the file has another structure.
+    """
+
+    def __init__(self, root: str, split: str = "test") -> None:
+        folder = find(Path(root), (split,), f"folder of {split} (unpack {split}.tar.gz)")
+        rows = _digit_structs(find(folder, ("digitStruct.mat",), "digitStruct.mat"))
+        names = sorted({numeral for _, numeral in rows}, key=lambda numeral: (int(numeral), numeral))
+        label_of = {numeral: label for label, numeral in enumerate(names)}
+        super().__init__(folder, [name for name, _ in rows], [label_of[numeral] for _, numeral in rows], names)
+
+
+def _digit_structs(path: Path) -> list[tuple[str, str]]:
+    """Read each image's file name and number from a MATLAB 7.3 file, which is HDF5 whose cells are references."""
+    h5py = import_optional("h5py", "h5py", path)
+    everything = h5py.h5s.ALL
+
+    def read(dataset: Any) -> np.ndarray:  # h5py's high-level objects take twice as long
+        values = np.empty(dataset.shape, dataset.dtype)
+        dataset.read(everything, everything, values)
+        return values[:, 0]
+
+    try:
+        with h5py.File(path) as opened:
+            file: Any = opened
+            rows = []
+            for name, box in zip(file["digitStruct/name"][:, 0], file["digitStruct/bbox"][:, 0], strict=True):
+                cells = read(h5py.h5d.open(h5py.h5r.dereference(box, file.id), b"label"))
+                if len(cells) > 1:  # references; a single value is stored directly
+                    cells = [read(h5py.h5r.dereference(cell, file.id))[0] for cell in cells]
+                letters = read(h5py.h5r.dereference(name, file.id))
+                rows.append(("".join(map(chr, letters)), "".join(str(int(cell) % 10) for cell in cells)))
+    except (OSError, KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise InputError(f"{path}: not SVHN's digitStruct ({error}); get it again") from error
+    require(bool(rows), f"{path}: no images in it; get it again")
+    return rows
+
+
+class IIIT5K(ImageFiles, Lexicons):
+    """IIIT 5K-Word: images of single words; each has its own list of words to choose from.
+
+    Case does not count, as in the set's own scoring: all words are upper-cased. Classes are all words of all lists.
+
+    Args:
+        root: the folder of ``testdata.mat`` and ``test`` (``IIIT5K`` in the archive).
+        split: ``train`` or ``test``.
+        lexicon: ``medium``: lists of 1,000 words ("1k"); ``small``: of 50.
+
+    Raises:
+        MissingData: no such folder or file.
+        InputError: SciPy is not installed, or the file has another structure.
+    """
+
+    def __init__(self, root: str, split: TrainTest = "test", lexicon: Literal["small", "medium"] = "medium") -> None:
+        path = find(Path(root), (f"{split}data.mat", f"IIIT5K/{split}data.mat"), f"{split}data.mat")
+        rows = _words_of_images(path, f"{split}data", f"{lexicon}Lexi")
+        names = sorted({word for _, truth, words in rows for word in (truth, *words)})
+        label_of = {word: label for label, word in enumerate(names)}
+        super().__init__(path.parent, [name for name, _, _ in rows], [label_of[truth] for _, truth, _ in rows], names)
+        self._candidates = [sorted({label_of[word] for word in (truth, *words)}) for _, truth, words in rows]
+
+    def candidates(self) -> list[list[int]]:
+        return [list(labels) for labels in self._candidates]
+
+
+def _words_of_images(path: Path, variable: str, lexicon: str) -> list[tuple[str, str, list[str]]]:
+    """Read each image's file name, its word, and the words of its list."""
+    (structs,) = read_mat(path, variable, squeeze=False)
+    try:
+        rows = [
+            (
+                str(row["ImgName"][0]),
+                str(row["GroundTruth"][0]).upper(),
+                [str(word[0]).upper() for word in row[lexicon].ravel()],
+            )
+            for row in structs[0]
+        ]
+    except Exception as error:  # an array of another structure can fail in many ways
+        raise InputError(
+            f"{path}: not IIIT5K's {variable} with {lexicon} ({first_line(error)}); get it again"
+        ) from error
+    require(bool(rows), f"{path}: no images in it; get it again")
+    return rows

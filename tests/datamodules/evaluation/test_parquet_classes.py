@@ -1,0 +1,141 @@
+"""Labelled images in parquet files."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from datamodules import ParquetClasses
+from tests.helpers.coloured_sets import colour, colours_and_labels, encoded, message_of
+
+LABELS = [(7 * i) % 5 for i in range(23)]
+NAMES = ["tench", "goldfish", "shark", "ray", "cock"]
+
+
+def write(
+    path: Path, images: list[bytes], labels: list[Any], layout: str = "struct", label_type: Any = None, rows: int = 4
+) -> Path:
+    """A parquet file with 4 rows a group; ``struct`` as the Hugging Face hub stores images, or plain ``bytes``."""
+    values = pa.array(images, pa.binary())
+    if layout == "struct":
+        kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+        values = pa.array([{"bytes": data, "path": f"{i}.png"} for i, data in enumerate(images)], kind)
+    table = pa.table({"image": values, "label": pa.array(labels, label_type)})
+    pq.write_table(table, path, row_group_size=rows)
+    return path
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """23 images in two files of 10 and 13, in groups of 4, and a file that is not parquet."""
+    images = [encoded(i) for i in range(23)]
+    write(tmp_path / "val-00001.parquet", images[10:], LABELS[10:])
+    write(tmp_path / "val-00000.parquet", images[:10], LABELS[:10])
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    assert pq.ParquetFile(tmp_path / "val-00001.parquet").num_row_groups == 4
+    return tmp_path
+
+
+def test_rows_come_in_the_order_of_files_and_rows_with_their_labels(shards: Path) -> None:
+    images = ParquetClasses(str(shards), NAMES)
+    assert images.class_names == NAMES
+    assert colours_and_labels(images) == [(colour(i), label) for i, label in enumerate(LABELS)]
+    assert images.labels() == LABELS
+    assert len(images) == 23
+
+
+def test_path_may_be_a_single_parquet_file(shards: Path) -> None:
+    images = ParquetClasses(str(shards / "val-00001.parquet"), NAMES)
+    assert colours_and_labels(images) == [(colour(10 + i), label) for i, label in enumerate(LABELS[10:])]
+
+
+@pytest.mark.parametrize("layout", ["struct", "bytes"])
+def test_rows_can_be_read_in_any_order(tmp_path: Path, layout: str) -> None:
+    path = write(tmp_path / "a.parquet", [encoded(i) for i in range(23)], LABELS, layout)
+    images = ParquetClasses(str(path), NAMES)
+    for index in (22, 0, 4, 3, 21, 8, 7, 0, 22, 12, 11):  # the ends of groups among them
+        image, label = images[index]
+        assert (image.getpixel((0, 0)), label) == (colour(index), LABELS[index])
+
+
+def test_column_names_can_be_set(tmp_path: Path) -> None:
+    table = pa.table({"img": [encoded(3)], "fine_label": [0]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    images = ParquetClasses(str(tmp_path), ["apple"], image_column="img", label_column="fine_label")
+    assert colours_and_labels(images) == [(colour(3), 0)]
+
+
+@pytest.mark.parametrize("option", ["image_column", "label_column"])
+def test_missing_column_is_an_error_listing_the_columns(shards: Path, option: str) -> None:
+    options: Any = {option: "photo"}
+    message = message_of(lambda: ParquetClasses(str(shards), NAMES, **options))
+    for part in ("val-00000.parquet", "'photo'", "image, label"):
+        assert part in message
+
+
+def test_hidden_labels_of_minus_one_are_an_error(tmp_path: Path) -> None:
+    path = write(tmp_path / "test.parquet", [encoded(i) for i in range(3)], [-1, -1, -1])
+    message = message_of(lambda: ParquetClasses(str(path), NAMES))
+    assert "test.parquet" in message
+    assert "its label is -1" in message
+
+
+@pytest.mark.parametrize("labels", [[0, None, 1], ["cat", "dog", "cat"], [0.5, 1.0, 0.0]])
+def test_labels_that_are_not_whole_numbers_are_an_error(tmp_path: Path, labels: list[Any]) -> None:
+    path = write(tmp_path / "a.parquet", [encoded(i) for i in range(3)], labels)
+    message = message_of(lambda: ParquetClasses(str(path), ["a", "b"]))
+    assert "a.parquet" in message
+    assert "label" in message
+
+
+@pytest.mark.parametrize("count", [4, 6])
+def test_wrong_number_of_class_names_is_an_error_with_both_numbers(shards: Path, count: int) -> None:
+    message = message_of(lambda: ParquetClasses(str(shards), ["a"] * count))
+    assert f"{count} names" in message
+    assert "5 classes" in message
+
+
+def test_imagenets_names_for_other_labels_are_an_error(shards: Path) -> None:
+    assert "1000 names" in message_of(lambda: ParquetClasses(str(shards), "imagenet"))
+
+
+@pytest.mark.parametrize("name", ["nothing.parquet", "empty folder"])
+def test_missing_file_is_an_error(tmp_path: Path, name: str) -> None:
+    (tmp_path / "empty folder").mkdir()
+    message = message_of(lambda: ParquetClasses(str(tmp_path / name), NAMES))
+    assert name in message
+    assert "no such parquet file" in message
+
+
+def test_file_that_is_not_parquet_is_an_error_naming_it(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_text("<html>404: not found</html>")  # what a failed download leaves
+    assert "a.parquet" in message_of(lambda: ParquetClasses(str(tmp_path), NAMES))
+
+
+@pytest.mark.parametrize("broken", [b"not an image", None])
+def test_broken_image_is_an_error_naming_file_and_row(tmp_path: Path, broken: bytes | None) -> None:
+    photos: list[Any] = [encoded(i) for i in range(9)]
+    photos[6] = broken
+    write(tmp_path / "a.parquet", photos, [0] * 9)
+    images = ParquetClasses(str(tmp_path), ["a"])
+    message = message_of(lambda: images[6])
+    assert "a.parquet" in message
+    assert "row 6:" in message  # of the file from 0, whatever group it is in
+    assert images[7][1] == 0
+
+
+def test_truncated_image_is_an_error_when_its_row_is_read(tmp_path: Path) -> None:
+    """Not of whoever looks at its pixels first."""
+    file = io.BytesIO()
+    Image.effect_noise((60, 60), 90).convert("RGB").save(file, format="JPEG")
+    data = file.getvalue()
+    write(tmp_path / "a.parquet", [data, data[: len(data) // 2]], [0, 0])
+    images = ParquetClasses(str(tmp_path), ["a"])
+    assert images[0][0].size == (60, 60)
+    message = message_of(lambda: images[1])
+    assert "a.parquet" in message
+    assert "row 1" in message

@@ -1,0 +1,146 @@
+"""Images of one colour, and small sets made of them, for tests of the evaluation sets."""
+
+import io
+import json
+import pickle
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from lit_clip.errors import InputError
+from lit_clip.evaluation.zero_shot import LabelledImages
+
+
+def message_of(call: Callable[[], Any], kind: type[InputError] = InputError) -> str:
+    """The one line that a call fails with."""
+    with pytest.raises(kind) as error:
+        call()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def colour(number: int) -> tuple[int, int, int]:
+    return number * 10 % 256, 255 - number % 256, number // 256
+
+
+def encoded(number: int, kind: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (4, 3), colour(number)).save(file, format=kind, **({"lossless": True} if kind == "WEBP" else {}))
+    return file.getvalue()
+
+
+def paint(path: Path, number: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(encoded(number))
+    return path
+
+
+def colour_of(images: Any, index: int) -> Any:
+    return images.images(index)[0].convert("RGB").getpixel((1, 1))
+
+
+def paint_shade(path: Path, number: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (4, 3), (number, 50, 7)).save(path, **({"quality": 100} if path.suffix == ".jpg" else {}))
+    return path
+
+
+def shade(image: Image.Image) -> int:
+    """The number that an image was painted with; JPEG may be off by little."""
+    colour: Any = image.convert("RGB").getpixel((1, 1))
+    return round(colour[0] / 10) * 10
+
+
+def assert_same_after_pickling(images: Any) -> None:
+    """A data worker sees the same images, labels and names."""
+    other = pickle.loads(pickle.dumps(images))
+    assert len(other) == len(images)
+    assert (other.labels(), other.class_names, other.stamp()) == (images.labels(), images.class_names, images.stamp())
+    assert [other.key(i) for i in range(len(images))] == [images.key(i) for i in range(len(images))]
+    for index in range(0, len(images), 1 + len(images) // 5):
+        assert other[index][0].tobytes() == images[index][0].tobytes()
+        assert other[index][1] == images[index][1] == images.labels()[index]
+
+
+def write_tar(path: Path, files: dict[str, bytes]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+WDS_LABELS = [2, 0, 1, 1, 2, 0, 2]
+IMAGE_FORMATS = ["webp", "png", "jpg", "png", "webp", "png", "png"]
+
+
+def sample(number: int, **answers: bytes) -> dict[str, bytes]:
+    key, kind = f"s{number:07}", IMAGE_FORMATS[number % len(IMAGE_FORMATS)]
+    image = encoded(number, {"jpg": "JPEG"}.get(kind, kind.upper()))
+    return {f"{key}.{kind}": image, **{f"{key}.{name}": content for name, content in answers.items()}}
+
+
+def merged(samples: list[dict[str, bytes]]) -> dict[str, bytes]:
+    return {name: content for each in samples for name, content in each.items()}
+
+
+def write_wds(
+    root: Path, samples: list[dict[str, bytes]], names: str = "", templates: str = "", kind: str = ""
+) -> Path:
+    """All but the last three samples in ``0.tar``, these in ``1.tar``."""
+    for number, part in enumerate((samples[:-3], samples[-3:])):
+        write_tar(root / "test" / f"{number}.tar", merged(part))
+    (root / "test/nshards.txt").write_text("2\n")
+    said = {"classnames.txt": names, "zeroshot_classification_templates.txt": templates, "dataset_type.txt": kind}
+    for name, text in said.items():
+        if text:
+            (root / name).write_text(text)
+    return str(root)
+
+
+WDS_NAMES, WDS_TEMPLATES = "apple\nriver boat\ncafé\n", "a photo of a {c}.\n{c}, a {c} thing\n"
+
+
+def write_objectnet(root: Path) -> Path:
+    """Two classes that ImageNet has and one that it has not; red lines of a pixel around the images."""
+    labels = {"tshirt": "T-shirt", "alarm_clock": "Alarm clock", "air_freshener": "Air freshener"}
+    (root / "mappings").mkdir(parents=True)
+    (root / "mappings/folder_to_objectnet_label.json").write_text(json.dumps(labels))
+    overlap = {"T-shirt": "jersey, T-shirt, tee shirt", "Alarm clock": "analog clock; digital clock"}
+    (root / "mappings/objectnet_to_imagenet_1k.json").write_text(json.dumps(overlap))
+    for number, name in enumerate(labels):
+        image = Image.new("RGB", (12, 10), (255, 0, 0))
+        image.paste(colour(number), (1, 1, 11, 9))
+        (root / "images" / name).mkdir(parents=True)
+        image.save(root / "images" / name / f"{number}.png")
+    return root
+
+
+def write_birdsnap(root: Path) -> Path:
+    """Three species, in an order of its own; one image could not be fetched, and one more lies there unlisted."""
+    (root / "download/images").mkdir(parents=True)
+    species = ["1\tCooper's Hawk\tAccipiter cooperii\tCoopers_Hawk", "2\tBlack Vulture\tx\tBlack_Vulture"]
+    species.append("3\tBlack-and-white Warbler\tx\tBlack_and_white_Warbler")
+    (root / "species.txt").write_text("\n".join(["id\tcommon\tscientific\tdir", *species]) + "\n")
+    listed = [f"{name}/{number}.jpg" for name in ("Coopers_Hawk", "Black_Vulture") for number in (1, 2, 3)]
+    listed.append("Black_and_white_Warbler/9.jpg")
+    (root / "images.txt").write_text("\n".join(["url\tmd5\tpath\tspecies_id", *(f"u\tm\t{x}\t1" for x in listed)]))
+    (root / "test_images.txt").write_text(
+        "path\nCoopers_Hawk/2.jpg\nCoopers_Hawk/3.jpg\nBlack_and_white_Warbler/9.jpg\n"
+    )
+    for number, name in enumerate([*listed, "Black_Vulture/unlisted.jpg"]):
+        if name != "Coopers_Hawk/3.jpg":
+            paint(root / "download/images" / name, number)
+    return root
+
+
+def colours_and_labels(images: LabelledImages) -> list[tuple[tuple[int, int, int], int]]:
+    """The colour and the label of every image."""
+    pairs: list[Any] = [images[index] for index in range(len(images))]
+    assert all(image.mode == "RGB" and image.size == (4, 3) for image, _ in pairs)
+    return [(image.getpixel((1, 1)), label) for image, label in pairs]
