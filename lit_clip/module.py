@@ -435,7 +435,7 @@ class LitCLIP(LightningModule):
         for name, value in evaluation.metrics.items():
             # Already over all ranks: Lightning's own means would weigh ranks and batches of unequal size wrongly.
             self.log(f"{prefix}/{name}", value, prog_bar=name == "loss" or name.endswith("recall@1"))
-        self.baselines |= {f"{prefix}/{name}": prediction for name, prediction in evaluation.baselines.items()}
+        self.baselines |= {f"{prefix}/{name}": value for name, value in evaluation.baselines.items()}
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         """As they were when ``fit`` began: in FSDP's shards a weight has one dimension, as gains and biases have."""

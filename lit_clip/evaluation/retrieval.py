@@ -190,10 +190,10 @@ class RetrievalSet:
         ranks = retrieval_ranks(image_ID, text_TD, mine, score_E, *joins)
         loss = whole_set_loss(image_ID, text_TD, mine, score_E, scale, bias, *joins)
         metrics = retrieval_metrics(ranks.image.cpu(), distributed.gather_uneven(ranks.text).cpu(), everyones)
-        predictions = zip(DIRECTIONS, baseline_recalls(everyones, RECALL_AT), strict=True)
+        recalls_of_directions = zip(DIRECTIONS, baseline_recalls(everyones, RECALL_AT), strict=True)
         baselines = {
             f"{direction}_recall@{k}": fraction
-            for direction, fractions in predictions
+            for direction, fractions in recalls_of_directions
             for k, fraction in zip(RECALL_AT, fractions, strict=True)
         }
         return Evaluation({"loss": loss, **metrics}, baselines)

@@ -20,8 +20,7 @@ import yaml
 from torch import Tensor
 
 from lit_clip.errors import InputError, require
-from lit_clip.evaluation.scores import accuracies
-from lit_clip.evaluation.targets import Targets
+from lit_clip.evaluation.accuracy import accuracies, classification_counts
 
 
 class TopOnePair(NamedTuple):
@@ -115,7 +114,7 @@ def subset_top1(scores: Tensor, labels: Tensor, classes: Sequence[int]) -> float
     rows = torch.isin(labels, columns).nonzero()[:, 0]
     require(len(rows) > 0, "robustness: ImageNet has no image of these classes")
     among = scores[rows.to(scores.device)][:, columns.to(scores.device)]
-    return accuracies(among, Targets(torch.searchsorted(columns, labels[rows]), len(columns)))["top1"]
+    return accuracies(classification_counts(among, torch.searchsorted(columns, labels[rows])))["top1"]
 
 
 @lru_cache(maxsize=1)

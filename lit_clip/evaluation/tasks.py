@@ -16,15 +16,17 @@ from PIL import Image
 from torch import Tensor
 
 from lit_clip.errors import InputError
+from lit_clip.evaluation.accuracy import predictions
 from lit_clip.evaluation.bias import bias_report
 from lit_clip.evaluation.data import CaptionedImages, Grouped, ImageSet
 from lit_clip.evaluation.few_shot import few_shot
+from lit_clip.evaluation.geolocation import within_km
 from lit_clip.evaluation.probe import Split, linear_probe
 from lit_clip.evaluation.prompts import Prompts
 from lit_clip.evaluation.retrieval import retrieval_metrics
 from lit_clip.evaluation.retrieval_metrics import Pairs, pair_scores, retrieval_ranks
 from lit_clip.evaluation.robustness import subset_top1
-from lit_clip.evaluation.scores import PROPORTIONS, baseline, evaluate_scores, interval, predictions, within_km
+from lit_clip.evaluation.scores import PROPORTIONS, baseline, evaluate_scores, interval
 from lit_clip.evaluation.store import SetFeatures
 from lit_clip.evaluation.suite import SuiteEntry, Task
 from lit_clip.evaluation.targets import Targets
