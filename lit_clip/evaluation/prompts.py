@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 
 from lit_clip import distributed
@@ -25,6 +24,7 @@ from lit_clip.evaluation.suite import ClassNames
 from lit_clip.evaluation.zero_shot import IMAGENET, check_templates, ensemble, imagenet_class_names, imagenet_templates
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import replacing
+from lit_clip.tools.text_files import read_json, read_yaml
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 PAPER, PACKAGE = "paper:", "clip_benchmark:"
@@ -112,11 +112,6 @@ def templates_of(templates: str | Sequence[str]) -> list[str]:
     return list(templates)
 
 
-def paper_names() -> list[str]:
-    """The NAMEs of ``paper:NAME``, which are those of the paper's table 9."""
-    return list(_paper())
-
-
 def _templates(name: str) -> list[str]:
     if "{}" in name:
         return [name]
@@ -128,7 +123,7 @@ def _templates(name: str) -> list[str]:
     if name.startswith(PACKAGE):
         return [text.replace("{c}", "{}") for text in _package_list(name, "templates")]
     require(name.endswith(FILES), f"templates: {name!r} has no {{}}, and is neither {PAPER}NAME nor a YAML file")
-    value = _read(name, "templates")
+    value = read_yaml(name, "templates")
     listed = value.get("templates") if isinstance(value, dict) else value
     if not isinstance(listed, list) or not listed:
         raise InputError(f"templates: {name}: no list of templates")
@@ -153,7 +148,7 @@ def _classes(spec: ClassNames, own_names: Sequence[str]) -> _Classes:
         spec.endswith(FILES),
         f"class_names: {spec!r} is none of {IMAGENET}, {PAPER}NAME, {PACKAGE}NAME, and no YAML file",
     )
-    value = _read(spec, "class_names")
+    value = read_yaml(spec, "class_names")
     if isinstance(value, dict) and value.keys() == {"classes", "templates"}:
         classes = _written(value["classes"], f"class_names: {spec}")
         classes.templates = templates_of(value["templates"])
@@ -213,8 +208,7 @@ def _align(classes: _Classes, own_names: Sequence[str]) -> _Classes:
 
 @lru_cache(maxsize=1)
 def _paper() -> dict[str, dict[str, Any]]:
-    path = Path(__file__).with_name("paper_prompts.json")
-    return json.loads(path.read_text(encoding="utf-8"))["sets"]
+    return read_json(Path(__file__).with_name("paper_prompts.json"))["sets"]
 
 
 def _paper_entry(spec: str, what: str) -> dict[str, Any]:
@@ -230,24 +224,13 @@ def _package(what: str) -> dict[str, list[str]]:
     if package is None or not package.submodule_search_locations:
         raise InputError(f"{what}: this list comes with clip-benchmark; install it (lit-clip's extra eval)")
     file = {"class_names": "en_classnames.json", "templates": "en_zeroshot_classification_templates.json"}[what]
-    path = Path(package.submodule_search_locations[0]) / "datasets" / file
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{what}: {path}: not readable; install clip-benchmark again ({error})") from error
+    return read_json(Path(package.submodule_search_locations[0]) / "datasets" / file, what)
 
 
 def _package_list(spec: str, what: str) -> list[str]:
     name, lists = spec.removeprefix(PACKAGE), _package(what)
     require(name in lists, f"{what}: clip-benchmark has none of {name!r}; it has {', '.join(lists)}")
     return list(lists[name])
-
-
-def _read(path: str, what: str) -> Any:
-    try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{what}: {path}: not a readable YAML file ({' '.join(str(error).split())})") from error
 
 
 def text_sha256(model: CLIP) -> str:

@@ -14,6 +14,7 @@ from lit_clip.evaluation.overview import rows, sets_of, shots_of
 from lit_clip.evaluation.suite import SuiteEntry, Task
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import replacing
+from lit_clip.tools.text_files import read_json
 from lit_clip.weights.fingerprint import weights_sha256
 
 PACKAGES = ("torch", "torchvision", "lightning", "pillow", "timm", "transformers", "open-clip-torch", "clip-benchmark")
@@ -121,10 +122,7 @@ def read_results(path: Path) -> dict[str, Any]:
         InputError: it is not one.
     """
     path = path / "results.json" if path.is_dir() else path
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not a readable results.json ({error})") from error
+    results = read_json(path)
     if not isinstance(results, dict) or not isinstance(results.get("sets"), dict) or "model" not in results:
         raise InputError(f"{path}: not the results.json of lit-clip evaluate")
     try:  # what the report will ask of it, hours later

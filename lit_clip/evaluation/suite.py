@@ -1,16 +1,17 @@
 """Suites: YAML files of evaluation sets, each opened only when its turn comes."""
 
 import os
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from lit_clip.errors import InputError, no_such_file, require
+from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import ImageSet, MissingData
+from lit_clip.tools.messages import one_line, user_error
+from lit_clip.tools.text_files import read_yaml
 
 Task = Literal["zero_shot", "linear_probe", "few_shot", "retrieval", "geolocation", "bias"]
 TASKS: tuple[Task, ...] = get_args(Task)
@@ -108,8 +109,6 @@ class SuiteEntry:
 
 
 def _instantiate(spec: Mapping[str, Any]) -> ImageSet:
-    from lit_clip.tools.messages import one_line, user_error
-
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--data", type=ImageSet, required=True)
     try:
@@ -154,26 +153,8 @@ def check_name(name: Any, where: str) -> None:
     )
 
 
-class UniqueKeys(yaml.SafeLoader):
-    """YAML in which a key that is there twice is an error; others keep the last and say nothing."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[tuple[str, str]] = set()
-        for key, _ in node.value:
-            said = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else None
-            if said in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is there twice", key.start_mark)
-            seen |= {said} if said else set()
-        return super().construct_mapping(node, deep)
-
-
 def _sets(path: Path) -> Mapping[Any, Any]:
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), UniqueKeys)  # noqa: S506 # it is a safe one
-    except FileNotFoundError as error:
-        raise no_such_file(path) from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: not a readable YAML file ({' '.join(str(error).split())})") from error
+    values = read_yaml(path)
     sets = values.get("sets") if isinstance(values, dict) else None
     if not isinstance(sets, dict):
         raise InputError(f"{path}: no mapping called sets; a suite is sets: {{name: {{data: ...}}}}")
@@ -181,8 +162,6 @@ def _sets(path: Path) -> Mapping[Any, Any]:
 
 
 def _entry(parser: ArgumentParser, value: Any, where: str) -> SuiteEntry:
-    from lit_clip.tools.messages import one_line
-
     try:
         require(isinstance(value, dict), "a set is a mapping with data, splits, ...")
         texts = {key: _texts(value[key], key) for key in ("class_names", "templates") if value.get(key) is not None}
