@@ -1,7 +1,6 @@
 """Linear probes beside validation."""
 
 from functools import partial
-from statistics import fmean
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -12,7 +11,7 @@ from lit_clip.errors import require
 from lit_clip.evaluation.data import ImageSet, LabelledImages
 from lit_clip.evaluation.logistic import LogisticProblem
 from lit_clip.evaluation.probe import Split, fit_logistic, held_out, linear_probe
-from lit_clip.evaluation.scores import baseline, evaluate_scores
+from lit_clip.evaluation.scores import baseline, evaluate_scores, mean_over_folds
 from lit_clip.evaluation.set_encoding import Encoded, Reader
 from lit_clip.evaluation.suite import Metric
 from lit_clip.evaluation.targets import Targets
@@ -129,8 +128,7 @@ def _probe(
                 metrics.append(linear_probe(splits["train"], splits.get("val"), splits["test"], metric).metrics)
             else:
                 metrics.append(_with_penalty(splits, metric, l2))
-    means = {name: fmean(fold[name] for fold in metrics) for name in metrics[0]}
-    return PeriodicResult(means, {} if baseline_value is None else {metric: baseline_value})
+    return PeriodicResult(mean_over_folds(metrics), {} if baseline_value is None else {metric: baseline_value})
 
 
 def _with_penalty(splits: dict[str, Split], metric: Metric, l2: float) -> dict[str, float]:

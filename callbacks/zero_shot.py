@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -20,7 +19,7 @@ from lit_clip import distributed
 from lit_clip.errors import require
 from lit_clip.evaluation.data import LabelledImages
 from lit_clip.evaluation.prompts import Prompts, prompts_of, text_classifier, text_sha256
-from lit_clip.evaluation.scores import baselines, evaluate_scores
+from lit_clip.evaluation.scores import baselines, evaluate_scores, mean_over_folds
 from lit_clip.evaluation.set_encoding import Encoded, Reader
 from lit_clip.evaluation.suite import Metric, SuiteEntry, check_name
 from lit_clip.evaluation.targets import Targets
@@ -165,8 +164,7 @@ def _judge(one: _Set, folds: Sequence[Encoded]) -> PeriodicResult:
         Targets.of(images, scores.rows, len(one.prompts.names)) for images, scores in zip(one.folds, folds, strict=True)
     ]
     found = [evaluate_scores(one.metric, fold.features, known) for fold, known in zip(folds, targets, strict=True)]
-    means = {name: fmean(fold[name] for fold in found) for name in found[0]}
-    return PeriodicResult(means, baselines(one.metric, targets[0]))
+    return PeriodicResult(mean_over_folds(found), baselines(one.metric, targets[0]))
 
 
 def _contact_sheet(module: LitCLIP, one: _Set, scores: Encoded, examples: int) -> Image.Image:

@@ -4,7 +4,8 @@ Shapes: N images, C classes. All values are fractions, 0 to 1. A tie goes to the
 result does not depend on how images are divided among ranks or chunks. An image with a NaN among its scores is wrong.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -74,6 +75,11 @@ def baseline(metric: Metric, targets: Targets) -> float | None:
     _require_labels(targets, metric)
     found = _baseline_accuracies(targets)
     return _mean_top1_top5(found) if metric == "mean_top1_top5" else found[metric]
+
+
+def mean_over_folds(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the mean of each metric over the folds of a set."""
+    return {name: fmean(fold[name] for fold in metrics) for name in metrics[0]}
 
 
 def interval(value: float, n: int) -> tuple[float, float]:
