@@ -92,10 +92,7 @@ def evaluate(
     require(draws >= 1, f"--draws {draws} must be at least 1")
     others = {path: read_results(Path(path)) for path in compare or []}
     clip, out = load_model(model), Path(output)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output {out}: cannot be created ({error.strerror})") from error
+    _create_folder(out)
     settings = Settings(batch_size, num_workers, devices, accelerator, precision, on_error)
     store = FeatureStore(clip, Path(cache) if cache else out / "cache", settings)
     run = _Run(clip, store, Path(data_root), Results(out), TaskOptions(draws=draws, seed=seed), wanted)
@@ -103,12 +100,22 @@ def evaluate(
     run.evaluate(entries)
     if distributed.rank_and_world()[0]:
         return
-    results = run.results.write(head)
-    write_report(results, out, others)
-    write_tensorboard(results, others, out)
-    print_results(results)
-    stderr().print(f"{out / 'results.json'} and {out / 'report.html'}", markup=False)
+    _write_reports(run.results.write(head), out, others)
     _raise_failures(run.results.sets, data_root)
+
+
+def _create_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output {path}: cannot be created ({error.strerror})") from error
+
+
+def _write_reports(results: dict[str, Any], folder: Path, others: Mapping[str, dict[str, Any]]) -> None:
+    write_report(results, folder, others)
+    write_tensorboard(results, others, folder)
+    print_results(results)
+    stderr().print(f"{folder / 'results.json'} and {folder / 'report.html'}", markup=False)
 
 
 def _chosen(

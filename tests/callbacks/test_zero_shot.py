@@ -285,7 +285,7 @@ def test_names_that_do_not_go_with_a_set_are_refused_before_training(folder: Pat
     suite = write_suite(folder, shades=entry(class_names=["red", "green"]))
     trainer = make_trainer(folder, [ZeroShot(suite=suite, data_root=str(folder))], max_epochs=1)
     module = make_module()
-    with pytest.raises(InputError, match="shades: class_names: 2 class names, the set has 7 classes"):
+    with pytest.raises(InputError, match="shades: class_names: 2 class names, but the set has 7 classes"):
         trainer.fit(module, data_for(module, folder / "captions.csv"))
     assert trainer.global_step == 0
 

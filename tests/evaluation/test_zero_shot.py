@@ -33,7 +33,7 @@ def theirs_and_ours() -> tuple[open_clip.CLIP, CLIP]:
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
             if name in ("token_embedding.weight", "positional_embedding"):
-                parameter.mul_(30)  # fresh weights give every text nearly the same feature
+                parameter.mul_(30)  # freshly initialised, all texts have nearly the same features
     ours = CLIP(
         CLIPConfig(
             embed_dim=24,
@@ -46,17 +46,17 @@ def theirs_and_ours() -> tuple[open_clip.CLIP, CLIP]:
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 512])
-def test_classifier_is_open_clips(theirs_and_ours: tuple[open_clip.CLIP, CLIP], batch_size: int) -> None:
+def test_classifier_equals_open_clips(theirs_and_ours: tuple[open_clip.CLIP, CLIP], batch_size: int) -> None:
     theirs, ours = theirs_and_ours
     expected = open_clip.build_zero_shot_classifier(theirs, open_clip.SimpleTokenizer(), NAMES, TEMPLATES)
     classifier = zero_shot_classifier(ours, NAMES, TEMPLATES, batch_size)
     assert classifier.shape == (24, len(NAMES))
     assert not classifier.requires_grad
     torch.testing.assert_close(classifier, expected, rtol=0, atol=1e-5)
-    assert (expected.T @ expected - torch.eye(len(NAMES))).max() < 0.999  # the classes are told apart
+    assert (expected.T @ expected - torch.eye(len(NAMES))).max() < 0.999  # the classes differ
 
 
-def test_classifier_for_imagenets_templates_is_open_clips(theirs_and_ours: tuple[open_clip.CLIP, CLIP]) -> None:
+def test_classifier_of_imagenets_templates_equals_open_clips(theirs_and_ours: tuple[open_clip.CLIP, CLIP]) -> None:
     theirs, ours = theirs_and_ours
     expected = open_clip.build_zero_shot_classifier(
         theirs, open_clip.SimpleTokenizer(), NAMES[:2], open_clip.OPENAI_IMAGENET_TEMPLATES
@@ -65,13 +65,13 @@ def test_classifier_for_imagenets_templates_is_open_clips(theirs_and_ours: tuple
     torch.testing.assert_close(classifier, expected, rtol=0, atol=1e-5)
 
 
-def test_progress_reports_the_prompts_done(theirs_and_ours: tuple[open_clip.CLIP, CLIP]) -> None:
+def test_progress_is_the_number_of_prompts_encoded(theirs_and_ours: tuple[open_clip.CLIP, CLIP]) -> None:
     done: list[int] = []
     zero_shot_classifier(theirs_and_ours[1], NAMES, TEMPLATES, batch_size=7, progress=done.append)
     assert done == [7, 14, 21, 24]
 
 
-def test_prompts_of_like_length_are_encoded_together_and_no_further_than_they_go(
+def test_prompts_of_similar_length_are_encoded_together_without_padding(
     theirs_and_ours: tuple[open_clip.CLIP, CLIP], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, shapes = theirs_and_ours[1], []
@@ -85,7 +85,7 @@ def test_prompts_of_like_length_are_encoded_together_and_no_further_than_they_go
     assert shapes == [(4, 4), (4, 7), (1, 9)]  # start, words and end; three names in three templates
 
 
-def test_imagenet_names_and_templates_are_the_papers() -> None:
+def test_imagenet_names_and_templates_equal_the_papers() -> None:
     names, templates = imagenet_class_names(), imagenet_templates()
     assert names == list(open_clip.IMAGENET_CLASSNAMES)
     assert (len(names), len(set(names)), names[0]) == (1000, 998, "tench")
@@ -95,7 +95,7 @@ def test_imagenet_names_and_templates_are_the_papers() -> None:
         assert ours.replace("{}", "tench") == theirs("tench")
 
 
-def test_the_lists_are_copies() -> None:
+def test_imagenet_lists_are_copies() -> None:
     imagenet_class_names().clear()
     imagenet_templates().clear()
     assert len(imagenet_class_names()) == 1000
@@ -111,7 +111,7 @@ def test_the_lists_are_copies() -> None:
         (NAMES, ["a photo of a {name}."], "has no {}"),
     ],
 )
-def test_nothing_to_tell_apart_is_refused(
+def test_missing_class_names_or_templates_are_an_error(
     theirs_and_ours: tuple[open_clip.CLIP, CLIP], names: list[str], templates: list[str], message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
