@@ -1,7 +1,6 @@
 """Linear probes beside validation."""
 
 from functools import partial
-from statistics import fmean
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -12,7 +11,7 @@ from lit_clip.errors import require
 from lit_clip.evaluation.data import ImageSet, LabelledImages
 from lit_clip.evaluation.logistic import LogisticProblem
 from lit_clip.evaluation.probe import Split, fit_logistic, held_out, linear_probe
-from lit_clip.evaluation.scores import baseline, evaluate_scores
+from lit_clip.evaluation.scores import baseline, evaluate_scores, mean_over_folds
 from lit_clip.evaluation.set_encoding import Encoded, Reader
 from lit_clip.evaluation.suite import Metric
 from lit_clip.evaluation.targets import Targets
@@ -82,7 +81,7 @@ class LinearProbe(PeriodicEvaluation):
             with named(name):
                 of_set = of_first_rank(partial(_probe, folds, features, metric, self.l2, module.device))
             found.metrics |= {f"linear_probe/{name}/{key}": value for key, value in of_set.metrics.items()}
-            found.predictions |= {f"linear_probe/{name}/{key}": value for key, value in of_set.predictions.items()}
+            found.baselines |= {f"linear_probe/{name}/{key}": value for key, value in of_set.baselines.items()}
         return found
 
     def _features(self, module: LitCLIP, name: str, folds: list[Fold]) -> list[Features]:
@@ -118,18 +117,18 @@ def _probe(
 ) -> PeriodicResult:
     """Metrics, the means over folds, and the baseline in the first."""
     metrics: list[dict[str, float]] = []
-    prediction = None
+    baseline_value = None
     with torch.autocast(device.type, enabled=False):
         for fold, encoded in zip(folds, features, strict=True):
             classes = _classes(fold["test"])
             splits = {split: _split(fold[split], encoded[split], classes, device) for split in fold}
-            prediction = baseline(metric, splits["test"].targets) if prediction is None else prediction
+            if baseline_value is None:
+                baseline_value = baseline(metric, splits["test"].targets)
             if l2 is None:
                 metrics.append(linear_probe(splits["train"], splits.get("val"), splits["test"], metric).metrics)
             else:
                 metrics.append(_with_penalty(splits, metric, l2))
-    means = {name: fmean(fold[name] for fold in metrics) for name in metrics[0]}
-    return PeriodicResult(means, {} if prediction is None else {metric: prediction})
+    return PeriodicResult(mean_over_folds(metrics), {} if baseline_value is None else {metric: baseline_value})
 
 
 def _with_penalty(splits: dict[str, Split], metric: Metric, l2: float) -> dict[str, float]:

@@ -24,11 +24,11 @@ class PeriodicResult:
 
     Attributes:
         metrics: by whole name.
-        predictions: of some of them, the baseline.
+        baselines: what a constant answer reaches, for some of the metrics.
     """
 
     metrics: dict[str, float] = field(default_factory=dict)
-    predictions: dict[str, float] = field(default_factory=dict)
+    baselines: dict[str, float] = field(default_factory=dict)
 
 
 class PeriodicEvaluation(Callback):
@@ -75,10 +75,10 @@ class PeriodicEvaluation(Callback):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"metrics": self._last.metrics, "predictions": self._last.predictions, "waited": self._waited}
+        return {"metrics": self._last.metrics, "baselines": self._last.baselines, "waited": self._waited}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._last = PeriodicResult(dict(state_dict["metrics"]), dict(state_dict["predictions"]))
+        self._last = PeriodicResult(dict(state_dict["metrics"]), dict(state_dict["baselines"]))
         self._waited = state_dict["waited"]
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -117,7 +117,7 @@ class PeriodicEvaluation(Callback):
         with trainer.precision_plugin.forward_context():
             self._last = self.evaluate(trainer, module)
         self._waited = 0
-        module.baselines |= self._last.predictions
+        module.baselines |= self._last.baselines
 
 
 def _callbacks(trainer: Trainer) -> list[Callback]:

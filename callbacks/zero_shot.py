@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -20,11 +19,11 @@ from lit_clip import distributed
 from lit_clip.errors import require
 from lit_clip.evaluation.data import LabelledImages
 from lit_clip.evaluation.prompts import Prompts, prompts_of, text_classifier
-from lit_clip.evaluation.scores import baseline, evaluate_scores
+from lit_clip.evaluation.scores import baselines, evaluate_scores, mean_over_folds
 from lit_clip.evaluation.set_encoding import Encoded, Reader
 from lit_clip.evaluation.suite import Metric, SuiteEntry, check_name
 from lit_clip.evaluation.targets import Targets
-from lit_clip.evaluation.zero_shot import ZeroShotSet, baseline_accuracies
+from lit_clip.evaluation.zero_shot import ZeroShotSet
 from lit_clip.models.preprocess import pixels
 from lit_clip.module import LitCLIP
 from lit_clip.tools.images import OnError
@@ -120,7 +119,7 @@ class ZeroShot(PeriodicEvaluation):
             with named(name):
                 of_set = of_first_rank(partial(_judge, one, scores))
             found.metrics |= {f"zero_shot/{name}/{metric}": value for metric, value in of_set.metrics.items()}
-            found.predictions |= {f"zero_shot/{name}/{metric}": value for metric, value in of_set.predictions.items()}
+            found.baselines |= {f"zero_shot/{name}/{metric}": value for metric, value in of_set.baselines.items()}
             if self.examples and trainer.is_global_zero:
                 self._show(trainer, module, name, log_dir, scores[0])
         return found
@@ -166,13 +165,7 @@ def _judge(one: _Set, folds: Sequence[Encoded]) -> PeriodicResult:
         Targets.of(images, scores.rows, len(one.prompts.names)) for images, scores in zip(one.folds, folds, strict=True)
     ]
     found = [evaluate_scores(one.metric, fold.features, known) for fold, known in zip(folds, targets, strict=True)]
-    prediction = baseline(one.metric, targets[0])
-    predictions = {} if prediction is None else {one.metric: prediction}
-    if bool((targets[0].labels >= 0).all()):
-        counts = torch.zeros(3, targets[0].classes, dtype=torch.float64)
-        counts[0] = targets[0].labels.bincount(minlength=targets[0].classes)
-        predictions |= baseline_accuracies(counts)
-    return PeriodicResult({name: fmean(fold[name] for fold in found) for name in found[0]}, predictions)
+    return PeriodicResult(mean_over_folds(found), baselines(one.metric, targets[0]))
 
 
 def _contact_sheet(module: LitCLIP, one: _Set, scores: Encoded, examples: int) -> Image.Image:

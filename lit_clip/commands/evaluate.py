@@ -1,4 +1,4 @@
-"""``lit-clip evaluate``: a suite of sets, as the paper evaluates, into results that can be cited."""
+"""``lit-clip evaluate``: evaluate a model on a suite of sets, as the paper does."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
@@ -19,7 +19,7 @@ from lit_clip.evaluation.prompts import Prompts, prompts_of, text_classifier
 from lit_clip.evaluation.report.page import write_report
 from lit_clip.evaluation.report.results_table import print_results
 from lit_clip.evaluation.report.tensorboard import write_tensorboard
-from lit_clip.evaluation.results import Results, provenance, read_results, recipe
+from lit_clip.evaluation.results import Results, cache_key, provenance, read_results
 from lit_clip.evaluation.store import FeatureStore, Settings
 from lit_clip.evaluation.suite import TASKS, SuiteEntry, Task, read_suite
 from lit_clip.evaluation.tasks import (
@@ -30,8 +30,8 @@ from lit_clip.evaluation.tasks import (
     caption_texts,
     needed_splits,
     run_task,
+    target_digests,
     top1_among,
-    truth,
     used_splits,
 )
 from lit_clip.evaluation.zero_shot import imagenet_class_names
@@ -40,8 +40,8 @@ from lit_clip.tools.console import stderr
 from lit_clip.tools.images import OnError
 from lit_clip.version import __version__
 
-IMAGENET = "ImageNet"  # the paper's name
-PACKAGES = ("matplotlib", "scipy")  # of the extra "eval", those that every evaluation needs in the end
+IMAGENET = "ImageNet"  # its name in the paper
+PACKAGES = ("matplotlib", "scipy")  # of the extra "eval": needed at the end of every evaluation
 
 
 def evaluate(
@@ -65,39 +65,35 @@ def evaluate(
 ) -> None:
     """Evaluate a model on a suite of sets: zero-shot, linear probe, few-shot, retrieval.
 
-    Sets that are not below the data root are listed with how to get them, and the others are evaluated. What is
-    finished is kept: the same command goes on where it was interrupted, and image features are computed once.
+    Sets that are not below the data root are listed with how to get them; the others are evaluated. Features and
+    results are cached: the same command resumes after an interruption.
 
     Args:
-        model: a checkpoint, a weights file, or a name that lit_clip.load_model understands.
+        model: a checkpoint, a weights file, or a name that lit_clip.load_model accepts.
         suite: YAML files of sets, such as configs/evaluation/paper.yaml.
-        output: a folder for results.json, report.html, images and curves for TensorBoard.
-        data_root: the folder that the sets' roots are below.
-        sets: only these of the suite.
-        tasks: only these; zero_shot, linear_probe, few_shot, retrieval, geolocation, bias.
-        compare: results.json of other runs, or their folders, shown beside.
-        cache: the folder of image and text features; by default cache in the output folder.
-        batch_size: images encoded at once by one process; auto: as many as make it fastest and fit in memory, found by
-            trying.
-        num_workers: processes that decode images, of each process.
-        devices: number of processes, one a device; the result is the same.
+        output: folder for results.json, report.html, images and TensorBoard curves.
+        data_root: folder that the sets' paths are relative to.
+        sets: names of the sets to evaluate; all if not given.
+        tasks: tasks to run, of zero_shot, linear_probe, few_shot, retrieval, geolocation, bias; all if not given.
+        compare: results.json of other runs, or their folders, to compare with in the report.
+        cache: folder for image and text features; cache in the output folder if not given.
+        batch_size: images encoded at once by one process; auto tries several and takes the fastest that fits in memory.
+        num_workers: processes per device that decode images.
+        devices: number of processes, one per device; does not change the results.
         accelerator: cpu, gpu, mps, ...
-        precision: of the encoders; 32-true is exact.
-        on_error: what an image that cannot be read does; skip counts and lists it, error ends its set.
-        draws: of the examples of each few-shot result.
-        seed: of what is drawn.
+        precision: precision of the encoders; 32-true is exact.
+        on_error: for an image that cannot be read, skip it and list it in the report, or fail its set with an error.
+        draws: number of draws of the examples of each few-shot result.
+        seed: random seed of the draws and of held-out images.
     """
     absent = [package for package in PACKAGES if find_spec(package) is None]
-    require(not absent, f"{' and '.join(absent)} must be installed to evaluate: pip install {' '.join(absent)}")
+    require(not absent, f"evaluate needs {' and '.join(absent)}: pip install {' '.join(absent)}")
     wanted = _tasks(tasks)
     entries = _chosen(read_suite(suite), sets, wanted)
     require(draws >= 1, f"--draws {draws} must be at least 1")
     others = {path: read_results(Path(path)) for path in compare or []}
     clip, out = load_model(model), Path(output)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output {out}: cannot be made ({error.strerror})") from error
+    _create_folder(out)
     settings = Settings(batch_size, num_workers, devices, accelerator, precision, on_error)
     store = FeatureStore(clip, Path(cache) if cache else out / "cache", settings)
     run = _Run(clip, store, Path(data_root), Results(out), TaskOptions(draws=draws, seed=seed), wanted)
@@ -105,23 +101,33 @@ def evaluate(
     run.evaluate(entries)
     if distributed.rank_and_world()[0]:
         return
-    results = run.results.write(head)
-    write_report(results, out, others)
-    write_tensorboard(results, others, out)
+    _write_reports(run.results.write(head), out, others)
+    _raise_failures(run.results.sets, data_root)
+
+
+def _create_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output {path}: cannot be created ({error.strerror})") from error
+
+
+def _write_reports(results: dict[str, Any], folder: Path, others: Mapping[str, dict[str, Any]]) -> None:
+    write_report(results, folder, others)
+    write_tensorboard(results, others, folder)
     print_results(results)
-    stderr().print(f"{out / 'results.json'} and {out / 'report.html'}", markup=False)
-    _complain(run.results.sets, data_root)
+    stderr().print(f"{folder / 'results.json'} and {folder / 'report.html'}", markup=False)
 
 
 def _chosen(
     entries: dict[str, SuiteEntry], names: Sequence[str] | None, tasks: Sequence[Task]
 ) -> dict[str, SuiteEntry]:
-    """Those that are meant, and for which one of the tasks is."""
+    """Return the named sets that have one of the tasks."""
     unknown = [name for name in names or [] if name not in entries]
     require(not unknown, f"--sets: no {', '.join(unknown)} in the suite; there are {', '.join(entries)}")
-    meant = {name: entry for name, entry in entries.items() if not names or name in names}
-    chosen = {name: entry for name, entry in meant.items() if set(tasks) & set(entry.tasks or ())}
-    require(bool(chosen), f"--tasks {' '.join(tasks)}: for none of the sets: {', '.join(meant)}")
+    named = {name: entry for name, entry in entries.items() if not names or name in names}
+    chosen = {name: entry for name, entry in named.items() if set(tasks) & set(entry.tasks or ())}
+    require(bool(chosen), f"--tasks {' '.join(tasks)}: not a task of any of the sets {', '.join(named)}")
     return chosen
 
 
@@ -131,8 +137,8 @@ def _tasks(names: Sequence[str] | None) -> tuple[Task, ...]:
     return tuple(task for task in TASKS if not names or task in names)
 
 
-def _complain(sets: Mapping[str, Mapping[str, Any]], data_root: str) -> None:
-    """All has been written; now say what was wrong, so that a script does not take a part for the whole."""
+def _raise_failures(sets: Mapping[str, Mapping[str, Any]], data_root: str) -> None:
+    """Raise an error for failed sets after everything is written, so that scripts notice incomplete results."""
     failed = {name: found["reason"] for name, found in sets.items() if found["status"] == "failed"}
     if failed:
         name, reason = next(iter(failed.items()))
@@ -143,9 +149,9 @@ def _complain(sets: Mapping[str, Mapping[str, Any]], data_root: str) -> None:
 
 
 class _Run:
-    """One model, one suite, one output.
+    """Evaluation of one model into one output folder.
 
-    Several processes compute features and classifiers together; tasks are the first one's, when the others have left.
+    All ranks compute features and classifiers together. The first rank alone then runs the tasks.
     """
 
     def __init__(
@@ -159,11 +165,11 @@ class _Run:
     ) -> None:
         self.model, self.store, self.root = model, store, root
         self.results, self.options, self.tasks = results, options, tasks
-        self.device, self.texts = torch.device("cpu"), store.fingerprint.text
-        self.imagenet: list[OpenSet] = []  # itself, and sets of some of its classes
+        self.device, self.text_weights = torch.device("cpu"), store.fingerprint.text
+        self.imagenet: list[OpenSet] = []  # ImageNet and the sets that have some of its classes
 
     def evaluate(self, entries: Mapping[str, SuiteEntry]) -> None:
-        """Every set in its turn."""
+        """Evaluate all sets, in order."""
         self.device = self.store.start()
         rank, world = distributed.rank_and_world()
         waiting = []
@@ -172,7 +178,7 @@ class _Run:
             try:
                 opened = self._open(name, entry)
             except InputError as error:
-                self._give_up(name, error)
+                self._record_failure(name, error)
                 continue
             if world == 1:
                 self._finish(opened)
@@ -181,54 +187,52 @@ class _Run:
         for opened in waiting if rank == 0 else ():
             self._finish(opened)
         if rank == 0:
-            self._among_classes_of_others()
+            self._add_subset_accuracies()
 
-    def _give_up(self, name: str, error: InputError) -> None:
+    def _record_failure(self, name: str, error: InputError) -> None:
         status = "missing" if isinstance(error, MissingData) else "failed"
-        known = self.results.sets[name]["reason"]
-        reason = known if str(error) in known else "; ".join(filter(None, (known, str(error))))
-        self.results.say(name, status=status, reason=reason)
+        self.results.update(name, status=status)
+        self.results.add_reason(name, str(error))
         if distributed.rank_and_world()[0] == 0:
             stderr().print(f"{name}: {status}: {error}", markup=False)
 
     def _open(self, name: str, entry: SuiteEntry) -> OpenSet:
-        """Open a set and see to its features; on all ranks, in the same order."""
+        """Open a set and compute its features; called on all ranks in the same order."""
         opened = OpenSet(name, entry, [], scale=float(self.model.logit_scale.detach().exp()))
-        tasks = self._possible(opened)
+        tasks = self._open_folds(opened)
         for number, fold in enumerate(opened.folds):
             for split, images in fold.images.items():
                 title = f"{name} {split}" + (f" {number + 1}/{len(opened.folds)}" if len(opened.folds) > 1 else "")
                 self.store.compute(images, title)
         if {"zero_shot", "bias"} & set(tasks):
-            self._classifiers(opened, tasks)
+            self._build_classifiers(opened, tasks)
         if distributed.rank_and_world()[0] == 0:
-            self._read(opened)
+            self._read_features(opened)
         if "retrieval" in tasks:
-            self._captions(opened)
+            self._encode_captions(opened)
         return opened
 
-    def _possible(self, opened: OpenSet) -> list[Task]:
-        """Fill the folds with what is there; the tasks that this allows.
+    def _open_folds(self, opened: OpenSet) -> list[Task]:
+        """Open the splits that are there and return the tasks that they allow.
 
         Raises:
-            MissingData: nothing to test on.
+            MissingData: there is no test split.
         """
         entry = opened.entry
         assert entry.tasks is not None
-        asked = set(self.tasks)
-        tasks: list[Task] = [task for task in entry.tasks if task in asked]
+        tasks: list[Task] = [task for task in entry.tasks if task in self.tasks]
         wanted = {split for task in tasks for split in needed_splits(task)}
         if "train" in wanted and "val" in entry.splits:
             wanted.add("val")
         for number in range(len(entry.folds)):
             fold = Fold()
-            for split in sorted(wanted):  # test before train: without it there is nothing to do
+            for split in sorted(wanted):  # test before train: a set without it is missing
                 try:
                     fold.images[split] = entry.open(split, number, self.root)
                 except MissingData as error:
                     if split == "test":
                         raise
-                    self.results.say(opened.name, reason=f"no {split} split: {error}")
+                    self.results.update(opened.name, reason=f"no {split} split: {error}")
                     break
             first = (opened.folds or [fold])[0].images["test"]
             check_classes({**fold.images, "the first fold": first})
@@ -236,21 +240,21 @@ class _Run:
         return [task for task in tasks if all(set(needed_splits(task)) <= set(fold.images) for fold in opened.folds)]
 
     def _encode(self, prompts: Prompts) -> Tensor:
-        """``[D, C]``, each prompt once and never again; all ranks must ask."""
+        """Return the cached or newly encoded classifier ``[D, C]``; called on all ranks."""
         self.model.to(self.device)
-        features = text_classifier(self.model, prompts, self.store.folder / "texts", weights=self.texts).cpu()
+        classifier = text_classifier(self.model, prompts, self.store.folder / "texts", weights=self.text_weights).cpu()
         self.model.cpu()
-        return features
+        return classifier
 
-    def _classifiers(self, opened: OpenSet, tasks: Sequence[Task]) -> None:
-        """The texts of the classes, as features; each rank encodes its share."""
+    def _build_classifiers(self, opened: OpenSet, tasks: Sequence[Task]) -> None:
+        """Build the classifiers of zero-shot and of the bias probes; each rank encodes its share of the prompts."""
         test = opened.folds[0].images["test"]
         if "zero_shot" in tasks:
             require(isinstance(test, LabelledImages), f"{type(test).__name__} has no classes, which zero-shot needs")
             prompts = self._prompts(opened.entry, test)
             opened.prompts, opened.classifier = prompts, self._encode(prompts)
-            found = {"classes": len(prompts.names), "texts": sum(map(len, prompts.texts)), "sha256": prompts.sha256}
-            self.results.say(opened.name, class_names=prompts.names, prompts=found)
+            counts = {"classes": len(prompts.names), "texts": sum(map(len, prompts.texts))}
+            self.results.update(opened.name, class_names=prompts.names, prompts={**counts, "sha256": prompts.sha256})
         for probe, texts in bias_texts().items() if "bias" in tasks else ():
             opened.bias[probe] = self._encode(Prompts(list(texts), [[text] for text in texts.values()]))
 
@@ -260,24 +264,25 @@ class _Run:
         templates = entry.templates or getattr(test, "templates", None)
         return prompts_of(entry.class_names, templates, test.class_names)
 
-    def _read(self, opened: OpenSet) -> None:
-        """Features and counts, on the first rank."""
+    def _read_features(self, opened: OpenSet) -> None:
+        """Read the features and count the images, on the first rank."""
         splits: dict[str, Any] = {}
         for fold in opened.folds:
             for split, images in fold.images.items():
                 fold.features[split] = self.store.read(images)
                 features = fold.features[split]
-                found = {"images": len(features.rows), "skipped": features.skipped, "absent": images.absent}
-                splits.setdefault(split, found)
-        self.results.say(opened.name, splits=splits)
-        wrong = sum(int((~np.isfinite(fold.features["test"].after).all(axis=1)).sum()) for fold in opened.folds)
-        if wrong:
-            known = self.results.sets[opened.name]["reason"]
-            reason = f"features of {wrong} images are no numbers, and count as wrong; look at weights and precision"
-            self.results.say(opened.name, reason="; ".join(filter(None, (known, reason))))
+                counts = {"images": len(features.rows), "skipped": features.skipped, "absent": images.absent}
+                splits.setdefault(split, counts)
+        self.results.update(opened.name, splits=splits)
+        not_finite = sum(int((~np.isfinite(fold.features["test"].after).all(axis=1)).sum()) for fold in opened.folds)
+        if not_finite:
+            reason = (
+                f"the features of {not_finite} images are not finite and count as wrong; check weights and precision"
+            )
+            self.results.add_reason(opened.name, reason)
 
-    def _captions(self, opened: OpenSet) -> None:
-        """Features of the captions, each distinct one once; on all ranks."""
+    def _encode_captions(self, opened: OpenSet) -> None:
+        """Encode each distinct caption once; called on all ranks."""
         test = opened.folds[0].images["test"]
         require(isinstance(test, CaptionedImages), f"{type(test).__name__} has no captions, which retrieval needs")
         assert isinstance(test, CaptionedImages)
@@ -287,27 +292,26 @@ class _Run:
         require("{}" in template, f"templates: {template!r} has no {{}} for the caption")
         texts, pairs = caption_texts(test, rows, template)
         features = self._encode(Prompts(texts, [[text] for text in texts])).T
-        opened.captions = DistinctCaptions(
-            features.contiguous(), pairs, recipe(texts, [column.tolist() for column in pairs])
-        )
+        digest = cache_key(texts, [column.tolist() for column in pairs])
+        opened.captions = DistinctCaptions(features.contiguous(), pairs, digest)
 
     def _finish(self, opened: OpenSet) -> None:
-        """Tasks, on the first rank."""
+        """Run the tasks of a set, on the first rank."""
         try:
-            known = truth(opened)
+            digests = target_digests(opened)
         except InputError as error:
-            self._give_up(opened.name, error)
+            self._record_failure(opened.name, error)
             return
-        for task in self._now(opened):
-            made = self._recipe(opened, task, known)
+        for task in self._possible_tasks(opened):
+            key = self._cache_key(opened, task, digests)
             try:
-                result = self.results.known(opened.name, task, made)
+                result = self.results.cached(opened.name, task, key)
                 if result is None:
                     result = run_task(task, opened, self.options, self.results.folder)
             except InputError as error:
-                self._give_up(opened.name, error)
+                self._record_failure(opened.name, error)
                 continue  # another task may be possible
-            self.results.add(opened.name, task, made, result)
+            self.results.add(opened.name, task, key, result)
             if "value" in result:
                 value = f"{100 * result['value']:.1f} %"
                 stderr().print(f"{opened.name}: {task} {opened.entry.metric} {value}", markup=False)
@@ -315,8 +319,8 @@ class _Run:
         if opened.entry.paper == IMAGENET or hasattr(opened.folds[0].images["test"], "imagenet_classes"):
             self.imagenet.append(opened)
 
-    def _among_classes_of_others(self) -> None:
-        """ImageNet's accuracy among the classes of each set that has not all of them, for effective robustness."""
+    def _add_subset_accuracies(self) -> None:
+        """Add ImageNet's accuracy among the classes of each set that has only some, for effective robustness."""
         done = [opened for opened in self.imagenet if "zero_shot" in self.results.sets[opened.name]["tasks"]]
         for whole in done:
             for other in done if whole.entry.paper == IMAGENET else ():
@@ -325,15 +329,15 @@ class _Run:
                     metrics = self.results.sets[whole.name]["tasks"]["zero_shot"]["metrics"]
                     metrics[f"top1/{other.entry.paper or other.name}"] = top1_among(whole, classes)
 
-    def _now(self, opened: OpenSet) -> Iterator[Task]:
+    def _possible_tasks(self, opened: OpenSet) -> Iterator[Task]:
         for task in opened.entry.tasks or ():
             if task in self.tasks and set(needed_splits(task)) <= set(opened.folds[0].images):
                 yield task
 
-    def _recipe(self, opened: OpenSet, task: Task, known: Mapping[tuple[int, str], str]) -> str:
-        """What a result depends on."""
+    def _cache_key(self, opened: OpenSet, task: Task, digests: Mapping[tuple[int, str], str]) -> str:
+        """Hash all that a result depends on."""
         used = [
-            (split, self.store.path(images).name, fold.features[split].skipped, known[number, split])
+            (split, self.store.path(images).name, fold.features[split].skipped, digests[number, split])
             for number, fold in enumerate(opened.folds)
             for split, images in fold.images.items()
             if split in used_splits(task)
@@ -345,4 +349,4 @@ class _Run:
             more = (opened.prompts.names, opened.prompts.sha256)
         elif opened.captions:
             more = (opened.captions.digest,)
-        return recipe(__version__, task, used, more, entry.metric, entry.data, entry.splits, entry.folds)
+        return cache_key(__version__, task, used, more, entry.metric, entry.data, entry.splits, entry.folds)

@@ -13,11 +13,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lit_clip.errors import InputError, require
+from lit_clip.evaluation.accuracy import accuracies, classification_counts
 from lit_clip.evaluation.zero_shot import (
     LabelledPixels,
     ZeroShotSet,
-    accuracies,
-    classification_counts,
     collate_labelled,
     zero_shot_classifier,
 )

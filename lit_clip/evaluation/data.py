@@ -1,7 +1,7 @@
-"""What an evaluation set is: images by number, and what is known of them.
+"""Interface of an evaluation set: images by index, and the annotations that metrics need.
 
-Adapters (:mod:`datamodules.evaluation`) are subclasses. Besides classes there are kinds of knowledge that a few metrics
-need; an adapter that has one inherits from that class too.
+The adapters in :mod:`datamodules.evaluation` are subclasses. Each kind of annotation that only a few metrics need is a
+class of its own; an adapter that has it inherits from that class too.
 """
 
 from abc import ABC, abstractmethod
@@ -17,34 +17,35 @@ from torch.utils.data import Dataset
 
 from lit_clip.errors import InputError, require
 
-BEGINNINGS, BEGINNING = 16, 2**16  # files, and bytes of each
+SAMPLED_FILES, SAMPLED_BYTES = 16, 2**16  # files whose first bytes are part of a stamp
 
 
-class MissingData(InputError):  # noqa: N818 # an InputError, as all that a user can fix
-    """A set does not lie where it was looked for; an evaluation lists it and goes on with the others."""
+class MissingData(InputError):  # noqa: N818 # an InputError, like everything that a user can fix
+    """A set's files are not there; an evaluation lists the set as missing and continues with the others."""
 
 
 def stamp_of_files(paths: Iterable[Path]) -> str:
-    """What changes when one of the files does, as ``make`` judges it: names, sizes and times of writing.
+    """Return a hash that changes with the files' names, sizes and modification times, as ``make`` judges it.
 
-    And what a few of them begin with: archives can give all files one time, and uncompressed images are of one size.
+    It includes the first bytes of a few of them, because archives can give all files the same time, and uncompressed
+    images have the same size.
     """
     digest, files = blake2b(digest_size=16), sorted(paths)
     for path in files:
         status = path.stat()
         digest.update(repr((path.name, status.st_size, status.st_mtime_ns)).encode("utf-8", "surrogatepass"))
-    for number in sorted({len(files) * part // BEGINNINGS for part in range(BEGINNINGS)}) if files else ():
-        with suppress(OSError), files[number].open("rb") as file:  # whoever reads it will say so
-            digest.update(file.read(BEGINNING))
+    for number in sorted({len(files) * part // SAMPLED_FILES for part in range(SAMPLED_FILES)}) if files else ():
+        with suppress(OSError), files[number].open("rb") as file:  # reported when the image is decoded
+            digest.update(file.read(SAMPLED_BYTES))
     return digest.hexdigest()
 
 
 class ImageSet(ABC):
-    """Images by number, decoded when they are asked for; an object that can be sent to data workers.
+    """Images by index, decoded on access; can be pickled, so that data workers can read them.
 
     Attributes:
-        several: whether an item may have many images; then one is read at a time.
-        absent: items that the set's own list names and that do not lie on the disk; they are none of those here.
+        several: whether an item may have many images; items are then read one at a time.
+        absent: number of items that the set lists but that are not on disk; they are not among the items here.
     """
 
     several: bool = False
@@ -56,144 +57,141 @@ class ImageSet(ABC):
 
     @abstractmethod
     def images(self, index: int) -> list[Image.Image]:
-        """The images of an item as they lie in its file, of any mode: one, or the frames of a video.
+        """Return an item's images as stored, of any mode: one image, or the frames of a video.
 
-        The features of several are averaged after each has been brought to unit length, so that the logits are the
-        mean of the frames' logits.
+        The unit-length features of several images are averaged, so the logits are the mean of the frames' logits.
         """
 
-    def check(self) -> None:  # noqa: B027 # of most sets there is nothing to be seen so
-        """Raise :class:`InputError` for images that can be seen to be broken without decoding any.
+    def check(self) -> None:  # noqa: B027 # optional
+        """Raise :class:`InputError` for images that are visibly broken without decoding any.
 
-        For who would otherwise learn of it after hours of training; an evaluation reads them all anyhow.
+        Training would otherwise fail hours later, at its first evaluation.
         """
 
     def key(self, index: int) -> str:
-        """What an item is called in reports, stable between runs: the path of its file below the root, say."""
+        """Return an item's name in reports, the same in every run, such as its path below the root."""
         return str(index)
 
     @abstractmethod
     def stamp(self) -> str:
-        """What is equal only if the images and their order are: features are cached by it.
+        """Return the cache key of the features; it changes with the images or their order.
 
-        Labels may be left out. See :func:`stamp_of_files`.
+        It need not depend on the labels. See :func:`stamp_of_files`.
         """
 
 
 class LabelledImages(ImageSet, Dataset[tuple[Image.Image, int]]):
-    """A set of images with a class each.
+    """Images with one class each.
 
     Attributes:
-        class_names: the classes' names in words, in label order.
+        class_names: names of the classes, in label order.
     """
 
     class_names: list[str]
 
     @abstractmethod
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        """An image as it lies in its file, of any mode, and its label."""
+        """Return an image as stored, of any mode, and its label."""
 
     @abstractmethod
     def labels(self) -> list[int]:
-        """The label of every image, without opening any; -1 where ``MultiLabel`` says more."""
+        """Return the label of every image without opening any; -1 where ``MultiLabel`` has the classes."""
 
     def images(self, index: int) -> list[Image.Image]:
         return [self[index][0]]
 
     def stamp(self) -> str:
-        raise InputError(f"{type(self).__name__}: does not say what identifies its images, so features are not kept")
+        raise InputError(f"{type(self).__name__}: has no stamp(), so its features cannot be cached; define it")
 
 
 def numbered(labels: Sequence[int], where: str) -> list[str]:
-    """The numbers from 0 to the highest label, as names of classes without any.
+    """Return the numbers from 0 to the highest label, as class names for a set that has none.
 
     Raises:
-        InputError: that would be far more than there are images: a number that is no class.
+        InputError: the highest label is far above the number of images.
     """
     classes = 1 + max(labels, default=0)
     possible = classes <= max(10_000, 100 * len(labels))
-    require(
-        possible, f"{where}: a label is {classes - 1}, which is hardly a class's number; fix it or give class names"
-    )
+    require(possible, f"{where}: label {classes - 1} is too high to be a class's number; fix it or give class names")
     return [str(label) for label in range(classes)]
 
 
 def check_classes(splits: Mapping[str, ImageSet]) -> None:
-    """Raise :class:`InputError` if the classes of another split are not those of the test split, in their order.
+    """Raise :class:`InputError` if a split's classes or their order differ from those of the test split.
 
-    Of folders and tables without a list of classes each split has the classes that occur in it.
+    In folders and tables without a list of classes, each split has the classes that occur in it.
     """
-    names = {split: one.class_names for split, one in splits.items() if isinstance(one, LabelledImages)}
+    names = {split: images.class_names for split, images in splits.items() if isinstance(images, LabelledImages)}
     test = names.get("test", [])
     for split, others in names.items():
         if "test" in names and others != test:
             differ = next((f"{a!r} is {b!r}" for a, b in zip(test, others, strict=False) if a != b), "")
             sizes = f"{len(test)} and {len(others)} classes"
             raise InputError(
-                f"test and {split} have {sizes}{f', and {differ} there' if differ else ''}: the same label would be "
-                "another class; fix the splits, or give the same class_names as an argument of both"
+                f"test and {split} have {sizes}{f', and {differ} there' if differ else ''}: the same label would mean "
+                "different classes; fix the splits, or give both the same class_names"
             )
 
 
 class CaptionedImages(ImageSet):
-    """Images with texts, for retrieval."""
+    """Images with captions, for retrieval."""
 
     @abstractmethod
     def captions(self, index: int) -> list[str]:
-        """All captions of an image, at least one."""
+        """Return all captions of an image, at least one."""
 
 
 class MultiLabel(ABC):
-    """Any number of classes an image (VOC2007)."""
+    """Any number of classes per image (VOC2007)."""
 
     @abstractmethod
     def relevance(self) -> Tensor:
-        """int8 ``[N, C]``: 1 the class is there, 0 it is not, -1 not to be counted ("difficult")."""
+        """Return int8 ``[N, C]``: 1 the class is present, 0 absent, -1 not counted ("difficult")."""
 
 
 class Neighbours(ABC):
-    """Frames of videos around an anchor frame each (ImageNet-Vid-Robust, YTBB-Robust)."""
+    """Anchor frames of videos and the frames around them (ImageNet-Vid-Robust, YTBB-Robust)."""
 
     @abstractmethod
     def neighbours(self) -> list[tuple[int, list[int]]]:
-        """Of each anchor its row and the rows of the frames within ten of it, the anchor's own left out."""
+        """Return each anchor's row and the rows of the frames within ten of it, without the anchor itself."""
 
     @abstractmethod
     def accepted(self) -> list[set[int]]:
-        """Of each row the classes that are right."""
+        """Return the correct classes of each row."""
 
 
 class Lexicons(ABC):
-    """A list of candidates of its own for each image (IIIT5K)."""
+    """A separate list of candidate classes for each image (IIIT5K)."""
 
     @abstractmethod
     def candidates(self) -> list[list[int]]:
-        """Of each image the classes it is to be told from, its own among them."""
+        """Return each image's candidate classes, its own among them."""
 
 
 class Located(ABC):
-    """Where images were taken (IM2GPS)."""
+    """Images with the location where they were taken (IM2GPS)."""
 
     @abstractmethod
     def coordinates(self) -> Tensor:
-        """float64 ``[N, 2]``: latitude and longitude, degrees."""
+        """Return float64 ``[N, 2]``: latitude and longitude in degrees."""
 
 
 class Grouped(ABC):
-    """People or other groups among which accuracy is compared (FairFace)."""
+    """Images in groups whose accuracies are compared, such as people (FairFace)."""
 
     @abstractmethod
     def groups(self) -> dict[str, list[str]]:
-        """By the name of the attribute, of each image its value."""
+        """Return each image's value of each attribute, by the attribute's name."""
 
 
 class VerbsAndNouns(ABC):
-    """Clips of unusual actions (RareAct), a class being a verb and a noun."""
+    """Video clips of unusual actions (RareAct); a class is a verb and a noun."""
 
     @abstractmethod
     def annotations(self) -> dict[str, Any]:
-        """``verb`` and ``noun`` of each class; of each clip ``video``, its film, and ``annotation``, a code.
+        """Return ``verb`` and ``noun`` of each class, and ``video`` (its film) and ``annotation`` of each clip.
 
-        The code is the set's own, about the clip's own class: 1 the action is there, 2 only the verb, 3 only the noun,
-        4 both but apart, 0 neither.
+        The annotation is the set's code for how the clip relates to its class: 1 the action occurs, 2 only the verb,
+        3 only the noun, 4 both but apart, 0 neither.
         """

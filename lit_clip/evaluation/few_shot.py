@@ -1,7 +1,7 @@
-"""The linear probe with a few examples of each class (section 3.1.5).
+"""The linear probe with a few examples per class (section 3.1.5).
 
-How often the paper draws examples, and how it chooses the penalty then, is not known. Here each number of shots has
-one penalty, that with the best mean over the draws on validation images, which no draw has seen.
+The paper does not say how often it draws examples or how it then chooses the penalty. Here each number of shots has
+one penalty: the one with the best mean over the draws on validation images, which are in no draw.
 """
 
 from collections.abc import Sequence
@@ -20,12 +20,12 @@ SHOTS = (1, 2, 4, 8, 16)
 
 @dataclass
 class FewShotResult:
-    """What few examples are enough for.
+    """Few-shot metrics by number of shots (examples per class).
 
     Attributes:
-        values: the metric on the test split, of each draw, by the number of examples a class.
-        l2: the penalty, likewise.
-        left_out: numbers of examples that a class does not have, and why.
+        values: by shots, the metric of each draw on the test split.
+        l2: by shots, the penalty.
+        left_out: by shots, why a class does not have that many examples.
     """
 
     values: dict[int, list[float]]
@@ -43,26 +43,28 @@ def few_shot(
     seed: int = 0,
     max_iterations: int = MAX_ITERATIONS,
 ) -> FewShotResult:
-    """Train on k examples of each class, drawn several times.
+    """Train on k random examples per class, several times.
 
-    A draw of k is part of the same draw of more. Validation images choose the penalty and are not learnt from.
+    The n-th draw of k examples is part of the n-th draw of more. Validation images only choose the penalty.
 
     Args:
-        train: to draw from.
-        val: None: a fifth of each class of ``train``, which is not drawn from then.
-        test: used once a draw, at the end.
-        metric: by which the penalty is chosen, and the result.
-        shots: the numbers of examples; those that a class does not have are left out.
-        draws: how often to draw.
-        seed: of the draws.
-        max_iterations: of L-BFGS.
+        train: split to draw from.
+        val: split to choose the penalty on; None: a fifth of each class of ``train``, which is then not drawn from.
+        test: split to evaluate, used once per draw.
+        metric: metric that chooses the penalty and is reported.
+        shots: numbers of examples per class; numbers that a class does not have are skipped.
+        draws: number of draws.
+        seed: seed of the first draw.
+        max_iterations: limit for L-BFGS.
 
     Raises:
-        InputError: images of several classes, or too few for any number of examples.
+        InputError: images with several classes or none, or too few examples for any number of shots.
     """
-    require(train.targets.relevance is None, "few_shot: examples of a class are not defined where images have several")
+    require(
+        train.targets.relevance is None, "few_shot: images have several classes, so shots per class are not defined"
+    )
     require(bool((train.targets.labels >= 0).all()), "few_shot: there are images without a class")
-    require(draws >= 1 and bool(shots) and min(shots) >= 1, "few_shot: shots and draws are at least 1")
+    require(draws >= 1 and bool(shots) and min(shots) >= 1, "few_shot: shots and draws must be at least 1")
     pool, judged = held_out(train, seed) if val is None else (train, val)
     counts = pool.targets.labels.bincount(minlength=train.targets.classes)
     fewest = int(counts.argmin())
@@ -82,10 +84,9 @@ def few_shot(
 
 
 def _drawn(pool: Split, k: int, seed: int) -> LogisticProblem:
-    """What is to be learnt from k images of each class."""
     place, _ = places_in_classes(pool.targets.labels, seed)
-    some = pool.take((place < k).nonzero()[:, 0])
-    return LogisticProblem(some.features, some.labels, some.targets.classes)
+    drawn = pool.take((place < k).nonzero()[:, 0])
+    return LogisticProblem(drawn.features, drawn.labels, drawn.targets.classes)
 
 
 def _choose(
@@ -95,7 +96,7 @@ def _choose(
     metric: Metric,
     max_iterations: int,
 ) -> float:
-    """The penalty with the best mean on validation images; fills ``fits``."""
+    """Return the penalty with the best mean on validation images; ``fits`` gets the classifiers by penalty."""
 
     def value_of(l2: float) -> float:
         fits[l2] = [problem.fit(l2, None, max_iterations) for problem in problems]

@@ -1,16 +1,16 @@
-"""Logistic regression on features by L-BFGS: the optimum is scikit-learn's, the way there is shorter.
+"""Logistic regression on features by L-BFGS: scikit-learn's optimum in fewer iterations.
 
-Shapes: N examples, W features, C classes, K of them to be fitted, R directions in which the features differ.
+Shapes: N examples, W features, C classes, K of them fitted, R directions in which the features vary.
 
-What makes it fast:
+Why it is fast:
 
 - The search runs in coordinates in which the loss is about equally curved in all directions. With ``S`` the scatter
-  matrix of the features, a class's Hessian at the start is ``p (1 - p) S + l2 I``, where p is the class's share; it is
-  diagonal among S's eigenvectors, whatever ``l2``, so they are found once. (Boehning 1992 bounds it likewise.)
-  Where classes can be separated and ``l2`` is small, the Hessian at the end is another: directions in which features
-  hardly differ would be followed far too eagerly, so all count as if they differed by ``FLOOR`` of the mean more.
-- Logits, losses and gradients are made for some rows at a time, which stay in the cache; there is no ``[N, C]``.
-- With fewer examples than features the problem is solved in the space that the examples span: the optimum lies there.
+  matrix of the features, a class's Hessian at the start is ``p (1 - p) S + l2 I``, where p is the class's share. It is
+  diagonal in S's eigenvectors for any ``l2``, so they are computed once. (Boehning 1992 bounds it by the same matrix.)
+  If the classes are separable and ``l2`` is small, the Hessian at the end differs: steps in directions of little
+  variance would be far too long, so every direction counts as if it had ``FLOOR`` of the mean variance more.
+- Logits, losses and gradients are computed in chunks of rows that fit the cache; there is no ``[N, C]``.
+- With fewer examples than features the problem is solved in the space that the examples span, where the optimum lies.
 """
 
 from dataclasses import dataclass
@@ -22,10 +22,10 @@ from torch import Tensor
 from lit_clip.errors import InputError, require
 
 MAX_ITERATIONS = 1000  # appendix A.3
-TOLERANCE = 1e-5  # the objective is then about 1e-4 of itself above its least; scikit-learn's ends at about 1e-2
+TOLERANCE = 1e-5  # ends about 1e-4 (relative) above the minimum of the objective; scikit-learn ends at about 1e-2
 HISTORY = 10
-FLOOR = 0.3  # measured on digits and on synthetic features: 0 takes 2 to 10 times as many iterations on digits
-CPU_ENTRIES, GPU_ENTRIES = 2**20, 2**27  # of the features and logits of a chunk: 4 MiB in the cache, 512 MiB
+FLOOR = 0.3  # measured on digits and synthetic features; 0 takes 2 to 10 times as many iterations on digits
+CPU_ENTRIES, GPU_ENTRIES = 2**20, 2**27  # features and logits of a chunk: 4 MiB (CPU cache), 512 MiB
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class Fit:
     Attributes:
         weight: ``[C, W]``.
         bias: ``[C]``; -inf for a class without examples, which is never predicted.
-        iterations: of L-BFGS.
-        converged: whether the objective stood still before the iterations were spent.
-        objective: sum of losses + l2 / 2 |weight|^2, of what was fitted.
+        iterations: number of L-BFGS iterations.
+        converged: whether the objective stopped falling before the iteration limit.
+        objective: sum of losses + l2 / 2 |weight|^2 of the fitted classes.
     """
 
     weight: Tensor
@@ -47,7 +47,7 @@ class Fit:
     objective: float
 
     def scores(self, features: Tensor) -> Tensor:
-        """``[N, W]`` -> ``[N, C]`` logits."""
+        """Return the logits ``[N, C]`` of features ``[N, W]``."""
         return torch.addmm(self.bias, features, self.weight.T)
 
 
@@ -59,21 +59,21 @@ def fit_logistic(
     max_iterations: int = MAX_ITERATIONS,
     tolerance: float = TOLERANCE,
 ) -> Fit:
-    """The classifier that minimises sum of losses + l2 / 2 |weight|^2; the bias goes free.
+    """Return the classifier that minimises sum of losses + l2 / 2 |weight|^2; the bias is not penalised.
 
-    It is that of scikit-learn's ``LogisticRegression(C=1 / l2)``: with three classes or more the loss is the
-    cross-entropy, with two it is that of a single logit (whose weight is shared out as +1/2 and -1/2).
+    It equals scikit-learn's ``LogisticRegression(C=1 / l2)``: with three or more classes the loss is the cross-entropy,
+    with two it is that of a single logit, half of whose weight goes to each class with opposite signs.
 
     Args:
-        features: float ``[N, W]``; on their device and in their dtype it is computed.
-        labels: int64 ``[N]``; or int8 ``[N, C]`` relevance, 1 or 0, -1 not to be counted: each class by itself then.
-        classes: C; those without examples are left out.
+        features: float ``[N, W]``; their device and dtype are used.
+        labels: int64 ``[N]``; or relevance, int8 ``[N, C]`` (1, 0, or -1 for not counted), for binary classifiers.
+        classes: C; a class without examples is not fitted.
         l2: strength of the penalty.
-        max_iterations: of L-BFGS.
-        tolerance: it ends when the objective falls by less than this fraction twice running.
+        max_iterations: limit for L-BFGS.
+        tolerance: stop when the objective falls by less than this fraction twice in a row.
 
     Raises:
-        InputError: labels out of range or all the same, features that are not finite, none at all.
+        InputError: labels out of range or all the same, features that are not finite, or no examples.
     """
     return LogisticProblem(features, labels, classes).fit(l2, None, max_iterations, tolerance)
 
@@ -88,10 +88,12 @@ class LogisticProblem:
         self.labels = labels.to(features.device)
         positive, counted = self._counts()
         self.fitted = ((positive > 0) & (positive < counted)).nonzero()[:, 0]  # [K]
-        self.constant = torch.where(positive > 0, torch.inf, -torch.inf).to(features)  # biases of the others
+        self.constant = torch.where(positive > 0, torch.inf, -torch.inf).to(
+            features
+        )  # biases of the classes not fitted
         self.share = (positive / counted)[self.fitted].to(features)  # [K]
         self.counted = counted[self.fitted].to(features)
-        require(len(self.fitted) > 0, "labels: all the same; there is nothing to tell apart")
+        require(len(self.fitted) > 0, "labels: all the same; at least two classes need examples")
         self.binary = not self.multi_label and len(self.fitted) == 2
         self._renumber()
         self.mean, self.vectors, self.values = spectrum(features)
@@ -99,13 +101,13 @@ class LogisticProblem:
         self.features = (features - self.mean) @ self.vectors if self.projected else features
 
     def _counts(self) -> tuple[Tensor, Tensor]:
-        """Of each class its examples, and those that it could have."""
+        """Return the numbers of positive and of counted examples of each class."""
         if self.multi_label:
             return (self.labels == 1).sum(dim=0), (self.labels >= 0).sum(dim=0)
         return self.labels.bincount(minlength=self.classes), self.labels.new_full((self.classes,), len(self.labels))
 
     def _renumber(self) -> None:
-        """Labels among the fitted classes; as relevance where each logit has a loss of its own."""
+        """Number the labels among the fitted classes; make them relevance if each logit has its own loss."""
         if self.multi_label:
             self.labels = self.labels[:, self.fitted]
         elif self.binary:
@@ -119,8 +121,8 @@ class LogisticProblem:
     def fit(
         self, l2: float, start: Fit | None = None, max_iterations: int = MAX_ITERATIONS, tolerance: float = TOLERANCE
     ) -> Fit:
-        """One ``l2``; arguments as of :func:`fit_logistic`, ``start``: a fit of the same classes and features."""
-        require(l2 > 0, f"l2: {l2} must be more than 0, or classes that can be separated have no optimum")
+        """Fit one ``l2``, see :func:`fit_logistic`; ``start`` is a fit of the same classes and features."""
+        require(l2 > 0, f"l2: {l2} must be above 0; without a penalty, separable classes have no optimum")
         search = _Search(self, l2)
         with torch.no_grad(), torch.autocast(self.features.device.type, enabled=False):
             point = search.zero() if start is None else search.point(*self._inside(start))
@@ -145,33 +147,36 @@ class LogisticProblem:
         return weight @ self.vectors, torch.where(bias.isfinite(), bias, self.share.logit())
 
     def loss_and_gradient(self, weight_KR: Tensor, bias_K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The sum of losses in float64 and its gradients, of a classifier of centred features among ``vectors``."""
-        weight = weight_KR if self.projected else weight_KR @ self.vectors.T  # of the features as they lie there
+        """Return the sum of losses in float64 and its gradients, for centred features along ``vectors``."""
+        weight = weight_KR if self.projected else weight_KR @ self.vectors.T  # in the coordinates of the features
         bias = bias_K if self.projected else bias_K - weight @ self.mean
-        of_chunk = _sigmoid_chunk if self.multi_label or self.binary else _softmax_chunk
+        chunk_losses = _sigmoid_chunk if self.multi_label or self.binary else _softmax_chunk
         N, width = self.features.shape
         entries = CPU_ENTRIES if self.features.is_cpu else GPU_ENTRIES
         rows = max(256, entries // (width + len(weight)))
-        of_weight, of_bias, transposed = torch.zeros_like(weight), torch.zeros_like(bias), weight.T.contiguous()
+        weight_gradient, bias_gradient = torch.zeros_like(weight), torch.zeros_like(bias)
+        transposed = weight.T.contiguous()
         loss = bias.new_zeros((), dtype=_wide(bias))
         for chunk, labels in zip(self.features.split(rows), self.labels.split(rows), strict=True):
-            some, residual = of_chunk(torch.addmm(bias, chunk, transposed), labels)
-            loss += some.sum(dtype=loss.dtype)
-            of_weight.addmm_(residual.T, chunk)
-            of_bias += residual.sum(dim=0)
+            losses, residual = chunk_losses(torch.addmm(bias, chunk, transposed), labels)
+            loss += losses.sum(dtype=loss.dtype)
+            weight_gradient.addmm_(residual.T, chunk)
+            bias_gradient += residual.sum(dim=0)
         if not self.projected:
-            of_weight = (of_weight - of_bias[:, None] * self.mean) @ self.vectors
-        return loss, of_weight, of_bias
+            weight_gradient = (weight_gradient - bias_gradient[:, None] * self.mean) @ self.vectors
+        return loss, weight_gradient, bias_gradient
 
 
 def _check(features: Tensor, labels: Tensor, classes: int) -> None:
-    require(features.ndim == 2 and len(features) > 0, "features: there are none to learn from")
-    require(len(labels) == len(features), f"labels: {len(labels)} of {len(features)} features")
-    wrong = (~features.sum(dim=1).isfinite()).nonzero()[:, 0]  # a sum is finite if all are, and needs no [N, W]
+    require(features.ndim == 2 and len(features) > 0, "features: there are none")
+    require(len(labels) == len(features), f"labels: there are {len(labels)} labels, but {len(features)} features")
+    wrong = (~features.sum(dim=1).isfinite()).nonzero()[
+        :, 0
+    ]  # a row's sum is finite if the row is, and needs no [N, W]
     if len(wrong):
         raise InputError(f"features: those of row {int(wrong[0])} are not finite; evaluate the model in float32")
     if labels.ndim == 2:
-        require(labels.shape[1] == classes, f"labels: {labels.shape[1]} columns of {classes} classes")
+        require(labels.shape[1] == classes, f"labels: there are {labels.shape[1]} columns, but {classes} classes")
         return
     wrong = ((labels < 0) | (labels >= classes)).nonzero()[:, 0]
     if len(wrong):
@@ -180,14 +185,14 @@ def _check(features: Tensor, labels: Tensor, classes: int) -> None:
 
 
 def _wide(like: Tensor) -> torch.dtype:
-    """float64, in which sums over a set are exact enough to compare; MPS has none."""
+    """Return float64, for sums over a set that are exact enough to compare, or the dtype itself on MPS."""
     return like.dtype if like.is_mps else torch.float64
 
 
 def spectrum(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The mean ``[W]``, unit directions ``[W, R]`` in which features differ, and their sums of squares ``[R]``.
+    """Return the mean ``[W]``, the unit directions of variation ``[W, R]`` and the sums of squares along them ``[R]``.
 
-    R is W, or with no more than W examples at most their number less one. The eigenvectors are found in float64.
+    R is W; with W examples or fewer it is at most their number less one. Eigenvectors are computed in float64.
     """
     N, W = features.shape
     mean = features.mean(dim=0)
@@ -206,10 +211,10 @@ def spectrum(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _softmax_chunk(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses ``[n]`` and their gradients ``[n, K]``; one exponential each suffices for both.
+    """Return losses ``[n]`` and their gradients ``[n, K]`` from one exponential per logit.
 
-    Where the classes can be separated, losses become much smaller than the rounding of a probability near 1: what is
-    left to the other classes says them exactly.
+    If the classes are separable, losses become much smaller than the rounding error of a probability near 1; the sum
+    of the other classes' probabilities gives them exactly.
     """
     own = logits.gather(1, labels[:, None])[:, 0]
     highest = logits.amax(dim=1)
@@ -221,14 +226,14 @@ def _softmax_chunk(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sigmoid_chunk(logits: Tensor, relevance: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses and their gradients ``[n, K]``; 0 where the relevance is -1."""
+    """Return losses and their gradients ``[n, K]``, which are 0 where the relevance is -1."""
     counted, right = relevance >= 0, (relevance > 0).to(logits.dtype)
     loss = F.binary_cross_entropy_with_logits(logits, right, counted.to(logits.dtype), reduction="none")
     return loss, (logits.sigmoid() - right) * counted
 
 
 class _Search:
-    """The objective in coordinates ``[K, R + 1]`` in which its Hessian starts near the identity."""
+    """Objective in coordinates ``[K, R + 1]`` in which its Hessian starts near the identity."""
 
     def __init__(self, problem: LogisticProblem, l2: float) -> None:
         self.problem, self.l2 = problem, l2
@@ -242,42 +247,42 @@ class _Search:
         self.first_bias = share.logit() if problem.multi_label or problem.binary else share.log()
 
     def zero(self) -> Tensor:
-        """No weights, and the bias that is best without any."""
+        """Return the point with zero weights and the bias that is optimal for them."""
         return self.scale.new_zeros(len(self.scale), self.scale.shape[1] + 1)
 
     def point(self, weight_KR: Tensor, bias_K: Tensor) -> Tensor:
-        """The coordinates of a classifier of centred features."""
+        """Return the coordinates of a classifier of centred features."""
         bias = (bias_K - self.first_bias) / self.bias_scale
         return torch.cat([weight_KR / self.scale, bias[:, None]], dim=1)
 
     def classifier(self, point: Tensor) -> tuple[Tensor, Tensor]:
-        """The inverse of :meth:`point`."""
+        """Invert :meth:`point`."""
         return point[:, :-1] * self.scale, point[:, -1] * self.bias_scale + self.first_bias
 
     def __call__(self, point: Tensor) -> tuple[Tensor, Tensor]:
-        """The objective, in float64, and its gradient."""
+        """Return the objective in float64 and its gradient."""
         weight, bias = self.classifier(point)
-        loss, of_weight, of_bias = self.problem.loss_and_gradient(weight, bias)
+        loss, weight_gradient, bias_gradient = self.problem.loss_and_gradient(weight, bias)
         objective = loss + self.l2 / 2 * weight.to(loss.dtype).square().sum()
-        of_weight = (of_weight + self.l2 * weight) * self.scale
-        return objective, torch.cat([of_weight, (of_bias * self.bias_scale)[:, None]], dim=1)
+        weight_gradient = (weight_gradient + self.l2 * weight) * self.scale
+        return objective, torch.cat([weight_gradient, (bias_gradient * self.bias_scale)[:, None]], dim=1)
 
 
 def _minimise(
     objective: _Search, point: Tensor, max_iterations: int, tolerance: float
 ) -> tuple[Tensor, int, bool, float]:
-    """The lowest point found, iterations, whether it stood still, and the objective there."""
+    """Return the lowest point found, the iterations, whether it converged, and the objective at the point."""
     point = torch.nn.Parameter(point)
     optimizer = torch.optim.LBFGS(
         [point],
-        max_iter=1,  # a step of it is one iteration: between two of them we decide whether to go on
+        max_iter=1,  # one iteration per step: the stopping rule below is ours
         max_eval=100,
         tolerance_grad=0.0,
         tolerance_change=0.0,
         history_size=HISTORY,
         line_search_fn="strong_wolfe",
     )
-    known: tuple[Tensor, Tensor, Tensor] | None = None  # a step begins where the last one ended
+    known: tuple[Tensor, Tensor, Tensor] | None = None  # the last evaluation: a step starts where the last one ended
 
     @torch.no_grad()
     def evaluate() -> Tensor:
@@ -289,7 +294,7 @@ def _minimise(
 
     lowest, best, still = float(evaluate()), point.clone(), 0
     assert known is not None
-    # The first step of torch's is 1 / |gradient|_1 long, for want of knowledge; here the Hessian is about 1.
+    # torch scales the first step by 1 / |gradient|_1; undo that, as the Hessian is near the identity here.
     optimizer.param_groups[0]["lr"] = max(1.0, float(known[2].abs().sum()))
     for iteration in range(1, max_iterations + 1):
         optimizer.step(evaluate)

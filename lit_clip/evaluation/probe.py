@@ -1,8 +1,8 @@
-"""The paper's linear probe: logistic regression on features, its penalty found on validation images (appendix A.3).
+"""The paper's linear probe: logistic regression on features, its penalty chosen on validation images (appendix A.3).
 
-What is known of the paper's: scikit-learn's L-BFGS, 1,000 iterations, a grid of 97 lambdas from 1e-6 to 1e6, and the
-search of :func:`search_l2`. That lambda is 1 / C of scikit-learn is inferred: the README of openai/CLIP has C = 0.316,
-which is 1 / 10^0.5, a point of that grid. Features are used as they are, as there.
+The paper states scikit-learn's L-BFGS, 1,000 iterations, a grid of 97 lambdas from 1e-6 to 1e6, and the search of
+:func:`search_l2`. That lambda is scikit-learn's 1 / C is inferred: the README of openai/CLIP has C = 0.316, which is
+1 / 10^0.5, a point of that grid. As there, features are not normalised.
 """
 
 import math
@@ -24,12 +24,12 @@ __all__ = ["Fit", "ProbeResult", "Split", "fit_logistic", "linear_probe", "searc
 STEPS_PER_DECADE = 8
 L2_GRID = tuple(10 ** (step / STEPS_PER_DECADE - 6) for step in range(12 * STEPS_PER_DECADE + 1))
 FIRST_SPAN = 2 * STEPS_PER_DECADE  # 1e-6, 1e-4, ... 1e6
-HELD_OUT = 5  # one image in so many of each class chooses the penalty where there is no validation split
+HELD_OUT = 5  # without a validation split one image in 5 of each class is held out to choose the penalty
 
 
 @dataclass
 class Split:
-    """Features and what is known of their images.
+    """Features of images and the truth about them.
 
     Attributes:
         features: float32 ``[N, W]``.
@@ -41,28 +41,28 @@ class Split:
 
     def __post_init__(self) -> None:
         rows, known = len(self.features), len(self.targets)
-        require(rows == known, f"split: features of {rows} images, but {known} are known")
+        require(rows == known, f"split: features of {rows} images, but targets of {known}")
 
     def take(self, rows: Tensor) -> "Split":
-        """Some of the images."""
+        """Return some of the rows."""
         return Split(self.features[rows.to(self.features.device)], self.targets.take(rows))
 
     @property
     def labels(self) -> Tensor:
-        """What :func:`lit_clip.evaluation.logistic.fit_logistic` learns: relevance where images have many classes."""
+        """Labels for :func:`lit_clip.evaluation.logistic.fit_logistic`: relevance if images have several classes."""
         return self.targets.labels if self.targets.relevance is None else self.targets.relevance
 
 
 @dataclass
 class ProbeResult:
-    """A probe, and how good it is.
+    """A trained probe and its metrics.
 
     Attributes:
-        metrics: of the test split, see :func:`lit_clip.evaluation.scores.evaluate_scores`.
-        l2: the penalty that was chosen.
-        search: the metric on the validation images by penalty, in the order in which they were tried.
+        metrics: on the test split, see :func:`lit_clip.evaluation.scores.evaluate_scores`.
+        l2: the chosen penalty.
+        search: the metric on the validation images by penalty, in the order tried.
         scores: float32 ``[N, C]`` logits of the test split.
-        fit: the classifier, of training and validation images.
+        fit: the classifier, trained on training and validation images.
     """
 
     metrics: dict[str, float]
@@ -84,20 +84,20 @@ def linear_probe(
 ) -> ProbeResult:
     """Train a classifier on features and evaluate it.
 
-    The penalty is chosen on ``val``; the final classifier is trained on ``train`` and ``val``. Where images have
-    several classes, each class is told from the rest by itself, all with the same penalty.
+    The penalty is chosen on ``val``; the final classifier is trained on ``train`` and ``val``. If images have several
+    classes, there is one binary classifier per class, all with the same penalty.
 
     Args:
-        train: to learn from.
-        val: None: a fifth of each class of ``train`` is held out (of all images, where they have several classes).
-        test: used once, at the end.
-        metric: by which the penalty is chosen, and the result.
-        normalize: bring features to unit length first, as CLIP_benchmark does and the paper does not.
-        max_iterations: of L-BFGS.
-        seed: of what is held out.
+        train: split to train on.
+        val: split to choose the penalty on; None: a fifth of each class of ``train`` (see :func:`held_out`).
+        test: split to evaluate, used once at the end.
+        metric: metric that chooses the penalty and is reported.
+        normalize: normalise features first, as CLIP_benchmark does and the paper does not.
+        max_iterations: limit for L-BFGS.
+        seed: seed for the images held out.
 
     Raises:
-        InputError: splits that do not go together, or that cannot be learnt from.
+        InputError: splits that do not match, or that nothing can be learnt from.
     """
     splits = [train, test] if val is None else [train, val, test]
     _check(splits)
@@ -114,7 +114,7 @@ def linear_probe(
 
 
 def _search(learnt: Split, judged: Split, metric: Metric, max_iterations: int) -> tuple[dict[float, float], Fit]:
-    """The metric by penalty, and the best penalty's classifier."""
+    """Return the metric by penalty, and the classifier of the best penalty."""
     problem = LogisticProblem(learnt.features, learnt.labels, learnt.targets.classes)
     fits: dict[float, Fit] = {}
 
@@ -127,13 +127,13 @@ def _search(learnt: Split, judged: Split, metric: Metric, max_iterations: int) -
 
 
 def search_l2(value_of: Callable[[float], float]) -> dict[float, float]:
-    """The paper's search of 97 penalties: every 16th first, strongest first, then closer and closer about the peak.
+    """Search the 97 penalties as the paper does: every 16th, strongest first, then in ever smaller steps near the peak.
 
     Args:
-        value_of: of a penalty, what to maximise.
+        value_of: function of a penalty to maximise.
 
     Returns:
-        values by penalty, in the order of trying. Where values have a single peak it is among them.
+        values by penalty, in the order tried. They include the maximum if there is a single peak.
     """
     values: dict[float, float] = {}
     span, tried = FIRST_SPAN, range(len(L2_GRID) - 1, -1, -FIRST_SPAN)
@@ -149,14 +149,14 @@ def search_l2(value_of: Callable[[float], float]) -> dict[float, float]:
 
 
 def best_l2(values: dict[float, float]) -> float:
-    """The penalty of the highest value, the strongest of a tie."""
+    """Return the penalty with the highest value, the strongest in a tie."""
     return max(values, key=lambda l2: (values[l2], l2))
 
 
 def held_out(train: Split, seed: int) -> tuple[Split, Split]:
-    """A training split without, and with only, a seeded fifth of each class; a class of one image gives none.
+    """Split off a random fifth of each class: return the rest and the fifth; a class with one image keeps it.
 
-    Where images have several classes it is a fifth of all.
+    If images have several classes, it is a fifth of all images.
     """
     N = len(train.targets)
     if train.targets.relevance is None:
@@ -164,12 +164,15 @@ def held_out(train: Split, seed: int) -> tuple[Split, Split]:
         held = place < (count // HELD_OUT).clamp(min=1).minimum(count - 1)
     else:
         held = torch.randperm(N, generator=torch.Generator().manual_seed(seed)) < max(1, N // HELD_OUT)
-    require(bool(held.any()), "train: one image of each class, and none to choose the penalty by; give a split val")
+    require(
+        bool(held.any()),
+        "train: each class has one image, so none is left to choose the penalty; give a split called val",
+    )
     return train.take((~held).nonzero()[:, 0]), train.take(held.nonzero()[:, 0])
 
 
 def places_in_classes(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Each image's place in a seeded order of its class's, and the number of these; int64 ``[N]`` both."""
+    """Return each image's place in a random order of its class, and the size of its class; both int64 ``[N]``."""
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     order = shuffled[labels[shuffled].argsort(stable=True)]
     count = labels.bincount()
@@ -180,12 +183,11 @@ def places_in_classes(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def _joined(*splits: Split) -> tuple[Tensor, Tensor]:
-    """Features ``[N, W]`` and labels of several splits."""
     return torch.cat([split.features for split in splits]), torch.cat([split.labels for split in splits])
 
 
 def _nearest(fits: dict[float, Fit], l2: float) -> Fit | None:
-    """The fit to start from: that of the penalty whose logarithm is closest."""
+    """Return the fit whose penalty is closest in logarithm, to start from."""
     return fits[min(fits, key=lambda other: abs(math.log(other / l2)))] if fits else None
 
 
@@ -199,4 +201,4 @@ def _check(splits: list[Split]) -> None:
             ("classes", split.targets.classes, splits[0].targets.classes),
             ("kinds of labels", split.labels.ndim, splits[0].labels.ndim),
         ):
-            require(ours == first, f"linear probe: splits of {first} and of {ours} {name} do not go together")
+            require(ours == first, f"linear probe: the splits have {first} and {ours} {name}; they must be the same")

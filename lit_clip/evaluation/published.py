@@ -9,11 +9,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig, ResNetConfig, VisionTransformerConfig, height_width
 from lit_clip.models.registry import papers_models, resolve_architecture
+from lit_clip.tools.text_files import read_yaml
 
 PAPER = "Radford et al. 2021"
 PARAMETERS = {  # of all, millions; as `lit-clip models` counts them
@@ -65,7 +64,7 @@ def _key(name: str) -> str:
 
 @lru_cache(maxsize=1)
 def _data() -> dict[str, Any]:
-    return yaml.safe_load(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8"))
+    return read_yaml(Path(__file__).with_name("published.yaml"))
 
 
 @lru_cache(maxsize=1)

@@ -1,4 +1,4 @@
-"""Results as they become known: kept at once, used again only for the same question, and with where they came from."""
+"""The results of an evaluation: saved as soon as they are computed, cached by all that they depend on."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,21 +13,22 @@ from lit_clip.evaluation.overview import rows, sets_of, shots_of
 from lit_clip.evaluation.suite import SuiteEntry, Task
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import replacing
+from lit_clip.tools.text_files import read_json
 from lit_clip.version import __version__
 from lit_clip.weights.fingerprint import Fingerprint
 
 PACKAGES = ("torch", "torchvision", "lightning", "pillow", "timm", "transformers", "open-clip-torch", "clip-benchmark")
 
 
-def recipe(*said: Any) -> str:
-    """What a result depends on, as a short text: results with the same one need not be computed again."""
-    return sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:32]
+def cache_key(*values: Any) -> str:
+    """Hash all that a result depends on."""
+    return sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def provenance(
     name: str, model: CLIP, fingerprint: Fingerprint, precision: str, suite: Sequence[str]
 ) -> dict[str, Any]:
-    """Where the numbers come from: of ``results.json`` all but the sets."""
+    """Return the part of ``results.json`` that says which model, packages and suite the numbers come from."""
     architecture = model.config.to_dict()
     return {
         "lit_clip": __version__,
@@ -56,10 +57,10 @@ def _version(package: str) -> str | None:
 
 
 class Results:
-    """The results of a run in its folder, set by set.
+    """The results of a run by set, and their cache in the run's folder.
 
     Args:
-        folder: of the run; it exists.
+        folder: folder of the run, which must exist.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -67,7 +68,7 @@ class Results:
         self.sets: dict[str, dict[str, Any]] = {}
 
     def begin(self, name: str, entry: SuiteEntry) -> None:
-        """A set's turn has come."""
+        """Start the entry of a set."""
         self.sets[name] = {
             "status": "done",
             "reason": "",
@@ -79,21 +80,27 @@ class Results:
             "tasks": {},
         }
 
-    def say(self, name: str, **values: Any) -> None:
-        """What is known of a set beside its tasks' results."""
+    def update(self, name: str, **values: Any) -> None:
+        """Add values to a set's entry."""
         self.sets[name] |= values
 
-    def known(self, name: str, task: Task, wanted: str) -> dict[str, Any] | None:
-        """The result of an earlier run with the same :func:`recipe`."""
+    def add_reason(self, name: str, reason: str) -> None:
+        """Append why a set is incomplete to the earlier reasons, unless it is among them."""
+        earlier = self.sets[name]["reason"]
+        if reason not in earlier:
+            self.sets[name]["reason"] = "; ".join(filter(None, (earlier, reason)))
+
+    def cached(self, name: str, task: Task, key: str) -> dict[str, Any] | None:
+        """Return the result of an earlier run with the same :func:`cache_key`, or None."""
         try:
             saved = json.loads(self._file(name).read_text(encoding="utf-8"))[task]
-            usable = saved["recipe"] == wanted and isinstance(saved["result"], dict)
+            usable = saved["key"] == key and isinstance(saved["result"], dict)
             return saved["result"] if usable else None
-        except (OSError, ValueError, KeyError, TypeError):  # none, or a file that somebody has damaged
+        except (OSError, ValueError, KeyError, TypeError):  # there is none, or the file is damaged
             return None
 
-    def add(self, name: str, task: Task, made: str, result: Mapping[str, Any]) -> None:
-        """Keep a result, on disk too."""
+    def add(self, name: str, task: Task, key: str, result: Mapping[str, Any]) -> None:
+        """Add the result of a task and save it under its cache key."""
         self.sets[name]["tasks"][task] = dict(result)
         path = self._file(name)
         try:
@@ -101,7 +108,7 @@ class Results:
             saved = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             saved = {}
-        saved = {**(saved if isinstance(saved, dict) else {}), task: {"recipe": made, "result": result}}
+        saved = {**(saved if isinstance(saved, dict) else {}), task: {"key": key, "result": result}}
         with replacing(path) as draft:
             draft.write_text(json.dumps(saved), encoding="utf-8")
 
@@ -109,7 +116,7 @@ class Results:
         return self.folder / "sets" / f"{name}.json"
 
     def write(self, head: Mapping[str, Any]) -> dict[str, Any]:
-        """Write ``results.json`` and return what it says."""
+        """Write ``results.json`` and return its content."""
         everything = {**head, "sets": self.sets}
         with replacing(self.folder / "results.json") as draft:
             draft.write_text(json.dumps(everything, indent=1, ensure_ascii=False), encoding="utf-8", errors="replace")
@@ -117,19 +124,16 @@ class Results:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """The ``results.json`` of another run, or that in its folder.
+    """Read the ``results.json`` of another run, given by its path or its folder.
 
     Raises:
-        InputError: it is not one.
+        InputError: it does not exist or is not a ``results.json``.
     """
     path = path / "results.json" if path.is_dir() else path
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not a readable results.json ({error})") from error
+    results = read_json(path)
     if not isinstance(results, dict) or not isinstance(results.get("sets"), dict) or "model" not in results:
         raise InputError(f"{path}: not the results.json of lit-clip evaluate")
-    try:  # what the report will ask of it, hours later
+    try:  # what the report will need, hours later
         rows(results)
         for _, entry in sets_of(results):
             shots_of(entry)

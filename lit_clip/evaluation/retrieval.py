@@ -1,6 +1,6 @@
-"""The evaluation of a set of pairs that lies in parts on the ranks: its loss and retrieval in both directions."""
+"""Retrieval and loss of a set of image-caption pairs that is distributed over the ranks."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,16 +22,15 @@ from lit_clip.tools.hashing import hash64
 
 RECALL_AT = (1, 5, 10)
 DIRECTIONS = ("image_to_text", "text_to_image")
-BLOCK = 2**25  # bytes; memory of this size goes back to the system when it is freed
+BLOCK = 2**25  # bytes; blocks of this size are returned to the system when freed
 
 
 def _hashes(values: Iterable[str | bytes]) -> np.ndarray:
-    """int64 ``[N]``, see :func:`lit_clip.tools.hashing.hash64`."""
     return np.frombuffer(b"".join(map(hash64, values)), dtype="<i8")
 
 
 def _numbered(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """``[N]`` -> which distinct value each is ``[N]``, in order of appearance, and where each appears first ``[U]``."""
+    """Number distinct values in order of appearance: return each value's number ``[N]`` and first positions ``[U]``."""
     _, first, number = np.unique(hashes, return_index=True, return_inverse=True)
     order = first.argsort()
     place = np.empty_like(order)
@@ -40,13 +39,13 @@ def _numbered(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class _Distinct:
-    """The features ``[n, D]`` of each distinct image (or caption) that this rank has seen, in order of appearance.
+    """Features ``[n, D]`` of the distinct images (or captions) that this rank has seen, in order of appearance.
 
-    They are kept in blocks: joining those never holds everything twice.
+    They are stored in blocks, so that concatenating them never holds everything twice.
     """
 
     def __init__(self) -> None:
-        self.hashes: list[np.ndarray] = []  # of all that came, whether new or not
+        self.hashes: list[np.ndarray] = []  # of all rows, new or not
         self._seen: set[int] = set()
         self._blocks: list[Tensor] = []
         self._size = 0
@@ -66,7 +65,7 @@ class _Distinct:
             rest = rest[len(taken) :]
 
     def take(self, empty: Tensor) -> Tensor:
-        """All rows, which are then forgotten; ``empty`` is ``[0, D]``."""
+        """Return all features and drop them; ``empty``, ``[0, D]``, is returned if there are none."""
         if not self._blocks:
             return empty
         joined, start = self._blocks[0].new_empty(self._size, self._blocks[0].shape[1]), 0
@@ -79,17 +78,17 @@ class _Distinct:
 
 
 class _Owners(NamedTuple):
-    """Who gives which of the distinct images (or captions): the rank where each appears first.
+    """The rank that owns each distinct image (or caption): the one where it appears first.
 
     Attributes:
-        numbers: which distinct one each row of the set is; those of a rank have consecutive numbers.
-        counts: how many each rank gives.
-        given: which of the ones that this rank has it gives, ascending.
+        numbers: number of each row's image (or caption); those that a rank owns are consecutive.
+        counts: how many each rank owns.
+        owned: which of the features on this rank it owns, ascending.
     """
 
     numbers: np.ndarray
     counts: list[int]
-    given: np.ndarray
+    owned: np.ndarray
 
 
 def _owners(hash_N: np.ndarray, rank_N: np.ndarray, rank: int, world: int) -> _Owners:
@@ -99,33 +98,33 @@ def _owners(hash_N: np.ndarray, rank_N: np.ndarray, rank: int, world: int) -> _O
     place = np.empty_like(order)
     place[order] = np.arange(len(order))
     mine = rank_N == rank
-    had = np.flatnonzero(mine)[_numbered(hash_N[mine])[1]]  # rows of the set that gave this rank its own features
-    given = np.flatnonzero(np.isin(had, first_U[owner_U == rank]))
-    return _Owners(place[number_N], np.bincount(owner_U, minlength=world).tolist(), given)
+    local_first = np.flatnonzero(mine)[_numbered(hash_N[mine])[1]]  # the set's rows that this rank's features are from
+    owned = np.flatnonzero(np.isin(local_first, first_U[owner_U == rank]))
+    return _Owners(place[number_N], np.bincount(owner_U, minlength=world).tolist(), owned)
 
 
 class Joined(NamedTuple):
-    """All ranks' pairs, as far as a rank needs them to search.
+    """The part of all ranks' pairs that one rank needs.
 
     Attributes:
         image: features ``[I, D]`` of all images.
-        text: features ``[T, D]`` of the captions that this rank was the first to see.
-        mine: the pairs of those captions, on the same device.
-        everyones: the pairs of all ranks' captions, on the CPU.
+        text: features ``[T, D]`` of the captions that this rank owns.
+        own_pairs: pairs of those captions, on the same device.
+        all_pairs: pairs of all ranks' captions, on the CPU.
     """
 
     image: Tensor
     text: Tensor
-    mine: Pairs
-    everyones: Pairs
+    own_pairs: Pairs
+    all_pairs: Pairs
 
 
 class Evaluation(NamedTuple):
-    """What was found out.
+    """Metrics of a set.
 
     Attributes:
-        metrics: by name, without the prefix of the stage.
-        baselines: the baseline, of those metrics that can be predicted.
+        metrics: values by name, without the prefix of the stage.
+        baselines: what a constant answer reaches in the recalls, by name.
     """
 
     metrics: dict[str, float]
@@ -133,26 +132,26 @@ class Evaluation(NamedTuple):
 
 
 class RetrievalSet:
-    """Pairs as they come, batch by batch, on every rank; then the numbers of all ranks' pairs together.
+    """Collects pairs batch by batch on every rank, then evaluates all ranks' pairs together.
 
-    The candidates are all pairs of the set, so the numbers depend on neither batch size nor number of ranks; a rank may
-    have none. Rows with one key are one image, rows with the same tokens one caption, wherever they are. Each rank has
-    the features of all images and of the captions that it was the first to see.
+    The candidates are all pairs of the set, so the metrics depend on neither batch size nor number of ranks; a rank may
+    have no pairs. Rows with the same key are one image, rows with the same tokens one caption, on any rank. For the
+    evaluation each rank holds the features of all images and of the captions that it owns.
     """
 
     def __init__(self) -> None:
         self._images, self._texts = _Distinct(), _Distinct()
 
     def add(self, image_BD: Tensor, text_BD: Tensor, keys: list[str], token_hashes: np.ndarray) -> None:
-        """Unit features of some pairs, the images' keys and :func:`token_hashes` of the captions."""
+        """Add a batch: unit features, the images' keys and the captions' :func:`token_hashes`."""
         self._images.add(_hashes(keys), image_BD)
         self._texts.add(token_hashes, text_BD)
 
     def join(self, empty: Tensor) -> Joined | None:
-        """Bring all ranks' pairs together, None if there are none; this set is empty afterwards.
+        """Gather all ranks' pairs and empty this set; return None if there are no pairs.
 
         Args:
-            empty: ``[0, D]``, on the device where features of a rank without pairs would be.
+            empty: ``[0, D]``, in the dtype and on the device of features, for a rank without pairs.
         """
         rank, world = distributed.rank_and_world()
         image_hash_N, text_hash_N, rank_N = self._rows(empty.device)
@@ -161,45 +160,39 @@ class RetrievalSet:
         images = _owners(image_hash_N, rank_N, rank, world)
         texts = _owners(text_hash_N, rank_N, rank, world)
         pairs = _distinct_pairs(images, texts)
-        image_ID = distributed.gather_large(_given(self._images, images, empty), images.counts)
-        text_TD = _given(self._texts, texts, empty)
+        image_ID = distributed.gather_large(_owned_features(self._images, images, empty), images.counts)
+        text_TD = _owned_features(self._texts, texts, empty)
         first = sum(texts.counts[:rank])
         mine = (first <= pairs.text) & (pairs.text < first + len(text_TD))
-        my_pairs = Pairs(pairs.image[mine], pairs.text[mine] - first, pairs.rows[mine])
+        own_pairs = Pairs(pairs.image[mine], pairs.text[mine] - first, pairs.rows[mine])
         self._images, self._texts = _Distinct(), _Distinct()
-        return Joined(image_ID, text_TD, my_pairs.to(empty.device), pairs)
+        return Joined(image_ID, text_TD, own_pairs.to(empty.device), pairs)
 
     def evaluate(self, empty: Tensor, scale: Tensor, bias: Tensor | None) -> Evaluation:
-        """Loss and retrieval; all ranks must ask at the same point. The set is empty afterwards.
+        """Return loss and retrieval metrics and empty this set; a collective call.
 
         Args:
-            empty: as in :meth:`join`.
+            empty: see :meth:`join`.
             scale: inverse temperature, ``exp(logit_scale)``.
-            bias: ``logit_bias`` of the sigmoid loss.
+            bias: ``logit_bias`` for the sigmoid loss.
         """
         joined = self.join(empty)
         if joined is None:
             return Evaluation({}, {})
-        image_ID, text_TD, mine, everyones = joined
+        image_ID, text_TD, own_pairs, all_pairs = joined
 
         def total(local: Tensor) -> Tensor:
             return distributed.sum_over_ranks(local, empty.device)
 
-        joins = (distributed.highest_over_ranks, total)
-        score_E = pair_scores(image_ID, text_TD, mine)
-        ranks = retrieval_ranks(image_ID, text_TD, mine, score_E, *joins)
-        loss = whole_set_loss(image_ID, text_TD, mine, score_E, scale, bias, *joins)
-        metrics = retrieval_metrics(ranks.image.cpu(), distributed.gather_uneven(ranks.text).cpu(), everyones)
-        predictions = zip(DIRECTIONS, baseline_recalls(everyones, RECALL_AT), strict=True)
-        baselines = {
-            f"{direction}_recall@{k}": fraction
-            for direction, fractions in predictions
-            for k, fraction in zip(RECALL_AT, fractions, strict=True)
-        }
-        return Evaluation({"loss": loss, **metrics}, baselines)
+        over_ranks = (distributed.highest_over_ranks, total)
+        score_E = pair_scores(image_ID, text_TD, own_pairs)
+        ranks = retrieval_ranks(image_ID, text_TD, own_pairs, score_E, *over_ranks)
+        loss = whole_set_loss(image_ID, text_TD, own_pairs, score_E, scale, bias, *over_ranks)
+        metrics = retrieval_metrics(ranks.image.cpu(), distributed.gather_uneven(ranks.text).cpu(), all_pairs)
+        return Evaluation({"loss": loss, **metrics}, _recall_metrics(*baseline_recalls(all_pairs, RECALL_AT)))
 
     def _rows(self, device: torch.device) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of all ranks' rows, in the order in which they came, the hashes of image and caption, and the rank."""
+        """Return image hash, caption hash and rank of all ranks' rows, in the order in which they were added."""
         rank = distributed.rank_and_world()[0]
         nothing = np.empty(0, dtype=np.int64)
         image, text = (np.concatenate([nothing, *part.hashes]) for part in (self._images, self._texts))
@@ -210,34 +203,42 @@ class RetrievalSet:
 
 
 def token_hashes(tokens: Tensor, context_length: int, pad_id: int) -> np.ndarray:
-    """int64 ``[B, L]`` -> what identifies each caption, however far it is padded: int64 ``[B]``."""
+    """Hash the tokens ``[B, L]`` of each caption, independently of its padding: int64 ``[B]``."""
     padded = F.pad(tokens, (0, context_length - tokens.shape[1]), value=pad_id).cpu().numpy()
     return _hashes(row.tobytes() for row in padded)
 
 
-def _given(seen: _Distinct, owners: _Owners, empty: Tensor) -> Tensor:
+def _owned_features(seen: _Distinct, owners: _Owners, empty: Tensor) -> Tensor:
     features = seen.take(empty)
-    if len(owners.given) == len(features):
+    if len(owners.owned) == len(features):
         return features
-    return features[torch.from_numpy(owners.given).to(features.device)]
+    return features[torch.from_numpy(owners.owned).to(features.device)]
 
 
 def _distinct_pairs(images: _Owners, texts: _Owners) -> Pairs:
-    """Of all ranks, on the CPU, in the order of the captions."""
+    """Return the pairs of all ranks on the CPU, in the order of the captions."""
     code, rows = np.unique(texts.numbers * sum(images.counts) + images.numbers, return_counts=True)
     text, image = np.divmod(code, sum(images.counts))
     return Pairs(torch.from_numpy(image), torch.from_numpy(text), torch.from_numpy(rows))
 
 
 def retrieval_metrics(image_ranks: Tensor, text_ranks: Tensor, pairs: Pairs) -> dict[str, float]:
-    """Recall and median rank in both directions, of the ranks of all images ``[I]`` and of all captions ``[T]``."""
-    one_each = torch.ones_like(image_ranks)  # an image with five captions asks once
+    """Return recalls and median ranks in both directions from the ranks of all images ``[I]`` and captions ``[T]``."""
+    one_each = torch.ones_like(image_ranks)  # an image with five captions is one query
     rows_T = torch.zeros_like(text_ranks).index_add_(0, pairs.text, pairs.rows)
-    found = ((image_ranks, one_each, len(text_ranks)), (text_ranks, rows_T, len(image_ranks)))
-    metrics: dict[str, float] = {}
-    for direction, result in zip(DIRECTIONS, found, strict=True):
-        fractions = zip(RECALL_AT, recalls(*result, RECALL_AT), strict=True)
-        metrics |= {f"{direction}_recall@{k}": fraction for k, fraction in fractions}
-    for direction, (ranks, asked, _) in zip(DIRECTIONS, found, strict=True):
-        metrics[f"{direction}_median_rank"] = float(median_rank(ranks, asked))
+    image_to_text, text_to_image = (image_ranks, one_each), (text_ranks, rows_T)
+    metrics = _recall_metrics(
+        recalls(*image_to_text, len(text_ranks), RECALL_AT), recalls(*text_to_image, len(image_ranks), RECALL_AT)
+    )
+    for direction, queries in zip(DIRECTIONS, (image_to_text, text_to_image), strict=True):
+        metrics[f"{direction}_median_rank"] = float(median_rank(*queries))
     return metrics
+
+
+def _recall_metrics(image_to_text: Sequence[float], text_to_image: Sequence[float]) -> dict[str, float]:
+    """Name the recalls at :data:`RECALL_AT` of both directions."""
+    return {
+        f"{direction}_recall@{k}": fraction
+        for direction, fractions in zip(DIRECTIONS, (image_to_text, text_to_image), strict=True)
+        for k, fraction in zip(RECALL_AT, fractions, strict=True)
+    }

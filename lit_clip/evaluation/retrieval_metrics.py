@@ -1,10 +1,10 @@
-"""Retrieval and the loss of a whole set, pure functions over features; tiles keep memory linear in the number of pairs.
+"""Retrieval metrics and the loss of a whole set: pure functions of features, with memory linear in the number of pairs.
 
 Shapes: I distinct images, T distinct captions, E distinct pairs of them, D embedding dimension.
 
-Several ranks may divide the captions: each has all images and, of its captions, all pairs. What a rank finds out about
-an image it joins with what the others found, by two functions that it is given: ``highest`` takes the element-wise
-maximum over ranks, ``total`` the sum. Without them a rank is alone.
+Ranks may share the captions: each has all images, some captions and all pairs of these captions. Values that belong to
+an image are then reduced over ranks by two functions: ``maximum`` and ``total``, both element-wise. The default is
+rank-local: one rank has everything.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,16 +17,16 @@ from torch import Tensor
 from lit_clip.losses.contrastive import at_least_float32
 
 CAPTIONS, IMAGES = 1024, 4096  # a tile of similarities, 16 MiB in float32
-Join = Callable[[Tensor], Tensor]
+Reduce = Callable[[Tensor], Tensor]  # over ranks, element-wise
 
 
 class Pairs(NamedTuple):
-    """Which caption is which image's, each distinct pair once.
+    """The distinct image-caption pairs of a set.
 
     Attributes:
         image: int64 ``[E]``, rows of the images' features.
         text: int64 ``[E]``, rows of the captions' features, ascending.
-        rows: int64 ``[E]``, how many rows of the set are this pair.
+        rows: int64 ``[E]``, number of rows of the set with this pair.
     """
 
     image: Tensor
@@ -34,35 +34,35 @@ class Pairs(NamedTuple):
     rows: Tensor
 
     def to(self, device: torch.device) -> "Pairs":
-        """The same on another device."""
+        """Copy to a device."""
         return Pairs(*(column.to(device) for column in self))
 
 
 class Ranks(NamedTuple):
-    """How many wrong candidates score at least as high as the best right one, int64, 0 is best.
+    """Number of wrong candidates that score at least as high as the best right one, int64; 0 is best.
 
-    A tie counts against the model. Where the right ones score NaN, or there is none, it is the number of candidates.
+    A tie counts against the model. If all right candidates score NaN, or there is none, it is the number of candidates.
 
     Attributes:
-        image: ``[I]``, of each image among all captions.
-        text: ``[T]``, of each of this rank's captions among all images.
+        image: ``[I]``, rank of each image's best caption among all captions.
+        text: ``[T]``, rank of the best image of each of this process's captions among all images.
     """
 
     image: Tensor
     text: Tensor
 
 
-def alone(local: Tensor) -> Tensor:
-    """What one rank makes of its share: the whole."""
+def rank_local(local: Tensor) -> Tensor:
+    """Return the tensor itself: the reduction over a single rank."""
     return local
 
 
-def _spans(size: int, most: int) -> list[slice]:
-    """``size`` rows in parts of at most ``most``, equal but for one row.
+def _spans(size: int, longest: int) -> list[slice]:
+    """Divide ``size`` rows into spans of at most ``longest``, whose lengths differ by at most one.
 
-    A part of a single row would be multiplied, and rounded, in another way than the rest.
+    A span of a single row would be multiplied, and rounded, differently from the others.
     """
-    count = -(-size // most)
+    count = -(-size // longest)
     return [slice(size * i // count, size * (i + 1) // count) for i in range(count)]
 
 
@@ -72,7 +72,7 @@ def _product(text_TD: Tensor, image_ID: Tensor) -> Tensor:
 
 
 def _tiles(image_ID: Tensor, text_TD: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-    """All similarities: rows of captions, rows of images, ``[captions, images]`` float32 or wider."""
+    """Yield all similarities: rows of captions, rows of images, and ``[captions, images]`` in float32 or wider."""
     for texts in _spans(len(text_TD), CAPTIONS):
         for images in _spans(len(image_ID), IMAGES):
             yield texts, images, _product(text_TD[texts], image_ID[images])
@@ -80,9 +80,9 @@ def _tiles(image_ID: Tensor, text_TD: Tensor) -> Iterator[tuple[slice, slice, Te
 
 @torch.no_grad()
 def pair_scores(image_ID: Tensor, text_TD: Tensor, pairs: Pairs) -> Tensor:
-    """The similarity of each pair, ``[E]``: bit for bit what it is among all similarities.
+    """Return the similarity of each pair, ``[E]``, bit for bit equal to its entry among all similarities.
 
-    Only tiles with a pair are computed: where a caption stands near its image those are few.
+    Only tiles with a pair are computed: few, if the rows of captions and their images are close.
     """
     score_E = torch.empty(len(pairs.text), device=text_TD.device, dtype=_product(text_TD[:0], image_ID[:0]).dtype)
     image_spans = _spans(len(image_ID), IMAGES)
@@ -100,13 +100,13 @@ def pair_scores(image_ID: Tensor, text_TD: Tensor, pairs: Pairs) -> Tensor:
 
 
 def _best(score_E: Tensor, index_E: Tensor, size: int) -> Tensor:
-    """Of each of ``size`` queries the highest score of a pair: NaN counts as infinite, none as -infinite."""
+    """Return the highest score of a right candidate of each query: infinity for NaN, -infinity if it has none."""
     best = score_E.new_full((size,), -torch.inf)
     return best.scatter_reduce_(0, index_E, score_E.nan_to_num(nan=torch.inf, neginf=-torch.inf), "amax")
 
 
 def _wrong_ahead(ahead: Tensor, score_E: Tensor, best: Tensor, index_E: Tensor) -> Tensor:
-    """Take from the candidates that are not below the best right one those that are right themselves."""
+    """Subtract the right candidates from the number of candidates that do not score below the best right one."""
     right_E = ~(score_E < best[index_E])
     return ahead.index_add_(0, index_E, right_E.to(ahead.dtype), alpha=-1)
 
@@ -117,22 +117,22 @@ def retrieval_ranks(
     text_TD: Tensor,
     pairs: Pairs,
     score_E: Tensor,
-    highest: Join = alone,
-    total: Join = alone,
+    maximum: Reduce = rank_local,
+    total: Reduce = rank_local,
 ) -> Ranks:
-    """Search for each image among all captions and for each caption among all images.
+    """Rank the captions for each image and the images for each caption.
 
-    All captions of an image are right for it and all images of a caption are right for that.
+    All captions of an image are right for it, and all images of a caption are right for the caption.
 
     Args:
         image_ID: unit features of all images.
         text_TD: unit features of this rank's captions.
-        pairs: those of this rank's captions.
-        score_E: :func:`pair_scores`.
-        highest: element-wise maximum over ranks.
+        pairs: pairs of this rank's captions.
+        score_E: their scores, see :func:`pair_scores`.
+        maximum: element-wise maximum over ranks.
         total: sum over ranks.
     """
-    best_I = highest(_best(score_E, pairs.image, len(image_ID)))
+    best_I = maximum(_best(score_E, pairs.image, len(image_ID)))
     best_T = _best(score_E, pairs.text, len(text_TD))
     below_I, below_T = pairs.image.new_zeros(len(image_ID)), pairs.image.new_zeros(len(text_TD))
     for texts, images, score in _tiles(image_ID, text_TD):
@@ -146,40 +146,40 @@ def retrieval_ranks(
 
 
 def recalls(ranks: Tensor, rows: Tensor, candidates: int, ks: Sequence[int]) -> list[float]:
-    """The fraction of queries with a right candidate among the first k, by k.
+    """Return recall@k for each k: the fraction of queries with a right candidate among the first k.
 
     Args:
-        ranks: int64 ``[Q]``, one column of :class:`Ranks`.
-        rows: int64 ``[Q]``, how often each query is asked.
-        candidates: how many there are to choose from.
-        ks: the k of recall@k.
+        ranks: int64 ``[Q]``, a field of :class:`Ranks`.
+        rows: int64 ``[Q]``, weight of each query: how often it occurs.
+        candidates: number of candidates.
+        ks: values of k.
     """
     return [int(rows[ranks < min(k, candidates)].sum()) / int(rows.sum()) for k in ks]
 
 
 def median_rank(ranks: Tensor, rows: Tensor) -> int:
-    """The place by which half of the queries have met a right candidate, 1 is best; arguments as :func:`recalls`."""
+    """Return the median rank of the first right candidate, 1 is best; arguments as in :func:`recalls`."""
     order = ranks.argsort()
-    asked = rows[order].cumsum(0)
-    return 1 + int(ranks[order][2 * asked >= asked[-1]][0])
+    queries = rows[order].cumsum(0)
+    return 1 + int(ranks[order][2 * queries >= queries[-1]][0])
 
 
 def baseline_recalls(pairs: Pairs, ks: Sequence[int]) -> tuple[list[float], list[float]]:
-    """Recall image -> text and text -> image of the best answer that looks at nothing: always the same k candidates.
+    """Return the baselines of recall@k, image to text and text to image: always answer with the same k candidates.
 
-    With N distinct pairs that is k / N; where captions repeat, naming the common ones gets further.
+    With N distinct pairs that is k / N; if captions repeat, answering with the most frequent ones reaches more.
 
     Args:
-        pairs: of all ranks.
-        ks: the k of recall@k.
+        pairs: pairs of all ranks.
+        ks: values of k.
     """
     image_E, text_E, rows_E = pairs.to(torch.device("cpu"))
     images, rows = int(image_E.max()) + 1, int(rows_E.sum())
     images_of_text = text_E.bincount()
     rows_of_text = torch.zeros_like(images_of_text).index_add_(0, text_E, rows_E)
     rows_of_image = rows_E.new_zeros(images)
-    rows_of_image.index_add_(0, image_E, rows_of_text[text_E])  # how many captions an image is right for
-    # A second image with the same caption gains nothing: of each caption count the best image.
+    rows_of_image.index_add_(0, image_E, rows_of_text[text_E])  # number of rows that each image is right for
+    # A second image with the same caption gains nothing, so only the best image of each caption counts.
     best_image = torch.zeros_like(rows_of_text).scatter_reduce_(0, text_E, rows_of_image[image_E], "amax")
 
     def best(gains: Tensor, queries: int) -> list[float]:
@@ -189,9 +189,9 @@ def baseline_recalls(pairs: Pairs, ks: Sequence[int]) -> tuple[list[float], list
 
 
 class _LogSumExp:
-    """``log(sum(weight * exp(logit)))`` of many queries, candidates coming tile by tile.
+    """``log(sum(weight * exp(logit)))`` of many queries, accumulated over tiles of candidates.
 
-    Sums are in float64 (MPS has none): what a set's loss is must not depend on how it is cut into tiles.
+    Sums are float64 (except on MPS, which has none), so that the loss does not depend on the tiles.
     """
 
     def __init__(self, size: int, like: Tensor) -> None:
@@ -199,16 +199,16 @@ class _LogSumExp:
         self.sum = torch.zeros(size, device=like.device, dtype=like.dtype if like.is_mps else torch.float64)
 
     def add(self, queries: slice, logits: Tensor, weights: Tensor) -> None:
-        """Logits ``[queries, candidates]``, weights ``[candidates]``."""
+        """Add a tile: logits ``[queries, candidates]``, weights ``[candidates]``."""
         old = self.peak[queries]
         peak = torch.maximum(old, logits.amax(dim=1))
         added = (logits - peak[:, None]).exp_() @ weights.to(logits.dtype)
         self.sum[queries] = self.sum[queries] * (old - peak).exp() + added
         self.peak[queries] = peak
 
-    def value(self, highest: Join = alone, total: Join = alone) -> Tensor:
-        """``[size]``, over all ranks' candidates."""
-        peak = highest(self.peak)
+    def value(self, maximum: Reduce = rank_local, total: Reduce = rank_local) -> Tensor:
+        """Return ``[size]``, reduced over all ranks' candidates."""
+        peak = maximum(self.peak)
         return peak + total(self.sum * (self.peak - peak).exp()).log()
 
 
@@ -220,21 +220,21 @@ def whole_set_loss(
     score_E: Tensor,
     scale: Tensor,
     bias: Tensor | None = None,
-    highest: Join = alone,
-    total: Join = alone,
+    maximum: Reduce = rank_local,
+    total: Reduce = rank_local,
 ) -> float:
-    """The loss that is trained with, of one batch that holds all N rows of the set, each row right for itself alone.
+    """Return the training loss of one batch with all N rows of the set; each row is right for itself alone.
 
-    Rows with the same image and caption give the same similarities, so those are computed once and weighted.
+    Rows with the same image and caption have the same similarities, which are computed once and weighted.
 
     Args:
         image_ID: unit features of all images.
         text_TD: unit features of this rank's captions.
-        pairs: those of this rank's captions.
-        score_E: :func:`pair_scores`.
+        pairs: pairs of this rank's captions.
+        score_E: their scores, see :func:`pair_scores`.
         scale: inverse temperature, ``exp(logit_scale)``.
-        bias: ``logit_bias``; with it the loss is the sigmoid one, without it the contrastive one.
-        highest: element-wise maximum over ranks.
+        bias: ``logit_bias`` for the sigmoid loss; None for the contrastive loss.
+        maximum: element-wise maximum over ranks.
         total: sum over ranks.
     """
     rows_I = total(pairs.rows.new_zeros(len(image_ID)).index_add_(0, pairs.image, pairs.rows))
@@ -246,14 +246,16 @@ def whole_set_loss(
             logits = scale * score
             text.add(texts, logits, rows_I[images])
             image.add(images, logits.T, rows_T[texts])
-        of_texts = (rows_T * text.value()).sum() - 2 * (pairs.rows * (scale * score_E)).to(text.sum.dtype).sum()
-        loss = (total(of_texts) + (rows_I * image.value(highest, total)).sum()) / 2
+        text_loss = (rows_T * text.value()).sum() - 2 * (pairs.rows * (scale * score_E)).to(text.sum.dtype).sum()
+        loss = (total(text_loss) + (rows_I * image.value(maximum, total)).sum()) / 2
     else:
         bias = bias.to(score_E.dtype)
         losses = torch.zeros_like(_LogSumExp(1, score_E).sum)[0]
         losses -= (pairs.rows * (scale * score_E + bias)).sum()
         for texts, images, score in _tiles(image_ID, text_TD):
-            no = -F.logsigmoid(-(scale * score + bias))  # of a pair that is none; a right one's is this less the logit
-            losses += (rows_T[texts] * (no @ rows_I[images].to(no.dtype)).to(losses.dtype)).sum()
+            negative = -F.logsigmoid(
+                -(scale * score + bias)
+            )  # loss of a negative; that of a positive is less the logit
+            losses += (rows_T[texts] * (negative @ rows_I[images].to(negative.dtype)).to(losses.dtype)).sum()
         loss = total(losses)
     return float(loss / rows_I.sum())

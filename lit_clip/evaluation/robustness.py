@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import yaml
 from torch import Tensor
 
 from lit_clip.errors import InputError, require
-from lit_clip.evaluation.scores import accuracies
-from lit_clip.evaluation.targets import Targets
+from lit_clip.evaluation.accuracy import accuracies, classification_counts
+from lit_clip.tools.text_files import read_yaml
 
 
 class TopOnePair(NamedTuple):
@@ -115,12 +114,12 @@ def subset_top1(scores: Tensor, labels: Tensor, classes: Sequence[int]) -> float
     rows = torch.isin(labels, columns).nonzero()[:, 0]
     require(len(rows) > 0, "robustness: ImageNet has no image of these classes")
     among = scores[rows.to(scores.device)][:, columns.to(scores.device)]
-    return accuracies(among, Targets(torch.searchsorted(columns, labels[rows]), len(columns)))["top1"]
+    return accuracies(classification_counts(among, torch.searchsorted(columns, labels[rows])))["top1"]
 
 
 @lru_cache(maxsize=1)
 def _published() -> dict[str, list[TopOnePair]]:
-    classifiers = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+    classifiers = read_yaml(Path(__file__).with_suffix(".yaml"))
     points: dict[str, list[TopOnePair]] = {}
     for sets in classifiers.values():
         for name, (imagenet, shifted) in sets.items():

@@ -1,61 +1,68 @@
-"""Metrics of the paper's evaluation, pure functions of scores and targets, in float64 where anything is added up.
+"""Metrics of the paper's evaluation, pure functions of class scores and targets; sums are float64.
 
-Shapes: N images, C classes. All values are fractions, 0 to 1. A tie goes to the class of the lowest number, so that
-nothing depends on how images are divided among ranks or chunks. An image with a NaN among its scores is wrong.
+Shapes: N images, C classes. All values are fractions, 0 to 1. A tie goes to the class with the lowest number, so the
+result does not depend on how images are divided among ranks or chunks. An image with a NaN among its scores is wrong.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from lit_clip.errors import InputError, require
+from lit_clip.evaluation.accuracy import accuracies, baseline_accuracies, classification_counts, predictions
 from lit_clip.evaluation.overlap import clopper_pearson
 from lit_clip.evaluation.suite import Metric
 from lit_clip.evaluation.targets import Targets
-from lit_clip.losses.contrastive import unit
 
-PROPORTIONS: tuple[Metric, ...] = ("top1", "lexicon")  # of N images: those that have a Clopper-Pearson interval
-WITHIN_KM = (1, 25, 200, 750, 2500)  # table 17
-EARTH_RADIUS_KM = 6371.0088  # the mean one
-SAMPLINGS = 100  # of RareAct's mWSAP
-ENTRIES = 2**24  # of a chunk of scores
+PROPORTIONS: tuple[Metric, ...] = ("top1", "lexicon")  # proportions of N images, which have a Clopper-Pearson interval
+SAMPLINGS = 100  # draws of one clip per film for RareAct's mWSAP
 Knowledge = TypeVar("Knowledge")
 
 
 def evaluate_scores(metric: Metric, scores: Tensor, targets: Targets) -> dict[str, float]:
-    """A set's metric under its own name, and what else its labels allow.
+    """Compute a set's metric and the other metrics that its labels allow.
 
     Args:
-        metric: ``within_km`` and ``recall@1`` have functions of their own.
+        metric: any but ``within_km`` and ``recall@1``, which are not computed from class scores.
         scores: float ``[N, C]``, higher is likelier.
-        targets: of the N images.
+        targets: truth about the N images.
 
     Returns:
-        ``metric`` first; ``top1``, ``top5`` (of more than 5 classes) and ``mean_per_class`` where every image has one
-        class; ``pm0`` and ``pm10`` beside ``pm``, their mean; ``mwsap`` beside ``mwap``.
+        ``metric`` first; ``top1``, ``top5`` (with more than 5 classes) and ``mean_per_class`` if every image has one
+        class; ``pm0`` and ``pm10`` with ``pm``, their mean; ``mwsap`` with ``mwap``.
 
     Raises:
-        InputError: scores of another shape, no images, or targets that the metric is not defined on.
+        InputError: scores of another shape, no images, or targets that the metric is not defined for.
     """
-    require(metric in _METRICS, f"metric: {metric} is not one of scores of classes")
+    require(metric in _METRICS, f"metric: {metric} is not computed from class scores")
     require(len(targets) > 0, f"{metric}: there are no images")
     if scores.shape != (len(targets), targets.classes):
         shape = " x ".join(map(str, scores.shape))
-        raise InputError(f"{metric}: scores {shape} of {len(targets)} images and {targets.classes} classes")
+        raise InputError(
+            f"{metric}: scores are {shape}, but there are {len(targets)} images and {targets.classes} classes"
+        )
     scores = scores.detach()
     found = _METRICS[metric](scores, targets)
     if bool((targets.labels >= 0).all()):
-        found |= {name: value for name, value in accuracies(scores, targets).items() if name not in found}
+        found |= {name: value for name, value in _accuracies(scores, targets).items() if name not in found}
     return {metric: found[metric], **found}
 
 
-def baseline(metric: Metric, targets: Targets) -> float | None:
-    """What the best answer reaches that looks at no image.
+def baselines(metric: Metric, targets: Targets) -> dict[str, float]:
+    """Return the :func:`baseline` of ``metric`` and of the accuracies that :func:`evaluate_scores` returns with it."""
+    value = baseline(metric, targets)
+    found = {} if value is None else {metric: value}
+    return found | (_baseline_accuracies(targets) if bool((targets.labels >= 0).all()) else {})
 
-    That is always the same class; of average precision and ROC AUC always the same score; with ``lexicon`` one of a
-    image's candidates at random. None of metrics that are not of classes.
+
+def baseline(metric: Metric, targets: Targets) -> float | None:
+    """Return the best value that an answer can reach without looking at the images.
+
+    That answer is always the same class; for average precision and ROC AUC always the same score; for ``lexicon`` one
+    of the image's candidates at random. None for ``within_km`` and ``recall@1``.
     """
     if metric in ("within_km", "recall@1"):
         return None
@@ -66,74 +73,58 @@ def baseline(metric: Metric, targets: Targets) -> float | None:
     if metric in ("map11", "roc_auc", "mwap"):
         return evaluate_scores(metric, torch.zeros(len(targets), targets.classes), targets)[metric]
     _require_labels(targets, metric)
-    counts = targets.labels.bincount(minlength=targets.classes).double()
-    shares = (counts / len(targets)).sort(descending=True).values
-    if metric == "mean_per_class":
-        return 1 / int((shares > 0).sum())
-    top1 = float(shares[0])
-    return top1 if metric == "top1" else (top1 + float(shares[:5].sum())) / 2
+    found = _baseline_accuracies(targets)
+    return _mean_top1_top5(found) if metric == "mean_top1_top5" else found[metric]
+
+
+def mean_over_folds(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the mean of each metric over the folds of a set."""
+    return {name: fmean(fold[name] for fold in metrics) for name in metrics[0]}
 
 
 def interval(value: float, n: int) -> tuple[float, float]:
-    """The 99.5 % Clopper-Pearson interval of a fraction of n images, as in the paper's tables (appendix A.3)."""
+    """99.5 % Clopper-Pearson interval of a fraction of n images, as in the paper's tables (appendix A.3)."""
     require(n > 0, "interval: there are no images")
     return clopper_pearson(round(value * n), n)
 
 
-def ranks_of_labels(scores: Tensor, labels: Tensor) -> Tensor:
-    """Of each image the place of its class, 0 is first; C if one of its scores is NaN. int64 ``[N]``."""
-    N, C = scores.shape
-    parts = []
-    for rows in torch.arange(N, device=scores.device).split(max(1, ENTRIES // C)):
-        score, label = scores[rows], labels[rows, None].to(scores.device)
-        own = score.gather(1, label)
-        before = torch.arange(C, device=scores.device) < label
-        rank = ((score > own) | ((score == own) & before)).sum(dim=1)
-        parts.append(rank.masked_fill(score.isnan().any(dim=1), C))
-    return torch.cat(parts)
-
-
-def predictions(scores: Tensor) -> Tensor:
-    """The class of each image's highest score, the lowest number of a tie, -1 if one is NaN. int64 ``[N]``."""
-    return scores.argmax(dim=1).masked_fill(scores.isnan().any(dim=1), -1)
-
-
-def accuracies(scores: Tensor, targets: Targets) -> dict[str, float]:
-    """``top1``, ``top5`` (of more than 5 classes) and ``mean_per_class``, whose mean is over classes with images."""
-    _require_labels(targets, "top1")
-    ranks = ranks_of_labels(scores, targets.labels).cpu()
-    right = (ranks < 1).double()
-    images = targets.labels.bincount(minlength=targets.classes)
-    per_class = right.new_zeros(targets.classes).index_add_(0, targets.labels, right)
-    found = {"top1": float(right.mean())}
-    if targets.classes > 5:
-        found["top5"] = float((ranks < 5).double().mean())
-    return found | {"mean_per_class": float((per_class / images)[images > 0].mean())}
-
-
 def _known(knowledge: Knowledge | None, metric: Metric) -> Knowledge:
     if knowledge is None:
-        raise InputError(f"metric: {metric} needs what this set does not know; choose another for it")
+        raise InputError(f"metric: {metric} needs annotations that this set does not have; choose another metric")
     return knowledge
 
 
 def _require_labels(targets: Targets, metric: Metric) -> None:
     missing = (targets.labels < 0).nonzero()[:, 0]
     if len(missing):
-        raise InputError(f"metric: {metric} is of images with one class each; that of row {int(missing[0])} is not")
+        raise InputError(f"metric: {metric} needs one class per image, but row {int(missing[0])} has none")
 
 
-def _mean_top1_top5(scores: Tensor, targets: Targets) -> dict[str, float]:
-    found = accuracies(scores, targets)
-    return found | {"mean_top1_top5": (found["top1"] + found.get("top5", 1.0)) / 2}
+def _accuracies(scores: Tensor, targets: Targets) -> dict[str, float]:
+    _require_labels(targets, "top1")
+    return accuracies(classification_counts(scores, targets.labels))
+
+
+def _baseline_accuracies(targets: Targets) -> dict[str, float]:
+    return baseline_accuracies(targets.labels.bincount(minlength=targets.classes))
+
+
+def _mean_top1_top5(found: dict[str, float]) -> float:
+    """Kinetics-700's metric; with 5 classes or fewer every image is among the top 5."""
+    return (found["top1"] + found.get("top5", 1.0)) / 2
+
+
+def _with_mean_top1_top5(scores: Tensor, targets: Targets) -> dict[str, float]:
+    found = _accuracies(scores, targets)
+    return found | {"mean_top1_top5": _mean_top1_top5(found)}
 
 
 class _Curve(NamedTuple):
-    """Counts of what scores at least as high as each of T thresholds, the distinct scores from the highest down.
+    """Weights of the images that score at least as high as each of T thresholds: the distinct scores, descending.
 
     Attributes:
-        right: float64 ``[..., T]``, weights of the right ones.
-        found: float64 ``[..., T]``, weights of all.
+        right: float64 ``[..., T]``, total weight of the relevant images.
+        found: float64 ``[..., T]``, total weight of all images.
     """
 
     right: Tensor
@@ -141,19 +132,20 @@ class _Curve(NamedTuple):
 
 
 def _curve(score: Tensor, right: Tensor, weight: Tensor) -> _Curve:
-    """Scores ``[n]``, bool ``[n]``, weights ``[..., n]``; NaN scores are as wrong as can be."""
+    """Scores ``[n]``, bool ``[n]``, weights ``[..., n]``; a NaN score counts as the worst possible one."""
     score = torch.where(score.isnan(), torch.where(right, -torch.inf, torch.inf).to(score.dtype), score)
     order = score.argsort(descending=True, stable=True)
     score, weight = score[order], weight[..., order].double()
     last = torch.ones_like(right)
-    last[:-1] = score[1:] != score[:-1]  # what scores the same is found together, whatever its order
+    last[:-1] = score[1:] != score[:-1]  # equal scores are found together, whatever their order
     return _Curve((weight * right[order]).cumsum(-1)[..., last], weight.cumsum(-1)[..., last])
 
 
 def _map11(scores: Tensor, targets: Targets) -> dict[str, float]:
-    """VOC2007's: at recall 0, 0.1, ... 1 the highest precision at that recall or more; their mean, and that of classes.
+    """VOC2007's 11-point mean average precision, the mean over classes that have images.
 
-    The development kit compares rounded recalls; here they are compared exactly.
+    Average precision is the mean, over recalls 0, 0.1, ... 1, of the highest precision at that recall or more. The
+    development kit compares rounded recalls; here they are compared exactly.
     """
     relevance = _known(targets.relevance, "map11").cpu()
     values = []
@@ -164,16 +156,16 @@ def _map11(scores: Tensor, targets: Targets) -> dict[str, float]:
             continue
         right_T, found_T = _curve(score[counted], right, torch.ones(len(right)))
         precision = right_T / found_T
-        at = [precision[10 * right_T >= level * right_T[-1]].max() for level in range(11)]
-        values.append(float(torch.stack(at).mean()))
+        best = [precision[10 * right_T >= level * right_T[-1]].max() for level in range(11)]
+        values.append(float(torch.stack(best).mean()))
     require(bool(values), "map11: no class has an image")
     return {"map11": sum(values) / len(values)}
 
 
 def _roc_auc(scores: Tensor, targets: Targets) -> dict[str, float]:
-    """How often an image of class 1 scores higher than one of class 0; half where they score the same."""
+    """Probability that an image of class 1 scores higher than one of class 0; a tie counts half."""
     _require_labels(targets, "roc_auc")
-    require(targets.classes == 2, f"metric: roc_auc is of 2 classes, not {targets.classes}")
+    require(targets.classes == 2, f"metric: roc_auc needs 2 classes, not {targets.classes}")
     pair = scores.cpu().double()
     right = targets.labels == 1
     require(bool(right.any()) and not bool(right.all()), "roc_auc: all images are of one class")
@@ -185,9 +177,9 @@ def _roc_auc(scores: Tensor, targets: Targets) -> dict[str, float]:
 
 
 def _pm(scores: Tensor, targets: Targets) -> dict[str, float]:
-    """The anchor frames that are right, and those with which every neighbour is right too."""
-    prediction = predictions(scores).tolist()
-    right = [one in accepted for one, accepted in zip(prediction, _known(targets.accepted, "pm"), strict=True)]
+    """PM-0: fraction of anchor frames predicted correctly. PM-10: of those whose neighbours are all correct too."""
+    accepted = _known(targets.accepted, "pm")
+    right = [predicted in classes for predicted, classes in zip(predictions(scores).tolist(), accepted, strict=True)]
     neighbours = _known(targets.neighbours, "pm")
     require(bool(neighbours), "pm: there are no anchor frames")
     pm0 = sum(right[anchor] for anchor, _ in neighbours) / len(neighbours)
@@ -206,7 +198,7 @@ def _baseline_pm(targets: Targets) -> float:
 
 
 def _lexicon(scores: Tensor, targets: Targets) -> dict[str, float]:
-    """Top-1 among each image's own candidates."""
+    """Top-1 accuracy among each image's own candidates."""
     _require_labels(targets, "lexicon")
     right = 0
     scores = scores.cpu()
@@ -218,14 +210,15 @@ def _lexicon(scores: Tensor, targets: Targets) -> dict[str, float]:
 
 
 def _mwap(scores: Tensor, targets: Targets) -> dict[str, float]:
-    """RareAct's: mean over actions of the average precision in which every film counts once.
+    """RareAct's mean over actions of an average precision in which every film counts once.
 
-    Of an action's clips the right ones, the hard ones (one of its two words is right, or both apart) and the others
-    are each weighted: by 1 / clips of the film (``mwap``), or by drawing one clip a film 100 times (``mwsap``).
+    An action's clips are right, hard (only its verb or only its noun occurs, or both apart) or wrong. Within each of
+    these groups a clip is weighted by 1 / clips of its film (``mwap``), or one clip per film is drawn, 100 times
+    (``mwsap``).
     """
     annotations = _known(targets.annotations, "mwap")
     for name in ("verb", "noun", "annotation", "video"):
-        require(name in annotations, f"metric: mwap needs {name} among the set's annotations")
+        require(name in annotations, f"metric: mwap needs {name} in the set's annotations")
     verb, noun, video = (_numbers(annotations[name]) for name in ("verb", "noun", "video"))
     code = torch.as_tensor(annotations["annotation"])
     random = torch.Generator().manual_seed(0)
@@ -256,7 +249,7 @@ def _numbers(values: list[str]) -> Tensor:
 
 
 def _film_weights(video: Tensor, random: torch.Generator) -> Tensor:
-    """float64 ``[1 + samplings, n]``: first 1 / clips of the film, then 1 for one clip a film and 0 for its others."""
+    """float64 ``[1 + SAMPLINGS, n]``: first 1 / clips of the film, then 1 for one clip per film and 0 for the rest."""
     order = video.argsort(stable=True)
     films, clips = video[order].unique_consecutive(return_counts=True)
     first = clips.cumsum(0) - clips
@@ -267,58 +260,10 @@ def _film_weights(video: Tensor, random: torch.Generator) -> Tensor:
     return weight
 
 
-def distances_km(from_N2: Tensor, to_N2: Tensor) -> Tensor:
-    """Great-circle distances (haversine) of latitudes and longitudes in degrees, float64 ``[N]``."""
-    (latitude, longitude), (other, far) = from_N2.double().deg2rad().T, to_N2.double().deg2rad().T
-    chord = ((other - latitude) / 2).sin() ** 2 + latitude.cos() * other.cos() * ((far - longitude) / 2).sin() ** 2
-    return 2 * EARTH_RADIUS_KM * chord.clamp(max=1).sqrt().asin()
-
-
-@torch.no_grad()
-def nearest(query: Tensor, reference: Tensor) -> Tensor:
-    """Of each of ``[N, D]`` the row of ``[M, D]`` with the highest cosine, the first of a tie. int64 ``[N]``."""
-    query = unit(query)
-    best = query.new_full((len(query),), -torch.inf)
-    row = torch.zeros(len(query), dtype=torch.int64, device=query.device)
-    start = 0
-    for part in reference.split(max(1, ENTRIES // max(1, len(query)))):
-        score, place = (query @ unit(part.to(query.device)).T).max(dim=1)
-        closer = score > best
-        best, row = torch.where(closer, score, best), torch.where(closer, start + place, row)
-        start += len(part)
-    return row
-
-
-def within_km(
-    query: Tensor, reference: Tensor, query_coordinates: Tensor, reference_coordinates: Tensor
-) -> dict[str, float]:
-    """Where images were taken, predicted as the place of the nearest of others (section E.4; table 17).
-
-    Args:
-        query: features ``[N, D]``.
-        reference: features ``[M, D]`` of images whose place is known.
-        query_coordinates: latitudes and longitudes ``[N, 2]``.
-        reference_coordinates: ``[M, 2]``.
-
-    Returns:
-        ``within_1km`` and so on for 25, 200, 750 and 2500 km: fractions of the queries.
-
-    Raises:
-        InputError: there is nothing to search in or for, or a place that is none.
-    """
-    require(len(query) > 0 and len(reference) > 0, "within_km: there are no images, or none to compare them with")
-    for name, places in (("images", query_coordinates), ("references", reference_coordinates)):
-        wrong = (~(places.abs() <= places.new_tensor([90.0, 360.0])).all(dim=1)).nonzero()[:, 0]
-        require(not len(wrong), f"within_km: {name}: row {int(wrong[0]) if len(wrong) else 0} is at no place on Earth")
-    prediction = reference_coordinates[nearest(query, reference).to(reference_coordinates.device)]
-    distance = distances_km(prediction.cpu(), query_coordinates.cpu())
-    return {f"within_{km}km": float((distance <= km).double().mean()) for km in WITHIN_KM}
-
-
 _METRICS: dict[Metric, Callable[[Tensor, Targets], dict[str, float]]] = {
-    "top1": accuracies,
-    "mean_per_class": accuracies,
-    "mean_top1_top5": _mean_top1_top5,
+    "top1": _accuracies,
+    "mean_per_class": _accuracies,
+    "mean_top1_top5": _with_mean_top1_top5,
     "map11": _map11,
     "roc_auc": _roc_auc,
     "pm": _pm,

@@ -1,43 +1,44 @@
-"""Suites: YAML files of evaluation sets, each opened only when its turn comes."""
+"""Suites: YAML files that list evaluation sets; a set is opened only when it is evaluated."""
 
 import os
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from lit_clip.errors import InputError, no_such_file, require
+from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import ImageSet, MissingData
+from lit_clip.tools.messages import one_line, user_error
+from lit_clip.tools.text_files import read_yaml
 
 Task = Literal["zero_shot", "linear_probe", "few_shot", "retrieval", "geolocation", "bias"]
 TASKS: tuple[Task, ...] = get_args(Task)
 Metric = Literal[
     "top1", "mean_per_class", "map11", "roc_auc", "mean_top1_top5", "pm", "lexicon", "mwap", "within_km", "recall@1"
 ]
-PLACES = ("root", "path")  # arguments that say where the files are, below the data root
-NAME_BYTES = 100  # of a set, whose name is part of names of files, which have at most 255
+LOCATION_ARGUMENTS = ("root", "path")  # relative to the data root
+NAME_BYTES = 100  # limit for a set's name, which is part of file names (at most 255 bytes)
 ClassNames = str | list[str | list[str]] | dict[str, list[str]] | None
 
 
 @dataclass
 class SuiteEntry:
-    """One set of a suite, as its YAML says it.
+    """One set of a suite, as written in YAML.
 
     Attributes:
         data: ``class_path`` and ``init_args`` of a :class:`lit_clip.evaluation.data.ImageSet`; its ``root`` or ``path``
-            is below the data root.
-        splits: by ``train``, ``val`` and ``test`` the arguments that differ; a set has at least ``test``.
-        folds: arguments of predefined divisions, whose results are averaged.
-        class_names: None: the set's own; else what :func:`lit_clip.evaluation.prompts.prompts_of` understands.
-        templates: likewise; None: ``a photo of a {}.``. Of a retrieval set ``{}`` is the caption.
-        metric: what the set is judged by.
-        tasks: what is done with it; None: what its splits allow.
-        paper: what the paper's tables call it, for its published figures.
-        how_to_get: the files.
-        note: how the protocol differs from the paper's, or what is not known of that.
+            is relative to the data root.
+        splits: arguments of ``train``, ``val`` and ``test`` that differ between them; ``test`` is required.
+        folds: arguments of predefined divisions of the set, whose results are averaged.
+        class_names: see :func:`lit_clip.evaluation.prompts.prompts_of`; None: the set's own.
+        templates: prompt templates, see there; None: ``a photo of a {}.``. In a retrieval set ``{}`` is the caption.
+        metric: metric that the set is evaluated by.
+        tasks: tasks to run; None: those that the splits allow.
+        paper: name of the set in the paper's tables, to look up published figures.
+        how_to_get: where the files can be obtained.
+        note: how the protocol differs, or may differ, from the paper's.
     """
 
     data: dict[str, Any]
@@ -52,69 +53,70 @@ class SuiteEntry:
     note: str = ""
 
     def __post_init__(self) -> None:
-        require("class_path" in self.data, "data: no class_path; name the class that reads the set")
-        require(isinstance(self.data["class_path"], str), "data: class_path is not the name of a class")
+        require("class_path" in self.data, "data: class_path is missing; name the class that reads the set")
+        require(isinstance(self.data["class_path"], str), "data: class_path must be the name of a class")
         unknown = sorted(map(str, self.data.keys() - {"class_path", "init_args"}))
         require(
-            not unknown, f"data: {', '.join(unknown)} is neither class_path nor init_args; arguments go below init_args"
+            not unknown,
+            f"data: unknown key {', '.join(unknown)}; only class_path and init_args, which has the arguments",
         )
         options = self.data.get("init_args") or {}
-        require(isinstance(options, dict), f"data: init_args is {options!r}, not a mapping of arguments")
+        require(isinstance(options, dict), f"data: init_args must be a mapping of arguments, not {options!r}")
         self.data = self.data | {"init_args": options}
-        require("test" in self.splits, f"splits: there is no test, only {', '.join(self.splits)}")
+        require("test" in self.splits, f"splits: test is missing; there are only {', '.join(self.splits)}")
         unknown = self.splits.keys() - {"train", "val", "test"}
-        require(not unknown, f"splits: {', '.join(sorted(unknown))} is none of train, val, test")
+        require(not unknown, f"splits: unknown split {', '.join(sorted(unknown))}; must be train, val or test")
         require(bool(self.folds), "folds: empty; leave it out for a set without folds")
         twice = sorted(
             {key for fold in self.folds for split in self.splits.values() for key in fold.keys() & split.keys()}
         )
-        require(not twice, f"folds: {', '.join(twice)} of a fold would be put in the place of what splits say of it")
+        require(not twice, f"folds: {', '.join(twice)} is set by splits too, which the fold would override; keep one")
         for name in self.splits.keys() - {"test"}:
             same = self.splits[name] == self.splits["test"]
             require(
-                not same, f"splits: {name} and test have the same arguments, so the test images would be learnt from"
+                not same, f"splits: {name} and test have the same arguments, so the probe would train on test images"
             )
         if self.tasks is None:
-            self.tasks = self._possible()
-        require(bool(self.tasks), "tasks: empty; leave it out for what the splits allow")
+            self.tasks = self._default_tasks()
+        require(bool(self.tasks), "tasks: empty; leave it out to run all that the splits allow")
         trained = {"linear_probe", "few_shot", "geolocation"} & set(self.tasks)
-        require(not trained or "train" in self.splits, f"tasks: {', '.join(trained)} needs a split called train")
+        require(
+            not trained or "train" in self.splits, f"tasks: {', '.join(sorted(trained))} needs a split called train"
+        )
 
-    def _possible(self) -> list[Task]:
+    def _default_tasks(self) -> list[Task]:
         if self.metric == "recall@1":
             return ["retrieval"]
         if self.metric == "within_km":
             return ["geolocation"]
         if "train" not in self.splits:
             return ["zero_shot"]
-        if self.metric == "map11":  # of images with several classes a few of each are not defined
+        if self.metric == "map11":  # shots per class are not defined for images with several classes
             return ["zero_shot", "linear_probe"]
         return ["zero_shot", "linear_probe", "few_shot"]
 
     def open(self, split: str, fold: int, data_root: Path) -> ImageSet:
-        """One split of one fold.
+        """Open one split of one fold.
 
         Raises:
-            MissingData: it is not below ``data_root``.
-            InputError: it is there and cannot be used.
+            MissingData: its files are not below ``data_root``.
+            InputError: its files are there but cannot be used.
         """
         options: dict[str, Any] = {**self.data["init_args"], **self.splits[split], **self.folds[fold]}
-        for key in PLACES:
+        for key in LOCATION_ARGUMENTS:
             if isinstance(options.get(key), str):
                 options[key] = str(data_root / options[key])
-                if not os.path.exists(options[key]):  # Path's own fails where a name is too long
+                if not os.path.exists(options[key]):  # Path.exists raises for a name that is too long
                     raise MissingData(f"{options[key]}: not there; {self.how_to_get or 'see the suite file'}")
         return _instantiate({"class_path": self.data["class_path"], "init_args": options})
 
 
 def _instantiate(spec: Mapping[str, Any]) -> ImageSet:
-    from lit_clip.tools.messages import one_line, user_error
-
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--data", type=ImageSet, required=True)
     try:
         return parser.instantiate_classes(parser.parse_object({"data": dict(spec)}))["data"]
-    except Exception as error:  # jsonargparse wraps what a constructor raises
+    except Exception as error:  # jsonargparse wraps whatever a constructor raises
         ours = user_error(error)
         if ours is None:
             raise
@@ -124,10 +126,10 @@ def _instantiate(spec: Mapping[str, Any]) -> ImageSet:
 
 
 def read_suite(paths: str | Path | Sequence[str | Path]) -> dict[str, SuiteEntry]:
-    """Entries by name, of one or several YAML files with a mapping ``sets``.
+    """Read the sets of one or several suite files, by name.
 
     Raises:
-        InputError: a file that cannot be read, or an entry that is wrong; the message names both.
+        InputError: a file that cannot be read or an invalid entry; the message names the file and the set.
     """
     entries: dict[str, SuiteEntry] = {}
     parser = ArgumentParser(exit_on_error=False)
@@ -135,70 +137,50 @@ def read_suite(paths: str | Path | Sequence[str | Path]) -> dict[str, SuiteEntry
     for path in [paths] if isinstance(paths, str | Path) else paths:
         for name, value in _sets(Path(path)).items():
             check_name(name, str(path))
-            require(name not in entries, f"{path}: {name} is in the suite already; call one of the two otherwise")
+            require(name not in entries, f"{path}: there are two sets called {name}; rename one")
             entries[name] = _entry(parser, value, f"{path}: {name}")
     require(bool(entries), "suite: no sets")
     return entries
 
 
 def check_name(name: Any, where: str) -> None:
-    """Raise :class:`InputError` for what cannot be a set's name: it is part of those of metrics and files."""
+    """Raise :class:`InputError` unless ``name`` can be part of metric and file names."""
     if not isinstance(name, str):
-        raise InputError(f"{where}: the name of a set is {name!r}, not a text; put it in quotes")
-    require("/" not in name, f"{where}: {name!r} is part of metric and file names; leave out the slash")
+        raise InputError(f"{where}: the name of a set must be a string, not {name!r}; put it in quotes")
+    require("/" not in name, f"{where}: {name!r} would be part of metric and file names; remove the slash")
     fits = name == name.strip() and name.isprintable() and not name.startswith(".")
-    rule = f"1 to {NAME_BYTES} bytes, no dot before, no spaces around, no line breaks"
+    rule = f"must be 1 to {NAME_BYTES} bytes, without a leading dot, spaces around it or line breaks"
     require(
         fits and 0 < len(name.encode()) <= NAME_BYTES,
-        f"{where}: {name[:NAME_BYTES]!r} cannot be part of file names: {rule}",
+        f"{where}: {name[:NAME_BYTES]!r} cannot be part of file names; it {rule}",
     )
 
 
-class UniqueKeys(yaml.SafeLoader):
-    """YAML in which a key that is there twice is an error; others keep the last and say nothing."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[tuple[str, str]] = set()
-        for key, _ in node.value:
-            said = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else None
-            if said in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is there twice", key.start_mark)
-            seen |= {said} if said else set()
-        return super().construct_mapping(node, deep)
-
-
 def _sets(path: Path) -> Mapping[Any, Any]:
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), UniqueKeys)  # noqa: S506 # it is a safe one
-    except FileNotFoundError as error:
-        raise no_such_file(path) from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: not a readable YAML file ({' '.join(str(error).split())})") from error
+    values = read_yaml(path)
     sets = values.get("sets") if isinstance(values, dict) else None
     if not isinstance(sets, dict):
-        raise InputError(f"{path}: no mapping called sets; a suite is sets: {{name: {{data: ...}}}}")
+        raise InputError(f"{path}: must have a mapping called sets: {{name: {{data: ...}}}}")
     return sets
 
 
 def _entry(parser: ArgumentParser, value: Any, where: str) -> SuiteEntry:
-    from lit_clip.tools.messages import one_line
-
     try:
-        require(isinstance(value, dict), "a set is a mapping with data, splits, ...")
-        texts = {key: _texts(value[key], key) for key in ("class_names", "templates") if value.get(key) is not None}
-        return SuiteEntry(**parser.parse_object(value | texts).as_dict())
+        require(isinstance(value, dict), "must be a mapping with data, splits, ...")
+        strings = {key: _strings(value[key], key) for key in ("class_names", "templates") if value.get(key) is not None}
+        return SuiteEntry(**parser.parse_object(value | strings).as_dict())
     except (ArgumentError, InputError) as error:
         raise InputError(f"{where}: {one_line(error)}") from error
 
 
-def _texts(value: Any, where: str) -> Any:
-    """Texts, lists of them, or a mapping from texts to lists; YAML reads some as numbers, which is no harm."""
+def _strings(value: Any, where: str) -> Any:
+    """Convert numbers to strings in a string, a list of them or a mapping from strings to lists."""
     if isinstance(value, dict):
         lists = {name: words if isinstance(words, list) else [words] for name, words in value.items()}
-        return {_texts(name, where): _texts(words, where) for name, words in lists.items()}
+        return {_strings(name, where): _strings(words, where) for name, words in lists.items()}
     if isinstance(value, list):
-        return [_texts(one, where) for one in value]
+        return [_strings(element, where) for element in value]
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
-    require(isinstance(value, str), f"{where}: {value!r} is not a text; put it in quotes")
+    require(isinstance(value, str), f"{where}: {value!r} is not a string; put it in quotes")
     return value

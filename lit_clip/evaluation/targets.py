@@ -1,4 +1,4 @@
-"""What is known of an evaluation set's images, as tensors and lists aligned with the rows of its features."""
+"""The truth about an evaluation set's images, as tensors and lists aligned with the rows of its features."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -20,7 +20,7 @@ from lit_clip.evaluation.data import (
     VerbsAndNouns,
 )
 
-ANNOTATIONS_BY_ROW = ("annotation", "video")  # the others of VerbsAndNouns are of a class
+ANNOTATIONS_BY_ROW = ("annotation", "video")  # the other annotations of VerbsAndNouns belong to a class
 
 
 @dataclass
@@ -32,12 +32,11 @@ class Targets:
         classes: C.
         relevance: see :class:`lit_clip.evaluation.data.MultiLabel`.
         neighbours: see :class:`lit_clip.evaluation.data.Neighbours`.
-        accepted: likewise.
+        accepted: see :class:`lit_clip.evaluation.data.Neighbours`.
         candidates: see :class:`lit_clip.evaluation.data.Lexicons`.
         coordinates: see :class:`lit_clip.evaluation.data.Located`.
         groups: see :class:`lit_clip.evaluation.data.Grouped`.
-        annotations: see :class:`lit_clip.evaluation.data.VerbsAndNouns`; with ``video``, of each clip the film that it
-            is from.
+        annotations: see :class:`lit_clip.evaluation.data.VerbsAndNouns`.
     """
 
     labels: Tensor
@@ -54,31 +53,35 @@ class Targets:
         check_labels(self.labels, self.classes, lambda row: f"row {row}")
         if self.relevance is not None and self.relevance.shape != (len(self), self.classes):
             shape = "x".join(map(str, self.relevance.shape))
-            raise InputError(f"relevance: {shape}, but there are {len(self)} images and {self.classes} classes")
+            raise InputError(
+                f"relevance: the shape is {shape}, but there are {len(self)} images and {self.classes} classes"
+            )
         for name in ("accepted", "candidates", "coordinates"):
             value = getattr(self, name)
-            require(value is None or len(value) == len(self), f"{name}: not one of each of {len(self)} images")
+            require(
+                value is None or len(value) == len(self), f"{name}: there must be one for each of {len(self)} images"
+            )
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @classmethod
     def of(cls, data: ImageSet, rows: Sequence[int] | None = None, classes: int | None = None) -> "Targets":
-        """What a set knows of its images.
+        """Collect the labels and annotations of a set.
 
         Args:
             data: the set.
-            rows: the images that have features, ascending; None: all.
-            classes: how many names are in use; None: as many as the set has.
+            rows: images that have features, ascending; None: all.
+            classes: number of class names in use; None: as many as the set has.
 
         Raises:
-            InputError: a label that no class has, or knowledge of another number of images.
+            InputError: a label out of range, or labels or annotations for another number of images.
         """
         labelled = isinstance(data, LabelledImages)
         if classes is None:
             classes = len(data.class_names) if labelled else 0
         labels = torch.tensor(data.labels() if labelled else [-1] * len(data), dtype=torch.int64)
-        require(len(labels) == len(data), f"{type(data).__name__}: {len(labels)} labels of {len(data)} images")
+        require(len(labels) == len(data), f"{type(data).__name__}: {len(labels)} labels, but {len(data)} images")
         check_labels(labels, classes, data.key)
         everything = cls(
             labels,
@@ -94,7 +97,7 @@ class Targets:
         return everything if rows is None else everything.take(rows)
 
     def digest(self) -> str:
-        """Of all that is known, the same in every process: results that depend on it are used again only if it is."""
+        """Return a hash of all values, the same in every process; part of the cache key of results."""
         digest = blake2b(digest_size=16)
         for field in fields(self):
             value = getattr(self, field.name)
@@ -102,14 +105,14 @@ class Targets:
                 digest.update(repr((field.name, value.dtype, value.shape)).encode())
                 digest.update(value.contiguous().numpy().tobytes())
             else:
-                value = [sorted(one) for one in value] if field.name == "accepted" and value else value
+                value = [sorted(classes) for classes in value] if field.name == "accepted" and value else value
                 digest.update(repr((field.name, value)).encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
 
     def take(self, rows: Sequence[int] | Tensor) -> "Targets":
-        """Some of the images, renumbered.
+        """Return the targets of some rows, renumbered.
 
-        Neighbours that are not among them are left out, and so are anchors, with all their neighbours.
+        Other rows are removed from the neighbours; an anchor that is not among the rows is removed with its neighbours.
         """
         index = torch.as_tensor(rows, dtype=torch.int64)
         kept = index.tolist()
@@ -142,7 +145,7 @@ def _renumbered(neighbours: list[tuple[int, list[int]]], kept: Sequence[int]) ->
 
 
 def check_labels(labels: Tensor, classes: int, name_of: Callable[[int], str]) -> None:
-    """Raise :class:`InputError` where a label is neither -1 nor that of one of the classes."""
+    """Raise :class:`InputError` for a label that is neither -1 nor the number of a class."""
     wrong = ((labels < -1) | (labels >= classes)).nonzero()[:, 0]
     if len(wrong):
         row = int(wrong[0])

@@ -1,4 +1,4 @@
-"""What is done with a set once its features are known: of each task a function to what ``results.json`` says of it.
+"""Evaluation tasks: each turns the features of a set into its entry in ``results.json``.
 
 Shapes: N images, C classes, T captions, D embedding dimension.
 """
@@ -16,31 +16,33 @@ from PIL import Image
 from torch import Tensor
 
 from lit_clip.errors import InputError
+from lit_clip.evaluation.accuracy import predictions
 from lit_clip.evaluation.bias import bias_report
 from lit_clip.evaluation.data import CaptionedImages, Grouped, ImageSet
 from lit_clip.evaluation.few_shot import few_shot
+from lit_clip.evaluation.geolocation import within_km
 from lit_clip.evaluation.probe import Split, linear_probe
 from lit_clip.evaluation.prompts import Prompts
 from lit_clip.evaluation.retrieval import retrieval_metrics
 from lit_clip.evaluation.retrieval_metrics import Pairs, pair_scores, retrieval_ranks
 from lit_clip.evaluation.robustness import subset_top1
-from lit_clip.evaluation.scores import PROPORTIONS, baseline, evaluate_scores, interval, predictions, within_km
+from lit_clip.evaluation.scores import PROPORTIONS, baseline, evaluate_scores, interval, mean_over_folds
 from lit_clip.evaluation.store import SetFeatures
 from lit_clip.evaluation.suite import SuiteEntry, Task
 from lit_clip.evaluation.targets import Targets
 
-ERRORS = 24  # images most confidently wrong that are kept
-CONFUSIONS = 20  # pairs of classes
+ERRORS = 24  # images reported, the most confidently wrong ones
+CONFUSIONS = 20  # pairs of classes reported
 THUMBNAIL = 160  # pixels
 
 
 @dataclass
 class Fold:
-    """One division of a set: by split what it holds and its features.
+    """One division of a set into splits.
 
     Attributes:
-        images: by split.
-        features: likewise.
+        images: the images of each split.
+        features: the features of each split.
     """
 
     images: dict[str, ImageSet] = field(default_factory=dict)
@@ -49,16 +51,16 @@ class Fold:
 
 @dataclass
 class OpenSet:
-    """A set whose features are there.
+    """A set with its features.
 
     Attributes:
-        name: of the set.
-        entry: what the suite says of it.
-        folds: at least one.
-        prompts: None where no class is recognised from its name.
-        classifier: ``[D, C]``, likewise.
-        captions: of a retrieval set.
-        bias: classifiers of the bias probe, by what they tell apart.
+        name: name of the set.
+        entry: its entry in the suite.
+        folds: its folds, at least one.
+        prompts: prompts of its classes; None without zero-shot classification.
+        classifier: zero-shot classifier ``[D, C]``; None without zero-shot classification.
+        captions: captions of a retrieval set.
+        bias: classifiers of the bias probes, by probe.
         scale: the model's inverse temperature.
     """
 
@@ -78,8 +80,8 @@ class DistinctCaptions:
 
     Attributes:
         features: ``[T, D]``, of unit length.
-        pairs: which caption is which image's.
-        digest: of the texts and the pairs.
+        pairs: which caption belongs to which image.
+        digest: hash of the texts and the pairs.
     """
 
     features: Tensor
@@ -89,12 +91,12 @@ class DistinctCaptions:
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """What a user may say of the tasks.
+    """Options of the tasks.
 
     Attributes:
-        shots: examples a class.
-        draws: how many times they are drawn.
-        seed: of what is drawn.
+        shots: numbers of examples per class.
+        draws: number of draws of the examples.
+        seed: random seed of the draws and of held-out images.
     """
 
     shots: tuple[int, ...] = (1, 2, 4, 8, 16)
@@ -103,12 +105,12 @@ class TaskOptions:
 
 
 def needed_splits(task: Task) -> tuple[str, ...]:
-    """The splits without which a task is not possible."""
+    """Return the splits that a task requires."""
     return ("train", "test") if task in ("linear_probe", "few_shot", "geolocation") else ("test",)
 
 
 def run_task(task: Task, opened: OpenSet, options: TaskOptions, folder: Path) -> dict[str, Any]:
-    """The result of a task; images that it wants to show go below ``folder``."""
+    """Run a task and return its result; images that the report shows are saved below ``folder``."""
     if task == "zero_shot":
         return _zero_shot(opened, folder)
     if task == "linear_probe":
@@ -122,7 +124,7 @@ def run_task(task: Task, opened: OpenSet, options: TaskOptions, folder: Path) ->
     return _bias(opened)
 
 
-def _after(features: SetFeatures) -> Tensor:
+def _embeddings(features: SetFeatures) -> Tensor:
     return torch.from_numpy(np.array(features.after))
 
 
@@ -132,18 +134,14 @@ def _targets(opened: OpenSet, fold: Fold, split: str) -> Targets:
 
 
 def _scores(opened: OpenSet, fold: Fold, classifier: Tensor | None) -> Tensor:
-    """Logits ``[N, C]`` of the test split."""
+    """Return the logits ``[N, C]`` of the test split."""
     assert classifier is not None
-    return opened.scale * (_after(fold.features["test"]) @ classifier.cpu().float())
+    return opened.scale * (_embeddings(fold.features["test"]) @ classifier.cpu().float())
 
 
-def _mean(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    return {name: fmean(one[name] for one in metrics) for name in metrics[0]}
-
-
-def _judged(opened: OpenSet, metrics: Sequence[Mapping[str, float]], targets: Targets) -> dict[str, Any]:
-    """What every task with classes says: mean metrics, interval and the baseline."""
-    mean, metric, images = _mean(metrics), opened.entry.metric, len(targets.labels)
+def _classification_result(opened: OpenSet, metrics: Sequence[Mapping[str, float]], targets: Targets) -> dict[str, Any]:
+    """Return the entries that all classification tasks share: metrics averaged over folds, interval and baseline."""
+    mean, metric, images = mean_over_folds(metrics), opened.entry.metric, len(targets.labels)
     value = mean[metric]
     return {
         "value": value,
@@ -162,7 +160,7 @@ def _zero_shot(opened: OpenSet, folder: Path) -> dict[str, Any]:
         first = first or (scores, targets)
     assert first is not None
     scores, targets = first
-    result = _judged(opened, metrics, targets)
+    result = _classification_result(opened, metrics, targets)
     if bool((targets.labels >= 0).all()):
         result["confusions"] = _confusions(opened, scores, targets)
         result["errors"] = _errors(opened, scores, targets, folder)
@@ -170,15 +168,15 @@ def _zero_shot(opened: OpenSet, folder: Path) -> dict[str, Any]:
 
 
 def used_splits(task: Task) -> tuple[str, ...]:
-    """The splits that a task's result depends on."""
+    """Return the splits that a task's result depends on."""
     return ("train", "val", "test") if task in ("linear_probe", "few_shot") else needed_splits(task)
 
 
-def truth(opened: OpenSet) -> dict[tuple[int, str], str]:
-    """What results depend on beside features and prompts: what is known of the images, by fold and split.
+def target_digests(opened: OpenSet) -> dict[tuple[int, str], str]:
+    """Hash the labels and annotations by fold and split; results depend on them as well as on features and prompts.
 
     Raises:
-        InputError: a label that no class has.
+        InputError: a label out of range.
     """
     classes = len(opened.prompts.names) if opened.prompts else None
     return {
@@ -189,13 +187,13 @@ def truth(opened: OpenSet) -> dict[tuple[int, str], str]:
 
 
 def top1_among(opened: OpenSet, classes: Sequence[int]) -> float:
-    """Zero-shot accuracy where only some classes are in question, see :func:`subset_top1`."""
+    """Return the zero-shot accuracy among some of the classes, see :func:`subset_top1`."""
     fold = opened.folds[0]
     return subset_top1(_scores(opened, fold, opened.classifier), _targets(opened, fold, "test").labels, classes)
 
 
 def _confusions(opened: OpenSet, scores: Tensor, targets: Targets) -> list[tuple[str, str, int]]:
-    """The pairs of classes that are taken for each other most often: truth, prediction, images."""
+    """Return the most frequent confusions: true class, predicted class, number of images."""
     assert opened.prompts is not None
     prediction, labels, names = predictions(scores), targets.labels, opened.prompts.names
     wrong = (prediction != labels) & (prediction >= 0)
@@ -206,7 +204,7 @@ def _confusions(opened: OpenSet, scores: Tensor, targets: Targets) -> list[tuple
 
 
 def _errors(opened: OpenSet, scores: Tensor, targets: Targets, folder: Path) -> list[dict[str, Any]]:
-    """The images that are most confidently taken for something else."""
+    """Return the images that are most confidently predicted wrongly."""
     assert opened.prompts is not None
     names, test, features = opened.prompts.names, opened.folds[0].images["test"], opened.folds[0].features["test"]
     probability, prediction = scores.softmax(dim=1).amax(dim=1), predictions(scores)
@@ -231,7 +229,7 @@ def _errors(opened: OpenSet, scores: Tensor, targets: Targets, folder: Path) -> 
 
 
 def _thumbnail(images: ImageSet, row: int, folder: Path, name: str) -> str:
-    """A small copy of an image; its path below ``folder``."""
+    """Save a small copy of an image and return its path relative to ``folder``."""
     path = Path("images") / name / f"{row}.jpg"
     several = images.images(row)
     image: Image.Image = several[len(several) // 2].convert("RGB")
@@ -261,7 +259,7 @@ def _linear_probe(opened: OpenSet, options: TaskOptions) -> dict[str, Any]:
         last = linear_probe(train, val, test, opened.entry.metric, seed=options.seed)
         metrics.append(last.metrics)
     assert last is not None
-    result = _judged(opened, metrics, _targets(opened, opened.folds[0], "test"))
+    result = _classification_result(opened, metrics, _targets(opened, opened.folds[0], "test"))
     return result | {
         "l2": last.l2,
         "search": sorted(last.search.items()),
@@ -277,8 +275,8 @@ def _few_shot(opened: OpenSet, options: TaskOptions) -> dict[str, Any]:
         assert train is not None
         assert test is not None
         found = few_shot(train, val, test, opened.entry.metric, options.shots, options.draws, options.seed)
-        for shots, several in found.values.items():
-            values.setdefault(shots, []).extend(several)
+        for shots, of_draws in found.values.items():
+            values.setdefault(shots, []).extend(of_draws)
         used |= found.l2
     shots = sorted(values)
     return {"value": fmean(values[shots[-1]]), "shots": [(n, values[n]) for n in shots], "l2": used}
@@ -286,7 +284,11 @@ def _few_shot(opened: OpenSet, options: TaskOptions) -> dict[str, Any]:
 
 def _retrieval(opened: OpenSet) -> dict[str, Any]:
     assert opened.captions is not None
-    image_ID, text_TD, pairs = _after(opened.folds[0].features["test"]), opened.captions.features, opened.captions.pairs
+    image_ID, text_TD, pairs = (
+        _embeddings(opened.folds[0].features["test"]),
+        opened.captions.features,
+        opened.captions.pairs,
+    )
     ranks = retrieval_ranks(image_ID, text_TD, pairs, pair_scores(image_ID, text_TD, pairs))
     metrics = retrieval_metrics(ranks.image, ranks.text, pairs)
     value = fmean(metrics[f"{direction}_recall@1"] for direction in ("image_to_text", "text_to_image"))
@@ -295,11 +297,11 @@ def _retrieval(opened: OpenSet) -> dict[str, Any]:
 
 def _geolocation(opened: OpenSet) -> dict[str, Any]:
     fold = opened.folds[0]
-    query, reference = (_after(fold.features[split]) for split in ("test", "train"))
-    where = [_targets(opened, fold, split).coordinates for split in ("test", "train")]
-    if where[0] is None or where[1] is None:
-        raise InputError("geolocation: the set does not know where its images were taken; leave it out of the tasks")
-    metrics = within_km(query, reference, where[0], where[1])
+    query, reference = (_embeddings(fold.features[split]) for split in ("test", "train"))
+    query_places, reference_places = (_targets(opened, fold, split).coordinates for split in ("test", "train"))
+    if query_places is None or reference_places is None:
+        raise InputError("geolocation: the set has no coordinates of its images; remove geolocation from its tasks")
+    metrics = within_km(query, reference, query_places, reference_places)
     return {"value": metrics["within_25km"], "metrics": metrics, "images": len(query), "references": len(reference)}
 
 
@@ -307,21 +309,21 @@ def _bias(opened: OpenSet) -> dict[str, Any]:
     fold = opened.folds[0]
     test = fold.images["test"]
     if not isinstance(test, Grouped):
-        raise InputError(f"{opened.name}: {type(test).__name__} tells of no groups, which the bias probe needs")
+        raise InputError(f"{opened.name}: {type(test).__name__} has no groups, which the bias probes need")
     groups = {name: [values[row] for row in fold.features["test"].rows] for name, values in test.groups().items()}
     return bias_report({name: _scores(opened, fold, classifier) for name, classifier in opened.bias.items()}, groups)
 
 
 def caption_texts(images: CaptionedImages, rows: Sequence[int], template: str) -> tuple[list[str], Pairs]:
-    """The distinct captions of a set, and which image (by its place in ``rows``) each is of.
+    """Return the distinct captions of a set, and which image (by its place in ``rows``) each belongs to.
 
-    The same sentence of two images is one caption, for which both are right.
+    A sentence that two images share is one caption, and both images are right for it.
     """
-    number_of: dict[str, int] = {}
-    count: dict[tuple[int, int], int] = {}
+    numbers: dict[str, int] = {}
+    counts: dict[tuple[int, int], int] = {}
     for image, row in enumerate(rows):
         for caption in images.captions(row):
-            text = number_of.setdefault(template.replace("{}", caption), len(number_of))
-            count[text, image] = count.get((text, image), 0) + 1
-    columns = torch.tensor([(image, text, rows) for (text, image), rows in sorted(count.items())]).T.contiguous()
-    return list(number_of), Pairs(*columns)
+            text = numbers.setdefault(template.replace("{}", caption), len(numbers))
+            counts[text, image] = counts.get((text, image), 0) + 1
+    columns = torch.tensor([(image, text, count) for (text, image), count in sorted(counts.items())]).T.contiguous()
+    return list(numbers), Pairs(*columns)

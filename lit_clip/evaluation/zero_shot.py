@@ -1,4 +1,4 @@
-"""Recognising classes from their names: the classifier that a text encoder makes of names and templates."""
+"""Zero-shot classification: classifiers that a text encoder makes from class names and prompt templates."""
 
 import importlib.util
 from collections.abc import Callable, Sequence
@@ -21,32 +21,32 @@ IMAGENET = "imagenet"
 
 
 class TextEncoder(Protocol):
-    """What :func:`zero_shot_classifier` needs of a model."""
+    """Interface that :func:`zero_shot_classifier` needs of a model."""
 
     @property
     def device(self) -> torch.device:
-        """Where its parameters are."""
+        """Device of the parameters."""
         ...
 
     @property
     def tokenizer(self) -> TextTokenizer:
-        """Texts -> int64 ``[N, L]``."""
+        """Tokenizer: texts to int64 ``[N, L]``."""
         ...
 
     def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
-        """int64 ``[N, L]`` -> ``[N, D]``."""
+        """Encode int64 ``[N, L]`` to ``[N, D]``."""
         ...
 
 
 @lru_cache(maxsize=1)
 def _imagenet() -> tuple[list[str], list[str]]:
-    """The paper's 1,000 names and 80 templates, from the file in ``open-clip-torch`` that holds them.
+    """Load the paper's 1,000 class names and 80 templates from a file in ``open-clip-torch``.
 
-    The file is run by itself: importing the package that it lies in takes seconds.
+    Only that file is executed, because importing the package takes seconds.
     """
     package = importlib.util.find_spec("open_clip")
     if package is None or not package.submodule_search_locations:
-        raise InputError("ImageNet's class names and templates come with open-clip-torch, which is not installed")
+        raise InputError("ImageNet's class names and templates come with open-clip-torch; install it")
     path = Path(package.submodule_search_locations[0]) / "zero_shot_metadata.py"
     spec = importlib.util.spec_from_file_location("open_clip_zero_shot_metadata", path)
     assert spec is not None
@@ -58,32 +58,34 @@ def _imagenet() -> tuple[list[str], list[str]]:
 
 
 def imagenet_class_names() -> list[str]:
-    """The paper's 1,000 ImageNet class names in label order (998 distinct: never key a dict by them)."""
+    """Return the paper's 1,000 ImageNet class names in label order (998 distinct, so never use them as dict keys)."""
     return list(_imagenet()[0])
 
 
 def imagenet_templates() -> list[str]:
-    """The paper's 80 prompt templates for ImageNet."""
+    """Return the paper's 80 prompt templates for ImageNet."""
     return list(_imagenet()[1])
 
 
 def check_templates(templates: Sequence[str]) -> None:
-    """Raise :class:`InputError` unless there is a template and each has a place for the class name."""
+    """Raise :class:`InputError` unless there is a template and each has ``{}`` for the class name."""
     require(not isinstance(templates, str), f"templates: {templates!r} is one string; give a list of templates")
     if not templates:
         raise InputError("templates: empty; give at least one, such as 'a photo of a {}.'")
     for template in templates:
         if "{}" not in template:
-            raise InputError(f"templates: {template!r} has no {{}} for the class name; every class would look alike")
+            raise InputError(
+                f"templates: {template!r} has no {{}} for the class name; all classes would have the same prompt"
+            )
 
 
 @dataclass
 class ZeroShotSet:
-    """One set to be recognised from names.
+    """Images with classes, and the prompt templates to classify them with.
 
     Attributes:
-        images: images with classes and their names.
-        templates: texts with ``{}`` for the name, averaged in embedding space; ``imagenet``: the paper's 80.
+        images: images with classes and class names.
+        templates: texts with ``{}`` for the class name, averaged in embedding space; ``imagenet`` for the paper's 80.
     """
 
     images: LabelledImages
@@ -102,7 +104,7 @@ class ZeroShotSet:
 
 
 class LabelledPixels(Dataset[tuple[Tensor, int, str]]):
-    """Images as uint8 ``[3, S, S]``, their labels and their numbers as keys."""
+    """Images as uint8 ``[3, S, S]``, their labels, and their indices as keys."""
 
     def __init__(self, images: LabelledImages, transform: Any) -> None:
         self.images, self.transform = images, transform
@@ -113,7 +115,7 @@ class LabelledPixels(Dataset[tuple[Tensor, int, str]]):
 
 
 def collate_labelled(items: list[tuple[Tensor, int, str]]) -> LabelledBatch:
-    """Some of :class:`LabelledPixels` as a batch."""
+    """Collate items of :class:`LabelledPixels` to a batch."""
     images, labels, keys = zip(*items, strict=True)
     return LabelledBatch(torch.stack(images), torch.tensor(labels), list(keys))
 
@@ -125,14 +127,14 @@ def zero_shot_classifier(
     batch_size: int = 512,
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """The paper's prompt ensemble in embedding space (section 3.1.4), see :func:`ensemble`.
+    """Build the paper's prompt ensemble in embedding space (section 3.1.4), see :func:`ensemble`.
 
     Args:
         model: a :class:`lit_clip.CLIP`, or anything with ``tokenizer`` and ``encode_text``.
-        class_names: C names.
-        templates: texts with ``{}`` for the name.
+        class_names: names of C classes.
+        templates: texts with ``{}`` for the class name.
         batch_size: prompts encoded at once.
-        progress: called with the number of prompts done after each batch.
+        progress: called after each batch with the number of prompts encoded.
 
     Returns:
         ``[D, C]``, unit columns; ``image_features @ classifier`` are the cosine similarities.
@@ -143,7 +145,7 @@ def zero_shot_classifier(
     check_templates(templates)
     require(not isinstance(class_names, str), f"class_names: {class_names!r} is one string; give a list of names")
     if not class_names:
-        raise InputError("class_names: empty; there is nothing to tell apart")
+        raise InputError("class_names: empty; give at least one")
     tokens = model.tokenizer([template.replace("{}", name) for name in class_names for template in templates])
     return ensemble(model, tokens, [len(templates)] * len(class_names), batch_size, progress)
 
@@ -157,32 +159,32 @@ def ensemble(
     progress: Callable[[int], None] | None = None,
     ranks: bool = False,
 ) -> Tensor:
-    """Each class as the mean of its prompts' unit features, brought to unit length again.
+    """Return the normalised mean of each class's unit prompt features.
 
-    Prompts are sorted by length, so that a batch has hardly any padding. Batches are dealt to the ranks, and sums are
-    float64: the result does not depend on how many ranks there are.
+    Prompts are sorted by length, so batches have little padding. The ranks share the batches, and sums are float64, so
+    the result does not depend on the number of ranks.
 
     Args:
-        model: whose features.
-        tokens: int64 ``[P, L]``, the prompts of the first class, of the second, ...
-        counts: the number of prompts of each of C classes, at least one.
+        model: model whose text encoder is used.
+        tokens: int64 ``[P, L]``, the prompts of all classes, in the order of the classes.
+        counts: number of prompts of each of C classes, at least one.
         batch_size: prompts encoded at once.
-        progress: called with the number of prompts that this process has done after each batch.
-        ranks: whether all ranks ask, and so divide the work.
+        progress: called after each batch with the number of prompts that this process has encoded.
+        ranks: whether all ranks call this and share the work.
 
     Returns:
         float32 ``[D, C]`` on the model's device.
     """
     tokenizer = model.tokenizer
     classes = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))  # [P]
-    # Not one length a batch: on a CPU small batches are slower by more than the padding that they save.
+    # Batches mix lengths: on a CPU, the smaller batches of a single length would cost more than they save in padding.
     batches = tokenizer.lengths(tokens).argsort(stable=True).split(batch_size)
     rank, world = distributed.rank_and_world() if ranks else (0, 1)
 
     def encode(rows: Tensor) -> Tensor:
         return model.encode_text(tokenizer.trim(tokens[rows]).to(model.device), normalize=True).cpu().double()
 
-    # A rank without a batch has to know D, too.
+    # A rank without a batch needs D, too.
     first = encode(batches[rank]) if rank < len(batches) else encode(batches[0][:1])[:0]  # [b, D]
     sums, done = first.new_zeros(len(counts), first.shape[1]), 0
     for number, rows in enumerate(batches[rank::world]):
@@ -193,46 +195,3 @@ def ensemble(
     if ranks:
         sums = distributed.sum_over_ranks(sums, model.device)
     return torch.nn.functional.normalize(sums, dim=1).float().T.to(model.device)
-
-
-def classification_counts(logits: Tensor, labels: Tensor) -> Tensor:
-    """What a batch adds to a set's accuracy, so that batches and ranks can simply be summed.
-
-    Args:
-        logits: ``[B, C]``.
-        labels: int64 ``[B]``.
-
-    Returns:
-        float64 ``[3, C]``: for each class its images, those whose first prediction is right, those with it among five.
-    """
-    B, C = logits.shape
-    predictions = logits.topk(min(5, C), dim=1).indices  # [B, 5]
-    right = predictions == labels[:, None]
-    counts = torch.zeros(3, C, dtype=torch.float64)
-    for row, weight in enumerate((torch.ones(B), right[:, 0], right.any(dim=1))):
-        counts[row].index_add_(0, labels.cpu(), weight.cpu().double())
-    return counts
-
-
-def accuracies(counts: Tensor) -> dict[str, float]:
-    """Summed :func:`classification_counts` -> ``top1``, ``top5`` (with more than 5 classes) and ``mean_per_class``.
-
-    The mean is over classes that have images. All are fractions.
-    """
-    images, top1, top5 = counts
-    present = images > 0
-    result = {"top1": float(top1.sum() / images.sum())}
-    if counts.shape[1] > 5:
-        result["top5"] = float(top5.sum() / images.sum())
-    result["mean_per_class"] = float((top1[present] / images[present]).mean())
-    return result
-
-
-def baseline_accuracies(counts: Tensor) -> dict[str, float]:
-    """What :func:`accuracies` are without looking: always naming the most common classes."""
-    shares = (counts[0] / counts[0].sum()).sort(descending=True).values
-    result = {"top1": float(shares[0])}
-    if counts.shape[1] > 5:
-        result["top5"] = float(shares[:5].sum())
-    result["mean_per_class"] = 1 / int((counts[0] > 0).sum())
-    return result

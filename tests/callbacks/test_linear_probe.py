@@ -99,9 +99,9 @@ def test_a_suite_without_training_splits_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("splits", "metric", "message"),
     [
-        ({"train": {"split": "train", "size": 1}, "test": {}}, "top1", "shades: .*one image of each class"),
+        ({"train": {"split": "train", "size": 1}, "test": {}}, "top1", "shades: .*each class has one image"),
         ({"train": {"split": "train", "size": 0}, "test": {}}, "top1", "shades: the set is empty"),
-        ({"train": {"split": "train"}, "test": {}}, "roc_auc", "shades: metric: roc_auc is of 2 classes"),
+        ({"train": {"split": "train"}, "test": {}}, "roc_auc", "shades: metric: roc_auc needs 2 classes"),
         ({"train": {"split": "train"}, "test": {"names": 6}}, "top1", "shades: test and train have 6 and 7 classes"),
     ],
 )

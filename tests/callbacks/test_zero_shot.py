@@ -285,7 +285,7 @@ def test_names_that_do_not_go_with_a_set_are_refused_before_training(folder: Pat
     suite = write_suite(folder, shades=entry(class_names=["red", "green"]))
     trainer = make_trainer(folder, [ZeroShot(suite=suite, data_root=str(folder))], max_epochs=1)
     module = make_module()
-    with pytest.raises(InputError, match="shades: class_names: 2 class names, the set has 7 classes"):
+    with pytest.raises(InputError, match="shades: class_names: 2 class names, but the set has 7 classes"):
         trainer.fit(module, data_for(module, folder / "captions.csv"))
     assert trainer.global_step == 0
 
@@ -296,7 +296,7 @@ def test_a_set_that_cannot_be_judged_or_read_is_refused_before_the_first_step(fo
         (folder / "pets" / name / "1.png").write_bytes((folder / "0.png").read_bytes() if name == "cat" else b"")
     pets = {"class_path": "datamodules.ImageFolderClasses", "init_args": {"root": "pets"}}
     for entries, message in (
-        ({"shades": entry(metric="pm")}, "shades: metric: pm needs what this set does not know"),
+        ({"shades": entry(metric="pm")}, "shades: metric: pm needs annotations that this set does not have"),
         ({"pets": {"data": pets}}, "pets: .*dog.*1.png.*or set on_error to skip"),
     ):
         suite, module = write_suite(folder, **entries), make_module()

@@ -302,7 +302,7 @@ def test_options_that_cannot_be_are_refused_before_anything_is_read(root: Path) 
     for option, message in (
         (["--sets", "nosie"], "nosie"),
         (["--tasks", "zeroshot"], "zeroshot"),
-        (["--compare", "nowhere"], "nowhere"),
+        (["--compare", "nowhere"], "nowhere: there is no such file"),
         (["--draws", "0"], "draws"),
         (["--suite", "other.yaml"], "other.yaml"),
     ):

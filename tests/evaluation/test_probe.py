@@ -1,4 +1,4 @@
-"""The linear probe against scikit-learn on its real digits: one optimum, one accuracy; few shots; robustness."""
+"""The linear probe against scikit-learn on its digits: the same optimum, the same accuracy; few-shot; robustness."""
 
 import math
 from collections import Counter
@@ -31,7 +31,7 @@ EXACT: Any = {"tolerance": 1e-13, "max_iterations": 3000}
 
 @pytest.fixture(scope="module")
 def digits() -> tuple[Tensor, Tensor]:
-    """1,797 real images of 64 pixels, shuffled, some always black; float64."""
+    """1,797 images of 64 pixels (some of which are always black), shuffled; float64."""
     features, labels = load_digits(return_X_y=True)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     return torch.tensor(features)[order], torch.tensor(labels, dtype=torch.int64)[order]
@@ -48,7 +48,7 @@ def splits(digits: tuple[Tensor, Tensor]) -> tuple[Split, Split, Split]:
 
 
 def scikit(features: Tensor, labels: Tensor, l2: float) -> LogisticRegression:
-    """Their optimum by Newton's method: their L-BFGS stops on the way where the penalty is weak, whatever ``tol``."""
+    """Newton's method: with a weak penalty scikit-learn's L-BFGS stops before the optimum, whatever ``tol``."""
     model = LogisticRegression(C=1 / l2, solver="newton-cholesky", max_iter=200, tol=1e-9)
     return model.fit(features.double().numpy(), labels.numpy())
 
@@ -64,8 +64,8 @@ def accuracy(fit: Fit, features: Tensor, labels: Tensor) -> float:
 
 
 @pytest.mark.parametrize(("N", "l2"), [(400, 1.0), (1000, 1e3), (997, 30.0), (61, 10.0), (41, 1.0)])
-def test_the_optimum_is_scikit_learns(digits: tuple[Tensor, Tensor], N: int, l2: float) -> None:
-    """With fewer examples than features, too, where the problem is solved in the space that they span."""
+def test_optimum_equals_scikit_learns(digits: tuple[Tensor, Tensor], N: int, l2: float) -> None:
+    """Also with fewer examples than features, when the problem is solved in the space that they span."""
     features, labels = digits[0][:N], digits[1][:N]
     theirs, ours = scikit(features, labels, l2), fit_logistic(features, labels, 10, l2, **EXACT)
     best = objective(theirs.coef_, theirs.intercept_, features, labels, l2)
@@ -73,12 +73,12 @@ def test_the_optimum_is_scikit_learns(digits: tuple[Tensor, Tensor], N: int, l2:
     assert ours.objective == pytest.approx(objective(ours.weight, ours.bias, features, labels, l2), rel=1e-9)
     assert ours.objective == pytest.approx(best, rel=1e-7)
     assert np.abs(ours.weight.numpy() - theirs.coef_).max() < 1e-3 * np.abs(theirs.coef_).max()
-    bias = ours.bias.numpy() - ours.bias.mean().item()  # theirs and ours are free up to a constant
+    bias = ours.bias.numpy() - ours.bias.mean().item()  # both are determined up to a constant
     assert np.abs(bias - (theirs.intercept_ - theirs.intercept_.mean())).max() < 1e-2
 
 
 @pytest.mark.parametrize("l2", [1e-6, 1e-2, 10.0, 1e4])
-def test_in_float32_the_accuracy_is_scikit_learns_within_a_tenth_of_a_point(
+def test_float32_accuracy_is_within_a_tenth_of_a_point_of_scikit_learns(
     digits: tuple[Tensor, Tensor], l2: float
 ) -> None:
     features, labels = digits
@@ -88,11 +88,11 @@ def test_in_float32_the_accuracy_is_scikit_learns_within_a_tenth_of_a_point(
     assert ours.converged
     assert ours.iterations < 250
     assert ours.objective <= objective(theirs.coef_, theirs.intercept_, features[:1000], labels[:1000], l2) * (1 + 1e-4)
-    # of 797 images a tenth of a point is less than one; the same accuracy is the same number, or one more or less
+    # a tenth of a point is less than one of 797 images, so one image more or less is allowed
     assert accuracy(ours, features[1000:].float(), labels[1000:]) == pytest.approx(expected, abs=1e-3 + 1 / 797)
 
 
-def test_features_that_lie_far_from_zero_and_differ_in_size_make_no_difference(digits: tuple[Tensor, Tensor]) -> None:
+def test_offset_and_scale_of_features_make_no_difference(digits: tuple[Tensor, Tensor]) -> None:
     features, labels = digits[0][:600], digits[1][:600]
     moved = features + torch.linspace(-500, 500, 64)
     ours, theirs = fit_logistic(moved.float(), labels, 10, 1.0), fit_logistic(features, labels, 10, 1.0, **EXACT)
@@ -111,7 +111,7 @@ def test_two_classes_have_a_single_logit_as_in_scikit_learn(digits: tuple[Tensor
     assert np.abs(probability - theirs.predict_proba(features.numpy())).max() < 1e-5
 
 
-def test_a_class_without_examples_is_left_out_and_never_guessed(digits: tuple[Tensor, Tensor]) -> None:
+def test_a_class_without_examples_is_never_predicted(digits: tuple[Tensor, Tensor]) -> None:
     rows = (digits[1] != 3) & (digits[1] != 9)
     features, labels = digits[0][rows][:500], digits[1][rows][:500]
     theirs, ours = scikit(features, labels, 1.0), fit_logistic(features, labels, 10, 1.0, **EXACT)
@@ -123,8 +123,8 @@ def test_a_class_without_examples_is_left_out_and_never_guessed(digits: tuple[Te
     assert scores.argmax(1).tolist() == theirs.predict(digits[0].numpy()).tolist()
 
 
-def test_several_classes_a_image_are_each_told_from_the_rest(digits: tuple[Tensor, Tensor]) -> None:
-    """Entries of -1 have no weight: the classifier of a class is scikit-learn's of the others."""
+def test_images_with_several_classes_have_one_classifier_per_class(digits: tuple[Tensor, Tensor]) -> None:
+    """A class's classifier equals scikit-learn's on the entries that are not -1."""
     features, labels = digits[0][:300], digits[1][:300]
     relevance = torch.stack([labels % 2 == 0, labels > 6, labels == 11, labels < 9], dim=1).to(torch.int8)
     relevance[torch.rand(300, 4, generator=torch.Generator().manual_seed(0)) < 0.2] = -1
@@ -134,11 +134,11 @@ def test_several_classes_a_image_are_each_told_from_the_rest(digits: tuple[Tenso
         theirs = scikit(features[rows], relevance[rows, c], 2.0)
         assert np.abs(ours.weight[c].numpy() - theirs.coef_[0]).max() < 1e-3 * np.abs(theirs.coef_).max()
         assert float(ours.bias[c]) == pytest.approx(theirs.intercept_[0], abs=1e-2)
-    assert float(ours.bias[2]) == -math.inf  # of class 2 there is no example
+    assert float(ours.bias[2]) == -math.inf  # class 2 has no example
     assert not ours.weight[2].any()
 
 
-def test_the_size_of_chunks_makes_no_difference(digits: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunk_size_makes_no_difference(digits: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     features, labels = digits
     whole = fit_logistic(features, labels, 10, 10.0, **EXACT)
     monkeypatch.setattr(logistic, "CPU_ENTRIES", 1)  # 256 rows at a time: 7 chunks and 5 rows
@@ -146,7 +146,7 @@ def test_the_size_of_chunks_makes_no_difference(digits: tuple[Tensor, Tensor], m
     assert torch.allclose(chunked.weight, whole.weight, atol=1e-6)
 
 
-def test_a_fit_that_is_cut_short_says_so(digits: tuple[Tensor, Tensor]) -> None:
+def test_a_fit_that_reaches_the_iteration_limit_is_not_converged(digits: tuple[Tensor, Tensor]) -> None:
     fit = fit_logistic(*digits, 10, 1e-3, max_iterations=3)
     assert (fit.iterations, fit.converged) == (3, False)
 
@@ -157,23 +157,25 @@ def test_a_fit_that_is_cut_short_says_so(digits: tuple[Tensor, Tensor]) -> None:
         (lambda x, y: (x, y * 0), "all the same"),
         (lambda x, y: (x, y + 1), "row .* has 10, but there are 10 classes"),
         (lambda x, y: (x, y - 1), "row .* has -1"),
-        (lambda x, y: (x[:5], y), "1797 of 5 features"),
-        (lambda x, y: (x[:0], y[:0]), "none to learn from"),
+        (lambda x, y: (x[:5], y), "1797 labels, but 5 features"),
+        (lambda x, y: (x[:0], y[:0]), "features: there are none"),
         (lambda x, y: (torch.where(torch.arange(1797)[:, None] == 7, math.nan, x), y), "row 7 are not finite"),
     ],
 )
-def test_what_cannot_be_learnt_from_is_an_error(digits: tuple[Tensor, Tensor], change: Any, message: str) -> None:
+def test_labels_and_features_that_cannot_be_learnt_from_are_an_error(
+    digits: tuple[Tensor, Tensor], change: Any, message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         fit_logistic(*change(*digits), 10, 1.0)
 
 
-def test_no_penalty_is_an_error(digits: tuple[Tensor, Tensor]) -> None:
-    with pytest.raises(InputError, match="l2: 0"):
+def test_a_penalty_of_zero_is_an_error(digits: tuple[Tensor, Tensor]) -> None:
+    with pytest.raises(InputError, match="l2: 0.0 must be above 0"):
         fit_logistic(*digits, 10, 0.0)
 
 
 @pytest.mark.parametrize("peak", [0, 1, 37, 48, 71, 95, 96])
-def test_the_search_finds_a_single_peak_anywhere_on_the_grid(peak: int) -> None:
+def test_search_finds_a_single_peak_anywhere_on_the_grid(peak: int) -> None:
     tried = []
 
     def value_of(l2: float) -> float:
@@ -185,12 +187,12 @@ def test_the_search_finds_a_single_peak_anywhere_on_the_grid(peak: int) -> None:
     assert len(tried) == len(set(tried)) <= 15
 
 
-def test_the_grid_has_97_points_eight_a_decade() -> None:
+def test_grid_has_97_points_eight_per_decade() -> None:
     assert len(L2_GRID) == 97
     assert [L2_GRID[0], L2_GRID[8], L2_GRID[52], L2_GRID[96]] == pytest.approx([1e-6, 1e-5, 10**0.5, 1e6])
 
 
-def test_of_equal_penalties_the_strongest_is_chosen() -> None:
+def test_the_strongest_of_equally_good_penalties_is_chosen() -> None:
     assert best_l2(search_l2(lambda l2: float(l2 < 50))) == L2_GRID[61]  # 10^1.625 = 42, the last before 50
 
 
@@ -202,7 +204,9 @@ def test_the_penalty_found_is_as_good_as_the_best_of_the_whole_grid(
     result = linear_probe(train, val, test, "top1")
     full = {l2: accuracy(_fit(train, l2), val.features, val.targets.labels) for l2 in L2_GRID[::step]}
     for l2 in result.search.keys() & full.keys():
-        assert result.search[l2] == pytest.approx(full[l2], abs=1.5 / 500)  # it starts where another penalty ended
+        assert result.search[l2] == pytest.approx(
+            full[l2], abs=1.5 / 500
+        )  # each fit starts where another penalty's ended
     assert result.search[result.l2] == max(result.search.values())
     assert result.search[result.l2] >= max(full.values()) - 1.5 / 500
     both = torch.cat([train.features, val.features]), torch.cat([train.targets.labels, val.targets.labels])
@@ -216,7 +220,7 @@ def _fit(train: Split, l2: float) -> Fit:
     return fit_logistic(train.features, train.targets.labels, 10, l2)
 
 
-def test_without_a_validation_split_a_fifth_of_each_class_chooses_and_all_are_learnt_from(
+def test_without_a_validation_split_a_fifth_of_each_class_chooses_the_penalty(
     splits: tuple[Split, Split, Split],
 ) -> None:
     train, _, test = splits
@@ -237,17 +241,17 @@ def test_without_a_validation_split_a_fifth_of_each_class_chooses_and_all_are_le
     assert result.metrics["top1"] == pytest.approx(expected, abs=1e-3 + 1 / 797)
 
 
-def test_classes_of_a_few_examples_keep_one_to_learn_from() -> None:
+def test_classes_with_few_examples_keep_one_to_learn_from() -> None:
     labels = torch.tensor([0, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2])
     learnt, judged = held_out(split(torch.randn(13, 4), labels, 4), seed=0)
     assert sorted(judged.targets.labels.tolist()) == [1, 2, 2]
     assert len(learnt.features) == 10
-    with pytest.raises(InputError, match="one image of each class"):
+    with pytest.raises(InputError, match="each class has one image"):
         held_out(split(torch.randn(3, 4), torch.arange(3), 3), seed=0)
 
 
 @pytest.mark.parametrize("metric", ["map11", "roc_auc"])
-def test_probes_of_several_and_of_two_classes_are_judged_by_their_metric(
+def test_probes_with_several_and_with_two_classes_are_evaluated_by_their_metric(
     digits: tuple[Tensor, Tensor], metric: Any
 ) -> None:
     features, labels = digits[0][:900].float(), digits[1][:900]
@@ -264,7 +268,7 @@ def test_probes_of_several_and_of_two_classes_are_judged_by_their_metric(
     assert max(result.search.values()) == result.search[result.l2]
 
 
-def test_features_can_be_brought_to_unit_length_first(splits: tuple[Split, Split, Split]) -> None:
+def test_features_can_be_normalised_first(splits: tuple[Split, Split, Split]) -> None:
     train, val, test = splits
     size = 1 + torch.arange(797) % 7
     result = linear_probe(train, val, test, "top1", normalize=True)
@@ -272,17 +276,17 @@ def test_features_can_be_brought_to_unit_length_first(splits: tuple[Split, Split
     assert scaled.metrics["top1"] == pytest.approx(result.metrics["top1"], abs=1 / 797)
 
 
-def test_splits_that_do_not_go_together_are_an_error(splits: tuple[Split, Split, Split]) -> None:
+def test_splits_that_do_not_match_are_an_error(splits: tuple[Split, Split, Split]) -> None:
     train, _, test = splits
-    with pytest.raises(InputError, match="64 and of 63 features"):
+    with pytest.raises(InputError, match="64 and 63 features"):
         linear_probe(train, None, Split(test.features[:, 1:], test.targets), "top1")
-    with pytest.raises(InputError, match="10 and of 11 classes"):
+    with pytest.raises(InputError, match="10 and 11 classes"):
         linear_probe(train, None, Split(test.features, Targets(test.targets.labels, 11)), "top1")
-    with pytest.raises(InputError, match="features of 3 images, but 797"):
+    with pytest.raises(InputError, match="features of 3 images, but targets of 797"):
         Split(test.features[:3], test.targets)
 
 
-def test_few_shots_are_drawn_by_class_and_more_of_them_are_better(splits: tuple[Split, Split, Split]) -> None:
+def test_more_shots_give_better_metrics_and_draws_are_reproducible(splits: tuple[Split, Split, Split]) -> None:
     train, val, test = splits
     result = few_shot(train, val, test, "top1", shots=(1, 4, 16), draws=2, max_iterations=60)
     means = [float(np.mean(values)) for values in result.values.values()]
@@ -296,7 +300,7 @@ def test_few_shots_are_drawn_by_class_and_more_of_them_are_better(splits: tuple[
     assert again.values[1] == result.values[1]
 
 
-def test_few_shots_learn_k_examples_of_each_class_and_nothing_of_validation(
+def test_few_shot_trains_on_k_examples_per_class_and_not_on_validation_images(
     splits: tuple[Split, Split, Split], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train, _, test = splits
@@ -317,7 +321,7 @@ def test_few_shots_learn_k_examples_of_each_class_and_nothing_of_validation(
     assert drawn[0] != drawn[1]
 
 
-def test_numbers_of_shots_that_a_class_does_not_have_are_left_out(splits: tuple[Split, Split, Split]) -> None:
+def test_numbers_of_shots_that_a_class_does_not_have_are_skipped(splits: tuple[Split, Split, Split]) -> None:
     train, val, test = splits
     result = few_shot(train.take(torch.arange(60)), val, test, "top1", shots=(1, 16), draws=1, max_iterations=5)
     assert list(result.values) == [1]
@@ -326,7 +330,7 @@ def test_numbers_of_shots_that_a_class_does_not_have_are_left_out(splits: tuple[
         few_shot(train.take(torch.arange(60)), val, test, "top1", shots=(16,))
 
 
-def test_few_shots_of_several_classes_a_image_are_an_error() -> None:
+def test_few_shot_with_several_classes_per_image_is_an_error() -> None:
     targets = Targets(torch.full((4,), -1), 2, relevance=torch.zeros(4, 2, dtype=torch.int8))
     some = Split(torch.randn(4, 3), targets)
     with pytest.raises(InputError, match="few_shot"):
@@ -344,7 +348,7 @@ def test_effective_robustness_is_the_height_above_the_line_of_logits() -> None:
     assert effective_robustness([above], baseline) == pytest.approx([0.05])
 
 
-def test_the_line_is_numpys_least_squares_and_the_papers_clip_is_far_above_it() -> None:
+def test_the_line_equals_numpys_least_squares_and_the_papers_clip_is_far_above_it() -> None:
     for name in ("ImageNetV2", "ImageNet-A", "ImageNet-R", "ImageNet-Sketch"):
         points = imagenet_classifiers(name)
         x, y = (np.log(v / (1 - v)) for v in np.array(points).T)
@@ -366,7 +370,7 @@ def test_a_line_needs_two_classifiers_with_logits() -> None:
         effective_robustness([TopOnePair(0.5, 0.5)], [TopOnePair(0.7, 0.6), TopOnePair(0.8, 0.0)])
 
 
-def test_accuracy_among_some_classes_looks_at_these_alone() -> None:
+def test_subset_top1_uses_only_the_images_and_scores_of_the_subset() -> None:
     scores = torch.tensor([[9.0, 1, 2, 3], [9, 5, 2, 4], [0, 1, 2, 9], [9, 0, 0, 0]])
     labels = torch.tensor([3, 3, 3, 0])
-    assert subset_top1(scores, labels, [3, 1]) == pytest.approx(2 / 3)  # class 0 and its image are not in question
+    assert subset_top1(scores, labels, [3, 1]) == pytest.approx(2 / 3)  # without class 0 and its image

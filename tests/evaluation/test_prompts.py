@@ -1,4 +1,4 @@
-"""The paper's prompts are all there, lists go with the sets they belong to, and a classifier is built once."""
+"""The paper's prompts are complete, lists are matched to their sets, and a classifier is built once."""
 
 import hashlib
 import importlib.util
@@ -15,7 +15,7 @@ import yaml
 from lit_clip import zero_shot_classifier
 from lit_clip.errors import InputError
 from lit_clip.evaluation import prompts as module
-from lit_clip.evaluation.prompts import Prompts, paper_names, prompts_of, templates_of, text_classifier
+from lit_clip.evaluation.prompts import Prompts, prompts_of, templates_of, text_classifier
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig
 from lit_clip.weights.fingerprint import text_sha256
@@ -53,7 +53,7 @@ VOC = (
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep"
 )
 EUROSAT = "AnnualCrop Forest HerbaceousVegetation Highway Industrial Pasture PermanentCrop Residential River SeaLake"
-OWN_ORDER = {  # sets whose order is not that of the paper's file
+OWN_ORDER = {  # sets whose label order differs from the paper's file
     "VOC2007": [*VOC.split(), "sofa", "train", "tvmonitor"],
     "CLEVRCounts": [str(number) for number in range(3, 11)],
     "EuroSAT": EUROSAT.split(),
@@ -61,7 +61,7 @@ OWN_ORDER = {  # sets whose order is not that of the paper's file
 
 
 def paper_prompts(name: str) -> Prompts:
-    """Of a set that calls its classes as the paper does, or numbers them."""
+    """Prompts for a set whose class names are the paper's, or numbers."""
     own = OWN_ORDER.get(name) or paper_classes(name)
     return prompts_of(f"paper:{name}", f"paper:{name}", own)
 
@@ -83,8 +83,8 @@ def test_every_set_of_table_9_has_the_papers_number_of_names_and_templates(name:
     assert not any("{" in text or "}" in text for texts in prompts.texts for text in texts)
 
 
-def test_the_lists_are_those_of_table_9() -> None:
-    assert paper_names() == list(COUNTS)
+def test_the_paper_lists_are_those_of_table_9() -> None:
+    assert list(module._paper()) == list(COUNTS)
 
 
 @pytest.mark.parametrize(
@@ -117,14 +117,14 @@ def test_the_lists_are_those_of_table_9() -> None:
         ("ImageNet", 0, "a bad photo of a tench.", "a tattoo of the tench."),
     ],
 )
-def test_prompts_are_the_papers_to_the_letter(name: str, label: int, first: str, last: str | None) -> None:
+def test_prompts_equal_the_papers_letter_for_letter(name: str, label: int, first: str, last: str | None) -> None:
     texts = paper_prompts(name).texts[label]
     assert texts[0] == first
     assert last is None or texts[-1] == last
 
 
-def test_names_in_files_of_their_own_are_sorted_as_the_paper_has_them() -> None:
-    """A slip of the pen in a long list would rarely keep the order."""
+def test_class_names_of_our_own_files_are_sorted_as_in_the_paper() -> None:
+    """A typing mistake in a long list would rarely keep it sorted."""
     for name in ("Birdsnap", "Food101", "Kinetics700", "DTD", "RESISC45", "UCF101", "FGVCAircraft"):
         classes = [
             entry.replace(" ", "_") if name in ("Food101", "RESISC45") else entry for entry in paper_classes(name)
@@ -132,7 +132,7 @@ def test_names_in_files_of_their_own_are_sorted_as_the_paper_has_them() -> None:
         assert classes == sorted(classes, key=str.lower if name == "Kinetics700" else None), name
 
 
-def test_names_go_to_the_classes_that_a_set_calls_otherwise() -> None:
+def test_aliases_match_classes_that_a_set_names_differently() -> None:
     folders = ["yin_yang", "Faces_easy", "BACKGROUND_Google"]
     others = [
         name
@@ -146,12 +146,12 @@ def test_names_go_to_the_classes_that_a_set_calls_otherwise() -> None:
     assert prompts_of("paper:OxfordPets", None, pets).names[:2] == ["american pit bull terrier", "yorkshire terrier"]
 
 
-def test_names_of_a_set_that_numbers_its_classes_keep_their_order() -> None:
+def test_names_keep_their_order_for_a_set_that_numbers_its_classes() -> None:
     numbers = [str(number) for number in range(43)]
     assert prompts_of("paper:GTSRB", "paper:GTSRB", numbers).names[14] == "stop"
 
 
-def test_several_names_of_a_class_are_averaged_with_every_template() -> None:
+def test_every_name_of_a_class_is_put_into_every_template() -> None:
     own = ["angry", "disgust", "fear", "happy", "sad", "surprise", "neutral"]
     prompts = prompts_of("paper:FER2013", "paper:FER2013", own)
     assert prompts.names == ["angry", "disgusted", "fearful", "happy", "sad", "surprised", "neutral"]
@@ -162,7 +162,7 @@ def test_several_names_of_a_class_are_averaged_with_every_template() -> None:
     ]
 
 
-def test_a_set_without_words_of_its_own_is_asked_for_by_its_names() -> None:
+def test_prompts_default_to_the_sets_own_names_and_template() -> None:
     prompts = prompts_of(None, None, ["cat", "dog"])
     assert prompts == Prompts(["cat", "dog"], [["a photo of a cat."], ["a photo of a dog."]])
     assert prompts_of(None, "{}", ["cat", "dog"]).texts == [["cat"], ["dog"]]
@@ -172,7 +172,7 @@ def test_a_set_without_words_of_its_own_is_asked_for_by_its_names() -> None:
     ]
 
 
-def test_lists_of_packages_are_known_by_name() -> None:
+def test_lists_of_installed_packages_are_found_by_name() -> None:
     assert prompts_of("imagenet", "imagenet", [str(number) for number in range(1000)]).texts[999][79] == (
         open_clip.OPENAI_IMAGENET_TEMPLATES[79]("toilet paper")
     )
@@ -181,7 +181,7 @@ def test_lists_of_packages_are_known_by_name() -> None:
     assert len(templates_of("clip_benchmark:resisc45")) == 4  # not the paper's 18
 
 
-def test_prompts_of_each_class_and_lists_in_files(tmp_path: Path) -> None:
+def test_prompts_can_be_a_mapping_or_a_file(tmp_path: Path) -> None:
     own = ["cat", "hot dog"]
     by_class = {"hot_dog": ["a sausage in a bun", "street food"], "cat": "a purring animal"}
     expected = Prompts(["cat", "hot_dog"], [["a purring animal"], ["a sausage in a bun", "street food"]])
@@ -204,36 +204,38 @@ def test_prompts_of_each_class_and_lists_in_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("class_names", "templates", "message"),
     [
-        ("paper:CIFAR10", None, "paper:CIFAR10: 10 class names, the set has 2 classes"),
-        (["cat", "dog", "cow"], None, "3 class names, the set has 2 classes; give one a class, in label order"),
-        (["hot dog", "cat"], None, "the set's own names in another order"),
+        ("paper:CIFAR10", None, "paper:CIFAR10: 10 class names, but the set has 2 classes"),
+        (["cat", "dog", "cow"], None, "3 class names, but the set has 2 classes; give one per class, in label order"),
+        (["hot dog", "cat"], None, "the set's class names in another order"),
         ("paper:Cifar10", None, "the paper has no 'Cifar10'; it has Food101, CIFAR10"),
-        ("clip_benchmark:cars", None, "clip-benchmark has none of 'cars'; it has flowers, gtsrb"),
-        ("cifar10", None, "'cifar10' is none of imagenet, paper:NAME, clip_benchmark:NAME"),
-        ("no.yaml", None, "no.yaml: not a readable YAML file"),
-        ([True, "cat"], None, "True is not a text; put it in quotes"),
-        (["", "cat"], None, "an empty text"),
+        ("clip_benchmark:cars", None, "clip-benchmark has no 'cars'; it has flowers, gtsrb"),
+        ("cifar10", None, "'cifar10' must be imagenet, paper:NAME, clip_benchmark:NAME or a YAML file"),
+        ("no.yaml", None, "class_names: no.yaml: there is no such file"),
+        ([True, "cat"], None, "True is not a string; put it in quotes"),
+        (["", "cat"], None, "a name or prompt is empty"),
         ([[], "cat"], None, "a class has no name"),
-        ({"cat": ["a"], "hot dog": ["b"]}, "{}", "holds whole prompts; leave the templates out"),
+        ({"cat": ["a"], "hot dog": ["b"]}, "{}", "has whole prompts; leave the templates out"),
         (None, ["a photo"], "'a photo' has no {}"),
-        (None, "a photo", "'a photo' has no {}, and is neither"),
+        (None, "a photo", "'a photo' has no {} and is neither"),
         (None, [], "templates: empty"),
         (None, "paper:Nothing", "the paper has no 'Nothing'"),
-        (None, "clip_benchmark:nothing", "clip-benchmark has none of 'nothing'"),
+        (None, "clip_benchmark:nothing", "clip-benchmark has no 'nothing'"),
     ],
 )
-def test_a_list_that_does_not_go_with_the_set_is_refused(class_names: Any, templates: Any, message: str) -> None:
+def test_a_list_that_does_not_fit_the_set_is_an_error(class_names: Any, templates: Any, message: str) -> None:
     with pytest.raises(InputError) as refusal:
         prompts_of(class_names, templates, ["cat", "hot dog"])
     assert message in str(refusal.value)
 
 
-def test_a_set_whose_classes_cannot_be_told_by_name_is_refused() -> None:
-    with pytest.raises(InputError, match="paper:VOC2007: has no 'bike', a class of the set, and is not in its order"):
+def test_a_list_that_can_only_be_matched_by_name_needs_every_name() -> None:
+    with pytest.raises(
+        InputError, match="paper:VOC2007: the set's class 'bike' is not in the list, whose order is not the set's"
+    ):
         prompts_of("paper:VOC2007", None, ["bike", *OWN_ORDER["VOC2007"][1:]])
 
 
-def test_without_clip_benchmark_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_clip_benchmark_is_an_error_that_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "clip_benchmark" else find(name))
     module._package.cache_clear()
@@ -242,13 +244,11 @@ def test_without_clip_benchmark_the_message_says_what_to_install(monkeypatch: py
     assert prompts_of("paper:UCF101", "paper:UCF101", paper_classes("UCF101")).names[0] == "Apply Eye Makeup"
 
 
-def test_prompts_are_told_apart_by_their_hash() -> None:
+def test_hash_depends_on_which_class_has_which_prompt() -> None:
     one, other = Prompts(["a", "b"], [["x", "y"], ["z"]]), Prompts(["a", "b"], [["x"], ["y", "z"]])
     assert one.sha256 == hashlib.sha256(json.dumps([["x", "y"], ["z"]]).encode()).hexdigest()
     assert one.sha256 != other.sha256
 
-
-# The classifier.
 
 PROMPTS = Prompts(
     ["cat", "dog", "cow"], [["a cat", "a photo of a very small kitten"], ["dog"], ["a cow", "cows", "moo"]]
@@ -264,17 +264,17 @@ def clip(tiny_config: CLIPConfig) -> CLIP:
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 512])
-def test_a_class_is_the_mean_of_its_prompts(clip: CLIP, batch_size: int) -> None:
+def test_a_classifier_column_is_the_mean_of_the_classs_prompts(clip: CLIP, batch_size: int) -> None:
     classifier = text_classifier(clip, PROMPTS, batch_size=batch_size)
     assert not classifier.requires_grad
     with torch.no_grad():
         for column, texts in zip(classifier.T, PROMPTS.texts, strict=True):
             features = clip.encode_text(clip.tokenize(texts), normalize=True)
             torch.testing.assert_close(column, F.normalize(features.mean(dim=0), dim=0), rtol=0, atol=1e-6)
-    assert (classifier.T @ classifier - torch.eye(3)).max() < 0.99  # the classes are told apart
+    assert (classifier.T @ classifier - torch.eye(3)).max() < 0.99  # the classes differ
 
 
-def test_names_in_templates_give_the_classifier_of_names_and_templates(clip: CLIP) -> None:
+def test_classifier_equals_the_zero_shot_classifier_of_names_and_templates(clip: CLIP) -> None:
     prompts = prompts_of(None, ["a {}", "{}, seen from far away"], ["cat", "dog"])
     assert torch.equal(
         text_classifier(clip, prompts), zero_shot_classifier(clip, ["cat", "dog"], ["a {}", "{}, seen from far away"])
@@ -282,7 +282,7 @@ def test_names_in_templates_give_the_classifier_of_names_and_templates(clip: CLI
 
 
 def counted(clip: CLIP, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of texts of each call of the encoder from now on."""
+    """Return a list that grows by the number of texts of each call of the encoder."""
     calls: list[int] = []
     encode = clip.encode_text
 
@@ -294,7 +294,7 @@ def counted(clip: CLIP, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-def test_a_classifier_is_made_once_and_again_only_when_it_would_be_another(
+def test_a_classifier_is_built_again_only_if_it_would_change(
     clip: CLIP, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls, cache = counted(clip, monkeypatch), tmp_path / "new" / "texts"
@@ -305,7 +305,7 @@ def test_a_classifier_is_made_once_and_again_only_when_it_would_be_another(
         clip.visual.conv1.weight.add_(1)  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
         clip.logit_scale.add_(1)
     assert torch.equal(text_classifier(clip, PROMPTS, cache), made)
-    assert sum(calls) == 6  # what it does not depend on
+    assert sum(calls) == 6  # it does not depend on these
     other = Prompts(PROMPTS.names, [*PROMPTS.texts[:2], ["a cow", "cows", "mu"]])
     assert not torch.equal(text_classifier(clip, other, cache), made)
     regrouped = Prompts(
@@ -323,7 +323,9 @@ def test_a_classifier_is_made_once_and_again_only_when_it_would_be_another(
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "another"])
-def test_a_damaged_file_is_made_anew(clip: CLIP, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
+def test_a_damaged_cache_file_is_replaced(
+    clip: CLIP, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
     made = text_classifier(clip, PROMPTS, tmp_path)
     (path,) = tmp_path.iterdir()
     whole = path.read_bytes()
@@ -336,7 +338,7 @@ def test_a_damaged_file_is_made_anew(clip: CLIP, tmp_path: Path, monkeypatch: py
     assert path.read_bytes() == whole
 
 
-def test_the_text_towers_hash_is_of_weights_sizes_and_activation(clip: CLIP, tiny_config: CLIPConfig) -> None:
+def test_text_hash_depends_on_weights_sizes_and_activation(clip: CLIP, tiny_config: CLIPConfig) -> None:
     same = CLIP(tiny_config)
     same.load_state_dict(clip.state_dict())
     assert text_sha256(same) == text_sha256(clip)
@@ -345,7 +347,7 @@ def test_the_text_towers_hash_is_of_weights_sizes_and_activation(clip: CLIP, tin
     assert text_sha256(other) != text_sha256(clip)
 
 
-def test_a_class_without_a_prompt_is_refused(clip: CLIP) -> None:
+def test_a_class_without_a_prompt_is_an_error(clip: CLIP) -> None:
     for texts in ([], [["a"], []]):
-        with pytest.raises(InputError, match="a class without a prompt, or no class"):
+        with pytest.raises(InputError, match="there are no classes, or a class has no prompt"):
             text_classifier(clip, Prompts([], texts))

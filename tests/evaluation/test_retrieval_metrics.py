@@ -25,7 +25,7 @@ KS = (1, 5, 10)
 
 
 def make_pairs(rows: list[tuple[int, int]]) -> Pairs:
-    """Of a set whose rows are (image, caption)."""
+    """Return the distinct pairs of a set whose rows are (image, caption)."""
     distinct = sorted(set(rows), key=lambda row: (row[1], row[0]))
     counts = Counter(rows)
     image, text = torch.tensor(distinct).T
@@ -37,12 +37,12 @@ def found(image: Tensor, text: Tensor, pairs: Pairs) -> Ranks:
 
 
 def whole_numbers(size: int, seed: int, high: int = 7) -> Tensor:
-    """Features ``[size, 6]``, small whole numbers: every sum is exact in float32 and ties abound."""
+    """Features ``[size, 6]`` of small integers: sums are exact in float32, and there are many ties."""
     return torch.randint(high, (size, 6), generator=torch.Generator().manual_seed(seed)).float() - high // 2
 
 
 def random_set(images: int, texts: int, seed: int) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
-    """Features, and rows in which each image and caption occurs, some several times and with several others."""
+    """Features and rows; each image and caption occurs, some repeatedly and with several others."""
     generator = torch.Generator().manual_seed(seed)
     rows = [(i % images, i % texts) for i in range(max(images, texts))]
     extra = torch.randint(2**30, (max(images, texts) // 3, 2), generator=generator).tolist()
@@ -55,7 +55,7 @@ def random_set(images: int, texts: int, seed: int) -> tuple[Tensor, Tensor, list
 
 
 def ranks_one_by_one(queries: Tensor, candidates: Tensor, right: set[tuple[int, int]]) -> list[int]:
-    """Sort each query's candidates, of equal scores the wrong ones first, and look where the first right one is."""
+    """Sort each query's candidates, wrong ones first in a tie, and return the place of the first right one."""
     ranks = []
     for q, row in enumerate((queries.double() @ candidates.double().T).tolist()):
         is_right = [(q, c) in right for c in range(len(row))]
@@ -67,8 +67,8 @@ def ranks_one_by_one(queries: Tensor, candidates: Tensor, right: set[tuple[int, 
 @pytest.mark.parametrize(
     ("images", "texts"), [(1, 1), (1, 7), (7, 1), (21, 21), (20, 101), (101, 20), (97, 1500), (4099, 70)]
 )
-def test_ranks_are_those_of_sorting_one_by_one(images: int, texts: int) -> None:
-    """Where rows repeat an image, a caption or both, the distinct ones are the queries and the candidates."""
+def test_ranks_equal_those_of_sorting_one_by_one(images: int, texts: int) -> None:
+    """If rows repeat images or captions, the distinct ones are the queries and candidates."""
     image, text, rows = random_set(images, texts, seed=images)
     assert images != 4099 or images > IMAGES
     assert texts != 1500 or texts > CAPTIONS
@@ -80,22 +80,24 @@ def test_ranks_are_those_of_sorting_one_by_one(images: int, texts: int) -> None:
         assert 0 < (ranks.text == 0).sum() < texts  # neither none nor all
 
 
-def test_the_score_of_a_pair_is_bit_for_bit_that_of_its_place_among_all() -> None:
-    """Else a duplicate of the right candidate might be taken for better or worse than it."""
+def test_pair_scores_equal_the_similarity_matrix_bit_for_bit() -> None:
+    """Otherwise a duplicate of the right candidate could rank above or below it by rounding."""
     generator = torch.Generator().manual_seed(0)
     image, text = (unit(torch.randn(size, 512, generator=generator)) for size in (IMAGES + 3, CAPTIONS + 5))
     right = [(i % len(image), t) for t in range(len(text)) for i in (t, 4 * t + 1, 3)]
-    copies = torch.cat([image, image[[3, 900, 4000]]])  # of other keys, so they are wrong, and as good as the right one
+    copies = torch.cat(
+        [image, image[[3, 900, 4000]]]
+    )  # with other keys, so wrong candidates, with the right one's score
     ranks = found(copies, text, make_pairs(right))
     plain = found(image, text, make_pairs(right))
     best = torch.stack([image[[t, (4 * t + 1) % len(image), 3]] @ text[t] for t in range(len(text))]).argmax(dim=1)
-    tied = best == 2  # the best right one is image 3, of which there is a copy
+    tied = best == 2  # the best right candidate is image 3, which has a copy
     assert tied.sum() > 100
     assert (ranks.text[tied] >= plain.text[tied] + 1).all()
 
 
-def test_the_same_sentence_twice_is_one_answer() -> None:
-    # Images 0 and 1 have the same caption 0: each is right for it, and it for each.
+def test_a_caption_shared_by_two_images_is_right_for_both() -> None:
+    # Images 0 and 1 share caption 0.
     image = torch.tensor([[0.0, 1, 0], [1, 0, 0], [0, 0, 1]])
     one_caption = found(image, torch.tensor([[1.0, 0, 0], [0, 0, 1]]), make_pairs([(0, 0), (1, 0), (2, 1)]))
     assert one_caption.text.tolist() == [0, 0]
@@ -109,7 +111,7 @@ def test_collapsed_features_retrieve_nothing(size: int, dimensions: int) -> None
     point = unit(torch.randn(dimensions, generator=torch.Generator().manual_seed(1)))
     same = point.expand(size, dimensions).contiguous()
     ranks = found(same, same, make_pairs([(i, i) for i in range(size)]))
-    assert ranks.image.tolist() == ranks.text.tolist() == [size - 1] * size  # all the wrong ones come first
+    assert ranks.image.tolist() == ranks.text.tolist() == [size - 1] * size  # all wrong candidates come first
 
 
 def test_nan_features_retrieve_nothing() -> None:
@@ -120,19 +122,19 @@ def test_nan_features_retrieve_nothing() -> None:
         assert ranks.image.tolist() == ranks.text.tolist() == [5] * 5
         assert recalls(ranks.image, torch.ones(5, dtype=torch.long), 5, (1, 5, 10)) == [0, 0, 0]
     broken = fine.clone()
-    broken[2] = torch.nan  # one candidate, ahead of every other's right one, and its own query finds nothing
+    broken[2] = torch.nan  # ranks above all right candidates, and its own query finds nothing
     ranks = found(fine, broken, pairs)
     assert ranks.image.tolist() == [1, 1, 5, 1, 1]
     assert ranks.text.tolist() == [0, 0, 5, 0, 0]
 
 
-def test_a_query_without_a_right_candidate_is_no_hit_even_if_k_exceeds_the_candidates() -> None:
+def test_a_query_without_a_right_candidate_is_a_miss_even_if_k_exceeds_the_candidates() -> None:
     ranks = found(torch.eye(3), torch.eye(3)[:2], make_pairs([(0, 0), (1, 1)]))
     assert ranks.image.tolist() == [0, 0, 2]
     assert recalls(ranks.image, torch.ones(3, dtype=torch.long), 2, (1, 10)) == pytest.approx([2 / 3, 2 / 3])
 
 
-def test_recall_and_median_rank_weigh_a_query_by_how_often_it_is_asked() -> None:
+def test_recall_and_median_rank_weight_a_query_by_how_often_it_occurs() -> None:
     ranks, rows = torch.tensor([7, 0, 4, 2]), torch.tensor([3, 2, 1, 4])
     asked = [0, 0, 2, 2, 2, 2, 4, 7, 7, 7]
     assert recalls(ranks, rows, 9, KS) == [0.2, 0.7, 1.0]
@@ -143,8 +145,8 @@ def test_recall_and_median_rank_weigh_a_query_by_how_often_it_is_asked() -> None
 
 @pytest.mark.parametrize("size", [1, 21, CAPTIONS, 1500])
 @pytest.mark.parametrize("sigmoid", [False, True])
-def test_whole_set_loss_is_that_of_one_batch(size: int, sigmoid: bool) -> None:
-    """Rows with one image or one caption, each for itself as in a batch: repeated features, a diagonal of pairs."""
+def test_whole_set_loss_equals_the_loss_of_one_batch(size: int, sigmoid: bool) -> None:
+    """Rows that share an image or a caption count separately, as in a batch: only the diagonal is right."""
     generator = torch.Generator().manual_seed(size)
     images, texts = max(1, size // 3), max(1, 2 * size // 3)
     image, text = (unit(torch.randn(n, 8, generator=generator, dtype=torch.float64)) for n in (images, texts))
@@ -161,8 +163,8 @@ def test_whole_set_loss_is_that_of_one_batch(size: int, sigmoid: bool) -> None:
     assert loss == pytest.approx(expected.item(), rel=1e-10, abs=1e-12)
 
 
-def test_whole_set_loss_is_exact_where_exponentials_are_not() -> None:
-    """At scale 100 and opposite features exp(-200) is 0 in float32, and what is left are those."""
+def test_whole_set_loss_is_exact_if_exponentials_underflow() -> None:
+    """At scale 100 with opposite features, exp(-200) is 0 in float32."""
     image, text = torch.tensor([[1.0, 0], [-1, 0], [1, 0]]), torch.tensor([[-1.0, 0], [1, 0], [1, 0]])
     pairs = make_pairs([(0, 0), (1, 1), (2, 2)])
     loss = whole_set_loss(image, text, pairs, pair_scores(image, text, pairs), torch.tensor(100.0))
@@ -173,7 +175,7 @@ def test_whole_set_loss_is_exact_where_exponentials_are_not() -> None:
     assert loss == pytest.approx(expected.item(), rel=1e-6)
 
 
-def test_nan_features_have_no_loss() -> None:
+def test_nan_features_have_a_nan_loss() -> None:
     pairs = make_pairs([(0, 0), (1, 1)])
     broken = torch.eye(2, 3)
     broken[1, 1] = torch.nan
@@ -181,7 +183,7 @@ def test_nan_features_have_no_loss() -> None:
     assert torch.tensor(whole_set_loss(broken, torch.eye(2, 3), pairs, score, torch.tensor(10.0))).isnan()
 
 
-def test_baseline_recall_is_k_of_n_for_distinct_pairs_and_more_where_captions_repeat() -> None:
+def test_baseline_recall_is_k_of_n_for_distinct_pairs_and_more_if_captions_repeat() -> None:
     distinct = make_pairs([(row, row) for row in range(20)])
     assert baseline_recalls(distinct, KS) == ([0.05, 0.25, 0.5], [0.05, 0.25, 0.5])
     classes = make_pairs(list(enumerate([0] * 6 + [1] * 3 + [2])))
@@ -190,8 +192,8 @@ def test_baseline_recall_is_k_of_n_for_distinct_pairs_and_more_where_captions_re
     assert baseline_recalls(captions, (1, 2)) == ([0.25, 0.5], [0.25, 0.5])
 
 
-def test_no_answer_that_looks_at_nothing_beats_the_baseline_recall() -> None:
-    """Every query answered with the same k candidates, over all choices of them."""
+def test_no_constant_answer_beats_the_baseline_recall() -> None:
+    """Try every choice of k candidates as the answer to all queries."""
     rows = [(0, 0), (1, 0), (2, 1), (3, 2), (3, 3), (4, 2), (4, 2)]
     for k in (1, 2):
         best_text = max(

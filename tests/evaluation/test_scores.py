@@ -1,7 +1,6 @@
-"""The metrics of the paper's evaluation, each against a plain loop in float64, the devkit's rule, or scikit-learn's."""
+"""Metrics of the paper's evaluation, each against a plain loop in float64, the devkit's rule or scikit-learn."""
 
 import math
-from collections import defaultdict
 from fractions import Fraction
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from lit_clip.errors import InputError
 from lit_clip.evaluation import scores as module
 from lit_clip.evaluation.data import LabelledImages, Located, Neighbours, VerbsAndNouns
-from lit_clip.evaluation.scores import baseline, distances_km, evaluate_scores, interval, nearest, within_km
+from lit_clip.evaluation.scores import baseline, baselines, evaluate_scores, interval
 from lit_clip.evaluation.targets import Targets
 
 NAN = float("nan")
@@ -26,30 +25,7 @@ def labelled(*labels: int, classes: int = 3, **knowledge: Any) -> Targets:
     return Targets(torch.tensor(labels), classes, **knowledge)
 
 
-def places(scores: Tensor, labels: Tensor) -> list[int]:
-    """Where each label stands when classes are sorted by score, then by number."""
-    result = []
-    for row, label in zip(scores.tolist(), labels.tolist(), strict=True):
-        order = sorted(range(len(row)), key=lambda c: (-row[c], c))
-        result.append(order.index(label))
-    return result
-
-
-@pytest.mark.parametrize(("N", "C"), [(1, 1), (1, 2), (7, 5), (31, 6), (101, 13), (64, 1000)])
-def test_accuracies_are_those_of_a_sort(N: int, C: int) -> None:
-    """Scores of few values, so that ties are everywhere."""
-    scores, labels = torch.randint(4, (N, C)).float(), torch.randint(C, (N,))
-    found = evaluate_scores("top1", scores, Targets(labels, C))
-    place = places(scores, labels)
-    assert found["top1"] == pytest.approx(sum(p < 1 for p in place) / N)
-    assert found.get("top5") == (pytest.approx(sum(p < 5 for p in place) / N) if C > 5 else None)
-    right = defaultdict(list)
-    for label, p in zip(labels.tolist(), place, strict=True):
-        right[label].append(p < 1)
-    assert found["mean_per_class"] == pytest.approx(sum(sum(r) / len(r) for r in right.values()) / len(right))
-
-
-def test_mean_per_class_is_scikit_learns_balanced_accuracy() -> None:
+def test_mean_per_class_equals_scikit_learns_balanced_accuracy() -> None:
     scores, labels = torch.randn(97, 8), torch.randint(1, 7, (97,))  # classes 0 and 7 have no images
     found = evaluate_scores("mean_per_class", scores, Targets(labels, 8))
     prediction = scores.argmax(1)
@@ -59,14 +35,7 @@ def test_mean_per_class_is_scikit_learns_balanced_accuracy() -> None:
     assert next(iter(found)) == "mean_per_class"
 
 
-def test_nothing_depends_on_the_size_of_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    scores, targets = torch.randint(3, (101, 11)).float(), Targets(torch.randint(11, (101,)), 11)
-    whole = evaluate_scores("top1", scores, targets)
-    monkeypatch.setattr(module, "ENTRIES", 50)
-    assert evaluate_scores("top1", scores, targets) == whole
-
-
-def test_a_image_with_a_nan_is_wrong_in_every_metric_of_one_class() -> None:
+def test_an_image_with_a_nan_score_is_wrong_in_every_single_class_metric() -> None:
     scores = torch.tensor([[NAN, 0.0, 0.0], [1.0, NAN, 0.0], [1.0, 0.0, 0.0]])
     targets = labelled(0, 0, 0, candidates=[[0, 2], [0, 1], [0, 1]], accepted=[{0}] * 3, neighbours=[(0, [2]), (2, [])])
     assert evaluate_scores("top1", scores, targets)["top1"] == pytest.approx(1 / 3)
@@ -77,7 +46,7 @@ def test_a_image_with_a_nan_is_wrong_in_every_metric_of_one_class() -> None:
     assert evaluate_scores("top1", wide, labelled(0, classes=7))["top5"] == 0
 
 
-def test_kinetics_metric_is_the_mean_of_top1_and_top5() -> None:
+def test_mean_top1_top5_is_the_mean_of_both() -> None:
     scores, targets = torch.randn(53, 9), Targets(torch.randint(9, (53,)), 9)
     found = evaluate_scores("mean_top1_top5", scores, targets)
     assert found["mean_top1_top5"] == pytest.approx((found["top1"] + found["top5"]) / 2)
@@ -85,7 +54,7 @@ def test_kinetics_metric_is_the_mean_of_top1_and_top5() -> None:
 
 
 def eleven_points(scores: list[float], right: list[bool]) -> float:
-    """As the definition says it: for each recall the best precision of any threshold that reaches it, in fractions."""
+    """The definition in fractions: for each recall the best precision of any threshold that reaches it."""
     total = sum(right)
     points = []
     for threshold in sorted(set(scores)):
@@ -95,7 +64,7 @@ def eleven_points(scores: list[float], right: list[bool]) -> float:
 
 
 def devkit_eleven_points(scores: np.ndarray, right: np.ndarray) -> float:
-    """The arithmetic of VOCevaldet's and VOCevalcls' loops."""
+    """The arithmetic of the loops in VOCevaldet and VOCevalcls."""
     order = np.argsort(-scores, kind="stable")
     tp, fp = np.cumsum(right[order]), np.cumsum(~right[order])
     recall, precision = tp / right.sum(), tp / (tp + fp)
@@ -108,7 +77,7 @@ def devkit_eleven_points(scores: np.ndarray, right: np.ndarray) -> float:
 
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("N", [1, 5, 83])
-def test_the_mean_of_eleven_points_is_that_of_a_plain_loop(N: int, ties: bool) -> None:
+def test_map11_equals_a_plain_loop(N: int, ties: bool) -> None:
     C = 4
     scores = torch.randint(5, (N, C)).float() if ties else torch.randn(N, C)
     relevance = torch.randint(-1, 2, (N, C)).to(torch.int8)
@@ -146,7 +115,7 @@ def test_roc_auc_is_scikit_learns(N: int, ties: bool) -> None:
     assert found == pytest.approx(roc_auc_score(labels, scores[:, 1] - scores[:, 0]))
 
 
-def test_a_nan_never_helps_roc_auc_or_precision() -> None:
+def test_a_nan_score_never_helps_roc_auc_or_precision() -> None:
     scores = torch.tensor([[0.0, 1.0], [0.0, NAN], [0.0, 0.0], [0.0, -1.0]])
     assert evaluate_scores("roc_auc", scores, labelled(1, 1, 0, 0, classes=2))["roc_auc"] == 0.5
     assert evaluate_scores("roc_auc", scores, labelled(1, 0, 0, 0, classes=2))["roc_auc"] == pytest.approx(2 / 3)
@@ -155,7 +124,7 @@ def test_a_nan_never_helps_roc_auc_or_precision() -> None:
     assert evaluate_scores("map11", column, Targets(torch.full((2,), -1), 1, relevance=relevance))["map11"] == 0.5
 
 
-def test_pm_asks_the_anchor_and_then_its_neighbours_too() -> None:
+def test_pm0_counts_anchors_and_pm10_needs_their_neighbours_too() -> None:
     prediction = torch.tensor([0, 0, 1, 2, 1, 0])
     scores = torch.nn.functional.one_hot(prediction, 3).float()
     accepted = [{0}, {0, 1}, {0}, {2}, {1, 2}, {2}]  # right: 1, 1, 0, 1, 1, 0
@@ -166,7 +135,7 @@ def test_pm_asks_the_anchor_and_then_its_neighbours_too() -> None:
     assert list(found)[0] == "pm"
 
 
-def test_baseline_of_pm_is_the_best_of_all_constant_answers() -> None:
+def test_baseline_of_pm_is_the_best_constant_answer() -> None:
     accepted = [{0, 1}, {1}, {0}, {2}, {0, 2}]
     targets = labelled(0, 1, 0, 2, 0, neighbours=[(0, [1]), (2, [4]), (3, [4])], accepted=accepted)
     constant = [
@@ -177,7 +146,7 @@ def test_baseline_of_pm_is_the_best_of_all_constant_answers() -> None:
     assert len(set(constant)) > 1
 
 
-def test_a_lexicon_is_a_images_own() -> None:
+def test_lexicon_accuracy_is_among_the_images_own_candidates() -> None:
     scores = torch.tensor([[5.0, 3.0, 3.0, 1.0]]).repeat(4, 1)
     candidates = [[2, 1], [3, 2], [3, 3], [0, 1, 2, 3]]
     targets = Targets(torch.tensor([1, 2, 3, 1]), 4, candidates=candidates)
@@ -186,7 +155,7 @@ def test_a_lexicon_is_a_images_own() -> None:
 
 
 def rareact(scores: np.ndarray, rows: list[tuple[str, str, int, str, int]]) -> dict[str, float]:
-    """The dataset's definition in loops, its precision by scikit-learn; rows: verb, noun, code, film, class."""
+    """The dataset's definition in loops with scikit-learn's precision; rows: verb, noun, code, film, class."""
     actions = {(verb, noun): number for verb, noun, _, _, number in rows}
     values = []
     for (verb, noun), number in actions.items():
@@ -227,14 +196,14 @@ def clips(count: int, seed: int, films: int) -> tuple[list[tuple[str, str, int, 
 
 @pytest.mark.parametrize("count", [1, 17, 120])
 @pytest.mark.parametrize("ties", [False, True])
-def test_mwap_is_that_of_the_datasets_definition(count: int, ties: bool) -> None:
+def test_mwap_equals_the_datasets_definition(count: int, ties: bool) -> None:
     rows, targets = clips(count, count, films=9)
     scores = torch.randint(4, (count, 5)).float() if ties else torch.randn(count, 5)
     found = evaluate_scores("mwap", scores, targets)
     assert found["mwap"] == pytest.approx(rareact(scores.double().numpy(), rows)["mwap"])
 
 
-def test_mwsap_is_mwap_when_every_clip_is_from_a_film_of_its_own() -> None:
+def test_mwsap_equals_mwap_if_every_clip_has_its_own_film() -> None:
     _, targets = clips(60, 3, films=9)
     scores = torch.randn(60, 5)
     found = evaluate_scores("mwap", scores, targets)
@@ -245,8 +214,8 @@ def test_mwsap_is_mwap_when_every_clip_is_from_a_film_of_its_own() -> None:
     assert found["mwsap"] == pytest.approx(found["mwap"])
 
 
-def test_mwsap_is_the_expectation_over_one_clip_of_each_film() -> None:
-    """Two right clips of one film and one wrong: precision is 1 or 1/2, whichever right clip is drawn."""
+def test_mwsap_is_the_mean_over_draws_of_one_clip_per_film() -> None:
+    """Two right clips of one film and a wrong one: precision is 1 or 1/2, depending on the clip drawn."""
     annotations = {"verb": ["a"], "noun": ["b"], "annotation": [1, 1, 0], "video": ["x", "x", "y"]}
     scores = torch.tensor([[3.0], [1.0], [2.0]])
     found = evaluate_scores("mwap", scores, Targets(torch.zeros(3, dtype=torch.int64), 1, annotations=annotations))
@@ -259,7 +228,7 @@ def test_mwsap_is_the_expectation_over_one_clip_of_each_film() -> None:
     )
 
 
-def test_baseline_is_what_a_constant_answer_reaches() -> None:
+def test_baseline_of_each_metric_is_the_best_constant_answer() -> None:
     targets = labelled(0, 0, 0, 1, 2, 2, 7, classes=9)
     assert baseline("top1", targets) == pytest.approx(3 / 7)
     assert baseline("mean_per_class", targets) == 1 / 4
@@ -271,66 +240,43 @@ def test_baseline_is_what_a_constant_answer_reaches() -> None:
     assert map11 == pytest.approx((1 / 3 + 1 / 2) / 2)
 
 
+def test_baselines_include_the_accuracies_that_are_reported_with_the_metric() -> None:
+    targets = labelled(0, 0, 0, 1, 2, 2, 7, classes=9)
+    accuracy = {"top1": pytest.approx(3 / 7), "top5": pytest.approx(1), "mean_per_class": 1 / 4}
+    assert baselines("top1", targets) == accuracy
+    assert baselines("mean_top1_top5", targets) == {"mean_top1_top5": pytest.approx((3 / 7 + 1) / 2), **accuracy}
+    relevance = torch.tensor([[1, 0], [0, 1]], dtype=torch.int8)
+    assert set(baselines("map11", Targets(torch.full((2,), -1), 2, relevance=relevance))) == {"map11"}
+
+
 @pytest.mark.parametrize(("right", "n"), [(0, 1), (1, 1), (3, 7), (8991, 10000), (50, 50)])
-def test_the_interval_is_that_of_the_beta_distribution(right: int, n: int) -> None:
+def test_interval_equals_that_of_the_beta_distribution(right: int, n: int) -> None:
     low, high = interval(right / n, n)
     assert low == pytest.approx(beta.ppf(0.0025, right, n - right + 1) if right else 0.0)
     assert high == pytest.approx(beta.ppf(0.9975, right + 1, n - right) if right < n else 1.0)
 
 
-def test_distances_are_those_of_the_spherical_law_of_cosines() -> None:
-    generator = torch.Generator().manual_seed(0)
-    a, b = ((torch.rand(50, 2, generator=generator) * 2 - 1).double() * torch.tensor([90.0, 180.0]) for _ in range(2))
-    for found, (lat, lon), (lat2, lon2) in zip(distances_km(a, b).tolist(), a.tolist(), b.tolist(), strict=True):
-        angle = math.sin(math.radians(lat)) * math.sin(math.radians(lat2))
-        angle += math.cos(math.radians(lat)) * math.cos(math.radians(lat2)) * math.cos(math.radians(lon - lon2))
-        assert found == pytest.approx(6371.0088 * math.acos(angle), rel=1e-6)
-    paris, london, antipodes = torch.tensor([[48.8566, 2.3522], [51.5074, -0.1278], [-48.8566, -177.6478]])
-    assert float(distances_km(paris[None], london[None])) == pytest.approx(343.6, abs=1)
-    assert float(distances_km(paris[None], antipodes[None])) == pytest.approx(math.pi * 6371.0088)
-
-
-def test_within_km_counts_the_places_of_nearest_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
-    query, reference = torch.randn(13, 8), torch.randn(101, 8) * torch.rand(101, 1)
-    expected = [max(range(101), key=lambda m: float(torch.cosine_similarity(q, reference[m], dim=0))) for q in query]
-    where = torch.rand(101, 2).double() * 3
-    truth = where[expected]
-    truth[:4, 0] += torch.tensor([0.1, 1.0, 5.0, 20.0])  # about 11, 111, 556 and 2224 km further north
-    for entries in (2**24, 13 * 7):
-        monkeypatch.setattr(module, "ENTRIES", entries)
-        assert nearest(query, reference).tolist() == expected
-        found = within_km(query, reference, truth, where)
-        assert [round(13 * value) for value in found.values()] == [9, 10, 11, 12, 13]
-        assert list(found) == ["within_1km", "within_25km", "within_200km", "within_750km", "within_2500km"]
-
-
-def test_of_equal_neighbours_the_first_is_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "ENTRIES", 2)
-    reference = torch.eye(4)[[3, 1, 1, 2, 1, 3]]
-    assert nearest(torch.eye(4)[[1, 3]], reference).tolist() == [1, 0]
-
-
-def test_a_place_that_is_none_is_an_error() -> None:
-    with pytest.raises(InputError, match="references: row 1 is at no place"):
-        within_km(torch.eye(2), torch.eye(2), torch.zeros(2, 2), torch.tensor([[0.0, 0.0], [NAN, 0.0]]))
-
-
 @pytest.mark.parametrize(
     ("metric", "targets", "scores", "message"),
     [
-        ("top1", labelled(0, -1), torch.zeros(2, 3), "row 1"),
-        ("top1", labelled(0, 1), torch.zeros(2, 4), "scores 2 x 4 of 2 images and 3 classes"),
-        ("top1", labelled(0, 1), torch.zeros(3, 3), "scores 3 x 3"),
+        ("top1", labelled(0, -1), torch.zeros(2, 3), "needs one class per image, but row 1 has none"),
+        ("top1", labelled(0, 1), torch.zeros(2, 4), "scores are 2 x 4, but there are 2 images and 3 classes"),
+        ("top1", labelled(0, 1), torch.zeros(3, 3), "scores are 3 x 3"),
         ("top1", Targets(torch.zeros(0, dtype=torch.int64), 3), torch.zeros(0, 3), "no images"),
-        ("map11", labelled(0, 1), torch.zeros(2, 3), "map11 needs"),
-        ("roc_auc", labelled(0, 1), torch.zeros(2, 3), "2 classes, not 3"),
+        ("map11", labelled(0, 1), torch.zeros(2, 3), "map11 needs annotations"),
+        ("roc_auc", labelled(0, 1), torch.zeros(2, 3), "roc_auc needs 2 classes, not 3"),
         ("roc_auc", labelled(1, 1, classes=2), torch.zeros(2, 2), "all images are of one class"),
-        ("pm", labelled(0), torch.zeros(1, 3), "pm needs"),
-        ("recall@1", labelled(0), torch.zeros(1, 3), "recall@1"),
-        ("mwap", labelled(0, annotations={"verb": [], "noun": [], "annotation": []}), torch.zeros(1, 3), "video"),
+        ("pm", labelled(0), torch.zeros(1, 3), "pm needs annotations"),
+        ("recall@1", labelled(0), torch.zeros(1, 3), "recall@1 is not computed from class scores"),
+        (
+            "mwap",
+            labelled(0, annotations={"verb": [], "noun": [], "annotation": []}),
+            torch.zeros(1, 3),
+            "mwap needs video in the set's annotations",
+        ),
     ],
 )
-def test_what_a_metric_cannot_be_computed_of_is_an_error(
+def test_targets_that_a_metric_is_not_defined_for_are_an_error(
     metric: Any, targets: Targets, scores: Tensor, message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
@@ -338,7 +284,7 @@ def test_what_a_metric_cannot_be_computed_of_is_an_error(
 
 
 @pytest.mark.parametrize("label", [3, -2])
-def test_a_label_that_no_class_has_is_an_error_with_its_row(label: int) -> None:
+def test_a_label_out_of_range_is_an_error_that_names_the_row(label: int) -> None:
     with pytest.raises(InputError, match=f"row 1 has label {label}, but there are 3 classes"):
         labelled(0, label)
 
@@ -353,7 +299,7 @@ class Frames(LabelledImages, Neighbours, Located, VerbsAndNouns):
         return 5
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        raise AssertionError("images are not opened for what is known of them")
+        raise AssertionError("targets must not open images")
 
     def key(self, index: int) -> str:
         return f"frame{index}.jpg"
@@ -374,11 +320,11 @@ class Frames(LabelledImages, Neighbours, Located, VerbsAndNouns):
         return {"verb": ["v", "w"], "noun": ["n", "m"], "annotation": [0, 1, 2, 3, 4], "video": list("abcde")}
 
 
-def test_what_is_known_follows_the_images_that_could_be_read() -> None:
+def test_targets_keep_only_the_rows_that_could_be_read() -> None:
     targets = Targets.of(Frames([0, 1, 0, 1, 0]), rows=[1, 2, 3, 4])
     assert targets.labels.tolist() == [1, 0, 1, 0]
     assert targets.classes == 2
-    assert targets.neighbours == [(2, [1, 3])]  # the anchor in row 0 is gone, and what is around it
+    assert targets.neighbours == [(2, [1, 3])]  # the anchor in row 0 is gone, with its neighbours
     assert targets.accepted == [{1}, {0}, {1}, {0}]
     assert targets.coordinates is not None
     assert targets.coordinates[:, 0].tolist() == [2, 4, 6, 8]
@@ -392,7 +338,7 @@ def test_what_is_known_follows_the_images_that_could_be_read() -> None:
     assert without_neighbour.neighbours == [(0, [1]), (2, [1])]
 
 
-def test_a_set_with_a_label_out_of_range_is_an_error_with_the_images_key() -> None:
+def test_a_label_out_of_range_in_a_set_is_an_error_that_names_the_image() -> None:
     with pytest.raises(InputError, match="frame3.jpg has label 2, but there are 2 classes"):
         Targets.of(Frames([0, 1, 0, 2, 0]))
     assert Targets.of(Frames([0, 1, 0, 2, 0]), classes=3).classes == 3

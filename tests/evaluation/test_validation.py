@@ -1,4 +1,4 @@
-"""Validation on several ranks is that of one: each sample once, the same numbers, and nobody waits for ever."""
+"""Validation on several ranks equals that on one: each sample once, the same numbers, no deadlock."""
 
 import csv
 import json
@@ -30,7 +30,7 @@ SIZES = (1, 21, 1000)
 
 
 def brute_force(image: Tensor, text: Tensor, keys: list[str], tokens: Tensor, scale: float) -> dict[str, float]:
-    """The same numbers from the whole matrix of all rows, where rows with one key or one caption are one candidate."""
+    """Compute the metrics from the full similarity matrix; rows with the same key or caption are one candidate."""
     scores = image.double() @ text.double().T
     rows = range(len(keys))
     captions = [tuple(row) for row in tokens.tolist()]
@@ -59,9 +59,7 @@ def brute_force(image: Tensor, text: Tensor, keys: list[str], tokens: Tensor, sc
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("batch_size", [1, 7, 1000])
-def test_images_with_many_captions_and_captions_of_many_images_are_found_as_by_brute_force(
-    size: int, batch_size: int
-) -> None:
+def test_metrics_with_shared_images_and_captions_equal_brute_force(size: int, batch_size: int) -> None:
     expected = brute_force(*random_rows(size), scale=20.0)
     assert evaluate_rows(size, batch_size, None).metrics == pytest.approx(expected, abs=1e-6)
     assert size < 1000 or 0.1 < expected["text_to_image_recall@1"] < expected["text_to_image_recall@10"] < 1
@@ -69,7 +67,7 @@ def test_images_with_many_captions_and_captions_of_many_images_are_found_as_by_b
 
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory: pytest.TempPathFactory, drawings_cache: Path) -> dict[int, Path]:
-    """By number of rows: four captions a drawing, of which some are of several drawings."""
+    """Tables by number of rows: four captions per drawing, some of which belong to several drawings."""
     folder = tmp_path_factory.mktemp("tables")
     drawn = [(emoji.name, path) for emoji, path in zip(read_table(), draw(drawings_cache), strict=True)][::7]
     tables = {}
@@ -86,13 +84,13 @@ def tables(tmp_path_factory: pytest.TempPathFactory, drawings_cache: Path) -> di
 
 @pytest.fixture(scope="module")
 def one_process(tables: dict[int, Path], drawings_cache: Path) -> dict[int, dict[str, float]]:
-    """What one process logs when it validates each of the tables."""
+    """Metrics that one process logs when it validates each of the tables."""
     results = validate_tables(str(drawings_cache), [str(tables[size]) for size in SIZES])
     return dict(zip(SIZES, results, strict=True))
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_ranks_find_the_numbers_of_one_process(
+def test_any_number_of_ranks_logs_the_metrics_of_one_process(
     world: int,
     one_process: dict[int, dict[str, float]],
     tables: dict[int, Path],
@@ -100,9 +98,9 @@ def test_ranks_find_the_numbers_of_one_process(
     ranks: Ranks,
     tmp_path: Path,
 ) -> None:
-    """1, 21 and 1,000 pairs, zero-shot sets of one image and of two classes: some ranks have none of them.
+    """1, 21 and 1,000 pairs, and zero-shot sets with one image and with two classes, so that some ranks have none.
 
-    First rows whose images and captions lie on several ranks, with both losses; then ``Trainer.validate``.
+    First rows whose images and captions occur on several ranks, with both losses; then ``Trainer.validate``.
     """
     output, paths = tmp_path / "results.json", [str(tables[size]) for size in SIZES]
     ranks("evaluate", world, str(output), str(drawings_cache), *paths, script="ranks_evaluation.py")
@@ -117,7 +115,7 @@ def test_ranks_find_the_numbers_of_one_process(
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_validation_logs_the_numbers_of_brute_force(
+def test_validation_logs_the_metrics_of_brute_force(
     size: int, one_process: dict[int, dict[str, float]], tables: dict[int, Path]
 ) -> None:
     module = make_module()
@@ -134,10 +132,10 @@ def test_validation_logs_the_numbers_of_brute_force(
     assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
-def test_a_network_with_statistics_is_validated_during_training_though_a_rank_has_no_pair(
+def test_batch_norm_validates_during_training_although_a_rank_has_no_pairs(
     tables: dict[int, Path], drawings_cache: Path, ranks: Ranks, tmp_path: Path
 ) -> None:
-    """DDP makes buffers equal in a rank's first batch: the ranks with one waited for that without."""
+    """DDP broadcasts buffers in the first batch: ranks that had one waited forever for the rank that had none."""
     output, arguments = tmp_path / "results.json", [str(drawings_cache), str(tables[24]), str(tables[1])]
     ranks("fit", 2, str(output), *arguments, script="ranks_evaluation.py", timeout=90)
     result = json.loads(output.read_text())
@@ -146,7 +144,7 @@ def test_a_network_with_statistics_is_validated_during_training_though_a_rank_ha
     assert 0 < result["zero_shot/two_classes/top1"] < 1
 
 
-def test_features_are_the_same_however_many_fit_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_block_size_makes_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = brute_force(*random_rows(1000), scale=20.0)
     monkeypatch.setattr("lit_clip.evaluation.retrieval.BLOCK", 10 * 12 * 4)  # ten rows
     assert evaluate_rows(1000, 7, None).metrics == pytest.approx(expected, abs=1e-6)
@@ -163,21 +161,21 @@ def test_a_set_is_empty_after_its_evaluation() -> None:
         assert pairs.evaluate(nothing, torch.tensor(1.0), None).metrics == {}
 
 
-def test_a_caption_is_the_same_however_far_it_is_padded_and_no_other() -> None:
+def test_token_hash_ignores_padding_and_nothing_else() -> None:
     short, long = torch.tensor([[5, 6], [5, 0]]), torch.tensor([[5, 6, 0, 0], [6, 5, 0, 0], [5, 6, 1, 0]])
     hashes = [*token_hashes(short, 6, 0), *token_hashes(long, 6, 0)]
     assert hashes[0] == hashes[2]
     assert len(set(hashes)) == 4
 
 
-def test_keys_of_files_whose_names_are_no_text_are_told_apart() -> None:
+def test_keys_that_are_not_valid_unicode_stay_distinct() -> None:
     pairs, features = RetrievalSet(), torch.eye(3)
     keys = ["\udcff.jpg", "\udcfe.jpg", "\udcff.jpg"]
     pairs.add(features, features, keys, token_hashes(torch.arange(3)[:, None], 4, 9))
     joined = pairs.join(torch.zeros(0, 3))
     assert joined is not None
     assert joined.image.tolist() == features[:2].tolist()
-    assert joined.mine.image.tolist() == [0, 1, 0]
+    assert joined.own_pairs.image.tolist() == [0, 1, 0]
 
 
 MEMORY = """
@@ -201,9 +199,9 @@ print(len(metrics), held("VmHWM") - before)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="counts memory as Linux does")
-def test_memory_is_that_of_the_features_and_a_tile() -> None:
-    """6,000 images and 30,000 captions: all similarities would be 720 MB, a bool for each 180 MB."""
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc to measure memory")
+def test_memory_is_bounded_by_the_features_and_a_tile() -> None:
+    """6,000 images and 30,000 captions: all similarities would take 720 MB, a bool for each 180 MB."""
     words = [sys.executable, "-c", MEMORY]
     done = subprocess.run(words, capture_output=True, text=True, timeout=100, check=True, cwd=ROOT)
     metrics, megabytes = done.stdout.split()

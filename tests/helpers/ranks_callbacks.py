@@ -1,4 +1,4 @@
-"""What one rank of the suite callbacks' tests does; started by the ``ranks`` fixture as a process of its own."""
+"""Run by one rank of the suite callbacks' tests, in a process that the ``ranks`` fixture starts."""
 
 import json
 import os
@@ -14,18 +14,18 @@ from tests.helpers.small_sets import data_for, make_module, make_trainer, number
 
 
 def evaluate(folder: Path, suite: str) -> dict[str, dict[str, float]]:
-    """The metrics after two validations of ``fit`` and between two steps, the same on every rank."""
+    """Return the metrics of ``fit`` when evaluated with validation and between steps; the same on every rank."""
     rank, _ = distributed.rank_and_world()
     results = {}
     for name, steps in (("epochs", None), ("steps", 1)):
-        os.environ["LOCAL_RANK"] = str(rank)  # Lightning then starts no processes of its own; it forgets it afterwards
+        os.environ["LOCAL_RANK"] = str(rank)  # so that Lightning starts no processes; it removes the variable
         module = make_module()
-        made = [
+        callbacks = [
             ZeroShot(suite=suite, data_root=str(folder), batch_size=7, examples=0, every_n_steps=steps),
             LinearProbe(suite, str(folder), ["shades"], l2=1.0, batch_size=7, every_n_steps=steps),
         ]
-        # One step of all pairs, so that what is evaluated does not depend on how many ranks share them.
-        trainer = make_trainer(folder, made, max_steps=1, enable_checkpointing=False)
+        # One step with all pairs, so that the weights do not depend on the number of ranks.
+        trainer = make_trainer(folder, callbacks, max_steps=1, enable_checkpointing=False)
         trainer.fit(module, data_for(module, folder / "captions.csv", 8 // distributed.rank_and_world()[1]))
         results[name] = numbers(trainer, "zero_shot/") | numbers(trainer, "linear_probe/")
         for other in distributed.gather_objects([results[name]]):
@@ -34,20 +34,20 @@ def evaluate(folder: Path, suite: str) -> dict[str, dict[str, float]]:
 
 
 def classify(folder: Path) -> None:
-    """A classifier that all ranks make, find again, and find to be what each of them makes alone."""
+    """Check that all ranks together build, and load from the cache, the classifier that each builds alone."""
     model, prompts = make_module().model.eval(), Prompts(["a", "b", "c"], [["red"], ["green", "blue ball"], ["pink"]])
-    alone = text_classifier(model, prompts, ranks=False)
-    for batch_size in (1, 4):  # with one batch only the other rank has none
-        made = text_classifier(model, prompts, batch_size=batch_size)
-        torch.testing.assert_close(made, alone, rtol=0, atol=1e-6)
-    cache = folder / f"texts_{distributed.rank_and_world()[0]}"  # those of the first rank count
-    made = text_classifier(model, prompts, cache)
-    setattr(model, "encode_text", None)  # noqa: B010 # encoding once more would fail
-    assert torch.equal(text_classifier(model, prompts, cache), made)
+    rank_local = text_classifier(model, prompts, ranks=False)
+    for batch_size in (1, 4):  # a single batch leaves the second rank without one
+        shared = text_classifier(model, prompts, batch_size=batch_size)
+        torch.testing.assert_close(shared, rank_local, rtol=0, atol=1e-6)
+    cache = folder / f"texts_{distributed.rank_and_world()[0]}"  # only the first rank's cache is used
+    shared = text_classifier(model, prompts, cache)
+    setattr(model, "encode_text", None)  # noqa: B010 # encoding again would fail
+    assert torch.equal(text_classifier(model, prompts, cache), shared)
 
 
 def run(output: str, folder: str, suite: str) -> None:
-    """:func:`evaluate`, written by rank 0, after :func:`classify`."""
+    """Run :func:`classify`, then write the results of :func:`evaluate` on rank 0."""
     classify(Path(folder))
     results = evaluate(Path(folder), suite)
     if distributed.rank_and_world()[0] == 0:

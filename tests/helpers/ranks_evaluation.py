@@ -1,4 +1,4 @@
-"""What one rank of the evaluation's tests does; started by the ``ranks`` fixture as a process of its own."""
+"""Run by one rank of the evaluation tests, in a process that the ``ranks`` fixture starts."""
 
 import json
 import os
@@ -24,7 +24,7 @@ VIT = VisionTransformerConfig(image_size=32, patch_size=16, width=64, layers=1, 
 
 
 def random_rows(rows: int, dim: int = 12) -> tuple[Tensor, Tensor, list[str], Tensor]:
-    """Features ``[N, D]`` x 2, keys and tokens ``[N, 2]``: images with many captions, captions of many images."""
+    """Image and text features ``[N, D]``, keys, tokens ``[N, 2]``; images share captions and have several."""
     generator = torch.Generator().manual_seed(rows)
     images, texts = max(1, rows // 4), max(1, 2 * rows // 3)
     text_of = torch.randint(texts, (rows,), generator=generator)
@@ -37,7 +37,7 @@ def random_rows(rows: int, dim: int = 12) -> tuple[Tensor, Tensor, list[str], Te
 
 
 def evaluate_rows(rows: int, batch_size: int, bias: float | None) -> Evaluation:
-    """Of :func:`random_rows`, of which this rank gives every W-th."""
+    """Evaluate :func:`random_rows`, of which each of W ranks has every W-th."""
     rank, world = distributed.rank_and_world()
     image, text, keys, tokens = random_rows(rows)
     pairs = RetrievalSet()
@@ -51,15 +51,13 @@ CASES = [(rows, bias) for rows in (1, 21, 1000) for bias in (None, -3.0)]
 
 
 def evaluate_cases() -> list[dict[str, float]]:
-    """Sets of several sizes with both losses: what was found and the baseline."""
+    """Return metrics and baselines of sets of several sizes, with both losses."""
     results = [evaluate_rows(rows, 7, bias) for rows, bias in CASES]
-    return [
-        {**metrics, **{f"prediction {name}": x for name, x in predictions.items()}} for metrics, predictions in results
-    ]
+    return [{**metrics, **{f"baseline {name}": x for name, x in baselines.items()}} for metrics, baselines in results]
 
 
 def make_module(image: VisionTransformerConfig | ResNetConfig = VIT) -> LitCLIP:
-    """The same weights on every rank, larger than fresh ones: those give every text nearly the same feature."""
+    """Same weights on every rank, larger than initial ones, with which all texts have nearly the same features."""
     torch.manual_seed(0)
     module = LitCLIP(CLIPConfig(embed_dim=16, image=image, text=TEXT), lr_scheduler=WarmupCosineSettings(0))
     with torch.no_grad():
@@ -72,7 +70,7 @@ def make_module(image: VisionTransformerConfig | ResNetConfig = VIT) -> LitCLIP:
 def make_trainer(callbacks: list[Any], **options: Any) -> Trainer:
     rank, world = distributed.rank_and_world()
     if world > 1:
-        os.environ["LOCAL_RANK"] = str(rank)  # Lightning then starts no processes of its own; it forgets it afterwards
+        os.environ["LOCAL_RANK"] = str(rank)  # so that Lightning starts no processes; it removes the variable
     return Trainer(
         accelerator="cpu",
         devices=world,
@@ -94,7 +92,7 @@ def data_for(module: LitCLIP, train: str, val: str, batch_size: int) -> Captions
 
 
 def zero_shot(drawings: str, every: int = 1) -> ZeroShot:
-    """Every so many held-out drawings, and sets with fewer images or fewer classes than ranks."""
+    """ZeroShot on every n-th held-out drawing, and on sets with fewer images or classes than ranks."""
 
     def images(count: int | None, classes: int | None = None) -> OpenMojiClasses:
         held_out = OpenMojiClasses("held_out", classes="group", cache_dir=drawings)
@@ -105,11 +103,12 @@ def zero_shot(drawings: str, every: int = 1) -> ZeroShot:
 
     sets = {"all": images(None), "one_image": images(1), "two_classes": images(None, 2)}
     templates = ["a drawing of {}.", "{}"]
-    return ZeroShot({name: ZeroShotSet(its, templates) for name, its in sets.items()}, batch_size=50, examples=3)
+    zero_shot_sets = {name: ZeroShotSet(labelled, templates) for name, labelled in sets.items()}
+    return ZeroShot(zero_shot_sets, batch_size=50, examples=3)
 
 
 def _numbers(trainer: Trainer) -> dict[str, float]:
-    """What was logged, the same on every rank."""
+    """Return the logged metrics, after checking that they are the same on every rank."""
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     for others in distributed.gather_objects([metrics]):
         assert others == metrics
@@ -117,7 +116,7 @@ def _numbers(trainer: Trainer) -> dict[str, float]:
 
 
 def validate_tables(drawings: str, tables: list[str]) -> list[dict[str, float]]:
-    """What ``Trainer.validate`` logs with each table."""
+    """Return what ``Trainer.validate`` logs for each table."""
     results = []
     for table in tables:
         module = make_module()
@@ -133,12 +132,12 @@ def _write(output: str, results: Any) -> None:
 
 
 def evaluate(output: str, drawings: str, *tables: str) -> None:
-    """The numbers of :func:`evaluate_cases` and of :func:`validate_tables`, written by rank 0."""
+    """Write the results of :func:`evaluate_cases` and :func:`validate_tables`, on rank 0."""
     _write(output, {"cases": evaluate_cases(), "tables": validate_tables(drawings, list(tables))})
 
 
 class SameStatistics(Callback):
-    """Asserts that statistics are the same everywhere when a validation ends."""
+    """Asserts that batch statistics are the same on all ranks when a validation ends."""
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         sums = [float(buffer.double().sum()) for buffer in pl_module.buffers()]
@@ -147,7 +146,7 @@ class SameStatistics(Callback):
 
 
 def fit(output: str, drawings: str, train: str, val: str) -> None:
-    """Train a network with batch normalisation, whose buffers DDP keeps equal; validation in between and at the end."""
+    """Train a network with batch normalisation, validating after each epoch."""
     module = make_module(ResNetConfig(layers=(1, 1, 1, 1), width=16, image_size=32))
     callbacks = [zero_shot(drawings, 10), SameStatistics()]
     trainer = make_trainer(callbacks, max_epochs=2, num_sanity_val_steps=1)

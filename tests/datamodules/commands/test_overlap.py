@@ -496,5 +496,5 @@ def test_class_names_that_do_not_fit_are_said_before_anything_is_read(
     suite = {"sets": {"pets": {"data": data, "class_names": ["cat"]}}}
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="pets: class_names: 1 class names, the set has 2 classes"):
+    with pytest.raises(InputError, match="pets: class_names: 1 class names, but the set has 2 classes"):
         run_command(["overlap", "--suite", "suite.yaml", "--train", "none.csv", "--model", "none.ckpt"])

@@ -1,0 +1,67 @@
+"""Where an image was taken, predicted as the location of its nearest neighbour (section E.4 and table 17 of the paper).
+
+Shapes: N queries, M references, D embedding dimension.
+"""
+
+import torch
+from torch import Tensor
+
+from lit_clip.errors import require
+from lit_clip.losses.contrastive import unit
+
+WITHIN_KM = (1, 25, 200, 750, 2500)  # table 17
+EARTH_RADIUS_KM = 6371.0088  # mean radius
+CHUNK_ENTRIES = 2**24  # similarities computed at once
+
+
+def distances_km(from_N2: Tensor, to_N2: Tensor) -> Tensor:
+    """Great-circle distances (haversine) between latitudes and longitudes in degrees, float64 ``[N]``."""
+    (latitude, longitude), (other_latitude, other_longitude) = from_N2.double().deg2rad().T, to_N2.double().deg2rad().T
+    across = latitude.cos() * other_latitude.cos() * ((other_longitude - longitude) / 2).sin() ** 2
+    chord = ((other_latitude - latitude) / 2).sin() ** 2 + across
+    return 2 * EARTH_RADIUS_KM * chord.clamp(max=1).sqrt().asin()
+
+
+@torch.no_grad()
+def nearest_rows(query: Tensor, reference: Tensor) -> Tensor:
+    """Return the row of ``[M, D]`` with the highest cosine to each of ``[N, D]``, the first of a tie; int64 ``[N]``."""
+    query = unit(query)
+    best = query.new_full((len(query),), -torch.inf)
+    row = torch.zeros(len(query), dtype=torch.int64, device=query.device)
+    start = 0
+    for part in reference.split(max(1, CHUNK_ENTRIES // max(1, len(query)))):
+        score, place = (query @ unit(part.to(query.device)).T).max(dim=1)
+        closer = score > best
+        best, row = torch.where(closer, score, best), torch.where(closer, start + place, row)
+        start += len(part)
+    return row
+
+
+def within_km(
+    query: Tensor, reference: Tensor, query_coordinates: Tensor, reference_coordinates: Tensor
+) -> dict[str, float]:
+    """Return how many queries are predicted to within 1, 25, 200, 750 and 2500 km.
+
+    Args:
+        query: features ``[N, D]``.
+        reference: features ``[M, D]`` of images whose location is known.
+        query_coordinates: true latitudes and longitudes ``[N, 2]`` in degrees.
+        reference_coordinates: ``[M, 2]``.
+
+    Returns:
+        ``within_1km`` and so on: fractions of the queries.
+
+    Raises:
+        InputError: no queries, no references, or coordinates that are not on Earth.
+    """
+    require(len(query) > 0 and len(reference) > 0, "within_km: there are no images, or none to compare them with")
+    for name, coordinates in (("images", query_coordinates), ("references", reference_coordinates)):
+        wrong = (~(coordinates.abs() <= coordinates.new_tensor([90.0, 360.0])).all(dim=1)).nonzero()[:, 0]
+        require(
+            not len(wrong),
+            f"within_km: {name}: row {int(wrong[0]) if len(wrong) else 0}: latitude must be between -90 and 90, "
+            "longitude between -360 and 360",
+        )
+    predicted = reference_coordinates[nearest_rows(query, reference).to(reference_coordinates.device)]
+    distance = distances_km(predicted.cpu(), query_coordinates.cpu())
+    return {f"within_{km}km": float((distance <= km).double().mean()) for km in WITHIN_KM}

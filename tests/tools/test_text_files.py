@@ -1,0 +1,46 @@
+"""Files are read as UTF-8, and whatever is wrong with one is a single error that names it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lit_clip.errors import InputError
+from lit_clip.tools.text_files import read_json, read_text, read_yaml
+
+
+def test_text_yaml_and_json_are_read_as_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text('{"a": [1, "é"]}', encoding="utf-8")
+    assert read_text(path) == '{"a": [1, "é"]}'
+    assert read_yaml(path) == read_json(str(path)) == {"a": [1, "é"]}
+
+
+@pytest.mark.parametrize(
+    ("read", "content", "message"),
+    [
+        (read_text, b"\xff", "file: not a readable UTF-8 text file"),
+        (read_yaml, b"\xff", "file: not a readable YAML file"),
+        (read_yaml, b"a: [", "file: not a readable YAML file"),
+        (read_yaml, b"a: 1\nb: {c: 1, c: 2}", "'c' is there twice"),
+        (read_json, b"{", "file: not a readable JSON file"),
+        (read_json, b"[" * 100_000, "file: not a readable JSON file"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_an_error_that_names_it(
+    tmp_path: Path, read: Callable[..., Any], content: bytes, message: str
+) -> None:
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(InputError, match=message) as error:
+        read(tmp_path / "file", "--option")
+    assert str(error.value).startswith(f"--option: {tmp_path}/file: ")
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_is_an_error_that_suggests_the_one_meant(tmp_path: Path) -> None:
+    (tmp_path / "suite.yaml").touch()
+    with pytest.raises(InputError, match=r"^suites: .*siute.yaml: there is no such file; did you mean .*suite.yaml\?$"):
+        read_yaml(tmp_path / "siute.yaml", "suites")
+    with pytest.raises(InputError, match="not a readable JSON file"):
+        read_json(tmp_path)
