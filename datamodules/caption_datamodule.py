@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from datamodules.loading.augmentation import Augmentation
 from datamodules.loading.bad_samples import OnError, Skipped, SkippingDataset, split_skipped
-from datamodules.loading.images import LeastSize, decoding_at_least
+from lit_clip.tools.images import LeastSize, decoding_at_least
 from datamodules.loading.sampling import (
     EvaluationBatchSampler,
     GlobalBatchSampler,

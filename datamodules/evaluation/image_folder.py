@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from datamodules.loading.images import check_images, open_image
+from lit_clip.tools.images import check_images, open_image
 from lit_clip.errors import InputError
 from lit_clip.evaluation.data import MissingData, numbered, stamp_of_files
 from lit_clip.evaluation.zero_shot import LabelledImages, imagenet_class_names

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from datamodules.evaluation.indexes import find, read_json, read_text, read_words
-from datamodules.loading.images import open_image
+from lit_clip.tools.images import open_image
 from datamodules.open_source import open_source
 from datamodules.pairs.columns import ColumnPairs
 from datamodules.pairs.source import PairSource

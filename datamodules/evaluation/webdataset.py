@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from datamodules.evaluation.indexes import read_text
-from datamodules.loading.images import open_image
+from lit_clip.tools.images import open_image
 from datamodules.shards.index import DamagedError, split_name, tar_members
 from lit_clip.errors import BadSample, InputError, require
 from lit_clip.evaluation.data import (

@@ -12,7 +12,7 @@ from PIL import Image
 
 from datamodules.inspection.scan import ScanFindings, caption_digest
 from datamodules.inspection.summary import Repeats, Section
-from datamodules.loading.images import decoding_at_least, open_image
+from lit_clip.tools.images import decoding_at_least, open_image
 from datamodules.near_duplicates import Groups
 from datamodules.pairs.source import EncodedPair, PairSource
 from lit_clip.errors import BadSample

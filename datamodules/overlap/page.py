@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from datamodules.loading.images import decoding_at_least, open_image
+from lit_clip.tools.images import decoding_at_least, open_image
 from datamodules.overlap.findings import OverlapPair, SetFindings
 from datamodules.pairs.source import PairSource
 from lit_clip.errors import InputError

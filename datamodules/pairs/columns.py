@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute
 
 from datamodules.loading.bad_samples import BLANK, check_caption
-from datamodules.loading.images import CHECKED, check_images, open_image
+from lit_clip.tools.images import CHECKED, check_images, open_image
 from datamodules.pairs.source import (
     NO_CAPTION,
     EncodedPair,

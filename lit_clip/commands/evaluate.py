@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from lit_clip import __version__, distributed, load_model
-from lit_clip.embedding.batch_size import BatchSize
 from lit_clip.embedding.encode import Precision
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.bias import bias_texts
@@ -53,7 +52,7 @@ def evaluate(
     tasks: list[str] | None = None,
     compare: list[str] | None = None,
     cache: str | None = None,
-    batch_size: BatchSize = 64,
+    batch_size: int = 64,
     num_workers: int = 4,
     devices: int = 1,
     accelerator: str = "auto",
@@ -76,8 +75,7 @@ def evaluate(
         tasks: only these; zero_shot, linear_probe, few_shot, retrieval, geolocation, bias.
         compare: results.json of other runs, or their folders, shown beside.
         cache: the folder of image and text features; by default cache in the output folder.
-        batch_size: images encoded at once by one process; auto: as many as make it fastest and fit in memory, found by
-            trying.
+        batch_size: images encoded at once by one process.
         num_workers: processes that decode images, of each process.
         devices: number of processes, one a device; the result is the same.
         accelerator: cpu, gpu, mps, ...

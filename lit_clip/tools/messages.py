@@ -154,7 +154,6 @@ FOREIGN = {
 HINTS = {
     r"restored a checkpoint with current_epoch=": "raise --trainer.max_epochs, or give --model.pretrained FILE in "
     "place of --ckpt_path to start a new run from its weights",
-    r"\bbatch_size: wants int, not auto": "auto is for embed and evaluate; give a number",
     r"arguments are required: fit\.data": "give --config configs/finetune_table.yaml, or --data datamodules.Captions",
 }
 

@@ -210,7 +210,7 @@ def test_bad_images_are_an_error_or_counted_and_listed(
     assert "skipped 2 that could not be read" in capsys.readouterr().err
     listed = (folder / "features.npy.skipped.txt").read_text().splitlines()
     assert [line.split("\t")[0] for line in listed] == ["photos/b.jpg", "photos/h.png"]
-    assert "no such file" in listed[1]
+    assert "no such image file" in listed[1]
     for name in ("b.jpg", "h.png"):
         (folder / "photos" / name).unlink()
     embed(*options)

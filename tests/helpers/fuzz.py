@@ -28,7 +28,7 @@ from PIL import Image
 from datamodules.caption_datamodule import TrainingPairs, ValidationPairs
 from datamodules.loading.augmentation import Augmentation
 from datamodules.loading.bad_samples import Skipped, SkippingDataset
-from datamodules.loading.images import open_image
+from lit_clip.tools.images import open_image
 from datamodules.loading.sampling import TrainingSample
 from datamodules.open_source import open_source
 from datamodules.pairs.source import Pair, PairSource

@@ -20,7 +20,7 @@ from PIL import Image
 from datamodules import Augmentation, Captions
 from datamodules.loading.augmentation import RandomSquareCrop
 from datamodules.loading.bad_samples import check_caption
-from datamodules.loading.images import MAX_PIXELS, MOST_ELONGATED, decoding_at_least, open_image
+from lit_clip.tools.images import MAX_PIXELS, MOST_ELONGATED, decoding_at_least, open_image
 from lit_clip.batch import JUDGED_AFTER, CaptionBatch
 from lit_clip.errors import BadSample, InputError
 from lit_clip.models.config import Preprocessing
