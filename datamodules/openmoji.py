@@ -7,7 +7,6 @@ the open-source emoji and icon project"). Pillow draws them into a cache folder 
 
 import csv
 import io
-import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,10 +20,11 @@ from datamodules.loading.augmentation import Augmentation
 from datamodules.loading.cache import default_cache_dir
 from datamodules.pairs.source import Pair, PairSource
 from lit_clip.errors import InputError
-from lit_clip.evaluation.data import stamp_of_files
 from lit_clip.evaluation.zero_shot import LabelledImages
 from lit_clip.models.config import Preprocessing
 from lit_clip.models.tokenizer import TextTokenizer
+from lit_clip.tools.atomic import replacing
+from lit_clip.tools.hashing import stamp_of_files
 
 Style = Literal["color", "line"]
 SIZE = 72  # pixels, OpenMoji's own grid
@@ -136,9 +136,8 @@ def draw(cache_dir: Path | None = None, style: Style = "color") -> list[Path]:
         image = Image.new("RGB", (SIZE, SIZE), "white")
         center = (SIZE / 2, SIZE / 2)
         ImageDraw.Draw(image).text(center, chr(PRIVATE_USE + i), font=font, anchor="mm", embedded_color=True)
-        partial = path.with_suffix(f".{os.getpid()}.tmp")  # renamed when whole: another process may be drawing too
-        image.save(partial, format="PNG")
-        partial.replace(path)
+        with replacing(path) as draft:  # another process may be drawing too
+            image.save(draft, format="PNG")
     return paths
 
 

@@ -5,7 +5,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,12 @@ from datamodules.overlap.sets import check_prompts, given, open_sets, read_resul
 from datamodules.pairs.source import PairSource
 from lit_clip import __version__, load_model
 from lit_clip.errors import InputError, require
-from lit_clip.evaluation.data import ImageSet, stamp_of_files
+from lit_clip.evaluation.data import ImageSet
 from lit_clip.evaluation.overlap import CONFIDENCE, bonferroni
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.console import stderr
+from lit_clip.tools.hashing import hex_digest, stamp_of_files
 from lit_clip.weights.fingerprint import fingerprint
 
 LISTED_BAD = 20
@@ -122,7 +122,7 @@ class _Cache:
             raise InputError(f"{self.folder}: cannot be made ({error.strerror})") from error
 
     def _path(self, kind: str, *said: object) -> Path:
-        return self.folder / f"{kind}-{sha256(repr((self.model, *said)).encode()).hexdigest()[:24]}.npz"
+        return self.folder / f"{kind}-{hex_digest([self.model, *said])}.npz"
 
     def queries(self, model: CLIP, name: str, images: ImageSet, batch_size: int, num_workers: int) -> Queries:
         """A set's features and looks."""

@@ -2,17 +2,16 @@
 
 import io
 from bisect import bisect_right
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image
 
-from lit_clip.tools.images import check_images, open_image
 from lit_clip.errors import InputError
-from lit_clip.evaluation.data import MissingData, numbered, stamp_of_files
+from lit_clip.evaluation.data import MissingData, numbered
 from lit_clip.evaluation.zero_shot import LabelledImages, imagenet_class_names
-from lit_clip.tools.images import SUFFIXES
+from lit_clip.tools.hashing import hex_digest, stamp_of_files
+from lit_clip.tools.images import SUFFIXES, check_images, open_image
 
 ClassNames = list[str] | Literal["imagenet"]
 
@@ -78,9 +77,9 @@ class LabelledFiles(LabelledImages):
 
     def stamp(self) -> str:
         # Of two sets of the same files in another order, or of which some are wanting, the features differ too.
-        order = "\n".join(self.key(index) for index in range(len(self))).encode("utf-8", "surrogatepass")
+        order = hex_digest(self.key(index) for index in range(len(self)))
         files = stamp_of_files(path for path, _ in self.files if path.is_file())
-        return f"{blake2b(order, digest_size=16).hexdigest()}-{files}"
+        return f"{order}-{files}"
 
 
 class ImageFolderClasses(LabelledFiles):

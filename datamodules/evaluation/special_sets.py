@@ -12,10 +12,10 @@ from torch import Tensor
 
 from datamodules.evaluation.image_files import ImageFiles
 from datamodules.evaluation.indexes import find, number, read_table, read_words
-from lit_clip.tools.images import open_image
 from lit_clip.errors import InputError, require
-from lit_clip.evaluation.data import Grouped, ImageSet, Lexicons, Located, stamp_of_files
-from lit_clip.tools.hashing import hash64
+from lit_clip.evaluation.data import Grouped, ImageSet, Lexicons, Located
+from lit_clip.tools.hashing import hash64, stamp_of_files
+from lit_clip.tools.images import open_image
 
 Split = Literal["train", "test"]
 

@@ -17,7 +17,6 @@ from PIL import Image
 from torch import Tensor
 
 from datamodules.evaluation.indexes import read_text
-from lit_clip.tools.images import open_image
 from datamodules.shards.index import DamagedError, split_name, tar_members
 from lit_clip.errors import BadSample, InputError, require
 from lit_clip.evaluation.data import (
@@ -29,7 +28,7 @@ from lit_clip.evaluation.data import (
     numbered,
     stamp_of_files,
 )
-from lit_clip.tools.images import SUFFIXES
+from lit_clip.tools.images import SUFFIXES, open_image
 
 Kind = Literal["classification", "retrieval", "multilabel"]
 ANSWERS: dict[Kind, str] = {"classification": "cls", "retrieval": "txt", "multilabel": "npy"}

@@ -1,9 +1,12 @@
-"""The folder for what is made once from the data and read again by every process and every run."""
+"""The cache folder: files made once from the data and read again by every process and every run."""
 
-import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from lit_clip.tools.atomic import replacing
+from lit_clip.tools.hashing import hex_digest
 
 
 def default_cache_dir() -> Path:
@@ -11,15 +14,23 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lit-clip"
 
 
-def cache_file(kind: str, source: Path, said: Iterable[object], suffix: str) -> Path:
-    """Where something made from a file is kept: another name once the file or what is said of it is another.
+def cache_file(kind: str, source: Path, settings: Iterable[object], suffix: str) -> Path:
+    """Return the cached path of something made from a file; the name changes with the file and the settings.
 
     Args:
         kind: the folder in the cache.
         source: the file.
-        said: all that decides what is made of it.
+        settings: everything else that the content depends on.
         suffix: of the name.
     """
     stat = source.stat()
-    identity = repr((str(source.resolve()), stat.st_size, stat.st_mtime_ns, *said))
-    return default_cache_dir() / kind / f"{source.stem[:40]}-{hashlib.sha1(identity.encode()).hexdigest()[:20]}{suffix}"
+    key = hex_digest([str(source.resolve()), stat.st_size, stat.st_mtime_ns, *settings])
+    return default_cache_dir() / kind / f"{source.stem[:40]}-{key[:20]}{suffix}"
+
+
+@contextmanager
+def writing_cached(path: Path) -> Iterator[Path]:
+    """:func:`lit_clip.tools.atomic.replacing` for a file in the cache, whose folder is made if it is not there."""
+    with replacing(path, "; set XDG_CACHE_HOME to a folder with room") as draft:
+        draft.parent.mkdir(parents=True, exist_ok=True)
+        yield draft

@@ -20,7 +20,6 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lit_clip.tools.images import open_image
 from datamodules.look_index import LookIndex, Looks
 from datamodules.near_duplicates import Look, look_of
 from datamodules.pairs.source import LISTED, PairSource
@@ -32,6 +31,7 @@ from lit_clip.models.config import Preprocessing
 from lit_clip.models.preprocess import pixels
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.console import progress
+from lit_clip.tools.images import open_image
 from lit_clip.tools.workers import loader
 
 SECONDS_BETWEEN_SAVES = 60  # of work that a killed run can lose

@@ -13,12 +13,12 @@ from typing import Any, BinaryIO
 from torch.utils.data import Dataset
 
 from datamodules.loading.bad_samples import OnError
-from lit_clip.tools.images import decoding_at_least, open_image
 from datamodules.pairs.source import EncodedPair, PairSource
 from datamodules.shards.files import stamp_of
 from datamodules.shards.index import INDEX_SUFFIX, read_summary, scan_shard, write_index
 from lit_clip.errors import BadSample, InputError, require
 from lit_clip.tools.console import progress
+from lit_clip.tools.images import decoding_at_least, open_image
 from lit_clip.tools.workers import loader
 
 PLAN = "shards.json"

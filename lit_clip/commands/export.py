@@ -1,6 +1,5 @@
 """``lit-clip export``: a model for other people's tools, checked against the original before it appears."""
 
-import hashlib
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,8 +11,9 @@ from rich.table import Table
 
 from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
-from lit_clip.tools.atomic import appearing
+from lit_clip.tools.atomic import replacing_folder
 from lit_clip.tools.console import progress
+from lit_clip.tools.hashing import sha256_of_file
 from lit_clip.weights.export import FORMATS, ExportSample, FormatName, Parity, parity_of
 from lit_clip.weights.load import load_model
 from lit_clip.weights.model_card import Source, model_card
@@ -37,7 +37,7 @@ def export(model: str, *, format: FormatName, output: str, license: str | None =
         original = load_model(model)
         source = source_of(model)
         advance(1)
-        with appearing(folder) as draft, quiet():
+        with replacing_folder(folder) as draft, quiet():
             parity = write_checked(original, format, draft, advance)
             card = model_card(original, format, folder.name, source, parity, license)
             (draft / "README.md").write_text(card, encoding="utf-8")
@@ -115,9 +115,8 @@ def source_of(model: str) -> Source:
         return Source(model, None)
     inside = [file for file in path.iterdir() if file.is_file()] if path.is_dir() else [path]
     weights = max(inside, key=lambda file: file.stat().st_size)
-    with weights.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Source(weights.name if path.is_file() else f"{path.resolve().name}/{weights.name}", digest)
+    name = weights.name if path.is_file() else f"{path.resolve().name}/{weights.name}"
+    return Source(name, sha256_of_file(weights))
 
 
 def _table(folder: Path, format: str, parity: Parity) -> Table:

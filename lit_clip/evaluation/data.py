@@ -5,10 +5,7 @@ need; an adapter that has one inherits from that class too.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
-from hashlib import blake2b
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from PIL import Image
@@ -17,26 +14,9 @@ from torch.utils.data import Dataset
 
 from lit_clip.errors import InputError, require
 
-BEGINNINGS, BEGINNING = 16, 2**16  # files, and bytes of each
-
 
 class MissingData(InputError):  # noqa: N818 # an InputError, as all that a user can fix
     """A set does not lie where it was looked for; an evaluation lists it and goes on with the others."""
-
-
-def stamp_of_files(paths: Iterable[Path]) -> str:
-    """What changes when one of the files does, as ``make`` judges it: names, sizes and times of writing.
-
-    And what a few of them begin with: archives can give all files one time, and uncompressed images are of one size.
-    """
-    digest, files = blake2b(digest_size=16), sorted(paths)
-    for path in files:
-        status = path.stat()
-        digest.update(repr((path.name, status.st_size, status.st_mtime_ns)).encode("utf-8", "surrogatepass"))
-    for number in sorted({len(files) * part // BEGINNINGS for part in range(BEGINNINGS)}) if files else ():
-        with suppress(OSError), files[number].open("rb") as file:  # whoever reads it will say so
-            digest.update(file.read(BEGINNING))
-    return digest.hexdigest()
 
 
 class ImageSet(ABC):

@@ -14,6 +14,7 @@ from lit_clip.evaluation.overview import rows, sets_of, shots_of
 from lit_clip.evaluation.suite import SuiteEntry, Task
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import replacing
+from lit_clip.tools.hashing import sha256_of_file
 from lit_clip.weights.fingerprint import weights_sha256
 
 PACKAGES = ("torch", "torchvision", "lightning", "pillow", "timm", "transformers", "open-clip-torch", "clip-benchmark")
@@ -41,7 +42,7 @@ def provenance(name: str, model: CLIP, fingerprint: str, precision: str, suite: 
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
         },
         "precision": precision,
-        "suite": [{"path": path, "sha256": sha256(Path(path).read_bytes()).hexdigest()} for path in suite],
+        "suite": [{"path": path, "sha256": sha256_of_file(Path(path))} for path in suite],
         "packages": {package: _version(package) for package in PACKAGES},
     }
 
