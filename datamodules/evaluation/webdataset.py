@@ -26,8 +26,8 @@ from lit_clip.evaluation.data import (
     MissingData,
     MultiLabel,
     numbered,
-    stamp_of_files,
 )
+from lit_clip.tools.hashing import stamp_of_files
 from lit_clip.tools.images import SUFFIXES, open_image
 
 Kind = Literal["classification", "retrieval", "multilabel"]

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from lit_clip import load_model
 from lit_clip.embedding.encode import report_skipped
-from lit_clip.embedding.image_files import ImageBatches, Item, find_images, in_batches
+from lit_clip.embedding.image_files import FileRows, find_images
+from lit_clip.embedding.reading import ImageBatches, UnreadableRow, encoded_batches, image_features, in_batches
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.zero_shot import check_templates, imagenet_templates, zero_shot_classifier
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.console import progress, stderr
-from lit_clip.tools.images import Bad, OnError, loader
+from lit_clip.tools.images import OnError, or_skip
 
 Output = Literal["table", "csv", "json"]
 
@@ -71,41 +72,42 @@ def classify(
     require(top_k >= 1, f"--top_k {top_k} must be at least 1")
     path = Path(output_file) if output_file else None
     require(path is None or path.absolute().parent.is_dir(), f"--output_file {path}: there is no such folder")
-    items = find_images(images)
+    files = find_images(images)
     clip = load_model(model).to(_best_device())
     require(
         len(names) > 1 or clip.logit_bias is not None,
-        f"--classes {names[0]}: one class alone would have 100 % of every image; name what else it may be",
+        f"--classes {names[0]}: a single class gets 100 % of every image; name what else it may be",
     )
     classifier = _classifier(clip, names, prompts)
-    found = classify_items(clip, items, names, classifier, top_k, batch_size, num_workers)
-    predictions: dict[str, list[RankedClass]] = {}
+    batches = ImageBatches(FileRows(files), in_batches(range(len(files)), batch_size), clip.preprocessing)
+    classes_of: dict[str, list[RankedClass]] = {}
+    unreadable: list[UnreadableRow] = []
     try:
-        bad = _sort(found, predictions, on_error)
+        for batch, features in encoded_batches(
+            batches,
+            image_features(clip),
+            device=clip.device,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            title="images",
+        ):
+            for bad in batch.unreadable:
+                require(on_error == "skip", or_skip(bad.message, "--on_error skip"))
+            unreadable += batch.unreadable
+            if batch.rows:
+                ranked = _ranked(class_probabilities(clip, features, classifier), names, top_k)
+                classes_of |= zip((files[row].key for row in batch.rows), ranked, strict=True)
     except KeyboardInterrupt:
         kept = path.with_name(f"{path.name}.partial") if path else None
-        _write(predictions, output, kept)
-        raise KeyboardInterrupt(f"{len(predictions)} of {len(items)} are in {kept or 'the output'}") from None
-    require(bool(predictions), f"none of {len(items)} images could be read; the first: {bad[0].reason if bad else ''}")
-    _write(predictions, output, path)
+        _write(classes_of, output, kept)
+        raise KeyboardInterrupt(f"{len(classes_of)} of {len(files)} are in {kept or 'the output'}") from None
+    first = unreadable[0].message if unreadable else ""
+    require(bool(classes_of), f"none of {len(files)} images could be read; the first: {first}")
+    _write(classes_of, output, path)
     if path:
-        report_skipped(bad, path.with_name(f"{path.name}.skipped.txt"))
-    for item in bad if not path else ():
-        stderr().print(f"skipped: {item.reason}", markup=False)
-
-
-def _sort(
-    found: Iterator[tuple[str, list[RankedClass] | Bad]], predictions: dict[str, list[RankedClass]], on_error: OnError
-) -> list[Bad]:
-    """Add what is known to ``predictions``, which an interrupted run still has, and return what could not be read."""
-    bad: list[Bad] = []
-    for key, result in found:
-        if isinstance(result, Bad):
-            require(on_error == "skip", f"{result.reason}; fix or remove it, or set --on_error skip")
-            bad.append(result)
-        else:
-            predictions[key] = result
-    return bad
+        report_skipped(files, unreadable, path.with_name(f"{path.name}.skipped.txt"))
+    for bad in unreadable if not path else ():
+        stderr().print(f"skipped: {bad.message}", markup=False)
 
 
 def _classifier(model: CLIP, names: Sequence[str], prompts: Sequence[str]) -> Tensor:
@@ -157,39 +159,11 @@ def read_classes(words: Sequence[str]) -> list[str]:
     return names
 
 
-@torch.inference_mode()
-def classify_items(
-    model: CLIP,
-    items: Sequence[Item],
-    names: Sequence[str],
-    classifier: Tensor,
-    top_k: int,
-    batch_size: int,
-    num_workers: int,
-) -> Iterator[tuple[str, list[RankedClass] | Bad]]:
-    """Each image's key with its most probable classes, best first, or with why it has none.
-
-    Args:
-        model: where it is to compute.
-        items: images.
-        names: C class names.
-        classifier: ``[D, C]`` of them, see :func:`lit_clip.zero_shot_classifier`.
-        top_k: number of classes.
-        batch_size: images encoded at once.
-        num_workers: processes that decode.
-    """
-    batches = ImageBatches(items, in_batches(range(len(items)), batch_size), model.preprocessing)
-    with progress("images", len(items)) as advance:
-        for batch in loader(batches, num_workers):
-            if batch.inputs is not None:
-                features = model.encode_image(batch.inputs.to(model.device), normalize=True)  # [b, D]
-                best = class_probabilities(model, features, classifier).topk(min(top_k, len(names)), dim=1)
-                for row, values, indices in zip(batch.rows, best.values.tolist(), best.indices.tolist(), strict=True):
-                    predictions = [RankedClass(str(names[i]), value) for value, i in zip(values, indices, strict=True)]
-                    yield items[row].key, predictions
-            for bad in batch.bad:
-                yield bad.key, bad
-            advance(len(batch.rows) + len(batch.bad))
+def _ranked(probabilities: Tensor, names: Sequence[str], top_k: int) -> Iterator[list[RankedClass]]:
+    """Yield for each row of ``[B, C]`` the most probable classes, best first."""
+    best = probabilities.topk(min(top_k, len(names)), dim=1)
+    for values, indices in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+        yield [RankedClass(str(names[i]), value) for value, i in zip(values, indices, strict=True)]
 
 
 def class_probabilities(model: CLIP, features: Tensor, classifier: Tensor) -> Tensor:

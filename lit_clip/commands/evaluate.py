@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_clip import __version__, distributed, load_model
-from lit_clip.embedding.encode import Precision
+from lit_clip.embedding.encode import EncodingSettings, Precision
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.bias import bias_texts
 from lit_clip.evaluation.data import CaptionedImages, ImageSet, LabelledImages, MissingData, check_classes
@@ -19,7 +19,7 @@ from lit_clip.evaluation.report.page import write_report
 from lit_clip.evaluation.report.results_table import print_results
 from lit_clip.evaluation.report.tensorboard import write_tensorboard
 from lit_clip.evaluation.results import Results, provenance, read_results, recipe
-from lit_clip.evaluation.store import FeatureStore, Settings
+from lit_clip.evaluation.store import FeatureStore
 from lit_clip.evaluation.suite import TASKS, SuiteEntry, Task, read_suite
 from lit_clip.evaluation.tasks import (
     DistinctCaptions,
@@ -95,7 +95,7 @@ def evaluate(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--output {out}: cannot be made ({error.strerror})") from error
-    settings = Settings(batch_size, num_workers, devices, accelerator, precision, on_error)
+    settings = EncodingSettings(batch_size, num_workers, devices, accelerator, precision, on_error)
     store = FeatureStore(clip, Path(cache) if cache else out / "cache", settings)
     run = _Run(clip, store, Path(data_root), Results(out), TaskOptions(draws=draws, seed=seed), wanted)
     head = provenance(model, clip, store.fingerprint, precision, suite)

@@ -13,18 +13,22 @@ from PIL import Image, ImageOps
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
 from lit_clip import load_model
-from lit_clip.embedding.image_files import images_in
+from lit_clip.embedding.encode import EncodingSettings
+from lit_clip.embedding.image_files import FileRows, ImageFile, images_in
 from lit_clip.embedding.index import INDEX, nearest, update_index
-from lit_clip.errors import require
+from lit_clip.embedding.reading import ImageBatches, encoded_batches, image_features, in_batches
+from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.console import progress, stderr
 from lit_clip.tools.html import page
-from lit_clip.tools.images import OnError, read_image
+from lit_clip.tools.images import OnError, open_image
 
 THUMBNAIL = 256  # pixels of the longer side
+QUERIES = 64  # images encoded at once
 
 
 class Hit(NamedTuple):
@@ -69,16 +73,13 @@ def search(
     require(index is None or index.endswith(".npz"), f"--index {index}: an index is a .npz file")
     require(Path(sheet).absolute().parent.is_dir(), f"--sheet {sheet}: there is no such folder")
     folder = Path(images)
-    items = images_in(folder)
-    photos = [(path, read_image(Path(path))) for path in image or []]
+    files = images_in(folder)
     clip = load_model(model)
-    table = update_index(
-        clip, items, Path(index) if index else folder / INDEX, batch_size=batch_size, num_workers=num_workers,
-        on_error=on_error,
-    )  # fmt: skip
-    vectors = _encode_queries(clip, queries, [photo for _, photo in photos])
+    vectors = _encode_queries(clip, queries, image or [])  # first: a query that cannot be read ends the command
+    settings = EncodingSettings(batch_size, num_workers, on_error=on_error)
+    table = update_index(clip, files, Path(index) if index else folder / INDEX, settings)
     keys = [key for key, _, _ in table.identities]
-    titles = [*queries, *(f"like {path}" for path, _ in photos)]
+    titles = [*queries, *(f"like {path}" for path in image or [])]
     found = [
         [Hit(keys[row], score) for row, score in zip(rows, scores, strict=True)]
         for scores, rows in zip(*(part.tolist() for part in nearest(table.features, vectors, top_k)), strict=True)
@@ -90,15 +91,20 @@ def search(
 
 
 @torch.inference_mode()
-def _encode_queries(model: CLIP, texts: Sequence[str], images: Sequence[Image.Image]) -> np.ndarray:
-    """float32 ``[Q, D]``, of unit length: the texts, then the images."""
-    features = []
+def _encode_queries(model: CLIP, texts: Sequence[str], images: Sequence[str]) -> np.ndarray:
+    """Return the unit features of the texts, then of the images: float32 ``[Q, D]``."""
+    features: list[Tensor] = []
     if texts:
         tokens = model.tokenizer.trim(model.tokenize(list(texts)))
         features.append(model.encode_text(tokens.to(model.device), normalize=True))
-    if images:
-        inputs = torch.stack([model.preprocess(image) for image in images])
-        features.append(model.encode_image(inputs.to(model.device), normalize=True))
+    files = FileRows([ImageFile(path, Path(path)) for path in images])
+    batches = ImageBatches(files, in_batches(range(len(files)), QUERIES), model.preprocessing)
+    for batch, encoded in encoded_batches(
+        batches, image_features(model), device=model.device, batch_size=QUERIES, num_workers=0
+    ):
+        for bad in batch.unreadable:
+            raise InputError(bad.message)
+        features.append(encoded)
     return torch.cat(features).float().cpu().numpy()
 
 
@@ -141,7 +147,7 @@ def write_sheet(path: Path, folder: Path, found: dict[str, list[Hit]]) -> None:
 
 def _thumbnail(path: Path) -> str:
     """A JPEG of the image, base64."""
-    image = ImageOps.exif_transpose(read_image(path))
+    image = ImageOps.exif_transpose(open_image(path))
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     if image.has_transparency_data:
         image = image.convert("RGBA")

@@ -10,24 +10,20 @@ from jsonargparse import ArgumentError, ArgumentParser
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.utils.data import DataLoader
 
+from lit_clip.embedding.reading import ImageBatches, encoded_batches, in_batches
 from lit_clip.errors import InputError, require
+from lit_clip.evaluation.set_encoding import SetRows
 from lit_clip.evaluation.zero_shot import (
-    LabelledPixels,
     ZeroShotSet,
     accuracies,
     classification_counts,
-    collate_labelled,
     zero_shot_classifier,
 )
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import differences
-from lit_clip.models.preprocess import pixels
 from lit_clip.tools.atomic import replacing
-from lit_clip.tools.console import progress
 from lit_clip.tools.messages import one_line
-from lit_clip.tools.workers import quiet_worker
 from lit_clip.weights.checkpoints import saved_tokenizer
 from lit_clip.weights.load import load_model
 
@@ -151,27 +147,28 @@ def evaluate_line(
     The weights change within a batch, not the batch for the weights: mixing them is cheaper than to decode again.
     """
     model = line.model
+
+    def encode(images: Tensor) -> Tensor:
+        """uint8 ``[B, 3, H, W]`` -> unit features at each alpha ``[B, A, D]``."""
+        normalized = model.normalize(images)
+        return torch.stack([line.at(a, only="visual.").encode_image(normalized, normalize=True) for a in alphas], dim=1)
+
     results: Results = {}
     for name, zero_shot_set in sets.items():
         images, templates = zero_shot_set.images, zero_shot_set.templates
         assert not isinstance(templates, str)  # __post_init__ has seen to it
         classifiers = {a: zero_shot_classifier(line.at(a), images.class_names, templates) for a in alphas}
         counts = {a: torch.zeros(3, len(images.class_names), dtype=torch.float64) for a in alphas}
-        loader = DataLoader(
-            LabelledPixels(images, pixels(model.preprocessing)),
-            batch_size=batch_size,
-            num_workers=num_workers,
-            collate_fn=collate_labelled,
-            sampler=range(len(images)),
-            worker_init_fn=quiet_worker,
-        )
-        with progress(name, len(images)) as advance:
-            for batch in loader:
-                normalized = model.normalize(batch.images.to(model.device))
-                for a in alphas:
-                    features = line.at(a, only="visual.").encode_image(normalized, normalize=True)
-                    counts[a] += classification_counts(features @ classifiers[a].to(features), batch.labels)
-                advance(len(batch.images))
+        labels = torch.tensor(images.labels())
+        batches = ImageBatches(SetRows(images), in_batches(range(len(images)), batch_size), model.preprocessing)
+        for batch, features in encoded_batches(
+            batches, encode, device=model.device, batch_size=batch_size, num_workers=num_workers, title=name
+        ):
+            for bad in batch.unreadable:
+                raise InputError(f"{name}: {bad.message}")
+            for a, of_alpha in zip(alphas, features.unbind(dim=1), strict=True):
+                logits = of_alpha @ classifiers[a].to(of_alpha)
+                counts[a] += classification_counts(logits.cpu(), labels[batch.rows])
         results[name] = {a: accuracies(count)["top1"] for a, count in counts.items()}
     return results
 

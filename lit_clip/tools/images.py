@@ -112,6 +112,11 @@ def open_image(source: Path | BinaryIO, where: str | None = None) -> Image.Image
         return image
 
 
+def or_skip(message: str, option: str) -> str:
+    """Return a message about an unreadable image that ends in the option that would skip it."""
+    return f"{message.removesuffix(FIX_HINT)}{FIX_HINT}, or set {option}"
+
+
 def fraction(size: tuple[int, int], least: tuple[int, int]) -> int:
     """Return the largest of 1, 2, 4 and 8 that a JPEG's width and height can be divided by and still be ``least``."""
     times = min(side // max(1, enough) for side, enough in zip(size, least, strict=True))

@@ -30,17 +30,17 @@ class Noise(LabelledImages):
 
     def __init__(self, size: int, seed: int) -> None:
         generator = np.random.default_rng(seed)
-        self.images = [Image.fromarray(generator.integers(0, 256, (40, 36, 3), np.uint8)) for _ in range(size)]
+        self.noise = [Image.fromarray(generator.integers(0, 256, (40, 36, 3), np.uint8)) for _ in range(size)]
         self.numbers = generator.integers(0, 3, size).tolist()
         self.class_names = ["one", "two", "three"]
         self.read = 0
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.noise)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         self.read += 1
-        return self.images[index], self.numbers[index]
+        return self.noise[index], self.numbers[index]
 
     def labels(self) -> list[int]:
         return self.numbers
@@ -78,7 +78,7 @@ def test_each_alpha_has_the_accuracy_of_its_model_and_each_image_is_read_once(mo
             model = line.at(alpha)
             with torch.no_grad():
                 classifier = zero_shot_classifier(model, images.class_names, zero_shot_set.templates)
-                pixels = torch.stack([model.preprocess(image) for image in images.images])
+                pixels = torch.stack([model.preprocess(image) for image in images.noise])
                 predictions = (model.encode_image(pixels, normalize=True) @ classifier).argmax(dim=1)
             expected = accuracy_score(images.labels(), predictions.numpy())
             assert results[name][alpha] == pytest.approx(expected, abs=1e-6), (name, alpha)

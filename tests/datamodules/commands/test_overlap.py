@@ -263,7 +263,7 @@ def test_an_interrupted_search_goes_on_and_ends_as_an_uninterrupted_one(
         return plain(self, row)
 
     monkeypatch.setattr(SourceRows, "read", counted)
-    with pytest.raises(KeyboardInterrupt, match="goes on from there"):
+    with pytest.raises(KeyboardInterrupt, match="run the same command again to resume"):
         search(model, queries, source, tmp_path / "found.npz", 2, 0)
     assert read == [0, 1, 2, 3, 4, 5]
     read[:] = [5]
