@@ -69,9 +69,9 @@ def _opened(source: Path | BinaryIO, where: str | None) -> Iterator[Image.Image]
         with Image.open(source) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
-                raise Image.DecompressionBombError(f"{width} x {height} pixels; the limit is {MAX_PIXELS:,}")
+                raise Image.DecompressionBombError(f"{width} x {height} pixels, more than {MAX_PIXELS:,}")
             if max(width, height) > MOST_ELONGATED * min(width, height):
-                raise ValueError(f"{width} x {height} pixels; sides may differ by a factor of {MOST_ELONGATED}")
+                raise ValueError(f"{width} x {height} pixels, one side more than {MOST_ELONGATED} times the other")
             if image.format in PROGRAMS:
                 raise UnidentifiedImageError
             yield image
