@@ -8,7 +8,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -26,6 +25,7 @@ from lit_clip.evaluation.overlap import CONFIDENCE, bonferroni
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.console import stderr
+from lit_clip.tools.hardware import best_device
 from lit_clip.tools.hashing import hex_digest, stamp_of_files
 from lit_clip.weights.fingerprint import fingerprint
 
@@ -92,7 +92,7 @@ def overlap(
     columns = {"root": root, "image_column": image_column, "caption_column": caption_column, "split": split}
     source = open_source(train, **columns, typed="--", on_error="skip")
     source.prepare()
-    clip = load_model(model).to(torch.accelerator.current_accelerator() or torch.device("cpu"))
+    clip = load_model(model).to(best_device())
     cache = _Cache(path, fingerprint(clip))
     queries = {name: cache.queries(clip, name, each.images, batch_size, num_workers) for name, each in opened.items()}
     stamp = _stamp_of(train, columns, len(source), (path.with_suffix(".html"), path.with_suffix(".json")))

@@ -8,7 +8,7 @@ import io
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,14 +21,7 @@ from torch import Tensor
 from datamodules.look_index import LookIndex, Looks
 from datamodules.near_duplicates import Look, look_of
 from datamodules.pairs.source import LISTED, PairSource
-from lit_clip.embedding.reading import (
-    EncoderBatch,
-    ImageBatches,
-    ImageRows,
-    encoded_batches,
-    image_features,
-    in_batches,
-)
+from lit_clip.embedding.reading import EncoderBatch, encoded_batches, in_batches
 from lit_clip.errors import require
 from lit_clip.evaluation.data import ImageSet
 from lit_clip.evaluation.overlap import NearestImages, nearer, nowhere
@@ -63,21 +56,6 @@ class NamedLook(NamedTuple):
 
 def _note(name: str, image: Image.Image) -> NamedLook:
     return NamedLook(look_of(image), name)
-
-
-def _encoded(
-    model: CLIP, data: ImageRows, rows: Sequence[int], rows_at_once: int, batch_size: int, num_workers: int, title: str
-) -> Iterator[tuple[EncoderBatch, Tensor]]:
-    """Read and encode rows, see :func:`lit_clip.embedding.reading.encoded_batches`; images are noted as NamedLook."""
-    return encoded_batches(
-        ImageBatches(data, in_batches(rows, rows_at_once), model.preprocessing, _note),
-        image_features(model),
-        device=model.device,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        title=title,
-        done=len(data) - len(rows),
-    )
 
 
 def _rows_of_images(batch: EncoderBatch) -> list[int]:
@@ -123,10 +101,11 @@ class Queries:
         Raises:
             InputError: nothing of it can be read, or the model gives no numbers.
         """
-        rows_at_once = 1 if images.several else batch_size
-        rows = range(len(images))
+        batches = in_batches(range(len(images)), 1 if images.several else batch_size)
         features, looks, items, bad = [torch.empty(0, model.config.embed_dim)], [], [], []
-        for batch, encoded in _encoded(model, SetRows(images), rows, rows_at_once, batch_size, num_workers, title):
+        for batch, encoded in encoded_batches(
+            model, SetRows(images), batch_size, num_workers, batches=batches, note=_note, title=title
+        ):
             features.append(encoded.cpu())
             looks += [note.look for note in batch.notes]
             items += _rows_of_images(batch)
@@ -235,10 +214,12 @@ def search(
     if found.done >= len(source):
         return found
     features, index = queries.features.to(model.device), LookIndex(queries.looks)
-    data, rows = SourceRows(source), range(found.done, len(source))
+    batches = in_batches(range(found.done, len(source)), batch_size)
     saved = time.monotonic()
     try:
-        for batch, encoded in _encoded(model, data, rows, batch_size, batch_size, num_workers, "training images"):
+        for batch, encoded in encoded_batches(
+            model, SourceRows(source), batch_size, num_workers, batches=batches, note=_note, title="training images"
+        ):
             found.add(features, index, batch, encoded)
             if time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
                 found.save(path)

@@ -19,7 +19,7 @@ from lit_clip import load_model
 from lit_clip.embedding.encode import EncodingSettings
 from lit_clip.embedding.image_files import FileRows, ImageFile, images_in
 from lit_clip.embedding.index import INDEX, nearest, update_index
-from lit_clip.embedding.reading import ImageBatches, encoded_batches, image_features, in_batches
+from lit_clip.embedding.reading import encoded_batches
 from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import replacing
@@ -28,7 +28,6 @@ from lit_clip.tools.html import page
 from lit_clip.tools.images import OnError, open_image
 
 THUMBNAIL = 256  # pixels of the longer side
-QUERIES = 64  # images encoded at once
 
 
 class Hit(NamedTuple):
@@ -98,10 +97,7 @@ def _encode_queries(model: CLIP, texts: Sequence[str], images: Sequence[str]) ->
         tokens = model.tokenizer.trim(model.tokenize(list(texts)))
         features.append(model.encode_text(tokens.to(model.device), normalize=True))
     files = FileRows([ImageFile(path, Path(path)) for path in images])
-    batches = ImageBatches(files, in_batches(range(len(files)), QUERIES), model.preprocessing)
-    for batch, encoded in encoded_batches(
-        batches, image_features(model), device=model.device, batch_size=QUERIES, num_workers=0
-    ):
+    for batch, encoded in encoded_batches(model, files, batch_size=64, num_workers=0):
         for bad in batch.unreadable:
             raise InputError(bad.message)
         features.append(encoded)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from lit_clip.embedding.reading import ImageBatches, encoded_batches, in_batches
+from lit_clip.embedding.reading import encoded_batches
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.set_encoding import SetRows
 from lit_clip.evaluation.zero_shot import (
@@ -23,6 +23,7 @@ from lit_clip.evaluation.zero_shot import (
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import differences
 from lit_clip.tools.atomic import replacing
+from lit_clip.tools.hardware import best_device
 from lit_clip.tools.messages import one_line
 from lit_clip.weights.checkpoints import saved_tokenizer
 from lit_clip.weights.load import load_model
@@ -101,7 +102,7 @@ def wise_ft(
     require(path is None or not path.is_dir(), f"--output {path}: there is a folder of that name")
     require(batch_size >= 1, f"--batch_size {batch_size} must be at least 1")
     require(num_workers >= 0, f"--num_workers {num_workers} must be at least 0")
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = best_device()
     line = InterpolatedModels(load_model(before).to(device), load_model(after).to(device), (before, after))
     results = evaluate_line(line, found, wanted, batch_size, num_workers)
     chosen = best_alpha(results, target) if alpha is None else alpha
@@ -160,10 +161,8 @@ def evaluate_line(
         classifiers = {a: zero_shot_classifier(line.at(a), images.class_names, templates) for a in alphas}
         counts = {a: torch.zeros(3, len(images.class_names), dtype=torch.float64) for a in alphas}
         labels = torch.tensor(images.labels())
-        batches = ImageBatches(SetRows(images), in_batches(range(len(images)), batch_size), model.preprocessing)
-        for batch, features in encoded_batches(
-            batches, encode, device=model.device, batch_size=batch_size, num_workers=num_workers, title=name
-        ):
+        batches = encoded_batches(model, SetRows(images), batch_size, num_workers, encode=encode, title=name)
+        for batch, features in batches:
             for bad in batch.unreadable:
                 raise InputError(f"{name}: {bad.message}")
             for a, of_alpha in zip(alphas, features.unbind(dim=1), strict=True):

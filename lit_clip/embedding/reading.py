@@ -22,6 +22,7 @@ from lit_clip.tools.workers import loader
 
 Encode = Callable[[Tensor], Tensor]  # inputs on the model's device, [B, ...] -> features [B, ...]
 Batches = Sequence[Sequence[int]]  # the rows of each batch
+Note = Callable[[str, Image.Image], Any]  # the user's name for an image's row, and the image -> anything
 
 
 class ImageRows(Protocol):
@@ -61,7 +62,7 @@ class EncoderBatch(NamedTuple):
         inputs: ``[F, ...]``; None if no row could be read.
         rows: the rows that could be read, in order.
         counts: the number of images of each of them.
-        notes: what :class:`ImageBatches` was asked to note about each image.
+        notes: on each image, see :class:`ImageBatches`.
         unreadable: the other rows.
     """
 
@@ -95,7 +96,7 @@ class ImageBatches(Dataset[EncoderBatch]):
         data: the images.
         batches: the rows of each batch.
         preprocessing: the model's.
-        note: anything to note about an image, given its row's name.
+        note: what to note about each image.
         stop: once this file exists, nothing more is read.
     """
 
@@ -104,7 +105,7 @@ class ImageBatches(Dataset[EncoderBatch]):
         data: ImageRows,
         batches: Batches,
         preprocessing: Preprocessing,
-        note: Callable[[str, Image.Image], Any] | None = None,
+        note: Note | None = None,
         stop: Path | None = None,
     ) -> None:
         self.data, self.batches, self.note, self.stop = data, batches, note, stop
@@ -176,32 +177,35 @@ def row_means(features: Tensor, counts: Sequence[int]) -> Tensor:
 
 @torch.no_grad()
 def encoded_batches(
-    batches: ImageBatches,
-    encode: Encode,
-    *,
-    device: torch.device,
+    model: CLIP,
+    data: ImageRows,
     batch_size: int,
     num_workers: int,
+    *,
+    encode: Encode | None = None,
+    batches: Batches | None = None,
+    note: Note | None = None,
     title: str | None = None,
-    done: int = 0,
 ) -> Iterator[tuple[EncoderBatch, Tensor]]:
-    """Read and encode, batch by batch.
+    """Read and encode images, batch by batch.
 
     Args:
-        batches: what to read.
-        encode: uint8 ``[F, 3, H, W]`` -> features.
-        device: where ``encode`` wants its inputs.
+        model: on the device where it is to compute.
+        data: the images.
         batch_size: images encoded at once; only rows with several images can have more.
         num_workers: processes that read.
+        encode: uint8 ``[F, 3, H, W]`` -> features; by default :func:`image_features`.
+        batches: the rows of each batch; by default all rows, ``batch_size`` to a batch.
+        note: see :class:`ImageBatches`.
         title: of the progress bar; None: no bar.
-        done: rows that an earlier run has done, for the bar.
 
     Yields:
-        Each batch, and the features of its images ``[F, ...]`` on the device.
+        Each batch, and the features of its images ``[F, ...]`` on the device; without images an empty tensor.
     """
-    total = done + sum(map(len, batches.batches))
-    with progress(title or "", total, enabled=title is not None) as advance:
-        advance(done)
-        for batch in loader(batches, num_workers, pin_memory=device.type == "cuda"):
-            yield batch, encode_batch(batch, encode, device, batch_size)
+    batches = in_batches(range(len(data)), batch_size) if batches is None else batches
+    dataset = ImageBatches(data, batches, model.preprocessing, note)
+    encode = encode or image_features(model)
+    with progress(title or "", sum(map(len, batches)), enabled=title is not None) as advance:
+        for batch in loader(dataset, num_workers, pin_memory=model.device.type == "cuda"):
+            yield batch, encode_batch(batch, encode, model.device, batch_size)
             advance(len(batch.rows) + len(batch.unreadable))

@@ -112,11 +112,7 @@ class SetEncoder:
         features: list[Tensor] = []
         unreadable: list[UnreadableRow] = []
         for batch, encoded in encoded_batches(
-            ImageBatches(SetRows(images), batches, model.preprocessing),
-            encode_pixels,
-            device=model.device,
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
+            model, SetRows(images), self.batch_size, self.num_workers, encode=encode_pixels, batches=batches
         ):
             rows += batch.rows
             unreadable += batch.unreadable

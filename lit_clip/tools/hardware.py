@@ -6,6 +6,11 @@ from pathlib import Path
 import torch
 
 
+def best_device() -> torch.device:
+    """Return the accelerator, or the CPU if there is none."""
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
 def has_bfloat16() -> bool:
     """Whether the CPU has instructions for bfloat16 matrix products; without them they are emulated, and slow."""
     # get_capabilities is newer than the oldest torch that is supported.

@@ -344,5 +344,5 @@ def test_pretrained_lists_the_registry(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_one_class_alone_is_refused(drawings: tuple[Path, Path, list[str]]) -> None:
     checkpoint, folder, _ = drawings
-    with pytest.raises(InputError, match="--classes tiger: one class alone"):
+    with pytest.raises(InputError, match="--classes tiger: a single class gets 100 % of every image"):
         classify([str(folder)], model=str(checkpoint), classes=["tiger"])

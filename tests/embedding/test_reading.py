@@ -13,7 +13,7 @@ from datamodules import ImageFolderClasses
 from lit_clip import load_model
 from lit_clip.cli.subcommands import run_command
 from lit_clip.embedding.encode import EncodingSettings
-from lit_clip.embedding.reading import ImageBatches, encoded_batches, image_features, in_batches, row_means
+from lit_clip.embedding.reading import ImageBatches, encoded_batches, in_batches, row_means
 from lit_clip.errors import BadSample, InputError
 from lit_clip.evaluation.set_encoding import SetEncoder
 from lit_clip.evaluation.store import FeatureStore
@@ -124,13 +124,11 @@ def test_features_do_not_depend_on_batches_and_workers(
     rows_at_once: int, batch_size: int, num_workers: int, tiny_config: CLIPConfig
 ) -> None:
     model = CLIP(tiny_config).eval()
-    batches = ImageBatches(
-        Films(), in_batches(range(7), rows_at_once), model.preprocessing, lambda name, image: f"{name} {image.size}"
-    )
+    batches = in_batches(range(7), rows_at_once)
     found: dict[int, torch.Tensor] = {}
     notes, unreadable = [], []
     for batch, features in encoded_batches(
-        batches, image_features(model), device=model.device, batch_size=batch_size, num_workers=num_workers
+        model, Films(), batch_size, num_workers, batches=batches, note=lambda name, image: f"{name} {image.size}"
     ):
         assert len(features) == sum(batch.counts) == len(batch.notes)
         notes += batch.notes
@@ -159,7 +157,6 @@ def test_a_stop_file_ends_reading(tmp_path: Path, tiny_config: CLIPConfig) -> No
 
 def test_loading_leaves_the_global_random_state_alone(tiny_config: CLIPConfig) -> None:
     model = CLIP(tiny_config).eval()
-    batches = ImageBatches(Films(), in_batches(range(7), 2), model.preprocessing)
     before = torch.get_rng_state()
-    list(encoded_batches(batches, image_features(model), device=model.device, batch_size=4, num_workers=2))
+    list(encoded_batches(model, Films(), batch_size=4, num_workers=2))
     assert torch.equal(torch.get_rng_state(), before)
