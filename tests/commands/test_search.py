@@ -210,7 +210,7 @@ def test_a_bad_image_is_named_or_skipped(folder: Path, tiny_checkpoint: Path, se
         (["photos", "kite", "--image", "absent.png"], "absent.png: no such image file"),
         (["photos", "kite", "--sheet", "absent/page.html"], "--sheet absent/page.html: there is no such folder"),
         (["photos", "kite", "--index", "absent/index.npz"], "--index absent/index.npz: there is no such folder"),
-        (["photos", "kite", "--index", "photos/a.png"], "--index photos/a.png: an index is a .npz file"),
+        (["photos", "kite", "--index", "photos/a.png"], "--index photos/a.png: must be a .npz file"),
         (["photos", "kite", "--top_k", "0"], "--top_k 0 must be at least 1"),
     ],
 )
