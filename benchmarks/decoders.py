@@ -23,10 +23,10 @@ from peers import captions, parser
 from PIL import Image, features
 from torch.utils.data import default_collate
 
-from datamodules.loading import images
 from datamodules.loading.augmentation import FastSquareCrop, RandomSquareCrop
-from datamodules.loading.images import decoding_at_least, fraction, open_image
 from lit_clip.models.tokenizer import CLIPTokenizer
+from lit_clip.tools import images
+from lit_clip.tools.images import decoding_at_least, fraction, open_image
 
 Decode = Callable[[bytes], Image.Image]
 SCALE, BATCH = (0.9, 1.0), 32

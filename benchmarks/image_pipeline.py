@@ -28,8 +28,8 @@ from results import compared, need, save
 from torch.utils.data import DataLoader
 
 from datamodules import Augmentation, Captions
-from datamodules.loading.images import decoding_at_least, open_image
 from lit_clip.models.config import Preprocessing
+from lit_clip.tools.images import decoding_at_least, open_image
 
 BATCH = 32
 

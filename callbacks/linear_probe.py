@@ -12,7 +12,7 @@ from lit_clip.evaluation.data import ImageSet, LabelledImages
 from lit_clip.evaluation.logistic import LogisticProblem
 from lit_clip.evaluation.probe import Split, fit_logistic, held_out, linear_probe
 from lit_clip.evaluation.scores import baseline, evaluate_scores, mean_over_folds
-from lit_clip.evaluation.set_encoding import Encoded, Reader
+from lit_clip.evaluation.set_encoding import Encoded, SetEncoder
 from lit_clip.evaluation.suite import Metric
 from lit_clip.evaluation.targets import Targets
 from lit_clip.module import LitCLIP
@@ -56,7 +56,7 @@ class LinearProbe(PeriodicEvaluation):
         self.data_root, self.l2 = data_root, l2
         self.entries = chosen_entries(suite, only, "linear_probe", "LinearProbe")
         require(bool(self.entries), "LinearProbe.suite: no set has a split to train on")
-        self._reader = Reader(batch_size, num_workers, on_error, "LinearProbe")
+        self._reader = SetEncoder(batch_size, num_workers, on_error, "LinearProbe")
         self._opened: dict[str, list[Fold]] | None = None
 
     @property
@@ -95,7 +95,7 @@ class LinearProbe(PeriodicEvaluation):
                 if stamp not in known:
                     title = f"{name} {split}" + (f" {number + 1}/{len(folds)}" if len(folds) > 1 else "")
                     known[stamp] = self._reader.encode(
-                        module, images, lambda pixels: module.model.image_features(pixels)[0], title
+                        module.model, images, lambda pixels: module.model.image_features(pixels)[0], title
                     )
                 results[-1][split] = known[stamp]
         return results

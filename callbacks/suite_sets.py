@@ -1,4 +1,4 @@
-"""Evaluation sets in training: those of a suite that are there, and features of their images on all ranks."""
+"""Evaluation sets for callbacks: opened from a suite, and checked before training starts."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from lit_clip.evaluation.data import ImageSet, MissingData, check_classes
 from lit_clip.evaluation.scores import evaluate_scores
 from lit_clip.evaluation.suite import Metric, SuiteEntry, Task, read_suite
 from lit_clip.evaluation.targets import Targets
-from lit_clip.tools.images import FIX_HINT, OnError
+from lit_clip.tools.images import OnError, or_skip
 
 Fold = dict[str, ImageSet]
 
@@ -111,4 +111,4 @@ def _look_at(images: ImageSet) -> None:
     try:
         images.check()
     except InputError as error:
-        raise InputError(f"{str(error).removesuffix(FIX_HINT)}{FIX_HINT}, or set on_error to skip") from error
+        raise InputError(or_skip(str(error), "on_error to skip")) from error

@@ -20,7 +20,7 @@ from lit_clip.errors import require
 from lit_clip.evaluation.data import LabelledImages
 from lit_clip.evaluation.prompts import Prompts, prompts_of, text_classifier
 from lit_clip.evaluation.scores import baselines, evaluate_scores, mean_over_folds
-from lit_clip.evaluation.set_encoding import Encoded, Reader
+from lit_clip.evaluation.set_encoding import Encoded, SetEncoder
 from lit_clip.evaluation.suite import Metric, SuiteEntry, check_name
 from lit_clip.evaluation.targets import Targets
 from lit_clip.evaluation.zero_shot import ZeroShotSet
@@ -88,7 +88,7 @@ class ZeroShot(PeriodicEvaluation):
         for name in self.sets:
             check_name(name, "ZeroShot.sets")
             require(name not in self.entries, f"ZeroShot.sets: {name!r} is in the suite too; call one otherwise")
-        self._reader = Reader(batch_size, num_workers, on_error, "ZeroShot")
+        self._reader = SetEncoder(batch_size, num_workers, on_error, "ZeroShot")
         self._opened: dict[str, _Set] | None = None
         self._classifiers: dict[str, Tensor] = {}
         self._texts = ""  # hash of the text tower that they are of
@@ -132,7 +132,7 @@ class ZeroShot(PeriodicEvaluation):
             stamp = images.stamp() if len(one.folds) > 1 else ""
             if stamp not in known:
                 title = name if len(one.folds) == 1 else f"{name} {number + 1}/{len(one.folds)}"
-                encoded = self._reader.encode(module, images, lambda x: module.model.encode_image(x, True), title)
+                encoded = self._reader.encode(module.model, images, lambda x: module.model.encode_image(x, True), title)
                 with torch.autocast("cpu", enabled=False):
                     known[stamp] = Encoded(encoded.rows, encoded.features @ self._classifiers[name])
             results.append(known[stamp])

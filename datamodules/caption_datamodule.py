@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from datamodules.loading.augmentation import Augmentation
 from datamodules.loading.bad_samples import Skipped, SkippingDataset, split_skipped
-from datamodules.loading.images import LeastSize, decoding_at_least
 from datamodules.loading.sampling import (
     EvaluationBatchSampler,
     GlobalBatchSampler,
@@ -32,7 +31,7 @@ from lit_clip.errors import InputError, require
 from lit_clip.models.config import Preprocessing, Size, height_width
 from lit_clip.models.preprocess import pixels
 from lit_clip.models.tokenizer import CLIPTokenizer, TextTokenizer
-from lit_clip.tools.images import OnError
+from lit_clip.tools.images import LeastSize, OnError, decoding_at_least
 from lit_clip.tools.workers import shield_worker
 
 

@@ -20,11 +20,11 @@ from datamodules.loading.augmentation import Augmentation
 from datamodules.loading.cache import default_cache_dir
 from datamodules.pairs.source import Pair, PairSource
 from lit_clip.errors import InputError
-from lit_clip.evaluation.data import stamp_of_files
 from lit_clip.evaluation.zero_shot import LabelledImages
 from lit_clip.models.config import Preprocessing
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.tools.atomic import replacing
+from lit_clip.tools.hashing import stamp_of_files
 
 Style = Literal["color", "line"]
 SIZE = 72  # pixels, the grid that OpenMoji is drawn on

@@ -5,11 +5,9 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -22,11 +20,13 @@ from datamodules.overlap.sets import check_prompts, given, open_sets, read_resul
 from datamodules.pairs.source import PairSource
 from lit_clip import load_model
 from lit_clip.errors import InputError, require
-from lit_clip.evaluation.data import ImageSet, stamp_of_files
+from lit_clip.evaluation.data import ImageSet
 from lit_clip.evaluation.overlap import CONFIDENCE, bonferroni
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.console import stderr
+from lit_clip.tools.hardware import best_device
+from lit_clip.tools.hashing import hex_digest, stamp_of_files
 from lit_clip.version import __version__
 from lit_clip.weights.fingerprint import fingerprint
 
@@ -93,7 +93,7 @@ def overlap(
     columns = {"root": root, "image_column": image_column, "caption_column": caption_column, "split": split}
     source = open_source(train, **columns, option_prefix="--", on_error="skip")
     source.prepare()
-    clip = load_model(model).to(torch.accelerator.current_accelerator() or torch.device("cpu"))
+    clip = load_model(model).to(best_device())
     cache = _Cache(path, fingerprint(clip).model)
     queries = {name: cache.queries(clip, name, each.images, batch_size, num_workers) for name, each in opened.items()}
     stamp = _stamp_of(train, columns, len(source), (path.with_suffix(".html"), path.with_suffix(".json")))
@@ -123,7 +123,7 @@ class _Cache:
             raise InputError(f"{self.folder}: cannot be made ({error.strerror})") from error
 
     def _path(self, kind: str, *said: object) -> Path:
-        return self.folder / f"{kind}-{sha256(repr((self.model, *said)).encode()).hexdigest()[:24]}.npz"
+        return self.folder / f"{kind}-{hex_digest([self.model, *said])}.npz"
 
     def queries(self, model: CLIP, name: str, images: ImageSet, batch_size: int, num_workers: int) -> Queries:
         """A set's features and looks."""

@@ -8,11 +8,10 @@ from typing import Literal
 
 from PIL import Image
 
-from datamodules.loading.images import check_images, open_image
 from lit_clip.errors import InputError
-from lit_clip.evaluation.data import ImageSet, LabelledImages, MissingData, stamp_of_files
-from lit_clip.tools.hashing import hash64
-from lit_clip.tools.images import SUFFIXES
+from lit_clip.evaluation.data import ImageSet, LabelledImages, MissingData
+from lit_clip.tools.hashing import hash64, stamp_of_files
+from lit_clip.tools.images import SUFFIXES, check_images, open_image
 
 TrainTest = Literal["train", "test"]
 TrainValTest = Literal["train", "val", "test"]

@@ -1,6 +1,5 @@
 """Classification sets that torchvision lacks: Birdsnap, RESISC45, Hateful Memes, aYahoo, SUN, scikit-learn's digits."""
 
-from hashlib import blake2b
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +10,7 @@ from datamodules.evaluation.image_files import ImageFiles, TrainTest, by_hash, i
 from datamodules.evaluation.labelled_table import read_labels, resolve_labels
 from lit_clip.errors import InputError
 from lit_clip.evaluation.data import LabelledImages
+from lit_clip.tools.hashing import hex_digest
 
 DIGIT_NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 TRAINING_DIGITS = 1000
@@ -180,4 +180,4 @@ class Digits(LabelledImages):
         return str(self.first + index)
 
     def stamp(self) -> str:
-        return blake2b(self.pixels.tobytes(), digest_size=16).hexdigest()
+        return hex_digest([self.pixels.tobytes()])

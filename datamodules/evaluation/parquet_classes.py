@@ -8,9 +8,10 @@ from typing import Any
 from PIL import Image
 
 from datamodules.evaluation.image_folder import ClassNames, resolve_names
-from datamodules.loading.images import open_image
 from lit_clip.errors import InputError
-from lit_clip.evaluation.data import LabelledImages, MissingData, numbered, stamp_of_files
+from lit_clip.evaluation.data import LabelledImages, MissingData, numbered
+from lit_clip.tools.hashing import stamp_of_files
+from lit_clip.tools.images import open_image
 
 
 class ParquetClasses(LabelledImages):

@@ -13,8 +13,8 @@ from datamodules.open_source import open_source
 from datamodules.pairs.columns import ColumnPairs
 from datamodules.pairs.source import PairSource
 from lit_clip.errors import InputError, require
-from lit_clip.evaluation.data import CaptionedImages, MissingData, stamp_of_files
-from lit_clip.tools.hashing import hash64
+from lit_clip.evaluation.data import CaptionedImages, MissingData
+from lit_clip.tools.hashing import hash64, stamp_of_files
 
 LINE = re.compile(r"(?P<name>[^,|#\t]+\.jpe?g)(?:,|\|\s*\d+\s*\|?|#\d+\t)(?P<caption>.*\S)", re.IGNORECASE)
 

@@ -8,7 +8,6 @@ import os
 import pickle
 from abc import abstractmethod
 from collections.abc import Sequence
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ from PIL import Image
 from datamodules.evaluation.annotation_files import find, first_line, import_optional, read_text
 from datamodules.evaluation.image_files import TrainTest, TrainValTest
 from lit_clip.errors import BadSample, InputError
-from lit_clip.evaluation.data import LabelledImages, MissingData, stamp_of_files
+from lit_clip.evaluation.data import LabelledImages, MissingData
+from lit_clip.tools.hashing import hex_digest, stamp_of_files
 
 EMOTIONS = ["angry", "disgusted", "fearful", "happy", "sad", "surprised", "neutral"]
 STL10_CLASSES = ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"]
@@ -91,7 +91,7 @@ class ImageArrays(LabelledImages):
         return str(self.rows[index])
 
     def stamp(self) -> str:
-        rows = blake2b(repr(self.rows).encode(), digest_size=16).hexdigest()
+        rows = hex_digest(self.rows)
         return f"{stamp_of_files([self.path])}-{rows}"
 
 

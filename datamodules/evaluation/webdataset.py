@@ -17,7 +17,6 @@ from PIL import Image
 from torch import Tensor
 
 from datamodules.evaluation.annotation_files import read_text
-from datamodules.loading.images import open_image
 from datamodules.shards.index import DamagedError, split_name, tar_members
 from lit_clip.errors import BadSample, InputError, require
 from lit_clip.evaluation.data import (
@@ -27,9 +26,9 @@ from lit_clip.evaluation.data import (
     MissingData,
     MultiLabel,
     numbered,
-    stamp_of_files,
 )
-from lit_clip.tools.images import SUFFIXES
+from lit_clip.tools.hashing import stamp_of_files
+from lit_clip.tools.images import SUFFIXES, open_image
 
 Kind = Literal["classification", "retrieval", "multilabel"]
 TARGET_SUFFIXES: dict[Kind, str] = {"classification": "cls", "retrieval": "txt", "multilabel": "npy"}

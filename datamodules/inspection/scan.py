@@ -13,14 +13,14 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from datamodules.loading.images import decoding_at_least, open_image
 from datamodules.near_duplicates import look_of
 from datamodules.pairs.source import LISTED, EncodedPair, PairSource
 from lit_clip.errors import BadSample
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.tools.console import progress
 from lit_clip.tools.hashing import hash64
-from lit_clip.tools.images import loader
+from lit_clip.tools.images import decoding_at_least, open_image
+from lit_clip.tools.workers import loader
 
 CHUNK = 32  # pairs that a process is asked for at once
 DECODED = 72  # pixels a side that decoding may leave of an image: eight for each place that is compared

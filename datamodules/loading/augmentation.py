@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
-from datamodules.loading.images import LeastSize, fraction, full_size
 from lit_clip.errors import require
 from lit_clip.models.config import Preprocessing, Size, height_width
 from lit_clip.models.preprocess import to_rgb
+from lit_clip.tools.images import LeastSize, fraction, full_size
 
 Interpolation = Literal["bicubic", "bilinear"]
 

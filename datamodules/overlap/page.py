@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from datamodules.loading.images import decoding_at_least, open_image
 from datamodules.overlap.findings import OverlapPair, SetFindings
 from datamodules.pairs.source import PairSource
 from lit_clip.errors import InputError
 from lit_clip.evaluation.overlap import Overlap
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.html import page
+from lit_clip.tools.images import decoding_at_least, open_image
 
 SHOWN = 12  # pairs of a kind
 THUMBNAIL = 160  # pixels of the longer side

@@ -7,74 +7,33 @@ training set, D embedding dimension.
 import io
 import json
 import time
-import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from datamodules.loading.images import open_image
 from datamodules.near_duplicates import Look, LookIndex, Looks, look_of
 from datamodules.pairs.source import LISTED, PairSource
-from lit_clip.errors import BadSample, InputError, require
+from lit_clip.embedding.reading import EncoderBatch, encoded_batches, in_batches
+from lit_clip.errors import require
 from lit_clip.evaluation.data import ImageSet
 from lit_clip.evaluation.overlap import NearestImages, nearer, nowhere
+from lit_clip.evaluation.set_encoding import SetRows
 from lit_clip.models.clip import CLIP
-from lit_clip.models.config import Preprocessing
-from lit_clip.models.preprocess import pixels
 from lit_clip.tools.atomic import replacing
-from lit_clip.tools.console import progress
-from lit_clip.tools.images import loader
+from lit_clip.tools.images import open_image
 
 SECONDS_BETWEEN_SAVES = 60  # of work that a killed run can lose
 
 
-class Readable(Protocol):
-    """Images by row, with a name for the user."""
-
-    def __len__(self) -> int:
-        """Number of rows."""
-        ...
-
-    def read(self, row: int) -> tuple[str, list[Image.Image]]:
-        """How the user knows a row, and its images.
-
-        Raises:
-            InputError: it cannot be read.
-        """
-        ...
-
-
-class SetRows:
-    """The items of an evaluation set."""
-
-    def __init__(self, images: ImageSet) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def read(self, row: int) -> tuple[str, list[Image.Image]]:
-        name = self.images.key(row)
-        try:
-            found = self.images.images(row)
-        except BadSample:
-            raise
-        except Exception as error:  # decoders answer a broken file with whatever they trip over
-            raise BadSample(name, "cannot be read", str(error).partition("\n")[0]) from error
-        require(bool(found), f"{name}: has no image")
-        return name, found
-
-
 class SourceRows:
-    """The images of a training set, without their captions."""
+    """The images of a source of pairs as :class:`lit_clip.embedding.reading.ImageRows`."""
 
     def __init__(self, source: PairSource) -> None:
         self.source = source
@@ -87,76 +46,20 @@ class SourceRows:
         return stored.where, [open_image(io.BytesIO(stored.image), stored.where)]
 
 
-class Seen(NamedTuple):
-    """Some consecutive rows.
+class NamedLook(NamedTuple):
+    """Look of an image, and the user's name for its row."""
 
-    Attributes:
-        images: uint8 ``[B, 3, H, W]``, or None if none could be read.
-        looks: of each of those.
-        rows: of each of those.
-        names: likewise.
-        bad: reason and the whole line of each row that could not be read.
-        last: the row after these.
-    """
-
-    images: Tensor | None
-    looks: list[Look]
-    rows: list[int]
-    names: list[str]
-    bad: list[tuple[str, str]]
-    last: int
+    look: Look
+    name: str
 
 
-class RowBatches(Dataset[Seen]):
-    """One item is one batch, from row ``first`` on, decoded and cropped."""
-
-    def __init__(self, data: Readable, preprocessing: Preprocessing, batch_size: int, first: int = 0) -> None:
-        require(batch_size >= 1, f"--batch_size {batch_size} must be at least 1")
-        self.data, self.batch_size, self.first = data, batch_size, first
-        self.transform = pixels(preprocessing)
-
-    def __len__(self) -> int:
-        return -(-(len(self.data) - self.first) // self.batch_size)
-
-    def __getitem__(self, number: int) -> Seen:
-        start = self.first + number * self.batch_size
-        stop = min(start + self.batch_size, len(self.data))
-        pixels: list[Tensor] = []
-        seen = Seen(None, [], [], [], [], stop)
-        with warnings.catch_warnings(action="ignore"):  # Pillow's remarks on odd files would flood the terminal
-            for row in range(start, stop):
-                try:
-                    name, images = self.data.read(row)
-                except InputError as error:
-                    reason = error.reason if isinstance(error, BadSample) else "cannot be read"
-                    seen.bad.append((reason, str(error)))
-                    continue
-                for image in images:
-                    pixels.append(self.transform(image))
-                    seen.looks.append(look_of(image))
-                    seen.rows.append(row)
-                    seen.names.append(name)
-        return seen._replace(images=torch.stack(pixels)) if pixels else seen
+def _note(name: str, image: Image.Image) -> NamedLook:
+    return NamedLook(look_of(image), name)
 
 
-@torch.no_grad()
-def encoded(
-    model: CLIP, batches: RowBatches, batch_size: int, num_workers: int, title: str
-) -> Iterator[tuple[Seen, Tensor]]:
-    """Every batch with its unit features, float32 ``[B, D]`` on the model's device; ``batch_size`` at once."""
-    with progress(title, len(batches.data)) as advance:
-        done = batches.first
-        advance(done)
-        dataset: Any = batches
-        for seen in loader(dataset, num_workers):
-            features = torch.empty(0, model.config.embed_dim, device=model.device)
-            if seen.images is not None:
-                parts = seen.images.split(batch_size)
-                unit = [model.encode_image(model.normalize(part.to(model.device)), normalize=True) for part in parts]
-                features = torch.cat(unit).float()
-            yield seen, features
-            advance(seen.last - done)
-            done = seen.last
+def _rows_of_images(batch: EncoderBatch) -> list[int]:
+    """Return the row of each image of a batch."""
+    return [row for row, count in zip(batch.rows, batch.counts, strict=True) for _ in range(count)]
 
 
 @dataclass
@@ -197,14 +100,15 @@ class Queries:
         Raises:
             InputError: nothing of it can be read, or the model gives no numbers.
         """
-        rows = 1 if images.several else batch_size
-        batches = RowBatches(SetRows(images), model.preprocessing, rows)
+        batches = in_batches(range(len(images)), 1 if images.several else batch_size)
         features, looks, items, bad = [torch.empty(0, model.config.embed_dim)], [], [], []
-        for seen, batch_features in encoded(model, batches, batch_size, num_workers, title):
-            features.append(batch_features.cpu())
-            looks += seen.looks
-            items += seen.rows
-            bad += [line for _, line in seen.bad]
+        for batch, encoded in encoded_batches(
+            model, SetRows(images), batch_size, num_workers, batches=batches, note=_note, title=title
+        ):
+            features.append(encoded.cpu())
+            looks += [note.look for note in batch.notes]
+            items += _rows_of_images(batch)
+            bad += [row.message for row in batch.unreadable]
         require(bool(items), f"{title}: none of {len(images)} images can be used; {bad[0] if bad else 'it is empty'}")
         joined = torch.cat(features)
         require(
@@ -248,26 +152,26 @@ class NearestFound:
         """What is found of ``size`` images before any is read."""
         return cls(nowhere(size, device), [""] * size, np.full(size, -1), [""] * size)
 
-    def add(self, queries: Tensor, index: LookIndex, seen: Seen, features: Tensor) -> None:
-        """Look at a batch of training images."""
-        if seen.rows:
-            after = nearer(self.nearest, queries, features, torch.tensor(seen.rows, device=features.device))
-            names = dict(zip(seen.rows, seen.names, strict=True))
+    def add(self, queries: Tensor, index: LookIndex, batch: EncoderBatch, features: Tensor) -> None:
+        """Compare a batch of training images with the queries."""
+        if batch.rows:
+            after = nearer(self.nearest, queries, features, torch.tensor(batch.rows, device=features.device))
+            names = {row: note.name for row, note in zip(batch.rows, batch.notes, strict=True)}
             for query in (after.row != self.nearest.row).nonzero()[:, 0].tolist():
                 self.names[query] = names[int(after.row[query])]
             self.nearest = after  # after the names: an interrupted search comes to this batch again
-            self._add_looks(index, seen)
-        for reason, line in seen.bad:
-            self.reasons[reason] += 1
+            self._add_looks(index, batch)
+        for bad in batch.unreadable:
+            self.reasons[bad.reason] += 1
             if len(self.bad) < LISTED:
-                self.bad.append(line)
-        self.done = seen.last
+                self.bad.append(bad.message)
+        self.done += len(batch.rows) + len(batch.unreadable)
 
-    def _add_looks(self, index: LookIndex, seen: Seen) -> None:
-        ours, others = index.like(Looks.of(seen.looks))
+    def _add_looks(self, index: LookIndex, batch: EncoderBatch) -> None:
+        ours, others = index.like(Looks.of([note.look for note in batch.notes]))
         for query, other in sorted(zip(ours.tolist(), others.tolist(), strict=True)):
             if self.look_rows[query] < 0:
-                self.look_names[query], self.look_rows[query] = seen.names[other], seen.rows[other]
+                self.look_names[query], self.look_rows[query] = batch.notes[other].name, batch.rows[other]
 
     def save(self, path: Path) -> None:
         """Write an ``.npz`` file, whole or not at all."""
@@ -309,16 +213,18 @@ def search(
     if found.done >= len(source):
         return found
     features, index = queries.features.to(model.device), LookIndex(queries.looks)
-    batches = RowBatches(SourceRows(source), model.preprocessing, batch_size, found.done)
+    batches = in_batches(range(found.done, len(source)), batch_size)
     saved = time.monotonic()
     try:
-        for seen, batch_features in encoded(model, batches, batch_size, num_workers, "training images"):
-            found.add(features, index, seen, batch_features)
+        for batch, encoded in encoded_batches(
+            model, SourceRows(source), batch_size, num_workers, batches=batches, note=_note, title="training images"
+        ):
+            found.add(features, index, batch, encoded)
             if time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
                 found.save(path)
                 saved = time.monotonic()
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("what is found is kept; the same command goes on from there") from None
+        raise KeyboardInterrupt("what was found is kept; run the same command again to resume") from None
     finally:
         found.save(path)
     first = found.bad[0] if found.bad else ""

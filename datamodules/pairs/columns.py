@@ -13,7 +13,6 @@ import pyarrow as pa
 import pyarrow.compute
 
 from datamodules.loading.bad_samples import BLANK, check_caption
-from datamodules.loading.images import CHECKED, check_images, open_image
 from datamodules.pairs.source import (
     NO_CAPTION,
     EncodedPair,
@@ -25,6 +24,7 @@ from datamodules.pairs.source import (
     divide_rows,
 )
 from lit_clip.errors import BadSample, InputError
+from lit_clip.tools.images import CHECKED, check_images, open_image
 
 compute: Any = pyarrow.compute  # its functions are defined at run time
 

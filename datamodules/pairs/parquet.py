@@ -12,12 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from lightning.pytorch.utilities import rank_zero_info
 
-from datamodules.loading.cache import cache_file
+from datamodules.loading.cache import cache_file, writing_cached
 from datamodules.pairs.columns import Columns, check_types, find_columns, is_encoded, map_table
 from datamodules.pairs.source import PairSource, SourceOptions, find_split
 from datamodules.pairs.stored import RowRange, StoredPairs, blank_rows
 from lit_clip.errors import InputError
-from lit_clip.tools.atomic import write_whole
 
 BATCH_ROWS = 16_384
 IN_MEMORY = 64 << 20  # bytes of decoded texts that each process may hold; more are copied once and mapped
@@ -148,7 +147,8 @@ class ParquetPairs(StoredPairs):
         part = self.part(number)
         path = cache_file("tables", part.file, (LAYOUT, part.group, *self.columns), ".arrow")
         if not path.is_file():
-            write_whole(path, lambda file: self._write(file, part))
+            with writing_cached(path) as draft:
+                self._write(draft, part)
         return path
 
     def _write(self, path: Path, part: RowRange) -> None:
@@ -209,11 +209,7 @@ def _blank(path: Path, caption: str) -> np.ndarray:
     remembered = cache_file("tables", path, (LAYOUT, "blank", caption), ".npy")
     if not remembered.is_file():
         blank = search()
-
-        def write(target: Path) -> None:
-            with target.open("wb") as stream:
-                np.save(stream, blank)
-
-        write_whole(remembered, write)
+        with writing_cached(remembered) as draft, draft.open("wb") as stream:
+            np.save(stream, blank)
         return blank
     return np.load(remembered)

@@ -11,11 +11,10 @@ from typing import Any, NamedTuple, TextIO
 import pyarrow as pa
 from lightning.pytorch.utilities import rank_zero_info
 
-from datamodules.loading.cache import cache_file
+from datamodules.loading.cache import cache_file, writing_cached
 from datamodules.pairs.columns import Columns, TablePairs, find_columns, group_name, is_blank, map_table
 from datamodules.pairs.source import JSON_LINES, NO_CAPTION, LeftOut, PairSource, SourceOptions
 from lit_clip.errors import BadSample, InputError, require
-from lit_clip.tools.atomic import write_whole
 
 IN_MEMORY = 64 << 20  # bytes; a larger file is converted once to an Arrow file, which is memory-mapped
 BATCH_ROWS, BATCH_CHARACTERS = 16_384, 8 << 20
@@ -251,7 +250,8 @@ def _open(path: Path, options: SourceOptions, schema: pa.Schema, read: Read) -> 
         mapped = cache_file("tables", path, settings, ".arrow")
         if not mapped.is_file():
             rank_zero_info(f"{path}: converting it once to {mapped}")
-            write_whole(mapped, lambda file: _write(file, path, schema, read, problems))
+            with writing_cached(mapped) as draft:
+                _write(draft, path, schema, read, problems)
         table, left_out = map_table(mapped), _read_left_out(mapped)
     else:
         table, left_out = (

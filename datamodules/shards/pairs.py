@@ -16,7 +16,6 @@ from torch.utils.data import Dataset
 
 from datamodules.loading.bad_samples import BLANK, check_caption
 from datamodules.loading.cache import default_cache_dir
-from datamodules.loading.images import open_image
 from datamodules.pairs.source import LISTED, NO_CAPTION, EncodedPair, LeftOut, Pair, PairSource
 from datamodules.shards.files import (
     OpenShard,
@@ -33,7 +32,8 @@ from datamodules.shards.order import resampled_order, shard_order
 from lit_clip.distributed import rank_and_world
 from lit_clip.errors import BadSample, InputError, require
 from lit_clip.tools.console import progress
-from lit_clip.tools.images import OnError, loader
+from lit_clip.tools.images import OnError, open_image
+from lit_clip.tools.workers import loader
 
 T = TypeVar("T")
 

@@ -12,14 +12,14 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from datamodules.loading.images import decoding_at_least, open_image
 from datamodules.pairs.source import EncodedPair, PairSource
 from datamodules.shards.files import stamp_of
 from datamodules.shards.index import INDEX_SUFFIX, read_summary, scan_shard, write_index
 from lit_clip.errors import BadSample, InputError
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.console import progress
-from lit_clip.tools.images import OnError, loader
+from lit_clip.tools.images import OnError, decoding_at_least, open_image
+from lit_clip.tools.workers import loader
 
 MANIFEST = "shards.json"
 EXTENSIONS = {

@@ -22,8 +22,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lit_clip.cli.run_folders import run_folders
 from lit_clip.errors import InputError, no_such_file
 from lit_clip.module import LitCLIP
+from lit_clip.tools.hardware import has_bfloat16
 from lit_clip.tools.messages import hinting, options_of, parameters
-from lit_clip.tools.processor import has_bfloat16
 from lit_clip.training.checkpoint_io import WholeCheckpointIO, newest_checkpoint
 from lit_clip.training.summary import print_next_steps, print_summary, resume_command
 from lit_clip.weights.checkpoints import read_checkpoint

@@ -1,4 +1,4 @@
-"""``lit-clip classify``: images named from class names alone."""
+"""``lit-clip classify``: zero-shot classification of image files."""
 
 import csv
 import io
@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -18,19 +17,21 @@ from torch import Tensor
 
 from lit_clip import load_model
 from lit_clip.embedding.encode import report_skipped
-from lit_clip.embedding.image_files import ImageBatches, Item, find_images, in_batches
+from lit_clip.embedding.image_files import FileRows, find_images
+from lit_clip.embedding.reading import UnreadableRow, encoded_batches
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.zero_shot import check_templates, imagenet_templates, zero_shot_classifier
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.console import progress, stderr
-from lit_clip.tools.images import Bad, OnError, loader
+from lit_clip.tools.hardware import best_device
+from lit_clip.tools.images import OnError, or_skip
 
 Output = Literal["table", "csv", "json"]
 
 
 class RankedClass(NamedTuple):
-    """A class and how probable it is."""
+    """A class and its probability."""
 
     name: str
     probability: float
@@ -49,63 +50,53 @@ def classify(
     num_workers: int = 4,
     on_error: OnError = "error",
 ) -> None:
-    """Name the class of each image, from the classes' names alone.
+    """Classify images zero-shot, from class names.
 
-    The probabilities of an image's classes add up to 1; those of a SigLIP do not, it judges every class by itself.
+    The probabilities of an image's classes add up to 1, except with a SigLIP, which judges each class by itself.
 
     Args:
-        images: files, and folders with all below.
+        images: files, and folders with everything below.
         model: a checkpoint, or a name that lit_clip.load_model understands.
-        classes: names; or one text file with a name a line.
-        templates: prompts with {} for the name; or one text file with a prompt a line; or imagenet, the paper's 80.
+        classes: names; or a text file with one name per line.
+        templates: prompt templates with {} for the name; or a text file with one per line; or imagenet, the paper's 80.
         top_k: number of classes shown for each image.
-        output: what is printed. CSV has one row a class shown, JSON one object an image.
-        output_file: write it to this file instead.
+        output: format of the results. CSV has one row per class shown, JSON one object per image.
+        output_file: write the results to this file instead of standard output.
         batch_size: images encoded at once.
         num_workers: processes that decode images.
-        on_error: what an image that cannot be read does; skip reports it and leaves it out.
+        on_error: error ends the run at an image that cannot be read; skip reports it.
     """
     names = read_classes(classes)
-    prompts = imagenet_templates() if templates == ["imagenet"] else _lines(templates, "templates")
-    check_templates(prompts)
+    prompts = _read_templates(templates)
     require(top_k >= 1, f"--top_k {top_k} must be at least 1")
     path = Path(output_file) if output_file else None
     require(path is None or path.absolute().parent.is_dir(), f"--output_file {path}: there is no such folder")
-    items = find_images(images)
-    clip = load_model(model).to(_best_device())
-    require(
-        len(names) > 1 or clip.logit_bias is not None,
-        f"--classes {names[0]}: one class alone would have 100 % of every image; name what else it may be",
-    )
+    files = find_images(images)
+    clip = load_model(model).to(best_device())
+    if len(names) == 1 and clip.logit_bias is None:
+        raise InputError(f"--classes {names[0]}: a single class gets 100 % of every image; name what else it may be")
     classifier = _classifier(clip, names, prompts)
-    found = classify_items(clip, items, names, classifier, top_k, batch_size, num_workers)
-    predictions: dict[str, list[RankedClass]] = {}
+    classes_of: dict[str, list[RankedClass]] = {}  # by key
+    unreadable: list[UnreadableRow] = []
     try:
-        bad = _sort(found, predictions, on_error)
+        for batch, features in encoded_batches(clip, FileRows(files), batch_size, num_workers, title="images"):
+            for bad in batch.unreadable:
+                require(on_error == "skip", or_skip(bad.message, "--on_error skip"))
+            unreadable += batch.unreadable
+            if batch.rows:
+                ranked = _ranked(class_probabilities(clip, features, classifier), names, top_k)
+                classes_of |= zip((files[row].key for row in batch.rows), ranked, strict=True)
     except KeyboardInterrupt:
         kept = path.with_name(f"{path.name}.partial") if path else None
-        _write(predictions, output, kept)
-        raise KeyboardInterrupt(f"{len(predictions)} of {len(items)} are in {kept or 'the output'}") from None
-    require(bool(predictions), f"none of {len(items)} images could be read; the first: {bad[0].reason if bad else ''}")
-    _write(predictions, output, path)
+        _write(classes_of, output, kept)
+        raise KeyboardInterrupt(f"{len(classes_of)} of {len(files)} are in {kept or 'the output'}") from None
+    first = unreadable[0].message if unreadable else ""
+    require(bool(classes_of), f"none of {len(files)} images could be read; the first: {first}")
+    _write(classes_of, output, path)
     if path:
-        report_skipped(bad, path.with_name(f"{path.name}.skipped.txt"))
-    for item in bad if not path else ():
-        stderr().print(f"skipped: {item.reason}", markup=False)
-
-
-def _sort(
-    found: Iterator[tuple[str, list[RankedClass] | Bad]], predictions: dict[str, list[RankedClass]], on_error: OnError
-) -> list[Bad]:
-    """Add what is known to ``predictions``, which an interrupted run still has, and return what could not be read."""
-    bad: list[Bad] = []
-    for key, result in found:
-        if isinstance(result, Bad):
-            require(on_error == "skip", f"{result.reason}; fix or remove it, or set --on_error skip")
-            bad.append(result)
-        else:
-            predictions[key] = result
-    return bad
+        report_skipped(files, unreadable, path.with_name(f"{path.name}.skipped.txt"))
+    for bad in () if path else unreadable:
+        stderr().print(f"skipped: {bad.message}", markup=False)
 
 
 def _classifier(model: CLIP, names: Sequence[str], prompts: Sequence[str]) -> Tensor:
@@ -121,92 +112,65 @@ def _classifier(model: CLIP, names: Sequence[str], prompts: Sequence[str]) -> Te
         return zero_shot_classifier(model, names, prompts, progress=count)
 
 
-def _best_device() -> torch.device:
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+def _read_templates(words: Sequence[str]) -> list[str]:
+    templates = imagenet_templates() if list(words) == ["imagenet"] else _lines(words, "templates")
+    check_templates(templates)
+    return templates
 
 
 def _lines(words: Sequence[str], option: str) -> list[str]:
-    """The words, or the lines of the file that a single word is the path of."""
+    """Return the words, or the lines of a file if there is one word, its path."""
     path = Path(words[0]) if len(words) == 1 else None
-    if path is None or not (os.path.isfile(path) or path.suffix == ".txt"):  # Path's own fails at 256 characters
+    if path is None or not (os.path.isfile(path) or path.suffix == ".txt"):  # Path.is_file fails beyond 255 characters
         return [" ".join(word.split()) for word in words]
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--{option} {path}: not a readable UTF-8 text file ({error})") from error
     lines = [" ".join(line.split()) for line in lines if line.strip()]
-    require(bool(lines), f"--{option} {path}: an empty file; it wants one a line")
+    require(bool(lines), f"--{option} {path}: the file is empty; write one per line")
     return lines
 
 
 def read_classes(words: Sequence[str]) -> list[str]:
-    """Class names as typed, from a file with a name a line, or from a single word with commas between them.
+    """Return class names as typed, from a file with one name per line, or from one word that lists them with commas.
 
     Raises:
-        InputError: an unreadable file, an empty name, or one that is there twice (letter case aside).
+        InputError: the file is unreadable, or a name is empty or a duplicate (ignoring case).
     """
     names = _lines(words, "classes")
     if len(names) == len(words) == 1 and "," in names[0]:
         names = [name.strip() for name in names[0].split(",")]
-    require(all(names), "--classes: one of the names is empty")
+    require(all(names), "--classes: a name is empty")
     counts = Counter(name.casefold() for name in names)
-    twice = {name.casefold(): name for name in names if counts[name.casefold()] > 1}
-    if twice:
-        listed = ", ".join(map(repr, twice.values()))
+    duplicates = {name.casefold(): name for name in names if counts[name.casefold()] > 1}
+    if duplicates:
+        listed = ", ".join(map(repr, duplicates.values()))
         raise InputError(f"--classes: named more than once: {listed}; an image has one best class, name each once")
     return names
 
 
-@torch.inference_mode()
-def classify_items(
-    model: CLIP,
-    items: Sequence[Item],
-    names: Sequence[str],
-    classifier: Tensor,
-    top_k: int,
-    batch_size: int,
-    num_workers: int,
-) -> Iterator[tuple[str, list[RankedClass] | Bad]]:
-    """Each image's key with its most probable classes, best first, or with why it has none.
-
-    Args:
-        model: where it is to compute.
-        items: images.
-        names: C class names.
-        classifier: ``[D, C]`` of them, see :func:`lit_clip.zero_shot_classifier`.
-        top_k: number of classes.
-        batch_size: images encoded at once.
-        num_workers: processes that decode.
-    """
-    batches = ImageBatches(items, in_batches(range(len(items)), batch_size), model.preprocessing)
-    with progress("images", len(items)) as advance:
-        for batch in loader(batches, num_workers):
-            if batch.inputs is not None:
-                features = model.encode_image(batch.inputs.to(model.device), normalize=True)  # [b, D]
-                best = class_probabilities(model, features, classifier).topk(min(top_k, len(names)), dim=1)
-                for row, values, indices in zip(batch.rows, best.values.tolist(), best.indices.tolist(), strict=True):
-                    predictions = [RankedClass(str(names[i]), value) for value, i in zip(values, indices, strict=True)]
-                    yield items[row].key, predictions
-            for bad in batch.bad:
-                yield bad.key, bad
-            advance(len(batch.rows) + len(batch.bad))
+def _ranked(probabilities: Tensor, names: Sequence[str], top_k: int) -> Iterator[list[RankedClass]]:
+    """Yield for each row of ``[B, C]`` the most probable classes, best first."""
+    best = probabilities.topk(min(top_k, len(names)), dim=1)
+    for values, indices in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+        yield [RankedClass(str(names[i]), value) for value, i in zip(values, indices, strict=True)]
 
 
 def class_probabilities(model: CLIP, features: Tensor, classifier: Tensor) -> Tensor:
-    """Unit features ``[B, D]`` and a classifier ``[D, C]`` -> ``[B, C]``.
+    """Return the probabilities ``[B, C]`` from unit features ``[B, D]`` and a classifier ``[D, C]``.
 
-    Softmax over the classes, as in the paper; with a ``logit_bias`` (SigLIP) the sigmoid of each class by itself.
+    Softmax over the classes, as in the paper; with a ``logit_bias`` (SigLIP) a sigmoid for each class.
     """
     logits = model.logit_scale.exp() * (features @ classifier)
     return logits.softmax(dim=1) if model.logit_bias is None else (logits + model.logit_bias).sigmoid()
 
 
-def _write(predictions: dict[str, list[RankedClass]], output: Output, path: Path | None) -> None:
-    """Print the results, or write them to a file."""
+def _write(classes_of: dict[str, list[RankedClass]], output: Output, path: Path | None) -> None:
     if output == "table" and path is None:
-        Console().print(_table(predictions))
+        Console().print(_table(classes_of))
         return
-    text = {"table": _as_text, "csv": _as_csv, "json": _as_json}[output](predictions)
+    text = {"table": _as_text, "csv": _as_csv, "json": _as_json}[output](classes_of)
     if path is None:
         sys.stdout.write(text)
         return
@@ -214,38 +178,38 @@ def _write(predictions: dict[str, list[RankedClass]], output: Output, path: Path
         temporary.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
 
 
-def _table(predictions: dict[str, list[RankedClass]]) -> Table:
+def _table(classes_of: dict[str, list[RankedClass]]) -> Table:
     table = Table("image", "class")
     table.add_column("probability", justify="right")
-    for key, best in predictions.items():
+    for key, best in classes_of.items():
         for i, prediction in enumerate(best):
             image = Text(key if i == 0 else "", overflow="fold")
             table.add_row(image, Text(prediction.name), f"{100 * prediction.probability:.1f} %")
     return table
 
 
-def _as_text(predictions: dict[str, list[RankedClass]]) -> str:
+def _as_text(classes_of: dict[str, list[RankedClass]]) -> str:
     console = Console(file=io.StringIO(), width=200)
-    console.print(_table(predictions))
+    console.print(_table(classes_of))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
 
-def _as_csv(predictions: dict[str, list[RankedClass]]) -> str:
+def _as_csv(classes_of: dict[str, list[RankedClass]]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["image", "rank", "class", "probability"])
-    for key, best in predictions.items():
+    for key, best in classes_of.items():
         writer.writerows([key, rank, name, f"{value:.6f}"] for rank, (name, value) in enumerate(best, start=1))
     return text.getvalue()
 
 
-def _as_json(predictions: dict[str, list[RankedClass]]) -> str:
+def _as_json(classes_of: dict[str, list[RankedClass]]) -> str:
     rows = [
         {"image": key, "classes": [{"class": name, "probability": round(value, 6)} for name, value in best]}
-        for key, best in predictions.items()
+        for key, best in classes_of.items()
     ]
     text = json.dumps(rows, indent=1, ensure_ascii=False)
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-        text = json.dumps(rows, indent=1)  # a name that is not Unicode: JSON must be
+        text = json.dumps(rows, indent=1)  # a file name that is not Unicode has to be escaped in JSON
     return text + "\n"

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_clip import distributed, load_model
-from lit_clip.embedding.batch_size import BatchSize
-from lit_clip.embedding.encode import Precision
+from lit_clip.embedding.encode import EncodingSettings, Precision
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.bias import bias_texts
 from lit_clip.evaluation.data import CaptionedImages, ImageSet, LabelledImages, MissingData, check_classes
@@ -20,7 +19,7 @@ from lit_clip.evaluation.report.page import write_report
 from lit_clip.evaluation.report.results_table import print_results
 from lit_clip.evaluation.report.tensorboard import write_tensorboard
 from lit_clip.evaluation.results import Results, cache_key, provenance, read_results
-from lit_clip.evaluation.store import FeatureStore, Settings
+from lit_clip.evaluation.store import FeatureStore
 from lit_clip.evaluation.suite import TASKS, SuiteEntry, Task, read_suite
 from lit_clip.evaluation.tasks import (
     DistinctCaptions,
@@ -54,7 +53,7 @@ def evaluate(
     tasks: list[str] | None = None,
     compare: list[str] | None = None,
     cache: str | None = None,
-    batch_size: BatchSize = 64,
+    batch_size: int = 64,
     num_workers: int = 4,
     devices: int = 1,
     accelerator: str = "auto",
@@ -77,7 +76,7 @@ def evaluate(
         tasks: tasks to run, of zero_shot, linear_probe, few_shot, retrieval, geolocation, bias; all if not given.
         compare: results.json of other runs, or their folders, to compare with in the report.
         cache: folder for image and text features; cache in the output folder if not given.
-        batch_size: images encoded at once by one process; auto tries several and takes the fastest that fits in memory.
+        batch_size: images encoded at once by one process.
         num_workers: processes per device that decode images.
         devices: number of processes, one per device; does not change the results.
         accelerator: cpu, gpu, mps, ...
@@ -94,7 +93,7 @@ def evaluate(
     others = {path: read_results(Path(path)) for path in compare or []}
     clip, out = load_model(model), Path(output)
     _create_folder(out)
-    settings = Settings(batch_size, num_workers, devices, accelerator, precision, on_error)
+    settings = EncodingSettings(batch_size, num_workers, devices, accelerator, precision, on_error)
     store = FeatureStore(clip, Path(cache) if cache else out / "cache", settings)
     run = _Run(clip, store, Path(data_root), Results(out), TaskOptions(draws=draws, seed=seed), wanted)
     head = provenance(model, clip, store.fingerprint, precision, suite)

@@ -1,6 +1,5 @@
-"""``lit-clip export``: a model for other people's tools, checked against the original before it appears."""
+"""``lit-clip export``: write a model for other tools, checked against the original before it appears."""
 
-import hashlib
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,23 +11,24 @@ from rich.table import Table
 
 from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
-from lit_clip.tools.atomic import appearing
+from lit_clip.tools.atomic import replacing_folder
 from lit_clip.tools.console import progress
+from lit_clip.tools.hashing import sha256_of_file
 from lit_clip.weights.export import FORMATS, ExportSample, FormatName, Parity, parity_of
 from lit_clip.weights.load import load_model
 from lit_clip.weights.model_card import ExportedSource, model_card
 
 
 def export(model: str, *, format: FormatName, output: str, license: str | None = None) -> None:
-    """Write a model as other tools read it, and check that it computes the same there.
+    """Write a model in another tool's format, and check that it computes the same there.
 
-    The folder appears when everything in it has been written, opened again and compared; otherwise nothing does.
+    The folder appears only when everything in it has been written, opened with the other tool and compared.
 
     Args:
         model: a checkpoint, a folder or a name: whatever lit_clip.load_model opens.
-        format: open_clip and hugging_face are weights in float32 with their configuration, onnx is one file an encoder.
+        format: open_clip and hugging_face: float32 weights with their configuration; onnx: one file per encoder.
         output: a folder that does not exist yet, or is empty.
-        license: of the weights, for the model card; unknown if not given.
+        license: of the weights, for the model card; by default unknown.
     """
     folder = Path(output)
     check_free(folder)
@@ -37,7 +37,7 @@ def export(model: str, *, format: FormatName, output: str, license: str | None =
         original = load_model(model)
         source = source_of(model)
         advance(1)
-        with appearing(folder) as draft, quiet():
+        with replacing_folder(folder) as draft, quiet():
             parity = write_checked(original, format, draft, advance)
             card = model_card(original, format, folder.name, source, parity, license)
             (draft / "README.md").write_text(card, encoding="utf-8")
@@ -50,7 +50,7 @@ def write_checked(original: CLIP, format: FormatName, draft: Path, advance: Call
     """Write the model into a folder, open it with the other tool and compare.
 
     Raises:
-        InputError: the format cannot hold this model, or what comes out differs by more than the format's tolerance.
+        InputError: the format cannot hold this model, or its results differ by more than the format's tolerance.
     """
     target = FORMATS[format]
     target.write(original, draft)
@@ -60,7 +60,7 @@ def write_checked(original: CLIP, format: FormatName, draft: Path, advance: Call
         reading = target.read(draft, sample)
     except InputError:
         raise
-    except Exception as error:  # whatever another library says to a file that it cannot use
+    except Exception as error:  # another library may raise anything for a file it cannot use
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{format} cannot open this model ({type(error).__name__}: {reason})") from error
     advance(1)
@@ -72,7 +72,8 @@ def write_checked(original: CLIP, format: FormatName, draft: Path, advance: Call
                 f"{target.tolerance:.0e}; nothing was written"
             )
     require(
-        parity.tokens is not False, f"{format}: its tokenizer gives other ids than the model's; nothing was written"
+        parity.tokens is not False,
+        f"{format}: its tokenizer gives other token ids than the model's; nothing was written",
     )
     if parity.pixels is not None and not parity.pixels <= 1.001:
         raise InputError(
@@ -85,14 +86,14 @@ def write_checked(original: CLIP, format: FormatName, draft: Path, advance: Call
 def check_free(folder: Path) -> None:
     """Raise :class:`InputError` unless the folder can be made, or is empty."""
     if folder.is_dir():
-        require(not any(folder.iterdir()), f"{folder}: the folder is not empty; name another one")
+        require(not any(folder.iterdir()), f"{folder}: the folder is not empty; name another")
     else:
-        require(not folder.exists(), f"{folder}: there is a file of that name")
+        require(not folder.exists(), f"{folder}: is a file; name a folder")
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what the libraries say of their own insides."""
+    """Silence the libraries' warnings about their own internals."""
     import logging
 
     names = ("", "torch.onnx", "onnxscript", "transformers")
@@ -109,20 +110,19 @@ def quiet() -> Iterator[None]:
 
 
 def source_of(model: str) -> ExportedSource:
-    """What was exported: the name as given and, of a file or a folder's largest one, the SHA-256."""
+    """Return the name as given, and the SHA-256 of the file or of a folder's largest file."""
     path = Path(model)
     if not path.exists():
         return ExportedSource(model, None)
     inside = [file for file in path.iterdir() if file.is_file()] if path.is_dir() else [path]
     weights = max(inside, key=lambda file: file.stat().st_size)
-    with weights.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return ExportedSource(weights.name if path.is_file() else f"{path.resolve().name}/{weights.name}", digest)
+    name = weights.name if path.is_file() else f"{path.resolve().name}/{weights.name}"
+    return ExportedSource(name, sha256_of_file(weights))
 
 
 def _table(folder: Path, format: str, parity: Parity) -> Table:
     table = Table(title=f"{format}: largest difference from the original")
-    table.add_column("what")
+    table.add_column("")
     table.add_column("difference", justify="right")
     table.add_column("tolerance", justify="right")
     tolerance = FORMATS[format].tolerance

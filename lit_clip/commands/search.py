@@ -1,4 +1,4 @@
-"""``lit-clip search``: the images of a folder that fit a text or an image best."""
+"""``lit-clip search``: find the images of a folder that best match a text or an image."""
 
 import base64
 import html
@@ -13,22 +13,25 @@ from PIL import Image, ImageOps
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
 from lit_clip import load_model
-from lit_clip.embedding.image_files import images_in
+from lit_clip.embedding.encode import EncodingSettings
+from lit_clip.embedding.image_files import FileRows, ImageFile, images_in
 from lit_clip.embedding.index import INDEX, nearest, update_index
-from lit_clip.errors import require
+from lit_clip.embedding.reading import encoded_batches
+from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.console import progress, stderr
 from lit_clip.tools.html import page
-from lit_clip.tools.images import OnError, read_image
+from lit_clip.tools.images import OnError, open_image
 
 THUMBNAIL = 256  # pixels of the longer side
 
 
 class Hit(NamedTuple):
-    """An image found, and its cosine similarity to the query."""
+    """An image that was found, and its cosine similarity to the query."""
 
     key: str
     score: float
@@ -47,38 +50,35 @@ def search(
     num_workers: int = 4,
     on_error: OnError = "error",
 ) -> None:
-    """Find the images of a folder that fit a query best.
+    """Find the images of a folder that best match a query.
 
-    The first search encodes the folder and keeps the features in an index; later ones encode only images that are
-    new or changed since, and forget those that are gone.
+    The first search encodes the folder and keeps the features in an index; later searches encode only images that are
+    new or have changed, and forget those that are gone.
 
     Args:
-        images: a folder, searched with all below.
+        images: a folder, searched with everything below.
         queries: texts, each a search of its own.
         model: a checkpoint, or a name that lit_clip.load_model understands.
-        image: images to find similar ones of.
+        image: images, each a search for similar ones.
         top_k: number of images found for each query.
-        sheet: an HTML page to show them on; it holds the thumbnails itself.
+        sheet: an HTML page that shows them; thumbnails are embedded.
         index: the index, a .npz file; by default .lit-clip-index.npz in the folder.
         batch_size: images encoded at once.
         num_workers: processes that decode images.
-        on_error: what an image that cannot be read does; skip lists it in a file beside the index.
+        on_error: error ends the run at an image that cannot be read; skip lists it in a file beside the index.
     """
-    require(bool(queries or image), "nothing to search for: type a text behind the folder, or give --image")
+    require(bool(queries or image), "nothing to search for; type a text after the folder, or give --image")
     require(top_k >= 1, f"--top_k {top_k} must be at least 1")
-    require(index is None or index.endswith(".npz"), f"--index {index}: an index is a .npz file")
+    require(index is None or index.endswith(".npz"), f"--index {index}: must be a .npz file")
     require(Path(sheet).absolute().parent.is_dir(), f"--sheet {sheet}: there is no such folder")
     folder = Path(images)
-    items = images_in(folder)
-    photos = [(path, read_image(Path(path))) for path in image or []]
+    files = images_in(folder)
     clip = load_model(model)
-    table = update_index(
-        clip, items, Path(index) if index else folder / INDEX, batch_size=batch_size, num_workers=num_workers,
-        on_error=on_error,
-    )  # fmt: skip
-    vectors = _encode_queries(clip, queries, [photo for _, photo in photos])
+    vectors = _encode_queries(clip, queries, image or [])  # before the folder: an unreadable query ends the command
+    settings = EncodingSettings(batch_size, num_workers, on_error=on_error)
+    table = update_index(clip, files, Path(index) if index else folder / INDEX, settings)
     keys = [key for key, _, _ in table.identities]
-    titles = [*queries, *(f"like {path}" for path, _ in photos)]
+    titles = [*queries, *(f"like {path}" for path in image or [])]
     found = [
         [Hit(keys[row], score) for row, score in zip(rows, scores, strict=True)]
         for scores, rows in zip(*(part.tolist() for part in nearest(table.features, vectors, top_k)), strict=True)
@@ -86,19 +86,21 @@ def search(
     for title, hits in zip(titles, found, strict=True):
         _print_hits(title, hits)
     write_sheet(Path(sheet), folder, dict(zip(titles, found, strict=True)))
-    stderr().print(f"the same with images: {sheet}", markup=False)
+    stderr().print(f"thumbnails: {sheet}", markup=False)
 
 
 @torch.inference_mode()
-def _encode_queries(model: CLIP, texts: Sequence[str], images: Sequence[Image.Image]) -> np.ndarray:
-    """float32 ``[Q, D]``, of unit length: the texts, then the images."""
-    features = []
+def _encode_queries(model: CLIP, texts: Sequence[str], images: Sequence[str]) -> np.ndarray:
+    """Return the unit features of the texts, then of the images: float32 ``[Q, D]``."""
+    features: list[Tensor] = []
     if texts:
         tokens = model.tokenizer.trim(model.tokenize(list(texts)))
         features.append(model.encode_text(tokens.to(model.device), normalize=True))
-    if images:
-        inputs = torch.stack([model.preprocess(image) for image in images])
-        features.append(model.encode_image(inputs.to(model.device), normalize=True))
+    files = FileRows([ImageFile(path, Path(path)) for path in images])
+    for batch, encoded in encoded_batches(model, files, batch_size=64, num_workers=0):
+        for bad in batch.unreadable:
+            raise InputError(bad.message)
+        features.append(encoded)
     return torch.cat(features).float().cpu().numpy()
 
 
@@ -121,7 +123,7 @@ figcaption { overflow-wrap: anywhere }"""
 
 
 def write_sheet(path: Path, folder: Path, found: dict[str, list[Hit]]) -> None:
-    """Write one HTML file with a section a query; thumbnails are inside it, nothing is fetched from anywhere."""
+    """Write one HTML file with a section per query; thumbnails are embedded, nothing is fetched."""
     sections = []
     with progress("contact sheet", sum(map(len, found.values()))) as advance:
         for query, hits in found.items():
@@ -140,8 +142,8 @@ def write_sheet(path: Path, folder: Path, found: dict[str, list[Hit]]) -> None:
 
 
 def _thumbnail(path: Path) -> str:
-    """A JPEG of the image, base64."""
-    image = ImageOps.exif_transpose(read_image(path))
+    """Return a JPEG of the image, as base64."""
+    image = ImageOps.exif_transpose(open_image(path))
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     if image.has_transparency_data:
         image = image.convert("RGBA")

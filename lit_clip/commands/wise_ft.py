@@ -1,4 +1,4 @@
-"""``lit-clip wise-ft``: the models on the line between two checkpoints (Wortsman et al. 2022, "Robust fine-tuning")."""
+"""``lit-clip wise-ft``: interpolate two checkpoints (Wortsman et al. 2022, arXiv:2109.01903)."""
 
 import copy
 from pathlib import Path
@@ -10,23 +10,20 @@ from jsonargparse import ArgumentError, ArgumentParser
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.utils.data import DataLoader
 
+from lit_clip.embedding.reading import encoded_batches
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.accuracy import accuracies, classification_counts
+from lit_clip.evaluation.set_encoding import SetRows
 from lit_clip.evaluation.zero_shot import (
-    LabelledPixels,
     ZeroShotSet,
-    collate_labelled,
     zero_shot_classifier,
 )
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import differences
-from lit_clip.models.preprocess import pixels
 from lit_clip.tools.atomic import replacing
-from lit_clip.tools.console import progress
+from lit_clip.tools.hardware import best_device
 from lit_clip.tools.messages import one_line
-from lit_clip.tools.workers import quiet_worker
 from lit_clip.weights.checkpoints import saved_tokenizer
 from lit_clip.weights.load import load_model
 
@@ -37,30 +34,32 @@ class InterpolatedModels:
     """The models ``(1 - alpha) * before + alpha * after``, one at a time.
 
     Args:
-        before: the model that was fine-tuned.
-        after: what became of it, of the same architecture and with the same preprocessing.
-        names: how to call them in an error.
+        before: the model before fine-tuning.
+        after: the fine-tuned model, of the same architecture and with the same preprocessing.
+        names: of the two, for error messages.
     """
 
     def __init__(self, before: CLIP, after: CLIP, names: tuple[str, str] = ("before", "after")) -> None:
         wrong = differences(after.config, before.config)
-        require(not wrong, f"{names[1]} is of another architecture than {names[0]}: {', '.join(wrong)}")
+        require(not wrong, f"{names[1]} has another architecture than {names[0]}: {', '.join(wrong)}")
         self.model = copy.deepcopy(before)
         self._ends = before.state_dict(), after.state_dict()
 
     @torch.no_grad()
     def at(self, alpha: float, only: str = "") -> CLIP:
-        """The model at ``alpha``: 0 is ``before``, 1 is ``after``, exactly.
+        """Return the model at ``alpha``: 0 is ``before``, 1 is ``after``, exactly.
 
         Args:
-            alpha: from 0 to 1.
-            only: set the weights whose names begin so, and leave the others.
+            alpha: between 0 and 1.
+            only: prefix of the weights to set; others are left as they are.
         """
         before, after = self._ends
         for name, value in self.model.state_dict().items():
             if name.startswith(only):
                 mixed = value.is_floating_point() and alpha not in (0, 1)
-                nearest = after[name] if alpha >= 0.5 else before[name]  # counters of batches are not mixed
+                nearest = (
+                    after[name] if alpha >= 0.5 else before[name]
+                )  # integers, such as batch counters, are not mixed
                 value.copy_(torch.lerp(before[name], after[name], alpha) if mixed else nearest)
         return self.model
 
@@ -77,34 +76,34 @@ def wise_ft(
     batch_size: int = 64,
     num_workers: int = 2,
 ) -> None:
-    """Evaluate the models between a checkpoint and what fine-tuning made of it, and write the best.
+    """Evaluate the models between a checkpoint and its fine-tuned version, and write the best.
 
-    The best has the highest mean of two accuracies: top-1 on the target set, and the mean top-1 on the others, which
-    are held out. Of equally good ones it is the nearest to the checkpoint before. Every image is read once.
+    The best has the highest mean of two accuracies: top-1 on the target set, and the mean top-1 on the other sets,
+    which are held out. Among equals it is the one nearest to the checkpoint before. Every image is read once.
 
     Args:
-        before: the model that was fine-tuned: whatever lit_clip.load_model opens.
+        before: the model before fine-tuning: whatever lit_clip.load_model opens.
         after: the fine-tuned checkpoint.
-        sets: a YAML file of sets by name, as the callback ZeroShot takes them; or that mapping itself.
-        output: a checkpoint to write the chosen model to.
-        alphas: how far from before to after, from 0 to 1, divided by commas.
-        target: the set that was fine-tuned for; the first one, if not given.
-        alpha: choose this one instead.
+        sets: a YAML file of sets by name, in the format of the callback ZeroShot; or that mapping.
+        output: the checkpoint to write the chosen model to.
+        alphas: points between before (0) and after (1), separated by commas.
+        target: the set that the model was fine-tuned for; the first one by default.
+        alpha: choose this point instead of the best.
         batch_size: images encoded at once.
         num_workers: processes that read images.
     """
     wanted = _read_alphas(alphas, alpha)
     found = read_sets(sets) if isinstance(sets, str) else sets
-    require(bool(found), "--sets: none; give at least one")
+    require(bool(found), "--sets: empty; give at least one set")
     target = target or next(iter(found))
     require(target in found, f"--target {target}: no such set; there are {', '.join(found)}")
     path = Path(output) if output else None
     require(path is None or path.absolute().parent.is_dir(), f"--output {path}: there is no such folder")
-    require(path is None or path.suffix == ".ckpt", f"--output {path}: a checkpoint is a .ckpt file")
-    require(path is None or not path.is_dir(), f"--output {path}: there is a folder of that name")
+    require(path is None or path.suffix == ".ckpt", f"--output {path}: must be a .ckpt file")
+    require(path is None or not path.is_dir(), f"--output {path}: is a folder; name a file")
     require(batch_size >= 1, f"--batch_size {batch_size} must be at least 1")
     require(num_workers >= 0, f"--num_workers {num_workers} must be at least 0")
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = best_device()
     line = InterpolatedModels(load_model(before).to(device), load_model(after).to(device), (before, after))
     results = evaluate_line(line, found, wanted, batch_size, num_workers)
     chosen = best_alpha(results, target) if alpha is None else alpha
@@ -117,14 +116,14 @@ def _read_alphas(words: str, chosen: float | None) -> list[float]:
     try:
         alphas = {float(word) for word in words.split(",")} | ({chosen} if chosen is not None else set())
     except ValueError as error:
-        raise InputError(f"--alphas {words}: give numbers divided by commas, such as 0,0.5,1") from error
+        raise InputError(f"--alphas {words}: must be numbers separated by commas, such as 0,0.5,1") from error
     for value in alphas:
-        require(0 <= value <= 1, f"--alphas: {value} must be from 0 to 1")
+        require(0 <= value <= 1, f"--alphas: {value} must be between 0 and 1")
     return sorted(alphas)
 
 
 def read_sets(path: str) -> dict[str, ZeroShotSet]:
-    """A YAML file of zero-shot sets: name -> ``images`` (a class with its arguments) and ``templates``."""
+    """Read a YAML file of zero-shot sets: name -> ``images`` (a class with its arguments) and ``templates``."""
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -145,32 +144,31 @@ def evaluate_line(
     batch_size: int = 64,
     num_workers: int = 0,
 ) -> Results:
-    """Zero-shot top-1 of each set at each alpha, in one pass over the images.
+    """Compute the zero-shot top-1 of each set at each alpha, in one pass over the images.
 
-    The weights change within a batch, not the batch for the weights: mixing them is cheaper than to decode again.
+    The weights are interpolated for every batch: that is cheaper than decoding the images again for every alpha.
     """
     model = line.model
+
+    def encode(images: Tensor) -> Tensor:
+        """Encode uint8 ``[B, 3, H, W]`` at each alpha -> ``[B, A, D]``, of unit length."""
+        normalized = model.normalize(images)
+        return torch.stack([line.at(a, only="visual.").encode_image(normalized, normalize=True) for a in alphas], dim=1)
+
     results: Results = {}
     for name, zero_shot_set in sets.items():
         images, templates = zero_shot_set.images, zero_shot_set.templates
-        assert not isinstance(templates, str)  # __post_init__ has seen to it
+        assert not isinstance(templates, str)  # __post_init__ has replaced it
         classifiers = {a: zero_shot_classifier(line.at(a), images.class_names, templates) for a in alphas}
         counts = {a: torch.zeros(3, len(images.class_names), dtype=torch.float64) for a in alphas}
-        loader = DataLoader(
-            LabelledPixels(images, pixels(model.preprocessing)),
-            batch_size=batch_size,
-            num_workers=num_workers,
-            collate_fn=collate_labelled,
-            sampler=range(len(images)),
-            worker_init_fn=quiet_worker,
-        )
-        with progress(name, len(images)) as advance:
-            for batch in loader:
-                normalized = model.normalize(batch.images.to(model.device))
-                for a in alphas:
-                    features = line.at(a, only="visual.").encode_image(normalized, normalize=True)
-                    counts[a] += classification_counts(features @ classifiers[a].to(features), batch.labels)
-                advance(len(batch.images))
+        labels = torch.tensor(images.labels())
+        batches = encoded_batches(model, SetRows(images), batch_size, num_workers, encode=encode, title=name)
+        for batch, features in batches:
+            for bad in batch.unreadable:
+                raise InputError(f"{name}: {bad.message}")
+            for a, features_a in zip(alphas, features.unbind(dim=1), strict=True):
+                logits = features_a @ classifiers[a].to(features_a)
+                counts[a] += classification_counts(logits.cpu(), labels[batch.rows])
         results[name] = {a: accuracies(count)["top1"] for a, count in counts.items()}
     return results
 
@@ -182,32 +180,28 @@ def _score(results: Results, target: str, alpha: float) -> float:
 
 
 def best_alpha(results: Results, target: str) -> float:
-    """The rule of :func:`wise_ft`."""
+    """Choose an alpha by the rule of :func:`wise_ft`."""
     return max(sorted(results[target]), key=lambda alpha: _score(results, target, alpha))
 
 
 def _print(results: Results, target: str, chosen: float, by_rule: bool) -> None:
     table = Table(title="Zero-shot top-1, %")
-    for column in (
-        "alpha",
-        f"{target} (target)",
-        *(f"{name} (held out)" for name in results if name != target),
-        "mean",
-    ):
+    held_out = [name for name in results if name != target]
+    order = [target, *held_out]
+    for column in ("alpha", f"{target} (target)", *(f"{name} (held out)" for name in held_out), "mean"):
         table.add_column(column, justify="right")
-    order = [target, *(name for name in results if name != target)]
     for alpha in results[target]:
         values = [results[name][alpha] for name in order] + [_score(results, target, alpha)]
         style = "bold" if alpha == chosen else None
         table.add_row(f"{alpha:g}", *(f"{100 * value:.2f}" for value in values), style=style)
     console = Console()
     console.print(table)
-    why = "the highest mean of target and held-out sets" if by_rule else "as you said"
+    why = "the highest mean of target and held-out sets" if by_rule else "as given"
     console.print(f"chosen: alpha {chosen:g}, {why}")
 
 
 def save(model: CLIP, path: Path, origin: dict[str, Any]) -> None:
-    """Write a checkpoint as ``lit-clip fit`` does, without a run to go on with."""
+    """Write a checkpoint with weights only, in the format of ``lit-clip fit``."""
     from lightning import __version__
 
     state: dict[str, Tensor] = {name: value.cpu() for name, value in model.state_dict().items()}

@@ -1,14 +1,15 @@
-"""``lit-clip embed``: features of images or texts in a file, on any number of processes.
+"""Encode into feature files, on any number of processes, and resume what an interrupted run has left.
 
-The items are sorted and cut into batches, and the batches, not the items, are dealt to the ranks: a batch is the same
-on any number of them, and so are the bytes of the result.
+The items are cut into batches, and batches, not items, are dealt to the ranks: batches are the same on any number of
+ranks, and so are the bytes of the result.
 """
 
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,18 +18,25 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lit_clip import distributed
-from lit_clip.embedding.batch_size import MOST, NOT_TRIED, BatchSize, automatic_batch_size, image_batch_size
-from lit_clip.embedding.feature_files import (
-    FeatureParts,
-    FeatureTable,
-    Identity,
+from lit_clip.embedding.feature_files import FeatureParts, FeatureTable, Identity
+from lit_clip.embedding.image_files import FileRows, ImageFile
+from lit_clip.embedding.reading import (
+    Batches,
+    Encode,
+    EncoderBatch,
+    ImageBatches,
+    TextBatches,
+    UnreadableRow,
+    encode_batch,
+    image_features,
+    in_batches,
+    row_means,
 )
-from lit_clip.embedding.image_files import ImageBatches, Item, in_batches
 from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
-from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.tools.console import progress, stderr
-from lit_clip.tools.images import FIX_HINT, Bad, Batch, OnError, loader
+from lit_clip.tools.images import FIX_HINT, OnError, or_skip
+from lit_clip.tools.workers import loader
 from lit_clip.training.signals import Signals
 
 SECONDS_BETWEEN_PARTS = 10  # of work that a killed run can lose
@@ -37,121 +45,143 @@ Precision = Literal["32-true", "16-mixed", "bf16-mixed"]
 
 
 class UnreadableError(InputError):
-    """Images that cannot be read, and may not be skipped; raised by the first rank when all have come to the end."""
+    """An image cannot be read and may not be skipped; raised by the first rank after all ranks have ended."""
+
+
+@dataclass(frozen=True)
+class EncodingSettings:
+    """How features are computed; of the result only rounding depends on it, by ``batch_size`` and ``precision``.
+
+    Attributes:
+        batch_size: images or texts that each process encodes at once.
+        num_workers: processes that read images, for each process.
+        devices: number of processes, one a device.
+        accelerator: cpu, gpu, mps, ...
+        precision: of the encoder; 32-true is exact.
+        on_error: whether an image that cannot be read is an error or is skipped.
+    """
+
+    batch_size: int = 64
+    num_workers: int = 4
+    devices: int = 1
+    accelerator: str = "auto"
+    precision: Precision = "32-true"
+    on_error: OnError = "error"
+
+
+class EncodingTask(NamedTuple):
+    """Items to encode.
+
+    Attributes:
+        identities: what finished features are found by.
+        read: makes the dataset of some batches; it stops reading once the file given exists.
+        encode: inputs on the device -> features.
+        several: whether an item may have many images; then it is a batch of its own.
+    """
+
+    identities: Sequence[Identity]
+    read: Callable[[Batches, Path], Dataset[EncoderBatch]]
+    encode: Encode
+    several: bool = False
+
+
+def image_task(model: CLIP, files: Sequence[ImageFile]) -> EncodingTask:
+    """Unit features of images."""
+
+    def read(batches: Batches, stop: Path) -> ImageBatches:
+        return ImageBatches(FileRows(files), batches, model.preprocessing, stop=stop)
+
+    return EncodingTask([file.identity for file in files], read, image_features(model))
+
+
+def text_task(model: CLIP, texts: Sequence[str]) -> EncodingTask:
+    """Unit features of texts."""
+    return EncodingTask(
+        [(text, 0, 0) for text in texts],
+        lambda batches, _: TextBatches(texts, batches, model.tokenizer),
+        lambda tokens: model.encode_text(tokens, normalize=True).float(),
+    )
 
 
 def encode(
     model: CLIP,
-    items: Sequence[Item],
+    task: EncodingTask,
     parts: FeatureParts,
-    known: Mapping[Identity, np.ndarray],
-    *,
-    batch_size: BatchSize,
-    num_workers: int,
-    on_error: OnError = "error",
-    devices: int = 1,
-    accelerator: str = "auto",
-    precision: Precision = "32-true",
-    encoder: "Callable[..., Encoder] | None" = None,
+    settings: EncodingSettings,
+    known: Container[Identity] = (),
     title: str = "encoding",
-) -> list[Bad] | None:
+) -> list[UnreadableRow] | None:
     """Encode into ``parts`` all items that are neither there nor known.
 
     Args:
         model: the encoders.
-        items: images or texts.
+        task: the items.
         parts: where finished features are and go.
-        known: features that need no part.
-        batch_size: of one process; see :func:`embed`.
-        num_workers: of each process.
-        on_error: what an item that cannot be read does.
-        devices: see :func:`embed`; likewise ``accelerator`` and ``precision``.
-        accelerator: see ``devices``.
-        precision: see ``devices``.
-        encoder: makes what is run, with the arguments of :class:`Encoder`, which is the default.
+        settings: how to compute.
+        known: identities of items that need no part.
         title: of the progress bar.
 
     Returns:
-        On rank 0 those that could not be read; on other ranks, which have nothing to do any more, None.
+        On rank 0 the items that could not be read; on other ranks, which are done then, None.
 
     Raises:
-        UnreadableError: an image that cannot be read unless ``on_error`` is ``skip``.
-        InputError: impossible settings, or parts that cannot be written.
-        KeyboardInterrupt: after the finished features have been kept.
+        UnreadableError: an image cannot be read and ``on_error`` is ``error``.
+        InputError: the settings are impossible, or parts cannot be written.
+        KeyboardInterrupt: after the finished features have been written.
     """
-    finished = parts.finished()
-    left = [item for item in items if item.identity not in finished and item.identity not in known]
-    if batch_size == "auto":
-        trainer = start_processes(devices, accelerator, precision)
-        batch_size = _fastest(model, left, trainer, num_workers) if left else 1
+    identities, finished = task.identities, parts.finished()
     batches = [
-        [row for row in batch if items[row].identity not in finished and items[row].identity not in known]
-        for batch in in_batches(range(len(items)), batch_size)
+        [row for row in batch if identities[row] not in finished and identities[row] not in known]
+        for batch in in_batches(range(len(identities)), 1 if task.several else settings.batch_size)
     ]
     batches = [batch for batch in batches if batch]
     if not batches:
         return []
-    writer = PartWriter(items, parts, on_error, title)
-    trainer = make_trainer([writer], devices, accelerator, precision)
+    writer = PartWriter(identities, parts, settings.on_error, title)
+    trainer = make_trainer([writer], settings)
     try:
-        module = (encoder or Encoder)(model, items, batches, parts.stop, num_workers)
-        trainer.predict(module, return_predictions=False)
-    except SystemExit:
-        if not trainer.interrupted:  # Lightning's answer to Ctrl-C is an exit
-            raise
-        if trainer.global_rank:
+        trainer.predict(Encoder(model, task, batches, parts.stop, settings), return_predictions=False)
+    except SystemExit:  # Lightning exits on Ctrl-C
+        if not trainer.interrupted or trainer.global_rank:
             raise
         signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning has disabled it
-        raise KeyboardInterrupt("what is finished is kept; the same command goes on from there") from None
-    bad = distributed.gather_objects(writer.bad)  # and so every rank has written its last part
+        raise KeyboardInterrupt("finished features are kept; run the same command again to resume") from None
+    unreadable = sorted(distributed.gather_objects(writer.unreadable))  # every rank has written its last part
     if trainer.global_rank:
         return None
-    if bad and on_error == "error":
+    if unreadable and settings.on_error == "error":
         parts.end()
-        raise UnreadableError(f"{min(bad).reason.removesuffix(FIX_HINT)}{FIX_HINT}, or set --on_error skip")
-    return sorted(bad)
+        raise UnreadableError(or_skip(unreadable[0].message, "--on_error skip"))
+    return unreadable
 
 
-def _fastest(model: CLIP, items: Sequence[Item], trainer: Trainer, num_workers: int) -> int:
-    """The batch size for these items, at which every process has some."""
-    if items[0].path is not None:
-        return image_batch_size(model, trainer, num_workers, len(items))
-    texts = [item.key for item in items[:MOST]]
-
-    def inputs(size: int) -> Tensor:
-        return model.tokenizer.trim(model.tokenizer(texts[:size]))
-
-    most, why = min((MOST, NOT_TRIED), (len(items) // trainer.world_size, f"there are {len(items)} texts"))
-    return automatic_batch_size(model, trainer, model.encode_text, inputs, max(1, most), why)
-
-
-def start_processes(devices: int, accelerator: str, precision: Precision) -> Trainer:
-    """Start the other processes, or join them, unless that has been done; the trainer knows this one's device.
+def start_processes(settings: EncodingSettings) -> torch.device:
+    """Start the other processes, or join them, unless that has been done; return this one's device.
 
     Raises:
-        InputError: no such device.
+        InputError: there is no such device.
     """
-    trainer = make_trainer([], devices, accelerator, precision)
+    trainer = make_trainer([], settings)
     strategy = trainer.strategy
     if strategy.launcher is not None and trainer.world_size > 1:
         strategy.launcher.launch(strategy.setup_environment, trainer=trainer)
     else:
         strategy.setup_environment()
-    return trainer
+    return strategy.root_device
 
 
-def make_trainer(callbacks: list[Callback], devices: int, accelerator: str, precision: Precision) -> Trainer:
-    """A trainer that computes and leaves nothing behind.
+def make_trainer(callbacks: list[Callback], settings: EncodingSettings) -> Trainer:
+    """Return a trainer that only computes: no logs, checkpoints or progress bar.
 
     Raises:
-        InputError: no such device.
+        InputError: there is no such device.
     """
     try:
         trainer = Trainer(
-            accelerator=accelerator,
-            devices=devices,
-            strategy="ddp" if devices != 1 else "auto",
-            precision=precision,
+            accelerator=settings.accelerator,
+            devices=settings.devices,
+            strategy="ddp" if settings.devices != 1 else "auto",
+            precision=settings.precision,
             use_distributed_sampler=False,  # the encoder deals the batches, each once
             callbacks=callbacks,
             logger=False,
@@ -166,68 +196,47 @@ def make_trainer(callbacks: list[Callback], devices: int, accelerator: str, prec
 
 
 class Encoder(LightningModule):
-    """What ``Trainer.predict`` runs.
+    """The module that ``Trainer.predict`` runs.
 
     Args:
         model: the encoders.
-        items: images, or texts.
+        task: the items.
         batches: the rows of each batch, for all ranks together.
-        stop: a file that ends the run early, see :class:`lit_clip.embedding.feature_files.FeatureParts`.
-        num_workers: of the loader.
+        stop: a file that ends the run early, see :attr:`lit_clip.embedding.feature_files.FeatureParts.stop`.
+        settings: how to compute.
     """
 
     def __init__(
-        self, model: CLIP, items: Sequence[Item], batches: Sequence[list[int]], stop: Path, num_workers: int
+        self, model: CLIP, task: EncodingTask, batches: Batches, stop: Path, settings: EncodingSettings
     ) -> None:
         super().__init__()
         self.allow_zero_length_dataloader_with_multiple_devices = True  # a rank may have no batch
-        self.model, self.items, self.batches, self.stop = model, items, batches, stop
-        self.num_workers = num_workers
-        self.are_texts = items[0].path is None
+        self.model, self.task, self.batches, self.stop, self.settings = model, task, batches, stop, settings
 
     @property
-    def my_batches(self) -> Sequence[list[int]]:
+    def my_batches(self) -> Batches:
         """This rank's share."""
         return self.batches[self.trainer.global_rank :: self.trainer.world_size]
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        if self.are_texts:
-            return loader(TextBatches(self.items, self.my_batches, self.model.tokenizer), 0)
-        images = ImageBatches(self.items, self.my_batches, self.model.preprocessing, self.stop)
-        return loader(images, self.num_workers, pin_memory=self.device.type == "cuda")
+        batches = self.task.read(self.my_batches, self.stop)
+        return loader(batches, self.settings.num_workers, pin_memory=self.device.type == "cuda")
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        if batch.inputs is None:
-            return torch.empty(0, self.model.config.embed_dim)
-        encode = self.model.encode_text if self.are_texts else self.model.encode_image
-        return encode(batch.inputs, normalize=True).float()
-
-
-class TextBatches(Dataset[Batch]):
-    """One item is one batch of tokens ``[b, L]``."""
-
-    def __init__(self, items: Sequence[Item], batches: Sequence[list[int]], tokenizer: TextTokenizer) -> None:
-        self.items, self.batches, self.tokenizer = items, batches, tokenizer
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, index: int) -> Batch:
-        rows = list(self.batches[index])
-        tokens = self.tokenizer([self.items[row].key for row in rows])
-        return Batch(self.tokenizer.trim(tokens), rows, [])
+    def predict_step(self, batch: EncoderBatch, batch_idx: int) -> Tensor:
+        features = encode_batch(batch, self.task.encode, self.device, self.settings.batch_size)
+        return row_means(features, batch.counts)
 
 
 class PartWriter(Callback):
-    """Keeps what is finished, every few seconds and when the run is interrupted.
+    """Writes finished features every few seconds, at the end and when the run is interrupted.
 
     Attributes:
-        bad: this rank's items that could not be read.
+        unreadable: this rank's items that could not be read.
     """
 
-    def __init__(self, items: Sequence[Item], parts: FeatureParts, on_error: OnError, title: str = "encoding") -> None:
-        self.items, self.parts, self.on_error, self.title = items, parts, on_error, title
-        self.bad: list[Bad] = []
+    def __init__(self, identities: Sequence[Identity], parts: FeatureParts, on_error: OnError, title: str) -> None:
+        self.identities, self.parts, self.on_error, self.title = identities, parts, on_error, title
+        self.unreadable: list[UnreadableRow] = []
         self._rows: list[int] = []
         self._features: list[np.ndarray] = []
         self._written = time.monotonic()
@@ -250,17 +259,17 @@ class PartWriter(Callback):
         trainer: Trainer,
         pl_module: LightningModule,
         outputs: Tensor,
-        batch: Batch,
+        batch: EncoderBatch,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if batch.rows:  # of a batch without any nobody knows how wide its features are
+        if batch.rows:  # the width of an empty batch's features is unknown
             self._rows += batch.rows
             self._features.append(outputs.cpu().numpy())
-        self.bad += batch.bad
-        if batch.bad and self.on_error == "error":
+        self.unreadable += batch.unreadable
+        if batch.unreadable and self.on_error == "error":
             self.parts.stop.touch()
-        self._advance(len(batch.rows) + len(batch.bad))
+        self._advance(len(batch.rows) + len(batch.unreadable))
         if time.monotonic() - self._written > SECONDS_BETWEEN_PARTS:
             self._write()
 
@@ -275,25 +284,27 @@ class PartWriter(Callback):
 
     def _write(self) -> None:
         if self._rows:
-            identities = [self.items[row].identity for row in self._rows]
+            identities = [self.identities[row] for row in self._rows]
             self.parts.add(FeatureTable(identities, np.concatenate(self._features)))
         self._rows, self._features, self._written = [], [], time.monotonic()
 
 
-def check_complete(items: Sequence[Item], table: FeatureTable, bad: Sequence[Bad]) -> None:
-    """Raise :class:`InputError` unless every item has a feature or is known to be bad, and one has a feature."""
+def check_complete(identities: Sequence[Identity], table: FeatureTable, unreadable: Sequence[UnreadableRow]) -> None:
+    """Raise :class:`InputError` unless every item has a feature or is known to be unreadable, and one has a feature."""
+    missing = len(identities) - len(table.identities) - len(unreadable)
     require(
-        len(table.identities) + len(bad) == len(items),
-        f"{len(items) - len(table.identities) - len(bad)} of {len(items)} features are gone: "
-        "another run with the same output has ended meanwhile; run this one again",
+        missing == 0,
+        f"{missing} of {len(identities)} features are gone: another run with the same output has ended meanwhile; "
+        "run this one again",
     )
     if not table.identities:
-        raise InputError(f"none of {len(items)} images could be read; the first: {bad[0].reason}")
+        raise InputError(f"none of {len(identities)} images could be read; the first: {unreadable[0].message}")
 
 
-def report_skipped(bad: Sequence[Bad], path: Path) -> None:
-    """Count what could not be read and list it in a file (which an earlier run may have left)."""
+def report_skipped(files: Sequence[ImageFile], unreadable: Sequence[UnreadableRow], path: Path) -> None:
+    """Count the images that could not be read and list them in a file, in place of an earlier run's list."""
     path.unlink(missing_ok=True)
-    if bad:
-        path.write_text("".join(f"{item.key}\t{item.reason}\n" for item in bad), encoding="utf-8", errors="replace")
-        stderr().print(f"skipped {len(bad)} that could not be read; they are listed in {path}", markup=False)
+    if unreadable:
+        lines = [f"{files[bad.row].key}\t{bad.message.removesuffix(FIX_HINT)}\n" for bad in unreadable]
+        path.write_text("".join(lines), encoding="utf-8", errors="replace")
+        stderr().print(f"skipped {len(unreadable)} that could not be read; they are listed in {path}", markup=False)

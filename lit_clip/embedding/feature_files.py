@@ -1,4 +1,4 @@
-"""Features on disk: what is finished, what a user takes away, and neither ever half-written."""
+"""Features on disk: the finished parts of a run, and its output; neither is ever half-written."""
 
 import json
 import shutil
@@ -11,27 +11,31 @@ from pathlib import Path
 
 import numpy as np
 
-from lit_clip.embedding.image_files import Item
 from lit_clip.errors import InputError
-from lit_clip.tools.atomic import replacing
+from lit_clip.tools.atomic import not_written, replacing
 
-Identity = tuple[str, int, int]
+Identity = tuple[str, int, int]  # key, and a file's size and modification time
 
 
 @dataclass(frozen=True)
 class FeatureTable:
-    """Unit features of items, by what they were when they were encoded.
+    """Features of items, by the identities that these had when they were encoded.
 
     Attributes:
-        identities: N of :attr:`lit_clip.embedding.image_files.Item.identity`.
-        features: float32 ``[N, D]``.
+        identities: of N items.
+        features: float32 ``[N, D]``, of unit length.
     """
 
     identities: list[Identity]
     features: np.ndarray
 
     def save(self, path: Path, model: str) -> None:
-        """Write an ``.npz`` file; ``model`` is a :func:`fingerprint`."""
+        """Write an ``.npz`` file.
+
+        Args:
+            path: the file.
+            model: the model's :func:`lit_clip.weights.fingerprint.fingerprint`, and whatever else features depend on.
+        """
         keys, sizes, modified = zip(*self.identities, strict=True) if self.identities else ((), (), ())
         with replacing(path) as temporary, temporary.open("wb") as file:
             np.savez(
@@ -45,7 +49,7 @@ class FeatureTable:
 
     @classmethod
     def load(cls, path: Path, model: str) -> "FeatureTable | None":
-        """The table of that model, or None: not there, of another model, or unreadable (then it is made again)."""
+        """Read a table; None if it is missing, unreadable or of another model, and so has to be made again."""
         try:
             with np.load(path, allow_pickle=False) as file:
                 if str(file["model"]) != model:
@@ -57,11 +61,11 @@ class FeatureTable:
 
 
 class FeatureParts:
-    """Finished features of an unfinished output, in a hidden folder beside it; a second run goes on from them.
+    """Finished features of an unfinished output, in a hidden folder beside it; the next run resumes with them.
 
     Args:
         output: the file that they will become.
-        model: the model's :func:`fingerprint` and whatever else the features depend on.
+        model: see :meth:`FeatureTable.save`.
     """
 
     def __init__(self, output: Path, model: str) -> None:
@@ -70,54 +74,54 @@ class FeatureParts:
 
     @property
     def stop(self) -> Path:
-        """Tells every rank that one of them met an image that ends the run."""
+        """File whose existence tells every rank that one of them met an image that ends the run."""
         return self.folder / "stop"
 
     def start(self) -> None:
-        """Make the folder, and forget what ended an earlier run; call it on one rank."""
+        """Make the folder and remove an earlier run's :attr:`stop`; for one rank to call."""
         try:
             self.folder.mkdir(exist_ok=True)
             self.stop.unlink(missing_ok=True)
         except OSError as error:
-            raise InputError(f"{self.folder.parent}: files cannot be written here ({error.strerror})") from error
+            raise not_written(self.folder, error) from error
 
     def add(self, table: FeatureTable) -> None:
-        """Write a part, whole or not at all."""
+        """Write a part."""
         self.folder.mkdir(exist_ok=True)  # another run with the same output may have ended and removed it
         table.save(self.folder / f"{uuid.uuid4().hex}.npz", self.model)
 
     def tables(self) -> Iterator[FeatureTable]:
-        """The parts that there are, one at a time."""
+        """Yield the parts, one at a time."""
         for path in sorted(self.folder.glob("*.npz")):
             table = FeatureTable.load(path, self.model)
             if table is not None:
                 yield table
 
     def read(self) -> dict[Identity, np.ndarray]:
-        """Identity -> feature ``[D]`` of all finished items."""
+        """Return the feature ``[D]`` of each finished item by its identity."""
         finished: dict[Identity, np.ndarray] = {}
         for table in self.tables():
             finished.update(zip(table.identities, table.features, strict=True))
         return finished
 
     def finished(self) -> set[Identity]:
-        """What needs not be encoded again."""
+        """Return the identities that need not be encoded again."""
         return {identity for table in self.tables() for identity in table.identities}
 
     def end(self) -> None:
-        """The run ends unfinished: leave what can be gone on from, and no folder if that is nothing."""
+        """End an unfinished run: keep the parts, but no empty folder."""
         self.stop.unlink(missing_ok=True)
         with suppress(OSError):  # not empty
             self.folder.rmdir()
 
     def remove(self) -> None:
-        """The output is complete: nothing of this is needed any more."""
+        """Remove the parts when the output is complete."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def collect(items: Sequence[Item], features: Mapping[Identity, np.ndarray], embed_dim: int) -> FeatureTable:
-    """Those of the items that have a feature, in the items' order."""
-    present = [item.identity for item in items if item.identity in features]
+def collect(identities: Sequence[Identity], features: Mapping[Identity, np.ndarray], embed_dim: int) -> FeatureTable:
+    """Return the table of those items that have a feature, in their order."""
+    present = [identity for identity in identities if identity in features]
     rows = np.empty((len(present), embed_dim), dtype=np.float32)
     for row, identity in enumerate(present):
         rows[row] = features[identity]
@@ -125,28 +129,27 @@ def collect(items: Sequence[Item], features: Mapping[Identity, np.ndarray], embe
 
 
 def check_output(path: Path) -> None:
-    """Raise :class:`InputError` unless features can be written there, before anything is computed."""
+    """Raise :class:`InputError` unless features can be written there."""
     if path.suffix not in (".parquet", ".npy"):
-        raise InputError(f"--output {path}: features go to a .parquet or a .npy file")
+        raise InputError(f"--output {path}: must be a .parquet or .npy file")
     if not path.absolute().parent.is_dir():
         raise InputError(f"--output {path}: there is no folder {path.parent}")
 
 
 def check_keys(path: Path, keys: Iterable[str]) -> None:
-    """Raise :class:`InputError` if a key cannot be written there: a file's name need not be Unicode."""
+    """Raise :class:`InputError` if a key cannot be written there: file names need not be Unicode."""
     for key in keys if path.suffix == ".parquet" else ():
         try:
             key.encode()
         except UnicodeEncodeError as error:
-            raise InputError(f"{path}: the file name {key!r} is not Unicode text; rename the file") from error
+            raise InputError(f"{path}: the file name {key!r} is not Unicode; rename the file") from error
 
 
 def write_features(path: Path, keys: Sequence[str], features: np.ndarray, metadata: Mapping[str, str]) -> None:
     """Write features ``[N, D]`` and their keys.
 
     A ``.parquet`` file has the columns ``key`` (string) and ``feature`` (D float32 numbers), and the metadata in its
-    schema. A ``.npy`` file is the array alone; beside it lies ``<name>.keys.json``, which is the metadata and the list
-    ``keys``.
+    schema. A ``.npy`` file is only the array; metadata and the list ``keys`` are beside it, in ``<name>.keys.json``.
     """
     if path.suffix == ".npy":
         with replacing(path.with_suffix(".keys.json")) as names, replacing(path) as temporary:

@@ -5,10 +5,7 @@ class of its own; an adapter that has it inherits from that class too.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
-from hashlib import blake2b
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from PIL import Image
@@ -17,27 +14,9 @@ from torch.utils.data import Dataset
 
 from lit_clip.errors import InputError, require
 
-SAMPLED_FILES, SAMPLED_BYTES = 16, 2**16  # files whose first bytes are part of a stamp
-
 
 class MissingData(InputError):  # noqa: N818 # an InputError, like everything that a user can fix
     """A set's files are not there; an evaluation lists the set as missing and continues with the others."""
-
-
-def stamp_of_files(paths: Iterable[Path]) -> str:
-    """Return a hash that changes with the files' names, sizes and modification times, as ``make`` judges it.
-
-    It includes the first bytes of a few of them, because archives can give all files the same time, and uncompressed
-    images have the same size.
-    """
-    digest, files = blake2b(digest_size=16), sorted(paths)
-    for path in files:
-        status = path.stat()
-        digest.update(repr((path.name, status.st_size, status.st_mtime_ns)).encode("utf-8", "surrogatepass"))
-    for number in sorted({len(files) * part // SAMPLED_FILES for part in range(SAMPLED_FILES)}) if files else ():
-        with suppress(OSError), files[number].open("rb") as file:  # reported when the image is decoded
-            digest.update(file.read(SAMPLED_BYTES))
-    return digest.hexdigest()
 
 
 class ImageSet(ABC):

@@ -13,6 +13,7 @@ from lit_clip.evaluation.overview import rows, sets_of, shots_of
 from lit_clip.evaluation.suite import SuiteEntry, Task
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import replacing
+from lit_clip.tools.hashing import sha256_of_file
 from lit_clip.tools.text_files import read_json
 from lit_clip.version import __version__
 from lit_clip.weights.fingerprint import Fingerprint
@@ -44,7 +45,7 @@ def provenance(
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
         },
         "precision": precision,
-        "suite": [{"path": path, "sha256": sha256(Path(path).read_bytes()).hexdigest()} for path in suite],
+        "suite": [{"path": path, "sha256": sha256_of_file(Path(path))} for path in suite],
         "packages": {package: _version(package) for package in PACKAGES},
     }
 

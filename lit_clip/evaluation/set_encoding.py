@@ -1,42 +1,63 @@
-"""Read and encode the images of an evaluation set."""
+"""Encode the images of an evaluation set: into a feature store, or on all ranks of a training.
 
-from collections.abc import Callable, Sequence
+Shapes: N images that could be read, W features before the projection, D after it.
+"""
+
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.nn.functional import normalize
 
 from lit_clip import distributed
-from lit_clip.embedding.encode import Encoder
-from lit_clip.errors import InputError, require
+from lit_clip.embedding.encode import EncodingTask
+from lit_clip.embedding.reading import (
+    Batches,
+    Encode,
+    ImageBatches,
+    UnreadableRow,
+    encoded_batches,
+    in_batches,
+    row_means,
+    unreadable_image,
+)
+from lit_clip.errors import require
 from lit_clip.evaluation.data import ImageSet
-from lit_clip.models.preprocess import pixels
-from lit_clip.module import LitCLIP
-from lit_clip.tools.images import FIX_HINT, Bad, OnError, loader
-from lit_clip.tools.workers import shield_worker
+from lit_clip.models.clip import CLIP
+from lit_clip.tools.images import OnError, or_skip
 
 
-class _Item(NamedTuple):
-    row: int
-    images: Tensor | None  # uint8 [F, 3, S, S]
-    reason: str  # for which there are none
+class SetRows:
+    """An evaluation set as :class:`lit_clip.embedding.reading.ImageRows`."""
 
+    def __init__(self, images: ImageSet) -> None:
+        self.images = images
 
-class _Items(Dataset[_Item]):
-    def __init__(self, images: ImageSet, transform: Any) -> None:
-        self.images, self.transform = images, transform
+    def __len__(self) -> int:
+        return len(self.images)
 
-    def __getitem__(self, index: int) -> _Item:
+    def read(self, row: int) -> tuple[str, list[Image.Image]]:
+        key = self.images.key(row)
         try:
-            images = [self.transform(image) for image in self.images.images(index)]
-            return _Item(index, torch.stack(images), "")
-        except Exception as error:  # decoders answer a broken file with whatever they trip over
-            reason = str(error).partition("\n")[0] or type(error).__name__
-            ours = isinstance(error, InputError)
-            return _Item(index, None, reason if ours else f"{self.images.key(index)}: cannot be read ({reason})")
+            return key, self.images.images(row)
+        except Exception as error:  # for a broken file decoders raise anything
+            raise unreadable_image(error, key) from error
+
+
+def set_task(model: CLIP, images: ImageSet) -> EncodingTask:
+    """Both kinds of features side by side, ``[N, W + D]``, those after the projection of unit length."""
+
+    def read(batches: Batches, stop: Path) -> ImageBatches:
+        return ImageBatches(SetRows(images), batches, model.preprocessing, stop=stop)
+
+    def encode(pixels: Tensor) -> Tensor:
+        before, after = model.image_features(model.normalize(pixels))
+        return torch.cat([before.float(), normalize(after.float(), dim=1)], dim=1)
+
+    return EncodingTask([(str(row), 0, 0) for row in range(len(images))], read, encode, images.several)
 
 
 class Encoded(NamedTuple):
@@ -51,140 +72,71 @@ class Encoded(NamedTuple):
     features: Tensor
 
 
-class Reader:
-    """Reads images and encodes them, batch by batch on all ranks: a batch is the same on any number of them.
+class SetEncoder:
+    """Encodes sets on all ranks of a training; batches are the same on any number of ranks.
 
     Args:
         batch_size: images encoded at once on each rank.
         num_workers: processes that read images.
-        on_error: what an image that cannot be read does.
-        who: the callback, for messages.
+        on_error: whether an image that cannot be read is an error or is skipped.
+        callback: name for messages.
     """
 
-    def __init__(self, batch_size: int, num_workers: int, on_error: OnError, who: str) -> None:
-        require(batch_size >= 1, f"{who}.batch_size: {batch_size} must be at least 1")
-        require(num_workers >= 0, f"{who}.num_workers: {num_workers} must be at least 0")
-        self.batch_size, self.num_workers, self.who = batch_size, num_workers, who
+    def __init__(self, batch_size: int, num_workers: int, on_error: OnError, callback: str) -> None:
+        require(batch_size >= 1, f"{callback}.batch_size: {batch_size} must be at least 1")
+        require(num_workers >= 0, f"{callback}.num_workers: {num_workers} must be at least 0")
+        self.batch_size, self.num_workers, self.callback = batch_size, num_workers, callback
         self.on_error: OnError = on_error
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
 
-    def encode(self, module: LitCLIP, images: ImageSet, encode: Callable[[Tensor], Tensor], name: str) -> Encoded:
-        """Features of all images of a set; all ranks must ask.
+    def encode(self, model: CLIP, images: ImageSet, encode: Encode, name: str) -> Encoded:
+        """Return the features of all images of a set; for all ranks to call.
 
         Args:
-            module: whose preprocessing.
-            images: of the set.
+            model: the encoders.
+            images: the set.
             encode: normalised ``[B, 3, H, W]`` -> ``[B, D]``.
             name: of the set, for messages.
 
         Raises:
-            InputError: on all ranks, an image that cannot be read unless it may be skipped, or none at all.
+            InputError: on all ranks, an image cannot be read and may not be skipped, or none can be read.
         """
         rank, world = distributed.rank_and_world()
-        batches = torch.arange(len(images)).split(1 if images.several else self.batch_size)
-        loader: Any = DataLoader(
-            _Items(images, pixels(module.preprocessing)),
-            batch_sampler=[rows.tolist() for rows in batches[rank::world]],
-            num_workers=self.num_workers,
-            worker_init_fn=shield_worker,
-            collate_fn=list,
-            generator=torch.Generator().manual_seed(0),  # training's own numbers stay what they are
-        )
+        rows_at_once = 1 if images.several else self.batch_size
+        batches = in_batches(range(len(images)), rows_at_once)[rank::world]
+
+        def encode_pixels(pixels: Tensor) -> Tensor:
+            return encode(model.normalize(pixels)).float()
+
         rows: list[int] = []
         features: list[Tensor] = []
-        bad: list[tuple[int, str]] = []
-        for items in loader:
-            read = [item for item in items if item.images is not None]
-            rows += [item.row for item in read]
-            features += self._features(module, [item.images for item in read], encode)
-            bad += [(item.row, item.reason) for item in items if item.images is None]
-        self._judge(distributed.gather_objects(bad), len(images), name)
-        return _gathered(module, rows, features)
+        unreadable: list[UnreadableRow] = []
+        for batch, encoded in encoded_batches(
+            model, SetRows(images), self.batch_size, self.num_workers, encode=encode_pixels, batches=batches
+        ):
+            rows += batch.rows
+            unreadable += batch.unreadable
+            if batch.rows:
+                features.append(row_means(encoded, batch.counts))
+        self._check(distributed.gather_objects(unreadable), len(images), name)
+        return _gathered(rows, features, model.device)
 
-    def _features(self, module: LitCLIP, items: list[Tensor], encode: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        """Of each item ``[D]``, the mean of its images."""
-        if not items:
-            return []
-        parts = torch.cat(items).split(self.batch_size)
-        features = torch.cat([encode(module.model.normalize(part.to(module.device))).float() for part in parts])
-        return [part.mean(dim=0) for part in features.split([len(item) for item in items])]
-
-    def _judge(self, bad: list[tuple[int, str]], size: int, name: str) -> None:
-        if not bad:
+    def _check(self, unreadable: list[UnreadableRow], size: int, name: str) -> None:
+        if not unreadable:
             return
-        _, reason = min(bad)
-        require(
-            self.on_error == "skip",
-            f"{name}: {reason.removesuffix(FIX_HINT)}{FIX_HINT}, or set {self.who}.on_error to skip",
-        )
-        require(len(bad) < size, f"{name}: none of {size} images could be read; {reason}")
-        if name not in self._told:
-            self._told.add(name)
-            rank_zero_warn(f"{self.who}: {name}: {len(bad)} of {size} images are left out; the first: {reason}")
+        message = min(unreadable).message
+        require(self.on_error == "skip", f"{name}: {or_skip(message, f'{self.callback}.on_error to skip')}")
+        require(len(unreadable) < size, f"{name}: none of {size} images could be read; {message}")
+        if name not in self._warned:
+            self._warned.add(name)
+            text = f"{len(unreadable)} of {size} images are skipped; the first: {message}"
+            rank_zero_warn(f"{self.callback}: {name}: {text}")
 
 
-def _gathered(module: LitCLIP, rows: list[int], features: list[Tensor]) -> Encoded:
-    """All ranks' rows in order; a rank that has none learns from the others how wide they are."""
-    width = distributed.maximum(len(features[0]) if features else 0)
-    mine = torch.stack(features) if features else torch.zeros(0, width, device=module.device)
-    all_rows = distributed.gather_uneven(torch.tensor(rows, dtype=torch.long, device=module.device)).cpu()
+def _gathered(rows: list[int], features: list[Tensor], device: torch.device) -> Encoded:
+    """Gather all ranks' rows in order; a rank without any learns the width of the features from the others."""
+    width = distributed.maximum(features[0].shape[1] if features else 0)
+    mine = torch.cat(features) if features else torch.zeros(0, width, device=device)
+    all_rows = distributed.gather_uneven(torch.tensor(rows, dtype=torch.long, device=device)).cpu()
     order = all_rows.argsort()
     return Encoded(all_rows[order].tolist(), distributed.gather_uneven(mine).cpu()[order])
-
-
-class _Batch(NamedTuple):
-    inputs: Tensor | None  # uint8 [F, 3, H, W]
-    counts: list[int]  # images of each row
-    rows: list[int]
-    bad: list[Bad]
-
-
-class _SetBatches(Dataset[_Batch]):
-    """One item is one batch, decoded and cropped."""
-
-    def __init__(self, images: ImageSet, batches: Sequence[list[int]], transform: Any, stop: Path) -> None:
-        self.images, self.batches, self.transform, self.stop = images, batches, transform, stop
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, index: int) -> _Batch:
-        images, counts, rows, bad = [], [], [], []
-        for row in self.batches[index] if not self.stop.exists() else ():
-            try:
-                mine = [self.transform(image) for image in self.images.images(row)]
-                require(bool(mine), f"{self.images.key(row)}: has no image")
-            except Exception as error:  # decoders answer a broken file with whatever they trip over
-                reason = str(error).partition("\n")[0] or type(error).__name__
-                ours = reason if isinstance(error, InputError) else f"{self.images.key(row)}: cannot be read ({reason})"
-                bad.append(Bad(str(row), ours))
-                continue
-            images += mine
-            counts.append(len(mine))
-            rows.append(row)
-        return _Batch(torch.stack(images) if images else None, counts, rows, bad)
-
-
-class SetEncoder(Encoder):
-    """Both kinds of features side by side, ``[B, W + D]``."""
-
-    def __init__(self, images: ImageSet, batch_size: int, *words: Any) -> None:
-        super().__init__(*words)
-        self.images, self.batch_size = images, batch_size
-
-    def predict_dataloader(self) -> DataLoader[Any]:
-        transform = pixels(self.model.preprocessing)
-        batches: Any = _SetBatches(self.images, self.my_batches, transform, self.stop)
-        return loader(batches, self.num_workers, pin_memory=self.device.type == "cuda")
-
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        if batch.inputs is None:
-            return torch.empty(0, 0)
-        features = torch.cat([self._both(images) for images in batch.inputs.split(self.batch_size)])  # [F, W + D]
-        if len(batch.rows) == len(features):
-            return features
-        return torch.stack([part.mean(dim=0) for part in features.split(batch.counts)])
-
-    def _both(self, images: Tensor) -> Tensor:
-        before, after = self.model.image_features(self.model.normalize(images))
-        return torch.cat([before.float(), torch.nn.functional.normalize(after.float(), dim=1)], dim=1)

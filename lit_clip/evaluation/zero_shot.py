@@ -9,10 +9,8 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from lit_clip import distributed
-from lit_clip.batch import LabelledBatch
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import LabelledImages
 from lit_clip.models.tokenizer import TextTokenizer
@@ -101,23 +99,6 @@ class ZeroShotSet:
         classes, highest = len(self.images.class_names), max(self.images.labels())
         if highest >= classes:
             raise InputError(f"zero-shot class_names: {classes} names, but an image has label {highest}")
-
-
-class LabelledPixels(Dataset[tuple[Tensor, int, str]]):
-    """Images as uint8 ``[3, S, S]``, their labels, and their indices as keys."""
-
-    def __init__(self, images: LabelledImages, transform: Any) -> None:
-        self.images, self.transform = images, transform
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int, str]:
-        image, label = self.images[index]
-        return self.transform(image), label, str(index)
-
-
-def collate_labelled(items: list[tuple[Tensor, int, str]]) -> LabelledBatch:
-    """Collate items of :class:`LabelledPixels` to a batch."""
-    images, labels, keys = zip(*items, strict=True)
-    return LabelledBatch(torch.stack(images), torch.tensor(labels), list(keys))
 
 
 def zero_shot_classifier(

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_clip.tools.processor import has_bfloat16
+from lit_clip.tools.hardware import has_bfloat16
 
 # Tokens up to which plain products with gradients are faster on a CPU than the fused kernel, and their matrices small.
 LONGEST_PLAIN = {torch.float32: 64, torch.bfloat16: 256 if has_bfloat16() else 0}

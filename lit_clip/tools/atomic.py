@@ -1,60 +1,64 @@
-"""Files that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 
+import glob
 import os
 import shutil
-import tempfile
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lit_clip.errors import InputError
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A name beside ``path`` to write to; it becomes ``path`` if all goes well and vanishes if not.
+def replacing(path: Path, hint: str = "") -> Iterator[Path]:
+    """Yield a temporary name beside ``path``, to write a file or folder to; on success it becomes ``path``.
+
+    On failure, and where nothing was written, whatever is at the temporary name is removed. A folder can only replace
+    an empty one.
+
+    Args:
+        path: the name in the end.
+        hint: what to do about it, for the end of the error message.
 
     Raises:
-        InputError: the folder does not exist or cannot be written to.
+        InputError: the folder of ``path`` does not exist or cannot be written to, or the body raised an ``OSError``.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    whole = path.absolute()
+    draft = whole.with_name(f".{whole.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        yield temporary
-        os.replace(temporary, path)
+        yield draft
+        os.replace(draft, path)
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
+        raise not_written(path, error, hint) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        _remove(draft)
 
 
 @contextmanager
-def appearing(folder: Path) -> Iterator[Path]:
-    """A folder beside it to write into, which takes its name at the end; on any failure it is removed."""
-    draft = folder.absolute().parent / f".{folder.absolute().name}.{os.getpid()}"
-    draft.mkdir(parents=True)
-    try:
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """:func:`replacing` with a new folder; its parents are made too."""
+    with replacing(path) as draft:
+        draft.mkdir(parents=True)
         yield draft
-        os.replace(draft, folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` make a file, which gets its name when it is whole; another process may be making it too.
+def remove_drafts(path: Path) -> None:
+    """Remove what killed processes have left beside ``path`` when they were :func:`replacing` it."""
+    for draft in path.parent.glob(f".{glob.escape(path.name)}.????????.tmp"):
+        _remove(draft)
 
-    Raises:
-        InputError: it cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        try:
-            write(Path(name))
-            os.replace(name, path)
-        finally:
-            Path(name).unlink(missing_ok=True)
-    except OSError as error:
-        reason = error.strerror or str(error).splitlines()[0]
-        raise InputError(f"{path}: cannot be written ({reason}); set XDG_CACHE_HOME to a folder with room") from error
+
+def not_written(path: Path, error: OSError, hint: str = "") -> InputError:
+    """Return the error to raise for a file that could not be written."""
+    reason = error.strerror or str(error).partition("\n")[0] or type(error).__name__
+    return InputError(f"{path}: cannot be written ({reason}){hint}")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()

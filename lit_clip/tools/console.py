@@ -1,4 +1,4 @@
-"""Standard error: notes and progress; standard output is for results alone."""
+"""Notes and progress, on standard error."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,16 +9,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 def stderr() -> Console:
-    """Where progress and notes go: standard output is for results alone."""
+    """Return the console for notes and progress; standard output is for results only."""
     return Console(stderr=True, soft_wrap=True, highlight=False)
 
 
 @contextmanager
 def progress(description: str, total: int, enabled: bool = True) -> Iterator[Any]:
-    """A progress bar on standard error.
+    """Show a progress bar on standard error.
 
     Yields:
-        A function to call with the number of units that have just been done.
+        A function to call with the number of units done since the last call.
     """
     columns = (
         TextColumn("{task.description}"),

@@ -1,67 +1,146 @@
-"""Images on disk: one way to open them, with one set of refusals."""
+"""The one way to open an image, with one set of refusals."""
 
-import os
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import BinaryIO, Literal
 
 from PIL import Image, UnidentifiedImageError
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from lit_clip.errors import InputError, require
-from lit_clip.tools.workers import quiet_worker
+from lit_clip.errors import BadSample
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-
+CHECKED = 10_000
+MAX_PIXELS = 178_956_970  # Pillow's own limit; 0.5 GB as RGB
+MOST_ELONGATED = 500  # longer to shorter side; resized to a model's input, such an image takes a gigabyte
+PROGRAMS = frozenset({"EPS"})  # formats that Pillow has another program draw, for however long that takes
 
 OnError = Literal["error", "skip"]
+FIX_HINT = "; fix or remove it"  # how the message about an unreadable image ends
+
+LeastSize = Callable[[int, int], tuple[int, int]]  # an image's width and height -> the smallest that are enough
+
+FULL_SIZE = "size in the file"  # key in ``info`` of an image decoded at a fraction
+FRACTIONS = (1, 2, 4, 8)  # divisors of width and height that JPEG decoders support and Pillow passes on
+
+_warnings_silenced = False
+_least_size: ContextVar[LeastSize | None] = ContextVar("_least_size", default=None)
 
 
-FIX_HINT = "; fix or remove it"  # how a line about a broken image may end
+@contextmanager
+def decoding_at_least(size: LeastSize | None) -> Iterator[None]:
+    """Within this context, decode JPEGs at the smallest fraction of their width and height that is enough.
+
+    A JPEG decoder can leave out the finer half, three quarters or seven eighths of the frequencies, at a fraction of
+    the time. Other formats are decoded whole.
+
+    Args:
+        size: the width and height that a decoded image must still have; None: decode whole.
+    """
+    token = _least_size.set(size)
+    try:
+        yield
+    finally:
+        _least_size.reset(token)
 
 
-class Bad(NamedTuple):
-    """An item that could not be read, and the line that says why."""
-
-    key: str
-    reason: str
-
-
-class Batch(NamedTuple):
-    """Inputs of an encoder, ``[b, ...]`` or None if none could be read, and the rows among the items they are of."""
-
-    inputs: Tensor | None
-    rows: list[int]
-    bad: list[Bad]
+def _silence_warnings() -> None:
+    """Ignore Pillow's warnings about files that it reads all the same; every odd file has its own text."""
+    global _warnings_silenced
+    if not _warnings_silenced:
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        _warnings_silenced = True
 
 
-def read_image(path: Path) -> Image.Image:
-    """The decoded image.
+@contextmanager
+def _opened(source: Path | BinaryIO, where: str | None) -> Iterator[Image.Image]:
+    """Open an image without decoding it; raise :class:`BadSample` for whatever goes wrong inside."""
+    _silence_warnings()
+    named_by_path = where is None
+    name = "this image" if named_by_path else f"image {source}" if isinstance(source, Path) else "its image"
+    where = str(source) if where is None else where
+    try:
+        if isinstance(source, Path) and not source.is_file():  # opening a pipe would wait for a writer
+            problem = "not a file" if source.exists() else "no such image file"
+            raise BadSample(where, "missing image", problem if named_by_path else f"{problem}: {source}")
+        with Image.open(source) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise Image.DecompressionBombError(f"{width} x {height} pixels, more than {MAX_PIXELS:,}")
+            if max(width, height) > MOST_ELONGATED * min(width, height):
+                raise ValueError(f"{width} x {height} pixels, one side more than {MOST_ELONGATED} times the other")
+            if image.format in PROGRAMS:
+                raise UnidentifiedImageError
+            yield image
+    except BadSample:
+        raise
+    # For a broken file Pillow's decoders raise anything: OSError, SyntaxError, struct.error, ...
+    except Exception as error:
+        reason, words = _reason(error)
+        raise BadSample(where, reason, f"cannot read {name} ({words}){FIX_HINT}") from error
+
+
+def _reason(error: Exception) -> tuple[str, str]:
+    """Return the kind of an error, by which skipped samples are counted, and its text."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image", "not an image"
+    words = str(error).strip().partition("\n")[0] or type(error).__name__
+    return "image too large" if isinstance(error, Image.DecompressionBombError) else "broken image", words
+
+
+def open_image(source: Path | BinaryIO, where: str | None = None) -> Image.Image:
+    """Decode an image; of an animation the first frame. A camera's rotation flag is ignored.
+
+    Args:
+        source: a file, or its content.
+        where: how the user knows it, such as ``captions.csv row 7``; None: by its path.
 
     Raises:
-        InputError: no such file, not an image, or a broken one.
+        BadSample: there is no such file, or it is not an image, broken, too large, too elongated, or in a format that
+            another program would have to draw.
     """
-    if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise InputError(f"{path}: not a file")
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file") from error
-    # Pillow's decoders answer a broken file with whatever they trip over: OSError, SyntaxError, struct.error, ...
-    except Exception as error:
-        what = "not an image" if isinstance(error, UnidentifiedImageError) else str(error).partition("\n")[0]
-        raise InputError(f"{path}: cannot read this image ({what or type(error).__name__})") from error
+    with _opened(source, where) as image:
+        least_size = _least_size.get()
+        if least_size is not None:
+            width, height = least_size(*image.size)
+            image.info[FULL_SIZE] = image.size
+            image.draft(None, (max(1, width), max(1, height)))  # pyright: ignore[reportArgumentType]  # None keeps the mode
+        image.load()
+        return image
 
 
-def loader(batches: Dataset[Batch], num_workers: int, pin_memory: bool = False) -> DataLoader[Any]:
-    """A loader of a dataset whose items are batches, with at most one worker a core.
+def or_skip(message: str, option: str) -> str:
+    """Return a message about an unreadable image that ends in the option that would skip it."""
+    return f"{message.removesuffix(FIX_HINT)}{FIX_HINT}, or set {option}"
 
-    A single batch is not worth starting processes for.
+
+def fraction(size: tuple[int, int], least: tuple[int, int]) -> int:
+    """Return the largest of 1, 2, 4 and 8 that a JPEG's width and height can be divided by and still be ``least``."""
+    times = min(side // max(1, enough) for side, enough in zip(size, least, strict=True))
+    return max((each for each in FRACTIONS if each <= times), default=1)
+
+
+def full_size(image: Image.Image) -> tuple[int, int, int]:
+    """Return width and height as stored in the file, and the divisor at which it was decoded (rounding up)."""
+    width, height = image.info.get(FULL_SIZE, image.size)
+    for each in FRACTIONS:
+        if (math.ceil(width / each), math.ceil(height / each)) == image.size:
+            return width, height, each
+    return *image.size, 1
+
+
+def check_images(images: Sequence[tuple[Path, str]]) -> None:
+    """Check the headers of up to ``CHECKED`` files, evenly spread, without decoding any.
+
+    Args:
+        images: each file, and how the user knows it.
+
+    Raises:
+        BadSample: a file is missing or is refused by :func:`open_image` without decoding it.
     """
-    require(num_workers >= 0, f"--num_workers {num_workers} must be at least 0")
-    count: int = len(batches)  # pyright: ignore[reportArgumentType]  # Dataset declares no length, ours have one
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(num_workers, count, cores) if count > 1 else 0
-    return DataLoader(batches, batch_size=None, num_workers=workers, pin_memory=pin_memory, worker_init_fn=quiet_worker)
+    for path, where in images[:: max(1, len(images) // CHECKED)]:
+        with _opened(path, where):
+            pass

@@ -1,4 +1,4 @@
-"""What jsonargparse says of a command line: shorter, and with what was probably meant."""
+"""Error messages for the command line: jsonargparse's made shorter, with a suggestion for what is misspelt."""
 
 import dataclasses
 import importlib
@@ -15,15 +15,15 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from lit_clip.errors import InputError
 
 UNION = "Does not validate against any of the Union subtypes"
-# What other libraries call Lightning's precisions, and what no spelling is near to.
+# Other libraries' names of Lightning's precisions, which are too far from them to be suggested by spelling.
 ALIASES = {"fp16": "16-mixed", "float16": "16-mixed", "fp32": "32-true", "float32": "32-true", "bfloat16": "bf16-mixed"}
 
 
 def shorter(lines: Sequence[str]) -> list[str]:
-    """Lines of a message without the list of types that a value is none of.
+    """Shorten the part of a message in which jsonargparse says for each type of a union why the value does not fit.
 
-    jsonargparse says of each type of a union why the value is not of it. If a class is among them that was named, it is
-    the one meant, of several that which takes most of what is given; otherwise it is said what there is.
+    If the value names a class, only that class's problem stays; of several classes it is the one with most of the given
+    arguments. Otherwise the accepted values are listed.
     """
     starts = [i for i, line in enumerate(lines) if line.strip(" -").startswith("Problem with given class_path")]
     if starts and starts[0]:
@@ -61,7 +61,7 @@ def _kinds(types: str) -> list[str]:
 
 
 def _kind(class_path: str) -> str:
-    """A class's name, or the form of a dataclass's mapping, as it is typed."""
+    """Return a class's name, or for a dataclass an example of the mapping to type."""
     found = _class(class_path)
     if not dataclasses.is_dataclass(found):
         return class_path.rpartition(".")[2]
@@ -72,7 +72,7 @@ def _kind(class_path: str) -> str:
 
 
 def _class(class_path: str) -> Any:
-    """None if there is none."""
+    """Import a class; None if there is no such class."""
     module, _, name = class_path.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name, None)
@@ -81,25 +81,25 @@ def _class(class_path: str) -> Any:
 
 
 def parameters(class_path: str) -> list[str]:
-    """Names of what a class is made with."""
+    """Return the names of a class's constructor arguments."""
     found = _class(class_path)
     return [] if found is None else [name for name in inspect.signature(found).parameters if name != "self"]
 
 
 def options_of(parser: Any) -> list[str]:
-    """What can be typed, but for what depends on a class that is chosen."""
+    """Return a parser's options, without those that depend on the class that another option names."""
     names = (name for action in parser._actions for name in action.option_strings)
     return [name for name in names if name.startswith("--") and not name.endswith(".help")]
 
 
 @contextmanager
 def hinting(words: Sequence[str], options: Callable[[], Iterable[str]], see: str) -> Iterator[None]:
-    """Add to a parser's error of a misspelt option, as a note, which was probably meant.
+    """Add a suggestion, as a note, to a parser's error about an unknown option.
 
     Args:
-        words: as typed.
-        options: that there are.
-        see: what lists them, for what is like none.
+        words: the command line as typed.
+        options: returns the known options.
+        see: names a list of them, for an option that resembles none.
     """
     try:
         yield
@@ -111,12 +111,12 @@ def hinting(words: Sequence[str], options: Callable[[], Iterable[str]], see: str
 
 
 def _hint(error: str, words: Sequence[str], options: Callable[[], Iterable[str]], see: str) -> str:
-    """Empty if the error is of another kind."""
+    """Return the suggestion; empty for other errors."""
     of_class = re.search(r"class_path '([\w.]+)':\s+Option '([\w.]+)' is not accepted", error)
     if of_class:
         class_path, name = of_class.groups()
         typed = (word.partition("=")[0] for word in words if word.startswith("--"))
-        option = next((one for one in typed if one.endswith(f".{name}")), name)  # else it is in a file
+        option = next((word for word in typed if word.endswith(f".{name}")), name)  # by default in a file
         known = [option.removesuffix(name) + parameter for parameter in parameters(class_path)]
         return _did_you_mean(option, known) or f"there are {', '.join(parameters(class_path))}"
     if error.startswith("unrecognized arguments"):
@@ -128,62 +128,59 @@ def _hint(error: str, words: Sequence[str], options: Callable[[], Iterable[str]]
 
 
 def _did_you_mean(option: str, options: Iterable[str]) -> str:
-    """By its last part, among those beside it or else among all: the same beginning makes none alike."""
-    before, _, name = option.rpartition(".")
+    """Suggest an option with a similar last part, first among its siblings; a common prefix is no similarity."""
+    prefix, _, name = option.rpartition(".")
     known = list(options)
-    for some in ([one for one in known if one.rpartition(".")[0] == before], known):
-        by_name = {one.rpartition(".")[2].lstrip("-"): one for one in reversed(some)}
+    for candidates in ([each for each in known if each.rpartition(".")[0] == prefix], known):
+        by_name = {each.rpartition(".")[2].lstrip("-"): each for each in reversed(candidates)}
         near = get_close_matches(name.lstrip("-"), by_name, n=1)
         if near:
             return f"did you mean {by_name[near[0]]}?"
     return ""
 
 
-LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # as gloo puts it
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # in gloo's messages
 
-
-# Of other libraries, those whose message is for the user: what has not been imported cannot have been raised.
+# Other libraries' errors whose messages are for the user; a module that is not imported cannot have raised one.
 FOREIGN = {
     "jsonargparse": "ArgumentError",
     "lightning.fabric.utilities.exceptions": "MisconfigurationException",
     "omegaconf.errors": "OmegaConfBaseException",
 }
 
-
-# What to do about errors of theirs that do not say it.
+# What to do about those of their errors that do not say it.
 HINTS = {
-    r"restored a checkpoint with current_epoch=": "raise --trainer.max_epochs, or give --model.pretrained FILE in "
-    "place of --ckpt_path to start a new run from its weights",
-    r"\bbatch_size: wants int, not auto": "auto is for embed and evaluate; give a number",
+    r"restored a checkpoint with current_epoch=": "raise --trainer.max_epochs, or give --model.pretrained FILE "
+    "instead of --ckpt_path to start a new run from its weights",
     r"arguments are required: fit\.data": "give --config configs/finetune_table.yaml, or --data datamodules.Captions",
 }
 
 
 def one_line(error: BaseException) -> str:
-    """What to tell the user of an error: no traceback of a data worker, no list of types a value is none of."""
+    """Return an error's message in one line, without a data worker's traceback and the types of a union."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     if lines and lines[0].startswith("Caught "):  # by a data worker, which appends the traceback to the message
         return lines[-1].partition(": ")[2]
     unset = re.search(r"Environment variable '(\w+)' not found", str(error))
     if unset:
         command = f"{unset[1]}=... lit-clip {' '.join(sys.argv[1:2])} ..."
-        return f"the config wants the environment variable {unset[1]}: {command}"
+        return f"the config needs the environment variable {unset[1]}; type {command}"
     text = re.sub(r'Parser key "([^"]+)":', r"\1:", " ".join(line.strip() for line in shorter(lines)))
     hints = [hint for words, hint in HINTS.items() if re.search(words, text)]
     return "; ".join([text, *getattr(error, "__notes__", ()), *hints])
 
 
 def user_error(error: BaseException) -> BaseException | None:
-    """The error that the user can fix, if that is what this is.
+    """Return the error to show to the user; None for a bug.
 
-    jsonargparse wraps what a constructor raises; ours is then among the causes.
+    jsonargparse wraps an error that a constructor raises; ours is then among the causes.
     """
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, InputError):
             return cause
         cause = cause.__cause__ or cause.__context__
-    # Of what a dataclass raises among the types of a union jsonargparse keeps the text alone.
+    # Of an error that a dataclass in a union raises jsonargparse keeps only the text.
     lines = [line.strip(" -") for line in str(error).splitlines()] if isinstance(error, ValueError) else []
     ours = next((line for line in lines if line.startswith("architecture")), None)
     if ours:
@@ -191,6 +188,6 @@ def user_error(error: BaseException) -> BaseException | None:
     if isinstance(error, OSError) and error.filename:
         return InputError(f"{error.filename}: {error.strerror}")
     if isinstance(error, RuntimeError) and any(words in str(error) for words in LOST_PEER):
-        return InputError("another process has ended; if it said why, that is above")
+        return InputError("another process has ended; its error, if it printed one, is above")
     foreign = tuple(getattr(sys.modules[module], name) for module, name in FOREIGN.items() if module in sys.modules)
     return error if isinstance(error, foreign) else None

@@ -1,11 +1,11 @@
-"""The process that started this one, as another rank or as a data worker, and what becomes of this one without it."""
+"""End this process, a rank or a data worker, when the process that started it has ended."""
 
 import os
 import sys
 import threading
 import time
 
-LAUNCHER = "LIT_CLIP_LAUNCHER"  # the process that other ranks of this machine are started by
+LAUNCHER = "LIT_CLIP_LAUNCHER"  # id of the process that starts this machine's other ranks
 GRACE = 10.0  # seconds; after an orderly end the other ranks need one or two
 
 
@@ -15,10 +15,10 @@ def is_launched() -> bool:
 
 
 def watch_launcher() -> None:
-    """End this process soon after the one that started it as a rank; other processes are left alone.
+    """In a rank, start a thread that ends this process soon after the one that launched it has ended.
 
-    A rank that computes or waits for data notices only at its next collective that the first rank was killed, and is
-    in nobody's care until then. Called before Lightning starts the other ranks.
+    A rank that computes or waits for data would notice only at its next collective that the first rank was killed.
+    To be called before Lightning launches the other ranks.
     """
     launcher = os.environ.get(LAUNCHER)
     if "LOCAL_RANK" not in os.environ or launcher is None:
@@ -28,9 +28,9 @@ def watch_launcher() -> None:
 
 
 def let_launcher_end(seconds: float) -> None:
-    """Wait for the rank that started this one to end, which it may be about to do for the same reason.
+    """Wait for the rank that launched this one to end; it may be about to, for the same reason.
 
-    Lightning kills it, in the middle of what it says and saves, when a rank that it started ends with an error.
+    If this one ended first with an error, Lightning would kill the launcher while it reports and saves.
     """
     deadline = time.monotonic() + seconds
     while is_launched() and time.monotonic() < deadline:
@@ -42,7 +42,7 @@ def _has_ended(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return True
-    except PermissionError:  # somebody else's
+    except PermissionError:  # another user's
         pass
     return False
 
@@ -57,10 +57,9 @@ def _wait_for_launcher(launcher: int) -> None:
 
 
 def end_with_parent() -> None:
-    """End this process, a data worker, soon after the one that it reads for.
+    """In a data worker, start a thread that ends this process soon after the one that it reads for.
 
-    A worker whose process was killed, or left without a word, notices; but it can end by itself only if what waits in
-    its queue fits into a pipe (64 KiB), which nobody will read any more.
+    torch's own watchdog notices, too, but such a worker can end only if its queued data fit into a pipe (64 KiB).
     """
     threading.Thread(target=_wait_for_parent, args=(os.getppid(),), daemon=True).start()
 

@@ -1,4 +1,4 @@
-"""Weight files in: safetensors, PyTorch's zip files and OpenAI's TorchScript archives; nothing in them is executed."""
+"""Read weight files: safetensors, PyTorch files and OpenAI's TorchScript archives. Nothing in them is executed."""
 
 import io
 import os
@@ -29,22 +29,22 @@ _DTYPES = {
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file by name, floating ones in float32, on the CPU.
+    """Read a file's tensors by name, floating-point ones in float32, on the CPU.
 
     Raises:
-        InputError: no such file, unreadable, incomplete, or holding anything but tensors by name.
+        InputError: the file is missing, unreadable or incomplete, or holds anything but tensors by name.
     """
     values = read_file(path)
     state = values.get("state_dict", values)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError(f"{path}: no tensors by name in it")
+        raise InputError(f"{path}: does not hold tensors by name")
     return as_float32(state)
 
 
 def as_float32(state: dict[str, Any]) -> dict[str, Tensor]:
-    """Own float32 tensors for views, half precision and mapped files; the dictionary given is emptied on the way.
+    """Copy views, half-precision and memory-mapped tensors to float32 tensors of their own.
 
-    One after the other, so that a model never lies in memory twice.
+    The given dictionary is emptied on the way, so that a model is never in memory twice.
     """
     result = {}
     for key in list(state):
@@ -56,10 +56,10 @@ def as_float32(state: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """Whatever dictionary a weight file holds: tensors by name, or a checkpoint that has those as ``state_dict``.
+    """Read a weight file's dictionary: tensors by name, or a checkpoint that has those as ``state_dict``.
 
     Raises:
-        InputError: no such file, unreadable, incomplete, or something in it that is neither tensor nor plain value.
+        InputError: the file is missing, unreadable or incomplete, or holds something besides tensors and plain values.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint file")
@@ -71,26 +71,26 @@ def read_file(path: Path) -> dict[str, Any]:
                 if any(name.endswith("/constants.pkl") for name in archive.namelist()):
                     return read_torchscript(archive)
         values = _torch_load(path)
-    except pickle.UnpicklingError as error:  # torch's own text advises to load the file unsafely
+    except pickle.UnpicklingError as error:  # torch's message advises to load the file unsafely
         message = "not a checkpoint of tensors and plain values, or incomplete; nothing in it was run"
         raise InputError(f"{path}: {message}") from error
-    except Exception as error:  # damaged bytes raise anything, IndexError and AssertionError too
-        raise InputError(f"{path}: not a readable file of weights; it may be incomplete") from error
+    except Exception as error:  # damaged files raise anything, even IndexError and AssertionError
+        raise InputError(f"{path}: not a readable weight file; it may be incomplete") from error
     if not isinstance(values, dict):
         raise InputError(f"{path}: a {type(values).__name__}, not weights by name")
     return dict(values)
 
 
 def _torch_load(path: Path) -> Any:
-    """A mapped file costs no memory until it is read: of a checkpoint with optimiser states only the weights are."""
+    """Load a PyTorch file; of a checkpoint with optimiser states read only the weights, through a mapped file."""
     if not zipfile.is_zipfile(path):  # PyTorch's older format cannot be mapped
         return torch.load(path, map_location="cpu", weights_only=True)
     values = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if isinstance(values, dict) and isinstance(values.get("state_dict"), dict):
         tensors = [value for value in values["state_dict"].values() if isinstance(value, Tensor)]
         if sum(tensor.nbytes for tensor in tensors) < 0.7 * path.stat().st_size:
-            # A mapped tensor would change or crash when the file is written again, so each is copied. Opened anew for
-            # some at a time, the mapped pages do not add up to the weights once more.
+            # A mapped tensor would change or crash when the file is overwritten, so each is copied. The file is mapped
+            # anew for every few, so that mapped pages do not add up to a second copy of the weights.
             copied, keys = {}, list(values["state_dict"])
             for start in range(0, len(keys), 1 + len(keys) // 8):
                 mapped = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
@@ -107,22 +107,22 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         names = list(file.keys())
     result = {}
     for name in names:
-        # The library maps the file, and a mapped tensor crashes when the file is written again, so each is copied.
-        # Opened anew for each, the mapped pages do not add up to the weights once more.
+        # The library maps the file, and a mapped tensor crashes when the file is overwritten, so each is copied. The
+        # file is mapped anew for each, so that mapped pages do not add up to a second copy of the weights.
         with safe_open(path, "pt") as file:
             result[name] = file.get_tensor(name).clone()
     return result
 
 
 class _Script:
-    """Stands for any object of an archive's own code: keeps its attributes, runs none of its methods."""
+    """Stand-in for an object of an archive's own code: keeps attributes, runs no methods."""
 
     def __setstate__(self, state: Any) -> None:
         self.attributes = state
 
 
 class _TensorUnpickler(pickle.Unpickler):
-    """Reads a TorchScript archive's ``data.pkl``; anything but tensors, containers and inert objects is refused."""
+    """Reads a TorchScript archive's ``data.pkl``; refuses anything but tensors, containers and inert objects."""
 
     def __init__(self, data: bytes, read: Callable[[str], bytes]) -> None:
         super().__init__(io.BytesIO(data))
@@ -142,7 +142,7 @@ class _TensorUnpickler(pickle.Unpickler):
             return allowed[module_name, global_name]
         if module_name == "torch" and global_name in _DTYPES:
             return global_name
-        raise pickle.UnpicklingError(f"{module_name}.{global_name} is no tensor")
+        raise pickle.UnpicklingError(f"{module_name}.{global_name} is not a tensor")
 
     def persistent_load(self, pid: Any) -> Tensor:
         _, storage_type, key, _, _ = pid
@@ -156,7 +156,7 @@ class _TensorUnpickler(pickle.Unpickler):
 
 
 def read_torchscript(archive: zipfile.ZipFile) -> dict[str, Tensor]:
-    """The tensors of a TorchScript archive under their state dict's names; its code is not even read."""
+    """Read the tensors of a TorchScript archive by their names in the state dict; its code is not read."""
     root = next(name for name in archive.namelist() if name.endswith("/constants.pkl")).rpartition("/")[0]
     unpickler = _TensorUnpickler(archive.read(f"{root}/data.pkl"), lambda key: archive.read(f"{root}/data/{key}"))
     return dict(_named_tensors(unpickler.load(), ""))
@@ -173,7 +173,7 @@ def _named_tensors(script: _Script, prefix: str) -> list[tuple[str, Tensor]]:
 
 
 def is_path(source: str | os.PathLike[str]) -> bool:
-    """Whether something can only be meant as a file or folder."""
+    """Whether a source of weights can only be a file or folder."""
     text = os.fspath(source)
     return (
         os.path.exists(text)

@@ -236,7 +236,7 @@ def test_a_image_that_cannot_be_read_ends_the_run_or_is_left_out(folder: Path) -
     with pytest.raises(InputError, match=r"shades: 5.png: not an image; fix or remove it, or set ZeroShot.on_error"):
         make_trainer(folder, [ZeroShot(**options)]).validate(module, NoCaptions(), verbose=False)
     trainer = make_trainer(folder, [ZeroShot(on_error="skip", **options)])
-    with pytest.warns(UserWarning, match=r"shades: 1 of 40 images are left out; the first: 5.png: not an image"):
+    with pytest.warns(UserWarning, match=r"shades: 1 of 40 images are skipped; the first: 5.png: not an image"):
         trainer.validate(module, NoCaptions(), verbose=False)
     right = scores(module, Shades("")).argmax(dim=1) == torch.tensor(Shades("").labels())
     rows = [row for row in range(40) if row != 5]

@@ -194,7 +194,7 @@ def assert_user_error(result: Completed, *parts: str) -> None:
         ),
         (["--model.freeze.image", "al"], ["not al; did you mean all?"]),
         (["--data.on_error", "skp"], ["on_error: wants error or skip, not skp; did you mean skip?"]),
-        (["--data.batch_size", "auto"], ["not auto; auto is for embed and evaluate; give a number"]),
+        (["--data.batch_size", "auto"], ["batch_size: wants int, not auto"]),
         (["--model.architecture", "ViT-B-33"], ["'ViT-B-33'", "did you mean ViT-B-32?"]),
         (["--model.architecture", "{image: {widht: 64}}"], ["model.architecture", "widht"]),
         (["--model.pretrained", "nowhere.ckpt"], ["nowhere.ckpt: no such checkpoint file"]),

@@ -338,11 +338,11 @@ def test_pretrained_lists_the_registry(capsys: pytest.CaptureFixture[str]) -> No
     expected = [f"{model}:{tag}" for model, tag in open_clip.list_pretrained() if "ViT-B-32" in f"{model}:{tag}"]
     assert "ViT-B-32:laion2b_s34b_b79k" in expected
     assert capsys.readouterr().out.splitlines() == expected
-    with pytest.raises(InputError, match="no weights called nothing-like-it"):
+    with pytest.raises(InputError, match="no weights named nothing-like-it"):
         run_command(["models", "nothing-like-it", "--pretrained"])
 
 
 def test_one_class_alone_is_refused(drawings: tuple[Path, Path, list[str]]) -> None:
     checkpoint, folder, _ = drawings
-    with pytest.raises(InputError, match="--classes tiger: one class alone"):
+    with pytest.raises(InputError, match="--classes tiger: a single class gets 100 % of every image"):
         classify([str(folder)], model=str(checkpoint), classes=["tiger"])

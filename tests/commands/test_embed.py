@@ -17,9 +17,9 @@ from lit_clip import LitCLIP, load_model
 from lit_clip.cli.subcommands import run_command
 from lit_clip.embedding.encode import Encoder, PartWriter
 from lit_clip.embedding.image_files import find_images
+from lit_clip.embedding.reading import EncoderBatch
 from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig, VisionTransformerConfig
-from lit_clip.tools.images import Batch
 from lit_clip.weights.fingerprint import fingerprint
 from tests.conftest import lit_clip_command
 
@@ -131,10 +131,10 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], list[str]
     def watch(interrupt_at: int | None) -> list[str]:
         keys: list[str] = []
 
-        def predict_step(self: Encoder, batch: Batch, batch_idx: int) -> torch.Tensor:
+        def predict_step(self: Encoder, batch: EncoderBatch, batch_idx: int) -> torch.Tensor:
             if batch_idx == interrupt_at:
                 raise KeyboardInterrupt
-            keys.extend(self.items[row].key for row in batch.rows)
+            keys.extend(self.task.identities[row][0] for row in batch.rows)
             return step(self, batch, batch_idx)
 
         monkeypatch.setattr(Encoder, "predict_step", predict_step)
@@ -149,7 +149,7 @@ def test_an_interrupted_run_goes_on_with_what_is_left(
     options = ["photos", "--model", str(tiny_checkpoint), "--batch_size", "2"]
     embed(*options, "--output", "whole.npy")
     encoded(2)
-    with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
+    with pytest.raises(KeyboardInterrupt, match="run the same command again to resume"):
         embed(*options, "--output", "features.npy")
     assert not (folder / "features.npy").exists()
     keys = encoded(None)
@@ -210,7 +210,7 @@ def test_bad_images_are_an_error_or_counted_and_listed(
     assert "skipped 2 that could not be read" in capsys.readouterr().err
     listed = (folder / "features.npy.skipped.txt").read_text().splitlines()
     assert [line.split("\t")[0] for line in listed] == ["photos/b.jpg", "photos/h.png"]
-    assert "no such file" in listed[1]
+    assert "no such image file" in listed[1]
     for name in ("b.jpg", "h.png"):
         (folder / "photos" / name).unlink()
     embed(*options)
@@ -246,7 +246,7 @@ def test_a_name_that_parquet_cannot_hold_is_refused_before_anything_is_encoded(
         (folder / "photos/a.png").rename(folder / "photos" / os.fsdecode(b"caf\xe9.png"))
     except OSError:
         pytest.skip("names are Unicode on this file system")
-    with pytest.raises(InputError, match=r"features.parquet: the file name .* is not Unicode text; rename"):
+    with pytest.raises(InputError, match=r"features.parquet: the file name .* is not Unicode; rename"):
         embed("photos", "--model", str(tiny_checkpoint), "--output", "features.parquet")
     assert not (folder / ".features.parquet.parts").exists()
 
@@ -294,7 +294,7 @@ def test_a_disk_that_fills_up_leaves_the_earlier_file(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["photos", "--output", "features.csv"], r"--output features.csv: .* \.parquet or a \.npy"),
+        (["photos", "--output", "features.csv"], r"--output features.csv: must be a \.parquet or \.npy file"),
         (["photos", "--output", "absent/features.npy"], r"--output absent/features.npy: there is no folder absent"),
         (["--output", "features.npy"], "either images or --texts"),
         (["photos", "--texts", "captions.txt", "--output", "features.npy"], "either images or --texts"),

@@ -20,9 +20,9 @@ from sklearn.linear_model import LogisticRegression
 
 from lit_clip import load_model, zero_shot_classifier
 from lit_clip.cli.subcommands import run_command
+from lit_clip.embedding.encode import Encoder
 from lit_clip.errors import InputError
 from lit_clip.evaluation.data import LabelledImages
-from lit_clip.evaluation.set_encoding import SetEncoder
 from tests.conftest import ROOT, lit_clip_command
 from tests.evaluation.test_clip_benchmark import CLASSES, TEMPLATES, write_shards
 
@@ -133,13 +133,13 @@ def test_two_processes_find_the_same(root: Path) -> None:
 
 def test_what_is_finished_is_not_computed_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: Counter[str] = Counter()
-    plain = SetEncoder.predict_step
+    plain = Encoder.predict_step
 
-    def counted(self: SetEncoder, batch: Any, batch_idx: int) -> torch.Tensor:
+    def counted(self: Encoder, batch: Any, batch_idx: int) -> torch.Tensor:
         calls["images"] += len(batch.rows)
         return plain(self, batch, batch_idx)
 
-    monkeypatch.setattr(SetEncoder, "predict_step", counted)
+    monkeypatch.setattr(Encoder, "predict_step", counted)
     first = evaluate("--tasks", "zero_shot")
     assert calls["images"] == 30
     again = evaluate("--tasks", "zero_shot", "linear_probe")

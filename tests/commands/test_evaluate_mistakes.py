@@ -14,9 +14,10 @@ import torch
 from datamodules import ImageFolderClasses
 from lit_clip import load_model
 from lit_clip.cli.subcommands import run_command
+from lit_clip.embedding.encode import EncodingSettings
 from lit_clip.errors import InputError
 from lit_clip.evaluation import store
-from lit_clip.evaluation.store import FeatureStore, Settings
+from lit_clip.evaluation.store import FeatureStore
 from lit_clip.evaluation.suite import read_suite
 from tests.commands.test_evaluate import FOLDER, evaluate, noise, root, words, write_suite
 from tests.conftest import lit_clip_command
@@ -171,7 +172,9 @@ def test_what_is_damaged_is_made_anew(root: Path, damage: Callable[[], Any]) -> 
 def test_another_run_with_the_same_cache_may_be_quicker(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, plain = load_model("last.ckpt"), store.encode
     images = ImageFolderClasses("data/test")
-    ours, theirs = (FeatureStore(model, root / "cache", Settings(num_workers=0, accelerator="cpu")) for _ in range(2))
+    ours, theirs = (
+        FeatureStore(model, root / "cache", EncodingSettings(num_workers=0, accelerator="cpu")) for _ in range(2)
+    )
 
     def overtaken(*arguments: Any, **options: Any) -> Any:
         bad = plain(*arguments, **options)
@@ -192,7 +195,7 @@ def test_two_processes_of_which_one_cannot_write_do_not_wait_for_each_other(root
     kept.with_name(f".{kept.name}.parts").write_text("no folder")
     result = lit_clip_command(root, *words(*ZERO_SHOT, "--devices", "2"), timeout=60)
     assert result.returncode == 2
-    assert "files cannot be written here" in result.stderr
+    assert "cannot be written (File exists)" in result.stderr
 
 
 def changed(results: Any, path: list[str], value: Any) -> Any:

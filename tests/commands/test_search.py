@@ -2,7 +2,6 @@
 
 import base64
 import io
-import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,10 +15,10 @@ import lit_clip.commands.search
 from lit_clip import LitCLIP, load_model
 from lit_clip.cli.subcommands import run_command
 from lit_clip.embedding.encode import Encoder
-from lit_clip.embedding.index import INDEX, nearest
+from lit_clip.embedding.index import INDEX
+from lit_clip.embedding.reading import EncoderBatch
 from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig
-from lit_clip.tools.images import Batch
 
 Search = Callable[..., tuple[list[tuple[str, float]], list[str]]]
 
@@ -45,8 +44,8 @@ def search(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
     def run(*words: str) -> tuple[list[tuple[str, float]], list[str]]:
         keys: list[str] = []
 
-        def predict_step(self: Encoder, batch: Batch, batch_idx: int) -> torch.Tensor:
-            keys.extend(self.items[row].key for row in batch.rows)
+        def predict_step(self: Encoder, batch: EncoderBatch, batch_idx: int) -> torch.Tensor:
+            keys.extend(self.task.identities[row][0] for row in batch.rows)
             return step(self, batch, batch_idx)
 
         monkeypatch.setattr(Encoder, "predict_step", predict_step)
@@ -162,36 +161,6 @@ def test_a_damaged_index_is_made_again(folder: Path, tiny_checkpoint: Path, sear
     assert (len(encoded), found) == (5, first)
 
 
-@pytest.mark.parametrize("k", [1, 10, 53, 100])
-def test_chunks_find_what_a_full_sort_finds(monkeypatch: pytest.MonkeyPatch, k: int) -> None:
-    random = np.random.default_rng(1)
-    features, queries = (random.standard_normal((n, 16)).astype(np.float32) for n in (53, 3))
-    monkeypatch.setattr(lit_clip.commands.search, "CHUNK", 7)
-    scores, rows = nearest(features, queries, k)
-    everything = queries @ features.T
-    expected = np.argsort(-everything, axis=1)[:, :k]
-    assert np.array_equal(rows, expected)
-    assert np.allclose(scores, np.take_along_axis(everything, expected, axis=1), atol=1e-5)
-
-
-def test_faiss_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("faiss")
-    random = np.random.default_rng(2)
-    features, queries = (random.standard_normal((n, 16)).astype(np.float32) for n in (53, 3))
-    scores, rows = nearest(features, queries, 10)
-    monkeypatch.setattr(lit_clip.commands.search, "MOST_ROWS", 52)
-    faiss_scores, faiss_rows = nearest(features, queries, 10)
-    assert np.array_equal(rows, faiss_rows)
-    assert np.allclose(scores, faiss_scores, atol=1e-5)
-
-
-def test_a_missing_faiss_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lit_clip.commands.search, "MOST_ROWS", 3)
-    monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(InputError, match=r"4 images: more than 3 need faiss: .*\[search\]"):
-        nearest(np.eye(4, dtype=np.float32), np.eye(4, dtype=np.float32)[:1], 2)
-
-
 def test_the_page_shows_every_hit_and_fetches_nothing(folder: Path, tiny_checkpoint: Path, search: Search) -> None:
     query = '<script>alert("x")</script> & more'
     found, _ = search("photos", query, "kite", "--model", str(tiny_checkpoint), "--top_k", "5", "--sheet", "page.html")
@@ -238,10 +207,10 @@ def test_a_bad_image_is_named_or_skipped(folder: Path, tiny_checkpoint: Path, se
         (["absent", "kite"], "absent: no such folder"),
         (["photos/a.png", "kite"], "photos/a.png: no such folder"),
         (["empty", "kite"], "empty: no images"),
-        (["photos", "kite", "--image", "absent.png"], "absent.png: no such file"),
+        (["photos", "kite", "--image", "absent.png"], "absent.png: no such image file"),
         (["photos", "kite", "--sheet", "absent/page.html"], "--sheet absent/page.html: there is no such folder"),
-        (["photos", "kite", "--index", "absent/index.npz"], "absent.*--index"),
-        (["photos", "kite", "--index", "photos/a.png"], "--index photos/a.png: an index is a .npz file"),
+        (["photos", "kite", "--index", "absent/index.npz"], "--index absent/index.npz: there is no such folder"),
+        (["photos", "kite", "--index", "photos/a.png"], "--index photos/a.png: must be a .npz file"),
         (["photos", "kite", "--top_k", "0"], "--top_k 0 must be at least 1"),
     ],
 )

@@ -30,17 +30,17 @@ class Noise(LabelledImages):
 
     def __init__(self, size: int, seed: int) -> None:
         generator = np.random.default_rng(seed)
-        self.images = [Image.fromarray(generator.integers(0, 256, (40, 36, 3), np.uint8)) for _ in range(size)]
+        self.noise = [Image.fromarray(generator.integers(0, 256, (40, 36, 3), np.uint8)) for _ in range(size)]
         self.numbers = generator.integers(0, 3, size).tolist()
         self.class_names = ["one", "two", "three"]
         self.read = 0
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.noise)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         self.read += 1
-        return self.images[index], self.numbers[index]
+        return self.noise[index], self.numbers[index]
 
     def labels(self) -> list[int]:
         return self.numbers
@@ -78,7 +78,7 @@ def test_each_alpha_has_the_accuracy_of_its_model_and_each_image_is_read_once(mo
             model = line.at(alpha)
             with torch.no_grad():
                 classifier = zero_shot_classifier(model, images.class_names, zero_shot_set.templates)
-                pixels = torch.stack([model.preprocess(image) for image in images.images])
+                pixels = torch.stack([model.preprocess(image) for image in images.noise])
                 predictions = (model.encode_image(pixels, normalize=True) @ classifier).argmax(dim=1)
             expected = accuracy_score(images.labels(), predictions.numpy())
             assert results[name][alpha] == pytest.approx(expected, abs=1e-6), (name, alpha)
@@ -141,11 +141,11 @@ def test_the_command_prints_the_line_and_writes_a_checkpoint_that_everything_rea
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"alphas": "0,2"}, "2.0 must be from 0 to 1"),
-        ({"alphas": "0;1"}, "numbers divided by commas"),
+        ({"alphas": "0,2"}, "2.0 must be between 0 and 1"),
+        ({"alphas": "0;1"}, "must be numbers separated by commas"),
         ({"target": "cars"}, "no such set; there are pets, tools"),
         ({"output": "nowhere/x.ckpt"}, "there is no such folder"),
-        ({"output": "chosen.safetensors"}, "chosen.safetensors: a checkpoint is a .ckpt file"),
+        ({"output": "chosen.safetensors"}, "chosen.safetensors: must be a .ckpt file"),
         ({"batch_size": 0}, "--batch_size 0 must be at least 1"),
         ({"num_workers": -1}, "--num_workers -1 must be at least 0"),
         ({"after": "nowhere.ckpt"}, "nowhere.ckpt"),
@@ -166,7 +166,7 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(
 def test_models_that_differ_are_refused(models: tuple[CLIP, CLIP]) -> None:
     other = copy.deepcopy(models[0].config)
     other.preprocessing = Preprocessing(image_size=32, mean=(0.5, 0.5, 0.5))
-    with pytest.raises(InputError, match=r"after is of another architecture than before: preprocessing.mean"):
+    with pytest.raises(InputError, match=r"after has another architecture than before: preprocessing.mean"):
         InterpolatedModels(models[0], CLIP(other))
 
 

@@ -28,13 +28,13 @@ from PIL import Image
 from datamodules.caption_datamodule import TrainingPairs, ValidationPairs
 from datamodules.loading.augmentation import Augmentation
 from datamodules.loading.bad_samples import Skipped, SkippingDataset
-from datamodules.loading.images import open_image
 from datamodules.loading.sampling import TrainingSample
 from datamodules.open_source import open_source
 from datamodules.pairs.source import Pair, PairSource
 from lit_clip.errors import BadSample, InputError
 from lit_clip.models.config import Preprocessing
 from lit_clip.models.preprocess import pixels
+from lit_clip.tools.images import open_image
 
 LIMIT = 20  # seconds that one may take on a busy machine
 SMALL = Preprocessing(image_size=32)

@@ -194,7 +194,7 @@ def _spoilt(kind: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         ("more under other names", "not weights of timm's test_efficientnet: .* is absent there"),
         ("fewer", "not weights of timm's test_efficientnet: .* is absent there"),
         ("deeper", "not weights of timm's test_efficientnet: blocks.7.0.conv.weight is absent here"),
-        ("no tensors", "no tensors by name in it"),
+        ("no tensors", "does not hold tensors by name"),
     ],
 )
 def test_weights_of_another_model_are_refused(

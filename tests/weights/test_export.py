@@ -358,7 +358,7 @@ def test_options_that_open_clip_would_ignore_are_refused(tmp_path: Path, siglip:
             "text features differ by 2.0e-04 from the original's, more than 1e-04",
         ),
         (lambda r: r._replace(image=r.image * float("nan")), "image features differ by nan"),
-        (lambda r: r._replace(tokens=r.tokens + 1), "its tokenizer gives other ids than the model's"),
+        (lambda r: r._replace(tokens=r.tokens + 1), "its tokenizer gives other token ids than the model's"),
         (lambda r: r._replace(pixels=r.pixels + 0.1), "its preprocessing differs from the model's by"),
     ],
 )
@@ -396,7 +396,7 @@ def test_a_folder_in_use_and_a_file_are_refused_before_the_model_is_read(tmp_pat
     (tmp_path / "file").write_text("keep")
     for name, message in (
         ("used", "the folder is not empty"),
-        ("file", "there is a file of that name"),
+        ("file", "out: is a file; name a folder"),
     ):
         with pytest.raises(InputError, match=message):
             export("no such model", format="onnx", output=str(tmp_path / name))
@@ -487,7 +487,7 @@ def test_the_command_writes_the_folder_and_refuses_it_the_second_time(
     ]
     again = cli(*words)
     assert again.returncode == 2
-    assert again.stderr.strip().splitlines()[-1].endswith("out: the folder is not empty; name another one")
+    assert again.stderr.strip().splitlines()[-1].endswith("out: the folder is not empty; name another")
 
 
 def test_an_unknown_format_lists_those_there_are() -> None:

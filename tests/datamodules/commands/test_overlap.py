@@ -28,7 +28,7 @@ from datamodules.overlap.search import NearestFound, Queries, SourceRows, joined
 from datamodules.overlap.sets import read_results, read_thresholds
 from lit_clip import load_model
 from lit_clip.cli.subcommands import run_command
-from lit_clip.embedding.image_files import in_batches
+from lit_clip.embedding.reading import in_batches
 from lit_clip.errors import InputError
 from lit_clip.evaluation.data import ImageSet
 from lit_clip.evaluation.overlap import bonferroni, clopper_pearson, nearer, nearest, nowhere, overlap_of
@@ -231,7 +231,7 @@ def test_a_film_is_seen_if_one_of_its_frames_is(tiny_config: CLIPConfig, tmp_pat
     model, photos = CLIP(tiny_config).eval(), photographs()
     queries = Queries.compute(model, Films(photos[:6]), 64, 0, "films")
     assert queries.items.tolist() == [0, 0, 0, 2, 2, 2]
-    assert queries.bad == ["1: no such codec"]
+    assert queries.bad == ["1: cannot be read (no such codec)"]
     source = open_source(write_table(tmp_path / "train", [photos[6], as_jpeg(photos[4], 90), photos[7]]))
     found = search(model, queries, source, tmp_path / "found.npz", 2, 0)
     judged = findings_of(Films(photos[:6]), queries, found, 2.0, "look", booleans("10"))
@@ -262,7 +262,7 @@ def test_an_interrupted_search_goes_on_and_ends_as_an_uninterrupted_one(
         return plain(self, row)
 
     monkeypatch.setattr(SourceRows, "read", counted)
-    with pytest.raises(KeyboardInterrupt, match="goes on from there"):
+    with pytest.raises(KeyboardInterrupt, match="run the same command again to resume"):
         search(model, queries, source, tmp_path / "found.npz", 2, 0)
     assert read == [0, 1, 2, 3, 4, 5]
     read[:] = [5]

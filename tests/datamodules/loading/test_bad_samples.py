@@ -21,11 +21,11 @@ from callbacks.skipped_samples import Tally
 from datamodules import Augmentation, Captions
 from datamodules.loading.augmentation import RandomSquareCrop
 from datamodules.loading.bad_samples import check_caption
-from datamodules.loading.images import MAX_PIXELS, MOST_ELONGATED, decoding_at_least, open_image
 from lit_clip.batch import JUDGED_AFTER, CaptionBatch
 from lit_clip.errors import BadSample, InputError
 from lit_clip.models.config import Preprocessing
 from lit_clip.models.preprocess import pixels
+from lit_clip.tools.images import MAX_PIXELS, MOST_ELONGATED, decoding_at_least, open_image
 from tests.conftest import ROOT, TINY_YAML, run_lightning_ranks
 from tests.helpers import forks
 from tests.helpers.fuzz import encoded, image, whole_images

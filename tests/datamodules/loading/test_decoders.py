@@ -11,8 +11,8 @@ from sklearn.datasets import load_sample_images
 
 from datamodules import Augmentation
 from datamodules.loading.augmentation import FastSquareCrop, RandomSquareCrop
-from datamodules.loading.images import decoding_at_least, fraction, full_size, open_image
 from lit_clip.models.config import Preprocessing
+from lit_clip.tools.images import decoding_at_least, fraction, full_size, open_image
 from tests.helpers.fuzz import whole_images
 
 

@@ -1,0 +1,211 @@
+"""Read and encode images, batch by batch: the one loop of all commands and callbacks that need features.
+
+Shapes: N rows, F images (a row may have several, such as the frames of a video), D embedding dimension.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lit_clip.errors import BadSample, InputError, require
+from lit_clip.models.clip import CLIP
+from lit_clip.models.config import Preprocessing
+from lit_clip.models.preprocess import pixels
+from lit_clip.models.tokenizer import TextTokenizer
+from lit_clip.tools.console import progress
+from lit_clip.tools.workers import loader
+
+Encode = Callable[[Tensor], Tensor]  # inputs on the model's device, [B, ...] -> features [B, ...]
+Batches = Sequence[Sequence[int]]  # the rows of each batch
+Note = Callable[[str, Image.Image], Any]  # the user's name for an image's row, and the image -> anything
+
+
+class ImageRows(Protocol):
+    """Images by row number; an object that data workers can be sent."""
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        ...
+
+    def read(self, row: int) -> tuple[str, list[Image.Image]]:
+        """Return the user's name for a row, and its images.
+
+        Raises:
+            InputError: the row cannot be read.
+        """
+        ...
+
+
+class UnreadableRow(NamedTuple):
+    """A row that could not be read.
+
+    Attributes:
+        row: its number.
+        reason: in a few words that other rows share.
+        message: the line for the user.
+    """
+
+    row: int
+    reason: str
+    message: str
+
+
+class EncoderBatch(NamedTuple):
+    """Inputs of an encoder.
+
+    Attributes:
+        inputs: ``[F, ...]``; None if no row could be read.
+        rows: the rows that could be read, in order.
+        counts: the number of images of each of them.
+        notes: on each image, see :class:`ImageBatches`.
+        unreadable: the other rows.
+    """
+
+    inputs: Tensor | None
+    rows: list[int]
+    counts: list[int]
+    notes: list[Any]
+    unreadable: list[UnreadableRow]
+
+
+def in_batches(rows: Sequence[int], batch_size: int) -> list[Sequence[int]]:
+    """Cut rows into batches, in their order."""
+    require(batch_size >= 1, f"--batch_size {batch_size} must be at least 1")
+    return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+
+
+def unreadable_image(error: Exception, where: str) -> InputError:
+    """Return the error for an image that cannot be read; ours as it is, a decoder's or transform's with its place."""
+    if isinstance(error, InputError):
+        return error
+    words = str(error).partition("\n")[0] or type(error).__name__
+    return BadSample(where, "broken image", f"cannot be read ({words})")
+
+
+class ImageBatches(Dataset[EncoderBatch]):
+    """Batches of images, decoded and cropped: one item is one batch of uint8 ``[F, 3, H, W]``.
+
+    A row that cannot be read is reported, never replaced.
+
+    Args:
+        data: the images.
+        batches: the rows of each batch.
+        preprocessing: the model's.
+        note: what to note about each image.
+        stop: once this file exists, nothing more is read.
+    """
+
+    def __init__(
+        self,
+        data: ImageRows,
+        batches: Batches,
+        preprocessing: Preprocessing,
+        note: Note | None = None,
+        stop: Path | None = None,
+    ) -> None:
+        self.data, self.batches, self.note, self.stop = data, batches, note, stop
+        self.transform = pixels(preprocessing)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> EncoderBatch:
+        inputs: list[Tensor] = []
+        batch = EncoderBatch(None, [], [], [], [])
+        stopped = self.stop is not None and self.stop.exists()
+        for row in self.batches[index] if not stopped else ():
+            try:
+                read, notes = self._read(row)
+            except InputError as error:
+                reason = error.reason if isinstance(error, BadSample) else "cannot be read"
+                batch.unreadable.append(UnreadableRow(row, reason, str(error)))
+                continue
+            inputs += read
+            batch.rows.append(row)
+            batch.counts.append(len(read))
+            batch.notes.extend(notes)
+        return batch._replace(inputs=torch.stack(inputs)) if inputs else batch
+
+    def _read(self, row: int) -> tuple[list[Tensor], list[Any]]:
+        name, images = self.data.read(row)
+        require(bool(images), f"{name}: has no image")
+        try:
+            notes = [self.note(name, image) for image in images] if self.note else []
+            return [self.transform(image) for image in images], notes
+        except Exception as error:
+            raise unreadable_image(error, name) from error
+
+
+class TextBatches(Dataset[EncoderBatch]):
+    """Batches of texts: one item is one batch of tokens ``[N, L]``."""
+
+    def __init__(self, texts: Sequence[str], batches: Batches, tokenizer: TextTokenizer) -> None:
+        self.texts, self.batches, self.tokenizer = texts, batches, tokenizer
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> EncoderBatch:
+        rows = list(self.batches[index])
+        tokens = self.tokenizer.trim(self.tokenizer([self.texts[row] for row in rows]))
+        return EncoderBatch(tokens, rows, [1] * len(rows), [], [])
+
+
+def image_features(model: CLIP) -> Encode:
+    """Return the function from uint8 ``[F, 3, H, W]`` to unit features, float32 ``[F, D]``."""
+    return lambda images: model.encode_image(model.normalize(images), normalize=True).float()
+
+
+def encode_batch(batch: EncoderBatch, encode: Encode, device: torch.device, batch_size: int) -> Tensor:
+    """Encode a batch's inputs, at most ``batch_size`` at once; an empty tensor if there are none."""
+    if batch.inputs is None:
+        return torch.empty(0, device=device)
+    return torch.cat([encode(part.to(device)) for part in batch.inputs.split(batch_size)])
+
+
+def row_means(features: Tensor, counts: Sequence[int]) -> Tensor:
+    """Average the features ``[F, ...]`` of each row's images -> ``[N, ...]``."""
+    if len(features) == len(counts):
+        return features
+    return torch.stack([part.mean(dim=0) for part in features.split(list(counts))])
+
+
+@torch.no_grad()
+def encoded_batches(
+    model: CLIP,
+    data: ImageRows,
+    batch_size: int,
+    num_workers: int,
+    *,
+    encode: Encode | None = None,
+    batches: Batches | None = None,
+    note: Note | None = None,
+    title: str | None = None,
+) -> Iterator[tuple[EncoderBatch, Tensor]]:
+    """Read and encode images, batch by batch.
+
+    Args:
+        model: on the device where it is to compute.
+        data: the images.
+        batch_size: images encoded at once; only rows with several images can have more.
+        num_workers: processes that read.
+        encode: uint8 ``[F, 3, H, W]`` -> features; by default :func:`image_features`.
+        batches: the rows of each batch; by default all rows, ``batch_size`` to a batch.
+        note: see :class:`ImageBatches`.
+        title: of the progress bar; None: no bar.
+
+    Yields:
+        Each batch, and the features of its images ``[F, ...]`` on the device; without images an empty tensor.
+    """
+    batches = in_batches(range(len(data)), batch_size) if batches is None else batches
+    dataset = ImageBatches(data, batches, model.preprocessing, note)
+    encode = encode or image_features(model)
+    with progress(title or "", sum(map(len, batches)), enabled=title is not None) as advance:
+        for batch in loader(dataset, num_workers, pin_memory=model.device.type == "cuda"):
+            yield batch, encode_batch(batch, encode, model.device, batch_size)
+            advance(len(batch.rows) + len(batch.unreadable))

@@ -1,0 +1,162 @@
+"""The loop that reads and encodes images: the same refusals everywhere, and nothing lost or replaced."""
+
+import io
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import EpsImagePlugin, Image
+
+from datamodules import ImageFolderClasses
+from lit_clip import load_model
+from lit_clip.cli.subcommands import run_command
+from lit_clip.embedding.encode import EncodingSettings
+from lit_clip.embedding.reading import ImageBatches, encoded_batches, in_batches, row_means
+from lit_clip.errors import BadSample, InputError
+from lit_clip.evaluation.set_encoding import SetEncoder
+from lit_clip.evaluation.store import FeatureStore
+from lit_clip.models.clip import CLIP
+from lit_clip.models.config import CLIPConfig
+from lit_clip.tools.images import MAX_PIXELS, MOST_ELONGATED, open_image
+from tests.helpers.fuzz import image
+
+
+def refused_files() -> dict[str, bytes]:
+    """Files that Pillow would open, at the price of another program, of gigabytes or of an overlong resize."""
+    bomb, thread, eps = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    Image.new("RGB", (8, 8)).save(bomb, "BMP")
+    header = bytearray(bomb.getvalue())
+    header[18:26] = (20_000).to_bytes(4, "little") * 2  # width and height
+    Image.new("L", (MOST_ELONGATED + 1, 1)).save(thread, "PNG")
+    Image.new("RGB", (8, 8)).save(eps, "EPS")
+    assert MAX_PIXELS < 20_000**2
+    return {"bomb.bmp": bytes(header), "thread.png": thread.getvalue(), "program.png": eps.getvalue()}
+
+
+@pytest.fixture(params=list(refused_files()))
+def refused(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file in a class's folder, beside an image that can be read; nothing may start another program."""
+    path = tmp_path / "set/cat" / request.param
+    path.parent.mkdir(parents=True)
+    path.write_bytes(refused_files()[request.param])
+    image(0, 40, 36).save(path.with_name("a.png"))
+
+    def started(*words: Any, **_: Any) -> None:
+        raise AssertionError(f"{words} was started")
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", started)
+    monkeypatch.setattr(subprocess, "check_call", started)
+    monkeypatch.setattr(subprocess, "Popen", started)
+    monkeypatch.chdir(tmp_path)
+    return path.relative_to(tmp_path)
+
+
+def problem_in_training(path: Path) -> str:
+    """Return what training says about a file, without where and which."""
+    with pytest.raises(BadSample) as error:
+        open_image(path, "captions.csv row 2")
+    return str(error.value).partition(f"{path} ")[2].partition(";")[0]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["embed", "set", "--output", "features.npy", "--accelerator", "cpu"],
+        ["classify", "set", "--classes", "cat", "dog"],
+        ["search", "set", "kite"],
+    ],
+)
+def test_commands_refuse_what_training_refuses(refused: Path, words: list[str], tiny_checkpoint: Path) -> None:
+    problem = problem_in_training(refused)
+    with pytest.raises(InputError) as error:
+        run_command([*words, "--model", str(tiny_checkpoint), "--num_workers", "0"])
+    assert str(error.value) == f"{refused}: cannot read this image {problem}; fix or remove it, or set --on_error skip"
+
+
+def test_a_query_image_is_refused_before_the_folder_is_encoded(refused: Path, tiny_checkpoint: Path) -> None:
+    words = ["set", "--image", str(refused), "--model", str(tiny_checkpoint), "--num_workers", "0"]
+    with pytest.raises(InputError) as error:
+        run_command(["search", *words])
+    assert str(error.value) == f"{refused}: cannot read this image {problem_in_training(refused)}; fix or remove it"
+    assert sorted(path.name for path in Path("set").rglob(".*")) == []
+
+
+@pytest.mark.parametrize("on_error", ["error", "skip"])
+def test_evaluation_refuses_what_training_refuses(refused: Path, on_error: Any, tiny_checkpoint: Path) -> None:
+    images, model, problem = ImageFolderClasses("set"), load_model(tiny_checkpoint), problem_in_training(refused)
+    settings = EncodingSettings(num_workers=0, accelerator="cpu", on_error=on_error)
+    store = FeatureStore(model, Path("cache"), settings)
+    encoder = SetEncoder(2, 0, on_error, "ZeroShot")
+    if on_error == "error":
+        for encode in (
+            lambda: store.compute(images, "set"),
+            lambda: encoder.encode(model, images, model.encode_image, "set"),
+        ):
+            with pytest.raises(InputError) as error:
+                encode()
+            assert problem in str(error.value)
+        return
+    store.compute(images, "set")
+    assert [key for key, _ in store.read(images).skipped] == [f"cat/{refused.name}"]
+    assert problem in store.read(images).skipped[0][1]
+    with pytest.warns(UserWarning, match="1 of 2 images are skipped"):
+        assert encoder.encode(model, images, model.encode_image, "set").rows == [0]
+
+
+class Films:
+    """Rows with as many images as their number; row 3 cannot be read and row 5 has none."""
+
+    def __len__(self) -> int:
+        return 7
+
+    def read(self, row: int) -> tuple[str, list[Image.Image]]:
+        if row == 3:
+            raise BadSample("film 3", "broken film", "no such codec")
+        return f"film {row}", [] if row == 5 else [image(10 * row + frame, 40, 36) for frame in range(row + 1)]
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 2, 7])
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_features_do_not_depend_on_batches_and_workers(
+    rows_at_once: int, batch_size: int, num_workers: int, tiny_config: CLIPConfig
+) -> None:
+    model = CLIP(tiny_config).eval()
+    batches = in_batches(range(7), rows_at_once)
+    found: dict[int, torch.Tensor] = {}
+    notes, unreadable = [], []
+    for batch, features in encoded_batches(
+        model, Films(), batch_size, num_workers, batches=batches, note=lambda name, image: f"{name} {image.size}"
+    ):
+        assert len(features) == sum(batch.counts) == len(batch.notes)
+        notes += batch.notes
+        unreadable += batch.unreadable
+        if batch.rows:
+            found |= zip(batch.rows, row_means(features, batch.counts), strict=True)
+    assert list(found) == [0, 1, 2, 4, 6]
+    assert notes == [f"film {row} (40, 36)" for row in found for _ in range(row + 1)]
+    assert [tuple(row) for row in unreadable] == [
+        (3, "broken film", "film 3: no such codec"),
+        (5, "cannot be read", "film 5: has no image"),
+    ]
+    for row, feature in found.items():
+        frames = torch.stack([model.preprocess(frame) for frame in Films().read(row)[1]])
+        with torch.no_grad():
+            expected = model.encode_image(frames, normalize=True).mean(dim=0)
+        torch.testing.assert_close(feature, expected, rtol=0, atol=1e-6)
+
+
+def test_a_stop_file_ends_reading(tmp_path: Path, tiny_config: CLIPConfig) -> None:
+    batches = ImageBatches(Films(), in_batches(range(3), 1), CLIP(tiny_config).preprocessing, stop=tmp_path / "stop")
+    assert batches[1].rows == [1]
+    (tmp_path / "stop").touch()
+    assert batches[1] == (None, [], [], [], [])
+
+
+def test_loading_leaves_the_global_random_state_alone(tiny_config: CLIPConfig) -> None:
+    model = CLIP(tiny_config).eval()
+    before = torch.get_rng_state()
+    list(encoded_batches(model, Films(), batch_size=4, num_workers=2))
+    assert torch.equal(torch.get_rng_state(), before)
