@@ -1,7 +1,7 @@
-"""Miniatures of public data sets, written as their owners lay them out.
+"""Miniatures of public data sets, in their original layouts.
 
-An image shows its number: that of a file by its width, that in an array by its pixels. Each ``write_...`` returns what
-is to be found, by split.
+An image encodes a number: in its width if it is a file, in its pixels if it is in an array. Each ``write_...`` returns
+the expected rows of each split.
 """
 
 import csv
@@ -18,11 +18,11 @@ from PIL import Image
 from datamodules import evaluation as sets
 from lit_clip.evaluation.data import LabelledImages
 
-SIDES = (28, 32, 48, 96)  # of images in arrays
+SIDES = (28, 32, 48, 96)  # pixel sizes of the images in arrays
 
 
 class Row(NamedTuple):
-    """What a set should have in a row: its key, its class in words, and the number that its image shows."""
+    """An expected row: its key, its class name, and the number that its image encodes."""
 
     key: str
     name: str
@@ -43,7 +43,7 @@ def pixels(number: int, side: int, channels: int) -> np.ndarray:
     return np.random.RandomState(number).randint(0, 256, shape, dtype=np.uint8)
 
 
-def shows(image: Image.Image, number: int) -> bool:
+def encodes(image: Image.Image, number: int) -> bool:
     if image.height in SIDES:
         return np.array_equal(np.asarray(image), pixels(number, image.width, len(image.getbands())))
     return image.size == (8 + number, 6)
@@ -61,9 +61,9 @@ def write_mat(path: Path, **values: Any) -> None:
     savemat(path, values)
 
 
-def painted(root: Path, rows: Rows) -> Rows:
-    for some in rows.values():
-        for row in some:
+def paint_rows(root: Path, rows: Rows) -> Rows:
+    for rows_of_split in rows.values():
+        for row in rows_of_split:
             paint(root / row.key, row.number)
     return rows
 
@@ -81,11 +81,11 @@ def write_food101(root: Path) -> Rows:
             dish, file = row.key.split("/")[1:]
             lists[dish].append(f"{dish}/{Path(file).stem}")
         write_text(root / f"food-101/meta/{split}.json", json.dumps(lists))
-    return painted(root / "food-101", rows)
+    return paint_rows(root / "food-101", rows)
 
 
 def python2_pickle(value: Any) -> bytes:
-    """As Python 2 pickled it (protocol 2), which is how CIFAR comes: texts are bytes, arrays name ``numpy.core``."""
+    """Pickle like Python 2 (protocol 2), which CIFAR's files use: strings are bytes, arrays refer to ``numpy.core``."""
     return b"\x80\x02" + _opcodes(value) + b"."
 
 
@@ -152,7 +152,7 @@ def write_sun397(root: Path) -> Rows:
     for split, name in (("train", "Training"), ("test", "Testing")):
         write_text(folder / f"{name}_01.txt", "".join(f"/{row.key}\n" for row in rows[split]))
         write_text(folder / f"{name}_02.txt", "/a/abbey/sun_a.jpg\n")
-    return painted(folder, rows)
+    return paint_rows(folder, rows)
 
 
 def write_stanford_cars(root: Path) -> Rows:
@@ -170,7 +170,7 @@ def write_stanford_cars(root: Path) -> Rows:
         path = "devkit/cars_train_annos.mat" if split == "train" else "cars_test_annos_withlabels.mat"
         write_mat(folder / path, annotations=annotations)
     write_mat(folder / "devkit/cars_meta.mat", class_names=np.array([names], dtype=object))
-    return painted(folder, rows)
+    return paint_rows(folder, rows)
 
 
 def write_fgvc_aircraft(root: Path) -> Rows:
@@ -184,13 +184,13 @@ def write_fgvc_aircraft(root: Path) -> Rows:
     write_text(folder / "variants.txt", "Boeing 717\nA310\nAn-12\n")
     for split, items in lists.items():
         write_text(folder / f"images_variant_{split}.txt", "".join(f"{file} {name}\n" for file, name, _ in items))
-    return painted(
+    return paint_rows(
         folder,
         {split: [Row(f"images/{file}.jpg", name, n) for file, name, n in items] for split, items in lists.items()},
     )
 
 
-VOC_OBJECTS = {  # image: its objects, with an asterisk if they are difficult
+VOC_OBJECTS = {  # image: its objects; an asterisk marks difficult ones
     "000005": ["chair*", "chair", "chair*"],
     "000007": ["car", "person*"],
     "000009": ["horse", "person", "person"],
@@ -216,7 +216,7 @@ def write_voc2007(root: Path) -> Rows:
     rows = {
         split: [Row(f"JPEGImages/{image}.jpg", "", int(image)) for image in images] for split, images in lists.items()
     }
-    return painted(folder, rows)
+    return paint_rows(folder, rows)
 
 
 def write_dtd(root: Path) -> Rows:
@@ -232,7 +232,7 @@ def write_dtd(root: Path) -> Rows:
         lines = "".join(f"{row.key.removeprefix('images/')}\n" for row in some)
         write_text(folder / f"labels/{split}1.txt", lines)
         write_text(folder / f"labels/{split}2.txt", "banded/banded_0009.jpg\n")
-    return painted(folder, rows)
+    return paint_rows(folder, rows)
 
 
 def write_oxford_pets(root: Path) -> Rows:
@@ -251,11 +251,11 @@ def write_oxford_pets(root: Path) -> Rows:
             Row(f"images/{name}.jpg", name.rsplit("_", 1)[0].replace("_", " "), i)
             for i, (name, _, _) in enumerate(items, start)
         ]
-    return painted(folder, rows)
+    return paint_rows(folder, rows)
 
 
 def write_caltech101(root: Path) -> Rows:
-    """Two images of each class are to train on; of ``tmp``, which the archive has too, none."""
+    """Write four images per class, two of them for training, and the file ``tmp`` that is in the archive too."""
     folder = root / "caltech101/101_ObjectCategories"
     names = {"BACKGROUND_Google": "background", "Faces": "Faces", "Faces_easy": "Faces easy", "airplanes": "airplanes"}
     rows: Rows = {"train": [], "test": []}
@@ -289,7 +289,7 @@ def write_flowers102(root: Path) -> Rows:
         split: [Row(f"jpg/image_{number:05}.jpg", names[labels[number - 1]], number) for number in numbers]
         for split, (_, numbers) in ids.items()
     }
-    return painted(folder, rows)
+    return paint_rows(folder, rows)
 
 
 def idx(array: np.ndarray) -> bytes:
@@ -338,7 +338,7 @@ def write_stl10(root: Path) -> Rows:
     rows: Rows = {}
     for split, labels, start in (("train", [2, 10, 7, 1], 1), ("test", [3, 8], 7)):
         numbers = range(start, start + len(labels))
-        data = np.stack([pixels(number, 96, 3).transpose(2, 1, 0) for number in numbers])  # column after column
+        data = np.stack([pixels(number, 96, 3).transpose(2, 1, 0) for number in numbers])  # stored by columns
         (folder / f"{split}_X.bin").write_bytes(data.tobytes())
         (folder / f"{split}_y.bin").write_bytes(bytes(labels))
         rows[split] = [
@@ -351,7 +351,7 @@ def write_stl10(root: Path) -> Rows:
 
 
 def write_eurosat(root: Path) -> Rows:
-    """Two images a class, of which the options below take eleven and seven."""
+    """Write two images per class; the options below use 11 for training and 7 for testing."""
     from hashlib import blake2b
 
     folder = root / "eurosat/2750"
@@ -359,7 +359,7 @@ def write_eurosat(root: Path) -> Rows:
     words |= {"Highway": "highway", "Industrial": "industrial", "Pasture": "pasture", "PermanentCrop": "permanent crop"}
     words |= {"Residential": "residential", "River": "river", "SeaLake": "sea lake"}
     rows = [Row(f"{name}/{name}_{i}.jpg", words[name], 2 * n + i) for n, name in enumerate(words) for i in range(2)]
-    painted(folder, {"all": rows})
+    paint_rows(folder, {"all": rows})
     drawn = sorted(rows, key=lambda row: blake2b(f"0/{row.key}".encode()).digest())
     return {"train": sorted(drawn[:11]), "test": sorted(drawn[11:18])}
 
@@ -378,11 +378,11 @@ def write_gtsrb(root: Path) -> Rows:
     ids = [14, 1, 42]
     lines = "".join(f"{row.key};9;6;1;1;8;5;{label}\n" for row, label in zip(test, ids, strict=True))
     write_text(base / "GT-final_test.csv", "Filename;Width;Height;Roi.X1;Roi.Y1;Roi.X2;Roi.Y2;ClassId\n" + lines)
-    painted(base / "GTSRB/Final_Test/Images", {"test": test})
+    paint_rows(base / "GTSRB/Final_Test/Images", {"test": test})
     return {"train": train, "test": test}
 
 
-KITTI_LABELS = [  # objects of each image: kind and distance
+KITTI_LABELS = [  # an image's objects (kind and distance), and its class
     ([("Car", 7.9), ("Pedestrian", 3.0)], "a car on the left or right side"),
     ([("Car", 30.0), ("Van", 8.0)], "a car on the left or right side"),
     ([("Truck", 8.01), ("DontCare", -1000.0)], "a car nearby"),
@@ -393,7 +393,7 @@ KITTI_LABELS = [  # objects of each image: kind and distance
 
 
 def write_kitti(root: Path) -> Rows:
-    """36 images of 12 videos; one is drawn for ``val`` and one for ``test``, as numpy's old generator does."""
+    """Write 36 images of 12 videos; numpy's legacy generator draws one video for ``val`` and one for ``test``."""
     raw = root / "Kitti/raw"
     count = 36
     order = np.random.RandomState(5).permutation(count)  # image -> line
@@ -413,7 +413,7 @@ def write_kitti(root: Path) -> Rows:
         video = videos[order[i]]
         split = "test" if video == test else "val" if video == val else "train"
         rows[split].append(Row(f"image_2/{i:06}.png", name, i))
-    return painted(raw / "training", rows)
+    return paint_rows(raw / "training", rows)
 
 
 def write_country211(root: Path) -> Rows:
@@ -421,7 +421,7 @@ def write_country211(root: Path) -> Rows:
     rows: Rows = {}
     for start, split in enumerate(("train", "valid", "test")):
         rows[split] = [Row(f"{name}/{i}.jpg", name, 3 * start + i) for name in ("AD", "BR", "ZW") for i in (1, 2)]
-        painted(folder / split, {split: rows[split]})
+        paint_rows(folder / split, {split: rows[split]})
     return rows
 
 
@@ -451,7 +451,7 @@ def write_pcam(root: Path) -> Rows:
 
 
 def write_clevr_counts(root: Path) -> Rows:
-    """All of three training and two validation images are taken."""
+    """Write three training and two validation images, all of which are used."""
     folder = root / "clevr/CLEVR_v1.0"
     rows: Rows = {}
     for split, part, counts in (("train", "train", [3, 10, 4]), ("test", "val", [10, 5])):
@@ -463,7 +463,7 @@ def write_clevr_counts(root: Path) -> Rows:
             for i, count in enumerate(counts)
         ]
         write_text(folder / f"scenes/CLEVR_{part}_scenes.json", json.dumps({"info": {}, "scenes": scenes[::-1]}))
-    return painted(folder, rows)
+    return paint_rows(folder, rows)
 
 
 def write_rendered_sst2(root: Path) -> Rows:
@@ -472,7 +472,7 @@ def write_rendered_sst2(root: Path) -> Rows:
         rows[split] = [
             Row(f"{name}/{i}.png", name, 3 * number + i) for name in ("negative", "positive") for i in (0, 1)
         ]
-        painted(root / "rendered-sst2" / folder, {split: rows[split]})
+        paint_rows(root / "rendered-sst2" / folder, {split: rows[split]})
     return rows
 
 
@@ -483,21 +483,21 @@ def write_imagenet(root: Path) -> Rows:
         rows[split] = [
             Row(f"{wnid}/ILSVRC2012_{i}.JPEG", name, 2 * number + i) for wnid, name in names.items() for i in (0, 1)
         ]
-        painted(root / split, {split: rows[split]})
+        paint_rows(root / split, {split: rows[split]})
     return rows
 
 
 @dataclass
 class Miniature:
-    """A set and how to write it.
+    """A set and how to write its miniature.
 
     Attributes:
-        make: the adapter.
-        write: writes it below a folder.
-        index: a file that says what is in the set, which cannot be read if it is overwritten; empty: it has none.
-        options: what makes the adapter content with so few images.
-        pixels: for a set in arrays, the file with the pixels.
-        torchvision: the name of torchvision's class, if that can read the miniature.
+        make: the set's class.
+        write: writes the miniature below a folder.
+        index: a file that lists the set's content, to be corrupted by tests; empty: there is none.
+        options: arguments for so few images.
+        pixels: the file with the pixels, for a set in arrays.
+        torchvision: the name of torchvision's class, if it can read the miniature.
     """
 
     make: Callable[..., LabelledImages]
