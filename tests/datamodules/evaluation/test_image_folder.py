@@ -110,9 +110,7 @@ def test_class_folder_without_images_is_an_error_naming_it(folder: Path) -> None
 
 def test_file_that_is_not_an_image_is_an_error_before_training(folder: Path) -> None:
     (folder / "a_dog/broken.png").write_bytes(b"not an image")
-    message = message_of(
-        lambda: ZeroShotSet(ImageFolderClasses(str(folder)))
-    )  # as the callback does
+    message = message_of(lambda: ZeroShotSet(ImageFolderClasses(str(folder))))  # as the callback does
     assert "broken.png" in message
     assert "not an image" in message
 
