@@ -13,7 +13,8 @@ from datamodules import evaluation as sets
 from lit_clip.evaluation.prompts import prompts_of
 from tests.conftest import ROOT
 from tests.helpers.coloured_sets import message_of
-from tests.helpers.miniatures import MINIATURES, open_miniature, paint, write_mat, write_text
+from tests.helpers.miniature_images import paint, write_mat, write_text
+from tests.helpers.miniatures import MINIATURES, open_miniature
 
 PROMPTS = json.loads((ROOT / "lit_clip/evaluation/paper_prompts.json").read_text(encoding="utf-8"))["sets"]
 

@@ -15,21 +15,10 @@ from torch.utils.data import DataLoader
 from datamodules import evaluation as sets
 from lit_clip.evaluation.data import MissingData, MultiLabel
 from tests.helpers.coloured_sets import message_of
-from tests.helpers.miniatures import (
-    MINIATURES,
-    VOC_OBJECTS,
-    Miniature,
-    encodes,
-    open_miniature,
-    paint,
-    python2_pickle,
-    write_fer2013,
-    write_imagenet,
-    write_mat,
-    write_stl10,
-    write_text,
-    write_voc2007,
-)
+from tests.helpers.miniature_arrays import python2_pickle, write_fer2013, write_stl10
+from tests.helpers.miniature_files import VOC_OBJECTS, write_imagenet, write_voc2007
+from tests.helpers.miniature_images import encodes, paint, write_mat, write_text
+from tests.helpers.miniatures import MINIATURES, Miniature, open_miniature
 
 
 @pytest.fixture(params=MINIATURES)
