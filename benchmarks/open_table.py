@@ -3,9 +3,9 @@
     python benchmarks/open_table.py [--millions 20] [--folder DIR] [--same]
 
 Writes a table of paths and captions (all different; --same: one caption for all rows, which parquet stores as a number)
-and opens it three times, each in its own process. It reports seconds and memory (Linux's VmHWM, above what
-the process held before) until the number of usable rows is known and the last one's caption has been read. The first
-opening also searches for rows without a caption, and copies the row group that it reads.
+and opens it three times, each in its own process. Prints seconds and memory (Linux's VmHWM, above what the process held
+before) until the number of usable rows is known and the last one's caption has been read. The first opening also
+searches for rows without a caption, and copies the row group that it reads.
 """
 
 import argparse

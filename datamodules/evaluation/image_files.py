@@ -188,8 +188,8 @@ def in_class_folders(
     """List the images in ``folder/CLASS``, as paths below ``folder``, and their labels.
 
     Args:
-        folder: the folder of the class folders.
-        classes: the class folders' names, in label order.
+        folder: the parent of the class folders.
+        classes: their names, in label order.
         choose: picks some of the paths of a class; None: all.
 
     Raises:

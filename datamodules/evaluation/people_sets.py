@@ -84,10 +84,11 @@ class CelebAIdentities(ImageFiles):
             partition_of = dict(read_words(find(top, ("list_eval_partition.txt",), "list_eval_partition.txt"), 2))
             images = [name for name in images if partition_of.get(name) == partition]
         counts = Counter(person_of[name] for name in images)
+        require(identities > 1, f"identities: must be at least 2, not {identities}")
         require(
-            1 < identities <= len(counts),
-            f"identities: {identities} is not at least 2 and at most the {len(counts)} named people who have images "
-            f"({top / names}); change it, or name more people",
+            identities <= len(counts),
+            f"identities: {identities} is more than the {len(counts)} named people with images; "
+            f"lower it, or add names to {top / names}",
         )
         people = sorted(counts, key=lambda person: (-counts[person], int(person)))[:identities]
         label_of = {person: label for label, person in enumerate(people)}

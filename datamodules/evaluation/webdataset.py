@@ -89,7 +89,8 @@ class _Tars(ImageSet):
 
     Raises:
         MissingData: the folder or one of the files it must have does not exist.
-        InputError: the set is of another kind, a tar is damaged, a sample has no target, or there are no samples.
+        InputError: the set is of another kind, a tar is damaged, a sample has no target, or there are no samples; the
+            message names which.
     """
 
     kind: ClassVar[Kind]
@@ -171,19 +172,13 @@ class _Tars(ImageSet):
 
 
 class WebDataset(_Tars, LabelledImages):
-    """Images with one class each, whose label is in a ``.cls`` file.
-
-    Args:
-        root: the folder of the set.
-        split: its subfolder.
+    """Images with one class each, whose label is in a ``.cls`` file; arguments and errors as :class:`_Tars`.
 
     Attributes:
         class_names: the lines of ``classnames.txt``; without that file the labels.
-        templates: the set's own prompt templates, with ``{}`` for the class name; empty if it has no file of them.
 
     Raises:
-        MissingData: the folder or one of the files it must have does not exist.
-        InputError: a tar is damaged, a label has no class name, or there are no samples; the message names which.
+        InputError: also if a label has no class name.
     """
 
     kind = "classification"
@@ -211,16 +206,10 @@ class WebDataset(_Tars, LabelledImages):
 
 
 class WebDatasetMultiLabel(_Tars, LabelledImages, MultiLabel):
-    """Images with any number of classes each; a ``.npy`` file has a 1 or a 0 for every class.
-
-    Args:
-        root: the folder of the set.
-        split: its subfolder.
+    """Images with any number of classes each; a ``.npy`` file has a 1 or a 0 for every class. See :class:`_Tars`.
 
     Raises:
-        MissingData: the folder or one of the files it must have does not exist.
-        InputError: a tar is damaged, a ``.npy`` does not match the classes, or there are no samples; the message names
-            which.
+        InputError: also if a ``.npy`` does not match the classes.
     """
 
     kind = "multilabel"
@@ -257,15 +246,10 @@ class WebDatasetMultiLabel(_Tars, LabelledImages, MultiLabel):
 
 
 class WebDatasetCaptions(_Tars, CaptionedImages):
-    """Images with captions, which are the lines of a ``.txt`` file.
-
-    Args:
-        root: the folder of the set.
-        split: its subfolder.
+    """Images with captions, which are the lines of a ``.txt`` file. See :class:`_Tars`.
 
     Raises:
-        MissingData: the folder or one of the files it must have does not exist.
-        InputError: a tar is damaged, an image has no caption, or there are no samples; the message names which.
+        InputError: also if an image has no caption.
     """
 
     kind = "retrieval"

@@ -1,4 +1,4 @@
-"""Images of one colour, and small sets made of them, for tests of the evaluation sets."""
+"""One-colour images that encode a number, small sets made of them, and checks for tests of the evaluation sets."""
 
 import io
 import json
@@ -16,7 +16,7 @@ from lit_clip.evaluation.zero_shot import LabelledImages
 
 
 def message_of(call: Callable[[], Any], kind: type[InputError] = InputError) -> str:
-    """The one line that a call fails with."""
+    """Return the message of the error that a call raises, which must be a single line."""
     with pytest.raises(kind) as error:
         call()
     assert "\n" not in str(error.value)
@@ -50,13 +50,13 @@ def paint_shade(path: Path, number: int = 0) -> Path:
 
 
 def shade(image: Image.Image) -> int:
-    """The number that an image was painted with; JPEG may be off by little."""
-    colour: Any = image.convert("RGB").getpixel((1, 1))
-    return round(colour[0] / 10) * 10
+    """Return the number that :func:`paint_shade` encoded, a multiple of 10; JPEG changes it a little."""
+    pixel: Any = image.convert("RGB").getpixel((1, 1))
+    return round(pixel[0] / 10) * 10
 
 
 def assert_same_after_pickling(images: Any) -> None:
-    """A data worker sees the same images, labels and names."""
+    """Check that a data worker gets the same images, labels, names, keys and stamp."""
     other = pickle.loads(pickle.dumps(images))
     assert len(other) == len(images)
     assert (other.labels(), other.class_names, other.stamp()) == (images.labels(), images.class_names, images.stamp())
@@ -79,25 +79,24 @@ WDS_LABELS = [2, 0, 1, 1, 2, 0, 2]
 IMAGE_FORMATS = ["webp", "png", "jpg", "png", "webp", "png", "png"]
 
 
-def sample(number: int, **answers: bytes) -> dict[str, bytes]:
+def wds_sample(number: int, **targets: bytes) -> dict[str, bytes]:
+    """Return the files of a sample: its image, and its targets by suffix."""
     key, kind = f"s{number:07}", IMAGE_FORMATS[number % len(IMAGE_FORMATS)]
     image = encoded(number, {"jpg": "JPEG"}.get(kind, kind.upper()))
-    return {f"{key}.{kind}": image, **{f"{key}.{name}": content for name, content in answers.items()}}
+    return {f"{key}.{kind}": image, **{f"{key}.{suffix}": content for suffix, content in targets.items()}}
 
 
 def merged(samples: list[dict[str, bytes]]) -> dict[str, bytes]:
-    return {name: content for each in samples for name, content in each.items()}
+    return {name: content for files in samples for name, content in files.items()}
 
 
-def write_wds(
-    root: Path, samples: list[dict[str, bytes]], names: str = "", templates: str = "", kind: str = ""
-) -> Path:
-    """All but the last three samples in ``0.tar``, these in ``1.tar``."""
+def write_wds(root: Path, samples: list[dict[str, bytes]], names: str = "", templates: str = "", kind: str = "") -> str:
+    """Write a ``wds`` set: the last three samples in ``1.tar``, the others in ``0.tar``."""
     for number, part in enumerate((samples[:-3], samples[-3:])):
         write_tar(root / "test" / f"{number}.tar", merged(part))
     (root / "test/nshards.txt").write_text("2\n")
-    said = {"classnames.txt": names, "zeroshot_classification_templates.txt": templates, "dataset_type.txt": kind}
-    for name, text in said.items():
+    texts = {"classnames.txt": names, "zeroshot_classification_templates.txt": templates, "dataset_type.txt": kind}
+    for name, text in texts.items():
         if text:
             (root / name).write_text(text)
     return str(root)
@@ -107,7 +106,7 @@ WDS_NAMES, WDS_TEMPLATES = "apple\nriver boat\ncafé\n", "a photo of a {c}.\n{c}
 
 
 def write_objectnet(root: Path) -> Path:
-    """Two classes that ImageNet has and one that it has not; red lines of a pixel around the images."""
+    """Write two classes that ImageNet has and one that it has not, with a red line of one pixel around the images."""
     labels = {"tshirt": "T-shirt", "alarm_clock": "Alarm clock", "air_freshener": "Air freshener"}
     (root / "mappings").mkdir(parents=True)
     (root / "mappings/folder_to_objectnet_label.json").write_text(json.dumps(labels))
@@ -122,7 +121,7 @@ def write_objectnet(root: Path) -> Path:
 
 
 def write_birdsnap(root: Path) -> Path:
-    """Three species, in an order of its own; one image could not be fetched, and one more lies there unlisted."""
+    """Write three unsorted species; one listed image is missing, and one more is not listed."""
     (root / "download/images").mkdir(parents=True)
     species = ["1\tCooper's Hawk\tAccipiter cooperii\tCoopers_Hawk", "2\tBlack Vulture\tx\tBlack_Vulture"]
     species.append("3\tBlack-and-white Warbler\tx\tBlack_and_white_Warbler")
@@ -140,7 +139,7 @@ def write_birdsnap(root: Path) -> Path:
 
 
 def colours_and_labels(images: LabelledImages) -> list[tuple[tuple[int, int, int], int]]:
-    """The colour and the label of every image."""
+    """Return the colour and the label of every image."""
     pairs: list[Any] = [images[index] for index in range(len(images))]
     assert all(image.mode == "RGB" and image.size == (4, 3) for image, _ in pairs)
     return [(image.getpixel((1, 1)), label) for image, label in pairs]

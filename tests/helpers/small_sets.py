@@ -1,4 +1,4 @@
-"""Evaluation sets that are drawn when they are asked for, and runs to evaluate them in."""
+"""Evaluation sets that are generated on access, and tiny runs to evaluate them in."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +21,7 @@ SHADES = np.array([[9, 1, 1], [1, 9, 1], [1, 1, 9], [1, 9, 9], [9, 6, 6], [4, 4,
 
 
 class Shades(LabelledImages):
-    """Noisy patches of 7 colours; with ``shift`` all are of the next colour, as another fold would have it."""
+    """Noisy patches of 7 colours; ``shift`` moves every label to another colour, like another fold."""
 
     def __init__(
         self, root: str, split: str = "test", size: int = 40, broken: int = -1, shift: int = 0, names: int = 7
@@ -46,7 +46,7 @@ class Shades(LabelledImages):
 
 
 class ManyShades(Shades, MultiLabel):
-    """As :class:`Shades`, of which grey images are white too."""
+    """Like :class:`Shades`, but grey images are also white."""
 
     def relevance(self) -> Tensor:
         relevance = torch.nn.functional.one_hot(torch.tensor(super().labels()), 7).to(torch.int8)
@@ -70,7 +70,7 @@ def entry(name: str = "Shades", **values: Any) -> dict[str, Any]:
 
 
 def write_suite(folder: Path, **sets: dict[str, Any]) -> str:
-    """A suite file in a folder that is its data root, too."""
+    """Write a suite file into a folder that is also its data root."""
     (folder / "shades").mkdir(exist_ok=True)
     path = folder / "suite.yaml"
     path.write_text(yaml.safe_dump({"sets": sets}), encoding="utf-8")
@@ -89,7 +89,7 @@ def write_table(folder: Path, rows: int = 8) -> Path:
 
 
 def make_module(**options: Any) -> LitCLIP:
-    """The same weights everywhere, larger than fresh ones: those give every text nearly the same feature."""
+    """Make a module with fixed weights, scaled up because fresh ones give all texts nearly the same features."""
     torch.manual_seed(0)
     config = CLIPConfig(
         embed_dim=16,
@@ -130,5 +130,5 @@ def data_for(module: LitCLIP, table: Path, batch_size: int = 4) -> Captions:
 
 
 def numbers(trainer: Trainer, prefix: str) -> dict[str, float]:
-    """What the trainer knows of a callback's metrics."""
+    """Return the logged metrics whose names start with ``prefix``."""
     return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(prefix)}

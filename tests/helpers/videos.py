@@ -1,4 +1,4 @@
-"""Small videos of one colour per frame."""
+"""Small videos whose frames have one colour each."""
 
 import csv
 from collections.abc import Sequence
@@ -7,17 +7,17 @@ from typing import Any
 
 from PIL import Image
 
-RATE = 10  # frames a second
+RATE = 10  # frames per second
 Colour = tuple[int, int, int]
 
 
 def frame_colours(number: int, base: int = 0) -> list[Colour]:
-    """Far from each other from one frame to the next."""
+    """Return a colour for each frame, far from those of its neighbours."""
     return [((base + 40 * i) % 256, (90 * i + 60) % 256, (200 * i + base) % 256) for i in range(number)]
 
 
-def film(path: Path, frames: Sequence[Colour], codec: str = "mpeg4", **options: Any) -> Path:
-    """A video of one colour a frame, a key frame every six."""
+def write_video(path: Path, frames: Sequence[Colour], codec: str = "mpeg4", **options: Any) -> Path:
+    """Encode a video with one colour per frame and a key frame every six frames."""
     import av
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,7 +36,7 @@ def film(path: Path, frames: Sequence[Colour], codec: str = "mpeg4", **options: 
 
 
 def nearest_frame(image: Image.Image, frames: Sequence[Colour]) -> int:
-    """The frame whose colour is nearest to that of an image."""
+    """Return the index of the frame whose colour is nearest to the image's."""
     colour: Any = image.getpixel((16, 16))
     return min(range(len(frames)), key=lambda i: sum(abs(a - b) for a, b in zip(frames[i], colour, strict=True)))
 

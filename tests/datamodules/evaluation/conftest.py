@@ -1,4 +1,4 @@
-"""Miniature sets that several test files read."""
+"""Miniature sets that several test files use."""
 
 import json
 from pathlib import Path
@@ -6,29 +6,31 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.helpers.coloured_sets import WDS_LABELS, WDS_NAMES, WDS_TEMPLATES, encoded, paint, sample, write_wds
+from tests.helpers.coloured_sets import WDS_LABELS, WDS_NAMES, WDS_TEMPLATES, encoded, paint, wds_sample, write_wds
 
 PROMPTS = json.loads((ROOT / "lit_clip/evaluation/paper_prompts.json").read_text(encoding="utf-8"))["sets"]
 
 
 @pytest.fixture
 def tars(tmp_path: Path) -> Path:
-    samples = [sample(number, cls=str(label).encode()) for number, label in enumerate(WDS_LABELS)]
+    """A ``wds`` classification set of seven samples in two tars."""
+    samples = [wds_sample(number, cls=str(label).encode()) for number, label in enumerate(WDS_LABELS)]
     samples[1]["s0000001.json"] = b'{"anything": 1}'
     return Path(write_wds(tmp_path / "wds", samples, WDS_NAMES, WDS_TEMPLATES))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def imagenet_v2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All 1,000 class folders, whose images encode their label."""
     root = tmp_path_factory.mktemp("v2") / "imagenetv2-matched-frequency-format-val"
     for label in range(1000):
         paint(root / str(label) / "a.jpeg", label)
     return root
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def resisc45(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The 45 folders with 20 images each."""
+    """All 45 class folders with 20 images each."""
     root = tmp_path_factory.mktemp("resisc45")
     data = encoded(0)
     for name in PROMPTS["RESISC45"]["classes"]:

@@ -23,7 +23,7 @@ def paint(path: Path, number: int = 0) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Three classes, made in another order than that of their names; one with nested images and a text."""
+    """Three classes, created out of order; one has nested images, one a text file."""
     root = tmp_path / "pets"
     paint(root / "tabby_cat/deep/er/1.png", 3)
     paint(root / "tabby_cat/0.png", 2)
@@ -51,7 +51,7 @@ def test_labels_agree_with_the_items(folder: Path) -> None:
 
 @pytest.mark.parametrize("hidden", [".git/x.png", "a_dog/.ipynb_checkpoints/x-checkpoint.png", "a_dog/._x.bmp"])
 def test_hidden_folders_and_files_are_ignored(folder: Path, hidden: str) -> None:
-    """Version control, notebooks' copies, and what macOS leaves beside each file (which is no image at all)."""
+    """Version control, notebooks' copies, and the files that macOS leaves beside images, which are not images."""
     paint(folder / hidden)
     images = ImageFolderClasses(str(folder))
     assert images.class_names == ["Zebra finch", "a dog", "tabby cat"]
@@ -110,7 +110,7 @@ def test_class_folder_without_images_is_an_error_naming_it(folder: Path) -> None
 
 def test_file_that_is_not_an_image_is_an_error_before_training(folder: Path) -> None:
     (folder / "a_dog/broken.png").write_bytes(b"not an image")
-    message = message_of(lambda: ZeroShotSet(ImageFolderClasses(str(folder))))  # as the callback's YAML is read
+    message = message_of(lambda: ZeroShotSet(ImageFolderClasses(str(folder))))  # as the callback does
     assert "broken.png" in message
     assert "not an image" in message
 
@@ -123,7 +123,7 @@ def test_truncated_image_is_an_error_naming_the_file_when_read(folder: Path) -> 
     message = message_of(lambda: images[1])
     assert "broken.png" in message
     assert "truncated" in message
-    assert images[2][1] == 1  # the next one can be read
+    assert images[2][1] == 1  # the next image can be read
 
 
 def test_folders_parquet_files_and_drawings_have_stable_keys_and_stamps(
@@ -143,7 +143,7 @@ def test_folders_parquet_files_and_drawings_have_stable_keys_and_stamps(
     monkeypatch.setattr("datamodules.openmoji.read_table", lambda: few)
     drawings = OpenMojiClasses(cache_dir=str(tmp_path))
     assert [drawings.key(i) for i in range(25)] == [emoji.hexcode for emoji in few]
-    assert parquet[3][1] == 1  # and holds a row group then
+    assert parquet[3][1] == 1  # afterwards it holds a row group
     for images in (folder, parquet, drawings):
         assert_same_after_pickling(images)
     before = folder.stamp(), parquet.stamp()

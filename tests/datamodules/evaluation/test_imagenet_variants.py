@@ -6,11 +6,7 @@ from pathlib import Path
 import pytest
 from torchvision import datasets
 
-from datamodules.evaluation import (
-    ImageNetFolders,
-    ImageNetV2,
-    ObjectNet,
-)
+from datamodules.evaluation import ImageNetFolders, ImageNetV2, ObjectNet
 from datamodules.evaluation.imagenet_variants import imagenet_wnids
 from lit_clip.errors import BadSample
 from lit_clip.evaluation.data import MissingData
@@ -33,7 +29,7 @@ def test_imagenet_v2_folders_are_sorted_as_numbers(imagenet_v2: Path) -> None:
         assert colour_of(images, label) == colour(label)
         assert images.key(label) == f"{label}/a.jpeg"
     assert images.class_names == imagenet_class_names()
-    assert [int(name) for name in datasets.ImageFolder(str(imagenet_v2)).classes[:3]] == [0, 1, 10]  # what must not be
+    assert [int(name) for name in datasets.ImageFolder(str(imagenet_v2)).classes[:3]] == [0, 1, 10]  # the wrong order
     assert_same_after_pickling(images)
 
 
@@ -50,7 +46,7 @@ def test_imagenet_wnids_equal_clip_benchmarks() -> None:
 
 
 def test_imagenet_a_has_its_own_classes_with_the_papers_names(tmp_path: Path) -> None:
-    """Three of its classes; the numbers in label order, and the names, as anybody finds them in ImageNet's list."""
+    """Three of its classes, with their labels and names in ImageNet's list."""
     known = {"n01498041": (6, "stingray"), "n12267677": (988, "acorn"), "n02206856": (309, "bee")}
     for wnid, (number, _) in known.items():
         paint(tmp_path / wnid / "0.000_x.jpg", number)

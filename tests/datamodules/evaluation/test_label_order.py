@@ -1,4 +1,4 @@
-"""Labels of torchvision's sets are in the order of the paper's prompts."""
+"""Label order of the sets that torchvision has, which must be that of the paper's prompts."""
 
 import importlib.util
 import json
@@ -13,21 +13,16 @@ from datamodules import evaluation as sets
 from lit_clip.evaluation.prompts import prompts_of
 from tests.conftest import ROOT
 from tests.helpers.coloured_sets import message_of
-from tests.helpers.miniatures import (
-    MINIATURES,
-    open_miniature,
-    paint,
-    write_mat,
-    write_text,
-)
+from tests.helpers.miniature_images import paint, write_mat, write_text
+from tests.helpers.miniatures import MINIATURES, open_miniature
 
 PROMPTS = json.loads((ROOT / "lit_clip/evaluation/paper_prompts.json").read_text(encoding="utf-8"))["sets"]
 
 
 def prompt_names(name: str) -> list[str]:
-    """The classes of the paper's ``data/prompts.md``, the first name of each."""
+    """Return the first name of each class in the paper's ``data/prompts.md``."""
     classes = PROMPTS[name]["classes"]
-    if isinstance(classes, str):  # the same list is in a package
+    if isinstance(classes, str):  # the list is in clip_benchmark
         package = importlib.util.find_spec("clip_benchmark")
         assert package is not None
         assert package.origin is not None
@@ -37,7 +32,7 @@ def prompt_names(name: str) -> list[str]:
 
 
 def test_sun397_labels_follow_the_papers_names(tmp_path: Path) -> None:
-    """Written backwards, and with underscores and slashes where the prompts have spaces."""
+    """The files list the classes backwards, with underscores and slashes where the prompts have spaces."""
     names = prompt_names("SUN397")
     paths = [f"/{name[0]}/{name.replace(' ', '_')}" for name in names]
     folder = tmp_path / "SUN397"
@@ -65,7 +60,7 @@ def test_sun397_class_names_are_paths_in_words(path: str, words: str, tmp_path: 
 
 
 def test_oxford_pets_labels_follow_the_papers_names(tmp_path: Path) -> None:
-    """The set's own numbers sort without regard to capitals: Abyssinian, american bulldog, ..."""
+    """The set's own numbering ignores case: Abyssinian, american bulldog, ..."""
     names = prompt_names("OxfordPets")
     own = sorted(names, key=str.lower)
     folder = tmp_path / "oxford-iiit-pet"
@@ -105,7 +100,7 @@ def test_food101_and_dtd_labels_follow_the_papers_names(tmp_path: Path) -> None:
     assert sets.DTD(str(tmp_path)).class_names == textures
 
 
-CALTECH_OTHERWISE = {  # folder: the paper's name
+CALTECH_RENAMED = {  # folder: the paper's name, where it differs
     "BACKGROUND_Google": "background",
     "Faces": "off-center face",
     "Faces_easy": "centered face",
@@ -124,7 +119,7 @@ CALTECH_OTHERWISE = {  # folder: the paper's name
 
 def test_caltech101_labels_follow_the_papers_names_and_thirty_images_train(tmp_path: Path) -> None:
     names = prompt_names("Caltech101")
-    folder_of = {words: folder for folder, words in CALTECH_OTHERWISE.items()}
+    folder_of = {words: folder for folder, words in CALTECH_RENAMED.items()}
     folders = [folder_of.get(name, name.replace(" ", "_")) for name in names]
     for folder in folders:
         path = tmp_path / "caltech101/101_ObjectCategories" / folder
@@ -147,8 +142,8 @@ def test_caltech101_without_its_background_is_an_error(tmp_path: Path) -> None:
     assert "BACKGROUND_Google" in message_of(lambda: sets.Caltech101(str(tmp_path)))
 
 
-# What the classes of sets with a fixed list are called in the paper where it uses other words.
-SAME_THINGS = {
+# The paper's names for EuroSAT's classes.
+EUROSAT_NAMES = {
     "forest": "forest",
     "permanent crop": "permanent crop land",
     "residential": "residential buildings or homes or apartments",
@@ -180,9 +175,9 @@ def test_built_in_class_lists_follow_the_papers_names(name: str, paper: str, tmp
     miniature = MINIATURES[name]
     miniature.write(tmp_path)
     names = open_miniature(miniature, tmp_path, "test").class_names
-    in_words = [SAME_THINGS.get(name, name) for name in names]
+    in_words = [EUROSAT_NAMES.get(name, name) for name in names]
     assert in_words == prompts_of(f"paper:{paper}", f"paper:{paper}", names).names
-    assert paper == "EuroSAT" or in_words == prompt_names(paper)  # of EuroSAT the package's list has another order
+    assert paper == "EuroSAT" or in_words == prompt_names(paper)  # the package lists EuroSAT in another order
 
 
 @pytest.mark.parametrize(
@@ -202,7 +197,7 @@ def test_flowers_and_cars_have_the_papers_names(tmp_path: Path) -> None:
     MINIATURES["flowers102"].write(tmp_path)
     ours, paper = sets.Flowers102(str(tmp_path)).class_names, prompt_names("Flowers102")
     plain = [re.sub("[^a-z]", "", name.replace(" and ", " ").replace("air plant", "ball moss")) for name in paper]
-    assert [re.sub("[^a-z]", "", name) for name in ours] == plain  # globe-flower, pink-yellow dahlia?
+    assert [re.sub("[^a-z]", "", name) for name in ours] == plain  # names differ in hyphens and spelling
     names = np.array([prompt_names("StanfordCars")], dtype=object)
     folder = tmp_path / "stanford_cars"
     write_mat(folder / "devkit/cars_meta.mat", class_names=names)

@@ -8,9 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from datamodules.evaluation import (
-    LabelledTable,
-)
+from datamodules.evaluation import LabelledTable
 from lit_clip.errors import BadSample
 from lit_clip.evaluation.data import MissingData
 from tests.helpers.coloured_sets import assert_same_after_pickling, colour, colour_of, encoded, message_of, paint
@@ -29,7 +27,7 @@ ROWS = [("in/3.png", "dog"), ("in/0.png", "ant, red"), ("in/5.png", "dog"), ("in
 def write_rows(
     folder: Path, form: str, rows: list[tuple[Any, Any]], names: tuple[str, str] = ("image", "label")
 ) -> Path:
-    """A table with a column that nobody asks for."""
+    """Write a table with an additional column."""
     path = folder / f"labels.{form.removesuffix('_bom')}"
     if form == "parquet":
         columns: Any = {names[0]: [row[0] for row in rows], names[1]: [row[1] for row in rows]}
@@ -77,13 +75,13 @@ def test_label_names_follow_the_order_of_the_given_class_names(photos: Path) -> 
 
 
 def test_labels_that_are_both_numbers_and_other_classes_names_are_an_error(photos: Path) -> None:
-    """CLEVR's classes are 10, 3, 4, ...: is 3 the fourth or the second?"""
+    """CLEVR's classes are 10, 3, 4, 5: is 3 the label of "5", or the class "3"?"""
     names = ["10", "3", "4", "5"]
     path = write_rows(photos, "csv", [("in/0.png", 10), ("in/1.png", 3)])
-    assert LabelledTable(str(path), names).labels() == [0, 1]  # 10 can be no number: the column holds names
+    assert LabelledTable(str(path), names).labels() == [0, 1]  # 10 is out of range as a number: the column holds names
     message = message_of(lambda: LabelledTable(str(write_rows(photos, "csv", [("in/1.png", 3)])), names))
     assert "labels.csv row 2" in message
-    assert LabelledTable(str(write_rows(photos, "jsonl", [("in/1.png", 3)])), names).labels() == [3]  # no text
+    assert LabelledTable(str(write_rows(photos, "jsonl", [("in/1.png", 3)])), names).labels() == [3]  # not text
 
 
 @pytest.mark.parametrize("form", FORMS)

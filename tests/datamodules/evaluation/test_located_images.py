@@ -5,9 +5,7 @@ from pathlib import Path
 
 import torch
 
-from datamodules.evaluation import (
-    LocatedImages,
-)
+from datamodules.evaluation import LocatedImages
 from lit_clip.evaluation.data import MissingData
 from tests.helpers.coloured_sets import message_of, paint_shade, shade
 

@@ -8,14 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from datamodules.evaluation import (
-    RESISC45,
-    SUN,
-    AYahoo,
-    Birdsnap,
-    Digits,
-    HatefulMemes,
-)
+from datamodules.evaluation import RESISC45, SUN, AYahoo, Birdsnap, Digits, HatefulMemes
 from lit_clip.evaluation.data import MissingData
 from tests.conftest import ROOT
 from tests.helpers.coloured_sets import assert_same_after_pickling, colour, colour_of, message_of, paint, write_birdsnap
@@ -49,8 +42,8 @@ def test_birdsnap_folders_sort_in_the_order_of_the_papers_names() -> None:
 def test_resisc45_trains_on_one_tenth_of_each_class_and_tests_on_eight(resisc45: Path) -> None:
     train, test = RESISC45(str(resisc45), "train"), RESISC45(str(resisc45), "test")
     assert train.class_names == test.class_names == PROMPTS["RESISC45"]["classes"]
-    assert Counter(train.labels()) == {label: 2 for label in range(45)}  # of 700: 70, which makes 3,150
-    assert Counter(test.labels()) == {label: 16 for label in range(45)}  # 560, which makes 25,200
+    assert Counter(train.labels()) == {label: 2 for label in range(45)}  # in the real set 70 of 700, 3,150 in total
+    assert Counter(test.labels()) == {label: 16 for label in range(45)}  # 560 of 700, 25,200 in total
     keys = [{images.key(i) for i in range(len(images))} for images in (train, test)]
     assert not keys[0] & keys[1]
     for images in (train, test):
@@ -58,7 +51,7 @@ def test_resisc45_trains_on_one_tenth_of_each_class_and_tests_on_eight(resisc45:
             assert images.key(index).split("/")[0] == images.class_names[images.labels()[index]].replace(" ", "_")
     assert RESISC45(str(resisc45), "train").stamp() == train.stamp()
     assert RESISC45(str(resisc45), "train", seed=1).stamp() != train.stamp()
-    # Pinned, so that nobody's numbers change unseen: another hash would make another split.
+    # Pinned: another hash would silently give another split and other results.
     assert [train.key(0), train.key(1)] == ["airplane/airplane_007.jpg", "airplane/airplane_013.jpg"]
 
 

@@ -1,4 +1,4 @@
-"""``configs/evaluation/paper.yaml``: it opens the sets that it lists."""
+"""The suite file ``configs/evaluation/paper.yaml``: its sets, metrics and notes, and that it opens miniatures."""
 
 import copy
 import importlib.util
@@ -11,14 +11,12 @@ from lit_clip.evaluation.data import ImageSet, MissingData
 from lit_clip.evaluation.suite import SuiteEntry, read_suite
 from tests.conftest import ROOT
 from tests.helpers.coloured_sets import message_of, write_birdsnap, write_objectnet
-from tests.helpers.miniatures import (
-    MINIATURES,
-)
+from tests.helpers.miniatures import MINIATURES
 
 SUITE = ROOT / "configs/evaluation/paper.yaml"
 
 
-# As the paper's section 3 has it: table 9, in its order, and the measure of each set where it is not top-1 accuracy.
+# The sets of the paper's table 9, in its order, and their metrics where they are not top-1 accuracy.
 TABLE_9 = [
     "Food101",
     "CIFAR10",
@@ -77,7 +75,7 @@ def test_suite_has_the_27_sets_of_table_9_with_their_metrics_and_prompts(suite: 
         assert (entry.class_names, entry.templates) == (prompts, prompts)
         assert entry.how_to_get
         assert {"train", "test"} <= set(entry.splits)
-        few = [] if name == "VOC2007" else ["few_shot"]  # of images with several classes it is not defined
+        few = [] if name == "VOC2007" else ["few_shot"]  # not defined for images with several classes
         assert entry.tasks == ["zero_shot", "linear_probe", *few]
     assert len(entries["STL10"].folds) == 10
     assert len(entries["UCF101"].folds) == 3
@@ -92,7 +90,7 @@ def test_every_suite_entry_has_a_class_that_accepts_its_arguments(suite: dict[st
 
 
 def test_notes_contain_the_sizes_of_table_9(suite: dict[str, SuiteEntry]) -> None:
-    """Where a set has other sizes than table 9 prints, or where a split is put together, the note says both."""
+    """Notes give table 9's sizes too where a set differs from them, or where a split combines several."""
     notes = {entry.paper: entry.note for entry in suite.values()}
     sizes = {"Food101": "102", "SUN397": "19,850", "Caltech101": "6,085", "Country211": "43,200", "FER2013": "32,140"}
     sizes |= {"KITTI": "6,770", "PCam": "294,912", "RenderedSST2": "7,792", "UCF101": "1,794", "Kinetics700": "494,801"}
@@ -107,7 +105,7 @@ def test_suite_entries_open_the_miniatures(name: str, tmp_path: Path, suite: dic
     for split, options in entry.splits.items():
         images = entry.open(split, 0, tmp_path)
         assert isinstance(images, miniature.make)  # pyright: ignore[reportArgumentType]
-        if name != "stl10":  # whose folds are parts
+        if name != "stl10":  # its folds are subsets
             assert len(images) == len(rows[options["split"]])
     assert entry.how_to_get in message_of(lambda: entry.open("test", 0, tmp_path / "nowhere"), MissingData)
 
@@ -115,7 +113,7 @@ def test_suite_entries_open_the_miniatures(name: str, tmp_path: Path, suite: dic
 def test_suite_opens_present_sets_and_says_how_to_get_missing_ones(
     tmp_path: Path, tars: Path, imagenet_v2: Path, resisc45: Path
 ) -> None:
-    """The miniatures where the suite looks for them; sets that are not there are missing, and say how they are got."""
+    """The miniatures lie where the suite looks for them; the errors of all other sets say how to get them."""
     suite = read_suite(ROOT / "configs/evaluation/paper.yaml")
     data = tmp_path / "data"
     data.mkdir()
@@ -151,7 +149,5 @@ def test_suite_opens_present_sets_and_says_how_to_get_missing_ones(
     }
     for entry in wds.values():
         assert entry.data["init_args"]["root"].startswith("wds_")
-        own = (
-            None if entry.tasks == ["zero_shot"] else ["{}"]
-        )  # None: the set brings its own; captions stay as they are
+        own = None if entry.tasks == ["zero_shot"] else ["{}"]  # None: the set has its own; captions are used unchanged
         assert (entry.class_names, entry.templates) == (None, own)

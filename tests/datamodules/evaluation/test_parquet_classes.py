@@ -16,10 +16,10 @@ LABELS = [(7 * i) % 5 for i in range(23)]
 NAMES = ["tench", "goldfish", "shark", "ray", "cock"]
 
 
-def write(
+def write_parquet(
     path: Path, images: list[bytes], labels: list[Any], layout: str = "struct", label_type: Any = None, rows: int = 4
 ) -> Path:
-    """A parquet file with 4 rows a group; ``struct`` as the Hugging Face hub stores images, or plain ``bytes``."""
+    """Write row groups of ``rows``; layout ``struct`` is Hugging Face's for images, ``bytes`` a plain column."""
     values = pa.array(images, pa.binary())
     if layout == "struct":
         kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -31,10 +31,10 @@ def write(
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
-    """23 images in two files of 10 and 13, in groups of 4, and a file that is not parquet."""
+    """23 images in files of 10 and 13, in row groups of 4, and a file that is not parquet."""
     images = [encoded(i) for i in range(23)]
-    write(tmp_path / "val-00001.parquet", images[10:], LABELS[10:])
-    write(tmp_path / "val-00000.parquet", images[:10], LABELS[:10])
+    write_parquet(tmp_path / "val-00001.parquet", images[10:], LABELS[10:])
+    write_parquet(tmp_path / "val-00000.parquet", images[:10], LABELS[:10])
     (tmp_path / "dataset_infos.json").write_text("{}")
     assert pq.ParquetFile(tmp_path / "val-00001.parquet").num_row_groups == 4
     return tmp_path
@@ -55,9 +55,9 @@ def test_path_may_be_a_single_parquet_file(shards: Path) -> None:
 
 @pytest.mark.parametrize("layout", ["struct", "bytes"])
 def test_rows_can_be_read_in_any_order(tmp_path: Path, layout: str) -> None:
-    path = write(tmp_path / "a.parquet", [encoded(i) for i in range(23)], LABELS, layout)
+    path = write_parquet(tmp_path / "a.parquet", [encoded(i) for i in range(23)], LABELS, layout)
     images = ParquetClasses(str(path), NAMES)
-    for index in (22, 0, 4, 3, 21, 8, 7, 0, 22, 12, 11):  # the ends of groups among them
+    for index in (22, 0, 4, 3, 21, 8, 7, 0, 22, 12, 11):  # includes the ends of row groups
         image, label = images[index]
         assert (image.getpixel((0, 0)), label) == (colour(index), LABELS[index])
 
@@ -78,7 +78,7 @@ def test_missing_column_is_an_error_listing_the_columns(shards: Path, option: st
 
 
 def test_hidden_labels_of_minus_one_are_an_error(tmp_path: Path) -> None:
-    path = write(tmp_path / "test.parquet", [encoded(i) for i in range(3)], [-1, -1, -1])
+    path = write_parquet(tmp_path / "test.parquet", [encoded(i) for i in range(3)], [-1, -1, -1])
     message = message_of(lambda: ParquetClasses(str(path), NAMES))
     assert "test.parquet" in message
     assert "its label is -1" in message
@@ -86,7 +86,7 @@ def test_hidden_labels_of_minus_one_are_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("labels", [[0, None, 1], ["cat", "dog", "cat"], [0.5, 1.0, 0.0]])
 def test_labels_that_are_not_whole_numbers_are_an_error(tmp_path: Path, labels: list[Any]) -> None:
-    path = write(tmp_path / "a.parquet", [encoded(i) for i in range(3)], labels)
+    path = write_parquet(tmp_path / "a.parquet", [encoded(i) for i in range(3)], labels)
     message = message_of(lambda: ParquetClasses(str(path), ["a", "b"]))
     assert "a.parquet" in message
     assert "label" in message
@@ -118,22 +118,22 @@ def test_file_that_is_not_parquet_is_an_error_naming_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("broken", [b"not an image", None])
 def test_broken_image_is_an_error_naming_file_and_row(tmp_path: Path, broken: bytes | None) -> None:
-    photos: list[Any] = [encoded(i) for i in range(9)]
-    photos[6] = broken
-    write(tmp_path / "a.parquet", photos, [0] * 9)
+    contents: list[Any] = [encoded(i) for i in range(9)]
+    contents[6] = broken
+    write_parquet(tmp_path / "a.parquet", contents, [0] * 9)
     images = ParquetClasses(str(tmp_path), ["a"])
     message = message_of(lambda: images[6])
     assert "a.parquet" in message
-    assert "row 6:" in message  # of the file from 0, whatever group it is in
+    assert "row 6:" in message  # counted from 0 in the file, not in the row group
     assert images[7][1] == 0
 
 
 def test_truncated_image_is_an_error_when_its_row_is_read(tmp_path: Path) -> None:
-    """Not of whoever looks at its pixels first."""
+    """It must not be returned and fail where its pixels are first used."""
     file = io.BytesIO()
     Image.effect_noise((60, 60), 90).convert("RGB").save(file, format="JPEG")
     data = file.getvalue()
-    write(tmp_path / "a.parquet", [data, data[: len(data) // 2]], [0, 0])
+    write_parquet(tmp_path / "a.parquet", [data, data[: len(data) // 2]], [0, 0])
     images = ParquetClasses(str(tmp_path), ["a"])
     assert images[0][0].size == (60, 60)
     message = message_of(lambda: images[1])

@@ -6,10 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from datamodules.evaluation import (
-    CelebAIdentities,
-    FairFace,
-)
+from datamodules.evaluation import CelebAIdentities, FairFace
 from lit_clip.evaluation.data import MissingData
 from tests.helpers.coloured_sets import message_of, paint_shade, shade
 
@@ -50,7 +47,7 @@ def test_fairface_classes_are_one_attribute_and_groups_are_all_three(tmp_path: P
 
 @pytest.fixture
 def celeba(tmp_path: Path) -> Path:
-    """Seven images: three of 7, two of 11 and of 5, one of 99 without a name."""
+    """Eight images: three of person 7, two each of 11 and 5, and one of 99, who has no name."""
     people = [7, 11, 5, 7, 99, 11, 7, 5]
     parts = [0, 1, 2, 0, 2, 1, 2, 2]
     names = [f"{i + 1:06}.jpg" for i in range(len(people))]
@@ -64,7 +61,7 @@ def celeba(tmp_path: Path) -> Path:
 
 def test_celeba_classes_are_the_named_people_with_the_most_images(celeba: Path) -> None:
     images = CelebAIdentities(str(celeba), identities=2)
-    assert images.class_names == ["Ann Lee", "Bo Ek"]  # of 5 and 11 with two each the smaller number
+    assert images.class_names == ["Ann Lee", "Bo Ek"]  # 5 and 11 have two each: the smaller number is chosen
     assert [(images.key(i), label) for i, label in enumerate(images.labels())] == [
         ("000001.jpg", 0),
         ("000003.jpg", 1),

@@ -10,23 +10,20 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
-from datamodules.evaluation import (
-    IIIT5K,
-    SVHNNumbers,
-)
+from datamodules.evaluation import IIIT5K, SVHNNumbers
 from lit_clip.evaluation.data import MissingData
 from tests.helpers.coloured_sets import message_of, paint_shade, shade
 
 
 def write_digit_struct(path: Path, numbers: dict[str, list[int]]) -> None:
-    """As MATLAB 7.3 writes a struct array: cells are references, a single value stands for itself."""
+    """Write a struct array like MATLAB 7.3: cells are references, a single value is stored directly."""
     with h5py.File(path, "w") as file:
-        hidden = file.create_group("#refs#")
+        references = file.create_group("#refs#")
         names, boxes = [], []
         for i, (name, digits) in enumerate(numbers.items()):
-            hidden[f"n{i}"] = np.array([[ord(letter)] for letter in name], dtype=np.uint16)
-            names.append(hidden[f"n{i}"].ref)
-            box = hidden.create_group(f"b{i}")
+            references[f"n{i}"] = np.array([[ord(letter)] for letter in name], dtype=np.uint16)
+            names.append(references[f"n{i}"].ref)
+            box = references.create_group(f"b{i}")
             for field in ("height", "label", "left", "top", "width"):
                 values = [float(digit if field == "label" else 1) for digit in digits]
                 if len(values) == 1:
@@ -34,8 +31,8 @@ def write_digit_struct(path: Path, numbers: dict[str, list[int]]) -> None:
                     continue
                 cells = []
                 for j, value in enumerate(values):
-                    hidden[f"{field}{i}_{j}"] = np.array([[value]])
-                    cells.append([hidden[f"{field}{i}_{j}"].ref])
+                    references[f"{field}{i}_{j}"] = np.array([[value]])
+                    cells.append([references[f"{field}{i}_{j}"].ref])
                 box.create_dataset(field, data=np.array(cells, dtype=object), dtype=h5py.ref_dtype)
             boxes.append(box.ref)
         for field, values in (("name", names), ("bbox", boxes)):
@@ -81,7 +78,7 @@ def write_words(path: Path, variable: str, rows: Sequence[tuple[str, str, list[s
 def test_each_iiit5k_image_has_its_own_list_of_words(tmp_path: Path) -> None:
     rows = [
         ("test/1_1.png", "PRIVATE", ["PRIVATE", "ROAD"], ["PRIVATE", "ROAD", "TAXI"]),
-        ("test/1_2.png", "Road", ["PARKING", "TAXI"], ["TAXI", "road"]),  # its own word is not in the small one
+        ("test/1_2.png", "Road", ["PARKING", "TAXI"], ["TAXI", "road"]),  # the small list lacks the image's own word
     ]
     write_words(tmp_path / "testdata.mat", "testdata", rows)
     for i in (1, 2):

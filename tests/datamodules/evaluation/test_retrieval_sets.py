@@ -9,17 +9,13 @@ from typing import Any
 
 import pytest
 
-from datamodules.evaluation import (
-    COCO,
-    CaptionedPairs,
-    Flickr30k,
-)
+from datamodules.evaluation import COCO, CaptionedPairs, Flickr30k
 from lit_clip.evaluation.data import CaptionedImages, MissingData
 from tests.helpers.coloured_sets import message_of, paint_shade, shade
 
 
-def as_read(images: CaptionedImages) -> list[tuple[str, int, list[str]]]:
-    """Key, shade and captions of every image."""
+def keys_shades_captions(images: CaptionedImages) -> list[tuple[str, int, list[str]]]:
+    """Return the key, shade and captions of every image."""
     return [(images.key(i), shade(images.images(i)[0]), images.captions(i)) for i in range(len(images))]
 
 
@@ -29,9 +25,9 @@ def test_table_rows_with_the_same_image_are_one_image_with_all_captions(tmp_path
     (tmp_path / "pairs.csv").write_text("image,caption\na.png,one\nb.png,two\na.png,three\n")
     images = CaptionedPairs(str(tmp_path / "pairs.csv"))
     expected = [("a.png", 10, ["one", "three"]), ("b.png", 20, ["two"])]
-    assert as_read(images) == expected
+    assert keys_shades_captions(images) == expected
     copy = pickle.loads(pickle.dumps(images))
-    assert (as_read(copy), copy.stamp()) == (expected, images.stamp())
+    assert (keys_shades_captions(copy), copy.stamp()) == (expected, images.stamp())
     before = images.stamp()
     paint_shade(tmp_path / "b.png", 200).write_bytes(b"another")
     assert CaptionedPairs(str(tmp_path / "pairs.csv")).stamp() != before
@@ -39,15 +35,15 @@ def test_table_rows_with_the_same_image_are_one_image_with_all_captions(tmp_path
 
 def test_columns_and_root_can_be_set(tmp_path: Path) -> None:
     paint_shade(tmp_path / "images/a.png", 10)
-    (tmp_path / "pairs.csv").write_text("where,what\na.png,one\n")
-    images = CaptionedPairs(str(tmp_path / "pairs.csv"), str(tmp_path / "images"), "where", "what")
-    assert as_read(images) == [("a.png", 10, ["one"])]
+    (tmp_path / "pairs.csv").write_text("place,words\na.png,one\n")
+    images = CaptionedPairs(str(tmp_path / "pairs.csv"), str(tmp_path / "images"), "place", "words")
+    assert keys_shades_captions(images) == [("a.png", 10, ["one"])]
 
 
 def test_folder_of_images_and_text_files_is_a_retrieval_set(tmp_path: Path) -> None:
     paint_shade(tmp_path / "a.png", 10)
     (tmp_path / "a.txt").write_text("one\ntwo\n")
-    assert as_read(CaptionedPairs(str(tmp_path))) == [("a.png", 10, ["one", "two"])]
+    assert keys_shades_captions(CaptionedPairs(str(tmp_path))) == [("a.png", 10, ["one", "two"])]
 
 
 def test_tar_shards_are_a_retrieval_set(tmp_path: Path) -> None:
@@ -57,7 +53,7 @@ def test_tar_shards_are_a_retrieval_set(tmp_path: Path) -> None:
         tar.add(tmp_path / "0.png", "0.png")
         tar.add(tmp_path / "0.txt", "0.txt")
     images = CaptionedPairs(str(tmp_path / "0.tar"))
-    assert as_read(images) == [("0", 10, ["one"])]
+    assert keys_shades_captions(images) == [("0", 10, ["one"])]
     assert len(pickle.loads(pickle.dumps(images)).images(0)) == 1
 
 
@@ -72,7 +68,7 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value))
 
 
-def of_karpathy(name: str, split: str, captions: Sequence[str], **more: str) -> dict[str, Any]:
+def karpathy_entry(name: str, split: str, captions: Sequence[str], **more: str) -> dict[str, Any]:
     sentences = [{"raw": caption, "tokens": caption.split()} for caption in captions]
     return {"filename": name, "split": split, "sentences": sentences, **more}
 
@@ -84,17 +80,17 @@ def test_coco_prefers_karpathys_split_to_val2017(tmp_path: Path) -> None:
         "annotations": [{"image_id": 7, "caption": "a"}, {"image_id": 7, "caption": "b"}],
     }
     write_json(tmp_path / "annotations/captions_val2017.json", values)
-    assert as_read(COCO(str(tmp_path))) == [("7.jpg", 70, ["a", "b"])]
+    assert keys_shades_captions(COCO(str(tmp_path))) == [("7.jpg", 70, ["a", "b"])]
     images = [
-        of_karpathy("1.jpg", "train", ["no"], filepath="train2014"),
-        of_karpathy("2.jpg", "test", ["c", "d"], filepath="val2014"),
-        of_karpathy("3.jpg", "val", ["no"], filepath="val2014"),
+        karpathy_entry("1.jpg", "train", ["no"], filepath="train2014"),
+        karpathy_entry("2.jpg", "test", ["c", "d"], filepath="val2014"),
+        karpathy_entry("3.jpg", "val", ["no"], filepath="val2014"),
     ]
     write_json(tmp_path / "dataset_coco.json", {"images": images, "dataset": "coco"})
     paint_shade(tmp_path / "val2014/2.jpg", 20)
     paint_shade(tmp_path / "val2014/3.jpg", 30)
-    assert as_read(COCO(str(tmp_path))) == [("val2014/2.jpg", 20, ["c", "d"])]
-    assert as_read(COCO(str(tmp_path), "val")) == [("val2014/3.jpg", 30, ["no"])]
+    assert keys_shades_captions(COCO(str(tmp_path))) == [("val2014/2.jpg", 20, ["c", "d"])]
+    assert keys_shades_captions(COCO(str(tmp_path), "val")) == [("val2014/3.jpg", 30, ["no"])]
     assert "dataset_coco.json" in message_of(lambda: COCO(str(tmp_path / "val2014")), MissingData)
 
 
@@ -116,16 +112,16 @@ def test_flickr30k_reads_karpathys_test_split_from_any_of_its_files(file: str, f
         (tmp_path / "test.txt").write_text("2.jpg\n1.jpg\n")
     else:
         images = [
-            of_karpathy("3.jpg", "train", ["no"]),
-            of_karpathy("2.jpg", "test", ["Two, with a comma .", "b"]),
-            of_karpathy("1.jpg", "test", ["One | or two"]),
+            karpathy_entry("3.jpg", "train", ["no"]),
+            karpathy_entry("2.jpg", "test", ["Two, with a comma .", "b"]),
+            karpathy_entry("1.jpg", "test", ["One | or two"]),
         ]
         write_json(tmp_path / file, {"images": images, "dataset": "flickr30k"})
     images = Flickr30k(str(tmp_path))
     expected = [("2.jpg", 20, ["Two, with a comma .", "b"]), ("1.jpg", 10, ["One | or two"])]
-    assert as_read(images) == expected
+    assert keys_shades_captions(images) == expected
     copy = pickle.loads(pickle.dumps(images))
-    assert (as_read(copy), copy.stamp()) == (expected, images.stamp())
+    assert (keys_shades_captions(copy), copy.stamp()) == (expected, images.stamp())
 
 
 def test_flickr30k_list_of_all_images_needs_a_list_of_the_split(tmp_path: Path) -> None:

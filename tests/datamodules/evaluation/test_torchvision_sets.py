@@ -15,21 +15,10 @@ from torch.utils.data import DataLoader
 from datamodules import evaluation as sets
 from lit_clip.evaluation.data import MissingData, MultiLabel
 from tests.helpers.coloured_sets import message_of
-from tests.helpers.miniatures import (
-    MINIATURES,
-    VOC_OBJECTS,
-    Miniature,
-    open_miniature,
-    paint,
-    python2_pickle,
-    shows,
-    write_fer2013,
-    write_imagenet,
-    write_mat,
-    write_stl10,
-    write_text,
-    write_voc2007,
-)
+from tests.helpers.miniature_arrays import python2_pickle, write_fer2013, write_stl10
+from tests.helpers.miniature_files import VOC_OBJECTS, write_imagenet, write_voc2007
+from tests.helpers.miniature_images import encodes, paint, write_mat, write_text
+from tests.helpers.miniatures import MINIATURES, Miniature, open_miniature
 
 
 @pytest.fixture(params=MINIATURES)
@@ -43,7 +32,7 @@ def test_images_have_the_labels_and_keys_of_their_split(miniature: Miniature, tm
         assert len(images) == len(rows)
         assert [images.key(i) for i in range(len(images))] == [row.key for row in rows]
         assert images.labels() == [images[i][1] for i in range(len(images))]
-        assert all(shows(images[i][0], row.number) for i, row in enumerate(rows))
+        assert all(encodes(images[i][0], row.number) for i, row in enumerate(rows))
         named = [(label, row.name) for label, row in zip(images.labels(), rows, strict=True) if row.name]
         assert [images.class_names[label] for label, _ in named] == [name for _, name in named]
         assert len(images.images(0)) == 1
@@ -61,7 +50,7 @@ def test_set_can_be_sent_to_data_workers_without_its_pixels(miniature: Miniature
     copy = pickle.loads(pickle.dumps(images))
     assert copy[0][0].tobytes() == before
     assert (copy.labels(), copy.class_names, copy.stamp()) == (images.labels(), images.class_names, images.stamp())
-    assert len(pickle.dumps(images)) < 20_000 + 300 * len(images)  # not the pixels
+    assert len(pickle.dumps(images)) < 20_000 + 300 * len(images)  # without the pixels
 
 
 def test_stamp_depends_on_the_split_and_its_files(miniature: Miniature, tmp_path: Path) -> None:
@@ -92,7 +81,7 @@ def test_corrupt_image_is_an_error_naming_its_file_and_others_can_be_read(name: 
     message = message_of(lambda: images[0])
     assert Path(rows[0].key).name in message
     if len(rows) > 1:
-        assert shows(images[1][0], rows[1].number)
+        assert encodes(images[1][0], rows[1].number)
 
 
 @pytest.mark.parametrize("name", [name for name, m in MINIATURES.items() if m.index])
@@ -125,7 +114,7 @@ def test_torchvision_reads_the_same_images_and_classes(name: str, tmp_path: Path
         found = sorted((ours[i][0].convert("RGB").tobytes(), ours[i][1]) for i in range(len(ours)))
         assert [image for image, _ in found] == [image for image, _ in pairs]
         renamed = dict(zip([label for _, label in found], [label for _, label in pairs], strict=True))
-        assert [(image, renamed[label]) for image, label in found] == pairs  # theirs may count classes otherwise
+        assert [(image, renamed[label]) for image, label in found] == pairs  # their label order may differ
         names = getattr(theirs, "classes", None)
         if names is not None:
             words = {label: str(name).replace("_", " ").lower() for label, name in enumerate(names)}
@@ -133,7 +122,7 @@ def test_torchvision_reads_the_same_images_and_classes(name: str, tmp_path: Path
 
 
 def test_voc2007_marks_present_absent_and_difficult_classes(tmp_path: Path) -> None:
-    """A class of which only difficult objects are there is not counted; torchvision reads the annotations."""
+    """A class with only difficult objects is not counted; torchvision's annotations are the reference."""
     rows = write_voc2007(tmp_path)
     for split in rows:
         images = sets.VOC2007(str(tmp_path), split)  # pyright: ignore[reportArgumentType]
@@ -143,7 +132,7 @@ def test_voc2007_marks_present_absent_and_difficult_classes(tmp_path: Path) -> N
         assert relevance.dtype == torch.int8
         theirs = torchvision.datasets.VOCDetection(str(tmp_path), year="2007", image_set=split)
         for i, row in enumerate(rows[split]):
-            assert shows(theirs[i][0], row.number)
+            assert encodes(theirs[i][0], row.number)
             expected = [0] * 20
             for thing in theirs[i][1]["annotation"]["object"]:
                 label = images.class_names.index(thing["name"])
@@ -170,7 +159,7 @@ def test_stl10_folds_are_read_from_its_file_and_share_the_test_images(fold: int,
     expected = [rows["train"][fold % 4], rows["train"][(fold + 2) % 4]]
     assert [images.key(i) for i in range(2)] == [row.key for row in expected]
     assert [images.class_names[label] for label in images.labels()] == [row.name for row in expected]
-    assert all(shows(images[i][0], row.number) for i, row in enumerate(expected))
+    assert all(encodes(images[i][0], row.number) for i, row in enumerate(expected))
     assert sets.STL10(str(tmp_path), "test", fold).stamp() == sets.STL10(str(tmp_path), "test").stamp()
     assert (images.stamp() == sets.STL10(str(tmp_path), "train", 4).stamp()) == (fold % 4 == 0)
 
@@ -184,7 +173,7 @@ def test_stl10_has_ten_folds(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [name for name, m in MINIATURES.items() if m.pixels])
 def test_forked_worker_opens_the_pixel_file_itself(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """HDF5's handles and a file's place do not survive a fork that is used on both sides."""
+    """HDF5 handles and file positions must not be shared by a forked process and its parent."""
     miniature = MINIATURES[name]
     rows = miniature.write(tmp_path)["train"]
     images: Any = open_miniature(miniature, tmp_path, "train")
@@ -195,11 +184,11 @@ def test_forked_worker_opens_the_pixel_file_itself(name: str, tmp_path: Path, mo
         return original(self)
 
     monkeypatch.setattr(miniature.make, "open", watched)
-    assert shows(images[1][0], rows[1].number)
+    assert encodes(images[1][0], rows[1].number)
     loader = DataLoader(images, batch_size=1, num_workers=1, collate_fn=list, multiprocessing_context="fork")
     for row, ((image, _),) in zip(rows, loader, strict=True):
-        assert shows(image, row.number)
-        assert shows(images[0][0], rows[0].number)
+        assert encodes(image, row.number)
+        assert encodes(images[0][0], rows[0].number)
     assert len(list(tmp_path.glob("opened by *"))) == 2
 
 
@@ -208,7 +197,7 @@ def test_fer2013_also_reads_icml_face_data_csv(tmp_path: Path) -> None:
     for split in ("train", "val", "test"):
         images = sets.FER2013(str(tmp_path), split)
         assert [images.class_names[label] for label in images.labels()] == [row.name for row in rows[split]]
-        assert all(shows(images[i][0], row.number) for i, row in enumerate(rows[split]))
+        assert all(encodes(images[i][0], row.number) for i, row in enumerate(rows[split]))
 
 
 def test_fer2013_face_with_too_few_pixels_is_an_error_naming_the_row(tmp_path: Path) -> None:
@@ -271,7 +260,7 @@ def test_lists_without_images_are_missing_data(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("labels", ["meta.bin", "devkit"])
 def test_imagenets_validation_images_may_lie_in_one_folder(labels: str, tmp_path: Path) -> None:
-    """As in the archive: the order of their names is that of the labels in the development kit."""
+    """As in the archive: images sorted by name match the development kit's labels."""
     wnids = ["n15075141", "n01440764", "n01440764"]
     for i in range(3):
         paint(tmp_path / f"val/ILSVRC2012_val_0000000{i + 1}.JPEG", i)
@@ -286,7 +275,7 @@ def test_imagenets_validation_images_may_lie_in_one_folder(labels: str, tmp_path
     images = sets.ImageNet(str(tmp_path))
     assert images.labels() == [999, 0, 0]
     assert [images.class_names[label] for label in images.labels()] == ["toilet paper", "tench", "tench"]
-    assert all(shows(images[i][0], i) for i in range(3))
+    assert all(encodes(images[i][0], i) for i in range(3))
     paint(tmp_path / "val/ILSVRC2012_val_00000004.JPEG", 4)
     assert "4 images, not 3" in message_of(lambda: sets.ImageNet(str(tmp_path)))
 

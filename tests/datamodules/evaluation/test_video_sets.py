@@ -6,22 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from datamodules.evaluation import (
-    UCF101,
-    Kinetics700,
-    RareAct,
-)
+from datamodules.evaluation import UCF101, Kinetics700, RareAct
 from lit_clip.evaluation.data import MissingData
 from tests.conftest import ROOT
 from tests.helpers.coloured_sets import message_of
-from tests.helpers.videos import film, frame_colours, nearest_frame, write_table
+from tests.helpers.videos import frame_colours, nearest_frame, write_table, write_video
 
 CLASSES = ["Archery", "Hammering", "HammerThrow", "JumpingJack", "JumpRope"]  # in the order of classInd.txt
 
 
 @pytest.fixture
 def ucf101(tmp_path: Path) -> Path:
-    """One clip for training and one for testing a class, other ones in the third fold."""
+    """One training and one test clip per class, swapped in the third fold."""
     lists = tmp_path / "ucfTrainTestlist"
     lists.mkdir()
     (lists / "classInd.txt").write_text("".join(f"{i + 1} {name}\r\n" for i, name in enumerate(CLASSES)))
@@ -35,7 +31,7 @@ def ucf101(tmp_path: Path) -> Path:
     for i, name in enumerate(CLASSES):
         for group in ("g01", "g02"):
             base = 40 * i + 20 * (group == "g02")
-            film(tmp_path / f"UCF-101/{name}/v_{name}_{group}_c01.avi", frame_colours(5, base))
+            write_video(tmp_path / f"UCF-101/{name}/v_{name}_{group}_c01.avi", frame_colours(5, base))
     return tmp_path
 
 
@@ -93,9 +89,9 @@ def test_kinetics_finds_clips_by_name_and_counts_missing_ones(tmp_path: Path) ->
     ]
     write_table(tmp_path / "annotations/val.csv", header, rows)
     write_table(tmp_path / "annotations/train.csv", header, [["abseiling", "other", 3, 13, "train"]])
-    film(tmp_path / "val/yoga/-0abc_DEF12_000010_000020.mp4", frame_colours(3))
-    film(tmp_path / "val/acting_in_play/xy_000003_000013.mp4", frame_colours(3))  # as torchvision names folders
-    film(tmp_path / "val/yoga/plainplain0.mkv", frame_colours(3))
+    write_video(tmp_path / "val/yoga/-0abc_DEF12_000010_000020.mp4", frame_colours(3))
+    write_video(tmp_path / "val/acting_in_play/xy_000003_000013.mp4", frame_colours(3))  # torchvision's folder name
+    write_video(tmp_path / "val/yoga/plainplain0.mkv", frame_colours(3))
     clips = Kinetics700(str(tmp_path), "val")
     assert clips.class_names == ["abseiling", "acting in play", "yoga"]
     assert clips.labels() == [2, 1, 2]
@@ -114,8 +110,8 @@ def test_kinetics_finds_clips_by_name_and_counts_missing_ones(tmp_path: Path) ->
 
 def test_kinetics_table_without_times_finds_clips_by_id(tmp_path: Path) -> None:
     write_table(tmp_path / "val.csv", "youtube_id,label", [["b", "yoga"], ["a", "archery"]])
-    film(tmp_path / "val/a_000001_000011.mp4", frame_colours(3))
-    film(tmp_path / "val/yoga/b_000001_000011.mp4", frame_colours(3))
+    write_video(tmp_path / "val/a_000001_000011.mp4", frame_colours(3))
+    write_video(tmp_path / "val/yoga/b_000001_000011.mp4", frame_colours(3))
     clips = Kinetics700(str(tmp_path), "val")
     assert (clips.labels(), clips.key(1)) == ([1, 0], "val/a_000001_000011.mp4")
     for file in tmp_path.rglob("*.mp4"):
@@ -132,8 +128,8 @@ def test_rareact_rows_are_spans_with_verb_noun_and_code(tmp_path: Path) -> None:
         [4, "one", 0, 1, 0, "cut", "laptop", 2],
     ]
     write_table(tmp_path / "rareact.csv", "id,video_id,start,end,class_id,verb,noun,annotation", rows)
-    film(tmp_path / "rareact/one.mp4", frame_colours(20))
-    film(tmp_path / "rareact/two.mp4", frame_colours(10, 30))
+    write_video(tmp_path / "rareact/one.mp4", frame_colours(20))
+    write_video(tmp_path / "rareact/two.mp4", frame_colours(10, 30))
     clips = RareAct(str(tmp_path))
     assert clips.class_names == ["cut laptop", "cut phone", "drink egg"]
     assert clips.labels() == [1, 0, 2, 0]

@@ -8,11 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from datamodules.evaluation import (
-    WebDataset,
-    WebDatasetCaptions,
-    WebDatasetMultiLabel,
-)
+from datamodules.evaluation import WebDataset, WebDatasetCaptions, WebDatasetMultiLabel
 from lit_clip.errors import BadSample
 from lit_clip.evaluation.data import MissingData
 from tests.helpers.coloured_sets import (
@@ -25,7 +21,7 @@ from tests.helpers.coloured_sets import (
     encoded,
     merged,
     message_of,
-    sample,
+    wds_sample,
     write_tar,
     write_wds,
 )
@@ -49,8 +45,8 @@ def test_tar_set_equals_what_clip_benchmark_reads(tars: Path) -> None:
     images = WebDataset(str(tars))
     rows = list(peer)
     assert [label for _, label in rows] == images.labels()
-    for index, (photo, _) in enumerate(rows):
-        assert photo.tobytes() == images[index][0].convert("RGB").tobytes()
+    for index, (image, _) in enumerate(rows):
+        assert image.tobytes() == images[index][0].convert("RGB").tobytes()
     assert peer.classes == images.class_names
     assert [template.replace("{c}", "{}") for template in peer.templates] == images.templates
 
@@ -58,7 +54,7 @@ def test_tar_set_equals_what_clip_benchmark_reads(tars: Path) -> None:
 def test_captions_are_the_lines_of_the_text_files(tmp_path: Path) -> None:
     texts = ["a cat\nthe same cat", "ein Hündchen\n", "one\n\ntwo", "x", "y"]
     root = write_wds(
-        tmp_path, [sample(number, txt=text.encode()) for number, text in enumerate(texts)], kind="retrieval"
+        tmp_path, [wds_sample(number, txt=text.encode()) for number, text in enumerate(texts)], kind="retrieval"
     )
     pairs = WebDatasetCaptions(str(root))
     assert [pairs.captions(index) for index in range(5)] == [
@@ -81,17 +77,17 @@ def npy(marks: list[int]) -> bytes:
 
 def test_multilabel_relevance_is_read_from_npy_files(tmp_path: Path) -> None:
     marks = [[1, 0, 1], [0, 0, 0], [0, 1, 0], [1, 1, 1]]
-    samples = [sample(number, npy=npy(mark)) for number, mark in enumerate(marks)]
+    samples = [wds_sample(number, npy=npy(mark)) for number, mark in enumerate(marks)]
     images = WebDatasetMultiLabel(write_wds(tmp_path / "a", samples, WDS_NAMES, kind="multilabel"))
     assert images.relevance().tolist() == marks
     assert images.relevance().dtype == torch.int8
     assert images.labels() == [-1] * 4
     assert_same_after_pickling(images)
-    samples[2] = sample(2, npy=npy([0, 1]))
+    samples[2] = wds_sample(2, npy=npy([0, 1]))
     message = message_of(lambda: WebDatasetMultiLabel(write_wds(tmp_path / "b", samples, WDS_NAMES, kind="multilabel")))
     for part in ("1.tar", "s0000002", "2 marks", "3 class names"):
         assert part in message
-    samples[2] = sample(2, npy=b"no array")
+    samples[2] = wds_sample(2, npy=b"no array")
     message = message_of(lambda: WebDatasetMultiLabel(write_wds(tmp_path / "c", samples, WDS_NAMES, kind="multilabel")))
     assert "s0000002" in message
 
@@ -109,7 +105,7 @@ def test_multilabel_relevance_is_read_from_npy_files(tmp_path: Path) -> None:
 def test_label_without_a_class_is_an_error_naming_tar_and_sample(
     tmp_path: Path, label: bytes, parts: tuple[str, ...]
 ) -> None:
-    samples = [sample(number, cls=b"0") for number in range(6)]
+    samples = [wds_sample(number, cls=b"0") for number in range(6)]
     samples[4]["s0000004.cls"] = label
     message = message_of(lambda: WebDataset(write_wds(tmp_path, samples, WDS_NAMES)))
     for part in ("1.tar", "s0000004", *parts):
@@ -131,13 +127,13 @@ def test_errors_of_a_tar_set_name_the_bad_file(tars: Path, tmp_path: Path) -> No
     (tars / "test/nshards.txt").write_text("0")
     assert "no samples" in message_of(lambda: WebDataset(str(tars)))
     del whole
-    lonely = [sample(number, **({} if number == 1 else {"cls": b"0"})) for number in range(4)]
+    lonely = [wds_sample(number, **({} if number == 1 else {"cls": b"0"})) for number in range(4)]
     message = message_of(lambda: WebDataset(write_wds(tmp_path / "b", lonely, WDS_NAMES)))
     assert "s0000001.cls" in message
 
 
 def test_broken_or_missing_image_in_a_tar_raises_bad_sample_only_when_read(tmp_path: Path) -> None:
-    samples = [sample(number, cls=b"0") for number in range(5)]
+    samples = [wds_sample(number, cls=b"0") for number in range(5)]
     samples[1] = {"s0000001.png": encoded(1)[:40], "s0000001.cls": b"0"}
     samples[3] = {"s0000003.cls": b"0"}
     images = WebDataset(write_wds(tmp_path, samples, WDS_NAMES))
@@ -152,5 +148,5 @@ def test_stamp_of_a_tar_set_depends_on_its_tars_only(tars: Path) -> None:
     before = WebDataset(str(tars)).stamp()
     (tars / "classnames.txt").write_text("a\nb\nc\n")
     assert WebDataset(str(tars)).stamp() == before
-    write_tar(tars / "test/1.tar", merged([sample(number, cls=b"0") for number in (4, 5)]))
+    write_tar(tars / "test/1.tar", merged([wds_sample(number, cls=b"0") for number in (4, 5)]))
     assert WebDataset(str(tars)).stamp() != before
