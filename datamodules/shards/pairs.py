@@ -38,7 +38,7 @@ from lit_clip.tools.workers import loader
 T = TypeVar("T")
 
 GIGABYTE = 10**9
-GAP = 64 * 1024  # unwanted bytes that are read along rather than reading a sample's files one by one
+GAP = 64 * 1024  # unwanted bytes in a sample that are read along, rather than reading its files separately
 
 
 @dataclass
@@ -132,11 +132,7 @@ class TarPairs(PairSource):
         self.options = options or ShardOptions()
         self.caption_column, self.group_column, self.on_error = caption_column, group_column, on_error
         self._missing: list[str] = []
-        folder = (
-            Path(self.options.cache_folder).expanduser()
-            if self.options.cache_folder
-            else default_cache_dir() / "shards"
-        )
+        folder = Path(self.options.cache_folder or default_cache_dir() / "shards").expanduser()
         self._folder = ShardFolder(folder, int(self.options.cache_gb * GIGABYTE))
         wanted = expand_urls(urls)
         stamps = self._stamps(wanted)
@@ -146,9 +142,8 @@ class TarPairs(PairSource):
         self.sizes = [summary.samples for summary in summaries]
         self._ends = np.cumsum(self.sizes)
         self._shards = OpenShards(self.urls, summaries, self._folder)
-        self._names = _distinct_names(wanted)
-        if len(self.urls) < len(wanted):
-            self._names = [name for name, url in zip(self._names, wanted, strict=True) if url in stamps]
+        names = dict(zip(wanted, _distinct_names(wanted), strict=True))
+        self._names = [names[url] for url in self.urls]
         self._check_columns()
 
     def _stamps(self, urls: Sequence[str]) -> dict[str, Stamp]:
@@ -170,8 +165,7 @@ class TarPairs(PairSource):
         rank, world = rank_and_world()
         first = len(missing) * rank // world  # ranks start at different shards and find the others' indexes
         missing = missing[first:] + missing[:first]
-        shown = rank == 0 and len(missing) > 1
-        with progress("indexing shards", len(missing), enabled=shown) as advance:
+        with progress("indexing shards", len(missing), enabled=rank == 0 and len(missing) > 1) as advance:
             indexing: Any = _Indexing(missing, self._folder)
             made = loader(indexing, self.options.index_workers)
             for (url, _), summary in zip(missing, made, strict=True):
@@ -184,7 +178,7 @@ class TarPairs(PairSource):
         return summaries
 
     def _refuse_problems(self, url: str, summary: Summary) -> None:
-        """With ``on_error: error``, raise the first problem of a shard."""
+        """Raise the first problem of a shard, unless ``on_error`` is ``skip``."""
         serious = {reason: first for reason, (_, first) in summary.problems.items() if reason != NO_CAPTION}
         if not serious or self.on_error == "skip":
             return

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +90,116 @@ def test_invalid_data_options_are_refused(folder: Path) -> None:
         captions(module(folder, train=str(folder / "nowhere.csv")))
     with pytest.raises(InputError, match=r"a\d+.png: its caption has 4 tokens, the model reads 3"):
         captions(module(folder, train=str(folder / "a.csv"), long_captions="error", tokenize=CLIPTokenizer(3)))
+
+
+def module_of(stage: str, **options: Any) -> Captions:
+    data = Captions(**{"num_workers": 0, "preprocessing": Preprocessing(image_size=5), **options})
+    data.setup(stage)
+    return data
+
+
+def keys_of(source: Any) -> list[str]:
+    return [source.load(index, None).key for index in range(len(source))]
+
+
+def message_of(call: Callable[[], Any]) -> str:
+    """Return the one-line message that a call fails with."""
+    with pytest.raises(InputError) as error:
+        call()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.fixture
+def two_captions_each(tmp_path: Path) -> Path:
+    """Table of 21 images with two rows each, far apart, and a third row for one of them."""
+    names = [f"{i:02}.png" for i in range(21)]
+    for name in names:
+        Image.new("RGB", (6, 6)).save(tmp_path / name)
+    rows = [(name, f"caption {i}") for i, name in enumerate([*names, *names, names[7]])]
+    (tmp_path / "t.csv").write_text("image,caption\n" + "".join(f"{name},{text}\n" for name, text in rows))
+    return tmp_path / "t.csv"
+
+
+def division(table: Path, seed: int) -> tuple[list[str], list[str]]:
+    data = module_of("fit", train=str(table), seed=seed, batch_size=1)
+    return keys_of(data.train_source), keys_of(data.val_source)
+
+
+def test_without_validation_data_images_are_divided_and_no_row_is_lost(two_captions_each: Path) -> None:
+    for seed in range(5):
+        train, val = division(two_captions_each, seed)
+        assert not set(train) & set(val)
+        assert len(set(val)) == 2  # a tenth of 21
+        assert len(train) + len(val) == 43
+        assert set(train) | set(val) == {f"{i:02}.png" for i in range(21)}
+
+
+def test_division_depends_on_the_seed_only(two_captions_each: Path) -> None:
+    divisions = [division(two_captions_each, seed) for seed in range(5)]
+    assert division(two_captions_each, 3) == divisions[3]
+    assert len({tuple(val) for _, val in divisions}) > 1
+
+
+def test_validate_divides_as_fit_did(two_captions_each: Path) -> None:
+    data = module_of("validate", train=str(two_captions_each), seed=3)
+    assert keys_of(data.val_source) == division(two_captions_each, 3)[1]
+
+
+def test_one_image_cannot_be_divided(folder: Path) -> None:
+    (folder / "t.csv").write_text("image,caption\na0.png,a cat\na0.png,a dog\n")
+    message = message_of(lambda: module_of("fit", train=str(folder / "t.csv")))
+    assert "t.csv" in message
+    assert "data.init_args.val" in message
+
+
+def test_separate_validation_table_leaves_the_training_table_undivided(folder: Path) -> None:
+    data = module_of("fit", train=str(folder / "a.csv"), val=str(folder / "b.csv"), batch_size=2)
+    assert keys_of(data.train_source) == [f"a{i}.png" for i in range(30)]
+    assert keys_of(data.val_source) == [f"b{i}.png" for i in range(10)]
+
+
+def test_validate_needs_no_training_data_but_fit_does(folder: Path) -> None:
+    for options in ({}, {"train": str(folder / "not there.csv")}):
+        data = module_of("validate", val=str(folder / "b.csv"), **options)
+        found = [caption for batch in data.val_dataloader() for caption in batch.captions]
+        assert found == [f"b {i}" for i in range(10)]
+    message = message_of(lambda: module_of("fit", val=str(folder / "b.csv")))
+    assert "data.init_args.train" in message
+    assert "train" in message_of(Captions)
+
+
+@pytest.mark.parametrize("batch_size", [0, -3])
+def test_batch_size_below_one_is_refused(batch_size: int) -> None:
+    message = message_of(lambda: Captions("t.csv", batch_size=batch_size))
+    assert f"batch_size: {batch_size}" in message
+
+
+def test_fewer_pairs_than_a_batch_is_an_error_that_names_the_largest_batch_size(folder: Path) -> None:
+    both = {"train": str(folder / "b.csv"), "val": str(folder / "b.csv")}
+    data = module_of("fit", batch_size=11, **both)
+    message = message_of(data.train_dataloader)
+    assert "10 training pairs" in message
+    assert "--data.init_args.batch_size to 10 or less" in message
+    assert message_of(lambda: data.steps_per_epoch) == message
+    fits = module_of("fit", batch_size=10, **both)
+    assert fits.steps_per_epoch == len(list(fits.train_dataloader())) == 1
+
+
+def test_groups_come_from_their_column_and_blank_cells_are_no_group(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    table = tmp_path / "t.jsonl"
+    rows = [{"image": "a.png", "caption": "a", "product": 7}, {"image": "a.png", "caption": "b", "product": None}]
+    rows += [{"image": "a.png", "caption": "c", "product": " NaN "}, {"image": "a.png", "caption": "d"}]
+    table.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    data = Captions(val=str(table), group_column="product", batch_size=4, num_workers=0)
+    data.setup("validate")
+    (batch,) = data.val_dataloader()
+    assert batch.groups == ["7", "", "", ""]
+    data = Captions(val=str(table), batch_size=4, num_workers=0)
+    data.setup("validate")
+    assert next(iter(data.val_dataloader())).groups == ()
+    with pytest.raises(
+        InputError, match=r"no column 'brand'; its columns are image, caption, product; set --data.group_column"
+    ):
+        Captions(val=str(table), group_column="brand").setup("validate")

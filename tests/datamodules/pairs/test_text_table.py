@@ -78,9 +78,9 @@ def messages() -> Iterator[list[str]]:
     rank_zero.log.removeHandler(handler)
 
 
-def module_of(stage: str = "validate", **options: Any) -> Captions:
+def module_of(**options: Any) -> Captions:
     module = Captions(**{"num_workers": 0, "preprocessing": TINY, **options})
-    module.setup(stage)
+    module.setup("validate")
     return module
 
 
@@ -90,10 +90,6 @@ def validation(table: Path, **options: Any) -> list[CaptionBatch]:
 
 def captions(table: Path, **options: Any) -> list[str]:
     return [decode(row) for batch in validation(table, **options) for row in batch.tokens.tolist()]
-
-
-def keys_of(source: Any) -> list[str]:
-    return [source.load(index, None).key for index in range(len(source))]
 
 
 def message_of(call: Callable[[], Any]) -> str:
@@ -252,11 +248,7 @@ BROKEN: dict[str, tuple[str, bytes | None, list[str]]] = {
         b'{"image": "a.png", "caption": {"a": 1}}\n',
         ["row 1", "not text", "{'a': 1}"],
     ),
-    "number among captions": (
-        "t.jsonl",
-        b'{"image": "a.png", "caption": ["a", 7]}\n',
-        ["row 1", "not text", "['a', 7]"],
-    ),
+    "number among captions": ("t.jsonl", b'{"image":"a.png","caption":["a",7]}\n', ["row 1", "not text", "['a', 7]"]),
     "half a character": ("t.jsonl", b'{"image": "a.png", "caption": "\\ud83c"}\n', ["row 1", "UTF-8"]),
     "broken JSON": ("t.jsonl", b'{"image": "a.png", "caption": "a"}\n{"image": "a.png",\n', ["row 2", "not JSON"]),
     "JSON list": ("t.jsonl", b'["a.png", "a cat"]\n', ["row 1", "not a JSON object"]),
@@ -313,102 +305,6 @@ def test_truncated_image_is_an_error_that_names_its_row_when_read(folder: Path) 
 def test_left_out_rows_count_in_the_numbers_of_later_rows(folder: Path) -> None:
     (folder / "t.csv").write_text("image,caption\na.png,\nb.png,nan\na.png,a cat\nnone.png,a dog\n")
     assert "row 5" in message_of(lambda: module_of(val=str(folder / "t.csv")))
-
-
-@pytest.fixture
-def two_captions_each(tmp_path: Path) -> Path:
-    """Table of 21 images with two rows each, far apart, and a third row for one of them."""
-    names = [f"{i:02}.png" for i in range(21)]
-    for name in names:
-        Image.new("RGB", (6, 6)).save(tmp_path / name)
-    rows = [(name, f"caption {i}") for i, name in enumerate([*names, *names, names[7]])]
-    (tmp_path / "t.csv").write_text(delimited(",", rows))
-    return tmp_path / "t.csv"
-
-
-def division(table: Path, seed: int) -> tuple[list[str], list[str]]:
-    module = module_of("fit", train=str(table), seed=seed, batch_size=1)
-    return keys_of(module.train_source), keys_of(module.val_source)
-
-
-def test_without_validation_data_images_are_divided_and_no_row_is_lost(two_captions_each: Path) -> None:
-    for seed in range(5):
-        train, val = division(two_captions_each, seed)
-        assert not set(train) & set(val)
-        assert len(set(val)) == 2  # a tenth of 21
-        assert len(train) + len(val) == 43
-        assert set(train) | set(val) == {f"{i:02}.png" for i in range(21)}
-
-
-def test_division_depends_on_the_seed_only(two_captions_each: Path) -> None:
-    divisions = [division(two_captions_each, seed) for seed in range(5)]
-    assert division(two_captions_each, 3) == divisions[3]
-    assert len({tuple(val) for _, val in divisions}) > 1
-
-
-def test_validate_divides_as_fit_did(two_captions_each: Path) -> None:
-    module = module_of("validate", train=str(two_captions_each), seed=3)
-    assert keys_of(module.val_source) == division(two_captions_each, 3)[1]
-
-
-def test_one_image_cannot_be_divided(folder: Path) -> None:
-    (folder / "t.csv").write_text("image,caption\na.png,a cat\na.png,a dog\n")
-    message = message_of(lambda: module_of("fit", train=str(folder / "t.csv")))
-    assert "t.csv" in message
-    assert "data.init_args.val" in message
-
-
-def test_separate_validation_table_leaves_the_training_table_undivided(folder: Path) -> None:
-    (folder / "t.csv").write_text(VALID)
-    (folder / "v.csv").write_text("image,caption\nplain.png,a bird\n")
-    module = module_of("fit", train=str(folder / "t.csv"), val=str(folder / "v.csv"), batch_size=2)
-    assert keys_of(module.train_source) == ["a.png", "b.png"]
-    assert keys_of(module.val_source) == ["plain.png"]
-
-
-def test_validate_needs_no_training_data_but_fit_does(folder: Path) -> None:
-    (folder / "v.csv").write_text(VALID)
-    assert captions(folder / "v.csv") == ["a cat", "a dog"]
-    assert captions(folder / "v.csv", train=str(folder / "not there.csv")) == ["a cat", "a dog"]
-    message = message_of(lambda: module_of("fit", val=str(folder / "v.csv")))
-    assert "data.init_args.train" in message
-    assert "train" in message_of(Captions)
-
-
-@pytest.mark.parametrize("batch_size", [0, -3])
-def test_batch_size_below_one_is_refused(batch_size: int) -> None:
-    message = message_of(lambda: Captions("t.csv", batch_size=batch_size))
-    assert f"batch_size: {batch_size}" in message
-
-
-def test_fewer_pairs_than_a_batch_is_an_error_that_names_the_largest_batch_size(folder: Path) -> None:
-    (folder / "t.csv").write_text(delimited(",", PAIRS))
-    module = module_of("fit", train=str(folder / "t.csv"), val=str(folder / "t.csv"), batch_size=13)
-    message = message_of(module.train_dataloader)
-    assert "12 training pairs" in message
-    assert "--data.init_args.batch_size to 12 or less" in message
-    assert message_of(lambda: module.steps_per_epoch) == message
-    fits = module_of("fit", train=str(folder / "t.csv"), val=str(folder / "t.csv"), batch_size=12)
-    assert fits.steps_per_epoch == len(list(fits.train_dataloader())) == 1
-
-
-def test_groups_come_from_their_column_and_blank_cells_are_no_group(tmp_path: Path) -> None:
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    table = tmp_path / "t.jsonl"
-    rows = [{"image": "a.png", "caption": "a", "product": 7}, {"image": "a.png", "caption": "b", "product": None}]
-    rows += [{"image": "a.png", "caption": "c", "product": " NaN "}, {"image": "a.png", "caption": "d"}]
-    table.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
-    data = Captions(val=str(table), group_column="product", batch_size=4, num_workers=0)
-    data.setup("validate")
-    (batch,) = data.val_dataloader()
-    assert batch.groups == ["7", "", "", ""]
-    data = Captions(val=str(table), batch_size=4, num_workers=0)
-    data.setup("validate")
-    assert next(iter(data.val_dataloader())).groups == ()
-    with pytest.raises(
-        InputError, match=r"no column 'brand'; its columns are image, caption, product; set --data.group_column"
-    ):
-        Captions(val=str(table), group_column="brand").setup("validate")
 
 
 def open_table(path: Path, **options: Any) -> Any:

@@ -1,76 +1,25 @@
-"""Pairs in tar shards against the same pairs in a table; damaged shards, indexes, order and stores."""
+"""Pairs in tar shards against the same pairs in a table: captions, incomplete shards, ranks and options."""
 
 import csv
-import http.server
-import io
 import json
-import os
 import pickle
 import random
 import tarfile
-import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import fsspec
 import numpy as np
 import pytest
-from PIL import Image
-from torch.utils.data import DataLoader
 
 import datamodules
-from datamodules.loading.sampling import TrainingSample
 from datamodules.open_source import open_source
-from datamodules.pairs.source import Pair
-from datamodules.shards.files import ShardFolder, expand_braces, expand_urls, stamp_of
-from datamodules.shards.index import INDEX_SUFFIX, split_name
-from datamodules.shards.order import resampled_order, shard_order
+from datamodules.shards.order import resampled_order
 from datamodules.shards.pairs import ShardOptions, TarPairs
 from lit_clip.errors import BadSample, InputError
 from lit_clip.models.config import Preprocessing
-
-SIZES = (1, 2, 3, 5, 9, 17, 23)  # 60 pairs in seven shards
-
-Files = dict[str, bytes]  # by extension
-
-
-def write_tar(path: Path, samples: Sequence[tuple[str, Files]], format: int = tarfile.USTAR_FORMAT) -> None:
-    with tarfile.open(path, "w", format=format) as tar:
-        for key, files in samples:
-            for extension, content in files.items():
-                member = tarfile.TarInfo(f"{key}.{extension}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-
-
-def image(shade: int = 0, format: str = "PNG") -> bytes:
-    content = io.BytesIO()
-    Image.new("RGB", (8, 8), (shade, 0, 0)).save(content, format)
-    return content.getvalue()
-
-
-def numbered(count: int, first: int = 0) -> list[tuple[str, Files]]:
-    """Return samples of one shade each, numbered from ``first``."""
-    numbers = range(first, first + count)
-    return [(f"{number:05d}", {"png": image(number % 256), "txt": f"number {number}".encode()}) for number in numbers]
-
-
-def write_shards(folder: Path, sizes: Sequence[int] = SIZES) -> Path:
-    folder.mkdir(exist_ok=True)
-    done = 0
-    for number, size in enumerate(sizes):
-        write_tar(folder / f"{number:03d}.tar", numbered(size, done))
-        done += size
-    return folder
-
-
-def shade_of(pair: Pair) -> int:
-    pixel = pair.image.getpixel((0, 0))
-    assert isinstance(pixel, tuple)
-    return int(pixel[0])
+from tests.helpers.tar_shards import Files, image, numbered, shade_of, write_shards, write_tar
 
 
 @pytest.fixture(autouse=True)
@@ -83,9 +32,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_shards(tmp_path_factory.mktemp("shards") / "seven")
-
-
-# Reading
 
 
 def test_shards_hold_the_same_pairs_as_the_table_they_were_made_from(tmp_path: Path, caption_table: Path) -> None:
@@ -128,21 +74,6 @@ def test_long_names_any_file_order_and_unrelated_files_are_accepted(tmp_path: Pa
     pairs = [source.load(index, None) for index in range(len(source))]
     assert [(shade_of(pair), pair.caption) for pair in pairs] == [(0, "number 0"), (1, "number 1"), (2, "number 2")]
     assert pairs[2].key == f"x/{names[2]}"
-
-
-@pytest.mark.parametrize(
-    ("name", "parts"),
-    [
-        ("000.jpg", ("000", "jpg")),
-        ("./a/000.JPG", ("a/000", "jpg")),
-        ("a.b/000.captions.json", ("a.b/000", "captions.json")),
-        ("a/.hidden.jpg", ("", "")),
-        ("._000.jpg", ("", "")),
-        ("README", ("", "")),
-    ],
-)
-def test_key_ends_at_the_first_dot_of_the_file_name(name: str, parts: tuple[str, str]) -> None:
-    assert split_name(name) == parts
 
 
 def test_equal_keys_in_two_shards_are_distinct(tmp_path: Path) -> None:
@@ -254,68 +185,6 @@ def test_blank_captions_are_left_out_as_from_tables(tmp_path: Path) -> None:
     assert str(source.left_out) == "1 row without a caption"
 
 
-@pytest.mark.parametrize("cut", [1, 512, 1000, 1536, 2048, 5000, 7000, 9000, -10240])
-def test_truncated_tar_keeps_the_samples_before_the_cut(tmp_path: Path, cut: int) -> None:
-    path = tmp_path / "x.tar"
-    write_tar(path, numbered(5))
-    with tarfile.open(path) as tar:
-        ends = [member.offset_data + member.size for member in tar]
-    whole = path.read_bytes()[:cut]
-    path.write_bytes(whole)
-    expected = sum(end <= len(whole) for end in ends) // 2
-    with pytest.raises(InputError, match=r"x\.tar: is (truncated|not a tar)"):
-        TarPairs(str(path))
-    if expected == 0:
-        with pytest.raises(InputError, match="no usable sample"):
-            TarPairs(str(path), on_error="skip")
-        return
-    source = TarPairs(str(path), on_error="skip")
-    assert [source.captions(index) for index in range(len(source))] == [[f"number {i}"] for i in range(expected)]
-    assert source.left_out.counts["damaged shard"] == 1
-
-
-@pytest.mark.parametrize("cut", [-9728, -513])
-def test_tar_without_all_its_padding_is_complete(tmp_path: Path, cut: int) -> None:
-    write_tar(tmp_path / "x.tar", numbered(5))
-    (tmp_path / "x.tar").write_bytes((tmp_path / "x.tar").read_bytes()[:cut])
-    assert len(TarPairs(str(tmp_path))) == 5
-
-
-def test_overwritten_header_in_the_middle_is_noticed(tmp_path: Path) -> None:
-    path = tmp_path / "x.tar"
-    write_tar(path, numbered(5))
-    content = bytearray(path.read_bytes())
-    with tarfile.open(path) as tar:
-        start = tar.getmembers()[4].offset
-    content[start : start + 512] = random.Random(0).randbytes(512)
-    path.write_bytes(content)
-    with pytest.raises(InputError, match=rf"x\.tar: is truncated or damaged at byte {start}"):
-        TarPairs(str(path))
-    assert len(TarPairs(str(path), on_error="skip")) == 2
-
-
-def test_damaged_tars_only_give_input_errors_or_samples(tmp_path: Path) -> None:
-    rng, path = random.Random(1), tmp_path / "x.tar"
-    write_tar(path, numbered(4), tarfile.PAX_FORMAT)
-    good = path.read_bytes()
-    for _ in range(60):
-        content = bytearray(good)
-        for _ in range(rng.choice([1, 4, 64])):
-            block = rng.randrange(0, len(good) // 512) * 512
-            content[block + rng.randrange(160)] = rng.randrange(256)  # names, sizes and checksums of headers
-        path.write_bytes(content[: rng.randrange(1, len(good) + 1)] if rng.random() < 0.3 else content)
-        os.utime(path, ns=(rng.getrandbits(60),) * 2)
-        try:
-            source = TarPairs(str(path), on_error="skip")
-        except InputError:
-            continue
-        for index in range(len(source)):
-            try:
-                assert source.load(index, None).caption
-            except BadSample:
-                continue
-
-
 def test_non_tars_and_missing_shards_are_named(tmp_path: Path) -> None:
     write_tar(tmp_path / "0.tar", numbered(2))
     (tmp_path / "1.tar").write_bytes(random.Random(0).randbytes(2000))
@@ -344,102 +213,12 @@ def test_shard_that_changes_during_the_run_is_noticed(tmp_path: Path) -> None:
         source.load(3, None)
 
 
-# Names of shards
-
-
-def test_braces_patterns_folders_and_lists_name_shards(shards: Path) -> None:
-    seven = [str(shards / f"{number:03d}.tar") for number in range(7)]
-    assert expand_urls(str(shards / "{000..006}.tar")) == seven
-    assert expand_urls(str(shards)) == expand_urls(str(shards / "*.tar")) == expand_urls(f"file://{shards}") == seven
-    assert expand_urls([seven[3], str(shards / "{001..002}.tar")]) == [seven[3], seven[1], seven[2]]
-    assert expand_urls("s3://bucket/{a,b}/{00..01}.tar")[1] == "s3://bucket/a/01.tar"
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("0.tar", ["0.tar"]),
-        ("{008..010}.tar", ["008.tar", "009.tar", "010.tar"]),
-        ("{8..10}", ["8", "9", "10"]),
-        ("{0..2}", ["0", "1", "2"]),
-        ("{8..010}", ["008", "009", "010"]),
-        ("{2..0}", ["2", "1", "0"]),
-        ("{07..07}.tar", ["07.tar"]),
-        ("{a,b,}-{0..1}", ["a-0", "a-1", "b-0", "b-1", "-0", "-1"]),
-        ("{../a,b}/0.tar", ["../a/0.tar", "b/0.tar"]),
-        ("a{b}c{}.tar", ["a{b}c{}.tar"]),
-    ],
-)
-def test_braces_expand_as_in_a_shell(name: str, expected: list[str]) -> None:
-    assert expand_braces(name) == expected
-
-
-@pytest.mark.parametrize(
-    ("urls", "message"),
-    [
-        ("{00..03.tar", "braces do not match or are nested"),
-        ("00..03}.tar", "braces do not match or are nested"),
-        ("{a,{b,c}}.tar", "braces do not match or are nested"),
-        ("{a..c}.tar", r"\{a\.\.c\} is not a range of whole numbers"),
-        ("{-1..1}.tar", "is not a range of whole numbers"),
-        ("{0..6..2}.tar", "is not a range of whole numbers"),
-        (["a.tar", "a.tar"], "a.tar: named twice"),
-        ("x.tar.gz", "unpack it to .tar"),
-        ("pipe:aws s3 cp s3://b/0.tar -", "give the shards' own URLs"),
-        ("nowhere/*.tar", "no .tar file"),
-        ("bogus://bucket/0.tar", "bogus://bucket/0.tar: "),
-    ],
-)
-def test_invalid_shard_name_is_an_error(urls: str | list[str], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        TarPairs(urls)
-
-
-# Indexes
-
-
-def test_indexed_shard_is_opened_without_reading_it(tmp_path: Path) -> None:
-    path = tmp_path / "x.tar"
-    write_tar(path, numbered(4))
-    first = TarPairs(str(path))
-    assert Path(f"{path}{INDEX_SUFFIX}").exists()
-    times = path.stat().st_mtime_ns
-    path.write_bytes(bytes(path.stat().st_size))  # zeros, no samples
-    os.utime(path, ns=(times, times))
-    assert TarPairs(str(path)).sizes == first.sizes == [4]
-
-
-def test_changed_shard_is_indexed_again(tmp_path: Path) -> None:
-    path = tmp_path / "x.tar"
-    write_tar(path, numbered(4))
-    assert len(TarPairs(str(path))) == 4
-    write_tar(path, numbered(6))
-    assert len(TarPairs(str(path))) == 6
-    Path(f"{path}{INDEX_SUFFIX}").write_bytes(b"ARROW1 no index")
-    assert len(TarPairs(str(path))) == 6
-
-
-def test_index_is_cached_where_the_shards_folder_is_not_writable(tmp_path: Path, cache: Path) -> None:
-    path = tmp_path / "x.tar"
-    write_tar(path, numbered(4))
-    Path(f"{path}{INDEX_SUFFIX}").mkdir()  # stands for a read-only folder, which root could write to
-    assert len(TarPairs(str(path))) == 4
-    made = list(cache.glob(f"*{INDEX_SUFFIX}"))
-    assert len(made) == 1
-    before = made[0].stat().st_mtime_ns
-    assert len(TarPairs(str(path))) == 4
-    assert made[0].stat().st_mtime_ns == before
-
-
 def test_pickled_source_is_small_and_still_reads(shards: Path) -> None:
     source = TarPairs(str(shards))
     source.load(0, None)
     content = pickle.dumps(source)
     assert len(content) < 10_000
     assert pickle.loads(content).captions(59) == ["number 59"]
-
-
-# Order
 
 
 def write_same_table(folder: Path) -> Path:
@@ -479,38 +258,6 @@ def test_ranks_and_workers_together_have_each_pair_once(
     assert len(lengths) == 1
 
 
-class CaptionDataset:
-    """Dataset of captions only."""
-
-    def __init__(self, source: TarPairs) -> None:
-        self.source = source
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, sample: TrainingSample) -> str:
-        return self.source.load(sample.row, None).caption
-
-
-@pytest.mark.parametrize("window", [1, 2, 3, 10])
-def test_epoch_order_has_every_row_once_and_few_shards_at_once(window: int) -> None:
-    sizes = [7, 1, 0, 12, 5, 9, 3, 20]
-    shard_of = np.repeat(np.arange(8), sizes)
-    orders = [shard_order(sizes, window, epoch, seed) for epoch in range(2) for seed in range(2)]
-    for order in orders:
-        assert sorted(order) == list(range(57))
-        spread = [np.ptp(np.flatnonzero(shard_of[order] == shard)) + 1 for shard in range(8) if sizes[shard]]
-        assert max(spread) <= sum(sorted(sizes)[-window:])  # from a shard's first sample to its last
-    assert len({tuple(order) for order in orders}) == 4
-    assert np.array_equal(orders[0], shard_order(sizes, window, 0, 0))
-
-
-def test_neighbours_in_a_shard_are_separated() -> None:
-    order = shard_order([100] * 20, 10, epoch=0, seed=0)
-    assert np.mean(np.abs(np.diff(order)) == 1) < 0.01
-    assert len(set((order[:1000] // 100).tolist())) == 10
-
-
 def test_resampled_rows_are_drawn_evenly_and_fill_the_epoch_size(shards: Path) -> None:
     counts = np.bincount(resampled_order([10, 30, 60], 2, 200_000, epoch=0, seed=0), minlength=100)
     assert counts.sum() == 200_000
@@ -522,134 +269,6 @@ def test_resampled_rows_are_drawn_evenly_and_fill_the_epoch_size(shards: Path) -
     assert np.array_equal(source.order(1, 0), source.order(1, 0))
     with pytest.raises(InputError, match="drawing with replacement holds nothing out"):
         source.divide(0.1, 0)
-
-
-# Stores
-
-
-def put_into_memory(shards: Path, name: str) -> fsspec.AbstractFileSystem:
-    store = fsspec.filesystem("memory")
-    for path in shards.glob("*.tar"):
-        store.pipe(f"/{name}/{path.name}", path.read_bytes())
-    return store
-
-
-@pytest.fixture
-def server(shards: Path) -> Iterator[tuple[str, list[str]]]:
-    """A web server of the seven shards, and the requests that it received."""
-    requests: list[str] = []
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, format: str, *args: object) -> None:
-            requests.append(f"{self.command} {self.path}")
-
-        def translate_path(self, path: str) -> str:
-            return str(shards / path.rpartition("/")[2].replace(INDEX_SUFFIX, ".none"))  # it has no indexes
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
-        thread = threading.Thread(target=httpd.serve_forever, daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{httpd.server_address[1]}", requests
-        httpd.shutdown()
-        thread.join()
-
-
-def same_pairs(source: TarPairs, other: TarPairs) -> bool:
-    assert len(source) == len(other)
-    for index in range(len(source)):
-        ours, theirs = source.load(index, None), other.load(index, None)
-        assert (ours.caption, ours.image.tobytes()) == (theirs.caption, theirs.image.tobytes())
-    return True
-
-
-def test_shards_of_a_web_server_are_fetched_once_each(shards: Path, server: tuple[str, list[str]]) -> None:
-    url, requests = server
-    options = ShardOptions(index_workers=0)
-    assert same_pairs(TarPairs(f"{url}/{{000..006}}.tar", options), TarPairs(str(shards)))
-    assert same_pairs(TarPairs(f"{url}/{{000..006}}.tar", options), TarPairs(str(shards)))
-    fetched = Counter(line for line in requests if line.startswith("GET") and line.endswith(".tar"))
-    assert fetched == {f"GET /{number:03d}.tar": 1 for number in range(7)}
-    with pytest.raises(InputError, match=r"007\.tar: no such shard"):
-        TarPairs(f"{url}/{{005..007}}.tar", options)
-
-
-def test_data_workers_fetch_a_shard_that_was_removed_from_the_cache(
-    shards: Path, server: tuple[str, list[str]], cache: Path
-) -> None:
-    url, requests = server
-    source = TarPairs(f"{url}/{{003..006}}.tar", ShardOptions(index_workers=2))
-    for path in cache.glob("*.tar"):
-        path.unlink()
-    requests.clear()
-    rows = [TrainingSample(0, row) for row in range(len(source))]
-    loader = DataLoader(CaptionDataset(source), sampler=rows, batch_size=9, num_workers=2)
-    captions = [caption for batch in loader for caption in batch]
-    assert captions == [f"number {number}" for number in range(6, 60)]
-    fetched = Counter(line for line in requests if line.startswith("GET") and line.endswith(".tar"))
-    assert fetched == {f"GET /{number:03d}.tar": 1 for number in range(3, 7)}
-
-
-def test_store_is_read_in_whole_shards_or_piece_by_piece(shards: Path, cache: Path) -> None:
-    put_into_memory(shards, "whole")
-    source = TarPairs("memory://whole/", ShardOptions(index_workers=0))
-    assert len(source.urls) == 7
-    assert same_pairs(source, TarPairs(str(shards)))
-    assert len(list(cache.glob("*.tar"))) == 7
-    put_into_memory(shards, "pieces")
-    source = TarPairs("memory://pieces/*.tar", ShardOptions(index_workers=0, cache_gb=0))
-    assert same_pairs(source, TarPairs(str(shards)))
-    assert len(list(cache.glob("*.tar"))) == 7
-
-
-def test_index_beside_a_remote_shard_is_used(tmp_path: Path, cache: Path) -> None:
-    folder = write_shards(tmp_path / "indexed", [4])
-    TarPairs(str(folder))
-    store = put_into_memory(folder, "indexed")
-    store.pipe(f"/indexed/000.tar{INDEX_SUFFIX}", Path(f"{folder}/000.tar{INDEX_SUFFIX}").read_bytes())
-    source = TarPairs("memory://indexed/000.tar")
-    assert len(source) == 4
-    assert not list(cache.glob("*.tar"))  # the shard itself was not read
-    assert source.load(3, None).caption == "number 3"
-
-
-def test_cache_stays_within_its_limit_and_keeps_recently_used_shards(shards: Path, cache: Path) -> None:
-    put_into_memory(shards, "limited")
-    urls = [f"memory:///limited/{number:03d}.tar" for number in range(7)]
-    stamps = [stamp_of(url) for url in urls]
-    folder = ShardFolder(cache, limit=sum(stamp.size for stamp in stamps[4:]))
-    for url, stamp in zip(urls, stamps, strict=True):
-        with folder.open(url, stamp) as file:
-            assert len(file.read()) == stamp.size
-        assert sum(path.stat().st_size for path in cache.glob("*.tar")) <= folder.limit
-    assert all(folder.place(url, stamp).exists() for url, stamp in zip(urls[4:], stamps[4:], strict=True))
-
-
-def test_cache_smaller_than_the_shards_read_at_once_is_refused(shards: Path) -> None:
-    put_into_memory(shards, "small")
-    with pytest.raises(
-        InputError, match=r"shards\.cache_gb: 1e-05 is too little for 4 shards at once.*or set cache_gb to 0"
-    ):
-        TarPairs("memory://small/", ShardOptions(shuffle_shards=2, cache_gb=1e-5, index_workers=0))
-
-
-def test_store_is_retried_and_ends_the_run_if_it_keeps_failing(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store, failures = put_into_memory(shards, "flaky"), [1]
-    source = TarPairs("memory://flaky/", ShardOptions(index_workers=0, cache_gb=0))
-    read = type(store).cat_file
-
-    def cat_file(self: fsspec.AbstractFileSystem, *arguments: object, **options: object) -> bytes:
-        if failures[0]:
-            failures[0] -= 1
-            raise ConnectionError("the line is down")
-        return read(self, *arguments, **options)
-
-    monkeypatch.setattr(type(store), "cat_file", cat_file)
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
-    assert source.load(0, None).caption == "number 0"
-    failures[0] = 100
-    with pytest.raises(InputError, match=r"000\.tar: cannot be fetched \(the line is down\)") as caught:
-        source.load(0, None)
-    assert not isinstance(caught.value, BadSample)  # on_error: skip would drop good samples
 
 
 # Options
