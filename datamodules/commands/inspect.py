@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from datamodules.inspection.page import write_page
+from datamodules.inspection.page import write_inspection
 from datamodules.inspection.scan import ScanFindings, inspect_source
 from datamodules.inspection.summary import Section, find_repeats, summarize
 from datamodules.open_source import open_source
@@ -76,7 +76,7 @@ def inspect(
         _keep(problems, every)
     repeats = find_repeats(findings)
     sections = summarize(findings, source.left_out, repeats, tokenizer.context_length, world_size, batch_size)
-    write_page(page, ", ".join(data), source, findings, repeats, sections, tokenizer.context_length)
+    write_inspection(page, ", ".join(data), source, findings, repeats, sections, tokenizer.context_length)
     _print(", ".join(data), sections, findings, source.left_out)
     stderr().print(f"the same with images: {page}", markup=False)
     if every.exists():

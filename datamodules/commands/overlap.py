@@ -16,7 +16,7 @@ from rich.text import Text
 
 from datamodules.open_source import open_source
 from datamodules.overlap.findings import By, SetFindings, findings_of
-from datamodules.overlap.page import percent, points, write_page
+from datamodules.overlap.page import percent, points, write_overlap
 from datamodules.overlap.search import NearestFound, Queries, joined, search
 from datamodules.overlap.sets import check_prompts, given, open_sets, read_results, read_thresholds, recognised
 from datamodules.pairs.source import PairSource
@@ -201,7 +201,7 @@ def _write(path: Path, report: dict[str, Any], judged: Mapping[str, SetFindings]
     with replacing(path.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(report, indent=1), encoding="utf-8")
     if path.suffix == ".html":
-        write_page(path, report, judged, source)
+        write_overlap(path, report, judged, source)
 
 
 def _print(report: Mapping[str, Any]) -> None:

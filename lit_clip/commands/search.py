@@ -1,8 +1,5 @@
 """``lit-clip search``: the images of a folder that fit a text or an image best."""
 
-import base64
-import html
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -19,11 +16,11 @@ from lit_clip.embedding.image_files import images_in
 from lit_clip.embedding.index import INDEX, nearest, update_index
 from lit_clip.errors import require
 from lit_clip.models.clip import CLIP
-from lit_clip.tools.atomic import replacing
 from lit_clip.tools.console import progress, stderr
-from lit_clip.tools.html import page
+from lit_clip.tools.html import thumbnail, write_page
 from lit_clip.tools.images import OnError, read_image
 
+TEMPLATE = Path(__file__).parent / "templates" / "search.html"
 THUMBNAIL = 256  # pixels of the longer side
 
 
@@ -112,41 +109,22 @@ def _print_hits(title: str, hits: Sequence[Hit]) -> None:
     Console().print(table)
 
 
-_STYLE = """\
-body { font: 15px/1.4 system-ui, sans-serif; margin: 2rem; color: #222; background: #fff }
-section { display: grid; grid-template-columns: repeat(auto-fill, minmax(180px, 1fr)); gap: 1rem }
-figure { margin: 0 }
-img { width: 100%; height: 180px; object-fit: contain; background: #f2f2f2 }
-figcaption { overflow-wrap: anywhere }"""
-
-
 def write_sheet(path: Path, folder: Path, found: dict[str, list[Hit]]) -> None:
-    """Write one HTML file with a section a query; thumbnails are inside it, nothing is fetched from anywhere."""
-    sections = []
+    """Write an HTML page with the thumbnails of the images found for each query."""
+    shown: dict[str, list[tuple[str, str]]] = {query: [] for query in found}
     with progress("contact sheet", sum(map(len, found.values()))) as advance:
         for query, hits in found.items():
-            figures = []
             for rank, hit in enumerate(hits, start=1):
-                caption = html.escape(f"{rank}. {hit.key} ({hit.score:.4f})")
-                source = f"data:image/jpeg;base64,{_thumbnail(folder / hit.key)}"
-                figures.append(
-                    f'<figure><img src="{source}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
-                )
+                shown[query].append((_thumbnail(folder / hit.key), f"{rank}. {hit.key} ({hit.score:.4f})"))
                 advance(1)
-            sections.append(f"<h2>{html.escape(query)}</h2>\n<section>\n" + "\n".join(figures) + "\n</section>")
-    content = page(" | ".join(found), _STYLE, "\n".join(sections))
-    with replacing(path) as temporary:
-        temporary.write_text(content, encoding="utf-8", errors="replace")
+    write_page(path, TEMPLATE, title=" | ".join(found), found=shown)
 
 
 def _thumbnail(path: Path) -> str:
-    """A JPEG of the image, base64."""
+    """A thumbnail, upright and on white, as a data URI."""
     image = ImageOps.exif_transpose(read_image(path))
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
-    data = io.BytesIO()
-    image.save(data, "JPEG", quality=80)
-    return base64.b64encode(data.getvalue()).decode()
+    return thumbnail(image, THUMBNAIL)

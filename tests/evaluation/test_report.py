@@ -28,15 +28,16 @@ from lit_clip.evaluation.published import (
 )
 from lit_clip.evaluation.report.chart_style import Series, run_name, shown, svg
 from lit_clip.evaluation.report.charts import few_shot, figures
-from lit_clip.evaluation.report.page import report_page, write_report
+from lit_clip.evaluation.report.page import TEMPLATE, report_values, write_report
 from lit_clip.evaluation.report.prediction_grid import Prediction, prediction_grid
 from lit_clip.evaluation.report.results_table import print_results
 from lit_clip.evaluation.report.robustness_chart import effective_rows, papers_points, run_points
-from lit_clip.evaluation.report.set_section import section
+from lit_clip.evaluation.report.set_section import set_section
 from lit_clip.evaluation.report.tensorboard import write_tensorboard
 from lit_clip.evaluation.suite import SuiteEntry, read_suite
 from lit_clip.models.clip import CLIP
 from lit_clip.models.registry import papers_models, resolve_architecture
+from lit_clip.tools.html import render
 
 SUITE = Path(__file__).parents[2] / "configs" / "evaluation" / "paper.yaml"
 EVIL = "<script>alert('x')</script>&\"$a$ \x07"
@@ -161,6 +162,14 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.texts.append(data)
+
+
+def report_page(results: dict[str, Any], folder: Path, others: dict[str, Any]) -> str:
+    return render(TEMPLATE, **report_values(results, folder, others))
+
+
+def rendered_section(name: str, entry: dict[str, Any], folder: Path) -> str:
+    return render(TEMPLATE.with_name("set_section.html"), section=set_section(name, entry, "ViT-B-32", folder))
 
 
 @pytest.mark.parametrize(
@@ -387,7 +396,7 @@ def test_effective_robustness_is_of_the_same_classes(full: dict[str, Any], folde
 
 def test_what_was_not_possible_of_a_set_and_what_its_list_lacks_is_said(folder: Path) -> None:
     entry = a_set() | {"reason": "no train split: there is none", "splits": {"test": {"images": 7, "absent": 1234}}}
-    found = Page(section("a", entry, "set-0", "ViT-B-32", folder)).text
+    found = Page(rendered_section("a", entry, folder)).text
     assert "no train split: there is none" in found
     assert "7 images, 1,234 of its list not on disk" in found
 
@@ -532,13 +541,13 @@ def test_images_outside_the_run_are_not_read_and_broken_ones_leave_a_gap(full: d
     entry = full["sets"]["cifar10"]
     for name in ("../secret.png", str(tmp_path / "secret.png"), "broken.jpg", "not/there.jpg", "", None, "nul\0", 7):
         entry["tasks"]["zero_shot"]["errors"][0]["image"] = name
-        found = section("cifar10", entry, "set-0", "ViT-B-32", run)
+        found = rendered_section("cifar10", entry, run)
         assert "most confidently wrong" in found
         assert "data:image" not in found
 
 
 def test_thumbnails_are_small_whatever_the_run_kept(full: dict[str, Any], folder: Path) -> None:
-    found = Page(section("cifar10", full["sets"]["cifar10"], "set-0", "ViT-B-32", folder))
+    found = Page(rendered_section("cifar10", full["sets"]["cifar10"], folder))
     address = next(address for address in found.addresses if address.startswith("data:image"))
     with Image.open(io.BytesIO(base64.b64decode(address.split(",", 1)[1]))) as image:
         assert image.size == (160, 36)
@@ -594,5 +603,5 @@ def test_results_that_were_just_made_and_those_read_from_a_file_give_the_same(fu
     made, read = tuples(full), json.loads(json.dumps(tuples(full)))
     assert rows(made) == rows(read)
     for name, entry in made["sets"].items():
-        pages = [section(name, one, "set-0", "ViT-B-32", Path()) for one in (entry, read["sets"][name])]
+        pages = [rendered_section(name, one, Path()) for one in (entry, read["sets"][name])]
         assert pages[0] == pages[1]

@@ -12,8 +12,8 @@ from lit_clip.errors import InputError
 from lit_clip.evaluation.overview import number, sets_of, shots_of, tasks_of
 from lit_clip.evaluation.report.chart_style import styled
 from lit_clip.evaluation.report.charts import figures
-from lit_clip.evaluation.report.html_parts import run_image
 from lit_clip.evaluation.report.prediction_grid import Prediction, prediction_grid
+from lit_clip.evaluation.report.run_images import run_image
 
 
 def write_tensorboard(

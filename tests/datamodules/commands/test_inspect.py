@@ -218,8 +218,8 @@ def test_the_page_holds_all_it_shows(report: Report, messy: Path) -> None:
     for expected in (
         "the same file",
         "other files of the same look",
-        "captions that come most often",
-        "what cannot be used",
+        "most frequent captions",
+        "unusable pairs",
     ):
         assert expected in page.text
     assert "Caption <b>copy.jpg</b>" in text  # as text, not as markup
@@ -302,7 +302,7 @@ def test_the_command_exits_with_2_where_nothing_can_be_used(
     assert stopped.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("lit-clip: error: bad.csv: none of 2 pairs can be used; the first: bad.csv row 2")
-    assert "what cannot be used" in (tmp_path / "inspect.html").read_text()
+    assert "unusable pairs" in (tmp_path / "inspect.html").read_text()
 
 
 def test_a_column_is_asked_for_as_it_is_typed_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
