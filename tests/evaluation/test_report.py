@@ -26,7 +26,7 @@ from lit_clip.evaluation.published import (
     published,
     published_metrics,
 )
-from lit_clip.evaluation.report.chart_style import Series, run_name, shown, svg
+from lit_clip.evaluation.report.chart_style import ChartRun, run_name, short_name, svg
 from lit_clip.evaluation.report.charts import few_shot, figures
 from lit_clip.evaluation.report.page import TEMPLATE, report_values, write_report
 from lit_clip.evaluation.report.prediction_grid import Prediction, prediction_grid
@@ -362,7 +362,7 @@ def test_bars_and_diamonds_are_at_the_values(full: dict[str, Any]) -> None:
 def test_the_differences_are_sorted_and_few_shot_means_are_means(full: dict[str, Any]) -> None:
     figure = figures(full, {})["zero_shot_minus_probe"]
     assert bar_lengths(figure)[0] == pytest.approx([-10.0, -59.0])
-    curve = few_shot([Series("this run", full)])
+    curve = few_shot([ChartRun("this run", full)])
     assert curve is not None
     thick = [line for line in curve.axes[0].lines if line.get_linewidth() > 2]
     assert np.asarray(thick[0].get_ydata()) == pytest.approx([40.0, 55.0, 75.0])
@@ -371,7 +371,7 @@ def test_the_differences_are_sorted_and_few_shot_means_are_means(full: dict[str,
 
 
 def test_the_robustness_chart_compares_over_the_same_sets(full: dict[str, Any]) -> None:
-    ours = run_points([Series("this run", full)])
+    ours = run_points([ChartRun("this run", full)])
     assert [point.name for point in ours] == ["this run, zero-shot"]
     assert ours[0].mean(["ImageNetV2", "ImageNet-A"]) == pytest.approx((0.56 + 0.31) / 2)
     assert ours[0].mean(["ImageNet-R"]) is None
@@ -424,9 +424,9 @@ def test_drawing_leaves_matplotlibs_settings_and_gives_the_same_svg_twice(full: 
 
 
 def test_names_in_charts_are_short_and_printable() -> None:
-    assert shown("tab\there") == "tab here"
-    assert shown("\x00") == "?"
-    assert shown("é" * 50, 10) == "é" * 9 + "…"
+    assert short_name("tab\there") == "tab here"
+    assert short_name("\x00") == "?"
+    assert short_name("é" * 50, 10) == "é" * 9 + "…"
     assert run_name("runs/b16/results.json") == "runs/b16"
     assert run_name("results.json") == "results.json"
     assert run_name("/somewhere/" + "x" * 40).startswith("…")
