@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.inspection.scan import ScanFindings, caption_digest
-from datamodules.inspection.summary import Repeats, Section
+from datamodules.inspection.scan import ScanFindings, caption_hash
+from datamodules.inspection.summary import DuplicateGroups, SummarySection
 from datamodules.loading.images import decoding_at_least, open_image
 from datamodules.near_duplicates import Groups
 from datamodules.pairs.source import PairSource
@@ -28,8 +28,8 @@ def write_inspection(
     title: str,
     source: PairSource,
     findings: ScanFindings,
-    repeats: Repeats,
-    sections: Sequence[Section],
+    duplicates: DuplicateGroups,
+    sections: Sequence[SummarySection],
     context_length: int,
 ) -> None:
     """Write the page.
@@ -39,7 +39,7 @@ def write_inspection(
         title: name of the data.
         source: of the pairs that are shown.
         findings: of the scan.
-        repeats: duplicates among them.
+        duplicates: duplicates among them.
         sections: the figures.
         context_length: tokens that the model reads of a caption.
     """
@@ -55,10 +55,10 @@ def write_inspection(
             histograms=list(_histograms(findings, context_length)),
             samples=_shown(source, samples),
             groups=[
-                ("the same file", repeats.files.number, _groups(repeats.files, source)),
-                ("other files of the same look", repeats.looks.number, _groups(repeats.looks, source)),
+                ("the same file", duplicates.files.number, _groups(duplicates.files, source)),
+                ("other files of the same look", duplicates.looks.number, _groups(duplicates.looks, source)),
             ],
-            captions=list(_captions(repeats.captions, source, findings)),
+            captions=list(_captions(duplicates.captions, source, findings)),
             problems=[(where, line.removeprefix(f"{where}: ")) for where, line in wrong],
             problem_count=findings.reasons.total() + source.left_out.counts.total(),
         )
@@ -128,5 +128,5 @@ def _captions(groups: Groups, source: PairSource, findings: ScanFindings) -> Ite
             captions = source.captions(int(rows[positions[0]]))
         except BadSample as error:
             captions = [str(error)]
-        text = next((caption for caption in captions if caption_digest(caption) == wanted), captions[0])
+        text = next((caption for caption in captions if caption_hash(caption) == wanted), captions[0])
         yield _shortened(text), f"{len(positions):,}"

@@ -55,7 +55,7 @@ def search(
         model: a checkpoint, or a name that lit_clip.load_model understands.
         image: images to find similar ones of.
         top_k: number of images found for each query.
-        sheet: an HTML page to show them on; it holds the thumbnails itself.
+        sheet: an HTML page with thumbnails of the images found, in one file.
         index: the index, a .npz file; by default .lit-clip-index.npz in the folder.
         batch_size: images encoded at once.
         num_workers: processes that decode images.
@@ -83,7 +83,7 @@ def search(
     for title, hits in zip(titles, found, strict=True):
         _print_hits(title, hits)
     write_sheet(Path(sheet), folder, dict(zip(titles, found, strict=True)))
-    stderr().print(f"the same with images: {sheet}", markup=False)
+    stderr().print(f"page with images: {sheet}", markup=False)
 
 
 @torch.inference_mode()
