@@ -19,7 +19,6 @@ from datamodules.overlap.findings import By, SetFindings, findings_of
 from datamodules.overlap.page import percent, points, write_overlap
 from datamodules.overlap.search import NearestFound, Queries, joined, search
 from datamodules.overlap.sets import check_prompts, given, open_sets, read_results, read_thresholds, recognised
-from datamodules.pairs.source import PairSource
 from lit_clip import __version__, load_model
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import ImageSet, stamp_of_files
@@ -106,7 +105,10 @@ def overlap(
         correct = given(each.images, ours.items, answers[name], name) if answers else recognised(clip, each, ours)
         judged[name] = findings_of(each.images, ours, part, thresholds[name], by, correct)
     report = _report(judged, found, len(source), {"name": model, "fingerprint": cache.model}, train, by)
-    _write(path, report, judged, source)
+    with replacing(path.with_suffix(".json")) as temporary:
+        temporary.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    if path.suffix == ".html":
+        write_overlap(path, report, judged, source)
     _print(report)
     stderr().print(f"pairs to look at: {path}" if path.suffix == ".html" else f"{path}", markup=False)
 
@@ -196,13 +198,6 @@ def _report(
         "interval_confidence": CONFIDENCE,
         "sets": sets,
     }
-
-
-def _write(path: Path, report: dict[str, Any], judged: Mapping[str, SetFindings], source: PairSource) -> None:
-    with replacing(path.with_suffix(".json")) as temporary:
-        temporary.write_text(json.dumps(report, indent=1), encoding="utf-8")
-    if path.suffix == ".html":
-        write_overlap(path, report, judged, source)
 
 
 def _print(report: Mapping[str, Any]) -> None:

@@ -5,7 +5,6 @@ import io
 import json
 import warnings
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
@@ -26,7 +25,7 @@ CHUNK = 32  # pairs that a data worker reads at once
 DECODED = 72  # least pixels a side of a decoded image: eight for each of the hash's 9 columns
 ORIENTATION = 0x0112  # EXIF tag; 1 is upright
 
-READABLE, PLAIN, TURNED, ANIMATED = 1, 2, 4, 8  # bits of ``state``
+READABLE, PLAIN, ROTATED, ANIMATED = 1, 2, 4, 8  # bits of ``state``
 IMAGE = np.dtype(
     [
         ("key", "u8"),  # hash of the image's key
@@ -114,7 +113,7 @@ def _image(stored: EncodedPair) -> tuple[int, ...]:
     with decoding_at_least(lambda width, height: (min(width, DECODED), min(height, DECODED))):
         look = look_of(open_image(io.BytesIO(stored.image), stored.where))
     with Image.open(io.BytesIO(stored.image)) as image:  # reopened for its header: decoding changes size and mode
-        state = READABLE | PLAIN * look.plain | TURNED * _is_turned(image)
+        state = READABLE | PLAIN * look.plain | ROTATED * _is_rotated(image)
         state |= ANIMATED * bool(getattr(image, "is_animated", False) and image.format != "MPO")
         mode = Image.MODES.index(image.mode) if image.mode in Image.MODES else len(Image.MODES)
         kind = formats().index(str(image.format))
@@ -123,7 +122,7 @@ def _image(stored: EncodedPair) -> tuple[int, ...]:
     return (key, file, look.bits, look.colour, *sizes, kind, mode, state)
 
 
-def _is_turned(image: Image.Image) -> bool:
+def _is_rotated(image: Image.Image) -> bool:
     try:
         return image.getexif().get(ORIENTATION, 1) not in (0, 1)
     except Exception:  # EXIF is often malformed, and the pixels do not depend on it
@@ -175,9 +174,10 @@ def inspect_source(source: PairSource, tokenizer: TextTokenizer, problems: TextI
         num_workers: number of data workers.
     """
     found = ScanFindings(np.zeros(len(source), dtype=IMAGE), np.zeros(0, np.uint64), np.zeros(1, np.int64))
+    chunks: Any = _Chunks(source, tokenizer)
     captions, done = [], 0
     with progress("inspecting", len(source)) as advance:
-        for part in _chunks(source, tokenizer, num_workers):
+        for part in loader(chunks, num_workers):
             found.images[done : done + len(part.images)] = part.images
             captions.append(part.captions)
             found.token_counts = _add_histograms(found.token_counts, np.bincount(part.tokens))
@@ -189,11 +189,6 @@ def inspect_source(source: PairSource, tokenizer: TextTokenizer, problems: TextI
             advance(len(part.images))
     found.captions = np.concatenate([found.captions, *captions])
     return found
-
-
-def _chunks(source: PairSource, tokenizer: TextTokenizer, num_workers: int) -> Iterator[ScannedChunk]:
-    parts: Any = _Chunks(source, tokenizer)
-    yield from loader(parts, num_workers)
 
 
 def _add_histograms(left: np.ndarray, right: np.ndarray) -> np.ndarray:

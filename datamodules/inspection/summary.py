@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from datamodules.inspection.scan import ANIMATED, PLAIN, TURNED, ScanFindings, formats
+from datamodules.inspection.scan import ANIMATED, PLAIN, ROTATED, ScanFindings, formats
 from datamodules.loading.sampling import EvaluationBatchSampler, GlobalBatchSampler
 from datamodules.near_duplicates import Groups, look_alikes, same
 from datamodules.pairs.source import LeftOut
@@ -57,9 +57,9 @@ def find_duplicates(findings: ScanFindings) -> DuplicateGroups:
     """Find duplicates by comparing the hashes of all images and captions."""
     images, rows = findings.images, findings.distinct
     files = _of_rows(same(images["file"][rows]), rows)
-    each = rows[np.sort(np.unique(images["file"][rows], return_index=True)[1])]
-    each = each[images["state"][each] & PLAIN == 0]
-    looks = _of_rows(look_alikes(images["bits"][each], images["colour"][each]), each)
+    first_rows = rows[np.sort(np.unique(images["file"][rows], return_index=True)[1])]  # of each file
+    first_rows = first_rows[images["state"][first_rows] & PLAIN == 0]
+    looks = _of_rows(look_alikes(images["bits"][first_rows], images["colour"][first_rows]), first_rows)
     pairs = images["file"][findings.caption_rows] ^ (findings.captions * np.uint64(0x9E3779B97F4A7C15))
     return DuplicateGroups(files, looks, same(findings.captions), len(pairs) - len(np.unique(pairs)))
 
@@ -133,7 +133,7 @@ def _image_lines(findings: ScanFindings, duplicates: DuplicateGroups) -> list[Su
         *_size_lines(images),
     ]
     states = (
-        ("with an EXIF rotation (models see them unrotated)", TURNED),
+        ("with an EXIF rotation (models see them unrotated)", ROTATED),
         ("animated (models see the first frame)", ANIMATED),
         ("a single colour", PLAIN),
     )

@@ -21,6 +21,7 @@ from lit_clip.evaluation.report.chart_style import (
     short_name,
 )
 from lit_clip.evaluation.report.robustness_chart import robustness
+from lit_clip.tools.html import plural
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -170,7 +171,7 @@ def few_shot(runs: Sequence[ChartRun]) -> "Figure | None":
             axes.plot(x, [100 * curve[s] for s in shots], color="#CFCFCF", linewidth=0.8)
         y = [100 * sum(curve[s] for curve, _ in curves) / len(curves) for s in shots]
         handles += axes.plot(x, y, color=colour(place), linewidth=2.2, marker="o", zorder=3)
-        labels.append(f"{short_name(run.name, 24)}, {len(curves)} set{'s' * (len(curves) != 1)}")
+        labels.append(f"{short_name(run.name, 24)}, {plural(len(curves), 'set')}")
         starts = [value for _, value in curves if value is not None]
         if len(starts) == len(curves):
             mean = 100 * sum(starts) / len(starts)

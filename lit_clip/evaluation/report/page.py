@@ -4,7 +4,7 @@ Everything on the page comes from ``results.json``; only the images are read fro
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,11 @@ def report_values(results: Results, folder: Path, others: Mapping[str, Results])
         "paper": PAPER,
         "disagreements": disagreements(),
         "charts": {name: svg(figure, name) for name, figure in figures(results, others).items()},
-        "effective": _effective(results),
-        "provenance": _provenance(results, others),
+        "effective": [
+            [row.name, *map(percent, (row.point.imagenet, row.point.shifted, row.gap)), points(row.effective)]
+            for row in effective_rows(results)
+        ],
+        "provenance": list(_provenance(results, others)),
         "architecture": list(leaves(model.get("architecture"), ".")),
         "sections": [set_section(name, entry, near.name, folder) for name, entry in sets],
     }
@@ -73,33 +76,12 @@ def _summary(found: Sequence[Row], near: NearestModel) -> str:
     return "; ".join([*counts, f"compared with the paper's {papers_name(near.name)} ({near.rule})"])
 
 
-def _effective(results: Results) -> list[list[str]]:
-    """Rows of the table below the robustness chart."""
-    return [
-        [row.name, *map(percent, (row.point.imagenet, row.point.shifted, row.gap)), points(row.effective)]
-        for row in effective_rows(results)
-    ]
-
-
-def _provenance(results: Results, others: Mapping[str, Results]) -> list[tuple[str, Any]]:
-    model = results.get("model") or {}
-    facts = [
-        ("model", model.get("name")),
-        ("weights, SHA-256", model.get("weights_sha256")),
-        ("activation", model.get("activation")),
-        ("preprocessing", _listed(model.get("preprocessing"))),
-        ("embedding", model.get("embed_dim")),
-        ("parameters", f"{model['parameters']:,}" if isinstance(model.get("parameters"), int) else None),
-        ("precision", results.get("precision")),
-        *(("suite", f"{suite.get('path')}, SHA-256 {suite.get('sha256')}") for suite in results.get("suite") or []),
-        ("created", results.get("created")),
-        ("versions", _listed({"lit-clip": results.get("lit_clip"), **(results.get("packages") or {})}, " ")),
-        *(("compared with", f"{name}: {(other.get('model') or {}).get('name')}") for name, other in others.items()),
-    ]
-    return [(name, value) for name, value in facts if value not in (None, "")]
-
-
-def _listed(values: Any, between: str = ": ") -> str:
-    if not isinstance(values, Mapping):
-        return "" if values is None else str(values)
-    return ", ".join(f"{key}{between}{value}" for key, value in values.items() if value is not None)
+def _provenance(results: Results, others: Mapping[str, Results]) -> Iterator[tuple[str, str]]:
+    """All that the results record beside the sets and the architecture, by the names in ``results.json``."""
+    facts = {key: value for key, value in results.items() if key != "sets"}
+    facts["model"] = {key: value for key, value in (results.get("model") or {}).items() if key != "architecture"}
+    facts["suite"] = {suite.get("path"): suite.get("sha256") for suite in results.get("suite") or []}
+    facts["compared with"] = {name: (other.get("model") or {}).get("name") for name, other in others.items()}
+    for path, value in leaves(facts, ", "):
+        if value is not None:
+            yield path, f"{value:,}" if type(value) is int else str(value)
