@@ -69,11 +69,10 @@ def _histograms(findings: ScanFindings, context_length: int) -> Iterator[dict[st
     if not len(images):
         return
     lengths = findings.token_counts
-    width = max(1, -(-(context_length + 1) // (BARS // 2)))  # tokens a bar; half of the bars are for truncated captions
-    edges = np.append(np.arange(1, context_length + 1, width), context_length + 1)
-    if len(lengths) > context_length + 1:
-        truncated = context_length + 1 + width * np.arange(1, BARS // 2)
-        edges = np.concatenate([edges, truncated[: np.searchsorted(truncated, len(lengths)) + 1]])
+    width = -(-(context_length + 1) // (BARS // 2))  # tokens per bar; half of the bars are for truncated captions
+    truncated = context_length + 1 + width * np.arange(BARS // 2)
+    truncated = truncated[: np.searchsorted(truncated, len(lengths)) + 1]
+    edges = np.concatenate([np.arange(1, context_length + 1, width), truncated])
     counts = [int(lengths[start:stop].sum()) for start, stop in zip(edges[:-1], edges[1:], strict=True)]
     counts[-1] += int(lengths[edges[-1] :].sum())
     title = f"captions by number of tokens; orange: truncated at {context_length}"

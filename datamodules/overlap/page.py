@@ -70,13 +70,9 @@ def _overview(name: str, findings: SetFindings, figures: Mapping[str, Any]) -> l
     return [name, f"{findings.threshold:g}", f"{overlap.images:,}", *_figures(overlap), *last]
 
 
-def _similarity(findings: SetFindings) -> np.ndarray:
-    return np.array([pair.similarity for pair in findings.nearest])
-
-
 def _histogram(findings: SetFindings) -> dict[str, Any]:
     """Values for the ``histogram`` macro; heights are logarithmic, because few of thousands of images are near."""
-    similarity = _similarity(findings)
+    similarity = np.array([pair.similarity for pair in findings.nearest])
     low = min(float(np.floor(similarity.min() * 20) / 20), findings.threshold, 0.95)
     counts, edges = np.histogram(np.clip(similarity, low, 1), BARS, (low, 1))
     heights = np.log1p(counts) / np.log1p(max(1, counts.max()))
@@ -90,7 +86,7 @@ def _histogram(findings: SetFindings) -> dict[str, Any]:
 
 def _galleries(findings: SetFindings, source: PairSource) -> dict[str, list[dict[str, Any]]]:
     """Pairs to judge the threshold by, under their headings."""
-    similarity = _similarity(findings)
+    similarity = np.array([pair.similarity for pair in findings.nearest])
     order = np.argsort(-similarity, kind="stable")
     above, below = order[similarity[order] >= findings.threshold], order[similarity[order] < findings.threshold]
     looks = [pair for place in below if (pair := findings.alike[place]) is not None]

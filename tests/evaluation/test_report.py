@@ -530,7 +530,7 @@ def test_results_without_a_model_or_sets_are_shown(tmp_path: Path) -> None:
 def test_another_run_is_shown_beside_this_one(full: dict[str, Any], folder: Path) -> None:
     other = results_of({"cifar10": a_set("CIFAR10", 0.123)}, "RN50:openai")
     page = Page(report_page(full, folder, {"runs/other/results.json": other}))
-    assert "runs/other/results.json RN50:openai" in page.text
+    assert "runs/other/results.json: RN50:openai" in page.text
     row = page.text[page.text.index("cifar10 top-1") :].split()[:5]
     assert row == ["cifar10", "top-1", "85.0", "91.3", "12.3"]
 

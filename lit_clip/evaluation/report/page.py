@@ -80,8 +80,11 @@ def _provenance(results: Results, others: Mapping[str, Results]) -> Iterator[tup
     """All that the results record beside the sets and the architecture, by the names in ``results.json``."""
     facts = {key: value for key, value in results.items() if key != "sets"}
     facts["model"] = {key: value for key, value in (results.get("model") or {}).items() if key != "architecture"}
-    facts["suite"] = {suite.get("path"): suite.get("sha256") for suite in results.get("suite") or []}
-    facts["compared with"] = {name: (other.get("model") or {}).get("name") for name, other in others.items()}
+    suites = results.get("suite") or []
+    facts["suite"] = "; ".join(f"{suite.get('path')}, SHA-256 {suite.get('sha256')}" for suite in suites)
+    facts["compared with"] = "; ".join(
+        f"{name}: {(run.get('model') or {}).get('name')}" for name, run in others.items()
+    )
     for path, value in leaves(facts, ", "):
-        if value is not None:
+        if value not in (None, ""):
             yield path, f"{value:,}" if type(value) is int else str(value)
