@@ -58,7 +58,7 @@ def search(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 
 
 class Page(HTMLParser):
-    """What a browser would see of a page."""
+    """A page as a browser parses it."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
