@@ -1,4 +1,4 @@
-"""``lit-clip inspect``: what is in data before anything is trained on them, and what is wrong with them."""
+"""``lit-clip inspect``: report what training data contain, and what is wrong with them."""
 
 import json
 import shutil
@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from datamodules.inspection.page import write_page
+from datamodules.inspection.page import write_inspection
 from datamodules.inspection.scan import ScanFindings, inspect_source
-from datamodules.inspection.summary import Section, find_repeats, summarize
+from datamodules.inspection.summary import SummarySection, find_duplicates, summarize
 from datamodules.open_source import open_source
 from datamodules.pairs.source import LeftOut
 from lit_clip.errors import InputError, require
@@ -23,7 +23,7 @@ from lit_clip.tools.atomic import replacing
 from lit_clip.tools.console import stderr
 
 PAPERS_CONTEXT = 77
-NAMED = 5  # problems that the terminal shows; the page and the list beside it have more
+SHOWN = 5  # problems that the terminal shows; the page and the list beside it have more
 
 
 def inspect(
@@ -40,26 +40,25 @@ def inspect(
     split: str | None = None,
     num_workers: int = 4,
 ) -> None:
-    """Read data once and say what is in them and what is wrong: sizes, formats, bad rows, repeats, long captions.
+    """Read data once and report sizes, formats, bad rows, duplicates and long captions.
 
-    Every image is decoded. Rows that cannot be used are named on the page and, all of them, in a .problems.jsonl
-    beside it.
+    Every image is decoded. All rows that cannot be used are listed in a .problems.jsonl beside the page.
 
     Args:
-        data: a table, a folder of images with captions beside them, tar shards or whatever else training takes.
-        output: an HTML page with the figures, images and lists; it holds the images itself.
-        model: a checkpoint, or a name that lit_clip.create_model or lit_clip.load_model understands; its tokenizer
+        data: a table, a folder of images with captions beside them, tar shards or anything else that training takes.
+        output: an HTML page with figures, sample images and problems, in one file.
+        model: a checkpoint, or a name that lit_clip.create_model or lit_clip.load_model accepts; its tokenizer
             measures the captions. By default CLIP's.
         context_length: tokens that a model reads of a caption; by default the model's, or 77.
-        world_size: processes that are to train.
-        batch_size: pairs a step on each of them.
-        root: where relative image paths start.
-        image_column: of a table; found out if not given.
-        caption_column: likewise.
+        world_size: number of training processes.
+        batch_size: pairs per step and process.
+        root: folder that relative image paths start from.
+        image_column: of a table; detected automatically by default.
+        caption_column: of a table; detected automatically by default.
         split: of data that come in splits.
-        num_workers: processes that decode.
+        num_workers: number of data workers.
     """
-    require(bool(data), "no data: name a table, a folder or shards, before the options")
+    require(bool(data), "no data: name a table, a folder or shards before the options")
     require(world_size >= 1, f"--world_size {world_size} must be at least 1")
     require(batch_size >= 1, f"--batch_size {batch_size} must be at least 1")
     page = Path(output)
@@ -68,26 +67,26 @@ def inspect(
     options = {"root": root, "image_column": image_column, "caption_column": caption_column, "split": split}
     source = open_source(data, **options, option_prefix="--", on_error="skip")
     source.prepare()
-    every = page.with_suffix(".problems.jsonl")
+    problem_list = page.with_suffix(".problems.jsonl")
     with tempfile.TemporaryFile("w+", encoding="utf-8") as problems:
         for where, reason in source.left_out.listed:
             problems.write(json.dumps({"where": where, "reason": reason}) + "\n")
         findings = inspect_source(source, tokenizer, problems, num_workers)
-        _keep(problems, every)
-    repeats = find_repeats(findings)
-    sections = summarize(findings, source.left_out, repeats, tokenizer.context_length, world_size, batch_size)
-    write_page(page, ", ".join(data), source, findings, repeats, sections, tokenizer.context_length)
+        _save_problems(problems, problem_list)
+    duplicates = find_duplicates(findings)
+    sections = summarize(findings, source.left_out, duplicates, tokenizer.context_length, world_size, batch_size)
+    write_inspection(page, ", ".join(data), source, findings, duplicates, sections, tokenizer.context_length)
     _print(", ".join(data), sections, findings, source.left_out)
-    stderr().print(f"the same with images: {page}", markup=False)
-    if every.exists():
-        stderr().print(f"all that cannot be used: {every}", markup=False)
+    stderr().print(f"page with images: {page}", markup=False)
+    if problem_list.exists():
+        stderr().print(f"all pairs that cannot be used: {problem_list}", markup=False)
     if not len(findings.usable):
         first = findings.problems[0][2]
         raise InputError(f"{', '.join(data)}: none of {len(findings.images):,} pairs can be used; the first: {first}")
 
 
-def _keep(problems: TextIO, path: Path) -> None:
-    """The list of problems at its place; without any, none is there."""
+def _save_problems(problems: TextIO, path: Path) -> None:
+    """Write the list of problems; without problems, remove that of an earlier run."""
     if not problems.tell():
         path.unlink(missing_ok=True)
         return
@@ -104,7 +103,7 @@ def _tokenizer(model: str | None, context_length: int | None) -> TextTokenizer:
     if model in list_models():
         from lit_clip.models.clip import CLIP
 
-        with torch.device("meta"):  # no weights are needed
+        with torch.device("meta"):  # only the tokenizer is needed
             tokenizer = CLIP(resolve_architecture(model)).tokenizer
     else:
         from lit_clip.weights.load import load_model
@@ -113,10 +112,10 @@ def _tokenizer(model: str | None, context_length: int | None) -> TextTokenizer:
     return tokenizer.with_context(context_length) if context_length else tokenizer
 
 
-def _print(data: str, sections: list[Section], findings: ScanFindings, left_out: LeftOut) -> None:
+def _print(data: str, sections: list[SummarySection], findings: ScanFindings, left_out: LeftOut) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
-        console.width = max(console.width, 120)  # a file has room
+        console.width = max(console.width, 120)  # output to a file need not be narrow
     table = Table(title=Text(data), show_header=False)
     table.add_column("", overflow="fold")
     table.add_column("", overflow="fold")
@@ -127,8 +126,8 @@ def _print(data: str, sections: list[Section], findings: ScanFindings, left_out:
             table.add_row(Text(f"  {line.name}"), Text(line.value, style="yellow" if line.wrong else ""))
     console.print(table)
     wrong = [line for _, _, line in findings.problems] + [f"{where}: {reason}" for where, reason in left_out.listed]
-    for line in wrong[:NAMED]:
+    for line in wrong[:SHOWN]:
         stderr().print(line, markup=False)
-    more = findings.reasons.total() + left_out.counts.total() - min(NAMED, len(wrong))
+    more = findings.reasons.total() + left_out.counts.total() - min(SHOWN, len(wrong))
     if more > 0:
         stderr().print(f"... and {more:,} more that cannot be used", markup=False)

@@ -1,4 +1,4 @@
-"""``lit-clip overlap``: how much of evaluation sets a training set holds, and how much that helps a model."""
+"""``lit-clip overlap``: find evaluation images in training data, and measure how much they help a model."""
 
 import json
 import os
@@ -14,10 +14,9 @@ from rich.text import Text
 
 from datamodules.open_source import open_source
 from datamodules.overlap.findings import By, SetFindings, findings_of
-from datamodules.overlap.page import percent, points, write_page
+from datamodules.overlap.page import percent, points, write_overlap
 from datamodules.overlap.search import NearestFound, Queries, joined, search
 from datamodules.overlap.sets import check_prompts, given, open_sets, read_results, read_thresholds, recognised
-from datamodules.pairs.source import PairSource
 from lit_clip import load_model
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import ImageSet
@@ -27,6 +26,7 @@ from lit_clip.tools.atomic import replacing
 from lit_clip.tools.console import stderr
 from lit_clip.tools.hardware import best_device
 from lit_clip.tools.hashing import hex_digest, stamp_of_files
+from lit_clip.tools.html import plural
 from lit_clip.version import __version__
 from lit_clip.weights.fingerprint import fingerprint
 
@@ -45,7 +45,7 @@ def overlap(
     threshold: list[str] = ["0.95"],  # noqa: B006 # jsonargparse shows it in the help; nothing writes to it
     by: By = "either",
     results: str | None = None,
-    templates: list[str] = ["a photo of a {}."],  # noqa: B006 # likewise
+    templates: list[str] = ["a photo of a {}."],  # noqa: B006 # as above
     root: str | None = None,
     image_column: str | None = None,
     caption_column: str | None = None,
@@ -53,36 +53,36 @@ def overlap(
     batch_size: int = 64,
     num_workers: int = 4,
 ) -> None:
-    """Find the images of evaluation sets that are in a training set, and how much they help (section 5 of the paper).
+    """Find evaluation images in a training set, and measure how much they help a model (section 5 of the paper).
 
-    The page shows pairs around each set's threshold: look at them, choose another threshold and run the command again;
-    what was read is kept in a hidden folder beside the output, as is what an interrupted run has found.
+    The page shows pairs around each set's threshold: look at them, choose another threshold and run the command again.
+    A hidden folder beside the output caches features and search results; an interrupted run resumes from it.
 
     Args:
-        evaluation: folders of classes; or none, and --suite.
-        train: a table, a folder of images with captions beside them, tar shards or whatever else training takes.
-        model: a checkpoint, or a name that lit_clip.load_model understands; its features tell what is near, and its
-            accuracy is reported.
-        output: a page overlap.html, with the figures and the names of all pairs in overlap.json beside it; or that file
-            alone.
+        evaluation: folders with a subfolder for each class; or none, and --suite.
+        train: a table, a folder of images with captions beside them, tar shards or anything else that training takes.
+        model: a checkpoint, or a name that lit_clip.load_model accepts; its features are compared, and its accuracy is
+            reported.
+        output: an HTML page; a JSON file beside it has the figures and the names of all pairs. With a .json name, only
+            that file is written.
         suite: YAML files of evaluation sets.
-        sets: only these of the suite; by default all that are there.
-        data_root: where the suite's sets lie.
-        threshold: cosine similarity from which an image is the same; a number for all sets, NAME=NUMBER for one, or a
-            YAML file with a number by name.
-        by: what makes an image the same, the embedding, the look (a hash of the image that scaling and compressing
-            leave alone; of no use for drawings that are all alike) or either.
-        results: JSON with true or false by image, by set, of a model whose accuracy is to be reported instead.
-        templates: of folders, prompts with {} for the class name; sets of a suite have their own.
-        root: where relative image paths of the training set start.
-        image_column: of a table; found out if not given.
-        caption_column: likewise.
+        sets: names of sets of the suite; by default all that are on disk.
+        data_root: folder of the suite's sets.
+        threshold: least cosine similarity of images that count as the same; a number for all sets, NAME=NUMBER for one,
+            or a YAML file with a number by name.
+        by: evidence that images are the same, the embedding, the look (a hash that survives scaling and compression;
+            useless for drawings that all look alike) or either.
+        results: JSON with true or false by image, by set, for a model whose accuracy is reported instead.
+        templates: prompt templates with {} for the class name, for folders; sets of a suite have their own.
+        root: folder that relative image paths of the training set start from.
+        image_column: of a table; detected automatically by default.
+        caption_column: of a table; detected automatically by default.
         split: of training data that come in splits.
         batch_size: images encoded at once.
-        num_workers: processes that decode.
+        num_workers: number of data workers.
     """
     path = Path(output)
-    require(path.suffix in (".html", ".json"), f"--output {output}: a .html or a .json file")
+    require(path.suffix in (".html", ".json"), f"--output {output}: must be a .html or a .json file")
     require(path.absolute().parent.is_dir(), f"--output {output}: there is no such folder")
     opened = open_sets(evaluation, suite or [], sets, Path(data_root), templates)
     thresholds = read_thresholds(threshold, list(opened))
@@ -106,13 +106,16 @@ def overlap(
         correct = given(each.images, ours.items, answers[name], name) if answers else recognised(clip, each, ours)
         judged[name] = findings_of(each.images, ours, part, thresholds[name], by, correct)
     report = _report(judged, found, len(source), {"name": model, "fingerprint": cache.model}, train, by)
-    _write(path, report, judged, source)
+    with replacing(path.with_suffix(".json")) as temporary:
+        temporary.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    if path.suffix == ".html":
+        write_overlap(path, report, judged, source)
     _print(report)
-    stderr().print(f"the pairs to look at: {path}" if path.suffix == ".html" else f"{path}", markup=False)
+    stderr().print(f"pairs to look at: {path}" if path.suffix == ".html" else f"{path}", markup=False)
 
 
 class _Cache:
-    """A hidden folder beside the output with what has been read."""
+    """A hidden folder beside the output with features and search results."""
 
     def __init__(self, output: Path, model: str) -> None:
         self.folder, self.model = output.with_name(f".{output.stem}.found"), model
@@ -120,29 +123,29 @@ class _Cache:
         try:
             self.folder.mkdir(exist_ok=True)
         except OSError as error:
-            raise InputError(f"{self.folder}: cannot be made ({error.strerror})") from error
+            raise InputError(f"{self.folder}: cannot be created ({error.strerror})") from error
 
-    def _path(self, kind: str, *said: object) -> Path:
-        return self.folder / f"{kind}-{hex_digest([self.model, *said])}.npz"
+    def _path(self, kind: str, *keys: object) -> Path:
+        return self.folder / f"{kind}-{hex_digest([self.model, *keys])}.npz"
 
     def queries(self, model: CLIP, name: str, images: ImageSet, batch_size: int, num_workers: int) -> Queries:
-        """A set's features and looks."""
-        said = (type(images).__qualname__, images.stamp(), len(images))
-        path = self._path("set", *said)
+        """Load or compute a set's features and looks."""
+        keys = (type(images).__qualname__, images.stamp(), len(images))
+        path = self._path("set", *keys)
         found = Queries.load(path)
-        if found is None or found.bad:  # what could not be read may have been fixed
+        if found is None or found.bad:  # the unreadable images may have been fixed
             found = Queries.compute(model, images, batch_size, num_workers, name)
             found.save(path)
-        self._sets.append((*said, len(found.items)))
+        self._sets.append((*keys, len(found.items)))
         return found
 
     def search(self, training_stamp: str) -> Path:
-        """Where the search for all sets so far is kept."""
+        """Return the path of the search results for all sets so far."""
         return self._path("search", training_stamp, self._sets)
 
 
 def _stamp_of(data: Sequence[str], options: Mapping[str, Any], rows: int, without: Sequence[Path]) -> str:
-    """What changes when training data do: the files named and those in the folders named, as ``make`` judges them."""
+    """Return a cache key of the training data; like ``make``, it looks at the times and sizes of files."""
     outputs = [os.path.abspath(path) for path in without]
     stamps = []
     for name in data:
@@ -160,7 +163,7 @@ def _hidden(path: Path) -> bool:
 
 
 def _part(found: NearestFound, start: int, stop: int) -> NearestFound:
-    """What is found of one set."""
+    """Return the results for one set."""
     here = slice(start, stop)
     nearest = type(found.nearest)(*(column[here].cpu() for column in found.nearest))
     looks = {"look_rows": found.look_rows[here], "look_names": found.look_names[here]}
@@ -198,13 +201,6 @@ def _report(
     }
 
 
-def _write(path: Path, report: dict[str, Any], judged: Mapping[str, SetFindings], source: PairSource) -> None:
-    with replacing(path.with_suffix(".json")) as temporary:
-        temporary.write_text(json.dumps(report, indent=1), encoding="utf-8")
-    if path.suffix == ".html":
-        write_page(path, report, judged, source)
-
-
 def _print(report: Mapping[str, Any]) -> None:
     table = Table("set", title=Text("data overlap"))
     for column in ("images", "overlap", "all", "clean", "on overlap", "all - clean, points", "p"):
@@ -217,13 +213,13 @@ def _print(report: Mapping[str, Any]) -> None:
         table.add_row(Text(name), f"{figures['images']:,}", share, *accuracies, *last)
     console = Console(highlight=False)
     if not console.is_terminal:
-        console.width = max(console.width, 120)  # a file has room
+        console.width = max(console.width, 120)  # output to a file need not be narrow
     console.print(table)
     train = report["train"]
-    stderr().print(f"{train['images']:,} training images", markup=False)
+    stderr().print(plural(train["images"], "training image"), markup=False)
     for reason, count in train["skipped"].items():
-        stderr().print(f"{count:,} training images could not be read: {reason}", markup=False)
+        stderr().print(f"{plural(count, 'training image')} could not be read: {reason}", markup=False)
     for name, figures in report["sets"].items():
         if figures["skipped"]:
-            many = len(figures["skipped"])
-            stderr().print(f"{name}: {many:,} images could not be read; {figures['skipped'][0]}", markup=False)
+            count = plural(len(figures["skipped"]), "image")
+            stderr().print(f"{name}: {count} could not be read; the first: {figures['skipped'][0]}", markup=False)

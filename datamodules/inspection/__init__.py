@@ -1,1 +1,1 @@
-"""What `lit-clip inspect` finds out about pairs: the scan, its summary and its page."""
+"""`lit-clip inspect`: scan of a source of pairs, summary of the findings, HTML page."""

@@ -1,4 +1,4 @@
-"""What the findings of a pass come to, in words and figures."""
+"""Summary of a scan's findings as names and values."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from datamodules.inspection.scan import ANIMATED, PLAIN, TURNED, ScanFindings, formats
+from datamodules.inspection.scan import ANIMATED, PLAIN, ROTATED, ScanFindings, formats
 from datamodules.loading.sampling import EvaluationBatchSampler, GlobalBatchSampler
 from datamodules.near_duplicates import Groups, equal_groups, look_alikes
 from datamodules.pairs.source import LeftOut
@@ -17,12 +17,12 @@ KILO = 1000
 
 
 class SummaryLine(NamedTuple):
-    """A figure and what it is of.
+    """A line of the summary.
 
     Attributes:
-        name: of the figure.
-        value: the figure.
-        wrong: whether somebody should do something about it.
+        name: what was measured.
+        value: the result, as text.
+        wrong: whether it points to a problem in the data.
     """
 
     name: str
@@ -30,21 +30,21 @@ class SummaryLine(NamedTuple):
     wrong: bool = False
 
 
-class Section(NamedTuple):
-    """Lines that belong together."""
+class SummarySection(NamedTuple):
+    """Lines under a heading."""
 
     title: str
     lines: list[SummaryLine]
 
 
-class Repeats(NamedTuple):
-    """What is there more than once; positions are rows, those of captions are positions among the captions.
+class DuplicateGroups(NamedTuple):
+    """Duplicates among images and captions.
 
     Attributes:
-        files: images of different names whose files are equal.
-        looks: images of different files that look the same.
-        captions: equal captions.
-        pairs: pairs of an equal file and an equal caption that another pair is too.
+        files: rows of images with different keys and equal files.
+        looks: rows of images with different files that look the same.
+        captions: positions, among all captions, of equal captions.
+        pairs: number of pairs beyond the first with the same file and caption.
     """
 
     files: Groups
@@ -53,15 +53,15 @@ class Repeats(NamedTuple):
     pairs: int
 
 
-def find_repeats(findings: ScanFindings) -> Repeats:
-    """Compare all images and all captions by their hashes."""
+def find_duplicates(findings: ScanFindings) -> DuplicateGroups:
+    """Find duplicates by comparing the hashes of all images and captions."""
     images, rows = findings.images, findings.distinct
     files = _of_rows(equal_groups(images["file"][rows]), rows)
-    each = rows[np.sort(np.unique(images["file"][rows], return_index=True)[1])]
-    each = each[images["state"][each] & PLAIN == 0]
-    looks = _of_rows(look_alikes(images["bits"][each], images["colour"][each]), each)
+    first_rows = rows[np.sort(np.unique(images["file"][rows], return_index=True)[1])]  # of each file
+    first_rows = first_rows[images["state"][first_rows] & PLAIN == 0]
+    looks = _of_rows(look_alikes(images["bits"][first_rows], images["colour"][first_rows]), first_rows)
     pairs = images["file"][findings.caption_rows] ^ (findings.captions * np.uint64(0x9E3779B97F4A7C15))
-    return Repeats(files, looks, equal_groups(findings.captions), len(pairs) - len(np.unique(pairs)))
+    return DuplicateGroups(files, looks, equal_groups(findings.captions), len(pairs) - len(np.unique(pairs)))
 
 
 def _of_rows(groups: Groups, rows: np.ndarray) -> Groups:
@@ -69,37 +69,42 @@ def _of_rows(groups: Groups, rows: np.ndarray) -> Groups:
 
 
 def summarize(
-    findings: ScanFindings, left_out: LeftOut, repeats: Repeats, context_length: int, world_size: int, batch_size: int
-) -> list[Section]:
-    """All figures.
+    findings: ScanFindings,
+    left_out: LeftOut,
+    duplicates: DuplicateGroups,
+    context_length: int,
+    world_size: int,
+    batch_size: int,
+) -> list[SummarySection]:
+    """Summarise pairs, images, captions and batches.
 
     Args:
-        findings: of the pass.
-        left_out: rows that were none when the source was opened.
-        repeats: see :func:`find_repeats`.
-        context_length: tokens that the model reads.
-        world_size: processes that train.
-        batch_size: pairs a step on each of them.
+        findings: of the scan.
+        left_out: rows that were dropped when the source was opened.
+        duplicates: see :func:`find_duplicates`.
+        context_length: tokens that the model reads of a caption.
+        world_size: number of training processes.
+        batch_size: pairs per step and process.
     """
-    sections = [Section("pairs", _pair_lines(findings, left_out, repeats))]
+    sections = [SummarySection("pairs", _pair_lines(findings, left_out, duplicates))]
     if len(findings.usable):
-        sections.append(Section("images", _image_lines(findings, repeats)))
-        sections.append(Section("captions", _caption_lines(findings, repeats, context_length)))
-    of_each = "one process" if world_size == 1 else f"each of {world_size} processes"
-    title = f"batches of {batch_size} on {of_each}"
+        sections.append(SummarySection("images", _image_lines(findings, duplicates)))
+        sections.append(SummarySection("captions", _caption_lines(findings, duplicates, context_length)))
+    processes = "one process" if world_size == 1 else f"each of {world_size} processes"
+    title = f"batches of {batch_size} on {processes}"
     unusable = len(findings.images) - len(findings.usable)
-    sections.append(Section(title, _batch_lines(len(findings.images), unusable, world_size, batch_size)))
+    sections.append(SummarySection(title, _batch_lines(len(findings.images), unusable, world_size, batch_size)))
     return sections
 
 
 def share(part: int, whole: int) -> str:
-    """A number and what percentage that is."""
+    """Return a count and its percentage."""
     if not whole or part in (0, whole):
         return f"{part:,}"
     return f"{part:,} ({part / whole:.1%})" if part / whole >= 0.001 else f"{part:,} (under 0.1%)"
 
 
-def _pair_lines(findings: ScanFindings, left_out: LeftOut, repeats: Repeats) -> list[SummaryLine]:
+def _pair_lines(findings: ScanFindings, left_out: LeftOut, duplicates: DuplicateGroups) -> list[SummaryLine]:
     read, usable, dropped = len(findings.images), len(findings.usable), left_out.counts.total()
     lines = [
         SummaryLine("rows or samples found", f"{read + dropped:,}"),
@@ -107,15 +112,15 @@ def _pair_lines(findings: ScanFindings, left_out: LeftOut, repeats: Repeats) -> 
     ]
     lines += [SummaryLine(f"left out: {reason}", f"{count:,}", True) for reason, count in left_out.counts.most_common()]
     lines += [
-        SummaryLine(f"cannot be used: {reason}", f"{count:,}", True) for reason, count in findings.reasons.most_common()
+        SummaryLine(f"unusable: {reason}", f"{count:,}", True) for reason, count in findings.reasons.most_common()
     ]
     lines.append(
-        SummaryLine("the same image and caption as another pair", share(repeats.pairs, usable), repeats.pairs > 0)
+        SummaryLine("same image and caption as another pair", share(duplicates.pairs, usable), duplicates.pairs > 0)
     )
     return lines
 
 
-def _image_lines(findings: ScanFindings, repeats: Repeats) -> list[SummaryLine]:
+def _image_lines(findings: ScanFindings, duplicates: DuplicateGroups) -> list[SummaryLine]:
     images = findings.images[findings.distinct]
     number = len(images)
     kinds = {str(formats()[kind]): count for kind, count in _counts(images["format"]).items()}
@@ -128,15 +133,15 @@ def _image_lines(findings: ScanFindings, repeats: Repeats) -> list[SummaryLine]:
         *_size_lines(images),
     ]
     states = (
-        ("turned by a camera's flag (models see them unturned)", TURNED),
+        ("with an EXIF rotation (models see them unrotated)", ROTATED),
         ("animated (models see the first frame)", ANIMATED),
-        ("one plain colour", PLAIN),
+        ("a single colour", PLAIN),
     )
     for name, bit in states:
         count = int((images["state"] & bit > 0).sum())
         lines += [SummaryLine(name, share(count, number), True)] if count else []
-    lines.append(_repeated("the same file as another image", repeats.files, number))
-    lines.append(_repeated("another file, but the same look (64-bit difference hash)", repeats.looks, number))
+    lines.append(_duplicate_line("same file as another image", duplicates.files, number))
+    lines.append(_duplicate_line("other file that looks the same (64-bit difference hash)", duplicates.looks, number))
     return lines
 
 
@@ -152,12 +157,12 @@ def _size_lines(images: np.ndarray) -> list[SummaryLine]:
     return lines
 
 
-def _repeated(name: str, groups: Groups, whole: int) -> SummaryLine:
+def _duplicate_line(name: str, groups: Groups, whole: int) -> SummaryLine:
     in_groups = f" in {groups.number:,} {'group' if groups.number == 1 else 'groups'}" if groups.number else ""
     return SummaryLine(name, share(groups.surplus, whole) + in_groups, groups.number > 0)
 
 
-def _caption_lines(findings: ScanFindings, repeats: Repeats, context_length: int) -> list[SummaryLine]:
+def _caption_lines(findings: ScanFindings, duplicates: DuplicateGroups, context_length: int) -> list[SummaryLine]:
     counts = findings.token_counts
     lengths, number = np.arange(len(counts)), int(counts.sum())
     cut = int(counts[context_length + 1 :].sum())
@@ -169,30 +174,30 @@ def _caption_lines(findings: ScanFindings, repeats: Repeats, context_length: int
             "tokens, start and end included",
             f"mean {(counts * lengths).sum() / number:.1f}, median {median}, 95% at most {most}, longest {lengths[-1]}",
         ),
-        SummaryLine(f"cut at {context_length} tokens", share(cut, number), cut > 0),
+        SummaryLine(f"truncated at {context_length} tokens", share(cut, number), cut > 0),
     ]
     if cut:
-        lines.append(SummaryLine("tokens lost of a caption that is cut", f"{lost / cut:.1f} on average", True))
-    lines.append(_repeated("the same as another caption", repeats.captions, number))
+        lines.append(SummaryLine("tokens lost per truncated caption", f"{lost / cut:.1f} on average", True))
+    lines.append(_duplicate_line("same as another caption", duplicates.captions, number))
     return lines
 
 
 def _batch_lines(pairs: int, unusable: int, world_size: int, batch_size: int) -> list[SummaryLine]:
-    """Of all pairs: training that skips what cannot be used leaves its places in the batches empty."""
-    lines = [SummaryLine("pairs, with those that cannot be used", f"{pairs:,}")] if unusable else []
+    """Count batches of all pairs: one that is skipped in training leaves its place in the batch empty."""
+    lines = [SummaryLine("pairs, including unusable ones", f"{pairs:,}")] if unusable else []
     steps, none = 0, ""
     try:
         steps = len(GlobalBatchSampler(pairs, batch_size, 0, world_size, 0))
     except InputError:
         fits = pairs // world_size
         less = f"--batch_size {fits} or less, or fewer processes" if fits else "fewer processes"
-        none = f": a step takes {batch_size * world_size:,} pairs; nothing would be learnt; try {less}"
+        none = f": a step takes {batch_size * world_size:,} pairs, so nothing would be trained; try {less}"
     left = pairs - steps * batch_size * world_size
     validation = len(EvaluationBatchSampler(pairs, batch_size, 0, world_size))
     return [
         *lines,
-        SummaryLine("training steps an epoch", f"{steps:,}{none}", steps == 0),
-        SummaryLine("pairs that sit out an epoch, others each time", share(left, pairs)),
+        SummaryLine("training steps per epoch", f"{steps:,}{none}", steps == 0),
+        SummaryLine("pairs left out of each epoch (different ones each time)", share(left, pairs)),
         SummaryLine("validation batches", f"{validation:,}"),
     ]
 

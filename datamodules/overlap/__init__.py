@@ -1,1 +1,1 @@
-"""Find images of evaluation sets in training data: the search, the sets, the findings and their page."""
+"""`lit-clip overlap`: search for evaluation images in training data, findings by set, HTML page."""

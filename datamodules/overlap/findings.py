@@ -1,6 +1,6 @@
-"""What a search has found of one evaluation set, image by image.
+"""Findings of a search for one evaluation set.
 
-Shapes: N items of the set, Q images (an item may have several, the frames of a video).
+Shapes: N items of the set that could be read; an item has several images if it is a video.
 """
 
 from dataclasses import dataclass
@@ -15,18 +15,18 @@ from lit_clip.evaluation.data import ImageSet
 from lit_clip.evaluation.overlap import Overlap, overlap_of
 
 By = Literal["either", "embedding", "look"]
-TRIED = (0.99, 0.98, 0.97, 0.96, 0.95, 0.94, 0.92, 0.9, 0.85, 0.8)  # other thresholds that the report tells of
+TRIED = (0.99, 0.98, 0.97, 0.96, 0.95, 0.94, 0.92, 0.9, 0.85, 0.8)  # other thresholds in the report
 
 
 class OverlapPair(NamedTuple):
     """An image of the evaluation set and one of the training set.
 
     Attributes:
-        item: number in the evaluation set.
-        frame: which of its images.
-        row: of the training set.
-        name: how the user knows that.
-        similarity: of the features; None where the look tells.
+        item: index in the evaluation set.
+        frame: index among the item's images.
+        row: of the training set; -1: none.
+        name: of the training image, as the user knows it.
+        similarity: of the features; None if the pair was found by its look.
     """
 
     item: int
@@ -38,17 +38,17 @@ class OverlapPair(NamedTuple):
 
 @dataclass
 class SetFindings:
-    """One set.
+    """Findings for one evaluation set.
 
     Attributes:
         images: the set.
-        threshold: similarity from which an image is the same.
+        threshold: least similarity of images that count as the same.
         overlap: the figures.
-        nearest: of each item that could be read, by features, the nearest training image.
-        alike: likewise the first training image of the same look, or None.
-        seen: whether each counts as overlap, bool ``[N]``.
+        nearest: nearest training image of each item, by features.
+        alike: first training image that looks the same as each item, or None.
+        seen: whether each item belongs to the overlap, bool ``[N]``.
         tried: figures at other thresholds, the highest first.
-        bad: the line of each item that could not be read.
+        bad: message for each item that could not be read.
     """
 
     images: ImageSet
@@ -61,29 +61,29 @@ class SetFindings:
     bad: list[str]
 
     def pairs(self) -> list[dict[str, Any]]:
-        """The overlap as JSON values: what it is called in both sets, and what tells that it is the same."""
+        """Return the overlap as JSON values: names in both sets, and the evidence that the images are the same."""
         found = []
         for place in np.flatnonzero(self.seen).tolist():
             near, alike = self.nearest[place], self.alike[place]
             by_features = near.similarity is not None and near.similarity >= self.threshold
             pair = near if by_features or alike is None else alike
-            said = {"image": self.images.key(pair.item), "train": pair.name, "similarity": near.similarity}
-            found.append({**said, "same_look": alike is not None})
+            names = {"image": self.images.key(pair.item), "train": pair.name}
+            found.append({**names, "similarity": near.similarity, "same_look": alike is not None})
         return found
 
 
 def findings_of(
     images: ImageSet, queries: Queries, found: NearestFound, threshold: float, by: By, correct_N: Tensor | None
 ) -> SetFindings:
-    """Judge a set.
+    """Decide which items of a set belong to the overlap.
 
     Args:
         images: the set.
-        queries: what could be read of it.
-        found: of those alone, on the CPU.
+        queries: features and looks of the images that could be read.
+        found: search results for those images, on the CPU.
         threshold: see :class:`SetFindings`.
-        by: what makes an image the same.
-        correct_N: whether the model recognises each, bool ``[N]``.
+        by: evidence that counts.
+        correct_N: whether the model recognises each item, bool ``[N]``; None: unknown.
     """
     items, starts = np.unique(queries.items, return_index=True)
     spans = list(zip(items.tolist(), starts.tolist(), [*starts[1:].tolist(), len(queries.items)], strict=True))

@@ -1,8 +1,5 @@
 """``lit-clip search``: find the images of a folder that best match a text or an image."""
 
-import base64
-import html
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,11 +19,11 @@ from lit_clip.embedding.index import INDEX, nearest, update_index
 from lit_clip.embedding.reading import encoded_batches
 from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
-from lit_clip.tools.atomic import replacing
 from lit_clip.tools.console import progress, stderr
-from lit_clip.tools.html import page
+from lit_clip.tools.html import thumbnail, write_page
 from lit_clip.tools.images import OnError, open_image
 
+TEMPLATE = Path(__file__).parent / "templates" / "search.html"
 THUMBNAIL = 256  # pixels of the longer side
 
 
@@ -61,7 +58,7 @@ def search(
         model: a checkpoint, or a name that lit_clip.load_model understands.
         image: images, each a search for similar ones.
         top_k: number of images found for each query.
-        sheet: an HTML page that shows them; thumbnails are embedded.
+        sheet: an HTML page with thumbnails of the images found, in one file.
         index: the index, a .npz file; by default .lit-clip-index.npz in the folder.
         batch_size: images encoded at once.
         num_workers: processes that decode images.
@@ -86,7 +83,7 @@ def search(
     for title, hits in zip(titles, found, strict=True):
         _print_hits(title, hits)
     write_sheet(Path(sheet), folder, dict(zip(titles, found, strict=True)))
-    stderr().print(f"thumbnails: {sheet}", markup=False)
+    stderr().print(f"page with images: {sheet}", markup=False)
 
 
 @torch.inference_mode()
@@ -114,41 +111,22 @@ def _print_hits(title: str, hits: Sequence[Hit]) -> None:
     Console().print(table)
 
 
-_STYLE = """\
-body { font: 15px/1.4 system-ui, sans-serif; margin: 2rem; color: #222; background: #fff }
-section { display: grid; grid-template-columns: repeat(auto-fill, minmax(180px, 1fr)); gap: 1rem }
-figure { margin: 0 }
-img { width: 100%; height: 180px; object-fit: contain; background: #f2f2f2 }
-figcaption { overflow-wrap: anywhere }"""
-
-
 def write_sheet(path: Path, folder: Path, found: dict[str, list[Hit]]) -> None:
-    """Write one HTML file with a section per query; thumbnails are embedded, nothing is fetched."""
-    sections = []
+    """Write an HTML page with the thumbnails of the images found for each query."""
+    shown: dict[str, list[tuple[str, str]]] = {query: [] for query in found}
     with progress("contact sheet", sum(map(len, found.values()))) as advance:
         for query, hits in found.items():
-            figures = []
             for rank, hit in enumerate(hits, start=1):
-                caption = html.escape(f"{rank}. {hit.key} ({hit.score:.4f})")
-                source = f"data:image/jpeg;base64,{_thumbnail(folder / hit.key)}"
-                figures.append(
-                    f'<figure><img src="{source}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
-                )
+                shown[query].append((_thumbnail(folder / hit.key), f"{rank}. {hit.key} ({hit.score:.4f})"))
                 advance(1)
-            sections.append(f"<h2>{html.escape(query)}</h2>\n<section>\n" + "\n".join(figures) + "\n</section>")
-    content = page(" | ".join(found), _STYLE, "\n".join(sections))
-    with replacing(path) as temporary:
-        temporary.write_text(content, encoding="utf-8", errors="replace")
+    write_page(path, TEMPLATE, title=" | ".join(found), found=shown)
 
 
 def _thumbnail(path: Path) -> str:
-    """Return a JPEG of the image, as base64."""
+    """A thumbnail, upright and on white, as a data URI."""
     image = ImageOps.exif_transpose(open_image(path))
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
-    data = io.BytesIO()
-    image.save(data, "JPEG", quality=80)
-    return base64.b64encode(data.getvalue()).decode()
+    return thumbnail(image, THUMBNAIL)

@@ -57,7 +57,7 @@ def search(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 
 
 class Page(HTMLParser):
-    """What a browser would see of a page."""
+    """A page as a browser parses it."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -184,7 +184,8 @@ def test_the_page_shows_every_hit_and_fetches_nothing(folder: Path, tiny_checkpo
 
 def test_a_transparent_image_is_shown_on_white(tmp_path: Path) -> None:
     Image.new("RGBA", (20, 10), (0, 0, 0, 0)).save(tmp_path / "clear.png")
-    thumbnail = Image.open(io.BytesIO(base64.b64decode(lit_clip.commands.search._thumbnail(tmp_path / "clear.png"))))
+    data = lit_clip.commands.search._thumbnail(tmp_path / "clear.png").removeprefix("data:image/jpeg;base64,")
+    thumbnail = Image.open(io.BytesIO(base64.b64decode(data)))
     assert thumbnail.size == (20, 10)
     assert np.asarray(thumbnail).min() > 250
 

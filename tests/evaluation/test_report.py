@@ -26,17 +26,18 @@ from lit_clip.evaluation.published import (
     published,
     published_metrics,
 )
-from lit_clip.evaluation.report.chart_style import Series, run_name, shown, svg
+from lit_clip.evaluation.report.chart_style import ChartRun, run_name, short_name, svg
 from lit_clip.evaluation.report.charts import few_shot, figures
-from lit_clip.evaluation.report.page import report_page, write_report
+from lit_clip.evaluation.report.page import TEMPLATE, report_values, write_report
 from lit_clip.evaluation.report.prediction_grid import Prediction, prediction_grid
 from lit_clip.evaluation.report.results_table import print_results
 from lit_clip.evaluation.report.robustness_chart import effective_rows, papers_points, run_points
-from lit_clip.evaluation.report.set_section import section
+from lit_clip.evaluation.report.set_section import set_section
 from lit_clip.evaluation.report.tensorboard import write_tensorboard
 from lit_clip.evaluation.suite import SuiteEntry, read_suite
 from lit_clip.models.clip import CLIP
 from lit_clip.models.registry import papers_models, resolve_architecture
+from lit_clip.tools.html import render
 
 SUITE = Path(__file__).parents[2] / "configs" / "evaluation" / "paper.yaml"
 EVIL = "<script>alert('x')</script>&\"$a$ \x07"
@@ -90,7 +91,7 @@ def shots(*values: float) -> dict[str, Any]:
 
 @pytest.fixture
 def full() -> dict[str, Any]:
-    """One of everything: probes, retrieval, places, bias, a set that is missing, one that failed, skipped images."""
+    """One of everything: probes, retrieval, geolocation, bias, a missing set, a failed one, skipped images."""
     error = {"key": "a/1.png", "truth": "cat", "prediction": "dog", "probability": 0.9, "image": "images/a/1.jpg"}
     wrong = zero_shot(
         0.85, confusions=[["cat", "dog", 88]], errors=[{**error, "nearest": [["dog", 0.9], ["cat", 0.1]]}]
@@ -118,7 +119,7 @@ def full() -> dict[str, Any]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A run's folder with the image that the results name."""
+    """A run's folder with the image that the results refer to."""
     (tmp_path / "images" / "a").mkdir(parents=True)
     pixels = np.random.default_rng(0).integers(0, 255, (90, 400, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "images" / "a" / "1.jpg")
@@ -126,7 +127,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 class Page(HTMLParser):
-    """What a browser would make of a page: its text, tags, and every address in it."""
+    """A page as a browser parses it: text, tags, ids, and every address in it."""
 
     VOID = ("meta", "img", "br", "link", "input")
 
@@ -163,6 +164,14 @@ class Page(HTMLParser):
         self.texts.append(data)
 
 
+def report_page(results: dict[str, Any], folder: Path, others: dict[str, Any]) -> str:
+    return render(TEMPLATE, **report_values(results, folder, others))
+
+
+def rendered_section(name: str, entry: dict[str, Any], folder: Path) -> str:
+    return render(TEMPLATE.with_name("set_section.html"), section=set_section(name, entry, "ViT-B-32", folder))
+
+
 @pytest.mark.parametrize(
     ("name", "task", "model", "metric", "percents", "verified", "table"),
     [
@@ -183,7 +192,7 @@ class Page(HTMLParser):
         ("CelebA 1000", "zero_shot", "RN50x16", None, 37.4, True, 8),
     ],
 )
-def test_published_figures_are_the_papers(
+def test_published_figures_match_the_paper(
     name: str, task: str, model: str, metric: str | None, percents: float, verified: bool, table: int
 ) -> None:
     figure = published(name, task, model, metric)
@@ -198,18 +207,20 @@ def suite() -> dict[str, SuiteEntry]:
     return read_suite(SUITE)
 
 
-def test_every_model_has_the_27_sets_and_the_best_ones_mean_is_the_papers(suite: dict[str, SuiteEntry]) -> None:
+def test_every_model_has_figures_for_the_papers_27_sets(
+    suite: dict[str, SuiteEntry],
+) -> None:
     names = {entry.paper for entry in suite.values()}
     for model in papers_models():
         for task, table in (("zero_shot", 11), ("linear_probe", 10)):
             found = [published(name, task, model) for name in names]
             assert sum(figure is not None and figure.source.endswith(f"table {table}") for figure in found) == 27
     probes = {name: published(name, "linear_probe", "ViT-L-14-336") for name in names}
-    kept = {name: one.value for name, one in probes.items() if one and one.source.endswith("table 10")}
-    assert 100 * sum(kept.values()) / 27 == pytest.approx(85.056, abs=5e-4)  # the mean that a transcription prints
+    kept = {name: probe.value for name, probe in probes.items() if probe and probe.source.endswith("table 10")}
+    assert 100 * sum(kept.values()) / 27 == pytest.approx(85.056, abs=5e-4)  # mean given with a transcription
 
 
-def test_every_set_that_the_suite_calls_by_a_name_of_the_papers_has_a_figure_for_its_metric(
+def test_every_set_named_as_in_the_paper_has_a_figure_for_its_metric(
     suite: dict[str, SuiteEntry],
 ) -> None:
     task_of = {"recall@1": "retrieval", "within_km": "geolocation"}
@@ -221,7 +232,7 @@ def test_every_set_that_the_suite_calls_by_a_name_of_the_papers_has_a_figure_for
             assert metrics.get(entry.metric, entry.metric) in figures_of, name
 
 
-def test_means_of_pm0_and_pm10_peers_and_open_clips_measurements_stand_beside() -> None:
+def test_pm_means_peers_and_open_clips_measurements_are_found() -> None:
     pm = published("ImageNet-Vid (robust)", "zero_shot", "ViT-L-14-336", "pm")
     assert pm is not None
     assert pm.value == pytest.approx((0.953 + 0.892) / 2)
@@ -230,7 +241,7 @@ def test_means_of_pm0_and_pm10_peers_and_open_clips_measurements_stand_beside() 
     assert of_open_clip is not None
     assert of_open_clip.value == pytest.approx(0.5291)
     assert published("COCO", "retrieval", "RN50") is None
-    assert published("nothing of the kind", "zero_shot", "RN50") is None
+    assert published("no such set", "zero_shot", "RN50") is None
     assert published("", "zero_shot", "RN50") is None
     assert any("88.3 in table 11, 88.4 in table 14" in line for line in disagreements())
 
@@ -261,7 +272,7 @@ def resnet(layers: list[int], image_size: int) -> dict[str, Any]:
         (None, None, "ViT-B-32", "nothing is known"),
     ],
 )
-def test_another_model_stands_beside_the_one_nearest_in_size(
+def test_another_model_is_compared_with_the_one_nearest_in_size(
     architecture: Any, parameters: int | None, expected: str, rule: str
 ) -> None:
     found = nearest({"name": "x", "architecture": architecture, "parameters": parameters})
@@ -269,14 +280,14 @@ def test_another_model_stands_beside_the_one_nearest_in_size(
     assert rule in found.rule
 
 
-def test_parameters_are_those_that_are_counted() -> None:
+def test_parameter_counts_match_the_models() -> None:
     for name in ("RN50", "ViT-B-32", "ViT-B-16"):
         with torch.device("meta"):
             model = CLIP(resolve_architecture(name))
         assert PARAMETERS[name] == pytest.approx(sum(p.numel() for p in model.parameters()) / 1e6, abs=0.005)
 
 
-def test_rows_are_a_set_and_metric_with_the_papers_figure_of_the_same_metric(full: dict[str, Any]) -> None:
+def test_a_row_has_the_papers_figure_for_the_same_set_and_metric(full: dict[str, Any]) -> None:
     found = {(row.name, row.metric): row for row in rows(full)}
     assert found["cifar10", "top1"].values == {"zero_shot": 0.85, "linear_probe": 0.95, "few_shot": 0.7}
     assert found["cifar10", "top1"].papers["zero_shot"].value == pytest.approx(0.913)
@@ -286,14 +297,14 @@ def test_rows_are_a_set_and_metric_with_the_papers_figure_of_the_same_metric(ful
     assert found["im2gps", "within_25km"].values == {"linear_probe": 0.3}
     assert found["ours", "top1"].papers == {}
     assert found["pets", "top1"].status == "missing"
-    full["sets"]["cifar10"]["metric"] = "mean_per_class"  # the paper has no such figure of it
+    full["sets"]["cifar10"]["metric"] = "mean_per_class"  # for which the paper has no such figure
     assert rows(full)[0].papers == {}
 
 
-def test_means_are_over_the_sets_that_both_have(full: dict[str, Any]) -> None:
+def test_means_are_over_the_sets_that_the_paper_has_too(full: dict[str, Any]) -> None:
     mean = means(rows(full), "zero_shot")
     assert mean is not None
-    assert mean.sets == 3  # cifar10, mnist, imagenet; of the shifted sets the paper has no figure for ViT-B/32
+    assert mean.sets == 3  # cifar10, mnist, imagenet; the paper has no figures of ViT-B/32 on the shifted sets
     assert mean.ours == pytest.approx((0.85 + 0.4 + 0.63) / 3)
     assert mean.papers == pytest.approx((0.913 + 0.519 + 0.632) / 3)
     assert means(rows(full), "few_shot") is None
@@ -305,7 +316,7 @@ def printed(results: dict[str, Any]) -> str:
     return console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def test_the_terminals_table_has_percents_the_papers_figures_and_what_went_wrong(full: dict[str, Any]) -> None:
+def test_the_terminals_table_has_percentages_the_papers_figures_and_failures(full: dict[str, Any]) -> None:
     lines = [line.strip() for line in printed(full).splitlines()]
     cifar = next(line for line in lines if line.startswith("cifar10")).split()
     assert cifar == ["cifar10", "top-1", "85.0", "91.3", "95.0", "95.1?", "70.0", "10.0", "1,000", "2"]
@@ -315,12 +326,12 @@ def test_the_terminals_table_has_percents_the_papers_figures_and_what_went_wrong
     assert any("ViT-B/32 (the same name)" in line and "?" in line for line in lines)
 
 
-def test_a_table_of_nothing_and_names_with_markup_are_printed_as_they_are() -> None:
+def test_empty_results_can_be_printed_and_markup_in_names_is_not_interpreted() -> None:
     assert "[red]set[/red]" in printed(results_of({"[red]set[/red]": a_set()}))
     assert "set" in printed(results_of({}))
 
 
-def test_there_is_a_figure_only_for_what_there_are_data(full: dict[str, Any]) -> None:
+def test_charts_without_data_are_left_out(full: dict[str, Any]) -> None:
     everything = {"zero_shot", "linear_probe", "zero_shot_minus_probe", "few_shot", "robustness"}
     assert set(figures(full, {})) == everything
     assert set(figures(results_of({"a": a_set()}), {})) == {"zero_shot"}
@@ -333,7 +344,7 @@ def bar_lengths(figure: Any) -> list[list[float]]:
     return [[bar.get_width() for bar in container] for container in figure.axes[0].containers]
 
 
-def test_bars_and_diamonds_are_at_the_values(full: dict[str, Any]) -> None:
+def test_bars_and_diamonds_are_drawn_at_the_values(full: dict[str, Any]) -> None:
     other = results_of({"mnist": a_set("MNIST", 0.6), "new": a_set("", 0.2)})
     figure = figures(full, {"runs/b/results.json": other})["zero_shot"]
     names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
@@ -341,7 +352,7 @@ def test_bars_and_diamonds_are_at_the_values(full: dict[str, Any]) -> None:
     assert names[:2] == ["cifar10", "mnist"]
     assert names[-1] == "new"
     assert ours[:2] == pytest.approx([85.0, 40.0])
-    assert theirs[:2] == pytest.approx([0.0, 60.0])  # no bar of what it lacks
+    assert theirs[:2] == pytest.approx([0.0, 60.0])  # no bar for a missing set
     assert (ours[-1], theirs[-1]) == pytest.approx((0.0, 20.0))
     marks = [mark for mark in figure.axes[0].collections if isinstance(mark, PathCollection)]
     diamonds = [dot for mark in marks for dot in np.asarray(mark.get_offsets()).tolist()]
@@ -350,10 +361,10 @@ def test_bars_and_diamonds_are_at_the_values(full: dict[str, Any]) -> None:
     assert legend[:2] == ["this run", "runs/b"]
 
 
-def test_the_differences_are_sorted_and_few_shot_means_are_means(full: dict[str, Any]) -> None:
+def test_differences_are_sorted_and_few_shot_curves_are_means_over_sets(full: dict[str, Any]) -> None:
     figure = figures(full, {})["zero_shot_minus_probe"]
     assert bar_lengths(figure)[0] == pytest.approx([-10.0, -59.0])
-    curve = few_shot([Series("this run", full)])
+    curve = few_shot([ChartRun("this run", full)])
     assert curve is not None
     thick = [line for line in curve.axes[0].lines if line.get_linewidth() > 2]
     assert np.asarray(thick[0].get_ydata()) == pytest.approx([40.0, 55.0, 75.0])
@@ -361,8 +372,8 @@ def test_the_differences_are_sorted_and_few_shot_means_are_means(full: dict[str,
     assert np.asarray(star.get_ydata()) == pytest.approx([62.5])
 
 
-def test_the_robustness_chart_compares_over_the_same_sets(full: dict[str, Any]) -> None:
-    ours = run_points([Series("this run", full)])
+def test_the_robustness_chart_averages_over_the_same_sets(full: dict[str, Any]) -> None:
+    ours = run_points([ChartRun("this run", full)])
     assert [point.name for point in ours] == ["this run, zero-shot"]
     assert ours[0].mean(["ImageNetV2", "ImageNet-A"]) == pytest.approx((0.56 + 0.31) / 2)
     assert ours[0].mean(["ImageNet-R"]) is None
@@ -373,27 +384,27 @@ def test_the_robustness_chart_compares_over_the_same_sets(full: dict[str, Any]) 
     assert by_name["linear probe CLIP"].mean(["ImageNetV2", "ImageNet-A"]) == pytest.approx((0.759 + 0.753) / 2)
 
 
-def test_effective_robustness_is_of_the_same_classes(full: dict[str, Any], folder: Path) -> None:
-    assert [row.name for row in effective_rows(full)] == ["ImageNetV2"]  # not all classes are in ImageNet-A
+def test_effective_robustness_compares_accuracies_over_the_same_classes(full: dict[str, Any], folder: Path) -> None:
+    assert [row.name for row in effective_rows(full)] == ["ImageNetV2"]  # ImageNet-A has fewer classes
     full["sets"]["imagenet"]["tasks"]["zero_shot"]["metrics"]["top1/ImageNet-A"] = 0.8
     v2, a = effective_rows(full)
     assert (v2.point, a.point) == ((0.63, 0.56), (0.8, 0.31))
     page = Page(report_page(full, folder, {}))
     assert f"ImageNet-A 80.0 31.0 49.0 {100 * (a.effective or 0):+.1f}" in page.text
     assert "zero-shot, top-1 among the classes of ImageNet-A 80.0" in page.text
-    full["sets"]["imagenet"]["tasks"]["zero_shot"]["value"] = 1.0  # which has no logit
+    full["sets"]["imagenet"]["tasks"]["zero_shot"]["value"] = 1.0  # has no logit
     assert [row.name for row in effective_rows(full)] == ["ImageNet-A"]
 
 
-def test_what_was_not_possible_of_a_set_and_what_its_list_lacks_is_said(folder: Path) -> None:
+def test_a_section_names_skipped_tasks_and_images_missing_from_disk(folder: Path) -> None:
     entry = a_set() | {"reason": "no train split: there is none", "splits": {"test": {"images": 7, "absent": 1234}}}
-    found = Page(section("a", entry, "set-0", "ViT-B-32", folder)).text
+    found = Page(rendered_section("a", entry, folder)).text
     assert "no train split: there is none" in found
     assert "7 images, 1,234 of its list not on disk" in found
 
 
 @pytest.mark.parametrize("number", [1, 40])
-def test_charts_of_any_number_of_sets_keep_names_apart(number: int) -> None:
+def test_names_in_charts_do_not_overlap(number: int) -> None:
     sets = {f"a set with a name that is too long for any chart {place}": a_set("", 0.5) for place in range(number)}
     figure = figures(results_of(sets), {})["zero_shot"]
     figure.draw_without_rendering()
@@ -403,27 +414,27 @@ def test_charts_of_any_number_of_sets_keep_names_apart(number: int) -> None:
     assert all(box.x0 >= 0 for box in boxes)
 
 
-def test_drawing_leaves_matplotlibs_settings_and_gives_the_same_svg_twice(full: dict[str, Any]) -> None:
+def test_drawing_restores_matplotlibs_settings_and_is_reproducible(full: dict[str, Any]) -> None:
     import matplotlib
 
     before = dict(matplotlib.rcParams)
-    once, again = (svg(figures(full, {})["zero_shot"], "zero_shot") for _ in range(2))
+    first, second = (svg(figures(full, {})["zero_shot"], "zero_shot") for _ in range(2))
     assert dict(matplotlib.rcParams) == before
-    assert once == again
-    assert once.startswith("<svg")
-    assert ">cifar10</text>" in once  # text, in the reader's fonts
+    assert first == second
+    assert first.startswith("<svg")
+    assert ">cifar10</text>" in first  # text, in the reader's fonts
 
 
-def test_names_in_charts_are_short_and_printable() -> None:
-    assert shown("tab\there") == "tab here"
-    assert shown("\x00") == "?"
-    assert shown("é" * 50, 10) == "é" * 9 + "…"
+def test_names_in_charts_are_shortened_and_printable() -> None:
+    assert short_name("tab\there") == "tab here"
+    assert short_name("\x00") == "?"
+    assert short_name("é" * 50, 10) == "é" * 9 + "…"
     assert run_name("runs/b16/results.json") == "runs/b16"
     assert run_name("results.json") == "results.json"
     assert run_name("/somewhere/" + "x" * 40).startswith("…")
 
 
-def test_the_page_says_what_was_found(full: dict[str, Any], folder: Path) -> None:
+def test_the_page_shows_all_results(full: dict[str, Any], folder: Path) -> None:
     write_report(full, folder, {})
     page = Page((folder / "report.html").read_text(encoding="utf-8"))
     assert page.open == []
@@ -450,7 +461,7 @@ def test_the_page_says_what_was_found(full: dict[str, Any], folder: Path) -> Non
     assert page.tags.count("svg") == 5
 
 
-def test_the_page_refers_to_nothing_outside(full: dict[str, Any], folder: Path) -> None:
+def test_the_page_loads_nothing_from_outside(full: dict[str, Any], folder: Path) -> None:
     text = report_page(full, folder, {"other": full})
     page = Page(text)
     assert all(address.startswith(("data:image/", "#")) for address in page.addresses)
@@ -463,7 +474,7 @@ def test_the_page_refers_to_nothing_outside(full: dict[str, Any], folder: Path) 
 
 
 def evil(value: Any) -> Any:
-    """The same structure with every text of a run in it replaced, keys of free choice too."""
+    """Replace every text value in a structure of results."""
     if isinstance(value, dict):
         return {key: evil(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -471,7 +482,7 @@ def evil(value: Any) -> Any:
     return EVIL if isinstance(value, str) else value
 
 
-def test_whatever_text_comes_from_the_data_is_escaped(full: dict[str, Any], folder: Path) -> None:
+def test_all_text_from_the_data_is_escaped(full: dict[str, Any], folder: Path) -> None:
     changed = evil(full)
     for kept, entry in zip(full["sets"].values(), changed["sets"].values(), strict=True):
         entry["status"] = kept["status"]
@@ -501,7 +512,7 @@ def test_whatever_text_comes_from_the_data_is_escaped(full: dict[str, Any], fold
         {"status": "failed", "reason": None, "note": None},
     ],
 )
-def test_missing_values_leave_gaps_not_errors(damage: dict[str, Any], tmp_path: Path) -> None:
+def test_missing_values_leave_gaps(damage: dict[str, Any], tmp_path: Path) -> None:
     results = results_of({"cifar10": a_set("CIFAR10") | damage, "mnist": a_set("MNIST", 0.4)})
     page = Page(report_page(results, tmp_path, {"other": results_of({"cifar10": {}, "x": a_set()})}))
     assert "cifar10" in page.text
@@ -510,13 +521,13 @@ def test_missing_values_leave_gaps_not_errors(damage: dict[str, Any], tmp_path: 
     write_tensorboard(results, {}, tmp_path)
 
 
-def test_results_of_which_only_the_sets_are_known_are_shown(tmp_path: Path) -> None:
+def test_results_without_a_model_or_sets_are_shown(tmp_path: Path) -> None:
     for results in ({}, {"sets": {}}, {"sets": {"a": a_set()}, "model": None, "packages": None, "suite": None}):
         assert "Evaluation of a model" in report_page(results, tmp_path, {})
         assert printed(results)
 
 
-def test_two_result_files_are_shown_beside_each_other(full: dict[str, Any], folder: Path) -> None:
+def test_another_run_is_shown_beside_this_one(full: dict[str, Any], folder: Path) -> None:
     other = results_of({"cifar10": a_set("CIFAR10", 0.123)}, "RN50:openai")
     page = Page(report_page(full, folder, {"runs/other/results.json": other}))
     assert "runs/other/results.json: RN50:openai" in page.text
@@ -532,24 +543,24 @@ def test_images_outside_the_run_are_not_read_and_broken_ones_leave_a_gap(full: d
     entry = full["sets"]["cifar10"]
     for name in ("../secret.png", str(tmp_path / "secret.png"), "broken.jpg", "not/there.jpg", "", None, "nul\0", 7):
         entry["tasks"]["zero_shot"]["errors"][0]["image"] = name
-        found = section("cifar10", entry, "set-0", "ViT-B-32", run)
+        found = rendered_section("cifar10", entry, run)
         assert "most confidently wrong" in found
         assert "data:image" not in found
 
 
-def test_thumbnails_are_small_whatever_the_run_kept(full: dict[str, Any], folder: Path) -> None:
-    found = Page(section("cifar10", full["sets"]["cifar10"], "set-0", "ViT-B-32", folder))
+def test_large_images_are_shown_as_thumbnails(full: dict[str, Any], folder: Path) -> None:
+    found = Page(rendered_section("cifar10", full["sets"]["cifar10"], folder))
     address = next(address for address in found.addresses if address.startswith("data:image"))
     with Image.open(io.BytesIO(base64.b64decode(address.split(",", 1)[1]))) as image:
         assert image.size == (160, 36)
 
 
-def test_a_page_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_an_error_names_the_page_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"report\.html"):
         write_report(results_of({}), tmp_path / "nowhere", {})
 
 
-def test_tensorboard_has_the_numbers_charts_and_sheets_of_the_last_evaluation(
+def test_tensorboard_has_the_scalars_charts_and_contact_sheets_of_the_last_evaluation(
     full: dict[str, Any], folder: Path
 ) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -568,7 +579,7 @@ def test_tensorboard_has_the_numbers_charts_and_sheets_of_the_last_evaluation(
     assert "zero_shot/mnist/most confidently wrong" not in images
 
 
-def test_sheets_cut_long_names_where_the_width_ends() -> None:
+def test_contact_sheets_truncate_long_names() -> None:
     image = Image.new("RGB", (8, 8))
     wide = prediction_grid([Prediction(image, "W" * 200, [("i" * 500, 1.0), ("", 0.0)])])
     assert wide.size == prediction_grid([Prediction(image, "a", [("b", 1.0), ("c", 0.0)])]).size
@@ -576,7 +587,7 @@ def test_sheets_cut_long_names_where_the_width_ends() -> None:
     assert (right_edge == 255).all()  # the margin stays empty
 
 
-def test_words_for_metrics_and_percents() -> None:
+def test_names_of_metrics_and_percentages() -> None:
     assert metric_words("image_to_text_recall@5") == "image to text R@5"
     assert metric_words("within_2500km") == "within 2500 km"
     assert metric_words("something_new") == "something new"
@@ -584,15 +595,15 @@ def test_words_for_metrics_and_percents() -> None:
 
 
 def tuples(value: Any) -> Any:
-    """The same structure with tuples for lists, as it is before it has been through a file."""
+    """Replace lists by tuples, as in results that were not read from a file."""
     if isinstance(value, dict):
         return {key: tuples(inner) for key, inner in value.items()}
     return tuple(map(tuples, value)) if isinstance(value, list | tuple) else value
 
 
-def test_results_that_were_just_made_and_those_read_from_a_file_give_the_same(full: dict[str, Any]) -> None:
-    made, read = tuples(full), json.loads(json.dumps(tuples(full)))
-    assert rows(made) == rows(read)
-    for name, entry in made["sets"].items():
-        pages = [section(name, one, "set-0", "ViT-B-32", Path()) for one in (entry, read["sets"][name])]
+def test_results_in_memory_and_from_a_file_give_the_same_report(full: dict[str, Any]) -> None:
+    in_memory, from_file = tuples(full), json.loads(json.dumps(tuples(full)))
+    assert rows(in_memory) == rows(from_file)
+    for name, entry in in_memory["sets"].items():
+        pages = [rendered_section(name, values, Path()) for values in (entry, from_file["sets"][name])]
         assert pages[0] == pages[1]

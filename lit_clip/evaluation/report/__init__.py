@@ -1,1 +1,1 @@
-"""The report page of an evaluation, its charts and tables, and the same in TensorBoard."""
+"""Reports of an evaluation: the HTML page, its charts, the terminal's table, TensorBoard."""

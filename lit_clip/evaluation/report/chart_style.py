@@ -1,6 +1,6 @@
-"""What all charts of an evaluation share: colours, sizes, and how names are shown.
+"""Colours, sizes and helpers that all charts of an evaluation share.
 
-Charts are matplotlib's ``Figure`` objects, without pyplot: nothing global is set, and no display is asked for.
+Charts are matplotlib's ``Figure`` objects, made without pyplot: no global state changes, and no display is needed.
 """
 
 import io
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which the colour-blind tell apart too; the first is this run's, black the paper's.
+# Okabe and Ito's palette, safe for colour-blind readers; the first colour is this run's, black is the paper's.
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9"]
 INK, MUTED, GRID = "#222222", "#777777", "#E4E4E4"
 THIS_RUN = "this run"
-LETTERS = 30  # of a name
+LETTERS = 30  # longest name
 WIDTH = 9.0  # inches
 STYLE = {
-    "text.parse_math": False,  # a name with two dollars is no formula
+    "text.parse_math": False,  # a name with two dollar signs is not a formula
     "axes.unicode_minus": False,
     "font.size": 9,
     "axes.edgecolor": "#AAAAAA",
@@ -35,16 +35,16 @@ STYLE = {
     "ytick.labelcolor": INK,
     "grid.color": GRID,
     "legend.frameon": False,
-    "svg.fonttype": "none",  # text stays text: the reader's fonts have letters that matplotlib's lack
+    "svg.fonttype": "none",  # keep text as text: the reader's fonts have glyphs that matplotlib's lack
 }
 
 
-class Series(NamedTuple):
+class ChartRun(NamedTuple):
     """One run in a chart.
 
     Attributes:
         name: shown in the legend.
-        results: of a ``results.json``.
+        results: contents of its ``results.json``.
     """
 
     name: str
@@ -52,8 +52,8 @@ class Series(NamedTuple):
 
 
 @contextmanager
-def styled(more: Mapping[str, Any] | None = None) -> Iterator[None]:
-    """Charts are drawn and saved within this; matplotlib's settings are as they were afterwards."""
+def chart_settings(more: Mapping[str, Any] | None = None) -> Iterator[None]:
+    """Draw and save charts with our style; matplotlib's settings are restored afterwards."""
     import matplotlib
 
     settings: dict[Any, Any] = {**STYLE, **(more or {})}
@@ -61,20 +61,20 @@ def styled(more: Mapping[str, Any] | None = None) -> Iterator[None]:
         yield
 
 
-def shown(text: str, letters: int = LETTERS) -> str:
-    """A name as a chart has room for, without line breaks and control characters."""
+def short_name(text: str, letters: int = LETTERS) -> str:
+    """Shorten a name to fit a chart, and remove line breaks and control characters."""
     text = "".join(letter if letter.isprintable() else " " for letter in text).strip() or "?"
     return text if len(text) <= letters else text[: letters - 1].rstrip() + "…"
 
 
 def run_name(path: str) -> str:
-    """What another run is called: the end of the path of its folder."""
+    """Name another run by the end of its folder's path."""
     name = path.removesuffix("results.json").rstrip("/\\") or path
     return name if len(name) <= LETTERS else f"…{name[1 - LETTERS :]}"
 
 
 def new_figure(height: float, width: float = WIDTH, **options: Any) -> "tuple[Figure, Any]":
-    """A figure of so many inches, and its axes as ``subplots`` makes them."""
+    """Return a figure, its size in inches, and its axes as returned by ``subplots``."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
@@ -82,41 +82,41 @@ def new_figure(height: float, width: float = WIDTH, **options: Any) -> "tuple[Fi
 
 
 def colour(place: int) -> str:
-    """Of a run, by its place."""
+    """Return the colour of the run at this place."""
     return COLOURS[place % len(COLOURS)]
 
 
 def legend(figure: "Figure", handles: Sequence[Any], labels: Sequence[str], columns: int = 4) -> None:
-    """Above the axes, where it hides nothing."""
+    """Add a legend above the axes, where it covers no data."""
     if handles:
-        figure.legend(handles, [shown(label, 44) for label in labels], loc="outside upper left", ncols=columns)
+        figure.legend(handles, [short_name(label, 44) for label in labels], loc="outside upper left", ncols=columns)
 
 
 def name_lines(axes: "Axes", names: Sequence[str]) -> None:
-    """A name a unit of the vertical axis, the first on top."""
-    axes.set_yticks(range(len(names)), [shown(name) for name in names])
+    """Label the vertical axis with one name per unit, the first on top."""
+    axes.set_yticks(range(len(names)), [short_name(name) for name in names])
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.tick_params(length=0)
 
 
 def diamonds(axes: "Axes", places: Sequence[tuple[float, float]], filled: bool = True) -> Any:
-    """The paper's figures, as a handle for the legend."""
+    """Mark the paper's figures at these points, and return the handle for the legend."""
     x, y = zip(*places, strict=True)
     return axes.scatter(x, y, marker="D", s=26, facecolors=INK if filled else "white", edgecolors=INK, zorder=3)
 
 
 def svg(figure: "Figure", name: str) -> str:
-    """The figure as an ``svg`` element, the same each time and safe beside others on a page.
+    """Return the figure as an ``svg`` element: reproducible, and without ids that clash on a page.
 
     Args:
-        figure: one of ours.
-        name: part of the ids within, so that figures on one page have different ones.
+        figure: made by :func:`new_figure`.
+        name: makes the ids inside unique among the figures of a page.
     """
     data = io.StringIO()
-    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    with styled({"svg.hashsalt": name}), warnings.catch_warnings(action="ignore"):  # of letters that a font lacks
-        figure.savefig(data, format="svg", metadata=nothing)
+    no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    with chart_settings({"svg.hashsalt": name}), warnings.catch_warnings(action="ignore"):  # missing glyphs
+        figure.savefig(data, format="svg", metadata=no_metadata)
     text = data.getvalue()
-    text = re.sub(r'<g id="[^"]*"', "<g", text[text.index("<svg") :])  # nothing refers to groups
+    text = re.sub(r'<g id="[^"]*"', "<g", text[text.index("<svg") :])  # unused ids
     opening, rest = text.split(">", 1)
     return re.sub(r' (width|height)="[^"]*"', "", opening) + ">" + rest  # as wide as the page allows

@@ -1,4 +1,4 @@
-"""Charts of an evaluation, for the page and for TensorBoard."""
+"""Charts of an evaluation, for the page and TensorBoard."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,38 +10,40 @@ from lit_clip.evaluation.report.chart_style import (
     INK,
     LETTERS,
     THIS_RUN,
-    Series,
+    ChartRun,
+    chart_settings,
     colour,
     diamonds,
     legend,
     name_lines,
     new_figure,
     run_name,
-    shown,
-    styled,
+    short_name,
 )
 from lit_clip.evaluation.report.robustness_chart import robustness
+from lit_clip.tools.html import plural
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-TALL = 12  # sets from which the scale is written above as well
-Key = tuple[str, str]  # a set's name, and a metric's
+TALL = 12  # rows above which the top of the chart has a scale too
+Key = tuple[str, str]  # names of a set and a metric
 Table = Mapping[Key, Row]
 
 
 def figures(results: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]]) -> "dict[str, Figure]":
-    """The charts for which there are data, by name.
-
-    They are ``zero_shot``, ``linear_probe``, ``zero_shot_minus_probe``, ``few_shot`` and ``robustness``.
+    """Draw the charts that there are data for.
 
     Args:
-        results: what a ``results.json`` holds.
-        others: other runs to compare with, by the name that is shown.
+        results: contents of a ``results.json``.
+        others: results of other runs to compare with, by path or name.
+
+    Returns:
+        Up to five charts: ``zero_shot``, ``linear_probe``, ``zero_shot_minus_probe``, ``few_shot``, ``robustness``.
     """
-    runs = [Series(THIS_RUN, results), *(Series(run_name(name), other) for name, other in others.items())]
-    with styled():
+    runs = [ChartRun(THIS_RUN, results), *(ChartRun(run_name(name), other) for name, other in others.items())]
+    with chart_settings():
         drawn = {
             "zero_shot": bars(runs, "zero_shot"),
             "linear_probe": bars(runs, "linear_probe"),
@@ -52,8 +54,8 @@ def figures(results: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]])
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
-def bars(runs: Sequence[Series], column: Column) -> "Figure | None":
-    """A bar a set and run, with the paper's figures of the nearest model and the baseline as marks."""
+def bars(runs: Sequence[ChartRun], column: Column) -> "Figure | None":
+    """One bar for each set and run, with marks for the baseline and for the paper's nearest model."""
     tables: list[Table] = [{(row.name, row.metric): row for row in rows(run.results)} for run in runs]
     keys = dict.fromkeys(key for table in tables for key in table)
     order = [key for key in keys if any(_value(table, key, column) is not None for table in tables)]
@@ -83,7 +85,7 @@ def bars(runs: Sequence[Series], column: Column) -> "Figure | None":
     return figure
 
 
-def _model(run: Series) -> Mapping[str, Any]:
+def _model(run: ChartRun) -> Mapping[str, Any]:
     return run.results.get("model") or {}
 
 
@@ -92,33 +94,33 @@ def _value(table: Table, key: Key, column: Column) -> float | None:
 
 
 def _title(key: Key, order: Sequence[Key]) -> str:
-    """The set's name, with the metric where the set has several."""
+    """The set's name, and the metric if the set has several."""
     name, metric = key
     several = sum(other == name for other, _ in order) > 1
-    return f"{shown(name, LETTERS - 19)}, {metric_words(metric)}" if several else name
+    return f"{short_name(name, LETTERS - 19)}, {metric_words(metric)}" if several else name
 
 
 def _marks(
     axes: "Axes", table: Sequence[Row | None], column: Column, model: str, first: float
 ) -> list[tuple[Any, str]]:
-    """Handles and labels of the paper's diamonds (hollow: a figure that could not be checked), and of baseline."""
+    """Mark the baseline and the paper's figures (hollow if unverified), and return handles and labels."""
     marks: list[tuple[Any, str]] = []
-    predictions = [(line, row.baseline) for line, row in enumerate(table) if row and row.baseline is not None]
-    if predictions:
-        places = [100 * value for _, value in predictions]
-        low, high = [line - 0.45 for line, _ in predictions], [line + 0.45 for line, _ in predictions]
+    baselines = [(line, row.baseline) for line, row in enumerate(table) if row and row.baseline is not None]
+    if baselines:
+        places = [100 * value for _, value in baselines]
+        low, high = [line - 0.45 for line, _ in baselines], [line + 0.45 for line, _ in baselines]
         marks.append((axes.vlines(places, low, high, colors=INK, linestyles=":", linewidth=1.2), "baseline"))
     papers = [(line, row.papers[column]) for line, row in enumerate(table) if row and column in row.papers]
     for verified in (True, False):
-        some = [(100 * figure.value, line + first) for line, figure in papers if figure.verified is verified]
-        if some:
+        points = [(100 * figure.value, line + first) for line, figure in papers if figure.verified is verified]
+        if points:
             label = f"paper, {papers_name(model)}" + ("" if verified else ", unchecked")
-            marks.append((diamonds(axes, some, filled=verified), label))
+            marks.append((diamonds(axes, points, filled=verified), label))
     return marks
 
 
 def differences(results: Mapping[str, Any]) -> "Figure | None":
-    """By how much zero-shot is better than a probe of the same features, as in the paper's figure 5."""
+    """Zero-shot accuracy minus that of a linear probe on the same features, as in the paper's figure 5."""
     both = [row for row in rows(results) if {"zero_shot", "linear_probe"} <= row.values.keys()]
     if not both:
         return None
@@ -151,8 +153,8 @@ def _gap(values: Mapping[Column, float]) -> float:
     return 100 * (values["zero_shot"] - values["linear_probe"])
 
 
-def few_shot(runs: Sequence[Series]) -> "Figure | None":
-    """The mean over sets by labelled examples a class, zero-shot as a star, and this run's sets as thin lines."""
+def few_shot(runs: Sequence[ChartRun]) -> "Figure | None":
+    """Mean over sets by number of examples per class; a star is zero-shot, thin lines are this run's sets."""
     drawn = [(place, run, _curves(run.results)) for place, run in enumerate(runs)]
     drawn = [(place, run, curves) for place, run, curves in drawn if curves and _common(curves)]
     if not drawn:
@@ -169,30 +171,29 @@ def few_shot(runs: Sequence[Series]) -> "Figure | None":
             axes.plot(x, [100 * curve[s] for s in shots], color="#CFCFCF", linewidth=0.8)
         y = [100 * sum(curve[s] for curve, _ in curves) / len(curves) for s in shots]
         handles += axes.plot(x, y, color=colour(place), linewidth=2.2, marker="o", zorder=3)
-        labels.append(f"{shown(run.name, 24)}, {len(curves)} set{'s' * (len(curves) != 1)}")
+        labels.append(f"{short_name(run.name, 24)}, {plural(len(curves), 'set')}")
         starts = [value for _, value in curves if value is not None]
         if len(starts) == len(curves):
             mean = 100 * sum(starts) / len(starts)
             axes.axhline(mean, color=colour(place), linewidth=0.8, linestyle=":")
             axes.plot([0], [mean], color=colour(place), marker="*", markersize=15, markeredgecolor="white", zorder=4)
     axes.set_xticks([0, *positions.values()], ["zero-shot", *map(str, positions)])
-    axes.set(xlabel="labelled examples a class", ylabel="mean over sets, %")
+    axes.set(xlabel="labelled examples per class", ylabel="mean over sets, %")
     axes.grid(axis="y")
     axes.tick_params(length=0)
     legend(figure, handles, labels, 3)
     return figure
 
 
-Curve = tuple[dict[int, float], float | None]
+Curve = tuple[dict[int, float], float | None]  # few-shot values of a set by number of examples; its zero-shot value
 
 
 def _curves(results: Mapping[str, Any]) -> list[Curve]:
-    """Of every set with few-shot results these and its zero-shot value."""
     zero_shot = {row.name: row.values.get("zero_shot") for row in rows(results)}
     found = [(shots_of(entry), zero_shot.get(name)) for name, entry in sets_of(results)]
     return [(curve, value) for curve, value in found if curve]
 
 
 def _common(curves: Sequence[Curve]) -> list[int]:
-    """Numbers of shots that all sets have."""
+    """Numbers of examples that all sets have."""
     return sorted(set.intersection(*(set(curve) for curve, _ in curves)))

@@ -1,4 +1,4 @@
-"""A contact sheet of images with what a model takes them for, drawn with Pillow."""
+"""A contact sheet of images with a model's predictions, drawn with Pillow."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ TILE, LINE, MARGIN = 96, 15, 10
 
 
 class Prediction(NamedTuple):
-    """One image, what it is, and the names the model finds nearest with their cosine similarities."""
+    """An image, its true name, and the names nearest to it with their scores, best first."""
 
     image: Image.Image
     truth: str
@@ -20,8 +20,8 @@ class Prediction(NamedTuple):
 
 
 def fit(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
-    """The text in one line, cut to ``width`` pixels with an ellipsis."""
-    text = " ".join(text.split())  # a line break is an error to one of Pillow's ways to lay out text
+    """Return the text on one line, truncated with an ellipsis to ``width`` pixels."""
+    text = " ".join(text.split())  # one of Pillow's layout engines rejects line breaks
     if font.getlength(text) <= width:
         return text
     fitting = bisect_right(range(len(text)), width, key=lambda letters: font.getlength(text[:letters] + "…"))
@@ -29,12 +29,12 @@ def fit(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: fl
 
 
 def prediction_grid(predictions: Sequence[Prediction], columns: int = 4, font_file: Path | None = None) -> Image.Image:
-    """A contact sheet: each image with its true name above and its nearest names, the right one marked.
+    """Draw each image with its true name and the nearest names beside it, the right one marked.
 
     Args:
-        predictions: any number.
-        columns: at most so many beside each other.
-        font_file: of TrueType; None: Pillow's own font, which knows the letters of English.
+        predictions: the images.
+        columns: at most this many images in a row.
+        font_file: TrueType; None: Pillow's own font, which has the letters of English only.
     """
     sizes = (12, 13)
     font, bold = (ImageFont.truetype(font_file, n) if font_file else ImageFont.load_default(n) for n in sizes)
@@ -53,7 +53,7 @@ def prediction_grid(predictions: Sequence[Prediction], columns: int = 4, font_fi
             top = y + LINE * line + 4
             right = name == prediction.truth
             color = RIGHT if right else WRONG if line == 1 else MUTED
-            if right:  # a tick; Pillow's own font has none
+            if right:  # draw a tick: Pillow's own font has none
                 draw.line([(x, top + 8), (x + 3, top + 12), (x + 9, top + 3)], RIGHT, 2)
             indent = 14 if right else 0
             draw.text((x + indent, top), fit(name, font, text_width - 40 - indent), color, font)

@@ -1,11 +1,11 @@
-"""The robustness chart: ImageNet against sets of its classes from elsewhere (the paper's figure 13 and table 16)."""
+"""The robustness chart: accuracy on ImageNet and under distribution shift (the paper's figure 13 and table 16)."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lit_clip.evaluation.overview import COLUMNS, Column, number, rows, sets_of, tasks_of
 from lit_clip.evaluation.published import Published, peers, published_metrics, same_set
-from lit_clip.evaluation.report.chart_style import MUTED, Series, colour, name_lines, new_figure, shown
+from lit_clip.evaluation.report.chart_style import MUTED, ChartRun, colour, name_lines, new_figure, short_name
 from lit_clip.evaluation.robustness import RobustnessRow, TopOnePair, robustness_table
 
 if TYPE_CHECKING:
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 IMAGENET = "ImageNet"
-ALL_CLASSES = ("ImageNetV2", "ImageNet-Sketch")  # shifted sets with all 1,000 of ImageNet's
+ALL_CLASSES = ("ImageNetV2", "ImageNet-Sketch")  # shifted sets with all 1,000 classes of ImageNet
 SHIFTED = ["ImageNetV2", "ImageNet-A", "ImageNet-R", "ObjectNet", "ImageNet-Sketch", "ImageNet-Vid", "YTBB"]
-MODEL = "ViT-L-14-336"  # of table 16
+MODEL = "ViT-L-14-336"  # CLIP in table 16
 GREYS = ["#222222", "#666666", "#9A9A9A", "#C4C4C4"]
 
 
@@ -23,22 +23,22 @@ class ChartPoint(NamedTuple):
     """A classifier in the chart.
 
     Attributes:
-        name: whose it is.
-        values: fractions by the paper's name of the set, ImageNet among them.
+        name: shown in the legend.
+        values: accuracies as fractions, by the paper's name of the set; includes ImageNet.
     """
 
     name: str
     values: dict[str, float]
 
     def mean(self, sets: Sequence[str]) -> float | None:
-        """Over those sets; None if it lacks one."""
+        """Return the mean over those sets, or None if one is missing."""
         if not all(name in self.values for name in sets):
             return None
         return sum(self.values[name] for name in sets) / len(sets)
 
 
-def run_points(runs: Sequence[Series]) -> list[ChartPoint]:
-    """The runs' zero-shot classifiers and probes that have ImageNet and a shifted set."""
+def run_points(runs: Sequence[ChartRun]) -> list[ChartPoint]:
+    """Return the zero-shot classifiers and probes that were evaluated on ImageNet and on a shifted set."""
     columns: tuple[Column, ...] = ("zero_shot", "linear_probe")
     points = [
         ChartPoint(f"{run.name}, {COLUMNS[column]}", _values(run.results, column)) for run in runs for column in columns
@@ -57,22 +57,22 @@ def _values(results: Mapping[str, Any], column: Column) -> dict[str, float]:
 
 
 def effective_rows(results: Mapping[str, Any]) -> list[RobustnessRow]:
-    """Zero-shot effective robustness on the shifted sets for which it can be told.
+    """Return zero-shot effective robustness on the shifted sets for which it can be computed.
 
-    Of sets without all of ImageNet's classes, that is those for which ImageNet's own metrics have the accuracy among
-    the same classes, as ``top1/ImageNet-A``.
+    A set with only some of ImageNet's classes needs ImageNet's accuracy among those classes, the metric
+    ``top1/ImageNet-A``.
     """
     ours = _values(results, "zero_shot")
     points = {}
     for name in SHIFTED:
-        same = ours.get(IMAGENET) if name in ALL_CLASSES else _among(results, name)
+        same = ours.get(IMAGENET) if name in ALL_CLASSES else _accuracy_among_classes(results, name)
         if same is not None and name in ours:
             points[name] = TopOnePair(same, ours[name])
     return robustness_table({name: point for name, point in points.items() if 0 < point.imagenet < 1})
 
 
-def _among(results: Mapping[str, Any], name: str) -> float | None:
-    """ImageNet accuracy among the classes of another set."""
+def _accuracy_among_classes(results: Mapping[str, Any], name: str) -> float | None:
+    """ImageNet accuracy among the classes of a shifted set."""
     for _, entry in sets_of(results):
         if same_set(str(entry.get("paper") or ""), IMAGENET):
             return number((tasks_of(entry).get("zero_shot", {}).get("metrics") or {}).get(f"top1/{name}"))
@@ -80,7 +80,7 @@ def _among(results: Mapping[str, Any], name: str) -> float | None:
 
 
 def papers_points() -> list[ChartPoint]:
-    """The rows of table 16."""
+    """Return the rows of table 16."""
     points = []
     for task, name in (("zero_shot", "zero-shot CLIP"), ("linear_probe", "linear probe CLIP")):
         points.append(_point(name, {known: published_metrics(known, task, MODEL) for known in [IMAGENET, *SHIFTED]}))
@@ -90,17 +90,17 @@ def papers_points() -> list[ChartPoint]:
 
 
 def _point(name: str, sets: Mapping[str, Mapping[str, Published]]) -> ChartPoint:
-    return ChartPoint(name, {known: _judged(figures) for known, figures in sets.items() if figures})
+    return ChartPoint(name, {known: _top1_or_pm(figures) for known, figures in sets.items() if figures})
 
 
-def _judged(figures: Mapping[str, Published]) -> float:
-    """Top-1, or the mean of PM-0 and PM-10, as the paper takes it."""
+def _top1_or_pm(figures: Mapping[str, Published]) -> float:
+    """Top-1, or the mean of PM-0 and PM-10 as in the paper."""
     kept = [figure.value for metric, figure in figures.items() if metric in ("top1", "pm0", "pm10")]
     return sum(kept) / len(kept)
 
 
-def robustness(runs: Sequence[Series]) -> "Figure | None":
-    """ImageNet against the mean of the shifted sets that the runs have, and each of these by itself."""
+def robustness(runs: Sequence[ChartRun]) -> "Figure | None":
+    """Draw ImageNet against the mean of the shifted sets that the runs have, and beside it each of these sets."""
     ours, theirs = run_points(runs), papers_points()
     if not ours:
         return None
@@ -109,15 +109,14 @@ def robustness(runs: Sequence[Series]) -> "Figure | None":
     handles, labels = [], []
     for place, point in enumerate(ours):
         handles.append(_draw(left, right, point, sets, {"marker": "o", "s": 70, "color": colour(place)}))
-        labels.append(shown(point.name, 36))
+        labels.append(short_name(point.name, 36))
     for grey, point in zip(GREYS, theirs, strict=True):
         handles.append(_draw(left, right, point, sets, {"marker": "D", "s": 34, "color": grey}))
         labels.append(f"paper: {point.name}")
     left.plot([0, 100], [0, 100], color=MUTED, linewidth=1, linestyle="--", zorder=1)
     left.text(52, 48, "y = x", color=MUTED, va="top", fontsize=8)
-    several = f"mean of {len(sets)} shifted sets, %"
-    left.set(xlim=(0, 100), ylim=(0, 100), aspect="equal", xlabel="ImageNet, %")
-    left.set_ylabel(several if len(sets) > 1 else f"{sets[0]}, %")
+    shifted = f"mean of {len(sets)} shifted sets, %" if len(sets) > 1 else f"{sets[0]}, %"
+    left.set(xlim=(0, 100), ylim=(0, 100), aspect="equal", xlabel="ImageNet, %", ylabel=shifted)
     left.tick_params(length=0)
     name_lines(right, sets)
     right.set(xlim=(0, 101), xlabel="each shifted set, %")
@@ -132,6 +131,6 @@ def _draw(left: "Axes", right: "Axes", point: ChartPoint, sets: Sequence[str], s
     mean = point.mean(sets)
     if mean is not None:
         left.scatter([100 * point.values[IMAGENET]], [100 * mean], **options)
-    has = [(100 * point.values[known], line) for line, known in enumerate(sets) if known in point.values]
-    x, y = zip(*has, strict=True)
+    known_sets = [(100 * point.values[known], line) for line, known in enumerate(sets) if known in point.values]
+    x, y = zip(*known_sets, strict=True)
     return right.scatter(x, y, **options)

@@ -1,4 +1,4 @@
-"""An evaluation in TensorBoard: the same charts as on the page, its numbers, and sheets of images taken wrongly."""
+"""An evaluation in TensorBoard: its numbers, the charts of the page, and contact sheets of wrong predictions."""
 
 import warnings
 from collections.abc import Iterator, Mapping
@@ -10,25 +10,25 @@ from PIL import Image
 
 from lit_clip.errors import InputError
 from lit_clip.evaluation.overview import number, sets_of, shots_of, tasks_of
-from lit_clip.evaluation.report.chart_style import styled
+from lit_clip.evaluation.report.chart_style import chart_settings
 from lit_clip.evaluation.report.charts import figures
-from lit_clip.evaluation.report.html_parts import run_image
 from lit_clip.evaluation.report.prediction_grid import Prediction, prediction_grid
+from lit_clip.evaluation.report.run_images import run_image
 
 
 def write_tensorboard(
     results: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]], out: Path, step: int = 0
 ) -> None:
-    """Write event files to the folder ``tensorboard`` in ``out``, in place of those of an earlier evaluation.
+    """Write event files to ``out/tensorboard``; those of an earlier evaluation are replaced.
 
-    Scalars are called as in training (``zero_shot/<set>/top1``), few-shot ones have the number of shots as their step;
-    charts are ``evaluation/<chart>`` and sheets ``zero_shot/<set>/most confidently wrong``.
+    Scalars are named as in training (``zero_shot/<set>/top1``), charts ``evaluation/<chart>`` and contact sheets
+    ``zero_shot/<set>/most confidently wrong``. The step of a few-shot scalar is its number of examples per class.
 
     Args:
-        results: what a ``results.json`` holds.
-        others: other runs that the charts compare with, by the name that is shown.
-        out: the run's folder, in which the images are.
-        step: of what has none of its own.
+        results: contents of a ``results.json``.
+        others: results of other runs that the charts compare with, by path or name.
+        out: the run's folder, which holds the images.
+        step: of everything else.
 
     Raises:
         InputError: the folder cannot be written to.
@@ -37,12 +37,12 @@ def write_tensorboard(
 
     folder = out / "tensorboard"
     try:
-        for old in folder.glob("events.out.tfevents.*"):  # else TensorBoard would show both
+        for old in folder.glob("events.out.tfevents.*"):  # TensorBoard would show both
             old.unlink()
         with SummaryWriter(folder) as writer:
-            for tag, value, at in _scalars(results, step):
-                writer.add_scalar(tag, value, at)
-            with styled(), warnings.catch_warnings(action="ignore"):  # of letters that a font lacks
+            for tag, value, scalar_step in _scalars(results, step):
+                writer.add_scalar(tag, value, scalar_step)
+            with chart_settings(), warnings.catch_warnings(action="ignore"):  # missing glyphs
                 for name, figure in figures(results, others).items():
                     writer.add_figure(f"evaluation/{name}", figure, step)
             for name, sheet in _sheets(results, out):
@@ -53,7 +53,7 @@ def write_tensorboard(
 
 
 def _scalars(results: Mapping[str, Any], step: int) -> Iterator[tuple[str, float, int]]:
-    """Tags, values and steps."""
+    """Yield tags, values and steps."""
     for name, entry in sets_of(results):
         for task, result in tasks_of(entry).items():
             for metric, value in (result.get("metrics") or {}).items():
@@ -67,13 +67,13 @@ def _scalars(results: Mapping[str, Any], step: int) -> Iterator[tuple[str, float
 def _sheets(results: Mapping[str, Any], out: Path) -> Iterator[tuple[str, Image.Image]]:
     import matplotlib
 
-    font = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"  # more letters than Pillow's own has
+    font = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"  # Pillow's own font has fewer glyphs
     for name, entry in sets_of(results):
         wrong = []
         for error in tasks_of(entry).get("zero_shot", {}).get("errors") or []:
             image = run_image(out, error.get("image"))
             if image:
-                nearest = [(str(prediction), float(share)) for prediction, share in error.get("nearest") or []]
+                nearest = [(str(label), float(probability)) for label, probability in error.get("nearest") or []]
                 wrong.append(Prediction(image, str(error.get("truth")), nearest))
         if wrong:
             yield name, prediction_grid(wrong, font_file=font)

@@ -1,4 +1,4 @@
-"""``lit-clip inspect`` over data with everything wrong: figures against plain counting, page, exit codes."""
+"""``lit-clip inspect`` on data with every kind of problem: figures against plain counting, page, exit codes."""
 
 import csv
 import hashlib
@@ -35,7 +35,7 @@ BROKEN = {
 
 
 class Report(NamedTuple):
-    """What an inspection leaves behind."""
+    """Output of an inspection."""
 
     figures: dict[str, str]
     notes: str
@@ -55,7 +55,7 @@ def photo(seed: int) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def messy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A table of 40 images, of which some are copies, odd or broken."""
+    """A table of 40 images, some of them duplicates, odd or broken."""
     folder = tmp_path_factory.mktemp("messy")
     rows: list[tuple[str, str]] = []
     for seed in range(24):
@@ -104,7 +104,7 @@ def run_inspect(folder: Path, capsys: pytest.CaptureFixture[str], *words: str) -
 
 @pytest.fixture
 def report(messy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Report:
-    """Of the messy table, as two processes read it."""
+    """Report on the messy table, read by two data workers."""
     monkeypatch.setenv("COLUMNS", "200")
     return run_inspect(
         tmp_path, capsys, str(messy / "pairs.csv"), "--num_workers", "2", "--world_size", "3", "--batch_size", "4"
@@ -115,13 +115,13 @@ def number(report: Report, name: str) -> int:
     return int(report.figures[name].split(" ")[0].replace(",", ""))
 
 
-def test_every_row_is_counted_and_what_is_wrong_is_named(report: Report, messy: Path) -> None:
+def test_every_row_is_counted_and_every_problem_is_named(report: Report, messy: Path) -> None:
     usable = usable_rows(messy)
     assert number(report, "rows or samples found") == len(usable) + len(BROKEN) + 2
     assert number(report, "usable") == len(usable)
     assert number(report, "left out: no caption") == 2
     for reason, count in Counter(BROKEN.values()).items():
-        assert number(report, f"cannot be used: {reason}") == count
+        assert number(report, f"unusable: {reason}") == count
     with (messy / "pairs.csv").open(encoding="utf-8") as file:
         images = {f"row {line}": row["image"] for line, row in enumerate(csv.DictReader(file), start=2)}
     named = {images[problem["where"].split("pairs.csv ")[1]]: problem["reason"] for problem in report.problems}
@@ -130,7 +130,7 @@ def test_every_row_is_counted_and_what_is_wrong_is_named(report: Report, messy: 
     assert "report.problems.jsonl" in report.notes
 
 
-def test_figures_of_images_are_those_of_opening_each(report: Report, messy: Path) -> None:
+def test_image_figures_match_plain_counting(report: Report, messy: Path) -> None:
     names = dict.fromkeys(image for image, _ in usable_rows(messy))
     opened = [Image.open(messy / name) for name in names]
     for line, counts in (
@@ -143,38 +143,38 @@ def test_figures_of_images_are_those_of_opening_each(report: Report, messy: Path
     for line, size in (("smallest", sizes[0]), ("median", sizes[len(sizes) // 2]), ("largest", sizes[-1])):
         assert report.figures[f"{line}, width x height"] == f"{size[0]} x {size[1]}"
     assert number(report, "shorter side under 224 pixels") == sum(min(image.size) < 224 for image in opened)
-    assert number(report, "turned by a camera's flag (models see them unturned)") == 1
+    assert number(report, "with an EXIF rotation (models see them unrotated)") == 1
     assert number(report, "animated (models see the first frame)") == 1
-    assert number(report, "one plain colour") == 2
+    assert number(report, "a single colour") == 2
     digests = {hashlib.md5((messy / name).read_bytes()).hexdigest() for name in names}
-    assert number(report, "the same file as another image") == len(names) - len(digests) == 1
-    assert report.figures["another file, but the same look (64-bit difference hash)"].endswith("in 1 group")
+    assert number(report, "same file as another image") == len(names) - len(digests) == 1
+    assert report.figures["other file that looks the same (64-bit difference hash)"].endswith("in 1 group")
 
 
-def test_figures_of_captions_are_those_of_another_tokenizer(report: Report, messy: Path) -> None:
+def test_caption_figures_match_another_tokenizer(report: Report, messy: Path) -> None:
     captions = [text for _, text in usable_rows(messy)]
     lengths = [int((open_clip.tokenize([text], context_length=1000) != 0).sum()) for text in captions]
     cut = [length for length in lengths if length > 77]
     assert number(report, "captions") == len(captions)
-    assert number(report, "cut at 77 tokens") == len(cut) > 0
+    assert number(report, "truncated at 77 tokens") == len(cut) > 0
     lost = np.mean([length - 77 for length in cut])
-    assert report.figures["tokens lost of a caption that is cut"] == f"{lost:.1f} on average"
+    assert report.figures["tokens lost per truncated caption"] == f"{lost:.1f} on average"
     mean, most = np.mean(lengths), max(lengths)
     assert re.fullmatch(f"mean {mean:.1f}, .*longest {most}", report.figures["tokens, start and end included"])
     distinct = {" ".join(text.lower().split()) for text in captions}
-    assert number(report, "the same as another caption") == len(captions) - len(distinct)
-    assert number(report, "the same image and caption as another pair") == 1
+    assert number(report, "same as another caption") == len(captions) - len(distinct)
+    assert number(report, "same image and caption as another pair") == 1
 
 
-def test_batches_are_those_of_each_process(report: Report, messy: Path) -> None:
-    pairs = len(usable_rows(messy)) + len(BROKEN)  # a broken one takes its place and leaves it empty
-    assert number(report, "pairs, with those that cannot be used") == pairs
-    assert number(report, "training steps an epoch") == pairs // 12
-    assert number(report, "pairs that sit out an epoch, others each time") == pairs % 12
+def test_batch_figures_match_plain_counting(report: Report, messy: Path) -> None:
+    pairs = len(usable_rows(messy)) + len(BROKEN)  # broken ones count: they leave their places in the batches empty
+    assert number(report, "pairs, including unusable ones") == pairs
+    assert number(report, "training steps per epoch") == pairs // 12
+    assert number(report, "pairs left out of each epoch (different ones each time)") == pairs % 12
     assert number(report, "validation batches") == math.ceil(math.ceil(pairs / 3) / 4)
 
 
-def test_no_step_at_all_is_told_with_what_to_change(
+def test_a_batch_larger_than_the_data_is_reported_with_what_to_change(
     messy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
@@ -182,14 +182,14 @@ def test_no_step_at_all_is_told_with_what_to_change(
     for world_size, words in ((8, f"try --batch_size {pairs // 8} or less, or fewer processes"), (64, "try fewer")):
         options = ("--num_workers", "0", "--world_size", str(world_size), "--batch_size", "256")
         report = run_inspect(tmp_path, capsys, str(messy / "pairs.csv"), *options)
-        steps = report.figures["training steps an epoch"]
+        steps = report.figures["training steps per epoch"]
         assert steps.startswith(f"0: a step takes {256 * world_size:,} pairs")
         assert words in steps
-        assert number(report, "pairs that sit out an epoch, others each time") == pairs
+        assert number(report, "pairs left out of each epoch (different ones each time)") == pairs
 
 
 class Page(HTMLParser):
-    """What a browser would see of a page."""
+    """A page as a browser parses it."""
 
     def __init__(self, content: str) -> None:
         super().__init__()
@@ -204,7 +204,7 @@ class Page(HTMLParser):
         self.text.append(data.strip())
 
 
-def test_the_page_holds_all_it_shows(report: Report, messy: Path) -> None:
+def test_the_page_holds_its_images_and_shows_all_findings(report: Report, messy: Path) -> None:
     page = Page(report.page)
     text = " ".join(page.text)
     assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "b"}
@@ -218,8 +218,8 @@ def test_the_page_holds_all_it_shows(report: Report, messy: Path) -> None:
     for expected in (
         "the same file",
         "other files of the same look",
-        "captions that come most often",
-        "what cannot be used",
+        "most frequent captions",
+        "unusable pairs",
     ):
         assert expected in page.text
     assert "Caption <b>copy.jpg</b>" in text  # as text, not as markup
@@ -228,21 +228,21 @@ def test_the_page_holds_all_it_shows(report: Report, messy: Path) -> None:
     assert all(f"pairs.csv {problem['where'].split('pairs.csv ')[1]}" in text for problem in report.problems)
 
 
-def test_a_histogram_has_every_caption_once_and_marks_those_cut(report: Report, messy: Path) -> None:
+def test_the_histogram_counts_every_caption_once_and_marks_truncated_ones(report: Report, messy: Path) -> None:
     chart = re.findall(r"<svg.*?</svg>", report.page, re.DOTALL)[0]
     bars = re.findall(r'fill="(#\w+)"><title>(\d+)(?: to (\d+))?: ([\d,]+)<', chart)
     assert sum(int(count) for *_, count in bars) == len(usable_rows(messy))
     marked = sum(int(count) for colour, *_, count in bars if colour == "#d9642c")
-    assert marked == number(report, "cut at 77 tokens")
+    assert marked == number(report, "truncated at 77 tokens")
     assert all((int(first) > 77) == (colour == "#d9642c") for colour, first, *_ in bars)
 
 
-def test_any_number_of_processes_finds_the_same(
+def test_the_number_of_workers_does_not_change_the_findings(
     report: Report, messy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = (str(messy / "pairs.csv"), "--num_workers", "0", "--world_size", "3", "--batch_size", "4")
-    alone = run_inspect(tmp_path, capsys, *words)
-    assert (alone.figures, alone.problems, alone.page) == (report.figures, report.problems, report.page)
+    same = run_inspect(tmp_path, capsys, *words)
+    assert (same.figures, same.problems, same.page) == (report.figures, report.problems, report.page)
 
 
 def test_a_folder_and_shards_of_the_same_pairs_have_the_same_figures(
@@ -267,7 +267,7 @@ def test_a_folder_and_shards_of_the_same_pairs_have_the_same_figures(
     assert not (tmp_path / "report.problems.jsonl").exists()
 
 
-def test_a_models_tokenizer_and_context_measure_the_captions(
+def test_captions_are_measured_with_the_models_tokenizer_and_context_length(
     messy: Path, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lengths = [int((open_clip.tokenize([text], context_length=1000) != 0).sum()) for _, text in usable_rows(messy)]
@@ -278,10 +278,10 @@ def test_a_models_tokenizer_and_context_measure_the_captions(
         (("--model", "ViT-B-32", "--context_length", "20"), 20),
     ):
         report = run_inspect(tmp_path, capsys, table, "--num_workers", "0", *words)
-        assert number(report, f"cut at {context} tokens") == sum(length > context for length in lengths)
+        assert number(report, f"truncated at {context} tokens") == sum(length > context for length in lengths)
 
 
-def test_the_command_exits_with_0_where_something_can_be_used(
+def test_the_command_exits_with_0_if_any_pair_can_be_used(
     messy: Path, tmp_path: Path, cli: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
     found = cli("inspect", str(messy / "pairs.csv"))
@@ -291,7 +291,7 @@ def test_the_command_exits_with_0_where_something_can_be_used(
     assert "Warning" not in found.stderr
 
 
-def test_the_command_exits_with_2_where_nothing_can_be_used(
+def test_the_command_exits_with_2_if_no_pair_can_be_used(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -302,10 +302,10 @@ def test_the_command_exits_with_2_where_nothing_can_be_used(
     assert stopped.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("lit-clip: error: bad.csv: none of 2 pairs can be used; the first: bad.csv row 2")
-    assert "what cannot be used" in (tmp_path / "inspect.html").read_text()
+    assert "unusable pairs" in (tmp_path / "inspect.html").read_text()
 
 
-def test_a_column_is_asked_for_as_it_is_typed_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_column_is_asked_for_by_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "t.csv").write_text("Dateiname;Beschreibung\na.png;ein Hund\n")
     with pytest.raises(InputError, match=r"\(Dateiname, Beschreibung\) .*; for example, set --image_column Dateiname"):
         run_inspect(tmp_path, capsys, str(tmp_path / "t.csv"))
@@ -325,7 +325,7 @@ def test_a_column_is_asked_for_as_it_is_typed_here(tmp_path: Path, capsys: pytes
         ({"data": ["nothing.csv"]}, "nothing.csv"),
     ],
 )
-def test_what_cannot_be_meant_is_refused_before_anything_is_read(
+def test_impossible_options_are_refused_before_anything_is_read(
     options: dict[str, object], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

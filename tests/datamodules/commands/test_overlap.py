@@ -1,4 +1,4 @@
-"""Data overlap: statistics against SciPy and plain sums, copies of real images found and others not, the command."""
+"""Data overlap: statistics against SciPy and plain sums, detection of copies of real images, the command."""
 
 import csv
 import io
@@ -7,7 +7,7 @@ import math
 import re
 from base64 import b64decode
 from functools import lru_cache
-from html import escape
+from html import unescape
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,19 +41,19 @@ def booleans(text: str) -> torch.Tensor:
     return torch.tensor([character == "1" for character in text])
 
 
-def test_figures_are_those_counted_by_hand() -> None:
+def test_figures_match_a_count_by_hand() -> None:
     found = overlap_of(booleans("1110000000"), booleans("1101100000"))
     assert (found.images, found.overlap, found.clean, found.contamination) == (10, 3, 7, 0.3)
     assert (found.accuracy_all, found.accuracy_overlap, found.accuracy_clean) == (0.4, 2 / 3, 2 / 7)
     assert found.difference == pytest.approx(0.4 - 2 / 7)
-    # Two or three of three, where each is right with 2/7.
+    # Two or three right answers of three, each with probability 2/7.
     assert found.p_value == pytest.approx(3 * (2 / 7) ** 2 * (5 / 7) + (2 / 7) ** 3)
     assert found.interval == pytest.approx((beta.ppf(0.0025, 2, 2), beta.ppf(0.9975, 3, 1)))
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_what_the_overlap_adds_is_its_share_of_what_it_is_better(seed: int) -> None:
-    """All - Clean = f (Overlap - Clean), as the paper's appendix C notes."""
+def test_the_difference_is_the_share_of_overlap_times_its_advantage(seed: int) -> None:
+    """All - Clean = f (Overlap - Clean), as in the paper's appendix C."""
     generator = torch.Generator().manual_seed(seed)
     size = int(torch.randint(2, 200, (1,), generator=generator))
     seen = torch.rand(size, generator=generator) < 0.3
@@ -68,13 +68,13 @@ def test_what_the_overlap_adds_is_its_share_of_what_it_is_better(seed: int) -> N
 
 
 @pytest.mark.parametrize(("successes", "trials", "null"), [(0, 5, 0.3), (5, 5, 0.3), (7, 20, 0.2), (130, 200, 0.6)])
-def test_the_test_is_a_sum_of_binomial_probabilities(successes: int, trials: int, null: float) -> None:
+def test_the_p_value_is_a_sum_of_binomial_probabilities(successes: int, trials: int, null: float) -> None:
     at_least = sum(math.comb(trials, k) * null**k * (1 - null) ** (trials - k) for k in range(successes, trials + 1))
     assert maths.binomial_p_value(successes, trials, null) == pytest.approx(at_least, rel=1e-9)
 
 
 @pytest.mark.parametrize(("successes", "trials"), [(0, 9), (9, 9), (3, 40), (500, 1000)])
-def test_at_the_ends_of_an_interval_so_extreme_a_count_has_a_quarter_of_a_percent(successes: int, trials: int) -> None:
+def test_the_tails_at_the_ends_of_the_interval_have_a_quarter_percent(successes: int, trials: int) -> None:
     low, high = clopper_pearson(successes, trials)
 
     def at_most(count: int, chance: float) -> float:
@@ -85,7 +85,7 @@ def test_at_the_ends_of_an_interval_so_extreme_a_count_has_a_quarter_of_a_percen
     assert clopper_pearson(0, 0) == (0, 1)
 
 
-def test_a_part_without_images_has_no_accuracy_and_is_not_tested() -> None:
+def test_an_empty_part_has_no_accuracy_and_no_p_value() -> None:
     clean = overlap_of(booleans("0000"), booleans("1100"))
     assert (clean.contamination, clean.accuracy_all, clean.accuracy_clean, clean.difference) == (0, 0.5, 0.5, 0)
     assert (clean.accuracy_overlap, clean.p_value, clean.interval) == (None, None, None)
@@ -99,7 +99,7 @@ def test_a_part_without_images_has_no_accuracy_and_is_not_tested() -> None:
         overlap_of(booleans("1000"), booleans("100"))
 
 
-def test_p_values_allow_for_the_tests_that_were_made() -> None:
+def test_p_values_are_corrected_for_the_number_of_tests() -> None:
     assert bonferroni([0.01, None, 0.5, 0.0]) == pytest.approx([0.03, None, 1.0, 0.0])
     assert bonferroni([]) == []
 
@@ -114,7 +114,7 @@ def brute_force(query: torch.Tensor, reference: torch.Tensor) -> list[tuple[int,
 
 @pytest.mark.parametrize("batch", [1, 7, 23, 100])
 @pytest.mark.parametrize("tile", [1, 5, 4096])
-def test_the_nearest_is_found_whatever_the_chunks(batch: int, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunking_does_not_change_the_nearest_image(batch: int, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(maths, "QUERIES", tile)
     monkeypatch.setattr(maths, "REFERENCES", tile + 1)
     query, reference = F.normalize(torch.randn(13, 6), dim=1), F.normalize(torch.randn(23, 6), dim=1)
@@ -127,7 +127,7 @@ def test_the_nearest_is_found_whatever_the_chunks(batch: int, tile: int, monkeyp
     assert nearest(query, reference).row.tolist() == [row for row, _ in expected]
 
 
-def test_of_equally_near_training_images_the_first_is_named() -> None:
+def test_the_first_of_equally_near_training_images_is_named() -> None:
     query, reference = torch.eye(3)[:2], torch.eye(3)[[2, 0, 0]]
     found = nowhere(2)
     for row in range(3):
@@ -160,7 +160,7 @@ def cropped(image: Image.Image) -> Image.Image:
     return image.convert("RGB").crop((x, y, image.width - x, image.height - y))
 
 
-def test_copies_of_photographs_look_like_the_originals_and_like_no_other() -> None:
+def test_copies_of_photographs_look_like_their_originals_only() -> None:
     originals = photographs(600)
     copies = [*map(smaller, originals), *map(as_jpeg, originals), Image.new("RGB", (40, 40), "red")]
     index = LookIndex(Looks.of([look_of(image) for image in [*originals, Image.new("RGB", (9, 9), "red")]]))
@@ -170,17 +170,17 @@ def test_copies_of_photographs_look_like_the_originals_and_like_no_other() -> No
     }
 
 
-def test_like_looks_are_those_of_comparing_all_pairs() -> None:
+def test_the_look_index_finds_the_same_as_comparing_all_pairs() -> None:
     random = np.random.default_rng(3)
     seeds = random.integers(0, 2**64, 6, dtype=np.uint64)
 
-    def some(number: int) -> Looks:
+    def random_looks(number: int) -> Looks:
         bits = seeds[random.integers(0, 6, number)]
         for _ in range(2):
             bits = bits ^ (np.uint64(random.integers(0, 2)) << random.integers(0, 64, number).astype(np.uint64))
         return Looks(bits, random.integers(0, 12, number).astype(np.uint32), random.random(number) < 0.1)
 
-    ours, others = some(40), some(60)
+    ours, others = random_looks(40), random_looks(60)
     left, right = LookIndex(ours).like(others)
     expected = {
         (i, j)
@@ -196,8 +196,8 @@ def test_like_looks_are_those_of_comparing_all_pairs() -> None:
     assert [len(side) for side in empty] == [0, 0]
 
 
-class Films(ImageSet):
-    """Two films of three frames and a file that is broken."""
+class Videos(ImageSet):
+    """Two videos of three frames and a broken file."""
 
     several = True
 
@@ -213,7 +213,7 @@ class Films(ImageSet):
         return self.frames[3 * (index // 2) : 3 * (index // 2) + 3]
 
     def stamp(self) -> str:
-        return "films"
+        return "videos"
 
 
 def write_table(folder: Path, images: list[Image.Image]) -> Path:
@@ -227,14 +227,14 @@ def write_table(folder: Path, images: list[Image.Image]) -> Path:
     return folder / "train.csv"
 
 
-def test_a_film_is_seen_if_one_of_its_frames_is(tiny_config: CLIPConfig, tmp_path: Path) -> None:
+def test_a_video_is_in_the_overlap_if_one_of_its_frames_is(tiny_config: CLIPConfig, tmp_path: Path) -> None:
     model, photos = CLIP(tiny_config).eval(), photographs()
-    queries = Queries.compute(model, Films(photos[:6]), 64, 0, "films")
+    queries = Queries.compute(model, Videos(photos[:6]), 64, 0, "videos")
     assert queries.items.tolist() == [0, 0, 0, 2, 2, 2]
     assert queries.bad == ["1: cannot be read (no such codec)"]
     source = open_source(write_table(tmp_path / "train", [photos[6], as_jpeg(photos[4], 90), photos[7]]))
     found = search(model, queries, source, tmp_path / "found.npz", 2, 0)
-    judged = findings_of(Films(photos[:6]), queries, found, 2.0, "look", booleans("10"))
+    judged = findings_of(Videos(photos[:6]), queries, found, 2.0, "look", booleans("10"))
     assert judged.seen.tolist() == [False, True]
     pair = judged.alike[1]
     assert pair is not None
@@ -244,11 +244,11 @@ def test_a_film_is_seen_if_one_of_its_frames_is(tiny_config: CLIPConfig, tmp_pat
     assert (judged.overlap.images, judged.overlap.overlap, judged.overlap.accuracy_overlap) == (2, 1, 0)
 
 
-def test_an_interrupted_search_goes_on_and_ends_as_an_uninterrupted_one(
+def test_an_interrupted_search_resumes_and_finds_the_same(
     tiny_config: CLIPConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, photos = CLIP(tiny_config).eval(), photographs()
-    queries = joined([Queries.compute(model, Films(photos[:6]), 64, 0, "films") for _ in range(2)])
+    queries = joined([Queries.compute(model, Videos(photos[:6]), 64, 0, "videos") for _ in range(2)])
     source = open_source(write_table(tmp_path / "train", [*photos[4:], *map(as_jpeg, photos[:4])]))
     whole = search(model, queries, source, tmp_path / "whole.npz", 2, 0)
     read: list[int] = []
@@ -277,7 +277,7 @@ def test_an_interrupted_search_goes_on_and_ends_as_an_uninterrupted_one(
         assert (found.names, found.look_names, found.done) == (whole.names, whole.look_names, 8)
 
 
-def test_a_damaged_file_of_what_was_found_is_made_again(tmp_path: Path) -> None:
+def test_a_damaged_cache_file_is_not_used(tmp_path: Path) -> None:
     (tmp_path / "found.npz").write_bytes(b"PK\x03\x04 half")
     assert NearestFound.load(tmp_path / "found.npz", torch.device("cpu")) is None
     assert Queries.load(tmp_path / "found.npz") is None
@@ -287,7 +287,7 @@ def test_a_damaged_file_of_what_was_found_is_made_again(tmp_path: Path) -> None:
     assert Queries.load(tmp_path / "other.npz") is None
 
 
-def test_a_training_set_of_which_nothing_can_be_read_is_an_error(tiny_config: CLIPConfig, tmp_path: Path) -> None:
+def test_an_unreadable_training_set_is_an_error(tiny_config: CLIPConfig, tmp_path: Path) -> None:
     table = write_table(tmp_path, photographs()[:2])
     source = open_source(table)
     for name in ("0.png", "1.png"):
@@ -297,7 +297,7 @@ def test_a_training_set_of_which_nothing_can_be_read_is_an_error(tiny_config: CL
         search(CLIP(tiny_config), queries, source, tmp_path / "found.npz", 2, 0)
 
 
-def test_thresholds_are_for_all_for_one_or_from_a_file(tmp_path: Path) -> None:
+def test_a_threshold_is_for_all_sets_for_one_or_from_a_file(tmp_path: Path) -> None:
     sets = ["a", "b=c"]
     assert read_thresholds(["0.9"], sets) == {"a": 0.9, "b=c": 0.9}
     assert read_thresholds(["0.9", "b=c=0.7"], sets) == {"a": 0.9, "b=c": 0.7}
@@ -308,7 +308,7 @@ def test_thresholds_are_for_all_for_one_or_from_a_file(tmp_path: Path) -> None:
             read_thresholds([word], sets)
 
 
-def test_answers_of_another_model_must_be_true_or_false_of_every_set(tmp_path: Path) -> None:
+def test_answers_of_another_model_must_be_true_or_false_for_every_set(tmp_path: Path) -> None:
     path = tmp_path / "answers.json"
     path.write_text(json.dumps({"a": {"x.png": True, "y.png": False}}))
     assert read_results(path, ["a"])["a"] == {"x.png": True, "y.png": False}
@@ -323,7 +323,7 @@ def test_answers_of_another_model_must_be_true_or_false_of_every_set(tmp_path: P
 
 
 class Drawn(NamedTuple):
-    """Drawings in folders of classes, and a training table with copies of some of them."""
+    """Drawings in class folders, and a training table with copies of some of them."""
 
     model: Path
     evaluation: Path
@@ -334,7 +334,7 @@ class Drawn(NamedTuple):
 
 @pytest.fixture(scope="module")
 def drawn(drawings: tuple[Path, Path, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Drawn:
-    """30 drawings, of which 12 are in the training set, smaller, compressed or cropped, among 20 others."""
+    """30 drawings; the training set has 20 others and copies of 12, scaled down, compressed or cropped."""
     model, photos, _ = drawings
     root = tmp_path_factory.mktemp("drawn")
     files = sorted(photos.iterdir())
@@ -361,7 +361,7 @@ def run_overlap(drawn: Drawn, output: Path, *words: str) -> dict[str, Any]:
 
 
 def recognised_keys(drawn: Drawn) -> set[str]:
-    """What the model gets right, one image at a time."""
+    """Images that the model recognises, encoded one by one."""
     model = load_model(str(drawn.model))
     names = sorted(folder.name for folder in drawn.evaluation.iterdir())
     classifier = zero_shot_classifier(model, [name.replace("_", " ") for name in names], ["a drawing of a {}."])
@@ -374,7 +374,7 @@ def recognised_keys(drawn: Drawn) -> set[str]:
     return right
 
 
-def test_the_command_finds_the_copies_and_says_what_they_are_worth(
+def test_the_command_finds_the_copies_and_reports_their_effect_on_accuracy(
     drawn: Drawn, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = [str(drawn.evaluation), "--train", str(drawn.table), "--templates", "a drawing of a {}."]
@@ -396,7 +396,7 @@ def test_the_command_finds_the_copies_and_says_what_they_are_worth(
     assert report["train"]["images"] == 32
     assert report["train"]["skipped"] == {"broken image": 1, "missing image": 1}
     assert any("row 34" in line for line in report["train"]["skipped_lines"])
-    assert "1 training images could not be read: broken image" in output.err
+    assert "1 training image could not be read: broken image" in output.err
     assert "12 (40.0 %)" in output.out
     check_page(tmp_path / "overlap.html", report)
 
@@ -418,21 +418,22 @@ def test_the_command_finds_the_copies_and_says_what_they_are_worth(
 
 
 def check_page(path: Path, report: dict[str, Any]) -> None:
-    """It has the pairs, as images that can be opened, and needs nothing else."""
+    """The page has all pairs, with images that can be opened, and refers to nothing outside."""
     page = path.read_text(encoding="utf-8")
     assert not re.search(r"(src|href)=\"(?!data:)", page)
     assert "<script" not in page
     images = re.findall(r'<img src="data:image/jpeg;base64,([^"]+)"', page)
     assert len(images) >= 2 * 2 * 12  # both sides, above and below the threshold
     assert all(max(Image.open(io.BytesIO(b64decode(image))).size) <= 160 for image in images)
+    text = unescape(page)
     for pair in report["sets"]["emoji"]["pairs"]:
-        assert escape(pair["image"]) in page
-        assert escape(pair["train"]) in page
+        assert pair["image"] in text
+        assert pair["train"] in text
     assert "could not be read" in page
 
 
 def test_sets_of_a_suite_and_answers_of_another_model(drawn: Drawn, tmp_path: Path) -> None:
-    """Two sets in one pass, one of which has a broken image, with p-values that allow for two tests."""
+    """Two sets in one pass, one with a broken image; p-values are corrected for two tests."""
     (tmp_path / "data").mkdir()
     (tmp_path / "data/emoji").symlink_to(drawn.evaluation)
     half = tmp_path / "data/half"
@@ -472,13 +473,13 @@ def test_sets_of_a_suite_and_answers_of_another_model(drawn: Drawn, tmp_path: Pa
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--output", "overlap.csv"], "a .html or a .json file"),
+        (["--output", "overlap.csv"], "must be a .html or a .json file"),
         (["--output", "nowhere/overlap.html"], "no such folder"),
         (["--sets", "cifar10"], "--suite"),
         ([], "no evaluation set"),
     ],
 )
-def test_what_cannot_be_is_said_before_anything_is_read(
+def test_impossible_options_are_refused_before_anything_is_read(
     words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -486,7 +487,7 @@ def test_what_cannot_be_is_said_before_anything_is_read(
         run_command(["overlap", "--train", "none.csv", "--model", "none.ckpt", *words])
 
 
-def test_class_names_that_do_not_fit_are_said_before_anything_is_read(
+def test_mismatched_class_names_are_refused_before_anything_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("cat", "dog"):
