@@ -79,7 +79,7 @@ def test_it_runs_every_few_epochs_searches_and_finds_what_validate_finds(folder:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"only": ["only_test"]}, "LinearProbe.only: only_test is not a set for linear_probe"),
+        ({"only": ["only_test"]}, "LinearProbe.only: only_test does not have the task linear_probe"),
         ({"l2": 0.0}, "LinearProbe.l2: 0.0 must be above 0"),
         ({"l2": float("nan")}, "LinearProbe.l2: nan must be above 0"),
         ({"batch_size": 0}, "LinearProbe.batch_size: 0 must be at least 1"),
