@@ -91,11 +91,11 @@ def measure_ours(images: int, captions: int) -> dict[str, Any]:
     start = time.perf_counter()
     joined = pairs.join(torch.zeros(0, D))
     assert joined is not None
-    score = pair_scores(joined.image, joined.text, joined.mine)
-    ranks = retrieval_ranks(joined.image, joined.text, joined.mine, score)
-    metrics = retrieval_metrics(ranks.image, ranks.text, joined.everyones)
+    score = pair_scores(joined.image, joined.text, joined.own_pairs)
+    ranks = retrieval_ranks(joined.image, joined.text, joined.own_pairs, score)
+    metrics = retrieval_metrics(ranks.image, ranks.text, joined.all_pairs)
     seconds = time.perf_counter() - start
-    loss = whole_set_loss(joined.image, joined.text, joined.mine, score, torch.tensor(100.0))
+    loss = whole_set_loss(joined.image, joined.text, joined.own_pairs, score, torch.tensor(100.0))
     loss_seconds, peak = time.perf_counter() - start - seconds, peak_memory()
     check(joined, images, captions, (ranks.image, ranks.text))
     return {"peak": peak, "seconds": seconds, "loss_seconds": loss_seconds, "loss": loss, **metrics}
