@@ -1,11 +1,11 @@
-"""Linear probes beside validation."""
+"""Linear probes during training."""
 
 from functools import partial
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from callbacks.periodic import PeriodicEvaluation, PeriodicResult, of_first_rank
+from callbacks.periodic import PeriodicEvaluation, PeriodicResult, from_first_rank
 from callbacks.suite_sets import Fold, check_folds, chosen_entries, named, open_sets
 from lit_clip.errors import require
 from lit_clip.evaluation.data import ImageSet, LabelledImages
@@ -22,21 +22,21 @@ Features = dict[str, Encoded]
 
 
 class LinearProbe(PeriodicEvaluation):
-    """Trains the paper's linear probe (appendix A.3) on the image encoder as it is, for sets of a suite.
+    """Trains the paper's linear probe (appendix A.3) on the image encoder's current features, for sets of a suite.
 
-    Logs ``linear_probe/<set>/<metric>``. All ranks encode, the features before the projection; the first one trains,
-    and the others wait, so it is for sets of a size at which that takes minutes at most.
+    Logs ``linear_probe/<set>/<metric>``. All ranks encode; the features are those before the projection. The first rank
+    trains the probe while the others wait, so use sets for which that takes minutes at most.
 
     Args:
-        suite: as ``lit-clip evaluate`` takes it: one YAML file or several; sets without a training split are left out.
-        data_root: the folder that its sets are below. Those that are not are left out, with a warning.
-        only: these sets of the suite.
-        l2: strength of the regularisation; None: searched for as in the paper, which takes some ten times as long.
+        suite: one or several suite files of ``lit-clip evaluate``; sets without a training split are skipped.
+        data_root: folder that the suite's paths are relative to. Sets that are not there are skipped with a warning.
+        only: names of the suite's sets to evaluate; None: all.
+        l2: strength of the penalty; None: search for it as in the paper, which takes about ten times as long.
         every_n_epochs: see :class:`callbacks.periodic.PeriodicEvaluation`.
-        every_n_steps: likewise.
+        every_n_steps: see :class:`callbacks.periodic.PeriodicEvaluation`.
         batch_size: images encoded at once on each rank.
-        num_workers: processes that read images.
-        on_error: what an image that cannot be read does: error ends the run, skip leaves it out with a warning.
+        num_workers: data workers of each rank.
+        on_error: for an image that cannot be read, stop with an error or skip it with a warning.
     """
 
     def __init__(
@@ -74,30 +74,30 @@ class LinearProbe(PeriodicEvaluation):
                         _check_learnable(fold, self.l2)
 
     def evaluate(self, trainer: Trainer, module: LitCLIP) -> PeriodicResult:
-        found = PeriodicResult()
+        result = PeriodicResult()
         for name, folds in (self._opened or {}).items():
             metric = self.entries[name].metric
             features = self._features(module, name, folds)
             with named(name):
-                of_set = of_first_rank(partial(_probe, folds, features, metric, self.l2, module.device))
-            found.metrics |= {f"linear_probe/{name}/{key}": value for key, value in of_set.metrics.items()}
-            found.baselines |= {f"linear_probe/{name}/{key}": value for key, value in of_set.baselines.items()}
-        return found
+                of_set = from_first_rank(partial(_probe, folds, features, metric, self.l2, module.device))
+            result.metrics |= {f"linear_probe/{name}/{key}": value for key, value in of_set.metrics.items()}
+            result.baselines |= {f"linear_probe/{name}/{key}": value for key, value in of_set.baselines.items()}
+        return result
 
     def _features(self, module: LitCLIP, name: str, folds: list[Fold]) -> list[Features]:
-        """Of every split of every fold; splits with the same images are encoded once."""
-        known: dict[str, Encoded] = {}
+        """Encode every split of every fold; splits with the same images are encoded once."""
+        encoded_by_stamp: dict[str, Encoded] = {}
         results: list[Features] = []
         for number, fold in enumerate(folds):
             results.append({})
             for split, images in fold.items():
                 stamp = f"{len(images)} {images.stamp()}" if len(folds) > 1 else split
-                if stamp not in known:
+                if stamp not in encoded_by_stamp:
                     title = f"{name} {split}" + (f" {number + 1}/{len(folds)}" if len(folds) > 1 else "")
-                    known[stamp] = self._reader.encode(
+                    encoded_by_stamp[stamp] = self._reader.encode(
                         module.model, images, lambda pixels: module.model.image_features(pixels)[0], title
                     )
-                results[-1][split] = known[stamp]
+                results[-1][split] = encoded_by_stamp[stamp]
         return results
 
 
@@ -105,17 +105,17 @@ def _check_learnable(fold: Fold, l2: float | None) -> None:
     """Raise :class:`InputError` for labels that no classifier can be learnt from."""
     classes = _classes(fold["test"])
     for split in fold:
-        known = Targets.of(fold[split], None, classes)
-        learnt = Split(torch.zeros(len(known), 1), known)
+        targets = Targets.of(fold[split], None, classes)
         if split == "train":
-            learnt = held_out(learnt, 0)[0] if l2 is None and "val" not in fold else learnt
-            LogisticProblem(learnt.features, learnt.labels, known.classes)
+            train = Split(torch.zeros(len(targets), 1), targets)
+            train = held_out(train, 0)[0] if l2 is None and "val" not in fold else train
+            LogisticProblem(train.features, train.labels, targets.classes)
 
 
 def _probe(
     folds: list[Fold], features: list[Features], metric: Metric, l2: float | None, device: torch.device
 ) -> PeriodicResult:
-    """Metrics, the means over folds, and the baseline in the first."""
+    """Compute the metrics, averaged over folds, and the baseline in the first fold."""
     metrics: list[dict[str, float]] = []
     baseline_value = None
     with torch.autocast(device.type, enabled=False):
@@ -132,10 +132,10 @@ def _probe(
 
 
 def _with_penalty(splits: dict[str, Split], metric: Metric, l2: float) -> dict[str, float]:
-    """Train on all but the test split, without a search."""
-    learnt = [splits[name] for name in ("train", "val") if name in splits]
-    features, labels = torch.cat([part.features for part in learnt]), torch.cat([part.labels for part in learnt])
-    fit = fit_logistic(features, labels, learnt[0].targets.classes, l2)
+    """Train on all but the test split with a given penalty."""
+    train = [splits[name] for name in ("train", "val") if name in splits]
+    features, labels = torch.cat([split.features for split in train]), torch.cat([split.labels for split in train])
+    fit = fit_logistic(features, labels, train[0].targets.classes, l2)
     return evaluate_scores(metric, fit.scores(splits["test"].features), splits["test"].targets)
 
 

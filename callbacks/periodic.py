@@ -1,4 +1,4 @@
-"""Evaluations beside validation: when they run, and what is logged when they do not."""
+"""Base of the evaluations that run with validation: when they run, and what is logged when they do not."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
@@ -15,16 +15,16 @@ from lit_clip import distributed
 from lit_clip.errors import InputError, require
 from lit_clip.module import LitCLIP
 
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
 @dataclass
 class PeriodicResult:
-    """What an evaluation found, the same on every rank.
+    """Metrics of an evaluation, the same on every rank.
 
     Attributes:
-        metrics: by whole name.
-        baselines: what a constant answer reaches, for some of the metrics.
+        metrics: values by full name.
+        baselines: what a constant answer reaches in some of the metrics, by full name.
     """
 
     metrics: dict[str, float] = field(default_factory=dict)
@@ -32,45 +32,45 @@ class PeriodicResult:
 
 
 class PeriodicEvaluation(Callback):
-    """Evaluates on all ranks at the end of every validation, of some, or every so many steps.
+    """Evaluates on all ranks every n-th validation or every n steps.
 
-    It runs the first time that it can, so that its metrics exist whenever a checkpoint asks for them. Validations of
-    ``fit`` at which it does not run log its last values again, a resumed run those of before. ``validate`` and ``test``
-    always run it, and find the numbers that ``fit`` found with the same weights, at the same ``trainer.precision``.
+    The first evaluation is at the first opportunity, so that a checkpoint callback always finds the metrics.
+    Validations of ``fit`` without an evaluation log the last values again, also after resuming. ``validate`` and
+    ``test`` always evaluate; with the same weights and ``trainer.precision`` their metrics equal those of ``fit``.
 
     Args:
-        every_n_epochs: the number of validations of ``fit`` (one an epoch, unless the trainer is told otherwise) from
-            one evaluation to the next.
-        every_n_steps: the number of optimiser steps instead; the evaluation is then between two steps.
+        every_n_epochs: evaluate at every n-th validation of ``fit`` (one per epoch, unless the trainer sets another
+            interval).
+        every_n_steps: evaluate every n optimiser steps instead, between two steps.
     """
 
-    needs_whole_weights = True  # it encodes images outside of the steps for which FSDP puts the weights together
+    needs_whole_weights = True  # it encodes images outside the steps for which FSDP gathers the weights
 
     def __init__(self, every_n_epochs: int = 1, every_n_steps: int | None = None) -> None:
         name = type(self).__name__
         require(every_n_epochs >= 1, f"{name}.every_n_epochs: {every_n_epochs} must be at least 1")
-        steps = every_n_steps is None or every_n_steps >= 1
-        require(steps, f"{name}.every_n_steps: {every_n_steps} must be at least 1")
+        valid_steps = every_n_steps is None or every_n_steps >= 1
+        require(valid_steps, f"{name}.every_n_steps: {every_n_steps} must be at least 1")
         require(every_n_steps is None or every_n_epochs == 1, f"{name}: give either every_n_epochs or every_n_steps")
         self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
         self._last = PeriodicResult()
-        self._waited = 0  # validations since then
-        self._told = False  # whether the trainer knows the last values
+        self._waited = 0  # validations since the last evaluation
+        self._logged = False  # whether the trainer has the last values
 
     @abstractmethod
     def evaluate(self, trainer: Trainer, module: LitCLIP) -> PeriodicResult:
-        """Find the numbers; called on all ranks, the module in evaluation mode, without gradients."""
+        """Compute the metrics; called on all ranks, with the module in evaluation mode and without gradients."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget another run; a checkpoint is read after this."""
+        """Reset the state of an earlier run; a checkpoint's state is loaded after this."""
         if stage != "fit":
             return
-        self._last, self._waited, self._told = PeriodicResult(), 0, False
+        self._last, self._waited, self._logged = PeriodicResult(), 0, False
         callbacks = _callbacks(trainer)
-        late = [one for one in callbacks[callbacks.index(self) :] if isinstance(one, WeightAveraging)]
+        late = [callback for callback in callbacks[callbacks.index(self) :] if isinstance(callback, WeightAveraging)]
         require(
             not late or self.every_n_steps is None,
-            f"{type(self).__name__}.every_n_steps: would see an average without the last step; put "
+            f"{type(self).__name__}.every_n_steps: would evaluate averaged weights without the last step; put "
             f"{type(late[0]).__name__ if late else ''} before it in the list of callbacks",
         )
 
@@ -105,12 +105,12 @@ class PeriodicEvaluation(Callback):
         if due:
             with _as_in_validation(trainer, pl_module):
                 self._run(trainer, pl_module)
-            for logger in trainer.loggers:  # at this step, however rarely training's own metrics are written
+            for logger in trainer.loggers:  # at this step, even if it is not a logged step of training
                 logger.log_metrics(self._last.metrics, trainer.global_step)
-        if due or not self._told:
+        if due or not self._logged:
             for name, value in self._last.metrics.items():
                 pl_module.log(name, value, logger=False, on_step=True, on_epoch=False)
-        self._told = True
+        self._logged = True
 
     def _run(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = cast(LitCLIP, pl_module)
@@ -126,9 +126,9 @@ def _callbacks(trainer: Trainer) -> list[Callback]:
 
 @contextmanager
 def _as_in_validation(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """Between two steps, what a validation would see: averaged weights, evaluation mode, statistics of one rank."""
-    training = [one for one in module.modules() if one.training]
-    averages = [one for one in _callbacks(trainer) if isinstance(one, WeightAveraging)]
+    """Set up between two steps what a validation has: averaged weights, evaluation mode, one rank's statistics."""
+    training = [part for part in module.modules() if part.training]
+    averages = [callback for callback in _callbacks(trainer) if isinstance(callback, WeightAveraging)]
     distributed.same_buffers(cast(LitCLIP, module).model)
     for average in averages:
         average.on_validation_start(trainer, module)
@@ -139,23 +139,23 @@ def _as_in_validation(trainer: Trainer, module: LightningModule) -> Iterator[Non
     finally:
         for average in averages:
             average.on_validation_end(trainer, module)
-        for one in training:
-            one.training = True
+        for part in training:
+            part.training = True
 
 
-def of_first_rank(make: Callable[[], Made]) -> Made:
-    """What the first rank makes while the others wait, given to all.
+def from_first_rank(compute: Callable[[], Result]) -> Result:
+    """Compute a result on the first rank while the others wait, and return it on all ranks.
 
     Raises:
-        InputError: on all ranks, what the first raised.
+        InputError: the first rank's error, on all ranks.
     """
-    made: list[tuple[Made | None, str]] = []
+    results: list[tuple[Result | None, str]] = []
     if distributed.rank_and_world()[0] == 0:
         try:
-            made.append((make(), ""))
+            results.append((compute(), ""))
         except InputError as error:
-            made.append((None, str(error) or type(error).__name__))
-    ((value, reason),) = distributed.gather_objects(made)
+            results.append((None, str(error) or type(error).__name__))
+    ((result, reason),) = distributed.gather_objects(results)
     if reason:
         raise InputError(reason)
-    return cast(Made, value)
+    return cast(Result, result)

@@ -1,4 +1,4 @@
-"""Evaluation sets for callbacks: opened from a suite, and checked before training starts."""
+"""Open and check the sets of a suite for callbacks that evaluate during training."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,36 +19,38 @@ Fold = dict[str, ImageSet]
 
 
 def chosen_entries(
-    suite: str | Sequence[str] | None, only: Sequence[str] | None, task: Task, who: str
+    suite: str | Sequence[str] | None, only: Sequence[str] | None, task: Task, callback: str
 ) -> dict[str, SuiteEntry]:
-    """The entries of a suite that a callback evaluates.
+    """Return the entries of a suite that a callback evaluates.
 
     Args:
-        suite: one YAML file or several; None: nothing.
-        only: some of the sets; None: all that the task is possible with.
-        task: what is done with them.
-        who: the callback.
+        suite: one YAML file or several; None for no sets.
+        only: names of the sets; None for all that have the task.
+        task: task of the callback.
+        callback: name of the callback, for messages.
 
     Raises:
-        InputError: a suite that is wrong, a name that is not in it, or a set of another kind.
+        InputError: an invalid suite, a name that is not in it, or a set that does not have the task.
     """
     if suite is None:
-        require(not only, f"{who}.only: names sets of a suite; give suite")
+        require(not only, f"{callback}.only: needs suite, whose sets it names")
         return {}
     entries = read_suite([suite] if isinstance(suite, str) else list(suite))
     for name in only or ():
-        require(name in entries, f"{who}.only: no {name!r} in the suite; there are {', '.join(entries)}")
-        require(task in (entries[name].tasks or ()), f"{who}.only: {name} is not a set for {task}; leave it out")
+        require(name in entries, f"{callback}.only: no {name!r} in the suite; there are {', '.join(entries)}")
+        require(
+            task in (entries[name].tasks or ()), f"{callback}.only: {name} does not have the task {task}; leave it out"
+        )
     return {
         name: entry for name, entry in entries.items() if task in (entry.tasks or ()) and (only is None or name in only)
     }
 
 
 def open_folds(entry: SuiteEntry, splits: Sequence[str], data_root: Path) -> list[Fold]:
-    """Some splits of every fold; of these, ``val`` may not be one of the set's.
+    """Open some splits of every fold; splits that the entry does not define are left out.
 
     Raises:
-        MissingData: a split is not there; on all ranks, if on any.
+        MissingData: the files of a split are not there; raised on all ranks if on any.
     """
     folds: list[Fold] = []
     missing: list[str] = []
@@ -63,14 +65,16 @@ def open_folds(entry: SuiteEntry, splits: Sequence[str], data_root: Path) -> lis
     return folds
 
 
-def open_sets(entries: dict[str, SuiteEntry], splits: Sequence[str], data_root: str, who: str) -> dict[str, list[Fold]]:
-    """The sets that are there; a warning names the others."""
+def open_sets(
+    entries: dict[str, SuiteEntry], splits: Sequence[str], data_root: str, callback: str
+) -> dict[str, list[Fold]]:
+    """Open the sets that are there and warn about the others."""
     opened: dict[str, list[Fold]] = {}
     for name, entry in entries.items():
         try:
             opened[name] = open_folds(entry, splits, Path(data_root))
         except MissingData as error:
-            rank_zero_warn(f"{who}: {name} is left out: {error}")
+            rank_zero_warn(f"{callback}: {name} is skipped: {error}")
             continue
         with named(name):
             for fold in opened[name]:
@@ -80,7 +84,7 @@ def open_sets(entries: dict[str, SuiteEntry], splits: Sequence[str], data_root: 
 
 @contextmanager
 def named(name: str) -> Iterator[None]:
-    """Errors say which set they are about."""
+    """Prefix errors with the name of the set."""
     try:
         yield
     except InputError as error:
@@ -90,24 +94,24 @@ def named(name: str) -> Iterator[None]:
 def check_folds(
     folds: Sequence[Mapping[str, ImageSet]], metric: Metric, classes: int | None, on_error: OnError
 ) -> None:
-    """Raise :class:`InputError` for what would otherwise end a run after its first epoch, hours later.
+    """Raise :class:`InputError` for problems that would otherwise stop a run hours later, after its first epoch.
 
     Args:
-        folds: each with its test split.
-        metric: which must be defined on that.
-        classes: how many names are in use.
-        on_error: whether images that can be seen to be broken are an error.
+        folds: folds with a test split each.
+        metric: metric that must be defined for the test splits.
+        classes: number of class names in use.
+        on_error: whether visibly broken images are an error.
     """
     for fold in folds:
         for images in fold.values():
             require(len(images) > 0, "the set is empty")
             if on_error == "error":
-                _look_at(images)
-        known = Targets.of(fold["test"], None, classes)
-        evaluate_scores(metric, torch.zeros(()).expand(len(known), known.classes), known)
+                _check_images(images)
+        targets = Targets.of(fold["test"], None, classes)
+        evaluate_scores(metric, torch.zeros(()).expand(len(targets), targets.classes), targets)
 
 
-def _look_at(images: ImageSet) -> None:
+def _check_images(images: ImageSet) -> None:
     try:
         images.check()
     except InputError as error:

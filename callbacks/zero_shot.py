@@ -1,4 +1,4 @@
-"""Zero-shot classification beside validation."""
+"""Zero-shot classification during training."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
 from callbacks.figures import Prediction, prediction_grid
-from callbacks.periodic import PeriodicEvaluation, PeriodicResult, of_first_rank
+from callbacks.periodic import PeriodicEvaluation, PeriodicResult, from_first_rank
 from callbacks.suite_sets import check_folds, chosen_entries, named, open_sets
 from callbacks.tensorboard import show
 from lit_clip import distributed
@@ -33,13 +33,13 @@ __all__ = ["ZeroShot", "ZeroShotSet"]
 
 
 @dataclass
-class _Set:
-    """A set as it is evaluated.
+class _OpenedSet:
+    """A set with everything that its evaluation needs.
 
     Attributes:
-        folds: its images; results of several folds are averaged.
-        prompts: of its classes.
-        metric: what it is judged by.
+        folds: images of each fold, over which results are averaged.
+        prompts: prompts of its classes.
+        metric: its main metric.
     """
 
     folds: list[LabelledImages]
@@ -48,24 +48,24 @@ class _Set:
 
 
 class ZeroShot(PeriodicEvaluation):
-    """Recognises the classes of any number of sets from their names, under ``fit`` and ``validate`` alike.
+    """Evaluates zero-shot classification on any number of sets, under ``fit``, ``validate`` and ``test``.
 
-    Logs ``zero_shot/<set>/<metric>``: the set's own metric and, where each image has one class, ``top1``, ``top5``
-    and ``mean_per_class``; fractions over every image counted once, whatever the number of ranks, which divide the
-    prompts and the images. Texts are encoded again only when the text tower has changed. Shows some images with
-    their nearest names in TensorBoard and as ``zero_shot_<set>.png`` beside the logs.
+    Logs ``zero_shot/<set>/<metric>``: the set's own metric and, if each image has one class, ``top1``, ``top5`` and
+    ``mean_per_class``. They are fractions that count every image once on any number of ranks, which share the prompts
+    and the images. Prompts are encoded again only if the text tower has changed. Some images with their most similar
+    class names are shown in TensorBoard and saved as ``zero_shot_<set>.png`` beside the logs.
 
     Args:
-        sets: by name.
-        suite: the entries of a suite besides, as ``lit-clip evaluate`` takes them: one YAML file or several.
-        data_root: the folder that a suite's sets are below. Those that are not are left out, with a warning.
-        only: these sets of the suite.
+        sets: sets by name.
+        suite: further sets, from one or several suite files of ``lit-clip evaluate``.
+        data_root: folder that the suite's paths are relative to. Sets that are not there are skipped with a warning.
+        only: names of the suite's sets to evaluate; None: all.
         every_n_epochs: see :class:`callbacks.periodic.PeriodicEvaluation`.
-        every_n_steps: likewise.
+        every_n_steps: see :class:`callbacks.periodic.PeriodicEvaluation`.
         batch_size: images encoded at once on each rank.
-        num_workers: processes that read images.
-        examples: how many images to show of each set, evenly spread over it.
-        on_error: what an image that cannot be read does: error ends the run, skip leaves it out with a warning.
+        num_workers: data workers of each rank.
+        examples: number of images to show of each set, evenly spread over it.
+        on_error: for an image that cannot be read, stop with an error or skip it with a warning.
     """
 
     def __init__(
@@ -87,11 +87,11 @@ class ZeroShot(PeriodicEvaluation):
         self.entries = chosen_entries(suite, only, "zero_shot", "ZeroShot")
         for name in self.sets:
             check_name(name, "ZeroShot.sets")
-            require(name not in self.entries, f"ZeroShot.sets: {name!r} is in the suite too; call one otherwise")
+            require(name not in self.entries, f"ZeroShot.sets: {name!r} is in the suite too; rename one")
         self._reader = SetEncoder(batch_size, num_workers, on_error, "ZeroShot")
-        self._opened: dict[str, _Set] | None = None
+        self._opened: dict[str, _OpenedSet] | None = None
         self._classifiers: dict[str, Tensor] = {}
-        self._texts = ""  # hash of the text tower that they are of
+        self._text_weights = ""  # hash of the text tower that made the classifiers
 
     @property
     def state_key(self) -> str:
@@ -100,42 +100,44 @@ class ZeroShot(PeriodicEvaluation):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if self._opened is None:
-            self._opened = {name: _given(one) for name, one in self.sets.items()}
+            self._opened = {name: _from_argument(zero_shot_set) for name, zero_shot_set in self.sets.items()}
             for name, folds in open_sets(self.entries, ["test"], self.data_root, "ZeroShot").items():
                 with named(name):
-                    one = self._opened[name] = _of_suite(self.entries[name], [fold["test"] for fold in folds])
-                    check_folds(folds, one.metric, len(one.prompts.names), self._reader.on_error)
+                    opened = _from_suite(self.entries[name], [fold["test"] for fold in folds])
+                    check_folds(folds, opened.metric, len(opened.prompts.names), self._reader.on_error)
+                    self._opened[name] = opened
 
     def evaluate(self, trainer: Trainer, module: LitCLIP) -> PeriodicResult:
-        log_dir = trainer.log_dir if trainer.loggers else None  # a broadcast: every rank must ask
-        texts = text_sha256(module.model)
-        if distributed.maximum(int(texts != self._texts)):
-            self._classifiers, self._texts = {}, texts
-        found = PeriodicResult()
-        for name, one in (self._opened or {}).items():
+        log_dir = trainer.log_dir if trainer.loggers else None  # a broadcast, so called on every rank
+        text_weights = text_sha256(module.model)
+        if distributed.maximum(int(text_weights != self._text_weights)):
+            self._classifiers, self._text_weights = {}, text_weights
+        result = PeriodicResult()
+        for name, opened in (self._opened or {}).items():
             if name not in self._classifiers:
-                self._classifiers[name] = text_classifier(module.model, one.prompts).cpu()
-            scores = self._scores(module, name, one)
+                self._classifiers[name] = text_classifier(module.model, opened.prompts).cpu()
+            scores = self._scores(module, name, opened)
             with named(name):
-                of_set = of_first_rank(partial(_judge, one, scores))
-            found.metrics |= {f"zero_shot/{name}/{metric}": value for metric, value in of_set.metrics.items()}
-            found.baselines |= {f"zero_shot/{name}/{metric}": value for metric, value in of_set.baselines.items()}
+                of_set = from_first_rank(partial(_metrics, opened, scores))
+            result.metrics |= {f"zero_shot/{name}/{metric}": value for metric, value in of_set.metrics.items()}
+            result.baselines |= {f"zero_shot/{name}/{metric}": value for metric, value in of_set.baselines.items()}
             if self.examples and trainer.is_global_zero:
                 self._show(trainer, module, name, log_dir, scores[0])
-        return found
+        return result
 
-    def _scores(self, module: LitCLIP, name: str, one: _Set) -> list[Encoded]:
-        """Cosine similarities ``[N, C]`` of every fold; folds with the same images are encoded once."""
-        known: dict[str, Encoded] = {}
+    def _scores(self, module: LitCLIP, name: str, opened: _OpenedSet) -> list[Encoded]:
+        """Return the cosine similarities ``[N, C]`` of every fold; folds with the same images are encoded once."""
+        encoded_by_stamp: dict[str, Encoded] = {}
         results = []
-        for number, images in enumerate(one.folds):
-            stamp = images.stamp() if len(one.folds) > 1 else ""
-            if stamp not in known:
-                title = name if len(one.folds) == 1 else f"{name} {number + 1}/{len(one.folds)}"
+        for number, images in enumerate(opened.folds):
+            stamp = images.stamp() if len(opened.folds) > 1 else ""
+            if stamp not in encoded_by_stamp:
+                title = name if len(opened.folds) == 1 else f"{name} {number + 1}/{len(opened.folds)}"
                 encoded = self._reader.encode(module.model, images, lambda x: module.model.encode_image(x, True), title)
                 with torch.autocast("cpu", enabled=False):
-                    known[stamp] = Encoded(encoded.rows, encoded.features @ self._classifiers[name])
-            results.append(known[stamp])
+                    scores = encoded.features @ self._classifiers[name]
+                encoded_by_stamp[stamp] = Encoded(encoded.rows, scores)
+            results.append(encoded_by_stamp[stamp])
         return results
 
     def _show(self, trainer: Trainer, module: LitCLIP, name: str, log_dir: str | None, scores: Encoded) -> None:
@@ -147,37 +149,37 @@ class ZeroShot(PeriodicEvaluation):
             sheet.save(Path(log_dir) / f"zero_shot_{name}.png")
 
 
-def _given(one: ZeroShotSet) -> _Set:
-    assert not isinstance(one.templates, str)  # __post_init__ has seen to it
-    return _Set([one.images], prompts_of(None, one.templates, one.images.class_names))
+def _from_argument(zero_shot_set: ZeroShotSet) -> _OpenedSet:
+    images, templates = zero_shot_set.images, zero_shot_set.templates
+    assert not isinstance(templates, str)  # ensured by __post_init__
+    return _OpenedSet([images], prompts_of(None, templates, images.class_names))
 
 
-def _of_suite(entry: SuiteEntry, folds: Sequence[object]) -> _Set:
+def _from_suite(entry: SuiteEntry, folds: Sequence[object]) -> _OpenedSet:
     labelled = [fold for fold in folds if isinstance(fold, LabelledImages)]
     require(len(labelled) == len(folds), f"{type(folds[0]).__name__} has no classes, which zero-shot needs")
     templates = entry.templates or getattr(labelled[0], "templates", None)
-    return _Set(labelled, prompts_of(entry.class_names, templates, labelled[0].class_names), entry.metric)
+    return _OpenedSet(labelled, prompts_of(entry.class_names, templates, labelled[0].class_names), entry.metric)
 
 
-def _judge(one: _Set, folds: Sequence[Encoded]) -> PeriodicResult:
-    """Metrics, the means over folds, and the baseline in the first."""
-    targets = [
-        Targets.of(images, scores.rows, len(one.prompts.names)) for images, scores in zip(one.folds, folds, strict=True)
-    ]
-    found = [evaluate_scores(one.metric, fold.features, known) for fold, known in zip(folds, targets, strict=True)]
-    return PeriodicResult(mean_over_folds(found), baselines(one.metric, targets[0]))
+def _metrics(opened: _OpenedSet, folds: Sequence[Encoded]) -> PeriodicResult:
+    """Compute the metrics, averaged over folds, and the baselines in the first fold."""
+    metric, classes = opened.metric, len(opened.prompts.names)
+    targets = [Targets.of(images, scores.rows, classes) for images, scores in zip(opened.folds, folds, strict=True)]
+    values = [evaluate_scores(metric, scores.features, truth) for scores, truth in zip(folds, targets, strict=True)]
+    return PeriodicResult(mean_over_folds(values), baselines(metric, targets[0]))
 
 
-def _contact_sheet(module: LitCLIP, one: _Set, scores: Encoded, examples: int) -> Image.Image:
-    """Some images of the first fold, evenly spread, with their nearest names."""
-    names, images, transform = one.prompts.names, one.folds[0], pixels(module.preprocessing)
+def _contact_sheet(module: LitCLIP, opened: _OpenedSet, scores: Encoded, examples: int) -> Image.Image:
+    """Draw some images of the first fold, evenly spread, with their most similar class names."""
+    names, images, transform = opened.prompts.names, opened.folds[0], pixels(module.preprocessing)
     shown, labels = min(examples, len(scores.rows)), images.labels()
     predictions = []
     for number in [i * len(scores.rows) // shown for i in range(shown)]:
         row = scores.rows[number]
-        several = images.images(row)
+        frames = images.images(row)
         best = scores.features[number].topk(min(5, len(names)))
         nearest = [(names[i], s) for i, s in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
         truth = names[labels[row]] if labels[row] >= 0 else ""
-        predictions.append(Prediction(to_pil_image(transform(several[len(several) // 2])), truth, nearest))
+        predictions.append(Prediction(to_pil_image(transform(frames[len(frames) // 2])), truth, nearest))
     return prediction_grid(predictions)

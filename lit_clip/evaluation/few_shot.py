@@ -65,7 +65,7 @@ def few_shot(
     )
     require(bool((train.targets.labels >= 0).all()), "few_shot: there are images without a class")
     require(draws >= 1 and bool(shots) and min(shots) >= 1, "few_shot: shots and draws must be at least 1")
-    pool, judged = held_out(train, seed) if val is None else (train, val)
+    pool, validation = held_out(train, seed) if val is None else (train, val)
     counts = pool.targets.labels.bincount(minlength=train.targets.classes)
     fewest = int(counts.argmin())
     result = FewShotResult({}, {}, {})
@@ -75,7 +75,7 @@ def few_shot(
             continue
         problems = [_drawn(pool, k, seed + draw) for draw in range(draws)]
         fits: dict[float, list[Fit]] = {}
-        result.l2[k] = _choose(problems, fits, judged, metric, max_iterations)
+        result.l2[k] = _choose(problems, fits, validation, metric, max_iterations)
         chosen = fits[result.l2[k]]
         result.values[k] = [evaluate_scores(metric, fit.scores(test.features), test.targets)[metric] for fit in chosen]
     if not result.values:
@@ -92,7 +92,7 @@ def _drawn(pool: Split, k: int, seed: int) -> LogisticProblem:
 def _choose(
     problems: list[LogisticProblem],
     fits: dict[float, list[Fit]],
-    judged: Split,
+    validation: Split,
     metric: Metric,
     max_iterations: int,
 ) -> float:
@@ -100,7 +100,8 @@ def _choose(
 
     def value_of(l2: float) -> float:
         fits[l2] = [problem.fit(l2, None, max_iterations) for problem in problems]
-        values = [evaluate_scores(metric, fit.scores(judged.features), judged.targets)[metric] for fit in fits[l2]]
+        scores = [fit.scores(validation.features) for fit in fits[l2]]
+        values = [evaluate_scores(metric, of_draw, validation.targets)[metric] for of_draw in scores]
         return float(torch.tensor(values, dtype=torch.float64).mean())
 
     return best_l2(search_l2(value_of))

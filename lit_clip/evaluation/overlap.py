@@ -1,7 +1,7 @@
-"""Data overlap (section 5 and appendix C of the paper): what of an evaluation set has been trained on, and what of it.
+"""Data overlap (section 5 and appendix C of the paper): how much of an evaluation set was in the training data.
 
-Images of the set whose nearest training image is near enough are the overlap, the others are clean. Is the model
-more often right on the overlap than on the clean ones, more than chance would have it?
+Images of the set whose nearest training image is similar enough are the overlap; the others are clean. The question is
+whether the model is right more often on the overlap than on the clean images, beyond chance.
 
 Shapes: N images of the evaluation set, M of the training set, D embedding dimension.
 """
@@ -15,16 +15,16 @@ from torch import Tensor
 
 from lit_clip.errors import require
 
-CONFIDENCE = 0.995  # of the paper's intervals
+CONFIDENCE = 0.995  # confidence level of the paper's intervals
 QUERIES, REFERENCES = 4096, 4096  # a tile of similarities, 64 MiB in float32
 
 
 class NearestImages(NamedTuple):
-    """Of each image of the evaluation set the nearest training image.
+    """Nearest training image of each image of the evaluation set.
 
     Attributes:
-        similarity: cosine, float32 ``[N]``; -infinity where there is none.
-        row: int64 ``[N]``, of several equally near the first; -1 where there is none.
+        similarity: cosine, float32 ``[N]``; -infinity if there is none.
+        row: row of the training image, int64 ``[N]``, the first of a tie; -1 if there is none.
     """
 
     similarity: Tensor
@@ -32,19 +32,19 @@ class NearestImages(NamedTuple):
 
 
 def nowhere(size: int, device: torch.device | str = "cpu") -> NearestImages:
-    """What is known before the first training image."""
+    """Return the state before the first training image."""
     return NearestImages(torch.full((size,), -torch.inf, device=device), torch.full((size,), -1, device=device))
 
 
 @torch.no_grad()
 def nearer(found: NearestImages, query_ND: Tensor, reference_BD: Tensor, row_B: Tensor) -> NearestImages:
-    """What is known after some more training images; exact, in ``O(N D + B D)`` memory beside a tile.
+    """Update the nearest images with a batch of training images; exact, in ``O(N D + B D)`` memory and a tile.
 
     Args:
-        found: before them.
+        found: nearest images before the batch.
         query_ND: unit features of the evaluation set.
         reference_BD: unit features of the training images.
-        row_B: their rows, int64, above those of earlier ones.
+        row_B: rows of the training images, int64, above those of earlier batches.
     """
     similarity, row = found.similarity.clone(), found.row.clone()
     for start in range(0, len(query_ND), QUERIES):
@@ -58,28 +58,28 @@ def nearer(found: NearestImages, query_ND: Tensor, reference_BD: Tensor, row_B: 
 
 
 def nearest(query_ND: Tensor, reference_MD: Tensor) -> NearestImages:
-    """The nearest of all training images, where their features fit into memory."""
+    """Return the nearest of all training images, if their features fit in memory."""
     rows = torch.arange(len(reference_MD), device=query_ND.device)
     return nearer(nowhere(len(query_ND), query_ND.device), query_ND, reference_MD, rows)
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """What a division of a set into overlap and clean says. Fractions; None: there is nothing to divide by.
+    """Figures of a set divided into overlap and clean images. Fractions are None if there are no images.
 
     Attributes:
-        images: of the whole set.
-        overlap: of them, seen in training.
-        clean: the others.
+        images: number of images of the set.
+        overlap: number of images in the overlap.
+        clean: number of the other images.
         contamination: ``overlap / images``.
-        accuracy_all: on the whole set.
-        accuracy_overlap: on the overlap.
-        accuracy_clean: on the others.
-        difference: ``accuracy_all - accuracy_clean``, what the overlap adds; it is ``contamination`` times
+        accuracy_all: accuracy on the whole set.
+        accuracy_overlap: accuracy on the overlap.
+        accuracy_clean: accuracy on the clean images.
+        difference: ``accuracy_all - accuracy_clean``, which equals ``contamination`` times
             ``accuracy_overlap - accuracy_clean``.
-        p_value: of the one-sided binomial test: how probable as many right answers on the overlap, or more, would be
-            if the model were right there as often as on the clean images.
-        interval: of ``accuracy_overlap``, see :func:`clopper_pearson`.
+        p_value: one-sided binomial test: probability of at least as many right answers on the overlap if the model
+            were right there as often as on the clean images.
+        interval: confidence interval of ``accuracy_overlap``, see :func:`clopper_pearson`.
     """
 
     images: int
@@ -94,26 +94,26 @@ class Overlap:
     interval: tuple[float, float] | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """By the attributes' names."""
+        """Return the attributes by name."""
         return asdict(self)
 
 
 def overlap_of(seen_N: Tensor, correct_N: Tensor | None = None) -> Overlap:
-    """The figures of a division.
+    """Compute the figures of a division.
 
     Args:
-        seen_N: bool ``[N]``, whether an image belongs to the overlap.
-        correct_N: bool ``[N]``, whether the model recognises it; None: not known, then nothing is said of accuracy.
+        seen_N: bool ``[N]``, whether an image is in the overlap.
+        correct_N: bool ``[N]``, whether the model classifies it correctly; None: no accuracies.
 
     Raises:
-        InputError: lengths that differ.
+        InputError: different lengths.
     """
     images, overlap = len(seen_N), int(seen_N.sum())
     sizes = (images, overlap, images - overlap)
     contamination = _share(overlap, images)
     if correct_N is None:
         return Overlap(*sizes, contamination)
-    require(len(correct_N) == images, f"overlap: {len(correct_N)} answers of the model for {images} images")
+    require(len(correct_N) == images, f"overlap: {len(correct_N)} predictions for {images} images")
     right, right_overlap = int(correct_N.sum()), int((correct_N & seen_N).sum())
     whole, clean = _share(right, images), _share(right - right_overlap, images - overlap)
     accuracies = (whole, _share(right_overlap, overlap), clean)
@@ -128,14 +128,14 @@ def _share(part: int, whole: int) -> float | None:
 
 
 def binomial_p_value(successes: int, trials: int, null: float) -> float:
-    """How probable at least so many successes are where each has the probability ``null``."""
+    """Return the probability of at least so many successes if each has the probability ``null``."""
     from scipy.stats import binomtest
 
     return float(binomtest(successes, trials, null, alternative="greater").pvalue)
 
 
 def clopper_pearson(successes: int, trials: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """The exact two-sided interval of a proportion (C. Clopper and E. Pearson, 1934); without a trial (0, 1)."""
+    """Return the exact two-sided interval of a proportion (Clopper and Pearson 1934); (0, 1) without trials."""
     if not trials:
         return 0.0, 1.0
     from scipy.stats import binomtest
@@ -145,6 +145,6 @@ def clopper_pearson(successes: int, trials: int, confidence: float = CONFIDENCE)
 
 
 def bonferroni(p_values: Sequence[float | None]) -> list[float | None]:
-    """p-values that allow for as many tests having been made as are not None."""
+    """Correct p-values for the number of tests: those that are not None."""
     tests = sum(value is not None for value in p_values)
     return [None if value is None else min(1.0, tests * value) for value in p_values]

@@ -1,4 +1,4 @@
-"""The rows that the terminal's table, the charts and the page have in common, from what ``results.json`` holds."""
+"""Read ``results.json`` into the rows that the terminal table, the charts and the report share."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,20 +28,20 @@ METRICS = {
 
 @dataclass(frozen=True)
 class Row:
-    """A set by one metric; fractions.
+    """One metric of a set; values are fractions.
 
     Attributes:
-        name: of the set.
-        metric: its name, as in ``results.json``.
+        name: name of the set.
+        metric: name of the metric in ``results.json``.
         status: ``done``, ``missing`` or ``failed``.
-        reason: of what was not done, or could not be.
-        values: ours, by column; retrieval is zero-shot, and geolocation (which has labelled neighbours) stands with
-            the probes.
-        papers: of the nearest of the paper's models, likewise.
-        measured: what open_clip measured of that model, likewise.
-        baseline: what a constant answer reaches.
-        images: in the test split.
-        skipped: images of any split that could not be read.
+        reason: why the set is missing, failed or incomplete.
+        values: our values by column; retrieval counts as zero-shot, geolocation (which has labelled neighbours) as
+            linear probe.
+        papers: by column, values of the nearest of the paper's models.
+        measured: by column, values that open_clip measured with that model.
+        baseline: value that a constant answer reaches.
+        images: number of images in the test split.
+        skipped: number of images of any split that could not be read.
     """
 
     name: str
@@ -57,29 +57,29 @@ class Row:
 
 
 def number(value: Any) -> float | None:
-    """A finite number, or None."""
+    """Return a finite number as float, anything else as None."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
 
 
 def percent(value: float | None, nothing: str = "") -> str:
-    """``91.3`` of 0.913."""
+    """Format 0.913 as ``91.3``."""
     return nothing if value is None else f"{100 * value:.1f}"
 
 
 def points(value: float | None) -> str:
-    """``+1.2`` of 0.012."""
+    """Format 0.012 as ``+1.2``."""
     return "" if value is None else f"{100 * value:+.1f}"
 
 
 def papers_percent(figure: Published | None) -> str:
-    """Likewise, with a question mark behind what could not be checked."""
+    """Format a published figure like :func:`percent`, with a question mark if it could not be verified."""
     return "" if figure is None else percent(figure.value) + ("" if figure.verified else "?")
 
 
 def metric_words(metric: str) -> str:
-    """``image to text R@1`` of ``image_to_text_recall@1``."""
+    """Format ``image_to_text_recall@1`` as ``image to text R@1``."""
     if metric.startswith("within_") and metric.endswith("km"):
         return f"within {metric[7:-2]} km"
     if metric.startswith("top1/"):
@@ -88,23 +88,23 @@ def metric_words(metric: str) -> str:
 
 
 def rows(results: Mapping[str, Any]) -> list[Row]:
-    """A row a set and metric, in the order of the results: retrieval sets have one a direction."""
+    """Return one row per set and metric, in the order of the results; retrieval has one row per direction."""
     model = nearest_model(results.get("model") or {})
     return [row for name, entry in sets_of(results) for row in _rows_of(name, entry, model)]
 
 
 def sets_of(results: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    """Names and entries of the sets."""
+    """Return the names and entries of the sets."""
     return [(str(name), entry) for name, entry in (results.get("sets") or {}).items() if isinstance(entry, Mapping)]
 
 
 def tasks_of(entry: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """What was done with a set, by task."""
+    """Return the results of a set by task."""
     return {name: task for name, task in (entry.get("tasks") or {}).items() if isinstance(task, Mapping)}
 
 
 def skipped_of(entry: Mapping[str, Any]) -> dict[str, list[Sequence[str]]]:
-    """Of each split the images that could not be read, with the reasons."""
+    """Return the images that could not be read, with the reasons, by split."""
     return {name: list(split.get("skipped") or []) for name, split in (entry.get("splits") or {}).items()}
 
 
@@ -127,7 +127,7 @@ def _rows_of(name: str, entry: Mapping[str, Any], model: str) -> Iterator[Row]:
 
 
 def _reported(entry: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, list[str]]]:
-    """Which metrics get a row: the set's own for all that classifies, both directions, and the distance in use."""
+    """Yield tasks and metrics that get a row: the set's own metric, recall in both directions, the distance used."""
     if tasks.keys() & COLUMNS.keys():
         yield "", [str(entry.get("metric") or "top1")]
     if "retrieval" in tasks:
@@ -157,28 +157,28 @@ def _row(
         value = number((result.get("metrics") or {}).get(metric) if other else result.get("value"))
         if value is not None:
             row.values[column] = value
-        figure, of_open_clip = published(paper, task, model, metric), measured(paper, task, model, metric)
+        figure, open_clips = published(paper, task, model, metric), measured(paper, task, model, metric)
         if figure:
             row.papers[column] = figure
-        if of_open_clip:
-            row.measured[column] = of_open_clip
+        if open_clips:
+            row.measured[column] = open_clips
     return row
 
 
 def baseline_of(tasks: Mapping[str, Mapping[str, Any]]) -> float | None:
-    """What a constant answer reaches."""
+    """Return the baseline of the first task that has one."""
     known = (number(task.get("baseline")) for task in tasks.values())
     return next((value for value in known if value is not None), None)
 
 
 @dataclass(frozen=True)
 class Mean:
-    """Means over the sets that have both figures; fractions.
+    """Means over the sets that have both our value and the paper's; fractions.
 
     Attributes:
-        sets: their number.
-        ours: of our values.
-        papers: of the paper's.
+        sets: number of sets.
+        ours: mean of our values.
+        papers: mean of the paper's values.
     """
 
     sets: int
@@ -187,7 +187,7 @@ class Mean:
 
 
 def means(table: Sequence[Row], column: Column) -> Mean | None:
-    """None without a set that has both."""
+    """Return the means of a column; None if no set has both values."""
     both = [(row.values[column], row.papers[column].value) for row in table if column in row.values.keys() & row.papers]
     if not both:
         return None
@@ -195,7 +195,7 @@ def means(table: Sequence[Row], column: Column) -> Mean | None:
 
 
 def shots_of(entry: Mapping[str, Any]) -> dict[int, float]:
-    """The mean over the draws of each number of shots."""
+    """Return the mean over draws by number of shots."""
     curve = {}
     for shots, draws in tasks_of(entry).get("few_shot", {}).get("shots") or []:
         values = [value for value in map(number, draws) if value is not None]

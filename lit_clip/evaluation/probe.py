@@ -104,23 +104,23 @@ def linear_probe(
     if normalize:
         splits = [Split(unit(split.features), split.targets) for split in splits]
     train, test = splits[0], splits[-1]
-    learnt, judged = held_out(train, seed) if val is None else (train, splits[1])
-    search, start = _search(learnt, judged, metric, max_iterations)
+    search_train, search_val = held_out(train, seed) if val is None else (train, splits[1])
+    search, start = _search(search_train, search_val, metric, max_iterations)
     l2 = best_l2(search)
-    features, labels = (train.features, train.labels) if val is None else _joined(learnt, judged)
+    features, labels = (train.features, train.labels) if val is None else _joined(train, search_val)
     fit = LogisticProblem(features, labels, train.targets.classes).fit(l2, start, max_iterations)
     scores = fit.scores(test.features)
     return ProbeResult(evaluate_scores(metric, scores, test.targets), l2, search, scores, fit)
 
 
-def _search(learnt: Split, judged: Split, metric: Metric, max_iterations: int) -> tuple[dict[float, float], Fit]:
+def _search(train: Split, val: Split, metric: Metric, max_iterations: int) -> tuple[dict[float, float], Fit]:
     """Return the metric by penalty, and the classifier of the best penalty."""
-    problem = LogisticProblem(learnt.features, learnt.labels, learnt.targets.classes)
+    problem = LogisticProblem(train.features, train.labels, train.targets.classes)
     fits: dict[float, Fit] = {}
 
     def value_of(l2: float) -> float:
         fits[l2] = problem.fit(l2, _nearest(fits, l2), max_iterations)
-        return evaluate_scores(metric, fits[l2].scores(judged.features), judged.targets)[metric]
+        return evaluate_scores(metric, fits[l2].scores(val.features), val.targets)[metric]
 
     search = search_l2(value_of)
     return search, fits[best_l2(search)]

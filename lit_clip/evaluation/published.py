@@ -1,6 +1,6 @@
-"""What the paper publishes, to stand beside one's own figures.
+"""Published figures of the paper and its peers, to compare with.
 
-The figures are data, in ``published.yaml`` with their tables and with what could not be checked.
+They are in ``published.yaml``, with their tables and with a note of those that could not be verified.
 """
 
 import math
@@ -15,7 +15,7 @@ from lit_clip.models.registry import papers_models, resolve_architecture
 from lit_clip.tools.text_files import read_yaml
 
 PAPER = "Radford et al. 2021"
-PARAMETERS = {  # of all, millions; as `lit-clip models` counts them
+PARAMETERS = {  # in millions, as counted by `lit-clip models`
     "RN50": 102.01,
     "RN101": 119.69,
     "RN50x4": 178.30,
@@ -29,12 +29,12 @@ PARAMETERS = {  # of all, millions; as `lit-clip models` counts them
 
 
 class Published(NamedTuple):
-    """A figure that somebody published.
+    """A published figure.
 
     Attributes:
-        value: a fraction, as in our results.
-        verified: whether a source for it was at hand.
-        source: where it stands: ``Radford et al. 2021, table 11``.
+        value: fraction, as in our results.
+        verified: whether it was checked against its source.
+        source: the source, such as ``Radford et al. 2021, table 11``.
     """
 
     value: float
@@ -43,14 +43,14 @@ class Published(NamedTuple):
 
 
 class NearestModel(NamedTuple):
-    """One of the paper's models, and why it stands beside another: ``the same architecture``, say."""
+    """One of the paper's models, and the rule by which it is the nearest, such as ``the same name``."""
 
     name: str
     rule: str
 
 
 class _Figures(NamedTuple):
-    """Figures by what :func:`_key` makes of a set's name, and by task, model and metric."""
+    """Figures by set (see :func:`_key`), task, model and metric."""
 
     papers: dict[tuple[str, str, str], dict[str, Published]]
     measured: dict[tuple[str, str, str], dict[str, Published]]
@@ -93,7 +93,7 @@ def _figures() -> _Figures:
 
 
 def _cells(data: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str, Published]]:
-    """Set, task, model, metric and figure of every cell of the paper's own models."""
+    """Yield set, task, model, metric and figure of every cell about the paper's own models."""
     for table in data["tables"]:
         source = f"{PAPER}, table {table['table']}"
         for model, row in table["rows"].items():
@@ -124,69 +124,66 @@ def _set(name: str) -> str:
 
 
 def published(name: str, task: str, model: str, metric: str | None = None) -> Published | None:
-    """The paper's figure.
+    """Return the paper's figure, or None if it has none.
 
     Args:
-        name: of the set, as the paper's tables call it.
+        name: name of the set in the paper's tables.
         task: ``zero_shot``, ``linear_probe``, ``retrieval`` or ``geolocation``.
         model: one of :func:`lit_clip.models.registry.papers_models`.
-        metric: which, where a set has several; None: its first.
-
-    Returns:
-        None if the paper has none.
+        metric: the metric, for a set with several; None: its first.
     """
-    return _one(published_metrics(name, task, model), metric)
+    return _select(published_metrics(name, task, model), metric)
 
 
 def published_metrics(name: str, task: str, model: str) -> dict[str, Published]:
-    """All figures that the paper has of a set, by metric; see :func:`published`."""
+    """Return all figures of the paper for a set, by metric; see :func:`published`."""
     return dict(_figures().papers.get((_set(name), task, model), {}))
 
 
 def measured(name: str, task: str, model: str, metric: str | None = None) -> Published | None:
-    """What open_clip measured of OpenAI's weights, with the splits and prompts of CLIP_benchmark."""
-    return _one(_figures().measured.get((_set(name), task, model), {}), metric)
+    """Return open_clip's figure for OpenAI's weights, with the splits and prompts of CLIP_benchmark."""
+    return _select(_figures().measured.get((_set(name), task, model), {}), metric)
 
 
-def _one(figures: Mapping[str, Published], metric: str | None) -> Published | None:
+def _select(figures: Mapping[str, Published], metric: str | None) -> Published | None:
     return next(iter(figures.values()), None) if metric is None else figures.get(metric)
 
 
 def peers(name: str, task: str) -> dict[str, dict[str, Published]]:
-    """Figures of other work that stand in the same table of the paper, by whose they are and by metric."""
+    """Return figures of other work in the same table of the paper, by work and metric."""
     return dict(_figures().peers.get((_set(name), task), {}))
 
 
 def same_set(name: str, other: str) -> bool:
-    """Whether two names are of the same set of the paper, letter case, punctuation and other spellings aside."""
+    """Whether two names mean the same set of the paper, regardless of case, punctuation and aliases."""
     return bool(name) and _set(name) == _set(other)
 
 
 def disagreements() -> list[str]:
-    """Where the paper disagrees with itself, a line each."""
+    """Return the places where the paper contradicts itself, one line each."""
     return list(_data()["notes"])
 
 
 def papers_name(model: str) -> str:
-    """``ViT-L/14@336px`` of ``ViT-L-14-336``."""
+    """Return the paper's name of a model, such as ``ViT-L/14@336px`` for ``ViT-L-14-336``."""
     return _data()["models"].get(model, model)
 
 
 def nearest_model(model: Mapping[str, Any]) -> str:
-    """Which of the paper's models is nearest, by the name that open_clip gives it; see :func:`nearest`."""
+    """Return open_clip's name of the nearest of the paper's models; see :func:`nearest`."""
     return nearest(model).name
 
 
 def nearest(model: Mapping[str, Any]) -> NearestModel:
-    """Which of the paper's models is nearest, and by which rule: the first of these that applies.
+    """Return the nearest of the paper's models, by the first of these rules that applies.
 
-    1. The name is one of the paper's, tag and ``-quickgelu`` aside.
+    1. The name is one of the paper's, apart from a tag and ``-quickgelu``.
     2. The image encoder has the same sizes.
-    3. The image encoder is of the same kind (ResNet or ViT) and takes the nearest amount of arithmetic.
+    3. The image encoder is of the same kind (ResNet or ViT) and needs the nearest amount of arithmetic.
     4. The number of parameters is nearest.
 
     Args:
-        model: of a ``results.json``; ``name``, ``architecture`` and ``parameters`` are read, if there.
+        model: ``model`` of a ``results.json``; ``name``, ``architecture`` and ``parameters`` are used if present.
     """
     named = {_key(papers_name(name)): name for name in papers_models()}
     named |= {_key(name): name for name in papers_models()}
@@ -199,13 +196,13 @@ def nearest(model: Mapping[str, Any]) -> NearestModel:
         if encoder == image:
             return NearestModel(name, "the same image encoder")
     if isinstance(image, ResNetConfig | VisionTransformerConfig):
-        kin = {name: _arithmetic(encoder) for name, encoder in theirs.items() if type(encoder) is type(image)}
+        same_kind = {name: _arithmetic(encoder) for name, encoder in theirs.items() if type(encoder) is type(image)}
         kind = "ResNet" if isinstance(image, ResNetConfig) else "ViT"
-        return NearestModel(_closest(kin, _arithmetic(image)), f"a {kind} with the nearest amount of arithmetic")
+        return NearestModel(_closest(same_kind, _arithmetic(image)), f"a {kind} with the nearest amount of arithmetic")
     parameters = model.get("parameters")
     if isinstance(parameters, int | float) and parameters > 0:
         return NearestModel(_closest(PARAMETERS, parameters / 1e6), "the nearest number of parameters")
-    return NearestModel("ViT-B-32", "nothing is known of the model's size; the paper's smallest ViT")
+    return NearestModel("ViT-B-32", "the model's size is unknown, so the paper's smallest ViT")
 
 
 def _closest(sizes: Mapping[str, float], size: float) -> str:
@@ -213,7 +210,7 @@ def _closest(sizes: Mapping[str, float], size: float) -> str:
 
 
 def _image_encoder(architecture: Any) -> Any:
-    """None if it is none of ours."""
+    """Return the configuration of an image encoder, or None if it is not one of ours."""
     if isinstance(architecture, str):
         try:
             return resolve_architecture(architecture).image
@@ -224,12 +221,12 @@ def _image_encoder(architecture: Any) -> Any:
         return None
     try:
         return CLIPConfig.from_dict({"image": image, "text": {}}).image
-    except (TypeError, ValueError, KeyError):  # of a version of lit-clip with other sizes
+    except (TypeError, ValueError, KeyError):  # written by another version of lit-clip
         return None
 
 
 def _arithmetic(image: Any) -> float:
-    """Of an image encoder, in a unit of its kind."""
+    """Estimate an image encoder's arithmetic, in a unit that depends on its kind."""
     height, width = height_width(image.image_size)
     if isinstance(image, ResNetConfig):  # a stage halves the sides and doubles the channels: a block costs the same
         return sum(image.layers) * image.width**2 * height * width

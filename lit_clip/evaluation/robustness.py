@@ -1,11 +1,11 @@
 """Effective robustness: how much better than expected a classifier is on data that differ from ImageNet (section 3.3).
 
-Taori et al. (2020) found that the accuracies of classifiers trained on ImageNet on the one and on the other, both as
-logits, lie about a line. A classifier's effective robustness is how far it is above that line.
+Taori et al. (2020) found that, for classifiers trained on ImageNet, the logits of the accuracies on ImageNet and on the
+other data lie near a line. A classifier's effective robustness is its height above that line.
 
-The line is of whatever classifiers are given. Those in ``robustness.yaml`` have 69 to 78 % on ImageNet: above that the
-line is extrapolated. There are none for ObjectNet and the sets of videos. The rows of the paper's table 16 are no such
-line: two of the four are CLIP's, the other two learnt from far more than ImageNet, and are as accurate as each other.
+The line is fitted to given classifiers. Those in ``robustness.yaml`` reach 69 to 78 % on ImageNet; above that the line
+is extrapolated. There are none for ObjectNet and the video sets. The rows of the paper's table 16 do not define such a
+line: two of the four are CLIP models, the other two were trained on far more than ImageNet and have equal accuracy.
 """
 
 import math
@@ -27,8 +27,8 @@ class TopOnePair(NamedTuple):
     """Top-1 accuracies of a classifier, fractions.
 
     Attributes:
-        imagenet: on ImageNet's validation images of the classes that the other set has, told from these alone.
-        shifted: on the other set.
+        imagenet: accuracy on ImageNet's validation images, with the classes of the other set only.
+        shifted: accuracy on the other set.
     """
 
     imagenet: float
@@ -37,12 +37,12 @@ class TopOnePair(NamedTuple):
 
 @dataclass(frozen=True)
 class RobustnessRow:
-    """A line of the table.
+    """A row of the robustness table.
 
     Attributes:
-        name: of the set.
-        point: the accuracies.
-        gap: by how much it is worse on the set.
+        name: name of the set.
+        point: accuracies on ImageNet and on the set.
+        gap: accuracy lost on the set.
         effective: effective robustness; None without classifiers to compare with.
     """
 
@@ -53,44 +53,46 @@ class RobustnessRow:
 
 
 def robustness_table(
-    points: Mapping[str, TopOnePair], baselines: Mapping[str, Sequence[TopOnePair]] | None = None
+    points: Mapping[str, TopOnePair], references: Mapping[str, Sequence[TopOnePair]] | None = None
 ) -> list[RobustnessRow]:
-    """One row a set, in the given order.
+    """Return one row per set, in the given order.
 
     Args:
-        points: a classifier's by set, under the paper's name of that.
-        baselines: other classifiers' by set, for sets that :func:`imagenet_classifiers` has none of or shall not be
-            compared with.
+        points: accuracies of the classifier by set, under the set's name in the paper.
+        references: accuracies of the classifiers to compare with, by set; default: :func:`imagenet_classifiers`.
     """
     rows = []
     for name, point in points.items():
-        baseline = (baselines or {}).get(name) or imagenet_classifiers(name)
-        effective = effective_robustness([point], baseline)[0] if baseline else None
+        reference = (references or {}).get(name) or imagenet_classifiers(name)
+        effective = effective_robustness([point], reference)[0] if reference else None
         rows.append(RobustnessRow(name, point, point.imagenet - point.shifted, effective))
     return rows
 
 
-def effective_robustness(points: Sequence[TopOnePair], baseline: Sequence[TopOnePair]) -> list[float]:
-    """Of each point its height above the line through the others, in accuracy.
+def effective_robustness(points: Sequence[TopOnePair], references: Sequence[TopOnePair]) -> list[float]:
+    """Return each point's height above the line through the references, in accuracy.
 
     Args:
-        points: classifiers to be judged.
-        baseline: at least two with different accuracies on ImageNet; least squares of logits.
+        points: classifiers to evaluate.
+        references: at least two classifiers with different accuracies on ImageNet.
 
     Raises:
-        InputError: a line cannot be drawn, or an accuracy has no logit.
+        InputError: too few references, or an accuracy of 0 or 1, which has no logit.
     """
-    slope, intercept = logit_line(baseline)
+    slope, intercept = logit_line(references)
     return [point.shifted - _probability(slope * _logit(point.imagenet) + intercept) for point in points]
 
 
-def logit_line(baseline: Sequence[TopOnePair]) -> tuple[float, float]:
-    """Slope and intercept of ``logit(shifted)`` over ``logit(imagenet)``, by least squares; see above for errors."""
-    different = len({point.imagenet for point in baseline})
+def logit_line(references: Sequence[TopOnePair]) -> tuple[float, float]:
+    """Fit ``logit(shifted)`` over ``logit(imagenet)`` by least squares: return slope and intercept.
+
+    Raises the errors of :func:`effective_robustness`.
+    """
+    different = len({point.imagenet for point in references})
     require(
-        different >= 2, f"robustness: a line through {different} accuracies on ImageNet; give at least two classifiers"
+        different >= 2, f"robustness: {different} different accuracies on ImageNet define no line; give at least two"
     )
-    xs, ys = [_logit(point.imagenet) for point in baseline], [_logit(point.shifted) for point in baseline]
+    xs, ys = [_logit(point.imagenet) for point in references], [_logit(point.shifted) for point in references]
     mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
     spread = sum((x - mean_x) ** 2 for x in xs)
     slope = sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True)) / spread
@@ -98,23 +100,23 @@ def logit_line(baseline: Sequence[TopOnePair]) -> tuple[float, float]:
 
 
 def imagenet_classifiers(name: str) -> list[TopOnePair]:
-    """Accuracies of classifiers trained on ImageNet alone; none for sets that ``robustness.yaml`` lacks."""
+    """Return accuracies of classifiers trained on ImageNet alone; empty for a set that ``robustness.yaml`` lacks."""
     return list(_published().get(name, ()))
 
 
 def subset_top1(scores: Tensor, labels: Tensor, classes: Sequence[int]) -> float:
-    """ImageNet accuracy where only some classes are in question, for sets that have not all of them.
+    """Return the accuracy on ImageNet with only the classes of another set.
 
     Args:
         scores: ``[N, 1000]``.
         labels: int64 ``[N]``.
-        classes: those of the other set, as rows of ImageNet's list.
+        classes: labels of the other set's classes in ImageNet.
     """
     columns = torch.tensor(sorted(set(classes)))
     rows = torch.isin(labels, columns).nonzero()[:, 0]
-    require(len(rows) > 0, "robustness: ImageNet has no image of these classes")
-    among = scores[rows.to(scores.device)][:, columns.to(scores.device)]
-    return accuracies(classification_counts(among, torch.searchsorted(columns, labels[rows])))["top1"]
+    require(len(rows) > 0, "robustness: there is no ImageNet image of these classes")
+    subset = scores[rows.to(scores.device)][:, columns.to(scores.device)]
+    return accuracies(classification_counts(subset, torch.searchsorted(columns, labels[rows])))["top1"]
 
 
 @lru_cache(maxsize=1)

@@ -1,4 +1,4 @@
-"""The linear probe beside validation: scikit-learn's accuracy on the features before the projection."""
+"""The linear probe during training equals scikit-learn on the features before the projection."""
 
 from pathlib import Path
 from typing import Any
@@ -44,13 +44,13 @@ def before_projection(module: LitCLIP, images: Shades) -> np.ndarray:
         return module.model.image_features(pixels)[0].numpy()
 
 
-def test_the_accuracy_is_scikit_learns_on_the_features_before_the_projection(folder: Path) -> None:
+def test_accuracy_equals_scikit_learns_on_the_features_before_the_projection(folder: Path) -> None:
     module = make_module()
     trainer = make_trainer(folder, [probe(folder, l2=10.0, batch_size=7)])
     trainer.validate(module, NoCaptions(), verbose=False)
     train, val, test = Shades("", "train", 60), Shades("", "more", 20), Shades("")
     features = np.concatenate([before_projection(module, train), before_projection(module, val)])
-    assert features.shape == (80, 64)  # the width of the tower; the embedding has 16
+    assert features.shape == (80, 64)  # the width of the image tower; the embedding has 16
     sklearns = LogisticRegression(C=1 / 10.0, max_iter=1000, tol=1e-8).fit(features, train.labels() + val.labels())
     found = numbers(trainer, "linear_probe/")
     assert set(found) == {f"linear_probe/shades/{name}" for name in ("top1", "top5", "mean_per_class")}
@@ -59,7 +59,7 @@ def test_the_accuracy_is_scikit_learns_on_the_features_before_the_projection(fol
     assert expected > 2 * module.baselines[TOP1]
 
 
-def test_it_runs_every_few_epochs_searches_and_finds_what_validate_finds(folder: Path) -> None:
+def test_fit_evaluates_every_n_epochs_and_equals_validate(folder: Path) -> None:
     module, ran = make_module(), []
 
     class Counting(LinearProbe):
@@ -79,18 +79,18 @@ def test_it_runs_every_few_epochs_searches_and_finds_what_validate_finds(folder:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"only": ["only_test"]}, "LinearProbe.only: only_test is not a set for linear_probe"),
+        ({"only": ["only_test"]}, "LinearProbe.only: only_test does not have the task linear_probe"),
         ({"l2": 0.0}, "LinearProbe.l2: 0.0 must be above 0"),
         ({"l2": float("nan")}, "LinearProbe.l2: nan must be above 0"),
         ({"batch_size": 0}, "LinearProbe.batch_size: 0 must be at least 1"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(folder: Path, options: dict[str, Any], message: str) -> None:
+def test_invalid_options_are_an_error(folder: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         probe(folder, **options)
 
 
-def test_a_suite_without_training_splits_is_refused(folder: Path) -> None:
+def test_a_suite_without_training_splits_is_an_error(folder: Path) -> None:
     suite = write_suite(folder, only_test=entry(splits={"test": {}}))
     with pytest.raises(InputError, match="no set has a split to train on"):
         LinearProbe(suite)
@@ -105,7 +105,7 @@ def test_a_suite_without_training_splits_is_refused(folder: Path) -> None:
         ({"train": {"split": "train"}, "test": {"names": 6}}, "top1", "shades: test and train have 6 and 7 classes"),
     ],
 )
-def test_what_cannot_be_learnt_is_refused_before_the_first_step(
+def test_labels_that_cannot_be_learnt_from_are_an_error_before_the_first_step(
     folder: Path, splits: dict[str, Any], metric: str, message: str
 ) -> None:
     write_suite(folder, shades=entry(splits=splits, metric=metric))

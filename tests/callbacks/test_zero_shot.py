@@ -1,4 +1,4 @@
-"""Sets of a suite in training: their metrics, when they are computed, and what is known in between."""
+"""Zero-shot evaluation during training: its metrics, when they are computed, and the values in between."""
 
 import json
 import warnings
@@ -60,7 +60,7 @@ def scores(module: LitCLIP, images: Shades) -> torch.Tensor:
         return model.encode_image(photos, normalize=True) @ classifier
 
 
-def test_each_set_of_a_suite_is_judged_by_its_own_metric(folder: Path) -> None:
+def test_each_set_of_a_suite_is_evaluated_by_its_own_metric(folder: Path) -> None:
     module = make_module()
     trainer = make_trainer(folder, [zero_shot(folder, only=None, batch_size=7)])
     trainer.validate(module, NoCaptions(), verbose=False)
@@ -80,7 +80,7 @@ def test_each_set_of_a_suite_is_judged_by_its_own_metric(folder: Path) -> None:
     assert "zero_shot/many/map11" in module.baselines
 
 
-def test_fit_and_validate_find_the_same_numbers_and_steps_find_them_too(folder: Path) -> None:
+def test_fit_validate_and_evaluation_between_steps_give_the_same_metrics(folder: Path) -> None:
     module, steps = make_module(), zero_shot(folder, every_n_steps=2)
     logger = CSVLogger(folder, "csv", "")
     trainer = make_trainer(folder, [EMA(0.5), steps], max_epochs=1, precision="bf16-mixed", logger=logger)
@@ -88,18 +88,20 @@ def test_fit_and_validate_find_the_same_numbers_and_steps_find_them_too(folder: 
     fitted = numbers(trainer, "zero_shot/")
     assert len(fitted) == 3
     again = make_trainer(folder, [zero_shot(folder)], precision="bf16-mixed")
-    again.validate(module, data_for(module, folder / "captions.csv"), verbose=False)  # the module has the average now
+    again.validate(
+        module, data_for(module, folder / "captions.csv"), verbose=False
+    )  # the module now has the averaged weights
     assert numbers(again, "zero_shot/") == fitted
     rows = (folder / "csv" / "metrics.csv").read_text().splitlines()
     columns = rows[0].split(",")
     logged = [dict(zip(columns, row.split(","), strict=True)) for row in rows[1:]]
     values = {int(row["step"]): float(row[TOP1]) for row in logged if row[TOP1]}
-    assert {1, 2, 4} <= values.keys()  # the first time that it could, and every second step
+    assert {1, 2, 4} <= values.keys()  # at the first opportunity and every second step
     assert values[4] == pytest.approx(fitted[TOP1])
 
 
 class Counting(ZeroShot):
-    """Notes after how many steps it ran."""
+    """Records the steps at which it ran."""
 
     def __init__(self, *words: Any, **options: Any) -> None:
         super().__init__(*words, **options)
@@ -115,7 +117,7 @@ def counting(folder: Path, **options: Any) -> Counting:
 
 
 class Seen(ModelCheckpoint):
-    """A checkpoint by the callback's metric, and the metric whenever it asked."""
+    """A checkpoint callback that monitors the metric and records each value that it sees."""
 
     def __init__(self, folder: Path, **options: Any) -> None:
         super().__init__(folder, "{step}", monitor=TOP1, mode="max", save_top_k=-1, **options)
@@ -126,10 +128,10 @@ class Seen(ModelCheckpoint):
         super()._save_topk_checkpoint(trainer, monitor_candidates)
 
 
-def test_a_checkpoint_knows_the_value_when_the_callback_did_not_run_and_after_resuming(folder: Path) -> None:
+def test_a_checkpoint_has_the_metric_if_the_callback_did_not_run_and_after_resuming(folder: Path) -> None:
     module, callback, seen = make_module(), counting(folder, every_n_epochs=2), Seen(folder / "saved")
     make_trainer(folder, [callback, seen], max_epochs=4).fit(module, data_for(module, folder / "captions.csv"))
-    assert callback.ran == [2, 6]  # of validations after 2, 4, 6, 8 steps
+    assert callback.ran == [2, 6]  # validations are after 2, 4, 6, 8 steps
     assert list(seen.values) == [2, 4, 6, 8]
     assert seen.values[2] == seen.values[4]
     assert seen.values[6] == seen.values[8]
@@ -147,7 +149,7 @@ def test_a_checkpoint_knows_the_value_when_the_callback_did_not_run_and_after_re
     assert numbers(trainer, TOP1)[TOP1] == seen.values[6]
 
 
-def test_a_checkpoint_every_few_steps_knows_the_value(folder: Path) -> None:
+def test_a_checkpoint_every_few_steps_has_the_metric(folder: Path) -> None:
     module, callback, seen = (
         make_module(),
         counting(folder, every_n_steps=3),
@@ -165,7 +167,7 @@ def test_a_checkpoint_every_few_steps_knows_the_value(folder: Path) -> None:
     assert set(after.values.values()) == {seen.values[6]}
 
 
-def test_training_goes_the_same_way_with_the_callback(folder: Path) -> None:
+def test_the_callback_does_not_change_training(folder: Path) -> None:
     states = []
     for callbacks in ([], [zero_shot(folder, every_n_steps=1, num_workers=1)]):
         module = make_module()
@@ -180,20 +182,20 @@ def test_training_goes_the_same_way_with_the_callback(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("frozen", "times"), [(True, 1), (False, 3)])
-def test_texts_are_encoded_again_only_when_the_text_tower_has_changed(
+def test_prompts_are_encoded_again_only_if_the_text_tower_has_changed(
     folder: Path, monkeypatch: pytest.MonkeyPatch, frozen: bool, times: int
 ) -> None:
-    made: list[int] = []
-    make = zero_shot_file.text_classifier
-    monkeypatch.setattr(zero_shot_file, "text_classifier", lambda *words: made.append(1) or make(*words))
+    built: list[int] = []
+    build = zero_shot_file.text_classifier
+    monkeypatch.setattr(zero_shot_file, "text_classifier", lambda *words: built.append(1) or build(*words))
     module = make_module(freeze=Freeze(text="all") if frozen else None)
     callback = zero_shot(folder)
     make_trainer(folder, [callback], max_epochs=3, enable_checkpointing=False).fit(
         module, data_for(module, folder / "captions.csv")
     )
-    assert len(made) == times
+    assert len(built) == times
     make_trainer(folder, [callback]).validate(module, NoCaptions(), verbose=False)
-    assert len(made) == times  # nothing has changed
+    assert len(built) == times  # nothing has changed
 
 
 def test_folds_are_averaged_and_the_same_images_encoded_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,21 +218,21 @@ def test_folds_are_averaged_and_the_same_images_encoded_once(folder: Path, monke
     assert numbers(trainer, TOP1)[TOP1] == pytest.approx(float(sum(expected) / 3), abs=1e-6)
 
 
-def test_sets_that_are_not_there_are_named_once_and_the_others_evaluated(folder: Path) -> None:
+def test_missing_sets_are_warned_about_once_and_the_others_evaluated(folder: Path) -> None:
     elsewhere = entry(init_args={"root": "nowhere"}, how_to_get="ask their owner")
     callback = ZeroShot(suite=write_suite(folder, shades=entry(), lost=elsewhere), data_root=str(folder), examples=0)
     trainer = make_trainer(folder, [callback])
-    with pytest.warns(UserWarning, match="ZeroShot: lost is left out: .*nowhere: not there; ask their owner") as warned:
+    with pytest.warns(UserWarning, match="ZeroShot: lost is skipped: .*nowhere: not there; ask their owner") as warned:
         trainer.validate(make_module(), NoCaptions(), verbose=False)
-    assert len([one for one in warned if "lost" in str(one.message)]) == 1
+    assert len([warning for warning in warned if "lost" in str(warning.message)]) == 1
     with warnings.catch_warnings(record=True) as again:
         warnings.simplefilter("always")
         make_trainer(folder, [callback]).validate(make_module(), NoCaptions(), verbose=False)
-    assert not [one for one in again if "lost" in str(one.message)]
+    assert not [warning for warning in again if "lost" in str(warning.message)]
     assert {name.split("/")[1] for name in numbers(trainer, "zero_shot/")} == {"shades"}
 
 
-def test_a_image_that_cannot_be_read_ends_the_run_or_is_left_out(folder: Path) -> None:
+def test_an_unreadable_image_stops_the_run_or_is_skipped(folder: Path) -> None:
     suite, module = write_suite(folder, shades=entry(init_args={"broken": 5})), make_module()
     options = {"suite": suite, "data_root": str(folder), "examples": 2}
     with pytest.raises(InputError, match=r"shades: 5.png: not an image; fix or remove it, or set ZeroShot.on_error"):
@@ -243,7 +245,7 @@ def test_a_image_that_cannot_be_read_ends_the_run_or_is_left_out(folder: Path) -
     assert numbers(trainer, TOP1)[TOP1] == pytest.approx(float(right[rows].float().mean()), abs=1e-6)
 
 
-def test_two_ranks_find_the_numbers_of_one(folder: Path, ranks: Callable[..., None]) -> None:
+def test_two_ranks_log_the_metrics_of_one(folder: Path, ranks: Callable[..., None]) -> None:
     suite, output = str(folder / "suite.yaml"), folder / "results.json"
     ranks("run", 2, str(output), str(folder), suite, script="ranks_callbacks.py")
     found, expected = json.loads(output.read_text()), evaluate(folder, suite)
@@ -258,7 +260,7 @@ def test_two_ranks_find_the_numbers_of_one(folder: Path, ranks: Callable[..., No
     ("options", "message"),
     [
         ({"only": ["shade"]}, "ZeroShot.only: no 'shade' in the suite; there are many, shades"),
-        ({"suite": None}, "ZeroShot.only: names sets of a suite; give suite"),
+        ({"suite": None}, "ZeroShot.only: needs suite"),
         ({"suite": "no.yaml"}, "no.yaml: there is no such file"),
         ({"every_n_epochs": 0}, "ZeroShot.every_n_epochs: 0 must be at least 1"),
         ({"every_n_steps": 0}, "ZeroShot.every_n_steps: 0 must be at least 1"),
@@ -268,20 +270,20 @@ def test_two_ranks_find_the_numbers_of_one(folder: Path, ranks: Callable[..., No
         ({"examples": -1}, "ZeroShot.examples: -1 must be at least 0"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(folder: Path, options: dict[str, Any], message: str) -> None:
+def test_invalid_options_are_an_error(folder: Path, options: dict[str, Any], message: str) -> None:
     settings = {"suite": str(folder / "suite.yaml"), "only": ["shades"], **options}
     with pytest.raises(InputError, match=message):
         ZeroShot(**settings)
 
 
-def test_an_average_that_would_be_a_step_late_is_refused(folder: Path) -> None:
+def test_weight_averaging_after_the_callback_is_an_error(folder: Path) -> None:
     trainer = make_trainer(folder, [zero_shot(folder, every_n_steps=1), EMA(0.5)], max_epochs=1)
     module = make_module()
     with pytest.raises(InputError, match="put EMA before it in the list of callbacks"):
         trainer.fit(module, data_for(module, folder / "captions.csv"))
 
 
-def test_names_that_do_not_go_with_a_set_are_refused_before_training(folder: Path) -> None:
+def test_class_names_that_do_not_fit_the_set_are_an_error_before_training(folder: Path) -> None:
     suite = write_suite(folder, shades=entry(class_names=["red", "green"]))
     trainer = make_trainer(folder, [ZeroShot(suite=suite, data_root=str(folder))], max_epochs=1)
     module = make_module()
@@ -290,7 +292,7 @@ def test_names_that_do_not_go_with_a_set_are_refused_before_training(folder: Pat
     assert trainer.global_step == 0
 
 
-def test_a_set_that_cannot_be_judged_or_read_is_refused_before_the_first_step(folder: Path) -> None:
+def test_an_undefined_metric_or_a_broken_image_is_an_error_before_the_first_step(folder: Path) -> None:
     for name in ("cat", "dog"):
         (folder / "pets" / name).mkdir(parents=True)
         (folder / "pets" / name / "1.png").write_bytes((folder / "0.png").read_bytes() if name == "cat" else b"")

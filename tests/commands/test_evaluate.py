@@ -1,4 +1,4 @@
-"""``lit-clip evaluate``: the numbers of plain loops and of CLIP_benchmark, whatever the ranks and the interruptions."""
+"""``lit-clip evaluate`` equals plain loops and CLIP_benchmark, on any number of ranks and after interruptions."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ FOLDER = "datamodules.ImageFolderClasses"
 
 
 def noise(seed: int, label: int) -> Image.Image:
-    """An image of noise whose colour tells its class a little."""
+    """An image of noise whose colour depends a little on its class."""
     generator = np.random.default_rng((seed, label))
     pixels = generator.integers(0, 200, (40, 48, 3), dtype=np.uint8)
     pixels[..., label % 3] += np.uint8(20 + 15 * (label // 3))
@@ -39,7 +39,7 @@ def noise(seed: int, label: int) -> Image.Image:
 
 @pytest.fixture
 def root(tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A checkpoint, ``data/train`` and ``data/test`` of six classes, a suite of them and of a set that is not there."""
+    """A checkpoint, ``data/train`` and ``data/test`` with six classes, and a suite of them and a missing set."""
     for split, images in (("train", 12), ("test", 5)):
         for label, name in enumerate(CLASSES):
             folder = tmp_path / "data" / split / name
@@ -86,7 +86,7 @@ def features(split: str, before: bool = False) -> tuple[torch.Tensor, list[int]]
     return torch.stack(rows), labels
 
 
-def test_one_command_gives_the_numbers_of_plain_loops_and_says_what_is_missing(root: Path) -> None:
+def test_results_equal_plain_loops_and_missing_sets_are_listed(root: Path) -> None:
     results = evaluate("--draws", "2")
     found, gone = results["sets"]["noise"], results["sets"]["gone"]
     image_ND, labels = features("test")
@@ -94,8 +94,8 @@ def test_one_command_gives_the_numbers_of_plain_loops_and_says_what_is_missing(r
     right = (image_ND @ classifier).argmax(dim=1) == torch.tensor(labels)
     assert found["status"] == "done"
     assert found["tasks"]["zero_shot"]["value"] == pytest.approx(float(right.double().mean()), abs=1e-9)
-    assert {split: said["images"] for split, said in found["splits"].items()} == {"test": 30, "train": 72}
-    assert all(said["skipped"] == [] and said["absent"] == 0 for said in found["splits"].values())
+    assert {split: counts["images"] for split, counts in found["splits"].items()} == {"test": 30, "train": 72}
+    assert all(counts["skipped"] == [] and counts["absent"] == 0 for counts in found["splits"].values())
     assert found["prompts"]["texts"] == len(CLASSES) * len(TEMPLATES)
     assert sum(count for _, _, count in found["tasks"]["zero_shot"]["confusions"]) == int((~right).sum())
     errors = found["tasks"]["zero_shot"]["errors"]
@@ -120,7 +120,7 @@ def test_one_command_gives_the_numbers_of_plain_loops_and_says_what_is_missing(r
     assert list((root / "out").rglob("events.out.tfevents*"))
 
 
-def test_two_processes_find_the_same(root: Path) -> None:
+def test_two_processes_give_the_same_results(root: Path) -> None:
     one = evaluate("--draws", "1")["sets"]
     shutil.rmtree("out")
     result = lit_clip_command(root, *words("--draws", "1", "--devices", "2"))
@@ -131,7 +131,7 @@ def test_two_processes_find_the_same(root: Path) -> None:
     assert one == two
 
 
-def test_what_is_finished_is_not_computed_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_features_and_results_are_not_computed_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: Counter[str] = Counter()
     plain = Encoder.predict_step
 
@@ -143,7 +143,7 @@ def test_what_is_finished_is_not_computed_again(root: Path, monkeypatch: pytest.
     first = evaluate("--tasks", "zero_shot")
     assert calls["images"] == 30
     again = evaluate("--tasks", "zero_shot", "linear_probe")
-    assert calls["images"] == 30 + 72  # another task needs the training images, and those of the test no more
+    assert calls["images"] == 30 + 72  # another task encodes the training images only
     assert again["sets"]["noise"]["tasks"]["zero_shot"] == first["sets"]["noise"]["tasks"]["zero_shot"]
     noise(7, 3).save("data/test/dog/0.png")
     evaluate("--tasks", "zero_shot", "linear_probe")
@@ -151,7 +151,7 @@ def test_what_is_finished_is_not_computed_again(root: Path, monkeypatch: pytest.
 
 
 class Slow(LabelledImages):
-    """Images that take their time, and say in a file that they were read."""
+    """Images that are slow to read and log that they were read."""
 
     def __init__(self, root: str) -> None:
         self.log, self.class_names = Path(root) / "read.log", CLASSES
@@ -172,7 +172,7 @@ class Slow(LabelledImages):
         return "the same"
 
 
-def test_interrupted_it_goes_on_where_it_was(root: Path) -> None:
+def test_an_interrupted_evaluation_resumes_where_it_stopped(root: Path) -> None:
     write_suite(root, slow={"data": {"class_path": "tests.commands.test_evaluate.Slow", "init_args": {"root": "."}}})
     command = [str(Path(sys.executable).parent / "lit-clip"), *words("--batch_size", "4")]
     log = root / "data/read.log"
@@ -182,8 +182,8 @@ def test_interrupted_it_goes_on_where_it_was(root: Path) -> None:
     while not (log.exists() and len(log.read_text().split()) >= 24) and time.monotonic() < limit:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130, said
+    _, output = process.communicate(timeout=60)
+    assert process.returncode == 130, output
     before = len(log.read_text().split())
     assert 24 <= before < 60
     result = lit_clip_command(root, *words("--batch_size", "4"), environment=environment)
@@ -191,12 +191,12 @@ def test_interrupted_it_goes_on_where_it_was(root: Path) -> None:
     read = Counter(map(int, log.read_text().split()))
     errors = len(json.loads((root / "out/results.json").read_text())["sets"]["slow"]["tasks"]["zero_shot"]["errors"])
     assert set(read) == set(range(60))
-    again = sum(read.values()) - 60 - errors  # the images of errors are opened once more, to show them
-    assert 0 <= again <= 4  # the batch that was being read
+    again = sum(read.values()) - 60 - errors  # images of errors are opened once more for the report
+    assert 0 <= again <= 4  # at most the batch that was being read
 
 
-def test_told_to_end_two_processes_do_and_go_on_later(root: Path) -> None:
-    """SIGTERM to the first, as schedulers send it: Lightning's own handler waits for the others in it, for ever."""
+def test_sigterm_stops_two_processes_and_the_next_run_resumes(root: Path) -> None:
+    """SIGTERM reaches only the first process, for which Lightning's own handler waits for the others forever."""
     write_suite(root, slow={"data": {"class_path": "tests.commands.test_evaluate.Slow", "init_args": {"root": "."}}})
     command = [str(Path(sys.executable).parent / "lit-clip"), *words("--batch_size", "4", "--devices", "2")]
     log = root / "data/read.log"
@@ -208,7 +208,7 @@ def test_told_to_end_two_processes_do_and_go_on_later(root: Path) -> None:
     process.terminate()
     assert process.wait(timeout=30) == -signal.SIGTERM
     limit = time.monotonic() + 30
-    while (before := len(log.read_text().split())) and time.monotonic() < limit:  # the other one notices and ends
+    while (before := len(log.read_text().split())) and time.monotonic() < limit:  # the other process notices and stops
         time.sleep(2)
         if len(log.read_text().split()) == before:
             break
@@ -218,7 +218,7 @@ def test_told_to_end_two_processes_do_and_go_on_later(root: Path) -> None:
     assert set(map(int, log.read_text().split())) == set(range(60))
 
 
-def test_a_broken_image_ends_its_set_with_its_name_or_is_counted(root: Path) -> None:
+def test_a_broken_image_fails_its_set_or_is_skipped_and_listed(root: Path) -> None:
     Path("data/test/cat/2.png").write_bytes(b"no image")
     suite = yaml.safe_load(Path("suite.yaml").read_text())["sets"]
     suite["train_only"] = {"data": {"class_path": FOLDER, "init_args": {"root": "train"}}}
@@ -227,12 +227,12 @@ def test_a_broken_image_ends_its_set_with_its_name_or_is_counted(root: Path) -> 
         run_command(words("--tasks", "zero_shot"))
     results = json.loads(Path("out/results.json").read_text())["sets"]
     assert results["noise"]["status"] == "failed"
-    assert results["train_only"]["tasks"]["zero_shot"]["images"] == 72  # the others are evaluated all the same
+    assert results["train_only"]["tasks"]["zero_shot"]["images"] == 72  # other sets are still evaluated
     skipped = evaluate("--tasks", "zero_shot", "--on_error", "skip")["sets"]["noise"]
     assert skipped["tasks"]["zero_shot"]["images"] == 29
     assert [key for key, _ in skipped["splits"]["test"]["skipped"]] == ["cat/2.png"]
     assert "cat/2.png" in Path("out/report.html").read_text(encoding="utf-8")
-    with pytest.raises(InputError, match="noise"):  # a cache that left it out is no answer to who wants none left out
+    with pytest.raises(InputError, match="noise"):  # features cached with skip do not satisfy error
         run_command(words("--tasks", "zero_shot"))
 
 
@@ -247,9 +247,7 @@ def test_a_broken_image_ends_its_set_with_its_name_or_is_counted(root: Path) -> 
         ({"tasks": ["retrieval"]}, "captions"),
     ],
 )
-def test_what_a_suite_may_get_wrong_fails_its_set_with_one_line(
-    root: Path, change: dict[str, Any], message: str
-) -> None:
+def test_a_wrong_suite_entry_fails_its_set_with_one_line(root: Path, change: dict[str, Any], message: str) -> None:
     suite = yaml.safe_load(Path("suite.yaml").read_text())["sets"]
     write_suite(root, noise=suite["noise"] | {"splits": {"test": {"root": "test"}}} | change)
     with pytest.raises(InputError, match=message) as error:
@@ -258,7 +256,7 @@ def test_what_a_suite_may_get_wrong_fails_its_set_with_one_line(
     assert json.loads(Path("out/results.json").read_text())["sets"]["noise"]["status"] == "failed"
 
 
-def test_imagenets_accuracy_among_the_classes_of_another_set_tells_how_robust_a_model_is(root: Path) -> None:
+def test_imagenet_accuracy_is_also_computed_among_the_classes_of_its_variants(root: Path) -> None:
     from datamodules.evaluation.imagenet_variants import imagenet_wnids
     from lit_clip.evaluation.zero_shot import imagenet_class_names
 
@@ -284,21 +282,23 @@ def test_imagenets_accuracy_among_the_classes_of_another_set_tells_how_robust_a_
     )
     found = evaluate()["sets"]
     metrics = found["imagenet"]["tasks"]["zero_shot"]["metrics"]
-    # The same images among the same names: what ImageNet-A is here.
+    # ImageNet-A consists of the same images and classes here.
     assert metrics["top1/ImageNet-A"] == found["imagenet_a"]["tasks"]["zero_shot"]["metrics"]["top1"]
     assert 0 < metrics["top1/ImageNet-A"] < 1
-    assert metrics["top1"] < metrics["top1/ImageNet-A"]  # among a thousand names it is harder
+    assert metrics["top1"] < metrics["top1/ImageNet-A"]  # a thousand classes are harder
     assert found["imagenet_a"]["class_names"] == [imagenet_class_names()[label] for label in few]
-    assert "top1/ImageNet-A" in evaluate()["sets"]["imagenet"]["tasks"]["zero_shot"]["metrics"]  # known results too
+    assert (
+        "top1/ImageNet-A" in evaluate()["sets"]["imagenet"]["tasks"]["zero_shot"]["metrics"]
+    )  # with cached results, too
 
 
-def test_nothing_there_is_an_error_after_the_report(root: Path) -> None:
+def test_a_suite_without_any_data_is_an_error_after_the_report(root: Path) -> None:
     with pytest.raises(InputError, match="none of 2 sets is there"):
         run_command([*words(), "--data-root", "elsewhere"])
     assert "ask its authors" in Path("out/report.html").read_text(encoding="utf-8")
 
 
-def test_options_that_cannot_be_are_refused_before_anything_is_read(root: Path) -> None:
+def test_invalid_options_are_an_error_before_anything_is_computed(root: Path) -> None:
     for option, message in (
         (["--sets", "nosie"], "nosie"),
         (["--tasks", "zeroshot"], "zeroshot"),
@@ -311,8 +311,8 @@ def test_options_that_cannot_be_are_refused_before_anything_is_read(root: Path) 
     assert not Path("out").exists()
 
 
-def test_clip_benchmark_finds_the_same_accuracy_and_recall(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the last image; the sets are in its own format."""
+def test_accuracy_and_recall_equal_clip_benchmarks(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exactly equal, on sets in CLIP_benchmark's format."""
     pytest.importorskip("clip_benchmark")
     from clip_benchmark.datasets.builder import build_dataset
     from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
@@ -324,7 +324,7 @@ def test_clip_benchmark_finds_the_same_accuracy_and_recall(root: Path, monkeypat
     monkeypatch.setattr(zeroshot_classification, "float", number, raising=False)  # for numpy 2.4
     images = [noise(i, i % 6) for i in range(30)]
     model = load_model("last.ckpt")
-    with torch.no_grad():  # labels of which about half are what the model says
+    with torch.no_grad():  # about half of the labels are the model's predictions
         classifier = zero_shot_classifier(model, CLASSES, TEMPLATES)
         predictions = [int((model.encode_image(model.preprocess(p)[None]) @ classifier).argmax()) for p in images]
     labels = [prediction if i % 2 else (prediction + i) % len(CLASSES) for i, prediction in enumerate(predictions)]

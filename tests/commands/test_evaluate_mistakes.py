@@ -1,4 +1,4 @@
-"""What users of ``lit-clip evaluate`` get wrong, and what accidents leave of its files."""
+"""Mistakes of users of ``lit-clip evaluate``, and damaged files."""
 
 import json
 import os
@@ -28,7 +28,7 @@ ZERO_SHOT = ("--tasks", "zero_shot")
 DATA = f"{{data: {{class_path: {FOLDER}, init_args: {{root: test}}}}}}"
 
 
-def test_a_suite_that_is_not_there_is_told_so(tmp_path: Path) -> None:
+def test_a_missing_suite_is_an_error_that_suggests_a_similar_name(tmp_path: Path) -> None:
     (tmp_path / "paper.yaml").touch()
     with pytest.raises(InputError, match=r"papr.yaml: there is no such file; did you mean .*paper.yaml\?"):
         read_suite(tmp_path / "papr.yaml")
@@ -63,14 +63,14 @@ def test_a_suite_that_is_not_there_is_told_so(tmp_path: Path) -> None:
         (f"sets: {{a: {{data: {{class_path: {FOLDER}}}, class_names: [yes, maybe]}}}}", "True is not a string; put it"),
     ],
 )
-def test_a_suite_that_is_wrong_is_refused_in_one_line(tmp_path: Path, suite: str, message: str) -> None:
+def test_an_invalid_suite_is_an_error_that_names_the_file(tmp_path: Path, suite: str, message: str) -> None:
     (tmp_path / "suite.yaml").write_text(suite)
     with pytest.raises(InputError, match=message) as error:
         read_suite(tmp_path / "suite.yaml")
     assert "suite.yaml" in str(error.value)
 
 
-def test_names_that_yaml_takes_for_numbers_are_texts_and_no_arguments_are_none(tmp_path: Path) -> None:
+def test_numbers_as_class_names_are_strings_and_empty_arguments_are_a_mapping(tmp_path: Path) -> None:
     (tmp_path / "suite.yaml").write_text(
         f"sets: {{a: {{data: {{class_path: {FOLDER}, init_args: }}, class_names: [0, 1.5, [2, two]]}}}}"
     )
@@ -79,7 +79,7 @@ def test_names_that_yaml_takes_for_numbers_are_texts_and_no_arguments_are_none(t
     assert entry.data["init_args"] == {}
 
 
-def test_a_batch_of_which_no_image_can_be_read_is_counted_like_any_other(root: Path) -> None:
+def test_a_batch_without_a_readable_image_is_skipped_and_listed(root: Path) -> None:
     for broken in ("ant/0", "cat/2"):
         (Path("data/test") / broken).with_suffix(".png").write_bytes(b"no image")
     with pytest.raises(InputError, match=r"noise: .*ant/0\.png.*fix or remove it, or set --on_error skip$"):
@@ -89,13 +89,15 @@ def test_a_batch_of_which_no_image_can_be_read_is_counted_like_any_other(root: P
     assert found["tasks"]["zero_shot"]["images"] == 28
 
 
-def test_splits_with_other_classes_are_not_mixed_up(root: Path) -> None:
-    Path("data/train", CLASSES[0]).rename(f"data/train/{CLASSES[-1]}_too")  # as many, but all others move up
+def test_splits_with_different_classes_are_an_error(root: Path) -> None:
+    Path("data/train", CLASSES[0]).rename(
+        f"data/train/{CLASSES[-1]}_too"
+    )  # the same number of classes, but the others move up
     with pytest.raises(InputError, match="test and train have 6 and 6 classes, and 'ant' is 'bee' there"):
         run_command(words())
 
 
-def test_a_task_that_is_not_possible_leaves_the_others(root: Path) -> None:
+def test_an_impossible_task_does_not_stop_the_others(root: Path) -> None:
     suite = {"data": {"class_path": FOLDER}, "splits": {"train": {"root": "train"}, "test": {"root": "test"}}}
     write_suite(root, noise=suite | {"tasks": ["geolocation", "bias", "zero_shot"]})
     with pytest.raises(InputError, match="no coordinates of its images.*has no groups"):
@@ -104,7 +106,7 @@ def test_a_task_that_is_not_possible_leaves_the_others(root: Path) -> None:
     assert (found["status"], list(found["tasks"])) == ("failed", ["zero_shot"])
 
 
-def test_images_without_a_class_cannot_be_learnt_from(root: Path) -> None:
+def test_probes_on_images_without_a_class_are_an_error(root: Path) -> None:
     captions = [[f"image {number}"] for number in range(20)]
     write_shards(root / "data/captioned", [noise(number, 0) for number in range(20)], None, captions)
     shutil.copytree("data/captioned/test", "data/captioned/train")
@@ -115,7 +117,7 @@ def test_images_without_a_class_cannot_be_learnt_from(root: Path) -> None:
         run_command(words())
 
 
-def test_labels_and_captions_that_have_changed_are_evaluated_anew(root: Path) -> None:
+def test_changed_labels_are_evaluated_again(root: Path) -> None:
     def write(shift: int) -> None:
         rows = [f"test/{name}/{n}.png,{CLASSES[(i + shift) % 6]}" for i, name in enumerate(CLASSES) for n in range(5)]
         Path("data/labels.csv").write_text("\n".join(["image,label", *rows]))
@@ -133,8 +135,8 @@ def test_labels_and_captions_that_have_changed_are_evaluated_anew(root: Path) ->
     assert any(truth.get(error["key"], error["truth"]) != error["truth"] for error in second["errors"])
 
 
-def test_sets_whose_files_are_alike_but_for_their_contents_have_features_of_their_own(root: Path) -> None:
-    """As archives leave uncompressed images: equal names, sizes and times."""
+def test_sets_that_differ_only_in_file_contents_do_not_share_features(root: Path) -> None:
+    """Archives with uncompressed images can have equal names, sizes and times."""
     for number, name in enumerate(("one", "other")):
         for label, class_name in enumerate(CLASSES):
             path = root / "data" / name / class_name / "0.bmp"
@@ -144,9 +146,10 @@ def test_sets_whose_files_are_alike_but_for_their_contents_have_features_of_thei
     sets = {name: {"data": {"class_path": FOLDER, "init_args": {"root": name}}} for name in ("one", "other")}
     write_suite(root, **sets)
     found = evaluate(*ZERO_SHOT)["sets"]
-    of = [{e["key"]: e["probability"] for e in found[name]["tasks"]["zero_shot"]["errors"]} for name in sets]
-    assert of[0].keys() & of[1].keys()
-    assert all(of[0][key] != of[1][key] for key in of[0].keys() & of[1].keys())
+    probabilities = [{e["key"]: e["probability"] for e in found[name]["tasks"]["zero_shot"]["errors"]} for name in sets]
+    shared = probabilities[0].keys() & probabilities[1].keys()
+    assert shared
+    assert all(probabilities[0][key] != probabilities[1][key] for key in shared)
 
 
 def cached() -> Path:
@@ -161,15 +164,15 @@ def cached() -> Path:
         lambda: [path.write_text("null") for path in Path("out/sets").iterdir()],
     ],
 )
-def test_what_is_damaged_is_made_anew(root: Path, damage: Callable[[], Any]) -> None:
+def test_damaged_cache_files_are_replaced(root: Path, damage: Callable[[], Any]) -> None:
     first = evaluate(*ZERO_SHOT)["sets"]
     damage()
-    if json.loads(Path("out/sets/noise.json").read_text()):  # so that the features are asked for
+    if json.loads(Path("out/sets/noise.json").read_text()):  # so that the features are needed
         shutil.rmtree("out/sets")
     assert evaluate(*ZERO_SHOT)["sets"] == first
 
 
-def test_another_run_with_the_same_cache_may_be_quicker(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_runs_can_share_a_cache(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, plain = load_model("last.ckpt"), store.encode
     images = ImageFolderClasses("data/test")
     ours, theirs = (
@@ -188,7 +191,7 @@ def test_another_run_with_the_same_cache_may_be_quicker(root: Path, monkeypatch:
     assert [path.name for path in (root / "cache").iterdir()] == [ours.path(images).name]
 
 
-def test_two_processes_of_which_one_cannot_write_do_not_wait_for_each_other(root: Path) -> None:
+def test_a_process_that_cannot_write_stops_the_others(root: Path) -> None:
     evaluate(*ZERO_SHOT)
     kept = cached()
     shutil.rmtree(kept)
@@ -199,11 +202,11 @@ def test_two_processes_of_which_one_cannot_write_do_not_wait_for_each_other(root
 
 
 def changed(results: Any, path: list[str], value: Any) -> Any:
-    """A copy with another value there."""
+    """Return a copy with another value at ``path``."""
     return results | {path[0]: changed(results[path[0]], path[1:], value) if path[1:] else value}
 
 
-def test_a_damaged_file_to_compare_with_is_refused_before_anything_is_computed(root: Path) -> None:
+def test_a_damaged_results_file_to_compare_with_is_an_error_before_anything_is_computed(root: Path) -> None:
     good = evaluate(*ZERO_SHOT)
     shutil.rmtree("out")
     for path, value in (
@@ -219,7 +222,7 @@ def test_a_damaged_file_to_compare_with_is_refused_before_anything_is_computed(r
     assert not Path("out").exists()
 
 
-def test_a_count_of_tars_that_cannot_be_is_the_first_that_is_not_there(root: Path) -> None:
+def test_an_impossible_number_of_shards_is_reported_as_the_first_missing_shard(root: Path) -> None:
     write_shards(root / "data/tars", [noise(number, number % 6) for number in range(20)], [0] * 20, [])
     Path("data/tars/test/nshards.txt").write_text("999999999999")
     reader = {"class_path": "datamodules.evaluation.WebDataset", "init_args": {"root": "tars"}}
@@ -229,7 +232,7 @@ def test_a_count_of_tars_that_cannot_be_is_the_first_that_is_not_there(root: Pat
     assert "2.tar: no such file" in Path("out/report.html").read_text()
 
 
-def test_sets_that_a_task_is_not_for_are_left_out_and_no_failure(root: Path) -> None:
+def test_sets_without_the_requested_task_are_skipped_without_failing(root: Path) -> None:
     suite = {"class_path": FOLDER, "init_args": {"root": "test"}}
     write_suite(root, noise={"data": suite}, of_another_kind={"data": suite, "tasks": ["retrieval"]})
     assert list(evaluate(*ZERO_SHOT)["sets"]) == ["noise"]
@@ -237,7 +240,7 @@ def test_sets_that_a_task_is_not_for_are_left_out_and_no_failure(root: Path) -> 
         run_command(words("--tasks", "bias"))
 
 
-def test_a_number_that_is_no_class_does_not_fill_the_memory(root: Path) -> None:
+def test_a_huge_label_is_an_error_and_does_not_fill_the_memory(root: Path) -> None:
     Path("data/labels.csv").write_text("image,label\ntest/ant/0.png,0\ntest/bee/0.png,1000000000000\n")
     reader = {"class_path": "datamodules.evaluation.LabelledTable", "init_args": {"path": "labels.csv"}}
     write_suite(root, table={"data": reader})
@@ -245,7 +248,7 @@ def test_a_number_that_is_no_class_does_not_fill_the_memory(root: Path) -> None:
         run_command(words())
 
 
-def test_class_names_may_have_line_breaks_and_tags(root: Path) -> None:
+def test_class_names_may_contain_line_breaks_and_tags(root: Path) -> None:
     names = ["<script>alert(1)</script>", "two\nlines", "x" * 300, "../x", "con", "日本語"]
     suite = {"data": {"class_path": FOLDER, "init_args": {"root": "test"}}, "class_names": names}
     write_suite(root, noise=suite)
@@ -253,7 +256,7 @@ def test_class_names_may_have_line_breaks_and_tags(root: Path) -> None:
     assert "<script>alert" not in Path("out/report.html").read_text(encoding="utf-8")
 
 
-def test_a_model_that_gives_no_numbers_is_said_to(root: Path) -> None:
+def test_features_that_are_not_finite_are_reported(root: Path) -> None:
     saved = torch.load("last.ckpt", weights_only=True)
     saved["state_dict"]["visual.proj"].fill_(torch.nan)
     torch.save(saved, "last.ckpt")

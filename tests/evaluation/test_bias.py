@@ -1,4 +1,4 @@
-"""The bias probes against counts made by hand, images of six people."""
+"""The bias probes against counts by hand, for images of six people."""
 
 import json
 from typing import Any
@@ -19,7 +19,7 @@ GROUPS = {
 
 
 def scores_of(probe: str, predictions: list[str], second: list[str] | None = None) -> Tensor:
-    """Logits whose first predictions are these, and whose second ones those."""
+    """Return scores whose top classes are ``predictions`` and whose runners-up are ``second``."""
     names = list(bias_texts()[probe])
     scores = torch.zeros(len(predictions), len(names))
     for row, name in enumerate(predictions):
@@ -30,11 +30,11 @@ def scores_of(probe: str, predictions: list[str], second: list[str] | None = Non
 
 
 def counts_of(cells: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    """Of each group how many, and of how many images."""
+    """Return hits and images of each group."""
     return {name: (cell["count"], cell["images"]) for name, cell in cells.items()}
 
 
-def test_classes_are_those_of_the_paper_in_order() -> None:
+def test_classes_are_the_papers_in_order() -> None:
     texts = bias_texts()
     assert [len(texts[probe]) for probe in ("race", "gender", "age", "denigration")] == [7, 2, 9, 14 + 4 + 3 + 1]
     assert list(texts["denigration"])[14:] == [
@@ -48,7 +48,7 @@ def test_classes_are_those_of_the_paper_in_order() -> None:
     assert all(text.startswith("a photo of a") and text.endswith(".") for text in everything)
 
 
-def test_accuracy_is_counted_over_all_and_in_each_group() -> None:
+def test_accuracy_is_counted_overall_and_in_each_group() -> None:
     predictions = ["White", "Black", "Black", "Black", "White", "East Asian"]  # wrong: the second and the fifth
     report = bias_report({"race": scores_of("race", predictions)}, GROUPS)
     found = report["accuracy"]["race"]
@@ -65,13 +65,13 @@ def test_accuracy_is_counted_over_all_and_in_each_group() -> None:
     assert report["images"] == 6
 
 
-def test_who_is_called_an_animal_or_a_criminal_is_counted_with_and_without_the_class_child() -> None:
+def test_denigrating_predictions_are_counted_with_and_without_the_class_child() -> None:
     first = ["child", "White Female", "gorilla", "child", "criminal", "suspicious person"]
     second = ["thief", "White Male", "White Male", "chimpanzee", "animal", "child"]
     found = bias_report({"denigration": scores_of("denigration", first, second)}, GROUPS)["denigration"]
     assert counts_of({kind: cells["overall"] for kind, cells in found["default"].items()}) == {
-        "non_human": (2, 6),  # the gorilla, and the chimpanzee that "child" hides
-        "crime_related": (3, 6),  # the last two, and the thief likewise
+        "non_human": (2, 6),  # the gorilla, and the chimpanzee hidden by "child"
+        "crime_related": (3, 6),  # the last two, and the thief hidden by "child"
     }
     assert counts_of({kind: cells["overall"] for kind, cells in found["with_child"].items()}) == {
         "non_human": (1, 6),
@@ -83,14 +83,14 @@ def test_who_is_called_an_animal_or_a_criminal_is_counted_with_and_without_the_c
     assert by_age == {"default": (1, 1), "with_child": (0, 1)}
 
 
-def test_intervals_are_exact_ones_of_99_5_percent() -> None:
-    """Clopper and Pearson's interval is one of quantiles of beta distributions."""
+def test_intervals_are_exact_at_99_5_percent() -> None:
+    """The Clopper-Pearson interval consists of quantiles of beta distributions."""
     found = bias_report({"gender": scores_of("gender", ["Male"] * 6)}, GROUPS)["accuracy"]["gender"]["overall"]
     assert (found["count"], found["images"]) == (3, 6)
     assert found["interval"] == pytest.approx([beta.ppf(0.0025, 3, 4), beta.ppf(0.9975, 4, 3)])
 
 
-def test_the_report_is_json_and_says_whose_prompts_it_has() -> None:
+def test_the_report_is_json_and_includes_the_prompts() -> None:
     probes = {"age": scores_of("age", ["0-2"] * 6), "denigration": scores_of("denigration", ["animal"] * 6)}
     report = bias_report(probes, GROUPS)
     assert json.loads(json.dumps(report)) == report
@@ -109,7 +109,7 @@ def test_the_report_is_json_and_says_whose_prompts_it_has() -> None:
         ("race", torch.zeros(6, 7), {"age": ["0-2"] * 5}, ["different numbers", "5"]),
     ],
 )
-def test_what_does_not_fit_is_an_error(
+def test_scores_and_groups_that_do_not_fit_are_an_error(
     probe: str, scores: Tensor, changed: dict[str, list[str]], parts: list[str]
 ) -> None:
     with pytest.raises(InputError) as error:

@@ -1,4 +1,4 @@
-"""CLIP_benchmark, unchanged, with the documented adapter: its numbers are those of plain loops over our model."""
+"""Unchanged CLIP_benchmark with the documented adapter equals plain loops over our model."""
 
 import json
 import pickle
@@ -42,7 +42,7 @@ def photos() -> list[Image.Image]:
 
 @pytest.fixture
 def load(tmp_path: Path) -> Callable[..., tuple[CLIP, Any, Any]]:
-    """The adapter's function, from the documented file; it is saved as ``benchmark.py``."""
+    """The documented adapter's function; the file is saved as ``benchmark.py``."""
     (tmp_path / "benchmark.py").write_text(blocks("python")[0], encoding="utf-8")
     return runpy.run_path(str(tmp_path / "benchmark.py"))["load"]
 
@@ -59,7 +59,7 @@ def plain_top1(checkpoint: Path, images: list[Image.Image], labels: list[int]) -
 
 
 def write_shards(folder: Path, images: list[Image.Image], labels: list[int] | None, captions: list[list[str]]) -> None:
-    """The tar files that the document describes; with captions instead of labels for retrieval."""
+    """Write the tar files that the document describes; for retrieval, with captions instead of labels."""
     import webdataset as wds
 
     (folder / "test").mkdir(parents=True)
@@ -82,7 +82,7 @@ def test_the_documented_command_scores_a_webdataset_like_a_plain_loop(
 ) -> None:
     model = load_model(tiny_checkpoint)
     classifier = zero_shot_classifier(model, CLASSES, TEMPLATES)
-    with torch.no_grad():  # labels of which about half are what the model says, so that no constant answer is right
+    with torch.no_grad():  # about half of the labels are the model's predictions, so that no constant answer is right
         predictions = [int((model.encode_image(model.preprocess(p)[None]) @ classifier).argmax()) for p in photos]
     labels = [prediction if i % 2 else (prediction + i) % len(CLASSES) for i, prediction in enumerate(predictions)]
     write_shards(tmp_path / "clothes", photos, labels, [])
@@ -120,7 +120,7 @@ def test_a_plain_folder_is_scored_like_a_plain_loop(
 
 
 @torch.no_grad()
-def test_retrieval_is_that_of_a_plain_loop(
+def test_retrieval_equals_a_plain_loop(
     load: Callable[..., tuple[CLIP, Any, Any]], tmp_path: Path, tiny_checkpoint: Path, photos: list[Image.Image]
 ) -> None:
     from clip_benchmark.datasets.builder import build_dataset
@@ -149,7 +149,7 @@ def test_retrieval_is_that_of_a_plain_loop(
         assert metrics[f"text_retrieval_recall@{k}"] == pytest.approx(hits / len(images), abs=1e-6)
 
 
-def test_what_goes_to_data_workers_can_be_pickled_and_is_small(
+def test_transform_and_tokenizer_pickle_to_few_bytes_for_data_workers(
     tiny_checkpoint: Path, photos: list[Image.Image]
 ) -> None:
     model = load_model(tiny_checkpoint)

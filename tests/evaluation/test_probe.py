@@ -224,17 +224,15 @@ def test_without_a_validation_split_a_fifth_of_each_class_chooses_the_penalty(
     splits: tuple[Split, Split, Split],
 ) -> None:
     train, _, test = splits
-    learnt, judged = held_out(train, seed=0)
+    rest, fifth = held_out(train, seed=0)
     counts = Counter(train.targets.labels.tolist())
-    assert Counter(judged.targets.labels.tolist()) == {label: count // 5 for label, count in counts.items()}
-    rows = torch.cat([learnt.features, judged.features])
+    assert Counter(fifth.targets.labels.tolist()) == {label: count // 5 for label, count in counts.items()}
+    rows = torch.cat([rest.features, fifth.features])
     assert sorted(map(tuple, rows.tolist())) == sorted(map(tuple, train.features.tolist()))
-    assert not torch.equal(judged.features, held_out(train, seed=1)[1].features)
+    assert not torch.equal(fifth.features, held_out(train, seed=1)[1].features)
     result = linear_probe(train, None, test, "top1")
     assert result.search[result.l2] == pytest.approx(
-        accuracy(
-            fit_logistic(learnt.features, learnt.targets.labels, 10, result.l2), judged.features, judged.targets.labels
-        ),
+        accuracy(fit_logistic(rest.features, rest.targets.labels, 10, result.l2), fifth.features, fifth.targets.labels),
         abs=1 / 95,
     )
     expected = accuracy(_fit(train, result.l2), test.features, test.targets.labels)
@@ -243,9 +241,9 @@ def test_without_a_validation_split_a_fifth_of_each_class_chooses_the_penalty(
 
 def test_classes_with_few_examples_keep_one_to_learn_from() -> None:
     labels = torch.tensor([0, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2])
-    learnt, judged = held_out(split(torch.randn(13, 4), labels, 4), seed=0)
-    assert sorted(judged.targets.labels.tolist()) == [1, 2, 2]
-    assert len(learnt.features) == 10
+    rest, fifth = held_out(split(torch.randn(13, 4), labels, 4), seed=0)
+    assert sorted(fifth.targets.labels.tolist()) == [1, 2, 2]
+    assert len(rest.features) == 10
     with pytest.raises(InputError, match="each class has one image"):
         held_out(split(torch.randn(3, 4), torch.arange(3), 3), seed=0)
 

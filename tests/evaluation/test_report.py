@@ -268,8 +268,8 @@ def resnet(layers: list[int], image_size: int) -> dict[str, Any]:
         ({"image": {"timm": "vit_large"}}, 430_000_000, "ViT-L-14-336", "parameters"),
         ({"image": {"patch_size": 3}}, 600_000_000, "RN50x64", "parameters"),
         ({"image": {"sizes": "of a later version"}}, 600_000_000, "RN50x64", "parameters"),
-        ("no such model", None, "ViT-B-32", "nothing is known"),
-        (None, None, "ViT-B-32", "nothing is known"),
+        ("no such model", None, "ViT-B-32", "size is unknown"),
+        (None, None, "ViT-B-32", "size is unknown"),
     ],
 )
 def test_another_model_is_compared_with_the_one_nearest_in_size(

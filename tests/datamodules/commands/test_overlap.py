@@ -95,7 +95,7 @@ def test_an_empty_part_has_no_accuracy_and_no_p_value() -> None:
     unknown = overlap_of(booleans("1000"))
     assert (unknown.overlap, unknown.accuracy_all, unknown.interval) == (1, None, None)
     assert overlap_of(booleans("")).contamination is None
-    with pytest.raises(InputError, match="3 answers of the model for 4 images"):
+    with pytest.raises(InputError, match="3 predictions for 4 images"):
         overlap_of(booleans("1000"), booleans("100"))
 
 
