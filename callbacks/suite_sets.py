@@ -19,36 +19,36 @@ Fold = dict[str, ImageSet]
 
 
 def chosen_entries(
-    suite: str | Sequence[str] | None, only: Sequence[str] | None, task: Task, who: str
+    suite: str | Sequence[str] | None, only: Sequence[str] | None, task: Task, callback: str
 ) -> dict[str, SuiteEntry]:
-    """The entries of a suite that a callback evaluates.
+    """Return the entries of a suite that a callback evaluates.
 
     Args:
-        suite: one YAML file or several; None: nothing.
-        only: some of the sets; None: all that the task is possible with.
-        task: what is done with them.
-        who: the callback.
+        suite: one YAML file or several; None: no entries.
+        only: names of sets; None: all that the task is possible with.
+        task: of the callback.
+        callback: its name, for messages.
 
     Raises:
-        InputError: a suite that is wrong, a name that is not in it, or a set of another kind.
+        InputError: the suite is wrong, a set is not in it, or the task is not possible with a set.
     """
     if suite is None:
-        require(not only, f"{who}.only: names sets of a suite; give suite")
+        require(not only, f"{callback}.only: needs a suite; give suite")
         return {}
     entries = read_suite([suite] if isinstance(suite, str) else list(suite))
     for name in only or ():
-        require(name in entries, f"{who}.only: no {name!r} in the suite; there are {', '.join(entries)}")
-        require(task in (entries[name].tasks or ()), f"{who}.only: {name} is not a set for {task}; leave it out")
+        require(name in entries, f"{callback}.only: no {name!r} in the suite; there are {', '.join(entries)}")
+        require(task in (entries[name].tasks or ()), f"{callback}.only: {name} is not a set for {task}; remove it")
     return {
         name: entry for name, entry in entries.items() if task in (entry.tasks or ()) and (only is None or name in only)
     }
 
 
 def open_folds(entry: SuiteEntry, splits: Sequence[str], data_root: Path) -> list[Fold]:
-    """Some splits of every fold; of these, ``val`` may not be one of the set's.
+    """Open some splits of every fold; splits that the set does not have are skipped.
 
     Raises:
-        MissingData: a split is not there; on all ranks, if on any.
+        MissingData: on all ranks, if the data of a split are missing on any.
     """
     folds: list[Fold] = []
     missing: list[str] = []
@@ -63,14 +63,16 @@ def open_folds(entry: SuiteEntry, splits: Sequence[str], data_root: Path) -> lis
     return folds
 
 
-def open_sets(entries: dict[str, SuiteEntry], splits: Sequence[str], data_root: str, who: str) -> dict[str, list[Fold]]:
-    """The sets that are there; a warning names the others."""
+def open_sets(
+    entries: dict[str, SuiteEntry], splits: Sequence[str], data_root: str, callback: str
+) -> dict[str, list[Fold]]:
+    """Open the sets that are on the disk; warn about the others."""
     opened: dict[str, list[Fold]] = {}
     for name, entry in entries.items():
         try:
             opened[name] = open_folds(entry, splits, Path(data_root))
         except MissingData as error:
-            rank_zero_warn(f"{who}: {name} is left out: {error}")
+            rank_zero_warn(f"{callback}: {name} is skipped: {error}")
             continue
         with named(name):
             for fold in opened[name]:
@@ -80,7 +82,7 @@ def open_sets(entries: dict[str, SuiteEntry], splits: Sequence[str], data_root: 
 
 @contextmanager
 def named(name: str) -> Iterator[None]:
-    """Errors say which set they are about."""
+    """Prefix errors with the name of a set."""
     try:
         yield
     except InputError as error:
@@ -90,24 +92,24 @@ def named(name: str) -> Iterator[None]:
 def check_folds(
     folds: Sequence[Mapping[str, ImageSet]], metric: Metric, classes: int | None, on_error: OnError
 ) -> None:
-    """Raise :class:`InputError` for what would otherwise end a run after its first epoch, hours later.
+    """Raise :class:`InputError` for problems that would otherwise end a run after its first epoch, hours later.
 
     Args:
-        folds: each with its test split.
-        metric: which must be defined on that.
-        classes: how many names are in use.
-        on_error: whether images that can be seen to be broken are an error.
+        folds: each with a test split.
+        metric: has to be defined on that split.
+        classes: number of class names.
+        on_error: whether images that are seen to be broken without decoding are an error.
     """
     for fold in folds:
         for images in fold.values():
             require(len(images) > 0, "the set is empty")
             if on_error == "error":
-                _look_at(images)
+                _check_images(images)
         known = Targets.of(fold["test"], None, classes)
         evaluate_scores(metric, torch.zeros(()).expand(len(known), known.classes), known)
 
 
-def _look_at(images: ImageSet) -> None:
+def _check_images(images: ImageSet) -> None:
     try:
         images.check()
     except InputError as error:

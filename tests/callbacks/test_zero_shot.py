@@ -220,7 +220,7 @@ def test_sets_that_are_not_there_are_named_once_and_the_others_evaluated(folder:
     elsewhere = entry(init_args={"root": "nowhere"}, how_to_get="ask their owner")
     callback = ZeroShot(suite=write_suite(folder, shades=entry(), lost=elsewhere), data_root=str(folder), examples=0)
     trainer = make_trainer(folder, [callback])
-    with pytest.warns(UserWarning, match="ZeroShot: lost is left out: .*nowhere: not there; ask their owner") as warned:
+    with pytest.warns(UserWarning, match="ZeroShot: lost is skipped: .*nowhere: not there; ask their owner") as warned:
         trainer.validate(make_module(), NoCaptions(), verbose=False)
     assert len([one for one in warned if "lost" in str(one.message)]) == 1
     with warnings.catch_warnings(record=True) as again:
@@ -258,7 +258,7 @@ def test_two_ranks_find_the_numbers_of_one(folder: Path, ranks: Callable[..., No
     ("options", "message"),
     [
         ({"only": ["shade"]}, "ZeroShot.only: no 'shade' in the suite; there are many, shades"),
-        ({"suite": None}, "ZeroShot.only: names sets of a suite; give suite"),
+        ({"suite": None}, "ZeroShot.only: needs a suite; give suite"),
         ({"suite": "no.yaml"}, "no.yaml: there is no such file"),
         ({"every_n_epochs": 0}, "ZeroShot.every_n_epochs: 0 must be at least 1"),
         ({"every_n_steps": 0}, "ZeroShot.every_n_steps: 0 must be at least 1"),
