@@ -16,7 +16,7 @@ from datamodules.open_source import open_source
 from datamodules.overlap.findings import By, SetFindings, findings_of
 from datamodules.overlap.page import percent, points, write_overlap
 from datamodules.overlap.search import NearestFound, Queries, joined, search
-from datamodules.overlap.sets import check_prompts, given, open_sets, read_results, read_thresholds, recognised
+from datamodules.overlap.sets import answers_of, check_prompts, open_sets, read_results, read_thresholds, recognised
 from lit_clip import load_model
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import ImageSet
@@ -103,7 +103,7 @@ def overlap(
         ours = queries[name]
         part = _part(found, start, start + len(ours.items))
         start += len(ours.items)
-        correct = given(each.images, ours.items, answers[name], name) if answers else recognised(clip, each, ours)
+        correct = answers_of(each.images, ours.items, answers[name], name) if answers else recognised(clip, each, ours)
         judged[name] = findings_of(each.images, ours, part, thresholds[name], by, correct)
     report = _report(judged, found, len(source), {"name": model, "fingerprint": cache.model}, train, by)
     with replacing(path.with_suffix(".json")) as temporary:

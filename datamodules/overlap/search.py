@@ -1,7 +1,6 @@
-"""Reading two sets of images for their overlap: features and looks of the one, then the nearest of the other.
+"""Search a training set for the images of evaluation sets: features and looks of these, then the nearest of those.
 
-Shapes: Q images of the evaluation set (an item may have several, the frames of a video), B images of a batch of the
-training set, D embedding dimension.
+Shapes: Q images of the evaluation sets (an item may have several: the frames of a video), D embedding dimension.
 """
 
 import io
@@ -64,12 +63,12 @@ def _rows_of_images(batch: EncoderBatch) -> list[int]:
 
 @dataclass
 class Queries:
-    """The images of an evaluation set that could be read.
+    """The readable images of an evaluation set.
 
     Attributes:
         features: float32 ``[Q, D]``, of unit length.
-        looks: of each.
-        items: int64 ``[Q]``, the item that each belongs to, rising.
+        looks: of each image.
+        items: int64 ``[Q]``, the item that each image belongs to, ascending.
         bad: the line of each item that could not be read.
     """
 
@@ -85,20 +84,20 @@ class Queries:
 
     @classmethod
     def load(cls, path: Path) -> "Queries | None":
-        """What :meth:`save` wrote; None if that is not there or not readable."""
+        """Read what :meth:`save` wrote; None if it is missing or unreadable."""
         found = _load(path, "bad", "features", "items", "bits", "colours", "plain")
         if found is None:
             return None
-        said, arrays = found
+        values, arrays = found
         looks = Looks(arrays["bits"], arrays["colours"], arrays["plain"])
-        return cls(torch.from_numpy(arrays["features"]), looks, arrays["items"], said["bad"])
+        return cls(torch.from_numpy(arrays["features"]), looks, arrays["items"], values["bad"])
 
     @classmethod
     def compute(cls, model: CLIP, images: ImageSet, batch_size: int, num_workers: int, title: str) -> "Queries":
         """Read and encode a set.
 
         Raises:
-            InputError: nothing of it can be read, or the model gives no numbers.
+            InputError: no image can be read, or features are not finite.
         """
         batches = in_batches(range(len(images)), 1 if images.several else batch_size)
         features, looks, items, bad = [torch.empty(0, model.config.embed_dim)], [], [], []
@@ -109,16 +108,14 @@ class Queries:
             looks += [note.look for note in batch.notes]
             items += _rows_of_images(batch)
             bad += [row.message for row in batch.unreadable]
-        require(bool(items), f"{title}: none of {len(images)} images can be used; {bad[0] if bad else 'it is empty'}")
+        require(bool(items), f"{title}: none of {len(images)} images can be read; {bad[0] if bad else 'it is empty'}")
         joined = torch.cat(features)
-        require(
-            bool(joined.isfinite().all()), f"{title}: the model gives features that are no numbers; its weights are"
-        )
+        require(bool(joined.isfinite().all()), f"{title}: features are not finite; check the model's weights")
         return cls(joined, Looks.of(looks), np.array(items, np.int64), bad)
 
 
 def joined(queries: Sequence[Queries]) -> Queries:
-    """Several sets as one, so that the training set is read once for all."""
+    """Join several sets, so that the training set is read once for all of them."""
     looks = [each.looks for each in queries]
     columns = (np.concatenate([getattr(look, name) for look in looks]) for name in ("bits", "colours", "plain"))
     items = np.concatenate([each.items for each in queries])
@@ -127,16 +124,16 @@ def joined(queries: Sequence[Queries]) -> Queries:
 
 @dataclass
 class NearestFound:
-    """The nearest training image of each image of an evaluation set, as far as the training set has been read.
+    """The nearest training image of each query, as far as the training set has been read.
 
     Attributes:
         nearest: by features, on the model's device.
-        names: of the nearest, how the user knows it.
-        look_rows: the first training image of the same look, int64 ``[Q]``; -1: none.
-        look_names: likewise.
-        done: training rows that have been read.
-        reasons: those that could not be read, by reason.
-        bad: the line of the first ``LISTED`` of them.
+        names: the user's names for those.
+        look_rows: the first training image with the same look, int64 ``[Q]``; -1: none.
+        look_names: the user's names for those.
+        done: number of training rows that have been read.
+        reasons: how many of them could not be read, by reason.
+        bad: messages about the first ``LISTED`` of these.
     """
 
     nearest: NearestImages
@@ -149,7 +146,7 @@ class NearestFound:
 
     @classmethod
     def nothing(cls, size: int, device: torch.device) -> "NearestFound":
-        """What is found of ``size`` images before any is read."""
+        """Return the state for ``size`` queries before any training image is read."""
         return cls(nowhere(size, device), [""] * size, np.full(size, -1), [""] * size)
 
     def add(self, queries: Tensor, index: LookIndex, batch: EncoderBatch, features: Tensor) -> None:
@@ -159,7 +156,7 @@ class NearestFound:
             names = {row: note.name for row, note in zip(batch.rows, batch.notes, strict=True)}
             for query in (after.row != self.nearest.row).nonzero()[:, 0].tolist():
                 self.names[query] = names[int(after.row[query])]
-            self.nearest = after  # after the names: an interrupted search comes to this batch again
+            self.nearest = after  # after the names: an interrupted search reads this batch again
             self._add_looks(index, batch)
         for bad in batch.unreadable:
             self.reasons[bad.reason] += 1
@@ -168,46 +165,46 @@ class NearestFound:
         self.done += len(batch.rows) + len(batch.unreadable)
 
     def _add_looks(self, index: LookIndex, batch: EncoderBatch) -> None:
-        ours, others = index.like(Looks.of([note.look for note in batch.notes]))
-        for query, other in sorted(zip(ours.tolist(), others.tolist(), strict=True)):
+        queries, images = index.like(Looks.of([note.look for note in batch.notes]))
+        for query, image in sorted(zip(queries.tolist(), images.tolist(), strict=True)):
             if self.look_rows[query] < 0:
-                self.look_names[query], self.look_rows[query] = batch.notes[other].name, batch.rows[other]
+                self.look_names[query], self.look_rows[query] = batch.notes[image].name, batch.rows[image]
 
     def save(self, path: Path) -> None:
         """Write an ``.npz`` file, whole or not at all."""
-        said = {"names": self.names, "look_names": self.look_names, "bad": self.bad}
-        said |= {"done": self.done, "reasons": dict(self.reasons)}
+        values = {"names": self.names, "look_names": self.look_names, "bad": self.bad}
+        values |= {"done": self.done, "reasons": dict(self.reasons)}
         arrays = {"similarity": self.nearest.similarity.cpu().numpy(), "row": self.nearest.row.cpu().numpy()}
-        _save(path, said, look_rows=self.look_rows, **arrays)
+        _save(path, values, look_rows=self.look_rows, **arrays)
 
     @classmethod
     def load(cls, path: Path, device: torch.device) -> "NearestFound | None":
-        """What :meth:`save` wrote; None if that is not there or not readable."""
+        """Read what :meth:`save` wrote; None if it is missing or unreadable."""
         found = _load(path, "names", "look_names", "bad", "done", "reasons", "similarity", "row", "look_rows")
         if found is None:
             return None
-        said, arrays = found
+        values, arrays = found
         nearest = NearestImages(*(torch.from_numpy(arrays[name]).to(device) for name in NearestImages._fields))
-        reasons = Counter(said["reasons"])
-        look = (arrays["look_rows"], said["look_names"])
-        return cls(nearest, said["names"], *look, said["done"], reasons, said["bad"])
+        reasons = Counter(values["reasons"])
+        look = (arrays["look_rows"], values["look_names"])
+        return cls(nearest, values["names"], *look, values["done"], reasons, values["bad"])
 
 
 def search(
     model: CLIP, queries: Queries, source: PairSource, path: Path, batch_size: int, num_workers: int
 ) -> NearestFound:
-    """Read the whole training set once, or what an interrupted search has left of it.
+    """Find each query's nearest training image in one pass, or resume an interrupted search.
 
     Args:
-        model: where it is to compute.
-        queries: of the evaluation sets.
+        model: on the device where it is to compute.
+        queries: the images of the evaluation sets.
         source: the training set.
-        path: where to keep what is found so far.
+        path: where the state of the search is kept.
         batch_size: images encoded at once.
         num_workers: processes that decode.
 
     Raises:
-        InputError: not a single training image can be read.
+        InputError: no training image can be read.
     """
     found = NearestFound.load(path, model.device) or NearestFound.nothing(len(queries.items), model.device)
     if found.done >= len(source):
@@ -232,20 +229,20 @@ def search(
     return found
 
 
-def _save(path: Path, said: dict[str, Any], **arrays: Any) -> None:
-    text = np.frombuffer(json.dumps(said).encode(), dtype=np.uint8)  # an array of str would pad them all
+def _save(path: Path, values: dict[str, Any], **arrays: Any) -> None:
+    text = np.frombuffer(json.dumps(values).encode(), dtype=np.uint8)  # an array of str would be padded
     with replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, said=text, **arrays)
+        np.savez(file, values=text, **arrays)
 
 
 def _load(path: Path, *wanted: str) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
-    """What :func:`_save` wrote; None: not there, not readable, or something is wanting."""
+    """Read what :func:`_save` wrote; None if it is missing, unreadable or incomplete."""
     import zipfile
 
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-        said = json.loads(arrays.pop("said").tobytes())
-        return (said, arrays) if said.keys() | arrays.keys() == set(wanted) else None
+        values = json.loads(arrays.pop("values").tobytes())
+        return (values, arrays) if values.keys() | arrays.keys() == set(wanted) else None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None

@@ -1,4 +1,4 @@
-"""The evaluation sets whose overlap is looked for: which, from which similarity on, and what a model makes of them."""
+"""The evaluation sets of ``lit-clip overlap``: which, with which thresholds, and what a model gets right in them."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -23,11 +23,11 @@ from lit_clip.tools.console import stderr
 
 @dataclass
 class EvaluationSet:
-    """A set that is looked into.
+    """A set to search the training data for.
 
     Attributes:
-        images: all of them.
-        entry: how its classes are named.
+        images: its images.
+        entry: the suite's entry, which names the classes.
     """
 
     images: ImageSet
@@ -37,17 +37,19 @@ class EvaluationSet:
 def open_sets(
     folders: Sequence[str], suites: Sequence[str], names: Sequence[str] | None, data_root: Path, templates: list[str]
 ) -> dict[str, EvaluationSet]:
-    """The sets by name; those of a suite that are not on the disk are left out, and said to be, unless named.
+    """Open the sets; skip those of a suite that are not on the disk, with a note, unless they are named.
 
     Raises:
-        InputError: none, one that is not there, or two of one name.
+        InputError: no set is given, one is missing, or two have the same name.
     """
-    require(bool(folders) or bool(suites), "no evaluation set: name a folder of classes before the options, or --suite")
-    require(not names or bool(suites), "--sets: names sets of a --suite")
+    require(
+        bool(folders) or bool(suites), "no evaluation set; name a folder of classes before the options, or a --suite"
+    )
+    require(not names or bool(suites), "--sets: needs a --suite")
     opened: dict[str, EvaluationSet] = {}
     for folder in folders:
         name = Path(folder).resolve().name
-        require(name not in opened, f"{folder}: another set is called {name}; rename the folder")
+        require(name not in opened, f"{folder}: another set is named {name}; rename the folder")
         entry = SuiteEntry({"class_path": "datamodules.ImageFolderClasses"}, templates=templates)
         opened[name] = EvaluationSet(ImageFolderClasses(folder), entry)
     entries = read_suite(suites) if suites else {}
@@ -56,19 +58,19 @@ def open_sets(
     for name, entry in entries.items():
         if names and name not in names:
             continue
-        require(name not in opened, f"--sets {name}: a folder has that name too")
+        require(name not in opened, f"--sets {name}: a folder has the same name; rename it")
         try:
             opened[name] = EvaluationSet(entry.open("test", 0, data_root), entry)
         except MissingData as error:
             if names:
                 raise
-            stderr().print(f"left out: {name}: {error}", markup=False)
-    require(bool(opened), f"--suite: none of its {len(entries)} sets is in {data_root}")
+            stderr().print(f"skipped: {name}: {error}", markup=False)
+    require(bool(opened), f"--suite: none of its {len(entries)} sets is in {data_root}; set --data_root")
     return opened
 
 
 def check_prompts(opened: Mapping[str, EvaluationSet]) -> None:
-    """Raise :class:`InputError` for class names that do not fit, not only when all training data have been read."""
+    """Raise :class:`InputError` for class names that do not fit, before the training data are read."""
     for name, each in opened.items():
         try:
             _prompts(each)
@@ -77,7 +79,7 @@ def check_prompts(opened: Mapping[str, EvaluationSet]) -> None:
 
 
 def _prompts(each: EvaluationSet) -> Prompts | None:
-    """Of its classes; None for sets without one class an image."""
+    """Return the prompts of a set's classes; None unless each image has one class."""
     images = each.images
     if not isinstance(images, LabelledImages) or isinstance(images, MultiLabel):
         return None
@@ -86,22 +88,22 @@ def _prompts(each: EvaluationSet) -> Prompts | None:
 
 
 def read_thresholds(words: Sequence[str], names: Sequence[str]) -> dict[str, float]:
-    """The threshold of each set, see :func:`overlap`.
+    """Read the threshold of each set, see :func:`datamodules.commands.overlap.overlap`.
 
     Raises:
-        InputError: not a number from -1 to 1, no such set, or a set without one.
+        InputError: a threshold is not between -1 and 1, or there is no such set.
     """
-    said: dict[str, Any] = {}
+    given_thresholds: dict[str, Any] = {}
     for word in words:
         name, equals, value = word.rpartition("=")
         if not equals and word.endswith((".yaml", ".yml")):
-            said |= _read_mapping(Path(word), "numbers by the names of sets")
+            given_thresholds |= _read_mapping(Path(word), "numbers by the names of sets")
         elif name:
-            require(name in names, f"--threshold {word}: no set {name}; there are {', '.join(names)}")
-            said[name] = value
+            require(name in names, f"--threshold {word}: no set named {name}; there are {', '.join(names)}")
+            given_thresholds[name] = value
         else:
-            said[""] = value
-    found = {name: said.get(name, said.get("", 0.95)) for name in names}
+            given_thresholds[""] = value
+    found = {name: given_thresholds.get(name, given_thresholds.get("", 0.95)) for name in names}
     return {name: _threshold(name, value) for name, value in found.items()}
 
 
@@ -109,55 +111,55 @@ def _threshold(name: str, value: Any) -> float:
     try:
         number = float(value)
     except (TypeError, ValueError) as error:
-        raise InputError(f"--threshold {value}: not a number (of {name})") from error
-    require(-1 <= number <= 1, f"--threshold {value}: a cosine similarity is from -1 to 1 (of {name})")
+        raise InputError(f"--threshold {value}: must be a number (of {name})") from error
+    require(-1 <= number <= 1, f"--threshold {value}: must be between -1 and 1, as cosine similarities are (of {name})")
     return number
 
 
-def _read_mapping(path: Path, what: str) -> dict[str, Any]:
+def _read_mapping(path: Path, expected: str) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"{path}: not readable ({' '.join(str(error).split())})") from error
     if not isinstance(values, dict):
-        raise InputError(f"{path}: wants {what}")
+        raise InputError(f"{path}: must hold {expected}")
     return values
 
 
 def read_results(path: Path, names: Sequence[str]) -> dict[str, dict[str, bool]]:
-    """True or false by image, by set: whether a model is right.
+    """Read whether a model is right about each image, by set and image key.
 
     Raises:
-        InputError: not readable, a set that is not there, or anything but true and false.
+        InputError: the file is not readable, lacks a set, or holds anything but true and false.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"--results {path}: not readable JSON ({' '.join(str(error).split())})") from error
-    what = 'wants {"set": {"image": true, ...}, ...}'
-    require(isinstance(values, dict), f"--results {path}: {what}")
+    expected = 'must hold {"set": {"image": true, ...}, ...}'
+    require(isinstance(values, dict), f"--results {path}: {expected}")
     for name in names:
         answers = values.get(name)
-        require(isinstance(answers, dict), f"--results {path}: nothing of {name}; the file {what}")
+        require(isinstance(answers, dict), f"--results {path}: nothing about {name}; the file {expected}")
         wrong = next((key for key, value in answers.items() if not isinstance(value, bool)), None)
-        require(wrong is None, f"--results {path}: {name}: {wrong} is neither true nor false")
+        require(wrong is None, f"--results {path}: {name}: {wrong} must be true or false")
     return values
 
 
-def given(images: ImageSet, items_Q: np.ndarray, answers: Mapping[str, bool], name: str) -> Tensor:
-    """Whether a model is right, of some items as a file says it: bool ``[N]``.
+def answers_of(images: ImageSet, items_Q: np.ndarray, answers: Mapping[str, bool], name: str) -> Tensor:
+    """Return from a file's answers whether a model is right about each item: bool ``[N]``.
 
     Raises:
-        InputError: an item is not in the file.
+        InputError: the file lacks an item.
     """
     keys = [images.key(int(item)) for item in np.unique(items_Q)]
     missing = next((key for key in keys if key not in answers), None)
-    require(missing is None, f"--results: {name}: nothing of {missing}")
+    require(missing is None, f"--results: {name}: nothing about {missing}")
     return torch.tensor([answers[key] for key in keys])
 
 
 def recognised(model: CLIP, each: EvaluationSet, queries: Queries) -> Tensor | None:
-    """Whether the model's first prediction is right, bool ``[N]``; None for sets without one class an image."""
+    """Return whether the model's first prediction is right, bool ``[N]``; None unless each image has one class."""
     images, prompts = each.images, _prompts(each)
     if prompts is None or not isinstance(images, LabelledImages):
         return None

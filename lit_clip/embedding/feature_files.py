@@ -40,7 +40,7 @@ class FeatureTable:
         with replacing(path) as temporary, temporary.open("wb") as file:
             np.savez(
                 file,
-                keys=np.frombuffer(json.dumps(keys).encode(), dtype=np.uint8),  # an array of str would pad them all
+                keys=np.frombuffer(json.dumps(keys).encode(), dtype=np.uint8),  # an array of str would be padded
                 sizes=np.array(sizes, dtype=np.int64),
                 modified=np.array(modified, dtype=np.int64),
                 features=self.features,
@@ -87,7 +87,7 @@ class FeatureParts:
 
     def add(self, table: FeatureTable) -> None:
         """Write a part."""
-        self.folder.mkdir(exist_ok=True)  # another run with the same output may have ended and removed it
+        self.folder.mkdir(exist_ok=True)  # another run with the same output may have removed it
         table.save(self.folder / f"{uuid.uuid4().hex}.npz", self.model)
 
     def tables(self) -> Iterator[FeatureTable]:

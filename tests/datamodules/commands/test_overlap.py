@@ -282,7 +282,7 @@ def test_a_damaged_cache_file_is_not_used(tmp_path: Path) -> None:
     assert NearestFound.load(tmp_path / "found.npz", torch.device("cpu")) is None
     assert Queries.load(tmp_path / "found.npz") is None
     assert Queries.load(tmp_path / "nothing.npz") is None
-    np.savez(tmp_path / "other.npz", said=np.frombuffer(b'{"bad": []}', np.uint8), features=np.zeros((1, 2)))
+    np.savez(tmp_path / "other.npz", values=np.frombuffer(b'{"bad": []}', np.uint8), features=np.zeros((1, 2)))
     assert NearestFound.load(tmp_path / "other.npz", torch.device("cpu")) is None
     assert Queries.load(tmp_path / "other.npz") is None
 
@@ -303,7 +303,11 @@ def test_a_threshold_is_for_all_sets_for_one_or_from_a_file(tmp_path: Path) -> N
     assert read_thresholds(["0.9", "b=c=0.7"], sets) == {"a": 0.9, "b=c": 0.7}
     (tmp_path / "t.yaml").write_text("a: 0.8\nother: 0.1\n")
     assert read_thresholds([str(tmp_path / "t.yaml")], sets) == {"a": 0.8, "b=c": 0.95}
-    for word, message in (("x=0.5", "no set x; there are a, b=c"), ("high", "not a number"), ("7", "from -1 to 1")):
+    for word, message in (
+        ("x=0.5", "no set named x; there are a, b=c"),
+        ("high", "must be a number"),
+        ("7", "must be between -1 and 1"),
+    ):
         with pytest.raises(InputError, match=message):
             read_thresholds([word], sets)
 
@@ -312,10 +316,10 @@ def test_answers_of_another_model_must_be_true_or_false_for_every_set(tmp_path: 
     path = tmp_path / "answers.json"
     path.write_text(json.dumps({"a": {"x.png": True, "y.png": False}}))
     assert read_results(path, ["a"])["a"] == {"x.png": True, "y.png": False}
-    with pytest.raises(InputError, match="nothing of b"):
+    with pytest.raises(InputError, match="nothing about b"):
         read_results(path, ["a", "b"])
     path.write_text(json.dumps({"a": {"x.png": "right"}}))
-    with pytest.raises(InputError, match=r"x\.png is neither true nor false"):
+    with pytest.raises(InputError, match=r"x\.png must be true or false"):
         read_results(path, ["a"])
     path.write_text("[")
     with pytest.raises(InputError, match="not readable JSON"):
@@ -466,7 +470,7 @@ def test_sets_of_a_suite_and_answers_of_another_model(drawn: Drawn, tmp_path: Pa
         run_overlap(drawn, tmp_path / "overlap.json", *words, "--sets", "missing")
     del answers["emoji"][keys[0]]
     (tmp_path / "answers.json").write_text(json.dumps(answers))
-    with pytest.raises(InputError, match=re.escape(f"emoji: nothing of {keys[0]}")):
+    with pytest.raises(InputError, match=re.escape(f"emoji: nothing about {keys[0]}")):
         run_overlap(drawn, tmp_path / "overlap.json", *words)
 
 
