@@ -153,7 +153,7 @@ def test_positions_behind_the_weights_own_are_copies_of_their_last(vit: Path) ->
 
 def test_siglip_refuses_another_context_and_says_why(tmp_path: Path) -> None:
     folder = save_folder(tmp_path / "siglip", model_cfg(TIMM, SIGLIP_TEXT))
-    with pytest.raises(InputError, match=r"^context_length: 8 is not the 16 of the weights; .* reads the padding too"):
+    with pytest.raises(InputError, match=r"^context_length: must be the weights' 16, not 8; .* attends to padding too"):
         load_model(folder, context_length=8)
 
 

@@ -1,4 +1,4 @@
-"""An exported folder is read by the tool it is for, with the model's features, pixels and ids; or it is not there."""
+"""An export either gives the model's features, pixels and ids in the other tool, or leaves no folder."""
 
 import ast
 import dataclasses
@@ -55,7 +55,7 @@ def _quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def checkpoint(config: CLIPConfig, path: Path) -> CLIP:
-    """A model with random weights everywhere, and the checkpoint of it."""
+    """Save a model with no weight at its initial value."""
     torch.manual_seed(0)
     model = CLIP(config).eval()
     with torch.no_grad():
@@ -105,7 +105,7 @@ def test_open_clip_opens_the_folder_with_our_features_pixels_and_ids(
 ) -> None:
     config = variants(tiny_config)[kind]
     if kind == "timm":
-        config.preprocessing = Preprocessing(64)  # timm's own crops the image, which open_clip cannot
+        config.preprocessing = Preprocessing(64)  # timm's crops the resized image, which open_clip cannot
     ours = checkpoint(config, tmp_path / "last.ckpt")
     export(str(tmp_path / "last.ckpt"), format="open_clip", output=str(tmp_path / "out"))
 
@@ -135,7 +135,7 @@ def test_transformers_opens_the_folder_with_our_features_pixels_and_ids(
     export(str(tmp_path / "last.ckpt"), format="hugging_face", output=str(tmp_path / "out"))
 
     theirs = transformers.CLIPModel.from_pretrained(tmp_path / "out").eval()
-    sizes = ((70, 90), (90, 70), (33, 36))  # with margins that both sides halve alike
+    sizes = ((70, 90), (90, 70), (33, 36))  # with margins that both sides halve the same way
     for backend, levels in (("pil", 0.001), (None, 2.001)):
         processor = transformers.CLIPProcessor.from_pretrained(tmp_path / "out", backend=backend)
         options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
@@ -152,7 +152,7 @@ def test_transformers_opens_the_folder_with_our_features_pixels_and_ids(
         torch.testing.assert_close(out.text_embeds, ours.encode_text(tokens, normalize=True), rtol=0, atol=1e-5)
 
 
-def test_the_crop_of_transformers_is_one_pixel_off_where_the_card_says_so(
+def test_the_crop_of_transformers_is_one_pixel_off_for_the_sizes_in_the_card(
     tmp_path: Path, tiny_config: CLIPConfig
 ) -> None:
     ours = checkpoint(tiny_config, tmp_path / "last.ckpt")
@@ -164,7 +164,9 @@ def test_the_crop_of_transformers_is_one_pixel_off_where_the_card_says_so(
     torch.testing.assert_close(theirs[:, :, 1:], ours.preprocess(image)[:, :, :-1], rtol=0, atol=1e-5)
 
 
-def test_from_ours_to_hugging_face_to_ours_to_open_clip_no_bit_changes(tmp_path: Path, tiny_config: CLIPConfig) -> None:
+def test_converting_to_hugging_face_and_back_and_to_open_clip_is_bit_exact(
+    tmp_path: Path, tiny_config: CLIPConfig
+) -> None:
     ours = checkpoint(tiny_config, tmp_path / "last.ckpt")
     export(str(tmp_path / "last.ckpt"), format="hugging_face", output=str(tmp_path / "hf"))
     config, state = read_hugging_face_folder(tmp_path / "hf")
@@ -176,8 +178,7 @@ def test_from_ours_to_hugging_face_to_ours_to_open_clip_no_bit_changes(tmp_path:
     assert_identical(ours.state_dict(), load_model(tmp_path / "oc").state_dict())
 
 
-# Of the twenty vectors of reference ids the four whose cleaning transformers has not: HTML escapes, broken Unicode,
-# ligatures and typographic quotes.
+# Texts whose cleaning transformers does not do: HTML escapes, broken Unicode, ligatures, typographic quotes.
 UNCLEANED = ["&amp;lt;b&amp;gt; bold", "schÃ¶n", "ﬁne ﬂour", "“curly” ‘quotes’"]
 CLEAN = [
     "a diagram",
@@ -197,7 +198,7 @@ CLEAN = [
 ]
 
 
-def test_the_tokenizer_of_the_folder_gives_our_ids_to_text_that_needs_no_mending(
+def test_the_exported_tokenizer_gives_our_ids_for_texts_that_need_no_fixing(
     tmp_path: Path, tiny_config: CLIPConfig
 ) -> None:
     checkpoint(tiny_config, tmp_path / "last.ckpt")
@@ -237,7 +238,7 @@ def test_onnxruntime_gives_our_features_at_any_batch_size(tmp_path: Path, tiny_c
 
 
 def word_tokenizer(folder: Path, special: list[str], template: str) -> int:
-    """Save a tokenizer of the few words that exports are checked with; returns the size of its vocabulary."""
+    """Save a tokenizer for the words that exports are checked with; return its vocabulary size."""
     words = [*special, *{word: None for text in export_formats.TEXTS for word in text.split()}]
     ids = {word: i for i, word in enumerate(words)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="<unk>"))
@@ -251,7 +252,7 @@ def word_tokenizer(folder: Path, special: list[str], template: str) -> int:
 
 @pytest.fixture
 def siglip(tmp_path: Path) -> CLIP:
-    """A tiny SigLIP, and beside its checkpoint the folder of its tokenizer."""
+    """A tiny SigLIP, with the folder of its tokenizer beside its checkpoint."""
     vocab_size = word_tokenizer(tmp_path / "tok", ["</s>", "<unk>"], "$A </s>")
     image = {"embed_dim": 48, "depth": 2, "num_heads": 4, "mlp_ratio": 2.0, "patch_size": 16}
     config = CLIPConfig(
@@ -275,7 +276,7 @@ def siglip(tmp_path: Path) -> CLIP:
     return checkpoint(config, tmp_path / "last.ckpt")
 
 
-def test_transformers_opens_a_siglip_as_such(tmp_path: Path, siglip: CLIP) -> None:
+def test_transformers_opens_an_exported_siglip_as_a_siglip_model(tmp_path: Path, siglip: CLIP) -> None:
     export(str(tmp_path / "last.ckpt"), format="hugging_face", output=str(tmp_path / "out"))
     theirs = transformers.SiglipModel.from_pretrained(tmp_path / "out").eval()
     processor = transformers.SiglipProcessor.from_pretrained(tmp_path / "out", backend="pil")
@@ -302,7 +303,7 @@ def test_a_siglip_in_onnx_keeps_its_bias_and_its_tokenizer(tmp_path: Path, sigli
 
 
 @pytest.mark.parametrize("pooling", ["mean", pytest.param("pooler", marks=pytest.mark.slow)])
-def test_a_text_encoder_of_hugging_face_goes_to_open_clip_and_onnx(
+def test_a_hugging_face_text_encoder_is_exported_to_open_clip_and_onnx(
     tmp_path: Path, tiny_config: CLIPConfig, pooling: Any
 ) -> None:
     bert = tmp_path / "bert"
@@ -331,12 +332,12 @@ def test_a_text_encoder_of_hugging_face_goes_to_open_clip_and_onnx(
 @pytest.mark.parametrize(
     ("format", "kind", "message"),
     [
-        ("hugging_face", "resnet", "this model is ResNet and TextTransformer; use open_clip or onnx"),
-        ("hugging_face", "timm", "this model is Timm and TextTransformer; use open_clip or onnx"),
-        ("open_clip", "timm", "open_clip resizes to the crop itself, this model's crop is 0.875 of the image"),
+        ("hugging_face", "resnet", "this model has ResNet and TextTransformer; use open_clip or onnx"),
+        ("hugging_face", "timm", "this model has Timm and TextTransformer; use open_clip or onnx"),
+        ("open_clip", "timm", "open_clip has no crop_pct, this model's is 0.875; use onnx"),
     ],
 )
-def test_a_model_that_a_format_cannot_hold_is_refused_in_one_line(
+def test_a_model_that_a_format_cannot_represent_is_refused_in_one_line(
     tmp_path: Path, tiny_config: CLIPConfig, format: Any, kind: str, message: str
 ) -> None:
     checkpoint(variants(tiny_config)[kind], tmp_path / "last.ckpt")
@@ -346,7 +347,7 @@ def test_a_model_that_a_format_cannot_hold_is_refused_in_one_line(
 
 
 def test_options_that_open_clip_would_ignore_are_refused(tmp_path: Path, siglip: CLIP) -> None:
-    with pytest.raises(InputError, match="open_clip makes timm's vit_base_patch16_siglip_224 as timm does"):
+    with pytest.raises(InputError, match="open_clip cannot pass {.*} to timm's vit_base_patch16_siglip_224; use onnx"):
         export(str(tmp_path / "last.ckpt"), format="open_clip", output=str(tmp_path / "out"))
 
 
@@ -362,7 +363,7 @@ def test_options_that_open_clip_would_ignore_are_refused(tmp_path: Path, siglip:
         (lambda r: r._replace(pixels=r.pixels + 0.1), "its preprocessing differs from the model's by"),
     ],
 )
-def test_an_export_that_differs_leaves_nothing_behind(
+def test_an_export_with_other_outputs_leaves_no_folder(
     tmp_path: Path, tiny_config: CLIPConfig, monkeypatch: pytest.MonkeyPatch, change: Any, message: str
 ) -> None:
     checkpoint(tiny_config, tmp_path / "last.ckpt")
@@ -374,7 +375,7 @@ def test_an_export_that_differs_leaves_nothing_behind(
     assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
 
 
-def test_what_the_other_library_says_is_passed_on_in_one_line(
+def test_an_error_of_the_other_library_is_reported_in_one_line(
     tmp_path: Path, tiny_config: CLIPConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint(tiny_config, tmp_path / "last.ckpt")
@@ -390,7 +391,7 @@ def test_what_the_other_library_says_is_passed_on_in_one_line(
         export(str(tmp_path / "last.ckpt"), format="open_clip", output=str(tmp_path / "out"))
 
 
-def test_a_folder_in_use_and_a_file_are_refused_before_the_model_is_read(tmp_path: Path) -> None:
+def test_a_used_folder_and_a_file_are_refused_before_the_model_is_read(tmp_path: Path) -> None:
     (tmp_path / "used").mkdir()
     (tmp_path / "used/mine.txt").write_text("keep")
     (tmp_path / "file").write_text("keep")
@@ -403,7 +404,7 @@ def test_a_folder_in_use_and_a_file_are_refused_before_the_model_is_read(tmp_pat
     assert (tmp_path / "used/mine.txt").read_text() == "keep"
 
 
-def test_missing_packages_of_the_extra_are_named(
+def test_missing_packages_of_the_export_extra_are_named(
     tmp_path: Path, tiny_config: CLIPConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint(tiny_config, tmp_path / "last.ckpt")
@@ -437,13 +438,15 @@ def test_the_card_states_facts_and_its_code_runs(tmp_path: Path, tiny_config: CL
     ("format", "size"),
     [
         *(("onnx", size) for size in ((640, 427), (301, 500), (31, 32))),
-        *(("hugging_face", size) for size in ((600, 400), (301, 500), (31, 32))),  # 640 x 427: see the crop's test
+        *(
+            ("hugging_face", size) for size in ((600, 400), (301, 500), (31, 32))
+        ),  # 640 x 427 is off by a pixel, see above
     ],
 )
-def test_the_cards_code_gives_our_features_of_a_photograph(
+def test_the_code_in_the_card_gives_our_features_of_a_photograph(
     format: str, size: tuple[int, int], tmp_path: Path, tiny_config: CLIPConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the card says: in the folder above."""
+    """The code runs in the parent folder, as the card says."""
     ours = checkpoint(tiny_config, tmp_path / "last.ckpt")
     export(str(tmp_path / "last.ckpt"), format=format, output=str(tmp_path / "exported"))
     photograph = Image.fromarray(load_sample_images().images[0]).resize(size)
@@ -464,7 +467,7 @@ def test_the_cards_code_gives_our_features_of_a_photograph(
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
 
 
-def test_an_unknown_licence_is_called_unknown(tmp_path: Path, tiny_config: CLIPConfig) -> None:
+def test_without_a_licence_the_card_says_unknown(tmp_path: Path, tiny_config: CLIPConfig) -> None:
     checkpoint(tiny_config, tmp_path / "last.ckpt")
     export(str(tmp_path / "last.ckpt"), format="hugging_face", output=str(tmp_path / "out"))
     card = (tmp_path / "out/README.md").read_text()
@@ -472,7 +475,7 @@ def test_an_unknown_licence_is_called_unknown(tmp_path: Path, tiny_config: CLIPC
     assert "license:" not in card
 
 
-def test_the_command_writes_the_folder_and_refuses_it_the_second_time(
+def test_the_command_writes_a_folder_and_refuses_to_overwrite_it(
     tmp_path: Path, tiny_config: CLIPConfig, cli: Any
 ) -> None:
     checkpoint(tiny_config, tmp_path / "last.ckpt")
@@ -490,14 +493,14 @@ def test_the_command_writes_the_folder_and_refuses_it_the_second_time(
     assert again.stderr.strip().splitlines()[-1].endswith("out: the folder is not empty; name another one")
 
 
-def test_an_unknown_format_lists_those_there_are() -> None:
+def test_an_unknown_format_lists_the_known_ones() -> None:
     parser = command_parser("export", export)
     with pytest.raises(ArgumentError, match=r"open_clip.*hugging_face.*onnx"):
         parser.parse_args(["last.ckpt", "--format", "tflite", "--output", "other"])
 
 
 @pytest.mark.slow
-def test_vit_b_32_with_random_weights_goes_through_transformers(tmp_path: Path) -> None:
+def test_vit_b_32_from_transformers_and_back_is_bit_exact(tmp_path: Path) -> None:
     config = CLIPConfig(activation="quick_gelu", image=VisionTransformerConfig(patch_size=32))
     theirs = transformers.CLIPModel(transformers.CLIPConfig()).eval()
     theirs.save_pretrained(tmp_path / "theirs")
