@@ -121,7 +121,7 @@ def _whole_blocks(module: nn.Module, prefix: str, names: Mapping[str, str]) -> l
 
 
 def _timm_layers(trunk: Any, prefix: str) -> dict[str, str]:
-    from timm.models import group_parameters
+    from timm.models import group_parameters  # takes seconds
 
     layers: list[list[str]] = list(group_parameters(trunk, trunk.group_matcher(coarse=False)).values())
     result = {prefix + name: EMBEDDINGS for name in layers[0]}

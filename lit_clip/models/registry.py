@@ -9,12 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from lit_clip.errors import InputError
-from lit_clip.models.config import (
-    CLIPConfig,
-    ResNetConfig,
-    TextTransformerConfig,
-    VisionTransformerConfig,
-)
+from lit_clip.models.config import CLIPConfig, ResNetConfig, TextTransformerConfig, VisionTransformerConfig
 from lit_clip.models.external_settings import with_external_settings
 from lit_clip.models.open_clip_configs import named, open_clip_names
 

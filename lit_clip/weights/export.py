@@ -1,4 +1,7 @@
-"""Write a model for another tool, and read it back with that tool: the two halves of ``lit-clip export``."""
+"""Write a model for another tool, and read it back with that tool: the two halves of ``lit-clip export``.
+
+The tools take seconds to import, or are optional, so functions import them.
+"""
 
 import importlib.util
 import json
@@ -9,18 +12,13 @@ from typing import Any, Literal, NamedTuple, Self, cast
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lit_clip.errors import InputError, require
 from lit_clip.losses.contrastive import unit
 from lit_clip.models.clip import CLIP
-from lit_clip.models.config import (
-    CLIPConfig,
-    HuggingFaceTextConfig,
-    ResNetConfig,
-    TimmConfig,
-    height_width,
-)
+from lit_clip.models.config import CLIPConfig, HuggingFaceTextConfig, ResNetConfig, TimmConfig, height_width
 from lit_clip.weights.hugging_face import hugging_face_kind, to_hugging_face
 from lit_clip.weights.hugging_face_processor import PROCESSOR_OF, image_processor, save_byte_pairs, save_tokenizer
 
@@ -110,8 +108,6 @@ def parity_of(model: CLIP, sample: ExportSample, reading: Reading) -> Parity:
 
 
 def _save_weights(state: dict[str, Tensor], path: Path) -> None:
-    from safetensors.torch import save_file
-
     # Without the "pt" mark transformers refuses the file.
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, metadata={"format": "pt"})
     path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors creates files that only their owner can read

@@ -1,7 +1,8 @@
 """Convert Hugging Face's CLIPModel and SiglipModel to ours and back: files and settings.
 
 Weight names are in :mod:`lit_clip.weights.hugging_face_keys`. A setting that would silently change the features
-(another activation, epsilon or crop) is an error that names both sides.
+(another activation, epsilon or crop) is an error that names both sides. timm and transformers take seconds to import,
+so functions import them.
 """
 
 import math

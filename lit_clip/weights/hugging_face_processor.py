@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from tokenizers import Tokenizer
+
 from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import Preprocessing
@@ -151,7 +153,7 @@ def save_tokenizer(model: CLIP, folder: Path) -> None:
     Theirs splits and lower-cases as ours does, but neither fixes broken Unicode and ligatures nor undoes HTML escapes:
     such texts get other ids.
     """
-    import transformers
+    import transformers  # takes seconds
 
     tokenizer: Any = model.tokenizer
     if isinstance(tokenizer, CLIPTokenizer):
@@ -160,8 +162,6 @@ def save_tokenizer(model: CLIP, folder: Path) -> None:
             vocab=vocab, merges=merges, model_max_length=tokenizer.context_length
         ).save_pretrained(folder)
         return
-    from tokenizers import Tokenizer
-
     definition = Tokenizer.from_str(tokenizer.definition)
     pad = definition.id_to_token(tokenizer.pad_id)
     transformers.PreTrainedTokenizerFast(
