@@ -15,22 +15,13 @@ from torch import Tensor
 from lit_clip import load_model
 from lit_clip.batch import CaptionBatch
 from lit_clip.cli.main import main
-from lit_clip.models.config import (
-    CLIPConfig,
-    HuggingFaceTextConfig,
-    TimmConfig,
-)
+from lit_clip.errors import InputError
+from lit_clip.models.config import CLIPConfig, HuggingFaceTextConfig, Preprocessing, TimmConfig
+from lit_clip.models.registry import resolve_architecture
 from lit_clip.module import LitCLIP
 from tests.conftest import lit_clip_command
 from tests.helpers.ranks import PAIRS, finetuned_module, make_batch
-from tests.helpers.towers import (
-    TEXTS,
-    D,
-    image_tower_from,
-    photos,
-    save_family,
-    text_model,
-)
+from tests.helpers.towers import TEXTS, D, image_tower_from, photos, save_family, text_model
 
 
 def two_towers(folder: Path, **settings: Any) -> CLIPConfig:
@@ -153,6 +144,17 @@ def test_default_sizes_do_not_leak_into_another_kind_of_encoder(tmp_path: Path) 
     assert images[1].timm == "test_vit"
     assert images[1].image_size == 64
     assert images[2].width == 64
+
+
+def test_other_libraries_settings_are_looked_up_only_for_a_model() -> None:
+    """Parsing a YAML file or a checkpoint imports neither library."""
+    config = CLIPConfig(D, TimmConfig("no_such_model"))
+    assert (config.image.image_size, config.preprocessing) == (None, None)
+    with pytest.raises(InputError, match="timm has no model 'no_such_model'"):
+        resolve_architecture(config)
+    config = CLIPConfig(D, TimmConfig("test_vit"), preprocessing=Preprocessing(64))
+    with pytest.raises(InputError, match="preprocessing.image_size 64 is not image.image_size 160"):
+        resolve_architecture(config)
 
 
 # Published weights from packages
