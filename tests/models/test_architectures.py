@@ -57,7 +57,7 @@ def count(parameters: Iterator[nn.Parameter]) -> int:
 def randomised(model: Any) -> Any:
     """Gains of 1, biases of 0 and initial statistics would hide swapped weights; bn3's gains of 0 hide whole blocks.
 
-    The statistics are those of other images: with arbitrary ones a deep network answers every image alike.
+    The statistics come from other images: with arbitrary ones a deep network gives all images the same features.
     """
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
@@ -153,7 +153,7 @@ def test_the_two_activations_give_different_features() -> None:
 def test_every_gradient_and_statistic_of_rn50_is_open_clips(training: bool) -> None:
     """The norm of each gradient's difference is below 1e-3 of the norm of open_clip's gradient.
 
-    A key's bias changes nothing behind a softmax: its gradient is rounding, and is compared with the longest gradient.
+    A key's bias has no effect through a softmax: its gradient is rounding, compared with the largest gradient norm.
     """
     theirs, _ = pair("RN50")
     ours = create_model("RN50")  # a copy: training updates the statistics

@@ -36,12 +36,12 @@ def test_two_ranks_give_one_ranks_gradients_without_unused_parameters(
     config = two_towers(save_family("bert", tmp_path / "bert", **no_dropout)).to_dict()
     config["text"]["pretrained"] = True
     options = json.dumps({"architecture": config})
-    alone = finetuned_module(options)
-    alone.training_step(make_batch(slice(0, PAIRS)), 0).backward()
+    one_process = finetuned_module(options)
+    one_process.training_step(make_batch(slice(0, PAIRS)), 0).backward()
     ranks("finetune_gradients", 2, str(tmp_path / "two.pt"), options)
     together = torch.load(tmp_path / "two.pt")
-    assert together.keys() == dict(alone.model.named_parameters()).keys()
-    for name, parameter in alone.model.named_parameters():
+    assert together.keys() == dict(one_process.model.named_parameters()).keys()
+    for name, parameter in one_process.model.named_parameters():
         torch.testing.assert_close(together[name], parameter.grad, atol=1e-9, rtol=1e-7)
 
 

@@ -108,8 +108,10 @@ def test_a_batch_costs_as_many_flops_as_its_texts_one_by_one() -> None:
     model, lengths = small_clip().requires_grad_(False), LENGTHS[2]
     tokens = texts(lengths)
     whole = flops(lambda: model.encode_text(tokens))
-    alone = sum(flops(lambda row=row, n=n: model.encode_text(tokens[row, None, :n])) for row, n in enumerate(lengths))
-    assert whole == alone
+    one_by_one = sum(
+        flops(lambda row=row, n=n: model.encode_text(tokens[row, None, :n])) for row, n in enumerate(lengths)
+    )
+    assert whole == one_by_one
     assert whole < flops(lambda: padded(model, tokens)) / 2
 
 
@@ -117,7 +119,7 @@ def test_a_batch_costs_as_many_flops_as_its_texts_one_by_one() -> None:
 def test_the_last_block_computes_only_the_tokens_that_are_read(tower: str) -> None:
     """Of a block's 12 W^2 multiply-adds per token, only the 2 W^2 of keys and values are needed for every token.
 
-    The counter leaves out the CPU's fused attention.
+    The counter does not count the CPU's fused attention.
     """
     two, three = (small_clip(layers).requires_grad_(False) for layers in (2, 3))
     images, tokens = torch.zeros(2, 3, 32, 32, dtype=torch.double), texts([24, 24])

@@ -66,8 +66,8 @@ def test_padding_changes_nothing_and_pooling_matches_the_bare_model(
     with torch.no_grad():
         features = model.encode_text(tokens)
         torch.testing.assert_close(model.encode_text(trimmed), features, atol=1e-5, rtol=0)
-        alone = torch.cat([model.encode_text(model.tokenizer.trim(row[None])) for row in tokens])
-        torch.testing.assert_close(alone, features, atol=1e-5, rtol=0)
+        one_by_one = torch.cat([model.encode_text(model.tokenizer.trim(row[None])) for row in tokens])
+        torch.testing.assert_close(one_by_one, features, atol=1e-5, rtol=0)
         texts = TEXTS[:-1] if family == "gpt2" else TEXTS  # the bare model refuses a text without tokens
         expected = torch.stack([by_hand(folders[family], text, pooling) for text in texts])
         expected = expected @ model.text.proj.weight.T  # type: ignore[operator]  # a Linear
