@@ -328,7 +328,7 @@ class CLIPConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for a checkpoint; ``pretrained`` is false in them, as the checkpoint has its own weights."""
+        """Return plain values for a checkpoint, ``pretrained`` always false: a checkpoint has its own weights."""
         values = dataclasses.asdict(self)
         for tower in ("image", "text"):
             if "pretrained" in values[tower]:

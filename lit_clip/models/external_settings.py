@@ -86,7 +86,7 @@ def hugging_face_config(source: str) -> dict[str, Any]:
         raise InputError(f"architecture.text: {source} has an image encoder too; open the whole model with load_model")
     if getattr(config, "pad_token_id", None) is None:
         raise InputError(
-            f"architecture.text: {source} has no padding token, so the ends of texts are unknown; choose another encoder"
+            f"architecture.text: {source} has no padding token to mark the ends of texts; choose another encoder"
         )
     return json.loads(config.to_json_string(use_diff=False))
 

@@ -1,4 +1,4 @@
-"""What fine-tuning freezes, and what is trained at a rate of its own."""
+"""Freezing and layer-wise learning rates for fine-tuning."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ from lit_clip.models.layers import HEAD, TOWERS, layer_groups
 
 @dataclass
 class UnlockLast:
-    """All of a tower is frozen but its head and its last blocks.
+    """Freeze a tower except its head and its last blocks.
 
     Attributes:
-        unlock_last: how many blocks; 0: the head alone learns.
+        unlock_last: number of trainable blocks; 0: only the head is trainable.
     """
 
     unlock_last: int
@@ -26,13 +26,13 @@ class UnlockLast:
 
 @dataclass
 class Freeze:
-    """What does not learn.
+    """What to freeze in each tower.
 
     ``{image: all}`` is locked-image tuning (LiT, Zhai et al. 2022).
 
     Attributes:
-        image: of the image tower: None for nothing, ``all``, or ``{unlock_last: n}``.
-        text: likewise.
+        image: None for nothing, ``all``, or ``{unlock_last: n}``.
+        text: None for nothing, ``all``, or ``{unlock_last: n}``.
     """
 
     image: Literal["all"] | UnlockLast | None = None
@@ -41,17 +41,17 @@ class Freeze:
     def __post_init__(self) -> None:
         for tower in TOWERS:
             value = getattr(self, tower)
-            if isinstance(value, Mapping):  # as a checkpoint holds it
+            if isinstance(value, Mapping):  # from a checkpoint
                 setattr(self, tower, UnlockLast(**value))
 
 
 @dataclass
 class LayerDecay:
-    """The learning rate of each layer relative to the one behind it; a tower's head has the full rate.
+    """Each layer's learning rate as a fraction of the next layer's; the head has the full rate.
 
     Attributes:
-        image: of the image tower, above 0 and at most 1.
-        text: of the text tower.
+        image: for the image tower, above 0 and at most 1.
+        text: for the text tower, above 0 and at most 1.
     """
 
     image: float = 1.0
@@ -64,34 +64,34 @@ class LayerDecay:
 
 
 def frozen_names(model: Any, freeze: Freeze) -> set[str]:
-    """Names of the parameters that do not learn.
+    """Return the names of the parameters to freeze.
 
     Raises:
-        InputError: more blocks to be unlocked than there are.
+        InputError: ``unlock_last`` exceeds the number of blocks.
     """
     frozen: set[str] = set()
     for tower in TOWERS:
-        wish: str | UnlockLast | None = getattr(freeze, tower)
-        if wish is None:
+        setting: str | UnlockLast | None = getattr(freeze, tower)
+        if setting is None:
             continue
         groups = layer_groups(model, tower)
-        if isinstance(wish, UnlockLast):
+        if isinstance(setting, UnlockLast):
             blocks = sum(group.name.startswith("blocks.") for group in groups)
-            if wish.unlock_last > blocks:
+            if setting.unlock_last > blocks:
                 raise InputError(
-                    f"model.freeze.{tower}: unlock_last {wish.unlock_last}, but the tower has {blocks} blocks"
+                    f"model.freeze.{tower}: unlock_last {setting.unlock_last}, but the tower has {blocks} blocks"
                 )
-            first = len([group for group in groups if group.name != HEAD]) - wish.unlock_last
+            first = len([group for group in groups if group.name != HEAD]) - setting.unlock_last
             groups = groups[:first]
         frozen |= {name for group in groups for name in group.parameters}
     return frozen
 
 
 def frozen_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules that stay in evaluation mode.
+    """Return the modules that must stay in evaluation mode.
 
-    Those whose parameters are all frozen; and those without parameters (dropout) up to the last of them, within its
-    tower: they belong to layers that are frozen.
+    These are the modules whose parameters are all frozen, and modules without parameters (dropout) that come before the
+    last of them in its tower: they belong to frozen layers.
     """
     modules = dict(model.named_modules())
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
@@ -109,7 +109,7 @@ def frozen_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def learning_rate_factors(model: Any, decay: LayerDecay | None) -> list[tuple[str, float, list[nn.Parameter]]]:
-    """Layers with the factor on their learning rate, the largest first; together each parameter of the model once."""
+    """Return layers with the factor on their learning rate, largest first; each parameter of the model is in one."""
     everything: dict[str, nn.Parameter] = dict(model.named_parameters())
     if decay is None:
         return [("all", 1.0, list(everything.values()))]

@@ -1,6 +1,6 @@
-"""The arithmetic of a training step, and how much of it a device could do.
+"""Count a training step's FLOPs, and measure how many a device can do.
 
-A multiplication with its addition counts as two FLOPs.
+A multiply-add counts as two FLOPs.
 """
 
 import copy
@@ -18,60 +18,60 @@ from torch.utils.flop_counter import FlopCounterMode
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, height_width
 
-LARGEST_PRODUCT = 4096  # rows of a matrix: 200 MB for the three of a product
-LONG_ENOUGH = 0.02  # seconds of a product, from which on a larger one is no faster
+LARGEST_PRODUCT = 4096  # rows; the three matrices of a product take 200 MB
+LONG_ENOUGH = 0.02  # seconds; products that take longer reach no higher rate
 
 
 class PairFlops(NamedTuple):
     """FLOPs of the forward and backward pass of both towers.
 
     Attributes:
-        image: of an image.
-        text: of a text of n tokens the factors of 1, n and n^2 (attention).
+        image: per image.
+        text: coefficients of 1, n and n^2 (attention) for a text of n tokens.
     """
 
     image: float
     text: tuple[float, float, float]
 
     def total(self, pairs: float, tokens: float, squares: float) -> float:
-        """Of several pairs, whose texts' lengths and squared lengths add up to ``tokens`` and ``squares``."""
+        """Return the FLOPs of several pairs, given the sums of their text lengths and of the squares of these."""
         constant, linear, quadratic = self.text
         return (self.image + constant) * pairs + linear * tokens + quadratic * squares
 
 
 def training_flops(model: Any) -> PairFlops | None:
-    """Count the arithmetic of a :class:`lit_clip.CLIP`.
+    """Count the FLOPs of a :class:`lit_clip.CLIP` in training.
 
-    On torch's meta device, where nothing is computed; an encoder from elsewhere may look at its inputs, which are not
-    there, and is run on one sample then.
+    Runs on torch's meta device, where nothing is computed. An encoder of another library that reads the values of its
+    inputs is run on one real sample instead.
 
-    Matrix products, convolutions and attention are counted, each once: nothing is said of what is computed again to
-    save memory. As in published tables, all tokens count in the last blocks too. What is frozen has no gradients, and a
-    tower without anything that learns has no backward pass. Patches that ``patch_dropout`` leaves out do not count.
+    Matrix products, convolutions and attention count, each once: recomputation to save memory does not. As in published
+    tables, all tokens count in the last blocks too. Frozen parameters have no gradients, and a tower without trainable
+    parameters has no backward pass. Patches dropped by ``patch_dropout`` do not count.
 
-    Call it before a strategy cuts the weights in shards.
+    Must be called before a strategy shards the weights.
 
     Returns:
-        None where it cannot be counted either way.
+        None if an encoder can be counted neither way.
     """
     height, width = height_width(model.preprocessing.image_size)
     try:
         with torch.enable_grad():
             image = tower_flops(model.visual, torch.zeros(1, 3, height, width))
             text = _text_flops(model.text_encoder, model.context_length)
-    except Exception:  # whatever encoders from elsewhere raise
+    except Exception:  # encoders of other libraries raise anything
         return None
     return PairFlops(image, text)
 
 
 def _text_flops(encoder: nn.Module, context_length: int) -> tuple[float, float, float]:
-    """As in :class:`PairFlops`: a polynomial through three lengths; some encoders read nothing but the whole context.
+    """Fit the polynomial of :class:`PairFlops` through three lengths; some encoders accept only the full context.
 
-    A backward pass costs about the same multiple of the forward pass at any length (twice, if everything learns).
+    A backward pass costs about the same multiple of the forward pass at any length (twice, if nothing is frozen).
     """
 
     def tokens(length: int) -> Tensor:
-        return torch.full((1, length), 5)  # nobody's padding
+        return torch.full((1, length), 5)  # an id that no tokenizer uses for padding
 
     whole = tower_flops(encoder, tokens(context_length))
     lengths = (context_length // 4, context_length // 2, context_length)
@@ -80,7 +80,7 @@ def _text_flops(encoder: nn.Module, context_length: int) -> tuple[float, float, 
     try:
         with torch.no_grad():
             counts = [tower_flops(encoder, tokens(length)) for length in lengths]
-    except Exception:  # likewise
+    except Exception:  # encoders of other libraries raise anything
         return float(whole), 0.0, 0.0
     powers = np.vander(np.array(lengths, dtype=np.float64), 3, increasing=True)
     constant, linear, quadratic = np.linalg.solve(powers, np.array(counts) * (whole / max(1, counts[-1]))).tolist()
@@ -88,23 +88,23 @@ def _text_flops(encoder: nn.Module, context_length: int) -> tuple[float, float, 
 
 
 def tower_flops(tower: nn.Module, inputs: Tensor) -> int:
-    """Of the forward pass, and of the backward pass where gradients are enabled; see :func:`training_flops`.
+    """Count the forward pass, and the backward pass if gradients are enabled; see :func:`training_flops`.
 
     Raises:
-        Exception: whatever an encoder from elsewhere raises that cannot be run on such inputs.
+        Exception: any, from an encoder of another library that cannot run on such inputs.
     """
     try:
         return _count_on(tower, inputs, torch.device("meta"))
-    except Exception:  # likewise
+    except Exception:  # it reads the values of its inputs, which the meta device does not have
         return _count_on(tower, inputs, next(tower.parameters()).device)
 
 
 def _count_on(tower: nn.Module, inputs: Tensor, device: torch.device) -> int:
-    copied: Any = _replica(tower, device).eval()  # in training, blocks may compute their activations again
+    copied: Any = _replica(tower, device).eval()  # in training mode, blocks may recompute their activations
     if torch.is_grad_enabled():
-        copied.training = tower.training and bool(getattr(tower, "patch_dropout", 0))  # a training step's patches
-    copied.few_lengths = False  # as long as they are
-    # Plain matrix products: the counter does not know a CPU's fused attention.
+        copied.training = tower.training and bool(getattr(tower, "patch_dropout", 0))  # dropped as in a step
+    copied.few_lengths = False  # count the texts' own lengths
+    # As plain matrix products: the counter does not know the CPU's fused attention.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         features = copied(inputs.to(device))
         if features.requires_grad:
@@ -113,9 +113,9 @@ def _count_on(tower: nn.Module, inputs: Tensor, device: torch.device) -> int:
 
 
 def _replica(tower: nn.Module, device: torch.device) -> nn.Module:
-    """A copy that is not compiled, with its weights on a device: no copies of those that are there.
+    """Copy a tower to a device, not compiled; weights that are there already are shared.
 
-    Not ``torch.func.functional_call``: adapters that wrap a parameter would leave a buffer in its place.
+    Not with ``torch.func.functional_call``: adapters that wrap a parameter would leave a buffer in its place.
     """
     tensors: dict[int, Tensor] = {}
     for tensor in (*tower.parameters(), *tower.buffers()):
@@ -125,10 +125,10 @@ def _replica(tower: nn.Module, device: torch.device) -> nn.Module:
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.4) -> float:
-    """FLOP/s of the fastest of several products of square matrices, found in about that time; at least two are made."""
+    """Measure the FLOP/s of the fastest of several (at least two) products of square matrices, in about ``seconds``."""
 
     def random(size: int) -> Tensor:
-        generator = torch.Generator(device).manual_seed(0)  # its own: those of the run stay as they are
+        generator = torch.Generator(device).manual_seed(0)  # its own, to leave the run's random state untouched
         return torch.randn(size, size, generator=generator, device=device).to(dtype)
 
     end = time.perf_counter() + seconds
@@ -144,7 +144,7 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.4) 
 
 
 def _seconds(matrix: Tensor) -> float:
-    """Of a product."""
+    """Time one product."""
     _finish(matrix.device)
     since = time.perf_counter()
     torch.mm(matrix, matrix)
@@ -153,21 +153,21 @@ def _seconds(matrix: Tensor) -> float:
 
 
 def _finish(device: torch.device) -> None:
-    """Wait until a device has done what it was told; a CPU has."""
+    """Synchronise the device; a CPU needs none."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 @dataclass
 class ModelSize:
-    """What a model takes; None where it cannot be known without its weights.
+    """Sizes of a model; None if unknown without its files.
 
     Attributes:
         image_parameters: of the image encoder.
         text_parameters: of the text encoder.
-        parameters: of all, the logits' scale (and bias) included.
-        image_size: height and width, pixels.
-        context_length: tokens.
+        parameters: of the whole model, including logit scale and bias.
+        image_size: height and width in pixels.
+        context_length: in tokens.
         embed_dim: channels of the shared space.
         image_flops: of one image.
         text_flops: of one text of full length.
@@ -183,7 +183,7 @@ class ModelSize:
     text_flops: int | None = None
 
     def cells(self) -> list[str]:
-        """As they are shown."""
+        """Format the values for a table: millions of parameters, GFLOPs."""
         counts = (self.image_parameters, self.text_parameters, self.parameters)
         flops = (self.image_flops, self.text_flops)
         return [
@@ -194,12 +194,12 @@ class ModelSize:
 
 
 def measure(config: CLIPConfig) -> ModelSize:
-    """Count a model's parameters and arithmetic on torch's meta device, where nothing is allocated or computed."""
+    """Count a model's parameters and FLOPs on torch's meta device, where nothing is allocated or computed."""
     size = ModelSize(embed_dim=config.embed_dim)
     try:
         with torch.device("meta"):
-            model = CLIP(config).eval().requires_grad_(False)  # the counter follows gradients where there are some
-    except Exception:  # a tower from elsewhere may want real tensors, or files that are not here: its row says "?"
+            model = CLIP(config).eval().requires_grad_(False)  # with gradients the counter would track them
+    except Exception:  # encoders of other libraries may need real tensors or absent files; shown as "?"
         return size
     size.parameters = _count(model.parameters())
     size.image_parameters = _count(model.visual.parameters())
@@ -219,10 +219,10 @@ def _count(parameters: Iterable[Tensor]) -> int:
 
 
 def _flops(encode: Callable[[Tensor], Tensor], inputs: Tensor) -> int | None:
-    """Of matrix products, convolutions and attention, two a multiply-add."""
+    """Count matrix products, convolutions and attention."""
     try:
         with FlopCounterMode(display=False) as counter:
             encode(inputs)
-    except Exception:  # likewise
+    except Exception:  # encoders of other libraries raise anything
         return None
     return counter.get_total_flops()

@@ -97,7 +97,7 @@ def from_source(
         InputError: there is no tokenizer, ``tokenizers`` cannot run it, it has no padding token, or it has ids
             outside the encoder's vocabulary.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer  # takes seconds
 
     where = f"architecture.text: the tokenizer at {config.source!r}"
     try:
@@ -126,7 +126,7 @@ def _backend(loaded: Any) -> Tokenizer | None:
     """Return the ``tokenizers`` object behind a tokenizer of transformers; None if there is none."""
     if hasattr(loaded, "backend_tokenizer"):
         return loaded.backend_tokenizer
-    from transformers import SiglipTokenizer
+    from transformers import SiglipTokenizer  # takes seconds
 
     if isinstance(loaded, SiglipTokenizer):  # a sentencepiece model like T5's, the only kind that transformers converts
         from transformers.convert_slow_tokenizer import T5Converter

@@ -1,4 +1,4 @@
-"""The towers of a model as ordered layers: what fine-tuning freezes, and what learns at a rate of its own."""
+"""A model's towers as ordered layers, for freezing, layer-wise learning rates, LoRA and compilation."""
 
 import re
 from collections.abc import Mapping
@@ -12,15 +12,15 @@ from lit_clip.errors import require
 Tower = Literal["image", "text"]
 TOWERS: tuple[Tower, Tower] = ("image", "text")
 EMBEDDINGS, HEAD = "embeddings", "head"
-_BARE_HEADS = {"proj", "text_projection"}  # parameters of the tower itself, registered before any block
+_BARE_HEADS = {"proj", "text_projection"}  # head parameters that lie on the tower itself, before any block
 
 
 class LayerGroup(NamedTuple):
-    """Consecutive parameters of a tower.
+    """One layer of a tower.
 
     Attributes:
         name: ``embeddings``, ``blocks.0``, ``blocks.1``, ... or ``head``.
-        parameters: by their name within the model.
+        parameters: by name within the model.
     """
 
     name: str
@@ -28,9 +28,9 @@ class LayerGroup(NamedTuple):
 
 
 def tower_parameters(model: nn.Module, tower: Tower) -> dict[str, nn.Parameter]:
-    """A tower's parameters by their name within the model; temperature and bias belong to neither.
+    """Return a tower's parameters by name within the model; temperature and bias belong to neither.
 
-    The paper's text tower has no module of its own: its parts lie on the model.
+    The paper's text tower is not a module: its parts lie on the model.
     """
     return {
         name: parameter
@@ -40,15 +40,15 @@ def tower_parameters(model: nn.Module, tower: Tower) -> dict[str, nn.Parameter]:
 
 
 def layer_groups(model: Any, tower: Tower) -> list[LayerGroup]:
-    """A tower from its input to its output: embeddings, then each block, then the head.
+    """Split a tower into layers, from input to output: embeddings, each block, the head.
 
-    A block is a residual block, of the four stages of a ResNet too. timm's towers are cut as timm says
-    (``group_matcher``), which counts the norm behind the last block to that block. A Hugging Face encoder's blocks are
-    its longest list of layers. The head is all that comes behind the blocks: norms, pooling, projection.
+    A block is a residual block, also in the four stages of a ResNet. timm's towers are split by timm's own
+    ``group_matcher``, which counts the norm after the last block to that block. A Hugging Face encoder's blocks are its
+    largest list of modules. The head is everything after the blocks: norms, pooling, projection.
 
     Args:
         model: a :class:`lit_clip.CLIP`.
-        tower: which.
+        tower: ``image`` or ``text``.
 
     Returns:
         Groups that together hold each parameter of the tower once; none is empty.
@@ -64,7 +64,7 @@ def layer_groups(model: Any, tower: Tower) -> list[LayerGroup]:
 
 
 def _layers(model: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str, str]:
-    """Parameter name -> group name, blocks in their order."""
+    """Map parameter names to group names, with the blocks in order."""
     prefixes = _block_prefixes(model, parameters)
     block_of = {
         name: f"blocks.{i}" for i, prefix in enumerate(prefixes) for name in parameters if name.startswith(prefix)
@@ -73,7 +73,7 @@ def _layers(model: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str, 
     result = {}
     for i, name in enumerate(parameters):
         owner, _, bare = name.rpartition(".")
-        # An embedding behind the blocks is used before or in them: CLIP's of tokens, MPNet's of relative positions.
+        # Embeddings are used before or in the blocks even if registered after them: CLIP's tokens, MPNet's positions.
         behind = i > last and not isinstance(model.get_submodule(owner), nn.Embedding)
         result[name] = block_of.get(name, HEAD if behind or bare in _BARE_HEADS else EMBEDDINGS)
     order = [EMBEDDINGS, *(f"blocks.{i}" for i in range(len(prefixes))), HEAD]
@@ -90,16 +90,16 @@ def _block_prefixes(model: nn.Module, parameters: dict[str, nn.Parameter]) -> li
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and name.startswith("visual.") == visual
     }
-    require(bool(lists), f"the {'image' if visual else 'text'} tower has no list of blocks to count")
+    require(bool(lists), f"the {'image' if visual else 'text'} tower has no list of blocks, so its layers are unknown")
     name = max(lists, key=lambda name: lists[name])
     return [f"{name}.{i}." for i in range(len(cast(nn.ModuleList, model.get_submodule(name))))]
 
 
 def tower_blocks(model: Any, tower: Tower) -> list[nn.Module]:
-    """The modules that are a tower's blocks, as :func:`layer_groups` counts them, in their order.
+    """Return the modules that are a tower's blocks in :func:`layer_groups`, in order.
 
-    Of timm's, whose blocks are known by the names of their parameters, the largest modules within a block; one that
-    stands alone between stages (the downsampling of a ConvNeXt) is among them.
+    timm's blocks are known only by the names of their parameters, so these are the largest modules within each block,
+    including one that stands alone between stages (the downsampling of a ConvNeXt).
     """
     parameters = tower_parameters(model, tower)
     if tower == "text" or not hasattr(model.visual, "trunk"):
@@ -109,9 +109,9 @@ def tower_blocks(model: Any, tower: Tower) -> list[nn.Module]:
 
 
 def _whole_blocks(module: nn.Module, prefix: str, names: Mapping[str, str]) -> list[nn.Module]:
-    """The largest modules whose parameters are all of one block; a lone layer or norm is none."""
+    """Find the largest modules whose parameters all belong to one block, except single layers and norms."""
     children = list(module.named_children())
-    if not children or isinstance(module, _BatchNorm):  # timm's has its activation as a child
+    if not children or isinstance(module, _BatchNorm):  # timm's BatchNorm has its activation as a child
         return []
     owners = {names.get(f"{prefix}.{name}", HEAD) for name, _ in module.named_parameters()}
     stage = isinstance(module, nn.ModuleList | nn.Sequential) and all(list(child.children()) for _, child in children)
@@ -121,12 +121,12 @@ def _whole_blocks(module: nn.Module, prefix: str, names: Mapping[str, str]) -> l
 
 
 def _timm_layers(trunk: Any, prefix: str) -> dict[str, str]:
-    from timm.models import group_parameters
+    from timm.models import group_parameters  # takes seconds
 
     layers: list[list[str]] = list(group_parameters(trunk, trunk.group_matcher(coarse=False)).values())
     result = {prefix + name: EMBEDDINGS for name in layers[0]}
     for i, names in enumerate(layers[1:]):
-        # What the matcher knows nothing of comes last: attention pooling, a final norm. Blocks are numbered, it is not.
+        # Parameters unknown to the matcher come last: attention pooling, a final norm. Only blocks are numbered.
         head = i == len(layers) - 2 and not any(re.search(r"\.\d+\.", name) for name in names)
         result |= {prefix + name: HEAD if head else f"blocks.{i}" for name in names}
     return result

@@ -1,6 +1,6 @@
-"""LoRA (Hu et al. 2021) through ``peft``: low-rank additions to the blocks' weights learn, everything else rests.
+"""LoRA (Hu et al. 2021) with ``peft``: only low-rank additions to the blocks' weights are trainable.
 
-A checkpoint holds the additions alone and names the weights that they belong to.
+A checkpoint holds only the additions and names the weights that they belong to.
 """
 
 from dataclasses import dataclass
@@ -11,18 +11,18 @@ from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
 from lit_clip.models.layers import TOWERS, layer_groups
 
-FUSED = "in_proj_weight"  # queries, keys and values of torch's attention in one
+FUSED = "in_proj_weight"  # queries, keys and values of torch's attention in one weight
 
 
 @dataclass
 class LoRA:
-    """Which weights get an addition of low rank: ``W + alpha / r * B @ A``.
+    """Low-rank additions to weights: ``W + alpha / r * B @ A``.
 
     Attributes:
         r: the rank.
         alpha: the strength.
-        targets: ends of the names of linear layers (``c_fc``, ``query``) and of ``in_proj_weight``; None: all of them
-            in the blocks of both towers, attention in and out and MLP.
+        targets: ends of names of linear layers (``c_fc``, ``query``) or ``in_proj_weight``; None: all of them in the
+            blocks of both towers: attention in and out, and MLP.
     """
 
     r: int = 8
@@ -34,10 +34,10 @@ class LoRA:
 
 
 def target_names(model: CLIP, targets: list[str] | None = None) -> list[str]:
-    """Names of the linear layers, and of the fused weights of attention, of the blocks that are not frozen.
+    """Return the names of linear layers and fused attention weights in the blocks that are not frozen.
 
     Raises:
-        InputError: there is none, or a target that is the end of none.
+        InputError: there are none, or a target matches none.
     """
     found = []
     for tower in TOWERS:
@@ -61,13 +61,13 @@ def _ends(name: str, target: str) -> bool:
 
 
 def add_lora(model: CLIP, lora: LoRA) -> None:
-    """Put the additions into a model: they alone learn, with the temperature. At first they change nothing.
+    """Insert the additions into a model; only they and the temperature stay trainable. They start as zero.
 
-    peft wraps torch's attention for the forward of its own class; ours has another, so its fused weight is a target
-    parameter, which peft adds to for the time of a forward, whatever that does with it.
+    peft's wrapper for torch's attention replaces its forward, which ours overrides. The fused weight is therefore a
+    target parameter: peft adds to it for the duration of any forward.
 
     Raises:
-        InputError: peft is not installed, or nothing is there to add to.
+        InputError: peft is not installed, or no layer matches.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -75,10 +75,10 @@ def add_lora(model: CLIP, lora: LoRA) -> None:
         raise InputError("model.lora needs peft: pip install -e '.[lora]'") from error
     names = target_names(model, lora.targets)
     for name in names:
-        if name.endswith(FUSED):  # peft takes it out and puts it back last: an average pairs parameters by their order
+        if name.endswith(FUSED):  # peft re-registers it last; move it here too, as EMA pairs parameters by order
             owned = model.get_submodule(name.rpartition(".")[0])._parameters
             owned[FUSED] = owned.pop(FUSED)
-    for root in dict.fromkeys(name.partition(".")[0] for name in names):  # peft compares the ends of names
+    for root in dict.fromkeys(name.partition(".")[0] for name in names):  # peft matches the ends of names
         mine = [name.partition(".")[2] for name in names if name.partition(".")[0] == root]
         config = LoraConfig(
             r=lora.r,
@@ -92,15 +92,15 @@ def add_lora(model: CLIP, lora: LoRA) -> None:
 
 
 def is_added(name: str) -> bool:
-    """Whether a weight belongs to the additions: theirs, or the temperature and bias that learn with them."""
+    """Whether a weight belongs to a LoRA: an addition, or the temperature or bias trained with it."""
     return ".lora_" in name or name.rpartition(".")[2] in ("logit_scale", "logit_bias")
 
 
 def merge_lora(model: CLIP) -> None:
-    """Add the additions to the weights for good; the model is a plain one again."""
+    """Merge the additions into the weights; the model is a plain one again, and trainable."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    for name, module in reversed(list(model.named_modules())):  # what lies within a wrapper first
+    for name, module in reversed(list(model.named_modules())):  # inner wrappers first
         if isinstance(module, BaseTunerLayer):
             module.merge()
             parent, _, last = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""open_clip's model configurations, as far as they describe models of ours."""
+"""Translate open_clip's model configurations, as far as lit-clip supports the models."""
 
 import importlib.util
 import json
@@ -22,7 +22,7 @@ from lit_clip.models.config import (
     VisionTransformerConfig,
 )
 
-# What open_clip's configurations say by default, or say of training only.
+# Entries to ignore: None for any value (it concerns training only), otherwise open_clip's defaults.
 _NEUTRAL = {
     "custom_text": (True, False),
     "multimodal_cfg": (None,),
@@ -48,7 +48,7 @@ _NEUTRAL = {
 
 
 class _CheckedDict:
-    """A dictionary whose every entry must be asked for, or be one that changes nothing."""
+    """A dictionary whose entries must all be taken, or be of :data:`_NEUTRAL`."""
 
     def __init__(self, values: Mapping[str, Any], name: str) -> None:
         self.values, self.name = dict(values), name
@@ -57,7 +57,7 @@ class _CheckedDict:
         return self.values.pop(key, default)
 
     def refuse(self, key: str, value: Any) -> InputError:
-        return InputError(f"{self.name}: {key} {value!r} is not a kind of model that lit-clip has")
+        return InputError(f"{self.name}: {key} {value!r} is not supported by lit-clip")
 
     def done(self) -> None:
         for key, value in self.values.items():
@@ -67,7 +67,7 @@ class _CheckedDict:
 
 
 def configs_folder() -> Path | None:
-    """Where the installed ``open-clip-torch`` keeps its configurations; the package is not imported."""
+    """Return the folder of the installed ``open-clip-torch``'s configurations, without importing the package."""
     spec = importlib.util.find_spec("open_clip")
     places = spec.submodule_search_locations if spec else None
     return Path(places[0]) / "model_configs" if places else None
@@ -75,16 +75,16 @@ def configs_folder() -> Path | None:
 
 @lru_cache(maxsize=1)
 def open_clip_names() -> tuple[str, ...]:
-    """Every name that open_clip has a configuration for."""
+    """List every model name that open_clip has a configuration for."""
     folder = configs_folder()
     return tuple(sorted(path.stem for path in folder.glob("*.json"))) if folder else ()
 
 
 def named(name: str) -> CLIPConfig:
-    """The architecture behind a name of :func:`open_clip_names`.
+    """Return the architecture of a name in :func:`open_clip_names`.
 
     Raises:
-        InputError: a kind of model that lit-clip does not have.
+        InputError: lit-clip does not support the model.
     """
     folder = configs_folder()
     assert folder is not None
@@ -92,15 +92,15 @@ def named(name: str) -> CLIPConfig:
 
 
 def from_open_clip(model: Mapping[str, Any], preprocess: Mapping[str, Any] | None, name: str) -> CLIPConfig:
-    """``open_clip_config.json``'s two halves as ours.
+    """Translate the two parts of an ``open_clip_config.json``.
 
     Args:
         model: ``model_cfg``.
         preprocess: ``preprocess_cfg``; None: open_clip's default for that kind of model.
-        name: where it comes from, for messages.
+        name: the source, for messages.
 
     Raises:
-        InputError: a kind of model that lit-clip does not have, named.
+        InputError: an entry that lit-clip does not support.
     """
     top = _CheckedDict(model, name)
     activation: Activation = "quick_gelu" if top.take("quick_gelu", False) else "gelu"
@@ -108,9 +108,9 @@ def from_open_clip(model: Mapping[str, Any], preprocess: Mapping[str, Any] | Non
     vision, text = _CheckedDict(top.take("vision_cfg", {}), name), _CheckedDict(top.take("text_cfg", {}), name)
     tanh = [(tower.take("act_kwargs") or {}).get("approximate") == "tanh" for tower in (vision, text)]
     if tanh[1] and (tanh[0] or vision.values.get("timm_model_name")):
-        activation = "gelu_tanh"  # beside an encoder of timm's it holds for the text encoder alone
+        activation = "gelu_tanh"  # beside a timm encoder it applies to the text encoder only
     elif any(tanh):
-        raise vision.refuse("act_kwargs", "of one encoder")
+        raise vision.refuse("act_kwargs", "of one encoder only")
     top.done()
     try:
         return CLIPConfig(
@@ -138,7 +138,7 @@ def _preprocessing(values: Mapping[str, Any] | None, vision: Mapping[str, Any], 
     interpolation = values.get("interpolation") or "bicubic"
     if mode not in ("shortest", "squash") or interpolation not in ("bicubic", "bilinear"):
         raise InputError(
-            f"preprocess_cfg: resize_mode {mode!r} with interpolation {interpolation!r} is not one of ours"
+            f"preprocess_cfg: resize_mode {mode!r} with interpolation {interpolation!r} is not supported by lit-clip"
         )
     return Preprocessing(
         values.get("size") or size,

@@ -1,6 +1,6 @@
-"""How the tokens of a batch lie in memory, so that no layer computes what nobody reads.
+"""Pack the tokens of a batch without padding, so that no layer computes values that nothing reads.
 
-Shapes: B sequences, L tokens of the longest, T tokens of all together, W width, H heads.
+Shapes: B sequences, L tokens of the longest, T tokens of all sequences, W width, H heads.
 """
 
 from collections.abc import Sequence
@@ -12,19 +12,19 @@ from torch import Tensor
 
 from lit_clip.tools.hardware import has_bfloat16
 
-# Tokens up to which plain products with gradients are faster on a CPU than the fused kernel, and their matrices small.
+# Sequence lengths up to which plain products with gradients beat the CPU's fused kernel, and take little memory.
 LONGEST_PLAIN = {torch.float32: 64, torch.bfloat16: 256 if has_bfloat16() else 0}
 
 
 class Layout(NamedTuple):
-    """Sequences one behind the other in ``[T, W]``, and how they attend.
+    """Sequences concatenated in ``[T, W]``, and how they attend.
 
     Attributes:
-        runs: neighbouring sequences of equal length: how many, and how long.
-        causal: whether a token sees only itself and those before it.
-        cells: int64 ``[T]``, the place of each token in ``[B, L]``: attention then pads the sequences for itself, in
-            one call for all runs. None: a call a run, without padding.
-        shape: ``(B, L)`` of those places.
+        runs: count and length of each run of neighbouring sequences of equal length.
+        causal: whether a token attends only to itself and those before it.
+        cells: int64 ``[T]``, the index of each token in the flattened ``[B, L]``: attention pads the sequences
+            internally and needs one call for all runs. None: one call per run, without padding.
+        shape: ``(B, L)`` for ``cells``.
     """
 
     runs: tuple[tuple[int, int], ...]
@@ -37,7 +37,7 @@ class Layout(NamedTuple):
         if self.cells is not None:
             B, L = self.shape
             padded = qkv_TX.new_zeros(B * L, qkv_TX.shape[1]).index_copy(0, self.cells, qkv_TX)
-            # What stands behind a sequence is seen by itself alone: attention is causal wherever lengths differ.
+            # No token attends to padding after its sequence: attention is causal wherever lengths differ.
             return self._run(padded, B, L, heads).index_select(0, self.cells)
         if len(self.runs) == 1:
             return self._run(qkv_TX, *self.runs[0], heads)
@@ -51,7 +51,7 @@ class Layout(NamedTuple):
         return attention(q, k, v, self.causal).transpose(1, 2).reshape(count * length, W)
 
     def attend_from(self, q_BW: Tensor, kv_TX: Tensor, heads: int) -> Tensor:
-        """From one token of each sequence, which sees all of it: ``[B, W]`` and ``[T, 2W]`` -> ``[B, W]``."""
+        """Attend from one token per sequence to the whole sequence: ``[B, W]`` and ``[T, 2W]`` -> ``[B, W]``."""
         if self.cells is not None:
             B, L = self.shape
             padded = kv_TX.new_zeros(B * L, kv_TX.shape[1]).index_copy(0, self.cells, kv_TX)
@@ -77,12 +77,12 @@ def _one_query(q: Tensor, kv: Tensor, count: int, length: int, heads: int, mask:
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     """``[n, H, m, d]`` queries, ``[n, H, l, d]`` keys and values -> ``[n, H, m, d]``.
 
-    torch's own except on a CPU, whose fused kernel is slow backwards: in bfloat16 by up to four times, and in float32
-    where sequences fit into one of its blocks (docs/performance.md).
+    Calls torch's kernel except on a CPU, whose fused kernel has a slow backward pass: up to four times slower in
+    bfloat16, and in float32 for sequences that fit in one of its blocks (docs/performance.md).
     """
     if q.device.type == "cpu" and not causal and k.shape[2] <= LONGEST_PLAIN.get(q.dtype, 0) and _differentiated(q, k):
         return torch.matmul((torch.matmul(q * q.shape[3] ** -0.5, k.transpose(2, 3))).softmax(dim=3).to(v.dtype), v)
-    if q.device.type == "cpu" and causal and q.dtype == torch.bfloat16:  # short texts: half the time in float32
+    if q.device.type == "cpu" and causal and q.dtype == torch.bfloat16:  # short texts take half the time in float32
         with torch.autocast("cpu", enabled=False):
             return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True).to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
@@ -93,14 +93,14 @@ def _differentiated(*tensors: Tensor) -> bool:
 
 
 class Packing(NamedTuple):
-    """Texts of a batch without their padding, shortest first.
+    """The texts of a batch without padding, sorted by length, shortest first.
 
     Attributes:
-        layout: of the tokens.
-        rows: int64 ``[T]``, the text of each token.
-        columns: int64 ``[T]``, its place in the text.
-        ends: int64 ``[B]``, the last token of each text among T, shortest text first.
-        places: int64 ``[B]``, the place of each text in that order: ``sorted[places]`` are the texts as they came.
+        layout: of the packed tokens.
+        rows: int64 ``[T]``, the row of each token in the batch.
+        columns: int64 ``[T]``, the column of each token in the batch.
+        ends: int64 ``[B]``, the index in T of each sorted text's last token.
+        places: int64 ``[B]``, each text's index in the sorted order: ``sorted[places]`` restores the batch's order.
     """
 
     layout: Layout
@@ -111,13 +111,13 @@ class Packing(NamedTuple):
 
 
 def pack(lengths: Sequence[int], device: torch.device, padded_attention: bool | None = None) -> Packing:
-    """Lay out texts of these many tokens, without waiting for the device.
+    """Compute the packing for texts of these lengths, without synchronising the device.
 
     Args:
         lengths: of B texts, at least 1 each.
-        device: where the tokens are.
-        padded_attention: one call of attention over all texts instead of one for each length. None: not on a CPU, where
-            calls are cheap and copies are not.
+        device: of the tokens.
+        padded_attention: whether to call attention once for all texts instead of once per length. None: not on a CPU,
+            where calls are cheap and copies are expensive.
     """
     if padded_attention is None:
         padded_attention = device.type != "cpu"
@@ -130,7 +130,7 @@ def pack(lengths: Sequence[int], device: torch.device, padded_attention: bool | 
     runs = tuple(zip(counts.tolist(), values.tolist(), strict=True))
     shape = (len(lengths), int(sizes[-1]))
     cells = None
-    if padded_attention and len(runs) > 1:  # shortest text first here as well
+    if padded_attention and len(runs) > 1:  # in sorted order, too
         cells = torch.arange(len(lengths)).repeat_interleave(sizes) * shape[1] + columns
     places = torch.empty_like(order)
     places[order] = torch.arange(len(order))
@@ -139,24 +139,24 @@ def pack(lengths: Sequence[int], device: torch.device, padded_attention: bool | 
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A small tensor there, on a CUDA device without waiting for what is queued."""
-    if device.type != "cuda":  # MPS would read memory that has been given back by then (pytorch/pytorch#189690)
+    """Copy a small tensor to a device; to a CUDA device without synchronising."""
+    if device.type != "cuda":  # MPS would read freed memory (pytorch/pytorch#189690)
         return tensor.to(device)
-    # From memory that is not pinned the copy would wait for all that is queued before it.
+    # From unpinned memory the copy would wait for all queued work.
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def length_groups(lengths: Sequence[int], most: int = 4, least_rows: int = 16, worth: float = 0.1) -> list[Tensor]:
-    """Rows of texts in groups of like length, for an encoder that wants its texts padded.
+    """Group texts of similar length, for an encoder that needs padded texts.
 
     Args:
         lengths: of B texts.
-        most: groups at most.
-        least_rows: of a group: small ones cost more than their padding.
-        worth: the share of all padded tokens that must be saved; otherwise there is one group.
+        most: maximum number of groups.
+        least_rows: minimum rows per group: smaller groups cost more than the padding they save.
+        worth: fraction of all padded tokens that grouping must save; otherwise there is one group.
 
     Returns:
-        int64 rows, each row in one group.
+        int64 row indices per group; each row is in one group.
     """
     sizes, order = torch.tensor(lengths).sort(stable=True)
     groups = list(order.tensor_split(max(1, min(most, len(lengths) // least_rows))))

@@ -1,4 +1,4 @@
-"""From an image to pixels: uint8 for the data loaders, normalised float for ``encode_image``."""
+"""Turn images into pixels: uint8 for the data loaders, normalised float for ``encode_image``."""
 
 import math
 from functools import partial
@@ -14,16 +14,16 @@ from lit_clip.models.config import Preprocessing, height_width
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any image as RGB, by Pillow's rules as in every peer: published models have seen such pixels.
+    """Convert any image to RGB by Pillow's rules, as in every peer: published models were trained on such pixels.
 
-    Transparency is dropped (what lies underneath shows), 16-bit grey levels are clipped at 255, and a camera's
+    Transparency is dropped (the colours underneath show), 16-bit grey levels are clipped at 255, and a camera's
     rotation flag is ignored.
     """
     return image.convert("RGB")
 
 
 class _Resize(v2.Transform):
-    """The smallest size of the same shape that covers the crop."""
+    """Resize to the smallest size of the same aspect ratio that covers the crop."""
 
     def __init__(self, height: int, width: int, interpolation: InterpolationMode) -> None:
         super().__init__()
@@ -54,19 +54,19 @@ def _steps(config: Preprocessing) -> list[v2.Transform]:
 
 
 def pixels(config: Preprocessing) -> v2.Compose:
-    """The evaluation transform up to the pixels: PIL image -> uint8 ``[3, H, W]``."""
-    # The colours last, as in the peers: a palette's entries are picked, not mixed, when it is resized.
+    """Return the evaluation transform up to the pixels: PIL image -> uint8 ``[3, H, W]``."""
+    # RGB conversion comes last, as in the peers: resizing a palette image picks entries and does not mix colours.
     return v2.Compose([*_steps(config), v2.Lambda(to_rgb), v2.PILToTensor()])
 
 
 def image_transform(config: Preprocessing) -> v2.Compose:
-    """The whole evaluation transform of the paper: PIL image -> float ``[3, H, W]``, normalised.
+    """Return the paper's evaluation transform: PIL image -> float ``[3, H, W]``, normalised.
 
-    It can be pickled, and so be sent to data workers (``model.preprocess`` would take the model along).
+    It can be pickled for data workers (``model.preprocess`` would pickle the model too).
     """
     return v2.Compose([pixels(config), v2.Lambda(partial(normalize, config=config))])
 
 
 def normalize(images: Tensor, config: Preprocessing) -> Tensor:
-    """uint8 ``[..., 3, H, W]`` -> float32, normalised by the model's own mean and standard deviation."""
+    """uint8 ``[..., 3, H, W]`` -> float32, normalised by the model's mean and standard deviation."""
     return TF.normalize(images.to(torch.float32) / 255, list(config.mean), list(config.std))

@@ -1,6 +1,6 @@
-"""The models that have a name: the paper's, open_clip's that are of a kind we have, and a tiny one to start with.
+"""Models by name: the paper's, those of open_clip that lit-clip supports, and a tiny one to start with.
 
-Sizes are those of tables 19 and 20 of the paper and names open_clip's.
+Sizes are from tables 19 and 20 of the paper, names from open_clip.
 """
 
 from collections.abc import Mapping
@@ -9,12 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from lit_clip.errors import InputError
-from lit_clip.models.config import (
-    CLIPConfig,
-    ResNetConfig,
-    TextTransformerConfig,
-    VisionTransformerConfig,
-)
+from lit_clip.models.config import CLIPConfig, ResNetConfig, TextTransformerConfig, VisionTransformerConfig
 from lit_clip.models.external_settings import with_external_settings
 from lit_clip.models.open_clip_configs import named, open_clip_names
 
@@ -38,7 +33,7 @@ _PAPER = {
     "ViT-L-14-336": CLIPConfig(768, VisionTransformerConfig(336, 14, **_LARGE), _text(768)),
 }
 
-# Ours, for small images on a CPU: 17.7 million parameters, 12.6 of them the token embedding.
+# Our own, for small images on a CPU: 17.7 million parameters, 12.6 million of them in the token embedding.
 _TINY = CLIPConfig(
     embed_dim=256,
     image=VisionTransformerConfig(image_size=64, patch_size=16, width=256, layers=4, heads=4),
@@ -47,7 +42,7 @@ _TINY = CLIPConfig(
 
 
 def papers_models() -> list[str]:
-    """The nine models of the paper, by open_clip's names without ``-quickgelu``."""
+    """Return the names of the paper's nine models: open_clip's without ``-quickgelu``."""
     return list(_PAPER)
 
 
@@ -61,25 +56,25 @@ def _own() -> dict[str, dict[str, Any]]:
 
 
 def list_models() -> list[str]:
-    """Names that :func:`lit_clip.create_model` and ``--model.architecture`` understand.
+    """List names for :func:`lit_clip.create_model` and ``--model.architecture``.
 
-    The paper's models, with GELU and with QuickGELU, a tiny one, and the SigLIP family. Any other name of open_clip's
-    works as well if the model is of a kind that we have.
+    These are the paper's models, with GELU and with QuickGELU, a tiny one, and the SigLIP family. Other open_clip names
+    work too if lit-clip supports that kind of model.
     """
     return [*_own(), *(name for name in open_clip_names() if "SigLIP" in name)]
 
 
 def resolve_architecture(architecture: "str | CLIPConfig | Mapping[str, Any]") -> CLIPConfig:
-    """The configuration behind a model's name (a copy), a mapping (as a checkpoint stores it) or itself.
+    """Return the configuration of a name or of a checkpoint's mapping, with settings of other libraries filled in.
 
     Raises:
-        InputError: no such name, or one of open_clip's for a kind of model that lit-clip does not have.
+        InputError: no such name, or an open_clip model that lit-clip does not support.
     """
     if isinstance(architecture, CLIPConfig):
         return with_external_settings(architecture)
     if isinstance(architecture, Mapping):
         return with_external_settings(CLIPConfig.from_dict(architecture))
-    if architecture.lstrip().startswith("{"):  # sizes typed on the command line that did not parse as a CLIPConfig
+    if architecture.lstrip().startswith("{"):  # a CLIPConfig on the command line that did not parse
         raise InputError(f"model.architecture: {architecture} has an unknown entry or a value of the wrong type")
     if architecture in _own():
         return CLIPConfig.from_dict(_own()[architecture])

@@ -1,4 +1,4 @@
-"""Published weights at another image size or context length."""
+"""Adapt weights to another image size or context length."""
 
 import dataclasses
 
@@ -19,10 +19,10 @@ from lit_clip.models.external import TimmImageEncoder, resized_trunk
 
 
 def resized(config: CLIPConfig, image_size: Size | None, context_length: int | None) -> CLIPConfig:
-    """The architecture with other sizes; None keeps one.
+    """Return the architecture with other sizes; None keeps a size.
 
     Raises:
-        InputError: sizes that the architecture cannot have.
+        InputError: the architecture does not support a size.
     """
     image, text, preprocessing = config.image, config.text, config.preprocessing
     assert preprocessing is not None
@@ -32,19 +32,19 @@ def resized(config: CLIPConfig, image_size: Size | None, context_length: int | N
     if context_length is not None and context_length != text.context_length:
         if isinstance(text, TextTransformerConfig) and not text.causal:
             raise InputError(
-                f"context_length: {context_length} is not the {text.context_length} of the weights; this text encoder "
-                "reads the padding too and would give wrong features at another length"
+                f"context_length: must be the weights' {text.context_length}, not {context_length}; this text encoder "
+                "attends to padding too, so another length would change the features"
             )
         text = dataclasses.replace(text, context_length=context_length)
     return dataclasses.replace(config, image=image, text=text, preprocessing=preprocessing)
 
 
 def resize_weights(state: dict[str, Tensor], old: CLIPConfig, new: CLIPConfig) -> dict[str, Tensor]:
-    """Weights of ``old`` for ``new``, which :func:`resized` made of it.
+    """Adapt weights of ``old`` to ``new``, its :func:`resized` architecture.
 
-    The image encoder's position embedding is interpolated (bicubic, antialiased, as open_clip and timm do it). The text
-    encoder's is cut off at the end, or continued with copies of the last position: features of captions which fit
-    either way stay bit for bit the same.
+    The image encoder's position embedding is interpolated (bicubic, antialiased, as in open_clip and timm). The text
+    encoder's is truncated at the end, or extended with copies of the last position: features of captions that fit both
+    lengths stay bit-identical.
     """
     state = dict(state)
     if new.image != old.image:

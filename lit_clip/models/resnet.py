@@ -1,4 +1,4 @@
-"""The paper's image encoder with convolutions: ResNet-D with anti-aliased strides and attention pooling.
+"""The paper's ResNet: ResNet-D with anti-aliased strides and attention pooling.
 
 Parameter names and shapes are those of OpenAI's code. Shapes: B batch, C channels, L tokens, D embedding dimension.
 """
@@ -16,7 +16,7 @@ EXPANSION = 4
 
 
 class Bottleneck(nn.Module):
-    """A residual block in which an average pool does the striding, in the shortcut too."""
+    """A residual block that strides by average pooling, in the shortcut too."""
 
     def __init__(self, channels: int, planes: int, stride: int) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class Bottleneck(nn.Module):
         self.avgpool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
         self.conv3 = nn.Conv2d(planes, out, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(out)
-        nn.init.zeros_(self.bn3.weight)  # OpenAI's code: a block starts as its shortcut
+        nn.init.zeros_(self.bn3.weight)  # as in OpenAI's code: a block starts as its shortcut
         self.downsample = None
         if stride > 1 or channels != out:
             self.downsample = nn.Sequential(
@@ -49,13 +49,13 @@ class Bottleneck(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """One attention of the mean of all positions over those and itself.
+    """Attention pooling: the mean of all positions attends to itself and all positions.
 
     Args:
         positions: height times width of the features.
         channels: of the features.
         heads: attention heads.
-        embed_dim: channels of the result; the projection into the embedding is part of the pool.
+        embed_dim: channels of the result; the pool includes the projection into the embedding.
     """
 
     def __init__(self, positions: int, channels: int, heads: int, embed_dim: int) -> None:
@@ -114,7 +114,7 @@ class ModifiedResNet(nn.Module):
         check_images(images, self.image_size)
         x = images
         if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-            # Faster, and it stays that way through all layers; in float32 a CPU's gradients lose two digits by it.
+            # Faster, and kept by all layers; not in float32, where a CPU's gradients would lose two digits.
             x = x.contiguous(memory_format=torch.channels_last)
         for conv, norm in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
             x = F.relu(norm(conv(x)))

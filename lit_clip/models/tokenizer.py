@@ -62,7 +62,7 @@ def byte_pair_tokenizer() -> Tokenizer:
 
 
 def clean(text: str) -> str:
-    """Clean a text as the paper does: fix broken Unicode, undo HTML escapes (twice), collapse white space, lower-case."""
+    """Clean as the paper does: fix broken Unicode, undo HTML escapes (twice), collapse white space, lower-case."""
     text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
     return regex.sub(r"\s+", " ", text).strip().lower()
 

@@ -1,1 +1,1 @@
-"""Weights from and to files: sources and the hub, loading, the formats of other libraries, export and model card."""
+"""Weights in files: sources and the hub, loading, other libraries' formats, export, model card, fingerprints."""

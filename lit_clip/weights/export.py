@@ -1,4 +1,7 @@
-"""How a model is written for another tool, and how that tool reads it: the two halves of ``lit-clip export``."""
+"""Write a model for another tool, and read it back with that tool: the two halves of ``lit-clip export``.
+
+The tools take seconds to import, or are optional, so functions import them.
+"""
 
 import importlib.util
 import json
@@ -9,40 +12,35 @@ from typing import Any, Literal, NamedTuple, Self, cast
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lit_clip.errors import InputError, require
 from lit_clip.losses.contrastive import unit
 from lit_clip.models.clip import CLIP
-from lit_clip.models.config import (
-    CLIPConfig,
-    HuggingFaceTextConfig,
-    ResNetConfig,
-    TimmConfig,
-    height_width,
-)
+from lit_clip.models.config import CLIPConfig, HuggingFaceTextConfig, ResNetConfig, TimmConfig, height_width
 from lit_clip.weights.hugging_face import hugging_face_kind, to_hugging_face
 from lit_clip.weights.hugging_face_processor import PROCESSOR_OF, image_processor, save_byte_pairs, save_tokenizer
 
 FormatName = Literal["open_clip", "hugging_face", "onnx"]
 Kind = Literal["image", "text"]
-TEXTS = [  # without anything that tokenizers clean each in its own way
+TEXTS = [  # with nothing that tokenizers clean differently
     "a photo of a dog",
     "two cats",
     "a red bicycle in front of an old brick house by the sea",
     "snow on a mountain in the evening",
 ]
-PROTOBUF_LIMIT = 1.9e9  # bytes: an ONNX file above 2 GiB keeps its weights in a second one
+PROTOBUF_LIMIT = 1.9e9  # bytes: ONNX files above 2 GiB need a second file for the weights
 
 
 class ExportSample(NamedTuple):
-    """What both sides embed.
+    """The inputs that the model and its export both encode.
 
     Attributes:
-        images: of random pixels, four.
-        pixels: float ``[4, 3, H, W]``, the same through the model's own preprocessing.
+        images: four, of random pixels.
+        pixels: float ``[4, 3, H, W]``, the images after the model's own preprocessing.
         texts: four.
-        tokens: int64 ``[4, L]``, by the model's own tokenizer.
+        tokens: int64 ``[4, L]``, the texts after the model's own tokenizer.
     """
 
     images: list[Image.Image]
@@ -52,7 +50,7 @@ class ExportSample(NamedTuple):
 
     @classmethod
     def of(cls, model: CLIP) -> Self:
-        """Images that are resized by about one half, and on which a centre crop has no two middles."""
+        """Create images that are resized by about one half and whose centre crop is unambiguous."""
         height, width = height_width(model.preprocessing.image_size)
         noise = np.random.default_rng(0).integers(0, 256, (4, 2 * height, 2 * width + 8, 3), dtype=np.uint8)
         images = [Image.fromarray(image) for image in noise]
@@ -61,13 +59,13 @@ class ExportSample(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What the other tool makes of a :class:`ExportSample`; None: the format has no such part.
+    """The other tool's outputs for an :class:`ExportSample`; None if the format has no such part.
 
     Attributes:
-        image: of its pixels, unit features ``[4, D]``.
-        text: of its tokens, unit features ``[4, D]``.
-        pixels: of its images, as ``ExportSample.pixels``.
-        tokens: of its texts, as ``ExportSample.tokens``.
+        image: unit features ``[4, D]`` of the pixels.
+        text: unit features ``[4, D]`` of the tokens.
+        pixels: the preprocessed images, as ``ExportSample.pixels``.
+        tokens: the tokenized texts, as ``ExportSample.tokens``.
     """
 
     image: Tensor
@@ -77,12 +75,12 @@ class Reading(NamedTuple):
 
 
 class Parity(NamedTuple):
-    """Largest differences between a model and its export.
+    """The largest differences between a model and its export.
 
     Attributes:
-        image: of unit features.
-        text: of unit features.
-        pixels: of 255 levels, before normalisation; None: not part of the format.
+        image: between unit image features.
+        text: between unit text features.
+        pixels: in levels of 255, before normalisation; None: not part of the format.
         tokens: whether the ids are equal; None: not part of the format.
     """
 
@@ -94,7 +92,7 @@ class Parity(NamedTuple):
 
 @torch.no_grad()
 def parity_of(model: CLIP, sample: ExportSample, reading: Reading) -> Parity:
-    """Compare a reading with what the model makes of the sample."""
+    """Compare the other tool's outputs with the model's."""
     image = model.encode_image(sample.pixels, normalize=True)
     text = model.encode_text(sample.tokens, normalize=True)
     pixels = None
@@ -110,11 +108,9 @@ def parity_of(model: CLIP, sample: ExportSample, reading: Reading) -> Parity:
 
 
 def _save_weights(state: dict[str, Tensor], path: Path) -> None:
-    from safetensors.torch import save_file
-
-    # "pt" is the mark without which transformers refuses a file.
+    # Without the "pt" mark transformers refuses the file.
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, metadata={"format": "pt"})
-    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes a file that only its owner can read
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors creates files that only their owner can read
 
 
 def _save_json(values: dict[str, Any], path: Path) -> None:
@@ -125,15 +121,13 @@ def _save_json(values: dict[str, Any], path: Path) -> None:
 
 
 def write_open_clip(model: CLIP, folder: Path) -> None:
-    """A folder that open_clip opens as ``local-dir:FOLDER``, or from the hub once it is there.
+    """Write a folder that open_clip opens as ``local-dir:FOLDER``, or from the hub once uploaded.
 
     Raises:
-        InputError: a kind of model that open_clip does not have.
+        InputError: open_clip does not support the model.
     """
     ours = model.preprocessing
-    require(
-        ours.crop_pct == 1, f"open_clip resizes to the crop itself, this model's crop is {ours.crop_pct} of the image"
-    )
+    require(ours.crop_pct == 1, f"open_clip has no crop_pct, this model's is {ours.crop_pct}; use onnx")
     values = {
         "model_cfg": open_clip_model(model),
         "preprocess_cfg": {
@@ -152,10 +146,10 @@ def write_open_clip(model: CLIP, folder: Path) -> None:
 
 
 def open_clip_model(model: CLIP) -> dict[str, Any]:
-    """The ``model_cfg`` of a model; its weights have open_clip's names already.
+    """Return the ``model_cfg`` of a model, whose weights have open_clip's names already.
 
     Raises:
-        InputError: a kind of model that open_clip does not have.
+        InputError: open_clip does not support the model.
     """
     config = model.config
     values: dict[str, Any] = {
@@ -166,27 +160,27 @@ def open_clip_model(model: CLIP) -> dict[str, Any]:
         "custom_text": not config.papers_layout,
     }
     if config.logit_bias:
-        values["init_logit_bias"] = -10  # overwritten by the weights; present, it says that there is one
+        values["init_logit_bias"] = -10  # declares that there is one; the weights overwrite the value
     return values
 
 
 def _open_clip_vision(model: CLIP) -> dict[str, Any]:
     image = model.config.image
-    assert image.image_size is not None  # CLIPConfig has filled it in
+    assert image.image_size is not None  # a model's config has all settings filled in
     height, width = height_width(image.image_size)
     size = {"image_size": height if height == width else [height, width]}
     if isinstance(image, ResNetConfig):
         return {**size, "layers": list(image.layers), "width": image.width, "patch_size": None}
     if isinstance(image, TimmConfig):
         others = {name: value for name, value in image.options.items() if name != "drop_path_rate"}
-        require(not others, f"open_clip makes timm's {image.timm} as timm does, this model has {others}; use onnx")
+        require(not others, f"open_clip cannot pass {others} to timm's {image.timm}; use onnx")
         trunk: Any = model.visual.trunk
         pool = getattr(trunk.global_pool, "pool_type", trunk.global_pool)  # a module in convolutional networks
         return {
             **size,
             "timm_model_name": image.timm,
             "timm_model_pretrained": False,
-            # Without a projection of its own, open_clip takes an empty pool to mean none at all.
+            # An empty pool would mean no pooling at all if open_clip adds no projection of its own.
             "timm_pool": image.pool or (pool if image.projection in ("none", "classifier") else ""),
             "timm_proj": "" if image.projection == "classifier" else image.projection,
             "timm_proj_bias": image.projection_bias,
@@ -206,12 +200,15 @@ def _open_clip_vision(model: CLIP) -> dict[str, Any]:
 def _open_clip_text(config: CLIPConfig) -> dict[str, Any]:
     text = config.text
     values: dict[str, Any] = {"context_length": text.context_length}
-    if text.tokenizer is not None:  # open_clip looks for it in the folder itself
+    if text.tokenizer is not None:  # open_clip looks in the folder first
         values |= {"hf_tokenizer_name": text.tokenizer.source, "tokenizer_kwargs": {"clean": text.tokenizer.clean}}
     if isinstance(text, HuggingFaceTextConfig):
         poolers = {"mean": "mean_pooler", "cls": "cls_last_hidden_state_pooler", "pooler": "cls_pooler"}
-        require(text.pooling in poolers, f"open_clip has no pooling of the {text.pooling} token; use onnx")
-        require(text.projection != "none", "open_clip has a projection behind every Hugging Face encoder; use onnx")
+        require(text.pooling in poolers, f"open_clip has no pooling {text.pooling!r} for text; use onnx")
+        require(
+            text.projection != "none",
+            "open_clip needs a projection after a Hugging Face encoder; use onnx",
+        )
         return {
             **values,
             "hf_model_name": text.hugging_face,
@@ -236,7 +233,7 @@ def _open_clip_text(config: CLIPConfig) -> dict[str, Any]:
 
 @torch.no_grad()
 def read_open_clip(folder: Path, sample: ExportSample) -> Reading:
-    """As a user of open_clip would: model, transform and tokenizer of the folder."""
+    """Run open_clip as a user would: model, transform and tokenizer from the folder."""
     import open_clip
 
     name = f"local-dir:{folder}"
@@ -255,17 +252,17 @@ def read_open_clip(folder: Path, sample: ExportSample) -> Reading:
 
 
 def write_hugging_face(model: CLIP, folder: Path) -> None:
-    """A folder that transformers' model and processor classes open.
+    """Write a folder that transformers' model and processor classes open.
 
     Raises:
-        InputError: neither CLIPModel nor SiglipModel can be this model.
+        InputError: neither CLIPModel nor SiglipModel can represent the model.
     """
     try:
         kind = hugging_face_kind(model.config)
         values, state = to_hugging_face(model)
         processor = image_processor(model.preprocessing, PROCESSOR_OF[kind])
     except InputError as error:
-        raise InputError(f"hugging_face cannot hold this model: {error}; use open_clip or onnx") from error
+        raise InputError(f"hugging_face cannot represent this model: {error}; use open_clip or onnx") from error
     _save_json(values, folder / "config.json")
     _save_weights(state, folder / "model.safetensors")
     _save_json(processor, folder / "preprocessor_config.json")
@@ -276,7 +273,7 @@ def write_hugging_face(model: CLIP, folder: Path) -> None:
 
 @torch.no_grad()
 def read_hugging_face(folder: Path, sample: ExportSample) -> Reading:
-    """As a user of transformers would: model and processor of the folder, nothing from the network."""
+    """Run transformers as a user would: model and processor from the folder, without the network."""
     import transformers
 
     siglip = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"] == "siglip"
@@ -285,12 +282,12 @@ def read_hugging_face(folder: Path, sample: ExportSample) -> Reading:
     transformers.utils.logging.disable_progress_bar()
     try:
         model = model_class.from_pretrained(folder, local_files_only=True).eval()
-        # Without torch's own resampling, which differs by up to two levels from Pillow's, that the models have seen.
+        # By Pillow, as in training: torch's resampling differs from it by up to two levels.
         processor: Any = processor_class.from_pretrained(folder, local_files_only=True, backend="pil")
     finally:
         transformers.utils.logging.enable_progress_bar()
     out = model(input_ids=sample.tokens, pixel_values=sample.pixels)
-    read = processor(
+    inputs = processor(
         text=sample.texts,
         images=sample.images,
         return_tensors="pt",
@@ -298,16 +295,16 @@ def read_hugging_face(folder: Path, sample: ExportSample) -> Reading:
         truncation=True,
         max_length=sample.tokens.shape[1],
     )
-    # CLIP's padding is 0 here and the end of text there; the encoder sees neither.
-    tokens = read["input_ids"] if siglip else read["input_ids"] * read["attention_mask"]
-    return Reading(out.image_embeds, out.text_embeds, read["pixel_values"], tokens)
+    # CLIP pads with 0 here and with the end of text there; the encoder sees neither.
+    tokens = inputs["input_ids"] if siglip else inputs["input_ids"] * inputs["attention_mask"]
+    return Reading(out.image_embeds, out.text_embeds, inputs["pixel_values"], tokens)
 
 
 # ONNX
 
 
 class _TracedEncoder(nn.Module):
-    """One encoder as a module of its own, for tracing."""
+    """One encoder as a module, for tracing."""
 
     def __init__(self, model: CLIP, kind: Kind) -> None:
         super().__init__()
@@ -318,10 +315,10 @@ class _TracedEncoder(nn.Module):
 
 
 def write_onnx(model: CLIP, folder: Path) -> None:
-    """``image_encoder.onnx`` and ``text_encoder.onnx``, of any batch size, and what happens before and after them.
+    """Write ``image_encoder.onnx`` and ``text_encoder.onnx``, for any batch size, ``model.json`` and the tokenizer.
 
     Raises:
-        InputError: the packages of the extra are not installed.
+        InputError: the packages of the extra ``export`` are not installed.
     """
     missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
     require(not missing, f"onnx needs {', '.join(missing)}: pip install -e '.[export]'")
@@ -350,7 +347,7 @@ def write_onnx(model: CLIP, folder: Path) -> None:
 
 
 def onnx_facts(model: CLIP) -> dict[str, Any]:
-    """What a user of the ONNX files must know that is not in them."""
+    """Return what a user of the ONNX files must know that is not in them."""
     height, width = height_width(model.preprocessing.image_size)
     tokenizer = model.config.text.tokenizer
     return {
@@ -372,7 +369,7 @@ def onnx_facts(model: CLIP) -> dict[str, Any]:
 
 
 def read_onnx(folder: Path, sample: ExportSample) -> Reading:
-    """By onnxruntime on the CPU, in batches of 1 and 3."""
+    """Run onnxruntime on the CPU, in batches of 1 and 3."""
     import onnxruntime
 
     def run(kind: str, name: str, values: Tensor) -> Tensor:
@@ -384,7 +381,7 @@ def read_onnx(folder: Path, sample: ExportSample) -> Reading:
 
 
 class Format(NamedTuple):
-    """A format: how it is written and read, and the largest difference of unit features that passes."""
+    """How to write and read a format, and the largest accepted difference between unit features."""
 
     write: Callable[[CLIP, Path], None]
     read: Callable[[Path, ExportSample], Reading]

@@ -1,4 +1,7 @@
-"""Published weights by name: huggingface_hub and open_clip's registry do the work."""
+"""Download published weights by name, with huggingface_hub or open_clip's registry.
+
+Both libraries take seconds to import, so they are imported on use.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -8,7 +11,7 @@ from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig
 from lit_clip.models.registry import resolve_architecture
 
-# What a model needs beside its weights.
+# Files that a model needs beside its weights.
 _SMALL = [
     *("*config.json", "*.index.json", "tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model"),
     *("special_tokens_map.json", "added_tokens.json"),
@@ -16,10 +19,10 @@ _SMALL = [
 
 
 def download(name: str) -> Path:
-    """The folder of ``org/name`` in the hub's cache: its configuration, tokenizer and one file of weights.
+    """Download configuration, tokenizer and weights of ``org/name``, and return their folder in the hub's cache.
 
     Raises:
-        InputError: no such model, no network, or no weights that we read.
+        InputError: no such model, no network, or no weights in a known file.
     """
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -31,19 +34,19 @@ def download(name: str) -> Path:
         for weights in OPEN_CLIP_WEIGHTS:
             try:
                 hf_hub_download(name, weights)
-            except EntryNotFoundError:  # LocalEntryNotFoundError too: nothing of that name in the cache
+            except EntryNotFoundError:  # includes LocalEntryNotFoundError: not in the cache
                 continue
             return folder
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{name}: no such file or folder, and not to be had from the hub ({reason})") from error
-    raise InputError(f"{name}: the hub has none of {', '.join(OPEN_CLIP_WEIGHTS)} of it")
+        raise InputError(f"{name}: no such file or folder, and not available from the hub ({reason})") from error
+    raise InputError(f"{name}: has none of {', '.join(OPEN_CLIP_WEIGHTS)} on the hub")
 
 
 def download_tag(name: str) -> tuple[Path, CLIPConfig]:
-    """The file behind ``model:tag`` of open_clip's registry, and the architecture that the two describe.
+    """Download ``model:tag`` of open_clip's registry; return the file and its architecture.
 
-    The registry says with which activation and preprocessing weights were trained: that counts, whatever the name.
+    The registry knows the activation and preprocessing that the weights were trained with; they override the model's.
 
     Raises:
         InputError: no such model or tag, or no network.
@@ -54,8 +57,8 @@ def download_tag(name: str) -> tuple[Path, CLIPConfig]:
     cfg: dict[str, Any] = get_pretrained_cfg(model, tag)
     if not cfg:
         tags = list_pretrained_tags_by_model(model)
-        known = f"its tags: {', '.join(tags)}" if tags else "lit-clip models --pretrained lists all"
-        raise InputError(f"{name}: open_clip's registry has no such weights; {known}")
+        known = f"tags: {', '.join(tags)}" if tags else "lit-clip models --pretrained lists all"
+        raise InputError(f"{name}: not in open_clip's registry; {known}")
     config = tagged(resolve_architecture(model), cfg)
     try:
         return Path(download_pretrained(cfg)), config
@@ -65,7 +68,7 @@ def download_tag(name: str) -> tuple[Path, CLIPConfig]:
 
 
 def tagged(config: CLIPConfig, cfg: dict[str, Any]) -> CLIPConfig:
-    """An architecture with what a registry entry says of activation and preprocessing."""
+    """Return the architecture with the activation and preprocessing of a registry entry."""
     assert config.preprocessing is not None
     preprocessing = dataclasses.replace(config.preprocessing)
     for ours, theirs in (
@@ -84,7 +87,7 @@ def tagged(config: CLIPConfig, cfg: dict[str, Any]) -> CLIPConfig:
     return dataclasses.replace(config, activation=activation, preprocessing=preprocessing)
 
 
-# In the order in which open_clip looks for them.
+# In open_clip's order of preference.
 OPEN_CLIP_WEIGHTS = (
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.safetensors",

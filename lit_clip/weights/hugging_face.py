@@ -1,7 +1,8 @@
-"""Hugging Face's CLIPModel and SiglipModel <-> ours, both ways: settings and files (the weights' names are beside).
+"""Convert Hugging Face's CLIPModel and SiglipModel to ours and back: files and settings.
 
-What would change the features without a word (another activation, another epsilon, another crop) is an error that names
-both sides.
+Weight names are in :mod:`lit_clip.weights.hugging_face_keys`. A setting that would silently change the features
+(another activation, epsilon or crop) is an error that names both sides. timm and transformers take seconds to import,
+so functions import them.
 """
 
 import math
@@ -29,37 +30,37 @@ from lit_clip.weights.hugging_face_keys import clip_pairs, renamed, siglip_pairs
 from lit_clip.weights.hugging_face_processor import agree, check_vocabulary, preprocessing_of, read_json, square
 
 ACTIVATIONS: dict[str, Activation] = {
-    "gelu_new": "gelu_tanh",  # gelu_pytorch_tanh's formula, written out
+    "gelu_new": "gelu_tanh",  # the formula of gelu_pytorch_tanh, written out
     "quick_gelu": "quick_gelu",
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
-CLIP_EPS, SIGLIP_EPS = 1e-5, 1e-6  # of the LayerNorms of our vision transformer, and of timm's
-ARGMAX = 2  # an eos_token_id at which CLIPModel looks for the highest id, as OpenAI's code and ours do
-# timm's SigLIP image encoders by (width, layers, heads); each is there for some patch and image sizes.
+CLIP_EPS, SIGLIP_EPS = 1e-5, 1e-6  # LayerNorm epsilons of our vision transformer and of timm's
+ARGMAX = 2  # with this eos_token_id CLIPModel pools at the highest id, as OpenAI's code and ours do
+# timm's SigLIP image encoders by (width, layers, heads); each exists for some patch and image sizes.
 SIGLIP_SIZES = {(768, 12, 12): "base", (1024, 24, 16): "large", (1152, 27, 16): "so400m", (1536, 40, 16): "giantopt"}
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 def read_hugging_face_folder(folder: str | os.PathLike[str]) -> tuple[CLIPConfig, dict[str, Tensor]]:
-    """What :func:`from_hugging_face` makes of a folder that ``save_pretrained`` of a model and its processor wrote.
+    """Read a folder written by ``save_pretrained`` of a model and its processor, see :func:`from_hugging_face`.
 
     Raises:
-        InputError: a file is missing or unreadable, or the model is one that ours cannot be.
+        InputError: a file is missing or unreadable, or lit-clip does not support the model.
     """
     folder = Path(folder)
     config = read_json(folder / "config.json")
     preprocessor = None
     if (folder / "preprocessor_config.json").is_file():
         preprocessor = read_json(folder / "preprocessor_config.json")
-    elif (folder / "processor_config.json").is_file():  # transformers 5 writes the whole processor into one file
+    elif (folder / "processor_config.json").is_file():  # transformers 5 writes a single file
         preprocessor = read_json(folder / "processor_config.json").get("image_processor")
     shards = next((name for name in WEIGHTS if (folder / f"{name}.index.json").is_file()), None)
     if shards and not (folder / shards).is_file():
         names = sorted(set(read_json(folder / f"{shards}.index.json")["weight_map"].values()))
     else:
         names = [next((name for name in WEIGHTS if (folder / name).is_file()), "")]
-        require(names != [""], f"{folder}: no {' or '.join(WEIGHTS)} in it")
+        require(names != [""], f"{folder}: has no {' or '.join(WEIGHTS)}")
     state: dict[str, Tensor] = {}
     for name in names:
         state.update(read_tensors(folder / name))
@@ -77,19 +78,19 @@ def from_hugging_face(
     preprocessor: Mapping[str, Any] | None = None,
     tokenizer: str = "",
 ) -> tuple[CLIPConfig, dict[str, Tensor]]:
-    """A ``CLIPModel`` or ``SiglipModel`` as ours.
+    """Convert a ``CLIPModel`` or ``SiglipModel``.
 
     Args:
         config: its ``config.json``.
         state: its weights.
-        preprocessor: its ``preprocessor_config.json``; None: that of the first published models of its kind.
-        tokenizer: where SigLIP's tokenizer lies: a folder or a name on the hub.
+        preprocessor: its ``preprocessor_config.json``; None: the default of its processor class.
+        tokenizer: location of SigLIP's tokenizer: a folder or a name on the hub.
 
     Returns:
-        The architecture, and the weights under our names in the type they came in.
+        The architecture, and the weights under our names with their types unchanged.
 
     Raises:
-        InputError: another kind of model, or a setting or weight that ours does not have.
+        InputError: another kind of model, or a setting or weight that lit-clip does not support.
     """
     kind = config.get("model_type")
     if kind == "clip":
@@ -97,15 +98,15 @@ def from_hugging_face(
     elif kind == "siglip":
         ours = _siglip_config(config, preprocessor, tokenizer)
     else:
-        raise InputError(f"config.json: model_type is {kind!r} there, lit-clip opens clip and siglip")
+        raise InputError(f"config.json: model_type is {kind!r}; must be 'clip' or 'siglip'")
     return ours, renamed(state, _pairs(ours), inwards=True)
 
 
 def to_hugging_face(model: CLIP) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Ours as a ``CLIPModel`` or a ``SiglipModel``: its ``config.json`` and its weights.
+    """Convert to a ``CLIPModel`` or a ``SiglipModel``: its ``config.json`` and its weights.
 
     Raises:
-        InputError: neither can be this model.
+        InputError: neither can represent the model.
     """
     kind = hugging_face_kind(model.config)
     values = _clip_values(model.config) if kind == "clip" else _siglip_values(model.config)
@@ -113,19 +114,22 @@ def to_hugging_face(model: CLIP) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def hugging_face_kind(config: CLIPConfig) -> Literal["clip", "siglip"]:
-    """Which of their models ours can be.
+    """Return which of their models can represent ours.
 
     Raises:
-        InputError: none; the message says why.
+        InputError: neither can; the message gives the reason.
     """
     image, text = config.image, config.text
     encoders = f"{type(image).__name__} and {type(text).__name__}".replace("Config", "")
-    own = f"their CLIPModel is a vision transformer with a causal text transformer, this model is {encoders}"
+    own = f"a CLIPModel has a vision transformer and a causal text transformer, this model has {encoders}"
     if isinstance(image, TimmConfig) and isinstance(text, TextTransformerConfig) and not text.causal:
         timm_siglip(image.timm, **image.options)
         require(image.pool in (None, "map"), f"a SiglipModel pools by attention, this model by {image.pool}")
-        require(image.projection == "none", "a SiglipModel has no projection behind its image encoder, this model has")
-        require(config.logit_bias and text.projection_bias, "a SiglipModel has biases that this model does not have")
+        require(image.projection == "none", "a SiglipModel has no image projection, this model has one")
+        require(
+            config.logit_bias and text.projection_bias,
+            "a SiglipModel has logit and text projection biases, this model lacks one",
+        )
         return "siglip"
     require(isinstance(image, VisionTransformerConfig) and isinstance(text, TextTransformerConfig), own)
     text = cast(TextTransformerConfig, text)
@@ -133,8 +137,8 @@ def hugging_face_kind(config: CLIPConfig) -> Literal["clip", "siglip"]:
     require(
         text.tokenizer is None and not text.projection_bias, "a CLIPModel has CLIP's own tokenizer and no text bias"
     )
-    require(text.projection, "a CLIPModel has a projection behind its text encoder, this model has not")
-    require(not config.logit_bias, "a CLIPModel has no logit bias, this model has")
+    require(text.projection, "a CLIPModel has a text projection, this model has none")
+    require(not config.logit_bias, "a CLIPModel has no logit bias, this model has one")
     agree("layer_norm_eps", CLIP_EPS, text.layer_norm_eps)
     return "clip"
 
@@ -148,27 +152,27 @@ def _pairs(config: CLIPConfig) -> Any:
 
 def _activation(name: str, theirs: str) -> Activation:
     if theirs not in ACTIVATIONS:
-        raise InputError(f"{name} is {theirs} there, here are {', '.join(ACTIVATIONS)}; the features would differ")
+        raise InputError(f"{name} is {theirs}; must be one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[theirs]
 
 
 def _their_activation(ours: Activation) -> str:
-    return {name: here for here, name in ACTIVATIONS.items()}[ours]
+    return {value: key for key, value in ACTIVATIONS.items()}[ours]
 
 
 def _ratio(inner: int, width: int) -> float:
-    """``r`` such that ``int(width * r)`` is ``inner``, rounding notwithstanding."""
+    """Return ``r`` such that ``int(width * r)`` is exactly ``inner`` in floating point."""
     ratio = inner / width
     return ratio if int(width * ratio) == inner else math.nextafter(ratio, math.inf)
 
 
 def _complete(kind: Literal["CLIPConfig", "SiglipConfig"], values: Mapping[str, Any]) -> Any:
-    """Their configuration with every default: files leave out what equals it."""
+    """Return their configuration with all defaults, which files leave out."""
     import transformers
 
     try:
         return getattr(transformers, kind).from_dict(dict(values))
-    except Exception as error:  # whatever their validation raises
+    except Exception as error:  # their validation raises anything
         raise InputError(f"config.json: not a {kind} ({' '.join(str(error).split())})") from error
 
 
@@ -181,9 +185,9 @@ def _clip_config(values: Mapping[str, Any], preprocessor: Mapping[str, Any] | No
     activation = _activation("vision_config.hidden_act", image.hidden_act)
     require(
         _activation("text_config.hidden_act", text.hidden_act) == activation,
-        f"hidden_act is {image.hidden_act} of images and {text.hidden_act} of texts there, and the same of both here",
+        f"hidden_act must be the same for images and texts, not {image.hidden_act} and {text.hidden_act}",
     )
-    if text.eos_token_id != ARGMAX:  # it then looks for that id, and we for the highest
+    if text.eos_token_id != ARGMAX:  # CLIPModel pools at this id, ours at the highest
         agree("text_config.eos_token_id", text.eos_token_id, text.vocab_size - 1)
     size = square("vision_config.image_size", image.image_size)
     return CLIPConfig(
@@ -241,7 +245,7 @@ def _text_config(theirs: Any, **settings: Any) -> TextTransformerConfig:
 
 
 def _timm_config(theirs: Any, size: int) -> TimmConfig:
-    """The timm model of a SiglipModel's image encoder; what timm's own does otherwise becomes an option."""
+    """Return timm's equivalent of a SiglipModel's image encoder; deviations from timm's model become options."""
     import timm
 
     patch = square("vision_config.patch_size", theirs.patch_size)
@@ -264,10 +268,10 @@ def _timm_config(theirs: Any, size: int) -> TimmConfig:
 
 
 def timm_siglip(name: str, **options: Any) -> dict[str, Any]:
-    """What a SigLIP image encoder of timm is made of, under the names of timm's arguments; nothing is allocated.
+    """Return the sizes of a timm SigLIP image encoder by timm's argument names, without allocating memory.
 
     Raises:
-        InputError: not of SigLIP's kind: no class token, LayerNorms with epsilon 1e-6, attention pooling.
+        InputError: not like SigLIP: no class token, LayerNorms with epsilon 1e-6, attention pooling, GELU.
     """
     import timm
 
@@ -277,7 +281,7 @@ def timm_siglip(name: str, **options: Any) -> dict[str, Any]:
     require(pooled and model.norm.eps == SIGLIP_EPS, f"timm's {name} is not a SigLIP image encoder")
     block = model.blocks[0]
     activation = f"{type(block.mlp.act).__name__} {getattr(block.mlp.act, 'approximate', '')}".lower()
-    require("gelu" in activation, f"timm's {name} has {activation.split()[0]}, no GELU, between the layers of its MLPs")
+    require("gelu" in activation, f"timm's {name} has {activation.split()[0]} in its MLPs, not GELU")
     return {
         "patch_size": model.patch_embed.patch_size[0],
         "embed_dim": model.embed_dim,
@@ -333,8 +337,8 @@ def _clip_values(config: CLIPConfig) -> dict[str, Any]:
 
 def _siglip_values(config: CLIPConfig) -> dict[str, Any]:
     image, text = cast(TimmConfig, config.image), cast(TextTransformerConfig, config.text)
-    made = timm_siglip(image.timm, **image.options)
-    sizes = (made["embed_dim"], made["depth"], made["num_heads"], made["mlp_ratio"])
+    timms = timm_siglip(image.timm, **image.options)
+    sizes = (timms["embed_dim"], timms["depth"], timms["num_heads"], timms["mlp_ratio"])
     return {
         "model_type": "siglip",
         "architectures": ["SiglipModel"],
@@ -342,17 +346,17 @@ def _siglip_values(config: CLIPConfig) -> dict[str, Any]:
         "vision_config": {
             "model_type": "siglip_vision_model",
             "image_size": square("image.image_size", image.image_size),
-            "patch_size": made["patch_size"],
+            "patch_size": timms["patch_size"],
             "num_channels": 3,
             "vision_use_head": True,
-            **_encoder(*sizes, made["act_layer"], SIGLIP_EPS),
+            **_encoder(*sizes, timms["act_layer"], SIGLIP_EPS),
         },
         "text_config": {
             "model_type": "siglip_text_model",
             "vocab_size": text.vocab_size,
             "max_position_embeddings": text.context_length,
             "projection_size": config.embed_dim,
-            "bos_token_id": None,  # nothing reads them
+            "bos_token_id": None,  # never read
             "eos_token_id": None,
             **_encoder(text.width, text.layers, text.heads, text.mlp_ratio, config.activation, text.layer_norm_eps),
         },

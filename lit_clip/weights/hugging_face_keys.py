@@ -1,7 +1,7 @@
-"""Where each weight stands in Hugging Face's CLIPModel and SiglipModel, and in ours.
+"""The names of weights in Hugging Face's CLIPModel and SiglipModel, and in ours.
 
-A :class:`KeyPair` holds both names of a weight. The same list is read in both directions, so a model that is exported
-and loaded again is bit-identical.
+A :class:`KeyPair` holds both names of a weight. One list serves both directions, so exporting a model and loading it
+again is bit-exact.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,12 +14,13 @@ from lit_clip.errors import require
 
 
 class KeyPair(NamedTuple):
-    """One piece of a state dict on both sides.
+    """The names of one piece of a state dict on both sides.
 
     Attributes:
-        ours: our name; or several, with their shares of the rows, that the other side stacks along the first dimension.
-        theirs: likewise.
-        layout: ``transposed``; or the side on which the tensor has one more dimension in front, of size 1.
+        ours: our name, or several names whose tensors the other side stacks along the first dimension; each with its
+            share of the rows.
+        theirs: their name or names, with shares of the rows.
+        layout: ``transposed``, or the side whose tensor has an additional first dimension of size 1.
     """
 
     ours: dict[str, int]
@@ -28,13 +29,13 @@ class KeyPair(NamedTuple):
 
 
 def _same(ours: str, theirs: str) -> Iterator[KeyPair]:
-    """A module with a weight and a bias."""
+    """Pair a module's weight and bias."""
     for kind in ("weight", "bias"):
         yield KeyPair({f"{ours}.{kind}": 1}, {f"{theirs}.{kind}": 1})
 
 
 def _block(ours: str, theirs: str, names: Mapping[str, str], separator: str) -> Iterator[KeyPair]:
-    """A block: modules by ``names``, ours to theirs, and the projections of queries, keys and values, fused in ours."""
+    """Pair a block: modules by ``names``, and the query, key and value projections, which ours fuses."""
     for kind in ("weight", "bias"):
         apart = {f"{theirs}.self_attn.{part}_proj.{kind}": 1 for part in "qkv"}
         yield KeyPair({f"{ours}.attn.{separator}{kind}": 3}, apart)
@@ -69,13 +70,13 @@ def _text_pairs(prefix: str, layers: int) -> Iterator[KeyPair]:
 
 
 def clip_pairs(image_layers: int, text_layers: int) -> Iterator[KeyPair]:
-    """Where the weights of a vision transformer and a causal text transformer stand in a ``CLIPModel``."""
+    """Pair the weights of a vision transformer and a causal text transformer with a ``CLIPModel``'s."""
     ours, theirs = "visual", "vision_model"
     yield KeyPair({"logit_scale": 1}, {"logit_scale": 1})
     yield KeyPair({f"{ours}.class_embedding": 1}, {f"{theirs}.embeddings.class_embedding": 1})
     yield KeyPair({f"{ours}.conv1.weight": 1}, {f"{theirs}.embeddings.patch_embedding.weight": 1})
     yield KeyPair({f"{ours}.positional_embedding": 1}, {f"{theirs}.embeddings.position_embedding.weight": 1})
-    yield from _same(f"{ours}.ln_pre", f"{theirs}.pre_layrnorm")  # their spelling
+    yield from _same(f"{ours}.ln_pre", f"{theirs}.pre_layrnorm")  # sic
     for i in range(image_layers):
         block = f"{ours}.transformer.resblocks.{i}"
         yield from _block(block, f"{theirs}.encoder.layers.{i}", _OPENAI_BLOCK, "in_proj_")
@@ -86,7 +87,7 @@ def clip_pairs(image_layers: int, text_layers: int) -> Iterator[KeyPair]:
 
 
 def siglip_pairs(image_layers: int, text_layers: int) -> Iterator[KeyPair]:
-    """Where the weights of timm's SigLIP image encoder and SigLIP's text transformer stand in a ``SiglipModel``."""
+    """Pair the weights of timm's SigLIP image encoder and SigLIP's text transformer with a ``SiglipModel``'s."""
     ours, theirs = "visual.trunk", "vision_model"
     yield KeyPair({"logit_scale": 1}, {"logit_scale": 1}, "theirs_in_front")
     yield KeyPair({"logit_bias": 1}, {"logit_bias": 1}, "theirs_in_front")
@@ -116,30 +117,31 @@ def _divided(tensor: Tensor, shares: Mapping[str, int]) -> dict[str, Tensor]:
         return {next(iter(shares)): tensor}
     rows = tensor.shape[0] // sum(shares.values())
     parts = tensor.split([rows * share for share in shares.values()])
-    # Copies: safetensors refuses tensors that share memory.
+    # Cloned: safetensors refuses tensors that share memory.
     return {name: part.clone() for name, part in zip(shares, parts, strict=True)}
 
 
 def renamed(state: Mapping[str, Tensor], pairs: Iterable[KeyPair], inwards: bool) -> dict[str, Tensor]:
-    """The weights under our names (``inwards``) or theirs; every one must have its place.
+    """Return the weights under our names (``inwards``) or theirs.
 
     Raises:
-        InputError: a weight is missing, or has no place on the other side.
+        InputError: a weight is missing, or has no counterpart on the other side.
     """
-    left: set[str] = set(state)
+    unpaired: set[str] = set(state)
     result: dict[str, Tensor] = {}
     for pair in pairs:
         source, target = (pair.theirs, pair.ours) if inwards else (pair.ours, pair.theirs)
         absent = source.keys() - state.keys()
         require(not absent, f"the weight {min(absent, default='')} is missing")
         tensor = _stacked([state[name] for name in source])
-        left -= source.keys()
+        unpaired -= source.keys()
         if pair.layout == "transposed":
             tensor = tensor.T.contiguous()
         elif pair.layout != "same":
             drop = inwards == (pair.layout == "theirs_in_front")
             tensor = tensor.squeeze(0) if drop else tensor.unsqueeze(0)
         result.update(_divided(tensor, target))
-    left = {name for name in left if not name.endswith(".position_ids")}  # 0, 1, 2, ...: older files have them
-    require(not left, f"the weight {min(left, default='')} has no place in the other model")
+    # Older files hold position ids: 0, 1, 2, ...
+    unpaired = {name for name in unpaired if not name.endswith(".position_ids")}
+    require(not unpaired, f"the weight {min(unpaired, default='')} has no counterpart in the other model")
     return result

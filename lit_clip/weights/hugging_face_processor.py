@@ -1,4 +1,4 @@
-"""Hugging Face's image processors and tokenizers <-> our preprocessing and vocabulary."""
+"""Convert Hugging Face's image processors and tokenizers to our preprocessing and vocabulary, and back."""
 
 import json
 import math
@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from tokenizers import Tokenizer
+
 from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import Preprocessing
 from lit_clip.models.tokenizer import CLIPTokenizer, byte_pair_tokenizer
 
 FILTERS: dict[int, Literal["bilinear", "bicubic"]] = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
-# What their image processors do where a file says nothing.
+# Defaults of their image processors, for entries that a file leaves out.
 _PROCESSOR: dict[str, Any] = {
     "do_resize": True,
     "do_rescale": True,
@@ -41,31 +43,29 @@ PROCESSORS: dict[str, dict[str, Any]] = {
 
 
 def agree(name: str, theirs: object, ours: object) -> None:
-    """Raise :class:`InputError` naming both sides unless they are equal."""
+    """Raise :class:`InputError` naming both values unless they are equal."""
     require(theirs == ours, f"{name} is {theirs} there and {ours} here; the features would differ")
 
 
 def square(name: str, size: Any) -> int:
-    """The side of a square: of a number, or of height and width that must be equal."""
+    """Return the side of a square, given as a number or as height and width, which must be equal."""
     height, width = size if isinstance(size, list | tuple) else (size, size)
-    require(height == width, f"{name} is {height} x {width}; an image here and there can only both be square")
+    require(height == width, f"{name} is {height} x {width}; Hugging Face's models need a square")
     return int(height)
 
 
 def preprocessing_of(values: Mapping[str, Any], image_size: int, kind: str) -> Preprocessing:
-    """Their ``preprocessor_config.json`` as our preprocessing; what it leaves out is as :data:`PROCESSORS` says.
+    """Convert their ``preprocessor_config.json``, with the defaults of :data:`PROCESSORS`.
 
     Raises:
-        InputError: a step that ours has not, or a crop of another size than the model's images.
+        InputError: a step that ours does not have, or a crop that is not the model's image size.
     """
     settings = {**PROCESSORS[kind], **{key: value for key, value in values.items() if value is not None}}
     for step in ("do_resize", "do_rescale"):
         agree(f"preprocessor {step}", settings[step], True)
     agree("preprocessor rescale_factor", round(1 / settings["rescale_factor"], 3), 255)
     if settings["resample"] not in FILTERS:
-        raise InputError(
-            f"preprocessor resample is {settings['resample']} there, here are 2 (bilinear) and 3 (bicubic)"
-        )
+        raise InputError(f"preprocessor resample is {settings['resample']}; must be 2 (bilinear) or 3 (bicubic)")
     resized = settings["size"]
     if isinstance(resized, int):
         resized = {"shortest_edge": resized}
@@ -78,7 +78,7 @@ def preprocessing_of(values: Mapping[str, Any], image_size: int, kind: str) -> P
     crop = settings["crop_size"] if settings["do_center_crop"] else edge
     crop = square("preprocessor crop_size", (crop["height"], crop["width"]) if isinstance(crop, dict) else crop)
     agree("size of a preprocessed image", crop, image_size)
-    require(edge >= crop, f"preprocessor size {edge} is less than crop_size {crop}: images would get a black border")
+    require(edge >= crop, f"preprocessor size {edge} must be at least crop_size {crop}, or images get a black border")
     normalised = settings["do_normalize"]
     return Preprocessing(
         image_size=image_size,
@@ -91,13 +91,13 @@ def preprocessing_of(values: Mapping[str, Any], image_size: int, kind: str) -> P
 
 
 def _crop_pct(crop: int, edge: int) -> float:
-    """``r`` such that ``floor(crop / r)`` is ``edge``, rounding notwithstanding."""
+    """Return ``r`` such that ``floor(crop / r)`` is exactly ``edge`` in floating point."""
     ratio = crop / edge
     return ratio if math.floor(crop / ratio) == edge else math.nextafter(ratio, 0)
 
 
 def image_processor(ours: Preprocessing, kind: str) -> dict[str, Any]:
-    """Our preprocessing as their ``preprocessor_config.json``; ``kind`` is one of :data:`PROCESSORS`."""
+    """Convert our preprocessing to their ``preprocessor_config.json``; ``kind`` is one of :data:`PROCESSORS`."""
     size = square("preprocessing.image_size", ours.image_size)
     edge = math.floor(size / ours.crop_pct)
     shortest = ours.resize_mode == "shortest"
@@ -115,7 +115,7 @@ def image_processor(ours: Preprocessing, kind: str) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds; anything else is an :class:`InputError`."""
+    """Read a JSON object from a file; raise :class:`InputError` for anything else."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -127,7 +127,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_vocabulary(folder: Path) -> None:
-    """Whether a tokenizer that lies beside a CLIPModel is the one that ours is read with."""
+    """Raise :class:`InputError` unless the tokenizer beside a CLIPModel, if any, has CLIP's vocabulary."""
     if (folder / "vocab.json").is_file():
         name, theirs = "vocab.json", read_json(folder / "vocab.json")
     elif (folder / "tokenizer.json").is_file():
@@ -142,7 +142,7 @@ def check_vocabulary(folder: Path) -> None:
 
 
 def byte_pairs() -> tuple[dict[str, int], list[Any]]:
-    """CLIP's vocabulary, token to id, and its merges, pairs of strings."""
+    """Return CLIP's vocabulary (token to id) and its merges (pairs of strings)."""
     model = json.loads(byte_pair_tokenizer().to_str())["model"]
     return model["vocab"], [tuple(merge) for merge in model["merges"]]
 
@@ -152,11 +152,8 @@ def save_tokenizer(model: CLIP, folder: Path) -> None:
 
     Theirs splits and lower-cases as ours does, but neither fixes broken Unicode and ligatures nor undoes HTML escapes:
     such texts get other ids.
-
-    Raises:
-        InputError: the model has a tokenizer that these files cannot hold.
     """
-    import transformers
+    import transformers  # takes seconds
 
     tokenizer: Any = model.tokenizer
     if isinstance(tokenizer, CLIPTokenizer):
@@ -165,21 +162,19 @@ def save_tokenizer(model: CLIP, folder: Path) -> None:
             vocab=vocab, merges=merges, model_max_length=tokenizer.context_length
         ).save_pretrained(folder)
         return
-    from tokenizers import Tokenizer
-
     definition = Tokenizer.from_str(tokenizer.definition)
     pad = definition.id_to_token(tokenizer.pad_id)
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=definition,
         pad_token=pad,
         model_max_length=tokenizer.context_length,
-        # SigLIP's encoder attends to padding: a mask that a user passes on would change the features.
+        # SigLIP's encoder attends to padding: passing a mask on to it would change the features.
         model_input_names=["input_ids"] if tokenizer.whole else ["input_ids", "attention_mask"],
     ).save_pretrained(folder)
 
 
 def save_byte_pairs(folder: Path) -> None:
-    """Write CLIP's vocabulary as older releases of transformers, and other tools, look for it."""
+    """Write CLIP's vocabulary in the files that older releases of transformers and other tools read."""
     vocab, merges = byte_pairs()
     (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
     lines = ["#version: 0.2", *(" ".join(merge) for merge in merges)]

@@ -1,4 +1,4 @@
-"""The README.md that lies beside exported weights: facts alone, and how to open them."""
+"""The README.md of exported weights: facts, and how to open them."""
 
 import json
 from typing import NamedTuple
@@ -62,11 +62,11 @@ image = image.crop((left, top, left + width, top + height))"""
 
 
 class ExportedSource(NamedTuple):
-    """What was exported.
+    """The source of an export.
 
     Attributes:
         name: of the file, folder or model.
-        sha256: of the file; None if it was none.
+        sha256: of the file; None for a model from the hub or a registry.
     """
 
     name: str
@@ -74,7 +74,7 @@ class ExportedSource(NamedTuple):
 
 
 def model_card(model: CLIP, format: str, name: str, source: ExportedSource, parity: Parity, license: str | None) -> str:
-    """The card as Markdown, with the front matter that model hubs read."""
+    """Return the card as Markdown, with the front matter that model hubs read."""
     front = {"library_name": LIBRARY[format], "pipeline_tag": "zero-shot-image-classification", "tags": ["clip"]}
     if license:
         front["license"] = license
@@ -96,12 +96,12 @@ def model_card(model: CLIP, format: str, name: str, source: ExportedSource, pari
     }
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     config = json.loads(json.dumps(model.config.to_dict()))  # tuples as lists
-    config["text"].pop("model", None)  # pages long, and in the configuration beside
+    config["text"].pop("model", None)  # pages long, and in the exported configuration too
     snippet, notes = _snippet(model, format, name), _notes(model, format)
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {name}\n",
-        f"A CLIP model as {LIBRARY[format]} reads it.\n\n| | |\n|---|---|\n{rows}\n",
-        f"## Open it\n\nIn the folder above this one:\n\n```python\n{snippet}```\n\n{notes}",
+        f"A CLIP model for {LIBRARY[format]}.\n\n| | |\n|---|---|\n{rows}\n",
+        f"## Usage\n\nIn the folder above this one:\n\n```python\n{snippet}```\n\n{notes}",
         f"## Architecture, preprocessing, tokenizer\n\n```yaml\n{yaml.safe_dump(config, sort_keys=False)}```\n",
     ]
     return "\n".join(parts)
@@ -123,21 +123,25 @@ def _notes(model: CLIP, format: str) -> str:
         text = model.config.text
         if not isinstance(text, HuggingFaceTextConfig):
             return ""
-        return f"- open_clip reads the text encoder's configuration from `{text.hugging_face}`, which must be there.\n"
+        return (
+            f"- open_clip reads the text encoder's configuration from `{text.hugging_face}`, which must be reachable.\n"
+        )
     if model.config.text.tokenizer is None:
         cleaning = (
-            "`tokenizer.json` neither fixes broken Unicode and ligatures nor undoes HTML escapes, as CLIP's own code "
-            "does: clean such texts before (`lit_clip.models.tokenizer.clean`), or they get other ids."
+            "Unlike CLIP's own code, `tokenizer.json` neither fixes broken Unicode and ligatures nor undoes HTML "
+            "escapes: clean such texts first (`lit_clip.models.tokenizer.clean`), or they get other ids."
         )
     else:
-        cleaning = "`tokenizer.json` does not clean texts; the model saw them cleaned as `tokenizer.clean` below says."
+        cleaning = (
+            "`tokenizer.json` does not clean texts; the model was trained on texts cleaned by `tokenizer.clean` below."
+        )
     notes = [cleaning]
     if format == "hugging_face":
         notes += [
-            'Without `backend="pil"` pixels differ by up to two of 255 levels from those the model was trained on.',
-            "The centre crop of `transformers` lies one pixel further left or up than PyTorch's where the long side is "
+            'Without `backend="pil"`, pixels differ by up to two of 255 levels from those the model was trained on.',
+            "The centre crop of `transformers` is one pixel further left or up than PyTorch's if the long side is "
             "3, 7, 11, ... pixels longer than the short one after resizing.",
         ]
     if format == "onnx":
-        notes.append("`model.json` says what has to happen to images, texts and features.")
+        notes.append("`model.json` describes how to prepare images and texts, and how to use the features.")
     return "\n".join(f"- {note}" for note in notes) + "\n"

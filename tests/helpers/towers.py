@@ -1,4 +1,4 @@
-"""Tiny towers for tests: timm's, and encoders of transformers with tokenizers of a few words, made here."""
+"""Tiny towers for tests: timm's, and encoders of transformers with tokenizers of a few words."""
 
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ D = 24
 
 
 def shaken(model: nn.Module) -> Any:
-    """A model whose every weight counts: many start with gains of zero or a millionth, which would hide mistakes."""
+    """Make every weight matter: many models start with gains of zero or a millionth, which would hide mistakes."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -79,13 +79,13 @@ def photos(size: Size, number: int = 2) -> Tensor:
 
 
 def assert_all_trainable_weights_are_used(tower: nn.Module, inputs: Tensor) -> None:
-    """What DDP without find_unused_parameters needs."""
+    """Check what DDP without find_unused_parameters needs."""
     tower.train()(inputs).square().sum().backward()
     assert [name for name, p in tower.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
 def saved(module: LitCLIP, folder: Path) -> tuple[Path, CLIP]:
-    """A checkpoint as training writes it, and the model in evaluation mode."""
+    """Save a checkpoint as training does; return it and the model in evaluation mode."""
     from lightning.pytorch import Trainer
 
     shaken(module)
@@ -99,7 +99,7 @@ _SIZES = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_atte
 _SIZES |= {"intermediate_size": 48, "max_position_embeddings": 40}
 _ROBERTA = {**_SIZES, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
 _T5 = {"vocab_size": 50, "d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 2}
-# model type -> its sizes, its tokenizer's special tokens in the order of their ids, and where they go.
+# model type -> sizes, the tokenizer's special tokens in the order of their ids, and its template.
 FAMILIES: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "bert": ({**_SIZES, "pad_token_id": 0}, ["[PAD]", "[UNK]", "[CLS]", "[SEP]"], "[CLS] $A [SEP]"),
     "roberta": (_ROBERTA, ["<s>", "<pad>", "</s>", "<unk>"], "<s> $A </s>"),
@@ -133,7 +133,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], list[str], str]] = {
 
 
 def save_words(folder: Path, special: list[str], template: str, **settings: Any) -> None:
-    """A tokenizer of whole words."""
+    """Save a tokenizer of whole words."""
     unknown = next(token for token in special if "unk" in token.lower())
     vocabulary = {word: i for i, word in enumerate([*special, *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))

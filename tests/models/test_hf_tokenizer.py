@@ -1,4 +1,4 @@
-"""Other models' tokenizers give open_clip's and transformers' ids, and travel with a checkpoint."""
+"""Other models' tokenizers give open_clip's and transformers' ids, and fit in a checkpoint."""
 
 import pickle
 import unicodedata
@@ -45,7 +45,7 @@ def corpus() -> list[str]:
 
 @pytest.fixture(scope="module")
 def t5_folder(corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Unigram tokenizer as T5's fast one lies on a disk, padded with the end as SigLIP's is."""
+    """Save a Unigram tokenizer like T5's fast one, padded with the end token as in SigLIP."""
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
@@ -63,7 +63,7 @@ def t5_folder(corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="module")
 def siglip_folder(corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sentencepiece model made as SigLIP's is, in the folder that its tokenizer writes."""
+    """Save a sentencepiece model trained like SigLIP's, in the layout of its tokenizer."""
     folder = tmp_path_factory.mktemp("siglip")
     (folder / "corpus.txt").write_text("\n".join(corpus), encoding="utf-8")
     train: Any = sentencepiece.SentencePieceTrainer.train
@@ -86,7 +86,7 @@ def test_ids_of_random_unicode_are_open_clips(how: Clean, t5_folder: Path) -> No
     assert differ == []
     assert ours.shape == (len(texts), 64)
     assert ours.dtype == torch.int64
-    assert (ours[:, -2] != ours[:, -1]).sum() > 50  # the cut was among the cases
+    assert (ours[:, -2] != ours[:, -1]).sum() > 50  # some texts are truncated
 
 
 @pytest.mark.parametrize(
@@ -97,16 +97,16 @@ def test_ids_of_random_unicode_are_open_clips(how: Clean, t5_folder: Path) -> No
         ("canonicalize", "a photo of a\u2014cats b"),
     ],
 )
-def test_cleaning_is_what_the_configuration_says(how: str, cleaned: str) -> None:
+def test_texts_are_cleaned_as_configured(how: str, cleaned: str) -> None:
     assert clean('  A "Photo_of"\n a\u2014CAT\'s &amp;lt;b&amp;gt; ', how) == cleaned
 
 
-def test_a_sentencepiece_model_alone_is_converted_to_the_ids_of_siglips_own_tokenizer(siglip_folder: Path) -> None:
+def test_a_bare_sentencepiece_model_gives_the_ids_of_siglips_own_tokenizer(siglip_folder: Path) -> None:
     assert not (siglip_folder / "tokenizer.json").exists()
     theirs = transformers.SiglipTokenizer.from_pretrained(siglip_folder)
-    # transformers' code takes "_" away, where SigLIP's training and open_clip put a space. And of a character which
-    # sentencepiece replaces, with a mark combined, the library `tokenizers` loses the mark, here and in open_clip: the
-    # texts have such replacements behind them.
+    # transformers removes "_", where SigLIP's training and open_clip put a space. And where sentencepiece replaces a
+    # character followed by a combining mark, the library `tokenizers` loses the mark, here and in open_clip: the texts
+    # are normalised first.
     texts = [clean(text, "canonicalize") for text in [*random_texts(2000, seed=5, extra=[]), *PUNCTUATED]]
     texts = [clean(unicodedata.normalize("NFKC", text).replace("\ufffd", ""), "canonicalize") for text in texts]
     expected: Any = theirs(texts, padding="max_length", max_length=64, truncation=True, return_tensors="pt")
@@ -115,7 +115,7 @@ def test_a_sentencepiece_model_alone_is_converted_to_the_ids_of_siglips_own_toke
     assert differ == []
 
 
-def test_a_siglip_folder_of_hugging_faces_finds_its_tokenizer(siglip_folder: Path, tmp_path: Path) -> None:
+def test_a_siglip_folder_of_hugging_face_finds_its_tokenizer(siglip_folder: Path, tmp_path: Path) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = {**sizes, "vocab_size": 800, "max_position_embeddings": 16, "projection_size": 32}
     vision = {**sizes, "image_size": 32, "patch_size": 16}
@@ -134,7 +134,7 @@ def test_a_siglip_folder_of_hugging_faces_finds_its_tokenizer(siglip_folder: Pat
         torch.testing.assert_close(model.encode_text(tokens), features, atol=1e-5, rtol=0)
 
 
-def test_a_whole_reader_keeps_its_padding_and_any_other_is_trimmed_to_the_longest(t5_folder: Path) -> None:
+def test_padding_is_trimmed_unless_the_encoder_attends_to_it(t5_folder: Path) -> None:
     whole = tokenizer_of(t5_folder, "canonicalize", 16)
     tokens = whole(["a dog", "grinning face with a hat", ""])
     assert torch.equal(whole.trim(tokens), tokens)
@@ -142,7 +142,7 @@ def test_a_whole_reader_keeps_its_padding_and_any_other_is_trimmed_to_the_longes
     other = HuggingFaceTokenizer(whole.definition, 0, "canonicalize", 16, whole=False)
     tokens = other(["a dog", "grinning face with a hat", ""])
     used = [len(other._tokenizer.encode(text).ids) for text in ("a dog", "grinning face with a hat", "")]
-    assert used[2] == 1  # the end alone
+    assert used[2] == 1  # only the end
     assert other.lengths(tokens).tolist() == used
     assert torch.equal(other.trim(tokens), tokens[:, : max(used)])
     assert other.trim(tokens[:0]).shape == (0, 16)
@@ -151,7 +151,7 @@ def test_a_whole_reader_keeps_its_padding_and_any_other_is_trimmed_to_the_longes
 def test_overlong_empty_and_foreign_input(t5_folder: Path) -> None:
     tokenizer = tokenizer_of(t5_folder, "lower", 8)
     long, empty = tokenizer(["tiger " * 30, ""])
-    end = tokenizer.pad_id  # SigLIP's are the same
+    end = tokenizer.pad_id  # the same id in SigLIP
     assert long[-1] == end
     assert (long[:-1] != end).all()
     assert empty.tolist() == [end] * 8
@@ -159,18 +159,18 @@ def test_overlong_empty_and_foreign_input(t5_folder: Path) -> None:
     assert torch.equal(tokenizer("tiger"), tokenizer(["tiger"]))
     for stranger in (3, None, b"a dog", ["a dog"]):
         with pytest.raises(InputError, match=f"text 1 is a {type(stranger).__name__}, not a string"):
-            tokenizer(["a dog", stranger])  # type: ignore[list-item]  # which is the point
+            tokenizer(["a dog", stranger])  # type: ignore[list-item]  # refusing it is tested
 
 
-def test_ids_are_counted_before_a_text_is_cut(t5_folder: Path) -> None:
+def test_ids_are_counted_before_truncation(t5_folder: Path) -> None:
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(t5_folder)
     tokenizer = from_source(HuggingFaceTokenizerConfig(str(t5_folder), "whitespace"), 4, False, 600)
     for text in ["", "a dog", "a dog on a sofa " * 40]:
         assert tokenizer.count(text) == len(theirs(text.strip())["input_ids"])
-    assert tokenizer("a dog on a sofa " * 40).shape == (1, 4)  # counting changes nothing of the cutting
+    assert tokenizer("a dog on a sofa " * 40).shape == (1, 4)  # counting does not switch truncation off
 
 
-def test_it_survives_pickling_another_length_and_plain_values(t5_folder: Path) -> None:
+def test_a_tokenizer_survives_pickling_another_length_and_plain_values(t5_folder: Path) -> None:
     tokenizer = tokenizer_of(t5_folder, "canonicalize", 16)
     texts = ["A photo of a Tiger.", "grinning face"]
     assert torch.equal(pickle.loads(pickle.dumps(tokenizer))(texts), tokenizer(texts))
@@ -210,10 +210,12 @@ def test_a_tokenizer_that_does_not_fit_is_refused_in_one_line(
     assert "\n" not in str(refusal.value)
 
 
-def test_sentinels_that_the_encoder_lacks_are_no_reason_to_refuse_a_tokenizer(t5_folder: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_with_more_sentinels_than_the_encoder_is_accepted(t5_folder: Path, tmp_path: Path) -> None:
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(t5_folder)
     size = len(tokenizer)
-    tokenizer.add_tokens([f"<extra_id_{i}>" for i in range(100)])  # as mT5's, whose published encoders stop before
+    tokenizer.add_tokens(
+        [f"<extra_id_{i}>" for i in range(100)]
+    )  # as in mT5, whose published encoders have no embeddings for them
     tokenizer.save_pretrained(tmp_path)
     config = HuggingFaceTokenizerConfig(str(tmp_path))
     assert from_source(config, 16, whole=True, vocab_size=size)("tiger").shape == (1, 16)

@@ -1,4 +1,4 @@
-"""LoRA: only the additions learn, a checkpoint holds only them, and merged they are the same model."""
+"""LoRA: only the additions are trainable, a checkpoint holds only them, and merging keeps the features."""
 
 import copy
 import json
@@ -38,7 +38,7 @@ def base(tiny_config: CLIPConfig, tmp_path: Path) -> Path:
 
 
 def randomize(model: nn.Module) -> None:
-    """Give the additions an effect: their second factor begins at zero."""
+    """Give the additions an effect: their second factor starts at zero."""
     for name, parameter in model.named_parameters():
         if ".lora_B" in name:
             nn.init.normal_(parameter, std=0.1)
@@ -49,7 +49,7 @@ def inputs(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return model.normalize(batch.images).float(), batch.tokens
 
 
-def test_attention_in_and_out_and_mlp_of_both_native_towers_are_adapted() -> None:
+def test_attention_and_mlp_of_both_native_towers_get_additions() -> None:
     expected = [f"visual.transformer.resblocks.0.{member}" for member in MEMBERS]
     expected += [f"transformer.resblocks.{i}.{member}" for i in range(2) for member in MEMBERS]
     assert sorted(target_names(CLIP(CONFIG))) == sorted(expected)
@@ -60,8 +60,8 @@ def test_attention_in_and_out_and_mlp_of_both_native_towers_are_adapted() -> Non
     assert {name.rpartition(".lora_")[1] for name in trained if name != "logit_scale"} == {".lora_"}
 
 
-def test_at_first_nothing_changes_and_the_fused_weight_gets_its_addition() -> None:
-    """Against W + alpha / r * B A worked out by hand, in the weights of the plain model."""
+def test_additions_start_without_effect_and_reach_the_fused_weight() -> None:
+    """Compare with W + alpha / r * B A, added by hand to the plain model's weights."""
     plain = CLIP(CONFIG).eval()
     model = copy.deepcopy(plain)
     add_lora(model, LoRA(r=3, alpha=6))
@@ -86,7 +86,7 @@ def stripped(name: str) -> str:
 
 
 @pytest.mark.parametrize("targets", [None, ["in_proj_weight"], ["c_fc", "attn.out_proj"]])
-def test_merged_the_features_are_the_same_and_the_model_is_plain(targets: list[str] | None) -> None:
+def test_merging_keeps_the_features_and_gives_a_plain_model(targets: list[str] | None) -> None:
     model = CLIP(CONFIG).eval()
     before = copy.deepcopy(model.state_dict())
     add_lora(model, LoRA(r=4, targets=targets))
@@ -105,7 +105,7 @@ def test_merged_the_features_are_the_same_and_the_model_is_plain(targets: list[s
     assert not any("lora" in type(module).__module__ for module in model.modules())
 
 
-def test_timms_and_hugging_faces_towers_are_adapted_and_merged_too() -> None:
+def test_timm_and_hugging_face_towers_get_additions_and_merge() -> None:
     model = CLIP(two_towers("test_vit")).eval()
     names = target_names(model)
     assert {name.rpartition(".")[2] for name in names if name.startswith("visual.")} == {"qkv", "proj", "fc1", "fc2"}
@@ -135,7 +135,7 @@ def test_a_frozen_tower_gets_no_additions(base: Path, tiny_config: CLIPConfig) -
 
 
 @pytest.mark.parametrize("ema", [False, True])
-def test_a_checkpoint_holds_the_additions_alone_and_opens_as_a_plain_model(
+def test_a_checkpoint_holds_only_the_additions_and_opens_as_a_plain_model(
     ema: bool, base: Path, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
     module = LitCLIP(
@@ -174,7 +174,7 @@ def test_a_checkpoint_holds_the_additions_alone_and_opens_as_a_plain_model(
     assert torch.equal(started.model.visual.proj, plain.visual.proj)
 
 
-def test_a_resumed_adapter_ends_as_one_that_was_not_stopped(
+def test_a_resumed_adapter_ends_with_the_weights_of_an_uninterrupted_run(
     base: Path, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
     def run(ckpt_path: Path | None = None) -> LitCLIP:
@@ -192,7 +192,7 @@ def test_a_resumed_adapter_ends_as_one_that_was_not_stopped(
         assert torch.equal(resumed.state_dict()[name], value), name
 
 
-def test_two_ranks_equal_one_process(ranks: Callable[..., None], tmp_path: Path) -> None:
+def test_two_ranks_give_the_gradients_of_one_process(ranks: Callable[..., None], tmp_path: Path) -> None:
     save(CLIP(CONFIG), tmp_path / "base.ckpt", {})
     options = json.dumps({"lora": {"r": 2}, "pretrained": str(tmp_path / "base.ckpt")})
     module = finetuned_module(options)
@@ -214,7 +214,7 @@ def test_another_base_is_refused(base: Path, tiny_config: CLIPConfig, tmp_path: 
     fitting = trainer(tmp_path)
     fitting.strategy.connect(module)
     fitting.save_checkpoint(tmp_path / "adapter.ckpt")
-    save(CLIP(tiny_config), base, {})  # other weights under the same name
+    save(CLIP(tiny_config), base, {})  # other weights at the same path
     for load in (lit_clip.load_model, LitCLIP.load_from_checkpoint):
         with pytest.raises(InputError, match="belongs to .*base.ckpt with other weights"):
             load(tmp_path / "adapter.ckpt")
@@ -258,7 +258,7 @@ def test_an_adapter_of_resized_weights_opens_again(
             torch.testing.assert_close(model.encode_text(tokens), module.model.encode_text(tokens), rtol=0, atol=1e-5)
 
 
-def test_an_adapter_of_a_tag_remembers_of_which_model(
+def test_an_adapter_of_a_tag_names_the_model_too(
     base: Path, tiny_config: CLIPConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lit_clip.weights.hub.download_tag", lambda name: downloads[name])
@@ -275,7 +275,7 @@ def test_an_adapter_of_a_tag_remembers_of_which_model(
     assert torch.equal(opened["visual.proj"], state["visual.proj"])
 
 
-def test_what_cannot_work_is_named(base: Path, tiny_config: CLIPConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unusable_settings_are_named(base: Path, tiny_config: CLIPConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="set model.pretrained"):
         LitCLIP(tiny_config, lora=LoRA())
     with pytest.raises(
@@ -291,10 +291,10 @@ def test_what_cannot_work_is_named(base: Path, tiny_config: CLIPConfig, monkeypa
         LitCLIP(tiny_config, base, lora=LoRA())
 
 
-def test_an_addition_that_a_layer_passes_by_is_an_error(
+def test_an_addition_that_never_gets_a_gradient_is_an_error(
     base: Path, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
-    """A layer whose weight is read without calling it would learn nothing and say nothing."""
+    """A layer whose weight is used without calling the layer would silently not train."""
     module = LitCLIP(tiny_config, base, lora=LoRA(r=2))
     mlp: Any = module.model.transformer.resblocks[0].mlp  # pyright: ignore
     mlp.forward = lambda x: mlp.c_proj(torch.relu(nn.functional.linear(x, mlp.c_fc.weight, mlp.c_fc.bias)))

@@ -1,4 +1,4 @@
-"""Texts without their padding: the numbers of the padded form, in float64, and no arithmetic on what nobody reads."""
+"""Packed texts have the padded form's features and gradients, in float64, and need no arithmetic for padding."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +29,7 @@ def small_clip(layers: int = 3) -> CLIP:
 
 
 def texts(lengths: list[int]) -> Tensor:
-    """Random ids, an end, and behind it what must not be looked at."""
+    """Create random ids and an end, followed by ids that must be ignored."""
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(1, END, (len(lengths), CONTEXT), generator=generator)
     for row, length in enumerate(lengths):
@@ -41,7 +41,7 @@ LENGTHS = [[7], [5, 5, 5], [24, 1, 9, 9, 2, 17, 24, 3], list(range(1, 25))]
 
 
 def padded(model: CLIP, tokens: Tensor) -> Tensor:
-    """The plain form: all positions through all blocks, and the end is picked."""
+    """Compute the plain form: all positions go through all blocks, then the end is selected."""
     x = model.token_embedding(tokens) + model.positional_embedding[: tokens.shape[1]]
     mask = torch.full((tokens.shape[1],) * 2, -torch.inf, dtype=x.dtype).triu(1)
     for block in model.transformer.resblocks:
@@ -77,7 +77,7 @@ def gradients(model: CLIP, encode: Callable[[], Tensor]) -> tuple[Tensor, dict[s
 
 @pytest.mark.parametrize("padded_attention", [False, True])
 @pytest.mark.parametrize("lengths", LENGTHS)
-def test_features_and_gradients_are_those_of_the_padded_form(
+def test_packed_texts_have_the_padded_forms_features_and_gradients(
     lengths: list[int], padded_attention: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, tokens = small_clip(), texts(lengths)
@@ -91,7 +91,7 @@ def test_features_and_gradients_are_those_of_the_padded_form(
             torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-10, atol=1e-11, msg=name)
 
 
-def test_a_traced_graph_keeps_the_padding_and_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_traced_graph_keeps_the_padding_and_gives_the_same_features(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = small_clip(), texts(LENGTHS[2])
     packed = model.encode_text(tokens)
     monkeypatch.setattr(transformer, "is_traced", lambda: True)
@@ -104,20 +104,22 @@ def flops(run: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def test_a_batch_costs_what_its_texts_cost_one_by_one() -> None:
+def test_a_batch_costs_as_many_flops_as_its_texts_one_by_one() -> None:
     model, lengths = small_clip().requires_grad_(False), LENGTHS[2]
     tokens = texts(lengths)
     whole = flops(lambda: model.encode_text(tokens))
-    alone = sum(flops(lambda row=row, n=n: model.encode_text(tokens[row, None, :n])) for row, n in enumerate(lengths))
-    assert whole == alone
+    one_by_one = sum(
+        flops(lambda row=row, n=n: model.encode_text(tokens[row, None, :n])) for row, n in enumerate(lengths)
+    )
+    assert whole == one_by_one
     assert whole < flops(lambda: padded(model, tokens)) / 2
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])
-def test_the_last_block_computes_only_what_is_read(tower: str) -> None:
-    """Of a block's 12 W^2 multiply-adds a token, keys and values are 2 W^2; the rest is for tokens that are read.
+def test_the_last_block_computes_only_the_tokens_that_are_read(tower: str) -> None:
+    """Of a block's 12 W^2 multiply-adds per token, only the 2 W^2 of keys and values are needed for every token.
 
-    The counter leaves out the CPU's fused attention.
+    The counter does not count the CPU's fused attention.
     """
     two, three = (small_clip(layers).requires_grad_(False) for layers in (2, 3))
     images, tokens = torch.zeros(2, 3, 32, 32, dtype=torch.double), texts([24, 24])
@@ -133,7 +135,7 @@ def test_the_last_block_computes_only_what_is_read(tower: str) -> None:
     assert cost(two) == whole_block + last + outside
 
 
-def test_no_texts_and_no_images_are_no_features() -> None:
+def test_an_empty_batch_gives_no_features() -> None:
     model = small_clip()
     assert model.encode_text(torch.zeros(0, 5, dtype=torch.long)).shape == (0, 16)
     assert model.encode_image(torch.zeros(0, 3, 32, 32, dtype=torch.double)).shape == (0, 16)
@@ -150,12 +152,12 @@ def test_groups_hold_each_text_once_and_save_padding(rows: int, least_rows: int)
     assert cost < 0.9 * rows * max(lengths)
 
 
-def test_texts_of_like_length_stay_together() -> None:
+def test_texts_of_similar_length_stay_together() -> None:
     assert [group.tolist() for group in length_groups([9] * 40 + [10])] == [list(range(41))]
     assert len(length_groups([3, 70] * 10)) == 1  # too few for two groups of 16
 
 
-def test_a_hugging_face_encoder_reads_groups_and_gives_what_it_gives_of_the_whole(
+def test_a_hugging_face_encoder_gives_the_same_features_in_groups(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_family("bert", tmp_path)
@@ -175,7 +177,7 @@ def test_a_hugging_face_encoder_reads_groups_and_gives_what_it_gives_of_the_whol
         torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-8, atol=1e-9, msg=name)
 
 
-def test_layouts_say_where_each_token_is() -> None:
+def test_a_packing_locates_each_token() -> None:
     found = pack([3, 1, 2], torch.device("cpu"), padded_attention=True)
     assert found.layout.runs == ((1, 1), (1, 2), (1, 3))
     assert list(zip(found.rows.tolist(), found.columns.tolist(), strict=True)) == [
@@ -223,8 +225,8 @@ def test_attention_is_softmax_of_scaled_products(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_without_a_gradient_attention_is_torchs_own(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whose forward pass is as fast and rounds less."""
+def test_without_gradients_attention_is_torchs_own(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's forward pass is as fast, and rounds less."""
     monkeypatch.setattr(packing, "LONGEST_PLAIN", dict.fromkeys((torch.float32, torch.bfloat16), 256))
     q, k, v = (torch.randn(2, 3, 9, 8, generator=torch.Generator().manual_seed(n)).to(dtype) * 8 for n in range(3))
     kernels = torch.nn.functional.scaled_dot_product_attention(q, k, v)
@@ -244,7 +246,7 @@ def test_causal_attention_in_bfloat16_is_computed_in_float32_under_autocast_too(
     assert torch.equal(found, wide.bfloat16())
 
 
-def test_lengths_may_be_those_of_the_tokenizer() -> None:
+def test_the_tokenizers_lengths_can_be_passed() -> None:
     model, tokens = small_clip(), texts(LENGTHS[2])
     lengths = tokens.argmax(1) + 1
     assert torch.equal(model.encode_text(tokens, lengths=lengths), model.encode_text(tokens))

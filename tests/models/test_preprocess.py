@@ -1,4 +1,4 @@
-"""Evaluation pixels are open_clip's, for images of any shape and mode."""
+"""Evaluation pixels equal open_clip's, for images of any shape and mode."""
 
 import io
 from typing import Any
@@ -15,7 +15,7 @@ from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, Preprocessing, TextTransformerConfig, VisionTransformerConfig
 from lit_clip.models.preprocess import image_transform, normalize, pixels
 
-ROUNDING = {"rtol": 0, "atol": 1e-5}  # a grey level is 0.0142 or more after normalisation: no pixel may differ
+ROUNDING = {"rtol": 0, "atol": 1e-5}  # a grey level is at least 0.0142 after normalisation: no pixel may differ
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def photographs() -> list[Image.Image]:
 
 @pytest.mark.parametrize("name", ["astronaut", "cat", "coffee", "rocket", "hubble_deep_field", "retina", "camera"])
 @pytest.mark.parametrize("image_size", [64, 224, 336])
-def test_photographs_are_open_clips(name: str, image_size: int) -> None:
+def test_photographs_have_open_clips_pixels(name: str, image_size: int) -> None:
     photograph = Image.fromarray(getattr(skimage.data, name)())
     theirs = open_clip_transform(image_size, is_train=False)(photograph)
     torch.testing.assert_close(model(image_size).preprocess(photograph), theirs, **ROUNDING)
@@ -43,7 +43,7 @@ def model(image_size: int = 224) -> CLIP:
 
 
 def png(image: Image.Image, **options: Any) -> Image.Image:
-    """As it comes back from a file."""
+    """Save an image and open it again."""
     file = io.BytesIO()
     image.save(file, "PNG", **options)
     return Image.open(io.BytesIO(file.getvalue()))
@@ -66,7 +66,7 @@ def png(image: Image.Image, **options: Any) -> Image.Image:
     ],
 )
 @pytest.mark.parametrize("which", [0, 1])
-def test_photographs_of_any_shape_are_open_clips(photographs: list[Image.Image], size: Any, which: int) -> None:
+def test_photographs_of_any_shape_have_open_clips_pixels(photographs: list[Image.Image], size: Any, which: int) -> None:
     photograph = photographs[which].resize(size)
     ours = model().preprocess(photograph)
     assert ours.shape == (3, 224, 224)
@@ -77,7 +77,7 @@ def test_photographs_of_any_shape_are_open_clips(photographs: list[Image.Image],
 @pytest.mark.parametrize("image_size", [1, 31, 336])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("resize_mode", ["shortest", "squash"])
-def test_other_settings_are_open_clips(
+def test_other_settings_give_open_clips_pixels(
     photographs: list[Image.Image], image_size: int, interpolation: Any, resize_mode: Any
 ) -> None:
     mean, std = (0.5, 0.4, 0.3), (0.1, 0.2, 0.3)
@@ -89,12 +89,12 @@ def test_other_settings_are_open_clips(
         photograph = photographs[0].resize(size)
         ours = image_transform(config)(photograph)
         assert ours.shape == (3, image_size, image_size)
-        torch.testing.assert_close(ours, theirs(photograph), rtol=0, atol=4e-5)  # a grey level is 0.013 or more
+        torch.testing.assert_close(ours, theirs(photograph), rtol=0, atol=4e-5)  # a grey level is at least 0.013
 
 
-def test_squash_shows_the_whole_image_and_shortest_its_centre() -> None:
+def test_squash_keeps_the_whole_image_and_shortest_its_centre() -> None:
     wide = Image.new("RGB", (96, 32), "black")
-    wide.paste("white", (0, 0, 24, 32))  # left of the central square
+    wide.paste("white", (0, 0, 24, 32))  # left of the centre crop
     squashed = pixels(Preprocessing(image_size=32, resize_mode="squash"))(wide)
     cropped = pixels(Preprocessing(image_size=32))(wide)
     assert squashed.shape == cropped.shape == (3, 32, 32)
@@ -102,7 +102,7 @@ def test_squash_shows_the_whole_image_and_shortest_its_centre() -> None:
     assert (cropped == 0).all()
 
 
-def test_a_model_of_another_size_preprocesses_for_itself(photographs: list[Image.Image]) -> None:
+def test_a_model_of_another_size_preprocesses_to_its_size(photographs: list[Image.Image]) -> None:
     small = model(image_size=33)
     pixels_of_one = small.preprocess(photographs[1])
     torch.testing.assert_close(pixels_of_one, open_clip_transform(33, is_train=False)(photographs[1]), **ROUNDING)
@@ -110,7 +110,7 @@ def test_a_model_of_another_size_preprocesses_for_itself(photographs: list[Image
 
 
 def unusual(kind: str, photograph: Image.Image) -> Image.Image:
-    """A photograph as files of other kinds have it."""
+    """Convert a photograph to another image mode or file format."""
     photograph = photograph.resize((301, 257))
     alpha = Image.fromarray(np.random.default_rng(0).integers(0, 256, (257, 301), dtype=np.uint8))
     if kind == "palette with transparency":
@@ -122,7 +122,7 @@ def unusual(kind: str, photograph: Image.Image) -> Image.Image:
         image.putalpha(alpha)
         return png(image)
     if kind == "16 bit":
-        levels = np.asarray(photograph.convert("L")).astype(np.uint16) * 3  # some above 255, which are clipped
+        levels = np.asarray(photograph.convert("L")).astype(np.uint16) * 3  # levels above 255 are clipped
         return png(Image.fromarray(levels))
     if kind == "EXIF-rotated":
         exif, file = Image.Exif(), io.BytesIO()
@@ -141,7 +141,7 @@ def unusual(kind: str, photograph: Image.Image) -> Image.Image:
         *("palette with transparency", "palette with a transparent entry"),
     ],
 )
-def test_files_of_any_kind_are_open_clips(photographs: list[Image.Image], kind: str) -> None:
+def test_files_of_any_kind_have_open_clips_pixels(photographs: list[Image.Image], kind: str) -> None:
     image = unusual(kind, photographs[0])
     theirs = open_clip_transform(224, is_train=False)(image.copy())
     torch.testing.assert_close(model().preprocess(image), theirs, **ROUNDING)
@@ -149,7 +149,9 @@ def test_files_of_any_kind_are_open_clips(photographs: list[Image.Image], kind: 
 
 @pytest.mark.parametrize("size", [(32, 64), (64, 32), (48, 80)])
 @pytest.mark.parametrize("resize_mode", ["shortest", "squash"])
-def test_rectangles_are_open_clips(photographs: list[Image.Image], size: tuple[int, int], resize_mode: Any) -> None:
+def test_rectangular_sizes_have_open_clips_pixels(
+    photographs: list[Image.Image], size: tuple[int, int], resize_mode: Any
+) -> None:
     ours = image_transform(Preprocessing(image_size=size, resize_mode=resize_mode))(photographs[1])
     theirs = open_clip_transform(size, is_train=False, resize_mode=resize_mode)(photographs[1])
     assert ours.shape == (3, *size)
@@ -157,7 +159,7 @@ def test_rectangles_are_open_clips(photographs: list[Image.Image], size: tuple[i
 
 
 @pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "vit_tiny_patch16_224", "resnet10t"])
-def test_a_timm_models_pixels_are_timms(photographs: list[Image.Image], name: str) -> None:
+def test_a_timm_models_preprocessing_gives_timms_pixels(photographs: list[Image.Image], name: str) -> None:
     import timm
     from timm.data import create_transform, resolve_data_config
 
@@ -172,7 +174,7 @@ def test_a_timm_models_pixels_are_timms(photographs: list[Image.Image], name: st
         torch.testing.assert_close(ours(photograph), theirs(photograph), **ROUNDING)
 
 
-def test_normalised_pixels_are_the_whole_transform(photographs: list[Image.Image]) -> None:
+def test_pixels_then_normalize_equal_the_whole_transform(photographs: list[Image.Image]) -> None:
     config = Preprocessing(image_size=65)
     batch = torch.stack([pixels(config)(photograph) for photograph in photographs])
     assert batch.dtype == torch.uint8
@@ -184,7 +186,7 @@ def test_normalised_pixels_are_the_whole_transform(photographs: list[Image.Image
     assert torch.equal(model(65).normalize(batch), normalized)
 
 
-def test_normalize_is_the_formula() -> None:
+def test_normalize_subtracts_the_mean_and_divides_by_std() -> None:
     images = torch.randint(256, (2, 3, 5, 4), dtype=torch.uint8)
     config = Preprocessing()
     mean, std = torch.tensor(config.mean).view(3, 1, 1), torch.tensor(config.std).view(3, 1, 1)

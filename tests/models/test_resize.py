@@ -1,4 +1,4 @@
-"""Weights at another image size or context length: open_clip's features, or the same captions' same bits."""
+"""Weights at another image size give open_clip's features; at another context length captions keep their bits."""
 
 import json
 from pathlib import Path
@@ -49,7 +49,7 @@ def randomised(model: CLIP) -> CLIP:
 
 
 def save_folder(folder: Path, values: dict[str, Any]) -> Path:
-    """A model with random weights, as open_clip keeps it."""
+    """Save a model with random weights in open_clip's layout."""
     folder.mkdir(exist_ok=True)
     model = randomised(CLIP(from_open_clip(values, None, "tiny")))
     state = model.state_dict()
@@ -84,7 +84,7 @@ def test_another_image_size_gives_open_clips_features(tmp_path: Path, values: di
         features, expected = ours.encode_image(images, normalize=True), F.normalize(theirs.encode_image(images), dim=-1)
     assert float((expected[0] - expected[1]).abs().max()) > 1e-3
     torch.testing.assert_close(features, expected, rtol=0, atol=1e-5)
-    if "timm_model_name" not in values["vision_cfg"]:  # its position embedding matters: left out, the features differ
+    if "timm_model_name" not in values["vision_cfg"]:  # zeroing the position embedding must change the features
         with torch.no_grad():
             ours.get_parameter("visual.positional_embedding").zero_()
             assert float((ours.encode_image(images, normalize=True) - features).abs().max()) > 1e-3
@@ -92,7 +92,7 @@ def test_another_image_size_gives_open_clips_features(tmp_path: Path, values: di
 
 @pytest.mark.parametrize("size", [32, 96, (64, 128)])
 def test_a_resnets_attention_pool_is_interpolated_in_two_dimensions(tmp_path: Path, size: Size) -> None:
-    """open_clip cannot resize these; the oracle is the interpolation of the grid, written out."""
+    """open_clip cannot resize these; the oracle is the interpolation, written out."""
     text = TextTransformerConfig(context_length=16, width=64, layers=1, heads=1)
     config = CLIPConfig(32, ResNetConfig((1, 1, 1, 1), width=16, image_size=64), text)
     state = randomised(CLIP(config)).state_dict()
@@ -108,7 +108,7 @@ def test_a_resnets_attention_pool_is_interpolated_in_two_dimensions(tmp_path: Pa
         assert model.encode_image(photos(size)).shape == (2, 32)
 
 
-def test_the_weights_own_size_changes_no_bit(vit: Path) -> None:
+def test_passing_the_weights_own_sizes_changes_no_bit(vit: Path) -> None:
     expected = load_model(vit).state_dict()
     for size in (64, (64, 64)):
         again = load_model(vit, image_size=size, context_length=16)
@@ -116,8 +116,8 @@ def test_the_weights_own_size_changes_no_bit(vit: Path) -> None:
         assert all(torch.equal(value, expected[key]) for key, value in again.state_dict().items())
 
 
-def test_there_and_back_a_non_square_size_is_interpolated_from_its_own_grid(vit: Path, tmp_path: Path) -> None:
-    """open_clip takes every stored grid for a square."""
+def test_a_non_square_position_embedding_is_interpolated_from_its_own_grid(vit: Path, tmp_path: Path) -> None:
+    """open_clip assumes that every stored grid is square."""
     wide = load_model(vit, image_size=(64, 128))
     torch.save(wide.state_dict(), tmp_path / "wide.pt")
     back = load_model(tmp_path / "wide.pt", architecture=wide.config, image_size=64)
@@ -139,7 +139,7 @@ def test_captions_that_fit_either_context_keep_their_bits(vit: Path, length: int
         torch.testing.assert_close(full, before.encode_text(short, normalize=True), rtol=0, atol=1e-6)
 
 
-def test_positions_behind_the_weights_own_are_copies_of_their_last(vit: Path) -> None:
+def test_new_positions_are_copies_of_the_last_one(vit: Path) -> None:
     before = load_model(vit).state_dict()["positional_embedding"]
     longer = load_model(vit, context_length=20).state_dict()["positional_embedding"]
     assert longer.shape == (20, 64)
@@ -151,9 +151,9 @@ def test_positions_behind_the_weights_own_are_copies_of_their_last(vit: Path) ->
     assert features.isfinite().all()
 
 
-def test_siglip_refuses_another_context_and_says_why(tmp_path: Path) -> None:
+def test_siglip_refuses_another_context_length_with_the_reason(tmp_path: Path) -> None:
     folder = save_folder(tmp_path / "siglip", model_cfg(TIMM, SIGLIP_TEXT))
-    with pytest.raises(InputError, match=r"^context_length: 8 is not the 16 of the weights; .* reads the padding too"):
+    with pytest.raises(InputError, match=r"^context_length: must be the weights' 16, not 8; .* attends to padding too"):
         load_model(folder, context_length=8)
 
 
@@ -166,7 +166,7 @@ def test_siglip_refuses_another_context_and_says_why(tmp_path: Path) -> None:
         ({"context_length": 2}, "context_length 2 must be at least 3"),
     ],
 )
-def test_sizes_that_cannot_be_are_refused(vit: Path, options: dict[str, Any], message: str) -> None:
+def test_unsupported_sizes_are_refused(vit: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         load_model(vit, **options)
 
@@ -192,7 +192,7 @@ def test_a_checkpoint_keeps_the_new_sizes(vit: Path, tmp_path: Path, size: Size)
     assert (resized.config.image.image_size, resized.context_length) == (64, 16)
 
 
-def test_a_random_model_of_a_name_has_the_sizes_asked_for() -> None:
+def test_a_random_model_by_name_has_the_requested_sizes() -> None:
     model = create_model("ViT-tiny-16-64", image_size=(32, 48), context_length=9)
     assert model.visual.grid == (2, 3)
     assert model.tokenize("a dog").shape == (1, 9)
@@ -200,7 +200,7 @@ def test_a_random_model_of_a_name_has_the_sizes_asked_for() -> None:
         assert model.encode_image(photos((32, 48))).shape == (2, 256)
 
 
-def test_an_encoder_of_hugging_face_takes_any_context_up_to_its_positions(tmp_path: Path) -> None:
+def test_a_hugging_face_encoder_accepts_any_context_up_to_its_positions(tmp_path: Path) -> None:
     sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     bert = transformers.BertConfig(**sizes, intermediate_size=64, max_position_embeddings=32)
     transformers.BertModel(bert).save_pretrained(tmp_path / "bert")

@@ -1,4 +1,4 @@
-"""transformers' models as text encoders: what open_clip's adapter and the bare models give; nothing is downloaded."""
+"""transformers' models as text encoders give the features of the bare models and of open_clip's adapter; offline."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ from tests.helpers.towers import (
 
 
 def by_hand(folder: Path, text: str, pooling: str) -> Tensor:
-    """One text, unpadded, through the bare model: ``[W]``."""
+    """Encode one unpadded text with the bare model: ``[W]``."""
     model: Any = transformers.AutoModel.from_pretrained(folder).eval()
     model = model.get_encoder() if model.config.is_encoder_decoder else model
     ids = transformers.AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids
@@ -55,7 +55,7 @@ def by_hand(folder: Path, text: str, pooling: str) -> Tensor:
     [(family, pooling) for family in FAMILIES for pooling in ("mean", "cls", "last")]
     + [("bert", "pooler"), ("roberta", "pooler")],
 )
-def test_padding_changes_nothing_and_pooling_is_that_of_the_bare_model(
+def test_padding_changes_nothing_and_pooling_matches_the_bare_model(
     family: str, pooling: str, folders: dict[str, Path]
 ) -> None:
     model = text_model(folders[family], pooling=pooling)
@@ -66,12 +66,12 @@ def test_padding_changes_nothing_and_pooling_is_that_of_the_bare_model(
     with torch.no_grad():
         features = model.encode_text(tokens)
         torch.testing.assert_close(model.encode_text(trimmed), features, atol=1e-5, rtol=0)
-        alone = torch.cat([model.encode_text(model.tokenizer.trim(row[None])) for row in tokens])
-        torch.testing.assert_close(alone, features, atol=1e-5, rtol=0)
-        said = TEXTS[:-1] if family == "gpt2" else TEXTS  # the bare model takes no text of no tokens
-        expected = torch.stack([by_hand(folders[family], text, pooling) for text in said])
+        one_by_one = torch.cat([model.encode_text(model.tokenizer.trim(row[None])) for row in tokens])
+        torch.testing.assert_close(one_by_one, features, atol=1e-5, rtol=0)
+        texts = TEXTS[:-1] if family == "gpt2" else TEXTS  # the bare model refuses a text without tokens
+        expected = torch.stack([by_hand(folders[family], text, pooling) for text in texts])
         expected = expected @ model.text.proj.weight.T  # type: ignore[operator]  # a Linear
-        torch.testing.assert_close(features[: len(said)], expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(features[: len(texts)], expected, atol=1e-5, rtol=0)
     assert features.isfinite().all()
     assert_all_trainable_weights_are_used(model.text, trimmed)
 
@@ -87,10 +87,10 @@ def test_padding_changes_nothing_and_pooling_is_that_of_the_bare_model(
             ("cls", "cls_last_hidden_state_pooler", "mlp"),
             ("pooler", "cls_pooler", "linear"),
         )
-        if (family, rest[0]) != ("mt5", "pooler")  # it has none
+        if (family, rest[0]) != ("mt5", "pooler")  # mT5 has no pooler
     ],
 )
-def test_open_clip_gives_the_same_with_the_same_weights(
+def test_open_clip_gives_the_same_features_with_the_same_weights(
     family: str, pooling: str, pooler: str, projection: Any, folders: dict[str, Path]
 ) -> None:
     model = text_model(folders[family], pooling=pooling, projection=projection)
@@ -111,7 +111,7 @@ def test_without_a_projection_the_features_are_the_models_own(folders: dict[str,
         text_model(folders["bert"], projection="none")
 
 
-def test_random_weights_are_random_and_need_no_file(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_without_pretrained_the_weights_are_random_and_need_no_file(folders: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "bert"
     shutil.copytree(folders["bert"], folder)
     (folder / "model.safetensors").unlink()
@@ -124,7 +124,7 @@ def test_random_weights_are_random_and_need_no_file(folders: dict[str, Path], tm
         text_model(folder)
 
 
-def test_weights_stored_in_half_precision_are_read_in_float32(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_half_precision_weights_are_loaded_as_float32(folders: dict[str, Path], tmp_path: Path) -> None:
     transformers.AutoModel.from_pretrained(folders["bert"]).half().save_pretrained(tmp_path)
     save_words(tmp_path, *FAMILIES["bert"][1:])
     for pretrained in (True, False):
@@ -133,7 +133,7 @@ def test_weights_stored_in_half_precision_are_read_in_float32(folders: dict[str,
 
 
 @pytest.mark.parametrize("family", ["roberta", "modernbert", "t5"])
-def test_a_checkpoint_needs_no_folder(family: str, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_checkpoint_does_not_need_the_encoders_folder(family: str, folders: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "encoder"
     shutil.copytree(folders[family], folder)
     text = HuggingFaceTextConfig(str(folder), context_length=32)
@@ -156,7 +156,7 @@ def test_a_checkpoint_needs_no_folder(family: str, folders: dict[str, Path], tmp
 
 
 def _broken(kind: str, folders: dict[str, Path], folder: Path) -> dict[str, Any]:
-    """Spoil a copy of BERT's folder; settings of the encoder that show it."""
+    """Damage a copy of BERT's folder; return encoder settings that expose the damage."""
     shutil.copytree(folders["bert"], folder, dirs_exist_ok=True)
     if kind == "images too":
         transformers.CLIPConfig().save_pretrained(folder)
@@ -178,7 +178,7 @@ def _broken(kind: str, folders: dict[str, Path], folder: Path) -> dict[str, Any]
         save_family("bert", folder, num_hidden_layers=1)
         return {"model": {**text_config(folders["bert"]).text.model}}  # type: ignore[union-attr]  # a HuggingFaceTextConfig
     elif kind == "wider":
-        return {"model": {**text_config(folders["bert"]).text.model, "hidden_size": 64}}  # type: ignore[union-attr]  # likewise
+        return {"model": {**text_config(folders["bert"]).text.model, "hidden_size": 64}}  # type: ignore[union-attr]  # a HuggingFaceTextConfig
     return {}
 
 
@@ -195,7 +195,7 @@ def _broken(kind: str, folders: dict[str, Path], folder: Path) -> dict[str, Any]
         ("wider", "no weights of that model there"),
     ],
 )
-def test_a_folder_that_is_no_text_encoder_is_refused_in_one_line(
+def test_a_damaged_or_foreign_folder_is_refused_in_one_line(
     kind: str, message: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     settings = _broken(kind, folders, tmp_path / "spoilt")
@@ -206,20 +206,20 @@ def test_a_folder_that_is_no_text_encoder_is_refused_in_one_line(
     assert not (tmp_path / "spoilt" / "ran").exists()
 
 
-def test_what_the_encoder_cannot_do_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_settings_that_the_encoder_does_not_support_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no Hugging Face model at '.*nowhere'"):
         text_config(tmp_path / "nowhere")
     with pytest.raises(InputError, match="context_length 41 exceeds the 40 positions"):
         text_model(folders["bert"], context_length=41)
-    with pytest.raises(InputError, match="context_length 39 exceeds the 38 positions"):  # they begin at 2
+    with pytest.raises(InputError, match="context_length 39 exceeds the 38 positions"):  # RoBERTa's begin at 2
         text_model(folders["roberta"], context_length=39)
     assert text_model(folders["roberta"], context_length=38).encode_text(torch.full((1, 38), 5)).shape == (1, D)
-    assert text_model(folders["t5"], context_length=400).context_length == 400  # distances, not positions
+    assert text_model(folders["t5"], context_length=400).context_length == 400  # T5's positions are relative
     with pytest.raises(InputError, match="has no pooler; choose another pooling"):
         text_model(folders["distilbert"], pooling="pooler")
 
 
-def test_identical_captions_stay_identical_in_batches_of_different_width(folders: dict[str, Path]) -> None:
+def test_captions_hash_the_same_in_batches_of_different_width(folders: dict[str, Path]) -> None:
     tokenizer = text_model(folders["roberta"]).tokenizer
     assert tokenizer.pad_id == 1
     narrow, wide = (

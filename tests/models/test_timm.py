@@ -1,4 +1,4 @@
-"""timm's models as image encoders: what open_clip's adapter and timm itself give."""
+"""timm's models as image encoders give the features of timm itself and of open_clip's adapter."""
 
 from collections import OrderedDict
 from pathlib import Path
@@ -75,7 +75,7 @@ def test_timms_models_have_open_clips_names_and_features(
 
 @pytest.mark.parametrize("size", [64, (96, 64)])
 @pytest.mark.parametrize("name", ["test_convnext", "test_resnet", "test_efficientnet"])
-def test_a_convolutional_model_takes_any_size(name: str, size: Size) -> None:
+def test_a_convolutional_model_accepts_any_size(name: str, size: Size) -> None:
     ours = image_tower(name, image_size=size, pool="avg")
     peer: Any = TimmModel(name, D, image_size=size, pool="avg", proj="linear").eval()
     peer.load_state_dict(ours.state_dict())
@@ -85,7 +85,7 @@ def test_a_convolutional_model_takes_any_size(name: str, size: Size) -> None:
 
 @pytest.mark.parametrize("size", [64, (96, 64)])
 @pytest.mark.parametrize("name", ["test_vit", "swin_tiny_patch4_window7_224"])
-def test_a_model_of_one_size_is_made_for_another_as_timm_makes_it(name: str, size: Size) -> None:
+def test_a_fixed_size_model_is_created_for_another_size_as_in_timm(name: str, size: Size) -> None:
     ours = image_tower(name, image_size=size)
     peer: Any = timm.create_model(name, num_classes=0, img_size=height_width(size)).eval()
     peer.load_state_dict(ours.trunk.state_dict())
@@ -95,7 +95,7 @@ def test_a_model_of_one_size_is_made_for_another_as_timm_makes_it(name: str, siz
     assert_all_trainable_weights_are_used(ours, photos(size))
 
 
-def test_images_of_another_size_than_the_towers_are_refused() -> None:
+def test_images_of_another_size_are_refused() -> None:
     with pytest.raises(InputError, match=r"\[B, 3, 64, 64\]"):
         image_tower("test_convnext", image_size=64)(photos(96))
 
@@ -103,7 +103,7 @@ def test_images_of_another_size_than_the_towers_are_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "size"),
     [
-        ("resnet10t", None),  # bicubic, crop 0.875, ImageNet's colours
+        ("resnet10t", None),  # bicubic, crop 0.875, ImageNet's mean and std
         ("tf_efficientnet_lite0", None),
         ("test_vit", None),
         ("vit_base_patch16_clip_224.openai", None),
@@ -114,7 +114,7 @@ def test_images_of_another_size_than_the_towers_are_refused() -> None:
     ],
 )
 @pytest.mark.parametrize("image_size", [(230, 170), (75, 310), (20, 20)])
-def test_images_are_prepared_as_timm_does_it(name: str, size: Size | None, image_size: tuple[int, int]) -> None:
+def test_preprocessing_gives_timms_pixels(name: str, size: Size | None, image_size: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(3)
     rough = torch.randint(0, 256, (image_size[1] // 5, image_size[0] // 5, 3), generator=generator)
     image = Image.fromarray(rough.to(torch.uint8).numpy()).resize(image_size)
@@ -128,7 +128,7 @@ def test_images_are_prepared_as_timm_does_it(name: str, size: Size | None, image
     torch.testing.assert_close(ours(image), theirs(image), atol=1e-5, rtol=0)
 
 
-def test_preprocessing_of_ones_own_beats_timms() -> None:
+def test_explicit_preprocessing_overrides_timms() -> None:
     mine = Preprocessing(64, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     config = CLIPConfig(D, TimmConfig("test_vit", image_size=64), preprocessing=mine)
     assert with_external_settings(config).preprocessing == mine
@@ -138,17 +138,17 @@ def test_preprocessing_of_ones_own_beats_timms() -> None:
 
 @pytest.fixture(scope="module")
 def weights() -> dict[str, Tensor]:
-    """A whole test_efficientnet, classifier included."""
+    """The weights of a test_efficientnet, including its classifier."""
     return shaken(timm.create_model("test_efficientnet")).state_dict()
 
 
 def other_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Another library's names for the same weights in the same order."""
+    """Rename the weights as another library would, in the same order."""
     return OrderedDict((f"_part{i}.{key.rpartition('.')[2]}", value) for i, (key, value) in enumerate(state.items()))
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_weights_come_from_a_local_file(suffix: str, weights: dict[str, Tensor], tmp_path: Path) -> None:
+def test_weights_are_loaded_from_a_local_file(suffix: str, weights: dict[str, Tensor], tmp_path: Path) -> None:
     path = tmp_path / f"weights{suffix}"
     torch.save(weights, path) if suffix == ".pth" else save_file(weights, path)
     tower = create_model(CLIPConfig(D, TimmConfig("test_efficientnet", pretrained=str(path)))).visual
@@ -161,7 +161,7 @@ def test_weights_come_from_a_local_file(suffix: str, weights: dict[str, Tensor],
 
 
 @pytest.mark.parametrize("classifier", [True, False])
-def test_weights_under_other_names_in_the_same_order_are_taken(
+def test_weights_under_other_names_are_matched_by_order(
     classifier: bool, weights: dict[str, Tensor], tmp_path: Path
 ) -> None:
     kept = {key: value for key, value in weights.items() if classifier or not key.startswith("classifier")}
@@ -181,7 +181,7 @@ def _spoilt(kind: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         "more under other names": {**other, "x.weight": torch.zeros(1)},
         "fewer": dict(list(weights.items())[:5]),
         "deeper": {**weights, "blocks.7.0.conv.weight": torch.zeros(1)},
-        "no tensors": {"a": 1},  # type: ignore[dict-item]  # which is the point
+        "no tensors": {"a": 1},  # type: ignore[dict-item]  # refusing it is tested
     }[kind]
 
 
@@ -207,16 +207,14 @@ def test_weights_of_another_model_are_refused(
     assert "\n" not in str(refusal.value)
 
 
-def test_a_projection_by_the_classifier_is_new_beside_a_files_weights(
-    weights: dict[str, Tensor], tmp_path: Path
-) -> None:
+def test_a_classifier_projection_is_not_loaded_from_a_file(weights: dict[str, Tensor], tmp_path: Path) -> None:
     torch.save(weights, tmp_path / "w.pth")
     trunk: Any = image_tower_from(tmp_path / "w.pth", projection="classifier").trunk
     assert trunk.classifier.weight.shape == (D, 256)
     assert torch.equal(trunk.conv_stem.weight, weights["conv_stem.weight"])
 
 
-def test_a_files_position_embedding_is_resized_as_timm_does_it(tmp_path: Path) -> None:
+def test_a_files_position_embedding_is_resized_as_in_timm(tmp_path: Path) -> None:
     small: Any = shaken(timm.create_model("test_vit"))
     torch.save(small.state_dict(), tmp_path / "w.pth")
     trunk: Any = image_tower_from(tmp_path / "w.pth", "test_vit", image_size=(192, 128)).trunk
@@ -246,14 +244,14 @@ def test_a_files_position_embedding_is_resized_as_timm_does_it(tmp_path: Path) -
         ({"timm": "test_vit", "pretrained": "gone.pth"}, "gone.pth: no such"),
     ],
 )
-def test_what_timm_does_not_have_is_refused_in_one_line(settings: dict[str, Any], message: str) -> None:
+def test_settings_that_timm_does_not_support_are_refused_in_one_line(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message) as refusal:
         CLIP(CLIPConfig(D, TimmConfig(**settings)))
     assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("name", ["test_convnext", "test_vit3", "swin_tiny_patch4_window7_224"])
-def test_a_checkpoint_with_a_timm_tower_loads_as_it_was_and_at_another_size(name: str, tmp_path: Path) -> None:
+def test_a_checkpoint_with_a_timm_tower_loads_unchanged_and_at_another_size(name: str, tmp_path: Path) -> None:
     config = CLIPConfig(D, TimmConfig(name, image_size=64), TextTransformerConfig(8, 49408, 64, 1, 1))
     path, model = saved(LitCLIP(config), tmp_path)
     again = load_model(path)

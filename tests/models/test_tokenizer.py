@@ -1,4 +1,4 @@
-"""The tokenizer gives the ids of OpenAI's and open_clip's, for any text."""
+"""The tokenizer gives OpenAI's and open_clip's ids for any text."""
 
 import pickle
 import random
@@ -58,7 +58,7 @@ SPECIAL = ["<|startoftext|>", "<|endoftext|>", "<|EndOfText|>", "<|startoftext|"
 
 
 def random_texts(number: int, seed: int, extra: list[str]) -> list[str]:
-    """Texts of all kinds of characters and fragments; one in ten is far longer than 77 tokens."""
+    """Create texts of random characters and fragments; one in ten is far longer than 77 tokens."""
     rng = random.Random(seed)
     kinds = list(CODE_POINTS.values())
 
@@ -84,7 +84,7 @@ def open_clip_tokenizer() -> SimpleTokenizer:
 
 @pytest.fixture(scope="module")
 def openai_tokenizer() -> SimpleTokenizer:
-    """open_clip's tokenizer with the special tokens spelled as in the paper's code."""
+    """open_clip's tokenizer with the special tokens of the paper's code."""
     tokenizer = SimpleTokenizer()
     for theirs, papers in (("<start_of_text>", "<|startoftext|>"), ("<end_of_text>", "<|endoftext|>")):
         del tokenizer.cache[theirs]
@@ -111,25 +111,27 @@ def test_ids_of_random_unicode_are_open_clips(open_clip_tokenizer: SimpleTokeniz
     differ = [text for text, a, b in zip(texts, ours, theirs, strict=True) if not torch.equal(a, b)]
     assert differ == []
     assert ours.shape == (10_000, 77)
-    assert (ours[:, -1] == EOT_ID).sum() > 500  # the cut at 77 was among the cases
+    assert (ours[:, -1] == EOT_ID).sum() > 500  # some texts are truncated
 
 
-def test_special_tokens_inside_a_text_are_read_as_by_openai(openai_tokenizer: SimpleTokenizer) -> None:
+def test_special_tokens_inside_a_text_have_openais_ids(openai_tokenizer: SimpleTokenizer) -> None:
     # open_clip spells them <start_of_text> and <end_of_text>, which are ordinary text to the paper's code.
     texts = random_texts(500, seed=1, extra=SPECIAL * 10)
     ours, theirs = tokenize(texts), openai_tokenizer(texts)
     differ = [text for text, a, b in zip(texts, ours, theirs, strict=True) if not torch.equal(a, b)]
     assert differ == []
-    assert (ours[:, 1:] == SOT_ID).any(dim=1).sum() > 50  # special tokens were among the cases
+    assert (ours[:, 1:] == SOT_ID).any(dim=1).sum() > 50  # some texts contain special tokens
 
 
 @pytest.mark.parametrize("context_length", [2, 3, 16])
-def test_other_context_lengths_cut_as_open_clip_does(context_length: int, open_clip_tokenizer: SimpleTokenizer) -> None:
+def test_other_context_lengths_truncate_as_in_open_clip(
+    context_length: int, open_clip_tokenizer: SimpleTokenizer
+) -> None:
     texts = ["", "a", "a dog", "a photo of a dog on a hill in the rain, seen from far away, in black and white"]
     assert torch.equal(tokenize(texts, context_length), open_clip_tokenizer(texts, context_length))
 
 
-def test_a_caption_that_just_fits_is_whole_and_one_word_more_is_refused_without_truncation() -> None:
+def test_without_truncation_only_a_caption_that_fits_is_accepted() -> None:
     fits, too_long = " ".join(["dog"] * 75), " ".join(["dog"] * 76)
     assert tokenize(fits, truncate=False).tolist() == [[SOT_ID, *[1929] * 75, EOT_ID]]
     assert torch.equal(tokenize(too_long), tokenize(fits))
@@ -138,12 +140,12 @@ def test_a_caption_that_just_fits_is_whole_and_one_word_more_is_refused_without_
 
 
 @pytest.mark.parametrize("stranger", [3, None, b"a dog", ["a dog"], float("nan")])
-def test_what_is_not_a_string_is_refused_by_position_and_type(stranger: object) -> None:
+def test_a_non_string_is_refused_naming_position_and_type(stranger: object) -> None:
     with pytest.raises(InputError, match=rf"text 1 is a {type(stranger).__name__}, not a string"):
         tokenize(["a dog", stranger])  # type: ignore[list-item]
 
 
-def test_no_texts_give_no_rows() -> None:
+def test_an_empty_list_gives_no_rows() -> None:
     tokens = tokenize([])
     assert tokens.shape == (0, 77)
     assert tokens.dtype == torch.int64
@@ -166,13 +168,13 @@ def test_decoding_an_encoded_caption_gives_its_words(text: str, words: str) -> N
     assert decode(encode(text)) == words
 
 
-def test_decoding_is_open_clips(open_clip_tokenizer: SimpleTokenizer) -> None:
+def test_decoding_gives_open_clips_text(open_clip_tokenizer: SimpleTokenizer) -> None:
     texts = random_texts(200, seed=2, extra=[])
     differ = [text for text in texts if decode(ids := encode(text)) != open_clip_tokenizer.decode(ids).strip()]
     assert differ == []
 
 
-def test_cleaning_mends_unescapes_twice_collapses_and_lower_cases() -> None:
+def test_cleaning_fixes_unescapes_twice_collapses_and_lower_cases() -> None:
     assert clean(" SchÃ¶n &amp;lt;B&amp;gt;\t \n x ") == "schön <b> x"
 
 
@@ -190,13 +192,13 @@ def test_trim_leaves_full_and_empty_batches_unchanged() -> None:
     assert CLIPTokenizer().trim(tokenize([])).shape == (0, 77)
 
 
-def test_tokenize_object_survives_pickling() -> None:
+def test_the_tokenizer_survives_pickling() -> None:
     copy = pickle.loads(pickle.dumps(CLIPTokenizer(context_length=5)))
     assert copy == CLIPTokenizer(context_length=5)
     assert torch.equal(copy(["a photo of a cat.", "a dog"]), tokenize(["a photo of a cat.", "a dog"], 5))
 
 
-def test_ids_are_counted_before_a_text_is_cut() -> None:
+def test_ids_are_counted_before_truncation() -> None:
     assert {text: CLIPTokenizer(4).count(text) for text in OPENAI_IDS} == {
         text: len(ids) for text, ids in OPENAI_IDS.items()
     }

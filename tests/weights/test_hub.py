@@ -1,4 +1,4 @@
-"""Models by name: from the hub's cache on this disk, and through open_clip's registry, with what that says of them."""
+"""Models by name: from the hub's local cache, and from open_clip's registry with its settings."""
 
 import hashlib
 import json
@@ -35,7 +35,7 @@ CONFIG = CLIPConfig(
 
 
 def put(cache: Path, name: str, files: Path) -> None:
-    """A repository in the hub's cache, as huggingface_hub lays it out: blobs, and links to them in a snapshot."""
+    """Put a repository into the hub's cache in huggingface_hub's layout: blobs, linked from a snapshot."""
     folder, commit = cache / f"models--{name.replace('/', '--')}", "0123456789abcdef0123456789abcdef01234567"
     for part in ("blobs", "refs", f"snapshots/{commit}"):
         (folder / part).mkdir(parents=True)
@@ -49,7 +49,7 @@ def put(cache: Path, name: str, files: Path) -> None:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The hub's cache, empty, with no network behind it."""
+    """An empty hub cache, offline."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "hub").mkdir()
@@ -79,7 +79,7 @@ def clip_model() -> transformers.CLIPModel:
 
 @pytest.mark.parametrize("weights", ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"])
 @pytest.mark.parametrize("prefix", ["", "hf-hub:"])
-def test_an_open_clip_repository_is_opened_by_its_name(tmp_path: Path, cache: Path, weights: str, prefix: str) -> None:
+def test_an_open_clip_repository_is_opened_by_name(tmp_path: Path, cache: Path, weights: str, prefix: str) -> None:
     state = open_clip_repository(tmp_path / "files", weights)
     put(cache, "somebody/tiny-clip", tmp_path / "files")
     model = load_model(f"{prefix}somebody/tiny-clip")
@@ -89,7 +89,7 @@ def test_an_open_clip_repository_is_opened_by_its_name(tmp_path: Path, cache: Pa
 
 
 @pytest.mark.parametrize("shard", ["10GB", "5MB"], ids=["one file", "several files"])
-def test_a_hugging_face_repository_is_opened_by_its_name(tmp_path: Path, cache: Path, shard: str) -> None:
+def test_a_hugging_face_repository_is_opened_by_name(tmp_path: Path, cache: Path, shard: str) -> None:
     theirs = clip_model()
     theirs.save_pretrained(tmp_path / "files", max_shard_size=shard)
     transformers.CLIPImageProcessor(size={"shortest_edge": 64}, crop_size=64).save_pretrained(tmp_path / "files")
@@ -104,7 +104,7 @@ def test_a_hugging_face_repository_is_opened_by_its_name(tmp_path: Path, cache: 
         torch.testing.assert_close(model.encode_text(tokens, normalize=True), out.text_embeds, rtol=0, atol=1e-5)
 
 
-def test_the_hubs_own_environment_variables_say_where_its_cache_is(tmp_path: Path) -> None:
+def test_the_hubs_environment_variables_locate_its_cache(tmp_path: Path) -> None:
     open_clip_repository(tmp_path / "files")
     put(tmp_path / "home" / "hub", "somebody/tiny-clip", tmp_path / "files")
     code = "import lit_clip; print(lit_clip.load_model('somebody/tiny-clip').config.embed_dim)"
@@ -128,20 +128,20 @@ def refusal(source: str) -> str:
 
 @pytest.mark.usefixtures("cache")
 @pytest.mark.parametrize("name", ["nobody/nothing", "hf-hub:nobody/nothing", "nobody/noth ing", "a/b/c"])
-def test_a_name_that_is_not_in_the_cache_is_refused_in_one_line_without_a_network(name: str) -> None:
-    assert "no such file or folder, and not to be had from the hub" in refusal(name)
+def test_offline_a_name_outside_the_cache_is_refused_in_one_line(name: str) -> None:
+    assert "no such file or folder, and not available from the hub" in refusal(name)
 
 
-def test_a_repository_without_weights_says_which_files_were_looked_for(tmp_path: Path, cache: Path) -> None:
+def test_a_repository_without_weights_lists_the_expected_files(tmp_path: Path, cache: Path) -> None:
     open_clip_repository(tmp_path / "files")
     (tmp_path / "files" / "open_clip_model.safetensors").unlink()
     put(cache, "somebody/tiny-clip", tmp_path / "files")
-    assert "the hub has none of open_clip_model.safetensors, " in refusal("somebody/tiny-clip")
+    assert "has none of open_clip_model.safetensors, " in refusal("somebody/tiny-clip")
 
 
 # open_clip's registry -------------------------------------------------------------------------------------------------
 
-TAGS = {  # how open_clip runs the weights: the (text encoder's) activation, mean of red, interpolation, resizing
+TAGS = {  # open_clip's settings: (the text encoder's) activation, mean of red, interpolation, resize mode
     "ViT-B-16-SigLIP:webli": ("gelu", 0.5, "bicubic", "squash"),
     "ViT-B-32-SigLIP2-256:webli": ("gelu_tanh", 0.5, "bicubic", "squash"),
     "ViT-B-32:openai": ("quick_gelu", 0.48145466, "bicubic", "shortest"),
@@ -157,12 +157,12 @@ TAGS = {  # how open_clip runs the weights: the (text encoder's) activation, mea
 
 
 def open_clips_preprocessing(model: str, tag: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What open_clip would do to images for those weights; they are neither fetched nor read."""
+    """Return open_clip's preprocessing for the weights, without downloading or reading them."""
     monkeypatch.setattr("open_clip.factory.download_pretrained", lambda *_, **__: "nowhere")
     with warnings.catch_warnings(), torch.device("meta"):
-        warnings.simplefilter("ignore")  # that a name without -quickgelu is the wrong one
-        made: Any = open_clip.create_model(model, tag, load_weights=False, device="meta", pretrained_text=False)
-    return made.visual.preprocess_cfg
+        warnings.simplefilter("ignore")  # about names without -quickgelu
+        model_: Any = open_clip.create_model(model, tag, load_weights=False, device="meta", pretrained_text=False)
+    return model_.visual.preprocess_cfg
 
 
 def assert_open_clips(config: CLIPConfig, theirs: dict[str, Any]) -> None:
@@ -177,7 +177,7 @@ def assert_open_clips(config: CLIPConfig, theirs: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", TAGS)
-def test_a_tag_says_with_which_activation_and_pixels_its_weights_were_trained(
+def test_a_tag_sets_the_activation_and_preprocessing_of_its_training(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, _, tag = name.partition(":")
@@ -185,13 +185,13 @@ def test_a_tag_says_with_which_activation_and_pixels_its_weights_were_trained(
     config = tagged(resolve_architecture(model), entry)
     assert_open_clips(config, open_clips_preprocessing(model, tag, monkeypatch))
     assert config.preprocessing is not None
-    got = config.preprocessing
-    assert (config.activation, got.mean[0], got.interpolation, got.resize_mode) == TAGS[name]
+    ours = config.preprocessing
+    assert (config.activation, ours.mean[0], ours.interpolation, ours.resize_mode) == TAGS[name]
     assert config.logit_bias == ("SigLIP" in name)
 
 
 @pytest.mark.slow
-def test_every_tag_that_can_be_opened_has_open_clips_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_supported_tag_has_open_clips_preprocessing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     opened = 0
     for model, tag in open_clip.list_pretrained():
@@ -204,19 +204,21 @@ def test_every_tag_that_can_be_opened_has_open_clips_pixels(monkeypatch: pytest.
     assert opened > 150
 
 
-def test_a_tag_is_downloaded_by_open_clip_and_its_word_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The name says GELU, the registry says that laion400m_e32 was trained with QuickGELU."""
-    asked: list[dict[str, Any]] = []
+def test_open_clip_downloads_a_tag_whose_entry_overrides_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The name means GELU, but the registry knows that laion400m_e32 was trained with QuickGELU."""
+    requested: list[dict[str, Any]] = []
     state = open_clip_repository(tmp_path / "files")
 
     def download(cfg: dict[str, Any]) -> str:
-        asked.append(cfg)
+        requested.append(cfg)
         return str(tmp_path / "files" / "open_clip_model.safetensors")
 
     monkeypatch.setattr("open_clip.pretrained.download_pretrained", download)
     monkeypatch.setattr("lit_clip.weights.hub.resolve_architecture", lambda name: {"ViT-B-32": CONFIG}[name])
     model = load_model("ViT-B-32:laion400m_e32")
-    assert asked == [get_pretrained_cfg("ViT-B-32", "laion400m_e32")]
+    assert requested == [get_pretrained_cfg("ViT-B-32", "laion400m_e32")]
     assert model.config.activation == "quick_gelu"
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
@@ -226,7 +228,7 @@ def test_a_tag_is_downloaded_by_open_clip_and_its_word_counts(tmp_path: Path, mo
     assert create_model("ViT-B-32", "laion2b_s34b_b79k").config == CONFIG
 
 
-def test_a_download_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_download_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_: dict[str, Any]) -> str:
         raise OSError("no route to host\nand more")
 
@@ -236,5 +238,5 @@ def test_a_download_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.usefixtures("cache")
-def test_a_tag_that_is_not_in_the_cache_is_refused_in_one_line_without_a_network() -> None:
+def test_offline_a_tag_outside_the_cache_is_refused_in_one_line() -> None:
     assert "cannot be downloaded" in refusal("ViT-B-16-SigLIP:webli")

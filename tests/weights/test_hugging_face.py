@@ -1,4 +1,4 @@
-"""Hugging Face's CLIPModel and SiglipModel become ours and back: same features and bits, or an error that says why."""
+"""Hugging Face's CLIPModel and SiglipModel convert to ours and back: same features and bits, or a clear error."""
 
 import json
 import re
@@ -25,7 +25,7 @@ TEXT = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "vo
 
 
 def randomised(model: Any) -> Any:
-    """Gains of 1 and biases of 0 would hide a mix-up."""
+    """Gains of 1 and biases of 0 would hide swapped weights."""
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -42,11 +42,8 @@ def clip_model(**text: Any) -> transformers.CLIPModel:
 
 
 def siglip_model(hidden_act: str = "gelu_pytorch_tanh") -> transformers.SiglipModel:
-    vision = {
-        **VISION,
-        "hidden_act": hidden_act,
-        "intermediate_size": 100,
-    }  # not four times as wide, as in SigLIP So400m
+    # Not four times as wide, as in SigLIP So400m.
+    vision = {**VISION, "hidden_act": hidden_act, "intermediate_size": 100}
     ids = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 1}
     text = {**TEXT, **ids, "intermediate_size": 70, "max_position_embeddings": 9, "projection_size": 48}
     return randomised(transformers.SiglipModel(transformers.SiglipConfig(vision_config=vision, text_config=text)))
@@ -87,7 +84,7 @@ def assert_identical(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
         *(("Siglip", name) for name in ("gelu_pytorch_tanh", "gelu", "quick_gelu")),
     ],
 )
-def test_a_model_becomes_ours_with_the_same_features_and_back_bit_by_bit(kind: str, activation: str) -> None:
+def test_a_model_converts_with_the_same_features_and_back_bit_by_bit(kind: str, activation: str) -> None:
     theirs = clip_model(hidden_act=activation) if kind == "CLIP" else siglip_model(activation)
     ours = opened(*from_hugging_face(theirs.config.to_dict(), theirs.state_dict()))
     assert_same_features(ours, theirs)
@@ -98,7 +95,7 @@ def test_a_model_becomes_ours_with_the_same_features_and_back_bit_by_bit(kind: s
     assert_same_features(ours, again)
 
 
-def test_our_weights_come_back_bit_by_bit() -> None:
+def test_our_weights_convert_and_back_bit_by_bit() -> None:
     config = CLIPConfig(
         embed_dim=24,
         image=VisionTransformerConfig(image_size=32, patch_size=8, width=64, layers=2, heads=2, mlp_ratio=2.3),
@@ -107,12 +104,12 @@ def test_our_weights_come_back_bit_by_bit() -> None:
     ours = randomised(CLIP(config))
     again, state = from_hugging_face(*to_hugging_face(ours))
     assert_identical(state, ours.state_dict())
-    opened(again, state)  # mlp_ratio is not 2.3 any more, but the widths are the same
+    opened(again, state)  # mlp_ratio is no longer 2.3, but the widths are the same
     assert again.text == config.text
 
 
-def test_older_files_with_position_ids_and_without_defaults_are_vit_b_32() -> None:
-    """The oldest published configurations hold next to nothing; nothing is allocated here."""
+def test_a_file_with_position_ids_and_no_settings_is_vit_b_32() -> None:
+    """The oldest published configurations are nearly empty. On the meta device: nothing is allocated."""
     with torch.device("meta"):
         theirs = transformers.CLIPModel(transformers.CLIPConfig())
         state = {**theirs.state_dict(), "text_model.embeddings.position_ids": torch.arange(77)}
@@ -123,7 +120,7 @@ def test_older_files_with_position_ids_and_without_defaults_are_vit_b_32() -> No
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in expected.items()}
 
 
-def test_siglip_b16_is_timms_model_with_the_gelu_it_was_trained_with() -> None:
+def test_siglip_b16_is_timms_model_with_the_gelu_of_its_training() -> None:
     with torch.device("meta"):
         state = transformers.SiglipModel(transformers.SiglipConfig()).state_dict()
     config, _ = from_hugging_face(transformers.SiglipConfig().to_dict(), state, None, "somewhere")
@@ -155,7 +152,7 @@ def test_a_folder_of_save_pretrained_is_read(tmp_path: Path, how: str) -> None:
     torch.testing.assert_close(actual, expected["pixel_values"][0], rtol=0, atol=1e-5)
 
 
-def test_the_one_file_of_newer_processors_is_read(tmp_path: Path) -> None:
+def test_the_single_file_of_newer_processors_is_read(tmp_path: Path) -> None:
     theirs = siglip_model()
     theirs.save_pretrained(tmp_path)
     processor = transformers.SiglipImageProcessor(size={"height": 32, "width": 32}, image_std=[0.2, 0.2, 0.2])
@@ -168,7 +165,7 @@ def test_the_one_file_of_newer_processors_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("resize_mode", ["shortest", "squash"])
 @pytest.mark.parametrize("crop_pct", [1.0, 0.875, 0.9])
 @pytest.mark.parametrize("kind", ["CLIPImageProcessor", "SiglipImageProcessor"])
-def test_preprocessing_comes_back(kind: str, crop_pct: float, resize_mode: Any) -> None:
+def test_preprocessing_converts_and_back(kind: str, crop_pct: float, resize_mode: Any) -> None:
     config = CLIPConfig().preprocessing
     assert config is not None
     config.crop_pct, config.resize_mode = crop_pct, resize_mode
@@ -190,9 +187,9 @@ def _set(*path: str, value: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_set("model_type", value="blip"), "model_type is 'blip' there, lit-clip opens clip and siglip"),
-        (_set("text_config", "hidden_act", value="relu"), "text_config.hidden_act is relu there"),
-        (_set("text_config", "hidden_act", value="gelu"), "quick_gelu of images and gelu of texts"),
+        (_set("model_type", value="blip"), "model_type is 'blip'; must be 'clip' or 'siglip'"),
+        (_set("text_config", "hidden_act", value="relu"), "text_config.hidden_act is relu; must be one of gelu_new"),
+        (_set("text_config", "hidden_act", value="gelu"), "same for images and texts, not quick_gelu and gelu"),
         (_set("vision_config", "layer_norm_eps", value=1e-6), "layer_norm_eps is 1e-06 there and 1e-05 here"),
         (_set("text_config", "eos_token_id", value=7), "eos_token_id is 7 there and 98 here"),
         (_set("vision_config", "num_channels", value=4), "num_channels is 4 there and 3 here"),
@@ -207,7 +204,7 @@ def test_a_setting_that_would_change_the_features_is_refused(change: Any, messag
         from_hugging_face(values, theirs.state_dict())
 
 
-def test_the_end_of_text_is_the_highest_id_in_openais_own_files() -> None:
+def test_with_openais_eos_token_id_the_end_of_text_is_the_highest_id() -> None:
     theirs = clip_model(eos_token_id=2)
     assert_same_features(opened(*from_hugging_face(theirs.config.to_dict(), theirs.state_dict())), theirs)
 
@@ -217,24 +214,24 @@ def test_the_end_of_text_is_the_highest_id_in_openais_own_files() -> None:
     [
         ({"do_center_crop": False}, "do_center_crop is False there and True here"),
         ({"crop_size": 48, "size": 48}, "size of a preprocessed image is 48 there and 32 here"),
-        ({"resample": 1, "size": 32, "crop_size": 32}, "resample is 1 there, here are 2 (bilinear) and 3 (bicubic)"),
+        ({"resample": 1, "size": 32, "crop_size": 32}, "resample is 1; must be 2 (bilinear) or 3 (bicubic)"),
         ({"do_rescale": False}, "do_rescale is False there"),
         ({"size": 20, "crop_size": 32}, "black border"),
     ],
 )
-def test_another_preprocessing_than_ours_can_be_is_refused(values: dict[str, Any], message: str) -> None:
+def test_unsupported_preprocessing_is_refused(values: dict[str, Any], message: str) -> None:
     theirs = clip_model()
     with pytest.raises(InputError, match=re.escape(message)):
         from_hugging_face(theirs.config.to_dict(), theirs.state_dict(), values)
 
 
-def test_a_weight_too_few_or_too_many_is_named() -> None:
+def test_a_missing_or_unknown_weight_is_named() -> None:
     theirs = clip_model()
     name = "vision_model.encoder.layers.1.self_attn.k_proj.bias"
     state = {key: value for key, value in theirs.state_dict().items() if key != name}
     with pytest.raises(InputError, match=f"weight {name} is missing"):
         from_hugging_face(theirs.config.to_dict(), state)
-    with pytest.raises(InputError, match="weight adapter has no place"):
+    with pytest.raises(InputError, match="weight adapter has no counterpart"):
         from_hugging_face(theirs.config.to_dict(), {**theirs.state_dict(), "adapter": torch.ones(1)})
 
 
@@ -257,14 +254,14 @@ def test_a_broken_file_is_named_in_one_line(tmp_path: Path, file: str, content: 
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_without_weights_says_what_was_looked_for(tmp_path: Path) -> None:
+def test_a_folder_without_weights_lists_the_expected_files(tmp_path: Path) -> None:
     clip_model().config.save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=r"no model.safetensors or pytorch_model.bin in it"):
+    with pytest.raises(InputError, match=r"has no model.safetensors or pytorch_model.bin"):
         read_hugging_face_folder(tmp_path)
 
 
 @pytest.mark.slow
-def test_siglip_b16_at_full_size_has_transformers_features_within_1e_4() -> None:
+def test_siglip_b16_at_full_size_has_the_features_of_transformers() -> None:
     torch.manual_seed(0)
     theirs = transformers.SiglipModel(transformers.SiglipConfig()).eval()
     ours = opened(*from_hugging_face(theirs.config.to_dict(), theirs.state_dict()))

@@ -1,0 +1,59 @@
+"""Tiny models for tests of exports, and comparisons."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lit_clip.models.clip import CLIP
+from lit_clip.models.config import CLIPConfig, Preprocessing, ResNetConfig, TimmConfig, VisionTransformerConfig
+
+TEXTS = ["a dog on a hill", "A Photo of a CAT!", " ".join(["a very long caption about a cat"] * 9), ""]
+
+
+def checkpoint(config: CLIPConfig, path: Path) -> CLIP:
+    """Save a model with no weight at its initial value."""
+    torch.manual_seed(0)
+    model = CLIP(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():
+            if "running" in name:
+                buffer.add_(0.1 * torch.rand_like(buffer))
+    torch.save({"hyper_parameters": {"architecture": config.to_dict()}, "state_dict": model.state_dict()}, path)
+    return model
+
+
+def photos(*sizes: tuple[int, int]) -> list[Image.Image]:
+    rng = np.random.default_rng(1)
+    return [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for h, w in sizes]
+
+
+def assert_identical(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def variants(tiny: CLIPConfig) -> dict[str, CLIPConfig]:
+    replace = dataclasses.replace
+    odd = Preprocessing(32, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bilinear", "squash")
+    resnet = replace(tiny, image=ResNetConfig((1, 2, 1, 1), 4, 64), preprocessing=None)
+    return {
+        "vit": tiny,
+        "quick_gelu": replace(tiny, activation="quick_gelu", preprocessing=odd),
+        "gelu_tanh": replace(
+            tiny, activation="gelu_tanh", image=VisionTransformerConfig(32, 16, 64, 1, 2, 2.5), preprocessing=None
+        ),
+        "resnet": resnet,
+        "timm": replace(tiny, image=TimmConfig("resnet10t", image_size=64, projection="mlp"), preprocessing=None),
+        "classifier": replace(
+            tiny,
+            image=TimmConfig("test_vit", image_size=160, pool="token", projection="classifier"),
+            text=replace(tiny.text, projection=False, width=16, heads=1),
+            preprocessing=Preprocessing(160),
+        ),
+    }
