@@ -207,20 +207,19 @@ def openai_code() -> ModuleType:
 
 
 def lit_clip_command(
-    folder: Path, *words: str, environment: dict[str, str] | None = None, timeout: int = 120, anew: bool = False
+    folder: Path, *words: str, environment: dict[str, str] | None = None, timeout: int = 120
 ) -> subprocess.CompletedProcess[str]:
     """Run ``lit-clip`` in a folder, as a user would.
 
     Args:
         folder: the working folder.
         words: command line arguments.
-        environment: additional variables; they imply ``anew``.
+        environment: additional variables; with them the command runs in a new interpreter instead of a fork.
         timeout: in seconds.
-        anew: in a new interpreter instead of a fork (``tests/helpers/forks.py``).
     """
     command = [str(Path(sys.executable).parent / "lit-clip"), *words]
     variables = {**os.environ, "COLUMNS": "200", "HF_HUB_OFFLINE": "1", **(environment or {})}
-    if not (anew or environment):
+    if not environment:
         return forks.run([forks.Program(forks.command, command, folder, variables)], timeout)[0]
     return subprocess.run(
         command, cwd=folder, env=variables, capture_output=True, text=True, timeout=timeout, check=False

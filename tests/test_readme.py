@@ -33,7 +33,7 @@ TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ["README.md
 FAST = ("--trainer.accelerator", "cpu", "--data.num_workers", "0", "--data.batch_size", "8")
 CONFIG = ("--config", "configs/finetune_table.yaml")
 NOT_RUN = ("torchrun ", "srun ", "configs/pretrain_", "--data-root /data")  # clusters, and data that is not here
-SETUP = ("make", "pip", "source", "export", "python")  # programs beside lit-clip
+SETUP = ("make", "pip", "source", "export", "python")  # other programs than lit-clip
 
 
 def blocks(language: str, *names: str) -> list[str]:
@@ -63,7 +63,7 @@ def needs_more(command: str) -> bool:
 COMMANDS = [line for line in typed() if "lit-clip " in line and not needs_more(line)]
 # 80,000 prompts of ImageNet take minutes on two cores, and so do probes on thousands of drawings.
 SLOW = {command for command in COMMANDS if "zero_shot_imagenet" in command or "bundled" in command}
-# A command's name alone, in a sentence, has no arguments to parse.
+# A command in a sentence is parsed if it is complete.
 PARSED = [line for line in typed() if needs_more(line)] + [
     code for code in dict.fromkeys(inline()) if code.startswith("lit-clip ") and "--config" in code
 ]
