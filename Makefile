@@ -4,23 +4,23 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUNS ?= runs
 BENCH := $(RUNS)/bench
-# A benchmark, its options, and what its file is called beside its name.
+# Run a benchmark: its name, its options, and a suffix of its result file.
 measure = $(BIN)/python benchmarks/$(1).py $(2) --json $(BENCH)/$(1)$(3).json
 
 .PHONY: help install quickstart test test-slow check format bench bench-check tensorboard clean
 
-help:  ## Show what there is to make
+help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
-# One environment for everything; made again when the versions change.
+# One environment for everything; updated when pyproject.toml changes.
 $(BIN)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("lit-clip needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12") if sys.version_info < (3, 11) else None'
-	@echo "Installing lit-clip and what it needs into $(VENV) (some minutes the first time) ..."
+	@echo "Installing lit-clip and its dependencies into $(VENV) (a few minutes the first time) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
-install: $(BIN)/.installed  ## Make the environment in .venv
+install: $(BIN)/.installed  ## Create the environment in .venv
 
 $(BIN)/.bench: $(BIN)/.installed
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
@@ -30,27 +30,27 @@ quickstart: install  ## Train a CLIP from scratch on 1,750 drawings, then valida
 	@echo "Training on OpenMoji; logs and images go to $(RUNS)/quickstart ..."
 	@$(BIN)/lit-clip fit --config configs/quickstart.yaml --trainer.logger.init_args.save_dir $(RUNS)
 	@run=$$(ls -td $(RUNS)/quickstart/version_* | head -n 1) && \
-	echo "Validating $$run/checkpoints/last.ckpt; the numbers must be the same ..." && \
+	echo "Validating $$run/checkpoints/last.ckpt; the numbers must be identical ..." && \
 	$(BIN)/lit-clip validate --config $$run/fit_config.yaml --ckpt_path $$run/checkpoints/last.ckpt && \
-	echo "Look at $$run/zero_shot_*.png, and at the curves with: make tensorboard"
+	echo "See $$run/zero_shot_*.png; show the curves with: make tensorboard"
 
-test: install  ## Run the tests (no network, under 15 minutes on 2 cores)
+test: install  ## Run the tests (no network, less than 15 minutes on 2 cores)
 	@$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
-test-slow: install  ## Run the tests that take minutes each
+test-slow: install  ## Run the slow tests, which take minutes each
 	@$(BIN)/python -m pytest -m slow
 
-check: install  ## Lint, format, types and the import rule
+check: install  ## Check lint, format, types and import rules
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/basedpyright --pythonpath $(BIN)/python
 	@$(BIN)/lint-imports --no-logo --no-cache
 
-format: install  ## Rewrite the code in the project's format
+format: install  ## Format the code
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: $(BIN)/.bench  ## Measure against open_clip, in the same run; the table and the check follow (an hour or two, alone)
+bench: $(BIN)/.bench  ## Compare with open_clip, then print the table and check the ratios (an hour or two on an idle machine)
 	@mkdir -p $(BENCH) && rm -f $(BENCH)/*.json
 	@for model in ViT-B-32 quickstart; do \
 	$(call measure,train_step,--model $$model,.$$model.fp32) && \
@@ -74,7 +74,7 @@ bench: $(BIN)/.bench  ## Measure against open_clip, in the same run; the table a
 	@$(call measure,linear_probe,--no-tight --no-search)
 	@$(MAKE) --no-print-directory bench-check
 
-bench-check: install  ## The table of the last make bench, and whether its ratios are what they should be
+bench-check: install  ## Print the table of the last make bench and check its ratios
 	@$(BIN)/python benchmarks/report.py $(BENCH)
 	@$(BIN)/python benchmarks/check_ratios.py $(BENCH) --against benchmarks/expected_ratios.yaml --all
 

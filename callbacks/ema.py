@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights: evaluated, and what a checkpoint is read as."""
+"""Exponential moving average of the weights."""
 
 from typing import Any
 
@@ -12,17 +12,17 @@ from lit_clip.weights.checkpoints import EMA_WEIGHTS
 
 
 class EMA(WeightAveraging):
-    """Averages the weights after every optimiser step: ``average = decay * average + (1 - decay) * weights``.
+    """Average the weights after every optimiser step: ``average = decay * average + (1 - decay) * weights``.
 
-    Validation, with all callbacks, sees the average as soon as there is one, and so do those who read a checkpoint: its
-    ``state_dict`` is the average, as its ``weights`` says, and ``current_model_state`` holds the weights of the last
-    step, from which a resumed run goes on. When training ends the module has the average.
+    Validation, including all callbacks, uses the average as soon as there is one. In a checkpoint ``state_dict`` is the
+    average, which ``weights`` states, and ``current_model_state`` holds the weights of the last step, from which a
+    resumed run continues. When training ends the module has the average.
 
-    Lightning's own callback would evaluate the average before its first update, and callbacks behind it in the list
-    would evaluate the weights instead.
+    Lightning's own callback would evaluate the average before its first update, and callbacks after it in the list
+    would evaluate the current weights instead.
 
     Args:
-        decay: at least 0, below 1.
+        decay: at least 0 and below 1.
         start_step: optimiser steps before the first update, which copies the weights.
     """
 
@@ -39,37 +39,37 @@ class EMA(WeightAveraging):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.save_weights_only:
-                raise InputError("ModelCheckpoint.save_weights_only: would save the weights without EMA's average")
+                raise InputError("ModelCheckpoint.save_weights_only: would leave out EMA's average; remove it")
         super().setup(trainer, pl_module, stage)
         self._swapped &= stage != "fit"
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._average.to(pl_module.device)  # it was made, and loaded, before the model was moved there
+        self._average.to(pl_module.device)  # it was created and loaded before the model was moved to its device
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._swap(pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.FITTING:  # after it the module keeps the average
+        if trainer.state.fn == TrainerFn.FITTING:  # after fitting the module keeps the average
             self._swap_back(pl_module)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Too late: see :meth:`on_validation_start`."""
+        """Do nothing: too late, see :meth:`on_validation_start`."""
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Too early: other callbacks and the module itself evaluate in this hook."""
+        """Do nothing: too early, other callbacks and the module itself evaluate in this hook."""
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._swap_back(pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._swap(pl_module)  # rather than copied: a checkpoint that is saved now still holds both
+        self._swap(pl_module)  # a swap, not a copy: a checkpoint saved after this still holds both
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._average_model is None:
             return
-        ours, theirs = checkpoint["state_dict"], self._average.module.state_dict()
-        average, current = (ours, theirs) if self._swapped else (theirs, ours)
+        module, averaged_model = checkpoint["state_dict"], self._average.module.state_dict()
+        average, current = (module, averaged_model) if self._swapped else (averaged_model, module)
         if self._average.n_averaged > 0:
             checkpoint["state_dict"], checkpoint["weights"] = average, EMA_WEIGHTS
         checkpoint["current_model_state"] = current
@@ -77,7 +77,7 @@ class EMA(WeightAveraging):
 
     @property
     def _average(self) -> AveragedModel:
-        assert self._average_model is not None, "made when fit begins"
+        assert self._average_model is not None, "created by setup"
         return self._average_model
 
     def _swap(self, pl_module: LightningModule) -> None:

@@ -1,4 +1,4 @@
-"""Images for people, drawn with Pillow."""
+"""Figures, drawn with Pillow."""
 
 from collections.abc import Sequence
 
@@ -11,12 +11,12 @@ __all__ = ["Prediction", "prediction_grid", "similarity_matrix"]
 
 
 def similarity_matrix(images: Sequence[Image.Image], captions: Sequence[str], scores: np.ndarray) -> Image.Image:
-    """Images above, captions at the left, the cosine similarity of each two as a shade and a number.
+    """Return a table with images above, captions at the left, and each similarity as a shade and a number.
 
     Args:
         images: N images.
         captions: N texts.
-        scores: ``[N captions, N images]``.
+        scores: cosine similarities, ``[N captions, N images]``.
     """
     font = ImageFont.load_default(12)
     cell, left, top, N = 56, 230, 64, len(captions)

@@ -1,4 +1,4 @@
-"""Numbers that tell whether training is healthy and fast."""
+"""Metrics and a warning that show whether a model is learning."""
 
 import math
 from collections import deque
@@ -23,18 +23,18 @@ SCALARS = ("logit_scale", "logit_bias")
 
 
 def gradient_norms(model: CLIP, sharded: bool = False) -> dict[str, Tensor]:
-    """The L2 norm of each encoder's gradient; ``logit_scale`` and ``logit_bias`` belong to neither.
+    """Return the L2 norm of each encoder's gradient; ``logit_scale`` and ``logit_bias`` belong to neither.
 
     Args:
-        model: its frozen encoders have none.
-        sharded: each rank holds a part of each gradient (FSDP); all ranks must ask.
+        model: the encoders; frozen ones are left out of the result.
+        sharded: whether each rank holds a shard of each gradient (FSDP); then all ranks must call this.
     """
-    towers: dict[str, list[nn.Parameter]] = {"image": [], "text": []}
+    encoders: dict[str, list[nn.Parameter]] = {"image": [], "text": []}
     for name, parameter in model.named_parameters():
         name = name.replace("_fsdp_wrapped_module.", "")
         if parameter.requires_grad and name not in SCALARS:
-            towers["image" if name.startswith("visual.") else "text"].append(parameter)
-    norms = {tower: _norm(parameters) for tower, parameters in towers.items() if parameters}
+            encoders["image" if name.startswith("visual.") else "text"].append(parameter)
+    norms = {encoder: _norm(parameters) for encoder, parameters in encoders.items() if parameters}
     if sharded and norms:
         device = next(model.parameters()).device
         squares = distributed.sum_over_ranks(torch.stack([norm.to(device) for norm in norms.values()]) ** 2, device)
@@ -47,29 +47,35 @@ def _norm(parameters: list[nn.Parameter]) -> Tensor:
 
 
 def uninformed_loss(pairs: int, sigmoid: bool = False) -> float:
-    """The least loss of a model that cannot tell which caption is whose, among ``pairs`` pairs.
+    """Return the lowest loss of a model that cannot tell which caption belongs to which image.
 
-    The softmax loss is then log N: each of N captions is as likely. The sigmoid loss's best prediction for each of an
-    image's N questions is 1/N, which costs ``log N + (N - 1) log(N / (N - 1))`` an image.
+    The softmax loss is then log N: each of N captions is equally likely. For the sigmoid loss the best prediction for
+    each of an image's N captions is 1/N, which costs ``log N + (N - 1) log(N / (N - 1))`` per image.
+
+    Args:
+        pairs: N, the number of pairs in the batch of all ranks.
+        sigmoid: whether the loss is the sigmoid loss.
     """
     others = (pairs - 1) * math.log(pairs / (pairs - 1)) if sigmoid and pairs > 1 else 0.0
     return math.log(pairs) + others
 
 
 class TrainingMonitor(TimedCallback):
-    """Logs, every ``log_every_n_steps``, what a person wants beside the loss.
+    """Log learning rate, gradient norms and throughput every ``log_every_n_steps``; warn if the model does not learn.
 
-    ``train/learning_rate`` (of the head, where layers have rates of their own); ``train/image_gradient_norm`` and
-    ``train/text_gradient_norm`` (before clipping, and without the factor of ``16-mixed``; not under FSDP's hybrid
-    sharding); ``train/samples_per_second`` over all ranks, in the time that training took (see
-    :class:`callbacks.training_clock.TimedCallback`); ``train/samples_seen``.
+    - ``train/learning_rate``: of the head, where layers have different rates
+    - ``train/image_gradient_norm``, ``train/text_gradient_norm``: before clipping, and without the scale of
+      ``16-mixed``; not logged under FSDP's hybrid sharding
+    - ``train/samples_per_second``: over all ranks, relative to training time (see
+      :class:`callbacks.training_clock.TimedCallback`)
+    - ``train/samples_seen``
 
-    Warns once if the model does not learn: if after warm-up the mean of the ``train/loss`` logged over ``stuck_steps``
-    optimiser steps is still that of chance (:func:`uninformed_loss`) or above.
+    It warns once if, after warm-up, the mean of the ``train/loss`` logged over ``stuck_steps`` optimiser steps is still
+    at its baseline (:func:`uninformed_loss`) or above.
 
     Args:
-        stuck_steps: optimiser steps after warm-up to look at, at a time.
-        stuck_tolerance: how far, relative to chance, the loss may be below it and count as no better.
+        stuck_steps: number of optimiser steps, after warm-up, over which the loss is averaged.
+        stuck_tolerance: a loss that is below the baseline by at most this share of it counts as stuck.
     """
 
     def __init__(self, stuck_steps: int = 500, stuck_tolerance: float = 0.01) -> None:
@@ -81,7 +87,7 @@ class TrainingMonitor(TimedCallback):
         self.stuck_steps, self.stuck_tolerance = stuck_steps, stuck_tolerance
         self._samples = 0
         self._samples_seen = 0
-        self._losses: deque[tuple[int, float, float]] = deque()  # step, loss, what chance gives
+        self._losses: deque[tuple[int, float, float]] = deque()  # step, loss, baseline
         self._warned = False
 
     def state_dict(self) -> dict[str, Any]:
@@ -97,58 +103,58 @@ class TrainingMonitor(TimedCallback):
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if (trainer.global_step + 1) % log_interval(trainer) == 0:
-            kind = _sharding(trainer)
-            if kind in (ShardingStrategy.NO_SHARD, ShardingStrategy.FULL_SHARD, ShardingStrategy.SHARD_GRAD_OP):
+            sharding = _sharding(trainer)
+            if sharding in (ShardingStrategy.NO_SHARD, ShardingStrategy.FULL_SHARD, ShardingStrategy.SHARD_GRAD_OP):
                 model = cast(LitCLIP, pl_module).model
-                for tower, norm in gradient_norms(model, kind != ShardingStrategy.NO_SHARD).items():
-                    pl_module.log(f"train/{tower}_gradient_norm", norm)
+                for encoder, norm in gradient_norms(model, sharding != ShardingStrategy.NO_SHARD).items():
+                    pl_module.log(f"train/{encoder}_gradient_norm", norm)
             pl_module.log("train/learning_rate", max(group["lr"] for group in optimizer.param_groups))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: CaptionBatch, batch_idx: int
     ) -> None:
-        samples = (len(batch.images) + len(batch.skipped)) * trainer.world_size  # as many on each rank
+        samples = (len(batch.images) + len(batch.skipped)) * trainer.world_size  # every rank has the same number
         self._samples += samples
         self._samples_seen += samples
         if trainer.global_step % log_interval(trainer) == 0:
             pl_module.log("train/samples_per_second", self._samples / self.clock.lap().seconds, prog_bar=True)
             pl_module.log("train/samples_seen", float(self._samples_seen))
             self._samples = 0
-            self._look_for_a_stuck_loss(trainer, cast(LitCLIP, pl_module))
+            self._warn_if_stuck(trainer, cast(LitCLIP, pl_module))
 
-    def _look_for_a_stuck_loss(self, trainer: Trainer, module: LitCLIP) -> None:
+    def _warn_if_stuck(self, trainer: Trainer, module: LitCLIP) -> None:
         hparams: Any = module.hparams
         metrics = trainer.callback_metrics
         loss, chance = metrics.get("train/loss"), metrics.get("train/in_batch_chance")
-        if self._warned or loss is None or chance is None or trainer.global_step <= hparams.warmup_steps:
+        warming_up = trainer.global_step <= hparams.lr_scheduler["warmup_steps"]
+        if self._warned or loss is None or chance is None or warming_up:
             return
         pairs = round(1 / float(chance))  # of all ranks
-        uninformed = uninformed_loss(pairs, sigmoid=module.model.logit_bias is not None)
-        if hparams.distill:  # whose cross-entropy is log N too if all candidates seem equal
-            uninformed += hparams.distill["weight"] * math.log(pairs)
-        value = float(loss)  # waits for the device, as seldom as the loss is logged
+        baseline = uninformed_loss(pairs, sigmoid=module.model.logit_bias is not None)
+        if hparams.distill:  # its cross-entropy is log N too if all candidates seem equal
+            baseline += hparams.distill["weight"] * math.log(pairs)
+        value = float(loss)  # synchronises the device, but only on logged steps
         if math.isfinite(value):
-            self._losses.append((trainer.global_step, value, uninformed))
+            self._losses.append((trainer.global_step, value, baseline))
         if not self._losses or trainer.global_step - self._losses[0][0] < self.stuck_steps:
             return
-        ours, uninformed = (sum(entry[i] for entry in self._losses) / len(self._losses) for i in (1, 2))
+        mean_loss, mean_baseline = (sum(entry[i] for entry in self._losses) / len(self._losses) for i in (1, 2))
         self._losses.clear()
-        if ours >= (1 - self.stuck_tolerance) * uninformed:
+        if mean_loss >= (1 - self.stuck_tolerance) * mean_baseline:
             self._warned = True
-            rank_zero_warn(_advice(ours, uninformed, self.stuck_steps))
+            rank_zero_warn(_advice(mean_loss, mean_baseline, self.stuck_steps))
 
 
-def _advice(loss: float, chance: float, steps: int) -> str:
+def _advice(loss: float, baseline: float, steps: int) -> str:
     return (
-        f"the model is not learning: train/loss was {loss:.3f} on average over the last {steps} steps, and chance "
-        f"gives {chance:.3f}. Look whether captions belong to their images (one column of the "
-        "table sorted alone, captions that are all alike), whether the learning rate (train/learning_rate) is far too "
-        "high or too low, whether towers that should learn are frozen, and whether the gradients "
-        "(train/image_gradient_norm, train/text_gradient_norm) are near 0"
+        f"the model is not learning: train/loss was {loss:.3f} on average over the last {steps} steps; its baseline is "
+        f"{baseline:.3f}. Check that captions belong to their images (one column of the table may have been sorted "
+        "without the other, or all captions may be the same), that the learning rate (train/learning_rate) is not far "
+        "too high or too low, that the right encoders are trainable, and that the gradients "
+        "(train/image_gradient_norm, train/text_gradient_norm) are not near 0"
     )
 
 
 def _sharding(trainer: Trainer) -> ShardingStrategy:
-    """What of each gradient a rank holds."""
     strategy = trainer.strategy
     return strategy.sharding_strategy if isinstance(strategy, FSDPStrategy) else ShardingStrategy.NO_SHARD

@@ -1,4 +1,4 @@
-"""What people look at in TensorBoard besides the curves."""
+"""Figures and embeddings for TensorBoard."""
 
 from typing import Any, cast
 
@@ -23,16 +23,16 @@ def _writers(trainer: Trainer) -> list[Any]:
 
 
 def show(trainer: Trainer, tag: str, image: Image.Image) -> None:
-    """Put an image under ``tag`` at the current step."""
+    """Log an image as ``tag`` at the current step."""
     for writer in _writers(trainer):
         writer.add_image(tag, np.asarray(image), trainer.global_step, dataformats="HWC")
 
 
 class SimilarityMatrix(Callback):
-    """After every validation: the cosine similarity of each two of some validation images and captions.
+    """Log the cosine similarities of some validation images and captions after every validation.
 
     Args:
-        pairs: how many, spread over the first batch.
+        pairs: number of pairs, spread over the first batch.
     """
 
     def __init__(self, pairs: int = 12) -> None:
@@ -60,12 +60,12 @@ class SimilarityMatrix(Callback):
 
 
 class EmbeddingProjector(Callback):
-    """After the last validation: image and caption features for TensorBoard's projector.
+    """Log image and caption features of the last validation for TensorBoard's projector.
 
-    A thumbnail stands for each image, the same one in a blue frame for its caption.
+    Each image is shown as a thumbnail, its caption as the same thumbnail in a blue frame.
 
     Args:
-        pairs: at most how many validation pairs, of the first process.
+        pairs: most validation pairs to log, from the first rank.
     """
 
     def __init__(self, pairs: int = 500) -> None:

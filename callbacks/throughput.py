@@ -1,4 +1,4 @@
-"""How fast training is, how near to what the device could do, and what holds it up."""
+"""Training throughput: samples, tokens, model FLOP utilisation, memory, and time spent waiting for data."""
 
 from typing import Any, NamedTuple, cast
 
@@ -17,7 +17,7 @@ from lit_clip.models.flops import PairFlops, matmul_peak, training_flops
 from lit_clip.module import LitCLIP
 from lit_clip.tools import hardware
 
-DTYPES = {  # of the matrix products, by Lightning's precision
+DTYPES = {  # of matrix products, by Lightning's name of the precision
     "64-true": torch.float64,
     "32-true": torch.float32,
     "16-true": torch.float16,
@@ -28,16 +28,16 @@ DTYPES = {  # of the matrix products, by Lightning's precision
 
 
 class Count(NamedTuple):
-    """What one rank did since the last logged step.
+    """Work of one rank since the last logged step.
 
     Attributes:
-        samples: that were drawn, the skipped ones with them.
-        pairs: that were encoded.
-        tokens: of their texts, without padding.
-        squares: the sum of the texts' squared lengths.
-        seconds: of training.
-        waited: seconds of them for data.
-        memory: bytes at the most, so far.
+        samples: number of samples drawn, skipped ones included.
+        pairs: number of encoded pairs.
+        tokens: number of tokens of their texts, without padding.
+        squares: sum of the texts' squared lengths.
+        seconds: training time.
+        waited: the part of ``seconds`` spent waiting for data.
+        memory: peak so far, in bytes.
     """
 
     samples: int
@@ -52,13 +52,13 @@ class Count(NamedTuple):
 def throughput(
     counts: list[Count], context_length: int, flops: PairFlops | None, peak: float | None
 ) -> dict[str, float]:
-    """The metrics of :class:`Throughput`.
+    """Return the metrics of :class:`Throughput`.
 
     Args:
-        counts: of every rank; they train side by side, so the first one's time is that of all.
-        context_length: tokens of a text with its padding.
-        flops: of the model; None: not known, and no MFU.
-        peak: FLOP/s of one device; likewise.
+        counts: one per rank; ranks train in parallel, so the first one's time is that of all.
+        context_length: number of tokens of a padded text.
+        flops: the model's arithmetic; without it there is no MFU.
+        peak: FLOP/s of one device; without it there is no MFU.
     """
     seconds = counts[0].seconds
     samples, pairs, tokens, squares = (sum(column) for column in list(zip(*counts, strict=True))[:4])
@@ -75,28 +75,27 @@ def throughput(
 
 
 class Throughput(TimedCallback):
-    """Logs, every ``log_every_n_steps``, over all ranks, how fast training is since the last time.
+    """Log the throughput of all ranks since the last logged step, every ``log_every_n_steps``.
 
-    All but the memory is over the time that training took, without validations, checkpoints and other evaluations (see
-    :class:`callbacks.training_clock.TimedCallback`), on the host's clock, which never waits for the device.
+    Rates and shares are relative to training time: validations, checkpoints and other evaluations are left out (see
+    :class:`callbacks.training_clock.TimedCallback`). Time is the host's; the device is not synchronised.
 
-    - ``train/data_wait_share``: the share of that time, 0 to 1, in which the loop waited for a batch, of the rank that
-      waited the longest. A device may still be busy with the step before.
-    - ``train/tokens_per_second``: tokens that texts have, start and end included;
-      ``train/padded_tokens_per_second``: those that a tower of the full context length would have read instead.
-    - ``train/mfu``, model FLOP utilisation, 0 to 1: the arithmetic that the model asks for over what the devices could
-      have done in that time. Counted are the matrix products, convolutions and attention of the forward and backward
-      pass of both towers, for the encoded images and the tokens that texts have; whatever was computed on padding, or
-      again because of ``micro_batch_size`` and ``gradient_checkpointing``, is not (so it is MFU, not HFU), nor is the
-      causal half of attention taken off. A frozen tower has its forward pass alone, and no layer a gradient that nobody
-      asks for. The loss, the optimiser and a teacher to distil are not counted. What a device could do is Lightning's
-      table of GPUs for the run's precision (dense; float32 is TF32's if ``torch.set_float32_matmul_precision`` allows
-      that); of a CPU, or a GPU that is not in it, the fastest matrix product found in half a second at the start on the
-      first rank's device, while the others wait: more than 1 means that it was busy then. Not logged where either is
-      unknown.
-    - ``train/peak_memory_gib``: the most that a rank has had so far in this process: of CUDA's allocator, never reset;
-      elsewhere of the process, without its data workers.
-    - ``train/samples_per_second``, if no :class:`callbacks.TrainingMonitor` does.
+    - ``train/data_wait_share``: share of the time, 0 to 1, in which the loop waited for a batch, on the rank that
+      waited longest. A device may still be busy with the step before.
+    - ``train/tokens_per_second``: tokens of the texts, start and end included; ``train/padded_tokens_per_second``:
+      what an encoder that pads to the context length would have read instead.
+    - ``train/mfu``: model FLOP utilisation, 0 to 1: the arithmetic that the model requires over what the devices could
+      have done in that time. It counts matrix products, convolutions and attention of the forward and backward pass of
+      both encoders, for the encoded images and the tokens of the texts. It does not count padding or what is computed
+      again because of micro-batches and activation checkpointing (so it is MFU, not HFU), nor the loss, the optimiser
+      and a teacher. Causal attention counts in full. A frozen encoder has only its forward pass, and no layer has a
+      gradient that is not needed. The peak of a GPU is that of Lightning's table for the run's precision (dense; TF32
+      for float32 if ``torch.set_float32_matmul_precision`` allows it). The peak of a CPU, or of a GPU that is not in
+      the table, is the fastest matrix product found in half a second at the start on the first rank's device, while
+      the other ranks wait; an MFU above 1 means that the device was busy then. Not logged if either is unknown.
+    - ``train/peak_memory_gib``: the largest peak of any rank in this process so far: of CUDA's allocator, never reset;
+      on other devices of the process, without its data workers.
+    - ``train/samples_per_second``: unless a :class:`callbacks.TrainingMonitor` logs it.
     """
 
     def __init__(self) -> None:
@@ -106,7 +105,7 @@ class Throughput(TimedCallback):
 
     def _clear(self) -> None:
         self._samples = self._pairs = self._tokens = self._squares = 0
-        self._uncounted: Tensor | None = None  # tokens and squares of texts whose lengths only the device knows
+        self._uncounted: Tensor | None = None  # tokens and squares of texts whose lengths are known on the device only
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -132,7 +131,7 @@ class Throughput(TimedCallback):
         if trainer.global_step % log_interval(trainer) == 0:
             counts: list[Count] = distributed.gather_objects([self._count(trainer)])
             metrics = throughput(counts, model.context_length, self._flops, self._peak)
-            if any(isinstance(one, TrainingMonitor) for one in trainer.callbacks):
+            if any(isinstance(callback, TrainingMonitor) for callback in trainer.callbacks):
                 del metrics["train/samples_per_second"]
             pl_module.log_dict(metrics)
 
@@ -148,7 +147,7 @@ class Throughput(TimedCallback):
             self._uncounted = sums if self._uncounted is None else self._uncounted + sums
 
     def _count(self, trainer: Trainer) -> Count:
-        """What this rank did since the last time."""
+        """Return this rank's work since the last call."""
         tokens, squares = (0, 0) if self._uncounted is None else self._uncounted.tolist()
         tokens, squares = tokens + self._tokens, squares + self._squares
         memory = peak_memory(trainer.strategy.root_device)
@@ -158,7 +157,7 @@ class Throughput(TimedCallback):
 
 
 def device_peak(trainer: Trainer) -> float | None:
-    """FLOP/s of this rank's device in the run's precision: known, or measured; None: no precision of ours."""
+    """Return the FLOP/s of this rank's device in the run's precision, known or measured; None for other precisions."""
     device, dtype = trainer.strategy.root_device, DTYPES.get(str(trainer.precision))
     if dtype is None:
         return None
@@ -167,5 +166,5 @@ def device_peak(trainer: Trainer) -> float | None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes so far: of tensors on a CUDA device, elsewhere of this process in hardware."""
+    """Return the peak so far in bytes: of tensors on a CUDA device, on other devices of this process."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else hardware.peak_of_process()

@@ -1,4 +1,4 @@
-"""What several test files need: tiny models, real drawings, and real processes for distribution."""
+"""Fixtures of several test files: tiny models, real drawings, and real processes for distribution."""
 
 import contextlib
 import csv
@@ -31,10 +31,10 @@ TINY_YAML = (
 )
 
 
-# Tests start processes of their own: more threads than cores wait for each other and take many times as long.
+# Tests start processes; more threads than cores would wait for each other and take many times as long.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
-# A shell's background jobs ignore Ctrl-C, and so would the programs that tests start and interrupt.
+# A shell's background jobs ignore Ctrl-C, and the programs that tests start and interrupt would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -45,14 +45,14 @@ def _seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def _interruptible() -> Iterator[None]:
-    """Lightning ignores Ctrl-C from the first one on."""
+    """Restore the handler of Ctrl-C, which Lightning replaces after the first one."""
     yield
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
 def _no_rank() -> Iterator[None]:
-    """A trainer with a launcher leaves its rank in the environment, and the next one would not start the others."""
+    """Remove the rank that a trainer leaves in the environment; the next trainer would start no other ranks."""
     yield
     for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
@@ -69,7 +69,7 @@ def tiny_config() -> CLIPConfig:
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
-    """A folder that the first of all test workers makes and the others wait for."""
+    """Return a folder that the first test worker creates and fills with ``make``; the others wait for it."""
     base = factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"shared_{name}"
     whole = folder.with_suffix(".whole")
@@ -84,7 +84,7 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
 
 @pytest.fixture(scope="session")
 def drawings_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which OpenMoji is drawn once for the whole run."""
+    """Folder in which OpenMoji is drawn once per test run."""
     return made_once(tmp_path_factory, "drawings", _draw)
 
 
@@ -113,7 +113,7 @@ def _write_captions(drawings_cache: Path, folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def overfitted(tmp_path_factory: pytest.TempPathFactory, caption_table: Path) -> tuple[Path, Path]:
-    """A checkpoint of the quickstart's architecture that has learnt 64 real pairs by heart, and their table."""
+    """Checkpoint of the quickstart's architecture, overfitted to 64 real pairs, and their table."""
     folder = made_once(tmp_path_factory, "overfitted", partial(_overfit, caption_table))
     return folder / "last.ckpt", caption_table
 
@@ -145,7 +145,7 @@ def _overfit(caption_table: Path, folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def drawings(tmp_path_factory: pytest.TempPathFactory, overfitted: tuple[Path, Path]) -> tuple[Path, Path, list[str]]:
-    """The checkpoint that has learnt 64 drawings, a folder with copies named after their captions, the captions."""
+    """The overfitted checkpoint, a folder with its drawings named after their captions, and the captions."""
     checkpoint, table = overfitted
     folder = tmp_path_factory.mktemp("drawings_by_name") / "photos"
     folder.mkdir()
@@ -159,7 +159,7 @@ def drawings(tmp_path_factory: pytest.TempPathFactory, overfitted: tuple[Path, P
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Of each kind of text encoder a model and its tokenizer as published ones lie on a disk."""
+    """A model and tokenizer of each kind of text encoder, as published ones are stored on a disk."""
     from tests.helpers.towers import FAMILIES, save_family
 
     def make(folder: Path) -> None:
@@ -172,7 +172,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def quiet_open_clip() -> Iterator[None]:
-    """open_clip warns that the weights are random: here they are meant to be."""
+    """Silence open_clip's warning of random weights, which are intended here."""
     level = logging.getLogger().level
     logging.getLogger().setLevel(logging.ERROR)
     yield
@@ -181,7 +181,7 @@ def quiet_open_clip() -> Iterator[None]:
 
 @pytest.fixture
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_config: CLIPConfig) -> Path:
-    """A file with a tiny model's random weights, as training writes it."""
+    """Checkpoint with a tiny model's random weights, as training writes it."""
     from lightning.pytorch import Trainer
 
     from lit_clip import LitCLIP
@@ -194,7 +194,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_config: CLIPC
 
 
 def openai_code() -> ModuleType:
-    """OpenAI's ``clip/model.py``; the package's ``__init__`` needs a setuptools older than most have."""
+    """Import OpenAI's ``clip/model.py``; the package's ``__init__`` needs an old setuptools."""
     package = importlib.util.find_spec("clip")
     if package is None or not package.submodule_search_locations:
         pytest.skip("clip-anytorch is not installed")
@@ -207,20 +207,19 @@ def openai_code() -> ModuleType:
 
 
 def lit_clip_command(
-    folder: Path, *words: str, environment: dict[str, str] | None = None, timeout: int = 120, anew: bool = False
+    folder: Path, *words: str, environment: dict[str, str] | None = None, timeout: int = 120
 ) -> subprocess.CompletedProcess[str]:
-    """Run ``lit-clip`` in a folder, as a person would.
+    """Run ``lit-clip`` in a folder, as a user would.
 
     Args:
-        folder: the current one.
-        words: of the command line.
-        environment: what else is in it; ``anew`` then.
-        timeout: seconds.
-        anew: in a new interpreter, not in a fork (``tests/helpers/forks.py``).
+        folder: the working folder.
+        words: command line arguments.
+        environment: additional variables; with them the command runs in a new interpreter instead of a fork.
+        timeout: in seconds.
     """
     command = [str(Path(sys.executable).parent / "lit-clip"), *words]
     variables = {**os.environ, "COLUMNS": "200", "HF_HUB_OFFLINE": "1", **(environment or {})}
-    if not (anew or environment):
+    if not environment:
         return forks.run([forks.Program(forks.command, command, folder, variables)], timeout)[0]
     return subprocess.run(
         command, cwd=folder, env=variables, capture_output=True, text=True, timeout=timeout, check=False
@@ -234,7 +233,7 @@ def cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 
 
 def torchrun(folder: Path, world: int, *words: str, timeout: int = 120) -> str:
-    """What ``torchrun --nproc_per_node W ...`` writes; it must exit with 0, and nothing of it is left."""
+    """Return the output of ``torchrun --nproc_per_node W ...``, which must exit with 0; no process is left behind."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
     process = subprocess.Popen(
         [sys.executable, *launcher, *words],
@@ -249,13 +248,13 @@ def torchrun(folder: Path, world: int, *words: str, timeout: int = 120) -> str:
         output = process.communicate(timeout=timeout)[0]
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)  # torchrun ends its ranks, which have sessions of their own
+            os.killpg(process.pid, signal.SIGTERM)  # torchrun ends its ranks, which have their own sessions
     assert process.returncode == 0, output
     return output
 
 
 def run_ranks(world: int, program: forks.Program, timeout: int) -> list[subprocess.CompletedProcess[str]]:
-    """Run a program as each of W ranks; every one must exit with 0 within the time limit."""
+    """Run a program on each of W ranks; all must exit with 0 within the time limit."""
     places = [{"RANK": str(rank), "WORLD_SIZE": str(world)} for rank in range(world)]
     programs = [program._replace(environment=program.environment | place) for place in places]
     results = forks.run(programs, timeout)
@@ -279,13 +278,13 @@ def ranks(tmp_path: Path) -> Callable[..., None]:
 
 
 def run_lightning_ranks(world: int, folder: Path, *words: str, timeout: int = 120) -> str:
-    """What ``torchrun --nproc_per_node W ...`` would write, without torchrun and without starting Python anew.
+    """Return what ``torchrun --nproc_per_node W ...`` would write, without torchrun and new interpreters.
 
     Args:
         world: number of ranks.
-        folder: the current one.
+        folder: the working folder.
         words: ``lit-clip`` and its options, or a file of ``tests/`` and its arguments.
-        timeout: seconds.
+        timeout: in seconds.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

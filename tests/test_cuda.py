@@ -1,4 +1,4 @@
-"""The equalities of the CPU tests on a GPU, in the precisions that people train in. Skipped where there is none."""
+"""The equalities of the CPU tests on a GPU, in the precisions used for training. Skipped without a GPU."""
 
 from typing import Any
 
@@ -17,8 +17,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("duplicates", ["negatives", "positives", "ignored"])
-def test_tiles_on_the_gpu_equal_the_definition_on_the_cpu(kind: str, duplicates: Duplicates) -> None:
-    """Float32 with its full mantissa: gradients within 1e-4 of float64's, relative to their norm."""
+def test_the_tiled_loss_on_the_gpu_equals_the_definition_on_the_cpu(kind: str, duplicates: Duplicates) -> None:
+    """Without TF32: gradients are within 1e-4 of float64's, relative to their norm."""
     generator = torch.Generator().manual_seed(0)
     pairs, ids = 700, torch.arange(700)[:, None] // 2
     raw = [torch.randn(pairs, 64, generator=generator) for _ in range(2)]
@@ -43,8 +43,10 @@ def test_tiles_on_the_gpu_equal_the_definition_on_the_cpu(kind: str, duplicates:
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [(None, 1e-4), (torch.bfloat16, 0.05), (torch.float16, 0.02)])
-def test_parts_on_the_gpu_give_the_gradient_of_the_whole_batch(precision: torch.dtype | None, tolerance: float) -> None:
-    """In half precisions both are rounded; the tolerance is what the whole batch itself is off float32 by."""
+def test_micro_batches_on_the_gpu_give_the_gradient_of_the_whole_batch(
+    precision: torch.dtype | None, tolerance: float
+) -> None:
+    """Half precision rounds both; the tolerance is the whole batch's own error against float32."""
 
     def gradients(size: int | None, dtype: torch.dtype | None) -> dict[str, Tensor]:
         torch.manual_seed(0)
@@ -58,7 +60,7 @@ def test_parts_on_the_gpu_give_the_gradient_of_the_whole_batch(precision: torch.
         loss.backward()
         return {name: p.grad for name, p in module.model.named_parameters() if p.grad is not None}
 
-    exact, parts = gradients(None, None), gradients(3, precision)
+    exact, micro_batched = gradients(None, None), gradients(3, precision)
     for name, expected in exact.items():
-        if not name.endswith("in_proj_bias"):  # a third of it is zero but for rounding
-            assert (parts[name] - expected).norm() <= tolerance * expected.norm(), name
+        if not name.endswith("in_proj_bias"):  # a third of it is zero up to rounding
+            assert (micro_batched[name] - expected).norm() <= tolerance * expected.norm(), name

@@ -1,4 +1,4 @@
-"""Several processes are one: gradients, metrics and weights do not depend on the number of ranks."""
+"""Gradients, metrics and weights do not depend on the number of ranks."""
 
 import csv
 import json
@@ -15,7 +15,7 @@ Ranks = Callable[..., None]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_every_gradient_of_ranks_equals_that_of_one_process_with_the_whole_batch(
+def test_every_gradient_equals_that_of_one_process_with_the_whole_batch(
     world: int, ranks: Ranks, tmp_path: Path
 ) -> None:
     """Softmax and sigmoid, micro-batches, tiles, frozen encoders, duplicates: cases in ``helpers/ranks.py``."""
@@ -25,13 +25,13 @@ def test_every_gradient_of_ranks_equals_that_of_one_process_with_the_whole_batch
     assert max(errors.values()) < 1e-6, max(errors.items(), key=lambda item: item[1])
 
 
-def test_a_step_of_several_parts_is_synchronised_once(ranks: Ranks) -> None:
+def test_a_step_of_several_micro_batches_is_synchronised_once(ranks: Ranks) -> None:
     ranks("synchronisations", 2)
 
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_uneven_rows_are_gathered_in_rank_order(world: int, ranks: Ranks) -> None:
-    """Each rank asserts for itself (``tests/helpers/ranks.py``); the fixture fails unless all of them end well."""
+    """Each rank asserts for itself (``tests/helpers/ranks.py``); the fixture fails unless all of them succeed."""
     ranks("uneven_gather", world)
 
 
@@ -74,7 +74,7 @@ def _metrics(folder: Path) -> dict[str, list[float]]:
 def test_training_and_validation_do_not_depend_on_ranks_or_micro_batches(
     caption_table: Path, drawings_cache: Path, tmp_path: Path
 ) -> None:
-    """``lit-clip fit`` on 1 x 64, 2 x 32 and 4 x 16 pairs a step: the same samples, loss curve, weights and metrics."""
+    """``lit-clip fit`` with 1 x 64, 2 x 32 and 4 x 16 pairs per step: equal samples, losses, weights and metrics."""
     runs = {"one": (1,), "two": (2,), "four": (4, "--model.micro_batch_size", "5")}
     for name, (devices, *options) in runs.items():
         _fit(caption_table, drawings_cache, tmp_path, name, devices, *options)
@@ -91,10 +91,10 @@ def test_training_and_validation_do_not_depend_on_ranks_or_micro_batches(
     )
     assert first["global_step"] == 10
     for other in others:
-        assert other["global_step"] == 10  # optimiser steps, whatever a step is made of
+        assert other["global_step"] == 10  # optimiser steps, not micro-batches
         for key, value in first["state_dict"].items():
             ours = other["state_dict"][key]
-            if key.endswith("in_proj_bias"):  # the gradient of the keys' bias is zero; Adam makes steps of its rounding
+            if key.endswith("in_proj_bias"):  # the keys' bias has gradient zero; Adam amplifies its rounding
                 keys = slice(len(value) // 3, 2 * len(value) // 3)
                 ours[keys] = value[keys]
             torch.testing.assert_close(ours, value, atol=1e-5, rtol=0, msg=lambda m, key=key: f"{key}: {m}")

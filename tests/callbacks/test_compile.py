@@ -1,4 +1,4 @@
-"""``torch.compile`` changes how fast the numbers come, and nothing else."""
+"""``torch.compile`` changes the speed and nothing else."""
 
 import copy
 from dataclasses import replace
@@ -41,7 +41,7 @@ def gradients(model: CLIP, longest: int) -> dict[str, Tensor]:
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-def test_a_compiled_model_has_the_gradients_and_the_names_of_a_plain_one() -> None:
+def test_a_compiled_model_has_the_gradients_and_names_of_a_plain_one() -> None:
     torch.manual_seed(0)
     plain = CLIP(CONFIG).double()
     compiled = copy.deepcopy(plain)
@@ -54,13 +54,13 @@ def test_a_compiled_model_has_the_gradients_and_the_names_of_a_plain_one() -> No
     for longest in (5, 9, 16, 33):
         torch.testing.assert_close(gradients(compiled, longest), gradients(plain, longest), rtol=1e-10, atol=1e-12)
     known = graphs["unique_graphs"]
-    for longest in (3, 7, 12, 15, 35, 40):  # of lengths that have been rounded to before
+    for longest in (3, 7, 12, 15, 35, 40):  # rounded to lengths that are compiled already
         gradients(compiled, longest)
     assert graphs["unique_graphs"] == known
 
 
-def test_training_and_validation_of_any_length_stay_compiled() -> None:
-    """Both towers' blocks are one function to torch, which makes 8 graphs of it unless it is told otherwise."""
+def test_training_and_validation_stay_compiled_for_any_length() -> None:
+    """Blocks of both encoders are one function to torch, which compiles at most 8 graphs of it by default."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     config = replace(CONFIG, text=TextTransformerConfig(context_length=77, vocab_size=50, width=32, layers=2, heads=1))
@@ -73,7 +73,7 @@ def test_training_and_validation_of_any_length_stay_compiled() -> None:
         images, tokens = model.normalize(pairs.images)[:rows], pairs.tokens[:rows]
         model.eval()
         with torch.inference_mode():
-            model.encode_image(images), model.encode_text(tokens)  # noqa: B018  # run, not looked at
+            model.encode_image(images), model.encode_text(tokens)  # noqa: B018  # only to compile
         model.train()
         (model.encode_image(images) * model.encode_text(tokens)).sum().backward()
 
@@ -87,7 +87,7 @@ def test_training_and_validation_of_any_length_stay_compiled() -> None:
     assert graphs["unique_graphs"] == known
 
 
-def test_with_checkpointing_a_norm_of_the_batch_is_refused() -> None:
+def test_batch_norm_with_activation_checkpointing_is_refused() -> None:
     resnet = replace(CONFIG, image=ResNetConfig((1, 1, 1, 1), 16, 32))
     both: list[Callback] = [Compile(), ActivationCheckpointing()]
     with pytest.raises(InputError, match=r"callbacks\.Compile: cannot keep BatchNorm's statistics"):
@@ -95,12 +95,12 @@ def test_with_checkpointing_a_norm_of_the_batch_is_refused() -> None:
     both[0].setup(Trainer(callbacks=both, logger=False), LitCLIP(CONFIG), "fit")
 
 
-def test_few_lengths_are_multiples_up_to_the_context() -> None:
+def test_lengths_are_rounded_to_multiples_up_to_the_context() -> None:
     assert sorted({rounded(length, 77) for length in range(1, 78)}) == [16, 32, 48, 64, 77]
 
 
 @pytest.mark.slow  # half a minute of compiling
-def test_fit_with_compile_ends_with_the_weights_of_a_plain_one_and_either_goes_on_from_the_other(
+def test_compiled_and_plain_runs_end_with_the_same_weights_and_resume_from_each_other(
     caption_table: Path, tmp_path: Path
 ) -> None:
     from lightning.pytorch import seed_everything
@@ -110,8 +110,8 @@ def test_fit_with_compile_ends_with_the_weights_of_a_plain_one_and_either_goes_o
     def run(name: str, compile: bool, steps: int, start: Path | None = None) -> Path:
         seed_everything(0)
         module = LitCLIP(CLIPConfig(16, CONFIG.image, TextTransformerConfig(40, 49408, 32, 2, 1)))
-        table, told = str(caption_table), {"preprocessing": module.preprocessing, "tokenize": module.tokenize}
-        data = Captions(table, table, batch_size=4, num_workers=0, **told)  # type: ignore[arg-type]
+        table, inputs = str(caption_table), {"preprocessing": module.preprocessing, "tokenize": module.tokenize}
+        data = Captions(table, table, batch_size=4, num_workers=0, **inputs)  # type: ignore[arg-type]
         trainer = Trainer(
             callbacks=[Compile()] if compile else [],
             accelerator="cpu",

@@ -1,4 +1,4 @@
-"""The moving average of the weights: what is averaged, evaluated, saved, resumed and read."""
+"""The moving average of the weights: how it is computed, evaluated, saved, resumed and loaded."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +22,7 @@ DECAY = 0.6
 
 
 class Recorder(Callback):
-    """The weights after each step and what validation has, for one parameter."""
+    """Record one parameter after each step and in each validation."""
 
     def __init__(self) -> None:
         self.steps: list[Tensor] = []
@@ -51,14 +51,14 @@ def fit(
         LitCLIP(config, optimizer=AdamWSettings(lr=0.01), lr_scheduler=WarmupCosineSettings(1)),
         Recorder(),
     )
-    # The recorder is behind the average in the list, where Lightning's own callback would show it the weights.
+    # The recorder comes after EMA in the list, where Lightning's own callback would show it the current weights.
     fitting = trainer(folder, callbacks=[*callbacks, recorder], **{"max_epochs": 2, **options})
     fitting.fit(module, data_for(module, table), ckpt_path=ckpt_path)
     return module, recorder, fitting
 
 
 @pytest.mark.parametrize("start", [0, 2])
-def test_the_average_is_that_of_a_plain_loop_and_training_goes_on_from_the_weights(
+def test_the_average_is_that_of_a_plain_loop_and_training_continues_from_the_weights(
     start: int, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
     _, without, _ = fit(tiny_config, caption_table, tmp_path)
@@ -67,13 +67,13 @@ def test_the_average_is_that_of_a_plain_loop_and_training_goes_on_from_the_weigh
         assert torch.equal(ours, expected)
     average = plain_average(recorder.steps, start)
     torch.testing.assert_close(module.model.visual.proj, average, rtol=0, atol=1e-6)
-    for epoch, seen in enumerate(recorder.validated, start=1):
+    for epoch, validated in enumerate(recorder.validated, start=1):
         expected = plain_average(recorder.steps[: 4 * epoch], start)
-        torch.testing.assert_close(seen, expected, rtol=0, atol=1e-6)
-        assert not torch.equal(seen, recorder.steps[4 * epoch - 1])
+        torch.testing.assert_close(validated, expected, rtol=0, atol=1e-6)
+        assert not torch.equal(validated, recorder.steps[4 * epoch - 1])
 
 
-def test_before_its_first_update_the_weights_are_evaluated(
+def test_the_current_weights_are_evaluated_before_the_first_update(
     tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
     """Lightning's own callback evaluates the initial weights until then (footgun L15)."""
@@ -86,17 +86,19 @@ def test_before_its_first_update_the_weights_are_evaluated(
     assert "weights" not in torch.load(tmp_path / "never.ckpt", weights_only=True)
 
 
-def test_the_modules_own_metrics_are_the_averages(tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path) -> None:
+def test_the_modules_own_metrics_are_those_of_the_average(
+    tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+) -> None:
     module, _, fitting = fit(tiny_config, caption_table, tmp_path, EMA(DECAY))
     fitted = {k: float(v) for k, v in fitting.callback_metrics.items() if not k.startswith("train/")}
-    for validating in (trainer(tmp_path), fitting):  # the second with the callback, which must leave the average alone
+    for validating in (trainer(tmp_path), fitting):  # the second has the callback, which must not swap again
         (again,) = validating.validate(module, data_for(module, caption_table), verbose=False)
         assert again == pytest.approx(fitted, abs=1e-6)
     (again,) = fitting.validate(module, data_for(module, caption_table), verbose=False)
     assert again == pytest.approx(fitted, abs=1e-6)
 
 
-def test_a_checkpoint_says_that_it_is_the_average_and_is_read_as_such(
+def test_a_checkpoint_names_its_weights_as_the_average_and_loads_it(
     tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
     keep = ModelCheckpoint(tmp_path / "kept", "last")
@@ -114,7 +116,7 @@ def test_a_checkpoint_says_that_it_is_the_average_and_is_read_as_such(
         torch.testing.assert_close(loaded.visual.proj, average, rtol=0, atol=1e-6)
 
 
-def test_a_resumed_run_keeps_both_copies_and_ends_as_one_that_was_not_stopped(
+def test_a_resumed_run_keeps_both_copies_and_ends_like_an_uninterrupted_one(
     tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
     whole, _, _ = fit(tiny_config, caption_table, tmp_path, EMA(DECAY), max_epochs=3, enable_checkpointing=False)
@@ -130,7 +132,9 @@ def test_a_resumed_run_keeps_both_copies_and_ends_as_one_that_was_not_stopped(
     assert fitting.global_step == 12
 
 
-def test_an_error_leaves_the_weights_in_place(tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path) -> None:
+def test_after_an_error_the_module_has_the_current_weights(
+    tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+) -> None:
     class Fails(Callback):
         def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
             if not trainer.sanity_checking:
@@ -148,7 +152,7 @@ def test_an_error_leaves_the_weights_in_place(tiny_config: CLIPConfig, caption_t
     assert torch.equal(checkpoint["current_model_state"]["model.visual.proj"], recorder.steps[-1])
 
 
-def test_what_cannot_work_is_refused(tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path) -> None:
+def test_invalid_settings_are_refused(tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"EMA.decay: 1.0"):
         EMA(1.0)
     with pytest.raises(InputError, match="save_weights_only"):
@@ -156,7 +160,9 @@ def test_what_cannot_work_is_refused(tiny_config: CLIPConfig, caption_table: Pat
 
 
 @pytest.mark.slow
-def test_two_ranks_have_the_average_of_one(cli: Callable[..., Any], caption_table: Path, tmp_path: Path) -> None:
+def test_two_ranks_have_the_average_of_one_process(
+    cli: Callable[..., Any], caption_table: Path, tmp_path: Path
+) -> None:
     from tests.models.test_finetune import command
 
     states = []

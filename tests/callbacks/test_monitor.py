@@ -1,4 +1,4 @@
-"""What the training monitor says of a run: norms of gradients, and that the loss is that of chance."""
+"""The training monitor logs gradient norms and warns of a loss that stays at its baseline."""
 
 import csv
 import math
@@ -26,7 +26,7 @@ from tests.test_module import data_for, trainer
 
 
 def run(module: LitCLIP, table: Path, folder: Path, monitor: TrainingMonitor, **options: Any) -> list[str]:
-    """Fit, logging every step; what the monitor warned of."""
+    """Fit, logging every step, and return the monitor's warnings."""
     settings: dict[str, Any] = {"max_epochs": 3, "limit_val_batches": 0, "log_every_n_steps": 1, **options}
     callbacks = [*settings.pop("callbacks", []), monitor]
     with warnings.catch_warnings(record=True) as caught:
@@ -59,15 +59,13 @@ def test_a_frozen_encoder_has_no_norm(tiny_config: CLIPConfig) -> None:
 
 
 @pytest.mark.parametrize("world", [2])
-def test_the_norm_of_gradients_that_ranks_have_parts_of_is_that_of_the_whole(
-    world: int, ranks: Callable[..., None]
-) -> None:
-    """Each rank asserts for itself; the fixture fails unless all of them end well."""
+def test_the_norm_of_sharded_gradients_is_that_of_the_whole_gradient(world: int, ranks: Callable[..., None]) -> None:
+    """Each rank asserts for itself; the fixture fails unless all of them succeed."""
     ranks("norms_of_shards", world, script="ranks_stability.py")
 
 
 class Norms(Callback):
-    """The text encoder's gradient as backward leaves it, before anything is unscaled or clipped."""
+    """Record the norm of the text encoder's gradient after the backward pass, before it is unscaled and clipped."""
 
     def __init__(self) -> None:
         self.text: list[float] = []
@@ -78,11 +76,11 @@ class Norms(Callback):
 
 
 @pytest.mark.parametrize("scale", [1, 2**10])
-def test_logged_norms_are_those_before_clipping_and_without_the_factor_of_16_mixed(
+def test_logged_norms_are_before_clipping_and_without_the_scale_of_16_mixed(
     scale: int, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
     options: dict[str, Any] = {"max_epochs": 1, "gradient_clip_val": 0.01}
-    if scale > 1:  # as on a GPU; named alone, Lightning would take bf16-mixed on a CPU instead
+    if scale > 1:  # as on a GPU; from the name alone Lightning would choose bf16-mixed on a CPU
         options["plugins"] = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))]
     norms = Norms()
     run(
@@ -99,46 +97,46 @@ def test_logged_norms_are_those_before_clipping_and_without_the_factor_of_16_mix
 
 
 @pytest.mark.parametrize("pairs", [2, 16, 100])
-def test_the_loss_of_baseline_is_the_least_that_equal_features_reach(pairs: int) -> None:
+def test_the_uninformed_loss_is_the_lowest_that_equal_features_reach(pairs: int) -> None:
     features = F.normalize(torch.ones(pairs, 4, dtype=torch.float64), dim=-1)
     target = torch.arange(pairs)
     softmax = F.cross_entropy(5 * features @ features.T, target)
     assert uninformed_loss(pairs) == pytest.approx(float(softmax))
-    scale = torch.tensor(0.0, dtype=torch.float64)  # the bias alone is left
+    scale = torch.tensor(0.0, dtype=torch.float64)  # only the bias matters
     biases = torch.linspace(-8, 2, 300, dtype=torch.float64)
     least = min(float(sigmoid_loss(features, features, scale, bias)) for bias in biases)
     assert uninformed_loss(pairs, sigmoid=True) == pytest.approx(least, rel=1e-3)
 
 
-def test_a_run_that_does_not_learn_says_so_once(tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path) -> None:
+def test_a_run_that_does_not_learn_warns_once(tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path) -> None:
     module = LitCLIP(tiny_config, optimizer=AdamWSettings(lr=0.0), lr_scheduler=WarmupCosineSettings(2))
     with torch.no_grad():
         module.model.visual.proj.fill_(0.0)  # all images look alike
     (message,) = run(module, caption_table, tmp_path, TrainingMonitor(stuck_steps=4))
-    assert f"chance gives {math.log(16):.3f}" in message
+    assert f"its baseline is {math.log(16):.3f}" in message
     assert "learning rate" in message
     assert logged(tmp_path, "train/loss") == pytest.approx([math.log(16)] * 12)
 
 
-def test_the_sigmoid_loss_has_a_prediction_of_its_own(
-    tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
-) -> None:
+def test_the_sigmoid_loss_has_its_own_baseline(tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path) -> None:
     module = LitCLIP(
         replace(tiny_config, logit_bias=True), optimizer=AdamWSettings(lr=0.0), lr_scheduler=WarmupCosineSettings(0)
     )
     assert module.model.logit_bias is not None
     with torch.no_grad():
         module.model.visual.proj.fill_(0.0)
-        module.model.logit_bias.fill_(-math.log(15))  # which it learns to be where nothing else can be learnt
+        module.model.logit_bias.fill_(-math.log(15))  # the value that is learnt when nothing else can be
     (message,) = run(module, caption_table, tmp_path, TrainingMonitor(stuck_steps=4))
-    assert f"gives {math.log(16) + 15 * math.log(16 / 15):.3f}" in message
+    assert f"its baseline is {math.log(16) + 15 * math.log(16 / 15):.3f}" in message
 
 
-def test_a_model_that_has_learnt_and_one_in_warm_up_say_nothing(
+def test_a_trained_model_and_one_in_warm_up_do_not_warn(
     overfitted: tuple[Path, Path], tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
     checkpoint, table = overfitted
-    learnt = LitCLIP.load_from_checkpoint(checkpoint, learning_rate=1e-5, warmup_steps=0)
+    learnt = LitCLIP.load_from_checkpoint(
+        checkpoint, optimizer=AdamWSettings(lr=1e-5), lr_scheduler=WarmupCosineSettings(0)
+    )
     assert run(learnt, table, tmp_path / "learnt", TrainingMonitor(stuck_steps=4)) == []
     assert max(logged(tmp_path / "learnt", "train/loss")) < 0.9 * math.log(16)
     warming = LitCLIP(tiny_config, optimizer=AdamWSettings(lr=0.0), lr_scheduler=WarmupCosineSettings(12))
@@ -146,6 +144,6 @@ def test_a_model_that_has_learnt_and_one_in_warm_up_say_nothing(
 
 
 @pytest.mark.parametrize("option", [{"stuck_steps": 0}, {"stuck_tolerance": 1.0}])
-def test_settings_that_mean_nothing_are_refused(option: dict[str, Any]) -> None:
+def test_invalid_settings_are_refused(option: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=f"TrainingMonitor.{next(iter(option))}: "):
         TrainingMonitor(**option)

@@ -1,4 +1,4 @@
-"""Patch dropout (FLIP): training steps see part of the patches, everything else sees whole images."""
+"""Patch dropout (FLIP): training steps use part of the patches, everything else whole images."""
 
 from typing import Any
 
@@ -26,8 +26,8 @@ def lit_clip(share: float, **options: Any) -> LitCLIP:
 
 
 @pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """Inputs of the blocks, ``[B, L, W]``: 100 x the position in every channel."""
+def block_inputs(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Inputs of the blocks, ``[B, L, W]``; with :func:`placed`, 100 x the position in every channel."""
     found: list[torch.Tensor] = []
     from lit_clip.models.transformer import Transformer
 
@@ -43,7 +43,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
 
 
 def placed(module: LitCLIP) -> LitCLIP:
-    """Make each token of an image its position, 100 for the first patch."""
+    """Make each token of an image 100 x its position; the first patch has position 1."""
     visual: Any = module.model.visual
     with torch.no_grad():
         visual.conv1.weight.zero_()
@@ -53,12 +53,12 @@ def placed(module: LitCLIP) -> LitCLIP:
     return module
 
 
-def test_each_image_keeps_its_class_token_and_draws_other_patches_each_time(seen: list[torch.Tensor]) -> None:
+def test_each_image_keeps_its_class_token_and_draws_new_patches_each_time(block_inputs: list[torch.Tensor]) -> None:
     visual = placed(lit_clip(0.75)).model.visual
     images = torch.zeros(64, 3, 32, 32)
     torch.manual_seed(0)
     visual(images), visual(images)
-    first, second = ((x[:, :, 0] / 100).round().long() for x in seen)
+    first, second = ((x[:, :, 0] / 100).round().long() for x in block_inputs)
     assert first.shape == (64, 1 + 4)
     assert (first[:, 0] == 0).all()
     for row in first[:, 1:].tolist():
@@ -66,18 +66,18 @@ def test_each_image_keeps_its_class_token_and_draws_other_patches_each_time(seen
         assert min(row) >= 1
     assert len({tuple(sorted(row)) for row in first[:, 1:].tolist()}) > 32
     assert not torch.equal(first, second)
-    often = torch.cat([first, second])[:, 1:].flatten().bincount(minlength=17)[1:]
-    assert often.min() > 10  # of 32 expected of each of 16 patches
+    draws = torch.cat([first, second])[:, 1:].flatten().bincount(minlength=17)[1:]
+    assert draws.min() > 10  # 32 are expected for each of 16 patches
 
 
-def test_evaluation_sees_all_patches(seen: list[torch.Tensor]) -> None:
+def test_evaluation_uses_all_patches(block_inputs: list[torch.Tensor]) -> None:
     module = placed(lit_clip(0.75)).eval()
     module.model.visual(torch.zeros(2, 3, 32, 32))
-    assert (seen[0][0, :, 0] / 100).round().tolist() == list(range(17))
+    assert (block_inputs[0][0, :, 0] / 100).round().tolist() == list(range(17))
 
 
-def test_micro_batches_and_checkpointed_blocks_are_computed_again_with_the_same_patches() -> None:
-    """With other patches the second time, gradients would belong to another loss."""
+def test_recomputation_uses_the_same_patches() -> None:
+    """With different patches, the gradients of micro-batches and checkpointed blocks would belong to another loss."""
     tokens = torch.randint(1, 49, (6, 8), generator=torch.Generator().manual_seed(0))
     images = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     gradients = []
@@ -94,13 +94,13 @@ def test_micro_batches_and_checkpointed_blocks_are_computed_again_with_the_same_
 
 
 def test_dropped_patches_are_not_counted_as_flops() -> None:
-    """Blocks see 5 of 17 tokens; patches are embedded before the choice."""
-    whole, some = (training_flops(lit_clip(share).model) for share in (0.0, 0.75))
+    """Blocks process 5 of 17 tokens; patches are embedded before the choice."""
+    whole, reduced = (training_flops(lit_clip(share).model) for share in (0.0, 0.75))
     assert whole is not None
-    assert some is not None
-    assert some.text == whole.text
+    assert reduced is not None
+    assert reduced.text == whole.text
     embedding = 2 * 2 * 16 * (3 * 8 * 8) * 16  # forward, and the gradient of the weights
-    assert 0.2 < (some.image - embedding) / (whole.image - embedding) < 5 / 17 + 0.02
+    assert 0.2 < (reduced.image - embedding) / (whole.image - embedding) < 5 / 17 + 0.02
 
 
 def test_a_frozen_encoder_drops_no_patches() -> None:

@@ -1,4 +1,4 @@
-"""What a run leaves for people: the metrics, TensorBoard's pages and images."""
+"""What a run logs: metrics, and TensorBoard's images and embeddings."""
 
 from pathlib import Path
 from typing import Any
@@ -47,9 +47,7 @@ def data_for(module: LitCLIP, table: Path) -> Captions:
     )
 
 
-def test_zero_shot_metrics_are_those_of_scikit_learn(
-    groups: ZeroShotSet, tiny_config: CLIPConfig, tmp_path: Path
-) -> None:
+def test_zero_shot_metrics_equal_scikit_learns(groups: ZeroShotSet, tiny_config: CLIPConfig, tmp_path: Path) -> None:
     module = LitCLIP(tiny_config)
     (metrics,) = make_trainer(tmp_path, [ZeroShot({"groups": groups}, batch_size=7)]).validate(
         module, NoCaptions(), verbose=False
@@ -72,7 +70,7 @@ def test_zero_shot_metrics_are_those_of_scikit_learn(
     assert module.baselines["zero_shot/groups/top1"] == np.bincount(labels).max() / len(labels)
 
 
-def test_a_run_leaves_every_curve_and_image_and_its_best_checkpoint(
+def test_a_run_writes_every_curve_and_image_and_its_best_checkpoint(
     groups: ZeroShotSet, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
     module = LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(1))
@@ -99,7 +97,7 @@ def test_a_run_leaves_every_curve_and_image_and_its_best_checkpoint(
     assert [e.step for e in events.Scalars("train/loss")] == list(range(8))
     assert [e.value for e in events.Scalars("train/samples_seen")] == [16.0 * step for step in range(1, 9)]
     for tag in ("zero_shot/groups", "val/similarity"):
-        assert [e.step for e in events.Images(tag)] == [4, 8]  # refreshed each epoch
+        assert [e.step for e in events.Images(tag)] == [4, 8]  # once per epoch
     assert (folder / "zero_shot_groups.png").stat().st_size > 1000
     assert (folder / "projector_config.pbtxt").exists()
     (metadata,) = folder.rglob("metadata.tsv")
@@ -108,7 +106,7 @@ def test_a_run_leaves_every_curve_and_image_and_its_best_checkpoint(
     assert best.best_model_score == pytest.approx(max(e.value for e in events.Scalars("zero_shot/groups/top1")))
 
 
-def test_validation_alone_gives_the_numbers_of_fit(
+def test_validate_gives_the_numbers_of_fit(
     groups: ZeroShotSet, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
     module = LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(1))
@@ -121,7 +119,7 @@ def test_validation_alone_gives_the_numbers_of_fit(
     assert "zero_shot/groups/top1" in fitted
 
 
-def test_a_set_that_cannot_be_scored_is_refused_when_it_is_made(drawings_cache: Path) -> None:
+def test_a_set_that_cannot_be_scored_is_refused_at_construction(drawings_cache: Path) -> None:
     images = OpenMojiClasses("held_out", classes="group", cache_dir=str(drawings_cache))
     with pytest.raises(InputError, match="no {} for the class name"):
         ZeroShotSet(images, ["a drawing"])
@@ -138,7 +136,7 @@ def test_the_papers_templates_are_known_by_name(drawings_cache: Path) -> None:
     assert len(ZeroShotSet(images, "imagenet").templates) == 80
 
 
-def test_figures_hold_any_number_of_items_and_long_names() -> None:
+def test_figures_have_room_for_any_number_of_items_and_long_names() -> None:
     image = Image.new("RGB", (32, 32), "red")
     for count in (1, 3, 9):
         predictions = [Prediction(image, "x" * 200, [("y" * 200, 0.5), ("x" * 200, 0.25)])] * count

@@ -1,4 +1,4 @@
-"""What the throughput callback says: time that training took, tokens that texts have, arithmetic that was asked for."""
+"""The throughput callback: training time, tokens without padding, and the arithmetic that the model requires."""
 
 import csv
 import json
@@ -64,47 +64,47 @@ def logged(folder: Path, name: str) -> list[float]:
 # The clock
 
 
-def test_the_clock_leaves_interruptions_out_and_knows_what_was_waited_for() -> None:
+def test_the_clock_leaves_out_pauses_and_measures_waiting() -> None:
     times: Iterator[float] = iter([10, 12, 15, 16, 19, 20, 26, 27, 30, 31, 31, 33, 34, 34])
-    clock = TrainingClock(lambda: float(next(times)))  # starts at 10, and waits
-    clock.got()  # 12: 2 s
-    clock.interrupt("validation")  # 15
-    clock.interrupt("checkpoint")  # stands still, so nobody asks for the time
-    clock.go_on("validation")  # 16: not yet
-    clock.wait()
-    clock.got()  # nothing
-    clock.go_on("checkpoint")  # 19
-    clock.wait()  # 20
-    clock.wait()  # a second time changes nothing
-    clock.got()  # 26: 6 s
+    clock = TrainingClock(lambda: float(next(times)))  # starts at 10, waiting
+    clock.stop_waiting()  # 12: 2 s
+    clock.pause("validation")  # 15
+    clock.pause("checkpoint")  # already paused, so the time is not read
+    clock.resume("validation")  # 16: not yet
+    clock.start_waiting()
+    clock.stop_waiting()  # no time passed
+    clock.resume("checkpoint")  # 19
+    clock.start_waiting()  # 20
+    clock.start_waiting()  # has no effect
+    clock.stop_waiting()  # 26: 6 s
     assert clock.lap() == (5 + 8, 2 + 6)  # 27, and from 30 on
-    clock.wait()  # 31
+    clock.start_waiting()  # 31
     assert clock.lap() == (1, 0)  # 31, and from 33 on
-    assert clock.lap() == (1, 1)  # 34: a wait goes over a lap
+    assert clock.lap() == (1, 1)  # 34: waiting continues over a lap
 
 
 # The arithmetic
 
 
-def test_a_towers_training_is_three_times_its_forward_pass(tiny_config: CLIPConfig) -> None:
+def test_training_an_encoder_costs_three_times_its_forward_pass(tiny_config: CLIPConfig) -> None:
     config = replace(tiny_config, text=TextTransformerConfig(context_length=24, width=64, layers=3, heads=2))
     size, flops = measure(config), training_flops(CLIP(config))
     assert flops is not None
     assert flops.total(0, 24, 24**2) + flops.text[0] == pytest.approx(3 * (size.text_flops or 0))
     assert size.image_flops is not None
-    patches = 2 * 4 * (3 * 16 * 16) * 64  # the patch embedding: nobody asks for gradients of pixels
+    patches = 2 * 4 * (3 * 16 * 16) * 64  # the patch embedding: pixels need no gradients
     assert flops.image == pytest.approx(3 * size.image_flops - patches)
 
 
-def test_a_texts_arithmetic_is_that_of_its_length(tiny_config: CLIPConfig) -> None:
-    """By hand: of each token 24 W^2 a layer in weights and 4 n W in attention; the end is projected."""
+def test_a_texts_arithmetic_depends_on_its_length(tiny_config: CLIPConfig) -> None:
+    """By hand: per token and layer 24 W^2 for the weights and 4 n W for attention; the end is projected."""
     config = replace(tiny_config, text=TextTransformerConfig(context_length=77, width=64, layers=20, heads=2))
     flops = training_flops(CLIP(config))
     assert flops is not None
     for length in (1, 7, 40, 77):
         by_hand = 3 * (20 * length * (24 * 64**2 + 4 * length * 64) + 2 * 64 * 16)
         text = flops.total(1, length, length**2) - flops.image
-        assert 0.95 <= text / by_hand <= 1 + 1e-6  # the last of 20 layers need not compute more than the end
+        assert 0.95 <= text / by_hand <= 1 + 1e-6  # the last of 20 layers computes only the end
 
 
 def test_frozen_parts_have_no_backward_pass(tiny_config: CLIPConfig) -> None:
@@ -118,10 +118,10 @@ def test_frozen_parts_have_no_backward_pass(tiny_config: CLIPConfig) -> None:
     module.model.visual.get_parameter("proj").requires_grad_(True)
     projected = training_flops(module.model)
     assert projected is not None
-    assert projected.image == (size.image_flops or 0) + 2 * 64 * 16  # of the projection the gradient of its weights
+    assert projected.image == (size.image_flops or 0) + 2 * 64 * 16  # the gradient of the projection's weights
 
 
-def test_arithmetic_that_is_done_again_is_not_counted_and_counting_changes_nothing(tiny_config: CLIPConfig) -> None:
+def test_recomputation_is_not_counted_and_counting_leaves_the_module_unchanged(tiny_config: CLIPConfig) -> None:
     module = LitCLIP(tiny_config, micro_batch_size=2)
     checkpoint_encoders(module.model)
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
@@ -131,8 +131,8 @@ def test_arithmetic_that_is_done_again_is_not_counted_and_counting_changes_nothi
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
 
 
-def test_counting_leaves_the_parameters_that_a_lora_wraps_as_they_are(tiny_config: CLIPConfig, tmp_path: Path) -> None:
-    """An average of the weights that is made behind it found fewer parameters than it has to follow."""
+def test_counting_leaves_the_parameters_of_a_lora_as_they_are(tiny_config: CLIPConfig, tmp_path: Path) -> None:
+    """An EMA that was created after counting found fewer parameters than it has to average."""
     base = tmp_path / "base.ckpt"
     torch.manual_seed(0)
     saving = trainer(tmp_path, max_steps=1)
@@ -147,7 +147,7 @@ def test_counting_leaves_the_parameters_that_a_lora_wraps_as_they_are(tiny_confi
         assert [(name, id(tensor)) for name, tensor in now] == [(name, id(tensor)) for name, tensor in was]
 
 
-def test_texts_that_a_compiled_model_pads_are_counted_as_long_as_they_are(tiny_config: CLIPConfig) -> None:
+def test_padding_of_a_compiled_model_is_not_counted(tiny_config: CLIPConfig) -> None:
     config = replace(tiny_config, text=TextTransformerConfig(context_length=77, width=64, layers=2, heads=2))
     model = CLIP(config)
     plain = training_flops(model)
@@ -156,7 +156,7 @@ def test_texts_that_a_compiled_model_pads_are_counted_as_long_as_they_are(tiny_c
     assert model.text_encoder.few_lengths  # type: ignore[attr-defined]
 
 
-def test_an_encoder_that_reads_the_whole_context_costs_it(tiny_config: CLIPConfig) -> None:
+def test_an_encoder_that_is_not_causal_costs_the_whole_context(tiny_config: CLIPConfig) -> None:
     text = TextTransformerConfig(context_length=16, width=64, layers=1, heads=1, causal=False)
     config = replace(tiny_config, text=text)
     flops = training_flops(CLIP(config))
@@ -164,15 +164,15 @@ def test_an_encoder_that_reads_the_whole_context_costs_it(tiny_config: CLIPConfi
     assert flops.text == (3 * (measure(config).text_flops or 0), 0, 0)
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta"])  # of the second, id 1 is the padding
-def test_an_encoder_that_looks_at_its_inputs_is_counted_too(
+@pytest.mark.parametrize("family", ["bert", "roberta"])  # roberta's padding has id 1
+def test_an_encoder_that_depends_on_its_inputs_is_counted_too(
     family: str, folders: dict[str, Path], tiny_config: CLIPConfig
 ) -> None:
     text = HuggingFaceTextConfig(str(folders[family]), context_length=32)
     model = create_model(replace(tiny_config, text=text))
     flops = training_flops(model)
     assert flops is not None
-    # Two layers, W = 32 and 48 inside of the MLP; a linear projection to 16.
+    # Two layers, W = 32, an MLP of width 48; a linear projection to 16.
     by_hand = (3 * 2 * 32 * 16, 3 * 2 * (8 * 32**2 + 4 * 32 * 48), 3 * 2 * 4 * 32)
     assert flops.text == pytest.approx(by_hand)
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -183,7 +183,7 @@ def test_without_a_count_there_is_no_mfu_and_a_warning(
 ) -> None:
     def fails(self: VisionTransformer, images: Tensor) -> Tensor:
         if len(images) == 1:
-            raise ValueError("one image is none")
+            raise ValueError("cannot count")
         return VisionTransformer.project(self, VisionTransformer.features(self, images))
 
     table, module = write_table(tmp_path), LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(0))
@@ -198,9 +198,9 @@ def test_the_matrix_product_peak_leaves_the_runs_random_numbers_alone() -> None:
     state = torch.get_rng_state()
     since = time.perf_counter()
     peak = matmul_peak(torch.device("cpu"), torch.float32, seconds=0.1)
-    took = time.perf_counter() - since
+    elapsed = time.perf_counter() - since
     assert torch.equal(torch.get_rng_state(), state)
-    assert peak >= 2 * 2 * 512**3 / took  # at least two products of at least that size were made in that time
+    assert peak >= 2 * 2 * 512**3 / elapsed  # at least two products of at least that size ran in that time
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_the_matrix_product_peak_leaves_the_runs_random_numbers_alone() -> None:
     [
         ("NVIDIA H100 80GB HBM3", "bf16-mixed", 989.5e12),  # NVIDIA's data sheet: 1,979 with sparsity, half without
         ("NVIDIA A100-SXM4-80GB", "16-mixed", 312e12),
-        ("a card of tomorrow", "bf16-mixed", PEAK),  # measured
+        ("an unknown GPU", "bf16-mixed", PEAK),  # measured
         ("NVIDIA H100 80GB HBM3", "transformer-engine", None),
     ],
 )
@@ -224,7 +224,7 @@ def test_a_gpus_peak_is_that_of_its_data_sheet(
 # The metrics
 
 
-def test_metrics_are_sums_over_ranks_and_the_worst_of_each() -> None:
+def test_metrics_are_sums_over_ranks_and_the_worst_wait_and_memory() -> None:
     counts = [Count(10, 8, 50, 400, 2.0, 0.5, 2**30), Count(10, 10, 70, 600, 2.1, 1.05, 2**31)]
     metrics = throughput(counts, 16, PairFlops(100.0, (10.0, 2.0, 1.0)), 1000.0)
     assert metrics == {
@@ -257,14 +257,14 @@ def test_tokens_and_arithmetic_are_those_of_the_captions(tiny_config: CLIPConfig
     assert len(samples) == 2  # steps 2 and 4
     flops = training_flops(module.model)
     assert flops is not None
-    of_epoch = flops.total(8, sum(lengths), sum(length**2 for length in lengths))
-    for rate, with_padding, without, used in zip(samples, padded, tokens, mfu, strict=True):
-        assert without / rate == pytest.approx(sum(lengths) / 8)
-        assert with_padding / rate == pytest.approx(16)
-        assert used / rate == pytest.approx(of_epoch / 8 / PEAK)
+    flops_of_epoch = flops.total(8, sum(lengths), sum(length**2 for length in lengths))
+    for rate, padded_rate, token_rate, utilisation in zip(samples, padded, tokens, mfu, strict=True):
+        assert token_rate / rate == pytest.approx(sum(lengths) / 8)
+        assert padded_rate / rate == pytest.approx(16)
+        assert utilisation / rate == pytest.approx(flops_of_epoch / 8 / PEAK)
 
 
-def test_lengths_that_are_known_are_not_asked_of_the_device(tiny_config: CLIPConfig) -> None:
+def test_known_lengths_need_no_synchronisation_with_the_device(tiny_config: CLIPConfig) -> None:
     class Batch(CaptionBatch):
         lengths = (3, 5)
 
@@ -273,7 +273,7 @@ def test_lengths_that_are_known_are_not_asked_of_the_device(tiny_config: CLIPCon
     assert (callback._tokens, callback._squares, callback._uncounted) == (8, 34, None)
 
 
-def test_skipped_samples_are_samples_without_tokens_and_arithmetic(tiny_config: CLIPConfig) -> None:
+def test_skipped_samples_count_as_samples_without_tokens_and_arithmetic(tiny_config: CLIPConfig) -> None:
     callback, model = Throughput(), LitCLIP(tiny_config).model
     skipped = [("row 3", "broken"), ("row 4", "broken")]
     tokens = model.tokenize(["a cat", "two cats"])
@@ -281,23 +281,23 @@ def test_skipped_samples_are_samples_without_tokens_and_arithmetic(tiny_config: 
     callback._add(CaptionBatch(torch.zeros(0, 3, 32, 32), tokens[:0], [], skipped=skipped * 2), model)
     assert (callback._samples, callback._pairs) == (8, 2)
     assert callback._uncounted is not None
-    assert callback._uncounted.tolist() == [8, 32]  # start, two words, end, each
+    assert callback._uncounted.tolist() == [8, 32]  # each: start, two words, end
 
 
-def test_peak_memory_is_of_this_process() -> None:
+def test_peak_memory_is_that_of_this_process() -> None:
     before = peak_memory(torch.device("cpu"))
-    held = torch.ones(2**25)  # 128 MiB, and written to
+    held = torch.ones(2**25)  # 128 MiB, written to
     after = peak_memory(torch.device("cpu"))
     assert after >= held.numel() * 4
     del held
-    assert peak_memory(torch.device("cpu")) >= 0.99 * max(before, after)  # Linux counts it roughly
+    assert peak_memory(torch.device("cpu")) >= 0.99 * max(before, after)  # Linux's count is approximate
 
 
 # In a run
 
 
 class SlowData(Captions):
-    """Every batch takes its time."""
+    """Data whose every batch takes ``SLEEP`` seconds."""
 
     def train_dataloader(self) -> Any:
         return Slow(super().train_dataloader())
@@ -322,7 +322,7 @@ def slow_data(module: LitCLIP, table: Path) -> SlowData:
 
 
 class Steps(Callback):
-    """How long steps take, each of which sleeps a little."""
+    """Sleep in each step, and measure how long the steps take."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -337,7 +337,7 @@ class Steps(Callback):
         self.seconds += time.perf_counter() - self.since
 
 
-def test_the_wait_for_data_is_that_of_the_loop(tiny_config: CLIPConfig, tmp_path: Path) -> None:
+def test_waiting_for_data_is_measured_in_the_loop(tiny_config: CLIPConfig, tmp_path: Path) -> None:
     table, module, steps = write_table(tmp_path), LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(0)), Steps()
     fit(module, slow_data(module, table), tmp_path, steps, Throughput(), max_epochs=2)
     for rate, share in zip(
@@ -347,7 +347,7 @@ def test_the_wait_for_data_is_that_of_the_loop(tiny_config: CLIPConfig, tmp_path
 
 
 class Sleeps(Callback):
-    """Takes its time in each validation, in each checkpoint, or between epochs."""
+    """Sleep in each validation, in each checkpoint, or between epochs."""
 
     def __init__(self, where: str) -> None:
         self.where = where
@@ -363,7 +363,7 @@ class Sleeps(Callback):
 
 
 class SleepyZeroShot(ZeroShot):
-    """An evaluation between two steps."""
+    """An evaluation that sleeps between two steps."""
 
     def evaluate(self, trainer: Trainer, module: LitCLIP) -> PeriodicResult:
         time.sleep(0.2)
@@ -371,8 +371,8 @@ class SleepyZeroShot(ZeroShot):
 
 
 @pytest.mark.parametrize("where", ["validations", "checkpoints", "ends of epochs", "evaluations"])
-def test_what_is_beside_training_is_not_counted(where: str, tiny_config: CLIPConfig, tmp_path: Path) -> None:
-    """Before the last of four steps 0.6 seconds are slept away."""
+def test_time_outside_training_is_not_counted(where: str, tiny_config: CLIPConfig, tmp_path: Path) -> None:
+    """0.6 seconds are slept before the last of four steps."""
     table, module, steps = write_table(tmp_path), LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(0)), Steps()
     saving = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=1, save_top_k=-1)
     sleeps = SleepyZeroShot(every_n_steps=1) if where == "evaluations" else Sleeps(where)
@@ -386,14 +386,14 @@ def test_what_is_beside_training_is_not_counted(where: str, tiny_config: CLIPCon
     assert waited <= seconds - 4 * SLEEP
 
 
-def test_a_run_that_goes_on_within_an_epoch_counts_its_own_time(tiny_config: CLIPConfig, tmp_path: Path) -> None:
+def test_a_run_resumed_within_an_epoch_counts_only_its_own_time(tiny_config: CLIPConfig, tmp_path: Path) -> None:
     table = write_table(tmp_path)
     module = LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(0))
     monitors = [Throughput(), TrainingMonitor()]
     saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
     fit(module, data_for(module, table, batch_size=4), tmp_path / "first", *monitors, saving)
     module, monitors = LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(0)), [Throughput(), TrainingMonitor()]
-    data, path = data_for(module, table, batch_size=4), tmp_path / "step=1.ckpt"  # of two an epoch
+    data, path = data_for(module, table, batch_size=4), tmp_path / "step=1.ckpt"  # of two per epoch
     since = time.perf_counter()
     fit(module, data, tmp_path / "second", *monitors, max_epochs=2, ckpt_path=path)
     elapsed = time.perf_counter() - since
@@ -412,9 +412,7 @@ def test_with_a_training_monitor_each_number_is_logged_once(tiny_config: CLIPCon
         assert min(rate, tokens) > 0
 
 
-def test_the_users_profiler_hears_what_it_always_does_and_is_left_as_it_was(
-    tiny_config: CLIPConfig, tmp_path: Path
-) -> None:
+def test_the_users_profiler_works_as_usual_and_is_restored(tiny_config: CLIPConfig, tmp_path: Path) -> None:
     table, profiler, module = (
         write_table(tmp_path),
         SimpleProfiler(),
@@ -431,7 +429,7 @@ class Fails(Callback):
         raise RuntimeError("on purpose")
 
 
-def test_a_failed_run_leaves_the_profiler_as_it_was(tiny_config: CLIPConfig, tmp_path: Path) -> None:
+def test_a_failed_run_restores_the_profiler(tiny_config: CLIPConfig, tmp_path: Path) -> None:
     table, profiler, module = (
         write_table(tmp_path),
         SimpleProfiler(),
@@ -442,7 +440,7 @@ def test_a_failed_run_leaves_the_profiler_as_it_was(tiny_config: CLIPConfig, tmp
     assert {"start", "stop"}.isdisjoint(vars(profiler))
 
 
-def test_weights_and_losses_are_those_of_a_run_without_it(tiny_config: CLIPConfig, tmp_path: Path) -> None:
+def test_weights_are_those_of_a_run_without_the_callback(tiny_config: CLIPConfig, tmp_path: Path) -> None:
     table, weights = write_table(tmp_path), list[dict[str, Tensor]]()
     for callbacks in ([], [Throughput()]):
         torch.manual_seed(0)
@@ -452,14 +450,14 @@ def test_weights_and_losses_are_those_of_a_run_without_it(tiny_config: CLIPConfi
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
 
 
-def test_validate_alone_logs_nothing(tiny_config: CLIPConfig, tmp_path: Path) -> None:
+def test_validate_logs_no_training_metrics(tiny_config: CLIPConfig, tmp_path: Path) -> None:
     table, module = write_table(tmp_path), LitCLIP(tiny_config)
     validating = trainer(tmp_path, callbacks=[Throughput(), TrainingMonitor()])
     validating.validate(module, data_for(module, table, batch_size=4), verbose=False)
     assert not [name for name in validating.callback_metrics if name.startswith("train/")]
 
 
-def test_two_ranks_count_what_both_did(ranks: Callable[..., None], tiny_config: CLIPConfig, tmp_path: Path) -> None:
+def test_two_ranks_count_the_work_of_both(ranks: Callable[..., None], tiny_config: CLIPConfig, tmp_path: Path) -> None:
     table, module = write_table(tmp_path), LitCLIP(tiny_config)
     ranks("fit", 2, str(tmp_path / "metrics.json"), str(table), script="ranks_throughput.py")
     metrics = json.loads((tmp_path / "metrics.json").read_text())

@@ -1,8 +1,8 @@
-"""Programs in processes that have imported everything already: a new interpreter takes seconds to import torch.
+"""Run programs in processes that have imported everything already, because importing torch takes seconds.
 
-A server that has done nothing but import is forked for each program, which then gets the arguments, the folder, the
-environment and the output files that a new process would get. Where the start itself is what a test is about, and where
-ranks start other ranks, the tests start a new interpreter instead.
+A server that has done nothing but import is forked for each program. The fork gets the arguments, the folder, the
+environment and the output files that a new process would get. Tests of the start itself, and of ranks that start other
+ranks, use a new interpreter instead.
 """
 
 import atexit
@@ -26,13 +26,13 @@ CONTEXT.set_forkserver_preload(["tests.helpers.preloaded"])
 
 
 class Program(NamedTuple):
-    """What a process is told.
+    """A program to run in a process.
 
     Attributes:
-        function: what it runs.
-        words: its command line, the program's name first.
-        folder: where it runs.
-        environment: all of it.
+        function: the function to call.
+        words: the command line, starting with the program's name.
+        folder: the working folder.
+        environment: the complete environment.
     """
 
     function: Callable[[], None]
@@ -42,13 +42,13 @@ class Program(NamedTuple):
 
 
 def run(programs: Sequence[Program], timeout: float) -> list[subprocess.CompletedProcess[str]]:
-    """Run programs at the same time, each to its end.
+    """Run programs at once, each to its end.
 
     Raises:
-        subprocess.TimeoutExpired: one did not end; none is left.
+        subprocess.TimeoutExpired: one did not end in time; all are killed then.
     """
     with chdir(ROOT), patch.dict(os.environ, HF_HUB_OFFLINE="1"):
-        ensure_running()  # what it imports is looked for in the current folder
+        ensure_running()  # imports modules from the current folder
     with tempfile.TemporaryDirectory() as folder:
         files = [[f"{folder}/{number}_{stream}" for stream in ("out", "err")] for number in range(len(programs))]
         processes = [
@@ -77,7 +77,7 @@ def run(programs: Sequence[Program], timeout: float) -> list[subprocess.Complete
 
 
 def _become(program: Program, out: str, err: str) -> None:
-    """Be the program: in the child."""
+    """Become the program, in the child process."""
     for descriptor, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     os.chdir(program.folder)
@@ -86,8 +86,8 @@ def _become(program: Program, out: str, err: str) -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         os.environ["LOCAL_RANK"] = os.environ["RANK"]
     sys.argv = list(program.words)
-    sys.modules["__main__"] = ModuleType("__main__")  # not pytest's
-    multiprocessing.set_start_method("fork", force=True)  # of data workers: as in any other process of Linux
+    sys.modules["__main__"] = ModuleType("__main__")  # instead of pytest's
+    multiprocessing.set_start_method("fork", force=True)  # for data workers, as in any other process on Linux
     try:
         program.function()
     finally:
@@ -97,12 +97,12 @@ def _become(program: Program, out: str, err: str) -> None:
 
 
 def command() -> None:
-    """``lit-clip``."""
+    """Run ``lit-clip``."""
     from lit_clip.cli.main import main
 
     main()
 
 
 def script() -> None:
-    """The file that the command line names."""
+    """Run the file that the command line names."""
     runpy.run_path(sys.argv[0], run_name="__main__")

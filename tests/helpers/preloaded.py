@@ -1,10 +1,10 @@
-"""What a process that ``tests/helpers/forks.py`` starts has imported already."""
+"""The imports of the server that ``tests/helpers/forks.py`` forks."""
 
 from importlib import import_module
 
 from lit_clip.cli.lazy_torchmetrics import defer_torchmetrics
 
-defer_torchmetrics()  # before Lightning is imported, as the command does
+defer_torchmetrics()  # before Lightning is imported, as in the command
 for name in (
     "timm",
     "torch.utils.tensorboard",
@@ -27,5 +27,5 @@ for name in (
 ):
     import_module(name)
 
-# Tests compare numbers, on any machine: what is not said is float32 in them. (test_cli.py tests the default.)
+# Tests compare numbers on any machine, so their default precision is float32 (tests/cli/ tests the real default).
 import_module("lit_clip.cli.lightning").computes_in_bfloat16 = lambda accelerator: False

@@ -1,4 +1,4 @@
-"""An image that is broken, for runs of the real command, and what one rank of a test of gradient norms does."""
+"""Broken images and gradients for runs of the real command, and one rank of a test of gradient norms."""
 
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ from tests.helpers.ranks import serve
 
 
 class BrokenImage(Callback):
-    """Gives an image infinite pixels in training, on whichever rank reads it.
+    """Give images infinite pixels in training, on whichever rank reads them.
 
     Args:
-        keys: of such images; None: all are.
-        folder: where every rank writes its weights: before training, and when it ended or failed.
+        keys: of the images to break; None: all.
+        folder: where every rank writes its weights, before training and when it has ended or failed.
     """
 
     def __init__(self, keys: list[str] | None, folder: str | None = None) -> None:
@@ -31,8 +31,8 @@ class BrokenImage(Callback):
     ) -> None:
         self._rows = [row for row, key in enumerate(batch.keys) if self.keys is None or key in self.keys]
 
-    def _break(self, tower: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
-        if not tower.training:
+    def _break(self, encoder: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
+        if not encoder.training:
             return None
         images = inputs[0].clone()
         images[self._rows] = torch.inf
@@ -55,7 +55,7 @@ class BrokenImage(Callback):
 
 
 class BrokenGradient(Callback):
-    """Makes one gradient infinite on one rank at one step, after DDP's averaging; the loss stays as it is."""
+    """Make one gradient infinite on one rank at one step, after DDP's averaging; the loss is not affected."""
 
     def __init__(self, step: int, rank: int = 0) -> None:
         self.step, self.rank = step, rank
@@ -67,7 +67,7 @@ class BrokenGradient(Callback):
 
 
 def give_gradients(model: nn.Module, part: int = 0, parts: int = 1) -> None:
-    """Numbers as gradients, and 0 for what belongs to another part."""
+    """Set random gradients, and 0 where an entry belongs to another part."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         gradient = torch.randn(parameter.numel(), generator=generator)
@@ -76,7 +76,7 @@ def give_gradients(model: nn.Module, part: int = 0, parts: int = 1) -> None:
 
 
 def norms_of_shards() -> None:
-    """Every rank has a part of each gradient; the norms are those of the whole."""
+    """Every rank has a part of each gradient; the norms are those of the whole gradient."""
     from tests.helpers.ranks import CONFIG
 
     torch.manual_seed(0)
@@ -86,8 +86,8 @@ def norms_of_shards() -> None:
     give_gradients(model, *distributed.rank_and_world())
     norms = gradient_norms(model, sharded=True)
     assert norms.keys() == expected.keys() == {"image", "text"}
-    for tower, norm in norms.items():
-        torch.testing.assert_close(norm, expected[tower])
+    for encoder, norm in norms.items():
+        torch.testing.assert_close(norm, expected[encoder])
 
 
 if __name__ == "__main__":

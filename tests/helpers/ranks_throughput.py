@@ -1,4 +1,4 @@
-"""What one rank of the throughput test does; started by the ``ranks`` fixture as a process of its own."""
+"""One rank of the throughput test; the ``ranks`` fixture starts it in its own process."""
 
 import json
 import os
@@ -11,9 +11,9 @@ from tests.helpers.small_sets import data_for, make_module, make_trainer, number
 
 
 def fit(output: str, table: str) -> None:
-    """Train for an epoch of two steps of all 8 pairs; every rank knows the same numbers, and rank 0 writes them."""
+    """Train for an epoch of two steps on all 8 pairs; every rank has the same metrics, and rank 0 writes them."""
     rank, world = distributed.rank_and_world()
-    os.environ["LOCAL_RANK"] = str(rank)  # Lightning then starts no processes of its own
+    os.environ["LOCAL_RANK"] = str(rank)  # so that Lightning starts no processes itself
     module = make_module()
     options = {"max_epochs": 1, "log_every_n_steps": 2, "limit_val_batches": 0, "enable_checkpointing": False}
     trainer = make_trainer(Path(output).parent, [Throughput()], **options)

@@ -1,4 +1,4 @@
-"""A training run in a process of its own that may be killed at a step; started by ``tests/training/test_resume.py``."""
+"""A training run in its own process that may be killed at a step; ``tests/training/test_resume.py`` starts it."""
 
 import multiprocessing
 import os
@@ -23,18 +23,18 @@ from lit_clip.training.optim import AdamWSettings, WarmupCosineSettings
 
 
 class Run(NamedTuple):
-    """What a process is told.
+    """Options of a run.
 
     Attributes:
-        folder: where it writes.
-        table: the pairs.
+        folder: for everything that the run writes.
+        table: of the pairs.
         world: number of ranks.
-        workers: data workers of each.
-        batch_size: pairs a step on each rank.
+        workers: data workers of each rank.
+        batch_size: pairs per step on each rank.
         epochs: of the whole run.
         every: steps between checkpoints.
-        kill: the step before whose end it is killed, None: it ends by itself.
-        resume: whether it goes on from the newest checkpoint in the folder.
+        kill: the step during which the run is killed; None: it ends by itself.
+        resume: whether it resumes from the newest checkpoint in the folder.
         name: of its logs and of its file of samples.
     """
 
@@ -51,7 +51,7 @@ class Run(NamedTuple):
 
 
 class _Recorder(Callback):
-    """Writes each step's samples down before they are trained on, and kills its process where it is told to."""
+    """Record each step's samples before they are trained on, and kill the process at the step to kill."""
 
     def __init__(self, run: Run, rank: int) -> None:
         self.run, self.path = run, Path(run.folder, f"{run.name}_{rank}.txt")
@@ -65,9 +65,9 @@ class _Recorder(Callback):
 
 
 def train(run: Run, rank: int, port: int) -> None:
-    """One rank of a run; the weights of its end go to ``<name>.pt``."""
+    """Train as one rank of a run; rank 0 saves the final weights as ``<name>.pt``."""
     torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # of data workers: as in any other process of Linux
+    multiprocessing.set_start_method("fork", force=True)  # for data workers, as in any other process on Linux
     if run.world > 1:
         place = {
             "RANK": rank,
@@ -120,4 +120,4 @@ def train(run: Run, rank: int, port: int) -> None:
         os._exit(1)
     if rank == 0:
         torch.save(module.model.state_dict(), f"{run.folder}/{run.name}.pt")
-    os._exit(0)  # gloo's threads may abort the interpreter's own way out
+    os._exit(0)  # gloo's threads may abort a regular exit of the interpreter
