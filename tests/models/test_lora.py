@@ -25,7 +25,7 @@ from lit_clip.module import LitCLIP
 from lit_clip.tools.weight_files import read_tensors
 from lit_clip.training.optim import AdamWSettings, WarmupCosineSettings
 from tests.helpers.ranks import CONFIG, PAIRS, finetuned_module, make_batch
-from tests.models.test_finetune import command, two_towers
+from tests.models.test_finetune import command, external_towers
 from tests.test_module import SaveAt, data_for, trainer
 
 MEMBERS = ("attn.in_proj_weight", "attn.out_proj", "mlp.c_fc", "mlp.c_proj")
@@ -106,7 +106,7 @@ def test_merged_the_features_are_the_same_and_the_model_is_plain(targets: list[s
 
 
 def test_timms_and_hugging_faces_towers_are_adapted_and_merged_too() -> None:
-    model = CLIP(two_towers("test_vit")).eval()
+    model = CLIP(external_towers("test_vit")).eval()
     names = target_names(model)
     assert {name.rpartition(".")[2] for name in names if name.startswith("visual.")} == {"qkv", "proj", "fc1", "fc2"}
     ends = {name.rpartition(".")[2] for name in names if name.startswith("text.")}
