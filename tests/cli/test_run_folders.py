@@ -1,4 +1,4 @@
-"""Where checkpoints of a configuration's runs are looked for is where ModelCheckpoint puts them."""
+"""The folders searched for a configuration's checkpoints are those ModelCheckpoint writes to."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,14 +18,14 @@ def config(logger: Any, callbacks: Any = None, root: str | None = None) -> dict[
 
 
 def folder_of(logger: Any, root: str) -> Path:
-    """Lightning's own answer for the run that this logger would log."""
+    """Return the folder that ModelCheckpoint chooses with this logger."""
     trainer: Any = SimpleNamespace(loggers=[logger], default_root_dir=root)
     return Path(ModelCheckpoint()._ModelCheckpoint__resolve_ckpt_dir(trainer))  # pyright: ignore
 
 
 @pytest.mark.parametrize("options", [{"save_dir": "logs"}, {"save_dir": "logs", "name": "mine"}])
 @pytest.mark.parametrize("kind", [CSVLogger, TensorBoardLogger])
-def test_of_a_logger_on_disk_it_is_its_folder(kind: Any, options: dict[str, str]) -> None:
+def test_folder_of_a_local_logger(kind: Any, options: dict[str, str]) -> None:
     (_, folder) = run_folders(config({"class_path": f"{LOGGERS}.{kind.__name__}", "init_args": options}))
     assert folder_of(kind(**options), "root").is_relative_to(folder)
 
@@ -38,22 +38,20 @@ def test_of_a_logger_on_disk_it_is_its_folder(kind: Any, options: dict[str, str]
         {"project": "birds", "dir": "here", "save_dir": "there", "name": "shown"},
     ],
 )
-def test_of_weights_and_biases_it_is_that_of_the_project(
-    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_folder_of_weights_and_biases_is_the_projects(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(f"{LOGGERS}.wandb._WANDB_AVAILABLE", True)
-    logger = WandbLogger(**options, version="a1b2")  # no run is begun before something is logged
+    logger = WandbLogger(**options, version="a1b2")  # starts no run before something is logged
     (_, folder) = run_folders(config({"class_path": f"{LOGGERS}.WandbLogger", "init_args": options}))
     assert folder_of(logger, "root") == folder / "a1b2/checkpoints"
     assert folder.name == options.get("project", "lightning_logs")
 
 
-def test_of_comet_it_is_that_of_the_project() -> None:
+def test_folder_of_comet_is_the_projects() -> None:
     options = {"project": "birds", "offline_directory": "here"}
     assert run_folders(config({"class_path": f"{LOGGERS}.CometLogger", "init_args": options}))[1] == Path("here/birds")
 
 
-def test_of_mlflow_it_is_the_number_of_the_experiment_of_that_name(tmp_path: Path) -> None:
+def test_folder_of_mlflow_is_the_experiments_number(tmp_path: Path) -> None:
     for number, name in ((11, "birds"), (12, "fish")):
         (tmp_path / f"mlruns/{number}").mkdir(parents=True)
         (tmp_path / f"mlruns/{number}/meta.yaml").write_text(f"experiment_id: '{number}'\nname: {name}\n")
@@ -64,10 +62,10 @@ def test_of_mlflow_it_is_the_number_of_the_experiment_of_that_name(tmp_path: Pat
     assert run_folders(config(logger))[1:] == []
 
 
-def test_without_a_logger_it_is_the_root_and_callbacks_name_their_own(tmp_path: Path) -> None:
+def test_without_a_logger_it_is_the_root_and_model_checkpoints_add_their_own(tmp_path: Path) -> None:
     (tmp_path / "hpc_ckpt_1.ckpt").touch()
-    keeper = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"dirpath": "kept"}}
+    saver = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"dirpath": "kept"}}
     expected = [tmp_path / "checkpoints", tmp_path / "hpc_ckpt_1.ckpt"]
-    assert run_folders(config(False, [keeper, None], str(tmp_path)))[:2] == expected
-    assert run_folders(config(False, keeper, str(tmp_path)))[-1] == Path("kept")
+    assert run_folders(config(False, [saver, None], str(tmp_path)))[:2] == expected
+    assert run_folders(config(False, saver, str(tmp_path)))[-1] == Path("kept")
     assert run_folders(config(None, None, str(tmp_path)))[-1] == tmp_path / "lightning_logs"

@@ -1,4 +1,4 @@
-"""LoRA: only the additions learn, a checkpoint holds only them, and merged they are the same model."""
+"""LoRA: only the additions are trained and saved, and merging them gives the same model."""
 
 import copy
 import json
@@ -38,7 +38,7 @@ def base(tiny_config: CLIPConfig, tmp_path: Path) -> Path:
 
 
 def randomize(model: nn.Module) -> None:
-    """Give the additions an effect: their second factor begins at zero."""
+    """Give the additions an effect: their second factor is initialised to zero."""
     for name, parameter in model.named_parameters():
         if ".lora_B" in name:
             nn.init.normal_(parameter, std=0.1)
@@ -49,7 +49,7 @@ def inputs(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return model.normalize(batch.images).float(), batch.tokens
 
 
-def test_attention_in_and_out_and_mlp_of_both_native_towers_are_adapted() -> None:
+def test_attention_and_mlp_layers_of_both_native_towers_get_additions() -> None:
     expected = [f"visual.transformer.resblocks.0.{member}" for member in MEMBERS]
     expected += [f"transformer.resblocks.{i}.{member}" for i in range(2) for member in MEMBERS]
     assert sorted(target_names(CLIP(CONFIG))) == sorted(expected)
@@ -60,8 +60,8 @@ def test_attention_in_and_out_and_mlp_of_both_native_towers_are_adapted() -> Non
     assert {name.rpartition(".lora_")[1] for name in trained if name != "logit_scale"} == {".lora_"}
 
 
-def test_at_first_nothing_changes_and_the_fused_weight_gets_its_addition() -> None:
-    """Against W + alpha / r * B A worked out by hand, in the weights of the plain model."""
+def test_additions_start_without_effect_and_then_equal_the_formula() -> None:
+    """Compared with W + alpha / r * B A in the weights of a plain model."""
     plain = CLIP(CONFIG).eval()
     model = copy.deepcopy(plain)
     add_lora(model, LoRA(r=3, alpha=6))
@@ -73,20 +73,20 @@ def test_at_first_nothing_changes_and_the_fused_weight_gets_its_addition() -> No
         for target in target_names(plain):
             owner, _, last = target.rpartition(".")
             holder = owner if last == "in_proj_weight" else target
-            (a,) = (v for n, v in added.items() if stripped(n) == f"{holder}.lora_A.default.weight")
-            (b,) = (v for n, v in added.items() if stripped(n) == f"{holder}.lora_B.default.weight")
+            (a,) = (v for n, v in added.items() if plain_name(n) == f"{holder}.lora_A.default.weight")
+            (b,) = (v for n, v in added.items() if plain_name(n) == f"{holder}.lora_B.default.weight")
             weight = plain.get_parameter(target if last == "in_proj_weight" else f"{target}.weight")
             weight += 6 / 3 * b @ a
         for encode, x in (("encode_image", images), ("encode_text", tokens)):
             torch.testing.assert_close(getattr(model, encode)(x), getattr(plain, encode)(x), rtol=0, atol=1e-5)
 
 
-def stripped(name: str) -> str:
+def plain_name(name: str) -> str:
     return name.replace(".base_layer", "")
 
 
 @pytest.mark.parametrize("targets", [None, ["in_proj_weight"], ["c_fc", "attn.out_proj"]])
-def test_merged_the_features_are_the_same_and_the_model_is_plain(targets: list[str] | None) -> None:
+def test_merging_keeps_the_features_and_gives_a_plain_model(targets: list[str] | None) -> None:
     model = CLIP(CONFIG).eval()
     before = copy.deepcopy(model.state_dict())
     add_lora(model, LoRA(r=4, targets=targets))
@@ -105,7 +105,7 @@ def test_merged_the_features_are_the_same_and_the_model_is_plain(targets: list[s
     assert not any("lora" in type(module).__module__ for module in model.modules())
 
 
-def test_timms_and_hugging_faces_towers_are_adapted_and_merged_too() -> None:
+def test_timm_and_hugging_face_towers_get_additions_and_can_be_merged() -> None:
     model = CLIP(external_towers("test_vit")).eval()
     names = target_names(model)
     assert {name.rpartition(".")[2] for name in names if name.startswith("visual.")} == {"qkv", "proj", "fc1", "fc2"}
@@ -135,7 +135,7 @@ def test_a_frozen_tower_gets_no_additions(base: Path, tiny_config: CLIPConfig) -
 
 
 @pytest.mark.parametrize("ema", [False, True])
-def test_a_checkpoint_holds_the_additions_alone_and_opens_as_a_plain_model(
+def test_a_checkpoint_holds_only_the_additions_and_opens_as_a_plain_model(
     ema: bool, base: Path, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
     module = LitCLIP(
@@ -174,7 +174,7 @@ def test_a_checkpoint_holds_the_additions_alone_and_opens_as_a_plain_model(
     assert torch.equal(started.model.visual.proj, plain.visual.proj)
 
 
-def test_a_resumed_adapter_ends_as_one_that_was_not_stopped(
+def test_a_resumed_adapter_ends_with_the_weights_of_an_uninterrupted_run(
     base: Path, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
     def run(ckpt_path: Path | None = None) -> LitCLIP:
@@ -192,24 +192,24 @@ def test_a_resumed_adapter_ends_as_one_that_was_not_stopped(
         assert torch.equal(resumed.state_dict()[name], value), name
 
 
-def test_two_ranks_equal_one_process(ranks: Callable[..., None], tmp_path: Path) -> None:
+def test_gradients_of_two_ranks_equal_one_process(ranks: Callable[..., None], tmp_path: Path) -> None:
     save(CLIP(CONFIG), tmp_path / "base.ckpt", {})
     options = json.dumps({"lora": {"r": 2}, "pretrained": str(tmp_path / "base.ckpt")})
     module = finetuned_module(options)
     module.training_step(make_batch(slice(0, PAIRS)), 0).backward()
     ranks("finetune_gradients", 2, str(tmp_path / "gradients.pt"), options)
     distributed = torch.load(tmp_path / "gradients.pt", weights_only=True)
-    found = 0
+    trainable = 0
     for name, parameter in module.model.named_parameters():
         if parameter.grad is None:
             assert distributed[name] is None, name
         else:
-            found += 1
+            trainable += 1
             torch.testing.assert_close(distributed[name], parameter.grad, rtol=1e-6, atol=1e-12, msg=name)
-    assert found == 3 * 2 * len(MEMBERS) + 1
+    assert trainable == 3 * 2 * len(MEMBERS) + 1
 
 
-def test_another_base_is_refused(base: Path, tiny_config: CLIPConfig, tmp_path: Path) -> None:
+def test_an_adapter_refuses_another_base(base: Path, tiny_config: CLIPConfig, tmp_path: Path) -> None:
     module = LitCLIP(tiny_config, base, lora=LoRA(r=2))
     fitting = trainer(tmp_path)
     fitting.strategy.connect(module)
@@ -223,7 +223,7 @@ def test_another_base_is_refused(base: Path, tiny_config: CLIPConfig, tmp_path: 
         lit_clip.load_model(tmp_path / "adapter.ckpt")
 
 
-def test_an_adapter_finds_its_base_beside_it_when_both_have_moved(
+def test_an_adapter_finds_its_base_beside_it_after_both_were_moved(
     base: Path, tiny_config: CLIPConfig, tmp_path: Path
 ) -> None:
     fitting = trainer(tmp_path)
@@ -238,7 +238,7 @@ def test_an_adapter_finds_its_base_beside_it_when_both_have_moved(
 
 
 @pytest.mark.parametrize("named", [False, True])
-def test_an_adapter_of_resized_weights_opens_again(
+def test_an_adapter_of_resized_weights_can_be_loaded(
     named: bool, base: Path, tiny_config: CLIPConfig, tmp_path: Path
 ) -> None:
     module = LitCLIP(tiny_config if named else None, base, 48, 12, lora=LoRA(r=2))
@@ -258,7 +258,7 @@ def test_an_adapter_of_resized_weights_opens_again(
             torch.testing.assert_close(model.encode_text(tokens), module.model.encode_text(tokens), rtol=0, atol=1e-5)
 
 
-def test_an_adapter_of_a_tag_remembers_of_which_model(
+def test_an_adapter_of_a_tag_remembers_the_model(
     base: Path, tiny_config: CLIPConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lit_clip.weights.hub.download_tag", lambda name: downloads[name])
@@ -275,7 +275,9 @@ def test_an_adapter_of_a_tag_remembers_of_which_model(
     assert torch.equal(opened["visual.proj"], state["visual.proj"])
 
 
-def test_what_cannot_work_is_named(base: Path, tiny_config: CLIPConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_impossible_lora_settings_are_refused(
+    base: Path, tiny_config: CLIPConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(InputError, match="set model.pretrained"):
         LitCLIP(tiny_config, lora=LoRA())
     with pytest.raises(
@@ -291,10 +293,10 @@ def test_what_cannot_work_is_named(base: Path, tiny_config: CLIPConfig, monkeypa
         LitCLIP(tiny_config, base, lora=LoRA())
 
 
-def test_an_addition_that_a_layer_passes_by_is_an_error(
+def test_an_addition_to_a_layer_that_is_never_called_is_an_error(
     base: Path, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
-    """A layer whose weight is read without calling it would learn nothing and say nothing."""
+    """If its weight is read without calling the layer, the addition would silently not be trained."""
     module = LitCLIP(tiny_config, base, lora=LoRA(r=2))
     mlp: Any = module.model.transformer.resblocks[0].mlp  # pyright: ignore
     mlp.forward = lambda x: mlp.c_proj(torch.relu(nn.functional.linear(x, mlp.c_fc.weight, mlp.c_fc.bias)))
@@ -302,7 +304,7 @@ def test_an_addition_that_a_layer_passes_by_is_an_error(
         trainer(tmp_path, max_epochs=1, enable_checkpointing=False).fit(module, data_for(module, caption_table))
 
 
-def test_the_command_fits_validates_and_resumes_an_adapter(
+def test_the_command_trains_validates_and_resumes_an_adapter(
     base: Path, caption_table: Path, tmp_path: Path, cli: Callable[..., Any]
 ) -> None:
     lora = ["--model.lora", "{r: 2, targets: [in_proj_weight, c_fc]}", "--model.pretrained", "base.ckpt"]
