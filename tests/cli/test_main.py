@@ -475,6 +475,8 @@ def test_emulated_bfloat16_warns(
     options = ["--trainer.max_steps", "1", "--trainer.precision", "bf16-mixed"]
     monkeypatch.setattr(sys, "argv", ["lit-clip", *words("fit", caption_table), *options])
     run()
-    messages = [str(one.message) for one in recwarn if "bf16-mixed is emulated on this processor" in str(one.message)]
+    messages = [
+        str(each.message) for each in recwarn if "bf16-mixed is emulated on this processor" in str(each.message)
+    ]
     assert bool(messages) == warned
     assert all("--trainer.precision 32-true" in message for message in messages)
