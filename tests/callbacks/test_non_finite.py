@@ -238,10 +238,8 @@ def test_a_skipped_step_changes_nothing(options: dict[str, Any], caption_table: 
     """Neither weights nor BatchNorm statistics nor AdamW's moments and step count."""
     if options.get("precision") == "16-mixed":
         options = {"plugins": [scaled()]}
-    module, states = (
-        LitCLIP(WITH_BATCH_NORM, optimizer=AdamWSettings(lr=1e-3), lr_scheduler=WarmupCosineSettings(0)),
-        States(),
-    )
+    module = LitCLIP(WITH_BATCH_NORM, optimizer=AdamWSettings(lr=1e-3), lr_scheduler=WarmupCosineSettings(0))
+    states = States()
     callbacks = [states, BrokenImage([key_of_step(caption_table, WITH_BATCH_NORM, 2)]), NonFiniteSteps("skip")]
     fitting = trainer(tmp_path, max_epochs=1, limit_val_batches=0, callbacks=callbacks, **options)
     with pytest.warns(UserWarning, match="step 2 is skipped: the loss is nan"):
@@ -256,10 +254,8 @@ def test_a_skipped_step_changes_nothing(options: dict[str, Any], caption_table: 
 def test_a_step_with_a_non_finite_gradient_is_skipped_and_lists_all_its_keys(
     tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
-    module, states = (
-        LitCLIP(tiny_config, micro_batch_size=4, lr_scheduler=WarmupCosineSettings(0)),
-        States(),
-    )
+    module = LitCLIP(tiny_config, micro_batch_size=4, lr_scheduler=WarmupCosineSettings(0))
+    states = States()
     options: dict[str, Any] = {
         "logger": CSVLogger(tmp_path),
         "callbacks": [states, BrokenGradient(1), NonFiniteSteps("skip")],
@@ -382,10 +378,8 @@ def test_an_unknown_policy_is_refused() -> None:
 def test_a_step_is_skipped_on_a_cuda_device_in_every_precision(
     precision: Any, caption_table: Path, tmp_path: Path
 ) -> None:
-    module, states = (
-        LitCLIP(WITH_BATCH_NORM, optimizer=AdamWSettings(lr=1e-3), lr_scheduler=WarmupCosineSettings(0)),
-        States(),
-    )
+    module = LitCLIP(WITH_BATCH_NORM, optimizer=AdamWSettings(lr=1e-3), lr_scheduler=WarmupCosineSettings(0))
+    states = States()
     callbacks = [states, BrokenImage([key_of_step(caption_table, WITH_BATCH_NORM, 2)]), NonFiniteSteps("skip")]
     options: dict[str, Any] = {"accelerator": "gpu", "devices": 1, "precision": precision, "callbacks": callbacks}
     trainer(tmp_path, max_epochs=1, limit_val_batches=0, **options).fit(module, data_for(module, caption_table))

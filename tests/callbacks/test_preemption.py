@@ -83,10 +83,8 @@ def stopped_fit(
     config: CLIPConfig, table: Path, folder: Path, *callbacks: Callback, ckpt_path: Path | None = None, **options: Any
 ) -> tuple[SystemExit, Recorder]:
     """Run a fit that a signal must end; return the exit and the record. Epochs have 4 steps, validations 4 batches."""
-    module, recorder = (
-        LitCLIP(config, optimizer=AdamWSettings(lr=0.01), lr_scheduler=WarmupCosineSettings(1)),
-        Recorder(),
-    )
+    module = LitCLIP(config, optimizer=AdamWSettings(lr=0.01), lr_scheduler=WarmupCosineSettings(1))
+    recorder = Recorder()
     settings = {"max_epochs": 3, "callbacks": [Preemption(), recorder, *callbacks], **options}
     with pytest.raises(SystemExit) as stopped:
         trainer(folder, **settings).fit(module, data_for(module, table), ckpt_path=ckpt_path)
@@ -187,10 +185,8 @@ def test_a_resumed_run_begins_with_the_validation_that_was_stopped(
 ) -> None:
     def fit(name: str, *more: Callback, ckpt_path: Path | None = None) -> list[tuple[Any, ...]]:
         torch.manual_seed(0)
-        module, diary = (
-            LitCLIP(tiny_config, optimizer=AdamWSettings(lr=0.01), lr_scheduler=WarmupCosineSettings(1)),
-            Diary(),
-        )
+        module = LitCLIP(tiny_config, optimizer=AdamWSettings(lr=0.01), lr_scheduler=WarmupCosineSettings(1))
+        diary = Diary()
         best = ModelCheckpoint(tmp_path / name, "best", monitor="val/loss", save_last=True)
         callbacks = [Preemption(), diary, *([EMA(decay=0.25)] if average else []), *more, best]
         settings = {"max_epochs": 3, "num_sanity_val_steps": 0, "limit_train_batches": 2, "callbacks": callbacks}
@@ -334,14 +330,8 @@ class Run:
         command = [
             *(str(Path(sys.executable).parent / "lit-clip"), "fit", "--data", "datamodules.Captions"),
             *("--data.train", str(table), "--data.val", str(val or table), "--data.batch_size", "8"),
-            *(
-                "--model.architecture",
-                TINY_YAML,
-                "--model.lr_scheduler.warmup_steps",
-                "2",
-                "--trainer.max_steps",
-                "100000",
-            ),
+            *("--model.architecture", TINY_YAML, "--model.lr_scheduler.warmup_steps", "2"),
+            *("--trainer.max_steps", "100000"),
             *("--trainer.max_time", "00:00:05:00", "--trainer.accelerator", "cpu", "--trainer.devices", str(devices)),
             *("--trainer.strategy", "auto" if devices == 1 else "ddp", "--trainer.enable_progress_bar", "false"),
             *("--trainer.logger.class_path", "lightning.pytorch.loggers.CSVLogger", "--trainer.log_every_n_steps", "1"),

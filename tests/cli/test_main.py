@@ -378,14 +378,8 @@ def test_single_settings_of_an_external_encoder_cannot_be_typed(
 def test_a_run_that_gets_worse_keeps_the_last_and_the_best_epoch(cli: Cli, caption_table: Path, tmp_path: Path) -> None:
     config = str(Path(__file__).parents[2] / "configs/finetune_table.yaml")
     options = ["--data.batch_size", "16", "--data.num_workers", "0", "--trainer.accelerator", "cpu"]
-    options += [
-        "--model.architecture",
-        TINY_YAML,
-        "--model.optimizer.lr",
-        "1",
-        "--model.lr_scheduler.warmup_steps",
-        "0",
-    ]
+    options += ["--model.architecture", TINY_YAML]
+    options += ["--model.optimizer.lr", "1", "--model.lr_scheduler.warmup_steps", "0"]
     result = cli("fit", "--config", config, "--data.train", str(caption_table), *options, "--trainer.max_epochs", "3")
     assert result.returncode == 0, result.stderr
     (last,) = tmp_path.rglob("last.ckpt")

@@ -106,14 +106,8 @@ def test_ckpt_path_last_and_auto_resume_from_the_newest_checkpoint_of_the_config
     words = [
         *("--data", "datamodules.Captions", "--data.train", str(caption_table), "--data.val", str(caption_table)),
         *("--data.batch_size", "32", "--data.num_workers", "0", "--model.architecture", TINY_YAML),
-        *(
-            "--model.lr_scheduler.warmup_steps",
-            "1",
-            "--trainer.accelerator",
-            "cpu",
-            "--trainer.enable_progress_bar",
-            "false",
-        ),
+        *("--model.lr_scheduler.warmup_steps", "1", "--trainer.accelerator", "cpu"),
+        *("--trainer.enable_progress_bar", "false"),
         "--trainer.callbacks+={class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: {filename: last}}",
         "--trainer.logger={class_path: lightning.pytorch.loggers.CSVLogger, init_args: {save_dir: runs, name: mine}}",
     ]

@@ -116,10 +116,8 @@ def test_the_teacher_is_in_no_checkpoint_optimizer_copy_or_parameter_list(
     teacher: tuple[CLIP, Path], tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
     distill = Distill(str(teacher[1]))
-    module, plain = (
-        LitCLIP(tiny_config, distill=distill, lr_scheduler=WarmupCosineSettings(1)),
-        LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(1)),
-    )
+    module = LitCLIP(tiny_config, distill=distill, lr_scheduler=WarmupCosineSettings(1))
+    plain = LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(1))
     fitting = trainer(tmp_path, max_epochs=1, enable_checkpointing=False, callbacks=[EMA(0.5)])
     fitting.fit(module, data_for(module, caption_table))
     assert float(fitting.callback_metrics["train/distillation_loss"]) > 0
