@@ -291,6 +291,6 @@ for script in sys.argv[1:]:
 def test_every_benchmark_has_a_help_text() -> None:
     scripts = [name for name in SCRIPTS if name != "open_clip_train_with.py"]  # its help is the peer's
     command = [sys.executable, "-c", ALL_HELP, *scripts]  # one process, which imports torch once
-    environment = {"PYTHONPATH": str(BENCHMARKS), "PATH": "/usr/bin:/bin"}
+    environment = {"PYTHONPATH": f"{BENCHMARKS}:{ROOT}", "PATH": "/usr/bin:/bin"}
     done = subprocess.run(command, cwd=BENCHMARKS, env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.splitlines() == [f"True {name}" for name in scripts], done.stderr
