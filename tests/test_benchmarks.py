@@ -1,4 +1,4 @@
-"""What the benchmarks write, the table made of it, and the check of ratios; nothing is timed here."""
+"""The benchmarks' result files, the table and the check of ratios; nothing is timed here."""
 
 import json
 import logging
@@ -38,7 +38,7 @@ LOSSES["figures"] = {"largest_difference": 3e-6}
 
 @pytest.fixture
 def measured(tmp_path: Path) -> Path:
-    """A folder as `make bench` leaves it."""
+    """Folder with results as `make bench` writes them."""
     (tmp_path / "a.json").write_text(json.dumps([STEP]), encoding="utf-8")
     (tmp_path / "b.json").write_text(json.dumps([LOSSES]), encoding="utf-8")
     return tmp_path
@@ -60,7 +60,7 @@ def functions(script: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return runpy.run_path(str(BENCHMARKS / script))
 
 
-def test_the_table_has_a_line_a_comparison_and_says_on_what_it_was_measured(measured: Path) -> None:
+def test_the_table_has_a_row_per_comparison_and_names_the_machine(measured: Path) -> None:
     done = run("report.py", measured)
     assert done.stdout.splitlines() == [
         "Measured on 2 cores of AMD EPYC (AVX512), 2 threads, with python 3.11.7, torch 2.13.0.",
@@ -75,7 +75,7 @@ def test_the_table_has_a_line_a_comparison_and_says_on_what_it_was_measured(meas
     ]
 
 
-def test_other_machines_and_versions_have_tables_of_their_own(measured: Path) -> None:
+def test_each_machine_has_its_own_table(measured: Path) -> None:
     gpu = {**STEP, "title": "on a GPU", "machine": {**STEP["machine"], "gpu": "NVIDIA H100"}}
     (measured / "c.json").write_text(json.dumps([gpu]), encoding="utf-8")
     first, second = run("report.py", measured).stdout.split("Measured on ")[1:]
@@ -91,7 +91,7 @@ def test_ratios_within_their_bounds_pass(measured: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "0 figures out of bounds, 2 results checked\n")
 
 
-def test_each_ratio_below_its_least_is_a_line_and_the_exit_code_says_so(measured: Path) -> None:
+def test_each_figure_out_of_bounds_is_a_line_and_the_exit_code_is_1(measured: Path) -> None:
     expected = {
         STEP["name"]: {"least": {"ratio": 1.9, "our_share_of_peak": 0.85, "peers_share_of_peak": 0.9}},
         "losses/ViT-B-32": {"most": {"largest_difference": 1e-6}},
@@ -106,14 +106,14 @@ def test_each_ratio_below_its_least_is_a_line_and_the_exit_code_says_so(measured
     ]
 
 
-def test_what_was_not_measured_fails_the_whole_check_alone(measured: Path) -> None:
+def test_a_missing_result_fails_only_with_all(measured: Path) -> None:
     expected = {"text_encoding": {"least": {"ratio": 5.0}}}
     assert check(measured, expected).returncode == 0
     done = check(measured, expected, "--all")
     assert (done.returncode, done.stdout.splitlines()[0]) == (1, "text_encoding: not measured")
 
 
-def test_a_figure_that_a_result_does_not_have_or_is_no_number_is_out_of_bounds(measured: Path) -> None:
+def test_a_missing_or_nan_figure_is_out_of_bounds(measured: Path) -> None:
     nan = {**STEP, "name": "nan", "figures": {"share": float("nan")}}
     (measured / "c.json").write_text(json.dumps([nan]), encoding="utf-8")
     done = check(measured, {"losses/ViT-B-32": {"least": {"ratio": 1.0}}, "nan": {"least": {"share": 0.1}}})
@@ -130,14 +130,14 @@ def test_a_figure_that_a_result_does_not_have_or_is_no_number_is_out_of_bounds(m
         ({"a": {"most": {"difference": "1e-4"}}}, "a: difference must be a number, it is '1e-4'"),
     ],
 )
-def test_a_mistake_in_what_is_expected_is_said(measured: Path, expected: dict[str, Any], message: str) -> None:
+def test_a_mistake_in_the_expected_ratios_is_reported(measured: Path, expected: dict[str, Any], message: str) -> None:
     done = check(measured, expected)
     assert done.returncode == 1
     assert done.stderr.strip() == f"{measured / 'expected.yaml'}: {message}"
 
 
 @pytest.mark.parametrize("content", ["{", '[{"title": "of something else"}]', "3"])
-def test_a_file_that_no_benchmark_wrote_is_named(tmp_path: Path, content: str) -> None:
+def test_a_file_not_written_by_a_benchmark_is_named(tmp_path: Path, content: str) -> None:
     file = tmp_path / "other.json"
     file.write_text(content, encoding="utf-8")
     done = run("report.py", file)
@@ -146,7 +146,7 @@ def test_a_file_that_no_benchmark_wrote_is_named(tmp_path: Path, content: str) -
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_ratio_is_the_median_of_pairs_and_not_of_medians(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ratio_is_the_median_of_ratios_not_the_ratio_of_medians(monkeypatch: pytest.MonkeyPatch) -> None:
     compared = functions("results.py", monkeypatch)["compared"]
     times = [(2.0, 1.0), (30.0, 10.0), (4.0, 1.0)]  # ratios 2, 3, 4; medians 4 and 1
     result = compared("a", "b", times)
@@ -155,7 +155,7 @@ def test_a_ratio_is_the_median_of_pairs_and_not_of_medians(monkeypatch: pytest.M
     assert compared("a", "b", times, "images/s", more_is_better=True).ratio.median == pytest.approx(1 / 3)
 
 
-def test_what_is_saved_is_read_back_with_the_command_that_gives_it(
+def test_saved_results_are_loaded_with_the_command_that_reproduces_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results = functions("results.py", monkeypatch)
@@ -179,13 +179,13 @@ def test_bfloat16_is_not_measured_where_it_would_be_emulated(
     if instructions is False:
         with pytest.raises(SystemExit) as end:
             end_if_emulated(True, "cpu")
-        assert end.value.code is None  # the benchmarks after it are measured
+        assert end.value.code is None  # exit code 0, so that make continues with the next benchmark
         assert capsys.readouterr().out.startswith("not measured: ")
     else:
         end_if_emulated(True, "cpu")
 
 
-def test_the_processor_is_the_one_that_linux_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_processors_name_is_read_from_linux(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "cpuinfo"
     file.write_text("processor\t: 0\nmodel name\t: A Processor\nmodel name\t: A Processor\n", encoding="utf-8")
     cpu_model = functions("results.py", monkeypatch)["cpu_model"]
@@ -193,14 +193,14 @@ def test_the_processor_is_the_one_that_linux_names(tmp_path: Path, monkeypatch: 
     assert cpu_model(str(tmp_path / "none"))
 
 
-def test_all_that_is_expected_is_measured_by_make_bench() -> None:
+def test_make_bench_measures_every_expected_ratio() -> None:
     expected = yaml.safe_load((BENCHMARKS / "expected_ratios.yaml").read_text(encoding="utf-8"))
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     scripts = {name.partition("/")[0].replace("losses", "train_step") for name in expected}
     assert {script for script in scripts if f"$(call measure,{script}" not in makefile} == set()
 
 
-def test_programs_are_read_paused_and_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_programs_are_read_paused_resumed_and_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     running = functions("running.py", monkeypatch)
     loop = "import time\nfor i in range(10**6): print('line', i, '.', flush=True); time.sleep(0.001)"
     with running["Program"]([sys.executable, "-c", loop]) as program:
@@ -208,11 +208,11 @@ def test_programs_are_read_paused_and_ended(monkeypatch: pytest.MonkeyPatch) -> 
         program.pause()
         status = Path(f"/proc/{program.process.pid}/stat")
         for _ in range(1000):
-            if status.read_text().rpartition(")")[2].split()[0] == "T":  # stopped, as proc(5) has it
+            if status.read_text().rpartition(")")[2].split()[0] == "T":  # stopped, see proc(5)
                 break
             time.sleep(0.01)
         else:
-            pytest.fail("it goes on")
+            pytest.fail("the program is not paused")
         program.resume()
         program.wait_for(r"^line 40 \.")
     assert program.process.returncode == -9
@@ -223,7 +223,7 @@ def test_programs_are_read_paused_and_ended(monkeypatch: pytest.MonkeyPatch) -> 
         program.wait_for("more")
 
 
-def test_arithmetic_is_counted_where_torch_would_use_kernels_that_hide_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flops_are_counted_where_torch_would_use_fused_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     counted = functions("peers.py", monkeypatch)["counted"]
     B, L, W = 3, 5, 8
     attention, x = torch.nn.MultiheadAttention(W, 2, batch_first=True).eval(), torch.randn(B, L, W)
@@ -254,7 +254,7 @@ def test_both_libraries_get_the_same_quickstart_model(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("count", [32, 64, 128])
-def test_captions_have_about_14_tokens_in_the_mean(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_captions_have_14_tokens_on_average(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     captions = functions("peers.py", monkeypatch)["captions"](count)
     assert len(captions) == count
     tokenizer = SimpleTokenizer()
@@ -264,7 +264,7 @@ def test_captions_have_about_14_tokens_in_the_mean(count: int, monkeypatch: pyte
 
 @pytest.mark.slow
 def test_both_libraries_train_whole_epochs_from_the_same_files(tmp_path: Path) -> None:
-    for package in ("pandas", "webdataset"):  # open_clip_train's own
+    for package in ("pandas", "webdataset"):  # open_clip_train needs them
         pytest.importorskip(package)
     file = tmp_path / "epoch.json"
     done = run("epoch.py", "--model", "ViT-tiny-16-64", "--batch", 800, "--epochs", 1, "--json", file)
@@ -272,8 +272,8 @@ def test_both_libraries_train_whole_epochs_from_the_same_files(tmp_path: Path) -
     training, whole = json.loads(file.read_text(encoding="utf-8"))
     assert (training["name"], whole["name"]) == tuple(f"epoch/ViT-tiny-16-64/fp32/{x}" for x in ("training", "whole"))
     for side in ("peers", "ours"):
-        assert 0 < training[side] < whole[side]  # which has validation in it
-    # 32 positions of every caption, whatever it says; forward and backward of the weights' products, two steps.
+        assert 0 < training[side] < whole[side]  # the whole epoch includes validation
+    # The peer encodes 32 positions of every caption; forward and backward matrix products of two steps.
     positions, blocks, projections = 2 * 800 * 32, 2 * 12 * 256**2, 256**2 / 32
     text = 3 * 2 * positions * (blocks + projections)
     assert training["figures"]["peers_gflop"] > text / 1e9
@@ -284,16 +284,16 @@ ALL_HELP = """
 import contextlib, io, runpy, sys
 for script in sys.argv[1:]:
     sys.argv = [script, "--help"]
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
         runpy.run_path(script, run_name="__main__")
-    print(said.getvalue().startswith("usage:"), script)
+    print(output.getvalue().startswith("usage:"), script)
 """
 
 
-def test_every_benchmark_says_what_it_measures() -> None:
+def test_every_benchmark_has_a_help_text() -> None:
     scripts = [name for name in SCRIPTS if name != "open_clip_train_with.py"]  # its help is the peer's
     command = [sys.executable, "-c", ALL_HELP, *scripts]  # one process, which imports torch once
-    environment = {"PYTHONPATH": str(BENCHMARKS), "PATH": "/usr/bin:/bin"}
+    environment = {"PYTHONPATH": f"{BENCHMARKS}:{ROOT}", "PATH": "/usr/bin:/bin"}
     done = subprocess.run(command, cwd=BENCHMARKS, env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.splitlines() == [f"True {name}" for name in scripts], done.stderr

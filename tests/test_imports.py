@@ -1,4 +1,4 @@
-"""The dependency rule: ``lit_clip`` knows neither of the other two packages, and those do not know each other."""
+"""Import rules: ``lit_clip`` imports neither of the other two packages, and these do not import each other."""
 
 import ast
 import subprocess
@@ -20,7 +20,7 @@ FORBIDDEN = {
 
 
 def imported(file: Path) -> set[str]:
-    """Top-level names of everything a file imports, wherever in it."""
+    """Return the top-level names of all imports in a file, also inside functions."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -39,7 +39,7 @@ def test_packages_import_only_downwards(package: str) -> None:
 
 
 def test_the_three_packages_come_from_this_checkout() -> None:
-    """``callbacks`` and ``datamodules`` are names that another package could shadow."""
+    """Another package could shadow names as common as ``callbacks`` and ``datamodules``."""
     for package in (lit_clip, callbacks, datamodules):
         assert Path(str(package.__file__)).parents[1] == ROOT
 
@@ -50,7 +50,7 @@ def test_importing_lit_clip_imports_nothing_heavy() -> None:
     assert result.stdout.strip() == "[]"
 
 
-def test_every_public_name_is_there() -> None:
+def test_every_public_name_can_be_imported() -> None:
     for name in lit_clip.__all__:
         assert getattr(lit_clip, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'CLIPP'"):

@@ -1,4 +1,4 @@
-"""Steps that are not finite: every rank decides the same, nothing of such a step stays, and its pairs are named."""
+"""Steps that are not finite: all ranks undo them alike, and their pairs are listed."""
 
 import csv
 import json
@@ -43,7 +43,7 @@ WITH_BATCH_NORM = CLIPConfig(
 
 
 def batches(table: Path, config: CLIPConfig, epochs: int = 1) -> Iterator[tuple[int, CaptionBatch]]:
-    """The 4 global batches of 16 pairs of each epoch, and the epoch."""
+    """Yield each epoch's 4 global batches of 16 pairs, with the epoch."""
     model = CLIP(config)
     data = Captions(
         str(table),
@@ -62,7 +62,7 @@ def batches(table: Path, config: CLIPConfig, epochs: int = 1) -> Iterator[tuple[
 
 
 def key_of_step(table: Path, config: CLIPConfig, step: int) -> str:
-    """Of a pair that is read at a step of the first epoch."""
+    """Return the key of a pair in a given step of the first epoch."""
     for number, (_, batch) in enumerate(batches(table, config)):
         if number == step:
             return batch.keys[5]
@@ -75,9 +75,19 @@ def findings(folder: Path) -> list[dict[str, Any]]:
 
 
 def trained_without(
-    key: str, also: list[int], state: dict[str, Tensor], table: Path, config: CLIPConfig, epochs: int, steps: int = 99
+    key: str,
+    skipped: list[int],
+    state: dict[str, Tensor],
+    table: Path,
+    config: CLIPConfig,
+    epochs: int,
+    steps: int = 99,
 ) -> tuple[dict[str, Tensor], list[int]]:
-    """An ordinary loop that leaves out the steps with one pair and some others; the weights, and all their numbers."""
+    """Train in a plain loop without the steps that contain a pair, or are listed in ``skipped``.
+
+    Returns:
+        The weights, and the steps left out.
+    """
     model = CLIP(config)
     model.load_state_dict(state)
     optimizer = torch.optim.AdamW(decay_groups(model, 0.2), lr=0.01, betas=(0.9, 0.98), eps=1e-6)
@@ -85,7 +95,7 @@ def trained_without(
     for step, (_, batch) in enumerate(batches(table, config, epochs)):
         if step == steps:
             break
-        if key in batch.keys or step in also:
+        if key in batch.keys or step in skipped:
             left_out.append(step)
             continue
         for group in optimizer.param_groups:
@@ -101,10 +111,10 @@ def trained_without(
 
 def assert_same_weights(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     for key, value in expected.items():
-        if key.endswith("in_proj_bias"):  # the gradient of the keys' bias is zero; Adam makes steps of its rounding
+        if key.endswith("in_proj_bias"):  # the gradient of the keys' bias is zero; Adam amplifies its rounding errors
             continue
         torch.testing.assert_close(ours[key], value, atol=5e-4, rtol=0, msg=lambda m, key=key: f"{key}: {m}")
-        assert ((ours[key] - value).abs() > 1e-4).float().mean() < 1e-3, key  # Adam makes much of a tiny gradient
+        assert ((ours[key] - value).abs() > 1e-4).float().mean() < 1e-3, key  # Adam amplifies tiny gradients
 
 
 SKIP = "--trainer.callbacks+={class_path: callbacks.NonFiniteSteps, init_args: {policy: skip}}"
@@ -115,25 +125,25 @@ def callback(name: str, **arguments: Any) -> str:
     return "--trainer.callbacks+=" + json.dumps(values)
 
 
-def test_two_ranks_leave_out_the_steps_that_are_broken_on_one(
+def test_two_ranks_skip_the_steps_that_are_not_finite_on_one(
     cli: Cli, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
     key = key_of_step(caption_table, tiny_config, 1)
     options = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.log_every_n_steps", "1"]
     options += ["--data.batch_size", "8", "--trainer.max_epochs", "2", SKIP]
-    options += ["--trainer.precision", "32-true"]  # a new interpreter would compute as it likes
+    options += ["--trainer.precision", "32-true"]  # a new interpreter would choose bfloat16 where supported
     options += [callback("BrokenImage", keys=[key], folder="."), callback("BrokenGradient", step=3, rank=1)]
-    # A quarter of a minute alone; with six programs on two cores it has taken two.
+    # Takes 15 s alone; it has taken two minutes with six programs on two cores.
     result = cli(*command(caption_table, *options), environment={"PYTHONPATH": str(ROOT)}, timeout=300)
     assert result.returncode == 0, result.stderr
-    first, one, two = (torch.load(tmp_path / f"{name}.pt") for name in ("first_0", "last_0", "last_1"))
-    for name, value in one.items():
-        assert torch.equal(value, two[name]), name
+    first, rank_0, rank_1 = (torch.load(tmp_path / f"{name}.pt") for name in ("first_0", "last_0", "last_1"))
+    for name, value in rank_0.items():
+        assert torch.equal(value, rank_1[name]), name
     expected, steps = trained_without(key, [3], first, caption_table, tiny_config, epochs=2)
     assert steps[:2] == [1, 3]
     assert len(steps) == 3
-    assert_same_weights(one, expected)
-    assert not torch.allclose(one["visual.proj"], first["visual.proj"], atol=1e-3)
+    assert_same_weights(rank_0, expected)
+    assert not torch.allclose(rank_0["visual.proj"], first["visual.proj"], atol=1e-3)
 
     found = findings(tmp_path)
     images = [line for line in found if line["reason"] == "loss"]
@@ -156,7 +166,7 @@ def test_two_ranks_leave_out_the_steps_that_are_broken_on_one(
     assert torch.load(saved, weights_only=True)["callbacks"]["NonFiniteSteps"] == {"steps": 3}
 
 
-def test_both_ranks_stop_with_the_same_message_and_the_weights_from_before(
+def test_both_ranks_stop_with_the_same_message_and_the_weights_before_the_step(
     tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
     key = key_of_step(caption_table, tiny_config, 2)
@@ -171,41 +181,41 @@ def test_both_ranks_stop_with_the_same_message_and_the_weights_from_before(
     ranks = forks.run([forks.Program(forks.command, words, tmp_path, each) for each in environments], 120)
     errors = [rank.stderr for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 2], errors
-    one, two = ([line for line in text.splitlines() if line.startswith("lit-clip: error")] for text in errors)
-    assert one == two
-    assert len(one) == 1
-    assert "training stopped at step 2: the loss is nan" in one[0]
-    assert key in one[0]
-    assert "callbacks.NonFiniteSteps with policy: skip" in one[0]
+    first, second = ([line for line in text.splitlines() if line.startswith("lit-clip: error")] for text in errors)
+    assert first == second
+    assert len(first) == 1
+    assert "training stopped at step 2: the loss is nan" in first[0]
+    assert key in first[0]
+    assert "callbacks.NonFiniteSteps with policy: skip" in first[0]
     (found,) = findings(tmp_path)
     assert (found["step"], found["keys"], found["reason"]) == (2, [key], "loss")
-    first, *last = (torch.load(tmp_path / f"{name}.pt") for name in ("first_0", "last_0", "last_1"))
-    expected, _ = trained_without(key, [], first, caption_table, tiny_config, epochs=1, steps=2)
+    before, *last = (torch.load(tmp_path / f"{name}.pt") for name in ("first_0", "last_0", "last_1"))
+    expected, _ = trained_without(key, [], before, caption_table, tiny_config, epochs=1, steps=2)
     for state in last:
         assert_same_weights(state, expected)
 
 
 class States(Callback):
-    """All that an optimiser step and a forward pass change, before each step and at the end."""
+    """Record weights, buffers and optimiser moments before each step and at the end."""
 
     def __init__(self) -> None:
         self.seen: list[dict[str, Tensor]] = []
 
-    def _look(self, trainer: Trainer, module: LightningModule) -> None:
+    def _record(self, trainer: Trainer, module: LightningModule) -> None:
         state = {name: value.clone() for name, value in module.state_dict().items()}
         for i, moments in enumerate(trainer.optimizers[0].state.values()):
             state |= {f"{name} {i}": value.clone() for name, value in moments.items()}
         self.seen.append(state)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._look(trainer, pl_module)
+        self._record(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._look(trainer, pl_module)
+        self._record(trainer, pl_module)
 
 
 def scaled() -> MixedPrecision:
-    """``16-mixed`` as on a GPU; named alone, Lightning would take ``bf16-mixed`` on a CPU instead."""
+    """Return ``16-mixed`` as on a GPU; on a CPU Lightning replaces the name by ``bf16-mixed``."""
     return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**10))
 
 
@@ -224,16 +234,12 @@ def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
         pytest.param({"precision": "16-mixed"}, id="16-mixed with a gradient scaler"),
     ],
 )
-def test_nothing_of_a_step_that_is_left_out_remains(
-    options: dict[str, Any], caption_table: Path, tmp_path: Path
-) -> None:
-    """Weights, BatchNorm's statistics, AdamW's moments and its count of steps."""
+def test_a_skipped_step_changes_nothing(options: dict[str, Any], caption_table: Path, tmp_path: Path) -> None:
+    """Neither weights nor BatchNorm statistics nor AdamW's moments and step count."""
     if options.get("precision") == "16-mixed":
         options = {"plugins": [scaled()]}
-    module, states = (
-        LitCLIP(WITH_BATCH_NORM, optimizer=AdamWSettings(lr=1e-3), lr_scheduler=WarmupCosineSettings(0)),
-        States(),
-    )
+    module = LitCLIP(WITH_BATCH_NORM, optimizer=AdamWSettings(lr=1e-3), lr_scheduler=WarmupCosineSettings(0))
+    states = States()
     callbacks = [states, BrokenImage([key_of_step(caption_table, WITH_BATCH_NORM, 2)]), NonFiniteSteps("skip")]
     fitting = trainer(tmp_path, max_epochs=1, limit_val_batches=0, callbacks=callbacks, **options)
     with pytest.warns(UserWarning, match="step 2 is skipped: the loss is nan"):
@@ -245,13 +251,11 @@ def test_nothing_of_a_step_that_is_left_out_remains(
     assert fitting.global_step == 4
 
 
-def test_a_gradient_that_is_not_finite_is_left_out_with_all_keys_of_the_step(
+def test_a_step_with_a_non_finite_gradient_is_skipped_and_lists_all_its_keys(
     tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
-    module, states = (
-        LitCLIP(tiny_config, micro_batch_size=4, lr_scheduler=WarmupCosineSettings(0)),
-        States(),
-    )
+    module = LitCLIP(tiny_config, micro_batch_size=4, lr_scheduler=WarmupCosineSettings(0))
+    states = States()
     options: dict[str, Any] = {
         "logger": CSVLogger(tmp_path),
         "callbacks": [states, BrokenGradient(1), NonFiniteSteps("skip")],
@@ -267,7 +271,7 @@ def test_a_gradient_that_is_not_finite_is_left_out_with_all_keys_of_the_step(
     assert float(found["loss"]) > 0
 
 
-def test_gradients_that_overflow_under_a_gradient_scaler_are_its_business(
+def test_overflowing_gradients_are_left_to_the_gradient_scaler(
     tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
     module, states = LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(0)), States()
@@ -275,22 +279,22 @@ def test_gradients_that_overflow_under_a_gradient_scaler_are_its_business(
     options: dict[str, Any] = {"plugins": [precision], "callbacks": [states, BrokenGradient(1), non_finite]}
     trainer(tmp_path, max_epochs=1, limit_val_batches=0, **options).fit(module, data_for(module, caption_table))
     assert precision.scaler is not None
-    assert precision.scaler.get_scale() == 2.0**9  # halved once: it left that step out itself
+    assert precision.scaler.get_scale() == 2.0**9  # halved once: it skipped that step itself
     assert changed(*states.seen[1:3]) == set()
     assert changed(*states.seen[2:4])
     assert non_finite.steps == 0
 
 
-def test_the_count_goes_on_in_a_resumed_run(tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_continues_the_count(tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path) -> None:
     key, counts = key_of_step(caption_table, tiny_config, 1), []
     for epochs, path in ((1, None), (2, tmp_path / "last.ckpt")):
         module = LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(0))
-        keep = ModelCheckpoint(tmp_path, "last", enable_version_counter=False)
+        saver = ModelCheckpoint(tmp_path, "last", enable_version_counter=False)
         fitting = trainer(
             tmp_path,
             max_epochs=epochs,
             limit_val_batches=0,
-            callbacks=[keep, BrokenImage([key]), NonFiniteSteps("skip")],
+            callbacks=[saver, BrokenImage([key]), NonFiniteSteps("skip")],
         )
         with pytest.warns(UserWarning, match=f"{epochs} such steps so far"):
             fitting.fit(module, data_for(module, caption_table), ckpt_path=path)
@@ -298,7 +302,7 @@ def test_the_count_goes_on_in_a_resumed_run(tiny_config: CLIPConfig, caption_tab
     assert counts == [1, 2]
 
 
-def test_weights_that_never_give_a_finite_loss_stop_even_a_run_that_skips(
+def test_too_many_non_finite_steps_in_a_row_stop_even_a_run_that_skips(
     tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
     module = LitCLIP(tiny_config)
@@ -311,11 +315,11 @@ def test_weights_that_never_give_a_finite_loss_stop_even_a_run_that_skips(
             fitting.fit(module, data_for(module, caption_table, batch_size=4))
     assert MOST_IN_A_ROW == 100
     assert fitting.global_step == 99
-    said = [str(warning.message) for warning in caught if "is skipped" in str(warning.message)]
-    assert [line.split()[1] for line in said] == ["0", "1", "3", "7", "15", "31", "63"]  # the 1st, 2nd, 4th, ...
+    messages = [str(warning.message) for warning in caught if "is skipped" in str(warning.message)]
+    assert [line.split()[1] for line in messages] == ["0", "1", "3", "7", "15", "31", "63"]  # the 1st, 2nd, 4th, ...
 
 
-def test_without_a_logger_the_message_alone_names_the_first_pairs(
+def test_without_a_logger_only_the_message_names_the_first_pairs(
     tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
     module = LitCLIP(tiny_config)
@@ -328,7 +332,7 @@ def test_without_a_logger_the_message_alone_names_the_first_pairs(
     assert not list(tmp_path.rglob("non_finite.jsonl"))
 
 
-def test_a_file_that_cannot_be_written_does_not_end_the_run(
+def test_an_unwritable_list_of_steps_does_not_stop_the_run(
     tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
     module, logger = LitCLIP(tiny_config), CSVLogger(tmp_path)
@@ -342,7 +346,7 @@ def test_a_file_that_cannot_be_written_does_not_end_the_run(
     assert fitting.global_step == 4
 
 
-def test_the_moving_average_stays_finite(tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path) -> None:
+def test_ema_stays_finite(tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path) -> None:
     module = LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(0))
     broken = BrokenImage([key_of_step(caption_table, tiny_config, 0)])
     fitting = trainer(tmp_path, max_epochs=1, limit_val_batches=0, callbacks=[EMA(0.5), broken, NonFiniteSteps("skip")])
@@ -354,7 +358,7 @@ def test_the_moving_average_stays_finite(tiny_config: CLIPConfig, caption_table:
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
-def test_weights_in_half_precision_are_not_trained(
+def test_training_weights_in_half_precision_is_refused(
     precision: Any, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
     module = LitCLIP(tiny_config)
@@ -371,13 +375,11 @@ def test_an_unknown_policy_is_refused() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
-def test_a_step_is_left_out_on_a_cuda_device_in_every_precision(
+def test_a_step_is_skipped_on_a_cuda_device_in_every_precision(
     precision: Any, caption_table: Path, tmp_path: Path
 ) -> None:
-    module, states = (
-        LitCLIP(WITH_BATCH_NORM, optimizer=AdamWSettings(lr=1e-3), lr_scheduler=WarmupCosineSettings(0)),
-        States(),
-    )
+    module = LitCLIP(WITH_BATCH_NORM, optimizer=AdamWSettings(lr=1e-3), lr_scheduler=WarmupCosineSettings(0))
+    states = States()
     callbacks = [states, BrokenImage([key_of_step(caption_table, WITH_BATCH_NORM, 2)]), NonFiniteSteps("skip")]
     options: dict[str, Any] = {"accelerator": "gpu", "devices": 1, "precision": precision, "callbacks": callbacks}
     trainer(tmp_path, max_epochs=1, limit_val_batches=0, **options).fit(module, data_for(module, caption_table))

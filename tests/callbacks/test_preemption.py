@@ -1,4 +1,4 @@
-"""Signals and killed processes: what is saved, what is said, how processes end, and that none is left."""
+"""Preemption: the checkpoint, message and exit code after a signal or a kill, with no process left over."""
 
 import os
 import random
@@ -37,12 +37,12 @@ LONG_VALIDATION = (
 SAVE_LAST = "{class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: {save_last: true}}"
 
 
-# One process: the test's own, which really gets the signals.
+# One process: this one, which really gets the signals.
 
 
 @pytest.fixture
 def _handlers() -> Iterator[None]:
-    """A process that was told to end keeps its handlers to the end; this one goes on."""
+    """Restore the signal handlers: a preempted process keeps its own until it exits, but this one does not exit."""
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGUSR1)}
     yield
     for signum, handler in before.items():
@@ -50,7 +50,7 @@ def _handlers() -> Iterator[None]:
 
 
 class SignalAt(Callback):
-    """Sends this process a signal the n-th time that a hook is called."""
+    """Send this process a signal the n-th time a hook is called."""
 
     def __init__(self, hook: str, n: int = 1, signum: int = signal.SIGTERM) -> None:
         self.calls, self.n, self.signum = 0, n, signum
@@ -63,7 +63,7 @@ class SignalAt(Callback):
 
 
 class Recorder(Callback):
-    """What happened: the weights after each step, and how much of validations."""
+    """Record the weights after each step, and count validations and their batches."""
 
     def __init__(self) -> None:
         self.steps: list[Tensor] = []
@@ -82,11 +82,9 @@ class Recorder(Callback):
 def stopped_fit(
     config: CLIPConfig, table: Path, folder: Path, *callbacks: Callback, ckpt_path: Path | None = None, **options: Any
 ) -> tuple[SystemExit, Recorder]:
-    """A run that a signal must end: how it ended, and what happened. Epochs have 4 steps, validations 4 batches."""
-    module, recorder = (
-        LitCLIP(config, optimizer=AdamWSettings(lr=0.01), lr_scheduler=WarmupCosineSettings(1)),
-        Recorder(),
-    )
+    """Run a fit that a signal must end; return the exit and the record. Epochs have 4 steps, validations 4 batches."""
+    module = LitCLIP(config, optimizer=AdamWSettings(lr=0.01), lr_scheduler=WarmupCosineSettings(1))
+    recorder = Recorder()
     settings = {"max_epochs": 3, "callbacks": [Preemption(), recorder, *callbacks], **options}
     with pytest.raises(SystemExit) as stopped:
         trainer(folder, **settings).fit(module, data_for(module, table), ckpt_path=ckpt_path)
@@ -107,7 +105,7 @@ def names(folder: Path) -> set[str]:
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.usefixtures("_handlers")
-def test_a_signal_in_the_middle_of_a_step_ends_the_run_behind_that_step_with_a_whole_checkpoint(
+def test_a_signal_during_a_step_saves_a_complete_checkpoint_after_that_step(
     signum: signal.Signals, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
     sender = SignalAt("on_before_optimizer_step", 2, signum)
@@ -119,16 +117,16 @@ def test_a_signal_in_the_middle_of_a_step_ends_the_run_behind_that_step_with_a_w
     assert saved["global_step"] == 2
     assert torch.equal(saved["state_dict"]["visual.proj"], recorder.steps[1])
     assert saved["optimizer_states"][0]["state"]
-    assert str(stopped).startswith(f"{signum.name}: saved step 2; ")
+    assert str(stopped).startswith(f"{signum.name}: saved step 2; resume with: ")
     assert str(stopped).endswith(f"--ckpt_path {tmp_path}/last.ckpt")
 
 
 @pytest.mark.parametrize("step", [3, 4])
 @pytest.mark.usefixtures("_handlers")
-def test_a_resumed_run_goes_on_behind_the_saved_step_and_may_be_ended_again(
+def test_a_run_resumes_after_the_saved_step_and_can_be_preempted_again(
     step: int, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
-    """In the middle of an epoch and at its end; the file is the run's own to replace."""
+    """In the middle of an epoch and at its end; the run may replace its own checkpoint."""
     run = tiny_config, caption_table, tmp_path
     _, first = stopped_fit(*run, SignalAt("on_before_optimizer_step", step), keeper(tmp_path))
     assert load(tmp_path / "last.ckpt")["global_step"] == len(first.steps) == step
@@ -139,10 +137,10 @@ def test_a_resumed_run_goes_on_behind_the_saved_step_and_may_be_ended_again(
 
 
 @pytest.mark.usefixtures("_handlers")
-def test_a_validation_is_cut_short_and_nobody_evaluates_its_part(
+def test_a_signal_stops_a_validation_and_discards_its_results(
     tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
-    """Under a moving average validation has other weights than training; the file holds both, as always."""
+    """With EMA, validation uses other weights than training; the checkpoint holds both as usual."""
     sender = SignalAt("on_validation_batch_start", 2)
     options = {"num_sanity_val_steps": 0, "limit_train_batches": 2}
     average = EMA(decay=0.25)
@@ -157,7 +155,7 @@ def test_a_validation_is_cut_short_and_nobody_evaluates_its_part(
 
 
 class Diary(Callback):
-    """Training steps, epochs' ends, and validations that ended with what they found, in order."""
+    """Record steps, ends of epochs, and the results of complete validations, in order."""
 
     def __init__(self) -> None:
         self.entries: list[tuple[Any, ...]] = []
@@ -166,8 +164,8 @@ class Diary(Callback):
         self.entries.append(("step", trainer.global_step, float(trainer.callback_metrics["train/loss"])))
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        found = float(trainer.callback_metrics["val/loss"])
-        self.entries.append(("validation", trainer.global_step, trainer.current_epoch, found))
+        loss = float(trainer.callback_metrics["val/loss"])
+        self.entries.append(("validation", trainer.global_step, trainer.current_epoch, loss))
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         self.entries.append(("epoch", trainer.current_epoch))
@@ -176,21 +174,19 @@ class Diary(Callback):
 @pytest.mark.parametrize(
     ("batch", "options", "average"),
     [
-        pytest.param(6, {}, True, id="at the end of an epoch, of averaged weights"),
-        pytest.param(6, {"val_check_interval": 1}, False, id="behind the second step of an epoch"),
-        pytest.param(10, {}, False, id="the last of all"),
+        pytest.param(6, {}, True, id="at the end of an epoch, with averaged weights"),
+        pytest.param(6, {"val_check_interval": 1}, False, id="after the second step of an epoch"),
+        pytest.param(10, {}, False, id="at the end of the run"),
     ],
 )
 @pytest.mark.usefixtures("_handlers")
-def test_a_validation_that_was_cut_short_is_what_the_run_goes_on_with(
+def test_a_resumed_run_begins_with_the_validation_that_was_stopped(
     batch: int, options: dict[str, Any], average: bool, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
     def fit(name: str, *more: Callback, ckpt_path: Path | None = None) -> list[tuple[Any, ...]]:
         torch.manual_seed(0)
-        module, diary = (
-            LitCLIP(tiny_config, optimizer=AdamWSettings(lr=0.01), lr_scheduler=WarmupCosineSettings(1)),
-            Diary(),
-        )
+        module = LitCLIP(tiny_config, optimizer=AdamWSettings(lr=0.01), lr_scheduler=WarmupCosineSettings(1))
+        diary = Diary()
         best = ModelCheckpoint(tmp_path / name, "best", monitor="val/loss", save_last=True)
         callbacks = [Preemption(), diary, *([EMA(decay=0.25)] if average else []), *more, best]
         settings = {"max_epochs": 3, "num_sanity_val_steps": 0, "limit_train_batches": 2, "callbacks": callbacks}
@@ -203,7 +199,7 @@ def test_a_validation_that_was_cut_short_is_what_the_run_goes_on_with(
     rest = fit("rest", ckpt_path=tmp_path / "cut/last.ckpt")
     assert rest[0][0] == "validation"
     assert cut + rest == whole
-    best = load(tmp_path / "rest/best.ckpt")["global_step"]  # maybe of that validation, before the first step
+    best = load(tmp_path / "rest/best.ckpt")["global_step"]  # may come from that first validation, before any step
     first = next(i for i, entry in enumerate(whole) if entry[:2] == ("validation", best))
     assert best >= cut[-1][1]
     again = fit("again", ckpt_path=tmp_path / "rest/best.ckpt")
@@ -212,7 +208,7 @@ def test_a_validation_that_was_cut_short_is_what_the_run_goes_on_with(
 
 @pytest.mark.parametrize("hook", ["on_sanity_check_start", "on_validation_batch_start"])
 @pytest.mark.usefixtures("_handlers")
-def test_before_the_first_step_there_is_nothing_to_save(
+def test_a_signal_before_the_first_step_saves_nothing(
     hook: str, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
     stopped, recorder = stopped_fit(tiny_config, caption_table, tmp_path, SignalAt(hook), keeper(tmp_path))
@@ -223,7 +219,9 @@ def test_before_the_first_step_there_is_nothing_to_save(
 
 
 @pytest.mark.usefixtures("_handlers")
-def test_ranks_may_compare_notes_less_often(tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path) -> None:
+def test_every_n_steps_delays_the_check_for_signals(
+    tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+) -> None:
     recorder, module = Recorder(), LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(1))
     callbacks = [Preemption(every_n_steps=3), recorder, SignalAt("on_before_optimizer_step"), keeper(tmp_path)]
     with pytest.raises(SystemExit):
@@ -234,7 +232,7 @@ def test_ranks_may_compare_notes_less_often(tiny_config: CLIPConfig, caption_tab
 
 
 @pytest.mark.usefixtures("_handlers")
-def test_without_a_last_checkpoint_there_is_one_of_its_own_name(
+def test_without_save_last_the_checkpoint_is_called_preempted(
     tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
     sender = SignalAt("on_before_optimizer_step", 1)
@@ -245,7 +243,7 @@ def test_without_a_last_checkpoint_there_is_one_of_its_own_name(
 
 
 @pytest.mark.usefixtures("_handlers")
-def test_who_wants_no_checkpoints_gets_none_and_is_told(
+def test_without_checkpointing_a_signal_saves_nothing_and_says_so(
     tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
     sender = SignalAt("on_before_optimizer_step", 1)
@@ -266,7 +264,7 @@ def test_another_runs_checkpoint_is_not_replaced(tiny_config: CLIPConfig, captio
 
 
 class SignalWhileSaving(TorchCheckpointIO):
-    """Storage so slow that somebody loses patience."""
+    """Slow storage: more signals arrive while it writes."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -275,7 +273,7 @@ class SignalWhileSaving(TorchCheckpointIO):
 
 
 class FullDisk(TorchCheckpointIO):
-    """Storage that keeps half of a file and says nothing."""
+    """Storage that silently keeps half of a file."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         super().save_checkpoint(checkpoint, path, storage_options)
@@ -283,33 +281,33 @@ class FullDisk(TorchCheckpointIO):
 
 
 @pytest.mark.usefixtures("_handlers")
-def test_more_signals_while_saving_change_nothing(tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path) -> None:
+def test_signals_while_saving_are_ignored(tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path) -> None:
     run = tiny_config, caption_table, tmp_path
     sender = SignalAt("on_before_optimizer_step", 1)
     stopped, _ = stopped_fit(*run, sender, keeper(tmp_path), plugins=[SignalWhileSaving()])
-    os.kill(os.getpid(), signal.SIGTERM)  # and now that Lightning has torn everything down
+    os.kill(os.getpid(), signal.SIGTERM)  # also after Lightning's teardown
     assert stopped.code == 128 + signal.SIGTERM
     assert names(tmp_path) == {"last.ckpt"}
     assert load(tmp_path / "last.ckpt")["global_step"] == 1
 
 
 @pytest.mark.usefixtures("_handlers")
-def test_a_checkpoint_that_is_not_whole_replaces_nothing_and_is_an_error(
+def test_an_incomplete_checkpoint_is_an_error_and_replaces_nothing(
     tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
-    """Lightning says nothing of a file that it could not write (footgun L19)."""
+    """By itself Lightning is silent when it cannot write a checkpoint (footgun L19)."""
     run = tiny_config, caption_table, tmp_path
     stopped_fit(*run, SignalAt("on_before_optimizer_step", 1), keeper(tmp_path))
     module = LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(1))
     callbacks = [Preemption(), SignalAt("on_before_optimizer_step", 1), keeper(tmp_path)]
     fitting = trainer(tmp_path, max_epochs=2, callbacks=callbacks, plugins=[FullDisk()])
-    with pytest.raises(InputError, match=r"last\.ckpt: could not be written"):
+    with pytest.raises(InputError, match=r"last\.ckpt: the checkpoint could not be written; check the free space"):
         fitting.fit(module, data_for(module, caption_table), ckpt_path=tmp_path / "last.ckpt")
     assert load(tmp_path / "last.ckpt")["global_step"] == 1
 
 
-def test_outside_of_fit_a_signal_ends_a_process_at_once(tiny_config: CLIPConfig, caption_table: Path) -> None:
-    """Nothing is there to be saved; Lightning's own handler would wait for other ranks, which may not come."""
+def test_outside_fit_a_signal_ends_the_process_at_once(tiny_config: CLIPConfig, caption_table: Path) -> None:
+    """There is nothing to save, and Lightning's own handler would wait for ranks that may not come."""
 
     class Handlers(Callback):
         def on_validation_start(self, *_: Any) -> None:
@@ -321,25 +319,19 @@ def test_outside_of_fit_a_signal_ends_a_process_at_once(tiny_config: CLIPConfig,
     assert handlers.sigterm == signal.SIG_DFL
 
 
-# Several processes: the command, as a person or a scheduler starts it.
+# Several processes: the command, started as a user or a scheduler starts it.
 
 
 class Run:
-    """A ``lit-clip fit`` of the tiny model that goes on until it is told to end, in a folder of its own."""
+    """A ``lit-clip fit`` of the tiny model in its own folder, which runs until a signal ends it."""
 
     def __init__(self, folder: Path, table: Path, *words: str, devices: int = 2, val: Path | None = None) -> None:
         self.folder, self.output = folder, folder / "output.txt"
         command = [
             *(str(Path(sys.executable).parent / "lit-clip"), "fit", "--data", "datamodules.Captions"),
             *("--data.train", str(table), "--data.val", str(val or table), "--data.batch_size", "8"),
-            *(
-                "--model.architecture",
-                TINY_YAML,
-                "--model.lr_scheduler.warmup_steps",
-                "2",
-                "--trainer.max_steps",
-                "100000",
-            ),
+            *("--model.architecture", TINY_YAML, "--model.lr_scheduler.warmup_steps", "2"),
+            *("--trainer.max_steps", "100000"),
             *("--trainer.max_time", "00:00:05:00", "--trainer.accelerator", "cpu", "--trainer.devices", str(devices)),
             *("--trainer.strategy", "auto" if devices == 1 else "ddp", "--trainer.enable_progress_bar", "false"),
             *("--trainer.logger.class_path", "lightning.pytorch.loggers.CSVLogger", "--trainer.log_every_n_steps", "1"),
@@ -356,17 +348,17 @@ class Run:
                 process_group=0,
             )
         self.ranks: list[int] = []
-        self.everyone: set[psutil.Process] = set()
+        self.processes: set[psutil.Process] = set()
 
     def wait_for_step(self, step: int) -> None:
-        """Until that many steps are logged; then the processes are known."""
+        """Wait until that many steps are logged, then collect the processes."""
         self._wait(lambda: len(self.logged_steps()) >= step)
         children = psutil.Process(self.process.pid).children()
         self.ranks = [self.process.pid, *(child.pid for child in children if "LOCAL_RANK" in child.environ())]
-        self.everyone = {psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)}
+        self.processes = {psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)}
 
     def wait_for_validation(self) -> None:
-        """Until both ranks are at it, where they have no collectives; then the processes are known."""
+        """Wait until both ranks validate, which has no collectives, then collect the processes."""
         self._wait(lambda: len(list(self.folder.glob("validating_*"))) == 2)
         self.wait_for_step(2)
 
@@ -388,11 +380,11 @@ class Run:
             if len(row) == len(columns) and row[columns.index("train/loss")]
         ]
 
-    def ends(self, timeout: float) -> int:
-        """The exit code; everyone must be gone by then, or shortly after."""
+    def exit_code(self, timeout: float) -> int:
+        """Wait for the run to end; all of its processes must be gone within the timeout."""
         deadline = time.monotonic() + timeout
         code = self.process.wait(timeout)
-        _, alive = psutil.wait_procs(self.everyone, max(deadline - time.monotonic(), 0))
+        _, alive = psutil.wait_procs(self.processes, max(deadline - time.monotonic(), 0))
         assert alive == [], f"{alive}: {self.output.read_text()}"
         return code
 
@@ -405,7 +397,7 @@ class Run:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
-    """Make a :class:`Run`; nothing of it survives the test."""
+    """Start a :class:`Run`, killed at the end of the test."""
     runs: list[Run] = []
 
     def make(*arguments: Any, **options: Any) -> Run:
@@ -423,7 +415,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
 
 @pytest.fixture(scope="module")
 def long_table(tmp_path_factory: pytest.TempPathFactory, caption_table: Path) -> Path:
-    """A validation of half a minute or more in batches of 2, one of them more on the first of two ranks."""
+    """A validation of at least half a minute in batches of 2; of two ranks the first has one batch more."""
     header, *rows = caption_table.read_text(encoding="utf-8").splitlines()
     rows = [re.sub(r"^[^,]+", lambda path: str((caption_table.parent / path[0]).resolve()), row) for row in rows]
     path = tmp_path_factory.mktemp("long") / "captions.csv"
@@ -433,7 +425,7 @@ def long_table(tmp_path_factory: pytest.TempPathFactory, caption_table: Path) ->
 
 @pytest.fixture
 def start_and_wait(start: Callable[..., Run], caption_table: Path, long_table: Path) -> Callable[[str], Run]:
-    """A run that is in the middle of its training or of a validation."""
+    """Start a run and wait until it trains or validates."""
 
     def make(during: str) -> Run:
         if during == "training":
@@ -448,10 +440,10 @@ def start_and_wait(start: Callable[..., Run], caption_table: Path, long_table: P
 
 
 @pytest.mark.slow
-def test_signals_to_all_processes_again_and_again_end_with_one_whole_checkpoint_that_can_be_resumed(
+def test_repeated_signals_to_all_processes_leave_one_complete_checkpoint_that_resumes(
     start: Callable[..., Run], caption_table: Path
 ) -> None:
-    """Also to data workers, as SLURM does: none of them may die and take its rank along (footgun L16)."""
+    """Data workers get them too, as under SLURM; none may die and take its rank along (footgun L16)."""
     run = start(caption_table, f"--trainer.callbacks+={SAVE_LAST}", "--data.num_workers", "1")
     run.wait_for_step(3)
     assert len(run.ranks) == 2
@@ -460,11 +452,11 @@ def test_signals_to_all_processes_again_and_again_end_with_one_whole_checkpoint_
         with suppress(ProcessLookupError):
             os.killpg(run.process.pid, signal.SIGTERM)
         time.sleep(0.01)
-    assert run.ends(30) == 128 + signal.SIGTERM
+    assert run.exit_code(30) == 128 + signal.SIGTERM
     steps = load(run.checkpoint())["global_step"]
     assert run.logged_steps() == list(range(steps))
     assert not list(run.checkpoint().parent.glob("*.part"))
-    (command,) = re.findall(r"^lit-clip: SIGTERM: saved step \d+; go on with: lit-clip (.+)$", run.last_line())
+    (command,) = re.findall(r"^lit-clip: SIGTERM: saved step \d+; resume with: lit-clip (.+)$", run.last_line())
     more = ("--trainer.max_steps", str(steps + 2), "--data.num_workers", "0")
     resumed = lit_clip_command(run.folder, *shlex.split(command), *more)
     assert resumed.returncode == 0, resumed.stderr
@@ -475,21 +467,21 @@ def test_signals_to_all_processes_again_and_again_end_with_one_whole_checkpoint_
 @pytest.mark.parametrize(
     ("rank", "signum"), [pytest.param(0, signal.SIGUSR1, marks=pytest.mark.slow), (1, signal.SIGTERM)]
 )
-def test_a_signal_to_one_rank_ends_all(
+def test_a_signal_to_one_rank_ends_all_ranks(
     rank: int, signum: signal.Signals, start: Callable[..., Run], caption_table: Path
 ) -> None:
     run = start(caption_table, "--data.num_workers", "0")
     run.wait_for_step(2)
     os.kill(run.ranks[rank], signum)
-    assert run.ends(30) == 128 + signum
+    assert run.exit_code(30) == 128 + signum
     assert load(run.checkpoint("preempted.ckpt"))["global_step"] == len(run.logged_steps())
 
 
-def test_signals_during_a_validation_of_uneven_ranks_end_it(start_and_wait: Callable[[str], Run]) -> None:
+def test_signals_stop_a_validation_with_uneven_ranks(start_and_wait: Callable[[str], Run]) -> None:
     run = start_and_wait("validation")
     for rank in run.ranks:
         os.kill(rank, signal.SIGTERM)
-    assert run.ends(30) == 128 + signal.SIGTERM
+    assert run.exit_code(30) == 128 + signal.SIGTERM
     assert load(run.checkpoint("preempted.ckpt"))["global_step"] == 2
 
 
@@ -499,7 +491,7 @@ def test_the_first_rank_ends_with_an_error_when_another_is_killed(
 ) -> None:
     run = start_and_wait(during)
     os.kill(run.ranks[1], signal.SIGKILL)
-    assert run.ends(60) != 0
+    assert run.exit_code(60) != 0
 
 
 @pytest.mark.slow
@@ -507,21 +499,21 @@ def test_the_first_rank_ends_with_an_error_when_another_is_killed(
 def test_the_other_ranks_end_with_an_error_when_the_first_is_killed(
     during: str, start_and_wait: Callable[[str], Run]
 ) -> None:
-    """In a validation, which has no collectives, they would go on to its end."""
+    """A validation has no collectives, so they would otherwise run to its end."""
     run = start_and_wait(during)
     os.kill(run.ranks[0], signal.SIGKILL)
-    assert run.ends(60) == -signal.SIGKILL
-    # Whichever it notices first: what it waits for in the group, or that the process that started it is gone.
-    said = ("another process has ended", "the first process of this machine has ended")
-    assert any(words in run.last_line() for words in said)
+    assert run.exit_code(60) == -signal.SIGKILL
+    # Depends on which it notices first: the lost connection or the end of its parent.
+    messages = ("another process has ended", "the first process of this machine has ended")
+    assert any(message in run.last_line() for message in messages)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("during", ["training", "validation"])
-def test_a_sharded_run_is_saved_whole_by_all_ranks(
+def test_a_sharded_run_saves_a_complete_checkpoint(
     during: str, start: Callable[..., Run], caption_table: Path, tmp_path: Path
 ) -> None:
-    """With a strategy that may compute each batch on all ranks together, a validation is finished first."""
+    """A validation finishes first, because sharded ranks compute each batch together."""
     val = tmp_path / "val.csv"
     header, *rows = caption_table.read_text(encoding="utf-8").splitlines()
     folder = str(caption_table.parent)
@@ -534,16 +526,16 @@ def test_a_sharded_run_is_saved_whole_by_all_ranks(
         run.wait_for_validation()
     assert "lit_clip.training.fsdp.FSDP" in (run.folder / "lightning_logs/version_0/fit_config.yaml").read_text()
     os.kill(run.ranks[1], signal.SIGTERM)
-    assert run.ends(60) == 128 + signal.SIGTERM
+    assert run.exit_code(60) == 128 + signal.SIGTERM
     saved = load(run.checkpoint("preempted.ckpt"))
     assert saved["global_step"] == len(run.logged_steps())
     assert saved["optimizer_states"][0]["state"]
 
 
-def test_slurms_requeue_signal_saves_where_the_next_job_looks_and_requeues(
+def test_slurms_requeue_signal_saves_for_the_next_job_and_requeues(
     start: Callable[..., Run], caption_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The scheduler itself is a script that notes how it was called."""
+    """``scontrol`` is replaced by a script that records its arguments."""
     scontrol = tmp_path / "bin/scontrol"
     scontrol.parent.mkdir()
     scontrol.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/called\n')
@@ -555,15 +547,13 @@ def test_slurms_requeue_signal_saves_where_the_next_job_looks_and_requeues(
     run = start(caption_table, "--data.num_workers", "0", devices=1)
     run.wait_for_step(2)
     os.kill(run.process.pid, signal.SIGUSR1)
-    assert run.ends(30) == 128 + signal.SIGUSR1
+    assert run.exit_code(30) == 128 + signal.SIGUSR1
     assert (tmp_path / "called").read_text().split() == ["requeue", "41"]
     assert load(run.folder / "hpc_ckpt_1.ckpt")["global_step"] == len(run.logged_steps())
 
 
 @pytest.mark.slow
-def test_ten_of_ten_runs_end_with_a_whole_checkpoint_wherever_the_signal_hits(
-    start: Callable[..., Run], caption_table: Path
-) -> None:
+def test_a_signal_at_any_moment_leaves_a_complete_checkpoint(start: Callable[..., Run], caption_table: Path) -> None:
     moments = random.Random(0)
     for _ in range(10):
         run = start(caption_table, f"--trainer.callbacks+={SAVE_LAST}", "--data.num_workers", "0")
@@ -571,5 +561,5 @@ def test_ten_of_ten_runs_end_with_a_whole_checkpoint_wherever_the_signal_hits(
         time.sleep(moments.random() / 5)
         for rank in run.ranks:
             os.kill(rank, signal.SIGTERM)
-        assert run.ends(60) == 128 + signal.SIGTERM
+        assert run.exit_code(60) == 128 + signal.SIGTERM
         assert load(run.checkpoint())["global_step"] == len(run.logged_steps())

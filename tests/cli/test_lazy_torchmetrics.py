@@ -1,4 +1,4 @@
-"""torchmetrics imported as far as it is used is torchmetrics still."""
+"""Deferring the import of torchmetrics leaves it fully usable."""
 
 import subprocess
 import sys
@@ -38,7 +38,7 @@ print(float(accuracy.compute()), hasattr(before, "nothing"))
 """
 
 
-def test_lightning_starts_without_what_other_metrics_import_and_they_are_there_when_asked_for() -> None:
+def test_lightning_starts_without_the_heavy_metrics_and_they_are_imported_on_use() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["[] False", "0.75 False"]

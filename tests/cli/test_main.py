@@ -1,4 +1,4 @@
-"""The command as a person meets it: what wins, what is written where, and errors in one line."""
+"""The ``lit-clip`` command: precedence of settings, the files a run writes, and errors in one line."""
 
 import re
 import shlex
@@ -26,7 +26,7 @@ Cli = Callable[..., Completed]
 
 
 def words(subcommand: str, table: Path, architecture: bool = True) -> list[str]:
-    """A command on the table with the tiny model, one epoch of four steps long."""
+    """Return a command that uses the table and the tiny model; ``fit`` takes four steps, one epoch."""
     model = ["--model.architecture", TINY_YAML] if architecture else []
     steps = ["--trainer.max_steps", "4", "--data.train", str(table)] if subcommand == "fit" else []
     return [
@@ -39,13 +39,13 @@ def words(subcommand: str, table: Path, architecture: bool = True) -> list[str]:
 
 
 def results(output: str) -> dict[str, str]:
-    """The rows of the table at the end: metric -> value."""
+    """Return the rows of the printed summary: metric -> value."""
     return dict(re.findall(r"^│ (\S+)\s+│\s+([\d.]+(?: %)?) │", output, re.MULTILINE))
 
 
 @pytest.fixture(scope="module")
 def trained(caption_table: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Completed]:
-    """The folder of a finished run, and what it printed."""
+    """Folder and output of a finished run."""
     folder = tmp_path_factory.mktemp("trained")
     result = lit_clip_command(folder, *words("fit", caption_table), "--model.optimizer.lr", "0.5")
     assert result.returncode == 0, result.stderr
@@ -56,7 +56,7 @@ def trained(caption_table: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
 def in_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., Completed]:
-    """The command without a new process, for what fails before anything is trained: each start takes seconds."""
+    """Run the command in this process, for commands that fail before training: a new process takes seconds."""
 
     def run_main(*command: str) -> Completed:
         monkeypatch.chdir(tmp_path)
@@ -75,7 +75,7 @@ def checkpoint_of(folder: Path) -> Path:
     return path
 
 
-def test_validate_prints_the_numbers_of_fit_and_takes_the_architecture_from_the_checkpoint(
+def test_validate_prints_the_metrics_of_fit_and_reads_the_architecture_from_the_checkpoint(
     trained: tuple[Path, Completed], caption_table: Path, cli: Cli
 ) -> None:
     folder, fitted = trained
@@ -86,7 +86,7 @@ def test_validate_prints_the_numbers_of_fit_and_takes_the_architecture_from_the_
     assert results(validated.stdout) == results(fitted.stdout)
 
 
-def test_the_command_that_fit_suggests_reproduces_its_numbers(trained: tuple[Path, Completed]) -> None:
+def test_the_command_that_fit_suggests_reproduces_its_metrics(trained: tuple[Path, Completed]) -> None:
     folder, fitted = trained
     (suggestion,) = re.findall(r"lit-clip (validate --config \S+ --ckpt_path \S+)", fitted.stdout)
     validated = lit_clip_command(folder.parents[1], *suggestion.split())
@@ -94,10 +94,10 @@ def test_the_command_that_fit_suggests_reproduces_its_numbers(trained: tuple[Pat
     assert results(validated.stdout) == results(fitted.stdout)
 
 
-def test_what_is_typed_beats_the_checkpoint(
+def test_typed_options_override_the_checkpoint(
     trained: tuple[Path, Completed], caption_table: Path, tmp_path: Path, cli: Cli
 ) -> None:
-    """Lightning alone runs this with the checkpoint's learning rate and says nothing (footgun L8)."""
+    """By itself Lightning silently uses the checkpoint's learning rate (footgun L8)."""
     folder, _ = trained
     resume = ("--ckpt_path", str(checkpoint_of(folder)), "--trainer.max_steps", "8")
     result = cli(*words("fit", caption_table), "--model.optimizer.lr", "0.001", *resume)
@@ -108,7 +108,7 @@ def test_what_is_typed_beats_the_checkpoint(
     assert state["lr_schedulers"][0]["base_lrs"] == [0.001, 0.001]
     assert all(group["lr"] <= 0.001 for group in state["optimizer_states"][0]["param_groups"])
     saved = tmp_path / "lightning_logs/version_0/fit_config.yaml"
-    assert yaml.safe_load(saved.read_text())["model"]["learning_rate"] == 0.001
+    assert yaml.safe_load(saved.read_text())["model"]["optimizer"]["lr"] == 0.001
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(
@@ -121,10 +121,8 @@ def test_a_checkpoint_of_another_architecture_is_refused(
     assert_user_error(result, "another architecture", "embed_dim 16 there and 32 here")
 
 
-def test_a_second_run_in_the_same_folder_works_and_keeps_the_first(
-    caption_table: Path, tmp_path: Path, cli: Cli
-) -> None:
-    """Lightning alone refuses a second run and a validation where a config was saved (footgun L9)."""
+def test_a_second_run_in_the_same_folder_keeps_the_first(caption_table: Path, tmp_path: Path, cli: Cli) -> None:
+    """By itself Lightning refuses to run where a config was saved before (footgun L9)."""
     for _ in range(2):
         assert cli(*words("fit", caption_table)).returncode == 0
     assert cli(*words("validate", caption_table)).returncode == 0
@@ -142,20 +140,20 @@ def test_a_run_without_a_logger_writes_no_config_into_the_current_folder(
 
 
 def test_configs_are_merged_and_interpolated(caption_table: Path, tmp_path: Path, cli: Cli) -> None:
-    (tmp_path / "model.yaml").write_text(f"model: {{architecture: {TINY_YAML}, learning_rate: 0.25}}")
+    (tmp_path / "model.yaml").write_text(f"model: {{architecture: {TINY_YAML}, optimizer: {{lr: 0.25}}}}")
     (tmp_path / "data.yaml").write_text(
         "data: {class_path: datamodules.Captions, init_args: {val: '${oc.env:TABLE}', batch_size: 16}}\n"
-        "model: {weight_decay: '${model.optimizer.lr}'}"
+        "model: {optimizer: {weight_decay: '${model.optimizer.lr}'}}"
     )
     configs = ("--config", "model.yaml", "--config", "data.yaml", "--model.optimizer.lr", "0.125")
     result = cli("validate", *configs, "--print_config", environment={"TABLE": str(caption_table)})
     assert result.returncode == 0, result.stderr
     config = yaml.safe_load(result.stdout)
     assert config["data"]["init_args"]["val"] == str(caption_table)
-    assert config["model"]["weight_decay"] == 0.125  # follows what was typed, across files
+    assert config["model"]["optimizer"]["weight_decay"] == 0.125  # the typed value, across files
 
 
-def test_the_data_module_is_told_the_models_preprocessing_and_tokenizer(caption_table: Path) -> None:
+def test_the_data_module_gets_the_models_preprocessing_and_tokenizer(caption_table: Path) -> None:
     _, *options = words("fit", caption_table)
     command = run(args=options, execute=False)
     assert command.datamodule.preprocessing.image_size == 32
@@ -163,7 +161,7 @@ def test_the_data_module_is_told_the_models_preprocessing_and_tokenizer(caption_
 
 
 def assert_user_error(result: Completed, *parts: str) -> None:
-    """Exit code 2 and a last line that says it all; no traceback."""
+    """Check for exit code 2, no traceback, and a last line that contains every part."""
     assert result.returncode == 2, result.stdout + result.stderr
     assert "Traceback" not in result.stderr
     last = result.stderr.strip().splitlines()[-1]
@@ -175,7 +173,7 @@ def assert_user_error(result: Completed, *parts: str) -> None:
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        (["--model.learning_rat", "1"], ["learning_rat", "did you mean --model.optimizer.lr?"]),
+        (["--model.optimizer.lrr", "1"], ["--model.optimizer.lrr", "did you mean --model.optimizer.lr?"]),
         (["--trainer.max_epoch=1"], ["did you mean --trainer.max_epochs?"]),
         (["--max_epochs", "1"], ["did you mean --trainer.max_epochs?"]),
         (["--batch_size", "16"], ["did you mean --data.batch_size?"]),
@@ -214,20 +212,21 @@ def test_bad_options_are_one_line_and_exit_code_2(
 
 
 @pytest.mark.parametrize("before", [[], ["--trainer.max_epochs", "1"], ["--config", "no_data.yaml"]])
-def test_data_without_a_data_module_before_them_are_told_to_name_one(
+def test_data_options_before_the_data_module_ask_for_its_name(
     before: list[str], tmp_path: Path, in_process: Cli
 ) -> None:
-    (tmp_path / "no_data.yaml").write_text("model: {learning_rate: 1}")
-    after = ["--data", "datamodules.Captions"]  # the parser has given up before it comes
+    (tmp_path / "no_data.yaml").write_text("model: {optimizer: {lr: 1}}")
+    after = ["--data", "datamodules.Captions"]  # too late: the parser has failed before it reads this
     result = in_process("fit", *before, "--data.train=captions.csv", *after)
-    assert_user_error(result, "--data.train: no data module", "--config configs/finetune_table.yaml, or --data datamod")
+    advice = "put --config configs/finetune_table.yaml or --data datamodules.Captions before it"
+    assert_user_error(result, "--data.train: no data module is named yet", advice)
 
 
-def test_a_command_without_data_is_told_how_to_give_them(in_process: Cli) -> None:
+def test_fit_without_data_says_which_options_to_give(in_process: Cli) -> None:
     assert_user_error(in_process("fit", "--trainer.max_epochs", "1"), "fit.data; give --config configs/finetune_table")
 
 
-def test_the_name_of_a_config_is_mended(tmp_path: Path, in_process: Cli) -> None:
+def test_a_misspelt_config_file_suggests_the_right_name(tmp_path: Path, in_process: Cli) -> None:
     (tmp_path / "small.yaml").touch()
     assert_user_error(in_process("fit", "--config", "smal.yaml"), "no such file; did you mean small.yaml?")
 
@@ -235,16 +234,16 @@ def test_the_name_of_a_config_is_mended(tmp_path: Path, in_process: Cli) -> None
 @pytest.mark.parametrize(
     ("command", "part"),
     [
-        ([], f"no command given; there are {', '.join(sorted({*CONFIGURED, *COMMANDS}))}"),
-        (["fti"], "'fti'; did you mean fit?"),
-        (["clasify", "photos"], "'clasify'; did you mean classify?"),
+        ([], f"no command given; use one of {', '.join(sorted({*CONFIGURED, *COMMANDS}))}"),
+        (["fti"], "no command is called 'fti'; did you mean fit?"),
+        (["clasify", "photos"], "no command is called 'clasify'; did you mean classify?"),
     ],
 )
-def test_a_missing_or_misspelt_subcommand_is_named(command: list[str], part: str, in_process: Cli) -> None:
+def test_a_missing_or_misspelt_command_gets_a_suggestion(command: list[str], part: str, in_process: Cli) -> None:
     assert_user_error(in_process(*command), part)
 
 
-def test_a_broken_image_met_in_a_data_worker_is_one_line_with_its_row(tmp_path: Path, cli: Cli) -> None:
+def test_a_broken_image_in_a_data_worker_is_one_line_with_its_table_row(tmp_path: Path, cli: Cli) -> None:
     for i in range(32):
         Image.effect_noise((40, 40), 50 + i).convert("RGB").save(tmp_path / f"{i}.jpg")
     data = (tmp_path / "7.jpg").read_bytes()
@@ -265,14 +264,14 @@ def test_a_class_list_of_the_wrong_length_names_both_counts(tmp_path: Path, in_p
     assert_user_error(in_process(*command, f"--trainer.callbacks+={callback}"), "3 names for the 2 classes", "cat")
 
 
-def test_a_file_that_is_no_checkpoint_is_named(tmp_path: Path, caption_table: Path, in_process: Cli) -> None:
+def test_a_file_that_is_not_a_checkpoint_is_named(tmp_path: Path, caption_table: Path, in_process: Cli) -> None:
     (tmp_path / "text.ckpt").write_text("not a checkpoint")
     torch.save({"weights": torch.zeros(1)}, tmp_path / "other.ckpt")
     for name, part in (("text.ckpt", "not a checkpoint of tensors"), ("other.ckpt", "not a lit-clip checkpoint")):
         assert_user_error(in_process(*words("validate", caption_table), "--ckpt_path", name), name, part)
 
 
-def test_other_errors_keep_their_traceback() -> None:
+def test_only_user_errors_lose_their_traceback() -> None:
     assert user_error(RuntimeError("a bug")) is None
     wrapped = ValueError("jsonargparse's")
     wrapped.__cause__ = InputError("row 3")
@@ -280,28 +279,27 @@ def test_other_errors_keep_their_traceback() -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "not_paid_for"),
+    ("command", "not_imported"),
     [
         ("--help", ("torch", "lightning", "numpy")),
         ("fit --help", ("transformers", "timm", "open_clip", "pyarrow", "pandas")),
         ("embed --help", ("transformers", "timm", "open_clip", "pyarrow", "pandas")),
     ],
 )
-def test_help_does_not_pay_for_what_it_does_not_use(command: str, not_paid_for: tuple[str, ...]) -> None:
+def test_help_imports_no_heavy_package_that_it_does_not_need(command: str, not_imported: tuple[str, ...]) -> None:
     code = (
         f"import sys; sys.argv = ['lit-clip', *{command.split()}]\n"
         "import lit_clip.cli.main\n"
         "try: lit_clip.cli.main.main()\nexcept SystemExit: pass\n"
-        f"print([name for name in {not_paid_for} if name in sys.modules], file=sys.stderr)"
+        f"print([name for name in {not_imported} if name in sys.modules], file=sys.stderr)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "usage: lit-clip" in result.stdout
     assert result.stderr.splitlines()[-1] == "[]"
 
 
-def test_help_names_every_command_with_what_it_does() -> None:
-    """Those of LightningCLI are listed without asking it."""
-    assert CONFIGURED.keys() == CLI.subcommands().keys()
+def test_help_describes_every_command() -> None:
+    assert CONFIGURED.keys() == CLI.subcommands().keys()  # a copy, because importing LightningCLI is slow
     lines = help_text().splitlines()
     for name in (*CONFIGURED, *COMMANDS):
         (line,) = [line for line in lines if line.startswith(f"  {name} ")]
@@ -309,7 +307,7 @@ def test_help_names_every_command_with_what_it_does() -> None:
     assert any(line.split() == ["embed", *(embed.__doc__ or "").splitlines()[0].split()] for line in lines)
 
 
-def test_a_progress_bar_of_ones_own_replaces_ours(caption_table: Path, tmp_path: Path, cli: Cli) -> None:
+def test_a_given_progress_bar_replaces_the_default(caption_table: Path, tmp_path: Path, cli: Cli) -> None:
     command = [word for word in words("validate", caption_table) if "progress_bar" not in word and word != "false"]
     bar = "--trainer.callbacks+=lightning.pytorch.callbacks.TQDMProgressBar"
     result = cli(*command, "--trainer.logger", "false", bar)
@@ -320,19 +318,20 @@ def test_a_progress_bar_of_ones_own_replaces_ours(caption_table: Path, tmp_path:
 @pytest.mark.parametrize(
     ("config", "parts"),
     [
-        ("model: {learning_rate: '${model.lr}'}", ["model.lr", "not found"]),
+        ("model: {optimizer: {lr: '${model.lr}'}}", ["model.lr", "not found"]),
         ("data: {class_path: datamodules.OpenMoji", ["typo.yaml", "not a readable YAML file"]),
         ("just words", ["typo.yaml", "not a YAML mapping"]),
-        ("modle: {learning_rate: 1}", ["modle", "did you mean model.optimizer.lr?"]),
+        ("model: {optimizer: {lrr: 1}}", ["lrr", "did you mean model.optimizer.lr?"]),
+        ("modle: {optimizer: {lr: 1}}", ["modle", "did you mean model.optimizer.lr?"]),
         ("trainer: {max_epoch: 1}", ["did you mean trainer.max_epochs?"]),
         ("data: {class_path: datamodules.Captions, init_args: {batchsize: 1}}", ["did you mean batch_size?"]),
         (
-            "model: {learning_rate: '${oc.env:LIT_CLIP_RATE}'}",
+            "model: {optimizer: {lr: '${oc.env:LIT_CLIP_RATE}'}}",
             ["variable LIT_CLIP_RATE: LIT_CLIP_RATE=... lit-clip fit"],
         ),
         ("ckpt_path: nowhere.ckpt", ["nowhere.ckpt: no such checkpoint file"]),
         ("trainer: {strategy: ddpp}", ["trainer:", "ddpp"]),
-        ("model: {betas: [2, 3]}", ["model.optimizer.betas", "[2.0, 3.0]"]),
+        ("model: {optimizer: {betas: [2, 3]}}", ["model.optimizer.betas", "[2.0, 3.0]"]),
         ("model: {architecture: {text: {vocab_size: 1000}}}", ["vocab_size 1000", "49408"]),
         ("trainer: {accumulate_grad_batches: 2}", ["accumulate_grad_batches", "negatives"]),
     ],
@@ -344,7 +343,7 @@ def test_bad_configs_are_one_line_and_exit_code_2(
     assert_user_error(in_process(*words("fit", caption_table), "--config", "typo.yaml"), *parts)
 
 
-def test_a_checkpoint_whose_weights_do_not_fit_names_one(
+def test_a_checkpoint_with_other_weights_names_one_that_does_not_fit(
     trained: tuple[Path, Completed], caption_table: Path, tmp_path: Path, in_process: Cli
 ) -> None:
     checkpoint = torch.load(checkpoint_of(trained[0]), weights_only=True)
@@ -355,7 +354,7 @@ def test_a_checkpoint_whose_weights_do_not_fit_names_one(
         assert_user_error(result, "broken.ckpt", "weights do not fit", "ln_final.weight")
 
 
-def test_a_run_that_was_longer_is_told_what_to_raise(
+def test_resuming_past_max_epochs_says_which_option_to_raise(
     trained: tuple[Path, Completed], caption_table: Path, tmp_path: Path, in_process: Cli
 ) -> None:
     checkpoint = torch.load(checkpoint_of(trained[0]), weights_only=True)
@@ -367,28 +366,20 @@ def test_a_run_that_was_longer_is_told_what_to_raise(
     assert_user_error(in_process(*command), *parts)
 
 
-def test_a_single_entry_of_another_librarys_encoder_is_not_typed(
+def test_single_settings_of_an_external_encoder_cannot_be_typed(
     in_process: Callable[..., Completed], tmp_path: Path
 ) -> None:
     (tmp_path / "t.yaml").write_text("model: {architecture: {image: {timm: resnet10t}}}\n")
     result = in_process("fit", "--config", "t.yaml", "--model.architecture.image.image_size", "64")
     assert result.returncode == 2
-    assert "--model.architecture.image.image_size: no single entry of this encoder can be typed" in result.stderr
+    assert "--model.architecture.image.image_size: single settings of this encoder cannot be typed" in result.stderr
 
 
-def test_a_run_that_gets_worse_leaves_the_last_epoch_and_the_best(
-    cli: Cli, caption_table: Path, tmp_path: Path
-) -> None:
+def test_a_run_that_gets_worse_keeps_the_last_and_the_best_epoch(cli: Cli, caption_table: Path, tmp_path: Path) -> None:
     config = str(Path(__file__).parents[2] / "configs/finetune_table.yaml")
     options = ["--data.batch_size", "16", "--data.num_workers", "0", "--trainer.accelerator", "cpu"]
-    options += [
-        "--model.architecture",
-        TINY_YAML,
-        "--model.optimizer.lr",
-        "1",
-        "--model.lr_scheduler.warmup_steps",
-        "0",
-    ]
+    options += ["--model.architecture", TINY_YAML]
+    options += ["--model.optimizer.lr", "1", "--model.lr_scheduler.warmup_steps", "0"]
     result = cli("fit", "--config", config, "--data.train", str(caption_table), *options, "--trainer.max_epochs", "3")
     assert result.returncode == 0, result.stderr
     (last,) = tmp_path.rglob("last.ckpt")
@@ -400,7 +391,7 @@ def test_a_run_that_gets_worse_leaves_the_last_epoch_and_the_best(
     assert len(list(tmp_path.rglob("*.ckpt"))) == 2  # a dry run leaves nothing
 
 
-def test_ctrl_c_ends_a_run_with_its_own_exit_code_and_says_how_to_go_on(
+def test_ctrl_c_ends_a_run_with_exit_code_130_and_says_how_to_resume(
     cli: Callable[..., subprocess.CompletedProcess[str]], caption_table: Path, tmp_path: Path
 ) -> None:
     def interrupted(step: int) -> str:
@@ -409,22 +400,23 @@ def test_ctrl_c_ends_a_run_with_its_own_exit_code_and_says_how_to_go_on(
         assert done.returncode == 130
         return done.stderr.strip().splitlines()[-1]
 
-    assert interrupted(2) == "lit-clip: interrupted: nothing has been saved yet (kill, unlike Ctrl-C, saves first)"
-    said = interrupted(6)  # an epoch has 4 steps
+    assert interrupted(2) == "lit-clip: interrupted: nothing has been saved yet (unlike Ctrl-C, kill saves first)"
+    message = interrupted(6)  # an epoch has 4 steps
     run = "lightning_logs/version_1"
     command = f"lit-clip fit --config {run}/fit_config.yaml --ckpt_path {run}/checkpoints/epoch=0-step=4.ckpt"
-    assert said == f"lit-clip: interrupted: go on with: {command}"
+    assert message == f"lit-clip: interrupted: resume with: {command}"
     resumed = cli(*shlex.split(command)[1:], "--trainer.callbacks", "null")
     assert resumed.returncode == 0, resumed.stderr
     assert torch.load(tmp_path / "lightning_logs/version_2/checkpoints/epoch=2-step=12.ckpt", weights_only=True)
 
 
-def test_an_evaluation_of_random_weights_says_so(
+def test_evaluating_random_weights_warns(
     cli: Callable[..., subprocess.CompletedProcess[str]], caption_table: Path
 ) -> None:
     validated = cli(*words("validate", caption_table))
     assert validated.returncode == 0, validated.stderr
-    assert "validate: the numbers are of random weights" in validated.stderr
+    advice = "set trained ones with --ckpt_path or --model.pretrained"
+    assert f"validate: evaluates random weights; {advice}" in " ".join(validated.stderr.split())
 
 
 @pytest.mark.parametrize(
@@ -437,7 +429,7 @@ def test_an_evaluation_of_random_weights_says_so(
         ({"avx512_bf16": True}, "tpu", None),
     ],
 )
-def test_bfloat16_is_what_the_processor_has_instructions_for(
+def test_bfloat16_support_follows_the_processors_instructions(
     capabilities: dict[str, bool], accelerator: str, expected: bool | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -447,7 +439,7 @@ def test_bfloat16_is_what_the_processor_has_instructions_for(
 
 
 @pytest.mark.parametrize(("typed", "precision"), [(None, "bf16-mixed"), ("32-true", "32-true")])
-def test_training_computes_in_bfloat16_where_it_can_and_says_so_in_the_runs_configuration(
+def test_training_uses_bfloat16_where_supported_and_saves_the_choice_in_the_config(
     typed: str | None, precision: str, caption_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -460,11 +452,11 @@ def test_training_computes_in_bfloat16_where_it_can_and_says_so_in_the_runs_conf
     monkeypatch.setattr(sys, "argv", ["lit-clip", *words("validate", caption_table)])
     run()
     saved = yaml.safe_load((tmp_path / "lightning_logs/version_1/validate_config.yaml").read_text())
-    assert saved["trainer"]["precision"] is None  # evaluation is exact
+    assert saved["trainer"]["precision"] is None  # evaluation stays in float32
 
 
 @pytest.mark.parametrize(("has_instructions", "warned"), [(False, True), (True, False), (None, False)])
-def test_bfloat16_that_would_be_emulated_is_warned_of(
+def test_emulated_bfloat16_warns(
     has_instructions: bool | None,
     warned: bool,
     caption_table: Path,
@@ -477,6 +469,8 @@ def test_bfloat16_that_would_be_emulated_is_warned_of(
     options = ["--trainer.max_steps", "1", "--trainer.precision", "bf16-mixed"]
     monkeypatch.setattr(sys, "argv", ["lit-clip", *words("fit", caption_table), *options])
     run()
-    told = [str(one.message) for one in recwarn if "bf16-mixed is emulated here" in str(one.message)]
-    assert bool(told) == warned
-    assert all("--trainer.precision 32-true" in one for one in told)
+    messages = [
+        str(each.message) for each in recwarn if "bf16-mixed is emulated on this processor" in str(each.message)
+    ]
+    assert bool(messages) == warned
+    assert all("--trainer.precision 32-true" in message for message in messages)

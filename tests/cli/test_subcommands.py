@@ -1,4 +1,4 @@
-"""Commands without a configuration: how a signature becomes a command line, ``classify`` and ``models``."""
+"""Commands without a configuration: their command lines, ``classify`` and ``models``."""
 
 import csv
 import importlib
@@ -36,7 +36,7 @@ NAMES = ["tiger", "pizza", "bicycle"]
 def exit_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[object, str, str]]:
-    """``lit-clip`` in this test's folder and process -> exit code, standard output, standard error."""
+    """Run ``lit-clip`` in this test's folder and process; return exit code, standard output and standard error."""
 
     def run(*words: str) -> tuple[object, str, str]:
         monkeypatch.chdir(tmp_path)
@@ -49,15 +49,15 @@ def exit_of(
     return run
 
 
-def an_example(
+def example(
     words: list[str], single: str, *, model: str, flag: bool = False, several: list[str] | None = None, number: int = 3
 ) -> None:
-    """A command."""
+    """Do nothing."""
 
 
-def test_a_signature_is_a_command_line() -> None:
+def test_a_functions_signature_defines_its_command_line() -> None:
     def parse(*options: str) -> dict[str, object]:
-        return vars(command_parser("example", an_example).parse_args(list(options)))
+        return vars(command_parser("example", example).parse_args(list(options)))
 
     assert parse("one", "two", "three", "--model", "m") == {
         **{"words": ["two", "three"], "single": "one", "model": "m", "flag": False, "several": None, "number": 3}
@@ -67,13 +67,13 @@ def test_a_signature_is_a_command_line() -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_explains_every_parameter(name: str) -> None:
+def test_every_command_describes_every_parameter(name: str) -> None:
     module, _, function = COMMANDS[name].partition(":")
     parser = command_parser(name, getattr(importlib.import_module(module), function))
     assert parser.description
-    explained = [action for action in parser._actions if action.dest != "help"]
-    assert explained
-    assert all(action.help and not action.help.startswith(" (") for action in explained)
+    options = [action for action in parser._actions if action.dest != "help"]
+    assert options
+    assert all(action.help and not action.help.startswith(" (") for action in options)
 
 
 def test_the_help_names_the_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -83,7 +83,7 @@ def test_the_help_names_the_commands(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert all(name in output for name in COMMANDS)
 
 
-def test_an_unknown_option_is_one_line(exit_of: Callable[..., tuple[object, str, str]]) -> None:
+def test_an_unknown_option_is_a_one_line_error(exit_of: Callable[..., tuple[object, str, str]]) -> None:
     code, output, error = exit_of("classify", "photos", "--model", "m", "--classes", "a", "b", "--colour", "red")
     assert (code, output) == (2, "")
     assert error.count("\n") == 1
@@ -92,7 +92,7 @@ def test_an_unknown_option_is_one_line(exit_of: Callable[..., tuple[object, str,
 
 
 @pytest.mark.parametrize("typed", ["--num_worker=8", "--num-worker"])
-def test_a_misspelt_option_is_named_as_it_is_spelt(typed: str, exit_of: Callable[..., tuple[object, str, str]]) -> None:
+def test_a_misspelt_option_suggests_the_right_one(typed: str, exit_of: Callable[..., tuple[object, str, str]]) -> None:
     _, _, error = exit_of("classify", "photos", "--model", "m", "--classes", "a", "b", typed)
     assert "did you mean --num_workers?" in error
 
@@ -105,7 +105,7 @@ def classified(*words: str, capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().out
 
 
-def test_classify_names_the_drawings_that_the_model_has_learnt(
+def test_classify_recognises_the_drawings_that_the_model_was_trained_on(
     drawings: tuple[Path, Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint, folder, names = drawings
@@ -113,8 +113,8 @@ def test_classify_names_the_drawings_that_the_model_has_learnt(
     options = ["--classes", str(tmp_path / "classes.txt"), "--templates", "{}", "--output", "json", "--top_k", "1"]
     rows = json.loads(classified(str(folder), "--model", str(checkpoint), *options, capsys=capsys))
     assert len(rows) == 64
-    right = sum(Path(row["image"]).stem == row["classes"][0]["class"].replace("/", "_") for row in rows)
-    assert right >= 60
+    correct = sum(Path(row["image"]).stem == row["classes"][0]["class"].replace("/", "_") for row in rows)
+    assert correct >= 60
 
 
 def test_probabilities_are_the_softmax_of_scaled_cosines(
@@ -137,20 +137,22 @@ def test_probabilities_are_the_softmax_of_scaled_cosines(
             image = model.encode_image(model.preprocess(Image.open(row["image"]))[None])[0]
             logits = [float(model.logit_scale.exp() * (image / image.norm()) @ column) for column in columns]
             expected = np.exp(logits) / np.exp(logits).sum()
-            got = {prediction["class"]: prediction["probability"] for prediction in row["classes"]}
-            assert np.allclose([got[name] for name in NAMES], expected, atol=2e-5)
-            assert [prediction["probability"] for prediction in row["classes"]] == sorted(got.values(), reverse=True)
+            result = {prediction["class"]: prediction["probability"] for prediction in row["classes"]}
+            assert np.allclose([result[name] for name in NAMES], expected, atol=2e-5)
+            assert [prediction["probability"] for prediction in row["classes"]] == sorted(result.values(), reverse=True)
 
 
-def test_a_logit_bias_makes_each_probability_a_sigmoid() -> None:
+def test_with_a_logit_bias_each_probability_is_a_sigmoid() -> None:
     features, classifier = torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 0.5]])
     model = SimpleNamespace(logit_scale=torch.tensor(2.0).log(), logit_bias=torch.tensor(-1.0))
-    got = class_probabilities(model, features, classifier)  # pyright: ignore[reportArgumentType]  # all that it reads
+    result = class_probabilities(model, features, classifier)  # pyright: ignore[reportArgumentType]
     expected = [[1 / (1 + np.exp(1 - 2)), 1 / (1 + np.exp(1))], [1 / (1 + np.exp(1)), 0.5]]
-    assert np.allclose(got, expected, atol=1e-6)
+    assert np.allclose(result, expected, atol=1e-6)
 
 
-def test_standard_output_is_csv_alone_and_progress_goes_elsewhere(drawings: tuple[Path, Path, list[str]]) -> None:
+def test_standard_output_is_csv_only_and_progress_goes_to_standard_error(
+    drawings: tuple[Path, Path, list[str]],
+) -> None:
     checkpoint, folder, _ = drawings
     options = ["--model", str(checkpoint), "--classes", *NAMES, "--templates", "{}", "--output", "csv", "--top_k", "2"]
     result: subprocess.CompletedProcess[str] = lit_clip_command(folder, "classify", "tiger.png", "pizza.png", *options)
@@ -163,7 +165,7 @@ def test_standard_output_is_csv_alone_and_progress_goes_elsewhere(drawings: tupl
     assert "images" in result.stderr
 
 
-def test_an_output_file_holds_what_would_be_printed(
+def test_an_output_file_holds_what_is_otherwise_printed(
     drawings: tuple[Path, Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint, folder, _ = drawings
@@ -176,17 +178,17 @@ def test_an_output_file_holds_what_would_be_printed(
         assert text == printed or (output == "table" and "tiger" in text)
 
 
-def test_classes_may_be_words_or_one_word_with_commas_or_a_file(tmp_path: Path) -> None:
+def test_classes_may_be_words_a_comma_separated_list_or_a_file(tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("tiger\n\n  ice  cream \n", encoding="utf-8")
     assert read_classes([str(tmp_path / "classes.txt")]) == ["tiger", "ice cream"]
     assert read_classes(["tiger", "ice cream"]) == ["tiger", "ice cream"]
     assert read_classes(["tiger, ice cream"]) == ["tiger", "ice cream"]
     assert read_classes(["scissors, open", "tiger"]) == ["scissors, open", "tiger"]
-    names = [f"class number {i}" for i in range(100)]  # longer than a file's name may be
+    names = [f"class number {i}" for i in range(100)]  # longer than a file name may be
     assert read_classes([", ".join(names)]) == names
 
 
-def test_a_byte_order_mark_is_no_part_of_a_class(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_not_part_of_a_class_name(tmp_path: Path) -> None:
     path = tmp_path / "classes.txt"
     path.write_bytes(b"\xef\xbb\xbftiger\r\npizza\r\n")
     assert read_classes([str(path)]) == ["tiger", "pizza"]
@@ -196,12 +198,14 @@ def test_a_byte_order_mark_is_no_part_of_a_class(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("output", ["table", "csv", "json"])
-def test_a_name_that_is_not_unicode_is_printed_as_it_is(output: str, tmp_path: Path, tiny_checkpoint: Path) -> None:
+def test_a_file_name_that_is_not_unicode_is_printed_unchanged(
+    output: str, tmp_path: Path, tiny_checkpoint: Path
+) -> None:
     name = os.fsdecode(b"caf\xe9.png")
     try:
         Image.new("RGB", (8, 8)).save(tmp_path / name)
     except OSError:
-        pytest.skip("names are Unicode on this file system")
+        pytest.skip("this file system only allows Unicode names")
     words = ["classify", name, "--model", str(tiny_checkpoint), "--classes", "a", "b", "--output", output]
     result = lit_clip_command(tmp_path, *words, "--num_workers", "0")
     assert result.returncode == 0, result.stderr
@@ -211,7 +215,7 @@ def test_a_name_that_is_not_unicode_is_printed_as_it_is(output: str, tmp_path: P
         assert b"caf\xe9.png" in result.stdout.encode(errors="surrogateescape")
 
 
-def test_a_class_named_twice_is_named(exit_of: Callable[..., tuple[object, str, str]], tmp_path: Path) -> None:
+def test_classes_given_twice_are_listed(exit_of: Callable[..., tuple[object, str, str]], tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("tiger\npizza\nTiger\npizza\nbicycle\n", encoding="utf-8")
     code, output, error = exit_of("classify", "x.png", "--model", "last.ckpt", "--classes", "classes.txt")
     assert (code, output) == (2, "")
@@ -223,10 +227,10 @@ def test_a_class_named_twice_is_named(exit_of: Callable[..., tuple[object, str, 
     assert "named more than once: 'a';" in error
 
 
-def test_what_classify_cannot_use_is_named(tmp_path: Path, tiny_checkpoint: Path) -> None:
+def test_classify_refuses_unusable_input_by_name(tmp_path: Path, tiny_checkpoint: Path) -> None:
     (tmp_path / "empty/deep").mkdir(parents=True)
-    (tmp_path / "empty/notes.txt").write_text("no image")
-    (tmp_path / "empty/.hidden.png").write_text("no image")
+    (tmp_path / "empty/notes.txt").write_text("not an image")
+    (tmp_path / "empty/.hidden.png").write_text("not an image")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing more")
     Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
 
@@ -262,7 +266,7 @@ def test_a_skipped_image_is_left_out_and_reported(
 
 
 @pytest.mark.parametrize("to_file", [False, True])
-def test_ctrl_c_leaves_the_rows_that_are_finished(
+def test_ctrl_c_keeps_the_finished_rows(
     exit_of: Callable[..., tuple[object, str, str]],
     tmp_path: Path,
     tiny_checkpoint: Path,
@@ -276,7 +280,7 @@ def test_ctrl_c_leaves_the_rows_that_are_finished(
     def interrupted_in_the_third_batch(*arguments: torch.Tensor) -> torch.Tensor:
         if next(calls):
             raise KeyboardInterrupt
-        return class_probabilities(*arguments)  # pyright: ignore[reportArgumentType]  # the model, features, classes
+        return class_probabilities(*arguments)  # pyright: ignore[reportArgumentType]
 
     monkeypatch.setattr(lit_clip.commands.classify, "class_probabilities", interrupted_in_the_third_batch)
     options = ["--model", str(tiny_checkpoint), "--classes", "a", "b", "--output", "csv", "--top_k", "1"]
@@ -292,7 +296,7 @@ def test_ctrl_c_leaves_the_rows_that_are_finished(
 # models
 
 
-def test_measures_of_the_papers_model_are_the_papers() -> None:
+def test_measured_sizes_of_the_papers_model_are_the_papers() -> None:
     size = measure(resolve_architecture("ViT-B-32"))
     assert (size.image_parameters, size.text_parameters, size.parameters) == (87_849_216, 63_428_096, 151_277_313)
     assert (size.image_size, size.context_length, size.embed_dim) == ("224", 77, 512)
@@ -300,14 +304,14 @@ def test_measures_of_the_papers_model_are_the_papers() -> None:
     assert size.text_flops == pytest.approx(5.96e9, abs=0.005e9)
 
 
-def test_parameters_are_those_of_the_model_that_is_made(tiny_config: CLIPConfig) -> None:
+def test_parameter_counts_equal_those_of_the_created_model(tiny_config: CLIPConfig) -> None:
     model = create_model(tiny_config)
     size = measure(model.config)
     assert size.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert size.image_parameters == sum(parameter.numel() for parameter in model.visual.parameters())
 
 
-def test_the_table_lists_the_models_that_match(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_lists_the_matching_models(capsys: pytest.CaptureFixture[str]) -> None:
     run_command(["models", "b-32", "TINY"])
     output = capsys.readouterr().out
     listed = [name for name in list_models() if f" {name} " in output]
@@ -315,23 +319,23 @@ def test_the_table_lists_the_models_that_match(capsys: pytest.CaptureFixture[str
     assert "8.82" in output
 
 
-def test_a_model_that_cannot_be_measured_does_not_break_the_table(
+def test_a_model_that_cannot_be_measured_gets_a_question_mark(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    class Stubborn(lit_clip.models.flops.CLIP):
+    class Unmeasurable(lit_clip.models.flops.CLIP):
         def __init__(self, config: CLIPConfig) -> None:
             if config.embed_dim == 256:
                 raise NotImplementedError("not on meta")
             super().__init__(config)
 
-    monkeypatch.setattr(lit_clip.models.flops, "CLIP", Stubborn)
+    monkeypatch.setattr(lit_clip.models.flops, "CLIP", Unmeasurable)
     run_command(["models", "ViT-B-32", "ViT-tiny-16-64"])
     rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines() if "ViT" in line}
     assert rows["ViT-B-32"][0] == "87.85"
     assert rows["ViT-tiny-16-64"][0] == "?"
 
 
-def test_pretrained_lists_the_registry(capsys: pytest.CaptureFixture[str]) -> None:
+def test_pretrained_lists_open_clips_registry(capsys: pytest.CaptureFixture[str]) -> None:
     import open_clip
 
     run_command(["models", "ViT-B-32", "--pretrained"])
@@ -342,7 +346,7 @@ def test_pretrained_lists_the_registry(capsys: pytest.CaptureFixture[str]) -> No
         run_command(["models", "nothing-like-it", "--pretrained"])
 
 
-def test_one_class_alone_is_refused(drawings: tuple[Path, Path, list[str]]) -> None:
+def test_a_single_class_is_refused(drawings: tuple[Path, Path, list[str]]) -> None:
     checkpoint, folder, _ = drawings
     with pytest.raises(InputError, match="--classes tiger: a single class gets 100 % of every image"):
         classify([str(folder)], model=str(checkpoint), classes=["tiger"])

@@ -1,4 +1,4 @@
-"""What one rank of a distributed test does; started by the ``ranks`` fixture as a process of its own."""
+"""Functions that one rank of a distributed test runs, in its own process, started by the ``ranks`` fixture."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ CONFIG = CLIPConfig(
     text=TextTransformerConfig(context_length=16, vocab_size=50, width=64, layers=2, heads=1),
 )
 PAIRS = 8
-SAME = ((0, 5), (1, 7), (2, 6))
+DUPLICATES = ((0, 5), (1, 7), (2, 6))
 
 
 def make_module(checkpointed: bool = False, **options: Any) -> LitCLIP:
@@ -36,7 +36,7 @@ def make_module(checkpointed: bool = False, **options: Any) -> LitCLIP:
     torch.manual_seed(0)
     module = LitCLIP(**{"architecture": CONFIG, **options}).double()
     module.model.normalize = lambda images: images.double() / 255  # the real one ends in float32
-    module.model._tokenizer = CLIPTokenizer(16)  # asked for what it pads with only
+    module.model._tokenizer = CLIPTokenizer(16)  # only its padding id is read
     module.log = lambda *_, **__: None  # there is no trainer
     if checkpointed:
         checkpoint_encoders(module.model)
@@ -44,20 +44,20 @@ def make_module(checkpointed: bool = False, **options: Any) -> LitCLIP:
 
 
 def make_batch(rows: slice) -> CaptionBatch:
-    """Some rows of one fixed batch of 8 pairs, of which some say the same (``SAME``)."""
+    """Return some rows of one fixed batch of 8 pairs, with the duplicates listed in ``DUPLICATES``."""
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, (PAIRS, 3, 32, 32), dtype=torch.uint8, generator=generator)
     tokens = torch.randint(1, 49, (PAIRS, 16), generator=generator)
     tokens[torch.arange(PAIRS), torch.randint(3, 16, (PAIRS,), generator=generator)] = 49  # end of text
-    tokens[6] = tokens[2]  # one caption
+    tokens[6] = tokens[2]  # the same caption
     captions = [f"image {chr(ord('a') + i)}" for i in range(PAIRS)]
-    keys = ["0", "1", "2", "3", "4", "0", "6", "7"]  # one image
+    keys = ["0", "1", "2", "3", "4", "0", "6", "7"]  # the same image twice
     groups = ["", "shoe", "", "", "", "", "", "shoe"]
     return CaptionBatch(images[rows], tokens[rows], keys[rows], captions[rows], groups[rows])
 
 
 class _Step(torch.nn.Module):
-    """``training_step`` as ``forward``, which is what Lightning hands to DDP."""
+    """``training_step`` as ``forward``, as Lightning wraps a module for DDP."""
 
     def __init__(self, module: LitCLIP) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ COUNTS = {1: (8,), 2: (5, 3), 3: (3, 4, 1), 4: (3, 2, 2, 1)}  # pairs of each ra
 
 
 class Case(NamedTuple):
-    """One way to compute the gradient of the whole batch."""
+    """Settings for one computation of the gradient of the whole batch."""
 
     sigmoid: bool
     parts: int
@@ -89,7 +89,7 @@ class Case(NamedTuple):
             duplicates=self.duplicates,
         )
         if module.model.logit_bias is not None:
-            module.model.logit_bias.data.fill_(-2)  # -10 leaves next to no gradient of the negatives
+            module.model.logit_bias.data.fill_(-2)  # at -10 the negatives have almost no gradient
         return module
 
 
@@ -110,11 +110,11 @@ CASES = [
 
 
 def dense_gradients(case: Case) -> dict[str, torch.Tensor | None]:
-    """Of one process with the whole batch: the loss as it is defined, and plain autograd."""
+    """Return the gradients of one process with the whole batch: the loss as defined, and plain autograd."""
     module, batch = case.module(), make_batch(slice(0, PAIRS))
     model, (image, text) = module.model, module(batch)
     same = torch.eye(PAIRS, dtype=torch.bool)
-    for i, j in SAME:
+    for i, j in DUPLICATES:
         same[i, j] = same[j, i] = True
     if model.logit_bias is None:
         loss = contrastive_loss(image, text, image, text, model.logit_scale.exp(), 0, same, case.duplicates)
@@ -125,9 +125,9 @@ def dense_gradients(case: Case) -> dict[str, torch.Tensor | None]:
 
 
 def gradients(output: str) -> None:
-    """Of every case, the largest relative error of a parameter's gradient after one DDP step over uneven ranks.
+    """Write every case's largest relative error of a parameter's gradient after a DDP step over uneven ranks, as JSON.
 
-    Against one process with the whole batch; written by the first rank as JSON.
+    Compared with one process that has the whole batch.
     """
     rank, world = distributed.rank_and_world()
     shards, errors = distributed.Shards(rank, COUNTS[world]), {}
@@ -149,7 +149,7 @@ def gradients(output: str) -> None:
 
 
 def synchronisations() -> None:
-    """DDP sums each gradient over the ranks once a step, however many parts the batch is encoded in."""
+    """Check that DDP sums each gradient over the ranks once a step, for any number of micro-batches."""
     rank, world = distributed.rank_and_world()
     for parts in (1, 3):
         module = Case(False, parts, (64, 64), None).module()
@@ -165,7 +165,7 @@ def synchronisations() -> None:
 
 
 def uneven_gather() -> None:
-    """Ranks with 0, 1, 2, ... rows; everyone gets all in rank order."""
+    """Check that all ranks, which have 0, 1, 2, ... rows, get all rows in rank order."""
     rank, world = distributed.rank_and_world()
     rows = torch.full((rank, 3), float(rank))
     expected = torch.cat([torch.full((r, 3), float(r)) for r in range(world)])
@@ -175,18 +175,18 @@ def uneven_gather() -> None:
 
 
 def finetuned_module(options: str) -> LitCLIP:
-    """Like :func:`make_module` with LitCLIP's arguments as JSON."""
+    """Return :func:`make_module` with LitCLIP's arguments as JSON, after ``setup``."""
     module = make_module(**json.loads(options))
     module.setup("fit")
     return module
 
 
 def finetune_gradients(output: str, options: str) -> None:
-    """The gradients of one DDP step of a module with options, and which parameters it trains; written by rank 0."""
+    """Write the gradients of a DDP step of :func:`finetuned_module`; None for frozen parameters."""
     rank, world = distributed.rank_and_world()
     step = DistributedDataParallel(_Step(finetuned_module(options)))
     size = PAIRS // world
-    for _ in range(2):  # DDP complains of unused parameters at the second step
+    for _ in range(2):  # DDP reports unused parameters in the second step
         step.zero_grad()
         step(make_batch(slice(rank * size, (rank + 1) * size))).backward()
     if rank == 0:
@@ -194,7 +194,7 @@ def finetune_gradients(output: str, options: str) -> None:
 
 
 def serve(functions: dict[str, Any]) -> None:
-    """Run the function that the command line names on this rank, with all others, and end well."""
+    """Run the function named on the command line as one rank of a process group."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",

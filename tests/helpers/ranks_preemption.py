@@ -1,4 +1,4 @@
-"""What a run of ``tests/callbacks/test_preemption.py`` has on board to tell the test how far it is."""
+"""Callbacks for the runs of ``tests/callbacks/test_preemption.py``, which show how far a run is or interrupt it."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, Trainer
 
 
 class ValidationMark(Callback):
-    """Leaves a file of this rank in the current folder when the second validation batch is done."""
+    """Create a file for this rank in the current folder after the second validation batch."""
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -19,7 +19,7 @@ class ValidationMark(Callback):
 
 
 class CtrlC(Callback):
-    """Interrupts this process behind a step."""
+    """Interrupt this process after a step."""
 
     def __init__(self, step: int) -> None:
         self.step = step

@@ -1,4 +1,4 @@
-"""What one rank of the tests of FSDP does; started by the ``ranks`` fixture as a process of its own."""
+"""Training on one rank for ``tests/training/test_fsdp.py``."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from tests.helpers.ranks import CONFIG, PAIRS, make_batch
 
 
 class _Batches(Dataset[CaptionBatch]):
-    """This rank's share of one fixed batch, step after step."""
+    """This rank's rows of one fixed batch, repeated every step."""
 
     def __init__(self, steps: int, rank: int, world: int) -> None:
         size = PAIRS // world
@@ -33,7 +33,7 @@ class _Batches(Dataset[CaptionBatch]):
 
 
 class Data(LightningDataModule):
-    """Eight pairs over all ranks, the same every step."""
+    """The same eight pairs every step, divided among the ranks."""
 
     steps_per_epoch = 3
 
@@ -44,10 +44,10 @@ class Data(LightningDataModule):
 
 
 def train(output: str, strategy: str, resume: str | None = None, checkpointed: bool = False, **options: Any) -> None:
-    """Three steps an epoch by ``Trainer.fit``; the checkpoint is written by rank 0."""
+    """Train with ``Trainer.fit``, three steps an epoch, and save a checkpoint."""
     settings = {"max_epochs": 1, "precision": "32-true", **options.pop("trainer", {})}
-    torch.manual_seed(int(os.environ["RANK"]) if strategy == "fsdp" else 0)  # weights are those of rank 0
-    # AdamW divides what is zero but for rounding by itself, unless eps is larger than rounding.
+    torch.manual_seed(int(os.environ["RANK"]) if strategy == "fsdp" else 0)  # FSDP must broadcast rank 0's weights
+    # With a smaller eps, AdamW would amplify rounding errors of gradients that are zero.
     module = LitCLIP(CONFIG, **options, optimizer=AdamWSettings(eps=1e-3), lr_scheduler=WarmupCosineSettings(1))
     trainer = Trainer(
         callbacks=[ActivationCheckpointing()] if checkpointed else [],
@@ -66,7 +66,7 @@ def train(output: str, strategy: str, resume: str | None = None, checkpointed: b
 
 
 def train_all(jobs: str) -> None:
-    """Several runs in the same processes; JSON of :func:`train`'s arguments."""
+    """Run several trainings in the same processes; ``jobs`` is JSON of :func:`train`'s arguments."""
     for job in json.loads(jobs):
         train(**job)
 

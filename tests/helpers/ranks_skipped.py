@@ -1,4 +1,4 @@
-"""What one rank of the tests of batches without pairs does; started by ``torchrun`` as a process of its own."""
+"""Training on one rank for the tests of batches whose pairs were all or partly skipped."""
 
 import dataclasses
 import json
@@ -19,15 +19,15 @@ from lit_clip.training.fsdp import FSDP
 from lit_clip.training.optim import AdamWSettings, WarmupCosineSettings
 from tests.helpers.ranks import CONFIG, PAIRS, make_batch
 
-# Rows of the first and of the second rank in each step; what is missing was skipped.
+# Rows of the first and of the second rank in each step; the missing ones were skipped.
 STEPS = (((0, 4), (0, 0)), ((0, 0), (0, 0)), ((0, 0), (2, 8)), ((0, 7), (7, 8)), ((0, 4), (4, 8)))
-TEXT = dataclasses.replace(CONFIG.text, vocab_size=49408)  # of the tokenizer, which is asked for a caption
+TEXT = dataclasses.replace(CONFIG.text, vocab_size=49408)  # the tokenizer's, which tokenizes a placeholder
 PLAIN = dataclasses.replace(CONFIG, text=TEXT)
 BATCH_NORM = dataclasses.replace(PLAIN, image=ResNetConfig(layers=(1, 1, 1, 1), width=8, image_size=32))
 
 
 def batch_of(rows: tuple[int, int]) -> CaptionBatch:
-    """Some of the pairs; the others are named as skipped."""
+    """Return some of the pairs; the others are listed as skipped."""
     batch = make_batch(slice(*rows))
     if rows[0] == rows[1]:
         batch = CaptionBatch(batch.images, torch.zeros(0, 1, dtype=torch.long), [])
@@ -46,13 +46,13 @@ class _Steps(Dataset[CaptionBatch]):
         ranks = self.steps[step]
         if self.world > 1:
             return batch_of(ranks[self.rank])
-        # A single rank has the pairs of both, which lie beside each other.
+        # A single rank has the pairs of both ranks, which are adjacent rows.
         filled = [rows for rows in ranks if rows[0] < rows[1]] or [(0, 0)]
         return batch_of((filled[0][0], filled[-1][1]))
 
 
 class Data(LightningDataModule):
-    """The steps, and two validation batches."""
+    """Training batches of ``STEPS`` and two validation batches."""
 
     def _loader(self, *steps: Any) -> Any:
         trainer: Any = self.trainer
@@ -68,9 +68,9 @@ class Data(LightningDataModule):
 def train(
     output: str, world: int, strategy: str, batch_norm: bool = False, checkpointed: bool = False, **options: Any
 ) -> None:
-    """One epoch and a validation; rank 0 writes the checkpoint and the metrics."""
+    """Train one epoch, validate, and write the checkpoint and the metrics."""
     torch.manual_seed(0)
-    # AdamW divides what is zero but for rounding by itself, unless eps is larger than rounding.
+    # With a smaller eps, AdamW would amplify rounding errors of gradients that are zero.
     module = LitCLIP(
         BATCH_NORM if batch_norm else PLAIN,
         **options,
@@ -97,7 +97,7 @@ def train(
 
 
 def train_all(jobs: str) -> None:
-    """Several runs in the same processes; JSON of :func:`train`'s arguments."""
+    """Run several trainings in the same processes; ``jobs`` is JSON of :func:`train`'s arguments."""
     for job in json.loads(jobs):
         train(**job)
 

@@ -1,4 +1,4 @@
-"""The contrastive loss against hand-computed values and a re-derivation in plain loops."""
+"""The losses against hand-computed values, plain loops and open_clip."""
 
 import math
 
@@ -12,14 +12,14 @@ from lit_clip.losses.distillation import distillation_loss, two_way_logits
 
 
 def random_units(size: int, dim: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Float64 unit features of images and texts, ``[size, dim]`` each."""
+    """Return float64 unit features of images and texts, ``[size, dim]`` each."""
     generator = torch.Generator().manual_seed(seed)
     image, text = torch.randn(2, size, dim, generator=generator, dtype=torch.float64)
     return unit(image), unit(text)
 
 
 def loss_in_plain_loops(image: list[list[float]], text: list[list[float]], scale: float) -> float:
-    """Figure 3 of the paper with numbers only: the mean over pairs and directions of -log softmax of the right one."""
+    """Figure 3 of the paper: the mean over pairs and directions of -log softmax at the matching pair."""
 
     def one_direction(queries: list[list[float]], candidates: list[list[float]]) -> float:
         total = 0.0
@@ -51,7 +51,7 @@ def test_loss_and_gradients_of_a_worked_example() -> None:
 
 @pytest.mark.parametrize(("text", "loss"), [("own", 0.358551), ("other", 0.437932)])
 def test_each_direction_of_the_worked_example(text: str, loss: float) -> None:
-    # One direction alone: candidates of the other are a single pair's worth of zeros, whose cross-entropy is log 3.
+    # One direction only: the other direction's features are zeros, so its cross-entropy is log 3.
     U = torch.tensor([[1, 0], [0, 1], [-1, 0]], dtype=torch.float64)
     V = torch.tensor([[0.8, 0.6], [0, 1], [-0.8, 0.6]], dtype=torch.float64)
     image, all_text = (U, V) if text == "own" else (V, U)
@@ -62,14 +62,14 @@ def test_each_direction_of_the_worked_example(text: str, loss: float) -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 7])
 @pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
-def test_loss_is_that_of_plain_loops(size: int, scale: float) -> None:
+def test_loss_equals_plain_loops(size: int, scale: float) -> None:
     image, text = random_units(size, dim=5, seed=size)
     loss = contrastive_loss(image, text, image, text, torch.tensor(scale, dtype=torch.float64))
     assert loss.dtype == torch.float64
     assert loss.item() == pytest.approx(loss_in_plain_loops(image.tolist(), text.tolist(), scale), rel=1e-12, abs=1e-12)
 
 
-def test_gradients_are_the_closed_form() -> None:
+def test_gradients_equal_the_closed_form() -> None:
     # G = (P + Q - 2 I) / 2N with P, Q the softmax over texts and over images; dU = s G V, dV = s G' U, ds = sum(G C).
     size, scale = 7, 14.3
     image, text = (x.requires_grad_() for x in random_units(size, dim=5, seed=3))
@@ -86,15 +86,15 @@ def test_gradients_are_the_closed_form() -> None:
 
 
 @pytest.mark.parametrize(("ranks", "local"), [(1, 7), (7, 1), (3, 5)])
-def test_the_ranks_rows_average_to_the_loss_of_the_whole_batch(ranks: int, local: int) -> None:
+def test_mean_over_ranks_is_the_loss_of_the_whole_batch(ranks: int, local: int) -> None:
     image, text = (x.requires_grad_() for x in random_units(ranks * local, dim=6, seed=4))
     scale = torch.tensor(20.0, dtype=torch.float64, requires_grad=True)
     whole = contrastive_loss(image, text, image, text, scale)
     whole_gradients = torch.autograd.grad(whole, (image, text, scale))
     parts = []
     for start in range(0, ranks * local, local):
-        mine = slice(start, start + local)
-        parts.append(contrastive_loss(image[mine], text[mine], image, text, scale, first_row=start))
+        rows = slice(start, start + local)
+        parts.append(contrastive_loss(image[rows], text[rows], image, text, scale, first_row=start))
     mean = torch.stack(parts).mean()
     torch.testing.assert_close(mean, whole, rtol=1e-12, atol=1e-12)
     gradients = torch.autograd.grad(mean, (image, text, scale))
@@ -104,7 +104,7 @@ def test_the_ranks_rows_average_to_the_loss_of_the_whole_batch(ranks: int, local
 
 @pytest.mark.parametrize("size", [1, 2, 7, 100])
 @pytest.mark.parametrize("scale", [1.0, 100.0])
-def test_features_collapsed_to_a_point_cost_the_log_of_the_batch_size(size: int, scale: float) -> None:
+def test_loss_of_identical_features_is_the_log_of_the_batch_size(size: int, scale: float) -> None:
     same = unit(torch.ones(size, 4))
     assert contrastive_loss(same, same, same, same, torch.tensor(scale)).item() == pytest.approx(
         math.log(size), rel=1e-5, abs=1e-6
@@ -117,12 +117,12 @@ def test_half_precision_features_give_a_float32_loss(dtype: torch.dtype, autocas
     image, text = (x.to(dtype) for x in random_units(33, dim=16, seed=5))
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         loss = contrastive_loss(image, text, image, text, torch.tensor(100.0))
-    exact = loss_in_plain_loops(image.tolist(), text.tolist(), 100.0)  # of the rounded features
+    exact = loss_in_plain_loops(image.tolist(), text.tolist(), 100.0)  # for the rounded features
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(exact, rel=1e-5)  # logits in bfloat16 would be off by up to 0.4
 
 
-def test_unit_widens_half_precisions_and_no_others() -> None:
+def test_unit_converts_half_precision_and_no_other_to_float32() -> None:
     features = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(6))
     for dtype, wide in ((torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float64,) * 2):
         units = unit(features.to(dtype))
@@ -143,7 +143,7 @@ def sigmoid_loss_in_plain_loops(image: list[list[float]], text: list[list[float]
 
 @pytest.mark.parametrize("size", [1, 2, 7])
 @pytest.mark.parametrize(("scale", "bias"), [(10.0, -10.0), (1.0, 0.0), (100.0, -3.0)])
-def test_the_sigmoid_loss_is_that_of_plain_loops(size: int, scale: float, bias: float) -> None:
+def test_sigmoid_loss_equals_plain_loops(size: int, scale: float, bias: float) -> None:
     image, text = random_units(size, dim=5, seed=size)
     t, b = (torch.tensor(x, dtype=torch.float64) for x in (scale, bias))
     loss = sigmoid_loss(image, text, t, b)
@@ -151,7 +151,7 @@ def test_the_sigmoid_loss_is_that_of_plain_loops(size: int, scale: float, bias: 
     assert loss.item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_the_sigmoid_loss_and_its_gradients_are_open_clips() -> None:
+def test_sigmoid_loss_and_gradients_equal_open_clips() -> None:
     ours, theirs = (
         [*(x.clone().requires_grad_() for x in random_units(7, dim=5, seed=1))]
         + [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (10.0, -10.0)]
@@ -166,7 +166,7 @@ def test_the_sigmoid_loss_and_its_gradients_are_open_clips() -> None:
 
 
 @pytest.mark.parametrize(("ranks", "local"), [(1, 7), (7, 1), (3, 5)])
-def test_the_ranks_sigmoid_losses_average_to_that_of_the_whole_batch(ranks: int, local: int) -> None:
+def test_mean_over_ranks_is_the_sigmoid_loss_of_the_whole_batch(ranks: int, local: int) -> None:
     image, text = random_units(ranks * local, dim=6, seed=4)
     scale, bias = torch.tensor(10.0, dtype=torch.float64), torch.tensor(-5.0, dtype=torch.float64)
     parts = [
@@ -185,7 +185,7 @@ def test_half_precision_features_give_a_float32_sigmoid_loss() -> None:
     assert loss.item() == pytest.approx(sigmoid_loss_in_plain_loops(image.tolist(), text.tolist(), 100, -10), rel=1e-5)
 
 
-def test_distillation_and_its_gradients_are_open_clips() -> None:
+def test_distillation_loss_and_gradients_equal_open_clips() -> None:
     (image, text), theirs = random_units(7, dim=5, seed=1), random_units(7, dim=9, seed=2)
     image, text = image.requires_grad_(), text.requires_grad_()
     scale, their_scale = (torch.tensor(x, dtype=torch.float64) for x in (14.0, 50.0))

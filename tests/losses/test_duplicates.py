@@ -1,4 +1,4 @@
-"""Numbers that pairs share if, and only if, they say the same."""
+"""Ids that two pairs share if and only if they are duplicates."""
 
 import subprocess
 import sys
@@ -15,35 +15,35 @@ from lit_clip.tools.hashing import stable_hash
 TEXTS = ["a cat", "a dog", "a cat!", "!a cat", "a cat", "", "!", "!!", "! !", "cat a", "the cat sat on the mat " * 9]
 
 
-def test_texts_share_a_number_exactly_if_their_tokens_are_equal() -> None:
+def test_texts_share_a_hash_only_if_their_tokens_are_equal() -> None:
     tokens = CLIPTokenizer(77)(TEXTS)
     equal = (tokens[:, None] == tokens[None]).all(dim=-1)
-    numbers = token_hash(tokens, 0)
-    assert torch.equal(numbers[:, None] == numbers[None], equal)
+    hashes = token_hash(tokens, 0)
+    assert torch.equal(hashes[:, None] == hashes[None], equal)
     assert int(equal.sum()) == len(TEXTS) + 2  # "a cat" twice
 
 
 @pytest.mark.parametrize("pad_id", [0, 1])
-def test_padding_does_not_count(pad_id: int) -> None:
+def test_padding_does_not_change_the_hash(pad_id: int) -> None:
     tokens = torch.tensor([[7, 8, 9], [7, 9, 8]])
     padded = torch.nn.functional.pad(tokens, (0, 5), value=pad_id)
     assert torch.equal(token_hash(tokens, pad_id), token_hash(padded, pad_id))
     assert token_hash(tokens, pad_id).unique().numel() == 2
 
 
-def test_a_million_texts_have_as_many_numbers() -> None:
+def test_a_million_texts_have_no_hash_collisions() -> None:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 49408, (1_000_000, 8), generator=generator).unique(dim=0)
     assert token_hash(tokens, 0).unique().numel() == len(tokens)
 
 
-def test_numbers_of_keys_are_the_same_in_every_process() -> None:
+def test_hashes_of_keys_are_the_same_in_every_process() -> None:
     program = "from lit_clip.losses.duplicates import stable_hash; print(stable_hash('photos/1.jpg'))"
     other = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     assert int(other.stdout) == stable_hash("photos/1.jpg")
 
 
-def test_images_captions_and_groups_each_join_pairs_and_a_missing_group_joins_none() -> None:
+def test_pairs_with_the_same_image_caption_or_group_share_an_id_and_missing_groups_do_not() -> None:
     tokens = CLIPTokenizer(16)(["a cat", "a dog", "a cat", "a bird", "a cow", "a fish"])
     ids = pair_ids(["1", "2", "3", "1", "5", "6"], tokens, 0, ["", "pet", "", "", "pet", ""])
     same = (ids[:, None] == ids[None]).any(dim=-1)
@@ -54,13 +54,13 @@ def test_images_captions_and_groups_each_join_pairs_and_a_missing_group_joins_no
     assert torch.equal(pair_ids(["1"], tokens[:1], 0), pair_ids(["1"], tokens[:1], 0, [""]))
 
 
-def test_groups_for_some_of_the_pairs_are_refused() -> None:
+def test_groups_for_only_some_pairs_are_refused() -> None:
     with pytest.raises(InputError, match="1 groups for 2 pairs"):
         pair_ids(["1", "2"], CLIPTokenizer(16)(["a", "b"]), 0, ["x"])
 
 
 @pytest.mark.parametrize(("parts", "sizes"), [(1, [7]), (3, [2, 2, 3]), (7, [1] * 7), (9, [1] * 7)])
-def test_a_batch_is_split_in_order_into_parts_that_are_not_empty(parts: int, sizes: list[int]) -> None:
+def test_a_batch_is_split_in_order_into_non_empty_parts(parts: int, sizes: list[int]) -> None:
     rows = torch.arange(7)
     batch = CaptionBatch(
         rows[:, None, None, None], rows[:, None], [str(i) for i in range(7)], [f"{i}" for i in range(7)]

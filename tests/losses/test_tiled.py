@@ -1,4 +1,4 @@
-"""The losses over tiles are the losses as defined, in value and in every gradient, and hold no B x B tensor."""
+"""Tiled losses: value and gradients of the definition, without a B x B tensor."""
 
 import math
 from typing import Any
@@ -16,18 +16,18 @@ KINDS = ("softmax", "sigmoid")
 
 
 def leaves(pairs: int, dim: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    """Image and text features before they are brought to unit length, the scale's logarithm, the bias."""
+    """Return image and text features before normalisation, the logarithm of the scale, and the bias."""
     generator = torch.Generator().manual_seed(pairs)
     features = torch.randn(2, pairs, dim, generator=generator, dtype=dtype)
     numbers = torch.tensor([2.5, -3.0], dtype=dtype)
     return [x.clone().requires_grad_() for x in (*features, *numbers)]
 
 
-def sharded(kind: str, inputs: list[Tensor], plan: PairLayout) -> ShardedLoss:
+def sharded(kind: str, inputs: list[Tensor], layout: PairLayout) -> ShardedLoss:
     image, text, log_scale, bias = unit(inputs[0]), unit(inputs[1]), inputs[2], inputs[3]
     if kind == "softmax":
-        return sharded_contrastive_loss(image, text, log_scale.exp(), plan)
-    return sharded_sigmoid_loss(image, text, log_scale.exp(), bias, plan)
+        return sharded_contrastive_loss(image, text, log_scale.exp(), layout)
+    return sharded_sigmoid_loss(image, text, log_scale.exp(), bias, layout)
 
 
 def dense(kind: str, inputs: list[Tensor], same: Tensor, duplicates: Duplicates) -> Tensor:
@@ -46,7 +46,7 @@ def with_gradients(loss: Tensor, inputs: list[Tensor], upstream: float = 3.0) ->
 @pytest.mark.parametrize("duplicates", ["negatives", "positives", "ignored"])
 @pytest.mark.parametrize("tile", [(1, 1), (3, 4), (7, 2), (64, 64)])
 @pytest.mark.parametrize("pairs", [1, 2, 7, 31])
-def test_value_and_gradients_are_those_of_the_definition(
+def test_value_and_gradients_equal_the_definition(
     kind: str, duplicates: Duplicates, tile: tuple[int, int], pairs: int
 ) -> None:
     generator = torch.Generator().manual_seed(7)
@@ -60,7 +60,7 @@ def test_value_and_gradients_are_those_of_the_definition(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_are_those_of_finite_differences(kind: str) -> None:
+def test_gradients_equal_finite_differences(kind: str) -> None:
     def loss(*inputs: Tensor) -> Tensor:
         return sharded(kind, list(inputs), PairLayout(Shards(0, (5,)), tile=(2, 3))).loss
 
@@ -69,31 +69,30 @@ def test_gradients_are_those_of_finite_differences(kind: str) -> None:
 
 
 def test_the_loss_of_each_duplicate_policy_by_hand() -> None:
-    # Two images of one text and a third pair; all cosines are 1 or 0, so everything is a sum of e and 1.
-    one, other = [1.0, 0.0], [0.0, 1.0]
-    image = text = torch.tensor([one, one, other], dtype=torch.float64)
+    # A pair, its duplicate and a third pair; all cosines are 1 or 0, so exponentials are e or 1.
+    image = text = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
     scale, ids, e = torch.tensor(1.0, dtype=torch.float64), torch.tensor([[5], [5], [8]]), math.e
 
     def loss(duplicates: Duplicates) -> float:
         return sharded_contrastive_loss(image, text, scale, PairLayout(Shards(0, (3,)), ids, duplicates)).loss.item()
 
-    twin, third = math.log(2 * e + 1) - 1, math.log(e + 2) - 1
-    assert loss("negatives") == pytest.approx((2 * twin + third) / 3, rel=1e-12)
-    assert loss("positives") == pytest.approx((2 * twin + third) / 3, rel=1e-12)  # the twin's logit is as high
+    duplicate, third = math.log(2 * e + 1) - 1, math.log(e + 2) - 1
+    assert loss("negatives") == pytest.approx((2 * duplicate + third) / 3, rel=1e-12)
+    assert loss("positives") == pytest.approx((2 * duplicate + third) / 3, rel=1e-12)  # both logits are equal
     assert loss("ignored") == pytest.approx((2 * (math.log(e + 1) - 1) + third) / 3, rel=1e-12)
     zero = torch.tensor(0.0, dtype=torch.float64)
 
     def sigmoid(duplicates: Duplicates) -> float:
         return sharded_sigmoid_loss(image, text, scale, zero, PairLayout(Shards(0, (3,)), ids, duplicates)).loss.item()
 
-    yes, no, unsure = math.log1p(1 / e), math.log1p(e), math.log(2)
-    assert sigmoid("negatives") == pytest.approx((3 * yes + 2 * no + 4 * unsure) / 3, rel=1e-12)
-    assert sigmoid("positives") == pytest.approx((5 * yes + 4 * unsure) / 3, rel=1e-12)
-    assert sigmoid("ignored") == pytest.approx((3 * yes + 4 * unsure) / 3, rel=1e-12)
+    positive, negative, zero_logit = math.log1p(1 / e), math.log1p(e), math.log(2)
+    assert sigmoid("negatives") == pytest.approx((3 * positive + 2 * negative + 4 * zero_logit) / 3, rel=1e-12)
+    assert sigmoid("positives") == pytest.approx((5 * positive + 4 * zero_logit) / 3, rel=1e-12)
+    assert sigmoid("ignored") == pytest.approx((3 * positive + 4 * zero_logit) / 3, rel=1e-12)
 
 
 class Largest(TorchDispatchMode):
-    """The most elements that any result of an operation has."""
+    """Record the number of elements of the largest result of any operation."""
 
     elements = 0
 
@@ -107,17 +106,17 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("duplicates", ["negatives", "positives", "ignored"])
-def test_nothing_is_larger_than_the_features_or_a_tile(kind: str, duplicates: Duplicates) -> None:
+def test_no_tensor_is_larger_than_the_features_or_a_tile(kind: str, duplicates: Duplicates) -> None:
     pairs, dim, tile = 200, 8, (16, 32)
     inputs, ids = leaves(pairs, dim), torch.arange(pairs)[:, None] // 3
     with Largest() as largest:
         sharded(kind, inputs, PairLayout(Shards(0, (pairs,)), ids, duplicates, tile=tile)).loss.backward()
-    assert largest.elements <= 2 * pairs * dim  # both features as the test makes them
+    assert largest.elements <= 2 * pairs * dim  # both modalities' features, created together above
     assert largest.elements >= tile[0] * tile[1]  # the tiles were seen
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_hits_are_images_nearer_to_their_text_than_to_any_other(kind: str) -> None:
+def test_hits_count_images_nearest_to_their_own_text(kind: str) -> None:
     inputs = leaves(50, 4)
     with torch.no_grad():
         inputs[1][:20] = inputs[0][:20] + 0.1 * inputs[1][:20]
@@ -126,8 +125,8 @@ def test_hits_are_images_nearer_to_their_text_than_to_any_other(kind: str) -> No
     result = sharded(kind, inputs, PairLayout(Shards(0, (50,)), tile=(7, 9)))
     assert result.hits.item() == int(nearest.sum()) > 5
     assert not result.hits.requires_grad
-    same = torch.ones(50, 4, dtype=torch.float64)  # all features alike: no image is nearer to its own text
-    assert sharded(kind, [same, same, *inputs[2:]], PairLayout(Shards(0, (50,)), tile=(7, 9))).hits.item() == 0
+    equal = torch.ones(50, 4, dtype=torch.float64)  # with equal features no image is nearer to its own text
+    assert sharded(kind, [equal, equal, *inputs[2:]], PairLayout(Shards(0, (50,)), tile=(7, 9))).hits.item() == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -135,14 +134,14 @@ def test_bfloat16_features_are_summed_in_float32(kind: str) -> None:
     inputs = leaves(40, 16, torch.float32)
     half = [x.detach().bfloat16() for x in inputs[:2]]
     exact = [x.double() for x in half]
-    plan = PairLayout(Shards(0, (40,)), tile=(16, 16))
+    layout = PairLayout(Shards(0, (40,)), tile=(16, 16))
     scale, bias = torch.tensor(100.0), torch.tensor(-10.0)
     with torch.autocast("cpu", torch.bfloat16):
         if kind == "softmax":
-            ours = sharded_contrastive_loss(half[0], half[1], scale, plan).loss
+            ours = sharded_contrastive_loss(half[0], half[1], scale, layout).loss
             expected = contrastive_loss(exact[0], exact[1], exact[0], exact[1], scale.double())
         else:
-            ours = sharded_sigmoid_loss(half[0], half[1], scale, bias, plan).loss
+            ours = sharded_sigmoid_loss(half[0], half[1], scale, bias, layout).loss
             expected = sigmoid_loss(exact[0], exact[1], scale.double(), bias.double())
     assert ours.dtype == torch.float32
     assert ours.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -159,7 +158,7 @@ def test_extreme_scales_neither_overflow_nor_vanish() -> None:
         torch.testing.assert_close(our.double(), their, rtol=1e-3, atol=1e-2)
 
 
-def test_a_feature_that_is_no_number_makes_the_loss_none() -> None:
+def test_a_nan_feature_makes_the_loss_nan() -> None:
     inputs = leaves(6, 4)
     with torch.no_grad():
         inputs[0][3, 1] = math.nan

@@ -1,4 +1,4 @@
-"""Fine-tuning: what is frozen stays as it was, what learns does so at its own rate, and the change is told."""
+"""Fine-tuning: frozen parameters stay unchanged, layers have their own learning rates, and the change is reported."""
 
 import csv
 import json
@@ -34,8 +34,8 @@ from tests.test_module import SaveAt, data_for, trainer
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def sizes_of_bert() -> dict[str, Any]:
-    """A tiny BERT's configuration, as an architecture holds it."""
+def bert_sizes() -> dict[str, Any]:
+    """Return a tiny BERT's configuration as plain values."""
     from transformers import BertConfig
 
     sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -43,13 +43,13 @@ def sizes_of_bert() -> dict[str, Any]:
     return json.loads(config.to_json_string(use_diff=False))
 
 
-def two_towers(image: str) -> CLIPConfig:
-    """A model whose image tower is timm's and whose text tower is a Hugging Face encoder."""
-    text = HuggingFaceTextConfig("nowhere", pretrained=False, context_length=16, model=sizes_of_bert())
+def external_towers(image: str) -> CLIPConfig:
+    """Return a model with a timm image tower and a Hugging Face text tower."""
+    text = HuggingFaceTextConfig("nowhere", pretrained=False, context_length=16, model=bert_sizes())
     return CLIPConfig(embed_dim=16, image=TimmConfig(image, image_size=32), text=text)
 
 
-def residual_network() -> CLIPConfig:
+def resnet() -> CLIPConfig:
     return CLIPConfig(
         embed_dim=16,
         image=ResNetConfig(layers=(1, 2, 3, 1), width=8, image_size=32),
@@ -72,7 +72,7 @@ def parts_of(model: CLIP, tower: Any) -> dict[str, set[str]]:
     }
 
 
-def test_the_papers_towers_go_from_embeddings_to_projection() -> None:
+def test_layer_groups_of_the_papers_towers_go_from_embeddings_to_projection() -> None:
     image, text = (parts_of(CLIP(CONFIG), tower) for tower in ("image", "text"))
     assert list(image) == ["embeddings", "blocks.0", "head"]
     assert image["embeddings"] == {
@@ -86,8 +86,8 @@ def test_the_papers_towers_go_from_embeddings_to_projection() -> None:
     assert text["head"] == {"text_projection", "ln_final.weight", "ln_final.bias"}
 
 
-def test_a_residual_networks_blocks_are_those_of_its_stages() -> None:
-    groups = parts_of(CLIP(residual_network()), "image")
+def test_layer_groups_of_a_resnet_are_the_blocks_of_its_stages() -> None:
+    groups = parts_of(CLIP(resnet()), "image")
     assert list(groups) == ["embeddings", *(f"blocks.{i}" for i in range(7)), "head"]
     assert groups["blocks.3"] == {"visual.layer3.0"}
     stem = {f"{kind}{i}" for kind in ("conv", "bn") for i in (1, 2, 3)}
@@ -96,8 +96,8 @@ def test_a_residual_networks_blocks_are_those_of_its_stages() -> None:
 
 
 @pytest.mark.parametrize(("name", "blocks"), [("test_vit", 6), ("test_resnet", 4), ("test_convnext", 9)])
-def test_timms_towers_are_cut_as_timm_says(name: str, blocks: int) -> None:
-    model: Any = CLIP(two_towers(name))
+def test_layer_groups_of_timm_towers_are_timms(name: str, blocks: int) -> None:
+    model: Any = CLIP(external_towers(name))
     groups = layer_groups(model, "image")
     assert [group.name for group in groups] == ["embeddings", *(f"blocks.{i}" for i in range(blocks)), "head"]
     order = timm.models.group_parameters(model.visual.trunk, model.visual.trunk.group_matcher(coarse=False))
@@ -106,16 +106,16 @@ def test_timms_towers_are_cut_as_timm_says(name: str, blocks: int) -> None:
     assert "visual.head.proj.weight" in groups[-1].parameters
 
 
-def test_a_hugging_face_encoders_blocks_are_its_layers() -> None:
-    groups = parts_of(CLIP(two_towers("test_vit")), "text")
+def test_layer_groups_of_a_hugging_face_encoder_are_its_layers() -> None:
+    groups = parts_of(CLIP(external_towers("test_vit")), "text")
     assert list(groups) == ["embeddings", "blocks.0", "blocks.1", "blocks.2", "head"]
     assert groups["embeddings"] == {"text.transformer.embeddings"}
     assert groups["blocks.2"] == {"text.transformer.encoder"}
     assert groups["head"] == {"text.proj.weight"}
 
 
-@pytest.mark.parametrize("make", [partial(two_towers, "test_vit"), residual_network, siglip, lambda: CONFIG])
-def test_every_parameter_of_a_tower_is_in_one_group(make: Callable[[], CLIPConfig]) -> None:
+@pytest.mark.parametrize("make", [partial(external_towers, "test_vit"), resnet, siglip, lambda: CONFIG])
+def test_every_parameter_of_a_tower_is_in_exactly_one_group(make: Callable[[], CLIPConfig]) -> None:
     model = CLIP(make())
     for tower in ("image", "text"):
         names = [name for group in layer_groups(model, tower) for name in group.parameters]
@@ -126,8 +126,8 @@ def test_every_parameter_of_a_tower_is_in_one_group(make: Callable[[], CLIPConfi
     )
 
 
-def test_frozen_batch_norms_and_dropout_stay_in_evaluation_mode_and_others_do_not() -> None:
-    model: Any = CLIP(two_towers("test_resnet"))
+def test_only_frozen_batch_norm_and_dropout_stay_in_evaluation_mode() -> None:
+    model: Any = CLIP(external_towers("test_resnet"))
     frozen = frozen_names(model, Freeze(image=UnlockLast(1), text=UnlockLast(2)))
     model.train()
     for name in frozen:
@@ -144,20 +144,20 @@ def test_frozen_batch_norms_and_dropout_stay_in_evaluation_mode_and_others_do_no
     assert model.visual.head.training
 
 
-def test_a_frozen_module_keeps_its_mode_and_its_weights_through_training(
+def test_a_frozen_module_keeps_its_mode_and_weights_during_training(
     tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
-    """LiT with a text tower of which the last of two blocks learns, through a real fit with validations."""
+    """A real fit with validations: the image tower is frozen (LiT), and so is the first of two text blocks."""
     tiny_config.text.layers = 2
     module = LitCLIP(tiny_config, freeze=Freeze(image="all", text=UnlockLast(1)), lr_scheduler=WarmupCosineSettings(1))
     before = {name: value.clone() for name, value in module.model.state_dict().items()}
     modes: list[tuple[bool, bool, bool]] = []
     blocks: Any = module.model.transformer.resblocks
 
-    def note(*_: Any) -> None:
+    def record(*_: Any) -> None:
         modes.append((module.model.visual.training, blocks[0].training, blocks[1].training))
 
-    module.on_train_batch_start = note
+    module.on_train_batch_start = record
     fitting = trainer(tmp_path, max_epochs=2, enable_checkpointing=False)
     fitting.fit(module, data_for(module, caption_table))
     assert set(modes) == {(False, False, True)}
@@ -169,29 +169,29 @@ def test_a_frozen_module_keeps_its_mode_and_its_weights_through_training(
     assert all(name.startswith("transformer.resblocks.1.") for name in trained if name.startswith("transformer"))
 
 
-def test_a_wholly_frozen_tower_keeps_no_activations() -> None:
+def test_a_frozen_tower_keeps_no_activations() -> None:
     module = finetuned_module('{"freeze": {"image": "all"}}')
-    kept: list[torch.Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         image, text = module(make_batch(slice(0, 4)))
     assert text.requires_grad
     assert not image.requires_grad
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        kept.clear()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        saved.clear()
         module.model.encode_image(module.model.normalize(make_batch(slice(0, 4)).images))
-    assert kept == []
+    assert saved == []
 
 
 @pytest.mark.parametrize(
     ("options", "trained"),
     [
         ({"freeze": {"image": {"unlock_last": 0}, "text": {"unlock_last": 1}}}, 19),
-        ({"architecture": residual_network(), "freeze": {"image": "all"}}, 18),  # its statistics would differ by rank
-        ({"architecture": two_towers("test_vit"), "freeze": {"image": {"unlock_last": 1}, "text": "all"}}, 16),
+        ({"architecture": resnet(), "freeze": {"image": "all"}}, 18),  # BatchNorm in training mode differs by rank
+        ({"architecture": external_towers("test_vit"), "freeze": {"image": {"unlock_last": 1}, "text": "all"}}, 16),
         ({"architecture": siglip()}, 39),
     ],
 )
-def test_two_ranks_without_find_unused_parameters_equal_one_process(
+def test_gradients_of_two_ranks_without_find_unused_parameters_equal_one_process(
     options: dict[str, Any], trained: int, ranks: Callable[..., None], tmp_path: Path
 ) -> None:
     words = json.dumps(options, default=CLIPConfig.to_dict)
@@ -214,13 +214,13 @@ def test_two_ranks_without_find_unused_parameters_equal_one_process(
         ({"text": {"unlock_last": -1}}, "unlock_last -1 must be at least 0"),
     ],
 )
-def test_more_blocks_than_there_are_cannot_be_unlocked(freeze: Any, message: str) -> None:
+def test_unlocking_an_impossible_number_of_blocks_is_refused(freeze: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         LitCLIP(CONFIG, freeze=freeze)
 
 
 def rates(module: LitCLIP) -> dict[str, float]:
-    """Each trained parameter's learning rate, once."""
+    """Return every trainable parameter's learning rate; each must be in one group."""
     names = {id(p): name for name, p in module.model.named_parameters()}
     found: dict[str, float] = {}
     for group in module._parameter_groups():
@@ -230,7 +230,7 @@ def rates(module: LitCLIP) -> dict[str, float]:
     return found
 
 
-def test_each_layer_learns_more_slowly_than_the_one_behind_it() -> None:
+def test_layer_decay_lowers_the_learning_rate_of_each_earlier_layer() -> None:
     module = LitCLIP(CONFIG, layer_decay=LayerDecay(image=0.5, text=0.1), optimizer=AdamWSettings(lr=1.0))
     found = rates(module)
     assert found.keys() == dict(module.model.named_parameters()).keys()
@@ -243,28 +243,28 @@ def test_each_layer_learns_more_slowly_than_the_one_behind_it() -> None:
     assert {name: found[name] for name in expected} == pytest.approx(expected)
     decays = {id(p): group["weight_decay"] for group in module._parameter_groups() for p in group["params"]}
     assert all((decays[id(p)] > 0) == (p.ndim >= 2) for p in module.model.parameters())
-    assert module._parameter_groups()[0]["lr"] == 1.0  # what train/learning_rate shows
+    assert module._parameter_groups()[0]["lr"] == 1.0  # logged as train/learning_rate
 
 
-def test_without_layer_decay_every_rate_is_the_same() -> None:
+def test_without_layer_decay_all_learning_rates_are_equal() -> None:
     assert set(rates(LitCLIP(CONFIG, optimizer=AdamWSettings(lr=0.25))).values()) == {0.25}
     halves = rates(LitCLIP(CONFIG, layer_decay=0.5, optimizer=AdamWSettings(lr=1.0)))
     assert halves["visual.conv1.weight"] == 0.25
     assert halves["token_embedding.weight"] == 0.125
 
 
-def test_frozen_parameters_are_in_no_group_of_a_decaying_optimizer() -> None:
+def test_frozen_parameters_are_in_no_group_with_layer_decay() -> None:
     module = LitCLIP(CONFIG, layer_decay=0.5, freeze=Freeze(image=UnlockLast(0), text=UnlockLast(1)))
     assert rates(module).keys() == {name for name, p in module.model.named_parameters() if p.requires_grad}
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.5, float("nan")])
-def test_a_decay_that_is_none_is_refused(decay: float) -> None:
+def test_a_layer_decay_outside_0_to_1_is_refused(decay: float) -> None:
     with pytest.raises(InputError, match="layer_decay: image"):
         LitCLIP(CONFIG, layer_decay=decay)
 
 
-def test_layer_rates_follow_the_schedule_across_a_resume_with_what_is_typed(
+def test_a_resumed_run_applies_its_own_learning_rate_to_every_layer(
     tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
     def module(learning_rate: float, **options: Any) -> LitCLIP:
@@ -279,22 +279,22 @@ def test_layer_rates_follow_the_schedule_across_a_resume_with_what_is_typed(
     second = module(0.002, **options)
     seen: dict[str, list[float]] = {}
 
-    def note(*_: Any) -> None:
+    def record(*_: Any) -> None:
         for group in second.trainer.optimizers[0].param_groups:
             seen.setdefault(group["name"], []).append(group["lr"])
 
-    second.on_train_batch_start = note
+    second.on_train_batch_start = record
     trainer(tmp_path, max_epochs=2, limit_val_batches=0).fit(second, data_for(second, caption_table), ckpt_path=path)
     schedule = [0.002 * warmup_cosine(step, 1, 8) for step in range(4, 8)]
     for name, depth in (("image.head", 0), ("text.head", 0), ("text.blocks.0", 1), ("text.embeddings", 2)):
         assert seen[name] == pytest.approx([rate * 0.5**depth for rate in schedule]), name
     assert "image.blocks.0" not in seen
     other = module(0.01, layer_decay=0.5)
-    with pytest.raises(InputError, match="resuming needs the model.freeze, layer_decay"):
+    with pytest.raises(InputError, match="resume with the model.freeze, layer_decay and lora of the run that wrote it"):
         trainer(tmp_path, max_epochs=2).fit(other, data_for(other, caption_table), ckpt_path=path)
 
 
-def test_a_checkpoint_of_a_fine_tuned_model_holds_plain_values(tmp_path: Path, caption_table: Path) -> None:
+def test_fine_tuning_options_are_saved_as_plain_values(tmp_path: Path, caption_table: Path) -> None:
     module = LitCLIP(CONFIG, freeze=Freeze(image="all", text=UnlockLast(1)), layer_decay=0.5)
     hparams: Any = module.hparams
     assert hparams.freeze == {"image": "all", "text": {"unlock_last": 1}}
@@ -319,9 +319,7 @@ def metrics(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_freezing_and_decay_are_written_in_yaml_and_printed_as_they_were(
-    cli: Cli, caption_table: Path, tmp_path: Path
-) -> None:
+def test_freeze_and_layer_decay_in_yaml_are_printed_unchanged(cli: Cli, caption_table: Path, tmp_path: Path) -> None:
     finetune = {"freeze": {"image": "all", "text": {"unlock_last": 1}}, "layer_decay": {"image": 1.0, "text": 0.5}}
     (tmp_path / "finetune.yaml").write_text(yaml.safe_dump({"model": finetune}))
     result = cli(*command(caption_table, "--config", "finetune.yaml", "--print_config"))
@@ -331,7 +329,7 @@ def test_freezing_and_decay_are_written_in_yaml_and_printed_as_they_were(
 
 
 @pytest.mark.parametrize("devices", [1, 2])
-def test_a_baseline_is_logged_at_step_0_and_the_change_is_told_and_kept(
+def test_validate_first_logs_at_step_0_and_the_change_is_reported_also_after_a_resume(
     devices: int, cli: Cli, caption_table: Path, tmp_path: Path
 ) -> None:
     options = ["--validate_first", "true", "--model.freeze", "{image: all}", "--model.layer_decay", "0.5"]
@@ -342,7 +340,7 @@ def test_a_baseline_is_logged_at_step_0_and_the_change_is_told_and_kept(
     assert [row["step"] for row in rows] == ["0", "3"]
     losses = [float(row["val/loss"]) for row in rows]
     assert "before" in result.stdout
-    assert "What learns" in result.stdout
+    assert "Parameter groups" in result.stdout
     assert f"{losses[1] - losses[0]:+.4f}" in result.stdout
     assert losses[0] != losses[1]
     if devices == 2:
@@ -353,24 +351,24 @@ def test_a_baseline_is_logged_at_step_0_and_the_change_is_told_and_kept(
     resumed = cli(*command(caption_table, *again))
     assert resumed.returncode == 0, resumed.stderr
     later = [row for row in metrics(tmp_path / "again") if row["val/loss"]]
-    assert [row["step"] for row in later] == ["7"]  # no second baseline
+    assert [row["step"] for row in later] == ["7"]  # not validated first again
     assert f"{float(later[0]['val/loss']) - losses[0]:+.4f}" in resumed.stdout
 
 
 @pytest.mark.slow
-def test_a_baseline_changes_nothing_of_the_training(cli: Cli, caption_table: Path, tmp_path: Path) -> None:
+def test_validate_first_does_not_change_training(cli: Cli, caption_table: Path, tmp_path: Path) -> None:
     weights = []
-    for baseline in ("true", "false"):
-        logs = ["--trainer.logger.init_args.save_dir", baseline, "--trainer.max_epochs", "1"]
-        result = cli(*command(caption_table, "--validate_first", baseline, *logs))
+    for validate_first in ("true", "false"):
+        logs = ["--trainer.logger.init_args.save_dir", validate_first, "--trainer.max_epochs", "1"]
+        result = cli(*command(caption_table, "--validate_first", validate_first, *logs))
         assert result.returncode == 0, result.stderr
-        (path,) = (tmp_path / baseline).rglob("*.ckpt")
+        (path,) = (tmp_path / validate_first).rglob("*.ckpt")
         weights.append(torch.load(path, weights_only=True)["state_dict"])
     for name, value in weights[0].items():
         assert torch.equal(value, weights[1][name]), name
 
 
-def test_a_fast_dev_run_has_a_baseline_too(cli: Cli, caption_table: Path) -> None:
+def test_a_fast_dev_run_validates_first_too(cli: Cli, caption_table: Path) -> None:
     result = cli(*command(caption_table, "--validate_first", "true", "--trainer.fast_dev_run", "true"))
     assert result.returncode == 0, result.stderr
     assert "before" in result.stdout

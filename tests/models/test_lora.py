@@ -25,7 +25,7 @@ from lit_clip.module import LitCLIP
 from lit_clip.tools.weight_files import read_tensors
 from lit_clip.training.optim import AdamWSettings, WarmupCosineSettings
 from tests.helpers.ranks import CONFIG, PAIRS, finetuned_module, make_batch
-from tests.models.test_finetune import command, two_towers
+from tests.models.test_finetune import command
 from tests.test_module import SaveAt, data_for, trainer
 
 MEMBERS = ("attn.in_proj_weight", "attn.out_proj", "mlp.c_fc", "mlp.c_proj")
@@ -73,15 +73,15 @@ def test_additions_start_without_effect_and_reach_the_fused_weight() -> None:
         for target in target_names(plain):
             owner, _, last = target.rpartition(".")
             holder = owner if last == "in_proj_weight" else target
-            (a,) = (v for n, v in added.items() if stripped(n) == f"{holder}.lora_A.default.weight")
-            (b,) = (v for n, v in added.items() if stripped(n) == f"{holder}.lora_B.default.weight")
+            (a,) = (v for n, v in added.items() if plain_name(n) == f"{holder}.lora_A.default.weight")
+            (b,) = (v for n, v in added.items() if plain_name(n) == f"{holder}.lora_B.default.weight")
             weight = plain.get_parameter(target if last == "in_proj_weight" else f"{target}.weight")
             weight += 6 / 3 * b @ a
         for encode, x in (("encode_image", images), ("encode_text", tokens)):
             torch.testing.assert_close(getattr(model, encode)(x), getattr(plain, encode)(x), rtol=0, atol=1e-5)
 
 
-def stripped(name: str) -> str:
+def plain_name(name: str) -> str:
     return name.replace(".base_layer", "")
 
 
@@ -199,17 +199,17 @@ def test_two_ranks_give_the_gradients_of_one_process(ranks: Callable[..., None],
     module.training_step(make_batch(slice(0, PAIRS)), 0).backward()
     ranks("finetune_gradients", 2, str(tmp_path / "gradients.pt"), options)
     distributed = torch.load(tmp_path / "gradients.pt", weights_only=True)
-    found = 0
+    trainable = 0
     for name, parameter in module.model.named_parameters():
         if parameter.grad is None:
             assert distributed[name] is None, name
         else:
-            found += 1
+            trainable += 1
             torch.testing.assert_close(distributed[name], parameter.grad, rtol=1e-6, atol=1e-12, msg=name)
-    assert found == 3 * 2 * len(MEMBERS) + 1
+    assert trainable == 3 * 2 * len(MEMBERS) + 1
 
 
-def test_another_base_is_refused(base: Path, tiny_config: CLIPConfig, tmp_path: Path) -> None:
+def test_an_adapter_refuses_another_base(base: Path, tiny_config: CLIPConfig, tmp_path: Path) -> None:
     module = LitCLIP(tiny_config, base, lora=LoRA(r=2))
     fitting = trainer(tmp_path)
     fitting.strategy.connect(module)
@@ -223,7 +223,7 @@ def test_another_base_is_refused(base: Path, tiny_config: CLIPConfig, tmp_path: 
         lit_clip.load_model(tmp_path / "adapter.ckpt")
 
 
-def test_an_adapter_finds_its_base_beside_it_when_both_have_moved(
+def test_an_adapter_finds_its_base_beside_it_after_both_were_moved(
     base: Path, tiny_config: CLIPConfig, tmp_path: Path
 ) -> None:
     fitting = trainer(tmp_path)
@@ -238,7 +238,7 @@ def test_an_adapter_finds_its_base_beside_it_when_both_have_moved(
 
 
 @pytest.mark.parametrize("named", [False, True])
-def test_an_adapter_of_resized_weights_opens_again(
+def test_an_adapter_of_resized_weights_can_be_loaded(
     named: bool, base: Path, tiny_config: CLIPConfig, tmp_path: Path
 ) -> None:
     module = LitCLIP(tiny_config if named else None, base, 48, 12, lora=LoRA(r=2))
@@ -302,7 +302,7 @@ def test_an_addition_that_never_gets_a_gradient_is_an_error(
         trainer(tmp_path, max_epochs=1, enable_checkpointing=False).fit(module, data_for(module, caption_table))
 
 
-def test_the_command_fits_validates_and_resumes_an_adapter(
+def test_the_command_trains_validates_and_resumes_an_adapter(
     base: Path, caption_table: Path, tmp_path: Path, cli: Callable[..., Any]
 ) -> None:
     lora = ["--model.lora", "{r: 2, targets: [in_proj_weight, c_fc]}", "--model.pretrained", "base.ckpt"]

@@ -1,4 +1,4 @@
-"""Gradient checkpointing: the same numbers in less memory, whatever the tower."""
+"""Activation checkpointing: the same training in less memory, for every kind of encoder."""
 
 import copy
 import io
@@ -42,7 +42,7 @@ def timm_config(name: str) -> CLIPConfig:
 
 
 def step_loss(module: LitCLIP) -> Tensor:
-    """The contrastive loss of four pairs, with dropout where the towers have it."""
+    """Return the contrastive loss of four pairs, with the encoders' dropout."""
     batch = make_batch(slice(0, 4))
     images = F.interpolate(batch.images.double() / 255, height_width(module.preprocessing.image_size))
     module.model.normalize = lambda _: images
@@ -52,7 +52,7 @@ def step_loss(module: LitCLIP) -> Tensor:
 
 
 def three_steps(config: CLIPConfig, share: float, **options: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Losses and weights (running statistics too) of three optimiser steps in float64."""
+    """Return losses, weights and running statistics of three optimiser steps in float64."""
     torch.manual_seed(0)
     module = shaken(LitCLIP(config, **options)).double()
     if share:
@@ -68,58 +68,58 @@ def three_steps(config: CLIPConfig, share: float, **options: Any) -> tuple[list[
     return losses, module.model.state_dict()
 
 
-def assert_nothing_changes(config: CLIPConfig, **options: Any) -> None:
+def assert_same_training(config: CLIPConfig, **options: Any) -> None:
     losses, weights = three_steps(config, 0.0, **options)
-    ours, our_weights = three_steps(config, 1.0, **options)
-    torch.testing.assert_close(ours, losses, rtol=1e-10, atol=1e-12)
+    our_losses, our_weights = three_steps(config, 1.0, **options)
+    torch.testing.assert_close(our_losses, losses, rtol=1e-10, atol=1e-12)
     assert list(our_weights) == list(weights)
     torch.testing.assert_close(our_weights, weights, rtol=1e-10, atol=1e-12)
 
 
 def test_the_papers_towers_train_to_the_same_weights() -> None:
-    assert_nothing_changes(CONFIG)
+    assert_same_training(CONFIG)
 
 
-def test_batch_norm_moves_its_statistics_once_in_the_modified_resnet() -> None:
-    assert_nothing_changes(RESNET)
+def test_batch_norm_in_the_modified_resnet_updates_its_statistics_once() -> None:
+    assert_same_training(RESNET)
 
 
 @pytest.mark.parametrize("name", TIMM)
-def test_timms_towers_train_to_the_same_weights_stochastic_depth_and_all(name: str) -> None:
-    assert_nothing_changes(timm_config(name))
+def test_timm_towers_with_stochastic_depth_train_to_the_same_weights(name: str) -> None:
+    assert_same_training(timm_config(name))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_hugging_faces_towers_train_to_the_same_weights_dropout_and_all(family: str, folders: dict[str, Path]) -> None:
-    assert_nothing_changes(text_config(folders[family], 16))
+def test_hugging_face_towers_with_dropout_train_to_the_same_weights(family: str, folders: dict[str, Path]) -> None:
+    assert_same_training(text_config(folders[family], 16))
 
 
-def test_frozen_blocks_and_those_that_learn_side_by_side() -> None:
-    assert_nothing_changes(CONFIG, freeze=Freeze(image="all", text=UnlockLast(1)))
+def test_partly_frozen_towers_train_to_the_same_weights() -> None:
+    assert_same_training(CONFIG, freeze=Freeze(image="all", text=UnlockLast(1)))
 
 
 def block_calls(config: CLIPConfig, share: float = 1.0, **options: Any) -> dict[str, float]:
-    """How often the blocks of each tower begin in one training step, on average."""
+    """Return how often a block of each tower runs in one training step, on average."""
     module = LitCLIP(config, **options).double()
     checkpoint_encoders(module.model, share)
-    begun: list[str] = []
+    calls: list[str] = []
     blocks = {tower: tower_blocks(module.model, tower) for tower in TOWERS}
     for tower in TOWERS:
         for block in blocks[tower]:
             first = next(layer for layer in block.modules() if not list(layer.children()))
-            first.register_forward_hook(lambda *_, tower=tower: begun.append(tower))
+            first.register_forward_hook(lambda *_, tower=tower: calls.append(tower))
     step_loss(module).backward()
-    return {tower: begun.count(tower) / len(blocks[tower]) for tower in TOWERS}
+    return {tower: calls.count(tower) / len(blocks[tower]) for tower in TOWERS}
 
 
-@pytest.mark.parametrize(("share", "times"), [(0.0, 1), (0.5, 1.5), (0.25, 1.25), (1.0, 2)])
-def test_a_share_of_the_blocks_runs_twice(share: float, times: float) -> None:
+@pytest.mark.parametrize(("share", "runs"), [(0.0, 1), (0.5, 1.5), (0.25, 1.25), (1.0, 2)])
+def test_a_share_of_the_blocks_runs_twice(share: float, runs: float) -> None:
     deep = replace(CONFIG, image=replace(CONFIG.image, layers=4), text=replace(CONFIG.text, layers=4))  # type: ignore
-    assert block_calls(deep, share) == {"image": times, "text": times}
+    assert block_calls(deep, share) == {"image": runs, "text": runs}
 
 
-def test_a_share_is_not_rounded_up_for_its_last_digit() -> None:
-    """0.28 of 25 blocks are 7; in floating point it is a little more."""
+def test_a_share_is_not_rounded_up_because_of_floating_point() -> None:
+    """0.28 of 25 blocks are 7; in floating point the product is slightly above 7."""
     text = replace(CONFIG.text, layers=25)  # type: ignore
     assert block_calls(replace(CONFIG, text=text), 0.28)["text"] == 1 + 7 / 25
 
@@ -140,28 +140,28 @@ def test_every_block_of_a_hugging_face_tower_runs_twice(family: str, folders: di
     assert block_calls(text_config(folders[family], 16)) == {"image": 2, "text": 2}
 
 
-def test_blocks_run_twice_where_they_learn_and_once_where_they_are_frozen() -> None:
+def test_only_trainable_blocks_run_twice() -> None:
     assert block_calls(RESNET) == {"image": 2, "text": 2}
     assert block_calls(CONFIG, freeze=Freeze(image="all", text=UnlockLast(1))) == {"image": 1, "text": 1.5}
     assert block_calls(CONFIG, freeze=Freeze(text="all")) == {"image": 2, "text": 1}
 
 
-def test_nothing_is_computed_again_without_gradients_or_in_evaluation() -> None:
+def test_nothing_is_recomputed_without_gradients_or_in_evaluation() -> None:
     block = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
-    begun = []
-    block[0].register_forward_hook(lambda *_: begun.append(1))
+    calls = []
+    block[0].register_forward_hook(lambda *_: calls.append(1))
     checkpoint_blocks([block])
     block.eval()(torch.ones(1, 3)).sum().backward()
     with torch.no_grad():
         block.train()(torch.ones(1, 3))
-    assert len(begun) == 2
+    assert len(calls) == 2
     block(torch.ones(1, 3)).sum().backward()
-    assert len(begun) == 4
+    assert len(calls) == 4
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: torch.load(saved(model), weights_only=False)])
-def test_a_copy_computes_with_its_own_weights(copied: Callable[[nn.Module], nn.Module]) -> None:
-    """The average of weights (EMA) is made with a deep copy; a process may be sent a pickle."""
+def test_a_copied_model_uses_its_own_weights(copied: Callable[[nn.Module], nn.Module]) -> None:
+    """EMA deep-copies the model, and a model may be pickled for another process."""
     module = LitCLIP(CONFIG)
     checkpoint_encoders(module.model)
     twin = copied(module.model)
@@ -185,8 +185,8 @@ def saved(model: nn.Module) -> io.BytesIO:
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_checkpointing_within_checkpointing_counts_a_batch_once(momentum: float | None) -> None:
-    """A micro-batch is such a segment, and its blocks are checkpointed too."""
+def test_nested_checkpointing_updates_batch_norm_once(momentum: float | None) -> None:
+    """A micro-batch is a checkpointed segment whose blocks may be checkpointed too."""
 
     def make() -> nn.Sequential:
         torch.manual_seed(0)
@@ -224,8 +224,8 @@ module = LitCLIP(CLIPConfig(16, image, text))
 if sys.argv[1] == "True":
     checkpoint_encoders(module.model)
 images, tokens = torch.ones(64, 3, 64, 64), torch.ones(64, 32, dtype=torch.long)
-tokens[:, -1] = 49  # texts of full length: nothing is computed behind their end
-def peak():  # of this program alone: ru_maxrss begins with what the process that started it held
+tokens[:, -1] = 49  # texts of full length: nothing is computed after the end of a text
+def peak():  # KiB of this process alone: ru_maxrss starts from its parent's memory
     return int(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
 before = peak()
 (module.model.encode_image(images).sum() + module.model.encode_text(tokens).sum()).backward()
@@ -233,8 +233,8 @@ print(peak() - before)
 """
 
 
-def test_a_step_peaks_at_less_than_a_third_of_the_memory() -> None:
-    """Eight blocks' activations become eight inputs and one block's activations."""
+def test_peak_memory_is_less_than_a_third() -> None:
+    """Instead of eight blocks' activations, eight inputs and one block's activations are kept."""
     plain, checkpointed = (
         int(
             subprocess.run(

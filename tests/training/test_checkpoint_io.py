@@ -1,4 +1,4 @@
-"""A checkpoint is whole or not there, and the newest whole one is found."""
+"""Checkpoint files: complete or absent, and the newest complete one is found."""
 
 import io
 import multiprocessing
@@ -21,18 +21,18 @@ from tests.conftest import TINY_YAML
 CHECKPOINT = {"global_step": 7, "optimizer_states": [], "state_dict": {"weight": torch.arange(300_000.0)}}
 
 
-def test_what_is_saved_is_read_again_and_nothing_else_is_left(tmp_path: Path) -> None:
-    saving = WholeCheckpointIO()
+def test_a_saved_checkpoint_loads_and_is_the_only_file(tmp_path: Path) -> None:
+    checkpoint_io = WholeCheckpointIO()
     for step in (1, 2):  # the second replaces the first
-        saving.save_checkpoint({**CHECKPOINT, "global_step": step}, tmp_path / "new folder" / "last.ckpt")
+        checkpoint_io.save_checkpoint({**CHECKPOINT, "global_step": step}, tmp_path / "new folder" / "last.ckpt")
     assert os.listdir(tmp_path / "new folder") == ["last.ckpt"]
-    checkpoint = saving.load_checkpoint(tmp_path / "new folder" / "last.ckpt", weights_only=True)
+    checkpoint = checkpoint_io.load_checkpoint(tmp_path / "new folder" / "last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 2
     assert torch.equal(checkpoint["state_dict"]["weight"], CHECKPOINT["state_dict"]["weight"])
 
 
 def _save_with_a_limit(path: str, bytes_allowed: int) -> None:
-    """A full disk, as the system sees it: files may not grow above a size."""
+    """Imitate a full disk by limiting the size of files; exit with 3 after an error."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_allowed, bytes_allowed))
     try:
         WholeCheckpointIO().save_checkpoint(CHECKPOINT, path)
@@ -41,23 +41,21 @@ def _save_with_a_limit(path: str, bytes_allowed: int) -> None:
         os._exit(3)
 
 
-def test_a_full_disk_is_an_error_that_names_the_file_and_the_checkpoint_before_stays(tmp_path: Path) -> None:
+def test_a_full_disk_is_an_error_that_names_the_file_and_keeps_the_previous_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     WholeCheckpointIO().save_checkpoint({**CHECKPOINT, "global_step": 6}, path)
     process = multiprocessing.get_context("spawn").Process(target=_save_with_a_limit, args=(str(path), 500_000))
     process.start()
     process.join(60)
     assert process.exitcode == 3
-    said = Path(f"{path}.error").read_text(encoding="utf-8")
-    assert said.startswith(f"{path}: the checkpoint cannot be written (")
-    assert said.endswith("; the one before is kept")
+    message = Path(f"{path}.error").read_text(encoding="utf-8")
+    assert message.startswith(f"{path}: the checkpoint cannot be written (")
+    assert message.endswith("; the one before is kept")
     assert torch.load(path, weights_only=True)["global_step"] == 6
     assert sorted(os.listdir(tmp_path)) == ["last.ckpt", "last.ckpt.error"]
 
 
-def test_ctrl_c_in_the_middle_of_writing_is_not_taken_for_a_full_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_while_writing_is_not_reported_as_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Interrupted(io.FileIO):
         def write(self, data: Any) -> int:
             if self.tell() > 500_000:
@@ -74,52 +72,49 @@ def test_ctrl_c_in_the_middle_of_writing_is_not_taken_for_a_full_disk(
     assert os.listdir(tmp_path) == ["last.ckpt"]
 
 
-def test_a_folder_that_is_a_file_is_an_error(tmp_path: Path) -> None:
+def test_a_file_in_place_of_the_folder_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"file/last.ckpt: the checkpoint cannot be written \("):
         WholeCheckpointIO().save_checkpoint(CHECKPOINT, tmp_path / "file" / "last.ckpt")
 
 
-def test_the_newest_is_that_of_the_most_steps_that_can_be_gone_on_from(tmp_path: Path) -> None:
+def test_newest_checkpoint_has_the_most_steps_of_the_newest_run_and_can_be_resumed(tmp_path: Path) -> None:
     assert newest_checkpoint([tmp_path, tmp_path / "nowhere"]) is None
-    saving = WholeCheckpointIO()
+    checkpoint_io = WholeCheckpointIO()
     for run, name, step in (("version_0", "last", 30), ("version_1", "last", 20), ("version_1", "best", 10)):
         time.sleep(0.01)
-        saving.save_checkpoint({**CHECKPOINT, "global_step": step}, tmp_path / run / "checkpoints" / f"{name}.ckpt")
+        checkpoint_io.save_checkpoint(
+            {**CHECKPOINT, "global_step": step}, tmp_path / run / "checkpoints" / f"{name}.ckpt"
+        )
     expected = tmp_path / "version_1/checkpoints/last.ckpt"  # an older run may have gone further
     assert newest_checkpoint([tmp_path]) == expected
-    cut = expected.read_bytes()
-    (tmp_path / "cut.ckpt").write_bytes(cut[: len(cut) // 2])  # a crash in the middle of writing
+    data = expected.read_bytes()
+    (tmp_path / "cut.ckpt").write_bytes(data[: len(data) // 2])  # a crash while writing
     (tmp_path / "text.ckpt").write_text("no checkpoint")
     torch.save({"global_step": 99, "state_dict": {}}, tmp_path / "weights.ckpt")
     torch.save([1, 2, 3], tmp_path / "list.ckpt")
     assert newest_checkpoint([tmp_path]) == expected
     time.sleep(0.01)
-    saving.save_checkpoint({**CHECKPOINT, "global_step": 30}, tmp_path / "version_2" / "last.ckpt")
+    checkpoint_io.save_checkpoint({**CHECKPOINT, "global_step": 30}, tmp_path / "version_2" / "last.ckpt")
     assert newest_checkpoint([tmp_path]) == tmp_path / "version_2/last.ckpt"
     assert newest_checkpoint([tmp_path / "version_0", tmp_path / "cut.ckpt"]) is not None
 
 
-def test_last_and_auto_go_on_from_the_newest_checkpoint_of_the_configurations_runs(
+def test_ckpt_path_last_and_auto_resume_from_the_newest_checkpoint_of_the_configuration(
     cli: Callable[..., CompletedProcess[str]], caption_table: Path, tmp_path: Path
 ) -> None:
     words = [
         *("--data", "datamodules.Captions", "--data.train", str(caption_table), "--data.val", str(caption_table)),
         *("--data.batch_size", "32", "--data.num_workers", "0", "--model.architecture", TINY_YAML),
-        *(
-            "--model.lr_scheduler.warmup_steps",
-            "1",
-            "--trainer.accelerator",
-            "cpu",
-            "--trainer.enable_progress_bar",
-            "false",
-        ),
+        *("--model.lr_scheduler.warmup_steps", "1", "--trainer.accelerator", "cpu"),
+        *("--trainer.enable_progress_bar", "false"),
         "--trainer.callbacks+={class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: {filename: last}}",
         "--trainer.logger={class_path: lightning.pytorch.loggers.CSVLogger, init_args: {save_dir: runs, name: mine}}",
     ]
-    nothing = cli("fit", *words, "--ckpt_path", "last")
-    assert nothing.returncode == 2
-    assert "--ckpt_path last: no whole checkpoint below checkpoints, runs/mine; auto begins anew" in nothing.stderr
+    refused = cli("fit", *words, "--ckpt_path", "last")
+    assert refused.returncode == 2
+    advice = "--ckpt_path auto starts from the beginning in that case"
+    assert f"--ckpt_path last: no complete checkpoint below checkpoints, runs/mine; {advice}" in refused.stderr
     assert cli("fit", *words, "--trainer.max_epochs", "1", "--ckpt_path", "auto").returncode == 0
     first = tmp_path / "runs/mine/version_0/checkpoints/last.ckpt"
     assert torch.load(first, weights_only=True)["global_step"] == 2

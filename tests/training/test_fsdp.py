@@ -1,4 +1,4 @@
-"""FSDP in real processes: the numbers of DDP, in shards, with checkpoints that either can go on from."""
+"""FSDP in real processes: trains as DDP does, and each resumes from the other's checkpoints."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with checkpoints of eight pairs' training: ``<case>_<strategy>.ckpt``."""
+    """Folder with a checkpoint of every case, trained on eight pairs: ``<case>_<strategy>.ckpt``."""
     folder = tmp_path_factory.mktemp("fsdp")
     strategies = ("ddp", "fsdp")
     jobs = [
@@ -43,8 +43,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for strategy, other in zip(strategies, reversed(strategies), strict=True)
     ]
     run_lightning_ranks(2, folder, SCRIPT, "train_all", json.dumps(jobs), timeout=200)
-    alone = {"output": str(folder / "plain_auto.ckpt"), "strategy": "auto"}
-    run_lightning_ranks(1, folder, SCRIPT, "train_all", json.dumps([alone]))
+    single = {"output": str(folder / "plain_auto.ckpt"), "strategy": "auto"}
+    run_lightning_ranks(1, folder, SCRIPT, "train_all", json.dumps([single]))
     return folder
 
 
@@ -53,7 +53,7 @@ def loaded(path: Path) -> dict[str, Any]:
 
 
 def assert_same_training(ours: Path, theirs: Path, tolerance: float) -> None:
-    """Weights, and the optimiser's moments and groups."""
+    """Compare two checkpoints' weights, optimiser moments and parameter groups."""
     a, b = loaded(ours), loaded(theirs)
     assert a["global_step"] == b["global_step"]
     torch.testing.assert_close(a["state_dict"], b["state_dict"], rtol=0, atol=tolerance)
@@ -63,12 +63,12 @@ def assert_same_training(ours: Path, theirs: Path, tolerance: float) -> None:
         assert [group[key] for key in keys] == [other[key] for key in keys]
     assert a["state"].keys() == b["state"].keys()
     for number, state in a["state"].items():
-        # Squares of gradients are above 1 here: float32 has 1.2e-7 of such a number, a mean over processes rounds some.
+        # Squared gradients exceed 1 here, where float32 resolves 1.2e-7 and the mean over processes rounds.
         torch.testing.assert_close(state, b["state"][number], rtol=tolerance, atol=tolerance)
 
 
 def test_two_shards_train_as_one_process_does(runs: Path) -> None:
-    """Weight decay too, which a shard's shape does not tell."""
+    """Including weight decay: the shape of a shard does not tell weights from biases."""
     assert_same_training(runs / "plain_fsdp.ckpt", runs / "plain_auto.ckpt", 1e-5)
 
 
@@ -77,18 +77,18 @@ def test_shards_train_as_ddp_does(runs: Path, case: str) -> None:
     assert_same_training(runs / f"{case}_fsdp.ckpt", runs / f"{case}_ddp.ckpt", 1e-6)
 
 
-def test_each_goes_on_from_the_others_checkpoint(runs: Path) -> None:
+def test_fsdp_and_ddp_resume_from_each_others_checkpoint(runs: Path) -> None:
     assert loaded(runs / "resumed_ddp.ckpt")["global_step"] == 6
     assert_same_training(runs / "resumed_fsdp.ckpt", runs / "resumed_ddp.ckpt", 1e-6)
 
 
-def test_a_checkpoint_of_shards_is_a_model_like_any_other(runs: Path) -> None:
+def test_load_model_opens_an_fsdp_checkpoint(runs: Path) -> None:
     state = loaded(runs / "plain_fsdp.ckpt")["state_dict"]
     torch.testing.assert_close(dict(load_model(runs / "plain_fsdp.ckpt").state_dict()), dict(state))
 
 
-def test_torchs_fsdp_takes_no_scalars() -> None:
-    """Why the temperature is left out of the shards and averaged apart; this fails when torch comes to take it."""
+def test_torchs_fsdp_still_refuses_scalars() -> None:
+    """The reason why the temperature is not sharded and is averaged separately; fails once torch accepts scalars."""
     from torch.distributed.fsdp import _init_utils
 
     module = torch.nn.Module()
@@ -105,6 +105,6 @@ def test_four_shards_train_as_one_process_does(runs: Path) -> None:
 
 
 @pytest.mark.parametrize("callback", [EMA(), ZeroShot({})], ids=["EMA", "ZeroShot"])
-def test_callbacks_that_need_whole_weights_are_refused_by_name(callback: Any) -> None:
+def test_callbacks_that_need_unsharded_weights_are_refused_by_name(callback: Any) -> None:
     with pytest.raises(InputError, match=type(callback).__name__):
         FSDP()._check(SimpleNamespace(callbacks=[callback]))

@@ -1,4 +1,4 @@
-"""Encoding part by part gives the numbers of encoding at once, whatever is random or has statistics in a tower."""
+"""Micro-batches: gradients of the whole batch, also with dropout and BatchNorm in the encoders."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ def gradients(module: LitCLIP, loss: Tensor) -> dict[str, Tensor]:
 
 
 def plain_loss(module: LitCLIP, batch: CaptionBatch, parts: int) -> Tensor:
-    """Part by part in one graph that keeps everything."""
+    """Return the loss of a batch encoded in parts, in one graph that keeps all activations."""
     features = [module(part) for part in batch.split(parts)]
     image, text = (torch.cat(x) for x in zip(*features, strict=True))
     return contrastive_loss(image, text, image, text, module.model.logit_scale.exp())
@@ -38,11 +38,11 @@ def plain_loss(module: LitCLIP, batch: CaptionBatch, parts: int) -> Tensor:
 def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float) -> None:
     assert ours.keys() == theirs.keys()
     for name, expected in theirs.items():
-        assert (ours[name] - expected).norm() <= tolerance * expected.norm() + 1e-12, name  # some are zero
+        assert (ours[name] - expected).norm() <= tolerance * expected.norm() + 1e-12, name  # some gradients are zero
 
 
 @pytest.mark.parametrize("image", [RANDOM, STATISTICS], ids=["dropout and patch dropout", "BatchNorm"])
-def test_random_numbers_are_replayed_and_statistics_move_once(image: TimmConfig | ResNetConfig) -> None:
+def test_random_numbers_are_replayed_and_statistics_updated_once(image: TimmConfig | ResNetConfig) -> None:
     architecture = CLIPConfig(embed_dim=16, image=image, text=TEXT)
     batch, parts = make_batch(slice(0, PAIRS)), 3
     ours, theirs = (make_module(architecture=architecture, micro_batch_size=3) for _ in range(2))
@@ -50,10 +50,10 @@ def test_random_numbers_are_replayed_and_statistics_move_once(image: TimmConfig 
     expected = gradients(theirs, plain_loss(theirs, batch, parts))
     torch.manual_seed(5)
     assert_equal(gradients(ours, ours.training_step(batch, 0)), expected, 1e-9)
-    assert torch.rand(1) == _after(theirs, batch, parts), "the generator is not where plain encoding leaves it"
+    assert torch.rand(1) == _next_random(theirs, batch, parts), "the generator's state differs from plain encoding's"
     for (name, our), their in zip(ours.model.named_buffers(), theirs.model.buffers(), strict=True):
         torch.testing.assert_close(our, their, rtol=1e-12, atol=0, msg=lambda m, name=name: f"{name}: {m}")
-    if image is RANDOM:  # the test would pass without dropout
+    if image is RANDOM:  # otherwise the test would also pass without dropout
         torch.manual_seed(6)
         other = gradients(theirs, plain_loss(theirs, batch, parts))
         assert any((other[name] - expected[name]).norm() > 0.01 * expected[name].norm() for name in expected)
@@ -61,28 +61,28 @@ def test_random_numbers_are_replayed_and_statistics_move_once(image: TimmConfig 
         assert any(isinstance(m, nn.BatchNorm2d) and m.num_batches_tracked == parts for m in ours.modules())
 
 
-def _after(module: LitCLIP, batch: CaptionBatch, parts: int) -> Tensor:
-    """The next random number behind plain encoding; the module's statistics stay as they are."""
-    kept = {name: buffer.clone() for name, buffer in module.model.named_buffers()}
+def _next_random(module: LitCLIP, batch: CaptionBatch, parts: int) -> Tensor:
+    """Return the next random number after plain encoding, and restore the module's statistics."""
+    before = {name: buffer.clone() for name, buffer in module.model.named_buffers()}
     torch.manual_seed(5)
     plain_loss(module, batch, parts)
     number = torch.rand(1)
     for name, buffer in module.model.named_buffers():
-        buffer.copy_(kept[name])
+        buffer.copy_(before[name])
     return number
 
 
 @pytest.mark.parametrize("options", [{}, {"checkpointed": True}, {"freeze": {"text": "all", "image": None}}])
 @pytest.mark.parametrize("size", [1, 3, 8, 100])
-def test_any_size_of_part_gives_the_gradient_of_the_whole_batch(size: int, options: dict[str, Any]) -> None:
+def test_any_micro_batch_size_gives_the_gradient_of_the_whole_batch(size: int, options: dict[str, Any]) -> None:
     batch = make_batch(slice(0, PAIRS))
-    whole, parted = make_module(**options), make_module(**options, micro_batch_size=size)
+    whole, split = make_module(**options), make_module(**options, micro_batch_size=size)
     expected = gradients(whole, whole.training_step(batch, 0))
-    assert_equal(gradients(parted, parted.training_step(batch, 0)), expected, 1e-9)
+    assert_equal(gradients(split, split.training_step(batch, 0)), expected, 1e-9)
 
 
-def test_parts_in_bfloat16_add_up_in_float32() -> None:
-    """Parts that shared one bfloat16 copy of the weights would add up their gradients in it."""
+def test_gradients_of_bfloat16_micro_batches_are_summed_in_float32() -> None:
+    """If micro-batches shared one bfloat16 copy of the weights, their gradients would be summed in bfloat16."""
     batch = make_batch(slice(0, PAIRS))
 
     def error(**options: Any) -> float:
@@ -95,15 +95,15 @@ def test_parts_in_bfloat16_add_up_in_float32() -> None:
 
     module = make_module()
     exact = gradients(module, module.training_step(batch, 0))
-    whole, parted = error(), error(micro_batch_size=1)
+    whole, split = error(), error(micro_batch_size=1)
     assert whole < 0.1
-    assert parted < 1.5 * whole
+    assert split < 1.5 * whole
 
 
-def test_activations_of_one_part_at_most_are_alive() -> None:
-    """The most bytes that backward keeps at the end of the forward pass: those of no part, but the features."""
+def test_the_forward_pass_keeps_no_micro_batchs_activations() -> None:
+    """After the forward pass autograd keeps the features only."""
 
-    def kept(size: int | None) -> int:
+    def saved_bytes(size: int | None) -> int:
         module, batch = make_module(micro_batch_size=size), make_batch(slice(0, PAIRS))
         storages: dict[int, int] = {}
 
@@ -116,13 +116,14 @@ def test_activations_of_one_part_at_most_are_alive() -> None:
         parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
         return sum(size for pointer, size in storages.items() if pointer not in parameters)
 
-    assert kept(2) < 0.1 * kept(None)
+    assert saved_bytes(2) < 0.1 * saved_bytes(None)
 
 
-def test_accumulated_batches_are_refused_with_the_option_that_does_it() -> None:
+def test_accumulated_gradients_are_refused_in_favour_of_micro_batches() -> None:
     module = LitCLIP(CONFIG)
     module._trainer = type("Trainer", (), {"accumulate_grad_batches": 4, "precision": "32-true", "callbacks": ()})()  # pyright: ignore
-    with pytest.raises(InputError, match=r"accumulate_grad_batches: 4 .*batch_size 4 times and set model.micro_batch"):
+    advice = r"multiply data.init_args.batch_size by 4 and set model.micro_batch_size"
+    with pytest.raises(InputError, match=rf"accumulate_grad_batches: 4 adds no negatives.*; {advice}"):
         module.on_fit_start()
     with pytest.raises(InputError, match="micro_batch_size: 0 must be at least 1"):
         LitCLIP(CONFIG, micro_batch_size=0)

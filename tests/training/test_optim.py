@@ -1,4 +1,4 @@
-"""Learning rates and decay are open_clip's, and so is the loss curve of a training that uses them."""
+"""Learning rates, weight decay and the resulting loss curve equal open_clip's."""
 
 import copy
 import math
@@ -38,14 +38,14 @@ def tiny_clip() -> CLIP:
 @pytest.mark.parametrize(
     ("step", "factor"),
     [
-        (0, 0.1),  # the first step already learns
+        (0, 0.1),  # the first step is not wasted
         (4, 0.5),
         (9, 1.0),
         (10, 1.0),
         (60, 0.5),  # half-way down
         (35, 0.5 * (1 + math.sqrt(0.5))),
         (110, 0.0),
-        (1000, 0.0),  # past the end it stays there
+        (1000, 0.0),  # stays 0 after the end
     ],
 )
 def test_warmup_is_linear_to_one_and_then_a_cosine_to_zero(step: int, factor: float) -> None:
@@ -58,7 +58,7 @@ def test_without_warmup_the_first_step_has_the_full_rate() -> None:
 
 
 @pytest.mark.parametrize("total_steps", [1, 5, 10])
-def test_a_run_no_longer_than_its_warmup_only_warms_up(total_steps: int) -> None:
+def test_a_run_shorter_than_its_warmup_only_warms_up(total_steps: int) -> None:
     factors = [warmup_cosine(step, warmup_steps=10, total_steps=total_steps) for step in range(total_steps)]
     assert factors == pytest.approx([(step + 1) / 10 for step in range(total_steps)])
 
@@ -72,10 +72,10 @@ def test_every_step_has_open_clips_learning_rate(warmup_steps: int, total_steps:
 
 
 def open_clips_groups(model: torch.nn.Module) -> tuple[set[str], set[str]]:
-    """Names of the parameters that decay and that do not, by the rule of open_clip_train.main."""
+    """Return the names of parameters with and without weight decay by the rule of open_clip_train.main."""
     named = dict(model.named_parameters())
-    kept = {n for n, p in named.items() if p.ndim < 2 or "bn" in n or "ln" in n or "bias" in n or "logit_scale" in n}
-    return set(named) - kept, kept
+    exempt = {n for n, p in named.items() if p.ndim < 2 or "bn" in n or "ln" in n or "bias" in n or "logit_scale" in n}
+    return set(named) - exempt, exempt
 
 
 def names_in_groups(model: CLIP) -> list[list[str]]:
@@ -85,31 +85,31 @@ def names_in_groups(model: CLIP) -> list[list[str]]:
 
 def test_decay_groups_are_open_clips() -> None:
     model = tiny_clip()
-    decaying, kept = names_in_groups(model)
-    assert (set(decaying), set(kept)) == open_clips_groups(model)
+    decaying, exempt = names_in_groups(model)
+    assert (set(decaying), set(exempt)) == open_clips_groups(model)
     assert [group["weight_decay"] for group in decay_groups(model, WEIGHT_DECAY)] == [WEIGHT_DECAY, 0]
 
 
 def test_every_parameter_is_in_one_group_and_no_gain_or_bias_decays() -> None:
     model = tiny_clip()
-    decaying, kept = names_in_groups(model)
-    assert sorted(decaying + kept) == sorted(name for name, _ in model.named_parameters())
+    decaying, exempt = names_in_groups(model)
+    assert sorted(decaying + exempt) == sorted(name for name, _ in model.named_parameters())
     layer_norms = [name for name, module in model.named_modules() if isinstance(module, torch.nn.LayerNorm)]
     assert len(layer_norms) == 2 * 4 + 3  # two a block, ln_pre, ln_post, ln_final
-    gains_and_biases = {f"{name}.weight" for name in layer_norms} | {n for n in decaying + kept if n.endswith("bias")}
-    assert gains_and_biases | {"logit_scale"} <= set(kept)
+    gains_and_biases = {f"{name}.weight" for name in layer_norms} | {n for n in decaying + exempt if n.endswith("bias")}
+    assert gains_and_biases | {"logit_scale"} <= set(exempt)
     assert {"text_projection", "visual.proj", "visual.conv1.weight", "token_embedding.weight"} <= set(decaying)
 
 
 def test_frozen_parameters_are_in_no_group() -> None:
     model = tiny_clip()
     model.visual.requires_grad_(False)
-    decaying, kept = names_in_groups(model)
-    assert sorted(decaying + kept) == sorted(n for n, _ in model.named_parameters() if not n.startswith("visual."))
+    decaying, exempt = names_in_groups(model)
+    assert sorted(decaying + exempt) == sorted(n for n, _ in model.named_parameters() if not n.startswith("visual."))
 
 
 def fixed_batches(number: int, size: int) -> list[tuple[Tensor, Tensor]]:
-    """Random images ``[B, 3, 32, 32]`` and captions ``[B, 16]`` of 3 to 16 tokens."""
+    """Return random images ``[B, 3, 32, 32]`` and captions ``[B, 16]`` of 3 to 16 tokens."""
     generator = torch.Generator().manual_seed(0)
     batches = []
     for _ in range(number):
@@ -122,7 +122,7 @@ def fixed_batches(number: int, size: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def train_ours(model: CLIP, batches: list[tuple[Tensor, Tensor]]) -> tuple[list[float], list[float]]:
-    """Losses and scales of the logits; the step is that of LitCLIP."""
+    """Train as LitCLIP does; return losses and logit scales."""
     optimizer = torch.optim.AdamW(
         decay_groups(model, WEIGHT_DECAY), lr=LEARNING_RATE, betas=(0.9, 0.98), eps=1e-6, fused=True
     )
@@ -143,12 +143,12 @@ def train_ours(model: CLIP, batches: list[tuple[Tensor, Tensor]]) -> tuple[list[
 
 
 def train_theirs(model: open_clip.CLIP, batches: list[tuple[Tensor, Tensor]]) -> tuple[list[float], list[float]]:
-    """The same with open_clip's loss, schedule, parameter groups and clamp (open_clip_train.main and .train)."""
-    decaying, kept = open_clips_groups(model)
+    """Train with open_clip's loss, schedule, parameter groups and clamp (open_clip_train.main and .train)."""
+    decaying, exempt = open_clips_groups(model)
     named = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(
         [
-            {"params": [named[n] for n in sorted(kept)], "weight_decay": 0.0},
+            {"params": [named[n] for n in sorted(exempt)], "weight_decay": 0.0},
             {"params": [named[n] for n in sorted(decaying)], "weight_decay": WEIGHT_DECAY},
         ],
         lr=LEARNING_RATE,
@@ -170,7 +170,7 @@ def train_theirs(model: open_clip.CLIP, batches: list[tuple[Tensor, Tensor]]) ->
     return losses, scales
 
 
-@pytest.mark.parametrize("first_scale", [1 / 0.07, 120.0])  # the second meets the clamp
+@pytest.mark.parametrize("first_scale", [1 / 0.07, 120.0])  # the second is clamped
 def test_thirty_steps_have_open_clips_loss_curve(first_scale: float) -> None:
     torch.manual_seed(0)
     theirs, ours = tiny_open_clip(), tiny_clip()
@@ -182,6 +182,6 @@ def test_thirty_steps_have_open_clips_loss_curve(first_scale: float) -> None:
     their_losses, their_scales = train_theirs(theirs, batches)
     assert our_losses == pytest.approx(their_losses, rel=0, abs=1e-4)
     assert our_scales == pytest.approx(their_scales, rel=1e-5)
-    assert our_losses[-1] < 0.5 * our_losses[0]  # it learned, so that a wrong step would show
+    assert our_losses[-1] < 0.5 * our_losses[0]  # it has learned, so a wrong step would show
     assert max(our_scales) <= 100 * (1 + 1e-6)
     assert first_scale < 100 or our_scales[0] == pytest.approx(100)

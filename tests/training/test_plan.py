@@ -1,4 +1,4 @@
-"""What a run says of itself before it starts."""
+"""The plan of a run in numbers, and warnings about contradictory settings."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -49,8 +49,8 @@ GOOD = RunPlan(
 )
 
 
-def test_the_papers_run_contradicts_nothing_and_sees_what_the_paper_says() -> None:
-    """12.8 billion pairs; 44.3 GFLOPs of training a pair are published tables' 3 x (8.82 + 5.96)."""
+def test_the_papers_run_has_no_contradictions_and_the_papers_numbers() -> None:
+    """12.8 billion pairs; 44.3 GFLOPs of training per pair are 3 x (8.82 + 5.96) of the published tables."""
     assert contradictions(GOOD) == []
     rows = dict(plan_rows(GOOD))
     assert rows["pairs per step"] == "32,768 = 256 x 8 ranks x 16 nodes"
@@ -61,8 +61,8 @@ def test_the_papers_run_contradicts_nothing_and_sees_what_the_paper_says() -> No
     assert rows["weights, gradients, AdamW"].startswith("2.25 GiB")
 
 
-def test_a_row_says_nothing_that_is_no_help() -> None:
-    """A matrix that would be smaller, and a share of the run that is more than all of it."""
+def test_rows_leave_out_useless_comparisons() -> None:
+    """No dense matrix that would be smaller, and no warm-up of more than 100% of the run."""
     rows = dict(plan_rows(replace(GOOD, steps=1, warmup=50, batch=8, devices=1, nodes=1)))
     assert rows["warm-up"] == "50 steps, longer than the run"
     assert rows["memory of the loss"].endswith("on each rank")
@@ -70,45 +70,45 @@ def test_a_row_says_nothing_that_is_no_help() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "parts"),
     [
         ({"warmup": 390_624}, ["390624 steps", "warm-up takes 390624", "model.lr_scheduler.warmup_steps"]),
         ({"accumulated": 4}, ["accumulate_grad_batches 4", "micro_batch_size"]),
         ({"max_steps": 100}, ["max_steps 100", "max_epochs 32 (390624 steps)", "max_steps ends", "max_epochs out"]),
         ({"max_steps": 10**6}, ["max_epochs ends the run", "leave max_steps out"]),
         ({"micro_batch": 512}, ["micro_batch_size 512", "256 pairs"]),
-        ({"batch_norm": True, "micro_batch": 10}, ["BatchNorm sees 9 pairs", "16"]),
+        ({"batch_norm": True, "micro_batch": 10}, ["BatchNorm computes its statistics over 9 pairs", "at least 16"]),
         ({"learning_rate": 6e-3}, ["optimizer.lr 0.006", "from scratch", "0.00036 to 0.0005", "32,768"]),
         ({"learning_rate": 1e-5}, ["optimizer.lr 1e-05", "from scratch"]),
         ({"learning_rate": 5e-4, "pretrained": True}, ["from pretrained weights", "2e-05"]),
         ({"precision": "16-true"}, ["16-true", "bf16-mixed"]),
     ],
 )
-def test_a_contradiction_is_told_with_what_to_change(change: dict[str, Any], words: list[str]) -> None:
+def test_a_contradiction_says_what_to_change(change: dict[str, Any], parts: list[str]) -> None:
     (sentence,) = contradictions(replace(GOOD, **change))
-    for word in words:
-        assert word in sentence
+    for part in parts:
+        assert part in sentence
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"batch": 1, "devices": 1, "nodes": 1, "learning_rate": 1e-5},  # a small batch may well have a small rate
+        {"batch": 1, "devices": 1, "nodes": 1, "learning_rate": 1e-5},  # plausible for a small batch
         {"pretrained": True, "learning_rate": 1e-4, "batch": 1},
         {"lora": True, "pretrained": True, "learning_rate": 1e-2},
         {"batch_norm": True, "micro_batch": 64},
         {"max_steps": 390_624},
-        {"steps_per_epoch": None, "steps": None, "max_steps": 5, "warmup": 10**9},  # not known before the run
+        {"steps_per_epoch": None, "steps": None, "max_steps": 5, "warmup": 10**9},  # length unknown before the run
     ],
 )
-def test_what_may_well_be_meant_is_not_warned_of(change: dict[str, Any]) -> None:
+def test_plausible_settings_give_no_warning(change: dict[str, Any]) -> None:
     assert contradictions(replace(GOOD, **change)) == []
 
 
-def test_what_is_computed_again_counts() -> None:
-    """4 x with micro-batches or checkpointing, 5 x with both: a block within a micro-batch runs three times forward."""
+def test_recomputation_counts_in_the_training_flops() -> None:
+    """4 x with micro-batches or checkpointing, 5 x with both: then a block runs forward three times."""
     assert GOOD.passes == 3
-    assert replace(GOOD, micro_batch=256).passes == 3  # one part is no micro-batch
+    assert replace(GOOD, micro_batch=256).passes == 3  # a single micro-batch is not recomputed
     assert replace(GOOD, micro_batch=100).passes == replace(GOOD, checkpointed=True).passes == 4
     both = replace(GOOD, micro_batch=100, checkpointed=True)
     assert (both.passes, both.parts) == (5, 3)
@@ -118,15 +118,15 @@ def test_what_is_computed_again_counts() -> None:
 
 
 @pytest.mark.parametrize("world", [1, 8])
-def test_memory_of_the_loss_grows_with_the_batch_and_not_with_its_square(world: int) -> None:
+def test_memory_of_the_loss_grows_linearly_with_the_batch(world: int) -> None:
     small, large = loss_bytes(16_384, world, 512), loss_bytes(32_768, world, 512)
     assert 1.5 < large[0] / small[0] <= 2
     assert large[1] == 4 * small[1] == 16 * 32_768 * 32_768 * world
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_the_passes_are_those_that_a_step_takes(checkpointed: bool, tiny_config: CLIPConfig) -> None:
-    """torch counts the operations of one real step: three forward passes' worth, or nearly four."""
+def test_passes_match_the_operations_that_torch_counts(checkpointed: bool, tiny_config: CLIPConfig) -> None:
+    """A real step costs three forward passes, or nearly four with checkpointing."""
     deep = replace(tiny_config, image=replace(tiny_config.image, layers=6), text=replace(tiny_config.text, layers=6))  # type: ignore
     module = LitCLIP(deep)
     if checkpointed:
@@ -139,26 +139,26 @@ def test_the_passes_are_those_that_a_step_takes(checkpointed: bool, tiny_config:
     with FlopCounterMode(display=False) as counter:
         (model.encode_image(torch.zeros(1, 3, 32, 32)).sum() + model.encode_text(tokens).sum()).backward()
     assert counter.get_total_flops() / forward == pytest.approx(4 if checkpointed else 3, rel=0.2)
-    assert sum(tower.forward or 0 for tower in tower_work(model)) >= forward  # of all tokens in the last block too
+    assert sum(tower.forward or 0 for tower in tower_work(model)) >= forward  # ours counts all tokens in the last block
 
 
-def test_the_work_of_a_tower_is_what_lit_clip_models_lists() -> None:
+def test_flops_of_a_tower_equal_those_of_lit_clip_models() -> None:
     image, text = tower_work(create_model("ViT-tiny-16-64"))
     size = measure(resolve_architecture("ViT-tiny-16-64"))
     assert (image.forward, text.forward) == (size.image_flops, size.text_flops)
     assert image.trainable
 
 
-def test_the_work_of_a_resnet_and_of_an_encoder_that_looks_at_its_inputs_is_known(folders: dict[str, Path]) -> None:
+def test_flops_of_a_resnet_and_of_an_encoder_that_depends_on_its_inputs_are_known(folders: dict[str, Path]) -> None:
     image, _ = tower_work(create_model("RN50"))
     assert image.forward == measure(resolve_architecture("RN50")).image_flops
     _, text = tower_work(create_model(text_config(folders["bert"], 16)))
-    # Two layers, W = 32 and 48 inside of the MLP; a linear projection to 16.
+    # Two layers of width 32, with 48 in the MLP, and a linear projection to 16.
     assert text.forward == 2 * 32 * 2 * (4 * 32**2 + 2 * 32 * 48 + 2 * 32 * 32) + 2 * 32 * 16  # 32 tokens
 
 
-def test_measuring_leaves_the_model_as_it_was(folders: dict[str, Path]) -> None:
-    """A ResNet's statistics, a Hugging Face tower, and what is frozen in evaluation mode."""
+def test_counting_flops_leaves_the_model_unchanged(folders: dict[str, Path]) -> None:
+    """Statistics of a ResNet, a Hugging Face encoder, and the evaluation mode of frozen modules."""
     text = TextTransformerConfig(16, 50, 64, 1, 1)
     for config in (CLIPConfig(16, ResNetConfig((1, 1, 1, 1), 16, 32), text), text_config(folders["bert"], 16)):
         module = LitCLIP(config, freeze=Freeze(image="all"))
@@ -177,7 +177,7 @@ def trainer(**settings: Any) -> Any:
     return SimpleNamespace(**{**values, "precision": "32-true", "limit_train_batches": 1.0, **settings})
 
 
-def test_a_module_and_its_trainer_are_measured(tiny_config: CLIPConfig) -> None:
+def test_the_plan_is_read_from_module_and_trainer(tiny_config: CLIPConfig) -> None:
     module = LitCLIP(tiny_config, micro_batch_size=5, freeze=Freeze(text="all"), lr_scheduler=WarmupCosineSettings(7))
     data = SimpleNamespace(steps_per_epoch=10, train_batch_size=12, train_source=range(725))
     plan = measure_run(module, trainer(datamodule=data))
@@ -187,7 +187,7 @@ def test_a_module_and_its_trainer_are_measured(tiny_config: CLIPConfig) -> None:
     assert (plan.image.trainable, plan.text.trainable, plan.max_steps, plan.max_epochs) == (True, False, None, 4)
 
 
-def test_steps_are_told_only_where_the_data_module_knows_them(tiny_config: CLIPConfig) -> None:
+def test_steps_are_left_out_where_the_data_module_does_not_know_them(tiny_config: CLIPConfig) -> None:
     plan = measure_run(LitCLIP(tiny_config), trainer(datamodule=None))
     assert (plan.steps, plan.batch, plan.global_batch) == (None, None, None)
     assert "steps" not in dict(plan_rows(plan))
@@ -204,6 +204,6 @@ def test_print_plan_prints_and_does_not_train(cli: Callable[..., CompletedProces
     assert "6, 2 per epoch" in done.stdout
     assert "warm-up takes 2000" in done.stdout
     assert "Epoch" not in done.stdout
-    wrong = cli(*words, "--data.global_batch_size", "25")
-    assert wrong.returncode == 2
-    assert "25 pairs cannot be divided evenly among 2 processes; set it to 24 or 26" in wrong.stderr
+    refused = cli(*words, "--data.global_batch_size", "25")
+    assert refused.returncode == 2
+    assert "25 pairs cannot be shared evenly by 2 processes; near it: 24 or 26" in refused.stderr

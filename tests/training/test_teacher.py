@@ -1,4 +1,4 @@
-"""Distillation: the teacher reads with its own eyes, counts over all ranks, and is never part of the student."""
+"""Distillation: the teacher has its own preprocessing, sees all ranks' pairs, and is not part of the student."""
 
 import copy
 import json
@@ -33,7 +33,7 @@ from tests.test_module import data_for, trainer
 
 @pytest.fixture
 def teacher(tmp_path: Path) -> tuple[CLIP, Path]:
-    """A model with other pixels, other tokens and other features than the students', and its checkpoint."""
+    """A model with another image size, context length and feature size than the students, and its checkpoint."""
     config = CLIPConfig(
         embed_dim=24,
         image=VisionTransformerConfig(image_size=48, patch_size=16, width=64, layers=1, heads=1),
@@ -45,7 +45,7 @@ def teacher(tmp_path: Path) -> tuple[CLIP, Path]:
     return model, tmp_path / "teacher.ckpt"
 
 
-def test_the_loss_is_open_clips_with_the_teachers_own_pixels_and_tokens(teacher: tuple[CLIP, Path]) -> None:
+def test_the_loss_is_open_clips_with_the_teachers_own_preprocessing(teacher: tuple[CLIP, Path]) -> None:
     model, path = teacher
     options = {"distill": {"teacher": str(path), "weight": 0.7}}
     module, batch = finetuned_module(json.dumps(options)), make_batch(slice(0, PAIRS))
@@ -65,7 +65,7 @@ def test_the_loss_is_open_clips_with_the_teachers_own_pixels_and_tokens(teacher:
 
 @pytest.mark.parametrize("logits", [1, 50, 10_000])
 @pytest.mark.parametrize("pairs", [1, 7])
-def test_blocks_give_the_loss_and_gradients_of_all_logits_at_once(
+def test_blockwise_loss_and_gradients_equal_those_of_all_logits_at_once(
     pairs: int, logits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lit_clip.losses.distillation, "LOGITS", logits)
@@ -74,19 +74,19 @@ def test_blocks_give_the_loss_and_gradients_of_all_logits_at_once(
         generator = torch.Generator().manual_seed(3)
         features = [unit(torch.randn(4, pairs, 5, generator=generator, dtype=torch.float64)[i]) for i in range(4)]
         scales = [torch.tensor(x, dtype=torch.float64) for x in (14.0, 50.0)]
-        learnt = [x.requires_grad_() for x in (*features[:2], scales[0])]
+        leaves = [x.requires_grad_() for x in (*features[:2], scales[0])]
         ours, theirs = ModelFeatures(*features[:2], scales[0]), ModelFeatures(*features[2:], scales[1])
         if blockwise:
             loss = blockwise_distillation(ours, theirs, Shards(0, (pairs,)))
         else:
-            whole = slice(pairs)
-            loss = distillation_loss(ours.logits(whole, *features[:2]), theirs.logits(whole, *features[2:]))
-        results.append([loss, *torch.autograd.grad(2 * loss, learnt)])
+            rows = slice(pairs)
+            loss = distillation_loss(ours.logits(rows, *features[:2]), theirs.logits(rows, *features[2:]))
+        results.append([loss, *torch.autograd.grad(2 * loss, leaves)])
     for our, expected in zip(*results, strict=True):
         torch.testing.assert_close(our, expected, rtol=1e-12, atol=1e-15)
 
 
-def test_no_more_than_a_block_of_logits_exists_at_one_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_at_most_one_block_of_logits_exists_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lit_clip.losses.distillation, "LOGITS", 1000)
     generator = torch.Generator().manual_seed(3)
     image, text = (unit(torch.randn(200, 4, generator=generator)).requires_grad_() for _ in range(2))
@@ -97,28 +97,27 @@ def test_no_more_than_a_block_of_logits_exists_at_one_time(monkeypatch: pytest.M
     assert 400 < largest.elements <= 1000
 
 
-def test_two_ranks_equal_one_process(teacher: tuple[CLIP, Path], ranks: Callable[..., None], tmp_path: Path) -> None:
+def test_gradients_of_two_ranks_equal_one_process(
+    teacher: tuple[CLIP, Path], ranks: Callable[..., None], tmp_path: Path
+) -> None:
     options = json.dumps({"distill": {"teacher": str(teacher[1])}})
     module, plain = finetuned_module(options), finetuned_module("{}")
-    for one in (module, plain):
-        one.training_step(make_batch(slice(0, PAIRS)), 0).backward()
+    for student in (module, plain):
+        student.training_step(make_batch(slice(0, PAIRS)), 0).backward()
     ranks("finetune_gradients", 2, str(tmp_path / "gradients.pt"), options)
     distributed = torch.load(tmp_path / "gradients.pt", weights_only=True)
     for name, parameter in module.model.named_parameters():
-        # The teacher is float32: its rows are the same to rounding only.
+        # The teacher computes in float32, so its features differ by rounding.
         torch.testing.assert_close(distributed[name], parameter.grad, rtol=1e-4, atol=1e-7, msg=name)
-    scale = [one.model.logit_scale.grad for one in (module, plain)]
-    assert scale[0] != scale[1]
+    assert module.model.logit_scale.grad != plain.model.logit_scale.grad
 
 
-def test_the_teacher_is_in_no_checkpoint_optimizer_copy_or_table_of_parameters(
+def test_the_teacher_is_in_no_checkpoint_optimizer_copy_or_parameter_list(
     teacher: tuple[CLIP, Path], tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
     distill = Distill(str(teacher[1]))
-    module, plain = (
-        LitCLIP(tiny_config, distill=distill, lr_scheduler=WarmupCosineSettings(1)),
-        LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(1)),
-    )
+    module = LitCLIP(tiny_config, distill=distill, lr_scheduler=WarmupCosineSettings(1))
+    plain = LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(1))
     fitting = trainer(tmp_path, max_epochs=1, enable_checkpointing=False, callbacks=[EMA(0.5)])
     fitting.fit(module, data_for(module, caption_table))
     assert float(fitting.callback_metrics["train/distillation_loss"]) > 0
@@ -128,30 +127,32 @@ def test_the_teacher_is_in_no_checkpoint_optimizer_copy_or_table_of_parameters(
     assert checkpoint["state_dict"].keys() == plain.model.state_dict().keys()
     assert checkpoint["hyper_parameters"]["distill"] == {"teacher": str(teacher[1]), "weight": 1.0}
     assert copy.deepcopy(module)._teacher is module._teacher
-    taught = module._teacher
-    assert taught is not None
-    assert not taught.model.training
-    for name, value in taught.model.state_dict().items():
+    loaded = module._teacher
+    assert loaded is not None
+    assert not loaded.model.training
+    for name, value in loaded.model.state_dict().items():
         assert torch.equal(value, teacher[0].state_dict()[name]), name
     teacher[1].unlink()
-    LitCLIP.load_from_checkpoint(tmp_path / "student.ckpt")  # a student needs no teacher to be used
+    LitCLIP.load_from_checkpoint(tmp_path / "student.ckpt")  # using a student needs no teacher
 
 
-def test_a_missing_teacher_or_batches_without_captions_are_named(teacher: tuple[CLIP, Path]) -> None:
+def test_a_missing_teacher_missing_captions_and_a_negative_weight_are_refused(teacher: tuple[CLIP, Path]) -> None:
     with pytest.raises(InputError, match=r"nowhere.ckpt"):
         LitCLIP("ViT-tiny-16-64", distill=Distill("nowhere.ckpt")).setup("fit")
     module = finetuned_module(json.dumps({"distill": {"teacher": str(teacher[1])}}))
-    with pytest.raises(InputError, match="no captions for the teacher"):
+    with pytest.raises(InputError, match="the teacher needs captions, and the data module's batches have none"):
         module.training_step(CaptionBatch(*make_batch(slice(0, 4))[:3]), 0)
-    with pytest.raises(InputError, match="weight -1"):
+    with pytest.raises(InputError, match="model.distill.weight: -1 must be at least 0"):
         Distill("teacher.ckpt", -1)
 
 
-def test_a_student_learns_its_teachers_choices(teacher: tuple[CLIP, Path]) -> None:
-    """On one batch the cross-entropy falls to the teacher's own entropy, the least there is."""
+def test_a_student_learns_its_teachers_probabilities(teacher: tuple[CLIP, Path]) -> None:
+    """On one batch the cross-entropy approaches its minimum, the teacher's own entropy."""
     model, path = teacher
     with torch.no_grad():
-        model.logit_scale.fill_(math.log(100))  # random features are alike: make something of their differences
+        model.logit_scale.fill_(
+            math.log(100)
+        )  # random features differ little: a large scale makes the differences count
     save(model, path, {})
     module = finetuned_module(json.dumps({"distill": {"teacher": str(path), "weight": 1000}}))
     logged: dict[str, float] = {}
@@ -163,10 +164,10 @@ def test_a_student_learns_its_teachers_choices(teacher: tuple[CLIP, Path]) -> No
         module.training_step(batch, 0).backward()
         optimizer.step()
         losses.append(logged["train/distillation_loss"])
-    taught = module._teacher
-    assert taught is not None
-    image, text = taught.features(batch)
-    choices = 100 * torch.cat([image @ text.T, text @ image.T])
-    entropy = float(torch.distributions.Categorical(logits=choices).entropy().mean())
+    loaded = module._teacher
+    assert loaded is not None
+    image, text = loaded.features(batch)
+    logits = 100 * torch.cat([image @ text.T, text @ image.T])
+    entropy = float(torch.distributions.Categorical(logits=logits).entropy().mean())
     assert losses[0] > entropy + 0.2
     assert losses[-1] - entropy < 0.3 * (losses[0] - entropy)

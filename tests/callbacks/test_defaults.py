@@ -1,0 +1,78 @@
+"""Default callbacks: which there are, their order, and that no run goes without them unnoticed."""
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+import callbacks
+from callbacks import EMA, NonFiniteSteps, Preemption, PrintPlan, RandomStates, SkippedSamples
+from lit_clip.errors import InputError
+from lit_clip.models.config import CLIPConfig
+from lit_clip.module import LitCLIP
+from tests.conftest import TINY_YAML
+from tests.test_module import data_for, trainer
+
+
+def test_defaults_are_five_callbacks_from_preemption_to_random_states() -> None:
+    kinds = [type(callback) for callback in callbacks.defaults()]
+    assert kinds == [Preemption, PrintPlan, SkippedSamples, NonFiniteSteps, RandomStates]
+
+
+def test_a_callback_without_a_default_goes_after_preemption() -> None:
+    ema = EMA(0.5)
+    first, given, *others = callbacks.defaults(ema)
+    assert type(first) is Preemption
+    assert given is ema
+    assert [type(callback) for callback in others] == [PrintPlan, SkippedSamples, NonFiniteSteps, RandomStates]
+
+
+class QuietPlan(PrintPlan):
+    """A user's own version of a default callback."""
+
+
+@pytest.mark.parametrize("given", [NonFiniteSteps("skip"), QuietPlan()], ids=["its class", "a subclass"])
+def test_a_given_callback_replaces_the_default_of_its_class(given: Callback) -> None:
+    ema = EMA(0.5)
+    result = callbacks.defaults(ema, given)
+    assert [type(result[0]), type(result[-1])] == [Preemption, RandomStates]
+    assert result[1:3] == [ema, given]
+    remaining = [kind for kind in (PrintPlan, SkippedSamples, NonFiniteSteps) if not isinstance(given, kind)]
+    assert [type(callback) for callback in result[3:-1]] == remaining
+
+
+def test_a_given_preemption_replaces_the_first_default() -> None:
+    preemption = Preemption(every_n_steps=3)
+    assert [callback for callback in callbacks.defaults(preemption) if isinstance(callback, Preemption)] == [preemption]
+
+
+def test_fit_adds_the_default_callbacks(
+    cli: Callable[..., subprocess.CompletedProcess[str]], caption_table: Path, tmp_path: Path
+) -> None:
+    table = str(caption_table)
+    options = ["--model.architecture", TINY_YAML, "--data.batch_size", "16", "--data.num_workers", "0"]
+    options += ["--data.on_error", "skip", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
+    data = ["--data", "datamodules.Captions", "--data.train", table, "--data.val", table]
+    result = cli("fit", *data, *options, "--trainer.max_steps", "1", "--trainer.limit_val_batches", "0")
+    assert result.returncode == 0, result.stderr
+    assert "pairs per step" in result.stdout  # PrintPlan
+    (path,) = tmp_path.rglob("*.ckpt")
+    checkpoint = torch.load(path, weights_only=True)
+    assert checkpoint["validation_due"] is False  # Preemption
+    assert checkpoint["skipped_samples"] == {"drawn": 16, "counts": {}}  # SkippedSamples
+    assert checkpoint["callbacks"]["NonFiniteSteps"] == {"steps": 0}
+    assert len(checkpoint["random_states"]) == 1  # RandomStates
+
+
+def test_skipping_samples_without_counting_them_is_refused(
+    tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+) -> None:
+    module = LitCLIP(tiny_config)
+    data = data_for(module, caption_table, on_error="skip")
+    message = r"data\.on_error: skip needs the callback that counts and limits skipped samples; pass Trainer\(callbacks"
+    with pytest.raises(InputError, match=message):
+        trainer(tmp_path, max_steps=1, callbacks=[NonFiniteSteps()]).fit(module, data)
+    trainer(tmp_path, max_steps=1, limit_val_batches=0, callbacks=[SkippedSamples()]).fit(module, data)
