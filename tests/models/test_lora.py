@@ -106,7 +106,7 @@ def test_merging_keeps_the_features_and_gives_a_plain_model(targets: list[str] |
 
 
 def test_timm_and_hugging_face_towers_get_additions_and_merge() -> None:
-    model = CLIP(two_towers("test_vit")).eval()
+    model = CLIP(external_towers("test_vit")).eval()
     names = target_names(model)
     assert {name.rpartition(".")[2] for name in names if name.startswith("visual.")} == {"qkv", "proj", "fc1", "fc2"}
     ends = {name.rpartition(".")[2] for name in names if name.startswith("text.")}
