@@ -25,7 +25,7 @@ from lit_clip.module import LitCLIP
 from lit_clip.tools.weight_files import read_tensors
 from lit_clip.training.optim import AdamWSettings, WarmupCosineSettings
 from tests.helpers.ranks import CONFIG, PAIRS, finetuned_module, make_batch
-from tests.models.test_finetune import command
+from tests.models.test_finetune import command, external_towers
 from tests.test_module import SaveAt, data_for, trainer
 
 MEMBERS = ("attn.in_proj_weight", "attn.out_proj", "mlp.c_fc", "mlp.c_proj")
