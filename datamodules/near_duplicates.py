@@ -22,7 +22,7 @@ NEIGHBOURS = 64  # compared with each hash in the order of a band: a bound where
 
 
 class Look(NamedTuple):
-    """What an image looks like, in 12 bytes.
+    """An image's look in 12 bytes.
 
     Attributes:
         bits: the difference hash, unsigned 64 bits.

@@ -52,7 +52,7 @@ class Features(TypedDict):
 
 
 class TrainingStep(NamedTuple):
-    """What callbacks may look at of the current training step; without gradients.
+    """The current training step as callbacks see it, without gradients.
 
     Attributes:
         keys: of this rank's pairs.

@@ -17,6 +17,7 @@ from datamodules.overlap.findings import By, SetFindings, findings_of
 from datamodules.overlap.page import percent, points, write_overlap
 from datamodules.overlap.search import NearestFound, Queries, joined, search
 from datamodules.overlap.sets import answers_of, check_prompts, open_sets, read_results, read_thresholds, recognised
+from datamodules.pairs.source import PairSource
 from lit_clip import load_model
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import ImageSet
@@ -98,18 +99,22 @@ def overlap(
     queries = {name: cache.queries(clip, name, each.images, batch_size, num_workers) for name, each in opened.items()}
     stamp = _stamp_of(train, columns, len(source), (path.with_suffix(".html"), path.with_suffix(".json")))
     found = search(clip, joined(list(queries.values())), source, cache.search(stamp), batch_size, num_workers)
-    judged, start = {}, 0
+    findings, start = {}, 0
     for name, each in opened.items():
         ours = queries[name]
         part = _part(found, start, start + len(ours.items))
         start += len(ours.items)
         correct = answers_of(each.images, ours.items, answers[name], name) if answers else recognised(clip, each, ours)
-        judged[name] = findings_of(each.images, ours, part, thresholds[name], by, correct)
-    report = _report(judged, found, len(source), {"name": model, "fingerprint": cache.model}, train, by)
-    with replacing(path.with_suffix(".json")) as temporary:
-        temporary.write_text(json.dumps(report, indent=1), encoding="utf-8")
+        findings[name] = findings_of(each.images, ours, part, thresholds[name], by, correct)
+    report = _report(findings, found, len(source), {"name": model, "fingerprint": cache.model}, train, by)
+    _write(path, report, findings, source)
+
+
+def _write(path: Path, report: Mapping[str, Any], findings: Mapping[str, SetFindings], source: PairSource) -> None:
+    with replacing(path.with_suffix(".json")) as draft:
+        draft.write_text(json.dumps(report, indent=1), encoding="utf-8")
     if path.suffix == ".html":
-        write_overlap(path, report, judged, source)
+        write_overlap(path, report, findings, source)
     _print(report)
     stderr().print(f"pairs to look at: {path}" if path.suffix == ".html" else f"{path}", markup=False)
 

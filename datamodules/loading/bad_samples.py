@@ -12,7 +12,7 @@ Item = TypeVar("Item")
 
 
 class Skipped(NamedTuple):
-    """What a dataset returns in place of a sample that cannot be used."""
+    """Placeholder that a dataset returns for a sample that cannot be used."""
 
     where: str
     reason: str

@@ -26,7 +26,7 @@ class UnlockLast:
 
 @dataclass
 class Freeze:
-    """What to freeze in each tower.
+    """The frozen part of each tower.
 
     ``{image: all}`` is locked-image tuning (LiT, Zhai et al. 2022).
 

@@ -1,4 +1,4 @@
-"""What this machine can do, and what this process has used of it."""
+"""Capabilities of this machine, and the memory that this process uses."""
 
 import sys
 from pathlib import Path
