@@ -14,7 +14,7 @@ class ActivationCheckpointing(Callback):
     Far less memory for a third more arithmetic, and the same numbers.
 
     Args:
-        share: of each encoder's blocks, from the first one on; 1 for all.
+        share: of each encoder's blocks, starting with the first; 1 for all.
     """
 
     def __init__(self, share: float = 1.0) -> None:

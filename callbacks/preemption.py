@@ -41,7 +41,7 @@ class Preemption(Callback):
         self.every_n_steps = every_n_steps
         self._batches = 0
         self._first_step: int | None = None
-        self._validation_due = False  # after the last step, and not finished
+        self._validation_due = False  # a validation was due after the last step and has not finished
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # Lightning registers its handlers after this hook and before any other, and has no option for different ones.
@@ -116,7 +116,7 @@ class Preemption(Callback):
             return "ended before the first step, so there is nothing to save"
         path = _checkpoint_path(trainer)
         if path is None:
-            return f"ended after step {trainer.global_step}; no checkpoint, as there is no ModelCheckpoint"
+            return f"ended after step {trainer.global_step}; nothing saved, because no ModelCheckpoint is configured"
         save_whole(trainer, path)
         log_dir = trainer.log_dir if trainer.loggers else None  # a broadcast: every rank must ask
         return f"saved step {trainer.global_step}; resume with: {resume_command(path, log_dir)}"

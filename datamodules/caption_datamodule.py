@@ -206,7 +206,7 @@ class CaptionDataModule(LightningDataModule, ABC):
             world = self._rank_and_world()[1]
             raise InputError(
                 f"global_batch_size: {self.global_batch_size} pairs per step are more than the {pairs} training pairs; "
-                f"set it to {pairs // world * world} or less, and adjust the learning rate"
+                f"set it to at most {max(1, pairs // world) * world}, and adjust the learning rate"
             )
 
         def order(epoch: int) -> np.ndarray:

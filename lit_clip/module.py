@@ -52,7 +52,7 @@ class Features(TypedDict):
 
 
 class TrainingStep(NamedTuple):
-    """The current training step as callbacks see it, without gradients.
+    """Results of the current training step, detached, for callbacks.
 
     Attributes:
         keys: of this rank's pairs.
@@ -72,7 +72,7 @@ class LitCLIP(LightningModule):
 
     The loss is the contrastive one, or the sigmoid one for a model with a ``logit_bias`` (SigLIP). A checkpoint holds
     the model under OpenAI's key names and the architecture as plain values, so ``LitCLIP.load_from_checkpoint(path)``
-    and open_clip read it as it is.
+    and open_clip read it unchanged.
 
     Args:
         architecture: a name from :func:`lit_clip.list_models`, or a configuration; None: that of ``pretrained``, or
@@ -84,13 +84,14 @@ class LitCLIP(LightningModule):
         lr_scheduler: settings of the learning rate's schedule.
         freeze: encoders, or all but their last blocks, that are not trained: not in the optimiser, always in evaluation
             mode.
-        layer_decay: the learning rate of each layer relative to the next one, for both encoders or for each.
-        lora: train low-rank additions to the blocks that are not frozen, and nothing else. A checkpoint then holds the
-            additions alone and names ``pretrained``, which they belong to.
+        layer_decay: the learning rate of each layer relative to the next one: one value, or one for each encoder.
+        lora: train low-rank additions to the blocks that are not frozen, and nothing else. A checkpoint then holds
+            only the additions and the name of their base weights (``pretrained``).
         distill: a teacher whose probabilities over the batch's images and captions are learnt too.
         micro_batch_size: most pairs of this rank that are encoded at once, while the loss sees all pairs of all ranks
-            (GradCache, Gao et al. 2021). Activations are computed again in the backward pass, so memory is that of one
-            micro-batch; loss and gradients are those of the whole batch. Only BatchNorm sees the micro-batches.
+            (GradCache, Gao et al. 2021). Activations are computed again in the backward pass, so activation memory is
+            that of one micro-batch; loss and gradients are those of the whole batch. Only BatchNorm sees the
+            micro-batches.
         duplicates: how pairs with the same caption, image or group count, see
             :func:`lit_clip.losses.contrastive.contrastive_loss`.
 
@@ -141,7 +142,7 @@ class LitCLIP(LightningModule):
                 "architecture": self.model.config.to_dict(),
                 "micro_batch_size": micro_batch_size,
                 "duplicates": duplicates,
-                # A LoRA's checkpoint needs its base and what was made of it; any other checkpoint has all weights.
+                # A LoRA's checkpoint needs its base and how the base was resized; any other checkpoint has all weights.
                 "pretrained": base_name(whole_name(architecture, pretrained)) if lora and pretrained else None,
                 "image_size": image_size if lora else None,
                 "context_length": context_length if lora else None,
@@ -315,7 +316,7 @@ class LitCLIP(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         name = str((self._trainer and self._trainer.ckpt_path) or "the checkpoint")
         unpack_checkpoint(checkpoint, self, self.base_sha256, name)
-        self.before = dict(checkpoint["before"])
+        self.before = dict(checkpoint.get("before", {}))  # wise-ft writes none
         if self._trainer and self._trainer.state.fn == TrainerFn.FITTING:
             require(
                 "optimizer_states" in checkpoint,

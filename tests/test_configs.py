@@ -115,7 +115,7 @@ def test_pretraining_config_with_fsdp_trains_under_torchrun_and_saves_a_model(
     }.items():
         words += [f"--{option}", str(value)]
     output = torchrun(tmp_path, 2, *words)
-    assert output.count("32 = 16 x 2 processes, encoded in 2 parts") == 1  # printed by rank 0 only
+    assert output.count("32 = 16 x 2 ranks, encoded in 2 micro-batches") == 1  # printed by rank 0 only
     checkpoint = tmp_path / "runs/pretrain_vit_l14/version_0/checkpoints/last.ckpt"
     assert torch.load(checkpoint, weights_only=True)["global_step"] == 2
     assert load_model(checkpoint).visual.proj.shape == (64, 16)

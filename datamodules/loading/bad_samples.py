@@ -1,4 +1,4 @@
-"""Samples that cannot be used: skipped and counted instead of an error, and the check of captions."""
+"""Skip samples that cannot be used, and check captions; lit_clip/tools/images.py refuses unreadable images."""
 
 from typing import Any, NamedTuple, TypeVar
 

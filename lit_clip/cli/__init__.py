@@ -1,1 +1,1 @@
-"""The `lit-clip` command: which command is meant, LightningCLI for those with a configuration, and where runs lie."""
+"""The `lit-clip` command: dispatch to a command, LightningCLI for those with a configuration, run folders."""

@@ -28,8 +28,8 @@ from lit_clip.training.checkpoint_io import WholeCheckpointIO, newest_checkpoint
 from lit_clip.training.summary import print_next_steps, print_summary, resume_command
 from lit_clip.weights.checkpoints import read_checkpoint
 
-DEFAULT_CALLBACKS = "callbacks"  # the package whose defaults() every run gets; by name, as class paths are
-NEWEST = ("last", "auto")  # the newest of this configuration's runs; auto: or start from the beginning
+DEFAULT_CALLBACKS = "callbacks"  # the package whose defaults() every run gets; lit_clip must not import it
+NEWEST = ("last", "auto")  # the newest checkpoint of this configuration's runs; auto starts over if there is none
 
 
 class SaveConfig(SaveConfigCallback):
@@ -51,12 +51,12 @@ class CLI(LightningCLI):
             "--validate_first",
             type=bool,
             default=False,
-            help="Under fit: validate before the first step and report the change.",
+            help="fit only: validate before the first step and report the change.",
         )
         parser.add_argument(
             "--print_plan",
             action="store_true",
-            help="Under fit: print the plan of the run and contradictions in its settings, and do not train.",
+            help="fit only: print the plan of the run and contradictions in its settings, and do not train.",
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -154,7 +154,7 @@ class CLI(LightningCLI):
             return ""
         found = newest_checkpoint(folders)
         if found is None:
-            return "nothing has been saved yet (unlike Ctrl-C, kill saves first)"
+            return "no checkpoint yet; SIGTERM saves one, Ctrl-C does not"
         return f"resume with: {resume_command(found, str(found.parent.parent))}"
 
     def before_validate(self) -> None:
@@ -290,7 +290,8 @@ def _check_encoder_options(words: Sequence[str], subcommand: str | None) -> None
             if others or (isinstance(encoder, dict) and isinstance(encoder.get("layers"), list)):  # a ResNet's stages
                 option = word.partition("=")[0]
                 raise InputError(
-                    f"{option}: single settings of this encoder cannot be typed; write them into the YAML file"
+                    f"{option}: single settings of this encoder cannot be set on the command line; set them in the "
+                    "YAML file"
                 )
 
 

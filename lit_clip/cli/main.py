@@ -1,4 +1,4 @@
-"""The ``lit-clip`` command: find the command that is meant, print user errors in one line, end the process.
+"""The ``lit-clip`` command: dispatch to a command, print user errors in one line, end the process.
 
 Heavy modules are imported only when they are needed, so that ``lit-clip --help`` answers at once.
 """
@@ -21,7 +21,7 @@ from lit_clip.tools.processes import let_launcher_end, watch_launcher
 # LightningCLI's commands, imported when one of them is run.
 CONFIGURED = {
     "fit": "Train or fine-tune a model.",
-    "validate": "Loss, retrieval and zero-shot accuracy on the validation data.",
+    "validate": "Loss and retrieval on the validation data, and the configuration's evaluation callbacks.",
     "test": "The same metrics on the test data.",
     "predict": "Features of the data's images and captions, for Python callers.",
 }
@@ -44,9 +44,9 @@ def _hush() -> None:
 def help_text() -> str:
     """Return the text of ``lit-clip --help``."""
     others = {name: _first_line(function) for name, function in sorted(subcommands.COMMANDS.items())}
-    lines = ["usage: lit-clip COMMAND ...", "", "With a configuration (see configs/):"]
+    lines = ["usage: lit-clip COMMAND ...", "", "Commands that take --config (see configs/):"]
     lines += [f"  {name:10} {line}" for name, line in CONFIGURED.items()]
-    lines += ["", "Without one:"]
+    lines += ["", "Other commands:"]
     lines += [f"  {name:10} {line}" for name, line in others.items()]
     return "\n".join([*lines, "", "lit-clip COMMAND --help lists a command's options."])
 
@@ -71,7 +71,7 @@ def _check_command(words: Sequence[str]) -> None:
     if words[0] not in known and not words[0].startswith("-"):
         near = get_close_matches(words[0], known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}"
-        raise InputError(f"no command is called {words[0]!r}; {hint}")
+        raise InputError(f"unknown command {words[0]!r}; {hint}")
 
 
 def _run(words: list[str]) -> int:

@@ -11,7 +11,7 @@ ON_DISK = ("CSVLogger", "TensorBoardLogger")
 
 
 def run_folders(config: Any) -> list[Path]:
-    """Return the folders to search for a configuration's checkpoints; files among them are checkpoints themselves.
+    """Return the folders, and single checkpoint files, to search for a configuration's checkpoints.
 
     ``ModelCheckpoint`` keeps them in its ``dirpath``, or else in the folder of the first logger's run.
 

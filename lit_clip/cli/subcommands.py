@@ -33,8 +33,6 @@ COMMANDS: dict[str, str] = {
     "wise-ft": "lit_clip.commands.wise_ft:wise_ft",
 }
 
-HELP = f"Without a configuration: lit-clip {' | '.join(sorted(COMMANDS))}; each of them has a --help."
-
 
 def command_parser(name: str, function: Callable[..., None]) -> ArgumentParser:
     """Return the command line of a function.

@@ -1,4 +1,4 @@
-"""Read and encode images, batch by batch: the one loop of all commands and callbacks that need features.
+"""Read and encode images batch by batch, for all commands and callbacks that need features.
 
 Shapes: N rows, F images (a row may have several, such as the frames of a video), D embedding dimension.
 """
@@ -192,7 +192,7 @@ def encoded_batches(
     Args:
         model: on the device where it is to compute.
         data: the images.
-        batch_size: images encoded at once; only rows with several images can have more.
+        batch_size: most images encoded at once.
         num_workers: processes that read.
         encode: uint8 ``[F, 3, H, W]`` -> features; by default :func:`image_features`.
         batches: the rows of each batch; by default all rows, ``batch_size`` to a batch.

@@ -1,4 +1,4 @@
-"""Zero-shot classification: classifiers that a text encoder makes from class names and prompt templates."""
+"""Build zero-shot classifiers from class names and prompt templates; accuracy is computed in accuracy.py."""
 
 import importlib.util
 from collections.abc import Callable, Sequence

@@ -1,1 +1,1 @@
-"""The losses, each with one definition; their tiled and distributed form, and which pairs are duplicates."""
+"""Losses: plain definitions, tiled and distributed forms, duplicates, distillation."""

@@ -45,8 +45,8 @@ def contrastive_loss(
         all_text_ND: all ranks' text features in the same order.
         scale: inverse temperature, ``exp(logit_scale)``.
         first_row: index of this rank's first pair among all; ``rank * B`` if all ranks hold B.
-        same_BN: bool, which pairs are duplicates of each other (each pair of itself); None: there are none.
-        duplicates: how they count. ``negatives``: as wrong answers (the paper). ``positives``: as right answers, each
+        same_BN: bool, True where two pairs are duplicates, the pair itself included; None: there are no duplicates.
+        duplicates: how they count. ``negatives``: like any other pair (the paper). ``positives``: as positives, each
             with an equal share of the target (the "out" form of Khosla et al. 2020, equation 2). ``ignored``: not at
             all.
 
@@ -64,9 +64,9 @@ def contrastive_loss(
             logits_BN = scale * query_BD @ candidate_ND.T
             if same_BN is not None and duplicates == "ignored":
                 logits_BN = logits_BN.masked_fill(same_BN & ~target_BN, -torch.inf)
-            right_BN = same_BN if same_BN is not None and duplicates == "positives" else target_BN
-            right_B = logits_BN.masked_fill(~right_BN, 0).sum(dim=1) / right_BN.sum(dim=1)
-            total = total + (logits_BN.logsumexp(dim=1) - right_B).mean()
+            positive_BN = same_BN if same_BN is not None and duplicates == "positives" else target_BN
+            positive_B = logits_BN.masked_fill(~positive_BN, 0).sum(dim=1) / positive_BN.sum(dim=1)
+            total = total + (logits_BN.logsumexp(dim=1) - positive_B).mean()
         return total / 2
 
 

@@ -1,8 +1,8 @@
 """The losses of :mod:`lit_clip.losses.contrastive` in tiles and over ranks; no B x N matrix of similarities exists.
 
-The forward pass computes each similarity once, tile by tile, and keeps one number for each row and column; the backward
-pass computes the similarities again. Each rank does this for its own images and all ranks' texts. Value and every
-gradient equal those of one process with the whole batch.
+The forward pass computes each similarity once, tile by tile, and keeps the log-sum-exp of each row and column; the
+backward pass computes the similarities again. Each rank does this for its own images and all ranks' texts. Value and
+every gradient equal those of one process with the whole batch.
 
 Shapes: B pairs of this rank, N pairs of all ranks, D embedding dimension, K kinds of identity (image, caption, group);
 b and n rows and columns of a tile.
@@ -96,7 +96,7 @@ class _Tile(NamedTuple):
     own: int
 
     def same(self, layout: PairLayout, ids_NK: Tensor) -> Tensor:
-        """Return bool ``[b, n]``: which pairs are duplicates; each pair counts as its own."""
+        """Return bool ``[b, n]``: which pairs are duplicates; a pair is a duplicate of itself."""
         assert layout.ids is not None, "duplicates are found by their ids"
         mine, theirs = layout.ids[self.rows], ids_NK[self.columns]
         same_bn = mine[:, None, 0] == theirs[None, :, 0]
@@ -261,7 +261,7 @@ class _Softmax(torch.autograd.Function):
 
 
 class _Sigmoid(torch.autograd.Function):
-    """Logits ``l = scale * image @ text.T + bias``; each costs ``softplus(l)``, a positive ``l`` less."""
+    """Logits ``l = scale * image @ text.T + bias``; a negative costs ``softplus(l)``, a positive ``softplus(-l)``."""
 
     @staticmethod
     @_in_full_precision
@@ -270,7 +270,7 @@ class _Sigmoid(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         scaled_BD = scale * image_BD
         own_B = (scaled_BD * text_BD).sum(dim=1) + bias
-        shared_rows = _shared_rows(layout, text_BD)[:2]  # every positive counts fully in the sigmoid loss
+        shared_rows = _shared_rows(layout, text_BD)[:2]  # the sigmoid loss does not divide a target among duplicates
         highest_B, cost_B = torch.full_like(own_B, -torch.inf), torch.zeros_like(own_B)
 
         def visit(rows: list[Tensor], totals: list[Tensor]) -> None:

@@ -16,7 +16,7 @@ from lit_clip.models.layers import TOWERS, tower_blocks
 Result = TypeVar("Result")
 
 
-class StatisticsKept(AbstractContextManager[None]):
+class FrozenStatistics(AbstractContextManager[None]):
     """Context in which the running statistics of BatchNorm layers do not change.
 
     A layer still normalises with its batch and saves the same tensors for backward, which checkpointing compares. The
@@ -59,7 +59,7 @@ def checkpoint(function: Callable[..., Result], *args: Any, inside: nn.Module, *
         return torch_checkpoint(function, *args, use_reentrant=False, **kwargs)  # pyright: ignore[reportReturnType]
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), StatisticsKept(norms)
+        return nullcontext(), FrozenStatistics(norms)
 
     return torch_checkpoint(function, *args, use_reentrant=False, context_fn=contexts, **kwargs)  # pyright: ignore[reportReturnType]
 
@@ -73,7 +73,7 @@ def _forward(block: nn.Module, forward: Callable[..., Result], *args: Any, **kwa
 def checkpoint_blocks(blocks: list[nn.Module]) -> None:
     """Make modules compute their activations again wherever gradients are needed in training.
 
-    Names in the state dict stay, a deep copy is checkpointed too, and a module that is checkpointed already stays so.
+    State-dict names do not change, deep copies stay checkpointed, and applying it twice has no effect.
     """
     for block in blocks:
         if not is_checkpointed(block):
@@ -86,7 +86,7 @@ def is_checkpointed(block: nn.Module) -> bool:
 
 
 def checkpoint_encoders(model: Any, share: float = 1.0) -> None:
-    """Apply :func:`checkpoint_blocks` to a share of each encoder's blocks, from the first one on."""
+    """Apply :func:`checkpoint_blocks` to a share of each encoder's blocks, starting with the first."""
     for tower in TOWERS:
         blocks = tower_blocks(model, tower)
         checkpoint_blocks(blocks[: math.ceil(share * len(blocks) - 1e-9)])  # 0.28 of 25 are 7

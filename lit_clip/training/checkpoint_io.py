@@ -26,7 +26,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
         """Write a checkpoint.
 
         Raises:
-            InputError: it cannot be written; a file of that name is unchanged then.
+            InputError: it cannot be written; an existing file is left unchanged.
         """
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -44,7 +44,9 @@ class WholeCheckpointIO(TorchCheckpointIO):
             if isinstance(error.__context__, KeyboardInterrupt):  # and when it is interrupted
                 raise error.__context__ from None
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-            raise InputError(f"{whole}: the checkpoint cannot be written ({reason}); the one before is kept") from error
+            raise InputError(
+                f"{whole}: the checkpoint cannot be written ({reason}); the previous one is kept"
+            ) from error
         finally:
             with suppress(OSError):
                 part.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Settings that would train something else than they say, refused before the first step."""
+"""Refuse, before the first step, settings that would not train what they say."""
 
 from typing import Any
 
@@ -45,8 +45,8 @@ def _check_accumulation(trainer: Any) -> None:
     batches = max([trainer.accumulate_grad_batches, *(n for each in planned for n in each.scheduling.values())])
     require(
         batches == 1,
-        f"trainer.accumulate_grad_batches: {batches} adds no negatives, the point of a larger batch; multiply "
-        f"data.init_args.batch_size by {batches} and set model.micro_batch_size to its present value",
+        f"trainer.accumulate_grad_batches: {batches} adds no negatives, the point of a larger batch; "
+        f"set data.batch_size to {batches} times its value and model.micro_batch_size to the old data.batch_size",
     )
 
 

@@ -24,10 +24,11 @@ from lit_clip.models.layers import TOWERS, tower_blocks
 class FSDP(FSDPStrategy):
     """Shard weights, gradients and optimiser states over ranks; gather one block at a time to use it.
 
-    The numbers are those of DDP, and so are the checkpoints: either can resume from the other's. Mixed precision is
+    Results and checkpoints match DDP's; either can resume from the other's. Mixed precision is
     autocast, as elsewhere: shards and what is sent are float32. Scalars (temperature and bias) are whole on every rank.
-    Only training is sharded; evaluation has whole weights. With ``model.micro_batch_size`` weights and gradients are
-    whole within a step, and sharded between steps. Runs on CPU too.
+    Weights are sharded under ``fit``, including its validations; ``validate``, ``test`` and ``predict`` use full
+    weights. With ``model.micro_batch_size`` weights and gradients are whole within a step, and sharded between steps.
+    Runs on CPU too.
 
     ``ModelParallelStrategy`` (FSDP2) supports no scalar parameters, and OpenAI's layout has one.
 

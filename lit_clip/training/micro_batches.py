@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lit_clip.batch import CaptionBatch
 from lit_clip.distributed import Shards
 from lit_clip.models.clip import CLIP
-from lit_clip.training.activation_checkpointing import StatisticsKept, checkpoint
+from lit_clip.training.activation_checkpointing import FrozenStatistics, checkpoint
 
 
 def encode_pairs(model: CLIP, batch: CaptionBatch) -> tuple[Tensor, Tensor]:
@@ -64,7 +64,7 @@ def encode_parts(model: CLIP, parts: list[CaptionBatch], pairs: int) -> tuple[Te
     """
     if sum(len(part.images) for part in parts) == pairs:
         return _encode_parts(model, parts)
-    with StatisticsKept([layer for layer in model.modules() if isinstance(layer, _BatchNorm)]):
+    with FrozenStatistics([layer for layer in model.modules() if isinstance(layer, _BatchNorm)]):
         image_BD, text_BD = _encode_parts(model, parts)
     return image_BD[:pairs], text_BD[:pairs]
 

@@ -1,4 +1,4 @@
-"""Optimiser and schedule: the paper's AdamW with warm-up and a cosine; what a resumed run takes over."""
+"""Optimiser and schedule: the paper's AdamW with warm-up and a cosine; overriding a checkpoint's settings on resume."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -93,8 +93,8 @@ def parameter_groups(
 def warmup_cosine(step: int, warmup_steps: int, total_steps: int) -> float:
     """Return the factor on the learning rate at an optimiser step (0 first): linear to 1, then a cosine to 0.
 
-    The paper states warm-up over 2,000 iterations and cosine decay; that the warm-up is linear and the end 0 is
-    open_clip's reading.
+    The paper states warm-up over 2,000 iterations and cosine decay; that the warm-up is linear and the end 0
+    follow open_clip.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
@@ -133,7 +133,7 @@ def configure_adamw(
 ) -> dict[str, Any]:
     """Return AdamW and its schedule in Lightning's form; AdamW is fused where precision and clipping allow it."""
     scaled = trainer.precision == "16-mixed"  # a fused step would leave the gradients scaled for later hooks
-    # Lightning takes every fused step for one that scales, and refuses to clip.
+    # Lightning assumes that a fused optimiser unscales gradients itself, and refuses to clip.
     clipped = trainer.precision == "bf16-mixed" and bool(trainer.gradient_clip_val)
     optimizer = torch.optim.AdamW(groups, betas=settings.betas, eps=settings.eps, fused=not (scaled or clipped))
     total = total_steps(trainer)

@@ -124,7 +124,7 @@ class RunPlan:
 
     @property
     def training_flops(self) -> float | None:
-        """Training FLOPs of one pair; a frozen encoder costs its forward pass, a partly frozen one all of it."""
+        """Training FLOPs of one pair; a frozen encoder costs its forward pass only, a partly frozen one counts in full."""
         towers = [(work.forward, self.passes if work.trainable else 1) for work in (self.image, self.text)]
         if any(forward is None for forward, _ in towers):
             return None
@@ -228,7 +228,9 @@ def plan_rows(plan: RunPlan) -> list[tuple[str, str]]:
     rows.append(("weights, gradients, AdamW", f"{_bytes(plan.state_bytes)} on each rank without sharding"))
     if plan.loss_bytes is not None:
         tiled, dense = plan.loss_bytes
-        instead = f" (as a matrix: {_bytes(dense)})" if dense > tiled else ""  # it is smaller for a small batch
+        instead = (
+            f" (with a similarity matrix: {_bytes(dense)})" if dense > tiled else ""
+        )  # it is smaller for a small batch
         rows.append(("memory of the loss", f"{_bytes(tiled)} on each rank{instead}"))
         rows.append(("pairs per step", _pairs_a_step(plan)))
     if plan.steps is not None:

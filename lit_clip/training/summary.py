@@ -74,7 +74,7 @@ def print_next_steps(checkpoint: Path, log_dir: str | None) -> None:
         folder = _shown(Path(log_dir))
         console.print(f"logs and images: {folder}")
         console.print(
-            f"same numbers again: lit-clip validate --config {folder}/fit_config.yaml --ckpt_path {_shown(checkpoint)}"
+            f"validate again: lit-clip validate --config {folder}/fit_config.yaml --ckpt_path {_shown(checkpoint)}"
         )
         console.print(f"curves: tensorboard --logdir {folder}")
 

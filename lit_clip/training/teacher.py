@@ -33,7 +33,7 @@ class Distill:
 
 
 class Teacher:
-    """A frozen model with its own tokenizer and preprocessing.
+    """A frozen model with its own tokenizer, image size and normalisation; it sees the student's augmented images.
 
     Not a module, so that it is never part of a student's parameters, checkpoints or copies.
 

@@ -1,4 +1,19 @@
-"""How a LitCLIP's state becomes a checkpoint that open_clip can read, and how it comes back."""
+"""What a checkpoint holds, and how it is written and loaded.
+
+Beside Lightning's own keys (epoch, global_step, optimizer_states, lr_schedulers, loops, callbacks, hyper_parameters):
+
+- ``state_dict``: weights under OpenAI's key names, which open_clip can read; of a LoRA only the additions
+- ``base``: name and fingerprint of the weights that a LoRA belongs to
+- ``tokenizer``: definition of a tokenizer other than the paper's
+- ``before``: metrics of a validation before the first step
+- ``current_model_state``, ``averaging_state``, ``weights``: from :class:`callbacks.EMA`, whose average is
+  ``state_dict``
+- ``random_states``: from :class:`callbacks.RandomStates`
+- ``validation_due``: from :class:`callbacks.Preemption`
+- ``skipped_samples``: from :class:`callbacks.SkippedSamples`
+
+A data module's state is its sampler's position.
+"""
 
 from collections.abc import Mapping
 from typing import Any

@@ -11,8 +11,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
-from callbacks import TrainingMonitor
-from callbacks.preemption import Preemption
+from callbacks import TrainingMonitor, defaults
 from datamodules import Captions
 from lit_clip.batch import CaptionBatch
 from lit_clip.errors import InputError
@@ -105,7 +104,7 @@ def train(run: Run, rank: int, port: int) -> None:
         use_distributed_sampler=False,
         check_val_every_n_epoch=2,
         log_every_n_steps=1,
-        callbacks=[Preemption(), _Recorder(run, rank), TrainingMonitor(), saving],
+        callbacks=defaults(_Recorder(run, rank), TrainingMonitor(), saving),
         plugins=[WholeCheckpointIO()],
         logger=CSVLogger(run.folder, run.name, version=0),
         enable_progress_bar=False,

@@ -61,7 +61,7 @@ def test_a_yaml_file_with_both_towers_trains_resumes_and_embeds(
         "model:\n  architecture:\n    embed_dim: 32\n"
         "    image: {timm: test_convnext, image_size: 32, options: {drop_path_rate: 0.1}}\n"
         "    text: {hugging_face: '${oc.env:ENCODER}', context_length: 16}\n"
-        "  warmup_steps: 1\ndata:\n  class_path: datamodules.Captions\n"
+        "  lr_scheduler: {warmup_steps: 1}\ndata:\n  class_path: datamodules.Captions\n"
         f"  init_args: {{train: {caption_table}, val: {caption_table}, batch_size: 16, num_workers: 0}}\n"
         "trainer: {accelerator: cpu, logger: false, enable_progress_bar: false}\n",
         encoding="utf-8",

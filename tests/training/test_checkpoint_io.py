@@ -50,7 +50,7 @@ def test_a_full_disk_is_an_error_that_names_the_file_and_keeps_the_previous_chec
     assert process.exitcode == 3
     message = Path(f"{path}.error").read_text(encoding="utf-8")
     assert message.startswith(f"{path}: the checkpoint cannot be written (")
-    assert message.endswith("; the one before is kept")
+    assert message.endswith("; the previous one is kept")
     assert torch.load(path, weights_only=True)["global_step"] == 6
     assert sorted(os.listdir(tmp_path)) == ["last.ckpt", "last.ckpt.error"]
 

@@ -122,7 +122,7 @@ def test_the_forward_pass_keeps_no_micro_batchs_activations() -> None:
 def test_accumulated_gradients_are_refused_in_favour_of_micro_batches() -> None:
     module = LitCLIP(CONFIG)
     module._trainer = type("Trainer", (), {"accumulate_grad_batches": 4, "precision": "32-true", "callbacks": ()})()  # pyright: ignore
-    advice = r"multiply data.init_args.batch_size by 4 and set model.micro_batch_size"
+    advice = r"set data.batch_size to 4 times its value and model.micro_batch_size"
     with pytest.raises(InputError, match=rf"accumulate_grad_batches: 4 adds no negatives.*; {advice}"):
         module.on_fit_start()
     with pytest.raises(InputError, match="micro_batch_size: 0 must be at least 1"):

@@ -206,4 +206,4 @@ def test_print_plan_prints_and_does_not_train(cli: Callable[..., CompletedProces
     assert "Epoch" not in done.stdout
     refused = cli(*words, "--data.global_batch_size", "25")
     assert refused.returncode == 2
-    assert "25 pairs cannot be shared evenly by 2 processes; near it: 24 or 26" in refused.stderr
+    assert "25 pairs cannot be divided evenly among 2 processes; set it to 24 or 26" in refused.stderr

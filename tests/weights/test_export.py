@@ -241,7 +241,7 @@ def test_a_used_folder_and_a_file_are_refused_before_the_model_is_read(tmp_path:
     (tmp_path / "file").write_text("keep")
     for name, message in (
         ("used", "the folder is not empty"),
-        ("file", "out: is a file; name a folder"),
+        ("file", "file: is a file; name a folder"),
     ):
         with pytest.raises(InputError, match=message):
             export("no such model", format="onnx", output=str(tmp_path / name))
