@@ -124,7 +124,7 @@ class RunPlan:
 
     @property
     def training_flops(self) -> float | None:
-        """Training FLOPs of one pair; a frozen encoder costs its forward pass only, a partly frozen one counts in full."""
+        """Training FLOPs of one pair; a frozen encoder costs its forward pass, a partly frozen one counts in full."""
         towers = [(work.forward, self.passes if work.trainable else 1) for work in (self.image, self.text)]
         if any(forward is None for forward, _ in towers):
             return None

@@ -66,7 +66,7 @@ def test_rows_leave_out_useless_comparisons() -> None:
     rows = dict(plan_rows(replace(GOOD, steps=1, warmup=50, batch=8, devices=1, nodes=1)))
     assert rows["warm-up"] == "50 steps, longer than the run"
     assert rows["memory of the loss"].endswith("on each rank")
-    assert "(as a matrix: " in dict(plan_rows(replace(GOOD, batch=1024)))["memory of the loss"]
+    assert "(with a similarity matrix: " in dict(plan_rows(replace(GOOD, batch=1024)))["memory of the loss"]
 
 
 @pytest.mark.parametrize(
