@@ -78,7 +78,7 @@ def lit_clip_config(folder: Path, run: Run, sizes: dict[str, Any]) -> dict[str, 
     logger = "lightning.pytorch.loggers.TensorBoardLogger"
     return {
         "seed_everything": 0,
-        "model": {"architecture": sizes, "learning_rate": 1e-3, "weight_decay": 0.2, "warmup_steps": 50},
+        "model": {"architecture": sizes, "optimizer": {"lr": 1e-3}, "lr_scheduler": {"warmup_steps": 50}},
         "data": {
             "class_path": "datamodules.Captions" if run.source == "files" else "datamodules.OpenMoji",
             "init_args": reading,

@@ -45,6 +45,7 @@ def defaults(*callbacks: Callback) -> list[Callback]:
     ``callbacks.defaults(EMA(0.999))``. A given callback replaces the default one of its class.
 
     - :class:`Preemption`, first, so that no other callback evaluates what a signal interrupted
+    - the given callbacks, those that change the model first, so that others measure it as it is trained
     - :class:`PrintPlan`
     - :class:`SkippedSamples`
     - :class:`NonFiniteSteps`
@@ -54,4 +55,5 @@ def defaults(*callbacks: Callback) -> list[Callback]:
     def missing(*kinds: type[Callback]) -> list[Callback]:
         return [kind() for kind in kinds if not any(isinstance(callback, kind) for callback in callbacks)]
 
+    callbacks = tuple(sorted(callbacks, key=lambda callback: not getattr(callback, "changes_model", False)))  # stable
     return [*missing(Preemption), *callbacks, *missing(PrintPlan, SkippedSamples, NonFiniteSteps, RandomStates)]

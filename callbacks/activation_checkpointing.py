@@ -17,6 +17,8 @@ class ActivationCheckpointing(Callback):
         share: of each encoder's blocks, starting with the first; 1 for all.
     """
 
+    changes_model = True  # before others measure it
+
     def __init__(self, share: float = 1.0) -> None:
         require(0 < share <= 1, f"ActivationCheckpointing.share: {share} must be above 0 and at most 1")
         self.share = share

@@ -20,6 +20,8 @@ class Compile(Callback):
     graphs.
     """
 
+    changes_model = True  # before others measure it
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         model: Any = pl_module.model
         callbacks: Any = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]  # set by a connector

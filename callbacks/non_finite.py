@@ -64,6 +64,8 @@ class NonFiniteSteps(Callback):
         steps: number of such steps so far, kept in checkpoints and logged as ``train/non_finite_steps`` under ``skip``.
     """
 
+    stops_at_non_finite = True
+
     def __init__(self, policy: Policy = "stop") -> None:
         require(policy in get_args(Policy), f"NonFiniteSteps.policy: {policy!r} must be 'stop' or 'skip'")
         self.policy = policy
@@ -93,7 +95,7 @@ class NonFiniteSteps(Callback):
         if self.policy == "skip":
             pl_module.log("train/non_finite_steps", float(self.steps))
 
-    def _check(self, step: TrainingStep, trainer: Trainer, module: LightningModule) -> None:
+    def _check(self, step: TrainingStep, trainer: Trainer, module: Any) -> None:
         """Decide, together with all ranks, whether a step may change the weights, and undo it if not.
 
         Raises:
@@ -107,6 +109,7 @@ class NonFiniteSteps(Callback):
             self._in_a_row = 0
             return
         skip_step(module)
+        module.step_skipped = True
         for buffer, before in self._statistics:
             buffer.copy_(before)
         self.steps, self._in_a_row = self.steps + 1, self._in_a_row + 1

@@ -18,6 +18,8 @@ class PatchDropout(Callback):
         share: of the patches, at least 0 and below 1.
     """
 
+    changes_model = True  # before others measure it
+
     def __init__(self, share: float = 0.5) -> None:
         require(0 <= share < 1, f"PatchDropout.share: {share} must be at least 0 and below 1")
         self.share = share

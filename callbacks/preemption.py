@@ -46,9 +46,9 @@ class Preemption(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # Lightning registers its handlers after this hook and before any other, and has no option for different ones.
         trainer._signal_connector = Signals(trainer)
-        savers = [keeper for keeper in trainer.checkpoint_callbacks if getattr(keeper, "save_on_exception", False)]
+        on_exception = any(getattr(callback, "save_on_exception", False) for callback in trainer.checkpoint_callbacks)
         require(
-            not savers or trainer.world_size == 1,
+            not on_exception or trainer.world_size == 1,
             "ModelCheckpoint.save_on_exception: a rank that fails would wait for the others to save; remove it (a "
             "signal saves anyway), and set every_n_train_steps",
         )
@@ -83,7 +83,7 @@ class Preemption(Callback):
     def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         # Ranks may have different numbers of batches, so there is no collective here: a rank with a signal jumps to the
         # end of the validation and meets the others there.
-        if signals_of(trainer).noted and type(trainer.strategy) in (DDPStrategy, SingleDeviceStrategy):
+        if signals_of(trainer).received and type(trainer.strategy) in (DDPStrategy, SingleDeviceStrategy):
             raise StopIteration
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -104,7 +104,7 @@ class Preemption(Callback):
 
     def _agreed(self, trainer: Trainer) -> bool:
         signals = signals_of(trainer)
-        signals.agreed = distributed.maximum(signals.noted)
+        signals.agreed = distributed.maximum(signals.received)
         return bool(signals.agreed)
 
     def _save(self, trainer: Trainer, signals: Signals) -> str:
@@ -136,17 +136,17 @@ def _validate(trainer: Trainer) -> None:
 
 def _checkpoint_path(trainer: Trainer) -> Path | None:
     """Return the path of a ``ModelCheckpoint``'s last state, or one beside its files; never another run's file."""
-    keepers = [keeper for keeper in trainer.checkpoint_callbacks if isinstance(keeper, ModelCheckpoint)]
-    keeper = next((keeper for keeper in keepers if keeper.save_last), keepers[0] if keepers else None)
-    if keeper is None or not keeper.dirpath:
+    savers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    callback = next((saver for saver in savers if saver.save_last), savers[0] if savers else None)
+    if callback is None or not callback.dirpath:
         return None
-    name = keeper.CHECKPOINT_NAME_LAST if keeper.save_last else "preempted"
-    first = Path(keeper.last_model_path or Path(keeper.dirpath, f"{name}{keeper.FILE_EXTENSION}")).absolute()
-    ours = {Path(path).absolute() for path in (keeper.last_model_path, trainer.ckpt_path) if path}
+    name = callback.CHECKPOINT_NAME_LAST if callback.save_last else "preempted"
+    first = Path(callback.last_model_path or Path(callback.dirpath, f"{name}{callback.FILE_EXTENSION}")).absolute()
+    ours = {Path(path).absolute() for path in (callback.last_model_path, trainer.ckpt_path) if path}
     path, version = first, 1
     while path.exists() and path not in ours:
         path, version = first.with_stem(f"{first.stem}-v{version}"), version + 1
     path = trainer.strategy.broadcast(path)
-    if keeper.save_last:
-        keeper.last_model_path = str(path)
+    if callback.save_last:
+        callback.last_model_path = str(path)
     return path

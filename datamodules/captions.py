@@ -147,7 +147,7 @@ class Captions(CaptionDataModule):
             if self.on_error == "skip" and found >= JUDGED_AFTER and bad > self.max_skipped * found:
                 raise InputError(
                     f"{name}: {source.left_out} cannot be used, {len(source)} pairs can; fix or remove them, "
-                    f"or raise data.init_args.max_skipped (now {self.max_skipped:g})"
+                    f"or raise data.max_skipped (now {self.max_skipped:g})"
                 )
         if self.on_error == "error":
             source.check()
@@ -155,7 +155,7 @@ class Captions(CaptionDataModule):
 
     def sources(self, fit: bool) -> tuple[PairSource | None, PairSource]:
         if self.train is None and fit:
-            raise InputError("data.init_args.train: not set; fit needs data to train on")
+            raise InputError("data.train: not set; fit needs data to train on")
         if self.val is not None:
             train = self._open(self.train, "train") if fit and self.train is not None else None
             return train, self._open(self.val, "validation")

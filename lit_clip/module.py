@@ -23,7 +23,7 @@ from lit_clip.models.config import CLIPConfig, Preprocessing, Size
 from lit_clip.models.finetuning import Freeze, LayerDecay, frozen_modules, frozen_names, learning_rate_factors
 from lit_clip.models.lora import LoRA, add_lora
 from lit_clip.models.tokenizer import TextTokenizer
-from lit_clip.training.checks import check_lora_gradients, check_run
+from lit_clip.training.checks import check_lora_gradients, check_run, check_skipped_samples
 from lit_clip.training.micro_batches import encode_pairs, encode_parts, placeholder, split_batch
 from lit_clip.training.optim import (
     AdamWSettings,
@@ -96,7 +96,9 @@ class LitCLIP(LightningModule):
             :func:`lit_clip.losses.contrastive.contrastive_loss`.
 
     Attributes:
-        last_step: the training step that is under way; None if no rank had a pair.
+        last_step: the training step under way; None if no rank had a pair.
+        step_skipped: whether the step under way changes nothing, on all ranks; callbacks may set it after the backward
+            pass.
         baselines: for a logged metric its baseline, filled by whoever logs the metric.
         before: metrics of a validation before the first step, if there was one; kept in checkpoints.
         starts_trained: whether training starts from pretrained weights.
@@ -152,6 +154,7 @@ class LitCLIP(LightningModule):
         self.base_sha256 = ""
         self._freeze(freeze or Freeze(), lora)
         self.last_step: TrainingStep | None = None
+        self.step_skipped = False
         self.baselines: dict[str, float] = {}
         self.before: dict[str, float] = {}
         self._teacher: Teacher | None = None
@@ -195,6 +198,8 @@ class LitCLIP(LightningModule):
         if self._trainer and isinstance(self.trainer.strategy, DDPStrategy):
             # Keep gradients in the buckets that are sent instead of a second copy.
             self.trainer.strategy._ddp_kwargs.setdefault("gradient_as_bucket_view", True)
+        if self._trainer and stage != "predict":
+            check_skipped_samples(self._trainer)
         if stage == "fit":
             if self._distill and not self._teacher:
                 self._teacher = Teacher(self._distill.teacher)
@@ -204,12 +209,15 @@ class LitCLIP(LightningModule):
     def on_fit_start(self) -> None:
         check_run(self)
 
+    def on_train_batch_start(self, batch: CaptionBatch, batch_idx: int) -> None:
+        self.last_step, self.step_skipped = None, False
+
     def training_step(self, batch: CaptionBatch, batch_idx: int) -> Tensor:
         shards = distributed.shards(len(batch.images))
         parts = split_batch(self.model, batch, shards, self.hparams["micro_batch_size"])
         image_BD, text_BD = encode_parts(self.model, parts, len(batch.images))
-        self.last_step = None
         if shards.total == 0:  # all samples were skipped; DDP and FSDP need a backward pass all the same
+            self.step_skipped = True
             return sum((p.sum() * 0 for p in self._logit_parameters()), image_BD.sum() + text_BD.sum())
         loss, hits = self._loss(batch, image_BD, text_BD, shards)
         scale = self.model.logit_scale.exp()
@@ -245,11 +253,11 @@ class LitCLIP(LightningModule):
             check_lora_gradients(self.model)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self.last_step is None:  # otherwise AdamW's momentum would move the weights
+        if self.step_skipped:  # otherwise AdamW's momentum would move the weights
             skip_step(self)
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
-        if any(parameter.grad is not None for parameter in self.parameters()):  # none in a skipped step
+        if not self.step_skipped:  # which has no gradients
             super().configure_gradient_clipping(*args, **kwargs)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

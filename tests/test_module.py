@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
+import callbacks
 import lit_clip
 from datamodules import Captions
 from lit_clip.batch import CaptionBatch
@@ -263,3 +264,18 @@ def test_training_cannot_resume_from_weights_only(tiny_checkpoint: Path, caption
     with pytest.raises(InputError, match=r"tiny.ckpt: holds weights only, .*; start from it with --model.pretrained"):
         trainer(tmp_path).fit(module, data_for(module, caption_table), ckpt_path=tiny_checkpoint)
     trainer(tmp_path).validate(module, data_for(module, caption_table), ckpt_path=tiny_checkpoint)
+
+
+def test_a_subclass_with_its_own_training_step_is_trained(
+    tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+) -> None:
+    class Pull(LitCLIP):
+        def training_step(self, batch: CaptionBatch, batch_idx: int) -> torch.Tensor:
+            image, text = self(batch)
+            return ((image - text) ** 2).sum()
+
+    module = Pull(tiny_config, lr_scheduler=WarmupCosineSettings(0))
+    before = module.model.visual.proj.detach().clone()
+    options: dict[str, Any] = {"gradient_clip_val": 1.0, "callbacks": callbacks.defaults()}
+    trainer(tmp_path, max_steps=2, limit_val_batches=0, **options).fit(module, data_for(module, caption_table))
+    assert not torch.equal(module.model.visual.proj, before)

@@ -1,1 +1,1 @@
-"""The commands about data, one a file: inspect, overlap, shard."""
+"""The commands about data, one per file: inspect, overlap, shard."""

@@ -260,7 +260,7 @@ class ColumnPairs(PairSource):
             return divide_rows(self, share, seed)
         images = compute.unique(paths)
         if len(images) < 2:
-            raise InputError(f"{self.path}: one image cannot be divided; set data.init_args.val")
+            raise InputError(f"{self.path}: one image cannot be divided; set data.val")
         images = images.take(compute.sort_indices(images))
         chosen = random.Random(seed).sample(range(len(images)), max(1, int(share * len(images))))
         is_held_out = compute.is_in(paths, value_set=images.take(pa.array(chosen)))

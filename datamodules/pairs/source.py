@@ -149,7 +149,7 @@ class PairSource(ABC):
 def divide_rows(source: PairSource, share: float, seed: int) -> tuple[PairSource, PairSource]:
     """Divide a source that has a different image in every row; see :meth:`PairSource.divide`."""
     size = len(source)
-    require(size > 1, "data: one image cannot be divided into training and validation; set data.init_args.val")
+    require(size > 1, "data: one image cannot be divided into training and validation; set data.val")
     chosen = np.zeros(size, dtype=bool)
     chosen[random.Random(seed).sample(range(size), max(1, int(share * size)))] = True
     return Rows(source, np.flatnonzero(~chosen)), Rows(source, np.flatnonzero(chosen))

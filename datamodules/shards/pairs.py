@@ -241,7 +241,7 @@ class TarPairs(PairSource):
         return shard_order(self.sizes, self.options.shuffle_shards, epoch, seed)
 
     def divide(self, share: float, seed: int) -> tuple[PairSource, PairSource]:
-        message = "shards.resampled: drawing with replacement holds nothing out; set data.init_args.val"
+        message = "shards.resampled: drawing with replacement holds nothing out; set data.val"
         require(not self.options.resampled, message)
         return super().divide(share, seed)
 

@@ -3,7 +3,7 @@
 import inspect
 import sys
 from argparse import ArgumentError
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from lit_clip.module import LitCLIP
 from lit_clip.tools.hardware import has_bfloat16
 from lit_clip.tools.messages import hinting, options_of, parameters
 from lit_clip.training.checkpoint_io import WholeCheckpointIO, newest_checkpoint
+from lit_clip.training.plan import measure_run, print_plan
 from lit_clip.training.summary import print_next_steps, print_summary, resume_command
 from lit_clip.weights.checkpoints import read_checkpoint
 
@@ -107,7 +108,7 @@ class CLI(LightningCLI):
         settings: Any = self._get(self.config_init, "trainer")
         callbacks = settings.callbacks or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-        settings.callbacks = import_module(DEFAULT_CALLBACKS).defaults(*callbacks)
+        settings.callbacks = _default_callbacks()(*callbacks)
         plugins = settings.plugins or []
         settings.plugins = plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in settings.plugins):
@@ -185,8 +186,11 @@ class CLI(LightningCLI):
         trainer.datamodule, data.trainer = data, trainer  # as fit does
         data.prepare_data()
         data.setup("fit")
-        for callback in trainer.callbacks:  # they change the model, and one of them prints the plan
-            callback.setup(trainer, self.model, "fit")
+        for callback in trainer.callbacks:
+            if getattr(callback, "changes_model", False):
+                callback.setup(trainer, self.model, "fit")
+        if trainer.is_global_zero:
+            print_plan(measure_run(self.model, trainer))
 
     def after_fit(self) -> None:
         self._summarise(self.model.before)
@@ -205,6 +209,14 @@ class CLI(LightningCLI):
     def _summarise(self, before: Mapping[str, float]) -> None:
         if self.trainer.is_global_zero:
             print_summary(self.trainer.callback_metrics, self.model.baselines, before)
+
+
+def _default_callbacks() -> Callable[..., list[Any]]:
+    package = import_module(DEFAULT_CALLBACKS)
+    if not hasattr(package, "defaults"):
+        place = getattr(package, "__file__", None) or list(package.__path__)[0]
+        raise InputError(f"{place}: hides lit-clip's package of that name; rename it")
+    return package.defaults
 
 
 def computes_in_bfloat16(accelerator: object) -> bool | None:

@@ -1,1 +1,1 @@
-"""One command a file: each is a function whose signature is its command line."""
+"""One command per file: each is a function whose signature is its command line."""

@@ -7,6 +7,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -79,13 +80,14 @@ def classify(
     classes_of: dict[str, list[RankedClass]] = {}  # by key
     unreadable: list[UnreadableRow] = []
     try:
-        for batch, features in encoded_batches(clip, FileRows(files), batch_size, num_workers, title="images"):
-            for bad in batch.unreadable:
-                require(on_error == "skip", or_skip(bad.message, "--on_error skip"))
-            unreadable += batch.unreadable
-            if batch.rows:
-                ranked = _ranked(class_probabilities(clip, features, classifier), names, top_k)
-                classes_of |= zip((files[row].key for row in batch.rows), ranked, strict=True)
+        with closing(encoded_batches(clip, FileRows(files), batch_size, num_workers, title="images")) as batches:
+            for batch, features in batches:
+                for bad in batch.unreadable:
+                    require(on_error == "skip", or_skip(bad.message, "--on_error skip"))
+                unreadable += batch.unreadable
+                if batch.rows:
+                    ranked = _ranked(class_probabilities(clip, features, classifier), names, top_k)
+                    classes_of |= zip((files[row].key for row in batch.rows), ranked, strict=True)
     except KeyboardInterrupt:
         kept = path.with_name(f"{path.name}.partial") if path else None
         _write(classes_of, output, kept)

@@ -34,6 +34,7 @@ from lit_clip.embedding.reading import (
 )
 from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
+from lit_clip.tools.atomic import replacing
 from lit_clip.tools.console import progress, stderr
 from lit_clip.tools.images import FIX_HINT, OnError, or_skip
 from lit_clip.tools.workers import loader
@@ -303,8 +304,10 @@ def check_complete(identities: Sequence[Identity], table: FeatureTable, unreadab
 
 def report_skipped(files: Sequence[ImageFile], unreadable: Sequence[UnreadableRow], path: Path) -> None:
     """Count the images that could not be read and list them in a file, in place of an earlier run's list."""
-    path.unlink(missing_ok=True)
-    if unreadable:
+    if not unreadable:
+        path.unlink(missing_ok=True)
+    else:
         lines = [f"{files[bad.row].key}\t{bad.message.removesuffix(FIX_HINT)}\n" for bad in unreadable]
-        path.write_text("".join(lines), encoding="utf-8", errors="replace")
+        with replacing(path) as draft:
+            draft.write_text("".join(lines), encoding="utf-8", errors="replace")
         stderr().print(f"skipped {len(unreadable)} that could not be read; they are listed in {path}", markup=False)

@@ -3,7 +3,7 @@
 Shapes: N rows, F images (a row may have several, such as the frames of a video), D embedding dimension.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -186,7 +186,7 @@ def encoded_batches(
     batches: Batches | None = None,
     note: Note | None = None,
     title: str | None = None,
-) -> Iterator[tuple[EncoderBatch, Tensor]]:
+) -> Generator[tuple[EncoderBatch, Tensor], None, None]:
     """Read and encode images, batch by batch.
 
     Args:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lit_clip.errors import InputError, require
@@ -16,11 +17,24 @@ def check_run(module: LightningModule) -> None:
     """Check a module's trainer and weights before the first step.
 
     Raises:
-        InputError: weights in half precision, accumulated gradients, or skipped samples that nobody counts.
+        InputError: weights in half precision, or accumulated gradients.
     """
     trainer: Any = module.trainer  # its callbacks and data module are set by connectors
     _check_master_weights(module, str(trainer.precision))
     _check_accumulation(trainer)
+    if not any(getattr(callback, "stops_at_non_finite", False) for callback in trainer.callbacks):
+        rank_zero_warn(
+            "nothing stops this run when its loss is not finite, and a resumed run draws other random numbers; pass "
+            "Trainer(callbacks=callbacks.defaults())"
+        )
+
+
+def check_skipped_samples(trainer: Any) -> None:
+    """Check that a callback counts and limits the samples that the data module skips.
+
+    Raises:
+        InputError: the data module skips samples, and nobody counts them.
+    """
     if getattr(getattr(trainer, "datamodule", None), "on_error", "error") == "skip":
         require(
             any(getattr(callback, "counts_skipped_samples", False) for callback in trainer.callbacks),

@@ -51,7 +51,7 @@ class RunPlan:
         batch_norm: whether an encoder updates BatchNorm statistics.
         devices: ranks on each node.
         nodes: number of machines.
-        batch: pairs a step on each rank.
+        batch: pairs per step on each rank.
         micro_batch: pairs encoded at once, as set.
         checkpointed: share of the blocks that compute their activations again.
         steps_per_epoch: of training.
@@ -99,12 +99,12 @@ class RunPlan:
 
     @property
     def global_batch(self) -> int | None:
-        """Pairs a step over all ranks."""
+        """Pairs per step over all ranks."""
         return self.batch and self.batch * self.world
 
     @property
     def parts(self) -> int:
-        """Micro-batches a step."""
+        """Micro-batches per step."""
         return math.ceil(self.batch / self.micro_batch) if self.batch and self.micro_batch else 1
 
     @property

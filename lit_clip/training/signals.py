@@ -18,7 +18,7 @@ class Signals(_SignalConnector):
 
     def __init__(self, trainer: Trainer) -> None:
         super().__init__(trainer)
-        self.noted = 0  # number of the signal that this process got
+        self.received = 0  # number of the signal that this process got
         self.agreed = 0  # number of the signal that all ranks agreed on
 
     def register_signal_handlers(self) -> None:
@@ -29,7 +29,7 @@ class Signals(_SignalConnector):
                 self._register_signal(signum, self._note)
 
     def _note(self, signum: int, frame: Any) -> None:
-        self.noted = signum
+        self.received = signum
 
     @property
     def requeue_signal(self) -> signal.Signals | None:

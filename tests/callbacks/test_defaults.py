@@ -9,7 +9,16 @@ import torch
 from lightning.pytorch import Callback
 
 import callbacks
-from callbacks import EMA, NonFiniteSteps, Preemption, PrintPlan, RandomStates, SkippedSamples
+from callbacks import (
+    EMA,
+    NonFiniteSteps,
+    PatchDropout,
+    Preemption,
+    PrintPlan,
+    RandomStates,
+    SkippedSamples,
+    Throughput,
+)
 from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig
 from lit_clip.module import LitCLIP
@@ -75,4 +84,28 @@ def test_skipping_samples_without_counting_them_is_refused(
     message = r"data\.on_error: skip needs the callback that counts and limits skipped samples; pass Trainer\(callbacks"
     with pytest.raises(InputError, match=message):
         trainer(tmp_path, max_steps=1, callbacks=[NonFiniteSteps()]).fit(module, data)
+    with pytest.raises(InputError, match=message):
+        trainer(tmp_path).validate(module, data)
     trainer(tmp_path, max_steps=1, limit_val_batches=0, callbacks=[SkippedSamples()]).fit(module, data)
+
+
+def test_fit_without_the_defaults_warns(tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path) -> None:
+    module = LitCLIP(tiny_config)
+    with pytest.warns(UserWarning, match=r"nothing stops this run when its loss is not finite.*callbacks\.defaults"):
+        trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(module, data_for(module, caption_table))
+
+
+def test_callbacks_that_change_the_model_go_before_those_that_measure_it() -> None:
+    throughput, dropout = Throughput(), PatchDropout()
+    given = [each for each in callbacks.defaults(throughput, dropout) if each in (throughput, dropout)]
+    assert given == [dropout, throughput]
+
+
+def test_a_package_that_hides_ours_is_named(
+    cli: Callable[..., subprocess.CompletedProcess[str]], caption_table: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "callbacks.py").write_text("")
+    words = ["fit", "--data", "datamodules.Captions", "--data.train", str(caption_table), "--trainer.max_steps", "1"]
+    result = cli(*words, "--model.architecture", TINY_YAML, environment={"PYTHONPATH": str(tmp_path)})
+    assert result.returncode == 2, result.stderr
+    assert "callbacks.py: hides lit-clip's package of that name; rename it" in result.stderr

@@ -150,7 +150,7 @@ def test_one_image_cannot_be_divided(folder: Path) -> None:
     (folder / "t.csv").write_text("image,caption\na0.png,a cat\na0.png,a dog\n")
     message = message_of(lambda: module_of("fit", train=str(folder / "t.csv")))
     assert "t.csv" in message
-    assert "data.init_args.val" in message
+    assert "data.val" in message
 
 
 def test_separate_validation_table_leaves_the_training_table_undivided(folder: Path) -> None:
@@ -165,7 +165,7 @@ def test_validate_needs_no_training_data_but_fit_does(folder: Path) -> None:
         found = [caption for batch in data.val_dataloader() for caption in batch.captions]
         assert found == [f"b {i}" for i in range(10)]
     message = message_of(lambda: module_of("fit", val=str(folder / "b.csv")))
-    assert "data.init_args.train" in message
+    assert "data.train" in message
     assert "train" in message_of(Captions)
 
 
@@ -180,7 +180,7 @@ def test_fewer_pairs_than_a_batch_is_an_error_that_names_the_largest_batch_size(
     data = module_of("fit", batch_size=11, **both)
     message = message_of(data.train_dataloader)
     assert "10 training pairs" in message
-    assert "--data.init_args.batch_size to 10 or less" in message
+    assert "--data.batch_size to 10 or less" in message
     assert message_of(lambda: data.steps_per_epoch) == message
     fits = module_of("fit", batch_size=10, **both)
     assert fits.steps_per_epoch == len(list(fits.train_dataloader())) == 1

@@ -311,7 +311,7 @@ def test_too_many_skipped_samples_end_the_run_on_all_processes(
     path, _ = table
     result = cli(*fit(path, 2, "--data.on_error", "skip", "--data.max_skipped", "0.02"), timeout=120)
     assert result.returncode == 2, result.stderr
-    assert re.search(r"error: \d of 1\d\d samples \(\d.\d%\) could not be used: .* raise data.init_args", result.stderr)
+    assert re.search(r"error: \d of 1\d\d samples \(\d.\d%\) could not be used: .* raise data.max", result.stderr)
     assert list(tmp_path.rglob("skipped.jsonl"))
 
 
