@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and how it is written and loaded.
+"""Contents of a checkpoint, and how they are written and loaded.
 
 Beside Lightning's own keys (epoch, global_step, optimizer_states, lr_schedulers, loops, callbacks, hyper_parameters):
 
