@@ -10,7 +10,7 @@ from PIL import Image
 
 from lit_clip.errors import InputError
 from lit_clip.evaluation.data import ImageSet, LabelledImages, MissingData
-from lit_clip.tools.hashing import hash64, stamp_of_files
+from lit_clip.tools.hashing import hash64, hex_digest, stamp_of_files
 from lit_clip.tools.images import SUFFIXES, check_images, open_image
 
 TrainTest = Literal["train", "test"]
@@ -51,9 +51,8 @@ class LabelledFiles(LabelledImages):
 
     def stamp(self) -> str:
         # The keys count too: the same files in another order, or with some missing, give other features.
-        keys = "\n".join(self.key(index) for index in range(len(self))).encode("utf-8", "surrogatepass")
-        files = stamp_of_files(path for path, _ in self.files if path.is_file())
-        return f"{blake2b(keys, digest_size=16).hexdigest()}-{files}"
+        keys = hex_digest(self.key(index) for index in range(len(self)))
+        return f"{keys}-{stamp_of_files(path for path, _ in self.files if path.is_file())}"
 
 
 class ImageFiles(LabelledFiles):

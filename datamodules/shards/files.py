@@ -1,7 +1,6 @@
 """Locations of tar shards: local files, and those of a store, fetched whole into a folder or read piece by piece."""
 
 import glob
-import hashlib
 import itertools
 import os
 import re
@@ -23,6 +22,7 @@ from datamodules.shards.index import (
 )
 from lit_clip.errors import InputError, require
 from lit_clip.tools.atomic import replacing
+from lit_clip.tools.hashing import hex_digest
 
 T = TypeVar("T")
 
@@ -172,7 +172,7 @@ class ShardFolder:
 
     def place(self, url: str, stamp: Stamp) -> Path:
         """Return the file for a shard; a changed shard gets another one."""
-        digest = hashlib.sha256("\n".join((url, *map(str, stamp))).encode()).hexdigest()[:24]
+        digest = hex_digest([url, *stamp])[:24]
         name = url.partition("?")[0].rpartition("/")[2].removesuffix(".tar")
         return self.folder / f"{digest}-{name}.tar"
 

@@ -1,6 +1,5 @@
 """Write pairs into tar shards."""
 
-import hashlib
 import io
 import json
 import os
@@ -18,6 +17,7 @@ from datamodules.shards.index import INDEX_SUFFIX, read_summary, scan_shard, wri
 from lit_clip.errors import BadSample, InputError
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.console import progress
+from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.images import OnError, decoding_at_least, open_image
 from lit_clip.tools.workers import loader
 
@@ -36,16 +36,15 @@ EXTENSIONS = {
 
 def manifest_of(data: str, source: PairSource, shard_size: int, options: dict[str, str | None]) -> dict[str, Any]:
     """Return all that decides which pair goes into which shard, with a hash of about a hundred captions."""
-    digest = hashlib.sha256()
+    sample: list[list[str]] = []
     for index in range(0, len(source), -(-len(source) // 100)):
         try:
-            captions = source.captions(index)
+            sample.append(source.captions(index))
         except BadSample as error:
-            captions = [str(error)]
-        digest.update(json.dumps(captions).encode())
+            sample.append([str(error)])
     named = {name: value for name, value in options.items() if value is not None}
     place = data if "://" in data else os.path.abspath(data)
-    return {"data": place, **named, "pairs": len(source), "shard_size": shard_size, "captions": digest.hexdigest()}
+    return {"data": place, **named, "pairs": len(source), "shard_size": shard_size, "captions": hex_digest(sample)}
 
 
 def keep_manifest(path: Path, manifest: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ from lit_clip.evaluation.suite import ClassNames
 from lit_clip.evaluation.zero_shot import IMAGENET, check_templates, ensemble, imagenet_class_names, imagenet_templates
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import replacing
+from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.text_files import read_json, read_yaml
 from lit_clip.weights.fingerprint import text_sha256
 
@@ -306,9 +307,7 @@ def _cache_key(model: CLIP, tokens: Tensor, counts: Sequence[int], weights: str 
     device = model.device.type
     precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else "as the weights"
     parts = (METHOD, weights or text_sha256(model), device, str(precision), list(counts), list(tokens.shape))
-    digest = hashlib.sha256(repr(parts).encode())
-    digest.update(tokens.contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return hex_digest([parts, tokens.contiguous().numpy().tobytes()])
 
 
 def _load(path: Path, shape: tuple[int, int]) -> Tensor | None:

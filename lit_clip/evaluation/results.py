@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from lit_clip.evaluation.overview import rows, sets_of, shots_of
 from lit_clip.evaluation.suite import SuiteEntry, Task
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import replacing
-from lit_clip.tools.hashing import sha256_of_file
+from lit_clip.tools.hashing import hex_digest, sha256_of_file
 from lit_clip.tools.text_files import read_json
 from lit_clip.version import __version__
 from lit_clip.weights.fingerprint import Fingerprint
@@ -23,7 +22,7 @@ PACKAGES = ("torch", "torchvision", "lightning", "pillow", "timm", "transformers
 
 def cache_key(*values: Any) -> str:
     """Hash all that a result depends on."""
-    return sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:32]
+    return hex_digest([json.dumps(values, sort_keys=True, default=str)])
 
 
 def provenance(

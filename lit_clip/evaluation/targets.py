@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from lit_clip.evaluation.data import (
     Neighbours,
     VerbsAndNouns,
 )
+from lit_clip.tools.hashing import hex_digest
 
 ANNOTATIONS_BY_ROW = ("annotation", "video")  # the other annotations of VerbsAndNouns belong to a class
 
@@ -98,16 +98,15 @@ class Targets:
 
     def digest(self) -> str:
         """Return a hash of all values, the same in every process; part of the cache key of results."""
-        digest = blake2b(digest_size=16)
+        parts: list[object] = []
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
-                digest.update(repr((field.name, value.dtype, value.shape)).encode())
-                digest.update(value.contiguous().numpy().tobytes())
+                parts += [(field.name, value.dtype, value.shape), value.contiguous().numpy().tobytes()]
             else:
                 value = [sorted(classes) for classes in value] if field.name == "accepted" and value else value
-                digest.update(repr((field.name, value)).encode("utf-8", "surrogatepass"))
-        return digest.hexdigest()
+                parts.append((field.name, value))
+        return hex_digest(parts)
 
     def take(self, rows: Sequence[int] | Tensor) -> "Targets":
         """Return the targets of some rows, renumbered.
