@@ -24,7 +24,7 @@ from tests.helpers.fuzz import image
 
 
 def refused_files() -> dict[str, bytes]:
-    """Return files that would cost gigabytes of memory, a very slow resize or a call of Ghostscript to open."""
+    """Return files that Pillow could open only with gigabytes of memory, a very slow resize or Ghostscript."""
     bomb, thread, eps = io.BytesIO(), io.BytesIO(), io.BytesIO()
     Image.new("RGB", (8, 8)).save(bomb, "BMP")
     header = bytearray(bomb.getvalue())

@@ -57,7 +57,7 @@ def evaluate_cases() -> list[dict[str, float]]:
 
 
 def make_module(image: VisionTransformerConfig | ResNetConfig = VIT) -> LitCLIP:
-    """Return the same module on every rank; with its initial weights all texts would have nearly the same features."""
+    """Return a module with enlarged weights, equal on all ranks; initial ones give all texts almost equal features."""
     torch.manual_seed(0)
     module = LitCLIP(CLIPConfig(embed_dim=16, image=image, text=TEXT), lr_scheduler=WarmupCosineSettings(0))
     with torch.no_grad():
