@@ -1,4 +1,4 @@
-"""What a run logs: metrics, and TensorBoard's images and embeddings."""
+"""Logs of a run: metrics, and TensorBoard's images and embeddings."""
 
 from pathlib import Path
 from typing import Any

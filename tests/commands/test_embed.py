@@ -1,4 +1,4 @@
-"""``lit-clip embed``: the features of a plain loop, whatever the batches, the ranks and the interruptions."""
+"""``lit-clip embed`` writes the features of a plain loop, on any number of ranks, interrupted or not."""
 
 import json
 import os
@@ -28,7 +28,7 @@ IMAGES = ["a.png", "b.jpg", "deep/c.png", "deep/d.webp", "deep/er/e.png", "f.PNG
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder ``photos`` with seven images of noise, in the current folder."""
+    """A temporary working directory; its folder ``photos`` has seven noise images and two files to ignore."""
     noise = np.random.default_rng(0)
     for name in IMAGES:
         path = tmp_path / "photos" / name
@@ -46,7 +46,7 @@ def embed(*words: str) -> None:
 
 
 def read(path: str) -> tuple[list[str], np.ndarray]:
-    """Keys and features of a file that was written."""
+    """Return the keys and features in an output file."""
     if path.endswith(".npy"):
         return json.loads(Path(path).with_suffix(".keys.json").read_text())["keys"], np.load(path)
     table = pq.read_table(path)
@@ -62,7 +62,9 @@ def one_by_one(checkpoint: Path, keys: list[str]) -> np.ndarray:
 
 @pytest.mark.parametrize("batch_size", ["1", "3", "64"])
 @pytest.mark.parametrize("output", ["features.npy", "features.parquet"])
-def test_features_are_those_of_a_plain_loop(folder: Path, tiny_checkpoint: Path, output: str, batch_size: str) -> None:
+def test_features_equal_those_of_a_plain_loop(
+    folder: Path, tiny_checkpoint: Path, output: str, batch_size: str
+) -> None:
     embed("photos", "--model", str(tiny_checkpoint), "--output", output, "--batch_size", batch_size)
     keys, features = read(output)
     assert keys == sorted(f"photos/{name}" for name in IMAGES)
@@ -72,7 +74,7 @@ def test_features_are_those_of_a_plain_loop(folder: Path, tiny_checkpoint: Path,
     assert not list(folder.glob(".*"))
 
 
-def test_a_image_named_twice_has_one_row(folder: Path, tiny_checkpoint: Path) -> None:
+def test_an_image_given_twice_has_one_row(folder: Path, tiny_checkpoint: Path) -> None:
     words = ["photos/g.bmp", "photos", "./photos/a.png", str(folder / "photos/deep")]
     embed(*words, "--model", str(tiny_checkpoint), "--output", "features.npy")
     keys, features = read("features.npy")
@@ -80,7 +82,7 @@ def test_a_image_named_twice_has_one_row(folder: Path, tiny_checkpoint: Path) ->
     assert {os.path.abspath(key) for key in keys} == {str(folder / "photos" / name) for name in IMAGES}
 
 
-def test_a_parquet_file_says_what_model_it_is_of(folder: Path, tiny_checkpoint: Path) -> None:
+def test_parquet_metadata_identifies_the_model(folder: Path, tiny_checkpoint: Path) -> None:
     embed("photos", "--model", str(tiny_checkpoint), "--output", "features.parquet")
     schema = pq.read_schema("features.parquet")
     metadata = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
@@ -90,8 +92,8 @@ def test_a_parquet_file_says_what_model_it_is_of(folder: Path, tiny_checkpoint: 
     assert "float" in str(schema.field("feature").type)
 
 
-@pytest.mark.parametrize("batch_size", ["2", "64"])  # four batches for two ranks, and one for both
-def test_two_ranks_write_the_bytes_of_one(folder: Path, tiny_checkpoint: Path, batch_size: str) -> None:
+@pytest.mark.parametrize("batch_size", ["2", "64"])  # four batches for two ranks, or a single one
+def test_two_ranks_write_the_same_bytes_as_one(folder: Path, tiny_checkpoint: Path, batch_size: str) -> None:
     output = "features.parquet" if batch_size == "2" else "features.npy"
     options = ["photos", "--model", str(tiny_checkpoint), "--output", output, "--batch_size", batch_size]
     embed(*options)
@@ -109,7 +111,7 @@ def test_two_ranks_write_the_bytes_of_one(folder: Path, tiny_checkpoint: Path, b
     assert not list(folder.glob(".*"))
 
 
-def test_a_image_that_one_of_two_ranks_cannot_read_is_one_line(folder: Path, tiny_checkpoint: Path) -> None:
+def test_an_image_that_one_of_two_ranks_cannot_read_is_a_one_line_error(folder: Path, tiny_checkpoint: Path) -> None:
     (folder / "photos/deep/c.png").write_text("junk")
     options = ["--model", str(tiny_checkpoint), "--output", "features.npy", "--batch_size", "2"]
     options += ["--devices", "2", "--accelerator", "cpu", "--num_workers", "0"]
@@ -125,7 +127,7 @@ def test_a_image_that_one_of_two_ranks_cannot_read_is_one_line(folder: Path, tin
 
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], list[str]]:
-    """Watch what is encoded from now on, and press Ctrl-C instead of the batch of that number."""
+    """A function that records the keys encoded from then on, and simulates Ctrl-C at the given batch."""
     step = Encoder.predict_step
 
     def watch(interrupt_at: int | None) -> list[str]:
@@ -143,7 +145,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], list[str]
     return watch
 
 
-def test_an_interrupted_run_goes_on_with_what_is_left(
+def test_an_interrupted_run_resumes_with_the_remaining_images(
     folder: Path, tiny_checkpoint: Path, encoded: Callable[[int | None], list[str]]
 ) -> None:
     options = ["photos", "--model", str(tiny_checkpoint), "--batch_size", "2"]
@@ -159,7 +161,7 @@ def test_an_interrupted_run_goes_on_with_what_is_left(
     assert not list(folder.glob(".*"))
 
 
-def test_what_has_changed_since_the_interruption_is_encoded_again(
+def test_images_changed_since_the_interruption_are_encoded_again(
     folder: Path, tiny_checkpoint: Path, encoded: Callable[[int | None], list[str]]
 ) -> None:
     options = ["photos", "--model", str(tiny_checkpoint), "--batch_size", "2", "--output", "features.npy"]
@@ -176,7 +178,7 @@ def test_what_has_changed_since_the_interruption_is_encoded_again(
     assert np.abs(features - one_by_one(tiny_checkpoint, written)).max() < 1e-5
 
 
-def test_another_model_does_not_go_on_with_the_first_ones_features(
+def test_another_model_does_not_resume_from_the_first_models_features(
     folder: Path, tiny_checkpoint: Path, tiny_config: CLIPConfig, encoded: Callable[[int | None], list[str]]
 ) -> None:
     from lightning.pytorch import Trainer
@@ -194,7 +196,7 @@ def test_another_model_does_not_go_on_with_the_first_ones_features(
     assert np.abs(features - one_by_one(folder / "other.ckpt", written)).max() < 1e-5
 
 
-def test_bad_images_are_an_error_or_counted_and_listed(
+def test_bad_images_are_an_error_or_are_counted_and_listed(
     folder: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "photos/b.jpg").write_bytes((folder / "photos/b.jpg").read_bytes()[:300])
@@ -214,13 +216,13 @@ def test_bad_images_are_an_error_or_counted_and_listed(
     for name in ("b.jpg", "h.png"):
         (folder / "photos" / name).unlink()
     embed(*options)
-    assert not (folder / "features.npy.skipped.txt").exists()  # it was of the run before
+    assert not (folder / "features.npy.skipped.txt").exists()  # that was the previous run's
 
 
 @torch.no_grad()
-def test_texts_are_embedded_by_line(folder: Path, tiny_checkpoint: Path) -> None:
+def test_each_distinct_line_of_a_text_file_is_embedded(folder: Path, tiny_checkpoint: Path) -> None:
     text = "a red kite\n\n two dogs asleep \na red kite\nÄpfel\n"
-    Path("captions.txt").write_text(text, encoding="utf-8-sig")  # as Windows' editors write it
+    Path("captions.txt").write_text(text, encoding="utf-8-sig")  # with a byte order mark, as Windows editors write it
     embed("--texts", "captions.txt", "--model", str(tiny_checkpoint), "--output", "texts.npy")
     keys, features = read("texts.npy")
     assert keys == ["a red kite", "two dogs asleep", "Äpfel"]
@@ -230,7 +232,7 @@ def test_texts_are_embedded_by_line(folder: Path, tiny_checkpoint: Path) -> None
         assert np.abs(feature - (expected / expected.norm()).numpy()).max() < 1e-5
 
 
-def test_a_pipe_in_the_folder_is_not_waited_for(folder: Path, tiny_checkpoint: Path) -> None:
+def test_a_named_pipe_in_the_folder_does_not_block(folder: Path, tiny_checkpoint: Path) -> None:
     os.mkfifo(folder / "photos/c.png")
     options = ["photos", "--model", str(tiny_checkpoint), "--output", "features.npy"]
     with pytest.raises(InputError, match=r"photos/c.png: not a file"):
@@ -239,7 +241,7 @@ def test_a_pipe_in_the_folder_is_not_waited_for(folder: Path, tiny_checkpoint: P
     assert len(read("features.npy")[0]) == len(IMAGES)
 
 
-def test_a_name_that_parquet_cannot_hold_is_refused_before_anything_is_encoded(
+def test_a_file_name_that_is_not_unicode_is_refused_for_parquet_before_encoding(
     folder: Path, tiny_checkpoint: Path
 ) -> None:
     try:
@@ -251,23 +253,23 @@ def test_a_name_that_parquet_cannot_hold_is_refused_before_anything_is_encoded(
     assert not (folder / ".features.parquet.parts").exists()
 
 
-def test_models_of_the_same_weights_that_compute_otherwise_have_other_fingerprints(tiny_checkpoint: Path) -> None:
+def test_the_fingerprint_depends_on_the_architecture_and_not_only_on_the_weights(tiny_checkpoint: Path) -> None:
     model = load_model(tiny_checkpoint)
     first = fingerprint(model)
     assert first == fingerprint(load_model(tiny_checkpoint))
     image = model.config.image
     assert isinstance(image, VisionTransformerConfig)
-    image.heads *= 2  # of half the width each: the same shapes, other features
+    image.heads *= 2  # each half as wide: the same weights, other features
     assert fingerprint(model) != first
 
 
-def test_what_another_run_with_the_same_output_has_taken_away_is_said(
+def test_parts_removed_by_another_run_with_the_same_output_are_an_error(
     folder: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = PartWriter._write
 
     def late(writer: PartWriter) -> None:
-        shutil.rmtree(writer.parts.folder)  # as the other run does when it is complete
+        shutil.rmtree(writer.parts.folder)  # as the other run does once it is complete
         write(writer)
         shutil.rmtree(writer.parts.folder)
 
@@ -276,7 +278,7 @@ def test_what_another_run_with_the_same_output_has_taken_away_is_said(
         embed("photos", "--model", str(tiny_checkpoint), "--output", "features.npy")
 
 
-def test_a_disk_that_fills_up_leaves_the_earlier_file(
+def test_a_full_disk_leaves_the_earlier_file_unchanged(
     folder: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path("features.npy").write_text("the earlier one")
@@ -305,7 +307,9 @@ def test_a_disk_that_fills_up_leaves_the_earlier_file(
         (["photos", "--output", "features.npy", "--devices", "0"], "devices"),
     ],
 )
-def test_what_embed_cannot_use_is_named(folder: Path, tiny_checkpoint: Path, words: list[str], message: str) -> None:
+def test_invalid_arguments_are_named_in_a_one_line_error(
+    folder: Path, tiny_checkpoint: Path, words: list[str], message: str
+) -> None:
     (folder / "empty").mkdir()
     with pytest.raises(Exception, match=message) as raised:
         embed(*words, "--model", str(tiny_checkpoint))
@@ -313,6 +317,6 @@ def test_what_embed_cannot_use_is_named(folder: Path, tiny_checkpoint: Path, wor
     assert not list(folder.glob("features*"))
 
 
-def test_a_link_to_the_folder_itself_does_not_lead_round_in_circles(folder: Path) -> None:
+def test_a_symlink_to_a_parent_folder_does_not_recurse_forever(folder: Path) -> None:
     (folder / "photos/deep/round").symlink_to(folder / "photos")
     assert len(find_images(["photos"])) == len(IMAGES)

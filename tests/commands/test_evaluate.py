@@ -30,7 +30,7 @@ FOLDER = "datamodules.ImageFolderClasses"
 
 
 def noise(seed: int, label: int) -> Image.Image:
-    """An image of noise whose colour depends a little on its class."""
+    """Return a noise image whose colour depends slightly on its class."""
     generator = np.random.default_rng((seed, label))
     pixels = generator.integers(0, 200, (40, 48, 3), dtype=np.uint8)
     pixels[..., label % 3] += np.uint8(20 + 15 * (label // 3))
@@ -39,7 +39,7 @@ def noise(seed: int, label: int) -> Image.Image:
 
 @pytest.fixture
 def root(tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A checkpoint, ``data/train`` and ``data/test`` with six classes, and a suite of them and a missing set."""
+    """A checkpoint, ``data/train`` and ``data/test`` with six classes, and a suite of that set and a missing one."""
     for split, images in (("train", 12), ("test", 5)):
         for label, name in enumerate(CLASSES):
             folder = tmp_path / "data" / split / name
@@ -107,7 +107,7 @@ def test_results_equal_plain_loops_and_missing_sets_are_listed(root: Path) -> No
     train, test = features("train", before=True), features("test", before=True)
     oracle = LogisticRegression(C=1 / probe["l2"], max_iter=2000, tol=1e-8).fit(train[0].double().numpy(), train[1])
     assert probe["value"] == pytest.approx(oracle.score(test[0].double().numpy(), test[1]), abs=1 / 30 + 1e-9)
-    assert [shots for shots, _ in found["tasks"]["few_shot"]["shots"]] == [1, 2, 4, 8]  # there are 12 of each class
+    assert [shots for shots, _ in found["tasks"]["few_shot"]["shots"]] == [1, 2, 4, 8]  # 12 training images per class
     assert all(len(values) == 2 for _, values in found["tasks"]["few_shot"]["shots"])
 
     assert gone["status"] == "missing"
@@ -143,7 +143,7 @@ def test_cached_features_and_results_are_not_computed_again(root: Path, monkeypa
     first = evaluate("--tasks", "zero_shot")
     assert calls["images"] == 30
     again = evaluate("--tasks", "zero_shot", "linear_probe")
-    assert calls["images"] == 30 + 72  # another task encodes the training images only
+    assert calls["images"] == 30 + 72  # the added task encodes only the training images
     assert again["sets"]["noise"]["tasks"]["zero_shot"] == first["sets"]["noise"]["tasks"]["zero_shot"]
     noise(7, 3).save("data/test/dog/0.png")
     evaluate("--tasks", "zero_shot", "linear_probe")
@@ -151,7 +151,7 @@ def test_cached_features_and_results_are_not_computed_again(root: Path, monkeypa
 
 
 class Slow(LabelledImages):
-    """Images that are slow to read and log that they were read."""
+    """Images that are slow to read; every read is logged."""
 
     def __init__(self, root: str) -> None:
         self.log, self.class_names = Path(root) / "read.log", CLASSES
@@ -191,12 +191,12 @@ def test_an_interrupted_evaluation_resumes_where_it_stopped(root: Path) -> None:
     read = Counter(map(int, log.read_text().split()))
     errors = len(json.loads((root / "out/results.json").read_text())["sets"]["slow"]["tasks"]["zero_shot"]["errors"])
     assert set(read) == set(range(60))
-    again = sum(read.values()) - 60 - errors  # images of errors are opened once more for the report
+    again = sum(read.values()) - 60 - errors  # misclassified images are opened once more for the report
     assert 0 <= again <= 4  # at most the batch that was being read
 
 
 def test_sigterm_stops_two_processes_and_the_next_run_resumes(root: Path) -> None:
-    """SIGTERM reaches only the first process, for which Lightning's own handler waits for the others forever."""
+    """SIGTERM reaches only the first process, where Lightning's own handler would wait forever for the others."""
     write_suite(root, slow={"data": {"class_path": "tests.commands.test_evaluate.Slow", "init_args": {"root": "."}}})
     command = [str(Path(sys.executable).parent / "lit-clip"), *words("--batch_size", "4", "--devices", "2")]
     log = root / "data/read.log"
@@ -256,7 +256,7 @@ def test_a_wrong_suite_entry_fails_its_set_with_one_line(root: Path, change: dic
     assert json.loads(Path("out/results.json").read_text())["sets"]["noise"]["status"] == "failed"
 
 
-def test_imagenet_accuracy_is_also_computed_among_the_classes_of_its_variants(root: Path) -> None:
+def test_imagenet_accuracy_is_also_computed_over_the_classes_of_its_variants(root: Path) -> None:
     from datamodules.evaluation.imagenet_variants import imagenet_wnids
     from lit_clip.evaluation.zero_shot import imagenet_class_names
 
@@ -285,14 +285,14 @@ def test_imagenet_accuracy_is_also_computed_among_the_classes_of_its_variants(ro
     # ImageNet-A consists of the same images and classes here.
     assert metrics["top1/ImageNet-A"] == found["imagenet_a"]["tasks"]["zero_shot"]["metrics"]["top1"]
     assert 0 < metrics["top1/ImageNet-A"] < 1
-    assert metrics["top1"] < metrics["top1/ImageNet-A"]  # a thousand classes are harder
+    assert metrics["top1"] < metrics["top1/ImageNet-A"]  # a thousand classes are harder than four
     assert found["imagenet_a"]["class_names"] == [imagenet_class_names()[label] for label in few]
     assert (
         "top1/ImageNet-A" in evaluate()["sets"]["imagenet"]["tasks"]["zero_shot"]["metrics"]
-    )  # with cached results, too
+    )  # from cached results, too
 
 
-def test_a_suite_without_any_data_is_an_error_after_the_report(root: Path) -> None:
+def test_a_suite_without_any_data_writes_the_report_and_is_an_error(root: Path) -> None:
     with pytest.raises(InputError, match="none of 2 sets is there"):
         run_command([*words(), "--data-root", "elsewhere"])
     assert "ask its authors" in Path("out/report.html").read_text(encoding="utf-8")
@@ -312,7 +312,7 @@ def test_invalid_options_are_an_error_before_anything_is_computed(root: Path) ->
 
 
 def test_accuracy_and_recall_equal_clip_benchmarks(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exactly equal, on sets in CLIP_benchmark's format."""
+    """Equal up to rounding, on sets in CLIP_benchmark's own format."""
     pytest.importorskip("clip_benchmark")
     from clip_benchmark.datasets.builder import build_dataset
     from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval

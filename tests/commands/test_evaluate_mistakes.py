@@ -1,4 +1,4 @@
-"""Mistakes of users of ``lit-clip evaluate``, and damaged files."""
+"""User mistakes in the suites and options of ``lit-clip evaluate``, and damaged files."""
 
 import json
 import os
@@ -79,7 +79,7 @@ def test_numbers_as_class_names_are_strings_and_empty_arguments_are_a_mapping(tm
     assert entry.data["init_args"] == {}
 
 
-def test_a_batch_without_a_readable_image_is_skipped_and_listed(root: Path) -> None:
+def test_a_batch_without_any_readable_image_is_skipped_and_listed(root: Path) -> None:
     for broken in ("ant/0", "cat/2"):
         (Path("data/test") / broken).with_suffix(".png").write_bytes(b"no image")
     with pytest.raises(InputError, match=r"noise: .*ant/0\.png.*fix or remove it, or set --on_error skip$"):
@@ -92,7 +92,7 @@ def test_a_batch_without_a_readable_image_is_skipped_and_listed(root: Path) -> N
 def test_splits_with_different_classes_are_an_error(root: Path) -> None:
     Path("data/train", CLASSES[0]).rename(
         f"data/train/{CLASSES[-1]}_too"
-    )  # the same number of classes, but the others move up
+    )  # still six classes, but the other five move up
     with pytest.raises(InputError, match="test and train have 6 and 6 classes, and 'ant' is 'bee' there"):
         run_command(words())
 
@@ -167,7 +167,7 @@ def cached() -> Path:
 def test_damaged_cache_files_are_replaced(root: Path, damage: Callable[[], Any]) -> None:
     first = evaluate(*ZERO_SHOT)["sets"]
     damage()
-    if json.loads(Path("out/sets/noise.json").read_text()):  # so that the features are needed
+    if json.loads(Path("out/sets/noise.json").read_text()):  # otherwise the cached features would not be read
         shutil.rmtree("out/sets")
     assert evaluate(*ZERO_SHOT)["sets"] == first
 
@@ -191,7 +191,7 @@ def test_two_runs_can_share_a_cache(root: Path, monkeypatch: pytest.MonkeyPatch)
     assert [path.name for path in (root / "cache").iterdir()] == [ours.path(images).name]
 
 
-def test_a_process_that_cannot_write_stops_the_others(root: Path) -> None:
+def test_a_rank_that_cannot_write_stops_the_others(root: Path) -> None:
     evaluate(*ZERO_SHOT)
     kept = cached()
     shutil.rmtree(kept)
@@ -202,11 +202,11 @@ def test_a_process_that_cannot_write_stops_the_others(root: Path) -> None:
 
 
 def changed(results: Any, path: list[str], value: Any) -> Any:
-    """Return a copy with another value at ``path``."""
+    """Return a copy of the results with ``value`` at ``path``."""
     return results | {path[0]: changed(results[path[0]], path[1:], value) if path[1:] else value}
 
 
-def test_a_damaged_results_file_to_compare_with_is_an_error_before_anything_is_computed(root: Path) -> None:
+def test_a_damaged_file_for_compare_is_an_error_before_anything_is_computed(root: Path) -> None:
     good = evaluate(*ZERO_SHOT)
     shutil.rmtree("out")
     for path, value in (
@@ -256,7 +256,7 @@ def test_class_names_may_contain_line_breaks_and_tags(root: Path) -> None:
     assert "<script>alert" not in Path("out/report.html").read_text(encoding="utf-8")
 
 
-def test_features_that_are_not_finite_are_reported(root: Path) -> None:
+def test_non_finite_features_are_reported(root: Path) -> None:
     saved = torch.load("last.ckpt", weights_only=True)
     saved["state_dict"]["visual.proj"].fill_(torch.nan)
     torch.save(saved, "last.ckpt")

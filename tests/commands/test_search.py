@@ -1,4 +1,4 @@
-"""``lit-clip search``: exact answers, an index that keeps up with its folder, and a page that needs nothing else."""
+"""``lit-clip search``: exact results, an index that follows changes of its folder, and a self-contained page."""
 
 import base64
 import io
@@ -25,7 +25,7 @@ Search = Callable[..., tuple[list[tuple[str, float]], list[str]]]
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder ``photos`` with five images of noise, in the current folder."""
+    """A temporary working directory; its folder ``photos`` has five noise images."""
     noise = np.random.default_rng(0)
     for name in ("a.png", "b.png", "deep/c & <i>.png", "d[red].png", "e.png"):
         path = tmp_path / "photos" / name
@@ -38,7 +38,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def search(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Search:
-    """Run a search -> the images found with their scores, and the keys of those that were encoded for it."""
+    """A function that runs a search and returns the images found with their scores, and the keys encoded for it."""
     step = Encoder.predict_step
 
     def run(*words: str) -> tuple[list[tuple[str, float]], list[str]]:
@@ -57,7 +57,7 @@ def search(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 
 
 class Page(HTMLParser):
-    """A page as a browser parses it."""
+    """The tags and texts of an HTML page."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Page(HTMLParser):
         self.text.append(data.strip())
 
 
-def test_search_finds_the_drawings_that_the_model_has_learnt(
+def test_search_finds_the_drawings_the_model_was_trained_on(
     drawings: tuple[Path, Path, list[str]],
     tmp_path: Path,
     search: Search,
@@ -96,7 +96,9 @@ def test_search_finds_the_drawings_that_the_model_has_learnt(
 
 
 @torch.no_grad()
-def test_scores_are_the_cosines_of_a_plain_loop_best_first(folder: Path, tiny_checkpoint: Path, search: Search) -> None:
+def test_scores_equal_the_cosines_of_a_plain_loop_best_first(
+    folder: Path, tiny_checkpoint: Path, search: Search
+) -> None:
     found, _ = search("photos", "a red kite", "--model", str(tiny_checkpoint))
     model = load_model(tiny_checkpoint)
     text = model.encode_text(model.tokenize("a red kite"), normalize=True)[0]
@@ -109,7 +111,7 @@ def test_scores_are_the_cosines_of_a_plain_loop_best_first(folder: Path, tiny_ch
         assert score == pytest.approx(expected[key], abs=1e-4)
 
 
-def test_the_index_keeps_up_with_the_folder(folder: Path, tiny_checkpoint: Path, search: Search) -> None:
+def test_the_index_is_updated_when_the_folder_changes(folder: Path, tiny_checkpoint: Path, search: Search) -> None:
     words = ["photos", "kite", "--model", str(tiny_checkpoint)]
     first, encoded = search(*words)
     assert len(encoded) == len(first) == 5
@@ -128,7 +130,7 @@ def test_the_index_keeps_up_with_the_folder(folder: Path, tiny_checkpoint: Path,
     assert "e.png" not in dict(mixed)
 
 
-def test_a_folder_with_a_image_less_needs_no_encoding(folder: Path, tiny_checkpoint: Path, search: Search) -> None:
+def test_removing_an_image_needs_no_encoding(folder: Path, tiny_checkpoint: Path, search: Search) -> None:
     words = ["photos", "kite", "--model", str(tiny_checkpoint)]
     first, _ = search(*words)
     (folder / "photos/e.png").unlink()
@@ -153,7 +155,7 @@ def test_another_model_does_not_use_the_index_of_the_first(
     assert len(encoded) == 5
 
 
-def test_a_damaged_index_is_made_again(folder: Path, tiny_checkpoint: Path, search: Search) -> None:
+def test_a_damaged_index_is_rebuilt(folder: Path, tiny_checkpoint: Path, search: Search) -> None:
     first, _ = search("photos", "kite", "--model", str(tiny_checkpoint))
     index = folder / "photos" / INDEX
     index.write_bytes(index.read_bytes()[:200])
@@ -161,7 +163,9 @@ def test_a_damaged_index_is_made_again(folder: Path, tiny_checkpoint: Path, sear
     assert (len(encoded), found) == (5, first)
 
 
-def test_the_page_shows_every_hit_and_fetches_nothing(folder: Path, tiny_checkpoint: Path, search: Search) -> None:
+def test_the_page_shows_every_hit_and_loads_nothing_from_outside(
+    folder: Path, tiny_checkpoint: Path, search: Search
+) -> None:
     query = '<script>alert("x")</script> & more'
     found, _ = search("photos", query, "kite", "--model", str(tiny_checkpoint), "--top_k", "5", "--sheet", "page.html")
     page = Page(folder / "page.html")
@@ -190,13 +194,13 @@ def test_a_transparent_image_is_shown_on_white(tmp_path: Path) -> None:
     assert np.asarray(thumbnail).min() > 250
 
 
-def test_a_bad_image_is_named_or_skipped(folder: Path, tiny_checkpoint: Path, search: Search) -> None:
+def test_a_bad_image_is_an_error_or_is_skipped_and_listed(folder: Path, tiny_checkpoint: Path, search: Search) -> None:
     (folder / "photos/bad.png").write_text("junk")
     words = ["photos", "kite", "--model", str(tiny_checkpoint)]
     with pytest.raises(InputError, match=r"photos/bad.png: cannot read this image"):
         search(*words)
     found, encoded = search(*words, "--on_error", "skip")
-    assert encoded == []  # the run that failed has kept the others
+    assert encoded == []  # the failed run has saved the features of the others
     assert len(found) == 5
     assert (folder / f"photos/{INDEX}.skipped.txt").read_text().startswith("bad.png\t")
 
@@ -215,7 +219,9 @@ def test_a_bad_image_is_named_or_skipped(folder: Path, tiny_checkpoint: Path, se
         (["photos", "kite", "--top_k", "0"], "--top_k 0 must be at least 1"),
     ],
 )
-def test_what_search_cannot_use_is_named(folder: Path, tiny_checkpoint: Path, words: list[str], message: str) -> None:
+def test_invalid_arguments_are_named_and_nothing_is_written(
+    folder: Path, tiny_checkpoint: Path, words: list[str], message: str
+) -> None:
     (folder / "empty").mkdir()
     image = (folder / "photos/a.png").read_bytes()
     with pytest.raises(InputError, match=message):

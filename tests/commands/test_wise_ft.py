@@ -1,4 +1,4 @@
-"""WiSE-FT: its ends are the two checkpoints, its middle is theirs, and it reads every image once."""
+"""``lit-clip wise-ft``: interpolation that is exact at both ends, the choice of alpha, and the checkpoint written."""
 
 import copy
 import re
@@ -26,7 +26,7 @@ ALPHAS = [0.0, 0.25, 1.0]
 
 
 class Noise(LabelledImages):
-    """Images of noise with random labels, which count how often they are read."""
+    """Noise images with random labels; reads are counted."""
 
     def __init__(self, size: int, seed: int) -> None:
         generator = np.random.default_rng(seed)
@@ -48,14 +48,14 @@ class Noise(LabelledImages):
 
 @pytest.fixture
 def models(tiny_config: CLIPConfig, tmp_path: Path) -> tuple[CLIP, CLIP]:
-    """Two models, and their checkpoints as files."""
+    """Two models, also saved as ``before.ckpt`` and ``after.ckpt``."""
     pair = (LitCLIP(tiny_config).model.eval(), LitCLIP(tiny_config).model.eval())
     for name, model in zip(("before.ckpt", "after.ckpt"), pair, strict=True):
         save(model, tmp_path / name, {})
     return pair
 
 
-def test_the_ends_are_the_two_models_to_the_bit_and_the_middle_is_between(models: tuple[CLIP, CLIP]) -> None:
+def test_interpolation_is_exact_at_both_ends_and_linear_in_between(models: tuple[CLIP, CLIP]) -> None:
     before, after = models
     line = InterpolatedModels(before, after)
     for alpha, end in ((0, before), (1, after), (0, before)):  # and back again
@@ -67,7 +67,7 @@ def test_the_ends_are_the_two_models_to_the_bit_and_the_middle_is_between(models
         torch.testing.assert_close(value, expected, rtol=0, atol=1e-6)
 
 
-def test_each_alpha_has_the_accuracy_of_its_model_and_each_image_is_read_once(models: tuple[CLIP, CLIP]) -> None:
+def test_accuracy_at_each_alpha_equals_a_plain_loop_and_each_image_is_read_once(models: tuple[CLIP, CLIP]) -> None:
     sets = {"target": ZeroShotSet(Noise(23, 0)), "other": ZeroShotSet(Noise(11, 1), ["{}", "{} again"])}
     line = InterpolatedModels(*models)
     results = evaluate_line(line, sets, ALPHAS, batch_size=5)
@@ -84,7 +84,7 @@ def test_each_alpha_has_the_accuracy_of_its_model_and_each_image_is_read_once(mo
             assert results[name][alpha] == pytest.approx(expected, abs=1e-6), (name, alpha)
 
 
-def test_the_best_mean_of_target_and_held_out_sets_is_chosen_and_the_nearest_of_equals() -> None:
+def test_the_alpha_with_the_best_mean_accuracy_is_chosen_and_the_smallest_on_a_tie() -> None:
     held_out = {"a": {0.0: 0.9, 0.5: 0.8, 1.0: 0.1}, "b": {0.0: 0.7, 0.5: 0.8, 1.0: 0.3}}
     assert best_alpha({"t": {0.0: 0.2, 0.5: 0.5, 1.0: 0.7}, **held_out}, "t") == 0.5
     assert best_alpha({"t": {0.0: 0.5, 0.5: 0.5, 1.0: 0.5}}, "t") == 0.0
@@ -108,7 +108,7 @@ def write_sets(folder: Path) -> Path:
     return folder / "sets.yaml"
 
 
-def test_the_command_prints_the_line_and_writes_a_checkpoint_that_everything_reads(
+def test_the_command_prints_a_row_per_alpha_and_writes_a_loadable_checkpoint(
     models: tuple[CLIP, CLIP], tmp_path: Path, cli: Callable[..., Any]
 ) -> None:
     words = ["before.ckpt", "after.ckpt", "--sets", str(write_sets(tmp_path)), "--alphas", "0,0.5,1"]
@@ -152,7 +152,7 @@ def test_the_command_prints_the_line_and_writes_a_checkpoint_that_everything_rea
         ({"sets": "nowhere.yaml"}, "nowhere.yaml: not a readable YAML file"),
     ],
 )
-def test_what_is_wrong_is_one_line_and_nothing_is_written(
+def test_invalid_arguments_are_an_error_and_nothing_is_written(
     options: dict[str, Any], message: str, models: tuple[CLIP, CLIP], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -163,7 +163,7 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(
     assert set(tmp_path.iterdir()) == files
 
 
-def test_models_that_differ_are_refused(models: tuple[CLIP, CLIP]) -> None:
+def test_models_with_different_configurations_are_refused(models: tuple[CLIP, CLIP]) -> None:
     other = copy.deepcopy(models[0].config)
     other.preprocessing = Preprocessing(image_size=32, mean=(0.5, 0.5, 0.5))
     with pytest.raises(InputError, match=r"after has another architecture than before: preprocessing.mean"):
@@ -177,5 +177,5 @@ def test_an_unknown_entry_of_a_sets_file_is_named(tmp_path: Path) -> None:
         read_sets(str(path))
 
 
-def test_the_command_is_listed() -> None:
+def test_the_command_is_registered() -> None:
     assert subcommands.COMMANDS["wise-ft"] == "lit_clip.commands.wise_ft:wise_ft"

@@ -1,4 +1,4 @@
-"""Exact search in an index."""
+"""Exact nearest-neighbour search in an index."""
 
 import numpy as np
 import pytest

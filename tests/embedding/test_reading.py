@@ -1,4 +1,4 @@
-"""The loop that reads and encodes images: the same refusals everywhere, and nothing lost or replaced."""
+"""Reading and encoding images: all commands refuse the same files, and no row is lost or replaced."""
 
 import io
 import subprocess
@@ -24,7 +24,7 @@ from tests.helpers.fuzz import image
 
 
 def refused_files() -> dict[str, bytes]:
-    """Files that Pillow would open, at the price of another program, of gigabytes or of an overlong resize."""
+    """Return files that Pillow could open only with gigabytes of memory, a very slow resize or Ghostscript."""
     bomb, thread, eps = io.BytesIO(), io.BytesIO(), io.BytesIO()
     Image.new("RGB", (8, 8)).save(bomb, "BMP")
     header = bytearray(bomb.getvalue())
@@ -37,7 +37,7 @@ def refused_files() -> dict[str, bytes]:
 
 @pytest.fixture(params=list(refused_files()))
 def refused(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file in a class's folder, beside an image that can be read; nothing may start another program."""
+    """A file to refuse, in a class folder beside a readable image; starting another program fails the test."""
     path = tmp_path / "set/cat" / request.param
     path.parent.mkdir(parents=True)
     path.write_bytes(refused_files()[request.param])
@@ -54,7 +54,7 @@ def refused(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
 
 
 def problem_in_training(path: Path) -> str:
-    """Return what training says about a file, without where and which."""
+    """Return the problem that training reports for a file, without the table row and the path."""
     with pytest.raises(BadSample) as error:
         open_image(path, "captions.csv row 2")
     return str(error.value).partition(f"{path} ")[2].partition(";")[0]
@@ -106,7 +106,7 @@ def test_evaluation_refuses_what_training_refuses(refused: Path, on_error: Any, 
 
 
 class Films:
-    """Rows with as many images as their number; row 3 cannot be read and row 5 has none."""
+    """Row i has i + 1 images, but row 3 cannot be read and row 5 has none."""
 
     def __len__(self) -> int:
         return 7
@@ -120,7 +120,7 @@ class Films:
 @pytest.mark.parametrize("rows_at_once", [1, 2, 7])
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_features_do_not_depend_on_batches_and_workers(
+def test_features_do_not_depend_on_batch_size_or_workers(
     rows_at_once: int, batch_size: int, num_workers: int, tiny_config: CLIPConfig
 ) -> None:
     model = CLIP(tiny_config).eval()
@@ -148,7 +148,7 @@ def test_features_do_not_depend_on_batches_and_workers(
         torch.testing.assert_close(feature, expected, rtol=0, atol=1e-6)
 
 
-def test_a_stop_file_ends_reading(tmp_path: Path, tiny_config: CLIPConfig) -> None:
+def test_a_stop_file_stops_reading(tmp_path: Path, tiny_config: CLIPConfig) -> None:
     batches = ImageBatches(Films(), in_batches(range(3), 1), CLIP(tiny_config).preprocessing, stop=tmp_path / "stop")
     assert batches[1].rows == [1]
     (tmp_path / "stop").touch()

@@ -1,11 +1,10 @@
-"""Images, tables and tar shards as accidents leave them: seeded, in a process of its own.
+"""Read randomly damaged images, tables and tar shards, seeded, in a separate process.
 
     python tests/helpers/fuzz.py images FOLDER COUNT SEED
     python tests/helpers/fuzz.py sources FOLDER COUNT SEED
 
-Prints one JSON object: how many could be used, how many were skipped or refused for what reason, the longest seconds of
-one, and the warnings. Anything but a documented error, and anything that takes longer than ``LIMIT``, ends the process
-with another exit code than 0.
+Prints one JSON object: how many inputs were used, how many were skipped or refused for which reason, the seconds of the
+slowest one, and the warnings. The exit code is not 0 after any undocumented error and any input slower than ``LIMIT``.
 """
 
 import faulthandler
@@ -36,12 +35,12 @@ from lit_clip.models.config import Preprocessing
 from lit_clip.models.preprocess import pixels
 from lit_clip.tools.images import open_image
 
-LIMIT = 20  # seconds that one may take on a busy machine
+LIMIT = 20  # seconds for one input on a busy machine
 SMALL = Preprocessing(image_size=32)
 
 
 def image(seed: int = 0, width: int = 70, height: int = 50) -> Image.Image:
-    """A smooth image with some noise."""
+    """Return a smooth image with some noise."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width]
     waves = [127 + 90 * np.sin(x / rng.uniform(3, 20) + y / rng.uniform(3, 20)) for _ in range(3)]
@@ -49,7 +48,7 @@ def image(seed: int = 0, width: int = 70, height: int = 50) -> Image.Image:
 
 
 def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
-    """An image as a file's content."""
+    """Return the bytes of an image file."""
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
@@ -57,11 +56,11 @@ def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
 
 @cache
 def whole_images() -> dict[str, bytes]:
-    """Of each kind of file one that is whole."""
+    """Return an intact file of each image format, by name."""
     rgb = image()
     frames = [image(seed) for seed in (1, 2)]
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by a quarter
+    exif[0x0112] = 6  # viewers rotate it by a quarter turn
     sixteen = Image.fromarray(np.asarray(rgb.convert("L")).astype("u2") * 257)
     return {
         "rgb.jpg": encoded(rgb, "JPEG", quality=90),
@@ -96,7 +95,7 @@ def whole_images() -> dict[str, bytes]:
 
 
 def mutated(data: bytes, others: list[bytes], rng: random.Random) -> bytes:
-    """The content of a file after an accident: some bits flipped, cut off, or another file's beginning."""
+    """Return a damaged copy: bits flipped, bytes lost, overwritten or repeated, or another file's header."""
     kind, changed = rng.randrange(7), bytearray(data)
     if kind < 2:  # anywhere, or in the header
         for _ in range(rng.choice((1, 3, 10, 50))):
@@ -119,7 +118,7 @@ def mutated(data: bytes, others: list[bytes], rng: random.Random) -> bytes:
 
 
 class ImageSet(PairSource):
-    """One image, as content."""
+    """A source of one pair, whose image is given as a file's bytes."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
@@ -132,7 +131,7 @@ class ImageSet(PairSource):
 
 
 def read_all(source: PairSource, outcomes: Counter[str], rows: int = 50) -> None:
-    """Load pairs as training and as validation do, and count what came of it."""
+    """Load pairs as training and as validation do, and count the outcomes."""
     augmentation = Augmentation(crop_scale=(0.5, 1.0), color_jitter=0.1)
     least_size = augmentation.crop(SMALL).least_size
     train = SkippingDataset(TrainingPairs(source, augmentation.transform(SMALL), 0, least_size))
@@ -147,10 +146,10 @@ def read_all(source: PairSource, outcomes: Counter[str], rows: int = 50) -> None
 
 
 def fuzz_images(folder: Path, rng: random.Random, outcomes: Counter[str]) -> None:
-    """One mutated image."""
+    """Read one mutated image."""
     whole = list(whole_images().values())
     data = mutated(rng.choice(whole), whole, rng)
-    (folder / "last").write_bytes(data)  # to look at, if this was too much
+    (folder / "last").write_bytes(data)  # to look at if reading it fails
     read_all(ImageSet(data), outcomes)
 
 
@@ -159,7 +158,7 @@ CAPTIONS = ["a cat", 'a "dog", sitting', "naïve — ½ 猫", "x" * 100_000, "tw
 
 @cache
 def whole_sources(folder: Path) -> dict[str, bytes]:
-    """Of each kind of table, and a tar shard, one that is whole; their images lie in the folder."""
+    """Return an intact table of each format and a tar shard, by name; write the tables' images to the folder."""
     import pyarrow as pa
     import pyarrow.csv as pa_csv
     import pyarrow.parquet as pq
@@ -191,7 +190,7 @@ def whole_sources(folder: Path) -> dict[str, bytes]:
 
 
 def fuzz_sources(folder: Path, rng: random.Random, outcomes: Counter[str]) -> None:
-    """One mutated table or tar."""
+    """Read one mutated table or tar shard."""
     files = whole_sources(folder)
     name = rng.choice(list(files))
     path = folder / f"{rng.randrange(10**9)}_{name}"
@@ -200,7 +199,7 @@ def fuzz_sources(folder: Path, rng: random.Random, outcomes: Counter[str]) -> No
     try:
         read_all(open_source(path, on_error=on_error), outcomes)
     except InputError as error:
-        if path.name not in str(error):  # it must say what it is about
+        if path.name not in str(error):  # the error must name the file
             raise
         outcomes["refused" if not isinstance(error, BadSample) else "refused, a row"] += 1
     path.unlink()
@@ -213,7 +212,7 @@ KINDS: dict[str, Callable[[Path, random.Random, Counter[str]], None]] = {
 
 
 def main(kind: str, folder: str, count: str, seed: str) -> None:
-    """Mutate and read ``count`` times."""
+    """Mutate and read ``count`` inputs, and print the result."""
     outcomes: Counter[str] = Counter()
     slowest = 0.0
     with warnings.catch_warnings(record=True) as caught:

@@ -1,4 +1,4 @@
-"""Run by one rank of the suite callbacks' tests, in a process that the ``ranks`` fixture starts."""
+"""One rank of the suite callbacks' tests; the ``ranks`` fixture starts it in its own process."""
 
 import json
 import os
@@ -14,11 +14,11 @@ from tests.helpers.small_sets import data_for, make_module, make_trainer, number
 
 
 def evaluate(folder: Path, suite: str) -> dict[str, dict[str, float]]:
-    """Return the metrics of ``fit`` when evaluated with validation and between steps; the same on every rank."""
+    """Return the metrics of ``fit``, evaluated at each validation and at each step; check that all ranks agree."""
     rank, _ = distributed.rank_and_world()
     results = {}
     for name, steps in (("epochs", None), ("steps", 1)):
-        os.environ["LOCAL_RANK"] = str(rank)  # so that Lightning starts no processes; it removes the variable
+        os.environ["LOCAL_RANK"] = str(rank)  # keeps Lightning from starting processes; it removes the variable
         module = make_module()
         callbacks = [
             ZeroShot(suite=suite, data_root=str(folder), batch_size=7, examples=0, every_n_steps=steps),
@@ -34,7 +34,7 @@ def evaluate(folder: Path, suite: str) -> dict[str, dict[str, float]]:
 
 
 def classify(folder: Path) -> None:
-    """Check that all ranks together build, and load from the cache, the classifier that each builds alone."""
+    """Check that the ranks together build, and load from the cache, the classifier that each would build alone."""
     model, prompts = make_module().model.eval(), Prompts(["a", "b", "c"], [["red"], ["green", "blue ball"], ["pink"]])
     rank_local = text_classifier(model, prompts, ranks=False)
     for batch_size in (1, 4):  # a single batch leaves the second rank without one

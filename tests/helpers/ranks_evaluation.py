@@ -1,4 +1,4 @@
-"""Run by one rank of the evaluation tests, in a process that the ``ranks`` fixture starts."""
+"""One rank of the evaluation tests; the ``ranks`` fixture starts it in its own process."""
 
 import json
 import os
@@ -24,7 +24,7 @@ VIT = VisionTransformerConfig(image_size=32, patch_size=16, width=64, layers=1, 
 
 
 def random_rows(rows: int, dim: int = 12) -> tuple[Tensor, Tensor, list[str], Tensor]:
-    """Image and text features ``[N, D]``, keys, tokens ``[N, 2]``; images share captions and have several."""
+    """Return image and text features ``[N, D]``, keys and tokens ``[N, 2]``; images share captions and have several."""
     generator = torch.Generator().manual_seed(rows)
     images, texts = max(1, rows // 4), max(1, 2 * rows // 3)
     text_of = torch.randint(texts, (rows,), generator=generator)
@@ -37,7 +37,7 @@ def random_rows(rows: int, dim: int = 12) -> tuple[Tensor, Tensor, list[str], Te
 
 
 def evaluate_rows(rows: int, batch_size: int, bias: float | None) -> Evaluation:
-    """Evaluate :func:`random_rows`, of which each of W ranks has every W-th."""
+    """Evaluate :func:`random_rows`; each of the W ranks has every W-th row."""
     rank, world = distributed.rank_and_world()
     image, text, keys, tokens = random_rows(rows)
     pairs = RetrievalSet()
@@ -57,7 +57,7 @@ def evaluate_cases() -> list[dict[str, float]]:
 
 
 def make_module(image: VisionTransformerConfig | ResNetConfig = VIT) -> LitCLIP:
-    """Same weights on every rank, larger than initial ones, with which all texts have nearly the same features."""
+    """Return a module with enlarged weights, equal on all ranks; initial ones give all texts almost equal features."""
     torch.manual_seed(0)
     module = LitCLIP(CLIPConfig(embed_dim=16, image=image, text=TEXT), lr_scheduler=WarmupCosineSettings(0))
     with torch.no_grad():
@@ -70,7 +70,7 @@ def make_module(image: VisionTransformerConfig | ResNetConfig = VIT) -> LitCLIP:
 def make_trainer(callbacks: list[Any], **options: Any) -> Trainer:
     rank, world = distributed.rank_and_world()
     if world > 1:
-        os.environ["LOCAL_RANK"] = str(rank)  # so that Lightning starts no processes; it removes the variable
+        os.environ["LOCAL_RANK"] = str(rank)  # keeps Lightning from starting processes; it removes the variable
     return Trainer(
         accelerator="cpu",
         devices=world,
@@ -92,7 +92,7 @@ def data_for(module: LitCLIP, train: str, val: str, batch_size: int) -> Captions
 
 
 def zero_shot(drawings: str, every: int = 1) -> ZeroShot:
-    """ZeroShot on every n-th held-out drawing, and on sets with fewer images or classes than ranks."""
+    """Return ZeroShot on every n-th held-out drawing, on a single image and on two classes."""
 
     def images(count: int | None, classes: int | None = None) -> OpenMojiClasses:
         held_out = OpenMojiClasses("held_out", classes="group", cache_dir=drawings)
@@ -116,7 +116,7 @@ def _numbers(trainer: Trainer) -> dict[str, float]:
 
 
 def validate_tables(drawings: str, tables: list[str]) -> list[dict[str, float]]:
-    """Return what ``Trainer.validate`` logs for each table."""
+    """Return the metrics that ``Trainer.validate`` logs for each table."""
     results = []
     for table in tables:
         module = make_module()
@@ -137,7 +137,7 @@ def evaluate(output: str, drawings: str, *tables: str) -> None:
 
 
 class SameStatistics(Callback):
-    """Asserts that batch statistics are the same on all ranks when a validation ends."""
+    """Assert that all ranks have the same batch-norm statistics after validation."""
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         sums = [float(buffer.double().sum()) for buffer in pl_module.buffers()]

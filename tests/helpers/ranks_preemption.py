@@ -1,4 +1,4 @@
-"""Callbacks for the runs of ``tests/callbacks/test_preemption.py``, which show how far a run is or interrupt it."""
+"""Callbacks that show the progress of the runs of ``tests/callbacks/test_preemption.py``, or interrupt them."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ class ValidationMark(Callback):
 
 
 class CtrlC(Callback):
-    """Interrupt this process after a step."""
+    """Send SIGINT to this process after the given step."""
 
     def __init__(self, step: int) -> None:
         self.step = step

@@ -1,4 +1,4 @@
-"""Training on one rank for ``tests/training/test_fsdp.py``."""
+"""One rank of the trainings in ``tests/training/test_fsdp.py``."""
 
 import json
 import os

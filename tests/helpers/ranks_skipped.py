@@ -1,4 +1,4 @@
-"""Training on one rank for the tests of batches whose pairs were all or partly skipped."""
+"""One rank of the trainings with batches whose pairs were all or partly skipped."""
 
 import dataclasses
 import json
@@ -19,9 +19,9 @@ from lit_clip.training.fsdp import FSDP
 from lit_clip.training.optim import AdamWSettings, WarmupCosineSettings
 from tests.helpers.ranks import CONFIG, PAIRS, make_batch
 
-# Rows of the first and of the second rank in each step; the missing ones were skipped.
+# Row ranges of the first and the second rank in each step; missing rows count as skipped.
 STEPS = (((0, 4), (0, 0)), ((0, 0), (0, 0)), ((0, 0), (2, 8)), ((0, 7), (7, 8)), ((0, 4), (4, 8)))
-TEXT = dataclasses.replace(CONFIG.text, vocab_size=49408)  # the tokenizer's, which tokenizes a placeholder
+TEXT = dataclasses.replace(CONFIG.text, vocab_size=49408)  # the real tokenizer's, which a placeholder caption needs
 PLAIN = dataclasses.replace(CONFIG, text=TEXT)
 BATCH_NORM = dataclasses.replace(PLAIN, image=ResNetConfig(layers=(1, 1, 1, 1), width=8, image_size=32))
 

@@ -1,4 +1,4 @@
-"""Broken images and gradients for runs of the real command, and one rank of a test of gradient norms."""
+"""Callbacks that break images or gradients in real runs, and one rank of the test of gradient norms."""
 
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ class BrokenImage(Callback):
     """Give images infinite pixels in training, on whichever rank reads them.
 
     Args:
-        keys: of the images to break; None: all.
-        folder: where every rank writes its weights, before training and when it has ended or failed.
+        keys: keys of the images to break; None breaks all.
+        folder: where every rank saves its weights, before training and after it has ended or failed.
     """
 
     def __init__(self, keys: list[str] | None, folder: str | None = None) -> None:
@@ -67,7 +67,7 @@ class BrokenGradient(Callback):
 
 
 def give_gradients(model: nn.Module, part: int = 0, parts: int = 1) -> None:
-    """Set random gradients, and 0 where an entry belongs to another part."""
+    """Set random gradients that are 0 at the entries of other parts."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         gradient = torch.randn(parameter.numel(), generator=generator)
@@ -76,7 +76,7 @@ def give_gradients(model: nn.Module, part: int = 0, parts: int = 1) -> None:
 
 
 def norms_of_shards() -> None:
-    """Every rank has a part of each gradient; the norms are those of the whole gradient."""
+    """Check that gradients divided among the ranks have the norms of the whole gradients."""
     from tests.helpers.ranks import CONFIG
 
     torch.manual_seed(0)

@@ -13,7 +13,7 @@ from tests.helpers.small_sets import data_for, make_module, make_trainer, number
 def fit(output: str, table: str) -> None:
     """Train for an epoch of two steps on all 8 pairs; every rank has the same metrics, and rank 0 writes them."""
     rank, world = distributed.rank_and_world()
-    os.environ["LOCAL_RANK"] = str(rank)  # so that Lightning starts no processes itself
+    os.environ["LOCAL_RANK"] = str(rank)  # keeps Lightning from starting processes
     module = make_module()
     options = {"max_epochs": 1, "log_every_n_steps": 2, "limit_val_batches": 0, "enable_checkpointing": False}
     trainer = make_trainer(Path(output).parent, [Throughput()], **options)

@@ -116,8 +116,8 @@ def test_a_batch_costs_as_many_flops_as_its_texts_one_by_one() -> None:
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])
-def test_the_last_block_computes_only_the_tokens_that_are_read(tower: str) -> None:
-    """Of a block's 12 W^2 multiply-adds per token, only the 2 W^2 of keys and values are needed for every token.
+def test_the_last_block_computes_only_the_pooled_tokens(tower: str) -> None:
+    """Keys and values take 2 W^2 of a block's 12 W^2 multiply-adds per token; only they are needed for every token.
 
     The counter does not count the CPU's fused attention.
     """

@@ -1,4 +1,4 @@
-"""Pages: text from the data is escaped, missing values are errors, and unencodable text does not stop a page."""
+"""HTML pages: text is escaped, missing values are errors, and characters that cannot be encoded are replaced."""
 
 from pathlib import Path
 
@@ -35,5 +35,5 @@ def test_a_lone_surrogate_is_replaced(template: Path, tmp_path: Path) -> None:
     assert "<title>?</title>" in (tmp_path / "out.html").read_text(encoding="utf-8")
 
 
-def test_plural() -> None:
+def test_plural_adds_an_s_except_for_one() -> None:
     assert [plural(count, "image") for count in (0, 1, 2000)] == ["0 images", "1 image", "2,000 images"]

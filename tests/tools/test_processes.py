@@ -1,4 +1,4 @@
-"""What becomes of processes whose parent is gone."""
+"""Data workers and ranks end with the process that started them, and not before."""
 
 import multiprocessing
 import os
@@ -27,7 +27,7 @@ class Captions(Dataset[str]):
 
 
 def leave_a_worker(path: str) -> None:
-    """Be killed with a data worker that has read ahead."""
+    """Exit abruptly while a data worker's queue is full."""
     batches = iter(DataLoader(Captions(), num_workers=1, worker_init_fn=shield_worker, multiprocessing_context="fork"))
     assert next(batches) == [LONG]
     time.sleep(0.3)
@@ -36,8 +36,8 @@ def leave_a_worker(path: str) -> None:
     os._exit(2)
 
 
-def test_a_data_worker_with_a_full_queue_does_not_outlive_its_process(tmp_path: Path) -> None:
-    """With torch's own watchdog the worker would wait for ever for somebody to read its queue."""
+def test_a_data_worker_with_a_full_queue_does_not_outlive_its_parent(tmp_path: Path) -> None:
+    """With torch's own watchdog alone, the worker would wait forever for its queue to be read."""
     process = CONTEXT.Process(target=leave_a_worker, args=(str(tmp_path / "worker"),))
     process.start()
     process.join(60)
@@ -56,14 +56,14 @@ def wait_for_launcher(path: str) -> None:
 
 
 def launch(path: str) -> None:
-    """Start a rank, and end two seconds later."""
+    """Start a rank, and exit two seconds later."""
     os.environ |= {"LOCAL_RANK": "1", "LIT_CLIP_LAUNCHER": str(os.getpid())}
     multiprocessing.get_context("fork").Process(target=wait_for_launcher, args=(path,)).start()
     time.sleep(2)
     os._exit(2)
 
 
-def test_a_rank_with_an_error_lets_the_one_that_started_it_end_first(tmp_path: Path) -> None:
+def test_a_failed_rank_waits_for_its_launcher_to_exit_first(tmp_path: Path) -> None:
     process = CONTEXT.Process(target=launch, args=(str(tmp_path / "waited"),))
     process.start()
     process.join(60)
@@ -74,7 +74,7 @@ def test_a_rank_with_an_error_lets_the_one_that_started_it_end_first(tmp_path: P
     assert 1 < float((tmp_path / "waited").read_text()) < 15
 
 
-def test_a_process_that_nobody_launched_waits_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_without_a_launcher_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     start = time.monotonic()
     let_launcher_end(30)
@@ -82,7 +82,7 @@ def test_a_process_that_nobody_launched_waits_for_none(monkeypatch: pytest.Monke
 
 
 def read_on(path: str) -> None:
-    """Read a batch, tell who the worker is, and read the rest when told to."""
+    """Read a batch, write the worker's process id to ``path``, and read the rest once the file ``go`` exists."""
     batches = iter(DataLoader(Captions(), num_workers=1, worker_init_fn=shield_worker, multiprocessing_context="fork"))
     assert next(batches) == [LONG]
     time.sleep(0.3)
@@ -99,8 +99,8 @@ def wait_until(happened: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def test_a_data_worker_that_a_stranger_signals_reads_on(tmp_path: Path) -> None:
-    """Whichever of its threads the signal reaches."""
+def test_a_data_worker_ignores_signals_from_other_processes(tmp_path: Path) -> None:
+    """No matter which of its threads receives the signal."""
     path = tmp_path / "worker"
     process = CONTEXT.Process(target=read_on, args=(str(path),))
     process.start()

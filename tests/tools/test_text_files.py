@@ -1,4 +1,4 @@
-"""Files are read as UTF-8, and whatever is wrong with one is a single error that names it."""
+"""Text, YAML and JSON are read as UTF-8; an unreadable file is a one-line error that names it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +28,7 @@ def test_text_yaml_and_json_are_read_as_utf8(tmp_path: Path) -> None:
         (read_json, b"[" * 100_000, "file: not a readable JSON file"),
     ],
 )
-def test_a_file_that_cannot_be_read_is_an_error_that_names_it(
+def test_an_unreadable_file_is_a_one_line_error_that_names_it(
     tmp_path: Path, read: Callable[..., Any], content: bytes, message: str
 ) -> None:
     (tmp_path / "file").write_bytes(content)
@@ -38,7 +38,7 @@ def test_a_file_that_cannot_be_read_is_an_error_that_names_it(
     assert "\n" not in str(error.value)
 
 
-def test_a_missing_file_is_an_error_that_suggests_the_one_meant(tmp_path: Path) -> None:
+def test_a_missing_file_is_an_error_that_suggests_a_similar_name(tmp_path: Path) -> None:
     (tmp_path / "suite.yaml").touch()
     with pytest.raises(InputError, match=r"^suites: .*siute.yaml: there is no such file; did you mean .*suite.yaml\?$"):
         read_yaml(tmp_path / "siute.yaml", "suites")

@@ -1,4 +1,4 @@
-"""Models by name: from the hub's local cache, and from open_clip's registry with its settings."""
+"""Models loaded by name: from the hub's local cache, and with the weights and settings of open_clip's registry."""
 
 import hashlib
 import json
@@ -79,7 +79,7 @@ def clip_model() -> transformers.CLIPModel:
 
 @pytest.mark.parametrize("weights", ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"])
 @pytest.mark.parametrize("prefix", ["", "hf-hub:"])
-def test_an_open_clip_repository_is_opened_by_name(tmp_path: Path, cache: Path, weights: str, prefix: str) -> None:
+def test_an_open_clip_repository_is_loaded_by_name(tmp_path: Path, cache: Path, weights: str, prefix: str) -> None:
     state = open_clip_repository(tmp_path / "files", weights)
     put(cache, "somebody/tiny-clip", tmp_path / "files")
     model = load_model(f"{prefix}somebody/tiny-clip")
@@ -89,7 +89,7 @@ def test_an_open_clip_repository_is_opened_by_name(tmp_path: Path, cache: Path, 
 
 
 @pytest.mark.parametrize("shard", ["10GB", "5MB"], ids=["one file", "several files"])
-def test_a_hugging_face_repository_is_opened_by_name(tmp_path: Path, cache: Path, shard: str) -> None:
+def test_a_hugging_face_repository_is_loaded_by_name(tmp_path: Path, cache: Path, shard: str) -> None:
     theirs = clip_model()
     theirs.save_pretrained(tmp_path / "files", max_shard_size=shard)
     transformers.CLIPImageProcessor(size={"shortest_edge": 64}, crop_size=64).save_pretrained(tmp_path / "files")
@@ -141,7 +141,7 @@ def test_a_repository_without_weights_lists_the_expected_files(tmp_path: Path, c
 
 # open_clip's registry -------------------------------------------------------------------------------------------------
 
-TAGS = {  # open_clip's settings: (the text encoder's) activation, mean of red, interpolation, resize mode
+TAGS = {  # open_clip's settings: activation (of the text encoder), mean of red, interpolation, resize mode
     "ViT-B-16-SigLIP:webli": ("gelu", 0.5, "bicubic", "squash"),
     "ViT-B-32-SigLIP2-256:webli": ("gelu_tanh", 0.5, "bicubic", "squash"),
     "ViT-B-32:openai": ("quick_gelu", 0.48145466, "bicubic", "shortest"),
@@ -160,7 +160,7 @@ def open_clips_preprocessing(model: str, tag: str, monkeypatch: pytest.MonkeyPat
     """Return open_clip's preprocessing for the weights, without downloading or reading them."""
     monkeypatch.setattr("open_clip.factory.download_pretrained", lambda *_, **__: "nowhere")
     with warnings.catch_warnings(), torch.device("meta"):
-        warnings.simplefilter("ignore")  # about names without -quickgelu
+        warnings.simplefilter("ignore")  # it warns about names without -quickgelu
         model_: Any = open_clip.create_model(model, tag, load_weights=False, device="meta", pretrained_text=False)
     return model_.visual.preprocess_cfg
 
@@ -177,7 +177,7 @@ def assert_open_clips(config: CLIPConfig, theirs: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", TAGS)
-def test_a_tag_sets_the_activation_and_preprocessing_of_its_training(
+def test_a_tag_sets_the_activation_and_preprocessing_it_was_trained_with(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, _, tag = name.partition(":")
@@ -204,10 +204,10 @@ def test_every_supported_tag_has_open_clips_preprocessing(monkeypatch: pytest.Mo
     assert opened > 150
 
 
-def test_open_clip_downloads_a_tag_whose_entry_overrides_the_name(
+def test_open_clip_downloads_a_tag_and_its_entry_overrides_the_names_activation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The name means GELU, but the registry knows that laion400m_e32 was trained with QuickGELU."""
+    """The name implies GELU, but by its entry laion400m_e32 was trained with QuickGELU."""
     requested: list[dict[str, Any]] = []
     state = open_clip_repository(tmp_path / "files")
 

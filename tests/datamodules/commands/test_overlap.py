@@ -1,4 +1,4 @@
-"""Data overlap: statistics against SciPy and plain sums, detection of copies of real images, the command."""
+"""Data overlap: statistics against SciPy and plain sums, detection of altered copies, ``lit-clip overlap``."""
 
 import csv
 import io
@@ -41,18 +41,18 @@ def booleans(text: str) -> torch.Tensor:
     return torch.tensor([character == "1" for character in text])
 
 
-def test_figures_match_a_count_by_hand() -> None:
+def test_statistics_match_a_count_by_hand() -> None:
     found = overlap_of(booleans("1110000000"), booleans("1101100000"))
     assert (found.images, found.overlap, found.clean, found.contamination) == (10, 3, 7, 0.3)
     assert (found.accuracy_all, found.accuracy_overlap, found.accuracy_clean) == (0.4, 2 / 3, 2 / 7)
     assert found.difference == pytest.approx(0.4 - 2 / 7)
-    # Two or three right answers of three, each with probability 2/7.
+    # At least two of three correct, each with probability 2/7.
     assert found.p_value == pytest.approx(3 * (2 / 7) ** 2 * (5 / 7) + (2 / 7) ** 3)
     assert found.interval == pytest.approx((beta.ppf(0.0025, 2, 2), beta.ppf(0.9975, 3, 1)))
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_the_difference_is_the_share_of_overlap_times_its_advantage(seed: int) -> None:
+def test_the_accuracy_difference_is_the_contamination_times_the_advantage_of_the_overlap(seed: int) -> None:
     """All - Clean = f (Overlap - Clean), as in the paper's appendix C."""
     generator = torch.Generator().manual_seed(seed)
     size = int(torch.randint(2, 200, (1,), generator=generator))
@@ -74,7 +74,7 @@ def test_the_p_value_is_a_sum_of_binomial_probabilities(successes: int, trials: 
 
 
 @pytest.mark.parametrize(("successes", "trials"), [(0, 9), (9, 9), (3, 40), (500, 1000)])
-def test_the_tails_at_the_ends_of_the_interval_have_a_quarter_percent(successes: int, trials: int) -> None:
+def test_each_tail_outside_the_interval_has_a_probability_of_a_quarter_percent(successes: int, trials: int) -> None:
     low, high = clopper_pearson(successes, trials)
 
     def at_most(count: int, chance: float) -> float:
@@ -85,7 +85,7 @@ def test_the_tails_at_the_ends_of_the_interval_have_a_quarter_percent(successes:
     assert clopper_pearson(0, 0) == (0, 1)
 
 
-def test_an_empty_part_has_no_accuracy_and_no_p_value() -> None:
+def test_an_empty_subset_has_no_accuracy_and_no_p_value() -> None:
     clean = overlap_of(booleans("0000"), booleans("1100"))
     assert (clean.contamination, clean.accuracy_all, clean.accuracy_clean, clean.difference) == (0, 0.5, 0.5, 0)
     assert (clean.accuracy_overlap, clean.p_value, clean.interval) == (None, None, None)
@@ -127,7 +127,7 @@ def test_chunking_does_not_change_the_nearest_image(batch: int, tile: int, monke
     assert nearest(query, reference).row.tolist() == [row for row, _ in expected]
 
 
-def test_the_first_of_equally_near_training_images_is_named() -> None:
+def test_the_first_of_equally_near_training_images_is_reported() -> None:
     query, reference = torch.eye(3)[:2], torch.eye(3)[[2, 0, 0]]
     found = nowhere(2)
     for row in range(3):
@@ -160,7 +160,7 @@ def cropped(image: Image.Image) -> Image.Image:
     return image.convert("RGB").crop((x, y, image.width - x, image.height - y))
 
 
-def test_copies_of_photographs_look_like_their_originals_only() -> None:
+def test_altered_copies_of_photographs_match_only_their_originals() -> None:
     originals = photographs(600)
     copies = [*map(smaller, originals), *map(as_jpeg, originals), Image.new("RGB", (40, 40), "red")]
     index = LookIndex(Looks.of([look_of(image) for image in [*originals, Image.new("RGB", (9, 9), "red")]]))
@@ -170,7 +170,7 @@ def test_copies_of_photographs_look_like_their_originals_only() -> None:
     }
 
 
-def test_the_look_index_finds_the_same_as_comparing_all_pairs() -> None:
+def test_the_look_index_finds_the_same_pairs_as_comparing_all() -> None:
     random = np.random.default_rng(3)
     seeds = random.integers(0, 2**64, 6, dtype=np.uint64)
 
@@ -197,7 +197,7 @@ def test_the_look_index_finds_the_same_as_comparing_all_pairs() -> None:
 
 
 class Videos(ImageSet):
-    """Two videos of three frames and a broken file."""
+    """Two videos of three frames each, and a broken file between them."""
 
     several = True
 
@@ -297,7 +297,7 @@ def test_an_unreadable_training_set_is_an_error(tiny_config: CLIPConfig, tmp_pat
         search(CLIP(tiny_config), queries, source, tmp_path / "found.npz", 2, 0)
 
 
-def test_a_threshold_is_for_all_sets_for_one_or_from_a_file(tmp_path: Path) -> None:
+def test_thresholds_are_set_for_all_sets_or_for_one_or_read_from_a_file(tmp_path: Path) -> None:
     sets = ["a", "b=c"]
     assert read_thresholds(["0.9"], sets) == {"a": 0.9, "b=c": 0.9}
     assert read_thresholds(["0.9", "b=c=0.7"], sets) == {"a": 0.9, "b=c": 0.7}
@@ -312,7 +312,7 @@ def test_a_threshold_is_for_all_sets_for_one_or_from_a_file(tmp_path: Path) -> N
             read_thresholds([word], sets)
 
 
-def test_answers_of_another_model_must_be_true_or_false_for_every_set(tmp_path: Path) -> None:
+def test_results_of_another_model_must_be_true_or_false_and_cover_every_set(tmp_path: Path) -> None:
     path = tmp_path / "answers.json"
     path.write_text(json.dumps({"a": {"x.png": True, "y.png": False}}))
     assert read_results(path, ["a"])["a"] == {"x.png": True, "y.png": False}
@@ -365,7 +365,7 @@ def run_overlap(drawn: Drawn, output: Path, *words: str) -> dict[str, Any]:
 
 
 def recognised_keys(drawn: Drawn) -> set[str]:
-    """Images that the model recognises, encoded one by one."""
+    """Return the keys of the images that the model classifies correctly, encoded one by one."""
     model = load_model(str(drawn.model))
     names = sorted(folder.name for folder in drawn.evaluation.iterdir())
     classifier = zero_shot_classifier(model, [name.replace("_", " ") for name in names], ["a drawing of a {}."])
@@ -422,7 +422,7 @@ def test_the_command_finds_the_copies_and_reports_their_effect_on_accuracy(
 
 
 def check_page(path: Path, report: dict[str, Any]) -> None:
-    """The page has all pairs, with images that can be opened, and refers to nothing outside."""
+    """Check that the page shows all pairs with readable images, and loads nothing from outside."""
     page = path.read_text(encoding="utf-8")
     assert not re.search(r"(src|href)=\"(?!data:)", page)
     assert "<script" not in page
@@ -436,7 +436,7 @@ def check_page(path: Path, report: dict[str, Any]) -> None:
     assert "could not be read" in page
 
 
-def test_sets_of_a_suite_and_answers_of_another_model(drawn: Drawn, tmp_path: Path) -> None:
+def test_the_command_accepts_a_suite_and_the_results_of_another_model(drawn: Drawn, tmp_path: Path) -> None:
     """Two sets in one pass, one with a broken image; p-values are corrected for two tests."""
     (tmp_path / "data").mkdir()
     (tmp_path / "data/emoji").symlink_to(drawn.evaluation)
@@ -483,7 +483,7 @@ def test_sets_of_a_suite_and_answers_of_another_model(drawn: Drawn, tmp_path: Pa
         ([], "no evaluation set"),
     ],
 )
-def test_impossible_options_are_refused_before_anything_is_read(
+def test_invalid_options_are_refused_before_anything_is_read(
     words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

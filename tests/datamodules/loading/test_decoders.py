@@ -1,4 +1,4 @@
-"""Training images decoded and resized the fast way: the plain way's crops and, to within rounding, its pixels."""
+"""Fast decoding and resizing of training images: the exact method's crops and, up to rounding, its pixels."""
 
 import io
 from typing import Any
@@ -18,7 +18,7 @@ from tests.helpers.fuzz import whole_images
 
 @pytest.fixture(scope="module")
 def temple() -> Image.Image:
-    """640 x 427."""
+    """A photograph, 640 x 427."""
     return Image.fromarray(load_sample_images().images[0])
 
 
@@ -28,12 +28,14 @@ def jpeg(image: Image.Image, **options: Any) -> bytes:
     return file.getvalue()
 
 
-# What is cropped
+# Crops
 
 
 @pytest.mark.parametrize("size", [(1280, 960), (1281, 963), (1279, 957), (640, 481)])
-def test_a_fraction_is_cropped_where_the_whole_image_is(temple: Image.Image, size: tuple[int, int]) -> None:
-    """Also where the size is no multiple of the fraction, and a decoded image's last pixels cover less."""
+def test_an_image_decoded_at_a_fraction_is_cropped_at_the_same_place(
+    temple: Image.Image, size: tuple[int, int]
+) -> None:
+    """Also if the size is not a multiple of the divisor, so that the decoded image's last pixels cover less."""
     data = jpeg(temple.resize(size, Image.Resampling.BICUBIC))
     crop = RandomSquareCrop(224, (0.9, 1.0), "bicubic")
     whole = open_image(io.BytesIO(data), "")
@@ -47,14 +49,14 @@ def test_a_fraction_is_cropped_where_the_whole_image_is(temple: Image.Image, siz
         params = crop.make_params([])
         assert tuple(factor * edge for edge in crop.box(part, params)) == crop.box(whole, params)
     one, other = (np.asarray(crop.transform(each, params), dtype=float) for each in (whole, part))
-    assert np.abs(one - other).mean() < 4  # this temple is all edges
+    assert np.abs(one - other).mean() < 4  # the photograph has edges everywhere
     for shifted in (one[:, 1:] - other[:, :-1], one[1:] - other[:-1], one[:, :-1] - other[:, 1:], one[:-1] - other[1:]):
         assert np.abs(shifted).mean() > 3 * np.abs(one - other).mean()
 
 
 @pytest.mark.parametrize("size", [(224, 224), (100, 75), (500, 1), (1, 9), (1, 1), (225, 224), (3000, 17)])
 @pytest.mark.parametrize("target", [16, 224, (32, 64)])
-def test_a_crop_lies_inside_a_image_of_any_shape(size: tuple[int, int], target: Any) -> None:
+def test_a_crop_lies_inside_an_image_of_any_shape(size: tuple[int, int], target: Any) -> None:
     crop = FastSquareCrop(target, (0.1, 1.0), "bilinear", decode_margin=1.0)
     image = Image.new("RGB", size, (10, 20, 30))
     with decoding_at_least(crop.least_size):
@@ -70,7 +72,7 @@ def test_a_crop_lies_inside_a_image_of_any_shape(size: tuple[int, int], target: 
             assert (pixels.float() - torch.tensor([10.0, 20, 30]).view(3, 1, 1)).abs().max() <= 2
 
 
-def test_the_fraction_is_the_one_that_pillow_takes() -> None:
+def test_the_fraction_is_the_one_pillow_uses() -> None:
     rng = np.random.default_rng(0)
     for _ in range(200):
         width, height, wide, high = (int(each) for each in rng.integers(1, [300, 300, 90, 90]))
@@ -81,12 +83,14 @@ def test_the_fraction_is_the_one_that_pillow_takes() -> None:
             assert image.size == (-(-width // divided), -(-height // divided))
 
 
-# Its pixels
+# Pixels
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("size", [(640, 427), (320, 240), (100, 75), (224, 224), (900, 800), (2000, 1500)])
-def test_torch_resizes_as_pillow_does(temple: Image.Image, size: tuple[int, int], interpolation: Any) -> None:
+def test_torch_resizing_equals_pillows_up_to_rounding(
+    temple: Image.Image, size: tuple[int, int], interpolation: Any
+) -> None:
     image = temple.resize(size, Image.Resampling.BICUBIC)
     plain, fast = (kind(224, (0.5, 1.0), interpolation) for kind in (RandomSquareCrop, FastSquareCrop))
     for _ in range(3):
@@ -100,7 +104,7 @@ def test_torch_resizes_as_pillow_does(temple: Image.Image, size: tuple[int, int]
 
 
 @pytest.mark.parametrize("name", list(whole_images()))
-def test_images_of_every_kind_are_the_exact_ones_to_within_rounding(name: str) -> None:
+def test_images_of_every_format_equal_the_exact_ones_up_to_rounding(name: str) -> None:
     data = whole_images()[name]
     small = Preprocessing(image_size=32)
     result = []
@@ -112,8 +116,8 @@ def test_images_of_every_kind_are_the_exact_ones_to_within_rounding(name: str) -
     assert (result[0].float() - result[1].float()).abs().mean() < 2
 
 
-def test_exact_is_decoded_whole_and_resized_by_pillow(temple: Image.Image) -> None:
-    """The definition, written out: of the very pixels that Pillow has decoded."""
+def test_exact_decodes_the_whole_image_and_resizes_with_pillow(temple: Image.Image) -> None:
+    """The definition written out, on the pixels that Pillow decodes."""
     data = jpeg(temple.resize((1280, 960)))
     augmentation = Augmentation(exact=True)
     with decoding_at_least(augmentation.least_size(Preprocessing())):
@@ -121,7 +125,7 @@ def test_exact_is_decoded_whole_and_resized_by_pillow(temple: Image.Image) -> No
     assert np.array_equal(np.asarray(decoded), np.asarray(Image.open(io.BytesIO(data))))
     torch.manual_seed(5)
     share, y, x = torch.rand(3).tolist()
-    side = round(240 * (0.9 + 0.1 * share) ** 0.5)  # in fours of pixels, which a quarter of the size would have
+    side = round(240 * (0.9 + 0.1 * share) ** 0.5)  # in units of four pixels, as at a quarter of the size
     left, top = round(x * (320 - side)), round(y * (240 - side))
     box = (4 * left, 4 * top, 4 * (left + side), 4 * (top + side))
     expected = np.asarray(decoded.resize((224, 224), Image.Resampling.BICUBIC, box, 2.0))
@@ -131,7 +135,7 @@ def test_exact_is_decoded_whole_and_resized_by_pillow(temple: Image.Image) -> No
 
 
 @pytest.mark.parametrize("exact", [False, True])
-def test_colours_change_alike_either_way(temple: Image.Image, exact: bool) -> None:
+def test_colour_augmentation_works_with_and_without_exact(temple: Image.Image, exact: bool) -> None:
     grey = Augmentation(color_jitter=0.4, grayscale=1.0, exact=exact).transform(Preprocessing())(temple)
     assert grey.dtype == torch.uint8
     assert torch.equal(grey[0], grey[2])

@@ -1,4 +1,4 @@
-"""Memory of persistent data workers and of the main process: it does not grow from epoch to epoch."""
+"""Memory of persistent data workers and of the main process does not grow from epoch to epoch."""
 
 import io
 import os
@@ -18,13 +18,13 @@ ROWS, TARS, EPOCHS = 3000, 30, 5
 
 
 def kilobytes(process: int) -> int:
-    """Return a process's anonymous memory; pages of mapped files can be dropped by the system."""
+    """Return a process's anonymous memory in KiB, without mapped files, whose pages the system can drop."""
     status = dict(line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
     return int(status["RssAnon"].split()[0])
 
 
 def write_images(folder: Path) -> list[str]:
-    """Write twenty small files, which the samples share."""
+    """Write the twenty small images that all samples share, and return their names."""
     rng = np.random.default_rng(0)
     names = [f"{i:02}.jpg" for i in range(20)]
     for i, name in enumerate(names):
@@ -44,7 +44,7 @@ def write_table(folder: Path) -> str:
 
 
 def write_tars(folder: Path) -> str:
-    """Write thirty shards, more than are shuffled together."""
+    """Write thirty shards, more than are shuffled at once, and return their pattern."""
     images = [(folder / name).read_bytes() for name in write_images(folder)]
     for number in range(TARS):
         with tarfile.open(folder / f"{number:05}.tar", "w") as tar:
