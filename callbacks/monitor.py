@@ -75,7 +75,7 @@ class TrainingMonitor(TimedCallback):
 
     Args:
         stuck_steps: number of optimiser steps, after warm-up, over which the loss is averaged.
-        stuck_tolerance: a loss that is below the baseline by at most this share of it counts as stuck.
+        stuck_tolerance: the loss counts as stuck unless it is below the baseline by more than this fraction.
     """
 
     def __init__(self, stuck_steps: int = 500, stuck_tolerance: float = 0.01) -> None:

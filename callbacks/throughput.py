@@ -88,7 +88,7 @@ class Throughput(TimedCallback):
       have done in that time. It counts matrix products, convolutions and attention of the forward and backward pass of
       both encoders, for the encoded images and the tokens of the texts. It does not count padding or what is computed
       again because of micro-batches and activation checkpointing (so it is MFU, not HFU), nor the loss, the optimiser
-      and a teacher. Causal attention counts in full. A frozen encoder has only its forward pass, and no layer has a
+      and a teacher. Causal attention counts in full. A frozen encoder counts only its forward pass; no layer counts a
       gradient that is not needed. The peak of a GPU is that of Lightning's table for the run's precision (dense; TF32
       for float32 if ``torch.set_float32_matmul_precision`` allows it). The peak of a CPU, or of a GPU that is not in
       the table, is the fastest matrix product found in half a second at the start on the first rank's device, while

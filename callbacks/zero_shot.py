@@ -51,7 +51,7 @@ class ZeroShot(PeriodicEvaluation):
     """Evaluates zero-shot classification on any number of sets, under ``fit``, ``validate`` and ``test``.
 
     Logs ``zero_shot/<set>/<metric>``: the set's own metric and, if each image has one class, ``top1``, ``top5`` and
-    ``mean_per_class``. They are fractions that count every image once on any number of ranks, which share the prompts
+    ``mean_per_class``. They are fractions in which every image counts once. Ranks divide the prompts
     and the images. Prompts are encoded again only if the text tower has changed. Some images with their most similar
     class names are shown in TensorBoard and saved as ``zero_shot_<set>.png`` beside the logs.
 

@@ -18,7 +18,7 @@ NEAR_BITS = 2  # by which two hashes of one image may differ
 NEAR_COLOUR = 8  # levels by which the mean red, green or blue may differ
 BANDS = ((0, 22), (22, 21), (43, 21))  # first bit and width; two differing bits leave at least one band equal
 SHOWN = 20  # groups whose members are kept
-NEIGHBOURS = 64  # compared with each hash in the order of a band: a bound where very many are alike
+NEIGHBOURS = 64  # hashes that each is compared with in a band's order; bounds the work if many are alike
 
 
 class Look(NamedTuple):

@@ -46,7 +46,7 @@ class ShardOptions:
     """How tar shards are read.
 
     Attributes:
-        shuffle_shards: samples are shuffled within windows of about this many shards; the shards are all shuffled.
+        shuffle_shards: the shards are shuffled, then the samples within windows of at most this many shards.
         resampled: draw shards and samples with replacement, instead of each sample once per epoch.
         epoch_size: samples in an epoch if ``resampled``; None: as many as there are.
         cache_folder: for shards fetched from stores; None: ``~/.cache/lit-clip/shards``.

@@ -51,7 +51,7 @@ class UnreadableError(InputError):
 
 @dataclass(frozen=True)
 class EncodingSettings:
-    """How features are computed; of the result only rounding depends on it, by ``batch_size`` and ``precision``.
+    """How features are computed; only ``batch_size`` and ``precision`` affect the result, by rounding.
 
     Attributes:
         batch_size: images or texts that each process encodes at once.
@@ -123,7 +123,7 @@ def encode(
         title: of the progress bar.
 
     Returns:
-        On rank 0 the items that could not be read; on other ranks, which are done then, None.
+        On rank 0 the items that could not be read; None on other ranks, which have nothing left to do.
 
     Raises:
         UnreadableError: an image cannot be read and ``on_error`` is ``error``.

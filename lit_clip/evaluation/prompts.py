@@ -281,7 +281,7 @@ def text_classifier(
         stored = _from_first_rank(stored, shape, model.device)
     if stored is not None:
         return stored.to(model.device)
-    # With the memory layout of a loaded classifier, or products with it would be rounded differently the next time.
+    # In the memory layout of a loaded classifier: with another one, products with it would be rounded differently.
     classifier = ensemble(model, tokens, counts, batch_size, progress, ranks).contiguous()
     error = None
     if path is not None:

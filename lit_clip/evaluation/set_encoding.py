@@ -48,7 +48,7 @@ class SetRows:
 
 
 def set_task(model: CLIP, images: ImageSet) -> EncodingTask:
-    """Both kinds of features side by side, ``[N, W + D]``, those after the projection of unit length."""
+    """Create the task of encoding a set: features before and after the projection (unit length), ``[N, W + D]``."""
 
     def read(batches: Batches, stop: Path) -> ImageBatches:
         return ImageBatches(SetRows(images), batches, model.preprocessing, stop=stop)

@@ -33,7 +33,7 @@ class SetFeatures(NamedTuple):
 
     Attributes:
         before: float32 ``[N, W]``, before the projection.
-        after: float32 ``[N, D]``, of unit length; of several images their mean.
+        after: float32 ``[N, D]``, unit length; for rows of several images, the mean of their unit features.
         rows: the images that could be read, ascending.
         skipped: key and message of the others.
     """

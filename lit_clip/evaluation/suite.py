@@ -35,7 +35,7 @@ class SuiteEntry:
         class_names: see :func:`lit_clip.evaluation.prompts.prompts_of`; None: the set's own.
         templates: prompt templates, see there; None: ``a photo of a {}.``. In a retrieval set ``{}`` is the caption.
         metric: metric that the set is evaluated by.
-        tasks: tasks to run; None: those that the splits allow.
+        tasks: tasks to run; None: by metric and splits, without ``bias``.
         paper: name of the set in the paper's tables, to look up published figures.
         how_to_get: where the files can be obtained.
         note: how the protocol differs, or may differ, from the paper's.

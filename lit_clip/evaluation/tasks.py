@@ -204,7 +204,7 @@ def _confusions(opened: OpenSet, scores: Tensor, targets: Targets) -> list[tuple
 
 
 def _errors(opened: OpenSet, scores: Tensor, targets: Targets, folder: Path) -> list[dict[str, Any]]:
-    """Return the images that are most confidently predicted wrongly."""
+    """Return the most confidently misclassified images."""
     assert opened.prompts is not None
     names, test, features = opened.prompts.names, opened.folds[0].images["test"], opened.folds[0].features["test"]
     probability, prediction = scores.softmax(dim=1).amax(dim=1), predictions(scores)
