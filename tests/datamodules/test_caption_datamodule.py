@@ -328,7 +328,7 @@ def test_global_batch_has_the_same_pairs_on_any_number_of_ranks(table: Path, wor
     [
         (8, 3, ["8 pairs cannot be divided evenly among 3 processes", "6 or 9"]),
         (2, 3, ["2 pairs", "set it to 3"]),
-        (22, 2, ["22 pairs per step are more than the 21 training pairs", "20 or less"]),
+        (22, 2, ["22 pairs per step are more than the 21 training pairs", "at most 20"]),
         (0, 1, ["global_batch_size: 0 must be at least 1"]),
     ],
 )
