@@ -84,6 +84,7 @@ class NonFiniteSteps(Callback):
         self._norms = [layer for layer in pl_module.modules() if isinstance(layer, _BatchNorm)]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        pl_module.step_skipped = False  # pyright: ignore[reportArgumentType]  # nn.Module declares no bool
         layers = (layer for layer in self._norms if layer.training)
         self._statistics = [(buffer, buffer.clone()) for layer in layers for buffer in layer.buffers()]
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from lit_clip.version import __version__
 
 if TYPE_CHECKING:
-    from lit_clip.batch import CaptionBatch, LabelledBatch
+    from lit_clip.batch import CaptionBatch
     from lit_clip.evaluation.zero_shot import zero_shot_classifier
     from lit_clip.models.clip import CLIP
     from lit_clip.models.config import CLIPConfig
@@ -20,7 +20,6 @@ _HOMES = {
     "CLIP": "models.clip",
     "CLIPConfig": "models.config",
     "CaptionBatch": "batch",
-    "LabelledBatch": "batch",
     "LitCLIP": "module",
     "create_model": "weights.load",
     "image_transform": "models.preprocess",
@@ -34,7 +33,6 @@ __all__ = [
     "CLIP",
     "CLIPConfig",
     "CaptionBatch",
-    "LabelledBatch",
     "LitCLIP",
     "__version__",
     "create_model",

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+JUDGED_AFTER = 100  # samples: of fewer, a single one is above any sensible limit
+
 
 class CaptionBatch(NamedTuple):
     """Pairs of an image and its caption.
@@ -49,20 +51,3 @@ class CaptionBatch(NamedTuple):
         )
         lengths = [*self.lengths, *[self.lengths[-1]] * more] if self.lengths else []
         return CaptionBatch(self.images[rows], self.tokens[rows], keys, captions, groups, self.skipped, lengths)
-
-
-class LabelledBatch(NamedTuple):
-    """Images with a class each.
-
-    Attributes:
-        images: uint8 ``[B, 3, H, W]``.
-        labels: int64 ``[B]``, indices into the set's class names.
-        keys: identify the images.
-    """
-
-    images: Tensor
-    labels: Tensor
-    keys: list[str]
-
-
-JUDGED_AFTER = 100  # samples: of fewer, a single one is above any sensible limit

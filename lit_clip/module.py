@@ -209,15 +209,12 @@ class LitCLIP(LightningModule):
     def on_fit_start(self) -> None:
         check_run(self)
 
-    def on_train_batch_start(self, batch: CaptionBatch, batch_idx: int) -> None:
-        self.last_step, self.step_skipped = None, False
-
     def training_step(self, batch: CaptionBatch, batch_idx: int) -> Tensor:
         shards = distributed.shards(len(batch.images))
         parts = split_batch(self.model, batch, shards, self.hparams["micro_batch_size"])
         image_BD, text_BD = encode_parts(self.model, parts, len(batch.images))
-        if shards.total == 0:  # all samples were skipped; DDP and FSDP need a backward pass all the same
-            self.step_skipped = True
+        self.last_step, self.step_skipped = None, shards.total == 0
+        if self.step_skipped:  # no rank has a pair; DDP and FSDP need a backward pass all the same
             return sum((p.sum() * 0 for p in self._logit_parameters()), image_BD.sum() + text_BD.sum())
         loss, hits = self._loss(batch, image_BD, text_BD, shards)
         scale = self.model.logit_scale.exp()

@@ -137,6 +137,8 @@ class ImageBatches(Dataset[EncoderBatch]):
         try:
             notes = [self.note(name, image) for image in images] if self.note else []
             return [self.transform(image) for image in images], notes
+        except MemoryError:
+            raise
         except Exception as error:
             raise unreadable_image(error, name) from error
 

@@ -43,6 +43,8 @@ class SetRows:
         key = self.images.key(row)
         try:
             return key, self.images.images(row)
+        except MemoryError:
+            raise
         except Exception as error:  # for a broken file decoders raise anything
             raise unreadable_image(error, key) from error
 

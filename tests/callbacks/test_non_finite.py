@@ -285,6 +285,22 @@ def test_overflowing_gradients_are_left_to_the_gradient_scaler(
     assert non_finite.steps == 0
 
 
+def test_a_subclass_with_its_own_hook_trains_on_after_a_skipped_step(
+    tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+) -> None:
+    class OwnHook(LitCLIP):
+        def on_train_batch_start(self, batch: CaptionBatch, batch_idx: int) -> None:
+            """Does not call the base class."""
+
+    module, states = OwnHook(tiny_config, lr_scheduler=WarmupCosineSettings(0)), States()
+    callbacks = [states, BrokenGradient(1), NonFiniteSteps("skip")]
+    trainer(tmp_path, max_epochs=1, limit_val_batches=0, callbacks=callbacks).fit(
+        module, data_for(module, caption_table)
+    )
+    assert changed(*states.seen[1:3]) == set()
+    assert changed(*states.seen[2:4])
+
+
 def test_a_resumed_run_continues_the_count(tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path) -> None:
     key, counts = key_of_step(caption_table, tiny_config, 1), []
     for epochs, path in ((1, None), (2, tmp_path / "last.ckpt")):

@@ -194,7 +194,9 @@ def test_steps_are_left_out_where_the_data_module_does_not_know_them(tiny_config
     assert contradictions(plan) == []
 
 
-def test_print_plan_prints_and_does_not_train(cli: Callable[..., CompletedProcess[str]], caption_table: Path) -> None:
+def test_print_plan_prints_and_leaves_nothing_behind(
+    cli: Callable[..., CompletedProcess[str]], caption_table: Path, tmp_path: Path
+) -> None:
     words = ["fit", "--print_plan", "--model.architecture", TINY_YAML, "--data", "datamodules.Captions"]
     words += ["--data.train", str(caption_table), "--data.val", str(caption_table), "--data.global_batch_size", "24"]
     words += ["--trainer.max_epochs", "3", "--trainer.accelerator", "cpu", "--trainer.devices", "2"]
@@ -204,6 +206,7 @@ def test_print_plan_prints_and_does_not_train(cli: Callable[..., CompletedProces
     assert "6, 2 per epoch" in done.stdout
     assert "warm-up takes 2000" in done.stdout
     assert "Epoch" not in done.stdout
+    assert not list(tmp_path.iterdir())
     refused = cli(*words, "--data.global_batch_size", "25")
     assert refused.returncode == 2
     assert "25 pairs cannot be divided evenly among 2 processes; set it to 24 or 26" in refused.stderr
