@@ -26,13 +26,15 @@ from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.training.checks import check_lora_gradients, check_run, check_skipped_samples
 from lit_clip.training.micro_batches import encode_pairs, encode_parts, placeholder, split_batch
 from lit_clip.training.optim import (
-    AdamWSettings,
-    WarmupCosineSettings,
-    configure_adamw,
-    override_checkpoint_settings,
-    parameter_groups,
+    EXCEPT_GAINS_AND_BIASES,
+    Decays,
+    OptimizerFactory,
+    PaperAdamW,
     skip_step,
+    total_steps,
 )
+from lit_clip.training.optimization import Optimization
+from lit_clip.training.schedules import ScheduleFactory, WarmupCosine
 from lit_clip.training.teacher import Distill, Teacher
 from lit_clip.weights.checkpoints import base_name
 from lit_clip.weights.fingerprint import weights_sha256
@@ -80,8 +82,11 @@ class LitCLIP(LightningModule):
         pretrained: weights to start from: anything :func:`lit_clip.load_model` opens, of this architecture.
         image_size: if other than the architecture's; the position embedding of ``pretrained`` is interpolated.
         context_length: if other than the architecture's, see :func:`lit_clip.load_model`.
-        optimizer: settings of AdamW.
-        lr_scheduler: settings of the learning rate's schedule.
+        optimizer: creates the optimiser of parameter groups: a class of ``torch.optim`` or ``timm.optim``, one's own,
+            or a ``functools.partial`` of it.
+        lr_scheduler: creates the learning rate's schedule of the optimiser; it is stepped after each optimiser step,
+            and one with an argument ``total_steps`` gets the number of steps of the run.
+        decay: which parameters have weight decay, by name.
         freeze: encoders, or all but their last blocks, that are not trained: not in the optimiser, always in evaluation
             mode.
         layer_decay: the learning rate of each layer relative to the next one: one value, or one for each encoder.
@@ -97,6 +102,7 @@ class LitCLIP(LightningModule):
 
     Attributes:
         last_step: the training step under way; None if no rank had a pair.
+        optimization: the optimiser, schedule and rule of weight decay.
         step_skipped: whether the step under way changes nothing, on all ranks; callbacks may set it after the backward
             pass.
         baselines: for a logged metric its baseline, filled by whoever logs the metric.
@@ -111,8 +117,9 @@ class LitCLIP(LightningModule):
         pretrained: str | os.PathLike[str] | None = None,
         image_size: Size | None = None,
         context_length: int | None = None,
-        optimizer: AdamWSettings = AdamWSettings(),  # noqa: B008  # never changed
-        lr_scheduler: WarmupCosineSettings = WarmupCosineSettings(),  # noqa: B008
+        optimizer: OptimizerFactory = PaperAdamW,
+        lr_scheduler: ScheduleFactory = WarmupCosine,
+        decay: Decays = EXCEPT_GAINS_AND_BIASES,
         freeze: Freeze | None = None,
         layer_decay: LayerDecay | float | None = None,
         lora: LoRA | None = None,
@@ -123,16 +130,13 @@ class LitCLIP(LightningModule):
         super().__init__()
         if isinstance(layer_decay, int | float):
             layer_decay = LayerDecay(layer_decay, layer_decay)
-        self._optimizer = _from_dict(AdamWSettings, optimizer) or AdamWSettings()
-        self._lr_scheduler = _from_dict(WarmupCosineSettings, lr_scheduler) or WarmupCosineSettings()
+        self.optimization = Optimization(optimizer, lr_scheduler, decay)
         self._layer_decay, self._distill = _from_dict(LayerDecay, layer_decay), _from_dict(Distill, distill)
         freeze, lora = _from_dict(Freeze, freeze), _from_dict(LoRA, lora)
         if micro_batch_size is not None:
             require(micro_batch_size >= 1, f"model.micro_batch_size: {micro_batch_size} must be at least 1")
         self.model = create_model(architecture, pretrained, image_size, context_length)
         settings = {
-            "optimizer": self._optimizer,
-            "lr_scheduler": self._lr_scheduler,
             "freeze": freeze,
             "layer_decay": self._layer_decay,
             "lora": lora,
@@ -140,6 +144,7 @@ class LitCLIP(LightningModule):
         }
         self.save_hyperparameters(  # plain values only: a checkpoint must load with weights_only=True
             {name: value and _to_dict(value) for name, value in settings.items()}
+            | self.optimization.descriptions
             | {
                 "architecture": self.model.config.to_dict(),
                 "micro_batch_size": micro_batch_size,
@@ -308,10 +313,10 @@ class LitCLIP(LightningModule):
         """Return the groups as they were when ``fit`` began: FSDP's shards are flat, so weights look like biases."""
         if self._groups is not None:
             return [{**group, "params": list(group["params"])} for group in self._groups]
-        return parameter_groups(learning_rate_factors(self.model, self._layer_decay), self._optimizer)
+        return self.optimization.groups(self.model, learning_rate_factors(self.model, self._layer_decay))
 
     def configure_optimizers(self) -> Any:
-        return configure_adamw(self._parameter_groups(), self._optimizer, self._lr_scheduler, self.trainer)
+        return self.optimization.configure(self._parameter_groups(), self.trainer)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         base = {"pretrained": self.hparams["pretrained"], "sha256": self.base_sha256} if self.base_sha256 else None
@@ -327,7 +332,7 @@ class LitCLIP(LightningModule):
                 "optimizer_states" in checkpoint,
                 f"{name}: holds weights only, so training cannot resume; start from it with --model.pretrained",
             )
-            override_checkpoint_settings(checkpoint, self._parameter_groups(), self._optimizer, name)
+            self.optimization.resume(checkpoint, self._parameter_groups(), total_steps(self.trainer), name)
 
 
 def _from_dict(kind: type[Settings], value: Settings | Mapping[str, Any] | None) -> Settings | None:

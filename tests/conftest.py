@@ -21,7 +21,8 @@ import yaml
 from filelock import FileLock
 
 from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
-from lit_clip.training.optim import AdamWSettings, WarmupCosineSettings
+from lit_clip.training.optim import PaperAdamW
+from lit_clip.training.schedules import WarmupCosine
 from tests.helpers import forks
 
 ROOT = Path(__file__).parents[1]
@@ -127,7 +128,9 @@ def _overfit(caption_table: Path, folder: Path) -> None:
     torch.manual_seed(0)
     architecture = yaml.safe_load((ROOT / "configs/quickstart.yaml").read_text())["model"]["architecture"]
     module = LitCLIP(
-        architecture, optimizer=AdamWSettings(lr=1e-3, weight_decay=0.0), lr_scheduler=WarmupCosineSettings(10)
+        architecture,
+        optimizer=partial(PaperAdamW, lr=1e-3, weight_decay=0.0),
+        lr_scheduler=partial(WarmupCosine, warmup_steps=10),
     )
     data = Captions(
         str(caption_table),

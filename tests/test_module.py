@@ -1,6 +1,7 @@
 """LitCLIP learns, and its checkpoints are complete and safe to load."""
 
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from lit_clip.losses.contrastive import contrastive_loss
 from lit_clip.models.config import CLIPConfig
 from lit_clip.models.registry import resolve_architecture
 from lit_clip.module import LitCLIP
-from lit_clip.training.optim import AdamWSettings, WarmupCosineSettings, warmup_cosine
+from lit_clip.training.optim import PaperAdamW
+from lit_clip.training.schedules import WarmupCosine, warmup_cosine
 from lit_clip.weights.load import load_model
 
 
@@ -55,7 +57,7 @@ def data_for(module: LitCLIP, table: Path, **options: Any) -> Captions:
 
 @pytest.fixture
 def checkpoint(tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path) -> tuple[LitCLIP, Path]:
-    module = LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(2))
+    module = LitCLIP(tiny_config, lr_scheduler=partial(WarmupCosine, warmup_steps=2))
     fitting = trainer(tmp_path, max_epochs=1)
     fitting.fit(module, data_for(module, caption_table))
     fitting.save_checkpoint(tmp_path / "model.ckpt")
@@ -138,7 +140,9 @@ def test_the_learning_rate_follows_the_schedule_every_step_and_across_a_resume(
             rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
 
     def module() -> Recorder:
-        return Recorder(tiny_config, optimizer=AdamWSettings(lr=0.01), lr_scheduler=WarmupCosineSettings(3))
+        return Recorder(
+            tiny_config, optimizer=partial(PaperAdamW, lr=0.01), lr_scheduler=partial(WarmupCosine, warmup_steps=3)
+        )
 
     first, second, path = module(), module(), tmp_path / "epoch.ckpt"
     fitting = trainer(
@@ -158,7 +162,7 @@ def test_the_learning_rate_follows_the_schedule_every_step_and_across_a_resume(
 def test_the_temperature_is_clamped_after_every_step(
     tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
-    module = LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(0))
+    module = LitCLIP(tiny_config, lr_scheduler=partial(WarmupCosine, warmup_steps=0))
     with torch.no_grad():
         module.model.logit_scale.fill_(10.0)
     keep = ModelCheckpoint(tmp_path, "step", every_n_train_steps=1)  # its hook comes before the module's
@@ -192,7 +196,7 @@ def test_training_repeats_exactly_under_a_seed(tiny_config: CLIPConfig, caption_
     weights = []
     for disturbance in (0, 1):
         torch.manual_seed(3)
-        module = LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(1))
+        module = LitCLIP(tiny_config, lr_scheduler=partial(WarmupCosine, warmup_steps=1))
         random.seed(disturbance)  # nothing may draw from a global generator
         torch.manual_seed(disturbance)
         fitting = trainer(tmp_path, max_epochs=1, limit_val_batches=0, enable_checkpointing=False)
@@ -230,7 +234,7 @@ def test_gradients_can_be_clipped_in_any_precision(
             gradients = [p.grad for p in self.parameters() if p.grad is not None]
             norms.extend([float(torch.nn.utils.get_total_norm(gradients))] if gradients else [])
 
-    module = Norms(tiny_config, lr_scheduler=WarmupCosineSettings(0))
+    module = Norms(tiny_config, lr_scheduler=partial(WarmupCosine, warmup_steps=0))
     options: dict[str, Any] = {"gradient_clip_val": 0.01, "precision": precision, "enable_checkpointing": False}
     trainer(tmp_path, max_steps=2, limit_val_batches=0, **options).fit(module, data_for(module, caption_table))
     assert norms
@@ -274,7 +278,7 @@ def test_a_subclass_with_its_own_training_step_is_trained(
             image, text = self(batch)
             return ((image - text) ** 2).sum()
 
-    module = Pull(tiny_config, lr_scheduler=WarmupCosineSettings(0))
+    module = Pull(tiny_config, lr_scheduler=partial(WarmupCosine, warmup_steps=0))
     before = module.model.visual.proj.detach().clone()
     options: dict[str, Any] = {"gradient_clip_val": 1.0, "callbacks": callbacks.defaults()}
     trainer(tmp_path, max_steps=2, limit_val_batches=0, **options).fit(module, data_for(module, caption_table))

@@ -1,15 +1,13 @@
 """LightningCLI's commands: ``fit``, ``validate``, ``test`` and ``predict``."""
 
-import inspect
 import sys
 from argparse import ArgumentError
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from jsonargparse import set_parsing_settings
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningDataModule, Trainer
@@ -20,10 +18,17 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_clip.cli.run_folders import run_folders
-from lit_clip.errors import InputError, no_such_file
+from lit_clip.cli.words import (
+    check_encoder_options,
+    checkpoint_path,
+    data_options,
+    model_defaults,
+    named_class,
+)
+from lit_clip.errors import InputError
 from lit_clip.module import LitCLIP
 from lit_clip.tools.hardware import has_bfloat16
-from lit_clip.tools.messages import hinting, options_of, parameters
+from lit_clip.tools.messages import hinting, options_of
 from lit_clip.training.checkpoint_io import WholeCheckpointIO, newest_checkpoint
 from lit_clip.training.plan import measure_run, print_plan
 from lit_clip.training.summary import print_next_steps, print_summary, resume_command
@@ -64,20 +69,23 @@ class CLI(LightningCLI):
         """Parse with this priority: typed options, YAML files, the settings in ``--ckpt_path``, defaults."""
         words = sys.argv[1:] if args is None else args if isinstance(args, list) else []
         subcommand = next((word for word in words if word in getattr(self, "_subcommand_parsers", ())), None)
-        _check_encoder_options(words, subcommand)
-        path = _checkpoint_path(words, subcommand)
+        check_encoder_options(words, subcommand)
+        path, hparams = checkpoint_path(words, subcommand), {}
         if subcommand and path and path not in (*NEWEST, "best", "hpc"):  # Lightning handles the last two
             hparams = read_checkpoint(path)["hyper_parameters"]
-            known = inspect.signature(LitCLIP).parameters.keys() & hparams.keys()
-            defaults = dict(_flat({f"model.{key}": hparams[key] for key in known}))
-            self._subcommand_parsers[subcommand].set_defaults(defaults)
+        known = getattr(self, "_subcommand_parsers", {}).get(subcommand, parser)
+        defaults = model_defaults(LitCLIP, words, subcommand, hparams)
+        if self.subclass_mode_model:
+            named = named_class(words, subcommand, "model")
+            known.set_defaults({"model": {"class_path": named, "init_args": defaults}})
+        else:
+            known.set_defaults({f"model.{name}": value for name, value in defaults.items()})
         for name in {"validate", "test"} & getattr(self, "_subcommand_parsers", {}).keys():
             self._subcommand_parsers[name].set_defaults(verbose=False)  # our table shows it, with the baselines
-        known = getattr(self, "_subcommand_parsers", {}).get(subcommand, parser)
         try:
             with hinting(
                 words,
-                lambda: [*options_of(known), *_data_options(words, subcommand)],
+                lambda: [*options_of(known), *data_options(words, subcommand)],
                 f"lit-clip {subcommand or 'fit'} --help",
             ):
                 super().parse_arguments(parser, args)
@@ -97,8 +105,10 @@ class CLI(LightningCLI):
                 return
             hint = "; --ckpt_path auto starts from the beginning in that case" if subcommand == "fit" else ""
             raise InputError(f"--ckpt_path {path}: no complete checkpoint below {', '.join(map(str, folders))}{hint}")
-        if subcommand and path and not self.config[subcommand]["model"]["lora"]:
-            self.config[subcommand]["model"]["pretrained"] = None  # the checkpoint replaces every weight
+        model = self.config[subcommand]["model"] if subcommand else {}
+        model = model.get("init_args", model)
+        if path and not model.get("lora"):
+            model["pretrained"] = None  # the checkpoint replaces every weight
 
     def _parse_ckpt_path(self) -> None:
         """Lightning lets a checkpoint's hyper-parameters override what the user typed; see :meth:`parse_arguments`."""
@@ -234,86 +244,15 @@ def computes_in_bfloat16(accelerator: object) -> bool | None:
     return has_bfloat16()
 
 
-def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield settings of the optimiser and schedule under their own options; other values as they are."""
-    for name, value in values.items():
-        if name in ("model.optimizer", "model.lr_scheduler"):
-            yield from ((f"{name}.{key}", item) for key, item in value.items())
-        else:
-            yield name, value
-
-
-def _options(words: Sequence[str], *names: str) -> list[str]:
-    """Return the values of ``name value`` and ``name=value`` among command line words."""
-    values = []
-    for i, word in enumerate(words):
-        name, equals, value = word.partition("=")
-        if name in names and (equals or i + 1 < len(words)):
-            values.append(value if equals else words[i + 1])
-    return values
-
-
-def _checkpoint_path(words: Sequence[str], subcommand: str | None) -> str | None:
-    """Return ``ckpt_path`` as typed, or from the last YAML file that has one."""
-    paths = _options(words, "--ckpt_path")
-    for section in _sections(words, subcommand) if not paths else ():
-        if section.get("ckpt_path"):
-            paths.append(str(section["ckpt_path"]))
-            break
-    return paths[-1] if paths and paths[-1] != "null" else None
-
-
-def _sections(words: Sequence[str], subcommand: str | None) -> Iterator[dict[str, Any]]:
-    """Yield the YAML files' settings of a subcommand, the last file first."""
-    for config in reversed(_options(words, "--config", "-c")):
-        try:
-            values = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise no_such_file(config) from error
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise InputError(f"{config}: not a readable YAML file ({' '.join(str(error).split())})") from error
-        if not isinstance(values, dict):
-            raise InputError(f"{config}: not a YAML mapping of options; see --print_config")
-        section = values.get(subcommand, values)
-        if isinstance(section, dict):
-            yield section
-
-
-def _data_options(words: Sequence[str], subcommand: str | None) -> list[str]:
-    """Return the options of the named data module; the parser only knows ``--data``."""
-    named = _options(words, "--data")
-    for section in _sections(words, subcommand) if not named else ():
-        data = section.get("data")
-        if isinstance(data, dict) and isinstance(data.get("class_path"), str):
-            named.append(data["class_path"])
-            break
-    return [f"--data.{name}" for name in parameters(named[-1])] if named else []
-
-
-def _check_encoder_options(words: Sequence[str], subcommand: str | None) -> None:
-    """Refuse single encoder settings on the command line where jsonargparse would take them for our transformer's."""
-    typed = [word for word in words if word.startswith(("--model.architecture.image.", "--model.architecture.text."))]
-    for section in _sections(words, subcommand) if typed else ():
-        for word in typed:
-            encoder: Any = section
-            for key in word[2:].split(".")[:3]:
-                encoder = encoder.get(key) if isinstance(encoder, dict) else None
-            others = isinstance(encoder, dict) and ({"timm", "hugging_face"} & encoder.keys())
-            if others or (isinstance(encoder, dict) and isinstance(encoder.get("layers"), list)):  # a ResNet's stages
-                option = word.partition("=")[0]
-                raise InputError(
-                    f"{option}: single settings of this encoder cannot be set on the command line; set them in the "
-                    "YAML file"
-                )
-
-
 def run(args: ArgsType = None, execute: bool = True) -> CLI:
     """Parse and run a command; errors that the user can fix are raised."""
     # Without this, absolute keys such as ${model.optimizer.lr} are looked up above the subcommand.
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    words = sys.argv[1:] if args is None else args if isinstance(args, list) else []
     return CLI(
         LitCLIP,
         LightningDataModule,
+        subclass_mode_model=named_class(words, next(iter(words), None), "model") is not None,
         subclass_mode_data=True,
         save_config_callback=SaveConfig,
         seed_everything_default=0,

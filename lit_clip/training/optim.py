@@ -1,105 +1,138 @@
-"""Optimiser and schedule: the paper's AdamW with warm-up and a cosine; overriding a checkpoint's settings on resume."""
+"""The paper's AdamW, the rule of weight decay, parameter groups, and the number of steps of a run."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from lit_clip.errors import InputError, require
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
+OptimizerFactory = Callable[[Iterable], Optimizer]
+"""Creates an optimiser of parameter groups."""
+Decays = Callable[[str, nn.Parameter], bool]
+"""Returns whether a parameter, given with its name in the model, has weight decay."""
 
-@dataclass
-class AdamWSettings:
-    """Settings of AdamW; the defaults are the paper's for a ViT (table 18).
 
-    Attributes:
+class PaperAdamW(torch.optim.AdamW):
+    """AdamW; the defaults are the paper's for a ViT (table 18).
+
+    Args:
+        params: parameter groups.
         lr: learning rate at the end of the warm-up (table 20: 5e-4 for ViT-B at 32,768 pairs a step).
-        weight_decay: applied to weights, not to gains and biases.
         betas: decay rates of the two moments.
         eps: added to the denominator.
+        weight_decay: applied to weights, not to gains and biases.
     """
 
-    lr: float = 5e-4
-    weight_decay: float = 0.2
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = 1e-6
-
-    def __post_init__(self) -> None:
-        self.betas = (self.betas[0], self.betas[1])  # a checkpoint holds a list
-        for name in ("lr", "weight_decay"):
-            value = getattr(self, name)
-            require(value >= 0, f"model.optimizer.{name}: {value} must be at least 0")
-        require(
-            all(0 <= beta < 1 for beta in self.betas),
-            f"model.optimizer.betas: {list(self.betas)} must be at least 0 and below 1",
-        )
-        require(self.eps > 0, f"model.optimizer.eps: {self.eps} must be above 0")
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 5e-4,
+        betas: tuple[float, float] = (0.9, 0.98),
+        eps: float = 1e-6,
+        weight_decay: float = 0.2,
+    ) -> None:
+        super().__init__(params, lr=lr, betas=(betas[0], betas[1]), eps=eps, weight_decay=weight_decay)
 
 
-@dataclass
-class WarmupCosineSettings:
-    """Linear warm-up, then a cosine to 0 at the end of the run.
+class ExceptGainsAndBiases:
+    """Weight decay on "all weights that are not gains or biases" (paper, section 2.5).
 
-    Attributes:
-        warmup_steps: optimiser steps of warm-up (table 18: 2,000).
+    As in open_clip, parameters with fewer than two dimensions have none: LayerNorm's, biases, the class token and
+    ``logit_scale``; nor have those with certain names.
+
+    Args:
+        exempt: parts of names; ``bias`` also covers the tables of position biases of Swin and MPNet. open_clip's are
+            ``[bias, ln, bn, logit_scale]``.
     """
 
-    warmup_steps: int = 2000
+    def __init__(self, exempt: Sequence[str] = ("bias",)) -> None:
+        self.exempt = tuple(exempt)
 
-    def __post_init__(self) -> None:
-        require(self.warmup_steps >= 0, f"model.lr_scheduler.warmup_steps: {self.warmup_steps} must be at least 0")
+    def __call__(self, name: str, parameter: nn.Parameter) -> bool:
+        return parameter.ndim >= 2 and not any(part in name for part in self.exempt)
 
 
-def decay_groups(module: nn.Module | Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Return AdamW's parameter groups: decay on "all weights that are not gains or biases" (paper, section 2.5).
+EXCEPT_GAINS_AND_BIASES = ExceptGainsAndBiases()
 
-    As in open_clip, gains and biases are the parameters with fewer than two dimensions: LayerNorm's, biases, the class
-    token and ``logit_scale``.
+
+def trial(optimizer: OptimizerFactory, option: str = "model.optimizer") -> Optimizer:
+    """Create an optimiser of one 8 x 8 matrix, to see its class and settings before there is a run.
+
+    Raises:
+        InputError: the factory refuses its settings, or creates something else.
     """
-    parameters = module.parameters() if isinstance(module, nn.Module) else module
-    trainable = [p for p in parameters if p.requires_grad]
-    return [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    try:
+        made = optimizer([nn.Parameter(torch.zeros(8, 8))])
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{option}: {' '.join(str(error).split())}") from error
+    require(isinstance(made, Optimizer), f"{option}: creates a {type(made).__name__}, not a torch optimiser")
+    return made
+
+
+def moments(optimizer: OptimizerFactory) -> int | None:
+    """Return how many numbers an optimiser keeps for each number of a weight matrix; None if that is not known."""
+    made = trial(optimizer)
+    (parameter,) = made.param_groups[0]["params"]
+    parameter.grad = torch.ones_like(parameter)
+    try:
+        made.step()
+    except Exception:  # some need a closure, or whatever else
+        return None
+    sizes = (value.numel() for value in made.state[parameter].values() if isinstance(value, torch.Tensor))
+    return sum(size for size in sizes if size > 1) // parameter.numel()
+
+
+def decay_groups(
+    module: nn.Module, weight_decay: float, decays: Decays = EXCEPT_GAINS_AND_BIASES
+) -> list[dict[str, Any]]:
+    """Return a module's trainable parameters in two groups: with and without weight decay."""
+    return _decay_groups([(name, p) for name, p in module.named_parameters() if p.requires_grad], weight_decay, decays)
+
+
+def _decay_groups(
+    named: Sequence[tuple[str, nn.Parameter]], weight_decay: float | None, decays: Decays
+) -> list[dict[str, Any]]:
+    answers = [decays(name, parameter) for name, parameter in named]
+    groups = []
+    for kind, decay in ((True, weight_decay), (False, 0.0)):
+        params = [parameter for (_, parameter), answer in zip(named, answers, strict=True) if bool(answer) is kind]
+        groups.append({"params": params} | ({} if weight_decay is None else {"weight_decay": decay}))
+    return groups
 
 
 def parameter_groups(
-    layers: Iterable[tuple[str, float, Sequence[nn.Parameter]]], settings: AdamWSettings
+    module: nn.Module,
+    layers: Iterable[tuple[str, float, Sequence[nn.Parameter]]],
+    defaults: Mapping[str, Any],
+    decays: Decays,
 ) -> list[dict[str, Any]]:
-    """Return AdamW's parameter groups, at most two for each layer; frozen parameters are in none.
+    """Return an optimiser's parameter groups, at most two for each layer; frozen parameters are in none.
 
     Args:
+        module: whose parameters these are.
         layers: name, factor on the learning rate, parameters.
-        settings: learning rate at factor 1, and weight decay.
+        defaults: the optimiser's own settings: learning rate at factor 1, and weight decay if it has any.
+        decays: the rule of weight decay.
 
     Returns:
         Groups with ``name``, ``lr`` and ``weight_decay``; none is empty.
     """
-    return [
-        {"name": name + kind, "lr": settings.lr * factor, **group}
-        for name, factor, parameters in layers
-        for kind, group in zip(("", ", no decay"), decay_groups(parameters, settings.weight_decay), strict=True)
-        if group["params"]
-    ]
-
-
-def warmup_cosine(step: int, warmup_steps: int, total_steps: int) -> float:
-    """Return the factor on the learning rate at an optimiser step (0 first): linear to 1, then a cosine to 0.
-
-    The paper states warm-up over 2,000 iterations and cosine decay; that the warm-up is linear and the end 0
-    follow open_clip.
-    """
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    groups = []
+    for layer, factor, parameters in layers:
+        named = [(names[id(parameter)], parameter) for parameter in parameters if parameter.requires_grad]
+        both = _decay_groups(named, defaults.get("weight_decay"), decays)
+        for kind, group in zip(("", ", no decay"), both, strict=True):
+            if group["params"]:
+                groups.append({"name": layer + kind, "lr": defaults["lr"] * factor, **group})
+    return groups
 
 
 def batches_per_epoch(trainer: "Trainer") -> int | None:
@@ -128,58 +161,7 @@ def total_steps(trainer: "Trainer") -> int:
     return max(1, min(bounds, default=per_epoch * 1000))
 
 
-def configure_adamw(
-    groups: list[dict[str, Any]], settings: AdamWSettings, schedule: WarmupCosineSettings, trainer: "Trainer"
-) -> dict[str, Any]:
-    """Return AdamW and its schedule in Lightning's form; AdamW is fused where precision and clipping allow it."""
-    scaled = trainer.precision == "16-mixed"  # a fused step would leave the gradients scaled for later hooks
-    # Lightning assumes that a fused optimiser unscales gradients itself, and refuses to clip.
-    clipped = trainer.precision == "bf16-mixed" and bool(trainer.gradient_clip_val)
-    optimizer = torch.optim.AdamW(groups, betas=settings.betas, eps=settings.eps, fused=not (scaled or clipped))
-    total = total_steps(trainer)
-    lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: warmup_cosine(step, schedule.warmup_steps, total)
-    )
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": lr_scheduler, "interval": "step"}}
-
-
 def skip_step(module: nn.Module) -> None:
     """Remove all gradients, so that the optimiser step changes neither weights nor moments nor its step count."""
     for parameter in module.parameters():
         parameter.grad = None
-
-
-def override_checkpoint_settings(
-    checkpoint: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], settings: AdamWSettings, name: str
-) -> None:
-    """Overwrite a checkpoint's optimiser settings with this run's; a resumed run keeps its moments and its position.
-
-    Args:
-        checkpoint: changed in place.
-        groups: this run's, see :func:`parameter_groups`.
-        settings: this run's.
-        name: of the checkpoint, for messages.
-
-    Raises:
-        InputError: the checkpoint has other parameter groups.
-    """
-    for optimizer in checkpoint.get("optimizer_states", []):
-        saved = optimizer["param_groups"]
-        if [_shape(group) for group in saved] != [_shape(group) for group in groups]:
-            raise InputError(f"{name}: resume with the model.freeze, layer_decay and lora of the run that wrote it")
-        for group, ours in zip(saved, groups, strict=True):
-            group["lr"] *= ours["lr"] / (group["initial_lr"] or 1.0)
-            group |= {
-                "name": ours["name"],
-                "initial_lr": ours["lr"],
-                "weight_decay": ours["weight_decay"],
-                "betas": settings.betas,
-                "eps": settings.eps,
-            }
-    for schedule in checkpoint.get("lr_schedulers", []):
-        schedule["base_lrs"] = [group["lr"] for group in groups]
-
-
-def _shape(group: Mapping[str, Any]) -> tuple[str, int]:
-    """Return a parameter group's layer and its number of parameters."""
-    return group["name"].partition(",")[0], len(group["params"])

@@ -16,8 +16,9 @@ from lit_clip.losses.tiled import TILE
 from lit_clip.models.config import height_width
 from lit_clip.models.flops import tower_flops
 from lit_clip.models.layers import TOWERS, tower_blocks, tower_parameters
+from lit_clip.tools.parts import Description
 from lit_clip.training.activation_checkpointing import is_checkpointed
-from lit_clip.training.optim import batches_per_epoch, total_steps
+from lit_clip.training.optim import batches_per_epoch, moments, total_steps
 
 PAPER_BATCH = 32_768  # table 18
 PAPER_RATES = (3.6e-4, 5e-4)  # tables 19 and 20, from scratch; 5e-4 at 2,048 pairs too (the run on YFCC)
@@ -57,8 +58,11 @@ class RunPlan:
         steps_per_epoch: of training.
         steps: of the whole run.
         pairs: number of training pairs.
-        warmup: steps of warm-up.
+        warmup: steps of warm-up; None for a schedule without that setting.
         learning_rate: the highest.
+        optimizer: class and settings.
+        lr_scheduler: class and settings.
+        moments: numbers that the optimiser keeps for each weight; None if unknown.
         pretrained: whether training starts from pretrained weights.
         lora: whether a LoRA is trained, whose learning rates differ from the paper's.
         accumulated: batches whose gradients are accumulated.
@@ -82,8 +86,11 @@ class RunPlan:
     steps_per_epoch: int | None
     steps: int | None
     pairs: int | None
-    warmup: int
+    warmup: int | None
     learning_rate: float
+    optimizer: Description
+    lr_scheduler: Description
+    moments: int | None
     pretrained: bool
     lora: bool
     accumulated: int
@@ -132,8 +139,8 @@ class RunPlan:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of weights, gradients and AdamW's two moments in float32."""
-        return 4 * (self.frozen + self.trainable) + 12 * self.trainable
+        """Bytes of weights, gradients and the optimiser's moments in float32."""
+        return 4 * (self.frozen + self.trainable) + 4 * (1 + (self.moments or 0)) * self.trainable
 
     @property
     def loss_bytes(self) -> tuple[int, int] | None:
@@ -184,8 +191,11 @@ def measure_run(module: Any, trainer: Trainer) -> RunPlan:
         trial=bool(getattr(trainer, "fast_dev_run", False)),
         steps=None if per_epoch is None else total_steps(trainer),
         pairs=len(source) if (source := getattr(data, "train_source", None)) is not None else None,
-        warmup=hparams.lr_scheduler["warmup_steps"],
-        learning_rate=hparams.optimizer["lr"],
+        warmup=hparams.lr_scheduler["init_args"].get("warmup_steps"),
+        learning_rate=module.optimization.lr,
+        optimizer=hparams.optimizer,
+        lr_scheduler=hparams.lr_scheduler,
+        moments=moments(module.optimization.optimizer),
         pretrained=module.starts_trained,
         lora=bool(hparams.lora),
         accumulated=trainer.accumulate_grad_batches,
@@ -225,7 +235,8 @@ def plan_rows(plan: RunPlan) -> list[tuple[str, str]]:
     if forward is not None and training is not None:
         work = f"{_short(forward)} forward, {_short(training)} in training ({plan.passes:g} x); texts of full length"
         rows.append(("FLOPs per pair", work))
-    rows.append(("weights, gradients, AdamW", f"{_bytes(plan.state_bytes)} on each rank without sharding"))
+    kept = "weights, gradients, moments" if plan.moments is not None else "weights, gradients"
+    rows.append((kept, f"{_bytes(plan.state_bytes)} on each rank without sharding"))
     if plan.loss_bytes is not None:
         tiled, dense = plan.loss_bytes
         instead = (
@@ -235,12 +246,28 @@ def plan_rows(plan: RunPlan) -> list[tuple[str, str]]:
         rows.append(("pairs per step", _pairs_a_step(plan)))
     if plan.steps is not None:
         rows.append(("steps", f"{plan.steps:,}, {plan.steps_per_epoch:,} per epoch"))
+    if plan.steps is not None and plan.warmup is not None:
         of_run = "longer than the run" if plan.warmup > plan.steps else f"{plan.warmup / plan.steps:.1%} of the run"
         rows.append(("warm-up", f"{plan.warmup:,} steps, {of_run}"))
     if plan.steps is not None and plan.global_batch is not None:
         rows.append(("pairs seen", f"{plan.steps * plan.global_batch:,}" + _left_out(plan)))
-    rows.append(("learning rate", f"{plan.learning_rate:g}"))
+    rows.append(("optimiser", _part(plan.optimizer)))
+    rows.append(("schedule", _part(plan.lr_scheduler)))
     return rows
+
+
+def _part(description: Description) -> str:
+    """Return a part's class and settings, without those that are off."""
+    settings = [
+        f"{name} {', '.join(map(_number, value)) if isinstance(value, list) else _number(value)}"
+        for name, value in description["init_args"].items()
+        if value is not False
+    ]
+    return f"{description['class_path'].rpartition('.')[2]}{': ' * bool(settings)}{', '.join(settings)}"
+
+
+def _number(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _pairs_a_step(plan: RunPlan) -> str:
@@ -295,7 +322,7 @@ def _accumulation(plan: RunPlan) -> str | None:
 
 
 def _warmup(plan: RunPlan) -> str | None:
-    if plan.steps is None or plan.warmup < plan.steps:
+    if plan.steps is None or plan.warmup is None or plan.warmup < plan.steps:
         return None
     return f"the run has {plan.steps} steps and warm-up takes {plan.warmup}: lower --model.lr_scheduler.warmup_steps"
 
@@ -337,13 +364,13 @@ def _few_for_batch_norm(plan: RunPlan) -> str | None:
 
 
 def _rate(plan: RunPlan) -> str | None:
-    """Warn of a learning rate more than ten times away from the paper's.
+    """Warn of a learning rate of Adam or AdamW that is more than ten times away from the paper's.
 
     From scratch it used 3.6e-4 to 5e-4 at 32,768 pairs (tables 19, 20) and 5e-4 at 2,048 too, so the batch hardly
     matters; from pretrained weights 2e-5. Smaller rates are only suspicious with a batch as large as that.
     """
     rate, large = plan.learning_rate, (plan.global_batch or 0) >= 2048
-    if plan.lora or rate == 0:
+    if plan.lora or rate == 0 or "Adam" not in plan.optimizer["class_path"]:
         return None
     low, high = (PAPER_FINE_TUNING_RATE,) * 2 if plan.pretrained else PAPER_RATES
     if rate > FAR * high or (large and not plan.pretrained and rate < low / FAR):

@@ -1,6 +1,7 @@
 """The moving average of the weights: how it is computed, evaluated, saved, resumed and loaded."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from callbacks import EMA
 from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig
 from lit_clip.module import LitCLIP
-from lit_clip.training.optim import AdamWSettings, WarmupCosineSettings
+from lit_clip.training.optim import PaperAdamW
+from lit_clip.training.schedules import WarmupCosine
 from tests.test_module import data_for, trainer
 
 DECAY = 0.6
@@ -48,7 +50,7 @@ def fit(
 ) -> tuple[LitCLIP, Recorder, Any]:
     torch.manual_seed(0)
     module, recorder = (
-        LitCLIP(config, optimizer=AdamWSettings(lr=0.01), lr_scheduler=WarmupCosineSettings(1)),
+        LitCLIP(config, optimizer=partial(PaperAdamW, lr=0.01), lr_scheduler=partial(WarmupCosine, warmup_steps=1)),
         Recorder(),
     )
     # The recorder comes after EMA in the list, where Lightning's own callback would show it the current weights.
@@ -142,7 +144,7 @@ def test_after_an_error_the_module_has_the_current_weights(
 
     keep = ModelCheckpoint(tmp_path, "failed", save_on_exception=True, save_top_k=0)
     torch.manual_seed(0)
-    module, recorder = LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(1)), Recorder()
+    module, recorder = LitCLIP(tiny_config, lr_scheduler=partial(WarmupCosine, warmup_steps=1)), Recorder()
     fitting = trainer(tmp_path, max_epochs=2, callbacks=[EMA(DECAY), recorder, Fails(), keep])
     with pytest.raises(RuntimeError, match="stop here"):
         fitting.fit(module, data_for(module, caption_table))

@@ -5,6 +5,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from lit_clip.errors import InputError
 from lit_clip.losses.contrastive import sigmoid_loss
 from lit_clip.models.config import CLIPConfig
 from lit_clip.module import LitCLIP
-from lit_clip.training.optim import AdamWSettings, WarmupCosineSettings
+from lit_clip.training.optim import PaperAdamW
+from lit_clip.training.schedules import WarmupCosine
 from tests.test_module import data_for, trainer
 
 
@@ -84,7 +86,7 @@ def test_logged_norms_are_before_clipping_and_without_the_scale_of_16_mixed(
         options["plugins"] = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))]
     norms = Norms()
     run(
-        LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(1)),
+        LitCLIP(tiny_config, lr_scheduler=partial(WarmupCosine, warmup_steps=1)),
         caption_table,
         tmp_path,
         TrainingMonitor(),
@@ -109,7 +111,9 @@ def test_the_uninformed_loss_is_the_lowest_that_equal_features_reach(pairs: int)
 
 
 def test_a_run_that_does_not_learn_warns_once(tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path) -> None:
-    module = LitCLIP(tiny_config, optimizer=AdamWSettings(lr=0.0), lr_scheduler=WarmupCosineSettings(2))
+    module = LitCLIP(
+        tiny_config, optimizer=partial(PaperAdamW, lr=0.0), lr_scheduler=partial(WarmupCosine, warmup_steps=2)
+    )
     with torch.no_grad():
         module.model.visual.proj.fill_(0.0)  # all images look alike
     (message,) = run(module, caption_table, tmp_path, TrainingMonitor(stuck_steps=4))
@@ -120,7 +124,9 @@ def test_a_run_that_does_not_learn_warns_once(tiny_config: CLIPConfig, caption_t
 
 def test_the_sigmoid_loss_has_its_own_baseline(tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path) -> None:
     module = LitCLIP(
-        replace(tiny_config, logit_bias=True), optimizer=AdamWSettings(lr=0.0), lr_scheduler=WarmupCosineSettings(0)
+        replace(tiny_config, logit_bias=True),
+        optimizer=partial(PaperAdamW, lr=0.0),
+        lr_scheduler=partial(WarmupCosine, warmup_steps=0),
     )
     assert module.model.logit_bias is not None
     with torch.no_grad():
@@ -135,11 +141,13 @@ def test_a_trained_model_and_one_in_warm_up_do_not_warn(
 ) -> None:
     checkpoint, table = overfitted
     learnt = LitCLIP.load_from_checkpoint(
-        checkpoint, optimizer=AdamWSettings(lr=1e-5), lr_scheduler=WarmupCosineSettings(0)
+        checkpoint, optimizer=partial(PaperAdamW, lr=1e-5), lr_scheduler=partial(WarmupCosine, warmup_steps=0)
     )
     assert run(learnt, table, tmp_path / "learnt", TrainingMonitor(stuck_steps=4)) == []
     assert max(logged(tmp_path / "learnt", "train/loss")) < 0.9 * math.log(16)
-    warming = LitCLIP(tiny_config, optimizer=AdamWSettings(lr=0.0), lr_scheduler=WarmupCosineSettings(12))
+    warming = LitCLIP(
+        tiny_config, optimizer=partial(PaperAdamW, lr=0.0), lr_scheduler=partial(WarmupCosine, warmup_steps=12)
+    )
     assert run(warming, caption_table, tmp_path / "warming", TrainingMonitor(stuck_steps=1)) == []
 
 

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from lit_clip.losses.contrastive import contrastive_loss
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, ResNetConfig, TextTransformerConfig
 from lit_clip.module import LitCLIP
-from lit_clip.training.optim import AdamWSettings, WarmupCosineSettings, decay_groups, warmup_cosine
+from lit_clip.training.optim import PaperAdamW, decay_groups
+from lit_clip.training.schedules import WarmupCosine, warmup_cosine
 from tests.conftest import ROOT
 from tests.helpers import forks
 from tests.helpers.ranks_stability import BrokenGradient, BrokenImage
@@ -238,7 +240,9 @@ def test_a_skipped_step_changes_nothing(options: dict[str, Any], caption_table: 
     """Neither weights nor BatchNorm statistics nor AdamW's moments and step count."""
     if options.get("precision") == "16-mixed":
         options = {"plugins": [scaled()]}
-    module = LitCLIP(WITH_BATCH_NORM, optimizer=AdamWSettings(lr=1e-3), lr_scheduler=WarmupCosineSettings(0))
+    module = LitCLIP(
+        WITH_BATCH_NORM, optimizer=partial(PaperAdamW, lr=1e-3), lr_scheduler=partial(WarmupCosine, warmup_steps=0)
+    )
     states = States()
     callbacks = [states, BrokenImage([key_of_step(caption_table, WITH_BATCH_NORM, 2)]), NonFiniteSteps("skip")]
     fitting = trainer(tmp_path, max_epochs=1, limit_val_batches=0, callbacks=callbacks, **options)
@@ -254,7 +258,7 @@ def test_a_skipped_step_changes_nothing(options: dict[str, Any], caption_table: 
 def test_a_step_with_a_non_finite_gradient_is_skipped_and_lists_all_its_keys(
     tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
-    module = LitCLIP(tiny_config, micro_batch_size=4, lr_scheduler=WarmupCosineSettings(0))
+    module = LitCLIP(tiny_config, micro_batch_size=4, lr_scheduler=partial(WarmupCosine, warmup_steps=0))
     states = States()
     options: dict[str, Any] = {
         "logger": CSVLogger(tmp_path),
@@ -274,7 +278,7 @@ def test_a_step_with_a_non_finite_gradient_is_skipped_and_lists_all_its_keys(
 def test_overflowing_gradients_are_left_to_the_gradient_scaler(
     tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
-    module, states = LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(0)), States()
+    module, states = LitCLIP(tiny_config, lr_scheduler=partial(WarmupCosine, warmup_steps=0)), States()
     precision, non_finite = scaled(), NonFiniteSteps()
     options: dict[str, Any] = {"plugins": [precision], "callbacks": [states, BrokenGradient(1), non_finite]}
     trainer(tmp_path, max_epochs=1, limit_val_batches=0, **options).fit(module, data_for(module, caption_table))
@@ -292,7 +296,7 @@ def test_a_subclass_with_its_own_hook_trains_on_after_a_skipped_step(
         def on_train_batch_start(self, batch: CaptionBatch, batch_idx: int) -> None:
             """Does not call the base class."""
 
-    module, states = OwnHook(tiny_config, lr_scheduler=WarmupCosineSettings(0)), States()
+    module, states = OwnHook(tiny_config, lr_scheduler=partial(WarmupCosine, warmup_steps=0)), States()
     callbacks = [states, BrokenGradient(1), NonFiniteSteps("skip")]
     trainer(tmp_path, max_epochs=1, limit_val_batches=0, callbacks=callbacks).fit(
         module, data_for(module, caption_table)
@@ -304,7 +308,7 @@ def test_a_subclass_with_its_own_hook_trains_on_after_a_skipped_step(
 def test_a_resumed_run_continues_the_count(tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path) -> None:
     key, counts = key_of_step(caption_table, tiny_config, 1), []
     for epochs, path in ((1, None), (2, tmp_path / "last.ckpt")):
-        module = LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(0))
+        module = LitCLIP(tiny_config, lr_scheduler=partial(WarmupCosine, warmup_steps=0))
         saver = ModelCheckpoint(tmp_path, "last", enable_version_counter=False)
         fitting = trainer(
             tmp_path,
@@ -363,7 +367,7 @@ def test_an_unwritable_list_of_steps_does_not_stop_the_run(
 
 
 def test_ema_stays_finite(tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path) -> None:
-    module = LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(0))
+    module = LitCLIP(tiny_config, lr_scheduler=partial(WarmupCosine, warmup_steps=0))
     broken = BrokenImage([key_of_step(caption_table, tiny_config, 0)])
     fitting = trainer(tmp_path, max_epochs=1, limit_val_batches=0, callbacks=[EMA(0.5), broken, NonFiniteSteps("skip")])
     fitting.fit(module, data_for(module, caption_table))
@@ -394,7 +398,9 @@ def test_an_unknown_policy_is_refused() -> None:
 def test_a_step_is_skipped_on_a_cuda_device_in_every_precision(
     precision: Any, caption_table: Path, tmp_path: Path
 ) -> None:
-    module = LitCLIP(WITH_BATCH_NORM, optimizer=AdamWSettings(lr=1e-3), lr_scheduler=WarmupCosineSettings(0))
+    module = LitCLIP(
+        WITH_BATCH_NORM, optimizer=partial(PaperAdamW, lr=1e-3), lr_scheduler=partial(WarmupCosine, warmup_steps=0)
+    )
     states = States()
     callbacks = [states, BrokenImage([key_of_step(caption_table, WITH_BATCH_NORM, 2)]), NonFiniteSteps("skip")]
     options: dict[str, Any] = {"accelerator": "gpu", "devices": 1, "precision": precision, "callbacks": callbacks}

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from callbacks.preemption import Preemption
 from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig
 from lit_clip.module import LitCLIP
-from lit_clip.training.optim import AdamWSettings, WarmupCosineSettings
+from lit_clip.training.optim import PaperAdamW
+from lit_clip.training.schedules import WarmupCosine
 from tests.conftest import ROOT, TINY_YAML, lit_clip_command
 from tests.test_module import data_for, trainer
 
@@ -83,7 +85,7 @@ def stopped_fit(
     config: CLIPConfig, table: Path, folder: Path, *callbacks: Callback, ckpt_path: Path | None = None, **options: Any
 ) -> tuple[SystemExit, Recorder]:
     """Run a fit that a signal must end; return the exit and the record. Epochs have 4 steps, validations 4 batches."""
-    module = LitCLIP(config, optimizer=AdamWSettings(lr=0.01), lr_scheduler=WarmupCosineSettings(1))
+    module = LitCLIP(config, optimizer=partial(PaperAdamW, lr=0.01), lr_scheduler=partial(WarmupCosine, warmup_steps=1))
     recorder = Recorder()
     settings = {"max_epochs": 3, "callbacks": [Preemption(), recorder, *callbacks], **options}
     with pytest.raises(SystemExit) as stopped:
@@ -185,7 +187,9 @@ def test_a_resumed_run_begins_with_the_validation_that_was_stopped(
 ) -> None:
     def fit(name: str, *more: Callback, ckpt_path: Path | None = None) -> list[tuple[Any, ...]]:
         torch.manual_seed(0)
-        module = LitCLIP(tiny_config, optimizer=AdamWSettings(lr=0.01), lr_scheduler=WarmupCosineSettings(1))
+        module = LitCLIP(
+            tiny_config, optimizer=partial(PaperAdamW, lr=0.01), lr_scheduler=partial(WarmupCosine, warmup_steps=1)
+        )
         diary = Diary()
         best = ModelCheckpoint(tmp_path / name, "best", monitor="val/loss", save_last=True)
         callbacks = [Preemption(), diary, *([EMA(decay=0.25)] if average else []), *more, best]
@@ -222,7 +226,7 @@ def test_a_signal_before_the_first_step_saves_nothing(
 def test_every_n_steps_delays_the_check_for_signals(
     tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
-    recorder, module = Recorder(), LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(1))
+    recorder, module = Recorder(), LitCLIP(tiny_config, lr_scheduler=partial(WarmupCosine, warmup_steps=1))
     callbacks = [Preemption(every_n_steps=3), recorder, SignalAt("on_before_optimizer_step"), keeper(tmp_path)]
     with pytest.raises(SystemExit):
         trainer(tmp_path, max_epochs=2, callbacks=callbacks).fit(module, data_for(module, caption_table))
@@ -298,7 +302,7 @@ def test_an_incomplete_checkpoint_is_an_error_and_replaces_nothing(
     """By itself Lightning is silent when it cannot write a checkpoint (footgun L19)."""
     run = tiny_config, caption_table, tmp_path
     stopped_fit(*run, SignalAt("on_before_optimizer_step", 1), keeper(tmp_path))
-    module = LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(1))
+    module = LitCLIP(tiny_config, lr_scheduler=partial(WarmupCosine, warmup_steps=1))
     callbacks = [Preemption(), SignalAt("on_before_optimizer_step", 1), keeper(tmp_path)]
     fitting = trainer(tmp_path, max_epochs=2, callbacks=callbacks, plugins=[FullDisk()])
     with pytest.raises(InputError, match=r"last\.ckpt: the checkpoint could not be written; check the free space"):

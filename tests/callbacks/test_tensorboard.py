@@ -1,5 +1,6 @@
 """Logs of a run: metrics, and TensorBoard's images and embeddings."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from datamodules import Captions, NoCaptions, OpenMojiClasses
 from lit_clip import LitCLIP, zero_shot_classifier
 from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig
-from lit_clip.training.optim import WarmupCosineSettings
+from lit_clip.training.schedules import WarmupCosine
 
 TEMPLATES = ["{}", "a drawing of {}."]
 
@@ -73,7 +74,7 @@ def test_zero_shot_metrics_equal_scikit_learns(groups: ZeroShotSet, tiny_config:
 def test_a_run_writes_every_curve_and_image_and_its_best_checkpoint(
     groups: ZeroShotSet, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
-    module = LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(1))
+    module = LitCLIP(tiny_config, lr_scheduler=partial(WarmupCosine, warmup_steps=1))
     best = ModelCheckpoint(monitor="zero_shot/groups/top1", mode="max")
     callbacks = [
         ZeroShot({"groups": groups}, examples=6),
@@ -109,7 +110,7 @@ def test_a_run_writes_every_curve_and_image_and_its_best_checkpoint(
 def test_validate_gives_the_numbers_of_fit(
     groups: ZeroShotSet, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
-    module = LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(1))
+    module = LitCLIP(tiny_config, lr_scheduler=partial(WarmupCosine, warmup_steps=1))
     trainer = make_trainer(tmp_path, [ZeroShot({"groups": groups})], max_epochs=1, precision="bf16-mixed")
     trainer.fit(module, data_for(module, caption_table))
     fitted = {name: float(v) for name, v in trainer.callback_metrics.items() if not name.startswith("train/")}

@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,8 +33,8 @@ from lit_clip.models.lora import LoRA
 from lit_clip.models.transformer import VisionTransformer
 from lit_clip.module import LitCLIP
 from lit_clip.training.activation_checkpointing import checkpoint_encoders
-from lit_clip.training.optim import WarmupCosineSettings
 from lit_clip.training.plan import tower_work
+from lit_clip.training.schedules import WarmupCosine
 from lit_clip.weights.load import create_model
 from tests.helpers.small_sets import write_table
 from tests.test_module import data_for, trainer
@@ -186,7 +187,7 @@ def test_without_a_count_there_is_no_mfu_and_a_warning(
             raise ValueError("cannot count")
         return VisionTransformer.project(self, VisionTransformer.features(self, images))
 
-    table, module = write_table(tmp_path), LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(0))
+    table, module = write_table(tmp_path), LitCLIP(tiny_config, lr_scheduler=partial(WarmupCosine, warmup_steps=0))
     monkeypatch.setattr(VisionTransformer, "forward", fails)
     with pytest.warns(UserWarning, match="there is no train/mfu"):
         done = fit(module, data_for(module, table, batch_size=4), tmp_path, Throughput())
@@ -247,7 +248,7 @@ def lengths_of(table: Path, module: LitCLIP) -> list[int]:
 
 def test_tokens_and_arithmetic_are_those_of_the_captions(tiny_config: CLIPConfig, tmp_path: Path) -> None:
     table = write_table(tmp_path)
-    module = LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(0))
+    module = LitCLIP(tiny_config, lr_scheduler=partial(WarmupCosine, warmup_steps=0))
     fit(module, data_for(module, table, batch_size=4), tmp_path, Throughput(), max_epochs=2, log_every_n_steps=2)
     lengths = lengths_of(table, module)
     samples, tokens, padded, mfu = (
@@ -338,7 +339,11 @@ class Steps(Callback):
 
 
 def test_waiting_for_data_is_measured_in_the_loop(tiny_config: CLIPConfig, tmp_path: Path) -> None:
-    table, module, steps = write_table(tmp_path), LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(0)), Steps()
+    table, module, steps = (
+        write_table(tmp_path),
+        LitCLIP(tiny_config, lr_scheduler=partial(WarmupCosine, warmup_steps=0)),
+        Steps(),
+    )
     fit(module, slow_data(module, table), tmp_path, steps, Throughput(), max_epochs=2)
     for rate, share in zip(
         logged(tmp_path, "train/samples_per_second"), logged(tmp_path, "train/data_wait_share"), strict=True
@@ -373,7 +378,11 @@ class SleepyZeroShot(ZeroShot):
 @pytest.mark.parametrize("where", ["validations", "checkpoints", "ends of epochs", "evaluations"])
 def test_time_outside_training_is_not_counted(where: str, tiny_config: CLIPConfig, tmp_path: Path) -> None:
     """0.6 seconds are slept before the last of four steps."""
-    table, module, steps = write_table(tmp_path), LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(0)), Steps()
+    table, module, steps = (
+        write_table(tmp_path),
+        LitCLIP(tiny_config, lr_scheduler=partial(WarmupCosine, warmup_steps=0)),
+        Steps(),
+    )
     saving = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=1, save_top_k=-1)
     sleeps = SleepyZeroShot(every_n_steps=1) if where == "evaluations" else Sleeps(where)
     options: dict[str, Any] = {"max_epochs": 2, "limit_val_batches": 1, "val_check_interval": 1}
@@ -388,11 +397,14 @@ def test_time_outside_training_is_not_counted(where: str, tiny_config: CLIPConfi
 
 def test_a_run_resumed_within_an_epoch_counts_only_its_own_time(tiny_config: CLIPConfig, tmp_path: Path) -> None:
     table = write_table(tmp_path)
-    module = LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(0))
+    module = LitCLIP(tiny_config, lr_scheduler=partial(WarmupCosine, warmup_steps=0))
     monitors = [Throughput(), TrainingMonitor()]
     saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
     fit(module, data_for(module, table, batch_size=4), tmp_path / "first", *monitors, saving)
-    module, monitors = LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(0)), [Throughput(), TrainingMonitor()]
+    module, monitors = (
+        LitCLIP(tiny_config, lr_scheduler=partial(WarmupCosine, warmup_steps=0)),
+        [Throughput(), TrainingMonitor()],
+    )
     data, path = data_for(module, table, batch_size=4), tmp_path / "step=1.ckpt"  # of two per epoch
     since = time.perf_counter()
     fit(module, data, tmp_path / "second", *monitors, max_epochs=2, ckpt_path=path)
@@ -405,7 +417,7 @@ def test_a_run_resumed_within_an_epoch_counts_only_its_own_time(tiny_config: CLI
 def test_with_a_training_monitor_each_number_is_logged_once(tiny_config: CLIPConfig, tmp_path: Path) -> None:
     table = write_table(tmp_path)
     for number, callbacks in enumerate([[Throughput(), TrainingMonitor()], [TrainingMonitor(), Throughput()]]):
-        module = LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(0))
+        module = LitCLIP(tiny_config, lr_scheduler=partial(WarmupCosine, warmup_steps=0))
         folder = tmp_path / str(number)
         fit(module, data_for(module, table, batch_size=4), folder, *callbacks, log_every_n_steps=2)
         (rate,), (tokens,) = logged(folder, "train/samples_per_second"), logged(folder, "train/tokens_per_second")
@@ -416,7 +428,7 @@ def test_the_users_profiler_works_as_usual_and_is_restored(tiny_config: CLIPConf
     table, profiler, module = (
         write_table(tmp_path),
         SimpleProfiler(),
-        LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(0)),
+        LitCLIP(tiny_config, lr_scheduler=partial(WarmupCosine, warmup_steps=0)),
     )
     callbacks = [Throughput(), TrainingMonitor()]
     fit(module, data_for(module, table, batch_size=4), tmp_path, *callbacks, profiler=profiler)
@@ -433,7 +445,7 @@ def test_a_failed_run_restores_the_profiler(tiny_config: CLIPConfig, tmp_path: P
     table, profiler, module = (
         write_table(tmp_path),
         SimpleProfiler(),
-        LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(0)),
+        LitCLIP(tiny_config, lr_scheduler=partial(WarmupCosine, warmup_steps=0)),
     )
     with pytest.raises(RuntimeError, match="on purpose"):
         fit(module, data_for(module, table, batch_size=4), tmp_path, Throughput(), Fails(), profiler=profiler)
@@ -444,7 +456,7 @@ def test_weights_are_those_of_a_run_without_the_callback(tiny_config: CLIPConfig
     table, weights = write_table(tmp_path), list[dict[str, Tensor]]()
     for callbacks in ([], [Throughput()]):
         torch.manual_seed(0)
-        module = LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(0))
+        module = LitCLIP(tiny_config, lr_scheduler=partial(WarmupCosine, warmup_steps=0))
         fit(module, data_for(module, table, batch_size=4), tmp_path / str(len(callbacks)), *callbacks)
         weights.append(module.state_dict())
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())

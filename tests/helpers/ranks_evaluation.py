@@ -2,6 +2,7 @@
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ from lit_clip.evaluation.retrieval import Evaluation, RetrievalSet, token_hashes
 from lit_clip.losses.contrastive import unit
 from lit_clip.models.config import CLIPConfig, ResNetConfig, TextTransformerConfig, VisionTransformerConfig
 from lit_clip.module import LitCLIP
-from lit_clip.training.optim import WarmupCosineSettings
+from lit_clip.training.schedules import WarmupCosine
 from tests.helpers.ranks import serve
 
 TEXT = TextTransformerConfig(context_length=16, width=64, layers=1, heads=1)
@@ -59,7 +60,9 @@ def evaluate_cases() -> list[dict[str, float]]:
 def make_module(image: VisionTransformerConfig | ResNetConfig = VIT) -> LitCLIP:
     """Return a module with enlarged weights, equal on all ranks; initial ones give all texts almost equal features."""
     torch.manual_seed(0)
-    module = LitCLIP(CLIPConfig(embed_dim=16, image=image, text=TEXT), lr_scheduler=WarmupCosineSettings(0))
+    module = LitCLIP(
+        CLIPConfig(embed_dim=16, image=image, text=TEXT), lr_scheduler=partial(WarmupCosine, warmup_steps=0)
+    )
     with torch.no_grad():
         for parameter in (module.model.token_embedding.weight, module.model.positional_embedding):
             parameter.mul_(30)

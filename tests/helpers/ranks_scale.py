@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from lit_clip import distributed
 from lit_clip.batch import CaptionBatch
 from lit_clip.module import LitCLIP
 from lit_clip.training.fsdp import FSDP
-from lit_clip.training.optim import AdamWSettings, WarmupCosineSettings
+from lit_clip.training.optim import PaperAdamW
+from lit_clip.training.schedules import WarmupCosine
 from tests.helpers.ranks import CONFIG, PAIRS, make_batch
 
 
@@ -48,7 +50,9 @@ def train(output: str, strategy: str, resume: str | None = None, checkpointed: b
     settings = {"max_epochs": 1, "precision": "32-true", **options.pop("trainer", {})}
     torch.manual_seed(int(os.environ["RANK"]) if strategy == "fsdp" else 0)  # FSDP must broadcast rank 0's weights
     # With a smaller eps, AdamW would amplify rounding errors of gradients that are zero.
-    module = LitCLIP(CONFIG, **options, optimizer=AdamWSettings(eps=1e-3), lr_scheduler=WarmupCosineSettings(1))
+    module = LitCLIP(
+        CONFIG, **options, optimizer=partial(PaperAdamW, eps=1e-3), lr_scheduler=partial(WarmupCosine, warmup_steps=1)
+    )
     trainer = Trainer(
         callbacks=[ActivationCheckpointing()] if checkpointed else [],
         accelerator="cpu",

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from lit_clip.batch import CaptionBatch
 from lit_clip.models.config import ResNetConfig
 from lit_clip.module import LitCLIP
 from lit_clip.training.fsdp import FSDP
-from lit_clip.training.optim import AdamWSettings, WarmupCosineSettings
+from lit_clip.training.optim import PaperAdamW
+from lit_clip.training.schedules import WarmupCosine
 from tests.helpers.ranks import CONFIG, PAIRS, make_batch
 
 # Row ranges of the first and the second rank in each step; missing rows count as skipped.
@@ -74,8 +76,8 @@ def train(
     module = LitCLIP(
         BATCH_NORM if batch_norm else PLAIN,
         **options,
-        optimizer=AdamWSettings(eps=1e-3),
-        lr_scheduler=WarmupCosineSettings(1),
+        optimizer=partial(PaperAdamW, eps=1e-3),
+        lr_scheduler=partial(WarmupCosine, warmup_steps=1),
     )
     trainer = Trainer(
         callbacks=[ActivationCheckpointing()] if checkpointed else [],

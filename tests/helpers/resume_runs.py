@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,8 @@ from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig, TextTransformerConfig, TimmConfig
 from lit_clip.module import LitCLIP
 from lit_clip.training.checkpoint_io import WholeCheckpointIO, newest_checkpoint
-from lit_clip.training.optim import AdamWSettings, WarmupCosineSettings
+from lit_clip.training.optim import PaperAdamW
+from lit_clip.training.schedules import WarmupCosine
 
 
 class Run(NamedTuple):
@@ -82,8 +84,8 @@ def train(run: Run, rank: int, port: int) -> None:
     text = TextTransformerConfig(context_length=16, width=64, layers=1, heads=1)
     module = LitCLIP(
         CLIPConfig(embed_dim=16, image=image, text=text),
-        optimizer=AdamWSettings(lr=1e-3),
-        lr_scheduler=WarmupCosineSettings(2),
+        optimizer=partial(PaperAdamW, lr=1e-3),
+        lr_scheduler=partial(WarmupCosine, warmup_steps=2),
     )
     data = Captions(
         run.table,

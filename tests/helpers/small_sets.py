@@ -1,5 +1,6 @@
 """Evaluation sets that are generated on access, and tiny runs to evaluate them in."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +16,8 @@ from lit_clip import LitCLIP, distributed
 from lit_clip.errors import InputError
 from lit_clip.evaluation.data import LabelledImages, MultiLabel
 from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
-from lit_clip.training.optim import AdamWSettings, WarmupCosineSettings
+from lit_clip.training.optim import PaperAdamW
+from lit_clip.training.schedules import WarmupCosine
 
 NAMES = ["red", "green", "blue", "cyan", "pink", "grey", "white"]
 SHADES = np.array([[9, 1, 1], [1, 9, 1], [1, 1, 9], [1, 9, 9], [9, 6, 6], [4, 4, 4], [9, 9, 9]]) * 25
@@ -97,7 +99,11 @@ def make_module(**options: Any) -> LitCLIP:
         image=VisionTransformerConfig(image_size=32, patch_size=16, width=64, layers=1, heads=1),
         text=TextTransformerConfig(context_length=16, width=64, layers=1, heads=1),
     )
-    settings = {"optimizer": AdamWSettings(lr=1e-2), "lr_scheduler": WarmupCosineSettings(0), **options}
+    settings = {
+        "optimizer": partial(PaperAdamW, lr=1e-2),
+        "lr_scheduler": partial(WarmupCosine, warmup_steps=0),
+        **options,
+    }
     module = LitCLIP(config, **settings)
     with torch.no_grad():
         module.model.token_embedding.weight.mul_(30)

@@ -26,7 +26,8 @@ from lit_clip.models.config import (
 from lit_clip.models.finetuning import Freeze, LayerDecay, UnlockLast, frozen_modules, frozen_names
 from lit_clip.models.layers import layer_groups, tower_parameters
 from lit_clip.module import LitCLIP
-from lit_clip.training.optim import AdamWSettings, WarmupCosineSettings, warmup_cosine
+from lit_clip.training.optim import PaperAdamW
+from lit_clip.training.schedules import WarmupCosine, warmup_cosine
 from tests.conftest import TINY_YAML
 from tests.helpers.ranks import CONFIG, PAIRS, finetuned_module, make_batch
 from tests.test_module import SaveAt, data_for, trainer
@@ -149,7 +150,9 @@ def test_a_frozen_module_keeps_its_mode_and_weights_during_training(
 ) -> None:
     """A real fit with validations: the image tower is frozen (LiT), and so is the first of two text blocks."""
     tiny_config.text.layers = 2
-    module = LitCLIP(tiny_config, freeze=Freeze(image="all", text=UnlockLast(1)), lr_scheduler=WarmupCosineSettings(1))
+    module = LitCLIP(
+        tiny_config, freeze=Freeze(image="all", text=UnlockLast(1)), lr_scheduler=partial(WarmupCosine, warmup_steps=1)
+    )
     before = {name: value.clone() for name, value in module.model.state_dict().items()}
     modes: list[tuple[bool, bool, bool]] = []
     blocks: Any = module.model.transformer.resblocks
@@ -231,7 +234,7 @@ def rates(module: LitCLIP) -> dict[str, float]:
 
 
 def test_layer_decay_lowers_the_learning_rate_of_each_earlier_layer() -> None:
-    module = LitCLIP(CONFIG, layer_decay=LayerDecay(image=0.5, text=0.1), optimizer=AdamWSettings(lr=1.0))
+    module = LitCLIP(CONFIG, layer_decay=LayerDecay(image=0.5, text=0.1), optimizer=partial(PaperAdamW, lr=1.0))
     found = rates(module)
     assert found.keys() == dict(module.model.named_parameters()).keys()
     expected = {
@@ -247,8 +250,8 @@ def test_layer_decay_lowers_the_learning_rate_of_each_earlier_layer() -> None:
 
 
 def test_without_layer_decay_all_learning_rates_are_equal() -> None:
-    assert set(rates(LitCLIP(CONFIG, optimizer=AdamWSettings(lr=0.25))).values()) == {0.25}
-    halves = rates(LitCLIP(CONFIG, layer_decay=0.5, optimizer=AdamWSettings(lr=1.0)))
+    assert set(rates(LitCLIP(CONFIG, optimizer=partial(PaperAdamW, lr=0.25))).values()) == {0.25}
+    halves = rates(LitCLIP(CONFIG, layer_decay=0.5, optimizer=partial(PaperAdamW, lr=1.0)))
     assert halves["visual.conv1.weight"] == 0.25
     assert halves["token_embedding.weight"] == 0.125
 
@@ -269,7 +272,10 @@ def test_a_resumed_run_applies_its_own_learning_rate_to_every_layer(
 ) -> None:
     def module(learning_rate: float, **options: Any) -> LitCLIP:
         return LitCLIP(
-            tiny_config, **options, optimizer=AdamWSettings(lr=learning_rate), lr_scheduler=WarmupCosineSettings(1)
+            tiny_config,
+            **options,
+            optimizer=partial(PaperAdamW, lr=learning_rate),
+            lr_scheduler=partial(WarmupCosine, warmup_steps=1),
         )
 
     options: dict[str, Any] = {"layer_decay": 0.5, "freeze": Freeze(image=UnlockLast(0))}
@@ -290,7 +296,7 @@ def test_a_resumed_run_applies_its_own_learning_rate_to_every_layer(
         assert seen[name] == pytest.approx([rate * 0.5**depth for rate in schedule]), name
     assert "image.blocks.0" not in seen
     other = module(0.01, layer_decay=0.5)
-    with pytest.raises(InputError, match="resume with the model.freeze, layer_decay and lora of the run that wrote it"):
+    with pytest.raises(InputError, match="resume with the model.freeze, layer_decay, lora and decay"):
         trainer(tmp_path, max_epochs=2).fit(other, data_for(other, caption_table), ckpt_path=path)
 
 

@@ -5,6 +5,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from lit_clip.models.finetuning import Freeze
 from lit_clip.models.lora import LoRA, add_lora, merge_lora, target_names
 from lit_clip.module import LitCLIP
 from lit_clip.tools.weight_files import read_tensors
-from lit_clip.training.optim import AdamWSettings, WarmupCosineSettings
+from lit_clip.training.optim import PaperAdamW
+from lit_clip.training.schedules import WarmupCosine
 from tests.helpers.ranks import CONFIG, PAIRS, finetuned_module, make_batch
 from tests.models.test_finetune import command, external_towers
 from tests.test_module import SaveAt, data_for, trainer
@@ -139,7 +141,11 @@ def test_a_checkpoint_holds_only_the_additions_and_opens_as_a_plain_model(
     ema: bool, base: Path, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
     module = LitCLIP(
-        tiny_config, base, lora=LoRA(r=2), optimizer=AdamWSettings(lr=0.01), lr_scheduler=WarmupCosineSettings(1)
+        tiny_config,
+        base,
+        lora=LoRA(r=2),
+        optimizer=partial(PaperAdamW, lr=0.01),
+        lr_scheduler=partial(WarmupCosine, warmup_steps=1),
     )
     callbacks = [EMA(0.5)] if ema else []
     fitting = trainer(tmp_path, max_epochs=1, callbacks=callbacks, enable_checkpointing=False)
@@ -180,7 +186,11 @@ def test_a_resumed_adapter_ends_with_the_weights_of_an_uninterrupted_run(
     def run(ckpt_path: Path | None = None) -> LitCLIP:
         torch.manual_seed(0)
         module = LitCLIP(
-            tiny_config, base, lora=LoRA(r=2), optimizer=AdamWSettings(lr=0.01), lr_scheduler=WarmupCosineSettings(1)
+            tiny_config,
+            base,
+            lora=LoRA(r=2),
+            optimizer=partial(PaperAdamW, lr=0.01),
+            lr_scheduler=partial(WarmupCosine, warmup_steps=1),
         )
         callbacks = [] if ckpt_path else [SaveAt(4, tmp_path / "middle.ckpt")]
         fitting = trainer(tmp_path, max_epochs=2, callbacks=callbacks, enable_checkpointing=False)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from subprocess import CompletedProcess
 from types import SimpleNamespace
@@ -17,8 +18,8 @@ from lit_clip.models.flops import measure
 from lit_clip.models.registry import resolve_architecture
 from lit_clip.module import LitCLIP
 from lit_clip.training.activation_checkpointing import checkpoint_encoders
-from lit_clip.training.optim import WarmupCosineSettings
 from lit_clip.training.plan import RunPlan, Work, contradictions, loss_bytes, measure_run, plan_rows, tower_work
+from lit_clip.training.schedules import WarmupCosine
 from lit_clip.weights.load import create_model
 from tests.conftest import TINY_YAML
 from tests.helpers.towers import text_config
@@ -40,6 +41,9 @@ GOOD = RunPlan(
     pairs=400_000_000,
     warmup=2000,
     learning_rate=5e-4,
+    optimizer={"class_path": "torch.optim.AdamW", "init_args": {"lr": 5e-4, "betas": [0.9, 0.98], "amsgrad": False}},
+    lr_scheduler={"class_path": "my_schedules.Steep", "init_args": {}},
+    moments=2,
     pretrained=False,
     lora=False,
     accumulated=1,
@@ -58,7 +62,9 @@ def test_the_papers_run_has_no_contradictions_and_the_papers_numbers() -> None:
     assert rows["warm-up"] == "2,000 steps, 0.5% of the run"
     assert rows["pairs seen"] == "12,799,967,232; 1,024 of 400,000,000 are left out of an epoch"
     assert rows["FLOPs per pair"].startswith("14.8 G forward, 44.3 G in training (3 x)")
-    assert rows["weights, gradients, AdamW"].startswith("2.25 GiB")
+    assert rows["weights, gradients, moments"].startswith("2.25 GiB")
+    assert rows["optimiser"] == "AdamW: lr 0.0005, betas 0.9, 0.98"
+    assert rows["schedule"] == "Steep"
 
 
 def test_rows_leave_out_useless_comparisons() -> None:
@@ -178,7 +184,9 @@ def trainer(**settings: Any) -> Any:
 
 
 def test_the_plan_is_read_from_module_and_trainer(tiny_config: CLIPConfig) -> None:
-    module = LitCLIP(tiny_config, micro_batch_size=5, freeze=Freeze(text="all"), lr_scheduler=WarmupCosineSettings(7))
+    module = LitCLIP(
+        tiny_config, micro_batch_size=5, freeze=Freeze(text="all"), lr_scheduler=partial(WarmupCosine, warmup_steps=7)
+    )
     data = SimpleNamespace(steps_per_epoch=10, train_batch_size=12, train_source=range(725))
     plan = measure_run(module, trainer(datamodule=data))
     assert plan.trainable == sum(p.numel() for p in module.model.visual.parameters()) + 1  # the temperature

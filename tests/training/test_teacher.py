@@ -4,6 +4,7 @@ import copy
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from lit_clip.models import preprocess as pp
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, Preprocessing, TextTransformerConfig, VisionTransformerConfig
 from lit_clip.module import LitCLIP
-from lit_clip.training.optim import WarmupCosineSettings
+from lit_clip.training.schedules import WarmupCosine
 from lit_clip.training.teacher import Distill
 from tests.helpers.ranks import PAIRS, finetuned_module, make_batch
 from tests.losses.test_tiled import Largest
@@ -116,8 +117,8 @@ def test_the_teacher_is_in_no_checkpoint_optimizer_copy_or_parameter_list(
     teacher: tuple[CLIP, Path], tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
     distill = Distill(str(teacher[1]))
-    module = LitCLIP(tiny_config, distill=distill, lr_scheduler=WarmupCosineSettings(1))
-    plain = LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(1))
+    module = LitCLIP(tiny_config, distill=distill, lr_scheduler=partial(WarmupCosine, warmup_steps=1))
+    plain = LitCLIP(tiny_config, lr_scheduler=partial(WarmupCosine, warmup_steps=1))
     fitting = trainer(tmp_path, max_epochs=1, enable_checkpointing=False, callbacks=[EMA(0.5)])
     fitting.fit(module, data_for(module, caption_table))
     assert float(fitting.callback_metrics["train/distillation_loss"]) > 0

@@ -1,0 +1,137 @@
+"""What the command line and its YAML files name, read before the parser is built and given its defaults."""
+
+import inspect
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lit_clip.errors import InputError, no_such_file
+from lit_clip.tools.messages import parameters
+from lit_clip.tools.parts import describe_instance, is_trusted, qualified_name
+
+CLASS_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+PARTS = ("optimizer", "lr_scheduler", "decay")  # arguments of the model that are a class with its own arguments
+
+
+def options(words: Sequence[str], *names: str) -> list[str]:
+    """Return the values of ``name value`` and ``name=value`` among command line words."""
+    values = []
+    for i, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name in names and (equals or i + 1 < len(words)):
+            values.append(value if equals else words[i + 1])
+    return values
+
+
+def checkpoint_path(words: Sequence[str], subcommand: str | None) -> str | None:
+    """Return ``ckpt_path`` as typed, or from the last YAML file that has one."""
+    paths = options(words, "--ckpt_path")
+    for section in sections(words, subcommand) if not paths else ():
+        if section.get("ckpt_path"):
+            paths.append(str(section["ckpt_path"]))
+            break
+    return paths[-1] if paths and paths[-1] != "null" else None
+
+
+def sections(words: Sequence[str], subcommand: str | None) -> Iterator[dict[str, Any]]:
+    """Yield the YAML files' settings of a subcommand, the last file first."""
+    for config in reversed(options(words, "--config", "-c")):
+        try:
+            values = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise no_such_file(config) from error
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise InputError(f"{config}: not a readable YAML file ({' '.join(str(error).split())})") from error
+        if not isinstance(values, dict):
+            raise InputError(f"{config}: not a YAML mapping of options; see --print_config")
+        section = values.get(subcommand, values)
+        if isinstance(section, dict):
+            yield section
+
+
+def data_options(words: Sequence[str], subcommand: str | None) -> list[str]:
+    """Return the options of the named data module; the parser only knows ``--data``."""
+    named = options(words, "--data")
+    for section in sections(words, subcommand) if not named else ():
+        data = section.get("data")
+        if isinstance(data, dict) and isinstance(data.get("class_path"), str):
+            named.append(data["class_path"])
+            break
+    return [f"--data.{name}" for name in parameters(named[-1])] if named else []
+
+
+def check_encoder_options(words: Sequence[str], subcommand: str | None) -> None:
+    """Refuse single encoder settings on the command line where jsonargparse would take them for our transformer's."""
+    typed = [word for word in words if word.startswith(("--model.architecture.image.", "--model.architecture.text."))]
+    for section in sections(words, subcommand) if typed else ():
+        for word in typed:
+            encoder: Any = section
+            for key in word[2:].split(".")[:3]:
+                encoder = encoder.get(key) if isinstance(encoder, dict) else None
+            others = isinstance(encoder, dict) and ({"timm", "hugging_face"} & encoder.keys())
+            if others or (isinstance(encoder, dict) and isinstance(encoder.get("layers"), list)):  # a ResNet's stages
+                option = word.partition("=")[0]
+                raise InputError(
+                    f"{option}: single settings of this encoder cannot be set on the command line; set them in the "
+                    "YAML file"
+                )
+
+
+def named_class(words: Sequence[str], subcommand: str | None, *keys: str) -> str | None:
+    """Return the class named for ``--model``, or for one of its parts; a typed one, or that of the last YAML file.
+
+    Args:
+        words: the command line.
+        subcommand: such as ``fit``.
+        keys: such as ``model``, ``optimizer``.
+    """
+    typed = [yaml.safe_load(value) for value in options(words, f"--{'.'.join(keys)}")]
+    in_files = (_value(section, keys) for section in sections(words, subcommand))
+    for value in (*reversed(typed), *in_files):
+        named = value.get("class_path") if isinstance(value, Mapping) else value
+        if isinstance(named, str) and (len(keys) > 1 or CLASS_PATH.fullmatch(named)):
+            return named
+    return None
+
+
+def _value(section: Any, keys: Sequence[str]) -> Any:
+    for key in keys:
+        section = section.get("init_args", section) if isinstance(section, Mapping) and key not in section else section
+        section = section.get(key) if isinstance(section, Mapping) else None
+    return section
+
+
+def model_defaults(
+    model: type, words: Sequence[str], subcommand: str | None, hparams: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the defaults of the model's arguments: those of a checkpoint, and each part's class.
+
+    A part whose class is named keeps nothing of another class's settings.
+
+    Args:
+        model: the class whose arguments these are; a subclass that is named may have more.
+        words: the command line.
+        subcommand: such as ``fit``.
+        hparams: of the checkpoint; empty without one.
+    """
+    arguments = inspect.signature(model).parameters
+    named = named_class(words, subcommand, "model")
+    known = {*arguments, *(parameters(named) if named else ())}
+    defaults = {name: hparams[name] for name in known & hparams.keys()}
+    for part in PARTS:
+        default = arguments[part].default
+        own = {"class_path": qualified_name(default)} if inspect.isclass(default) else describe_instance(default)
+        named, saved = named_class(words, subcommand, "model", part), defaults.pop(part, None)
+        if saved and (named is None or _same_class(named, saved["class_path"])) and (named or is_trusted(saved)):
+            defaults[part] = {**saved, "class_path": named or saved["class_path"]}
+        else:
+            defaults[part] = {"class_path": named} if named else own
+    return defaults
+
+
+def _same_class(named: str, saved: str) -> bool:
+    """Return whether two import paths may be of one class: packages offer it under a shorter path."""
+    return named.rpartition(".")[2] == saved.rpartition(".")[2] and saved.startswith(named.partition(".")[0])

@@ -1,0 +1,171 @@
+"""A run's optimiser, schedule and rule of weight decay, whichever they are: created, described, and resumed."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from lit_clip.errors import InputError, require
+from lit_clip.tools.parts import Description, describe, describe_instance, factory_of, is_trusted
+from lit_clip.training.optim import Decays, OptimizerFactory, PaperAdamW, parameter_groups, total_steps, trial
+from lit_clip.training.schedules import POSITION, ScheduleFactory, create_schedule, needs_total_steps
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+Groups = Sequence[Mapping[str, Any]]
+
+
+class Optimization:
+    """What updates the weights of a run.
+
+    Each part may be given as a description from a checkpoint; it is then imported when training starts.
+
+    Args:
+        optimizer: creates the optimiser of parameter groups.
+        lr_scheduler: creates the schedule of the optimiser.
+        decay: which parameters have weight decay.
+
+    Attributes:
+        descriptions: class and arguments of each, as plain values.
+
+    Raises:
+        InputError: a part cannot be created with its settings.
+    """
+
+    def __init__(
+        self,
+        optimizer: OptimizerFactory | Description,
+        lr_scheduler: ScheduleFactory | Description,
+        decay: Decays | Description,
+    ) -> None:
+        self._optimizer, self._lr_scheduler, self._decay = optimizer, lr_scheduler, decay
+        usable = not isinstance(optimizer, Mapping) or is_trusted(optimizer)
+        self.descriptions = {
+            "optimizer": dict(optimizer) if isinstance(optimizer, Mapping) else describe(optimizer, trial(optimizer)),
+            "lr_scheduler": dict(lr_scheduler)
+            if isinstance(lr_scheduler, Mapping)
+            else _describe_schedule(lr_scheduler, self.optimizer if usable else PaperAdamW),
+            "decay": dict(decay) if isinstance(decay, Mapping) else describe_instance(decay),
+        }
+
+    @property
+    def optimizer(self) -> OptimizerFactory:
+        """The optimiser's factory.
+
+        Raises:
+            InputError: a checkpoint names it, and may not.
+        """
+        return factory_of(self._optimizer, "model.optimizer")
+
+    @property
+    def lr(self) -> float:
+        """The learning rate at factor 1."""
+        return float(trial(self.optimizer).defaults["lr"])
+
+    def groups(
+        self, module: nn.Module, layers: Iterable[tuple[str, float, Sequence[nn.Parameter]]]
+    ) -> list[dict[str, Any]]:
+        """Return a module's parameter groups, see :func:`lit_clip.training.optim.parameter_groups`."""
+        decay = factory_of(self._decay, "model.decay")() if isinstance(self._decay, Mapping) else self._decay
+        return parameter_groups(module, layers, trial(self.optimizer).defaults, decay)
+
+    def configure(self, groups: Groups, trainer: "Trainer") -> dict[str, Any]:
+        """Return the optimiser and its schedule in Lightning's form.
+
+        Torch's Adam, AdamW and SGD use their fused kernels unless ``fused`` or ``foreach`` is set. The groups say so,
+        not the optimiser: Lightning takes an optimiser that is created fused for one that unscales gradients by itself,
+        and refuses to clip them.
+
+        Raises:
+            InputError: the optimiser does not take these parameters.
+        """
+        made = trial(self.optimizer)
+        fusable = isinstance(made, torch.optim.Adam | torch.optim.SGD)  # AdamW is an Adam
+        fused = fusable and made.defaults.get("fused") is None and made.defaults.get("foreach") is None
+        try:
+            optimizer = self.optimizer([{**group, "fused": True} if fused else dict(group) for group in groups])
+        except (TypeError, ValueError) as error:
+            torchs = isinstance(made, getattr(torch.optim, "Muon", ()))
+            hint = "; timm.optim.Muon takes all parameters" if torchs else ""
+            raise InputError(f"model.optimizer: {' '.join(str(error).split())}{hint}") from error
+        schedule = create_schedule(
+            factory_of(self._lr_scheduler, "model.lr_scheduler"), optimizer, total_steps(trainer)
+        )
+        how: dict[str, Any] = {"interval": "step"}
+        if isinstance(schedule, ReduceLROnPlateau):
+            monitor = getattr(schedule, "monitor", "val/loss")
+            how = {"interval": "epoch", "frequency": trainer.check_val_every_n_epoch or 1, "monitor": monitor}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, **how}}
+
+    def resume(self, checkpoint: Mapping[str, Any], groups: Groups, steps: int, name: str) -> None:
+        """Overwrite a checkpoint's settings of the optimiser and schedule with this run's where they differ.
+
+        A resumed run keeps its moments and its position; what an optimiser or a schedule has changed in the parameter
+        groups stays unless it is set differently now.
+
+        Args:
+            checkpoint: changed in place.
+            groups: this run's.
+            steps: optimiser steps of this run.
+            name: of the checkpoint, for messages.
+
+        Raises:
+            InputError: the checkpoint has another optimiser or other parameter groups.
+        """
+        hparams, here = checkpoint["hyper_parameters"], self.descriptions
+        there = hparams["optimizer"]
+        if there["class_path"] != here["optimizer"]["class_path"]:
+            raise InputError(
+                f"{name}: was trained with {there['class_path']}, and this run has {here['optimizer']['class_path']}; "
+                "resume with the same model.optimizer, or start from its weights with --model.pretrained"
+            )
+        settings = here["optimizer"]["init_args"]
+        changed = {key: value for key, value in settings.items() if there["init_args"].get(key) != value}
+        for optimizer in checkpoint.get("optimizer_states", []):
+            _resume_groups(optimizer["param_groups"], groups, changed, name)
+        for schedule in checkpoint.get("lr_schedulers", []):
+            same = hparams["lr_scheduler"] == here["lr_scheduler"] and schedule.get("total_steps") in (None, steps)
+            _resume_schedule(schedule, groups, same)
+
+
+def _describe_schedule(schedule: ScheduleFactory, optimizer: Callable[..., Any]) -> Description:
+    """Return the class and the settings of the schedule that a factory creates; not the run's number of steps."""
+    option = "model.lr_scheduler"
+    try:
+        made = create_schedule(schedule, trial(optimizer), 1000)
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise InputError(f"{option}: {' '.join(str(error).split())}") from error
+    require(hasattr(made, "step"), f"{option}: creates a {type(made).__name__}, not a learning rate schedule")
+    description = describe(schedule, made)
+    for position in ("last_epoch", *(["total_steps"] if needs_total_steps(schedule) else [])):
+        description["init_args"].pop(position, None)
+    return description
+
+
+def _resume_groups(saved: list[dict[str, Any]], groups: Groups, changed: Mapping[str, Any], name: str) -> None:
+    if [_shape(group) for group in saved] != [_shape(group) for group in groups]:
+        raise InputError(f"{name}: resume with the model.freeze, layer_decay, lora and decay of the run that wrote it")
+    for group, ours in zip(saved, groups, strict=True):
+        group["lr"] *= ours["lr"] / (group["initial_lr"] or 1.0)
+        group |= {key: value for key, value in changed.items() if key in group and key != "lr"}
+        group |= {"name": ours["name"], "initial_lr": ours["lr"]}
+        if "weight_decay" in ours:  # that of a group need not be that of the settings
+            group["weight_decay"] = ours["weight_decay"]
+
+
+def _resume_schedule(schedule: dict[str, Any], groups: Groups, same: bool) -> None:
+    """Keep a schedule's state if its settings are the same, and otherwise its position alone."""
+    if not same:
+        for key in schedule.keys() - {*POSITION, "_last_lr"}:
+            del schedule[key]
+        schedule["lr_lambdas"] = []  # torch's LambdaLR wants the key
+    elif "base_lrs" in schedule:
+        schedule["base_lrs"] = [group["lr"] for group in groups]
+
+
+def _shape(group: Mapping[str, Any]) -> tuple[str, int]:
+    """Return a parameter group's layer and its number of parameters."""
+    return group["name"].partition(",")[0], len(group["params"])

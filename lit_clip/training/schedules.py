@@ -1,0 +1,143 @@
+"""Learning rate schedules: warm-up, then constant, a cosine, or constant with a cooldown at the end.
+
+They are functions of the number of optimiser steps, so a resumed run may change any of their settings, or the schedule.
+"""
+
+import inspect
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, Literal
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from lit_clip.errors import InputError, require
+from lit_clip.tools.parts import unwrapped
+
+POSITION = ("last_epoch", "_step_count")  # torch's names; an "epoch" is an optimiser step here
+ScheduleFactory = Callable[[Optimizer], LRScheduler]
+"""Creates a schedule, which is stepped after each optimiser step.
+
+One with an argument ``total_steps`` is given the number of steps of the run, unless that is set.
+"""
+
+
+def warmup_cosine(step: int, warmup_steps: int, total_steps: int) -> float:
+    """Return the factor on the learning rate at an optimiser step (0 first): linear to 1, then a cosine to 0.
+
+    The paper states warm-up over 2,000 iterations and cosine decay; that the warm-up is linear and the end 0
+    follow open_clip.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+class _Warmup(LambdaLR):
+    """A schedule that starts with a linear warm-up."""
+
+    def __init__(self, optimizer: Optimizer, warmup_steps: int) -> None:
+        require(warmup_steps >= 0, f"model.lr_scheduler.warmup_steps: {warmup_steps} must be at least 0")
+        self.warmup_steps = warmup_steps
+        super().__init__(optimizer, self.factor)
+
+    @abstractmethod
+    def factor(self, step: int) -> float:
+        """Return the factor on the learning rate at an optimiser step, 0 first."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in POSITION}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Resume at a position with this run's settings."""
+        self.__dict__.update({name: state_dict[name] for name in POSITION})
+        self._last_lr = [rate * self.factor(self.last_epoch) for rate in self.base_lrs]
+        for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = rate
+
+
+class WarmupConstant(_Warmup):
+    """Linear warm-up, then the full learning rate.
+
+    Args:
+        optimizer: whose learning rates are changed.
+        warmup_steps: optimiser steps of warm-up.
+    """
+
+    def __init__(self, optimizer: Optimizer, warmup_steps: int = 2000) -> None:
+        super().__init__(optimizer, warmup_steps)
+
+    def factor(self, step: int) -> float:
+        return min(1.0, (step + 1) / max(1, self.warmup_steps))
+
+
+class WarmupCosine(_Warmup):
+    """Linear warm-up, then a cosine to 0 at the end of the run, as in the paper; see :func:`warmup_cosine`.
+
+    Args:
+        optimizer: whose learning rates are changed.
+        warmup_steps: optimiser steps of warm-up (table 18: 2,000).
+        total_steps: optimiser steps until the learning rate is 0; None: those of the run.
+    """
+
+    def __init__(self, optimizer: Optimizer, warmup_steps: int = 2000, total_steps: int | None = None) -> None:
+        self.total_steps = _known(total_steps)
+        super().__init__(optimizer, warmup_steps)
+
+    def factor(self, step: int) -> float:
+        return warmup_cosine(step, self.warmup_steps, self.total_steps)
+
+
+class WarmupStableDecay(_Warmup):
+    """Linear warm-up, a constant learning rate, and a cooldown to 0 at the end of the run (WSD, Hu et al. 2024).
+
+    Any checkpoint of the constant part can be cooled down: resume it with another ``trainer.max_steps``.
+
+    Args:
+        optimizer: whose learning rates are changed.
+        cooldown_steps: optimiser steps of the cooldown, the last ones of the run.
+        warmup_steps: optimiser steps of warm-up.
+        shape: of the cooldown: ``linear`` as in open_clip, or ``1-sqrt`` of its progress (Hägele et al. 2024).
+        total_steps: optimiser steps until the learning rate is 0; None: those of the run.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        cooldown_steps: int,
+        warmup_steps: int = 2000,
+        shape: Literal["linear", "1-sqrt"] = "linear",
+        total_steps: int | None = None,
+    ) -> None:
+        require(cooldown_steps >= 0, f"model.lr_scheduler.cooldown_steps: {cooldown_steps} must be at least 0")
+        require(shape in ("linear", "1-sqrt"), f"model.lr_scheduler.shape: {shape!r} must be 'linear' or '1-sqrt'")
+        self.cooldown_steps, self.shape, self.total_steps = cooldown_steps, shape, _known(total_steps)
+        super().__init__(optimizer, warmup_steps)
+
+    def factor(self, step: int) -> float:
+        warmup = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        progress = (step - self.total_steps + self.cooldown_steps) / max(1, self.cooldown_steps)
+        progress = min(1.0, max(0.0, progress))
+        return warmup * (1 - (progress if self.shape == "linear" else math.sqrt(progress)))
+
+
+def _known(total_steps: int | None) -> int:
+    if total_steps is None:
+        raise InputError(
+            "model.lr_scheduler: total_steps is not set, and a function without that argument hides it from the run; "
+            "pass the class or functools.partial of it, with the other settings alone"
+        )
+    return total_steps
+
+
+def needs_total_steps(schedule: Callable[..., Any]) -> bool:
+    """Return whether a factory has an argument ``total_steps`` that is not set."""
+    target, arguments = unwrapped(schedule)
+    return arguments.get("total_steps") is None and "total_steps" in inspect.signature(target).parameters
+
+
+def create_schedule(schedule: Callable[..., Any], optimizer: Optimizer, total_steps: int) -> Any:
+    """Create a schedule; it gets the run's ``total_steps`` if it :func:`needs_total_steps`."""
+    return schedule(optimizer, **{"total_steps": total_steps} if needs_total_steps(schedule) else {})
