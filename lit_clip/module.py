@@ -332,7 +332,8 @@ class LitCLIP(LightningModule):
                 "optimizer_states" in checkpoint,
                 f"{name}: holds weights only, so training cannot resume; start from it with --model.pretrained",
             )
-            self.optimization.resume(checkpoint, self._parameter_groups(), total_steps(self.trainer), name)
+            groups, steps = self._parameter_groups(), total_steps(self.trainer)
+            self.optimization.resume(checkpoint, groups, self.hparams["layer_decay"], steps, name)
 
 
 def _from_dict(kind: type[Settings], value: Settings | Mapping[str, Any] | None) -> Settings | None:

@@ -24,6 +24,7 @@ from lit_clip.cli.words import (
     data_options,
     model_defaults,
     named_class,
+    part_options,
 )
 from lit_clip.errors import InputError
 from lit_clip.module import LitCLIP
@@ -85,7 +86,11 @@ class CLI(LightningCLI):
         try:
             with hinting(
                 words,
-                lambda: [*options_of(known), *data_options(words, subcommand)],
+                lambda: [
+                    *options_of(known),
+                    *data_options(words, subcommand),
+                    *part_options(LitCLIP, words, subcommand),
+                ],
                 f"lit-clip {subcommand or 'fit'} --help",
             ):
                 super().parse_arguments(parser, args)

@@ -63,6 +63,20 @@ def data_options(words: Sequence[str], subcommand: str | None) -> list[str]:
     return [f"--data.{name}" for name in parameters(named[-1])] if named else []
 
 
+def part_options(model: type, words: Sequence[str], subcommand: str | None) -> list[str]:
+    """Return the options of the model's parts; the parser only knows the parts."""
+    found = []
+    for part in PARTS:
+        named = named_class(words, subcommand, "model", part) or _default(model, part)["class_path"]
+        found += [f"--model.{part}.{name}" for name in parameters(named)]
+    return found
+
+
+def _default(model: type, part: str) -> dict[str, Any]:
+    default = inspect.signature(model).parameters[part].default
+    return {"class_path": qualified_name(default)} if inspect.isclass(default) else describe_instance(default)
+
+
 def check_encoder_options(words: Sequence[str], subcommand: str | None) -> None:
     """Refuse single encoder settings on the command line where jsonargparse would take them for our transformer's."""
     typed = [word for word in words if word.startswith(("--model.architecture.image.", "--model.architecture.text."))]
@@ -122,13 +136,11 @@ def model_defaults(
     known = {*arguments, *(parameters(named) if named else ())}
     defaults = {name: hparams[name] for name in known & hparams.keys()}
     for part in PARTS:
-        default = arguments[part].default
-        own = {"class_path": qualified_name(default)} if inspect.isclass(default) else describe_instance(default)
         named, saved = named_class(words, subcommand, "model", part), defaults.pop(part, None)
         if saved and (named is None or _same_class(named, saved["class_path"])) and (named or is_trusted(saved)):
             defaults[part] = {**saved, "class_path": named or saved["class_path"]}
         else:
-            defaults[part] = {"class_path": named} if named else own
+            defaults[part] = {"class_path": named} if named else _default(model, part)
     return defaults
 
 

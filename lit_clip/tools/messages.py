@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from lit_clip.errors import InputError
 
 UNION = "Does not validate against any of the Union subtypes"
+TYPES = {"int", "float", "str", "bool", "list", "dict", "null"}  # no values
 # Other libraries' names of Lightning's precisions, which are too far from them to be suggested by spelling.
 ALIASES = {"fp16": "16-mixed", "float16": "16-mixed", "fp32": "32-true", "float32": "32-true", "bfloat16": "bf16-mixed"}
 
@@ -25,6 +26,7 @@ def shorter(lines: Sequence[str]) -> list[str]:
     If the value names a class, only that class's problem stays; of several classes it is the one with most of the given
     arguments. Otherwise the accepted values are listed.
     """
+    lines = _of_callable(lines)
     starts = [i for i, line in enumerate(lines) if line.strip(" -").startswith("Problem with given class_path")]
     if starts and starts[0]:
         given = lines[-1].partition("Given value: ")[2]
@@ -42,13 +44,35 @@ def shorter(lines: Sequence[str]) -> list[str]:
     return [*before, _wanted(lines[union + 1].partition("[")[2].removesuffix("]"), value)]
 
 
+CALLABLE = re.compile(
+    r"""Parser\ key\ "([\w.]+)":\s+Type\ .*?\ expects\ a\ function\ or\ a\ callable\ class:\s(.*)
+    \.\ Got\ value:\ (?:Namespace\(class_path='([\w.]+)'.*|.*)""",
+    re.DOTALL | re.VERBOSE,
+)
+
+
+def _of_callable(lines: Sequence[str]) -> list[str]:
+    """Shorten the message about an option whose value is a class to be called later, such as an optimiser's."""
+    found = CALLABLE.fullmatch("\n".join(lines))
+    if found is None:
+        return list(lines)
+    option, problem, class_path = found.groups()
+    inner = re.match(r'Parser key "([\w.]+)":\s*(.*)', problem, re.DOTALL)
+    if inner:
+        return [f'Parser key "{option}.{inner[1]}":', *inner[2].splitlines()]
+    start = [f'Parser key "{option}":']
+    if class_path and problem.startswith("Option "):
+        return [*start, f"Problem with given class_path '{class_path}':", f"  {problem}"]
+    return [*start, problem]
+
+
 def _indent(line: str) -> int:
     return len(line) - len(line.lstrip())
 
 
 def _wanted(types: str, value: str) -> str:
     *kinds, last = _kinds(types)
-    near = [ALIASES[value]] if ALIASES.get(value) in kinds else get_close_matches(value, [*kinds, last], n=1)
+    near = [ALIASES[value]] if ALIASES.get(value) in kinds else get_close_matches(value, {*kinds, last} - TYPES, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     return f"wants {', '.join(kinds)}{' or ' if kinds else ''}{last}, not {value}{hint}"
 

@@ -100,7 +100,7 @@ class Optimization:
             how = {"interval": "epoch", "frequency": trainer.check_val_every_n_epoch or 1, "monitor": monitor}
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, **how}}
 
-    def resume(self, checkpoint: Mapping[str, Any], groups: Groups, steps: int, name: str) -> None:
+    def resume(self, checkpoint: Mapping[str, Any], groups: Groups, layer_decay: Any, steps: int, name: str) -> None:
         """Overwrite a checkpoint's settings of the optimiser and schedule with this run's where they differ.
 
         A resumed run keeps its moments and its position; what an optimiser or a schedule has changed in the parameter
@@ -109,6 +109,7 @@ class Optimization:
         Args:
             checkpoint: changed in place.
             groups: this run's.
+            layer_decay: this run's, as in the hyper-parameters.
             steps: optimiser steps of this run.
             name: of the checkpoint, for messages.
 
@@ -124,11 +125,12 @@ class Optimization:
             )
         settings = here["optimizer"]["init_args"]
         changed = {key: value for key, value in settings.items() if there["init_args"].get(key) != value}
+        rates = "lr" in changed or hparams["layer_decay"] != layer_decay
         for optimizer in checkpoint.get("optimizer_states", []):
-            _resume_groups(optimizer["param_groups"], groups, changed, name)
+            _resume_groups(optimizer["param_groups"], groups, changed, rates, name)
         for schedule in checkpoint.get("lr_schedulers", []):
             same = hparams["lr_scheduler"] == here["lr_scheduler"] and schedule.get("total_steps") in (None, steps)
-            _resume_schedule(schedule, groups, same)
+            _resume_schedule(schedule, groups, same, rates)
 
 
 def _describe_schedule(schedule: ScheduleFactory, optimizer: Callable[..., Any]) -> Description:
@@ -136,6 +138,8 @@ def _describe_schedule(schedule: ScheduleFactory, optimizer: Callable[..., Any])
     option = "model.lr_scheduler"
     try:
         made = create_schedule(schedule, trial(optimizer), 1000)
+    except InputError:
+        raise
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise InputError(f"{option}: {' '.join(str(error).split())}") from error
     require(hasattr(made, "step"), f"{option}: creates a {type(made).__name__}, not a learning rate schedule")
@@ -145,24 +149,28 @@ def _describe_schedule(schedule: ScheduleFactory, optimizer: Callable[..., Any])
     return description
 
 
-def _resume_groups(saved: list[dict[str, Any]], groups: Groups, changed: Mapping[str, Any], name: str) -> None:
+def _resume_groups(
+    saved: list[dict[str, Any]], groups: Groups, changed: Mapping[str, Any], rates: bool, name: str
+) -> None:
     if [_shape(group) for group in saved] != [_shape(group) for group in groups]:
         raise InputError(f"{name}: resume with the model.freeze, layer_decay, lora and decay of the run that wrote it")
     for group, ours in zip(saved, groups, strict=True):
-        group["lr"] *= ours["lr"] / (group["initial_lr"] or 1.0)
+        if rates:  # otherwise they are the schedule's: torch's OneCycleLR has an initial_lr of its own
+            group["lr"] *= ours["lr"] / (group["initial_lr"] or 1.0)
+            group["initial_lr"] = ours["lr"]
         group |= {key: value for key, value in changed.items() if key in group and key != "lr"}
-        group |= {"name": ours["name"], "initial_lr": ours["lr"]}
+        group["name"] = ours["name"]
         if "weight_decay" in ours:  # that of a group need not be that of the settings
             group["weight_decay"] = ours["weight_decay"]
 
 
-def _resume_schedule(schedule: dict[str, Any], groups: Groups, same: bool) -> None:
+def _resume_schedule(schedule: dict[str, Any], groups: Groups, same: bool, rates: bool) -> None:
     """Keep a schedule's state if its settings are the same, and otherwise its position alone."""
     if not same:
         for key in schedule.keys() - {*POSITION, "_last_lr"}:
             del schedule[key]
         schedule["lr_lambdas"] = []  # torch's LambdaLR wants the key
-    elif "base_lrs" in schedule:
+    elif rates and "base_lrs" in schedule:
         schedule["base_lrs"] = [group["lr"] for group in groups]
 
 

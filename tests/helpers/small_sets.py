@@ -115,14 +115,18 @@ def make_trainer(folder: Path, callbacks: list[Any], **options: Any) -> Trainer:
     _, world = distributed.rank_and_world()
     return Trainer(
         accelerator="cpu",
-        devices=world,
-        strategy="ddp" if world > 1 else "auto",
         callbacks=callbacks,
         default_root_dir=folder,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        **{"logger": False, "num_sanity_val_steps": 0, **options},
+        **{
+            "devices": world,
+            "strategy": "ddp" if world > 1 else "auto",
+            "logger": False,
+            "num_sanity_val_steps": 0,
+            **options,
+        },
     )
 
 
