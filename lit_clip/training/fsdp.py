@@ -1,7 +1,7 @@
 """Fully sharded data parallel training: Lightning's strategy adapted to CLIP."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,8 @@ from torch.optim import Optimizer
 
 from lit_clip.errors import InputError, require
 from lit_clip.models.layers import TOWERS, tower_blocks
+from lit_clip.training.optim import is_elementwise
+from lit_clip.training.optimization import Optimization
 
 
 class FSDP(FSDPStrategy):
@@ -47,6 +49,7 @@ class FSDP(FSDPStrategy):
         """Wrap the blocks, and leave out the scalars."""
         if trainer.state.fn == TrainerFn.FITTING:
             self._check(trainer)
+            _check_optimizer(cast(Any, self.lightning_module).optimization)
             self._prepare(self.lightning_module)
         super().setup(trainer)
 
@@ -154,6 +157,14 @@ class FSDP(FSDPStrategy):
                 require(len(ours) == len(_names(state)), "the checkpoint's optimiser has other parameters")
                 state = _renamed(state, dict(zip(_names(state), ours, strict=True)))
                 optimizer.load_state_dict(Sharded.optim_state_dict_to_load(self._root, optimizer, state))
+
+
+def _check_optimizer(optimization: Optimization) -> None:
+    if not is_elementwise(optimization.optimizer):
+        raise InputError(
+            f"trainer.strategy: FSDP gives an optimiser flat parts of weights, and "
+            f"{optimization.descriptions['optimizer']['class_path']} needs whole matrices; use ddp"
+        )
 
 
 def _names(state: Mapping[str, Any]) -> list[Any]:

@@ -89,6 +89,24 @@ def moments(optimizer: OptimizerFactory) -> int | None:
     return sum(size for size in sizes if size > 1) // parameter.numel()
 
 
+def is_elementwise(optimizer: OptimizerFactory) -> bool:
+    """Return whether an optimiser treats each number of a weight by itself, so that it can be given a flat shard.
+
+    Found by two steps on a matrix, and on the flat halves of its copy. Muon and LAMB need whole matrices.
+    """
+    generator = torch.Generator().manual_seed(0)
+    matrix, *gradients = torch.randn(3, 8, 8, generator=generator)
+    whole = [nn.Parameter(matrix.clone())]
+    shards = [nn.Parameter(half.clone()) for half in matrix.flatten().chunk(2)]
+    for parameters in (whole, shards):
+        made = optimizer([{"params": parameters}])
+        for gradient in gradients:
+            for parameter, part in zip(parameters, gradient.flatten().chunk(len(parameters)), strict=True):
+                parameter.grad = part.reshape(parameter.shape).clone()
+            made.step()
+    return torch.allclose(whole[0].flatten(), torch.cat(shards), rtol=1e-5, atol=1e-7)
+
+
 def decay_groups(
     module: nn.Module, weight_decay: float, decays: Decays = EXCEPT_GAINS_AND_BIASES
 ) -> list[dict[str, Any]]:

@@ -6,9 +6,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import timm.optim
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from timm import optim
 
 from callbacks import defaults
 from lit_clip import distributed
@@ -19,8 +19,8 @@ from tests.helpers.small_sets import data_for, make_module, make_trainer
 OPTIMIZERS: dict[str, Any] = {
     "AdamW": PaperAdamW,
     "SGD": partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=0.1),
-    "Lion": partial(timm.optim.Lion, lr=1e-3, weight_decay=0.1),
-    "Muon": partial(timm.optim.Muon, lr=1e-2, weight_decay=0.1),
+    "Lion": partial(optim.Lion, lr=1e-3, weight_decay=0.1),
+    "Muon": partial(optim.Muon, lr=1e-2, weight_decay=0.1),
 }
 SCHEDULES: dict[str, Any] = {
     "cosine": partial(WarmupCosine, warmup_steps=2),

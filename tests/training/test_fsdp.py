@@ -7,11 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from timm import optim
 
 from callbacks import EMA, ZeroShot
 from lit_clip import load_model
 from lit_clip.errors import InputError
-from lit_clip.training.fsdp import FSDP
+from lit_clip.training.fsdp import FSDP, _check_optimizer
+from lit_clip.training.optim import EXCEPT_GAINS_AND_BIASES, PaperAdamW
+from lit_clip.training.optimization import Optimization
+from lit_clip.training.schedules import WarmupCosine
 from tests.conftest import ROOT, run_lightning_ranks
 
 SCRIPT = str(ROOT / "tests/helpers/ranks_scale.py")
@@ -108,3 +112,14 @@ def test_four_shards_train_as_one_process_does(runs: Path) -> None:
 def test_callbacks_that_need_unsharded_weights_are_refused_by_name(callback: Any) -> None:
     with pytest.raises(InputError, match=type(callback).__name__):
         FSDP()._check(SimpleNamespace(callbacks=[callback]))
+
+
+@pytest.mark.parametrize("optimizer", [optim.Muon, optim.Lamb])
+def test_optimisers_of_whole_matrices_are_refused_by_name(optimizer: Any) -> None:
+    with pytest.raises(InputError, match=f"{optimizer.__name__} needs whole matrices; use ddp"):
+        _check_optimizer(Optimization(optimizer, WarmupCosine, EXCEPT_GAINS_AND_BIASES))
+
+
+@pytest.mark.parametrize("optimizer", [PaperAdamW, torch.optim.SGD, torch.optim.RMSprop, optim.Lion])
+def test_optimisers_of_single_numbers_are_not_refused(optimizer: Any) -> None:
+    _check_optimizer(Optimization(optimizer, WarmupCosine, EXCEPT_GAINS_AND_BIASES))

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm.optim
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from open_clip_train.scheduler import const_lr, const_lr_cooldown
+from timm import optim
 from torch import nn
 from torch.optim.lr_scheduler import (
     CosineAnnealingLR,
@@ -220,13 +220,19 @@ def test_torchs_muon_names_the_one_that_takes_all_parameters(table: Path, tmp_pa
     ("options", "message"),
     [
         ({"optimizer": partial(torch.optim.SGD, lr=-1)}, "model.optimizer: Invalid learning rate: -1"),
-        ({"optimizer": partial(torch.optim.SGD, rate=1)}, "model.optimizer: .*unexpected keyword argument 'rate'"),
+        (
+            {"optimizer": partial(torch.optim.SGD, **{"rate": 1})},
+            "model.optimizer: .*unexpected keyword argument 'rate'",
+        ),
         ({"optimizer": list}, "model.optimizer: creates a list, not a torch optimiser"),
         ({"lr_scheduler": StepLR}, "model.lr_scheduler: .*missing 1 required positional argument: 'step_size'"),
         ({"lr_scheduler": lambda optimizer: 3}, "model.lr_scheduler: creates a int, not a learning rate schedule"),
         ({"lr_scheduler": lambda optimizer: WarmupCosine(optimizer, 3)}, "total_steps is not set.*functools.partial"),
         ({"lr_scheduler": partial(WarmupConstant, warmup_steps=-1)}, "^model.lr_scheduler.warmup_steps: -1"),
-        ({"lr_scheduler": partial(WarmupStableDecay, cooldown_steps=1, shape="x")}, "'x' must be 'linear' or '1-sqrt'"),
+        (
+            {"lr_scheduler": partial(WarmupStableDecay, cooldown_steps=1, **{"shape": "x"})},
+            "'x' must be 'linear' or '1-sqrt'",
+        ),
     ],
 )
 def test_wrong_parts_are_refused_at_construction(options: dict[str, Any], message: str) -> None:
@@ -250,7 +256,7 @@ def test_a_checkpoint_imports_no_class_but_ours_torchs_and_timms(table: Path, tm
             factory_of({"class_path": path, "init_args": {}}, "model.optimizer")
 
 
-@pytest.mark.parametrize("optimizer", [*OPTIMIZERS.values(), timm.optim.Lamb, timm.optim.AdamP, torch.optim.RMSprop])
+@pytest.mark.parametrize("optimizer", [*OPTIMIZERS.values(), optim.Lamb, optim.AdamP, torch.optim.RMSprop])
 def test_a_description_creates_the_same_optimiser_again(optimizer: Any) -> None:
     first = optimizer([nn.Parameter(torch.zeros(2, 2))])
     again = factory_of(describe(optimizer, first), "model.optimizer")([nn.Parameter(torch.zeros(2, 2))])
@@ -262,7 +268,7 @@ def test_a_description_creates_the_same_optimiser_again(optimizer: Any) -> None:
 
 @pytest.mark.parametrize(
     ("optimizer", "number"),
-    [(PaperAdamW, 2), (torch.optim.SGD, 0), (OPTIMIZERS["SGD"], 1), (timm.optim.Lion, 1), (torch.optim.LBFGS, None)],
+    [(PaperAdamW, 2), (torch.optim.SGD, 0), (OPTIMIZERS["SGD"], 1), (optim.Lion, 1), (torch.optim.LBFGS, None)],
 )
 def test_moments_are_counted_by_a_step(optimizer: Any, number: int | None) -> None:
     assert moments(optimizer) == number
