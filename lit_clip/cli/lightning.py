@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_clip.cli.run_folders import run_folders
 from lit_clip.cli.words import (
+    check_class,
     check_encoder_options,
     checkpoint_path,
     data_options,
@@ -254,10 +255,13 @@ def run(args: ArgsType = None, execute: bool = True) -> CLI:
     # Without this, absolute keys such as ${model.optimizer.lr} are looked up above the subcommand.
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     words = sys.argv[1:] if args is None else args if isinstance(args, list) else []
+    model = named_class(words, next(iter(words), None), "model")
+    if model is not None:
+        check_class(model, LitCLIP, "model")
     return CLI(
         LitCLIP,
         LightningDataModule,
-        subclass_mode_model=named_class(words, next(iter(words), None), "model") is not None,
+        subclass_mode_model=model is not None,
         subclass_mode_data=True,
         save_config_callback=SaveConfig,
         seed_everything_default=0,

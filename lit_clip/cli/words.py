@@ -3,6 +3,7 @@
 import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,21 @@ def named_class(words: Sequence[str], subcommand: str | None, *keys: str) -> str
         if isinstance(named, str) and (len(keys) > 1 or CLASS_PATH.fullmatch(named)):
             return named
     return None
+
+
+def check_class(named: str, base: type, option: str) -> None:
+    """Check that a class can be imported and is of a kind.
+
+    Raises:
+        InputError: it is not.
+    """
+    module, _, name = named.rpartition(".")
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"{option}: {error}") from error
+    if not (inspect.isclass(found) and issubclass(found, base)):
+        raise InputError(f"{option}: {named} is no subclass of {qualified_name(base)}")
 
 
 def _value(section: Any, keys: Sequence[str]) -> Any:

@@ -104,7 +104,7 @@ def is_elementwise(optimizer: OptimizerFactory) -> bool:
             for parameter, part in zip(parameters, gradient.flatten().chunk(len(parameters)), strict=True):
                 parameter.grad = part.reshape(parameter.shape).clone()
             made.step()
-    return torch.allclose(whole[0].flatten(), torch.cat(shards), rtol=1e-5, atol=1e-7)
+    return torch.allclose(whole[0].flatten(), torch.cat([*shards]), rtol=1e-5, atol=1e-7)
 
 
 def decay_groups(
