@@ -68,7 +68,7 @@ class Captions(CaptionDataModule):
         tokenize: texts -> int64 ``[N, L]``; the command line takes it from the model.
         global_batch_size: pairs per training step on all ranks together; ``batch_size`` is then used for validation
             only. None: ``batch_size`` on each rank.
-        group_column: names the group of duplicates (such as a product), for ``model.duplicates``.
+        group_column: names the group of duplicates (such as a product), see ``duplicates`` of the losses.
         train_split: of data that come in splits; None: ``train``.
         val_split: of data that come in splits; None: ``val``.
         shards: how tar shards are read.
