@@ -19,6 +19,7 @@ from lit_clip.evaluation.retrieval import RetrievalSet, token_hashes
 from lit_clip.losses.contrastive import at_least_float32
 from lit_clip.losses.loss import Loss, Pairs, build_loss, check_gradient, check_resumed_loss, evaluate_loss
 from lit_clip.losses.pairwise import Contrastive, Sigmoid
+from lit_clip.losses.tiled import HardNegatives
 from lit_clip.models.config import CLIPConfig, Preprocessing, Size
 from lit_clip.models.finetuning import Freeze, LayerDecay, frozen_modules, frozen_names, learning_rate_factors
 from lit_clip.models.lora import LoRA, add_lora
@@ -218,9 +219,13 @@ class LitCLIP(LightningModule):
         check_run(self)
 
     def training_step(self, batch: CaptionBatch, batch_idx: int) -> Tensor:
-        shards = distributed.shards(len(batch.images))
+        assert self.loss is not None, "setup builds it"
+        hard = sum(map(bool, batch.negatives)) if self.loss.uses_negatives else 0
+        shards, negative_shards = distributed.shards_of(len(batch.images), hard)
         parts = split_batch(self.model, batch, shards, self.hparams["micro_batch_size"])
-        image_BD, text_BD = encode_parts(self.model, parts, len(batch.images))
+        image_BD, text_BD, negative_MD = encode_parts(
+            self.model, parts, len(batch.images), negatives=negative_shards.total > 0
+        )
         self.last_step, self.step_skipped = None, shards.total == 0
         # DDP and FSDP need a gradient of every parameter, also if the loss does not use it.
         zero = sum((p.sum() * 0 for p in self._logit_parameters()), image_BD[:0].sum() + text_BD[:0].sum())
@@ -228,8 +233,8 @@ class LitCLIP(LightningModule):
             return zero
         scale, bias = self.model.logit_scale.exp(), self.model.logit_bias
         pad_id = self.model.tokenizer.pad_id
-        pairs = Pairs(image_BD, text_BD, scale, bias, shards, batch, parts, pad_id)
-        assert self.loss is not None, "setup builds it"
+        negatives = None if negative_MD is None else HardNegatives(negative_MD, negative_shards)
+        pairs = Pairs(image_BD, text_BD, scale, bias, shards, batch, parts, pad_id, negatives)
         loss, metrics = evaluate_loss(self.loss, pairs)
         if len(image_BD) and torch.is_grad_enabled():
             check_gradient(self.loss, loss)

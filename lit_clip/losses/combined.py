@@ -2,11 +2,13 @@
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from lit_clip.errors import require
+from lit_clip.losses.contrastive import unit
 from lit_clip.losses.loss import Loss, LossValue, Pairs, evaluate_loss
 
 
@@ -56,6 +58,57 @@ class Sum(Loss):
 
     def uninformed(self, pairs: int) -> float | None:
         return _weighted_sum((weight, term.uninformed(pairs)) for weight, term in self.losses)
+
+
+class Matryoshka(Loss):
+    """Another loss on the first channels of the features too, for features that can be cut off (Kusupati et al. 2022).
+
+    The features are cut off and normalised again for each number of channels, and the losses are summed. Logs each of
+    them, such as ``train/loss_64``; what the inner loss logs is that of the largest number.
+
+    Args:
+        loss: the inner loss.
+        dims: numbers of channels, usually with all of them among them.
+        weights: one for each; None: all 1.
+    """
+
+    def __init__(self, loss: Loss, dims: list[int], weights: list[float] | None = None) -> None:
+        super().__init__()
+        self.weights = _weights(weights, len(dims), "dims", "Matryoshka")
+        require(min(dims) >= 1, f"model.loss: Matryoshka.dims {list(dims)} must be at least 1")
+        self.loss, self.dims = loss, list(dims)
+
+    @property
+    def uses_negatives(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]  # the inner loss's
+        return self.loss.uses_negatives
+
+    def prepare(self, model: Any) -> None:
+        most = model.config.embed_dim
+        require(max(self.dims) <= most, f"model.loss: Matryoshka.dims {self.dims}, but the features have {most}")
+        self.loss.prepare(model)
+
+    def forward(self, pairs: Pairs) -> LossValue:
+        total: Any = 0.0
+        metrics: dict[str, Tensor | float] = {}
+        for dim, weight in zip(self.dims, self.weights, strict=True):
+            loss, logged = evaluate_loss(self.loss, _first_channels(pairs, dim))
+            total = total + weight * loss
+            metrics |= {f"loss_{dim}": loss.detach()} | (dict(logged) if dim == max(self.dims) else {})
+        return LossValue(total, metrics)
+
+    def uninformed(self, pairs: int) -> float | None:
+        inner = self.loss.uninformed(pairs)
+        return None if inner is None else sum(self.weights) * inner
+
+
+def _first_channels(pairs: Pairs, dim: int) -> Pairs:
+    negatives = pairs.negatives
+    return replace(
+        pairs,
+        image=unit(pairs.image[:, :dim]),
+        text=unit(pairs.text[:, :dim]),
+        negatives=negatives and negatives._replace(features=unit(negatives.features[:, :dim])),
+    )
 
 
 def _loss_name(loss: Loss) -> str:

@@ -17,6 +17,7 @@ from lit_clip.batch import CaptionBatch
 from lit_clip.distributed import Shards
 from lit_clip.errors import InputError, require
 from lit_clip.losses.duplicates import pair_ids
+from lit_clip.losses.tiled import HardNegatives
 from lit_clip.tools.parts import Description, factory_of, is_plain, is_trusted, plain, qualified_name, unwrapped
 
 
@@ -33,8 +34,7 @@ class Pairs:
         batch: the pairs.
         parts: the same pairs as micro-batches; a rank with few pairs repeats its last one at the end.
         pad_id: the token that ``batch.tokens`` are padded with.
-        negative: unit features of this rank's hard negatives; None if no rank has one.
-        negative_shards: number of hard negatives of each rank; None if no rank has one.
+        negatives: hard negative captions; None if no rank has one, or the loss does not use them.
     """
 
     image: Tensor
@@ -45,8 +45,7 @@ class Pairs:
     batch: CaptionBatch
     parts: list[CaptionBatch]
     pad_id: int
-    negative: Tensor | None = None
-    negative_shards: Shards | None = None
+    negatives: HardNegatives | None = None
 
     def ids(self) -> Tensor:
         """Return int64 ``[B, 3]``, see :func:`lit_clip.losses.duplicates.pair_ids`."""
@@ -83,10 +82,8 @@ class WholeBatch:
     @cached_property
     def negative(self) -> Tensor | None:
         """Unit features ``[M, D]`` of hard negative captions; None if there are none."""
-        pairs = self._pairs
-        if pairs.negative is None or pairs.negative_shards is None:
-            return None
-        return distributed.gather(pairs.negative, pairs.negative_shards)
+        negatives = self._pairs.negatives
+        return None if negatives is None else distributed.gather(negatives.features, negatives.shards)
 
     @cached_property
     def same(self) -> Tensor:
@@ -132,7 +129,7 @@ class Loss(nn.Module):
     """
 
     uses_negatives = False
-    """Whether the loss reads hard negative captions; if not, they are not encoded."""
+    """Whether the loss reads hard negative captions; otherwise a data module must not have them."""
 
     _arguments: dict[str, Any]
 

@@ -22,12 +22,16 @@ def _value(result: ShardedLoss, pairs: Pairs) -> LossValue:
 class Contrastive(Loss):
     """Symmetric softmax loss (InfoNCE; paper, figure 3), :func:`lit_clip.losses.contrastive.contrastive_loss`.
 
-    Logs ``train/in_batch_accuracy``, the share of images that are closest to their own text among all, and its chance.
+    Hard negative captions (``data.negative_column``) are further wrong texts for every image of the batch (NegCLIP,
+    Yuksekgonul et al. 2023). Logs ``train/in_batch_accuracy``, the share of images that are closest to their own text
+    among all pairs' texts, and its chance.
 
     Args:
         duplicates: how pairs with the same caption, image or group count: as ``negatives`` of each other (the paper),
             as ``positives``, or ``ignored``.
     """
+
+    uses_negatives = True
 
     def __init__(self, duplicates: Duplicates = "negatives") -> None:
         super().__init__()
@@ -35,7 +39,8 @@ class Contrastive(Loss):
 
     def forward(self, pairs: Pairs) -> LossValue:
         layout = _layout(pairs, self.duplicates)
-        return _value(sharded_contrastive_loss(pairs.image, pairs.text, pairs.scale, layout), pairs)
+        result = sharded_contrastive_loss(pairs.image, pairs.text, pairs.scale, layout, pairs.negatives)
+        return _value(result, pairs)
 
     def uninformed(self, pairs: int) -> float:
         """Return log N: each of N captions is equally likely."""
