@@ -330,6 +330,8 @@ class LitCLIP(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         name = str((self._trainer and self._trainer.ckpt_path) or "the checkpoint")
+        if self._trainer and self._trainer.state.fn == TrainerFn.FITTING:
+            check_resumed_loss(self.hparams["loss"], checkpoint["hyper_parameters"].get("loss"), name)
         unpack_checkpoint(checkpoint, self, self.base_sha256, name)
         self.before = dict(checkpoint.get("before", {}))  # wise-ft writes none
         if self._trainer and self._trainer.state.fn == TrainerFn.FITTING:
@@ -337,7 +339,6 @@ class LitCLIP(LightningModule):
                 "optimizer_states" in checkpoint,
                 f"{name}: holds weights only, so training cannot resume; start from it with --model.pretrained",
             )
-            check_resumed_loss(self.hparams["loss"], checkpoint["hyper_parameters"].get("loss"), name)
             groups, steps = self._parameter_groups(), total_steps(self.trainer)
             self.optimization.resume(checkpoint, groups, self.hparams["layer_decay"], steps, name)
 

@@ -235,11 +235,12 @@ def check_gradient(loss: Loss, value: Tensor) -> None:
     )
 
 
-def is_trusted_loss(description: Mapping[str, Any]) -> bool:
-    """Return whether a checkpoint may name this loss and all losses within it."""
+def foreign_losses(description: Mapping[str, Any]) -> list[str]:
+    """Return the class paths of a described loss, and of losses within it, that a checkpoint may not import."""
     arguments = [item for value in description.get("init_args", {}).values() for item in _items(value)]
     inner = [item for item in arguments if isinstance(item, Mapping) and "class_path" in item]
-    return is_trusted(description) and all(map(is_trusted_loss, inner))
+    own = [] if is_trusted(description) else [str(description.get("class_path"))]
+    return [*own, *(path for item in inner for path in foreign_losses(item))]
 
 
 def _items(value: Any) -> list[Any]:
@@ -257,8 +258,9 @@ def check_resumed_loss(ours: Mapping[str, Any] | None, saved: Mapping[str, Any] 
     Raises:
         InputError: this run would go on with the default loss.
     """
-    if ours is None and saved is not None and not is_trusted_loss(saved):
-        raise InputError(
-            f"{name}: was trained with {saved['class_path']}, which a checkpoint may not import; name it with "
-            f"--model.loss {saved['class_path']}, or pass loss=... to LitCLIP"
-        )
+    foreign = foreign_losses(saved) if ours is None and saved is not None else []
+    require(
+        not foreign,
+        f"{name}: was trained with {', '.join(foreign)}, which a checkpoint may not import by itself; name the loss with "
+        "--model.loss, or pass loss=... to LitCLIP",
+    )
