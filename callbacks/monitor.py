@@ -46,20 +46,6 @@ def _norm(parameters: list[nn.Parameter]) -> Tensor:
     return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
-def uninformed_loss(pairs: int, sigmoid: bool = False) -> float:
-    """Return the lowest loss of a model that cannot tell which caption belongs to which image.
-
-    The softmax loss is then log N: each of N captions is equally likely. For the sigmoid loss the best prediction for
-    each of an image's N captions is 1/N, which costs ``log N + (N - 1) log(N / (N - 1))`` per image.
-
-    Args:
-        pairs: N, the number of pairs in the batch of all ranks.
-        sigmoid: whether the loss is the sigmoid loss.
-    """
-    others = (pairs - 1) * math.log(pairs / (pairs - 1)) if sigmoid and pairs > 1 else 0.0
-    return math.log(pairs) + others
-
-
 class TrainingMonitor(TimedCallback):
     """Log learning rate, gradient norms and throughput every ``log_every_n_steps``; warn if the model does not learn.
 
@@ -71,7 +57,7 @@ class TrainingMonitor(TimedCallback):
     - ``train/samples_seen``
 
     It warns once if, after warm-up, the mean of the ``train/loss`` logged over ``stuck_steps`` optimiser steps is still
-    at its baseline (:func:`uninformed_loss`) or above.
+    at its baseline (:meth:`lit_clip.losses.Loss.uninformed`) or above; a loss without a baseline is not watched.
 
     Args:
         stuck_steps: number of optimiser steps, after warm-up, over which the loss is averaged.
@@ -124,15 +110,13 @@ class TrainingMonitor(TimedCallback):
 
     def _warn_if_stuck(self, trainer: Trainer, module: LitCLIP) -> None:
         hparams: Any = module.hparams
-        metrics = trainer.callback_metrics
-        loss, chance = metrics.get("train/loss"), metrics.get("train/in_batch_chance")
+        loss, step = trainer.callback_metrics.get("train/loss"), module.last_step
         warming_up = trainer.global_step <= hparams.lr_scheduler["warmup_steps"]
-        if self._warned or loss is None or chance is None or warming_up:
+        if self._warned or loss is None or step is None or module.loss is None or warming_up:
             return
-        pairs = round(1 / float(chance))  # of all ranks
-        baseline = uninformed_loss(pairs, sigmoid=module.model.logit_bias is not None)
-        if hparams.distill:  # its cross-entropy is log N too if all candidates seem equal
-            baseline += hparams.distill["weight"] * math.log(pairs)
+        baseline = module.loss.uninformed(step.pairs)
+        if baseline is None:
+            return
         value = float(loss)  # synchronises the device, but only on logged steps
         if math.isfinite(value):
             self._losses.append((trainer.global_step, value, baseline))

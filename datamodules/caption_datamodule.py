@@ -40,6 +40,7 @@ class _DecodedPair(NamedTuple):
     caption: str
     key: str
     group: str
+    negative: str
 
 
 class TrainingPairs(Dataset[_DecodedPair]):
@@ -99,14 +100,25 @@ class _Collate:
             images = torch.zeros(0, 3, *self.image_size, dtype=torch.uint8)
             return CaptionBatch(images, torch.zeros(0, 1, dtype=torch.long), [], skipped=skipped)
         captions = [item.caption for item in items]
-        if self.refuse_long:
-            refuse_long(captions, [item.key for item in items], self.tokenize)
-        tokens = self.tokenize(captions)  # [B, context length]
         images = default_collate([item.image for item in items])  # in shared memory in a worker
         keys = [item.key for item in items]
         groups = [item.group for item in items] if any(item.group for item in items) else ()
+        tokens, lengths = self._tokenized(captions, keys)
+        batch = CaptionBatch(images, tokens, keys, captions, groups, skipped, lengths)
+        negatives = [item.negative for item in items]
+        if not any(negatives):
+            return batch
+        found = [(text, key) for text, key in zip(negatives, keys, strict=True) if text]
+        negative_tokens, lengths = self._tokenized([text for text, _ in found], [key for _, key in found])
+        return batch._replace(negatives=negatives, negative_tokens=negative_tokens, negative_lengths=lengths)
+
+    def _tokenized(self, texts: list[str], keys: list[str]) -> tuple[Tensor, list[int]]:
+        """Return int64 ``[N, L]`` for the longest of the texts, and the number of tokens of each."""
+        if self.refuse_long:
+            refuse_long(texts, keys, self.tokenize)
+        tokens = self.tokenize(texts)  # [N, context length]
         lengths = self.tokenize.lengths(tokens).tolist()
-        return CaptionBatch(images, tokens[:, : max(lengths)], keys, captions, groups, skipped, lengths)
+        return tokens[:, : max(lengths)], lengths
 
 
 def _report_truncation(source: PairSource, tokenize: TextTokenizer) -> None:

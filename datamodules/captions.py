@@ -68,7 +68,10 @@ class Captions(CaptionDataModule):
         tokenize: texts -> int64 ``[N, L]``; the command line takes it from the model.
         global_batch_size: pairs per training step on all ranks together; ``batch_size`` is then used for validation
             only. None: ``batch_size`` on each rank.
-        group_column: names the group of duplicates (such as a product), for ``model.duplicates``.
+        group_column: names the group of duplicates (such as a product), see ``duplicates`` of the losses.
+        negative_column: of a table; holds hard negative captions, a text or a list of texts in a row, of which one is
+            drawn; blank for none. Training with :class:`lit_clip.losses.Contrastive` makes them wrong texts for
+            every image; validation does not read them.
         train_split: of data that come in splits; None: ``train``.
         val_split: of data that come in splits; None: ``val``.
         shards: how tar shards are read.
@@ -93,6 +96,7 @@ class Captions(CaptionDataModule):
         tokenize: TextTokenizer | None = None,
         global_batch_size: int | None = None,
         group_column: str | None = None,
+        negative_column: str | None = None,
         train_split: str | None = None,
         val_split: str | None = None,
         shards: ShardOptions | None = None,
@@ -106,13 +110,14 @@ class Captions(CaptionDataModule):
         super().__init__(batch_size, num_workers, seed, *images, global_batch_size, *policies)
         if train is None and val is None:
             raise InputError("data: set train, val or both to a table, a folder or tar shards")
-        self.train, self.val, self.epoch_size = train, val, epoch_size
+        self.train, self.val, self.epoch_size, self.negative_column = train, val, epoch_size, negative_column
         self._splits = {"train": train_split, "validation": val_split}
         self._options: dict[str, Any] = {
             "root": root,
             "image_column": image_column,
             "caption_column": caption_column,
             "group_column": group_column,
+            "negative_column": negative_column,
             "shards": shards,
             "on_error": on_error,
             "option_prefix": "--data.",

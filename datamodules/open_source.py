@@ -56,7 +56,8 @@ def _is_shards(name: str) -> bool:
 
 def _open_shards(names: list[str], options: SourceOptions) -> PairSource:
     options.refuse_split(names[0])
-    require(options.image_column is None, f"{names[0]}: shards have no columns; leave image_column out")
+    for option in ("image_column", "negative_column"):
+        require(getattr(options, option) is None, f"{names[0]}: shards have no columns; leave {option} out")
     return TarPairs(names, options.shards, options.caption_column, options.group_column, options.on_error)
 
 

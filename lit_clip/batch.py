@@ -19,6 +19,10 @@ class CaptionBatch(NamedTuple):
         groups: pairs of one group (a product, an event) are duplicates; empty strings for no group; optional.
         skipped: place and reason of each sample that had to be skipped, see ``on_error``.
         lengths: number of tokens of each text, so that nobody has to wait for the batch's device; optional.
+        negatives: a caption that does not fit the image although it is similar (a hard negative), for each pair; empty
+            strings for none; optional.
+        negative_tokens: int64 ``[M, L]``, those of the M negatives that are not empty, in order.
+        negative_lengths: number of tokens of each of them.
     """
 
     images: Tensor
@@ -28,6 +32,9 @@ class CaptionBatch(NamedTuple):
     groups: Sequence[str] = ()
     skipped: Sequence[tuple[str, str]] = ()
     lengths: Sequence[int] = ()
+    negatives: Sequence[str] = ()
+    negative_tokens: Tensor | None = None
+    negative_lengths: Sequence[int] = ()
 
     def split(self, parts: int) -> "list[CaptionBatch]":
         """Split into at most ``parts`` batches of nearly equal size, none of them empty, in order."""
@@ -38,10 +45,14 @@ class CaptionBatch(NamedTuple):
 
     def _rows(self, rows: slice) -> "CaptionBatch":
         texts = self.keys[rows], self.captions[rows], self.groups[rows]
-        return CaptionBatch(self.images[rows], self.tokens[rows], *texts, lengths=self.lengths[rows])
+        first, stop, _ = rows.indices(len(self.images))
+        of_rows = slice(*(sum(map(bool, self.negatives[:row])) for row in (first, stop)))
+        negative_tokens = None if self.negative_tokens is None else self.negative_tokens[of_rows]
+        negatives = self.negatives[rows], negative_tokens, self.negative_lengths[of_rows]
+        return CaptionBatch(self.images[rows], self.tokens[rows], *texts, (), self.lengths[rows], *negatives)
 
     def stretched(self, pairs: int) -> "CaptionBatch":
-        """Repeat the last pair until there are at least ``pairs``."""
+        """Repeat the last pair, without its negative, until there are at least ``pairs``."""
         more = pairs - len(self.images)
         if more <= 0:
             return self
@@ -50,4 +61,13 @@ class CaptionBatch(NamedTuple):
             [*text, *[text[-1]] * more] if text else [] for text in (self.keys, self.captions, self.groups)
         )
         lengths = [*self.lengths, *[self.lengths[-1]] * more] if self.lengths else []
-        return CaptionBatch(self.images[rows], self.tokens[rows], keys, captions, groups, self.skipped, lengths)
+        negatives = [*self.negatives, *[""] * more] if self.negatives else []
+        return self._replace(
+            images=self.images[rows],
+            tokens=self.tokens[rows],
+            keys=keys,
+            captions=captions,
+            groups=groups,
+            lengths=lengths,
+            negatives=negatives,
+        )

@@ -75,13 +75,18 @@ def host_group() -> Any:
 
 def shards(pairs: int) -> Shards:
     """Exchange the number of pairs with the other ranks."""
+    return shards_of(pairs)[0]
+
+
+def shards_of(*rows: int) -> tuple[Shards, ...]:
+    """Exchange numbers of several kinds of rows with the other ranks, in one collective."""
     rank, world = rank_and_world()
     if world == 1:
-        return Shards(0, (pairs,))
-    counts = torch.zeros(world, dtype=torch.long)
-    counts[rank] = pairs
+        return tuple(Shards(0, (number,)) for number in rows)
+    counts = torch.zeros(len(rows), world, dtype=torch.long)
+    counts[:, rank] = torch.tensor(rows)
     dist.all_reduce(counts, group=host_group())
-    return Shards(rank, tuple(counts.tolist()))
+    return tuple(Shards(rank, tuple(of_ranks)) for of_ranks in counts.tolist())
 
 
 def _all_rows(local: Tensor, shards: Shards) -> Tensor:

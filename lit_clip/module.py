@@ -16,9 +16,10 @@ from lit_clip import distributed
 from lit_clip.batch import CaptionBatch
 from lit_clip.errors import require
 from lit_clip.evaluation.retrieval import RetrievalSet, token_hashes
-from lit_clip.losses.contrastive import Duplicates, at_least_float32
-from lit_clip.losses.duplicates import pair_ids
-from lit_clip.losses.tiled import PairLayout, ShardedLoss, sharded_contrastive_loss, sharded_sigmoid_loss
+from lit_clip.losses.contrastive import at_least_float32
+from lit_clip.losses.loss import Loss, Pairs, build_loss, check_gradient, check_resumed_loss, evaluate_loss
+from lit_clip.losses.pairwise import Contrastive, Sigmoid
+from lit_clip.losses.tiled import HardNegatives
 from lit_clip.models.config import CLIPConfig, Preprocessing, Size
 from lit_clip.models.finetuning import Freeze, LayerDecay, frozen_modules, frozen_names, learning_rate_factors
 from lit_clip.models.lora import LoRA, add_lora
@@ -35,7 +36,6 @@ from lit_clip.training.optim import (
 )
 from lit_clip.training.optimization import Optimization
 from lit_clip.training.schedules import ScheduleFactory, WarmupCosine
-from lit_clip.training.teacher import Distill, Teacher
 from lit_clip.weights.checkpoints import base_name
 from lit_clip.weights.fingerprint import weights_sha256
 from lit_clip.weights.load import create_model, whole_name
@@ -61,20 +61,21 @@ class TrainingStep(NamedTuple):
         image: their images' unit features ``[B, D]``.
         text: their captions' unit features ``[B, D]``.
         loss: this rank's loss, a scalar.
+        pairs: number of pairs of all ranks.
     """
 
     keys: list[str]
     image: Tensor
     text: Tensor
     loss: Tensor
+    pairs: int
 
 
 class LitCLIP(LightningModule):
     """Train a :class:`lit_clip.CLIP` on pairs of images and captions.
 
-    The loss is the contrastive one, or the sigmoid one for a model with a ``logit_bias`` (SigLIP). A checkpoint holds
-    the model under OpenAI's key names and the architecture as plain values, so ``LitCLIP.load_from_checkpoint(path)``
-    and open_clip read it unchanged.
+    A checkpoint holds the model under OpenAI's key names and the architecture as plain values, so
+    ``LitCLIP.load_from_checkpoint(path)`` and open_clip read it unchanged.
 
     Args:
         architecture: a name from :func:`lit_clip.list_models`, or a configuration; None: that of ``pretrained``, or
@@ -82,6 +83,10 @@ class LitCLIP(LightningModule):
         pretrained: weights to start from: anything :func:`lit_clip.load_model` opens, of this architecture.
         image_size: if other than the architecture's; the position embedding of ``pretrained`` is interpolated.
         context_length: if other than the architecture's, see :func:`lit_clip.load_model`.
+        loss: the training loss. None: :class:`lit_clip.losses.Sigmoid` for a model with a ``logit_bias`` (SigLIP),
+            otherwise :class:`lit_clip.losses.Contrastive`. ``val/loss`` is this default for every training loss, so
+            that runs can be compared. A checkpoint holds the loss as class path and arguments, which only training
+            reads.
         optimizer: creates the optimiser of parameter groups: a class of ``torch.optim`` or ``timm.optim``, one's own,
             or a ``functools.partial`` of it.
         lr_scheduler: creates the learning rate's schedule of the optimiser; it is stepped after each optimiser step,
@@ -92,13 +97,10 @@ class LitCLIP(LightningModule):
         layer_decay: the learning rate of each layer relative to the next one: one value, or one for each encoder.
         lora: train low-rank additions to the blocks that are not frozen, and nothing else. A checkpoint then holds
             only the additions and the name of their base weights (``pretrained``).
-        distill: a teacher whose probabilities over the batch's images and captions are learnt too.
         micro_batch_size: most pairs of this rank that are encoded at once, while the loss sees all pairs of all ranks
             (GradCache, Gao et al. 2021). Activations are computed again in the backward pass, so activation memory is
             that of one micro-batch; loss and gradients are those of the whole batch. Only BatchNorm sees the
             micro-batches.
-        duplicates: how pairs with the same caption, image or group count, see
-            :func:`lit_clip.losses.contrastive.contrastive_loss`.
 
     Attributes:
         last_step: the training step under way; None if no rank had a pair.
@@ -117,21 +119,20 @@ class LitCLIP(LightningModule):
         pretrained: str | os.PathLike[str] | None = None,
         image_size: Size | None = None,
         context_length: int | None = None,
+        loss: Loss | None = None,
         optimizer: OptimizerFactory = PaperAdamW,
         lr_scheduler: ScheduleFactory = WarmupCosine,
         decay: Decays = EXCEPT_GAINS_AND_BIASES,
         freeze: Freeze | None = None,
         layer_decay: LayerDecay | float | None = None,
         lora: LoRA | None = None,
-        distill: Distill | None = None,
         micro_batch_size: int | None = None,
-        duplicates: Duplicates = "negatives",
     ) -> None:
         super().__init__()
         if isinstance(layer_decay, int | float):
             layer_decay = LayerDecay(layer_decay, layer_decay)
         self.optimization = Optimization(optimizer, lr_scheduler, decay)
-        self._layer_decay, self._distill = _from_dict(LayerDecay, layer_decay), _from_dict(Distill, distill)
+        self._layer_decay = _from_dict(LayerDecay, layer_decay)
         freeze, lora = _from_dict(Freeze, freeze), _from_dict(LoRA, lora)
         if micro_batch_size is not None:
             require(micro_batch_size >= 1, f"model.micro_batch_size: {micro_batch_size} must be at least 1")
@@ -140,7 +141,6 @@ class LitCLIP(LightningModule):
             "freeze": freeze,
             "layer_decay": self._layer_decay,
             "lora": lora,
-            "distill": self._distill,
         }
         self.save_hyperparameters(  # plain values only: a checkpoint must load with weights_only=True
             {name: value and _to_dict(value) for name, value in settings.items()}
@@ -148,13 +148,17 @@ class LitCLIP(LightningModule):
             | {
                 "architecture": self.model.config.to_dict(),
                 "micro_batch_size": micro_batch_size,
-                "duplicates": duplicates,
+                "loss": loss.describe() if isinstance(loss, Loss) else loss,
                 # A LoRA's checkpoint needs its base and how the base was resized; any other checkpoint has all weights.
                 "pretrained": base_name(whole_name(architecture, pretrained)) if lora and pretrained else None,
                 "image_size": image_size if lora else None,
                 "context_length": context_length if lora else None,
             }
         )
+        if loss is None:
+            loss = Contrastive() if self.model.logit_bias is None else Sigmoid()
+        # A checkpoint names its loss in a mapping, of which nothing is imported before training starts.
+        self.loss: Loss | None = loss if isinstance(loss, Loss) else None
         self.starts_trained = pretrained is not None
         self.base_sha256 = ""
         self._freeze(freeze or Freeze(), lora)
@@ -162,7 +166,6 @@ class LitCLIP(LightningModule):
         self.step_skipped = False
         self.baselines: dict[str, float] = {}
         self.before: dict[str, float] = {}
-        self._teacher: Teacher | None = None
         self._groups: list[dict[str, Any]] | None = None
         self._validated = RetrievalSet()
 
@@ -206,8 +209,9 @@ class LitCLIP(LightningModule):
         if self._trainer and stage != "predict":
             check_skipped_samples(self._trainer)
         if stage == "fit":
-            if self._distill and not self._teacher:
-                self._teacher = Teacher(self._distill.teacher)
+            if self.loss is None:
+                self.loss = build_loss(self.hparams["loss"])
+            self.loss.prepare(self.model)
             self._groups = None
             self._groups = self._parameter_groups()
 
@@ -215,40 +219,39 @@ class LitCLIP(LightningModule):
         check_run(self)
 
     def training_step(self, batch: CaptionBatch, batch_idx: int) -> Tensor:
-        shards = distributed.shards(len(batch.images))
+        assert self.loss is not None, "setup builds it"
+        hard = sum(map(bool, batch.negatives)) if self.loss.uses_negatives else 0
+        shards, negative_shards = distributed.shards_of(len(batch.images), hard)
         parts = split_batch(self.model, batch, shards, self.hparams["micro_batch_size"])
-        image_BD, text_BD = encode_parts(self.model, parts, len(batch.images))
+        image_BD, text_BD, negative_MD = encode_parts(
+            self.model, parts, len(batch.images), negatives=negative_shards.total > 0
+        )
         self.last_step, self.step_skipped = None, shards.total == 0
-        if self.step_skipped:  # no rank has a pair; DDP and FSDP need a backward pass all the same
-            return sum((p.sum() * 0 for p in self._logit_parameters()), image_BD.sum() + text_BD.sum())
-        loss, hits = self._loss(batch, image_BD, text_BD, shards)
-        scale = self.model.logit_scale.exp()
-        if self._distill and self._teacher:
-            distillation = self._teacher.loss(parts, image_BD, text_BD, scale, shards)
-            self._log("train/distillation_loss", distillation, batch, sync_dist=True)
-            loss = loss + self._distill.weight * distillation
+        # DDP and FSDP need a gradient of every parameter, also if the loss does not use it.
+        zero = sum((p.sum() * 0 for p in self._logit_parameters()), image_BD[:0].sum() + text_BD[:0].sum())
+        if self.step_skipped:  # no rank has a pair
+            return zero
+        scale, bias = self.model.logit_scale.exp(), self.model.logit_bias
+        pad_id = self.model.tokenizer.pad_id
+        negatives = None if negative_MD is None else HardNegatives(negative_MD, negative_shards)
+        pairs = Pairs(image_BD, text_BD, scale, bias, shards, batch, parts, pad_id, negatives)
+        loss, metrics = evaluate_loss(self.loss, pairs)
+        if len(image_BD) and torch.is_grad_enabled():
+            check_gradient(self.loss, loss)
+        loss = loss + zero
         self._log("train/loss", loss, batch, sync_dist=True, prog_bar=True)
         self._log("train/logit_scale", scale, batch)
-        self._log("train/in_batch_accuracy", hits * shards.world / shards.total, batch, sync_dist=True)
-        self._log("train/in_batch_chance", 1 / shards.total, batch)
-        self.last_step = TrainingStep(batch.keys, image_BD.detach(), text_BD.detach(), loss.detach())
+        for name, value in metrics.items():
+            self._log(f"train/{name}", value, batch, sync_dist=isinstance(value, Tensor))
+        self.last_step = TrainingStep(batch.keys, image_BD.detach(), text_BD.detach(), loss.detach(), shards.total)
         return loss
 
     def _log(self, name: str, value: Tensor | float, batch: CaptionBatch, **options: Any) -> None:
         self.log(name, value, batch_size=len(batch.images), **options)
 
     def _logit_parameters(self) -> list[Tensor]:
-        return [p for p in (self.model.logit_scale, self.model.logit_bias) if p is not None]
-
-    def _loss(self, batch: CaptionBatch, image_BD: Tensor, text_BD: Tensor, shards: distributed.Shards) -> ShardedLoss:
-        ids_BK, duplicates = None, self.hparams["duplicates"]
-        if duplicates != "negatives":
-            ids_BK = pair_ids(batch.keys, batch.tokens, self.model.tokenizer.pad_id, batch.groups)
-        layout = PairLayout(shards, ids_BK, duplicates)
-        scale, bias = self.model.logit_scale.exp(), self.model.logit_bias
-        if bias is None:
-            return sharded_contrastive_loss(image_BD, text_BD, scale, layout)
-        return sharded_sigmoid_loss(image_BD, text_BD, scale, bias, layout)
+        own = [] if self.loss is None else [p for p in self.loss.parameters() if p.requires_grad]
+        return [*(p for p in (self.model.logit_scale, self.model.logit_bias) if p is not None), *own]
 
     def on_after_backward(self) -> None:
         if self.base_sha256 and self.global_step == 0:
@@ -313,7 +316,9 @@ class LitCLIP(LightningModule):
         """Return the groups as they were when ``fit`` began: FSDP's shards are flat, so weights look like biases."""
         if self._groups is not None:
             return [{**group, "params": list(group["params"])} for group in self._groups]
-        return self.optimization.groups(self.model, learning_rate_factors(self.model, self._layer_decay))
+        own = [] if self.loss is None else list(self.loss.parameters())
+        layers = [*learning_rate_factors(self.model, self._layer_decay), ("loss", 1.0, own)]
+        return self.optimization.groups(self, layers)
 
     def configure_optimizers(self) -> Any:
         return self.optimization.configure(self._parameter_groups(), self.trainer)
@@ -325,6 +330,8 @@ class LitCLIP(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         name = str((self._trainer and self._trainer.ckpt_path) or "the checkpoint")
+        if self._trainer and self._trainer.state.fn == TrainerFn.FITTING:
+            check_resumed_loss(self.hparams["loss"], checkpoint["hyper_parameters"].get("loss"), name)
         unpack_checkpoint(checkpoint, self, self.base_sha256, name)
         self.before = dict(checkpoint.get("before", {}))  # wise-ft writes none
         if self._trainer and self._trainer.state.fn == TrainerFn.FITTING:

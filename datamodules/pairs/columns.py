@@ -103,6 +103,7 @@ class Columns(NamedTuple):
     image: str
     caption: str
     group: str | None = None
+    negative: str | None = None
 
     def names(self) -> list[str]:
         """Return the columns, each once."""
@@ -139,7 +140,7 @@ def find_column(path: object, found: list[str], wanted: str | None, usual: tuple
 
 
 def find_columns(path: object, found: list[str], options: SourceOptions) -> Columns:
-    """Choose the image, caption and group columns among the columns ``found``.
+    """Choose the columns of images, captions, groups and hard negatives among the columns ``found``.
 
     Raises:
         InputError: a column that is set does not exist, or none has a usual name.
@@ -149,20 +150,21 @@ def find_columns(path: object, found: list[str], options: SourceOptions) -> Colu
     caption = find_column(path, found, options.caption_column, CAPTION_COLUMNS, f"{prefix}caption_column")
     if image == caption:
         raise InputError(f"{path}: column {image!r} cannot be both the image and the caption")
-    if options.group_column is not None:
-        find_column(path, found, options.group_column, (), f"{prefix}group_column")
-    return Columns(image, caption, options.group_column)
+    for option in ("group_column", "negative_column"):
+        if getattr(options, option) is not None:
+            find_column(path, found, getattr(options, option), (), f"{prefix}{option}")
+    return Columns(image, caption, options.group_column, options.negative_column)
 
 
 def check_types(path: object, schema: pa.Schema, columns: Columns) -> None:
     """Raise :class:`InputError` unless images are paths or encoded images, and captions texts or lists of texts."""
-    image, caption = schema.field(columns.image).type, schema.field(columns.caption).type
+    image = schema.field(columns.image).type
     if not (_is_text(image) or is_encoded(image)):
         raise InputError(f"{path}: column {columns.image!r} holds {image}, neither paths nor images; set image_column")
-    if not _is_text(caption.value_type if _is_list(caption) else caption):
-        raise InputError(
-            f"{path}: column {columns.caption!r} holds {caption}, neither texts nor lists of texts; set caption_column"
-        )
+    for option, name in (("caption_column", columns.caption), ("negative_column", columns.negative)):
+        kind = None if name is None else schema.field(name).type
+        if kind is not None and not _is_text(kind.value_type if _is_list(kind) else kind):
+            raise InputError(f"{path}: column {name!r} holds {kind}, neither texts nor lists of texts; set {option}")
 
 
 def group_name(value: Any) -> str:
@@ -180,6 +182,7 @@ class Cells(NamedTuple):
         group: see :func:`group_name`.
         where: name of the row in messages.
         key: of an image that is not a file of its own.
+        negative: a text or a list of texts, or None: hard negatives.
     """
 
     image: Any
@@ -187,6 +190,7 @@ class Cells(NamedTuple):
     group: str
     where: str
     key: str
+    negative: Any = None
 
 
 class ColumnPairs(PairSource):
@@ -222,7 +226,9 @@ class ColumnPairs(PairSource):
         captions = _captions(cells)
         source, key = self._image(cells)
         caption = captions[0] if rng is None or len(captions) == 1 else rng.choice(captions)
-        return Pair(open_image(source, cells.where), caption, key, cells.group)
+        negatives = [] if rng is None else _texts(cells.negative, cells.where)
+        negative = rng.choice(negatives) if rng and len(negatives) > 1 else "".join(negatives)
+        return Pair(open_image(source, cells.where), caption, key, cells.group, negative)
 
     def read(self, index: int) -> EncodedPair:
         cells = self.cells(index)
@@ -270,12 +276,16 @@ class ColumnPairs(PairSource):
 
 def _captions(cells: Cells) -> list[str]:
     """Return the captions of a row that are not blank."""
-    values = cells.caption if isinstance(cells.caption, list) else [cells.caption]
-    texts = [_decoded(value, cells.where) for value in values]
-    captions = [check_caption(text, cells.where) for text in texts if not is_blank(text)]
+    captions = _texts(cells.caption, cells.where)
     if not captions:
         raise BadSample(cells.where, NO_CAPTION, "no caption; write one or remove it")
     return captions
+
+
+def _texts(cell: Any, where: str) -> list[str]:
+    """Return the texts of a cell that are not blank."""
+    texts = [_decoded(value, where) for value in (cell if isinstance(cell, list) else [cell])]
+    return [check_caption(text, where) for text in texts if not is_blank(text)]
 
 
 def _decoded(value: Any, where: str) -> Any:
@@ -290,7 +300,7 @@ def _decoded(value: Any, where: str) -> Any:
 
 
 class TablePairs(ColumnPairs):
-    """Pairs in an Arrow table with columns ``image``, ``caption``, ``number`` and perhaps ``group``.
+    """Pairs in an Arrow table with columns ``image``, ``caption``, ``number`` and perhaps ``group`` and ``negative``.
 
     Args:
         table: one usable pair per row.
@@ -333,7 +343,7 @@ class TablePairs(ColumnPairs):
     def cells(self, index: int) -> Cells:
         row = {name: self._table[name][index].as_py() for name in self._table.column_names}
         where = f"{self.path} {self.label} {row['number']}"
-        return Cells(row["image"], row["caption"], row.get("group") or "", where, "")
+        return Cells(row["image"], row["caption"], row.get("group") or "", where, "", row.get("negative"))
 
 
 def map_table(path: Path) -> pa.Table:

@@ -20,12 +20,21 @@ JSON_LINES = (".jsonl", ".ndjson")
 
 
 class Pair(NamedTuple):
-    """An image, one of its captions, the key that identifies the image, and the group of its duplicates, if any."""
+    """An image and one of its captions.
+
+    Attributes:
+        image: the image.
+        caption: one of its captions.
+        key: identifies the image.
+        group: of duplicates; empty for none.
+        negative: a caption that does not fit the image although it is similar; empty for none.
+    """
 
     image: Image.Image
     caption: str
     key: str
     group: str = ""
+    negative: str = ""
 
 
 class EncodedPair(NamedTuple):
@@ -90,7 +99,7 @@ class PairSource(ABC):
 
     @abstractmethod
     def load(self, index: int, rng: random.Random | None) -> Pair:
-        """Load a pair; of several captions ``rng`` draws one, and None takes the first.
+        """Load a pair; of several captions ``rng`` draws one, and None takes the first and no negative.
 
         Raises:
             BadSample: the image or the caption cannot be read.
@@ -204,6 +213,7 @@ class SourceOptions(NamedTuple):
         image_column: of a table.
         caption_column: of a table; its values are texts or lists of texts.
         group_column: of a table; names the group of duplicates.
+        negative_column: of a table; its values are hard negative captions, texts or lists of texts.
         split: of sources that come in splits.
         default_split: taken where a source has splits and ``split`` is None.
         on_error: ``error`` ends the run at a row that cannot be read, ``skip`` leaves it out.
@@ -215,6 +225,7 @@ class SourceOptions(NamedTuple):
     image_column: str | None = None
     caption_column: str | None = None
     group_column: str | None = None
+    negative_column: str | None = None
     split: str | None = None
     default_split: str | None = None
     on_error: OnError = "error"
@@ -227,7 +238,7 @@ class SourceOptions(NamedTuple):
 
     def refuse_columns(self, path: object) -> None:
         """Raise :class:`InputError` if a column is set, for a source without columns."""
-        for name in ("image_column", "caption_column", "group_column"):
+        for name in ("image_column", "caption_column", "group_column", "negative_column"):
             column = getattr(self, name)
             require(column is None, f"{path}: is not a table, but {name} is {column!r}; leave it out")
 

@@ -113,13 +113,14 @@ class StoredPairs(ColumnPairs):
             table = self.table(number)
             image, caption = (table[name][within].as_py() for name in (self.columns.image, self.columns.caption))
             group = "" if self.columns.group is None else group_name(table[self.columns.group][within].as_py())
+            negative = None if self.columns.negative is None else table[self.columns.negative][within].as_py()
         except UnicodeDecodeError as error:
             raise BadSample(where, "not UTF-8", f"not UTF-8 text ({error.reason}); write the file again") from error
         except (pa.ArrowException, OSError) as error:  # damaged pages go unnoticed when the file is opened
             cause = str(error).splitlines()[0]
             raise BadSample(where, "damaged table", f"cannot read this part ({cause}); write the file again") from error
         file, line = where.rsplit(" row ", 1)
-        return Cells(image, caption, group, where, f"{Path(file).name}:{line}")
+        return Cells(image, caption, group, where, f"{Path(file).name}:{line}", negative)
 
 
 def blank_rows(batches: Any, caption: str) -> np.ndarray:

@@ -18,8 +18,16 @@ from lit_clip.errors import BadSample, InputError, require
 
 IN_MEMORY = 64 << 20  # bytes; a larger file is converted once to an Arrow file, which is memory-mapped
 BATCH_ROWS, BATCH_CHARACTERS = 16_384, 8 << 20
-LAYOUT = 1  # of that Arrow file; a new number makes old ones be written again
-SCHEMA = pa.schema({"image": pa.string(), "caption": pa.string(), "group": pa.string(), "number": pa.int64()})
+LAYOUT = 2  # of that Arrow file; a new number makes old ones be written again
+SCHEMA = pa.schema(
+    {
+        "image": pa.string(),
+        "caption": pa.string(),
+        "group": pa.string(),
+        "negative": pa.list_(pa.string()),
+        "number": pa.int64(),
+    }
+)
 SCHEMA_OF_LISTS = SCHEMA.set(1, pa.field("caption", pa.list_(pa.string())))
 
 
@@ -30,6 +38,7 @@ class RawRow(NamedTuple):
     image: Any
     caption: Any
     group: Any = None
+    negative: Any = None
 
 
 Record = tuple[int, Mapping[str, Any]]
@@ -84,12 +93,13 @@ def _delimited_rows(path: Path, find: FindColumns, problems: Problems) -> Iterat
             columns = find(names)
             problems.image_column = columns.image
             image, caption = names.index(columns.image), names.index(columns.caption)
-            group = None if columns.group is None else names.index(columns.group)
+            optional = [None if name is None else names.index(name) for name in (columns.group, columns.negative)]
             for number, values in enumerate(reader, start=2):
                 if not values:
                     continue
                 if len(values) == len(names):
-                    yield RawRow(number, values[image], values[caption], None if group is None else values[group])
+                    more = (None if column is None else values[column] for column in optional)
+                    yield RawRow(number, values[image], values[caption], *more)
                 else:
                     fields = f"{len(values)} fields, the header has {len(names)}"
                     hint = f"put captions that contain {delimiter!r} in double quotes"
@@ -121,8 +131,8 @@ def _record_rows(records: Iterable[Record], find: FindColumns, problems: Problem
         if columns is None:
             columns = find(list(values))
             problems.image_column = columns.image
-        group = None if columns.group is None else values.get(columns.group)
-        yield RawRow(number, values.get(columns.image), values.get(columns.caption), group)
+        more = (None if name is None else values.get(name) for name in (columns.group, columns.negative))
+        yield RawRow(number, values.get(columns.image), values.get(columns.caption), *more)
 
 
 def _undecodable(path: Path) -> InputError:
@@ -151,16 +161,22 @@ def usable_rows(rows: Iterable[RawRow], problems: Problems) -> Iterator[RawRow]:
                 f"no image in column {problems.image_column!r}; add a path or remove the row",
             )
             continue
-        cells = row.caption if isinstance(row.caption, list) else (row.caption,)
-        captions = [caption for caption in cells if not is_blank(caption)]
+        captions, negatives = _not_blank(row.caption), _not_blank(row.negative)
         if not captions:
             problems.left_out.add(f"{problems.path} {problems.label} {row.number}", NO_CAPTION)
         elif not all(isinstance(caption, str) for caption in captions):
             problems.add(row.number, "caption is not text", f"the caption is not text: {str(row.caption)[:60]}")
-        elif not _is_encodable("".join([row.image, *captions])):
+        elif not all(isinstance(negative, str) for negative in negatives):
+            detail = f"the hard negative is not text: {str(row.negative)[:60]}"
+            problems.add(row.number, "hard negative is not text", detail)
+        elif not _is_encodable("".join([row.image, *captions, *negatives])):
             problems.add(row.number, "not UTF-8", "not UTF-8 text; save it as UTF-8")
         else:
-            yield RawRow(row.number, row.image.strip(), captions, group_name(row.group))
+            yield RawRow(row.number, row.image.strip(), captions, group_name(row.group), negatives)
+
+
+def _not_blank(cell: Any) -> list[Any]:
+    return [text for text in (cell if isinstance(cell, list) else (cell,)) if not is_blank(text)]
 
 
 def _is_encodable(text: str) -> bool:
@@ -176,14 +192,15 @@ def record_batches(rows: Iterable[RawRow], schema: pa.Schema) -> Iterator[pa.Rec
     """Collect rows into record batches of a bounded number of rows and characters."""
     lists = schema is SCHEMA_OF_LISTS
     cells: dict[str, list[Any]] = {name: [] for name in RawRow._fields}  # no object per row: slow to collect
-    add_number, add_image, add_caption, add_group = (column.append for column in cells.values())
+    add_number, add_image, add_caption, add_group, add_negative = (column.append for column in cells.values())
     characters = 0
-    for number, image, captions, group in rows:
+    for number, image, captions, group, negatives in rows:
         add_number(number)
         add_image(image)
         add_caption(captions if lists else captions[0])
         add_group(group)
-        characters += sum(map(len, captions))
+        add_negative(negatives or None)
+        characters += sum(map(len, captions)) + sum(map(len, negatives or ()))
         if len(cells["number"]) == BATCH_ROWS or characters > BATCH_CHARACTERS:
             yield pa.record_batch([pa.array(cells[field.name], field.type) for field in schema], schema=schema)
             characters = 0
@@ -246,7 +263,8 @@ def open_records(path: Path, values: list[Any], options: SourceOptions) -> PairS
 def _open(path: Path, options: SourceOptions, schema: pa.Schema, read: Read) -> PairSource:
     problems, mapped = Problems(path, options.on_error == "skip"), None
     if path.stat().st_size > IN_MEMORY:
-        settings = (LAYOUT, options.image_column, options.caption_column, options.group_column, options.on_error)
+        names = (options.image_column, options.caption_column, options.group_column, options.negative_column)
+        settings = (LAYOUT, *names, options.on_error)
         mapped = cache_file("tables", path, settings, ".arrow")
         if not mapped.is_file():
             rank_zero_info(f"{path}: converting it once to {mapped}")

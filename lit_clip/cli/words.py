@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from lit_clip.errors import InputError, no_such_file
+from lit_clip.losses.loss import foreign_losses
 from lit_clip.tools.messages import parameters
 from lit_clip.tools.parts import describe_instance, is_trusted, qualified_name
 
@@ -157,6 +158,9 @@ def model_defaults(
             defaults[part] = {**saved, "class_path": named or saved["class_path"]}
         else:
             defaults[part] = {"class_path": named} if named else _default(model, part)
+    named, saved = named_class(words, subcommand, "model", "loss"), defaults.get("loss")
+    if saved and (foreign_losses(saved) or (named and not _same_class(named, saved["class_path"]))):
+        del defaults["loss"]  # a foreign loss is asked for by the module, if it trains
     return defaults
 
 

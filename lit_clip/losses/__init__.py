@@ -1,1 +1,7 @@
-"""Losses: plain definitions, tiled and distributed forms, duplicates, distillation."""
+"""Losses: their contract, plain definitions, tiled and distributed forms, combinations, duplicates, distillation."""
+
+from lit_clip.losses.combined import Matryoshka, Sum
+from lit_clip.losses.loss import Loss, LossValue, Pairs, WholeBatch
+from lit_clip.losses.pairwise import Contrastive, Sigmoid
+
+__all__ = ["Contrastive", "Loss", "LossValue", "Matryoshka", "Pairs", "Sigmoid", "Sum", "WholeBatch"]

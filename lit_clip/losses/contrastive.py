@@ -31,6 +31,7 @@ def contrastive_loss(
     first_row: int = 0,
     same_BN: Tensor | None = None,
     duplicates: Duplicates = "negatives",
+    negative_MD: Tensor | None = None,
 ) -> Tensor:
     """Symmetric softmax loss (InfoNCE; paper, figure 3) of one rank's pairs among all ranks' pairs.
 
@@ -49,6 +50,8 @@ def contrastive_loss(
         duplicates: how they count. ``negatives``: like any other pair (the paper). ``positives``: as positives, each
             with an equal share of the target (the "out" form of Khosla et al. 2020, equation 2). ``ignored``: not at
             all.
+        negative_MD: all ranks' features of hard negative captions, unit length: further wrong texts for every image
+            (NegCLIP, Yuksekgonul et al. 2023).
 
     Returns:
         A scalar: half the sum of the cross-entropies image -> text and text -> image, float32 or wider.
@@ -64,9 +67,12 @@ def contrastive_loss(
             logits_BN = scale * query_BD @ candidate_ND.T
             if same_BN is not None and duplicates == "ignored":
                 logits_BN = logits_BN.masked_fill(same_BN & ~target_BN, -torch.inf)
+            lse_B = logits_BN.logsumexp(dim=1)
+            if negative_MD is not None and query_BD is image_BD:
+                lse_B = torch.logaddexp(lse_B, (scale * image_BD @ at_least_float32(negative_MD).T).logsumexp(dim=1))
             positive_BN = same_BN if same_BN is not None and duplicates == "positives" else target_BN
             positive_B = logits_BN.masked_fill(~positive_BN, 0).sum(dim=1) / positive_BN.sum(dim=1)
-            total = total + (logits_BN.logsumexp(dim=1) - positive_B).mean()
+            total = total + (lse_B - positive_B).mean()
         return total / 2
 
 

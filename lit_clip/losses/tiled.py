@@ -55,7 +55,51 @@ class ShardedLoss(NamedTuple):
     hits: Tensor
 
 
-def sharded_contrastive_loss(image_BD: Tensor, text_BD: Tensor, scale: Tensor, layout: PairLayout) -> ShardedLoss:
+class HardNegatives(NamedTuple):
+    """Texts that are wrong for every image (NegCLIP, Yuksekgonul et al. 2023).
+
+    Attributes:
+        features: this rank's, unit length, ``[M, D]``.
+        shards: their number on each rank.
+    """
+
+    features: Tensor
+    shards: Shards
+
+    def _tiles(self, layout: PairLayout) -> "Iterator[_Tile]":
+        height, width = layout.tile
+        pairs, total = layout.shards.counts[layout.shards.rank], self.shards.total
+        for row in range(0, pairs, height):
+            for column in range(0, total, width):
+                rows, columns = slice(row, min(row + height, pairs)), slice(column, min(column + width, total))
+                yield _Tile(rows, columns, own=total)  # no image has its own text here
+
+    def add_logits(self, layout: PairLayout, scaled_BD: Tensor, row_lse_B: Tensor) -> None:
+        """Add the logits of this rank's images to their log-sum-exp, in place."""
+
+        def visit(rows: list[Tensor], totals: list[Tensor]) -> None:
+            for tile in self._tiles(layout):
+                lse_b = (scaled_BD[tile.rows] @ rows[0][tile.columns].T).logsumexp(dim=1)
+                row_lse_B[tile.rows] = torch.logaddexp(row_lse_B[tile.rows], lse_b)
+
+        visit_gathered(self.shards, [self.features], [], "sum", visit)
+
+    def add_gradients(
+        self, layout: PairLayout, image_BD: Tensor, scaled_BD: Tensor, row_lse_B: Tensor, image_grad_BD: Tensor
+    ) -> Tensor:
+        """Add to the images' gradient in place, and return that of the features, both up to the scale."""
+
+        def visit(rows: list[Tensor], totals: list[Tensor]) -> None:
+            for tile in self._tiles(layout):
+                G_bm = (scaled_BD[tile.rows] @ rows[0][tile.columns].T).sub_(row_lse_B[tile.rows, None]).exp_()
+                _add_gradients(tile, G_bm, image_BD, rows[0], image_grad_BD, totals[0])
+
+        return visit_gathered(self.shards, [self.features], [torch.zeros_like(self.features)], "sum", visit)[0]
+
+
+def sharded_contrastive_loss(
+    image_BD: Tensor, text_BD: Tensor, scale: Tensor, layout: PairLayout, negatives: HardNegatives | None = None
+) -> ShardedLoss:
     """Softmax loss over all ranks' pairs; see :func:`lit_clip.losses.contrastive.contrastive_loss`.
 
     All ranks must scale the result by the same factor before ``backward``: a rank's gradient includes the terms of
@@ -66,9 +110,11 @@ def sharded_contrastive_loss(image_BD: Tensor, text_BD: Tensor, scale: Tensor, l
         text_BD: their captions' features, unit length.
         scale: inverse temperature, ``exp(logit_scale)``.
         layout: how the pairs are spread over ranks.
+        negatives: hard negative captions; None if no rank has one.
     """
     image, text = at_least_float32(image_BD), at_least_float32(text_BD)
-    return ShardedLoss(*_Softmax.apply(image, text, scale.to(image.dtype), layout))  # pyright: ignore[reportGeneralTypeIssues]  # untyped apply
+    hard = () if negatives is None else (at_least_float32(negatives.features), negatives.shards)
+    return ShardedLoss(*_Softmax.apply(image, text, scale.to(image.dtype), layout, *hard))  # pyright: ignore[reportGeneralTypeIssues]  # untyped apply
 
 
 def sharded_sigmoid_loss(
@@ -196,7 +242,7 @@ class _Softmax(torch.autograd.Function):
     @staticmethod
     @_in_full_precision
     def forward(
-        ctx: Any, image_BD: Tensor, text_BD: Tensor, scale: Tensor, layout: PairLayout
+        ctx: Any, image_BD: Tensor, text_BD: Tensor, scale: Tensor, layout: PairLayout, *hard: Any
     ) -> tuple[Tensor, Tensor]:
         scaled_BD = scale * image_BD
         own_B = (scaled_BD * text_BD).sum(dim=1)
@@ -219,10 +265,12 @@ class _Softmax(torch.autograd.Function):
         (column_lse_B,) = visit_gathered(
             layout.shards, shared_rows, [torch.full_like(own_B, -torch.inf)], "logsumexp", visit
         )
+        if hard:
+            HardNegatives(*hard).add_logits(layout, scaled_BD, row_lse_B)
         row_lse_B, column_lse_B = torch.logaddexp(row_lse_B, own_B), torch.logaddexp(column_lse_B, own_B)
         linear = linear + (own_B * shared_rows[2] if layout.duplicates == "positives" else own_B).sum()
-        ctx.layout = layout
-        ctx.save_for_backward(image_BD, scale, row_lse_B, column_lse_B, *shared_rows)
+        ctx.layout, ctx.negative_shards = layout, hard[1] if hard else None
+        ctx.save_for_backward(image_BD, scale, row_lse_B, column_lse_B, *hard[:1], *shared_rows)
         loss = ((row_lse_B + column_lse_B).sum() / 2 - linear) * layout.shards.world / layout.shards.total
         hits = (own_B > highest_B).sum().to(own_B.dtype)
         ctx.mark_non_differentiable(hits)
@@ -231,9 +279,10 @@ class _Softmax(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @_in_full_precision
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         layout: PairLayout = ctx.layout
         image_BD, scale, row_lse_B, column_lse_B, *shared_rows = ctx.saved_tensors
+        hard = [HardNegatives(shared_rows.pop(0), ctx.negative_shards)] if ctx.negative_shards else []
         scaled_BD, image_grad_BD = scale * image_BD, torch.zeros_like(image_BD)
 
         def visit(rows: list[Tensor], totals: list[Tensor]) -> None:
@@ -256,8 +305,11 @@ class _Softmax(torch.autograd.Function):
         shown = [shared_rows[0], column_lse_B, *shared_rows[1:]]
         (text_grad_BD,) = visit_gathered(layout.shards, shown, [torch.zeros_like(image_BD)], "sum", visit)
         factor = grads[0] * layout.shards.world / layout.shards.total / 2
+        hard_grads = [each.add_gradients(layout, image_BD, scaled_BD, row_lse_B, image_grad_BD) for each in hard]
         scale_grad = (image_grad_BD * image_BD).sum() * factor
-        return image_grad_BD.mul_(factor * scale), text_grad_BD.mul_(factor * scale), scale_grad, None
+        features = [image_grad_BD, text_grad_BD, *hard_grads]
+        image_grad, text_grad, *negative_grad = [gradient.mul_(factor * scale) for gradient in features]
+        return image_grad, text_grad, scale_grad, None, *negative_grad, *[None] * len(hard)
 
 
 class _Sigmoid(torch.autograd.Function):

@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
@@ -13,15 +12,16 @@ from lit_clip.errors import InputError, require
 HALF = (torch.float16, torch.bfloat16)
 
 
-def check_run(module: LightningModule) -> None:
+def check_run(module: Any) -> None:
     """Check a module's trainer and weights before the first step.
 
     Raises:
-        InputError: weights in half precision, or accumulated gradients.
+        InputError: weights in half precision, accumulated gradients, or hard negatives that the loss does not use.
     """
     trainer: Any = module.trainer  # its callbacks and data module are set by connectors
     _check_master_weights(module, str(trainer.precision))
     _check_accumulation(trainer)
+    _check_negatives(module, getattr(trainer, "datamodule", None))
     if not any(getattr(callback, "stops_at_non_finite", False) for callback in trainer.callbacks):
         rank_zero_warn(
             "nothing stops this run when its loss is not finite, and a resumed run draws other random numbers; pass "
@@ -61,6 +61,15 @@ def _check_accumulation(trainer: Any) -> None:
         batches == 1,
         f"trainer.accumulate_grad_batches: {batches} adds no negatives, the point of a larger batch; "
         f"set data.batch_size to {batches} times its value and model.micro_batch_size to the old data.batch_size",
+    )
+
+
+def _check_negatives(module: Any, data: Any) -> None:
+    column = getattr(data, "negative_column", None)
+    require(
+        column is None or module.loss.uses_negatives,
+        f"data.negative_column: {column!r} would have no effect, because {type(module.loss).__name__} does not use "
+        "hard negatives; leave it out, or use lit_clip.losses.Contrastive",
     )
 
 

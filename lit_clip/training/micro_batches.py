@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -51,7 +53,21 @@ def placeholder(model: CLIP, batch: CaptionBatch) -> CaptionBatch:
     return CaptionBatch(images, tokens, [""], ["a"], [""])
 
 
-def encode_parts(model: CLIP, parts: list[CaptionBatch], pairs: int) -> tuple[Tensor, Tensor]:
+class StepFeatures(NamedTuple):
+    """Unit features of a step's pairs on this rank.
+
+    Attributes:
+        image: ``[B, D]``.
+        text: ``[B, D]``.
+        negative: ``[M, D]``, of those pairs that have a hard negative, in order; None if these are not encoded.
+    """
+
+    image: Tensor
+    text: Tensor
+    negative: Tensor | None
+
+
+def encode_parts(model: CLIP, parts: list[CaptionBatch], pairs: int, negatives: bool = False) -> StepFeatures:
     """Encode micro-batches without keeping their activations; the same features and gradients as all pairs at once.
 
     Each micro-batch is a checkpointed segment of one graph, so DDP synchronises once, after the last of them. Only
@@ -61,23 +77,42 @@ def encode_parts(model: CLIP, parts: list[CaptionBatch], pairs: int) -> tuple[Te
         model: the encoders.
         parts: from :func:`split_batch`.
         pairs: number of this rank's pairs; features of repeated pairs and of a placeholder are cut off.
+        negatives: whether to encode the hard negatives too, together with the captions.
     """
     if sum(len(part.images) for part in parts) == pairs:
-        return _encode_parts(model, parts)
+        return _encode_parts(model, parts, negatives)
     with FrozenStatistics([layer for layer in model.modules() if isinstance(layer, _BatchNorm)]):
-        image_BD, text_BD = _encode_parts(model, parts)
-    return image_BD[:pairs], text_BD[:pairs]
+        image_BD, text_BD, negative_MD = _encode_parts(model, parts, negatives)
+    return StepFeatures(image_BD[:pairs], text_BD[:pairs], negative_MD)
 
 
-def _encode_parts(model: CLIP, parts: list[CaptionBatch]) -> tuple[Tensor, Tensor]:
-    if len(parts) == 1:
-        return encode_pairs(model, parts[0])
-    features = []
+def _encode_parts(model: CLIP, parts: list[CaptionBatch], negatives: bool) -> StepFeatures:
+    images, texts, hard = [], [], []
     for part in parts:
-        # Otherwise all micro-batches share one half-precision copy of the weights and sum their gradients in it.
-        torch.clear_autocast_cache()
-        image_BD = checkpoint(_encode_images, model, part.images, inside=model.visual)
-        text_BD = checkpoint(_encode_texts, model, part.tokens, part.lengths, inside=model.text_encoder)
-        features.append((image_BD, text_BD))
-    images, texts = zip(*features, strict=True)
-    return torch.cat(images), torch.cat(texts)
+        tokens, lengths = _all_texts(model, part) if negatives else (part.tokens, part.lengths)
+        if len(parts) == 1:
+            image, text = _encode_images(model, part.images), _encode_texts(model, tokens, lengths)
+        else:
+            # Otherwise all micro-batches share one half-precision copy of the weights and sum their gradients in it.
+            torch.clear_autocast_cache()
+            image = checkpoint(_encode_images, model, part.images, inside=model.visual)
+            text = checkpoint(_encode_texts, model, tokens, lengths, inside=model.text_encoder)
+        images.append(image)
+        texts.append(text[: len(part.tokens)])
+        hard.append(text[len(part.tokens) :])
+    if len(parts) == 1:
+        return StepFeatures(images[0], texts[0], hard[0] if negatives else None)
+    return StepFeatures(torch.cat(images), torch.cat(texts), torch.cat(hard) if negatives else None)
+
+
+def _all_texts(model: CLIP, part: CaptionBatch) -> tuple[Tensor, Sequence[int]]:
+    """Return the tokens of the captions and, below them, of the hard negatives, and their lengths if known."""
+    more = part.negative_tokens
+    if more is None or not len(more):
+        return part.tokens, part.lengths
+    longest = max(part.tokens.shape[1], more.shape[1])
+    padded = [
+        F.pad(tokens, (0, longest - tokens.shape[1]), value=model.tokenizer.pad_id) for tokens in (part.tokens, more)
+    ]
+    lengths = [*part.lengths, *part.negative_lengths] if part.lengths and part.negative_lengths else ()
+    return torch.cat(padded), lengths

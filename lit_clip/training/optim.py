@@ -134,7 +134,7 @@ def parameter_groups(
     """Return an optimiser's parameter groups, at most two for each layer; frozen parameters are in none.
 
     Args:
-        module: whose parameters these are.
+        module: whose parameters these are; without the prefix of LitCLIP's ``model`` in their names.
         layers: name, factor on the learning rate, parameters.
         defaults: the optimiser's own settings: learning rate at factor 1, and weight decay if it has any.
         decays: the rule of weight decay.
@@ -142,7 +142,7 @@ def parameter_groups(
     Returns:
         Groups with ``name``, ``lr`` and ``weight_decay``; none is empty.
     """
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    names = {id(parameter): name.removeprefix("model.") for name, parameter in module.named_parameters()}
     groups = []
     for layer, factor, parameters in layers:
         named = [(names[id(parameter)], parameter) for parameter in parameters if parameter.requires_grad]

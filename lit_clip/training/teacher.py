@@ -1,7 +1,6 @@
 """Distillation from a teacher: any model that can be loaded."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
 from typing import Any
 
 import torch
@@ -9,27 +8,11 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from lit_clip.batch import CaptionBatch
-from lit_clip.distributed import Shards
-from lit_clip.errors import InputError, require
+from lit_clip.errors import InputError
 from lit_clip.losses.distillation import ModelFeatures, blockwise_distillation
+from lit_clip.losses.loss import Loss, Pairs
 from lit_clip.models.config import height_width
 from lit_clip.weights.load import load_model
-
-
-@dataclass
-class Distill:
-    """Settings of distillation.
-
-    Attributes:
-        teacher: anything :func:`lit_clip.load_model` opens.
-        weight: of the distillation loss; the contrastive loss has weight 1.
-    """
-
-    teacher: str
-    weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        require(self.weight >= 0, f"model.distill.weight: {self.weight} must be at least 0")
 
 
 class Teacher:
@@ -55,7 +38,7 @@ class Teacher:
             InputError: the batch has no captions.
         """
         if len(batch.captions) != len(batch.images):
-            raise InputError("model.distill: the teacher needs captions, and the data module's batches have none")
+            raise InputError("model.loss: the teacher needs captions, and the data module's batches have none")
         model = self.model.to(batch.images.device)
         images, size_HW = batch.images, list(height_width(model.preprocessing.image_size))
         if list(images.shape[-2:]) != size_HW:
@@ -71,20 +54,33 @@ class Teacher:
         """The teacher's inverse temperature."""
         return self.model.logit_scale.exp()
 
-    def loss(
-        self, parts: Sequence[CaptionBatch], image_BD: Tensor, text_BD: Tensor, scale: Tensor, shards: Shards
-    ) -> Tensor:
-        """Return the distillation loss, a scalar whose mean over ranks is the loss of all pairs.
 
-        Args:
-            parts: this rank's micro-batches; pairs beyond the student's B are ignored.
-            image_BD: the student's unit features of the images.
-            text_BD: the student's unit features of the captions.
-            scale: the student's inverse temperature.
-            shards: number of pairs of each rank.
-        """
-        features = [self.features(part) for part in parts]
-        image, text = (torch.cat(rows)[: len(image_BD)] for rows in zip(*features, strict=True))
-        return blockwise_distillation(
-            ModelFeatures(image_BD, text_BD, scale), ModelFeatures(image, text, self.scale), shards
-        )
+class Distillation(Loss):
+    """Cross-entropy between a teacher's and the model's probabilities over the batch's images and captions.
+
+    Use it beside another loss, with :class:`lit_clip.losses.Sum`. The teacher keeps its own preprocessing and
+    tokenizer; it is loaded when training starts, and in no checkpoint.
+
+    Args:
+        teacher: anything :func:`lit_clip.load_model` opens.
+    """
+
+    def __init__(self, teacher: str) -> None:
+        super().__init__()
+        self.name = str(teacher)
+        self.teacher: Teacher | None = None
+
+    def prepare(self, model: Any) -> None:
+        if self.teacher is None:
+            self.teacher = Teacher(self.name)
+
+    def forward(self, pairs: Pairs) -> Tensor:
+        assert self.teacher is not None, "call prepare first"
+        features = [self.teacher.features(part) for part in pairs.parts]
+        image, text = (torch.cat(rows)[: len(pairs.image)] for rows in zip(*features, strict=True))
+        student = ModelFeatures(pairs.image, pairs.text, pairs.scale)
+        return blockwise_distillation(student, ModelFeatures(image, text, self.teacher.scale), pairs.shards)
+
+    def uninformed(self, pairs: int) -> float:
+        """Return log N, the cross-entropy if all candidates seem equal."""
+        return math.log(pairs)

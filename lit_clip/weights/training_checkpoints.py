@@ -3,6 +3,7 @@
 Beside Lightning's own keys (epoch, global_step, optimizer_states, lr_schedulers, loops, callbacks, hyper_parameters):
 
 - ``state_dict``: weights under OpenAI's key names, which open_clip can read; of a LoRA only the additions
+- ``loss``: parameters of a loss that has some
 - ``base``: name and fingerprint of the weights that a LoRA belongs to
 - ``tokenizer``: definition of a tokenizer other than the paper's
 - ``before``: metrics of a validation before the first step
@@ -19,15 +20,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
+from lit_clip.errors import require
 from lit_clip.models.clip import CLIP
 from lit_clip.models.lora import is_added
 from lit_clip.tools.weight_files import Source
 from lit_clip.weights.checkpoints import EMA_WEIGHTS, check_base, checkpoint_tokenizer, saved_tokenizer
 from lit_clip.weights.load import check_architecture, check_weights
 
-PREFIX = "model."
+PREFIX, LOSS_PREFIX = "model.", "loss."
 # EMA's checkpoints hold the average as their state_dict, and the weights of the last step as current_model_state.
 STATES = {"state_dict", "current_model_state"}
 
@@ -41,12 +44,18 @@ def pack_checkpoint(checkpoint: dict[str, Any], model: CLIP, base: Mapping[str, 
         base: the weights that a LoRA belongs to, ``pretrained`` and ``sha256``; None without a LoRA.
     """
     state: Mapping[str, Any] = checkpoint["state_dict"]
-    checkpoint["state_dict"] = {key.removeprefix(PREFIX): value for key, value in state.items()}
+    checkpoint["state_dict"] = {key[len(PREFIX) :]: value for key, value in state.items() if key.startswith(PREFIX)}
+    own = {key[len(LOSS_PREFIX) :]: value for key, value in state.items() if key.startswith(LOSS_PREFIX)}
+    checkpoint |= {"loss": own} if own else {}
     checkpoint |= saved_tokenizer(model)
     if base:
         checkpoint["base"] = dict(base)
         for states in STATES & checkpoint.keys():
-            checkpoint[states] = {key: value for key, value in checkpoint[states].items() if is_added(key)}
+            checkpoint[states] = {
+                key: value
+                for key, value in checkpoint[states].items()
+                if is_added(key) or (states == "current_model_state" and key.startswith(LOSS_PREFIX))
+            }
 
 
 def unpack_checkpoint(checkpoint: dict[str, Any], module: LightningModule, base_sha256: str, name: Source) -> None:
@@ -59,7 +68,7 @@ def unpack_checkpoint(checkpoint: dict[str, Any], module: LightningModule, base_
         name: of the checkpoint, for messages.
 
     Raises:
-        InputError: another architecture, weights that do not fit, or a LoRA of other weights.
+        InputError: another architecture, weights that do not fit, a LoRA of other weights, or another loss.
     """
     model: Any = module.model
     check_architecture(checkpoint, model.config, name)
@@ -70,7 +79,24 @@ def unpack_checkpoint(checkpoint: dict[str, Any], module: LightningModule, base_
                 checkpoint[states] = {**ours, **checkpoint[states]}
     state: Mapping[str, Any] = checkpoint["state_dict"]
     check_weights(model, state, name)
-    checkpoint["state_dict"] = {PREFIX + key: value for key, value in state.items()}
+    checkpoint["state_dict"] = {PREFIX + key: value for key, value in state.items()} | _loss_state(
+        checkpoint, module, name
+    )
     model._tokenizer = checkpoint_tokenizer(checkpoint, model.config) or model._tokenizer
     if checkpoint.get("weights") == EMA_WEIGHTS:
         rank_zero_info(f"{name}: these weights are the exponential moving average, not those of the last step")
+
+
+def _loss_state(checkpoint: Mapping[str, Any], module: Any, name: Source) -> dict[str, Any]:
+    """Return the parameters of the module's loss under its own names; the checkpoint's if the loss is trained on."""
+    saved: Mapping[str, Any] = checkpoint.get("loss", {})
+    ours = {} if module.loss is None else module.loss.state_dict()
+    if _shapes(saved) != _shapes(ours):
+        trains = module._trainer is not None and module._trainer.state.fn == TrainerFn.FITTING
+        require(not trains, f"{name}: its loss has other parameters than model.loss; name the loss it was trained with")
+        saved = ours
+    return {LOSS_PREFIX + key: value for key, value in saved.items()}
+
+
+def _shapes(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: getattr(value, "shape", None) for key, value in state.items()}

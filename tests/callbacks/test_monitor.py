@@ -17,8 +17,9 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 
 from callbacks import TrainingMonitor
-from callbacks.monitor import gradient_norms, uninformed_loss
+from callbacks.monitor import gradient_norms
 from lit_clip.errors import InputError
+from lit_clip.losses import Contrastive, Sigmoid
 from lit_clip.losses.contrastive import sigmoid_loss
 from lit_clip.models.config import CLIPConfig
 from lit_clip.module import LitCLIP
@@ -103,11 +104,11 @@ def test_the_uninformed_loss_is_the_lowest_that_equal_features_reach(pairs: int)
     features = F.normalize(torch.ones(pairs, 4, dtype=torch.float64), dim=-1)
     target = torch.arange(pairs)
     softmax = F.cross_entropy(5 * features @ features.T, target)
-    assert uninformed_loss(pairs) == pytest.approx(float(softmax))
+    assert Contrastive().uninformed(pairs) == pytest.approx(float(softmax))
     scale = torch.tensor(0.0, dtype=torch.float64)  # only the bias matters
     biases = torch.linspace(-8, 2, 300, dtype=torch.float64)
     least = min(float(sigmoid_loss(features, features, scale, bias)) for bias in biases)
-    assert uninformed_loss(pairs, sigmoid=True) == pytest.approx(least, rel=1e-3)
+    assert Sigmoid().uninformed(pairs) == pytest.approx(least, rel=1e-3)
 
 
 def test_a_run_that_does_not_learn_warns_once(tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path) -> None:

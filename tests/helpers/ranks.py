@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lit_clip import distributed
 from lit_clip.batch import CaptionBatch
-from lit_clip.losses import tiled
+from lit_clip.losses import Contrastive, Sigmoid, tiled
 from lit_clip.losses.contrastive import Duplicates, contrastive_loss, sigmoid_loss
 from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
 from lit_clip.models.finetuning import Freeze
@@ -86,7 +86,7 @@ class Case(NamedTuple):
             architecture=config,
             freeze=Freeze(**{self.frozen: "all"}) if self.frozen else None,
             micro_batch_size=-(-most // self.parts) if self.parts > 1 else None,
-            duplicates=self.duplicates,
+            loss=(Sigmoid if self.sigmoid else Contrastive)(self.duplicates),
         )
         if module.model.logit_bias is not None:
             module.model.logit_bias.data.fill_(-2)  # at -10 the negatives have almost no gradient
@@ -175,7 +175,7 @@ def uneven_gather() -> None:
 
 
 def finetuned_module(options: str) -> LitCLIP:
-    """Return :func:`make_module` with LitCLIP's arguments as JSON, after ``setup``."""
+    """Return :func:`make_module` with LitCLIP's arguments as JSON, a loss as a description, after ``setup``."""
     module = make_module(**json.loads(options))
     module.setup("fit")
     return module

@@ -19,6 +19,7 @@ from lit_clip.batch import CaptionBatch
 from lit_clip.commands.wise_ft import save
 from lit_clip.distributed import Shards
 from lit_clip.errors import InputError
+from lit_clip.losses import Contrastive, Sum
 from lit_clip.losses.contrastive import unit
 from lit_clip.losses.distillation import ModelFeatures, blockwise_distillation, distillation_loss
 from lit_clip.models import preprocess as pp
@@ -26,7 +27,7 @@ from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, Preprocessing, TextTransformerConfig, VisionTransformerConfig
 from lit_clip.module import LitCLIP
 from lit_clip.training.schedules import WarmupCosine
-from lit_clip.training.teacher import Distill
+from lit_clip.training.teacher import Distillation, Teacher
 from tests.helpers.ranks import PAIRS, finetuned_module, make_batch
 from tests.losses.test_tiled import Largest
 from tests.test_module import data_for, trainer
@@ -48,8 +49,7 @@ def teacher(tmp_path: Path) -> tuple[CLIP, Path]:
 
 def test_the_loss_is_open_clips_with_the_teachers_own_preprocessing(teacher: tuple[CLIP, Path]) -> None:
     model, path = teacher
-    options = {"distill": {"teacher": str(path), "weight": 0.7}}
-    module, batch = finetuned_module(json.dumps(options)), make_batch(slice(0, PAIRS))
+    module, batch = finetuned_module(distilling(path, 0.7)), make_batch(slice(0, PAIRS))
     with torch.no_grad():
         resized = TF.resize(batch.images, [48, 48], TF.InterpolationMode.BICUBIC, antialias=True)
         assert model.preprocessing.mean == (0.5, 0.5, 0.5)
@@ -62,6 +62,18 @@ def test_the_loss_is_open_clips_with_the_teachers_own_preprocessing(teacher: tup
         loss = module.training_step(batch, 0)
     assert loss.item() == pytest.approx(losses[0].item() + 0.7 * losses[1].item(), rel=1e-5)
     assert losses[1].item() > 0.1
+
+
+def distilling(path: Path, weight: float = 1.0) -> str:
+    """Return LitCLIP's arguments for the default loss and distillation, as JSON."""
+    return json.dumps({"loss": Sum([Contrastive(), Distillation(str(path))], [1.0, weight]).describe()})
+
+
+def teacher_of(module: LitCLIP) -> Teacher:
+    assert isinstance(module.loss, Sum)
+    (teacher,) = (term.teacher for term in module.loss.terms if isinstance(term, Distillation))
+    assert teacher is not None
+    return teacher
 
 
 @pytest.mark.parametrize("logits", [1, 50, 10_000])
@@ -101,7 +113,7 @@ def test_at_most_one_block_of_logits_exists_at_once(monkeypatch: pytest.MonkeyPa
 def test_gradients_of_two_ranks_equal_one_process(
     teacher: tuple[CLIP, Path], ranks: Callable[..., None], tmp_path: Path
 ) -> None:
-    options = json.dumps({"distill": {"teacher": str(teacher[1])}})
+    options = distilling(teacher[1])
     module, plain = finetuned_module(options), finetuned_module("{}")
     for student in (module, plain):
         student.training_step(make_batch(slice(0, PAIRS)), 0).backward()
@@ -116,8 +128,8 @@ def test_gradients_of_two_ranks_equal_one_process(
 def test_the_teacher_is_in_no_checkpoint_optimizer_copy_or_parameter_list(
     teacher: tuple[CLIP, Path], tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
-    distill = Distill(str(teacher[1]))
-    module = LitCLIP(tiny_config, distill=distill, lr_scheduler=partial(WarmupCosine, warmup_steps=1))
+    loss = Sum([Contrastive(), Distillation(str(teacher[1]))])
+    module = LitCLIP(tiny_config, loss=loss, lr_scheduler=partial(WarmupCosine, warmup_steps=1))
     plain = LitCLIP(tiny_config, lr_scheduler=partial(WarmupCosine, warmup_steps=1))
     fitting = trainer(tmp_path, max_epochs=1, enable_checkpointing=False, callbacks=[EMA(0.5)])
     fitting.fit(module, data_for(module, caption_table))
@@ -126,10 +138,13 @@ def test_the_teacher_is_in_no_checkpoint_optimizer_copy_or_parameter_list(
     assert [name for name, _ in module.named_parameters()] == [name for name, _ in plain.named_parameters()]
     checkpoint = torch.load(tmp_path / "student.ckpt", weights_only=True)
     assert checkpoint["state_dict"].keys() == plain.model.state_dict().keys()
-    assert checkpoint["hyper_parameters"]["distill"] == {"teacher": str(teacher[1]), "weight": 1.0}
-    assert copy.deepcopy(module)._teacher is module._teacher
-    loaded = module._teacher
-    assert loaded is not None
+    distillation = {
+        "class_path": "lit_clip.training.teacher.Distillation",
+        "init_args": {"teacher": str(teacher[1])},
+    }
+    assert checkpoint["hyper_parameters"]["loss"]["init_args"]["terms"][1] == distillation
+    loaded = teacher_of(module)
+    assert teacher_of(copy.deepcopy(module)) is loaded
     assert not loaded.model.training
     for name, value in loaded.model.state_dict().items():
         assert torch.equal(value, teacher[0].state_dict()[name]), name
@@ -139,12 +154,12 @@ def test_the_teacher_is_in_no_checkpoint_optimizer_copy_or_parameter_list(
 
 def test_a_missing_teacher_missing_captions_and_a_negative_weight_are_refused(teacher: tuple[CLIP, Path]) -> None:
     with pytest.raises(InputError, match=r"nowhere.ckpt"):
-        LitCLIP("ViT-tiny-16-64", distill=Distill("nowhere.ckpt")).setup("fit")
-    module = finetuned_module(json.dumps({"distill": {"teacher": str(teacher[1])}}))
+        LitCLIP("ViT-tiny-16-64", loss=Distillation("nowhere.ckpt")).setup("fit")
+    module = finetuned_module(distilling(teacher[1]))
     with pytest.raises(InputError, match="the teacher needs captions, and the data module's batches have none"):
         module.training_step(CaptionBatch(*make_batch(slice(0, 4))[:3]), 0)
-    with pytest.raises(InputError, match="model.distill.weight: -1 must be at least 0"):
-        Distill("teacher.ckpt", -1)
+    with pytest.raises(InputError, match=r"Sum.weights \[1, -1\] must be at least 0"):
+        Sum([Contrastive(), Distillation("teacher.ckpt")], [1, -1])
 
 
 def test_a_student_learns_its_teachers_probabilities(teacher: tuple[CLIP, Path]) -> None:
@@ -155,7 +170,7 @@ def test_a_student_learns_its_teachers_probabilities(teacher: tuple[CLIP, Path])
             math.log(100)
         )  # random features differ little: a large scale makes the differences count
     save(model, path, {})
-    module = finetuned_module(json.dumps({"distill": {"teacher": str(path), "weight": 1000}}))
+    module = finetuned_module(distilling(path, 1000))
     logged: dict[str, float] = {}
     module.log = lambda name, value, **_: logged.update({name: float(value)})
     batch, optimizer = make_batch(slice(0, PAIRS)), torch.optim.Adam(module.parameters(), lr=1e-3)
@@ -165,9 +180,7 @@ def test_a_student_learns_its_teachers_probabilities(teacher: tuple[CLIP, Path])
         module.training_step(batch, 0).backward()
         optimizer.step()
         losses.append(logged["train/distillation_loss"])
-    loaded = module._teacher
-    assert loaded is not None
-    image, text = loaded.features(batch)
+    image, text = teacher_of(module).features(batch)
     logits = 100 * torch.cat([image @ text.T, text @ image.T])
     entropy = float(torch.distributions.Categorical(logits=logits).entropy().mean())
     assert losses[0] > entropy + 0.2

@@ -1,0 +1,136 @@
+"""Losses made of others."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from lit_clip.errors import require
+from lit_clip.losses.contrastive import unit
+from lit_clip.losses.loss import Loss, LossValue, Pairs, evaluate_loss
+
+
+def _weights(weights: list[float] | None, number: int, of: str, name: str) -> list[float]:
+    require(number > 0, f"model.loss: {name} needs at least one of its {of}")
+    chosen = [1.0] * number if weights is None else list(weights)
+    require(len(chosen) == number, f"model.loss: {name} has {len(chosen)} weights for {number} {of}; give one for each")
+    require(all(weight >= 0 for weight in chosen), f"model.loss: {name}.weights {chosen} must be at least 0")
+    return chosen
+
+
+class Sum(Loss):
+    """Weighted sum of losses; logs each of them, such as ``train/contrastive_loss``, and what they log.
+
+    Args:
+        terms: the losses.
+        weights: one for each; None: all 1.
+    """
+
+    def __init__(self, terms: list[Loss], weights: list[float] | None = None) -> None:
+        super().__init__()
+        self.weights = _weights(weights, len(terms), "terms", "Sum")
+        self.terms = nn.ModuleList(terms)
+        self.names = _different(_loss_name(term) for term in terms)
+
+    @property
+    def losses(self) -> list[tuple[float, Any]]:
+        """Weight and loss of each term."""
+        return list(zip(self.weights, self.terms, strict=True))
+
+    @property
+    def uses_negatives(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]  # depends on the terms
+        return any(term.uses_negatives for _, term in self.losses)
+
+    def prepare(self, model: Any) -> None:
+        for _, term in self.losses:
+            term.prepare(model)
+
+    def forward(self, pairs: Pairs) -> LossValue:
+        total: Any = 0.0
+        metrics: dict[str, Tensor | float] = {}
+        for name, (weight, term) in zip(self.names, self.losses, strict=True):
+            loss, logged = evaluate_loss(term, pairs)
+            total = total + weight * loss
+            metrics = {**logged, **metrics, name: loss.detach()}
+        return LossValue(total, metrics)
+
+    def uninformed(self, pairs: int) -> float | None:
+        return _weighted_sum((weight, term.uninformed(pairs)) for weight, term in self.losses)
+
+
+class Matryoshka(Loss):
+    """Another loss on the first channels of the features too, for features that can be cut off (Kusupati et al. 2022).
+
+    The features are cut off and normalised again for each number of channels, and the losses are summed. Logs each of
+    them, such as ``train/loss_64``; what the inner loss logs is that of the largest number.
+
+    Args:
+        loss: the inner loss.
+        dims: numbers of channels, usually with all of them among them.
+        weights: one for each; None: all 1.
+    """
+
+    def __init__(self, loss: Loss, dims: list[int], weights: list[float] | None = None) -> None:
+        super().__init__()
+        self.weights = _weights(weights, len(dims), "dims", "Matryoshka")
+        require(min(dims) >= 1, f"model.loss: Matryoshka.dims {list(dims)} must be at least 1")
+        self.loss, self.dims = loss, list(dims)
+
+    @property
+    def uses_negatives(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]  # the inner loss's
+        return self.loss.uses_negatives
+
+    def prepare(self, model: Any) -> None:
+        most = model.config.embed_dim
+        require(max(self.dims) <= most, f"model.loss: Matryoshka.dims {self.dims}, but the features have {most}")
+        self.loss.prepare(model)
+
+    def forward(self, pairs: Pairs) -> LossValue:
+        total: Any = 0.0
+        metrics: dict[str, Tensor | float] = {}
+        for dim, weight in zip(self.dims, self.weights, strict=True):
+            loss, logged = evaluate_loss(self.loss, _first_channels(pairs, dim))
+            total = total + weight * loss
+            metrics |= {f"loss_{dim}": loss.detach()} | (dict(logged) if dim == max(self.dims) else {})
+        return LossValue(total, metrics)
+
+    def uninformed(self, pairs: int) -> float | None:
+        inner = self.loss.uninformed(pairs)
+        return None if inner is None else sum(self.weights) * inner
+
+
+def _first_channels(pairs: Pairs, dim: int) -> Pairs:
+    negatives = pairs.negatives
+    return replace(
+        pairs,
+        image=unit(pairs.image[:, :dim]),
+        text=unit(pairs.text[:, :dim]),
+        negatives=negatives and negatives._replace(features=unit(negatives.features[:, :dim])),
+    )
+
+
+def _loss_name(loss: Loss) -> str:
+    """``Contrastive`` -> ``contrastive_loss``."""
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(loss).__name__).lower()
+    return words.removesuffix("_loss") + "_loss"
+
+
+def _different(names: Iterable[str]) -> list[str]:
+    """Number repeated names: ``a, a, b`` -> ``a, a_2, b``."""
+    found: list[str] = []
+    counts: dict[str, int] = {}
+    for name in names:
+        counts[name] = counts.get(name, 0) + 1
+        found.append(name if counts[name] == 1 else f"{name}_{counts[name]}")
+    return found
+
+
+def _weighted_sum(terms: Iterable[tuple[float, float | None]]) -> float | None:
+    total = 0.0
+    for weight, value in terms:
+        if value is None:
+            return None
+        total += weight * value
+    return total

@@ -1,0 +1,78 @@
+"""The losses of the paper and of SigLIP."""
+
+import math
+from typing import Any
+
+from lit_clip.errors import require
+from lit_clip.losses.contrastive import Duplicates
+from lit_clip.losses.loss import Loss, LossValue, Pairs
+from lit_clip.losses.tiled import PairLayout, ShardedLoss, sharded_contrastive_loss, sharded_sigmoid_loss
+
+
+def _layout(pairs: Pairs, duplicates: Duplicates) -> PairLayout:
+    return PairLayout(pairs.shards, None if duplicates == "negatives" else pairs.ids(), duplicates)
+
+
+def _value(result: ShardedLoss, pairs: Pairs) -> LossValue:
+    shards = pairs.shards
+    accuracy = result.hits * shards.world / shards.total
+    return LossValue(result.loss, {"in_batch_accuracy": accuracy, "in_batch_chance": 1 / shards.total})
+
+
+class Contrastive(Loss):
+    """Symmetric softmax loss (InfoNCE; paper, figure 3), :func:`lit_clip.losses.contrastive.contrastive_loss`.
+
+    Hard negative captions (``data.negative_column``) are further wrong texts for every image of the batch (NegCLIP,
+    Yuksekgonul et al. 2023). Logs ``train/in_batch_accuracy``, the share of images that are closest to their own text
+    among all pairs' texts, and its chance.
+
+    Args:
+        duplicates: how pairs with the same caption, image or group count: as ``negatives`` of each other (the paper),
+            as ``positives``, or ``ignored``.
+    """
+
+    uses_negatives = True
+
+    def __init__(self, duplicates: Duplicates = "negatives") -> None:
+        super().__init__()
+        self.duplicates: Duplicates = duplicates
+
+    def forward(self, pairs: Pairs) -> LossValue:
+        layout = _layout(pairs, self.duplicates)
+        result = sharded_contrastive_loss(pairs.image, pairs.text, pairs.scale, layout, pairs.negatives)
+        return _value(result, pairs)
+
+    def uninformed(self, pairs: int) -> float:
+        """Return log N: each of N captions is equally likely."""
+        return math.log(pairs)
+
+
+class Sigmoid(Loss):
+    """Sigmoid loss of SigLIP (Zhai et al. 2023), :func:`lit_clip.losses.contrastive.sigmoid_loss`.
+
+    It needs a model with a ``logit_bias``. Logs the same as :class:`Contrastive`.
+
+    Args:
+        duplicates: as for :class:`Contrastive`.
+    """
+
+    def __init__(self, duplicates: Duplicates = "negatives") -> None:
+        super().__init__()
+        self.duplicates: Duplicates = duplicates
+
+    def prepare(self, model: Any) -> None:
+        require(
+            model.logit_bias is not None,
+            "model.loss: Sigmoid needs a model with a logit_bias; set logit_bias: true in model.architecture, or use "
+            "lit_clip.losses.Contrastive",
+        )
+
+    def forward(self, pairs: Pairs) -> LossValue:
+        bias = pairs.bias
+        assert bias is not None, "checked by prepare"
+        layout = _layout(pairs, self.duplicates)
+        return _value(sharded_sigmoid_loss(pairs.image, pairs.text, pairs.scale, bias, layout), pairs)
+
+    def uninformed(self, pairs: int) -> float:
+        """Return ``log N + (N - 1) log(N / (N - 1))``: the best prediction for each of an image's N captions is 1/N."""
+        return math.log(pairs) + ((pairs - 1) * math.log(pairs / (pairs - 1)) if pairs > 1 else 0.0)

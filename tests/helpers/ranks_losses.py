@@ -1,0 +1,335 @@
+"""Every loss on one rank of a distributed test, and the same losses as plain loops over all pairs."""
+
+import copy
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lit_clip import distributed
+from lit_clip.batch import CaptionBatch
+from lit_clip.distributed import _all_rows
+from lit_clip.losses import Contrastive, Loss, LossValue, Matryoshka, Pairs, Sigmoid, Sum, WholeBatch, tiled
+from lit_clip.losses.contrastive import unit
+from lit_clip.losses.loss import evaluate_loss
+from lit_clip.losses.tiled import HardNegatives
+from lit_clip.module import LitCLIP
+from lit_clip.training.micro_batches import encode_pairs
+from lit_clip.training.teacher import Distillation, Teacher
+from tests.helpers.ranks import CONFIG, DUPLICATES, PAIRS, _Step, make_batch, make_module, serve
+
+CONFIG_WITH_BIAS = dataclasses.replace(
+    CONFIG, logit_bias=True, text=dataclasses.replace(CONFIG.text, vocab_size=49408)
+)  # a rank without pairs encodes a caption of the real vocabulary
+COUNTS = {1: [(8,)], 2: [(5, 3), (8, 0)], 3: [(5, 0, 3), (3, 4, 1)]}  # pairs of each rank
+WITH_NEGATIVE = (0, 2, 3, 6)
+
+
+class WeightedMargin(Loss):
+    """A user's loss: knows nothing of ranks, and has parameters of its own."""
+
+    uses_negatives = True
+
+    def __init__(self, margin: float = 0.1, channels: int = 16) -> None:
+        super().__init__()
+        self.margin, self.weight = margin, nn.Parameter(torch.linspace(0.5, 1.5, channels))
+
+    def whole_batch(self, pairs: WholeBatch) -> LossValue:
+        texts = pairs.text if pairs.negative is None else torch.cat([pairs.text, pairs.negative])
+        scores = (pairs.image * self.weight) @ texts.T
+        own = scores.diagonal()[:, None]
+        wrong = torch.ones_like(scores, dtype=torch.bool)
+        wrong[:, : len(own)] = ~pairs.same
+        long = torch.tensor([1.0 + ("b" in caption) for caption in pairs.captions])
+        cost = F.softplus(pairs.scale * (scores - own + self.margin)) * wrong
+        return LossValue((cost.sum(dim=1) * long).mean(), {"wrong": float(wrong.sum())})
+
+
+class Inputs(NamedTuple):
+    """What the loops read: all pairs, in float64."""
+
+    image: Tensor
+    text: Tensor
+    scale: Tensor
+    bias: Tensor
+    negative: Tensor | None
+    same: Tensor
+    captions: list[str]
+
+    def cut(self, dim: int) -> "Inputs":
+        features = (self.image, self.text, self.negative)
+        image, text, negative = (None if x is None else x[:, :dim] / x[:, :dim].norm(dim=1)[:, None] for x in features)
+        assert image is not None
+        assert text is not None
+        return self._replace(image=image, text=text, negative=negative)
+
+
+Loop = Callable[[Inputs, Loss, Teacher], Tensor]
+
+
+def contrastive_loop(duplicates: str) -> Loop:
+    """Return cross-entropies in both directions, one query and one candidate at a time."""
+
+    def loop(x: Inputs, loss: Loss, teacher: Teacher) -> Tensor:
+        total, pairs = torch.zeros((), dtype=torch.float64), range(len(x.image))
+        for queries, candidates, more in ((x.image, x.text, x.negative), (x.text, x.image, None)):
+            for i in pairs:
+                logits = [x.scale * (queries[i] @ candidates[j]) for j in pairs]
+                others = [j for j in pairs if j != i and not (duplicates == "ignored" and x.same[i, j])]
+                positives = [j for j in pairs if j == i or (duplicates == "positives" and x.same[i, j])]
+                terms = [logits[j].exp() for j in (i, *others)]
+                terms += [(x.scale * (queries[i] @ row)).exp() for row in (() if more is None else more)]
+                total = total + torch.stack(terms).sum().log() - torch.stack([logits[j] for j in positives]).mean()
+        return total / (2 * len(pairs))
+
+    return loop
+
+
+def sigmoid_loop(duplicates: str) -> Loop:
+    """Return the binary cross-entropies, one pair of image and text at a time."""
+
+    def loop(x: Inputs, loss: Loss, teacher: Teacher) -> Tensor:
+        total, pairs = torch.zeros((), dtype=torch.float64), range(len(x.image))
+        for i in pairs:
+            for j in pairs:
+                if i != j and x.same[i, j] and duplicates == "ignored":
+                    continue
+                positive = i == j or (bool(x.same[i, j]) and duplicates == "positives")
+                logit = x.scale * (x.image[i] @ x.text[j]) + x.bias
+                total = total - torch.sigmoid(logit if positive else -logit).log()
+        return total / len(pairs)
+
+    return loop
+
+
+def distillation_loop(x: Inputs, loss: Loss, teacher: Teacher) -> Tensor:
+    """Return the cross-entropy with the teacher's probabilities, one query at a time."""
+    theirs = teacher.features(whole_batch())
+    total = torch.zeros((), dtype=torch.float64)
+    for ours, candidates, target, targets in (
+        (x.image, x.text, theirs[0], theirs[1]),
+        (x.text, x.image, theirs[1], theirs[0]),
+    ):
+        for i in range(len(ours)):
+            probabilities = (teacher.scale * targets @ target[i]).softmax(dim=0)
+            logits = x.scale * candidates @ ours[i]
+            total = total - (probabilities * (logits - logits.exp().sum().log())).sum()
+    return total / (2 * len(x.image))
+
+
+def margin_loop(x: Inputs, loss: Loss, teacher: Teacher) -> Tensor:
+    assert isinstance(loss, WeightedMargin)
+    total = torch.zeros((), dtype=torch.float64)
+    for i in range(len(x.image)):
+        own, factor = (x.image[i] * loss.weight) @ x.text[i], 2 if "b" in x.captions[i] else 1
+        wrong = [x.text[j] for j in range(len(x.text)) if not x.same[i, j]]
+        for text in [*wrong, *(() if x.negative is None else x.negative)]:
+            margin = x.scale * ((x.image[i] * loss.weight) @ text - own + loss.margin)
+            total = total + factor * (1 + margin.exp()).log()
+    return total / len(x.image)
+
+
+def sum_loop(weights: list[float], terms: list[Loop]) -> Loop:
+    def loop(x: Inputs, loss: Loss, teacher: Teacher) -> Tensor:
+        return torch.stack([w * term(x, loss, teacher) for w, term in zip(weights, terms, strict=True)]).sum()
+
+    return loop
+
+
+def matryoshka_loop(inner: Loop, dims: list[int], weights: list[float]) -> Loop:
+    def loop(x: Inputs, loss: Loss, teacher: Teacher) -> Tensor:
+        return torch.stack([w * inner(x.cut(d), loss, teacher) for d, w in zip(dims, weights, strict=True)]).sum()
+
+    return loop
+
+
+class Case(NamedTuple):
+    """A loss, its loop, and whether the batch has hard negatives."""
+
+    make: Callable[[str], Loss]
+    loop: Loop
+    negatives: bool = False
+
+
+POLICIES = ("negatives", "positives", "ignored")
+CASES: dict[str, Case] = {
+    **{f"Contrastive {each}": Case(lambda _, d=each: Contrastive(d), contrastive_loop(each)) for each in POLICIES},
+    **{f"Sigmoid {each}": Case(lambda _, d=each: Sigmoid(d), sigmoid_loop(each)) for each in POLICIES},
+    **{
+        f"Contrastive {each}, hard negatives": Case(lambda _, d=each: Contrastive(d), contrastive_loop(each), True)
+        for each in POLICIES
+    },
+    "Sum with Distillation": Case(
+        lambda teacher: Sum([Contrastive(), Distillation(teacher)], [1.0, 2.0]),
+        sum_loop([1, 2], [contrastive_loop("negatives"), distillation_loop]),
+    ),
+    "Matryoshka of Contrastive, hard negatives": Case(
+        lambda _: Matryoshka(Contrastive("positives"), [3, 16], [0.5, 2.0]),
+        matryoshka_loop(contrastive_loop("positives"), [3, 16], [0.5, 2.0]),
+        True,
+    ),
+    "Matryoshka of Sigmoid": Case(
+        lambda _: Matryoshka(Sigmoid("ignored"), [16, 5]), matryoshka_loop(sigmoid_loop("ignored"), [16, 5], [1, 1])
+    ),
+    "Matryoshka of Sum": Case(
+        lambda teacher: Matryoshka(Sum([Distillation(teacher), Sigmoid()]), [8]),
+        matryoshka_loop(sum_loop([1, 1], [distillation_loop, sigmoid_loop("negatives")]), [8], [1]),
+    ),
+    "a user's": Case(lambda _: WeightedMargin(), margin_loop),
+    "a user's, hard negatives": Case(lambda _: WeightedMargin(0.2), margin_loop, True),
+}
+
+
+def whole_batch(negatives: bool = True) -> CaptionBatch:
+    """Return the 8 pairs of all ranks; four of them have a hard negative."""
+    batch = make_batch(slice(0, PAIRS))
+    if not negatives:
+        return batch
+    generator = torch.Generator().manual_seed(2)
+    tokens = torch.randint(1, 49, (len(WITH_NEGATIVE), 9), generator=generator)
+    tokens[:, -1] = 49  # end of text
+    texts = [f"not {row}" if row in WITH_NEGATIVE else "" for row in range(PAIRS)]
+    return batch._replace(negatives=texts, negative_tokens=tokens)
+
+
+def rank_batch(rows: slice, negatives: bool) -> CaptionBatch:
+    """Return some of the pairs."""
+    if rows.start == rows.stop:
+        return CaptionBatch(make_batch(rows).images, torch.zeros(0, 1, dtype=torch.long), [])
+    return whole_batch(negatives)._rows(rows)
+
+
+def all_inputs(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, negative: Tensor | None) -> Inputs:
+    same = torch.eye(PAIRS, dtype=torch.bool)
+    for i, j in DUPLICATES:
+        same[i, j] = same[j, i] = True
+    return Inputs(image, text, scale, bias, negative, same, list(make_batch(slice(0, PAIRS)).captions))
+
+
+class Setup(NamedTuple):
+    """What all cases share: a module, and a teacher, both in float64."""
+
+    module: LitCLIP
+    teacher: Teacher
+
+    @classmethod
+    def of(cls, teacher: str) -> "Setup":
+        found = Teacher(teacher)
+        found.model.double()
+        module = make_module(architecture=CONFIG_WITH_BIAS, micro_batch_size=2)
+        assert module.model.logit_bias is not None
+        module.model.logit_bias.data.fill_(-2)
+        return cls(module, found)
+
+    def loss(self, case: Case) -> Loss:
+        """Return the loss, ready to be used."""
+        loss = case.make("teacher").double()
+        for module in loss.modules():
+            if isinstance(module, Distillation):
+                module.teacher = self.teacher
+        loss.prepare(self.module.model)
+        return loss
+
+    def module_of(self, case: Case) -> LitCLIP:
+        module = copy.deepcopy(self.module)
+        module.model.normalize = self.module.model.normalize
+        module.loss = self.loss(case)
+        return module
+
+
+def error(ours: Tensor | None, expected: Tensor | None) -> float:
+    """Return the relative error; a missing gradient is a zero."""
+    if expected is None:
+        return 0.0 if ours is None else float(ours.norm())
+    assert ours is not None
+    return float((ours - expected).norm() / expected.norm().clamp(min=1e-12))
+
+
+def mean_over_ranks(value: Tensor | None) -> Tensor | None:
+    total = torch.zeros((), dtype=torch.float64) if value is None else value.detach().clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+def rows_of(counts: tuple[int, ...]) -> distributed.Shards:
+    """Return how the hard negatives are spread if the pairs are spread like this."""
+    starts = [sum(counts[:rank]) for rank in range(len(counts))]
+    negatives = [sum(start <= i < start + n for i in WITH_NEGATIVE) for start, n in zip(starts, counts, strict=True)]
+    return distributed.Shards(dist.get_rank(), tuple(negatives))
+
+
+def of_features(setup: Setup, case: Case, counts: tuple[int, ...]) -> float:
+    """Return the largest error of the value and the gradients, given features."""
+    shards, hard = distributed.Shards(dist.get_rank(), counts), rows_of(counts)
+    generator = torch.Generator().manual_seed(5)
+    whole = [unit(torch.randn(n, 16, generator=generator).double()) for n in (PAIRS, PAIRS, len(WITH_NEGATIVE))]
+    numbers = [torch.tensor(x, dtype=torch.float64) for x in (9.0, -2.0)]
+    layouts = (shards, shards, hard)
+    leaves = [x[each.mine].clone().requires_grad_() for x, each in zip(whole, layouts, strict=True)]
+    scale, bias = (x.clone().requires_grad_() for x in numbers)
+    batch, loss = rank_batch(shards.mine, case.negatives), setup.loss(case)
+    parts = batch.split(2) if len(batch.images) else whole_batch().split(8)[:1]  # in place of a placeholder
+    negatives = HardNegatives(leaves[2], hard) if case.negatives else None
+    value = evaluate_loss(loss, Pairs(*leaves[:2], scale, bias, shards, batch, parts, 0, negatives)).loss
+    value.backward()
+    grads = [torch.zeros_like(x) if x.grad is None else x.grad / shards.world for x in leaves]
+    ours = [mean_over_ranks(value), *(_all_rows(x, each) for x, each in zip(grads, layouts, strict=True))]
+    ours += [mean_over_ranks(x.grad) for x in (scale, bias, *loss.parameters())]
+    if dist.get_rank():
+        return 0.0
+    theirs, own = [x.requires_grad_() for x in (*whole, *numbers)], setup.loss(case)
+    image, text, negative, *expected_numbers = theirs
+    inputs = all_inputs(image, text, *expected_numbers, negative if case.negatives else None)
+    expected = case.loop(inputs, own, setup.teacher)
+    expected.backward()
+    gradients = [expected.detach(), *(x.grad for x in (*theirs, *own.parameters()))]
+    return max(error(mine, other) for mine, other in zip(ours, gradients, strict=True))
+
+
+def of_step(setup: Setup, case: Case, counts: tuple[int, ...]) -> float:
+    """Return the largest error of the value and of every parameter's gradient after a DDP step with micro-batches."""
+    shards = distributed.Shards(dist.get_rank(), counts)
+    ours = setup.module_of(case)
+    step = DistributedDataParallel(_Step(ours))  # a name: it sums nothing once it is gone
+    value = step(rank_batch(shards.mine, case.negatives))
+    value.backward()
+    mean = mean_over_ranks(value)
+    if dist.get_rank():
+        return 0.0
+    dense, batch = setup.module_of(case), whole_batch(case.negatives)
+    model = dense.model
+    image, text = encode_pairs(model, batch)
+    hard = None if batch.negative_tokens is None else model.encode_text(batch.negative_tokens, normalize=True)
+    assert model.logit_bias is not None
+    assert dense.loss is not None
+    inputs = all_inputs(image, text, model.logit_scale.exp(), model.logit_bias, hard)
+    expected = case.loop(inputs, dense.loss, setup.teacher)
+    expected.backward()
+    errors = [error(mean, expected.detach())]
+    for (name, mine), theirs in zip(ours.named_parameters(), dense.parameters(), strict=True):
+        assert mine.grad is not None, f"DDP needs a gradient of {name}"
+        errors.append(error(mine.grad, theirs.grad))
+    return max(errors)
+
+
+def losses(output: str, teacher: str) -> None:
+    """Write the largest relative error of each case as JSON."""
+    setup, errors = Setup.of(teacher), {}
+    tiled.TILE = (2, 3)
+    for name, case in CASES.items():
+        for counts in COUNTS[dist.get_world_size()]:
+            errors[f"{name}, features, {counts}"] = of_features(setup, case, counts)
+        errors[f"{name}, step"] = of_step(setup, case, COUNTS[dist.get_world_size()][0])
+    if dist.get_rank() == 0:
+        Path(output).write_text(json.dumps(errors), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    serve(globals())

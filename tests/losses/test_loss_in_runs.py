@@ -1,0 +1,211 @@
+"""A loss in a training run: what is checked, logged, saved and resumed."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+
+from callbacks import EMA
+from lit_clip.errors import InputError
+from lit_clip.losses import Contrastive, Loss, LossValue, Matryoshka, Sigmoid, Sum, WholeBatch
+from lit_clip.losses.loss import build_loss
+from lit_clip.models.config import CLIPConfig
+from lit_clip.module import LitCLIP
+from lit_clip.training.optim import AdamWSettings, WarmupCosineSettings
+from tests.helpers.ranks import make_batch, make_module
+from tests.test_module import data_for, trainer
+
+
+class Tempered(Loss):
+    """A user's loss with a temperature and channel weights of its own; it does not use the model's."""
+
+    def __init__(self, initial: float = 2.0) -> None:
+        super().__init__()
+        self.log_scale, self.weight = nn.Parameter(torch.tensor(initial)), nn.Parameter(torch.ones(32, 1))
+
+    def whole_batch(self, pairs: WholeBatch) -> Tensor:
+        logits = self.log_scale.exp() * (pairs.image * self.weight[: pairs.image.shape[1], 0]) @ pairs.text.T
+        return F.cross_entropy(logits, torch.arange(len(logits)))
+
+
+class Returns(Loss):
+    """Returns whatever it was given."""
+
+    def __init__(self, result: Callable[[WholeBatch], Any]) -> None:
+        super().__init__()
+        self.result = result
+
+    def whole_batch(self, pairs: WholeBatch) -> Any:
+        return self.result(pairs)
+
+
+def fit(config: CLIPConfig, table: Path, folder: Path, ema: bool, resume: str | None = None) -> LitCLIP:
+    """Train 6 steps in epochs of 4, with a checkpoint after each third step."""
+    torch.manual_seed(0)
+    loss = Sum([Contrastive(), Tempered(1.0 if resume else 2.0)])  # what a resumed run starts from must not matter
+    module = LitCLIP(config, loss=loss, optimizer=AdamWSettings(lr=1e-2), lr_scheduler=WarmupCosineSettings(1))
+    saving = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=3, save_top_k=-1)
+    fitting = trainer(folder, max_steps=6, callbacks=[saving, *([EMA(0.5)] if ema else [])])
+    fitting.fit(module, data_for(module, table), ckpt_path=resume)
+    return module
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_a_run_resumed_inside_an_epoch_ends_with_the_same_bits_of_the_losss_own_parameters(
+    ema: bool, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+) -> None:
+    whole = fit(tiny_config, caption_table, tmp_path / "whole", ema)
+    resumed = fit(tiny_config, caption_table, tmp_path / "resumed", ema, str(tmp_path / "whole/step=3.ckpt"))
+    for name, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+    found = whole.state_dict()["loss.terms.1.log_scale"]
+    assert found not in (1.0, 2.0)
+    groups = [group["name"] for group in whole._parameter_groups()]
+    assert groups[-2:] == ["loss", "loss, no decay"]
+    checkpoint = torch.load(tmp_path / "whole/step=6.ckpt", weights_only=True)
+    assert checkpoint["state_dict"].keys() == whole.model.state_dict().keys()
+    assert torch.equal(checkpoint["loss"]["terms.1.log_scale"], found)
+    assert checkpoint["hyper_parameters"]["loss"]["init_args"]["terms"][1]["class_path"] == f"{__name__}.Tempered"
+
+
+def test_a_checkpoint_never_imports_a_loss_and_training_on_asks_for_it(
+    tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+) -> None:
+    fit(tiny_config, caption_table, tmp_path, ema=False)
+    path = tmp_path / "step=6.ckpt"
+    loaded = LitCLIP.load_from_checkpoint(path)
+    assert loaded.loss is None
+    with pytest.raises(InputError, match=r"trained with tests\..*Tempered; name it with --model.loss"):
+        loaded.setup("fit")
+    plain = LitCLIP(tiny_config, lr_scheduler=WarmupCosineSettings(1))
+    data = data_for(plain, caption_table)
+    with pytest.raises(
+        InputError, match=r"step=6.ckpt: was trained with tests\.\S+\.Tempered, which a checkpoint may not"
+    ):
+        trainer(tmp_path, max_steps=8).fit(plain, data, ckpt_path=path)
+    trainer(tmp_path).validate(plain, data, ckpt_path=path, verbose=False)  # needs no training loss
+    other = LitCLIP(tiny_config, loss=Contrastive(), lr_scheduler=WarmupCosineSettings(1))
+    with pytest.raises(InputError, match="its loss has other parameters than model.loss"):
+        trainer(tmp_path, max_steps=8).fit(other, data, ckpt_path=path)
+
+
+@pytest.mark.parametrize(
+    ("class_path", "message"),
+    [
+        ("os.path.join", r"trained with os.path.join; name it with --model.loss"),
+        ("lit_clip.commands.export.export", "lit_clip.commands.export.export is not a loss"),
+        ("lit_clip.losses.Nothing", "lit_clip.losses.Nothing, which is not installed"),
+    ],
+)
+def test_a_description_of_anything_but_our_losses_is_refused(class_path: str, message: str) -> None:
+    for description in (
+        {"class_path": class_path, "init_args": {}},
+        {"class_path": "lit_clip.losses.Sum", "init_args": {"terms": [{"class_path": class_path, "init_args": {}}]}},
+    ):
+        with pytest.raises(InputError, match=message):
+            build_loss(description)
+
+
+def test_a_loss_is_described_by_its_arguments_and_built_from_them() -> None:
+    loss = Matryoshka(Sum([Contrastive("positives"), Sigmoid()], weights=[1, 0.5]), [4, 8])
+    described = loss.describe()
+    assert described["init_args"]["loss"]["init_args"]["terms"][0] == {
+        "class_path": "lit_clip.losses.pairwise.Contrastive",
+        "init_args": {"duplicates": "positives"},
+    }
+    assert build_loss(described).describe() == described
+    assert copy.deepcopy(loss).describe() == pickle.loads(pickle.dumps(loss)).describe() == described
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (lambda pairs: (pairs.image * pairs.text).sum(dim=1), r" returned a tensor of shape \[4\]; return a sc"),
+        (lambda pairs: 1.0, " returned a float, not a tensor; return a scalar, such as its mean"),
+        (lambda pairs: None, " returned a NoneType, not a tensor"),
+        (lambda pairs: pairs.image.detach().sum(), " returned a loss without gradient"),
+        (lambda pairs: LossValue(pairs.image.sum(), {"each": pairs.image}), ": its metric each is not a number"),
+    ],
+)
+def test_a_loss_that_returns_no_scalar_is_named(result: Callable[[WholeBatch], Any], message: str) -> None:
+    with pytest.raises(InputError, match=rf"model.loss: tests\.losses\.test_loss_in_runs\.\S*{message}"):
+        make_module(loss=Returns(result)).training_step(make_batch(slice(0, 4)), 0)
+    if "shape" in message:
+        with pytest.raises(InputError, match=message):  # within another loss too
+            make_module(loss=Matryoshka(Returns(result), [8])).training_step(make_batch(slice(0, 4)), 0)
+
+
+def test_what_a_loss_returns_is_logged() -> None:
+    inner = Sum([Contrastive(), Contrastive("ignored"), Tempered()], [1, 2, 3])
+    module, logged = make_module(loss=Matryoshka(inner, [4, 16])), {}
+    module.log = lambda name, value, **_: logged.update({name: float(torch.as_tensor(value).detach())})
+    module.training_step(make_batch(slice(0, 8)), 0)
+    terms = [logged[f"train/{name}"] for name in ("contrastive_loss", "contrastive_loss_2", "tempered_loss")]
+    assert logged["train/loss_16"] == pytest.approx(sum(w * x for w, x in zip((1, 2, 3), terms, strict=True)))
+    assert logged["train/loss"] == pytest.approx(logged["train/loss_4"] + logged["train/loss_16"])
+    assert logged["train/in_batch_chance"] == 1 / 8
+    assert 0 <= logged["train/in_batch_accuracy"] <= 1
+
+
+def test_the_default_loss_is_that_of_the_architecture(tiny_config: CLIPConfig) -> None:
+    with_bias = replace(tiny_config, logit_bias=True)
+    assert isinstance(LitCLIP(tiny_config).loss, Contrastive)
+    assert isinstance(LitCLIP(with_bias).loss, Sigmoid)
+    LitCLIP(with_bias, loss=Contrastive()).setup("fit")
+    with pytest.raises(InputError, match="Sigmoid needs a model with a logit_bias"):
+        LitCLIP(tiny_config, loss=Sum([Sigmoid()])).setup("fit")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Sum([]), "Sum needs at least one of its terms"),
+        (lambda: Sum([Contrastive()], [1, 2]), "Sum has 2 weights for 1 terms; give one for each"),
+        (lambda: Matryoshka(Contrastive(), [0]), r"Matryoshka.dims \[0\] must be at least 1"),
+        (lambda: LitCLIP("ViT-tiny-16-64", loss=Matryoshka(Contrastive(), [4000])).setup("fit"), "the features have"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+MINE = """
+from lit_clip.losses import Loss
+
+class Vector(Loss):
+    def whole_batch(self, pairs):
+        return (pairs.image * pairs.text).sum(dim=1)
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["mine_of_a_user.Vector"], "mine_of_a_user.Vector returned a tensor of shape [16]; return a scalar"),
+        (["mine_of_a_user.Nothing"], "module 'mine_of_a_user' has no attribute 'Nothing'"),
+        (["Contrastive", "--model.loss.duplicate", "x"], "did you mean --model.loss.duplicates?"),
+        (["Contrastive", "--model.loss.duplicates", "posit"], "did you mean positives?"),
+        (["Matryoshka", "--model.loss.dims", "[9999]", "--model.loss.loss", "Contrastive"], "but the features have"),
+    ],
+)
+def test_a_wrong_loss_on_the_command_line_is_one_line(
+    words: list[str], message: str, cli: Callable[..., Any], caption_table: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mine_of_a_user.py").write_text(MINE)
+    data = ["--data", "datamodules.Captions", "--data.train", str(caption_table), "--data.num_workers", "0"]
+    options = ["--data.batch_size", "16", "--model.architecture", "ViT-tiny-16-64", "--trainer.max_steps", "1"]
+    result = cli("fit", *data, *options, "--trainer.accelerator", "cpu", "--model.loss", *words)
+    assert result.returncode == 2
+    (line,) = [line for line in result.stderr.splitlines() if "error" in line]
+    assert line.startswith("lit-clip: error: model.loss")
+    assert message in line
+    assert "Traceback" not in result.stderr
