@@ -1,5 +1,6 @@
 """Runs with W&B and MLflow (extra ``loggers``), in their real offline modes, and with CSV."""
 
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from lit_clip.cli.loggers import check_loggers
 from lit_clip.cli.save_config import save_text
 from lit_clip.errors import InputError
 from lit_clip.training.run_folder import curves, newest_config
-from tests.conftest import TINY_YAML
+from tests.conftest import ROOT, TINY_YAML
 
 Fit = Callable[..., CompletedProcess[str]]
 METRICS = {"train/loss", "train/learning_rate", "val/loss"}
@@ -47,29 +48,14 @@ def saved_steps(folders: list[Path]) -> list[int]:
     return [torch.load(path, weights_only=True)["global_step"] for path in paths]
 
 
-def wandb_records(run: Path) -> tuple[set[str], int]:
-    """Return the names of the metrics in a run's file, and the number of its records of history."""
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
-
-    store, names, count = DataStore(), set(), 0
-    store.open_for_scan(str(next(run.glob("*.wandb"))))
-    while (data := store.scan_data()) is not None:
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        if record.HasField("history"):
-            count += 1
-            names |= {item.key or "/".join(item.nested_key) for item in record.history.item}
-    return names, count
-
-
 def test_wandb_gets_metrics_and_images_and_each_run_has_its_own_folder(fit: Fit, tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     logger = ("--trainer.logger", "WandbLogger", "--trainer.logger.offline", "true", "--trainer.logger.project", "mine")
     first = fit(*logger)
     (folder,) = (tmp_path / "runs/mine").iterdir()
     (run,) = (tmp_path / "runs/wandb").glob(f"offline-run-*-{folder.name}")
-    assert wandb_records(run)[0] >= METRICS
+    records = next(run.glob("*.wandb")).read_bytes()  # protocol buffers, in which names are plain text
+    assert all(name.encode() in records for name in METRICS)
     (image,) = run.glob("files/media/images/val/similarity_*.png")
     assert Image.open(image).width > 200
     assert first.stdout.splitlines()[-1] == f"curves: wandb sync {run.relative_to(tmp_path)}"
@@ -106,14 +92,17 @@ def test_mlflow_gets_metrics_and_images_and_each_run_has_its_own_folder(fit: Fit
 
 def test_several_loggers_each_have_a_line_and_csv_gets_no_image(fit: Fit, tmp_path: Path) -> None:
     kinds = ("TensorBoardLogger", "CSVLogger")
-    each = [f"{{class_path: lightning.pytorch.loggers.{kind}, init_args: {{save_dir: {kind}}}}}" for kind in kinds]
+    each = [
+        f"{{class_path: lightning.pytorch.loggers.{kind}, init_args: {{save_dir: {kind}, name: mine}}}}"
+        for kind in kinds
+    ]
     done = fit("--trainer.logger", f"[{', '.join(each)}]")
     assert done.stdout.splitlines()[-2:] == [
-        "curves: tensorboard --logdir TensorBoardLogger/lightning_logs/version_0",
-        "curves: CSVLogger/lightning_logs/version_0/metrics.csv",
+        "curves: tensorboard --logdir TensorBoardLogger/mine/version_0",
+        "curves: CSVLogger/mine/version_0/metrics.csv",
     ]
-    assert (tmp_path / "CSVLogger/lightning_logs/version_0/metrics.csv").is_file()
-    assert (tmp_path / "TensorBoardLogger/lightning_logs/version_0/fit_config.yaml").is_file()
+    assert (tmp_path / "CSVLogger/mine/version_0/metrics.csv").is_file()
+    assert (tmp_path / "TensorBoardLogger/mine/version_0/fit_config.yaml").is_file()
     csv: Any = SimpleNamespace(loggers=[CSVLogger(tmp_path)], global_step=1)
     log_image(csv, "an/image", Image.new("RGB", (8, 8)))
     assert not any(path.suffix == ".png" for path in tmp_path.rglob("*"))
@@ -139,7 +128,7 @@ def test_a_logger_that_cannot_be_created_is_one_line(cli: Fit, caption_table: Pa
         "from lightning.pytorch.loggers import CSVLogger\nclass Refusing(CSVLogger):\n"
         "    def __init__(self, save_dir: str = '.'):\n        raise RuntimeError('no store')\n"
     )
-    environment = {"PYTHONPATH": str(tmp_path)}
+    environment = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     done = cli("fit", "--data.train", str(caption_table), "--trainer.logger", "mine.Refusing", environment=environment)
     assert done.returncode == 2, done.stderr
     assert done.stderr.splitlines()[-1] == "lit-clip: error: trainer.logger: no store"
