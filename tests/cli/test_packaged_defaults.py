@@ -56,7 +56,7 @@ def test_typed_options_come_before_the_packaged_defaults(parsed: Callable[..., A
     options = ("--trainer.max_epochs", "3", "--model.optimizer.lr", "0.5", "--data.train", "x.csv")
     more = ("--trainer.callbacks+=callbacks.PatchDropout", "--trainer.callbacks.share", "0.25")
     config = parsed("fit", *options, *more)
-    assert (config["trainer"]["max_epochs"], config["model"]["optimizer"]["lr"]) == (3, 0.5)
+    assert (config["trainer"]["max_epochs"], config["model"]["optimizer"]["init_args"]["lr"]) == (3, 0.5)
     *kept, added = config["trainer"]["callbacks"]
     assert len(kept) == len(settings()["trainer"]["callbacks"])
     assert added["init_args"]["share"] == 0.25
@@ -77,7 +77,7 @@ def test_another_data_module_keeps_the_other_defaults(parsed: Callable[..., Any]
 def test_pretrained_weights_are_not_trained_with_the_settings_from_scratch(parsed: Callable[..., Any]) -> None:
     model = parsed("fit", "--data.train", "x.csv", "--model.pretrained", "ViT-B-32:openai")["model"]
     assert model["architecture"] is None
-    assert model["optimizer"]["lr"] < settings()["model"]["optimizer"]["lr"]
+    assert model["optimizer"]["init_args"]["lr"] < settings()["model"]["optimizer"]["lr"]
 
 
 def test_a_run_without_a_config_is_validated_and_resumed_without_one(
