@@ -7,7 +7,7 @@ BENCH := $(RUNS)/bench
 # Run a benchmark: its name, its options, and a suffix of its result file.
 measure = $(BIN)/python benchmarks/$(1).py $(2) --json $(BENCH)/$(1)$(3).json
 
-.PHONY: help install quickstart test test-slow check format bench bench-check tensorboard clean
+.PHONY: help install quickstart test test-loggers test-slow check format bench bench-check tensorboard clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -36,6 +36,13 @@ quickstart: install  ## Train a CLIP from scratch on 1,750 drawings, then valida
 
 test: install  ## Run the tests (no network, less than 15 minutes on 2 cores)
 	@$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+
+$(BIN)/.loggers: $(BIN)/.installed
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[loggers]'
+	@touch $@
+
+test-loggers: $(BIN)/.loggers  ## Run the tests of W&B and MLflow, in their offline modes
+	@$(BIN)/python -m pytest tests/cli/test_loggers.py
 
 test-slow: install  ## Run the slow tests, which take minutes each
 	@$(BIN)/python -m pytest -m slow

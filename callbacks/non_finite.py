@@ -17,6 +17,7 @@ from lit_clip import distributed
 from lit_clip.errors import InputError, require
 from lit_clip.module import TrainingStep
 from lit_clip.training.optim import skip_step
+from lit_clip.training.run_folder import run_folder
 
 FILE = "non_finite.jsonl"
 MOST_IN_A_ROW = 100  # weights that are not finite themselves never recover
@@ -119,8 +120,8 @@ class NonFiniteSteps(Callback):
 
     def _report(self, step: TrainingStep, reason: str, trainer: Trainer) -> None:
         findings = _findings(step, reason, trainer.global_step)
-        folder = trainer.log_dir if trainer.loggers else None  # a broadcast: every rank must ask
-        path = Path(folder) / FILE if folder else None
+        folder = run_folder(trainer)  # every rank must ask
+        path = folder / FILE if folder else None
         if path and trainer.is_global_zero:
             _append(path, findings)
         what = _sentence(findings, path)

@@ -14,6 +14,7 @@ from lit_clip import distributed
 from lit_clip.errors import require
 from lit_clip.tools.processes import is_launched
 from lit_clip.training.checkpoint_io import save_whole
+from lit_clip.training.run_folder import run_folder
 from lit_clip.training.signals import Signals, signals_of
 from lit_clip.training.summary import resume_command
 
@@ -118,8 +119,8 @@ class Preemption(Callback):
         if path is None:
             return f"ended after step {trainer.global_step}; nothing saved, because no ModelCheckpoint is configured"
         save_whole(trainer, path)
-        log_dir = trainer.log_dir if trainer.loggers else None  # a broadcast: every rank must ask
-        return f"saved step {trainer.global_step}; resume with: {resume_command(path, log_dir)}"
+        folder = run_folder(trainer)  # every rank must ask
+        return f"saved step {trainer.global_step}; resume with: {resume_command(path, folder)}"
 
 
 def _validate(trainer: Trainer) -> None:

@@ -14,6 +14,7 @@ from lit_clip import distributed
 from lit_clip.batch import JUDGED_AFTER, CaptionBatch
 from lit_clip.errors import InputError
 from lit_clip.tools.hashing import hash64
+from lit_clip.training.run_folder import run_folder
 
 FILE = "skipped.jsonl"
 MOST_REASONS = 20  # logged separately
@@ -175,8 +176,8 @@ class SkippedSamples(Callback):
             return
         if self._file is None:
             where, reason = skipped[0]
-            folder = trainer.log_dir if trainer.loggers else None  # a broadcast: every rank must ask
-            self._file = _File(Path(folder) / FILE if folder else None)
+            folder = run_folder(trainer)  # every rank must ask
+            self._file = _File(folder / FILE if folder else None)
             listed = self._listed_in()
             rank_zero_warn(f"{where}: skipped ({reason}); further ones are counted in data/skipped{listed}")
         if trainer.is_global_zero:

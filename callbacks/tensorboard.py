@@ -2,15 +2,14 @@
 
 from typing import Any, cast
 
-import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
 from callbacks.figures import similarity_matrix
+from callbacks.log_image import log_image
 from lit_clip.batch import CaptionBatch
 from lit_clip.errors import require
 from lit_clip.module import Features
@@ -20,12 +19,6 @@ FRAME = torch.tensor([0.08, 0.37, 0.58])[:, None, None]  # blue, [3, 1, 1]
 
 def _writers(trainer: Trainer) -> list[Any]:
     return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-
-
-def show(trainer: Trainer, tag: str, image: Image.Image) -> None:
-    """Log an image as ``tag`` at the current step."""
-    for writer in _writers(trainer):
-        writer.add_image(tag, np.asarray(image), trainer.global_step, dataformats="HWC")
 
 
 class SimilarityMatrix(Callback):
@@ -56,7 +49,7 @@ class SimilarityMatrix(Callback):
         scores = (features["text"][rows] @ features["image"][rows].T).float().cpu().numpy()
         images = [to_pil_image(batch.images[row]) for row in rows]
         captions = [cast(Any, pl_module).tokenize.decode(batch.tokens[row].tolist()) for row in rows]
-        show(trainer, "val/similarity", similarity_matrix(images, captions, scores))
+        log_image(trainer, "val/similarity", similarity_matrix(images, captions, scores))
 
 
 class EmbeddingProjector(Callback):

@@ -12,9 +12,9 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
 from callbacks.figures import Prediction, prediction_grid
+from callbacks.log_image import log_image
 from callbacks.periodic import PeriodicEvaluation, PeriodicResult, from_first_rank
 from callbacks.suite_sets import check_folds, chosen_entries, named, open_sets
-from callbacks.tensorboard import show
 from lit_clip import distributed
 from lit_clip.errors import require
 from lit_clip.evaluation.data import LabelledImages
@@ -27,6 +27,7 @@ from lit_clip.evaluation.zero_shot import ZeroShotSet
 from lit_clip.models.preprocess import pixels
 from lit_clip.module import LitCLIP
 from lit_clip.tools.images import OnError
+from lit_clip.training.run_folder import run_folder
 from lit_clip.weights.fingerprint import text_sha256
 
 __all__ = ["ZeroShot", "ZeroShotSet"]
@@ -53,7 +54,7 @@ class ZeroShot(PeriodicEvaluation):
     Logs ``zero_shot/<set>/<metric>``: the set's own metric and, if each image has one class, ``top1``, ``top5`` and
     ``mean_per_class``. They are fractions in which every image counts once. Ranks divide the prompts
     and the images. Prompts are encoded again only if the text tower has changed. Some images with their most similar
-    class names are shown in TensorBoard and saved as ``zero_shot_<set>.png`` beside the logs.
+    class names are logged as an image and saved as ``zero_shot_<set>.png`` in the run's folder.
 
     Args:
         sets: sets by name.
@@ -108,7 +109,7 @@ class ZeroShot(PeriodicEvaluation):
                     self._opened[name] = opened
 
     def evaluate(self, trainer: Trainer, module: LitCLIP) -> PeriodicResult:
-        log_dir = trainer.log_dir if trainer.loggers else None  # a broadcast, so called on every rank
+        folder = run_folder(trainer)  # every rank must ask
         text_weights = text_sha256(module.model)
         if distributed.maximum(int(text_weights != self._text_weights)):
             self._classifiers, self._text_weights = {}, text_weights
@@ -122,7 +123,7 @@ class ZeroShot(PeriodicEvaluation):
             result.metrics |= {f"zero_shot/{name}/{metric}": value for metric, value in of_set.metrics.items()}
             result.baselines |= {f"zero_shot/{name}/{metric}": value for metric, value in of_set.baselines.items()}
             if self.examples and trainer.is_global_zero:
-                self._show(trainer, module, name, log_dir, scores[0])
+                self._show(trainer, module, name, folder, scores[0])
         return result
 
     def _scores(self, module: LitCLIP, name: str, opened: _OpenedSet) -> list[Encoded]:
@@ -140,13 +141,13 @@ class ZeroShot(PeriodicEvaluation):
             results.append(encoded_by_stamp[stamp])
         return results
 
-    def _show(self, trainer: Trainer, module: LitCLIP, name: str, log_dir: str | None, scores: Encoded) -> None:
+    def _show(self, trainer: Trainer, module: LitCLIP, name: str, folder: Path | None, scores: Encoded) -> None:
         assert self._opened is not None
         sheet = _contact_sheet(module, self._opened[name], scores, self.examples)
-        show(trainer, f"zero_shot/{name}", sheet)
-        if log_dir:
-            Path(log_dir).mkdir(parents=True, exist_ok=True)
-            sheet.save(Path(log_dir) / f"zero_shot_{name}.png")
+        log_image(trainer, f"zero_shot/{name}", sheet)
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+            sheet.save(folder / f"zero_shot_{name}.png")
 
 
 def _from_argument(zero_shot_set: ZeroShotSet) -> _OpenedSet:

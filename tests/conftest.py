@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +20,7 @@ import torch
 import yaml
 from filelock import FileLock
 
+from lit_clip.cli.main import CONFIGURED
 from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
 from lit_clip.training.optim import PaperAdamW
 from lit_clip.training.schedules import WarmupCosine
@@ -209,6 +210,14 @@ def openai_code() -> ModuleType:
     return module
 
 
+def without_packaged_defaults(words: Sequence[str]) -> list[str]:
+    """Add an empty ``--config`` to a command that names its data module and has none."""
+    named = any(word.partition("=")[0] == "--data" for word in words)
+    if words[0] in CONFIGURED and named and not any(word.partition("=")[0] == "--config" for word in words):
+        return [words[0], "--config", str(ROOT / "tests/helpers/no_settings.yaml"), *words[1:]]
+    return [*words]
+
+
 def lit_clip_command(
     folder: Path, *words: str, environment: dict[str, str] | None = None, timeout: int = 120
 ) -> subprocess.CompletedProcess[str]:
@@ -216,11 +225,11 @@ def lit_clip_command(
 
     Args:
         folder: the working folder.
-        words: command line arguments.
+        words: command line arguments; see :func:`without_packaged_defaults`.
         environment: additional variables; with them the command runs in a new interpreter instead of a fork.
         timeout: in seconds.
     """
-    command = [str(Path(sys.executable).parent / "lit-clip"), *words]
+    command = [str(Path(sys.executable).parent / "lit-clip"), *without_packaged_defaults(words)]
     variables = {**os.environ, "COLUMNS": "200", "HF_HUB_OFFLINE": "1", **(environment or {})}
     if not environment:
         return forks.run([forks.Program(forks.command, command, folder, variables)], timeout)[0]
@@ -294,6 +303,8 @@ def run_lightning_ranks(world: int, folder: Path, *words: str, timeout: int = 12
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     place = {"GROUP_RANK": "0", "LOCAL_WORLD_SIZE": str(world), "TORCHELASTIC_RUN_ID": "test"}
     environment = {**os.environ, "COLUMNS": "200", **address, **place}
-    function = forks.command if words[0] == "lit-clip" else forks.script
+    function = forks.script
+    if words[0] == "lit-clip":
+        function, words = forks.command, ("lit-clip", *without_packaged_defaults(words[1:]))
     results = run_ranks(world, forks.Program(function, words, folder, environment), timeout)
     return "".join(done.stdout + done.stderr for done in results)

@@ -21,6 +21,7 @@ from PIL import Image
 
 from lit_clip.cli import subcommands
 from lit_clip.cli.lightning import CLI, run
+from lit_clip.cli.main import CONFIGURED
 from lit_clip.evaluation.suite import read_suite
 from lit_clip.tools.messages import options_of, parameters
 from tests.conftest import ROOT, lit_clip_command
@@ -124,7 +125,7 @@ def test_a_command_runs(command: str, folder: Path) -> None:
         environment[name] = value
     program, *options = words
     assert program == "lit-clip"
-    if "configs/finetune_table.yaml" in options:
+    if "configs/finetune_table.yaml" in options or (options[0] in CONFIGURED and "--config" not in options):
         options += FAST
         if "--trainer.max_epochs" not in options and options[0] == "fit":
             options += ["--trainer.max_epochs", "81" if "--ckpt_path" in options else "1"]

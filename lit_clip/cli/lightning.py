@@ -12,12 +12,15 @@ from jsonargparse import set_parsing_settings
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lit_clip.cli.loggers import check_loggers, logger_errors
+from lit_clip.cli.packaged_defaults import use_packaged_defaults
 from lit_clip.cli.run_folders import run_folders
+from lit_clip.cli.save_config import SaveConfig
 from lit_clip.cli.words import (
     check_class,
     check_encoder_options,
@@ -25,6 +28,7 @@ from lit_clip.cli.words import (
     data_options,
     model_defaults,
     named_class,
+    options,
     part_options,
 )
 from lit_clip.errors import InputError
@@ -33,19 +37,12 @@ from lit_clip.tools.hardware import has_bfloat16
 from lit_clip.tools.messages import hinting, options_of
 from lit_clip.training.checkpoint_io import WholeCheckpointIO, newest_checkpoint
 from lit_clip.training.plan import measure_run, print_plan
+from lit_clip.training.run_folder import curves, run_folder
 from lit_clip.training.summary import print_next_steps, print_summary, resume_command
 from lit_clip.weights.checkpoints import read_checkpoint
 
 DEFAULT_CALLBACKS = "callbacks"  # the package whose defaults() every run gets; lit_clip must not import it
 NEWEST = ("last", "auto")  # the newest checkpoint of this configuration's runs; auto starts over if there is none
-
-
-class SaveConfig(SaveConfigCallback):
-    """Write ``<subcommand>_config.yaml`` into the run's folder, if it has one."""
-
-    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        if trainer.loggers:
-            super().setup(trainer, pl_module, stage)
 
 
 class CLI(LightningCLI):
@@ -76,6 +73,9 @@ class CLI(LightningCLI):
         if subcommand and path and path not in (*NEWEST, "best", "hpc"):  # Lightning handles the last two
             hparams = read_checkpoint(path)["hyper_parameters"]
         known = getattr(self, "_subcommand_parsers", {}).get(subcommand, parser)
+        self.uses_packaged_defaults = subcommand is not None and not options(words, "--config", "-c")
+        if self.uses_packaged_defaults:
+            hparams = use_packaged_defaults(known, words) | hparams
         defaults = model_defaults(LitCLIP, words, subcommand, hparams)
         if self.subclass_mode_model:
             named = named_class(words, subcommand, "model")
@@ -100,8 +100,7 @@ class CLI(LightningCLI):
                 raise
             option = next((word.partition("=")[0] for word in words if word.startswith("--data.")), "--data")
             raise InputError(
-                f"{option}: no data module is named yet; put --config configs/finetune_table.yaml or "
-                "--data datamodules.Captions before it"
+                f"{option}: the --config files name no data module; put --data datamodules.Captions before it"
             ) from error
         if subcommand and path in NEWEST:
             folders = run_folders(self.config[subcommand].as_dict())
@@ -116,11 +115,23 @@ class CLI(LightningCLI):
         if path and not model.get("lora"):
             model["pretrained"] = None  # the checkpoint replaces every weight
 
+    def before_instantiate_classes(self) -> None:
+        if self.uses_packaged_defaults:
+            rank_zero_info(
+                f"{self.subcommand}: no --config; the packaged defaults (lit-clip {self.subcommand} --print_config "
+                "shows them)"
+            )
+        check_loggers(self._get(self.config, "trainer").logger)
+
+    def instantiate_classes(self) -> None:
+        with logger_errors():
+            super().instantiate_classes()
+
     def _parse_ckpt_path(self) -> None:
         """Lightning lets a checkpoint's hyper-parameters override what the user typed; see :meth:`parse_arguments`."""
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        self.save_config_kwargs = {"config_filename": f"{self.subcommand}_config.yaml", "overwrite": True}
+        self.save_config_kwargs = {"config_filename": f"{self.subcommand}_config.yaml"}
         settings: Any = self._get(self.config_init, "trainer")
         callbacks = settings.callbacks or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
@@ -172,7 +183,7 @@ class CLI(LightningCLI):
         found = newest_checkpoint(folders)
         if found is None:
             return "no checkpoint yet; SIGTERM saves one, Ctrl-C does not"
-        return f"resume with: {resume_command(found, str(found.parent.parent))}"
+        return f"resume with: {resume_command(found, found.parent.parent)}"
 
     def before_validate(self) -> None:
         self._warn_of_random_weights()
@@ -212,9 +223,9 @@ class CLI(LightningCLI):
         self._summarise(self.model.before)
         callback = self.trainer.checkpoint_callback
         last = getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", "")
-        log_dir = self.trainer.log_dir if self.trainer.loggers else None  # a broadcast: every rank must ask
+        folder = run_folder(self.trainer)  # every rank must ask
         if last and self.trainer.is_global_zero:
-            print_next_steps(Path(last), log_dir)
+            print_next_steps(Path(last), folder, curves(self.trainer.loggers))
 
     def after_validate(self) -> None:
         self._summarise({})  # metrics before training belong to another run, maybe to other data

@@ -7,12 +7,13 @@ import ast
 import importlib.util
 import logging
 import sys
+import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
-from lit_clip.cli import subcommands
+from lit_clip.cli import other_names, subcommands
 from lit_clip.cli.lazy_torchmetrics import defer_torchmetrics
 from lit_clip.errors import InputError
 from lit_clip.tools.messages import one_line, user_error
@@ -25,6 +26,14 @@ CONFIGURED = {
     "test": "The same metrics on the test data.",
     "predict": "Features of the data's images and captions, for Python callers.",
 }
+EXAMPLES = (
+    "lit-clip fit --data.train captions.csv",
+    "lit-clip validate --ckpt_path last.ckpt --data.val captions.csv",
+    "lit-clip classify photos --model last.ckpt --classes tiger pizza bicycle",
+    'lit-clip search photos "a red kite over the beach" --model last.ckpt',
+    "lit-clip embed photos --model last.ckpt --output features.parquet",
+)
+HELP_WIDTH = 80
 USER_ERROR = 2  # argparse's exit code for a bad command line
 INTERRUPTED = 130  # exit code of a program that Ctrl-C ended, as in shells
 PATIENCE = 3.0  # seconds; the first rank may be waiting for this one, and learns from its end that it failed
@@ -36,6 +45,7 @@ def _hush() -> None:
     warnings.filterwarnings("ignore", message=r"Precision bf16-mixed is not supported by the model summary.*")
     # Metrics logged at the end of an epoch are over all ranks already.
     warnings.filterwarnings("ignore", message=r".*recommended to use `self\.log\(.*sync_dist=True\)`.*")
+    warnings.filterwarnings("ignore", message=r"MLFlow only allows .*")  # it leaves out the @ of recall@1
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode.*")  # frozen modules should be
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     logger.addFilter(lambda record: "Tip:" not in record.getMessage())
@@ -44,11 +54,16 @@ def _hush() -> None:
 def help_text() -> str:
     """Return the text of ``lit-clip --help``."""
     others = {name: _first_line(function) for name, function in sorted(subcommands.COMMANDS.items())}
-    lines = ["usage: lit-clip COMMAND ...", "", "Commands that take --config (see configs/):"]
-    lines += [f"  {name:10} {line}" for name, line in CONFIGURED.items()]
-    lines += ["", "Other commands:"]
-    lines += [f"  {name:10} {line}" for name, line in others.items()]
+    lines = ["usage: lit-clip COMMAND ...", "", "Examples:", *(f"  {example}" for example in EXAMPLES)]
+    lines += ["", "Commands that take --config, a YAML file:", *_described(CONFIGURED)]
+    lines += ["", "Other commands:", *_described(others)]
     return "\n".join([*lines, "", "lit-clip COMMAND --help lists a command's options."])
+
+
+def _described(commands: Mapping[str, str]) -> Iterator[str]:
+    """Yield the lines of a list of commands with their descriptions."""
+    for name, line in commands.items():
+        yield textwrap.fill(f"  {name:10} {line}", HELP_WIDTH, subsequent_indent=" " * 13, break_on_hyphens=False)
 
 
 def _first_line(function: str) -> str:
@@ -69,7 +84,8 @@ def _check_command(words: Sequence[str]) -> None:
     if not words:
         raise InputError(f"no command given; use one of {', '.join(known)}")
     if words[0] not in known and not words[0].startswith("-"):
-        near = get_close_matches(words[0], known, n=1)
+        instead = other_names.command_for(words[0])
+        near = [instead] if instead else get_close_matches(words[0], known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}"
         raise InputError(f"unknown command {words[0]!r}; {hint}")
 
@@ -82,6 +98,7 @@ def _run(words: list[str]) -> int:
     elif words[0] in subcommands.COMMANDS:
         subcommands.run_command(words)
     else:
+        other_names.check_options(words[1:])
         from lit_clip.cli.lightning import run_until_signal
 
         return run_until_signal()

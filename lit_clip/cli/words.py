@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from lit_clip.cli.packaged_defaults import DEFAULTS
 from lit_clip.errors import InputError, no_such_file
 from lit_clip.losses.loss import foreign_losses
 from lit_clip.tools.messages import parameters
@@ -39,8 +40,9 @@ def checkpoint_path(words: Sequence[str], subcommand: str | None) -> str | None:
 
 
 def sections(words: Sequence[str], subcommand: str | None) -> Iterator[dict[str, Any]]:
-    """Yield the YAML files' settings of a subcommand, the last file first."""
-    for config in reversed(options(words, "--config", "-c")):
+    """Yield the YAML files' settings of a subcommand, the last file first; the packaged ones without a file."""
+    defaults = [str(DEFAULTS)] if subcommand else []
+    for config in reversed(options(words, "--config", "-c") or defaults):
         try:
             values = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
         except FileNotFoundError as error:
@@ -146,7 +148,7 @@ def model_defaults(
         model: the class whose arguments these are; a subclass that is named may have more.
         words: the command line.
         subcommand: such as ``fit``.
-        hparams: of the checkpoint; empty without one.
+        hparams: of the checkpoint, and packaged ones; a part without a class is of the default class.
     """
     arguments = inspect.signature(model).parameters
     named = named_class(words, subcommand, "model")
@@ -154,6 +156,8 @@ def model_defaults(
     defaults = {name: hparams[name] for name in known & hparams.keys()}
     for part in PARTS:
         named, saved = named_class(words, subcommand, "model", part), defaults.pop(part, None)
+        if saved and "class_path" not in saved:
+            saved = {"class_path": _default(model, part)["class_path"], "init_args": saved}
         if saved and (named is None or _same_class(named, saved["class_path"])) and (named or is_trusted(saved)):
             defaults[part] = {**saved, "class_path": named or saved["class_path"]}
         else:

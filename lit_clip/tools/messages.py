@@ -152,9 +152,15 @@ def _hint(error: str, words: Sequence[str], options: Callable[[], Iterable[str]]
 
 
 def _did_you_mean(option: str, options: Iterable[str]) -> str:
-    """Suggest an option with a similar last part, first among its siblings; a common prefix is no similarity."""
+    """Suggest an option with the same or a similar last part; of similar ones first a sibling.
+
+    A common prefix is no similarity.
+    """
     prefix, _, name = option.rpartition(".")
     known = list(options)
+    same = next((each for each in known if each.rpartition(".")[2].lstrip("-") == name.lstrip("-")), None)
+    if same:
+        return f"did you mean {same}?"
     for candidates in ([each for each in known if each.rpartition(".")[0] == prefix], known):
         by_name = {each.rpartition(".")[2].lstrip("-"): each for each in reversed(candidates)}
         near = get_close_matches(name.lstrip("-"), by_name, n=1)
@@ -170,13 +176,15 @@ FOREIGN = {
     "jsonargparse": "ArgumentError",
     "lightning.fabric.utilities.exceptions": "MisconfigurationException",
     "omegaconf.errors": "OmegaConfBaseException",
+    "wandb.errors": "Error",
+    "mlflow.exceptions": "MlflowException",
 }
 
 # What to do about those of their errors that do not say it.
 HINTS = {
     r"restored a checkpoint with current_epoch=": "raise --trainer.max_epochs, or give --model.pretrained FILE "
     "instead of --ckpt_path to start a new run from its weights",
-    r"arguments are required: fit\.data": "give --config configs/finetune_table.yaml, or --data datamodules.Captions",
+    r"arguments are required: \w+\.data": "the --config files name no data module; add --data datamodules.Captions",
 }
 
 

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from lit_clip.training.run_folder import newest_config, shown
+
 
 def metrics_table(
     metrics: Mapping[str, Tensor], baselines: Mapping[str, float], before: Mapping[str, float] | None = None
@@ -66,28 +68,34 @@ def print_parameter_groups(groups: Sequence[Mapping[str, Any]], frozen: int) -> 
     Console().print(table)
 
 
-def print_next_steps(checkpoint: Path, log_dir: str | None) -> None:
-    """Print where a run's results are and how to look at them again."""
+def print_next_steps(checkpoint: Path, folder: Path | None, curves: Sequence[str]) -> None:
+    """Print where a run's results are and how to look at them again.
+
+    Args:
+        checkpoint: the last one.
+        folder: the run's folder.
+        curves: commands, files and addresses that show the curves, one for each logger.
+    """
     console = Console(soft_wrap=True, highlight=False)
-    console.print(f"checkpoint: {_shown(checkpoint)}")
-    if log_dir:
-        folder = _shown(Path(log_dir))
-        console.print(f"logs and images: {folder}")
-        console.print(
-            f"validate again: lit-clip validate --config {folder}/fit_config.yaml --ckpt_path {_shown(checkpoint)}"
-        )
-        console.print(f"curves: tensorboard --logdir {folder}")
+    console.print(f"checkpoint: {shown(checkpoint)}")
+    config = newest_config(folder)
+    if folder:
+        console.print(f"logs and images: {shown(folder)}")
+    if config:
+        console.print(f"validate again: lit-clip validate --config {shown(config)} --ckpt_path {shown(checkpoint)}")
+    for line in curves:
+        console.print(f"curves: {line}")
 
 
-def resume_command(checkpoint: Path, log_dir: str | None) -> str:
-    """Return the command that resumes a run from a checkpoint."""
-    config = Path(log_dir, "fit_config.yaml") if log_dir else None
-    if config is None or not config.exists():
-        return f"the same command and {shlex.join(['--ckpt_path', str(_shown(checkpoint))])}"
-    words = ["lit-clip", "fit", "--config", str(_shown(config)), "--ckpt_path", str(_shown(checkpoint))]
+def resume_command(checkpoint: Path, folder: Path | None) -> str:
+    """Return the command that resumes a run from a checkpoint.
+
+    Args:
+        checkpoint: the file to resume from.
+        folder: the run's folder, which may hold its configuration.
+    """
+    config = newest_config(folder)
+    if config is None:
+        return f"the same command and {shlex.join(['--ckpt_path', str(shown(checkpoint))])}"
+    words = ["lit-clip", "fit", "--config", str(shown(config)), "--ckpt_path", str(shown(checkpoint))]
     return shlex.join(words)
-
-
-def _shown(path: Path) -> Path:
-    path = path.resolve()
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

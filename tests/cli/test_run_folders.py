@@ -32,7 +32,7 @@ def test_checkpoints_lie_in_the_folder_of_a_logger_on_disk(kind: Any, options: d
     assert folder_of(kind(**options), "root").is_relative_to(folder)
 
 
-@pytest.mark.parametrize("kind", ["WandbLogger", "MLFlowLogger", "CometLogger"])
+@pytest.mark.parametrize("kind", ["CometLogger", "NeptuneLogger"])
 def test_a_logger_with_unknown_folders_needs_a_dirpath(kind: str) -> None:
     logger = {"class_path": f"{LOGGERS}.{kind}", "init_args": {"save_dir": "logs"}}
     with pytest.raises(InputError, match=f"--ckpt_path: the folder of {kind}'s runs is not known in advance; "):

@@ -1,0 +1,23 @@
+"""Images for every logger that can show them."""
+
+from typing import Any
+
+import numpy as np
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger
+from PIL import Image
+
+
+def log_image(trainer: Trainer, tag: str, image: Image.Image) -> None:
+    """Log an image as ``tag`` at the current step, on the first rank.
+
+    TensorBoard, MLflow and loggers with W&B's ``log_image(key, images, step)`` get it; others, such as CSV, do not.
+    """
+    loggers: list[Any] = trainer.loggers
+    for logger in loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_image(tag, np.asarray(image), trainer.global_step, dataformats="HWC")
+        elif isinstance(logger, MLFlowLogger):
+            logger.experiment.log_image(logger.run_id, image, key=tag, step=trainer.global_step)
+        elif hasattr(logger, "log_image"):
+            logger.log_image(key=tag, images=[image], step=trainer.global_step)

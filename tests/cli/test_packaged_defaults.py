@@ -1,0 +1,120 @@
+"""``lit-clip fit`` without ``--config``, and the examples of ``lit-clip --help``."""
+
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from lit_clip.cli.lightning import CLI, run
+from lit_clip.cli.main import EXAMPLES
+from lit_clip.cli.packaged_defaults import DEFAULTS
+from lit_clip.cli.subcommands import COMMANDS
+from tests.conftest import ROOT, TINY_YAML
+from tests.test_readme import parser_of
+
+Cli = Callable[..., CompletedProcess[str]]
+
+
+@pytest.fixture
+def parsed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
+    """Return the settings of a command of LightningCLI that runs nothing."""
+    monkeypatch.setattr(CLI, "instantiate_classes", lambda self: None)
+    monkeypatch.setattr(CLI, "_run_subcommand", lambda self, subcommand: None)
+    monkeypatch.chdir(tmp_path)
+
+    def parse(*words: str) -> Any:
+        monkeypatch.setattr(sys, "argv", ["lit-clip", *words])
+        return run().config[words[0]].as_dict()
+
+    return parse
+
+
+def settings() -> Any:
+    return yaml.safe_load(DEFAULTS.read_text(encoding="utf-8"))
+
+
+def test_the_config_of_a_table_is_the_packaged_one() -> None:
+    assert (ROOT / "configs/finetune_table.yaml").samefile(DEFAULTS)
+
+
+def test_fit_needs_a_table_only(parsed: Callable[..., Any]) -> None:
+    without, given = parsed("fit", "--data.train", "x.csv"), parsed("fit", "--config", str(DEFAULTS))
+    assert without["data"]["init_args"].pop("train") == "x.csv"
+    assert without["trainer"] == given["trainer"]
+    assert without["model"] == given["model"]
+    assert given["data"]["init_args"].pop("train") is None
+    assert without["data"] == given["data"]
+
+
+def test_typed_options_come_before_the_packaged_defaults(parsed: Callable[..., Any]) -> None:
+    options = ("--trainer.max_epochs", "3", "--model.optimizer.lr", "0.5", "--data.train", "x.csv")
+    more = ("--trainer.callbacks+=callbacks.PatchDropout", "--trainer.callbacks.share", "0.25")
+    config = parsed("fit", *options, *more)
+    assert (config["trainer"]["max_epochs"], config["model"]["optimizer"]["init_args"]["lr"]) == (3, 0.5)
+    *kept, added = config["trainer"]["callbacks"]
+    assert len(kept) == len(settings()["trainer"]["callbacks"])
+    assert added["init_args"]["share"] == 0.25
+
+
+def test_a_config_replaces_the_packaged_defaults_wholly(parsed: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text("data: {class_path: datamodules.Captions, init_args: {train: x.csv}}")
+    config = parsed("fit", "--config", "own.yaml")
+    assert (config["trainer"]["max_epochs"], config["trainer"]["callbacks"]) == (None, None)
+
+
+def test_another_data_module_keeps_the_other_defaults(parsed: Callable[..., Any]) -> None:
+    config = parsed("fit", "--data", "datamodules.OpenMoji")
+    assert config["data"]["class_path"] == "datamodules.OpenMoji"
+    assert config["trainer"]["max_epochs"] == settings()["trainer"]["max_epochs"]
+
+
+def test_pretrained_weights_are_not_trained_with_the_settings_from_scratch(parsed: Callable[..., Any]) -> None:
+    model = parsed("fit", "--data.train", "x.csv", "--model.pretrained", "ViT-B-32:openai")["model"]
+    assert model["architecture"] is None
+    assert model["optimizer"]["init_args"]["lr"] < settings()["model"]["optimizer"]["lr"]
+
+
+def test_a_run_without_a_config_is_validated_and_resumed_without_one(
+    caption_table: Path, cli: Cli, tmp_path: Path
+) -> None:
+    """The checkpoint's model comes before the packaged one, which is another."""
+    quick = ("--data.num_workers", "0", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false")
+    data = ("--data.train", str(caption_table), "--data.batch_size", "16", *quick)
+    fitted = cli("fit", *data, "--model.architecture", TINY_YAML, "--trainer.max_epochs", "1")
+    assert fitted.returncode == 0, fitted.stderr
+    assert fitted.stderr.count("fit: no --config; the packaged defaults (lit-clip fit --print_config shows them)") == 1
+    assert fitted.stdout.splitlines()[-1] == "curves: tensorboard --logdir runs/table/version_0"
+    last = tmp_path / "runs/table/version_0/checkpoints/last.ckpt"
+    validated = cli("validate", "--ckpt_path", str(last), "--data.val", str(caption_table), *quick)
+    assert validated.returncode == 0, validated.stderr
+    two = ("--trainer.max_epochs", "2", "--trainer.devices", "2", "--data.batch_size", "8")
+    resumed = cli("fit", *data, *two, "--ckpt_path", "last")
+    assert resumed.returncode == 0, resumed.stderr
+    assert resumed.stderr.count("no --config") == 1  # the first rank's
+    steps = [torch.load(path, weights_only=True)["global_step"] for path in sorted(tmp_path.rglob("last.ckpt"))]
+    assert steps == [3, 6]
+
+
+def test_print_config_and_print_plan_need_no_config(caption_table: Path, cli: Cli) -> None:
+    shown = cli("fit", "--data.train", str(caption_table), "--print_config")
+    assert yaml.safe_load(shown.stdout)["data"]["class_path"] == settings()["data"]["class_path"]
+    plan = cli("fit", "--data.train", str(caption_table), "--data.batch_size", "16", "--print_plan")
+    assert "pairs per step" in plan.stdout, plan.stderr
+    assert plan.returncode == 0
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_the_examples_of_the_help_parse(example: str, parsed: Callable[..., Any], tiny_checkpoint: Path) -> None:
+    program, command, *options = shlex.split(example)
+    assert program == "lit-clip"
+    assert len(EXAMPLES) == 5
+    if command in COMMANDS:
+        assert parser_of(command).parse_args(options).model == "last.ckpt"
+    else:
+        assert parsed(command, *(str(tiny_checkpoint) if word == "last.ckpt" else word for word in options))
