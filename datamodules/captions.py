@@ -8,7 +8,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from datamodules.caption_datamodule import CaptionDataModule
-from datamodules.loading.augmentation import Augmentation
+from datamodules.loading.augmentation import Augmentation, Transform
 from datamodules.open_source import open_source
 from datamodules.pairs.caption_lengths import LongCaptions
 from datamodules.pairs.mixture import Mixture
@@ -16,8 +16,6 @@ from datamodules.pairs.source import NO_CAPTION, PairSource
 from datamodules.shards.pairs import ShardOptions
 from lit_clip.batch import JUDGED_AFTER
 from lit_clip.errors import InputError
-from lit_clip.models.config import Preprocessing
-from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.tools.images import OnError
 
 VALIDATION_SHARE = 0.1
@@ -63,9 +61,7 @@ class Captions(CaptionDataModule):
         batch_size: pairs per step on each rank.
         num_workers: data worker processes on each rank.
         seed: of the order, the augmentation and the choice of validation images.
-        augmentation: of the training images.
-        preprocessing: of images for the model; the command line takes it from the model.
-        tokenize: texts -> int64 ``[N, L]``; the command line takes it from the model.
+        augmentation: of the training images; or a list of transforms.
         global_batch_size: pairs per training step on all ranks together; ``batch_size`` is then used for validation
             only. None: ``batch_size`` on each rank.
         group_column: names the group of duplicates (such as a product), for ``model.duplicates``.
@@ -88,9 +84,7 @@ class Captions(CaptionDataModule):
         batch_size: int = 64,
         num_workers: int = 2,
         seed: int = 0,
-        augmentation: Augmentation | None = None,
-        preprocessing: Preprocessing | None = None,
-        tokenize: TextTokenizer | None = None,
+        augmentation: Augmentation | list[Transform] | None = None,
         global_batch_size: int | None = None,
         group_column: str | None = None,
         train_split: str | None = None,
@@ -101,9 +95,8 @@ class Captions(CaptionDataModule):
         max_skipped: float = 0.05,
         long_captions: LongCaptions = "truncate",
     ) -> None:
-        images = (augmentation, preprocessing, tokenize)
         policies = (on_error, max_skipped, long_captions)
-        super().__init__(batch_size, num_workers, seed, *images, global_batch_size, *policies)
+        super().__init__(batch_size, num_workers, seed, augmentation, global_batch_size, *policies)
         if train is None and val is None:
             raise InputError("data: set train, val or both to a table, a folder or tar shards")
         self.train, self.val, self.epoch_size = train, val, epoch_size
