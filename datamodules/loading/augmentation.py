@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torchvision import transforms as v1
 from torchvision.transforms import v2
@@ -201,21 +201,22 @@ class TrainingTransform:
             bind(preprocessing) if (bind := getattr(each, "for_model", None)) is not None else each for each in listed
         ]
         self.size, self._resize = height_width(preprocessing.image_size), v2.Compose(resize_steps(preprocessing))
+        self._takes_any_mode = not listed or isinstance(listed[0], RandomSquareCrop)
         self.decode_size: LeastSize | None = getattr(self.transforms[0], "decode_size", None) if listed else None
 
     def __call__(self, image: Image.Image) -> Tensor:
-        result: Any = image
-        if image.mode != "RGB" and not (self.transforms and isinstance(self.transforms[0], RandomSquareCrop)):
-            result = to_rgb(image)
+        result: Any = image if self._takes_any_mode or image.mode == "RGB" else to_rgb(image)
         for transform in self.transforms:
             result = transform(result)
+        if isinstance(result, Image.Image):
+            fits = result.size == (self.size[1], self.size[0])
+            return TF.pil_to_tensor(to_rgb(result if fits else self._resize(result)))
         pixels = self._pixels(result)
         return pixels if tuple(pixels.shape[1:]) == self.size else self._resize(pixels)
 
     def _pixels(self, result: Any) -> Tensor:
-        if isinstance(result, Image.Image):
-            return TF.pil_to_tensor(to_rgb(result))
-        last = f"augmentation: {_name(self.transforms[-1])}, the last transform, returned" if self.transforms else ""
+        """Return the last transform's result as uint8 ``[3, H, W]``."""
+        last = f"augmentation: {_name(self.transforms[-1])}, the last transform, returned"
         if not isinstance(result, Tensor):
             raise InputError(f"{last} a {type(result).__name__}; it must return a PIL image or a tensor [3, H, W]")
         result = result.as_subclass(Tensor)  # of torchvision's images
@@ -238,11 +239,9 @@ def check_transforms(transforms: Sequence[Transform]) -> None:
     """Raise :class:`InputError` unless all are callable and none normalises, which the model does."""
     for transform in transforms:
         require(callable(transform), f"augmentation: {transform!r} is not a transform; it cannot be called")
-        inner = transform.modules() if isinstance(transform, nn.Module) else [transform]
-        require(
-            not any(isinstance(each, v1.Normalize | v2.Normalize) for each in inner),
-            "augmentation: the model itself normalises images; leave Normalize out",
-        )
+        normalises = isinstance(transform, v1.Normalize | v2.Normalize)
+        require(not normalises, "augmentation: the model itself normalises images; leave Normalize out")
+        check_transforms(list(getattr(transform, "transforms", ())))  # of Compose, RandomApply, RandomChoice
 
 
 def _name(transform: Transform) -> str:
