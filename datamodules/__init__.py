@@ -7,12 +7,14 @@ from datamodules.evaluation.parquet_classes import ParquetClasses
 from datamodules.loading.augmentation import Augmentation, RandomSquareCrop
 from datamodules.no_captions import NoCaptions
 from datamodules.openmoji import OpenMoji, OpenMojiClasses
+from datamodules.pairs.custom import CustomPairs
 from datamodules.shards.pairs import ShardOptions
 
 __all__ = [
     "Augmentation",
     "CaptionDataModule",
     "Captions",
+    "CustomPairs",
     "ImageFolderClasses",
     "NoCaptions",
     "OpenMoji",

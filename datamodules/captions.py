@@ -26,25 +26,26 @@ class Weighted:
     """Part of a mixture.
 
     Attributes:
-        data: a path or several, which together are one source.
+        data: a path or several, which together are one source; or a source.
         weight: share of an epoch, relative to the other parts.
     """
 
-    data: str | list[str]
+    data: str | list[str] | PairSource
     weight: float = 1.0
 
 
 # Mappings, not ``Weighted``: for a list of dataclasses the command line reads a path as a configuration file.
-Data = str | list[str] | list[dict[str, Any]]
+Data = str | list[str] | list[dict[str, Any]] | PairSource
 
 
 def _weighted(part: Weighted | Mapping[str, Any]) -> Weighted:
     if isinstance(part, Weighted):
         return part
     data, weight = part.get("data"), part.get("weight", 1.0)
-    if not part.keys() <= {"data", "weight"} or not isinstance(data, str | list) or not isinstance(weight, int | float):
+    is_source = isinstance(data, str | list | Mapping | PairSource)
+    if not part.keys() <= {"data", "weight"} or not is_source or not isinstance(weight, int | float):
         raise InputError(f"data: each part of a mixture needs data (a path) and weight (a number), not {dict(part)}")
-    return Weighted(data, weight)
+    return Weighted(open_source(data) if isinstance(data, Mapping) else data, weight)
 
 
 class Captions(CaptionDataModule):
@@ -53,7 +54,8 @@ class Captions(CaptionDataModule):
     Rows without a caption (empty, ``nan``, ``none``, ``null``) are left out and counted.
 
     Args:
-        train: a path; several paths, read one after the other; or the parts of a mixture. Only needed by ``fit``.
+        train: a path; several paths, read one after the other; the parts of a mixture; or a source, such as a
+            :class:`datamodules.CustomPairs`. Only needed by ``fit``.
         val: as ``train``; None: a tenth of the images of ``train``, chosen by ``seed``.
         root: folder that relative image paths start from; None: the folder of the table.
         image_column: of a table; None: detected automatically.
@@ -118,10 +120,10 @@ class Captions(CaptionDataModule):
                 self._source(data, split).prepare()
 
     def _source(self, data: Data, split: str) -> PairSource:
-        def opened(path: str | Sequence[str]) -> PairSource:
+        def opened(path: str | Sequence[str] | PairSource) -> PairSource:
             return open_source(path, split=self._splits[split], default_split=split, **self._options)
 
-        if isinstance(data, str):
+        if isinstance(data, str | PairSource):
             return opened(data)
         parts = [_weighted(part) for part in data if isinstance(part, Weighted | Mapping)]
         if not parts:
