@@ -62,8 +62,10 @@ def _made(description: Mapping[str, Any] | str) -> PairSource:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--data", type=PairSource)
     try:
-        given = [f"--data={description}"] if isinstance(description, str) else []
-        parsed = parser.parse_args(given) if given else parser.parse_object({"data": dict(description)})
+        if isinstance(description, str):
+            parsed = parser.parse_args([f"--data={description}"])
+        else:
+            parsed = parser.parse_object({"data": dict(description)})
         return parser.instantiate(parsed).data
     except ArgumentError as error:
         raise InputError(one_line(error)) from error

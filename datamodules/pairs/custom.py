@@ -28,27 +28,27 @@ class CustomPairs(PairSource):
         """Number of rows."""
 
     @abstractmethod
-    def image(self, row: int) -> Image.Image | str | Path | bytes:
+    def image(self, index: int) -> Image.Image | str | Path | bytes:
         """Return the image of a row: of any mode, or the path or the content of an image file.
 
         From a path or a content JPEGs are decoded at the fraction of their size that training needs.
         """
 
     @abstractmethod
-    def captions(self, row: int) -> list[str]:
+    def captions(self, index: int) -> list[str]:
         """Return the captions of a row, at least one; training draws one each time, validation takes the first."""
 
-    def key(self, row: int) -> str:
+    def key(self, index: int) -> str:
         """Return the name of a row's image, the same in every run; rows with the same key have the same image."""
-        return str(row)
+        return str(index)
 
-    def group(self, row: int) -> str:
+    def group(self, index: int) -> str:
         """Return the group of duplicates that a row belongs to; empty for none."""
         return ""
 
-    def where(self, row: int) -> str:
+    def where(self, index: int) -> str:
         """Return the name of a row in messages."""
-        return f"{type(self).__name__} row {row}"
+        return f"{type(self).__name__} row {index}"
 
     def load(self, index: int, rng: random.Random | None) -> Pair:
         where = self.where(index)
@@ -90,8 +90,8 @@ class CustomPairs(PairSource):
         held_out = np.array([key in chosen for key in keys])
         return Rows(self, np.flatnonzero(~held_out)), Rows(self, np.flatnonzero(held_out))
 
-    def _texts(self, row: int, where: str) -> list[str]:
-        captions = self.captions(row)
+    def _texts(self, index: int, where: str) -> list[str]:
+        captions = self.captions(index)
         require(isinstance(captions, list), f"{where}: captions() returned a {type(captions).__name__}, not a list")
         return [check_caption(caption, where) for caption in captions or [None]]
 
