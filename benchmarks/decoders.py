@@ -23,14 +23,14 @@ from peers import captions, parser
 from PIL import Image, features
 from torch.utils.data import default_collate
 
-from datamodules.loading.augmentation import FastSquareCrop, RandomSquareCrop
+from datamodules.loading.augmentation import RandomSquareCrop
 from lit_clip.models.tokenizer import CLIPTokenizer
 from lit_clip.tools import images
 from lit_clip.tools.images import decoding_at_least, fraction, open_image
 
 Decode = Callable[[bytes], Image.Image]
 SCALE, BATCH = (0.9, 1.0), 32
-EXACT, FAST = RandomSquareCrop(224, SCALE, "bicubic"), FastSquareCrop(224, SCALE, "bicubic")
+EXACT, FAST = (RandomSquareCrop(SCALE, exact=exact, size=224, interpolation="bicubic") for exact in (True, False))
 
 
 def by_pillow(content: bytes, least: images.LeastSize | None) -> Image.Image:

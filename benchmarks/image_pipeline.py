@@ -27,8 +27,7 @@ from PIL import Image, ImageOps
 from results import compared, need, save
 from torch.utils.data import DataLoader
 
-from datamodules import Augmentation, Captions
-from lit_clip.models.config import Preprocessing
+from datamodules import Captions, RandomSquareCrop
 from lit_clip.tools.images import decoding_at_least, open_image
 
 BATCH = 32
@@ -87,7 +86,7 @@ def rate(loader: Iterable[Any]) -> float:
 
 def differences(size: tuple[int, int]) -> list[float]:
     """Return each photograph's mean absolute pixel difference (0 to 255)."""
-    plain, crop = (Augmentation(exact=exact).crop(Preprocessing()) for exact in (True, False))
+    plain, crop = (RandomSquareCrop(exact=exact, size=224, interpolation="bicubic") for exact in (True, False))
     result = []
     for image in photographs(size):
         file = io.BytesIO()

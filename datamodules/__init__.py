@@ -4,20 +4,23 @@ from datamodules.caption_datamodule import CaptionDataModule
 from datamodules.captions import Captions, Weighted
 from datamodules.evaluation.image_folder import ImageFolderClasses
 from datamodules.evaluation.parquet_classes import ParquetClasses
-from datamodules.loading.augmentation import Augmentation
+from datamodules.loading.augmentation import Augmentation, RandomSquareCrop
 from datamodules.no_captions import NoCaptions
 from datamodules.openmoji import OpenMoji, OpenMojiClasses
+from datamodules.pairs.custom import CustomPairs
 from datamodules.shards.pairs import ShardOptions
 
 __all__ = [
     "Augmentation",
     "CaptionDataModule",
     "Captions",
+    "CustomPairs",
     "ImageFolderClasses",
     "NoCaptions",
     "OpenMoji",
     "OpenMojiClasses",
     "ParquetClasses",
+    "RandomSquareCrop",
     "ShardOptions",
     "Weighted",
 ]

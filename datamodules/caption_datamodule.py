@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from datamodules.loading.augmentation import Augmentation
+from datamodules.loading.augmentation import Augmentation, TrainingTransform, Transform, check_transforms, seeded
 from datamodules.loading.bad_samples import Skipped, SkippingDataset, split_skipped
 from datamodules.loading.sampling import (
     EvaluationBatchSampler,
@@ -31,7 +31,7 @@ from lit_clip.errors import InputError, require
 from lit_clip.models.config import Preprocessing, Size, height_width
 from lit_clip.models.preprocess import pixels
 from lit_clip.models.tokenizer import CLIPTokenizer, TextTokenizer
-from lit_clip.tools.images import LeastSize, OnError, decoding_at_least
+from lit_clip.tools.images import OnError, decoding_at_least
 from lit_clip.tools.workers import shield_worker
 
 
@@ -50,27 +50,19 @@ class TrainingPairs(Dataset[_DecodedPair]):
         source: of the pairs.
         transform: of the images.
         seed: of the run.
-        least_size: smallest size at which ``transform`` can use an image; None: its full size.
     """
 
-    def __init__(
-        self,
-        source: PairSource,
-        transform: Callable[[Image.Image], Tensor],
-        seed: int,
-        least_size: LeastSize | None = None,
-    ) -> None:
-        self.source, self.transform, self.seed, self.least_size = source, transform, seed, least_size
+    def __init__(self, source: PairSource, transform: TrainingTransform, seed: int) -> None:
+        self.source, self.transform, self.seed = source, transform, seed
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, sample: TrainingSample) -> _DecodedPair:
         seed = int(np.random.SeedSequence((self.seed, *sample)).generate_state(1, np.uint64)[0] >> 1)
-        with decoding_at_least(self.least_size):
-            image, *texts = self.source.load(sample.row, random.Random(seed))
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every device too
+        with seeded(seed):
+            with decoding_at_least(self.transform.decode_size):
+                image, *texts = self.source.load(sample.row, random.Random(seed))
             return _DecodedPair(self.transform(image), *texts)
 
 
@@ -150,9 +142,8 @@ class CaptionDataModule(LightningDataModule, ABC):
         batch_size: pairs per step on each rank; the loss sees those of all ranks.
         num_workers: data worker processes on each rank.
         seed: of the order and the augmentation.
-        augmentation: of the training images.
-        preprocessing: of images for the model; the command line takes it from the model.
-        tokenize: texts -> int64 ``[N, L]``; the command line takes it from the model.
+        augmentation: of the training images; or a list of transforms, see
+            :class:`datamodules.loading.augmentation.TrainingTransform`.
         global_batch_size: pairs per training step on all ranks together; ``batch_size`` is then used for validation
             only. None: ``batch_size`` on each rank.
         on_error: for samples that cannot be used: ``error`` ends the run and names the sample; ``skip`` drops it from
@@ -160,6 +151,11 @@ class CaptionDataModule(LightningDataModule, ABC):
         max_skipped: with ``skip``, end the run once a larger share than this of at least 100 samples was skipped.
         long_captions: for captions with more tokens than the model reads: ``truncate`` them, or ``error`` to end the
             run at the first.
+
+    Attributes:
+        preprocessing: of images for the model; ``setup`` takes it from the trainer's module. Set it for use without a
+            trainer; until then it is CLIP's.
+        tokenize: texts -> int64 ``[N, L]``, likewise.
     """
 
     def __init__(
@@ -167,9 +163,7 @@ class CaptionDataModule(LightningDataModule, ABC):
         batch_size: int = 64,
         num_workers: int = 2,
         seed: int = 0,
-        augmentation: Augmentation | None = None,
-        preprocessing: Preprocessing | None = None,
-        tokenize: TextTokenizer | None = None,
+        augmentation: Augmentation | list[Transform] | None = None,
         global_batch_size: int | None = None,
         on_error: OnError = "error",
         max_skipped: float = 0.05,
@@ -188,9 +182,11 @@ class CaptionDataModule(LightningDataModule, ABC):
         self.on_error, self.max_skipped, self.long_captions = on_error, max_skipped, long_captions
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.global_batch_size = global_batch_size
-        self.augmentation = augmentation or Augmentation()
-        self.preprocessing = preprocessing or Preprocessing()
-        self.tokenize = tokenize or CLIPTokenizer()
+        self.augmentation = Augmentation() if augmentation is None else augmentation
+        if not isinstance(self.augmentation, Augmentation):
+            check_transforms(self.augmentation)
+        self.preprocessing = Preprocessing()
+        self.tokenize: TextTokenizer = CLIPTokenizer()
         self._resumed: dict[str, Any] = {}  # state from the checkpoint that training resumes from
         self._start_position, self._start_step = Position(), 0
         self._order_checksum = (-1, 0)  # epoch, checksum
@@ -204,7 +200,13 @@ class CaptionDataModule(LightningDataModule, ABC):
     def setup(self, stage: str) -> None:
         trainer: Any = self.trainer
         if trainer and trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
-            raise InputError("trainer.use_distributed_sampler: set it to false; the data module divides the samples")
+            raise InputError(
+                "trainer.use_distributed_sampler: the data module itself divides the samples among processes; "
+                "pass Trainer(use_distributed_sampler=False)"
+            )
+        module = getattr(trainer, "lightning_module", None)
+        self.preprocessing = getattr(module, "preprocessing", self.preprocessing)
+        self.tokenize = getattr(module, "tokenize", self.tokenize)
         if self.val_source is None or (stage == "fit" and self.train_source is None):
             self.train_source, self.val_source = self.sources(stage == "fit")
         if stage == "fit" and self.train_source is not None:
@@ -326,9 +328,8 @@ class CaptionDataModule(LightningDataModule, ABC):
         assert source is not None
         if overfit:  # the same batches in every epoch, augmented the same way
             batches.reshuffle = False
-        transform = self.augmentation.transform(self.preprocessing)
-        least_size = self.augmentation.least_size(self.preprocessing)
-        return self._loader(TrainingPairs(source, transform, self.seed, least_size), batch_sampler=batches)
+        transform = TrainingTransform(self.augmentation, self.preprocessing)
+        return self._loader(TrainingPairs(source, transform, self.seed), batch_sampler=batches)
 
     def val_dataloader(self) -> DataLoader[Any]:
         source = self.val_source

@@ -8,7 +8,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from datamodules.caption_datamodule import CaptionDataModule
-from datamodules.loading.augmentation import Augmentation
+from datamodules.loading.augmentation import Augmentation, Transform
 from datamodules.open_source import open_source
 from datamodules.pairs.caption_lengths import LongCaptions
 from datamodules.pairs.mixture import Mixture
@@ -16,8 +16,6 @@ from datamodules.pairs.source import NO_CAPTION, PairSource
 from datamodules.shards.pairs import ShardOptions
 from lit_clip.batch import JUDGED_AFTER
 from lit_clip.errors import InputError
-from lit_clip.models.config import Preprocessing
-from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.tools.images import OnError
 
 VALIDATION_SHARE = 0.1
@@ -28,25 +26,26 @@ class Weighted:
     """Part of a mixture.
 
     Attributes:
-        data: a path or several, which together are one source.
+        data: a path or several, which together are one source; or a source.
         weight: share of an epoch, relative to the other parts.
     """
 
-    data: str | list[str]
+    data: str | list[str] | PairSource
     weight: float = 1.0
 
 
 # Mappings, not ``Weighted``: for a list of dataclasses the command line reads a path as a configuration file.
-Data = str | list[str] | list[dict[str, Any]]
+Data = str | list[str] | list[dict[str, Any]] | PairSource
 
 
 def _weighted(part: Weighted | Mapping[str, Any]) -> Weighted:
     if isinstance(part, Weighted):
         return part
     data, weight = part.get("data"), part.get("weight", 1.0)
-    if not part.keys() <= {"data", "weight"} or not isinstance(data, str | list) or not isinstance(weight, int | float):
+    is_source = isinstance(data, str | list | Mapping | PairSource)
+    if not part.keys() <= {"data", "weight"} or not is_source or not isinstance(weight, int | float):
         raise InputError(f"data: each part of a mixture needs data (a path) and weight (a number), not {dict(part)}")
-    return Weighted(data, weight)
+    return Weighted(open_source(data) if isinstance(data, Mapping) else data, weight)
 
 
 class Captions(CaptionDataModule):
@@ -55,7 +54,8 @@ class Captions(CaptionDataModule):
     Rows without a caption (empty, ``nan``, ``none``, ``null``) are left out and counted.
 
     Args:
-        train: a path; several paths, read one after the other; or the parts of a mixture. Only needed by ``fit``.
+        train: a path; several paths, read one after the other; the parts of a mixture; or a source, such as a
+            :class:`datamodules.CustomPairs`. Only needed by ``fit``.
         val: as ``train``; None: a tenth of the images of ``train``, chosen by ``seed``.
         root: folder that relative image paths start from; None: the folder of the table.
         image_column: of a table; None: detected automatically.
@@ -63,9 +63,7 @@ class Captions(CaptionDataModule):
         batch_size: pairs per step on each rank.
         num_workers: data worker processes on each rank.
         seed: of the order, the augmentation and the choice of validation images.
-        augmentation: of the training images.
-        preprocessing: of images for the model; the command line takes it from the model.
-        tokenize: texts -> int64 ``[N, L]``; the command line takes it from the model.
+        augmentation: of the training images; or a list of transforms.
         global_batch_size: pairs per training step on all ranks together; ``batch_size`` is then used for validation
             only. None: ``batch_size`` on each rank.
         group_column: names the group of duplicates (such as a product), see ``duplicates`` of the losses.
@@ -91,9 +89,7 @@ class Captions(CaptionDataModule):
         batch_size: int = 64,
         num_workers: int = 2,
         seed: int = 0,
-        augmentation: Augmentation | None = None,
-        preprocessing: Preprocessing | None = None,
-        tokenize: TextTokenizer | None = None,
+        augmentation: Augmentation | list[Transform] | None = None,
         global_batch_size: int | None = None,
         group_column: str | None = None,
         negative_column: str | None = None,
@@ -105,9 +101,8 @@ class Captions(CaptionDataModule):
         max_skipped: float = 0.05,
         long_captions: LongCaptions = "truncate",
     ) -> None:
-        images = (augmentation, preprocessing, tokenize)
         policies = (on_error, max_skipped, long_captions)
-        super().__init__(batch_size, num_workers, seed, *images, global_batch_size, *policies)
+        super().__init__(batch_size, num_workers, seed, augmentation, global_batch_size, *policies)
         if train is None and val is None:
             raise InputError("data: set train, val or both to a table, a folder or tar shards")
         self.train, self.val, self.epoch_size, self.negative_column = train, val, epoch_size, negative_column
@@ -130,10 +125,10 @@ class Captions(CaptionDataModule):
                 self._source(data, split).prepare()
 
     def _source(self, data: Data, split: str) -> PairSource:
-        def opened(path: str | Sequence[str]) -> PairSource:
+        def opened(path: str | Sequence[str] | PairSource) -> PairSource:
             return open_source(path, split=self._splits[split], default_split=split, **self._options)
 
-        if isinstance(data, str):
+        if isinstance(data, str | PairSource):
             return opened(data)
         parts = [_weighted(part) for part in data if isinstance(part, Weighted | Mapping)]
         if not parts:

@@ -6,8 +6,6 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, IterableDataset
 
-from lit_clip.models.config import Preprocessing
-
 
 class _Empty(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
@@ -15,15 +13,7 @@ class _Empty(IterableDataset[Any]):
 
 
 class NoCaptions(LightningDataModule):
-    """No pairs: ``lit-clip validate`` then only runs the zero-shot callback.
-
-    Args:
-        preprocessing: not used; the command line gives the model's to every data module.
-        tokenize: not used either.
-    """
-
-    def __init__(self, preprocessing: Preprocessing | None = None, tokenize: Any = None) -> None:
-        super().__init__()
+    """No pairs: ``lit-clip validate`` then only runs the zero-shot callback."""
 
     def val_dataloader(self) -> DataLoader[Any]:
         # Iterable: without a known length Lightning runs an empty epoch with all its hooks instead of skipping it.

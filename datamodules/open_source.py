@@ -1,9 +1,11 @@
 """Recognise and open a source of pairs, whatever its format."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from jsonargparse import ArgumentError, ArgumentParser
 
 from datamodules.pairs import coco, parquet, saved, text_table
 from datamodules.pairs.folder import FolderPairs
@@ -11,6 +13,7 @@ from datamodules.pairs.mixture import Concatenated
 from datamodules.pairs.source import DELIMITED, JSON_LINES, PairSource, SourceOptions
 from datamodules.shards.pairs import TarPairs
 from lit_clip.errors import InputError, require
+from lit_clip.tools.messages import one_line
 
 Opener = Callable[[Path, SourceOptions], PairSource]
 
@@ -22,20 +25,26 @@ FILES: dict[str, Opener] = {  # by suffix
 METADATA = (".csv", *JSON_LINES, ".parquet")  # suffixes of the table "metadata" in a Hugging Face "imagefolder"
 SUPPORTED = (
     "a table (.csv, .tsv, .txt, .jsonl, .ndjson, .json, .parquet), COCO's or Karpathy's JSON, a folder of images "
-    "with a .txt beside each, a folder of parquet files, a data set saved by Hugging Face's datasets, or tar shards"
+    "with a .txt beside each, a folder of parquet files, a data set saved by Hugging Face's datasets, tar shards, "
+    "or a source of your own ({class_path: my_source.MyPairs})"
 )
 
 
-def open_source(path: str | Path | Sequence[str | Path], **options: Any) -> PairSource:
+def open_source(path: str | Path | Sequence[str | Path] | Mapping[str, Any] | PairSource, **options: Any) -> PairSource:
     """Return the pairs in one path or several; the format is detected from names and contents.
 
     Args:
-        path: a file, a folder, a name with a brace range for tar shards, or a list of those.
+        path: a file, a folder, a name with a brace range for tar shards, or a list of those. Or a source: as an object,
+            as ``class_path`` and ``init_args``, or those in braces as one text.
         options: fields of :class:`SourceOptions`.
 
     Raises:
         InputError: the path does not exist, its format is unknown, or it cannot be read.
     """
+    if isinstance(path, PairSource):
+        return path
+    if isinstance(path, Mapping):
+        return _made(path)
     paths = [path] if isinstance(path, str | Path) else list(path)
     require(bool(paths), "no data: an empty list of paths")
     source_options = SourceOptions(**options)
@@ -46,6 +55,20 @@ def open_source(path: str | Path | Sequence[str | Path], **options: Any) -> Pair
         return sources[0]
     roots = {str(getattr(source, "root", number)) for number, source in enumerate(sources)}
     return Concatenated(sources, distinct_keys=len(roots) > 1)
+
+
+def _made(description: Mapping[str, Any] | str) -> PairSource:
+    """Make a source from ``class_path`` and ``init_args``."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--data", type=PairSource)
+    try:
+        if isinstance(description, str):
+            parsed = parser.parse_args([f"--data={description}"])
+        else:
+            parsed = parser.parse_object({"data": dict(description)})
+        return parser.instantiate(parsed).data
+    except ArgumentError as error:
+        raise InputError(one_line(error)) from error
 
 
 def _is_shards(name: str) -> bool:
@@ -62,6 +85,8 @@ def _open_shards(names: list[str], options: SourceOptions) -> PairSource:
 
 
 def _open_path(name: str, options: SourceOptions) -> PairSource:
+    if name.startswith("{") and "class_path" in name:
+        return _made(name)
     if _is_shards(name):
         return _open_shards([name], options)
     require("://" not in name, f"{name}: only tar shards are read from a URL; download it first")

@@ -16,13 +16,11 @@ from typing import Any, Literal
 from PIL import Image, ImageDraw, ImageFont
 
 from datamodules.caption_datamodule import CaptionDataModule
-from datamodules.loading.augmentation import Augmentation
+from datamodules.loading.augmentation import Augmentation, Transform
 from datamodules.loading.cache import default_cache_dir
 from datamodules.pairs.source import Pair, PairSource
 from lit_clip.errors import InputError
 from lit_clip.evaluation.zero_shot import LabelledImages
-from lit_clip.models.config import Preprocessing
-from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.hashing import stamp_of_files
 
@@ -187,9 +185,7 @@ class OpenMoji(CaptionDataModule):
         hold_out: keep every tenth name (except flags) out of training; False trains on all 1,914. Validation uses
             every tenth name either way.
         cache_dir: folder to draw into; None: ``~/.cache/lit-clip``.
-        augmentation: of the training images.
-        preprocessing: of images for the model; the command line takes it from the model.
-        tokenize: texts -> int64 ``[N, L]``; the command line takes it from the model.
+        augmentation: of the training images; or a list of transforms.
         global_batch_size: pairs per training step on all ranks together; ``batch_size`` is then used for validation
             only. None: ``batch_size`` on each rank.
     """
@@ -201,12 +197,10 @@ class OpenMoji(CaptionDataModule):
         seed: int = 0,
         hold_out: bool = True,
         cache_dir: str | None = None,
-        augmentation: Augmentation | None = None,
-        preprocessing: Preprocessing | None = None,
-        tokenize: TextTokenizer | None = None,
+        augmentation: Augmentation | list[Transform] | None = None,
         global_batch_size: int | None = None,
     ) -> None:
-        super().__init__(batch_size, num_workers, seed, augmentation, preprocessing, tokenize, global_batch_size)
+        super().__init__(batch_size, num_workers, seed, augmentation, global_batch_size)
         self.hold_out = hold_out
         self.cache_dir = Path(cache_dir) if cache_dir else None
 

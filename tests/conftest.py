@@ -138,8 +138,6 @@ def _overfit(caption_table: Path, folder: Path) -> None:
         str(caption_table),
         batch_size=64,
         num_workers=0,
-        preprocessing=module.preprocessing,
-        tokenize=module.tokenize,
     )
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = Trainer(accelerator="cpu", max_steps=80, limit_val_batches=0, enable_checkpointing=False, **quiet)

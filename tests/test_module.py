@@ -52,7 +52,9 @@ class SaveAt(Callback):
 
 def data_for(module: LitCLIP, table: Path, **options: Any) -> Captions:
     settings: dict[str, Any] = {"batch_size": 16, "num_workers": 0, **options}
-    return Captions(str(table), str(table), preprocessing=module.preprocessing, tokenize=module.tokenize, **settings)
+    data = Captions(str(table), str(table), **settings)
+    data.preprocessing, data.tokenize = module.preprocessing, module.tokenize  # for use without a trainer
+    return data
 
 
 @pytest.fixture

@@ -1,30 +1,51 @@
-"""Augmentation of training images."""
+"""Augmentation of training images: our crop, our usual choice, and any list of transforms."""
 
+import copy
 import math
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision import transforms as v1
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
-from lit_clip.errors import require
+from lit_clip.errors import InputError, require
 from lit_clip.models.config import Preprocessing, Size, height_width
-from lit_clip.models.preprocess import to_rgb
+from lit_clip.models.preprocess import resize_steps, to_rgb
 from lit_clip.tools.images import LeastSize, fraction, full_size
 
-Interpolation = Literal["bicubic", "bilinear"]
-
 REDUCING_GAP = 2.0  # Pillow first averages whole pixels, down to this many times the final size, then filters
+OVERSHOOT = 0.25  # by which resizing an image of floats may leave 0 to 1, which it does at sharp edges
+
+Interpolation = Literal["bicubic", "bilinear"]
+Transform = Callable[[Any], Any]
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the global generators of torch, numpy and Python, and restore them afterwards."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  # transforms of all kinds draw from it
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every device too
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002
 
 
 class RandomSquareCrop:
-    """Crop a square from a random place of the image and resize it with Pillow.
+    """Crop a square from a random place of the image and resize it, to RGB.
 
     torchvision's RandomResizedCrop takes ``scale`` as a share of the whole image. No square covers nine tenths of a
     photograph, so it would always fall back on the centre crop.
@@ -33,17 +54,39 @@ class RandomSquareCrop:
     full size is cropped at the same place.
 
     Args:
-        size: of the result in pixels: side, or height and width (for a rectangle of that shape).
         scale: smallest and largest area of the crop, as a share of the largest square that fits.
-        interpolation: of the resizing.
         decode_margin: see :class:`Augmentation`.
+        exact: see :class:`Augmentation`; the result is then a PIL image, otherwise uint8 ``[3, H, W]``.
+        size: of the result in pixels: side, or height and width (for a rectangle of that shape). None: the model's.
+        interpolation: ``bicubic`` or ``bilinear``; None: the model's.
     """
 
     def __init__(
-        self, size: Size, scale: tuple[float, float], interpolation: Interpolation, decode_margin: float = 1.0
+        self,
+        scale: tuple[float, float] = (0.9, 1.0),
+        decode_margin: float = 1.0,
+        exact: bool = False,
+        size: Size | None = None,
+        interpolation: Interpolation | None = None,
     ) -> None:
-        self.size, self.scale, self.decode_margin = height_width(size), scale, decode_margin
-        self.interpolation: Interpolation = interpolation
+        low, high = scale
+        ascending = 0 < low <= high <= 1
+        require(ascending, f"RandomSquareCrop: scale {[low, high]} must be ascending, above 0 and at most 1")
+        require(decode_margin >= 1, f"RandomSquareCrop: decode_margin {decode_margin} must be at least 1")
+        self.scale, self.decode_margin, self.exact = (low, high), decode_margin, exact
+        self.size, self.interpolation = None if size is None else height_width(size), interpolation
+
+    def for_model(self, preprocessing: Preprocessing) -> Self:
+        """Return the same crop with the model's size and interpolation where none is set."""
+        crop = copy.copy(self)
+        crop.size = self.size or height_width(preprocessing.image_size)
+        crop.interpolation = self.interpolation or preprocessing.interpolation
+        return crop
+
+    @property
+    def decode_size(self) -> LeastSize | None:
+        """Size that an image must be decoded at; None: full size."""
+        return None if self.exact else self.least_size
 
     def __call__(self, image: Image.Image) -> Any:
         return self.transform(image, self.make_params([image]))
@@ -58,7 +101,7 @@ class RandomSquareCrop:
         *size, divided = full_size(image)
         step = fraction((size[0], size[1]), self.least_size(*size))  # in pixels of the file
         assert step % divided == 0, "the image was decoded for another crop"
-        (height, width), columns, rows = self.size, size[0] // step, size[1] // step
+        (height, width), columns, rows = self._size(), size[0] // step, size[1] // step
         largest = min(columns / width, rows / height) * params["side"]
         across, down = max(1, round(width * largest)), max(1, round(height * largest))
         left, top = round(params["x"] * (columns - across)), round(params["y"] * (rows - down))
@@ -66,28 +109,29 @@ class RandomSquareCrop:
         return left * pixels, top * pixels, (left + across) * pixels, (top + down) * pixels
 
     def transform(self, inpt: Image.Image, params: dict[str, Any]) -> Any:
-        height, width = self.size
-        gap = None if inpt.mode.startswith(("I;", "1", "P")) else REDUCING_GAP  # Pillow cannot average those
-        return inpt.resize((width, height), Image.Resampling[self.interpolation.upper()], self.box(inpt, params), gap)
+        require(isinstance(inpt, Image.Image), f"RandomSquareCrop: crops PIL images, not {type(inpt).__name__}")
+        left, top, right, bottom = box = self.box(inpt, params)
+        height, width = self._size()
+        averaged = min((right - left) / width, (bottom - top) / height) >= 2 * REDUCING_GAP  # Pillow is fast at this
+        if self.exact or averaged or inpt.mode != "RGB":
+            gap = None if inpt.mode.startswith(("I;", "1", "P")) else REDUCING_GAP  # Pillow cannot average those
+            filtering = Image.Resampling[str(self.interpolation).upper()]
+            image = to_rgb(inpt.resize((width, height), filtering, box, gap))  # after resizing, as in evaluation
+            return image if self.exact else TF.pil_to_tensor(image)
+        # Resized by torch: equal to within rounding, in a third of the time.
+        pixels = torch.from_numpy(np.array(inpt.crop(box))).permute(2, 0, 1)
+        return F.interpolate(pixels[None], (height, width), mode=str(self.interpolation), antialias=True)[0]
 
     def least_size(self, width: int, height: int) -> tuple[int, int]:
         """Return the width and height at which the smallest crop has ``decode_margin`` times the result's side."""
-        rows, columns = self.size
+        rows, columns = self._size()
         share = self.decode_margin / (min(width / columns, height / rows) * self.scale[0] ** 0.5)
         return (width, height) if share >= 1 else (math.ceil(width * share), math.ceil(height * share))
 
-
-class FastSquareCrop(RandomSquareCrop):
-    """The same crop as uint8 RGB ``[3, H, W]``, resized by torch: equal to within rounding, in a third of the time."""
-
-    def transform(self, inpt: Image.Image, params: dict[str, Any]) -> Tensor:
-        left, top, right, bottom = box = self.box(inpt, params)
-        height, width = self.size
-        averaged = min((right - left) / width, (bottom - top) / height) >= 2 * REDUCING_GAP  # Pillow is fast at this
-        if inpt.mode != "RGB" or averaged:
-            return TF.pil_to_tensor(to_rgb(super().transform(inpt, params)))  # after resizing, as in evaluation
-        pixels = torch.from_numpy(np.array(inpt.crop(box))).permute(2, 0, 1)
-        return F.interpolate(pixels[None], self.size, mode=self.interpolation, antialias=True)[0]
+    def _size(self) -> tuple[int, int]:
+        if self.size is None:
+            raise InputError("RandomSquareCrop: its size is only known in the list itself; set size, interpolation")
+        return self.size
 
 
 @dataclass
@@ -120,23 +164,85 @@ class Augmentation:
         require(self.decode_margin >= 1, f"augmentation.decode_margin: {self.decode_margin} must be at least 1")
         require(0 <= self.grayscale <= 1, f"augmentation.grayscale: {self.grayscale} must be between 0 and 1")
 
-    def crop(self, preprocessing: Preprocessing) -> RandomSquareCrop:
-        """Return the first step of :meth:`transform`."""
-        size, interpolation = preprocessing.image_size, preprocessing.interpolation
-        kind = RandomSquareCrop if self.exact else FastSquareCrop
-        return kind(size, self.crop_scale, interpolation, self.decode_margin)
-
-    def least_size(self, preprocessing: Preprocessing) -> LeastSize | None:
-        """Return the size at which :meth:`transform` needs an image; None: its full size."""
-        return None if self.exact else self.crop(preprocessing).least_size
-
-    def transform(self, preprocessing: Preprocessing) -> v2.Compose:
-        """Return the transform: PIL image -> uint8 ``[3, S, S]``, random by torch's generator."""
-        steps: list[Callable[..., Any]] = [self.crop(preprocessing)]
-        if self.exact:
-            steps.append(v2.Lambda(to_rgb))  # after resizing, as in evaluation
+    def transforms(self) -> list[Transform]:
+        """Return the transforms in their order."""
+        steps: list[Transform] = [RandomSquareCrop(self.crop_scale, self.decode_margin, self.exact)]
         if self.color_jitter:
             steps.append(v2.ColorJitter(self.color_jitter, self.color_jitter, self.color_jitter))
         if self.grayscale:
             steps.append(v2.RandomGrayscale(self.grayscale))
-        return v2.Compose([*steps, v2.PILToTensor()] if self.exact else steps)
+        return steps
+
+
+class TrainingTransform:
+    """PIL image -> uint8 ``[3, H, W]`` of the model's size, by any transforms one after the other.
+
+    The first gets an RGB image (:class:`RandomSquareCrop` any image, since it resizes before it converts). The last may
+    return a PIL image, a uint8 tensor, or a tensor of floats between 0 and 1; the result is resized as in evaluation if
+    it does not have the model's size. What they draw from the global generators of torch, numpy and Python is
+    reproducible within :func:`seeded`.
+
+    Args:
+        augmentation: its transforms, or a list of them. A transform with a method ``for_model(preprocessing)``, which
+            returns a transform, is replaced by what it returns.
+        preprocessing: of the model.
+
+    Attributes:
+        decode_size: size that images must be decoded at: the first transform's ``decode_size``; None: full size.
+
+    Raises:
+        InputError: a transform normalises.
+    """
+
+    def __init__(self, augmentation: Augmentation | Sequence[Transform], preprocessing: Preprocessing) -> None:
+        listed = augmentation.transforms() if isinstance(augmentation, Augmentation) else list(augmentation)
+        check_transforms(listed)
+        self.transforms = [
+            bind(preprocessing) if (bind := getattr(each, "for_model", None)) is not None else each for each in listed
+        ]
+        self.size, self._resize = height_width(preprocessing.image_size), v2.Compose(resize_steps(preprocessing))
+        self._takes_any_mode = not listed or isinstance(listed[0], RandomSquareCrop)
+        self.decode_size: LeastSize | None = getattr(self.transforms[0], "decode_size", None) if listed else None
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        result: Any = image if self._takes_any_mode or image.mode == "RGB" else to_rgb(image)
+        for transform in self.transforms:
+            result = transform(result)
+        if isinstance(result, Image.Image):
+            fits = result.size == (self.size[1], self.size[0])
+            return TF.pil_to_tensor(to_rgb(result if fits else self._resize(result)))
+        pixels = self._pixels(result)
+        return pixels if tuple(pixels.shape[1:]) == self.size else self._resize(pixels)
+
+    def _pixels(self, result: Any) -> Tensor:
+        """Return the last transform's result as uint8 ``[3, H, W]``."""
+        last = f"augmentation: {_name(self.transforms[-1])}, the last transform, returned"
+        if not isinstance(result, Tensor):
+            raise InputError(f"{last} a {type(result).__name__}; it must return a PIL image or a tensor [3, H, W]")
+        result = result.as_subclass(Tensor)  # of torchvision's images
+        if result.ndim != 3 or result.shape[0] not in (1, 3):
+            raise InputError(f"{last} a tensor {list(result.shape)}; it must be [3, H, W]")
+        if result.is_floating_point():
+            low, high = float(result.min()), float(result.max())
+            require(
+                low >= -OVERSHOOT and high <= 1 + OVERSHOOT,
+                f"{last} values from {low:.3g} to {high:.3g}; they must be between 0 and 1, or uint8: the model itself "
+                "normalises",
+            )
+            result = (result.clamp(0, 1) * 255).round().to(torch.uint8)
+        elif result.dtype != torch.uint8:
+            raise InputError(f"{last} {result.dtype}; it must be uint8, or floats between 0 and 1")
+        return result.expand(3, -1, -1)
+
+
+def check_transforms(transforms: Sequence[Transform]) -> None:
+    """Raise :class:`InputError` unless all are callable and none normalises, which the model does."""
+    for transform in transforms:
+        require(callable(transform), f"augmentation: {transform!r} is not a transform; it cannot be called")
+        normalises = isinstance(transform, v1.Normalize | v2.Normalize)
+        require(not normalises, "augmentation: the model itself normalises images; leave Normalize out")
+        check_transforms(list(getattr(transform, "transforms", ())))  # of Compose, RandomApply, RandomChoice
+
+
+def _name(transform: Transform) -> str:
+    return str(getattr(transform, "__name__", type(transform).__name__))

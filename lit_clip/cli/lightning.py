@@ -49,9 +49,6 @@ class CLI(LightningCLI):
     """``lit-clip fit | validate | test | predict``."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Pass the model's preprocessing and tokenizer to the data module, so that no YAML file states them twice."""
-        for name in ("preprocessing", "tokenize"):
-            parser.link_arguments(f"model.{name}", f"data.init_args.{name}", apply_on="instantiate")
         parser.add_argument(
             "--validate_first",
             type=bool,
@@ -211,6 +208,7 @@ class CLI(LightningCLI):
         trainer: Any = self.trainer
         data = self.datamodule
         trainer.datamodule, data.trainer = data, trainer  # as fit does
+        trainer.strategy.connect(self.model)
         data.prepare_data()
         data.setup("fit")
         for callback in trainer.callbacks:

@@ -261,6 +261,6 @@ def check_resumed_loss(ours: Mapping[str, Any] | None, saved: Mapping[str, Any] 
     foreign = foreign_losses(saved) if ours is None and saved is not None else []
     require(
         not foreign,
-        f"{name}: was trained with {', '.join(foreign)}, which a checkpoint may not import by itself; name the loss with "
-        "--model.loss, or pass loss=... to LitCLIP",
+        f"{name}: was trained with {', '.join(foreign)}, which a checkpoint may not import by itself; name the loss "
+        "with --model.loss, or pass loss=... to LitCLIP",
     )

@@ -36,7 +36,8 @@ class _Resize(v2.Transform):
         return TF.resize(inpt, size, self.interpolation)
 
 
-def _steps(config: Preprocessing) -> list[v2.Transform]:
+def resize_steps(config: Preprocessing) -> list[v2.Transform]:
+    """Return the transforms that bring an image of any size to the model's, as in evaluation."""
     interpolation = InterpolationMode(config.interpolation)
     height, width = height_width(config.image_size)
     larger = [math.floor(side / config.crop_pct) for side in (height, width)]
@@ -56,7 +57,7 @@ def _steps(config: Preprocessing) -> list[v2.Transform]:
 def pixels(config: Preprocessing) -> v2.Compose:
     """Return the evaluation transform up to the pixels: PIL image -> uint8 ``[3, H, W]``."""
     # RGB conversion comes last, as in the peers: resizing a palette image picks entries and does not mix colours.
-    return v2.Compose([*_steps(config), v2.Lambda(to_rgb), v2.PILToTensor()])
+    return v2.Compose([*resize_steps(config), v2.Lambda(to_rgb), v2.PILToTensor()])
 
 
 def image_transform(config: Preprocessing) -> v2.Compose:

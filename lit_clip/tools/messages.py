@@ -16,6 +16,9 @@ from lit_clip.errors import InputError
 
 UNION = "Does not validate against any of the Union subtypes"
 TYPES = {"int", "float", "str", "bool", "list", "dict", "null"}  # no values
+IN_UNION = re.compile(r"\s*- Type .* expects a function or a callable class: (.*)")
+# Lines of jsonargparse's own in the list of a union's problems; any other is the message of a constructor.
+NO_REASON = ("Not a valid subclass", "Expected a", "a class path", "a dict ", "Type ", "Problem with", UNION)
 # Other libraries' names of Lightning's precisions, which are too far from them to be suggested by spelling.
 ALIASES = {"fp16": "16-mixed", "float16": "16-mixed", "fp32": "32-true", "float32": "32-true", "bfloat16": "bf16-mixed"}
 
@@ -35,6 +38,9 @@ def shorter(lines: Sequence[str]) -> list[str]:
         inner = takewhile(lambda line: _indent(line) > _indent(lines[start]), lines[start + 1 :])
         return [lines[0], lines[start].strip(" -"), *shorter(list(inner))]
     union = next((i for i, line in enumerate(lines) if line.strip(" -") == UNION), None)
+    callables = [i for i, line in enumerate(lines) if IN_UNION.match(line)]
+    if callables:
+        return [*lines[: callables[0] if union is None else union], *_in_union(lines[callables[0] :])]
     if union is None:
         return [
             re.sub(r"Expected a (.+)\. Got value: (.*)", lambda found: _wanted(*found.groups()), line) for line in lines
@@ -66,6 +72,16 @@ def _of_callable(lines: Sequence[str]) -> list[str]:
     return [*start, problem]
 
 
+def _in_union(lines: Sequence[str]) -> list[str]:
+    """Shorten the problem of a class among those that create a function, and name the class."""
+    found = IN_UNION.match(lines[0])
+    assert found is not None
+    inner = takewhile(lambda line: _indent(line) > _indent(lines[0]), lines[1:])
+    text, _, value = "\n".join([found[1], *inner]).rpartition(". Got value: ")
+    class_path = re.match(r"(?:Namespace\(class_path=')?([\w.]+)", value)
+    return [f"Problem with given class_path '{class_path[1] if class_path else value}':", *shorter(text.splitlines())]
+
+
 def _indent(line: str) -> int:
     return len(line) - len(line.lstrip())
 
@@ -79,6 +95,7 @@ def _wanted(types: str, value: str) -> str:
 
 def _kinds(types: str) -> list[str]:
     """``<class 'int'>, typing.Literal['a', 'b']`` -> ``int``, ``a``, ``b``, each once."""
+    types = re.sub(r"list\[collections\.abc\.Callable\[.*?\]\]", "a list of class paths", types)
     types = re.sub(r"typing\.Literal\[(.*?)\]", lambda found: found[1].replace("'", ""), types)
     types = re.sub(r"<class '(.*?)'>", lambda found: _kind(found[1]), types.replace("<class 'NoneType'>", "null"))
     return list(dict.fromkeys(types.split(", ")))
@@ -212,11 +229,12 @@ def user_error(error: BaseException) -> BaseException | None:
         if isinstance(cause, InputError):
             return cause
         cause = cause.__cause__ or cause.__context__
-    # Of an error that a dataclass in a union raises jsonargparse keeps only the text.
-    lines = [line.strip(" -") for line in str(error).splitlines()] if isinstance(error, ValueError) else []
-    ours = next((line for line in lines if line.startswith("architecture")), None)
-    if ours:
-        return InputError(ours)
+    # Of an error that a constructor raises jsonargparse keeps only the text if the class is in a union.
+    if isinstance(error, ValueError) and str(error).startswith(UNION):
+        found = (re.match(r"\s*- (.*)", line) for line in str(error).splitlines())
+        ours = next((line[1] for line in found if line and not line[1].startswith(NO_REASON)), None)
+        if ours:
+            return InputError(ours)
     if isinstance(error, OSError) and error.filename:
         return InputError(f"{error.filename}: {error.strerror}")
     if isinstance(error, RuntimeError) and any(words in str(error) for words in LOST_PEER):

@@ -52,9 +52,8 @@ def batches(table: Path, config: CLIPConfig, epochs: int = 1) -> Iterator[tuple[
         str(table),
         batch_size=16,
         num_workers=0,
-        preprocessing=model.preprocessing,
-        tokenize=model.tokenizer,
     )
+    data.preprocessing, data.tokenize = model.preprocessing, model.tokenizer
     data.setup("fit")
     loader: Any = data.train_dataloader()
     for epoch in range(epochs):

@@ -37,15 +37,8 @@ def make_trainer(folder: Path, callbacks: list[Any], **options: Any) -> Trainer:
     return Trainer(accelerator="cpu", logger=logger, callbacks=callbacks, use_distributed_sampler=False, **settings)
 
 
-def data_for(module: LitCLIP, table: Path) -> Captions:
-    return Captions(
-        str(table),
-        str(table),
-        batch_size=16,
-        num_workers=0,
-        preprocessing=module.preprocessing,
-        tokenize=module.tokenize,
-    )
+def data_for(table: Path) -> Captions:
+    return Captions(str(table), str(table), batch_size=16, num_workers=0)
 
 
 def test_zero_shot_metrics_equal_scikit_learns(groups: ZeroShotSet, tiny_config: CLIPConfig, tmp_path: Path) -> None:
@@ -84,7 +77,7 @@ def test_a_run_writes_every_curve_and_image_and_its_best_checkpoint(
         best,
     ]
     trainer = make_trainer(tmp_path, callbacks, max_epochs=2, log_every_n_steps=1)
-    trainer.fit(module, data_for(module, caption_table))
+    trainer.fit(module, data_for(caption_table))
 
     folder = Path(str(trainer.log_dir))
     events = EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0}).Reload()
@@ -112,10 +105,10 @@ def test_validate_gives_the_numbers_of_fit(
 ) -> None:
     module = LitCLIP(tiny_config, lr_scheduler=partial(WarmupCosine, warmup_steps=1))
     trainer = make_trainer(tmp_path, [ZeroShot({"groups": groups})], max_epochs=1, precision="bf16-mixed")
-    trainer.fit(module, data_for(module, caption_table))
+    trainer.fit(module, data_for(caption_table))
     fitted = {name: float(v) for name, v in trainer.callback_metrics.items() if not name.startswith("train/")}
     again = make_trainer(tmp_path, [ZeroShot({"groups": groups})], precision="bf16-mixed")
-    again.validate(module, data_for(module, caption_table), verbose=False)
+    again.validate(module, data_for(caption_table), verbose=False)
     assert {name: float(value) for name, value in again.callback_metrics.items()} == fitted
     assert "zero_shot/groups/top1" in fitted
 

@@ -317,9 +317,8 @@ class Slow:
             yield batch
 
 
-def slow_data(module: LitCLIP, table: Path) -> SlowData:
-    names = str(table), str(table)
-    return SlowData(*names, batch_size=4, num_workers=0, preprocessing=module.preprocessing, tokenize=module.tokenize)
+def slow_data(table: Path) -> SlowData:
+    return SlowData(str(table), str(table), batch_size=4, num_workers=0)
 
 
 class Steps(Callback):
@@ -344,7 +343,7 @@ def test_waiting_for_data_is_measured_in_the_loop(tiny_config: CLIPConfig, tmp_p
         LitCLIP(tiny_config, lr_scheduler=partial(WarmupCosine, warmup_steps=0)),
         Steps(),
     )
-    fit(module, slow_data(module, table), tmp_path, steps, Throughput(), max_epochs=2)
+    fit(module, slow_data(table), tmp_path, steps, Throughput(), max_epochs=2)
     for rate, share in zip(
         logged(tmp_path, "train/samples_per_second"), logged(tmp_path, "train/data_wait_share"), strict=True
     ):

@@ -158,7 +158,8 @@ def test_configs_are_merged_and_interpolated(caption_table: Path, tmp_path: Path
 
 def test_the_data_module_gets_the_models_preprocessing_and_tokenizer(caption_table: Path) -> None:
     _, *options = words("fit", caption_table)
-    command = run(args=options, execute=False)
+    command = run(args=[*options, "--trainer.logger", "false"], execute=False)
+    command.trainer.validate(command.model, command.datamodule, verbose=False)
     assert command.datamodule.preprocessing.image_size == 32
     assert command.datamodule.tokenize(["a"]).shape == (1, 16)
 

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from datamodules import Augmentation, Captions
 from datamodules.caption_datamodule import TrainingPairs
+from datamodules.loading.augmentation import TrainingTransform
 from datamodules.loading.sampling import TrainingSample
 from lit_clip.batch import CaptionBatch
 from lit_clip.errors import InputError
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, Preprocessing
 from lit_clip.models.preprocess import normalize, pixels
+from lit_clip.models.tokenizer import CLIPTokenizer
 
 SIZE = 17  # pixels; odd
 ROWS = 21
@@ -45,10 +47,12 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "captions.csv"
 
 
-def data_module(table: Path, rank: int = 0, world: int = 1, **options: Any) -> Captions:
+def data_module(
+    table: Path, rank: int = 0, world: int = 1, preprocessing: Preprocessing = SHORT, **options: Any
+) -> Captions:
     """Return the module of one rank, with all rows for both training and validation."""
-    arguments = {"batch_size": 4, "num_workers": 0, "preprocessing": SHORT, **options}
-    module = Captions(str(table), str(table), **arguments)
+    module = Captions(str(table), str(table), **{"batch_size": 4, "num_workers": 0, **options})
+    module.preprocessing = preprocessing
     connector = SimpleNamespace(use_distributed_sampler=False)
     trainer: Any = SimpleNamespace(global_rank=rank, world_size=world, _accelerator_connector=connector)
     module.trainer = trainer
@@ -87,7 +91,8 @@ def test_batch_has_uint8_images_keys_and_tokens_without_needless_padding(table: 
 def test_truncated_captions_end_with_the_end_of_text_token(table: Path, tmp_path: Path) -> None:
     long = tmp_path / "long.csv"
     long.write_text("image,caption\n00.png," + "a cat " * 60 + "\n01.png,a cat\n", encoding="utf-8")
-    module = Captions(val=str(long), root=str(table.parent), num_workers=0, preprocessing=SHORT)
+    module = Captions(val=str(long), root=str(table.parent), num_workers=0)
+    module.preprocessing = SHORT
     module.setup("validate")
     (batch,) = module.val_dataloader()
     assert batch.tokens.shape == (2, 77)
@@ -120,7 +125,7 @@ def test_pixels_do_not_depend_on_the_number_of_ranks(table: Path) -> None:
 def test_pixels_differ_between_epochs_and_seeds(table: Path) -> None:
     source = data_module(table).train_source
     assert source is not None
-    square = Augmentation(crop_scale=(0.3, 1.0), color_jitter=0.2).transform(SHORT)
+    square = TrainingTransform(Augmentation(crop_scale=(0.3, 1.0), color_jitter=0.2), SHORT)
     pairs, other_seed = TrainingPairs(source, square, seed=0), TrainingPairs(source, square, seed=1)
     for row in range(ROWS):
         first = pairs[TrainingSample(0, row)].image
@@ -132,7 +137,8 @@ def test_pixels_differ_between_epochs_and_seeds(table: Path) -> None:
 def test_augmentation_does_not_change_global_random_states(table: Path) -> None:
     source = data_module(table).train_source
     assert source is not None
-    pairs = TrainingPairs(source, Augmentation(color_jitter=0.2, grayscale=0.5).transform(SHORT), seed=0)
+    transform = TrainingTransform(Augmentation(color_jitter=0.2, grayscale=0.5), SHORT)
+    pairs = TrainingPairs(source, transform, seed=0)
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
     for row in range(ROWS):
         pairs[TrainingSample(0, row)]
@@ -185,7 +191,7 @@ def test_lightnings_distributed_sampler_is_refused_on_two_processes(table: Path)
     connector = SimpleNamespace(use_distributed_sampler=True)
     trainer: Any = SimpleNamespace(global_rank=0, world_size=2, _accelerator_connector=connector)
     module.trainer = trainer
-    with pytest.raises(InputError, match="use_distributed_sampler: set it to false"):
+    with pytest.raises(InputError, match=r"pass Trainer\(use_distributed_sampler=False\)"):
         module.setup("fit")
     trainer.world_size = 1  # nothing to divide
     module.setup("fit")
@@ -196,6 +202,7 @@ class _Recorder(LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
+        self.preprocessing, self.tokenize = SHORT, CLIPTokenizer()
         self.weight = torch.nn.Parameter(torch.zeros(()))
         self.seen: dict[int, list[CaptionBatch]] = {}
 
@@ -209,7 +216,7 @@ class _Recorder(LightningModule):
 
 def fit_recorder(table: Path, **options: Any) -> tuple[Captions, _Recorder]:
     """Run three epochs of a real trainer that writes and prints nothing."""
-    module, recorder = Captions(str(table), batch_size=4, num_workers=0, preprocessing=SHORT), _Recorder()
+    module, recorder = Captions(str(table), batch_size=4, num_workers=0), _Recorder()
     quiet: dict[str, Any] = dict.fromkeys(
         ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
     )
@@ -247,7 +254,7 @@ def measured_crops(width: int, height: int, image_size: int, draws: int) -> np.n
     assert 2 * max(width, height) <= 256
     photo = np.zeros((height, width, 3), np.uint8)
     photo[..., 0], photo[..., 1] = 2 * np.arange(width), 2 * np.arange(height)[:, None]
-    transform = Augmentation().transform(Preprocessing(image_size=image_size, interpolation="bilinear"))
+    transform = TrainingTransform(Augmentation(), Preprocessing(image_size=image_size, interpolation="bilinear"))
     image, crops = Image.fromarray(photo), []
     for _ in range(draws):
         crop = transform(image).double().numpy() / 2
@@ -281,17 +288,17 @@ def test_photos_of_usual_shapes_are_cropped_at_random_places(width: int, height:
 
 def test_grayscale_of_probability_one_makes_the_channels_equal() -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8))
-    gray = Augmentation(grayscale=1.0).transform(SHORT)(noise)
+    gray = TrainingTransform(Augmentation(grayscale=1.0), SHORT)(noise)
     assert torch.equal(gray[0], gray[1])
     assert torch.equal(gray[0], gray[2])
     assert gray.float().std() > 1
-    colour = Augmentation().transform(SHORT)(noise)
+    colour = TrainingTransform(Augmentation(), SHORT)(noise)
     assert not torch.equal(colour[0], colour[1])
 
 
 def test_colour_jitter_stays_within_its_bounds() -> None:
     flat = Image.new("RGB", (20, 20), (100, 100, 100))
-    jitter = Augmentation(color_jitter=0.2).transform(SHORT)
+    jitter = TrainingTransform(Augmentation(color_jitter=0.2), SHORT)
     values = [float(jitter(flat).float().mean()) for _ in range(100)]
     assert 78 < min(values) < 90  # only brightness can change a flat grey: 80 to 120
     assert 110 < max(values) < 122

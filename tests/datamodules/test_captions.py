@@ -44,8 +44,9 @@ def captions(data: Captions, epochs: int = 1) -> list[list[str]]:
 
 
 def module(folder: Path, **options: Any) -> Captions:
-    size = Preprocessing(image_size=8)
-    return Captions(val=str(folder / "b.csv"), batch_size=2, num_workers=0, preprocessing=size, **options)
+    data = Captions(val=str(folder / "b.csv"), batch_size=2, num_workers=0, **options)
+    data.preprocessing = Preprocessing(image_size=8)
+    return data
 
 
 def test_several_paths_are_concatenated(folder: Path) -> None:
@@ -88,12 +89,15 @@ def test_invalid_data_options_are_refused(folder: Path) -> None:
         captions(module(folder, train=[{"data": str(folder / "a.csv"), "wheight": 1}]))
     with pytest.raises(InputError, match="nowhere.csv: no such file or folder"):
         captions(module(folder, train=str(folder / "nowhere.csv")))
+    strict = module(folder, train=str(folder / "a.csv"), long_captions="error")
+    strict.tokenize = CLIPTokenizer(3)
     with pytest.raises(InputError, match=r"a\d+.png: its caption has 4 tokens, the model reads 3"):
-        captions(module(folder, train=str(folder / "a.csv"), long_captions="error", tokenize=CLIPTokenizer(3)))
+        captions(strict)
 
 
 def module_of(stage: str, **options: Any) -> Captions:
-    data = Captions(**{"num_workers": 0, "preprocessing": Preprocessing(image_size=5), **options})
+    data = Captions(**{"num_workers": 0, **options})
+    data.preprocessing = Preprocessing(image_size=5)
     data.setup(stage)
     return data
 

@@ -52,8 +52,8 @@ class Batches(CaptionDataModule):
     """Data module of a given source."""
 
     def __init__(self, source: PairSource, **options: Any) -> None:
-        super().__init__(batch_size=32, preprocessing=Preprocessing(image_size=7), **options)
-        self.source = source
+        super().__init__(batch_size=32, **options)
+        self.source, self.preprocessing = source, Preprocessing(image_size=7)
 
     def sources(self, fit: bool) -> tuple[PairSource | None, PairSource]:
         return self.source, self.source

@@ -210,8 +210,8 @@ def test_cache_folder_follows_the_xdg_specification(
 
 
 def module_of(cache: Path, **options: Any) -> OpenMoji:
-    tiny = Preprocessing(image_size=8)
-    module = OpenMoji(num_workers=0, cache_dir=str(cache), preprocessing=tiny, **options)
+    module = OpenMoji(num_workers=0, cache_dir=str(cache), **options)
+    module.preprocessing = Preprocessing(image_size=8)
     module.setup("fit")
     return module
 

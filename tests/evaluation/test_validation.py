@@ -120,9 +120,8 @@ def test_validation_logs_the_metrics_of_brute_force(
 ) -> None:
     module = make_module()
     table = str(tables[size])
-    data = Captions(
-        table, table, batch_size=size, num_workers=0, preprocessing=module.preprocessing, tokenize=module.tokenize
-    )
+    data = Captions(table, table, batch_size=size, num_workers=0)
+    data.preprocessing, data.tokenize = module.preprocessing, module.tokenize
     data.setup("validate")
     (batch,) = data.val_dataloader()
     with torch.no_grad():

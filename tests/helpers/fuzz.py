@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 from datamodules.caption_datamodule import TrainingPairs, ValidationPairs
-from datamodules.loading.augmentation import Augmentation
+from datamodules.loading.augmentation import Augmentation, TrainingTransform
 from datamodules.loading.bad_samples import Skipped, SkippingDataset
 from datamodules.loading.sampling import TrainingSample
 from datamodules.open_source import open_source
@@ -132,9 +132,8 @@ class ImageSet(PairSource):
 
 def read_all(source: PairSource, outcomes: Counter[str], rows: int = 50) -> None:
     """Load pairs as training and as validation do, and count the outcomes."""
-    augmentation = Augmentation(crop_scale=(0.5, 1.0), color_jitter=0.1)
-    least_size = augmentation.crop(SMALL).least_size
-    train = SkippingDataset(TrainingPairs(source, augmentation.transform(SMALL), 0, least_size))
+    transform = TrainingTransform(Augmentation(crop_scale=(0.5, 1.0), color_jitter=0.1), SMALL)
+    train = SkippingDataset(TrainingPairs(source, transform, 0))
     val = SkippingDataset(ValidationPairs(source, pixels(SMALL)))
     for row in range(min(len(source), rows)):
         for item in (train[TrainingSample(0, row)], val[row]):

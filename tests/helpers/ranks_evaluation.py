@@ -88,10 +88,8 @@ def make_trainer(callbacks: list[Any], **options: Any) -> Trainer:
     )
 
 
-def data_for(module: LitCLIP, train: str, val: str, batch_size: int) -> Captions:
-    return Captions(
-        train, val, batch_size=batch_size, num_workers=0, preprocessing=module.preprocessing, tokenize=module.tokenize
-    )
+def data_for(train: str, val: str, batch_size: int) -> Captions:
+    return Captions(train, val, batch_size=batch_size, num_workers=0)
 
 
 def zero_shot(drawings: str, every: int = 1) -> ZeroShot:
@@ -124,7 +122,7 @@ def validate_tables(drawings: str, tables: list[str]) -> list[dict[str, float]]:
     for table in tables:
         module = make_module()
         trainer = make_trainer([zero_shot(drawings), SimilarityMatrix(), EmbeddingProjector()])
-        trainer.validate(module, data_for(module, table, table, 30), verbose=False)
+        trainer.validate(module, data_for(table, table, 30), verbose=False)
         results.append(_numbers(trainer))
     return results
 
@@ -153,7 +151,7 @@ def fit(output: str, drawings: str, train: str, val: str) -> None:
     module = make_module(ResNetConfig(layers=(1, 1, 1, 1), width=16, image_size=32))
     callbacks = [zero_shot(drawings, 10), SameStatistics()]
     trainer = make_trainer(callbacks, max_epochs=2, num_sanity_val_steps=1)
-    trainer.fit(module, data_for(module, train, val, 8))
+    trainer.fit(module, data_for(train, val, 8))
     assert trainer.global_step > 1
     _write(output, _numbers(trainer))
 

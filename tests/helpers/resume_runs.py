@@ -92,8 +92,6 @@ def train(run: Run, rank: int, port: int) -> None:
         run.table,
         batch_size=run.batch_size,
         num_workers=run.workers,
-        preprocessing=module.preprocessing,
-        tokenize=module.tokenize,
     )
     saving = ModelCheckpoint(
         f"{run.folder}/checkpoints", "last", every_n_train_steps=run.every, enable_version_counter=False

@@ -131,14 +131,9 @@ def make_trainer(folder: Path, callbacks: list[Any], **options: Any) -> Trainer:
 
 
 def data_for(module: LitCLIP, table: Path, batch_size: int = 4) -> Captions:
-    return Captions(
-        str(table),
-        str(table),
-        batch_size=batch_size,
-        num_workers=0,
-        preprocessing=module.preprocessing,
-        tokenize=module.tokenize,
-    )
+    data = Captions(str(table), str(table), batch_size=batch_size, num_workers=0)
+    data.preprocessing, data.tokenize = module.preprocessing, module.tokenize  # for use without a trainer
+    return data
 
 
 def numbers(trainer: Trainer, prefix: str) -> dict[str, float]:

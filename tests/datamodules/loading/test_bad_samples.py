@@ -19,7 +19,7 @@ from PIL import Image
 
 from callbacks.skipped_samples import Tally
 from datamodules import Augmentation, Captions
-from datamodules.loading.augmentation import RandomSquareCrop
+from datamodules.loading.augmentation import RandomSquareCrop, TrainingTransform
 from datamodules.loading.bad_samples import check_caption
 from lit_clip.batch import JUDGED_AFTER, CaptionBatch
 from lit_clip.errors import BadSample, InputError
@@ -81,9 +81,9 @@ def test_every_image_format_gives_the_pixels_that_published_models_saw(name: str
     data = whole_images()[name]
     expected = pixels(SMALL)(Image.open(io.BytesIO(data)))
     assert torch.equal(pixels(SMALL)(open_image(io.BytesIO(data), "")), expected)
-    augmented = Augmentation().transform(SMALL)(open_image(io.BytesIO(data), ""))
+    augmented = TrainingTransform(Augmentation(), SMALL)(open_image(io.BytesIO(data), ""))
     assert (augmented.dtype, tuple(augmented.shape)) == (torch.uint8, (3, 32, 32))
-    crop = RandomSquareCrop(32, (1.0, 1.0), "bicubic")
+    crop = RandomSquareCrop((1.0, 1.0), exact=True, size=32, interpolation="bicubic")
     middle = crop.transform(open_image(io.BytesIO(data), ""), {"side": 1.0, "x": 0.5, "y": 0.5}).convert("RGB")
     if not name.startswith(("palette", "bits", "fax", "animated.gif")):  # resized by nearest pixel
         assert (torch.from_numpy(np.asarray(middle).copy()).permute(2, 0, 1).float() - expected).abs().mean() < 3
@@ -119,7 +119,7 @@ def photo_like(width: int = 1280, height: int = 960) -> Image.Image:
 @pytest.mark.parametrize(("margin", "mean"), [(1.0, 2.0), (2.0, 0.6)])
 def test_jpeg_decoded_at_a_fraction_gives_nearly_the_same_crop(margin: float, mean: float) -> None:
     data = encoded(photo_like(), "JPEG", quality=90)
-    crop = RandomSquareCrop(224, (0.9, 1.0), "bicubic", decode_margin=margin)
+    crop = RandomSquareCrop((0.9, 1.0), margin, exact=True, size=224, interpolation="bicubic")
     whole = open_image(io.BytesIO(data), "")
     with decoding_at_least(crop.least_size):
         part = open_image(io.BytesIO(data), "")
@@ -134,11 +134,11 @@ def test_jpeg_decoded_at_a_fraction_gives_nearly_the_same_crop(margin: float, me
 
 def test_small_image_is_decoded_at_full_size() -> None:
     data = encoded(photo_like(400, 300), "JPEG")
-    with decoding_at_least(RandomSquareCrop(224, (0.9, 1.0), "bicubic").least_size):
+    with decoding_at_least(RandomSquareCrop((0.9, 1.0), size=224).least_size):
         assert open_image(io.BytesIO(data), "").size == (400, 300)
-    with decoding_at_least(RandomSquareCrop(32, (0.01, 1.0), "bicubic").least_size):  # a crop may be 30 pixels wide
+    with decoding_at_least(RandomSquareCrop((0.01, 1.0), size=32).least_size):  # a crop may be 30 pixels wide
         assert open_image(io.BytesIO(data), "").size == (400, 300)
-    with decoding_at_least(RandomSquareCrop(32, (0.5, 1.0), "bicubic").least_size):
+    with decoding_at_least(RandomSquareCrop((0.5, 1.0), size=32).least_size):
         assert open_image(io.BytesIO(data), "").size == (100, 75)
 
 
@@ -164,7 +164,8 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str
 
 
 def batches_of(table: Path, workers: int = 0, **options: Any) -> tuple[list[CaptionBatch], list[CaptionBatch]]:
-    data = Captions(str(table), str(table), batch_size=8, num_workers=workers, preprocessing=SMALL, **options)
+    data = Captions(str(table), str(table), batch_size=8, num_workers=workers, **options)
+    data.preprocessing = SMALL
     data.setup("fit")
     return list(data.train_dataloader()), list(data.val_dataloader())
 

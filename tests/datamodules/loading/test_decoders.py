@@ -10,7 +10,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from datamodules import Augmentation
-from datamodules.loading.augmentation import FastSquareCrop, RandomSquareCrop
+from datamodules.loading.augmentation import RandomSquareCrop, TrainingTransform
 from lit_clip.models.config import Preprocessing
 from lit_clip.tools.images import decoding_at_least, fraction, full_size, open_image
 from tests.helpers.fuzz import whole_images
@@ -37,7 +37,7 @@ def test_an_image_decoded_at_a_fraction_is_cropped_at_the_same_place(
 ) -> None:
     """Also if the size is not a multiple of the divisor, so that the decoded image's last pixels cover less."""
     data = jpeg(temple.resize(size, Image.Resampling.BICUBIC))
-    crop = RandomSquareCrop(224, (0.9, 1.0), "bicubic")
+    crop = RandomSquareCrop(exact=True, size=224, interpolation="bicubic")
     whole = open_image(io.BytesIO(data), "")
     with decoding_at_least(crop.least_size):
         part = open_image(io.BytesIO(data), "")
@@ -57,7 +57,7 @@ def test_an_image_decoded_at_a_fraction_is_cropped_at_the_same_place(
 @pytest.mark.parametrize("size", [(224, 224), (100, 75), (500, 1), (1, 9), (1, 1), (225, 224), (3000, 17)])
 @pytest.mark.parametrize("target", [16, 224, (32, 64)])
 def test_a_crop_lies_inside_an_image_of_any_shape(size: tuple[int, int], target: Any) -> None:
-    crop = FastSquareCrop(target, (0.1, 1.0), "bilinear", decode_margin=1.0)
+    crop = RandomSquareCrop((0.1, 1.0), size=target, interpolation="bilinear")
     image = Image.new("RGB", size, (10, 20, 30))
     with decoding_at_least(crop.least_size):
         decoded = open_image(io.BytesIO(jpeg(image, quality=100, subsampling=0)), "")
@@ -92,7 +92,7 @@ def test_torch_resizing_equals_pillows_up_to_rounding(
     temple: Image.Image, size: tuple[int, int], interpolation: Any
 ) -> None:
     image = temple.resize(size, Image.Resampling.BICUBIC)
-    plain, fast = (kind(224, (0.5, 1.0), interpolation) for kind in (RandomSquareCrop, FastSquareCrop))
+    plain, fast = (RandomSquareCrop((0.5, 1.0), 1.0, exact, 224, interpolation) for exact in (True, False))
     for _ in range(3):
         params = plain.make_params([])
         expected = np.asarray(plain.transform(image, params), dtype=float)
@@ -110,8 +110,9 @@ def test_images_of_every_format_equal_the_exact_ones_up_to_rounding(name: str) -
     result = []
     for augmentation in (Augmentation(exact=True), Augmentation()):
         torch.manual_seed(1)
-        with decoding_at_least(augmentation.least_size(small)):
-            result.append(augmentation.transform(small)(open_image(io.BytesIO(data), "")))
+        transform = TrainingTransform(augmentation, small)
+        with decoding_at_least(transform.decode_size):
+            result.append(transform(open_image(io.BytesIO(data), "")))
     assert result[0].shape == result[1].shape == (3, 32, 32)
     assert (result[0].float() - result[1].float()).abs().mean() < 2
 
@@ -119,8 +120,8 @@ def test_images_of_every_format_equal_the_exact_ones_up_to_rounding(name: str) -
 def test_exact_decodes_the_whole_image_and_resizes_with_pillow(temple: Image.Image) -> None:
     """The definition written out, on the pixels that Pillow decodes."""
     data = jpeg(temple.resize((1280, 960)))
-    augmentation = Augmentation(exact=True)
-    with decoding_at_least(augmentation.least_size(Preprocessing())):
+    transform = TrainingTransform(Augmentation(exact=True), Preprocessing())
+    with decoding_at_least(transform.decode_size):
         decoded = open_image(io.BytesIO(data), "")
     assert np.array_equal(np.asarray(decoded), np.asarray(Image.open(io.BytesIO(data))))
     torch.manual_seed(5)
@@ -130,13 +131,13 @@ def test_exact_decodes_the_whole_image_and_resizes_with_pillow(temple: Image.Ima
     box = (4 * left, 4 * top, 4 * (left + side), 4 * (top + side))
     expected = np.asarray(decoded.resize((224, 224), Image.Resampling.BICUBIC, box, 2.0))
     torch.manual_seed(5)
-    found = augmentation.transform(Preprocessing())(decoded)
+    found = transform(decoded)
     assert np.array_equal(found.permute(1, 2, 0).numpy(), expected)
 
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_colour_augmentation_works_with_and_without_exact(temple: Image.Image, exact: bool) -> None:
-    grey = Augmentation(color_jitter=0.4, grayscale=1.0, exact=exact).transform(Preprocessing())(temple)
+    grey = TrainingTransform(Augmentation(color_jitter=0.4, grayscale=1.0, exact=exact), Preprocessing())(temple)
     assert grey.dtype == torch.uint8
     assert torch.equal(grey[0], grey[2])
     assert grey.float().std() > 20

@@ -62,8 +62,9 @@ def write_tars(folder: Path) -> str:
 def test_persistent_workers_grow_by_less_than_two_percent_after_the_second_epoch(
     write: Callable[[Path], str], tmp_path: Path
 ) -> None:
-    data, options = write(tmp_path), {"batch_size": 50, "num_workers": 2, "preprocessing": Preprocessing(image_size=32)}
-    module = Captions(data, data, **options)
+    data = write(tmp_path)
+    module = Captions(data, data, batch_size=50, num_workers=2)
+    module.preprocessing = Preprocessing(image_size=32)
     module.setup("fit")
     loader: Any = module.train_dataloader()
     used = []

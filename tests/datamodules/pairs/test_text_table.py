@@ -79,7 +79,8 @@ def messages() -> Iterator[list[str]]:
 
 
 def module_of(**options: Any) -> Captions:
-    module = Captions(**{"num_workers": 0, "preprocessing": TINY, **options})
+    module = Captions(**{"num_workers": 0, **options})
+    module.preprocessing = TINY
     module.setup("validate")
     return module
 

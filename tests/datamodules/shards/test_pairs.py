@@ -242,8 +242,8 @@ def test_ranks_and_workers_together_have_each_pair_once(
     validation: Counter[str] = Counter()
     lengths = set()
     for rank in range(world):
-        options = {"num_workers": workers, "preprocessing": Preprocessing(image_size=4)}
-        module = datamodules.Captions(data, data, batch_size={1: 10, 2: 5, 3: 4}[world], **options)
+        module = datamodules.Captions(data, data, batch_size={1: 10, 2: 5, 3: 4}[world], num_workers=workers)
+        module.preprocessing = Preprocessing(image_size=4)
         connector = SimpleNamespace(use_distributed_sampler=False)
         trainer: Any = SimpleNamespace(global_rank=rank, world_size=world, _accelerator_connector=connector)
         module.trainer = trainer

@@ -1,0 +1,111 @@
+"""Base class of a source of pairs of your own."""
+
+import io
+import random
+from abc import abstractmethod
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from datamodules.loading.bad_samples import check_caption
+from datamodules.pairs.source import EncodedPair, Pair, PairSource, Rows
+from lit_clip.errors import BadSample, InputError, require
+from lit_clip.tools.images import FIX_HINT, open_image
+
+
+class CustomPairs(PairSource):
+    """Pairs of your own: a subclass says how many there are, and what each row's image and captions are.
+
+    Rows are numbered from 0 to ``len(self) - 1``. Data workers are sent a copy, so files and connections are opened in
+    the methods, not in the constructor. An ``OSError`` in a method makes the row a bad sample (``on_error``); any other
+    exception ends the run. What a method draws from the global generators of torch, numpy and Python depends on seed,
+    epoch and row alone in training.
+    """
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of rows."""
+
+    @abstractmethod
+    def image(self, index: int) -> Image.Image | str | Path | bytes:
+        """Return the image of a row: of any mode, or the path or the content of an image file.
+
+        From a path or a content JPEGs are decoded at the fraction of their size that training needs.
+        """
+
+    @abstractmethod
+    def captions(self, index: int) -> list[str]:
+        """Return the captions of a row, at least one; training draws one each time, validation takes the first."""
+
+    def key(self, index: int) -> str:
+        """Return the name of a row's image, the same in every run; rows with the same key have the same image."""
+        return str(index)
+
+    def group(self, index: int) -> str:
+        """Return the group of duplicates that a row belongs to; empty for none."""
+        return ""
+
+    def where(self, index: int) -> str:
+        """Return the name of a row in messages."""
+        return f"{type(self).__name__} row {index}"
+
+    def load(self, index: int, rng: random.Random | None) -> Pair:
+        where = self.where(index)
+        try:
+            texts = self._texts(index, where)
+            image = self._image(self.image(index), where)
+        except OSError as error:
+            raise self._broken(error, where) from error
+        return Pair(image, texts[0] if rng is None else rng.choice(texts), self.key(index), self.group(index))
+
+    def read(self, index: int) -> EncodedPair:
+        """Return a pair as stored; a PIL image is stored as PNG."""
+        where = self.where(index)
+        try:
+            texts, image = self._texts(index, where), self.image(index)
+            if isinstance(image, str | Path):
+                content = Path(image).read_bytes()
+            elif isinstance(image, bytes):
+                content = image
+            else:
+                file = io.BytesIO()
+                self._image(image, where).save(file, "PNG")
+                content = file.getvalue()
+        except OSError as error:
+            raise self._broken(error, where) from error
+        return EncodedPair(content, texts, self.key(index), self.group(index), where)
+
+    def check(self) -> None:
+        """Load the first row, so that a run does not start with a source that does not keep the contract."""
+        require(len(self) > 0, f"{type(self).__name__}: has no rows")
+        self.load(0, None)
+
+    def divide(self, share: float, seed: int) -> tuple[PairSource, PairSource]:
+        keys = [self.key(row) for row in range(len(self))]
+        images = sorted(set(keys))
+        if len(images) < 2:
+            raise InputError(f"{type(self).__name__}: one image cannot be divided; set data.val")
+        chosen = set(random.Random(seed).sample(images, max(1, int(share * len(images)))))
+        held_out = np.array([key in chosen for key in keys])
+        return Rows(self, np.flatnonzero(~held_out)), Rows(self, np.flatnonzero(held_out))
+
+    def _texts(self, index: int, where: str) -> list[str]:
+        captions = self.captions(index)
+        require(isinstance(captions, list), f"{where}: captions() returned a {type(captions).__name__}, not a list")
+        return [check_caption(caption, where) for caption in captions or [None]]
+
+    def _image(self, image: Image.Image | str | Path | bytes, where: str) -> Image.Image:
+        if isinstance(image, str | Path):
+            return open_image(Path(image), where)
+        if isinstance(image, bytes):
+            return open_image(io.BytesIO(image), where)
+        kind = type(image).__name__
+        require(isinstance(image, Image.Image), f"{where}: image() returned a {kind}, not a PIL image, path or bytes")
+        image.load()  # Pillow opens files lazily
+        return image
+
+    def _broken(self, error: OSError, where: str) -> BadSample:
+        if isinstance(error, FileNotFoundError):
+            return BadSample(where, "missing image", f"no such file: {error.filename}")
+        return BadSample(where, "broken image", f"cannot read its image ({error}){FIX_HINT}")

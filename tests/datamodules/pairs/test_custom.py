@@ -1,0 +1,236 @@
+"""A source of one's own keeps every promise: exact resume, ranks, bad samples, validation images, mixtures."""
+
+import io
+import random
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from PIL import Image
+from torchvision.transforms import v2
+
+import callbacks
+from datamodules import Captions, CustomPairs, Weighted
+from datamodules.commands.inspect import inspect
+from datamodules.commands.shard import shard
+from datamodules.open_source import open_source
+from lit_clip.errors import BadSample, InputError
+from lit_clip.models.config import CLIPConfig, Preprocessing
+from lit_clip.module import LitCLIP
+from lit_clip.training.checkpoint_io import WholeCheckpointIO
+
+
+class Shapes(CustomPairs):
+    """Squares of the row's brightness, drawn at a random place; two captions each."""
+
+    def __init__(self, rows: int = 20, images: int | None = None) -> None:
+        self.rows, self.images = rows, images or rows
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def image(self, row: int) -> Image.Image:
+        canvas = Image.new("L", (40, 30))
+        canvas.paste(100 + row, (random.randrange(20), 5, 36, 25))
+        return canvas
+
+    def captions(self, row: int) -> list[str]:
+        return [f"shape {row}", f"the square with number {row}"]
+
+    def key(self, row: int) -> str:
+        return f"square-{row % self.images}"
+
+
+class Stored(CustomPairs):
+    """Rows whose images are whatever the test gives."""
+
+    def __init__(self, images: list[Any], captions: list[Any] | None = None) -> None:
+        self.images, self.texts = images, captions
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def image(self, row: int) -> Any:
+        return self.images[row]() if callable(self.images[row]) else self.images[row]
+
+    def captions(self, row: int) -> Any:
+        return ["a photo"] if self.texts is None else self.texts[row]
+
+
+def noise() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8))
+
+
+def png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def test_an_image_may_be_a_path_bytes_or_an_open_image(tmp_path: Path) -> None:
+    noise().save(tmp_path / "a.png")
+    path = tmp_path / "a.png"
+    source = Stored([path, str(path), path.read_bytes(), noise(), Image.open(path)])
+    source.check()
+    for row in range(len(source)):
+        assert np.array_equal(np.asarray(source.load(row, None).image), np.asarray(noise()))
+        stored = Image.open(io.BytesIO(source.read(row).image))
+        assert np.array_equal(np.asarray(stored), np.asarray(noise()))
+
+
+def test_validation_takes_the_first_caption_and_training_draws_one() -> None:
+    source = Shapes()
+    assert source.load(3, None)[1:] == ("shape 3", "square-3", "")
+    assert {source.load(3, random.Random(seed)).caption for seed in range(20)} == set(source.captions(3))
+
+
+def missing() -> Any:
+    return Image.open("nowhere.png")
+
+
+@pytest.mark.parametrize(
+    ("image", "captions", "reason"),
+    [
+        ("nowhere.png", ["a"], "missing image"),
+        (missing, ["a"], "missing image"),
+        (b"not an image", ["a"], "not an image"),
+        (lambda: Image.open(io.BytesIO(png(noise())[:200])), ["a"], "broken image"),
+        (noise, [], "no caption"),
+        (noise, [" "], "no caption"),
+        (noise, [7], "caption is not text"),
+    ],
+)
+def test_what_cannot_be_read_is_a_bad_sample(image: Any, captions: list[Any], reason: str) -> None:
+    source = Stored([image], [captions])
+    for read in (lambda: source.load(0, None), source.check):
+        with pytest.raises(BadSample, match="^Stored row 0: ") as error:
+            read()
+        assert error.value.reason == reason
+
+
+def test_a_source_that_does_not_keep_the_contract_is_refused_before_training() -> None:
+    for source, message in [
+        (Stored([]), "Stored: has no rows"),
+        (Stored([np.zeros((3, 3, 3))]), r"Stored row 0: image\(\) returned a ndarray, not a PIL image, path or bytes"),
+        (Stored([noise()], ["a photo"]), r"Stored row 0: captions\(\) returned a str, not a list"),
+        (Stored([noise()]), "one image cannot be divided; set data.val"),
+    ]:
+        with pytest.raises(InputError, match=message) as error:
+            Captions(source).setup("fit")
+        assert not isinstance(error.value, BadSample)
+
+
+def test_without_validation_data_no_image_is_in_both_parts() -> None:
+    data = Captions(Shapes(rows=60, images=20), batch_size=8, num_workers=0)
+    data.setup("fit")
+    assert data.train_source is not None
+    assert data.val_source is not None
+    train, val = ({s.load(i, None).key for i in range(len(s))} for s in (data.train_source, data.val_source))
+    assert not train & val
+    assert len(val) == 2
+    assert len(data.train_source) + len(data.val_source) == 60
+
+
+def test_skipped_rows_are_listed_by_the_sources_name() -> None:
+    data = Captions(Stored([noise()] * 3 + ["nowhere.png"]), batch_size=4, num_workers=0, on_error="skip", val=Shapes())
+    data.preprocessing = Preprocessing(16)
+    data.setup("fit")
+    (batch,) = data.train_dataloader()
+    assert len(batch.keys) == 3
+    assert batch.skipped == [("Stored row 3", "missing image")]
+
+
+@pytest.mark.parametrize("as_object", [True, False])
+def test_a_mixture_has_its_share_of_own_rows(as_object: bool, tmp_path: Path) -> None:
+    noise().save(tmp_path / "a.png")
+    (tmp_path / "t.csv").write_text("image,caption\n" + "a.png,a\n" * 10)
+    own: Any = {"class_path": f"{__name__}.Shapes", "init_args": {"rows": 10}}
+    own, table = Shapes(10) if as_object else own, str(tmp_path / "t.csv")
+    parts: Any = [{"data": table, "weight": 1}, {"data": own, "weight": 3}]
+    parts = [Weighted(**part) for part in parts] if as_object else parts
+    data = Captions(parts, Shapes(), batch_size=4, num_workers=0, epoch_size=20)
+    data.preprocessing = Preprocessing(16)
+    data.setup("fit")
+    keys = [key for batch in data.train_dataloader() for key in batch.keys]
+    assert sum(key.startswith("1:square-") for key in keys) == 15
+    assert len(keys) == 20
+
+
+def epoch(rank: int, world: int, workers: int) -> dict[str, torch.Tensor]:
+    data = Captions(Shapes(), Shapes(), batch_size=4 // world, num_workers=workers, augmentation=[v2.RandAugment()])
+    data.preprocessing = Preprocessing(16)
+    connector = SimpleNamespace(use_distributed_sampler=False)
+    trainer: Any = SimpleNamespace(global_rank=rank, world_size=world, _accelerator_connector=connector)
+    data.trainer = trainer
+    data.setup("fit")
+    return {
+        key: image for batch in data.train_dataloader() for key, image in zip(batch.keys, batch.images, strict=True)
+    }
+
+
+def test_what_a_source_draws_at_random_depends_neither_on_workers_nor_on_ranks() -> None:
+    expected = epoch(0, 1, workers=0)
+    assert len(expected) == 20
+    for found in (epoch(0, 1, workers=2), epoch(0, 2, workers=0) | epoch(1, 2, workers=1)):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+class _Record(Callback):
+    def __init__(self) -> None:
+        self.seen: list[tuple[list[str], list[str], int]] = []
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        self.seen.append((batch.keys, list(batch.captions), int(batch.images.long().sum())))
+
+
+def train(
+    config: CLIPConfig, steps: int, workers: int, folder: Path, path: Path | None = None
+) -> tuple[Trainer, _Record]:
+    seed_everything(0)
+    record, saving = _Record(), ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        callbacks=callbacks.defaults(record, saving),
+        plugins=[WholeCheckpointIO()],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    data = Captions(
+        Shapes(), batch_size=4, num_workers=workers, augmentation=[v2.RandomResizedCrop(32), v2.RandAugment()]
+    )
+    trainer.fit(LitCLIP(config), data, ckpt_path=path, weights_only=True)
+    return trainer, record
+
+
+def test_a_run_resumed_within_an_epoch_continues_with_the_same_pixels_to_the_same_weights(
+    tiny_config: CLIPConfig, tmp_path: Path
+) -> None:
+    whole, expected = train(tiny_config, 7, 1, tmp_path / "whole")  # of 4 steps per epoch
+    resumed, after = train(tiny_config, 7, 2, tmp_path / "resumed", tmp_path / "whole/step=2.ckpt")
+    assert after.seen == expected.seen[2:]
+    assert len(after.seen) == 5
+    for name, value in whole.lightning_module.state_dict().items():
+        assert torch.equal(resumed.lightning_module.state_dict()[name], value), name
+
+
+def test_commands_take_a_class_path_in_braces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    own = f"{{class_path: {__name__}.Shapes, init_args: {{rows: 9}}}}"
+    inspect([own], num_workers=0)
+    assert "9" in capsys.readouterr().out
+    assert (tmp_path / "inspect.html").exists()
+    shard(own, "shards", workers=1)
+    shards = open_source("shards")
+    assert [shards.captions(row)[0] for row in range(9)] == [f"shape {row}" for row in range(9)]
+    with pytest.raises(InputError, match=r"Shapes.*'lines' is not accepted"):
+        open_source(f"{{class_path: {__name__}.Shapes, init_args: {{lines: 9}}}}")
