@@ -5,12 +5,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from datamodules.loading.store import is_remote
 from datamodules.pairs import coco, parquet, saved, text_table
+from datamodules.pairs.class_folders import open_class_folders
 from datamodules.pairs.folder import FolderPairs
+from datamodules.pairs.hub import open_hub_data, parse_hub_name
 from datamodules.pairs.mixture import Concatenated
+from datamodules.pairs.remote_table import open_remote_table, url_suffix
 from datamodules.pairs.source import DELIMITED, JSON_LINES, PairSource, SourceOptions
 from datamodules.shards.pairs import TarPairs
 from lit_clip.errors import InputError, require
+from lit_clip.tools.images import SUFFIXES as IMAGES
 
 Opener = Callable[[Path, SourceOptions], PairSource]
 
@@ -19,10 +24,12 @@ FILES: dict[str, Opener] = {  # by suffix
     ".json": coco.open_json,
     ".parquet": parquet.open_parquet_file,
 }
+REMOTE = (*DELIMITED, *JSON_LINES, ".parquet")  # suffixes of tables that are read from a store
 METADATA = (".csv", *JSON_LINES, ".parquet")  # suffixes of the table "metadata" in a Hugging Face "imagefolder"
 SUPPORTED = (
     "a table (.csv, .tsv, .txt, .jsonl, .ndjson, .json, .parquet), COCO's or Karpathy's JSON, a folder of images "
-    "with a .txt beside each, a folder of parquet files, a data set saved by Hugging Face's datasets, or tar shards"
+    "with a .txt beside each, a folder of parquet files, a data set saved by Hugging Face's datasets, one of its hub "
+    "(owner/name), or tar shards"
 )
 
 
@@ -62,20 +69,36 @@ def _open_shards(names: list[str], options: SourceOptions) -> PairSource:
 
 
 def _open_path(name: str, options: SourceOptions) -> PairSource:
+    if options.of_classes and not Path(name).expanduser().is_dir():
+        option = "templates" if options.templates is not None else "class_names"
+        raise InputError(f"{options.option_prefix}{option}: {name} is not a folder of classes; leave {option} out")
     if _is_shards(name):
         return _open_shards([name], options)
-    require("://" not in name, f"{name}: only tar shards are read from a URL; download it first")
+    if is_remote(name):
+        return _open_remote(name, options)
     path = Path(name).expanduser()
     if path.is_dir():
         return _open_folder(path, options)
-    require(path.exists(), f"{name}: no such file or folder; data may be {SUPPORTED}")
     suffix = path.suffix.lower()
+    parts = None if path.exists() or suffix in (*FILES, *IMAGES) else parse_hub_name(name)
+    if parts is not None:
+        return open_hub_data(name, parts, options)
+    require(path.exists(), f"{name}: no such file or folder; data may be {SUPPORTED}")
     if suffix not in FILES:
         raise InputError(f"{name}: unknown format {suffix or '(no suffix)'}; data may be {SUPPORTED}")
     return FILES[suffix](path, options)
 
 
+def _open_remote(url: str, options: SourceOptions) -> PairSource:
+    suffix = url_suffix(url)
+    if suffix not in REMOTE:
+        raise InputError(f"{url}: only tables ({', '.join(REMOTE)}) and tar shards are read from a URL; download it")
+    return open_remote_table(url, options, FILES[suffix])
+
+
 def _open_folder(folder: Path, options: SourceOptions) -> PairSource:
+    if options.of_classes:
+        return open_class_folders(folder, options)
     if saved.is_saved(folder):
         return saved.open_saved(folder, options)
     names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
@@ -90,4 +113,4 @@ def _open_folder(folder: Path, options: SourceOptions) -> PairSource:
         return parquet.open_parquet(parquet.files_of_split(folder, files, options), options)
     options.refuse_split(folder)
     options.refuse_columns(folder)
-    return FolderPairs(folder)
+    return FolderPairs(folder, options.option_prefix)
