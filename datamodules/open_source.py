@@ -1,7 +1,9 @@
 """Recognise and open a source of pairs, whatever its format."""
 
+import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from datamodules.pairs.remote_table import open_remote_table, url_suffix
 from datamodules.pairs.source import DELIMITED, JSON_LINES, PairSource, SourceOptions
 from datamodules.shards.pairs import TarPairs
 from lit_clip.errors import InputError, require
+from lit_clip.tools.hashing import stamp_of_files
 from lit_clip.tools.images import SUFFIXES as IMAGES
 
 Opener = Callable[[Path, SourceOptions], PairSource]
@@ -53,6 +56,43 @@ def open_source(path: str | Path | Sequence[str | Path], **options: Any) -> Pair
         return sources[0]
     roots = {str(getattr(source, "root", number)) for number, source in enumerate(sources)}
     return Concatenated(sources, distinct_keys=len(roots) > 1)
+
+
+def stamp_of_data(
+    data: Sequence[str], options: Mapping[str, Any], source: PairSource, without: Sequence[Path] = ()
+) -> str:
+    """Return a cache key of data; like ``make``, it looks at the times and sizes of files.
+
+    Args:
+        data: paths.
+        options: that they were opened with.
+        source: what was opened.
+        without: files that do not count, such as the caller's own output.
+    """
+    outputs = [os.path.abspath(path) for path in without]
+    stamps = []
+    for name in data:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            below = (file for file in path.rglob("*") if file.is_file() and not _hidden(file.relative_to(path)))
+            stamps.append(stamp_of_files(file for file in below if os.path.abspath(file) not in outputs))
+        else:
+            stamps.append(stamp_of_files([path]) if path.is_file() else "")
+    return repr((list(data), sorted(options.items(), key=lambda item: item[0]), len(source), source.versions, stamps))
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def holds_pairs(name: str) -> bool:
+    """Whether a path is a table, shards or another source of pairs, rather than an image or a folder of images."""
+    path = Path(name).expanduser()
+    if is_remote(name) or _is_shards(name) or path.suffix.lower() in FILES:
+        return True
+    if path.is_dir():
+        return _format_of(path) is not None
+    return not path.exists() and path.suffix.lower() not in IMAGES and parse_hub_name(name) is not None
 
 
 def _is_shards(name: str) -> bool:
@@ -99,18 +139,27 @@ def _open_remote(url: str, options: SourceOptions) -> PairSource:
 def _open_folder(folder: Path, options: SourceOptions) -> PairSource:
     if options.of_classes:
         return open_class_folders(folder, options)
-    if saved.is_saved(folder):
-        return saved.open_saved(folder, options)
-    names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
-    for file in map(Path, names):
-        if file.stem.lower() == "metadata" and file.suffix.lower() in METADATA:
-            return FILES[file.suffix.lower()](folder / file, options)
-    if any(map(_is_shards, names)):
-        return _open_shards([str(folder)], options)
-    files = sorted([*folder.glob("*.parquet"), *folder.glob("data/*.parquet")])
-    from_img2dataset = all(file.with_suffix("").is_dir() for file in files)  # its 00000.parquet describes 00000/
-    if files and not from_img2dataset:
-        return parquet.open_parquet(parquet.files_of_split(folder, files, options), options)
+    open_it = _format_of(folder)
+    if open_it is not None:
+        return open_it(options)
     options.refuse_split(folder)
     options.refuse_columns(folder)
     return FolderPairs(folder, options.option_prefix)
+
+
+def _format_of(folder: Path) -> Callable[[SourceOptions], PairSource] | None:
+    """Return the opener of a folder that holds more than images and texts."""
+    if saved.is_saved(folder):
+        return partial(saved.open_saved, folder)
+    names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    for file in map(Path, names):
+        if file.stem.lower() == "metadata" and file.suffix.lower() in METADATA:
+            return partial(FILES[file.suffix.lower()], folder / file)
+    if any(map(_is_shards, names)):
+        return partial(_open_shards, [str(folder)])
+    files = sorted([*folder.glob("*.parquet"), *folder.glob("data/*.parquet")])
+    files = [file for file in files if not parquet.holds_features(file)]
+    from_img2dataset = all(file.with_suffix("").is_dir() for file in files)  # its 00000.parquet describes 00000/
+    if files and not from_img2dataset:
+        return lambda options: parquet.open_parquet(parquet.files_of_split(folder, files, options), options)
+    return None

@@ -42,6 +42,14 @@ def files_of_split(folder: Path, files: Sequence[Path], options: SourceOptions) 
     return [file for file, name in zip(files, names, strict=True) if name == wanted]
 
 
+def holds_features(path: Path) -> bool:
+    """Whether a file is one that ``lit-clip embed`` has written, perhaps into the folder of its images."""
+    try:
+        return b"model_sha256" in (pq.read_schema(path).metadata or {})
+    except (pa.ArrowException, OSError):  # opening it will report it
+        return False
+
+
 def open_parquet_file(path: Path, options: SourceOptions) -> PairSource:
     """Open one parquet file; see :func:`open_parquet`."""
     options.refuse_split(path)

@@ -291,6 +291,10 @@ class TarPairs(PairSource):
         caption = pair.captions[0] if rng is None or len(pair.captions) == 1 else rng.choice(pair.captions)
         return Pair(open_image(io.BytesIO(pair.image), pair.where), caption, pair.key, pair.group)
 
+    def key(self, index: int) -> str:
+        number, row = self._locate(index)
+        return f"{self._names[number]}/{self._shards[number].index.sample(row)[0]}"
+
     def captions(self, index: int) -> list[str]:
         _, where, contents = self._sample(index, [])
         return self._captions(contents, where)
