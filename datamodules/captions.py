@@ -166,8 +166,8 @@ class Captions(CaptionDataModule):
 
     def _source(self, data: Data, split: str) -> PairSource:
         def opened(path: str | Sequence[str]) -> PairSource:
-            folder = isinstance(path, str) and Path(path).expanduser().is_dir()
-            classes = self._classes if split == "train" or folder else {}
+            folders = all(Path(each).expanduser().is_dir() for each in ([path] if isinstance(path, str) else path))
+            classes = self._classes if split == "train" or folders else {}
             return open_source(
                 path,
                 split=self._splits[split],

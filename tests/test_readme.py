@@ -35,14 +35,6 @@ FAST = ("--trainer.accelerator", "cpu", "--data.num_workers", "0", "--data.batch
 CONFIG = ("--config", "configs/finetune_table.yaml")
 NOT_RUN = ("torchrun ", "srun ", "configs/pretrain_", "--data-root /data")  # clusters, and data that is not here
 NOT_RUN += ("jxie/flickr8k", "s3://", "--data.templates")
-    "torchrun ",
-    "srun ",
-    "configs/pretrain_",
-    "--data-root /data",
-    "jxie/flickr8k",
-    "s3://",
-    "--data.templates",
-)  # clusters, and data that is not here
 SETUP = ("make", "pip", "source", "export", "python")  # other programs than lit-clip
 
 
