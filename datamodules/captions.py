@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.trainer.states import TrainerFn
@@ -15,6 +16,7 @@ from datamodules.pairs.mixture import Mixture
 from datamodules.pairs.source import NO_CAPTION, PairSource
 from datamodules.shards.pairs import ShardOptions
 from lit_clip.batch import JUDGED_AFTER
+from lit_clip.distributed import gather_objects
 from lit_clip.errors import InputError
 from lit_clip.tools.images import OnError
 
@@ -77,6 +79,11 @@ class Captions(CaptionDataModule):
         on_error: ``error`` or ``skip``, see :class:`datamodules.caption_datamodule.CaptionDataModule`.
         max_skipped: largest share of skipped samples.
         long_captions: ``truncate`` or ``error``.
+        templates: reads ``train`` as a folder with a subfolder of images for each class, and ``val`` if it is a folder;
+            the captions are these prompt templates with the class's name for ``{}``: ``imagenet``, ``paper:NAME``,
+            ``clip_benchmark:NAME``, a YAML file, a template or a list. A class is a group of duplicates, see
+            ``group_column``.
+        class_names: of a folder of classes, as for an evaluation; None: the subfolders' names.
     """
 
     def __init__(
@@ -100,13 +107,17 @@ class Captions(CaptionDataModule):
         on_error: OnError = "error",
         max_skipped: float = 0.05,
         long_captions: LongCaptions = "truncate",
+        templates: str | list[str] | None = None,
+        class_names: str | list[str] | None = None,
     ) -> None:
         policies = (on_error, max_skipped, long_captions)
         super().__init__(batch_size, num_workers, seed, augmentation, global_batch_size, *policies)
         if train is None and val is None:
             raise InputError("data: set train, val or both to a table, a folder or tar shards")
         self.train, self.val, self.epoch_size, self.negative_column = train, val, epoch_size, negative_column
+        self._versions: dict[str, str] = {}  # of addresses in the data, to be the same on all ranks and after a resume
         self._splits = {"train": train_split, "validation": val_split}
+        self._classes = {"templates": templates, "class_names": class_names}
         self._options: dict[str, Any] = {
             "root": root,
             "image_column": image_column,
@@ -122,11 +133,46 @@ class Captions(CaptionDataModule):
         needs_train = not self.trainer or self.trainer.state.fn == TrainerFn.FITTING or self.val is None
         for data, split in ((self.train if needs_train else None, "train"), (self.val, "validation")):
             if data is not None:
-                self._source(data, split).prepare()
+                source = self._source(data, split)
+                source.prepare()
+                self._versions.update(source.versions)
+
+    def setup(self, stage: str) -> None:
+        self._versions = gather_objects([self._versions])[0]  # an address may have changed since the first rank read it
+        super().setup(stage)
+
+    def state_dict(self) -> dict[str, Any]:
+        versions = self._opened_versions()
+        return super().state_dict() | ({"versions": versions} if versions else {})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Open the data again as they were, if an address in them has changed since the checkpoint was saved."""
+        super().load_state_dict(state_dict)
+        opened = self._opened_versions()
+        saved = state_dict.get("versions", {})
+        fitting = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        if fitting and any(saved.get(name, version) != version for name, version in opened.items()):
+            self._versions = {**opened, **saved}
+            self.train_source, self.val_source = self.sources(fit=True)
+
+    def _opened_versions(self) -> dict[str, str]:
+        sources = [source for source in (self.train_source, self.val_source) if source is not None]
+        return {name: version for source in sources for name, version in source.versions.items()}
 
     def _source(self, data: Data, split: str) -> PairSource:
         def opened(path: str | Sequence[str] | PairSource) -> PairSource:
-            return open_source(path, split=self._splits[split], default_split=split, **self._options)
+            paths = [path] if isinstance(path, str) else [] if isinstance(path, PairSource) else path
+            classes = (
+                self._classes if split == "train" or all(Path(each).expanduser().is_dir() for each in paths) else {}
+            )
+            return open_source(
+                path,
+                split=self._splits[split],
+                default_split=split,
+                **classes,
+                **self._options,
+                versions=self._versions,
+            )
 
         if isinstance(data, str | PairSource):
             return opened(data)

@@ -1,18 +1,26 @@
 """Recognise and open a source of pairs, whatever its format."""
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 
+from datamodules.loading.store import is_remote
 from datamodules.pairs import coco, parquet, saved, text_table
+from datamodules.pairs.class_folders import open_class_folders
 from datamodules.pairs.folder import FolderPairs
+from datamodules.pairs.hub import open_hub_data, parse_hub_name
 from datamodules.pairs.mixture import Concatenated
+from datamodules.pairs.remote_table import open_remote_table, url_suffix
 from datamodules.pairs.source import DELIMITED, JSON_LINES, PairSource, SourceOptions
 from datamodules.shards.pairs import TarPairs
 from lit_clip.errors import InputError, require
+from lit_clip.tools.hashing import stamp_of_files
+from lit_clip.tools.images import SUFFIXES as IMAGES
 from lit_clip.tools.messages import one_line
 
 Opener = Callable[[Path, SourceOptions], PairSource]
@@ -22,11 +30,12 @@ FILES: dict[str, Opener] = {  # by suffix
     ".json": coco.open_json,
     ".parquet": parquet.open_parquet_file,
 }
+REMOTE = (*DELIMITED, *JSON_LINES, ".parquet")  # suffixes of tables that are read from a store
 METADATA = (".csv", *JSON_LINES, ".parquet")  # suffixes of the table "metadata" in a Hugging Face "imagefolder"
 SUPPORTED = (
     "a table (.csv, .tsv, .txt, .jsonl, .ndjson, .json, .parquet), COCO's or Karpathy's JSON, a folder of images "
-    "with a .txt beside each, a folder of parquet files, a data set saved by Hugging Face's datasets, tar shards, "
-    "or a source of your own ({class_path: my_source.MyPairs})"
+    "with a .txt beside each, a folder of parquet files, a data set saved by Hugging Face's datasets, one of its hub "
+    "(owner/name), tar shards, or a source of your own ({class_path: my_source.MyPairs})"
 )
 
 
@@ -71,6 +80,43 @@ def _made(description: Mapping[str, Any] | str) -> PairSource:
         raise InputError(one_line(error)) from error
 
 
+def stamp_of_data(
+    data: Sequence[str], options: Mapping[str, Any], source: PairSource, without: Sequence[Path] = ()
+) -> str:
+    """Return a cache key of data; like ``make``, it looks at the times and sizes of files.
+
+    Args:
+        data: paths.
+        options: that they were opened with.
+        source: what was opened.
+        without: files that do not count, such as the caller's own output.
+    """
+    outputs = [os.path.abspath(path) for path in without]
+    stamps = []
+    for name in data:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            below = (file for file in path.rglob("*") if file.is_file() and not _hidden(file.relative_to(path)))
+            stamps.append(stamp_of_files(file for file in below if os.path.abspath(file) not in outputs))
+        else:
+            stamps.append(stamp_of_files([path]) if path.is_file() else "")
+    return repr((list(data), sorted(options.items(), key=lambda item: item[0]), len(source), source.versions, stamps))
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def holds_pairs(name: str) -> bool:
+    """Whether a path is a table, shards or another source of pairs, rather than an image or a folder of images."""
+    path = Path(name).expanduser()
+    if is_remote(name) or _is_shards(name) or path.suffix.lower() in FILES:
+        return True
+    if path.is_dir():
+        return _format_of(path) is not None
+    return not path.exists() and path.suffix.lower() not in IMAGES and parse_hub_name(name) is not None
+
+
 def _is_shards(name: str) -> bool:
     if "://" in name and name.endswith("/"):  # a folder in a store; only shards are read from one
         return True
@@ -87,32 +133,57 @@ def _open_shards(names: list[str], options: SourceOptions) -> PairSource:
 def _open_path(name: str, options: SourceOptions) -> PairSource:
     if name.startswith("{") and "class_path" in name:
         return _made(name)
+    if options.of_classes and not Path(name).expanduser().is_dir():
+        option = "templates" if options.templates is not None else "class_names"
+        raise InputError(f"{options.option_prefix}{option}: {name} is not a folder of classes; leave {option} out")
     if _is_shards(name):
         return _open_shards([name], options)
-    require("://" not in name, f"{name}: only tar shards are read from a URL; download it first")
+    if is_remote(name):
+        return _open_remote(name, options)
     path = Path(name).expanduser()
     if path.is_dir():
         return _open_folder(path, options)
-    require(path.exists(), f"{name}: no such file or folder; data may be {SUPPORTED}")
     suffix = path.suffix.lower()
+    parts = None if path.exists() or suffix in (*FILES, *IMAGES) else parse_hub_name(name)
+    if parts is not None:
+        return open_hub_data(name, parts, options)
+    require(path.exists(), f"{name}: no such file or folder; data may be {SUPPORTED}")
     if suffix not in FILES:
         raise InputError(f"{name}: unknown format {suffix or '(no suffix)'}; data may be {SUPPORTED}")
     return FILES[suffix](path, options)
 
 
+def _open_remote(url: str, options: SourceOptions) -> PairSource:
+    suffix = url_suffix(url)
+    if suffix not in REMOTE:
+        raise InputError(f"{url}: only tables ({', '.join(REMOTE)}) and tar shards are read from a URL; download it")
+    return open_remote_table(url, options, FILES[suffix])
+
+
 def _open_folder(folder: Path, options: SourceOptions) -> PairSource:
+    if options.of_classes:
+        return open_class_folders(folder, options)
+    open_it = _format_of(folder)
+    if open_it is not None:
+        return open_it(options)
+    options.refuse_split(folder)
+    options.refuse_columns(folder)
+    return FolderPairs(folder, options.option_prefix)
+
+
+def _format_of(folder: Path) -> Callable[[SourceOptions], PairSource] | None:
+    """Return the opener of a folder that holds more than images and texts."""
     if saved.is_saved(folder):
-        return saved.open_saved(folder, options)
+        return partial(saved.open_saved, folder)
     names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
     for file in map(Path, names):
         if file.stem.lower() == "metadata" and file.suffix.lower() in METADATA:
-            return FILES[file.suffix.lower()](folder / file, options)
+            return partial(FILES[file.suffix.lower()], folder / file)
     if any(map(_is_shards, names)):
-        return _open_shards([str(folder)], options)
+        return partial(_open_shards, [str(folder)])
     files = sorted([*folder.glob("*.parquet"), *folder.glob("data/*.parquet")])
+    files = [file for file in files if not parquet.holds_features(file)]
     from_img2dataset = all(file.with_suffix("").is_dir() for file in files)  # its 00000.parquet describes 00000/
     if files and not from_img2dataset:
-        return parquet.open_parquet(parquet.files_of_split(folder, files, options), options)
-    options.refuse_split(folder)
-    options.refuse_columns(folder)
-    return FolderPairs(folder)
+        return lambda options: parquet.open_parquet(parquet.files_of_split(folder, files, options), options)
+    return None

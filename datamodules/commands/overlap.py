@@ -1,8 +1,7 @@
 """``lit-clip overlap``: find evaluation images in training data, and measure how much they help a model."""
 
 import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from datamodules.open_source import open_source
+from datamodules.open_source import open_source, stamp_of_data
 from datamodules.overlap.findings import By, SetFindings, findings_of
 from datamodules.overlap.page import percent, points, write_overlap
 from datamodules.overlap.search import NearestFound, Queries, joined, search
@@ -26,7 +25,7 @@ from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.console import stderr
 from lit_clip.tools.hardware import best_device
-from lit_clip.tools.hashing import hex_digest, stamp_of_files
+from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.html import plural
 from lit_clip.version import __version__
 from lit_clip.weights.fingerprint import fingerprint
@@ -97,7 +96,7 @@ def overlap(
     clip = load_model(model).to(best_device())
     cache = _Cache(path, fingerprint(clip).model)
     queries = {name: cache.queries(clip, name, each.images, batch_size, num_workers) for name, each in opened.items()}
-    stamp = _stamp_of(train, columns, len(source), (path.with_suffix(".html"), path.with_suffix(".json")))
+    stamp = stamp_of_data(train, columns, source, (path.with_suffix(".html"), path.with_suffix(".json")))
     found = search(clip, joined(list(queries.values())), source, cache.search(stamp), batch_size, num_workers)
     findings, start = {}, 0
     for name, each in opened.items():
@@ -147,24 +146,6 @@ class _Cache:
     def search(self, training_stamp: str) -> Path:
         """Return the path of the search results for all sets so far."""
         return self._path("search", training_stamp, self._sets)
-
-
-def _stamp_of(data: Sequence[str], options: Mapping[str, Any], rows: int, without: Sequence[Path]) -> str:
-    """Return a cache key of the training data; like ``make``, it looks at the times and sizes of files."""
-    outputs = [os.path.abspath(path) for path in without]
-    stamps = []
-    for name in data:
-        path = Path(name).expanduser()
-        if path.is_dir():
-            below = (file for file in path.rglob("*") if file.is_file() and not _hidden(file.relative_to(path)))
-            stamps.append(stamp_of_files(file for file in below if os.path.abspath(file) not in outputs))
-        else:
-            stamps.append(stamp_of_files([path]) if path.is_file() else "")
-    return repr((list(data), sorted(options.items(), key=lambda item: item[0]), rows, stamps))
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
 
 
 def _part(found: NearestFound, start: int, stop: int) -> NearestFound:

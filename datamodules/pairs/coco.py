@@ -109,7 +109,7 @@ def _pairs(path: Path, rows: Iterator[RawRow], options: SourceOptions, label: st
     table, left_out = pa.Table.from_batches(batches, SCHEMA_OF_LISTS), problems.left_out
     if not table.num_rows:
         raise InputError(f"{path}: no image with a caption ({left_out.counts[NO_CAPTION]} without); add captions")
-    root = Path(options.root).expanduser() if options.root else _find_root(path, table["image"][0].as_py())
+    root = options.image_root(_find_root(path, table["image"][0].as_py()) if options.root is None else path.parent)
     return TablePairs(table, path, root, label, left_out=left_out)
 
 

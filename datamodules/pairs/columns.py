@@ -6,13 +6,14 @@ import re
 import shlex
 from abc import abstractmethod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
 from datamodules.loading.bad_samples import BLANK, check_caption
+from datamodules.loading.store import StoreFolder
 from datamodules.pairs.source import (
     NO_CAPTION,
     EncodedPair,
@@ -33,6 +34,8 @@ IMAGE_COLUMNS = (
     *("jpg", "jpeg", "png", "webp"),  # encoded images in a parquet file
 )
 CAPTION_COLUMNS = ("caption", "captions", "text", "title", "description", "sentence", "sentences")
+
+CHECKED_IN_STORE = 8  # images that are read before training
 
 _SPACE = r"[\t-\r\x1c-\x1f\x{85}\p{Z}]*"  # what str.strip removes
 _BLANK = f"^{_SPACE}(?:{'|'.join(map(re.escape, sorted(BLANK)))}){_SPACE}$"
@@ -104,10 +107,17 @@ class Columns(NamedTuple):
     caption: str
     group: str | None = None
     negative: str | None = None
+    more_captions: tuple[str, ...] = ()  # further columns of captions of the same image
+
+    @property
+    def captions(self) -> list[str]:
+        """The columns of captions."""
+        return [self.caption, *self.more_captions]
 
     def names(self) -> list[str]:
         """Return the columns, each once."""
-        return list(dict.fromkeys(name for name in self if name is not None))
+        names = (self.image, *self.captions, self.group, self.negative)
+        return list(dict.fromkeys(name for name in names if name is not None))
 
 
 def find_column(path: object, found: list[str], wanted: str | None, usual: tuple[str, ...], option: str) -> str:
@@ -147,13 +157,24 @@ def find_columns(path: object, found: list[str], options: SourceOptions) -> Colu
     """
     prefix = options.option_prefix
     image = find_column(path, found, options.image_column, IMAGE_COLUMNS, f"{prefix}image_column")
-    caption = find_column(path, found, options.caption_column, CAPTION_COLUMNS, f"{prefix}caption_column")
+    numbered = [] if options.caption_column is not None else _numbered_captions(found)
+    wanted = numbered[0] if numbered else options.caption_column
+    caption = find_column(path, found, wanted, CAPTION_COLUMNS, f"{prefix}caption_column")
     if image == caption:
         raise InputError(f"{path}: column {image!r} cannot be both the image and the caption")
     for option in ("group_column", "negative_column"):
         if getattr(options, option) is not None:
             find_column(path, found, getattr(options, option), (), f"{prefix}{option}")
-    return Columns(image, caption, options.group_column, options.negative_column)
+    return Columns(image, caption, options.group_column, options.negative_column, tuple(numbered[1:]))
+
+
+def _numbered_captions(found: list[str]) -> list[str]:
+    """Return the columns ``caption_0``, ``caption_1``, ... in the order of their numbers, unless one is plain."""
+    if any(column.lower() in CAPTION_COLUMNS for column in found):
+        return []
+    pattern = re.compile(rf"({'|'.join(CAPTION_COLUMNS)})[_ -]?(\d+)", re.IGNORECASE)
+    matches = [(match[1].lower(), int(match[2]), name) for name in found if (match := pattern.fullmatch(name))]
+    return [name for stem, _, name in sorted(matches) if stem == matches[0][0]]
 
 
 def check_types(path: object, schema: pa.Schema, columns: Columns) -> None:
@@ -161,9 +182,11 @@ def check_types(path: object, schema: pa.Schema, columns: Columns) -> None:
     image = schema.field(columns.image).type
     if not (_is_text(image) or is_encoded(image)):
         raise InputError(f"{path}: column {columns.image!r} holds {image}, neither paths nor images; set image_column")
-    for option, name in (("caption_column", columns.caption), ("negative_column", columns.negative)):
+    texts = [*(("caption_column", name) for name in columns.captions), ("negative_column", columns.negative)]
+    for option, name in texts:
         kind = None if name is None else schema.field(name).type
-        if kind is not None and not _is_text(kind.value_type if _is_list(kind) else kind):
+        lists = kind is not None and _is_list(kind) and not (option == "caption_column" and columns.more_captions)
+        if kind is not None and not _is_text(kind.value_type if lists else kind):
             raise InputError(f"{path}: column {name!r} holds {kind}, neither texts nor lists of texts; set {option}")
 
 
@@ -198,12 +221,27 @@ class ColumnPairs(PairSource):
 
     Args:
         path: of the source, for messages.
-        root: folder that relative image paths start from.
+        root: folder that relative image paths start from, on disk or in a store.
     """
 
-    def __init__(self, path: Path, root: Path) -> None:
+    def __init__(self, path: Path, root: Path | StoreFolder) -> None:
         self.path, self.root = path, root
         self._left_out = LeftOut()
+        self._versions: dict[str, str] = {}
+        self._local, self._address = "", ""
+
+    def copied_from(self, name: str, version: str, copy: str) -> Self:
+        """Note that the file or folder ``copy`` is a version of ``name``; see :attr:`PairSource.versions`."""
+        self._versions, self._local, self._address = {name: version}, copy, name
+        return self
+
+    def shown(self, path: Path) -> str:
+        """Return the name of a file in messages."""
+        return str(path).replace(self._local, self._address, 1) if self._local else str(path)
+
+    @property
+    def versions(self) -> dict[str, str]:
+        return self._versions
 
     @abstractmethod
     def cells(self, index: int) -> Cells:
@@ -228,11 +266,12 @@ class ColumnPairs(PairSource):
         caption = captions[0] if rng is None or len(captions) == 1 else rng.choice(captions)
         negatives = [] if rng is None else _texts(cells.negative, cells.where)
         negative = rng.choice(negatives) if rng and len(negatives) > 1 else "".join(negatives)
-        return Pair(open_image(source, cells.where), caption, key, cells.group, negative)
+        return Pair(open_image(self._opened(source, cells.where), cells.where), caption, key, cells.group, negative)
 
     def read(self, index: int) -> EncodedPair:
         cells = self.cells(index)
-        source, key = self._image(cells)
+        image, key = self._image(cells)
+        source = self._opened(image, cells.where)
         try:
             data = source.read_bytes() if isinstance(source, Path) else source.getvalue()
         except FileNotFoundError as error:
@@ -244,8 +283,15 @@ class ColumnPairs(PairSource):
     def captions(self, index: int) -> list[str]:
         return _captions(self.cells(index))
 
-    def _image(self, cells: Cells) -> tuple[Path | io.BytesIO, str]:
-        """Return a row's image file and its key."""
+    def key(self, index: int) -> str:
+        return self._image(self.cells(index))[1]
+
+    def _opened(self, image: Path | str | io.BytesIO, where: str) -> Path | io.BytesIO:
+        """Read an image that is in a store."""
+        return io.BytesIO(cast(StoreFolder, self.root).read(image, where)) if isinstance(image, str) else image
+
+    def _image(self, cells: Cells) -> tuple[Path | str | io.BytesIO, str]:
+        """Return a row's image, which is a file, an address in a store, or the content; and its key."""
         value = cells.image
         if isinstance(value, dict):
             value = value["bytes"] if value["bytes"] is not None else value.get("path")
@@ -253,12 +299,14 @@ class ColumnPairs(PairSource):
             return io.BytesIO(value), cells.key
         if not isinstance(value, str) or not value.strip():
             raise BadSample(cells.where, "missing image", "no image; add a path or remove the row")
-        return self.root / value.strip(), value.strip()
+        key = value.strip()
+        return self.root.locate(key, cells.where) if isinstance(self.root, StoreFolder) else self.root / key, key
 
     def check(self) -> None:
-        sample = (self.cells(index) for index in range(0, len(self), max(1, len(self) // CHECKED)))
+        checked = CHECKED_IN_STORE if isinstance(self.root, StoreFolder) else CHECKED
+        sample = (self.cells(index) for index in range(0, len(self), max(1, len(self) // checked)))
         files = [(self._image(cells)[0], cells.where) for cells in sample if not isinstance(cells.image, bytes | dict)]
-        check_images([(source, where) for source, where in files if isinstance(source, Path)])
+        check_images([(self._opened(source, where), where) for source, where in files])
 
     def divide(self, share: float, seed: int) -> tuple[PairSource, PairSource]:
         paths = self.image_paths()
@@ -315,7 +363,7 @@ class TablePairs(ColumnPairs):
         self,
         table: pa.Table,
         path: Path,
-        root: Path,
+        root: Path | StoreFolder,
         label: str = "row",
         mapped: Path | None = None,
         left_out: LeftOut | None = None,
@@ -342,7 +390,7 @@ class TablePairs(ColumnPairs):
 
     def cells(self, index: int) -> Cells:
         row = {name: self._table[name][index].as_py() for name in self._table.column_names}
-        where = f"{self.path} {self.label} {row['number']}"
+        where = f"{self.shown(self.path)} {self.label} {row['number']}"
         return Cells(row["image"], row["caption"], row.get("group") or "", where, "", row.get("negative"))
 
 

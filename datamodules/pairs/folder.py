@@ -16,7 +16,7 @@ BATCH_ROWS = 16_384
 TABLES = (*DELIMITED[:2], *JSON_LINES, ".json")
 
 
-def _walk(folder: Path, below: str = "") -> Iterator[tuple[str, bool]]:
+def walk_images(folder: Path, below: str = "") -> Iterator[tuple[str, bool]]:
     """Yield the images at any depth, sorted, without hidden ones, and whether each has a text file."""
     entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     texts = {entry.name.removesuffix(".txt") for entry in entries if entry.name.endswith(".txt")}
@@ -24,7 +24,7 @@ def _walk(folder: Path, below: str = "") -> Iterator[tuple[str, bool]]:
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
-            yield from _walk(folder / entry.name, f"{below}{entry.name}/")
+            yield from walk_images(folder / entry.name, f"{below}{entry.name}/")
             continue
         stem, suffix = os.path.splitext(entry.name)
         if suffix.lower() in SUFFIXES:
@@ -38,15 +38,16 @@ class FolderPairs(ColumnPairs):
 
     Args:
         folder: to search.
+        option_prefix: see :class:`SourceOptions`.
 
     Raises:
         InputError: no image in it has a text file.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, option_prefix: str = "") -> None:
         super().__init__(folder, folder)
         without, chunks, names = 0, [], []
-        for name, has_text in _walk(folder):
+        for name, has_text in walk_images(folder):
             without += not has_text
             if has_text:
                 names.append(name)
@@ -58,6 +59,8 @@ class FolderPairs(ColumnPairs):
             problem = f"its {without} images have no .txt beside them" if without else "no images in it"
             tables = sorted(entry.name for entry in folder.iterdir() if entry.suffix.lower() in TABLES)
             hint = f"give the table itself ({', '.join(tables[:3])})" if tables else "a.jpg needs its caption in a.txt"
+            if without and not tables and any(entry.is_dir() for entry in folder.iterdir()):
+                hint += f", or set {option_prefix}templates (such as imagenet) if each subfolder is a class"
             raise InputError(f"{folder}: {problem}; {hint}")
         if without:
             rank_zero_info(f"{folder}: left out {without} images without a .txt beside them")

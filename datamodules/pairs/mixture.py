@@ -86,6 +86,10 @@ class Concatenated(PairSource):
         number, row = self._locate(index)
         return self.sources[number].captions(row)
 
+    def key(self, index: int) -> str:
+        number, row = self._locate(index)
+        return self._distinct(number, self.sources[number].key(row), "")["key"]
+
     def prepare(self) -> None:
         for source in self.sources:
             source.prepare()
@@ -100,6 +104,10 @@ class Concatenated(PairSource):
         for source in self.sources:
             total.update(source.left_out)
         return total
+
+    @property
+    def versions(self) -> dict[str, str]:
+        return {name: version for source in self.sources for name, version in source.versions.items()}
 
 
 class Mixture(Concatenated):

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from lightning.pytorch.utilities import rank_zero_info
 
 from datamodules.loading.cache import cache_file, writing_cached
+from datamodules.loading.store import StoreFolder
 from datamodules.pairs.columns import Columns, check_types, find_columns, is_encoded, map_table
 from datamodules.pairs.source import PairSource, SourceOptions, find_split
 from datamodules.pairs.stored import RowRange, StoredPairs, blank_rows
@@ -41,6 +42,14 @@ def files_of_split(folder: Path, files: Sequence[Path], options: SourceOptions) 
     return [file for file, name in zip(files, names, strict=True) if name == wanted]
 
 
+def holds_features(path: Path) -> bool:
+    """Whether a file is one that ``lit-clip embed`` has written, perhaps into the folder of its images."""
+    try:
+        return b"model_sha256" in (pq.read_schema(path).metadata or {})
+    except (pa.ArrowException, OSError):  # opening it will report it
+        return False
+
+
 def open_parquet_file(path: Path, options: SourceOptions) -> PairSource:
     """Open one parquet file; see :func:`open_parquet`."""
     options.refuse_split(path)
@@ -67,7 +76,7 @@ def open_parquet(paths: Sequence[Path], options: SourceOptions) -> PairSource:
         parts += list(_parts(path, file.metadata))
         sizes += [_size(file.metadata.row_group(group), columns) for group in range(file.num_row_groups)]
     assert columns is not None
-    root = Path(options.root).expanduser() if options.root else whole if whole.is_dir() else whole.parent
+    root = options.image_root(whole if whole.is_dir() else whole.parent)
     return ParquetPairs(whole, root, parts, columns, np.array(sizes, dtype=np.int64))
 
 
@@ -113,14 +122,16 @@ class ParquetPairs(StoredPairs):
         sizes: uncompressed bytes of the columns in each row group, int64 ``[P]``.
     """
 
-    def __init__(self, path: Path, root: Path, parts: Sequence[RowRange], columns: Columns, sizes: np.ndarray) -> None:
+    def __init__(
+        self, path: Path, root: Path | StoreFolder, parts: Sequence[RowRange], columns: Columns, sizes: np.ndarray
+    ) -> None:
         self.sizes = sizes
         first = _open_file(parts[0].file) if parts else None
         self.encoded = first is not None and is_encoded(first.schema_arrow.field(columns.image).type)
         self.copied = not self.encoded and int(sizes.sum()) > IN_MEMORY
         blank, start = [], 0
         for file in dict.fromkeys(part.file for part in parts):
-            blank.append(_blank(file, columns.caption) + start)
+            blank.append(_blank(file, columns.captions) + start)
             start += sum(part.rows for part in parts if part.file == file)
         super().__init__(path, root, parts, columns, np.concatenate(blank) if blank else np.zeros(0, dtype=np.int64))
         self._recent: dict[int, None] = {}  # numbers of the parts in memory, the most recently used last
@@ -145,7 +156,7 @@ class ParquetPairs(StoredPairs):
     def _copy(self, number: int) -> Path:
         """Return the Arrow file of a row group's texts, written if it does not exist."""
         part = self.part(number)
-        path = cache_file("tables", part.file, (LAYOUT, part.group, *self.columns), ".arrow")
+        path = cache_file("tables", part.file, (LAYOUT, part.group, *self.columns.names()), ".arrow")
         if not path.is_file():
             with writing_cached(path) as draft:
                 self._write(draft, part)
@@ -158,6 +169,23 @@ class ParquetPairs(StoredPairs):
         with pa.ipc.new_file(str(path), schema) as writer:
             for batch in _batches(file, [part.group], names):
                 writer.write_batch(batch)
+
+    def key(self, index: int) -> str:
+        where, number, _ = self._where(self.row(index))
+        if self.encoded and self.opened(("bytes", number), lambda: self._has_no_paths(number)):
+            return self._place(where)
+        return super().key(index)
+
+    def _has_no_paths(self, number: int) -> bool:
+        """Whether every row of a part is known to hold an encoded image, not only the path of one."""
+        part = self.part(number)
+        group = _open_file(part.file).metadata.row_group(part.group)
+        names = (self.columns.image, f"{self.columns.image}.bytes")
+        chunks = [group.column(place) for place in range(group.num_columns)]
+        counts = [chunk.statistics for chunk in chunks if chunk.path_in_schema in names]
+        return bool(counts) and all(
+            count is not None and count.has_null_count and not count.null_count for count in counts
+        )
 
     def prepare(self) -> None:
         if self.copied:
@@ -187,13 +215,13 @@ class ParquetPairs(StoredPairs):
         return np.concatenate(order).astype(np.int32 if len(self) < 2**31 else np.int64)
 
 
-def _blank(path: Path, caption: str) -> np.ndarray:
+def _blank(path: Path, captions: Sequence[str]) -> np.ndarray:
     """Return the numbers of a file's rows without a caption, int64 ``[K]``; cached for a large file."""
     metadata = _open_file(path).metadata
     rows = np.array([metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)], dtype=np.int64)
 
     def search_groups(groups: np.ndarray) -> np.ndarray:
-        numbers = blank_rows(_batches(_open_file(path), groups.tolist(), [caption]), caption)
+        numbers = blank_rows(_batches(_open_file(path), groups.tolist(), list(captions)), captions)
         return numbers + rows[: groups[0]].sum() if len(groups) else numbers
 
     def search() -> np.ndarray:
@@ -206,7 +234,7 @@ def _blank(path: Path, caption: str) -> np.ndarray:
 
     if metadata.num_rows < REMEMBERED:
         return search()
-    remembered = cache_file("tables", path, (LAYOUT, "blank", caption), ".npy")
+    remembered = cache_file("tables", path, (LAYOUT, "blank", *captions), ".npy")
     if not remembered.is_file():
         blank = search()
         with writing_cached(remembered) as draft, draft.open("wb") as stream:

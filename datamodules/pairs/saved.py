@@ -55,11 +55,10 @@ def _open(folder: Path, options: SourceOptions) -> PairSource:
     check_types(folder, schema, columns)
     blank, start = [], 0
     for table in tables:
-        blank.append(blank_rows(table.select([columns.caption]).to_batches(), columns.caption) + start)
+        blank.append(blank_rows(table.select(columns.captions).to_batches(), columns.captions) + start)
         start += table.num_rows
     parts = [RowRange(file, 0, 0, table.num_rows) for file, table in zip(files, tables, strict=True)]
-    root = Path(options.root).expanduser() if options.root else folder
-    return SavedPairs(folder, root, parts, columns, np.concatenate(blank))
+    return SavedPairs(folder, options.image_root(folder), parts, columns, np.concatenate(blank))
 
 
 def _map_stream(file: Path) -> pa.Table:

@@ -3,13 +3,16 @@
 import random
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from datamodules.loading.sampling import permutation
+from datamodules.loading.store import StoreFolder, is_remote
 from lit_clip.errors import InputError, require
 from lit_clip.tools.images import OnError
 
@@ -122,6 +125,14 @@ class PairSource(ABC):
         """
         return [self.load(index, None).caption]
 
+    def key(self, index: int) -> str:
+        """Return the key of a pair, without reading the image where the source can.
+
+        Raises:
+            BadSample: the row cannot be read.
+        """
+        return self.read(index).key
+
     def order(self, epoch: int, seed: int) -> np.ndarray:
         """Return the rows of an epoch in their order, a pure function: int ``[epoch_size]``."""
         return permutation(len(self), epoch, seed)
@@ -145,6 +156,11 @@ class PairSource(ABC):
     def left_out(self) -> LeftOut:
         """Rows that were left out when the source was opened."""
         return LeftOut()
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """The version of each address that was opened and may change; opened again with it, it has the same rows."""
+        return {}
 
     def divide(self, share: float, seed: int) -> "tuple[PairSource, PairSource]":
         """Divide the pairs in two; the second has about ``share`` of the images, and no image is in both.
@@ -188,6 +204,9 @@ class Rows(PairSource):
     def captions(self, index: int) -> list[str]:
         return self.source.captions(int(self.rows[index]))
 
+    def key(self, index: int) -> str:
+        return self.source.key(int(self.rows[index]))
+
     def order(self, epoch: int, seed: int) -> np.ndarray:
         position = np.full(len(self.source), -1, dtype=self.rows.dtype)  # row of ``source`` -> row of this
         position[self.rows] = np.arange(len(self.rows), dtype=self.rows.dtype)
@@ -204,12 +223,16 @@ class Rows(PairSource):
     def left_out(self) -> LeftOut:
         return self.source.left_out
 
+    @property
+    def versions(self) -> dict[str, str]:
+        return self.source.versions
+
 
 class SourceOptions(NamedTuple):
     """Options for opening a source; None: detected automatically.
 
     Attributes:
-        root: folder that relative image paths start from.
+        root: folder that relative image paths start from, on disk or in a store.
         image_column: of a table.
         caption_column: of a table; its values are texts or lists of texts.
         group_column: of a table; names the group of duplicates.
@@ -218,6 +241,9 @@ class SourceOptions(NamedTuple):
         default_split: taken where a source has splits and ``split`` is None.
         on_error: ``error`` ends the run at a row that cannot be read, ``skip`` leaves it out.
         shards: how tar shards are read, a :class:`datamodules.shards.pairs.ShardOptions`.
+        templates: of the captions of a folder of classes.
+        class_names: of a folder of classes.
+        versions: address -> version, for addresses that are to be opened as they were (:attr:`PairSource.versions`).
         option_prefix: of these names on the command line, for messages.
     """
 
@@ -230,7 +256,21 @@ class SourceOptions(NamedTuple):
     default_split: str | None = None
     on_error: OnError = "error"
     shards: Any = None
+    templates: str | list[str] | None = None
+    class_names: str | list[str] | None = None
+    versions: Mapping[str, str] = MappingProxyType({})
     option_prefix: str = ""
+
+    @property
+    def of_classes(self) -> bool:
+        """Whether the source is a folder of classes."""
+        return self.templates is not None or self.class_names is not None
+
+    def image_root(self, default: Path) -> Path | StoreFolder:
+        """Return the folder that relative image paths start from."""
+        if self.root is None:
+            return default
+        return StoreFolder(self.root) if is_remote(self.root) else Path(self.root).expanduser()
 
     def refuse_split(self, path: object) -> None:
         """Raise :class:`InputError` if a split is set, for a source without splits."""

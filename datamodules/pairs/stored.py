@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from datamodules.loading.store import StoreFolder
 from datamodules.pairs.columns import Cells, ColumnPairs, Columns, blank_mask, group_name
 from datamodules.pairs.source import LISTED, NO_CAPTION
 from lit_clip.errors import BadSample, InputError
@@ -44,7 +45,9 @@ class StoredPairs(ColumnPairs):
         InputError: every row is blank.
     """
 
-    def __init__(self, path: Path, root: Path, parts: Sequence[RowRange], columns: Columns, blank: np.ndarray) -> None:
+    def __init__(
+        self, path: Path, root: Path | StoreFolder, parts: Sequence[RowRange], columns: Columns, blank: np.ndarray
+    ) -> None:
         super().__init__(path, root)
         self.files = list(dict.fromkeys(part.file for part in parts))
         numbers = {file: number for number, file in enumerate(self.files)}
@@ -105,13 +108,13 @@ class StoredPairs(ColumnPairs):
         number = int(np.searchsorted(self._stops, row, side="right"))
         part = self.part(number)
         within = row - (int(self._stops[number - 1]) if number else 0)
-        return f"{part.file} row {part.first + within}", number, within
+        return f"{self.shown(part.file)} row {part.first + within}", number, within
 
     def cells(self, index: int) -> Cells:
         where, number, within = self._where(self.row(index))
         try:
             table = self.table(number)
-            image, caption = (table[name][within].as_py() for name in (self.columns.image, self.columns.caption))
+            image, *captions = (table[name][within].as_py() for name in (self.columns.image, *self.columns.captions))
             group = "" if self.columns.group is None else group_name(table[self.columns.group][within].as_py())
             negative = None if self.columns.negative is None else table[self.columns.negative][within].as_py()
         except UnicodeDecodeError as error:
@@ -119,15 +122,21 @@ class StoredPairs(ColumnPairs):
         except (pa.ArrowException, OSError) as error:  # damaged pages go unnoticed when the file is opened
             cause = str(error).splitlines()[0]
             raise BadSample(where, "damaged table", f"cannot read this part ({cause}); write the file again") from error
+        return Cells(image, captions[0] if len(captions) == 1 else captions, group, where, self._place(where), negative)
+
+    @staticmethod
+    def _place(where: str) -> str:
+        """Return the key of an image that is in the file, from the row's name in messages."""
         file, line = where.rsplit(" row ", 1)
-        return Cells(image, caption, group, where, f"{Path(file).name}:{line}", negative)
+        return f"{Path(file).name}:{line}"
 
 
-def blank_rows(batches: Any, caption: str) -> np.ndarray:
-    """Return the numbers of the rows of record batches that have no caption, ascending, int64 ``[K]``."""
+def blank_rows(batches: Any, captions: Sequence[str]) -> np.ndarray:
+    """Return the numbers of the rows that are blank in all caption columns, ascending, int64 ``[K]``."""
     found, first = [], 0
     for batch in batches:
-        found.append(np.flatnonzero(blank_mask(_column(batch, caption))) + first)
+        blank = np.logical_and.reduce([blank_mask(_column(batch, caption)) for caption in captions])
+        found.append(np.flatnonzero(blank) + first)
         first += batch.num_rows
     return np.concatenate(found).astype(np.int64) if found else np.zeros(0, dtype=np.int64)
 

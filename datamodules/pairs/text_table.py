@@ -76,13 +76,28 @@ def _open_text(path: Path, skip: bool) -> TextIO:
     return path.open(encoding=encoding, errors=errors, newline="")
 
 
+def _delimiter(path: Path, header: str) -> str:
+    tabs = path.suffix.lower() == ".tsv" and "\t" in header
+    return "\t" if tabs else max(",;\t|", key=header.count)
+
+
+def _has_several_captions(path: Path, find: FindColumns) -> bool:
+    """Whether the header of a delimited file names several columns of captions."""
+    with _open_text(path, skip=True) as file:
+        header = file.readline()
+    try:
+        names = next(csv.reader([header], delimiter=_delimiter(path, header)), [])
+        return len(find([name.strip() for name in names]).captions) > 1
+    except (InputError, csv.Error):  # reading the rows raises it again
+        return False
+
+
 def _delimited_rows(path: Path, find: FindColumns, problems: Problems) -> Iterator[RawRow]:
     with _open_text(path, problems.skip) as file:
         header = file.readline()
         if not header.strip():
             return
-        tabs = path.suffix.lower() == ".tsv" and "\t" in header
-        delimiter = "\t" if tabs else max(",;\t|", key=header.count)
+        delimiter = _delimiter(path, header)
         file.seek(0)
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         number = 1
@@ -92,14 +107,15 @@ def _delimited_rows(path: Path, find: FindColumns, problems: Problems) -> Iterat
                 raise InputError(f"{path} row 1: two columns are called {repeated[0]!r}; rename one")
             columns = find(names)
             problems.image_column = columns.image
-            image, caption = names.index(columns.image), names.index(columns.caption)
+            image, captions = names.index(columns.image), [names.index(name) for name in columns.captions]
             optional = [None if name is None else names.index(name) for name in (columns.group, columns.negative)]
             for number, values in enumerate(reader, start=2):
                 if not values:
                     continue
                 if len(values) == len(names):
+                    caption = values[captions[0]] if len(captions) == 1 else [values[column] for column in captions]
                     more = (None if column is None else values[column] for column in optional)
-                    yield RawRow(number, values[image], values[caption], *more)
+                    yield RawRow(number, values[image], caption, *more)
                 else:
                     fields = f"{len(values)} fields, the header has {len(names)}"
                     hint = f"put captions that contain {delimiter!r} in double quotes"
@@ -132,7 +148,8 @@ def _record_rows(records: Iterable[Record], find: FindColumns, problems: Problem
             columns = find(list(values))
             problems.image_column = columns.image
         more = (None if name is None else values.get(name) for name in (columns.group, columns.negative))
-        yield RawRow(number, values.get(columns.image), values.get(columns.caption), *more)
+        captions = [values.get(name) for name in columns.captions]
+        yield RawRow(number, values.get(columns.image), captions if len(captions) > 1 else captions[0], *more)
 
 
 def _undecodable(path: Path) -> InputError:
@@ -250,7 +267,8 @@ def open_table(path: Path, options: SourceOptions) -> PairSource:
     find = partial(find_columns, path, options=options)
     if path.suffix.lower() in (*JSON_LINES, ".json"):
         return _open(path, options, SCHEMA_OF_LISTS, lambda p: _record_rows(_json_lines(path, p), find, p))
-    return _open(path, options, SCHEMA, lambda problems: _delimited_rows(path, find, problems))
+    schema = SCHEMA_OF_LISTS if _has_several_captions(path, find) else SCHEMA
+    return _open(path, options, schema, lambda problems: _delimited_rows(path, find, problems))
 
 
 def open_records(path: Path, values: list[Any], options: SourceOptions) -> PairSource:
@@ -281,8 +299,7 @@ def _open(path: Path, options: SourceOptions, schema: pa.Schema, read: Read) -> 
         raise InputError(
             f"{path}: no row with an image and a caption ({left_out.counts[NO_CAPTION]} without a caption)"
         )
-    root = Path(options.root).expanduser() if options.root else path.parent
-    return TablePairs(table, path, root, mapped=mapped, left_out=left_out)
+    return TablePairs(table, path, options.image_root(path.parent), mapped=mapped, left_out=left_out)
 
 
 def _read_batches(path: Path, schema: pa.Schema, read: Read, problems: Problems) -> Iterator[pa.RecordBatch]:

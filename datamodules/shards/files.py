@@ -4,17 +4,16 @@ import glob
 import itertools
 import os
 import re
-import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
+from datamodules.loading.store import Stamp, fetch, is_remote, retry, store_of
 from datamodules.shards.index import (
     INDEX_SUFFIX,
     MappedIndex,
     ShardIndex,
-    Stamp,
     Summary,
     read_summary,
     scan_shard,
@@ -24,47 +23,8 @@ from lit_clip.errors import InputError, require
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.hashing import hex_digest
 
-T = TypeVar("T")
-
 OPEN_AT_ONCE = 32  # shards in each process
-ATTEMPTS = 3  # to reach a store that does not answer
-VERSIONS = ("ETag", "etag", "LastModified", "Last-Modified", "last_modified", "mtime", "updated", "created")
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-
-
-def is_remote(url: str) -> bool:
-    """Whether a URL is opened by fsspec; ``file://`` is not."""
-    return "://" in url
-
-
-def _store(url: str) -> tuple[Any, str]:
-    """Return the store and the path in it; fsspec keeps one store of each kind per process."""
-    import fsspec
-
-    try:
-        return fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise InputError(f"{url}: {' '.join(str(error).split())}") from error
-
-
-def _retry(url: str, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
-    """Call a store again after a failure: a run of days sees some, and they are not the sample's fault.
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-        InputError: every attempt failed.
-    """
-    for attempt in range(ATTEMPTS):
-        try:
-            return function(*arguments, **options)
-        except FileNotFoundError:
-            raise
-        except Exception as error:  # every store has its own exceptions
-            if attempt == ATTEMPTS - 1:
-                reason = " ".join(str(error).split()) or type(error).__name__
-                raise InputError(f"{url}: cannot be fetched ({reason}); tried {ATTEMPTS} times") from error
-            time.sleep(2.0**attempt)
-    raise AssertionError("unreachable")
 
 
 def expand_urls(urls: str | Sequence[str]) -> list[str]:
@@ -131,30 +91,12 @@ def _expand_name(url: str) -> list[str]:
         return found if glob.has_magic(path) else [path]
     if not url.endswith("/") and "*" not in url:
         return [url]
-    store, path = _store(url)
+    store, path = store_of(url)
     try:
         pattern = path if "*" in path else f"{path.rstrip('/')}/*.tar"
-        return sorted(store.unstrip_protocol(name) for name in _retry(url, store.glob, pattern))
+        return sorted(store.unstrip_protocol(name) for name in retry(url, store.glob, pattern))
     except FileNotFoundError as error:
         raise InputError(f"{url}: no such folder") from error
-
-
-def stamp_of(url: str) -> Stamp:
-    """Return what changes when the shard does.
-
-    Raises:
-        FileNotFoundError: there is no such shard.
-        InputError: the store does not answer, or reports no size.
-    """
-    if not is_remote(url):
-        status = os.stat(url)
-        require(os.path.isfile(url), f"{url}: not a file")
-        return Stamp(status.st_size, str(status.st_mtime_ns))
-    store, path = _store(url)
-    info = _retry(url, store.info, path)
-    if info.get("size") is None:
-        raise InputError(f"{url}: the server does not report its size; download it and name the file")
-    return Stamp(info["size"], str(next((info[key] for key in VERSIONS if info.get(key)), "")))
 
 
 class ShardFolder:
@@ -187,28 +129,7 @@ class ShardFolder:
                 os.utime(path)
                 return file
             except FileNotFoundError:  # or another process has just made room
-                self._fetch(url, stamp, path)
-
-    def _fetch(self, url: str, stamp: Stamp, path: Path) -> None:
-        from filelock import FileLock
-
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):
-            if path.exists():
-                return
-            self._make_room(stamp.size)
-            part = path.with_suffix(".part")  # always the same name, so that a killed run leaves one at most
-            store, remote = _store(url)
-            try:
-                _retry(url, store.get_file, remote, str(part))
-                received = part.stat().st_size
-                require(
-                    received == stamp.size,
-                    f"{url}: received {received} bytes instead of {stamp.size}; did the shard change? start again",
-                )
-                os.replace(part, path)
-            finally:
-                part.unlink(missing_ok=True)
+                fetch(url, stamp, path, lambda: self._make_room(stamp.size))
 
     def _make_room(self, wanted: int) -> None:
         shards = []
@@ -239,7 +160,7 @@ def find_index(url: str, stamp: Stamp, folder: ShardFolder) -> Summary | None:
 
 def _fetch_index(url: str, stamp: Stamp, cached: Path) -> Summary | None:
     """Fetch what ``lit-clip shard`` wrote beside the shard; only sizes are compared, as stores set their own times."""
-    store, path = _store(f"{url}{INDEX_SUFFIX}")
+    store, path = store_of(f"{url}{INDEX_SUFFIX}")
     try:
         content = store.cat_file(path)
     except Exception:  # every store reports a missing file in its own way
@@ -272,8 +193,8 @@ def make_index(url: str, stamp: Stamp, folder: ShardFolder) -> Summary:
 
 
 def _stream(url: str) -> BinaryIO:
-    store, path = _store(url)
-    return _retry(url, store.open, path, "rb")
+    store, path = store_of(url)
+    return retry(url, store.open, path, "rb")
 
 
 def _write_and_read(index: ShardIndex, stamp: Stamp, path: Path) -> Summary:
@@ -299,8 +220,8 @@ class OpenShard:
         """Return ``size`` bytes from ``offset`` on, or fewer at the end of the shard."""
         if self._file is not None:
             return os.pread(self._file.fileno(), size, offset)
-        store, path = _store(self.url)
-        data = _retry(self.url, store.cat_file, path, start=offset, end=offset + size)
+        store, path = store_of(self.url)
+        data = retry(self.url, store.cat_file, path, start=offset, end=offset + size)
         require(len(data) <= size, f"{self.url}: the server cannot send parts of a file; set cache_gb above 0")
         return data
 

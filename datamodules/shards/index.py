@@ -7,12 +7,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
 
 from datamodules.loading.bad_samples import BLANK
+from datamodules.loading.store import Stamp
 from datamodules.pairs.source import NO_CAPTION
 from lit_clip.errors import InputError
 from lit_clip.tools.atomic import replacing
@@ -27,13 +28,6 @@ _FIELD_OF = {suffix[1:]: "image" for suffix in SUFFIXES} | {"txt": "text", "capt
 WANTED = "an image (.jpg, .png, .webp, ...) and a caption (.txt, or .json with a caption in it) with the same name"
 _LONGEST_BLANK = 8  # bytes, white space included; longer texts are not read for the index
 OF_SHARD = "in a shard that "  # starts the reasons that concern the rest of a shard
-
-
-class Stamp(NamedTuple):
-    """Identifies a version of a shard: its size in bytes, and its modification time or the store's tag."""
-
-    size: int
-    version: str
 
 
 @dataclass

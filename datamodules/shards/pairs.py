@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from datamodules.loading.bad_samples import BLANK, check_caption
 from datamodules.loading.cache import default_cache_dir
+from datamodules.loading.store import Stamp, is_remote, stamp_of
 from datamodules.pairs.source import LISTED, NO_CAPTION, EncodedPair, LeftOut, Pair, PairSource
 from datamodules.shards.files import (
     OpenShard,
@@ -23,11 +24,9 @@ from datamodules.shards.files import (
     ShardFolder,
     expand_urls,
     find_index,
-    is_remote,
     make_index,
-    stamp_of,
 )
-from datamodules.shards.index import BLOCK, OF_SHARD, WANTED, MappedIndex, Stamp, Summary
+from datamodules.shards.index import BLOCK, OF_SHARD, WANTED, MappedIndex, Summary
 from datamodules.shards.order import resampled_order, shard_order
 from lit_clip.distributed import rank_and_world
 from lit_clip.errors import BadSample, InputError, require
@@ -291,6 +290,10 @@ class TarPairs(PairSource):
         pair = self.read(index)
         caption = pair.captions[0] if rng is None or len(pair.captions) == 1 else rng.choice(pair.captions)
         return Pair(open_image(io.BytesIO(pair.image), pair.where), caption, pair.key, pair.group)
+
+    def key(self, index: int) -> str:
+        number, row = self._locate(index)
+        return f"{self._names[number]}/{self._shards[number].index.sample(row)[0]}"
 
     def captions(self, index: int) -> list[str]:
         _, where, contents = self._sample(index, [])

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from datamodules.loading.store import stamp_of
 from datamodules.pairs.source import EncodedPair, PairSource
-from datamodules.shards.files import stamp_of
 from datamodules.shards.index import INDEX_SUFFIX, read_summary, scan_shard, write_index
 from lit_clip.errors import BadSample, InputError
 from lit_clip.tools.atomic import replacing

@@ -22,7 +22,7 @@ from lit_clip.tools.messages import hinting, options_of
 # are only named, like class paths in a YAML file.
 COMMANDS: dict[str, str] = {
     "classify": "lit_clip.commands.classify:classify",
-    "embed": "lit_clip.commands.embed:embed",
+    "embed": "datamodules.commands.embed:embed",
     "evaluate": "lit_clip.commands.evaluate:evaluate",
     "export": "lit_clip.commands.export:export",
     "inspect": "datamodules.commands.inspect:inspect",

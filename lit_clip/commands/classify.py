@@ -96,7 +96,7 @@ def classify(
     require(bool(classes_of), f"none of {len(files)} images could be read; the first: {first}")
     _write(classes_of, output, path)
     if path:
-        report_skipped(files, unreadable, path.with_name(f"{path.name}.skipped.txt"))
+        report_skipped([file.key for file in files], unreadable, path.with_name(f"{path.name}.skipped.txt"))
     for bad in () if path else unreadable:
         stderr().print(f"skipped: {bad.message}", markup=False)
 

@@ -1,4 +1,4 @@
-"""``lit-clip search``: find the images of a folder that best match a text or an image."""
+"""``lit-clip search``: find the images of a folder, or the rows of a feature file, that best match a query."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lit_clip import load_model
 from lit_clip.embedding.encode import EncodingSettings
+from lit_clip.embedding.feature_files import read_features
 from lit_clip.embedding.image_files import FileRows, ImageFile, images_in
 from lit_clip.embedding.index import INDEX, nearest, update_index
 from lit_clip.embedding.reading import encoded_batches
@@ -22,16 +23,32 @@ from lit_clip.models.clip import CLIP
 from lit_clip.tools.console import progress, stderr
 from lit_clip.tools.html import thumbnail, write_page
 from lit_clip.tools.images import OnError, open_image
+from lit_clip.weights.fingerprint import fingerprint
 
 TEMPLATE = Path(__file__).parent / "templates" / "search.html"
+FEATURE_FILES = (".parquet", ".npy")
 THUMBNAIL = 256  # pixels of the longer side
 
 
 class Hit(NamedTuple):
-    """An image that was found, and its cosine similarity to the query."""
+    """A row that was found, and its cosine similarity to the query."""
 
-    key: str
+    row: int
     score: float
+
+
+class Searched(NamedTuple):
+    """What is searched.
+
+    Attributes:
+        names: of N rows, to be shown.
+        features: float32 ``[N, D]``, of unit length.
+        files: each row's image, if it is a file.
+    """
+
+    names: Sequence[str]
+    features: np.ndarray
+    files: Sequence[Path | None]
 
 
 def search(
@@ -50,10 +67,10 @@ def search(
     """Find the images of a folder that best match a query.
 
     The first search encodes the folder and keeps the features in an index; later searches encode only images that are
-    new or have changed, and forget those that are gone.
+    new or have changed, and forget those that are gone. A file that lit-clip embed wrote is searched as it is.
 
     Args:
-        images: a folder, searched with everything below.
+        images: a folder, searched with everything below; or a .parquet or .npy file of features.
         queries: texts, each a search of its own.
         model: a checkpoint, or a name that lit_clip.load_model understands.
         image: images, each a search for similar ones.
@@ -68,22 +85,47 @@ def search(
     require(top_k >= 1, f"--top_k {top_k} must be at least 1")
     require(index is None or index.endswith(".npz"), f"--index {index}: must be a .npz file")
     require(Path(sheet).absolute().parent.is_dir(), f"--sheet {sheet}: there is no such folder")
-    folder = Path(images)
-    files = images_in(folder)
+    path = Path(images)
+    stored = path.suffix in FEATURE_FILES and not path.is_dir()
+    require(not (stored and index), f"--index {index}: {images} holds features already; leave it out")
+    files = [] if stored else images_in(path)
     clip = load_model(model)
     vectors = _encode_queries(clip, queries, image or [])  # before the folder: an unreadable query ends the command
-    settings = EncodingSettings(batch_size, num_workers, on_error=on_error)
-    table = update_index(clip, files, Path(index) if index else folder / INDEX, settings)
-    keys = [key for key, _, _ in table.identities]
+    if stored:
+        searched = _stored(path, clip)
+    else:
+        settings = EncodingSettings(batch_size, num_workers, on_error=on_error)
+        table = update_index(clip, files, Path(index) if index else path / INDEX, settings)
+        keys = [key for key, _, _ in table.identities]
+        searched = Searched(keys, table.features, [path / key for key in keys])
     titles = [*queries, *(f"like {path}" for path in image or [])]
     found = [
-        [Hit(keys[row], score) for row, score in zip(rows, scores, strict=True)]
-        for scores, rows in zip(*(part.tolist() for part in nearest(table.features, vectors, top_k)), strict=True)
+        list(map(Hit, rows, scores))
+        for scores, rows in zip(*(part.tolist() for part in nearest(searched.features, vectors, top_k)), strict=True)
     ]
     for title, hits in zip(titles, found, strict=True):
-        _print_hits(title, hits)
-    write_sheet(Path(sheet), folder, dict(zip(titles, found, strict=True)))
+        _print_hits(title, searched, hits)
+    write_sheet(Path(sheet), searched, dict(zip(titles, found, strict=True)))
     stderr().print(f"page with images: {sheet}", markup=False)
+
+
+def _stored(path: Path, model: CLIP) -> Searched:
+    """Read a file of features.
+
+    Raises:
+        InputError: it is not one, or is another model's.
+    """
+    stored = read_features(path)
+    theirs = stored.metadata.get("model", "an unknown model")
+    same = stored.metadata.get("model_sha256") == fingerprint(model).model
+    require(same, f"{path}: features of another model ({theirs}); give that one as --model, or embed again with yours")
+    require(bool(stored.keys), f"{path}: no features in it")
+    root = stored.metadata.get("root")
+    files = [None if root is None else Path(root, key) for key in stored.keys]
+    if not stored.captions:
+        return Searched(stored.keys, stored.features, files)
+    names = [f"{key}: {caption}" for key, caption in zip(stored.keys, stored.captions, strict=True)]
+    return Searched(names, stored.features, files)
 
 
 @torch.inference_mode()
@@ -101,30 +143,36 @@ def _encode_queries(model: CLIP, texts: Sequence[str], images: Sequence[str]) ->
     return torch.cat(features).float().cpu().numpy()
 
 
-def _print_hits(title: str, hits: Sequence[Hit]) -> None:
+def _print_hits(title: str, searched: Searched, hits: Sequence[Hit]) -> None:
     table = Table(title=Text(title))
     table.add_column("", justify="right")
     table.add_column("score", justify="right")
     table.add_column("image", overflow="fold")
     for rank, hit in enumerate(hits, start=1):
-        table.add_row(str(rank), f"{hit.score:.4f}", Text(hit.key))
+        table.add_row(str(rank), f"{hit.score:.4f}", Text(searched.names[hit.row]))
     Console().print(table)
 
 
-def write_sheet(path: Path, folder: Path, found: dict[str, list[Hit]]) -> None:
+def write_sheet(path: Path, searched: Searched, found: dict[str, list[Hit]]) -> None:
     """Write an HTML page with the thumbnails of the images found for each query."""
     shown: dict[str, list[tuple[str, str]]] = {query: [] for query in found}
     with progress("contact sheet", sum(map(len, found.values()))) as advance:
         for query, hits in found.items():
             for rank, hit in enumerate(hits, start=1):
-                shown[query].append((_thumbnail(folder / hit.key), f"{rank}. {hit.key} ({hit.score:.4f})"))
+                caption = f"{rank}. {searched.names[hit.row]} ({hit.score:.4f})"
+                shown[query].append((_thumbnail(searched.files[hit.row]), caption))
                 advance(1)
     write_page(path, TEMPLATE, title=" | ".join(found), found=shown)
 
 
-def _thumbnail(path: Path) -> str:
-    """A thumbnail, upright and on white, as a data URI."""
-    image = ImageOps.exif_transpose(open_image(path))
+def _thumbnail(path: Path | None) -> str:
+    """A thumbnail, upright and on white, as a data URI; empty if the image is no file or cannot be read any more."""
+    try:
+        image = ImageOps.exif_transpose(open_image(path)) if path is not None else None
+    except ValueError:  # a key need not be a path
+        image = None
+    if image is None:
+        return ""
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     if image.has_transparency_data:
         image = image.convert("RGBA")

@@ -19,12 +19,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from lit_clip import distributed
 from lit_clip.embedding.feature_files import FeatureParts, FeatureTable, Identity
-from lit_clip.embedding.image_files import FileRows, ImageFile
 from lit_clip.embedding.reading import (
     Batches,
     Encode,
     EncoderBatch,
     ImageBatches,
+    ImageRows,
     TextBatches,
     UnreadableRow,
     encode_batch,
@@ -86,19 +86,19 @@ class EncodingTask(NamedTuple):
     several: bool = False
 
 
-def image_task(model: CLIP, files: Sequence[ImageFile]) -> EncodingTask:
-    """Unit features of images."""
+def image_task(model: CLIP, images: ImageRows, identities: Sequence[Identity]) -> EncodingTask:
+    """Unit features of images, which have distinct identities."""
 
     def read(batches: Batches, stop: Path) -> ImageBatches:
-        return ImageBatches(FileRows(files), batches, model.preprocessing, stop=stop)
+        return ImageBatches(images, batches, model.preprocessing, stop=stop)
 
-    return EncodingTask([file.identity for file in files], read, image_features(model))
+    return EncodingTask(identities, read, image_features(model))
 
 
-def text_task(model: CLIP, texts: Sequence[str]) -> EncodingTask:
-    """Unit features of texts."""
+def text_task(model: CLIP, texts: Sequence[str], identities: Sequence[Identity]) -> EncodingTask:
+    """Unit features of texts, which have distinct identities."""
     return EncodingTask(
-        [(text, 0, 0) for text in texts],
+        identities,
         lambda batches, _: TextBatches(texts, batches, model.tokenizer),
         lambda tokens: model.encode_text(tokens, normalize=True).float(),
     )
@@ -302,12 +302,12 @@ def check_complete(identities: Sequence[Identity], table: FeatureTable, unreadab
         raise InputError(f"none of {len(identities)} images could be read; the first: {unreadable[0].message}")
 
 
-def report_skipped(files: Sequence[ImageFile], unreadable: Sequence[UnreadableRow], path: Path) -> None:
+def report_skipped(keys: Sequence[str], unreadable: Sequence[UnreadableRow], path: Path) -> None:
     """Count the images that could not be read and list them in a file, in place of an earlier run's list."""
     if not unreadable:
         path.unlink(missing_ok=True)
     else:
-        lines = [f"{files[bad.row].key}\t{bad.message.removesuffix(FIX_HINT)}\n" for bad in unreadable]
+        lines = [f"{keys[bad.row]}\t{bad.message.removesuffix(FIX_HINT)}\n" for bad in unreadable]
         with replacing(path) as draft:
             draft.write_text("".join(lines), encoding="utf-8", errors="replace")
         stderr().print(f"skipped {len(unreadable)} that could not be read; they are listed in {path}", markup=False)

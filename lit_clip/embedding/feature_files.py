@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -145,15 +146,23 @@ def check_keys(path: Path, keys: Iterable[str]) -> None:
             raise InputError(f"{path}: the file name {key!r} is not Unicode; rename the file") from error
 
 
-def write_features(path: Path, keys: Sequence[str], features: np.ndarray, metadata: Mapping[str, str]) -> None:
-    """Write features ``[N, D]`` and their keys.
+def write_features(
+    path: Path,
+    keys: Sequence[str],
+    features: np.ndarray,
+    metadata: Mapping[str, str],
+    captions: Sequence[str] | None = None,
+) -> None:
+    """Write features ``[N, D]``, their keys, and the captions that they are of, if any.
 
-    A ``.parquet`` file has the columns ``key`` (string) and ``feature`` (D float32 numbers), and the metadata in its
-    schema. A ``.npy`` file is only the array; metadata and the list ``keys`` are beside it, in ``<name>.keys.json``.
+    A ``.parquet`` file has the columns ``key`` (string), ``caption`` (string) if there are captions, and ``feature`` (D
+    float32 numbers), and the metadata in its schema. A ``.npy`` file is only the array; metadata and the lists ``keys``
+    and ``captions`` are beside it, in ``<name>.keys.json``.
     """
     if path.suffix == ".npy":
+        listed = {"keys": list(keys)} | ({"captions": list(captions)} if captions is not None else {})
         with replacing(path.with_suffix(".keys.json")) as names, replacing(path) as temporary:
-            names.write_text(json.dumps({**metadata, "keys": list(keys)}, indent=0), encoding="utf-8")
+            names.write_text(json.dumps({**metadata, **listed}, indent=0), encoding="utf-8")
             with temporary.open("wb") as file:
                 np.save(file, features)
         return
@@ -161,7 +170,62 @@ def write_features(path: Path, keys: Sequence[str], features: np.ndarray, metada
     import pyarrow.parquet as pq
 
     column = pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1)), features.shape[1])
-    names = pa.array(list(keys), type=pa.string())
-    table = pa.table({"key": names, "feature": column}).replace_schema_metadata(dict(metadata))
+    texts = {} if captions is None else {"caption": pa.array(list(captions), type=pa.string())}
+    columns = {"key": pa.array(list(keys), type=pa.string()), **texts, "feature": column}
+    table = pa.table(columns).replace_schema_metadata(dict(metadata))
     with replacing(path) as temporary:
         pq.write_table(table, temporary)
+
+
+class StoredFeatures(NamedTuple):
+    """Content of a file that :func:`write_features` wrote.
+
+    Attributes:
+        keys: of N rows.
+        features: float32 ``[N, D]``, of unit length.
+        captions: that the features are of; empty if they are of images or of the keys.
+        metadata: such as the model and its SHA-256.
+    """
+
+    keys: list[str]
+    features: np.ndarray
+    captions: list[str]
+    metadata: dict[str, str]
+
+
+def read_features(path: Path) -> StoredFeatures:
+    """Read what :func:`write_features` wrote.
+
+    Raises:
+        InputError: the file, or the one beside it, does not exist or was written by something else.
+    """
+    try:
+        return _read_array(path) if path.suffix == ".npy" else _read_parquet(path)
+    except FileNotFoundError as error:
+        raise InputError(f"{error.filename or path}: no such file; write it with lit-clip embed") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:  # Arrow's errors are ValueErrors and KeyErrors
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: not written by lit-clip embed ({reason}); write it with that") from error
+
+
+def _read_array(path: Path) -> StoredFeatures:
+    listed = json.loads(path.with_suffix(".keys.json").read_text(encoding="utf-8"))
+    keys, captions = listed.pop("keys"), listed.pop("captions", [])
+    features = np.load(path, mmap_mode="r", allow_pickle=False)
+    if features.dtype != np.float32 or features.ndim != 2 or len(features) != len(keys):
+        raise ValueError(f"{features.dtype} {list(features.shape)} for {len(keys)} keys")
+    return StoredFeatures(keys, features, captions, listed)
+
+
+def _read_parquet(path: Path) -> StoredFeatures:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(path)
+    column = table["feature"].combine_chunks()
+    if not pa.types.is_fixed_size_list(column.type) or not pa.types.is_float32(column.type.value_type):
+        raise ValueError(f"its column feature holds {column.type}")
+    features = column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), column.type.list_size)
+    captions = table["caption"].to_pylist() if "caption" in table.column_names else []
+    metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+    return StoredFeatures(table["key"].to_pylist(), features, captions, metadata)

@@ -8,7 +8,7 @@ import torch
 
 from lit_clip.embedding.encode import EncodingSettings, check_complete, encode, image_task, report_skipped
 from lit_clip.embedding.feature_files import FeatureParts, FeatureTable, collect
-from lit_clip.embedding.image_files import ImageFile
+from lit_clip.embedding.image_files import FileRows, ImageFile
 from lit_clip.errors import require
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.console import stderr
@@ -38,13 +38,14 @@ def update_index(model: CLIP, files: Sequence[ImageFile], path: Path, settings: 
         return old
     note = f"index: {len(files) - len(missing)} images unchanged, {len(missing) - changed} new"
     stderr().print(f"{note}, {changed} changed, {gone} gone", markup=False)
-    parts, task = FeatureParts(path, name), image_task(model, files)
+    task = image_task(model, FileRows(files), [file.identity for file in files])
+    parts = FeatureParts(path, name)
     unreadable = encode(model, task, parts, settings, known)
     assert unreadable is not None  # one process
     table = collect(task.identities, {**known, **parts.read()}, model.config.embed_dim)
     check_complete(task.identities, table, unreadable)
     table.save(path, name)
-    report_skipped(files, unreadable, path.with_name(f"{path.name}.skipped.txt"))
+    report_skipped([file.key for file in files], unreadable, path.with_name(f"{path.name}.skipped.txt"))
     parts.remove()
     return table
 

@@ -132,15 +132,15 @@ def full_size(image: Image.Image) -> tuple[int, int, int]:
     return *image.size, 1
 
 
-def check_images(images: Sequence[tuple[Path, str]]) -> None:
+def check_images(images: Sequence[tuple[Path | BinaryIO, str]]) -> None:
     """Check the headers of up to ``CHECKED`` files, evenly spread, without decoding any.
 
     Args:
-        images: each file, and how the user knows it.
+        images: each file or its content, and how the user knows it.
 
     Raises:
         BadSample: a file is missing or is refused by :func:`open_image` without decoding it.
     """
-    for path, where in images[:: max(1, len(images) // CHECKED)]:
-        with _opened(path, where):
+    for source, where in images[:: max(1, len(images) // CHECKED)]:
+        with _opened(source, where):
             pass

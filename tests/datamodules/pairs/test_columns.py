@@ -1,11 +1,16 @@
-"""Blank captions of a whole column against checking each cell."""
+"""Blank captions of a whole column against checking each cell; captions in several columns."""
 
+import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
+from datamodules.open_source import open_source
 from datamodules.pairs.columns import blank_mask, is_blank
 
 SPACES = [chr(code) for code in range(sys.maxunicode + 1) if chr(code).isspace()]
@@ -56,3 +61,30 @@ def test_empty_and_null_columns_have_blank_masks() -> None:
     assert blank_mask(pa.array([], pa.string())).tolist() == []
     assert blank_mask(pa.array([None, None], pa.string())).tolist() == [True, True]
     assert np.array_equal(blank_mask(pa.array([""], pa.string())), [True])
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl", "t.parquet", "saved"])
+def test_numbered_columns_are_the_captions_of_one_image(tmp_path: Path, name: str) -> None:
+    rows = [("a.png", "zero", "one", "ten"), ("b.png", None, "only", ""), ("c.png", "", "nan", None)]
+    names = ["image", "caption_0", "Caption_1", "caption_10"]
+    table = pa.table({column: [row[i] for row in rows] for i, column in enumerate(names)})
+    for image, *_ in rows:
+        Image.new("RGB", (4, 4)).save(tmp_path / image)
+    if name == "t.csv":
+        lines = [",".join(names), *(",".join(value or "" for value in row) for row in rows)]
+        (tmp_path / name).write_text("\n".join(lines))
+    elif name == "t.jsonl":
+        (tmp_path / name).write_text("\n".join(json.dumps(row) for row in table.to_pylist()))
+    elif name == "t.parquet":
+        pq.write_table(table, tmp_path / name)
+    else:
+        (tmp_path / name).mkdir()
+        (tmp_path / "saved/state.json").write_text('{"_data_files": [{"filename": "data.arrow"}]}')
+        with pa.ipc.new_stream(str(tmp_path / "saved/data.arrow"), table.schema) as writer:
+            writer.write_table(table)
+    source = open_source(tmp_path / name, root=str(tmp_path))
+    assert [source.captions(row) for row in range(len(source))] == [["zero", "one", "ten"], ["only"]]
+    assert source.left_out.counts == {"no caption": 1}
+    assert [source.key(row) for row in range(2)] == ["a.png", "b.png"]
+    alone = open_source(tmp_path / name, root=str(tmp_path), caption_column="Caption_1")
+    assert [alone.captions(row) for row in range(len(alone))] == [["one"], ["only"]]

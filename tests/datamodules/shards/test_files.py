@@ -11,7 +11,8 @@ import pytest
 from torch.utils.data import DataLoader
 
 from datamodules.loading.sampling import TrainingSample
-from datamodules.shards.files import ShardFolder, expand_braces, expand_urls, stamp_of
+from datamodules.loading.store import stamp_of
+from datamodules.shards.files import ShardFolder, expand_braces, expand_urls
 from datamodules.shards.index import INDEX_SUFFIX
 from datamodules.shards.pairs import ShardOptions, TarPairs
 from lit_clip.errors import BadSample, InputError

@@ -1,0 +1,234 @@
+"""``lit-clip embed``: features of images, of pairs or of texts in a file."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from datamodules.open_source import holds_pairs, open_source, stamp_of_data
+from datamodules.pairs.columns import ColumnPairs
+from datamodules.pairs.source import PairSource
+from lit_clip import load_model
+from lit_clip.embedding.encode import (
+    EncodingSettings,
+    Precision,
+    check_complete,
+    encode,
+    image_task,
+    report_skipped,
+    text_task,
+)
+from lit_clip.embedding.feature_files import (
+    FeatureParts,
+    FeatureTable,
+    Identity,
+    check_keys,
+    check_output,
+    collect,
+    write_features,
+)
+from lit_clip.embedding.image_files import FileRows, find_images
+from lit_clip.embedding.reading import ImageRows
+from lit_clip.errors import BadSample, InputError, require
+from lit_clip.tools.console import stderr
+from lit_clip.tools.hashing import stable_hash
+from lit_clip.tools.images import OnError
+from lit_clip.version import __version__
+from lit_clip.weights.fingerprint import fingerprint
+
+
+class _Items(NamedTuple):
+    """Items to encode, sorted by key.
+
+    Attributes:
+        identities: distinct; they start with the key, and change with the item.
+        images: to read; None for texts.
+        texts: to encode; empty for images.
+        content: what the features are of: image, text or caption.
+        root: folder that the keys are paths from; None if they are not paths.
+        stamp: changes with the data as far as the identities do not.
+    """
+
+    identities: Sequence[Identity]
+    images: ImageRows | None = None
+    texts: Sequence[str] = ()
+    content: str = "image"
+    root: Path | None = None
+    stamp: str = ""
+
+    @property
+    def keys(self) -> list[str]:
+        """The key of each item."""
+        return [key for key, _, _ in self.identities]
+
+
+def embed(
+    data: list[str],
+    *,
+    model: str,
+    output: str,
+    texts: str | None = None,
+    captions: bool = False,
+    root: str | None = None,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    split: str | None = None,
+    templates: str | None = None,
+    batch_size: int = 64,
+    num_workers: int = 4,
+    devices: int = 1,
+    accelerator: str = "auto",
+    precision: Precision = "32-true",
+    on_error: OnError = "error",
+) -> None:
+    """Write the features of images, or of texts, to a file.
+
+    Features are float32 and of unit length; rows are sorted by key. Each image has one row, each caption its own. The
+    same command resumes an interrupted run.
+
+    Args:
+        data: image files, and folders with everything below, whose keys are paths; or anything else that training
+            takes, such as a table or shards, whose keys are those of its pairs.
+        model: a checkpoint, or a name that lit_clip.load_model understands.
+        output: features.parquet (columns key and feature) or features.npy (keys in features.keys.json).
+        texts: instead of data, a file with one text per line; a text is its own key.
+        captions: encode the captions of the data instead of the images.
+        root: of a table, folder that relative image paths start from.
+        image_column: of a table; detected automatically by default.
+        caption_column: of a table; detected automatically by default.
+        split: of data that come in splits; train by default.
+        templates: for the captions of a folder of classes; see data.templates of training.
+        batch_size: images or texts that each process encodes at once.
+        num_workers: processes that decode images, for each process.
+        devices: number of processes, one per device.
+        accelerator: cpu, gpu, mps, ...
+        precision: of the encoder; 32-true is exact.
+        on_error: error ends the run at an image that cannot be read; skip lists it in a file beside the output.
+    """
+    path = Path(output)
+    check_output(path)
+    require(bool(data) != bool(texts), "give either images or --texts; instead of images also a table or other data")
+    options = {"root": root, "image_column": image_column, "caption_column": caption_column, "split": split}
+    options |= {"templates": templates}
+    items = _items_of_texts(Path(texts)) if texts else _items_of(data, captions, options, on_error)
+    check_keys(path, items.keys)
+    clip = load_model(model)
+    name = fingerprint(clip).model
+    workers = 0 if items.images is None else num_workers  # tokenizing is not worth a process
+    settings = EncodingSettings(batch_size, workers, devices, accelerator, precision, on_error)
+    if items.images is None:
+        task = text_task(clip, items.texts, items.identities)
+    else:
+        task = image_task(clip, items.images, items.identities)
+    parts = FeatureParts(path, f"{name} {precision} {items.content} {items.stamp}".rstrip())
+    unreadable = encode(clip, task, parts, settings)
+    if unreadable is None:
+        return
+    table = collect(task.identities, parts.read(), clip.config.embed_dim)
+    check_complete(task.identities, table, unreadable)
+    metadata = {"model": model, "model_sha256": name, "precision": precision, "lit_clip": __version__}
+    _write(path, items, table, metadata)
+    report_skipped(items.keys, unreadable, path.with_name(f"{path.name}.skipped.txt"))
+    parts.remove()
+    stderr().print(f"{path}: {len(table.identities)} rows of {table.features.shape[1]} numbers", markup=False)
+
+
+def _write(path: Path, items: _Items, table: FeatureTable, metadata: dict[str, str]) -> None:
+    metadata |= {"content": items.content} | ({"root": str(items.root)} if items.root is not None else {})
+    texts_of = dict(zip(items.identities, items.texts, strict=True)) if items.content == "caption" else {}
+    captions = [texts_of[identity] for identity in table.identities] if texts_of else None
+    write_features(path, [key for key, _, _ in table.identities], table.features, metadata, captions)
+
+
+def _items_of_texts(path: Path) -> _Items:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a readable UTF-8 text file ({' '.join(str(error).split())})") from error
+    texts = sorted({line.strip() for line in lines if line.strip()})
+    require(bool(texts), f"{path}: no text in this file; write one per line")
+    return _Items([(text, 0, 0) for text in texts], texts=texts, content="text")
+
+
+def _items_of(data: list[str], captions: bool, options: dict[str, Any], on_error: OnError) -> _Items:
+    """List image files, or open a source of pairs and list its images or captions."""
+    pairs = [name for name in data if holds_pairs(name)]
+    set_options = [name for name, value in options.items() if value is not None]
+    if not pairs and not captions and not set_options:
+        files = find_images(data)
+        return _Items([file.identity for file in files], FileRows(files), root=Path())
+    if 0 < len(pairs) < len(data):
+        other = next(name for name in data if name not in pairs)
+        raise InputError(f"{other}: holds images, and {pairs[0]} pairs; embed them into separate files")
+    source = open_source(data, **options, default_split="train", option_prefix="--", on_error=on_error)
+    source.prepare()
+    if source.left_out.counts:
+        stderr().print(f"{source.left_out} left out", markup=False)
+    stamp = stamp_of_data(data, options, source)
+    if captions:
+        texts = _captions_of(source, on_error)
+        identities = sorted(texts)
+        return _Items(identities, None, [texts[each] for each in identities], "caption", stamp=stamp)
+    rows = _rows_of_images(source, on_error)
+    root = source.root if isinstance(source, ColumnPairs) and isinstance(source.root, Path) else None
+    identities = [_identity(key, root) for key in sorted(rows)]
+    return _Items(identities, _PairImages(source, [rows[key] for key in sorted(rows)]), root=root, stamp=stamp)
+
+
+def _rows_of_images(source: PairSource, on_error: OnError) -> dict[str, int]:
+    """Return the first row of each image by its key; a row that cannot be read has its name as key, for the report."""
+    rows: dict[str, int] = {}
+    for row in range(len(source)):
+        try:
+            rows.setdefault(source.key(row), row)
+        except BadSample as error:
+            if on_error == "error":
+                raise
+            rows.setdefault(error.where, row)
+    return rows
+
+
+def _captions_of(source: PairSource, on_error: OnError) -> dict[Identity, str]:
+    """Return the distinct captions of each key, by an identity that has their number."""
+    texts: dict[Identity, str] = {}
+    seen: dict[str, dict[str, None]] = {}
+    for row in range(len(source)):
+        try:
+            key, captions = source.key(row), source.captions(row)
+        except BadSample as error:
+            if on_error == "error":
+                raise
+            stderr().print(f"skipped: {error}", markup=False)
+            continue
+        known = seen.setdefault(key, {})
+        for caption in captions:
+            if caption not in known:
+                texts[key, len(known), stable_hash(caption)] = caption
+                known[caption] = None
+    require(bool(texts), "no caption could be read")
+    return texts
+
+
+def _identity(key: str, root: Path | None) -> Identity:
+    if root is None:
+        return key, 0, 0
+    try:
+        status = (root / key).stat()
+    except (OSError, ValueError):  # in the table itself; or reading it will report it
+        return key, 0, 0
+    return key, status.st_size, status.st_mtime_ns
+
+
+class _PairImages:
+    """The images of some rows of a source as :class:`lit_clip.embedding.reading.ImageRows`."""
+
+    def __init__(self, source: PairSource, rows: Sequence[int]) -> None:
+        self.source, self.rows = source, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, row: int) -> tuple[str, list[Image.Image]]:
+        pair = self.source.load(self.rows[row], None)
+        return pair.key, [pair.image]

@@ -1,0 +1,173 @@
+"""Read files from any store that fsspec knows (s3://, gs://, https://, hf://, ...), with retries."""
+
+import os
+import posixpath
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+from urllib.parse import quote, urlsplit, urlunsplit
+
+from lit_clip.errors import BadSample, InputError, require
+
+T = TypeVar("T")
+
+ATTEMPTS = 3  # to reach a store that does not answer
+VERSIONS = ("ETag", "etag", "blob_id", "LastModified", "Last-Modified", "last_modified", "mtime", "updated", "created")
+MAX_IMAGE_BYTES = 256 << 20  # of an image file: more than Pillow's limit of pixels needs in any usual format
+RANGE_NOT_SATISFIABLE = 416  # HTTP status: the file has no byte 0
+
+
+class Stamp(NamedTuple):
+    """Identifies a version of a file: its size in bytes, and its modification time or the store's tag."""
+
+    size: int
+    version: str
+
+
+def is_remote(url: str) -> bool:
+    """Whether a URL is opened by fsspec; ``file://`` is not."""
+    return "://" in url
+
+
+def store_of(url: str) -> tuple[Any, str]:
+    """Return the store and the path in it; fsspec keeps one store of each kind per process."""
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise InputError(f"{url}: {' '.join(str(error).split())}") from error
+
+
+def retry(url: str, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
+    """Call a store again after a failure: a run of days sees some, and they are not the sample's fault.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        InputError: every attempt failed.
+    """
+    for attempt in range(ATTEMPTS):
+        try:
+            return function(*arguments, **options)
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # every store has its own exceptions
+            if attempt == ATTEMPTS - 1:
+                reason = " ".join(str(error).split()) or type(error).__name__
+                raise InputError(f"{url}: cannot be fetched ({reason}); tried {ATTEMPTS} times") from error
+            time.sleep(2.0**attempt)
+    raise AssertionError("unreachable")
+
+
+def stamp_of(url: str) -> Stamp:
+    """Return what changes when the file does.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        InputError: the store does not answer, or reports no size.
+    """
+    if not is_remote(url):
+        status = os.stat(url)
+        require(os.path.isfile(url), f"{url}: not a file")
+        return Stamp(status.st_size, str(status.st_mtime_ns))
+    store, path = store_of(url)
+    info = retry(url, store.info, path)
+    if info.get("size") is None:
+        raise InputError(f"{url}: the server does not report its size; download it and name the file")
+    return Stamp(info["size"], str(next((info[key] for key in VERSIONS if info.get(key)), "")))
+
+
+def fetch(url: str, stamp: Stamp, path: Path, before: Callable[[], None] = lambda: None) -> None:
+    """Download a file whole, unless it exists; one process downloads it, however many ask.
+
+    Args:
+        url: of the file.
+        stamp: its present version.
+        path: where it goes; it appears there whole or not at all.
+        before: called before a download, to make room for it.
+
+    Raises:
+        InputError: the store does not answer, or sent another size.
+    """
+    from filelock import FileLock
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if path.exists():
+            return
+        before()
+        part = path.with_suffix(".part")  # always the same name, so that a killed run leaves one at most
+        store, remote = store_of(url)
+        try:
+            retry(url, store.get_file, remote, str(part))
+            received = part.stat().st_size
+            require(
+                received == stamp.size,
+                f"{url}: received {received} bytes instead of {stamp.size}; did it change? start again",
+            )
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+class StoreFolder:
+    """A folder in a store, from which a table's relative image paths start.
+
+    Args:
+        url: of the folder.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/") if not url.endswith("://") else url
+
+    def __str__(self) -> str:
+        return self.url
+
+    def locate(self, name: str, where: str) -> "Path | str":
+        """Return the address of an image: a URL of this store, or the path of a local file if ``name`` is absolute.
+
+        A table is data: it may name files of its own store, and no store of its choice.
+
+        Raises:
+            BadSample: ``name`` is a URL of another store.
+        """
+        if is_remote(name):
+            if urlsplit(name)[:2] == urlsplit(self.url)[:2]:
+                return name
+            ours = urlunsplit((*urlsplit(self.url)[:2], "", "", ""))
+            raise BadSample(where, "image in another store", f"{name} is not in {ours}; copy it there")
+        if os.path.isabs(name):
+            return Path(name)
+        parts = urlsplit(self.url)
+        if parts.scheme in ("http", "https"):
+            name = quote(name)
+        path = posixpath.normpath(f"/{parts.path}/{name}").lstrip("/")
+        return f"{parts.scheme}://{parts.netloc}/{path}"
+
+    def read(self, url: str, where: str) -> bytes:
+        """Return the content of an image file.
+
+        Raises:
+            BadSample: there is no such file, or it is larger than ``MAX_IMAGE_BYTES``.
+            InputError: the store does not answer.
+        """
+        store, path = store_of(url)
+        try:
+            data = retry(url, _read_start, store, path)
+        except FileNotFoundError as error:
+            raise BadSample(where, "missing image", f"no such image file: {url}") from error
+        if len(data) > MAX_IMAGE_BYTES:
+            detail = f"image {url} has more than {MAX_IMAGE_BYTES >> 20} MB; make it smaller or remove the row"
+            raise BadSample(where, "image too large", detail)
+        return data
+
+
+def _read_start(store: Any, path: str) -> bytes:
+    """Read at most ``MAX_IMAGE_BYTES + 1`` bytes, without asking for the size first."""
+    try:
+        return store.cat_file(path, start=0, end=MAX_IMAGE_BYTES + 1)
+    except Exception as error:
+        if getattr(error, "status", None) == RANGE_NOT_SATISFIABLE:
+            return b""
+        raise

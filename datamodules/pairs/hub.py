@@ -1,0 +1,182 @@
+"""A data set of the Hugging Face hub by name: its parquet files, downloaded into huggingface_hub's cache.
+
+Only file names and parquet files are used; a data set's card and scripts are not read.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from datamodules.loading.cache import default_cache_dir, writing_cached
+from datamodules.pairs.columns import ColumnPairs
+from datamodules.pairs.parquet import open_parquet
+from datamodules.pairs.source import PairSource, SourceOptions, find_split
+from lit_clip.errors import InputError, require
+
+CONVERTED = "refs/convert/parquet"  # where the hub puts its conversion of other formats
+DOWNLOADS = 4  # files at once
+SPLITS = ("train", "test", "validation", "valid", "val", "dev")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+NAME = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?(:(?P<configuration>[\w.+ -]+))?")
+
+
+class HubName(NamedTuple):
+    """``owner/name``, ``owner/name@revision`` or ``owner/name@revision:configuration``, in its parts."""
+
+    repository: str
+    revision: str | None
+    configuration: str | None
+
+
+class Listing(NamedTuple):
+    """The parquet files of a repository at a commit, as paths in it, sorted."""
+
+    commit: str
+    files: list[str]
+
+
+def parse_hub_name(name: str) -> HubName | None:
+    """Return the parts of a data set's name on the hub; None if ``name`` cannot be one, or its first folder exists."""
+    match = NAME.fullmatch(name)
+    if match is None or Path(name).parts[0] in (".", "..") or Path(name).parent.is_dir():
+        return None
+    return HubName(match["repository"], match["revision"], match["configuration"])
+
+
+def open_hub_data(name: str, parts: HubName, options: SourceOptions) -> PairSource:
+    """Download and open one split of a data set.
+
+    Args:
+        name: as the user typed it.
+        parts: of the name.
+        options: set by the user; ``versions`` may have the commit for this name.
+
+    Raises:
+        InputError: no such data set, revision, configuration, split or column; no access or no network; no parquet
+            files.
+    """
+    commit, files = _list_files(name, parts, options.versions.get(name))
+    files = _files_of_split(name, parts, files, options)
+    paths = _download(name, parts.repository, commit, files)
+    snapshot = str(paths[0]).removesuffix(files[0]).rstrip("/")
+    try:
+        source = open_parquet(paths, options)
+    except InputError as error:
+        raise InputError(str(error).replace(snapshot, name)) from error
+    assert isinstance(source, ColumnPairs)
+    return source.copied_from(name, commit, snapshot)
+
+
+def _list_files(name: str, parts: HubName, commit: str | None) -> Listing:
+    wanted = commit or parts.revision
+    for revision in [wanted] if wanted else ["main", CONVERTED]:
+        listing = _list_revision(name, parts.repository, revision)
+        if listing is not None and listing.files:
+            return listing
+    raise InputError(f"{name}: has no parquet files on the hub; download it and give its table, folder or shards")
+
+
+def _list_revision(name: str, repository: str, revision: str) -> Listing | None:
+    """Return the files at a revision; without a network, those that it had when it was last listed."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
+    if COMMIT.fullmatch(revision) and (known := _remembered(repository, revision)):
+        return known
+    try:
+        info = HfApi().dataset_info(repository, revision=revision)
+    except RevisionNotFoundError as error:
+        if revision == CONVERTED:
+            return None
+        raise InputError(f"{name}: has no revision {revision} on the hub") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        hint = "if it is private, set HF_TOKEN"
+        raise InputError(f"{name}: no such file or folder, and no such data set on the hub ({hint})") from error
+    except Exception as error:  # offline, or an error of the HTTP library, which huggingface_hub has changed
+        known = _remembered(repository, revision) or _in_cache(repository, revision)
+        if known is None and revision != CONVERTED:
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise InputError(
+                f"{name}: no such file or folder, and as a data set of the hub neither reachable nor cached ({reason})"
+            ) from error
+        return known
+    names = [sibling.rfilename for sibling in info.siblings or []]
+    listing = Listing(str(info.sha), sorted(file for file in names if file.endswith(".parquet")))
+    for key in {revision, listing.commit}:
+        with writing_cached(_listing_file(repository, key)) as draft:
+            draft.write_text(json.dumps(listing._asdict()), encoding="utf-8")
+    return listing
+
+
+def _listing_file(repository: str, revision: str) -> Path:
+    return default_cache_dir() / "hub" / repository.replace("/", "--") / f"{revision.replace('/', '--')}.json"
+
+
+def _remembered(repository: str, revision: str) -> Listing | None:
+    try:
+        values = json.loads(_listing_file(repository, revision).read_text(encoding="utf-8"))
+        return Listing(str(values["commit"]), [str(file) for file in values["files"]])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _in_cache(repository: str, revision: str) -> Listing | None:
+    """Return what another program has put into huggingface_hub's cache."""
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE) / f"datasets--{repository.replace('/', '--')}"
+    reference = folder / "refs" / revision
+    commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
+    snapshot = folder / "snapshots" / commit
+    files = sorted(file.relative_to(snapshot).as_posix() for file in snapshot.rglob("*.parquet"))
+    return Listing(commit, files) if files else None
+
+
+def _files_of_split(name: str, parts: HubName, files: Sequence[str], options: SourceOptions) -> list[str]:
+    placed = [(*_configuration_and_split(PurePosixPath(file)), file) for file in files]
+    found = list(dict.fromkeys(configuration for configuration, _, _ in placed))
+    wanted = parts.configuration or (found[0] if len(found) == 1 else "default")
+    if wanted not in found:
+        problem = f"no configuration {wanted!r}" if parts.configuration else "it has several configurations"
+        base = name.removesuffix(f":{parts.configuration}")
+        raise InputError(f"{name}: {problem}; it has {', '.join(found)}; give one, such as {base}:{found[0]}")
+    splits = [(split, file) for configuration, split, file in placed if configuration == wanted]
+    split = find_split(name, list(dict.fromkeys(split for split, _ in splits)), options)
+    chosen = [file for each, file in splits if each == split]
+    total = re.search(r"-\d{5}-of-(\d{5})", chosen[0])
+    complete = total is None or int(total[1]) == len(chosen)
+    require(complete, f"{name}: only {len(chosen)} of the files of split {split} are there; download it again")
+    return chosen
+
+
+def _configuration_and_split(file: PurePosixPath) -> tuple[str, str]:
+    """Tell configuration and split from a path: ``data/SPLIT-00000-of-00001``, ``CONFIGURATION/SPLIT/0000``, ..."""
+    folders = [part for part in file.parts[:-1] if part != "data"]
+    numbered = re.match(r"(.+?)-\d{5}-of-\d{5}", file.stem)
+    split = "train"
+    if numbered or file.stem in SPLITS:
+        split = numbered[1] if numbered else file.stem
+    elif folders and (folders[-1] in SPLITS or re.fullmatch(r"\d{4}", file.stem)):
+        split = folders.pop()
+    return "/".join(folders) or "default", split
+
+
+def _download(name: str, repository: str, commit: str, files: Sequence[str]) -> list[Path]:
+    """Return the files in huggingface_hub's cache; what is there is not asked for again."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
+
+    options: dict[str, Any] = {"repo_type": "dataset", "revision": commit}
+    try:
+        with ThreadPoolExecutor(DOWNLOADS) as pool:
+            return [Path(path) for path in pool.map(lambda file: hf_hub_download(repository, file, **options), files)]
+    except GatedRepoError as error:
+        raise InputError(f"{name}: is gated; accept its terms on its page on the hub and set HF_TOKEN") from error
+    except LocalEntryNotFoundError as error:
+        raise InputError(f"{name}: the hub cannot be reached, and some of its files are not cached") from error
+    except Exception as error:  # see above
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise InputError(f"{name}: cannot be downloaded from the hub ({reason})") from error

@@ -1,0 +1,67 @@
+"""Tables in a store: downloaded once for each version; the images that they name stay in the store."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from datamodules.loading.cache import default_cache_dir
+from datamodules.loading.store import fetch, stamp_of
+from datamodules.pairs.columns import ColumnPairs
+from datamodules.pairs.source import PairSource, SourceOptions
+from lit_clip.errors import InputError
+from lit_clip.tools.hashing import hex_digest
+
+
+def url_suffix(url: str) -> str:
+    """Return the suffix of a URL's file, without its query, in lower case."""
+    return Path(url.partition("?")[0]).suffix.lower()
+
+
+def fetch_table(url: str, version: str | None) -> tuple[Path, str]:
+    """Download a table into the cache folder, unless this version is there; return the file and its version.
+
+    Args:
+        url: of the table.
+        version: that is wanted; None: the present one.
+
+    Raises:
+        InputError: there is no such file, the store does not answer, or the wanted version is no longer there.
+    """
+    name = url.partition("?")[0].rpartition("/")[2]
+    folder = default_cache_dir() / "remote-tables"
+    if version is not None and (folder / version / name).is_file():
+        return folder / version / name, version
+    try:
+        stamp = stamp_of(url)
+        present = hex_digest([url, *stamp])[:24]
+        if version not in (None, present):
+            raise InputError(
+                f"{url}: has changed since the checkpoint was saved; put the former table back, or start a new run "
+                "from the checkpoint's weights (model.pretrained)"
+            )
+        fetch(url, stamp, folder / present / name)
+    except FileNotFoundError as error:
+        raise InputError(f"{url}: no such file") from error
+    return folder / present / name, present
+
+
+def open_remote_table(
+    url: str, options: SourceOptions, open_file: Callable[[Path, SourceOptions], PairSource]
+) -> PairSource:
+    """Open a table in a store; relative image paths start from its folder in the store.
+
+    Args:
+        url: of the table.
+        options: set by the user.
+        open_file: opens the downloaded file.
+
+    Raises:
+        InputError: see :func:`fetch_table`, and what ``open_file`` raises, about the URL.
+    """
+    path, version = fetch_table(url, options.versions.get(url))
+    folder = url.partition("?")[0].rpartition("/")[0]
+    try:
+        source = open_file(path, options._replace(root=options.root or folder))
+    except InputError as error:
+        raise InputError(str(error).replace(str(path), url)) from error
+    assert isinstance(source, ColumnPairs)
+    return source.copied_from(url, version, str(path))

@@ -1,0 +1,220 @@
+"""Tables at any address that fsspec knows: the same pairs as from the same table on disk."""
+
+import http.server
+import json
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from datamodules import Captions
+from datamodules.caption_datamodule import ValidationPairs
+from datamodules.loading import store
+from datamodules.loading.store import StoreFolder
+from datamodules.open_source import open_source
+from datamodules.pairs.source import PairSource
+from lit_clip.errors import BadSample, InputError
+from lit_clip.models.config import Preprocessing
+from lit_clip.models.preprocess import pixels
+
+ROWS = [(f"photos/{number} of 50%#?.png", f"caption {number}") for number in range(6)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder ``site`` with images under odd names, and a table of them in each format; an empty cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    site = tmp_path / "site"
+    (site / "photos").mkdir(parents=True)
+    noise = np.random.default_rng(0)
+    for name, _ in ROWS:
+        Image.fromarray(noise.integers(0, 256, (9, 7, 3), dtype=np.uint8)).save(site / name)
+    objects = [{"image": image, "caption": caption} for image, caption in ROWS]
+    (site / "t.csv").write_text("image,caption\n" + "".join(f"{image},{caption}\n" for image, caption in ROWS))
+    (site / "t.tsv").write_text("image\tcaption\n" + "".join(f"{image}\t{caption}\n" for image, caption in ROWS))
+    (site / "t.jsonl").write_text("\n".join(map(json.dumps, objects)))
+    pq.write_table(pa.Table.from_pylist(objects), site / "t.parquet")
+    encoded = [{"image": (site / image).read_bytes(), "caption": caption} for image, caption in ROWS]
+    pq.write_table(pa.Table.from_pylist(encoded), site / "bytes.parquet")
+    return site
+
+
+@pytest.fixture
+def server(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """A web server of the folder, and the requests that it received."""
+    requests: list[str] = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments, directory=str(folder))
+
+        def log_message(self, format: str, *args: object) -> None:
+            requests.append(f"{self.command} {self.path}")
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        thread = threading.Thread(target=httpd.serve_forever, args=(0.02,), daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{httpd.server_address[1]}", requests
+        httpd.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def memory(folder: Path) -> str:
+    files = fsspec.filesystem("memory")
+    files.store.clear()
+    for path in folder.rglob("*.*"):
+        files.pipe(f"/bucket/{path.relative_to(folder)}", path.read_bytes())
+    return "memory://bucket"
+
+
+def assert_same(ours: PairSource, theirs: PairSource) -> None:
+    assert len(ours) == len(theirs) == len(ROWS)
+    for row in range(len(ROWS)):
+        assert ours.read(row)[:4] == theirs.read(row)[:4]
+        assert ours.key(row) == ours.read(row).key
+        assert ours.load(row, None).image.tobytes() == theirs.load(row, None).image.tobytes()
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.tsv", "t.jsonl", "t.parquet", "bytes.parquet"])
+def test_pairs_are_those_of_the_table_on_disk(
+    folder: Path, server: tuple[str, list[str]], memory: str, name: str
+) -> None:
+    expected = open_source(folder / name)
+    for address in (server[0], memory):
+        source = open_source(f"{address}/{name}")
+        source.check()
+        assert_same(source, expected)
+    assert sum(request == f"GET /{name}" for request in server[1]) == 1
+
+
+def test_a_local_table_may_have_its_images_in_a_store(folder: Path, server: tuple[str, list[str]], memory: str) -> None:
+    for address in (server[0], memory):
+        assert_same(open_source(folder / "t.csv", root=f"{address}/"), open_source(folder / "t.csv"))
+
+
+def test_data_workers_read_the_images(folder: Path, server: tuple[str, list[str]]) -> None:
+    transform = pixels(Preprocessing(image_size=7))
+    pairs = ValidationPairs(open_source(f"{server[0]}/t.csv"), transform)
+    found = list(DataLoader(pairs, batch_size=None, num_workers=2))
+    expected = ValidationPairs(open_source(folder / "t.csv"), transform)
+    assert [pair.caption for pair in found] == [caption for _, caption in ROWS]
+    assert all(bool((pair.image == expected[row].image).all()) for row, pair in enumerate(found))
+
+
+def test_a_table_is_downloaded_again_only_when_it_has_changed(folder: Path, server: tuple[str, list[str]]) -> None:
+    url, requests = f"{server[0]}/t.csv", server[1]
+    first = open_source(url)
+    assert open_source(url).versions == first.versions
+    assert requests.count("GET /t.csv") == 1
+    (folder / "t.csv").write_text("image,caption\nphotos/0 of 50%#?.png,new\n")
+    changed = open_source(url)
+    assert (len(changed), len(first)) == (1, 6)
+    assert changed.versions != first.versions
+    again = open_source(url, versions=first.versions)  # as a resumed run does
+    assert_same(again, first)
+    assert again.versions == first.versions
+
+
+def test_a_resumed_run_refuses_a_changed_table_that_is_no_longer_cached(
+    folder: Path, server: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"{server[0]}/t.csv"
+    versions = open_source(url).versions
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "another machine"))
+    assert len(open_source(url, versions=versions)) == 6
+    os.utime(folder / "t.csv", (0, 0))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "a third"))
+    with pytest.raises(InputError, match=r"t.csv: has changed since the checkpoint was saved; put the former table"):
+        open_source(url, versions=versions)
+
+
+def test_rows_may_name_urls_of_the_same_store_and_local_files_but_no_other_store(folder: Path, memory: str) -> None:
+    rows = [
+        f"{memory}/photos/0 of 50%#?.png",
+        str(folder / ROWS[1][0]),
+        "https://elsewhere/a.png",
+        "file:///etc/passwd",
+    ]
+    table = "image,caption\n" + "".join(f"{image},text\n" for image in rows)
+    fsspec.filesystem("memory").pipe("/bucket/mixed.csv", table.encode())
+    source, expected = open_source(f"{memory}/mixed.csv"), open_source(folder / "t.csv")
+    for row in range(2):
+        assert source.load(row, None).image.tobytes() == expected.load(row, None).image.tobytes()
+    for row in (2, 3):
+        with pytest.raises(BadSample, match=r"mixed.csv row \d: .* is not in memory://bucket; copy it there"):
+            source.load(row, None)
+
+
+@pytest.mark.parametrize(
+    ("root", "name", "address"),
+    [
+        ("s3://bucket/a/b", "../c/d.jpg", "s3://bucket/a/c/d.jpg"),
+        ("s3://bucket/a", "../../../other/d.jpg", "s3://bucket/other/d.jpg"),
+        ("https://host:8/a?x=1", "b c#.jpg", "https://host:8/a/b%20c%23.jpg"),
+        ("hf://datasets/me/data/", "a.jpg", "hf://datasets/me/data/a.jpg"),
+    ],
+)
+def test_relative_paths_stay_in_the_store(root: str, name: str, address: str) -> None:
+    assert StoreFolder(root).locate(name, "here") == address
+
+
+def test_bad_images_are_bad_samples_and_a_dead_store_is_not(
+    folder: Path, server: tuple[str, list[str]], memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / ROWS[0][0]).unlink()
+    (folder / ROWS[1][0]).write_text("<html>not an image</html>")
+    (folder / ROWS[2][0]).write_bytes(b"")
+    source = open_source(f"{server[0]}/t.csv")
+    for row, problem in enumerate(["no such image file", "not an image", "not an image"]):
+        with pytest.raises(BadSample, match=rf"/t.csv row {row + 2}: .*{problem}"):
+            source.load(row, None)
+    with pytest.raises(BadSample, match="row 2"):
+        source.check()
+    monkeypatch.setattr(store, "MAX_IMAGE_BYTES", 100)
+    for address in (server[0], memory):
+        with pytest.raises(BadSample, match=r"row 6: image .* has more than 0 MB"):
+            open_source(f"{address}/t.csv").load(4, None)
+
+    def dead(*arguments: object, **options: object) -> bytes:
+        raise ConnectionError("the line is down")
+
+    source = open_source(f"{memory}/t.csv")
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "cat_file", dead)
+    with pytest.raises(InputError, match=r"cannot be fetched \(the line is down\); tried 3 times") as caught:
+        source.load(3, None)
+    assert not isinstance(caught.value, BadSample)
+
+
+def test_bad_images_can_be_skipped(folder: Path, server: tuple[str, list[str]]) -> None:
+    (folder / ROWS[0][0]).unlink()
+    data = Captions(val=f"{server[0]}/t.csv", on_error="skip", batch_size=6, num_workers=0, max_skipped=1)
+    data.setup("validate")
+    (batch,) = data.val_dataloader()
+    assert len(batch.keys) == 5
+    assert batch.skipped == [(f"{server[0]}/t.csv row 2", "missing image")]
+
+
+def test_mistakes_name_the_address(folder: Path, server: tuple[str, list[str]], memory: str) -> None:
+    (folder / "u.csv").write_text("a,b\n1,2\n")
+    (folder / "u.parquet").write_text("no parquet")
+    for name, problem in {
+        "none.csv": ": no such file",
+        "u.csv": r": none of its columns \(a, b\)",
+        "u.parquet": ": not a readable parquet file",
+        "captions.json": r": only tables \(.csv, .*\) and tar shards are read from a URL; download it",
+    }.items():
+        with pytest.raises(InputError, match=f"^{server[0]}/{name}{problem}"):
+            open_source(f"{server[0]}/{name}")
+    with pytest.raises(InputError, match="nonesuch"):
+        open_source("nonesuch://bucket/t.csv")
