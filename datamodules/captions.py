@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
@@ -36,8 +36,11 @@ class Weighted:
     weight: float = 1.0
 
 
-# Mappings, not ``Weighted``: for a list of dataclasses the command line reads a path as a configuration file.
-Data = str | list[str] | list[dict[str, Any]] | PairSource
+# Mappings, not ``Weighted`` and ``PairSource``: for those the command line reads a path as a configuration file.
+if TYPE_CHECKING:
+    Data = str | list[str] | list[dict[str, Any]] | dict[str, Any] | PairSource
+else:
+    Data = str | list[str] | list[dict[str, Any]] | dict[str, Any]
 
 
 def _weighted(part: Weighted | Mapping[str, Any]) -> Weighted:
@@ -160,8 +163,8 @@ class Captions(CaptionDataModule):
         return {name: version for source in sources for name, version in source.versions.items()}
 
     def _source(self, data: Data, split: str) -> PairSource:
-        def opened(path: str | Sequence[str] | PairSource) -> PairSource:
-            paths = [path] if isinstance(path, str) else [] if isinstance(path, PairSource) else path
+        def opened(path: str | Sequence[str] | Mapping[str, Any] | PairSource) -> PairSource:
+            paths = [path] if isinstance(path, str) else [] if isinstance(path, Mapping | PairSource) else path
             classes = (
                 self._classes if split == "train" or all(Path(each).expanduser().is_dir() for each in paths) else {}
             )
@@ -174,7 +177,7 @@ class Captions(CaptionDataModule):
                 versions=self._versions,
             )
 
-        if isinstance(data, str | PairSource):
+        if isinstance(data, str | Mapping | PairSource):
             return opened(data)
         parts = [_weighted(part) for part in data if isinstance(part, Weighted | Mapping)]
         if not parts:

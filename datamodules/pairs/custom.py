@@ -46,6 +46,10 @@ class CustomPairs(PairSource):
         """Return the group of duplicates that a row belongs to; empty for none."""
         return ""
 
+    def negatives(self, index: int) -> list[str]:
+        """Return captions that do not fit the image although they are similar; training draws one each time."""
+        return []
+
     def where(self, index: int) -> str:
         """Return the name of a row in messages."""
         return f"{type(self).__name__} row {index}"
@@ -57,7 +61,10 @@ class CustomPairs(PairSource):
             image = self._image(self.image(index), where)
         except OSError as error:
             raise self._broken(error, where) from error
-        return Pair(image, texts[0] if rng is None else rng.choice(texts), self.key(index), self.group(index))
+        caption = texts[0] if rng is None else rng.choice(texts)
+        negatives = self.negatives(index) if rng else []
+        negative = rng.choice(negatives) if rng and negatives else ""
+        return Pair(image, caption, self.key(index), self.group(index), negative)
 
     def read(self, index: int) -> EncodedPair:
         """Return a pair as stored; a PIL image is stored as PNG."""
