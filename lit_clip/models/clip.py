@@ -21,6 +21,8 @@ from lit_clip.models.config import (
     TextTransformerConfig,
     VisionTransformerConfig,
 )
+from lit_clip.models.custom import CustomImageEncoder, CustomTextEncoder
+from lit_clip.models.custom_config import CustomImageConfig, CustomTextConfig
 from lit_clip.models.external import HuggingFaceTextEncoder, TimmImageEncoder
 from lit_clip.models.external_settings import with_external_settings
 from lit_clip.models.hf_tokenizer import from_source
@@ -34,7 +36,7 @@ SIGLIP_LOGIT_SCALE, SIGLIP_LOGIT_BIAS = math.log(10), -10.0  # Zhai et al. 2023,
 
 
 class CLIP(TextTransformer):
-    """The image and text encoders of the paper, of SigLIP, or of other libraries.
+    """The image and text encoders of the paper, of SigLIP, of other libraries, or of your own.
 
     OpenAI's models have the text encoder's parts beside ``visual``, so a CLIP is itself a text transformer; any other
     text encoder is the module ``text``. :attr:`text_encoder` is the module that has the parts.
@@ -89,6 +91,8 @@ class CLIP(TextTransformer):
         """The tokenizer, picklable so that data workers can receive it."""
         if self._tokenizer is None:
             text = self.config.text
+            if isinstance(text, CustomTextConfig):
+                return self.text.tokenizer
             whole, vocab_size = False, sys.maxsize
             if isinstance(text, TextTransformerConfig):
                 whole, vocab_size = not text.causal, text.vocab_size
@@ -123,7 +127,7 @@ class CLIP(TextTransformer):
         """Float, normalised ``[B, 3, H, W]`` -> features before the projection and after it, ``[B, D]``.
 
         The paper's linear probes (appendix A.3) use those before the projection, ``[B, W]`` for a ViT. A ResNet
-        projects inside its attention pooling, so both are the same.
+        projects inside its attention pooling and an encoder by class path wherever it likes, so both are the same.
         """
         tower = self.visual
         if isinstance(tower, ModifiedResNet):
@@ -165,15 +169,21 @@ class CLIP(TextTransformer):
             self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
 
 
-def _image_encoder(config: CLIPConfig) -> VisionTransformer | ModifiedResNet | TimmImageEncoder:
+def _image_encoder(config: CLIPConfig) -> VisionTransformer | ModifiedResNet | TimmImageEncoder | CustomImageEncoder:
     if isinstance(config.image, VisionTransformerConfig):
         return VisionTransformer(config.image, config.embed_dim, config.activation)
     if isinstance(config.image, ResNetConfig):
         return ModifiedResNet(config.image, config.embed_dim)
+    if isinstance(config.image, CustomImageConfig):
+        with torch.device("cpu"):  # not on the meta device: its code may read values
+            return CustomImageEncoder(config.image, config.embed_dim)
     return TimmImageEncoder(config.image, config.embed_dim)
 
 
 def _text_encoder(config: CLIPConfig) -> nn.Module:
     if isinstance(config.text, HuggingFaceTextConfig):
         return HuggingFaceTextEncoder(config.text, config.embed_dim)
+    if isinstance(config.text, CustomTextConfig):
+        with torch.device("cpu"):
+            return CustomTextEncoder(config.text, config.embed_dim)
     return TextTransformer(config.text, config.embed_dim, config.activation)
