@@ -4,8 +4,10 @@ The state dict has OpenAI's key names. Shapes: B batch, L tokens, W width, D emb
 """
 
 import math
+import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from PIL import Image
@@ -23,6 +25,7 @@ from lit_clip.models.config import (
 )
 from lit_clip.models.custom import CustomImageEncoder, CustomTextEncoder
 from lit_clip.models.custom_config import CustomImageConfig, CustomTextConfig
+from lit_clip.models.encoding import Item, as_features, encode_items
 from lit_clip.models.external import HuggingFaceTextEncoder, TimmImageEncoder
 from lit_clip.models.external_settings import with_external_settings
 from lit_clip.models.hf_tokenizer import from_source
@@ -158,6 +161,35 @@ class CLIP(TextTransformer):
         else:
             features = self.text(tokens, lengths)
         return unit(features) if normalize else features
+
+    def encode(self, items: Item | Sequence[Item], batch_size: int = 64) -> Tensor:
+        """Texts, images and image files, mixed in any way -> unit features on the CPU, in the order given.
+
+        A PIL image is an image, and a ``pathlib.Path`` an image file. A string is an image file if it ends like one
+        (``.jpg``, ``.png``, ...) and that file exists, and a text otherwise. Longer texts than the context are truncated.
+        The model runs where it is, without gradients and in evaluation mode, and is left as it was.
+
+        Args:
+            items: one, or a sequence of them.
+            batch_size: most texts or images that are encoded at once.
+
+        Returns:
+            float32 ``[N, D]``; of a single item ``[D]``.
+
+        Raises:
+            InputError: an item of another type, or a file that is no readable image.
+        """
+        if isinstance(items, str | os.PathLike | Image.Image):
+            return encode_items(self, [items], batch_size)[0]
+        return encode_items(self, list(items), batch_size)
+
+    def similarity(self, a: Any, b: Any, batch_size: int = 64) -> Tensor:
+        """Return the cosine similarity of each of ``a`` with each of ``b``, float32 ``[len(a), len(b)]``.
+
+        Either is whatever :meth:`encode` takes, or features ``[N, D]`` of any length (a tensor or an array); a single
+        one counts as a list of one.
+        """
+        return as_features(self, a, batch_size) @ as_features(self, b, batch_size).T
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
