@@ -166,7 +166,7 @@ class CLIP(TextTransformer):
         """Texts, images and image files, mixed in any way -> unit features on the CPU, in the order given.
 
         A PIL image is an image, and a ``pathlib.Path`` an image file. A string is an image file if it ends like one
-        (``.jpg``, ``.png``, ...) and that file exists, and a text otherwise. Longer texts than the context are truncated.
+        (``.jpg``, ``.png``, ...) and that file exists, and otherwise a text, which is truncated to the context.
         The model runs where it is, without gradients and in evaluation mode, and is left as it was.
 
         Args:
