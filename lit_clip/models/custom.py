@@ -210,7 +210,7 @@ class CustomTextEncoder(nn.Module):
         if not self.reads_lengths:
             return self.encoder(self._padded(tokens, self.context_length))
         require(not is_traced(), "the text encoder reads its texts' lengths, which a traced graph cannot")
-        lengths = self.tokenizer.lengths(tokens).tolist() if lengths is None else list(lengths)
+        lengths = list(lengths) if lengths else self.tokenizer.lengths(tokens).tolist()
         if self.few_lengths:
             tokens = self._padded(tokens, rounded(tokens.shape[1], self.context_length))
         return self.encoder(tokens, lengths=lengths)
