@@ -213,8 +213,8 @@ def user_error(error: BaseException) -> BaseException | None:
             return cause
         cause = cause.__cause__ or cause.__context__
     # Of an error that a dataclass in a union raises jsonargparse keeps only the text.
-    lines = str(error).splitlines() if isinstance(error, ValueError) else []
-    lines = [re.sub(r"^Not of type \w+: ", "", line.strip(" -")) for line in lines]
+    lines = [line.strip(" -") for line in str(error).splitlines()] if isinstance(error, ValueError) else []
+    lines += re.findall(r"Not of type \w+: (architecture: .*)", str(error))  # from an encoder by class path
     ours = next((line for line in lines if line.startswith("architecture")), None)
     if ours:
         return InputError(ours)

@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from lit_clip.errors import InputError, require
 from lit_clip.losses.contrastive import unit
 from lit_clip.models.clip import CLIP
-from lit_clip.models.config import CLIPConfig, HuggingFaceTextConfig, ResNetConfig, TimmConfig, height_width
+from lit_clip.models.config import (
+    CLIPConfig,
+    HuggingFaceTextConfig,
+    ResNetConfig,
+    TextTransformerConfig,
+    TimmConfig,
+    VisionTransformerConfig,
+    height_width,
+)
 from lit_clip.models.custom import CustomTextEncoder, custom_encoders
 from lit_clip.models.tokenizer import CLIPTokenizer
 from lit_clip.weights.hugging_face import hugging_face_kind, to_hugging_face
@@ -189,6 +197,7 @@ def _open_clip_vision(model: CLIP) -> dict[str, Any]:
             "timm_proj": "" if image.projection == "classifier" else image.projection,
             "timm_proj_bias": image.projection_bias,
         }
+    assert isinstance(image, VisionTransformerConfig)  # open_clip_model has refused the others
     tanh = {"act_kwargs": {"approximate": "tanh"}} if model.config.activation == "gelu_tanh" else {}
     return {
         **size,
@@ -220,6 +229,7 @@ def _open_clip_text(config: CLIPConfig) -> dict[str, Any]:
             "hf_proj_type": text.projection,
             "hf_pooler_type": poolers[text.pooling],
         }
+    assert isinstance(text, TextTransformerConfig)
     values |= {
         "vocab_size": text.vocab_size,
         "width": text.width,

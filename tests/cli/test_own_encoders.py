@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image as Photo
 
 from lit_clip.cli.imports import command_words
 from lit_clip.errors import InputError
@@ -47,30 +48,36 @@ model:
     embed_dim: 8
     image: {class_path: my_encoder.Image, init_args: {width: 6}}
     text: {class_path: my_encoder.Text}
+trainer:
+  callbacks:
+    - {class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: {every_n_train_steps: 2, save_top_k: -1}}
 """
 HOSTILE = 'open("RAN", "w").close()\nimport torch\n\n\nclass X(torch.nn.Module):\n    pass\n'
 
 
-def fit(folder: Path, table: Path, *words: str, steps: int = 2) -> Completed:
+def fit(folder: Path, table: Path, *words: str) -> Completed:
     data = ["--data", "datamodules.Captions", "--data.train", str(table), "--data.batch_size", "16"]
     quick = ["--data.num_workers", "0", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
-    return lit_clip_command(folder, "fit", *words, *data, *quick, "--trainer.max_steps", str(steps))
+    return lit_clip_command(folder, "fit", *words, *data, *quick, "--trainer.max_steps", "4")
 
 
 @pytest.fixture(scope="module")
 def trained(caption_table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the encoders, a configuration, a run of two steps, and modules that show if they are imported."""
+    """A folder with encoders, a configuration, a run of four steps, and a module that shows if it is imported."""
     folder = tmp_path_factory.mktemp("own")
     (folder / "my_encoder.py").write_text(ENCODERS, encoding="utf-8")
     (folder / "hostile.py").write_text(HOSTILE, encoding="utf-8")
     (folder / "own.yaml").write_text(YAML, encoding="utf-8")
+    (folder / "photos").mkdir()
+    for i in range(3):
+        Photo.new("RGB", (40, 40), (80 * i, 200, 0)).save(folder / f"photos/{i}.png")
     done = fit(folder, caption_table, "--config", "own.yaml")
     assert done.returncode == 0, done.stderr
     return folder
 
 
-def checkpoint_of(folder: Path, version: int = 0) -> Path:
-    (path,) = (folder / f"lightning_logs/version_{version}/checkpoints").glob("*.ckpt")
+def checkpoint_of(folder: Path, step: int = 4) -> Path:
+    (path,) = (folder / "lightning_logs/version_0/checkpoints").glob(f"*step={step}.ckpt")
     return path
 
 
@@ -79,11 +86,10 @@ def test_a_run_resumes_from_its_saved_configuration_to_the_weights_of_an_uninter
 ) -> None:
     saved = trained / "lightning_logs/version_0/fit_config.yaml"
     (tmp_path / "my_encoder.py").write_text(ENCODERS, encoding="utf-8")
-    resumed = fit(tmp_path, caption_table, "--config", str(saved), "--ckpt_path", str(checkpoint_of(trained)), steps=4)
+    half = str(checkpoint_of(trained, step=2))
+    resumed = fit(tmp_path, caption_table, "--config", str(saved), "--ckpt_path", half)
     assert resumed.returncode == 0, resumed.stderr
-    whole = fit(tmp_path, caption_table, "--config", str(trained / "own.yaml"), steps=4)
-    assert whole.returncode == 0, whole.stderr
-    a, b = (torch.load(checkpoint_of(tmp_path, i), weights_only=True) for i in (0, 1))
+    a, b = (torch.load(checkpoint_of(folder), weights_only=True) for folder in (tmp_path, trained))
     assert a["global_step"] == b["global_step"] == 4
     assert a["hyper_parameters"]["architecture"]["image"] == {
         "class_path": "my_encoder.Image",
@@ -94,23 +100,21 @@ def test_a_run_resumes_from_its_saved_configuration_to_the_weights_of_an_uninter
         assert torch.equal(value, b["state_dict"][name]), name
 
 
-def test_other_commands_open_the_checkpoint_once_the_module_is_named(
-    trained: Path, drawings: tuple[Path, Path, list[str]]
-) -> None:
-    model, photos = str(checkpoint_of(trained)), str(drawings[1])
-    classify = ["classify", photos, "--model", model, "--classes", "dog", "cat"]
+def test_other_commands_open_the_checkpoint_once_the_module_is_named(trained: Path) -> None:
+    model = str(checkpoint_of(trained))
+    classify = ["classify", "photos", "--model", model, "--classes", "dog", "cat"]
     refused = lit_clip_command(trained, *classify)
     assert refused.returncode == 2
     assert refused.stderr.splitlines()[-1] == (
-        f"lit-clip: error: {model}: its image encoder is my_encoder.Image; import my_encoder first (in Python), or name "
-        "it: lit-clip --import my_encoder COMMAND ..."
+        f"lit-clip: error: {model}: its image encoder is my_encoder.Image; import my_encoder first (in Python), "
+        "or name it: lit-clip --import my_encoder COMMAND ..."
     )
     done = lit_clip_command(trained, "--import", "my_encoder", *classify)
     assert (done.returncode, "dog" in done.stdout) == (0, True), done.stderr
     files = []
     for devices in ("1", "2"):  # the second process is started with the same words
         files.append(trained / f"features{devices}.parquet")
-        embed = ["embed", photos, "--model", model, "--output", str(files[-1]), "--devices", devices]
+        embed = ["embed", "photos", "--model", model, "--output", str(files[-1]), "--devices", devices]
         done = lit_clip_command(trained, "--import=my_encoder", *embed, "--accelerator", "cpu", "--num-workers", "0")
         assert done.returncode == 0, done.stderr
     assert files[0].read_bytes() == files[1].read_bytes()
