@@ -28,6 +28,4 @@ def _written(encoder: CustomEncoderConfig) -> dict[str, Any]:
 def register_encoders() -> None:
     """Tell the parser; without effect the second time."""
     for kind in (CustomImageConfig, CustomTextConfig):
-        register_type(
-            kind, serializer=_written, deserializer=partial(_read, kind), fail_already_registered=False
-        )
+        register_type(kind, serializer=_written, deserializer=partial(_read, kind), fail_already_registered=False)

@@ -94,8 +94,10 @@ def check_not_imported_by(hparams: Mapping[str, Any], path: str) -> None:
     Raises:
         InputError: a setting names a module that is not imported.
     """
+    from lit_clip.cli.words import PARTS  # imports torch
+
     for key, value in hparams.items():
-        if key == "pretrained":  # a path
+        if key in ("pretrained", "loss", *PARTS):  # a path; and what has rules of its own
             continue
         # An architecture's strings are names of models, but for class paths; the parser would follow one in any place.
         for name in _class_paths_within(value) if key == "architecture" else _dotted_names(value):

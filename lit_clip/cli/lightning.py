@@ -69,16 +69,14 @@ class CLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse with this priority: typed options, YAML files, the settings in ``--ckpt_path``, defaults."""
-        if args is None:
-            _, args = command_words(sys.argv[1:])
+        args = command_words(sys.argv[1:])[1] if args is None else args
         words = args if isinstance(args, list) else []
         subcommand = next((word for word in words if word in getattr(self, "_subcommand_parsers", ())), None)
         import_encoders(words, sections(words, subcommand))
         check_encoder_options(words, subcommand)
         path, hparams = checkpoint_path(words, subcommand), {}
         if subcommand and path and path not in (*NEWEST, "best", "hpc"):  # Lightning handles the last two
-            hparams = read_checkpoint(path)["hyper_parameters"]
-            check_not_imported_by(hparams, path)
+            hparams = _settings_of(path)
         known = getattr(self, "_subcommand_parsers", {}).get(subcommand, parser)
         self.uses_packaged_defaults = subcommand is not None and not options(words, "--config", "-c")
         if self.uses_packaged_defaults:
@@ -244,6 +242,13 @@ class CLI(LightningCLI):
     def _summarise(self, before: Mapping[str, float]) -> None:
         if self.trainer.is_global_zero:
             print_summary(self.trainer.callback_metrics, self.model.baselines, before)
+
+
+def _settings_of(path: str) -> dict[str, Any]:
+    """Return the settings that a checkpoint holds, none of which may have the parser import anything."""
+    hparams = read_checkpoint(path)["hyper_parameters"]
+    check_not_imported_by(hparams, path)
+    return hparams
 
 
 def _default_callbacks() -> Callable[..., list[Any]]:
