@@ -54,7 +54,7 @@ TEXTS = ["a", "a photo of a dog"]  # of different lengths in any tokenizer of wo
 def custom_encoders(config: CLIPConfig) -> list[tuple[Literal["image", "text"], str]]:
     """Return the towers that are named by class path, with that path."""
     towers: list[tuple[Literal["image", "text"], Any]] = [("image", config.image), ("text", config.text)]
-    return [(name, tower.class_path) for name, tower in towers if isinstance(tower, CustomEncoderConfig)]
+    return [(name, str(tower.class_path)) for name, tower in towers if isinstance(tower, CustomEncoderConfig)]
 
 
 def find_class(class_path: str) -> type[nn.Module] | None:

@@ -22,7 +22,7 @@ Item = str | os.PathLike[str] | Image.Image
 def encode_items(model: Any, items: Sequence[Item], batch_size: int) -> Tensor:
     """See :meth:`lit_clip.CLIP.encode`; items -> float32 ``[N, D]`` on the CPU."""
     require(batch_size >= 1, f"batch_size: {batch_size} must be at least 1")
-    found = [_image_or_text(i, item) for i, item in enumerate(items)]
+    found: list[Any] = [_image_or_text(i, item) for i, item in enumerate(items)]
     result = torch.zeros(len(found), model.config.embed_dim)
     texts = [i for i, item in enumerate(found) if isinstance(item, str)]
     images = [i for i, item in enumerate(found) if not isinstance(item, str)]
