@@ -1,6 +1,7 @@
 """The LightningModule: a training step, its optimiser, and what a checkpoint holds."""
 
 import dataclasses
+import inspect
 import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Self, TypedDict, TypeVar
@@ -14,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lit_clip import distributed
 from lit_clip.batch import CaptionBatch
-from lit_clip.errors import require
+from lit_clip.errors import InputError, require
 from lit_clip.evaluation.retrieval import RetrievalSet, token_hashes
 from lit_clip.losses.contrastive import at_least_float32
 from lit_clip.losses.loss import Loss, Pairs, build_loss, check_gradient, check_resumed_loss, evaluate_loss
@@ -178,6 +179,16 @@ class LitCLIP(LightningModule):
             add_lora(self.model, lora)
         self._frozen_modules = frozen_modules(self.model)
         self.train()
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """See Lightning's; arguments that this class does not know, which Lightning drops in silence, are refused."""
+        known = inspect.signature(super().load_from_checkpoint).parameters.keys()
+        parameters = inspect.signature(cls).parameters
+        if not any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()):
+            for name in kwargs.keys() - known - parameters.keys():
+                raise InputError(f"{cls.__name__} has no argument {name!r}; there are {', '.join(parameters)}")
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     # Data modules ask for these, so that nothing has to be written twice in a YAML file.
 

@@ -71,6 +71,13 @@ PARSED = [line for line in typed() if needs_more(line)] + [
 ]
 
 
+def write_own_encoder(folder: Path) -> None:
+    """Write the encoders of the guide, and the YAML file that names them."""
+    (folder / "my_encoder.py").write_text(blocks("python", "docs/encoders.md")[0], encoding="utf-8")
+    (own,) = (block for block in blocks("yaml", "docs/encoders.md") if "my_encoder." in block)
+    (folder / "own.yaml").write_text(own, encoding="utf-8")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, drawings: tuple[Path, Path, list[str]], overfitted: Any) -> Path:
     """A reader's folder: the configs, a table of captions, photos, class folders, a small ImageNet, checkpoints."""
@@ -79,6 +86,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, drawings: tuple[Path, Path,
     shutil.copytree(ROOT / "configs", here / "configs")
     rows = table.read_text(encoding="utf-8").splitlines()
     (here / "captions.csv").write_text("\n".join(row.replace("../", f"{table.parent.parent}/") for row in rows))
+    write_own_encoder(here)
     (here / "runs/stopped/version_0/checkpoints").mkdir(parents=True)
     for name in ("last.ckpt", "before.ckpt", "runs/stopped/version_0/checkpoints/last.ckpt"):
         shutil.copy(checkpoint, here / name)
@@ -152,6 +160,7 @@ def test_python_blocks_run_and_print_what_they_say(
         pytest.importorskip("clip_benchmark")
         pytest.importorskip("requests")  # which it imports but does not depend on
     monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
     names: dict[str, Any] = {"__name__": "reader"}
     for block in blocks("python", name):
         exec(compile(block, name, "exec"), names)
@@ -250,7 +259,9 @@ def test_options_named_in_a_sentence_exist(name: str) -> None:
 
 @pytest.mark.usefixtures("nothing_is_made")
 @pytest.mark.parametrize("block", blocks("yaml"))
-def test_yaml_blocks_parse(block: str, tmp_path: Path) -> None:
+def test_yaml_blocks_parse(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_own_encoder(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     file = tmp_path / "block.yaml"
     file.write_text(block, encoding="utf-8")
     if yaml.safe_load(block).keys() <= {"model", "data", "trainer"}:

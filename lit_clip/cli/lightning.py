@@ -17,6 +17,8 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lit_clip.cli.encoder_types import register_encoders
+from lit_clip.cli.imports import check_not_imported_by, command_words, import_encoders
 from lit_clip.cli.loggers import check_loggers, logger_errors
 from lit_clip.cli.packaged_defaults import use_packaged_defaults
 from lit_clip.cli.run_folders import run_folders
@@ -30,6 +32,7 @@ from lit_clip.cli.words import (
     named_class,
     options,
     part_options,
+    sections,
 )
 from lit_clip.errors import InputError
 from lit_clip.module import LitCLIP
@@ -63,12 +66,14 @@ class CLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse with this priority: typed options, YAML files, the settings in ``--ckpt_path``, defaults."""
-        words = sys.argv[1:] if args is None else args if isinstance(args, list) else []
+        args = command_words(sys.argv[1:])[1] if args is None else args
+        words = args if isinstance(args, list) else []
         subcommand = next((word for word in words if word in getattr(self, "_subcommand_parsers", ())), None)
+        import_encoders(words, sections(words, subcommand))
         check_encoder_options(words, subcommand)
         path, hparams = checkpoint_path(words, subcommand), {}
         if subcommand and path and path not in (*NEWEST, "best", "hpc"):  # Lightning handles the last two
-            hparams = read_checkpoint(path)["hyper_parameters"]
+            hparams = _settings_of(path)
         known = getattr(self, "_subcommand_parsers", {}).get(subcommand, parser)
         self.uses_packaged_defaults = subcommand is not None and not options(words, "--config", "-c")
         if self.uses_packaged_defaults:
@@ -91,7 +96,8 @@ class CLI(LightningCLI):
                 ],
                 f"lit-clip {subcommand or 'fit'} --help",
             ):
-                super().parse_arguments(parser, args)
+                # Not Lightning's: it warns of arguments in a list.
+                self.config = parser.parse_args(args) if isinstance(args, list) else parser.parse_object(args)
         except ArgumentError as error:
             if "'lightning.LightningDataModule'" not in str(error):  # the type of --data while no class is named
                 raise
@@ -236,6 +242,13 @@ class CLI(LightningCLI):
             print_summary(self.trainer.callback_metrics, self.model.baselines, before)
 
 
+def _settings_of(path: str) -> dict[str, Any]:
+    """Return the settings that a checkpoint holds, none of which may have the parser import anything."""
+    hparams = read_checkpoint(path)["hyper_parameters"]
+    check_not_imported_by(hparams, path)
+    return hparams
+
+
 def _default_callbacks() -> Callable[..., list[Any]]:
     package = import_module(DEFAULT_CALLBACKS)
     if not hasattr(package, "defaults"):
@@ -262,6 +275,7 @@ def computes_in_bfloat16(accelerator: object) -> bool | None:
 def run(args: ArgsType = None, execute: bool = True) -> CLI:
     """Parse and run a command; errors that the user can fix are raised."""
     # Without this, absolute keys such as ${model.optimizer.lr} are looked up above the subcommand.
+    register_encoders()
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     words = sys.argv[1:] if args is None else args if isinstance(args, list) else []
     model = named_class(words, next(iter(words), None), "model")

@@ -14,6 +14,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from lit_clip.cli import other_names, subcommands
+from lit_clip.cli.imports import OPTION, command_words, find_working_folder, import_modules
 from lit_clip.cli.lazy_torchmetrics import defer_torchmetrics
 from lit_clip.errors import InputError
 from lit_clip.tools.messages import one_line, user_error
@@ -57,7 +58,9 @@ def help_text() -> str:
     lines = ["usage: lit-clip COMMAND ...", "", "Examples:", *(f"  {example}" for example in EXAMPLES)]
     lines += ["", "Commands that take --config, a YAML file:", *_described(CONFIGURED)]
     lines += ["", "Other commands:", *_described(others)]
-    return "\n".join([*lines, "", "lit-clip COMMAND --help lists a command's options."])
+    lines += ["", "lit-clip COMMAND --help lists a command's options."]
+    lines += ["lit-clip --import MODULE COMMAND ... imports a module first, with the encoders that a checkpoint names."]
+    return "\n".join(lines)
 
 
 def _described(commands: Mapping[str, str]) -> Iterator[str]:
@@ -92,7 +95,10 @@ def _check_command(words: Sequence[str]) -> None:
 
 def _run(words: list[str]) -> int:
     """Run a command and return the exit code."""
+    find_working_folder()
+    modules, words = command_words(words)
     _check_command(words)
+    import_modules(modules, OPTION)
     if words[0] in ("-h", "--help"):
         sys.stdout.write(f"{help_text()}\n")
     elif words[0] in subcommands.COMMANDS:

@@ -89,7 +89,7 @@ def check_encoder_options(words: Sequence[str], subcommand: str | None) -> None:
             encoder: Any = section
             for key in word[2:].split(".")[:3]:
                 encoder = encoder.get(key) if isinstance(encoder, dict) else None
-            others = isinstance(encoder, dict) and ({"timm", "hugging_face"} & encoder.keys())
+            others = isinstance(encoder, dict) and ({"timm", "hugging_face", "class_path"} & encoder.keys())
             if others or (isinstance(encoder, dict) and isinstance(encoder.get("layers"), list)):  # a ResNet's stages
                 option = word.partition("=")[0]
                 raise InputError(

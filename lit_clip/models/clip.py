@@ -4,8 +4,10 @@ The state dict has OpenAI's key names. Shapes: B batch, L tokens, W width, D emb
 """
 
 import math
+import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from PIL import Image
@@ -21,6 +23,9 @@ from lit_clip.models.config import (
     TextTransformerConfig,
     VisionTransformerConfig,
 )
+from lit_clip.models.custom import CustomImageEncoder, CustomTextEncoder
+from lit_clip.models.custom_config import CustomImageConfig, CustomTextConfig
+from lit_clip.models.encoding import Item, as_features, encode_items
 from lit_clip.models.external import HuggingFaceTextEncoder, TimmImageEncoder
 from lit_clip.models.external_settings import with_external_settings
 from lit_clip.models.hf_tokenizer import from_source
@@ -34,7 +39,7 @@ SIGLIP_LOGIT_SCALE, SIGLIP_LOGIT_BIAS = math.log(10), -10.0  # Zhai et al. 2023,
 
 
 class CLIP(TextTransformer):
-    """The image and text encoders of the paper, of SigLIP, or of other libraries.
+    """The image and text encoders of the paper, of SigLIP, of other libraries, or of your own.
 
     OpenAI's models have the text encoder's parts beside ``visual``, so a CLIP is itself a text transformer; any other
     text encoder is the module ``text``. :attr:`text_encoder` is the module that has the parts.
@@ -89,6 +94,8 @@ class CLIP(TextTransformer):
         """The tokenizer, picklable so that data workers can receive it."""
         if self._tokenizer is None:
             text = self.config.text
+            if isinstance(text, CustomTextConfig):
+                return cast(TextTokenizer, self.text.tokenizer)
             whole, vocab_size = False, sys.maxsize
             if isinstance(text, TextTransformerConfig):
                 whole, vocab_size = not text.causal, text.vocab_size
@@ -123,7 +130,7 @@ class CLIP(TextTransformer):
         """Float, normalised ``[B, 3, H, W]`` -> features before the projection and after it, ``[B, D]``.
 
         The paper's linear probes (appendix A.3) use those before the projection, ``[B, W]`` for a ViT. A ResNet
-        projects inside its attention pooling, so both are the same.
+        projects inside its attention pooling and an encoder by class path wherever it likes, so both are the same.
         """
         tower = self.visual
         if isinstance(tower, ModifiedResNet):
@@ -155,6 +162,35 @@ class CLIP(TextTransformer):
             features = self.text(tokens, lengths)
         return unit(features) if normalize else features
 
+    def encode(self, items: Item | Sequence[Item], batch_size: int = 64) -> Tensor:
+        """Texts, images and image files, mixed in any way -> unit features on the CPU, in the order given.
+
+        A PIL image is an image, and a ``pathlib.Path`` an image file. A string is an image file if it ends like one
+        (``.jpg``, ``.png``, ...) and that file exists, and otherwise a text, which is truncated to the context.
+        The model runs where it is, without gradients and in evaluation mode, and is left as it was.
+
+        Args:
+            items: one, or a sequence of them.
+            batch_size: most texts or images that are encoded at once.
+
+        Returns:
+            float32 ``[N, D]``; of a single item ``[D]``.
+
+        Raises:
+            InputError: an item of another type, or a file that is no readable image.
+        """
+        if isinstance(items, str | os.PathLike | Image.Image):
+            return encode_items(self, [items], batch_size)[0]
+        return encode_items(self, list(items), batch_size)
+
+    def similarity(self, a: Any, b: Any, batch_size: int = 64) -> Tensor:
+        """Return the cosine similarity of each of ``a`` with each of ``b``, float32 ``[len(a), len(b)]``.
+
+        Either is whatever :meth:`encode` takes, or features ``[N, D]`` of any length (a tensor or an array); a single
+        one counts as a list of one.
+        """
+        return as_features(self, a, batch_size) @ as_features(self, b, batch_size).T
+
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
         """Clamp the logit scale to between 1 and 100; to be called after every optimiser step.
@@ -165,15 +201,21 @@ class CLIP(TextTransformer):
             self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
 
 
-def _image_encoder(config: CLIPConfig) -> VisionTransformer | ModifiedResNet | TimmImageEncoder:
+def _image_encoder(config: CLIPConfig) -> VisionTransformer | ModifiedResNet | TimmImageEncoder | CustomImageEncoder:
     if isinstance(config.image, VisionTransformerConfig):
         return VisionTransformer(config.image, config.embed_dim, config.activation)
     if isinstance(config.image, ResNetConfig):
         return ModifiedResNet(config.image, config.embed_dim)
+    if isinstance(config.image, CustomImageConfig):
+        with torch.device("cpu"):  # not on the meta device: its code may read values
+            return CustomImageEncoder(config.image, config.embed_dim)
     return TimmImageEncoder(config.image, config.embed_dim)
 
 
 def _text_encoder(config: CLIPConfig) -> nn.Module:
     if isinstance(config.text, HuggingFaceTextConfig):
         return HuggingFaceTextEncoder(config.text, config.embed_dim)
+    if isinstance(config.text, CustomTextConfig):
+        with torch.device("cpu"):
+            return CustomTextEncoder(config.text, config.embed_dim)
     return TextTransformer(config.text, config.embed_dim, config.activation)

@@ -9,21 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 from lit_clip.errors import InputError, require
+from lit_clip.models.custom_config import CustomImageConfig, CustomTextConfig
+from lit_clip.models.size import Size, height_width, normalised
 
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
-Size = int | tuple[int, int]
-"""In pixels: the side of a square, or height and width."""
-
-
-def height_width(size: Size) -> tuple[int, int]:
-    """Return a :data:`Size` as height and width."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
-def _size(size: Size) -> Size:
-    """Normalise: a square is one number; JSON and YAML give a list instead of a tuple."""
-    height, width = height_width(size)
-    return height if height == width else (height, width)
 
 
 def _at_least(config: Any, where: str, **bounds: float) -> None:
@@ -61,7 +50,7 @@ class VisionTransformerConfig:
 
     def __post_init__(self) -> None:
         where = "architecture.image"
-        self.image_size = _size(self.image_size)
+        self.image_size = normalised(self.image_size)
         require(min(height_width(self.image_size)) >= 1, f"{where}: image_size {self.image_size} must be at least 1")
         _at_least(self, where, patch_size=1, width=1, layers=1, heads=1)
         require(self.mlp_ratio > 0, f"{where}: mlp_ratio {self.mlp_ratio} must be above 0")
@@ -90,7 +79,7 @@ class ResNetConfig:
     def __post_init__(self) -> None:
         where = "architecture.image"
         a, b, c, d = self.layers
-        self.layers, self.image_size = (a, b, c, d), _size(self.image_size)
+        self.layers, self.image_size = (a, b, c, d), normalised(self.image_size)
         require(min(self.layers) >= 1, f"{where}: layers {list(self.layers)} must be at least 1")
         require(
             self.width >= 2 and self.width % 2 == 0, f"{where}: width {self.width} must be even: heads are width / 2"
@@ -125,7 +114,7 @@ class TimmConfig:
     def __post_init__(self) -> None:
         where = "architecture.image"
         if self.image_size is not None:
-            self.image_size = _size(self.image_size)
+            self.image_size = normalised(self.image_size)
             least = min(height_width(self.image_size))
             require(least >= 1, f"{where}: image_size {self.image_size} must be at least 1")
         ours = {
@@ -245,24 +234,29 @@ class Preprocessing:
     def __post_init__(self) -> None:
         (r, g, b), (r_std, g_std, b_std) = self.mean, self.std
         self.mean, self.std = (r, g, b), (r_std, g_std, b_std)  # JSON gives lists
-        self.image_size = _size(self.image_size)
+        self.image_size = normalised(self.image_size)
         require(
             0 < self.crop_pct <= 1,
             f"architecture: preprocessing.crop_pct {self.crop_pct} must be above 0 and at most 1",
         )
 
 
-ImageConfig = VisionTransformerConfig | ResNetConfig | TimmConfig
-TextConfig = TextTransformerConfig | HuggingFaceTextConfig
+# jsonargparse must try the encoders by class path first: for others it would import what class_path names.
+ImageConfig = CustomImageConfig | VisionTransformerConfig | ResNetConfig | TimmConfig
+TextConfig = CustomTextConfig | TextTransformerConfig | HuggingFaceTextConfig
 
 
 def _image(values: Mapping[str, Any]) -> ImageConfig:
+    if "class_path" in values:
+        return CustomImageConfig(**values)
     if "timm" in values:
         return TimmConfig(**values)
     return VisionTransformerConfig(**values) if "patch_size" in values else ResNetConfig(**values)
 
 
 def _text(values: Mapping[str, Any]) -> TextConfig:
+    if "class_path" in values:
+        return CustomTextConfig(**values)
     if "hugging_face" in values:
         return HuggingFaceTextConfig(**values)
     tokenizer = values.get("tokenizer")
@@ -302,9 +296,9 @@ class CLIPConfig:
                 width == self.embed_dim,
                 f"architecture.text: width {width} is not embed_dim {self.embed_dim}; set projection to true",
             )
-        if self.preprocessing is None and not isinstance(self.image, TimmConfig):
-            self.preprocessing = Preprocessing(self.image.image_size)
         size = self.image.image_size
+        if self.preprocessing is None and size is not None and not isinstance(self.image, TimmConfig):
+            self.preprocessing = Preprocessing(size)
         if self.preprocessing is not None and size is not None:
             wanted = self.preprocessing.image_size
             require(wanted == size, f"architecture: preprocessing.image_size {wanted} is not image.image_size {size}")

@@ -1,4 +1,4 @@
-"""The settings that only timm and Hugging Face's transformers know of their encoders.
+"""The settings that only encoders of timm, of Hugging Face's transformers and of your own know themselves.
 
 Apart from :mod:`lit_clip.models.external` because naming an architecture needs no torch. Either library is imported
 when one of its encoders is named: both take seconds.
@@ -11,12 +11,15 @@ from typing import Any, cast
 
 from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig, HuggingFaceTextConfig, Preprocessing, TimmConfig
+from lit_clip.models.custom_config import CustomImageConfig, CustomTextConfig
 
 
 def with_external_settings(config: CLIPConfig) -> CLIPConfig:
-    """Return the architecture with image size, preprocessing and text configuration filled in from other libraries.
+    """Return the architecture with what only an encoder itself knows filled in.
 
-    An explicit image size or preprocessing wins over timm's. Architectures of our own encoders come back unchanged.
+    That is image size, preprocessing and text configuration of other libraries' encoders, and image size and context
+    length of encoders by class path. An explicit image size or preprocessing wins over timm's. Architectures of our own
+    encoders come back unchanged.
 
     Raises:
         InputError: an unknown model, or one that lit-clip cannot use.
@@ -27,6 +30,14 @@ def with_external_settings(config: CLIPConfig) -> CLIPConfig:
         image, preprocessing = replace(image, image_size=timms.image_size), preprocessing or timms
     if isinstance(text, HuggingFaceTextConfig) and text.model is None:
         text = replace(text, model=hugging_face_config(text.hugging_face))
+    if isinstance(image, CustomImageConfig) and image.image_size is None:
+        from lit_clip.models.custom import encoder_image_size  # needs torch
+
+        image = replace(image, image_size=encoder_image_size(image, config.embed_dim))
+    if isinstance(text, CustomTextConfig) and not text.context_length:
+        from lit_clip.models.custom import encoder_context_length
+
+        text = replace(text, context_length=encoder_context_length(text, config.embed_dim))
     if image is config.image and text is config.text:
         return config
     return replace(config, image=image, text=text, preprocessing=preprocessing)

@@ -7,7 +7,8 @@ from typing import Any, Literal
 from torch import nn
 
 from lit_clip.errors import InputError, require
-from lit_clip.models.layers import HEAD, TOWERS, layer_groups
+from lit_clip.models.custom import CustomImageEncoder, CustomTextEncoder
+from lit_clip.models.layers import HEAD, TOWERS, layer_groups, tower_encoder, tower_parameters
 
 
 @dataclass
@@ -67,23 +68,24 @@ def frozen_names(model: Any, freeze: Freeze) -> set[str]:
     """Return the names of the parameters to freeze.
 
     Raises:
-        InputError: ``unlock_last`` exceeds the number of blocks.
+        InputError: ``unlock_last`` exceeds the number of blocks, or the blocks are unknown.
     """
     frozen: set[str] = set()
     for tower in TOWERS:
         setting: str | UnlockLast | None = getattr(freeze, tower)
         if setting is None:
             continue
-        groups = layer_groups(model, tower)
-        if isinstance(setting, UnlockLast):
+        if isinstance(setting, str):
+            frozen |= tower_parameters(model, tower).keys()
+        else:
+            groups = layer_groups(model, tower)
             blocks = sum(group.name.startswith("blocks.") for group in groups)
             if setting.unlock_last > blocks:
                 raise InputError(
                     f"model.freeze.{tower}: unlock_last {setting.unlock_last}, but the tower has {blocks} blocks"
                 )
             first = len([group for group in groups if group.name != HEAD]) - setting.unlock_last
-            groups = groups[:first]
-        frozen |= {name for group in groups for name in group.parameters}
+            frozen |= {name for group in groups[:first] for name in group.parameters}
     return frozen
 
 
@@ -115,6 +117,12 @@ def learning_rate_factors(model: Any, decay: LayerDecay | None) -> list[tuple[st
         return [("all", 1.0, list(everything.values()))]
     layers: list[tuple[str, float, list[nn.Parameter]]] = []
     for tower in TOWERS:
+        if getattr(decay, tower) == 1 and isinstance(
+            tower_encoder(model, tower), CustomImageEncoder | CustomTextEncoder
+        ):
+            members = tower_parameters(model, tower)  # its layers may be unknown, and need not be known
+            layers.append((tower, 1.0, [everything.pop(name) for name in members]))
+            continue
         groups = layer_groups(model, tower)
         for depth, group in enumerate(reversed(groups)):
             factor = getattr(decay, tower) ** (depth if groups[-1].name == HEAD else depth + 1)

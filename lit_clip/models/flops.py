@@ -106,7 +106,8 @@ def _count_on(tower: nn.Module, inputs: Tensor, device: torch.device) -> int:
     copied.few_lengths = False  # count the texts' own lengths
     # As plain matrix products: the counter does not know the CPU's fused attention.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        features = copied(inputs.to(device))
+        lengths = {"lengths": [inputs.shape[1]]} if getattr(copied, "reads_lengths", False) else {}
+        features = copied(inputs.to(device), **lengths)
         if features.requires_grad:
             features.sum().backward()
     return counter.get_total_flops()

@@ -8,6 +8,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lit_clip.errors import require
+from lit_clip.models.custom import CustomImageEncoder, CustomTextEncoder, custom_blocks
+from lit_clip.models.external import TimmImageEncoder
+from lit_clip.models.resnet import ModifiedResNet
 
 Tower = Literal["image", "text"]
 TOWERS: tuple[Tower, Tower] = ("image", "text")
@@ -39,12 +42,18 @@ def tower_parameters(model: nn.Module, tower: Tower) -> dict[str, nn.Parameter]:
     }
 
 
+def tower_encoder(model: Any, tower: Tower) -> nn.Module:
+    """Return the module that has a tower's parts; the paper's text encoder is the model itself."""
+    return model.visual if tower == "image" else model.text_encoder
+
+
 def layer_groups(model: Any, tower: Tower) -> list[LayerGroup]:
     """Split a tower into layers, from input to output: embeddings, each block, the head.
 
     A block is a residual block, also in the four stages of a ResNet. timm's towers are split by timm's own
     ``group_matcher``, which counts the norm after the last block to that block. A Hugging Face encoder's blocks are its
-    largest list of modules. The head is everything after the blocks: norms, pooling, projection.
+    largest list of modules, those of an encoder by class path its ``blocks``. The head is everything after the blocks:
+    norms, pooling, projection.
 
     Args:
         model: a :class:`lit_clip.CLIP`.
@@ -52,10 +61,13 @@ def layer_groups(model: Any, tower: Tower) -> list[LayerGroup]:
 
     Returns:
         Groups that together hold each parameter of the tower once; none is empty.
+
+    Raises:
+        InputError: an encoder by class path has no ``blocks``.
     """
     parameters = tower_parameters(model, tower)
-    trunk = getattr(model.visual, "trunk", None) if tower == "image" else None
-    names = _timm_layers(trunk, "visual.trunk.") if trunk is not None else _layers(model, parameters)
+    timms = tower == "image" and isinstance(model.visual, TimmImageEncoder)
+    names = _timm_layers(model.visual.trunk, "visual.trunk.") if timms else _layers(model, tower, parameters)
     groups: dict[str, dict[str, nn.Parameter]] = {name: {} for name in dict.fromkeys([EMBEDDINGS, *names.values()])}
     groups[HEAD] = groups.pop(HEAD, {})
     for name, parameter in parameters.items():
@@ -63,9 +75,9 @@ def layer_groups(model: Any, tower: Tower) -> list[LayerGroup]:
     return [LayerGroup(name, members) for name, members in groups.items() if members]
 
 
-def _layers(model: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str, str]:
+def _layers(model: nn.Module, tower: Tower, parameters: dict[str, nn.Parameter]) -> dict[str, str]:
     """Map parameter names to group names, with the blocks in order."""
-    prefixes = _block_prefixes(model, parameters)
+    prefixes = _block_prefixes(model, tower)
     block_of = {
         name: f"blocks.{i}" for i, prefix in enumerate(prefixes) for name in parameters if name.startswith(prefix)
     }
@@ -80,9 +92,19 @@ def _layers(model: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str, 
     return dict(sorted(result.items(), key=lambda item: order.index(item[1])))
 
 
-def _block_prefixes(model: nn.Module, parameters: dict[str, nn.Parameter]) -> list[str]:
-    visual = next(iter(parameters)).startswith("visual.")
-    if visual and hasattr(model.visual, "layer4"):
+def _block_prefixes(model: Any, tower: Tower) -> list[str]:
+    encoder, visual = tower_encoder(model, tower), tower == "image"
+    if isinstance(encoder, CustomImageEncoder | CustomTextEncoder):
+        blocks = custom_blocks(encoder)
+        kind = type(encoder.encoder).__name__
+        require(
+            bool(blocks),
+            f"architecture.{tower}: {kind} has no `blocks`, a list of modules in order, so its layers are unknown to "
+            "model.freeze's unlock_last, model.layer_decay and model.lora",
+        )
+        names = {id(module): name for name, module in model.named_modules()}
+        return [f"{names[id(block)]}." for block in blocks]
+    if isinstance(encoder, ModifiedResNet):
         stages = [f"visual.layer{stage}" for stage in range(1, 5)]
         return [f"{stage}.{i}." for stage in stages for i, _ in enumerate(model.get_submodule(stage).children())]
     lists = {
@@ -90,7 +112,7 @@ def _block_prefixes(model: nn.Module, parameters: dict[str, nn.Parameter]) -> li
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and name.startswith("visual.") == visual
     }
-    require(bool(lists), f"the {'image' if visual else 'text'} tower has no list of blocks, so its layers are unknown")
+    require(bool(lists), f"the {tower} tower has no list of blocks, so its layers are unknown")
     name = max(lists, key=lambda name: lists[name])
     return [f"{name}.{i}." for i in range(len(cast(nn.ModuleList, model.get_submodule(name))))]
 
@@ -99,13 +121,16 @@ def tower_blocks(model: Any, tower: Tower) -> list[nn.Module]:
     """Return the modules that are a tower's blocks in :func:`layer_groups`, in order.
 
     timm's blocks are known only by the names of their parameters, so these are the largest modules within each block,
-    including one that stands alone between stages (the downsampling of a ConvNeXt).
+    including one that stands alone between stages (the downsampling of a ConvNeXt). An encoder by class path without
+    ``blocks`` is one block.
     """
-    parameters = tower_parameters(model, tower)
-    if tower == "text" or not hasattr(model.visual, "trunk"):
-        return [model.get_submodule(prefix[:-1]) for prefix in _block_prefixes(model, parameters)]
-    names = _timm_layers(model.visual.trunk, "visual.trunk.")
-    return _whole_blocks(model.visual.trunk, "visual.trunk", names)
+    encoder = tower_encoder(model, tower)
+    if isinstance(encoder, CustomImageEncoder | CustomTextEncoder) and not custom_blocks(encoder):
+        return [encoder.encoder]
+    if not isinstance(encoder, TimmImageEncoder):
+        return [model.get_submodule(prefix[:-1]) for prefix in _block_prefixes(model, tower)]
+    names = _timm_layers(encoder.trunk, "visual.trunk.")
+    return _whole_blocks(encoder.trunk, "visual.trunk", names)
 
 
 def _whole_blocks(module: nn.Module, prefix: str, names: Mapping[str, str]) -> list[nn.Module]:

@@ -9,7 +9,7 @@ from torch import nn
 
 from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
-from lit_clip.models.layers import TOWERS, layer_groups
+from lit_clip.models.layers import TOWERS, layer_groups, tower_parameters
 
 FUSED = "in_proj_weight"  # queries, keys and values of torch's attention in one weight
 
@@ -41,6 +41,8 @@ def target_names(model: CLIP, targets: list[str] | None = None) -> list[str]:
     """
     found = []
     for tower in TOWERS:
+        if not any(parameter.requires_grad for parameter in tower_parameters(model, tower).values()):
+            continue  # nothing is added to it, so its layers need not be known
         for group in layer_groups(model, tower):
             for name, parameter in group.parameters.items() if group.name.startswith("blocks.") else ():
                 owner, _, last = name.rpartition(".")

@@ -15,6 +15,7 @@ from lit_clip.models.config import (
     VisionTransformerConfig,
     height_width,
 )
+from lit_clip.models.custom_config import CustomEncoderConfig
 from lit_clip.models.external import TimmImageEncoder, resized_trunk
 
 
@@ -27,6 +28,7 @@ def resized(config: CLIPConfig, image_size: Size | None, context_length: int | N
     image, text, preprocessing = config.image, config.text, config.preprocessing
     assert preprocessing is not None
     if image_size is not None and height_width(image_size) != height_width(preprocessing.image_size):
+        _not_custom(image, "image_size")
         image = dataclasses.replace(image, image_size=image_size)
         preprocessing = dataclasses.replace(preprocessing, image_size=image_size)
     if context_length is not None and context_length != text.context_length:
@@ -35,8 +37,14 @@ def resized(config: CLIPConfig, image_size: Size | None, context_length: int | N
                 f"context_length: must be the weights' {text.context_length}, not {context_length}; this text encoder "
                 "attends to padding too, so another length would change the features"
             )
+        _not_custom(text, "context_length")
         text = dataclasses.replace(text, context_length=context_length)
     return dataclasses.replace(config, image=image, text=text, preprocessing=preprocessing)
+
+
+def _not_custom(tower: object, size: str) -> None:
+    if isinstance(tower, CustomEncoderConfig):
+        raise InputError(f"{size}: {tower.class_path} chooses its own; set it with architecture's init_args")
 
 
 def resize_weights(state: dict[str, Tensor], old: CLIPConfig, new: CLIPConfig) -> dict[str, Tensor]:

@@ -235,6 +235,8 @@ def plan_rows(plan: RunPlan) -> list[tuple[str, str]]:
     if forward is not None and training is not None:
         work = f"{_short(forward)} forward, {_short(training)} in training ({plan.passes:g} x); texts of full length"
         rows.append(("FLOPs per pair", work))
+    else:
+        rows.append(("FLOPs per pair", "unknown; an encoder cannot be counted"))
     kept = "weights, gradients, moments" if plan.moments is not None else "weights, gradients"
     rows.append((kept, f"{_bytes(plan.state_bytes)} on each rank without sharding"))
     if plan.loss_bytes is not None:

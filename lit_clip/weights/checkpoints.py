@@ -8,6 +8,8 @@ from typing import Any
 from lit_clip.errors import InputError
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, TextTransformerConfig
+from lit_clip.models.custom import custom_encoders, find_class
+from lit_clip.models.custom_config import how_to_import
 from lit_clip.models.hf_tokenizer import HuggingFaceTokenizer
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.tools.weight_files import Source, read_file
@@ -31,15 +33,18 @@ def checked(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
     """Return the checkpoint if it has weights and an architecture.
 
     Raises:
-        InputError: it is not one of lit-clip's.
+        InputError: it is not one of lit-clip's, or an encoder's class, which it only names, is not imported.
     """
     try:
-        CLIPConfig.from_dict(checkpoint["hyper_parameters"]["architecture"])
+        config = CLIPConfig.from_dict(checkpoint["hyper_parameters"]["architecture"])
         dict(checkpoint["state_dict"])
     except InputError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise InputError(f"{path}: not a lit-clip checkpoint (it has no weights or names no architecture)") from error
+    for tower, class_path in custom_encoders(config):
+        if find_class(class_path) is None:
+            raise InputError(f"{path}: its {tower} encoder is {class_path}; {how_to_import(class_path)}")
     return checkpoint
 
 

@@ -18,7 +18,17 @@ from torch import Tensor, nn
 from lit_clip.errors import InputError, require
 from lit_clip.losses.contrastive import unit
 from lit_clip.models.clip import CLIP
-from lit_clip.models.config import CLIPConfig, HuggingFaceTextConfig, ResNetConfig, TimmConfig, height_width
+from lit_clip.models.config import (
+    CLIPConfig,
+    HuggingFaceTextConfig,
+    ResNetConfig,
+    TextTransformerConfig,
+    TimmConfig,
+    VisionTransformerConfig,
+    height_width,
+)
+from lit_clip.models.custom import CustomTextEncoder, custom_encoders
+from lit_clip.models.tokenizer import CLIPTokenizer
 from lit_clip.weights.hugging_face import hugging_face_kind, to_hugging_face
 from lit_clip.weights.hugging_face_processor import PROCESSOR_OF, image_processor, save_byte_pairs, save_tokenizer
 
@@ -152,6 +162,8 @@ def open_clip_model(model: CLIP) -> dict[str, Any]:
         InputError: open_clip does not support the model.
     """
     config = model.config
+    for _, own in custom_encoders(config):
+        raise InputError(f"open_clip has no encoder {own}; use onnx")
     values: dict[str, Any] = {
         "embed_dim": config.embed_dim,
         "quick_gelu": config.activation == "quick_gelu",
@@ -185,6 +197,7 @@ def _open_clip_vision(model: CLIP) -> dict[str, Any]:
             "timm_proj": "" if image.projection == "classifier" else image.projection,
             "timm_proj_bias": image.projection_bias,
         }
+    assert isinstance(image, VisionTransformerConfig)  # open_clip_model has refused the others
     tanh = {"act_kwargs": {"approximate": "tanh"}} if model.config.activation == "gelu_tanh" else {}
     return {
         **size,
@@ -216,6 +229,7 @@ def _open_clip_text(config: CLIPConfig) -> dict[str, Any]:
             "hf_proj_type": text.projection,
             "hf_pooler_type": poolers[text.pooling],
         }
+    assert isinstance(text, TextTransformerConfig)
     values |= {
         "vocab_size": text.vocab_size,
         "width": text.width,
@@ -318,10 +332,17 @@ def write_onnx(model: CLIP, folder: Path) -> None:
     """Write ``image_encoder.onnx`` and ``text_encoder.onnx``, for any batch size, ``model.json`` and the tokenizer.
 
     Raises:
-        InputError: the packages of the extra ``export`` are not installed.
+        InputError: the packages of the extra ``export`` are not installed, or a text encoder by class path or its
+            tokenizer cannot be written.
     """
     missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
     require(not missing, f"onnx needs {', '.join(missing)}: pip install -e '.[export]'")
+    if isinstance(model.text_encoder, CustomTextEncoder):
+        where = f"onnx: the text encoder {type(model.text_encoder.encoder).__name__}"
+        require(not model.text_encoder.reads_lengths, f"{where} reads its texts' lengths, which no graph can")
+        require(
+            isinstance(model.tokenizer, CLIPTokenizer), f"{where} has a tokenizer of its own, which onnx cannot hold"
+        )
     sample = ExportSample.of(model)
     parameters = {id(p): p.nbytes for p in model.visual.parameters()}
     size = {"image": sum(parameters.values())}

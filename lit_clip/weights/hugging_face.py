@@ -120,7 +120,8 @@ def hugging_face_kind(config: CLIPConfig) -> Literal["clip", "siglip"]:
         InputError: neither can; the message gives the reason.
     """
     image, text = config.image, config.text
-    encoders = f"{type(image).__name__} and {type(text).__name__}".replace("Config", "")
+    kinds = [getattr(each, "class_path", type(each).__name__.removesuffix("Config")) for each in (image, text)]
+    encoders = " and ".join(kinds)
     own = f"a CLIPModel has a vision transformer and a causal text transformer, this model has {encoders}"
     if isinstance(image, TimmConfig) and isinstance(text, TextTransformerConfig) and not text.causal:
         timm_siglip(image.timm, **image.options)

@@ -21,6 +21,7 @@ from lit_clip.models.finetuning import Freeze
 from lit_clip.models.tokenizer import CLIPTokenizer
 from lit_clip.module import LitCLIP
 from lit_clip.training.activation_checkpointing import checkpoint_encoders
+from tests.helpers import own_encoders
 
 CONFIG = CLIPConfig(
     embed_dim=16,
@@ -176,6 +177,7 @@ def uneven_gather() -> None:
 
 def finetuned_module(options: str) -> LitCLIP:
     """Return :func:`make_module` with LitCLIP's arguments as JSON, a loss as a description, after ``setup``."""
+    assert own_encoders  # a mapping that names them finds them only if they are imported
     module = make_module(**json.loads(options))
     module.setup("fit")
     return module

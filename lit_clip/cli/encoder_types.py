@@ -1,0 +1,31 @@
+"""How the parser reads encoders by class path, which by itself it would take for subclasses of the others' settings."""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+from jsonargparse import Namespace
+from jsonargparse.typing import register_type
+
+from lit_clip.errors import require
+from lit_clip.models.custom_config import CustomEncoderConfig, CustomImageConfig, CustomTextConfig
+
+
+def _read(kind: type[CustomEncoderConfig], value: Any) -> CustomEncoderConfig:
+    values = value.as_dict() if isinstance(value, Namespace) else value
+    if not isinstance(values, dict) or "class_path" not in values:
+        raise ValueError("names no class_path")  # the parser then tries the other kinds
+    known = [each.name for each in dataclasses.fields(kind)]
+    for name in values:
+        require(name in known, f"architecture: {values['class_path']} has the entry {name!r}; put it into init_args")
+    return kind(**values)
+
+
+def _written(encoder: CustomEncoderConfig) -> dict[str, Any]:
+    return {name: value for name, value in dataclasses.asdict(encoder).items() if value}
+
+
+def register_encoders() -> None:
+    """Tell the parser; without effect the second time."""
+    for kind in (CustomImageConfig, CustomTextConfig):
+        register_type(kind, serializer=_written, deserializer=partial(_read, kind), fail_already_registered=False)

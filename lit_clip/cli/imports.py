@@ -1,0 +1,153 @@
+"""Import the modules that the user names: with ``--import``, and as an encoder's class in YAML or on the command line.
+
+A module that only a checkpoint names is never imported.
+"""
+
+import importlib
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lit_clip.errors import InputError
+from lit_clip.models.custom_config import how_to_import
+
+OPTION = "--import"
+
+
+def find_working_folder() -> None:
+    """Let modules of the working folder be imported, after all others so that they shadow none."""
+    folder = str(Path.cwd())
+    if folder not in sys.path and "" not in sys.path:
+        sys.path.append(folder)
+
+
+def command_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split a command line into the modules to import and the command with its options.
+
+    Raises:
+        InputError: ``--import`` without a module.
+    """
+    modules, rest = [], list(words)
+    while rest and rest[0].partition("=")[0] == OPTION:
+        _, equals, module = rest.pop(0).partition("=")
+        if not equals and rest and not rest[0].startswith("-"):
+            module = rest.pop(0)
+        if not module:
+            raise InputError(f"{OPTION}: no module is named; lit-clip {OPTION} my_encoder COMMAND ...")
+        modules.append(module)
+    return modules, rest
+
+
+def import_modules(modules: Iterable[str], why: str) -> None:
+    """Import modules; what their own code raises is passed on.
+
+    Args:
+        modules: their names.
+        why: the option or key that names them, for messages.
+
+    Raises:
+        InputError: there is no such module.
+    """
+    for module in modules:
+        parts = module.split(".")
+        if not all(part.isidentifier() for part in parts):
+            raise InputError(
+                f"{why}: {module!r} is no module's name; my_encoder.py in the working folder is my_encoder"
+            )
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name not in {".".join(parts[: i + 1]) for i in range(len(parts))}:
+                raise  # the module is there, and lacks one itself
+            raise InputError(
+                f"{why}: there is no module {module}; {parts[0]}.py must be in the working folder, {Path.cwd()}, or be "
+                "installed"
+            ) from error
+
+
+def import_encoders(words: Sequence[str], sections: Iterable[Mapping[str, Any]]) -> None:
+    """Import the modules of encoders that are named by class path.
+
+    Args:
+        words: the command line.
+        sections: a subcommand's settings in YAML files.
+
+    Raises:
+        InputError: there is no such module.
+    """
+    for tower, class_path in dict.fromkeys([*_in_files(sections), *_typed(words)]):
+        module = class_path.rpartition(".")[0]
+        if module:  # without one, the architecture's own check says what is wrong
+            import_modules([module], f"architecture.{tower}: {class_path}")
+
+
+def check_not_imported_by(hparams: Mapping[str, Any], path: str) -> None:
+    """Refuse settings of a checkpoint that name a module: the parser would import it.
+
+    Args:
+        hparams: the checkpoint's settings, which become defaults. Parts that are classes have rules of their own.
+        path: of the checkpoint, for messages.
+
+    Raises:
+        InputError: a setting names a module that is not imported.
+    """
+    from lit_clip.cli.words import PARTS  # imports torch
+
+    for key, value in hparams.items():
+        if key in ("pretrained", "loss", *PARTS):  # a path; and what has rules of its own
+            continue
+        # An architecture's strings are names of models, but for class paths; the parser would follow one in any place.
+        for name in _class_paths_within(value) if key == "architecture" else _dotted_names(value):
+            if name.rpartition(".")[0] not in sys.modules:
+                raise InputError(f"{path}: its {key} names {name}, which is not imported; {how_to_import(name)}")
+
+
+def _dotted_names(value: Any) -> Iterator[str]:
+    """Yield the strings, at any depth, that could be the path of a class or a function."""
+    if isinstance(value, str):
+        if "." in value and all(part.isidentifier() for part in value.split(".")):
+            yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for item in (*value, *value.values()) if isinstance(value, Mapping) else value:
+            yield from _dotted_names(item)
+
+
+def _class_paths_within(value: Any) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        yield from _dotted_names(value.get("class_path"))
+    for item in value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ():
+        yield from _class_paths_within(item)
+
+
+def _in_files(sections: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+    for section in sections:
+        model = _mapping(section.get("model"))
+        for settings in (model, _mapping(model.get("init_args"))):
+            yield from _class_paths(settings.get("architecture"))
+
+
+def _typed(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+    for i, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        keys = [key for key in name.removeprefix("--").split(".") if key != "init_args"]
+        if keys[:2] != ["model", "architecture"] or len(keys) > 3:
+            continue
+        try:
+            settings = yaml.safe_load(value if equals else " ".join(words[i + 1 : i + 2]))
+        except yaml.YAMLError:  # the parser says so
+            continue
+        yield from _class_paths({keys[2]: settings} if len(keys) == 3 else settings)
+
+
+def _class_paths(architecture: Any) -> Iterator[tuple[str, str]]:
+    for tower in ("image", "text"):
+        class_path = _mapping(_mapping(architecture).get(tower)).get("class_path")
+        if isinstance(class_path, str):
+            yield tower, class_path
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}

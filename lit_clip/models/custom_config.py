@@ -1,0 +1,80 @@
+"""Architectures of encoders of your own, named by class path; :mod:`lit_clip.models.custom` creates them."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from lit_clip.errors import InputError
+from lit_clip.models.size import Size, normalised
+
+
+@dataclass
+class CustomEncoderConfig:
+    """An encoder of your own, see :mod:`lit_clip.models.custom` for what its class must offer.
+
+    Attributes:
+        class_path: the class, as ``module.Class``; in Python also the class itself.
+        init_args: its arguments beside ``embed_dim``; plain values, as a checkpoint holds them.
+    """
+
+    class_path: str | type
+    init_args: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        path = self.class_path
+        if isinstance(path, type):
+            path = self.class_path = f"{path.__module__}.{path.__qualname__}"
+        parts = path.split(".")
+        if len(parts) < 2 or not all(part.isidentifier() for part in parts):
+            raise InputError(
+                f"architecture: class_path {path!r} must be a module and a class of it: my_encoder.MyEncoder"
+            )
+        for name, value in self.init_args.items():
+            if not _is_plain(value):
+                raise InputError(
+                    f"architecture: init_args.{name} of {path} is a {type(value).__name__}; a checkpoint can only hold "
+                    "numbers, strings, lists and mappings"
+                )
+
+
+@dataclass
+class CustomImageConfig(CustomEncoderConfig):
+    """An image encoder of your own.
+
+    Attributes:
+        image_size: that of the encoder, read from it when the model is created.
+    """
+
+    image_size: Size | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.image_size = None if self.image_size is None else normalised(self.image_size)
+
+
+@dataclass
+class CustomTextConfig(CustomEncoderConfig):
+    """A text encoder of your own.
+
+    Attributes:
+        context_length: that of the encoder, read from it when the model is created; 0 until then.
+    """
+
+    context_length: int = 0
+
+    @property
+    def tokenizer(self) -> None:
+        """The encoder's own tokenizer is part of its class."""
+
+
+def how_to_import(class_path: str) -> str:
+    """Return what to do about a class that is not imported."""
+    module = class_path.rpartition(".")[0]
+    return f"import {module} first (in Python), or name it: lit-clip --import {module} COMMAND ..."
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return all(_is_plain(item) for item in value)
+    return value is None or type(value) in (bool, int, float, str)

@@ -1,0 +1,105 @@
+"""Texts, images and image files in one list -> features, in this process; for :meth:`lit_clip.CLIP.encode`."""
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from lit_clip.errors import InputError, require
+from lit_clip.tools.images import SUFFIXES, open_image
+
+Item = str | os.PathLike[str] | Image.Image
+"""A text, an image file or an image."""
+
+
+def encode_items(model: Any, items: Sequence[Item], batch_size: int) -> Tensor:
+    """See :meth:`lit_clip.CLIP.encode`; items -> float32 ``[N, D]`` on the CPU."""
+    require(batch_size >= 1, f"batch_size: {batch_size} must be at least 1")
+    found: list[Any] = [_image_or_text(i, item) for i, item in enumerate(items)]
+    result = torch.zeros(len(found), model.config.embed_dim)
+    texts = [i for i, item in enumerate(found) if isinstance(item, str)]
+    images = [i for i, item in enumerate(found) if not isinstance(item, str)]
+    kinds: tuple[tuple[list[int], Callable[[Any, list[Any]], Tensor]], ...] = ((texts, _texts), (images, _images))
+    with torch.no_grad(), _evaluating(model):
+        for rows, encode in kinds:
+            for start in range(0, len(rows), batch_size):
+                batch = rows[start : start + batch_size]
+                result[batch] = encode(model, [found[i] for i in batch]).float().cpu()
+    return result
+
+
+def _image_or_text(i: int, item: Any) -> str | Path | Image.Image:
+    if isinstance(item, Image.Image):
+        return item
+    if isinstance(item, os.PathLike):
+        return Path(item)
+    if not isinstance(item, str):
+        kind = f"{type(item).__module__}.{type(item).__name__}".removeprefix("builtins.")
+        raise InputError(f"encode: item {i} is a {kind}; it must be a text, a PIL image or the path of an image file")
+    if not item.lower().endswith(tuple(SUFFIXES)) or len(item.split()) > 1 and not _is_file(item):
+        return item
+    if _is_file(item):
+        return Path(item)
+    # A caption may be a file name; a mistyped path must not become one in silence.
+    warnings.warn(f"encode: {item!r} is no file here and is encoded as a text; pass a Path for files", stacklevel=5)
+    return item
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):  # too long for a path, or holds a null character
+        return False
+
+
+def _texts(model: Any, texts: list[str]) -> Tensor:
+    tokens = model.tokenize(texts)
+    lengths = model.tokenizer.lengths(tokens).tolist()
+    return model.encode_text(model.tokenizer.trim(tokens).to(model.device), normalize=True, lengths=lengths)
+
+
+def _images(model: Any, images: list[Path | Image.Image]) -> Tensor:
+    opened = (open_image(image) if isinstance(image, Path) else image for image in images)
+    pixels = torch.stack([model.preprocess(image) for image in opened])
+    # In the weights' precision, which need not be float32.
+    weights = next((parameter for parameter in model.visual.parameters()), model.logit_scale)
+    return model.encode_image(pixels.to(model.device, weights.dtype), normalize=True)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Run in evaluation mode; afterwards each module has its own mode again (frozen ones stay in evaluation)."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def as_features(model: Any, items: Any, batch_size: int) -> Tensor:
+    """Return unit features ``[N, D]`` of items, or features that are given, on the CPU in float32.
+
+    Raises:
+        InputError: features of another width.
+    """
+    if not isinstance(items, Tensor | np.ndarray):
+        features = model.encode(items, batch_size)
+    else:
+        features = torch.as_tensor(items).detach().float().cpu()
+        features = features / features.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    features = features[None] if features.ndim == 1 else features
+    dim = model.config.embed_dim
+    require(
+        features.ndim == 2 and features.shape[1] == dim,
+        f"similarity: features are {list(features.shape)}, this model's are [N, {dim}]",
+    )
+    return features
