@@ -44,15 +44,8 @@ def test_one_of_a_rows_negatives_is_drawn_and_validation_reads_none(suffix: str,
 
 def test_a_batch_has_the_tokens_of_the_negatives_that_there_are(tmp_path: Path) -> None:
     path, tokenize = table(tmp_path, ".csv"), CLIPTokenizer(16)
-    data = Captions(
-        str(path),
-        str(path),
-        negative_column="wrong",
-        batch_size=4,
-        num_workers=0,
-        tokenize=tokenize,
-        preprocessing=Preprocessing(image_size=8),
-    )
+    data = Captions(str(path), str(path), negative_column="wrong", batch_size=4, num_workers=0)
+    data.preprocessing, data.tokenize = Preprocessing(image_size=8), tokenize
     data.setup("fit")
     (batch,) = data.train_dataloader()
     assert sorted(batch.negatives) == ["", "", "not a", "not c"]
