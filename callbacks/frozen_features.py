@@ -1,0 +1,113 @@
+"""Encode every image and caption once through the frozen layers, and train the rest on the stored activations."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from lit_clip import distributed
+from lit_clip.errors import require
+from lit_clip.models.frozen_prefix import FrozenPrefix, use_frozen_prefix
+from lit_clip.models.layers import TOWERS, Tower
+from lit_clip.module import LitCLIP
+from lit_clip.tools.hashing import hex_digest
+from lit_clip.tools.stored_rows import ABSENT
+from lit_clip.training.frozen_features import Encoding, my_share, open_rows, store_images, store_texts
+
+
+class FrozenFeatures(Callback):
+    """Before the first step, encode each image and caption of ``fit`` once through the layers that are frozen.
+
+    Steps and validations then read the activations from memory-mapped files, decode no image, and compute only the
+    layers behind: losses equal those of the plain run to rounding. A tower of which nothing is frozen trains as usual.
+    An interrupted run goes on encoding where it was, and a later run encodes nothing, unless the frozen weights, the
+    preprocessing, the precision, the images or the captions have changed.
+
+    Args:
+        folder: for the files, shared by all ranks; None: ``~/.cache/lit-clip/frozen_features``. Files of earlier
+            settings are left there.
+        augmentations: fixed augmented versions of each training image, of which each epoch draws one. 0: none, which
+            needs ``data.augmentation: []``.
+    """
+
+    changes_model = True  # before others measure it
+
+    def __init__(self, folder: str | None = None, augmentations: int = 0) -> None:
+        require(augmentations >= 0, f"FrozenFeatures.augmentations: {augmentations} must be at least 0")
+        self.folder, self.augmentations = folder, augmentations
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if cast(Any, trainer).fast_dev_run:  # would encode everything for a few steps
+            return
+        _refuse(trainer, pl_module)
+        module, data = cast(LitCLIP, pl_module), cast(Any, trainer).datamodule
+        found: dict[Tower, FrozenPrefix | None] = {tower: use_frozen_prefix(module.model, tower) for tower in TOWERS}
+        prefixes = {tower: prefix for tower, prefix in found.items() if prefix}
+        require(
+            bool(prefixes), "FrozenFeatures: no encoder has frozen layers; set model.freeze, or remove the callback"
+        )
+        training = [part for part in module.modules() if part.training]
+        module.eval()
+        try:
+            self._store(trainer, module, data, prefixes)
+        finally:
+            for part in training:
+                part.training = True
+
+    def _store(self, trainer: Trainer, module: LitCLIP, data: Any, prefixes: dict[Tower, FrozenPrefix]) -> None:
+        """Encode what is absent, and give the files to the data module."""
+        signals: Any = trainer._signal_connector
+        stop = partial(_received, signals)
+        context = trainer.precision_plugin.forward_context
+        encoding = Encoding(module.model, context, str(trainer.precision), data.batch_size, stop)
+        folder = Path(self.folder) if self.folder else data.cache_folder / "frozen_features"
+        images = texts = None
+        if "image" in prefixes:
+            rows = data.image_rows(self.augmentations)
+            stored = open_rows(encoding, prefixes["image"], folder, rows.count, rows.identity)
+            wanted = my_share(stored)
+            store_images(encoding, prefixes["image"], stored, data.images_once(rows, wanted), len(wanted))
+            images = rows, stored
+        if "text" in prefixes:
+            found = data.distinct_texts()
+            identity = hex_digest([found.hashes.tobytes()])
+            stored = open_rows(encoding, prefixes["text"], folder, len(found.hashes), identity, found.tokens.shape[1])
+            store_texts(encoding, prefixes["text"], stored, found, my_share(stored))
+            texts = found.hashes, stored
+        _wait_for_all(signals)
+        for kept in (images, texts):
+            require(kept is None or not np.any(kept[1].state() == ABSENT), f"{folder}: all machines must share it")
+        data.use_stored(images, texts)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        module, data = cast(LitCLIP, pl_module), cast(Any, trainer).datamodule
+        if module.model.frozen_prefixes:
+            module.model.frozen_prefixes = {}
+            data.use_stored(None, None)
+
+
+def _refuse(trainer: Trainer, module: LightningModule) -> None:
+    """Raise :class:`InputError` for what cannot train on stored activations."""
+    data = cast(Any, trainer).datamodule
+    require(hasattr(data, "use_stored"), "FrozenFeatures: needs a data module derived from CaptionDataModule")
+    require(not module.hparams.get("distill"), "FrozenFeatures: the teacher of model.distill needs images; remove one")
+    sharded = isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
+    require(not sharded, "FrozenFeatures: cannot encode with sharded weights; set trainer.strategy to ddp")
+    compiled = any(part._compiled_call_impl is not None for part in module.modules())
+    require(not compiled, "FrozenFeatures: not together with callbacks.Compile; remove one of them")
+
+
+def _received(signals: Any) -> bool:
+    return bool(getattr(signals, "received", 0))  # without callbacks.Preemption a signal ends the process at once
+
+
+def _wait_for_all(signals: Any) -> None:
+    """Wait for the other ranks, and end the run if one of them got a signal."""
+    agreed = distributed.maximum(getattr(signals, "received", 0))
+    if agreed:
+        signals.agreed = agreed
+        raise SIGTERMException
