@@ -1,14 +1,13 @@
 """Encode every image and caption once through the frozen layers, and train the rest on the stored activations."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from callbacks.compile import Compile
 from lit_clip import distributed
 from lit_clip.errors import require
 from lit_clip.models.frozen_prefix import FrozenPrefix, use_frozen_prefix
@@ -40,10 +39,13 @@ class FrozenFeatures(Callback):
         require(augmentations >= 0, f"FrozenFeatures.augmentations: {augmentations} must be at least 0")
         self.folder, self.augmentations = folder, augmentations
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            _refuse(trainer, pl_module)
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if cast(Any, trainer).fast_dev_run:  # would encode everything for a few steps
             return
-        _refuse(trainer, pl_module)
         module, data = cast(LitCLIP, pl_module), cast(Any, trainer).datamodule
         found: dict[Tower, FrozenPrefix | None] = {tower: use_frozen_prefix(module.model, tower) for tower in TOWERS}
         prefixes = {tower: prefix for tower, prefix in found.items() if prefix}
@@ -60,10 +62,8 @@ class FrozenFeatures(Callback):
 
     def _store(self, trainer: Trainer, module: LitCLIP, data: Any, prefixes: dict[Tower, FrozenPrefix]) -> None:
         """Encode what is absent, and give the files to the data module."""
-        signals: Any = trainer._signal_connector
-        stop = partial(_received, signals)
         context = trainer.precision_plugin.forward_context
-        encoding = Encoding(module.model, context, str(trainer.precision), data.batch_size, stop)
+        encoding = Encoding(module.model, context, str(trainer.precision), data.batch_size)
         folder = Path(self.folder) if self.folder else data.cache_folder / "frozen_features"
         images = texts = None
         if "image" in prefixes:
@@ -78,7 +78,7 @@ class FrozenFeatures(Callback):
             stored = open_rows(encoding, prefixes["text"], folder, len(found.hashes), identity, found.tokens.shape[1])
             store_texts(encoding, prefixes["text"], stored, found, my_share(stored))
             texts = found.hashes, stored
-        _wait_for_all(signals)
+        distributed.maximum(0)  # wait for the other ranks
         for kept in (images, texts):
             require(kept is None or not np.any(kept[1].state() == ABSENT), f"{folder}: all machines must share it")
         data.use_stored(images, texts)
@@ -97,17 +97,5 @@ def _refuse(trainer: Trainer, module: LightningModule) -> None:
     require(not module.hparams.get("distill"), "FrozenFeatures: the teacher of model.distill needs images; remove one")
     sharded = isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
     require(not sharded, "FrozenFeatures: cannot encode with sharded weights; set trainer.strategy to ddp")
-    compiled = any(part._compiled_call_impl is not None for part in module.modules())
+    compiled = any(isinstance(callback, Compile) for callback in cast(Any, trainer).callbacks)
     require(not compiled, "FrozenFeatures: not together with callbacks.Compile; remove one of them")
-
-
-def _received(signals: Any) -> bool:
-    return bool(getattr(signals, "received", 0))  # without callbacks.Preemption a signal ends the process at once
-
-
-def _wait_for_all(signals: Any) -> None:
-    """Wait for the other ranks, and end the run if one of them got a signal."""
-    agreed = distributed.maximum(getattr(signals, "received", 0))
-    if agreed:
-        signals.agreed = agreed
-        raise SIGTERMException

@@ -39,6 +39,11 @@ class CaptionBatch(NamedTuple):
     negative_lengths: Sequence[int] = ()
     stored_texts: Tensor | None = None
 
+    @property
+    def has_pixels(self) -> bool:
+        """Whether ``images`` are images, and not stored activations."""
+        return not self.images.is_floating_point()
+
     def split(self, parts: int) -> "list[CaptionBatch]":
         """Split into at most ``parts`` batches of nearly equal size, none of them empty, in order."""
         pairs = len(self.images)

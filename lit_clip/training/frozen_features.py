@@ -35,14 +35,12 @@ class Encoding(NamedTuple):
         context: of the precision, for each batch.
         precision: its name.
         batch_size: captions that are encoded at once.
-        stop: whether to end early, asked after each batch.
     """
 
     model: CLIP
     context: Callable[[], AbstractContextManager[Any]]
     precision: str
     batch_size: int
-    stop: Callable[[], bool]
 
     def activations(self, prefix: FrozenPrefix, inputs: Tensor, lengths: Sequence[int] = ()) -> Tensor:
         """Compute :func:`lit_clip.models.frozen_prefix.frozen_activations` in the run's precision."""
@@ -134,8 +132,6 @@ def store_images(
                 stored.write(batch.rows, encoding.activations(prefix, batch.images))
             stored.refuse(batch.unusable)
             advance(len(batch.rows) + len(batch.unusable))
-            if encoding.stop():
-                return
 
 
 def store_texts(encoding: Encoding, prefix: FrozenPrefix, stored: StoredRows, texts: Texts, rows: np.ndarray) -> None:
@@ -150,8 +146,6 @@ def store_texts(encoding: Encoding, prefix: FrozenPrefix, stored: StoredRows, te
                 tokens = texts.tokens[torch.from_numpy(some), :length]
                 stored.write(some, encoding.activations(prefix, tokens, [length] * len(some)))
                 advance(len(some))
-                if encoding.stop():
-                    return
 
 
 def _is_first() -> bool:
