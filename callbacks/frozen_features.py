@@ -47,8 +47,10 @@ class FrozenFeatures(Callback):
         if cast(Any, trainer).fast_dev_run:  # would encode everything for a few steps
             return
         module, data = cast(LitCLIP, pl_module), cast(Any, trainer).datamodule
-        found: dict[Tower, FrozenPrefix | None] = {tower: use_frozen_prefix(module.model, tower) for tower in TOWERS}
-        prefixes = {tower: prefix for tower, prefix in found.items() if prefix}
+        prefixes: dict[Tower, FrozenPrefix] = {}
+        for tower in TOWERS:
+            if prefix := use_frozen_prefix(module.model, tower):
+                prefixes[tower] = prefix
         require(
             bool(prefixes), "FrozenFeatures: no encoder has frozen layers; set model.freeze, or remove the callback"
         )
