@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from lit_clip.errors import InputError
 from lit_clip.tools.atomic import not_written, replacing_folder
 
 ABSENT, DONE, UNUSABLE = 0, 1, 2
+SECONDS_BETWEEN_MARKS = 10.0  # of work that a killed process can lose
 KINDS: dict[str, tuple[torch.dtype, Any]] = {  # by name: torch's type, and numpy's of the same size
     "float64": (torch.float64, np.float64),
     "float32": (torch.float32, np.float32),
@@ -25,8 +27,9 @@ KINDS: dict[str, tuple[torch.dtype, Any]] = {  # by name: torch's type, and nump
 class StoredRows:
     """A tensor ``[N, ...]`` in a folder: its values, and the state of each row.
 
-    A row is marked as done after its values are written, so a process may be killed at any time. Processes that write
-    different rows need no lock. Copies sent to data workers map the files again.
+    Every few seconds, the rows written since are marked as done after their values are on the disk. A process may be
+    killed at any time, and a machine may lose its power. Processes that write different rows need no lock. Copies sent
+    to data workers map the files again.
 
     Args:
         folder: that :meth:`create` has made.
@@ -47,6 +50,8 @@ class StoredRows:
             raise InputError(f"{folder}: not readable ({error}); delete the folder") from error
         self._values: Any = None
         self._state: Any = None
+        self._pending: dict[int, int] = {}  # new states of rows
+        self._marked = time.monotonic()
 
     @classmethod
     def create(cls, folder: Path, rows: int, shape: Sequence[int], dtype: torch.dtype) -> "StoredRows":
@@ -98,18 +103,28 @@ class StoredRows:
         data = values.detach().cpu()
         data = data.view(torch.uint16) if self.dtype == torch.bfloat16 else data
         self._values[(rows, *(slice(size) for size in data.shape[1:]))] = data.numpy()
-        self._state[rows] = DONE
+        self._mark(rows.tolist(), DONE)
 
     def refuse(self, rows: Sequence[int]) -> None:
         """Mark rows that cannot be computed."""
         self._open()
-        self._state[list(rows)] = UNUSABLE
+        self._mark(rows, UNUSABLE)
+
+    def _mark(self, rows: Sequence[int], state: int) -> None:
+        self._pending.update(dict.fromkeys(rows, state))
+        if time.monotonic() - self._marked >= SECONDS_BETWEEN_MARKS:
+            self._mark_pending()
+
+    def _mark_pending(self) -> None:
+        self._values.flush()
+        self._state[list(self._pending)] = list(self._pending.values())
+        self._state.flush()
+        self._pending, self._marked = {}, time.monotonic()
 
     def close(self) -> None:
-        """Write to the disk what the system has not written yet; the files open again when used."""
+        """Mark the last rows; the files open again when used."""
         if self._values is not None:
-            self._values.flush()
-            self._state.flush()
+            self._mark_pending()
             self._values = self._state = None
 
     def read(self, rows: int | np.ndarray, length: int | None = None) -> Tensor | None:

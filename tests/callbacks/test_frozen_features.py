@@ -351,6 +351,8 @@ def test_rows_of_any_type_are_read_as_written(tmp_path: Path) -> None:
         values = torch.randn(3, 4, 5).to(dtype)
         rows = StoredRows.create(tmp_path / str(dtype), 7, (4, 5), dtype)
         rows.write(np.array([5, 0, 3]), values)
+        assert rows.read(np.array([0, 3, 5])) is None  # not on the disk yet
+        rows.close()
         rows = pickle.loads(pickle.dumps(rows))
         found = rows.read(np.array([0, 3, 5]))
         assert found is not None
