@@ -68,9 +68,8 @@ def run(folder: Path, batch: int, unlock: int, cached: bool) -> Timer:
     text = HuggingFaceTextConfig(str(folder), pretrained=False, context_length=32)
     freeze = Freeze(UnlockLast(unlock), UnlockLast(0))
     module = LitCLIP(CLIPConfig(256, TimmConfig("tf_efficientnet_lite0"), text), freeze=freeze)
-    table, inputs = str(folder / "pairs.tsv"), (module.preprocessing, module.tokenize)
+    table = str(folder / "pairs.tsv")
     data = Captions(table, table, batch_size=batch, num_workers=1, augmentation=[])
-    data.preprocessing, data.tokenize = inputs
     timer = Timer()
     trainer = Trainer(
         accelerator="cpu",

@@ -1,5 +1,6 @@
 """Encode every image and caption once through the frozen layers, and train the rest on the stored activations."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,13 +10,15 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from callbacks.compile import Compile
 from lit_clip import distributed
-from lit_clip.errors import require
+from lit_clip.errors import InputError, require
 from lit_clip.models.frozen_prefix import FrozenPrefix, use_frozen_prefix
 from lit_clip.models.layers import TOWERS, Tower
 from lit_clip.module import LitCLIP
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.stored_rows import ABSENT
 from lit_clip.training.frozen_features import Encoding, my_share, open_rows, store_images, store_texts
+from lit_clip.training.micro_batches import HARD_NEGATIVES
+from lit_clip.training.teacher import Distillation
 
 
 class FrozenFeatures(Callback):
@@ -54,6 +57,7 @@ class FrozenFeatures(Callback):
         require(
             bool(prefixes), "FrozenFeatures: no encoder has frozen layers; set model.freeze, or remove the callback"
         )
+        _refuse_loss(module, data, prefixes)
         training = [part for part in module.modules() if part.training]
         module.eval()
         try:
@@ -96,8 +100,17 @@ def _refuse(trainer: Trainer, module: LightningModule) -> None:
     """Raise :class:`InputError` for what cannot train on stored activations."""
     data = cast(Any, trainer).datamodule
     require(hasattr(data, "use_stored"), "FrozenFeatures: needs a data module derived from CaptionDataModule")
-    require(not module.hparams.get("distill"), "FrozenFeatures: the teacher of model.distill needs images; remove one")
     sharded = isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
     require(not sharded, "FrozenFeatures: cannot encode with sharded weights; set trainer.strategy to ddp")
     compiled = any(isinstance(callback, Compile) for callback in cast(Any, trainer).callbacks)
     require(not compiled, "FrozenFeatures: not together with callbacks.Compile; remove one of them")
+
+
+def _refuse_loss(module: LitCLIP, data: Any, prefixes: Mapping[Tower, FrozenPrefix]) -> None:
+    """Raise :class:`InputError` for a loss that needs what is not encoded."""
+    loss = module.loss
+    assert loss is not None, "setup builds it"
+    if any(isinstance(part, Distillation) for part in loss.modules()):
+        raise InputError("FrozenFeatures: the teacher of Distillation needs images; remove one of them")
+    if "text" in prefixes and loss.uses_negatives and getattr(data, "negative_column", None):
+        raise InputError(HARD_NEGATIVES)

@@ -11,10 +11,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lit_clip.batch import CaptionBatch
 from lit_clip.distributed import Shards
+from lit_clip.errors import require
 from lit_clip.losses.contrastive import unit
 from lit_clip.models.clip import CLIP
 from lit_clip.models.frozen_prefix import image_features_from, text_features_from
 from lit_clip.training.activation_checkpointing import FrozenStatistics, checkpoint
+
+HARD_NEGATIVES = (
+    "FrozenFeatures: hard negatives are not among the captions that are encoded once; leave out data.negative_column "
+    "or the callback"
+)
 
 
 def encode_pairs(model: CLIP, batch: CaptionBatch) -> tuple[Tensor, Tensor]:
@@ -120,6 +126,7 @@ def _all_texts(model: CLIP, part: CaptionBatch) -> tuple[Tensor, Sequence[int]]:
     more = part.negative_tokens
     if more is None or not len(more):
         return part.tokens, part.lengths
+    require(part.stored_texts is None, HARD_NEGATIVES)
     longest = max(part.tokens.shape[1], more.shape[1])
     padded = [
         F.pad(tokens, (0, longest - tokens.shape[1]), value=model.tokenizer.pad_id) for tokens in (part.tokens, more)

@@ -30,9 +30,10 @@ from datamodules import OpenMoji
 from datamodules.loading.augmentation import Augmentation
 from datamodules.pairs.columns import ColumnPairs
 from lit_clip.errors import InputError
+from lit_clip.losses import Contrastive, Sum
 from lit_clip.module import LitCLIP
 from lit_clip.tools.stored_rows import ABSENT, DONE, StoredRows
-from lit_clip.training.teacher import Distill
+from lit_clip.training.teacher import Distillation
 from tests.conftest import ROOT, run_lightning_ranks
 from tests.helpers.forks import CONTEXT
 from tests.helpers.frozen_runs import FREEZES, Recorder, Run, config_of, fit, killed_at_second_batch
@@ -119,7 +120,7 @@ def test_two_ranks_share_the_files_and_have_the_losses_of_one(
     [
         ({"micro_batch_size": 3}, ()),
         ({"layer_decay": 0.7}, (partial(EMA, 0.5),)),
-        ({"duplicates": "positives"}, (ActivationCheckpointing,)),
+        ({"loss": Contrastive("positives")}, (ActivationCheckpointing,)),
     ],
     ids=["micro-batches", "EMA and layer decay", "positives and activation checkpointing"],
 )
@@ -322,7 +323,7 @@ def test_a_later_validation_decodes_images_again(run: Run, monkeypatch: pytest.M
         ({"data": {"augmentation": None}}, None, "data.augmentation to []"),
         ({"augmentations": 2}, None, "2 versions would be the same"),
         ({"freeze": "nothing"}, None, "no encoder has frozen layers"),
-        ({"model": {"distill": Distill("ViT-tiny-16-64")}}, None, "needs images"),
+        ({"data": {"negative_column": "image"}}, None, "hard negatives"),
         ({"freeze": "unlock_last 1"}, Compile, "callbacks.Compile"),
         ({"freeze": "unlock_last 1"}, PatchDropout, "random in training"),
         ({"towers": "t5", "freeze": "unlock_last 1"}, None, "the frozen layers of the text encoder"),
@@ -337,10 +338,24 @@ def test_what_cannot_be_stored_exactly_is_refused(
         stored(run._replace(**change), *([callback()] if callback else []))
 
 
+def test_a_teacher_is_refused_before_anything_is_encoded(run: Run, tiny_checkpoint: Path) -> None:
+    loss = Sum([Contrastive(), Distillation(str(tiny_checkpoint))])
+    with pytest.raises(InputError, match="the teacher of Distillation needs images"):
+        stored(run._replace(model={"loss": loss}))
+    assert not Path(run.folder, "cache").exists()
+
+
+def test_hard_negatives_are_drawn_as_in_the_plain_run_where_only_images_are_stored(run: Run, table: Path) -> None:
+    rows = [json.loads(line) for line in table.read_text().splitlines()]
+    wrong = table.with_name("negatives.jsonl")
+    lines = [json.dumps({**row, "wrong": [f"{text} rain" for text in row["caption"]]}) for row in rows]
+    wrong.write_text("\n".join(lines), encoding="utf-8")
+    check_equal(run._replace(table=str(wrong), freeze="image", data={"negative_column": "wrong"}))
+
+
 def test_captions_that_the_data_do_not_list_are_refused(run: Run, drawings_cache: Path) -> None:
     module = LitCLIP(config_of("vit"), freeze=FREEZES["unlock_last 0"])
-    tokenize = {"preprocessing": module.preprocessing, "tokenize": module.tokenize}
-    data = OpenMoji(cache_dir=str(drawings_cache), batch_size=64, num_workers=0, augmentation=[], **tokenize)
+    data = OpenMoji(cache_dir=str(drawings_cache), batch_size=64, num_workers=0, augmentation=[])
     fitting = trainer(Path(run.folder), max_epochs=1, callbacks=[FrozenFeatures(f"{run.folder}/cache")])
     with pytest.raises(InputError, match="a caption is not among those that the data list"):
         fitting.fit(module, data)

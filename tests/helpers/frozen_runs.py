@@ -119,8 +119,6 @@ def fit(run: Run, *callbacks: Callback) -> tuple[Recorder, LitCLIP]:
     data = Captions(
         run.table,
         run.table,
-        preprocessing=module.preprocessing,
-        tokenize=module.tokenize,
         **{"batch_size": 8, "num_workers": 0, "augmentation": [], **run.data},
     )
     recorder = Recorder(run)
