@@ -343,9 +343,10 @@ def file_identity(path: Path | str, where: str) -> tuple[str, int, str]:
     """
     name = str(path.absolute()) if isinstance(path, Path) else path
     try:
-        return name, *stamp_of(name)
+        stamp = stamp_of(name)
     except FileNotFoundError as error:
         raise BadSample(where, "missing image", f"no such image file: {path}") from error
+    return name, stamp.size, stamp.version
 
 
 def _captions(cells: Cells) -> list[str]:
