@@ -26,11 +26,12 @@ from lit_clip.models.config import (
 from lit_clip.models.custom import CustomImageEncoder, CustomTextEncoder
 from lit_clip.models.custom_config import CustomImageConfig, CustomTextConfig
 from lit_clip.models.encoding import Item, as_features, encode_items
+from lit_clip.models.entering import Entering
 from lit_clip.models.external import HuggingFaceTextEncoder, TimmImageEncoder
 from lit_clip.models.external_settings import with_external_settings
 from lit_clip.models.frozen_prefix import FrozenPrefix
 from lit_clip.models.hf_tokenizer import from_source
-from lit_clip.models.layers import Entering, Tower
+from lit_clip.models.layers import Tower
 from lit_clip.models.resnet import ModifiedResNet
 from lit_clip.models.tokenizer import EOT_ID, CLIPTokenizer, TextTokenizer
 from lit_clip.models.transformer import TextTransformer, VisionTransformer

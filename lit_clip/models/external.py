@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from lit_clip.errors import InputError
 from lit_clip.models.config import HuggingFaceTextConfig, TimmConfig, height_width
+from lit_clip.models.entering import Entering, starting_at
 from lit_clip.models.external_settings import one_line, timm_pretrained_cfg
-from lit_clip.models.layers import Entering, starting_at
 from lit_clip.models.packing import length_groups, to_device
 from lit_clip.models.transformer import check_images, is_traced, rounded
 from lit_clip.tools.weight_files import read_tensors

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from lit_clip.errors import InputError
 from lit_clip.models.config import height_width
-from lit_clip.models.layers import Entering, Tower, starting_at, tower_blocks, tower_parameters
+from lit_clip.models.entering import Entering, starting_at
+from lit_clip.models.layers import Tower, tower_blocks, tower_parameters
 from lit_clip.models.transformer import TextTransformer, VisionTransformer
 
 

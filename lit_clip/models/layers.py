@@ -1,11 +1,10 @@
 """A model's towers as ordered layers, for freezing, layer-wise learning rates, LoRA and compilation."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, cast
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lit_clip.errors import require
@@ -29,53 +28,6 @@ class LayerGroup(NamedTuple):
 
     name: str
     parameters: dict[str, nn.Parameter]
-
-
-class Entering(NamedTuple):
-    """Activations to start from in the middle of a text encoder.
-
-    Attributes:
-        x: float ``[B, L, W]``, the input of ``module``; padding may have any finite values.
-        block: number of the first block to compute; all of them if there is none.
-        module: the first module to compute.
-        skipped: the blocks before it, and for each how many values it returns; 0 for a tensor.
-    """
-
-    x: Tensor
-    block: int
-    module: nn.Module
-    skipped: Sequence[tuple[nn.Module, int]] = ()
-
-
-@contextmanager
-def starting_at(module: nn.Module, x: Tensor, skipped: Sequence[tuple[nn.Module, int]] = ()) -> Iterator[None]:
-    """Within this context the module's first input is ``x``, and the ``skipped`` blocks return their first input."""
-
-    def replace(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if args:
-            return (x, *args[1:]), kwargs
-        return args, {**kwargs, next(iter(kwargs)): x}
-
-    with ExitStack() as stack:
-        stack.callback(module.register_forward_pre_hook(replace, with_kwargs=True).remove)
-        for block, values in skipped:
-            stack.callback(_restore, block, vars(block).get("forward"))
-            block.forward = _passing_on(values)
-        yield
-
-
-def _passing_on(values: int) -> Any:
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        hidden = args[0] if args else next(iter(kwargs.values()))
-        return (hidden, *[None] * (values - 1)) if values else hidden
-
-    return forward
-
-
-def _restore(block: nn.Module, forward: Any) -> None:
-    del block.forward  # of the class again
-    if forward is not None:  # of activation checkpointing
-        block.forward = forward
 
 
 def tower_parameters(model: nn.Module, tower: Tower) -> dict[str, nn.Parameter]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lit_clip.errors import InputError
 from lit_clip.models.config import Activation, Size, TextTransformerConfig, VisionTransformerConfig, height_width
-from lit_clip.models.layers import Entering
+from lit_clip.models.entering import Entering
 from lit_clip.models.packing import Layout, pack
 
 
