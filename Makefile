@@ -73,6 +73,8 @@ bench: $(BIN)/.bench  ## Compare with open_clip, then print the table and check 
 	@$(BIN)/python benchmarks/decoders.py
 	@$(call measure,epoch,,.fp32)
 	@$(call measure,epoch,--bf16,.bf16)
+	@$(call measure,frozen_features,--unlock 0,.unlock_0)
+	@$(call measure,frozen_features,--unlock 4,.unlock_4)
 	@$(call measure,start_up)
 	@$(call measure,load_model)
 	@$(call measure,loss_memory)

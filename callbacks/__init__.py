@@ -5,6 +5,7 @@ from lightning.pytorch import Callback
 from callbacks.activation_checkpointing import ActivationCheckpointing
 from callbacks.compile import Compile
 from callbacks.ema import EMA
+from callbacks.frozen_features import FrozenFeatures
 from callbacks.linear_probe import LinearProbe
 from callbacks.monitor import TrainingMonitor
 from callbacks.non_finite import NonFiniteSteps
@@ -22,6 +23,7 @@ __all__ = [
     "ActivationCheckpointing",
     "Compile",
     "EmbeddingProjector",
+    "FrozenFeatures",
     "LinearProbe",
     "NonFiniteSteps",
     "PatchDropout",

@@ -5,6 +5,7 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
@@ -43,6 +44,9 @@ class SimilarityMatrix(Callback):
     ) -> None:
         if batch_idx or trainer.sanity_checking or not trainer.is_global_zero or not len(batch.images):
             return
+        if not batch.has_pixels:
+            rank_zero_warn("SimilarityMatrix: FrozenFeatures decodes no images, so there is no picture")
+            return
         features = cast(Features, outputs)
         shown = min(self.pairs, len(batch.images))
         rows = [i * len(batch.images) // shown for i in range(shown)]
@@ -55,7 +59,8 @@ class SimilarityMatrix(Callback):
 class EmbeddingProjector(Callback):
     """Log image and caption features of the last validation for TensorBoard's projector.
 
-    Each image is shown as a thumbnail, its caption as the same thumbnail in a blue frame.
+    Each image is shown as a thumbnail, its caption as the same thumbnail in a blue frame; with
+    :class:`callbacks.FrozenFeatures`, which decodes no images, both as points.
 
     Args:
         pairs: most validation pairs to log, from the first rank.
@@ -88,23 +93,31 @@ class EmbeddingProjector(Callback):
             return
         image = torch.cat([features["image"] for features, _ in self._seen])[: self.pairs].float().cpu()
         text = torch.cat([features["text"] for features, _ in self._seen])[: self.pairs].float().cpu()
-        photos = torch.cat([images for _, images in self._seen])[: self.pairs].float().cpu() / 255
+        photos = torch.cat([images for _, images in self._seen])[: self.pairs].cpu()
         captions = [
             cast(Any, pl_module).tokenize.decode(row)
             for features, _ in self._seen
             for row in features["tokens"].tolist()
         ][: self.pairs]
         self._seen = []
-        edge = max(1, photos.shape[-1] // 16)
-        framed = FRAME.expand_as(photos).clone()
-        framed[..., edge:-edge, edge:-edge] = photos[..., edge:-edge, edge:-edge]
         metadata = [[caption, kind] for kind in ("image", "caption") for caption in captions]
         for writer in _writers(trainer):
             writer.add_embedding(
                 torch.cat([image, text]),
                 metadata=metadata,
                 metadata_header=["caption", "kind"],
-                label_img=torch.cat([photos, framed]),
+                label_img=_thumbnails(photos),
                 global_step=trainer.global_step,
                 tag="val",
             )
+
+
+def _thumbnails(photos: Tensor) -> Tensor | None:
+    """Return the images and the same in a frame, ``[2N, 3, H, W]``; None for stored activations of images."""
+    if photos.is_floating_point():
+        return None
+    photos = photos.float() / 255
+    edge = max(1, photos.shape[-1] // 16)
+    framed = FRAME.expand_as(photos).clone()
+    framed[..., edge:-edge, edge:-edge] = photos[..., edge:-edge, edge:-edge]
+    return torch.cat([photos, framed])

@@ -92,7 +92,8 @@ class Throughput(TimedCallback):
       gradient that is not needed. The peak of a GPU is that of Lightning's table for the run's precision (dense; TF32
       for float32 if ``torch.set_float32_matmul_precision`` allows it). The peak of a CPU, or of a GPU that is not in
       the table, is the fastest matrix product found in half a second at the start on the first rank's device, while
-      the other ranks wait; an MFU above 1 means that the device was busy then. Not logged if either is unknown.
+      the other ranks wait; an MFU above 1 means that the device was busy then. Not logged if either is unknown, and
+      not with :class:`callbacks.FrozenFeatures`, which leaves layers out.
     - ``train/peak_memory_gib``: the largest peak of any rank in this process so far: of CUDA's allocator, never reset;
       on other devices of the process, without its data workers.
     - ``train/samples_per_second``: unless a :class:`callbacks.TrainingMonitor` logs it.
@@ -130,7 +131,8 @@ class Throughput(TimedCallback):
         self._add(batch, model)
         if trainer.global_step % log_interval(trainer) == 0:
             counts: list[Count] = distributed.gather_objects([self._count(trainer)])
-            metrics = throughput(counts, model.context_length, self._flops, self._peak)
+            flops = None if model.frozen_prefixes else self._flops  # which counts layers that are not computed
+            metrics = throughput(counts, model.context_length, flops, self._peak)
             if any(isinstance(callback, TrainingMonitor) for callback in trainer.callbacks):
                 del metrics["train/samples_per_second"]
             pl_module.log_dict(metrics)

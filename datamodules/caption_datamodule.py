@@ -22,9 +22,18 @@ from datamodules.loading.sampling import (
     Position,
     StridedSampler,
     TrainingSample,
+    sample_seed,
 )
 from datamodules.pairs.caption_lengths import SAMPLED, LongCaptions, caption_statistics, refuse_long
 from datamodules.pairs.source import PairSource, Rows
+from datamodules.pairs.stored_features import (
+    StoredImages,
+    StoredPair,
+    StoredTexts,
+    StoredTraining,
+    StoredValidation,
+    WithStoredFeatures,
+)
 from lit_clip.batch import CaptionBatch
 from lit_clip.distributed import rank_and_world
 from lit_clip.errors import InputError, require
@@ -59,7 +68,7 @@ class TrainingPairs(Dataset[_DecodedPair]):
         return len(self.source)
 
     def __getitem__(self, sample: TrainingSample) -> _DecodedPair:
-        seed = int(np.random.SeedSequence((self.seed, *sample)).generate_state(1, np.uint64)[0] >> 1)
+        seed = sample_seed(self.seed, sample)
         with seeded(seed):
             with decoding_at_least(self.transform.decode_size):
                 image, *texts = self.source.load(sample.row, random.Random(seed))
@@ -83,20 +92,32 @@ class ValidationPairs(Dataset[_DecodedPair]):
 class _Collate:
     """Joins samples into a batch without the skipped ones; it may be empty."""
 
-    def __init__(self, tokenize: TextTokenizer, image_size: Size, refuse_long: bool = False) -> None:
-        self.tokenize, self.image_size, self.refuse_long = tokenize, height_width(image_size), refuse_long
+    def __init__(
+        self,
+        tokenize: TextTokenizer,
+        image_size: Size,
+        refuse_long: bool = False,
+        images: StoredImages | None = None,
+        texts: StoredTexts | None = None,
+    ) -> None:
+        self.tokenize, self.refuse_long, self.texts = tokenize, refuse_long, texts
+        self.nothing = torch.zeros(0, 3, *height_width(image_size), dtype=torch.uint8)
+        if images:
+            self.nothing = torch.zeros(0, *images.stored.shape, dtype=images.stored.dtype)
 
-    def __call__(self, samples: list[_DecodedPair | Skipped]) -> CaptionBatch:
+    def __call__(self, samples: list[_DecodedPair | StoredPair | Skipped]) -> CaptionBatch:
         items, skipped = split_skipped(samples)
         if not items:
-            images = torch.zeros(0, 3, *self.image_size, dtype=torch.uint8)
-            return CaptionBatch(images, torch.zeros(0, 1, dtype=torch.long), [], skipped=skipped)
+            stored = self.texts and self.texts.nothing
+            tokens = torch.zeros(0, 1, dtype=torch.long)
+            return CaptionBatch(self.nothing, tokens, [], skipped=skipped, stored_texts=stored)
         captions = [item.caption for item in items]
         images = default_collate([item.image for item in items])  # in shared memory in a worker
         keys = [item.key for item in items]
         groups = [item.group for item in items] if any(item.group for item in items) else ()
         tokens, lengths = self._tokenized(captions, keys)
-        batch = CaptionBatch(images, tokens, keys, captions, groups, skipped, lengths)
+        stored = self.texts and self.texts.of(tokens, lengths)
+        batch = CaptionBatch(images, tokens, keys, captions, groups, skipped, lengths, stored_texts=stored)
         negatives = [item.negative for item in items]
         if not any(negatives):
             return batch
@@ -135,7 +156,7 @@ class ResumableLoader(DataLoader[Any]):
         pass
 
 
-class CaptionDataModule(LightningDataModule, ABC):
+class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
     """Batches of a training and a validation source.
 
     Args:
@@ -303,11 +324,16 @@ class CaptionDataModule(LightningDataModule, ABC):
         """Training batches in an epoch, the same on every rank."""
         return len(self._batches())
 
-    def _loader(self, dataset: Dataset[Any], **sampling: Any) -> DataLoader[Any]:
+    def _collate(self, stored: bool) -> _Collate:
+        images, texts = (self.stored_images, self.stored_texts) if stored else (None, None)
+        refuse_long = self.long_captions == "error"
+        return _Collate(self.tokenize, self.preprocessing.image_size, refuse_long, images, texts)
+
+    def _loader(self, dataset: Dataset[Any], stored: bool = True, **sampling: Any) -> DataLoader[Any]:
         return ResumableLoader(
             SkippingDataset(dataset) if self.on_error == "skip" else dataset,
             num_workers=self.num_workers,
-            collate_fn=_Collate(self.tokenize, self.preprocessing.image_size, self.long_captions == "error"),
+            collate_fn=self._collate(stored),
             worker_init_fn=shield_worker,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
@@ -328,14 +354,25 @@ class CaptionDataModule(LightningDataModule, ABC):
         assert source is not None
         if overfit:  # the same batches in every epoch, augmented the same way
             batches.reshuffle = False
-        transform = TrainingTransform(self.augmentation, self.preprocessing)
-        return self._loader(TrainingPairs(source, transform, self.seed), batch_sampler=batches)
+        if self.stored_images:
+            return self._loader(StoredTraining(source, self.stored_images, self.seed), batch_sampler=batches)
+        return self._loader(self.training_pairs(source), batch_sampler=batches)
+
+    def training_pairs(self, source: PairSource) -> TrainingPairs:
+        """Return the training samples with decoded images."""
+        return TrainingPairs(source, TrainingTransform(self.augmentation, self.preprocessing), self.seed)
+
+    def validation_pairs(self, source: PairSource) -> ValidationPairs:
+        """Return the validation samples with decoded images."""
+        return ValidationPairs(source, pixels(self.preprocessing))
 
     def val_dataloader(self) -> DataLoader[Any]:
         source = self.val_source
         assert source is not None, "call setup first"
         batches = EvaluationBatchSampler(len(source), self.batch_size, *self._rank_and_world())
-        return self._loader(ValidationPairs(source, pixels(self.preprocessing)), batch_sampler=batches)
+        if self.stored_images:
+            return self._loader(StoredValidation(source, self.stored_images), batch_sampler=batches)
+        return self._loader(self.validation_pairs(source), batch_sampler=batches)
 
     def test_dataloader(self) -> DataLoader[Any]:
         return self.val_dataloader()
@@ -345,5 +382,5 @@ class CaptionDataModule(LightningDataModule, ABC):
         assert source is not None, "call setup first"
         # Lightning recreates a loader for prediction, which only works with a sampler.
         sampler = StridedSampler(len(source), *self._rank_and_world())
-        pairs = ValidationPairs(source, pixels(self.preprocessing))
-        return self._loader(pairs, sampler=sampler, batch_size=self.batch_size)
+        pairs = self.validation_pairs(source)
+        return self._loader(pairs, stored=False, sampler=sampler, batch_size=self.batch_size)

@@ -12,7 +12,8 @@ class CaptionBatch(NamedTuple):
     """Pairs of an image and its caption.
 
     Attributes:
-        images: uint8 ``[B, 3, H, W]``, not normalised: the model does that on its device.
+        images: uint8 ``[B, 3, H, W]``, not normalised: the model does that on its device; or floating point
+            ``[B, ...]``, stored activations of the image encoder's frozen layers.
         tokens: int64 ``[B, L]``, ``L`` at most the context length, padded after the end-of-text token.
         keys: identify the images (rows with one key share one image), stable between runs.
         captions: the texts of ``tokens``, for a teacher with another tokenizer; optional.
@@ -23,6 +24,7 @@ class CaptionBatch(NamedTuple):
             strings for none; optional.
         negative_tokens: int64 ``[M, L]``, those of the M negatives that are not empty, in order.
         negative_lengths: number of tokens of each of them.
+        stored_texts: stored activations ``[B, ...]`` of the text encoder's frozen layers; optional.
     """
 
     images: Tensor
@@ -35,6 +37,12 @@ class CaptionBatch(NamedTuple):
     negatives: Sequence[str] = ()
     negative_tokens: Tensor | None = None
     negative_lengths: Sequence[int] = ()
+    stored_texts: Tensor | None = None
+
+    @property
+    def has_pixels(self) -> bool:
+        """Whether ``images`` are images, and not stored activations."""
+        return not self.images.is_floating_point()
 
     def split(self, parts: int) -> "list[CaptionBatch]":
         """Split into at most ``parts`` batches of nearly equal size, none of them empty, in order."""
@@ -49,7 +57,8 @@ class CaptionBatch(NamedTuple):
         of_rows = slice(*(sum(map(bool, self.negatives[:row])) for row in (first, stop)))
         negative_tokens = None if self.negative_tokens is None else self.negative_tokens[of_rows]
         negatives = self.negatives[rows], negative_tokens, self.negative_lengths[of_rows]
-        return CaptionBatch(self.images[rows], self.tokens[rows], *texts, (), self.lengths[rows], *negatives)
+        stored = None if self.stored_texts is None else self.stored_texts[rows]
+        return CaptionBatch(self.images[rows], self.tokens[rows], *texts, (), self.lengths[rows], *negatives, stored)
 
     def stretched(self, pairs: int) -> "CaptionBatch":
         """Repeat the last pair, without its negative, until there are at least ``pairs``."""
@@ -70,4 +79,5 @@ class CaptionBatch(NamedTuple):
             groups=groups,
             lengths=lengths,
             negatives=negatives,
+            stored_texts=None if self.stored_texts is None else self.stored_texts[rows],
         )

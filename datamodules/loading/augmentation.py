@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision import transforms as v1
 from torchvision.transforms import v2
@@ -246,3 +246,19 @@ def check_transforms(transforms: Sequence[Transform]) -> None:
 
 def _name(transform: Transform) -> str:
     return str(getattr(transform, "__name__", type(transform).__name__))
+
+
+def described_augmentation(augmentation: object) -> str:
+    """Describe an augmentation or a list of transforms by class and settings, the same in every run.
+
+    Raises:
+        InputError: a transform's settings cannot be described.
+    """
+    if isinstance(augmentation, list):
+        return ", ".join(described_augmentation(transform) for transform in augmentation)
+    kind = type(augmentation)
+    plain = not isinstance(augmentation, nn.Module) and kind.__repr__ is object.__repr__
+    found = f"{kind.__module__}.{sorted(vars(augmentation).items())}" if plain else repr(augmentation)
+    if " at 0x" in found:
+        raise InputError(f"FrozenFeatures: {kind.__name__} has no description that lasts; give it a __repr__")
+    return f"{kind.__module__}.{kind.__qualname__} {found}"

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute
 
 from datamodules.loading.bad_samples import BLANK, check_caption
-from datamodules.loading.store import StoreFolder
+from datamodules.loading.store import StoreFolder, stamp_of
 from datamodules.pairs.source import (
     NO_CAPTION,
     EncodedPair,
@@ -22,9 +22,11 @@ from datamodules.pairs.source import (
     PairSource,
     Rows,
     SourceOptions,
+    Text,
     divide_rows,
 )
 from lit_clip.errors import BadSample, InputError
+from lit_clip.tools.hashing import hash64
 from lit_clip.tools.images import CHECKED, check_images, open_image
 
 compute: Any = pyarrow.compute  # its functions are defined at run time
@@ -261,12 +263,23 @@ class ColumnPairs(PairSource):
 
     def load(self, index: int, rng: random.Random | None) -> Pair:
         cells = self.cells(index)
+        text = self._text(cells, rng)
+        return Pair(open_image(self._opened(self._image(cells)[0], cells.where), cells.where), *text)
+
+    def text(self, index: int, rng: random.Random | None) -> Text:
+        return self._text(self.cells(index), rng)
+
+    def _text(self, cells: Cells, rng: random.Random | None) -> Text:
         captions = _captions(cells)
-        source, key = self._image(cells)
         caption = captions[0] if rng is None or len(captions) == 1 else rng.choice(captions)
         negatives = [] if rng is None else _texts(cells.negative, cells.where)
         negative = rng.choice(negatives) if rng and len(negatives) > 1 else "".join(negatives)
-        return Pair(open_image(self._opened(source, cells.where), cells.where), caption, key, cells.group, negative)
+        return Text(caption, self._image(cells)[1], cells.group, negative)
+
+    def image_identity(self, index: int) -> object:
+        cells = self.cells(index)
+        image, _ = self._image(cells)
+        return hash64(image.getvalue()) if isinstance(image, io.BytesIO) else file_identity(image, cells.where)
 
     def read(self, index: int) -> EncodedPair:
         cells = self.cells(index)
@@ -320,6 +333,20 @@ class ColumnPairs(PairSource):
         is_held_out = compute.is_in(paths, value_set=images.take(pa.array(chosen)))
         held_out = is_held_out.to_numpy(zero_copy_only=False).astype(bool)
         return Rows(self, np.flatnonzero(~held_out)), Rows(self, np.flatnonzero(held_out))
+
+
+def file_identity(path: Path | str, where: str) -> tuple[str, int, str]:
+    """Return a file's absolute path or address in a store, its size, and its time of modification or the store's tag.
+
+    Raises:
+        BadSample: there is no such file.
+    """
+    name = str(path.absolute()) if isinstance(path, Path) else path
+    try:
+        stamp = stamp_of(name)
+    except FileNotFoundError as error:
+        raise BadSample(where, "missing image", f"no such image file: {path}") from error
+    return name, stamp.size, stamp.version
 
 
 def _captions(cells: Cells) -> list[str]:

@@ -7,7 +7,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from datamodules.pairs.source import EncodedPair, LeftOut, Pair, PairSource
+from datamodules.pairs.source import EncodedPair, LeftOut, Pair, PairSource, Text
 from lit_clip.errors import InputError, require
 
 
@@ -89,6 +89,15 @@ class Concatenated(PairSource):
     def key(self, index: int) -> str:
         number, row = self._locate(index)
         return self._distinct(number, self.sources[number].key(row), "")["key"]
+
+    def text(self, index: int, rng: random.Random | None) -> Text:
+        number, row = self._locate(index)
+        text = self.sources[number].text(row, rng)
+        return text._replace(**self._distinct(number, text.key, text.group))
+
+    def image_identity(self, index: int) -> object:
+        number, row = self._locate(index)
+        return self.sources[number].image_identity(row)
 
     def prepare(self) -> None:
         for source in self.sources:

@@ -13,7 +13,8 @@ from PIL import Image
 
 from datamodules.loading.sampling import permutation
 from datamodules.loading.store import StoreFolder, is_remote
-from lit_clip.errors import InputError, require
+from lit_clip.errors import BadSample, InputError, require
+from lit_clip.tools.hashing import hash64
 from lit_clip.tools.images import OnError
 
 NO_CAPTION = "no caption"  # the reason, the same for samples that turn out bad when loaded
@@ -34,6 +35,15 @@ class Pair(NamedTuple):
     """
 
     image: Image.Image
+    caption: str
+    key: str
+    group: str = ""
+    negative: str = ""
+
+
+class Text(NamedTuple):
+    """A pair without its image: the fields of :class:`Pair`."""
+
     caption: str
     key: str
     group: str = ""
@@ -133,6 +143,27 @@ class PairSource(ABC):
         """
         return self.read(index).key
 
+    def text(self, index: int, rng: random.Random | None) -> Text:
+        """Return what :meth:`load` returns besides the image, without reading the image where the source can.
+
+        Raises:
+            BadSample: the caption cannot be read.
+        """
+        return Text(*self.load(index, rng)[1:])
+
+    def image_identity(self, index: int) -> object:
+        """Return what identifies an image's content, hashable, with the same ``repr`` in every run.
+
+        Raises:
+            BadSample: the image cannot be read.
+        """
+        try:
+            return hash64(self.read(index).image)
+        except BadSample:
+            raise
+        except InputError:  # no image files
+            return hash64(self.load(index, None).image.tobytes())
+
     def order(self, epoch: int, seed: int) -> np.ndarray:
         """Return the rows of an epoch in their order, a pure function: int ``[epoch_size]``."""
         return permutation(len(self), epoch, seed)
@@ -206,6 +237,12 @@ class Rows(PairSource):
 
     def key(self, index: int) -> str:
         return self.source.key(int(self.rows[index]))
+
+    def text(self, index: int, rng: random.Random | None) -> Text:
+        return self.source.text(int(self.rows[index]), rng)
+
+    def image_identity(self, index: int) -> object:
+        return self.source.image_identity(int(self.rows[index]))
 
     def order(self, epoch: int, seed: int) -> np.ndarray:
         position = np.full(len(self.source), -1, dtype=self.rows.dtype)  # row of ``source`` -> row of this

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from datamodules.loading.bad_samples import BLANK, check_caption
 from datamodules.loading.cache import default_cache_dir
 from datamodules.loading.store import Stamp, is_remote, stamp_of
-from datamodules.pairs.source import LISTED, NO_CAPTION, EncodedPair, LeftOut, Pair, PairSource
+from datamodules.pairs.source import LISTED, NO_CAPTION, EncodedPair, LeftOut, Pair, PairSource, Text
 from datamodules.shards.files import (
     OpenShard,
     OpenShards,
@@ -282,14 +282,24 @@ class TarPairs(PairSource):
 
     def read(self, index: int) -> EncodedPair:
         key, where, contents = self._sample(index, ["image"])
+        captions = self._captions(contents, where)
+        return EncodedPair(contents["image"], captions, key, self._group(contents, where), where)
+
+    def _group(self, contents: dict[str, bytes], where: str) -> str:
         group = _fields(contents, where).get(self.group_column) if self.group_column else None
-        name = "" if group is None else str(group).strip()
-        return EncodedPair(contents["image"], self._captions(contents, where), key, name, where)
+        return "" if group is None else str(group).strip()
 
     def load(self, index: int, rng: random.Random | None) -> Pair:
         pair = self.read(index)
-        caption = pair.captions[0] if rng is None or len(pair.captions) == 1 else rng.choice(pair.captions)
-        return Pair(open_image(io.BytesIO(pair.image), pair.where), caption, pair.key, pair.group)
+        return Pair(open_image(io.BytesIO(pair.image), pair.where), _drawn(pair.captions, rng), pair.key, pair.group)
+
+    def text(self, index: int, rng: random.Random | None) -> Text:
+        key, where, contents = self._sample(index, [])
+        return Text(_drawn(self._captions(contents, where), rng), key, self._group(contents, where))
+
+    def image_identity(self, index: int) -> object:
+        number, row = self._locate(index)
+        return self.urls[number], tuple(self._shards.summaries[number].stamp), row
 
     def key(self, index: int) -> str:
         number, row = self._locate(index)
@@ -311,6 +321,10 @@ class TarPairs(PairSource):
             found = _fields(contents, where).get("caption")
         captions = [caption for caption in found if _is_caption(caption)] if isinstance(found, list) else [found]
         return [check_caption(caption, where) for caption in captions or [None]]
+
+
+def _drawn(captions: list[str], rng: random.Random | None) -> str:
+    return captions[0] if rng is None or len(captions) == 1 else rng.choice(captions)
 
 
 def _is_caption(value: object) -> bool:

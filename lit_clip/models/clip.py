@@ -26,9 +26,12 @@ from lit_clip.models.config import (
 from lit_clip.models.custom import CustomImageEncoder, CustomTextEncoder
 from lit_clip.models.custom_config import CustomImageConfig, CustomTextConfig
 from lit_clip.models.encoding import Item, as_features, encode_items
+from lit_clip.models.entering import Entering
 from lit_clip.models.external import HuggingFaceTextEncoder, TimmImageEncoder
 from lit_clip.models.external_settings import with_external_settings
+from lit_clip.models.frozen_prefix import FrozenPrefix
 from lit_clip.models.hf_tokenizer import from_source
+from lit_clip.models.layers import Tower
 from lit_clip.models.resnet import ModifiedResNet
 from lit_clip.models.tokenizer import EOT_ID, CLIPTokenizer, TextTokenizer
 from lit_clip.models.transformer import TextTransformer, VisionTransformer
@@ -53,6 +56,7 @@ class CLIP(TextTransformer):
         preprocessing: how :meth:`preprocess` transforms an image.
         logit_scale: log of the inverse temperature, a scalar parameter.
         logit_bias: added to the logits by the sigmoid loss, a scalar parameter; None if the architecture has none.
+        frozen_prefixes: of towers that train on stored activations, see :class:`callbacks.FrozenFeatures`.
     """
 
     def __init__(self, config: CLIPConfig, tokenizer: TextTokenizer | None = None) -> None:
@@ -69,6 +73,7 @@ class CLIP(TextTransformer):
         self.logit_scale = nn.Parameter(torch.tensor(SIGLIP_LOGIT_SCALE if config.logit_bias else INITIAL_LOGIT_SCALE))
         self.logit_bias = nn.Parameter(torch.tensor(SIGLIP_LOGIT_BIAS)) if config.logit_bias else None
         self._tokenizer = tokenizer
+        self.frozen_prefixes: dict[Tower, FrozenPrefix] = {}
 
     @property
     def text_encoder(self) -> nn.Module:
@@ -140,13 +145,19 @@ class CLIP(TextTransformer):
         return features, tower.project(features)
 
     def encode_text(
-        self, tokens: Tensor, normalize: bool = False, lengths: Sequence[int] | Tensor | None = None
+        self,
+        tokens: Tensor,
+        normalize: bool = False,
+        lengths: Sequence[int] | Tensor | None = None,
+        entering: Entering | None = None,
     ) -> Tensor:
         """int64 ``[B, L]``, ``L`` at most the context length -> ``[B, D]``, of unit length if ``normalize``.
 
         Padding never changes the features. It costs nothing where the texts' lengths are known without synchronising
         the device: always on a CPU, elsewhere if ``lengths`` is given (``tokenizer.lengths``). Without them, drop the
         columns that no text needs (``tokenizer.trim``).
+
+        With ``entering`` the encoder starts from the texts' activations in its middle (:mod:`frozen_prefix`).
         """
         if tokens.shape[1] > self.context_length:
             raise InputError(
@@ -157,9 +168,9 @@ class CLIP(TextTransformer):
         if self.config.papers_layout:
             if self.config.text.tokenizer is not None:
                 lengths = None  # the encoder stops at the highest id, which another tokenizer may use before the end
-            features = self.read_text(tokens, lengths)
+            features = self.read_text(tokens, lengths, entering)
         else:
-            features = self.text(tokens, lengths)
+            features = self.text(tokens, lengths, entering) if entering else self.text(tokens, lengths)
         return unit(features) if normalize else features
 
     def encode(self, items: Item | Sequence[Item], batch_size: int = 64) -> Tensor:

@@ -6,6 +6,7 @@ Shapes: B batch, L tokens, W width, D embedding dimension.
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from lit_clip.errors import InputError
 from lit_clip.models.config import HuggingFaceTextConfig, TimmConfig, height_width
+from lit_clip.models.entering import Entering, starting_at
 from lit_clip.models.external_settings import one_line, timm_pretrained_cfg
 from lit_clip.models.packing import length_groups, to_device
 from lit_clip.models.transformer import check_images, is_traced, rounded
@@ -224,34 +226,38 @@ class HuggingFaceTextEncoder(nn.Module):
             model.pooler = None  # it would get no gradient
         self.proj = projection(int(model.config.hidden_size), embed_dim, config.projection, False, config.hugging_face)
 
-    def forward(self, tokens: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, lengths: Sequence[int] | None = None, entering: Entering | None = None) -> Tensor:
         """int64 ``[B, L]`` -> ``[B, D]``; padding never changes the features.
 
         Texts of similar length are encoded together if that saves padding and the lengths are known without
-        synchronising the device.
+        synchronising the device. With ``entering`` the blocks before are not computed.
         """
+        if entering:
+            tokens = tokens[:, : entering.x.shape[1]]
         if is_traced() or not len(tokens):
-            return self._encode(tokens)
+            return self._encode(tokens, entering)
         if self.few_lengths:
             columns = rounded(tokens.shape[1], self.context_length) - tokens.shape[1]
             return self._encode(F.pad(tokens, (0, columns), value=self.pad_id))
         if not self.in_groups or not (lengths or tokens.device.type == "cpu"):
-            return self._encode(tokens)
+            return self._encode(tokens, entering)
         columns = torch.arange(1, tokens.shape[1] + 1)
         lengths = lengths or ((tokens != self.pad_id) * columns).amax(dim=1).clamp(min=1).tolist()
         groups = length_groups(lengths)
         if len(groups) == 1:
-            return self._encode(tokens[:, : max(lengths)])
+            return self._encode(tokens[:, : max(lengths)], entering)
         features = []
         for group in groups:
-            longest = max(lengths[row] for row in group.tolist())
-            features.append(self._encode(tokens[:, :longest].index_select(0, to_device(group, tokens.device))))
+            longest, rows = max(lengths[row] for row in group.tolist()), to_device(group, tokens.device)
+            part = entering and entering._replace(x=entering.x.index_select(0, rows))
+            features.append(self._encode(tokens[:, :longest].index_select(0, rows), part))
         return torch.cat(features).index_select(0, to_device(torch.cat(groups).argsort(), tokens.device))
 
-    def _encode(self, tokens: Tensor) -> Tensor:
+    def _encode(self, tokens: Tensor, entering: Entering | None = None) -> Tensor:
         mask = (tokens != self.pad_id).long()  # [B, L]
         mask[:, 0] = 1  # some tokenizers turn an empty text into padding only
-        out = self.transformer(input_ids=tokens, attention_mask=mask)
+        with self._starting_at(entering, tokens.shape[1]):
+            out = self.transformer(input_ids=tokens, attention_mask=mask)
         if self.pooling == "pooler":
             return self.proj(out.pooler_output)
         x = out.last_hidden_state  # [B, L, W]
@@ -261,6 +267,11 @@ class HuggingFaceTextEncoder(nn.Module):
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         index = (positions * mask).argmax(dim=1) if self.pooling == "last" else torch.zeros_like(mask[:, 0])
         return self.proj(x[torch.arange(x.shape[0], device=x.device), index])
+
+    def _starting_at(self, entering: Entering | None, length: int) -> AbstractContextManager[None]:
+        if entering is None:
+            return nullcontext()
+        return starting_at(entering.module, entering.x[:, :length], entering.skipped)
 
 
 def resized_trunk(state: Mapping[str, Tensor], trunk: nn.Module, prefix: str) -> dict[str, Tensor]:

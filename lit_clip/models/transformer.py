@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lit_clip.errors import InputError
 from lit_clip.models.config import Activation, Size, TextTransformerConfig, VisionTransformerConfig, height_width
+from lit_clip.models.entering import Entering
 from lit_clip.models.packing import Layout, pack
 
 
@@ -107,9 +108,12 @@ class Transformer(nn.Module):
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
             nn.init.normal_(block.mlp.c_proj.weight, std=residual_std)
 
-    def forward(self, x_TW: Tensor, layout: Layout, read_B: Tensor | None = None) -> Tensor:
-        """Tokens ``[T, W]`` -> ``[T, W]``, or ``[B, W]`` for ``read_B``: the last block computes only those."""
-        *blocks, last = self.resblocks
+    def forward(self, x_TW: Tensor, layout: Layout, read_B: Tensor | None = None, first: int = 0) -> Tensor:
+        """Tokens ``[T, W]`` -> ``[T, W]``, or ``[B, W]`` for ``read_B``: the last block computes only those.
+
+        With ``first`` the tokens are the input of that block, and the blocks before it are not computed.
+        """
+        *blocks, last = list(self.resblocks)[first:]
         for block in blocks:
             x_TW = block(x_TW, layout)
         if read_B is not None and x_TW.is_meta:  # FLOPs are being counted; published tables count all tokens
@@ -153,15 +157,23 @@ class VisionTransformer(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """``[B, 3, H, W]`` float, normalised -> ``[B, W]``, before the projection; for the paper's linear probes."""
+        return self.features_from(self._embed(images))
+
+    def _embed(self, images: Tensor) -> Tensor:
+        """``[B, 3, H, W]`` -> ``[B, L, W]``, the first block's input."""
         check_images(images, self.image_size)
         x = self._patches(images) @ self.conv1.weight.flatten(1).T  # [B, L-1, W]
         class_token = self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)  # [B, 1, W]
         x = torch.cat([class_token, x], dim=1) + self.positional_embedding.to(x.dtype)  # [B, L, W]
         if self.training and self.patch_dropout:
             x = self._drop_patches(x)
-        B, L, W = x.shape
-        first = torch.arange(0, B * L, L, device=x.device)  # [B]: the class tokens
-        x = self.transformer(self.ln_pre(x).view(B * L, W), Layout(((B, L),), causal=False), first)  # [B, W]
+        return self.ln_pre(x)
+
+    def features_from(self, x_BLW: Tensor, first: int = 0) -> Tensor:
+        """Compute :meth:`features` from the input of a block: ``[B, L, W]`` -> ``[B, W]``."""
+        B, L, W = x_BLW.shape
+        read_B = torch.arange(0, B * L, L, device=x_BLW.device)  # the class tokens
+        x = self.transformer(x_BLW.view(B * L, W), Layout(((B, L),), causal=False), read_B, first)  # [B, W]
         return self.ln_post(x)
 
     def _patches(self, images: Tensor) -> Tensor:
@@ -223,39 +235,57 @@ class TextTransformer(nn.Module):
         nn.init.normal_(self.positional_embedding, std=0.01)
         self.transformer.init_like_gpt()
 
-    def read_text(self, tokens: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+    def read_text(
+        self, tokens: Tensor, lengths: Sequence[int] | None = None, entering: Entering | None = None
+    ) -> Tensor:
         """int64 ``[B, L]`` -> ``[B, D]``; ``L`` may be below the context length only for a causal encoder.
 
         Args:
             tokens: ids.
             lengths: of a causal encoder's texts, including the end-of-text token. Reading them off tokens on a GPU
                 would synchronise it, so without them the padding is computed too.
+            entering: the texts' activations; the embeddings and the blocks before are then not computed.
         """
         context, length = len(self.positional_embedding), tokens.shape[1]
         if length > context or (length < context and not self.causal):
             raise InputError(f"texts have {length} tokens, the model reads {context}; use model.tokenize")
         if self.few_lengths and self.causal and not is_traced():
             tokens = F.pad(tokens, (0, rounded(length, context) - length))
+        first = entering.block if entering else 0
         if not self.causal:
             B, L = tokens.shape
-            x = self._embed(tokens, self.positional_embedding)  # [B * L, W]
+            x = self._padded(tokens, entering)  # [B * L, W]
             last = torch.arange(L - 1, B * L, L, device=x.device)
-            x = self.transformer(x, Layout(((B, L),), causal=False), last)  # [B, W]
+            x = self.transformer(x, Layout(((B, L),), causal=False), last, first)  # [B, W]
         elif self._may_pack(tokens, lengths):
             packing = pack(lengths or text_lengths(tokens), tokens.device)
-            ids = tokens[packing.rows, packing.columns]
-            positions = F.embedding(packing.columns, self.positional_embedding)  # indexing has a slower backward pass
-            x = self.transformer(self._embed(ids, positions), packing.layout, packing.ends)  # [B, W]
+            if entering:
+                x = entering.x[packing.rows, packing.columns]
+            else:
+                positions = F.embedding(packing.columns, self.positional_embedding)  # indexing: a slower backward pass
+                x = self._embed(tokens[packing.rows, packing.columns], positions)  # [T, W]
+            x = self.transformer(x, packing.layout, packing.ends, first)  # [B, W]
             x = x.index_select(0, packing.places)
         else:
             B, L = tokens.shape
-            x = self._embed(tokens, self.positional_embedding[:L])  # [B * L, W]
+            x = self._padded(tokens, entering)  # [B * L, W]
             end = torch.arange(0, B * L, L, device=x.device) + tokens.argmax(dim=-1)  # [B]
-            x = self.transformer(x, Layout(((B, L),), causal=True)).index_select(0, end)  # [B, W]
-        x, project = self.ln_final(x), self.text_projection
+            x = self.transformer(x, Layout(((B, L),), causal=True), None, first).index_select(0, end)  # [B, W]
+        return self.project_text(x)
+
+    def project_text(self, x_BW: Tensor) -> Tensor:
+        """Tokens that are read, from the last block -> ``[B, D]``."""
+        x, project = self.ln_final(x_BW), self.text_projection
         if project is None:
             return x
         return project(x) if isinstance(project, nn.Linear) else x @ project  # [B, D]
+
+    def _padded(self, tokens: Tensor, entering: Entering | None) -> Tensor:
+        """Ids ``[B, L]`` -> ``[B * L, W]``, the input of the first block that is computed."""
+        L = tokens.shape[1]
+        if entering is None:
+            return self._embed(tokens, self.positional_embedding[:L])
+        return F.pad(entering.x, (0, 0, 0, L - entering.x.shape[1])).flatten(0, 1)
 
     def _may_pack(self, tokens: Tensor, lengths: Sequence[int] | None) -> bool:
         """Whether the lengths are known, and the computation may depend on them."""
@@ -267,9 +297,9 @@ class TextTransformer(nn.Module):
         """Ids ``[...]`` and their position embeddings ``[..., W]`` -> ``[T, W]``."""
         return (self.token_embedding(tokens) + positions).flatten(0, -2)
 
-    def forward(self, tokens: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, lengths: Sequence[int] | None = None, entering: Entering | None = None) -> Tensor:
         """See :meth:`read_text`."""
-        return self.read_text(tokens, lengths)
+        return self.read_text(tokens, lengths, entering)
 
 
 def text_lengths(tokens: Tensor) -> list[int]:

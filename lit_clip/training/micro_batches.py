@@ -11,20 +11,32 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lit_clip.batch import CaptionBatch
 from lit_clip.distributed import Shards
+from lit_clip.errors import require
+from lit_clip.losses.contrastive import unit
 from lit_clip.models.clip import CLIP
+from lit_clip.models.frozen_prefix import image_features_from, text_features_from
 from lit_clip.training.activation_checkpointing import FrozenStatistics, checkpoint
+
+HARD_NEGATIVES = (
+    "FrozenFeatures: hard negatives are not among the captions that are encoded once; leave out data.negative_column "
+    "or the callback"
+)
 
 
 def encode_pairs(model: CLIP, batch: CaptionBatch) -> tuple[Tensor, Tensor]:
     """Return unit features ``[B, D]`` of a batch's images and of its captions, float32."""
-    return _encode_images(model, batch.images), _encode_texts(model, batch.tokens, batch.lengths)
+    return _encode_images(model, batch.images), _encode_texts(model, batch.tokens, batch.lengths, batch.stored_texts)
 
 
 def _encode_images(model: CLIP, images: Tensor) -> Tensor:
+    if images.is_floating_point():
+        return unit(image_features_from(model, images))
     return model.encode_image(model.normalize(images), normalize=True)
 
 
-def _encode_texts(model: CLIP, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
+def _encode_texts(model: CLIP, tokens: Tensor, lengths: Sequence[int], stored: Tensor | None) -> Tensor:
+    if stored is not None:
+        return unit(text_features_from(model, stored, tokens, lengths))
     return model.encode_text(tokens, normalize=True, lengths=lengths)
 
 
@@ -49,8 +61,11 @@ def split_batch(model: CLIP, batch: CaptionBatch, shards: Shards, size: int | No
 def placeholder(model: CLIP, batch: CaptionBatch) -> CaptionBatch:
     """Return one blank pair, for a rank whose samples were all skipped; its features are discarded."""
     tokens = model.tokenizer.trim(model.tokenizer(["a"])).to(batch.tokens.device)
-    images = batch.images.new_zeros(1, *batch.images.shape[1:])
-    return CaptionBatch(images, tokens, [""], ["a"], [""])
+    images, stored = batch.images.new_zeros(1, *batch.images.shape[1:]), batch.stored_texts
+    if stored is not None:
+        length = [tokens.shape[1]] * (stored.ndim == 3)
+        stored = stored.new_zeros(1, *length, stored.shape[-1])
+    return CaptionBatch(images, tokens, [""], ["a"], [""], stored_texts=stored)
 
 
 class StepFeatures(NamedTuple):
@@ -90,13 +105,14 @@ def _encode_parts(model: CLIP, parts: list[CaptionBatch], negatives: bool) -> St
     images, texts, hard = [], [], []
     for part in parts:
         tokens, lengths = _all_texts(model, part) if negatives else (part.tokens, part.lengths)
+        stored = part.stored_texts
         if len(parts) == 1:
-            image, text = _encode_images(model, part.images), _encode_texts(model, tokens, lengths)
+            image, text = _encode_images(model, part.images), _encode_texts(model, tokens, lengths, stored)
         else:
             # Otherwise all micro-batches share one half-precision copy of the weights and sum their gradients in it.
             torch.clear_autocast_cache()
             image = checkpoint(_encode_images, model, part.images, inside=model.visual)
-            text = checkpoint(_encode_texts, model, tokens, lengths, inside=model.text_encoder)
+            text = checkpoint(_encode_texts, model, tokens, lengths, stored, inside=model.text_encoder)
         images.append(image)
         texts.append(text[: len(part.tokens)])
         hard.append(text[len(part.tokens) :])
@@ -110,6 +126,7 @@ def _all_texts(model: CLIP, part: CaptionBatch) -> tuple[Tensor, Sequence[int]]:
     more = part.negative_tokens
     if more is None or not len(more):
         return part.tokens, part.lengths
+    require(part.stored_texts is None, HARD_NEGATIVES)
     longest = max(part.tokens.shape[1], more.shape[1])
     padded = [
         F.pad(tokens, (0, longest - tokens.shape[1]), value=model.tokenizer.pad_id) for tokens in (part.tokens, more)

@@ -5,6 +5,7 @@ Nothing is cached on the model, whose weights may be training: whoever evaluates
 """
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -40,6 +41,11 @@ def fingerprint(model: CLIP) -> Fingerprint:
 def weights_sha256(model: CLIP) -> str:
     """Return the SHA-256 of the names, types and values of all weights."""
     return _combined(_tensor_digests(model))
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of the names, types and values of tensors."""
+    return _combined([(name, _tensor_sha256(value)) for name, value in sorted(tensors.items())])
 
 
 def text_sha256(model: CLIP) -> str:

@@ -165,7 +165,9 @@ def test_a_hugging_face_encoder_gives_the_same_features_in_groups(
     tokens = model.tokenize([*TEXTS, *["a dog and a cat"] * 30, *["the"] * 30, TEXTS[1]])
     calls: list[tuple[int, ...]] = []
     encode = model.text._encode
-    monkeypatch.setattr(model.text, "_encode", lambda part: (calls.append(tuple(part.shape)), encode(part))[1])
+    monkeypatch.setattr(
+        model.text, "_encode", lambda part, *rest: (calls.append(tuple(part.shape)), encode(part, *rest))[1]
+    )
     found, found_gradients = gradients(model, lambda: model.encode_text(tokens))
     assert len(calls) == 4
     assert sum(rows for rows, _ in calls) == len(tokens)

@@ -1,0 +1,116 @@
+"""Encode every image and caption once through the frozen layers, and train the rest on the stored activations."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+
+from callbacks.compile import Compile
+from lit_clip import distributed
+from lit_clip.errors import InputError, require
+from lit_clip.models.frozen_prefix import FrozenPrefix, use_frozen_prefix
+from lit_clip.models.layers import TOWERS, Tower
+from lit_clip.module import LitCLIP
+from lit_clip.tools.hashing import hex_digest
+from lit_clip.tools.stored_rows import ABSENT
+from lit_clip.training.frozen_features import Encoding, my_share, open_rows, store_images, store_texts
+from lit_clip.training.micro_batches import HARD_NEGATIVES
+from lit_clip.training.teacher import Distillation
+
+
+class FrozenFeatures(Callback):
+    """Before the first step, encode each image and caption of ``fit`` once through the layers that are frozen.
+
+    Steps and validations then read the activations from memory-mapped files, decode no image, and compute only the
+    layers behind: losses equal those of the plain run to rounding. A tower of which nothing is frozen trains as usual.
+    An interrupted run goes on encoding where it was, and a later run encodes nothing, unless the frozen weights, the
+    preprocessing, the precision, the images or the captions have changed.
+
+    Args:
+        folder: for the files, shared by all ranks; None: ``~/.cache/lit-clip/frozen_features``. Files of earlier
+            settings are left there.
+        augmentations: fixed augmented versions of each training image, of which each epoch draws one. 0: none, which
+            needs ``data.augmentation: []``.
+    """
+
+    changes_model = True  # before others measure it
+
+    def __init__(self, folder: str | None = None, augmentations: int = 0) -> None:
+        require(augmentations >= 0, f"FrozenFeatures.augmentations: {augmentations} must be at least 0")
+        self.folder, self.augmentations = folder, augmentations
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            _refuse(trainer, pl_module)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if cast(Any, trainer).fast_dev_run:  # would encode everything for a few steps
+            return
+        module, data = cast(LitCLIP, pl_module), cast(Any, trainer).datamodule
+        prefixes: dict[Tower, FrozenPrefix] = {}
+        for tower in TOWERS:
+            if prefix := use_frozen_prefix(module.model, tower):
+                prefixes[tower] = prefix
+        require(
+            bool(prefixes), "FrozenFeatures: no encoder has frozen layers; set model.freeze, or remove the callback"
+        )
+        _refuse_loss(module, data, prefixes)
+        training = [part for part in module.modules() if part.training]
+        module.eval()
+        try:
+            self._store(trainer, module, data, prefixes)
+        finally:
+            for part in training:
+                part.training = True
+
+    def _store(self, trainer: Trainer, module: LitCLIP, data: Any, prefixes: dict[Tower, FrozenPrefix]) -> None:
+        """Encode what is absent, and give the files to the data module."""
+        context = trainer.precision_plugin.forward_context
+        encoding = Encoding(module.model, context, str(trainer.precision), data.batch_size)
+        folder = Path(self.folder) if self.folder else data.cache_folder / "frozen_features"
+        images = texts = None
+        if "image" in prefixes:
+            rows = data.image_rows(self.augmentations)
+            stored = open_rows(encoding, prefixes["image"], folder, rows.count, rows.identity)
+            wanted = my_share(stored)
+            store_images(encoding, prefixes["image"], stored, data.images_once(rows, wanted), len(wanted))
+            images = rows, stored
+        if "text" in prefixes:
+            found = data.distinct_texts()
+            identity = hex_digest([found.hashes.tobytes()])
+            stored = open_rows(encoding, prefixes["text"], folder, len(found.hashes), identity, found.tokens.shape[1])
+            store_texts(encoding, prefixes["text"], stored, found, my_share(stored))
+            texts = found.hashes, stored
+        distributed.maximum(0)  # wait for the other ranks
+        for kept in (images, texts):
+            require(kept is None or not np.any(kept[1].state() == ABSENT), f"{folder}: all machines must share it")
+        data.use_stored(images, texts)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        module, data = cast(LitCLIP, pl_module), cast(Any, trainer).datamodule
+        if module.model.frozen_prefixes:
+            module.model.frozen_prefixes = {}
+            data.use_stored(None, None)
+
+
+def _refuse(trainer: Trainer, module: LightningModule) -> None:
+    """Raise :class:`InputError` for what cannot train on stored activations."""
+    data = cast(Any, trainer).datamodule
+    require(hasattr(data, "use_stored"), "FrozenFeatures: needs a data module derived from CaptionDataModule")
+    sharded = isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
+    require(not sharded, "FrozenFeatures: cannot encode with sharded weights; set trainer.strategy to ddp")
+    compiled = any(isinstance(callback, Compile) for callback in cast(Any, trainer).callbacks)
+    require(not compiled, "FrozenFeatures: not together with callbacks.Compile; remove one of them")
+
+
+def _refuse_loss(module: LitCLIP, data: Any, prefixes: Mapping[Tower, FrozenPrefix]) -> None:
+    """Raise :class:`InputError` for a loss that needs what is not encoded."""
+    loss = module.loss
+    assert loss is not None, "setup builds it"
+    if any(isinstance(part, Distillation) for part in loss.modules()):
+        raise InputError("FrozenFeatures: the teacher of Distillation needs images; remove one of them")
+    if "text" in prefixes and loss.uses_negatives and getattr(data, "negative_column", None):
+        raise InputError(HARD_NEGATIVES)

@@ -1,0 +1,344 @@
+"""Samples whose images or captions were encoded once by frozen layers: the activations take their place.
+
+:class:`callbacks.FrozenFeatures` fills the files; here is which row of a file belongs to which sample.
+"""
+
+import random
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from datamodules.loading.augmentation import Augmentation, described_augmentation
+from datamodules.loading.cache import default_cache_dir
+from datamodules.loading.sampling import TrainingSample, sample_seed
+from datamodules.pairs.source import PairSource, Text
+from lit_clip.errors import BadSample, InputError, require
+from lit_clip.models.tokenizer import TextTokenizer
+from lit_clip.tools.hashing import hash64, hex_digest
+from lit_clip.tools.images import OnError
+from lit_clip.tools.stored_rows import StoredRows
+from lit_clip.tools.workers import shield_worker
+from lit_clip.training.frozen_features import ImageBatch, Texts
+
+TOKENIZED_AT_ONCE = 4096
+
+
+class ImageRows:
+    """The row of each sample's image in a file: rows of a source with the same image share one.
+
+    Args:
+        train: the training source.
+        val: the validation source.
+        versions: augmented versions of each training image.
+        settings: all that a version of an image depends on besides the image.
+
+    Attributes:
+        versions: of each training image.
+        count: number of rows.
+        identity: digest that changes with any image, its place, or the settings.
+    """
+
+    def __init__(self, train: PairSource, val: PairSource, versions: int, settings: Sequence[object]) -> None:
+        self.versions = versions
+        self._train, self._first_train, train_images = _distinct_images(train)
+        self._val, self._first_val, val_images = _distinct_images(val)
+        self._trained = len(self._first_train) * versions
+        self.count = self._trained + len(self._first_val)
+        self.identity = hex_digest([*settings, versions, len(train_images), *train_images, *val_images])
+
+    def training(self, row: int, version: int) -> int:
+        """Return the row of a version of a training sample's image."""
+        return int(self._train[row]) * self.versions + version
+
+    def validation(self, row: int) -> int:
+        """Return the row of a validation sample's image."""
+        return self._trained + int(self._val[row])
+
+    def origin(self, row: int) -> TrainingSample | int:
+        """Return the training sample, whose epoch is the version, or the validation row that an image is loaded as."""
+        if row >= self._trained:
+            return int(self._first_val[row - self._trained])
+        image, version = divmod(row, self.versions)
+        return TrainingSample(version, int(self._first_train[image]))
+
+
+def _distinct_images(source: PairSource) -> tuple[np.ndarray, np.ndarray, list[object]]:
+    """Return each row's image as a number, and each image's first row and identity."""
+    numbers: dict[object, int] = {}
+    first, image_of = [], np.empty(len(source), dtype=np.int64)
+    for row in range(len(source)):
+        try:
+            identity = source.image_identity(row)
+        except BadSample as error:  # loading it will raise or skip it
+            identity = ("unusable", row, error.where)
+        number = numbers.setdefault(identity, len(numbers))
+        if number == len(first):
+            first.append(row)
+        image_of[row] = number
+    return image_of, np.array(first, dtype=np.int64), list(numbers)
+
+
+class OneImage(NamedTuple):
+    """An image to encode, and its row; None if it cannot be read."""
+
+    row: int
+    image: Tensor | None
+
+
+class ImagesOnce(Dataset[OneImage]):
+    """Every image of a file, loaded as training or validation loads it.
+
+    Args:
+        rows: of the file.
+        training: dataset by training sample.
+        validation: dataset by row.
+        skip: whether an image that cannot be read is None instead of an error.
+    """
+
+    def __init__(self, rows: ImageRows, training: Dataset[Any], validation: Dataset[Any], skip: bool) -> None:
+        self.rows, self.training, self.validation, self.skip = rows, training, validation, skip
+
+    def __len__(self) -> int:
+        return self.rows.count
+
+    def __getitem__(self, row: int) -> OneImage:
+        origin = self.rows.origin(row)
+        dataset = self.training if isinstance(origin, TrainingSample) else self.validation
+        try:
+            return OneImage(row, dataset[origin].image)
+        except BadSample:
+            if not self.skip:
+                raise
+            return OneImage(row, None)
+
+
+def collate_images(items: list[OneImage]) -> ImageBatch:
+    """Join images to a batch."""
+    images = [item.image for item in items if item.image is not None]
+    rows = np.array([item.row for item in items if item.image is not None], dtype=np.int64)
+    unusable = [item.row for item in items if item.image is None]
+    return ImageBatch(rows, torch.stack(images) if images else torch.zeros(0), unusable)
+
+
+class StoredPair(NamedTuple):
+    """A pair with the stored activations of its image."""
+
+    image: Tensor
+    caption: str
+    key: str
+    group: str
+    negative: str
+
+
+class StoredImages(NamedTuple):
+    """A file of activations of images, and which row belongs to which sample."""
+
+    rows: ImageRows
+    stored: StoredRows
+
+    def pair(self, source: PairSource, index: int, row: int, rng: random.Random | None, text: Text) -> StoredPair:
+        """Return a sample.
+
+        Raises:
+            BadSample: its image could not be read when the images were encoded.
+        """
+        activations = self.stored.read(row)
+        if activations is None:
+            source.load(index, rng)  # says what is wrong with it
+            raise BadSample(text.key, "not stored", f"its image was not readable before; delete {self.stored.folder}")
+        return StoredPair(activations, *text)
+
+
+class StoredTraining(Dataset[StoredPair]):
+    """Training samples without their images; the captions are those that are drawn with the images.
+
+    Args:
+        source: of the pairs.
+        images: their activations.
+        seed: of the run.
+    """
+
+    def __init__(self, source: PairSource, images: StoredImages, seed: int) -> None:
+        self.source, self.images, self.seed = source, images, seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, sample: TrainingSample) -> StoredPair:
+        rng = random.Random(sample_seed(self.seed, sample))
+        text = self.source.text(sample.row, rng)
+        versions = self.images.rows.versions
+        version = rng.randrange(versions) if versions > 1 else 0
+        row = self.images.rows.training(sample.row, version)
+        return self.images.pair(self.source, sample.row, row, rng, text)
+
+
+class StoredValidation(Dataset[StoredPair]):
+    """Validation samples without their images."""
+
+    def __init__(self, source: PairSource, images: StoredImages) -> None:
+        self.source, self.images = source, images
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, row: int) -> StoredPair:
+        text = self.source.text(row, None)
+        return self.images.pair(self.source, row, self.images.rows.validation(row), None, text)
+
+
+def distinct_texts(sources: Sequence[PairSource], tokenize: TextTokenizer) -> Texts:
+    """Tokenize every caption of the sources; captions with the same tokens count once."""
+    captions: dict[str, None] = {}
+    for source in sources:
+        for row in range(len(source)):
+            try:
+                captions.update(dict.fromkeys(source.captions(row)))
+            except BadSample:  # loading it will raise or skip it
+                continue
+    every, parts = list(captions), []
+    for first in range(0, len(every), TOKENIZED_AT_ONCE):
+        parts.append(tokenize(every[first : first + TOKENIZED_AT_ONCE]))
+    tokens = torch.cat(parts)
+    lengths = tokenize.lengths(tokens).numpy()
+    hashes, kept = np.unique(token_hashes(tokens, lengths), return_index=True)
+    longest = int(lengths.max())
+    return Texts(tokens[torch.from_numpy(kept), :longest], lengths[kept], hashes)
+
+
+def token_hashes(tokens: Tensor, lengths: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Hash each text's tokens, int64 ``[N]``."""
+    rows = tokens.numpy()
+    found = [hash64(rows[row, :length].tobytes()) for row, length in enumerate(lengths)]
+    return np.frombuffer(b"".join(found), dtype=np.int64)
+
+
+class StoredTexts(NamedTuple):
+    """A file of activations of captions, one row for each of ``hashes``, int64 ascending."""
+
+    hashes: np.ndarray
+    stored: StoredRows
+
+    @property
+    def nothing(self) -> Tensor:
+        """Activations of no caption."""
+        shape = self.stored.shape
+        return torch.zeros(0, *[1] * (len(shape) - 1), shape[-1], dtype=self.stored.dtype)
+
+    def of(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Return the activations of a batch of captions, ``[B, ...]``.
+
+        Raises:
+            InputError: a caption was not encoded.
+        """
+        wanted = token_hashes(tokens, lengths)
+        rows = np.minimum(np.searchsorted(self.hashes, wanted), len(self.hashes) - 1)
+        found = self.stored.read(rows, max(lengths) if len(self.stored.shape) == 2 else None)
+        if found is None or not np.array_equal(self.hashes[rows], wanted):
+            raise InputError(
+                "FrozenFeatures: a caption is not among those that the data list, so it was not encoded; train all of "
+                "the text encoder, or remove the callback"
+            )
+        return found
+
+
+class WithStoredFeatures:
+    """The part of a data module that puts stored activations in place of images and captions.
+
+    :class:`callbacks.FrozenFeatures` asks for every image and caption of ``fit``, encodes what is not stored yet, and
+    calls :meth:`use_stored`.
+
+    Attributes:
+        stored_images: the activations that batches hold in place of images.
+        stored_texts: the activations of captions that batches hold.
+    """
+
+    stored_images: StoredImages | None = None
+    stored_texts: StoredTexts | None = None
+    train_source: PairSource | None
+    val_source: PairSource | None
+    augmentation: Augmentation | list[Any]
+    tokenize: TextTokenizer
+    seed: int
+    batch_size: int
+    num_workers: int
+    on_error: OnError
+
+    @abstractmethod
+    def training_pairs(self, source: PairSource) -> Dataset[Any]:
+        """Return the training samples with decoded images."""
+
+    @abstractmethod
+    def validation_pairs(self, source: PairSource) -> Dataset[Any]:
+        """Return the validation samples with decoded images."""
+
+    @property
+    def cache_folder(self) -> Path:
+        """Folder for files that are made from the data."""
+        return default_cache_dir()
+
+    @property
+    def _fit_sources(self) -> tuple[PairSource, PairSource]:
+        assert self.train_source is not None
+        assert self.val_source is not None, "call setup('fit') first"
+        return self.train_source, self.val_source
+
+    def image_rows(self, augmentations: int) -> ImageRows:
+        """Give each distinct image of ``fit`` a row; reads no image.
+
+        Args:
+            augmentations: versions of each training image; 0: the image without augmentation.
+
+        Raises:
+            InputError: ``augmentations`` is 0 and the augmentation is not empty.
+        """
+        fixed = not isinstance(self.augmentation, Augmentation) and not self.augmentation
+        require(
+            fixed or augmentations > 0,
+            "FrozenFeatures: data.augmentation changes an image at random each time, so it cannot be encoded once; set "
+            "data.augmentation to [], or FrozenFeatures.augmentations to a number of fixed versions of each image",
+        )
+        require(
+            not fixed or augmentations <= 1,
+            f"FrozenFeatures.augmentations: {augmentations} versions would be the same without data.augmentation; "
+            "set it to 0",
+        )
+        settings = () if fixed else (self.seed, described_augmentation(self.augmentation))
+        return ImageRows(*self._fit_sources, max(1, augmentations), settings)
+
+    def images_once(self, rows: ImageRows, wanted: np.ndarray) -> DataLoader[ImageBatch]:
+        """Load the images of some rows, each as training or validation loads it."""
+        train, val = self._fit_sources
+        datasets = self.training_pairs(train), self.validation_pairs(val)
+        images: Any = ImagesOnce(rows, *datasets, skip=self.on_error == "skip")
+        return DataLoader(
+            images,
+            sampler=wanted.tolist(),
+            batch_size=self.batch_size,
+            num_workers=self.num_workers if len(wanted) else 0,
+            collate_fn=collate_images,
+            worker_init_fn=shield_worker,
+            generator=torch.Generator(),
+        )
+
+    def distinct_texts(self) -> Texts:
+        """Tokenize every caption of ``fit``; reads no image where the source can do without."""
+        return distinct_texts(self._fit_sources, self.tokenize)
+
+    def use_stored(
+        self, images: tuple[ImageRows, StoredRows] | None, texts: tuple[np.ndarray, StoredRows] | None
+    ) -> None:
+        """Make training and validation batches with stored activations of the images, the texts, or both.
+
+        Args:
+            images: their rows, and the activations; None: decode images.
+            texts: hashes of their tokens, ascending, and the activations; None: only tokens.
+        """
+        self.stored_images = images and StoredImages(*images)
+        self.stored_texts = texts and StoredTexts(*texts)

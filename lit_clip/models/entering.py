@@ -1,0 +1,54 @@
+"""Start an encoder in its middle, from the activations that enter one of its modules."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+
+class Entering(NamedTuple):
+    """Activations to start from in the middle of a text encoder.
+
+    Attributes:
+        x: float ``[B, L, W]``, the input of ``module``; padding may have any finite values.
+        block: number of the first block to compute; all of them if there is none.
+        module: the first module to compute.
+        skipped: the blocks before it, and for each how many values it returns; 0 for a tensor.
+    """
+
+    x: Tensor
+    block: int
+    module: nn.Module
+    skipped: Sequence[tuple[nn.Module, int]] = ()
+
+
+@contextmanager
+def starting_at(module: nn.Module, x: Tensor, skipped: Sequence[tuple[nn.Module, int]] = ()) -> Iterator[None]:
+    """Within this context the module's first input is ``x``, and the ``skipped`` blocks return their first input."""
+
+    def replace(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return (x, *args[1:]), kwargs
+        return args, {**kwargs, next(iter(kwargs)): x}
+
+    with ExitStack() as stack:
+        stack.callback(module.register_forward_pre_hook(replace, with_kwargs=True).remove)
+        for block, values in skipped:
+            stack.callback(_restore, block, vars(block).get("forward"))
+            block.forward = _passing_on(values)
+        yield
+
+
+def _passing_on(values: int) -> Any:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else next(iter(kwargs.values()))
+        return (hidden, *[None] * (values - 1)) if values else hidden
+
+    return forward
+
+
+def _restore(block: nn.Module, forward: Any) -> None:
+    del block.forward  # of the class again
+    if forward is not None:  # of activation checkpointing
+        block.forward = forward

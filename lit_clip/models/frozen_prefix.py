@@ -1,0 +1,256 @@
+"""The frozen first layers of a tower: compute their output once, and later only the layers behind them.
+
+The output is taken where the first module with trainable parameters is called, and given to it again. Our own encoders
+and Hugging Face's start at that module; an image encoder of timm runs its frozen layers on an empty batch, which costs
+nothing, and gets the stored activations there.
+
+Shapes: B batch, L tokens, W width, D embedding dimension.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lit_clip.errors import InputError
+from lit_clip.models.config import height_width
+from lit_clip.models.entering import Entering, starting_at
+from lit_clip.models.layers import Tower, tower_blocks, tower_parameters
+from lit_clip.models.transformer import TextTransformer, VisionTransformer
+
+
+class FrozenPrefix(NamedTuple):
+    """The frozen first layers of a tower; nothing here refers to a module, so that models can be copied.
+
+    Attributes:
+        tower: ``image`` or ``text``.
+        boundary: name within the model of the first module to compute; None: the whole tower is frozen.
+        block: number of frozen blocks before the boundary.
+        is_block: whether the boundary is a block.
+        values: how many values the frozen blocks return; 0 for a tensor.
+        blanks: images that timm's frozen layers compute in every step for nothing: 1 if they accept no empty batch.
+    """
+
+    tower: Tower
+    boundary: str | None = None
+    block: int = 0
+    is_block: bool = False
+    values: int = 0
+    blanks: int = 0
+
+
+class _ReachedError(Exception):
+    """The boundary was called."""
+
+    def __init__(self, name: str, activations: Any) -> None:
+        super().__init__(name)
+        self.name, self.activations = name, activations
+
+
+def _first_call(model: nn.Module, names: Sequence[str], run: Callable[[], Tensor]) -> _ReachedError | None:
+    """Run up to the first call of one of the modules."""
+
+    def hook(name: str) -> Callable[..., None]:
+        def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            raise _ReachedError(name, args[0] if args else next(iter(kwargs.values())))
+
+        return stop
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name), with_kwargs=True) for name in names]
+    try:
+        run()
+    except _ReachedError as reached:
+        return reached
+    finally:
+        for handle in handles:
+            handle.remove()
+    return None
+
+
+def find_frozen_prefix(model: Any, tower: Tower) -> FrozenPrefix | None:
+    """Find the frozen first layers of a tower by running it on one sample.
+
+    Args:
+        model: a :class:`lit_clip.CLIP`.
+        tower: ``image`` or ``text``.
+
+    Returns:
+        None if the tower has no frozen block.
+
+    Raises:
+        InputError: something before the first trainable module is trainable, or called by other means.
+    """
+    parameters = tower_parameters(model, tower)
+    if not any(parameter.requires_grad for parameter in parameters.values()):
+        return FrozenPrefix(tower)
+    blocks = tower_blocks(model, tower)
+    if not any(all(not p.requires_grad for p in block.parameters()) for block in blocks):
+        return None
+    names = _candidates(model, tower, blocks)
+    values: list[int] = []  # of each block that was called
+
+    def note(_: nn.Module, __: Any, output: Any) -> None:
+        values.append(len(output) if isinstance(output, tuple) else 0)
+
+    handles = [block.register_forward_hook(note) for block in blocks]
+    try:
+        with torch.enable_grad():
+            reached = _first_call(model, names, lambda: _run(model, tower, *sample_inputs(model, tower, 1)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    if reached is None or not isinstance(reached.activations, Tensor) or reached.activations.requires_grad:
+        raise _refusal(tower, "end at no single module")
+    if not values:
+        return None
+    is_block = any(model.get_submodule(reached.name) is block for block in blocks)
+    return FrozenPrefix(tower, reached.name, len(values), is_block, values[0])
+
+
+def _refusal(tower: Tower, reason: str) -> InputError:
+    return InputError(
+        f"FrozenFeatures: the frozen layers of the {tower} encoder {reason}; set model.freeze.{tower} to all, or "
+        "remove the callback"
+    )
+
+
+def use_frozen_prefix(model: Any, tower: Tower) -> FrozenPrefix | None:
+    """Find the frozen first layers of a tower, and check that what follows gives the same features without them.
+
+    Sets ``model.frozen_prefixes``.
+
+    Returns:
+        None if the tower has no frozen block.
+
+    Raises:
+        InputError: the features would differ, or the frozen layers are random in training.
+    """
+    prefix = find_frozen_prefix(model, tower)
+    if prefix is None:
+        return None
+    training = [module for module in model.modules() if module.training]
+    inputs, lengths = sample_inputs(model, tower, 2)
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            model.eval()
+            stored = frozen_activations(model, prefix, inputs, lengths)
+            for module in training:
+                module.training = True
+            if not torch.equal(stored, frozen_activations(model, prefix, inputs, lengths)):
+                raise _refusal(tower, "are random in training (dropout)")
+            model.eval()
+            expected, model.frozen_prefixes[tower] = _run(model, tower, inputs, lengths), prefix
+            if not _gives(model, tower, stored, expected, inputs, lengths):
+                prefix = model.frozen_prefixes[tower] = prefix._replace(blanks=1)
+                if not _gives(model, tower, stored, expected, inputs, lengths):
+                    raise _refusal(tower, "hand on more than one tensor")
+    except InputError:
+        model.frozen_prefixes.pop(tower, None)
+        raise
+    finally:
+        for module in training:
+            module.training = True
+    return prefix
+
+
+def _gives(model: Any, tower: Tower, stored: Tensor, expected: Tensor, tokens: Tensor, lengths: Sequence[int]) -> bool:
+    """Whether the features from stored activations are those of the whole tower."""
+    try:
+        found = (
+            image_features_from(model, stored)
+            if tower == "image"
+            else text_features_from(model, stored, tokens, lengths)
+        )
+    except Exception:  # encoders of other libraries raise anything
+        return False
+    return found.shape == expected.shape and torch.allclose(
+        found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max())
+    )
+
+
+def _candidates(model: nn.Module, tower: Tower, blocks: Sequence[nn.Module]) -> list[str]:
+    """Return the modules that could be the boundary: with trainable parameters, and no block inside them."""
+    of_blocks = {id(block) for block in blocks}
+    return [
+        name
+        for name, module in model.named_modules()
+        if name
+        and f"{name}.".startswith("visual.") == (tower == "image")
+        and any(parameter.requires_grad for parameter in module.parameters())
+        and not any(id(inner) in of_blocks for inner in module.modules() if inner is not module)
+    ]
+
+
+def sample_inputs(model: Any, tower: Tower, number: int) -> tuple[Tensor, Sequence[int]]:
+    """Return one or two images of noise, or texts of one length, with the texts' lengths."""
+    if tower == "image":
+        height, width = height_width(model.preprocessing.image_size)
+        noise = torch.randint(0, 256, (number, 3, height, width), generator=torch.Generator().manual_seed(0))
+        return noise.to(torch.uint8).to(model.device), ()
+    tokens = model.tokenizer.trim(model.tokenizer(["a photo of a dog", "a dog of a photo"][:number]))
+    return tokens.to(model.device), model.tokenizer.lengths(tokens).tolist()
+
+
+def _run(model: Any, tower: Tower, inputs: Tensor, lengths: Sequence[int] = ()) -> Tensor:
+    if tower == "image":
+        return model.encode_image(model.normalize(inputs))
+    return model.encode_text(inputs, lengths=lengths)
+
+
+def frozen_activations(model: Any, prefix: FrozenPrefix, inputs: Tensor, lengths: Sequence[int] = ()) -> Tensor:
+    """Compute what a tower's frozen layers hand on, ``[B, ...]``: features, ``[B, L, W]`` tokens or ``[B, C, H, W]``.
+
+    Args:
+        model: a :class:`lit_clip.CLIP`.
+        prefix: of one of its towers.
+        inputs: uint8 images ``[B, 3, H, W]``, or int64 tokens ``[B, L]`` of texts of equal length.
+        lengths: of the texts.
+    """
+    if prefix.boundary is None:
+        return _run(model, prefix.tower, inputs, lengths)
+    reached = _first_call(model, [prefix.boundary], lambda: _run(model, prefix.tower, inputs, lengths))
+    assert reached is not None, "find_frozen_prefix has reached it"
+    x = reached.activations
+    if prefix.is_block and isinstance(_encoder(model, prefix.tower), VisionTransformer | TextTransformer):
+        return x.unflatten(0, (len(inputs), -1))  # [B * L, W]: equal lengths are not reordered
+    return x
+
+
+def _encoder(model: Any, tower: Tower) -> nn.Module:
+    return model.visual if tower == "image" else model.text_encoder
+
+
+def image_features_from(model: Any, stored: Tensor) -> Tensor:
+    """Compute the image encoder behind its frozen layers: :func:`frozen_activations` -> ``[B, D]``."""
+    prefix, visual = model.frozen_prefixes["image"], model.visual
+    if prefix.boundary is None:
+        return stored
+    if isinstance(visual, VisionTransformer):
+        return visual.project(visual.features_from(stored, prefix.block) if prefix.is_block else visual.ln_post(stored))
+    height, width = height_width(model.preprocessing.image_size)
+    nothing = model.normalize(torch.zeros(prefix.blanks, 3, height, width, dtype=torch.uint8, device=stored.device))
+    with starting_at(model.get_submodule(prefix.boundary), stored):
+        return visual(nothing)
+
+
+def text_features_from(model: Any, stored: Tensor, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Compute the text encoder behind its frozen layers: :func:`frozen_activations` -> ``[B, D]``.
+
+    Args:
+        model: a :class:`lit_clip.CLIP`.
+        stored: ``[B, W]``, or ``[B, L, W]`` with any finite values for padding.
+        tokens: int64 ``[B, L]`` of the same texts.
+        lengths: of the texts.
+    """
+    prefix, encoder = model.frozen_prefixes["text"], model.text_encoder
+    if prefix.boundary is None:
+        return stored
+    if isinstance(encoder, TextTransformer) and not prefix.is_block:
+        return encoder.project_text(stored)
+    module = model.get_submodule(prefix.boundary)
+    if stored.ndim == 2:  # pooled: the boundary is the projection
+        return module(stored)
+    skipped = [(block, prefix.values) for block in tower_blocks(model, "text")[: prefix.block]]
+    entering = Entering(stored, prefix.block, module, skipped)
+    return model.encode_text(tokens, lengths=lengths, entering=entering)

@@ -1,0 +1,137 @@
+"""Rows of a tensor in a memory-mapped file, written in any order by any number of processes."""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lit_clip.errors import InputError
+from lit_clip.tools.atomic import not_written, replacing_folder
+
+ABSENT, DONE, UNUSABLE = 0, 1, 2
+SECONDS_BETWEEN_MARKS = 10.0  # of work that a killed process can lose
+KINDS: dict[str, tuple[torch.dtype, Any]] = {  # by name: torch's type, and numpy's of the same size
+    "float64": (torch.float64, np.float64),
+    "float32": (torch.float32, np.float32),
+    "float16": (torch.float16, np.float16),
+    "bfloat16": (torch.bfloat16, np.uint16),  # numpy has none
+}
+
+
+class StoredRows:
+    """A tensor ``[N, ...]`` in a folder: its values, and the state of each row.
+
+    Every few seconds, the rows written since are marked as done after their values are on the disk. A process may be
+    killed at any time, and a machine may lose its power. Processes that write different rows need no lock. Copies sent
+    to data workers map the files again.
+
+    Args:
+        folder: that :meth:`create` has made.
+
+    Attributes:
+        rows: N.
+        shape: of a row.
+        dtype: of the values.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            layout = json.loads((folder / "layout.json").read_text(encoding="utf-8"))
+            self.rows, self.shape = int(layout["rows"]), tuple(int(size) for size in layout["shape"])
+            self.dtype, self._kind = KINDS[layout["dtype"]]
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"{folder}: not readable ({error}); delete the folder") from error
+        self._values: Any = None
+        self._state: Any = None
+        self._pending: dict[int, int] = {}  # new states of rows
+        self._marked = time.monotonic()
+
+    @classmethod
+    def create(cls, folder: Path, rows: int, shape: Sequence[int], dtype: torch.dtype) -> "StoredRows":
+        """Create the files unless they exist; absent rows take no space on most file systems.
+
+        Raises:
+            InputError: the folder cannot be written to.
+        """
+        if not folder.exists():
+            name = str(dtype).removeprefix("torch.")
+            try:
+                folder.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise not_written(folder.parent, error) from error
+            try:
+                with replacing_folder(folder) as draft:
+                    for file, size in (("values", rows * math.prod(shape) * dtype.itemsize), ("state", rows)):
+                        with (draft / file).open("wb") as stream:
+                            stream.truncate(size)
+                    layout = {"rows": rows, "shape": list(shape), "dtype": name}
+                    (draft / "layout.json").write_text(json.dumps(layout), encoding="utf-8")
+            except InputError:
+                if not folder.exists():  # otherwise another process was faster
+                    raise
+        return cls(folder)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_values": None, "_state": None}
+
+    def _open(self) -> None:
+        if self._values is None:
+            self._values = np.memmap(self.folder / "values", self._kind, "r+", shape=(self.rows, *self.shape))
+            self._state = np.memmap(self.folder / "state", np.uint8, "r+", shape=(self.rows,))
+
+    def state(self) -> np.ndarray:
+        """Return the state of each row, ``ABSENT``, ``DONE`` or ``UNUSABLE``: uint8 ``[N]``."""
+        self._open()
+        return np.array(self._state)
+
+    def write(self, rows: np.ndarray, values: Tensor) -> None:
+        """Write rows ``[n, ...]``; smaller than a row's shape where values are only part of it, such as a short text's.
+
+        Raises:
+            InputError: values of another type.
+        """
+        self._open()
+        if values.dtype != self.dtype:
+            raise InputError(f"{self.folder}: holds {self.dtype}, not {values.dtype}; delete the folder")
+        data = values.detach().cpu()
+        data = data.view(torch.uint16) if self.dtype == torch.bfloat16 else data
+        self._values[(rows, *(slice(size) for size in data.shape[1:]))] = data.numpy()
+        self._mark(rows.tolist(), DONE)
+
+    def refuse(self, rows: Sequence[int]) -> None:
+        """Mark rows that cannot be computed."""
+        self._open()
+        self._mark(rows, UNUSABLE)
+
+    def _mark(self, rows: Sequence[int], state: int) -> None:
+        self._pending.update(dict.fromkeys(rows, state))
+        if time.monotonic() - self._marked >= SECONDS_BETWEEN_MARKS:
+            self._mark_pending()
+
+    def _mark_pending(self) -> None:
+        self._values.flush()
+        self._state[list(self._pending)] = list(self._pending.values())
+        self._state.flush()
+        self._pending, self._marked = {}, time.monotonic()
+
+    def close(self) -> None:
+        """Mark the last rows; the files open again when used."""
+        if self._values is not None:
+            self._mark_pending()
+            self._values = self._state = None
+
+    def read(self, rows: int | np.ndarray, length: int | None = None) -> Tensor | None:
+        """Return a row, or ``[n, ...]`` for several, the first ``length`` of a row's entries; None: one is absent."""
+        self._open()
+        if not np.all(self._state[rows] == DONE):
+            return None
+        data = self._values[rows] if length is None else self._values[rows, :length]
+        tensor = torch.from_numpy(np.array(data))
+        return tensor.view(torch.bfloat16) if self.dtype == torch.bfloat16 else tensor

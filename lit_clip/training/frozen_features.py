@@ -1,0 +1,152 @@
+"""Encode every image and caption once through the frozen layers, and keep the result in files.
+
+A file belongs to one fingerprint: of the frozen weights, the preprocessing, the place where the frozen layers end, the
+precision, and the images or captions themselves. Another fingerprint is another folder.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, closing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lit_clip.distributed import maximum, rank_and_world
+from lit_clip.models.clip import CLIP
+from lit_clip.models.config import described
+from lit_clip.models.finetuning import frozen_modules
+from lit_clip.models.frozen_prefix import FrozenPrefix, frozen_activations, sample_inputs
+from lit_clip.models.layers import tower_parameters
+from lit_clip.tools.console import progress
+from lit_clip.tools.hashing import hex_digest
+from lit_clip.tools.stored_rows import ABSENT, StoredRows
+from lit_clip.weights.fingerprint import tensors_sha256
+
+LAYOUT = 1  # a new number makes old files be written again
+
+
+class Encoding(NamedTuple):
+    """How frozen layers are computed.
+
+    Attributes:
+        model: the encoders, in evaluation mode.
+        context: of the precision, for each batch.
+        precision: its name.
+        batch_size: captions that are encoded at once.
+    """
+
+    model: CLIP
+    context: Callable[[], AbstractContextManager[Any]]
+    precision: str
+    batch_size: int
+
+    def activations(self, prefix: FrozenPrefix, inputs: Tensor, lengths: Sequence[int] = ()) -> Tensor:
+        """Compute :func:`lit_clip.models.frozen_prefix.frozen_activations` in the run's precision."""
+        with torch.no_grad(), self.context():
+            return frozen_activations(self.model, prefix, inputs.to(self.model.device), lengths)
+
+
+class Texts(NamedTuple):
+    """Distinct captions.
+
+    Attributes:
+        tokens: int64 ``[N, L]``, padded.
+        lengths: int64 ``[N]``.
+        hashes: of the tokens, ascending, int64 ``[N]``.
+    """
+
+    tokens: Tensor
+    lengths: np.ndarray
+    hashes: np.ndarray
+
+
+class ImageBatch(NamedTuple):
+    """Images to encode.
+
+    Attributes:
+        rows: int64 ``[B]``, their rows in the file.
+        images: uint8 ``[B, 3, H, W]``.
+        unusable: rows of images that cannot be read.
+    """
+
+    rows: np.ndarray
+    images: Tensor
+    unusable: list[int]
+
+
+def frozen_sha256(model: CLIP, prefix: FrozenPrefix, precision: str) -> str:
+    """Return the digest of all that a tower's frozen layers depend on except their input."""
+    tensors: dict[str, Tensor] = {
+        name: value for name, value in tower_parameters(model, prefix.tower).items() if not value.requires_grad
+    }
+    names = {id(module): name for name, module in model.named_modules()}
+    for module in frozen_modules(model):
+        name = names[id(module)]
+        if f"{name}.".startswith("visual.") == (prefix.tower == "image"):
+            tensors |= {f"{name}.{key}": value for key, value in module.named_buffers()}
+    settings = sorted(described(model.config).items())
+    return hex_digest([LAYOUT, tensors_sha256(tensors), settings, tuple(prefix), precision])
+
+
+def open_rows(
+    encoding: Encoding, prefix: FrozenPrefix, folder: Path, rows: int, identity: str, longest: int = 0
+) -> StoredRows:
+    """Open the file of a tower's activations, or create it.
+
+    Args:
+        encoding: how they are computed.
+        prefix: the frozen layers.
+        folder: of all such files.
+        rows: number of images or captions.
+        identity: digest of the images or captions.
+        longest: tokens of the longest caption, for layers that hand on every token.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    example = encoding.activations(prefix, *sample_inputs(encoding.model, prefix.tower, 1))
+    shape = list(example.shape[1:])
+    if prefix.tower == "text" and len(shape) > 1:
+        shape[0] = longest
+    key = hex_digest([frozen_sha256(encoding.model, prefix, encoding.precision), identity])
+    return StoredRows.create(folder / f"{prefix.tower}-{key[:20]}", rows, shape, example.dtype)
+
+
+def my_share(stored: StoredRows) -> np.ndarray:
+    """Return this rank's share of the absent rows, int64 ``[n]``; a collective: no rank may write before all know."""
+    rank, world = rank_and_world()
+    absent = np.flatnonzero(stored.state() == ABSENT)
+    maximum(0)
+    return absent[rank::world]
+
+
+def store_images(
+    encoding: Encoding, prefix: FrozenPrefix, stored: StoredRows, batches: Iterable[ImageBatch], total: int
+) -> None:
+    """Encode ``total`` images into a file."""
+    with closing(stored), progress("encoding images", total, _is_first()) as advance:
+        for batch in batches:
+            if len(batch.rows):
+                stored.write(batch.rows, encoding.activations(prefix, batch.images))
+            stored.refuse(batch.unusable)
+            advance(len(batch.rows) + len(batch.unusable))
+
+
+def store_texts(encoding: Encoding, prefix: FrozenPrefix, stored: StoredRows, texts: Texts, rows: np.ndarray) -> None:
+    """Encode some rows of texts into a file, those of one length together, so that nothing is padded."""
+    rows = rows[np.argsort(texts.lengths[rows], kind="stable")]
+    starts = np.flatnonzero(np.diff(texts.lengths[rows], prepend=-1))  # of each length
+    with closing(stored), progress("encoding captions", len(rows), _is_first()) as advance:
+        for group in np.split(rows, starts[1:]):
+            length = int(texts.lengths[group[0]]) if len(group) else 0
+            for first in range(0, len(group), encoding.batch_size):
+                some = group[first : first + encoding.batch_size]
+                tokens = texts.tokens[torch.from_numpy(some), :length]
+                stored.write(some, encoding.activations(prefix, tokens, [length] * len(some)))
+                advance(len(some))
+
+
+def _is_first() -> bool:
+    return rank_and_world()[0] == 0

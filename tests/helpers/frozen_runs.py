@@ -1,0 +1,168 @@
+"""Short trainings of partly frozen towers, with and without stored features; also one rank of several, as a program."""
+
+import json
+import os
+import signal
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+
+from callbacks import FrozenFeatures, defaults
+from datamodules import Captions
+from lit_clip import distributed
+from lit_clip.batch import CaptionBatch
+from lit_clip.models.config import (
+    CLIPConfig,
+    HuggingFaceTextConfig,
+    ResNetConfig,
+    TextTransformerConfig,
+    TimmConfig,
+    VisionTransformerConfig,
+)
+from lit_clip.models.finetuning import Freeze, UnlockLast
+from lit_clip.module import LitCLIP
+from lit_clip.tools import stored_rows
+from lit_clip.tools.stored_rows import StoredRows
+from lit_clip.training.optim import PaperAdamW
+from lit_clip.training.schedules import WarmupCosine
+from tests.helpers.towers import shaken
+
+OURS = TextTransformerConfig(context_length=16, width=64, layers=2, heads=1)
+FREEZES: dict[str, Freeze] = {
+    "all": Freeze("all", "all"),
+    "unlock_last 0": Freeze(UnlockLast(0), UnlockLast(0)),
+    "unlock_last 1": Freeze(UnlockLast(1), UnlockLast(1)),
+    "image": Freeze("all", None),
+    "text": Freeze(None, UnlockLast(0)),
+    "nothing": Freeze(),
+}
+
+
+def config_of(towers: str) -> CLIPConfig:
+    """Return a tiny architecture: ``vit``, ``resnet``, or timm's with the Hugging Face encoder in a folder."""
+    if towers == "vit":
+        return CLIPConfig(16, VisionTransformerConfig(image_size=32, patch_size=16, width=64, layers=2, heads=1), OURS)
+    if towers == "resnet":
+        return CLIPConfig(16, ResNetConfig(layers=(1, 1, 1, 1), width=8, image_size=32), OURS)
+    return CLIPConfig(16, TimmConfig("test_efficientnet"), HuggingFaceTextConfig(towers, context_length=16))
+
+
+class Run(NamedTuple):
+    """Options of a run.
+
+    Attributes:
+        folder: for everything that the run writes.
+        table: of the pairs.
+        towers: see :func:`config_of`.
+        freeze: of ``FREEZES``.
+        cache: folder of the stored features; empty: train plainly.
+        epochs: of the run.
+        model: further options of ``LitCLIP``.
+        data: further options of ``Captions``.
+        trainer: further options of the trainer.
+        augmentations: fixed versions of each image.
+        stop_at: the step at which the run stops itself after a checkpoint.
+        resume: whether to resume from that checkpoint.
+    """
+
+    folder: str
+    table: str
+    towers: str = "vit"
+    freeze: str = "unlock_last 0"
+    cache: str = ""
+    epochs: int = 2
+    model: dict[str, Any] = {}
+    data: dict[str, Any] = {}
+    trainer: dict[str, Any] = {}
+    augmentations: int = 0
+    stop_at: int | None = None
+    resume: bool = False
+
+
+class Recorder(Callback):
+    """Record each step's loss, samples and kind of images."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.losses: list[float] = []
+        self.samples: list[tuple[list[str], list[str]]] = []
+        self.decoded = False
+        self.validations: list[float] = []
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: CaptionBatch, batch_idx: int
+    ) -> None:
+        step: Any = pl_module.last_step
+        shards = distributed.shards(len(batch.images))
+        self.losses.append(float(distributed.sum_over_ranks(step.loss.clone(), pl_module.device)) / shards.world)
+        self.samples.append((batch.keys, list(batch.captions)))
+        self.decoded |= batch.images.dtype == torch.uint8
+        if trainer.global_step == self.run.stop_at:
+            trainer.save_checkpoint(Path(self.run.folder, "stopped.ckpt"))
+            trainer.should_stop = True
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.validations.append(float(trainer.callback_metrics["val/loss"]))
+
+
+def fit(run: Run, *callbacks: Callback) -> tuple[Recorder, LitCLIP]:
+    """Train."""
+    seed_everything(1, verbose=False)
+    # With a smaller eps, AdamW would amplify rounding errors of gradients that are nearly zero.
+    rate = {"optimizer": partial(PaperAdamW, lr=3e-3, eps=1e-4), "lr_scheduler": partial(WarmupCosine, warmup_steps=1)}
+    module = LitCLIP(config_of(run.towers), freeze=FREEZES[run.freeze], **rate, **run.model)
+    shaken(module.model)
+    data = Captions(
+        run.table,
+        run.table,
+        **{"batch_size": 8, "num_workers": 0, "augmentation": [], **run.data},
+    )
+    recorder = Recorder(run)
+    storing = [FrozenFeatures(run.cache, run.augmentations)] if run.cache else []
+    options: dict[str, Any] = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "use_distributed_sampler": False,
+        "num_sanity_val_steps": 0,
+        "max_epochs": run.epochs,
+        **run.trainer,
+    }
+    trainer = Trainer(default_root_dir=run.folder, callbacks=defaults(*storing, *callbacks, recorder), **options)
+    trainer.fit(module, data, ckpt_path=f"{run.folder}/stopped.ckpt" if run.resume else None, weights_only=True)
+    return recorder, module
+
+
+def killed_at_second_batch(run: Run, sent: signal.Signals) -> None:
+    """Train, and get a signal before the second batch of images is stored."""
+    write = StoredRows.write
+    stored_rows.SECONDS_BETWEEN_MARKS = 0.0
+
+    def killing(self: StoredRows, rows: Any, values: Any) -> None:
+        if self.state().any():
+            os.kill(os.getpid(), sent)
+        write(self, rows, values)
+
+    StoredRows.write = killing
+    fit(run)
+
+
+def main() -> None:
+    """Run one rank of some runs, one after the other, and write what the first rank recorded."""
+    found = []
+    for options in json.loads(sys.argv[2]):
+        recorder, _ = fit(Run(**options))
+        found.append({"losses": recorder.losses, "validations": recorder.validations, "decoded": recorder.decoded})
+    if distributed.rank_and_world()[0] == 0:
+        Path(sys.argv[1]).write_text(json.dumps(found), encoding="utf-8")
+    distributed.leave()
+
+
+if __name__ == "__main__":
+    main()
