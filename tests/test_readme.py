@@ -35,6 +35,7 @@ FAST = ("--trainer.accelerator", "cpu", "--data.num_workers", "0", "--data.batch
 CONFIG = ("--config", "configs/finetune_table.yaml")
 NOT_RUN = ("torchrun ", "srun ", "configs/pretrain_", "--data-root /data")  # clusters, and data that is not here
 NOT_RUN += ("jxie/flickr8k", "s3://", "--data.templates")
+EXAMPLE = "# examples/"  # the first line of a block that shows a part of a file
 SETUP = ("make", "pip", "source", "export", "python")  # other programs than lit-clip
 
 
@@ -71,9 +72,13 @@ PARSED = [line for line in typed() if needs_more(line)] + [
 ]
 
 
-def write_own_encoder(folder: Path) -> None:
-    """Write the encoders of the guide, and the YAML file that names them."""
-    (folder / "my_encoder.py").write_text(blocks("python", "docs/encoders.md")[0], encoding="utf-8")
+def write_own_parts(folder: Path) -> None:
+    """Write the files that the guides tell a reader to write or copy: ``# my_x.py``, examples/ and ``own.yaml``."""
+    for block in blocks("python"):
+        if block.startswith("# my_"):
+            (folder / block.split()[1]).write_text(block, encoding="utf-8")
+    for example in (ROOT / "examples").glob("*.py"):
+        shutil.copy(example, folder)
     (own,) = (block for block in blocks("yaml", "docs/encoders.md") if "my_encoder." in block)
     (folder / "own.yaml").write_text(own, encoding="utf-8")
 
@@ -86,7 +91,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, drawings: tuple[Path, Path,
     shutil.copytree(ROOT / "configs", here / "configs")
     rows = table.read_text(encoding="utf-8").splitlines()
     (here / "captions.csv").write_text("\n".join(row.replace("../", f"{table.parent.parent}/") for row in rows))
-    write_own_encoder(here)
+    write_own_parts(here)
     (here / "runs/stopped/version_0/checkpoints").mkdir(parents=True)
     for name in ("last.ckpt", "before.ckpt", "runs/stopped/version_0/checkpoints/last.ckpt"):
         shutil.copy(checkpoint, here / name)
@@ -106,6 +111,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory, drawings: tuple[Path, Path,
 
 def test_the_readme_has_at_most_150_lines() -> None:
     assert len(README.splitlines()) <= 150
+
+
+def test_extending_has_at_most_200_lines_and_each_example_under_30() -> None:
+    assert len(TEXTS["docs/extending.md"].splitlines()) <= 200
+    assert all(len(block.splitlines()) < 30 for block in blocks("python", "docs/extending.md"))
 
 
 def test_every_line_to_type_is_checked_by_a_test() -> None:
@@ -152,6 +162,16 @@ def test_a_command_runs(command: str, folder: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+@pytest.mark.parametrize("block", [block for block in blocks("python") if block.startswith(EXAMPLE)])
+def test_an_example_that_is_shown_in_part_has_these_lines(block: str) -> None:
+    first, *shown = block.splitlines()
+    lines = iter((ROOT / first.removeprefix("# ")).read_text(encoding="utf-8").splitlines())
+    for line in shown:  # each after the one before; "..." stands for the body of a function
+        start, dots, comment = line.partition(": ...")
+        wanted = f"{start}:{comment}" if dots else line
+        assert wanted in lines, f"{first}: {line}"
+
+
 @pytest.mark.parametrize("name", [name for name in TEXTS if blocks("python", name)])
 def test_python_blocks_run_and_print_what_they_say(
     name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -162,7 +182,7 @@ def test_python_blocks_run_and_print_what_they_say(
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(folder)
     names: dict[str, Any] = {"__name__": "reader"}
-    for block in blocks("python", name):
+    for block in (block for block in blocks("python", name) if not block.startswith(EXAMPLE)):
         exec(compile(block, name, "exec"), names)
     output = blocks("text", name)
     assert not output or capsys.readouterr().out == "".join(output)
@@ -260,7 +280,7 @@ def test_options_named_in_a_sentence_exist(name: str) -> None:
 @pytest.mark.usefixtures("nothing_is_made")
 @pytest.mark.parametrize("block", blocks("yaml"))
 def test_yaml_blocks_parse(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_own_encoder(tmp_path)
+    write_own_parts(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     file = tmp_path / "block.yaml"
     file.write_text(block, encoding="utf-8")
