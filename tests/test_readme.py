@@ -22,7 +22,9 @@ from PIL import Image
 from lit_clip.cli import subcommands
 from lit_clip.cli.lightning import CLI, run
 from lit_clip.cli.main import CONFIGURED
+from lit_clip.cli.words import part_options
 from lit_clip.evaluation.suite import read_suite
+from lit_clip.module import LitCLIP
 from lit_clip.tools.messages import options_of, parameters
 from tests.conftest import ROOT, lit_clip_command
 
@@ -205,6 +207,7 @@ def parser_of(command: str) -> Any:
 @pytest.fixture
 def nothing_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CLI, "instantiate_classes", lambda self: None)
+    monkeypatch.setattr("lit_clip.cli.lightning.check_loggers", lambda loggers: None)  # the packages are optional
     monkeypatch.setattr(sys, "argv", ["lit-clip"])
     monkeypatch.chdir(ROOT)
 
@@ -256,15 +259,17 @@ def test_commands_of_benchmarks_parse() -> None:
 @functools.cache
 def known_options() -> set[str]:
     fit: Any = run(args=[*CONFIG], execute=False)
-    names = {"--ckpt_path", *options_of(fit.parser)}
+    names = {"--ckpt_path", "--import", *options_of(fit.parser), *part_options(LitCLIP, [], "fit")}
     names |= {f"--data.{name}" for name in parameters("datamodules.Captions")}
     return names.union(*(options_of(parser_of(command)) for command in subcommands.COMMANDS))
 
 
 @pytest.mark.usefixtures("nothing_is_made")
 @pytest.mark.parametrize("name", [name for name in TEXTS if "bench" not in name])
-def test_options_named_in_a_sentence_exist(name: str) -> None:
+def test_options_named_in_a_sentence_exist(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of the benchmarks and of CLIP_benchmark are not lit-clip's."""
+    write_own_parts(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     for code in inline(name):
         option, _, value = code.partition(" ")
         if not option.startswith("--"):
