@@ -35,8 +35,6 @@ class NamedImages(LabelledImages):
 
 
 if __name__ == "__main__":
-    zero_shot = callbacks.ZeroShot(
-        {"mine": callbacks.ZeroShotSet(NamedImages(sys.argv[1]), ["{}", "a drawing of a {}"])}
-    )
+    zero_shot = callbacks.ZeroShot({"mine": callbacks.ZeroShotSet(NamedImages(sys.argv[1]), ["a drawing of a {}"])})
     trainer = Trainer(callbacks=callbacks.defaults(zero_shot), max_epochs=2, use_distributed_sampler=False)
     trainer.fit(LitCLIP("ViT-tiny-16-64"), Captions(sys.argv[1], batch_size=32))

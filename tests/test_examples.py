@@ -44,6 +44,10 @@ def curves(folder: Path) -> EventAccumulator:
     return EventAccumulator(str(file)).Reload()
 
 
+def first_image(table: Path) -> Path:
+    return (table.parent / table.read_text(encoding="utf-8").splitlines()[1].split(",")[0]).resolve()
+
+
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_is_short_and_says_how_to_run_it(example: Path) -> None:
     text = example.read_text(encoding="utf-8")
@@ -54,7 +58,7 @@ def test_an_example_is_short_and_says_how_to_run_it(example: Path) -> None:
 
 def test_train_prints_the_similarities_of_the_trained_model(run: Run, tmp_path: Path, caption_table: Path) -> None:
     names = ["tiger", "a photo of the sea"]
-    image = (caption_table.parent / caption_table.read_text(encoding="utf-8").splitlines()[1].split(",")[0]).resolve()
+    image = first_image(caption_table)
     output = run("train.py", "captions.csv", str(image), *names).splitlines()[-2:]
     model = lit_clip.load_model(tmp_path / "trained.ckpt")
     pixels = model.preprocess(Image.open(image))[None]
@@ -81,12 +85,14 @@ def test_own_loss_on_the_command_line(run: Run, tmp_path: Path) -> None:
     assert scale == pytest.approx(torch.tensor(3.0).exp().item())
 
 
-def test_own_encoder_is_in_a_checkpoint_that_commands_open(run: Run, tmp_path: Path, drawings: tuple) -> None:
+def test_own_encoder_is_in_a_checkpoint_that_commands_open(run: Run, tmp_path: Path, caption_table: Path) -> None:
     run("own_encoder.py", "captions.csv")
-    words = ["--import", "own_encoder", "classify", str(drawings[1]), "--model", "own_encoder.ckpt"]
+    (tmp_path / "photos").mkdir()
+    shutil.copy(first_image(caption_table), tmp_path / "photos/mine.png")
+    words = ["--import", "own_encoder", "classify", "photos", "--model", "own_encoder.ckpt"]
     done = lit_clip_command(tmp_path, *words, "--classes", "tiger", "pizza")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "pizza" in done.stdout
+    assert "mine.png" in done.stdout
 
 
 def test_own_source_gives_the_table_in_three_captions(
