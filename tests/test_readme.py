@@ -22,7 +22,9 @@ from PIL import Image
 from lit_clip.cli import subcommands
 from lit_clip.cli.lightning import CLI, run
 from lit_clip.cli.main import CONFIGURED
+from lit_clip.cli.words import part_options
 from lit_clip.evaluation.suite import read_suite
+from lit_clip.module import LitCLIP
 from lit_clip.tools.messages import options_of, parameters
 from tests.conftest import ROOT, lit_clip_command
 
@@ -35,6 +37,7 @@ FAST = ("--trainer.accelerator", "cpu", "--data.num_workers", "0", "--data.batch
 CONFIG = ("--config", "configs/finetune_table.yaml")
 NOT_RUN = ("torchrun ", "srun ", "configs/pretrain_", "--data-root /data")  # clusters, and data that is not here
 NOT_RUN += ("jxie/flickr8k", "s3://", "--data.templates")
+EXAMPLE = "# examples/"  # the first line of a block that shows a part of a file
 SETUP = ("make", "pip", "source", "export", "python")  # other programs than lit-clip
 
 
@@ -71,9 +74,13 @@ PARSED = [line for line in typed() if needs_more(line)] + [
 ]
 
 
-def write_own_encoder(folder: Path) -> None:
-    """Write the encoders of the guide, and the YAML file that names them."""
-    (folder / "my_encoder.py").write_text(blocks("python", "docs/encoders.md")[0], encoding="utf-8")
+def write_own_parts(folder: Path) -> None:
+    """Write the files that the guides tell a reader to write or copy: ``# my_x.py``, examples/ and ``own.yaml``."""
+    for block in blocks("python"):
+        if block.startswith("# my_"):
+            (folder / block.split()[1]).write_text(block, encoding="utf-8")
+    for example in (ROOT / "examples").glob("*.py"):
+        shutil.copy(example, folder)
     (own,) = (block for block in blocks("yaml", "docs/encoders.md") if "my_encoder." in block)
     (folder / "own.yaml").write_text(own, encoding="utf-8")
 
@@ -86,7 +93,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, drawings: tuple[Path, Path,
     shutil.copytree(ROOT / "configs", here / "configs")
     rows = table.read_text(encoding="utf-8").splitlines()
     (here / "captions.csv").write_text("\n".join(row.replace("../", f"{table.parent.parent}/") for row in rows))
-    write_own_encoder(here)
+    write_own_parts(here)
     (here / "runs/stopped/version_0/checkpoints").mkdir(parents=True)
     for name in ("last.ckpt", "before.ckpt", "runs/stopped/version_0/checkpoints/last.ckpt"):
         shutil.copy(checkpoint, here / name)
@@ -106,6 +113,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory, drawings: tuple[Path, Path,
 
 def test_the_readme_has_at_most_150_lines() -> None:
     assert len(README.splitlines()) <= 150
+
+
+def test_extending_has_at_most_200_lines_and_each_example_under_30() -> None:
+    assert len(TEXTS["docs/extending.md"].splitlines()) <= 200
+    assert all(len(block.splitlines()) < 30 for block in blocks("python", "docs/extending.md"))
 
 
 def test_every_line_to_type_is_checked_by_a_test() -> None:
@@ -152,6 +164,16 @@ def test_a_command_runs(command: str, folder: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+@pytest.mark.parametrize("block", [block for block in blocks("python") if block.startswith(EXAMPLE)])
+def test_an_example_that_is_shown_in_part_has_these_lines(block: str) -> None:
+    first, *shown = block.splitlines()
+    lines = iter((ROOT / first.removeprefix("# ")).read_text(encoding="utf-8").splitlines())
+    for line in shown:  # each after the one before; "..." stands for the body of a function
+        start, dots, comment = line.partition(": ...")
+        wanted = f"{start}:{comment}" if dots else line
+        assert wanted in lines, f"{first}: {line}"
+
+
 @pytest.mark.parametrize("name", [name for name in TEXTS if blocks("python", name)])
 def test_python_blocks_run_and_print_what_they_say(
     name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -162,7 +184,7 @@ def test_python_blocks_run_and_print_what_they_say(
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(folder)
     names: dict[str, Any] = {"__name__": "reader"}
-    for block in blocks("python", name):
+    for block in (block for block in blocks("python", name) if not block.startswith(EXAMPLE)):
         exec(compile(block, name, "exec"), names)
     output = blocks("text", name)
     assert not output or capsys.readouterr().out == "".join(output)
@@ -185,6 +207,7 @@ def parser_of(command: str) -> Any:
 @pytest.fixture
 def nothing_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CLI, "instantiate_classes", lambda self: None)
+    monkeypatch.setattr("lit_clip.cli.lightning.check_loggers", lambda loggers: None)  # the packages are optional
     monkeypatch.setattr(sys, "argv", ["lit-clip"])
     monkeypatch.chdir(ROOT)
 
@@ -236,15 +259,17 @@ def test_commands_of_benchmarks_parse() -> None:
 @functools.cache
 def known_options() -> set[str]:
     fit: Any = run(args=[*CONFIG], execute=False)
-    names = {"--ckpt_path", *options_of(fit.parser)}
+    names = {"--ckpt_path", "--import", *options_of(fit.parser), *part_options(LitCLIP, [], "fit")}
     names |= {f"--data.{name}" for name in parameters("datamodules.Captions")}
     return names.union(*(options_of(parser_of(command)) for command in subcommands.COMMANDS))
 
 
 @pytest.mark.usefixtures("nothing_is_made")
 @pytest.mark.parametrize("name", [name for name in TEXTS if "bench" not in name])
-def test_options_named_in_a_sentence_exist(name: str) -> None:
+def test_options_named_in_a_sentence_exist(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of the benchmarks and of CLIP_benchmark are not lit-clip's."""
+    write_own_parts(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     for code in inline(name):
         option, _, value = code.partition(" ")
         if not option.startswith("--"):
@@ -260,7 +285,7 @@ def test_options_named_in_a_sentence_exist(name: str) -> None:
 @pytest.mark.usefixtures("nothing_is_made")
 @pytest.mark.parametrize("block", blocks("yaml"))
 def test_yaml_blocks_parse(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_own_encoder(tmp_path)
+    write_own_parts(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     file = tmp_path / "block.yaml"
     file.write_text(block, encoding="utf-8")

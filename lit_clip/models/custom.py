@@ -41,6 +41,7 @@ from lit_clip.models.custom_config import CustomEncoderConfig, CustomImageConfig
 from lit_clip.models.size import Size, height_width, normalised
 from lit_clip.models.tokenizer import CLIPTokenizer, TextTokenizer
 from lit_clip.models.transformer import check_images, is_traced, rounded
+from lit_clip.tools.parts import script_name
 
 CONTRACT = {
     "image": "an image encoder is a torch.nn.Module with __init__(embed_dim, ...), image_size, and "
@@ -58,8 +59,13 @@ def custom_encoders(config: CLIPConfig) -> list[tuple[Literal["image", "text"], 
 
 
 def find_class(class_path: str) -> type[nn.Module] | None:
-    """Return a class of a module that is imported already; None if it is not there. Imports nothing."""
+    """Return a class of a module that is imported already, or of the script that runs; None if it is not there.
+
+    Imports nothing.
+    """
     module, _, name = class_path.rpartition(".")
+    if module not in sys.modules and module == script_name():
+        module = "__main__"
     # Not getattr: a package may import a submodule when asked for a name.
     return vars(sys.modules[module]).get(name) if module in sys.modules else None
 
@@ -74,7 +80,7 @@ def create_encoder(config: CustomImageConfig | CustomTextConfig, embed_dim: int)
     kind = "image" if isinstance(config, CustomImageConfig) else "text"
     path = str(config.class_path)
     found = find_class(path)
-    if found is None and path.rpartition(".")[0] in sys.modules:
+    if found is None and path.rpartition(".")[0] in {*sys.modules, script_name()}:
         raise InputError(f"architecture.{kind}: {path.rpartition('.')[0]} has no class {path.rpartition('.')[2]}")
     if found is None:
         raise InputError(f"architecture.{kind}: {path} is not imported; {how_to_import(path)}")

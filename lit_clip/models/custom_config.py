@@ -5,6 +5,7 @@ from typing import Any
 
 from lit_clip.errors import InputError
 from lit_clip.models.size import Size, normalised
+from lit_clip.tools.parts import qualified_name
 
 
 @dataclass
@@ -22,7 +23,7 @@ class CustomEncoderConfig:
     def __post_init__(self) -> None:
         path = self.class_path
         if isinstance(path, type):
-            path = self.class_path = f"{path.__module__}.{path.__qualname__}"
+            path = self.class_path = qualified_name(path)
         parts = path.split(".")
         if len(parts) < 2 or not all(part.isidentifier() for part in parts):
             raise InputError(

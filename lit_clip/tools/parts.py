@@ -1,9 +1,11 @@
 """Exchangeable parts: objects and callables in Python, a class path with arguments in YAML and in a checkpoint."""
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from lit_clip.errors import InputError
@@ -20,9 +22,19 @@ def is_trusted(description: Mapping[str, Any]) -> bool:
     return str(description.get("class_path", "")).startswith(TRUSTED)
 
 
+def script_name() -> str | None:
+    """Return the name under which the program that runs, a file, could be imported; None in a notebook or a shell."""
+    file = getattr(sys.modules["__main__"], "__file__", None)
+    return Path(file).stem if file else None
+
+
 def qualified_name(target: Any) -> str:
-    """Return the import path of a class or function; of a lambda the module and ``<lambda>``."""
-    return f"{target.__module__}.{target.__qualname__}"
+    """Return the import path of a class or function; of a lambda the module and ``<lambda>``.
+
+    What a script defines is named by its file: another program knows no ``__main__.MyLoss``.
+    """
+    module = target.__module__
+    return f"{script_name() or module if module == '__main__' else module}.{target.__qualname__}"
 
 
 def unwrapped(factory: Callable[..., Any]) -> tuple[Callable[..., Any], dict[str, Any]]:

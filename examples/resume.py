@@ -1,0 +1,29 @@
+"""Stop a run at any time and resume it: the same samples, random numbers and weights follow.
+
+    python resume.py captions.csv 1   # an epoch
+    python resume.py captions.csv 2   # another one: the weights of an uninterrupted run, bit for bit on CPU
+
+Ctrl-C, or SIGTERM of a cluster, saves a checkpoint in the middle of an epoch, and the same command goes on from there.
+"""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+import callbacks
+from datamodules import Captions
+from lit_clip import LitCLIP
+from lit_clip.training.schedules import WarmupConstant
+
+if __name__ == "__main__":
+    table, epochs = sys.argv[1], int(sys.argv[2])
+    seed_everything(0)
+    module = LitCLIP("ViT-tiny-16-64", lr_scheduler=partial(WarmupConstant, warmup_steps=10))
+    folder = Path("runs/resumed")
+    added = callbacks.defaults(ModelCheckpoint(folder, save_last=True))
+    trainer = Trainer(callbacks=added, max_epochs=epochs, log_every_n_steps=1, use_distributed_sampler=False)
+    last = folder / "last.ckpt"
+    trainer.fit(module, Captions(table, batch_size=32), ckpt_path=last if last.exists() else None)

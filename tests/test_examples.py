@@ -1,0 +1,139 @@
+"""Every file of examples/ does what its first lines say, and a class in it can be named on the command line."""
+
+import ast
+import os
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import lit_clip
+from tests.conftest import ROOT, lit_clip_command
+from tests.helpers import forks
+
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+LOSS = "train/loss"
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def run(tmp_path: Path, caption_table: Path) -> Run:
+    """Run an example in a folder with all of them and a table; returns what it printed."""
+    for example in EXAMPLES:
+        shutil.copy(example, tmp_path)
+    rows = caption_table.read_text(encoding="utf-8").replace("\n../", f"\n{caption_table.parent.parent}/")
+    (tmp_path / "captions.csv").write_text(rows, encoding="utf-8")
+
+    def run(*words: str) -> str:
+        program = forks.Program(forks.script, words, tmp_path, {**os.environ, "COLUMNS": "200"})
+        (done,) = forks.run([program], timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return run
+
+
+def curves(folder: Path) -> EventAccumulator:
+    """Return what the only run in a folder logged to TensorBoard."""
+    (file,) = folder.rglob("events.out.tfevents.*")
+    return EventAccumulator(str(file)).Reload()
+
+
+def first_image(table: Path) -> Path:
+    return (table.parent / table.read_text(encoding="utf-8").splitlines()[1].split(",")[0]).resolve()
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_is_short_and_says_how_to_run_it(example: Path) -> None:
+    text = example.read_text(encoding="utf-8")
+    docstring = ast.get_docstring(ast.parse(text)) or ""
+    assert len(text.splitlines()) <= 40
+    assert f"python {example.name} " in docstring
+
+
+def test_train_prints_the_similarities_of_the_trained_model(run: Run, tmp_path: Path, caption_table: Path) -> None:
+    names = ["tiger", "a photo of the sea"]
+    image = first_image(caption_table)
+    output = run("train.py", "captions.csv", str(image), *names).splitlines()[-2:]
+    model = lit_clip.load_model(tmp_path / "trained.ckpt")
+    pixels = model.preprocess(Image.open(image))[None]
+    with torch.no_grad():
+        expected = model.encode_image(pixels, True) @ model.encode_text(model.tokenizer(names), True).T
+    assert output == [f"{value:.3f} {name}" for value, name in zip(expected[0], names, strict=True)]
+    assert len(curves(tmp_path).Scalars("val/loss")) == 3
+
+
+def test_own_loss_trains_its_temperature(run: Run, tmp_path: Path) -> None:
+    run("own_loss.py", "captions.csv")
+    scales = [event.value for event in curves(tmp_path).Scalars("train/own_scale")]
+    assert scales[0] == pytest.approx(torch.tensor(3.0).exp().item())
+    assert scales[1] != scales[0]
+
+
+def test_own_loss_on_the_command_line(run: Run, tmp_path: Path) -> None:
+    command = "fit --data.train captions.csv --model.loss own_loss.Tempered --model.loss.initial 3"
+    assert f"lit-clip {command}" in (ROOT / "examples/own_loss.py").read_text(encoding="utf-8")
+    quick = "--data.batch_size 8 --data.num_workers 0 --trainer.max_steps 2 --trainer.log_every_n_steps 1"
+    done = lit_clip_command(tmp_path, *shlex.split(f"{command} {quick} --trainer.accelerator cpu"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    scale = curves(tmp_path).Scalars("train/own_scale")[0].value
+    assert scale == pytest.approx(torch.tensor(3.0).exp().item())
+
+
+def test_own_encoder_is_in_a_checkpoint_that_commands_open(run: Run, tmp_path: Path, caption_table: Path) -> None:
+    run("own_encoder.py", "captions.csv")
+    (tmp_path / "photos").mkdir()
+    shutil.copy(first_image(caption_table), tmp_path / "photos/mine.png")
+    words = ["--import", "own_encoder", "classify", "photos", "--model", "own_encoder.ckpt"]
+    done = lit_clip_command(tmp_path, *words, "--classes", "tiger", "pizza")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "mine.png" in done.stdout
+
+
+def test_own_source_gives_the_table_in_three_captions(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("own_source.py", "captions.csv")
+    assert len(curves(tmp_path).Scalars(LOSS)) == 2
+    inspected = lit_clip_command(
+        tmp_path, "inspect", "{class_path: own_source.Prompted, init_args: {table: captions.csv}}"
+    )
+    assert "192" in inspected.stdout, inspected.stdout + inspected.stderr
+
+
+def test_own_callback_logs_a_number_and_an_image(run: Run, tmp_path: Path) -> None:
+    run("own_callback.py", "captions.csv")
+    logged = curves(tmp_path)
+    assert all(-1 <= event.value <= 1 for event in logged.Scalars("train/pair_similarity"))
+    assert [image.step for image in logged.Images("train/worst_pair")] == [1, 2]
+
+
+def test_own_zero_shot_set_is_evaluated(run: Run, tmp_path: Path) -> None:
+    run("own_zero_shot_set.py", "captions.csv")
+    assert len(curves(tmp_path).Scalars("zero_shot/mine/top1")) == 2
+    assert [Image.open(sheet).width > 0 for sheet in tmp_path.rglob("zero_shot_mine.png")] == [True]
+
+
+def test_fine_tune_trains_the_last_blocks_alone(run: Run, tmp_path: Path, overfitted: tuple[Path, Path]) -> None:
+    run("fine_tune.py", str(overfitted[0]), "captions.csv")
+    before = lit_clip.load_model(overfitted[0]).state_dict()
+    after = lit_clip.load_model(tmp_path / "fine_tuned.ckpt").state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    blocks = {name.split("resblocks.")[1].split(".")[0] for name in changed if "resblocks" in name}
+    assert blocks == {"1", "3"}  # the last of two and of four
+    assert "visual.conv1.weight" not in changed
+
+
+def test_resume_gives_the_weights_of_an_uninterrupted_run(run: Run, tmp_path: Path) -> None:
+    weights = []
+    for runs in (["2"], ["1", "2"]):
+        shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+        for epochs in runs:
+            run("resume.py", "captions.csv", epochs)
+        weights.append(lit_clip.load_model(tmp_path / "runs/resumed/last.ckpt").state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
