@@ -179,9 +179,7 @@ def factory_of(part: Callable[..., Any] | Mapping[str, Any], option: str, kind: 
         return partial(trusted_class(part, kind), **part.get("init_args", {}))  # pyright: ignore[reportCallIssue, reportArgumentType]
     path, name = str(part.get("class_path")), option.rpartition(".")[2]
     if path.startswith(TRUSTED) and trusted_class(part, kind) is None:
-        raise InputError(
-            f"{option}: the checkpoint was trained with {path}, which is no {kind.__name__} that is installed"
-        )
+        raise InputError(f"{option}: the checkpoint was trained with {path}, which is no installed {kind.__name__}")
     raise InputError(
         f"{option}: the checkpoint was trained with {path}; name it with --{option} {path}, or pass {name}=... to "
         "LitCLIP (a checkpoint may not import it by itself)"
