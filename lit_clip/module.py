@@ -40,7 +40,7 @@ from lit_clip.training.schedules import ScheduleFactory, WarmupCosine
 from lit_clip.weights.checkpoints import base_name
 from lit_clip.weights.fingerprint import weights_sha256
 from lit_clip.weights.load import create_model, whole_name
-from lit_clip.weights.training_checkpoints import pack_checkpoint, unpack_checkpoint
+from lit_clip.weights.training_checkpoints import pack_checkpoint, reopen_epoch, unpack_checkpoint
 
 Settings = TypeVar("Settings")
 
@@ -337,6 +337,7 @@ class LitCLIP(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         base = {"pretrained": self.hparams["pretrained"], "sha256": self.base_sha256} if self.base_sha256 else None
         pack_checkpoint(checkpoint, self.model, base)
+        reopen_epoch(checkpoint)
         checkpoint["before"] = dict(self.before)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -10,13 +10,21 @@ from typing import Any
 import yaml
 
 from lit_clip.cli.packaged_defaults import DEFAULTS
-from lit_clip.errors import InputError, no_such_file
+from lit_clip.errors import InputError, no_such_file, require
 from lit_clip.losses.loss import foreign_losses
-from lit_clip.tools.messages import parameters
-from lit_clip.tools.parts import describe_instance, is_trusted, qualified_name
+from lit_clip.tools.messages import imported_class, parameters
+from lit_clip.tools.parts import (
+    describe_instance,
+    hints_of,
+    is_trusted,
+    names_nothing,
+    qualified_name,
+    value_names_nothing,
+)
+from lit_clip.training.optimization import KINDS
 
 CLASS_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
-PARTS = ("optimizer", "lr_scheduler", "decay")  # arguments of the model that are a class with its own arguments
+PARTS = tuple(KINDS)
 
 
 def options(words: Sequence[str], *names: str) -> list[str]:
@@ -150,24 +158,40 @@ def model_defaults(
         subcommand: such as ``fit``.
         hparams: of the checkpoint, and packaged ones; a part without a class is of the default class.
     """
-    arguments = inspect.signature(model).parameters
     named = named_class(words, subcommand, "model")
-    known = {*arguments, *(parameters(named) if named else ())}
-    defaults = {name: hparams[name] for name in known & hparams.keys()}
+    hints = hints_of(model) | (hints_of(imported) if named and (imported := imported_class(named)) else {})
+    defaults = {name: hparams[name] for name in hints.keys() & hparams.keys()}
+    for name in defaults.keys() - {"architecture", "loss", *PARTS}:  # which have rules of their own
+        require(
+            value_names_nothing(defaults[name], hints[name]),
+            f"--ckpt_path: its setting {name}, {defaults[name]!r}, is not of the kind that a checkpoint may hold",
+        )
     for part in PARTS:
-        named, saved = named_class(words, subcommand, "model", part), defaults.pop(part, None)
-        if saved and "class_path" not in saved:
-            saved = {"class_path": _default(model, part)["class_path"], "init_args": saved}
-        if saved and (named is None or _same_class(named, saved["class_path"])) and (named or is_trusted(saved)):
-            defaults[part] = {**saved, "class_path": named or saved["class_path"]}
-        else:
-            defaults[part] = {"class_path": named} if named else _default(model, part)
+        defaults[part] = _part_default(
+            part, named_class(words, subcommand, "model", part), defaults.get(part), _default(model, part)
+        )
     named, saved = named_class(words, subcommand, "model", "loss"), defaults.get("loss")
     if saved and (foreign_losses(saved) or (named and not _same_class(named, saved["class_path"]))):
         del defaults["loss"]  # a foreign loss is asked for by the module, if it trains
     return defaults
 
 
+def _part_default(part: str, named: str | None, saved: Any, default: dict[str, Any]) -> dict[str, Any]:
+    """Return the default of a part: of the named class, otherwise of the checkpoint's, otherwise of ``default``."""
+    if isinstance(saved, Mapping) and "class_path" not in saved:
+        saved = {"class_path": default["class_path"], "init_args": saved}
+    if is_trusted(saved, KINDS[part]) and (named is None or _same_class(named, saved["class_path"])):
+        return {**saved, "class_path": named or saved["class_path"]}
+    if named is None:
+        return default
+    found = imported_class(named)
+    same = isinstance(saved, Mapping) and _same_class(named, str(saved["class_path"]))
+    if found is not None and same and names_nothing(saved.get("init_args"), found):
+        return {"class_path": named, "init_args": saved["init_args"]}
+    return {"class_path": named}
+
+
 def _same_class(named: str, saved: str) -> bool:
     """Return whether two import paths may be of one class: packages offer it under a shorter path."""
-    return named.rpartition(".")[2] == saved.rpartition(".")[2] and saved.startswith(named.partition(".")[0])
+    same_package = "." not in named or saved.startswith(named.partition(".")[0])
+    return named.rpartition(".")[2] == saved.rpartition(".")[2] and same_package

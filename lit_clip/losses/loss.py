@@ -18,7 +18,15 @@ from lit_clip.distributed import Shards
 from lit_clip.errors import InputError, require
 from lit_clip.losses.duplicates import pair_ids
 from lit_clip.losses.tiled import HardNegatives
-from lit_clip.tools.parts import Description, factory_of, is_plain, is_trusted, plain, qualified_name, unwrapped
+from lit_clip.tools.parts import (
+    Description,
+    factory_of,
+    is_plain,
+    is_trusted,
+    plain,
+    qualified_name,
+    trusted_class,
+)
 
 
 @dataclass(frozen=True)
@@ -194,10 +202,10 @@ def build_loss(description: Mapping[str, Any]) -> Loss:
     Raises:
         InputError: the description names another class.
     """
-    kind, arguments = unwrapped(factory_of(description, "model.loss"))
-    if not (inspect.isclass(kind) and issubclass(kind, Loss)):
-        raise InputError(f"model.loss: {description.get('class_path')} is not a loss")
-    return kind(**{name: _built(value) for name, value in arguments.items()})
+    arguments = description.get("init_args")
+    inner = arguments if trusted_class(description, Loss) and isinstance(arguments, Mapping) else {}
+    built = {name: _built(value) for name, value in inner.items()}  # first, so that a refused inner loss is named
+    return factory_of(description, "model.loss", Loss)(**built)
 
 
 def _built(value: Any) -> Any:
@@ -235,12 +243,18 @@ def check_gradient(loss: Loss, value: Tensor) -> None:
     )
 
 
-def foreign_losses(description: Mapping[str, Any]) -> list[str]:
+def foreign_losses(description: Any) -> list[str]:
     """Return the class paths of a described loss, and of losses within it, that a checkpoint may not import."""
-    arguments = [item for value in description.get("init_args", {}).values() for item in _items(value)]
-    inner = [item for item in arguments if isinstance(item, Mapping) and "class_path" in item]
-    own = [] if is_trusted(description) else [str(description.get("class_path"))]
-    return [*own, *(path for item in inner for path in foreign_losses(item))]
+    if is_trusted(description, Loss):
+        return []
+    if not isinstance(description, Mapping):
+        return [str(description)]
+    arguments = description.get("init_args")
+    values = arguments.values() if isinstance(arguments, Mapping) else ()
+    inner = [item for value in values for item in _items(value) if isinstance(item, Mapping) and "class_path" in item]
+    own = str(description.get("class_path"))
+    found = [] if trusted_class(description, Loss) else [own]
+    return [*found, *(path for item in inner for path in foreign_losses(item))] or [own]  # its arguments name something
 
 
 def _items(value: Any) -> list[Any]:

@@ -103,7 +103,7 @@ def _kinds(types: str) -> list[str]:
 
 def _kind(class_path: str) -> str:
     """Return a class's name, or for a dataclass an example of the mapping to type."""
-    found = _class(class_path)
+    found = imported_class(class_path)
     if not dataclasses.is_dataclass(found):
         return class_path.rpartition(".")[2]
     first, hint = dataclasses.fields(found)[0], next(iter(get_type_hints(found).values()))
@@ -112,7 +112,7 @@ def _kind(class_path: str) -> str:
     return f'"{{{first.name}: {example}}}"'
 
 
-def _class(class_path: str) -> Any:
+def imported_class(class_path: str) -> Any:
     """Import a class; None if there is no such class."""
     module, _, name = class_path.rpartition(".")
     try:
@@ -123,7 +123,7 @@ def _class(class_path: str) -> Any:
 
 def parameters(class_path: str) -> list[str]:
     """Return the names of a class's constructor arguments."""
-    found = _class(class_path)
+    found = imported_class(class_path)
     return [] if found is None else [name for name in inspect.signature(found).parameters if name != "self"]
 
 

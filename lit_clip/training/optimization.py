@@ -5,17 +5,28 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lit_clip.errors import InputError, require
 from lit_clip.tools.parts import Description, describe, describe_instance, factory_of, is_trusted
-from lit_clip.training.optim import Decays, OptimizerFactory, PaperAdamW, parameter_groups, total_steps, trial
+from lit_clip.training.optim import (
+    Decays,
+    ExceptGainsAndBiases,
+    OptimizerFactory,
+    PaperAdamW,
+    parameter_groups,
+    total_steps,
+    trial,
+)
 from lit_clip.training.schedules import POSITION, ScheduleFactory, create_schedule, needs_total_steps
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 Groups = Sequence[Mapping[str, Any]]
+# The arguments of LitCLIP that are a class with its own arguments, and what a checkpoint may name there.
+KINDS: dict[str, type] = {"optimizer": Optimizer, "lr_scheduler": LRScheduler, "decay": ExceptGainsAndBiases}
 
 
 class Optimization:
@@ -42,7 +53,11 @@ class Optimization:
         decay: Decays | Description,
     ) -> None:
         self._optimizer, self._lr_scheduler, self._decay = optimizer, lr_scheduler, decay
-        usable = not isinstance(optimizer, Mapping) or is_trusted(optimizer)
+        require(
+            isinstance(decay, Mapping) or callable(decay),
+            f"model.decay: {decay!r} is no function",
+        )
+        usable = not isinstance(optimizer, Mapping) or is_trusted(optimizer, Optimizer)
         self.descriptions = {
             "optimizer": dict(optimizer) if isinstance(optimizer, Mapping) else describe(optimizer, trial(optimizer)),
             "lr_scheduler": dict(lr_scheduler)
@@ -58,7 +73,7 @@ class Optimization:
         Raises:
             InputError: a checkpoint names it, and may not.
         """
-        return factory_of(self._optimizer, "model.optimizer")
+        return factory_of(self._optimizer, "model.optimizer", Optimizer)
 
     @property
     def lr(self) -> float:
@@ -69,7 +84,11 @@ class Optimization:
         self, module: nn.Module, layers: Iterable[tuple[str, float, Sequence[nn.Parameter]]]
     ) -> list[dict[str, Any]]:
         """Return a module's parameter groups, see :func:`lit_clip.training.optim.parameter_groups`."""
-        decay = factory_of(self._decay, "model.decay")() if isinstance(self._decay, Mapping) else self._decay
+        decay = (
+            factory_of(self._decay, "model.decay", ExceptGainsAndBiases)()
+            if isinstance(self._decay, Mapping)
+            else self._decay
+        )
         return parameter_groups(module, layers, trial(self.optimizer).defaults, decay)
 
     def configure(self, groups: Groups, trainer: "Trainer") -> dict[str, Any]:
@@ -92,7 +111,7 @@ class Optimization:
             hint = "; timm.optim.Muon takes all parameters" if torchs else ""
             raise InputError(f"model.optimizer: {' '.join(str(error).split())}{hint}") from error
         schedule = create_schedule(
-            factory_of(self._lr_scheduler, "model.lr_scheduler"), optimizer, total_steps(trainer)
+            factory_of(self._lr_scheduler, "model.lr_scheduler", LRScheduler), optimizer, total_steps(trainer)
         )
         how: dict[str, Any] = {"interval": "step"}
         if isinstance(schedule, ReduceLROnPlateau):

@@ -58,6 +58,27 @@ def pack_checkpoint(checkpoint: dict[str, Any], model: CLIP, base: Mapping[str, 
             }
 
 
+def reopen_epoch(checkpoint: dict[str, Any]) -> None:
+    """Count an epoch that a run has left before its last batch as under way, as a checkpoint within it does.
+
+    Lightning counts it as completed when ``max_steps`` ends the run, and a checkpoint that is saved by hand afterwards
+    would resume in the next epoch.
+
+    Args:
+        checkpoint: changed in place.
+    """
+    loops = checkpoint.get("loops", {}).get("fit_loop", {})
+    batches, epochs = loops.get("epoch_loop.batch_progress"), loops.get("epoch_progress")
+    if not batches or batches["is_last_batch"] or not batches["current"]["ready"]:
+        return
+    if epochs["current"]["completed"] < epochs["current"]["started"]:
+        return
+    checkpoint["epoch"] -= 1
+    for counts in epochs.values():
+        counts["processed"] -= 1
+        counts["completed"] -= 1
+
+
 def unpack_checkpoint(checkpoint: dict[str, Any], module: LightningModule, base_sha256: str, name: Source) -> None:
     """Turn a checkpoint of ours into what Lightning loads, and give the module's model the checkpoint's tokenizer.
 

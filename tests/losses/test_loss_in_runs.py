@@ -104,8 +104,8 @@ def test_a_checkpoint_never_imports_a_loss_and_training_on_asks_for_it(
     ("class_path", "message"),
     [
         ("os.path.join", r"trained with os.path.join; name it with --model.loss"),
-        ("lit_clip.commands.export.export", "lit_clip.commands.export.export is not a loss"),
-        ("lit_clip.losses.Nothing", "lit_clip.losses.Nothing, which is not installed"),
+        ("lit_clip.commands.export.export", "lit_clip.commands.export.export, which is no installed Loss"),
+        ("lit_clip.losses.Nothing", "lit_clip.losses.Nothing, which is no installed Loss"),
     ],
 )
 def test_a_description_of_anything_but_our_losses_is_refused(class_path: str, message: str) -> None:

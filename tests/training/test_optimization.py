@@ -253,13 +253,15 @@ def test_a_checkpoint_imports_no_class_but_ours_torchs_and_timms(table: Path, tm
         make_trainer(tmp_path, [], max_steps=1).fit(module, data_for(module, table))
     for path in ("os.system", "subprocess.Popen", "lit_clip_evil.Part"):
         with pytest.raises(InputError, match="may not import"):
-            factory_of({"class_path": path, "init_args": {}}, "model.optimizer")
+            factory_of({"class_path": path, "init_args": {}}, "model.optimizer", torch.optim.Optimizer)
 
 
 @pytest.mark.parametrize("optimizer", [*OPTIMIZERS.values(), optim.Lamb, optim.AdamP, torch.optim.RMSprop])
 def test_a_description_creates_the_same_optimiser_again(optimizer: Any) -> None:
     first = optimizer([nn.Parameter(torch.zeros(2, 2))])
-    again = factory_of(describe(optimizer, first), "model.optimizer")([nn.Parameter(torch.zeros(2, 2))])
+    again = factory_of(describe(optimizer, first), "model.optimizer", torch.optim.Optimizer)(
+        [nn.Parameter(torch.zeros(2, 2))]
+    )
     assert type(again) is type(first)
     assert {k: list(v) if isinstance(v, tuple) else v for k, v in again.defaults.items()} == {
         k: list(v) if isinstance(v, tuple) else v for k, v in first.defaults.items()

@@ -1,0 +1,104 @@
+"""A checkpoint is data: none of its settings makes the command line import a module or read a file that it names."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lit_clip.cli.main import main
+from lit_clip.errors import InputError
+from lit_clip.losses.loss import build_loss
+from lit_clip.tools.parts import factory_of
+from lit_clip.training.optimization import KINDS
+
+OWN = {"class_path": "never_imported.Part"}
+SCHEDULES = "torch.optim.lr_scheduler"
+
+
+def described(class_path: str, **arguments: Any) -> dict[str, Any]:
+    return {"class_path": class_path, "init_args": arguments}
+
+
+@pytest.fixture
+def printing(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Parse ``fit`` with a checkpoint of other settings in a folder with a module; return the exit code."""
+    (tmp_path / "never_imported.py").write_text("open('imported', 'w')\nclass Part: pass\ndef part(*_): return 1.0\n")
+    (tmp_path / "settings.yaml").write_text("class_path: never_imported.Part\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "never_imported", raising=False)
+
+    def run_main(settings: dict[str, Any], *words: str) -> Any:
+        checkpoint = torch.load(tiny_checkpoint, weights_only=True)
+        checkpoint["hyper_parameters"] |= settings
+        torch.save(checkpoint, "changed.ckpt")
+        monkeypatch.setattr(sys, "argv", ["lit-clip", "fit", "--ckpt_path", "changed.ckpt", "--print_config", *words])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        return stopped.value.code
+
+    return run_main
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optimizer": described("lit_clip.tools.parts.import_module", name="never_imported")},
+        {"optimizer": described("torch.optim.SGD", lr=OWN)},
+        {"lr_scheduler": described(f"{SCHEDULES}.LambdaLR", lr_lambda="never_imported.part")},
+        {"lr_scheduler": described(f"{SCHEDULES}.MultiplicativeLR", lr_lambda=["never_imported.part"])},
+        {"lr_scheduler": described(f"{SCHEDULES}.SequentialLR", schedulers=[OWN], milestones=[1])},
+        {"decay": described("lit_clip.cli.imports.import_modules", modules=["never_imported"], why="")},
+        {"loss": "settings.yaml"},
+        {"loss": described("lit_clip.losses.Sum", terms=["never_imported.Part"])},
+        {"loss": described("lit_clip.losses.Sum", terms=["./settings.yaml"])},
+        {"loss": described("lit_clip.losses.Matryoshka", loss="never_imported.Part", dims=[4])},
+        {"freeze": "./settings.yaml"},
+        {"freeze": {"image": "./settings.yaml"}},
+        {"lora": "./settings.yaml"},
+        {"pretrained": OWN},
+    ],
+)
+def test_nothing_that_a_checkpoint_names_is_imported_or_read(
+    settings: dict[str, Any], printing: Callable[..., Any]
+) -> None:
+    assert printing(settings) in (None, 0, 2)
+    assert not Path("imported").exists()
+
+
+def test_arguments_of_a_named_class_name_nothing_either(printing: Callable[..., Any]) -> None:
+    saved = {"lr_scheduler": described(f"{SCHEDULES}.LambdaLR", lr_lambda="never_imported.part")}
+    printing(saved, "--model.lr_scheduler", f"{SCHEDULES}.LambdaLR")
+    assert not Path("imported").exists()
+    printing({}, "--model.lr_scheduler", f"{SCHEDULES}.LambdaLR", "--model.lr_scheduler.lr_lambda=never_imported.part")
+    assert Path("imported").exists()  # the user may name it
+
+
+def test_settings_of_ours_are_still_taken_from_a_checkpoint(
+    printing: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    contrastive = described("lit_clip.losses.pairwise.Contrastive", duplicates="ignored")
+    settings = {
+        "optimizer": described("torch.optim.sgd.SGD", lr=0.3, momentum=0.5),
+        "lr_scheduler": described("lit_clip.training.schedules.WarmupStableDecay", cooldown_steps=7, shape="1-sqrt"),
+        "decay": described("lit_clip.training.optim.ExceptGainsAndBiases", exempt=["bias", "ln"]),
+        "loss": described("lit_clip.losses.combined.Sum", terms=[contrastive], weights=[2.0]),
+        "freeze": {"image": {"unlock_last": 1}, "text": "all"},
+        "lora": {"r": 4, "alpha": 8.0, "targets": ["c_fc"]},
+    }
+    assert printing(settings) in (None, 0)
+    printed = capsys.readouterr().out
+    for part in ("momentum: 0.5", "cooldown_steps: 7", "- ln", "duplicates: ignored", "unlock_last: 1", "- c_fc"):
+        assert part in printed
+
+
+@pytest.mark.parametrize("part", KINDS)
+def test_only_classes_of_the_kind_are_created(part: str) -> None:
+    for path in ("lit_clip.tools.parts.import_module", "lit_clip.cli.main.Path", "lit_clip.LitCLIP"):
+        with pytest.raises(InputError, match="is no installed "):
+            factory_of(described(path), f"model.{part}", KINDS[part])
+    with pytest.raises(InputError, match="is no installed Loss"):
+        build_loss(described("lit_clip.tools.parts.import_module", name="never_imported"))

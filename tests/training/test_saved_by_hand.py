@@ -1,0 +1,44 @@
+"""A checkpoint that is saved by hand after a fit resumes as one that a callback saved within it."""
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+
+import callbacks
+from datamodules import Captions
+from lit_clip import LitCLIP
+from lit_clip.models.config import CLIPConfig
+
+
+class Seen(Callback):
+    """Keeps the epoch, the batch's number and its keys of each step."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[int, int, list[str]]] = []
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        self.steps.append((trainer.current_epoch, args[-1], list(args[-2].keys)))
+
+
+def test_a_run_that_max_steps_ended_goes_on_in_its_epoch(
+    tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+) -> None:
+    def fit(steps: int, resumed: Path | None = None) -> tuple[Trainer, list[tuple[int, int, list[str]]]]:
+        seen = Seen()
+        trainer = Trainer(
+            accelerator="cpu",
+            max_steps=steps,
+            logger=False,
+            enable_progress_bar=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            callbacks=[*callbacks.defaults(), seen],
+        )
+        trainer.fit(LitCLIP(tiny_config), Captions(str(caption_table), batch_size=12, num_workers=0), ckpt_path=resumed)
+        return trainer, seen.steps
+
+    whole = fit(10)[1]
+    assert whole[4][0] == 1
+    fit(2)[0].save_checkpoint(tmp_path / "by_hand.ckpt")
+    assert fit(10, tmp_path / "by_hand.ckpt")[1] == whole[2:]
