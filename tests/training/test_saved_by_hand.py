@@ -17,8 +17,8 @@ class Seen(Callback):
     def __init__(self) -> None:
         self.steps: list[tuple[int, int, list[str]]] = []
 
-    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        self.steps.append((trainer.current_epoch, args[-1], list(args[-2].keys)))
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.steps.append((trainer.current_epoch, batch_idx, list(batch.keys)))
 
 
 def test_a_run_that_max_steps_ended_goes_on_in_its_epoch(
