@@ -12,11 +12,11 @@ import torch
 import yaml
 from PIL import Image
 
+from datamodules.commands.embed import embed
 from lit_clip.cli import lightning
 from lit_clip.cli.lightning import CLI, computes_in_bfloat16, run
 from lit_clip.cli.main import CONFIGURED, help_text, main
 from lit_clip.cli.subcommands import COMMANDS
-from lit_clip.commands.embed import embed
 from lit_clip.errors import InputError
 from lit_clip.tools.messages import one_line, user_error
 from tests.conftest import TINY_YAML, lit_clip_command, without_packaged_defaults
