@@ -18,11 +18,11 @@ from lit_clip import LitCLIP
 
 
 class WorstPair(Callback):
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        step = module.last_step  # this rank's unit features [B, D], detached; None if no rank had a pair
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        step = pl_module.last_step  # this rank's unit features [B, D], detached; None if no rank had a pair
         if step is not None and trainer.is_global_zero and step.keys:
             similarity = (step.image * step.text).sum(dim=1)
-            module.log("train/pair_similarity", similarity.mean(), rank_zero_only=True, batch_size=len(similarity))
+            pl_module.log("train/pair_similarity", similarity.mean(), rank_zero_only=True, batch_size=len(similarity))
             log_image(trainer, "train/worst_pair", to_pil_image(batch.images[similarity.argmin()].cpu()))
 
 

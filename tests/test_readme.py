@@ -115,8 +115,8 @@ def test_the_readme_has_at_most_150_lines() -> None:
     assert len(README.splitlines()) <= 150
 
 
-def test_extending_has_at_most_200_lines_and_each_example_under_30() -> None:
-    assert len(TEXTS["docs/extending.md"].splitlines()) <= 200
+def test_extending_has_at_most_230_lines_and_each_example_under_30() -> None:
+    assert len(TEXTS["docs/extending.md"].splitlines()) <= 230
     assert all(len(block.splitlines()) < 30 for block in blocks("python", "docs/extending.md"))
 
 

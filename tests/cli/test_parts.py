@@ -108,6 +108,17 @@ def test_the_plan_shows_the_exchanged_parts(caption_table: Path, cli: Cli) -> No
     assert "StepLR: gamma 0.1, step_size 3" in result.stdout
 
 
+def test_a_schedule_that_demands_the_number_of_steps_is_told_that_it_gets_it(
+    caption_table: Path, cli: Cli, tmp_path: Path
+) -> None:
+    (tmp_path / "my_schedule.py").write_text(
+        "from torch.optim.lr_scheduler import LambdaLR\n"
+        "class Own(LambdaLR):\n    def __init__(self, optimizer, total_steps: int): ...\n"
+    )
+    result = cli(*words("fit", caption_table), "--model.lr_scheduler", "my_schedule.Own")
+    assert_user_error(result, "model.lr_scheduler", "give total_steps the default None")
+
+
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
@@ -117,6 +128,7 @@ def test_the_plan_shows_the_exchanged_parts(caption_table: Path, cli: Cli) -> No
         (["--model.optimizer", "collections.Counter"], ["model.optimizer: ", "collections.Counter"]),
         (["--model.lr_scheduler", "torch.optim.lr_scheduler.StepLR"], ["model.lr_scheduler", "step_size"]),
         (["--model.lr_scheduler.warmup_stepz", "1"], ["did you mean --model.lr_scheduler.warmup_steps?"]),
+        (["--model.loss", "mine"], ["model.loss: wants Loss or null, not mine; name a class, as file.Class"]),
         (["--model.decay.exemptt", "[a]"], ["model.decay", "exemptt"]),
         (["--model", "my_missing.MyCLIP"], ["model", "my_missing"]),
         (["--model", "collections.Counter"], ["model", "collections.Counter"]),
