@@ -70,8 +70,14 @@ def test_pretraining_configs_have_the_papers_hyperparameters(name: str, monkeypa
     architecture, rate, beta2, eps, epochs = PAPER[name]
     model, data, trainer = config.model, config.data.init_args, config.trainer
     assert model.architecture == f"{architecture}-quickgelu"
-    assert (model.optimizer.lr, tuple(model.optimizer.betas), model.optimizer.eps) == (rate, (0.9, beta2), eps)
-    assert (model.optimizer.weight_decay, model.lr_scheduler.warmup_steps) == (0.2, 2000)
+    optimizer, schedule = model.optimizer, model.lr_scheduler
+    assert (optimizer.class_path, schedule.class_path) == (
+        "lit_clip.training.optim.PaperAdamW",
+        "lit_clip.training.schedules.WarmupCosine",
+    )
+    optimizer, schedule = optimizer.init_args, schedule.init_args
+    assert (optimizer.lr, tuple(optimizer.betas), optimizer.eps) == (rate, (0.9, beta2), eps)
+    assert (optimizer.weight_decay, schedule.warmup_steps) == (0.2, 2000)
     assert (trainer.max_epochs, trainer.precision) == (epochs, "bf16-mixed")
     assert data.global_batch_size == 32_768
     assert data.global_batch_size % (trainer.devices * trainer.num_nodes) == 0

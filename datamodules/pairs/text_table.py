@@ -83,12 +83,12 @@ def _delimiter(path: Path, header: str) -> str:
 
 def _has_several_captions(path: Path, find: FindColumns) -> bool:
     """Whether the header of a delimited file names several columns of captions."""
-    with _open_text(path, skip=True) as file:
-        header = file.readline()
     try:
+        with _open_text(path, skip=True) as file:
+            header = file.readline()
         names = next(csv.reader([header], delimiter=_delimiter(path, header)), [])
         return len(find([name.strip() for name in names]).captions) > 1
-    except (InputError, csv.Error):  # reading the rows raises it again
+    except (InputError, csv.Error, UnicodeError):  # reading the rows raises it again
         return False
 
 

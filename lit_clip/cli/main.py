@@ -59,7 +59,8 @@ def help_text() -> str:
     lines += ["", "Commands that take --config, a YAML file:", *_described(CONFIGURED)]
     lines += ["", "Other commands:", *_described(others)]
     lines += ["", "lit-clip COMMAND --help lists a command's options."]
-    lines += ["lit-clip --import MODULE COMMAND ... imports a module first, with the encoders that a checkpoint names."]
+    lines += ["lit-clip --import MODULE COMMAND ... first imports a module, which holds the"]
+    lines += ["encoders that a checkpoint names."]
     return "\n".join(lines)
 
 

@@ -167,9 +167,12 @@ def model_defaults(
             f"--ckpt_path: its setting {name}, {defaults[name]!r}, is not of the kind that a checkpoint may hold",
         )
     for part in PARTS:
-        defaults[part] = _part_default(
-            part, named_class(words, subcommand, "model", part), defaults.get(part), _default(model, part)
-        )
+        named, saved, default = named_class(words, subcommand, "model", part), defaults.get(part), _default(model, part)
+        if subcommand == "fit" and named is None:
+            _check_nameable(part, saved)
+        if named and _other_settings(words, subcommand, part, named):
+            named = None  # those of the default class, which a later file or option then replaces
+        defaults[part] = _part_default(part, named, saved, default)
     named, saved = named_class(words, subcommand, "model", "loss"), defaults.get("loss")
     if saved and (foreign_losses(saved) or (named and not _same_class(named, saved["class_path"]))):
         del defaults["loss"]  # a foreign loss is asked for by the module, if it trains
@@ -189,6 +192,26 @@ def _part_default(part: str, named: str | None, saved: Any, default: dict[str, A
     if found is not None and same and names_nothing(saved.get("init_args"), found):
         return {"class_path": named, "init_args": saved["init_args"]}
     return {"class_path": named}
+
+
+def _check_nameable(part: str, saved: Any) -> None:
+    """Refuse to resume with the default of a part for which the checkpoint has a class that it may not name."""
+    if isinstance(saved, Mapping) and "class_path" in saved and not is_trusted(saved, KINDS[part]):
+        path = saved["class_path"]
+        raise InputError(
+            f"--ckpt_path: was trained with {path}, which a checkpoint may not import by itself; name it with "
+            f"--model.{part} {path}"
+        )
+
+
+def _other_settings(words: Sequence[str], subcommand: str | None, part: str, named: str) -> bool:
+    """Return whether a file sets, without a class, what the class that is named elsewhere does not have."""
+    known = parameters(named)
+    for section in sections(words, subcommand):
+        value = _value(section, ("model", part))
+        if isinstance(value, Mapping) and "class_path" not in value and value.get("init_args", value).keys() - known:
+            return True
+    return False
 
 
 def _same_class(named: str, saved: str) -> bool:

@@ -30,7 +30,7 @@ from lit_clip.models.config import CLIPConfig, ResNetConfig, TextTransformerConf
 from lit_clip.module import LitCLIP
 from lit_clip.training.optim import PaperAdamW, decay_groups
 from lit_clip.training.schedules import WarmupCosine, warmup_cosine
-from tests.conftest import ROOT
+from tests.conftest import ROOT, without_packaged_defaults
 from tests.helpers import forks
 from tests.helpers.ranks_stability import BrokenGradient, BrokenImage
 from tests.models.test_finetune import command
@@ -177,7 +177,7 @@ def test_both_ranks_stop_with_the_same_message_and_the_weights_before_the_step(
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     cluster = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0", "WORLD_SIZE": "2"}
-    words = ["lit-clip", *command(caption_table, *options)]
+    words = ["lit-clip", *without_packaged_defaults(command(caption_table, *options))]
     environments = [{**os.environ, **cluster, "LOCAL_RANK": rank} for rank in ("0", "1")]
     ranks = forks.run([forks.Program(forks.command, words, tmp_path, each) for each in environments], 120)
     errors = [rank.stderr for rank in ranks]

@@ -33,10 +33,10 @@ def block_inputs(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
 
     forward = Transformer.forward
 
-    def spy(self: Transformer, x: torch.Tensor, layout: Any, read: Any = None) -> torch.Tensor:
+    def spy(self: Transformer, x: torch.Tensor, layout: Any, *more: Any) -> torch.Tensor:
         ((count, length),) = layout.runs
         found.append(x.detach().view(count, length, -1).clone())
-        return forward(self, x, layout, read)
+        return forward(self, x, layout, *more)
 
     monkeypatch.setattr(Transformer, "forward", spy)
     return found

@@ -332,7 +332,8 @@ class Run:
     def __init__(self, folder: Path, table: Path, *words: str, devices: int = 2, val: Path | None = None) -> None:
         self.folder, self.output = folder, folder / "output.txt"
         command = [
-            *(str(Path(sys.executable).parent / "lit-clip"), "fit", "--data", "datamodules.Captions"),
+            *(str(Path(sys.executable).parent / "lit-clip"), "fit"),
+            *("--config", str(ROOT / "tests/helpers/no_settings.yaml"), "--data", "datamodules.Captions"),
             *("--data.train", str(table), "--data.val", str(val or table), "--data.batch_size", "8"),
             *("--model.architecture", TINY_YAML, "--model.lr_scheduler.warmup_steps", "2"),
             *("--trainer.max_steps", "100000"),

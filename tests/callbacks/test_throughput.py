@@ -110,7 +110,7 @@ def test_a_texts_arithmetic_depends_on_its_length(tiny_config: CLIPConfig) -> No
 
 def test_frozen_parts_have_no_backward_pass(tiny_config: CLIPConfig) -> None:
     whole = training_flops(LitCLIP(tiny_config).model)
-    module = LitCLIP(tiny_config, freeze=Freeze(image=True))
+    module = LitCLIP(tiny_config, freeze=Freeze(image="all"))
     frozen, size = training_flops(module.model), measure(tiny_config)
     assert whole is not None
     assert frozen is not None

@@ -290,7 +290,7 @@ def test_only_user_errors_lose_their_traceback() -> None:
     [
         ("--help", ("torch", "lightning", "numpy")),
         ("fit --help", ("transformers", "timm", "open_clip", "pandas")),
-        ("embed --help", ("transformers", "timm", "open_clip", "pyarrow", "pandas")),
+        ("embed --help", ("transformers", "timm", "open_clip", "pandas")),
     ],
 )
 def test_help_imports_no_heavy_package_that_it_does_not_need(command: str, not_imported: tuple[str, ...]) -> None:

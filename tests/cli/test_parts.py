@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from tests.cli.test_main import Cli, assert_user_error, words
-from tests.conftest import TINY_YAML
+from tests.conftest import ROOT, TINY_YAML
 
 PARTS = """
 import torch
@@ -80,7 +80,21 @@ def test_own_parts_of_the_working_folder_train_and_resume(caption_table: Path, t
     validated = cli(*words("validate", caption_table, architecture=False), "--ckpt_path", str(path))
     assert validated.returncode == 0, validated.stderr  # a validation needs none of the parts
     unnamed = cli(*words("fit", caption_table, architecture=False), "--ckpt_path", str(path))
-    assert_user_error(unnamed, "was trained with my_parts.Own", "resume with the same model.optimizer")
+    assert_user_error(unnamed, "was trained with my_parts.Own", "name it with --model.optimizer my_parts.Own")
+    resume = ["--ckpt_path", str(path), "--model.optimizer", "my_parts.Own"]
+    unnamed = cli(*words("fit", caption_table, architecture=False), *resume)
+    assert_user_error(unnamed, "was trained with my_parts.Halves", "name it with --model.lr_scheduler my_parts.Halves")
+
+
+def test_a_class_that_is_named_later_replaces_the_settings_of_the_default_one(caption_table: Path, cli: Cli) -> None:
+    """A configuration sets the warm-up of the cosine; another names a schedule without one."""
+    step = "{class_path: torch.optim.lr_scheduler.StepLR, init_args: {step_size: 7}}"
+    command = [*words("fit", caption_table), "--config", str(ROOT / "configs/finetune_table.yaml")]
+    printed = cli(*command, "--model.lr_scheduler", step, "--print_config")
+    assert printed.returncode == 0, printed.stderr
+    schedule = yaml.safe_load(printed.stdout)["model"]["lr_scheduler"]
+    assert schedule["class_path"] == "torch.optim.lr_scheduler.StepLR"
+    assert schedule["init_args"]["step_size"] == 7
 
 
 def test_print_config_shows_the_exchanged_parts_and_is_a_config(caption_table: Path, tmp_path: Path, cli: Cli) -> None:

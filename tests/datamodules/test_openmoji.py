@@ -256,7 +256,7 @@ def test_training_captions_are_names_names_with_tags_or_groups(drawings_cache: P
     kinds = Counter[str]()
     by_key = {emoji.hexcode: emoji for emoji in EMOJI}
     for index in range(len(source)):
-        _, text, key, _ = source.load(index, random.Random(index))
+        _, text, key, *_ = source.load(index, random.Random(index))
         emoji = by_key[key]
         if text == emoji.name:
             kinds["name"] += 1

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from callbacks import ActivationCheckpointing
 from lit_clip import distributed
 from lit_clip.batch import CaptionBatch
+from lit_clip.models.tokenizer import CLIPTokenizer
 from lit_clip.module import LitCLIP
 from lit_clip.training.fsdp import FSDP
 from lit_clip.training.optim import PaperAdamW
@@ -53,6 +54,7 @@ def train(output: str, strategy: str, resume: str | None = None, checkpointed: b
     module = LitCLIP(
         CONFIG, **options, optimizer=partial(PaperAdamW, eps=1e-3), lr_scheduler=partial(WarmupCosine, warmup_steps=1)
     )
+    module.model._tokenizer = CLIPTokenizer(16)  # only its padding id is read
     trainer = Trainer(
         callbacks=[ActivationCheckpointing()] if checkpointed else [],
         accelerator="cpu",

@@ -176,7 +176,8 @@ def test_batches_are_those_of_the_downloaded_files(hub: Hub, tmp_path: Path) -> 
         (tmp_path / "local" / name).write_bytes(FILES[name])
     batches = []
     for path in ("jxie/flickr8k", str(tmp_path / "local")):
-        data = Captions(path, path, batch_size=5, num_workers=1, preprocessing=Preprocessing(image_size=7))
+        data = Captions(path, path, batch_size=5, num_workers=1)
+        data.preprocessing = Preprocessing(image_size=7)
         data.prepare_data()
         data.setup("fit")
         batches.append([*data.train_dataloader(), *data.val_dataloader()])
@@ -197,7 +198,7 @@ def train(steps: int, folder: Path, checkpoint: str | None = None, data: str = "
     """Train to a number of steps, leave ``last.ckpt``, and return the captions read."""
     image, text = VisionTransformerConfig(32, 16, 32, 1, 1), TextTransformerConfig(width=32, layers=1, heads=1)
     model = Watched(CLIPConfig(16, image, text))
-    module = Captions(data, batch_size=3, num_workers=0, preprocessing=Preprocessing(image_size=32))
+    module = Captions(data, batch_size=3, num_workers=0)
     options: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "limit_val_batches": 0}
     saving = ModelCheckpoint(folder, "last", every_n_train_steps=1, enable_version_counter=False)
     trainer = Trainer(accelerator="cpu", max_steps=steps, logger=False, callbacks=[saving], **options)
