@@ -231,10 +231,9 @@ def user_error(error: BaseException) -> BaseException | None:
         if isinstance(cause, InputError):
             return cause
         cause = cause.__cause__ or cause.__context__
-    if isinstance(error, ValueError):
-        of_encoder = re.search(r"Not of type \w+: (architecture: .*)", str(error))
-        if of_encoder:
-            return InputError(of_encoder[1])
+    of_encoder = re.search(r"Not of type \w+: (architecture: .*)", str(error))
+    if of_encoder:
+        return InputError(of_encoder[1])
     # Of an error that a constructor raises jsonargparse keeps only the text if the class is in a union.
     if isinstance(error, ValueError) and str(error).startswith(UNION):
         found = (re.match(r"\s*- (.*)", line) for line in str(error).splitlines())
