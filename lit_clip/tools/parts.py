@@ -196,3 +196,25 @@ def factory_of(part: Callable[..., Any] | Mapping[str, Any], option: str, kind: 
         f"{option}: the checkpoint was trained with {path}; name it with --{option} {path}, or pass {name}=... to "
         "LitCLIP (a checkpoint may not import it by itself)"
     )
+
+
+def shown(description: Description) -> str:
+    """Return a part's class and settings, without those that are off; parts within it by their class."""
+    settings = [
+        f"{name} {_shown_value(value)}"
+        for name, value in description["init_args"].items()
+        if value is not None and value is not False
+    ]
+    return f"{_class_name(description)}{': ' * bool(settings)}{', '.join(settings)}"
+
+
+def _shown_value(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_shown_value, value))
+    if isinstance(value, Mapping) and "class_path" in value:
+        return _class_name(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _class_name(description: Mapping[str, Any]) -> str:
+    return str(description["class_path"]).rpartition(".")[2]

@@ -16,7 +16,7 @@ from lit_clip.losses.tiled import TILE
 from lit_clip.models.config import height_width
 from lit_clip.models.flops import tower_flops
 from lit_clip.models.layers import TOWERS, tower_blocks, tower_parameters
-from lit_clip.tools.parts import Description
+from lit_clip.tools.parts import Description, shown
 from lit_clip.training.activation_checkpointing import is_checkpointed
 from lit_clip.training.optim import batches_per_epoch, moments, total_steps
 
@@ -62,6 +62,7 @@ class RunPlan:
         learning_rate: the highest.
         optimizer: class and settings.
         lr_scheduler: class and settings.
+        loss: class and settings.
         moments: numbers that the optimiser keeps for each weight; None if unknown.
         pretrained: whether training starts from pretrained weights.
         lora: whether a LoRA is trained, whose learning rates differ from the paper's.
@@ -90,6 +91,7 @@ class RunPlan:
     learning_rate: float
     optimizer: Description
     lr_scheduler: Description
+    loss: Description
     moments: int | None
     pretrained: bool
     lora: bool
@@ -195,6 +197,7 @@ def measure_run(module: Any, trainer: Trainer) -> RunPlan:
         learning_rate=module.optimization.lr,
         optimizer=hparams.optimizer,
         lr_scheduler=hparams.lr_scheduler,
+        loss=module.loss.describe() if module.loss else hparams.loss,
         moments=moments(module.optimization.optimizer),
         pretrained=module.starts_trained,
         lora=bool(hparams.lora),
@@ -253,23 +256,10 @@ def plan_rows(plan: RunPlan) -> list[tuple[str, str]]:
         rows.append(("warm-up", f"{plan.warmup:,} steps, {of_run}"))
     if plan.steps is not None and plan.global_batch is not None:
         rows.append(("pairs seen", f"{plan.steps * plan.global_batch:,}" + _left_out(plan)))
-    rows.append(("optimiser", _part(plan.optimizer)))
-    rows.append(("schedule", _part(plan.lr_scheduler)))
+    rows.append(("loss", shown(plan.loss)))
+    rows.append(("optimiser", shown(plan.optimizer)))
+    rows.append(("schedule", shown(plan.lr_scheduler)))
     return rows
-
-
-def _part(description: Description) -> str:
-    """Return a part's class and settings, without those that are off."""
-    settings = [
-        f"{name} {', '.join(map(_number, value)) if isinstance(value, list) else _number(value)}"
-        for name, value in description["init_args"].items()
-        if value is not False
-    ]
-    return f"{description['class_path'].rpartition('.')[2]}{': ' * bool(settings)}{', '.join(settings)}"
-
-
-def _number(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _pairs_a_step(plan: RunPlan) -> str:

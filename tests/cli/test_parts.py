@@ -115,11 +115,14 @@ def test_print_config_shows_the_exchanged_parts_and_is_a_config(caption_table: P
 
 def test_the_plan_shows_the_exchanged_parts(caption_table: Path, cli: Cli) -> None:
     parts = ["--model.optimizer", "timm.optim.Muon", "--model.lr_scheduler", "torch.optim.lr_scheduler.StepLR"]
-    result = cli(*words("fit", caption_table), *parts, "--model.lr_scheduler.step_size", "3", "--print_plan")
+    parts += ["--model.lr_scheduler.step_size", "3", "--model.loss", "lit_clip.losses.Matryoshka"]
+    parts += ["--model.loss.loss", "lit_clip.losses.Contrastive", "--model.loss.dims", "[8, 16]"]
+    result = cli(*words("fit", caption_table), *parts, "--print_plan")
     assert result.returncode == 0, result.stderr
     assert "Muon: " in result.stdout
     assert "lr 0.02" in result.stdout
     assert "StepLR: gamma 0.1, step_size 3" in result.stdout
+    assert "Matryoshka: loss Contrastive, dims 8, 16" in result.stdout
 
 
 def test_a_schedule_that_demands_the_number_of_steps_is_told_that_it_gets_it(

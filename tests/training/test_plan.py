@@ -43,6 +43,10 @@ GOOD = RunPlan(
     learning_rate=5e-4,
     optimizer={"class_path": "torch.optim.AdamW", "init_args": {"lr": 5e-4, "betas": [0.9, 0.98], "amsgrad": False}},
     lr_scheduler={"class_path": "my_schedules.Steep", "init_args": {}},
+    loss={
+        "class_path": "lit_clip.losses.Sum",
+        "init_args": {"terms": [{"class_path": "a.B", "init_args": {"c": 1}}, {"class_path": "my.D", "init_args": {}}]},
+    },
     moments=2,
     pretrained=False,
     lora=False,
@@ -65,6 +69,7 @@ def test_the_papers_run_has_no_contradictions_and_the_papers_numbers() -> None:
     assert rows["weights, gradients, moments"].startswith("2.25 GiB")
     assert rows["optimiser"] == "AdamW: lr 0.0005, betas 0.9, 0.98"
     assert rows["schedule"] == "Steep"
+    assert rows["loss"] == "Sum: terms B, D"
 
 
 def test_rows_leave_out_useless_comparisons() -> None:
