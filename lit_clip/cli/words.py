@@ -1,4 +1,4 @@
-"""What the command line and its YAML files name, read before the parser is built and given its defaults."""
+"""Read names of classes and files from the command line and its YAML files, before the parser gets its defaults."""
 
 import inspect
 import re

@@ -38,7 +38,7 @@ class Hit(NamedTuple):
 
 
 class Searched(NamedTuple):
-    """What is searched.
+    """Images or rows of a feature file to search.
 
     Attributes:
         names: of N rows, to be shown.
