@@ -130,6 +130,10 @@ class LitCLIP(LightningModule):
         micro_batch_size: int | None = None,
     ) -> None:
         super().__init__()
+        require(
+            loss is None or isinstance(loss, Loss | Mapping),
+            f"model.loss: {loss!r} is no loss; pass an object of a subclass of lit_clip.losses.Loss, as Contrastive() is",
+        )
         if isinstance(layer_decay, int | float):
             layer_decay = LayerDecay(layer_decay, layer_decay)
         self.optimization = Optimization(optimizer, lr_scheduler, decay)

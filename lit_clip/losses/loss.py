@@ -144,6 +144,7 @@ class Loss(nn.Module):
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Record the constructor's arguments for :meth:`describe`."""
         loss = super().__new__(cls)
+        nn.Module.__init__(loss)  # so that a class that forgets to call it works all the same
         try:
             bound = inspect.signature(cls.__init__).bind(loss, *args, **kwargs)
         except TypeError:  # wrong arguments, which __init__ reports, or a copy, which brings its own attributes
@@ -158,7 +159,7 @@ class Loss(nn.Module):
         Args:
             pairs: all pairs of the step.
         """
-        raise NotImplementedError(f"{type(self).__name__}: override whole_batch or forward")
+        raise InputError(f"model.loss: {qualified_name(type(self))} must override whole_batch, or forward")
 
     def forward(self, pairs: Pairs) -> Tensor | LossValue:
         """Return a scalar whose mean over ranks is the loss of the whole batch, and so is its gradient.

@@ -202,7 +202,7 @@ HINTS = {
     r"restored a checkpoint with current_epoch=": "raise --trainer.max_epochs, or give --model.pretrained FILE "
     "instead of --ckpt_path to start a new run from its weights",
     r"arguments are required: \w+\.data": "the --config files name no data module; add --data datamodules.Captions",
-    r"model\.loss: wants Loss or null": "name a class, as file.Class: own_loss.Tempered",
+    r"model\.loss: wants Loss or null": "name a subclass of lit_clip.losses.Loss, as file.Class: own_loss.Tempered",
     r"lr_scheduler: .*arguments are required: total_steps": "give total_steps the default None; the run passes its own",
 }
 

@@ -145,7 +145,10 @@ def test_a_schedule_that_demands_the_number_of_steps_is_told_that_it_gets_it(
         (["--model.optimizer", "collections.Counter"], ["model.optimizer: ", "collections.Counter"]),
         (["--model.lr_scheduler", "torch.optim.lr_scheduler.StepLR"], ["model.lr_scheduler", "step_size"]),
         (["--model.lr_scheduler.warmup_stepz", "1"], ["did you mean --model.lr_scheduler.warmup_steps?"]),
-        (["--model.loss", "mine"], ["model.loss: wants Loss or null, not mine; name a class, as file.Class"]),
+        (
+            ["--model.loss", "mine"],
+            ["model.loss: wants Loss or null, not mine; name a subclass of lit_clip.losses.Loss, as file.Class"],
+        ),
         (["--model.decay.exemptt", "[a]"], ["model.decay", "exemptt"]),
         (["--model", "my_missing.MyCLIP"], ["model", "my_missing"]),
         (["--model", "collections.Counter"], ["model", "collections.Counter"]),

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -215,3 +215,35 @@ def test_a_wrong_loss_on_the_command_line_is_one_line(
     assert line.startswith("lit-clip: error: model.loss")
     assert message in line
     assert "Traceback" not in result.stderr
+
+
+class Forgetful(Loss):
+    """Does not call ``super().__init__()``."""
+
+    def __init__(self) -> None:
+        self.scale = torch.nn.Parameter(torch.tensor(2.0))
+
+    def whole_batch(self, pairs: WholeBatch) -> Tensor:
+        return -(self.scale * pairs.image * pairs.text).sum(dim=1).mean()
+
+
+def test_a_loss_need_not_call_the_constructor_of_its_base() -> None:
+    loss = Forgetful()
+    assert [name for name, _ in loss.named_parameters()] == ["scale"]
+    assert loss.describe()["init_args"] == {}
+
+
+@pytest.mark.parametrize("loss", [Forgetful, torch.nn.Identity(), len], ids=["a class", "a module", "a function"])
+def test_what_is_no_loss_is_refused_at_construction(loss: Any, tiny_config: CLIPConfig) -> None:
+    with pytest.raises(InputError, match="model.loss: .* is no loss; pass an object of a subclass"):
+        LitCLIP(tiny_config, loss=loss)
+
+
+class Misspelt(Loss):
+    def whole_bach(self, pairs: WholeBatch) -> Tensor:
+        return pairs.scale
+
+
+def test_a_loss_that_overrides_nothing_says_what_to_override() -> None:
+    with pytest.raises(InputError, match=r"test_loss_in_runs.Misspelt must override whole_batch, or forward"):
+        Misspelt().whole_batch(cast(Any, None))
