@@ -132,7 +132,7 @@ class LitCLIP(LightningModule):
         super().__init__()
         require(
             loss is None or isinstance(loss, Loss | Mapping),
-            f"model.loss: {loss!r} is no loss; pass an object of a subclass of lit_clip.losses.Loss, as Contrastive() is",
+            f"model.loss: {loss!r} is no loss; pass an object of a subclass of lit_clip.losses.Loss, as Contrastive()",
         )
         if isinstance(layer_decay, int | float):
             layer_decay = LayerDecay(layer_decay, layer_decay)
