@@ -30,7 +30,7 @@ KINDS: dict[str, type] = {"optimizer": Optimizer, "lr_scheduler": LRScheduler, "
 
 
 class Optimization:
-    """What updates the weights of a run.
+    """The optimiser, the schedule and the rule of weight decay of a run.
 
     Each part may be given as a description from a checkpoint; it is then imported when training starts.
 

@@ -13,7 +13,7 @@ from callbacks import EMA, ZeroShot
 from lit_clip import load_model
 from lit_clip.errors import InputError
 from lit_clip.training.fsdp import FSDP, _check_optimizer
-from lit_clip.training.optim import EXCEPT_GAINS_AND_BIASES, PaperAdamW
+from lit_clip.training.optim import EXCEPT_GAINS_AND_BIASES, PaperAdamW, is_elementwise
 from lit_clip.training.optimization import Optimization
 from lit_clip.training.schedules import WarmupCosine
 from tests.conftest import ROOT, run_lightning_ranks
@@ -122,4 +122,5 @@ def test_optimisers_of_whole_matrices_are_refused_by_name(optimizer: Any) -> Non
 
 @pytest.mark.parametrize("optimizer", [PaperAdamW, torch.optim.SGD, torch.optim.RMSprop, optim.Lion])
 def test_optimisers_of_single_numbers_are_not_refused(optimizer: Any) -> None:
+    assert is_elementwise(optimizer)
     _check_optimizer(Optimization(optimizer, WarmupCosine, EXCEPT_GAINS_AND_BIASES))
