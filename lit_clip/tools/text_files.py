@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from lit_clip.errors import InputError, no_such_file
+from lit_clip.tools.reading import reading
 
 Content = TypeVar("Content")
 
@@ -36,13 +36,8 @@ def read_json(path: str | Path, option: str = "") -> Any:
 
 
 def _read(path: str | Path, option: str, kind: str, parse: Callable[[str], Content]) -> Content:
-    prefix = f"{option}: " if option else ""
-    try:
+    with reading(path, f"{kind} file", option):
         return parse(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{prefix}{no_such_file(path)}") from error
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise InputError(f"{prefix}{path}: not a readable {kind} file ({' '.join(str(error).split())})") from error
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

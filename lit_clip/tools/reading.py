@@ -1,0 +1,66 @@
+"""The one way to read somebody's file: whatever a parser raises becomes one line that names the file."""
+
+import stat
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+from lit_clip.errors import InputError, no_such_file
+
+LONGEST_REASON = 200  # characters; parsers quote the file in their messages
+
+
+def reading(path: str | Path, kind: str, option: str = "", hint: str = "") -> AbstractContextManager[None, None]:
+    """Turn whatever a parser raises for somebody's file into one line that names the file.
+
+    Parsers raise anything for a damaged or hostile file: ``struct.error``, ``RecursionError``, ``KeyError``,
+    ``MemoryError``. Put the parser alone inside, and no code of ours: its bugs would look like a damaged file. An
+    :class:`InputError` passes unchanged.
+
+    Args:
+        path: the file or folder; an address of a store is not looked at.
+        kind: the expected content, such as ``parquet table``.
+        option: name of the option that gave the path, which the error opens with.
+        hint: what to do about it, appended to the error.
+
+    Raises:
+        InputError: the file does not exist, is neither a file nor a folder, or the body raised an ``Exception``.
+    """
+    return _reading(path, kind, f"{option}: " if option else "", f"; {hint}" if hint else "")  # pyright: ignore[reportReturnType]  # it raises what it catches
+
+
+@contextmanager
+def _reading(path: str | Path, kind: str, prefix: str, ending: str) -> Iterator[None]:
+    try:
+        check_is_file(path)
+        yield
+    except InputError as error:
+        if prefix and not str(error).startswith(prefix):
+            raise InputError(f"{prefix}{error}") from error
+        raise
+    except Exception as error:
+        if isinstance(error, FileNotFoundError) and error.filename in (None, str(path)):
+            raise InputError(f"{prefix}{no_such_file(path)}{ending}") from error
+        raise InputError(f"{prefix}{path}: not a readable {kind} ({reason(error)}){ending}") from error
+
+
+def check_is_file(path: str | Path) -> None:
+    """Raise :class:`InputError` for what is there but neither a file nor a folder: a pipe waits for its writer."""
+    try:
+        mode = Path(path).stat().st_mode
+    except (OSError, ValueError):  # absent, unreadable or no possible name: opening it says so
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise InputError(f"{path}: neither a file nor a folder")
+
+
+def reason(error: Exception) -> str:
+    """Return why a parser gave up, in one short line."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    if isinstance(error, MemoryError):
+        return "it needs more memory than there is"
+    words = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, KeyError):
+        words = f"{words} is missing"
+    return words if len(words) <= LONGEST_REASON else f"{words[:LONGEST_REASON]} ..."
