@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import subprocess
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,8 @@ from lit_clip.models.config import Preprocessing
 from lit_clip.models.preprocess import pixels
 from lit_clip.tools.images import MAX_PIXELS, MOST_ELONGATED, decoding_at_least, open_image
 from tests.conftest import ROOT, TINY_YAML, run_lightning_ranks
-from tests.helpers import forks
-from tests.helpers.fuzz import encoded, image, whole_images
+from tests.fuzz.driver import Driver
+from tests.fuzz.samples import encoded, image, whole_images
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 SMALL = Preprocessing(image_size=32)
@@ -363,28 +364,23 @@ def test_placeholder_images_do_not_change_batch_norm_statistics(runs: Path) -> N
 # Damaged files
 
 
-def fuzz(kind: str, folder: Path, count: int, seed: int, timeout: int) -> dict[str, Any]:
-    """Return the findings of ``tests/helpers/fuzz.py``."""
-    words = [str(ROOT / "tests/helpers/fuzz.py"), kind, str(folder), str(count), str(seed)]
-    environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache")}
-    (done,) = forks.run([forks.Program(forks.script, words, folder, environment)], timeout)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+def check_fuzz(targets: dict[str, int], seed: int) -> None:
+    driver = Driver()
+    for target, count in targets.items():
+        driver.batch(target, seed, 900, count)
+    assert not driver.summary.found, driver.summary.found
+    outcomes = sum(driver.summary.outcomes.values(), Counter())
+    count = sum(targets.values())
+    assert outcomes["used"] > count // 4
+    assert outcomes["skipped"] + outcomes["refused"] > count // 4
 
 
-def check_fuzz(kind: str, folder: Path, count: int, timeout: int) -> None:
-    found = fuzz(kind, folder, count, seed=1, timeout=timeout)
-    assert found["outcomes"].pop("used") > count // 4
-    assert sum(found["outcomes"].values()) > count // 4
-    assert len(found["warnings"]) <= 5, found["warnings"]
-
-
-@pytest.mark.parametrize(("kind", "count"), [("images", 100), ("sources", 50)])
-def test_damaged_files_are_refused_or_skipped_without_other_errors(kind: str, count: int, tmp_path: Path) -> None:
-    check_fuzz(kind, tmp_path, count, timeout=120)
+@pytest.mark.parametrize("targets", [{"images": 100}, {"tests/fuzz/targets/stores.py:sources": 50}])
+def test_damaged_files_are_refused_or_skipped_without_other_errors(targets: dict[str, int]) -> None:
+    check_fuzz(targets, seed=1)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "count"), [("images", 2000), ("sources", 500)])
-def test_thousands_of_damaged_files_are_refused_or_skipped(kind: str, count: int, tmp_path: Path) -> None:
-    check_fuzz(kind, tmp_path, count, timeout=900)
+@pytest.mark.parametrize("targets", [{"images": 2000}, {"tests/fuzz/targets/stores.py:sources": 500}])
+def test_thousands_of_damaged_files_are_refused_or_skipped(targets: dict[str, int]) -> None:
+    check_fuzz(targets, seed=1)
