@@ -118,7 +118,7 @@ class _Worker:
             strategy = self.target.inputs()
             self._start()
             number = 0
-            while time.monotonic() < self.end and self.done < self.job.count:
+            while not self.done or (time.monotonic() < self.end and self.done < self.job.count):
                 self._explore(strategy, number)
                 number += 1
 
@@ -155,9 +155,8 @@ class _Worker:
 
     def _use(self, made: Input) -> None:
         now = time.monotonic()
-        if (self.shrinking and now > self.since + SHRINKING) or (not self.shrinking and now > self.end):
-            raise _Enough
-        if not self.shrinking and self.done >= self.job.count:
+        over = now > self.since + SHRINKING if self.shrinking else now > self.end or self.done >= self.job.count
+        if over and self.done:
             raise _Enough
         finding = self.attempt(made)
         if finding is None:
