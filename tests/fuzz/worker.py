@@ -110,13 +110,12 @@ class _Worker:
         self.connection.send(("end",))
 
     def _run(self) -> None:
+        strategy = self.target.inputs()  # also prepares the whole files, which writes some
+        self._start()
         if self.job.replayed:
-            self._start()
             for each in self.job.replayed:
                 self.attempt(each)
         else:
-            strategy = self.target.inputs()
-            self._start()
             number = 0
             while not self.done or (time.monotonic() < self.end and self.done < self.job.count):
                 self._explore(strategy, number)
