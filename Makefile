@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 RUNS ?= runs
+MINUTES ?= 10
 BENCH := $(RUNS)/bench
 # Run a benchmark: its name, its options, and a suffix of its result file.
 measure = $(BIN)/python benchmarks/$(1).py $(2) --json $(BENCH)/$(1)$(3).json
 
-.PHONY: help install quickstart test test-loggers test-slow check format bench bench-check tensorboard clean
+.PHONY: help install quickstart test test-loggers test-slow fuzz check format bench bench-check tensorboard clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -46,6 +47,9 @@ test-loggers: $(BIN)/.loggers  ## Run the tests of W&B and MLflow, in their offl
 
 test-slow: install  ## Run the slow tests, which take minutes each
 	@$(BIN)/python -m pytest -m slow
+
+fuzz: install  ## Give hostile files to all that reads files, for MINUTES=10
+	@$(BIN)/python -m tests.fuzz --minutes $(MINUTES) --out $(RUNS)/fuzz/found
 
 check: install  ## Check lint, format, types and import rules
 	@$(BIN)/ruff check .

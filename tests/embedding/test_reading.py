@@ -20,7 +20,7 @@ from lit_clip.evaluation.store import FeatureStore
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig
 from lit_clip.tools.images import MAX_PIXELS, MOST_ELONGATED, open_image
-from tests.helpers.fuzz import image
+from tests.fuzz.samples import image
 
 
 def refused_files() -> dict[str, bytes]:

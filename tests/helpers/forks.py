@@ -41,14 +41,19 @@ class Program(NamedTuple):
     environment: dict[str, str]
 
 
+def start_server() -> None:
+    """Start the server, which imports modules from the current folder, unless it is running."""
+    with chdir(ROOT), patch.dict(os.environ, HF_HUB_OFFLINE="1"):
+        ensure_running()
+
+
 def run(programs: Sequence[Program], timeout: float) -> list[subprocess.CompletedProcess[str]]:
     """Run programs at once, each to its end.
 
     Raises:
         subprocess.TimeoutExpired: one did not end in time; all are killed then.
     """
-    with chdir(ROOT), patch.dict(os.environ, HF_HUB_OFFLINE="1"):
-        ensure_running()  # imports modules from the current folder
+    start_server()
     with tempfile.TemporaryDirectory() as folder:
         files = [[f"{folder}/{number}_{stream}" for stream in ("out", "err")] for number in range(len(programs))]
         processes = [

@@ -13,7 +13,7 @@ from datamodules import Augmentation
 from datamodules.loading.augmentation import RandomSquareCrop, TrainingTransform
 from lit_clip.models.config import Preprocessing
 from lit_clip.tools.images import decoding_at_least, fraction, full_size, open_image
-from tests.helpers.fuzz import whole_images
+from tests.fuzz.samples import whole_images
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,72 @@
+"""Targets that do what no input may lead to, to see that it is found."""
+
+import ctypes
+import importlib
+import os
+import socket
+import subprocess
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from hypothesis import strategies as st
+
+from lit_clip.errors import InputError
+from tests.fuzz.inputs import CANARY, Input
+from tests.fuzz.target import Target
+
+
+def _target(act: Callable[[Input], object]) -> Target:
+    def run(folder: Path, given: Input) -> Iterator[str]:
+        if b"!" in given.data:
+            act(given)
+        yield "used"
+
+    return Target(
+        lambda: st.text("ab!", min_size=30, max_size=30).map(lambda text: Input("a.txt", text.encode())),
+        run,
+        bytewise=True,
+    )
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+def _segfault() -> None:
+    ctypes.string_at(0)
+
+
+def _flood() -> None:
+    for number in range(50):
+        warnings.warn(f"warning {number}", stacklevel=1)
+
+
+def _use_memory() -> None:
+    block = bytearray(300_000_000)
+    block[::4096] = b"1" * len(block[::4096])
+
+
+def _open_elsewhere() -> None:
+    Path(tempfile.gettempdir()).parent.joinpath("elsewhere").open("w").close()
+
+
+hang = _target(lambda given: time.sleep(60))
+segfault = _target(lambda given: _segfault())
+memory = _target(lambda given: _use_memory())
+canary = _target(lambda given: importlib.import_module(CANARY))
+process = _target(lambda given: subprocess.run(["true"], check=True))
+shell = _target(lambda given: os.system("true"))
+network = _target(lambda given: socket.create_connection(("127.0.0.1", 9), 1))
+elsewhere = _target(lambda given: _open_elsewhere())
+bug = _target(lambda given: {}[given.name])
+always = bug._replace(inputs=lambda: st.just(Input("a.txt", b"!")))
+wrong = _target(lambda given: _raise(AssertionError("a wrong result")))
+lines = _target(lambda given: _raise(InputError(f"{given.name}: two\nlines")))
+long = _target(lambda given: _raise(InputError(f"{given.name}: {'long ' * 200}")))
+escape = _target(lambda given: _raise(InputError(f"{given.name}: \x1b[31mred")))
+nameless = _target(lambda given: _raise(InputError("the file is damaged")))
+flood = _target(lambda given: _flood())
+harmless = _target(lambda given: _raise(InputError(f"{given.name}: has a !; remove it")))

@@ -1,0 +1,26 @@
+"""The targets by name, and what one is."""
+
+from importlib import import_module
+from pathlib import Path
+
+from tests.fuzz.target import Target
+
+MODULES = {
+    "pairs": ("images", "tables", "coco", "parquet", "classes"),
+    "stores": ("saved", "tars", "shard_index", "feature_files", "feature_index"),
+    "weights": ("weight_files", "checkpoints", "open_clip_folders", "hugging_face_folders"),
+    "settings": ("fit_yaml", "resumed_checkpoints"),
+    "words": ("captions",),
+    "evaluation": ("suites", "results", "annotations"),
+}
+NAMES = tuple(name for names in MODULES.values() for name in names)
+
+
+def find_target(name: str) -> Target:
+    """Return a target by its name, or by ``file.py:name`` for one that is not in the list."""
+    file, _, name = name.rpartition(":")
+    if file:
+        module = import_module(".".join(Path(file).with_suffix("").parts))
+    else:
+        module = import_module(f"{__name__}.{next(key for key, names in MODULES.items() if name in names)}")
+    return getattr(module, name)

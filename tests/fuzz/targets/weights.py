@@ -1,0 +1,212 @@
+"""Weights and checkpoints: whole files with damaged bytes, and their trees with changed values."""
+
+import copy
+import io
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+
+from lit_clip import load_model
+from lit_clip.models.clip import CLIP
+from lit_clip.models.config import (
+    CLIPConfig,
+    Preprocessing,
+    ResNetConfig,
+    TextTransformerConfig,
+    VisionTransformerConfig,
+)
+from tests.fuzz.inputs import CANARY, Input, Inputs, damaged, edited_json
+from tests.fuzz.target import Target
+
+TINY = CLIPConfig(
+    8, VisionTransformerConfig(32, 16, 8, 1, 1), TextTransformerConfig(8, 50, 8, 1, 1), preprocessing=Preprocessing(32)
+)
+RESNET = CLIPConfig(8, ResNetConfig((1, 1, 1, 1), 2, 32), TextTransformerConfig(8, 50, 8, 1, 1))
+MOST = 10**6  # numbers in a described tensor
+SECRET = Path(tempfile.gettempdir()) / "fuzz-outside.pt"  # a file that no input may have opened
+# Values that must lead to no import, no file and no look-up.
+HOSTILE = (
+    f"{CANARY}.Evil",
+    {"class_path": f"{CANARY}.Evil"},
+    {"class_path": f"{CANARY}.Evil", "init_args": {"a": 1}},
+    {"class_path": "subprocess.Popen", "init_args": {"args": "true"}},
+    "${oc.env:HOME}",
+    "org/name",
+    "hf-hub:org/name",
+    str(SECRET),
+    {"checkpoint_path": str(SECRET)},
+)
+
+
+@cache
+def tiny_model(resnet: bool = False) -> CLIP:
+    """Return a model of a few thousand weights."""
+    torch.manual_seed(0)
+    return CLIP(RESNET if resnet else TINY).eval()
+
+
+def use(model: CLIP) -> str:
+    """Encode an image and a text, of which only the shapes can be known."""
+    with torch.inference_mode():
+        config = model.config
+        size = config.image.image_size or 32
+        height, width = size if isinstance(size, tuple | list) else (size, size)
+        assert height * width <= 10**6, f"an image size of {height} x {width}"
+        image = model.encode_image(torch.zeros(1, 3, height, width))
+        text = model.encode_text(torch.zeros(1, config.text.context_length, dtype=torch.long))
+    assert image.shape == text.shape == (1, config.embed_dim), (image.shape, text.shape)
+    return "used"
+
+
+@cache
+def whole_weights() -> dict[str, bytes]:
+    """Return weight files of each format; the suffix, or the name, says how each is opened."""
+    from safetensors.torch import save
+
+    state = dict(tiny_model().state_dict())
+    checkpoint = {"hyper_parameters": {"architecture": TINY.to_dict()}, "state_dict": state}
+    return {
+        "last.ckpt": _saved(checkpoint),
+        "old.ckpt": _saved(checkpoint, _use_new_zipfile_serialization=False),
+        "epoch.pt": _saved({"epoch": 1, "state_dict": {f"module.{key}": value for key, value in state.items()}}),
+        "plain.bin": _saved(state),
+        "w.safetensors": save(state),
+    }
+
+
+def _saved(values: Any, **options: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(values, file, **options)
+    return file.getvalue()
+
+
+def read_weight_file(folder: Path, given: Input) -> Iterator[str]:
+    """Load a weight file."""
+    path = folder / given.name
+    path.write_bytes(given.data)
+    yield use(load_model(path, None if path.suffix == ".ckpt" else TINY))
+
+
+@cache
+def checkpoint_trees() -> dict[str, Any]:
+    """Return checkpoints in which tensors are described by their shapes and types."""
+    common = {"epoch": 1, "global_step": 10, "pytorch-lightning_version": "2.6.0", "loops": {}, "callbacks": {}}
+    trees = {}
+    for name, resnet in (("vit.ckpt", False), ("resnet.ckpt", True)):
+        model = tiny_model(resnet)
+        hparams = {
+            "architecture": json.loads(json.dumps(model.config.to_dict())),
+            "pretrained": None,
+            "image_size": None,
+            "context_length": None,
+            "lora": None,
+            "freeze": {"image": "none", "text": "none"},
+            "layer_decay": None,
+            "distill": None,
+        }
+        state = {key: [str(value.dtype), *value.shape] for key, value in model.state_dict().items()}
+        trees[name] = {**common, "hyper_parameters": hparams, "state_dict": state}
+    return trees
+
+
+def build_checkpoint(tree: Any) -> Any:
+    """Make the tensors that a tree describes; ``@7`` as a key is the number 7, ``@None`` is None."""
+    if isinstance(tree, dict):
+        return {_key(key): build_checkpoint(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        if tree and isinstance(tree[0], str) and tree[0].startswith("torch."):
+            return _tensor(tree)
+        return [build_checkpoint(value) for value in tree]
+    return tree
+
+
+def _key(key: str) -> Any:
+    return {"@7": 7, "@None": None}.get(key, key)
+
+
+def _tensor(described: list[Any]) -> Any:
+    dtype, *shape = described
+    kind = getattr(torch, dtype.removeprefix("torch."), None)
+    if not isinstance(kind, torch.dtype) or not all(type(side) is int and 0 <= side <= MOST for side in shape):
+        return described
+    number = 1
+    for side in shape:
+        number *= side
+    return torch.zeros(shape, dtype=kind) if number <= MOST and len(shape) < 60 else described
+
+
+def checkpoint_inputs() -> Inputs:
+    words = ("@7", "@None", ["torch.int8", 8], ["torch.float16", 8, 8], ["torch.bool"], ["torch.complex64", 2])
+    return edited_json(checkpoint_trees, (*HOSTILE, *words))
+
+
+def save_checkpoint(folder: Path, given: Input) -> Path:
+    """Write the checkpoint that an input describes."""
+    path = folder / given.name
+    try:
+        values = build_checkpoint(json.loads(given.data))
+    except (ValueError, RecursionError):
+        values = {}
+    torch.save(values, path)
+    return path
+
+
+def read_checkpoint_file(folder: Path, given: Input) -> Iterator[str]:
+    """Load a checkpoint."""
+    yield use(load_model(save_checkpoint(folder, given)))
+
+
+@cache
+def whole_folder(kind: str) -> dict[str, bytes]:
+    """Return the files of an export."""
+    from safetensors.torch import save
+
+    from lit_clip.weights.export import write_open_clip
+    from lit_clip.weights.hugging_face import to_hugging_face
+    from lit_clip.weights.hugging_face_processor import image_processor
+
+    model = tiny_model()
+    if kind == "open_clip":
+        with tempfile.TemporaryDirectory() as name:
+            write_open_clip(model, Path(name))
+            return {path.name: path.read_bytes() for path in sorted(Path(name).iterdir())}
+    values, state = to_hugging_face(model)  # without the tokenizer, which needs a large vocabulary
+    return {
+        "config.json": json.dumps(values).encode(),
+        "preprocessor_config.json": json.dumps(image_processor(model.preprocessing, "CLIPImageProcessor")).encode(),
+        "model.safetensors": save(state),
+    }
+
+
+def _folder_inputs(kind: str) -> Inputs:
+    files = whole_folder(kind)
+    trees = {name: json.loads(data) for name, data in files.items() if name.endswith(".json")}
+    if kind == "hugging_face":
+        shards = {"metadata": {"total_size": 1}, "weight_map": {"visual_projection.weight": "model.safetensors"}}
+        trees["model.safetensors.index.json"] = copy.deepcopy(shards)
+    json_files = edited_json(lambda: trees, HOSTILE)
+    return st.one_of(json_files, json_files, damaged(lambda: files))
+
+
+def _read_folder(kind: str, folder: Path, given: Input) -> Iterator[str]:
+    top = folder / "model"
+    top.mkdir()
+    for name, data in whole_folder(kind).items():
+        (top / name).write_bytes(data)
+    if given.name == "model.safetensors.index.json":
+        os.rename(top / "model.safetensors", top / "model-1.safetensors")
+    (top / given.name).write_bytes(given.data)
+    yield use(load_model(top))
+
+
+weight_files = Target(lambda: damaged(whole_weights), read_weight_file, bytewise=True)
+checkpoints = Target(checkpoint_inputs, read_checkpoint_file)
+open_clip_folders = Target(lambda: _folder_inputs("open_clip"), lambda *each: _read_folder("open_clip", *each))
+hugging_face_folders = Target(lambda: _folder_inputs("hugging_face"), lambda *each: _read_folder("hugging_face", *each))

@@ -1,0 +1,87 @@
+"""The fuzzing command finds what it should, keeps it, and can show it again."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.fuzz.driver import Driver, read_case, seed_of
+from tests.fuzz.oracle import ROOT
+from tests.fuzz.targets import NAMES
+
+PLANTED = "tests/fuzz/planted.py"
+FOUND = {
+    "canary": "import",
+    "process": "subprocess.Popen",
+    "shell": "os.system",
+    "network": "socket.getaddrinfo",
+    "elsewhere": "file elsewhere",
+    "memory": "memory",
+    "bug": "KeyError",
+    "wrong": "AssertionError",
+    "lines": "message of several lines",
+    "long": "message longer than 500 characters",
+    "escape": "control character in a message",
+    "nameless": "message names no file",
+    "flood": "flood of warnings",
+    "hang": "hang",
+    "segfault": "killed by SIGSEGV",
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_no_input_may_lead_to_is_found(name: str, tmp_path: Path) -> None:
+    """Also kept with its story, as small as it can be, and found again when it is replayed."""
+    driver = Driver(tmp_path, limit=1 if name == "hang" else 20, memory=2**27)
+    driver.batch(f"{PLANTED}:{name}", seed=1, seconds=60, count=10)
+    (found,) = driver.summary.found.values()
+    assert found.finding.kind == FOUND[name]
+    (case,) = tmp_path.rglob("*--a.txt")
+    assert b"!" in case.read_bytes()
+    if name not in ("hang", "segfault", "memory", "flood"):  # too slow to be made smaller, or shown once only
+        assert case.read_bytes() == b"!"
+    (story,) = tmp_path.rglob("*.story")
+    assert json.loads(story.read_text())["kind"] == FOUND[name]
+    if name in ("bug", "segfault"):
+        again = Driver()
+        again.batch(f"{PLANTED}:{name}", 0, 30, 1, [read_case(case)])
+        assert [each.finding.kind for each in again.summary.found.values()] == [FOUND[name]]
+
+
+def test_refusal_that_names_the_file_is_no_finding() -> None:
+    driver = Driver()
+    driver.batch(f"{PLANTED}:harmless", seed=1, seconds=30, count=20)
+    assert not driver.summary.found
+    (outcomes,) = driver.summary.outcomes.values()
+    assert outcomes["refused"] > 0
+    assert sum(driver.summary.inputs.values()) == sum(outcomes.values()) == 20
+
+
+def test_same_seed_makes_the_same_inputs(tmp_path: Path) -> None:
+    stories = []
+    for number in range(2):
+        driver = Driver(tmp_path / str(number))
+        driver.batch(f"{PLANTED}:bug", seed=7, seconds=30, count=25)
+        stories.append((driver.summary.outcomes, [found.times for found in driver.summary.found.values()]))
+    assert stories[0] == stories[1]
+
+
+def test_command_ends_with_1_after_a_finding_and_says_what_to_do(tmp_path: Path) -> None:
+    words = ["--minutes", "0.02", "--target", f"{PLANTED}:always", "--out", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.fuzz", *words], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "KeyError" in done.stdout
+    assert "copy its input to tests/corpus/" in done.stdout
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_target_reads_its_inputs(name: str) -> None:
+    """What is found is for ``make fuzz``: with another version of hypothesis a seed makes other inputs."""
+    driver = Driver()
+    driver.batch(name, seed_of(0, name, 0), seconds=60, count=3)
+    assert sum(driver.summary.outcomes[name].values()) > 0
+    assert not [found for found in driver.summary.found.values() if found.finding.kind.startswith("exit")]
