@@ -1,6 +1,7 @@
 .DEFAULT_GOAL := help
 PYTHON ?= python3
 VENV ?= .venv
+LOWEST ?= .venv-lowest
 BIN := $(VENV)/bin
 RUNS ?= runs
 MINUTES ?= 10
@@ -8,7 +9,7 @@ BENCH := $(RUNS)/bench
 # Run a benchmark: its name, its options, and a suffix of its result file.
 measure = $(BIN)/python benchmarks/$(1).py $(2) --json $(BENCH)/$(1)$(3).json
 
-.PHONY: help install quickstart test test-loggers test-slow fuzz check format bench bench-check tensorboard clean
+.PHONY: help install quickstart test test-loggers test-slow test-lowest fuzz check format bench bench-check tensorboard clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -50,6 +51,16 @@ test-slow: install  ## Run the slow tests, which take minutes each
 
 fuzz: install  ## Give hostile files to all that reads files, for MINUTES=10
 	@$(BIN)/python -m tests.fuzz --minutes $(MINUTES) --out $(RUNS)/fuzz/found
+
+# uv resolves the lowest version that pyproject.toml admits of each direct dependency; pip cannot.
+$(LOWEST)/.installed: pyproject.toml
+	@test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	@$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	@$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct --editable '.[dev]'
+	@touch $@
+
+test-lowest: $(LOWEST)/.installed  ## Run the tests with the lowest admitted version of each dependency
+	@$(LOWEST)/bin/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 check: install  ## Check lint, format, types and import rules
 	@$(BIN)/ruff check .
@@ -95,4 +106,4 @@ tensorboard: install  ## Show the curves and images of all runs
 	@$(BIN)/tensorboard --logdir $(RUNS)
 
 clean:  ## Remove the environment and caches (not the runs)
-	@rm -rf $(VENV) .pytest_cache .ruff_cache
+	@rm -rf $(VENV) $(LOWEST) .pytest_cache .ruff_cache

@@ -18,7 +18,7 @@ class TrainingSample(NamedTuple):
 
 def sample_seed(seed: int, sample: TrainingSample) -> int:
     """Return the seed of everything random in a sample; the same on any worker or rank."""
-    return int(np.random.SeedSequence((seed, *sample)).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence((seed, *sample)).generate_state(1, np.uint64)[0]) >> 1
 
 
 class Position(NamedTuple):
