@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
-from datamodules.loading.bad_samples import BLANK, check_caption
+from datamodules.loading.bad_samples import BLANK, BLANK_PATTERN, check_caption, is_blank
 from datamodules.loading.store import StoreFolder, stamp_of
 from datamodules.pairs.source import (
     NO_CAPTION,
@@ -39,15 +39,9 @@ CAPTION_COLUMNS = ("caption", "captions", "text", "title", "description", "sente
 
 CHECKED_IN_STORE = 8  # images that are read before training
 
-_SPACE = r"[\t-\r\x1c-\x1f\x{85}\p{Z}]*"  # what str.strip removes
-_BLANK = f"^{_SPACE}(?:{'|'.join(map(re.escape, sorted(BLANK)))}){_SPACE}$"
-_MAY_BE_BLANK = np.zeros(256, dtype=bool)  # by first byte: of white space, or of a blank word
-_MAY_BE_BLANK[[*range(9, 14), *range(0x1C, 0x21), 0xC2, 0xE1, 0xE2, 0xE3, *b"nN<"]] = True
-
-
-def is_blank(caption: Any) -> bool:
-    """Whether a cell means "no caption"."""
-    return caption is None or (isinstance(caption, str | float) and str(caption).strip().lower() in BLANK)
+_MAY_BE_BLANK = np.zeros(256, dtype=bool)  # by first byte: of an invisible character, or of a blank word
+_MAY_BE_BLANK[[*range(0x21), 0x7F, 0xC2, 0xCD, 0xD8, *range(0xDB, 0xDD), *range(0xE0, 0xE4), 0xEF, 0xF0, 0xF3]] = True
+_MAY_BE_BLANK[[*b"nN<#"]] = True
 
 
 def blank_mask(captions: pa.Array) -> np.ndarray:
@@ -64,7 +58,7 @@ def blank_mask(captions: pa.Array) -> np.ndarray:
         texts = captions.take(pa.array(candidates))
         if _is_bytes(texts.type):
             texts = texts.view(pa.large_string() if pa.types.is_large_binary(texts.type) else pa.string())
-        matched = compute.match_substring_regex(texts, _BLANK, ignore_case=True)
+        matched = compute.match_substring_regex(texts, BLANK_PATTERN, ignore_case=True)
         blank[candidates] = matched.to_numpy(zero_copy_only=False)
     return blank
 

@@ -24,7 +24,7 @@ IN_MEMORY = 64 << 20  # bytes of decoded texts that each process may hold; more 
 IMAGE_MEMORY = 256 << 20  # bytes of encoded images that each process may hold
 REMEMBERED = 1_000_000  # rows; from this size on the list of blank captions is cached
 THREADS = 4  # that search for blank captions
-LAYOUT = 1  # of the cached files; a new number makes old ones be written again
+LAYOUT = 2  # of the cached files; a new number makes old ones be written again
 
 
 def files_of_split(folder: Path, files: Sequence[Path], options: SourceOptions) -> list[Path]:

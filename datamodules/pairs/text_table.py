@@ -11,14 +11,15 @@ from typing import Any, NamedTuple, TextIO
 import pyarrow as pa
 from lightning.pytorch.utilities import rank_zero_info
 
+from datamodules.loading.bad_samples import is_blank
 from datamodules.loading.cache import cache_file, writing_cached
-from datamodules.pairs.columns import Columns, TablePairs, find_columns, group_name, is_blank, map_table
+from datamodules.pairs.columns import Columns, TablePairs, find_columns, group_name, map_table
 from datamodules.pairs.source import JSON_LINES, NO_CAPTION, LeftOut, PairSource, SourceOptions
 from lit_clip.errors import BadSample, InputError, require
 
 IN_MEMORY = 64 << 20  # bytes; a larger file is converted once to an Arrow file, which is memory-mapped
 BATCH_ROWS, BATCH_CHARACTERS = 16_384, 8 << 20
-LAYOUT = 2  # of that Arrow file; a new number makes old ones be written again
+LAYOUT = 3  # of that Arrow file; a new number makes old ones be written again
 SCHEMA = pa.schema(
     {
         "image": pa.string(),
