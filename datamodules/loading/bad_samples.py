@@ -37,6 +37,15 @@ def is_blank(caption: object) -> bool:
     return _BLANK_TEXT.fullmatch(caption) is not None
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text has no lone surrogate; JSON's escapes can write one, and undecodable bytes are read as one."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 class Skipped(NamedTuple):
     """Placeholder that a dataset returns for a sample that cannot be used."""
 
@@ -76,8 +85,6 @@ def check_caption(caption: object, where: str) -> str:
         raise BadSample(where, "no caption", "no caption; write one or remove it")
     if not isinstance(caption, str):
         raise BadSample(where, "caption is not text", f"the caption is not text: {str(caption)[:60]!r}")
-    try:
-        caption.encode()
-    except UnicodeEncodeError:
-        raise BadSample(where, "caption is not text", "the caption is not UTF-8 text; fix or remove it") from None
+    if not is_unicode(caption):
+        raise BadSample(where, "caption is not text", "the caption is not UTF-8 text; fix or remove it")
     return caption

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from datamodules.open_source import open_source
 from datamodules.loading.bad_samples import BLANK, is_blank
+from datamodules.open_source import open_source
 from datamodules.pairs.columns import blank_mask
 
 SPACES = [chr(code) for code in range(sys.maxunicode + 1) if chr(code).isspace()]
@@ -35,7 +35,8 @@ WORDS = [
     "n",
     "<",
 ]
-TEXTS = [f"{space}{word}{space}" for word in WORDS for space in ("", *SPACES, " \t\n")] + ["zero\0", "#hash", "#n/a b", "# ref!", *BLANK, *map(str.upper, BLANK)]
+TEXTS = [f"{space}{word}{space}" for word in WORDS for space in ("", *SPACES, " \t\n")]
+TEXTS += ["zero\0", "#hash", "#n/a b", "# ref!", *BLANK, *map(str.upper, BLANK)]
 VISIBLE = "aé#東👩"
 KINDS = [pa.string(), pa.large_string(), pa.binary(), pa.large_binary(), pa.dictionary(pa.int32(), pa.string())]
 
