@@ -53,7 +53,7 @@ class _DecodedPair(NamedTuple):
 
 
 class TrainingPairs(Dataset[_DecodedPair]):
-    """Augmented pairs. All randomness comes from (seed, epoch, row), so it is the same on any worker or rank.
+    """Augmented pairs. All randomness comes from (seed, epoch, row, draw), so it is the same on any worker or rank.
 
     Args:
         source: of the pairs.

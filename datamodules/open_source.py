@@ -22,6 +22,7 @@ from lit_clip.errors import InputError, require
 from lit_clip.tools.hashing import stamp_of_files
 from lit_clip.tools.images import SUFFIXES as IMAGES
 from lit_clip.tools.messages import one_line
+from lit_clip.tools.reading import check_is_file, reading
 
 Opener = Callable[[Path, SourceOptions], PairSource]
 
@@ -131,7 +132,7 @@ def _open_shards(names: list[str], options: SourceOptions) -> PairSource:
 
 
 def _open_path(name: str, options: SourceOptions) -> PairSource:
-    if name.startswith("{") and "class_path" in name:
+    if name.startswith("{") and "class_path" in name and not os.path.exists(name):  # a file may have any name
         return _made(name)
     if options.of_classes and not Path(name).expanduser().is_dir():
         option = "templates" if options.templates is not None else "class_names"
@@ -141,13 +142,15 @@ def _open_path(name: str, options: SourceOptions) -> PairSource:
     if is_remote(name):
         return _open_remote(name, options)
     path = Path(name).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike the method, false for a name that is too long
         return _open_folder(path, options)
+    check_is_file(path)
     suffix = path.suffix.lower()
-    parts = None if path.exists() or suffix in (*FILES, *IMAGES) else parse_hub_name(name)
+    exists = os.path.exists(path)
+    parts = None if exists or suffix in (*FILES, *IMAGES) else parse_hub_name(name)
     if parts is not None:
         return open_hub_data(name, parts, options)
-    require(path.exists(), f"{name}: no such file or folder; data may be {SUPPORTED}")
+    require(exists, f"{name[:1000]}: no such file or folder; data may be {SUPPORTED}")
     if suffix not in FILES:
         raise InputError(f"{name}: unknown format {suffix or '(no suffix)'}; data may be {SUPPORTED}")
     return FILES[suffix](path, options)
@@ -175,7 +178,8 @@ def _format_of(folder: Path) -> Callable[[SourceOptions], PairSource] | None:
     """Return the opener of a folder that holds more than images and texts."""
     if saved.is_saved(folder):
         return partial(saved.open_saved, folder)
-    names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    with reading(folder, "folder"):
+        names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
     for file in map(Path, names):
         if file.stem.lower() == "metadata" and file.suffix.lower() in METADATA:
             return partial(FILES[file.suffix.lower()], folder / file)

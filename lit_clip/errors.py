@@ -10,6 +10,12 @@ class InputError(ValueError):
     The command line prints the message alone and exits with code 2; from Python it is an ordinary ``ValueError``.
     """
 
+    def __init__(self, *args: object) -> None:
+        # Names of files and columns need not be Unicode, but a message must be printable.
+        super().__init__(
+            *(arg.encode(errors="backslashreplace").decode() if isinstance(arg, str) else arg for arg in args)
+        )
+
 
 def require(condition: bool, message: str) -> None:
     """Raise :class:`InputError` with ``message`` unless the condition holds (NaN never does)."""

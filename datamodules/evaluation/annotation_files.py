@@ -2,13 +2,21 @@
 
 import csv
 import importlib
+import io
 import json
+import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lit_clip.errors import InputError
 from lit_clip.evaluation.data import MissingData
+from lit_clip.tools.reading import reading
+
+AGAIN = "get it again"
+LONGEST_NUMBER = 18  # digits
+LONGEST_FIELD = 1 << 20  # characters of a cell
 
 
 def find(root: Path, names: Sequence[str], description: str) -> Path:
@@ -18,7 +26,7 @@ def find(root: Path, names: Sequence[str], description: str) -> Path:
         MissingData: none of them exists.
     """
     for name in names:
-        if (root / name).exists():
+        if os.path.exists(root / name):  # unlike the method, false for a name that is too long
             return root / name
     raise MissingData(f"{root}: no {description} in it ({' or '.join(name or '.' for name in names)})")
 
@@ -30,14 +38,16 @@ def read_text(path: Path) -> str:
         MissingData: no such file.
         InputError: it cannot be read, or is not UTF-8.
     """
-    try:
+    refuse_missing(path)
+    with reading(path, "text file", hint=AGAIN):
         return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise MissingData(f"{path}: no such file") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def refuse_missing(*paths: Path) -> None:
+    """Raise :class:`MissingData` for the first path that does not exist."""
+    missing = next((path for path in paths if not os.path.exists(path)), None)
+    if missing is not None:
+        raise MissingData(f"{missing}: no such file")
 
 
 def read_words(path: Path, columns: int) -> list[list[str]]:
@@ -66,10 +76,9 @@ def read_json(path: Path) -> Any:
         MissingData: no such file.
         InputError: not JSON.
     """
-    try:
-        return json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON ({error}); get the file again") from error
+    text = read_text(path)
+    with reading(path, "JSON file", hint=AGAIN):
+        return json.loads(text)
 
 
 def read_table(path: Path, columns: Mapping[str, Sequence[str]], delimiter: str = ",") -> list[dict[str, str]]:
@@ -84,9 +93,12 @@ def read_table(path: Path, columns: Mapping[str, Sequence[str]], delimiter: str 
         MissingData: no such file.
         InputError: a column is missing, or a row is too short.
     """
-    lines = read_text(path).splitlines()
-    reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True)
-    header = [name.strip() for name in next(reader, [])]
+    file = io.StringIO(read_text(path), newline="")
+    csv.field_size_limit(LONGEST_FIELD)
+    reader = csv.reader(file, delimiter=delimiter, skipinitialspace=True)
+    with reading(path, "table", hint=AGAIN):
+        lines = [(reader.line_num, cells) for cells in reader]
+    header = [name.strip() for name in lines[0][1]] if lines else []
     lowered = [name.lower() for name in header]
     places = {}
     for column, names in columns.items():
@@ -95,13 +107,11 @@ def read_table(path: Path, columns: Mapping[str, Sequence[str]], delimiter: str 
             raise InputError(f"{path}: no column {' or '.join(names)}; its columns are {', '.join(header) or 'none'}")
         places[column] = found[0]
     rows = []
-    for cells in reader:
+    for line, cells in lines[1:]:
         if not any(cell.strip() for cell in cells):
             continue
         if len(cells) <= max(places.values()):
-            raise InputError(
-                f"{path} line {reader.line_num}: {len(cells)} cells for {len(header)} columns; fix the row"
-            )
+            raise InputError(f"{path} line {line}: {len(cells)} cells for {len(header)} columns; fix the row")
         rows.append({column: cells[place].strip() for column, place in places.items()})
     if not rows:
         raise InputError(f"{path}: no rows")
@@ -112,12 +122,21 @@ def number(row: Mapping[str, str], column: str, where: str) -> float:
     """Return a cell as a number.
 
     Raises:
-        InputError: it is not a number.
+        InputError: it is not a finite number.
     """
+    text = row[column]
     try:
-        return float(row[column])
-    except ValueError as error:
-        raise InputError(f"{where}: {column} is {row[column]!r}, not a number; fix the row") from error
+        value = math.nan if "_" in text else float(text)  # Python's own literals may have underscores
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise InputError(f"{where}: {column} is {text!r}, not a number; fix the row")
+    return value
+
+
+def whole_number(text: str) -> int | None:
+    """Return the whole number of at least 0 that a text is in plain digits; None if it is none."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= LONGEST_NUMBER else None
 
 
 def read_mat(path: Path, *names: str, squeeze: bool = True) -> list[Any]:
@@ -135,16 +154,31 @@ def read_mat(path: Path, *names: str, squeeze: bool = True) -> list[Any]:
     import numpy as np
 
     loadmat = import_optional("scipy.io", "scipy", path).loadmat
-    if not path.is_file():
-        raise MissingData(f"{path}: no such file")
-    try:
+    refuse_missing(path)
+    with reading(path, "MATLAB file", hint=AGAIN):
         content = loadmat(path, squeeze_me=squeeze)
-    except Exception as error:  # SciPy raises almost anything for a broken file
-        raise InputError(f"{path}: not a MATLAB file ({first_line(error)}); get it again") from error
     for name in names:
         if name not in content:
             raise InputError(f"{path}: no variable {name!r}; get the file again")
     return [np.atleast_1d(content[name]) for name in names]
+
+
+def own_dataset(file: Any, path: Path, name: str) -> Any:
+    """Return a data set of an open HDF5 file.
+
+    Raises:
+        InputError: there is none, or its values are in another file, which the file could name at will.
+    """
+    h5py = import_optional("h5py", "h5py", path)
+    parts = name.split("/")
+    with reading(path, f"HDF5 file with {name!r}", hint=AGAIN):
+        links = [file.get("/".join(parts[: length + 1]), getlink=True) for length in range(len(parts))]
+        own = all(link is None or isinstance(link, h5py.HardLink) for link in links)
+        dataset: Any = file[name] if own else None
+        own = isinstance(dataset, h5py.Dataset) and not dataset.is_virtual and not dataset.external
+    if not own:
+        raise InputError(f"{path}: {name} is no data set of its own; {AGAIN}")
+    return dataset
 
 
 def import_optional(module: str, package: str, needed_for: object) -> Any:
@@ -157,8 +191,3 @@ def import_optional(module: str, package: str, needed_for: object) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise InputError(f"{needed_for}: needs {package}, which is not installed; pip install {package}") from error
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an exception's message, or its type if it has none."""
-    return str(error).partition("\n")[0] or type(error).__name__

@@ -6,13 +6,15 @@ github.com/modestyachts/imagenet-vid-robust-example and github.com/modestyachts/
 
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from datamodules.evaluation.annotation_files import find, read_json, read_table
+from datamodules.evaluation.annotation_files import AGAIN, find, read_json, read_table, whole_number
 from datamodules.evaluation.image_files import ImageFiles
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import Neighbours
+from lit_clip.tools.reading import reading
 
 MAX_DISTANCE = 10  # frames between an anchor and its neighbours
 NO_CLASS = "none"  # YouTube-BoundingBoxes' class of frames without any of its objects
@@ -81,9 +83,13 @@ class ImageNetVidRobust(NeighbouringFrames):
         names = _class_names(top / "misc" / "imagenet_vid_class_index.json")
         anchors, labels = (read_json(metadata / f"{name}.json") for name in ("pmsets", "labels"))
         for path, values in ((metadata / "pmsets.json", anchors), (metadata / "labels.json", labels)):
+            kind = str if path.name == "pmsets.json" else int
             require(
-                isinstance(values, dict) and all(isinstance(value, list) for value in values.values()),
-                f"{path}: not a mapping from frames to lists; get it again",
+                isinstance(values, dict)
+                and all(
+                    isinstance(each, list) and all(isinstance(item, kind) for item in each) for each in values.values()
+                ),
+                f"{path}: not a mapping from frames to lists of {'frames' if kind is str else 'labels'}; get it again",
             )
         find(top, ("val",), "folder of frames")
         super().__init__(top, anchors, {name: set(classes) for name, classes in labels.items()}, names)
@@ -93,11 +99,12 @@ def _class_names(path: Path) -> list[str]:
     """Read ``{"0": ["n02691156", "airplane"], ...}`` or ``{"0": "airplane", ...}``."""
     values = read_json(path)
     require(isinstance(values, dict) and bool(values), f"{path}: not a mapping from numbers to names; get it again")
-    try:
-        named = [values[str(label)] for label in range(len(values))]
-    except KeyError as error:
-        raise InputError(f"{path}: no class {error}; its keys must be 0 to {len(values) - 1}") from error
-    return [str(name[1] if isinstance(name, list) else name).replace("_", " ") for name in named]
+    missing = next((label for label in range(len(values)) if str(label) not in values), None)
+    require(missing is None, f"{path}: no class '{missing}'; its keys must be 0 to {len(values) - 1}")
+    named = [values[str(label)] for label in range(len(values))]
+    names: list[Any] = [name[1] if isinstance(name, list) and len(name) > 1 else name for name in named]
+    require(all(isinstance(name, str) for name in names), f"{path}: a class has no name; get it again")
+    return [name.replace("_", " ") for name in names]
 
 
 class YTBBRobust(NeighbouringFrames):
@@ -152,20 +159,21 @@ def _frame_name(path: str) -> str:
 
 
 def _frame_number(name: str) -> int:
-    try:
-        return int(name.rpartition("-")[2].partition(".")[0])
-    except ValueError as error:
-        raise InputError(f"{name}: a frame must be named frame-NUMBER.jpg; get the metadata again") from error
+    found = whole_number(name.rpartition("-")[2].partition(".")[0])
+    if found is None:
+        raise InputError(f"{name}: a frame must be named frame-NUMBER.jpg; get the metadata again")
+    return found
 
 
 def _annotations(path: Path) -> dict[str, set[str]]:
     """Read the reviewers' labels of each key; of several reviews the last counts."""
     values = read_json(path)
-    try:
+    with reading(path, "file of lists called labels and annotations", hint=AGAIN):
         labels = values["labels"]
-        return {row["key"]: {labels[label] for label in row["labels"]} for row in values["annotations"]}
-    except (KeyError, IndexError, TypeError) as error:
-        raise InputError(f"{path}: not lists called labels and annotations ({error!r}); get it again") from error
+        found = {row["key"]: {labels[label] for label in row["labels"]} for row in values["annotations"]}
+    words = [word for key, own in found.items() for word in (key, *own)]
+    require(all(isinstance(word, str) for word in words), f"{path}: a key or a label is not text; get it again")
+    return found
 
 
 def _classes_of_videos(path: Path, names: list[str]) -> dict[str, str]:
@@ -174,8 +182,10 @@ def _classes_of_videos(path: Path, names: list[str]) -> dict[str, str]:
     found = {}
     for row in read_table(path, {"video": ("ytid",), "time": ("time_ms",), "label": ("label",)}):
         name = f"{row['video']}_{row['time']}"
-        require(row["label"].isdigit(), f"{path}: {name} has the label {row['label']!r}, not a number")
-        label = swapped.get(int(row["label"]), int(row["label"]))
+        found_label = whole_number(row["label"])
+        if found_label is None:
+            raise InputError(f"{path}: {name} has the label {row['label'][:40]!r}, not a number")
+        label = swapped.get(found_label, found_label)
         require(label < len(names), f"{path}: {name} has the label {row['label']}, but there are {len(names)} classes")
         found[name] = names[label]
     return found

@@ -8,10 +8,12 @@ from typing import Literal
 
 from PIL import Image
 
+from datamodules.pairs.folder import walk_images
 from lit_clip.errors import InputError
 from lit_clip.evaluation.data import ImageSet, LabelledImages, MissingData
 from lit_clip.tools.hashing import hash64, hex_digest, stamp_of_files
 from lit_clip.tools.images import SUFFIXES, check_images, open_image
+from lit_clip.tools.reading import reading
 
 TrainTest = Literal["train", "test"]
 TrainValTest = Literal["train", "val", "test"]
@@ -52,7 +54,7 @@ class LabelledFiles(LabelledImages):
     def stamp(self) -> str:
         # The keys count too: the same files in another order, or with some missing, give other features.
         keys = hex_digest(self.key(index) for index in range(len(self)))
-        return f"{keys}-{stamp_of_files(path for path, _ in self.files if path.is_file())}"
+        return f"{keys}-{stamp_of_files(path for path, _ in self.files if os.path.isfile(path))}"
 
 
 class ImageFiles(LabelledFiles):
@@ -100,7 +102,7 @@ class UnlabelledFiles(ImageSet):
         return self.names[index]
 
     def stamp(self) -> str:
-        files = stamp_of_files(path for path in (self.root / name for name in self.names) if path.is_file())
+        files = stamp_of_files(path for path in (self.root / name for name in self.names) if os.path.isfile(path))
         return f"{files}-{hash64(repr(self.names)).hex()}"
 
 
@@ -114,7 +116,7 @@ class ListedImages(ImageFiles):
     def __init__(self, root: Path, files: list[str], labels: list[int], class_names: list[str]) -> None:
         super().__init__(root, files, labels, class_names)
         folder = (root / files[0]).parent
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise MissingData(f"{folder}: no such folder")
 
 
@@ -143,7 +145,7 @@ def by_hash(names: Sequence[str], seed: int) -> list[str]:
 
 def images_below(folder: Path) -> list[Path]:
     """List all images in a folder and its subfolders, sorted by path."""
-    return sorted(file for file in folder.rglob("*") if _is_image(file.relative_to(folder)))
+    return sorted(folder / name for name, _ in walk_images(folder))
 
 
 def _is_image(path: Path) -> bool:
@@ -160,7 +162,8 @@ def images_in(folder: Path) -> list[str]:
     """
     if not folder.is_dir():
         raise MissingData(f"{folder}: no such folder")
-    names = sorted(name for name in os.listdir(folder) if _is_image(Path(name)))
+    with reading(folder, "folder"):
+        names = sorted(name for name in os.listdir(folder) if _is_image(Path(name)))
     if not names:
         raise InputError(f"{folder}: no images in it; get the set again")
     return names
@@ -175,7 +178,8 @@ def subfolders(folder: Path) -> list[str]:
     """
     if not folder.is_dir():
         raise MissingData(f"{folder}: no such folder")
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
+    with reading(folder, "folder"):
+        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
     if not names:
         raise InputError(f"{folder}: no class folders in it; get the set again")
     return names

@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import Literal
 
 from datamodules.evaluation.image_files import LabelledFiles, images_below
-from lit_clip.errors import InputError
+from datamodules.loading.bad_samples import is_unicode
+from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import MissingData
 from lit_clip.evaluation.zero_shot import imagenet_class_names
 from lit_clip.tools.images import SUFFIXES
+from lit_clip.tools.reading import reading
 
 ClassNames = list[str] | Literal["imagenet"]
 
@@ -46,7 +48,10 @@ class ImageFolderClasses(LabelledFiles):
         self.root = folder = Path(root)
         if not folder.is_dir():
             raise MissingData(f"{root}: no such folder of classes")
-        classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+        with reading(folder, "folder"):
+            classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+        for path in classes:
+            require(is_unicode(path.name), f"{path}: the name of this class is not UTF-8 text; rename the folder")
         if not classes:
             raise InputError(f"{root}: no subfolders; put each class's images into a subfolder of its own")
         default = [path.name.replace("_", " ") for path in classes]

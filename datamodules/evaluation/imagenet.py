@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from datamodules.evaluation.annotation_files import first_line, read_mat, read_text
+from datamodules.evaluation.annotation_files import AGAIN, read_mat, read_text, whole_number
 from datamodules.evaluation.image_files import ImageFiles, images_in, in_class_folders, labels_of, subfolders
 from datamodules.evaluation.imagenet_variants import imagenet_wnids
 from lit_clip.errors import InputError
 from lit_clip.evaluation.data import MissingData
 from lit_clip.evaluation.zero_shot import imagenet_class_names
+from lit_clip.tools.reading import reading
 
 DEVKIT = "ILSVRC2012_devkit_t12"
 
@@ -54,25 +55,19 @@ def _validation_wnids(root: Path, wnids: Sequence[str]) -> list[str]:
     if not data.is_dir():
         raise MissingData(f"{root}: no labels: neither class folders in val, nor meta.bin, nor {DEVKIT}")
     table = read_mat(data / "meta.mat", "synsets")[0]
-    try:
-        wnid_of = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in table}
-    except (ValueError, IndexError) as error:
-        raise InputError(f"{data / 'meta.mat'}: not the list of ImageNet's classes ({error}); get it again") from error
+    with reading(data / "meta.mat", "list of ImageNet's classes", hint=AGAIN):
+        wnid_of: dict[int | None, str] = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in table}
     path = data / "ILSVRC2012_validation_ground_truth.txt"
     words = read_text(path).split()
-    wrong = next((word for word in words if not word.isdigit() or wnid_of.get(int(word)) not in wnids), None)
+    wrong = next((word for word in words if wnid_of.get(whole_number(word)) not in wnids), None)
     if wrong is not None:
         raise InputError(f"{path}: {wrong!r} is not a class of meta.mat; get the file again")
-    return [wnid_of[int(word)] for word in words]
+    return [wnid_of[whole_number(word)] for word in words]
 
 
 def _wnids_in_meta(path: Path) -> list[str]:
     import torch
 
-    try:
+    with reading(path, "file of torchvision's", hint="remove it and let torchvision write it again"):
         _, wnids = torch.load(path, weights_only=True)
         return [str(wnid) for wnid in wnids]
-    except Exception as error:  # a broken pickle can raise anything
-        raise InputError(
-            f"{path}: not written by torchvision ({first_line(error)}); remove it and let torchvision write it again"
-        ) from error

@@ -98,7 +98,8 @@ class ObjectNet(ImageFiles):
         folder, mappings = Path(root), Path(root) / "mappings"
         label_of = read_json(mappings / "folder_to_objectnet_label.json")
         in_imagenet = read_json(mappings / "objectnet_to_imagenet_1k.json")
-        if not isinstance(label_of, dict) or not isinstance(in_imagenet, dict):
+        mappings_of_names = isinstance(label_of, dict) and all(isinstance(name, str) for name in label_of.values())
+        if not mappings_of_names or not isinstance(in_imagenet, dict):
             raise InputError(f"{mappings}: not the mappings of ObjectNet 1.0; get them again")
         overlap = sorted(name for name, label in label_of.items() if label in in_imagenet)
         if len(overlap) != len(in_imagenet):

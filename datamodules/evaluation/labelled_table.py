@@ -1,17 +1,20 @@
 """A user's table of labelled images: a column of paths and a column of labels."""
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from datamodules.evaluation.annotation_files import whole_number
 from datamodules.evaluation.image_files import LabelledFiles
 from datamodules.evaluation.image_folder import ClassNames
-from datamodules.loading.bad_samples import BLANK
-from datamodules.pairs.columns import IMAGE_COLUMNS, Columns, find_column, is_encoded
-from datamodules.pairs.text_table import RawRow, raw_rows
-from lit_clip.errors import InputError
+from datamodules.loading.bad_samples import BLANK, is_unicode
+from datamodules.pairs.columns import IMAGE_COLUMNS, Columns, find_column, is_encoded, refuse_equal
+from datamodules.pairs.text_table import RawRow, raw_rows, shown
+from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import MissingData, numbered
 from lit_clip.evaluation.zero_shot import imagenet_class_names
+from lit_clip.tools.reading import check_is_file, reading
 
 LABEL_COLUMNS = ("label", "labels", "class", "target", "class_id", "class_name", "category")
 BATCH_ROWS = 16_384
@@ -33,6 +36,7 @@ def read_labels(
         MissingData: no such file.
         InputError: a column is missing, a row is malformed or lacks an image or a label, or there are no rows.
     """
+    check_is_file(path)
     if not path.is_file():
         raise MissingData(f"{path}: no such table")
 
@@ -48,33 +52,34 @@ def read_labels(
 
 
 def _parquet_rows(path: Path, find: Any) -> Iterator[RawRow]:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
+    with reading(path, "parquet file"):
         file = pq.ParquetFile(path)
-        columns = find(file.schema_arrow.names)
-        kind = file.schema_arrow.field(columns.image).type
-        if is_encoded(kind):
-            problem = f"column {columns.image!r} holds {kind}, not paths"
-            raise InputError(f"{path}: {problem}; use datamodules.ParquetClasses for images stored in the table")
-        number = 0
+        schema = file.schema_arrow
+    columns = find(schema.names)
+    refuse_equal(path, schema.names, columns.names())
+    kind = schema.field(columns.image).type
+    if is_encoded(kind):
+        problem = f"column {columns.image!r} holds {kind}, not paths"
+        raise InputError(f"{path}: {problem}; use datamodules.ParquetClasses for images stored in the table")
+    rows: list[tuple[Any, Any]] = []
+    with reading(path, "parquet file"):
         for batch in file.iter_batches(BATCH_ROWS, columns=[columns.image, columns.caption]):
-            images, labels = batch[columns.image].to_pylist(), batch[columns.caption].to_pylist()
-            for image, label in zip(images, labels, strict=True):
-                yield RawRow(number, image, label)
-                number += 1
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from error
+            rows += zip(batch[columns.image].to_pylist(), batch[columns.caption].to_pylist(), strict=True)
+    for number, (image, label) in enumerate(rows):
+        yield RawRow(number, image, label)
 
 
 def _validated(path: Path, row: RawRow) -> tuple[int, str, Any]:
     where = f"{path} row {row.number}"
     if not isinstance(row.image, str) or row.image.strip().lower() in BLANK:
-        raise InputError(f"{where}: no image ({str(row.image)[:40]!r}); name its file or remove the row")
+        raise InputError(f"{where}: no image ({shown(row.image)}); name its file or remove the row")
+    require(is_unicode(row.image), f"{where}: its image is not UTF-8 text; save it as UTF-8")
     label = row.caption.strip() if isinstance(row.caption, str) else row.caption
+    require(not isinstance(label, str) or is_unicode(label), f"{where}: its label is not UTF-8 text; save it as UTF-8")
     if isinstance(label, bool) or not isinstance(label, int | str) or label == "":
-        raise InputError(f"{where}: its label is {str(label)[:40]!r}, which must be a whole number or a class name")
+        raise InputError(f"{where}: its label is {shown(label)}, which must be a whole number or a class name")
     return row.number, row.image.strip(), label
 
 
@@ -114,7 +119,8 @@ def resolve_labels(
 
 def _number(label: Any) -> int | None:
     if isinstance(label, str):
-        return int(label) if label.removeprefix("-").isdecimal() else None
+        number = whole_number(label.removeprefix("-"))
+        return -number if number and label.startswith("-") else number
     return label
 
 
@@ -177,7 +183,7 @@ class LabelledTable(LabelledFiles):
         self.root = Path(root).expanduser() if root else self.path.parent
         self.files = [(self.root / image, label) for (_, image, _), label in zip(rows, labels, strict=True)]
         self._numbers = [number for number, _, _ in rows]
-        if not self.files[0][0].is_file():
+        if not os.path.isfile(self.files[0][0]):  # unlike the method, false for a name that is too long
             raise InputError(f"{self.where(0)}: no such image file: {self.files[0][0]}; set root to their folder")
 
     def where(self, index: int) -> str:

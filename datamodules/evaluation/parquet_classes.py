@@ -8,10 +8,12 @@ from typing import Any
 from PIL import Image
 
 from datamodules.evaluation.image_folder import ClassNames, resolve_names
+from datamodules.pairs.columns import refuse_equal
 from lit_clip.errors import InputError
 from lit_clip.evaluation.data import LabelledImages, MissingData, numbered
 from lit_clip.tools.hashing import stamp_of_files
 from lit_clip.tools.images import open_image
+from lit_clip.tools.reading import check_is_file, reading
 
 
 class ParquetClasses(LabelledImages):
@@ -31,10 +33,11 @@ class ParquetClasses(LabelledImages):
     def __init__(
         self, path: str, class_names: ClassNames, image_column: str = "image", label_column: str = "label"
     ) -> None:
-        import pyarrow as pa
         import pyarrow.parquet as pq
 
         self.paths = sorted(Path(path).glob("*.parquet")) if Path(path).is_dir() else [Path(path)]
+        for file in self.paths:
+            check_is_file(file)
         if not self.paths or not all(file.is_file() for file in self.paths):
             raise MissingData(f"{path}: no such parquet file, and no folder with parquet files")
         self.image_column = image_column
@@ -43,18 +46,18 @@ class ParquetClasses(LabelledImages):
         self._starts: list[int] = []  # first row of each group, counted over all files
         self._loaded: tuple[int, Any] | None = None
         for file in self.paths:
-            try:
-                self._index(file, pq.ParquetFile(file), label_column)
-            except (pa.ArrowException, OSError) as error:
-                raise InputError(f"{file}: not a readable parquet file ({str(error).splitlines()[0]})") from error
+            with reading(file, "parquet file"):
+                parquet = pq.ParquetFile(file)
+                schema = parquet.schema_arrow
+            self._index(file, parquet, schema, label_column)
         if not self._labels:
             raise InputError(f"{path}: no rows")
         self.class_names = resolve_names(class_names, numbered(self._labels, path), path)
 
-    def _index(self, file: Path, parquet: Any, label_column: str) -> None:
+    def _index(self, file: Path, parquet: Any, schema: Any, label_column: str) -> None:
         import pyarrow as pa
 
-        schema = parquet.schema_arrow
+        refuse_equal(file, schema.names, (self.image_column, label_column))
         for column in (self.image_column, label_column):
             if column not in schema.names:
                 raise InputError(f"{file}: no column {column!r}; its columns are {', '.join(schema.names)}")
@@ -64,7 +67,8 @@ class ParquetClasses(LabelledImages):
             )
         first = 0
         for group in range(parquet.num_row_groups):
-            labels = parquet.read_row_group(group, columns=[label_column])[label_column].to_pylist()
+            with reading(file, "parquet file"):
+                labels = parquet.read_row_group(group, columns=[label_column])[label_column].to_pylist()
             for row, label in enumerate(labels, start=first):
                 if label is None or label < 0:
                     raise InputError(f"{file} row {row}: its label is {label}; only labelled images can be scored")
@@ -82,7 +86,8 @@ class ParquetClasses(LabelledImages):
         group, file, row = self._place(index)
         number = self._groups[group][1]
         if self._loaded is None or self._loaded[0] != group:  # rows are read in order: keep the last group
-            column = pq.ParquetFile(file).read_row_group(number, columns=[self.image_column])[self.image_column]
+            with reading(file, "parquet file"):
+                column = pq.ParquetFile(file).read_row_group(number, columns=[self.image_column])[self.image_column]
             self._loaded = (group, column)
         value = self._loaded[1][index - self._starts[group]].as_py()
         data = value.get("bytes") if isinstance(value, dict) else value

@@ -101,7 +101,7 @@ class CelebAIdentities(ImageFiles):
 def _names_of_people(path: Path) -> dict[str, str]:
     names = {}
     for row in read_words(path, 1):
-        match = re.fullmatch(r"(\d+)[\s,;:]+(.+)", row[0])
+        match = re.fullmatch(r"([0-9]{1,18})[\s,;:]+(.+)", row[0])
         if match:
             names[match[1]] = match[2].strip().strip('"').replace("_", " ")
         elif names:  # the first line may be a header

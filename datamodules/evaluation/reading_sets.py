@@ -5,10 +5,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from datamodules.evaluation.annotation_files import find, first_line, import_optional, read_mat
+from datamodules.evaluation.annotation_files import AGAIN, find, import_optional, own_dataset, read_mat
 from datamodules.evaluation.image_files import ImageFiles, TrainTest
-from lit_clip.errors import InputError, require
+from datamodules.loading.bad_samples import is_unicode
+from lit_clip.errors import require
 from lit_clip.evaluation.data import Lexicons
+from lit_clip.tools.reading import reading
+
+LONGEST_CELL = 4096  # letters of a name, or digits of a number
 
 
 class SVHNNumbers(ImageFiles):
@@ -40,23 +44,25 @@ def _digit_structs(path: Path) -> list[tuple[str, str]]:
     everything = h5py.h5s.ALL
 
     def read(dataset: Any) -> np.ndarray:  # h5py's high-level objects take twice as long
+        plan = dataset.get_create_plist()
+        if plan.get_external_count() or plan.get_layout() == h5py.h5d.VIRTUAL or dataset.shape[0] > LONGEST_CELL:
+            raise ValueError("a cell is not a name or a number")
         values = np.empty(dataset.shape, dataset.dtype)
         dataset.read(everything, everything, values)
         return values[:, 0]
 
-    try:
-        with h5py.File(path) as opened:
-            file: Any = opened
-            rows = []
-            for name, box in zip(file["digitStruct/name"][:, 0], file["digitStruct/bbox"][:, 0], strict=True):
-                cells = read(h5py.h5d.open(h5py.h5r.dereference(box, file.id), b"label"))
-                if len(cells) > 1:  # references; a single value is stored directly
-                    cells = [read(h5py.h5r.dereference(cell, file.id))[0] for cell in cells]
-                letters = read(h5py.h5r.dereference(name, file.id))
-                rows.append(("".join(map(chr, letters)), "".join(str(int(cell) % 10) for cell in cells)))
-    except (OSError, KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise InputError(f"{path}: not SVHN's digitStruct ({error}); get it again") from error
+    with reading(path, "file of SVHN's digitStruct", hint=AGAIN), h5py.File(path) as opened:
+        file: Any = opened
+        rows = []
+        columns = [own_dataset(file, path, f"digitStruct/{name}") for name in ("name", "bbox")]
+        for name, box in zip(*(column[:, 0] for column in columns), strict=True):
+            cells = read(h5py.h5d.open(h5py.h5r.dereference(box, file.id), b"label"))
+            if len(cells) > 1:  # references; a single value is stored directly
+                cells = [read(h5py.h5r.dereference(cell, file.id))[0] for cell in cells]
+            letters = read(h5py.h5r.dereference(name, file.id))
+            rows.append(("".join(map(chr, letters)), "".join(str(int(cell) % 10) for cell in cells)))
     require(bool(rows), f"{path}: no images in it; get it again")
+    require(all(is_unicode(name) for name, _ in rows), f"{path}: a name is not Unicode; get it again")
     return rows
 
 
@@ -90,7 +96,7 @@ class IIIT5K(ImageFiles, Lexicons):
 def _words_of_images(path: Path, variable: str, lexicon: str) -> list[tuple[str, str, list[str]]]:
     """Read each image's file name, its word, and the words of its list."""
     (structs,) = read_mat(path, variable, squeeze=False)
-    try:
+    with reading(path, f"file of IIIT5K's {variable} with {lexicon}", hint=AGAIN):
         rows = [
             (
                 str(row["ImgName"][0]),
@@ -99,9 +105,5 @@ def _words_of_images(path: Path, variable: str, lexicon: str) -> list[tuple[str,
             )
             for row in structs[0]
         ]
-    except Exception as error:  # an array of another structure can fail in many ways
-        raise InputError(
-            f"{path}: not IIIT5K's {variable} with {lexicon} ({first_line(error)}); get it again"
-        ) from error
     require(bool(rows), f"{path}: no images in it; get it again")
     return rows

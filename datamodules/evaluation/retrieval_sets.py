@@ -1,5 +1,6 @@
 """Captioned images for retrieval: Flickr30k, COCO, and any source of pairs that can be trained on."""
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from datamodules.evaluation.annotation_files import find, read_json, read_text, read_words
+from datamodules.evaluation.annotation_files import AGAIN, find, read_json, read_text, read_words
 from datamodules.evaluation.image_files import UnlabelledFiles
 from datamodules.open_source import open_source
 from datamodules.pairs.columns import ColumnPairs
@@ -15,6 +16,7 @@ from datamodules.pairs.source import PairSource
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import CaptionedImages, MissingData
 from lit_clip.tools.hashing import hash64, stamp_of_files
+from lit_clip.tools.reading import reading
 
 LINE = re.compile(r"(?P<name>[^,|#\t]+\.jpe?g)(?:,|\|\s*\d+\s*\|?|#\d+\t)(?P<caption>.*\S)", re.IGNORECASE)
 
@@ -73,15 +75,18 @@ class CaptionedPairs(CaptionedImages):
         if self._names is not None and root is not None:
             files += [Path(root) / name for name in self._names]
         keys = hash64(repr([self.key(index) for index in range(len(self))])).hex()
-        return f"{stamp_of_files({file for file in files if file.is_file()})}-{keys}"
+        return f"{stamp_of_files({file for file in files if os.path.isfile(file)})}-{keys}"
 
 
 def _image_names(source: PairSource) -> list[str] | None:
     """Return each row's image path as written; None: the images are not files of their own."""
-    paths = source.image_paths() if isinstance(source, ColumnPairs) else None
+    if not isinstance(source, ColumnPairs):
+        return None
+    paths = source.image_paths()
     if paths is None:
         return None
-    names = paths.to_pylist()
+    with reading(source.path, "table of image paths"):
+        names = paths.to_pylist()
     return [str(name).strip() for name in names] if all(isinstance(name, str) for name in names) else None
 
 
@@ -160,10 +165,8 @@ def _folder_of(root: Path, name: str) -> Path:
 
 def _first_name(path: Path) -> str:
     values = read_json(path)
-    try:
+    with reading(path, "file of Karpathy's list of images", hint=AGAIN):
         return str(values["images"][0]["filename"])
-    except (KeyError, IndexError, TypeError) as error:
-        raise InputError(f"{path}: not Karpathy's list of images ({error!r}); get it again") from error
 
 
 def _read_karpathy(path: Path, split: str, folder: Path) -> dict[str, list[str]]:

@@ -4,6 +4,7 @@ Labels are read on construction. Pixels stay in the file, which each process ope
 """
 
 import csv
+import math
 import os
 import pickle
 from abc import abstractmethod
@@ -14,21 +15,25 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from datamodules.evaluation.annotation_files import find, first_line, import_optional, read_text
+from datamodules.evaluation.annotation_files import (
+    AGAIN,
+    find,
+    import_optional,
+    own_dataset,
+    read_text,
+    refuse_missing,
+    whole_number,
+)
 from datamodules.evaluation.image_files import TrainTest, TrainValTest
-from lit_clip.errors import BadSample, InputError
-from lit_clip.evaluation.data import LabelledImages, MissingData
+from lit_clip.errors import BadSample, InputError, require
+from lit_clip.evaluation.data import LabelledImages
 from lit_clip.tools.hashing import hex_digest, stamp_of_files
+from lit_clip.tools.reading import check_is_file, reading
 
 EMOTIONS = ["angry", "disgusted", "fearful", "happy", "sad", "surprised", "neutral"]
 STL10_CLASSES = ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"]
 FACE_SIDE = 48  # pixels
-
-
-def _require_files(*paths: Path) -> None:
-    missing = next((path for path in paths if not path.is_file()), None)
-    if missing is not None:
-        raise MissingData(f"{missing}: no such file")
+MOST_IMAGES = 1_000_000  # of PatchCamelyon, which has 262,144 to train on
 
 
 class ImageArrays(LabelledImages):
@@ -63,9 +68,9 @@ class ImageArrays(LabelledImages):
         where = f"{self.path} row {self.rows[index]}"
         try:
             return self.image(self._pixels(), self.rows[index]), self._labels[index]
-        except (OSError, ValueError, IndexError, KeyError) as error:
-            if isinstance(error, InputError):
-                raise
+        except InputError:
+            raise
+        except Exception as error:  # numpy and h5py raise anything for damaged pixels
             raise BadSample(where, "broken image", f"cannot read its pixels ({error}); get the file again") from error
 
     def __getstate__(self) -> dict[str, Any]:
@@ -106,7 +111,7 @@ class _CIFAR(ImageArrays):
     def __init__(self, root: str, split: TrainTest = "test") -> None:
         folder = Path(root) / self.FOLDER
         self.paths = [folder / name for name in self.PARTS[split]]
-        _require_files(*self.paths, folder / self.META[0])
+        refuse_missing(*self.paths, folder / self.META[0])
         batches = [_unpickle(path, "data", self.LABELS) for path in self.paths]
         labels = [label for batch in batches for label in batch[self.LABELS]]
         names = _unpickle(folder / self.META[0], self.META[1])[self.META[1]]
@@ -153,22 +158,23 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def _unpickle(path: Path, *keys: str) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            content = _ArrayUnpickler(file, encoding="latin1").load()
-        if "data" in keys and content["data"].shape != (len(content[keys[1]]), 3072):
-            raise ValueError(f"pixels of shape {content['data'].shape}")
-        return {key: content[key] for key in keys}
-    except Exception as error:  # a broken pickle can raise anything
-        raise InputError(f"{path}: not a batch of CIFAR ({first_line(error)}); get it again") from error
+    with reading(path, "batch of CIFAR", hint=AGAIN), path.open("rb") as file:
+        content = _ArrayUnpickler(file, encoding="latin1").load()
+        values = {key: content[key] for key in keys}
+        pixels, listed = values.get("data"), values[keys[-1]]
+        if pixels is not None and (pixels.shape != (len(listed), 3072) or pixels.dtype != np.uint8):
+            raise ValueError(f"pixels of shape {pixels.shape} and type {pixels.dtype}")
+        if not isinstance(listed, list) or not all(type(each) is (str if pixels is None else int) for each in listed):
+            raise ValueError(f"{keys[-1]} is no list of {'names' if pixels is None else 'numbers'}")
+        return values
 
 
 def _idx_size(path: Path, dimensions: int) -> tuple[int, ...]:
     """Read the array shape from an IDX file's header: 0, 0, 8 (bytes), the number of dimensions, 4 bytes for each."""
-    with path.open("rb") as file:
+    with reading(path, "IDX file", hint=AGAIN), path.open("rb") as file:
         header = file.read(4 + 4 * dimensions)
     sizes = tuple(int.from_bytes(header[start : start + 4], "big") for start in range(4, len(header), 4))
-    if header[:4] != bytes([0, 0, 8, dimensions]) or path.stat().st_size != len(header) + int(np.prod(sizes)):
+    if header[:4] != bytes([0, 0, 8, dimensions]) or path.stat().st_size != len(header) + math.prod(sizes):
         raise InputError(f"{path}: not a complete IDX file of bytes in {dimensions} dimensions; get it again")
     return sizes
 
@@ -179,7 +185,7 @@ class MNIST(ImageArrays):
     def __init__(self, root: str, split: TrainTest = "test") -> None:
         start = str(Path(root) / "MNIST" / "raw" / ("train" if split == "train" else "t10k"))
         images, labels = Path(f"{start}-images-idx3-ubyte"), Path(f"{start}-labels-idx1-ubyte")
-        _require_files(images, labels)
+        refuse_missing(images, labels)
         self.shape = _idx_size(images, 3)
         if _idx_size(labels, 1)[0] != self.shape[0]:
             raise InputError(f"{labels}: fewer or more labels than images in {images.name}; get both again")
@@ -203,22 +209,29 @@ class FER2013(ImageArrays):
         usage = {"train": "Training", "val": "PublicTest", "test": "PrivateTest"}[split]
         labels, rows = [], []
         self.starts: list[int] = []  # byte offset of every row of the table
+        check_is_file(path)
+        self.path = path
         with path.open("rb") as file:
-            self.columns = _cells(file.readline())
-            if set(self.columns) != {"emotion", "pixels", "Usage"}:
+            self.columns = self._cells(file.readline())
+            if sorted(self.columns) != ["Usage", "emotion", "pixels"]:
                 raise InputError(f"{path}: its columns are {', '.join(self.columns)}, not emotion, pixels, Usage")
             while line := self._next_line(file):
                 if not line.strip():
                     continue
-                cells = dict(zip(self.columns, _cells(line), strict=False))
-                if not cells["emotion"].isdigit() or "Usage" not in cells:
+                cells = dict(zip(self.columns, self._cells(line), strict=False))
+                emotion = whole_number(cells.get("emotion", ""))
+                if emotion is None or "Usage" not in cells:
                     raise InputError(
                         f"{path} row {len(self.starts) - 1}: not a face and its emotion; get the file again"
                     )
                 if cells["Usage"] == usage:
                     rows.append(len(self.starts) - 1)
-                    labels.append(int(cells["emotion"]))
+                    labels.append(emotion)
         super().__init__(path, labels, EMOTIONS, rows)
+
+    def _cells(self, line: bytes) -> list[str]:
+        with reading(self.path, "table of faces", hint=AGAIN):
+            return [cell.strip() for cell in next(csv.reader([line.decode("utf-8-sig", "replace")]), [])]
 
     def _next_line(self, file: Any) -> bytes:
         self.starts.append(file.tell())
@@ -229,13 +242,9 @@ class FER2013(ImageArrays):
 
     def image(self, pixels: Any, row: int) -> Image.Image:
         pixels.seek(self.starts[row])
-        cells = dict(zip(self.columns, _cells(pixels.readline()), strict=True))
+        cells = dict(zip(self.columns, self._cells(pixels.readline()), strict=True))
         values = np.array(cells["pixels"].split(), dtype=np.uint8)
         return Image.fromarray(values.reshape(FACE_SIDE, FACE_SIDE))
-
-
-def _cells(line: bytes) -> list[str]:
-    return [cell.strip() for cell in next(csv.reader([line.decode("utf-8-sig", "replace")]), [])]
 
 
 class STL10(ImageArrays):
@@ -250,8 +259,9 @@ class STL10(ImageArrays):
     def __init__(self, root: str, split: TrainTest = "test", fold: int | None = None) -> None:
         folder = Path(root) / "stl10_binary"
         pixels, labels = folder / f"{split}_X.bin", folder / f"{split}_y.bin"
-        _require_files(pixels, labels)
-        classes = np.fromfile(labels, np.uint8).astype(int) - 1
+        refuse_missing(pixels, labels)
+        with reading(labels, "file of labels", hint=AGAIN):
+            classes = np.fromfile(labels, np.uint8).astype(int) - 1
         if pixels.stat().st_size != len(classes) * 3 * 96 * 96:
             raise InputError(
                 f"{pixels}: not {len(classes)} images, the number of labels in {labels.name}; get both again"
@@ -272,10 +282,11 @@ def _fold(folder: Path, fold: int, count: int) -> list[int]:
     lines = read_text(path).splitlines()
     if not 0 <= fold < len(lines):
         raise InputError(f"{path}: fold must be between 0 and {len(lines) - 1}, not {fold}")
-    words = lines[fold].split()
-    if not words or not all(word.isdigit() and int(word) < count for word in words):
+    numbers = [whole_number(word) for word in lines[fold].split()]
+    rows = [number for number in numbers if number is not None and number < count]
+    if not rows or len(rows) < len(numbers):
         raise InputError(f"{path} line {fold + 1}: not indices of the {count} images; get the file again")
-    return [int(word) for word in words]
+    return rows
 
 
 class PCam(ImageArrays):
@@ -285,11 +296,15 @@ class PCam(ImageArrays):
         part = {"train": "train", "val": "valid", "test": "test"}[split]
         start = f"camelyonpatch_level_2_split_{part}"
         pixels, labels = (Path(root) / "pcam" / f"{start}_{array}.h5" for array in "xy")
-        _require_files(pixels, labels)
-        classes = np.asarray(_dataset(labels, "y")).reshape(-1)
-        count = _dataset(pixels, "x").shape[0]
-        if count != len(classes):
-            raise InputError(f"{pixels}: {count} images for the {len(classes)} labels of {labels.name}; get both again")
+        refuse_missing(pixels, labels)
+        shape, stored = _dataset(pixels, "x").shape, _dataset(labels, "y")
+        count = shape[0] if shape else 0
+        require(shape == (count, 96, 96, 3), f"{pixels}: pixels of shape {shape}, not [N, 96, 96, 3]; get it again")
+        if count != stored.size:
+            raise InputError(f"{pixels}: {count} images for the {stored.size} labels of {labels.name}; get both again")
+        require(count <= MOST_IMAGES, f"{pixels}: {count} images are more than PatchCamelyon has; get it again")
+        with reading(labels, "file of labels", hint=AGAIN):
+            classes = np.asarray(stored).reshape(-1)
         names = ["lymph node", "lymph node containing metastatic tumor tissue"]
         super().__init__(pixels, classes.tolist(), names)
 
@@ -299,7 +314,8 @@ class PCam(ImageArrays):
 
 def _dataset(path: Path, name: str) -> Any:
     h5py = import_optional("h5py", "h5py", path)
-    try:
-        return h5py.File(path, "r")[name]
-    except (OSError, KeyError) as error:
-        raise InputError(f"{path}: not an HDF5 file with {name!r} ({error}); get it again") from error
+    with reading(path, f"HDF5 file with {name!r}", hint=AGAIN):
+        file = h5py.File(path, "r")
+    dataset = own_dataset(file, path, name)
+    require(dataset.dtype.kind in "iu", f"{path}: {name} has values of type {dataset.dtype}; {AGAIN}")
+    return dataset

@@ -8,10 +8,19 @@ from xml.etree import ElementTree
 import torch
 from torch import Tensor
 
-from datamodules.evaluation.annotation_files import read_json, read_text, read_words
+from datamodules.evaluation.annotation_files import (
+    AGAIN,
+    number,
+    read_json,
+    read_text,
+    read_words,
+    whole_number,
+)
 from datamodules.evaluation.image_files import ListedImages, TrainTest, TrainValTest, by_hash, labels_of
+from datamodules.loading.bad_samples import is_unicode
 from lit_clip.errors import InputError
 from lit_clip.evaluation.data import MultiLabel
+from lit_clip.tools.reading import reading
 
 # In the order of the paper's prompts, which is not alphabetical.
 VOC_CLASSES = [
@@ -68,10 +77,11 @@ class VOC2007(ListedImages, MultiLabel):
 def _relevance_of_classes(path: Path) -> list[int]:
     """Return 1 or 0 for each class, or -1 if all its objects are marked difficult, like VOC's classification lists."""
     relevance = [0] * len(VOC_CLASSES)
-    try:
-        objects = ElementTree.fromstring(read_text(path)).findall("object")
-    except ElementTree.ParseError as error:
-        raise InputError(f"{path}: not an annotation of VOC2007 ({error}); get it again") from error
+    text = read_text(path)
+    if "<!" in text:  # entities may stand for gigabytes
+        raise InputError(f"{path}: not an annotation of VOC2007, which has no declarations or comments; get it again")
+    with reading(path, "annotation of VOC2007", hint=AGAIN):
+        objects = ElementTree.fromstring(text).findall("object")
     if not objects:
         raise InputError(f"{path}: no objects, although every annotation of VOC2007 has some; get it again")
     for element in objects:
@@ -95,10 +105,10 @@ class KITTI(ListedImages):
 
     def __init__(self, root: str, split: TrainValTest = "test") -> None:
         raw = Path(root) / "Kitti" / "raw"
-        numbers = _split_by_video(raw / "mapping")[split]
+        images = _split_by_video(raw / "mapping")[split]
         folder = raw / "training"
-        labels = [_closest_vehicle(folder / "label_2" / f"{number:06}.txt") for number in numbers]
-        super().__init__(folder, [f"image_2/{number:06}.png" for number in numbers], labels, list(DISTANCES))
+        labels = [_closest_vehicle(folder / "label_2" / f"{image:06}.txt") for image in images]
+        super().__init__(folder, [f"image_2/{image:06}.png" for image in images], labels, list(DISTANCES))
 
 
 def _split_by_video(folder: Path) -> dict[str, list[int]]:
@@ -107,33 +117,28 @@ def _split_by_video(folder: Path) -> dict[str, list[int]]:
 
     rows = read_words(folder / "train_mapping.txt", 3)  # day, video, frame
     path = folder / "train_rand.txt"
-    try:
-        lines = [int(number) - 1 for number in read_text(path).split(",")]
-        videos = [rows[line][1] for line in lines]
-    except (ValueError, IndexError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: not line numbers of train_mapping.txt; get devkit_object.zip again") from error
+    numbers = [whole_number(word.strip()) for word in read_text(path).split(",")]
+    lines = [number - 1 for number in numbers if number is not None and 0 < number <= len(rows)]
+    if len(lines) < len(numbers):
+        raise InputError(f"{path}: not line numbers of train_mapping.txt; get devkit_object.zip again")
+    videos = [rows[line][1] for line in lines]
     of_video: dict[str, list[int]] = defaultdict(list)
-    for number, video in enumerate(videos):
-        of_video[video].append(number)
+    for image, video in enumerate(videos):
+        of_video[video].append(image)
+    if len(of_video) < 3:
+        raise InputError(f"{path}: {len(of_video)} videos cannot be three splits; get devkit_object.zip again")
     count = max(1, len(of_video) // 10)
     generator = np.random.RandomState(123)  # TensorFlow Datasets' seed; numpy keeps this generator's output fixed
     test = set(generator.choice(sorted(of_video), count, replace=False))
     val = set(generator.choice(sorted(of_video.keys() - test), count, replace=False))
     splits: dict[str, list[int]] = {"train": [], "val": [], "test": []}
-    for video, numbers in of_video.items():
-        splits["test" if video in test else "val" if video in val else "train"] += numbers
-    return {split: sorted(numbers) for split, numbers in splits.items()}
+    for video, images in of_video.items():
+        splits["test" if video in test else "val" if video in val else "train"] += images
+    return {split: sorted(images) for split, images in splits.items()}
 
 
 def _closest_vehicle(path: Path) -> int:
-    try:
-        objects = [(row[0], float(row[13])) for row in read_words(path, 15)]
-    except ValueError as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: not KITTI's labels ({error}); get it again") from error
+    objects = [(row[0], number({"distance": row[13]}, "distance", str(path))) for row in read_words(path, 15)]
     nearest = min((distance for kind, distance in objects if kind in VEHICLES), default=None)
     if nearest is None:
         return 3
@@ -160,10 +165,11 @@ class CLEVRCounts(ListedImages):
         folder = Path(root) / "clevr" / "CLEVR_v1.0"
         part, wanted = ("train", train) if split == "train" else ("val", test)
         path = folder / "scenes" / f"CLEVR_{part}_scenes.json"
-        try:
-            counts = {scene["image_filename"]: len(scene["objects"]) for scene in read_json(path)["scenes"]}
-        except (KeyError, TypeError) as error:
-            raise InputError(f"{path}: not CLEVR's scenes (no {error}); get it again") from error
+        scenes = read_json(path)
+        with reading(path, "file of CLEVR's scenes", hint=AGAIN):
+            counts = {scene["image_filename"]: len(scene["objects"]) for scene in scenes["scenes"]}
+        if not all(isinstance(name, str) and is_unicode(name) for name in counts):
+            raise InputError(f"{path}: the name of an image is not text; get it again")
         if len(counts) < wanted:
             raise InputError(f"{path}: {len(counts)} scenes, not {wanted}; get it again")
         names = sorted(by_hash(list(counts), seed)[:wanted])

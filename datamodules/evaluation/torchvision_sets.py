@@ -8,7 +8,7 @@ with them.
 from pathlib import Path
 from typing import Literal
 
-from datamodules.evaluation.annotation_files import find, read_json, read_mat, read_table, read_text, read_words
+from datamodules.evaluation.annotation_files import AGAIN, find, read_json, read_mat, read_table, read_text, read_words
 from datamodules.evaluation.image_files import (
     ImageFiles,
     ListedImages,
@@ -20,6 +20,7 @@ from datamodules.evaluation.image_files import (
     subfolders,
 )
 from lit_clip.errors import InputError
+from lit_clip.tools.reading import reading
 
 EUROSAT = [
     "Forest",
@@ -88,7 +89,8 @@ class Food101(ListedImages):
         folder = Path(root) / "food-101"
         path = folder / "meta" / f"{split}.json"
         lists = read_json(path)
-        if not isinstance(lists, dict) or not all(isinstance(names, list) for names in lists.values()):
+        is_lists = isinstance(lists, dict) and all(isinstance(names, list) for names in lists.values())
+        if not is_lists or not all(isinstance(name, str) for names in lists.values() for name in names):
             raise InputError(f"{path}: not lists of images by dish; get it again")
         classes = sorted(lists)
         files = [f"images/{image}.jpg" for name in classes for image in lists[name]]
@@ -138,7 +140,8 @@ class StanfordCars(ListedImages):
         fields = annotations.dtype.names or ()
         if not {"fname", "class"} <= set(fields):
             raise InputError(f"{path}: no class labels in it; get the file with labels")
-        labels = [int(label) - 1 for label in annotations["class"]]
+        with reading(path, "list of cars and their classes", hint=AGAIN):
+            labels = [int(label) - 1 for label in annotations["class"]]
         if not all(0 <= label < len(class_names) for label in labels):
             raise InputError(f"{path}: a label is none of the {len(class_names)} classes of {meta}; get both again")
         files = [f"{'cars_train' if train else 'cars_test'}/{name}" for name in annotations["fname"]]
@@ -232,10 +235,13 @@ class Flowers102(ListedImages):
         (labels,) = read_mat(folder / "imagelabels.mat", "labels")
         path = folder / "setid.mat"
         (numbers,) = read_mat(path, {"train": "trnid", "val": "valid", "test": "tstid"}[split])
-        if not all(1 <= number <= len(labels) for number in numbers):
+        with reading(path, "list of images with labels in imagelabels.mat", hint="get both again"):
+            wanted = [int(number) for number in numbers if int(number) == number]
+            classes = [int(labels[number - 1]) - 1 for number in wanted]
+        of_images = len(wanted) == len(numbers) and all(1 <= number <= len(labels) for number in wanted)
+        if not of_images or not all(0 <= label < len(Flowers.classes) for label in classes):
             raise InputError(f"{path}: lists images that have no labels; get it and imagelabels.mat again")
-        files = [f"jpg/image_{number:05}.jpg" for number in numbers]
-        super().__init__(folder, files, [int(labels[number - 1]) - 1 for number in numbers], list(Flowers.classes))
+        super().__init__(folder, [f"jpg/image_{number:05}.jpg" for number in wanted], classes, list(Flowers.classes))
 
 
 class EuroSAT(ImageFiles):

@@ -7,11 +7,16 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from datamodules.evaluation.annotation_files import first_line, import_optional
+from datamodules.evaluation.annotation_files import import_optional
 from lit_clip.errors import BadSample
+from lit_clip.tools.reading import reason
 
 Frames = Literal["centre", "all"]
 VIDEO_SUFFIXES = frozenset({".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
+CONTAINERS = {  # no lists of other files or addresses, such as HLS, whatever a file is called
+    "format_whitelist": "avi,flv,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,mpeg,mpegvideo,mpegts,m4v,asf,ogg,h264,hevc",
+    "protocol_whitelist": "file",
+}
 WHOLE = (0.0, float("inf"))  # seconds
 
 
@@ -22,7 +27,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
     try:
         if not path.is_file():
             raise BadSample(str(path), "missing video", "no such video")
-        with av.open(str(path)) as container:
+        with av.open(str(path), container_options=CONTAINERS) as container:
             if not container.streams.video:
                 raise BadSample(str(path), "not a video", "no video stream in it; get it again")
             stream = container.streams.video[0]
@@ -30,9 +35,8 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
             yield container, stream
     except BadSample:
         raise
-    except (av.FFmpegError, OSError, EOFError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise BadSample(str(path), "broken video", f"cannot read this video ({reason}); get it again") from error
+    except Exception as error:  # for a broken video anything
+        raise BadSample(str(path), "broken video", f"cannot read this video ({reason(error)}); get it again") from error
 
 
 def times_of_frames(path: Path) -> tuple[list[int], float] | None:

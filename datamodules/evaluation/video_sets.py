@@ -109,7 +109,7 @@ class UCF101(Videos):
             folder = name.split("/")[0]
             if folder not in label_of:
                 raise InputError(f"{path}: {name} is in none of the folders listed in classInd.txt; fix the line")
-            if (self.root / name).is_file():
+            if os.path.isfile(self.root / name):
                 self.files.append((self.root / name, label_of[folder]))
             else:
                 self.left_out.add(name, GONE)
@@ -218,6 +218,7 @@ class RareAct(Videos, VerbsAndNouns):
             where = f"{table}: {row['video_id']}"
             label, start, end, code = (number(row, name, where) for name in ("class_id", "start", "end", "annotation"))
             require(code in range(5), f"{where}: annotation must be 0 to 4, not {code:g}; fix the row")
+            require(label.is_integer(), f"{where}: class_id must be a whole number, not {label:g}; fix the row")
             pair = (row["verb"], row["noun"])
             if words.setdefault(int(label), pair) != pair:
                 both = f"{' '.join(pair)} here and {' '.join(words[int(label)])} in another row"

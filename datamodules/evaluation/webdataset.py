@@ -16,21 +16,22 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from datamodules.evaluation.annotation_files import read_text
-from datamodules.shards.index import DamagedError, split_name, tar_members
+from datamodules.evaluation.annotation_files import AGAIN, read_text, refuse_missing, whole_number
+from datamodules.shards.index import split_name, tar_members
 from lit_clip.errors import BadSample, InputError, require
 from lit_clip.evaluation.data import (
     CaptionedImages,
     ImageSet,
     LabelledImages,
-    MissingData,
     MultiLabel,
     numbered,
 )
 from lit_clip.tools.hashing import stamp_of_files
 from lit_clip.tools.images import SUFFIXES, open_image
+from lit_clip.tools.reading import reading
 
 Kind = Literal["classification", "retrieval", "multilabel"]
+LARGEST_TARGET = 1 << 20  # bytes
 TARGET_SUFFIXES: dict[Kind, str] = {"classification": "cls", "retrieval": "txt", "multilabel": "npy"}
 
 
@@ -53,26 +54,18 @@ class _TarSample:
 def _scan(path: Path, number: int, target_suffix: str) -> dict[str, _TarSample]:
     """List the samples of a tar in order, reading only headers and target files."""
     samples: dict[str, _TarSample] = {}
-    try:
-        with path.open("rb") as file:
-            for member, tar in tar_members(file, os.path.getsize(path)):
-                key, suffix = split_name(member.name)
-                sample = samples.setdefault(key, _TarSample())
-                if f".{suffix}" in SUFFIXES:
-                    require(sample.image is None, f"{path} sample {key}: two images; write the tar again")
-                    sample.image = ImageSpan(number, member.offset_data, member.size)
-                elif suffix == target_suffix:
-                    content = tar.extractfile(member)
-                    sample.target = content.read() if content is not None else None
-    except FileNotFoundError as error:
-        raise MissingData(f"{path}: no such file") from error
-    except DamagedError as error:
-        raise InputError(f"{path}: {error}; get it again") from error
-    except InputError:
-        raise
-    except Exception as error:  # tarfile can raise almost anything for bytes that are not a tar
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{path}: not a readable tar ({reason}); get it again") from error
+    refuse_missing(path)
+    with reading(path, "tar", hint=AGAIN), path.open("rb") as file:
+        for member, tar in tar_members(file, os.path.getsize(path)):
+            key, suffix = split_name(member.name)
+            sample = samples.setdefault(key, _TarSample())
+            if f".{suffix}" in SUFFIXES:
+                require(sample.image is None, f"{path} sample {key}: two images; write the tar again")
+                sample.image = ImageSpan(number, member.offset_data, member.size)
+            elif suffix == target_suffix:
+                require(member.size <= LARGEST_TARGET, f"{path} sample {key}: its .{suffix} has {member.size:,} bytes")
+                content = tar.extractfile(member)
+                sample.target = content.read() if content is not None else None
     return {key: sample for key, sample in samples.items() if key and (sample.image or sample.target is not None)}
 
 
@@ -103,13 +96,14 @@ class _Tars(ImageSet):
             raise InputError(f"{root}: dataset_type.txt says {kind}, but {type(self).__name__} reads {self.kind}")
         self.templates = [line.replace("{c}", "{}") for line in self._lines("zeroshot_classification_templates.txt")]
         count = read_text(self.root / split / "nshards.txt").strip()
-        if not count.isdecimal():
+        shards = whole_number(count)
+        if shards is None:
             raise InputError(f"{self.root / split / 'nshards.txt'}: {count[:20]!r} must be the number of tar files")
         self.tars: list[Path] = []
         self.keys: list[str] = []
         self.spans: list[ImageSpan | None] = []
         self.targets: list[bytes] = []
-        for number in range(int(count)):  # if the count is too large, the first missing tar ends this
+        for number in range(shards):  # if the count is too large, the first missing tar ends this
             path = self.root / split / f"{number}.tar"
             self.tars.append(path)
             self._add(path, _scan(path, number, TARGET_SUFFIXES[self.kind]))
@@ -194,9 +188,10 @@ class WebDataset(_Tars, LabelledImages):
 
     def _label(self, index: int) -> int:
         text = self._target_text(index).strip()
-        if not text.isdecimal():
+        label = whole_number(text)
+        if label is None:
             raise InputError(f"{self.where(index)}: its label is {text[:40]!r}, not a whole number of at least 0")
-        return int(text)
+        return label
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return self.image(index), self._labels[index]
@@ -225,13 +220,11 @@ class WebDatasetMultiLabel(_Tars, LabelledImages, MultiLabel):
         self._relevance = torch.tensor(np.stack(marks))
 
     def _marks(self, index: int) -> np.ndarray:
-        try:
-            marks = np.load(io.BytesIO(self.targets[index]), allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
-            raise InputError(
-                f"{self.where(index)}: its .npy is not an array of numbers; write the file again"
-            ) from error
-        if marks.ndim != 1 or not np.isin(marks, (0, 1)).all():
+        target = io.BytesIO(self.targets[index])
+        with reading(f"{self.where(index)}: its .npy", "array of numbers", hint="write the file again"):
+            marks = np.lib.format.read_array(target, allow_pickle=False)
+            good = marks.ndim == 1 and marks.dtype.kind in "biuf" and bool(np.isin(marks, (0, 1)).all())
+        if not good:
             raise InputError(f"{self.where(index)}: its .npy must hold a 0 or a 1 for each class; write it again")
         return marks.astype(np.int8)
 

@@ -1,14 +1,49 @@
 """Skip samples that cannot be used, and check captions; lit_clip/tools/images.py refuses unreadable images."""
 
+import re
 from typing import Any, NamedTuple, TypeVar
 
+import regex
 from torch.utils.data import Dataset
 
 from lit_clip.errors import BadSample
 
-BLANK = frozenset({"", "nan", "none", "null", "n/a", "<na>"})  # what spreadsheets and pandas write for "no caption"
+BLANK = frozenset(  # what pandas and spreadsheets write for "no caption", and the errors of Excel and Google Sheets
+    {
+        *("", "nan", "none", "null", "n/a", "<na>", "#n/a", "#ref!", "#value!", "#name?", "#div/0!", "#num!", "#null!"),
+        *("#error!", "#spill!", "#calc!", "#field!", "#blocked!", "#unknown!", "#connect!", "#busy!", "#getting_data"),
+    }
+)
+LONGEST_BLANK = 16  # bytes of a blank text with a little white space
+# White space, control and format characters, and the letters and marks that are drawn as nothing; for regex and RE2.
+_INVISIBLE = (
+    r"[\p{Z}\p{Cc}\p{Cf}" + "\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0"
+    "\U000e0100-\U000e01ef]*"
+)
+_WORD = f"(?:{'|'.join(map(re.escape, sorted(BLANK, reverse=True)))})"
+BLANK_PATTERN = f"^{_INVISIBLE}{_WORD}{_INVISIBLE}$"  # of a blank text, to be matched in either case
+_BLANK_TEXT = regex.compile(f"{_INVISIBLE}+{_WORD}{_INVISIBLE}+", regex.IGNORECASE)  # "*+": without going back
 
 Item = TypeVar("Item")
+
+
+def is_blank(caption: object) -> bool:
+    """Whether a cell means "no caption": missing, a word or an error that stands for that, or nothing visible."""
+    if not isinstance(caption, str):
+        return caption is None or (isinstance(caption, float) and caption != caption)
+    first = caption[:1]
+    if "!" <= first <= "~" and first not in "nN<#":  # nearly every caption
+        return False
+    return _BLANK_TEXT.fullmatch(caption) is not None
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text has no lone surrogate; JSON's escapes can write one, and undecodable bytes are read as one."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class Skipped(NamedTuple):
@@ -44,14 +79,12 @@ def check_caption(caption: object, where: str) -> str:
     """Return the caption unchanged.
 
     Raises:
-        BadSample: it is missing, blank, a spreadsheet's "nan" or "null", or not text.
+        BadSample: it is missing, blank (:func:`is_blank`), or not text.
     """
-    if caption is None or caption != caption or str(caption).strip().lower() in BLANK:  # NaN differs from itself
+    if is_blank(caption):
         raise BadSample(where, "no caption", "no caption; write one or remove it")
     if not isinstance(caption, str):
         raise BadSample(where, "caption is not text", f"the caption is not text: {str(caption)[:60]!r}")
-    try:
-        caption.encode()
-    except UnicodeEncodeError:
-        raise BadSample(where, "caption is not text", "the caption is not UTF-8 text; fix or remove it") from None
+    if not is_unicode(caption):
+        raise BadSample(where, "caption is not text", "the caption is not UTF-8 text; fix or remove it")
     return caption

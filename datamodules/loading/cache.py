@@ -1,12 +1,17 @@
 """The cache folder: files made once from the data and read again by every process and every run."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
+
+from lightning.pytorch.utilities import rank_zero_info
 
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.hashing import hex_digest
+
+Content = TypeVar("Content")
 
 
 def default_cache_dir() -> Path:
@@ -34,3 +39,24 @@ def writing_cached(path: Path) -> Iterator[Path]:
     with replacing(path, "; set XDG_CACHE_HOME to a folder with room") as draft:
         draft.parent.mkdir(parents=True, exist_ok=True)
         yield draft
+        if draft.is_file():  # else a crash of the machine could leave the name without the content
+            with draft.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def made_once(path: Path, load: Callable[[Path], Content], make: Callable[[Path], None]) -> Content:
+    """Load a file of the cache; if there is none, or it is damaged, make it first.
+
+    Args:
+        path: of the file, from :func:`cache_file`.
+        load: reads and validates it; any exception means that it is damaged.
+        make: writes it to the path that it is given.
+    """
+    if path.is_file():
+        try:
+            return load(path)
+        except Exception:  # parsers raise anything for a damaged file
+            rank_zero_info(f"{path}: damaged, so it is made again")
+    with writing_cached(path) as draft:
+        make(draft)
+    return load(path)

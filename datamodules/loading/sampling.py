@@ -10,15 +10,37 @@ from lit_clip.errors import InputError
 
 
 class TrainingSample(NamedTuple):
-    """Index of a training dataset; the epoch is part of it because it seeds the augmentation."""
+    """Index of a training dataset; epoch and draw are part of it because they seed caption and augmentation.
+
+    Attributes:
+        epoch: from 0.
+        row: of the source.
+        draw: how often the epoch has drawn this row before; above 0 only where an epoch repeats rows.
+    """
 
     epoch: int
     row: int
+    draw: int = 0
 
 
 def sample_seed(seed: int, sample: TrainingSample) -> int:
     """Return the seed of everything random in a sample; the same on any worker or rank."""
-    return int(np.random.SeedSequence((seed, *sample)).generate_state(1, np.uint64)[0]) >> 1
+    entropy = (seed, *sample) if sample.draw else (seed, sample.epoch, sample.row)
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]) >> 1
+
+
+def draw_numbers(order: np.ndarray) -> np.ndarray | None:
+    """Return how often each row of an epoch's order came before, int ``[size]``; None: no row repeats."""
+    seen = np.zeros(int(order.max(initial=-1)) + 1, dtype=bool)
+    seen[order] = True
+    if np.count_nonzero(seen) == len(order):  # the usual case, in a tenth of the time of sorting
+        return None
+    # Sorting whole numbers is ten times as fast as a stable argsort.
+    rows, by_row = np.divmod(np.sort(order.astype(np.int64) * len(order) + np.arange(len(order))), len(order))
+    first = np.flatnonzero(np.concatenate([[True], rows[1:] != rows[:-1]]))  # place of each row's first draw
+    draws = np.empty(len(order), dtype=order.dtype)
+    draws[by_row] = np.arange(len(order)) - np.repeat(first, np.diff(first, append=len(order)))
+    return draws
 
 
 class Position(NamedTuple):
@@ -90,11 +112,13 @@ class GlobalBatchSampler(Sampler[list[TrainingSample]]):
 
     def __iter__(self) -> Iterator[list[TrainingSample]]:
         order, epoch = self.order(self.epoch), self.epoch
+        draws = draw_numbers(order)
         done = self.start.batch if epoch == self.start.epoch else 0
         step = self.batch_size * self.world
         for first in range(done * step, len(self) * step, step):
-            mine = order[first + self.rank : first + step : self.world]
-            yield [TrainingSample(epoch, int(row)) for row in mine]
+            mine = slice(first + self.rank, first + step, self.world)
+            counts = np.zeros(self.batch_size, dtype=np.int64) if draws is None else draws[mine]
+            yield [TrainingSample(epoch, *both) for both in zip(order[mine].tolist(), counts.tolist(), strict=True)]
 
 
 class StridedSampler(Sampler[int]):

@@ -1,6 +1,5 @@
 """The evaluation sets of ``lit-clip overlap``: which, with which thresholds, and what a model gets right in them."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 
 from datamodules.evaluation.image_folder import ImageFolderClasses
@@ -19,6 +17,7 @@ from lit_clip.evaluation.prompts import Prompts, prompts_of, text_classifier
 from lit_clip.evaluation.suite import SuiteEntry, read_suite
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.console import stderr
+from lit_clip.tools.text_files import read_json, read_yaml
 
 
 @dataclass
@@ -117,10 +116,7 @@ def _threshold(name: str, value: Any) -> float:
 
 
 def _read_mapping(path: Path, expected: str) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: not readable ({' '.join(str(error).split())})") from error
+    values = read_yaml(path, "--threshold")
     if not isinstance(values, dict):
         raise InputError(f"{path}: must hold {expected}")
     return values
@@ -132,10 +128,7 @@ def read_results(path: Path, names: Sequence[str]) -> dict[str, dict[str, bool]]
     Raises:
         InputError: the file is not readable, lacks a set, or holds anything but true and false.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"--results {path}: not readable JSON ({' '.join(str(error).split())})") from error
+    values = read_json(path, "--results")
     expected = 'must hold {"set": {"image": true, ...}, ...}'
     require(isinstance(values, dict), f"--results {path}: {expected}")
     for name in names:

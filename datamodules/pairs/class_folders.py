@@ -6,12 +6,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from datamodules.loading.bad_samples import is_unicode
 from datamodules.pairs.columns import Cells, ColumnPairs
-from datamodules.pairs.folder import walk_images
+from datamodules.pairs.folder import printable, walk_images
 from datamodules.pairs.source import SourceOptions
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.prompts import Prompts, prompts_of
 from lit_clip.tools.images import SUFFIXES
+from lit_clip.tools.reading import reading
 
 
 def open_class_folders(folder: Path, options: SourceOptions) -> "ClassPairs":
@@ -22,7 +24,8 @@ def open_class_folders(folder: Path, options: SourceOptions) -> "ClassPairs":
     """
     options.refuse_split(folder)
     options.refuse_columns(folder)
-    classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    with reading(folder, "folder"):
+        classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     require(bool(classes), f"{folder}: no subfolders; put each class's images into a subfolder of its own")
     class_names: Any = options.class_names  # lists are invariant
     prompts = prompts_of(class_names, options.templates, [name.replace("_", " ") for name in classes])
@@ -46,8 +49,19 @@ class ClassPairs(ColumnPairs):
         self.classes, self.texts = classes, prompts.texts
         names, counts = [], []
         for name in classes:
-            below = [f"{name}/{image}" for image, _ in walk_images(folder / name)]
+            require(
+                is_unicode(name), f"{folder}: the name of {printable(name)}, its class, is not UTF-8 text; rename it"
+            )
+            below = []
+            for image, _ in walk_images(folder / name):
+                if is_unicode(image):
+                    below.append(f"{name}/{image}")
+                else:
+                    self._left_out.add(f"{folder / name}: {printable(image)}", "its name is not UTF-8")
             if not below:
+                require(
+                    not self._left_out.counts, f"{folder / name}: no usable images of this class ({self._left_out})"
+                )
                 raise InputError(f"{folder / name}: no images of this class ({', '.join(sorted(SUFFIXES))})")
             names.append(pa.array(below, pa.string()))
             counts.append(len(below))

@@ -1,6 +1,7 @@
 """Captions in a JSON file: COCO's, Karpathy's splits of COCO and Flickr, or an array of objects."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from datamodules.pairs.columns import TablePairs
-from datamodules.pairs.source import NO_CAPTION, PairSource, SourceOptions, find_split
+from datamodules.pairs.source import PairSource, SourceOptions, find_split
 from datamodules.pairs.text_table import (
     SCHEMA_OF_LISTS,
     Problems,
@@ -16,9 +17,11 @@ from datamodules.pairs.text_table import (
     open_records,
     open_table,
     record_batches,
+    shown,
     usable_rows,
 )
-from lit_clip.errors import InputError
+from lit_clip.errors import InputError, require
+from lit_clip.tools.reading import check_is_file, reading
 
 
 def open_json(path: Path, options: SourceOptions) -> PairSource:
@@ -27,6 +30,7 @@ def open_json(path: Path, options: SourceOptions) -> PairSource:
     Raises:
         InputError: another format, a damaged file, or no image with a caption.
     """
+    check_is_file(path)
     if _is_lines(path):
         return open_table(path, options)
     values = _load(path)
@@ -34,7 +38,7 @@ def open_json(path: Path, options: SourceOptions) -> PairSource:
         return open_records(path, values, options)
     images = values.get("images") if isinstance(values, dict) else None
     if not isinstance(images, list) or not all(isinstance(image, dict) for image in images):
-        found = ", ".join(list(values)[:8]) if isinstance(values, dict) else ""
+        found = ", ".join(key[:60] for key in list(values)[:8]) if isinstance(values, dict) else ""
         raise InputError(
             f"{path}: no list \"images\", found {found or 'nothing'}; it must be COCO's captions, Karpathy's splits, "
             "an array of objects with an image and a caption, or one such object per line"
@@ -42,27 +46,24 @@ def open_json(path: Path, options: SourceOptions) -> PairSource:
     options.refuse_columns(path)
     if isinstance(values.get("annotations"), list):
         options.refuse_split(path)
-        return _pairs(path, _coco(path, images, values["annotations"]), options, "image id")
+        problems = Problems(path, options.on_error == "skip", "image id")
+        return _pairs(path, _coco(path, images, values["annotations"], problems), options, problems)
     if any("sentences" in image for image in images[:1]):
-        return _pairs(path, _karpathy(path, images, options), options, "image number")
+        problems = Problems(path, options.on_error == "skip", "image number")
+        return _pairs(path, _karpathy(path, images, options), options, problems)
     raise InputError(
         f'{path}: "images" without captions; they must be in "annotations" or in each image\'s "sentences"'
     )
 
 
 def _load(path: Path) -> Any:
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            return json.load(file)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON ({error}); fix the file") from error
+    with reading(path, "JSON file", hint="fix it, or save it as UTF-8"):
+        return json.loads(path.read_text(encoding="utf-8-sig"))
 
 
 def _is_lines(path: Path) -> bool:
     """Whether the first line is a complete object, and not COCO's."""
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
+    with reading(path, "JSON file"), path.open(encoding="utf-8-sig", errors="replace") as file:
         first = next((line for line in file if line.strip()), "")
     if not first.lstrip().startswith("{"):
         return not first.strip()
@@ -72,18 +73,34 @@ def _is_lines(path: Path) -> bool:
         return False
 
 
-def _coco(path: Path, images: list[dict[str, Any]], annotations: list[Any]) -> Iterator[RawRow]:
-    captions: dict[Any, list[Any]] = {}
+def _coco(path: Path, images: list[dict[str, Any]], annotations: list[Any], problems: Problems) -> Iterator[RawRow]:
+    captions: dict[int, list[Any]] = {}
+    number_of: dict[int, int] = {}
+    for number, image in enumerate(images):
+        if not isinstance(image.get("file_name"), str) or not _is_id(image.get("id")):
+            raise InputError(f"{path}: image {number} needs a file_name and an integer id")
+        other = number_of.setdefault(image["id"], number)
+        same = f"images {other} and {number} have the same id {image['id']}, so their captions cannot be told apart"
+        require(other == number, f"{path}: {same}; give each its own")
     for number, annotation in enumerate(annotations):
         if not isinstance(annotation, dict) or "image_id" not in annotation:
             raise InputError(f"{path}: annotation {number} has no image_id; fix the file")
         if "caption" not in annotation:
             raise InputError(f"{path}: annotation {number} has no caption; give captions_*.json, not instances_*.json")
-        captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
-    for number, image in enumerate(images):
-        if not isinstance(image.get("file_name"), str) or not isinstance(image.get("id"), int):
-            raise InputError(f"{path}: image {number} needs a file_name and an integer id")
+        if not _is_id(annotation["image_id"]):
+            found = shown(annotation["image_id"])
+            raise InputError(f"{path}: annotation {number} has the image_id {found}, which is not an integer")
+        if annotation["image_id"] in number_of:
+            captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
+        else:
+            problems.left_out.add(f"{path} annotation {number}", "annotation without an image")
+    for image in images:
         yield RawRow(image["id"], image["file_name"], captions.get(image["id"], []))
+
+
+def _is_id(value: Any) -> bool:
+    """Whether a value is an integer that an Arrow table can hold."""
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
 
 
 def _karpathy(path: Path, images: list[dict[str, Any]], options: SourceOptions) -> Iterator[RawRow]:
@@ -98,19 +115,23 @@ def _karpathy(path: Path, images: list[dict[str, Any]], options: SourceOptions) 
         if not isinstance(image.get("filename"), str) or not isinstance(sentences, list):
             raise InputError(f"{path}: image {number} needs a filename and a list of sentences")
         folder = image.get("filepath")
+        require(
+            folder is None or isinstance(folder, str),
+            f"{path}: image {number} has the filepath {shown(folder)}, no text",
+        )
         name = f"{folder}/{image['filename']}" if folder else image["filename"]
         captions = [sentence.get("raw") if isinstance(sentence, dict) else None for sentence in sentences]
         yield RawRow(number, name, captions)
 
 
-def _pairs(path: Path, rows: Iterator[RawRow], options: SourceOptions, label: str) -> TablePairs:
-    problems = Problems(path, options.on_error == "skip", label)
+def _pairs(path: Path, rows: Iterator[RawRow], options: SourceOptions, problems: Problems) -> TablePairs:
     batches = record_batches(usable_rows(rows, problems), SCHEMA_OF_LISTS)
     table, left_out = pa.Table.from_batches(batches, SCHEMA_OF_LISTS), problems.left_out
     if not table.num_rows:
-        raise InputError(f"{path}: no image with a caption ({left_out.counts[NO_CAPTION]} without); add captions")
+        why = f" ({left_out})" if left_out.counts else ""
+        raise InputError(f"{path}: no image with a caption{why}; add captions")
     root = options.image_root(_find_root(path, table["image"][0].as_py()) if options.root is None else path.parent)
-    return TablePairs(table, path, root, label, left_out=left_out)
+    return TablePairs(table, path, root, problems.label, left_out=left_out)
 
 
 def _find_root(path: Path, image: str) -> Path:
@@ -124,6 +145,8 @@ def _find_root(path: Path, image: str) -> Path:
     places = [path.parent, path.parent / "images", path.parent / named, above, above / "images", above / named]
     places.append(above / "images" / named)
     for place in places:
-        if (place / image).is_file():
+        if os.path.isfile(place / image):  # unlike the method, false for a name that is too long
             return place
-    raise InputError(f"{path}: {image} is not in {', '.join(map(str, places))}; set root to the folder of its images")
+    raise InputError(
+        f"{path}: {image[:200]} is not in {', '.join(map(str, places))}; set root to the folder of its images"
+    )

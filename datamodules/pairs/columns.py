@@ -5,6 +5,7 @@ import random
 import re
 import shlex
 from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self, cast
 
@@ -12,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
-from datamodules.loading.bad_samples import BLANK, check_caption
+from datamodules.loading.bad_samples import BLANK, BLANK_PATTERN, check_caption, is_blank
 from datamodules.loading.store import StoreFolder, stamp_of
 from datamodules.pairs.source import (
     NO_CAPTION,
@@ -25,7 +26,7 @@ from datamodules.pairs.source import (
     Text,
     divide_rows,
 )
-from lit_clip.errors import BadSample, InputError
+from lit_clip.errors import BadSample, InputError, require
 from lit_clip.tools.hashing import hash64
 from lit_clip.tools.images import CHECKED, check_images, open_image
 
@@ -37,17 +38,12 @@ IMAGE_COLUMNS = (
 )
 CAPTION_COLUMNS = ("caption", "captions", "text", "title", "description", "sentence", "sentences")
 
+MOST_NAMES, LONGEST_NAME = 30, 60  # of columns in a message
 CHECKED_IN_STORE = 8  # images that are read before training
 
-_SPACE = r"[\t-\r\x1c-\x1f\x{85}\p{Z}]*"  # what str.strip removes
-_BLANK = f"^{_SPACE}(?:{'|'.join(map(re.escape, sorted(BLANK)))}){_SPACE}$"
-_MAY_BE_BLANK = np.zeros(256, dtype=bool)  # by first byte: of white space, or of a blank word
-_MAY_BE_BLANK[[*range(9, 14), *range(0x1C, 0x21), 0xC2, 0xE1, 0xE2, 0xE3, *b"nN<"]] = True
-
-
-def is_blank(caption: Any) -> bool:
-    """Whether a cell means "no caption"."""
-    return caption is None or (isinstance(caption, str | float) and str(caption).strip().lower() in BLANK)
+_MAY_BE_BLANK = np.zeros(256, dtype=bool)  # by first byte: of an invisible character, or of a blank word
+_MAY_BE_BLANK[[*range(0x21), 0x7F, 0xC2, 0xCD, 0xD8, *range(0xDB, 0xDD), *range(0xE0, 0xE4), 0xEF, 0xF0, 0xF3]] = True
+_MAY_BE_BLANK[[*b"nN<#"]] = True
 
 
 def blank_mask(captions: pa.Array) -> np.ndarray:
@@ -64,7 +60,7 @@ def blank_mask(captions: pa.Array) -> np.ndarray:
         texts = captions.take(pa.array(candidates))
         if _is_bytes(texts.type):
             texts = texts.view(pa.large_string() if pa.types.is_large_binary(texts.type) else pa.string())
-        matched = compute.match_substring_regex(texts, _BLANK, ignore_case=True)
+        matched = compute.match_substring_regex(texts, BLANK_PATTERN, ignore_case=True)
         blank[candidates] = matched.to_numpy(zero_copy_only=False)
     return blank
 
@@ -138,17 +134,17 @@ def find_column(path: object, found: list[str], wanted: str | None, usual: tuple
     if wanted is not None:
         if wanted in found:
             return wanted
-        raise InputError(f"{path}: no column {wanted!r}; its columns are {', '.join(found)}; set {option}")
+        raise InputError(f"{path}: no column {wanted!r}; its columns are {_listed(found)}; set {option}")
     lowered = {column.lower(): column for column in reversed(found)}
     for name in usual:
         if name in lowered:
             return lowered[name]
     is_image = option.endswith("image_column")
-    likely = shlex.quote(found[0 if is_image else -1]) if found else "NAME"
+    likely = shlex.quote(found[0 if is_image else -1][:LONGEST_NAME]) if found else "NAME"
     hint = f"for example, set {option} {likely}" if option.startswith("--") else f"set {option}"
     if is_image and "url" in lowered:
         hint = "download the images first, for example with img2dataset"
-    raise InputError(f"{path}: none of its columns ({', '.join(found)}) is called {' or '.join(usual[:3])}; {hint}")
+    raise InputError(f"{path}: none of its columns ({_listed(found)}) is called {' or '.join(usual[:3])}; {hint}")
 
 
 def find_columns(path: object, found: list[str], options: SourceOptions) -> Columns:
@@ -167,7 +163,21 @@ def find_columns(path: object, found: list[str], options: SourceOptions) -> Colu
     for option in ("group_column", "negative_column"):
         if getattr(options, option) is not None:
             find_column(path, found, getattr(options, option), (), f"{prefix}{option}")
-    return Columns(image, caption, options.group_column, options.negative_column, tuple(numbered[1:]))
+    columns = Columns(image, caption, options.group_column, options.negative_column, tuple(numbered[1:]))
+    refuse_equal(path, found, columns.names())
+    return columns
+
+
+def refuse_equal(path: object, found: Sequence[str], wanted: Sequence[str]) -> None:
+    """Raise :class:`InputError` if a wanted column's name is that of two."""
+    for name in wanted:
+        require(found.count(name) < 2, f"{path}: two columns are called {name!r}; rename one")
+
+
+def _listed(names: Sequence[str]) -> str:
+    """List the names of columns, of which there may be any number of any length."""
+    shown = ", ".join(name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}..." for name in names[:MOST_NAMES])
+    return shown + (f", ... ({len(names):,} in all)" if len(names) > MOST_NAMES else "")
 
 
 def _numbered_captions(found: list[str]) -> list[str]:
@@ -425,3 +435,12 @@ def map_table(path: Path) -> pa.Table:
     """Map an Arrow file as a table."""
     with pa.memory_map(str(path)) as file:
         return pa.ipc.open_file(file).read_all()
+
+
+def map_valid_table(path: Path, schema: pa.Schema) -> pa.Table:
+    """:func:`map_table` of a file that may be damaged: reads all of it and raises whatever Arrow raises."""
+    table = map_table(path)
+    if table.schema != schema:
+        raise pa.ArrowInvalid(f"it has the columns {table.schema}")
+    table.validate(full=True)
+    return table

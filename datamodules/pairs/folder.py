@@ -7,28 +7,59 @@ from pathlib import Path
 import pyarrow as pa
 from lightning.pytorch.utilities import rank_zero_info
 
+from datamodules.loading.bad_samples import is_unicode
 from datamodules.pairs.columns import Cells, ColumnPairs
 from datamodules.pairs.source import DELIMITED, JSON_LINES, NO_CAPTION
 from lit_clip.errors import BadSample, InputError
 from lit_clip.tools.images import SUFFIXES
+from lit_clip.tools.reading import reading
 
 BATCH_ROWS = 16_384
+LARGEST_TEXT = 1 << 20  # bytes
 TABLES = (*DELIMITED[:2], *JSON_LINES, ".json")
 
 
-def walk_images(folder: Path, below: str = "") -> Iterator[tuple[str, bool]]:
-    """Yield the images at any depth, sorted, without hidden ones, and whether each has a text file."""
-    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+def walk_images(folder: Path) -> Iterator[tuple[str, bool]]:
+    """Yield the images at any depth, sorted, without hidden ones, and whether each has a text file.
+
+    Links to folders are followed, except to a folder that the link itself is in.
+
+    Raises:
+        InputError: a folder cannot be listed.
+    """
+    # A stack, the innermost folder last: folders may be nested more deeply than Python's calls.
+    stack = [(_identity(folder), _listed(folder, ""))]
+    outside = {_identity(parent) for parent in folder.resolve().parents}
+    while stack:
+        name, is_folder, has_text = next(stack[-1][1], ("", False, False))
+        if not name:
+            stack.pop()
+        elif not is_folder:
+            yield name, has_text
+        elif (identity := _identity(folder / name)) not in outside and identity not in [above for above, _ in stack]:
+            stack.append((identity, _listed(folder / name, f"{name}/")))
+
+
+def _listed(folder: Path, below: str) -> Iterator[tuple[str, bool, bool]]:
+    """Yield each subfolder and image of a folder: name, whether it is a folder, and whether it has a text file."""
+    with reading(folder, "folder"):
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     texts = {entry.name.removesuffix(".txt") for entry in entries if entry.name.endswith(".txt")}
     for entry in entries:
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            yield from walk_images(folder / entry.name, f"{below}{entry.name}/")
-            continue
         stem, suffix = os.path.splitext(entry.name)
-        if suffix.lower() in SUFFIXES:
-            yield below + entry.name, stem in texts
+        try:
+            is_folder = entry.is_dir()
+        except OSError:  # a link to nothing that could be read
+            is_folder = False
+        if not entry.name.startswith(".") and (is_folder or suffix.lower() in SUFFIXES):
+            yield below + entry.name, is_folder, stem in texts
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    """Return what is the same for a folder and a link to it."""
+    with reading(folder, "folder"):
+        status = folder.stat()
+    return status.st_dev, status.st_ino
 
 
 class FolderPairs(ColumnPairs):
@@ -49,7 +80,9 @@ class FolderPairs(ColumnPairs):
         without, chunks, names = 0, [], []
         for name, has_text in walk_images(folder):
             without += not has_text
-            if has_text:
+            if has_text and not is_unicode(name):
+                self._left_out.add(f"{folder}: {printable(name)}", "its name is not UTF-8")
+            elif has_text:
                 names.append(name)
             if len(names) == BATCH_ROWS:
                 chunks.append(pa.array(names, pa.string()))
@@ -57,6 +90,8 @@ class FolderPairs(ColumnPairs):
         self._names = pa.chunked_array([*chunks, pa.array(names, pa.string())])
         if not len(self._names):
             problem = f"its {without} images have no .txt beside them" if without else "no images in it"
+            if self._left_out.counts:
+                problem = f"no image that can be used ({self._left_out})"
             tables = sorted(entry.name for entry in folder.iterdir() if entry.suffix.lower() in TABLES)
             hint = f"give the table itself ({', '.join(tables[:3])})" if tables else "a.jpg needs its caption in a.txt"
             if without and not tables and any(entry.is_dir() for entry in folder.iterdir()):
@@ -77,10 +112,30 @@ class FolderPairs(ColumnPairs):
         file = (self.root / name).with_suffix(".txt")
         where = f"{self.path}: {name}"
         try:
-            lines = file.read_text(encoding="utf-8-sig").splitlines()
+            lines = _text_of(file).decode("utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
             detail = f"{file.name} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
             raise BadSample(where, "not UTF-8", detail) from error
         except OSError as error:
-            raise BadSample(where, NO_CAPTION, f"cannot read {file.name} ({error.strerror})") from error
+            raise BadSample(where, NO_CAPTION, f"cannot read {file.name} ({error.strerror or error})") from error
         return Cells(name, [line.strip() for line in lines], "", where, "")
+
+
+def _text_of(file: Path) -> bytes:
+    """Return the content of a text file.
+
+    Raises:
+        OSError: it cannot be read, is no regular file, which one would wait for, or too large to be captions.
+    """
+    if not file.is_file() and file.exists():
+        raise OSError("it is not a file")
+    with file.open("rb") as stream:
+        content = stream.read(LARGEST_TEXT + 1)
+    if len(content) > LARGEST_TEXT:
+        raise OSError(f"it has more than {LARGEST_TEXT >> 20} MB")
+    return content
+
+
+def printable(name: str) -> str:
+    """Escape what is not Unicode in a file's name."""
+    return os.fsencode(name).decode(errors="backslashreplace")

@@ -12,19 +12,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from lightning.pytorch.utilities import rank_zero_info
 
-from datamodules.loading.cache import cache_file, writing_cached
+from datamodules.loading.cache import cache_file, made_once
 from datamodules.loading.store import StoreFolder
-from datamodules.pairs.columns import Columns, check_types, find_columns, is_encoded, map_table
+from datamodules.pairs.columns import Columns, check_types, find_columns, is_encoded, map_table, map_valid_table
 from datamodules.pairs.source import PairSource, SourceOptions, find_split
 from datamodules.pairs.stored import RowRange, StoredPairs, blank_rows
 from lit_clip.errors import InputError
+from lit_clip.tools.reading import reading
 
 BATCH_ROWS = 16_384
 IN_MEMORY = 64 << 20  # bytes of decoded texts that each process may hold; more are copied once and mapped
 IMAGE_MEMORY = 256 << 20  # bytes of encoded images that each process may hold
 REMEMBERED = 1_000_000  # rows; from this size on the list of blank captions is cached
 THREADS = 4  # that search for blank captions
-LAYOUT = 1  # of the cached files; a new number makes old ones be written again
+LAYOUT = 2  # of the cached files; a new number makes old ones be written again
 
 
 def files_of_split(folder: Path, files: Sequence[Path], options: SourceOptions) -> list[Path]:
@@ -45,8 +46,9 @@ def files_of_split(folder: Path, files: Sequence[Path], options: SourceOptions) 
 def holds_features(path: Path) -> bool:
     """Whether a file is one that ``lit-clip embed`` has written, perhaps into the folder of its images."""
     try:
-        return b"model_sha256" in (pq.read_schema(path).metadata or {})
-    except (pa.ArrowException, OSError):  # opening it will report it
+        with reading(path, "parquet file"):
+            return b"model_sha256" in (pq.read_schema(path).metadata or {})
+    except InputError:  # opening it will report it
         return False
 
 
@@ -81,10 +83,10 @@ def open_parquet(paths: Sequence[Path], options: SourceOptions) -> PairSource:
 
 
 def _open_file(path: Path) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)  # read pages on demand
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from error
+    with reading(path, "parquet file"):
+        file = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)  # read pages on demand
+        assert file.schema_arrow is not None  # parsed when it is first wanted
+        return file
 
 
 def _parts(path: Path, metadata: pq.FileMetaData) -> Iterator[RowRange]:
@@ -153,21 +155,22 @@ class ParquetPairs(StoredPairs):
         file = self.opened(part.file, lambda: _open_file(part.file))
         return file.read_row_group(part.group, columns=self.columns.names(), use_threads=False)
 
-    def _copy(self, number: int) -> Path:
-        """Return the Arrow file of a row group's texts, written if it does not exist."""
+    def _copy(self, number: int, valid: bool = False) -> Path:
+        """Return the Arrow file of a row group's texts, written if it does not exist, or with ``valid`` is damaged."""
         part = self.part(number)
         path = cache_file("tables", part.file, (LAYOUT, part.group, *self.columns.names()), ".arrow")
-        if not path.is_file():
-            with writing_cached(path) as draft:
-                self._write(draft, part)
+        if valid or not path.is_file():
+            schema = self._schema(_open_file(part.file))
+            made_once(path, lambda file: map_valid_table(file, schema), lambda file: self._write(file, part))
         return path
+
+    def _schema(self, file: pq.ParquetFile) -> pa.Schema:
+        return pa.schema([file.schema_arrow.field(name) for name in self.columns.names()])
 
     def _write(self, path: Path, part: RowRange) -> None:
         file = _open_file(part.file)
-        names = self.columns.names()
-        schema = pa.schema([file.schema_arrow.field(name) for name in names])
-        with pa.ipc.new_file(str(path), schema) as writer:
-            for batch in _batches(file, [part.group], names):
+        with reading(part.file, "parquet file"), pa.ipc.new_file(str(path), self._schema(file)) as writer:
+            for batch in _batches(file, [part.group], self.columns.names()):
                 writer.write_batch(batch)
 
     def key(self, index: int) -> str:
@@ -191,12 +194,15 @@ class ParquetPairs(StoredPairs):
         if self.copied:
             rank_zero_info(f"{self.path}: copying its texts into the cache folder, unless they are there already")
             for number in range(len(self._stops)):
-                self._copy(number)
+                self._copy(number, valid=True)
 
     def image_paths(self) -> pa.ChunkedArray | None:
         if self.encoded:
             return None
-        tables = [_open_file(file).read(columns=[self.columns.image], use_threads=False) for file in self.files]
+        tables = []
+        for file in self.files:
+            with reading(file, "parquet file"):
+                tables.append(_open_file(file).read(columns=[self.columns.image], use_threads=False))
         chunks = [chunk for table in tables for chunk in table[self.columns.image].chunks]
         return self._without_blank(pa.chunked_array(chunks))
 
@@ -226,18 +232,21 @@ def _blank(path: Path, captions: Sequence[str]) -> np.ndarray:
 
     def search() -> np.ndarray:
         threads = min(THREADS, os.cpu_count() or 1)
-        try:
-            with ThreadPoolExecutor(threads) as pool:  # decoding releases the GIL
-                return np.concatenate(list(pool.map(search_groups, np.array_split(np.arange(len(rows)), threads))))
-        except (pa.ArrowException, OSError) as error:
-            raise InputError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from error
+        with reading(path, "parquet file"), ThreadPoolExecutor(threads) as pool:  # decoding releases the GIL
+            return np.concatenate(list(pool.map(search_groups, np.array_split(np.arange(len(rows)), threads))))
 
     if metadata.num_rows < REMEMBERED:
         return search()
-    remembered = cache_file("tables", path, (LAYOUT, "blank", *captions), ".npy")
-    if not remembered.is_file():
-        blank = search()
-        with writing_cached(remembered) as draft, draft.open("wb") as stream:
-            np.save(stream, blank)
+
+    def load(file: Path) -> np.ndarray:
+        blank = np.load(file, allow_pickle=False)
+        assert blank.dtype == np.int64
+        assert blank.ndim == 1
+        assert (np.diff(blank, prepend=-1, append=metadata.num_rows) > 0).all()  # ascending row numbers
         return blank
-    return np.load(remembered)
+
+    def make(file: Path) -> None:
+        with file.open("wb") as stream:
+            np.save(stream, search())
+
+    return made_once(cache_file("tables", path, (LAYOUT, "blank", *captions), ".npy"), load, make)

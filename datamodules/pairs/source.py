@@ -336,4 +336,4 @@ def find_split(path: object, found: Sequence[str], options: SourceOptions) -> st
         if wanted is not None and SPLIT_NAMES.get(name, name) == SPLIT_NAMES.get(wanted, wanted):
             return name
     problem = "it has several splits" if wanted is None else f"no split {wanted!r}"
-    raise InputError(f"{path}: {problem}; its splits are {', '.join(found)}; set split")
+    raise InputError(f"{path}: {problem}; its splits are {', '.join(name[:60] for name in found[:30])}; set split")

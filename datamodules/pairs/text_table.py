@@ -3,6 +3,8 @@
 import codecs
 import csv
 import json
+import re
+import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -11,14 +13,24 @@ from typing import Any, NamedTuple, TextIO
 import pyarrow as pa
 from lightning.pytorch.utilities import rank_zero_info
 
-from datamodules.loading.cache import cache_file, writing_cached
-from datamodules.pairs.columns import Columns, TablePairs, find_columns, group_name, is_blank, map_table
+from datamodules.loading.bad_samples import is_blank, is_unicode
+from datamodules.loading.cache import cache_file, made_once
+from datamodules.pairs.columns import Columns, TablePairs, find_columns, group_name, map_valid_table
 from datamodules.pairs.source import JSON_LINES, NO_CAPTION, LeftOut, PairSource, SourceOptions
 from lit_clip.errors import BadSample, InputError, require
+from lit_clip.tools.reading import check_is_file
 
 IN_MEMORY = 64 << 20  # bytes; a larger file is converted once to an Arrow file, which is memory-mapped
+LONGEST_FIELD = 16 << 20  # characters; a double quote that is not closed makes one field of the rest of the file
+SEPARATOR = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)  # first line with which Excel is told the delimiter
+MARKS = {  # encodings by byte order mark; UTF-32's begins like UTF-16's
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 BATCH_ROWS, BATCH_CHARACTERS = 16_384, 8 << 20
-LAYOUT = 2  # of that Arrow file; a new number makes old ones be written again
+LAYOUT = 3  # of that Arrow file; a new number makes old ones be written again
 SCHEMA = pa.schema(
     {
         "image": pa.string(),
@@ -60,11 +72,12 @@ class Problems:
 
 
 def _encoding(path: Path) -> str:
-    """Return UTF-16 if the byte order mark says so, else UTF-8."""
+    """Return UTF-16 or UTF-32 if the byte order mark says so, else UTF-8."""
     with path.open("rb") as file:
         start = file.read(4096)
-    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return "utf-16"
+    marked = next((encoding for mark, encoding in MARKS.items() if start.startswith(mark)), None)
+    if marked is not None:
+        return marked
     if b"\0" in start:
         raise InputError(f"{path} row 1: not UTF-8 text (zero at byte {start.index(0)}); save it as UTF-8")
     return "utf-8-sig"
@@ -76,17 +89,27 @@ def _open_text(path: Path, skip: bool) -> TextIO:
     return path.open(encoding=encoding, errors=errors, newline="")
 
 
-def _delimiter(path: Path, header: str) -> str:
+def _delimiter(path: Path, file: TextIO) -> tuple[str, int]:
+    """Return the delimiter and the number of lines before the header, which is the next line to be read."""
+    before = 0
+    while (header := file.readline()) and not header.strip():
+        before += 1
+    separator = SEPARATOR.fullmatch(header)
+    if separator is None:
+        file.seek(0)
+        for _ in range(before):
+            file.readline()
+    before += separator is not None
     tabs = path.suffix.lower() == ".tsv" and "\t" in header
-    return "\t" if tabs else max(",;\t|", key=header.count)
+    return separator[1] if separator else "\t" if tabs else max(",;\t|", key=header.count), before
 
 
 def _has_several_captions(path: Path, find: FindColumns) -> bool:
     """Whether the header of a delimited file names several columns of captions."""
     try:
         with _open_text(path, skip=True) as file:
-            header = file.readline()
-        names = next(csv.reader([header], delimiter=_delimiter(path, header)), [])
+            delimiter, _ = _delimiter(path, file)
+            names = next(csv.reader([file.readline()], delimiter=delimiter), [])
         return len(find([name.strip() for name in names]).captions) > 1
     except (InputError, csv.Error, UnicodeError):  # reading the rows raises it again
         return False
@@ -94,22 +117,20 @@ def _has_several_captions(path: Path, find: FindColumns) -> bool:
 
 def _delimited_rows(path: Path, find: FindColumns, problems: Problems) -> Iterator[RawRow]:
     with _open_text(path, problems.skip) as file:
-        header = file.readline()
-        if not header.strip():
-            return
-        delimiter = _delimiter(path, header)
-        file.seek(0)
+        delimiter, number = _delimiter(path, file)
+        csv.field_size_limit(LONGEST_FIELD)
         reader = csv.reader(file, delimiter=delimiter, strict=True)
-        number = 1
         try:
-            names = [name.strip() for name in next(reader)]
-            if repeated := [name for i, name in enumerate(names) if name in names[:i]]:
-                raise InputError(f"{path} row 1: two columns are called {repeated[0]!r}; rename one")
+            names = [name.strip() for name in next(reader, [])]
+            if not names:
+                return
+            number += 1
             columns = find(names)
             problems.image_column = columns.image
             image, captions = names.index(columns.image), [names.index(name) for name in columns.captions]
             optional = [None if name is None else names.index(name) for name in (columns.group, columns.negative)]
-            for number, values in enumerate(reader, start=2):
+            for values in reader:
+                number += 1
                 if not values:
                     continue
                 if len(values) == len(names):
@@ -121,7 +142,9 @@ def _delimited_rows(path: Path, find: FindColumns, problems: Problems) -> Iterat
                     hint = f"put captions that contain {delimiter!r} in double quotes"
                     problems.add(number, "wrong number of fields", f"{fields}; {hint}")
         except csv.Error as error:  # the end of the row is unknown, so it cannot be left out
-            raise InputError(f"{path} row {number + 1}: {error}; check its double quotes") from error
+            too_long = f"a field has more than {LONGEST_FIELD:,} characters; shorten it, or close its double quote"
+            problem = too_long if "field limit" in str(error) else f"{error}; check its double quotes"
+            raise InputError(f"{path} row {number + 1}: {problem}") from error
 
 
 def _json_lines(path: Path, problems: Problems) -> Iterator[Record]:
@@ -154,8 +177,10 @@ def _record_rows(records: Iterable[Record], find: FindColumns, problems: Problem
 
 def _undecodable(path: Path) -> InputError:
     """Return the error that names the undecodable byte; the reader's own error counts from its last buffer."""
-    if _encoding(path) == "utf-16":
-        return InputError(f"{path}: not UTF-16 text, though it has a UTF-16 byte order mark; save it as UTF-8")
+    encoding = _encoding(path)
+    if encoding != "utf-8-sig":
+        name = encoding.upper()
+        return InputError(f"{path}: not {name} text, though it has a {name} byte order mark; save it as UTF-8")
     start = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -163,9 +188,26 @@ def _undecodable(path: Path) -> InputError:
                 line.decode("utf-8")
             except UnicodeDecodeError as error:
                 where = f"{error.reason} at byte {start + error.start}"
-                return InputError(f"{path} row {number}: not UTF-8 text ({where}); save it as UTF-8")
+                place = _undecodable_record(path) or f"line {number}"
+                return InputError(f"{path} {place}: not UTF-8 text ({where}); save it as UTF-8")
             start += len(line)
     return InputError(f"{path}: changed while it was read; start again")
+
+
+def _undecodable_record(path: Path) -> str:
+    """Return the row that has the first undecodable byte, counted as everywhere; empty if there are no such rows."""
+    with _open_text(path, skip=True) as file:
+        if path.suffix.lower() in (*JSON_LINES, ".json"):
+            records: Iterable[list[str]] = ([line] for line in file)
+            before = 0
+        else:
+            delimiter, before = _delimiter(path, file)
+            records = csv.reader(file, delimiter=delimiter)
+        try:
+            number = next(number for number, record in enumerate(records, 1) if not is_unicode("".join(record)))
+        except (StopIteration, csv.Error):
+            return ""
+    return f"row {number + before}"
 
 
 def usable_rows(rows: Iterable[RawRow], problems: Problems) -> Iterator[RawRow]:
@@ -179,30 +221,29 @@ def usable_rows(rows: Iterable[RawRow], problems: Problems) -> Iterator[RawRow]:
             )
             continue
         captions, negatives = _not_blank(row.caption), _not_blank(row.negative)
+        is_name = row.group is None or isinstance(row.group, str | int | float)
         if not captions:
             problems.left_out.add(f"{problems.path} {problems.label} {row.number}", NO_CAPTION)
         elif not all(isinstance(caption, str) for caption in captions):
-            problems.add(row.number, "caption is not text", f"the caption is not text: {str(row.caption)[:60]}")
+            problems.add(row.number, "caption is not text", f"the caption is not text: {shown(row.caption)}")
         elif not all(isinstance(negative, str) for negative in negatives):
-            detail = f"the hard negative is not text: {str(row.negative)[:60]}"
+            detail = f"the hard negative is not text: {shown(row.negative)}"
             problems.add(row.number, "hard negative is not text", detail)
-        elif not _is_encodable("".join([row.image, *captions, *negatives])):
+        elif not is_name:
+            problems.add(row.number, "group is not text", f"the group is not text: {shown(row.group)}")
+        elif not is_unicode("".join([row.image, *captions, *negatives, group_name(row.group)])):
             problems.add(row.number, "not UTF-8", "not UTF-8 text; save it as UTF-8")
         else:
             yield RawRow(row.number, row.image.strip(), captions, group_name(row.group), negatives)
 
 
+def shown(value: Any) -> str:
+    """Return the beginning of a cell of any type, for a message."""
+    return reprlib.repr(value)[:60]
+
+
 def _not_blank(cell: Any) -> list[Any]:
     return [text for text in (cell if isinstance(cell, list) else (cell,)) if not is_blank(text)]
-
-
-def _is_encodable(text: str) -> bool:
-    """Whether a text has no lone surrogate; JSON's escapes can write one, and bad bytes are read as one."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def record_batches(rows: Iterable[RawRow], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
@@ -261,8 +302,8 @@ def open_table(path: Path, options: SourceOptions) -> PairSource:
     Raises:
         InputError: no such file or column, an empty table, a row that does not match the header, or wrong encoding.
     """
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
+    check_is_file(path)
+    require(path.is_file(), f"{path}: no such file")
     options.refuse_split(path)
     find = partial(find_columns, path, options=options)
     if path.suffix.lower() in (*JSON_LINES, ".json"):
@@ -284,11 +325,15 @@ def _open(path: Path, options: SourceOptions, schema: pa.Schema, read: Read) -> 
         names = (options.image_column, options.caption_column, options.group_column, options.negative_column)
         settings = (LAYOUT, *names, options.on_error)
         mapped = cache_file("tables", path, settings, ".arrow")
-        if not mapped.is_file():
+
+        def load(file: Path) -> tuple[pa.Table, LeftOut]:
+            return map_valid_table(file, schema), _read_left_out(file)
+
+        def make(file: Path) -> None:
             rank_zero_info(f"{path}: converting it once to {mapped}")
-            with writing_cached(mapped) as draft:
-                _write(draft, path, schema, read, problems)
-        table, left_out = map_table(mapped), _read_left_out(mapped)
+            _write(file, path, schema, read, problems)
+
+        table, left_out = made_once(mapped, load, make)
     else:
         table, left_out = (
             pa.Table.from_batches(_read_batches(path, schema, read, problems), schema),
@@ -296,9 +341,7 @@ def _open(path: Path, options: SourceOptions, schema: pa.Schema, read: Read) -> 
         )
     if not table.num_rows:
         require(left_out.counts.total() > 0, f"{path}: no rows; the file is empty or has only a header")
-        raise InputError(
-            f"{path}: no row with an image and a caption ({left_out.counts[NO_CAPTION]} without a caption)"
-        )
+        raise InputError(f"{path}: no row with an image and a caption ({left_out})")
     return TablePairs(table, path, options.image_root(path.parent), mapped=mapped, left_out=left_out)
 
 

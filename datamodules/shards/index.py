@@ -12,7 +12,7 @@ from typing import BinaryIO
 import numpy as np
 import pyarrow as pa
 
-from datamodules.loading.bad_samples import BLANK
+from datamodules.loading.bad_samples import LONGEST_BLANK, is_blank
 from datamodules.loading.store import Stamp
 from datamodules.pairs.source import NO_CAPTION
 from lit_clip.errors import InputError
@@ -20,13 +20,12 @@ from lit_clip.tools.atomic import replacing
 from lit_clip.tools.images import SUFFIXES
 
 INDEX_SUFFIX = ".index.arrow"
-FORMAT = "1"  # of the index; one of another format is written again
+FORMAT = "2"  # of the index; one of another format is written again
 BLOCK = tarfile.BLOCKSIZE  # size of a header; files start at multiples of it
 
 FIELDS = ("image", "text", "captions", "json")
 _FIELD_OF = {suffix[1:]: "image" for suffix in SUFFIXES} | {"txt": "text", "captions.json": "captions", "json": "json"}
 WANTED = "an image (.jpg, .png, .webp, ...) and a caption (.txt, or .json with a caption in it) with the same name"
-_LONGEST_BLANK = 8  # bytes, white space included; longer texts are not read for the index
 OF_SHARD = "in a shard that "  # starts the reasons that concern the rest of a shard
 
 
@@ -112,9 +111,9 @@ class _Scan:
             self.duplicates[key] = None
             return
         spans[start : start + 2] = member.offset_data, member.size
-        if extension == "txt" and member.size <= _LONGEST_BLANK:
+        if extension == "txt" and member.size <= LONGEST_BLANK:  # longer texts are not read for the index
             text = tar.extractfile(member)
-            if text is not None and text.read().decode("utf-8", "replace").strip().lower() in BLANK:
+            if text is not None and is_blank(text.read().decode("utf-8-sig", "replace")):
                 self.blank.add(key)
 
     def finish(self) -> ShardIndex:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 from torch.utils.data import Dataset
 
-from datamodules.loading.bad_samples import BLANK, check_caption
+from datamodules.loading.bad_samples import check_caption, is_blank
 from datamodules.loading.cache import default_cache_dir
 from datamodules.loading.store import Stamp, is_remote, stamp_of
 from datamodules.pairs.source import LISTED, NO_CAPTION, EncodedPair, LeftOut, Pair, PairSource, Text
@@ -329,7 +329,7 @@ def _drawn(captions: list[str], rng: random.Random | None) -> str:
 
 def _is_caption(value: object) -> bool:
     """Whether an entry of a list of captions is one; other entries are ignored."""
-    return isinstance(value, str) and value.strip().lower() not in BLANK
+    return isinstance(value, str) and not is_blank(value)
 
 
 def _contents(shard: OpenShard, spans: dict[str, tuple[int, int]], where: str) -> dict[str, bytes]:

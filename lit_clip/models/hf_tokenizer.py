@@ -1,18 +1,16 @@
 """Other models' tokenizers, run by Hugging Face's ``tokenizers`` from a single string that fits in a checkpoint."""
 
-import html
 import string
 from collections.abc import Sequence
 from typing import Any
 
-import ftfy
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from lit_clip.errors import InputError
 from lit_clip.models.config import HuggingFaceTokenizerConfig
-from lit_clip.models.tokenizer import TextTokenizer
+from lit_clip.models.tokenizer import TextTokenizer, repaired
 
 _NO_PUNCTUATION = str.maketrans("_", " ", string.punctuation.replace("_", ""))
 
@@ -22,7 +20,7 @@ def clean(text: str, how: str) -> str:
 
     ``canonicalize`` is big_vision's, used to train SigLIP: punctuation is removed, ``_`` becomes a space.
     """
-    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    text = repaired(text)
     if how == "canonicalize":
         text = text.translate(_NO_PUNCTUATION)
     text = " ".join(text.split())

@@ -8,7 +8,7 @@ import gzip
 import html
 import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +23,10 @@ from lit_clip.errors import InputError, require
 
 START_OF_TEXT, END_OF_TEXT = "<|startoftext|>", "<|endoftext|>"
 SOT_ID, EOT_ID = 49406, 49407
+PIECE = (
+    2048  # characters of a text that are cleaned at once: for "&amp;amp;amp;..." ftfy's time grows with their square
+)
+MOST_READ = 65_536  # characters of a text that are read
 MERGES = 49152 - 256 - 2  # of the file's 262,145 lines (OpenAI's code)
 
 _WORDS = regex.compile(
@@ -61,10 +65,30 @@ def byte_pair_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+def repaired(text: str) -> str:
+    """Fix broken Unicode and undo HTML escapes (twice), in time that grows with the length of the text alone.
+
+    Up to ``PIECE`` characters this is the paper's cleaning; a longer text is cleaned in pieces that end at white space,
+    and what follows ``MOST_READ`` characters is left out.
+    """
+    return "".join(html.unescape(html.unescape(ftfy.fix_text(piece))) for piece in _pieces(text[:MOST_READ]))
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Cut a text into pieces of at most ``PIECE`` characters, after the last space or line break where there is one."""
+    start = 0
+    while len(text) - start > PIECE:
+        stop = start + PIECE
+        cut = 1 + max(text.rfind(" ", start, stop), text.rfind("\n", start, stop))
+        stop = cut if cut > start else stop
+        yield text[start:stop]
+        start = stop
+    yield text[start:]
+
+
 def clean(text: str) -> str:
-    """Clean as the paper does: fix broken Unicode, undo HTML escapes (twice), collapse white space, lower-case."""
-    text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
-    return regex.sub(r"\s+", " ", text).strip().lower()
+    """Clean as the paper does: :func:`repaired`, then collapse white space and lower-case."""
+    return regex.sub(r"\s+", " ", repaired(text).strip()).strip().lower()
 
 
 def encode(text: str) -> list[int]:

@@ -60,6 +60,8 @@ def reason(error: Exception) -> str:
         return "nested too deeply"
     if isinstance(error, MemoryError):
         return "it needs more memory than there is"
+    if isinstance(error, UnicodeDecodeError):
+        return f"not {error.encoding.upper()} text: {error.reason} at byte {error.start}"
     words = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, KeyError):
         words = f"{words} is missing"

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from datamodules import Captions, Weighted
+from datamodules.loading.augmentation import Augmentation
 from lit_clip.cli.lightning import CLI, run
 from lit_clip.errors import InputError
 from lit_clip.models.config import Preprocessing
@@ -207,3 +209,29 @@ def test_groups_come_from_their_column_and_blank_cells_are_no_group(tmp_path: Pa
         InputError, match=r"no column 'brand'; its columns are image, caption, product; set --data.group_column"
     ):
         Captions(val=str(table), group_column="brand").setup("validate")
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_pair_that_a_mixture_repeats_in_an_epoch_has_another_crop_and_caption_each_time(
+    tmp_path: Path, num_workers: int
+) -> None:
+    noise = np.random.default_rng(0).integers(256, size=(2, 40, 40, 3), dtype=np.uint8)
+    words = [f"word {number}" for number in range(1000)]
+    for number in range(2):
+        Image.fromarray(noise[number]).save(tmp_path / f"{number}.png")
+        rows = [{"image": f"{number}.png", "caption": words}]
+        (tmp_path / f"{number}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    parts = [Weighted(str(tmp_path / f"{number}.jsonl")) for number in range(2)]
+    crop = Augmentation(crop_scale=(0.2, 1.0))
+    options = {"batch_size": 4, "num_workers": num_workers, "epoch_size": 8, "augmentation": crop}
+    data = Captions(parts, str(tmp_path / "0.jsonl"), **options)
+    data.preprocessing = Preprocessing(image_size=8)
+    data.setup("fit")
+    batches = list(data.train_dataloader())
+    drawn = {(key, *texts) for batch in batches for key, *texts in zip(batch.keys, batch.captions, strict=True)}
+    assert Counter(key for key, _ in drawn) == {"0:0.png": 4, "1:1.png": 4}
+    assert len({image.numpy().tobytes() for batch in batches for image in batch.images}) == 8
+    again = list(data.train_dataloader())
+    for batch, other in zip(batches, again, strict=True):
+        assert batch.captions == other.captions
+        assert batch.images.equal(other.images)

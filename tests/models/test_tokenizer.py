@@ -2,6 +2,7 @@
 
 import pickle
 import random
+import time
 
 import pytest
 import regex
@@ -9,7 +10,8 @@ import torch
 from open_clip.tokenizer import SimpleTokenizer
 
 from lit_clip.errors import InputError
-from lit_clip.models.tokenizer import EOT_ID, SOT_ID, CLIPTokenizer, clean, decode, encode, tokenize
+from lit_clip.models.hf_tokenizer import clean as clean_for_others
+from lit_clip.models.tokenizer import EOT_ID, MOST_READ, SOT_ID, CLIPTokenizer, clean, decode, encode, tokenize
 
 # Ids of openai/CLIP at d05afc4 (clip/simple_tokenizer.py, run with ftfy 6.3.1 and regex 2026.11.19).
 OPENAI_IDS = {
@@ -203,3 +205,36 @@ def test_ids_are_counted_before_truncation() -> None:
         text: len(ids) for text, ids in OPENAI_IDS.items()
     }
     assert CLIPTokenizer(77).count("cat " * 500) == 502
+
+
+def test_ids_of_long_normal_texts_are_open_clips(open_clip_tokenizer: SimpleTokenizer) -> None:
+    generator = random.Random(0)
+    broken = {"sch\u00c3\u00b6n", "<|startoftext|>", "<|endoftext|>"}
+    words = [word for word in " ".join(OPENAI_IDS).split() if word not in broken]
+    words += ["<b>", "R&amp;D", "&eacute;t&eacute;", "l\u2019h\u00f4tel", "https://example.org/?a=1&b=2", "C:\\\\x"]
+    for size in (300, 1000, 5000):
+        for space in (" ", "\n", "  "):
+            text = space.join(generator.choices(words, k=size))
+            assert len(text) > 1000
+            for length in (77, 248, size // 2):
+                assert tokenize(text, length).equal(open_clip_tokenizer(text, length))
+
+
+HOSTILE = {  # seconds to minutes each if cleaned at once
+    "escaped ampersands": "&" + "amp;" * 30_000,
+    "escaped escapes": "&amp;lt;" * 20_000,
+    "numbered ampersands": "&" + "#38;" * 30_000,
+    "accents": "a" + "\u0301\u0323" * 100_000,
+    "broken Unicode": "\u00c3\u00a2\u00e2\u201a\u00ac" * 50_000,
+    "spaces": " " * 1_000_000,
+    "one word": "x" * 1_000_000,
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_time_of_a_hostile_text_is_bounded(kind: str) -> None:
+    started = time.process_time()
+    tokenize(HOSTILE[kind])
+    clean_for_others(HOSTILE[kind], "canonicalize")
+    assert CLIPTokenizer().count(HOSTILE[kind]) <= 4 * MOST_READ
+    assert time.process_time() - started < 10

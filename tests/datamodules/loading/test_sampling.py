@@ -1,8 +1,19 @@
 """Samplers against plain sets: nothing repeated, nothing lost, the same for any number of ranks."""
 
+from collections import Counter
+
+import numpy as np
 import pytest
 
-from datamodules.loading.sampling import EvaluationBatchSampler, GlobalBatchSampler, StridedSampler, TrainingSample
+from datamodules.loading.sampling import (
+    EvaluationBatchSampler,
+    GlobalBatchSampler,
+    Position,
+    StridedSampler,
+    TrainingSample,
+    draw_numbers,
+    sample_seed,
+)
 from lit_clip.errors import InputError
 
 WORLDS = (1, 2, 3, 4)
@@ -128,3 +139,39 @@ def test_evaluation_has_each_sample_once_and_equal_batch_counts_where_possible(
         assert len(sampler) == max(len(own), min(size, 1))  # Lightning would skip a rank with length 0
     if size >= world and batch_size > 1:
         assert {len(own) for own in batches} == {-(-len(StridedSampler(size, 0, world)) // batch_size)}
+
+
+@pytest.mark.parametrize(("size", "rows"), [(0, 1), (1, 1), (10, 3), (500, 40), (500, 100_000)])
+def test_draw_numbers_count_how_often_a_row_came_before(size: int, rows: int) -> None:
+    order = np.random.default_rng(size).integers(rows, size=size)
+    seen: Counter[int] = Counter()
+    expected = []
+    for row in order.tolist():
+        expected.append(seen[row])
+        seen[row] += 1
+    draws = draw_numbers(order)
+    assert (draws is None) == (not any(expected))
+    assert draws is None or draws.tolist() == expected
+
+
+def repeated(epoch: int) -> np.ndarray:
+    return np.random.default_rng(epoch).integers(7, size=40)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_draws_of_a_repeated_row_are_the_same_on_any_number_of_ranks_and_after_a_resume(world: int) -> None:
+    def steps(world: int, start: Position) -> list[set[TrainingSample]]:
+        ranks = [list(GlobalBatchSampler(40, 8 // world, rank, world, 0, repeated, start)) for rank in range(world)]
+        return [{sample for batch in batches for sample in batch} for batches in zip(*ranks, strict=True)]
+
+    whole = steps(1, Position(epoch=2))
+    assert [len(step) for step in whole] == [8] * 5  # no two samples of a step are the same
+    assert len(set.union(*whole)) == 40
+    assert steps(world, Position(epoch=2)) == whole
+    assert steps(world, Position(epoch=2, batch=3)) == whole[3:]
+
+
+def test_first_draws_seed_is_that_of_epoch_and_row_alone_and_later_draws_have_others() -> None:
+    alone = int(np.random.SeedSequence((5, 1, 2)).generate_state(1, np.uint64)[0] >> 1)
+    assert sample_seed(5, TrainingSample(1, 2)) == alone
+    assert len({sample_seed(5, TrainingSample(1, 2, draw)) for draw in range(100)}) == 100

@@ -115,11 +115,11 @@ BROKEN: dict[str, tuple[Any, str]] = {
         broken(annotations=[{"image_id": 5, "caption": 7}]),
         r"image id 5: the caption is not text: \[7\]",
     ),
-    "no annotations": (broken(annotations=[]), r"no image with a caption \(3 without\)"),
+    "no annotations": (broken(annotations=[]), r"no image with a caption \(3 rows without a caption\)"),
     "array of words": (["a", "b"], "row 1: not a JSON object"),
     "empty array": ([], "no row"),
     "a number": (7, "found nothing"),
-    "half a file": (json.dumps(COCO, indent=1)[:200].encode(), "not JSON"),
+    "half a file": (json.dumps(COCO, indent=1)[:200].encode(), "not a readable JSON file"),
     "not UTF-8": (b'{"images": [\n"caf\xe9"', "not UTF-8 text"),
 }
 

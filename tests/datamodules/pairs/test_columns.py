@@ -2,6 +2,7 @@
 
 import json
 import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from datamodules.loading.bad_samples import BLANK, is_blank
 from datamodules.open_source import open_source
-from datamodules.pairs.columns import blank_mask, is_blank
+from datamodules.pairs.columns import blank_mask
 
 SPACES = [chr(code) for code in range(sys.maxunicode + 1) if chr(code).isspace()]
 WORDS = [
@@ -33,7 +35,9 @@ WORDS = [
     "n",
     "<",
 ]
-TEXTS = [f"{space}{word}{space}" for word in WORDS for space in ("", *SPACES, " \t\n")] + ["zero\0", "\0", "\u200b"]
+TEXTS = [f"{space}{word}{space}" for word in WORDS for space in ("", *SPACES, " \t\n")]
+TEXTS += ["zero\0", "#hash", "#n/a b", "# ref!", *BLANK, *map(str.upper, BLANK)]
+VISIBLE = "aé#東👩"
 KINDS = [pa.string(), pa.large_string(), pa.binary(), pa.large_binary(), pa.dictionary(pa.int32(), pa.string())]
 
 
@@ -47,6 +51,17 @@ def test_blank_mask_equals_is_blank_of_each_text(kind: pa.DataType) -> None:
     assert 0 < sum(expected) < len(expected)
     for start, stop in ((1, 9), (100, 100), (333, None)):  # slices share their buffers with the whole
         assert blank_mask(column[start:stop]).tolist() == expected[start:stop]
+
+
+def test_only_invisible_characters_are_blank_in_a_cell_and_in_a_column() -> None:
+    characters = [chr(code) for code in range(sys.maxunicode + 1) if not 0xD800 <= code < 0xE000]
+    blank = [is_blank(character) for character in characters]
+    assert blank_mask(pa.array(characters, pa.string())).tolist() == blank
+    nothing = {character for character, is_nothing in zip(characters, blank, strict=True) if is_nothing}
+    assert nothing >= {*SPACES, *"\0\x7f\xad\u200b\u200d\u2060\ufeff\u3164\u115f\ufe0f\u2800"}
+    assert all(unicodedata.category(each)[0] in "ZCML" or each == "\u2800" for each in nothing)
+    assert len(nothing) < 600
+    assert not any(is_blank(f"{each}{letter}") for each in nothing for letter in VISIBLE)
 
 
 def test_list_is_blank_if_all_its_texts_are() -> None:

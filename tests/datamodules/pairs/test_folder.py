@@ -1,5 +1,6 @@
 """Folders of images with a text file beside each."""
 
+import os
 import pickle
 import random
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from datamodules import ImageFolderClasses
 from datamodules.open_source import open_source
 from datamodules.pairs import folder as folders
 from lit_clip.errors import BadSample, InputError
@@ -94,3 +96,80 @@ def test_division_has_each_image_once(tmp_path: Path) -> None:
     assert (len(train), len(val)) == (7, 3)
     colors = [part.load(i, None).image.getpixel((0, 0))[0] for part in (train, val) for i in range(len(part))]
     assert np.array_equal(np.sort(colors), np.arange(10))
+
+
+def deep(folder: Path, depth: int) -> Path:
+    """Make folders so many levels deep and return the innermost."""
+    for _ in range(depth):
+        folder = folder / "d"
+        folder.mkdir()
+    return folder
+
+
+def test_folders_are_walked_at_any_depth_and_links_that_lead_back_are_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "top").mkdir()
+    innermost = deep(tmp_path / "top", 1200)
+    (innermost / "a.txt").write_text("deep")
+    Image.new("RGB", (4, 4)).save(innermost / "a.png")
+    for link, target in (("top/back", ".."), ("top/here", "."), ("top/d/self", "self"), ("top/d/d/root", "/")):
+        (tmp_path / link).symlink_to(target)
+    elsewhere = tmp_path / "elsewhere"
+    paint(elsewhere, "b.png")
+    (elsewhere / "b.txt").write_text("linked")
+    (tmp_path / "top/linked").symlink_to(elsewhere)
+    source = open_source(tmp_path / "top")
+    assert [source.load(row, None).caption for row in range(len(source))] == ["deep", "linked"]
+
+
+def test_names_that_are_not_unicode_are_left_out_and_counted(tmp_path: Path) -> None:
+    paint(tmp_path, "a.png", "b.png")
+    for name in (b"a", b"caf\xe9"):
+        os.link(tmp_path / "a.png", os.path.join(os.fsencode(tmp_path), name + b"2.png"))
+        Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), name + b"2.txt"))).write_text("a cat")
+    source = open_source(tmp_path)
+    assert [source.key(row) for row in range(len(source))] == ["a2.png"]
+    assert source.left_out.counts == {"its name is not UTF-8": 1, "no caption": 2}
+    assert source.left_out.listed == [(f"{tmp_path}: caf\\xe92.png", "its name is not UTF-8")]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "large"])
+def test_text_that_is_no_small_file_is_a_bad_sample_in_place_of_being_waited_for(tmp_path: Path, kind: str) -> None:
+    paint(tmp_path, "a.png")
+    text = tmp_path / "a.txt"
+    if kind == "pipe":
+        os.mkfifo(text)
+    elif kind == "device":
+        text.symlink_to("/dev/zero")
+    elif kind == "folder":
+        text.mkdir()
+    else:
+        text.touch()
+        os.truncate(text, 1 << 33)
+    with pytest.raises(BadSample, match=r"a\.png: cannot read a\.txt \(it (is not a file|has more than 1 MB)\)"):
+        open_source(tmp_path).load(0, None)
+
+
+def test_folder_that_cannot_be_listed_is_an_error_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paint(tmp_path, "locked/a.png", "open/b.png")
+    scandir = os.scandir
+
+    def refuse(path: Path) -> object:  # the tests may run as root, whom no permission stops
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    for options in ({}, {"templates": ["a {}"]}):
+        with pytest.raises(InputError, match=r"locked: not a readable folder \(Permission denied\)"):
+            open_source(tmp_path, **options)
+    with pytest.raises(InputError, match=r"locked: not a readable folder \(Permission denied\)"):
+        ImageFolderClasses(str(tmp_path))
+
+
+def test_class_whose_name_is_not_unicode_is_an_error_that_names_it(tmp_path: Path) -> None:
+    paint(tmp_path, "a/a.png")
+    os.rename(tmp_path / "a", os.path.join(os.fsencode(tmp_path), b"caf\xe9"))
+    for read in (lambda: open_source(tmp_path, templates=["a {}"]), lambda: ImageFolderClasses(str(tmp_path))):
+        with pytest.raises(InputError, match=r"caf\\(xe9|udce9).* rename") as error:
+            read()
+        assert str(error.value).isascii()
