@@ -29,6 +29,7 @@ from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.training.checkpoint_io import load_the_same_checkpoint
 from lit_clip.training.checks import check_lora_gradients, check_run, check_skipped_samples
 from lit_clip.training.claims import claim_folders, note_unnumbered, release_folders, remove_leftovers
+from lit_clip.training.fsdp import EvenBatches
 from lit_clip.training.micro_batches import encode_pairs, encode_parts, placeholder, split_batch
 from lit_clip.training.optim import (
     EXCEPT_GAINS_AND_BIASES,
@@ -44,7 +45,7 @@ from lit_clip.training.sync_batch_norm import synchronise_batch_norm
 from lit_clip.weights.checkpoints import base_name
 from lit_clip.weights.fingerprint import weights_sha256
 from lit_clip.weights.load import create_model, whole_name
-from lit_clip.weights.training_checkpoints import pack_checkpoint, reopen_epoch, unpack_checkpoint
+from lit_clip.weights.training_checkpoints import close_epoch, pack_checkpoint, reopen_epoch, unpack_checkpoint
 
 Settings = TypeVar("Settings")
 
@@ -305,7 +306,7 @@ class LitCLIP(LightningModule):
         self.model.clamp_logit_scale()
 
     def on_validation_epoch_start(self) -> None:
-        self._validated = RetrievalSet()
+        self._validated, self._batches = RetrievalSet(), EvenBatches(self.trainer)
         model = self.trainer.strategy.model
         if isinstance(model, DistributedDataParallel):
             # DDP would do this in a rank's first batch, and wait for ranks that have none.
@@ -313,6 +314,7 @@ class LitCLIP(LightningModule):
             model.require_forward_param_sync = False
 
     def validation_step(self, batch: CaptionBatch, batch_idx: int) -> Features:
+        self._batches.count()
         tokenizer = self.model.tokenizer  # hash before encoding: afterwards it would wait for the device
         hashes = token_hashes(batch.tokens, tokenizer.context_length, tokenizer.pad_id)
         features = self.predict_step(batch, batch_idx)
@@ -320,6 +322,7 @@ class LitCLIP(LightningModule):
         return features
 
     def on_validation_epoch_end(self) -> None:
+        self._batches.complete(self.model)
         self._log_retrieval("val")
 
     def on_test_epoch_start(self) -> None:
@@ -377,6 +380,7 @@ class LitCLIP(LightningModule):
                 f"{name}: holds weights only, so training cannot resume; start from it with --model.pretrained",
             )
             groups, steps = self._parameter_groups(), total_steps(self.trainer)
+            close_epoch(checkpoint)
             self.optimization.resume(checkpoint, groups, self.hparams["layer_decay"], steps, name)
 
 

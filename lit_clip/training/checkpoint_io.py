@@ -4,18 +4,20 @@ import os
 import shutil
 import zipfile
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_clip import distributed
 from lit_clip.errors import InputError
 from lit_clip.tools.atomic import draft_of
 from lit_clip.tools.hashing import hex_digest
+from lit_clip.tools.reading import reading
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -91,7 +93,11 @@ def newest_checkpoint(places: Iterable[Path]) -> Path | None:
     if not found:
         return None
     last = max(found, key=lambda each: each[1])[2].parent
-    return max(each for each in found if each[2].parent == last)[2]
+    _, written, newest = max(each for each in found if each[2].parent == last)
+    for file in sorted(files):
+        if file.stat().st_mtime > written and not zipfile.is_zipfile(file):
+            rank_zero_warn(f"{file}: incomplete or damaged; {newest} is the newest complete checkpoint")
+    return newest
 
 
 def _steps(path: Path) -> int | None:
@@ -110,16 +116,18 @@ def load_the_same_checkpoint(trainer: Trainer) -> None:
     """Make the ranks compare their checkpoints before they load them; called on every rank in ``setup``.
 
     Each rank looks for the newest checkpoint on its own disk; one that finds another, or none, would train on alone
-    while the others wait for it. Lightning has no hook that ranks without a checkpoint reach, too.
+    while the others wait for it. Lightning has no hook that ranks without a checkpoint reach, too. A file that is no
+    checkpoint is an :class:`InputError`, whatever the plugin that reads it raises.
     """
     connector: Any = trainer._checkpoint_connector
 
     def resume_start(path: Any = None, weights_only: bool | None = None) -> None:
-        _check_the_same(path)
-        type(connector).resume_start(connector, path, weights_only)
+        if trainer.world_size > 1:
+            _check_the_same(path)
+        with reading(path, "checkpoint") if path else nullcontext():
+            type(connector).resume_start(connector, path, weights_only)
 
-    if trainer.world_size > 1:
-        connector.resume_start = resume_start
+    connector.resume_start = resume_start
 
 
 def _check_the_same(path: Any) -> None:

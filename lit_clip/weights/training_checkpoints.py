@@ -84,6 +84,27 @@ def reopen_epoch(checkpoint: dict[str, Any]) -> None:
         counts["completed"] -= 1
 
 
+def close_epoch(checkpoint: dict[str, Any]) -> None:
+    """Begin with a new epoch after one that is complete; the counterpart of :func:`reopen_epoch`.
+
+    With ``max_steps`` Lightning would resume within the complete epoch, find no batch left in it, and count it twice:
+    the run would leave out the data of an epoch.
+
+    Args:
+        checkpoint: changed in place.
+    """
+    loops = checkpoint.get("loops", {}).get("fit_loop", {})
+    batches, epochs = loops.get("epoch_loop.batch_progress"), loops.get("epoch_progress")
+    if not batches or not batches["is_last_batch"]:
+        return
+    if epochs["current"]["processed"] < epochs["current"]["started"]:  # callbacks may still have to see its end
+        return
+    batches["is_last_batch"] = False
+    batches["current"] = dict.fromkeys(batches["current"], 0)
+    for counts in epochs.values():
+        counts["completed"] = counts["processed"]
+
+
 def unpack_checkpoint(checkpoint: dict[str, Any], module: LightningModule, base_sha256: str, name: Source) -> None:
     """Turn a checkpoint of ours into what Lightning loads, and give the module's model the checkpoint's tokenizer.
 
