@@ -12,7 +12,6 @@ from lightning.pytorch.plugins.precision import FSDPPrecision, Precision
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullStateDictConfig, StateDictType
 from torch.distributed.fsdp import FullyShardedDataParallel as Sharded
 from torch.distributed.fsdp.api import FullOptimStateDictConfig
@@ -41,12 +40,17 @@ class FSDP(FSDPStrategy):
 
     Args:
         sharding_strategy: ``FULL_SHARD``, ``SHARD_GRAD_OP`` (weights stay whole between forward and backward pass), or
-            ``HYBRID_SHARD`` (sharded within a machine, replicated over machines).
+            ``HYBRID_SHARD`` (sharded within a machine, replicated over machines), which needs ``device_mesh``.
         kwargs: of Lightning's FSDPStrategy and of torch's FullyShardedDataParallel.
     """
 
     def __init__(self, sharding_strategy: str = "FULL_SHARD", **kwargs: Any) -> None:
-        kwargs.setdefault("auto_wrap_policy", CustomPolicy(lambda _: False))  # Lightning wants one early
+        if isinstance(kwargs.get("device_mesh"), list):  # from a YAML file
+            kwargs["device_mesh"] = tuple(kwargs["device_mesh"])
+        require(
+            "HYBRID" not in sharding_strategy or kwargs.get("device_mesh") is not None,
+            f"trainer.strategy: {sharding_strategy} needs device_mesh; set it to [machines, GPUs of each]",
+        )
         super().__init__(sharding_strategy=sharding_strategy, state_dict_type="full", **kwargs)  # pyright: ignore[reportArgumentType]  # torch checks the name
         self._scalars: list[nn.Parameter] = []
         self._sharded: Sharded | None = None
@@ -88,9 +92,6 @@ class FSDP(FSDPStrategy):
             return model.to(self.root_device)
         # Lightning passes the device's index, and a CPU has none.
         settings: dict[str, Any] = {"sharding_strategy": self.sharding_strategy, "cpu_offload": self.cpu_offload}
-        if self.kwargs.get("device_mesh") is None and "HYBRID" in self.sharding_strategy.name:
-            shape = (self.num_nodes, self.world_size // self.num_nodes)
-            self.kwargs["device_mesh"] = init_device_mesh(self.root_device.type, shape)
         self._sharded = Sharded(model, device_id=self.root_device, **settings, **self.kwargs)
         return self._sharded
 
