@@ -14,6 +14,7 @@ from lit_clip import distributed
 from lit_clip.errors import require
 from lit_clip.tools.processes import is_launched
 from lit_clip.training.checkpoint_io import save_whole
+from lit_clip.training.claims import release_folders
 from lit_clip.training.run_folder import run_folder
 from lit_clip.training.signals import Signals, signals_of
 from lit_clip.training.summary import resume_command
@@ -102,6 +103,8 @@ class Preemption(Callback):
             exception.code = 0 if is_launched() else 128 + signals.agreed
             if trainer.is_global_zero:
                 exception.args = (f"{signal.Signals(signals.agreed).name}: {outcome}",)
+        else:
+            release_folders()  # Lightning calls no teardown hook after an error, and a notebook lives on
 
     def _agreed(self, trainer: Trainer) -> bool:
         signals = signals_of(trainer)

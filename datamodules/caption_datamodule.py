@@ -348,7 +348,8 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
                 "trainer.reload_dataloaders_every_n_epochs: leave it out; every epoch has its own order without it"
             )
         overfit = bool(getattr(trainer, "overfit_batches", 0))
-        batches = self._batches(self._start() if self._resumed and not overfit else Position())
+        start = self._start() if self._resumed else Position()
+        batches = self._batches(Position(batch=start.batch) if overfit else start)
         self._resumed, source = {}, self.train_source
         self._start_position, self._start_step = batches.start, getattr(self.trainer, "global_step", 0)
         assert source is not None

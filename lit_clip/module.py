@@ -4,10 +4,11 @@ import dataclasses
 import inspect
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple, Self, TypedDict, TypeVar
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
@@ -25,7 +26,10 @@ from lit_clip.models.config import CLIPConfig, Preprocessing, Size
 from lit_clip.models.finetuning import Freeze, LayerDecay, frozen_modules, frozen_names, learning_rate_factors
 from lit_clip.models.lora import LoRA, add_lora
 from lit_clip.models.tokenizer import TextTokenizer
+from lit_clip.training.checkpoint_io import load_the_same_checkpoint
 from lit_clip.training.checks import check_lora_gradients, check_run, check_skipped_samples
+from lit_clip.training.claims import claim_folders, note_unnumbered, release_folders, remove_leftovers
+from lit_clip.training.fsdp import EvenBatches
 from lit_clip.training.micro_batches import encode_pairs, encode_parts, placeholder, split_batch
 from lit_clip.training.optim import (
     EXCEPT_GAINS_AND_BIASES,
@@ -37,10 +41,11 @@ from lit_clip.training.optim import (
 )
 from lit_clip.training.optimization import Optimization
 from lit_clip.training.schedules import ScheduleFactory, WarmupCosine
+from lit_clip.training.sync_batch_norm import synchronise_batch_norm
 from lit_clip.weights.checkpoints import base_name
 from lit_clip.weights.fingerprint import weights_sha256
 from lit_clip.weights.load import create_model, whole_name
-from lit_clip.weights.training_checkpoints import pack_checkpoint, reopen_epoch, unpack_checkpoint
+from lit_clip.weights.training_checkpoints import close_epoch, pack_checkpoint, reopen_epoch, unpack_checkpoint
 
 Settings = TypeVar("Settings")
 
@@ -181,7 +186,7 @@ class LitCLIP(LightningModule):
             require(self.starts_trained, "model.lora: adds to a trained model; set model.pretrained")
             self.base_sha256 = weights_sha256(self.model)
             add_lora(self.model, lora)
-        self._frozen_modules = frozen_modules(self.model)
+        self._frozen_modules = list(frozen_modules(self.model))  # names: a strategy may replace the modules
         self.train()
 
     @classmethod
@@ -213,17 +218,32 @@ class LitCLIP(LightningModule):
     def train(self, mode: bool = True) -> Self:
         """Set the mode of what is trained; frozen modules stay in evaluation mode, statistics and dropout included."""
         super().train(mode)
-        for module in self._frozen_modules:
-            module.eval()
+        for name in self._frozen_modules:
+            self.model.get_submodule(name).eval()
         return self
+
+    def configure_callbacks(self) -> list[Callback]:
+        note_unnumbered(self.trainer)  # in the first hook: next a trainer asks its loggers for their folders
+        return []
+
+    def prepare_data(self) -> None:
+        # The only hook between the ranks' meeting and the loggers' opening of files.
+        claim_folders(self.trainer)
+
+    def teardown(self, stage: str) -> None:
+        release_folders()
 
     def setup(self, stage: str) -> None:
         if self._trainer and isinstance(self.trainer.strategy, DDPStrategy):
             # Keep gradients in the buckets that are sent instead of a second copy.
             self.trainer.strategy._ddp_kwargs.setdefault("gradient_as_bucket_view", True)
+        if self._trainer:
+            load_the_same_checkpoint(self.trainer)
         if self._trainer and stage != "predict":
             check_skipped_samples(self._trainer)
         if stage == "fit":
+            if self._trainer:
+                synchronise_batch_norm(self.trainer.strategy)
             if self.loss is None:
                 self.loss = build_loss(self.hparams["loss"])
             self.loss.prepare(self.model)
@@ -286,7 +306,7 @@ class LitCLIP(LightningModule):
         self.model.clamp_logit_scale()
 
     def on_validation_epoch_start(self) -> None:
-        self._validated = RetrievalSet()
+        self._validated, self._batches = RetrievalSet(), EvenBatches(self.trainer)
         model = self.trainer.strategy.model
         if isinstance(model, DistributedDataParallel):
             # DDP would do this in a rank's first batch, and wait for ranks that have none.
@@ -294,6 +314,7 @@ class LitCLIP(LightningModule):
             model.require_forward_param_sync = False
 
     def validation_step(self, batch: CaptionBatch, batch_idx: int) -> Features:
+        self._batches.count()
         tokenizer = self.model.tokenizer  # hash before encoding: afterwards it would wait for the device
         hashes = token_hashes(batch.tokens, tokenizer.context_length, tokenizer.pad_id)
         features = self.predict_step(batch, batch_idx)
@@ -301,6 +322,7 @@ class LitCLIP(LightningModule):
         return features
 
     def on_validation_epoch_end(self) -> None:
+        self._batches.complete(self.model)
         self._log_retrieval("val")
 
     def on_test_epoch_start(self) -> None:
@@ -348,6 +370,8 @@ class LitCLIP(LightningModule):
         name = str((self._trainer and self._trainer.ckpt_path) or "the checkpoint")
         if self._trainer and self._trainer.state.fn == TrainerFn.FITTING:
             check_resumed_loss(self.hparams["loss"], checkpoint["hyper_parameters"].get("loss"), name)
+            if self.trainer.is_global_zero:
+                remove_leftovers(Path(name))
         unpack_checkpoint(checkpoint, self, self.base_sha256, name)
         self.before = dict(checkpoint.get("before", {}))  # wise-ft writes none
         if self._trainer and self._trainer.state.fn == TrainerFn.FITTING:
@@ -356,6 +380,7 @@ class LitCLIP(LightningModule):
                 f"{name}: holds weights only, so training cannot resume; start from it with --model.pretrained",
             )
             groups, steps = self._parameter_groups(), total_steps(self.trainer)
+            close_epoch(checkpoint)
             self.optimization.resume(checkpoint, groups, self.hparams["layer_decay"], steps, name)
 
 

@@ -114,6 +114,8 @@ class GlobalBatchSampler(Sampler[list[TrainingSample]]):
         order, epoch = self.order(self.epoch), self.epoch
         draws = draw_numbers(order)
         done = self.start.batch if epoch == self.start.epoch else 0
+        if not self.reshuffle:  # the same epoch again, from its first batch
+            self.start = self.start._replace(batch=0)
         step = self.batch_size * self.world
         for first in range(done * step, len(self) * step, step):
             mine = slice(first + self.rank, first + step, self.world)

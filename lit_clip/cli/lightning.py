@@ -13,6 +13,7 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -143,6 +144,9 @@ class CLI(LightningCLI):
         settings.plugins = plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in settings.plugins):
             settings.plugins.append(WholeCheckpointIO())
+        for plugin in settings.plugins:
+            if isinstance(plugin, _WrappingCheckpointIO):  # such as AsyncCheckpointIO
+                plugin.checkpoint_io = WholeCheckpointIO()  # has no effect if it wraps one already
         if self.subcommand == "fit" and settings.precision is None:
             self._choose_precision(settings)
         elif str(settings.precision).startswith("bf16") and computes_in_bfloat16(settings.accelerator) is False:

@@ -89,8 +89,8 @@ def frozen_names(model: Any, freeze: Freeze) -> set[str]:
     return frozen
 
 
-def frozen_modules(model: nn.Module) -> list[nn.Module]:
-    """Return the modules that must stay in evaluation mode.
+def frozen_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules that must stay in evaluation mode, by name.
 
     These are the modules whose parameters are all frozen, and modules without parameters (dropout) that come before the
     last of them in its tower: they belong to frozen layers.
@@ -107,7 +107,7 @@ def frozen_modules(model: nn.Module) -> list[nn.Module]:
         tower = [name for name in modules if f"{name}.".startswith("visual.") == visual]
         last = max((tower.index(name) for name in result if name in tower), default=-1)
         result += [name for name in tower[: last + 1] if next(modules[name].parameters(), None) is None]
-    return [modules[name] for name in result]
+    return {name: modules[name] for name in result}
 
 
 def learning_rate_factors(model: Any, decay: LayerDecay | None) -> list[tuple[str, float, list[nn.Parameter]]]:

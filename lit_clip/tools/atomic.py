@@ -26,7 +26,7 @@ def replacing(path: Path, hint: str = "") -> Iterator[Path]:
         InputError: the folder of ``path`` does not exist or cannot be written to, or the body raised an ``OSError``.
     """
     whole = path.absolute()
-    draft = whole.with_name(f".{whole.name}.{uuid.uuid4().hex[:8]}.tmp")
+    draft = draft_of(whole)
     try:
         yield draft
         os.replace(draft, path)
@@ -42,6 +42,11 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     with replacing(path) as draft:
         draft.mkdir(parents=True)
         yield draft
+
+
+def draft_of(path: Path) -> Path:
+    """Return a temporary name beside ``path`` that no other process uses."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
 
 
 def remove_drafts(path: Path) -> None:

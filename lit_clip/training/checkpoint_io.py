@@ -4,15 +4,20 @@ import os
 import shutil
 import zipfile
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
+from lit_clip import distributed
 from lit_clip.errors import InputError
+from lit_clip.tools.atomic import draft_of
+from lit_clip.tools.hashing import hex_digest
+from lit_clip.tools.reading import reading
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -32,7 +37,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         whole = Path(path)
-        part = whole.with_name(f".{whole.name}.part")
+        part = draft_of(whole)
         try:
             whole.parent.mkdir(parents=True, exist_ok=True)
             with part.open("wb") as file:
@@ -41,15 +46,23 @@ class WholeCheckpointIO(TorchCheckpointIO):
                 os.fsync(file.fileno())
             put_in_place(part, whole)
         except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
-            if isinstance(error.__context__, KeyboardInterrupt):  # and when it is interrupted
-                raise error.__context__ from None
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            first = _first(error)
+            if isinstance(first, KeyboardInterrupt):  # and when it is interrupted
+                raise first from None
+            reason = getattr(first, "strerror", None) or str(first).splitlines()[0]
             raise InputError(
                 f"{whole}: the checkpoint cannot be written ({reason}); the previous one is kept"
             ) from error
         finally:
             with suppress(OSError):
                 part.unlink(missing_ok=True)
+
+
+def _first(error: BaseException) -> BaseException:
+    """Return the error that the others followed from."""
+    while before := error.__cause__ or error.__context__:
+        error = before
+    return error
 
 
 def put_in_place(part: Path, whole: Path) -> None:
@@ -80,7 +93,11 @@ def newest_checkpoint(places: Iterable[Path]) -> Path | None:
     if not found:
         return None
     last = max(found, key=lambda each: each[1])[2].parent
-    return max(each for each in found if each[2].parent == last)[2]
+    _, written, newest = max(each for each in found if each[2].parent == last)
+    for file in sorted(files):
+        if file.stat().st_mtime > written and not zipfile.is_zipfile(file):
+            rank_zero_warn(f"{file}: incomplete or damaged; {newest} is the newest complete checkpoint")
+    return newest
 
 
 def _steps(path: Path) -> int | None:
@@ -95,6 +112,56 @@ def _steps(path: Path) -> int | None:
         return None
 
 
+def load_the_same_checkpoint(trainer: Trainer) -> None:
+    """Make the ranks compare their checkpoints before they load them; called on every rank in ``setup``.
+
+    Each rank looks for the newest checkpoint on its own disk; one that finds another, or none, would train on alone
+    while the others wait for it. Lightning has no hook that ranks without a checkpoint reach, too. A file that is no
+    checkpoint is an :class:`InputError`, whatever the plugin that reads it raises.
+    """
+    connector: Any = trainer._checkpoint_connector
+
+    def resume_start(path: Any = None, weights_only: bool | None = None) -> None:
+        if trainer.world_size > 1:
+            _check_the_same(path)
+        with reading(path, "checkpoint") if path else nullcontext():
+            type(connector).resume_start(connector, path, weights_only)
+
+    connector.resume_start = resume_start
+
+
+def _check_the_same(path: Any) -> None:
+    """Check that the checkpoints of all ranks have the same contents; a collective.
+
+    Raises:
+        InputError: on every rank.
+    """
+    first, *others = distributed.gather_objects([(str(path or "none"), _fingerprint(path))])
+    for rank, other in enumerate(others, start=1):
+        if other[1] != first[1]:
+            raise InputError(
+                f"--ckpt_path: ranks would resume from different checkpoints: {first[0]} ({first[1][0]}) on rank 0 and "
+                f"{other[0]} ({other[1][0]}) on rank {rank}; put the same file on every machine, or on a disk that "
+                "all of them share"
+            )
+
+
+def _fingerprint(path: Any) -> tuple[str, str]:
+    """Return what a checkpoint is, in words, and a digest of the checksums of all that it holds."""
+    if not path:
+        return "from the beginning", ""
+    if "://" in str(path):
+        return "an address", str(path)
+    try:
+        with zipfile.ZipFile(path) as file:
+            members = [(member.filename.partition("/")[2], member.CRC) for member in file.infolist()]
+        return f"step {_steps(Path(path))}", hex_digest([sorted(members)])
+    except FileNotFoundError:
+        return "no such file", ""
+    except Exception:  # a sharded checkpoint's folder, or whatever a damaged file raises, which loading it says
+        return "not one whole file", ""
+
+
 def save_whole(trainer: Trainer, path: Path) -> None:
     """Save a checkpoint beside its final path, check that it is complete, and rename it; called on every rank.
 
@@ -103,10 +170,17 @@ def save_whole(trainer: Trainer, path: Path) -> None:
     Raises:
         InputError: on the rank that writes, if the file could not be written.
     """
-    part = path.with_name(f"{path.name}.part")
-    if trainer.is_global_zero:
-        part.unlink(missing_ok=True)
+    part = trainer.strategy.broadcast(draft_of(path))
     trainer.save_checkpoint(part)
+    _finish_writing(trainer)
     if trainer.is_global_zero:
         put_in_place(part, path)
     trainer.strategy.barrier("save_whole")
+
+
+def _finish_writing(trainer: Trainer) -> None:
+    """Wait for plugins that write in another thread, however they wrap each other; raises what writing raised."""
+    plugin: Any = trainer.strategy.checkpoint_io
+    while plugin is not None:
+        plugin.teardown()  # AsyncCheckpointIO starts its thread again when it is next needed
+        plugin = getattr(plugin, "checkpoint_io", None)

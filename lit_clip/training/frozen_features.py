@@ -81,9 +81,7 @@ def frozen_sha256(model: CLIP, prefix: FrozenPrefix, precision: str) -> str:
     tensors: dict[str, Tensor] = {
         name: value for name, value in tower_parameters(model, prefix.tower).items() if not value.requires_grad
     }
-    names = {id(module): name for name, module in model.named_modules()}
-    for module in frozen_modules(model):
-        name = names[id(module)]
+    for name, module in frozen_modules(model).items():
         if f"{name}.".startswith("visual.") == (prefix.tower == "image"):
             tensors |= {f"{name}.{key}": value for key, value in module.named_buffers()}
     settings = sorted(described(model.config).items())

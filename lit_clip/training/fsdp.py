@@ -1,5 +1,6 @@
 """Fully sharded data parallel training: Lightning's strategy adapted to CLIP."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -17,8 +18,11 @@ from torch.distributed.fsdp.api import FullOptimStateDictConfig
 from torch.distributed.fsdp.wrap import CustomPolicy
 from torch.optim import Optimizer
 
+from lit_clip import distributed
+from lit_clip.batch import CaptionBatch
 from lit_clip.errors import InputError, require
 from lit_clip.models.layers import TOWERS, tower_blocks
+from lit_clip.models.size import height_width
 from lit_clip.training.optim import is_elementwise
 from lit_clip.training.optimization import Optimization
 
@@ -36,11 +40,17 @@ class FSDP(FSDPStrategy):
 
     Args:
         sharding_strategy: ``FULL_SHARD``, ``SHARD_GRAD_OP`` (weights stay whole between forward and backward pass), or
-            ``HYBRID_SHARD`` (sharded within a machine, replicated over machines).
+            ``HYBRID_SHARD`` (sharded within a machine, replicated over machines), which needs ``device_mesh``.
         kwargs: of Lightning's FSDPStrategy and of torch's FullyShardedDataParallel.
     """
 
     def __init__(self, sharding_strategy: str = "FULL_SHARD", **kwargs: Any) -> None:
+        if isinstance(kwargs.get("device_mesh"), list):  # from a YAML file
+            kwargs["device_mesh"] = tuple(kwargs["device_mesh"])
+        require(
+            "HYBRID" not in sharding_strategy or kwargs.get("device_mesh") is not None,
+            f"trainer.strategy: {sharding_strategy} needs device_mesh; set it to [machines, GPUs of each]",
+        )
         super().__init__(sharding_strategy=sharding_strategy, state_dict_type="full", **kwargs)  # pyright: ignore[reportArgumentType]  # torch checks the name
         self._scalars: list[nn.Parameter] = []
         self._sharded: Sharded | None = None
@@ -49,6 +59,7 @@ class FSDP(FSDPStrategy):
         """Wrap the blocks, and leave out the scalars."""
         if trainer.state.fn == TrainerFn.FITTING:
             self._check(trainer)
+            _check_lora(self.lightning_module)
             _check_optimizer(cast(Any, self.lightning_module).optimization)
             self._prepare(self.lightning_module)
         super().setup(trainer)
@@ -157,6 +168,40 @@ class FSDP(FSDPStrategy):
                 require(len(ours) == len(_names(state)), "the checkpoint's optimiser has other parameters")
                 state = _renamed(state, dict(zip(_names(state), ours, strict=True)))
                 optimizer.load_state_dict(Sharded.optim_state_dict_to_load(self._root, optimizer, state))
+
+
+class EvenBatches:
+    """Validation batches of a rank that has fewer than others, which cannot compute theirs without it.
+
+    Args:
+        trainer: about to validate; creating this is a collective.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._strategy, self._missing = trainer.strategy, 0
+        if isinstance(self._strategy, FSDP) and isinstance(self._strategy.model, Sharded):
+            counts = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+            self._missing = distributed.maximum(sum(int(count) for count in counts if math.isfinite(count)))
+
+    def count(self) -> None:
+        """Note that this rank computes a batch."""
+        self._missing -= 1
+
+    def complete(self, model: Any) -> None:
+        """Compute batches without a pair until this rank has had as many as the others."""
+        height, width = height_width(model.preprocessing.image_size)
+        images = torch.zeros(0, 3, height, width, dtype=torch.uint8, device=model.device)
+        while self._missing > 0:
+            self._strategy.validation_step(CaptionBatch(images, images.new_zeros(0, 1, dtype=torch.long), []), 0)
+
+
+def _check_lora(module: Any) -> None:
+    # By name: peft need not be installed.
+    if any(type(layer).__name__ == "ParamWrapper" for layer in module.modules()):
+        raise InputError(
+            "trainer.strategy: FSDP cannot shard a LoRA of in_proj_weight, which is added to the weight itself; set "
+            "model.lora.targets to other layers, such as c_fc and c_proj, or use ddp"
+        )
 
 
 def _check_optimizer(optimization: Optimization) -> None:

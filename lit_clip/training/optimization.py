@@ -19,7 +19,7 @@ from lit_clip.training.optim import (
     total_steps,
     trial,
 )
-from lit_clip.training.schedules import POSITION, ScheduleFactory, create_schedule, needs_total_steps
+from lit_clip.training.schedules import ScheduleFactory, advance, create_schedule, needs_total_steps
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -149,7 +149,31 @@ class Optimization:
             _resume_groups(optimizer["param_groups"], groups, changed, rates, name)
         for schedule in checkpoint.get("lr_schedulers", []):
             same = hparams["lr_scheduler"] == here["lr_scheduler"] and schedule.get("total_steps") in (None, steps)
-            _resume_schedule(schedule, groups, same, rates)
+            if not same:
+                self._start_schedule(schedule, checkpoint, groups, steps)
+            elif rates and "base_lrs" in schedule:
+                schedule["base_lrs"] = [group["lr"] for group in groups]
+
+    def _start_schedule(
+        self, schedule: dict[str, Any], checkpoint: Mapping[str, Any], groups: Groups, steps: int
+    ) -> None:
+        """Replace a saved schedule by this run's at the same step, as if the whole run had had it.
+
+        Torch's schedules change a rate when they are stepped, most of them from the rate before; the first resumed step
+        would have the old schedule's rate, and many schedules would go on from it.
+        """
+        position = schedule["last_epoch"] if "_step_count" in schedule else checkpoint["global_step"]
+        optimizer = self.optimizer([{**group, "params": [nn.Parameter(torch.zeros(8, 8))]} for group in groups])
+        before = [dict(group) for group in optimizer.param_groups]
+        factory = factory_of(self._lr_scheduler, "model.lr_scheduler", LRScheduler)
+        made = create_schedule(factory, optimizer, steps)
+        advance(made, position)
+        schedule.clear()
+        schedule |= made.state_dict()
+        for saved in checkpoint.get("optimizer_states", []):
+            for group, old, new in zip(saved["param_groups"], before, optimizer.param_groups, strict=True):
+                changed = {key: new[key] for key in new if key != "params" and (key not in old or old[key] != new[key])}
+                group |= {"lr": new["lr"]} | changed  # and the momentum, of some
 
 
 def _describe_schedule(schedule: ScheduleFactory, optimizer: Callable[..., Any]) -> Description:
@@ -181,16 +205,6 @@ def _resume_groups(
         group["name"] = ours["name"]
         if "weight_decay" in ours:  # that of a group need not be that of the settings
             group["weight_decay"] = ours["weight_decay"]
-
-
-def _resume_schedule(schedule: dict[str, Any], groups: Groups, same: bool, rates: bool) -> None:
-    """Keep a schedule's state if its settings are the same, and otherwise its position alone."""
-    if not same:
-        for key in schedule.keys() - {*POSITION, "_last_lr"}:
-            del schedule[key]
-        schedule["lr_lambdas"] = []  # torch's LambdaLR wants the key
-    elif rates and "base_lrs" in schedule:
-        schedule["base_lrs"] = [group["lr"] for group in groups]
 
 
 def _shape(group: Mapping[str, Any]) -> tuple[str, int]:

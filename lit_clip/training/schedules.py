@@ -5,12 +5,13 @@ They are functions of the number of optimiser steps, so a resumed run may change
 
 import inspect
 import math
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, Literal
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from lit_clip.errors import InputError, require
 from lit_clip.tools.parts import unwrapped
@@ -141,3 +142,14 @@ def needs_total_steps(schedule: Callable[..., Any]) -> bool:
 def create_schedule(schedule: Callable[..., Any], optimizer: Optimizer, total_steps: int) -> Any:
     """Create a schedule; it gets the run's ``total_steps`` if it :func:`needs_total_steps`."""
     return schedule(optimizer, **{"total_steps": total_steps} if needs_total_steps(schedule) else {})
+
+
+def advance(schedule: Any, steps: int) -> None:
+    """Bring a new schedule, and its optimiser's parameter groups, to where it is after some optimiser steps."""
+    if isinstance(schedule, _Warmup):
+        schedule.load_state_dict({"last_epoch": steps, "_step_count": steps + 1})
+    elif not isinstance(schedule, ReduceLROnPlateau):  # which follows a metric, and not the steps
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's: the optimiser has made no step
+            for _ in range(steps):
+                schedule.step()

@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -43,10 +44,7 @@ def pack_checkpoint(checkpoint: dict[str, Any], model: CLIP, base: Mapping[str, 
         model: the trained model.
         base: the weights that a LoRA belongs to, ``pretrained`` and ``sha256``; None without a LoRA.
     """
-    state: Mapping[str, Any] = checkpoint["state_dict"]
-    checkpoint["state_dict"] = {key[len(PREFIX) :]: value for key, value in state.items() if key.startswith(PREFIX)}
-    own = {key[len(LOSS_PREFIX) :]: value for key, value in state.items() if key.startswith(LOSS_PREFIX)}
-    checkpoint |= {"loss": own} if own else {}
+    _move_own_keys(checkpoint, checkpoint["state_dict"])
     checkpoint |= saved_tokenizer(model)
     if base:
         checkpoint["base"] = dict(base)
@@ -56,6 +54,13 @@ def pack_checkpoint(checkpoint: dict[str, Any], model: CLIP, base: Mapping[str, 
                 for key, value in checkpoint[states].items()
                 if is_added(key) or (states == "current_model_state" and key.startswith(LOSS_PREFIX))
             }
+
+
+def _move_own_keys(checkpoint: dict[str, Any], state: Mapping[str, Any]) -> None:
+    """Put a module's weights into a checkpoint as we write them: OpenAI's key names, and the loss beside the model."""
+    checkpoint["state_dict"] = {key[len(PREFIX) :]: value for key, value in state.items() if key.startswith(PREFIX)}
+    own = {key[len(LOSS_PREFIX) :]: value for key, value in state.items() if key.startswith(LOSS_PREFIX)}
+    checkpoint |= {"loss": own} if own else {}
 
 
 def reopen_epoch(checkpoint: dict[str, Any]) -> None:
@@ -79,6 +84,27 @@ def reopen_epoch(checkpoint: dict[str, Any]) -> None:
         counts["completed"] -= 1
 
 
+def close_epoch(checkpoint: dict[str, Any]) -> None:
+    """Begin with a new epoch after one that is complete; the counterpart of :func:`reopen_epoch`.
+
+    With ``max_steps`` Lightning would resume within the complete epoch, find no batch left in it, and count it twice:
+    the run would leave out the data of an epoch.
+
+    Args:
+        checkpoint: changed in place.
+    """
+    loops = checkpoint.get("loops", {}).get("fit_loop", {})
+    batches, epochs = loops.get("epoch_loop.batch_progress"), loops.get("epoch_progress")
+    if not batches or not batches["is_last_batch"]:
+        return
+    if epochs["current"]["processed"] < epochs["current"]["started"]:  # callbacks may still have to see its end
+        return
+    batches["is_last_batch"] = False
+    batches["current"] = dict.fromkeys(batches["current"], 0)
+    for counts in epochs.values():
+        counts["completed"] = counts["processed"]
+
+
 def unpack_checkpoint(checkpoint: dict[str, Any], module: LightningModule, base_sha256: str, name: Source) -> None:
     """Turn a checkpoint of ours into what Lightning loads, and give the module's model the checkpoint's tokenizer.
 
@@ -92,6 +118,7 @@ def unpack_checkpoint(checkpoint: dict[str, Any], module: LightningModule, base_
         InputError: another architecture, weights that do not fit, a LoRA of other weights, or another loss.
     """
     model: Any = module.model
+    _use_last_step(checkpoint, module, name)
     check_architecture(checkpoint, model.config, name)
     if base_sha256:
         check_base(checkpoint, base_sha256, name)
@@ -106,6 +133,28 @@ def unpack_checkpoint(checkpoint: dict[str, Any], module: LightningModule, base_
     model._tokenizer = checkpoint_tokenizer(checkpoint, model.config) or model._tokenizer
     if checkpoint.get("weights") == EMA_WEIGHTS:
         rank_zero_info(f"{name}: these weights are the exponential moving average, not those of the last step")
+
+
+def _use_last_step(checkpoint: dict[str, Any], module: LightningModule, name: Source) -> None:
+    """Resume a run that goes on without an average from the weights that the optimiser's moments belong to.
+
+    Args:
+        checkpoint: changed in place.
+        module: with its trainer, if it has one.
+        name: of the checkpoint, for messages.
+    """
+    trainer: Any = module._trainer
+    if trainer is None or trainer.state.fn != TrainerFn.FITTING or "current_model_state" not in checkpoint:
+        return
+    if any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks):
+        return
+    current = checkpoint.pop("current_model_state")
+    _move_own_keys(checkpoint, current)
+    if checkpoint.pop("weights", None) == EMA_WEIGHTS:
+        rank_zero_info(
+            f"{name}: this run has no callbacks.EMA; it resumes from the weights of the last step, and the "
+            "exponential moving average in the checkpoint ends here"
+        )
 
 
 def _loss_state(checkpoint: Mapping[str, Any], module: Any, name: Source) -> dict[str, Any]:

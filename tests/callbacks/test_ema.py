@@ -134,6 +134,37 @@ def test_a_resumed_run_keeps_both_copies_and_ends_like_an_uninterrupted_one(
     assert fitting.global_step == 12
 
 
+def test_a_run_resumed_without_the_average_goes_on_from_the_weights_of_the_last_step(
+    tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, plain, _ = fit(tiny_config, caption_table, tmp_path, enable_checkpointing=False)
+    keep = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1)
+    fit(tiny_config, caption_table, tmp_path, EMA(DECAY), keep)
+    middle = tmp_path / f"step={len(plain.steps) // 2}.ckpt"
+    assert torch.load(middle, weights_only=True)["weights"] == "exponential moving average"
+    options: dict[str, Any] = {"ckpt_path": middle, "enable_checkpointing": False}
+    _, resumed, fitting = fit(tiny_config, caption_table, tmp_path, **options)
+    assert len(resumed.steps) == len(plain.steps) // 2
+    for ours, theirs in zip(resumed.steps, plain.steps[len(resumed.steps) :], strict=True):
+        assert torch.equal(ours, theirs)
+    assert f"{middle.name}: this run has no callbacks.EMA; it resumes from the weights of the last step" in caplog.text
+    fitting.save_checkpoint(tmp_path / "without.ckpt")
+    assert not {"weights", "current_model_state"} & torch.load(tmp_path / "without.ckpt", weights_only=True).keys()
+
+
+def test_an_average_that_a_resumed_run_begins_starts_from_the_weights_after_its_first_step(
+    tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+) -> None:
+    _, plain, _ = fit(tiny_config, caption_table, tmp_path, enable_checkpointing=False)
+    fit(tiny_config, caption_table, tmp_path, ModelCheckpoint(tmp_path, "{step}", save_top_k=-1))
+    middle = tmp_path / f"step={len(plain.steps) // 2}.ckpt"
+    options: dict[str, Any] = {"ckpt_path": middle, "enable_checkpointing": False}
+    module, resumed, _ = fit(tiny_config, caption_table, tmp_path, EMA(DECAY), **options)
+    after: Any = module.model
+    assert torch.equal(resumed.steps[-1], plain.steps[-1])
+    torch.testing.assert_close(after.visual.proj, plain_average(resumed.steps), rtol=0, atol=1e-6)
+
+
 def test_after_an_error_the_module_has_the_current_weights(
     tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:

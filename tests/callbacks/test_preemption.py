@@ -19,7 +19,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins import TorchCheckpointIO
+from lightning.pytorch.plugins import AsyncCheckpointIO, TorchCheckpointIO
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from torch import Tensor
 
 from callbacks import EMA
@@ -27,6 +28,7 @@ from callbacks.preemption import Preemption
 from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig
 from lit_clip.module import LitCLIP
+from lit_clip.training.checkpoint_io import WholeCheckpointIO
 from lit_clip.training.optim import PaperAdamW
 from lit_clip.training.schedules import WarmupCosine
 from tests.conftest import ROOT, TINY_YAML, lit_clip_command
@@ -293,6 +295,33 @@ def test_signals_while_saving_are_ignored(tiny_config: CLIPConfig, caption_table
     assert stopped.code == 128 + signal.SIGTERM
     assert names(tmp_path) == {"last.ckpt"}
     assert load(tmp_path / "last.ckpt")["global_step"] == 1
+
+
+class Slow(WholeCheckpointIO):
+    """Write after a while, as a large checkpoint is written."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        time.sleep(0.4)
+        super().save_checkpoint(checkpoint, path, storage_options)
+
+
+class Wrapper(_WrappingCheckpointIO):
+    """A plugin that knows nothing of what it wraps."""
+
+
+@pytest.mark.parametrize("wrap", [AsyncCheckpointIO, lambda plugin: Wrapper(AsyncCheckpointIO(plugin))])
+@pytest.mark.usefixtures("_handlers")
+def test_a_checkpoint_written_in_another_thread_is_complete_when_the_run_ends(
+    tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path, wrap: Any
+) -> None:
+    run = tiny_config, caption_table, tmp_path
+    often = ModelCheckpoint(tmp_path, "often", every_n_train_steps=1, save_last=True, enable_version_counter=False)
+    stopped, _ = stopped_fit(*run, SignalAt("on_before_optimizer_step", 2), often, plugins=[wrap(Slow())])
+    assert stopped.code == 128 + signal.SIGTERM
+    assert "saved step 2" in str(stopped.args[0])
+    assert names(tmp_path) == {"often.ckpt", "last.ckpt"}
+    assert load(tmp_path / "last.ckpt")["global_step"] == 2
+    assert load(tmp_path / "often.ckpt")["global_step"] == 2
 
 
 @pytest.mark.usefixtures("_handlers")

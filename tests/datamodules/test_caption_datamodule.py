@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 from torch import Tensor
 
@@ -214,13 +214,25 @@ class _Recorder(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit_recorder(table: Path, **options: Any) -> tuple[Captions, _Recorder]:
+class SaveAt(Callback):
+    """Save a checkpoint after a step."""
+
+    def __init__(self, step: int, path: Path) -> None:
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+def fit_recorder(table: Path, ckpt_path: Path | None = None, **options: Any) -> tuple[Captions, _Recorder]:
     """Run three epochs of a real trainer that writes and prints nothing."""
     module, recorder = Captions(str(table), batch_size=4, num_workers=0), _Recorder()
     quiet: dict[str, Any] = dict.fromkeys(
         ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
     )
-    Trainer(accelerator="cpu", max_epochs=3, use_distributed_sampler=False, **options, **quiet).fit(recorder, module)
+    trainer = Trainer(accelerator="cpu", max_epochs=3, use_distributed_sampler=False, **options, **quiet)
+    trainer.fit(recorder, module, ckpt_path=ckpt_path)
     return module, recorder
 
 
@@ -247,6 +259,16 @@ def test_overfit_batches_repeats_the_same_batch_every_epoch(table: Path) -> None
     for batch in others:
         assert batch.keys == first.keys
         assert same_pixels(pixels_by_key([batch]), pixels_by_key([first]))
+
+
+def test_overfit_batches_resumed_in_mid_epoch_goes_on_at_its_batch(table: Path, tmp_path: Path) -> None:
+    _, recorder = fit_recorder(table, overfit_batches=2, callbacks=[SaveAt(3, tmp_path / "third.ckpt")])
+    whole = [(batch.keys, batch.images) for batches in recorder.seen.values() for batch in batches]
+    assert len(whole) == 6
+    _, recorder = fit_recorder(table, overfit_batches=2, ckpt_path=tmp_path / "third.ckpt")
+    resumed = [(batch.keys, batch.images) for batches in recorder.seen.values() for batch in batches]
+    assert [keys for keys, _ in resumed] == [keys for keys, _ in whole[3:]]
+    assert all(torch.equal(ours, theirs) for (_, ours), (_, theirs) in zip(resumed, whole[3:], strict=True))
 
 
 def measured_crops(width: int, height: int, image_size: int, draws: int) -> np.ndarray:

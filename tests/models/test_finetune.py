@@ -133,7 +133,7 @@ def test_only_frozen_batch_norm_and_dropout_stay_in_evaluation_mode() -> None:
     model.train()
     for name in frozen:
         model.get_parameter(name).requires_grad_(False)
-    for module in frozen_modules(model):
+    for module in frozen_modules(model).values():
         module.eval()
     trunk, encoder = model.visual.trunk, model.text.transformer
     training = {i: {m.training for m in stage.modules()} for i, stage in enumerate(trunk.children())}

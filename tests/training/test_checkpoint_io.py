@@ -14,9 +14,12 @@ from typing import Any
 import pytest
 import torch
 
+from lit_clip import LitCLIP
 from lit_clip.errors import InputError
+from lit_clip.models.config import CLIPConfig
 from lit_clip.training.checkpoint_io import WholeCheckpointIO, newest_checkpoint
 from tests.conftest import TINY_YAML
+from tests.test_module import data_for, trainer
 
 CHECKPOINT = {"global_step": 7, "optimizer_states": [], "state_dict": {"weight": torch.arange(300_000.0)}}
 
@@ -89,8 +92,13 @@ def test_newest_checkpoint_has_the_most_steps_of_the_newest_run_and_can_be_resum
     expected = tmp_path / "version_1/checkpoints/last.ckpt"  # an older run may have gone further
     assert newest_checkpoint([tmp_path]) == expected
     data = expected.read_bytes()
+    time.sleep(0.01)
     (tmp_path / "cut.ckpt").write_bytes(data[: len(data) // 2])  # a crash while writing
+    with pytest.warns(UserWarning, match=r"cut.ckpt: incomplete or damaged; .*version_1/checkpoints/last.ckpt is the"):
+        newest_checkpoint([tmp_path])
+    os.utime(tmp_path / "cut.ckpt", (0, 0))
     (tmp_path / "text.ckpt").write_text("no checkpoint")
+    os.utime(tmp_path / "text.ckpt", (0, 0))
     torch.save({"global_step": 99, "state_dict": {}}, tmp_path / "weights.ckpt")
     torch.save([1, 2, 3], tmp_path / "list.ckpt")
     assert newest_checkpoint([tmp_path]) == expected
@@ -98,6 +106,30 @@ def test_newest_checkpoint_has_the_most_steps_of_the_newest_run_and_can_be_resum
     checkpoint_io.save_checkpoint({**CHECKPOINT, "global_step": 30}, tmp_path / "version_2" / "last.ckpt")
     assert newest_checkpoint([tmp_path]) == tmp_path / "version_2/last.ckpt"
     assert newest_checkpoint([tmp_path / "version_0", tmp_path / "cut.ckpt"]) is not None
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "zeros", "a byte", "folder", "missing"])
+def test_a_file_that_is_no_checkpoint_is_one_line_from_python_too(
+    damage: str, tiny_checkpoint: Path, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+) -> None:
+    path, data = tmp_path / "bad.ckpt", tiny_checkpoint.read_bytes()
+    start = data.index(b"data.pkl") + 200
+    damaged = {
+        "cut": data[: len(data) // 2],
+        "empty": b"",
+        "text": b"hello",
+        "zeros": bytes(1000),
+        "a byte": data[:start] + bytes([data[start] ^ 255]) + data[start + 1 :],
+    }
+    if damage in damaged:
+        path.write_bytes(damaged[damage])
+    elif damage == "folder":
+        path.mkdir()
+    module = LitCLIP(tiny_config)
+    with pytest.raises(
+        InputError, match=r"^[^\n]*bad.ckpt: (not a readable checkpoint \(|there is no such file)[^\n]*$"
+    ):
+        trainer(tmp_path, max_epochs=1).fit(module, data_for(module, caption_table), ckpt_path=path, weights_only=True)
 
 
 def test_ckpt_path_last_and_auto_resume_from_the_newest_checkpoint_of_the_configuration(

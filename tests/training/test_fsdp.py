@@ -17,6 +17,7 @@ from lit_clip.training.optim import EXCEPT_GAINS_AND_BIASES, PaperAdamW, is_elem
 from lit_clip.training.optimization import Optimization
 from lit_clip.training.schedules import WarmupCosine
 from tests.conftest import ROOT, run_lightning_ranks
+from tests.helpers.small_sets import write_table
 
 SCRIPT = str(ROOT / "tests/helpers/ranks_scale.py")
 CASES: dict[str, dict[str, Any]] = {
@@ -114,6 +115,14 @@ def test_callbacks_that_need_unsharded_weights_are_refused_by_name(callback: Any
         FSDP()._check(SimpleNamespace(callbacks=[callback]))
 
 
+def test_a_hybrid_without_its_mesh_is_refused() -> None:
+    with pytest.raises(
+        InputError, match=r"^trainer.strategy: HYBRID_SHARD needs device_mesh; set it to \[machines, GPUs"
+    ):
+        FSDP(sharding_strategy="HYBRID_SHARD")
+    assert FSDP(sharding_strategy="HYBRID_SHARD", device_mesh=[2, 4]).kwargs["device_mesh"] == (2, 4)
+
+
 @pytest.mark.parametrize("optimizer", [optim.Muon, optim.Lamb])
 def test_optimisers_of_whole_matrices_are_refused_by_name(optimizer: Any) -> None:
     with pytest.raises(InputError, match=f"{optimizer.__name__} needs whole matrices; use ddp"):
@@ -124,3 +133,11 @@ def test_optimisers_of_whole_matrices_are_refused_by_name(optimizer: Any) -> Non
 def test_optimisers_of_single_numbers_are_not_refused(optimizer: Any) -> None:
     assert is_elementwise(optimizer)
     _check_optimizer(Optimization(optimizer, WarmupCosine, EXCEPT_GAINS_AND_BIASES))
+
+
+def test_shards_validate_when_ranks_have_different_numbers_of_batches(tmp_path: Path) -> None:
+    script, table = str(ROOT / "tests/helpers/ranks_resume.py"), str(write_table(tmp_path, 3))
+    for strategy in ("FULL_SHARD", "ddp"):  # two batches of one pair, and one
+        run_lightning_ranks(2, tmp_path, script, "shard", strategy, table, strategy, "1")
+    sharded, plain = (torch.load(tmp_path / f"{strategy}.metrics") for strategy in ("FULL_SHARD", "ddp"))
+    assert sharded == pytest.approx(plain, abs=1e-6)

@@ -12,10 +12,15 @@ from open_clip_train.scheduler import const_lr, const_lr_cooldown
 from timm import optim
 from torch import nn
 from torch.optim.lr_scheduler import (
+    ConstantLR,
     CosineAnnealingLR,
+    CosineAnnealingWarmRestarts,
     ExponentialLR,
     LambdaLR,
+    LinearLR,
+    MultiStepLR,
     OneCycleLR,
+    PolynomialLR,
     ReduceLROnPlateau,
     StepLR,
 )
@@ -23,8 +28,9 @@ from torch.optim.lr_scheduler import (
 from lit_clip.errors import InputError
 from lit_clip.module import LitCLIP
 from lit_clip.tools.parts import describe, factory_of
-from lit_clip.training.optim import ExceptGainsAndBiases, PaperAdamW, decay_groups, moments
-from lit_clip.training.schedules import WarmupConstant, WarmupCosine, WarmupStableDecay
+from lit_clip.training.optim import EXCEPT_GAINS_AND_BIASES, ExceptGainsAndBiases, PaperAdamW, decay_groups, moments
+from lit_clip.training.optimization import Optimization
+from lit_clip.training.schedules import WarmupConstant, WarmupCosine, WarmupStableDecay, create_schedule
 from tests.conftest import ROOT, run_lightning_ranks
 from tests.helpers.ranks_optimizers import OPTIMIZERS, SCHEDULES, STEPS
 from tests.helpers.small_sets import data_for, make_module, make_trainer, write_table
@@ -191,6 +197,72 @@ def test_a_cooldown_starts_from_a_checkpoint_of_a_constant_run(table: Path, tmp_
     total = 4 * (done // 4 + 2)
     expected = [RATE * min(1.0, (total - step) / 4) for step in range(done, total)]
     assert cooled == pytest.approx(expected)
+
+
+SAVED_AT, ADAM = 3, partial(PaperAdamW, lr=RATE)
+
+
+def stepped(schedule: Any, optimizer: Any, length: int, steps: int) -> tuple[list[float], list[Any]]:
+    """Return the rate and the betas of each step."""
+    made = create_schedule(schedule, optimizer, length)
+    seen, betas = [], []
+    for _ in range(steps):
+        seen.append(optimizer.param_groups[0]["lr"])
+        betas.append(optimizer.param_groups[0]["betas"])
+        optimizer.step()
+        made.step()
+    return seen, betas
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "length"),
+    [
+        (partial(WarmupCosine, warmup_steps=1), partial(WarmupCosine, warmup_steps=1), 16),
+        (partial(WarmupCosine, warmup_steps=1), partial(WarmupCosine, warmup_steps=6), 8),
+        (partial(OneCycleLR, max_lr=0.02), partial(OneCycleLR, max_lr=0.02), 16),
+        (partial(CosineAnnealingLR, T_max=8), partial(CosineAnnealingLR, T_max=16), 16),
+        (partial(LinearLR, total_iters=8), partial(LinearLR, total_iters=16), 16),
+        (partial(StepLR, step_size=2), partial(StepLR, step_size=5), 8),
+        (partial(MultiStepLR, milestones=[1, 2]), partial(MultiStepLR, milestones=[5]), 8),
+        (partial(ExponentialLR, gamma=0.9), partial(ExponentialLR, gamma=0.5), 8),
+        (partial(PolynomialLR, total_iters=8), partial(PolynomialLR, total_iters=16), 8),
+        (partial(ConstantLR, total_iters=2), partial(ConstantLR, total_iters=5), 8),
+        (partial(CosineAnnealingWarmRestarts, T_0=3), partial(CosineAnnealingWarmRestarts, T_0=5), 8),
+        (partial(CosineAnnealingLR, T_max=8), partial(WarmupCosine, warmup_steps=4), 8),
+        (partial(WarmupCosine, warmup_steps=4), partial(CosineAnnealingLR, T_max=8), 8),
+        (partial(WarmupCosine, warmup_steps=4), partial(OneCycleLR, max_lr=0.02), 8),
+        (ReduceLROnPlateau, partial(StepLR, step_size=2), 8),
+    ],
+)
+def test_the_first_resumed_step_has_the_changed_schedules_rate(there: Any, here: Any, length: int) -> None:
+    def groups() -> list[dict[str, Any]]:
+        return [{"name": "all", "lr": RATE, "weight_decay": 0.1, "params": [nn.Parameter(torch.zeros(2))]}]
+
+    old, new = Optimization(ADAM, there, EXCEPT_GAINS_AND_BIASES), Optimization(ADAM, here, EXCEPT_GAINS_AND_BIASES)
+    optimizer = ADAM(groups())
+    made = create_schedule(there, optimizer, 8)
+    for _ in range(SAVED_AT):
+        optimizer.step()
+        made.step(*[0.5] * isinstance(made, ReduceLROnPlateau))
+    checkpoint = {
+        "hyper_parameters": {**old.descriptions, "layer_decay": None},
+        "global_step": SAVED_AT,
+        "optimizer_states": [optimizer.state_dict()],
+        "lr_schedulers": [made.state_dict()],
+    }
+    resumed = ADAM(groups())
+    schedule = create_schedule(here, resumed, length)
+    new.resume(checkpoint, groups(), None, length, "file")
+    resumed.load_state_dict(checkpoint["optimizer_states"][0])
+    schedule.load_state_dict(checkpoint["lr_schedulers"][0])
+    whole, betas = stepped(here, ADAM(groups()), length, 8)
+    seen = []
+    for _ in range(SAVED_AT, 8):
+        seen.append((resumed.param_groups[0]["lr"], resumed.param_groups[0]["betas"]))
+        resumed.step()
+        schedule.step()
+    assert [rate for rate, _ in seen] == pytest.approx(whole[SAVED_AT:])
+    assert [list(each) for _, each in seen] == [pytest.approx(list(each)) for each in betas[SAVED_AT:]]
 
 
 def test_another_optimiser_cannot_resume(table: Path, tmp_path: Path) -> None:

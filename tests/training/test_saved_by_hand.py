@@ -1,9 +1,10 @@
-"""A checkpoint that is saved by hand after a fit resumes as one that a callback saved within it."""
+"""A checkpoint of a run that max_steps ends resumes at its next batch, whoever saved it."""
 
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 import callbacks
 from datamodules import Captions
@@ -21,24 +22,28 @@ class Seen(Callback):
         self.steps.append((trainer.current_epoch, batch_idx, list(batch.keys)))
 
 
-def test_a_run_that_max_steps_ended_goes_on_in_its_epoch(
+def test_a_run_that_max_steps_ended_goes_on_at_its_next_batch(
     tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
-    def fit(steps: int, resumed: Path | None = None) -> tuple[Trainer, list[tuple[int, int, list[str]]]]:
+    def fit(steps: int, resumed: Path | None = None, *savers: Callback) -> tuple[Trainer, list[Any]]:
         seen = Seen()
         trainer = Trainer(
             accelerator="cpu",
             max_steps=steps,
             logger=False,
             enable_progress_bar=False,
-            enable_checkpointing=False,
+            enable_checkpointing=bool(savers),
             enable_model_summary=False,
-            callbacks=[*callbacks.defaults(), seen],
+            callbacks=[*callbacks.defaults(), seen, *savers],
         )
         trainer.fit(LitCLIP(tiny_config), Captions(str(caption_table), batch_size=12, num_workers=0), ckpt_path=resumed)
         return trainer, seen.steps
 
     whole = fit(10)[1]
-    assert whole[4][0] == 1
-    fit(2)[0].save_checkpoint(tmp_path / "by_hand.ckpt")
-    assert fit(10, tmp_path / "by_hand.ckpt")[1] == whole[2:]
+    assert whole[3][:2] == (0, 3)
+    assert whole[4][:2] == (1, 0)
+    for steps in (2, 4):  # within an epoch, and at its end
+        fit(steps)[0].save_checkpoint(tmp_path / "by_hand.ckpt")
+        assert fit(10, tmp_path / "by_hand.ckpt")[1] == whole[steps:]
+    fit(4, None, ModelCheckpoint(tmp_path, "each_epoch"))
+    assert fit(10, tmp_path / "each_epoch.ckpt")[1] == whole[4:]

@@ -1,0 +1,138 @@
+"""Folders that one run alone writes to: its logger's version, and where its checkpoints are."""
+
+import os
+import socket
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+from weakref import WeakSet
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
+
+from lit_clip.errors import InputError
+from lit_clip.tools.atomic import not_written
+
+try:
+    import fcntl
+except ImportError:  # Windows, where runs are not kept apart
+    fcntl = None
+
+DRAFTS = ".*.????????.tmp"  # as lit_clip.tools.atomic.replacing names them
+OnDisk = TensorBoardLogger | CSVLogger  # their run's folder is save_dir/name/version_N
+_unnumbered: WeakSet[Any] = WeakSet()
+_held: dict[Path, IO[str]] = {}  # this process's lock files; closing one gives its folder back
+
+
+def note_unnumbered(trainer: Trainer) -> None:
+    """Note the loggers that number their run's folder by themselves, and have not done so yet."""
+    for logger in trainer.loggers:
+        if isinstance(logger, OnDisk) and logger._version is None and "://" not in str(logger.root_dir):
+            _unnumbered.add(logger)
+
+
+def claim_folders(trainer: Trainer) -> None:
+    """Give a run folders that no other run writes to; called on every rank before loggers open their files.
+
+    A version that the logger numbers itself is a new folder, which two runs that start at once cannot both make. A
+    folder that the user names is refused while another process's run writes there. A run that has ended, however it
+    ended, holds no folder, and one process may use its folders again.
+
+    Raises:
+        InputError: on the first rank; another run writes there, or the logger's folder cannot be made.
+    """
+    if not trainer.is_global_zero:
+        return
+    profiler: Any = trainer.profiler  # pyright: ignore[reportAttributeAccessIssue]  # set by a connector
+    for logger in [each for each in _unnumbered if each in trainer.loggers]:
+        _unnumbered.remove(logger)
+        asked = logger.log_dir
+        logger._version = _new_version(Path(logger.root_dir), logger._get_next_version())
+        if getattr(profiler, "_log_dir", None) == asked:  # it has asked already
+            profiler._log_dir = logger.log_dir
+    if trainer.state.fn != TrainerFn.FITTING:
+        return
+    savers = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
+    folders = [each.log_dir for each in trainer.loggers if isinstance(each, OnDisk)]
+    folders += [each.dirpath for each in savers if each.dirpath]
+    if not trainer.loggers and any(not each.dirpath for each in savers):
+        folders.append(os.path.join(trainer.default_root_dir, "checkpoints"))
+    for folder in (str(each) for each in folders):
+        holder = "" if "://" in folder else claim(Path(folder))
+        if holder:
+            raise InputError(
+                f"{folder}: another run writes there ({holder}); wait for its end, or give this run another logger "
+                "version or ModelCheckpoint.dirpath"
+            )
+
+
+def _new_version(root: Path, version: int) -> int:
+    """Make the first free folder of ``version_N``, ``version_N+1``, ... and return its number."""
+    while True:
+        folder = root / f"version_{version}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            version += 1
+        except OSError as error:
+            raise not_written(folder, error, "; set trainer.default_root_dir or the logger's save_dir") from error
+        else:
+            return version
+
+
+def claim(folder: Path) -> str:
+    """Hold a folder until :func:`release_folders` or the end of this process, whatever ends it.
+
+    A file beside the folder is locked. Where that is impossible (no permission, no locks on this disk) the folder
+    counts as held, and saving says what is wrong with it.
+
+    Returns:
+        who holds the folder instead; empty if this process does.
+    """
+    folder = folder.expanduser().resolve()
+    path = folder.with_name(f".{folder.name}.lock")
+    while path not in _held and fcntl:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("a+", encoding="utf-8")
+        except OSError:
+            break
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            current = os.path.samestat(os.fstat(file.fileno()), path.stat())
+        except (BlockingIOError, PermissionError):
+            with file:
+                file.seek(0)
+                return file.read() or "another process"
+        except FileNotFoundError:  # its holder has removed it
+            current = False
+        except OSError:
+            file.close()
+            break
+        if current:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            _held[path] = file
+        else:
+            file.close()
+    return ""
+
+
+def release_folders(kept: frozenset[Path] = frozenset()) -> None:
+    """Give back the folders that this process holds."""
+    for path in _held.keys() - kept:
+        with suppress(OSError), _held.pop(path):
+            path.unlink()
+
+
+def remove_leftovers(checkpoint: Path) -> None:
+    """Remove what a killed run has left beside a checkpoint, if no run writes there."""
+    folder, before = checkpoint.absolute().parent, frozenset(_held)
+    if not (claim(folder) or claim(folder.parent)):  # the folder of ModelCheckpoint.dirpath, or of a logger's version
+        for draft in folder.glob(DRAFTS):
+            with suppress(OSError):
+                draft.unlink()
+    release_folders(before)
