@@ -4,14 +4,12 @@ import csv
 import io
 import json
 import os
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
@@ -24,7 +22,7 @@ from lit_clip.errors import InputError, require
 from lit_clip.evaluation.zero_shot import check_templates, imagenet_templates, zero_shot_classifier
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import replacing
-from lit_clip.tools.console import progress, stderr
+from lit_clip.tools.console import Console, progress, stderr, write_results
 from lit_clip.tools.hardware import best_device
 from lit_clip.tools.images import OnError, or_skip
 
@@ -61,7 +59,8 @@ def classify(
         classes: names; or a text file with one name per line.
         templates: prompt templates with {} for the name; or a text file with one per line; or imagenet, the paper's 80.
         top_k: number of classes shown for each image.
-        output: format of the results. CSV has one row per class shown, JSON one object per image.
+        output: format of the results. CSV has one row per class shown, and an apostrophe before names that
+            a spreadsheet would compute, such as =1; JSON has one object per image.
         output_file: write the results to this file instead of standard output.
         batch_size: images encoded at once.
         num_workers: processes that decode images.
@@ -98,7 +97,7 @@ def classify(
     if path:
         report_skipped([file.key for file in files], unreadable, path.with_name(f"{path.name}.skipped.txt"))
     for bad in () if path else unreadable:
-        stderr().print(f"skipped: {bad.message}", markup=False)
+        stderr().print(f"skipped: {bad.message}")
 
 
 def _classifier(model: CLIP, names: Sequence[str], prompts: Sequence[str]) -> Tensor:
@@ -174,7 +173,7 @@ def _write(classes_of: dict[str, list[RankedClass]], output: Output, path: Path 
         return
     text = {"table": _as_text, "csv": _as_csv, "json": _as_json}[output](classes_of)
     if path is None:
-        sys.stdout.write(text)
+        write_results(text)
         return
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
@@ -202,8 +201,16 @@ def _as_csv(classes_of: dict[str, list[RankedClass]]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["image", "rank", "class", "probability"])
     for key, best in classes_of.items():
-        writer.writerows([key, rank, name, f"{value:.6f}"] for rank, (name, value) in enumerate(best, start=1))
+        writer.writerows(
+            [no_formula(key), rank, no_formula(name), f"{value:.6f}"]
+            for rank, (name, value) in enumerate(best, start=1)
+        )
     return text.getvalue()
+
+
+def no_formula(text: str) -> str:
+    """Return a text cell for a CSV file, with an apostrophe before what a spreadsheet would compute."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def _as_json(classes_of: dict[str, list[RankedClass]]) -> str:

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
@@ -20,7 +19,7 @@ from lit_clip.embedding.index import INDEX, nearest, update_index
 from lit_clip.embedding.reading import encoded_batches
 from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
-from lit_clip.tools.console import progress, stderr
+from lit_clip.tools.console import Console, progress, stderr
 from lit_clip.tools.html import thumbnail, write_page
 from lit_clip.tools.images import OnError, open_image
 from lit_clip.weights.fingerprint import fingerprint
@@ -106,7 +105,7 @@ def search(
     for title, hits in zip(titles, found, strict=True):
         _print_hits(title, searched, hits)
     write_sheet(Path(sheet), searched, dict(zip(titles, found, strict=True)))
-    stderr().print(f"page with images: {sheet}", markup=False)
+    stderr().print(f"page with images: {sheet}")
 
 
 def _stored(path: Path, model: CLIP) -> Searched:

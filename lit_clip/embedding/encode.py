@@ -310,4 +310,4 @@ def report_skipped(keys: Sequence[str], unreadable: Sequence[UnreadableRow], pat
         lines = [f"{keys[bad.row]}\t{bad.message.removesuffix(FIX_HINT)}\n" for bad in unreadable]
         with replacing(path) as draft:
             draft.write_text("".join(lines), encoding="utf-8", errors="replace")
-        stderr().print(f"skipped {len(unreadable)} that could not be read; they are listed in {path}", markup=False)
+        stderr().print(f"skipped {len(unreadable)} that could not be read; they are listed in {path}")
