@@ -208,11 +208,26 @@ def _write_and_read(index: ShardIndex, stamp: Stamp, path: Path) -> Summary:
     return summary
 
 
+def open_index(url: str, summary: Summary, folder: ShardFolder) -> MappedIndex:
+    """Open a shard's index; a damaged one is made again.
+
+    Raises:
+        InputError: the shard has other samples than the index had.
+    """
+    try:
+        return MappedIndex(summary)
+    except InputError as error:
+        made = make_index(url, summary.stamp, folder)
+        if made.samples != summary.samples:
+            raise InputError(f"{url}: its index listed other samples and was written again; start again") from error
+        return MappedIndex(made)
+
+
 class OpenShard:
     """One shard open for reading, with its index."""
 
     def __init__(self, url: str, summary: Summary, folder: ShardFolder) -> None:
-        self.url, self.index = url, MappedIndex(summary.path)
+        self.url, self.index = url, open_index(url, summary, folder)
         as_file = folder.limit > 0 or not is_remote(url)
         self._file = folder.open(url, summary.stamp) if as_file else None
 
