@@ -150,6 +150,9 @@ def scan_shard(file: BinaryIO, size: int) -> ShardIndex:
     Args:
         file: seekable, at its start.
         size: of the file in bytes.
+
+    Raises:
+        InputError: the store that holds the shard does not answer.
     """
     scan = _Scan()
     try:
@@ -157,6 +160,8 @@ def scan_shard(file: BinaryIO, size: int) -> ShardIndex:
             scan.add(member, tar)
     except DamagedError as error:
         scan.problem(f"{OF_SHARD}{error}", "")
+    except InputError:  # its store does not answer
+        raise
     except Exception as error:  # tarfile raises anything for bytes that are not a tar
         file.seek(0)
         packed = file.read(2) in (b"\x1f\x8b", b"BZ", b"\xfd7", b"\x28\xb5")
