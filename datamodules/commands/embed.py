@@ -156,7 +156,7 @@ def _items_of(data: list[str], captions: bool, options: dict[str, Any], on_error
     pairs = [name for name in data if holds_pairs(name)]
     set_options = [name for name, value in options.items() if value is not None]
     if not pairs and not captions and not set_options:
-        files = find_images(data)
+        files = find_images(data, on_error)
         return _Items([file.identity for file in files], FileRows(files), root=Path())
     if 0 < len(pairs) < len(data):
         other = next(name for name in data if name not in pairs)

@@ -17,7 +17,7 @@ from torch import Tensor
 from lit_clip import load_model
 from lit_clip.embedding.encode import report_skipped
 from lit_clip.embedding.image_files import FileRows, find_images
-from lit_clip.embedding.reading import UnreadableRow, encoded_batches
+from lit_clip.embedding.reading import UnreadableRow, check_finite, encoded_batches
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.zero_shot import check_templates, imagenet_templates, zero_shot_classifier
 from lit_clip.models.clip import CLIP
@@ -71,11 +71,12 @@ def classify(
     require(top_k >= 1, f"--top_k {top_k} must be at least 1")
     path = Path(output_file) if output_file else None
     require(path is None or path.absolute().parent.is_dir(), f"--output_file {path}: there is no such folder")
-    files = find_images(images)
+    files = find_images(images, on_error)
     clip = load_model(model).to(best_device())
     if len(names) == 1 and clip.logit_bias is None:
         raise InputError(f"--classes {names[0]}: a single class gets 100 % of every image; name what else it may be")
     classifier = _classifier(clip, names, prompts)
+    check_finite(classifier, "--classes")
     classes_of: dict[str, list[RankedClass]] = {}  # by key
     unreadable: list[UnreadableRow] = []
     try:
@@ -85,6 +86,7 @@ def classify(
                     require(on_error == "skip", or_skip(bad.message, "--on_error skip"))
                 unreadable += batch.unreadable
                 if batch.rows:
+                    check_finite(features, files[batch.rows[0]].key)
                     ranked = _ranked(class_probabilities(clip, features, classifier), names, top_k)
                     classes_of |= zip((files[row].key for row in batch.rows), ranked, strict=True)
     except KeyboardInterrupt:

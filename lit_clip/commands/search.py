@@ -16,7 +16,7 @@ from lit_clip.embedding.encode import EncodingSettings
 from lit_clip.embedding.feature_files import read_features
 from lit_clip.embedding.image_files import FileRows, ImageFile, images_in
 from lit_clip.embedding.index import INDEX, nearest, update_index
-from lit_clip.embedding.reading import encoded_batches
+from lit_clip.embedding.reading import check_finite, encoded_batches
 from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.console import Console, progress, stderr
@@ -87,7 +87,7 @@ def search(
     path = Path(images)
     stored = path.suffix in FEATURE_FILES and not path.is_dir()
     require(not (stored and index), f"--index {index}: {images} holds features already; leave it out")
-    files = [] if stored else images_in(path)
+    files = [] if stored else images_in(path, on_error)
     clip = load_model(model)
     vectors = _encode_queries(clip, queries, image or [])  # before the folder: an unreadable query ends the command
     if stored:
@@ -139,7 +139,9 @@ def _encode_queries(model: CLIP, texts: Sequence[str], images: Sequence[str]) ->
         for bad in batch.unreadable:
             raise InputError(bad.message)
         features.append(encoded)
-    return torch.cat(features).float().cpu().numpy()
+    joined = torch.cat(features).float().cpu()
+    check_finite(joined, "query")
+    return joined.numpy()
 
 
 def _print_hits(title: str, searched: Searched, hits: Sequence[Hit]) -> None:

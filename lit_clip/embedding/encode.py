@@ -27,6 +27,7 @@ from lit_clip.embedding.reading import (
     ImageRows,
     TextBatches,
     UnreadableRow,
+    check_finite,
     encode_batch,
     image_features,
     in_batches,
@@ -265,6 +266,7 @@ class PartWriter(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         if batch.rows:  # the width of an empty batch's features is unknown
+            check_finite(outputs, self.identities[batch.rows[0]][0])
             self._rows += batch.rows
             self._features.append(outputs.cpu().numpy())
         self.unreadable += batch.unreadable

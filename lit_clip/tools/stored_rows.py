@@ -109,7 +109,7 @@ class StoredRows:
     def state(self) -> np.ndarray:
         """Return the state of each row, ``ABSENT``, ``DONE`` or ``UNUSABLE``: uint8 ``[N]``."""
         self._open()
-        return np.array(self._state)
+        return np.where(self._state <= UNUSABLE, self._state, ABSENT).astype(np.uint8)  # a damaged one is absent
 
     def write(self, rows: np.ndarray, values: Tensor) -> None:
         """Write rows ``[n, ...]``; smaller than a row's shape where values are only part of it, such as a short text's.
