@@ -8,7 +8,6 @@ from typing import TextIO
 
 import torch
 from rich.table import Table
-from rich.text import Text
 
 from datamodules.inspection.page import write_inspection
 from datamodules.inspection.scan import ScanFindings, inspect_source
@@ -19,7 +18,7 @@ from lit_clip.errors import InputError, require
 from lit_clip.models.registry import list_models, resolve_architecture
 from lit_clip.models.tokenizer import CLIPTokenizer, TextTokenizer
 from lit_clip.tools.atomic import replacing
-from lit_clip.tools.console import Console, stderr
+from lit_clip.tools.console import Console, Text, stderr
 
 PAPERS_CONTEXT = 77
 SHOWN = 5  # problems that the terminal shows; the page and the list beside it have more

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
-from rich.text import Text
 
 from datamodules.open_source import open_source, stamp_of_data
 from datamodules.overlap.findings import By, SetFindings, findings_of
@@ -22,7 +21,7 @@ from lit_clip.evaluation.data import ImageSet
 from lit_clip.evaluation.overlap import CONFIDENCE, bonferroni
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import replacing
-from lit_clip.tools.console import Console, stderr
+from lit_clip.tools.console import Console, Text, stderr
 from lit_clip.tools.hardware import best_device
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.html import plural

@@ -117,7 +117,12 @@ def stamp_of(url: str) -> Stamp:
         InputError: the store does not answer, or reports no size.
     """
     if not is_remote(url):
-        status = os.stat(url)
+        try:
+            status = os.stat(url)
+        except FileNotFoundError:
+            raise
+        except OSError as error:  # such as a link to itself
+            raise InputError(f"{url}: cannot be read ({error.strerror})") from error
         require(os.path.isfile(url), f"{url}: not a file")
         return Stamp(status.st_size, str(status.st_mtime_ns))
     store, path = store_of(url)

@@ -46,7 +46,7 @@ def _json(file: Path) -> dict[str, Any]:
 
 def _names(file: Path, key: str, values: object) -> list[str]:
     """Return a list of names of files or folders that lie beside ``file``."""
-    names = values if isinstance(values, list) else [None]
+    names: list[Any] = values if isinstance(values, list) else [None]
     for name in names:
         if not isinstance(name, str) or not name.isprintable() or name != Path(name).name or len(name) > LONGEST_NAME:
             raise InputError(f"{file}: {key} is not a list of names in this folder; {SAVE_AGAIN}")

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from rich.table import Table
-from rich.text import Text
 from torch import Tensor
 
 from lit_clip import load_model
@@ -22,7 +21,7 @@ from lit_clip.errors import InputError, require
 from lit_clip.evaluation.zero_shot import check_templates, imagenet_templates, zero_shot_classifier
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import replacing
-from lit_clip.tools.console import Console, progress, stderr, write_results
+from lit_clip.tools.console import Console, Text, progress, stderr, write_results
 from lit_clip.tools.hardware import best_device
 from lit_clip.tools.images import OnError, or_skip
 

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from rich.table import Table
-from rich.text import Text
 from torch import Tensor
 
 from lit_clip import load_model
@@ -19,7 +18,7 @@ from lit_clip.embedding.index import INDEX, nearest, update_index
 from lit_clip.embedding.reading import check_finite, encoded_batches
 from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
-from lit_clip.tools.console import Console, progress, stderr
+from lit_clip.tools.console import Console, Text, progress, stderr
 from lit_clip.tools.html import thumbnail, write_page
 from lit_clip.tools.images import OnError, open_image
 from lit_clip.weights.fingerprint import fingerprint

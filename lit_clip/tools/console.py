@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import rich.console
+import rich.text
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.segment import Segment
-from rich.text import Text
 
-from lit_clip.tools.printable import UNPRINTABLE, printable
+from lit_clip.tools.printable import printable
 
 
 class Console(rich.console.Console):
@@ -20,14 +20,21 @@ class Console(rich.console.Console):
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"markup": False, "emoji": False, "highlight": False, **options})
 
+    def render_str(self, text: str, **options: Any) -> rich.text.Text:
+        return super().render_str(printable(text), **options)
+
     def render(
         self, renderable: rich.console.RenderableType, options: rich.console.ConsoleOptions | None = None
     ) -> Iterable[Segment]:
-        if isinstance(renderable, Text) and UNPRINTABLE.search(renderable.plain):  # before it is broken into lines
-            plain = printable(renderable.plain)
-            renderable = Text(plain, renderable.style, justify=renderable.justify, overflow=renderable.overflow)
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=printable(segment.text))
+
+
+class Text(rich.text.Text):
+    """rich's text, :func:`printable` before its width is measured."""
+
+    def __init__(self, text: str = "", *arguments: Any, **options: Any) -> None:
+        super().__init__(printable(text), *arguments, **options)
 
 
 def stderr() -> Console:

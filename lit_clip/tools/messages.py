@@ -250,7 +250,8 @@ def user_error(error: BaseException) -> BaseException | None:
     if isinstance(error, RuntimeError) and any(words in str(error) for words in LOST_PEER):
         return InputError("another process has ended; its error, if it printed one, is above")
     if isinstance(error, RuntimeError) and (lost := LOST_WORKER.search(str(error))):
-        return _lost_worker(lost[1] or "")
+        signal = LOST_WORKER.search(str(error.__cause__)) or lost  # torch's first error may know it
+        return _lost_worker(signal[1] or "")
     foreign = tuple(getattr(sys.modules[module], name) for module, name in FOREIGN.items() if module in sys.modules)
     return error if isinstance(error, foreign) else None
 

@@ -5,12 +5,11 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
-from rich.text import Text
 
 from lit_clip.evaluation.overview import COLUMNS, STATUSES, means, metric_words, rows
 from lit_clip.evaluation.published import PAPER, nearest, papers_name
 from lit_clip.evaluation.report.result_columns import ResultColumn, result_columns
-from lit_clip.tools.console import Console
+from lit_clip.tools.console import Console, Text
 
 WIDE = 130  # columns of a file
 HEADS = {  # narrow
