@@ -12,7 +12,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 
 from datamodules.loading.augmentation import Augmentation, TrainingTransform, Transform, check_transforms, seeded
 from datamodules.loading.bad_samples import Skipped, SkippingDataset, split_skipped
@@ -41,7 +41,7 @@ from lit_clip.models.config import Preprocessing, Size, height_width
 from lit_clip.models.preprocess import pixels
 from lit_clip.models.tokenizer import CLIPTokenizer, TextTokenizer
 from lit_clip.tools.images import OnError, decoding_at_least
-from lit_clip.tools.workers import shield_worker
+from lit_clip.tools.workers import Sent, shield_worker
 
 
 class _DecodedPair(NamedTuple):
@@ -112,7 +112,7 @@ class _Collate:
             tokens = torch.zeros(0, 1, dtype=torch.long)
             return CaptionBatch(self.nothing, tokens, [], skipped=skipped, stored_texts=stored)
         captions = [item.caption for item in items]
-        images = default_collate([item.image for item in items])  # in shared memory in a worker
+        images = torch.stack([item.image for item in items])
         keys = [item.key for item in items]
         groups = [item.group for item in items] if any(item.group for item in items) else ()
         tokens, lengths = self._tokenized(captions, keys)
@@ -333,7 +333,7 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         return ResumableLoader(
             SkippingDataset(dataset) if self.on_error == "skip" else dataset,
             num_workers=self.num_workers,
-            collate_fn=self._collate(stored),
+            collate_fn=Sent(self._collate(stored)),
             worker_init_fn=shield_worker,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,

@@ -131,7 +131,7 @@ def embed(
     _write(path, items, table, metadata)
     report_skipped(items.keys, unreadable, path.with_name(f"{path.name}.skipped.txt"))
     parts.remove()
-    stderr().print(f"{path}: {len(table.identities)} rows of {table.features.shape[1]} numbers", markup=False)
+    stderr().print(f"{path}: {len(table.identities)} rows of {table.features.shape[1]} numbers")
 
 
 def _write(path: Path, items: _Items, table: FeatureTable, metadata: dict[str, str]) -> None:
@@ -156,7 +156,7 @@ def _items_of(data: list[str], captions: bool, options: dict[str, Any], on_error
     pairs = [name for name in data if holds_pairs(name)]
     set_options = [name for name, value in options.items() if value is not None]
     if not pairs and not captions and not set_options:
-        files = find_images(data)
+        files = find_images(data, on_error)
         return _Items([file.identity for file in files], FileRows(files), root=Path())
     if 0 < len(pairs) < len(data):
         other = next(name for name in data if name not in pairs)
@@ -164,7 +164,7 @@ def _items_of(data: list[str], captions: bool, options: dict[str, Any], on_error
     source = open_source(data, **options, default_split="train", option_prefix="--", on_error=on_error)
     source.prepare()
     if source.left_out.counts:
-        stderr().print(f"{source.left_out} left out", markup=False)
+        stderr().print(f"{source.left_out} left out")
     stamp = stamp_of_data(data, options, source)
     if captions:
         texts = _captions_of(source, on_error)
@@ -199,7 +199,7 @@ def _captions_of(source: PairSource, on_error: OnError) -> dict[Identity, str]:
         except BadSample as error:
             if on_error == "error":
                 raise
-            stderr().print(f"skipped: {error}", markup=False)
+            stderr().print(f"skipped: {error}")
             continue
         known = seen.setdefault(key, {})
         for caption in captions:

@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import TextIO
 
 import torch
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from datamodules.inspection.page import write_inspection
 from datamodules.inspection.scan import ScanFindings, inspect_source
@@ -20,7 +18,7 @@ from lit_clip.errors import InputError, require
 from lit_clip.models.registry import list_models, resolve_architecture
 from lit_clip.models.tokenizer import CLIPTokenizer, TextTokenizer
 from lit_clip.tools.atomic import replacing
-from lit_clip.tools.console import stderr
+from lit_clip.tools.console import Console, Text, stderr
 
 PAPERS_CONTEXT = 77
 SHOWN = 5  # problems that the terminal shows; the page and the list beside it have more
@@ -77,9 +75,9 @@ def inspect(
     sections = summarize(findings, source.left_out, duplicates, tokenizer.context_length, world_size, batch_size)
     write_inspection(page, ", ".join(data), source, findings, duplicates, sections, tokenizer.context_length)
     _print(", ".join(data), sections, findings, source.left_out)
-    stderr().print(f"page with images: {page}", markup=False)
+    stderr().print(f"page with images: {page}")
     if problem_list.exists():
-        stderr().print(f"all pairs that cannot be used: {problem_list}", markup=False)
+        stderr().print(f"all pairs that cannot be used: {problem_list}")
     if not len(findings.usable):
         first = findings.problems[0][2]
         raise InputError(f"{', '.join(data)}: none of {len(findings.images):,} pairs can be used; the first: {first}")
@@ -113,7 +111,7 @@ def _tokenizer(model: str | None, context_length: int | None) -> TextTokenizer:
 
 
 def _print(data: str, sections: list[SummarySection], findings: ScanFindings, left_out: LeftOut) -> None:
-    console = Console(highlight=False)
+    console = Console()
     if not console.is_terminal:
         console.width = max(console.width, 120)  # output to a file need not be narrow
     table = Table(title=Text(data), show_header=False)
@@ -127,7 +125,7 @@ def _print(data: str, sections: list[SummarySection], findings: ScanFindings, le
     console.print(table)
     wrong = [line for _, _, line in findings.problems] + [f"{where}: {reason}" for where, reason in left_out.listed]
     for line in wrong[:SHOWN]:
-        stderr().print(line, markup=False)
+        stderr().print(line)
     more = findings.reasons.total() + left_out.counts.total() - min(SHOWN, len(wrong))
     if more > 0:
-        stderr().print(f"... and {more:,} more that cannot be used", markup=False)
+        stderr().print(f"... and {more:,} more that cannot be used")

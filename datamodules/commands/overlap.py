@@ -7,9 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from datamodules.open_source import open_source, stamp_of_data
 from datamodules.overlap.findings import By, SetFindings, findings_of
@@ -23,7 +21,7 @@ from lit_clip.evaluation.data import ImageSet
 from lit_clip.evaluation.overlap import CONFIDENCE, bonferroni
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import replacing
-from lit_clip.tools.console import stderr
+from lit_clip.tools.console import Console, Text, stderr
 from lit_clip.tools.hardware import best_device
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.html import plural
@@ -115,7 +113,7 @@ def _write(path: Path, report: Mapping[str, Any], findings: Mapping[str, SetFind
     if path.suffix == ".html":
         write_overlap(path, report, findings, source)
     _print(report)
-    stderr().print(f"pairs to look at: {path}" if path.suffix == ".html" else f"{path}", markup=False)
+    stderr().print(f"pairs to look at: {path}" if path.suffix == ".html" else f"{path}")
 
 
 class _Cache:
@@ -197,15 +195,15 @@ def _print(report: Mapping[str, Any]) -> None:
         p_value = figures["p_value_bonferroni"]
         last = [points(figures["difference"]), "" if p_value is None else f"{p_value:.2g}"]
         table.add_row(Text(name), f"{figures['images']:,}", share, *accuracies, *last)
-    console = Console(highlight=False)
+    console = Console()
     if not console.is_terminal:
         console.width = max(console.width, 120)  # output to a file need not be narrow
     console.print(table)
     train = report["train"]
-    stderr().print(plural(train["images"], "training image"), markup=False)
+    stderr().print(plural(train["images"], "training image"))
     for reason, count in train["skipped"].items():
-        stderr().print(f"{plural(count, 'training image')} could not be read: {reason}", markup=False)
+        stderr().print(f"{plural(count, 'training image')} could not be read: {reason}")
     for name, figures in report["sets"].items():
         if figures["skipped"]:
             count = plural(len(figures["skipped"]), "image")
-            stderr().print(f"{name}: {count} could not be read; the first: {figures['skipped'][0]}", markup=False)
+            stderr().print(f"{name}: {count} could not be read; the first: {figures['skipped'][0]}")

@@ -70,4 +70,4 @@ def _report(source: PairSource, folder: Path, counts: list[tuple[int, int]]) -> 
         raise InputError(f"{folder}: none of {skipped} pairs could be read; see {folder}/*.skipped.jsonl")
     note = f", {skipped} skipped ({folder}/*.skipped.jsonl)" if skipped else ""
     left_out = f", left out: {source.left_out}" if str(source.left_out) else ""
-    stderr().print(f"{folder}: {pairs} pairs in {len(counts)} shards{note}{left_out}", markup=False)
+    stderr().print(f"{folder}: {pairs} pairs in {len(counts)} shards{note}{left_out}")

@@ -1,9 +1,11 @@
 """Read files from any store that fsspec knows (s3://, gs://, https://, hf://, ...), with retries."""
 
+import math
 import os
 import posixpath
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote, urlsplit, urlunsplit
@@ -13,6 +15,9 @@ from lit_clip.errors import BadSample, InputError, require
 T = TypeVar("T")
 
 ATTEMPTS = 3  # to reach a store that does not answer
+SILENT_SECONDS = 60.0  # after which a web server that sends nothing counts as one that does not answer
+LONGEST_WAIT = 60.0  # seconds between attempts, whatever the server asks for
+ABSENT = (404, 410)  # HTTP statuses that say that there is no such file; others say nothing about it
 VERSIONS = ("ETag", "etag", "blob_id", "LastModified", "Last-Modified", "last_modified", "mtime", "updated", "created")
 MAX_IMAGE_BYTES = 256 << 20  # of an image file: more than Pillow's limit of pixels needs in any usual format
 RANGE_NOT_SATISFIABLE = 416  # HTTP status: the file has no byte 0
@@ -34,14 +39,24 @@ def store_of(url: str) -> tuple[Any, str]:
     """Return the store and the path in it; fsspec keeps one store of each kind per process."""
     import fsspec
 
+    options: dict[str, Any] = {}
+    if url.startswith(("http://", "https://")):
+        import aiohttp
+
+        # aiohttp's own limit is on the whole transfer, and a shard may take longer than that
+        silence = aiohttp.ClientTimeout(total=None, sock_connect=SILENT_SECONDS, sock_read=SILENT_SECONDS)
+        options["client_kwargs"] = {"timeout": silence}
     try:
-        return fsspec.core.url_to_fs(url)
+        return fsspec.core.url_to_fs(url, **options)
     except (ImportError, ValueError) as error:
         raise InputError(f"{url}: {' '.join(str(error).split())}") from error
 
 
 def retry(url: str, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
     """Call a store again after a failure: a run of days sees some, and they are not the sample's fault.
+
+    Only a store that says so has no such file. A server that is overloaded, refuses access or cannot be reached is
+    tried ``ATTEMPTS`` times, with growing waits or those that it asks for.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -50,14 +65,48 @@ def retry(url: str, function: Callable[..., T], *arguments: Any, **options: Any)
     for attempt in range(ATTEMPTS):
         try:
             return function(*arguments, **options)
-        except FileNotFoundError:
-            raise
         except Exception as error:  # every store has its own exceptions
+            causes = list(_causes(error))
+            if _says_absent(causes):
+                raise FileNotFoundError(url) from error
             if attempt == ATTEMPTS - 1:
-                reason = " ".join(str(error).split()) or type(error).__name__
-                raise InputError(f"{url}: cannot be fetched ({reason}); tried {ATTEMPTS} times") from error
-            time.sleep(2.0**attempt)
+                raise InputError(f"{url}: cannot be fetched ({_reason(causes[-1])}); tried {ATTEMPTS} times") from error
+            time.sleep(max(2.0**attempt, *map(_wanted_wait, causes)))
     raise AssertionError("unreachable")
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and what it was raised from: fsspec reports whatever a web server answers as a missing file."""
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _says_absent(causes: list[BaseException]) -> bool:
+    statuses = [status for cause in causes if (status := getattr(cause, "status", None)) is not None]
+    return all(status in ABSENT for status in statuses) if statuses else isinstance(causes[-1], FileNotFoundError)
+
+
+def _reason(error: BaseException) -> str:
+    status, words = getattr(error, "status", None), " ".join(str(getattr(error, "message", "") or error).split())
+    if isinstance(error, TimeoutError):
+        return f"no answer for {SILENT_SECONDS:.0f} s"
+    return " ".join(filter(None, (f"HTTP {status}" if status else "", words[:200]))) or type(error).__name__
+
+
+def _wanted_wait(error: BaseException) -> float:
+    """Return the seconds that a server asks to be left alone, up to ``LONGEST_WAIT``; 0 if it does not."""
+    asked = (getattr(error, "headers", None) or {}).get("Retry-After")
+    if asked is None:
+        return 0.0
+    try:
+        seconds = float(asked)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(asked).timestamp() - time.time()
+        except (ValueError, OverflowError):
+            return 0.0
+    return min(LONGEST_WAIT, max(0.0, seconds)) if not math.isnan(seconds) else 0.0
 
 
 def stamp_of(url: str) -> Stamp:
@@ -68,7 +117,12 @@ def stamp_of(url: str) -> Stamp:
         InputError: the store does not answer, or reports no size.
     """
     if not is_remote(url):
-        status = os.stat(url)
+        try:
+            status = os.stat(url)
+        except FileNotFoundError:
+            raise
+        except OSError as error:  # such as a link to itself
+            raise InputError(f"{url}: cannot be read ({error.strerror})") from error
         require(os.path.isfile(url), f"{url}: not a file")
         return Stamp(status.st_size, str(status.st_mtime_ns))
     store, path = store_of(url)
@@ -127,11 +181,14 @@ class StoreFolder:
     def locate(self, name: str, where: str) -> "Path | str":
         """Return the address of an image: a URL of this store, or the path of a local file if ``name`` is absolute.
 
-        A table is data: it may name files of its own store, and no store of its choice.
+        A table is data: it may name files of its own store, and neither a store of its choice nor, after two colons,
+        one of fsspec's ways to unpack or fetch a file.
 
         Raises:
             BadSample: ``name`` is a URL of another store.
         """
+        if "::" in name:
+            raise BadSample(where, "image in another store", f"{name} chains stores; copy the image to {self.url}")
         if is_remote(name):
             if urlsplit(name)[:2] == urlsplit(self.url)[:2]:
                 return name

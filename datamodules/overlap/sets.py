@@ -63,7 +63,7 @@ def open_sets(
         except MissingData as error:
             if names:
                 raise
-            stderr().print(f"skipped: {name}: {error}", markup=False)
+            stderr().print(f"skipped: {name}: {error}")
     require(bool(opened), f"--suite: none of its {len(entries)} sets is in {data_root}; set --data_root")
     return opened
 

@@ -6,8 +6,9 @@ import os
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from datamodules.loading.store import Stamp, fetch, is_remote, retry, store_of
 from datamodules.shards.index import (
@@ -192,9 +193,31 @@ def make_index(url: str, stamp: Stamp, folder: ShardFolder) -> Summary:
     return _write_and_read(index, stamp, cached)
 
 
-def _stream(url: str) -> BinaryIO:
-    store, path = store_of(url)
-    return retry(url, store.open, path, "rb")
+class _StoreFile:
+    """A file in a store, read in parts; a part that cannot be fetched is asked for again."""
+
+    def __init__(self, url: str) -> None:
+        store, path = store_of(url)
+        self.url, self.file = url, retry(url, store.open, path, "rb")
+
+    def read(self, size: int = -1) -> bytes:
+        start = self.file.tell()
+
+        def attempt() -> bytes:
+            self.file.seek(start)
+            return self.file.read(size)
+
+        return retry(self.url, attempt)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self.file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+
+def _stream(url: str) -> AbstractContextManager[BinaryIO]:
+    return nullcontext(cast(BinaryIO, _StoreFile(url)))
 
 
 def _write_and_read(index: ShardIndex, stamp: Stamp, path: Path) -> Summary:
@@ -208,11 +231,26 @@ def _write_and_read(index: ShardIndex, stamp: Stamp, path: Path) -> Summary:
     return summary
 
 
+def open_index(url: str, summary: Summary, folder: ShardFolder) -> MappedIndex:
+    """Open a shard's index; a damaged one is made again.
+
+    Raises:
+        InputError: the shard has other samples than the index had.
+    """
+    try:
+        return MappedIndex(summary)
+    except InputError as error:
+        made = make_index(url, summary.stamp, folder)
+        if made.samples != summary.samples:
+            raise InputError(f"{url}: its index listed other samples and was written again; start again") from error
+        return MappedIndex(made)
+
+
 class OpenShard:
     """One shard open for reading, with its index."""
 
     def __init__(self, url: str, summary: Summary, folder: ShardFolder) -> None:
-        self.url, self.index = url, MappedIndex(summary.path)
+        self.url, self.index = url, open_index(url, summary, folder)
         as_file = folder.limit > 0 or not is_remote(url)
         self._file = folder.open(url, summary.stamp) if as_file else None
 

@@ -17,13 +17,17 @@ from datamodules.loading.store import Stamp
 from datamodules.pairs.source import NO_CAPTION
 from lit_clip.errors import InputError
 from lit_clip.tools.atomic import replacing
+from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.images import SUFFIXES
+from lit_clip.tools.reading import reading
 
 INDEX_SUFFIX = ".index.arrow"
 FORMAT = "2"  # of the index; one of another format is written again
 BLOCK = tarfile.BLOCKSIZE  # size of a header; files start at multiples of it
 
 FIELDS = ("image", "text", "captions", "json")
+SPANS = [f"{name}_{part}" for name in FIELDS for part in ("offset", "size")]  # names of columns
+COLUMNS = pa.schema({"key": pa.large_string(), **dict.fromkeys(SPANS, pa.int64())})
 _FIELD_OF = {suffix[1:]: "image" for suffix in SUFFIXES} | {"txt": "text", "captions.json": "captions", "json": "json"}
 WANTED = "an image (.jpg, .png, .webp, ...) and a caption (.txt, or .json with a caption in it) with the same name"
 OF_SHARD = "in a shard that "  # starts the reasons that concern the rest of a shard
@@ -145,6 +149,9 @@ def scan_shard(file: BinaryIO, size: int) -> ShardIndex:
     Args:
         file: seekable, at its start.
         size: of the file in bytes.
+
+    Raises:
+        InputError: the store that holds the shard does not answer.
     """
     scan = _Scan()
     try:
@@ -152,6 +159,8 @@ def scan_shard(file: BinaryIO, size: int) -> ShardIndex:
             scan.add(member, tar)
     except DamagedError as error:
         scan.problem(f"{OF_SHARD}{error}", "")
+    except InputError:  # its store does not answer
+        raise
     except Exception as error:  # tarfile raises anything for bytes that are not a tar
         file.seek(0)
         packed = file.read(2) in (b"\x1f\x8b", b"BZ", b"\xfd7", b"\x28\xb5")
@@ -167,9 +176,9 @@ def write_index(index: ShardIndex, stamp: Stamp, path: Path) -> None:
         InputError: the folder cannot be written to.
     """
     flat = index.spans.reshape(len(index.keys), 2 * len(FIELDS))
-    names = [f"{name}_{part}" for name in FIELDS for part in ("offset", "size")]
     columns = {"key": pa.array(index.keys, pa.large_string())}
-    columns |= {name: pa.array(np.ascontiguousarray(flat[:, i])) for i, name in enumerate(names)}
+    columns |= {name: pa.array(np.ascontiguousarray(flat[:, i])) for i, name in enumerate(SPANS)}
+    table = pa.table(columns).combine_chunks()
     metadata = {
         "format": FORMAT,
         "size": str(stamp.size),
@@ -177,8 +186,10 @@ def write_index(index: ShardIndex, stamp: Stamp, path: Path) -> None:
         "samples": str(len(index.keys)),
         "problems": json.dumps(index.problems),
         "extensions": json.dumps(index.extensions),
+        "content": _digest(table),
     }
-    table = pa.table(columns).replace_schema_metadata(metadata).combine_chunks()
+    metadata["head"] = hex_digest(sorted(metadata.items()))
+    table = table.replace_schema_metadata(metadata)
     with replacing(path) as draft, pa.OSFile(str(draft), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table)
 
@@ -202,36 +213,67 @@ class Summary:
     extensions: dict[str, int]
 
 
+def _digest(table: pa.Table) -> str:
+    """Hash the rows of an index."""
+    keys = [chunk.buffers() for chunk in table["key"].chunks if len(chunk)]
+    offsets = [np.frombuffer(buffers[1], np.int64)[: len(table) + 1] for buffers in keys]
+    texts = [memoryview(buffers[2])[: stops[-1]].tobytes() for buffers, stops in zip(keys, offsets, strict=True)]
+    columns = [table[name].to_numpy() for name in SPANS]
+    return hex_digest([*texts, *map(np.ndarray.tobytes, [*offsets, *columns])])
+
+
 def read_summary(path: Path) -> Summary | None:
-    """Return the head of an index file; None if it is missing or of another format."""
+    """Return the head of an index file; None if it is missing, damaged or of another format, and has to be made."""
     try:
-        with pa.memory_map(str(path)) as file:
+        with reading(path, "index"), pa.memory_map(str(path)) as file:
             metadata = {key.decode(): value.decode() for key, value in pa.ipc.open_file(file).schema.metadata.items()}
-        if metadata["format"] != FORMAT:
-            return None
-        problems = {reason: (len(keys), keys[0]) for reason, keys in json.loads(metadata["problems"]).items()}
-        stamp = Stamp(int(metadata["size"]), metadata["version"])
-        return Summary(str(path), stamp, int(metadata["samples"]), problems, json.loads(metadata["extensions"]))
-    except (OSError, pa.ArrowInvalid, AttributeError, KeyError, ValueError):  # truncated, or some other Arrow file
+            if metadata["format"] != FORMAT or metadata.pop("head") != hex_digest(sorted(metadata.items())):
+                return None
+            problems = {reason: (len(keys), keys[0]) for reason, keys in json.loads(metadata["problems"]).items()}
+            stamp = Stamp(int(metadata["size"]), metadata["version"])
+            return Summary(str(path), stamp, int(metadata["samples"]), problems, json.loads(metadata["extensions"]))
+    except InputError:
         return None
 
 
 class MappedIndex:
     """An index file mapped into memory.
 
+    Its content is checked against its hash, and its structure as well: an index may come with the shard from elsewhere.
+    Both take milliseconds for a shard of usual size.
+
+    Args:
+        summary: its head.
+
     Raises:
-        InputError: the file is gone or damaged.
+        InputError: the file is gone, damaged or another one.
     """
 
-    def __init__(self, path: str) -> None:
-        try:
+    def __init__(self, summary: Summary) -> None:
+        path = summary.path
+        with reading(path, "index", hint="delete it, and it is written again"):
             table = pa.ipc.open_file(pa.memory_map(path)).read_all()
-        except (OSError, pa.ArrowInvalid) as error:
-            raise InputError(f"{path}: not readable ({error}); delete it, and it is written again") from error
-        self.keys = table["key"]
-        names = [f"{name}_{part}" for name in FIELDS for part in ("offset", "size")]
-        self.columns = [table[name].chunk(0).to_numpy() if len(table) else np.empty(0, np.int64) for name in names]
-        self.problems: dict[str, list[str]] = json.loads(table.schema.metadata[b"problems"])
+            self._check(table, summary)
+            self.keys = table["key"]
+            self.columns = [table[name].to_numpy() for name in SPANS]
+            self._check_spans(summary.stamp.size)
+            self.problems: dict[str, list[str]] = json.loads(table.schema.metadata[b"problems"])
+
+    @staticmethod
+    def _check(table: pa.Table, summary: Summary) -> None:
+        if not table.schema.equals(COLUMNS) or len(table) != summary.samples:
+            raise ValueError(f"{len(table)} rows of other columns")
+        if any(column.num_chunks > 1 or column.null_count for column in table.columns):
+            raise ValueError("in parts, or with gaps")
+        table.validate(full=True)
+        if _digest(table) != table.schema.metadata[b"content"].decode():
+            raise ValueError("content does not fit its hash")
+
+    def _check_spans(self, size: int) -> None:
+        for offsets, sizes in zip(self.columns[::2], self.columns[1::2], strict=True):
+            inside = (offsets >= BLOCK) & (sizes >= 0) & (sizes <= size) & (offsets <= size - sizes)
+            if not np.all(inside | (offsets == -1)):
+                raise ValueError("points outside the shard")
 
     def sample(self, row: int) -> tuple[str, dict[str, tuple[int, int]]]:
         """Return a sample's key, and the offset and size of each of its files by field."""

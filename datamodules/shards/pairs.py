@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from datamodules.loading.bad_samples import check_caption, is_blank
 from datamodules.loading.cache import default_cache_dir
-from datamodules.loading.store import Stamp, is_remote, stamp_of
+from datamodules.loading.store import MAX_IMAGE_BYTES, Stamp, is_remote, stamp_of
 from datamodules.pairs.source import LISTED, NO_CAPTION, EncodedPair, LeftOut, Pair, PairSource, Text
 from datamodules.shards.files import (
     OpenShard,
@@ -25,8 +25,9 @@ from datamodules.shards.files import (
     expand_urls,
     find_index,
     make_index,
+    open_index,
 )
-from datamodules.shards.index import BLOCK, OF_SHARD, WANTED, MappedIndex, Summary
+from datamodules.shards.index import BLOCK, OF_SHARD, WANTED, Summary
 from datamodules.shards.order import resampled_order, shard_order
 from lit_clip.distributed import rank_and_world
 from lit_clip.errors import BadSample, InputError, require
@@ -251,7 +252,8 @@ class TarPairs(PairSource):
         for url in self._missing:
             left_out.add(url, "missing shard")
         for url, summary in zip(self.urls, self._shards.summaries, strict=True):
-            keys = MappedIndex(summary.path).problems if summary.problems and len(left_out.listed) < LISTED else {}
+            listed = bool(summary.problems) and len(left_out.listed) < LISTED
+            keys = open_index(url, summary, self._folder).problems if listed else {}
             for reason, (count, first) in summary.problems.items():
                 short = "damaged shard" if reason.startswith(OF_SHARD) else reason
                 for key in keys.get(reason, [first] * count):
@@ -336,6 +338,9 @@ def _contents(shard: OpenShard, spans: dict[str, tuple[int, int]], where: str) -
     """Read files of a sample by field; in one go where they lie close together."""
     if not spans:
         return {}
+    for _, size in spans.values():
+        if size > MAX_IMAGE_BYTES:
+            raise BadSample(where, "file too large", f"a file of more than {MAX_IMAGE_BYTES >> 20} MB; make it smaller")
     first = min(offset for offset, _ in spans.values()) - BLOCK
     last = max(offset + size for offset, size in spans.values())
     together = last - first <= sum(size + BLOCK for _, size in spans.values()) + GAP

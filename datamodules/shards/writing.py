@@ -15,10 +15,11 @@ from datamodules.loading.store import stamp_of
 from datamodules.pairs.source import EncodedPair, PairSource
 from datamodules.shards.index import INDEX_SUFFIX, read_summary, scan_shard, write_index
 from lit_clip.errors import BadSample, InputError
-from lit_clip.tools.atomic import replacing
+from lit_clip.tools.atomic import not_written, replacing
 from lit_clip.tools.console import progress
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.images import OnError, decoding_at_least, open_image
+from lit_clip.tools.reading import reading
 from lit_clip.tools.workers import loader
 
 MANIFEST = "shards.json"
@@ -59,11 +60,9 @@ def keep_manifest(path: Path, manifest: dict[str, Any]) -> None:
         with replacing(path) as draft:
             draft.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         return
-    try:
+    with reading(path, "file of lit-clip shard", hint="give an empty folder"):
         before = json.loads(path.read_text(encoding="utf-8"))
         changed = [name for name in {**before, **manifest} if before.get(name) != manifest.get(name)]
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"{path}: not written by lit-clip shard; give an empty folder") from error
     if changed:
         changes = ", ".join(f"{name} {before.get(name)} then and {manifest.get(name)} now" for name in changed)
         raise InputError(f"{path.parent}: begun with other data ({changes}); give an empty folder")
@@ -86,10 +85,16 @@ class ShardWriter(Dataset[tuple[int, int]]):
         list_of_skipped = path.with_suffix(".skipped.jsonl")
         if not path.exists():
             part = path.with_name(f".{path.name}.part")
-            skipped = _write_shard(part, self._samples(number), self.on_error)
-            lines = "".join(json.dumps({"where": where, "reason": reason}) + "\n" for where, reason in skipped)
-            list_of_skipped.write_text(lines, encoding="utf-8") if lines else list_of_skipped.unlink(missing_ok=True)
-            os.replace(part, path)  # last: a shard that has its name is complete
+            try:
+                skipped = _write_shard(part, self._samples(number), self.on_error)
+                lines = "".join(json.dumps({"where": where, "reason": reason}) + "\n" for where, reason in skipped)
+                list_of_skipped.write_text(lines, encoding="utf-8") if lines else list_of_skipped.unlink(
+                    missing_ok=True
+                )
+                os.replace(part, path)  # last: a shard that has its name is complete
+            except OSError as error:  # of writing: what cannot be read is a BadSample
+                part.unlink(missing_ok=True)
+                raise not_written(path, error, "; make room and run the same command again") from error
         stamp, index = stamp_of(str(path)), Path(f"{path}{INDEX_SUFFIX}")
         summary = read_summary(index)
         if summary is None or summary.stamp != stamp:

@@ -18,6 +18,7 @@ from lit_clip.cli.imports import OPTION, command_words, find_working_folder, imp
 from lit_clip.cli.lazy_torchmetrics import defer_torchmetrics
 from lit_clip.errors import InputError
 from lit_clip.tools.messages import one_line, user_error
+from lit_clip.tools.printable import guard_messages, printable
 from lit_clip.tools.processes import let_launcher_end, watch_launcher
 
 # LightningCLI's commands, imported when one of them is run.
@@ -115,18 +116,19 @@ def _run(words: list[str]) -> int:
 def main() -> None:
     """Run the ``lit-clip`` command; errors that the user can fix are one line and exit code 2."""
     _hush()
+    guard_messages()
     watch_launcher()
     defer_torchmetrics()
     try:
         code = _run(sys.argv[1:])
     except KeyboardInterrupt as stop:
-        sys.stderr.write(f"lit-clip: interrupted{f': {stop}' if str(stop) else ''}\n")
+        sys.stderr.write(printable(f"lit-clip: interrupted{f': {stop}' if str(stop) else ''}\n"))
         code = INTERRUPTED
     except Exception as error:
         fixable = user_error(error)
         if fixable is None:
             raise
-        sys.stderr.write(f"lit-clip: error: {one_line(fixable)}\n")
+        sys.stderr.write(f"lit-clip: error: {printable(one_line(fixable))}\n")
         code = USER_ERROR
     if code:
         let_launcher_end(PATIENCE)

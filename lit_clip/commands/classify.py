@@ -4,27 +4,24 @@ import csv
 import io
 import json
 import os
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 from torch import Tensor
 
 from lit_clip import load_model
 from lit_clip.embedding.encode import report_skipped
 from lit_clip.embedding.image_files import FileRows, find_images
-from lit_clip.embedding.reading import UnreadableRow, encoded_batches
+from lit_clip.embedding.reading import UnreadableRow, check_finite, encoded_batches
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.zero_shot import check_templates, imagenet_templates, zero_shot_classifier
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import replacing
-from lit_clip.tools.console import progress, stderr
+from lit_clip.tools.console import Console, Text, progress, stderr, write_results
 from lit_clip.tools.hardware import best_device
 from lit_clip.tools.images import OnError, or_skip
 
@@ -61,7 +58,8 @@ def classify(
         classes: names; or a text file with one name per line.
         templates: prompt templates with {} for the name; or a text file with one per line; or imagenet, the paper's 80.
         top_k: number of classes shown for each image.
-        output: format of the results. CSV has one row per class shown, JSON one object per image.
+        output: format of the results. CSV has one row per class shown, and an apostrophe before names that
+            a spreadsheet would compute, such as =1; JSON has one object per image.
         output_file: write the results to this file instead of standard output.
         batch_size: images encoded at once.
         num_workers: processes that decode images.
@@ -72,11 +70,12 @@ def classify(
     require(top_k >= 1, f"--top_k {top_k} must be at least 1")
     path = Path(output_file) if output_file else None
     require(path is None or path.absolute().parent.is_dir(), f"--output_file {path}: there is no such folder")
-    files = find_images(images)
+    files = find_images(images, on_error)
     clip = load_model(model).to(best_device())
     if len(names) == 1 and clip.logit_bias is None:
         raise InputError(f"--classes {names[0]}: a single class gets 100 % of every image; name what else it may be")
     classifier = _classifier(clip, names, prompts)
+    check_finite(classifier, "--classes")
     classes_of: dict[str, list[RankedClass]] = {}  # by key
     unreadable: list[UnreadableRow] = []
     try:
@@ -86,6 +85,7 @@ def classify(
                     require(on_error == "skip", or_skip(bad.message, "--on_error skip"))
                 unreadable += batch.unreadable
                 if batch.rows:
+                    check_finite(features, files[batch.rows[0]].key)
                     ranked = _ranked(class_probabilities(clip, features, classifier), names, top_k)
                     classes_of |= zip((files[row].key for row in batch.rows), ranked, strict=True)
     except KeyboardInterrupt:
@@ -98,7 +98,7 @@ def classify(
     if path:
         report_skipped([file.key for file in files], unreadable, path.with_name(f"{path.name}.skipped.txt"))
     for bad in () if path else unreadable:
-        stderr().print(f"skipped: {bad.message}", markup=False)
+        stderr().print(f"skipped: {bad.message}")
 
 
 def _classifier(model: CLIP, names: Sequence[str], prompts: Sequence[str]) -> Tensor:
@@ -174,7 +174,7 @@ def _write(classes_of: dict[str, list[RankedClass]], output: Output, path: Path 
         return
     text = {"table": _as_text, "csv": _as_csv, "json": _as_json}[output](classes_of)
     if path is None:
-        sys.stdout.write(text)
+        write_results(text)
         return
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
@@ -202,8 +202,16 @@ def _as_csv(classes_of: dict[str, list[RankedClass]]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["image", "rank", "class", "probability"])
     for key, best in classes_of.items():
-        writer.writerows([key, rank, name, f"{value:.6f}"] for rank, (name, value) in enumerate(best, start=1))
+        writer.writerows(
+            [no_formula(key), rank, no_formula(name), f"{value:.6f}"]
+            for rank, (name, value) in enumerate(best, start=1)
+        )
     return text.getvalue()
+
+
+def no_formula(text: str) -> str:
+    """Return a text cell for a CSV file, with an apostrophe before what a spreadsheet would compute."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def _as_json(classes_of: dict[str, list[RankedClass]]) -> str:

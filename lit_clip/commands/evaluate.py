@@ -115,7 +115,7 @@ def _write_reports(results: dict[str, Any], folder: Path, others: Mapping[str, d
     write_report(results, folder, others)
     write_tensorboard(results, others, folder)
     print_results(results)
-    stderr().print(f"{folder / 'results.json'} and {folder / 'report.html'}", markup=False)
+    stderr().print(f"{folder / 'results.json'} and {folder / 'report.html'}")
 
 
 def _chosen(
@@ -193,7 +193,7 @@ class _Run:
         self.results.update(name, status=status)
         self.results.add_reason(name, str(error))
         if distributed.rank_and_world()[0] == 0:
-            stderr().print(f"{name}: {status}: {error}", markup=False)
+            stderr().print(f"{name}: {status}: {error}")
 
     def _open(self, name: str, entry: SuiteEntry) -> OpenSet:
         """Open a set and compute its features; called on all ranks in the same order."""
@@ -313,7 +313,7 @@ class _Run:
             self.results.add(opened.name, task, key, result)
             if "value" in result:
                 value = f"{100 * result['value']:.1f} %"
-                stderr().print(f"{opened.name}: {task} {opened.entry.metric} {value}", markup=False)
+                stderr().print(f"{opened.name}: {task} {opened.entry.metric} {value}")
 
         if opened.entry.paper == IMAGENET or hasattr(opened.folds[0].images["test"], "imagenet_classes"):
             self.imagenet.append(opened)

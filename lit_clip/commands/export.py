@@ -5,14 +5,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
 from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import replacing_folder
-from lit_clip.tools.console import progress
+from lit_clip.tools.console import Console, progress
 from lit_clip.tools.hashing import sha256_of_file
 from lit_clip.weights.export import FORMATS, ExportSample, FormatName, Parity, parity_of
 from lit_clip.weights.load import load_model
@@ -32,7 +31,7 @@ def export(model: str, *, format: FormatName, output: str, license: str | None =
     """
     folder = Path(output)
     check_free(folder)
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True)
     with progress(f"export to {format}", 4) as advance:
         original = load_model(model)
         source = source_of(model)

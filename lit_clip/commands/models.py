@@ -3,13 +3,12 @@
 from fnmatch import fnmatch
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from lit_clip.errors import require
 from lit_clip.models.flops import measure
 from lit_clip.models.registry import list_models, resolve_architecture
-from lit_clip.tools.console import progress
+from lit_clip.tools.console import Console, progress
 
 
 def models(patterns: list[str], *, pretrained: bool = False) -> None:
@@ -27,12 +26,12 @@ def models(patterns: list[str], *, pretrained: bool = False) -> None:
     names = _registry() if pretrained else list_models()
     names = [name for name in names if not patterns or any(matches(name, pattern) for pattern in patterns)]
     require(bool(names), f"no {'weights' if pretrained else 'model'} named {' or '.join(patterns)}")
-    console = Console(highlight=False)
+    console = Console()
     if not console.is_terminal:
         console.width = max(console.width, 120)  # lines of a file need not be short
     if pretrained:
         for name in names:
-            console.print(name, markup=False, soft_wrap=True)
+            console.print(name, soft_wrap=True)
         return
     table = Table(box=box.SIMPLE_HEAD, caption="M: millions of parameters; a multiply-add counts as two FLOPs")
     table.add_column("model", overflow="fold")

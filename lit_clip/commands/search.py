@@ -7,9 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 from torch import Tensor
 
 from lit_clip import load_model
@@ -17,10 +15,10 @@ from lit_clip.embedding.encode import EncodingSettings
 from lit_clip.embedding.feature_files import read_features
 from lit_clip.embedding.image_files import FileRows, ImageFile, images_in
 from lit_clip.embedding.index import INDEX, nearest, update_index
-from lit_clip.embedding.reading import encoded_batches
+from lit_clip.embedding.reading import check_finite, encoded_batches
 from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
-from lit_clip.tools.console import progress, stderr
+from lit_clip.tools.console import Console, Text, progress, stderr
 from lit_clip.tools.html import thumbnail, write_page
 from lit_clip.tools.images import OnError, open_image
 from lit_clip.weights.fingerprint import fingerprint
@@ -88,7 +86,7 @@ def search(
     path = Path(images)
     stored = path.suffix in FEATURE_FILES and not path.is_dir()
     require(not (stored and index), f"--index {index}: {images} holds features already; leave it out")
-    files = [] if stored else images_in(path)
+    files = [] if stored else images_in(path, on_error)
     clip = load_model(model)
     vectors = _encode_queries(clip, queries, image or [])  # before the folder: an unreadable query ends the command
     if stored:
@@ -106,7 +104,7 @@ def search(
     for title, hits in zip(titles, found, strict=True):
         _print_hits(title, searched, hits)
     write_sheet(Path(sheet), searched, dict(zip(titles, found, strict=True)))
-    stderr().print(f"page with images: {sheet}", markup=False)
+    stderr().print(f"page with images: {sheet}")
 
 
 def _stored(path: Path, model: CLIP) -> Searched:
@@ -140,7 +138,9 @@ def _encode_queries(model: CLIP, texts: Sequence[str], images: Sequence[str]) ->
         for bad in batch.unreadable:
             raise InputError(bad.message)
         features.append(encoded)
-    return torch.cat(features).float().cpu().numpy()
+    joined = torch.cat(features).float().cpu()
+    check_finite(joined, "query")
+    return joined.numpy()
 
 
 def _print_hits(title: str, searched: Searched, hits: Sequence[Hit]) -> None:

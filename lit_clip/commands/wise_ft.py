@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from lit_clip.evaluation.zero_shot import (
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import differences
 from lit_clip.tools.atomic import replacing
+from lit_clip.tools.console import Console
 from lit_clip.tools.hardware import best_device
 from lit_clip.tools.messages import one_line
 from lit_clip.weights.checkpoints import saved_tokenizer

@@ -27,6 +27,7 @@ from lit_clip.embedding.reading import (
     ImageRows,
     TextBatches,
     UnreadableRow,
+    check_finite,
     encode_batch,
     image_features,
     in_batches,
@@ -265,6 +266,7 @@ class PartWriter(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         if batch.rows:  # the width of an empty batch's features is unknown
+            check_finite(outputs, self.identities[batch.rows[0]][0])
             self._rows += batch.rows
             self._features.append(outputs.cpu().numpy())
         self.unreadable += batch.unreadable
@@ -310,4 +312,4 @@ def report_skipped(keys: Sequence[str], unreadable: Sequence[UnreadableRow], pat
         lines = [f"{keys[bad.row]}\t{bad.message.removesuffix(FIX_HINT)}\n" for bad in unreadable]
         with replacing(path) as draft:
             draft.write_text("".join(lines), encoding="utf-8", errors="replace")
-        stderr().print(f"skipped {len(unreadable)} that could not be read; they are listed in {path}", markup=False)
+        stderr().print(f"skipped {len(unreadable)} that could not be read; they are listed in {path}")

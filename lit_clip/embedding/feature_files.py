@@ -3,7 +3,6 @@
 import json
 import shutil
 import uuid
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,6 +13,11 @@ import numpy as np
 
 from lit_clip.errors import InputError
 from lit_clip.tools.atomic import not_written, replacing
+from lit_clip.tools.hashing import hex_digest
+from lit_clip.tools.reading import reading
+
+CHECKED_AT_ONCE = 65_536  # rows of a file of features
+WRITE_AGAIN = "write it with lit-clip embed"
 
 Identity = tuple[str, int, int]  # key, and a file's size and modification time
 
@@ -38,27 +42,35 @@ class FeatureTable:
             model: the model's :func:`lit_clip.weights.fingerprint.fingerprint`, and whatever else features depend on.
         """
         keys, sizes, modified = zip(*self.identities, strict=True) if self.identities else ((), (), ())
+        columns = {
+            "keys": np.frombuffer(json.dumps(keys).encode(), dtype=np.uint8),  # an array of str would be padded
+            "sizes": np.array(sizes, dtype=np.int64),
+            "modified": np.array(modified, dtype=np.int64),
+            "features": self.features,
+            "model": np.array(model),
+        }
         with replacing(path) as temporary, temporary.open("wb") as file:
-            np.savez(
-                file,
-                keys=np.frombuffer(json.dumps(keys).encode(), dtype=np.uint8),  # an array of str would be padded
-                sizes=np.array(sizes, dtype=np.int64),
-                modified=np.array(modified, dtype=np.int64),
-                features=self.features,
-                model=np.array(model),
-            )
+            np.savez(file, **columns, digest=np.array(_digest(columns)))
 
     @classmethod
     def load(cls, path: Path, model: str) -> "FeatureTable | None":
-        """Read a table; None if it is missing, unreadable or of another model, and so has to be made again."""
+        """Read a table; None if it is missing, damaged or of another model, and so has to be made again."""
         try:
-            with np.load(path, allow_pickle=False) as file:
-                if str(file["model"]) != model:
+            with reading(path, "table of features"), np.load(path, allow_pickle=False) as file:
+                columns = {name: file[name] for name in file.files}
+                if columns.pop("digest") != _digest(columns) or str(columns["model"]) != model:
                     return None
-                keys, sizes, modified = json.loads(file["keys"].tobytes()), file["sizes"], file["modified"]
-                return cls(list(zip(keys, sizes.tolist(), modified.tolist(), strict=True)), file["features"])
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+                keys = json.loads(columns["keys"].tobytes())
+                identities = list(zip(keys, columns["sizes"].tolist(), columns["modified"].tolist(), strict=True))
+                return cls(identities, columns["features"])
+        except InputError:
             return None
+
+
+def _digest(columns: Mapping[str, np.ndarray]) -> str:
+    """Hash a table's arrays with their names, types and shapes."""
+    parts = ((name, str(array.dtype), array.shape, array.tobytes()) for name, array in sorted(columns.items()))
+    return hex_digest(part for each in parts for part in each)
 
 
 class FeatureParts:
@@ -197,23 +209,28 @@ def read_features(path: Path) -> StoredFeatures:
     """Read what :func:`write_features` wrote.
 
     Raises:
-        InputError: the file, or the one beside it, does not exist or was written by something else.
+        InputError: the file, or the one beside it, does not exist, is damaged or was written by something else.
     """
-    try:
-        return _read_array(path) if path.suffix == ".npy" else _read_parquet(path)
-    except FileNotFoundError as error:
-        raise InputError(f"{error.filename or path}: no such file; write it with lit-clip embed") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:  # Arrow's errors are ValueErrors and KeyErrors
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path}: not written by lit-clip embed ({reason}); write it with that") from error
+    stored = _read_array(path) if path.suffix == ".npy" else _read_parquet(path)
+    for texts, name in ((stored.keys, "keys"), (stored.captions or stored.keys, "captions")):
+        whole = isinstance(texts, list) and len(texts) == len(stored.features)
+        if not whole or not all(isinstance(text, str) for text in texts):
+            raise InputError(f"{path}: its {name} are not {len(stored.features)} texts; {WRITE_AGAIN}")
+    for start in range(0, len(stored.features), CHECKED_AT_ONCE):
+        if not np.isfinite(stored.features[start : start + CHECKED_AT_ONCE]).all():
+            raise InputError(f"{path}: its features are not finite numbers; {WRITE_AGAIN}")
+    return stored
 
 
 def _read_array(path: Path) -> StoredFeatures:
-    listed = json.loads(path.with_suffix(".keys.json").read_text(encoding="utf-8"))
-    keys, captions = listed.pop("keys"), listed.pop("captions", [])
-    features = np.load(path, mmap_mode="r", allow_pickle=False)
-    if features.dtype != np.float32 or features.ndim != 2 or len(features) != len(keys):
-        raise ValueError(f"{features.dtype} {list(features.shape)} for {len(keys)} keys")
+    names = path.with_suffix(".keys.json")
+    with reading(names, "list of keys", hint=WRITE_AGAIN):
+        listed = json.loads(names.read_text(encoding="utf-8"))
+        keys, captions = listed.pop("keys"), listed.pop("captions", [])
+    with reading(path, "file of features", hint=WRITE_AGAIN):
+        features = np.load(path, mmap_mode="r", allow_pickle=False)
+        if features.dtype != np.float32 or features.ndim != 2:
+            raise ValueError(f"{features.dtype} {list(features.shape)} in place of float32 [N, D]")
     return StoredFeatures(keys, features, captions, listed)
 
 
@@ -221,11 +238,13 @@ def _read_parquet(path: Path) -> StoredFeatures:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    table = pq.read_table(path)
-    column = table["feature"].combine_chunks()
-    if not pa.types.is_fixed_size_list(column.type) or not pa.types.is_float32(column.type.value_type):
-        raise ValueError(f"its column feature holds {column.type}")
-    features = column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), column.type.list_size)
-    captions = table["caption"].to_pylist() if "caption" in table.column_names else []
-    metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
-    return StoredFeatures(table["key"].to_pylist(), features, captions, metadata)
+    with reading(path, "file of features", hint=WRITE_AGAIN):
+        table = pq.read_table(path)
+        table.validate(full=True)
+        column = table["feature"].combine_chunks()
+        if not pa.types.is_fixed_size_list(column.type) or not pa.types.is_float32(column.type.value_type):
+            raise ValueError(f"its column feature holds {column.type}")
+        features = column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), column.type.list_size)
+        captions = table["caption"].to_pylist() if "caption" in table.column_names else []
+        metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+        return StoredFeatures(table["key"].to_pylist(), features, captions, metadata)

@@ -9,7 +9,8 @@ from PIL import Image
 
 from lit_clip.embedding.feature_files import Identity
 from lit_clip.errors import require
-from lit_clip.tools.images import SUFFIXES, open_image
+from lit_clip.tools.console import stderr
+from lit_clip.tools.images import SUFFIXES, OnError, open_image, or_skip
 
 
 @dataclass(frozen=True)
@@ -56,35 +57,55 @@ def _file(key: str, path: Path) -> ImageFile:
     return ImageFile(key, path, status.st_size, status.st_mtime_ns)
 
 
-def images_in(folder: Path) -> list[ImageFile]:
+def images_in(folder: Path, on_error: OnError = "error") -> list[ImageFile]:
     """List the images in a folder and below, without hidden ones, sorted by their path in the folder, which is the key.
 
+    Links are followed, except to a folder that the link is in.
+
+    Args:
+        folder: to search.
+        on_error: for a folder that cannot be read; ``skip`` counts it on the terminal.
+
     Raises:
-        InputError: there is no such folder, or no image in it.
+        InputError: there is no such folder, no image in it, or a folder in it cannot be read.
     """
     require(folder.is_dir(), f"{folder}: no such folder")
-    found = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            path = Path(parent, name)
-            if path.suffix.lower() in SUFFIXES and not name.startswith("."):  # editors and macOS leave hidden copies
-                found.append(_file(path.relative_to(folder).as_posix(), path))
+    found, unreadable = [], []
+    waiting: list[tuple[Path, frozenset[tuple[int, int]]]] = [(folder, frozenset())]
+    while waiting:  # recursion would end at some depth
+        path, above = waiting.pop()
+        try:
+            status, entries = path.stat(), list(os.scandir(path))
+        except OSError as error:
+            unreadable.append(f"{path}: cannot be read ({error.strerror})")
+            continue
+        here = status.st_dev, status.st_ino
+        for entry in entries if here not in above else ():
+            if entry.name.startswith("."):  # editors and macOS leave hidden copies
+                continue
+            if os.path.isdir(entry.path):
+                waiting.append((Path(entry.path), above | {here}))
+            elif Path(entry.name).suffix.lower() in SUFFIXES:
+                found.append(_file(Path(entry.path).relative_to(folder).as_posix(), Path(entry.path)))
+    if unreadable:
+        require(on_error == "skip", or_skip(unreadable[0], "--on_error skip to leave the folder out"))
+        stderr().print(f"folders left out because they cannot be read: {len(unreadable)}; the first: {unreadable[0]}")
     require(bool(found), f"{folder}: no images in this folder or below ({', '.join(sorted(SUFFIXES))})")
     return sorted(found, key=lambda file: file.key)
 
 
-def find_images(paths: Sequence[str]) -> list[ImageFile]:
+def find_images(paths: Sequence[str], on_error: OnError = "error") -> list[ImageFile]:
     """List the files and the images below the folders named, each file once, sorted by the path as typed, the key.
 
     Raises:
-        InputError: nothing is named, there is no such file or folder, or a folder has no images.
+        InputError: nothing is named, there is no such file or folder, or see :func:`images_in`.
     """
     require(len(paths) > 0, "no images: name files or folders of images, before the options")
     found: dict[str, ImageFile] = {}  # by absolute path: a file may be named twice
     for path in map(Path, paths):
         if path.is_dir():
-            files = [_file((path / file.key).as_posix(), path / file.key) for file in images_in(path)]
+            inside = images_in(path, on_error)
+            files = [_file((path / file.key).as_posix(), path / file.key) for file in inside]
         else:
             require(path.exists(), f"{path}: no such file or folder")
             require(path.is_file(), f"{path}: neither a file nor a folder")  # opening a pipe would wait for a writer

@@ -28,7 +28,7 @@ def update_index(model: CLIP, files: Sequence[ImageFile], path: Path, settings: 
     name = fingerprint(model).model
     old = FeatureTable.load(path, name)
     if old is None and path.exists():
-        stderr().print(f"{path} is damaged, or another model's: everything is encoded again", markup=False)
+        stderr().print(f"{path} is damaged, or another model's: everything is encoded again")
     known = dict(zip(old.identities, old.features, strict=True)) if old else {}
     keys = {key for key, _, _ in known}
     missing = [file for file in files if file.identity not in known]
@@ -37,7 +37,7 @@ def update_index(model: CLIP, files: Sequence[ImageFile], path: Path, settings: 
     if old is not None and not missing and not gone:
         return old
     note = f"index: {len(files) - len(missing)} images unchanged, {len(missing) - changed} new"
-    stderr().print(f"{note}, {changed} changed, {gone} gone", markup=False)
+    stderr().print(f"{note}, {changed} changed, {gone} gone")
     task = image_task(model, FileRows(files), [file.identity for file in files])
     parts = FeatureParts(path, name)
     unreadable = encode(model, task, parts, settings, known)

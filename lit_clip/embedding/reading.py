@@ -170,6 +170,17 @@ def encode_batch(batch: EncoderBatch, encode: Encode, device: torch.device, batc
     return torch.cat([encode(part.to(device)) for part in batch.inputs.split(batch_size)])
 
 
+def check_finite(features: Tensor, name: str) -> None:
+    """Raise :class:`InputError` if features hold NaN or infinity: damaged weights, or overflow in half precision.
+
+    Args:
+        features: of any shape.
+        name: what they are of.
+    """
+    if not features.isfinite().all():
+        raise InputError(f"{name}: features that are not finite; check the model's weights, or compute in float32")
+
+
 def row_means(features: Tensor, counts: Sequence[int]) -> Tensor:
     """Average the features ``[F, ...]`` of each row's images -> ``[N, ...]``."""
     if len(features) == len(counts):

@@ -226,10 +226,15 @@ def _softmax_chunk(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sigmoid_chunk(logits: Tensor, relevance: Tensor) -> tuple[Tensor, Tensor]:
-    """Return losses and their gradients ``[n, K]``, which are 0 where the relevance is -1."""
-    counted, right = relevance >= 0, (relevance > 0).to(logits.dtype)
-    loss = F.binary_cross_entropy_with_logits(logits, right, counted.to(logits.dtype), reduction="none")
-    return loss, (logits.sigmoid() - right) * counted
+    """Return losses and their gradients ``[n, K]``, which are 0 where the relevance is -1.
+
+    Both are computed from what is small if the classes are separable: ``sigmoid(logit) - 1`` would be rounded to 0, and
+    the search would end where the optimum is not.
+    """
+    sign = torch.where(relevance > 0, 1.0, -1.0).to(logits.dtype)
+    counted = (relevance >= 0).to(logits.dtype)
+    below = -sign * logits  # how far on the wrong side
+    return F.softplus(below) * counted, -sign * below.sigmoid() * counted
 
 
 class _Search:

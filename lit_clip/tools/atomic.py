@@ -29,11 +29,12 @@ def replacing(path: Path, hint: str = "") -> Iterator[Path]:
     draft = draft_of(whole)
     try:
         yield draft
+        _to_disk(draft)
         os.replace(draft, path)
     except OSError as error:
         raise not_written(path, error, hint) from error
     finally:
-        _remove(draft)
+        remove(draft)
 
 
 @contextmanager
@@ -49,10 +50,18 @@ def draft_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
 
 
+def _to_disk(draft: Path) -> None:
+    """Write a file, or those of a folder, to disk: after a loss of power the name must not stand for lost content."""
+    for path in [draft, *draft.rglob("*")] if draft.is_dir() and not draft.is_symlink() else [draft]:
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
 def remove_drafts(path: Path) -> None:
     """Remove what killed processes have left beside ``path`` when they were :func:`replacing` it."""
     for draft in path.parent.glob(f".{glob.escape(path.name)}.????????.tmp"):
-        _remove(draft)
+        remove(draft)
 
 
 def not_written(path: Path, error: OSError, hint: str = "") -> InputError:
@@ -61,7 +70,8 @@ def not_written(path: Path, error: OSError, hint: str = "") -> InputError:
     return InputError(f"{path}: cannot be written ({reason}){hint}")
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file or a folder, as far as that is possible."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -1,6 +1,7 @@
 """Error messages for the command line: jsonargparse's made shorter, with a suggestion for what is misspelt."""
 
 import dataclasses
+import errno
 import importlib
 import inspect
 import re
@@ -188,6 +189,8 @@ def _did_you_mean(option: str, options: Iterable[str]) -> str:
 
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # in gloo's messages
 
+LOST_WORKER = re.compile(r"DataLoader worker \(pid.*\) (?:is killed by signal: ([\w ]+)|exited unexpectedly)")
+
 # Other libraries' errors whose messages are for the user; a module that is not imported cannot have raised one.
 FOREIGN = {
     "jsonargparse": "ArgumentError",
@@ -242,7 +245,27 @@ def user_error(error: BaseException) -> BaseException | None:
             return InputError(ours)
     if isinstance(error, OSError) and error.filename:
         return InputError(f"{error.filename}: {error.strerror}")
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return InputError(f"{error.strerror}: a disk or shared memory (/dev/shm) is full; make room there")
     if isinstance(error, RuntimeError) and any(words in str(error) for words in LOST_PEER):
         return InputError("another process has ended; its error, if it printed one, is above")
+    if isinstance(error, RuntimeError) and (lost := LOST_WORKER.search(str(error))):
+        signal = LOST_WORKER.search(str(error.__cause__)) or lost  # torch's first error may know it
+        return _lost_worker(signal[1] or "")
     foreign = tuple(getattr(sys.modules[module], name) for module, name in FOREIGN.items() if module in sys.modules)
     return error if isinstance(error, foreign) else None
+
+
+def _lost_worker(signal: str) -> InputError:
+    """Return the error for a data worker that has ended, by the name of the signal that ended it, if that is known."""
+    if signal in ("", "Killed"):
+        return InputError(
+            "a data worker was killed, probably because memory ran out; set num_workers or batch_size lower, or give "
+            "the machine or container more memory"
+        )
+    if signal.startswith("Bus error"):
+        return InputError(
+            "a data worker ended with a bus error: shared memory (/dev/shm) is full, or a file that it was reading was "
+            "cut off; raise --shm-size of the container or set num_workers to 0"
+        )
+    return InputError(f"a data worker crashed ({signal}); set num_workers to 0 to see at which image or file")

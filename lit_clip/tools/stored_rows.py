@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from lit_clip.errors import InputError
-from lit_clip.tools.atomic import not_written, replacing_folder
+from lit_clip.tools.atomic import not_written, remove, replacing_folder
+from lit_clip.tools.reading import reading
 
 ABSENT, DONE, UNUSABLE = 0, 1, 2
 SECONDS_BETWEEN_MARKS = 10.0  # of work that a killed process can lose
@@ -42,12 +44,14 @@ class StoredRows:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        try:
+        with reading(folder, "folder of stored rows", hint="delete the folder"):
             layout = json.loads((folder / "layout.json").read_text(encoding="utf-8"))
             self.rows, self.shape = int(layout["rows"]), tuple(int(size) for size in layout["shape"])
             self.dtype, self._kind = KINDS[layout["dtype"]]
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"{folder}: not readable ({error}); delete the folder") from error
+            values = self.rows * math.prod(self.shape) * self.dtype.itemsize
+            for file, size in (("values", values), ("state", self.rows)):
+                if not (folder / file).is_file() or (folder / file).stat().st_size != size:
+                    raise ValueError(f"{file} has not {size} bytes")
         self._values: Any = None
         self._state: Any = None
         self._pending: dict[int, int] = {}  # new states of rows
@@ -57,9 +61,16 @@ class StoredRows:
     def create(cls, folder: Path, rows: int, shape: Sequence[int], dtype: torch.dtype) -> "StoredRows":
         """Create the files unless they exist; absent rows take no space on most file systems.
 
+        Damaged files, and files of other rows, are created again. Values are not checked: that would read all of them.
+
         Raises:
             InputError: the folder cannot be written to.
         """
+        wanted = rows, tuple(shape), dtype
+        if folder.exists() and not cls._holds(folder, wanted):
+            with FileLock(f"{folder}.lock"):  # another rank may have created them again in the meantime
+                if not cls._holds(folder, wanted):
+                    remove(folder)
         if not folder.exists():
             name = str(dtype).removeprefix("torch.")
             try:
@@ -78,6 +89,15 @@ class StoredRows:
                     raise
         return cls(folder)
 
+    @classmethod
+    def _holds(cls, folder: Path, wanted: tuple[int, tuple[int, ...], torch.dtype]) -> bool:
+        """Whether intact files of such rows are there."""
+        try:
+            found = cls(folder)
+        except InputError:
+            return False
+        return (found.rows, found.shape, found.dtype) == wanted
+
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_values": None, "_state": None}
 
@@ -89,7 +109,7 @@ class StoredRows:
     def state(self) -> np.ndarray:
         """Return the state of each row, ``ABSENT``, ``DONE`` or ``UNUSABLE``: uint8 ``[N]``."""
         self._open()
-        return np.array(self._state)
+        return np.where(self._state <= UNUSABLE, self._state, ABSENT).astype(np.uint8)  # a damaged one is absent
 
     def write(self, rows: np.ndarray, values: Tensor) -> None:
         """Write rows ``[n, ...]``; smaller than a row's shape where values are only part of it, such as a short text's.

@@ -1,16 +1,21 @@
-"""Data workers: they end with the process they read for, and leave signals to it."""
+"""Data workers: they end with the process they read for, leave signals to it, and lose no batch."""
 
 import os
 import signal
 import threading
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.seed import pl_worker_init_function
-from torch.utils.data import DataLoader, Dataset
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_convert, get_worker_info
 
 from lit_clip.errors import require
 from lit_clip.tools.processes import end_with_parent
+
+_warned = False
 
 
 def loader(batches: Dataset[Any], num_workers: int, pin_memory: bool = False) -> DataLoader[Any]:
@@ -26,9 +31,68 @@ def loader(batches: Dataset[Any], num_workers: int, pin_memory: bool = False) ->
         batch_size=None,
         num_workers=min(num_workers, count, cores) if count > 1 else 0,
         pin_memory=pin_memory,
+        collate_fn=Sent(default_convert),
         worker_init_fn=shield_worker,
         generator=torch.Generator().manual_seed(0),  # a data loader draws its workers' seeds, by default globally
     )
+
+
+class Sent:
+    """A ``collate_fn`` that makes sure in a data worker that the batch can be sent.
+
+    torch moves tensors to shared memory in a thread of the worker. Where that is full (a container has 64 MB of it) the
+    thread prints an error, the batch is lost, and the main process waits for it for ever. Here they are moved before,
+    and what does not fit goes through a pipe, which is slower.
+
+    Args:
+        collate: makes the batch.
+    """
+
+    def __init__(self, collate: Callable[[Any], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, items: Any) -> Any:
+        batch = self.collate(items)
+        return batch if get_worker_info() is None else _movable(batch)
+
+
+def _movable(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return _shared(value)
+    if isinstance(value, Mapping):
+        return {key: _movable(each) for key, each in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(_movable, value))
+    return type(value)(map(_movable, value)) if type(value) in (list, tuple) else value
+
+
+def _shared(tensor: Tensor) -> "Tensor | _Piped":
+    global _warned
+    try:
+        return tensor.share_memory_()
+    except RuntimeError as error:
+        if not _warned:
+            rank_zero_warn(
+                f"shared memory (/dev/shm) is full ({str(error).partition(chr(10))[0][:100]}), so batches go through a "
+                "pipe, which is slower; raise --shm-size of the container, or set num_workers to 0"
+            )
+        _warned = True
+        return _Piped(tensor)
+
+
+class _Piped:
+    """A tensor that is pickled with its values, and is a tensor again where it arrives."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.contiguous()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        values = self.tensor.reshape(-1).view(torch.uint8).numpy()  # numpy has no bfloat16
+        return _arrived, (values, self.tensor.dtype, self.tensor.shape)
+
+
+def _arrived(values: Any, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+    return torch.from_numpy(values).view(dtype).reshape(shape)
 
 
 def shield_worker(worker_id: int) -> None:

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Trainer
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -16,6 +15,7 @@ from lit_clip.losses.tiled import TILE
 from lit_clip.models.config import height_width
 from lit_clip.models.flops import tower_flops
 from lit_clip.models.layers import TOWERS, tower_blocks, tower_parameters
+from lit_clip.tools.console import Console
 from lit_clip.tools.parts import Description, shown
 from lit_clip.training.activation_checkpointing import is_checkpointed
 from lit_clip.training.optim import batches_per_epoch, moments, total_steps
@@ -389,7 +389,7 @@ def print_plan(plan: RunPlan) -> None:
     table = Table(title="Plan", show_header=False)
     for row in plan_rows(plan):
         table.add_row(*row)
-    console = Console(highlight=False)
+    console = Console()
     console.print(table)
     for sentence in contradictions(plan) if not plan.trial else ():
-        console.print(f"warning: {sentence}", style="yellow", soft_wrap=True, markup=False)
+        console.print(f"warning: {sentence}", style="yellow", soft_wrap=True)

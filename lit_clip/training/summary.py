@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from lit_clip.tools.console import Console
 from lit_clip.training.run_folder import newest_config, shown
 
 
@@ -76,7 +76,7 @@ def print_next_steps(checkpoint: Path, folder: Path | None, curves: Sequence[str
         folder: the run's folder.
         curves: commands, files and addresses that show the curves, one for each logger.
     """
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True)
     console.print(f"checkpoint: {shown(checkpoint)}")
     config = newest_config(folder)
     if folder:

@@ -372,3 +372,29 @@ def test_subset_top1_uses_only_the_images_and_scores_of_the_subset() -> None:
     scores = torch.tensor([[9.0, 1, 2, 3], [9, 5, 2, 4], [0, 1, 2, 9], [9, 0, 0, 0]])
     labels = torch.tensor([3, 3, 3, 0])
     assert subset_top1(scores, labels, [3, 1]) == pytest.approx(2 / 3)  # without class 0 and its image
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+@pytest.mark.parametrize("l2", [1e-6, 1e-3, 1.0])
+@pytest.mark.parametrize(("examples", "width"), [(16, 512), (30, 128), (60, 512)])
+def test_fewer_examples_than_channels_in_float32_end_at_scikit_learns_optimum(
+    examples: int, width: int, l2: float, classes: int
+) -> None:
+    generator = torch.Generator().manual_seed(examples + width)
+    labels = torch.arange(examples) % classes
+    features = 0.5 * torch.randn(classes, width, generator=generator)[labels]
+    features += torch.randn(examples, width, generator=generator)
+    theirs = LogisticRegression(C=1 / l2, tol=1e-12, max_iter=20_000).fit(features.double().numpy(), labels.numpy())
+    fit = fit_logistic(features, labels, classes, l2)
+
+    def objective(weight: Tensor, bias: Tensor) -> float:
+        logits = features.double() @ weight.double().T + bias.double()
+        loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+        penalty = (weight[1] - weight[0]).double() if classes == 2 else weight.double()
+        return float(loss + l2 / 2 * penalty.square().sum())
+
+    weight, bias = torch.from_numpy(theirs.coef_), torch.from_numpy(theirs.intercept_)
+    if classes == 2:
+        weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
+    assert fit.converged
+    assert objective(fit.weight, fit.bias) < 1.0003 * objective(weight, bias)

@@ -4,13 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from lit_clip.evaluation.overview import COLUMNS, STATUSES, means, metric_words, rows
 from lit_clip.evaluation.published import PAPER, nearest, papers_name
 from lit_clip.evaluation.report.result_columns import ResultColumn, result_columns
+from lit_clip.tools.console import Console, Text
 
 WIDE = 130  # columns of a file
 HEADS = {  # narrow
@@ -24,14 +23,14 @@ HEADS = {  # narrow
 
 def print_results(results: Mapping[str, Any], console: Console | None = None) -> None:
     """Print :func:`results_table`, and below it what was not evaluated and why."""
-    console = console or Console(highlight=False)
+    console = console or Console()
     if not console.is_terminal:
         console.width = max(console.width, WIDE)  # a file has room
     console.print(results_table(results))
     for row in rows(results):
         if row.status != "done":
             reason = f": {row.reason}" if row.reason else ""
-            console.print(f"{row.name}: {STATUSES.get(row.status, row.status)}{reason}", markup=False, soft_wrap=True)
+            console.print(f"{row.name}: {STATUSES.get(row.status, row.status)}{reason}", soft_wrap=True)
 
 
 def results_table(results: Mapping[str, Any]) -> Table:

@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
@@ -93,13 +94,62 @@ def test_damaged_data_set_is_an_error_that_names_the_file(tmp_path: Path) -> Non
     with pytest.raises(InputError, match="data-00001-of-00002.arrow: not a readable Arrow file"):
         open_source(folder)
     file.unlink()
-    with pytest.raises(InputError, match="data-00001-of-00002.arrow: not a readable Arrow file"):
+    with pytest.raises(InputError, match="data-00001-of-00002.arrow: there is no such file"):
         open_source(folder)
     for state, message in (
-        ("{", "state.json: not readable as JSON"),
+        ("{", "state.json: not a readable JSON file"),
         ("[]", "not a JSON object"),
         ("{}", "no data files"),
     ):
         (folder / "state.json").write_text(state)
         with pytest.raises(InputError, match=message):
             open_source(folder)
+
+
+@pytest.mark.parametrize("value", [2**31 - 5, -(2**30), 0])
+@pytest.mark.parametrize("column", ["image", "captions"])
+def test_arrow_offsets_that_point_elsewhere_are_refused_and_not_followed(
+    tmp_path: Path, column: str, value: int
+) -> None:
+    folder = save(tmp_path / "set", columns(), files=1, batch=100)
+    file = folder / "data-00000-of-00001.arrow"
+    content = bytearray(file.read_bytes())
+    array = pa.ipc.open_stream(bytes(content)).read_all()[column].chunk(0)
+    offsets = (array.field(0) if column == "image" else array.values).buffers()[1].to_pybytes()
+    damaged = np.frombuffer(offsets, np.int32).copy()
+    damaged[3] = value
+    start = bytes(content).index(offsets)
+    content[start : start + len(offsets)] = damaged.tobytes()
+    file.write_bytes(bytes(content))
+    with pytest.raises(InputError, match="not a readable Arrow file"):
+        open_source(folder)
+
+
+def test_randomly_damaged_arrow_gives_pairs_or_an_input_error(tmp_path: Path) -> None:
+    folder = save(tmp_path / "set", columns(), files=1)
+    file = folder / "data-00000-of-00001.arrow"
+    whole, refused = file.read_bytes(), 0
+    for seed in range(60):
+        rng, content = random.Random(seed), bytearray(whole)
+        for _ in range(rng.choice((1, 3, 20))):
+            content[rng.randrange(len(content))] = rng.randrange(256)
+        file.write_bytes(bytes(content))
+        try:
+            source = open_source(folder)
+            for index in range(len(source)):
+                source.load(index, None)
+        except InputError:
+            refused += 1
+    assert 0 < refused < 60
+
+
+@pytest.mark.parametrize(
+    "files",
+    [5, "abc", ["a"], [{}], [{"filename": 5}], [{"filename": "../x.arrow"}], [{"filename": "/dev/zero"}], [None]]
+    + [{"filename": "x"}, [{"filename": "\ud800"}], [{"filename": "a\0b"}], [{"filename": "x" * 5000}]],
+)
+def test_state_of_wrong_types_or_with_files_elsewhere_is_one_line(tmp_path: Path, files: object) -> None:
+    folder = save(tmp_path / "set", columns())
+    (folder / "state.json").write_text(json.dumps({"_data_files": files}))
+    with pytest.raises(InputError, match="state.json: _data_files is not a list of names in this folder"):
+        open_source(folder)

@@ -1,0 +1,140 @@
+"""Files of features: a damaged table is made again, and a damaged file of the user's is one line."""
+
+import json
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from lit_clip.embedding.feature_files import FeatureTable, read_features, write_features
+from lit_clip.errors import InputError
+
+N, D = 9, 4
+IDENTITIES = [(f"{number}.png", number, 10 * number) for number in range(N)]
+
+
+def features() -> np.ndarray:
+    rows = np.random.default_rng(0).standard_normal((N, D)).astype(np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def changed(**changes: Callable[[np.ndarray], Any]) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        with np.load(path) as file:
+            columns = dict(file)
+        for name, function in changes.items():
+            columns[name] = np.asarray(function(columns[name]))
+        with path.open("wb") as file:
+            np.savez(file, **columns)
+
+    return change
+
+
+def encoded(value: object) -> np.ndarray:
+    return np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
+
+
+def scattered(seed: int) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        rng, content = random.Random(seed), bytearray(path.read_bytes())
+        for _ in range(rng.choice((1, 3, 20))):
+            content[rng.randrange(len(content))] = rng.randrange(256)
+        path.write_bytes(bytes(content))
+
+    return damage
+
+
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        changed(features=lambda rows: rows * np.nan),
+        changed(features=lambda rows: rows[::-1]),
+        changed(features=lambda rows: 3 * rows),
+        changed(features=lambda rows: rows[:, :2]),
+        changed(features=lambda rows: rows.astype(np.float64)),
+        changed(keys=lambda keys: encoded(json.loads(keys.tobytes())[::-1])),
+        changed(keys=lambda _: encoded(list(range(N)))),
+        changed(modified=lambda times: times + 1),
+        changed(sizes=lambda sizes: sizes[0]),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(path.read_bytes()[:-30]),
+        pipe,
+    ],
+)
+def test_table_that_was_changed_in_any_way_is_made_again(tmp_path: Path, damage: Callable[[Path], object]) -> None:
+    path = tmp_path / "index.npz"
+    FeatureTable(IDENTITIES, features()).save(path, "model")
+    whole = FeatureTable.load(path, "model")
+    assert whole is not None
+    assert np.array_equal(whole.features, features())
+    assert whole.identities == IDENTITIES
+    assert FeatureTable.load(path, "other model") is None
+    damage(path)
+    assert FeatureTable.load(path, "model") is None
+
+
+def test_randomly_damaged_table_is_the_same_or_made_again(tmp_path: Path) -> None:
+    path, again = tmp_path / "index.npz", 0
+    for seed in range(60):
+        FeatureTable(IDENTITIES, features()).save(path, "model")
+        scattered(seed)(path)
+        table = FeatureTable.load(path, "model")
+        again += table is None
+        assert table is None or (np.array_equal(table.features, features()) and table.identities == IDENTITIES)
+    assert again > 30
+
+
+def column(name: str, values: pa.Array) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        table = pq.read_table(path)
+        pq.write_table(table.set_column(table.schema.get_field_index(name), name, values), path)
+
+    return change
+
+
+def keys(value: object) -> Callable[[Path], object]:
+    return lambda path: path.with_suffix(".keys.json").write_text(json.dumps(value))
+
+
+LISTS = pa.list_(pa.float32(), D)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "damage", "message"),
+    [
+        (".npy", lambda path: np.save(path, features() * np.nan), "features are not finite"),
+        (".npy", lambda path: np.save(path, features()[0]), "not a readable file of features"),
+        (".npy", lambda path: path.write_bytes(b""), "not a readable file of features"),
+        (".npy", pipe, "neither a file nor a folder"),
+        (".npy", keys({"keys": list(range(N))}), "keys are not 9 texts"),
+        (".npy", keys({"keys": "k" * N}), "keys are not 9 texts"),
+        (".npy", keys({"keys": [each[0] for each in IDENTITIES], "captions": 5}), "captions are not 9 texts"),
+        (".npy", keys([]), "not a readable list of keys"),
+        (".npy", lambda path: path.with_suffix(".keys.json").write_text("[" * 200_000), "nested too deeply"),
+        (".parquet", column("key", pa.array([None] * N, pa.string())), "keys are not 9 texts"),
+        (".parquet", column("feature", pa.array([[float("nan")] * D] * N, LISTS)), "features are not finite"),
+        (".parquet", column("feature", pa.array([[None] * D] * N, LISTS)), "features are not finite"),
+        (".parquet", column("feature", pa.array([[1.0]] * N)), "its column feature holds"),
+        (".parquet", lambda path: path.write_bytes(bytes(999)), "not a readable file of features"),
+    ],
+)
+def test_damaged_file_of_features_is_one_line_that_names_it(
+    tmp_path: Path, suffix: str, damage: Callable[[Path], object], message: str
+) -> None:
+    path = tmp_path / f"features{suffix}"
+    write_features(path, [key for key, _, _ in IDENTITIES], features(), {"model": "m"})
+    assert np.array_equal(read_features(path).features, features())
+    damage(path)
+    with pytest.raises(InputError, match=f"features[.].*{message}"):
+        read_features(path)

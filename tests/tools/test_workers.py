@@ -1,0 +1,85 @@
+"""Batches of data workers arrive, whether or not shared memory has room; a worker that is killed is one line."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lit_clip.tools.messages import user_error
+from lit_clip.tools.workers import loader
+
+PROGRAM = """
+import sys, torch
+from torch.utils.data import Dataset
+from lit_clip.tools.workers import loader
+class Batches(Dataset):
+    def __len__(self): return 12
+    def __getitem__(self, number):
+        tokens = torch.full((4, 7), number)
+        return {"images": torch.full((2**20,), number, dtype=torch.bfloat16), "more": [tokens[:0], (tokens, "a", None)]}
+torch.set_num_threads(1)
+for number, batch in enumerate(loader(Batches(), 2)):
+    assert batch["images"].dtype == torch.bfloat16 and batch["images"].shape == (2**20,)
+    empty, (tokens, text, nothing) = batch["more"]
+    assert empty.shape == (0, 7) and (text, nothing) == ("a", None)
+    assert (batch["images"] == number).all() and (tokens == number).all()
+print("batches:", number + 1)
+"""
+
+
+def without_shared_memory(*words: str) -> list[str]:
+    mount = 'mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "$@"'
+    return ["unshare", "-m", "sh", "-c", mount, "sh", *words]
+
+
+def can_mount() -> bool:
+    return (
+        bool(shutil.which("unshare"))
+        and not subprocess.run(without_shared_memory("true"), capture_output=True).returncode
+    )
+
+
+@pytest.mark.skipif(not can_mount(), reason="needs the right to mount a small /dev/shm")
+def test_batches_larger_than_shared_memory_arrive_whole_and_a_warning_says_how_to_make_them_faster() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = without_shared_memory(sys.executable, "-c", PROGRAM)
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert ran.stdout == "batches: 12\n", ran.stderr
+    assert "raise --shm-size" in ran.stderr
+
+
+class Deadly(Dataset[Tensor]):
+    """Batches whose third ends its worker."""
+
+    def __init__(self, sent: signal.Signals) -> None:
+        self.sent = sent
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, number: int) -> Tensor:
+        if number == 2:
+            os.kill(os.getpid(), self.sent)
+        return torch.zeros(3)
+
+
+@pytest.mark.parametrize(
+    ("sent", "said"),
+    [(signal.SIGKILL, "killed, probably because memory ran out"), (signal.SIGBUS, "raise --shm-size")]
+    + [(signal.SIGABRT, "crashed .Aborted.; set num_workers to 0")],
+)
+def test_data_worker_that_is_killed_is_one_line_with_a_hint(sent: signal.Signals, said: str) -> None:
+    with pytest.raises(RuntimeError) as raised:
+        list(loader(Deadly(sent), 2))
+    fixable = user_error(raised.value)
+    assert fixable is not None
+    assert "\n" not in str(fixable)
+    assert re.search(said, str(fixable))
