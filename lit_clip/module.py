@@ -25,7 +25,7 @@ from lit_clip.models.config import CLIPConfig, Preprocessing, Size
 from lit_clip.models.finetuning import Freeze, LayerDecay, frozen_modules, frozen_names, learning_rate_factors
 from lit_clip.models.lora import LoRA, add_lora
 from lit_clip.models.tokenizer import TextTokenizer
-from lit_clip.training.checks import check_lora_gradients, check_run, check_skipped_samples
+from lit_clip.training.checks import check_lora_gradients, check_parts, check_run, check_skipped_samples
 from lit_clip.training.micro_batches import encode_pairs, encode_parts, placeholder, split_batch
 from lit_clip.training.optim import (
     EXCEPT_GAINS_AND_BIASES,
@@ -217,6 +217,11 @@ class LitCLIP(LightningModule):
             module.eval()
         return self
 
+    def configure_callbacks(self) -> list[Any]:
+        if self.trainer.state.fn == TrainerFn.FITTING:  # the first hook: callbacks' setup would fail less clearly
+            check_parts(self.trainer)
+        return []
+
     def setup(self, stage: str) -> None:
         if self._trainer and isinstance(self.trainer.strategy, DDPStrategy):
             # Keep gradients in the buckets that are sent instead of a second copy.
@@ -347,6 +352,7 @@ class LitCLIP(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         name = str((self._trainer and self._trainer.ckpt_path) or "the checkpoint")
         if self._trainer and self._trainer.state.fn == TrainerFn.FITTING:
+            self.trainer.precision_plugin.convert_module(self)  # Lightning's turn comes after 64-bit weights are loaded
             check_resumed_loss(self.hparams["loss"], checkpoint["hyper_parameters"].get("loss"), name)
         unpack_checkpoint(checkpoint, self, self.base_sha256, name)
         self.before = dict(checkpoint.get("before", {}))  # wise-ft writes none
