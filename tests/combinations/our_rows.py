@@ -1,6 +1,7 @@
 """Rows of lit-clip's own callbacks, alone and in pairs, and of its options."""
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from lightning.pytorch import Callback
 from torch import Tensor
 
 import callbacks as ours
+from callbacks import compile as compile_file
 from lit_clip.losses import Loss
 from lit_clip.losses.loss import WholeBatch
 from lit_clip.models.finetuning import Freeze, UnlockLast
@@ -18,6 +20,8 @@ from tests.combinations.checks import RESUMED, SAME, TRAINED, Check, near
 from tests.combinations.rows import OURS, Settings, csv_logger, nothing, option, refused, strategy, works
 from tests.combinations.runs import CONFIG
 
+COMPILE_BLOCKS = compile_file.compile_blocks
+
 
 def own(kind: str, folder: Path) -> Callback:
     """Create one of our callbacks with small settings."""
@@ -26,6 +30,8 @@ def own(kind: str, folder: Path) -> Callback:
         suite = Path(os.environ["COMBINATION_PAIRS"]).parent
         settings = {"data_root": str(suite), "only": ["shades"]} | ({"num_workers": 0})
         return getattr(ours, kind)(suite=str(suite / "suite.yaml"), **settings)
+    if kind == "Compile":  # real graphs take minutes; tests/callbacks/test_compile.py has them
+        compile_file.compile_blocks = partial(COMPILE_BLOCKS, backend="eager")
     if kind == "FrozenFeatures":
         return ours.FrozenFeatures(str(folder / "features"))
     if kind == "EMA":
@@ -85,7 +91,7 @@ def pretrained(folder: Path) -> dict[str, Any]:
     torch.manual_seed(3)
     path = folder / f"start_{os.environ.get('RANK', 0)}.ckpt"
     save(CLIP(CONFIG), path, {})
-    return {"pretrained": str(path), "lora": LoRA(rank=2)}
+    return {"pretrained": str(path), "lora": LoRA(r=2)}
 
 
 OPTIONS: dict[str, tuple[list[Check], dict[str, Settings]]] = {

@@ -139,6 +139,7 @@ def main() -> None:
         torch.save(fit(PLAIN, Path(folder), pairs, {}).weights, plain)
     else:
         row = next(row for row in ROWS if row.name == name and row.world == int(world))
+        os.environ.update(row.environment)  # the server of forks sets LOCAL_RANK
         examine(row, Path(folder), pairs, torch.load(plain, weights_only=True))
     sys.stdout.flush()
     sys.stderr.flush()
