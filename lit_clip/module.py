@@ -27,7 +27,7 @@ from lit_clip.models.finetuning import Freeze, LayerDecay, frozen_modules, froze
 from lit_clip.models.lora import LoRA, add_lora
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.training.checkpoint_io import load_the_same_checkpoint
-from lit_clip.training.checks import check_lora_gradients, check_run, check_skipped_samples
+from lit_clip.training.checks import check_lora_gradients, check_parts, check_run, check_skipped_samples
 from lit_clip.training.claims import claim_folders, note_unnumbered, release_folders, remove_leftovers
 from lit_clip.training.fsdp import EvenBatches
 from lit_clip.training.micro_batches import encode_pairs, encode_parts, placeholder, split_batch
@@ -223,7 +223,10 @@ class LitCLIP(LightningModule):
         return self
 
     def configure_callbacks(self) -> list[Callback]:
-        note_unnumbered(self.trainer)  # in the first hook: next a trainer asks its loggers for their folders
+        # The first hook: callbacks' setup would fail less clearly, and next a trainer asks its loggers for folders.
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            check_parts(self.trainer)
+        note_unnumbered(self.trainer)
         return []
 
     def prepare_data(self) -> None:
@@ -369,6 +372,7 @@ class LitCLIP(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         name = str((self._trainer and self._trainer.ckpt_path) or "the checkpoint")
         if self._trainer and self._trainer.state.fn == TrainerFn.FITTING:
+            self.trainer.precision_plugin.convert_module(self)  # Lightning's turn comes after 64-bit weights are loaded
             check_resumed_loss(self.hparams["loss"], checkpoint["hyper_parameters"].get("loss"), name)
             if self.trainer.is_global_zero:
                 remove_leftovers(Path(name))

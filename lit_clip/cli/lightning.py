@@ -159,7 +159,7 @@ class CLI(LightningCLI):
             self.trainer_defaults["callbacks"] = [RichProgressBar()]
         try:
             return super().instantiate_trainer(**kwargs)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, ModuleNotFoundError) as error:  # the last: a package that an option needs
             raise InputError(f"trainer: {error}") from error
 
     def _choose_precision(self, settings: Any) -> None:

@@ -1,13 +1,18 @@
 """The settings of a run, saved into its folder."""
 
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 
 from lit_clip.tools.atomic import replacing
 from lit_clip.training.run_folder import run_folder
+
+# The default of Timer.interval is one, which jsonargparse's dumper would refuse.
+yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
 
 
 class SaveConfig(SaveConfigCallback):

@@ -1,15 +1,125 @@
 """Refuse, before the first step, settings that would not train what they say."""
 
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
+from lightning.fabric.plugins import CheckpointIO, XLACheckpointIO
+from lightning.pytorch import callbacks, plugins, strategies
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
+from lightning.pytorch.strategies.xla import XLAStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lit_clip.errors import InputError, require
 
 HALF = (torch.float16, torch.bfloat16)
+
+
+class Refusal(NamedTuple):
+    """A part of Lightning that would not do here what its name says.
+
+    Attributes:
+        kind: its class.
+        why: what would happen.
+        instead: what to do.
+        exactly: whether subclasses are accepted, which may mend it.
+        when: of the trainer; the others are accepted.
+    """
+
+    kind: type
+    why: str
+    instead: str
+    exactly: bool = False
+    when: Callable[[Any], bool] = lambda trainer: True
+
+
+_AVERAGE = (
+    "would validate an average before its first update, and callbacks behind it would evaluate other weights",
+    "use callbacks.EMA",
+)
+_UNTESTED = "has not been tried with this package"
+_OTHER_STRATEGY = "use ddp, or lit_clip.training.fsdp.FSDP"
+
+# docs/combinations.md lists them beside what works.
+REFUSED = (
+    Refusal(callbacks.WeightAveraging, *_AVERAGE, exactly=True),
+    Refusal(callbacks.EMAWeightAveraging, *_AVERAGE),
+    Refusal(
+        callbacks.StochasticWeightAveraging,
+        "would replace the schedule, and a resumed run would end with other weights",
+        "use callbacks.EMA",
+    ),
+    Refusal(
+        callbacks.LearningRateFinder,
+        "would find a rate that the schedule replaces after the first step",
+        "try a few with --trainer.max_steps and set model.optimizer.lr",
+    ),
+    Refusal(
+        callbacks.BatchSizeFinder,
+        "would change the number of negatives, and not the schedule's length",
+        "choose data.batch_size for the loss and set model.micro_batch_size to what fits into memory",
+    ),
+    Refusal(
+        callbacks.BaseFinetuning,
+        "would add parameters that the schedule does not know and no resumed run has",
+        "set model.freeze, or model.layer_decay; for several stages start each from the last with model.pretrained",
+    ),
+    Refusal(
+        callbacks.ModelPruning,
+        "would rename the weights, so that no checkpoint could be read",
+        "train without it and prune lit_clip.load_model(checkpoint)",
+    ),
+    Refusal(
+        callbacks.SpikeDetection,
+        "would end the run with a list of batches that nothing reads, and cannot resume",
+        "use callbacks.NonFiniteSteps",
+    ),
+    Refusal(
+        callbacks.OnExceptionCheckpoint,
+        "would wait for the others to save when a rank fails",
+        "remove it (a signal saves anyway), and set ModelCheckpoint.every_n_train_steps",
+        when=lambda trainer: trainer.world_size > 1,
+    ),
+    Refusal(strategies.FSDPStrategy, "cannot shard the temperature, a scalar", _OTHER_STRATEGY, exactly=True),
+    Refusal(strategies.ModelParallelStrategy, "cannot shard the temperature, a scalar", _OTHER_STRATEGY),
+    Refusal(strategies.DeepSpeedStrategy, _UNTESTED, _OTHER_STRATEGY),
+    Refusal(XLAStrategy, _UNTESTED, "use ddp on GPUs"),
+    Refusal(SingleDeviceXLAStrategy, _UNTESTED, "use a GPU"),
+    Refusal(plugins.BitsandbytesPrecision, "would replace the linear layers", "set trainer.precision to bf16-mixed"),
+    Refusal(
+        plugins.TransformerEnginePrecision, "would replace the linear layers", "set trainer.precision to bf16-mixed"
+    ),
+    Refusal(plugins.XLAPrecision, _UNTESTED, "set trainer.precision to bf16-mixed"),
+    Refusal(XLACheckpointIO, _UNTESTED, "use lit_clip.training.checkpoint_io.WholeCheckpointIO"),
+)
+
+
+def check_parts(trainer: Any) -> None:
+    """Check a trainer's callbacks, strategy and plugins, before any of them is set up.
+
+    Raises:
+        InputError: one of them would not do what its name says, see ``REFUSED``.
+    """
+    for option, part in _parts(trainer):
+        for refusal in REFUSED:
+            found = type(part) is refusal.kind if refusal.exactly else isinstance(part, refusal.kind)
+            if found and refusal.when(trainer):
+                raise InputError(f"{option}: {type(part).__name__} {refusal.why}; {refusal.instead}")
+
+
+def _parts(trainer: Any) -> Iterator[tuple[str, Any]]:
+    """Yield each part of a trainer with the option that sets it."""
+    for callback in trainer.callbacks:
+        yield "trainer.callbacks", callback
+    strategy = trainer.strategy
+    yield "trainer.strategy", strategy
+    yield "trainer.plugins", strategy.precision_plugin
+    io: CheckpointIO | None = strategy.checkpoint_io
+    while io is not None:  # one may wrap another
+        yield "trainer.plugins", io
+        io = getattr(io, "checkpoint_io", None)
 
 
 def check_run(module: Any) -> None:

@@ -1,0 +1,108 @@
+"""Rows of lit-clip's own callbacks, alone and in pairs, and of its options."""
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+from torch import Tensor
+
+import callbacks as ours
+from callbacks import compile as compile_file
+from lit_clip.losses import Loss
+from lit_clip.losses.loss import WholeBatch
+from lit_clip.models.finetuning import Freeze, UnlockLast
+from lit_clip.models.lora import LoRA
+from lit_clip.training.fsdp import FSDP
+from tests.combinations.checks import RESUMED, SAME, TRAINED, Check, near
+from tests.combinations.rows import OURS, Settings, csv_logger, nothing, option, refused, strategy, works
+from tests.combinations.runs import CONFIG
+
+COMPILE_BLOCKS = compile_file.compile_blocks
+
+
+def own(kind: str, folder: Path) -> Callback:
+    """Create one of our callbacks with small settings."""
+    if kind in ("ZeroShot", "LinearProbe"):
+        folder.mkdir(parents=True, exist_ok=True)
+        suite = Path(os.environ["COMBINATION_PAIRS"]).parent
+        settings = {"data_root": str(suite), "only": ["shades"]} | ({"num_workers": 0})
+        return getattr(ours, kind)(suite=str(suite / "suite.yaml"), **settings)
+    if kind == "Compile":  # real graphs take minutes; tests/callbacks/test_compile.py has them
+        compile_file.compile_blocks = partial(COMPILE_BLOCKS, backend="eager")
+    if kind == "FrozenFeatures":
+        return ours.FrozenFeatures(str(folder / "features"))
+    if kind == "EMA":
+        return ours.EMA(0.5)
+    return getattr(ours, kind)()
+
+
+FROZEN = {"freeze": Freeze(UnlockLast(1), UnlockLast(1))}
+CHANGING = ("EMA", "PatchDropout", "FrozenFeatures")
+MODEL = ("ActivationCheckpointing", "Compile", *CHANGING)
+OWN = [
+    name for name in ours.__all__ if isinstance(getattr(ours, name), type) and issubclass(getattr(ours, name), Callback)
+]
+
+
+def settings_for(*kinds: str) -> dict[str, Settings]:
+    """Settings that these callbacks of ours need."""
+    frozen = "FrozenFeatures" in kinds
+    return {
+        "trainer": lambda folder: {"callbacks": [own(kind, folder) for kind in kinds], **csv_logger(folder)},
+        "model": option(**FROZEN) if frozen else nothing,
+        "data": option(augmentation=[]) if frozen else nothing,
+    }
+
+
+for name in OWN:
+    same = [TRAINED] if name in CHANGING else [near(1e-5) if name == "Compile" else SAME]
+    works(OURS, f"callbacks.{name}", *same, RESUMED, quick=[2] if name == "EMA" else [], **settings_for(name))
+
+for name in MODEL:
+    for other in OWN:
+        if other in MODEL and other <= name:
+            continue  # once in either order
+        both = f"callbacks.{name}, callbacks.{other}"
+        if {name, other} == {"Compile", "FrozenFeatures"}:
+            refused(OURS, both, "not together", **settings_for(name, other))
+        else:
+            works(OURS, both, TRAINED, RESUMED, ranks=[1], **settings_for(name, other))
+
+
+class OwnLoss(Loss):
+    """A loss in its simplest form."""
+
+    def whole_batch(self, pairs: WholeBatch) -> Tensor:
+        logits = pairs.scale * pairs.image @ pairs.text.T
+        target = torch.arange(len(logits))
+        return (
+            torch.nn.functional.cross_entropy(logits, target) + torch.nn.functional.cross_entropy(logits.T, target)
+        ) / 2
+
+
+def pretrained(folder: Path) -> dict[str, Any]:
+    """Weights to start from, written by each rank for itself."""
+    from lit_clip.commands.wise_ft import save
+    from lit_clip.models.clip import CLIP
+
+    torch.manual_seed(3)
+    path = folder / f"start_{os.environ.get('RANK', 0)}.ckpt"
+    save(CLIP(CONFIG), path, {})
+    return {"pretrained": str(path), "lora": LoRA(r=2)}
+
+
+OPTIONS: dict[str, tuple[list[Check], dict[str, Settings]]] = {
+    "model.micro_batch_size: 1": ([near(1e-5), RESUMED], {"model": option(micro_batch_size=1)}),
+    "model.loss: of one's own": ([near(1e-5), RESUMED], {"model": lambda folder: {"loss": OwnLoss()}}),
+    "model.lora": ([TRAINED, RESUMED], {"model": pretrained}),
+    "model.freeze": ([TRAINED, RESUMED], {"model": option(**FROZEN)}),
+    "model.layer_decay: 0.5": ([TRAINED, RESUMED], {"model": option(layer_decay=0.5)}),
+}
+for name, (shown, values) in OPTIONS.items():
+    works(OURS, name, *shown, **values)
+    if name.startswith("model.l") and "layer" not in name or "micro" in name:
+        sharded = {"trainer": strategy(FSDP), **values}
+        works(OURS, f"{name}, FSDP", *shown, ranks=[2], **sharded)

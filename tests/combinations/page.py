@@ -1,0 +1,51 @@
+"""Write ``docs/combinations.md``: ``python -m tests.combinations.page``."""
+
+from pathlib import Path
+
+from lit_clip.training.checks import REFUSED
+from tests.combinations.rows import GROUPS
+from tests.combinations.table import ELSEWHERE, ROWS, Row
+
+PATH = Path(__file__).parents[2] / "docs/combinations.md"
+INTRODUCTION = """# Combinations
+
+Which options of Lightning work with lit-clip, and which it refuses with one line before the first step. Made from the
+table in `tests/combinations/`, whose rows are run: the chosen ones by `make test`, the others by `make test-slow`.
+"Two ranks" is DDP by gloo on one machine, unless the row says otherwise. "The plain run" is the same training without
+the option; with one process weights must be equal to the last bit, with two ranks to rounding. "Resumes exactly" is a
+run that continues from a checkpoint of the third step and ends with weights and moments equal to the last bit.
+"""
+HEAD = "| setting | one process | two ranks | what is checked, or the line |\n|---|---|---|---|"
+
+
+def page() -> str:
+    """Return the text of the page."""
+    parts = [INTRODUCTION]
+    for group in GROUPS:
+        by_name: dict[str, list[Row]] = {}
+        for row in (row for row in ROWS if row.group == group):
+            by_name.setdefault(row.name, []).append(row)
+        lines = [_line(name, same) for name, same in by_name.items()]
+        parts.append("\n".join([f"## {group}\n", HEAD, *lines]) + "\n")
+    parts.append("## Refused parts of Lightning\n\n| part | why | instead |\n|---|---|---|")
+    parts[-1] += "".join(f"\n| `{each.kind.__name__}` | {each.why} | {each.instead} |" for each in REFUSED) + "\n"
+    parts.append("## Not in the table\n\n| part | why |\n|---|---|")
+    parts[-1] += "".join(
+        f"\n| {', '.join(f'`{name}`' for name in names)} | {why} |" for why, names in ELSEWHERE.items()
+    )
+    return "\n".join(parts) + "\n"
+
+
+def _line(name: str, rows: list[Row]) -> str:
+    cells = []
+    for world in (1, 2):
+        row = next((row for row in rows if row.world == world), None)
+        cells.append("" if row is None else "refused" if row.refused else "works")
+    notes: dict[str, None] = {}
+    for row in rows:
+        notes |= dict.fromkeys([f'"... {row.refused}"'] if row.refused else [check.words for check in row.checks])
+    return f"| `{name}` | {cells[0]} | {cells[1]} | {'; '.join(notes)} |"
+
+
+if __name__ == "__main__":
+    PATH.write_text(page(), encoding="utf-8")

@@ -1,0 +1,153 @@
+"""Rows of strategies and plugins."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import plugins, strategies
+from lightning.pytorch.plugins import environments
+
+from lit_clip.training.checkpoint_io import WholeCheckpointIO
+from lit_clip.training.fsdp import FSDP
+from tests.combinations.checks import RESUMED, SAME, near, shows
+from tests.combinations.rows import STRATEGIES, option, refused, strategy, works
+from tests.combinations.runs import Run
+
+for name in ("ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true"):
+    works(STRATEGIES, f"strategy: {name}", SAME, RESUMED, ranks=[2], trainer=option(strategy=name), covers=[name])
+for start in ("spawn", "fork", "notebook"):
+    for suffix in ("", "_find_unused_parameters_false", "_find_unused_parameters_true"):
+        works(
+            STRATEGIES,
+            f"strategy: ddp_{start}{suffix}",
+            SAME,
+            ranks=[2],
+            launched=True,
+            trainer=option(strategy=f"ddp_{start}{suffix}"),
+            covers=[f"ddp_{start}{suffix}"],
+        )
+
+
+works(
+    STRATEGIES,
+    "SingleDeviceStrategy",
+    SAME,
+    RESUMED,
+    ranks=[1],
+    trainer=strategy(lambda: strategies.SingleDeviceStrategy("cpu")),
+    covers=["SingleDeviceStrategy", "single_device"],
+)
+DDP_OPTIONS: dict[str, dict[str, Any]] = {
+    "static_graph": {"static_graph": True},
+    "find_unused_parameters": {"find_unused_parameters": True},
+    "gradient_as_bucket_view=False": {"gradient_as_bucket_view": False},
+}
+for name, values in DDP_OPTIONS.items():
+    works(
+        STRATEGIES,
+        f"DDPStrategy: {name}",
+        SAME,
+        RESUMED,
+        ranks=[2],
+        quick=[2] if name == "static_graph" else [],
+        trainer=strategy(lambda values=values: strategies.DDPStrategy(**values)),
+        covers=["DDPStrategy"],
+    )
+SHARDED = {"FULL_SHARD": {}, "SHARD_GRAD_OP": {}, "HYBRID_SHARD": {}}
+for name in SHARDED:
+    works(
+        STRATEGIES,
+        f"lit_clip.training.fsdp.FSDP: {name}",
+        near(1e-5),
+        RESUMED,
+        ranks=[2],
+        trainer=strategy(lambda name=name: FSDP(name)),
+        covers=["FSDPPrecision"],
+    )
+
+
+@shows("validates on eight batches on one rank and seven on the other")
+def uneven(run: Run) -> None:
+    assert run.trainer.callback_metrics["val/loss"].isfinite()
+
+
+def fewer_pairs(folder: Path) -> dict[str, Any]:
+    """A table of fifteen pairs for validation."""
+    pairs = Path(os.environ["COMBINATION_PAIRS"])
+    path = pairs.parent / "fifteen.csv"
+    if not path.exists():
+        lines = pairs.read_text(encoding="utf-8").splitlines()[:16]
+        draft = path.with_suffix(f".{os.getpid()}")
+        draft.write_text("\n".join(lines), encoding="utf-8")
+        draft.replace(path)
+    return {"val": str(path), "batch_size": 1}
+
+
+works(STRATEGIES, "DDP, uneven validation", SAME, uneven, RESUMED, ranks=[2], data=fewer_pairs)
+works(
+    STRATEGIES,
+    "FSDP, uneven validation",
+    near(1e-5),
+    uneven,
+    RESUMED,
+    ranks=[2],
+    data=fewer_pairs,
+    trainer=strategy(FSDP),
+)
+
+
+# Plugins.
+
+works(
+    STRATEGIES,
+    "TorchCheckpointIO",
+    SAME,
+    RESUMED,
+    trainer=lambda folder: {"plugins": [plugins.TorchCheckpointIO()]},
+    covers=["TorchCheckpointIO"],
+)
+works(
+    STRATEGIES,
+    "AsyncCheckpointIO",
+    SAME,
+    RESUMED,
+    trainer=lambda folder: {"plugins": [plugins.AsyncCheckpointIO(WholeCheckpointIO())]},
+    covers=["AsyncCheckpointIO"],
+)
+works(
+    STRATEGIES,
+    "DoublePrecision",
+    near(1e-5),
+    trainer=lambda folder: {"plugins": [plugins.DoublePrecision(), WholeCheckpointIO()]},
+    covers=["DoublePrecision"],
+)
+works(
+    STRATEGIES,
+    "MixedPrecision: bf16-mixed",
+    near(0.01),
+    trainer=lambda folder: {"plugins": [plugins.MixedPrecision("bf16-mixed", "cpu"), WholeCheckpointIO()]},
+    covers=["MixedPrecision"],
+)
+refused(
+    STRATEGIES,
+    "HalfPrecision: 16-true",
+    "weights kept in float16",
+    trainer=lambda folder: {"plugins": [plugins.HalfPrecision("16-true")]},
+    covers=["HalfPrecision"],
+)
+works(
+    STRATEGIES,
+    "Precision",
+    SAME,
+    trainer=lambda folder: {"plugins": [plugins.Precision(), WholeCheckpointIO()]},
+    covers=["Precision"],
+)
+for environment in (environments.LightningEnvironment, environments.TorchElasticEnvironment):
+    works(
+        STRATEGIES,
+        environment.__name__,
+        SAME,
+        ranks=[1 if environment is environments.LightningEnvironment else 2],
+        trainer=lambda folder, made=environment: {"plugins": [made(), WholeCheckpointIO()]},
+        environment={"LOCAL_RANK": "0"} if environment is environments.LightningEnvironment else {},
+    )

@@ -1,0 +1,208 @@
+"""Rows of the options of Lightning's trainer."""
+
+from typing import Any
+
+from lightning.pytorch import Callback
+
+from lit_clip.models.config import CLIPConfig, ResNetConfig
+from tests.combinations.checks import RESUMED, SAME, TRAINED, Check, near, shows, stopped_at
+from tests.combinations.rows import TRAINER, Settings, option, refused, works
+from tests.combinations.runs import CONFIG, STEPS, Run
+
+
+class Validations(Callback):
+    """Record the step of each validation."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.batches: list[int] = []
+
+    def on_validation_start(self, trainer: Any, *_: Any) -> None:
+        if not trainer.sanity_checking:
+            self.steps.append(trainer.global_step)
+            self.batches.append(0)
+
+    def on_validation_batch_end(self, trainer: Any, *_: Any, **__: Any) -> None:
+        if not trainer.sanity_checking:
+            self.batches[-1] += 1
+
+    @staticmethod
+    def of(run: Run) -> "Validations":
+        return next(callback for callback in run.trainer.callbacks if isinstance(callback, Validations))
+
+
+def validates(*steps: int) -> Check:
+    def check(run: Run) -> None:
+        assert Validations.of(run).steps == list(steps)
+
+    after = f"after steps {', '.join(map(str, steps))}" if steps else "never"
+    return Check(f"validates {after}", check)
+
+
+def watched(**values: Any) -> Settings:
+    return lambda folder: {**values, "callbacks": [Validations()]}
+
+
+@shows("runs one batch")
+def one_batch(run: Run) -> None:
+    assert run.trainer.global_step == 1
+
+
+works(TRAINER, "accelerator: cpu", SAME, RESUMED, trainer=option(accelerator="cpu"), covers=["accelerator", "devices"])
+works(TRAINER, "precision: 32-true", SAME, trainer=option(precision="32-true"), covers=["precision"])
+works(TRAINER, "precision: bf16-mixed", near(0.01), RESUMED, trainer=option(precision="bf16-mixed"), quick=[2])
+works(TRAINER, "precision: 16-mixed", near(0.01), RESUMED, trainer=option(precision="16-mixed"))
+works(TRAINER, "precision: 64-true", near(1e-5), RESUMED, trainer=option(precision="64-true"), quick=[1])
+refused(TRAINER, "precision: 16-true", "weights kept in float16", trainer=option(precision="16-true"))
+refused(TRAINER, "precision: bf16-true", "weights kept in bfloat16", trainer=option(precision="bf16-true"))
+works(TRAINER, "fast_dev_run: true", one_batch, trainer=option(fast_dev_run=True))
+works(TRAINER, "max_epochs: 1", stopped_at(4), trainer=option(max_epochs=1))
+works(TRAINER, "min_epochs: 1", SAME, trainer=option(min_epochs=1))
+works(TRAINER, "max_steps: 5", stopped_at(5), RESUMED, trainer=option(max_steps=5))
+works(TRAINER, "min_steps: 2", SAME, trainer=option(min_steps=2))
+works(TRAINER, "max_time: 1 day", SAME, RESUMED, trainer=option(max_time="01:00:00:00"), quick=[1])
+works(TRAINER, "limit_train_batches: 3", stopped_at(6), RESUMED, trainer=option(limit_train_batches=3), saved_at=2)
+works(TRAINER, "limit_train_batches: 0.5", stopped_at(4), RESUMED, trainer=option(limit_train_batches=0.5), saved_at=1)
+
+
+@shows("validates on two batches")
+def two_batches(run: Run) -> None:
+    assert Validations.of(run).batches == [2, 2]
+
+
+works(TRAINER, "limit_val_batches: 2", SAME, two_batches, trainer=watched(limit_val_batches=2))
+works(TRAINER, "limit_val_batches: 0", SAME, validates(), trainer=watched(limit_val_batches=0))
+
+
+@shows("tests and predicts on one batch")
+def one_of_each(run: Run) -> None:
+    run.trainer.test(run.module, run.data, verbose=False)
+    run.data.val = run.data.train
+    assert len(run.trainer.predict(run.module, run.data)) == 1
+
+
+works(
+    TRAINER,
+    "limit_test_batches, limit_predict_batches: 1",
+    one_of_each,
+    trainer=option(limit_test_batches=1, limit_predict_batches=1),
+    covers=["limit_test_batches", "limit_predict_batches"],
+)
+
+
+@shows("repeats one batch")
+def one_repeated(run: Run) -> None:
+    assert len(set(Keys.of(run).keys)) == 1
+
+
+class Keys(Callback):
+    """Record the keys of each step's pairs."""
+
+    def __init__(self) -> None:
+        self.keys: list[tuple[str, ...]] = []
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        self.keys.append(tuple(batch.keys))
+
+    @staticmethod
+    def of(run: Run) -> "Keys":
+        return next(callback for callback in run.trainer.callbacks if isinstance(callback, Keys))
+
+
+works(
+    TRAINER,
+    "overfit_batches: 1",
+    one_repeated,
+    stopped_at(STEPS),
+    trainer=lambda folder: {"overfit_batches": 1, "max_epochs": STEPS, "callbacks": [Keys()]},
+)
+works(TRAINER, "overfit_batches: 2", stopped_at(4), RESUMED, trainer=option(overfit_batches=2))
+works(TRAINER, "val_check_interval: 2", SAME, RESUMED, validates(2, 4, 6, 8), trainer=watched(val_check_interval=2))
+works(TRAINER, "val_check_interval: 0.25", SAME, validates(*range(1, 9)), trainer=watched(val_check_interval=0.25))
+works(
+    TRAINER,
+    "val_check_interval: 3, check_val_every_n_epoch: null",
+    SAME,
+    validates(3, 6),
+    RESUMED,
+    trainer=watched(val_check_interval=3, check_val_every_n_epoch=None),
+)
+works(TRAINER, "val_check_interval: 1 day", SAME, validates(), trainer=watched(val_check_interval="01:00:00:00"))
+works(TRAINER, "check_val_every_n_epoch: 2", SAME, validates(8), trainer=watched(check_val_every_n_epoch=2))
+works(TRAINER, "num_sanity_val_steps: 0", SAME, RESUMED, trainer=option(num_sanity_val_steps=0))
+works(TRAINER, "num_sanity_val_steps: -1", SAME, RESUMED, trainer=option(num_sanity_val_steps=-1))
+works(TRAINER, "log_every_n_steps: 1", SAME, trainer=option(log_every_n_steps=1))
+works(TRAINER, "enable_checkpointing: false", SAME, trainer=option(enable_checkpointing=False))
+works(TRAINER, "enable_progress_bar: true", SAME, trainer=option(enable_progress_bar=True))
+works(TRAINER, "enable_model_summary: true", SAME, trainer=option(enable_model_summary=True))
+refused(TRAINER, "accumulate_grad_batches: 2", "adds no negatives", (1, 2), trainer=option(accumulate_grad_batches=2))
+
+
+@shows("clips: not the weights of the plain run")
+def clips(run: Run) -> None:
+    assert max(float((run.weights[name] - value).abs().max()) for name, value in run.plain.items()) > 1e-5
+
+
+for algorithm in ("norm", "value"):
+    works(
+        TRAINER,
+        f"gradient_clip_val: 0.001, gradient_clip_algorithm: {algorithm}",
+        clips,
+        RESUMED,
+        trainer=option(gradient_clip_val=0.001, gradient_clip_algorithm=algorithm),
+        covers=["gradient_clip_val", "gradient_clip_algorithm"],
+    )
+works(TRAINER, "deterministic: true", SAME, RESUMED, trainer=option(deterministic=True), quick=[2])
+works(TRAINER, "deterministic: warn", SAME, trainer=option(deterministic="warn"))
+works(TRAINER, "benchmark: true", SAME, trainer=option(benchmark=True))
+works(TRAINER, "inference_mode: false", SAME, RESUMED, trainer=option(inference_mode=False))
+works(TRAINER, "use_distributed_sampler: true", SAME, RESUMED, ranks=[1], trainer=option(use_distributed_sampler=True))
+refused(
+    TRAINER,
+    "use_distributed_sampler: true",
+    "divides the samples among processes",
+    (2,),
+    trainer=option(use_distributed_sampler=True),
+    covers=["use_distributed_sampler"],
+)
+works(TRAINER, "detect_anomaly: true", SAME, RESUMED, trainer=option(detect_anomaly=True), quick=[1])
+works(TRAINER, "barebones: true", SAME, trainer=option(barebones=True), quick=[1])
+refused(
+    TRAINER,
+    "reload_dataloaders_every_n_epochs: 1",
+    "every epoch has its own order",
+    (1, 2),
+    trainer=option(reload_dataloaders_every_n_epochs=1),
+)
+works(TRAINER, "default_root_dir", SAME, trainer=lambda folder: {"default_root_dir": folder / "root"})
+works(TRAINER, "enable_autolog_hparams: false", SAME, trainer=option(enable_autolog_hparams=False))
+works(
+    TRAINER,
+    "num_nodes: 2",
+    SAME,
+    ranks=[2],
+    devices=1,
+    trainer=option(num_nodes=2),
+    environment={"LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"},
+)
+RESNET = CLIPConfig(16, ResNetConfig(layers=(1, 1, 1, 1), width=8, image_size=32), CONFIG.text)
+
+
+works(
+    TRAINER,
+    "sync_batchnorm: true (ResNet)",
+    TRAINED,
+    RESUMED,
+    ranks=[1],
+    model=option(architecture=RESNET),
+    trainer=option(sync_batchnorm=True),
+)
+refused(
+    TRAINER,
+    "sync_batchnorm: true (ResNet)",
+    "no synchronised BatchNorm for cpu",
+    (2,),
+    model=option(architecture=RESNET),
+    trainer=option(sync_batchnorm=True),
+    covers=["LayerSync", "TorchSyncBatchNorm", "sync_batchnorm"],
+)
