@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -31,6 +32,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if options.list:
         sys.stdout.write("".join(f"{cell}\n" for cell in cells))
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the run at hand is ended too
     outcomes = _read(options.record)
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, serving(Path(folder) / "data") as store:

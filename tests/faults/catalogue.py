@@ -11,7 +11,7 @@ from typing import NamedTuple
 from tests.faults.clock import turn_clock
 from tests.faults.disks import Disk
 from tests.faults.runs import Run
-from tests.faults.server import Store
+from tests.faults.server import SLOW, Store
 
 DAY = 86400.0
 PAUSE = 2.0  # seconds
@@ -112,12 +112,30 @@ def _kill_in_the_future(scene: Scene) -> None:
         os.utime(path, (ahead, ahead))
 
 
-def _with_disk(action: Callable[[Disk], object]) -> Callable[[Scene], None]:
-    def act(scene: Scene) -> None:
-        assert scene.disk is not None
-        action(scene.disk)
+def _fill(scene: Scene) -> None:
+    assert scene.disk is not None
+    with scene.run.held():
+        scene.disk.fill()
 
-    return act
+
+def _free(scene: Scene) -> None:
+    assert scene.disk is not None
+    scene.disk.free()
+
+
+def _make_read_only(scene: Scene) -> None:
+    assert scene.disk is not None
+    for _ in range(20):
+        with scene.run.held():
+            if scene.disk.remount("ro"):
+                return
+        time.sleep(0.01)  # for the file to be closed
+    raise AssertionError("the disk could not be made read-only")
+
+
+def _make_writable(scene: Scene) -> None:
+    assert scene.disk is not None
+    assert scene.disk.remount("rw")
 
 
 def _store(mode: str, seconds: float | None = None) -> Callable[[Scene], None]:
@@ -126,72 +144,132 @@ def _store(mode: str, seconds: float | None = None) -> Callable[[Scene], None]:
 
 LOST = r"another process (has ended|did not answer)|the first process of this machine has ended"
 GONE = (-signal.SIGKILL,)
+USER_ERROR = (2,)
 WEB = ("store",)
-FAULTS = (
-    Fault("kill_run", "kill -9 of all processes", lambda s: s.run.signal(signal.SIGKILL), 10, GONE),
-    Fault("kill_rank", "kill -9 of the last rank", lambda s: s.hit(signal.SIGKILL, s.last_rank), 20, (2,), LOST, ranks=2),
-    Fault("kill_first", "kill -9 of the first rank", lambda s: s.hit(signal.SIGKILL, 0), 20, GONE, LOST, ranks=2),
+
+PROCESSES = (
+    Fault("kill_run", "kill -9 of all processes", lambda scene: scene.run.signal(signal.SIGKILL), 10, GONE),
     Fault(
-        *("sigterm", "SIGTERM to one rank", lambda s: s.hit(signal.SIGTERM, s.any_rank), 20),
-        *((128 + signal.SIGTERM,), r"SIGTERM: saved step \d+; resume with: "),
+        "kill_rank",
+        "kill -9 of the last rank",
+        lambda scene: scene.hit(signal.SIGKILL, scene.last_rank),
+        limit=20,
+        codes=USER_ERROR,
+        line=LOST,
+        ranks=2,
+    ),
+    Fault(
+        "kill_first",
+        "kill -9 of the first rank",
+        lambda scene: scene.hit(signal.SIGKILL, 0),
+        limit=20,
+        codes=GONE,
+        line=LOST,
+        ranks=2,
+    ),
+    Fault(
+        "sigterm",
+        "SIGTERM to one rank",
+        lambda scene: scene.hit(signal.SIGTERM, scene.any_rank),
+        limit=20,
+        codes=(128 + signal.SIGTERM,),
+        line=r"SIGTERM: saved step \d+; resume with: ",
     ),
     Fault("pause", f"SIGSTOP of one rank, SIGCONT after {PAUSE:g} s", _pause, 60),
     Fault(
-        *("stop_rank", "SIGSTOP of the last rank for ever", lambda s: s.hit(signal.SIGSTOP, s.last_rank), 30),
-        *((2,), LOST),
+        "stop_rank",
+        "SIGSTOP of the last rank for ever",
+        lambda scene: scene.hit(signal.SIGSTOP, scene.last_rank),
+        limit=30,
+        codes=USER_ERROR,
+        line=LOST,
         ranks=2,
         needs="group_timeout",
     ),
     Fault(
-        *("stop_first", "SIGSTOP of the first rank for ever", lambda s: s.hit(signal.SIGSTOP, 0), 30, (), LOST),
+        "stop_first",
+        "SIGSTOP of the first rank for ever",
+        lambda scene: scene.hit(signal.SIGSTOP, 0),
+        limit=30,
+        codes=(),
+        line=LOST,
         ranks=2,
         needs="group_timeout",
     ),
     Fault(
-        *("disk_full", "the disk of the run's folder becomes full", _with_disk(Disk.fill), 20, (2,)),
-        *(r"No space left on device|disk is full", _with_disk(Disk.free)),
+        "kill_worker",
+        "kill -9 of one data worker",
+        _kill_worker,
+        limit=20,
+        codes=USER_ERROR,
+        line="a data worker was killed, probably because memory ran out",
+        workers=True,
+    ),
+)
+
+MACHINE = (
+    Fault(
+        "disk_full",
+        "the disk of the run's folder becomes full",
+        _fill,
+        limit=20,
+        codes=USER_ERROR,
+        line="No space left on device",
+        undo=_free,
         needs="disk",
     ),
     Fault(
-        *("read_only", "the run's folder becomes read-only", _with_disk(lambda disk: disk.remount("ro")), 20, (2,)),
-        *("Read-only file system", _with_disk(lambda disk: disk.remount("rw"))),
+        "read_only",
+        "the run's folder becomes read-only",
+        _make_read_only,
+        limit=20,
+        codes=USER_ERROR,
+        line="Read-only file system",
+        undo=_make_writable,
         needs="disk",
     ),
     Fault("clock_forward", "the clock jumps a day forwards", _turn(DAY), 60, needs="clock"),
     Fault("clock_back", "the clock jumps a day backwards", _turn(-DAY), 60, needs="clock"),
     Fault(
-        *("clock_corrected", "kill -9 of all processes with the clock a day ahead, which is then corrected"),
-        *(_kill_in_the_future, 10, GONE),
+        "clock_corrected",
+        "kill -9 of all processes with the clock a day ahead, which is then corrected; the resumed run is killed too",
+        _kill_in_the_future,
+        limit=10,
+        codes=GONE,
         undo=_turn(0.0),
         needs="clock",
     ),
-    Fault(
-        *("kill_worker", "kill -9 of one data worker", _kill_worker, 20, (2,), r"data worker.*memory|memory.*data worker"),
-        workers=True,
-    ),
-    Fault("slow", "the store takes 0.2 s for each answer", _store("slow"), 90, sources=WEB),
-    Fault("429", f"the store answers 429 for {RECOVERY:g} s", _store("429", RECOVERY), 60, sources=WEB),
-    Fault("500", f"the store answers 500 for {RECOVERY:g} s", _store("500", RECOVERY), 60, sources=WEB),
-    Fault("reset", f"the store resets connections for {RECOVERY:g} s", _store("reset", RECOVERY), 60, sources=WEB),
-    Fault("cut", f"the store breaks off its answers for {RECOVERY:g} s", _store("cut", RECOVERY), 60, sources=WEB),
-    Fault(
-        *("silent", f"the store does not answer for {RECOVERY + STORE_TIMEOUT:g} s"),
-        *(_store("silent", RECOVERY + STORE_TIMEOUT), 60),
+)
+
+
+def _recovers(name: str, text: str, seconds: float = RECOVERY, needs: str = "") -> Fault:
+    return Fault(name, f"the store {text} for {seconds:g} s", _store(name, seconds), 60, sources=WEB, needs=needs)
+
+
+def _for_ever(mode: str, text: str, reason: str) -> Fault:
+    return Fault(
+        f"{mode}_forever",
+        f"the store {text} for ever",
+        _store(mode),
+        limit=60,
+        codes=USER_ERROR,
+        line=rf"https?://\S+: cannot be fetched .*{reason}",
+        undo=_store("well"),
         sources=WEB,
         needs="store_timeout",
-    ),
-    *(
-        Fault(
-            *(f"{mode}_forever", f"the store {text} for ever", _store(mode), 60, (2,)),
-            *(rf"https?://\S+: cannot be fetched .*{reason}", _store("well")),
-            sources=WEB,
-            needs="store_timeout",
-        )
-        for mode, text, reason in (
-            ("429", "answers 429", "429"),
-            ("reset", "resets connections", "(?i:disconnect|reset|connect)"),
-            ("silent", "does not answer", "(?i:time|answer)"),
-        )
-    ),
+    )
+
+
+STORES = (
+    Fault("slow", f"the store takes {SLOW:g} s for each answer", _store("slow"), 90, sources=WEB),
+    _recovers("429", "answers 429"),
+    _recovers("500", "answers 500"),
+    _recovers("reset", "resets connections"),
+    _recovers("cut", "breaks off its answers"),
+    _recovers("silent", "does not answer", RECOVERY + STORE_TIMEOUT, needs="store_timeout"),
+    _for_ever("429", "answers 429", "429"),
+    _for_ever("reset", "resets connections", "(?i:disconnect|reset|connect)"),
+    _for_ever("silent", "does not answer", "(?i:time|answer)"),
 )
+FAULTS = (*PROCESSES, *MACHINE, *STORES)
 BY_NAME = {fault.name: fault for fault in FAULTS}

@@ -7,7 +7,7 @@ import shutil
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -22,8 +22,8 @@ SOURCES = ("table", "tars", "store")
 RANKS = (1, 2, 3)
 WORKERS = (0, 2)
 REGULAR_LIMIT = 150.0  # seconds of a run that nothing happens to, on a busy machine
-TOLERANCE = {1: 0.0, 2: 0.0}  # of a weight, by ranks; three or more: DDP rebuilds its buckets, so sums round differently
-OTHERWISE = 1e-6
+EXACT = 2  # ranks; with more, DDP's sums round differently after a resume, because it rebuilds its buckets
+TOLERANCE = 1e-6  # of each weight then
 
 
 class Cell(NamedTuple):
@@ -97,10 +97,18 @@ class Harness:
             return f"{self.store.url}/pairs.csv"
         return str(self.folder / "data" / ("pairs.csv" if source == "table" else "shards"))
 
-    def _settings(self, cell: Cell, **options: Any) -> Settings:
+    def _settings(self, cell: Cell, needs: str = "") -> Settings:
         place = self.folder / str(cell)
         (place / "run").mkdir(parents=True)
-        return Settings(place / "run", place / "first", self._data(cell.source), cell.ranks, cell.workers, **options)
+        return Settings(
+            place / "run",
+            place / "first",
+            self._data(cell.source),
+            cell.ranks,
+            cell.workers,
+            group_timeout=needs == "group_timeout",
+            store_timeout=STORE_TIMEOUT if needs == "store_timeout" else None,
+        )
 
     def expected(self, cell: Cell) -> Expected:
         """Return the run without a fault."""
@@ -136,25 +144,11 @@ class Harness:
             self.store.set("well")
             shutil.rmtree(place, ignore_errors=True)
 
-    def _run(
-        self, cell: Cell, fault: Fault, expected: Expected, chance: random.Random, stack: ExitStack
-    ) -> Outcome:
-        options: dict[str, Any] = {}
-        if fault.needs == "group_timeout":
-            options["group_timeout"] = True
-        elif fault.needs == "store_timeout":
-            options["store_timeout"] = STORE_TIMEOUT
-        settings = self._settings(cell, **options)
-        disk = stack.enter_context(disks.mounted(settings.folder)) if fault.needs == "disk" else None
-        clock = settings.folder.parent / "clock" if fault.needs == "clock" else None
-        if clock is not None:
-            turn_clock(clock, 0.0)
-        settings = settings._replace(disk=disk.holder if disk else None, clock=clock)
-        run = Run(settings)
-        stack.callback(run.kill)
+    def _run(self, cell: Cell, fault: Fault, expected: Expected, chance: random.Random, stack: ExitStack) -> Outcome:
+        scene = self._start(cell, fault, chance, stack)
+        run, settings = scene.run, scene.run.settings
         run.wait_for_step(chance.randrange(2, 7))
         time.sleep(chance.random() * 0.06)
-        scene = Scene(run, self.store, disk, clock, chance)
         start = time.monotonic()
         fault.act(scene)
         code = run.wait(fault.limit)
@@ -165,33 +159,47 @@ class Harness:
         if fault.sources == ("store",) and self.store.refused == 0:
             return Outcome("other", seconds, "the fault came too late")
         run.kill()
-        ids, end = _prefix(run, expected), run
-        if fault.codes != (0,):
+        ids, end, goes_on = _prefix(run, expected), run, fault.codes == (0,)
+        if not goes_on:
             fault.undo(scene)
-            end, again = self._resume(settings, run, stack, corrected=fault.name == "clock_corrected")
-            ids = ids and again and _rest(end, expected)
+            end, kept = self._resume(run, stack, twice=fault.name == "clock_corrected")
             if end.wait(0) != 0:
                 return Outcome("other", seconds, f"the resumed run failed: {_last(end)}", ids)
-        else:
-            ids = ids and [run.steps(rank) for rank in run.ranks] == expected.steps
-        weights = _close(_weights(disk.seen(settings.folder) if disk else settings.folder), expected, cell.ranks)
+            problem = problem or ("" if kept else "a newer checkpoint was ignored")
+        ids = ids and _rest(end, expected)
+        folder = scene.disk.seen(settings.folder) if scene.disk else settings.folder
+        weights = _close(_weights(folder), expected, cell.ranks)
         if problem or not ids or not weights:
             return Outcome("other", seconds, problem or message, ids, weights)
-        return Outcome("same" if fault.codes == (0,) else "clear end", seconds, message, ids, weights)
+        return Outcome("same" if goes_on else "clear end", seconds, message, ids, weights)
 
-    def _resume(self, settings: Settings, killed: Run, stack: ExitStack, corrected: bool) -> tuple[Run, bool]:
-        """Return the resumed run at its end, and whether it lost no more than the steps since the last checkpoint."""
-        name, kept = "second", True
-        if corrected:  # which of the two runs' checkpoints is newer?
-            between = Run(settings._replace(record=settings.record.with_name(name)))
-            stack.callback(between.kill)
-            between.wait_for_step(10)
-            between.kill()
-            kept, killed, name = _kept(killed, between), between, "third"
-        run = Run(settings._replace(record=settings.record.with_name(name)))
+    def _start(self, cell: Cell, fault: Fault, chance: random.Random, stack: ExitStack) -> Scene:
+        """Start a run with what the fault needs; the stack ends both."""
+        settings = self._settings(cell, fault.needs)
+        disk = stack.enter_context(disks.mounted(settings.folder)) if fault.needs == "disk" else None
+        clock = settings.folder.parent / "clock" if fault.needs == "clock" else None
+        if clock is not None:
+            turn_clock(clock, 0.0)
+        run = Run(settings._replace(disk=disk.holder if disk else None, clock=clock))
         stack.callback(run.kill)
-        run.wait(REGULAR_LIMIT)
-        return run, kept and _kept(killed, run)
+        return Scene(run, self.store, disk, clock, chance)
+
+    def _resume(self, killed: Run, stack: ExitStack, twice: bool) -> tuple[Run, bool]:
+        """Return the resumed run at its end, and whether it lost no more than the steps since the last checkpoint.
+
+        With ``twice`` the resumed run is killed after another checkpoint and resumed again.
+        """
+        settings, kept = killed.settings._replace(group_timeout=False, store_timeout=None), True
+        for name in ("second", "third") if twice else ("second",):
+            run = Run(settings._replace(record=settings.record.with_name(name)))
+            stack.callback(run.kill)
+            if twice and name == "second":
+                run.wait_for_step(STEPS - EVERY + 1)
+                run.kill()
+            else:
+                run.wait(REGULAR_LIMIT)
+            kept, killed = kept and _kept(killed, run), run
+        return killed, kept
 
 
 def _judge(fault: Fault, code: int | None, run: Run) -> tuple[str, str]:
@@ -248,7 +256,7 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _close(weights: dict[str, torch.Tensor], expected: Expected, ranks: int) -> bool:
-    tolerance = TOLERANCE.get(ranks, OTHERWISE)
+    tolerance = 0 if ranks <= EXACT else TOLERANCE
     return weights.keys() == expected.weights.keys() and all(
         bool((weights[name] - value).abs().max() <= tolerance) for name, value in expected.weights.items()
     )

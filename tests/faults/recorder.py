@@ -3,7 +3,6 @@
 import os
 import time
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -20,7 +19,9 @@ class Recorder(Callback):
         self.path = Path(f"{os.environ[PREFIX]}_{trainer.global_rank}.txt")
         self.path.with_suffix(".pid").write_text(str(os.getpid()))
 
-    def on_train_batch_start(self, trainer: Trainer, module: Any, batch: CaptionBatch, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: CaptionBatch, batch_idx: int
+    ) -> None:
         digest = int(batch.images.long().sum())  # the pixels, and so the augmentation
         with self.path.open("a", encoding="utf-8") as file:
             file.write(f"{trainer.global_step} {trainer.current_epoch} {digest} {' '.join(batch.keys)}\n")

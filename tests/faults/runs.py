@@ -6,8 +6,8 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +30,7 @@ STEPS = 4 * EPOCHS
 EVERY = 3  # steps between checkpoints; the last step has one
 SAVING = f"{{class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: {{every_n_train_steps: {EVERY}}}}}"
 START_LIMIT = 120.0  # seconds until the first step, on a busy machine
-GROUP_TIMEOUT = 6  # seconds, of the process group, where a cell sets it
+GROUP_TIMEOUT = 10  # seconds, of the process group, where a cell sets it
 
 
 class Settings(NamedTuple):
@@ -135,23 +135,42 @@ class Run:
         return found
 
     def wait(self, seconds: float) -> int | None:
-        """Wait for all processes that are not stopped by a signal to end.
+        """Wait for all processes to end, except those stopped by a signal and their data workers.
 
         Returns:
             The exit code of the first rank; None: it had not ended in time, or others had not.
         """
         deadline = time.monotonic() + seconds
-        while _goes_on(self.pid) or any(_goes_on(process.pid) for process in self.members()):
+        while any(self._goes_on(pid) for pid in {self.pid, *(process.pid for process in self.members())}):
             if time.monotonic() > deadline:
                 return None
             time.sleep(0.02)
         self._process.join(max(0.0, min(1.0, deadline - time.monotonic())))
         return self._process.exitcode
 
+    def _goes_on(self, pid: int) -> bool:
+        ranks = {int(path.read_text() or 0) for path in self.settings.record.parent.glob("*.pid")}
+        try:
+            process = psutil.Process(pid)
+            parent = None if pid in ranks else process.parent()  # a rank's is another rank
+            stopped = psutil.STATUS_STOPPED in (process.status(), parent.status() if parent else "")
+            return not stopped and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
     def signal(self, signum: int) -> None:
         """Send all processes of the run a signal."""
         with suppress(ProcessLookupError):
             os.killpg(self.pid, signum)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Stop all processes meanwhile, so that the run does not get ahead of what is done to it."""
+        self.signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.signal(signal.SIGCONT)
 
     def kill(self) -> None:
         """Kill all processes that are left, and wait for their end."""
@@ -170,13 +189,6 @@ class Run:
         """Return what the run has printed."""
         texts = [file.read_text(encoding="utf-8", errors="replace") for file in self._files if file.exists()]
         return "".join(texts)
-
-
-def _goes_on(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
 
 
 # In the run's own processes.
@@ -248,7 +260,7 @@ def _lead(settings: Settings) -> None:
 
         from datamodules.loading import store
 
-        store.SILENT_SECONDS = settings.store_timeout  # pyright: ignore[reportAttributeAccessIssue]
+        store.SILENT_SECONDS = settings.store_timeout  # pyright: ignore
         aiohttp.client.DEFAULT_TIMEOUT = aiohttp.ClientTimeout(total=settings.store_timeout)
     if settings.clock is not None:
         clock.follow_clock(settings.clock)
@@ -257,7 +269,7 @@ def _lead(settings: Settings) -> None:
         reserves.append(_Reserve(reserves))
     from lightning.pytorch.strategies.launchers import subprocess_script
 
-    subprocess_script.subprocess = SimpleNamespace(  # pyright: ignore[reportAttributeAccessIssue]
+    subprocess_script.subprocess = SimpleNamespace(  # pyright: ignore
         Popen=lambda command, env, cwd: reserves.pop(0).begin(command, env, cwd)
     )
     forks.command()
