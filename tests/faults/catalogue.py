@@ -123,19 +123,15 @@ def _free(scene: Scene) -> None:
     scene.disk.free()
 
 
-def _make_read_only(scene: Scene) -> None:
+def _protect(scene: Scene) -> None:
     assert scene.disk is not None
-    for _ in range(20):
-        with scene.run.held():
-            if scene.disk.remount("ro"):
-                return
-        time.sleep(0.01)  # for the file to be closed
-    raise AssertionError("the disk could not be made read-only")
+    with scene.run.held():
+        scene.disk.protect(scene.run.settings.folder / "lightning_logs")
 
 
-def _make_writable(scene: Scene) -> None:
+def _unprotect(scene: Scene) -> None:
     assert scene.disk is not None
-    assert scene.disk.remount("rw")
+    scene.disk.unprotect(scene.run.settings.folder / "lightning_logs")
 
 
 def _store(mode: str, seconds: float | None = None) -> Callable[[Scene], None]:
@@ -221,11 +217,11 @@ MACHINE = (
     Fault(
         "read_only",
         "the run's folder becomes read-only",
-        _make_read_only,
+        _protect,
         limit=20,
         codes=USER_ERROR,
         line="Read-only file system",
-        undo=_make_writable,
+        undo=_unprotect,
         needs="disk",
     ),
     Fault("clock_forward", "the clock jumps a day forwards", _turn(DAY), 60, needs="clock"),

@@ -87,7 +87,7 @@ class Harness:
 
     def __init__(self, folder: Path, store: Store, seed: int = 0) -> None:
         self.folder, self.store, self.seed = folder, store, seed
-        self._expected: dict[tuple[str, int, int], Expected] = {}
+        self._expected: dict[tuple[str, int], Expected] = {}
         self._no_disk = disks.why_no_disk()
         (folder / "data").mkdir()
         write_sources(folder / "data")
@@ -111,10 +111,10 @@ class Harness:
         )
 
     def expected(self, cell: Cell) -> Expected:
-        """Return the run without a fault."""
-        key = (cell.source, cell.ranks, cell.workers)
+        """Return the run without a fault, which is the same for any number of data workers."""
+        key = (cell.source, cell.ranks)
         if key not in self._expected:
-            settings = self._settings(cell._replace(fault="none"))
+            settings = self._settings(cell._replace(fault="none", workers=0))
             run = Run(settings)
             code = run.wait(REGULAR_LIMIT)
             run.kill()
@@ -256,7 +256,21 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _close(weights: dict[str, torch.Tensor], expected: Expected, ranks: int) -> bool:
-    tolerance = 0 if ranks <= EXACT else TOLERANCE
-    return weights.keys() == expected.weights.keys() and all(
-        bool((weights[name] - value).abs().max() <= tolerance) for name, value in expected.weights.items()
-    )
+    """Whether weights are the expected ones: bit for bit, or to ``TOLERANCE`` where DDP rounds differently.
+
+    The biases of attention's keys are left out then. Softmax does not depend on them, so their gradients are zero but for
+    rounding, which AdamW scales to steps of the learning rate.
+    """
+    if weights.keys() != expected.weights.keys():
+        return False
+    if ranks <= EXACT:
+        return all(torch.equal(weights[name], value) for name, value in expected.weights.items())
+    differences = ((name, (weights[name] - value).abs()) for name, value in expected.weights.items())
+    return all(bool(_without_key_bias(name, each).max() <= TOLERANCE) for name, each in differences)
+
+
+def _without_key_bias(name: str, values: torch.Tensor) -> torch.Tensor:
+    if not name.endswith(("in_proj_bias", "qkv.bias")):
+        return values
+    query, _, value = values.chunk(3)
+    return torch.cat([query, value])

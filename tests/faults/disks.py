@@ -36,10 +36,19 @@ class Disk:
         """Undo :meth:`fill`."""
         self.seen(self.folder / "filler").unlink()
 
-    def remount(self, how: str) -> bool:
-        """Make it read-only (``ro``) or writable (``rw``); False: a file is open for writing."""
-        command = ["nsenter", "-t", str(self.holder), "-m", "mount", "-o", f"remount,{how}", str(self.folder)]
-        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+    def protect(self, folder: Path) -> None:
+        """Make a folder read-only, by mounting it over itself: a whole disk with files open for writing is busy."""
+        self._run("mount", "--bind", str(folder), str(folder))
+        self._run("mount", "-o", "remount,bind,ro", str(folder))
+
+    def unprotect(self, folder: Path) -> None:
+        """Undo :meth:`protect`."""
+        self._run("umount", "--lazy", str(folder))
+
+    def _run(self, *command: str) -> None:
+        inside = ["nsenter", "-t", str(self.holder), "-m", *command]
+        done = subprocess.run(inside, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
 
 
 def why_no_disk() -> str:
