@@ -258,8 +258,8 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
 def _close(weights: dict[str, torch.Tensor], expected: Expected, ranks: int) -> bool:
     """Whether weights are the expected ones: bit for bit, or to ``TOLERANCE`` where DDP rounds differently.
 
-    The biases of attention's keys are left out then. Softmax does not depend on them, so their gradients are zero but for
-    rounding, which AdamW scales to steps of the learning rate.
+    The biases of attention's keys are left out then. Softmax does not depend on them, so their gradients are zero but
+    for rounding, which AdamW scales to steps of the learning rate.
     """
     if weights.keys() != expected.weights.keys():
         return False

@@ -17,13 +17,11 @@ from tests.faults.server import serving
 CHOSEN = [
     Cell("kill_run", "table", 1, 0),
     Cell("disk_full", "table", 1, 0),
-    Cell("clock_forward", "table", 1, 0),
+    Cell("kill_worker", "table", 1, 2),
     Cell("429", "store", 1, 0),
     Cell("reset_forever", "store", 1, 0),
     Cell("kill_rank", "tars", 2, 2),
-    Cell("kill_worker", "tars", 2, 2),
-    Cell("pause", "tars", 2, 2),
-    Cell("sigterm", "tars", 2, 2),
+    Cell("sigterm", "tars", 2, 0),
 ]
 
 
