@@ -3,11 +3,14 @@
 import csv
 import json
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from lit_clip import distributed
 from tests.conftest import TINY_YAML, run_lightning_ranks
 from tests.helpers.ranks import CASES
 
@@ -98,3 +101,19 @@ def test_training_and_validation_do_not_depend_on_ranks_or_micro_batches(
                 keys = slice(len(value) // 3, 2 * len(value) // 3)
                 ours[keys] = value[keys]
             torch.testing.assert_close(ours, value, atol=1e-5, rtol=0, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def test_the_group_for_values_on_the_cpu_has_the_time_limit_of_the_strategy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its collectives are where the ranks wait for one that hangs."""
+    monkeypatch.setattr(distributed, "_host_group", None)
+    limit = timedelta(seconds=77)
+    store = f"file://{tmp_path}/store"
+    dist.init_process_group("cpu:gloo", init_method=store, rank=0, world_size=1, timeout=limit)  # not plain gloo
+    try:
+        group = distributed.host_group()
+        assert group is not dist.group.WORLD
+        assert group._get_backend(torch.device("cpu")).options._timeout == limit
+    finally:
+        dist.destroy_process_group()

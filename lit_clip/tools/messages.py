@@ -200,6 +200,9 @@ FOREIGN = {
     "mlflow.exceptions": "MlflowException",
 }
 
+# In the messages of gloo and of the rendezvous.
+SILENT_PEER = re.compile("Timed out (?:waiting|after) ")
+
 # What to do about those of their errors that do not say it.
 HINTS = {
     r"restored a checkpoint with current_epoch=": "raise --trainer.max_epochs, or give --model.pretrained FILE "
@@ -237,6 +240,11 @@ def user_error(error: BaseException) -> BaseException | None:
     of_encoder = re.search(r"Not of type \w+: (architecture: .*)", str(error))
     if of_encoder:
         return InputError(of_encoder[1])
+    if isinstance(error, RuntimeError) and SILENT_PEER.search(str(error)):
+        return InputError(
+            "another process did not answer within the process group's time limit (timeout of --trainer.strategy, by "
+            "default 30 minutes); it may be stopped, or wait for a disk or store"
+        )
     # Of an error that a constructor raises jsonargparse keeps only the text if the class is in a union.
     if isinstance(error, ValueError) and str(error).startswith(UNION):
         found = (re.match(r"\s*- (.*)", line) for line in str(error).splitlines())

@@ -57,7 +57,7 @@ def run(programs: Sequence[Program], timeout: float) -> list[subprocess.Complete
     with tempfile.TemporaryDirectory() as folder:
         files = [[f"{folder}/{number}_{stream}" for stream in ("out", "err")] for number in range(len(programs))]
         processes = [
-            CONTEXT.Process(target=_become, args=(program, *streams))
+            CONTEXT.Process(target=become, args=(program, *streams))
             for program, streams in zip(programs, files, strict=True)
         ]
         try:
@@ -81,7 +81,13 @@ def run(programs: Sequence[Program], timeout: float) -> list[subprocess.Complete
     ]
 
 
-def _become(program: Program, out: str, err: str) -> None:
+def start_server() -> None:
+    """Start the server that is forked, unless it runs."""
+    with chdir(ROOT), patch.dict(os.environ, HF_HUB_OFFLINE="1"):
+        ensure_running()  # imports modules from the current folder
+
+
+def become(program: Program, out: str, err: str) -> None:
     """Become the program, in the child process."""
     for descriptor, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)

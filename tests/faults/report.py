@@ -1,0 +1,94 @@
+"""The document about the matrix: ``docs/faults.md``."""
+
+import datetime
+import os
+import platform
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from string import Template
+
+from tests.faults.catalogue import FAULTS, STORE_TIMEOUT, Fault
+from tests.faults.cells import RANKS, TOLERANCE, WORKERS, Cell, Outcome
+from tests.faults.runs import EPOCHS, EVERY, GROUP_TIMEOUT, STEPS
+
+Outcomes = Mapping[tuple[Cell, int], Outcome]
+
+TEMPLATE = Path(__file__).with_name("template.md")
+
+
+def markdown(outcomes: Outcomes) -> str:
+    """Return ``docs/faults.md``."""
+    values = {"steps": STEPS, "epochs": EPOCHS, "every": EVERY, "tolerance": f"{TOLERANCE:g}"}
+    limits = {"group": GROUP_TIMEOUT, "store": f"{STORE_TIMEOUT:g}"}
+    tables = {"outcomes": _summary(outcomes), "cells": _details(outcomes), "others": _others(outcomes)}
+    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(values | limits | tables)
+
+
+def _summary(outcomes: Outcomes) -> str:
+    counts = Counter(one.outcome for one in outcomes.values())
+    machine = f"{os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}"
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning", "fsspec", "aiohttp"))
+    rows = [_row(fault, [one for (cell, _), one in outcomes.items() if cell.fault == fault.name]) for fault in FAULTS]
+    lines = [
+        "## Outcomes",
+        "",
+        f"{datetime.date.today()}, {machine}, {versions}; other programs used the machine too.",
+        f"{len(outcomes)} faults: {counts['same']} same, {counts['clear end']} clear ends, {counts['other']} others.",
+        "",
+        "Seconds are from the fault to the end of the run.",
+        "",
+        "| name | fault | required | exit code | runs | as required | longest | limit |",
+        "|---|---|---|---|--:|--:|--:|--:|",
+        *rows,
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _row(fault: Fault, outcomes: list[Outcome]) -> str:
+    goes_on = fault.codes == (0,)
+    required = "same" if goes_on else "clear end"
+    code = ", ".join(map(str, fault.codes)) or "none: it is stopped"
+    done = [one for one in outcomes if one.outcome != "skipped"]
+    right = sum(one.outcome == required for one in done)
+    longest = f"{max(one.seconds for one in done):.1f} s" if done else ""
+    values = (f"`{fault.name}`", fault.text, required, code, len(done), right, longest, f"{fault.limit:g} s")
+    return f"| {' | '.join(map(str, values))} |"
+
+
+def _details(outcomes: Outcomes) -> str:
+    kinds = [(ranks, workers) for ranks in RANKS for workers in WORKERS]
+    heads = [f"{ranks} rank{'s' * (ranks > 1)}, {workers} workers" for ranks, workers in kinds]
+    lines = ["## By cell", "", f"| fault | source | {' | '.join(heads)} |", f"|---|---|{'---|' * len(kinds)}"]
+    for fault in FAULTS:
+        for source in fault.sources:
+            cells = [Cell(fault.name, source, *kind) for kind in kinds]
+            texts = [_cell([one for (cell, _), one in outcomes.items() if cell == wanted]) for wanted in cells]
+            lines.append(f"| `{fault.name}` | {source} | {' | '.join(texts)} |")
+    return "\n".join([*lines, "", "Empty: it makes no sense there, or was not run.", ""])
+
+
+def _cell(outcomes: list[Outcome]) -> str:
+    """Return the worst outcome of a cell's moments, and its longest time."""
+    if not outcomes:
+        return ""
+    worst = next((one for one in outcomes if one.outcome == "other"), outcomes[0])
+    seconds = "" if worst.outcome == "skipped" else f" {max(one.seconds for one in outcomes):.1f} s"
+    return f"{'**other**' if worst.outcome == 'other' else worst.outcome}{seconds}"
+
+
+def _others(outcomes: Outcomes) -> str:
+    found: Iterable[str] = (
+        f"- `{cell}`: {' '.join(one.message.split())[:300].replace('|', '/') or _unequal(one)}"
+        for (cell, _), one in outcomes.items()
+        if one.outcome == "other"
+    )
+    lines = list(found)
+    return "\n".join(["## Others", "", *lines, ""]) if lines else ""
+
+
+def _unequal(outcome: Outcome) -> str:
+    wrong = [name for name in ("ids_equal", "weights_equal") if getattr(outcome, name) is False]
+    return f"not {', '.join(wrong).replace('_', ' ')}"
