@@ -240,4 +240,4 @@ def _blank(path: Path, captions: Sequence[str]) -> np.ndarray:
         with writing_cached(remembered) as draft, draft.open("wb") as stream:
             np.save(stream, blank)
         return blank
-    return np.load(remembered)
+    return np.load(remembered, allow_pickle=False)
