@@ -5,7 +5,7 @@ import inspect
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TypedDict, TypeVar
+from typing import Any, NamedTuple, Self, TypedDict
 
 import torch
 from lightning.pytorch import Callback, LightningModule
@@ -26,6 +26,7 @@ from lit_clip.models.config import CLIPConfig, Preprocessing, Size
 from lit_clip.models.finetuning import Freeze, LayerDecay, frozen_modules, frozen_names, learning_rate_factors
 from lit_clip.models.lora import LoRA, add_lora
 from lit_clip.models.tokenizer import TextTokenizer
+from lit_clip.tools.untrusted import given
 from lit_clip.training.checkpoint_io import load_the_same_checkpoint
 from lit_clip.training.checks import check_lora_gradients, check_parts, check_run, check_skipped_samples
 from lit_clip.training.claims import claim_folders, note_unnumbered, release_folders, remove_leftovers
@@ -42,12 +43,10 @@ from lit_clip.training.optim import (
 from lit_clip.training.optimization import Optimization
 from lit_clip.training.schedules import ScheduleFactory, WarmupCosine
 from lit_clip.training.sync_batch_norm import synchronise_batch_norm
-from lit_clip.weights.checkpoints import base_name
+from lit_clip.weights.checkpoints import base_name, check_progress, check_settings, checked
 from lit_clip.weights.fingerprint import weights_sha256
-from lit_clip.weights.load import create_model, whole_name
+from lit_clip.weights.load import check_before_loading, create_model, whole_name
 from lit_clip.weights.training_checkpoints import close_epoch, pack_checkpoint, reopen_epoch, unpack_checkpoint
-
-Settings = TypeVar("Settings")
 
 
 class Features(TypedDict):
@@ -141,11 +140,12 @@ class LitCLIP(LightningModule):
         )
         if isinstance(layer_decay, int | float):
             layer_decay = LayerDecay(layer_decay, layer_decay)
+        check_settings(
+            {"image_size": image_size, "context_length": context_length, "micro_batch_size": micro_batch_size}, "model."
+        )
         self.optimization = Optimization(optimizer, lr_scheduler, decay)
-        self._layer_decay = _from_dict(LayerDecay, layer_decay)
-        freeze, lora = _from_dict(Freeze, freeze), _from_dict(LoRA, lora)
-        if micro_batch_size is not None:
-            require(micro_batch_size >= 1, f"model.micro_batch_size: {micro_batch_size} must be at least 1")
+        self._layer_decay = given(LayerDecay, layer_decay, "model.layer_decay")
+        freeze, lora = given(Freeze, freeze, "model.freeze"), given(LoRA, lora, "model.lora")
         self.model = create_model(architecture, pretrained, image_size, context_length)
         settings = {
             "freeze": freeze,
@@ -197,6 +197,8 @@ class LitCLIP(LightningModule):
         if not any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()):
             for name in kwargs.keys() - known - parameters.keys():
                 raise InputError(f"{cls.__name__} has no argument {name!r}; there are {', '.join(parameters)}")
+        check_before_loading(checkpoint_path)
+        kwargs.setdefault("weights_only", True)  # Lightning's default would run a program that an address holds
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     # Data modules ask for these, so that nothing has to be written twice in a YAML file.
@@ -371,11 +373,15 @@ class LitCLIP(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         name = str((self._trainer and self._trainer.ckpt_path) or "the checkpoint")
+        checked(checkpoint, name)
         if self._trainer and self._trainer.state.fn == TrainerFn.FITTING:
             self.trainer.precision_plugin.convert_module(self)  # Lightning's turn comes after 64-bit weights are loaded
             check_resumed_loss(self.hparams["loss"], checkpoint["hyper_parameters"].get("loss"), name)
             if self.trainer.is_global_zero:
                 remove_leftovers(Path(name))
+            check_progress(
+                checkpoint.get("loops", {}).get("fit_loop", {}), self._trainer.fit_loop.state_dict(), f"{name}: loops"
+            )
         unpack_checkpoint(checkpoint, self, self.base_sha256, name)
         self.before = dict(checkpoint.get("before", {}))  # wise-ft writes none
         if self._trainer and self._trainer.state.fn == TrainerFn.FITTING:
@@ -386,11 +392,6 @@ class LitCLIP(LightningModule):
             groups, steps = self._parameter_groups(), total_steps(self.trainer)
             close_epoch(checkpoint)
             self.optimization.resume(checkpoint, groups, self.hparams["layer_decay"], steps, name)
-
-
-def _from_dict(kind: type[Settings], value: Settings | Mapping[str, Any] | None) -> Settings | None:
-    """Return settings as an object; a checkpoint holds them as plain values."""
-    return kind(**value) if isinstance(value, Mapping) else value
 
 
 def _to_dict(value: Any) -> dict[str, Any]:

@@ -95,31 +95,15 @@ def check_not_imported_by(hparams: Mapping[str, Any], path: str) -> None:
         InputError: a setting names a module that is not imported.
     """
     from lit_clip.cli.words import PARTS  # imports torch
+    from lit_clip.tools.untrusted import class_paths_within, dotted_names
 
     for key, value in hparams.items():
         if key in ("pretrained", "loss", *PARTS):  # a path; and what has rules of its own
             continue
         # An architecture's strings are names of models, but for class paths; the parser would follow one in any place.
-        for name in _class_paths_within(value) if key == "architecture" else _dotted_names(value):
+        for name in class_paths_within(value) if key == "architecture" else dotted_names(value):
             if name.rpartition(".")[0] not in sys.modules:
                 raise InputError(f"{path}: its {key} names {name}, which is not imported; {how_to_import(name)}")
-
-
-def _dotted_names(value: Any) -> Iterator[str]:
-    """Yield the strings, at any depth, that could be the path of a class or a function."""
-    if isinstance(value, str):
-        if "." in value and all(part.isidentifier() for part in value.split(".")):
-            yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for item in (*value, *value.values()) if isinstance(value, Mapping) else value:
-            yield from _dotted_names(item)
-
-
-def _class_paths_within(value: Any) -> Iterator[str]:
-    if isinstance(value, Mapping):
-        yield from _dotted_names(value.get("class_path"))
-    for item in value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ():
-        yield from _class_paths_within(item)
 
 
 def _in_files(sections: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:

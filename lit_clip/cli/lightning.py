@@ -39,11 +39,13 @@ from lit_clip.errors import InputError
 from lit_clip.module import LitCLIP
 from lit_clip.tools.hardware import has_bfloat16
 from lit_clip.tools.messages import hinting, options_of
+from lit_clip.tools.weight_files import read_mapped
 from lit_clip.training.checkpoint_io import WholeCheckpointIO, newest_checkpoint
 from lit_clip.training.plan import measure_run, print_plan
 from lit_clip.training.run_folder import curves, run_folder
 from lit_clip.training.summary import print_next_steps, print_summary, resume_command
-from lit_clip.weights.checkpoints import read_checkpoint
+from lit_clip.weights.checkpoints import checked
+from lit_clip.weights.load import check_fits
 
 DEFAULT_CALLBACKS = "callbacks"  # the package whose defaults() every run gets; lit_clip must not import it
 NEWEST = ("last", "auto")  # the newest checkpoint of this configuration's runs; auto starts over if there is none
@@ -248,8 +250,10 @@ class CLI(LightningCLI):
 
 def _settings_of(path: str) -> dict[str, Any]:
     """Return the settings that a checkpoint holds, none of which may have the parser import anything."""
-    hparams = read_checkpoint(path)["hyper_parameters"]
+    checkpoint = checked(read_mapped(Path(path)), path)
+    hparams = checkpoint["hyper_parameters"]
     check_not_imported_by(hparams, path)
+    check_fits(checkpoint, path)
     return hparams
 
 

@@ -13,14 +13,8 @@ from lit_clip.cli.packaged_defaults import DEFAULTS
 from lit_clip.errors import InputError, no_such_file, require
 from lit_clip.losses.loss import foreign_losses
 from lit_clip.tools.messages import imported_class, parameters
-from lit_clip.tools.parts import (
-    describe_instance,
-    hints_of,
-    is_trusted,
-    names_nothing,
-    qualified_name,
-    value_names_nothing,
-)
+from lit_clip.tools.parts import describe_instance, qualified_name
+from lit_clip.tools.untrusted import hints_of, is_trusted, names_nothing, value_names_nothing
 from lit_clip.training.optimization import KINDS
 
 CLASS_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")

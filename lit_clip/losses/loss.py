@@ -18,15 +18,8 @@ from lit_clip.distributed import Shards
 from lit_clip.errors import InputError, require
 from lit_clip.losses.duplicates import pair_ids
 from lit_clip.losses.tiled import HardNegatives
-from lit_clip.tools.parts import (
-    Description,
-    factory_of,
-    is_plain,
-    is_trusted,
-    plain,
-    qualified_name,
-    trusted_class,
-)
+from lit_clip.tools.parts import Description, is_plain, plain, qualified_name
+from lit_clip.tools.untrusted import factory_of, is_trusted, trusted_class
 
 
 @dataclass(frozen=True)

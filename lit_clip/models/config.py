@@ -11,14 +11,25 @@ from typing import Any, Literal, cast
 from lit_clip.errors import InputError, require
 from lit_clip.models.custom_config import CustomImageConfig, CustomTextConfig
 from lit_clip.models.size import Size, height_width, normalised
+from lit_clip.tools.untrusted import check_fields, check_options, filled, given, shortened
 
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
 
 
-def _at_least(config: Any, where: str, **bounds: float) -> None:
-    for name, least in bounds.items():
-        value = getattr(config, name)
-        require(value >= least, f"{where}: {name} {value} must be at least {least}")
+# Least and most of the numbers in an architecture. The largest are far above any model's; beyond them a file's model
+# would fill the memory before its weights could be compared with the file's own.
+_SIZES = {"image_size": (1, 16384), "width": (1, 65536), "layers": (1, 1000), "heads": (1, 65536)}
+RANGES: dict[str, tuple[float, float]] = {
+    **_SIZES,
+    "embed_dim": (1, 65536),
+    "patch_size": (1, 16384),
+    "mlp_ratio": (1e-3, 1000),
+    "context_length": (3, 65536),  # start, a word, end
+    "vocab_size": (1, 2**24),
+    "layer_norm_eps": (0, 1),
+    "std": (1e-6, 1e6),
+    "mean": (-1e6, 1e6),
+}
 
 
 def _check_heads(config: "VisionTransformerConfig | TextTransformerConfig", where: str) -> None:
@@ -50,10 +61,8 @@ class VisionTransformerConfig:
 
     def __post_init__(self) -> None:
         where = "architecture.image"
+        check_fields(self, where, RANGES)
         self.image_size = normalised(self.image_size)
-        require(min(height_width(self.image_size)) >= 1, f"{where}: image_size {self.image_size} must be at least 1")
-        _at_least(self, where, patch_size=1, width=1, layers=1, heads=1)
-        require(self.mlp_ratio > 0, f"{where}: mlp_ratio {self.mlp_ratio} must be above 0")
         _check_heads(self, where)
         if any(side % self.patch_size for side in height_width(self.image_size)):
             raise InputError(
@@ -78,12 +87,10 @@ class ResNetConfig:
 
     def __post_init__(self) -> None:
         where = "architecture.image"
+        check_fields(self, where, RANGES)
         a, b, c, d = self.layers
         self.layers, self.image_size = (a, b, c, d), normalised(self.image_size)
-        require(min(self.layers) >= 1, f"{where}: layers {list(self.layers)} must be at least 1")
-        require(
-            self.width >= 2 and self.width % 2 == 0, f"{where}: width {self.width} must be even: heads are width / 2"
-        )
+        require(self.width % 2 == 0, f"{where}: width {self.width} must be even: heads are width / 2")
         if any(side < 32 or side % 32 for side in height_width(self.image_size)):
             raise InputError(f"{where}: image_size {self.image_size} is not a multiple of 32, the ResNet's stride")
 
@@ -113,15 +120,20 @@ class TimmConfig:
 
     def __post_init__(self) -> None:
         where = "architecture.image"
+        check_fields(self, where, RANGES)
         if self.image_size is not None:
             self.image_size = normalised(self.image_size)
-            least = min(height_width(self.image_size))
-            require(least >= 1, f"{where}: image_size {self.image_size} must be at least 1")
+        check_options(self.options, f"{where}: options")
         ours = {
             "img_size": "image_size",
             "global_pool": "pool",
             "num_classes": "projection",
             "pretrained": "pretrained",
+            # timm's loaders of files and repositories
+            "checkpoint_path": "pretrained",
+            "pretrained_cfg": "pretrained",
+            "pretrained_cfg_overlay": "pretrained",
+            "cache_dir": "pretrained",
         }
         for theirs in ours.keys() & self.options.keys():
             raise InputError(f"{where}: options.{theirs} is not allowed; set {ours[theirs]}")
@@ -139,6 +151,9 @@ class HuggingFaceTokenizerConfig:
 
     source: str
     clean: Literal["whitespace", "lower", "canonicalize"] = "whitespace"
+
+    def __post_init__(self) -> None:
+        check_fields(self, "architecture.text.tokenizer", {})
 
 
 @dataclass
@@ -174,9 +189,24 @@ class TextTransformerConfig:
 
     def __post_init__(self) -> None:
         where = "architecture.text"
-        _at_least(self, where, context_length=3, vocab_size=1, width=1, layers=1, heads=1)  # start, a word, end
-        require(self.mlp_ratio > 0, f"{where}: mlp_ratio {self.mlp_ratio} must be above 0")
+        check_fields(self, where, RANGES)
         _check_heads(self, where)
+
+
+# Settings of transformers' models that fetch something, or say how a file was written; names that begin with _ too.
+_LOADERS = {
+    *("attn_implementation", "experts_implementation", "auto_map", "trust_remote_code", "custom_pipelines"),
+    *("quantization_config", "name_or_path", "dtype", "torch_dtype", "transformers_weights", "gguf_file", "cache_dir"),
+    *("base_model_tp_plan", "base_model_pp_plan", "transformers_version", "architectures"),
+}
+
+
+def _without_loaders(values: Any) -> Any:
+    """Return a configuration of transformers, at any depth, without what would name a kernel, a file or a class."""
+    if isinstance(values, Mapping):
+        kept = {name: value for name, value in values.items() if not str(name).startswith("_")}
+        return {name: _without_loaders(value) for name, value in kept.items() if name not in _LOADERS}
+    return [_without_loaders(value) for value in values] if isinstance(values, list) else values
 
 
 @dataclass
@@ -202,7 +232,9 @@ class HuggingFaceTextConfig:
     model: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        _at_least(self, "architecture.text", context_length=3)
+        check_fields(self, "architecture.text", RANGES)
+        self.model = None if self.model is None else _without_loaders(self.model)
+        check_options(self.model or {}, "architecture.text: model")
 
     @property
     def tokenizer(self) -> HuggingFaceTokenizerConfig:
@@ -232,6 +264,7 @@ class Preprocessing:
     crop_pct: float = 1.0
 
     def __post_init__(self) -> None:
+        check_fields(self, "architecture: preprocessing", RANGES)
         (r, g, b), (r_std, g_std, b_std) = self.mean, self.std
         self.mean, self.std = (r, g, b), (r_std, g_std, b_std)  # JSON gives lists
         self.image_size = normalised(self.image_size)
@@ -246,23 +279,25 @@ ImageConfig = CustomImageConfig | VisionTransformerConfig | ResNetConfig | TimmC
 TextConfig = CustomTextConfig | TextTransformerConfig | HuggingFaceTextConfig
 
 
-def _image(values: Mapping[str, Any]) -> ImageConfig:
-    if "class_path" in values:
-        return CustomImageConfig(**values)
-    if "timm" in values:
-        return TimmConfig(**values)
-    return VisionTransformerConfig(**values) if "patch_size" in values else ResNetConfig(**values)
+def _image(values: Any) -> ImageConfig:
+    keys = values if isinstance(values, Mapping) else {}
+    if "class_path" in keys:
+        kind: type[ImageConfig] = CustomImageConfig
+    elif "timm" in keys:
+        kind = TimmConfig
+    else:
+        kind = VisionTransformerConfig if "patch_size" in keys else ResNetConfig
+    return filled(kind, values, "architecture.image")
 
 
-def _text(values: Mapping[str, Any]) -> TextConfig:
-    if "class_path" in values:
-        return CustomTextConfig(**values)
-    if "hugging_face" in values:
-        return HuggingFaceTextConfig(**values)
-    tokenizer = values.get("tokenizer")
-    return TextTransformerConfig(
-        **{**values, "tokenizer": HuggingFaceTokenizerConfig(**tokenizer) if tokenizer else None}
-    )
+def _text(values: Any) -> TextConfig:
+    where, keys = "architecture.text", values if isinstance(values, Mapping) else {}
+    if "class_path" in keys:
+        return filled(CustomTextConfig, values, where)
+    if "hugging_face" in keys:
+        return filled(HuggingFaceTextConfig, values, where)
+    tokenizer = given(HuggingFaceTokenizerConfig, keys.get("tokenizer"), f"{where}.tokenizer")
+    return filled(TextTransformerConfig, {**keys, "tokenizer": tokenizer} if keys else values, where)
 
 
 @dataclass
@@ -288,8 +323,8 @@ class CLIPConfig:
     logit_bias: bool = False
 
     def __post_init__(self) -> None:
-        require(self.embed_dim >= 1, f"architecture: embed_dim {self.embed_dim} must be at least 1")
         self.image, self.text = self.image or VisionTransformerConfig(), self.text or TextTransformerConfig()
+        check_fields(self, "architecture", RANGES)
         if isinstance(self.text, TextTransformerConfig) and not self.text.projection:
             width = self.text.width
             require(
@@ -310,16 +345,21 @@ class CLIPConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "CLIPConfig":
-        """Invert :meth:`to_dict`."""
-        preprocessing = values.get("preprocessing")
-        return cls(
-            **{
-                **values,
-                "image": _image(values["image"]),
-                "text": _text(values["text"]),
-                "preprocessing": Preprocessing(**preprocessing) if preprocessing else None,
-            }
-        )
+        """Invert :meth:`to_dict`; the values may be a file's.
+
+        Raises:
+            InputError: an unknown or missing setting, or a value of another type or out of its range.
+        """
+        where = "architecture"
+        require(isinstance(values, Mapping), f"{where}: {shortened(values)} must be a mapping of settings")
+        for name in ("image", "text"):
+            require(name in values, f"{where}: lacks {name}")
+        parts = {
+            "image": _image(values["image"]),
+            "text": _text(values["text"]),
+            "preprocessing": given(Preprocessing, values.get("preprocessing"), f"{where}.preprocessing"),
+        }
+        return filled(cls, {**values, **parts}, where)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for a checkpoint, ``pretrained`` always false: a checkpoint has its own weights."""

@@ -1,11 +1,13 @@
 """Architectures of encoders of your own, named by class path; :mod:`lit_clip.models.custom` creates them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from lit_clip.errors import InputError
 from lit_clip.models.size import Size, normalised
-from lit_clip.tools.parts import qualified_name
+from lit_clip.tools.parts import is_plain, qualified_name
+from lit_clip.tools.untrusted import check_fields
 
 
 @dataclass
@@ -23,18 +25,20 @@ class CustomEncoderConfig:
     def __post_init__(self) -> None:
         path = self.class_path
         if isinstance(path, type):
-            path = self.class_path = qualified_name(path)
+            path = qualified_name(path)
+        self.class_path = path
+        for name, value in self.init_args.items() if isinstance(self.init_args, Mapping) else ():
+            if not is_plain(value):
+                raise InputError(
+                    f"architecture: init_args.{name} of {path} is a {type(value).__name__}; a checkpoint can only hold "
+                    "numbers, strings, lists and mappings"
+                )
+        check_fields(self, "architecture", {"context_length": (0, 65536), "image_size": (1, 16384)})
         parts = path.split(".")
         if len(parts) < 2 or not all(part.isidentifier() for part in parts):
             raise InputError(
                 f"architecture: class_path {path!r} must be a module and a class of it: my_encoder.MyEncoder"
             )
-        for name, value in self.init_args.items():
-            if not _is_plain(value):
-                raise InputError(
-                    f"architecture: init_args.{name} of {path} is a {type(value).__name__}; a checkpoint can only hold "
-                    "numbers, strings, lists and mappings"
-                )
 
 
 @dataclass
@@ -71,11 +75,3 @@ def how_to_import(class_path: str) -> str:
     """Return what to do about a class that is not imported."""
     module = class_path.rpartition(".")[0]
     return f"import {module} first (in Python), or name it: lit-clip --import {module} COMMAND ..."
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return all(_is_plain(item) for item in value)
-    return value is None or type(value) in (bool, int, float, str)

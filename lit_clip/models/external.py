@@ -5,8 +5,8 @@ Shapes: B batch, L tokens, W width, D embedding dimension.
 """
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from lit_clip.errors import InputError
 from lit_clip.models.config import HuggingFaceTextConfig, TimmConfig, height_width
 from lit_clip.models.entering import Entering, starting_at
-from lit_clip.models.external_settings import one_line, timm_pretrained_cfg
+from lit_clip.models.external_settings import check_text_only, one_line, timm_pretrained_cfg
 from lit_clip.models.packing import length_groups, to_device
 from lit_clip.models.transformer import check_images, is_traced, rounded
+from lit_clip.tools.reading import reason
 from lit_clip.tools.weight_files import read_tensors
 
 
@@ -157,15 +158,28 @@ def _encoder(config: HuggingFaceTextConfig) -> nn.Module:
 
     assert config.model is not None  # with_external_settings has filled it in
     values = dict(config.model)
-    hf_config: Any = AutoConfig.for_model(values.pop("model_type"), **values)
+    where = f"architecture.text: transformers cannot create {config.hugging_face}"
+    with _creating(where):
+        hf_config: Any = AutoConfig.for_model(values.pop("model_type"), **values)
+    check_text_only(hf_config, config.hugging_face)
     kinds = AutoModelForTextEncoding._model_mapping  # pyright: ignore[reportAttributeAccessIssue]  # no public lookup
     auto: Any = AutoModelForTextEncoding if type(hf_config) in kinds else AutoModel
     two_halves = hf_config.is_encoder_decoder
     if config.pretrained:
         model = _pretrained(auto, config, hf_config)
     else:
-        model = auto.from_config(hf_config, dtype=torch.float32, trust_remote_code=False)
+        with _creating(where):
+            model = auto.from_config(hf_config, dtype=torch.float32, trust_remote_code=False)
     return model.get_encoder() if two_halves else model
+
+
+@contextmanager
+def _creating(where: str) -> Iterator[None]:
+    """Turn whatever another library raises for settings, which may be a file's, into one line."""
+    try:
+        yield
+    except Exception as error:  # TypeError, KeyError, validation errors of their own, ...
+        raise InputError(f"{where}: {reason(error)}") from error
 
 
 def _pretrained(auto: Any, config: HuggingFaceTextConfig, hf_config: Any) -> Any:
@@ -210,7 +224,10 @@ class HuggingFaceTextEncoder(nn.Module):
         super().__init__()
         model: Any = _encoder(config)
         self.transformer = model
-        self.pooling, self.pad_id = config.pooling, int(model.config.pad_token_id)
+        pad_id, width = getattr(model.config, "pad_token_id", None), getattr(model.config, "hidden_size", None)
+        if type(pad_id) is not int or type(width) is not int:
+            raise InputError(f"architecture.text: {config.hugging_face} has no padding token, or no width")
+        self.pooling, self.pad_id = config.pooling, pad_id
         self.in_groups = True  # FSDP sets it to False: all ranks must call the blocks equally often
         self.few_lengths = False
         self.context_length = config.context_length
@@ -224,7 +241,7 @@ class HuggingFaceTextEncoder(nn.Module):
             raise InputError(f"architecture.text: {config.hugging_face} has no pooler; choose another pooling")
         if config.pooling != "pooler" and getattr(model, "pooler", None) is not None:
             model.pooler = None  # it would get no gradient
-        self.proj = projection(int(model.config.hidden_size), embed_dim, config.projection, False, config.hugging_face)
+        self.proj = projection(width, embed_dim, config.projection, False, config.hugging_face)
 
     def forward(self, tokens: Tensor, lengths: Sequence[int] | None = None, entering: Entering | None = None) -> Tensor:
         """int64 ``[B, L]`` -> ``[B, D]``; padding never changes the features.

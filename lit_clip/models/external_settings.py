@@ -9,7 +9,7 @@ from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any, cast
 
-from lit_clip.errors import InputError
+from lit_clip.errors import InputError, require
 from lit_clip.models.config import CLIPConfig, HuggingFaceTextConfig, Preprocessing, TimmConfig
 from lit_clip.models.custom_config import CustomImageConfig, CustomTextConfig
 
@@ -91,15 +91,23 @@ def hugging_face_config(source: str) -> dict[str, Any]:
 
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # damaged or foreign files raise anything
         raise InputError(f"architecture.text: no Hugging Face model at {source!r} ({one_line(error)})") from error
-    if hasattr(config, "vision_config"):
-        raise InputError(f"architecture.text: {source} has an image encoder too; open the whole model with load_model")
+    check_text_only(config, source)
     if getattr(config, "pad_token_id", None) is None:
         raise InputError(
             f"architecture.text: {source} has no padding token to mark the ends of texts; choose another encoder"
         )
     return json.loads(config.to_json_string(use_diff=False))
+
+
+def check_text_only(config: Any, source: str) -> None:
+    """Raise :class:`InputError` for a model with another encoder, which transformers may download to create it."""
+    for name in config.to_dict():
+        require(
+            not any(part in name for part in ("vision", "audio", "backbone")),
+            f"architecture.text: {source} has an image encoder too; open the whole model with load_model",
+        )
 
 
 def one_line(error: Exception) -> str:

@@ -1,5 +1,6 @@
 """Freezing and layer-wise learning rates for fine-tuning."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,6 +10,7 @@ from torch import nn
 from lit_clip.errors import InputError, require
 from lit_clip.models.custom import CustomImageEncoder, CustomTextEncoder
 from lit_clip.models.layers import HEAD, TOWERS, layer_groups, tower_encoder, tower_parameters
+from lit_clip.tools.untrusted import check_fields, filled
 
 
 @dataclass
@@ -22,7 +24,7 @@ class UnlockLast:
     unlock_last: int
 
     def __post_init__(self) -> None:
-        require(self.unlock_last >= 0, f"model.freeze: unlock_last {self.unlock_last} must be at least 0")
+        check_fields(self, "model.freeze", {"unlock_last": (0, math.inf)})
 
 
 @dataclass
@@ -43,7 +45,8 @@ class Freeze:
         for tower in TOWERS:
             value = getattr(self, tower)
             if isinstance(value, Mapping):  # from a checkpoint
-                setattr(self, tower, UnlockLast(**value))
+                setattr(self, tower, filled(UnlockLast, value, f"model.freeze.{tower}"))
+        check_fields(self, "model.freeze", {})
 
 
 @dataclass
@@ -59,6 +62,7 @@ class LayerDecay:
     text: float = 1.0
 
     def __post_init__(self) -> None:
+        check_fields(self, "model.layer_decay", {})
         for tower in TOWERS:
             value = getattr(self, tower)
             require(0 < value <= 1, f"model.layer_decay: {tower} {value} must be above 0 and at most 1")

@@ -110,14 +110,19 @@ def from_source(
         )
     if loaded.pad_token_id is None:
         raise InputError(f"{where} has no padding token")
+    check_ids(backend, loaded.pad_token_id, vocab_size, where)
+    return HuggingFaceTokenizer(backend.to_str(), loaded.pad_token_id, config.clean, context_length, whole)
+
+
+def check_ids(tokenizer: Tokenizer, pad_id: int, vocab_size: int, where: str) -> None:
+    """Raise :class:`InputError` if a tokenizer gives ids outside its encoder's vocabulary."""
     # Published models lack embeddings for some tokens that no text produces: <extra_id_0>, [unused0].
-    words = [id for token, id in backend.get_vocab().items() if not (token[0] in "<[" and token[-1] in ">]")]
-    largest = max(loaded.pad_token_id, *words)
+    words = [id for token, id in tokenizer.get_vocab().items() if not (token[:1] in "<[" and token[-1:] in ">]")]
+    largest = max(pad_id, *words, 0)
     if largest >= vocab_size:
         raise InputError(
             f"{where} has ids up to {largest}, but the encoder has {vocab_size}; it belongs to another model"
         )
-    return HuggingFaceTokenizer(backend.to_str(), loaded.pad_token_id, config.clean, context_length, whole)
 
 
 def _backend(loaded: Any) -> Tokenizer | None:

@@ -10,6 +10,7 @@ from torch import nn
 from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
 from lit_clip.models.layers import TOWERS, layer_groups, tower_parameters
+from lit_clip.tools.untrusted import check_fields
 
 FUSED = "in_proj_weight"  # queries, keys and values of torch's attention in one weight
 
@@ -30,7 +31,7 @@ class LoRA:
     targets: list[str] | None = None
 
     def __post_init__(self) -> None:
-        require(self.r >= 1, f"model.lora: r {self.r} must be at least 1")
+        check_fields(self, "model.lora", {"r": (1, 65536), "alpha": (-1e9, 1e9)})
 
 
 def target_names(model: CLIP, targets: list[str] | None = None) -> list[str]:

@@ -21,6 +21,7 @@ from lit_clip.models.config import (
     TimmConfig,
     VisionTransformerConfig,
 )
+from lit_clip.tools.reading import reason
 
 # Entries to ignore: None for any value (it concerns training only), otherwise open_clip's defaults.
 _NEUTRAL = {
@@ -121,8 +122,10 @@ def from_open_clip(model: Mapping[str, Any], preprocess: Mapping[str, Any] | Non
             preprocessing=_preprocessing(preprocess, model["vision_cfg"], bias),
             logit_bias=bias,
         )
-    except (TypeError, KeyError) as error:
-        raise InputError(f"{name}: not an open_clip configuration ({error})") from error
+    except InputError as error:
+        raise InputError(str(error) if str(error).startswith(name) else f"{name}: {error}") from error
+    except Exception as error:  # a file's values are of any type
+        raise InputError(f"{name}: not an open_clip configuration ({reason(error)})") from error
 
 
 def _preprocessing(values: Mapping[str, Any] | None, vision: Mapping[str, Any], siglip: bool) -> Preprocessing:

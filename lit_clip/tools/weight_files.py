@@ -5,14 +5,22 @@ import os
 import pickle
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lit_clip.errors import InputError
+from lit_clip.errors import InputError, require
+from lit_clip.tools.reading import reason
+from lit_clip.tools.untrusted import shortened
+
+Source = str | os.PathLike[str]
+"""The name of weights: a file, a folder, a name on the hub or in open_clip's registry."""
+
+SMALL = 2**24  # bytes; no view or archive of this size is worth a refusal
 
 _DTYPES = {
     "DoubleStorage": torch.float64,
@@ -35,10 +43,40 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         InputError: the file is missing, unreadable or incomplete, or holds anything but tensors by name.
     """
     values = read_file(path)
-    state = values.get("state_dict", values)
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError(f"{path}: does not hold tensors by name")
-    return as_float32(state)
+    return as_float32(checked_tensors(values.get("state_dict", values), path))
+
+
+def checked_tensors(state: Any, name: Source) -> dict[str, Tensor]:
+    """Return weights by name if that is what they are.
+
+    Raises:
+        InputError: not a dictionary, a name is no text, or a value is no plain tensor with memory of its own.
+    """
+    problem = _problem(state)
+    require(not problem, f"{name}: does not hold tensors by name{f': {problem}' if problem else ''}")
+    return state
+
+
+def _problem(state: Any) -> str:
+    """Return why these are no weights by name; an empty string if they are."""
+    if not isinstance(state, dict) or not state:
+        return "it is empty" if isinstance(state, dict) else f"it is a {type(state).__name__}"
+    for key, tensor in state.items():
+        if not isinstance(key, str) or not isinstance(tensor, Tensor):
+            return f"{shortened(key)} is of type {type(tensor).__name__}"
+        kinds = {
+            "on the meta device, without values": tensor.is_meta,
+            f"{str(tensor.layout).removeprefix('torch.')}": tensor.layout != torch.strided or tensor.is_nested,
+            "quantised": tensor.is_quantized,
+            "complex": tensor.is_complex(),
+        }
+        problem = next((kind for kind, holds in kinds.items() if holds), "")
+        # A copy of a view that repeats a few values would fill the memory.
+        if not problem and tensor.nbytes > SMALL and tensor.nbytes > tensor.untyped_storage().nbytes():
+            problem = f"{list(tensor.shape)} of fewer values"
+        if problem:
+            return f"{shortened(key)} is {problem}"
+    return ""
 
 
 def as_float32(state: dict[str, Any]) -> dict[str, Tensor]:
@@ -61,9 +99,7 @@ def read_file(path: Path) -> dict[str, Any]:
     Raises:
         InputError: the file is missing, unreadable or incomplete, or holds something besides tensors and plain values.
     """
-    if not path.is_file():
-        raise InputError(f"{path}: no such checkpoint file")
-    try:
+    with opening(path):
         if path.suffix == ".safetensors":
             return _read_safetensors(path)
         if zipfile.is_zipfile(path):
@@ -71,14 +107,45 @@ def read_file(path: Path) -> dict[str, Any]:
                 if any(name.endswith("/constants.pkl") for name in archive.namelist()):
                     return read_torchscript(archive)
         values = _torch_load(path)
+    require(isinstance(values, dict), f"{path}: a {type(values).__name__}, not weights by name")
+    return dict(values)
+
+
+def read_mapped(path: Path) -> dict[str, Any]:
+    """Read a checkpoint's values, but of its tensors only what is looked at; for checks, see :func:`read_file`."""
+    with opening(path):
+        values = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    require(isinstance(values, dict), f"{path}: a {type(values).__name__}, not weights by name")
+    return dict(values)
+
+
+@contextmanager
+def opening(path: Path) -> Iterator[None]:
+    """Turn whatever is raised for somebody's weight file into one line that names it."""
+    require(path.is_file(), f"{path}: no such checkpoint file")
+    try:
+        if zipfile.is_zipfile(path):
+            _check_unpacked_size(path)
+        yield
+    except InputError:
+        raise
     except pickle.UnpicklingError as error:  # torch's message advises to load the file unsafely
         message = "not a checkpoint of tensors and plain values, or incomplete; nothing in it was run"
         raise InputError(f"{path}: {message}") from error
+    except PermissionError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
     except Exception as error:  # damaged files raise anything, even IndexError and AssertionError
-        raise InputError(f"{path}: not a readable weight file; it may be incomplete") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: a {type(values).__name__}, not weights by name")
-    return dict(values)
+        why = f"; {reason(error)}" if isinstance(error, RecursionError | MemoryError) else "; it may be incomplete"
+        raise InputError(f"{path}: not a readable weight file{why}") from error
+
+
+def _check_unpacked_size(path: Path) -> None:
+    """Refuse an archive that unpacks to far more than it is: torch's hold their tensors uncompressed."""
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+    packed = path.stat().st_size
+    if unpacked > 2 * packed + SMALL:
+        raise InputError(f"{path}: {packed} bytes would unpack to {unpacked}; torch.save writes no such file")
 
 
 def _torch_load(path: Path) -> Any:
@@ -87,15 +154,15 @@ def _torch_load(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     values = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if isinstance(values, dict) and isinstance(values.get("state_dict"), dict):
-        tensors = [value for value in values["state_dict"].values() if isinstance(value, Tensor)]
-        if sum(tensor.nbytes for tensor in tensors) < 0.7 * path.stat().st_size:
+        checked_tensors(values["state_dict"], path)
+        if sum(tensor.nbytes for tensor in values["state_dict"].values()) < 0.7 * path.stat().st_size:
             # A mapped tensor would change or crash when the file is overwritten, so each is copied. The file is mapped
             # anew for every few, so that mapped pages do not add up to a second copy of the weights.
             copied, keys = {}, list(values["state_dict"])
             for start in range(0, len(keys), 1 + len(keys) // 8):
                 mapped = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
                 for key in keys[start : start + 1 + len(keys) // 8]:
-                    copied[key] = mapped[key].clone() if isinstance(mapped[key], Tensor) else mapped[key]
+                    copied[key] = mapped[key].clone()
             return {**values, "state_dict": copied}
     return torch.load(path, map_location="cpu", weights_only=True)
 
@@ -159,7 +226,7 @@ def read_torchscript(archive: zipfile.ZipFile) -> dict[str, Tensor]:
     """Read the tensors of a TorchScript archive by their names in the state dict; its code is not read."""
     root = next(name for name in archive.namelist() if name.endswith("/constants.pkl")).rpartition("/")[0]
     unpickler = _TensorUnpickler(archive.read(f"{root}/data.pkl"), lambda key: archive.read(f"{root}/data/{key}"))
-    return dict(_named_tensors(unpickler.load(), ""))
+    return checked_tensors(dict(_named_tensors(unpickler.load(), "")), archive.filename or "the archive")
 
 
 def _named_tensors(script: _Script, prefix: str) -> list[tuple[str, Tensor]]:
@@ -180,6 +247,3 @@ def is_path(source: str | os.PathLike[str]) -> bool:
         or text.startswith((".", "/", "~"))
         or text.endswith((".pt", ".ckpt", ".safetensors", ".bin"))
     )
-
-
-Source = str | os.PathLike[str]

@@ -9,7 +9,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lit_clip.errors import InputError, require
-from lit_clip.tools.parts import Description, describe, describe_instance, factory_of, is_trusted
+from lit_clip.tools.parts import Description, describe, describe_instance
+from lit_clip.tools.untrusted import factory_of, is_trusted
 from lit_clip.training.optim import (
     Decays,
     ExceptGainsAndBiases,

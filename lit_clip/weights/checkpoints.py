@@ -1,20 +1,72 @@
 """Our checkpoint files: architecture, weights under OpenAI's names, a tokenizer, the base of a LoRA."""
 
 import os
+import re
+import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from lit_clip.errors import InputError
+from tokenizers import Tokenizer
+
+from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
-from lit_clip.models.config import CLIPConfig, TextTransformerConfig
+from lit_clip.models.config import RANGES, CLIPConfig, Size, TextTransformerConfig
 from lit_clip.models.custom import custom_encoders, find_class
 from lit_clip.models.custom_config import how_to_import
-from lit_clip.models.hf_tokenizer import HuggingFaceTokenizer
+from lit_clip.models.finetuning import Freeze, LayerDecay
+from lit_clip.models.hf_tokenizer import HuggingFaceTokenizer, check_ids
+from lit_clip.models.lora import LoRA
 from lit_clip.models.tokenizer import TextTokenizer
+from lit_clip.tools.reading import reason
+from lit_clip.tools.untrusted import LARGEST, check_fields, check_names_nothing, fits, given, shortened, shown_type
 from lit_clip.tools.weight_files import Source, read_file
 
 EMA_WEIGHTS = "exponential moving average"  # a checkpoint's ``weights`` if its state_dict is an average
+
+
+# Settings of the module that are no parts, with their types and ranges; see lit_clip.tools.untrusted for the rule.
+_TYPES: dict[str, Any] = {
+    "pretrained": str | None,
+    "image_size": Size | None,
+    "context_length": int | None,
+    "micro_batch_size": int | None,
+}
+_DATACLASSES: dict[str, type] = {"freeze": Freeze, "layer_decay": LayerDecay, "lora": LoRA}
+# Entries beside the settings and weights: ours, and Lightning's. A missing one is noticed by who needs it.
+_OURS: dict[str, Any] = {"weights": str, "before": dict[str, object], "loss": dict[str, object]}
+_LIGHTNINGS: dict[str, Any] = {
+    "epoch": int,
+    "global_step": int,
+    "pytorch-lightning_version": str,
+    "loops": dict[str, object],
+    "callbacks": dict[str, object],
+    "optimizer_states": list[dict[str, object]],
+    "lr_schedulers": list[dict[str, object]],
+}
+
+
+@dataclass
+class SavedTokenizer:
+    """A checkpoint's entry for a tokenizer, see :meth:`HuggingFaceTokenizer.to_dict`."""
+
+    definition: str
+    pad_id: int
+
+    def __post_init__(self) -> None:
+        check_fields(self, "tokenizer", {"pad_id": (0, RANGES["vocab_size"][1])})
+
+
+@dataclass
+class Base:
+    """A checkpoint's entry for the weights that its LoRA belongs to."""
+
+    pretrained: str
+    sha256: str
+
+    def __post_init__(self) -> None:
+        check_fields(self, "base", {})
 
 
 def read_checkpoint(path: Source) -> dict[str, Any]:
@@ -24,28 +76,85 @@ def read_checkpoint(path: Source) -> dict[str, Any]:
         InputError: no such file, not a checkpoint, or not one of lit-clip's.
     """
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such checkpoint file")
     return checked(read_file(path), path)
 
 
-def checked(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Return the checkpoint if it has weights and an architecture.
+def checked(checkpoint: dict[str, Any], path: Source) -> dict[str, Any]:
+    """Return the checkpoint if it has weights and an architecture, and its settings obey the rule for files.
 
     Raises:
-        InputError: it is not one of lit-clip's, or an encoder's class, which it only names, is not imported.
+        InputError: it is not one of lit-clip's, a setting is of another type or names something (see
+            :mod:`lit_clip.tools.untrusted`), or an encoder's class, which it only names, is not imported.
     """
+    hparams, state = checkpoint.get("hyper_parameters"), checkpoint.get("state_dict")
+    require(
+        isinstance(hparams, Mapping) and isinstance(hparams.get("architecture"), Mapping) and isinstance(state, dict),
+        f"{path}: not a lit-clip checkpoint (it has no weights or names no architecture)",
+    )
     try:
-        config = CLIPConfig.from_dict(checkpoint["hyper_parameters"]["architecture"])
-        dict(checkpoint["state_dict"])
-    except InputError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise InputError(f"{path}: not a lit-clip checkpoint (it has no weights or names no architecture)") from error
+        config = _checked_settings(cast(Any, hparams))
+        _check_ours(checkpoint, config)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    except RecursionError as error:
+        raise InputError(f"{path}: not a lit-clip checkpoint (its settings are nested too deeply)") from error
     for tower, class_path in custom_encoders(config):
         if find_class(class_path) is None:
             raise InputError(f"{path}: its {tower} encoder is {class_path}; {how_to_import(class_path)}")
     return checkpoint
+
+
+def _checked_settings(hparams: Mapping[str, Any]) -> CLIPConfig:
+    check_names_nothing(hparams, "hyper_parameters")
+    config = CLIPConfig.from_dict(hparams["architecture"])
+    check_settings(hparams, "hyper_parameters.")
+    for name, kind in _DATACLASSES.items():
+        value = hparams.get(name)
+        given(kind, LayerDecay(value, value) if kind is LayerDecay and isinstance(value, float) else value, name)
+    return config
+
+
+def check_settings(settings: Mapping[str, Any], where: str) -> None:
+    """Check the module's settings that are no parts, as far as they are there.
+
+    Raises:
+        InputError: one is of another type, or no size.
+    """
+    for name, hint in _TYPES.items():
+        value = settings.get(name)
+        require(fits(value, hint), f"{where}{name}: {shortened(value)} must be {shown_type(hint)}")
+        if isinstance(value, int):
+            require(value >= 1, f"{where}{name}: {value} must be at least 1")
+
+
+def _check_entries(checkpoint: Mapping[str, Any], types: Mapping[str, Any]) -> None:
+    for name, hint in types.items():
+        if name in checkpoint:
+            value = checkpoint[name]
+            require(fits(value, hint), f"{name}: {shortened(value)} must be {shown_type(hint)}")
+            require(type(value) is not int or value >= 0, f"{name}: {shortened(value)} must be at least 0")
+
+
+def _check_ours(checkpoint: Mapping[str, Any], config: CLIPConfig) -> None:
+    _check_entries(checkpoint, _OURS)
+    given(SavedTokenizer, checkpoint.get("tokenizer"), "tokenizer")
+    given(Base, checkpoint.get("base"), "base")
+    # Otherwise opening the file would fetch what it names.
+    require("tokenizer" in checkpoint or config.text.tokenizer is None, "holds no tokenizer")
+    require(getattr(config.text, "model", {}) is not None, "holds no configuration of its text encoder")
+
+
+def check_lightnings_entries(checkpoint: Mapping[str, Any], name: Source) -> None:
+    """Raise :class:`InputError` if an entry that Lightning reads is of another type, before it reads them."""
+    try:
+        _check_entries(checkpoint, _LIGHTNINGS)
+        version = checkpoint.get("pytorch-lightning_version")
+        numbered = isinstance(version, str) and re.match(r"\d+(\.\d+)+", version) is not None
+        require(numbered, f"pytorch-lightning_version: {shortened(version)} is no version")
+        for key in ("epoch", "global_step"):
+            require(key in checkpoint, f"lacks {key}")
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
 
 
 def saved_tokenizer(model: CLIP) -> dict[str, Any]:
@@ -58,11 +167,18 @@ def saved_tokenizer(model: CLIP) -> dict[str, Any]:
 
 def checkpoint_tokenizer(checkpoint: Mapping[str, Any], config: CLIPConfig) -> TextTokenizer | None:
     """Return the tokenizer that a checkpoint holds; None if it is CLIP's own."""
-    saved, text = checkpoint.get("tokenizer"), config.text
+    saved, text = given(SavedTokenizer, checkpoint.get("tokenizer"), "tokenizer"), config.text
     if saved is None or text.tokenizer is None:
         return None
     whole = isinstance(text, TextTransformerConfig) and not text.causal
-    return HuggingFaceTokenizer(saved["definition"], saved["pad_id"], text.tokenizer.clean, text.context_length, whole)
+    try:
+        result = HuggingFaceTokenizer(saved.definition, saved.pad_id, text.tokenizer.clean, text.context_length, whole)
+        ids = Tokenizer.from_str(saved.definition)
+    except Exception as error:  # a definition from a file: `tokenizers` raises bare Exceptions
+        raise InputError(f"its tokenizer cannot be created ({reason(error)})") from error
+    vocab_size = getattr(text, "vocab_size", None) or (getattr(text, "model", None) or {}).get("vocab_size")
+    check_ids(ids, saved.pad_id, vocab_size if isinstance(vocab_size, int) else sys.maxsize, "its tokenizer")
+    return result
 
 
 def check_base(checkpoint: Mapping[str, Any], ours: str, name: str | os.PathLike[str]) -> None:
@@ -75,6 +191,33 @@ def check_base(checkpoint: Mapping[str, Any], ours: str, name: str | os.PathLike
             f"{name}: its LoRA belongs to {base['pretrained']} with other weights "
             f"(SHA-256 {base['sha256'][:12]}... there, {ours[:12]}... here)"
         )
+
+
+def check_progress(saved: Any, fresh: Any, where: str) -> None:
+    """Check that a checkpoint's counts of steps are such as Lightning writes.
+
+    Args:
+        saved: the checkpoint's.
+        fresh: those of a trainer that has not begun.
+        where: their place, for messages.
+
+    Raises:
+        InputError: a count is missing or is no whole number of at least 0.
+    """
+    if isinstance(fresh, Mapping):
+        require(isinstance(saved, Mapping), f"{where}: {shortened(saved)} must be a mapping")
+        for name, value in fresh.items():
+            # Versions of Lightning have different loops; a loop of other counts is damaged.
+            if name in saved or not isinstance(value, Mapping):
+                require(name in saved, f"{where}: lacks {name}")
+                check_progress(saved[name], value, f"{where}.{name}")
+    elif type(fresh) is int:
+        require(
+            type(saved) is int and 0 <= saved < LARGEST,
+            f"{where}: {shortened(saved)} must be a whole number, at least 0",
+        )
+    elif type(fresh) is bool:
+        require(type(saved) is bool, f"{where}: {shortened(saved)} must be true or false")
 
 
 def base_name(pretrained: str | os.PathLike[str]) -> str:

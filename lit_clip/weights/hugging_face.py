@@ -25,6 +25,8 @@ from lit_clip.models.config import (
     VisionTransformerConfig,
 )
 from lit_clip.models.tokenizer import EOT_ID, SOT_ID
+from lit_clip.tools.reading import reading
+from lit_clip.tools.untrusted import check_names_nothing, fits, shortened
 from lit_clip.tools.weight_files import read_tensors
 from lit_clip.weights.hugging_face_keys import clip_pairs, renamed, siglip_pairs
 from lit_clip.weights.hugging_face_processor import agree, check_vocabulary, preprocessing_of, read_json, square
@@ -57,7 +59,7 @@ def read_hugging_face_folder(folder: str | os.PathLike[str]) -> tuple[CLIPConfig
         preprocessor = read_json(folder / "processor_config.json").get("image_processor")
     shards = next((name for name in WEIGHTS if (folder / f"{name}.index.json").is_file()), None)
     if shards and not (folder / shards).is_file():
-        names = sorted(set(read_json(folder / f"{shards}.index.json")["weight_map"].values()))
+        names = _shards(folder / f"{shards}.index.json")
     else:
         names = [next((name for name in WEIGHTS if (folder / name).is_file()), "")]
         require(names != [""], f"{folder}: has no {' or '.join(WEIGHTS)}")
@@ -65,11 +67,23 @@ def read_hugging_face_folder(folder: str | os.PathLike[str]) -> tuple[CLIPConfig
     for name in names:
         state.update(read_tensors(folder / name))
     try:
-        if config.get("model_type") == "clip":
-            check_vocabulary(folder)
-        return from_hugging_face(config, state, preprocessor, tokenizer=str(folder))
+        with reading(folder, "folder of Hugging Face's weights"):
+            check_names_nothing([config, preprocessor], "config.json")
+            if config.get("model_type") == "clip":
+                check_vocabulary(folder)
+            return from_hugging_face(config, state, preprocessor, tokenizer=str(folder))
     except InputError as error:
-        raise InputError(f"{folder}: {error}") from error
+        raise InputError(str(error) if str(error).startswith(f"{folder}:") else f"{folder}: {error}") from error
+
+
+def _shards(index: Path) -> list[str]:
+    """Return the files of an index; they are beside it, whatever their names say."""
+    names = read_json(index).get("weight_map")
+    files = set(names.values()) if isinstance(names, dict) and fits(names, dict[str, str]) else set()
+    require(bool(files), f"{index}: has no weight_map of files by weight")
+    for name in files:
+        require(Path(name).name == name, f"{index}: {shortened(name)} is not a file of this folder")
+    return sorted(files)
 
 
 def from_hugging_face(

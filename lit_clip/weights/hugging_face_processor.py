@@ -12,6 +12,7 @@ from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import Preprocessing
 from lit_clip.models.tokenizer import CLIPTokenizer, byte_pair_tokenizer
+from lit_clip.tools import text_files
 
 FILTERS: dict[int, Literal["bilinear", "bicubic"]] = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 # Defaults of their image processors, for entries that a file leaves out.
@@ -116,12 +117,7 @@ def image_processor(ours: Preprocessing, kind: str) -> dict[str, Any]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file; raise :class:`InputError` for anything else."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"{path}: not a readable JSON file ({error})") from error
+    values = text_files.read_json(path)
     require(isinstance(values, dict), f"{path}: not a JSON object")
     return values
 

@@ -3,23 +3,28 @@
 import dataclasses
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import torch
 from torch import Tensor
 
-from lit_clip.errors import InputError
+from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, Size
+from lit_clip.models.custom import custom_encoders
 from lit_clip.models.finetuning import Freeze, frozen_names
 from lit_clip.models.lora import LoRA, add_lora, merge_lora
 from lit_clip.models.registry import resolve_architecture
 from lit_clip.models.resize import resize_weights, resized
 from lit_clip.models.tokenizer import TextTokenizer
-from lit_clip.tools.weight_files import Source, is_path
-from lit_clip.weights.checkpoints import check_base
+from lit_clip.tools.reading import reading
+from lit_clip.tools.untrusted import filled, given
+from lit_clip.tools.weight_files import Source, checked_tensors, is_path, read_mapped
+from lit_clip.weights.checkpoints import check_base, check_lightnings_entries, checked
 from lit_clip.weights.fingerprint import weights_sha256
 from lit_clip.weights.sources import LoRACheckpoint, Weights, check_same, open_weights
 
@@ -76,12 +81,16 @@ def load_model(
 
 
 def _load(
-    source: Source, architecture: str | CLIPConfig | None, image_size: Size | None, context_length: int | None
+    source: Source,
+    architecture: str | CLIPConfig | None,
+    image_size: Size | None,
+    context_length: int | None,
+    above: tuple[Path, ...] = (),  # checkpoints of LoRAs whose base this is
 ) -> CLIP:
     expected = None if architecture is None else resolve_architecture(architecture)
     weights = open_weights(source)
     if weights.lora is not None:
-        weights = _merged(weights, weights.lora)
+        weights = _merged(weights, weights.lora, above)
 
     stored = weights.config or expected  # where both are given they agree; the weights' also locates their tokenizer
     if stored is None:
@@ -112,23 +121,26 @@ def whole_name(architecture: str | CLIPConfig | None, pretrained: Source) -> Sou
     return pretrained
 
 
-def _merged(weights: Weights, lora: LoRACheckpoint) -> Weights:
+def _merged(weights: Weights, lora: LoRACheckpoint, above: tuple[Path, ...]) -> Weights:
     """Merge a LoRA into the weights that its checkpoint names.
 
     Raises:
         InputError: the base is neither at its path nor beside the checkpoint, or has other weights.
     """
     hparams, path = lora.checkpoint["hyper_parameters"], lora.path
-    base = hparams["pretrained"]
+    base = hparams.get("pretrained")
+    require(bool(base) and hparams.get("lora") is not None, f"{path}: its settings have no LoRA, or no base of it")
+    require(path.resolve() not in above, f"{path}: its LoRA belongs to a model that is made of it")
     beside = path.parent / Path(base).name  # both files may have moved; the fingerprint shows if it is the right one
     found = beside if is_path(base) and not Path(base).exists() and beside.exists() else base
     try:
         architecture = resolve_architecture(hparams["architecture"])
-        model = create_model(architecture, found, hparams.get("image_size"), hparams.get("context_length"))
-        for name in frozen_names(model, Freeze(**hparams.get("freeze") or {})):
+        sizes = hparams.get("image_size"), hparams.get("context_length")
+        model = _load(found, architecture, *sizes, (*above, path.resolve()))
+        for name in frozen_names(model, given(Freeze, hparams.get("freeze"), "freeze") or Freeze()):
             model.get_parameter(name).requires_grad_(False)  # a frozen block has no additions
         sha256 = weights_sha256(model)
-        add_lora(model, LoRA(**hparams["lora"]))
+        add_lora(model, filled(LoRA, hparams["lora"], "lora"))
     except InputError as error:
         raise InputError(f"{path}: cannot open the weights that its LoRA belongs to: {error}") from error
     check_base(lora.checkpoint, sha256, path)
@@ -190,7 +202,7 @@ def check_weights(model: CLIP, state: Mapping[str, Any], name: Source) -> None:
     ours = model.state_dict()
     shapes = {key: tuple(value.shape) for key, value in ours.items()}
     theirs = {key: tuple(getattr(value, "shape", ())) for key, value in state.items()}
-    wrong = sorted(key for key in shapes.keys() | theirs.keys() if shapes.get(key) != theirs.get(key))
+    wrong = sorted((key for key in shapes.keys() | theirs.keys() if shapes.get(key) != theirs.get(key)), key=str)
     if wrong:
         there, here = (side.get(wrong[0], "absent") for side in (theirs, shapes))
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
@@ -198,6 +210,41 @@ def check_weights(model: CLIP, state: Mapping[str, Any], name: Source) -> None:
     for key, value in ours.items():
         if value.is_floating_point() != state[key].is_floating_point():
             raise InputError(f"{name}: weights do not fit: {key} is {state[key].dtype} there and {value.dtype} here")
+
+
+def check_before_loading(source: Any) -> None:
+    """Check a training checkpoint before a model is created by its settings.
+
+    Args:
+        source: whatever ``torch.load`` or ``fsspec`` opens: a path, an address, or an open file, which is rewound.
+
+    Raises:
+        InputError: it is none, its settings do not obey :mod:`lit_clip.tools.untrusted`, or its weights are not of its
+            architecture.
+    """
+    if isinstance(source, str | os.PathLike) and "://" not in str(source):
+        checkpoint, name = read_mapped(Path(source)), str(source)
+    else:
+        opened: Any = nullcontext(source) if hasattr(source, "read") else fsspec.open(str(source), "rb")
+        name = str(getattr(source, "name", "checkpoint") if hasattr(source, "read") else source)
+        with opened as file, reading(name, "checkpoint"):
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+            file.seek(0)
+    check_fits(checked(checkpoint, name), name)
+
+
+def check_fits(checkpoint: dict[str, Any], name: Source) -> None:
+    """Raise :class:`InputError` unless Lightning can read a checkpoint, and its weights are of its architecture.
+
+    This takes no memory for a model.
+
+    A LoRA's checkpoint names its base, which is compared when it is opened; an encoder of one's own is code.
+    """
+    check_lightnings_entries(checkpoint, name)
+    checked_tensors(checkpoint["state_dict"], name)
+    config = CLIPConfig.from_dict(checkpoint["hyper_parameters"]["architecture"])
+    if not custom_encoders(config) and "base" not in checkpoint:
+        check_weights(_empty(resolve_architecture(config)), checkpoint["state_dict"], name)
 
 
 def check_architecture(checkpoint: dict[str, Any], config: CLIPConfig, name: Source) -> None:

@@ -1,7 +1,6 @@
 """Find weights and read them: files, folders, the hub, open_clip's registry, each format detected automatically."""
 
 import dataclasses
-import json
 import math
 import os
 import warnings
@@ -26,10 +25,13 @@ from lit_clip.models.external_settings import with_external_settings
 from lit_clip.models.open_clip_configs import from_open_clip
 from lit_clip.models.registry import resolve_architecture
 from lit_clip.models.tokenizer import TextTokenizer
-from lit_clip.tools.weight_files import Source, as_float32, is_path, read_file
+from lit_clip.tools.reading import reading, reason
+from lit_clip.tools.untrusted import check_names_nothing
+from lit_clip.tools.weight_files import Source, as_float32, checked_tensors, is_path, read_file
 from lit_clip.weights import hub
 from lit_clip.weights.checkpoints import EMA_WEIGHTS, checked, checkpoint_tokenizer
 from lit_clip.weights.hugging_face import read_hugging_face_folder
+from lit_clip.weights.hugging_face_processor import read_json
 
 
 class LoRACheckpoint(NamedTuple):
@@ -114,13 +116,13 @@ def _open_folder(folder: Path) -> Weights:
 
 def _open_clip_config(folder: Path) -> CLIPConfig:
     file = folder / "open_clip_config.json"
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+    values = read_json(file)
+    with reading(file, "open_clip configuration"):
         model = values.get("model_cfg", values)
-        # Before a tokenizer's folder takes the place of the text encoder's name: only the name has its configuration.
-        config = with_external_settings(from_open_clip(model, values.get("preprocess_cfg"), str(file)))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError, TypeError, ArithmeticError) as error:
-        raise InputError(f"{file}: not an open_clip configuration ({error})") from error
+        check_names_nothing(values, str(file))
+        config = from_open_clip(model, values.get("preprocess_cfg"), str(file))
+    # Before a tokenizer's folder takes the place of the text encoder's name: only the name has its configuration.
+    config = with_external_settings(config)
     text = config.text
     if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         if isinstance(text, HuggingFaceTextConfig):
@@ -160,7 +162,7 @@ def _open_checkpoint(checkpoint: dict[str, Any], path: Path) -> Weights:
         warnings.warn(f"{path}: the weights are the moving average (EMA), not those of the last step", stacklevel=2)
     return Weights(
         str(path),
-        as_float32(dict(checkpoint["state_dict"])),
+        as_float32(dict(checked_tensors(checkpoint["state_dict"], path))),
         config,
         checkpoint_tokenizer(checkpoint, config),
         LoRACheckpoint(path, checkpoint) if "base" in checkpoint else None,
@@ -168,10 +170,7 @@ def _open_checkpoint(checkpoint: dict[str, Any], path: Path) -> Weights:
 
 
 def _tensors(values: dict[str, Any], name: Source) -> dict[str, Tensor]:
-    state = values.get("state_dict", values)
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError(f"{name}: holds no named tensors; found: {', '.join(list(map(str, values))[:8]) or 'nothing'}")
-    return as_float32(state)
+    return as_float32(checked_tensors(values.get("state_dict", values), name))
 
 
 def openai_architecture(state: Mapping[str, Tensor], name: Source) -> CLIPConfig:
@@ -203,8 +202,8 @@ def openai_architecture(state: Mapping[str, Tensor], name: Source) -> CLIPConfig
             width // 64,
         )
         return CLIPConfig(state["text_projection"].shape[1], image, text, "quick_gelu")
-    except (KeyError, IndexError, ValueError) as error:
-        raise InputError(f"{name}: not the weights of one of OpenAI's models ({error})") from error
+    except Exception as error:  # shapes of another model, or of none
+        raise InputError(f"{name}: not the weights of one of OpenAI's models ({reason(error)})") from error
 
 
 def _positions(state: Mapping[str, Tensor]) -> str:

@@ -11,7 +11,7 @@ import torch
 from lit_clip.cli.main import main
 from lit_clip.errors import InputError
 from lit_clip.losses.loss import build_loss
-from lit_clip.tools.parts import factory_of
+from lit_clip.tools.untrusted import factory_of
 from lit_clip.training.optimization import KINDS
 
 OWN = {"class_path": "never_imported.Part"}
@@ -46,7 +46,7 @@ def printing(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     "settings",
     [
-        {"optimizer": described("lit_clip.tools.parts.import_module", name="never_imported")},
+        {"optimizer": described("lit_clip.tools.untrusted.import_module", name="never_imported")},
         {"optimizer": described("torch.optim.SGD", lr=OWN)},
         {"lr_scheduler": described(f"{SCHEDULES}.LambdaLR", lr_lambda="never_imported.part")},
         {"lr_scheduler": described(f"{SCHEDULES}.MultiplicativeLR", lr_lambda=["never_imported.part"])},
@@ -97,8 +97,8 @@ def test_settings_of_ours_are_still_taken_from_a_checkpoint(
 
 @pytest.mark.parametrize("part", KINDS)
 def test_only_classes_of_the_kind_are_created(part: str) -> None:
-    for path in ("lit_clip.tools.parts.import_module", "lit_clip.cli.main.Path", "lit_clip.LitCLIP"):
+    for path in ("lit_clip.tools.untrusted.import_module", "lit_clip.cli.main.Path", "lit_clip.LitCLIP"):
         with pytest.raises(InputError, match="is no installed "):
             factory_of(described(path), f"model.{part}", KINDS[part])
     with pytest.raises(InputError, match="is no installed Loss"):
-        build_loss(described("lit_clip.tools.parts.import_module", name="never_imported"))
+        build_loss(described("lit_clip.tools.untrusted.import_module", name="never_imported"))

@@ -27,7 +27,8 @@ from torch.optim.lr_scheduler import (
 
 from lit_clip.errors import InputError
 from lit_clip.module import LitCLIP
-from lit_clip.tools.parts import describe, factory_of
+from lit_clip.tools.parts import describe
+from lit_clip.tools.untrusted import factory_of
 from lit_clip.training.optim import EXCEPT_GAINS_AND_BIASES, ExceptGainsAndBiases, PaperAdamW, decay_groups, moments
 from lit_clip.training.optimization import Optimization
 from lit_clip.training.schedules import WarmupConstant, WarmupCosine, WarmupStableDecay, create_schedule

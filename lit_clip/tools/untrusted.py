@@ -1,0 +1,308 @@
+"""The rule for what comes from somebody's file: values are plain, and name nothing.
+
+The files are checkpoints, folders of weights and published configurations. What the user types, and the user's own YAML
+files, may name what they like; these files may not:
+
+- **Values are plain**: None, bools, finite numbers, texts, lists and mappings. Each is checked against the type of the
+  field that it fills (:func:`filled`), and numbers against the ranges of the dataclass.
+- **No module**: a ``class_path`` is that of a part (loss, optimiser, schedule, rule of weight decay) in one of
+  :data:`TRUSTED` (:func:`trusted_class`), or of an encoder whose module is imported already. A text is never looked up
+  as a module, nor is the name of a function.
+- **No resolver**: ``${...}``, which the command line's parser would replace (by an environment variable, by another
+  setting), is refused, not resolved.
+- **No loader and no file**: settings that make timm or transformers open a file, a repository or a kernel are refused
+  (:mod:`lit_clip.models.external_settings`). The files of a folder lie in that folder.
+- **No program**: files that can hold one are read by readers that admit tensors and plain values alone.
+
+One thing may be fetched: the weights that a LoRA's checkpoint is an addition to, by a published name or by a path. They
+are data under the same rule, and must have the fingerprint that the checkpoint names.
+"""
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache, partial
+from importlib import import_module
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from lit_clip.errors import InputError, require
+from lit_clip.tools.parts import is_plain
+
+# Modules whose classes a checkpoint may name: it must not be able to import anything else.
+TRUSTED = ("lit_clip.", "torch.optim.", "timm.optim.")
+INTERPOLATION = "${"  # OmegaConf's
+
+Settings = TypeVar("Settings")
+
+
+def filled(kind: type[Settings], values: Any, where: str) -> Settings:
+    """Create a dataclass from a file's plain values; its ``__post_init__`` checks them with :func:`check_fields`.
+
+    Args:
+        kind: the dataclass.
+        values: by name of the field.
+        where: the settings' place, for messages, such as ``architecture.image``.
+
+    Raises:
+        InputError: not a mapping, an unknown or a missing field, or a value of another type or out of its range.
+    """
+    require(isinstance(values, Mapping), f"{where}: {shortened(values)} must be a mapping of settings")
+    fields: list[Any] = list(dataclasses.fields(kind))  # pyright: ignore[reportArgumentType]
+    known = [each.name for each in fields]
+    for name in values:
+        require(name in known, f"{where}: has no setting {shortened(name)}; there are {', '.join(known)}")
+    for each in fields:
+        needed = each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING
+        require(not needed or each.name in values, f"{where}: lacks {each.name}")
+    return kind(**values)
+
+
+def given(kind: type[Settings], value: Any, where: str) -> Settings | None:
+    """Return settings as their dataclass: they are one, plain values from a checkpoint, or None."""
+    return value if value is None or isinstance(value, kind) else filled(kind, value, where)
+
+
+def check_fields(settings: Any, where: str, ranges: Mapping[str, tuple[float, float]]) -> None:
+    """Check the values of a dataclass against its fields' types, and numbers against ranges.
+
+    Args:
+        settings: the dataclass.
+        where: its place, for messages.
+        ranges: least and most of numbers, by name of the field; for those within a list or a tuple too.
+
+    Raises:
+        InputError: a value is of another type, or a number is out of its range or not finite.
+    """
+    for name, hint in _hints(type(settings)).items():
+        value = getattr(settings, name)
+        if not fits(value, hint):
+            raise InputError(f"{where}: {name} {shortened(value)} must be {shown_type(hint)}")
+        least, most = ranges.get(name, (-math.inf, math.inf))
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if not isinstance(number, bool) and isinstance(number, int | float):
+                require(number >= least, f"{where}: {name} {value} must be at least {least:g}")
+                require(number <= most, f"{where}: {name} {value} must be at most {most:g}")
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Return whether a value is of a type; a bool is no number, an infinite number is none, and a list is a tuple."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return is_plain(value)
+    if origin in (Union, UnionType):
+        return any(fits(value, each) for each in inner)
+    if origin is Literal:
+        return isinstance(value, str) and value in inner
+    if origin is tuple:
+        return (
+            isinstance(value, list | tuple)
+            and len(value) == len(inner)
+            and all(fits(item, each) for item, each in zip(value, inner, strict=True))
+        )
+    if origin is list:
+        return isinstance(value, list) and all(fits(item, inner[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, Mapping) and all(fits(k, inner[0]) and fits(v, inner[1]) for k, v in value.items())
+    if hint is float:
+        return type(value) in (int, float) and abs(value) < LARGEST  # not of NaN either
+    if hint is int:
+        return type(value) is int and abs(value) < LARGEST
+    return isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool)
+
+
+LARGEST = 2**63  # torch's integers
+
+
+def check_names_nothing(values: Any, where: str) -> None:
+    """Raise :class:`InputError` for a setting, at any depth, that a parser would resolve or a loader would follow."""
+    if isinstance(values, str):
+        require(INTERPOLATION not in values, f"{where}: may not hold {INTERPOLATION}...}}, which is not resolved here")
+    elif isinstance(values, Mapping):
+        for name, value in values.items():
+            require(isinstance(name, str), f"{where}: the name {shortened(name)} of a setting must be a text")
+            check_names_nothing(name, where)
+            # Lightning would import the class that creates the module; see its `_load_state`.
+            require(name not in LOADERS, f"{where}: may not have {name}, which names a loader")
+            check_names_nothing(value, f"{where}.{name}")
+    elif isinstance(values, list | tuple):
+        for value in values:
+            check_names_nothing(value, where)
+
+
+LOADERS = ("_instantiator", "_class_path")
+
+
+def check_options(options: Any, where: str) -> None:
+    """Check settings whose names only another library knows: nothing is named, and no count would fill the memory.
+
+    Args:
+        options: plain values, at any depth.
+        where: their place, for messages.
+
+    Raises:
+        InputError: a class path, a resolver, or a number of layers that no model has.
+    """
+    check_names_nothing(options, where)
+    for name, value in options.items() if isinstance(options, Mapping) else ():
+        require(name != "class_path", f"{where}: may not name a class ({shortened(value)})")
+        most = next((most for part, most in COUNTS.items() if part in name), math.inf)
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, int | float):
+                require(number <= most, f"{where}.{name} {shortened(number)} must be at most {most:g}")
+            check_options(number, f"{where}.{name}")
+
+
+# Most of what is built one by one, by a part of its name in other libraries' settings.
+COUNTS = {"layer": 1000, "depth": 1000, "stage": 1000, "expert": 4096, "head": 65536}
+
+
+def is_dotted(text: str) -> bool:
+    """Return whether a text could be the import path of a class or a function."""
+    return "." in text and all(part.isidentifier() for part in text.split("."))
+
+
+def dotted_names(value: Any) -> Iterator[str]:
+    """Yield the strings, at any depth, that could be the path of a class or a function."""
+    if isinstance(value, str) and is_dotted(value):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for item in (*value, *value.values()) if isinstance(value, Mapping) else value:
+            yield from dotted_names(item)
+
+
+def class_paths_within(value: Any) -> Iterator[str]:
+    """Yield the values of ``class_path``, at any depth, that could be the path of a class."""
+    if isinstance(value, Mapping):
+        yield from dotted_names(value.get("class_path"))
+    for item in value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ():
+        yield from class_paths_within(item)
+
+
+def shortened(value: Any) -> str:
+    """Return a value for a message, in one short line."""
+    text = f"of {value.bit_length()} bits" if isinstance(value, int) and abs(value) >= LARGEST else repr(value)
+    return text if len(text) <= 80 else f"{text[:80]} ..."
+
+
+@lru_cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def shown_type(hint: Any) -> str:
+    """Return a type for a message, as ``int or list of int``."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return " or ".join(dict.fromkeys(shown_type(each) for each in inner))
+    if origin is Literal:
+        return " or ".join(map(repr, inner))
+    if origin in (list, tuple):
+        return f"a list of {len(inner) if origin is tuple else ''}{' ' * (origin is tuple)}{shown_type(inner[0])}"
+    if origin is dict or dataclasses.is_dataclass(hint):
+        return "a mapping"
+    names = {int: "a whole number", float: "a finite number", str: "a text", bool: "true or false", type(None): "null"}
+    return names.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def trusted_class(description: Any, kind: type) -> type | None:
+    """Return the class of a description from a checkpoint; None if a checkpoint may not name it, or it does not exist.
+
+    Args:
+        description: a :data:`Description`, or whatever else the checkpoint holds.
+        kind: of which the class must be: a trusted module also has functions, its own and imported ones.
+    """
+    path = description.get("class_path") if isinstance(description, Mapping) else None
+    if not isinstance(path, str) or not path.startswith(TRUSTED) or "__" in path:
+        return None
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError):
+        return None
+    return found if inspect.isclass(found) and issubclass(found, kind) else None
+
+
+def is_trusted(description: Any, kind: type) -> bool:
+    """Return whether a checkpoint may name this class with these arguments, see :func:`trusted_class`."""
+    found = trusted_class(description, kind)
+    return (
+        found is not None
+        and description.keys() <= {"class_path", "init_args"}
+        and names_nothing(description.get("init_args", {}), found, kind)
+    )
+
+
+def names_nothing(arguments: Any, target: Callable[..., Any], kind: type | None = None) -> bool:
+    """Return whether arguments from a checkpoint name nothing that a parser of their types would import or read.
+
+    A parser imports the class or function that a string or a ``class_path`` names where a class or a callable is
+    wanted, and reads the file of settings that a string names there. So strings are for arguments that are text.
+
+    Args:
+        arguments: by name.
+        target: the class or function that has them.
+        kind: of parts within the arguments, which must be trusted too; None: there may be none.
+    """
+    hints = hints_of(target)
+    return isinstance(arguments, Mapping) and all(
+        isinstance(name, str) and value_names_nothing(value, hints.get(name), kind) for name, value in arguments.items()
+    )
+
+
+def hints_of(target: Callable[..., Any]) -> dict[str, Any]:
+    """Return the types of arguments; ``Any`` for one without a type, and a text where a type cannot be found."""
+    parameters = inspect.signature(target).parameters.values()
+    hints = {each.name: Any if each.annotation is each.empty else each.annotation for each in parameters}
+    try:
+        return hints | get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    except NameError:  # imported for type checkers alone
+        return hints
+
+
+def value_names_nothing(value: Any, hint: Any, kind: type | None = None) -> bool:
+    """Return whether a value names nothing that a parser of a type would import or read, see :func:`names_nothing`."""
+    types = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if isinstance(value, str):
+        if INTERPOLATION in value:
+            return False
+        free = Any in types and not is_dotted(value)
+        return free or str in types or any(value in get_args(each) for each in types if get_origin(each) is Literal)
+    if isinstance(value, list | tuple):
+        inner = [item for each in types for item in (get_args(each) or ([Any] if each in (Any, list, tuple) else []))]
+        return all(any(value_names_nothing(item, each, kind) for each in inner) for item in value)
+    if not isinstance(value, Mapping):
+        return value is None or type(value) in (bool, int, float)
+    if "class_path" in value:
+        return kind is not None and is_trusted(value, kind)
+    kinds: list[Any] = [each for each in types if dataclasses.is_dataclass(each)]
+    fields = [each for each in kinds if value.keys() <= hints_of(each).keys()]
+    if fields:
+        return any(names_nothing(value, each, kind) for each in fields)
+    inner = [(get_args(each) or (Any, Any))[1] for each in types if each in (Any, dict) or get_origin(each) is dict]
+    return any(all(value_names_nothing(item, each, kind) for item in value.values()) for each in inner)
+
+
+def factory_of(part: Callable[..., Any] | Mapping[str, Any], option: str, kind: type) -> Callable[..., Any]:
+    """Return the factory of a part; a description, which comes from a checkpoint, must be of a trusted class.
+
+    Args:
+        part: a callable, or a :data:`Description`.
+        option: for messages, such as ``model.optimizer``.
+        kind: the class that a described part must be of.
+
+    Raises:
+        InputError: the description names a class that a checkpoint may not name, or one that does not exist.
+    """
+    if not isinstance(part, Mapping):
+        return part
+    if is_trusted(part, kind):
+        return partial(trusted_class(part, kind), **part.get("init_args", {}))  # pyright: ignore[reportCallIssue, reportArgumentType]
+    path, name = str(part.get("class_path")), option.rpartition(".")[2]
+    if path.startswith(TRUSTED) and trusted_class(part, kind) is None:
+        raise InputError(f"{option}: the checkpoint was trained with {path}, which is no installed {kind.__name__}")
+    raise InputError(
+        f"{option}: the checkpoint was trained with {path}; name it with --{option} {path}, or pass {name}=... to "
+        "LitCLIP (a checkpoint may not import it by itself)"
+    )

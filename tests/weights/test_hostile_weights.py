@@ -1,0 +1,259 @@
+"""Somebody's weights are data: opening them works or ends in one line, and runs, reads or asks for nothing else."""
+
+import ast
+import copy
+import itertools
+import json
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Trainer
+from safetensors.torch import save_file
+
+from lit_clip import LitCLIP, load_model
+from lit_clip.cli.main import main
+from lit_clip.errors import InputError
+from lit_clip.models.config import CLIPConfig, TextTransformerConfig, TimmConfig, VisionTransformerConfig
+from tests.helpers.watching import watching
+
+ROOT = Path(__file__).parents[2]
+HOSTILE = yaml.safe_load((ROOT / "tests/corpus/settings/values.yaml").read_text(encoding="utf-8"))
+FOLDERS = json.loads((ROOT / "tests/corpus/settings/folders.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def checkpoint() -> dict[str, Any]:
+    """A checkpoint of a model of 0.1 million parameters, as training writes it."""
+    sizes: dict[str, Any] = {"width": 32, "layers": 1, "heads": 1}
+    image = VisionTransformerConfig(image_size=32, patch_size=16, **sizes)
+    text = TextTransformerConfig(context_length=8, vocab_size=100, **sizes)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer.strategy.connect(LitCLIP(CLIPConfig(16, image, text)))
+    trainer.save_checkpoint("whole.ckpt")
+    return torch.load("whole.ckpt", weights_only=True)
+
+
+@pytest.fixture(autouse=True)
+def bait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a module, a file of settings and a secret that files may name, and must not get."""
+    (tmp_path / "never_imported.py").write_text("class Part: pass\ndef part(*_, **__): return 1.0\n")
+    (tmp_path / "settings.yaml").write_text("class_path: never_imported.Part\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("SECRET", "org/secret")
+    return tmp_path
+
+
+def keys(values: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    if at:
+        yield at
+    if isinstance(values, dict):
+        for name, value in values.items():
+            yield from keys(value, (*at, name))
+
+
+def changed(values: dict[str, Any], at: tuple[Any, ...], new: Any) -> dict[str, Any]:
+    values = copy.deepcopy(values)
+    inner = values
+    for name in at[:-1]:
+        inner = inner[name]
+    inner[at[-1]] = new
+    return values
+
+
+def outcome(run: Callable[[], Any], bait: Path) -> str:
+    """Return the line that a file ends in, or an empty string; anything else than a line fails the test."""
+    with watching(bait, ("hostile.ckpt",), "never_imported") as events:
+        try:
+            run()
+            line = ""
+        except InputError as error:
+            line = str(error)
+    assert not events
+    assert "\n" not in line
+    assert "org/secret" not in line
+    return line
+
+
+ENTRIES: dict[str, Callable[[], Any]] = {
+    "load_model": lambda: load_model("hostile.ckpt"),
+    "load_from_checkpoint": lambda: LitCLIP.load_from_checkpoint("hostile.ckpt"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_any_setting_of_a_checkpoint_may_be_any_value(entry: str, checkpoint: dict[str, Any], bait: Path) -> None:
+    settings = checkpoint["hyper_parameters"]
+    more = [("_instantiator",), ("_class_path",)]
+    more += [("architecture", "image", key) for key in ("class_path", "timm", "pretrained")]
+    more += [("architecture", "text", key) for key in ("class_path", "hugging_face", "tokenizer", "model")]
+    every = [("hyper_parameters", *at) for at in [*keys(settings), *more]]
+    every += [(name,) for name in ("tokenizer", "base", "weights", "hyper_parameters", "state_dict")]
+    refused = 0
+    # Each value goes to every third key, so that all keys and all values are met, and neighbours differ.
+    for i, (at, (j, value)) in enumerate(itertools.product(every, enumerate(HOSTILE))):
+        if (i + j) % 5 == 0:
+            torch.save(changed(checkpoint, at, value), "hostile.ckpt")
+            refused += bool(outcome(ENTRIES[entry], bait))
+    assert refused > len(every)  # most values of an architecture are not possible
+    torch.save(checkpoint, "hostile.ckpt")
+    assert not outcome(ENTRIES[entry], bait)
+
+
+@pytest.mark.parametrize("value", [HOSTILE[0], "${oc.env:SECRET}", "never_imported.Part"])
+def test_the_command_line_imports_and_resolves_nothing_that_a_checkpoint_names(
+    value: Any,
+    checkpoint: dict[str, Any],
+    bait: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["lit-clip", "fit", "--ckpt_path", "hostile.ckpt", "--print_config"])
+    torch.save(checkpoint, "hostile.ckpt")
+    with pytest.raises(SystemExit):  # imports what any checkpoint needs, which may start a program
+        main()
+    capsys.readouterr()
+    for name in checkpoint["hyper_parameters"]:
+        torch.save(changed(checkpoint, ("hyper_parameters", name), value), "hostile.ckpt")
+        with watching(bait, ("hostile.ckpt",), "never_imported") as events, pytest.raises(SystemExit) as stopped:
+            main()
+        printed = capsys.readouterr()
+        assert stopped.value.code in (None, 0, 2)
+        assert len(printed.err.strip().splitlines()) <= 1 or stopped.value.code != 2
+        assert "org/secret" not in printed.out + printed.err
+        assert not events
+
+
+def test_lightnings_own_loader_gets_no_instantiator_from_a_checkpoint(checkpoint: dict[str, Any]) -> None:
+    part = {"class_path": "never_imported.Part"}
+    extra = {"_instantiator": "lightning.pytorch.cli.instantiate_module", "freeze": part}
+    torch.save(changed(checkpoint, ("hyper_parameters",), checkpoint["hyper_parameters"] | extra), "hostile.ckpt")
+    with pytest.raises(InputError, match="_instantiator, which names a loader"):
+        LitCLIP.load_from_checkpoint("hostile.ckpt")
+    assert "never_imported" not in sys.modules
+
+
+def _quantised() -> torch.Tensor:
+    return torch.quantize_per_tensor(torch.zeros(2), 0.1, 0, torch.qint8)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "problem"),
+    [
+        (torch.empty(2, device="meta"), "on the meta device"),
+        (torch.eye(2).to_sparse(), "sparse_coo"),
+        (torch.zeros(2, dtype=torch.complex64), "complex"),
+        (_quantised(), "quantised"),
+        (torch.zeros(1).expand(10**12), "of fewer values"),
+        ([1.0], "is of type list"),
+        ({"a": torch.zeros(1)}, "is of type dict"),
+    ],
+)
+def test_odd_tensors_are_named(tensor: Any, problem: str, checkpoint: dict[str, Any]) -> None:
+    checkpoint["state_dict"]["ln_final.weight"] = tensor
+    torch.save(checkpoint, "hostile.ckpt")
+    for run in ENTRIES.values():
+        with pytest.raises(InputError, match=f"does not hold tensors by name: 'ln_final.weight'.*{problem}"):
+            run()
+
+
+def test_names_of_weights_are_texts(checkpoint: dict[str, Any]) -> None:
+    checkpoint["state_dict"][7] = torch.zeros(1)
+    torch.save(checkpoint, "hostile.ckpt")
+    for run in ENTRIES.values():
+        with pytest.raises(InputError, match="hostile.ckpt: does not hold tensors by name: 7"):
+            run()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "problem"),
+    [({"layers": 10**9}, "layers 1000000000 must be at most 1000"), ({"width": 65536, "layers": 900}, "do not fit")],
+)
+def test_a_model_larger_than_its_file_is_refused_before_it_is_created(
+    sizes: dict[str, int], problem: str, checkpoint: dict[str, Any]
+) -> None:
+    checkpoint["hyper_parameters"]["architecture"]["text"] |= sizes
+    torch.save(checkpoint, "hostile.ckpt")
+    for run in ENTRIES.values():
+        with pytest.raises(InputError, match=problem):
+            run()
+
+
+def test_an_archive_that_unpacks_to_far_more_than_it_is_is_refused() -> None:
+    with zipfile.ZipFile("hostile.ckpt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(10**8))
+    with pytest.raises(InputError, match="bytes would unpack to 100000000"):
+        load_model("hostile.ckpt")
+
+
+@pytest.mark.parametrize("option", ["checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"])
+def test_timm_opens_nothing_that_an_architecture_names(option: str) -> None:
+    with pytest.raises(InputError, match=f"options.{option} is not allowed"):
+        TimmConfig("resnet18", options={option: "settings.yaml"})
+
+
+def test_a_lora_whose_base_is_itself_is_refused(checkpoint: dict[str, Any]) -> None:
+    checkpoint["hyper_parameters"] |= {"lora": {"r": 1, "alpha": 1.0, "targets": None}, "pretrained": "hostile.ckpt"}
+    checkpoint["base"] = {"pretrained": "hostile.ckpt", "sha256": "0" * 64}
+    torch.save(checkpoint, "hostile.ckpt")
+    with pytest.raises(InputError, match="its LoRA belongs to a model that is made of it"):
+        load_model("hostile.ckpt")
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_folders_of_weights_end_in_one_line(name: str, bait: Path) -> None:
+    folder = bait / "folder"
+    folder.mkdir()
+    for file, content in FOLDERS[name]["files"].items():
+        text = content if isinstance(content, str) else json.dumps(content)
+        (folder / file).write_text(text.replace("{deep}", "[" * 100_000), encoding="utf-8")
+    if FOLDERS[name].get("weights"):
+        save_file({"a": torch.zeros(1)}, folder / FOLDERS[name]["weights"])
+    with pytest.raises(InputError, match=FOLDERS[name]["line"]) as refused:
+        load_model(folder)
+    assert str(folder) in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+# Calls that can run what a file holds, with the argument that makes them safe; None: none does.
+UNSAFE = {
+    "torch.load": ("weights_only", True),
+    "np.load": ("allow_pickle", False),
+    "yaml.load": None,
+    "pickle.load": None,
+    "pickle.loads": None,
+    "torch.jit.load": None,
+    "torch.hub.load": None,
+    "marshal.loads": None,
+    "eval": None,
+    "exec": None,
+    "os.system": None,
+}
+ADMITTED = {"yaml.load": "_UniqueKeyLoader"}  # a SafeLoader
+
+
+def test_no_reader_of_files_can_run_what_they_hold() -> None:
+    found = []
+    for file in [
+        path for package in ("lit_clip", "callbacks", "datamodules") for path in (ROOT / package).rglob("*.py")
+    ]:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+                assert ast.unparse(node.value) == "False", file
+            if not isinstance(node, ast.Call) or (called := ast.unparse(node.func)) not in UNSAFE:
+                continue
+            safe = UNSAFE[called]
+            values = {each.arg: ast.unparse(each.value) for each in node.keywords}
+            if safe is not None and values.get(safe[0]) == str(safe[1]):
+                continue
+            if called in ADMITTED and ADMITTED[called] in ast.unparse(node):
+                continue
+            found.append(f"{file.name}:{node.lineno} {called}")
+    assert not found
