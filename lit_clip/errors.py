@@ -1,7 +1,25 @@
 """Errors that the user can fix."""
 
+import re
 from difflib import get_close_matches
 from pathlib import Path
+
+# Control characters except newline and tab, other separators of lines, marks that turn the direction of writing, and
+# what is not Unicode in a file's name.
+UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+LINE_BREAK = re.compile(r"\s*[\n\t]\s*")
+
+
+def printable(text: str) -> str:
+    """Return text with escapes, such as a backslash and ``x1b``, in place of the characters that steer a terminal."""
+    return UNPRINTABLE.sub(_escaped, text)
+
+
+def _escaped(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    if 0xDC80 <= code <= 0xDCFF:  # a byte of a file's name
+        code -= 0xDC00
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
 
 
 class InputError(ValueError):
@@ -11,10 +29,8 @@ class InputError(ValueError):
     """
 
     def __init__(self, *args: object) -> None:
-        # Names of files and columns need not be Unicode, but a message must be printable.
-        super().__init__(
-            *(arg.encode(errors="backslashreplace").decode() if isinstance(arg, str) else arg for arg in args)
-        )
+        # Names of files, columns and keys may hold anything.
+        super().__init__(*(printable(LINE_BREAK.sub(" ", arg)) if isinstance(arg, str) else arg for arg in args))
 
 
 def require(condition: bool, message: str) -> None:

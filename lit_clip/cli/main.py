@@ -16,9 +16,9 @@ from pathlib import Path
 from lit_clip.cli import other_names, subcommands
 from lit_clip.cli.imports import OPTION, command_words, find_working_folder, import_modules
 from lit_clip.cli.lazy_torchmetrics import defer_torchmetrics
-from lit_clip.errors import InputError
+from lit_clip.errors import InputError, printable
+from lit_clip.tools.guarded_output import guard_messages
 from lit_clip.tools.messages import one_line, user_error
-from lit_clip.tools.printable import guard_messages, printable
 from lit_clip.tools.processes import let_launcher_end, watch_launcher
 
 # LightningCLI's commands, imported when one of them is run.

@@ -11,7 +11,7 @@ import rich.text
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.segment import Segment
 
-from lit_clip.tools.printable import printable
+from lit_clip.errors import printable
 
 
 class Console(rich.console.Console):

@@ -240,28 +240,38 @@ def user_error(error: BaseException) -> BaseException | None:
     of_encoder = re.search(r"Not of type \w+: (architecture: .*)", str(error))
     if of_encoder:
         return InputError(of_encoder[1])
-    if isinstance(error, RuntimeError) and SILENT_PEER.search(str(error)):
-        return InputError(
-            "another process did not answer within the process group's time limit (timeout of --trainer.strategy, by "
-            "default 30 minutes); it may be stopped, or wait for a disk or store"
-        )
     # Of an error that a constructor raises jsonargparse keeps only the text if the class is in a union.
     if isinstance(error, ValueError) and str(error).startswith(UNION):
         found = (re.match(r"\s*- (.*)", line) for line in str(error).splitlines())
         ours = next((line[1] for line in found if line and not line[1].startswith(NO_REASON)), None)
         if ours:
             return InputError(ours)
+    of_machine = _of_machine(error)
+    if of_machine:
+        return of_machine
+    foreign = tuple(getattr(sys.modules[module], name) for module, name in FOREIGN.items() if module in sys.modules)
+    return error if isinstance(error, foreign) else None
+
+
+def _of_machine(error: BaseException) -> InputError | None:
+    """Return the error for a disk, a process or a data worker that failed; None if it was something else."""
+    words = str(error)
     if isinstance(error, OSError) and error.filename:
         return InputError(f"{error.filename}: {error.strerror}")
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return InputError(f"{error.strerror}: a disk or shared memory (/dev/shm) is full; make room there")
-    if isinstance(error, RuntimeError) and any(words in str(error) for words in LOST_PEER):
+    if not isinstance(error, RuntimeError):
+        return None
+    if SILENT_PEER.search(words):
+        return InputError(
+            "another process did not answer within the process group's time limit (timeout of --trainer.strategy, by "
+            "default 30 minutes); it may be stopped, or wait for a disk or store"
+        )
+    if any(each in words for each in LOST_PEER):
         return InputError("another process has ended; its error, if it printed one, is above")
-    if isinstance(error, RuntimeError) and (lost := LOST_WORKER.search(str(error))):
-        signal = LOST_WORKER.search(str(error.__cause__)) or lost  # torch's first error may know it
-        return _lost_worker(signal[1] or "")
-    foreign = tuple(getattr(sys.modules[module], name) for module, name in FOREIGN.items() if module in sys.modules)
-    return error if isinstance(error, foreign) else None
+    lost = LOST_WORKER.search(words)
+    signal = LOST_WORKER.search(str(error.__cause__)) or lost  # torch's first error may know it
+    return _lost_worker((signal and signal[1]) or "") if lost else None
 
 
 def _lost_worker(signal: str) -> InputError:

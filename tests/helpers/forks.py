@@ -81,12 +81,6 @@ def run(programs: Sequence[Program], timeout: float) -> list[subprocess.Complete
     ]
 
 
-def start_server() -> None:
-    """Start the server that is forked, unless it runs."""
-    with chdir(ROOT), patch.dict(os.environ, HF_HUB_OFFLINE="1"):
-        ensure_running()  # imports modules from the current folder
-
-
 def become(program: Program, out: str, err: str) -> None:
     """Become the program, in the child process."""
     for descriptor, path in ((1, out), (2, err)):

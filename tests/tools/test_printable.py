@@ -11,8 +11,8 @@ import pytest
 from rich.table import Table
 
 from lit_clip.commands.classify import RankedClass, _as_csv, _as_json
+from lit_clip.errors import UNPRINTABLE, printable
 from lit_clip.tools.console import Console, Text
-from lit_clip.tools.printable import UNPRINTABLE, printable
 
 HOSTILE = (
     "\x1b[31mred\x1b[0m",
@@ -66,7 +66,7 @@ def test_markup_and_names_of_emoji_in_a_name_are_text() -> None:
 def test_log_messages_warnings_and_tracebacks_are_escaped() -> None:
     program = (
         "import logging, warnings\n"
-        "from lit_clip.tools.printable import guard_messages\n"
+        "from lit_clip.tools.guarded_output import guard_messages\n"
         "guard_messages()\n"
         "logging.getLogger('x').warning('log %s', '\\x1b[31m')\n"
         "warnings.warn('warned \\x1b[32m')\n"

@@ -1,28 +1,13 @@
 """Text for the terminal: what comes from a file, such as its name, must not reach it as an escape sequence."""
 
 import logging
-import re
 import sys
 import traceback
 import warnings
 from types import TracebackType
 from typing import TextIO
 
-# Control characters except newline and tab, other separators of lines, marks that turn the direction of writing, and
-# what is not Unicode in a file's name.
-UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-def printable(text: str) -> str:
-    """Return text with escapes, such as a backslash and ``x1b``, in place of the characters that steer a terminal."""
-    return UNPRINTABLE.sub(_escaped, text)
-
-
-def _escaped(found: re.Match[str]) -> str:
-    code = ord(found[0])
-    if 0xDC80 <= code <= 0xDCFF:  # a byte of a file's name
-        code -= 0xDC00
-    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+from lit_clip.errors import printable
 
 
 def guard_messages() -> None:
