@@ -60,9 +60,9 @@ def resume() -> None:
     settings = torch.load("whole.ckpt", weights_only=True)["hyper_parameters"]
     module = LitCLIP(CLIPConfig.from_dict(settings["architecture"]))
     quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    Trainer(accelerator="cpu", enable_checkpointing=False, limit_val_batches=0, **quiet).validate(
-        module, torch.utils.data.DataLoader([]), ckpt_path="hostile.ckpt", verbose=False
-    )
+    trainer = Trainer(accelerator="cpu", enable_checkpointing=False, limit_val_batches=0, **quiet)
+    nothing: Any = []
+    trainer.validate(module, torch.utils.data.DataLoader(nothing), ckpt_path="hostile.ckpt", verbose=False)
 
 
 ENTRIES: dict[str, Callable[[], Any]] = {

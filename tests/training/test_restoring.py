@@ -41,7 +41,8 @@ def fit(folder: Path, steps: int, checkpoint: str | None = None) -> Trainer:
     saves = ModelCheckpoint(folder / "checkpoints", "{step}", every_n_train_steps=1)
     callbacks = [saves, NonFiniteSteps(), RandomStates()]
     trainer = Trainer(accelerator="cpu", max_steps=steps, callbacks=callbacks, **quiet)
-    trainer.fit(Line(), DataLoader(torch.ones(8, 1)), ckpt_path=checkpoint)
+    eight: Any = torch.ones(8, 1)
+    trainer.fit(Line(), DataLoader(eight), ckpt_path=checkpoint)
     return trainer
 
 
