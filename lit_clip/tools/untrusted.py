@@ -14,9 +14,9 @@ files, may name what they like; these files may not:
   (:mod:`lit_clip.models.external_settings`). The files of a folder lie in that folder.
 - **No program**: files that can hold one are read by readers that admit tensors and plain values alone.
 
-Two things may be fetched, by a published name or by a path: the weights that a LoRA's checkpoint is an addition to, which
-must have the fingerprint that the checkpoint names, and the teacher of a distillation that is resumed. They are data
-under the same rule. What a trainer restores beside the model is in :mod:`lit_clip.training.restoring`.
+Two things may be fetched, by a published name or by a path: the weights that a LoRA's checkpoint is an addition to,
+which must have the fingerprint that the checkpoint names, and the teacher of a distillation that is resumed. They are
+data under the same rule. What a trainer restores beside the model is in :mod:`lit_clip.training.restoring`.
 """
 
 import dataclasses
