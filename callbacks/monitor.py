@@ -18,6 +18,7 @@ from lit_clip.batch import CaptionBatch
 from lit_clip.errors import require
 from lit_clip.models.clip import CLIP
 from lit_clip.module import LitCLIP
+from lit_clip.tools.untrusted import check_entries
 
 SCALARS = ("logit_scale", "logit_bias")
 
@@ -80,6 +81,7 @@ class TrainingMonitor(TimedCallback):
         return {"samples_seen": self._samples_seen}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_entries(state_dict, {"samples_seen": int}, "callbacks.TrainingMonitor")
         self._samples_seen = state_dict["samples_seen"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

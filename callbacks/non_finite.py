@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from lit_clip import distributed
 from lit_clip.errors import InputError, require
 from lit_clip.module import TrainingStep
+from lit_clip.tools.untrusted import check_entries
 from lit_clip.training.optim import skip_step
 from lit_clip.training.run_folder import run_folder
 
@@ -79,6 +80,7 @@ class NonFiniteSteps(Callback):
         return {"steps": self.steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_entries(state_dict, {"steps": int}, "callbacks.NonFiniteSteps")
         self.steps = state_dict["steps"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -14,6 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lit_clip import distributed
 from lit_clip.errors import InputError, require
 from lit_clip.module import LitCLIP
+from lit_clip.tools.untrusted import check_entries
 
 Result = TypeVar("Result")
 
@@ -78,6 +79,8 @@ class PeriodicEvaluation(Callback):
         return {"metrics": self._last.metrics, "baselines": self._last.baselines, "waited": self._waited}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        types = {"metrics": dict[str, object], "baselines": dict[str, object], "waited": int}
+        check_entries(state_dict, types, f"callbacks.{type(self).__name__}")
         self._last = PeriodicResult(dict(state_dict["metrics"]), dict(state_dict["baselines"]))
         self._waited = state_dict["waited"]
 

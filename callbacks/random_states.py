@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_clip import distributed
+from lit_clip.training.restoring import restoring
 
 
 class RandomStates(Callback):
@@ -29,7 +30,8 @@ class RandomStates(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         rank, world = distributed.rank_and_world()
         if len(self._saved) == world:
-            restore_random_states(self._saved[rank])
+            with restoring(str(trainer.ckpt_path)):
+                restore_random_states(self._saved[rank])
         self._saved = []
 
 

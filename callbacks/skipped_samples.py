@@ -14,6 +14,7 @@ from lit_clip import distributed
 from lit_clip.batch import JUDGED_AFTER, CaptionBatch
 from lit_clip.errors import InputError
 from lit_clip.tools.hashing import hash64
+from lit_clip.tools.untrusted import check_entries
 from lit_clip.training.run_folder import run_folder
 
 FILE = "skipped.jsonl"
@@ -165,6 +166,7 @@ class SkippedSamples(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if saved := checkpoint.get("skipped_samples"):
+            check_entries(saved, {"drawn": int, "counts": dict[str, int]}, "skipped_samples")
             self.training.drawn, self.training.counts = saved["drawn"], Counter(saved["counts"])
 
     def _join_training(self, trainer: Trainer) -> None:

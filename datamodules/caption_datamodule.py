@@ -41,6 +41,7 @@ from lit_clip.models.config import Preprocessing, Size, height_width
 from lit_clip.models.preprocess import pixels
 from lit_clip.models.tokenizer import CLIPTokenizer, TextTokenizer
 from lit_clip.tools.images import OnError, decoding_at_least
+from lit_clip.tools.untrusted import check_entries, shortened
 from lit_clip.tools.workers import Sent, shield_worker
 
 
@@ -271,6 +272,8 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         return {**position._asdict(), "settings": self._settings(position.epoch)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_entries(state_dict, {"epoch": int, "batch": int, "settings": dict[str, Any]}, type(self).__name__)
+        require(not state_dict or {*Position._fields, "settings"} <= state_dict.keys(), "holds no position in the data")
         self._resumed = state_dict
 
     def _position(self) -> Position:
@@ -288,7 +291,10 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         """
         start = Position(self._resumed["epoch"], self._resumed["batch"])
         saved, now = self._resumed["settings"], self._settings(start.epoch)
-        changed = [f"{name} {saved[name]} there and {now[name]} here" for name in now if saved[name] != now[name]]
+        there = {name: saved.get(name) for name in now}
+        changed = [
+            f"{name} {shortened(there[name])} there and {now[name]} here" for name in now if there[name] != now[name]
+        ]
         if start.batch and changed:
             raise InputError(
                 f"checkpoint: saved after {start.batch} batches of an epoch that cannot be continued: "

@@ -19,6 +19,7 @@ from lit_clip.batch import JUDGED_AFTER
 from lit_clip.distributed import gather_objects
 from lit_clip.errors import InputError
 from lit_clip.tools.images import OnError
+from lit_clip.tools.untrusted import check_entries
 
 VALIDATION_SHARE = 0.1
 
@@ -151,6 +152,7 @@ class Captions(CaptionDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Open the data again as they were, if an address in them has changed since the checkpoint was saved."""
         super().load_state_dict(state_dict)
+        check_entries(state_dict, {"versions": dict[str, str]}, type(self).__name__)
         opened = self._opened_versions()
         saved = state_dict.get("versions", {})
         fitting = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING

@@ -43,7 +43,7 @@ from lit_clip.training.optim import (
 from lit_clip.training.optimization import Optimization
 from lit_clip.training.schedules import ScheduleFactory, WarmupCosine
 from lit_clip.training.sync_batch_norm import synchronise_batch_norm
-from lit_clip.weights.checkpoints import base_name, check_progress, check_settings, checked
+from lit_clip.weights.checkpoints import base_name, check_settings, checked
 from lit_clip.weights.fingerprint import weights_sha256
 from lit_clip.weights.load import check_before_loading, create_model, whole_name
 from lit_clip.weights.training_checkpoints import close_epoch, pack_checkpoint, reopen_epoch, unpack_checkpoint
@@ -379,14 +379,11 @@ class LitCLIP(LightningModule):
             check_resumed_loss(self.hparams["loss"], checkpoint["hyper_parameters"].get("loss"), name)
             if self.trainer.is_global_zero:
                 remove_leftovers(Path(name))
-            check_progress(
-                checkpoint.get("loops", {}).get("fit_loop", {}), self._trainer.fit_loop.state_dict(), f"{name}: loops"
-            )
         unpack_checkpoint(checkpoint, self, self.base_sha256, name)
         self.before = dict(checkpoint.get("before", {}))  # wise-ft writes none
         if self._trainer and self._trainer.state.fn == TrainerFn.FITTING:
             require(
-                "optimizer_states" in checkpoint,
+                "optimizer_states" in checkpoint and "optimizer" in checkpoint["hyper_parameters"],
                 f"{name}: holds weights only, so training cannot resume; start from it with --model.pretrained",
             )
             groups, steps = self._parameter_groups(), total_steps(self.trainer)

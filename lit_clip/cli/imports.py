@@ -6,6 +6,8 @@ A module that only a checkpoint names is never imported.
 import importlib
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,21 @@ def find_working_folder() -> None:
     folder = str(Path.cwd())
     if folder not in sys.path and "" not in sys.path:
         sys.path.append(folder)
+
+
+def find_stubs_without_a_program() -> None:
+    """Tell the parser's search for type stubs the search path, which it would ask another Python for.
+
+    That one starts in the working folder and imports what it finds there first: a ``json.py`` among somebody's images.
+    """
+    if find_spec("typeshed_client") is None:  # the parser does without
+        return
+    import typeshed_client
+
+    path = [Path(folder) for folder in sys.path if folder]
+    ask: Any = typeshed_client.get_search_context
+    if not isinstance(ask, partial):
+        setattr(typeshed_client, "get_search_context", partial(ask, search_path=path))  # noqa: B010  # its type is fixed
 
 
 def command_words(words: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -14,7 +14,13 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from lit_clip.cli import other_names, subcommands
-from lit_clip.cli.imports import OPTION, command_words, find_working_folder, import_modules
+from lit_clip.cli.imports import (
+    OPTION,
+    command_words,
+    find_stubs_without_a_program,
+    find_working_folder,
+    import_modules,
+)
 from lit_clip.cli.lazy_torchmetrics import defer_torchmetrics
 from lit_clip.errors import InputError, printable
 from lit_clip.tools.guarded_output import guard_messages
@@ -101,6 +107,8 @@ def _run(words: list[str]) -> int:
     modules, words = command_words(words)
     _check_command(words)
     import_modules(modules, OPTION)
+    if words[0] not in ("-h", "--help"):
+        find_stubs_without_a_program()
     if words[0] in ("-h", "--help"):
         sys.stdout.write(f"{help_text()}\n")
     elif words[0] in subcommands.COMMANDS:

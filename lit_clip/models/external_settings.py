@@ -12,6 +12,7 @@ from typing import Any, cast
 from lit_clip.errors import InputError, require
 from lit_clip.models.config import CLIPConfig, HuggingFaceTextConfig, Preprocessing, TimmConfig
 from lit_clip.models.custom_config import CustomImageConfig, CustomTextConfig
+from lit_clip.tools.reading import LONGEST_REASON
 
 
 def with_external_settings(config: CLIPConfig) -> CLIPConfig:
@@ -111,6 +112,6 @@ def check_text_only(config: Any, source: str) -> None:
 
 
 def one_line(error: Exception) -> str:
-    """Return the first line of an error of transformers, which may be a page long."""
+    """Return the first line of an error of transformers, which may be a page long, and quote the file."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return lines[0][:LONGEST_REASON] if lines else type(error).__name__

@@ -11,6 +11,7 @@ from torch import Tensor
 from lit_clip.errors import InputError
 from lit_clip.models.config import HuggingFaceTokenizerConfig
 from lit_clip.models.tokenizer import TextTokenizer, repaired
+from lit_clip.tools.reading import reason
 
 _NO_PUNCTUATION = str.maketrans("_", " ", string.punctuation.replace("_", ""))
 
@@ -101,8 +102,7 @@ def from_source(
     try:
         loaded: Any = AutoTokenizer.from_pretrained(config.source, trust_remote_code=False)
     except Exception as error:  # damaged or foreign files raise anything
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"architecture.text: no tokenizer at {config.source!r} ({reason})") from error
+        raise InputError(f"architecture.text: no tokenizer at {config.source!r} ({reason(error)})") from error
     backend = _backend(loaded)
     if backend is None:
         raise InputError(

@@ -14,8 +14,9 @@ files, may name what they like; these files may not:
   (:mod:`lit_clip.models.external_settings`). The files of a folder lie in that folder.
 - **No program**: files that can hold one are read by readers that admit tensors and plain values alone.
 
-One thing may be fetched: the weights that a LoRA's checkpoint is an addition to, by a published name or by a path. They
-are data under the same rule, and must have the fingerprint that the checkpoint names.
+Two things may be fetched, by a published name or by a path: the weights that a LoRA's checkpoint is an addition to,
+which must have the fingerprint that the checkpoint names, and the teacher of a distillation that is resumed. They are
+data under the same rule. What a trainer restores beside the model is in :mod:`lit_clip.training.restoring`.
 """
 
 import dataclasses
@@ -91,6 +92,8 @@ def fits(value: Any, hint: Any) -> bool:
     origin, inner = get_origin(hint), get_args(hint)
     if hint is Any:
         return is_plain(value)
+    if hint is object:
+        return True
     if origin in (Union, UnionType):
         return any(fits(value, each) for each in inner)
     if origin is Literal:
@@ -113,6 +116,35 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 LARGEST = 2**63  # torch's integers
+
+
+def check_entries(values: Any, types: Mapping[str, Any], where: str = "") -> None:
+    """Raise :class:`InputError` if an entry that is there is of another type, or a count is below 0.
+
+    Args:
+        values: a mapping from a file.
+        types: by name of the entry; there may be other entries.
+        where: their place, for messages.
+    """
+    require(isinstance(values, Mapping), f"{where}: {shortened(values)} must be a mapping")
+    for name, hint in types.items():
+        if name in values:
+            value, place = values[name], f"{where}.{name}" if where else name
+            require(fits(value, hint), f"{place}: {shortened(value)} must be {shown_type(hint)}")
+            require(type(value) is not int or value >= 0, f"{place}: {shortened(value)} must be at least 0")
+
+
+def is_like(value: Any, sample: Any) -> bool:
+    """Return whether a file's value is of another's kind: a flag, a number, a text, a mapping, or a list of them."""
+    if isinstance(sample, bool):
+        return isinstance(value, bool)
+    if isinstance(sample, int | float):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(sample, list | tuple):
+        return isinstance(value, list | tuple) and all(is_like(item, each) for each in sample[:1] for item in value)
+    if isinstance(sample, str | Mapping):
+        return isinstance(value, str if isinstance(sample, str) else Mapping)
+    return True
 
 
 def check_names_nothing(values: Any, where: str) -> None:

@@ -5,7 +5,7 @@ import os
 import pickle
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -64,19 +64,40 @@ def _problem(state: Any) -> str:
     for key, tensor in state.items():
         if not isinstance(key, str) or not isinstance(tensor, Tensor):
             return f"{shortened(key)} is of type {type(tensor).__name__}"
-        kinds = {
-            "on the meta device, without values": tensor.is_meta,
-            f"{str(tensor.layout).removeprefix('torch.')}": tensor.layout != torch.strided or tensor.is_nested,
-            "quantised": tensor.is_quantized,
-            "complex": tensor.is_complex(),
-        }
-        problem = next((kind for kind, holds in kinds.items() if holds), "")
-        # A copy of a view that repeats a few values would fill the memory.
-        if not problem and tensor.nbytes > SMALL and tensor.nbytes > tensor.untyped_storage().nbytes():
-            problem = f"{list(tensor.shape)} of fewer values"
-        if problem:
+        if problem := _oddity(tensor):
             return f"{shortened(key)} is {problem}"
     return ""
+
+
+def _oddity(tensor: Tensor) -> str:
+    """Return how a tensor is not a plain one; an empty string if it is."""
+    kinds = {
+        "on the meta device, without values": tensor.is_meta,
+        f"{str(tensor.layout).removeprefix('torch.')}": tensor.layout != torch.strided or tensor.is_nested,
+        "quantised": tensor.is_quantized,
+        "complex": tensor.is_complex(),
+    }
+    problem = next((kind for kind, holds in kinds.items() if holds), "")
+    # A copy of a view that repeats a few values would fill the memory.
+    if not problem and tensor.nbytes > SMALL and tensor.nbytes > tensor.untyped_storage().nbytes():
+        problem = f"{list(tensor.shape)} of fewer values"
+    return problem
+
+
+DEEPEST = 100  # mappings and lists within each other; those that hold themselves have no end
+
+
+def check_tensors_within(values: Any, where: str = "", depth: int = 0) -> None:
+    """Raise :class:`InputError` if values hold, at any depth, a tensor that is not plain, or are nested too deeply."""
+    require(depth <= DEEPEST, f"{where.partition('.')[0]}: nested too deeply")
+    if isinstance(values, Tensor):
+        require(not (problem := _oddity(values)), f"{where}: a tensor that is {problem}")
+    elif isinstance(values, Mapping):
+        for name, value in values.items():
+            check_tensors_within(value, f"{where}.{str(name)[:80]}" if where else str(name), depth + 1)
+    elif isinstance(values, list | tuple):
+        for value in values:
+            check_tensors_within(value, where, depth + 1)
 
 
 def as_float32(state: dict[str, Any]) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from lit_clip.errors import InputError
 from lit_clip.tools.atomic import draft_of
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.reading import reading
+from lit_clip.training.restoring import check_restorable, restore_in_one_line
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -117,17 +118,22 @@ def load_the_same_checkpoint(trainer: Trainer) -> None:
 
     Each rank looks for the newest checkpoint on its own disk; one that finds another, or none, would train on alone
     while the others wait for it. Lightning has no hook that ranks without a checkpoint reach, too. A file that is no
-    checkpoint is an :class:`InputError`, whatever the plugin that reads it raises.
+    checkpoint, or whose states cannot be restored, is an :class:`InputError`, whatever is raised.
     """
     connector: Any = trainer._checkpoint_connector
 
     def resume_start(path: Any = None, weights_only: bool | None = None) -> None:
         if trainer.world_size > 1:
             _check_the_same(path)
+        # Lightning's default for an address would run a program that it holds.
+        weights_only = True if weights_only is None else weights_only
         with reading(path, "checkpoint") if path else nullcontext():
             type(connector).resume_start(connector, path, weights_only)
+        if path:
+            check_restorable(connector._loaded_checkpoint, trainer, path)
 
     connector.resume_start = resume_start
+    restore_in_one_line(connector)
 
 
 def _check_the_same(path: Any) -> None:

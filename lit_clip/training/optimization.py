@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lit_clip.errors import InputError, require
 from lit_clip.tools.parts import Description, describe, describe_instance
-from lit_clip.tools.untrusted import factory_of, is_trusted
+from lit_clip.tools.untrusted import check_entries, factory_of, is_like, is_trusted, shortened
 from lit_clip.training.optim import (
     Decays,
     ExceptGainsAndBiases,
@@ -146,14 +146,27 @@ class Optimization:
         settings = here["optimizer"]["init_args"]
         changed = {key: value for key, value in settings.items() if there["init_args"].get(key) != value}
         rates = "lr" in changed or hparams["layer_decay"] != layer_decay
+        defaults = trial(self.optimizer).defaults
         for optimizer in checkpoint.get("optimizer_states", []):
+            _check_state(optimizer, defaults, f"{name}: optimizer_states")
             _resume_groups(optimizer["param_groups"], groups, changed, rates, name)
         for schedule in checkpoint.get("lr_schedulers", []):
+            self._check_schedule(schedule, groups, steps, f"{name}: lr_schedulers")
             same = hparams["lr_scheduler"] == here["lr_scheduler"] and schedule.get("total_steps") in (None, steps)
             if not same:
                 self._start_schedule(schedule, checkpoint, groups, steps)
             elif rates and "base_lrs" in schedule:
                 schedule["base_lrs"] = [group["lr"] for group in groups]
+
+    def _check_schedule(self, saved: Mapping[str, Any], groups: Groups, steps: int, where: str) -> None:
+        """Check a saved schedule's values against a new one's, which torch would overwrite with whatever they are."""
+        optimizer = self.optimizer([{**group, "params": [nn.Parameter(torch.zeros(8, 8))]} for group in groups])
+        factory = factory_of(self._lr_scheduler, "model.lr_scheduler", LRScheduler)
+        fresh = create_schedule(factory, optimizer, steps).state_dict()
+        for key, value in fresh.items():
+            theirs = saved.get(key, value)
+            possible = is_like(theirs, value) and (key not in ("base_lrs", "_last_lr") or len(theirs) == len(value))
+            require(possible, f"{where}: {key} {shortened(theirs)} is not possible")
 
     def _start_schedule(
         self, schedule: dict[str, Any], checkpoint: Mapping[str, Any], groups: Groups, steps: int
@@ -206,6 +219,28 @@ def _resume_groups(
         group["name"] = ours["name"]
         if "weight_decay" in ours:  # that of a group need not be that of the settings
             group["weight_decay"] = ours["weight_decay"]
+
+
+def _check_state(saved: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> None:
+    """Check a saved optimiser's settings against a new one's; flags, which no run changes, are the new one's."""
+    _need(saved, {"state": dict[object, object], "param_groups": list[dict[str, object]]}, where)
+    for group in saved["param_groups"]:
+        _need(group, {"name": str, "params": list[object], "lr": object}, where)
+        for key in defaults.keys() & group.keys():
+            value, sample = group[key], defaults[key]
+            if isinstance(sample, bool):
+                group[key] = sample
+            elif key in ("foreach", "fused"):
+                require(value is None or isinstance(value, bool), f"{where}: {key} {shortened(value)} is no flag")
+            else:
+                possible = is_like(value, sample) and (not isinstance(sample, tuple) or len(value) == len(sample))
+                require(possible, f"{where}: {key} {shortened(value)} is not possible")
+
+
+def _need(values: Mapping[str, Any], types: Mapping[str, Any], where: str) -> None:
+    check_entries(values, types, where)
+    for name in types:
+        require(name in values, f"{where}: lacks {name}")
 
 
 def _shape(group: Mapping[str, Any]) -> tuple[str, int]:

@@ -20,8 +20,17 @@ from lit_clip.models.hf_tokenizer import HuggingFaceTokenizer, check_ids
 from lit_clip.models.lora import LoRA
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.tools.reading import reason
-from lit_clip.tools.untrusted import LARGEST, check_fields, check_names_nothing, fits, given, shortened, shown_type
-from lit_clip.tools.weight_files import Source, read_file
+from lit_clip.tools.untrusted import (
+    LARGEST,
+    check_entries,
+    check_fields,
+    check_names_nothing,
+    fits,
+    given,
+    shortened,
+    shown_type,
+)
+from lit_clip.tools.weight_files import Source, check_tensors_within, read_file
 
 EMA_WEIGHTS = "exponential moving average"  # a checkpoint's ``weights`` if its state_dict is an average
 
@@ -33,6 +42,8 @@ _TYPES: dict[str, Any] = {
     "context_length": int | None,
     "micro_batch_size": int | None,
 }
+_PARTS = ("optimizer", "lr_scheduler", "decay", "loss")
+_PART: dict[str, Any] = {"class_path": str, "init_args": dict[str, object]}
 _DATACLASSES: dict[str, type] = {"freeze": Freeze, "layer_decay": LayerDecay, "lora": LoRA}
 # Entries beside the settings and weights: ours, and Lightning's. A missing one is noticed by who needs it.
 _OURS: dict[str, Any] = {"weights": str, "before": dict[str, object], "loss": dict[str, object]}
@@ -44,7 +55,14 @@ _LIGHTNINGS: dict[str, Any] = {
     "callbacks": dict[str, object],
     "optimizer_states": list[dict[str, object]],
     "lr_schedulers": list[dict[str, object]],
+    "current_model_state": dict[str, object],
+    "averaging_state": dict[str, object],
+    "random_states": list[dict[str, object]],
+    "skipped_samples": dict[str, object],
+    "validation_due": bool,
 }
+# Where Lightning looks for settings too: older names of hyper_parameters, and what to make of them.
+_OTHER_SETTINGS = ("hparams", "module_arguments", "hparams_name", "hparams_type")
 
 
 @dataclass
@@ -111,6 +129,11 @@ def _checked_settings(hparams: Mapping[str, Any]) -> CLIPConfig:
     for name, kind in _DATACLASSES.items():
         value = hparams.get(name)
         given(kind, LayerDecay(value, value) if kind is LayerDecay and isinstance(value, float) else value, name)
+    for name in _PARTS:
+        if hparams.get(name) is not None:
+            check_entries(
+                hparams[name], {"class_path": str, "init_args": dict[str, object]}, f"hyper_parameters.{name}"
+            )
     return config
 
 
@@ -127,27 +150,25 @@ def check_settings(settings: Mapping[str, Any], where: str) -> None:
             require(value >= 1, f"{where}{name}: {value} must be at least 1")
 
 
-def _check_entries(checkpoint: Mapping[str, Any], types: Mapping[str, Any]) -> None:
-    for name, hint in types.items():
-        if name in checkpoint:
-            value = checkpoint[name]
-            require(fits(value, hint), f"{name}: {shortened(value)} must be {shown_type(hint)}")
-            require(type(value) is not int or value >= 0, f"{name}: {shortened(value)} must be at least 0")
-
-
 def _check_ours(checkpoint: Mapping[str, Any], config: CLIPConfig) -> None:
-    _check_entries(checkpoint, _OURS)
+    check_entries(checkpoint, _OURS)
+    for name in _OTHER_SETTINGS:  # which nobody would check
+        harmless = checkpoint.get(name) is None or (name, checkpoint[name]) == ("hparams_name", "kwargs")
+        require(harmless, f"may not have {name}; its settings are hyper_parameters")
     given(SavedTokenizer, checkpoint.get("tokenizer"), "tokenizer")
     given(Base, checkpoint.get("base"), "base")
     # Otherwise opening the file would fetch what it names.
     require("tokenizer" in checkpoint or config.text.tokenizer is None, "holds no tokenizer")
+    named = checkpoint["hyper_parameters"].get("pretrained")
+    require(named is None or "base" in checkpoint, "hyper_parameters.pretrained: only a LoRA's checkpoint has a base")
     require(getattr(config.text, "model", {}) is not None, "holds no configuration of its text encoder")
 
 
 def check_lightnings_entries(checkpoint: Mapping[str, Any], name: Source) -> None:
     """Raise :class:`InputError` if an entry that Lightning reads is of another type, before it reads them."""
     try:
-        _check_entries(checkpoint, _LIGHTNINGS)
+        check_tensors_within(checkpoint)
+        check_entries(checkpoint, _LIGHTNINGS)
         version = checkpoint.get("pytorch-lightning_version")
         numbered = isinstance(version, str) and re.match(r"\d+(\.\d+)+", version) is not None
         require(numbered, f"pytorch-lightning_version: {shortened(version)} is no version")
@@ -193,13 +214,14 @@ def check_base(checkpoint: Mapping[str, Any], ours: str, name: str | os.PathLike
         )
 
 
-def check_progress(saved: Any, fresh: Any, where: str) -> None:
+def check_progress(saved: Any, fresh: Any, where: str, outermost: bool = True) -> None:
     """Check that a checkpoint's counts of steps are such as Lightning writes.
 
     Args:
         saved: the checkpoint's.
         fresh: those of a trainer that has not begun.
         where: their place, for messages.
+        outermost: whether these are whole loops, by name.
 
     Raises:
         InputError: a count is missing or is no whole number of at least 0.
@@ -208,9 +230,9 @@ def check_progress(saved: Any, fresh: Any, where: str) -> None:
         require(isinstance(saved, Mapping), f"{where}: {shortened(saved)} must be a mapping")
         for name, value in fresh.items():
             # Versions of Lightning have different loops; a loop of other counts is damaged.
-            if name in saved or not isinstance(value, Mapping):
+            if name in saved or not (outermost and isinstance(value, Mapping)):
                 require(name in saved, f"{where}: lacks {name}")
-                check_progress(saved[name], value, f"{where}.{name}")
+                check_progress(saved[name], value, f"{where}.{name}", outermost=False)
     elif type(fresh) is int:
         require(
             type(saved) is int and 0 <= saved < LARGEST,

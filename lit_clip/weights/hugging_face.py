@@ -25,7 +25,7 @@ from lit_clip.models.config import (
     VisionTransformerConfig,
 )
 from lit_clip.models.tokenizer import EOT_ID, SOT_ID
-from lit_clip.tools.reading import reading
+from lit_clip.tools.reading import reading, reason
 from lit_clip.tools.untrusted import check_names_nothing, fits, shortened
 from lit_clip.tools.weight_files import read_tensors
 from lit_clip.weights.hugging_face_keys import clip_pairs, renamed, siglip_pairs
@@ -188,7 +188,7 @@ def _complete(kind: Literal["CLIPConfig", "SiglipConfig"], values: Mapping[str, 
     try:
         return getattr(transformers, kind).from_dict(dict(values))
     except Exception as error:  # their validation raises anything
-        raise InputError(f"config.json: not a {kind} ({' '.join(str(error).split())})") from error
+        raise InputError(f"config.json: not a {kind} ({reason(error)})") from error
 
 
 def _clip_config(values: Mapping[str, Any], preprocessor: Mapping[str, Any] | None) -> CLIPConfig:

@@ -240,8 +240,8 @@ def check_fits(checkpoint: dict[str, Any], name: Source) -> None:
 
     A LoRA's checkpoint names its base, which is compared when it is opened; an encoder of one's own is code.
     """
-    check_lightnings_entries(checkpoint, name)
     checked_tensors(checkpoint["state_dict"], name)
+    check_lightnings_entries(checkpoint, name)
     config = CLIPConfig.from_dict(checkpoint["hyper_parameters"]["architecture"])
     if not custom_encoders(config) and "base" not in checkpoint:
         check_weights(_empty(resolve_architecture(config)), checkpoint["state_dict"], name)

@@ -120,23 +120,25 @@ def test_other_commands_open_the_checkpoint_once_the_module_is_named(trained: Pa
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-ARCHITECTURE = {"embed_dim": 8, "image": {"timm": "resnet18", "options": {"drop_rate": {"class_path": "hostile.X"}}}}
+TIMM = {"timm": "resnet18", "options": {"drop_rate": {"class_path": "hostile.X"}}}
+IMPORT = "encoder is hostile.X; import hostile first (in Python), or name it: lit-clip --import hostile COMMAND"
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
+    ("key", "value", "line"),
     [
-        ("architecture.image.class_path", "hostile.X"),
-        ("architecture.text.class_path", "hostile.X"),
-        ("architecture.image", ARCHITECTURE["image"]),
-        ("freeze", "hostile.X"),
-        ("freeze", {"class_path": "hostile.X"}),
-        ("freeze", {"image": "hostile.X"}),
-        ("lora", {"class_path": "hostile.X", "init_args": {}}),
+        ("architecture.image.class_path", "hostile.X", f"its image {IMPORT}"),
+        ("architecture.text.class_path", "hostile.X", f"its text {IMPORT}"),
+        # Importing the module would change nothing for these, which are plain values.
+        ("architecture.image", TIMM, "architecture.image: options.drop_rate: may not name a class ('hostile.X')"),
+        ("freeze", "hostile.X", "freeze: 'hostile.X' must be a mapping of settings"),
+        ("freeze", {"class_path": "hostile.X"}, "freeze: has no setting 'class_path'; there are image, text"),
+        ("freeze", {"image": "hostile.X"}, "freeze: image 'hostile.X' must be 'all' or a mapping or null"),
+        ("lora", {"class_path": "hostile.X", "init_args": {}}, "lora: has no setting 'class_path'; there are r, alpha"),
     ],
 )
 def test_a_module_that_a_checkpoint_names_is_not_imported(
-    key: str, value: Any, trained: Path, caption_table: Path
+    key: str, value: Any, line: str, trained: Path, caption_table: Path
 ) -> None:
     checkpoint = copy.deepcopy(torch.load(checkpoint_of(trained), weights_only=True))
     *path, last = key.split(".")
@@ -148,8 +150,8 @@ def test_a_module_that_a_checkpoint_names_is_not_imported(
     done = fit(trained, caption_table, "--config", "own.yaml", "--ckpt_path", "hostile.ckpt", "--print_plan")
     assert not (trained / "RAN").exists()
     assert done.returncode == 2
-    assert "hostile.ckpt: its " in done.stderr
-    assert "import hostile first (in Python), or name it: lit-clip --import hostile" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("lit-clip: error: hostile.ckpt: ")
+    assert line in done.stderr
     if "class_path" in key:
         words = ["classify", "photos", "--model", "hostile.ckpt", "--classes", "dog"]
         done = lit_clip_command(trained, "--import", "my_encoder", *words)

@@ -1,0 +1,120 @@
+"""What a trainer restores from a checkpoint beside the model: checked before Lightning uses it.
+
+The states of loops, callbacks, optimisers and schedules are somebody's data, see :mod:`lit_clip.tools.untrusted`.
+Lightning and torch take them as they are: a count that is a text fails in the middle of a run, and a path that
+``ModelCheckpoint`` remembers is deleted, with all that is below it, when the next checkpoint takes its place.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import PurePath
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from lit_clip.errors import InputError, require
+from lit_clip.tools.reading import reason
+from lit_clip.tools.untrusted import check_entries, shortened
+from lit_clip.weights.checkpoints import check_lightnings_entries, check_progress
+
+# States of an optimiser that are of their parameter's shape.
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg")
+PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")
+
+
+def check_restorable(checkpoint: Any, trainer: Trainer, name: str) -> None:
+    """Check what a trainer will restore, before it begins to.
+
+    Args:
+        checkpoint: as Lightning has loaded it.
+        trainer: set up, and not begun.
+        name: of the checkpoint, for messages.
+
+    Raises:
+        InputError: an entry is of another type, or a callback's state names a file that is not this run's.
+    """
+    require(isinstance(checkpoint, Mapping), f"{name}: not a checkpoint (a {type(checkpoint).__name__})")
+    check_lightnings_entries(checkpoint, name)
+    loops = checkpoint.get("loops") or {}
+    for kind in ("fit", "validate", "test", "predict"):
+        fresh = getattr(trainer, f"{kind}_loop").state_dict()
+        check_progress(loops.get(f"{kind}_loop", {}), fresh, f"{name}: loops.{kind}_loop")
+    mine = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
+    folders = {str(each.dirpath): each.FILE_EXTENSION for each in mine}
+    for key, state in (checkpoint.get("callbacks") or {}).items():
+        if isinstance(state, Mapping):  # otherwise its callback refuses it
+            _check_paths(state, folders, f"{name}: callbacks.{key}")
+
+
+def _check_paths(state: Mapping[str, Any], folders: Mapping[str, str], where: str) -> None:
+    """Check the files that :class:`ModelCheckpoint` would delete in time: its own in its folder, and no others.
+
+    Args:
+        state: a callback's.
+        folders: that this run writes checkpoints to, with the end of their names.
+        where: the state's place, for messages.
+    """
+    check_entries(state, dict.fromkeys(PATHS, str) | {"best_k_models": dict[str, object], "dirpath": str | None}, where)
+    # Lightning takes the others from a state without a folder, or with that of this run.
+    foreign = state.get("dirpath") is not None and state["dirpath"] not in folders
+    for path in (state.get("best_model_path"), *(() if foreign else _others(state))):
+        if not path:
+            continue
+        pure = PurePath(path)
+        ours = any(path.startswith(f"{folder.rstrip('/')}/") and path.endswith(folders[folder]) for folder in folders)
+        # Of local files in other folders Lightning deletes none, but it does not look for `..`.
+        safe = ".." not in pure.parts and (ours or (foreign and "://" not in path and "::" not in path))
+        require(safe, f"{where}: {shortened(path)} is no checkpoint in the folder of this run, which may delete it")
+
+
+def _others(state: Mapping[str, Any]) -> list[str]:
+    return [state.get("kth_best_model_path", ""), state.get("last_model_path", ""), *state.get("best_k_models", {})]
+
+
+def restore_in_one_line(connector: Any) -> None:
+    """Make what Lightning and callbacks raise for a checkpoint's states an :class:`InputError` that names the file.
+
+    Args:
+        connector: Lightning's, which restores the states; changed in place.
+    """
+    for part in ("restore_datamodule", "restore_callbacks", "restore_training_state"):
+        setattr(connector, part, partial(_restore, connector, part))
+
+
+def _restore(connector: Any, part: str) -> None:
+    with restoring(str(connector._ckpt_path)):
+        getattr(type(connector), part)(connector)
+        if part == "restore_training_state":
+            _check_moments(connector.trainer)
+
+
+@contextmanager
+def restoring(name: str) -> Iterator[None]:
+    """Turn whatever is raised for a checkpoint's states into one line that names it."""
+    try:
+        yield
+    except MisconfigurationException:  # of this run's settings
+        raise
+    except InputError as error:
+        if str(error).startswith((name, "checkpoint")):
+            raise
+        raise InputError(f"{name}: {error}") from error
+    except Exception as error:
+        raise InputError(f"{name}: a state of the run cannot be restored ({reason(error)})") from error
+
+
+def _check_moments(trainer: Trainer) -> None:
+    for optimizer in trainer.optimizers:
+        for parameter, state in optimizer.state.items():
+            for key, value in state.items() if isinstance(state, Mapping) else ():
+                shape = getattr(value, "shape", None)
+                require(
+                    key not in MOMENTS or value is None or shape == parameter.shape,
+                    f"optimizer_states: {key} of shape {shape and list(shape)} there and {list(parameter.shape)} here",
+                )
+                number = isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)
+                require(key != "step" or number, f"optimizer_states: step {shortened(value)} is no number")
