@@ -27,7 +27,7 @@ from lit_clip.models.finetuning import Freeze, LayerDecay, frozen_modules, froze
 from lit_clip.models.lora import LoRA, add_lora
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.tools.untrusted import given
-from lit_clip.training.checkpoint_io import load_the_same_checkpoint
+from lit_clip.training.checkpoint_io import load_the_same_checkpoint, remove_after_writing
 from lit_clip.training.checks import check_lora_gradients, check_parts, check_run, check_skipped_samples
 from lit_clip.training.claims import claim_folders, note_unnumbered, release_folders, remove_leftovers
 from lit_clip.training.fsdp import EvenBatches
@@ -244,6 +244,7 @@ class LitCLIP(LightningModule):
             self.trainer.strategy._ddp_kwargs.setdefault("gradient_as_bucket_view", True)
         if self._trainer:
             load_the_same_checkpoint(self.trainer)
+            remove_after_writing(self.trainer)
         if self._trainer and stage != "predict":
             check_skipped_samples(self._trainer)
         if stage == "fit":

@@ -12,6 +12,7 @@ from lightning.pytorch.plugins.precision import FSDPPrecision, Precision
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullStateDictConfig, StateDictType
 from torch.distributed.fsdp import FullyShardedDataParallel as Sharded
 from torch.distributed.fsdp.api import FullOptimStateDictConfig
@@ -51,9 +52,23 @@ class FSDP(FSDPStrategy):
             "HYBRID" not in sharding_strategy or kwargs.get("device_mesh") is not None,
             f"trainer.strategy: {sharding_strategy} needs device_mesh; set it to [machines, GPUs of each]",
         )
+        mesh = kwargs.get("device_mesh")
+        require(
+            not isinstance(mesh, tuple) or mesh[-1] > 1,
+            f"trainer.strategy: device_mesh {mesh} shards nothing, and torch would not average the gradients; use ddp",
+        )
         super().__init__(sharding_strategy=sharding_strategy, state_dict_type="full", **kwargs)  # pyright: ignore[reportArgumentType]  # torch checks the name
         self._scalars: list[nn.Parameter] = []
         self._sharded: Sharded | None = None
+
+    def setup_environment(self) -> None:
+        """Connect the ranks; the mesh is of this strategy's devices, where Lightning's would be of GPUs only."""
+        mesh = self.kwargs.pop("device_mesh", None)
+        super().setup_environment()
+        if isinstance(mesh, tuple):
+            mesh = init_device_mesh(self.root_device.type, mesh)
+        if mesh is not None:
+            self.kwargs["device_mesh"] = mesh
 
     def setup(self, trainer: Trainer) -> None:
         """Wrap the blocks, and leave out the scalars."""

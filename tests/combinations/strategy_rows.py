@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 from lightning.pytorch import plugins, strategies
 from lightning.pytorch.plugins import environments
 
@@ -12,6 +14,7 @@ from lit_clip.training.fsdp import FSDP
 from tests.combinations.checks import RESUMED, SAME, near, shows
 from tests.combinations.rows import STRATEGIES, option, refused, strategy, works
 from tests.combinations.runs import Run
+from tests.combinations.trainer_rows import Validations, watched
 
 for name in ("ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true"):
     works(STRATEGIES, f"strategy: {name}", SAME, RESUMED, ranks=[2], trainer=option(strategy=name), covers=[name])
@@ -53,22 +56,41 @@ for name, values in DDP_OPTIONS.items():
         trainer=strategy(lambda values=values: strategies.DDPStrategy(**values)),
         covers=["DDPStrategy"],
     )
-SHARDED = {"FULL_SHARD": {}, "SHARD_GRAD_OP": {}, "HYBRID_SHARD": {}}
-for name in SHARDED:
+SHARDED: dict[str, dict[str, Any]] = {
+    "FULL_SHARD": {},
+    "SHARD_GRAD_OP": {},
+    "HYBRID_SHARD, device_mesh: [1, 2]": {"device_mesh": [1, 2]},
+}
+for name, values in SHARDED.items():
     works(
         STRATEGIES,
         f"lit_clip.training.fsdp.FSDP: {name}",
         near(1e-5),
         RESUMED,
         ranks=[2],
-        trainer=strategy(lambda name=name: FSDP(name)),
+        trainer=strategy(lambda name=name, values=values: FSDP(name.partition(",")[0], **values)),
         covers=["FSDPPrecision"],
+    )
+MESHES: dict[str, tuple[str, dict[str, Any]]] = {
+    "": ("needs device_mesh", {}),
+    ", device_mesh: [2, 1]": ("would not average the gradients", {"device_mesh": [2, 1]}),
+}
+for mesh, (line, values) in MESHES.items():
+    refused(
+        STRATEGIES,
+        f"lit_clip.training.fsdp.FSDP: HYBRID_SHARD{mesh}",
+        line,
+        (2,),
+        trainer=strategy(lambda values=values: FSDP("HYBRID_SHARD", **values)),
     )
 
 
 @shows("validates on eight batches on one rank and seven on the other")
 def uneven(run: Run) -> None:
-    assert run.trainer.callback_metrics["val/loss"].isfinite()
+    assert Validations.of(run).batches == [8 - run.trainer.global_rank] * 2
+    losses = [None] * 2
+    torch.distributed.all_gather_object(losses, float(run.trainer.callback_metrics["val/loss"]))
+    assert losses[0] == losses[1] == pytest.approx(losses[0])  # the last is false for nan
 
 
 def fewer_pairs(folder: Path) -> dict[str, Any]:
@@ -83,7 +105,7 @@ def fewer_pairs(folder: Path) -> dict[str, Any]:
     return {"val": str(path), "batch_size": 1}
 
 
-works(STRATEGIES, "DDP, uneven validation", SAME, uneven, RESUMED, ranks=[2], data=fewer_pairs)
+works(STRATEGIES, "DDP, uneven validation", SAME, uneven, RESUMED, ranks=[2], data=fewer_pairs, trainer=watched())
 works(
     STRATEGIES,
     "FSDP, uneven validation",
@@ -92,7 +114,7 @@ works(
     RESUMED,
     ranks=[2],
     data=fewer_pairs,
-    trainer=strategy(FSDP),
+    trainer=lambda folder: {"strategy": FSDP(), **watched()(folder)},
 )
 
 

@@ -13,7 +13,11 @@ from lightning.pytorch import Callback, Trainer, callbacks, loggers, plugins, pr
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.tuner import Tuner
 
+from datamodules import Captions
+from lit_clip import LitCLIP
 from lit_clip.errors import InputError
+from lit_clip.models.config import CLIPConfig
+from lit_clip.tools.messages import user_error
 from lit_clip.training.checks import REFUSED, Refusal, check_parts
 from tests.combinations.page import PATH, page
 from tests.combinations.table import ELSEWHERE, OWN, PLAIN, ROWS, Row
@@ -109,3 +113,42 @@ def test_a_part_is_refused_with_one_line_that_says_why_and_what_instead(refusal:
     with pytest.raises(InputError) as error:
         check_parts(trainer)
     assert str(error.value) == f"trainer.{place}: {refusal.kind.__name__} {refusal.why}; {refusal.instead}"
+
+
+@pytest.mark.parametrize("method", ["lr_find", "scale_batch_size"])
+def test_the_tuner_is_refused_with_one_line_and_leaves_a_trainer_that_fits(
+    method: str, tiny_config: CLIPConfig, base: Path, tmp_path: Path
+) -> None:
+    module, data = LitCLIP(tiny_config), Captions(str(base / "captions.csv"), batch_size=4, num_workers=0)
+    trainer = Trainer(accelerator="cpu", max_steps=1, logger=False, default_root_dir=tmp_path)
+    with pytest.raises(InputError, match=r"^trainer.callbacks: \w+Finder would .*; .*set model\."):
+        getattr(Tuner(trainer), method)(module, datamodule=data)
+    trainer.fit(module, data)
+    assert trainer.global_step == 1
+
+
+def test_a_batch_size_finder_changes_no_result_of_a_validation(
+    tiny_config: CLIPConfig, base: Path, tmp_path: Path
+) -> None:
+    quiet = {"accelerator": "cpu", "logger": False, "default_root_dir": tmp_path}
+    module, pairs = LitCLIP(tiny_config), str(base / "captions.csv")
+    found = [
+        Trainer(**quiet, callbacks=each).validate(module, Captions(pairs, pairs, batch_size=4, num_workers=0))
+        for each in ([], [callbacks.BatchSizeFinder(max_trials=2)])
+    ]
+    assert found[0][0] == pytest.approx(found[1][0])
+
+
+def test_a_metric_that_early_stopping_does_not_find_is_one_line(
+    tiny_config: CLIPConfig, base: Path, tmp_path: Path
+) -> None:
+    module, data = LitCLIP(tiny_config), Captions(*[str(base / "captions.csv")] * 2, batch_size=4, num_workers=0)
+    stopping = callbacks.EarlyStopping("val/los")
+    trainer = Trainer(accelerator="cpu", max_epochs=1, logger=False, default_root_dir=tmp_path, callbacks=stopping)
+    with pytest.raises(RuntimeError) as error:
+        trainer.fit(module, data)
+    line = str(user_error(error.value))
+    assert line.startswith(
+        "trainer.callbacks: EarlyStopping.monitor: no metric is called val/los; there are train/loss, "
+    )
+    assert "val/loss, " in line

@@ -1,10 +1,13 @@
 """Rows of the options of Lightning's trainer."""
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback
 
 from lit_clip.models.config import CLIPConfig, ResNetConfig
+from lit_clip.training.fsdp import FSDP
 from tests.combinations.checks import RESUMED, SAME, TRAINED, Check, near, shows, stopped_at
 from tests.combinations.rows import TRAINER, Settings, option, refused, works
 from tests.combinations.runs import CONFIG, STEPS, Run
@@ -138,19 +141,65 @@ works(TRAINER, "enable_model_summary: true", SAME, trainer=option(enable_model_s
 refused(TRAINER, "accumulate_grad_batches: 2", "adds no negatives", (1, 2), trainer=option(accumulate_grad_batches=2))
 
 
-@shows("clips: not the weights of the plain run")
-def clips(run: Run) -> None:
-    assert max(float((run.weights[name] - value).abs().max()) for name, value in run.plain.items()) > 1e-5
+CLIP_AT = 0.001  # far below the norm, and the largest value, of any step's gradient
 
 
-for algorithm in ("norm", "value"):
+class Gradients(Callback):
+    """Record the gradients' norm and largest value when the optimiser has used them.
+
+    Shards of weights are recorded by rank: their squares are summed over ranks when they are read.
+    """
+
+    def __init__(self) -> None:
+        self.squares: list[tuple[float, float]] = []  # of weights, of scalars: FSDP has those whole on every rank
+        self.largest: list[float] = []
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        for optimizer in trainer.optimizers:
+            optimizer.register_step_post_hook(self.record)
+
+    def record(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        parameters = [each for group in optimizer.param_groups for each in group["params"]]
+        gradients = [each.grad for each in parameters if each.grad is not None and each.grad.numel()]
+        squares = [(each.ndim, float(each.double().square().sum())) for each in gradients]
+        self.squares.append((sum(n for ndim, n in squares if ndim), sum(n for ndim, n in squares if not ndim)))
+        self.largest.append(max(float(each.abs().max()) for each in gradients))
+
+    @staticmethod
+    def of(run: Run) -> "Gradients":
+        return next(callback for callback in run.trainer.callbacks if isinstance(callback, Gradients))
+
+
+def is_the_limit(values: list[float]) -> None:
+    assert len(values) == STEPS
+    assert all(CLIP_AT * 0.99 < value < CLIP_AT * 1.0001 for value in values), values
+
+
+@shows(f"gradients of norm {CLIP_AT} in each step")
+def clips_norm(run: Run) -> None:
+    weights, scalars = map(torch.tensor, zip(*Gradients.of(run).squares, strict=True))
+    if isinstance(run.trainer.strategy, FSDP):
+        torch.distributed.all_reduce(weights)
+    is_the_limit((weights + scalars).sqrt().tolist())
+
+
+@shows(f"gradients of at most {CLIP_AT} in each step")
+def clips_value(run: Run) -> None:
+    is_the_limit(Gradients.of(run).largest)
+
+
+def clipped(algorithm: str, make: Callable[[], Any] | None = None, **values: Any) -> Settings:
+    clip = {"gradient_clip_val": CLIP_AT, "gradient_clip_algorithm": algorithm, **values}
+    return lambda folder: {**clip, "callbacks": [Gradients()], **({"strategy": make()} if make else {})}
+
+
+for algorithm, check in (("norm", clips_norm), ("value", clips_value)):
+    name = f"gradient_clip_val: {CLIP_AT}, gradient_clip_algorithm: {algorithm}"
+    covers = ["gradient_clip_val", "gradient_clip_algorithm"]
+    works(TRAINER, name, check, RESUMED, trainer=clipped(algorithm), covers=covers)
+    works(TRAINER, f"{name}, FSDP", check, RESUMED, ranks=[2], trainer=clipped(algorithm, FSDP))
     works(
-        TRAINER,
-        f"gradient_clip_val: 0.001, gradient_clip_algorithm: {algorithm}",
-        clips,
-        RESUMED,
-        trainer=option(gradient_clip_val=0.001, gradient_clip_algorithm=algorithm),
-        covers=["gradient_clip_val", "gradient_clip_algorithm"],
+        TRAINER, f"{name}, precision: bf16-mixed", check, ranks=[1], trainer=clipped(algorithm, precision="bf16-mixed")
     )
 works(TRAINER, "deterministic: true", SAME, RESUMED, trainer=option(deterministic=True), quick=[2])
 works(TRAINER, "deterministic: warn", SAME, trainer=option(deterministic="warn"))
