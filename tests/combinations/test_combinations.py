@@ -20,7 +20,7 @@ from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig
 from lit_clip.tools.messages import user_error
 from lit_clip.training.checks import REFUSED, Refusal, check_parts
-from tests.combinations.page import PATH, page
+from tests.combinations.page import PATH, REFUSED_THEN, ROWS_RUN, page
 from tests.combinations.table import ELSEWHERE, OWN, PLAIN, ROWS, Row
 from tests.conftest import ROOT, made_once
 from tests.helpers import forks
@@ -98,6 +98,11 @@ def test_every_callback_of_ours_has_a_row() -> None:
 def test_no_row_is_there_twice() -> None:
     keys = [(row.name, row.world) for row in ROWS]
     assert len(keys) == len(set(keys))
+
+
+def test_the_page_counts_the_rows_that_were_run() -> None:
+    """Run all rows before you change the numbers."""
+    assert (len(ROWS), sum(bool(row.refused) for row in ROWS)) == (ROWS_RUN, REFUSED_THEN)
 
 
 def test_the_page_is_up_to_date() -> None:

@@ -53,9 +53,9 @@ def one_batch(run: Run) -> None:
 
 works(TRAINER, "accelerator: cpu", SAME, RESUMED, trainer=option(accelerator="cpu"), covers=["accelerator", "devices"])
 works(TRAINER, "precision: 32-true", SAME, trainer=option(precision="32-true"), covers=["precision"])
-works(TRAINER, "precision: bf16-mixed", near(0.01), RESUMED, trainer=option(precision="bf16-mixed"), quick=[2])
+works(TRAINER, "precision: bf16-mixed", near(0.01), RESUMED, trainer=option(precision="bf16-mixed"), quick=[1])
 works(TRAINER, "precision: 16-mixed", near(0.01), RESUMED, trainer=option(precision="16-mixed"))
-works(TRAINER, "precision: 64-true", near(1e-5), RESUMED, trainer=option(precision="64-true"), quick=[1])
+works(TRAINER, "precision: 64-true", near(1e-5), RESUMED, trainer=option(precision="64-true"))
 refused(TRAINER, "precision: 16-true", "weights kept in float16", trainer=option(precision="16-true"))
 refused(TRAINER, "precision: bf16-true", "weights kept in bfloat16", trainer=option(precision="bf16-true"))
 works(TRAINER, "fast_dev_run: true", one_batch, trainer=option(fast_dev_run=True))
@@ -63,7 +63,7 @@ works(TRAINER, "max_epochs: 1", stopped_at(4), trainer=option(max_epochs=1))
 works(TRAINER, "min_epochs: 1", SAME, trainer=option(min_epochs=1))
 works(TRAINER, "max_steps: 5", stopped_at(5), RESUMED, trainer=option(max_steps=5))
 works(TRAINER, "min_steps: 2", SAME, trainer=option(min_steps=2))
-works(TRAINER, "max_time: 1 day", SAME, RESUMED, trainer=option(max_time="01:00:00:00"), quick=[1])
+works(TRAINER, "max_time: 1 day", SAME, RESUMED, trainer=option(max_time="01:00:00:00"))
 works(TRAINER, "limit_train_batches: 3", stopped_at(6), RESUMED, trainer=option(limit_train_batches=3), saved_at=2)
 works(TRAINER, "limit_train_batches: 0.5", stopped_at(4), RESUMED, trainer=option(limit_train_batches=0.5), saved_at=1)
 
@@ -119,7 +119,7 @@ works(
     stopped_at(STEPS),
     trainer=lambda folder: {"overfit_batches": 1, "max_epochs": STEPS, "callbacks": [Keys()]},
 )
-works(TRAINER, "overfit_batches: 2", stopped_at(4), RESUMED, trainer=option(overfit_batches=2))
+works(TRAINER, "overfit_batches: 2", stopped_at(4), RESUMED, trainer=option(overfit_batches=2), quick=[1])
 works(TRAINER, "val_check_interval: 2", SAME, RESUMED, validates(2, 4, 6, 8), trainer=watched(val_check_interval=2))
 works(TRAINER, "val_check_interval: 0.25", SAME, validates(*range(1, 9)), trainer=watched(val_check_interval=0.25))
 works(
@@ -196,12 +196,12 @@ def clipped(algorithm: str, make: Callable[[], Any] | None = None, **values: Any
 for algorithm, check in (("norm", clips_norm), ("value", clips_value)):
     name = f"gradient_clip_val: {CLIP_AT}, gradient_clip_algorithm: {algorithm}"
     covers = ["gradient_clip_val", "gradient_clip_algorithm"]
-    works(TRAINER, name, check, RESUMED, trainer=clipped(algorithm), covers=covers)
+    works(TRAINER, name, check, RESUMED, trainer=clipped(algorithm), covers=covers, quick=[1])
     works(TRAINER, f"{name}, FSDP", check, RESUMED, ranks=[2], trainer=clipped(algorithm, FSDP))
     works(
         TRAINER, f"{name}, precision: bf16-mixed", check, ranks=[1], trainer=clipped(algorithm, precision="bf16-mixed")
     )
-works(TRAINER, "deterministic: true", SAME, RESUMED, trainer=option(deterministic=True), quick=[2])
+works(TRAINER, "deterministic: true", SAME, RESUMED, trainer=option(deterministic=True))
 works(TRAINER, "deterministic: warn", SAME, trainer=option(deterministic="warn"))
 works(TRAINER, "benchmark: true", SAME, trainer=option(benchmark=True))
 works(TRAINER, "inference_mode: false", SAME, RESUMED, trainer=option(inference_mode=False))
@@ -214,7 +214,7 @@ refused(
     trainer=option(use_distributed_sampler=True),
     covers=["use_distributed_sampler"],
 )
-works(TRAINER, "detect_anomaly: true", SAME, RESUMED, trainer=option(detect_anomaly=True), quick=[1])
+works(TRAINER, "detect_anomaly: true", SAME, RESUMED, trainer=option(detect_anomaly=True))
 works(TRAINER, "barebones: true", SAME, trainer=option(barebones=True), quick=[1])
 refused(
     TRAINER,
