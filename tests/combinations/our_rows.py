@@ -127,6 +127,7 @@ OPTIONS: dict[str, tuple[list[Check], dict[str, Settings]]] = {
 for name, (shown, values) in OPTIONS.items():
     works(OURS, name, *shown, **values)
     if name == "model.lora":
-        refused(OURS, f"{name}, FSDP", "cannot shard a LoRA of in_proj_weight", (2,), **values, **SHARDED)
+        line = "cannot shard a LoRA of in_proj_weight"
+        refused(OURS, f"{name}, FSDP", line, (2,), quick=False, **values, **SHARDED)
     else:
         works(OURS, f"{name}, FSDP", *shown, ranks=[2], **values, **SHARDED)
