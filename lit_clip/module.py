@@ -27,10 +27,10 @@ from lit_clip.models.finetuning import Freeze, LayerDecay, frozen_modules, froze
 from lit_clip.models.lora import LoRA, add_lora
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.tools.untrusted import given
-from lit_clip.training.checkpoint_io import load_the_same_checkpoint
+from lit_clip.training.checkpoint_io import load_the_same_checkpoint, remove_after_writing
 from lit_clip.training.checks import check_lora_gradients, check_parts, check_run, check_skipped_samples
 from lit_clip.training.claims import claim_folders, note_unnumbered, release_folders, remove_leftovers
-from lit_clip.training.fsdp import EvenBatches
+from lit_clip.training.fsdp import compute_missing_batches
 from lit_clip.training.micro_batches import encode_pairs, encode_parts, placeholder, split_batch
 from lit_clip.training.optim import (
     EXCEPT_GAINS_AND_BIASES,
@@ -244,6 +244,7 @@ class LitCLIP(LightningModule):
             self.trainer.strategy._ddp_kwargs.setdefault("gradient_as_bucket_view", True)
         if self._trainer:
             load_the_same_checkpoint(self.trainer)
+            remove_after_writing(self.trainer)
         if self._trainer and stage != "predict":
             check_skipped_samples(self._trainer)
         if stage == "fit":
@@ -311,7 +312,8 @@ class LitCLIP(LightningModule):
         self.model.clamp_logit_scale()
 
     def on_validation_epoch_start(self) -> None:
-        self._validated, self._batches = RetrievalSet(), EvenBatches(self.trainer)
+        self._validated = RetrievalSet()
+        compute_missing_batches(self.trainer, self.model)
         model = self.trainer.strategy.model
         if isinstance(model, DistributedDataParallel):
             # DDP would do this in a rank's first batch, and wait for ranks that have none.
@@ -319,7 +321,6 @@ class LitCLIP(LightningModule):
             model.require_forward_param_sync = False
 
     def validation_step(self, batch: CaptionBatch, batch_idx: int) -> Features:
-        self._batches.count()
         tokenizer = self.model.tokenizer  # hash before encoding: afterwards it would wait for the device
         hashes = token_hashes(batch.tokens, tokenizer.context_length, tokenizer.pad_id)
         features = self.predict_step(batch, batch_idx)
@@ -327,7 +328,6 @@ class LitCLIP(LightningModule):
         return features
 
     def on_validation_epoch_end(self) -> None:
-        self._batches.complete(self.model)
         self._log_retrieval("val")
 
     def on_test_epoch_start(self) -> None:

@@ -200,6 +200,9 @@ FOREIGN = {
     "mlflow.exceptions": "MlflowException",
 }
 
+# EarlyStopping's error after the first validation; ModelCheckpoint's is a MisconfigurationException.
+UNKNOWN_METRIC = re.compile(r"Early stopping conditioned on metric `(.*?)` which is not available\..*following: (.*)")
+
 # In the messages of gloo and of the rendezvous.
 SILENT_PEER = re.compile("Timed out (?:waiting|after) ")
 
@@ -246,6 +249,12 @@ def user_error(error: BaseException) -> BaseException | None:
         ours = next((line[1] for line in found if line and not line[1].startswith(NO_REASON)), None)
         if ours:
             return InputError(ours)
+    unknown = UNKNOWN_METRIC.match(str(error))
+    if unknown:
+        return InputError(
+            f"trainer.callbacks: EarlyStopping.monitor: no metric is called {unknown[1]}; there are "
+            + unknown[2].replace("`", "")
+        )
     of_machine = _of_machine(error)
     if of_machine:
         return of_machine

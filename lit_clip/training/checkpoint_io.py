@@ -5,12 +5,14 @@ import shutil
 import zipfile
 from collections.abc import Iterable
 from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Trainer
+from lightning.pytorch.plugins import AsyncCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_clip import distributed
@@ -95,7 +97,7 @@ def newest_checkpoint(places: Iterable[Path]) -> Path | None:
         return None
     last = max(found, key=lambda each: each[1])[2].parent
     _, written, newest = max(each for each in found if each[2].parent == last)
-    for file in sorted(files):
+    for file in sorted(filter(Path.is_file, files)):  # a link may lead to a file that was removed
         if file.stat().st_mtime > written and not zipfile.is_zipfile(file):
             rank_zero_warn(f"{file}: incomplete or damaged; {newest} is the newest complete checkpoint")
     return newest
@@ -190,3 +192,24 @@ def _finish_writing(trainer: Trainer) -> None:
     while plugin is not None:
         plugin.teardown()  # AsyncCheckpointIO starts its thread again when it is next needed
         plugin = getattr(plugin, "checkpoint_io", None)
+
+
+def remove_after_writing(trainer: Trainer) -> None:
+    """Make plugins that write in another thread remove a checkpoint only after those saved before are on the disk.
+
+    Lightning's own removes the previous checkpoint while the next is being written, and a kill would leave none.
+    """
+    plugin: Any = trainer.strategy.checkpoint_io
+    while plugin is not None:
+        if isinstance(plugin, AsyncCheckpointIO):
+            plugin.remove_checkpoint = partial(_remove_in_turn, plugin)
+        plugin = getattr(plugin, "checkpoint_io", None)
+
+
+def _remove_in_turn(plugin: Any, path: Any) -> None:
+    def remove() -> None:
+        if plugin._error is None:  # otherwise the file that should replace this one may be absent
+            plugin.checkpoint_io.remove_checkpoint(path)
+
+    plugin._ensure_setup()
+    plugin._executor.submit(remove)

@@ -106,6 +106,8 @@ def check_parts(trainer: Any) -> None:
         for refusal in REFUSED:
             found = type(part) is refusal.kind if refusal.exactly else isinstance(part, refusal.kind)
             if found and refusal.when(trainer):
+                if getattr(part, "_early_exit", False):  # Lightning's Tuner added it, and leaves it when fit raises
+                    trainer.callbacks.remove(part)
                 raise InputError(f"{option}: {type(part).__name__} {refusal.why}; {refusal.instead}")
 
 

@@ -12,6 +12,7 @@ from lightning.pytorch.plugins.precision import FSDPPrecision, Precision
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullStateDictConfig, StateDictType
 from torch.distributed.fsdp import FullyShardedDataParallel as Sharded
 from torch.distributed.fsdp.api import FullOptimStateDictConfig
@@ -51,9 +52,23 @@ class FSDP(FSDPStrategy):
             "HYBRID" not in sharding_strategy or kwargs.get("device_mesh") is not None,
             f"trainer.strategy: {sharding_strategy} needs device_mesh; set it to [machines, GPUs of each]",
         )
+        mesh = kwargs.get("device_mesh")
+        require(
+            not isinstance(mesh, tuple) or mesh[-1] > 1,
+            f"trainer.strategy: device_mesh {mesh} shards nothing, and torch would not average the gradients; use ddp",
+        )
         super().__init__(sharding_strategy=sharding_strategy, state_dict_type="full", **kwargs)  # pyright: ignore[reportArgumentType]  # torch checks the name
         self._scalars: list[nn.Parameter] = []
         self._sharded: Sharded | None = None
+
+    def setup_environment(self) -> None:
+        """Connect the ranks; the mesh is of this strategy's devices, where Lightning's would be of GPUs only."""
+        mesh = self.kwargs.pop("device_mesh", None)
+        super().setup_environment()
+        if isinstance(mesh, tuple):
+            mesh = init_device_mesh(self.root_device.type, mesh)
+        if mesh is not None:
+            self.kwargs["device_mesh"] = mesh
 
     def setup(self, trainer: Trainer) -> None:
         """Wrap the blocks, and leave out the scalars."""
@@ -170,29 +185,26 @@ class FSDP(FSDPStrategy):
                 optimizer.load_state_dict(Sharded.optim_state_dict_to_load(self._root, optimizer, state))
 
 
-class EvenBatches:
-    """Validation batches of a rank that has fewer than others, which cannot compute theirs without it.
+def compute_missing_batches(trainer: Any, model: Any) -> None:
+    """Compute as many batches without a pair as other ranks have more, if they compute theirs together; a collective.
 
-    Args:
-        trainer: about to validate; creating this is a collective.
+    At the start of a validation: at its end callbacks' collectives would meet the other ranks' batches.
     """
+    strategy = trainer.strategy
+    if not (isinstance(strategy, FSDP) and isinstance(strategy.model, Sharded)):
+        return
+    loop = trainer._evaluation_loop
+    mine = sum(map(_count, loop._combined_loader.flattened, loop.max_batches))
+    height, width = height_width(model.preprocessing.image_size)
+    images = torch.zeros(0, 3, height, width, dtype=torch.uint8, device=model.device)
+    for _ in range(distributed.maximum(mine) - mine):
+        strategy.validation_step(CaptionBatch(images, images.new_zeros(0, 1, dtype=torch.long), []), 0)
 
-    def __init__(self, trainer: Any) -> None:
-        self._strategy, self._missing = trainer.strategy, 0
-        if isinstance(self._strategy, FSDP) and isinstance(self._strategy.model, Sharded):
-            counts = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
-            self._missing = distributed.maximum(sum(int(count) for count in counts if math.isfinite(count)))
 
-    def count(self) -> None:
-        """Note that this rank computes a batch."""
-        self._missing -= 1
-
-    def complete(self, model: Any) -> None:
-        """Compute batches without a pair until this rank has had as many as the others."""
-        height, width = height_width(model.preprocessing.image_size)
-        images = torch.zeros(0, 3, height, width, dtype=torch.uint8, device=model.device)
-        while self._missing > 0:
-            self._strategy.validation_step(CaptionBatch(images, images.new_zeros(0, 1, dtype=torch.long), []), 0)
+def _count(loader: Any, most: float) -> int:
+    """Return the number of a loader's batches; 0 if it is unknown."""
+    batches = getattr(getattr(loader, "batch_sampler", None), "batches", None)  # a rank without any reports one
+    return int(min(most, math.inf if batches is None else len(batches))) if math.isfinite(most) else 0
 
 
 def _check_lora(module: Any) -> None:

@@ -36,6 +36,7 @@ works(
     CALLBACKS,
     "EarlyStopping",
     stops_early,
+    quick=[1],
     trainer=callback(lambda folder: callbacks.EarlyStopping("val/loss", min_delta=100, patience=1), max_epochs=10),
 )
 works(CALLBACKS, "LambdaCallback", SAME, RESUMED, trainer=using(callbacks.LambdaCallback))

@@ -41,6 +41,7 @@ def own(kind: str, folder: Path) -> Callback:
 
 FROZEN = {"freeze": Freeze(UnlockLast(1), UnlockLast(1))}
 CHANGING = ("EMA", "PatchDropout", "FrozenFeatures")
+NOT_FROZEN = {"Compile": "not together", "PatchDropout": "are random in training"}  # beside FrozenFeatures
 MODEL = ("ActivationCheckpointing", "Compile", *CHANGING)
 OWN = [
     name for name in ours.__all__ if isinstance(getattr(ours, name), type) and issubclass(getattr(ours, name), Callback)
@@ -66,10 +67,25 @@ for name in MODEL:
         if other in MODEL and other <= name:
             continue  # once in either order
         both = f"callbacks.{name}, callbacks.{other}"
-        if {name, other} == {"Compile", "FrozenFeatures"}:
-            refused(OURS, both, "not together", **settings_for(name, other))
+        line = next((line for kind, line in NOT_FROZEN.items() if {name, other} == {kind, "FrozenFeatures"}), "")
+        if line:
+            refused(OURS, both, line, **settings_for(name, other))
         else:
-            works(OURS, both, TRAINED, RESUMED, ranks=[1], **settings_for(name, other))
+            ranks = [1, 2] if other in MODEL else [1]
+            works(OURS, both, TRAINED, RESUMED, ranks=ranks, **settings_for(name, other))
+
+OBSERVERS = [name for name in OWN if name not in MODEL]
+works(OURS, f"callbacks: {', '.join(OBSERVERS)}", SAME, RESUMED, **settings_for(*OBSERVERS))
+
+for name in OWN:
+    settings = settings_for(name)
+    sharded = {**settings, "trainer": lambda folder, made=settings["trainer"]: {**made(folder), "strategy": FSDP()}}
+    if name in ("EMA", "FrozenFeatures", "LinearProbe", "ZeroShot"):
+        line = "cannot encode with sharded weights" if name == "FrozenFeatures" else "FSDP has no whole weights"
+        refused(OURS, f"callbacks.{name}, FSDP", line, (2,), **sharded)
+    else:
+        checks = [TRAINED] if name in CHANGING else [near(1e-5)]
+        works(OURS, f"callbacks.{name}, FSDP", *checks, RESUMED, ranks=[2], **sharded)
 
 
 class OwnLoss(Loss):
@@ -94,15 +110,24 @@ def pretrained(folder: Path) -> dict[str, Any]:
     return {"pretrained": str(path), "lora": LoRA(r=2)}
 
 
+def beside_attention(folder: Path) -> dict[str, Any]:
+    """A LoRA of the layers that FSDP can shard."""
+    return {**pretrained(folder), "lora": LoRA(r=2, targets=["c_fc", "c_proj", "out_proj"])}
+
+
+SHARDED = {"trainer": strategy(FSDP)}
 OPTIONS: dict[str, tuple[list[Check], dict[str, Settings]]] = {
     "model.micro_batch_size: 1": ([near(1e-5), RESUMED], {"model": option(micro_batch_size=1)}),
     "model.loss: of one's own": ([near(1e-5), RESUMED], {"model": lambda folder: {"loss": OwnLoss()}}),
     "model.lora": ([TRAINED, RESUMED], {"model": pretrained}),
+    "model.lora, targets: [c_fc, c_proj, out_proj]": ([TRAINED, RESUMED], {"model": beside_attention}),
     "model.freeze": ([TRAINED, RESUMED], {"model": option(**FROZEN)}),
     "model.layer_decay: 0.5": ([TRAINED, RESUMED], {"model": option(layer_decay=0.5)}),
 }
 for name, (shown, values) in OPTIONS.items():
     works(OURS, name, *shown, **values)
-    if name.startswith("model.l") and "layer" not in name or "micro" in name:
-        sharded = {"trainer": strategy(FSDP), **values}
-        works(OURS, f"{name}, FSDP", *shown, ranks=[2], **sharded)
+    if name == "model.lora":
+        line = "cannot shard a LoRA of in_proj_weight"
+        refused(OURS, f"{name}, FSDP", line, (2,), quick=False, **values, **SHARDED)
+    else:
+        works(OURS, f"{name}, FSDP", *shown, ranks=[2], **values, **SHARDED)

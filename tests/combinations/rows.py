@@ -75,9 +75,10 @@ def works(
 
 
 def refused(group: str, name: str, line: str, ranks: Sequence[int] = (1,), **settings: Any) -> None:
-    """Add a row that is refused with a line that contains ``line``."""
+    """Add a row that is refused with a line that contains ``line``; the first is quick."""
     for world in ranks:
-        ROWS.append(Row(group, name, refused=line, **{"world": world, "devices": world, **settings}))
+        row = {"world": world, "devices": world, "quick": world == ranks[0], **settings}
+        ROWS.append(Row(group, name, refused=line, **row))
 
 
 def using(*made: Callable[[], Callback] | type[Callback]) -> Settings:

@@ -4,14 +4,17 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 from lightning.pytorch import plugins, strategies
 from lightning.pytorch.plugins import environments
 
 from lit_clip.training.checkpoint_io import WholeCheckpointIO
 from lit_clip.training.fsdp import FSDP
 from tests.combinations.checks import RESUMED, SAME, near, shows
-from tests.combinations.rows import STRATEGIES, option, refused, strategy, works
+from tests.combinations.rows import STRATEGIES, Settings, option, refused, strategy, works
 from tests.combinations.runs import Run
+from tests.combinations.trainer_rows import Validations, watched
 
 for name in ("ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true"):
     works(STRATEGIES, f"strategy: {name}", SAME, RESUMED, ranks=[2], trainer=option(strategy=name), covers=[name])
@@ -53,47 +56,81 @@ for name, values in DDP_OPTIONS.items():
         trainer=strategy(lambda values=values: strategies.DDPStrategy(**values)),
         covers=["DDPStrategy"],
     )
-SHARDED = {"FULL_SHARD": {}, "SHARD_GRAD_OP": {}, "HYBRID_SHARD": {}}
-for name in SHARDED:
+SHARDED: dict[str, dict[str, Any]] = {
+    "FULL_SHARD": {},
+    "SHARD_GRAD_OP": {},
+    "HYBRID_SHARD, device_mesh: [1, 2]": {"device_mesh": [1, 2]},
+}
+for name, values in SHARDED.items():
     works(
         STRATEGIES,
         f"lit_clip.training.fsdp.FSDP: {name}",
         near(1e-5),
         RESUMED,
         ranks=[2],
-        trainer=strategy(lambda name=name: FSDP(name)),
+        trainer=strategy(lambda name=name, values=values: FSDP(name.partition(",")[0], **values)),
         covers=["FSDPPrecision"],
     )
+MESHES: dict[str, tuple[str, dict[str, Any]]] = {
+    "": ("needs device_mesh", {}),
+    ", device_mesh: [2, 1]": ("would not average the gradients", {"device_mesh": [2, 1]}),
+}
+for mesh, (line, values) in MESHES.items():
+    refused(
+        STRATEGIES,
+        f"lit_clip.training.fsdp.FSDP: HYBRID_SHARD{mesh}",
+        line,
+        (2,),
+        trainer=strategy(lambda values=values: FSDP("HYBRID_SHARD", **values)),
+    )
+
+
+def same_losses(run: Run) -> None:
+    losses = [None] * 2
+    torch.distributed.all_gather_object(losses, float(run.trainer.callback_metrics["val/loss"]))
+    assert losses[0] == losses[1] == pytest.approx(losses[0])  # the last is false for nan
 
 
 @shows("validates on eight batches on one rank and seven on the other")
 def uneven(run: Run) -> None:
-    assert run.trainer.callback_metrics["val/loss"].isfinite()
+    assert Validations.of(run).batches == [8 - run.trainer.global_rank] * 2
+    same_losses(run)
 
 
-def fewer_pairs(folder: Path) -> dict[str, Any]:
-    """A table of fifteen pairs for validation."""
-    pairs = Path(os.environ["COMBINATION_PAIRS"])
-    path = pairs.parent / "fifteen.csv"
-    if not path.exists():
-        lines = pairs.read_text(encoding="utf-8").splitlines()[:16]
-        draft = path.with_suffix(f".{os.getpid()}")
-        draft.write_text("\n".join(lines), encoding="utf-8")
-        draft.replace(path)
-    return {"val": str(path), "batch_size": 1}
+@shows("validates on one rank alone")
+def on_one_rank(run: Run) -> None:
+    assert Validations.of(run).batches == [1 - run.trainer.global_rank] * 2
+    same_losses(run)
 
 
-works(STRATEGIES, "DDP, uneven validation", SAME, uneven, RESUMED, ranks=[2], data=fewer_pairs)
-works(
-    STRATEGIES,
-    "FSDP, uneven validation",
-    near(1e-5),
-    uneven,
-    RESUMED,
-    ranks=[2],
-    data=fewer_pairs,
-    trainer=strategy(FSDP),
-)
+def pairs_for_validation(count: int) -> Settings:
+    """Settings with a table of the first pairs."""
+
+    def settings(folder: Path) -> dict[str, Any]:
+        pairs = Path(os.environ["COMBINATION_PAIRS"])
+        path = pairs.parent / f"first_{count}.csv"
+        if not path.exists():
+            draft = path.with_suffix(f".{os.getpid()}")
+            draft.write_text("\n".join(pairs.read_text(encoding="utf-8").splitlines()[: count + 1]), encoding="utf-8")
+            draft.replace(path)
+        return {"val": str(path), "batch_size": 1}
+
+    return settings
+
+
+for count, words, check in ((15, "uneven validation", uneven), (1, "one pair of validation", on_one_rank)):
+    uneven_sets = {"ranks": [2], "data": pairs_for_validation(count)}
+    works(STRATEGIES, f"DDP, {words}", SAME, check, RESUMED, **uneven_sets, trainer=watched())
+    works(
+        STRATEGIES,
+        f"FSDP, {words}",
+        near(1e-5),
+        check,
+        RESUMED,
+        **uneven_sets,
+        trainer=lambda folder: {"strategy": FSDP(), **watched()(folder)},
+        quick=[2] if count > 1 else [],
+    )
 
 
 # Plugins.
@@ -112,6 +149,7 @@ works(
     SAME,
     RESUMED,
     trainer=lambda folder: {"plugins": [plugins.AsyncCheckpointIO(WholeCheckpointIO())]},
+    quick=[1],
     covers=["AsyncCheckpointIO"],
 )
 works(

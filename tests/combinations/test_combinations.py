@@ -3,6 +3,7 @@
 import inspect
 import os
 import re
+import shutil
 import socket
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,16 +14,20 @@ from lightning.pytorch import Callback, Trainer, callbacks, loggers, plugins, pr
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.tuner import Tuner
 
+from datamodules import Captions
+from lit_clip import LitCLIP
 from lit_clip.errors import InputError
+from lit_clip.models.config import CLIPConfig
+from lit_clip.tools.messages import user_error
 from lit_clip.training.checks import REFUSED, Refusal, check_parts
-from tests.combinations.page import PATH, page
+from tests.combinations.page import PATH, REFUSED_THEN, ROWS_RUN, page
 from tests.combinations.table import ELSEWHERE, OWN, PLAIN, ROWS, Row
 from tests.conftest import ROOT, made_once
 from tests.helpers import forks
 from tests.helpers.small_sets import entry, write_suite, write_table
 
 SCRIPT = str(ROOT / "tests/combinations/runs.py")
-TIME_LIMIT = 120
+TIME_LIMIT = 240  # for a busy machine; strategies that start new interpreters take a minute there
 
 
 def start(row: Row, name: str, folder: Path, base: Path) -> None:
@@ -64,6 +69,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_a_row_has_the_outcome_it_states(row: Row, base: Path, tmp_path: Path) -> None:
     start(row, row.name, tmp_path, base)
+    shutil.rmtree(tmp_path)  # all rows together would leave 70 GB of checkpoints
 
 
 def exported() -> set[str]:
@@ -94,6 +100,11 @@ def test_no_row_is_there_twice() -> None:
     assert len(keys) == len(set(keys))
 
 
+def test_the_page_counts_the_rows_that_were_run() -> None:
+    """Run all rows before you change the numbers."""
+    assert (len(ROWS), sum(bool(row.refused) for row in ROWS)) == (ROWS_RUN, REFUSED_THEN)
+
+
 def test_the_page_is_up_to_date() -> None:
     assert PATH.read_text(encoding="utf-8") == page(), "run python -m tests.combinations.page"
 
@@ -109,3 +120,42 @@ def test_a_part_is_refused_with_one_line_that_says_why_and_what_instead(refusal:
     with pytest.raises(InputError) as error:
         check_parts(trainer)
     assert str(error.value) == f"trainer.{place}: {refusal.kind.__name__} {refusal.why}; {refusal.instead}"
+
+
+@pytest.mark.parametrize("method", ["lr_find", "scale_batch_size"])
+def test_the_tuner_is_refused_with_one_line_and_leaves_a_trainer_that_fits(
+    method: str, tiny_config: CLIPConfig, base: Path, tmp_path: Path
+) -> None:
+    module, data = LitCLIP(tiny_config), Captions(str(base / "captions.csv"), batch_size=4, num_workers=0)
+    trainer = Trainer(accelerator="cpu", max_steps=1, logger=False, default_root_dir=tmp_path)
+    with pytest.raises(InputError, match=r"^trainer.callbacks: \w+Finder would .*; .*set model\."):
+        getattr(Tuner(trainer), method)(module, datamodule=data)
+    trainer.fit(module, data)
+    assert trainer.global_step == 1
+
+
+def test_a_batch_size_finder_changes_no_result_of_a_validation(
+    tiny_config: CLIPConfig, base: Path, tmp_path: Path
+) -> None:
+    quiet = {"accelerator": "cpu", "logger": False, "default_root_dir": tmp_path}
+    module, pairs = LitCLIP(tiny_config), str(base / "captions.csv")
+    found = [
+        Trainer(**quiet, callbacks=each).validate(module, Captions(pairs, pairs, batch_size=4, num_workers=0))
+        for each in ([], [callbacks.BatchSizeFinder(max_trials=2)])
+    ]
+    assert found[0][0] == pytest.approx(found[1][0])
+
+
+def test_a_metric_that_early_stopping_does_not_find_is_one_line(
+    tiny_config: CLIPConfig, base: Path, tmp_path: Path
+) -> None:
+    module, data = LitCLIP(tiny_config), Captions(*[str(base / "captions.csv")] * 2, batch_size=4, num_workers=0)
+    stopping = callbacks.EarlyStopping("val/los")
+    trainer = Trainer(accelerator="cpu", max_epochs=1, logger=False, default_root_dir=tmp_path, callbacks=stopping)
+    with pytest.raises(RuntimeError) as error:
+        trainer.fit(module, data)
+    line = str(user_error(error.value))
+    assert line.startswith(
+        "trainer.callbacks: EarlyStopping.monitor: no metric is called val/los; there are train/loss, "
+    )
+    assert "val/loss, " in line

@@ -7,17 +7,21 @@ import resource
 import signal
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from subprocess import CompletedProcess
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import AsyncCheckpointIO
 
 from lit_clip import LitCLIP
 from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig
-from lit_clip.training.checkpoint_io import WholeCheckpointIO, newest_checkpoint
+from lit_clip.training.checkpoint_io import WholeCheckpointIO, newest_checkpoint, remove_after_writing
 from tests.conftest import TINY_YAML
 from tests.test_module import data_for, trainer
 
@@ -155,3 +159,51 @@ def test_ckpt_path_last_and_auto_resume_from_the_newest_checkpoint_of_the_config
     assert again.returncode == 0, again.stderr
     second = tmp_path / "runs/mine/version_1/checkpoints/last.ckpt"
     assert torch.load(second, weights_only=True)["global_step"] == 4
+
+
+class Slow(WholeCheckpointIO):
+    """Write after a while, and note which checkpoints there were until then; or fail."""
+
+    def __init__(self, failing: str = "") -> None:
+        self.failing = failing
+        self.before: list[list[str]] = []
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        time.sleep(0.3)
+        self.before.append(sorted(os.listdir(Path(path).parent)))
+        if Path(path).name == self.failing:
+            raise InputError(f"{path}: full")
+        super().save_checkpoint(checkpoint, path, storage_options)
+
+
+def test_another_thread_removes_the_one_kept_checkpoint_after_the_next_is_on_the_disk(
+    tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+) -> None:
+    """Lightning's plugin removes it at once: a kill would leave none, and one not yet written would stay for good."""
+    module, writer = LitCLIP(tiny_config), Slow()
+    newest = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=1)
+    fitting = trainer(tmp_path, max_steps=3, callbacks=[newest], plugins=[AsyncCheckpointIO(writer)])
+    fitting.fit(module, data_for(module, caption_table))
+    assert writer.before == [[], ["step=1.ckpt"], ["step=2.ckpt"]]
+    assert os.listdir(tmp_path) == ["step=3.ckpt"]  # all is written when fit ends
+
+
+@pytest.mark.parametrize("failing", ["", "2.ckpt"], ids=["slow", "failing"])
+def test_a_checkpoint_is_kept_while_or_if_another_thread_has_not_written_the_next(failing: str, tmp_path: Path) -> None:
+    plugin: Any = AsyncCheckpointIO(Slow(failing))
+    remove_after_writing(cast(Any, SimpleNamespace(strategy=SimpleNamespace(checkpoint_io=plugin))))
+    plugin.save_checkpoint(CHECKPOINT, tmp_path / "1.ckpt")
+    plugin.teardown()
+    plugin.save_checkpoint(CHECKPOINT, tmp_path / "2.ckpt")
+    plugin.remove_checkpoint(tmp_path / "1.ckpt")
+    assert "1.ckpt" in os.listdir(tmp_path)
+    with pytest.raises(InputError, match="full") if failing else nullcontext():
+        plugin.teardown()
+    assert os.listdir(tmp_path) == ["1.ckpt" if failing else "2.ckpt"]
+
+
+def test_a_link_to_a_removed_checkpoint_is_not_looked_into(tmp_path: Path) -> None:
+    """``save_last: link`` leaves one if the run is killed between removing the last and linking the next."""
+    WholeCheckpointIO().save_checkpoint(CHECKPOINT, tmp_path / "new.ckpt")
+    (tmp_path / "last.ckpt").symlink_to("old.ckpt")
+    assert newest_checkpoint([tmp_path]) == tmp_path / "new.ckpt"
