@@ -14,7 +14,7 @@ from lit_clip.errors import InputError, no_such_file, require
 from lit_clip.losses.loss import foreign_losses
 from lit_clip.tools.messages import imported_class, parameters
 from lit_clip.tools.parts import describe_instance, qualified_name
-from lit_clip.tools.untrusted import hints_of, is_trusted, names_nothing, shortened, value_names_nothing
+from lit_clip.tools.untrusted import hints_of, is_trusted, names_nothing, value_names_nothing
 from lit_clip.training.optimization import KINDS
 
 CLASS_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
@@ -193,8 +193,8 @@ def _check_nameable(part: str, saved: Any, checkpoint: str) -> None:
     if isinstance(saved, Mapping) and "class_path" in saved and not is_trusted(saved, KINDS[part]):
         path = saved["class_path"]
         raise InputError(
-            f"--ckpt_path {checkpoint}: was trained with {shortened(path)}, which a checkpoint may not import by itself; "
-            f"name it with --model.{part} {path}"
+            f"--ckpt_path {checkpoint}: was trained with {path}, which a checkpoint may not import by "
+            f"itself; name it with --model.{part} {path}"
         )
 
 
