@@ -8,6 +8,9 @@ from pathlib import Path
 # what is not Unicode in a file's name.
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 LINE_BREAK = re.compile(r"\s*[\n\t]\s*")
+# A part of a message that is longer than our sentences quotes a name: of a column, a member, a key, an image.
+LONG_PART = re.compile(r"[^,:;]{200,}")
+LONGEST_MESSAGE = 2000  # characters; with long lists of what there is
 
 
 def printable(text: str) -> str:
@@ -22,6 +25,16 @@ def _escaped(found: re.Match[str]) -> str:
     return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
 
 
+def one_printable_line(text: str) -> str:
+    """Return text as a line for a terminal, without the middle of names that are too long to read."""
+    line = LONG_PART.sub(lambda part: _without_middle(part[0], 110, 60), printable(LINE_BREAK.sub(" ", text)))
+    return _without_middle(line, LONGEST_MESSAGE - 500, 490)  # says at its end what to do
+
+
+def _without_middle(text: str, first: int, last: int) -> str:
+    return text if len(text) <= first + last else f"{text[:first]} ... {text[-last:]}"
+
+
 class InputError(ValueError):
     """An error in the user's input; the message is one line that names file, row or key and says what to do.
 
@@ -30,7 +43,7 @@ class InputError(ValueError):
 
     def __init__(self, *args: object) -> None:
         # Names of files, columns and keys may hold anything.
-        super().__init__(*(printable(LINE_BREAK.sub(" ", arg)) if isinstance(arg, str) else arg for arg in args))
+        super().__init__(*(one_printable_line(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 def require(condition: bool, message: str) -> None:

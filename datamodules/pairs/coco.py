@@ -147,6 +147,4 @@ def _find_root(path: Path, image: str) -> Path:
     for place in places:
         if os.path.isfile(place / image):  # unlike the method, false for a name that is too long
             return place
-    raise InputError(
-        f"{path}: {image[:200]} is not in {', '.join(map(str, places))}; set root to the folder of its images"
-    )
+    raise InputError(f"{path}: {image} is not in {', '.join(map(str, places))}; set root to the folder of its images")

@@ -390,4 +390,4 @@ def _text(content: bytes, where: str) -> str:
 def _listed(extensions: dict[str, int]) -> str:
     """Describe a shard's files by extension, the most frequent first."""
     names = sorted(extensions, key=lambda name: (-extensions[name], name))
-    return "files called " + ", ".join(f"*.{name}" for name in names[:8]) if names else "no sample files"
+    return "files called " + ", ".join(f"*.{name[:20]}" for name in names[:8]) if names else "no sample files"

@@ -35,10 +35,11 @@ from lit_clip.cli.words import (
     part_options,
     sections,
 )
-from lit_clip.errors import InputError
+from lit_clip.errors import InputError, require
 from lit_clip.module import LitCLIP
 from lit_clip.tools.hardware import has_bfloat16
 from lit_clip.tools.messages import hinting, options_of
+from lit_clip.tools.untrusted import shortened
 from lit_clip.tools.weight_files import read_mapped
 from lit_clip.training.checkpoint_io import WholeCheckpointIO, newest_checkpoint
 from lit_clip.training.plan import measure_run, print_plan
@@ -116,8 +117,7 @@ class CLI(LightningCLI):
                 return
             hint = "; --ckpt_path auto starts from the beginning in that case" if subcommand == "fit" else ""
             raise InputError(f"--ckpt_path {path}: no complete checkpoint below {', '.join(map(str, folders))}{hint}")
-        model = self.config[subcommand]["model"] if subcommand else {}
-        model = model.get("init_args", model)
+        model = _model_of(self.config[subcommand]) if subcommand else {}
         if path and not model.get("lora"):
             model["pretrained"] = None  # the checkpoint replaces every weight
 
@@ -246,6 +246,15 @@ class CLI(LightningCLI):
     def _summarise(self, before: Mapping[str, float]) -> None:
         if self.trainer.is_global_zero:
             print_summary(self.trainer.callback_metrics, self.model.baselines, before)
+
+
+def _model_of(settings: Any) -> Any:
+    """Return the model's settings; raise :class:`InputError` unless they and the trainer's are mappings."""
+    for name in ("model", "trainer"):
+        value = settings.get(name, {})
+        require(hasattr(value, "get"), f"{name}: {shortened(value)} must be a mapping of settings")
+    model = settings.get("model", {})
+    return model.get("init_args", model)
 
 
 def _settings_of(path: str) -> dict[str, Any]:

@@ -163,7 +163,7 @@ def model_defaults(
     for part in PARTS:
         named, saved, default = named_class(words, subcommand, "model", part), defaults.get(part), _default(model, part)
         if subcommand == "fit" and named is None:
-            _check_nameable(part, saved)
+            _check_nameable(part, saved, checkpoint_path(words, subcommand) or "")
         if named and _other_settings(words, subcommand, part, named):
             named = None  # those of the default class, which a later file or option then replaces
         defaults[part] = _part_default(part, named, saved, default)
@@ -188,13 +188,13 @@ def _part_default(part: str, named: str | None, saved: Any, default: dict[str, A
     return {"class_path": named}
 
 
-def _check_nameable(part: str, saved: Any) -> None:
+def _check_nameable(part: str, saved: Any, checkpoint: str) -> None:
     """Refuse to resume with the default of a part for which the checkpoint has a class that it may not name."""
     if isinstance(saved, Mapping) and "class_path" in saved and not is_trusted(saved, KINDS[part]):
         path = saved["class_path"]
         raise InputError(
-            f"--ckpt_path: was trained with {path}, which a checkpoint may not import by itself; name it with "
-            f"--model.{part} {path}"
+            f"--ckpt_path {checkpoint}: was trained with {path}, which a checkpoint may not import by "
+            f"itself; name it with --model.{part} {path}"
         )
 
 

@@ -26,6 +26,7 @@ from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.text_files import read_json, read_yaml
+from lit_clip.tools.untrusted import shortened
 from lit_clip.weights.fingerprint import text_sha256
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
@@ -104,34 +105,39 @@ def prompts_of(class_names: ClassNames, templates: str | list[str] | None, own_n
     return Prompts(classes.display, texts)
 
 
-def templates_of(templates: str | Sequence[str]) -> list[str]:
+def templates_of(templates: str | Sequence[str], where: str = "templates") -> list[str]:
     """Return the prompt templates of a named list, a YAML file, a single template or a list; see :func:`prompts_of`.
+
+    Args:
+        templates: the templates, or the name of their list.
+        where: their place, for messages.
 
     Raises:
         InputError: a list that does not exist or cannot be read, or a template without ``{}``.
     """
     if isinstance(templates, str):
-        templates = _templates(templates)
-    check_templates(templates)
+        file = templates.endswith(FILES) and "{}" not in templates
+        templates, where = _templates(templates, where), f"{where}: {templates}" if file else where
+    check_templates(templates, where)
     return list(templates)
 
 
-def _templates(name: str) -> list[str]:
+def _templates(name: str, where: str) -> list[str]:
     if "{}" in name:
         return [name]
     if name == IMAGENET:
         return imagenet_templates()
     if name.startswith(PAPER):
-        value = _paper_entry(name, "templates")["templates"]
-        return _templates(value) if isinstance(value, str) else value
+        value = _paper_entry(name, where)["templates"]
+        return _templates(value, where) if isinstance(value, str) else value
     if name.startswith(PACKAGE):
         return [text.replace("{c}", "{}") for text in _package_list(name, "templates")]
-    require(name.endswith(FILES), f"templates: {name!r} has no {{}} and is neither {PAPER}NAME nor a YAML file")
-    value = read_yaml(name, "templates")
+    require(name.endswith(FILES), f"{where}: {shortened(name)} has no {{}} and is neither {PAPER}NAME nor a YAML file")
+    value = read_yaml(name, where)
     listed = value.get("templates") if isinstance(value, dict) else value
     if not isinstance(listed, list) or not listed:
-        raise InputError(f"templates: {name}: must be a list of templates, or a mapping with one")
-    return [_string(template, f"templates: {name}") for template in listed]
+        raise InputError(f"{where}: {name}: must be a list of templates, or a mapping with one")
+    return [_string(template, f"{where}: {name}") for template in listed]
 
 
 def _classes(spec: ClassNames, own_names: Sequence[str]) -> _Classes:
@@ -155,7 +161,7 @@ def _classes(spec: ClassNames, own_names: Sequence[str]) -> _Classes:
     value = read_yaml(spec, "class_names")
     if isinstance(value, dict) and value.keys() == {"classes", "templates"}:
         classes = _listed(value["classes"], f"class_names: {spec}")
-        classes.templates = templates_of(value["templates"])
+        classes.templates = templates_of(value["templates"], f"class_names: {spec}: templates")
         return classes
     return _listed(value, f"class_names: {spec}")
 
@@ -180,7 +186,7 @@ def _string(value: Any, where: str) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str):
-        raise InputError(f"{where}: {value!r} is not a string; put it in quotes")
+        raise InputError(f"{where}: {shortened(value)} is not a string; put it in quotes")
     require(bool(value.strip()), f"{where}: a name or prompt is empty")
     return value
 

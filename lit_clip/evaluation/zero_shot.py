@@ -14,6 +14,7 @@ from lit_clip import distributed
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import LabelledImages
 from lit_clip.models.tokenizer import TextTokenizer
+from lit_clip.tools.untrusted import shortened
 
 IMAGENET = "imagenet"
 
@@ -65,15 +66,19 @@ def imagenet_templates() -> list[str]:
     return list(_imagenet()[1])
 
 
-def check_templates(templates: Sequence[str]) -> None:
-    """Raise :class:`InputError` unless there is a template and each has ``{}`` for the class name."""
-    require(not isinstance(templates, str), f"templates: {templates!r} is one string; give a list of templates")
+def check_templates(templates: Any, where: str = "templates") -> None:
+    """Raise :class:`InputError` unless there is a template and each is a text with ``{}`` for the class name."""
+    if isinstance(templates, str) or not isinstance(templates, Sequence):
+        kind = "one string" if isinstance(templates, str) else "no list"
+        raise InputError(f"{where}: {shortened(templates)} is {kind}; give a list of templates")
     if not templates:
-        raise InputError("templates: empty; give at least one, such as 'a photo of a {}.'")
+        raise InputError(f"{where}: empty; give at least one, such as 'a photo of a {{}}.'")
     for template in templates:
+        if not isinstance(template, str):
+            raise InputError(f"{where}: {shortened(template)} is not a text; put it in quotes")
         if "{}" not in template:
             raise InputError(
-                f"templates: {template!r} has no {{}} for the class name; all classes would have the same prompt"
+                f"{where}: {shortened(template)} has no {{}} for the class name; all classes would have the same prompt"
             )
 
 

@@ -131,6 +131,8 @@ def release_folders(kept: frozenset[Path] = frozenset()) -> None:
 def remove_leftovers(checkpoint: Path) -> None:
     """Remove what a killed run has left beside a checkpoint, if no run writes there."""
     folder, before = checkpoint.absolute().parent, frozenset(_held)
+    if not any(folder.glob(DRAFTS)):  # no lock is left beside folders that are only read
+        return
     if not (claim(folder) or claim(folder.parent)):  # the folder of ModelCheckpoint.dirpath, or of a logger's version
         for draft in folder.glob(DRAFTS):
             with suppress(OSError):

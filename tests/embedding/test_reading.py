@@ -105,6 +105,31 @@ def test_evaluation_refuses_what_training_refuses(refused: Path, on_error: Any, 
         assert encoder.encode(model, images, model.encode_image, "set").rows == [0]
 
 
+@pytest.mark.parametrize("damaged", ["visual.", "ln_final."])
+@pytest.mark.parametrize(
+    "command", [["embed", "--output", "f.npy"], ["search", "kite"], ["classify", "--classes", "a", "b"]]
+)
+def test_weights_that_are_not_numbers_end_a_command_with_one_line(
+    command: list[str], damaged: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("set").mkdir()
+    image(0, 40, 36).save("set/a.png")
+    checkpoint = torch.load(tiny_checkpoint, weights_only=True)
+    name = next(name for name in checkpoint["state_dict"] if damaged in name)
+    checkpoint["state_dict"][name].fill_(torch.nan)
+    torch.save(checkpoint, "nan.ckpt")
+    words = [command[0], "set", *command[1:], "--model", "nan.ckpt", "--num_workers", "0"]
+    if command[0] == "embed" and damaged == "ln_final.":
+        run_command([*words, "--accelerator", "cpu"])  # needs no text
+        return
+    with pytest.raises(InputError, match="features that are not finite; check the model's weights") as error:
+        run_command([*words, "--accelerator", "cpu"] if command[0] == "embed" else words)
+    assert "\n" not in str(error.value)
+    assert not Path("f.npy").exists()
+    assert not Path("results.html").exists()
+
+
 class Films:
     """Row i has i + 1 images, but row 3 cannot be read and row 5 has none."""
 

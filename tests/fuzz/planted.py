@@ -18,6 +18,14 @@ from tests.fuzz.inputs import CANARY, Input
 from tests.fuzz.target import Target
 
 
+class _RawError(InputError):
+    """A refusal whose message is not made one printable line."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__()
+        self.args = (message,)
+
+
 def _target(act: Callable[[Input], object]) -> Target:
     def run(folder: Path, given: Input) -> Iterator[str]:
         if b"!" in given.data:
@@ -64,9 +72,9 @@ elsewhere = _target(lambda given: _open_elsewhere())
 bug = _target(lambda given: {}[given.name])
 always = bug._replace(inputs=lambda: st.just(Input("a.txt", b"!")))
 wrong = _target(lambda given: _raise(AssertionError("a wrong result")))
-lines = _target(lambda given: _raise(InputError(f"{given.name}: two\nlines")))
-long = _target(lambda given: _raise(InputError(f"{given.name}: {'long ' * 200}")))
-escape = _target(lambda given: _raise(InputError(f"{given.name}: \x1b[31mred")))
+lines = _target(lambda given: _raise(_RawError(f"{given.name}: two\nlines")))
+long = _target(lambda given: _raise(_RawError(f"{given.name}: {'long ' * 200}")))
+escape = _target(lambda given: _raise(_RawError(f"{given.name}: \x1b[31mred")))
 nameless = _target(lambda given: _raise(InputError("the file is damaged")))
 flood = _target(lambda given: _flood())
 harmless = _target(lambda given: _raise(InputError(f"{given.name}: has a !; remove it")))

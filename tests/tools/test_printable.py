@@ -11,7 +11,7 @@ import pytest
 from rich.table import Table
 
 from lit_clip.commands.classify import RankedClass, _as_csv, _as_json
-from lit_clip.errors import UNPRINTABLE, printable
+from lit_clip.errors import UNPRINTABLE, InputError, printable
 from lit_clip.tools.console import Console, Text
 
 HOSTILE = (
@@ -50,6 +50,20 @@ def test_names_reach_the_terminal_as_their_escapes(name: str) -> None:
 def test_what_can_be_printed_is_unchanged() -> None:
     for text in ("photo of a tiger.png", "Straße\t東京 🦊\n", "[red]\\x1b", "עברית"):
         assert printable(text) == text
+
+
+@pytest.mark.parametrize("name", ["x" * 20_000, "a b" * 7_000, "\x1b" * 5_000, "a, " * 9_000])
+def test_error_that_quotes_a_name_of_any_length_says_where_and_what_to_do(name: str) -> None:
+    message = str(InputError(f"t.csv row 7: no such image file: {name}, nor {name}; set root to the folder of images"))
+    assert len(message) < 2200 if ", " in name else len(message) < 500
+    assert message.startswith("t.csv row 7: no such image file: ")
+    assert message.endswith("; set root to the folder of images")
+    assert message.isprintable()
+
+
+def test_usual_names_are_quoted_whole() -> None:
+    listed = f"/home/{'long_name/' * 15}t.csv: has {', '.join(f'column_{number}' for number in range(150))}"
+    assert str(InputError(listed)) == listed
 
 
 def test_markup_and_names_of_emoji_in_a_name_are_text() -> None:

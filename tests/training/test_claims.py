@@ -145,3 +145,13 @@ def test_what_a_killed_run_left_is_removed_beside_a_checkpoint_unless_a_run_writ
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["last.ckpt"]
     assert len(list((live / "checkpoints").iterdir())) == 2
     assert {path.name for path in tmp_path.iterdir()} == {"version_0", "version_1", ".version_1.lock"}
+
+
+def test_resuming_writes_nothing_beside_a_folder_in_which_no_run_was_killed(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "runs/last.ckpt"
+    checkpoint.parent.mkdir()
+    checkpoint.write_text("whole")
+    before = [folder.stat().st_mtime_ns for folder in (tmp_path, checkpoint.parent)]
+    time.sleep(0.02)  # longer than the clock of a file system takes
+    claims.remove_leftovers(checkpoint)
+    assert [folder.stat().st_mtime_ns for folder in (tmp_path, checkpoint.parent)] == before
