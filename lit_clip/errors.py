@@ -8,6 +8,7 @@ from pathlib import Path
 # what is not Unicode in a file's name.
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 LINE_BREAK = re.compile(r"\s*[\n\t]\s*")
+FROM_WORKER = re.compile(r"\ACaught \w+ in DataLoader worker .*^(?:\w+\.)+\w+: ([^\n]*)", re.DOTALL | re.MULTILINE)
 
 
 def printable(text: str) -> str:
@@ -29,8 +30,16 @@ class InputError(ValueError):
     """
 
     def __init__(self, *args: object) -> None:
-        # Names of files, columns and keys may hold anything.
-        super().__init__(*(printable(LINE_BREAK.sub(" ", arg)) if isinstance(arg, str) else arg for arg in args))
+        super().__init__(*(_one_line(arg) if isinstance(arg, str) else arg for arg in args))
+
+
+def _one_line(message: str) -> str:
+    """Return a message, in which names of files, columns and keys may hold anything, as one printable line.
+
+    A data loader raises a worker's error again with the worker's traceback as its message.
+    """
+    from_worker = FROM_WORKER.search(message)
+    return printable(LINE_BREAK.sub(" ", from_worker[1] if from_worker else message))
 
 
 def require(condition: bool, message: str) -> None:
