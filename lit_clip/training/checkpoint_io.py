@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 import zipfile
 from collections.abc import Iterable
 from contextlib import nullcontext, suppress
@@ -11,13 +12,15 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from lit_clip import distributed
 from lit_clip.errors import InputError
 from lit_clip.tools.atomic import draft_of
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.reading import reading
+
+CLOCKS_DIFFER = 60.0  # seconds that the clocks of machines that share a disk may
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -89,15 +92,29 @@ def newest_checkpoint(places: Iterable[Path]) -> Path | None:
         places: folders, searched at any depth, and files.
     """
     files = {file.resolve() for place in places for file in ([place] if place.is_file() else place.rglob("*.ckpt"))}
-    found = [(step, file.stat().st_mtime, file) for file in files if (step := _steps(file)) is not None]
-    if not found:
+    steps = {file: step for file in files if (step := _steps(file)) is not None}
+    if not steps:
         return None
+    _date_until_now(steps)
+    found = [(step, file.stat().st_mtime, file) for file, step in steps.items()]
     last = max(found, key=lambda each: each[1])[2].parent
     _, written, newest = max(each for each in found if each[2].parent == last)
     for file in sorted(files):
         if file.stat().st_mtime > written and not zipfile.is_zipfile(file):
             rank_zero_warn(f"{file}: incomplete or damaged; {newest} is the newest complete checkpoint")
     return newest
+
+
+@rank_zero_only
+def _date_until_now(files: Iterable[Path]) -> None:
+    """Date files from the future now, in their order: a clock was wrong, and what is written next must be newer."""
+    now = time.time()
+    ahead = sorted((file for file in files if file.stat().st_mtime > now + CLOCKS_DIFFER), key=os.path.getmtime)
+    if ahead:
+        rank_zero_warn(f"{ahead[-1]}: dated in the future, so a clock was wrong; such checkpoints are dated now")
+    for number, file in enumerate(ahead):
+        with suppress(OSError):  # another user's
+            os.utime(file, (now, now + number * 1e-3))
 
 
 def _steps(path: Path) -> int | None:
