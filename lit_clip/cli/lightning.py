@@ -40,7 +40,7 @@ from lit_clip.module import LitCLIP
 from lit_clip.tools.hardware import has_bfloat16
 from lit_clip.tools.messages import hinting, options_of
 from lit_clip.tools.weight_files import read_mapped
-from lit_clip.training.checkpoint_io import WholeCheckpointIO, newest_checkpoint
+from lit_clip.training.checkpoint_io import WholeCheckpointIO, newest_checkpoint, remove_after_writing
 from lit_clip.training.lost_ranks import watch_started_ranks
 from lit_clip.training.plan import measure_run, print_plan
 from lit_clip.training.run_folder import curves, run_folder
@@ -165,6 +165,7 @@ class CLI(LightningCLI):
         except (ValueError, TypeError, ModuleNotFoundError) as error:  # the last: a package that an option needs
             raise InputError(f"trainer: {error}") from error
         watch_started_ranks(trainer)
+        remove_after_writing(trainer.strategy.checkpoint_io)
         return trainer
 
     def _choose_precision(self, settings: Any) -> None:

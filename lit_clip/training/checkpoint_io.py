@@ -6,12 +6,14 @@ import time
 import zipfile
 from collections.abc import Iterable
 from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Trainer
+from lightning.pytorch.plugins import AsyncCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from lit_clip import distributed
@@ -59,6 +61,34 @@ class WholeCheckpointIO(TorchCheckpointIO):
         finally:
             with suppress(OSError):
                 part.unlink(missing_ok=True)
+
+
+def remove_after_writing(plugin: Any) -> None:
+    """Have ``AsyncCheckpointIO`` remove a checkpoint only when those saved before are on the disk.
+
+    ``ModelCheckpoint`` removes the previous one as soon as saving returns, which is before anything is written: a run
+    that is killed then, or whose disk is full, would have none.
+
+    Args:
+        plugin: a trainer's ``CheckpointIO``; others, and those they wrap, are left as they are.
+    """
+    while plugin is not None:
+        if isinstance(plugin, AsyncCheckpointIO):
+            plugin.remove_checkpoint = partial(_remove_in_turn, plugin)
+        plugin = getattr(plugin, "checkpoint_io", None)
+
+
+def _remove_in_turn(plugin: AsyncCheckpointIO, path: Any) -> None:
+    def remove() -> None:
+        if plugin._error is None:  # otherwise the next call raises it
+            try:
+                type(plugin).remove_checkpoint(plugin, path)
+            except OSError as error:
+                plugin._error = error
+
+    plugin._ensure_setup()
+    assert plugin._executor is not None
+    plugin._executor.submit(remove)
 
 
 def _first(error: BaseException) -> BaseException:

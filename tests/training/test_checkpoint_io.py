@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.plugins import AsyncCheckpointIO
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 
 from lit_clip import LitCLIP
 from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig
-from lit_clip.training.checkpoint_io import WholeCheckpointIO, newest_checkpoint
+from lit_clip.training.checkpoint_io import WholeCheckpointIO, newest_checkpoint, remove_after_writing
 from tests.conftest import TINY_YAML
 from tests.test_module import data_for, trainer
 
@@ -124,6 +126,42 @@ def test_a_clock_that_was_ahead_does_not_hide_what_is_saved_later(tmp_path: Path
     time.sleep(0.01)
     later = save("version_2", 7)
     assert newest_checkpoint([tmp_path]) == later
+
+
+class Slow(WholeCheckpointIO):
+    """Takes its time, and lists the folder before it removes a checkpoint."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        time.sleep(0.2)
+        if checkpoint["global_step"] < 0:
+            raise InputError("the disk is full")
+        super().save_checkpoint(checkpoint, path, storage_options)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        self.seen = sorted(os.listdir(Path(path).parent))
+        super().remove_checkpoint(path)
+
+
+class Wrapper(_WrappingCheckpointIO):
+    pass
+
+
+def test_saving_in_the_background_removes_a_checkpoint_only_after_the_next_is_written(tmp_path: Path) -> None:
+    slow = Slow()
+    background = AsyncCheckpointIO(slow)
+    plugin = Wrapper(background)
+    remove_after_writing(plugin)
+    for name in ("1.ckpt", "2.ckpt"):
+        plugin.save_checkpoint(CHECKPOINT, tmp_path / name)
+    plugin.remove_checkpoint(tmp_path / "1.ckpt")  # at once, as ModelCheckpoint does
+    background.teardown()
+    assert slow.seen == ["1.ckpt", "2.ckpt"]
+    assert os.listdir(tmp_path) == ["2.ckpt"]
+    plugin.save_checkpoint({**CHECKPOINT, "global_step": -1}, tmp_path / "3.ckpt")
+    plugin.remove_checkpoint(tmp_path / "2.ckpt")
+    with pytest.raises(InputError, match="the disk is full"):
+        background.teardown()
+    assert os.listdir(tmp_path) == ["2.ckpt"]
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "zeros", "a byte", "folder", "missing"])
