@@ -168,7 +168,7 @@ PROCESSES = (
         limit=20,
         codes=USER_ERROR,
         line=LOST,
-        sources=("table",),
+        sources=("tars",),
         ranks=2,
     ),
     Fault(

@@ -26,7 +26,7 @@ CHOSEN = [
     Cell("kill_first", "tars", 2, 2),
     Cell("sigterm", "tars", 2, 0),
     Cell("reset_forever", "store", 1, 2),
-    Cell("kill_rank_meanwhile", "table", 2, 0),
+    Cell("kill_rank_meanwhile", "tars", 2, 0),
 ]
 
 
