@@ -11,6 +11,7 @@ LINE_BREAK = re.compile(r"\s*[\n\t]\s*")
 # A part of a message that is longer than our sentences quotes a name: of a column, a member, a key, an image.
 LONG_PART = re.compile(r"[^,:;]{200,}")
 LONGEST_MESSAGE = 2000  # characters; with long lists of what there is
+FROM_WORKER = re.compile(r"\ACaught \w+ in DataLoader worker .*^(?:\w+\.)+\w+: ([^\n]*)", re.DOTALL | re.MULTILINE)
 
 
 def printable(text: str) -> str:
@@ -26,7 +27,12 @@ def _escaped(found: re.Match[str]) -> str:
 
 
 def one_printable_line(text: str) -> str:
-    """Return text as a line for a terminal, without the middle of names that are too long to read."""
+    """Return text as a line for a terminal, without the middle of names that are too long to read.
+
+    A data loader raises a worker's error again with the worker's traceback as its message; of that the message remains.
+    """
+    from_worker = FROM_WORKER.search(text)
+    text = from_worker[1] if from_worker else text
     line = LONG_PART.sub(lambda part: _without_middle(part[0], 110, 60), printable(LINE_BREAK.sub(" ", text)))
     return _without_middle(line, LONGEST_MESSAGE - 500, 490)  # says at its end what to do
 
@@ -42,7 +48,6 @@ class InputError(ValueError):
     """
 
     def __init__(self, *args: object) -> None:
-        # Names of files, columns and keys may hold anything.
         super().__init__(*(one_printable_line(arg) if isinstance(arg, str) else arg for arg in args))
 
 

@@ -244,7 +244,7 @@ class LitCLIP(LightningModule):
             self.trainer.strategy._ddp_kwargs.setdefault("gradient_as_bucket_view", True)
         if self._trainer:
             load_the_same_checkpoint(self.trainer)
-            remove_after_writing(self.trainer)
+            remove_after_writing(self.trainer.strategy.checkpoint_io)
         if self._trainer and stage != "predict":
             check_skipped_samples(self._trainer)
         if stage == "fit":

@@ -42,6 +42,7 @@ from lit_clip.tools.messages import hinting, options_of
 from lit_clip.tools.untrusted import shortened
 from lit_clip.tools.weight_files import read_mapped
 from lit_clip.training.checkpoint_io import WholeCheckpointIO, newest_checkpoint
+from lit_clip.training.lost_ranks import watch_started_ranks
 from lit_clip.training.plan import measure_run, print_plan
 from lit_clip.training.run_folder import curves, run_folder
 from lit_clip.training.summary import print_next_steps, print_summary, resume_command
@@ -160,9 +161,11 @@ class CLI(LightningCLI):
         if settings.enable_progress_bar is not False and not has_bar:
             self.trainer_defaults["callbacks"] = [RichProgressBar()]
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError, ModuleNotFoundError) as error:  # the last: a package that an option needs
             raise InputError(f"trainer: {error}") from error
+        watch_started_ranks(trainer)
+        return trainer
 
     def _choose_precision(self, settings: Any) -> None:
         """Choose ``fit``'s precision where none is set; other subcommands compute in float32 then."""

@@ -8,6 +8,7 @@ import importlib.util
 import logging
 import sys
 import textwrap
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
@@ -57,6 +58,15 @@ def _hush() -> None:
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode.*")  # frozen modules should be
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     logger.addFilter(lambda record: "Tip:" not in record.getMessage())
+
+
+def _thread_error(thread: threading.ExceptHookArgs) -> None:
+    """Print a thread's error, such as TensorBoard's writer has on a full disk, as the command prints its own."""
+    fixable = user_error(thread.exc_value) if thread.exc_value else None
+    if fixable is None:
+        threading.__excepthook__(thread)
+    else:
+        sys.stderr.write(f"lit-clip: {printable(one_line(fixable))}\n")
 
 
 def help_text() -> str:
@@ -125,6 +135,8 @@ def main() -> None:
     """Run the ``lit-clip`` command; errors that the user can fix are one line and exit code 2."""
     _hush()
     guard_messages()
+    if threading.excepthook is threading.__excepthook__:  # not where this command runs in a program that has its own
+        threading.excepthook = _thread_error
     watch_launcher()
     defer_torchmetrics()
     try:

@@ -30,7 +30,7 @@ def watch_launcher() -> None:
 def let_launcher_end(seconds: float) -> None:
     """Wait for the rank that launched this one to end; it may be about to, for the same reason.
 
-    If this one ended first with an error, Lightning would kill the launcher while it reports and saves.
+    If this one ended first with an error, the launcher would be ended, too, and maybe while it reports and saves.
     """
     deadline = time.monotonic() + seconds
     while is_launched() and time.monotonic() < deadline:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 import zipfile
 from collections.abc import Iterable
 from contextlib import nullcontext, suppress
@@ -13,7 +14,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import AsyncCheckpointIO
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from lit_clip import distributed
 from lit_clip.errors import InputError
@@ -21,6 +22,8 @@ from lit_clip.tools.atomic import draft_of
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.reading import reading
 from lit_clip.training.restoring import check_restorable, restore_in_one_line
+
+CLOCKS_DIFFER = 60.0  # seconds that the clocks of machines that share a disk may
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -61,6 +64,34 @@ class WholeCheckpointIO(TorchCheckpointIO):
                 part.unlink(missing_ok=True)
 
 
+def remove_after_writing(plugin: Any) -> None:
+    """Have ``AsyncCheckpointIO`` remove a checkpoint only when those saved before are on the disk.
+
+    ``ModelCheckpoint`` removes the previous one as soon as saving returns, which is before anything is written: a run
+    that is killed then, or whose disk is full, would have none.
+
+    Args:
+        plugin: a trainer's ``CheckpointIO``; others, and those they wrap, are left as they are.
+    """
+    while plugin is not None:
+        if isinstance(plugin, AsyncCheckpointIO):
+            plugin.remove_checkpoint = partial(_remove_in_turn, plugin)
+        plugin = getattr(plugin, "checkpoint_io", None)
+
+
+def _remove_in_turn(plugin: AsyncCheckpointIO, path: Any) -> None:
+    def remove() -> None:
+        if plugin._error is None:  # otherwise the next call raises it
+            try:
+                type(plugin).remove_checkpoint(plugin, path)
+            except OSError as error:
+                plugin._error = error
+
+    plugin._ensure_setup()
+    assert plugin._executor is not None
+    plugin._executor.submit(remove)
+
+
 def _first(error: BaseException) -> BaseException:
     """Return the error that the others followed from."""
     while before := error.__cause__ or error.__context__:
@@ -92,15 +123,29 @@ def newest_checkpoint(places: Iterable[Path]) -> Path | None:
         places: folders, searched at any depth, and files.
     """
     files = {file.resolve() for place in places for file in ([place] if place.is_file() else place.rglob("*.ckpt"))}
-    found = [(step, file.stat().st_mtime, file) for file in files if (step := _steps(file)) is not None]
-    if not found:
+    steps = {file: step for file in files if (step := _steps(file)) is not None}
+    if not steps:
         return None
+    _date_until_now(steps)
+    found = [(step, file.stat().st_mtime, file) for file, step in steps.items()]
     last = max(found, key=lambda each: each[1])[2].parent
     _, written, newest = max(each for each in found if each[2].parent == last)
     for file in sorted(filter(Path.is_file, files)):  # a link may lead to a file that was removed
         if file.stat().st_mtime > written and not zipfile.is_zipfile(file):
             rank_zero_warn(f"{file}: incomplete or damaged; {newest} is the newest complete checkpoint")
     return newest
+
+
+@rank_zero_only
+def _date_until_now(files: Iterable[Path]) -> None:
+    """Date files from the future now, in their order: a clock was wrong, and what is written next must be newer."""
+    now = time.time()
+    ahead = sorted((file for file in files if file.stat().st_mtime > now + CLOCKS_DIFFER), key=os.path.getmtime)
+    if ahead:
+        rank_zero_warn(f"{ahead[-1]}: dated in the future, so a clock was wrong; such checkpoints are dated now")
+    for number, file in enumerate(ahead):
+        with suppress(OSError):  # another user's
+            os.utime(file, (now, now + number * 1e-3))
 
 
 def _steps(path: Path) -> int | None:
@@ -192,24 +237,3 @@ def _finish_writing(trainer: Trainer) -> None:
     while plugin is not None:
         plugin.teardown()  # AsyncCheckpointIO starts its thread again when it is next needed
         plugin = getattr(plugin, "checkpoint_io", None)
-
-
-def remove_after_writing(trainer: Trainer) -> None:
-    """Make plugins that write in another thread remove a checkpoint only after those saved before are on the disk.
-
-    Lightning's own removes the previous checkpoint while the next is being written, and a kill would leave none.
-    """
-    plugin: Any = trainer.strategy.checkpoint_io
-    while plugin is not None:
-        if isinstance(plugin, AsyncCheckpointIO):
-            plugin.remove_checkpoint = partial(_remove_in_turn, plugin)
-        plugin = getattr(plugin, "checkpoint_io", None)
-
-
-def _remove_in_turn(plugin: Any, path: Any) -> None:
-    def remove() -> None:
-        if plugin._error is None:  # otherwise the file that should replace this one may be absent
-            plugin.checkpoint_io.remove_checkpoint(path)
-
-    plugin._ensure_setup()
-    plugin._executor.submit(remove)

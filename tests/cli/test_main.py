@@ -1,9 +1,11 @@
 """The ``lit-clip`` command: precedence of settings, the files a run writes, and errors in one line."""
 
+import errno
 import re
 import shlex
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from PIL import Image
 from datamodules.commands.embed import embed
 from lit_clip.cli import lightning
 from lit_clip.cli.lightning import CLI, computes_in_bfloat16, run
-from lit_clip.cli.main import CONFIGURED, help_text, main
+from lit_clip.cli.main import CONFIGURED, _thread_error, help_text, main
 from lit_clip.cli.subcommands import COMMANDS
 from lit_clip.errors import InputError
 from lit_clip.tools.messages import one_line, user_error
@@ -283,6 +285,15 @@ def test_only_user_errors_lose_their_traceback() -> None:
     wrapped = ValueError("jsonargparse's")
     wrapped.__cause__ = InputError("row 3")
     assert one_line(user_error(wrapped) or wrapped) == "row 3"
+
+
+def test_a_threads_error_is_one_line_unless_it_is_a_bug(capsys: pytest.CaptureFixture[str]) -> None:
+    for error in (OSError(errno.ENOSPC, "No space left on device"), RuntimeError("a bug")):
+        _thread_error(threading.ExceptHookArgs((type(error), error, None, threading.current_thread())))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("lit-clip: No space left on device: a disk or shared memory")
+    assert lines[1].startswith("Exception in thread")
+    assert lines[-1] == "RuntimeError: a bug"
 
 
 @pytest.mark.parametrize(

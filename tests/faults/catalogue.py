@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from tests.faults.clock import turn_clock
 from tests.faults.disks import Disk
+from tests.faults.recorder import BUSY
 from tests.faults.runs import Run
 from tests.faults.server import SLOW, Store
 
@@ -93,6 +94,12 @@ def _kill_worker(scene: Scene) -> None:
     os.kill(scene.random.choice(scene.run.data_workers(scene.any_rank)), signal.SIGKILL)
 
 
+def _kill_while_the_first_is_busy(scene: Scene) -> None:
+    """Kill the last rank while the first one is in a long step, after which it would notice."""
+    scene.run.make_busy(0)
+    scene.hit(signal.SIGKILL, scene.last_rank)
+
+
 def _turn(seconds: float) -> Callable[[Scene], None]:
     def act(scene: Scene) -> None:
         assert scene.clock is not None
@@ -152,6 +159,16 @@ PROCESSES = (
         limit=20,
         codes=USER_ERROR,
         line=LOST,
+        ranks=2,
+    ),
+    Fault(
+        "kill_rank_meanwhile",
+        f"kill -9 of the last rank while the first one is in a step of {BUSY:g} s",
+        _kill_while_the_first_is_busy,
+        limit=20,
+        codes=USER_ERROR,
+        line=LOST,
+        sources=("tars",),
         ranks=2,
     ),
     Fault(

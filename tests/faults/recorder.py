@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lit_clip.batch import CaptionBatch
 
 PREFIX = "LIT_CLIP_FAULTS_RECORD"  # environment variable: path of the record without the rank
+BUSY = 30.0  # seconds that a step lasts that finds the file ``.busy`` beside its rank's record, which it removes
 PACE = 0.03  # seconds added to each step, so that a fault from outside can hit any part of it
 
 
@@ -25,4 +26,7 @@ class Recorder(Callback):
         digest = int(batch.images.long().sum())  # the pixels, and so the augmentation
         with self.path.open("a", encoding="utf-8") as file:
             file.write(f"{trainer.global_step} {trainer.current_epoch} {digest} {' '.join(batch.keys)}\n")
-        time.sleep(PACE)
+        busy = self.path.with_suffix(".busy")
+        pause = BUSY if busy.exists() else PACE
+        busy.unlink(missing_ok=True)
+        time.sleep(pause)

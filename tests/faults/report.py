@@ -10,7 +10,7 @@ from pathlib import Path
 from string import Template
 
 from tests.faults.catalogue import FAULTS, STORE_TIMEOUT, Fault
-from tests.faults.cells import RANKS, TOLERANCE, WORKERS, Cell, Outcome
+from tests.faults.cells import RANKS, TOLERANCE, WORKERS, Cell, Outcome, all_cells
 from tests.faults.runs import EPOCHS, EVERY, GROUP_TIMEOUT, STEPS
 
 Outcomes = Mapping[tuple[Cell, int], Outcome]
@@ -35,7 +35,8 @@ def _summary(outcomes: Outcomes) -> str:
         "## Outcomes",
         "",
         f"{datetime.date.today()}, {machine}, {versions}; other programs used the machine too.",
-        f"{len(outcomes)} faults: {counts['same']} same, {counts['clear end']} clear ends, {counts['other']} others.",
+        f"{len({cell for cell, _ in outcomes})} of {len(all_cells())} cells run: {counts['same']} same, "
+        f"{counts['clear end']} clear ends, {counts['other']} others.",
         "",
         "Seconds are from the fault to the end of the run.",
         "",

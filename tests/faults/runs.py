@@ -120,6 +120,15 @@ class Run:
         """Return the process of a rank."""
         return int(Path(f"{self.settings.record}_{rank}.pid").read_text())
 
+    def make_busy(self, rank: int) -> None:
+        """Let a rank's next step be a long one, and return once it has begun."""
+        file = Path(f"{self.settings.record}_{rank}.busy")
+        file.touch()
+        deadline = time.monotonic() + 10
+        while file.exists():
+            assert time.monotonic() < deadline, self.output()
+            time.sleep(0.005)
+
     def data_workers(self, rank: int) -> list[int]:
         """Return the data workers' processes of a rank."""
         others = {self.pid_of(other) for other in self.ranks}

@@ -10,13 +10,13 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from subprocess import CompletedProcess
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import AsyncCheckpointIO
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 
 from lit_clip import LitCLIP
 from lit_clip.errors import InputError
@@ -112,6 +112,24 @@ def test_newest_checkpoint_has_the_most_steps_of_the_newest_run_and_can_be_resum
     assert newest_checkpoint([tmp_path / "version_0", tmp_path / "cut.ckpt"]) is not None
 
 
+def test_a_clock_that_was_ahead_does_not_hide_what_is_saved_later(tmp_path: Path) -> None:
+    def save(run: str, step: int) -> Path:
+        path = tmp_path / run / f"step={step}.ckpt"
+        WholeCheckpointIO().save_checkpoint({**CHECKPOINT, "global_step": step}, path)
+        return path
+
+    ahead = time.time() + 86400
+    for number, (run, step) in enumerate((("version_0", 9), ("version_1", 3), ("version_1", 6))):
+        time.sleep(0.01)
+        os.utime(save(run, step), (ahead, ahead + number))
+    with pytest.warns(UserWarning, match=r"version_1/step=6.ckpt: dated in the future, so a clock was wrong"):
+        assert newest_checkpoint([tmp_path]) == tmp_path / "version_1/step=6.ckpt"
+    assert newest_checkpoint([tmp_path]) == tmp_path / "version_1/step=6.ckpt"  # in their order, without a warning
+    time.sleep(0.01)
+    later = save("version_2", 7)
+    assert newest_checkpoint([tmp_path]) == later
+
+
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "zeros", "a byte", "folder", "missing"])
 def test_a_file_that_is_no_checkpoint_is_one_line_from_python_too(
     damage: str, tiny_checkpoint: Path, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
@@ -191,7 +209,7 @@ def test_another_thread_removes_the_one_kept_checkpoint_after_the_next_is_on_the
 @pytest.mark.parametrize("failing", ["", "2.ckpt"], ids=["slow", "failing"])
 def test_a_checkpoint_is_kept_while_or_if_another_thread_has_not_written_the_next(failing: str, tmp_path: Path) -> None:
     plugin: Any = AsyncCheckpointIO(Slow(failing))
-    remove_after_writing(cast(Any, SimpleNamespace(strategy=SimpleNamespace(checkpoint_io=plugin))))
+    remove_after_writing(_WrappingCheckpointIO(plugin))  # wherever it is
     plugin.save_checkpoint(CHECKPOINT, tmp_path / "1.ckpt")
     plugin.teardown()
     plugin.save_checkpoint(CHECKPOINT, tmp_path / "2.ckpt")

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 
 from callbacks.skipped_samples import Tally
 from datamodules import Augmentation, Captions
@@ -109,6 +110,23 @@ def test_bad_sample_error_survives_pickling_and_reraising_from_a_data_worker() -
     again = pickle.loads(pickle.dumps(error))
     assert (str(again), again.where, again.reason) == ("t.csv row 7: cannot read it", "t.csv row 7", "broken image")
     assert str(BadSample("Caught BadSample in worker 0.")) == "Caught BadSample in worker 0."  # as data loaders do
+
+
+class Refused(Dataset[str]):
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, row: int) -> str:
+        try:
+            raise OSError("a cause")
+        except OSError as error:
+            raise InputError(f"t.csv row {row}: what: is\nwrong") from error
+
+
+def test_an_input_error_of_a_data_worker_is_its_one_line() -> None:
+    with pytest.raises(InputError) as error:
+        list(DataLoader(Refused(), num_workers=1, multiprocessing_context="fork"))
+    assert str(error.value) == "t.csv row 0: what: is wrong"
 
 
 # Draft decoding

@@ -1,0 +1,62 @@
+"""End a run with a line of its own when a rank that the first one started has ended."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies.launchers import subprocess_script
+
+PERIOD = 1.0  # seconds between looks
+GRACE = 5.0  # seconds for the first rank to notice by itself, at its next collective, and to report and save
+CODE = 2  # the exit code of a first rank that notices by itself
+
+
+class _Launcher(subprocess_script._SubprocessScriptLauncher):
+    """Lightning's, but for its thread that watches the started ranks.
+
+    That one kills the first rank up to 5 s after another has ended with an error, with exit code 137 and a line for
+    developers, and so also one that is about to report the same or to save.
+    """
+
+    def launch(self, function: Any, *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
+        self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
+        if not self.cluster_environment.creates_processes_externally:
+            self._call_children_scripts()
+            threading.Thread(target=_watch, args=(self.procs,), daemon=True).start()
+        _set_num_threads_if_needed(num_processes=self.num_processes)
+        return function(*args, **kwargs)
+
+
+def watch_started_ranks(trainer: Trainer) -> None:
+    """Have a trainer end clearly where Lightning would kill its first rank; called before the ranks are started."""
+    strategy: Any = trainer.strategy
+    launcher = strategy.launcher
+    if type(launcher) is subprocess_script._SubprocessScriptLauncher:
+        strategy._launcher = _Launcher(launcher.cluster_environment, launcher.num_processes, launcher.num_nodes)
+
+
+def _watch(processes: Sequence[Any]) -> None:
+    """Wait until a process has failed, or all have ended; end this one in the first case."""
+    codes = [process.poll() for process in processes]
+    while None in codes and not any(codes):
+        time.sleep(PERIOD)
+        codes = [process.poll() for process in processes]
+    if not any(codes):
+        return
+    time.sleep(GRACE)
+    rank, code = next((rank, code) for rank, code in enumerate(codes, start=1) if code)
+    how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+    for process in processes:
+        process.send_signal(signal.SIGTERM if sys.platform == "win32" else signal.SIGKILL)
+    sys.stderr.write(
+        f"lit-clip: error: another process has ended (rank {rank} of this machine, {how}); its error, if it printed "
+        "one, is above\n"
+    )
+    sys.stderr.flush()
+    os._exit(CODE)
