@@ -373,7 +373,8 @@ class LitCLIP(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         name = str((self._trainer and self._trainer.ckpt_path) or "the checkpoint")
-        checked(checkpoint, name)
+        if self._trainer:  # load_from_checkpoint has checked it, and put its caller's arguments into it
+            checked(checkpoint, name)
         if self._trainer and self._trainer.state.fn == TrainerFn.FITTING:
             self.trainer.precision_plugin.convert_module(self)  # Lightning's turn comes after 64-bit weights are loaded
             check_resumed_loss(self.hparams["loss"], checkpoint["hyper_parameters"].get("loss"), name)

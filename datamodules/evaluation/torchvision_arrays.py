@@ -195,6 +195,9 @@ class MNIST(ImageArrays):
         return np.memmap(self.path, np.uint8, "r", offset=16, shape=self.shape)
 
 
+LONGEST_FACE = 100_000  # characters of a row; 48 x 48 pixels take ten thousand
+
+
 class FER2013(ImageArrays):
     """FER2013: grey faces of 48 x 48 pixels with seven emotions, in ``fer2013.csv`` or ``icml_face_data.csv``.
 
@@ -231,6 +234,8 @@ class FER2013(ImageArrays):
 
     def _cells(self, line: bytes) -> list[str]:
         with reading(self.path, "table of faces", hint=AGAIN):
+            if len(line) > LONGEST_FACE:
+                raise ValueError(f"a row has more than {LONGEST_FACE:,} characters")
             return [cell.strip() for cell in next(csv.reader([line.decode("utf-8-sig", "replace")]), [])]
 
     def _next_line(self, file: Any) -> bytes:

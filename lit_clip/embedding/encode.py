@@ -80,12 +80,14 @@ class EncodingTask(NamedTuple):
         read: makes the dataset of some batches; it stops reading once the file given exists.
         encode: inputs on the device -> features.
         several: whether an item may have many images; then it is a batch of its own.
+        must_be_finite: whether NaN or infinite features end the run; evaluations report them.
     """
 
     identities: Sequence[Identity]
     read: Callable[[Batches, Path], Dataset[EncoderBatch]]
     encode: Encode
     several: bool = False
+    must_be_finite: bool = True
 
 
 def image_task(model: CLIP, images: ImageRows, identities: Sequence[Identity]) -> EncodingTask:
@@ -268,7 +270,9 @@ class PartWriter(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         if batch.rows:  # the width of an empty batch's features is unknown
-            check_finite(outputs, self.identities[batch.rows[0]][0])
+            assert isinstance(pl_module, Encoder)
+            if pl_module.task.must_be_finite:
+                check_finite(outputs, self.identities[batch.rows[0]][0])
             self._rows += batch.rows
             self._features.append(outputs.cpu().numpy())
         self.unreadable += batch.unreadable

@@ -59,7 +59,7 @@ def set_task(model: CLIP, images: ImageSet) -> EncodingTask:
         before, after = model.image_features(model.normalize(pixels))
         return torch.cat([before.float(), normalize(after.float(), dim=1)], dim=1)
 
-    return EncodingTask([(str(row), 0, 0) for row in range(len(images))], read, encode, images.several)
+    return EncodingTask([(str(row), 0, 0) for row in range(len(images))], read, encode, images.several, False)
 
 
 class Encoded(NamedTuple):

@@ -12,7 +12,7 @@ from lightning.pytorch.plugins.precision import FSDPPrecision, Precision
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullStateDictConfig, StateDictType
 from torch.distributed.fsdp import FullyShardedDataParallel as Sharded
 from torch.distributed.fsdp.api import FullOptimStateDictConfig
@@ -42,22 +42,31 @@ class FSDP(FSDPStrategy):
     Args:
         sharding_strategy: ``FULL_SHARD``, ``SHARD_GRAD_OP`` (weights stay whole between forward and backward pass), or
             ``HYBRID_SHARD`` (sharded within a machine, replicated over machines), which needs ``device_mesh``.
+        device_mesh: machines, and GPUs of each; or torch's DeviceMesh.
         kwargs: of Lightning's FSDPStrategy and of torch's FullyShardedDataParallel.
     """
 
-    def __init__(self, sharding_strategy: str = "FULL_SHARD", **kwargs: Any) -> None:
-        if isinstance(kwargs.get("device_mesh"), list):  # from a YAML file
-            kwargs["device_mesh"] = tuple(kwargs["device_mesh"])
+    def __init__(
+        self,
+        sharding_strategy: str = "FULL_SHARD",
+        device_mesh: tuple[int, int] | DeviceMesh | None = None,
+        **kwargs: Any,
+    ) -> None:
         require(
-            "HYBRID" not in sharding_strategy or kwargs.get("device_mesh") is not None,
+            "HYBRID" not in sharding_strategy or device_mesh is not None,
             f"trainer.strategy: {sharding_strategy} needs device_mesh; set it to [machines, GPUs of each]",
         )
-        mesh = kwargs.get("device_mesh")
+        mesh = tuple(device_mesh) if isinstance(device_mesh, list | tuple) else device_mesh
         require(
             not isinstance(mesh, tuple) or mesh[-1] > 1,
             f"trainer.strategy: device_mesh {mesh} shards nothing, and torch would not average the gradients; use ddp",
         )
-        super().__init__(sharding_strategy=sharding_strategy, state_dict_type="full", **kwargs)  # pyright: ignore[reportArgumentType]  # torch checks the name
+        super().__init__(
+            sharding_strategy=sharding_strategy,  # pyright: ignore[reportArgumentType]  # torch checks the name
+            device_mesh=mesh,  # pyright: ignore[reportArgumentType]  # of two numbers
+            state_dict_type="full",
+            **kwargs,
+        )
         self._scalars: list[nn.Parameter] = []
         self._sharded: Sharded | None = None
 

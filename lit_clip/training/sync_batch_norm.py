@@ -2,7 +2,6 @@
 
 from lightning.pytorch.plugins.layer_sync import LayerSync, TorchSyncBatchNorm
 from lightning.pytorch.strategies import ParallelStrategy, Strategy
-from timm.layers.norm_act import convert_sync_batchnorm
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -20,6 +19,8 @@ class SyncBatchNorm(LayerSync):
         self._replaced: dict[str, _BatchNorm] = {}
 
     def apply(self, model: nn.Module) -> nn.Module:
+        from timm.layers.norm_act import convert_sync_batchnorm  # takes time, and few runs need it
+
         self._replaced = {name: layer for name, layer in model.named_modules() if isinstance(layer, _BatchNorm)}
         return convert_sync_batchnorm(model)
 

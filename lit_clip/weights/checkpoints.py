@@ -172,7 +172,8 @@ def check_lightnings_entries(checkpoint: Mapping[str, Any], name: Source) -> Non
         version = checkpoint.get("pytorch-lightning_version")
         numbered = isinstance(version, str) and re.match(r"\d+(\.\d+)+", version) is not None
         require(numbered, f"pytorch-lightning_version: {shortened(version)} is no version")
-        for key in ("epoch", "global_step"):
+        migrated = not str(version).startswith("2.")  # Lightning changes what an older version wrote
+        for key in ("epoch", "global_step") if migrated or "optimizer_states" in checkpoint else ():
             require(key in checkpoint, f"lacks {key}")
     except InputError as error:
         raise InputError(f"{name}: {error}") from error

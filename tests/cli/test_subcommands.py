@@ -198,7 +198,7 @@ def test_a_byte_order_mark_is_not_part_of_a_class_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("output", ["table", "csv", "json"])
-def test_a_file_name_that_is_not_unicode_is_printed_unchanged(
+def test_a_file_name_that_is_not_unicode_is_unchanged_in_results_and_escaped_in_the_table(
     output: str, tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
     name = os.fsdecode(b"caf\xe9.png")
@@ -212,7 +212,8 @@ def test_a_file_name_that_is_not_unicode_is_printed_unchanged(
     if output == "json":
         assert json.loads(result.stdout.encode())[0]["image"] == name
     else:
-        assert b"caf\xe9.png" in result.stdout.encode(errors="surrogateescape")
+        shown = b"caf\\xe9.png" if output == "table" else b"caf\xe9.png"
+        assert shown in result.stdout.encode(errors="surrogateescape")
 
 
 def test_classes_given_twice_are_listed(exit_of: Callable[..., tuple[object, str, str]], tmp_path: Path) -> None:

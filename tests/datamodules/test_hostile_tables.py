@@ -83,7 +83,8 @@ def opened(path: Path | str, **options: str) -> PairSource:
 
 
 def test_every_file_of_the_corpus_has_an_expected_outcome() -> None:
-    assert {*READ, *REFUSED, "group_surrogate.jsonl"} == {path.name for path in CORPUS.iterdir()}
+    of_fuzzer = {path.name for path in CORPUS.iterdir() if "--" in path.name}  # tests/fuzz replays them
+    assert {*READ, *REFUSED, "group_surrogate.jsonl"} == {path.name for path in CORPUS.iterdir()} - of_fuzzer
 
 
 @pytest.mark.parametrize("name", READ)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, Preprocessing, ResNetConfig, TimmConfig, VisionTransformerConfig
+from lit_clip.weights.checkpoints import saved_tokenizer
 
 TEXTS = ["a dog on a hill", "A Photo of a CAT!", " ".join(["a very long caption about a cat"] * 9), ""]
 
@@ -24,7 +25,8 @@ def checkpoint(config: CLIPConfig, path: Path) -> CLIP:
         for name, buffer in model.named_buffers():
             if "running" in name:
                 buffer.add_(0.1 * torch.rand_like(buffer))
-    torch.save({"hyper_parameters": {"architecture": config.to_dict()}, "state_dict": model.state_dict()}, path)
+    settings = {"hyper_parameters": {"architecture": model.config.to_dict()}}
+    torch.save({**settings, "state_dict": model.state_dict(), **saved_tokenizer(model)}, path)
     return model
 
 

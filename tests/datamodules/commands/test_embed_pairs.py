@@ -174,8 +174,8 @@ def test_features_of_another_model_and_other_files_are_refused(
             run_command(["search", output, "kite", "--model", "other.ckpt"])
     np.save("plain.npy", np.zeros((3, 4)))
     for file, problem in {
-        "plain.npy": "plain.keys.json: no such file",
-        "absent.parquet": "absent.parquet: no such file",
+        "plain.npy": "plain.keys.json: there is no such file",
+        "absent.parquet": "absent.parquet: there is no such file",
         "parquet/train-00000-of-00001.parquet": "not written by lit-clip embed",
     }.items():
         with pytest.raises(InputError, match=problem):

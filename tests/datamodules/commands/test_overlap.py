@@ -322,7 +322,7 @@ def test_results_of_another_model_must_be_true_or_false_and_cover_every_set(tmp_
     with pytest.raises(InputError, match=r"x\.png must be true or false"):
         read_results(path, ["a"])
     path.write_text("[")
-    with pytest.raises(InputError, match="not readable JSON"):
+    with pytest.raises(InputError, match="not a readable JSON"):
         read_results(path, ["a"])
 
 
