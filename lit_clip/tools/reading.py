@@ -63,6 +63,6 @@ def reason(error: Exception) -> str:
     if isinstance(error, UnicodeDecodeError):
         return f"not {error.encoding.upper()} text: {error.reason} at byte {error.start}"
     words = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, KeyError):
-        words = f"{words} is missing"
+    if isinstance(error, KeyError) and error.args:  # of a mapping, or with a sentence of Arrow's
+        words = error.args[0] if " " in str(error.args[0]) else f"{words} is missing"
     return words if len(words) <= LONGEST_REASON else f"{words[:LONGEST_REASON]} ..."

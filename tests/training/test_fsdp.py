@@ -68,8 +68,8 @@ def assert_same_training(ours: Path, theirs: Path, tolerance: float) -> None:
         assert [group[key] for key in keys] == [other[key] for key in keys]
     assert a["state"].keys() == b["state"].keys()
     for number, state in a["state"].items():
-        # Gradients exceed 1 here, where float32 resolves 1.2e-7 and the mean over processes rounds; squares double that,
-        # and the optimiser takes their roots.
+        # Gradients exceed 1 here, where float32 resolves 1.2e-7 and the mean over processes rounds; squares double
+        # that, and the optimiser takes their roots.
         torch.testing.assert_close(rooted(state), rooted(b["state"][number]), rtol=tolerance, atol=tolerance)
 
 

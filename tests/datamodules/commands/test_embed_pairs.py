@@ -176,7 +176,7 @@ def test_features_of_another_model_and_other_files_are_refused(
     for file, problem in {
         "plain.npy": "plain.keys.json: there is no such file",
         "absent.parquet": "absent.parquet: there is no such file",
-        "parquet/train-00000-of-00001.parquet": "not written by lit-clip embed",
+        "parquet/train-00000-of-00001.parquet": "not a readable file of features .*; write it with lit-clip embed",
     }.items():
         with pytest.raises(InputError, match=problem):
             run_command(["search", file, "kite", "--model", str(tiny_checkpoint)])
