@@ -1,4 +1,4 @@
-"""What a trainer restores from a checkpoint beside the model: checked before Lightning uses it.
+"""Restore the state of a trainer from a checkpoint, beside the model: checked before Lightning uses it.
 
 The states of loops, callbacks, optimisers and schedules are somebody's data, see :mod:`lit_clip.tools.untrusted`.
 Lightning and torch take them as they are: a count that is a text fails in the middle of a run, and a path that
