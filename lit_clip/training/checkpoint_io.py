@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import time
 import zipfile
 from collections.abc import Iterable
@@ -43,7 +44,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         whole = Path(path)
-        part = draft_of(whole)
+        part, handled = draft_of(whole), sys.exc_info()[1]
         try:
             whole.parent.mkdir(parents=True, exist_ok=True)
             with part.open("wb") as file:
@@ -52,7 +53,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
                 os.fsync(file.fileno())
             put_in_place(part, whole)
         except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
-            first = _first(error)
+            first = _first(error, handled)
             if isinstance(first, KeyboardInterrupt):  # and when it is interrupted
                 raise first from None
             reason = getattr(first, "strerror", None) or str(first).splitlines()[0]
@@ -92,9 +93,9 @@ def _remove_in_turn(plugin: AsyncCheckpointIO, path: Any) -> None:
     plugin._executor.submit(remove)
 
 
-def _first(error: BaseException) -> BaseException:
-    """Return the error that the others followed from."""
-    while before := error.__cause__ or error.__context__:
+def _first(error: BaseException, handled: BaseException | None) -> BaseException:
+    """Return the error that the others followed from, but not one that was being handled before, such as a signal's."""
+    while (before := error.__cause__ or error.__context__) and before is not handled:
         error = before
     return error
 

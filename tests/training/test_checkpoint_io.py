@@ -79,6 +79,15 @@ def test_ctrl_c_while_writing_is_not_reported_as_a_full_disk(tmp_path: Path, mon
     assert os.listdir(tmp_path) == ["last.ckpt"]
 
 
+def test_the_reason_is_that_of_the_disk_while_a_signal_ends_the_run(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").touch()
+    try:
+        raise SystemExit  # as Preemption saves: while Lightning handles the signal's exception
+    except SystemExit:
+        with pytest.raises(InputError, match=r"last.ckpt: the checkpoint cannot be written \(File exists\)"):
+            WholeCheckpointIO().save_checkpoint(CHECKPOINT, tmp_path / "checkpoints/last.ckpt")
+
+
 def test_a_file_in_place_of_the_folder_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"file/last.ckpt: the checkpoint cannot be written \("):
