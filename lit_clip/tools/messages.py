@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from itertools import takewhile
+from multiprocessing.connection import wait
+from signal import SIGTERM, strsignal
+from traceback import walk_tb
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from lit_clip.errors import InputError
@@ -203,6 +206,8 @@ FOREIGN = {
 # EarlyStopping's error after the first validation; ModelCheckpoint's is a MisconfigurationException.
 UNKNOWN_METRIC = re.compile(r"Early stopping conditioned on metric `(.*?)` which is not available\..*following: (.*)")
 
+SECONDS_FOR_CORE = 10  # to wait for a worker that has closed its connection and is not yet gone
+
 # In the messages of gloo and of the rendezvous.
 SILENT_PEER = re.compile("Timed out (?:waiting|after) ")
 
@@ -269,6 +274,9 @@ def _of_machine(error: BaseException) -> InputError | None:
         return InputError(f"{error.filename}: {error.strerror}")
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return InputError(f"{error.strerror}: a disk or shared memory (/dev/shm) is full; make room there")
+    if isinstance(error, OSError | EOFError):  # a worker that dies while it sends a batch closes its connection
+        signal = _signal_of_worker(error)
+        return _lost_worker(signal) if signal else None
     if not isinstance(error, RuntimeError):
         return None
     if SILENT_PEER.search(words):
@@ -279,13 +287,37 @@ def _of_machine(error: BaseException) -> InputError | None:
     if any(each in words for each in LOST_PEER):
         return InputError("another process has ended; its error, if it printed one, is above")
     lost = LOST_WORKER.search(words)
-    signal = LOST_WORKER.search(str(error.__cause__)) or lost  # torch's first error may know it
-    return _lost_worker((signal and signal[1]) or "") if lost else None
+    if lost is None:
+        return None
+    named = LOST_WORKER.search(str(error.__cause__)) or lost  # torch's first error may name the signal
+    return _lost_worker(named[1] or _signal_of_worker(error) or "Killed")
+
+
+def _signal_of_worker(error: BaseException) -> str | None:
+    """Return the name of the signal that ended a data worker, by the workers of the loader that raised the error.
+
+    torch's own message names it only where the signal arrives before the worker's connection closes, so not where the
+    system writes a core file in between. It is waited for up to twice ``SECONDS_FOR_CORE``.
+    """
+    for frame, _ in walk_tb(error.__traceback__):
+        if frame.f_code.co_name == "_try_get_data":
+            workers = getattr(frame.f_locals.get("self"), "_workers", ())
+            try:
+                ended = wait([each.sentinel for each in workers], timeout=SECONDS_FOR_CORE)
+                for each in workers:
+                    if each.sentinel in ended:
+                        each.join(SECONDS_FOR_CORE)  # its files are closed before its exit code can be read
+            except RuntimeError as late:  # torch's, from its handler of SIGCHLD
+                named = LOST_WORKER.search(str(late))
+                return named and named[1]
+            by_signal = (-code for each in workers if (code := each.exitcode) and code < 0)
+            return next((strsignal(code) for code in by_signal if code != SIGTERM), None)  # SIGTERM is the loader's
+    return None
 
 
 def _lost_worker(signal: str) -> InputError:
-    """Return the error for a data worker that has ended, by the name of the signal that ended it, if that is known."""
-    if signal in ("", "Killed"):
+    """Return the error for a data worker, by the name of the signal that ended it."""
+    if signal == "Killed":
         return InputError(
             "a data worker was killed, probably because memory ran out; set num_workers or batch_size lower, or give "
             "the machine or container more memory"

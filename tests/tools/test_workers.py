@@ -77,9 +77,10 @@ class Deadly(Dataset[Tensor]):
     + [(signal.SIGABRT, "crashed .Aborted.; set num_workers to 0")],
 )
 def test_data_worker_that_is_killed_is_one_line_with_a_hint(sent: signal.Signals, said: str) -> None:
-    with pytest.raises(RuntimeError) as raised:
-        list(loader(Deadly(sent), 2))
-    fixable = user_error(raised.value)
-    assert fixable is not None
-    assert "\n" not in str(fixable)
-    assert re.search(said, str(fixable))
+    for _ in range(5):  # torch's error differs with the order of the signal and the end of the worker's connection
+        with pytest.raises((RuntimeError, OSError, EOFError)) as raised:
+            list(loader(Deadly(sent), 2))
+        fixable = user_error(raised.value)
+        assert fixable is not None
+        assert "\n" not in str(fixable)
+        assert re.search(said, str(fixable))
