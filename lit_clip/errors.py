@@ -1,5 +1,6 @@
 """Errors that the user can fix."""
 
+import os
 import re
 from difflib import get_close_matches
 from pathlib import Path
@@ -57,7 +58,7 @@ def require(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
-def no_such_file(path: str | Path) -> InputError:
+def no_such_file(path: str | os.PathLike[str]) -> InputError:
     """Return the error for a missing file, with a file of a similar name as a suggestion."""
     path = Path(path)
     near = get_close_matches(path.stem, [file.stem for file in path.parent.glob(f"*{path.suffix}")], n=1)

@@ -17,6 +17,7 @@ from lit_clip.evaluation.prompts import Prompts, prompts_of, text_classifier
 from lit_clip.evaluation.suite import SuiteEntry, read_suite
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.console import stderr
+from lit_clip.tools.reading import naming
 from lit_clip.tools.text_files import read_json, read_yaml
 
 
@@ -71,10 +72,8 @@ def open_sets(
 def check_prompts(opened: Mapping[str, EvaluationSet]) -> None:
     """Raise :class:`InputError` for class names that do not fit, before the training data are read."""
     for name, each in opened.items():
-        try:
+        with naming(name):
             _prompts(each)
-        except InputError as error:
-            raise InputError(f"{name}: {error}") from error
 
 
 def _prompts(each: EvaluationSet) -> Prompts | None:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from rich.table import Table
 from torch import Tensor
@@ -24,6 +23,7 @@ from lit_clip.tools.atomic import replacing
 from lit_clip.tools.console import Console
 from lit_clip.tools.hardware import best_device
 from lit_clip.tools.messages import one_line
+from lit_clip.tools.text_files import read_yaml
 from lit_clip.weights.checkpoints import saved_tokenizer
 from lit_clip.weights.load import load_model
 
@@ -124,10 +124,7 @@ def _read_alphas(words: str, chosen: float | None) -> list[float]:
 
 def read_sets(path: str) -> dict[str, ZeroShotSet]:
     """Read a YAML file of zero-shot sets: name -> ``images`` (a class with its arguments) and ``templates``."""
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: not a readable YAML file ({' '.join(str(error).split())})") from error
+    values = read_yaml(path, "--sets")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--sets", type=dict[str, ZeroShotSet], required=True)
     try:

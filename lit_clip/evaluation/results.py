@@ -11,8 +11,9 @@ from lit_clip.errors import InputError
 from lit_clip.evaluation.overview import rows, sets_of, shots_of
 from lit_clip.evaluation.suite import SuiteEntry, Task
 from lit_clip.models.clip import CLIP
-from lit_clip.tools.atomic import replacing
+from lit_clip.tools.atomic import make_folder, replacing
 from lit_clip.tools.hashing import hex_digest, sha256_of_file
+from lit_clip.tools.reading import reading
 from lit_clip.tools.text_files import read_json
 from lit_clip.version import __version__
 from lit_clip.weights.fingerprint import Fingerprint
@@ -92,23 +93,24 @@ class Results:
 
     def cached(self, name: str, task: Task, key: str) -> dict[str, Any] | None:
         """Return the result of an earlier run with the same :func:`cache_key`, or None."""
+        saved = self._saved(name).get(task)
+        result = saved.get("result") if isinstance(saved, dict) and saved.get("key") == key else None
+        return result if isinstance(result, dict) else None
+
+    def _saved(self, name: str) -> Mapping[str, Any]:
+        """Return what is saved of a set, by task; nothing if there is none or the file is damaged."""
         try:
-            saved = json.loads(self._file(name).read_text(encoding="utf-8"))[task]
-            usable = saved["key"] == key and isinstance(saved["result"], dict)
-            return saved["result"] if usable else None
-        except (OSError, ValueError, KeyError, TypeError):  # there is none, or the file is damaged
-            return None
+            saved = read_json(self._file(name))
+        except InputError:
+            return {}
+        return saved if isinstance(saved, dict) else {}
 
     def add(self, name: str, task: Task, key: str, result: Mapping[str, Any]) -> None:
         """Add the result of a task and save it under its cache key."""
         self.sets[name]["tasks"][task] = dict(result)
         path = self._file(name)
-        try:
-            path.parent.mkdir(exist_ok=True)
-            saved = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            saved = {}
-        saved = {**(saved if isinstance(saved, dict) else {}), task: {"key": key, "result": result}}
+        make_folder(path.parent)
+        saved = {**self._saved(name), task: {"key": key, "result": result}}
         with replacing(path) as draft:
             draft.write_text(json.dumps(saved), encoding="utf-8")
 
@@ -133,10 +135,8 @@ def read_results(path: Path) -> dict[str, Any]:
     results = read_json(path)
     if not isinstance(results, dict) or not isinstance(results.get("sets"), dict) or "model" not in results:
         raise InputError(f"{path}: not the results.json of lit-clip evaluate")
-    try:  # what the report will need, hours later
+    with reading(path, "results.json of lit-clip evaluate"):  # what the report will need, hours later
         rows(results)
         for _, entry in sets_of(results):
             shots_of(entry)
-    except (AttributeError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: not the results.json of lit-clip evaluate, or damaged ({error})") from error
     return results

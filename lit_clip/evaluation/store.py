@@ -21,8 +21,10 @@ from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import ImageSet
 from lit_clip.evaluation.set_encoding import set_task
 from lit_clip.models.clip import CLIP
-from lit_clip.tools.atomic import not_written, remove_drafts, replacing_folder
+from lit_clip.tools.atomic import make_folder, not_written, remove_drafts, replacing_folder
 from lit_clip.tools.hashing import hex_digest
+from lit_clip.tools.reading import reading
+from lit_clip.tools.text_files import read_json
 from lit_clip.weights.fingerprint import fingerprint
 
 ARRAYS = ("before", "after")
@@ -103,7 +105,7 @@ class FeatureStore:
             RuntimeError: from a rank-local error, while the other ranks are in the middle of encoding.
         """
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             return encode(self.model, set_task(self.model, images), self._parts(path), self.settings, title=title)
         except UnreadableError:
             raise
@@ -121,10 +123,11 @@ class FeatureStore:
     def _stored(self, path: Path, size: int) -> SetFeatures | None:
         """Read the features of a set of ``size`` images; None if they are missing or damaged, and so computed again."""
         try:
-            found = json.loads((path / "skipped.json").read_text(encoding="utf-8"))
-            skipped = {int(row): (str(key), str(reason)) for row, key, reason in found}
-            before, after = (np.lib.format.open_memmap(path / f"{name}.npy", mode="r") for name in ARRAYS)
-        except (OSError, ValueError, TypeError):
+            with reading(path, "folder of features"):
+                found = read_json(path / "skipped.json")
+                skipped = {int(row): (str(key), str(reason)) for row, key, reason in found}
+                before, after = (np.lib.format.open_memmap(path / f"{name}.npy", mode="r") for name in ARRAYS)
+        except InputError:
             return None
         rows = [row for row in range(size) if row not in skipped]
         fits = all(

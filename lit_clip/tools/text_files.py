@@ -37,7 +37,7 @@ def read_json(path: str | Path, option: str = "") -> Any:
 
 def _read(path: str | Path, option: str, kind: str, parse: Callable[[str], Content]) -> Content:
     with reading(path, f"{kind} file", option):
-        return parse(Path(path).read_text(encoding="utf-8"))
+        return parse(Path(path).read_text(encoding="utf-8-sig"))
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

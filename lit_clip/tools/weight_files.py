@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lit_clip.errors import InputError, require
-from lit_clip.tools.reading import reason
+from lit_clip.tools.reading import reading
 from lit_clip.tools.untrusted import shortened
 
 Source = str | os.PathLike[str]
@@ -144,20 +144,14 @@ def read_mapped(path: Path) -> dict[str, Any]:
 def opening(path: Path) -> Iterator[None]:
     """Turn whatever is raised for somebody's weight file into one line that names it."""
     require(path.is_file(), f"{path}: no such checkpoint file")
-    try:
-        if zipfile.is_zipfile(path):
-            _check_unpacked_size(path)
-        yield
-    except InputError:
-        raise
-    except pickle.UnpicklingError as error:  # torch's message advises to load the file unsafely
-        message = "not a checkpoint of tensors and plain values, or incomplete; nothing in it was run"
-        raise InputError(f"{path}: {message}") from error
-    except PermissionError as error:
-        raise InputError(f"{path}: {error.strerror}") from error
-    except Exception as error:  # damaged files raise anything, even IndexError and AssertionError
-        why = f"; {reason(error)}" if isinstance(error, RecursionError | MemoryError) else "; it may be incomplete"
-        raise InputError(f"{path}: not a readable weight file{why}") from error
+    with reading(path, "weight file", hint="it may be incomplete"):
+        try:
+            if zipfile.is_zipfile(path):
+                _check_unpacked_size(path)
+            yield
+        except pickle.UnpicklingError as error:  # torch's message advises to load the file unsafely
+            message = "not a checkpoint of tensors and plain values, or incomplete; nothing in it was run"
+            raise InputError(f"{path}: {message}") from error
 
 
 def _check_unpacked_size(path: Path) -> None:

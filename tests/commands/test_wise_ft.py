@@ -149,7 +149,7 @@ def test_the_command_prints_a_row_per_alpha_and_writes_a_loadable_checkpoint(
         ({"batch_size": 0}, "--batch_size 0 must be at least 1"),
         ({"num_workers": -1}, "--num_workers -1 must be at least 0"),
         ({"after": "nowhere.ckpt"}, "nowhere.ckpt"),
-        ({"sets": "nowhere.yaml"}, "nowhere.yaml: not a readable YAML file"),
+        ({"sets": "nowhere.yaml"}, "--sets: nowhere.yaml: there is no such file"),
     ],
 )
 def test_invalid_arguments_are_an_error_and_nothing_is_written(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lit_clip.errors import BadSample, InputError
-from lit_clip.tools.reading import LONGEST_REASON, reading
+from lit_clip.tools.reading import LONGEST_REASON, naming, reading
 
 
 @pytest.mark.parametrize(
@@ -49,6 +49,15 @@ def test_our_own_errors_pass_unchanged(tmp_path: Path, ours: InputError) -> None
     with pytest.raises(InputError) as error, reading(tmp_path, "table"):
         raise ours
     assert error.value is ours
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"), [("no row", "a.csv: no row"), ("a.csv: no row", "a.csv: no row"), ("a.csv2", "a.csv: a.csv2")]
+)
+def test_an_error_opens_with_the_name_once(message: str, shown: str) -> None:
+    with pytest.raises(InputError) as error, naming("a.csv"):
+        raise InputError(message)
+    assert str(error.value) == shown
 
 
 def test_ctrl_c_is_no_damaged_file(tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ from lit_clip.tools.text_files import read_json, read_text, read_yaml
 
 def test_text_yaml_and_json_are_read_as_utf8(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    path.write_text('{"a": [1, "é"]}', encoding="utf-8")
-    assert read_text(path) == '{"a": [1, "é"]}'
-    assert read_yaml(path) == read_json(str(path)) == {"a": [1, "é"]}
+    for encoding in ("utf-8", "utf-8-sig"):  # editors of Windows put a mark in front
+        path.write_text('{"a": [1, "é"]}', encoding=encoding)
+        assert read_text(path) == '{"a": [1, "é"]}'
+        assert read_yaml(path) == read_json(str(path)) == {"a": [1, "é"]}
 
 
 @pytest.mark.parametrize(
