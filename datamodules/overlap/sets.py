@@ -1,5 +1,6 @@
 """The evaluation sets of ``lit-clip overlap``: which, with which thresholds, and what a model gets right in them."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,7 @@ def open_sets(
     require(not names or bool(suites), "--sets: needs a --suite")
     opened: dict[str, EvaluationSet] = {}
     for folder in folders:
-        name = Path(folder).resolve().name
+        name = os.path.basename(os.path.realpath(folder))  # Path.resolve fails for a link to itself
         require(name not in opened, f"{folder}: another set is named {name}; rename the folder")
         entry = SuiteEntry({"class_path": "datamodules.ImageFolderClasses"}, templates=templates)
         opened[name] = EvaluationSet(ImageFolderClasses(folder), entry)

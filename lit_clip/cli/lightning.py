@@ -50,7 +50,8 @@ from lit_clip.weights.checkpoints import checked
 from lit_clip.weights.load import check_fits
 
 DEFAULT_CALLBACKS = "callbacks"  # the package whose defaults() every run gets; lit_clip must not import it
-NEWEST = ("last", "auto")  # the newest checkpoint of this configuration's runs; auto starts over if there is none
+# The newest checkpoint of this configuration's runs or of its requeued SLURM job; auto starts over if there is none.
+NEWEST = ("last", "auto", "hpc")
 
 
 class CLI(LightningCLI):
@@ -77,7 +78,8 @@ class CLI(LightningCLI):
         import_encoders(words, sections(words, subcommand))
         check_encoder_options(words, subcommand)
         path, hparams = checkpoint_path(words, subcommand), {}
-        if subcommand and path and path not in (*NEWEST, "best", "hpc"):  # Lightning handles the last two
+        require(path not in ("", "best"), f"--ckpt_path {path}: give a checkpoint's path, or last for the newest")
+        if subcommand and path and path not in NEWEST:
             hparams = _settings_of(path)
         known = getattr(self, "_subcommand_parsers", {}).get(subcommand, parser)
         self.uses_packaged_defaults = subcommand is not None and not options(words, "--config", "-c")

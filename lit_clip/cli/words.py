@@ -35,7 +35,7 @@ def checkpoint_path(words: Sequence[str], subcommand: str | None) -> str | None:
     """Return ``ckpt_path`` as typed, or from the last YAML file that has one."""
     paths = options(words, "--ckpt_path")
     for section in sections(words, subcommand) if not paths else ():
-        if section.get("ckpt_path"):
+        if section.get("ckpt_path") is not None:
             paths.append(str(section["ckpt_path"]))
             break
     return paths[-1] if paths and paths[-1] != "null" else None

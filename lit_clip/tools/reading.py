@@ -43,7 +43,8 @@ def _reading(path: str | os.PathLike[str], kind: str, option: str, ending: str) 
         except Exception as error:
             if isinstance(error, FileNotFoundError) and error.filename in (None, str(path)):
                 raise InputError(f"{no_such_file(path)}{ending}") from error
-            raise InputError(f"{path}: not a readable {kind} ({reason(error)}){ending}") from error
+            hint = "" if isinstance(error, PermissionError) else ending  # which is about the content
+            raise InputError(f"{path}: not a readable {kind} ({reason(error)}){hint}") from error
 
 
 @contextmanager

@@ -143,8 +143,9 @@ def read_mapped(path: Path) -> dict[str, Any]:
 @contextmanager
 def opening(path: Path) -> Iterator[None]:
     """Turn whatever is raised for somebody's weight file into one line that names it."""
-    require(path.is_file(), f"{path}: no such checkpoint file")
     with reading(path, "weight file", hint="it may be incomplete"):
+        require(not path.is_dir(), f"{path}: is a folder; name a file in it")
+        require(path.is_file(), f"{path}: no such checkpoint file")
         try:
             if zipfile.is_zipfile(path):
                 _check_unpacked_size(path)
@@ -188,11 +189,13 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     with safe_open(path, "pt") as file:
         names = list(file.keys())
     result = {}
-    for name in names:
-        # The library maps the file, and a mapped tensor crashes when the file is overwritten, so each is copied. The
-        # file is mapped anew for each, so that mapped pages do not add up to a second copy of the weights.
+    # The library maps the file, and a mapped tensor crashes when the file is overwritten, so each is copied. The file
+    # is mapped anew for every few, so that mapped pages do not add up to a second copy of the weights; not for each,
+    # as its list of tensors is read every time.
+    for start in range(0, len(names), 1 + len(names) // 64):
         with safe_open(path, "pt") as file:
-            result[name] = file.get_tensor(name).clone()
+            for name in names[start : start + 1 + len(names) // 64]:
+                result[name] = file.get_tensor(name).clone()
     return result
 
 

@@ -121,6 +121,8 @@ LISTS = pa.list_(pa.float32(), D)
         (".npy", keys({"keys": "k" * N}), "keys are not 9 texts"),
         (".npy", keys({"keys": [each[0] for each in IDENTITIES], "captions": 5}), "captions are not 9 texts"),
         (".npy", keys([]), "not a readable list of keys"),
+        (".npy", keys({"keys": [], "root": 5}), "its root is no text"),
+        (".npy", lambda path: [path.unlink(), path.with_suffix(".keys.json").unlink()], "npy: there is no such file"),
         (".npy", lambda path: path.with_suffix(".keys.json").write_text("[" * 200_000), "nested too deeply"),
         (".parquet", column("key", pa.array([None] * N, pa.string())), "keys are not 9 texts"),
         (".parquet", column("feature", pa.array([[float("nan")] * D] * N, LISTS)), "features are not finite"),

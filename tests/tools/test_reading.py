@@ -18,7 +18,7 @@ from lit_clip.tools.reading import LONGEST_REASON, naming, reading
         (RecursionError("maximum recursion depth exceeded"), "nested too deeply"),
         (MemoryError(), "it needs more memory than there is"),
         (AssertionError(), "AssertionError"),
-        (PermissionError(13, "Permission denied", "other"), "Permission denied"),
+        (OSError(5, "Input/output error", "other"), "Input/output error"),
         (ValueError("two\nlines"), "two lines"),
     ],
 )
@@ -29,6 +29,12 @@ def test_any_error_of_a_parser_is_one_line_that_names_the_file(tmp_path: Path, r
         raise raised
     assert str(error.value) == f"--data: {path}: not a readable table ({reason}); write it again"
     assert error.value.__cause__ is raised
+
+
+def test_what_to_do_about_the_content_is_not_said_of_a_file_that_may_not_be_opened(tmp_path: Path) -> None:
+    with pytest.raises(InputError) as error, reading(tmp_path, "table", hint="write it again"):
+        raise PermissionError(13, "Permission denied")
+    assert str(error.value) == f"{tmp_path}: not a readable table (Permission denied)"
 
 
 def test_a_long_quotation_of_the_file_is_cut(tmp_path: Path) -> None:

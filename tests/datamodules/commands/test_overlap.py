@@ -25,7 +25,7 @@ from datamodules.near_duplicates import LookIndex, Looks, look_of
 from datamodules.open_source import open_source
 from datamodules.overlap.findings import findings_of
 from datamodules.overlap.search import NearestFound, Queries, SourceRows, joined, search
-from datamodules.overlap.sets import read_results, read_thresholds
+from datamodules.overlap.sets import open_sets, read_results, read_thresholds
 from lit_clip import load_model
 from lit_clip.cli.subcommands import run_command
 from lit_clip.embedding.reading import in_batches
@@ -310,6 +310,12 @@ def test_thresholds_are_set_for_all_sets_or_for_one_or_read_from_a_file(tmp_path
     ):
         with pytest.raises(InputError, match=message):
             read_thresholds([word], sets)
+
+
+def test_a_link_to_itself_is_no_folder_of_classes(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(InputError, match="loop: no such folder of classes"):
+        open_sets([str(tmp_path / "loop")], [], None, tmp_path, [])
 
 
 def test_results_of_another_model_must_be_true_or_false_and_cover_every_set(tmp_path: Path) -> None:
