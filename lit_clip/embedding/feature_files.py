@@ -224,7 +224,7 @@ def read_features(path: Path) -> StoredFeatures:
 
 def _read_array(path: Path) -> StoredFeatures:
     with reading(path, "file of features", hint=WRITE_AGAIN):
-        features = np.load(path, mmap_mode="r", allow_pickle=False)
+        features = np.lib.format.open_memmap(path, mode="r")  # np.load advises to trust what it does not know
         if features.dtype != np.float32 or features.ndim != 2:
             raise ValueError(f"{features.dtype} {list(features.shape)} in place of float32 [N, D]")
     names = path.with_suffix(".keys.json")

@@ -186,15 +186,16 @@ def _torch_load(path: Path) -> Any:
 def _read_safetensors(path: Path) -> dict[str, Any]:
     from safetensors import safe_open
 
+    path.open("rb").close()  # of a file that may not be opened the library says that it does not exist
     with safe_open(path, "pt") as file:
         names = list(file.keys())
     result = {}
     # The library maps the file, and a mapped tensor crashes when the file is overwritten, so each is copied. The file
     # is mapped anew for every few, so that mapped pages do not add up to a second copy of the weights; not for each,
     # as its list of tensors is read every time.
-    for start in range(0, len(names), 1 + len(names) // 64):
+    for start in range(0, len(names), 1 + len(names) // 8):
         with safe_open(path, "pt") as file:
-            for name in names[start : start + 1 + len(names) // 64]:
+            for name in names[start : start + 1 + len(names) // 8]:
                 result[name] = file.get_tensor(name).clone()
     return result
 

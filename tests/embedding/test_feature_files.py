@@ -116,6 +116,7 @@ LISTS = pa.list_(pa.float32(), D)
         (".npy", lambda path: np.save(path, features() * np.nan), "features are not finite"),
         (".npy", lambda path: np.save(path, features()[0]), "not a readable file of features"),
         (".npy", lambda path: path.write_bytes(b""), "not a readable file of features"),
+        (".npy", lambda path: path.write_bytes(bytes(999)), "the magic string is not correct"),
         (".npy", pipe, "neither a file nor a folder"),
         (".npy", keys({"keys": list(range(N))}), "keys are not 9 texts"),
         (".npy", keys({"keys": "k" * N}), "keys are not 9 texts"),

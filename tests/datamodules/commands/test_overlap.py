@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import os
 import re
 from base64 import b64decode
 from functools import lru_cache
@@ -282,6 +283,8 @@ def test_a_damaged_cache_file_is_not_used(tmp_path: Path) -> None:
     assert NearestFound.load(tmp_path / "found.npz", torch.device("cpu")) is None
     assert Queries.load(tmp_path / "found.npz") is None
     assert Queries.load(tmp_path / "nothing.npz") is None
+    os.mkfifo(tmp_path / "pipe.npz")
+    assert Queries.load(tmp_path / "pipe.npz") is None
     np.savez(tmp_path / "other.npz", values=np.frombuffer(b'{"bad": []}', np.uint8), features=np.zeros((1, 2)))
     assert NearestFound.load(tmp_path / "other.npz", torch.device("cpu")) is None
     assert Queries.load(tmp_path / "other.npz") is None
