@@ -19,7 +19,7 @@ from lit_clip.models.finetuning import Freeze, LayerDecay
 from lit_clip.models.hf_tokenizer import HuggingFaceTokenizer, check_ids
 from lit_clip.models.lora import LoRA
 from lit_clip.models.tokenizer import TextTokenizer
-from lit_clip.tools.reading import naming, reading, reason
+from lit_clip.tools.reading import naming, reason
 from lit_clip.tools.untrusted import (
     LARGEST,
     check_entries,
@@ -109,9 +109,12 @@ def checked(checkpoint: dict[str, Any], path: Source) -> dict[str, Any]:
         isinstance(hparams, Mapping) and isinstance(hparams.get("architecture"), Mapping) and isinstance(state, dict),
         f"{path}: not a lit-clip checkpoint (it has no weights or names no architecture)",
     )
-    with naming(path), reading(path, "lit-clip checkpoint"):  # settings may be nested too deeply
-        config = _checked_settings(cast(Any, hparams))
-        _check_ours(checkpoint, config)
+    with naming(path):
+        try:
+            config = _checked_settings(cast(Any, hparams))
+            _check_ours(checkpoint, config)
+        except RecursionError as error:
+            raise InputError("not a lit-clip checkpoint (its settings are nested too deeply)") from error
     for tower, class_path in custom_encoders(config):
         if find_class(class_path) is None:
             raise InputError(f"{path}: its {tower} encoder is {class_path}; {how_to_import(class_path)}")
