@@ -152,7 +152,7 @@ def check_settings(settings: Mapping[str, Any], where: str) -> None:
 def _check_ours(checkpoint: Mapping[str, Any], config: CLIPConfig) -> None:
     check_entries(checkpoint, _OURS)
     for name in _OTHER_SETTINGS:  # which nobody would check
-        harmless = checkpoint.get(name) is None or (name, checkpoint[name]) == ("hparams_name", "kwargs")
+        harmless = name not in checkpoint or (name == "hparams_name" and checkpoint[name] in (None, "kwargs"))
         require(harmless, f"may not have {name}; its settings are hyper_parameters")
     given(SavedTokenizer, checkpoint.get("tokenizer"), "tokenizer")
     given(Base, checkpoint.get("base"), "base")
