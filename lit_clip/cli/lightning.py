@@ -48,8 +48,10 @@ from lit_clip.training.run_folder import curves, run_folder
 from lit_clip.training.summary import print_next_steps, print_summary, resume_command
 from lit_clip.weights.checkpoints import checked
 from lit_clip.weights.load import check_fits
+from lit_clip.weights.training_checkpoints import adopt_tokenizer
 
 DEFAULT_CALLBACKS = "callbacks"  # the package whose defaults() every run gets; lit_clip must not import it
+LIGHTNINGS = ("best", "hpc")  # checkpoints that Lightning finds
 NEWEST = ("last", "auto")  # the newest checkpoint of this configuration's runs; auto starts over if there is none
 
 
@@ -77,7 +79,7 @@ class CLI(LightningCLI):
         import_encoders(words, sections(words, subcommand))
         check_encoder_options(words, subcommand)
         path, hparams = checkpoint_path(words, subcommand), {}
-        if subcommand and path and path not in (*NEWEST, "best", "hpc"):  # Lightning handles the last two
+        if subcommand and path and path not in (*NEWEST, *LIGHTNINGS):
             hparams = _settings_of(path)
         known = getattr(self, "_subcommand_parsers", {}).get(subcommand, parser)
         self.uses_packaged_defaults = subcommand is not None and not options(words, "--config", "-c")
@@ -133,6 +135,9 @@ class CLI(LightningCLI):
     def instantiate_classes(self) -> None:
         with logger_errors():
             super().instantiate_classes()
+        path = self._get(self.config, "ckpt_path") if self.subcommand else None
+        if path and path not in LIGHTNINGS:
+            adopt_tokenizer(self.model.model, path)
 
     def _parse_ckpt_path(self) -> None:
         """Lightning lets a checkpoint's hyper-parameters override what the user typed; see :meth:`parse_arguments`."""

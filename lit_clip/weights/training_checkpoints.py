@@ -17,6 +17,7 @@ A data module's state is its sampler's position.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -27,7 +28,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lit_clip.errors import require
 from lit_clip.models.clip import CLIP
 from lit_clip.models.lora import is_added
-from lit_clip.tools.weight_files import Source
+from lit_clip.tools.weight_files import Source, read_mapped
 from lit_clip.weights.checkpoints import EMA_WEIGHTS, check_base, checkpoint_tokenizer, saved_tokenizer
 from lit_clip.weights.load import check_architecture, check_weights
 
@@ -133,6 +134,14 @@ def unpack_checkpoint(checkpoint: dict[str, Any], module: LightningModule, base_
     model._tokenizer = checkpoint_tokenizer(checkpoint, model.config) or model._tokenizer
     if checkpoint.get("weights") == EMA_WEIGHTS:
         rank_zero_info(f"{name}: these weights are the exponential moving average, not those of the last step")
+
+
+def adopt_tokenizer(model: CLIP, checkpoint: Source) -> None:
+    """Give a model a checkpoint's tokenizer, before data modules ask for that of the architecture's source.
+
+    The source may be gone, or hold another tokenizer by now; and a checkpoint's source is not opened.
+    """
+    model._tokenizer = checkpoint_tokenizer(read_mapped(Path(checkpoint)), model.config) or model._tokenizer
 
 
 def _use_last_step(checkpoint: dict[str, Any], module: LightningModule, name: Source) -> None:
