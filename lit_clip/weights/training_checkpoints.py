@@ -67,8 +67,8 @@ def _move_own_keys(checkpoint: dict[str, Any], state: Mapping[str, Any]) -> None
 def reopen_epoch(checkpoint: dict[str, Any]) -> None:
     """Count an epoch that a run has left before its last batch as under way, as a checkpoint within it does.
 
-    Lightning counts it as completed when ``max_steps`` ends the run, and a checkpoint that is saved by hand afterwards
-    would resume in the next epoch.
+    Lightning counts it as processed when ``max_steps`` ends the run, and then as completed. A checkpoint that
+    ``ModelCheckpoint`` saves at that end, or that is saved by hand afterwards, would resume in the next epoch.
 
     Args:
         checkpoint: changed in place.
@@ -77,12 +77,12 @@ def reopen_epoch(checkpoint: dict[str, Any]) -> None:
     batches, epochs = loops.get("epoch_loop.batch_progress"), loops.get("epoch_progress")
     if not batches or batches["is_last_batch"] or not batches["current"]["ready"]:
         return
-    if epochs["current"]["completed"] < epochs["current"]["started"]:
-        return
-    checkpoint["epoch"] -= 1
+    current = epochs["current"]
+    left = [count for count in ("processed", "completed") if current[count] == current["started"]]
+    checkpoint["epoch"] -= "completed" in left
     for counts in epochs.values():
-        counts["processed"] -= 1
-        counts["completed"] -= 1
+        for count in left:
+            counts[count] -= 1
 
 
 def close_epoch(checkpoint: dict[str, Any]) -> None:
