@@ -11,7 +11,7 @@ import torch
 from jsonargparse import set_parsing_settings
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.plugins.precision import Precision
@@ -242,6 +242,7 @@ class CLI(LightningCLI):
         callback = self.trainer.checkpoint_callback
         last = getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", "")
         folder = run_folder(self.trainer)  # every rank must ask
+        _warn_of_unsaved_steps(self.trainer)
         if last and self.trainer.is_global_zero:
             print_next_steps(Path(last), folder, curves(self.trainer.loggers))
 
@@ -272,6 +273,19 @@ def _settings_of(path: str) -> dict[str, Any]:
     check_not_imported_by(hparams, path)
     check_fits(checkpoint, path)
     return hparams
+
+
+def _warn_of_unsaved_steps(trainer: Trainer) -> None:
+    """Warn of last steps that no checkpoint holds: Lightning saves after a validation, which may not be due at the end."""
+    savers = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
+    if not savers or any(each.monitor or not each.save_top_k for each in savers):  # the best are wanted, or none
+        return
+    saved, done = max(each._last_global_step_saved for each in savers), trainer.global_step
+    if saved < done and (saved or not trainer.ckpt_path):  # otherwise the steps before are in that checkpoint
+        rank_zero_warn(
+            f"ModelCheckpoint: no checkpoint holds the last {done - saved} of {done} steps; set its every_n_train_steps, "
+            "or validate at the end of the run"
+        )
 
 
 def _default_callbacks() -> Callable[..., list[Any]]:
