@@ -276,15 +276,15 @@ def _settings_of(path: str) -> dict[str, Any]:
 
 
 def _warn_of_unsaved_steps(trainer: Trainer) -> None:
-    """Warn of last steps that no checkpoint holds: Lightning saves after a validation, which may not be due at the end."""
+    """Warn of last steps that no checkpoint holds: Lightning saves after a validation, and none may be due then."""
     savers = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
     if not savers or any(each.monitor or not each.save_top_k for each in savers):  # the best are wanted, or none
         return
     saved, done = max(each._last_global_step_saved for each in savers), trainer.global_step
     if saved < done and (saved or not trainer.ckpt_path):  # otherwise the steps before are in that checkpoint
         rank_zero_warn(
-            f"ModelCheckpoint: no checkpoint holds the last {done - saved} of {done} steps; set its every_n_train_steps, "
-            "or validate at the end of the run"
+            f"ModelCheckpoint: no checkpoint holds the last {done - saved} of {done} steps; set "
+            "its every_n_train_steps, or validate at the end of the run"
         )
 
 
