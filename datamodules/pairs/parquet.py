@@ -14,7 +14,8 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from datamodules.loading.cache import cache_file, made_once
 from datamodules.loading.store import StoreFolder
-from datamodules.pairs.columns import Columns, check_types, find_columns, is_encoded, map_table, map_valid_table
+from datamodules.pairs.column_names import Columns, check_types, find_columns, is_encoded
+from datamodules.pairs.columns import map_table, map_valid_table
 from datamodules.pairs.source import PairSource, SourceOptions, find_split
 from datamodules.pairs.stored import RowRange, StoredPairs, blank_rows
 from lit_clip.errors import InputError
