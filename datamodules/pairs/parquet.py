@@ -77,7 +77,8 @@ def open_parquet(paths: Sequence[Path], options: SourceOptions) -> PairSource:
             raise InputError(f"{path}: no column {missing[0]!r}, which {paths[0].name} has")
         check_types(path, schema, columns)
         parts += list(_parts(path, file.metadata))
-        sizes += [_size(file.metadata.row_group(group), columns) for group in range(file.num_row_groups)]
+        with reading(path, "parquet file"):  # which names its columns a second time
+            sizes += [_size(file.metadata.row_group(group), columns) for group in range(file.num_row_groups)]
     assert columns is not None
     root = options.image_root(whole if whole.is_dir() else whole.parent)
     return ParquetPairs(whole, root, parts, columns, np.array(sizes, dtype=np.int64))

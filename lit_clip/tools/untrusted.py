@@ -128,12 +128,15 @@ def check_entries(values: Any, types: Mapping[str, Any], where: str = "") -> Non
         types: by name of the entry; there may be other entries.
         where: their place, for messages.
     """
-    require(isinstance(values, Mapping), f"{where}: {shortened(values)} must be a mapping")
+    if not isinstance(values, Mapping):  # and no message otherwise, which would write out all tensors
+        raise InputError(f"{where}: {shortened(values)} must be a mapping")
     for name, hint in types.items():
         if name in values:
             value, place = values[name], f"{where}.{name}" if where else name
-            require(fits(value, hint), f"{place}: {shortened(value)} must be {shown_type(hint)}")
-            require(type(value) is not int or value >= 0, f"{place}: {shortened(value)} must be at least 0")
+            if not fits(value, hint):
+                raise InputError(f"{place}: {shortened(value)} must be {shown_type(hint)}")
+            if type(value) is int and value < 0:
+                raise InputError(f"{place}: {value} must be at least 0")
 
 
 def is_like(value: Any, sample: Any) -> bool:
