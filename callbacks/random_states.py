@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_clip import distributed
+from lit_clip.errors import require
 from lit_clip.training.restoring import restoring
 
 
@@ -50,8 +51,11 @@ def restore_random_states(states: dict[str, Any]) -> None:
     """Restore :func:`random_states`; GPUs keep theirs if their number has changed."""
     version, numbers, gauss = states["python"]
     random.setstate((version, tuple(numbers), gauss))
-    name, keys, *rest = states["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    name, keys, position, *rest = states["numpy"]
+    require(
+        0 <= position <= len(keys), f"random_states: numpy's position {position} must be within its {len(keys)} keys"
+    )
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, *rest))  # which does not look, and crashes
     torch.set_rng_state(states["torch"].cpu())
     if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])

@@ -333,6 +333,8 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
     def _collate(self, stored: bool) -> _Collate:
         images, texts = (self.stored_images, self.stored_texts) if stored else (None, None)
         refuse_long = self.long_captions == "error"
+        # By now the model has the tokenizer of the checkpoint that it was restored from, which may be another one.
+        self.tokenize = getattr(getattr(self.trainer, "lightning_module", None), "tokenize", self.tokenize)
         return _Collate(self.tokenize, self.preprocessing.image_size, refuse_long, images, texts)
 
     def _loader(self, dataset: Dataset[Any], stored: bool = True, **sampling: Any) -> DataLoader[Any]:

@@ -6,6 +6,10 @@ import io
 import json
 import math
 import os
+import pickle
+import signal
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,7 @@ from lit_clip.tools.reading import reading
 AGAIN = "get it again"
 LONGEST_NUMBER = 18  # digits
 LONGEST_FIELD = 1 << 20  # characters of a cell
+MAT_PROGRAM = Path(__file__).with_name("mat_program.py")
 
 
 def find(root: Path, names: Sequence[str], description: str) -> Path:
@@ -139,13 +144,15 @@ def whole_number(text: str) -> int | None:
     return int(text) if text.isascii() and text.isdigit() and len(text) <= LONGEST_NUMBER else None
 
 
-def read_mat(path: Path, *names: str, squeeze: bool = True) -> list[Any]:
+def read_mat(path: Path, *names: str) -> list[Any]:
     """Read variables of a MATLAB file as arrays of at least one dimension.
+
+    Dimensions of size 1 are dropped, and cells that hold one value are unpacked. A process of its own reads the file,
+    because SciPy's reader crashes for some damaged ones.
 
     Args:
         path: the file.
         names: of the variables.
-        squeeze: drop dimensions of size 1, and unpack cells that hold one value.
 
     Raises:
         MissingData: no such file.
@@ -153,14 +160,37 @@ def read_mat(path: Path, *names: str, squeeze: bool = True) -> list[Any]:
     """
     import numpy as np
 
-    loadmat = import_optional("scipy.io", "scipy", path).loadmat
+    import_optional("scipy", "scipy", path)
     refuse_missing(path)
     with reading(path, "MATLAB file", hint=AGAIN):
-        content = loadmat(path, squeeze_me=squeeze)
+        content = _read_mat_apart(path, names)
     for name in names:
         if name not in content:
             raise InputError(f"{path}: no variable {name!r}; get the file again")
     return [np.atleast_1d(content[name]) for name in names]
+
+
+def _read_mat_apart(path: Path, names: Sequence[str]) -> dict[str, Any]:
+    asked = {"path": str(path.absolute()), "names": names, "searched": sys.path, "parent": os.getpid()}
+    command = [sys.executable, "-I", str(MAT_PROGRAM), json.dumps(asked)]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    if done.returncode < 0:
+        raise ValueError(f"SciPy's reader was ended by {signal.Signals(-done.returncode).name}")
+    if done.returncode > 0:
+        story = done.stderr.decode("utf-8", "replace").splitlines()
+        raise ValueError(story[-1] if story else f"SciPy's reader ended with exit code {done.returncode}")
+    return ArrayUnpickler(io.BytesIO(done.stdout)).load()
+
+
+class ArrayUnpickler(pickle.Unpickler):
+    """Unpickle lists, strings and arrays, and refuse anything else, which could run code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("_codecs", "encode") or (
+            module.partition(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype")
+        ):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it would run {module}.{name}")
 
 
 def own_dataset(file: Any, path: Path, name: str) -> Any:

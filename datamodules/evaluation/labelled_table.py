@@ -9,7 +9,7 @@ from datamodules.evaluation.annotation_files import whole_number
 from datamodules.evaluation.image_files import LabelledFiles
 from datamodules.evaluation.image_folder import ClassNames
 from datamodules.loading.bad_samples import BLANK, is_unicode
-from datamodules.pairs.columns import IMAGE_COLUMNS, Columns, find_column, is_encoded, refuse_equal
+from datamodules.pairs.column_names import IMAGE_COLUMNS, Columns, find_column, is_encoded, refuse_equal
 from datamodules.pairs.text_table import RawRow, raw_rows, shown
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import MissingData, numbered

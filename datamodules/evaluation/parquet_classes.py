@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from datamodules.evaluation.image_folder import ClassNames, resolve_names
-from datamodules.pairs.columns import refuse_equal
+from datamodules.pairs.column_names import refuse_equal
 from lit_clip.errors import InputError
 from lit_clip.evaluation.data import LabelledImages, MissingData, numbered
 from lit_clip.tools.hashing import stamp_of_files

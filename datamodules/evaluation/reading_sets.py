@@ -95,15 +95,15 @@ class IIIT5K(ImageFiles, Lexicons):
 
 def _words_of_images(path: Path, variable: str, lexicon: str) -> list[tuple[str, str, list[str]]]:
     """Read each image's file name, its word, and the words of its list."""
-    (structs,) = read_mat(path, variable, squeeze=False)
+    (structs,) = read_mat(path, variable)
     with reading(path, f"file of IIIT5K's {variable} with {lexicon}", hint=AGAIN):
         rows = [
             (
-                str(row["ImgName"][0]),
-                str(row["GroundTruth"][0]).upper(),
-                [str(word[0]).upper() for word in row[lexicon].ravel()],
+                str(row["ImgName"]),
+                str(row["GroundTruth"]).upper(),
+                [str(word).upper() for word in np.atleast_1d(row[lexicon])],
             )
-            for row in structs[0]
+            for row in structs
         ]
     require(bool(rows), f"{path}: no images in it; get it again")
     return rows

@@ -6,7 +6,6 @@ Labels are read on construction. Pixels stay in the file, which each process ope
 import csv
 import math
 import os
-import pickle
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from PIL import Image
 
 from datamodules.evaluation.annotation_files import (
     AGAIN,
+    ArrayUnpickler,
     find,
     import_optional,
     own_dataset,
@@ -146,20 +146,9 @@ class CIFAR100(_CIFAR):
     LABELS = "fine_labels"
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickle lists, strings and arrays, and refuse anything else, which could run code."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("_codecs", "encode") or (
-            module.partition(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype")
-        ):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it would run {module}.{name}")
-
-
 def _unpickle(path: Path, *keys: str) -> dict[str, Any]:
     with reading(path, "batch of CIFAR", hint=AGAIN), path.open("rb") as file:
-        content = _ArrayUnpickler(file, encoding="latin1").load()
+        content = ArrayUnpickler(file, encoding="latin1").load()
         values = {key: content[key] for key in keys}
         pixels, listed = values.get("data"), values[keys[-1]]
         if pixels is not None and (pixels.shape != (len(listed), 3072) or pixels.dtype != np.uint8):

@@ -14,7 +14,8 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from datamodules.loading.cache import cache_file, made_once
 from datamodules.loading.store import StoreFolder
-from datamodules.pairs.columns import Columns, check_types, find_columns, is_encoded, map_table, map_valid_table
+from datamodules.pairs.column_names import Columns, check_types, find_columns, is_encoded
+from datamodules.pairs.columns import map_table, map_valid_table
 from datamodules.pairs.source import PairSource, SourceOptions, find_split
 from datamodules.pairs.stored import RowRange, StoredPairs, blank_rows
 from lit_clip.errors import InputError
@@ -76,7 +77,8 @@ def open_parquet(paths: Sequence[Path], options: SourceOptions) -> PairSource:
             raise InputError(f"{path}: no column {missing[0]!r}, which {paths[0].name} has")
         check_types(path, schema, columns)
         parts += list(_parts(path, file.metadata))
-        sizes += [_size(file.metadata.row_group(group), columns) for group in range(file.num_row_groups)]
+        with reading(path, "parquet file"):  # which names its columns a second time
+            sizes += [_size(file.metadata.row_group(group), columns) for group in range(file.num_row_groups)]
     assert columns is not None
     root = options.image_root(whole if whole.is_dir() else whole.parent)
     return ParquetPairs(whole, root, parts, columns, np.array(sizes, dtype=np.int64))

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from datamodules.pairs.columns import Columns, check_types, find_columns, is_encoded
+from datamodules.pairs.column_names import Columns, check_types, find_columns, is_encoded
 from datamodules.pairs.source import PairSource, SourceOptions, find_split
 from datamodules.pairs.stored import RowRange, StoredPairs, blank_rows
 from lit_clip.errors import InputError, require

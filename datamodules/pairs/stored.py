@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 
 from datamodules.loading.store import StoreFolder
-from datamodules.pairs.columns import Cells, ColumnPairs, Columns, blank_mask, group_name
+from datamodules.pairs.column_names import Columns, blank_mask
+from datamodules.pairs.columns import Cells, ColumnPairs, group_name
 from datamodules.pairs.source import LISTED, NO_CAPTION
 from lit_clip.errors import BadSample, InputError
 

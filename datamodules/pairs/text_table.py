@@ -15,7 +15,8 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from datamodules.loading.bad_samples import is_blank, is_unicode
 from datamodules.loading.cache import cache_file, made_once
-from datamodules.pairs.columns import Columns, TablePairs, find_columns, group_name, map_valid_table
+from datamodules.pairs.column_names import Columns, find_columns
+from datamodules.pairs.columns import TablePairs, group_name, map_valid_table
 from datamodules.pairs.source import JSON_LINES, NO_CAPTION, LeftOut, PairSource, SourceOptions
 from lit_clip.errors import BadSample, InputError, require
 from lit_clip.tools.reading import check_is_file

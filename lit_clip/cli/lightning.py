@@ -11,7 +11,7 @@ import torch
 from jsonargparse import set_parsing_settings
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.plugins.precision import Precision
@@ -48,6 +48,7 @@ from lit_clip.training.run_folder import curves, run_folder
 from lit_clip.training.summary import print_next_steps, print_summary, resume_command
 from lit_clip.weights.checkpoints import checked
 from lit_clip.weights.load import check_fits
+from lit_clip.weights.training_checkpoints import adopt_tokenizer
 
 DEFAULT_CALLBACKS = "callbacks"  # the package whose defaults() every run gets; lit_clip must not import it
 # The newest checkpoint of this configuration's runs or of its requeued SLURM job; auto starts over if there is none.
@@ -135,6 +136,9 @@ class CLI(LightningCLI):
     def instantiate_classes(self) -> None:
         with logger_errors():
             super().instantiate_classes()
+        path = self._get(self.config, "ckpt_path") if self.subcommand else None
+        if path:
+            adopt_tokenizer(self.model.model, path)
 
     def _parse_ckpt_path(self) -> None:
         """Lightning lets a checkpoint's hyper-parameters override what the user typed; see :meth:`parse_arguments`."""
@@ -239,6 +243,7 @@ class CLI(LightningCLI):
         callback = self.trainer.checkpoint_callback
         last = getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", "")
         folder = run_folder(self.trainer)  # every rank must ask
+        _warn_of_unsaved_steps(self.trainer)
         if last and self.trainer.is_global_zero:
             print_next_steps(Path(last), folder, curves(self.trainer.loggers))
 
@@ -269,6 +274,19 @@ def _settings_of(path: str) -> dict[str, Any]:
     check_not_imported_by(hparams, path)
     check_fits(checkpoint, path)
     return hparams
+
+
+def _warn_of_unsaved_steps(trainer: Trainer) -> None:
+    """Warn of last steps that no checkpoint holds: Lightning saves after a validation, and none may be due then."""
+    savers = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
+    if not savers or any(each.monitor or not each.save_top_k for each in savers):  # the best are wanted, or none
+        return
+    saved, done = max(each._last_global_step_saved for each in savers), trainer.global_step
+    if saved < done and (saved or not trainer.ckpt_path):  # otherwise the steps before are in that checkpoint
+        rank_zero_warn(
+            f"ModelCheckpoint: no checkpoint holds the last {done - saved} of {done} steps; set "
+            "its every_n_train_steps, or validate at the end of the run"
+        )
 
 
 def _default_callbacks() -> Callable[..., list[Any]]:

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from lit_clip.errors import InputError
-from lit_clip.evaluation.overview import rows, sets_of, shots_of
 from lit_clip.evaluation.suite import SuiteEntry, Task
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import make_folder, replacing
 from lit_clip.tools.hashing import hex_digest, sha256_of_file
-from lit_clip.tools.reading import reading
 from lit_clip.tools.text_files import read_json
+from lit_clip.tools.untrusted import check_entries, shortened
 from lit_clip.version import __version__
 from lit_clip.weights.fingerprint import Fingerprint
 
@@ -94,8 +93,13 @@ class Results:
     def cached(self, name: str, task: Task, key: str) -> dict[str, Any] | None:
         """Return the result of an earlier run with the same :func:`cache_key`, or None."""
         saved = self._saved(name).get(task)
-        result = saved.get("result") if isinstance(saved, dict) and saved.get("key") == key else None
-        return result if isinstance(result, dict) else None
+        if not isinstance(saved, dict) or saved.get("key") != key:
+            return None
+        try:
+            _check_task(saved.get("result"), "result")
+        except InputError:  # damaged
+            return None
+        return saved["result"]
 
     def _saved(self, name: str) -> Mapping[str, Any]:
         """Return what is saved of a set, by task; nothing if there is none or the file is damaged."""
@@ -133,10 +137,48 @@ def read_results(path: Path) -> dict[str, Any]:
     """
     path = path / "results.json" if path.is_dir() else path
     results = read_json(path)
-    if not isinstance(results, dict) or not isinstance(results.get("sets"), dict) or "model" not in results:
+    if not isinstance(results, dict) or not {"sets", "model"} <= results.keys():
         raise InputError(f"{path}: not the results.json of lit-clip evaluate")
-    with reading(path, "results.json of lit-clip evaluate"):  # what the report will need, hours later
-        rows(results)
-        for _, entry in sets_of(results):
-            shots_of(entry)
+    try:
+        _check(results)
+    except InputError as error:
+        raise InputError(f"{path}: not the results.json of lit-clip evaluate, or damaged ({error})") from error
     return results
+
+
+# What the table and the report of a comparison read, hours later; they check by themselves whether a number is one.
+_HEAD = {"sets": dict[str, dict[str, object]], "model": dict[str, object], "suite": list[dict[str, object]]}
+_ENTRY = {
+    **dict.fromkeys(("status", "reason", "how_to_get", "note", "metric", "paper"), str),
+    "splits": dict[str, dict[str, object]],
+    "tasks": dict[str, dict[str, object]],
+    "prompts": dict[str, object],
+}
+_SPLIT = {"images": int, "absent": int, "skipped": list[tuple[str, str]]}
+_TASK = {
+    "metrics": dict[str, object],
+    "search": list[tuple[float, object]],
+    "shots": list[tuple[int, list[object]]],
+    "confusions": list[tuple[object, object, object]],
+    "errors": list[dict[str, object]],
+    "captions": int,
+    "references": int,
+}
+
+
+def _check(results: Mapping[str, Any]) -> None:
+    check_entries(results, _HEAD)
+    for name, entry in results["sets"].items():
+        where = f"sets.{shortened(name)}"
+        check_entries(entry, _ENTRY, where)
+        check_entries(entry.get("prompts", {}), {"texts": int}, f"{where}.prompts")
+        for split, counts in entry.get("splits", {}).items():
+            check_entries(counts, _SPLIT, f"{where}.splits.{shortened(split)}")
+        for task, result in entry.get("tasks", {}).items():
+            _check_task(result, f"{where}.tasks.{shortened(task)}")
+
+
+def _check_task(result: Any, where: str) -> None:
+    check_entries(result, _TASK, where)
+    for error in result.get("errors", []):
+        check_entries(error, {"nearest": list[tuple[object, object]]}, f"{where}.errors")

@@ -14,6 +14,8 @@ from lit_clip.models.config import CLIPConfig, HuggingFaceTextConfig, Preprocess
 from lit_clip.models.custom_config import CustomImageConfig, CustomTextConfig
 from lit_clip.tools.reading import LONGEST_REASON
 
+_WITH_KERNELS = ("mra", "rwkv", "yoso")  # models of transformers
+
 
 def with_external_settings(config: CLIPConfig) -> CLIPConfig:
     """Return the architecture with what only an encoder itself knows filled in.
@@ -103,7 +105,20 @@ def hugging_face_config(source: str) -> dict[str, Any]:
 
 
 def check_text_only(config: Any, source: str) -> None:
-    """Raise :class:`InputError` for a model with another encoder, which transformers may download to create it."""
+    """Raise :class:`InputError` for a model that is no text encoder, or that fetches something when it is created.
+
+    Some models have another encoder, which transformers may download; timm's among them open the file or repository
+    that their configuration names, and three start a compiler or load compiled code from the hub.
+    """
+    from transformers import MODEL_MAPPING
+
+    kinds = MODEL_MAPPING.get(type(config), None)
+    kind: Any = kinds[0] if isinstance(kinds, tuple) else kinds
+    reads, name = getattr(kind, "input_modalities", "text"), config.model_type
+    require(
+        reads in ("text", ["text"], ("text",)) and name not in _WITH_KERNELS,
+        f"architecture.text: {source} is of the type {name}, which is no text encoder that lit-clip can use",
+    )
     for name in config.to_dict():
         require(
             not any(part in name for part in ("vision", "audio", "backbone")),

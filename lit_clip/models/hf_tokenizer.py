@@ -110,12 +110,18 @@ def from_source(
         )
     if loaded.pad_token_id is None:
         raise InputError(f"{where} has no padding token")
+    if backend.get_vocab().keys() <= set(loaded.all_special_tokens):  # transformers makes one without a word
+        raise InputError(f"{where} has no vocabulary; its tokenizer.json, vocab.txt or spiece.model is missing")
     check_ids(backend, loaded.pad_token_id, vocab_size, where)
     return HuggingFaceTokenizer(backend.to_str(), loaded.pad_token_id, config.clean, context_length, whole)
 
 
 def check_ids(tokenizer: Tokenizer, pad_id: int, vocab_size: int, where: str) -> None:
-    """Raise :class:`InputError` if a tokenizer gives ids outside its encoder's vocabulary."""
+    """Raise :class:`InputError` if a tokenizer gives ids outside its encoder's vocabulary, or fails at a text."""
+    try:
+        tokenizer.encode("a text \U0010ffff")  # one that no vocabulary has whole
+    except Exception as error:  # `tokenizers` raises bare ones
+        raise InputError(f"{where} cannot read texts ({reason(error)})") from error
     # Published models lack embeddings for some tokens that no text produces: <extra_id_0>, [unused0].
     words = [id for token, id in tokenizer.get_vocab().items() if not (token[:1] in "<[" and token[-1:] in ">]")]
     largest = max(pad_id, *words, 0)

@@ -5,9 +5,9 @@ files, may name what they like; these files may not:
 
 - **Values are plain**: None, bools, finite numbers, texts, lists and mappings. Each is checked against the type of the
   field that it fills (:func:`filled`), and numbers against the ranges of the dataclass.
-- **No module**: a ``class_path`` is that of a part (loss, optimiser, schedule, rule of weight decay) in one of
-  :data:`TRUSTED` (:func:`trusted_class`), or of an encoder whose module is imported already. A text is never looked up
-  as a module, nor is the name of a function.
+- **No module**: a ``class_path``, which no text may hide as YAML, is that of a part (loss, optimiser, schedule, rule of
+  weight decay) in one of :data:`TRUSTED` (:func:`trusted_class`), or of an encoder whose module is imported already. A
+  text is never looked up as a module, nor is the name of a function.
 - **No resolver**: ``${...}``, which the command line's parser would replace (by an environment variable, by another
   setting), is refused, not resolved.
 - **No loader and no file**: settings that make timm or transformers open a file, a repository or a kernel are refused
@@ -27,6 +27,8 @@ from functools import lru_cache, partial
 from importlib import import_module
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
 
 from lit_clip.errors import InputError, require
 from lit_clip.tools.parts import is_plain
@@ -126,12 +128,15 @@ def check_entries(values: Any, types: Mapping[str, Any], where: str = "") -> Non
         types: by name of the entry; there may be other entries.
         where: their place, for messages.
     """
-    require(isinstance(values, Mapping), f"{where}: {shortened(values)} must be a mapping")
+    if not isinstance(values, Mapping):  # and no message otherwise, which would write out all tensors
+        raise InputError(f"{where}: {shortened(values)} must be a mapping")
     for name, hint in types.items():
         if name in values:
             value, place = values[name], f"{where}.{name}" if where else name
-            require(fits(value, hint), f"{place}: {shortened(value)} must be {shown_type(hint)}")
-            require(type(value) is not int or value >= 0, f"{place}: {shortened(value)} must be at least 0")
+            if not fits(value, hint):
+                raise InputError(f"{place}: {shortened(value)} must be {shown_type(hint)}")
+            if type(value) is int and value < 0:
+                raise InputError(f"{place}: {value} must be at least 0")
 
 
 def is_like(value: Any, sample: Any) -> bool:
@@ -151,6 +156,7 @@ def check_names_nothing(values: Any, where: str) -> None:
     """Raise :class:`InputError` for a setting, at any depth, that a parser would resolve or a loader would follow."""
     if isinstance(values, str):
         require(INTERPOLATION not in values, f"{where}: may not hold {INTERPOLATION}...}}, which is not resolved here")
+        require(not _names_class(values), f"{where}: {shortened(values)} may not name a class")
     elif isinstance(values, Mapping):
         for name, value in values.items():
             require(isinstance(name, str), f"{where}: the name {shortened(name)} of a setting must be a text")
@@ -161,6 +167,20 @@ def check_names_nothing(values: Any, where: str) -> None:
     elif isinstance(values, list | tuple):
         for value in values:
             check_names_nothing(value, where)
+
+
+def _names_class(text: str) -> bool:
+    """Return whether a text is YAML with the key ``class_path``, at any depth, in texts within it too.
+
+    Where any value may be, the command line's parser reads a text as YAML, and creates what it describes.
+    """
+    if ":" not in text:  # there is no mapping without one
+        return False
+    try:
+        scalars = [token.value for token in yaml.scan(text, yaml.SafeLoader) if isinstance(token, yaml.ScalarToken)]
+    except yaml.YAMLError:  # then it stays a text
+        return False
+    return "class_path" in scalars or any(_names_class(each) for each in scalars if each != text)
 
 
 LOADERS = ("_instantiator", "_class_path")

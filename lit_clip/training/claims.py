@@ -96,7 +96,7 @@ def claim(folder: Path) -> str:
     while path not in _held and fcntl:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = path.open("a+", encoding="utf-8")
+            file = open(path, "a+", encoding="utf-8", opener=_not_following)  # noqa: SIM115  # held until release
         except OSError:
             break
         try:
@@ -119,6 +119,11 @@ def claim(folder: Path) -> str:
         else:
             file.close()
     return ""
+
+
+def _not_following(path: str, flags: int) -> int:
+    """Open a file, but not through a link: a folder that somebody packed could have its lock lead to another file."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def release_folders(kept: frozenset[Path] = frozenset()) -> None:

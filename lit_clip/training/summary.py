@@ -82,7 +82,8 @@ def print_next_steps(checkpoint: Path, folder: Path | None, curves: Sequence[str
     if folder:
         console.print(f"logs and images: {shown(folder)}")
     if config:
-        console.print(f"validate again: lit-clip validate --config {shown(config)} --ckpt_path {shown(checkpoint)}")
+        words = ["lit-clip", "validate", "--config", str(shown(config)), "--ckpt_path", str(shown(checkpoint))]
+        console.print(f"validate again: {shlex.join(words)}")
     for line in curves:
         console.print(f"curves: {line}")
 

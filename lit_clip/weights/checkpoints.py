@@ -124,6 +124,9 @@ def checked(checkpoint: dict[str, Any], path: Source) -> dict[str, Any]:
 def _checked_settings(hparams: Mapping[str, Any]) -> CLIPConfig:
     check_names_nothing(hparams, "hyper_parameters")
     config = CLIPConfig.from_dict(hparams["architecture"])
+    for tower in ("image", "text"):  # a checkpoint has its own weights
+        started = getattr(getattr(config, tower), "pretrained", False)
+        require(not started, f"hyper_parameters.architecture.{tower}.pretrained: {shortened(started)} must be false")
     check_settings(hparams, "hyper_parameters.")
     for name, kind in _DATACLASSES.items():
         value = hparams.get(name)

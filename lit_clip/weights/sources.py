@@ -26,7 +26,7 @@ from lit_clip.models.open_clip_configs import from_open_clip
 from lit_clip.models.registry import resolve_architecture
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.tools.reading import reading
-from lit_clip.tools.untrusted import check_names_nothing
+from lit_clip.tools.untrusted import check_names_nothing, shortened
 from lit_clip.tools.weight_files import Source, as_float32, checked_tensors, is_path, read_file
 from lit_clip.weights import hub
 from lit_clip.weights.checkpoints import EMA_WEIGHTS, checked, checkpoint_tokenizer
@@ -121,10 +121,18 @@ def _open_clip_config(folder: Path) -> CLIPConfig:
         model = values.get("model_cfg", values)
         check_names_nothing(values, str(file))
         config = from_open_clip(model, values.get("preprocess_cfg"), str(file))
+    own = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+    named = config.text.tokenizer
+    if named is not None and (isinstance(config.text, HuggingFaceTextConfig) or not own):
+        require(
+            not is_path(named.source),
+            f"{file}: its text encoder or tokenizer is {shortened(named.source)}, a file or folder outside; name one "
+            "on the hub there",
+        )
     # Before a tokenizer's folder takes the place of the text encoder's name: only the name has its configuration.
     config = with_external_settings(config)
     text = config.text
-    if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+    if own:
         if isinstance(text, HuggingFaceTextConfig):
             config.text = dataclasses.replace(text, hugging_face=str(folder))
         elif text.tokenizer is not None:

@@ -17,6 +17,7 @@ A data module's state is its sampler's position.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -27,7 +28,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lit_clip.errors import require
 from lit_clip.models.clip import CLIP
 from lit_clip.models.lora import is_added
-from lit_clip.tools.weight_files import Source
+from lit_clip.tools.weight_files import Source, read_mapped
 from lit_clip.weights.checkpoints import EMA_WEIGHTS, check_base, checkpoint_tokenizer, saved_tokenizer
 from lit_clip.weights.load import check_architecture, check_weights
 
@@ -66,8 +67,8 @@ def _move_own_keys(checkpoint: dict[str, Any], state: Mapping[str, Any]) -> None
 def reopen_epoch(checkpoint: dict[str, Any]) -> None:
     """Count an epoch that a run has left before its last batch as under way, as a checkpoint within it does.
 
-    Lightning counts it as completed when ``max_steps`` ends the run, and a checkpoint that is saved by hand afterwards
-    would resume in the next epoch.
+    Lightning counts it as processed when ``max_steps`` ends the run, and then as completed. A checkpoint that
+    ``ModelCheckpoint`` saves at that end, or that is saved by hand afterwards, would resume in the next epoch.
 
     Args:
         checkpoint: changed in place.
@@ -76,12 +77,12 @@ def reopen_epoch(checkpoint: dict[str, Any]) -> None:
     batches, epochs = loops.get("epoch_loop.batch_progress"), loops.get("epoch_progress")
     if not batches or batches["is_last_batch"] or not batches["current"]["ready"]:
         return
-    if epochs["current"]["completed"] < epochs["current"]["started"]:
-        return
-    checkpoint["epoch"] -= 1
+    current = epochs["current"]
+    left = [count for count in ("processed", "completed") if current[count] == current["started"]]
+    checkpoint["epoch"] -= "completed" in left
     for counts in epochs.values():
-        counts["processed"] -= 1
-        counts["completed"] -= 1
+        for count in left:
+            counts[count] -= 1
 
 
 def close_epoch(checkpoint: dict[str, Any]) -> None:
@@ -133,6 +134,14 @@ def unpack_checkpoint(checkpoint: dict[str, Any], module: LightningModule, base_
     model._tokenizer = checkpoint_tokenizer(checkpoint, model.config) or model._tokenizer
     if checkpoint.get("weights") == EMA_WEIGHTS:
         rank_zero_info(f"{name}: these weights are the exponential moving average, not those of the last step")
+
+
+def adopt_tokenizer(model: CLIP, checkpoint: Source) -> None:
+    """Give a model a checkpoint's tokenizer, before data modules ask for that of the architecture's source.
+
+    The source may be gone, or hold another tokenizer by now; and a checkpoint's source is not opened.
+    """
+    model._tokenizer = checkpoint_tokenizer(read_mapped(Path(checkpoint)), model.config) or model._tokenizer
 
 
 def _use_last_step(checkpoint: dict[str, Any], module: LightningModule, name: Source) -> None:

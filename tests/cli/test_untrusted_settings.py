@@ -1,21 +1,24 @@
 """A checkpoint is data: none of its settings makes the command line import a module or read a file that it names."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from lit_clip import LitCLIP
 from lit_clip.cli.main import main
 from lit_clip.errors import InputError
 from lit_clip.losses.loss import build_loss
 from lit_clip.tools.untrusted import factory_of
 from lit_clip.training.optimization import KINDS
+from tests.helpers.towers import save_family, saved, text_config
 
 OWN = {"class_path": "never_imported.Part"}
 SCHEDULES = "torch.optim.lr_scheduler"
+LOOKAHEAD = "timm.optim.lookahead.Lookahead"  # of arguments without types
 
 
 def described(class_path: str, **arguments: Any) -> dict[str, Any]:
@@ -23,7 +26,7 @@ def described(class_path: str, **arguments: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def printing(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+def printing(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
     """Parse ``fit`` with a checkpoint of other settings in a folder with a module; return the exit code."""
     (tmp_path / "never_imported.py").write_text("open('imported', 'w')\nclass Part: pass\ndef part(*_): return 1.0\n")
     (tmp_path / "settings.yaml").write_text("class_path: never_imported.Part\n")
@@ -40,7 +43,8 @@ def printing(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
             main()
         return stopped.value.code
 
-    return run_main
+    yield run_main
+    sys.modules.pop("never_imported", None)  # other tests look whether it is there
 
 
 @pytest.mark.parametrize(
@@ -60,6 +64,10 @@ def printing(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         {"freeze": {"image": "./settings.yaml"}},
         {"lora": "./settings.yaml"},
         {"pretrained": OWN},
+        {"optimizer": described(LOOKAHEAD, k="{class_path: never_imported.Part}")},
+        {"optimizer": described(LOOKAHEAD, k="class_path: never_imported.Part\ninit_args: {}")},
+        {"optimizer": described(LOOKAHEAD, k='[{"cl\\x61ss_path": "never_imported.Part"}]')},
+        {"optimizer": described(LOOKAHEAD, k="{a: '{class_path: never_imported.Part}'}")},
     ],
 )
 def test_nothing_that_a_checkpoint_names_is_imported_or_read(
@@ -67,6 +75,25 @@ def test_nothing_that_a_checkpoint_names_is_imported_or_read(
 ) -> None:
     assert printing(settings) in (None, 0, 2)
     assert not Path("imported").exists()
+
+
+@pytest.mark.parametrize("place", ["image", "text"])
+def test_texts_within_an_architecture_create_nothing_either(
+    place: str, cli: Callable[..., Any], tmp_path: Path
+) -> None:
+    hidden = "{class_path: subprocess.Popen, init_args: {args: [touch, ran]}}"
+    checkpoint, _ = saved(LitCLIP(text_config(save_family("bert", tmp_path / "bert"))), tmp_path)
+    values = torch.load(checkpoint, weights_only=True)
+    towers = values["hyper_parameters"]["architecture"]
+    if place == "text":
+        towers["text"]["model"]["part"] = hidden
+    else:
+        towers["image"] = {"timm": "test_vit", "image_size": 32, "options": {"part": hidden}}
+    torch.save(values, checkpoint)
+    result = cli("validate", "--ckpt_path", str(checkpoint), "--data", "datamodules.Captions", "--data.val", "x.csv")
+    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
+    assert "may not name a class" in result.stderr
+    assert not (tmp_path / "ran").exists()
 
 
 def test_arguments_of_a_named_class_name_nothing_either(printing: Callable[..., Any]) -> None:

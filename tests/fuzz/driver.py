@@ -23,6 +23,7 @@ from tests.helpers import forks
 LIMIT = 20.0  # seconds for one input on a busy machine
 MEMORY = 2**30  # bytes that one input may use
 TURN = 15.0  # seconds that a target has before it is the next one's turn
+LONG = {"fit_yaml": 3, "resumed_checkpoints": 3}  # turns at once: an input is a whole run of the command
 START = 120.0  # seconds for the start of a process
 SEPARATOR = "--"  # between a case's own name and the name of its file
 
@@ -87,7 +88,7 @@ class Driver:
                 left = end - time.monotonic()
                 if left <= 0:
                     return self.summary
-                self.batch(target, seed_of(seed, target, turn), min(TURN, left), sys.maxsize)
+                self.batch(target, seed_of(seed, target, turn), min(TURN * LONG.get(target, 1), left), sys.maxsize)
         raise AssertionError
 
     def batch(self, target: str, seed: int, seconds: float, count: int, replayed: Iterable[Input] = ()) -> None:
@@ -178,7 +179,7 @@ def _death(code: int | None, log: Path) -> Finding:
             number, _, function = words[2].removeprefix(", line ").partition(" in ")
             place = f"{Path(words[1]).relative_to(ROOT)}:{number} {function}"
             break
-    return Finding(kind, place, "", story[:6000])
+    return Finding(kind, place, "", story[-6000:] if kind.startswith("exit") else story[:6000])
 
 
 def seed_of(seed: int, target: str, turn: int) -> int:

@@ -1,8 +1,11 @@
 """Hostile inputs: damaged bytes, and trees of plain values in which a few values were changed."""
 
 import copy
+import io
 import json
 import random
+import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -12,6 +15,7 @@ from hypothesis.strategies import SearchStrategy
 CANARY = "fuzz_canary"  # a module that lies beside every input; importing it is a finding
 DEEP = "@deep@"  # a value written as 100,000 nested lists
 DEPTH = 100_000
+GO_ON = 0.9  # probability of a step deeper into a tree
 
 
 class Input(NamedTuple):
@@ -62,6 +66,41 @@ def damaged(files: Callable[[], Mapping[str, bytes]]) -> Inputs:
         return Input(name, data)
 
     return st.builds(damage, st.sampled_from(sorted(files())), st.integers(0, 2**64))
+
+
+def rezipped(data: bytes, rng: random.Random) -> bytes:
+    """Return a zip archive whose content was changed, and its checksums with it: a member, its name, or the order."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        members = [(name, archive.read(name)) for name in archive.namelist()]
+    for _ in range(rng.choice((1, 1, 2))):
+        place = rng.choice((0, 0, rng.randrange(len(members))))  # the first describes all others
+        kind, (name, content) = rng.randrange(8), members[place]
+        if kind < 4:
+            members[place] = name, mutated(content, [each for _, each in members], rng)
+        elif kind == 4:
+            members[place] = name, members[rng.randrange(len(members))][1]
+        elif kind == 5 and len(members) > 1:
+            del members[place]
+        elif kind == 6:
+            members.append((name, mutated(content, [content], rng)))
+        else:
+            members[place] = rng.choice(("x", "a/data.pkl", "../x", f"{name}x", name.upper(), f"x{name}")), content
+    file, method = io.BytesIO(), rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))
+    with warnings.catch_warnings(), zipfile.ZipFile(file, "w", method) as archive:
+        warnings.simplefilter("ignore")  # of two members of one name
+        for name, content in members:
+            archive.writestr(zipfile.ZipInfo(name), content, method)
+    return file.getvalue()
+
+
+def damaged_members(files: Callable[[], Mapping[str, bytes]]) -> Inputs:
+    """Return zip archives with damaged members and right checksums."""
+    names = sorted(name for name, data in files().items() if zipfile.is_zipfile(io.BytesIO(data)))
+    return st.builds(
+        lambda name, seed: Input(name, rezipped(files()[name], random.Random(seed))),
+        st.sampled_from(names),
+        st.integers(0, 2**64),
+    )
 
 
 def odd_values(extra: tuple[Any, ...] = ()) -> SearchStrategy[Any]:
@@ -117,14 +156,25 @@ def edited(tree: Any, changes: list[Edit]) -> Any:
     """Return a copy of a tree of plain values with changes."""
     tree = [copy.deepcopy(tree)]  # in a list, so that the whole can be replaced
     for kind, place, value in changes:
-        found = list(places(tree))[1:]
-        if found:
-            *parents, key = found[place % len(found)]
+        if tree:
+            *parents, key = _chosen(tree, place)
             parent = tree
             for step in parents:
                 parent = parent[step]
-            _change(parent, key, kind, value)
+            _change(parent, key, kind, copy.deepcopy(value))  # a later change may be within it
     return tree[0] if tree else None
+
+
+def _chosen(tree: list[Any], place: int) -> Path:
+    """Return a place: any of a tree's, or on a walk from its top, which large parts of it do not draw to themselves."""
+    if place % 2:
+        found = list(places(tree))[1:]
+        return found[place // 2 % len(found)]
+    rng, path, node = random.Random(place), (0,), tree[0]
+    while isinstance(node, dict | list) and node and rng.random() < GO_ON:
+        key = rng.choice(list(node) if isinstance(node, dict) else range(len(node)))
+        path, node = (*path, key), node[key]
+    return path
 
 
 def _change(parent: Any, key: Any, kind: str, value: Any) -> None:

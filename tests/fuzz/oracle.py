@@ -11,6 +11,7 @@ from traceback import extract_tb
 from types import TracebackType
 from typing import Any, NamedTuple
 
+from datamodules.evaluation.annotation_files import MAT_PROGRAM
 from lit_clip.errors import InputError
 from lit_clip.models.registry import list_models
 from lit_clip.tools.messages import one_line
@@ -19,6 +20,7 @@ from tests.fuzz.inputs import CANARY
 ROOT = Path(__file__).parents[2]
 LONGEST_MESSAGE = 500
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+READER = [sys.executable, "-I", str(MAT_PROGRAM)]  # the one program that reading a file may start
 STARTS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "pty.spawn")
 REACHES = ("socket.connect", "socket.bind", "socket.getaddrinfo", "socket.gethostbyname")
 CHANGES = ("os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate", "os.symlink", "os.link", "os.chmod")
@@ -117,6 +119,8 @@ class Guard:
 
     def _broken(self, event: str, arguments: tuple[Any, ...]) -> tuple[str, str] | None:
         """Return the rule that an event breaks, and what breaks it."""
+        if event == "subprocess.Popen" and arguments[1][:3] == READER:
+            return None
         if event in STARTS or event in REACHES:
             return event, str(arguments)[:200]
         if event in CHANGES:

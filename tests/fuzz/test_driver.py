@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.fuzz.driver import Driver, read_case, seed_of
+from tests.fuzz.inputs import Input, edited, to_json
 from tests.fuzz.oracle import ROOT
-from tests.fuzz.targets import NAMES
+from tests.fuzz.targets import NAMES, evaluation, pairs, settings, weights
 
 PLANTED = "tests/fuzz/planted.py"
 FOUND = {
@@ -30,6 +31,14 @@ FOUND = {
     "segfault": "killed by SIGSEGV",
 }
 
+WHOLE = {
+    "classes": pairs.class_trees,
+    "checkpoints": weights.checkpoint_trees,
+    "fit_yaml": settings.fit_trees,
+    "suites": evaluation.suite_trees,
+    "results": evaluation.result_trees,
+}
+
 
 @pytest.mark.parametrize("name", FOUND)
 def test_what_no_input_may_lead_to_is_found(name: str, tmp_path: Path) -> None:
@@ -48,6 +57,21 @@ def test_what_no_input_may_lead_to_is_found(name: str, tmp_path: Path) -> None:
         again = Driver()
         again.batch(f"{PLANTED}:{name}", 0, 30, 1, [read_case(case)])
         assert [each.finding.kind for each in again.summary.found.values()] == [FOUND[name]]
+
+
+def test_error_while_an_input_is_made_is_shown_as_the_fuzzers_own() -> None:
+    driver = Driver()
+    driver.batch(f"{PLANTED}:unmade", seed=1, seconds=30, count=5)
+    (found,) = driver.summary.found.values()
+    assert found.finding.kind == "exit with 1"
+    assert found.finding.traceback.splitlines()[-1] == "KeyError: 'a'"
+
+
+def test_values_that_were_put_into_a_tree_are_not_changed_by_later_edits() -> None:
+    value = {"a": 1}
+    whole, first = 1, 3  # places
+    assert edited([], [("replace", whole, value), ("replace", first, "x")]) == {"a": "x"}
+    assert value == {"a": 1}
 
 
 def test_refusal_that_names_the_file_is_no_finding() -> None:
@@ -85,3 +109,14 @@ def test_every_target_reads_its_inputs(name: str) -> None:
     driver.batch(name, seed_of(0, name, 0), seconds=60, count=3)
     assert sum(driver.summary.outcomes[name].values()) > 0
     assert not [found for found in driver.summary.found.values() if found.finding.kind.startswith("exit")]
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_what_hostile_files_are_made_from_is_used(name: str) -> None:
+    """Otherwise all of them are refused for the same reason, and nothing behind it is tried."""
+    driver = Driver()
+    driver.batch(name, 0, 60, 1, [Input(file, to_json(tree)) for file, tree in WHOLE[name]().items()])
+    outcomes = driver.summary.outcomes[name]
+    assert not driver.summary.found
+    assert outcomes["used"] >= driver.summary.inputs[name] > 0
+    assert outcomes["refused"] == 0

@@ -145,8 +145,12 @@ class _Worker:
             self._use(made)
 
         self.shrinking = ""
-        with suppress(_Found, _Enough):
-            use()
+        try:
+            with suppress(_Found, _Enough):
+                use()
+        except Exception as error:  # while an input is made; it ends the process, as a fault of the fuzzer
+            vars(error).pop("__notes__", None)  # the whole strategy in 20,000 characters, at the end of the log
+            raise
         if self.shrinking and self.target.bytewise:
             self._leave_out_bytes(self.shrinking)
         if self.shrinking:

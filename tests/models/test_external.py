@@ -10,8 +10,10 @@ import pytest
 import timm
 import timm.data
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
 
+from datamodules import Captions
 from lit_clip import load_model
 from lit_clip.batch import CaptionBatch
 from lit_clip.cli.main import main
@@ -21,7 +23,7 @@ from lit_clip.models.registry import resolve_architecture
 from lit_clip.module import LitCLIP
 from tests.conftest import lit_clip_command
 from tests.helpers.ranks import PAIRS, finetuned_module, make_batch
-from tests.helpers.towers import TEXTS, D, image_tower_from, photos, save_family, text_model
+from tests.helpers.towers import TEXTS, D, image_tower_from, photos, save_family, saved, text_config, text_model
 
 
 def two_towers(folder: Path, **settings: Any) -> CLIPConfig:
@@ -80,6 +82,29 @@ def test_a_yaml_file_with_both_towers_trains_resumes_and_embeds(
     with torch.no_grad():
         assert model.encode_text(model.tokenize("a dog"), normalize=True).norm().item() == pytest.approx(1)
     assert model.config.image.options == {"drop_path_rate": 0.1}  # type: ignore[union-attr]  # a TimmConfig
+
+
+def test_data_are_read_with_the_tokenizer_that_the_checkpoint_holds(caption_table: Path, tmp_path: Path) -> None:
+    source = save_family("bert", tmp_path / "bert")
+    checkpoint, model = saved(LitCLIP(text_config(source, context_length=16)), tmp_path)
+    data = ("--data", "datamodules.Captions", "--data.val", str(caption_table), "--data.num_workers", "0")
+    words = ("validate", "--ckpt_path", str(checkpoint), *data, "--trainer.accelerator", "cpu")
+    expected = lit_clip_command(tmp_path, *words)
+    assert expected.returncode == 0, expected.stderr
+
+    definition = json.loads((source / "tokenizer.json").read_text())
+    words_ids = definition["model"]["vocab"]
+    definition["model"]["vocab"] = {word: (id * 7) % 24 if id > 3 else id for word, id in words_ids.items()}
+    (source / "tokenizer.json").write_text(json.dumps(definition))
+    changed = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    losses = changed.validate(
+        LitCLIP(model.config), Captions(val=str(caption_table), num_workers=0), ckpt_path=checkpoint
+    )
+    assert f"{losses[0]['val/loss']:.4f}" in expected.stdout
+
+    source.rename(tmp_path / "gone")
+    result = lit_clip_command(tmp_path, *words)
+    assert (result.returncode, result.stdout) == (0, expected.stdout), result.stderr
 
 
 @pytest.mark.parametrize(

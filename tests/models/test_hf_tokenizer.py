@@ -186,13 +186,20 @@ def test_a_tokenizer_survives_pickling_another_length_and_plain_values(t5_folder
         ("gone", "no tokenizer at"),
         ("damaged", "no tokenizer at"),
         ("no padding", "has no padding token"),
+        ("no words", "has no vocabulary; its tokenizer.json, vocab.txt or spiece.model is missing"),
+        ("no unknown", "cannot read texts"),
         ("too small", r"has ids up to \d+, but the encoder has 100; it belongs to another model"),
     ],
 )
 def test_a_tokenizer_that_does_not_fit_is_refused_in_one_line(
     spoil: str, message: str, t5_folder: Path, tmp_path: Path
 ) -> None:
-    if spoil not in ("gone", "damaged"):
+    if spoil == "no words":
+        (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    elif spoil == "no unknown":
+        words = Tokenizer(models.WordLevel({"dog": 0, "[PAD]": 1}, unk_token="[UNK]"))
+        transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]").save_pretrained(tmp_path)
+    elif spoil not in ("gone", "damaged"):
         tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(t5_folder)
         if spoil == "no padding":
             tokenizer.pad_token = None

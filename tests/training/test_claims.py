@@ -147,6 +147,17 @@ def test_what_a_killed_run_left_is_removed_beside_a_checkpoint_unless_a_run_writ
     assert {path.name for path in tmp_path.iterdir()} == {"version_0", "version_1", ".version_1.lock"}
 
 
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    checkpoint, elsewhere = tmp_path / "run/checkpoints/last.ckpt", tmp_path / "elsewhere.txt"
+    checkpoint.parent.mkdir(parents=True)
+    (checkpoint.parent / ".last.ckpt.0a1b2c3d.tmp").write_text("half")
+    elsewhere.write_text("precious")
+    for folder in (checkpoint.parent, checkpoint.parent.parent):
+        folder.with_name(f".{folder.name}.lock").symlink_to(elsewhere)
+    claims.remove_leftovers(checkpoint)
+    assert elsewhere.read_text() == "precious"
+
+
 def test_resuming_writes_nothing_beside_a_folder_in_which_no_run_was_killed(tmp_path: Path) -> None:
     checkpoint = tmp_path / "runs/last.ckpt"
     checkpoint.parent.mkdir()

@@ -16,6 +16,8 @@ from lit_clip.errors import InputError
 from lit_clip.tools.untrusted import fits
 from lit_clip.training.checkpoint_io import load_the_same_checkpoint
 
+NUMPYS = ("MT19937", torch.zeros(624, dtype=torch.int64), 10**6, 0, 0.0)
+
 
 class Line(LightningModule):
     """The smallest run; what LitCLIP does with a checkpoint's states is in its setup."""
@@ -125,6 +127,7 @@ LOOP.append(LOOP)
         (_set("optimizer_states", 0, "state", 0, "exp_avg", value=torch.zeros(1, 1, device="meta")), "on the meta"),
         (_set("optimizer_states", 0, "state", 0, "step", value="x"), "cannot be restored"),
         (_set("random_states", 0, "python", value=(3, (1, 2), None)), "cannot be restored"),
+        (_set("random_states", 0, "numpy", value=NUMPYS), "numpy's position 1000000 must be within its 624 keys"),
         (_set("random_states", value=3), "random_states: 3 must be a list"),
         (_set("epoch", value="x"), "epoch: 'x' must be a whole number"),
     ],

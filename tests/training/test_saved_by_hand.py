@@ -45,5 +45,5 @@ def test_a_run_that_max_steps_ended_goes_on_at_its_next_batch(
     for steps in (2, 4):  # within an epoch, and at its end
         fit(steps)[0].save_checkpoint(tmp_path / "by_hand.ckpt")
         assert fit(10, tmp_path / "by_hand.ckpt")[1] == whole[steps:]
-    fit(4, None, ModelCheckpoint(tmp_path, "each_epoch"))
-    assert fit(10, tmp_path / "each_epoch.ckpt")[1] == whole[4:]
+        fit(steps, None, ModelCheckpoint(tmp_path, f"saved_{steps}", save_on_train_epoch_end=True))
+        assert fit(10, tmp_path / f"saved_{steps}.ckpt")[1] == whole[steps:]

@@ -15,6 +15,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, models
 
 from lit_clip import LitCLIP, load_model
 from lit_clip.cli.main import main
@@ -186,6 +187,68 @@ def test_an_archive_that_unpacks_to_far_more_than_it_is_is_refused() -> None:
 def test_timm_opens_nothing_that_an_architecture_names(option: str) -> None:
     with pytest.raises(InputError, match=f"options.{option} is not allowed"):
         TimmConfig("resnet18", options={option: "settings.yaml"})
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"model_type": "timm_wrapper", "architecture": "resnet18", "model_args": {"checkpoint_path": "secret.pth"}},
+        {"model_type": "timm_wrapper", "architecture": "local-dir:."},
+        {"model_type": "timm_wrapper", "architecture": "hf-hub:org/secret"},
+        {"model_type": "rwkv", "hidden_size": 32, "num_hidden_layers": 1},  # asks for a compiler
+    ],
+)
+def test_no_text_encoder_opens_or_starts_anything_when_it_is_created(
+    model: dict[str, Any], checkpoint: dict[str, Any], bait: Path
+) -> None:
+    torch.save({}, "secret.pth")
+    Path("config.json").write_text("{}")
+    text = {"hugging_face": "org/secret", "pretrained": False, "model": {**model, "pad_token_id": 0}}
+    checkpoint["hyper_parameters"]["architecture"]["text"] = text
+    words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    torch.save(checkpoint | {"tokenizer": {"definition": words.to_str(), "pad_id": 0}}, "hostile.ckpt")
+    for run in ENTRIES.values():
+        refused = pytest.raises(InputError, match="which is no text encoder that lit-clip can use")
+        with watching(bait, ("hostile.ckpt",), "never_imported") as events, refused:
+            run()
+        assert not events
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_a_checkpoints_towers_start_from_no_other_weights(tower: str, checkpoint: dict[str, Any], bait: Path) -> None:
+    towers = {
+        "image": {"timm": "test_vit", "image_size": 32, "pretrained": "secret.pth"},
+        "text": {"hugging_face": "org/secret", "pretrained": True, "model": {"model_type": "bert"}},
+    }
+    checkpoint["hyper_parameters"]["architecture"][tower] = towers[tower]
+    torch.save(checkpoint, "hostile.ckpt")
+    for run in ENTRIES.values():
+        refused = pytest.raises(InputError, match=f"architecture.{tower}.pretrained: .* must be false")
+        with watching(bait, ("hostile.ckpt",), "never_imported") as events, refused:
+            run()
+        assert not events
+
+
+@pytest.mark.parametrize("key", ["hf_model_name", "hf_tokenizer_name"])
+@pytest.mark.parametrize("outside", ["outside", "./outside", "folder/../outside", ""])
+def test_a_published_configuration_opens_no_folder_but_its_own(key: str, outside: str, bait: Path) -> None:
+    for folder in (bait / "folder", bait / "outside"):
+        folder.mkdir()
+    (bait / "outside/config.json").write_text('{"model_type": "bert"}')
+    sizes = {"image_size": 32, "patch_size": 16, "width": 32, "layers": 1, "head_width": 32}
+    text = {key: outside or str(bait / "outside"), "no_causal_mask": True, "pool_type": "last"}
+    values = {
+        "embed_dim": 16,
+        "vision_cfg": sizes,
+        "text_cfg": text if key == "hf_tokenizer_name" else {key: text[key]},
+    }
+    Path("folder/open_clip_config.json").write_text(json.dumps({"model_cfg": values}))
+    torch.save({}, "folder/open_clip_pytorch_model.bin")
+    allowed = ("open_clip_config.json", "open_clip_pytorch_model.bin")
+    refused = pytest.raises(InputError, match="a file or folder outside; name one on the hub there")
+    with watching(bait, allowed, "never_imported") as events, refused:
+        load_model("folder")
+    assert not events
 
 
 def test_a_lora_whose_base_is_itself_is_refused(checkpoint: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from datamodules.loading.bad_samples import BLANK, is_blank
 from datamodules.open_source import open_source
-from datamodules.pairs.columns import blank_mask
+from datamodules.pairs.column_names import blank_mask
 
 SPACES = [chr(code) for code in range(sys.maxunicode + 1) if chr(code).isspace()]
 WORDS = [

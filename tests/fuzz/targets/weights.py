@@ -4,8 +4,10 @@ import copy
 import io
 import json
 import os
+import random
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 from hypothesis import strategies as st
 
 from lit_clip import load_model
+from lit_clip.errors import InputError
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import (
     CLIPConfig,
@@ -22,7 +25,7 @@ from lit_clip.models.config import (
     TextTransformerConfig,
     VisionTransformerConfig,
 )
-from tests.fuzz.inputs import CANARY, Input, Inputs, damaged, edited_json
+from tests.fuzz.inputs import CANARY, Edit, Input, Inputs, damaged, damaged_members, edited, edited_json, edits, to_json
 from tests.fuzz.target import Target
 
 TINY = CLIPConfig(
@@ -30,6 +33,27 @@ TINY = CLIPConfig(
 )
 RESNET = CLIPConfig(8, ResNetConfig((1, 1, 1, 1), 2, 32), TextTransformerConfig(8, 50, 8, 1, 1))
 MOST = 10**6  # numbers in a described tensor
+DTYPES = ("torch.float16", "torch.bfloat16", "torch.float64", "torch.int64", "torch.bool", "torch.complex64")
+# Numbers and words of an architecture, of which most combinations are one.
+SIZES: dict[str, tuple[Any, ...]] = {
+    "embed_dim": (1, 8, 16),
+    "activation": ("gelu", "quick_gelu", "gelu_tanh"),
+    "logit_bias": (True, False),
+    "image.image_size": (32, 64, [32, 64], 224),
+    "image.width": (2, 8, 16),
+    "image.layers": (1, 2, [1, 2, 1, 1]),
+    "text.context_length": (3, 8, 77),
+    "text.vocab_size": (50, 1, 49408),
+    "text.width": (8, 16),
+    "text.layers": (1, 3),
+    "text.heads": (1, 2, 8),
+    "text.causal": (True, False),
+    "text.projection": (True, False),
+    "text.projection_bias": (True, False),
+    "text.layer_norm_eps": (1e-5, 0, 1),
+    "preprocessing.image_size": (32, 8, 64),
+    "preprocessing.crop_pct": (1.0, 0.5),
+}
 SECRET = Path(tempfile.gettempdir()) / "fuzz-outside.pt"  # a file that no input may have opened
 # Values that must lead to no import, no file and no look-up.
 HOSTILE = (
@@ -87,6 +111,10 @@ def _saved(values: Any, **options: Any) -> bytes:
     return file.getvalue()
 
 
+def weight_inputs() -> Inputs:
+    return st.one_of(damaged(whole_weights), damaged_members(whole_weights), damaged_members(whole_weights))
+
+
 def read_weight_file(folder: Path, given: Input) -> Iterator[str]:
     """Load a weight file."""
     path = folder / given.name
@@ -107,13 +135,16 @@ def checkpoint_trees() -> dict[str, Any]:
             "image_size": None,
             "context_length": None,
             "lora": None,
-            "freeze": {"image": "none", "text": "none"},
+            "freeze": {"image": None, "text": {"unlock_last": 1}},
             "layer_decay": None,
             "distill": None,
         }
-        state = {key: [str(value.dtype), *value.shape] for key, value in model.state_dict().items()}
-        trees[name] = {**common, "hyper_parameters": hparams, "state_dict": state}
+        trees[name] = {**common, "hyper_parameters": hparams, "state_dict": _state_of(model)}
     return trees
+
+
+def _state_of(model: CLIP) -> dict[str, Any]:
+    return {key: [str(value.dtype), *value.shape] for key, value in model.state_dict().items()}
 
 
 def build_checkpoint(tree: Any) -> Any:
@@ -144,7 +175,50 @@ def _tensor(described: list[Any]) -> Any:
 
 def checkpoint_inputs() -> Inputs:
     words = ("@7", "@None", ["torch.int8", 8], ["torch.float16", 8, 8], ["torch.bool"], ["torch.complex64", 2])
-    return edited_json(checkpoint_trees, (*HOSTILE, *words))
+    anywhere = edited_json(checkpoint_trees, (*HOSTILE, *words))
+    names = st.sampled_from(sorted(checkpoint_trees()))
+    settings = st.builds(_with_other_settings, names, edits(HOSTILE, most=2))
+    sizes = st.lists(st.tuples(st.sampled_from(sorted(SIZES)), st.integers(0, 10)), min_size=1, max_size=4)
+    states = st.builds(_with_other_states, names, sizes, st.integers(0, 2**64))
+    return st.one_of(anywhere, settings, states)
+
+
+def _with_other_settings(name: str, changes: list[Edit]) -> Input:
+    """Return a checkpoint in which something but the weights was changed."""
+    tree = dict(checkpoint_trees()[name])
+    state = tree.pop("state_dict")
+    changed = edited(tree, changes)
+    return Input(name, to_json({"state_dict": state, **changed} if isinstance(changed, dict) else changed))
+
+
+def _with_other_states(name: str, sizes: list[tuple[str, int]], seed: int) -> Input:
+    """Return a checkpoint of another architecture, with its weights or the old ones, some of which may be changed."""
+    tree, rng = copy.deepcopy(checkpoint_trees()[name]), random.Random(seed)
+    for key, choice in sizes:
+        *parents, last = key.split(".")
+        part = tree["hyper_parameters"]["architecture"]
+        for each in parents:
+            part = part[each]
+        part[last] = SIZES[key][choice % len(SIZES[key])]
+    if rng.random() < 0.7:
+        with suppress(InputError), torch.device("meta"):
+            tree["state_dict"] = _state_of(CLIP(CLIPConfig.from_dict(tree["hyper_parameters"]["architecture"])))
+    state, kind = tree["state_dict"], rng.randrange(6)
+    for key in rng.sample(sorted(state), rng.choice((0, 0, 1, 2, len(state)))):
+        dtype, *shape = state[key]
+        if kind == 0:
+            state[key] = [rng.choice(DTYPES), *shape]
+        elif kind == 1:
+            state[key] = [dtype, *rng.choice((shape[::-1], [*shape, 1], shape[1:], [2 * side for side in shape], [0]))]
+        elif kind == 2:
+            state[rng.choice(("module.", "_orig_mod.", "model.", "0")) + key] = state.pop(key)
+        elif kind == 3:
+            state[key] = state[rng.choice(sorted(state))]
+        elif kind == 4:
+            del state[key]
+        else:
+            state[f"{key}x"] = [dtype, *shape]
+    return Input(name, to_json(tree))
 
 
 def save_checkpoint(folder: Path, given: Input) -> Path:
@@ -206,7 +280,7 @@ def _read_folder(kind: str, folder: Path, given: Input) -> Iterator[str]:
     yield use(load_model(top))
 
 
-weight_files = Target(lambda: damaged(whole_weights), read_weight_file, bytewise=True)
+weight_files = Target(weight_inputs, read_weight_file, bytewise=True)
 checkpoints = Target(checkpoint_inputs, read_checkpoint_file)
 open_clip_folders = Target(lambda: _folder_inputs("open_clip"), lambda *each: _read_folder("open_clip", *each))
 hugging_face_folders = Target(lambda: _folder_inputs("hugging_face"), lambda *each: _read_folder("hugging_face", *each))
