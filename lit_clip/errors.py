@@ -1,5 +1,6 @@
 """Errors that the user can fix."""
 
+import os
 import re
 from difflib import get_close_matches
 from pathlib import Path
@@ -57,10 +58,11 @@ def require(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
-def no_such_file(path: str | Path) -> InputError:
+def no_such_file(path: str | os.PathLike[str]) -> InputError:
     """Return the error for a missing file, with a file of a similar name as a suggestion."""
     path = Path(path)
-    near = get_close_matches(path.stem, [file.stem for file in path.parent.glob(f"*{path.suffix}")], n=1)
+    others = [file.stem for file in path.parent.glob(f"*{path.suffix}") if file != path]  # itself: a link to nothing
+    near = get_close_matches(path.stem, others, n=1)
     hint = f"; did you mean {path.with_stem(near[0])}?" if near else ""
     return InputError(f"{path}: there is no such file{hint}")
 

@@ -34,6 +34,7 @@ from lit_clip.errors import BadSample, InputError, require
 from lit_clip.tools.console import stderr
 from lit_clip.tools.hashing import stable_hash
 from lit_clip.tools.images import OnError
+from lit_clip.tools.text_files import read_text
 from lit_clip.version import __version__
 from lit_clip.weights.fingerprint import fingerprint
 
@@ -142,11 +143,7 @@ def _write(path: Path, items: _Items, table: FeatureTable, metadata: dict[str, s
 
 
 def _items_of_texts(path: Path) -> _Items:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a readable UTF-8 text file ({' '.join(str(error).split())})") from error
-    texts = sorted({line.strip() for line in lines if line.strip()})
+    texts = sorted({line.strip() for line in read_text(path, "--texts").splitlines() if line.strip()})
     require(bool(texts), f"{path}: no text in this file; write one per line")
     return _Items([(text, 0, 0) for text in texts], texts=texts, content="text")
 

@@ -16,11 +16,11 @@ from datamodules.overlap.search import NearestFound, Queries, joined, search
 from datamodules.overlap.sets import answers_of, check_prompts, open_sets, read_results, read_thresholds, recognised
 from datamodules.pairs.source import PairSource
 from lit_clip import load_model
-from lit_clip.errors import InputError, require
+from lit_clip.errors import require
 from lit_clip.evaluation.data import ImageSet
 from lit_clip.evaluation.overlap import CONFIDENCE, bonferroni
 from lit_clip.models.clip import CLIP
-from lit_clip.tools.atomic import replacing
+from lit_clip.tools.atomic import make_folder, replacing
 from lit_clip.tools.console import Console, Text, stderr
 from lit_clip.tools.hardware import best_device
 from lit_clip.tools.hashing import hex_digest
@@ -122,10 +122,7 @@ class _Cache:
     def __init__(self, output: Path, model: str) -> None:
         self.folder, self.model = output.with_name(f".{output.stem}.found"), model
         self._sets: list[tuple[object, ...]] = []
-        try:
-            self.folder.mkdir(exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{self.folder}: cannot be created ({error.strerror})") from error
+        make_folder(self.folder)
 
     def _path(self, kind: str, *keys: object) -> Path:
         return self.folder / f"{kind}-{hex_digest([self.model, *keys])}.npz"

@@ -6,6 +6,7 @@ from datamodules.open_source import open_source
 from datamodules.pairs.source import PairSource
 from datamodules.shards.writing import MANIFEST, ShardWriter, keep_manifest, manifest_of, write_shards
 from lit_clip.errors import InputError, require
+from lit_clip.tools.atomic import make_folder
 from lit_clip.tools.console import stderr
 from lit_clip.tools.images import OnError
 
@@ -54,7 +55,7 @@ def shard(
     require(not folder.exists() or folder.is_dir(), f"{folder}: is a file; give a folder")
     source = open_source(data, **options, option_prefix="--", on_error=on_error)
     source.prepare()
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "--output")
     try:
         with FileLock(folder / ".lock", timeout=0):
             keep_manifest(folder / MANIFEST, manifest_of(data, source, shard_size, options))

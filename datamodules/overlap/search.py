@@ -20,13 +20,14 @@ from torch import Tensor
 from datamodules.near_duplicates import Look, LookIndex, Looks, look_of
 from datamodules.pairs.source import LISTED, PairSource
 from lit_clip.embedding.reading import EncoderBatch, encoded_batches, in_batches
-from lit_clip.errors import require
+from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import ImageSet
 from lit_clip.evaluation.overlap import NearestImages, nearer, nowhere
 from lit_clip.evaluation.set_encoding import SetRows
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.images import open_image
+from lit_clip.tools.reading import reading
 
 SECONDS_BETWEEN_SAVES = 60  # of work that a killed run can lose
 
@@ -238,9 +239,9 @@ def _save(path: Path, values: dict[str, Any], **arrays: Any) -> None:
 def _load(path: Path, *wanted: str) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
     """Read what :func:`_save` wrote; None if it is missing, unreadable or incomplete."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with reading(path, "cache"), np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-        values = json.loads(arrays.pop("values").tobytes())
-        return (values, arrays) if values.keys() | arrays.keys() == set(wanted) else None
-    except Exception:  # numpy and zipfile raise anything for a damaged file
+            values = json.loads(arrays.pop("values").tobytes())
+            return (values, arrays) if values.keys() | arrays.keys() == set(wanted) else None
+    except InputError:
         return None

@@ -1,5 +1,6 @@
 """The evaluation sets of ``lit-clip overlap``: which, with which thresholds, and what a model gets right in them."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from lit_clip.evaluation.prompts import Prompts, prompts_of, text_classifier
 from lit_clip.evaluation.suite import SuiteEntry, read_suite
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.console import stderr
+from lit_clip.tools.reading import naming
 from lit_clip.tools.text_files import read_json, read_yaml
 
 
@@ -47,7 +49,7 @@ def open_sets(
     require(not names or bool(suites), "--sets: needs a --suite")
     opened: dict[str, EvaluationSet] = {}
     for folder in folders:
-        name = Path(folder).resolve().name
+        name = os.path.basename(os.path.realpath(folder))  # Path.resolve fails for a link to itself
         require(name not in opened, f"{folder}: another set is named {name}; rename the folder")
         entry = SuiteEntry({"class_path": "datamodules.ImageFolderClasses"}, templates=templates)
         opened[name] = EvaluationSet(ImageFolderClasses(folder), entry)
@@ -71,10 +73,8 @@ def open_sets(
 def check_prompts(opened: Mapping[str, EvaluationSet]) -> None:
     """Raise :class:`InputError` for class names that do not fit, before the training data are read."""
     for name, each in opened.items():
-        try:
+        with naming(name):
             _prompts(each)
-        except InputError as error:
-            raise InputError(f"{name}: {error}") from error
 
 
 def _prompts(each: EvaluationSet) -> Prompts | None:

@@ -51,8 +51,8 @@ from lit_clip.weights.load import check_fits
 from lit_clip.weights.training_checkpoints import adopt_tokenizer
 
 DEFAULT_CALLBACKS = "callbacks"  # the package whose defaults() every run gets; lit_clip must not import it
-LIGHTNINGS = ("best", "hpc")  # checkpoints that Lightning finds
-NEWEST = ("last", "auto")  # the newest checkpoint of this configuration's runs; auto starts over if there is none
+# The newest checkpoint of this configuration's runs or of its requeued SLURM job; auto starts over if there is none.
+NEWEST = ("last", "auto", "hpc")
 
 
 class CLI(LightningCLI):
@@ -79,7 +79,8 @@ class CLI(LightningCLI):
         import_encoders(words, sections(words, subcommand))
         check_encoder_options(words, subcommand)
         path, hparams = checkpoint_path(words, subcommand), {}
-        if subcommand and path and path not in (*NEWEST, *LIGHTNINGS):
+        require(path not in ("", "best"), f"--ckpt_path {path}: give a checkpoint's path, or last for the newest")
+        if subcommand and path and path not in NEWEST:
             hparams = _settings_of(path)
         known = getattr(self, "_subcommand_parsers", {}).get(subcommand, parser)
         self.uses_packaged_defaults = subcommand is not None and not options(words, "--config", "-c")
@@ -136,7 +137,7 @@ class CLI(LightningCLI):
         with logger_errors():
             super().instantiate_classes()
         path = self._get(self.config, "ckpt_path") if self.subcommand else None
-        if path and path not in LIGHTNINGS:
+        if path:
             adopt_tokenizer(self.model.model, path)
 
     def _parse_ckpt_path(self) -> None:

@@ -4,16 +4,16 @@ import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lit_clip.cli.packaged_defaults import DEFAULTS
-from lit_clip.errors import InputError, no_such_file, require
+from lit_clip.errors import InputError, require
 from lit_clip.losses.loss import foreign_losses
 from lit_clip.tools.messages import imported_class, parameters
 from lit_clip.tools.parts import describe_instance, qualified_name
+from lit_clip.tools.text_files import read_yaml
 from lit_clip.tools.untrusted import hints_of, is_trusted, names_nothing, value_names_nothing
 from lit_clip.training.optimization import KINDS
 
@@ -35,7 +35,7 @@ def checkpoint_path(words: Sequence[str], subcommand: str | None) -> str | None:
     """Return ``ckpt_path`` as typed, or from the last YAML file that has one."""
     paths = options(words, "--ckpt_path")
     for section in sections(words, subcommand) if not paths else ():
-        if section.get("ckpt_path"):
+        if section.get("ckpt_path") is not None:
             paths.append(str(section["ckpt_path"]))
             break
     return paths[-1] if paths and paths[-1] != "null" else None
@@ -45,12 +45,7 @@ def sections(words: Sequence[str], subcommand: str | None) -> Iterator[dict[str,
     """Yield the YAML files' settings of a subcommand, the last file first; the packaged ones without a file."""
     defaults = [str(DEFAULTS)] if subcommand else []
     for config in reversed(options(words, "--config", "-c") or defaults):
-        try:
-            values = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise no_such_file(config) from error
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise InputError(f"{config}: not a readable YAML file ({' '.join(str(error).split())})") from error
+        values = read_yaml(config)
         if not isinstance(values, dict):
             raise InputError(f"{config}: not a YAML mapping of options; see --print_config")
         section = values.get(subcommand, values)

@@ -24,6 +24,7 @@ from lit_clip.tools.atomic import replacing
 from lit_clip.tools.console import Console, Text, progress, stderr, write_results
 from lit_clip.tools.hardware import best_device
 from lit_clip.tools.images import OnError, or_skip
+from lit_clip.tools.text_files import read_text
 
 Output = Literal["table", "csv", "json"]
 
@@ -125,11 +126,8 @@ def _lines(words: Sequence[str], option: str) -> list[str]:
     path = Path(words[0]) if len(words) == 1 else None
     if path is None or not (os.path.isfile(path) or path.suffix == ".txt"):  # Path.is_file fails beyond 255 characters
         return [" ".join(word.split()) for word in words]
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--{option} {path}: not a readable UTF-8 text file ({error})") from error
-    lines = [" ".join(line.split()) for line in lines if line.strip()]
+    text = read_text(path, f"--{option}")
+    lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
     require(bool(lines), f"--{option} {path}: the file is empty; write one per line")
     return lines
 

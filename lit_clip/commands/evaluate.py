@@ -35,6 +35,7 @@ from lit_clip.evaluation.tasks import (
 )
 from lit_clip.evaluation.zero_shot import imagenet_class_names
 from lit_clip.models.clip import CLIP
+from lit_clip.tools.atomic import make_folder
 from lit_clip.tools.console import stderr
 from lit_clip.tools.images import OnError
 from lit_clip.version import __version__
@@ -92,7 +93,7 @@ def evaluate(
     require(draws >= 1, f"--draws {draws} must be at least 1")
     others = {path: read_results(Path(path)) for path in compare or []}
     clip, out = load_model(model), Path(output)
-    _create_folder(out)
+    make_folder(out, "--output")
     settings = EncodingSettings(batch_size, num_workers, devices, accelerator, precision, on_error)
     store = FeatureStore(clip, Path(cache) if cache else out / "cache", settings)
     run = _Run(clip, store, Path(data_root), Results(out), TaskOptions(draws=draws, seed=seed), wanted)
@@ -102,13 +103,6 @@ def evaluate(
         return
     _write_reports(run.results.write(head), out, others)
     _raise_failures(run.results.sets, data_root)
-
-
-def _create_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output {path}: cannot be created ({error.strerror})") from error
 
 
 def _write_reports(results: dict[str, Any], folder: Path, others: Mapping[str, dict[str, Any]]) -> None:

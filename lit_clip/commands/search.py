@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lit_clip import load_model
 from lit_clip.embedding.encode import EncodingSettings
-from lit_clip.embedding.feature_files import read_features
+from lit_clip.embedding.feature_files import WRITE_AGAIN, read_features
 from lit_clip.embedding.image_files import FileRows, ImageFile, images_in
 from lit_clip.embedding.index import INDEX, nearest, update_index
 from lit_clip.embedding.reading import check_finite, encoded_batches
@@ -118,6 +118,8 @@ def _stored(path: Path, model: CLIP) -> Searched:
     same = stored.metadata.get("model_sha256") == fingerprint(model).model
     require(same, f"{path}: features of another model ({theirs}); give that one as --model, or embed again with yours")
     require(bool(stored.keys), f"{path}: no features in it")
+    width, ours = stored.features.shape[1], model.config.embed_dim
+    require(width == ours, f"{path}: has features of {width} numbers, but the model's have {ours}; {WRITE_AGAIN}")
     root = stored.metadata.get("root")
     files = [None if root is None else Path(root, key) for key in stored.keys]
     if not stored.captions:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from rich.table import Table
 from torch import Tensor
@@ -20,10 +19,13 @@ from lit_clip.evaluation.zero_shot import (
 )
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import differences
-from lit_clip.tools.atomic import replacing
 from lit_clip.tools.console import Console
 from lit_clip.tools.hardware import best_device
 from lit_clip.tools.messages import one_line
+from lit_clip.tools.reading import naming
+from lit_clip.tools.text_files import read_yaml
+from lit_clip.tools.untrusted import fits
+from lit_clip.training.checkpoint_io import WholeCheckpointIO
 from lit_clip.weights.checkpoints import saved_tokenizer
 from lit_clip.weights.load import load_model
 
@@ -124,16 +126,15 @@ def _read_alphas(words: str, chosen: float | None) -> list[float]:
 
 def read_sets(path: str) -> dict[str, ZeroShotSet]:
     """Read a YAML file of zero-shot sets: name -> ``images`` (a class with its arguments) and ``templates``."""
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: not a readable YAML file ({' '.join(str(error).split())})") from error
+    values = read_yaml(path, "--sets")
+    require(fits(values, dict[str, object]), f"--sets: {path}: must hold sets by name: {{name: {{images: ...}}}}")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--sets", type=dict[str, ZeroShotSet], required=True)
-    try:
-        return parser.instantiate_classes(parser.parse_object({"sets": values}))["sets"]
-    except ArgumentError as error:
-        raise InputError(f"{path}: {one_line(error)}") from error
+    with naming(path):
+        try:
+            return parser.instantiate_classes(parser.parse_object({"sets": values}))["sets"]
+        except ArgumentError as error:
+            raise InputError(one_line(error)) from error
 
 
 @torch.inference_mode()
@@ -212,5 +213,4 @@ def save(model: CLIP, path: Path, origin: dict[str, Any]) -> None:
         **saved_tokenizer(model),
         "wise_ft": origin,
     }
-    with replacing(path) as draft:
-        torch.save(checkpoint, draft)
+    WholeCheckpointIO().save_checkpoint(checkpoint, path)

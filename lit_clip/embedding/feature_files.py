@@ -223,14 +223,17 @@ def read_features(path: Path) -> StoredFeatures:
 
 
 def _read_array(path: Path) -> StoredFeatures:
+    with reading(path, "file of features", hint=WRITE_AGAIN):
+        features = np.lib.format.open_memmap(path, mode="r")  # np.load advises to trust what it does not know
+        if features.dtype != np.float32 or features.ndim != 2:
+            raise ValueError(f"{features.dtype} {list(features.shape)} in place of float32 [N, D]")
     names = path.with_suffix(".keys.json")
     with reading(names, "list of keys", hint=WRITE_AGAIN):
         listed = json.loads(names.read_text(encoding="utf-8"))
         keys, captions = listed.pop("keys"), listed.pop("captions", [])
-    with reading(path, "file of features", hint=WRITE_AGAIN):
-        features = np.load(path, mmap_mode="r", allow_pickle=False)
-        if features.dtype != np.float32 or features.ndim != 2:
-            raise ValueError(f"{features.dtype} {list(features.shape)} in place of float32 [N, D]")
+        other = next((name for name, value in listed.items() if not isinstance(value, str)), None)
+        if other is not None:
+            raise ValueError(f"its {other} is no text")
     return StoredFeatures(keys, features, captions, listed)
 
 

@@ -1,5 +1,6 @@
 """An index of a folder's images that is kept up to date, and exact search in it."""
 
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import torch
 from lit_clip.embedding.encode import EncodingSettings, check_complete, encode, image_task, report_skipped
 from lit_clip.embedding.feature_files import FeatureParts, FeatureTable, collect
 from lit_clip.embedding.image_files import FileRows, ImageFile
-from lit_clip.errors import require
+from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.console import stderr
+from lit_clip.tools.reading import reading
 from lit_clip.weights.fingerprint import fingerprint
 
 INDEX = ".lit-clip-index.npz"
@@ -28,6 +30,7 @@ def update_index(model: CLIP, files: Sequence[ImageFile], path: Path, settings: 
     name = fingerprint(model).model
     old = FeatureTable.load(path, name)
     if old is None and path.exists():
+        require(not _holds_other_arrays(path), f"--index {path}: holds other arrays than an index; name another file")
         stderr().print(f"{path} is damaged, or another model's: everything is encoded again")
     known = dict(zip(old.identities, old.features, strict=True)) if old else {}
     keys = {key for key, _, _ in known}
@@ -48,6 +51,15 @@ def update_index(model: CLIP, files: Sequence[ImageFile], path: Path, settings: 
     report_skipped([file.key for file in files], unreadable, path.with_name(f"{path.name}.skipped.txt"))
     parts.remove()
     return table
+
+
+def _holds_other_arrays(path: Path) -> bool:
+    """Whether a whole ``.npz`` file is no index, but somebody's arrays, which must not be lost."""
+    try:
+        with reading(path, "index"), zipfile.ZipFile(path) as file:
+            return "digest.npy" not in file.namelist()
+    except InputError:  # a damaged index is made again
+        return False
 
 
 def nearest(features: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -7,7 +7,6 @@ refers to an installed package that has the same list), ``clip_benchmark:flowers
 import hashlib
 import importlib.util
 import json
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -23,8 +22,9 @@ from lit_clip.errors import InputError, require
 from lit_clip.evaluation.suite import ClassNames
 from lit_clip.evaluation.zero_shot import IMAGENET, check_templates, ensemble, imagenet_class_names, imagenet_templates
 from lit_clip.models.clip import CLIP
-from lit_clip.tools.atomic import replacing
+from lit_clip.tools.atomic import make_folder, replacing
 from lit_clip.tools.hashing import hex_digest
+from lit_clip.tools.reading import reading
 from lit_clip.tools.text_files import read_json, read_yaml
 from lit_clip.tools.untrusted import shortened
 from lit_clip.weights.fingerprint import text_sha256
@@ -319,19 +319,14 @@ def _cache_key(model: CLIP, tokens: Tensor, counts: Sequence[int], weights: str 
 def _load(path: Path, shape: tuple[int, int]) -> Tensor | None:
     """Return a saved classifier; None if there is none or it is damaged (an ``.npz`` file has a checksum)."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with reading(path, "classifier"), np.load(path, allow_pickle=False) as file:
             values = np.ascontiguousarray(file["classifier"])  # collectives take the memory in its order
-        if values.shape == shape and values.dtype == np.float32:
-            return torch.from_numpy(values)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        pass
-    return None
+    except InputError:
+        return None
+    return torch.from_numpy(values) if values.shape == shape and values.dtype == np.float32 else None
 
 
 def _save(path: Path, classifier: Tensor) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{path.parent}: cannot be created ({error.strerror})") from error
+    make_folder(path.parent)
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(file, classifier=classifier.float().cpu().numpy())

@@ -9,7 +9,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig, ResNetConfig, VisionTransformerConfig, height_width
 from lit_clip.models.registry import papers_models, resolve_architecture
 from lit_clip.tools.text_files import read_yaml
@@ -211,15 +210,12 @@ def _closest(sizes: Mapping[str, float], size: float) -> str:
 
 def _image_encoder(architecture: Any) -> Any:
     """Return the configuration of an image encoder, or None if it is not one of ours."""
-    if isinstance(architecture, str):
-        try:
-            return resolve_architecture(architecture).image
-        except InputError:
-            return None
     image = architecture.get("image") if isinstance(architecture, Mapping) else None
-    if not isinstance(image, Mapping) or "timm" in image:
-        return None
     try:
+        if isinstance(architecture, str):
+            return resolve_architecture(architecture).image
+        if not isinstance(image, Mapping) or "timm" in image:
+            return None
         return CLIPConfig.from_dict({"image": image, "text": {}}).image
     except (TypeError, ValueError, KeyError):  # written by another version of lit-clip
         return None

@@ -10,7 +10,7 @@ from typing import Any
 from lit_clip.errors import InputError
 from lit_clip.evaluation.suite import SuiteEntry, Task
 from lit_clip.models.clip import CLIP
-from lit_clip.tools.atomic import replacing
+from lit_clip.tools.atomic import make_folder, replacing
 from lit_clip.tools.hashing import hex_digest, sha256_of_file
 from lit_clip.tools.text_files import read_json
 from lit_clip.tools.untrusted import check_entries, shortened
@@ -92,23 +92,29 @@ class Results:
 
     def cached(self, name: str, task: Task, key: str) -> dict[str, Any] | None:
         """Return the result of an earlier run with the same :func:`cache_key`, or None."""
-        try:
-            saved = json.loads(self._file(name).read_text(encoding="utf-8"))[task]
-            _check_task(saved["result"], "result")
-            return saved["result"] if saved["key"] == key else None
-        except (OSError, ValueError, KeyError, TypeError):  # there is none, or the file is damaged
+        saved = self._saved(name).get(task)
+        if not isinstance(saved, dict) or saved.get("key") != key:
             return None
+        try:
+            _check_task(saved.get("result"), "result")
+        except InputError:  # damaged
+            return None
+        return saved["result"]
+
+    def _saved(self, name: str) -> Mapping[str, Any]:
+        """Return what is saved of a set, by task; nothing if there is none or the file is damaged."""
+        try:
+            saved = read_json(self._file(name))
+        except InputError:
+            return {}
+        return saved if isinstance(saved, dict) else {}
 
     def add(self, name: str, task: Task, key: str, result: Mapping[str, Any]) -> None:
         """Add the result of a task and save it under its cache key."""
         self.sets[name]["tasks"][task] = dict(result)
         path = self._file(name)
-        try:
-            path.parent.mkdir(exist_ok=True)
-            saved = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            saved = {}
-        saved = {**(saved if isinstance(saved, dict) else {}), task: {"key": key, "result": result}}
+        make_folder(path.parent)
+        saved = {**self._saved(name), task: {"key": key, "result": result}}
         with replacing(path) as draft:
             draft.write_text(json.dumps(saved), encoding="utf-8")
 

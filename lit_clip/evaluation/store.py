@@ -4,6 +4,7 @@ Shapes: N images that could be read, W features before the projection, D after i
 """
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,8 +22,10 @@ from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import ImageSet
 from lit_clip.evaluation.set_encoding import set_task
 from lit_clip.models.clip import CLIP
-from lit_clip.tools.atomic import not_written, remove_drafts, replacing_folder
+from lit_clip.tools.atomic import make_folder, not_written, remove_drafts, replacing_folder
 from lit_clip.tools.hashing import hex_digest
+from lit_clip.tools.reading import check_is_file, reading
+from lit_clip.tools.text_files import read_json
 from lit_clip.weights.fingerprint import fingerprint
 
 ARRAYS = ("before", "after")
@@ -42,6 +45,15 @@ class SetFeatures(NamedTuple):
     after: np.ndarray
     rows: list[int]
     skipped: list[tuple[str, str]]
+
+
+def _new_array(path: Path, shape: tuple[int, int]) -> np.ndarray:
+    """Create a memory-mapped array with space for all of it: on a full disk, writing to it would end the process."""
+    array = np.lib.format.open_memmap(path, "w+", np.float32, shape)
+    if hasattr(os, "posix_fallocate"):  # not on macOS
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
 
 
 class FeatureStore:
@@ -103,7 +115,7 @@ class FeatureStore:
             RuntimeError: from a rank-local error, while the other ranks are in the middle of encoding.
         """
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             return encode(self.model, set_task(self.model, images), self._parts(path), self.settings, title=title)
         except UnreadableError:
             raise
@@ -121,10 +133,13 @@ class FeatureStore:
     def _stored(self, path: Path, size: int) -> SetFeatures | None:
         """Read the features of a set of ``size`` images; None if they are missing or damaged, and so computed again."""
         try:
-            found = json.loads((path / "skipped.json").read_text(encoding="utf-8"))
-            skipped = {int(row): (str(key), str(reason)) for row, key, reason in found}
-            before, after = (np.lib.format.open_memmap(path / f"{name}.npy", mode="r") for name in ARRAYS)
-        except (OSError, ValueError, TypeError):
+            with reading(path, "folder of features"):
+                found = read_json(path / "skipped.json")
+                skipped = {int(row): (str(key), str(reason)) for row, key, reason in found}
+                for name in ARRAYS:
+                    check_is_file(path / f"{name}.npy")
+                before, after = (np.lib.format.open_memmap(path / f"{name}.npy", mode="r") for name in ARRAYS)
+        except InputError:
             return None
         rows = [row for row in range(size) if row not in skipped]
         fits = all(
@@ -159,7 +174,7 @@ class FeatureStore:
             for name, values in zip(ARRAYS, self._divided(table.features), strict=True):
                 if name not in arrays:
                     shape = (len(rows), values.shape[1])
-                    arrays[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float32, shape)
+                    arrays[name] = _new_array(folder / f"{name}.npy", shape)
                 numbers = [place[int(key)] for key, _, _ in table.identities]
                 arrays[name][numbers] = values
                 filled[numbers] = True

@@ -139,7 +139,7 @@ def read_suite(paths: str | Path | Sequence[str | Path]) -> dict[str, SuiteEntry
             check_name(name, str(path))
             require(name not in entries, f"{path}: there are two sets called {name}; rename one")
             entries[name] = _entry(parser, value, f"{path}: {name}")
-    require(bool(entries), "suite: no sets")
+    require(bool(entries), f"--suite {paths if isinstance(paths, str | Path) else ', '.join(map(str, paths))}: no sets")
     return entries
 
 

@@ -30,6 +30,7 @@ from lit_clip.evaluation.scores import PROPORTIONS, baseline, evaluate_scores, i
 from lit_clip.evaluation.store import SetFeatures
 from lit_clip.evaluation.suite import SuiteEntry, Task
 from lit_clip.evaluation.targets import Targets
+from lit_clip.tools.atomic import make_folder, replacing
 
 ERRORS = 24  # images reported, the most confidently wrong ones
 CONFUSIONS = 20  # pairs of classes reported
@@ -234,8 +235,9 @@ def _thumbnail(images: ImageSet, row: int, folder: Path, name: str) -> str:
     several = images.images(row)
     image: Image.Image = several[len(several) // 2].convert("RGB")
     image.thumbnail((THUMBNAIL, THUMBNAIL))
-    (folder / path).parent.mkdir(parents=True, exist_ok=True)
-    image.save(folder / path, quality=85)
+    make_folder((folder / path).parent)
+    with replacing(folder / path) as draft:
+        image.save(draft, "JPEG", quality=85)
     return path.as_posix()
 
 

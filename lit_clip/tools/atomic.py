@@ -64,6 +64,22 @@ def remove_drafts(path: Path) -> None:
         remove(draft)
 
 
+def make_folder(path: Path, option: str = "") -> None:
+    """Make a folder and those above it, as far as they are not there.
+
+    Args:
+        path: the folder.
+        option: name of the option that gave the path, which the error opens with.
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{option} {path}: cannot be created ({error.strerror})".lstrip()) from error
+
+
 def not_written(path: Path, error: OSError, hint: str = "") -> InputError:
     """Return the error to raise for a file that could not be written."""
     reason = error.strerror or str(error).partition("\n")[0] or type(error).__name__

@@ -1,5 +1,6 @@
 """The one way to read somebody's file: whatever a parser raises becomes one line that names the file."""
 
+import os
 import stat
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -10,7 +11,9 @@ from lit_clip.errors import InputError, no_such_file
 LONGEST_REASON = 200  # characters; parsers quote the file in their messages
 
 
-def reading(path: str | Path, kind: str, option: str = "", hint: str = "") -> AbstractContextManager[None, None]:
+def reading(
+    path: str | os.PathLike[str], kind: str, option: str = "", hint: str = ""
+) -> AbstractContextManager[None, None]:
     """Turn whatever a parser raises for somebody's file into one line that names the file.
 
     Parsers raise anything for a damaged or hostile file: ``struct.error``, ``RecursionError``, ``KeyError``,
@@ -26,25 +29,36 @@ def reading(path: str | Path, kind: str, option: str = "", hint: str = "") -> Ab
     Raises:
         InputError: the file does not exist, is neither a file nor a folder, or the body raised an ``Exception``.
     """
-    return _reading(path, kind, f"{option}: " if option else "", f"; {hint}" if hint else "")  # pyright: ignore[reportReturnType]  # it raises what it catches
+    return _reading(path, kind, option, f"; {hint}" if hint else "")  # pyright: ignore[reportReturnType]  # it raises what it catches
 
 
 @contextmanager
-def _reading(path: str | Path, kind: str, prefix: str, ending: str) -> Iterator[None]:
+def _reading(path: str | os.PathLike[str], kind: str, option: str, ending: str) -> Iterator[None]:
+    with naming(option):
+        try:
+            check_is_file(path)
+            yield
+        except InputError:
+            raise
+        except Exception as error:
+            if isinstance(error, FileNotFoundError) and error.filename in (None, str(path)):
+                raise InputError(f"{no_such_file(path)}{ending}") from error
+            hint = "" if isinstance(error, PermissionError) else ending  # which is about the content
+            raise InputError(f"{path}: not a readable {kind} ({reason(error)}){hint}") from error
+
+
+@contextmanager
+def naming(where: str | os.PathLike[str]) -> Iterator[None]:
+    """Put a file's, set's or option's name in front of an :class:`InputError` that does not open with it."""
     try:
-        check_is_file(path)
         yield
     except InputError as error:
-        if prefix and not str(error).startswith(prefix):
-            raise InputError(f"{prefix}{error}") from error
-        raise
-    except Exception as error:
-        if isinstance(error, FileNotFoundError) and error.filename in (None, str(path)):
-            raise InputError(f"{prefix}{no_such_file(path)}{ending}") from error
-        raise InputError(f"{prefix}{path}: not a readable {kind} ({reason(error)}){ending}") from error
+        if not where or str(error).startswith(f"{where}:"):
+            raise
+        raise InputError(f"{where}: {error}") from error.__cause__ or error
 
 
-def check_is_file(path: str | Path) -> None:
+def check_is_file(path: str | os.PathLike[str]) -> None:
     """Raise :class:`InputError` for what is there but neither a file nor a folder: a pipe waits for its writer."""
     try:
         mode = Path(path).stat().st_mode

@@ -13,7 +13,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from lit_clip.errors import InputError
-from lit_clip.tools.atomic import not_written, remove, replacing_folder
+from lit_clip.tools.atomic import make_folder, remove, replacing_folder
 from lit_clip.tools.reading import reading
 
 ABSENT, DONE, UNUSABLE = 0, 1, 2
@@ -73,10 +73,7 @@ class StoredRows:
                     remove(folder)
         if not folder.exists():
             name = str(dtype).removeprefix("torch.")
-            try:
-                folder.parent.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise not_written(folder.parent, error) from error
+            make_folder(folder.parent)
             try:
                 with replacing_folder(folder) as draft:
                     for file, size in (("values", rows * math.prod(shape) * dtype.itemsize), ("state", rows)):

@@ -37,11 +37,15 @@ def read_json(path: str | Path, option: str = "") -> Any:
 
 def _read(path: str | Path, option: str, kind: str, parse: Callable[[str], Content]) -> Content:
     with reading(path, f"{kind} file", option):
-        return parse(Path(path).read_text(encoding="utf-8"))
+        return parse(Path(path).read_text(encoding="utf-8-sig"))
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML keeps the last of several equal keys without a word; here they are an error."""
+    """Refuses equal keys, of which PyYAML keeps the last without a word, and values that hold themselves."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self.deep_construct = True  # builds what a value holds before the value, and so refuses one that holds itself
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[tuple[str, str]] = set()

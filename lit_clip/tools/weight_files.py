@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lit_clip.errors import InputError, require
-from lit_clip.tools.reading import reason
+from lit_clip.tools.reading import reading
 from lit_clip.tools.untrusted import shortened
 
 Source = str | os.PathLike[str]
@@ -143,21 +143,16 @@ def read_mapped(path: Path) -> dict[str, Any]:
 @contextmanager
 def opening(path: Path) -> Iterator[None]:
     """Turn whatever is raised for somebody's weight file into one line that names it."""
-    require(path.is_file(), f"{path}: no such checkpoint file")
-    try:
-        if zipfile.is_zipfile(path):
-            _check_unpacked_size(path)
-        yield
-    except InputError:
-        raise
-    except pickle.UnpicklingError as error:  # torch's message advises to load the file unsafely
-        message = "not a checkpoint of tensors and plain values, or incomplete; nothing in it was run"
-        raise InputError(f"{path}: {message}") from error
-    except PermissionError as error:
-        raise InputError(f"{path}: {error.strerror}") from error
-    except Exception as error:  # damaged files raise anything, even IndexError and AssertionError
-        why = f"; {reason(error)}" if isinstance(error, RecursionError | MemoryError) else "; it may be incomplete"
-        raise InputError(f"{path}: not a readable weight file{why}") from error
+    with reading(path, "weight file", hint="it may be incomplete"):
+        require(not path.is_dir(), f"{path}: is a folder; name a file in it")
+        require(path.is_file(), f"{path}: no such checkpoint file")
+        try:
+            if zipfile.is_zipfile(path):
+                _check_unpacked_size(path)
+            yield
+        except pickle.UnpicklingError as error:  # torch's message advises to load the file unsafely
+            message = "not a checkpoint of tensors and plain values, or incomplete; nothing in it was run"
+            raise InputError(f"{path}: {message}") from error
 
 
 def _check_unpacked_size(path: Path) -> None:
@@ -191,14 +186,17 @@ def _torch_load(path: Path) -> Any:
 def _read_safetensors(path: Path) -> dict[str, Any]:
     from safetensors import safe_open
 
+    path.open("rb").close()  # of a file that may not be opened the library says that it does not exist
     with safe_open(path, "pt") as file:
         names = list(file.keys())
     result = {}
-    for name in names:
-        # The library maps the file, and a mapped tensor crashes when the file is overwritten, so each is copied. The
-        # file is mapped anew for each, so that mapped pages do not add up to a second copy of the weights.
+    # The library maps the file, and a mapped tensor crashes when the file is overwritten, so each is copied. The file
+    # is mapped anew for every few, so that mapped pages do not add up to a second copy of the weights; not for each,
+    # as its list of tensors is read every time.
+    for start in range(0, len(names), 1 + len(names) // 8):
         with safe_open(path, "pt") as file:
-            result[name] = file.get_tensor(name).clone()
+            for name in names[start : start + 1 + len(names) // 8]:
+                result[name] = file.get_tensor(name).clone()
     return result
 
 

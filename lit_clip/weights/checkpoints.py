@@ -19,7 +19,7 @@ from lit_clip.models.finetuning import Freeze, LayerDecay
 from lit_clip.models.hf_tokenizer import HuggingFaceTokenizer, check_ids
 from lit_clip.models.lora import LoRA
 from lit_clip.models.tokenizer import TextTokenizer
-from lit_clip.tools.reading import reason
+from lit_clip.tools.reading import naming, reason
 from lit_clip.tools.untrusted import (
     LARGEST,
     check_entries,
@@ -109,13 +109,12 @@ def checked(checkpoint: dict[str, Any], path: Source) -> dict[str, Any]:
         isinstance(hparams, Mapping) and isinstance(hparams.get("architecture"), Mapping) and isinstance(state, dict),
         f"{path}: not a lit-clip checkpoint (it has no weights or names no architecture)",
     )
-    try:
-        config = _checked_settings(cast(Any, hparams))
-        _check_ours(checkpoint, config)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-    except RecursionError as error:
-        raise InputError(f"{path}: not a lit-clip checkpoint (its settings are nested too deeply)") from error
+    with naming(path):
+        try:
+            config = _checked_settings(cast(Any, hparams))
+            _check_ours(checkpoint, config)
+        except RecursionError as error:
+            raise InputError("not a lit-clip checkpoint (its settings are nested too deeply)") from error
     for tower, class_path in custom_encoders(config):
         if find_class(class_path) is None:
             raise InputError(f"{path}: its {tower} encoder is {class_path}; {how_to_import(class_path)}")
@@ -156,7 +155,7 @@ def check_settings(settings: Mapping[str, Any], where: str) -> None:
 def _check_ours(checkpoint: Mapping[str, Any], config: CLIPConfig) -> None:
     check_entries(checkpoint, _OURS)
     for name in _OTHER_SETTINGS:  # which nobody would check
-        harmless = checkpoint.get(name) is None or (name, checkpoint[name]) == ("hparams_name", "kwargs")
+        harmless = name not in checkpoint or (name == "hparams_name" and checkpoint[name] in (None, "kwargs"))
         require(harmless, f"may not have {name}; its settings are hyper_parameters")
     given(SavedTokenizer, checkpoint.get("tokenizer"), "tokenizer")
     given(Base, checkpoint.get("base"), "base")
@@ -169,7 +168,7 @@ def _check_ours(checkpoint: Mapping[str, Any], config: CLIPConfig) -> None:
 
 def check_lightnings_entries(checkpoint: Mapping[str, Any], name: Source) -> None:
     """Raise :class:`InputError` if an entry that Lightning reads is of another type, before it reads them."""
-    try:
+    with naming(name):
         check_tensors_within(checkpoint)
         check_entries(checkpoint, _LIGHTNINGS)
         version = checkpoint.get("pytorch-lightning_version")
@@ -178,8 +177,6 @@ def check_lightnings_entries(checkpoint: Mapping[str, Any], name: Source) -> Non
         migrated = not str(version).startswith("2.")  # Lightning changes what an older version wrote
         for key in ("epoch", "global_step") if migrated or "optimizer_states" in checkpoint else ():
             require(key in checkpoint, f"lacks {key}")
-    except InputError as error:
-        raise InputError(f"{name}: {error}") from error
 
 
 def saved_tokenizer(model: CLIP) -> dict[str, Any]:

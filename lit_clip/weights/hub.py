@@ -38,7 +38,7 @@ def download(name: str) -> Path:
                 continue
             return folder
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise InputError(f"{name}: no such file or folder, and not available from the hub ({reason})") from error
     raise InputError(f"{name}: has none of {', '.join(OPEN_CLIP_WEIGHTS)} on the hub")
 
@@ -63,7 +63,7 @@ def download_tag(name: str) -> tuple[Path, CLIPConfig]:
     try:
         return Path(download_pretrained(cfg)), config
     except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise InputError(f"{name}: cannot be downloaded ({reason})") from error
 
 

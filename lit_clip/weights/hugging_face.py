@@ -25,7 +25,7 @@ from lit_clip.models.config import (
     VisionTransformerConfig,
 )
 from lit_clip.models.tokenizer import EOT_ID, SOT_ID
-from lit_clip.tools.reading import reading, reason
+from lit_clip.tools.reading import naming, reading
 from lit_clip.tools.untrusted import check_names_nothing, fits, shortened
 from lit_clip.tools.weight_files import read_tensors
 from lit_clip.weights.hugging_face_keys import clip_pairs, renamed, siglip_pairs
@@ -66,14 +66,11 @@ def read_hugging_face_folder(folder: str | os.PathLike[str]) -> tuple[CLIPConfig
     state: dict[str, Tensor] = {}
     for name in names:
         state.update(read_tensors(folder / name))
-    try:
-        with reading(folder, "folder of Hugging Face's weights"):
-            check_names_nothing([config, preprocessor], "config.json")
-            if config.get("model_type") == "clip":
-                check_vocabulary(folder)
-            return from_hugging_face(config, state, preprocessor, tokenizer=str(folder))
-    except InputError as error:
-        raise InputError(str(error) if str(error).startswith(f"{folder}:") else f"{folder}: {error}") from error
+    with naming(folder), reading(folder, "folder of Hugging Face's weights"):
+        check_names_nothing([config, preprocessor], "config.json")
+        if config.get("model_type") == "clip":
+            check_vocabulary(folder)
+        return from_hugging_face(config, state, preprocessor, tokenizer=str(folder))
 
 
 def _shards(index: Path) -> list[str]:
@@ -185,10 +182,8 @@ def _complete(kind: Literal["CLIPConfig", "SiglipConfig"], values: Mapping[str, 
     """Return their configuration with all defaults, which files leave out."""
     import transformers
 
-    try:
+    with reading("config.json", kind):  # their validation raises anything
         return getattr(transformers, kind).from_dict(dict(values))
-    except Exception as error:  # their validation raises anything
-        raise InputError(f"config.json: not a {kind} ({reason(error)})") from error
 
 
 def _clip_config(values: Mapping[str, Any], preprocessor: Mapping[str, Any] | None) -> CLIPConfig:

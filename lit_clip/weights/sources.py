@@ -25,7 +25,7 @@ from lit_clip.models.external_settings import with_external_settings
 from lit_clip.models.open_clip_configs import from_open_clip
 from lit_clip.models.registry import resolve_architecture
 from lit_clip.models.tokenizer import TextTokenizer
-from lit_clip.tools.reading import reading, reason
+from lit_clip.tools.reading import reading
 from lit_clip.tools.untrusted import check_names_nothing, shortened
 from lit_clip.tools.weight_files import Source, as_float32, checked_tensors, is_path, read_file
 from lit_clip.weights import hub
@@ -191,7 +191,7 @@ def openai_architecture(state: Mapping[str, Tensor], name: Source) -> CLIPConfig
     def blocks(prefix: str) -> int:
         return len({key[len(prefix) :].partition(".")[0] for key in state if key.startswith(prefix)})
 
-    try:
+    with reading(name, "file of one of OpenAI's models"):  # shapes of another model, or of none
         width = state["ln_final.weight"].shape[0]
         positions, patches = (state[key] for key in ("positional_embedding", _positions(state)))
         side = math.isqrt(len(patches) - 1)
@@ -210,8 +210,6 @@ def openai_architecture(state: Mapping[str, Tensor], name: Source) -> CLIPConfig
             width // 64,
         )
         return CLIPConfig(state["text_projection"].shape[1], image, text, "quick_gelu")
-    except Exception as error:  # shapes of another model, or of none
-        raise InputError(f"{name}: not the weights of one of OpenAI's models ({reason(error)})") from error
 
 
 def _positions(state: Mapping[str, Tensor]) -> str:

@@ -210,6 +210,9 @@ def assert_user_error(result: Completed, *parts: str) -> None:
         (["--trainer.callbacks+=callbacks.ZeroSho"], ["callbacks.ZeroSho", "no attribute"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml: there is no such file"]),
         (["--ckpt_path", "nowhere.ckpt"], ["nowhere.ckpt: no such checkpoint file"]),
+        (["--ckpt_path", "best"], ["--ckpt_path best: give a checkpoint's path, or last for the newest"]),
+        (["--ckpt_path", "hpc"], ["--ckpt_path hpc: no complete checkpoint below"]),
+        (["--ckpt_path="], ["--ckpt_path : give a checkpoint's path"]),
     ],
 )
 def test_bad_options_are_one_line_and_exit_code_2(

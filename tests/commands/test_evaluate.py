@@ -131,7 +131,8 @@ def test_two_processes_give_the_same_results(root: Path) -> None:
     assert one == two
 
 
-def test_cached_features_and_results_are_not_computed_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def counted_images(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Return the number of ``images`` encoded from now on."""
     calls: Counter[str] = Counter()
     plain = Encoder.predict_step
 
@@ -140,6 +141,11 @@ def test_cached_features_and_results_are_not_computed_again(root: Path, monkeypa
         return plain(self, batch, batch_idx)
 
     monkeypatch.setattr(Encoder, "predict_step", counted)
+    return calls
+
+
+def test_cached_features_and_results_are_not_computed_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = counted_images(monkeypatch)
     first = evaluate("--tasks", "zero_shot")
     assert calls["images"] == 30
     again = evaluate("--tasks", "zero_shot", "linear_probe")

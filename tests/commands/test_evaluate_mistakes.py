@@ -1,5 +1,6 @@
 """User mistakes in the suites and options of ``lit-clip evaluate``, and damaged files."""
 
+import errno
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from datamodules import ImageFolderClasses
 from lit_clip import load_model
@@ -19,7 +21,7 @@ from lit_clip.errors import InputError
 from lit_clip.evaluation import store
 from lit_clip.evaluation.store import FeatureStore
 from lit_clip.evaluation.suite import read_suite
-from tests.commands.test_evaluate import FOLDER, evaluate, noise, root, words, write_suite
+from tests.commands.test_evaluate import FOLDER, counted_images, evaluate, noise, root, words, write_suite
 from tests.conftest import lit_clip_command
 from tests.evaluation.test_clip_benchmark import CLASSES, write_shards
 
@@ -161,15 +163,46 @@ def cached() -> Path:
     [
         lambda: os.truncate(cached() / "before.npy", 500),
         lambda: np.save(cached() / "after.npy", np.zeros((30, 5), np.float32)),
+        lambda: [(cached() / "before.npy").unlink(), os.mkfifo(cached() / "before.npy")],
+        lambda: (cached() / "skipped.json").write_text('[[Infinity, "a.png", "broken"]]'),
         lambda: [path.write_text("null") for path in Path("out/sets").iterdir()],
+        lambda: [path.write_text("[" * 100_000) for path in Path("out/sets").iterdir()],
     ],
 )
 def test_damaged_cache_files_are_replaced(root: Path, damage: Callable[[], Any]) -> None:
     first = evaluate(*ZERO_SHOT)["sets"]
     damage()
-    if json.loads(Path("out/sets/noise.json").read_text()):  # otherwise the cached features would not be read
+    if Path("out/sets/noise.json").read_text().startswith("{"):  # otherwise the cached features would not be read
         shutil.rmtree("out/sets")
     assert evaluate(*ZERO_SHOT)["sets"] == first
+
+
+def test_a_full_disk_is_an_error_and_the_images_are_not_encoded_again(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "posix_fallocate", full)  # before pages are written to, which would be a bus error
+        with pytest.raises(InputError, match=r"out/cache/\w+: cannot be written \(No space left on device\)"):
+            evaluate(*ZERO_SHOT)
+    calls = counted_images(monkeypatch)
+    assert evaluate(*ZERO_SHOT)["sets"]["noise"]["status"] == "done"
+    assert calls["images"] == 0
+
+
+def test_an_image_of_the_report_that_cannot_be_written_is_named_and_leaves_nothing(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(image: Image.Image, path: Path, *_: Any, **__: Any) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(InputError, match=r"out/images/noise/\d+\.jpg: cannot be written \(No space left on device\)"):
+        evaluate(*ZERO_SHOT)
+    assert not list(Path("out/images/noise").iterdir())
 
 
 def test_two_runs_can_share_a_cache(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +250,7 @@ def test_a_damaged_file_for_compare_is_an_error_before_anything_is_computed(root
         (["sets", "noise", "tasks"], {"few_shot": {"value": 0.5, "shots": [["one", [1]]]}}),
     ):
         Path("other.json").write_text(json.dumps(changed(good, path, value)))
-        with pytest.raises(InputError, match=r"other\.json: not the results"):
+        with pytest.raises(InputError, match=r"other\.json: not (the|a readable) results\.json of"):
             run_command(words(*ZERO_SHOT, "--compare", "other.json"))
     assert not Path("out").exists()
 

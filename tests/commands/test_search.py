@@ -15,10 +15,12 @@ import lit_clip.commands.search
 from lit_clip import LitCLIP, load_model
 from lit_clip.cli.subcommands import run_command
 from lit_clip.embedding.encode import Encoder
+from lit_clip.embedding.feature_files import write_features
 from lit_clip.embedding.index import INDEX
 from lit_clip.embedding.reading import EncoderBatch
 from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig
+from lit_clip.weights.fingerprint import fingerprint
 
 Search = Callable[..., tuple[list[tuple[str, float]], list[str]]]
 
@@ -161,6 +163,21 @@ def test_a_damaged_index_is_rebuilt(folder: Path, tiny_checkpoint: Path, search:
     index.write_bytes(index.read_bytes()[:200])
     found, encoded = search("photos", "kite", "--model", str(tiny_checkpoint))
     assert (len(encoded), found) == (5, first)
+
+
+def test_somebodys_arrays_are_not_replaced_by_an_index(folder: Path, tiny_checkpoint: Path, search: Search) -> None:
+    np.savez(folder / "arrays.npz", values=np.zeros(3))
+    before = (folder / "arrays.npz").read_bytes()
+    with pytest.raises(InputError, match=r"--index arrays\.npz: holds other arrays than an index; name another file"):
+        search("photos", "kite", "--model", str(tiny_checkpoint), "--index", "arrays.npz")
+    assert (folder / "arrays.npz").read_bytes() == before
+
+
+def test_features_of_another_width_are_refused(folder: Path, tiny_checkpoint: Path, search: Search) -> None:
+    model = {"model": "last.ckpt", "model_sha256": fingerprint(load_model(tiny_checkpoint)).model}
+    write_features(folder / "features.npy", ["a.png"], np.ones((1, 5), np.float32), model)
+    with pytest.raises(InputError, match=r"features\.npy: has features of 5 numbers, but the model's have 16"):
+        search("features.npy", "kite", "--model", str(tiny_checkpoint))
 
 
 def test_the_page_shows_every_hit_and_loads_nothing_from_outside(

@@ -149,7 +149,7 @@ def test_the_command_prints_a_row_per_alpha_and_writes_a_loadable_checkpoint(
         ({"batch_size": 0}, "--batch_size 0 must be at least 1"),
         ({"num_workers": -1}, "--num_workers -1 must be at least 0"),
         ({"after": "nowhere.ckpt"}, "nowhere.ckpt"),
-        ({"sets": "nowhere.yaml"}, "nowhere.yaml: not a readable YAML file"),
+        ({"sets": "nowhere.yaml"}, "--sets: nowhere.yaml: there is no such file"),
     ],
 )
 def test_invalid_arguments_are_an_error_and_nothing_is_written(
@@ -161,6 +161,44 @@ def test_invalid_arguments_are_an_error_and_nothing_is_written(
     with pytest.raises(InputError, match=message):
         wise_ft(**{"output": "chosen.ckpt", **arguments})
     assert set(tmp_path.iterdir()) == files
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "--sets: sets.yaml: must hold sets by name"),
+        ("[pets]", "--sets: sets.yaml: must hold sets by name"),
+        ("2024: {images: {class_path: datamodules.ImageFolderClasses}}", "--sets: sets.yaml: must hold sets by name"),
+        ("pets: &a {images: *a}", "--sets: sets.yaml: not a readable YAML file (found unconstructable recursive node"),
+        ("pets: {images: {class_path: os.system}}", "sets.yaml: sets: Problem with given class_path"),
+        (
+            "pets: {images: {class_path: datamodules.ImageFolderClasses, init_args: {root: nowhere}}}",
+            "sets.yaml: nowhere: no such folder of classes",
+        ),
+    ],
+)
+def test_a_file_that_holds_no_sets_is_named(
+    content: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("sets.yaml").write_text(content)
+    with pytest.raises(InputError, match=f"^{re.escape(message)}"):
+        read_sets("sets.yaml")
+
+
+def test_a_full_disk_is_an_error_that_names_the_checkpoint_and_keeps_the_one_before(
+    models: tuple[CLIP, CLIP], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (tmp_path / "after.ckpt").read_bytes()
+
+    def full(*_: Any) -> None:  # as torch's writer ends, which raises no OSError
+        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(InputError, match=r"after\.ckpt: the checkpoint cannot be written"):
+        save(models[0], tmp_path / "after.ckpt", {})
+    assert (tmp_path / "after.ckpt").read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"before.ckpt", "after.ckpt"}
 
 
 def test_models_with_different_configurations_are_refused(models: tuple[CLIP, CLIP]) -> None:

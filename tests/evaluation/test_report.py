@@ -540,8 +540,10 @@ def test_images_outside_the_run_are_not_read_and_broken_ones_leave_a_gap(full: d
     run.mkdir()
     Image.new("RGB", (9, 9)).save(tmp_path / "secret.png")
     (run / "broken.jpg").write_bytes(b"\xff\xd8 no image")
+    (run / "loop.jpg").symlink_to("loop.jpg")
     entry = full["sets"]["cifar10"]
-    for name in ("../secret.png", str(tmp_path / "secret.png"), "broken.jpg", "not/there.jpg", "", None, "nul\0", 7):
+    absent = ("../secret.png", str(tmp_path / "secret.png"), "not/there.jpg", "", None, "nul\0", 7)
+    for name in (*absent, "broken.jpg", "loop.jpg"):
         entry["tasks"]["zero_shot"]["errors"][0]["image"] = name
         found = rendered_section("cifar10", entry, run)
         assert "most confidently wrong" in found

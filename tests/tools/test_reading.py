@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lit_clip.errors import BadSample, InputError
-from lit_clip.tools.reading import LONGEST_REASON, reading
+from lit_clip.tools.reading import LONGEST_REASON, naming, reading
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ from lit_clip.tools.reading import LONGEST_REASON, reading
         (RecursionError("maximum recursion depth exceeded"), "nested too deeply"),
         (MemoryError(), "it needs more memory than there is"),
         (AssertionError(), "AssertionError"),
-        (PermissionError(13, "Permission denied", "other"), "Permission denied"),
+        (OSError(5, "Input/output error", "other"), "Input/output error"),
         (ValueError("two\nlines"), "two lines"),
     ],
 )
@@ -29,6 +29,12 @@ def test_any_error_of_a_parser_is_one_line_that_names_the_file(tmp_path: Path, r
         raise raised
     assert str(error.value) == f"--data: {path}: not a readable table ({reason}); write it again"
     assert error.value.__cause__ is raised
+
+
+def test_what_to_do_about_the_content_is_not_said_of_a_file_that_may_not_be_opened(tmp_path: Path) -> None:
+    with pytest.raises(InputError) as error, reading(tmp_path, "table", hint="write it again"):
+        raise PermissionError(13, "Permission denied")
+    assert str(error.value) == f"{tmp_path}: not a readable table (Permission denied)"
 
 
 def test_a_long_quotation_of_the_file_is_cut(tmp_path: Path) -> None:
@@ -49,6 +55,15 @@ def test_our_own_errors_pass_unchanged(tmp_path: Path, ours: InputError) -> None
     with pytest.raises(InputError) as error, reading(tmp_path, "table"):
         raise ours
     assert error.value is ours
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"), [("no row", "a.csv: no row"), ("a.csv: no row", "a.csv: no row"), ("a.csv2", "a.csv: a.csv2")]
+)
+def test_an_error_opens_with_the_name_once(message: str, shown: str) -> None:
+    with pytest.raises(InputError) as error, naming("a.csv"):
+        raise InputError(message)
+    assert str(error.value) == shown
 
 
 def test_ctrl_c_is_no_damaged_file(tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ from lit_clip.tools.text_files import read_json, read_text, read_yaml
 
 def test_text_yaml_and_json_are_read_as_utf8(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    path.write_text('{"a": [1, "é"]}', encoding="utf-8")
-    assert read_text(path) == '{"a": [1, "é"]}'
-    assert read_yaml(path) == read_json(str(path)) == {"a": [1, "é"]}
+    for encoding in ("utf-8", "utf-8-sig"):  # editors of Windows put a mark in front
+        path.write_text('{"a": [1, "é"]}', encoding=encoding)
+        assert read_text(path) == '{"a": [1, "é"]}'
+        assert read_yaml(path) == read_json(str(path)) == {"a": [1, "é"]}
 
 
 @pytest.mark.parametrize(
@@ -24,6 +25,7 @@ def test_text_yaml_and_json_are_read_as_utf8(tmp_path: Path) -> None:
         (read_yaml, b"\xff", "file: not a readable YAML file"),
         (read_yaml, b"a: [", "file: not a readable YAML file"),
         (read_yaml, b"a: 1\nb: {c: 1, c: 2}", "'c' is there twice"),
+        (read_yaml, b"a: &a {b: [*a]}", "found unconstructable recursive node"),
         (read_json, b"{", "file: not a readable JSON file"),
         (read_json, b"[" * 100_000, "file: not a readable JSON file"),
     ],
@@ -44,3 +46,7 @@ def test_a_missing_file_is_an_error_that_suggests_a_similar_name(tmp_path: Path)
         read_yaml(tmp_path / "siute.yaml", "suites")
     with pytest.raises(InputError, match="not a readable JSON file"):
         read_json(tmp_path)
+    (tmp_path / "suite.yaml").unlink()
+    (tmp_path / "suite.yaml").symlink_to("nowhere")
+    with pytest.raises(InputError, match=r"suite.yaml: there is no such file$"):
+        read_yaml(tmp_path / "suite.yaml")

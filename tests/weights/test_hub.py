@@ -228,13 +228,16 @@ def test_open_clip_downloads_a_tag_and_its_entry_overrides_the_names_activation(
     assert create_model("ViT-B-32", "laion2b_s34b_b79k").config == CONFIG
 
 
-def test_a_failed_download_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "shown"), [(OSError("no route to host\nand more"), "no route to host"), (TimeoutError(), "TimeoutError")]
+)
+def test_a_failed_download_is_reported_in_one_line(error: OSError, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_: dict[str, Any]) -> str:
-        raise OSError("no route to host\nand more")
+        raise error
 
     monkeypatch.setattr("open_clip.pretrained.download_pretrained", fail)
     message = refusal("ViT-B-32:openai")
-    assert message == "ViT-B-32:openai: cannot be downloaded (no route to host)"
+    assert message == f"ViT-B-32:openai: cannot be downloaded ({shown})"
 
 
 @pytest.mark.usefixtures("cache")

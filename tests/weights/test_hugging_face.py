@@ -193,7 +193,7 @@ def _set(*path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (_set("vision_config", "layer_norm_eps", value=1e-6), "layer_norm_eps is 1e-06 there and 1e-05 here"),
         (_set("text_config", "eos_token_id", value=7), "eos_token_id is 7 there and 98 here"),
         (_set("vision_config", "num_channels", value=4), "num_channels is 4 there and 3 here"),
-        (_set("vision_config", "num_attention_heads", value=7), "not a CLIPConfig"),
+        (_set("vision_config", "num_attention_heads", value=7), "not a readable CLIPConfig"),
     ],
 )
 def test_a_setting_that_would_change_the_features_is_refused(change: Any, message: str) -> None:

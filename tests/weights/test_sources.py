@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors
 import torch
 from safetensors.torch import save_file
 
 from lit_clip import load_model
 from lit_clip.errors import InputError
+from lit_clip.tools.weight_files import read_tensors
 from tests.weights.test_load import CONFIG, MODEL_CFG, openai_model, random_model, refusal, save_archive
 
 Cli = Callable[..., Any]
@@ -117,6 +119,7 @@ def bad_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save([torch.zeros(2)], "list.pt")
     torch.save({}, "nothing.pt")
     torch.save({"epoch": 3, "loss": 0.5}, "numbers.pt")
+    os.mkfifo("pipe.pt")
     Path("empty_folder").mkdir()
     Path("weightless").mkdir()
     Path("weightless/open_clip_config.json").write_text(json.dumps({"model_cfg": MODEL_CFG}), encoding="utf-8")
@@ -137,6 +140,7 @@ def bad_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("", "no model: its name is empty"),
         ("absent.pt", "no such checkpoint file"),
+        ("pipe.pt", "pipe.pt: neither a file nor a folder"),
         ("empty.pt", "it may be incomplete"),
         ("empty.safetensors", "it may be incomplete"),
         ("text.pt", "it may be incomplete"),
@@ -157,6 +161,36 @@ def bad_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_a_source_that_is_no_model_is_refused_in_one_line(source: str, message: str) -> None:
     assert message in refusal(source)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pt"])
+def test_a_file_that_may_not_be_opened_is_not_called_absent(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / name).touch()
+    for function in (Path, "open"), (torch, "load"):  # root may open every file
+        monkeypatch.setattr(*function, refused)
+    assert refusal(tmp_path / name) == f"{tmp_path / name}: not a readable weight file (Permission denied)"
+
+
+def test_time_to_read_a_file_does_not_grow_with_the_square_of_its_tensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = {f"{number}": torch.full((2,), number) for number in range(500)}
+    save_file(state, tmp_path / "many.safetensors")
+    opened, plain = [], safetensors.safe_open
+
+    def counted(*arguments: Any) -> Any:
+        opened.append(arguments)
+        return plain(*arguments)
+
+    monkeypatch.setattr(safetensors, "safe_open", counted)
+    found = read_tensors(tmp_path / "many.safetensors")
+    assert all(torch.equal(found[name], state[name]) for name in state)
+    assert len(opened) <= 9  # each reads the list of all tensors
 
 
 def test_fit_refuses_bad_weights_with_exit_code_2_and_writes_nothing(tmp_path: Path, cli: Cli) -> None:

@@ -1,5 +1,6 @@
 """Images in the folder of a run."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from lit_clip.tools.images import open_image
 def run_image(folder: Path, name: Any) -> Image.Image | None:
     """Open an image that the results name, as RGB; None if it is outside the run's folder, missing or broken."""
     try:
-        path = (folder / str(name)).resolve()
-        return open_image(path).convert("RGB") if path.is_relative_to(folder.resolve()) else None
+        path, within = (Path(os.path.realpath(each)) for each in (folder / str(name), folder))
+        return open_image(path).convert("RGB") if path.is_relative_to(within) else None
     except (InputError, OSError, ValueError):
         return None

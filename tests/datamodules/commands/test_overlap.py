@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import os
 import re
 from base64 import b64decode
 from functools import lru_cache
@@ -25,7 +26,7 @@ from datamodules.near_duplicates import LookIndex, Looks, look_of
 from datamodules.open_source import open_source
 from datamodules.overlap.findings import findings_of
 from datamodules.overlap.search import NearestFound, Queries, SourceRows, joined, search
-from datamodules.overlap.sets import read_results, read_thresholds
+from datamodules.overlap.sets import open_sets, read_results, read_thresholds
 from lit_clip import load_model
 from lit_clip.cli.subcommands import run_command
 from lit_clip.embedding.reading import in_batches
@@ -282,6 +283,8 @@ def test_a_damaged_cache_file_is_not_used(tmp_path: Path) -> None:
     assert NearestFound.load(tmp_path / "found.npz", torch.device("cpu")) is None
     assert Queries.load(tmp_path / "found.npz") is None
     assert Queries.load(tmp_path / "nothing.npz") is None
+    os.mkfifo(tmp_path / "pipe.npz")
+    assert Queries.load(tmp_path / "pipe.npz") is None
     np.savez(tmp_path / "other.npz", values=np.frombuffer(b'{"bad": []}', np.uint8), features=np.zeros((1, 2)))
     assert NearestFound.load(tmp_path / "other.npz", torch.device("cpu")) is None
     assert Queries.load(tmp_path / "other.npz") is None
@@ -310,6 +313,12 @@ def test_thresholds_are_set_for_all_sets_or_for_one_or_read_from_a_file(tmp_path
     ):
         with pytest.raises(InputError, match=message):
             read_thresholds([word], sets)
+
+
+def test_a_link_to_itself_is_no_folder_of_classes(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(InputError, match="loop: no such folder of classes"):
+        open_sets([str(tmp_path / "loop")], [], None, tmp_path, [])
 
 
 def test_results_of_another_model_must_be_true_or_false_and_cover_every_set(tmp_path: Path) -> None:
