@@ -31,6 +31,7 @@ from lit_clip.evaluation.store import SetFeatures
 from lit_clip.evaluation.suite import SuiteEntry, Task
 from lit_clip.evaluation.targets import Targets
 from lit_clip.tools.atomic import make_folder, replacing
+from lit_clip.tools.hardware import best_device
 
 ERRORS = 24  # images reported, the most confidently wrong ones
 CONFUSIONS = 20  # pairs of classes reported
@@ -245,11 +246,7 @@ def _split(opened: OpenSet, fold: Fold, split: str) -> Split | None:
     if split not in fold.features:
         return None
     targets = _targets(opened, fold, split)
-    return Split(torch.from_numpy(np.array(fold.features[split].before)).to(_device()), targets)
-
-
-def _device() -> torch.device:
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+    return Split(torch.from_numpy(np.array(fold.features[split].before)).to(best_device()), targets)
 
 
 def _linear_probe(opened: OpenSet, options: TaskOptions) -> dict[str, Any]:

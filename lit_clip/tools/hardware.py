@@ -8,7 +8,7 @@ import torch
 
 def best_device() -> torch.device:
     """Return the accelerator, or the CPU if there is none."""
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def has_bfloat16() -> bool:

@@ -221,7 +221,7 @@ def _siglip_config(values: Mapping[str, Any], preprocessor: Mapping[str, Any] | 
     image, text = theirs.vision_config, theirs.text_config
     agree("vision_config.layer_norm_eps", image.layer_norm_eps, SIGLIP_EPS)
     agree("vision_config.num_channels", image.num_channels, 3)
-    agree("vision_config.vision_use_head", image.vision_use_head, True)
+    agree("vision_config.vision_use_head", getattr(image, "vision_use_head", True), True)
     size = square("vision_config.image_size", image.image_size)
     unspecified = {"size": {"height": size, "width": size}}
     return CLIPConfig(
