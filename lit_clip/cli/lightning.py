@@ -18,7 +18,7 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lit_clip.cli.encoder_types import register_encoders
+from lit_clip.cli.argument_types import register_types
 from lit_clip.cli.imports import check_not_imported_by, command_words, import_encoders
 from lit_clip.cli.loggers import check_loggers, logger_errors
 from lit_clip.cli.packaged_defaults import use_packaged_defaults
@@ -315,7 +315,7 @@ def computes_in_bfloat16(accelerator: object) -> bool | None:
 def run(args: ArgsType = None, execute: bool = True) -> CLI:
     """Parse and run a command; errors that the user can fix are raised."""
     # Without this, absolute keys such as ${model.optimizer.lr} are looked up above the subcommand.
-    register_encoders()
+    register_types()
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     words = sys.argv[1:] if args is None else args if isinstance(args, list) else []
     model = named_class(words, next(iter(words), None), "model")

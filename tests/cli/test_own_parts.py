@@ -101,6 +101,7 @@ data:
     augmentation:
       - {{class_path: torchvision.transforms.v2.RandomResizedCrop, init_args: {{size: 32}}}}
       - {{class_path: own_transforms.Posterise, init_args: {{bits: 3}}}}
+      - {{class_path: torchvision.transforms.v2.RandomRotation, init_args: {{degrees: 15}}}}
       - class_path: torchvision.transforms.v2.RandomApply
         init_args: {{transforms: [torchvision.transforms.v2.RandAugment], p: 0.5}}
       - own_transforms.grey
@@ -165,6 +166,7 @@ def test_parts_of_the_working_folder_are_trained_with_and_evaluated(folder: Path
     ] == [
         "torchvision.transforms.v2.RandomResizedCrop",
         "own_transforms.Posterise",
+        "torchvision.transforms.v2.RandomRotation",
         "torchvision.transforms.v2.RandomApply",
         "own_transforms.grey",
     ]
@@ -181,9 +183,10 @@ def test_the_printed_configuration_can_be_read_again(capsys: pytest.CaptureFixtu
     assert printed[0] == printed[1]
     assert "Posterise" in printed[0]
     command = run(args=["--config", "again.yaml"], execute=False)
-    assert [type(part).__name__ for part in command.datamodule.augmentation][:3] == [
+    assert [type(part).__name__ for part in command.datamodule.augmentation][:4] == [
         "RandomResizedCrop",
         "Posterise",
+        "RandomRotation",
         "RandomApply",
     ]
 
@@ -220,6 +223,10 @@ def test_a_data_module_of_ones_own_is_named_on_the_command_line(data: list[str],
             ["bits: wants int, not x"],
         ),
         ("--data.augmentation=[torchvision.transforms.v2.CenterCrop]", ["arguments are required: size"]),
+        (
+            "--data.augmentation=[{class_path: torchvision.transforms.v2.RandomRotation, init_args: {degrees: far}}]",
+            ["degrees: wants Number or Sequence, not far"],
+        ),
         ("--data.augmentation=own_transforms.Posterise", ["a list of class paths", "not own_transforms.Posterise"]),
         ("--data.augmentation={crop_scal: 1}", ["did you mean crop_scale?"]),
         (

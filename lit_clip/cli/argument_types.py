@@ -1,7 +1,12 @@
-"""How the parser reads encoders by class path, which by itself it would take for subclasses of the others' settings."""
+"""Types that the parser reads wrongly by itself.
+
+Encoders by class path would be taken for subclasses of the others' settings. ``numbers.Number``, by which torchvision's
+transforms annotate angles, would be taken for a class: a number is accepted and then cannot be written to the config.
+"""
 
 import dataclasses
 from functools import partial
+from numbers import Number
 from typing import Any
 
 from jsonargparse import Namespace
@@ -25,7 +30,13 @@ def _written(encoder: CustomEncoderConfig) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(encoder).items() if value}
 
 
-def register_encoders() -> None:
+def _number(value: Any) -> int | float:
+    require(isinstance(value, int | float) and not isinstance(value, bool), f"{value!r} is not a number")
+    return value
+
+
+def register_types() -> None:
     """Tell the parser; without effect the second time."""
+    register_type(Number, serializer=_number, deserializer=_number, fail_already_registered=False)
     for kind in (CustomImageConfig, CustomTextConfig):
         register_type(kind, serializer=_written, deserializer=partial(_read, kind), fail_already_registered=False)
