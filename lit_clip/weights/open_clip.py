@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_warn
-
 from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import (
@@ -16,7 +14,6 @@ from lit_clip.models.config import (
     height_width,
 )
 from lit_clip.models.custom import custom_encoders
-from lit_clip.tools.weight_files import is_path
 
 
 def open_clip_model(model: CLIP) -> dict[str, Any]:
@@ -86,11 +83,6 @@ def _open_clip_text(config: CLIPConfig) -> dict[str, Any]:
             text.projection != "none",
             "open_clip needs a projection after a Hugging Face encoder; use onnx",
         )
-        if is_path(text.hugging_face):
-            rank_zero_warn(
-                f"open_clip reads the text encoder's settings from {text.hugging_face}, so only a machine with that "
-                "folder opens this export, and lit-clip does not; name the encoder as on the hub"
-            )
         return {
             **values,
             "hf_model_name": text.hugging_face,
