@@ -62,7 +62,7 @@ def register(name: str, model: CLIP) -> None:
 
 def write_model_config(path: Path, model: CLIP) -> None:
     """Write a model's config as JSON for open_clip's ``add_model_config``."""
-    from lit_clip.weights.export import open_clip_model
+    from lit_clip.weights.open_clip import open_clip_model
 
     path.write_text(json.dumps(open_clip_model(model)), encoding="utf-8")
 

@@ -158,7 +158,7 @@ class ResumableLoader(DataLoader[Any]):
 
 
 class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
-    """Data module of a training and a validation source, in batches.
+    """Load the pairs of a training and a validation source in batches.
 
     Args:
         batch_size: pairs per step on each rank; the loss sees those of all ranks.

@@ -13,6 +13,7 @@ from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import replacing_folder
 from lit_clip.tools.console import Console, progress
 from lit_clip.tools.hashing import sha256_of_file
+from lit_clip.tools.weight_files import is_path
 from lit_clip.weights.export import FORMATS, ExportSample, FormatName, Parity, parity_of
 from lit_clip.weights.load import load_model
 from lit_clip.weights.model_card import ExportedSource, model_card
@@ -43,6 +44,12 @@ def export(model: str, *, format: FormatName, output: str, license: str | None =
             advance(1)
     console.print(_table(folder, format, parity))
     console.print(f"written and checked: {folder}")
+    encoder = getattr(original.config.text, "hugging_face", "")
+    if format == "open_clip" and encoder and is_path(encoder):
+        console.print(
+            f"open_clip opens it only where {encoder} is, with the text encoder's settings, and lit-clip not at all, "
+            "since it reads no folder that a file names; name the encoder as on the hub"
+        )
 
 
 def write_checked(original: CLIP, format: FormatName, draft: Path, advance: Callable[[int], object]) -> Parity:

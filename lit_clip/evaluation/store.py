@@ -23,7 +23,7 @@ from lit_clip.evaluation.data import ImageSet
 from lit_clip.evaluation.set_encoding import set_task
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import make_folder, not_written, remove_drafts, replacing_folder
-from lit_clip.tools.hashing import hex_digest
+from lit_clip.tools.hashing import hex_digest, sha256_of_file
 from lit_clip.tools.reading import check_is_file, reading
 from lit_clip.tools.text_files import read_json
 from lit_clip.weights.fingerprint import fingerprint
@@ -69,6 +69,7 @@ class FeatureStore:
         self.model, self.folder, self.settings = model, folder, settings
         self.fingerprint = fingerprint(model)
         self._paths: WeakKeyDictionary[ImageSet, Path] = WeakKeyDictionary()
+        self._whole: set[Path] = set()  # whose checksums this process has compared
 
     def start(self) -> torch.device:
         """Start the other processes, or join them; return this one's device."""
@@ -134,10 +135,13 @@ class FeatureStore:
         """Read the features of a set of ``size`` images; None if they are missing or damaged, and so computed again."""
         try:
             with reading(path, "folder of features"):
-                found = read_json(path / "skipped.json")
-                skipped = {int(row): (str(key), str(reason)) for row, key, reason in found}
+                content = read_json(path / "content.json")
+                skipped = {int(row): (str(key), str(reason)) for row, key, reason in content["skipped"]}
                 for name in ARRAYS:
                     check_is_file(path / f"{name}.npy")
+                    if path not in self._whole and content[name] != sha256_of_file(path / f"{name}.npy"):
+                        raise ValueError(f"{name}.npy has other values")
+                self._whole.add(path)
                 before, after = (np.lib.format.open_memmap(path / f"{name}.npy", mode="r") for name in ARRAYS)
         except InputError:
             return None
@@ -156,7 +160,8 @@ class FeatureStore:
         try:
             with replacing_folder(path) as draft:
                 self._write_arrays(draft, parts, sorted(set(range(size)) - {row for row, _, _ in skipped}))
-                (draft / "skipped.json").write_text(json.dumps(skipped), encoding="utf-8")
+                content = {name: sha256_of_file(draft / f"{name}.npy") for name in ARRAYS}
+                (draft / "content.json").write_text(json.dumps({**content, "skipped": skipped}), encoding="utf-8")
                 if not self._finished(path, size):  # another run may have been quicker
                     shutil.rmtree(path, ignore_errors=True)
                     path.unlink(missing_ok=True)

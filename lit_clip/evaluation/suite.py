@@ -167,6 +167,7 @@ def _sets(path: Path) -> Mapping[Any, Any]:
 def _entry(parser: ArgumentParser, value: Any, where: str) -> SuiteEntry:
     try:
         require(isinstance(value, dict), "must be a mapping with data, splits, ...")
+        value = {key: each for key, each in value.items() if each is not None}  # as if it were not there
         strings = {key: _strings(value[key], key) for key in ("class_names", "templates") if value.get(key) is not None}
         return SuiteEntry(**parser.parse_object(value | strings).as_dict())
     except (ArgumentError, InputError) as error:

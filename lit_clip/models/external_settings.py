@@ -110,6 +110,11 @@ def check_text_only(config: Any, source: str) -> None:
     Some models have another encoder, which transformers may download; timm's among them open the file or repository
     that their configuration names, and three start a compiler or load compiled code from the hub.
     """
+    for entry in config.to_dict():
+        require(
+            not any(part in entry for part in ("vision", "audio", "backbone")),
+            f"architecture.text: {source} has an image encoder too; open the whole model with load_model",
+        )
     from transformers import MODEL_MAPPING
 
     kinds = MODEL_MAPPING.get(type(config), None)
@@ -119,11 +124,6 @@ def check_text_only(config: Any, source: str) -> None:
         reads in ("text", ["text"], ("text",)) and name not in _WITH_KERNELS,
         f"architecture.text: {source} is of the type {name}, which is no text encoder that lit-clip can use",
     )
-    for name in config.to_dict():
-        require(
-            not any(part in name for part in ("vision", "audio", "backbone")),
-            f"architecture.text: {source} has an image encoder too; open the whole model with load_model",
-        )
 
 
 def one_line(error: Exception) -> str:

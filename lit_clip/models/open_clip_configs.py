@@ -22,6 +22,7 @@ from lit_clip.models.config import (
     VisionTransformerConfig,
 )
 from lit_clip.tools.reading import reason
+from lit_clip.tools.untrusted import shortened
 
 # Entries to ignore: None for any value (it concerns training only), otherwise open_clip's defaults.
 _NEUTRAL = {
@@ -58,7 +59,7 @@ class _CheckedDict:
         return self.values.pop(key, default)
 
     def refuse(self, key: str, value: Any) -> InputError:
-        return InputError(f"{self.name}: {key} {value!r} is not supported by lit-clip")
+        return InputError(f"{self.name}: {key} {shortened(value)} is not supported by lit-clip")
 
     def done(self) -> None:
         for key, value in self.values.items():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from lit_clip.errors import InputError
-from lit_clip.tools.atomic import make_folder, remove, replacing_folder
+from lit_clip.tools.atomic import make_folder, not_written, remove, replacing_folder
 from lit_clip.tools.reading import reading
 
 ABSENT, DONE, UNUSABLE = 0, 1, 2
@@ -54,6 +55,7 @@ class StoredRows:
                     raise ValueError(f"{file} has not {size} bytes")
         self._values: Any = None
         self._state: Any = None
+        self._file: Any = None
         self._pending: dict[int, int] = {}  # new states of rows
         self._marked = time.monotonic()
 
@@ -76,9 +78,9 @@ class StoredRows:
             make_folder(folder.parent)
             try:
                 with replacing_folder(folder) as draft:
-                    for file, size in (("values", rows * math.prod(shape) * dtype.itemsize), ("state", rows)):
-                        with (draft / file).open("wb") as stream:
-                            stream.truncate(size)
+                    with (draft / "values").open("wb") as stream:
+                        stream.truncate(rows * math.prod(shape) * dtype.itemsize)
+                    (draft / "state").write_bytes(bytes(rows))  # with space for all of it, see _open
                     layout = {"rows": rows, "shape": list(shape), "dtype": name}
                     (draft / "layout.json").write_text(json.dumps(layout), encoding="utf-8")
             except InputError:
@@ -96,11 +98,13 @@ class StoredRows:
         return (found.rows, found.shape, found.dtype) == wanted
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_values": None, "_state": None}
+        return {**vars(self), "_values": None, "_state": None, "_file": None}
 
     def _open(self) -> None:
+        """Map the files. Values are written to the file: on a full disk, writing to its map would end the process."""
         if self._values is None:
-            self._values = np.memmap(self.folder / "values", self._kind, "r+", shape=(self.rows, *self.shape))
+            self._values = np.memmap(self.folder / "values", self._kind, "r", shape=(self.rows, *self.shape))
+            self._file = (self.folder / "values").open("r+b")
             self._state = np.memmap(self.folder / "state", np.uint8, "r+", shape=(self.rows,))
 
     def state(self) -> np.ndarray:
@@ -109,17 +113,25 @@ class StoredRows:
         return np.where(self._state <= UNUSABLE, self._state, ABSENT).astype(np.uint8)  # a damaged one is absent
 
     def write(self, rows: np.ndarray, values: Tensor) -> None:
-        """Write rows ``[n, ...]``; smaller than a row's shape where values are only part of it, such as a short text's.
+        """Write rows ``[n, ...]``, or the first entries of rows, such as those of a short text.
 
         Raises:
-            InputError: values of another type.
+            InputError: values of another type, or the disk is full.
         """
         self._open()
         if values.dtype != self.dtype:
             raise InputError(f"{self.folder}: holds {self.dtype}, not {values.dtype}; delete the folder")
         data = values.detach().cpu()
         data = data.view(torch.uint16) if self.dtype == torch.bfloat16 else data
-        self._values[(rows, *(slice(size) for size in data.shape[1:]))] = data.numpy()
+        size = math.prod(self.shape) * self.dtype.itemsize
+        assert data.shape[2:] == self.shape[1:], "only the first entries of a row may be given"
+        try:
+            for row, value in zip(rows.tolist(), data.numpy(), strict=True):
+                self._file.seek(row * size)
+                self._file.write(np.ascontiguousarray(value))
+            self._file.flush()
+        except OSError as error:
+            raise not_written(self.folder, error) from error
         self._mark(rows.tolist(), DONE)
 
     def refuse(self, rows: Sequence[int]) -> None:
@@ -133,7 +145,7 @@ class StoredRows:
             self._mark_pending()
 
     def _mark_pending(self) -> None:
-        self._values.flush()
+        os.fsync(self._file.fileno())
         self._state[list(self._pending)] = list(self._pending.values())
         self._state.flush()
         self._pending, self._marked = {}, time.monotonic()
@@ -142,7 +154,8 @@ class StoredRows:
         """Mark the last rows; the files open again when used."""
         if self._values is not None:
             self._mark_pending()
-            self._values = self._state = None
+            self._file.close()
+            self._values = self._state = self._file = None
 
     def read(self, rows: int | np.ndarray, length: int | None = None) -> Tensor | None:
         """Return a row, or ``[n, ...]`` for several, the first ``length`` of a row's entries; None: one is absent."""

@@ -137,22 +137,23 @@ class Optimization:
             InputError: the checkpoint has another optimiser or other parameter groups.
         """
         hparams, here = checkpoint["hyper_parameters"], self.descriptions
-        there = hparams["optimizer"]
-        if there["class_path"] != here["optimizer"]["class_path"]:
+        there = hparams.get("optimizer") or {}
+        former = there.get("class_path", "another optimiser")
+        if former != here["optimizer"]["class_path"]:
             raise InputError(
-                f"{name}: was trained with {there['class_path']}, and this run has {here['optimizer']['class_path']}; "
+                f"{name}: was trained with {former}, and this run has {here['optimizer']['class_path']}; "
                 "resume with the same model.optimizer, or start from its weights with --model.pretrained"
             )
         settings = here["optimizer"]["init_args"]
-        changed = {key: value for key, value in settings.items() if there["init_args"].get(key) != value}
-        rates = "lr" in changed or hparams["layer_decay"] != layer_decay
+        changed = {key: value for key, value in settings.items() if there.get("init_args", {}).get(key) != value}
+        rates = "lr" in changed or hparams.get("layer_decay") != layer_decay
         defaults = trial(self.optimizer).defaults
         for optimizer in checkpoint.get("optimizer_states", []):
             _check_state(optimizer, defaults, f"{name}: optimizer_states")
             _resume_groups(optimizer["param_groups"], groups, changed, rates, name)
         for schedule in checkpoint.get("lr_schedulers", []):
             self._check_schedule(schedule, groups, steps, f"{name}: lr_schedulers")
-            same = hparams["lr_scheduler"] == here["lr_scheduler"] and schedule.get("total_steps") in (None, steps)
+            same = hparams.get("lr_scheduler") == here["lr_scheduler"] and schedule.get("total_steps") in (None, steps)
             if not same:
                 self._start_schedule(schedule, checkpoint, groups, steps)
             elif rates and "base_lrs" in schedule:

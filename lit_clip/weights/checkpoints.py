@@ -148,8 +148,9 @@ def check_settings(settings: Mapping[str, Any], where: str) -> None:
     for name, hint in _TYPES.items():
         value = settings.get(name)
         require(fits(value, hint), f"{where}{name}: {shortened(value)} must be {shown_type(hint)}")
-        if isinstance(value, int):
-            require(value >= 1, f"{where}{name}: {value} must be at least 1")
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, int):
+                require(number >= 1, f"{where}{name}: {value} must be at least 1")
 
 
 def _check_ours(checkpoint: Mapping[str, Any], config: CLIPConfig) -> None:

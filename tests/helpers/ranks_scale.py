@@ -20,6 +20,8 @@ from lit_clip.training.optim import PaperAdamW
 from lit_clip.training.schedules import WarmupCosine
 from tests.helpers.ranks import CONFIG, PAIRS, make_batch
 
+STRATEGIES = {"fsdp": FSDP, "hybrid": partial(FSDP, "HYBRID_SHARD", device_mesh=(2, 2))}
+
 
 class _Batches(Dataset[CaptionBatch]):
     """This rank's rows of one fixed batch, repeated every step."""
@@ -49,7 +51,7 @@ class Data(LightningDataModule):
 def train(output: str, strategy: str, resume: str | None = None, checkpointed: bool = False, **options: Any) -> None:
     """Train with ``Trainer.fit``, three steps an epoch, and save a checkpoint."""
     settings = {"max_epochs": 1, "precision": "32-true", **options.pop("trainer", {})}
-    torch.manual_seed(int(os.environ["RANK"]) if strategy == "fsdp" else 0)  # FSDP must broadcast rank 0's weights
+    torch.manual_seed(int(os.environ["RANK"]) if strategy in STRATEGIES else 0)  # FSDP must broadcast rank 0's weights
     # With a smaller eps, AdamW would amplify rounding errors of gradients that are zero.
     module = LitCLIP(
         CONFIG, **options, optimizer=partial(PaperAdamW, eps=1e-3), lr_scheduler=partial(WarmupCosine, warmup_steps=1)
@@ -59,7 +61,7 @@ def train(output: str, strategy: str, resume: str | None = None, checkpointed: b
         callbacks=[ActivationCheckpointing()] if checkpointed else [],
         accelerator="cpu",
         devices=int(os.environ["WORLD_SIZE"]),
-        strategy=FSDP() if strategy == "fsdp" else strategy,
+        strategy=STRATEGIES[strategy]() if strategy in STRATEGIES else strategy,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

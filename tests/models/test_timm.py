@@ -1,7 +1,6 @@
 """timm's models as image encoders give the features of timm itself and of open_clip's adapter."""
 
 from collections import OrderedDict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +122,6 @@ def test_preprocessing_gives_timms_pixels(name: str, size: Size | None, image_si
     cfg: Any = timm.get_pretrained_cfg(name)
     data = peer.resolve_data_config({}, pretrained_cfg=cfg.to_dict())
     if size:
-        if tuple(map(int, version("timm").split(".")[:3])) < (1, 0, 31):
-            pytest.skip("timm before 1.0.31 crops a size that is not its model's elsewhere")
         data["input_size"] = (3, *height_width(size))
     theirs = peer.create_transform(**data)
     ours = image_transform(timm_preprocessing(TimmConfig(name, image_size=size)))

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +13,8 @@ import torch
 
 from lit_clip.errors import InputError
 from lit_clip.tools.stored_rows import StoredRows
+from tests.conftest import ROOT
+from tests.faults.disks import why_no_disk
 
 VALUES = torch.arange(1.0, 41.0).reshape(10, 4)
 
@@ -63,3 +67,35 @@ def test_rows_of_another_shape_or_type_are_created_again(tmp_path: Path) -> None
     filled(folder)
     assert StoredRows.create(folder, 10, (4,), torch.float32).read(3) is not None
     assert StoredRows.create(folder, 10, (8,), torch.float16).read(3) is None
+
+
+PROGRAM = """
+import sys, numpy as np, torch
+from pathlib import Path
+from lit_clip.errors import InputError
+from lit_clip.tools.stored_rows import StoredRows
+stored = StoredRows.create(Path(sys.argv[1]), 1000, (1000,), torch.float32)
+try:
+    for row in range(1000):
+        stored.write(np.array([row]), torch.ones(1, 1000))
+except InputError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(bool(why_no_disk()), reason=why_no_disk())
+def test_a_full_disk_is_an_error_and_no_bus_error(tmp_path: Path) -> None:
+    mount = 'mount -t tmpfs -o size=1m tmpfs "$1" && exec "$2" -c "$3" "$1/rows"'
+    command = ["unshare", "-m", "sh", "-c", mount, "sh", str(tmp_path), sys.executable, PROGRAM]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path}/rows: cannot be written (No space left on device)\n")
+
+
+def test_the_first_entries_of_rows_are_written_and_read(tmp_path: Path) -> None:
+    stored = StoredRows.create(tmp_path / "rows", 10, (4,), torch.bfloat16)
+    stored.write(np.array([7, 2]), VALUES[:2, :3].bfloat16())
+    stored.close()
+    found = stored.read(np.array([2, 7]), 3)
+    assert found is not None
+    assert torch.equal(found, VALUES[:2, :3].bfloat16().flip(0))

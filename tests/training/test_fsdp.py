@@ -108,8 +108,10 @@ def test_torchs_fsdp_still_refuses_scalars() -> None:
 
 
 @pytest.mark.slow
-def test_four_shards_train_as_one_process_does(runs: Path) -> None:
-    job = {"output": str(runs / "four.ckpt"), "strategy": "fsdp"}
+@pytest.mark.parametrize("strategy", ["fsdp", "hybrid"])
+def test_four_ranks_train_as_one_process_does(runs: Path, strategy: str) -> None:
+    """In four shards, or in two copies of two shards each."""
+    job = {"output": str(runs / "four.ckpt"), "strategy": strategy}
     run_lightning_ranks(4, runs, SCRIPT, "train_all", json.dumps([job]))
     assert_same_training(runs / "four.ckpt", runs / "plain_auto.ckpt", 1e-5)
 

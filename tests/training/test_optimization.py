@@ -272,6 +272,15 @@ def test_another_optimiser_cannot_resume(table: Path, tmp_path: Path) -> None:
         fit(tmp_path, table, tmp_path / "middle.ckpt", optimizer=torch.optim.SGD)
 
 
+def test_a_checkpoint_that_names_no_optimiser_cannot_resume(table: Path, tmp_path: Path) -> None:
+    fit(tmp_path, table)
+    checkpoint = torch.load(tmp_path / "middle.ckpt", weights_only=True)
+    checkpoint["hyper_parameters"]["optimizer"] = None
+    torch.save(checkpoint, tmp_path / "middle.ckpt")
+    with pytest.raises(InputError, match=r"middle.ckpt: was trained with another optimiser, and this run has .*Adam"):
+        fit(tmp_path, table, tmp_path / "middle.ckpt")
+
+
 def test_torchs_optimisers_are_fused_under_clipping_too(table: Path, tmp_path: Path) -> None:
     for precision in ("32-true", "bf16-mixed"):
         module = make_module(optimizer=partial(torch.optim.SGD, lr=RATE))

@@ -148,7 +148,7 @@ def test_a_siglip_in_onnx_keeps_its_bias_and_its_tokenizer(tmp_path: Path, sigli
 
 @pytest.mark.parametrize("pooling", ["mean", pytest.param("pooler", marks=pytest.mark.slow)])
 def test_a_hugging_face_text_encoder_is_exported_to_open_clip_and_onnx(
-    tmp_path: Path, tiny_config: CLIPConfig, pooling: Any
+    tmp_path: Path, tiny_config: CLIPConfig, pooling: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bert = tmp_path / "bert"
     vocab_size = word_tokenizer(bert, ["[PAD]", "<unk>", "[CLS]", "[SEP]"], "[CLS] $A [SEP]")
@@ -161,6 +161,7 @@ def test_a_hugging_face_text_encoder_is_exported_to_open_clip_and_onnx(
         expected = ours.encode_text(ours.tokenize(texts))
 
     export(str(tmp_path / "last.ckpt"), format="open_clip", output=str(tmp_path / "oc"))
+    assert f"open_clip opens it only where {bert} is" in capsys.readouterr().out
     theirs, _ = open_clip.create_model_from_pretrained(f"local-dir:{tmp_path / 'oc'}")
     with torch.no_grad():
         tokens = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'oc'}")(texts)

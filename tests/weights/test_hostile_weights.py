@@ -4,6 +4,7 @@ import ast
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -118,6 +119,15 @@ def test_settings_under_lightnings_other_keys_are_refused(key: str, checkpoint: 
         with pytest.raises(InputError, match=f"hostile.ckpt: may not have {key}; its settings are hyper_parameters"):
             LitCLIP.load_from_checkpoint("hostile.ckpt")
     assert "never_imported" not in sys.modules
+
+
+@pytest.mark.parametrize("size", [0, [0, 2], [32, -1]])
+def test_an_image_size_below_1_is_refused_naming_the_file(size: Any, checkpoint: dict[str, Any]) -> None:
+    torch.save(changed(checkpoint, ("hyper_parameters", "image_size"), size), "hostile.ckpt")
+    named = re.escape(f"hostile.ckpt: hyper_parameters.image_size: {size} must be at least 1")
+    for run in ENTRIES.values():
+        with pytest.raises(InputError, match=named):
+            run()
 
 
 def test_a_checkpoint_without_a_lora_fetches_no_other_weights(checkpoint: dict[str, Any], bait: Path) -> None:

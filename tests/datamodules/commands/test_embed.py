@@ -300,7 +300,7 @@ def test_a_full_disk_leaves_the_earlier_file_unchanged(
         (["photos", "--output", "absent/features.npy"], r"--output absent/features.npy: there is no folder absent"),
         (["--output", "features.npy"], "either images or --texts"),
         (["photos", "--texts", "captions.txt", "--output", "features.npy"], "either images or --texts"),
-        (["--texts", "captions.txt", "--output", "features.npy"], "captions.txt: not a readable UTF-8 text file"),
+        (["--texts", "captions.txt", "--output", "features.npy"], "--texts: captions.txt: there is no such file"),
         (["empty", "--output", "features.npy"], "empty: no images in this folder or below"),
         (["absent", "--output", "features.npy"], "absent: no such file or folder"),
         (["photos", "--output", "features.npy", "--batch_size", "0"], "--batch_size 0 must be at least 1"),

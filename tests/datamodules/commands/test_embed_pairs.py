@@ -172,7 +172,7 @@ def test_features_of_another_model_and_other_files_are_refused(
         embed("images", "--model", str(tiny_checkpoint), "--output", output)
         with pytest.raises(InputError, match=f"^{output}: features of another model .*{tiny_checkpoint.name}"):
             run_command(["search", output, "kite", "--model", "other.ckpt"])
-    np.save("plain.npy", np.zeros((3, 4)))
+    np.save("plain.npy", np.zeros((3, 4), np.float32))
     for file, problem in {
         "plain.npy": "plain.keys.json: there is no such file",
         "absent.parquet": "absent.parquet: there is no such file",

@@ -172,6 +172,6 @@ def test_draws_of_a_repeated_row_are_the_same_on_any_number_of_ranks_and_after_a
 
 
 def test_first_draws_seed_is_that_of_epoch_and_row_alone_and_later_draws_have_others() -> None:
-    alone = int(np.random.SeedSequence((5, 1, 2)).generate_state(1, np.uint64)[0] >> 1)
+    alone = int(np.random.SeedSequence((5, 1, 2)).generate_state(1, np.uint64)[0]) >> 1
     assert sample_seed(5, TrainingSample(1, 2)) == alone
     assert len({sample_seed(5, TrainingSample(1, 2, draw)) for draw in range(100)}) == 100

@@ -285,7 +285,10 @@ def _odd_arrays(changes: list[Edit], scale: float) -> Input:
     if scale != 1 and arrays["features"].dtype == np.float32:
         arrays["features"] = arrays["features"] * np.float32(scale)
     file = io.BytesIO()
-    np.savez(file, **{name.replace("/", "_")[:50] or "_": array for name, array in arrays.items()})
+    named = {
+        name.encode(errors="replace").decode().replace("/", "_")[:50] or "_": each for name, each in arrays.items()
+    }
+    np.savez(file, **named)
     return Input("index.npz", file.getvalue())
 
 

@@ -1,0 +1,106 @@
+"""open_clip's configuration of a model: the other direction of :mod:`lit_clip.models.open_clip_configs`."""
+
+from typing import Any
+
+from lit_clip.errors import InputError, require
+from lit_clip.models.clip import CLIP
+from lit_clip.models.config import (
+    CLIPConfig,
+    HuggingFaceTextConfig,
+    ResNetConfig,
+    TextTransformerConfig,
+    TimmConfig,
+    VisionTransformerConfig,
+    height_width,
+)
+from lit_clip.models.custom import custom_encoders
+
+
+def open_clip_model(model: CLIP) -> dict[str, Any]:
+    """Return the ``model_cfg`` of a model, whose weights have open_clip's names already.
+
+    Raises:
+        InputError: open_clip does not support the model.
+    """
+    config = model.config
+    for _, own in custom_encoders(config):
+        raise InputError(f"open_clip has no encoder {own}; use onnx")
+    values: dict[str, Any] = {
+        "embed_dim": config.embed_dim,
+        "quick_gelu": config.activation == "quick_gelu",
+        "vision_cfg": _open_clip_vision(model),
+        "text_cfg": _open_clip_text(config),
+        "custom_text": not config.papers_layout,
+    }
+    if config.logit_bias:
+        values["init_logit_bias"] = -10  # declares that there is one; the weights overwrite the value
+    return values
+
+
+def _open_clip_vision(model: CLIP) -> dict[str, Any]:
+    image = model.config.image
+    assert image.image_size is not None  # a model's config has all settings filled in
+    height, width = height_width(image.image_size)
+    size = {"image_size": height if height == width else [height, width]}
+    if isinstance(image, ResNetConfig):
+        return {**size, "layers": list(image.layers), "width": image.width, "patch_size": None}
+    if isinstance(image, TimmConfig):
+        others = {name: value for name, value in image.options.items() if name != "drop_path_rate"}
+        require(not others, f"open_clip cannot pass {others} to timm's {image.timm}; use onnx")
+        trunk: Any = model.visual.trunk
+        pool = getattr(trunk.global_pool, "pool_type", trunk.global_pool)  # a module in convolutional networks
+        return {
+            **size,
+            "timm_model_name": image.timm,
+            "timm_model_pretrained": False,
+            # An empty pool would mean no pooling at all if open_clip adds no projection of its own.
+            "timm_pool": image.pool or (pool if image.projection in ("none", "classifier") else ""),
+            "timm_proj": "" if image.projection == "classifier" else image.projection,
+            "timm_proj_bias": image.projection_bias,
+        }
+    assert isinstance(image, VisionTransformerConfig)  # open_clip_model has refused the others
+    tanh = {"act_kwargs": {"approximate": "tanh"}} if model.config.activation == "gelu_tanh" else {}
+    return {
+        **size,
+        "layers": image.layers,
+        "width": image.width,
+        "head_width": image.width // image.heads,
+        "mlp_ratio": image.mlp_ratio,
+        "patch_size": image.patch_size,
+        **tanh,
+    }
+
+
+def _open_clip_text(config: CLIPConfig) -> dict[str, Any]:
+    text = config.text
+    values: dict[str, Any] = {"context_length": text.context_length}
+    if text.tokenizer is not None:  # open_clip looks in the folder first
+        values |= {"hf_tokenizer_name": text.tokenizer.source, "tokenizer_kwargs": {"clean": text.tokenizer.clean}}
+    if isinstance(text, HuggingFaceTextConfig):
+        poolers = {"mean": "mean_pooler", "cls": "cls_last_hidden_state_pooler", "pooler": "cls_pooler"}
+        require(text.pooling in poolers, f"open_clip has no pooling {text.pooling!r} for text; use onnx")
+        require(
+            text.projection != "none",
+            "open_clip needs a projection after a Hugging Face encoder; use onnx",
+        )
+        return {
+            **values,
+            "hf_model_name": text.hugging_face,
+            "hf_model_pretrained": False,
+            "hf_proj_type": text.projection,
+            "hf_pooler_type": poolers[text.pooling],
+        }
+    assert isinstance(text, TextTransformerConfig)
+    values |= {
+        "vocab_size": text.vocab_size,
+        "width": text.width,
+        "heads": text.heads,
+        "layers": text.layers,
+        "mlp_ratio": text.mlp_ratio,
+        "norm_kwargs": {"eps": text.layer_norm_eps},
+        "proj_type": "linear" if text.projection else "none",
+        "proj_bias": text.projection_bias,
+    }
+    if config.activation == "gelu_tanh":
+        values["act_kwargs"] = {"approximate": "tanh"}
+    return values if text.causal else {**values, "no_causal_mask": True, "pool_type": "last"}
