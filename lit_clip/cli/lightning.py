@@ -169,7 +169,8 @@ class CLI(LightningCLI):
             self.trainer_defaults["callbacks"] = [RichProgressBar()]
         try:
             trainer = super().instantiate_trainer(**kwargs)
-        except (ValueError, TypeError, OverflowError, ModuleNotFoundError) as error:  # the last: of an option's package
+        # The last two: two callbacks with one name for their states, and a package that an option needs.
+        except (ValueError, TypeError, OverflowError, RuntimeError, ModuleNotFoundError) as error:
             raise InputError(f"trainer: {error}") from error
         watch_started_ranks(trainer)
         return trainer
