@@ -144,6 +144,12 @@ class CLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Lightning lets a checkpoint's hyper-parameters override what the user typed; see :meth:`parse_arguments`."""
 
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise InputError(f"seed_everything: {error}") from error
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         self.save_config_kwargs = {"config_filename": f"{self.subcommand}_config.yaml"}
         settings: Any = self._get(self.config_init, "trainer")

@@ -358,6 +358,7 @@ def test_a_given_progress_bar_replaces_the_default(caption_table: Path, tmp_path
         ("model: {optimizer: {betas: [2, 3]}}", ["model.optimizer: Invalid beta parameter at index 0: 2.0"]),
         ("model: {architecture: {text: {vocab_size: 1000}}}", ["vocab_size 1000", "49408"]),
         ("trainer: {accumulate_grad_batches: 2}", ["accumulate_grad_batches", "negatives"]),
+        ("seed_everything: -2", ["seed_everything: -2 is not in bounds", "4294967295"]),
         ("trainer: {accumulate_grad_batches: 0}", ["trainer.accumulate_grad_batches: 0 must be at least 1"]),
         ("trainer: {check_val_every_n_epoch: 0}", ["trainer.check_val_every_n_epoch: 0 must be at least 1"]),
         ("trainer: {val_check_interval: 0}", ["trainer.val_check_interval: 0 must be at least 1"]),
