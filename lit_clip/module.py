@@ -28,7 +28,7 @@ from lit_clip.models.lora import LoRA, add_lora
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.tools.untrusted import given
 from lit_clip.training.checkpoint_io import load_the_same_checkpoint, remove_after_writing
-from lit_clip.training.checks import check_lora_gradients, check_parts, check_run, check_skipped_samples
+from lit_clip.training.checks import check_counts, check_lora_gradients, check_parts, check_run, check_skipped_samples
 from lit_clip.training.claims import claim_folders, note_unnumbered, release_folders, remove_leftovers
 from lit_clip.training.fsdp import compute_missing_batches
 from lit_clip.training.micro_batches import encode_pairs, encode_parts, placeholder, split_batch
@@ -228,6 +228,7 @@ class LitCLIP(LightningModule):
         # The first hook: callbacks' setup would fail less clearly, and next a trainer asks its loggers for folders.
         if self.trainer.state.fn == TrainerFn.FITTING:
             check_parts(self.trainer)
+            check_counts(self.trainer)
         note_unnumbered(self.trainer)
         return []
 

@@ -96,7 +96,7 @@ class UnlabelledFiles(ImageSet):
 
     def images(self, index: int) -> list[Image.Image]:
         path = self.root / self.names[index]
-        return [open_image(path, str(path))]
+        return [open_image(path)]
 
     def key(self, index: int) -> str:
         return self.names[index]

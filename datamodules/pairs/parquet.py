@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -78,7 +77,8 @@ def open_parquet(paths: Sequence[Path], options: SourceOptions) -> PairSource:
         check_types(path, schema, columns)
         parts += list(_parts(path, file.metadata))
         with reading(path, "parquet file"):  # which names its columns a second time
-            sizes += [_size(file.metadata.row_group(group), columns) for group in range(file.num_row_groups)]
+            chunks = [_chunks(file, group, columns.names()) for group in range(file.num_row_groups)]
+        sizes += [sum(chunk.total_uncompressed_size for chunk in group.values()) for group in chunks]
     assert columns is not None
     root = options.image_root(whole if whole.is_dir() else whole.parent)
     return ParquetPairs(whole, root, parts, columns, np.array(sizes, dtype=np.int64))
@@ -99,11 +99,16 @@ def _parts(path: Path, metadata: pq.FileMetaData) -> Iterator[RowRange]:
         first += rows
 
 
-def _size(group: Any, columns: Columns) -> int:
-    """Return the uncompressed bytes of the columns in a row group."""
-    chunks = [group.column(number) for number in range(group.num_columns)]
-    names = columns.names()
-    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] in names)
+def _chunks(file: pq.ParquetFile, group: int, names: Sequence[str]) -> dict[str, pq.ColumnChunkMetaData]:
+    """Return what a row group says of the leaves of columns, by their paths.
+
+    pyarrow ends the process where that is damaged, unless its reader has looked at it before: that raises. Asked for
+    batches of no rows, the reader reads nothing else.
+    """
+    reader = file.reader
+    leaves = {".".join(path): number for number, path in enumerate(reader.column_paths) if path[0] in names}
+    next(reader.iter_batches(0, [group], list(leaves.values()), use_threads=False), None)
+    return {path: file.metadata.row_group(group).column(number) for path, number in leaves.items()}
 
 
 def _batches(file: pq.ParquetFile, groups: list[int], names: list[str]) -> Iterator[pa.RecordBatch]:
@@ -183,11 +188,10 @@ class ParquetPairs(StoredPairs):
 
     def _has_no_paths(self, number: int) -> bool:
         """Whether every row of a part is known to hold an encoded image, not only the path of one."""
-        part = self.part(number)
-        group = _open_file(part.file).metadata.row_group(part.group)
-        names = (self.columns.image, f"{self.columns.image}.bytes")
-        chunks = [group.column(place) for place in range(group.num_columns)]
-        counts = [chunk.statistics for chunk in chunks if chunk.path_in_schema in names]
+        part, image = self.part(number), self.columns.image
+        with reading(part.file, "parquet file"):
+            chunks = _chunks(_open_file(part.file), part.group, [image])
+        counts = [chunks[path].statistics for path in (image, f"{image}.bytes") if path in chunks]
         return bool(counts) and all(
             count is not None and count.has_null_count and not count.null_count for count in counts
         )

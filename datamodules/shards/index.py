@@ -75,7 +75,7 @@ def tar_members(file: BinaryIO, size: int) -> Iterator[tuple[tarfile.TarInfo, ta
     with tarfile.open(fileobj=file, mode="r:") as tar:
         while (member := tar.next()) is not None:
             tar.members = []  # pyright: ignore[reportAttributeAccessIssue]  # not in its stubs; else it keeps every member
-            if member.offset < end:  # a header with a negative size would loop for ever
+            if member.offset < end or member.size < 0:  # would loop for ever
                 raise DamagedError(f"is damaged at byte {end}")
             end = member.offset_data
             if not member.isreg() or member.issparse():

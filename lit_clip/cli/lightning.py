@@ -42,6 +42,7 @@ from lit_clip.tools.messages import hinting, options_of
 from lit_clip.tools.untrusted import shortened
 from lit_clip.tools.weight_files import read_mapped
 from lit_clip.training.checkpoint_io import WholeCheckpointIO, newest_checkpoint
+from lit_clip.training.checks import check_counts
 from lit_clip.training.lost_ranks import watch_started_ranks
 from lit_clip.training.plan import measure_run, print_plan
 from lit_clip.training.run_folder import curves, run_folder
@@ -143,6 +144,12 @@ class CLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Lightning lets a checkpoint's hyper-parameters override what the user typed; see :meth:`parse_arguments`."""
 
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise InputError(f"seed_everything: {error}") from error
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         self.save_config_kwargs = {"config_filename": f"{self.subcommand}_config.yaml"}
         settings: Any = self._get(self.config_init, "trainer")
@@ -168,7 +175,8 @@ class CLI(LightningCLI):
             self.trainer_defaults["callbacks"] = [RichProgressBar()]
         try:
             trainer = super().instantiate_trainer(**kwargs)
-        except (ValueError, TypeError, ModuleNotFoundError) as error:  # the last: a package that an option needs
+        # The last two: two callbacks with one name for their states, and a package that an option needs.
+        except (ValueError, TypeError, OverflowError, RuntimeError, ModuleNotFoundError) as error:
             raise InputError(f"trainer: {error}") from error
         watch_started_ranks(trainer)
         return trainer
@@ -227,6 +235,7 @@ class CLI(LightningCLI):
     def _print_plan(self) -> None:
         """Print the plan as the start of a run does, without starting other processes."""
         trainer: Any = self.trainer
+        check_counts(trainer)
         data = self.datamodule
         trainer.datamodule, data.trainer = data, trainer  # as fit does
         trainer.strategy.connect(self.model)

@@ -2,20 +2,25 @@
 
 import inspect
 import re
+from argparse import ArgumentError
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
 import yaml
+from jsonargparse import ArgumentParser
 
 from lit_clip.cli.packaged_defaults import DEFAULTS
 from lit_clip.errors import InputError, require
 from lit_clip.losses.loss import foreign_losses
-from lit_clip.tools.messages import imported_class, parameters
+from lit_clip.tools.messages import imported_class, one_line, parameters, user_error
 from lit_clip.tools.parts import describe_instance, qualified_name
+from lit_clip.tools.reading import naming
 from lit_clip.tools.text_files import read_yaml
-from lit_clip.tools.untrusted import hints_of, is_trusted, names_nothing, value_names_nothing
-from lit_clip.training.optimization import KINDS
+from lit_clip.tools.untrusted import hints_of, is_trusted, names_nothing, shortened, value_names_nothing
+from lit_clip.training.optim import EXCEPT_GAINS_AND_BIASES
+from lit_clip.training.optimization import KINDS, Optimization
+from lit_clip.training.schedules import WarmupCosine
 
 CLASS_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 PARTS = tuple(KINDS)
@@ -50,6 +55,9 @@ def sections(words: Sequence[str], subcommand: str | None) -> Iterator[dict[str,
             raise InputError(f"{config}: not a YAML mapping of options; see --print_config")
         section = values.get(subcommand, values)
         if isinstance(section, dict):
+            for name, value in section.items():
+                zero = isinstance(value, str) and "\0" in value  # which no path of a file has
+                require(not zero, f"{config}: {name}: {shortened(value)} may not hold a zero byte")
             yield section
 
 
@@ -155,32 +163,49 @@ def model_defaults(
             value_names_nothing(defaults[name], hints[name]),
             f"--ckpt_path: its setting {name}, {defaults[name]!r}, is not of the kind that a checkpoint may hold",
         )
+    kept: dict[str, Any] = {}
     for part in PARTS:
         named, saved, default = named_class(words, subcommand, "model", part), defaults.get(part), _default(model, part)
         if subcommand == "fit" and named is None:
             _check_nameable(part, saved, checkpoint_path(words, subcommand) or "")
         if named and _other_settings(words, subcommand, part, named):
             named = None  # those of the default class, which a later file or option then replaces
-        defaults[part] = _part_default(part, named, saved, default)
+        kept[part] = _kept(part, named, saved, default["class_path"])
+        defaults[part] = kept[part] or ({"class_path": named} if named else default)
     named, saved = named_class(words, subcommand, "model", "loss"), defaults.get("loss")
     if saved and (foreign_losses(saved) or (named and not _same_class(named, saved["class_path"]))):
         del defaults["loss"]  # a foreign loss is asked for by the module, if it trains
+    kept["loss"] = defaults.get("loss")
+    with naming(checkpoint_path(words, subcommand) or ""):
+        _check_creatable({name: each for name, each in kept.items() if each}, hints)
     return defaults
 
 
-def _part_default(part: str, named: str | None, saved: Any, default: dict[str, Any]) -> dict[str, Any]:
-    """Return the default of a part: of the named class, otherwise of the checkpoint's, otherwise of ``default``."""
+def _kept(part: str, named: str | None, saved: Any, default: str) -> dict[str, Any] | None:
+    """Return the checkpoint's description of a part; None if it may not name the class, or another one is named."""
     if isinstance(saved, Mapping) and "class_path" not in saved:
-        saved = {"class_path": default["class_path"], "init_args": saved}
+        saved = {"class_path": default, "init_args": saved}
     if is_trusted(saved, KINDS[part]) and (named is None or _same_class(named, saved["class_path"])):
         return {**saved, "class_path": named or saved["class_path"]}
-    if named is None:
-        return default
-    found = imported_class(named)
-    same = isinstance(saved, Mapping) and _same_class(named, str(saved["class_path"]))
+    found = imported_class(named) if named else None
+    same = isinstance(saved, Mapping) and named is not None and _same_class(named, str(saved["class_path"]))
     if found is not None and same and names_nothing(saved.get("init_args"), found):
         return {"class_path": named, "init_args": saved["init_args"]}
-    return {"class_path": named}
+    return None
+
+
+def _check_creatable(parts: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
+    """Raise :class:`InputError` unless a checkpoint's parts can be created, as the command line's parser does it."""
+    parser = ArgumentParser(exit_on_error=False)
+    for name in parts:
+        parser.add_argument(f"--model.{name}", type=hints[name])
+    try:
+        made = parser.instantiate_classes(parser.parse_object({"model": dict(parts)})).get("model", {})
+    except (ArgumentError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(one_line(user_error(error) or error)) from error
+    if "optimizer" in parts:  # a schedule need not suit another one
+        others = {"lr_scheduler": WarmupCosine, "decay": EXCEPT_GAINS_AND_BIASES}
+        Optimization(**{name: made.get(name, others.get(name)) for name in KINDS})
 
 
 def _check_nameable(part: str, saved: Any, checkpoint: str) -> None:

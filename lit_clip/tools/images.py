@@ -11,6 +11,7 @@ from typing import BinaryIO, Literal
 from PIL import Image, UnidentifiedImageError
 
 from lit_clip.errors import BadSample
+from lit_clip.tools.reading import reason
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 CHECKED = 10_000
@@ -59,9 +60,9 @@ def _silence_warnings() -> None:
 def _opened(source: Path | BinaryIO, where: str | None) -> Iterator[Image.Image]:
     """Open an image without decoding it; raise :class:`BadSample` for whatever goes wrong inside."""
     _silence_warnings()
-    named_by_path = where is None
-    name = "this image" if named_by_path else f"image {source}" if isinstance(source, Path) else "its image"
     where = str(source) if where is None else where
+    named_by_path = where == str(source)
+    name = "this image" if named_by_path else f"image {source}" if isinstance(source, Path) else "its image"
     try:
         if isinstance(source, Path) and not source.is_file():  # opening a pipe would wait for a writer
             problem = "not a file" if source.exists() else "no such image file"
@@ -79,16 +80,15 @@ def _opened(source: Path | BinaryIO, where: str | None) -> Iterator[Image.Image]
         raise
     # For a broken file Pillow's decoders raise anything: OSError, SyntaxError, struct.error, ...
     except Exception as error:
-        reason, words = _reason(error)
-        raise BadSample(where, reason, f"cannot read {name} ({words}){FIX_HINT}") from error
+        kind, words = _reason(error)
+        raise BadSample(where, kind, f"cannot read {name} ({words}){FIX_HINT}") from error
 
 
 def _reason(error: Exception) -> tuple[str, str]:
     """Return the kind of an error, by which skipped samples are counted, and its text."""
     if isinstance(error, UnidentifiedImageError):
         return "not an image", "not an image"
-    words = str(error).strip().partition("\n")[0] or type(error).__name__
-    return "image too large" if isinstance(error, Image.DecompressionBombError) else "broken image", words
+    return "image too large" if isinstance(error, Image.DecompressionBombError) else "broken image", reason(error)
 
 
 def open_image(source: Path | BinaryIO, where: str | None = None) -> Image.Image:

@@ -124,6 +124,19 @@ def _parts(trainer: Any) -> Iterator[tuple[str, Any]]:
         io = getattr(io, "checkpoint_io", None)
 
 
+def check_counts(trainer: Any) -> None:
+    """Check the numbers by which Lightning divides; it does so in the middle of a run.
+
+    Raises:
+        InputError: one is below 1.
+    """
+    for name in ("accumulate_grad_batches", "check_val_every_n_epoch", "val_check_interval"):
+        value = getattr(trainer, name, None)
+        unset = value is None and name != "accumulate_grad_batches"
+        share = isinstance(value, float)  # of an epoch
+        require(unset or share or (value or 0) >= 1, f"trainer.{name}: {value} must be at least 1")
+
+
 def check_run(module: Any) -> None:
     """Check a module's trainer and weights before the first step.
 

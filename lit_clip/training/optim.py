@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lit_clip.errors import InputError, require
+from lit_clip.tools.untrusted import shortened
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -53,6 +54,8 @@ class ExceptGainsAndBiases:
     """
 
     def __init__(self, exempt: Sequence[str] = ("bias",)) -> None:
+        listed = isinstance(exempt, list | tuple) and all(isinstance(part, str) for part in exempt)
+        require(listed, f"model.decay: exempt {shortened(exempt)} must be a list of texts")  # a text is one, of letters
         self.exempt = tuple(exempt)
 
     def __call__(self, name: str, parameter: nn.Parameter) -> bool:

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -357,6 +358,11 @@ def test_a_given_progress_bar_replaces_the_default(caption_table: Path, tmp_path
         ("model: {optimizer: {betas: [2, 3]}}", ["model.optimizer: Invalid beta parameter at index 0: 2.0"]),
         ("model: {architecture: {text: {vocab_size: 1000}}}", ["vocab_size 1000", "49408"]),
         ("trainer: {accumulate_grad_batches: 2}", ["accumulate_grad_batches", "negatives"]),
+        ("seed_everything: -2", ["seed_everything: -2 is not in bounds", "4294967295"]),
+        ("trainer: {accumulate_grad_batches: 0}", ["trainer.accumulate_grad_batches: 0 must be at least 1"]),
+        ("trainer: {check_val_every_n_epoch: 0}", ["trainer.check_val_every_n_epoch: 0 must be at least 1"]),
+        ("trainer: {val_check_interval: 0}", ["trainer.val_check_interval: 0 must be at least 1"]),
+        ('trainer: "\\0"', ["typo.yaml: trainer:", "may not hold a zero byte"]),
     ],
 )
 def test_bad_configs_are_one_line_and_exit_code_2(
@@ -375,6 +381,31 @@ def test_a_checkpoint_with_other_weights_names_one_that_does_not_fit(
     for option in (["--ckpt_path", "broken.ckpt"], ["--model.pretrained", "broken.ckpt"]):
         result = in_process(*words("fit", caption_table), *option)
         assert_user_error(result, "broken.ckpt", "weights do not fit", "ln_final.weight")
+
+
+@pytest.mark.parametrize(
+    ("part", "arguments", "problem"),
+    [
+        ("optimizer", {"betas": [None, 0.98]}, "model.optimizer.betas: wants float, not None"),
+        ("optimizer", {"lr": -1.0}, "model.optimizer: Invalid learning rate: -1.0"),
+        ("lr_scheduler", {"warmup_steps": -1}, "model.lr_scheduler.warmup_steps: -1 must be at least 0"),
+        ("decay", {"exempt": None}, "model.decay: exempt None must be a list of texts"),
+    ],
+)
+def test_a_checkpoint_is_named_whose_optimiser_or_schedule_cannot_be_created(
+    part: str,
+    arguments: dict[str, Any],
+    problem: str,
+    trained: tuple[Path, Completed],
+    caption_table: Path,
+    tmp_path: Path,
+    in_process: Cli,
+) -> None:
+    checkpoint = torch.load(checkpoint_of(trained[0]), weights_only=True)
+    checkpoint["hyper_parameters"][part]["init_args"] |= arguments
+    torch.save(checkpoint, tmp_path / "broken.ckpt")
+    result = in_process(*words("fit", caption_table), "--ckpt_path", "broken.ckpt")
+    assert_user_error(result, f"broken.ckpt: {problem}")
 
 
 def test_resuming_past_max_epochs_says_which_option_to_raise(

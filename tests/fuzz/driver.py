@@ -91,8 +91,13 @@ class Driver:
                 self.batch(target, seed_of(seed, target, turn), min(TURN * LONG.get(target, 1), left), sys.maxsize)
         raise AssertionError
 
-    def batch(self, target: str, seed: int, seconds: float, count: int, replayed: Iterable[Input] = ()) -> None:
-        """Give a batch of inputs to a target in a process of its own."""
+    def batch(
+        self, target: str, seed: int, seconds: float, count: int, replayed: Iterable[Input] = (), again: bool = False
+    ) -> None:
+        """Give a batch of inputs to a target in a process of its own.
+
+        An input that hangs is given ``again``, alone: a busy machine may have stood still.
+        """
         known = frozenset(signature for name, signature in self.summary.found if name == target)
         folder = Path(tempfile.mkdtemp(prefix="fuzz-")).resolve()
         log = folder / "log"
@@ -110,11 +115,15 @@ class Driver:
                 process.kill()
                 process.join()
                 finding = _death(process.exitcode, log)
-                self._keep(target, finding, last, seed)
+                if again or finding.kind != "hang":
+                    self._keep(target, finding, last, seed)
+                    last = None
         finally:
             process.kill()
             process.join()
             shutil.rmtree(folder, ignore_errors=True)
+        if last is not None:
+            self.batch(target, seed, seconds, 1, [last], again=True)
 
     def _follow(self, connection: Connection, job: Job) -> Input | None:
         """Count what a process tells until it ends; return the input that ended it, None if it ended by itself."""
