@@ -17,6 +17,7 @@ import csv
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from running import Program
 
 BENCHMARKS = Path(__file__).parent
 SIDES = ("peers", "our")
-MODELS = ("quickstart", "ViT-tiny-16-64")
+MODELS = ("quickstart", "RN-tiny-64", "ViT-tiny-16-64")
 CROP = 0.9  # smallest fraction of an image in a training crop, open_clip's default
 
 
@@ -182,27 +183,38 @@ def flops_of(run: Run) -> list[int]:
     return [counted(partial(step, pairs)) * steps_of(run) for step in steps]
 
 
-def measure(run: Run) -> Measured:
-    """Run both programs in turn."""
-    import torch
+def alternate(
+    run: Run, log_every: int = 10, between: Callable[[], None] = lambda: None
+) -> tuple[list[tuple[tuple[float, float], tuple[float, float]]], list[str], list[str]]:
+    """Run both programs in turn, an epoch each, without counting the first and the last one.
 
-    from lit_clip.models.flops import matmul_peak
-
-    dtype, last = torch.bfloat16 if run.bf16 else torch.float32, steps_of(run) * run.batch
-    peak = 0.0
-    both: list[tuple[tuple[float, float], tuple[float, float]]] = []
+    Returns:
+        for each epoch :meth:`Side.next` of open_clip's and of ours; the lines that each has printed.
+    """
+    last, both = steps_of(run) * run.batch, []
     ours = lit_clip_command("fit", "--config", str(run.folder / "fit.yaml"))
-    with Program(open_clip_command(run)) as their_program:
+    with Program(open_clip_command(run, log_every)) as their_program:
         them = Side(their_program, r"Start epoch {epoch}$", r"Train Epoch: {epoch} \[ *{last}/")
         them.until(1)
         with Program(ours, BENCHMARKS) as our_program:
             us = Side(our_program, "^mark epoch {epoch}$", "^mark trained {epoch}$")
             us.until(1)
             for epoch in range(1, run.epochs - 1):
-                peak = max(peak, matmul_peak(torch.device("cpu"), dtype))
+                between()
                 both.append((them.next(epoch, last), us.next(epoch, last)))
+            return both, their_program.said, our_program.said
+
+
+def measure(run: Run) -> Measured:
+    """Time the epochs of both programs."""
+    import torch
+
+    from lit_clip.models.flops import matmul_peak
+
+    dtype, peaks = torch.bfloat16 if run.bf16 else torch.float32, []
+    both, *_ = alternate(run, between=lambda: peaks.append(matmul_peak(torch.device("cpu"), dtype)))
     training, whole = ([(theirs[i], ours[i]) for theirs, ours in both] for i in (0, 1))
-    return Measured(training, whole, peak)
+    return Measured(training, whole, max(peaks))
 
 
 def main() -> None:

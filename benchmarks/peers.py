@@ -27,7 +27,7 @@ __all__ = ["QUICKSTART", "captions", "compare", "counted", "lengths_of", "open_c
 
 Work = Callable[[], object]
 
-# A typical model for small images; ViT-tiny-16-64, which `make quickstart` trains, has a quarter of the patches.
+# A typical model for small images; ViT-tiny-16-64 has a quarter of the patches.
 QUICKSTART = CLIPConfig(
     embed_dim=192,
     image=VisionTransformerConfig(image_size=64, patch_size=8, width=192, layers=6, heads=3),

@@ -38,7 +38,7 @@ def of_first_step(pairs: int) -> Result:
     from lit_clip.cli.lightning import computes_in_bfloat16
 
     with tempfile.TemporaryDirectory() as temporary:
-        run = write_run(Path(temporary), Run("ViT-tiny-16-64", bf16=bool(computes_in_bfloat16("cpu")), epochs=1))
+        run = write_run(Path(temporary), Run("RN-tiny-64", batch=256, bf16=bool(computes_in_bfloat16("cpu")), epochs=1))
         theirs = open_clip_command(run, log_every=1)
         logger = ("--trainer.logger.init_args.save_dir", temporary)
         ours = lit_clip_command("fit", "--config", str(QUICKSTART), "--trainer.callbacks+=marks.Marks", *logger)

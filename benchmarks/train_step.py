@@ -5,7 +5,7 @@
 Both get normalised images. open_clip's step is that of ``open_clip_train``: its model, ClipLoss and AdamW, with all 77
 positions of every caption. Ours is that of ``LitCLIP``: trimmed tokens and their lengths as from the data modules, the
 tiled loss, and fused AdamW. ``quickstart`` is a model for 64-pixel images with patches of 8, width 192, and 6 and 4
-layers; ``ViT-tiny-16-64`` is the model that ``make quickstart`` trains.
+layers; ``ViT-tiny-16-64`` is smaller.
 
 Besides the ratio it prints the share of the peak: the FLOP/s of the matrix products that a side executes, forward and
 backward, divided by those of the fastest plain matrix product in the same precision and run. Needing fewer FLOPs for

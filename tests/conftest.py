@@ -17,7 +17,6 @@ from types import ModuleType
 
 import pytest
 import torch
-import yaml
 from filelock import FileLock
 
 from lit_clip.cli.main import CONFIGURED
@@ -115,7 +114,7 @@ def _write_captions(drawings_cache: Path, folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def overfitted(tmp_path_factory: pytest.TempPathFactory, caption_table: Path) -> tuple[Path, Path]:
-    """Checkpoint of the quickstart's architecture, overfitted to 64 real pairs, and their table."""
+    """Checkpoint of a tiny model, overfitted to 64 real pairs, and their table."""
     folder = made_once(tmp_path_factory, "overfitted", partial(_overfit, caption_table))
     return folder / "last.ckpt", caption_table
 
@@ -127,9 +126,8 @@ def _overfit(caption_table: Path, folder: Path) -> None:
     from lit_clip import LitCLIP
 
     torch.manual_seed(0)
-    architecture = yaml.safe_load((ROOT / "configs/quickstart.yaml").read_text())["model"]["architecture"]
     module = LitCLIP(
-        architecture,
+        "ViT-tiny-16-64",
         optimizer=partial(PaperAdamW, lr=1e-3, weight_decay=0.0),
         lr_scheduler=partial(WarmupCosine, warmup_steps=10),
     )

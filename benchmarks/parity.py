@@ -1,0 +1,84 @@
+"""Train the same model on the same files by the same recipe with ``open_clip_train`` and ``lit-clip fit``.
+
+    python benchmarks/parity.py [--model RN-tiny-64] [--epochs 30] [--batch 256] [--bf16]
+
+Both programs are started as in ``epoch.py`` and take turns, an epoch each. Printed are the losses of both after each
+epoch, and the time that each took to the lowest validation loss that both have reached; the first epoch is not timed.
+The batch holds all validation pairs, as open_clip computes the validation loss within batches. Initial weights and the
+order of the pairs are each program's own, so the losses agree as those of two seeds do.
+
+The training loss is the mean of an epoch's steps. open_clip_train needs pandas and webdataset.
+"""
+
+import re
+import tempfile
+from pathlib import Path
+
+from epoch import MODELS, Run, alternate, write_run
+from results import compared, need, parser, save
+
+VALIDATION_PAIRS = 164
+
+
+def losses(lines: list[str], pattern: str) -> list[float]:
+    """Return the numbers that a pattern's group matches, in their order."""
+    return [float(found[1]) for line in lines if (found := re.search(pattern, line))]
+
+
+def seconds_to(loss: float, reached: list[float], seconds: list[float]) -> float:
+    """Return the time to the end of the first epoch whose loss is at most ``loss``."""
+    first = next(i for i, each in enumerate(reached) if each <= loss)
+    return sum(seconds[: first + 1])
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--model", choices=MODELS, default="RN-tiny-64")
+    arguments.add_argument("--bf16", action="store_true", help="autocast on both sides")
+    arguments.add_argument("--epochs", type=int, default=30, help="epochs of each that are compared")
+    arguments.add_argument("--batch", type=int, default=256)
+    options = arguments.parse_args()
+    from peers import end_if_emulated
+
+    end_if_emulated(options.bf16, "cpu")
+    need("pandas", "webdataset")
+    if options.batch < VALIDATION_PAIRS:
+        arguments.error(f"--batch: must be at least {VALIDATION_PAIRS}, the number of validation pairs")
+    with tempfile.TemporaryDirectory() as folder:
+        run = write_run(Path(folder), Run(options.model, options.bf16, options.epochs + 2, options.batch))
+        both, their_lines, our_lines = alternate(run, log_every=1)
+    last = slice(1, options.epochs + 1)  # without the first epoch
+    training = [
+        losses(their_lines, r"Train Epoch: .* \(100%\).*Loss: \S+ \((\S+)\)")[last],
+        losses(our_lines, r"^mark train loss (\S+)")[last],
+    ]
+    validation = [
+        losses(their_lines, r"clip_val_loss: (\S+)")[last],
+        losses(our_lines, r"^mark val loss (\S+)")[last],
+    ]
+    print("epoch, training loss of open_clip and lit-clip, validation loss of both")
+    for i, row in enumerate(zip(*training, *validation, strict=True)):
+        print(f"{i + 2:5}  " + "  ".join(f"{loss:7.4f}" for loss in row))
+    target = max(min(each) for each in validation)
+    seconds = [[epoch[side][1] for epoch in both] for side in (0, 1)]
+    times = [seconds_to(target, *each) for each in zip(validation, seconds, strict=True)]
+    apart = [abs(theirs - ours) / theirs for theirs, ours in zip(*training, strict=True)]
+    figures = {
+        "validation_loss": target,
+        "mean_relative_difference_of_training_losses": sum(apart) / len(apart),
+        "peers_last_training_loss": training[0][-1],
+        "our_last_training_loss": training[1][-1],
+    }
+    what = f"{options.model}, batch {options.batch}, {'bf16' if options.bf16 else 'fp32'}"
+    result = compared(
+        f"parity/{what.replace(', batch ', '/').replace(', ', '/')}",
+        f"time to a validation loss of {target:.3f}, {what}",
+        [(times[0], times[1])],
+        figures=figures,
+    )
+    print(f"{result.title}: {result.peer} {times[0]:.1f} s, lit-clip {times[1]:.1f} s, times as fast: {result.ratio}")
+    save(options.json, result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""The bench of recipes: its grid, its budget, its table, and that it goes on where it was."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from datamodules.openmoji import draw, read_table
+from lit_clip.cli.lightning import run
+from tests.conftest import ROOT
+
+BENCH = ROOT / "benchmarks/recipes"
+TINY = {
+    "embed_dim": 16,
+    "image": {"image_size": 64, "patch_size": 32, "width": 32, "layers": 1, "heads": 1},
+    "text": {"context_length": 16, "width": 32, "layers": 1, "heads": 1},
+}
+
+
+def bench(folder: Path, *options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(BENCH), "grid.yaml", "--out", "out", *map(str, options)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=400, check=False)
+
+
+def rows(done: subprocess.CompletedProcess[str]) -> dict[str, list[str]]:
+    """Return the table's cells by recipe."""
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in done.stdout.splitlines() if "│" in line]
+    return {cells[0]: cells[1:] for cells in lines}
+
+
+@pytest.mark.parametrize("grid", sorted(BENCH.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_a_config_that_fit_accepts(grid: Path, tmp_path: Path) -> None:
+    content = yaml.safe_load(grid.read_text(encoding="utf-8"))
+    base = grid.parent / content["base"]
+    models = set()
+    for name, changes in content["recipes"].items():
+        file = tmp_path / "changes.yaml"
+        file.write_text(yaml.safe_dump(changes), encoding="utf-8")
+        built = run(args=["--config", str(base), "--config", str(file)], execute=False)
+        assert built.datamodule.batch_size in (128, 256), name
+        models.add(json.dumps(built.model.hparams["architecture"], default=str))
+    assert len(models) > 1
+
+
+def test_recipes_get_equal_processor_time_and_finished_runs_are_kept(tmp_path: Path, drawings_cache: Path) -> None:
+    small = {
+        "model": {"architecture": TINY},
+        "data": {"class_path": "datamodules.OpenMoji", "init_args": {"batch_size": 32}},
+    }
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(small), encoding="utf-8")
+    large = {"data": {"class_path": "datamodules.OpenMoji", "init_args": {"batch_size": 320}}}
+    grid = {"base": "base.yaml", "recipes": {"small batch": {}, "large batch": large}}
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid), encoding="utf-8")
+    drawings = tmp_path / "drawings"
+    drawings.mkdir()
+    for emoji, file in list(zip(read_table(), draw(drawings_cache), strict=True))[
+        :20
+    ]:  # another artist's names are in small letters
+        (drawings / f"{emoji.hexcode.lower()}.png").write_bytes(file.read_bytes())
+    options = ("--seconds", 3, "--seeds", 1, "--drawings", drawings)
+    done = bench(tmp_path, *options)
+    assert done.returncode == 0, done.stderr
+    steps = {name: int(cells[1].replace(",", "")) for name, cells in rows(done).items()}
+    assert steps["small batch"] > 2 * steps["large batch"] > 10
+    assert all(0.5 < float(cells[2]) / 3 < 2 for cells in rows(done).values())
+    kept = (tmp_path / "out/runs.jsonl").read_text(encoding="utf-8")
+    measured = {run["recipe"]: run["metrics"] for run in map(json.loads, kept.splitlines())}
+    for parts in measured.values():
+        assert parts["validation"].keys() == parts["test"].keys()
+        assert all(0 <= value <= 1 for part in parts.values() for value in part.values())
+        assert "other_artist/top5" in parts["test"]
+    again = bench(tmp_path, *options, "--part", "test")
+    assert (tmp_path / "out/runs.jsonl").read_text(encoding="utf-8") == kept
+    assert "steps ..." not in again.stdout
+    metrics = measured["small batch"]["test"]
+    expected = [f"{100 * metrics[name]:.1f}" for name in ("line_art/top1", "line_art/top5")]
+    assert rows(again)["small batch"][6].split() == expected
+
+
+def test_a_recipe_that_is_not_in_the_grid_is_named(tmp_path: Path) -> None:
+    (tmp_path / "grid.yaml").write_text("base: base.yaml\nrecipes: {plain: {}}\n", encoding="utf-8")
+    done = bench(tmp_path, "--only", "fancy")
+    assert done.returncode == 2
+    assert "grid.yaml: no recipe fancy; there are plain" in done.stderr
