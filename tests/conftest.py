@@ -59,6 +59,12 @@ def _no_rank() -> Iterator[None]:
         os.environ.pop(name, None)
 
 
+@pytest.fixture(autouse=True)
+def _import_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Remove the folder that a command adds; a fuzzed import would look into it, long after its test."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
 @pytest.fixture
 def tiny_config() -> CLIPConfig:
     """A model of 3.3 million parameters, nearly all of them the token embedding."""

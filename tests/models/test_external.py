@@ -94,7 +94,7 @@ def test_data_are_read_with_the_tokenizer_that_the_checkpoint_holds(caption_tabl
 
     definition = json.loads((source / "tokenizer.json").read_text())
     words_ids = definition["model"]["vocab"]
-    definition["model"]["vocab"] = {word: (id * 7) % 24 if id > 3 else id for word, id in words_ids.items()}
+    definition["model"]["vocab"] = {word: (id - 4) * 7 % 20 + 4 if id > 3 else id for word, id in words_ids.items()}
     (source / "tokenizer.json").write_text(json.dumps(definition))
     changed = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
     losses = changed.validate(
@@ -223,10 +223,10 @@ def lite0_by_name(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.slow
 def test_minilm_separates_dogs_from_sports_cars() -> None:
     model = text_model(minilm_folder(), 384, projection="none")
-    texts = model.tokenize(["a photo of a dog", "an image of a puppy", "a red sports car"])
+    texts = model.tokenize(["a photo of a dog", "a picture of a puppy", "a red sports car"])
     with torch.no_grad():
         dog, puppy, car = model.encode_text(texts, normalize=True)
-    assert (dog @ puppy).item() == pytest.approx(0.82, abs=0.01)
+    assert (dog @ puppy).item() == pytest.approx(0.8206, abs=1e-4)  # of sentence-transformers 6.2
     assert (dog @ car).item() == pytest.approx(0.17, abs=0.01)
 
 
