@@ -25,7 +25,8 @@ class FrozenFeatures(Callback):
     """Before the first step, encode each image and caption of ``fit`` once through the layers that are frozen.
 
     Steps and validations then read the activations from memory-mapped files, decode no image, and compute only the
-    layers behind: losses equal those of the plain run to rounding. A tower of which nothing is frozen trains as usual.
+    layers behind: losses equal those of the plain run to rounding. A tower of which nothing is frozen trains as usual,
+    and so does the text encoder where captions are made up at random, as OpenMoji's are.
     An interrupted run goes on encoding where it was, and a later run encodes nothing, unless the frozen weights, the
     preprocessing, the precision, the images or the captions have changed.
 
@@ -52,10 +53,13 @@ class FrozenFeatures(Callback):
         module, data = cast(LitCLIP, pl_module), cast(Any, trainer).datamodule
         prefixes: dict[Tower, FrozenPrefix] = {}
         for tower in TOWERS:
+            if tower == "text" and not data.lists_captions:
+                continue
             if prefix := use_frozen_prefix(module.model, tower):
                 prefixes[tower] = prefix
         require(
-            bool(prefixes), "FrozenFeatures: no encoder has frozen layers; set model.freeze, or remove the callback"
+            bool(prefixes),
+            "FrozenFeatures: no encoder has frozen layers whose inputs are known; set model.freeze, or remove the callback",
         )
         _refuse_loss(module, data, prefixes)
         training = [part for part in module.modules() if part.training]

@@ -190,6 +190,8 @@ class OpenMoji(CaptionDataModule):
             only. None: ``batch_size`` on each rank.
     """
 
+    lists_captions = False  # a name goes with any of its tags
+
     def __init__(
         self,
         batch_size: int = 64,

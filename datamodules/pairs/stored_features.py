@@ -257,8 +257,10 @@ class WithStoredFeatures:
     Attributes:
         stored_images: the activations that batches hold in place of images.
         stored_texts: the activations of captions that batches hold.
+        lists_captions: whether the sources list every caption that they draw; otherwise no text can be stored.
     """
 
+    lists_captions = True
     stored_images: StoredImages | None = None
     stored_texts: StoredTexts | None = None
     train_source: PairSource | None

@@ -353,12 +353,28 @@ def test_hard_negatives_are_drawn_as_in_the_plain_run_where_only_images_are_stor
     check_equal(run._replace(table=str(wrong), freeze="image", data={"negative_column": "wrong"}))
 
 
-def test_captions_that_the_data_do_not_list_are_refused(run: Run, drawings_cache: Path) -> None:
-    module = LitCLIP(config_of("vit"), freeze=FREEZES["unlock_last 0"])
+def fit_drawings(run: Run, drawings_cache: Path, *callbacks: Callback) -> list[float]:
+    """Train on drawings, whose captions are names with tags drawn at random, and return the losses."""
+    torch.manual_seed(0)
+    recorder, module = Recorder(run), LitCLIP(config_of("vit"), freeze=FREEZES["unlock_last 0"])
     data = OpenMoji(cache_dir=str(drawings_cache), batch_size=64, num_workers=0, augmentation=[])
-    fitting = trainer(Path(run.folder), max_epochs=1, callbacks=[FrozenFeatures(f"{run.folder}/cache")])
+    trainer(Path(run.folder), max_steps=3, callbacks=[*callbacks, recorder]).fit(module, data)
+    return recorder.losses
+
+
+def test_captions_drawn_at_random_are_encoded_in_each_step(run: Run, drawings_cache: Path) -> None:
+    folder = Path(run.folder, "cache")
+    expected = fit_drawings(run, drawings_cache)
+    assert fit_drawings(run, drawings_cache, FrozenFeatures(str(folder))) == pytest.approx(expected, rel=1e-5)
+    assert [path.name.partition("-")[0] for path in folder.iterdir()] == ["image"]
+
+
+def test_captions_that_the_data_do_not_list_are_refused(
+    run: Run, drawings_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(OpenMoji, "lists_captions", True)
     with pytest.raises(InputError, match="a caption is not among those that the data list"):
-        fitting.fit(module, data)
+        fit_drawings(run, drawings_cache, FrozenFeatures(f"{run.folder}/cache"))
 
 
 def test_rows_of_any_type_are_read_as_written(tmp_path: Path) -> None:
