@@ -59,7 +59,7 @@ class FrozenFeatures(Callback):
                 prefixes[tower] = prefix
         require(
             bool(prefixes),
-            "FrozenFeatures: no encoder has frozen layers whose inputs are known; set model.freeze, or remove the callback",
+            "FrozenFeatures: no encoder has frozen layers to store; set model.freeze, or remove the callback",
         )
         _refuse_loss(module, data, prefixes)
         training = [part for part in module.modules() if part.training]
