@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from datamodules.openmoji import draw, read_table
 from lit_clip.cli.lightning import run
+from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
 from tests.conftest import ROOT
+from tests.helpers.exports import checkpoint
 
 BENCH = ROOT / "benchmarks/recipes"
 TINY = {
@@ -32,27 +35,42 @@ def rows(done: subprocess.CompletedProcess[str]) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("grid", sorted(BENCH.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_recipe_is_a_config_that_fit_accepts(grid: Path, tmp_path: Path) -> None:
+def test_every_recipe_is_a_config_that_fit_accepts(grid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "classes/cat").mkdir(parents=True)
+    Image.new("RGB", (32, 32)).save(tmp_path / "classes/cat/1.png")
+    vision, text = VisionTransformerConfig(32, 16, 8, 4, 1), TextTransformerConfig(16, width=8, layers=2, heads=1)
+    checkpoint(CLIPConfig(8, vision, text), tmp_path / "base.ckpt")
+    monkeypatch.setenv("BASE", str(tmp_path / "base.ckpt"))
+    for name in ("TRAIN", "CLASSES", "HELD_OUT"):
+        monkeypatch.setenv(name, str(tmp_path / "classes"))
     content = yaml.safe_load(grid.read_text(encoding="utf-8"))
     base = grid.parent / content["base"]
-    models = set()
     for name, changes in content["recipes"].items():
         file = tmp_path / "changes.yaml"
-        file.write_text(yaml.safe_dump(changes), encoding="utf-8")
+        options = {key: value for key, value in changes.items() if key != "alphas"}
+        file.write_text(yaml.safe_dump(options), encoding="utf-8")
         built = run(args=["--config", str(base), "--config", str(file)], execute=False)
-        assert built.datamodule.batch_size in (128, 256), name
-        models.add(json.dumps(built.model.hparams["architecture"], default=str))
-    assert len(models) > 1
+        assert built.datamodule.batch_size in (64, 128, 256), name
+    texts = [json.dumps(changes, sort_keys=True) for changes in content["recipes"].values()]
+    assert len(set(texts)) == len(texts) > 5
 
 
 def test_recipes_get_equal_processor_time_and_finished_runs_are_kept(tmp_path: Path, drawings_cache: Path) -> None:
+    sets = {
+        name: {"images": {"class_path": "datamodules.OpenMojiClasses", "init_args": options}, "templates": ["{}"]}
+        for name, options in {
+            "unseen_groups": {"drawings": "held_out", "classes": "group"},
+            "line_art": {"style": "line"},
+        }.items()
+    }
     small = {
         "model": {"architecture": TINY},
         "data": {"class_path": "datamodules.OpenMoji", "init_args": {"batch_size": 32}},
+        "trainer": {"callbacks": [{"class_path": "callbacks.ZeroShot", "init_args": {"sets": sets}}]},
     }
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(small), encoding="utf-8")
     large = {"data": {"class_path": "datamodules.OpenMoji", "init_args": {"batch_size": 320}}}
-    grid = {"base": "base.yaml", "recipes": {"small batch": {}, "large batch": large}}
+    grid = {"base": "base.yaml", "recipes": {"small batch": {"alphas": [0, 1]}, "large batch": large}}
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid), encoding="utf-8")
     drawings = tmp_path / "drawings"
     drawings.mkdir()
@@ -66,18 +84,23 @@ def test_recipes_get_equal_processor_time_and_finished_runs_are_kept(tmp_path: P
     steps = {name: int(cells[1].replace(",", "")) for name, cells in rows(done).items()}
     assert steps["small batch"] > 2 * steps["large batch"] > 10
     assert all(0.5 < float(cells[2]) / 3 < 2 for cells in rows(done).values())
+    assert all(100 < float(cells[3].replace(",", "")) < 10_000 for cells in rows(done).values())  # megabytes
     kept = (tmp_path / "out/runs.jsonl").read_text(encoding="utf-8")
     measured = {run["recipe"]: run["metrics"] for run in map(json.loads, kept.splitlines())}
     for parts in measured.values():
         assert parts["validation"].keys() == parts["test"].keys()
         assert all(0 <= value <= 1 for part in parts.values() for value in part.values())
-        assert "other_artist/top5" in parts["test"]
+        assert parts["test"].keys() == {
+            *("unseen_groups/top1", "line_art/top1", "line_art/top5", "other_artist/top1", "other_artist/top5")
+        }
     again = bench(tmp_path, *options, "--part", "test")
     assert (tmp_path / "out/runs.jsonl").read_text(encoding="utf-8") == kept
     assert "steps ..." not in again.stdout
     metrics = measured["small batch"]["test"]
     expected = [f"{100 * metrics[name]:.1f}" for name in ("line_art/top1", "line_art/top5")]
-    assert rows(again)["small batch"][6].split() == expected
+    assert rows(again)["small batch"][4].split() == expected
+    assert rows(again)["small batch, alpha 1"][4:] == rows(again)["small batch"][4:]
+    assert rows(again)["small batch, alpha 0"][4:] != rows(again)["small batch"][4:]
 
 
 def test_a_recipe_that_is_not_in_the_grid_is_named(tmp_path: Path) -> None:

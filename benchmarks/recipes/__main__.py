@@ -3,14 +3,15 @@
     python benchmarks/recipes benchmarks/recipes/quickstart.yaml [--seconds 200] [--seeds 3] [--only NAME ...]
         [--drawings FOLDER] [--part test] [--out runs/recipes]
 
-A grid is a YAML file with ``base``, a config of ``lit-clip fit``, and ``recipes``: names, and what each changes in it.
+A grid is a YAML file with ``base``, a config of ``lit-clip fit``, and ``recipes``: names, and what each changes in it;
+a recipe's ``alphas`` are no change, but interpolations between the weights before and after (WiSE-FT) to measure too.
 A recipe gets as many steps as fit into the budget; a first short run measures what one costs. Runs have one thread and
 no data worker, so processor time is the run's own, whatever else the machine does; on several cores, start several
 commands with different ``--only``. Finished runs are in ``OUT/runs.jsonl`` and are not repeated.
 
-The metrics are of drawings, names or styles that were not trained on, except ``trained names``, and each is computed
-for two halves of the drawings: choose by ``validation``, report ``test``. ``--drawings`` adds another artist's drawings
-of the same objects, such as Twemoji's: those of ``npm pack emoji-datasource-twitter``, named like OpenMoji's.
+Measured are the sets of the config's ``ZeroShot``, each in two halves: choose by ``validation``, report ``test``.
+``--drawings`` adds another artist's drawings of OpenMoji's objects, such as Twemoji's: those of
+``npm pack emoji-datasource-twitter``, named like OpenMoji's.
 """
 
 import argparse
@@ -36,15 +37,17 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Recipe:
-    """A named change of a config."""
+    """A named change of a config, and the interpolations to measure."""
 
     name: str
     base: Path
     changes: dict[str, Any]
+    alphas: tuple[float, ...] = ()
 
     def identity(self, seconds: float) -> str:
         """Return a key of what is trained: equal for the same settings and budget, whatever the name."""
         text = self.base.read_text(encoding="utf-8") + json.dumps(self.changes, sort_keys=True) + f"{seconds:g}"
+        text += json.dumps(self.alphas) if self.alphas else ""
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -75,7 +78,8 @@ def read_grid(path: Path) -> list[Recipe]:
     """Return the recipes of a grid."""
     grid = yaml.safe_load(path.read_text(encoding="utf-8"))
     base = (path.parent / grid["base"]).resolve()
-    return [Recipe(name, base, changes or {}) for name, changes in grid["recipes"].items()]
+    recipes = {name: dict(changes or {}) for name, changes in grid["recipes"].items()}
+    return [Recipe(name, base, changes, tuple(changes.pop("alphas", ()))) for name, changes in recipes.items()]
 
 
 def run_once(out: Path, recipe: Recipe, seed: int, seconds: float, drawings: Path | None) -> None:
@@ -89,7 +93,8 @@ def run_once(out: Path, recipe: Recipe, seed: int, seconds: float, drawings: Pat
             return
         steps = max(1, round(seconds / step_cost(out, recipe)))
         print(f"{recipe.name}, seed {seed}: {steps:,} steps ...", flush=True)
-        measured = train(recipe, seed, steps, {"drawings": str(drawings.resolve()) if drawings else None})
+        options = {"drawings": str(drawings.resolve()) if drawings else None, "alphas": list(recipe.alphas)}
+        measured = train(recipe, seed, steps, options)
         line = {"recipe": recipe.name, "identity": key, "seed": seed, "changes": recipe.changes, **measured}
         with (out / "runs.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

@@ -1,7 +1,10 @@
-"""Measure a run from within: its processor time, and at its end what the model has learned."""
+"""Measure a run from within: its processor time and memory, and at its end what the model has learned."""
 
+import copy
 import json
+import resource
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,33 +12,39 @@ import torch
 from lightning.pytorch import Callback
 from PIL import Image
 
+from callbacks import ZeroShot
 from datamodules import OpenMojiClasses
+from lit_clip.commands.wise_ft import InterpolatedModels
 from lit_clip.evaluation.accuracy import accuracies, classification_counts
-from lit_clip.evaluation.data import LabelledImages
-from lit_clip.evaluation.zero_shot import zero_shot_classifier
+from lit_clip.evaluation.zero_shot import ZeroShotSet, zero_shot_classifier
 from lit_clip.models.clip import CLIP
 
 WARM_UP = 5  # steps that are not measured
-SETS: dict[str, dict[str, Any]] = {
-    "trained_names": {"drawings": "trained"},
-    "unseen_names": {"drawings": "held_out"},
-    "unseen_groups": {"drawings": "held_out", "classes": "group"},
-    "line_art": {"drawings": "all", "style": "line"},
-}
+FEW = 20  # classes, up to which a top-5 accuracy says little
+Metrics = dict[str, dict[str, float]]  # half -> "set/metric" -> value
 
 
 class Measuring(Callback):
-    """Write steps, processor seconds and metrics as JSON; last in the list, to measure EMA's average.
+    """Write steps, processor seconds, memory and metrics as JSON; last in the list, to measure EMA's average.
+
+    The metrics are those of the sets of the config's ``ZeroShot``, which itself has nothing to do.
 
     Args:
         path: of the file.
         evaluate: compute the metrics.
         drawings: folder of another artist's drawings, see :class:`OtherDrawings`.
+        alphas: measure interpolations between the model before the first step (0) and after the last (1) too.
     """
 
-    def __init__(self, path: str, evaluate: bool = True, drawings: str | None = None) -> None:
-        self.path, self.evaluate, self.drawings = Path(path), evaluate, drawings
+    def __init__(
+        self, path: str, evaluate: bool = True, drawings: str | None = None, alphas: Sequence[float] = ()
+    ) -> None:
+        self.path, self.evaluate, self.drawings, self.alphas = Path(path), evaluate, drawings, alphas
         torch.set_num_threads(1)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if self.alphas and self.evaluate:
+            self.before = copy.deepcopy(pl_module.model)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == WARM_UP:
@@ -44,11 +53,23 @@ class Measuring(Callback):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         steps = trainer.global_step
         seconds = (time.process_time() - self.since) * steps / (steps - WARM_UP)
-        measured: dict[str, Any] = {"steps": steps, "seconds": seconds}
+        megabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        measured: dict[str, Any] = {"steps": steps, "seconds": seconds, "megabytes": megabytes}
         if self.evaluate:
             pl_module.eval()
-            measured["metrics"] = metrics(pl_module.model, self.drawings)
+            sets = self.sets(trainer)
+            measured["metrics"] = metrics(pl_module.model, sets)
+            if self.alphas:
+                models = InterpolatedModels(self.before.eval(), pl_module.model)
+                measured["interpolated"] = {alpha: metrics(models.at(alpha), sets) for alpha in self.alphas}
         self.path.write_text(json.dumps(measured), encoding="utf-8")
+
+    def sets(self, trainer: Any) -> dict[str, ZeroShotSet]:
+        """Return the sets to measure by name."""
+        sets = next(callback.sets for callback in trainer.callbacks if isinstance(callback, ZeroShot))
+        if self.drawings:
+            return {**sets, "other_artist": ZeroShotSet(OtherDrawings(Path(self.drawings)), ["{}"])}
+        return sets
 
 
 class OtherDrawings(OpenMojiClasses):
@@ -72,17 +93,16 @@ def key(path: Path) -> str:
 
 
 @torch.no_grad()
-def metrics(model: CLIP, drawings: str | None) -> dict[str, dict[str, float]]:
-    """Return top-1 and top-5 accuracies of both halves of each set."""
-    sets: dict[str, LabelledImages] = {name: OpenMojiClasses(**options) for name, options in SETS.items()}
-    if drawings:
-        sets["other_artist"] = OtherDrawings(Path(drawings))
-    found: dict[str, dict[str, float]] = {"validation": {}, "test": {}}
-    for name, images in sets.items():
-        classifier = zero_shot_classifier(model, images.class_names, ["{}"])
+def metrics(model: CLIP, sets: Mapping[str, ZeroShotSet]) -> Metrics:
+    """Return top-1 of both halves of each set, and top-5 of those with many classes."""
+    found: Metrics = {"validation": {}, "test": {}}
+    for name, each in sets.items():
+        images = each.images
+        classifier = zero_shot_classifier(model, images.class_names, each.templates)
         features = model.encode([images[row][0] for row in range(len(images))])
         labels = torch.tensor(images.labels())
         for half, part in enumerate(found.values()):
             counted = accuracies(classification_counts(features[half::2] @ classifier, labels[half::2]))
-            part.update({f"{name}/{metric}": counted[metric] for metric in ("top1", "top5")})
+            kept = ("top1", "top5") if len(images.class_names) > FEW else ("top1",)
+            part.update({f"{name}/{metric}": counted[metric] for metric in kept})
     return found
