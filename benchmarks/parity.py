@@ -17,7 +17,7 @@ from pathlib import Path
 from epoch import MODELS, Run, alternate, write_run
 from results import compared, need, parser, save
 
-VALIDATION_PAIRS = 164
+from datamodules.openmoji import held_out, read_table
 
 
 def losses(lines: list[str], pattern: str) -> list[float]:
@@ -42,8 +42,8 @@ def main() -> None:
 
     end_if_emulated(options.bf16, "cpu")
     need("pandas", "webdataset")
-    if options.batch < VALIDATION_PAIRS:
-        arguments.error(f"--batch: must be at least {VALIDATION_PAIRS}, the number of validation pairs")
+    if options.batch < (pairs := sum(held_out(read_table()))):
+        arguments.error(f"--batch: must be at least {pairs}, the number of validation pairs")
     with tempfile.TemporaryDirectory() as folder:
         run = write_run(Path(folder), Run(options.model, options.bf16, options.epochs + 2, options.batch))
         both, their_lines, our_lines = alternate(run, log_every=1)
