@@ -60,9 +60,11 @@ def _no_rank() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _import_path(monkeypatch: pytest.MonkeyPatch) -> None:
+def _import_path() -> Iterator[None]:
     """Remove the folder that a command adds; a fuzzed import would look into it, long after its test."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    before = list(sys.path)
+    yield
+    sys.path[:] = before
 
 
 @pytest.fixture

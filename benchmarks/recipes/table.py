@@ -20,7 +20,7 @@ def print_table(runs: list[dict[str, Any]], part: str) -> None:
         table.add_row(*first, *cells([row["metrics"][part] for row in rows], columns))
         for alpha in rows[0].get("interpolated", ()):
             mixed = [row["interpolated"][alpha][part] for row in rows]
-            table.add_row(f"{name}, alpha {alpha}", *first[1:], *cells(mixed, columns))
+            table.add_row(f"{name}, alpha {float(alpha):g}", *first[1:], *cells(mixed, columns))
     Console(width=140).print(table)
 
 
