@@ -83,7 +83,7 @@ format: install  ## Format the code
 
 bench: $(BIN)/.bench  ## Compare with open_clip, then print the table and check the ratios (an hour or two on an idle machine)
 	@mkdir -p $(BENCH) && rm -f $(BENCH)/*.json
-	@for model in ViT-B-32 quickstart; do \
+	@for model in ViT-B-32 ViT-tiny-8-64; do \
 	$(call measure,train_step,--model $$model,.$$model.fp32) && \
 	$(call measure,train_step,--model $$model --bf16,.$$model.bf16) && \
 	$(call measure,train_step,--model $$model --pairs 0 --losses 20,.$$model.losses) || exit 1; done

@@ -23,12 +23,12 @@ from lit_clip.cli.lightning import computes_in_bfloat16
 from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
 from lit_clip.models.flops import matmul_peak
 
-__all__ = ["QUICKSTART", "captions", "compare", "counted", "lengths_of", "open_clip_pair", "parser", "save"]
+__all__ = ["TINY_VIT", "captions", "compare", "counted", "lengths_of", "open_clip_pair", "parser", "save"]
 
 Work = Callable[[], object]
 
 # A typical model for small images; ViT-tiny-16-64 has a quarter of the patches.
-QUICKSTART = CLIPConfig(
+TINY_VIT = CLIPConfig(
     embed_dim=192,
     image=VisionTransformerConfig(image_size=64, patch_size=8, width=192, layers=6, heads=3),
     text=TextTransformerConfig(width=192, layers=4, heads=3),
@@ -36,8 +36,8 @@ QUICKSTART = CLIPConfig(
 
 
 def architecture(name: str) -> CLIPConfig | str:
-    """Return the sizes of ``quickstart``, or any other name unchanged."""
-    return QUICKSTART if name == "quickstart" else name
+    """Return the sizes of ``ViT-tiny-8-64``, or any other name unchanged."""
+    return TINY_VIT if name == "ViT-tiny-8-64" else name
 
 
 def open_clip_pair(name: str) -> tuple[Any, CLIP]:

@@ -4,7 +4,7 @@
 
 Both get normalised images. open_clip's step is that of ``open_clip_train``: its model, ClipLoss and AdamW, with all 77
 positions of every caption. Ours is that of ``LitCLIP``: trimmed tokens and their lengths as from the data modules, the
-tiled loss, and fused AdamW. ``quickstart`` is a model for 64-pixel images with patches of 8, width 192, and 6 and 4
+tiled loss, and fused AdamW. ``ViT-tiny-8-64`` is a model for 64-pixel images with patches of 8, width 192, and 6 and 4
 layers; ``ViT-tiny-16-64`` is smaller.
 
 Besides the ratio it prints the share of the peak: the FLOP/s of the matrix products that a side executes, forward and
@@ -43,8 +43,8 @@ from lit_clip.losses.tiled import PairLayout, sharded_contrastive_loss
 from lit_clip.models.config import height_width
 from lit_clip.training.optim import decay_groups
 
-MODELS = ("ViT-B-32", "ViT-B-16", "RN50", "quickstart", "ViT-tiny-16-64")
-BATCHES = {"quickstart": 128, "ViT-tiny-16-64": 128}
+MODELS = ("ViT-B-32", "ViT-B-16", "RN50", "ViT-tiny-8-64", "ViT-tiny-16-64", "RN-tiny-64")
+BATCHES = {"ViT-tiny-8-64": 128, "ViT-tiny-16-64": 128, "RN-tiny-64": 256}
 ADAM = {"betas": (0.9, 0.98), "eps": 1e-6}
 TINY_RATE = 1e-6  # for timed steps, which all have the same batch: it must not be memorised
 RATE = 1e-4  # for compared losses
