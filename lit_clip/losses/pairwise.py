@@ -3,6 +3,10 @@
 import math
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from lit_clip.distributed import Shards, gather
 from lit_clip.errors import require
 from lit_clip.losses.contrastive import Duplicates
 from lit_clip.losses.loss import Loss, LossValue, Pairs
@@ -29,22 +33,45 @@ class Contrastive(Loss):
     Args:
         duplicates: how pairs with the same caption, image or group count: as ``negatives`` of each other (the paper),
             as ``positives``, or ``ignored``.
+        label_smoothing: share of each target that is spread evenly over the pairs of the batch, without hard negatives
+            (Szegedy et al. 2016); at least 0 and below 1, and only with duplicates as ``negatives``.
     """
 
     uses_negatives = True
 
-    def __init__(self, duplicates: Duplicates = "negatives") -> None:
+    def __init__(self, duplicates: Duplicates = "negatives", label_smoothing: float = 0.0) -> None:
         super().__init__()
+        require(0 <= label_smoothing < 1, f"label_smoothing: {label_smoothing} must be at least 0 and below 1")
+        require(
+            not label_smoothing or duplicates == "negatives",
+            f"label_smoothing {label_smoothing} needs duplicates: negatives, not {duplicates}; leave one of them out",
+        )
         self.duplicates: Duplicates = duplicates
+        self.label_smoothing = label_smoothing
 
     def forward(self, pairs: Pairs) -> LossValue:
         layout = _layout(pairs, self.duplicates)
         result = sharded_contrastive_loss(pairs.image, pairs.text, pairs.scale, layout, pairs.negatives)
+        if self.label_smoothing:
+            result = result._replace(loss=result.loss + self.label_smoothing * _own_above_mean(pairs))
         return _value(result, pairs)
 
     def uninformed(self, pairs: int) -> float:
         """Return log N: each of N captions is equally likely."""
         return math.log(pairs)
+
+
+def _own_above_mean(pairs: Pairs) -> Tensor:
+    """Return the mean logit of a pair less the mean logit of all images and texts.
+
+    Cross-entropy is linear in its target, so a smoothed one adds this times the smoothing, without any more logits.
+    """
+    world, total, rank = pairs.shards.world, pairs.shards.total, pairs.shards.rank
+    with torch.autocast(pairs.image.device.type, enabled=False):
+        own = (pairs.image * pairs.text).sum() * world / total
+        sums = torch.cat([pairs.image.sum(dim=0), pairs.text.sum(dim=0)])[None]  # [1, 2D]
+        image_D, text_D = gather(sums, Shards(rank, (1,) * world)).sum(dim=0).chunk(2)
+        return pairs.scale * (own - image_D @ text_D / total**2)
 
 
 class Sigmoid(Loss):

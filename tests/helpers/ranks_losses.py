@@ -74,7 +74,7 @@ class Inputs(NamedTuple):
 Loop = Callable[[Inputs, Loss, Teacher], Tensor]
 
 
-def contrastive_loop(duplicates: str) -> Loop:
+def contrastive_loop(duplicates: str, smoothing: float = 0.0) -> Loop:
     """Return cross-entropies in both directions, one query and one candidate at a time."""
 
     def loop(x: Inputs, loss: Loss, teacher: Teacher) -> Tensor:
@@ -86,7 +86,9 @@ def contrastive_loop(duplicates: str) -> Loop:
                 positives = [j for j in pairs if j == i or (duplicates == "positives" and x.same[i, j])]
                 terms = [logits[j].exp() for j in (i, *others)]
                 terms += [(x.scale * (queries[i] @ row)).exp() for row in (() if more is None else more)]
-                total = total + torch.stack(terms).sum().log() - torch.stack([logits[j] for j in positives]).mean()
+                target = torch.stack([logits[j] for j in positives]).mean() * (1 - smoothing)
+                target = target + smoothing * torch.stack(logits).mean()
+                total = total + torch.stack(terms).sum().log() - target
         return total / (2 * len(pairs))
 
     return loop
@@ -166,6 +168,9 @@ CASES: dict[str, Case] = {
         f"Contrastive {each}, hard negatives": Case(lambda _, d=each: Contrastive(d), contrastive_loop(each), True)
         for each in POLICIES
     },
+    "Contrastive, smoothed": Case(
+        lambda _: Contrastive(label_smoothing=0.2), contrastive_loop("negatives", smoothing=0.2), True
+    ),
     "Sum with Distillation": Case(
         lambda teacher: Sum([Contrastive(), Distillation(teacher)], [1.0, 2.0]),
         sum_loop([1, 2], [contrastive_loop("negatives"), distillation_loop]),

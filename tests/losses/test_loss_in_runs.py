@@ -170,6 +170,8 @@ def test_the_default_loss_is_that_of_the_architecture(tiny_config: CLIPConfig) -
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: Contrastive(label_smoothing=1.0), "label_smoothing: 1.0 must be at least 0 and below 1"),
+        (lambda: Contrastive("positives", 0.1), "label_smoothing 0.1 needs duplicates: negatives, not positives"),
         (lambda: Sum([]), "Sum needs at least one of its terms"),
         (lambda: Sum([Contrastive()], [1, 2]), "Sum has 2 weights for 1 terms; give one for each"),
         (lambda: Matryoshka(Contrastive(), [0]), r"Matryoshka.dims \[0\] must be at least 1"),
