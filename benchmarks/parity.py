@@ -3,9 +3,10 @@
     python benchmarks/parity.py [--model RN-tiny-64] [--epochs 30] [--batch 256] [--bf16]
 
 Both programs are started as in ``epoch.py`` and take turns, an epoch each. Printed are the losses of both after each
-epoch, and the time that each took to the lowest validation loss that both have reached; the first epoch is not timed.
-The batch holds all validation pairs, as open_clip computes the validation loss within batches. Initial weights and the
-order of the pairs are each program's own, so the losses agree as those of two seeds do.
+epoch, and the times that each took to the lowest training and the lowest validation loss that both have reached; the
+first epoch is not timed. The batch holds all validation pairs, as open_clip computes the validation loss within
+batches. Initial weights and the order of the pairs are each program's own, so the losses agree as those of two seeds
+do.
 
 The training loss is the mean of an epoch's steps. open_clip_train needs pandas and webdataset.
 """
@@ -59,25 +60,25 @@ def main() -> None:
     print("epoch, training loss of open_clip and lit-clip, validation loss of both")
     for i, row in enumerate(zip(*training, *validation, strict=True)):
         print(f"{i + 2:5}  " + "  ".join(f"{loss:7.4f}" for loss in row))
-    target = max(min(each) for each in validation)
     seconds = [[epoch[side][1] for epoch in both] for side in (0, 1)]
-    times = [seconds_to(target, *each) for each in zip(validation, seconds, strict=True)]
     apart = [abs(theirs - ours) / theirs for theirs, ours in zip(*training, strict=True)]
     figures = {
-        "validation_loss": target,
         "mean_relative_difference_of_training_losses": sum(apart) / len(apart),
         "peers_last_training_loss": training[0][-1],
         "our_last_training_loss": training[1][-1],
     }
     what = f"{options.model}, batch {options.batch}, {'bf16' if options.bf16 else 'fp32'}"
-    result = compared(
-        f"parity/{what.replace(', batch ', '/').replace(', ', '/')}",
-        f"time to a validation loss of {target:.3f}, {what}",
-        [(times[0], times[1])],
-        figures=figures,
-    )
-    print(f"{result.title}: {result.peer} {times[0]:.1f} s, lit-clip {times[1]:.1f} s, times as fast: {result.ratio}")
-    save(options.json, result)
+    name = f"parity/{what.replace(', batch ', '/').replace(', ', '/')}"
+    results = [compared(f"{name}/epoch", f"a whole epoch, {what}", list(zip(*seconds, strict=True)), figures=figures)]
+    for kind, reached in (("training", training), ("validation", validation)):
+        loss = max(min(each) for each in reached)
+        times = [seconds_to(loss, *each) for each in zip(reached, seconds, strict=True)]
+        title = f"time to a {kind} loss of {loss:.3f}, {what}"
+        results.append(compared(f"{name}/{kind}", title, [(times[0], times[1])], figures={f"{kind}_loss": loss}))
+    for result in results:
+        times = f"{result.peer} {result.peers:.1f} s, lit-clip {result.ours:.1f} s"
+        print(f"{result.title}: {times}, times as fast: {result.ratio}")
+    save(options.json, *results)
 
 
 if __name__ == "__main__":
