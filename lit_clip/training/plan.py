@@ -120,9 +120,9 @@ class RunPlan:
     def passes(self) -> float:
         """Cost of a step of a trainable encoder in forward passes: 1, 2 for the gradients, and recomputation.
 
-        A checkpointed block within a micro-batch is computed three times.
+        All micro-batches but the last are computed twice, and a checkpointed block once more.
         """
-        return 3 + (self.parts > 1) + self.checkpointed
+        return 3 + (self.parts - 1) / self.parts + self.checkpointed
 
     @property
     def forward_flops(self) -> int | None:
