@@ -136,6 +136,14 @@ def test_memory_of_the_loss_grows_linearly_with_the_batch(world: int) -> None:
     assert large[1] == 4 * small[1] == 16 * 32_768 * 32_768 * world
 
 
+def test_tiles_are_larger_on_a_gpu() -> None:
+    """Three of 2^25 numbers instead of 2^21; a batch smaller than a tile takes what it needs."""
+    assert loss_bytes(16_384, 8, 512, "cuda")[0] - loss_bytes(16_384, 8, 512)[0] == 3 * 4 * (2**25 - 2**21)
+    assert loss_bytes(256, 8, 512, "cuda")[0] == loss_bytes(256, 8, 512)[0]
+    plan = replace(GOOD, batch=16_384, device="cuda")
+    assert plan.loss_bytes == loss_bytes(16_384, plan.world, 512, "cuda")
+
+
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_passes_match_the_operations_that_torch_counts(checkpointed: bool, tiny_config: CLIPConfig) -> None:
     """A real step costs three forward passes, or nearly four with checkpointing."""
@@ -185,7 +193,15 @@ def test_counting_flops_leaves_the_model_unchanged(folders: dict[str, Path]) -> 
 
 
 def trainer(**settings: Any) -> Any:
-    values = {"num_devices": 2, "num_nodes": 3, "accumulate_grad_batches": 1, "max_steps": -1, "max_epochs": 4}
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    values = {
+        "strategy": strategy,
+        "num_devices": 2,
+        "num_nodes": 3,
+        "accumulate_grad_batches": 1,
+        "max_steps": -1,
+        "max_epochs": 4,
+    }
     return SimpleNamespace(**{**values, "precision": "32-true", "limit_train_batches": 1.0, **settings})
 
 
