@@ -12,6 +12,7 @@ paper's runs. docs/scaling.md explains them.
 
 import argparse
 import json
+import math
 import os
 import socket
 import struct
@@ -71,10 +72,10 @@ MODELS = {  # name: micro-batch size and activation checkpointing of the shipped
 
 
 def sent_by_loss(pairs: int, world: int) -> float:
-    """Bytes sent by the softmax loss and its backward pass."""
+    """Bytes sent by the softmax loss and its backward pass, by gloo, whose reduce-scatter is an all-reduce."""
     if world == 1:
         return 0
-    return 4 * pairs * (world - 1) * (4 * D + 5)
+    return 4 * pairs * (world - 1) * (3 * D + 4)
 
 
 def sent_by_gradients(parameters: int, world: int) -> float:
@@ -289,12 +290,13 @@ def h100(utilisation: float) -> Table:
         a_pair = full.checkpointed + half.block if checkpointed else half.plain + 2 * residual
         for gpus in (8, 64, 256):
             batch = 32_768 // gpus
-            passes = 3 + checkpointed + (batch > micro)
+            parts = math.ceil(batch / micro)
+            passes = 3 + checkpointed + (parts - 1) / parts
             days = passes * forward * pairs / (gpus * H100_FLOPS * utilisation) / 86_400
             states = (4 + 4 + 8 + 4 + 2) * parameters  # weights, gradients, moments, DDP's buckets, bf16 copies
-            memory = states + min(micro, batch) * a_pair + loss_bytes(batch, gpus, embed_dim)[0]
+            memory = states + min(micro, batch) * a_pair + loss_bytes(batch, gpus, embed_dim, "cuda")[0]
             memory += batch * 3 * int(size.image_size or 0) ** 2  # uint8 images
-            table.add_row(name, str(gpus), str(batch), str(passes), f"{days:.1f}", f"{memory / 2**30:.1f}")
+            table.add_row(name, str(gpus), str(batch), f"{passes:.3g}", f"{days:.1f}", f"{memory / 2**30:.1f}")
     return table
 
 

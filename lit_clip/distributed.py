@@ -4,8 +4,8 @@ import atexit
 import os
 import sys
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -124,44 +124,33 @@ def gather(local: Tensor, shards: Shards) -> Tensor:
     return local if shards.world == 1 else _Gather.apply(local, shards)  # pyright: ignore[reportReturnType]  # untyped apply
 
 
-Total = Literal["sum", "logsumexp"]
-# Called with every rank's rows ``[N, ...]`` each and totals ``[N, ...]`` each, which it adds to in place.
-Visit = Callable[[list[Tensor], list[Tensor]], None]
+def gather_rows(local: Tensor, shards: Shards) -> Tensor:
+    """Gather ``[B, ...]`` to ``[N, ...]`` in rank order; no gradient. A single rank's are returned as they are."""
+    return local if shards.world == 1 else _all_rows(local, shards)
 
 
-def visit_gathered(
-    shards: Shards, rows: Sequence[Tensor], totals: Sequence[Tensor], kind: Total, visit: Visit
-) -> list[Tensor]:
-    """Gather every rank's rows, let ``visit`` add to their totals, and reduce the totals over ranks. No gradients.
-
-    Args:
-        shards: number of pairs of each rank.
-        rows: ``[B, ...]`` each, this rank's.
-        totals: ``[B, ...]`` each, the initial values: 0 for ``sum``, -inf for ``logsumexp``.
-        kind: how the totals of several ranks are reduced.
-        visit: called once on every rank.
-
-    Returns:
-        The totals of this rank's rows over all ranks.
-    """
+def sum_rows(everyones: Tensor, shards: Shards) -> Tensor:
+    """Sum ``[N, ...]`` over ranks and return this rank's rows ``[B, ...]``; may change its input; no gradient."""
     if shards.world == 1:
-        visit(list(rows), list(totals))
-        return list(totals)
-    everyones = [
-        total.new_full((shards.total, *total.shape[1:]), 0 if kind == "sum" else -torch.inf) for total in totals
-    ]
-    visit([_all_rows(row, shards) for row in rows], everyones)
-    for total in everyones:
-        if kind == "sum":
-            dist.all_reduce(total)
-            continue
-        highest = total.clone()
-        dist.all_reduce(highest, dist.ReduceOp.MAX)
-        highest.clamp_(min=torch.finfo(highest.dtype).min)  # -inf less -inf is nan
-        total.sub_(highest).exp_()
-        dist.all_reduce(total)
-        total.log_().add_(highest)
-    return [total[shards.mine].clone() for total in everyones]
+        return everyones
+    if len(set(shards.counts)) > 1:  # reduce-scatter needs equal parts, and padding them a second copy
+        dist.all_reduce(everyones)
+        return everyones[shards.mine].clone()
+    mine = everyones.new_empty(shards.counts[shards.rank], *everyones.shape[1:])
+    dist.reduce_scatter_tensor(mine, everyones)
+    return mine
+
+
+def logsumexp_over_ranks(everyones: Tensor, shards: Shards) -> Tensor:
+    """Return the element-wise log-sum-exp of ``[N]`` over ranks, in place; -inf stands for no term; no gradient."""
+    if shards.world == 1:
+        return everyones
+    highest = everyones.clone()
+    dist.all_reduce(highest, dist.ReduceOp.MAX)
+    highest.clamp_(min=torch.finfo(highest.dtype).min)  # -inf less -inf is nan
+    everyones.sub_(highest).exp_()
+    dist.all_reduce(everyones)
+    return everyones.log_().add_(highest)
 
 
 def gather_uneven(local: Tensor) -> Tensor:

@@ -1,15 +1,15 @@
 """The losses of :mod:`lit_clip.losses.contrastive` in tiles and over ranks; no B x N matrix of similarities exists.
 
 The forward pass computes each similarity once, tile by tile, and keeps the log-sum-exp of each row and column; the
-backward pass computes the similarities again. Each rank does this for its own images and all ranks' texts. Value and
-every gradient equal those of one process with the whole batch.
+backward pass computes the similarities again. Each rank does this for its own images and all ranks' texts, which it
+gathers once for both passes. Value and every gradient equal those of one process with the whole batch.
 
 Shapes: B pairs of this rank, N pairs of all ranks, D embedding dimension, K kinds of identity (image, caption, group);
 b and n rows and columns of a tile.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Any, NamedTuple
 
@@ -18,10 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lit_clip.distributed import Shards, visit_gathered
+from lit_clip.distributed import Shards, gather_rows, logsumexp_over_ranks, sum_rows
 from lit_clip.losses.contrastive import Duplicates, at_least_float32
 
 TILE = (1024, 2048)  # rows and columns
+CUDA_TILE = (4096, 8192)  # 128 MiB in float32: launching a kernel takes longer than its work on a small tile
+
+
+def default_tile(device: torch.device) -> tuple[int, int]:
+    """Return how many rows and columns of similarities exist at once."""
+    return CUDA_TILE if device.type == "cuda" else TILE
 
 
 @dataclass(frozen=True)
@@ -33,13 +39,13 @@ class PairLayout:
         ids: int64 ``[B, K]`` of this rank's pairs; pairs that agree in any column are duplicates. Not needed if
             ``duplicates`` is ``negatives``. There is no value for "unknown".
         duplicates: see :func:`lit_clip.losses.contrastive.contrastive_loss`.
-        tile: rows and columns of similarities that exist at once.
+        tile: rows and columns of similarities that exist at once; None: :func:`default_tile`.
     """
 
     shards: Shards
     ids: Tensor | None = None
     duplicates: Duplicates = "negatives"
-    tile: tuple[int, int] = field(default_factory=lambda: TILE)
+    tile: tuple[int, int] | None = None
 
 
 class ShardedLoss(NamedTuple):
@@ -66,36 +72,6 @@ class HardNegatives(NamedTuple):
     features: Tensor
     shards: Shards
 
-    def _tiles(self, layout: PairLayout) -> "Iterator[_Tile]":
-        height, width = layout.tile
-        pairs, total = layout.shards.counts[layout.shards.rank], self.shards.total
-        for row in range(0, pairs, height):
-            for column in range(0, total, width):
-                rows, columns = slice(row, min(row + height, pairs)), slice(column, min(column + width, total))
-                yield _Tile(rows, columns, own=total)  # no image has its own text here
-
-    def add_logits(self, layout: PairLayout, scaled_BD: Tensor, row_lse_B: Tensor) -> None:
-        """Add the logits of this rank's images to their log-sum-exp, in place."""
-
-        def visit(rows: list[Tensor], totals: list[Tensor]) -> None:
-            for tile in self._tiles(layout):
-                lse_b = (scaled_BD[tile.rows] @ rows[0][tile.columns].T).logsumexp(dim=1)
-                row_lse_B[tile.rows] = torch.logaddexp(row_lse_B[tile.rows], lse_b)
-
-        visit_gathered(self.shards, [self.features], [], "sum", visit)
-
-    def add_gradients(
-        self, layout: PairLayout, image_BD: Tensor, scaled_BD: Tensor, row_lse_B: Tensor, image_grad_BD: Tensor
-    ) -> Tensor:
-        """Add to the images' gradient in place, and return that of the features, both up to the scale."""
-
-        def visit(rows: list[Tensor], totals: list[Tensor]) -> None:
-            for tile in self._tiles(layout):
-                G_bm = (scaled_BD[tile.rows] @ rows[0][tile.columns].T).sub_(row_lse_B[tile.rows, None]).exp_()
-                _add_gradients(tile, G_bm, image_BD, rows[0], image_grad_BD, totals[0])
-
-        return visit_gathered(self.shards, [self.features], [torch.zeros_like(self.features)], "sum", visit)[0]
-
 
 def sharded_contrastive_loss(
     image_BD: Tensor, text_BD: Tensor, scale: Tensor, layout: PairLayout, negatives: HardNegatives | None = None
@@ -112,7 +88,7 @@ def sharded_contrastive_loss(
         layout: how the pairs are spread over ranks.
         negatives: hard negative captions; None if no rank has one.
     """
-    image, text = at_least_float32(image_BD), at_least_float32(text_BD)
+    image, text, layout = at_least_float32(image_BD), at_least_float32(text_BD), _with_tile(layout, image_BD)
     hard = () if negatives is None else (at_least_float32(negatives.features), negatives.shards)
     return ShardedLoss(*_Softmax.apply(image, text, scale.to(image.dtype), layout, *hard))  # pyright: ignore[reportGeneralTypeIssues]  # untyped apply
 
@@ -129,9 +105,13 @@ def sharded_sigmoid_loss(
         bias: ``logit_bias``.
         layout: how the pairs are spread over ranks.
     """
-    image, text = at_least_float32(image_BD), at_least_float32(text_BD)
+    image, text, layout = at_least_float32(image_BD), at_least_float32(text_BD), _with_tile(layout, image_BD)
     scale, bias = scale.to(image.dtype), bias.to(image.dtype)
     return ShardedLoss(*_Sigmoid.apply(image, text, scale, bias, layout))  # pyright: ignore[reportGeneralTypeIssues]  # untyped apply
+
+
+def _with_tile(layout: PairLayout, features: Tensor) -> PairLayout:
+    return layout if layout.tile else replace(layout, tile=default_tile(features.device))
 
 
 class _Tile(NamedTuple):
@@ -141,9 +121,10 @@ class _Tile(NamedTuple):
     columns: slice
     own: int
 
-    def same(self, layout: PairLayout, ids_NK: Tensor) -> Tensor:
+    def same(self, layout: PairLayout, ids_NK: Tensor | None) -> Tensor:
         """Return bool ``[b, n]``: which pairs are duplicates; a pair is a duplicate of itself."""
         assert layout.ids is not None, "duplicates are found by their ids"
+        assert ids_NK is not None, "gathered with the texts"
         mine, theirs = layout.ids[self.rows], ids_NK[self.columns]
         same_bn = mine[:, None, 0] == theirs[None, :, 0]
         for kind in range(1, mine.shape[1]):
@@ -151,14 +132,53 @@ class _Tile(NamedTuple):
         return same_bn
 
 
-def _tiles(layout: PairLayout) -> Iterator[_Tile]:
-    """Yield the tiles of this rank's images and all ranks' texts."""
-    height, width = layout.tile
-    mine, pairs, total = layout.shards.mine, layout.shards.counts[layout.shards.rank], layout.shards.total
+def _rectangles(layout: PairLayout, total: int) -> Iterator[tuple[slice, slice]]:
+    """Yield rows and columns of the tiles of this rank's images and ``total`` texts."""
+    assert layout.tile is not None, "set by _with_tile"
+    (height, width), pairs = layout.tile, layout.shards.counts[layout.shards.rank]
     for row in range(0, pairs, height):
         for column in range(0, total, width):
-            rows, columns = slice(row, min(row + height, pairs)), slice(column, min(column + width, total))
-            yield _Tile(rows, columns, mine.start + row - column)
+            yield slice(row, min(row + height, pairs)), slice(column, min(column + width, total))
+
+
+def _tiles(layout: PairLayout) -> Iterator[_Tile]:
+    """Yield the tiles of this rank's images and all ranks' texts."""
+    for rows, columns in _rectangles(layout, layout.shards.total):
+        yield _Tile(rows, columns, layout.shards.mine.start + rows.start - columns.start)
+
+
+class _Texts(NamedTuple):
+    """All ranks' texts.
+
+    Attributes:
+        features: ``[N, D]``.
+        ids: int64 ``[N, K]``; None if ``duplicates`` is ``negatives``.
+        shares: ``[N]``, each text's share of the target, one by the number of its duplicates; None unless
+            ``duplicates`` is ``positives``.
+    """
+
+    features: Tensor
+    ids: Tensor | None = None
+    shares: Tensor | None = None
+
+    @classmethod
+    def gathered(cls, layout: PairLayout, text_BD: Tensor, with_shares: bool) -> "_Texts":
+        text_ND = gather_rows(text_BD, layout.shards)
+        if layout.duplicates == "negatives":
+            return cls(text_ND)
+        assert layout.ids is not None, "duplicates are found by their ids"
+        ids_NK = gather_rows(layout.ids, layout.shards)
+        if layout.duplicates == "ignored" or not with_shares:
+            return cls(text_ND, ids_NK)
+        counts_B = torch.zeros(len(text_BD), dtype=torch.long, device=text_BD.device)  # a text is its own duplicate
+        for tile in _tiles(layout):
+            counts_B[tile.rows] += tile.same(layout, ids_NK).sum(dim=1)
+        return cls(text_ND, ids_NK, gather_rows(1 / counts_B.to(text_BD.dtype), layout.shards))
+
+    def share(self, layout: PairLayout, tile: _Tile) -> Tensor:
+        """Return ``[b, n]``: twice the target of each pair of the tile if it is a duplicate."""
+        assert self.shares is not None, "gathered for positives"
+        return self.shares[tile.columns] + self.shares[layout.shards.mine][tile.rows, None]
 
 
 def _own(tile_bn: Tensor, offset: int) -> Tensor:
@@ -181,40 +201,16 @@ class _Others(NamedTuple):
     same: Tensor | None
 
     @classmethod
-    def of(cls, layout: PairLayout, tile: _Tile, logits_bn: Tensor, rows: list[Tensor]) -> "_Others":
+    def of(cls, layout: PairLayout, tile: _Tile, logits_bn: Tensor, texts: _Texts) -> "_Others":
         _own(logits_bn, tile.own).fill_(-torch.inf)
         if layout.duplicates == "negatives":
             return cls(logits_bn, logits_bn, None)
-        same_bn = tile.same(layout, rows[1])
+        same_bn = tile.same(layout, texts.ids)
         wrong_bn = logits_bn.masked_fill(same_bn, -torch.inf)
         if layout.duplicates == "ignored":
             return cls(wrong_bn, wrong_bn, None)
         _own(same_bn, tile.own).fill_(False)
         return cls(logits_bn, wrong_bn, same_bn)
-
-
-def _counts_of_same(layout: PairLayout) -> Tensor:
-    """Return ``[B]``: for each of this rank's pairs the number of its duplicates, including itself."""
-    assert layout.ids is not None, "duplicates are found by their ids"
-    counts_B = torch.zeros(len(layout.ids), dtype=torch.long, device=layout.ids.device)
-
-    def count(rows: list[Tensor], totals: list[Tensor]) -> None:
-        for tile in _tiles(layout):
-            counts_B[tile.rows] += tile.same(layout, rows[0]).sum(dim=1)
-
-    visit_gathered(layout.shards, [layout.ids], [], "sum", count)
-    return counts_B
-
-
-def _shared_rows(layout: PairLayout, text_BD: Tensor) -> list[Tensor]:
-    """Return what other ranks need of each text: its features, its ids, and its share of the target."""
-    rows = [text_BD]
-    if layout.duplicates != "negatives":
-        assert layout.ids is not None, "duplicates are found by their ids"
-        rows.append(layout.ids)
-    if layout.duplicates == "positives":
-        rows.append(1 / _counts_of_same(layout).to(text_BD.dtype))
-    return rows
 
 
 def _add_gradients(
@@ -223,6 +219,29 @@ def _add_gradients(
     """Add a tile's contribution to the features' gradients, up to the scale; ``G_bn`` is the gradient of its logits."""
     image_grad_BD[tile.rows].addmm_(G_bn, text_ND[tile.columns])
     text_grad_ND[tile.columns].addmm_(G_bn.T, image_BD[tile.rows])
+
+
+def _add_hard_logits(layout: PairLayout, wrong_MD: Tensor, scaled_BD: Tensor, row_lse_B: Tensor) -> None:
+    """Add the logits of this rank's images and all ranks' hard negatives to the images' log-sum-exp, in place."""
+    for rows, columns in _rectangles(layout, len(wrong_MD)):
+        lse_b = (scaled_BD[rows] @ wrong_MD[columns].T).logsumexp(dim=1)
+        row_lse_B[rows] = torch.logaddexp(row_lse_B[rows], lse_b)
+
+
+def _add_hard_gradients(
+    layout: PairLayout,
+    wrong_MD: Tensor,
+    image_BD: Tensor,
+    scaled_BD: Tensor,
+    row_lse_B: Tensor,
+    image_grad_BD: Tensor,
+) -> Tensor:
+    """Add to the images' gradient in place, and return that of the hard negatives ``[M, D]``, both up to the scale."""
+    wrong_grad_MD = torch.zeros_like(wrong_MD)
+    for rows, columns in _rectangles(layout, len(wrong_MD)):
+        G_bm = (scaled_BD[rows] @ wrong_MD[columns].T).sub_(row_lse_B[rows, None]).exp_()
+        _add_gradients(_Tile(rows, columns, 0), G_bm, image_BD, wrong_MD, image_grad_BD, wrong_grad_MD)
+    return wrong_grad_MD
 
 
 def _in_full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -244,34 +263,29 @@ class _Softmax(torch.autograd.Function):
     def forward(
         ctx: Any, image_BD: Tensor, text_BD: Tensor, scale: Tensor, layout: PairLayout, *hard: Any
     ) -> tuple[Tensor, Tensor]:
-        scaled_BD = scale * image_BD
+        scaled_BD, mine = scale * image_BD, layout.shards.mine
         own_B = (scaled_BD * text_BD).sum(dim=1)
-        shared_rows = _shared_rows(layout, text_BD)
+        texts = _Texts.gathered(layout, text_BD, with_shares=True)
         row_lse_B, highest_B = (torch.full_like(own_B, -torch.inf) for _ in range(2))
-        linear = own_B.new_zeros(())
-
-        def visit(rows: list[Tensor], totals: list[Tensor]) -> None:
-            (column_lse_N,) = totals
-            for tile in _tiles(layout):
-                logits_bn = scaled_BD[tile.rows] @ rows[0][tile.columns].T
-                logits_bn, wrong_bn, same_bn = _Others.of(layout, tile, logits_bn, rows)
-                if same_bn is not None:
-                    share_bn = rows[2][tile.columns] + shared_rows[2][tile.rows, None]
-                    linear.add_((share_bn * logits_bn).masked_fill_(~same_bn, 0).sum() / 2)
-                highest_B[tile.rows] = torch.maximum(highest_B[tile.rows], wrong_bn.amax(dim=1))
-                row_lse_B[tile.rows] = torch.logaddexp(row_lse_B[tile.rows], logits_bn.logsumexp(dim=1))
-                column_lse_N[tile.columns] = torch.logaddexp(column_lse_N[tile.columns], logits_bn.logsumexp(dim=0))
-
-        (column_lse_B,) = visit_gathered(
-            layout.shards, shared_rows, [torch.full_like(own_B, -torch.inf)], "logsumexp", visit
-        )
-        if hard:
-            HardNegatives(*hard).add_logits(layout, scaled_BD, row_lse_B)
-        row_lse_B, column_lse_B = torch.logaddexp(row_lse_B, own_B), torch.logaddexp(column_lse_B, own_B)
-        linear = linear + (own_B * shared_rows[2] if layout.duplicates == "positives" else own_B).sum()
+        column_lse_N, linear = own_B.new_full((layout.shards.total,), -torch.inf), own_B.new_zeros(())
+        for tile in _tiles(layout):
+            logits_bn = scaled_BD[tile.rows] @ texts.features[tile.columns].T
+            logits_bn, wrong_bn, same_bn = _Others.of(layout, tile, logits_bn, texts)
+            if same_bn is not None:
+                linear.add_((texts.share(layout, tile) * logits_bn).masked_fill_(~same_bn, 0).sum() / 2)
+            highest_B[tile.rows] = torch.maximum(highest_B[tile.rows], wrong_bn.amax(dim=1))
+            row_lse_B[tile.rows] = torch.logaddexp(row_lse_B[tile.rows], logits_bn.logsumexp(dim=1))
+            column_lse_N[tile.columns] = torch.logaddexp(column_lse_N[tile.columns], logits_bn.logsumexp(dim=0))
+        column_lse_N[mine] = torch.logaddexp(column_lse_N[mine], own_B)
+        column_lse_N = logsumexp_over_ranks(column_lse_N, layout.shards)
+        wrong_MD = gather_rows(*hard) if hard else None
+        if wrong_MD is not None:
+            _add_hard_logits(layout, wrong_MD, scaled_BD, row_lse_B)
+        row_lse_B = torch.logaddexp(row_lse_B, own_B)
+        linear = linear + (own_B if texts.shares is None else own_B * texts.shares[mine]).sum()
         ctx.layout, ctx.negative_shards = layout, hard[1] if hard else None
-        ctx.save_for_backward(image_BD, scale, row_lse_B, column_lse_B, *hard[:1], *shared_rows)
-        loss = ((row_lse_B + column_lse_B).sum() / 2 - linear) * layout.shards.world / layout.shards.total
+        ctx.save_for_backward(image_BD, scale, row_lse_B, column_lse_N, wrong_MD, *texts)
+        loss = ((row_lse_B + column_lse_N[mine]).sum() / 2 - linear) * layout.shards.world / layout.shards.total
         hits = (own_B > highest_B).sum().to(own_B.dtype)
         ctx.mark_non_differentiable(hits)
         return loss, hits
@@ -281,35 +295,31 @@ class _Softmax(torch.autograd.Function):
     @_in_full_precision
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         layout: PairLayout = ctx.layout
-        image_BD, scale, row_lse_B, column_lse_B, *shared_rows = ctx.saved_tensors
-        hard = [HardNegatives(shared_rows.pop(0), ctx.negative_shards)] if ctx.negative_shards else []
+        image_BD, scale, row_lse_B, column_lse_N, wrong_MD, *rows = ctx.saved_tensors
+        texts = _Texts(*rows)
         scaled_BD, image_grad_BD = scale * image_BD, torch.zeros_like(image_BD)
-
-        def visit(rows: list[Tensor], totals: list[Tensor]) -> None:
-            text_ND, column_lse_N, *more = rows
-            for tile in _tiles(layout):
-                logits_bn = scaled_BD[tile.rows] @ text_ND[tile.columns].T
-                G_bn = (logits_bn - row_lse_B[tile.rows, None]).exp_()
-                G_bn += logits_bn.sub_(column_lse_N[tile.columns]).exp_()
-                if layout.duplicates == "positives":
-                    share_bn = more[1][tile.columns] + shared_rows[2][tile.rows, None]
-                    G_bn -= share_bn.masked_fill_(~tile.same(layout, more[0]), 0)
-                else:
-                    own = _own(G_bn, tile.own)
-                    kept = own - 2
-                    if layout.duplicates == "ignored":
-                        G_bn.masked_fill_(tile.same(layout, more[0]), 0)
-                    own.copy_(kept)
-                _add_gradients(tile, G_bn, image_BD, text_ND, image_grad_BD, totals[0])
-
-        shown = [shared_rows[0], column_lse_B, *shared_rows[1:]]
-        (text_grad_BD,) = visit_gathered(layout.shards, shown, [torch.zeros_like(image_BD)], "sum", visit)
+        text_grad_ND = torch.zeros_like(texts.features)
+        for tile in _tiles(layout):
+            logits_bn = scaled_BD[tile.rows] @ texts.features[tile.columns].T
+            G_bn = (logits_bn - row_lse_B[tile.rows, None]).exp_()
+            G_bn += logits_bn.sub_(column_lse_N[tile.columns]).exp_()
+            if texts.shares is not None:
+                G_bn -= texts.share(layout, tile).masked_fill_(~tile.same(layout, texts.ids), 0)
+            else:
+                own = _own(G_bn, tile.own)
+                kept = own - 2
+                if layout.duplicates == "ignored":
+                    G_bn.masked_fill_(tile.same(layout, texts.ids), 0)
+                own.copy_(kept)
+            _add_gradients(tile, G_bn, image_BD, texts.features, image_grad_BD, text_grad_ND)
+        features = [image_grad_BD, sum_rows(text_grad_ND, layout.shards)]
+        if wrong_MD is not None:
+            wrong_grad_MD = _add_hard_gradients(layout, wrong_MD, image_BD, scaled_BD, row_lse_B, image_grad_BD)
+            features.append(sum_rows(wrong_grad_MD, ctx.negative_shards))
         factor = grads[0] * layout.shards.world / layout.shards.total / 2
-        hard_grads = [each.add_gradients(layout, image_BD, scaled_BD, row_lse_B, image_grad_BD) for each in hard]
         scale_grad = (image_grad_BD * image_BD).sum() * factor
-        features = [image_grad_BD, text_grad_BD, *hard_grads]
         image_grad, text_grad, *negative_grad = [gradient.mul_(factor * scale) for gradient in features]
-        return image_grad, text_grad, scale_grad, None, *negative_grad, *[None] * len(hard)
+        return image_grad, text_grad, scale_grad, None, *negative_grad, *[None] * len(negative_grad)
 
 
 class _Sigmoid(torch.autograd.Function):
@@ -322,21 +332,17 @@ class _Sigmoid(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         scaled_BD = scale * image_BD
         own_B = (scaled_BD * text_BD).sum(dim=1) + bias
-        shared_rows = _shared_rows(layout, text_BD)[:2]  # the sigmoid loss does not divide a target among duplicates
+        texts = _Texts.gathered(layout, text_BD, with_shares=False)  # a target is not divided among duplicates
         highest_B, cost_B = torch.full_like(own_B, -torch.inf), torch.zeros_like(own_B)
-
-        def visit(rows: list[Tensor], totals: list[Tensor]) -> None:
-            for tile in _tiles(layout):
-                logits_bn = torch.addmm(bias, scaled_BD[tile.rows], rows[0][tile.columns].T)
-                logits_bn, wrong_bn, same_bn = _Others.of(layout, tile, logits_bn, rows)
-                if same_bn is not None:
-                    cost_B[tile.rows] -= logits_bn.masked_fill(~same_bn, 0).sum(dim=1)
-                highest_B[tile.rows] = torch.maximum(highest_B[tile.rows], wrong_bn.amax(dim=1))
-                cost_B[tile.rows] += F.softplus(logits_bn).sum(dim=1)
-
-        visit_gathered(layout.shards, shared_rows, [], "sum", visit)
+        for tile in _tiles(layout):
+            logits_bn = torch.addmm(bias, scaled_BD[tile.rows], texts.features[tile.columns].T)
+            logits_bn, wrong_bn, same_bn = _Others.of(layout, tile, logits_bn, texts)
+            if same_bn is not None:
+                cost_B[tile.rows] -= logits_bn.masked_fill(~same_bn, 0).sum(dim=1)
+            highest_B[tile.rows] = torch.maximum(highest_B[tile.rows], wrong_bn.amax(dim=1))
+            cost_B[tile.rows] += F.softplus(logits_bn).sum(dim=1)
         ctx.layout = layout
-        ctx.save_for_backward(image_BD, scale, bias, *shared_rows)
+        ctx.save_for_backward(image_BD, scale, bias, *texts)
         loss = (cost_B + F.softplus(-own_B)).sum() * layout.shards.world / layout.shards.total
         hits = (own_B > highest_B).sum().to(own_B.dtype)
         ctx.mark_non_differentiable(hits)
@@ -347,25 +353,22 @@ class _Sigmoid(torch.autograd.Function):
     @_in_full_precision
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
         layout: PairLayout = ctx.layout
-        image_BD, scale, bias, *shared_rows = ctx.saved_tensors
+        image_BD, scale, bias, *rows = ctx.saved_tensors
+        texts = _Texts(*rows)
         scaled_BD, image_grad_BD = scale * image_BD, torch.zeros_like(image_BD)
-        bias_grad_B = torch.zeros_like(image_BD[:, 0])
-
-        def visit(rows: list[Tensor], totals: list[Tensor]) -> None:
-            text_ND, *more = rows
-            for tile in _tiles(layout):
-                G_bn = torch.addmm(bias, scaled_BD[tile.rows], text_ND[tile.columns].T).sigmoid_()
-                own = _own(G_bn, tile.own)
-                kept = own - 1
-                if layout.duplicates == "positives":
-                    G_bn -= tile.same(layout, more[0]).to(G_bn.dtype)
-                elif layout.duplicates == "ignored":
-                    G_bn.masked_fill_(tile.same(layout, more[0]), 0)
-                own.copy_(kept)
-                bias_grad_B[tile.rows] += G_bn.sum(dim=1)
-                _add_gradients(tile, G_bn, image_BD, text_ND, image_grad_BD, totals[0])
-
-        (text_grad_BD,) = visit_gathered(layout.shards, shared_rows, [torch.zeros_like(image_BD)], "sum", visit)
+        text_grad_ND, bias_grad_B = torch.zeros_like(texts.features), torch.zeros_like(image_BD[:, 0])
+        for tile in _tiles(layout):
+            G_bn = torch.addmm(bias, scaled_BD[tile.rows], texts.features[tile.columns].T).sigmoid_()
+            own = _own(G_bn, tile.own)
+            kept = own - 1
+            if layout.duplicates == "positives":
+                G_bn -= tile.same(layout, texts.ids).to(G_bn.dtype)
+            elif layout.duplicates == "ignored":
+                G_bn.masked_fill_(tile.same(layout, texts.ids), 0)
+            own.copy_(kept)
+            bias_grad_B[tile.rows] += G_bn.sum(dim=1)
+            _add_gradients(tile, G_bn, image_BD, texts.features, image_grad_BD, text_grad_ND)
+        text_grad_BD = sum_rows(text_grad_ND, layout.shards)
         factor = grads[0] * layout.shards.world / layout.shards.total
         scale_grad, bias_grad = (image_grad_BD * image_BD).sum() * factor, bias_grad_B.sum() * factor
         return image_grad_BD.mul_(factor * scale), text_grad_BD.mul_(factor * scale), scale_grad, bias_grad, None

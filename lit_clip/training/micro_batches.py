@@ -1,12 +1,12 @@
 """Micro-batches: encode a step's pairs part by part while the loss sees all of them (GradCache, Gao et al. 2021)."""
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lit_clip.batch import CaptionBatch
@@ -83,10 +83,11 @@ class StepFeatures(NamedTuple):
 
 
 def encode_parts(model: CLIP, parts: list[CaptionBatch], pairs: int, negatives: bool = False) -> StepFeatures:
-    """Encode micro-batches without keeping their activations; the same features and gradients as all pairs at once.
+    """Encode micro-batches, keeping the activations of the last; the same features and gradients as all pairs at once.
 
-    Each micro-batch is a checkpointed segment of one graph, so DDP synchronises once, after the last of them. Only
-    BatchNorm sees the micro-batches instead of the batch.
+    Each micro-batch but the last is a checkpointed segment of one graph, so DDP synchronises once, after the backward
+    pass of the first. The last is the first in the backward pass, so its activations are gone when those of another are
+    computed again. Only BatchNorm sees the micro-batches instead of the batch.
 
     Args:
         model: the encoders.
@@ -105,20 +106,18 @@ def _encode_parts(model: CLIP, parts: list[CaptionBatch], negatives: bool) -> St
     images, texts, hard = [], [], []
     for part in parts:
         tokens, lengths = _all_texts(model, part) if negatives else (part.tokens, part.lengths)
-        stored = part.stored_texts
-        if len(parts) == 1:
-            image, text = _encode_images(model, part.images), _encode_texts(model, tokens, lengths, stored)
-        else:
-            # Otherwise all micro-batches share one half-precision copy of the weights and sum their gradients in it.
-            torch.clear_autocast_cache()
-            image = checkpoint(_encode_images, model, part.images, inside=model.visual)
-            text = checkpoint(_encode_texts, model, tokens, lengths, stored, inside=model.text_encoder)
-        images.append(image)
+        # Otherwise all micro-batches share one half-precision copy of the weights and sum their gradients in it.
+        torch.clear_autocast_cache()
+        run = _run if part is parts[-1] else checkpoint
+        images.append(run(_encode_images, model, part.images, inside=model.visual))
+        text = run(_encode_texts, model, tokens, lengths, part.stored_texts, inside=model.text_encoder)
         texts.append(text[: len(part.tokens)])
         hard.append(text[len(part.tokens) :])
-    if len(parts) == 1:
-        return StepFeatures(images[0], texts[0], hard[0] if negatives else None)
     return StepFeatures(torch.cat(images), torch.cat(texts), torch.cat(hard) if negatives else None)
+
+
+def _run(encode: Callable[..., Tensor], *args: Any, inside: nn.Module) -> Tensor:
+    return encode(*args)
 
 
 def _all_texts(model: CLIP, part: CaptionBatch) -> tuple[Tensor, Sequence[int]]:

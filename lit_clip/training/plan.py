@@ -11,7 +11,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lit_clip.losses.tiled import TILE
+from lit_clip.losses.tiled import default_tile
 from lit_clip.models.config import height_width
 from lit_clip.models.flops import tower_flops
 from lit_clip.models.layers import TOWERS, tower_blocks, tower_parameters
@@ -71,6 +71,7 @@ class RunPlan:
         max_epochs: as set.
         precision: Lightning's.
         trial: whether this is a ``fast_dev_run``, whose settings need not agree.
+        device: type of the device.
     """
 
     trainable: int
@@ -100,6 +101,7 @@ class RunPlan:
     max_epochs: int | None
     precision: str
     trial: bool = False
+    device: str = "cpu"
 
     @property
     def world(self) -> int:
@@ -120,9 +122,9 @@ class RunPlan:
     def passes(self) -> float:
         """Cost of a step of a trainable encoder in forward passes: 1, 2 for the gradients, and recomputation.
 
-        A checkpointed block within a micro-batch is computed three times.
+        All micro-batches but the last are computed twice, and a checkpointed block once more.
         """
-        return 3 + (self.parts > 1) + self.checkpointed
+        return 3 + (self.parts - 1) / self.parts + self.checkpointed
 
     @property
     def forward_flops(self) -> int | None:
@@ -147,24 +149,26 @@ class RunPlan:
     @property
     def loss_bytes(self) -> tuple[int, int] | None:
         """Bytes of the loss as computed, and with a matrix of similarities."""
-        return None if self.batch is None else loss_bytes(self.batch, self.world, self.embed_dim)
+        return None if self.batch is None else loss_bytes(self.batch, self.world, self.embed_dim, self.device)
 
 
-def loss_bytes(batch: int, world: int, embed_dim: int) -> tuple[int, int]:
+def loss_bytes(batch: int, world: int, embed_dim: int, device: str = "cpu") -> tuple[int, int]:
     """Return the bytes of the loss on one rank in float32: in tiles, and dense.
 
     In tiles: the images' scaled features and gradient and the texts' gradient (B rows each); with several ranks the
-    gathered texts and their gradient (N rows each); four numbers for each row and column; three tiles. Dense: two
-    B x N matrices of logits and their gradients, as in open_clip's local loss.
+    gathered texts, kept from the forward to the backward pass, and their gradient (N rows each); four numbers for each
+    row and column; three tiles. Dense: two B x N matrices of logits and their gradients, as in open_clip's local loss.
 
     Args:
         batch: B, pairs of one rank.
         world: number of ranks; N = B * world.
         embed_dim: channels of the features.
+        device: type of the device, which decides the tile.
     """
     total = batch * world
     gathered = 0 if world == 1 else 2 * total
-    tile = min(TILE[0], batch) * min(TILE[1], total)
+    height, width = default_tile(torch.device(device))
+    tile = min(height, batch) * min(width, total)
     return 4 * ((3 * batch + gathered) * embed_dim + 4 * (batch + total) + 3 * tile), 4 * 4 * batch * total
 
 
@@ -205,6 +209,7 @@ def measure_run(module: Any, trainer: Trainer) -> RunPlan:
         max_steps=trainer.max_steps if trainer.max_steps >= 0 else None,
         max_epochs=trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs >= 0 else None,
         precision=str(trainer.precision),
+        device=trainer.strategy.root_device.type,
     )
 
 

@@ -5,13 +5,14 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_clip import distributed
 from lit_clip.batch import CaptionBatch
@@ -19,7 +20,7 @@ from lit_clip.distributed import _all_rows
 from lit_clip.losses import Contrastive, Loss, LossValue, Matryoshka, Pairs, Sigmoid, Sum, WholeBatch, tiled
 from lit_clip.losses.contrastive import unit
 from lit_clip.losses.loss import evaluate_loss
-from lit_clip.losses.tiled import HardNegatives
+from lit_clip.losses.tiled import HardNegatives, PairLayout, sharded_contrastive_loss, sharded_sigmoid_loss
 from lit_clip.module import LitCLIP
 from lit_clip.training.micro_batches import encode_pairs
 from lit_clip.training.teacher import Distillation, Teacher
@@ -334,6 +335,41 @@ def losses(output: str, teacher: str) -> None:
         errors[f"{name}, step"] = of_step(setup, case, COUNTS[dist.get_world_size()][0])
     if dist.get_rank() == 0:
         Path(output).write_text(json.dumps(errors), encoding="utf-8")
+
+
+class Collectives(TorchDispatchMode):
+    """Record the names of the collectives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self.names.append(func._schema.name.removeprefix("c10d::").strip("_"))
+        return func(*args, **(kwargs or {}))
+
+
+def collectives(output: str) -> None:
+    """Write the collectives of a loss and its backward pass as JSON, by its name and the pairs of each rank."""
+    found: dict[str, list[str]] = {}
+    for counts in ((4, 4), (5, 3)):
+        shards, hard = distributed.Shards(dist.get_rank(), counts), rows_of(counts)
+        number = shards.counts[shards.rank]
+        image, text = (unit(torch.randn(number, 16)).requires_grad_() for _ in range(2))
+        scale, bias = torch.tensor(9.0), torch.tensor(-2.0)
+        negatives = HardNegatives(unit(torch.randn(hard.counts[hard.rank], 16)).requires_grad_(), hard)
+        for each in POLICIES:
+            layout = PairLayout(shards, torch.arange(number)[:, None], each)  # pyright: ignore[reportArgumentType]
+            for hard_ones in (None, negatives):
+                with Collectives() as seen:
+                    sharded_contrastive_loss(image, text, scale, layout, hard_ones).loss.backward()
+                found[f"softmax {each}{', hard negatives' * bool(hard_ones)}, {counts}"] = seen.names
+            with Collectives() as seen:
+                sharded_sigmoid_loss(image, text, scale, bias, layout).loss.backward()
+            found[f"sigmoid {each}, {counts}"] = seen.names
+    if dist.get_rank() == 0:
+        Path(output).write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -6,11 +6,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_clip.distributed import Shards
+from lit_clip.losses import tiled
 from lit_clip.losses.contrastive import Duplicates, contrastive_loss, sigmoid_loss, unit
-from lit_clip.losses.tiled import PairLayout, ShardedLoss, sharded_contrastive_loss, sharded_sigmoid_loss
+from lit_clip.losses.tiled import PairLayout, ShardedLoss, default_tile, sharded_contrastive_loss, sharded_sigmoid_loss
 
 KINDS = ("softmax", "sigmoid")
 
@@ -113,6 +115,35 @@ def test_no_tensor_is_larger_than_the_features_or_a_tile(kind: str, duplicates: 
         sharded(kind, inputs, PairLayout(Shards(0, (pairs,)), ids, duplicates, tile=tile)).loss.backward()
     assert largest.elements <= 2 * pairs * dim  # both modalities' features, created together above
     assert largest.elements >= tile[0] * tile[1]  # the tiles were seen
+
+
+class Launches(TorchDispatchMode):
+    """Count operations; views launch nothing."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.namespace == "aten" and not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("device", "most"), [("cuda", 80), ("cpu", 760)])
+def test_a_gpu_gets_few_large_tiles(device: str, most: int) -> None:
+    """Operations of the softmax loss and its gradient for 8,192 pairs: two tiles instead of 32."""
+    layout = PairLayout(Shards(0, (8192,)), tile=default_tile(torch.device(device)))
+    with FakeTensorMode():
+        features = [torch.randn(8192, 16, requires_grad=True) for _ in range(2)]
+        with Launches() as launches:
+            sharded_contrastive_loss(features[0], features[1], torch.tensor(10.0), layout).loss.backward()
+    assert 0.9 * most < launches.count <= most
+
+
+def test_the_tile_is_that_of_the_features_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.device] = []
+    monkeypatch.setattr(tiled, "default_tile", lambda device: asked.append(device) or (2, 3))
+    for kind in KINDS:
+        sharded(kind, leaves(5, 4), PairLayout(Shards(0, (5,))))
+    assert asked == [torch.device("cpu")] * 2
 
 
 @pytest.mark.parametrize("kind", KINDS)

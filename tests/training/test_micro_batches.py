@@ -1,10 +1,13 @@
 """Micro-batches: gradients of the whole batch, also with dropout and BatchNorm in the encoders."""
 
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from lit_clip.batch import CaptionBatch
 from lit_clip.errors import InputError
@@ -49,7 +52,7 @@ def test_random_numbers_are_replayed_and_statistics_updated_once(image: TimmConf
     torch.manual_seed(5)
     expected = gradients(theirs, plain_loss(theirs, batch, parts))
     torch.manual_seed(5)
-    assert_equal(gradients(ours, ours.training_step(batch, 0)), expected, 1e-9)
+    assert_equal(gradients(ours, ours.training_step(batch, 0)), expected, 1e-12)
     assert torch.rand(1) == _next_random(theirs, batch, parts), "the generator's state differs from plain encoding's"
     for (name, our), their in zip(ours.model.named_buffers(), theirs.model.buffers(), strict=True):
         torch.testing.assert_close(our, their, rtol=1e-12, atol=0, msg=lambda m, name=name: f"{name}: {m}")
@@ -78,7 +81,7 @@ def test_any_micro_batch_size_gives_the_gradient_of_the_whole_batch(size: int, o
     batch = make_batch(slice(0, PAIRS))
     whole, split = make_module(**options), make_module(**options, micro_batch_size=size)
     expected = gradients(whole, whole.training_step(batch, 0))
-    assert_equal(gradients(split, split.training_step(batch, 0)), expected, 1e-9)
+    assert_equal(gradients(split, split.training_step(batch, 0)), expected, 1e-12)
 
 
 def test_gradients_of_bfloat16_micro_batches_are_summed_in_float32() -> None:
@@ -100,15 +103,41 @@ def test_gradients_of_bfloat16_micro_batches_are_summed_in_float32() -> None:
     assert split < 1.5 * whole
 
 
-def test_the_forward_pass_keeps_no_micro_batchs_activations() -> None:
-    """After the forward pass autograd keeps the features only."""
+def big_batch() -> CaptionBatch:
+    """Return 64 pairs, all captions of full length, so that equal micro-batches cost the same."""
+    batch = make_batch(slice(0, PAIRS))
+    tokens = batch.tokens.clamp(max=48).repeat(8, 1)
+    tokens[:, -1] = 49  # end of text
+    return CaptionBatch(batch.images.repeat(8, 1, 1, 1), tokens, batch.keys * 8, list(batch.captions) * 8)
 
-    def saved_bytes(size: int | None) -> int:
-        module, batch = make_module(micro_batch_size=size), make_batch(slice(0, PAIRS))
+
+@pytest.mark.parametrize("size", [64, 32, 8])
+def test_every_micro_batch_but_the_last_is_computed_again(size: int) -> None:
+    """Operations that torch counts, the loss apart: three forward passes, and (p - 1) / p of one more."""
+    batch, module = big_batch(), make_module(micro_batch_size=size)
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        module.training_step(batch, 0)
+    with FlopCounterMode(display=False) as step:
+        module.training_step(batch, 0).backward()
+    whole, split = make_module(), make_module(micro_batch_size=size)
+    with FlopCounterMode(display=False) as once:
+        whole.training_step(batch, 0).backward()
+    with FlopCounterMode(display=False) as encoders, torch.no_grad():
+        split(batch)
+    parts = len(batch.images) // size
+    assert step.get_total_flops() - once.get_total_flops() == encoders.get_total_flops() * (parts - 1) // parts
+    assert encoders.get_total_flops() > 0.9 * forward.get_total_flops()
+
+
+def test_the_forward_pass_keeps_the_last_micro_batchs_activations_and_no_others() -> None:
+    def saved_bytes(size: int | None, batch: CaptionBatch) -> int:
+        module = make_module(micro_batch_size=size)
         storages: dict[int, int] = {}
+        alive = []  # a freed storage's address could be reused
 
         def pack(tensor: Tensor) -> Tensor:
             storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            alive.append(tensor)
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -116,7 +145,46 @@ def test_the_forward_pass_keeps_no_micro_batchs_activations() -> None:
         parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
         return sum(size for pointer, size in storages.items() if pointer not in parameters)
 
-    assert saved_bytes(2) < 0.1 * saved_bytes(None)
+    batch = big_batch()
+    last = saved_bytes(None, batch._rows(slice(56, 64)))
+    assert last <= saved_bytes(8, batch) < 1.1 * last + 8 * batch.images.nbytes  # float64 features of all, and pixels
+
+
+class LiveBytes(TorchDispatchMode):
+    """Record the peak of the bytes of all tensors that are created inside, and alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor) and (key := tensor.untyped_storage()._cdata) not in self.known:
+                size = tensor.untyped_storage().nbytes()
+                self.known[key] = weakref.finalize(tensor.untyped_storage(), self._freed, key, size)
+                self.now += size
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _freed(self, key: int, size: int) -> None:
+        self.now -= size
+        del self.known[key]
+
+
+def test_the_kept_micro_batch_and_a_recomputed_one_do_not_coexist() -> None:
+    def peak(size: int | None, batch: CaptionBatch) -> int:
+        module = make_module(micro_batch_size=size)
+        with LiveBytes() as live:
+            module.training_step(batch, 0).backward()
+        return live.peak
+
+    batch = big_batch()
+    gradients = sum(p.nbytes for p in make_module().parameters())
+    one = peak(None, batch._rows(slice(32, 64)))
+    assert one > 4 * gradients  # otherwise the next line would allow a second micro-batch
+    assert peak(32, batch) < one + 2 * gradients
 
 
 def test_accumulated_gradients_are_refused_in_favour_of_micro_batches() -> None:
