@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypedDict
@@ -26,6 +27,7 @@ from lit_clip.models.config import CLIPConfig, Preprocessing, Size
 from lit_clip.models.finetuning import Freeze, LayerDecay, frozen_modules, frozen_names, learning_rate_factors
 from lit_clip.models.lora import LoRA, add_lora
 from lit_clip.models.tokenizer import TextTokenizer
+from lit_clip.tools import host_copy
 from lit_clip.tools.untrusted import given
 from lit_clip.training.checkpoint_io import load_the_same_checkpoint, remove_after_writing
 from lit_clip.training.checks import check_counts, check_lora_gradients, check_parts, check_run, check_skipped_samples
@@ -174,6 +176,7 @@ class LitCLIP(LightningModule):
         self._freeze(freeze or Freeze(), lora)
         self.last_step: TrainingStep | None = None
         self.step_skipped = False
+        self._metrics: dict[str, Tensor] = {}  # of this rank in the step under way, until they are averaged
         self.baselines: dict[str, float] = {}
         self.before: dict[str, float] = {}
         self._groups: list[dict[str, Any]] | None = None
@@ -268,7 +271,7 @@ class LitCLIP(LightningModule):
         image_BD, text_BD, negative_MD = encode_parts(
             self.model, parts, len(batch.images), negatives=negative_shards.total > 0
         )
-        self.last_step, self.step_skipped = None, shards.total == 0
+        self.last_step, self.step_skipped, self._metrics = None, shards.total == 0, {}
         # DDP and FSDP need a gradient of every parameter, also if the loss does not use it.
         zero = sum((p.sum() * 0 for p in self._logit_parameters()), image_BD[:0].sum() + text_BD[:0].sum())
         if self.step_skipped:  # no rank has a pair
@@ -281,15 +284,32 @@ class LitCLIP(LightningModule):
         if len(image_BD) and torch.is_grad_enabled():
             check_gradient(self.loss, loss)
         loss = loss + zero
-        self._log("train/loss", loss, batch, sync_dist=True, prog_bar=True)
-        self._log("train/logit_scale", scale, batch)
+        self._metrics = {"train/loss": loss.detach()}
+        self.log("train/logit_scale", scale)
         for name, value in metrics.items():
-            self._log(f"train/{name}", value, batch, sync_dist=isinstance(value, Tensor))
+            if isinstance(value, Tensor):
+                self._metrics[f"train/{name}"] = value.detach()
+            else:  # Lightning would copy a number to the device, and wait for it
+                self.log(f"train/{name}", torch.tensor(float(value)))
         self.last_step = TrainingStep(batch.keys, image_BD.detach(), text_BD.detach(), loss.detach(), shards.total)
         return loss
 
-    def _log(self, name: str, value: Tensor | float, batch: CaptionBatch, **options: Any) -> None:
-        self.log(name, value, batch_size=len(batch.images), **options)
+    def sum_over_ranks(self, numbers: Tensor) -> Tensor:
+        """Return the sum of numbers over ranks, in the one collective that also averages the step's metrics; log these.
+
+        Called in ``on_before_optimizer_step``, at most once a step and then by all ranks; if no callback does, the
+        module does.
+
+        Args:
+            numbers: float ``[N]``, on the module's device.
+        """
+        metrics, self._metrics = self._metrics, {}
+        local = torch.cat([numbers, *(value.to(numbers.device).reshape(1) for value in metrics.values())])
+        total = distributed.sum_over_ranks(local, local.device)
+        means = total[len(numbers) :] / distributed.rank_and_world()[1]
+        for name, mean in zip(metrics, means.unbind(), strict=True):
+            self.log(name, mean)
+        return total[: len(numbers)]
 
     def _logit_parameters(self) -> list[Tensor]:
         own = [] if self.loss is None else [p for p in self.loss.parameters() if p.requires_grad]
@@ -300,6 +320,8 @@ class LitCLIP(LightningModule):
             check_lora_gradients(self.model)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._metrics:
+            self.sum_over_ranks(torch.zeros(0, device=self.device))
         if self.step_skipped:  # otherwise AdamW's momentum would move the weights
             skip_step(self)
 
@@ -311,6 +333,11 @@ class LitCLIP(LightningModule):
         super().optimizer_step(*args, **kwargs)
         # Not in on_train_batch_end: callbacks' hooks run before the module's, and one of them saves the checkpoint.
         self.model.clamp_logit_scale()
+        logged = (self.global_step + 1) % (self.trainer.log_every_n_steps or sys.maxsize) == 0
+        loss = self.trainer.callback_metrics.get("train/loss")
+        if loss is not None and (logged or not host_copy.runs_ahead(self.device)):
+            # With prog_bar=True Lightning would read it in every step, twice.
+            self.trainer.progress_bar_metrics["train/loss"] = float(loss)
 
     def on_validation_epoch_start(self) -> None:
         self._validated = RetrievalSet()

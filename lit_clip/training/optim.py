@@ -186,3 +186,13 @@ def skip_step(module: nn.Module) -> None:
     """Remove all gradients, so that the optimiser step changes neither weights nor moments nor its step count."""
     for parameter in module.parameters():
         parameter.grad = None
+
+
+def obeys_found_inf(optimizer: Optimizer) -> bool:
+    """Return whether an optimiser's step changes nothing if its ``found_inf``, a scalar on the device, is 1.
+
+    Torch's gradient scaler uses this with fused kernels. Fused SGD is left out: it would begin with a momentum that
+    nobody has set.
+    """
+    torchs = type(optimizer).step.__module__.startswith("torch.optim.")
+    return torchs and isinstance(optimizer, torch.optim.Adam) and all(g["fused"] for g in optimizer.param_groups)
