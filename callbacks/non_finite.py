@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
+from callbacks.training_clock import log_interval
 from lit_clip import distributed
 from lit_clip.errors import InputError, require
 from lit_clip.module import TrainingStep
@@ -122,7 +122,7 @@ class NonFiniteSteps(Callback):
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         self._read()
-        logged = (trainer.global_step + 1) % (trainer.log_every_n_steps or sys.maxsize) == 0
+        logged = (trainer.global_step + 1) % log_interval(trainer) == 0
         step: TrainingStep | None = getattr(pl_module, "last_step", None)
         if step is not None:
             self._check(step, trainer, pl_module, optimizer, at_once=logged)

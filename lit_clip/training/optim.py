@@ -165,6 +165,25 @@ def batches_per_epoch(trainer: "Trainer") -> int | None:
     return int(steps * limit) if isinstance(limit, float) else min(steps, limit)
 
 
+def even_batches(trainer: "Trainer", negatives: bool) -> int | None:
+    """Return the number of pairs in each rank's every training batch, if the data module guarantees it; else None.
+
+    It does if bad samples end the run (``on_error: error``) and its sampler divides global batches among the ranks.
+
+    Args:
+        trainer: the run's.
+        negatives: whether hard negatives matter; then files must be known to have none, as their number may differ.
+    """
+    data: Any = getattr(trainer, "datamodule", None)
+    if getattr(data, "on_error", None) != "error":
+        return None
+    if negatives and not (getattr(data, "negative_column", "unknown") is None and isinstance(data.train, str)):
+        return None
+    sampler = getattr(trainer.train_dataloader, "batch_sampler", None)
+    world = getattr(sampler, "world", None)
+    return getattr(sampler, "batch_size", None) if world == trainer.world_size else None
+
+
 def total_steps(trainer: "Trainer") -> int:
     """Return the optimiser steps of the whole run.
 
