@@ -105,7 +105,9 @@ class TrainingMonitor(TimedCallback):
         self._samples += samples
         self._samples_seen += samples
         if trainer.global_step % log_interval(trainer) == 0:
-            pl_module.log("train/samples_per_second", self._samples / self.clock.lap().seconds, prog_bar=True)
+            rate = self._samples / self.clock.lap().seconds
+            pl_module.log("train/samples_per_second", rate)
+            trainer.progress_bar_metrics["train/samples_per_second"] = rate  # see LitCLIP.optimizer_step
             pl_module.log("train/samples_seen", float(self._samples_seen))
             self._samples = 0
             self._warn_if_stuck(trainer, cast(LitCLIP, pl_module))

@@ -13,11 +13,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
+from callbacks.training_clock import log_interval
 from lit_clip import distributed
 from lit_clip.errors import InputError, require
 from lit_clip.module import TrainingStep
+from lit_clip.tools import host_copy
+from lit_clip.tools.host_copy import HostCopy
 from lit_clip.tools.untrusted import check_entries
-from lit_clip.training.optim import skip_step
+from lit_clip.training.optim import obeys_found_inf, skip_step
 from lit_clip.training.run_folder import run_folder
 
 FILE = "non_finite.jsonl"
@@ -47,13 +50,35 @@ class Finding(NamedTuple):
     non_finite_features: bool
 
 
+class _Checked(NamedTuple):
+    """A step whose result has not been read yet.
+
+    Attributes:
+        step: its pairs and features.
+        number: of optimiser steps before it.
+        counts: how many ranks found each of ``REASONS``.
+        trainer: the run's.
+    """
+
+    step: TrainingStep
+    number: int
+    counts: HostCopy
+    trainer: Trainer
+
+
 class NonFiniteSteps(Callback):
     """Detect steps whose loss, features or gradients are not finite on any rank, and undo them on all ranks.
 
-    Ranks sum a few numbers once a step, between the backward pass and the optimiser; every rank does so in every step,
-    so none waits for another. An undone step has no gradients: AdamW leaves weights, moments and its step count as they
-    are. BatchNorm's statistics are restored. The step still counts in ``global_step`` and for the learning rate's
-    schedule. Each such step is listed with the keys of its pairs in ``non_finite.jsonl`` in the run's folder.
+    Ranks sum a few numbers once a step, between the backward pass and the optimiser, together with the step's metrics;
+    every rank does so in every step, so none waits for another. An undone step has no gradients: AdamW leaves weights,
+    moments and its step count as they are. BatchNorm's statistics are restored. The step still counts in
+    ``global_step`` and for the learning rate's schedule. Each such step is listed with the keys of its pairs in
+    ``non_finite.jsonl`` in the run's folder.
+
+    On a GPU, reading the result would wait for the device. Torch's fused Adam and AdamW are told on the device to leave
+    everything as it is, and the result is read just before the next optimiser step, or before anything is saved or
+    validated: an error and a line in the file come one step later, and the weights are the same. Steps that are logged
+    are read at once, and so are all steps of other optimisers and under ``16-mixed``.
 
     Under ``16-mixed`` the gradient scaler finds its scale through gradients that are not finite although the loss is;
     it skips such steps itself, and they are not counted here.
@@ -75,8 +100,10 @@ class NonFiniteSteps(Callback):
         self._in_a_row = 0
         self._norms: list[_BatchNorm] = []
         self._statistics: list[tuple[Tensor, Tensor]] = []
+        self._unread: _Checked | None = None
 
     def state_dict(self) -> dict[str, Any]:
+        self._read()  # before a checkpoint is written that ``stop`` would not have
         return {"steps": self.steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -84,6 +111,7 @@ class NonFiniteSteps(Callback):
         self.steps = state_dict["steps"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._unread = None
         self._norms = [layer for layer in pl_module.modules() if isinstance(layer, _BatchNorm)]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -93,41 +121,72 @@ class NonFiniteSteps(Callback):
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        self._read()
+        logged = (trainer.global_step + 1) % log_interval(trainer) == 0
         step: TrainingStep | None = getattr(pl_module, "last_step", None)
         if step is not None:
-            self._check(step, trainer, pl_module)
-        if self.policy == "skip":
-            pl_module.log("train/non_finite_steps", float(self.steps))
+            self._check(step, trainer, pl_module, optimizer, at_once=logged)
+        if self.policy == "skip":  # as a tensor of the host: a number would be copied to the device
+            pl_module.log("train/non_finite_steps", torch.tensor(float(self.steps)))
 
-    def _check(self, step: TrainingStep, trainer: Trainer, module: Any) -> None:
+    def _check(self, step: TrainingStep, trainer: Trainer, module: Any, optimizer: Any, at_once: bool) -> None:
         """Decide, together with all ranks, whether a step may change the weights, and undo it if not.
 
         Raises:
-            InputError: it may not, and the policy is ``stop`` or there have been too many in a row.
+            InputError: it may not, the result is read at once, and the policy is ``stop`` or there have been too many
+                in a row.
         """
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         gradients = torch.zeros_like(step.loss) if scaled else largest_gradient(module.parameters()).to(step.loss)
         bad = torch.stack([~step.loss.isfinite(), bad_rows(step).any(), ~gradients.isfinite()]).float()
-        ranks = distributed.sum_over_ranks(bad, module.device).tolist()  # the one synchronisation with the device
-        if not any(ranks):
-            self._in_a_row = 0
+        counts = module.sum_over_ranks(bad)
+        self._unread = _Checked(step, trainer.global_step, HostCopy(counts), trainer)
+        if host_copy.runs_ahead(module.device) and not scaled and not at_once and obeys_found_inf(optimizer):
+            undone = counts.any()
+            optimizer.found_inf = undone.float()
+            for buffer, before in self._statistics:
+                buffer.copy_(torch.where(undone, before, buffer))
             return
-        skip_step(module)
-        module.step_skipped = True
-        for buffer, before in self._statistics:
-            buffer.copy_(before)
-        self.steps, self._in_a_row = self.steps + 1, self._in_a_row + 1
-        reason = next(name for name, count in zip(REASONS, ranks, strict=True) if count)
-        self._report(step, reason, trainer)
+        optimizer.found_inf = None
+        if self._read():
+            skip_step(module)
+            module.step_skipped = True
+            for buffer, before in self._statistics:
+                buffer.copy_(before)
 
-    def _report(self, step: TrainingStep, reason: str, trainer: Trainer) -> None:
-        findings = _findings(step, reason, trainer.global_step)
+    def _read(self) -> bool:
+        """Return whether the step that was checked last is undone, and report it; False if that has been done.
+
+        Raises:
+            InputError: it is, and the policy is ``stop`` or there have been too many in a row.
+        """
+        unread, self._unread = self._unread, None
+        if unread is None:
+            return False
+        counts = unread.counts.read()
+        if not any(counts):
+            self._in_a_row = 0
+            return False
+        self.steps, self._in_a_row = self.steps + 1, self._in_a_row + 1
+        reason = next(name for name, count in zip(REASONS, counts, strict=True) if count)
+        self._report(unread, reason)
+        return True
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._read()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._read()
+
+    def _report(self, checked: _Checked, reason: str) -> None:
+        trainer, number = checked.trainer, checked.number
+        findings = _findings(checked.step, reason, number)
         folder = run_folder(trainer)  # every rank must ask
         path = folder / FILE if folder else None
         if path and trainer.is_global_zero:
             _append(path, findings)
         what = _sentence(findings, path)
-        stopped = f"training stopped at step {trainer.global_step}: {what}"
+        stopped = f"training stopped at step {number}: {what}"
         if self.policy == "stop":
             raise InputError(
                 f"{stopped}; fix or remove those pairs, lower the learning rate or clip gradients "
@@ -139,7 +198,7 @@ class NonFiniteSteps(Callback):
                 "lower learning rate or clipped gradients (trainer.gradient_clip_val)"
             )
         if self.steps & (self.steps - 1) == 0:  # the 1st, 2nd, 4th, 8th, ...
-            rank_zero_warn(f"step {trainer.global_step} is skipped: {what}; {self.steps} such steps so far")
+            rank_zero_warn(f"step {number} is skipped: {what}; {self.steps} such steps so far")
 
 
 def bad_rows(step: TrainingStep) -> Tensor:

@@ -16,16 +16,17 @@ from lit_clip.tools.processes import is_launched
 from lit_clip.training.checkpoint_io import save_whole
 from lit_clip.training.claims import release_folders
 from lit_clip.training.run_folder import run_folder
-from lit_clip.training.signals import Signals, signals_of
+from lit_clip.training.signals import Signals, replace_signals, signals_of
 from lit_clip.training.summary import resume_command
 
 
 class Preemption(Callback):
     """Save a complete checkpoint and end the run when any rank gets SIGTERM or SIGUSR1.
 
-    The signal handler only records the signal; at the end of a step all ranks check for signals with a collective on
-    the CPU. Then they save and raise a ``SystemExit`` with code 128 + the signal's number (143 for SIGTERM, on Linux
-    138 for SIGUSR1). A rank that Lightning started itself exits with 0; otherwise Lightning would kill its parent.
+    The signal handler only records the signal. Ranks exchange their signals in the collective that averages a step's
+    metrics, just before the optimiser, and on GPUs read the result one step later, without a wait. Then they save and
+    raise a ``SystemExit`` with code 128 + the signal's number (143 for SIGTERM, on Linux 138 for SIGUSR1). A rank that
+    Lightning started itself exits with 0; otherwise Lightning would kill its parent.
 
     A validation is stopped and its results are discarded; with a sharded model, whose ranks compute each batch
     together, it finishes first. A run that is resumed from a checkpoint written before a due validation had finished
@@ -33,28 +34,22 @@ class Preemption(Callback):
 
     The checkpoint is ``last.ckpt`` if a ``ModelCheckpoint`` keeps one, else ``preempted.ckpt`` in its folder. Under
     SLURM with ``auto_requeue``, the requeue signal (SIGUSR1) saves and requeues as Lightning documents it.
-
-    Args:
-        every_n_steps: how often ranks check for signals.
     """
 
-    def __init__(self, every_n_steps: int = 1) -> None:
-        require(every_n_steps >= 1, f"Preemption.every_n_steps: {every_n_steps} must be at least 1")
-        self.every_n_steps = every_n_steps
-        self._batches = 0
+    def __init__(self) -> None:
         self._first_step: int | None = None
         self._validation_due = False  # a validation was due after the last step and has not finished
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # Lightning registers its handlers after this hook and before any other, and has no option for different ones.
-        trainer._signal_connector = Signals(trainer)
+        replace_signals(trainer)
         on_exception = any(getattr(callback, "save_on_exception", False) for callback in trainer.checkpoint_callbacks)
         require(
             not on_exception or trainer.world_size == 1,
             "ModelCheckpoint.save_on_exception: a rank that fails would wait for the others to save; remove it (a "
             "signal saves anyway), and set every_n_train_steps",
         )
-        self._batches, self._first_step = 0, None
+        self._first_step = None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["validation_due"] = self._validation_due
@@ -73,8 +68,9 @@ class Preemption(Callback):
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         loop: Any = trainer.fit_loop
         self._validation_due = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
-        self._batches += 1
-        if self._batches % self.every_n_steps == 0 and self._agreed(trainer):
+        signals = signals_of(trainer)
+        exchanged = trainer.world_size > 1 and signals.read(trainer.strategy.root_device)
+        if bool(signals.agreed) if exchanged else self._agreed(trainer):
             # Lightning raises SIGTERMException when the step is complete and logged, and checks for it nowhere before.
             signals_of(trainer).received_sigterm = True
 

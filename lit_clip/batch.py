@@ -1,8 +1,9 @@
 """Batches: named tuples of tensors and keys."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 JUDGED_AFTER = 100  # samples: of fewer, a single one is above any sensible limit
@@ -43,6 +44,21 @@ class CaptionBatch(NamedTuple):
     def has_pixels(self) -> bool:
         """Whether ``images`` are images, and not stored activations."""
         return not self.images.is_floating_point()
+
+    def to(self, device: torch.device | str) -> "CaptionBatch":
+        """Move the tensors to a device; a CUDA device's queued work is not waited for if they are pinned.
+
+        Lightning calls this; without it, it would look for tensors in every key and caption.
+        """
+        to_cuda = torch.device(device).type == "cuda"  # MPS would read freed memory (pytorch/pytorch#189690)
+        return self._of_tensors(lambda tensor: tensor.to(device, non_blocking=to_cuda))
+
+    def pin_memory(self) -> "CaptionBatch":
+        """Copy the tensors to pinned memory; data loaders call this."""
+        return self._of_tensors(Tensor.pin_memory)
+
+    def _of_tensors(self, function: Callable[[Tensor], Tensor]) -> "CaptionBatch":
+        return self._make(function(value) if isinstance(value, Tensor) else value for value in self)
 
     def split(self, parts: int) -> "list[CaptionBatch]":
         """Split into at most ``parts`` batches of nearly equal size, none of them empty, in order."""

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypedDict
@@ -26,6 +27,7 @@ from lit_clip.models.config import CLIPConfig, Preprocessing, Size
 from lit_clip.models.finetuning import Freeze, LayerDecay, frozen_modules, frozen_names, learning_rate_factors
 from lit_clip.models.lora import LoRA, add_lora
 from lit_clip.models.tokenizer import TextTokenizer
+from lit_clip.tools import host_copy
 from lit_clip.tools.untrusted import given
 from lit_clip.training.checkpoint_io import load_the_same_checkpoint, remove_after_writing
 from lit_clip.training.checks import check_counts, check_lora_gradients, check_parts, check_run, check_skipped_samples
@@ -37,11 +39,13 @@ from lit_clip.training.optim import (
     Decays,
     OptimizerFactory,
     PaperAdamW,
+    even_batches,
     skip_step,
     total_steps,
 )
 from lit_clip.training.optimization import Optimization
 from lit_clip.training.schedules import ScheduleFactory, WarmupCosine
+from lit_clip.training.signals import Signals
 from lit_clip.training.sync_batch_norm import synchronise_batch_norm
 from lit_clip.weights.checkpoints import base_name, check_settings, checked
 from lit_clip.weights.fingerprint import weights_sha256
@@ -174,6 +178,7 @@ class LitCLIP(LightningModule):
         self._freeze(freeze or Freeze(), lora)
         self.last_step: TrainingStep | None = None
         self.step_skipped = False
+        self._metrics: dict[str, Tensor] | None = None  # of this rank's step, until they are averaged
         self.baselines: dict[str, float] = {}
         self.before: dict[str, float] = {}
         self._groups: list[dict[str, Any]] | None = None
@@ -263,12 +268,12 @@ class LitCLIP(LightningModule):
     def training_step(self, batch: CaptionBatch, batch_idx: int) -> Tensor:
         assert self.loss is not None, "setup builds it"
         hard = sum(map(bool, batch.negatives)) if self.loss.uses_negatives else 0
-        shards, negative_shards = distributed.shards_of(len(batch.images), hard)
+        shards, negative_shards = self._shards(len(batch.images), hard)
         parts = split_batch(self.model, batch, shards, self.hparams["micro_batch_size"])
         image_BD, text_BD, negative_MD = encode_parts(
             self.model, parts, len(batch.images), negatives=negative_shards.total > 0
         )
-        self.last_step, self.step_skipped = None, shards.total == 0
+        self.last_step, self.step_skipped, self._metrics = None, shards.total == 0, {}
         # DDP and FSDP need a gradient of every parameter, also if the loss does not use it.
         zero = sum((p.sum() * 0 for p in self._logit_parameters()), image_BD[:0].sum() + text_BD[:0].sum())
         if self.step_skipped:  # no rank has a pair
@@ -281,15 +286,51 @@ class LitCLIP(LightningModule):
         if len(image_BD) and torch.is_grad_enabled():
             check_gradient(self.loss, loss)
         loss = loss + zero
-        self._log("train/loss", loss, batch, sync_dist=True, prog_bar=True)
-        self._log("train/logit_scale", scale, batch)
+        self._metrics = own = {"train/loss": loss.detach()}
+        self.log("train/logit_scale", scale)
         for name, value in metrics.items():
-            self._log(f"train/{name}", value, batch, sync_dist=isinstance(value, Tensor))
+            if isinstance(value, Tensor):
+                own[f"train/{name}"] = value.detach()
+            else:  # Lightning would copy a number to the device, and wait for it
+                self.log(f"train/{name}", torch.tensor(float(value)))
         self.last_step = TrainingStep(batch.keys, image_BD.detach(), text_BD.detach(), loss.detach(), shards.total)
         return loss
 
-    def _log(self, name: str, value: Tensor | float, batch: CaptionBatch, **options: Any) -> None:
-        self.log(name, value, batch_size=len(batch.images), **options)
+    def _shards(self, pairs: int, negatives: int) -> tuple[distributed.Shards, distributed.Shards]:
+        """Return how many pairs and hard negatives each rank has; without asking, if the data module guarantees that.
+
+        Raises:
+            InputError: it guarantees another number of pairs than this rank has.
+        """
+        assert self.loss is not None, "setup builds it"
+        even = even_batches(self._trainer, self.loss.uses_negatives) if self._trainer else None
+        if even is None:
+            both = distributed.shards_of(pairs, negatives)
+            return both[0], both[1]
+        require(pairs == even, f"batch_size: a training batch has {pairs} pairs in place of {even}; set on_error: skip")
+        rank, world = distributed.rank_and_world()
+        return distributed.Shards(rank, (pairs,) * world), distributed.Shards(rank, (0,) * world)
+
+    def sum_over_ranks(self, numbers: Tensor) -> Tensor:
+        """Return the sum of numbers over ranks, in a step's one collective; log the step's metrics, averaged in it too.
+
+        The collective also exchanges the ranks' signals. Called in ``on_before_optimizer_step``, at most once a step
+        and then by all ranks; if no callback does, the module does.
+
+        Args:
+            numbers: float ``[N]``, on the module's device.
+        """
+        metrics, self._metrics = self._metrics or {}, None
+        signals, world = self.trainer._signal_connector, distributed.rank_and_world()[1]
+        flags = signals.flags(numbers) if world > 1 and isinstance(signals, Signals) else []
+        own = [value.to(numbers.device).reshape(1) for value in metrics.values()]
+        total = distributed.sum_over_ranks(torch.cat([numbers, *flags, *own]), numbers.device)
+        summed, received, of_metrics = total.split([len(numbers), len(flags), len(own)])
+        if isinstance(signals, Signals) and flags:
+            signals.note(received)
+        for name, mean in zip(metrics, (of_metrics / world).unbind(), strict=True):
+            self.log(name, mean)
+        return summed
 
     def _logit_parameters(self) -> list[Tensor]:
         own = [] if self.loss is None else [p for p in self.loss.parameters() if p.requires_grad]
@@ -300,6 +341,8 @@ class LitCLIP(LightningModule):
             check_lora_gradients(self.model)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._metrics is not None:
+            self.sum_over_ranks(torch.zeros(0, device=self.device))
         if self.step_skipped:  # otherwise AdamW's momentum would move the weights
             skip_step(self)
 
@@ -311,6 +354,12 @@ class LitCLIP(LightningModule):
         super().optimizer_step(*args, **kwargs)
         # Not in on_train_batch_end: callbacks' hooks run before the module's, and one of them saves the checkpoint.
         self.model.clamp_logit_scale()
+        trainer: Any = self.trainer
+        logged = (self.global_step + 1) % (trainer.log_every_n_steps or sys.maxsize) == 0
+        loss = trainer.callback_metrics.get("train/loss")
+        if loss is not None and (logged or not host_copy.runs_ahead(self.device)):
+            # With prog_bar=True Lightning would read it in every step, twice.
+            trainer.progress_bar_metrics["train/loss"] = float(loss)
 
     def on_validation_epoch_start(self) -> None:
         self._validated = RetrievalSet()

@@ -70,4 +70,7 @@ def image_transform(config: Preprocessing) -> v2.Compose:
 
 def normalize(images: Tensor, config: Preprocessing) -> Tensor:
     """uint8 ``[..., 3, H, W]`` -> float32, normalised by the model's mean and standard deviation."""
-    return TF.normalize(images.to(torch.float32) / 255, list(config.mean), list(config.std))
+    scaled = images.to(torch.float32) / 255
+    # Filled on the images' device: torchvision copies the constants there, and each copy waits for the device.
+    mean, std = (torch.stack([scaled.new_full((1, 1), x) for x in values]) for values in (config.mean, config.std))
+    return (scaled - mean).div_(std)

@@ -165,6 +165,25 @@ def batches_per_epoch(trainer: "Trainer") -> int | None:
     return int(steps * limit) if isinstance(limit, float) else min(steps, limit)
 
 
+def even_batches(trainer: "Trainer", negatives: bool) -> int | None:
+    """Return the number of pairs in each rank's every training batch, if the data module guarantees it; else None.
+
+    It does if bad samples end the run (``on_error: error``) and its sampler divides global batches among the ranks.
+
+    Args:
+        trainer: the run's.
+        negatives: whether hard negatives matter; then files must be known to have none, as their number may differ.
+    """
+    data: Any = getattr(trainer, "datamodule", None)
+    if getattr(data, "on_error", None) != "error":
+        return None
+    if negatives and not (getattr(data, "negative_column", "unknown") is None and isinstance(data.train, str)):
+        return None
+    sampler = getattr(trainer.train_dataloader, "batch_sampler", None)
+    world = getattr(sampler, "world", None)
+    return getattr(sampler, "batch_size", None) if world == trainer.world_size else None
+
+
 def total_steps(trainer: "Trainer") -> int:
     """Return the optimiser steps of the whole run.
 
@@ -186,3 +205,13 @@ def skip_step(module: nn.Module) -> None:
     """Remove all gradients, so that the optimiser step changes neither weights nor moments nor its step count."""
     for parameter in module.parameters():
         parameter.grad = None
+
+
+def obeys_found_inf(optimizer: Optimizer) -> bool:
+    """Return whether an optimiser's step changes nothing if its ``found_inf``, a scalar on the device, is 1.
+
+    Torch's gradient scaler uses this with fused kernels. Fused SGD is left out: it would begin with a momentum that
+    nobody has set.
+    """
+    torchs = type(optimizer).step.__module__.startswith("torch.optim.")
+    return torchs and isinstance(optimizer, torch.optim.Adam) and all(g["fused"] for g in optimizer.param_groups)

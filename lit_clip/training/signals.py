@@ -3,10 +3,15 @@
 import signal
 from typing import Any
 
+import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+from lit_clip.tools import host_copy
+from lit_clip.tools.host_copy import HostCopy
 
 
 class Signals(_SignalConnector):
@@ -20,13 +25,41 @@ class Signals(_SignalConnector):
         super().__init__(trainer)
         self.received = 0  # number of the signal that this process got
         self.agreed = 0  # number of the signal that all ranks agreed on
+        self._unread: list[HostCopy] = []  # how many ranks got each signal, of the last steps
+
+    @property
+    def _numbers(self) -> list[int]:
+        """The signals that end a run, in the same order on every rank."""
+        return sorted({signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM), self.requeue_signal} - {None})
+
+    def flags(self, like: Tensor) -> list[Tensor]:
+        """Return for each signal a scalar, 1 if this process got it; filled where ``like`` is, so nothing is copied."""
+        return [like.new_full((1,), float(self.received == number)) for number in self._numbers]
+
+    def note(self, counts: Tensor) -> None:
+        """Take the sum of the ranks' :meth:`flags`, to be read later."""
+        self._unread.append(HostCopy(counts))
+
+    def read(self, device: torch.device) -> bool:
+        """Take the ranks' decision of this step, or where reading it would wait for the device of the step before.
+
+        Returns:
+            Whether the step had one; otherwise the ranks must exchange their signals in another way.
+        """
+        if not self._unread:
+            return False
+        latest = len(self._unread) > 1 or not host_copy.runs_ahead(device)
+        counts = self._unread.pop(0).read() if latest else []
+        got = [number for number, count in zip(self._numbers, counts, strict=False) if count]
+        self.agreed = max(got, default=0)
+        return True
 
     def register_signal_handlers(self) -> None:
         self.received_sigterm = False
         self._original_handlers = self._get_current_signal_handlers()
         if self.trainer.state.fn == TrainerFn.FITTING:
-            for signum in {signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM), self.requeue_signal} - {None}:
-                self._register_signal(signum, self._note)
+            for number in self._numbers:
+                self._register_signal(signal.Signals(number), self._note)
 
     def _note(self, signum: int, frame: Any) -> None:
         self.received = signum
@@ -46,6 +79,13 @@ class Signals(_SignalConnector):
     def teardown(self) -> None:
         if not self.agreed:  # otherwise this process is about to end, and a second signal must not change how
             super().teardown()
+
+
+def replace_signals(trainer: Trainer) -> None:
+    """Give a trainer :class:`Signals` in place of Lightning's, and no broadcast of SIGTERM before every step."""
+    trainer._signal_connector = Signals(trainer)
+    loop: Any = trainer.fit_loop.epoch_loop
+    loop._broadcast_sigterm_tensor = lambda: None  # its ranks read what the first one sends, and wait for the device
 
 
 def signals_of(trainer: Trainer) -> Signals:

@@ -54,7 +54,7 @@ def test_a_given_callback_replaces_the_default_of_its_class(given: Callback) -> 
 
 
 def test_a_given_preemption_replaces_the_first_default() -> None:
-    preemption = Preemption(every_n_steps=3)
+    preemption = Preemption()
     assert [callback for callback in callbacks.defaults(preemption) if isinstance(callback, Preemption)] == [preemption]
 
 

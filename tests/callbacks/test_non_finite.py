@@ -28,7 +28,8 @@ from lit_clip.losses.contrastive import contrastive_loss
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, ResNetConfig, TextTransformerConfig
 from lit_clip.module import LitCLIP
-from lit_clip.training.optim import PaperAdamW, decay_groups
+from lit_clip.tools import host_copy
+from lit_clip.training.optim import PaperAdamW, decay_groups, obeys_found_inf
 from lit_clip.training.schedules import WarmupCosine, warmup_cosine
 from tests.conftest import ROOT, without_packaged_defaults
 from tests.helpers import forks
@@ -126,11 +127,13 @@ def callback(name: str, **arguments: Any) -> str:
     return "--trainer.callbacks+=" + json.dumps(values)
 
 
+@pytest.mark.parametrize("later", [False, True], ids=["read at once", "read later"])
 def test_two_ranks_skip_the_steps_that_are_not_finite_on_one(
-    cli: Cli, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+    later: bool, cli: Cli, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
     key = key_of_step(caption_table, tiny_config, 1)
-    options = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.log_every_n_steps", "1"]
+    options = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    options += ["--trainer.log_every_n_steps", "8" if later else "1", *[callback("RunsAhead")] * later]
     options += ["--data.batch_size", "8", "--trainer.max_epochs", "2", SKIP]
     options += ["--trainer.precision", "32-true"]  # a new interpreter would choose bfloat16 where supported
     options += [callback("BrokenImage", keys=[key], folder="."), callback("BrokenGradient", step=3, rank=1)]
@@ -162,7 +165,8 @@ def test_two_ranks_skip_the_steps_that_are_not_finite_on_one(
     (path,) = tmp_path.rglob("metrics.csv")
     with path.open() as file:
         counts = [float(row["train/non_finite_steps"]) for row in csv.DictReader(file) if row["train/non_finite_steps"]]
-    assert counts == [sum(step <= now for step in steps) for now in range(8)]
+    every = [sum(step <= now for step in steps) for now in range(8)]
+    assert counts == (every[-1:] if later else every)
     (saved,) = tmp_path.rglob("*.ckpt")
     assert torch.load(saved, weights_only=True)["callbacks"]["NonFiniteSteps"] == {"steps": 3}
 
@@ -225,16 +229,24 @@ def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
     return {name for name, value in after.items() if not torch.equal(value, before[name])}
 
 
+@pytest.fixture(params=[False, True], ids=["read at once", "read later"])
+def ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Train as on a CPU, and as on a GPU, where the result of a step is read one step later."""
+    monkeypatch.setattr(host_copy, "runs_ahead", lambda device: request.param)
+    return request.param
+
+
 @pytest.mark.parametrize(
     "options",
     [
         pytest.param({}, id="fused"),
         pytest.param({"gradient_clip_val": 1.0}, id="clipped by norm"),
         pytest.param({"gradient_clip_val": 0.1, "gradient_clip_algorithm": "value"}, id="clipped by value"),
-        pytest.param({"gradient_clip_val": 1.0, "precision": "bf16-mixed"}, id="bf16-mixed, not fused"),
+        pytest.param({"gradient_clip_val": 1.0, "precision": "bf16-mixed"}, id="bf16-mixed"),
         pytest.param({"precision": "16-mixed"}, id="16-mixed with a gradient scaler"),
     ],
 )
+@pytest.mark.usefixtures("ahead")
 def test_a_skipped_step_changes_nothing(options: dict[str, Any], caption_table: Path, tmp_path: Path) -> None:
     """Neither weights nor BatchNorm statistics nor AdamW's moments and step count."""
     if options.get("precision") == "16-mixed":
@@ -252,6 +264,57 @@ def test_a_skipped_step_changes_nothing(options: dict[str, Any], caption_table: 
     assert {"model.visual.attnpool.c_proj.weight", "model.visual.bn1.running_mean", "exp_avg 0", "step 0"} <= moved
     assert all(value.isfinite().all() for value in states.seen[4].values())
     assert fitting.global_step == 4
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+@pytest.mark.parametrize("logged", [1, 50])
+def test_no_checkpoint_is_written_of_a_step_that_stops_a_run(
+    logged: int, policy: Any, ahead: bool, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+) -> None:
+    key, module = key_of_step(caption_table, tiny_config, 2), LitCLIP(tiny_config)
+    every = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    used = [every, BrokenImage([key]), NonFiniteSteps(policy)]
+    fitting = trainer(tmp_path, max_epochs=1, limit_val_batches=0, callbacks=used, log_every_n_steps=logged)
+    if policy == "stop":
+        with pytest.raises(InputError, match="training stopped at step 2: the loss is nan"):
+            fitting.fit(module, data_for(module, caption_table))
+    else:
+        fitting.fit(module, data_for(module, caption_table))
+    saved = {path.stem: torch.load(path, weights_only=True) for path in tmp_path.glob("*.ckpt")}
+    assert saved.keys() == {f"step={step}" for step in ((1, 2) if policy == "stop" else (1, 2, 3, 4))}
+    counts = [saved[name]["callbacks"]["NonFiniteSteps"]["steps"] for name in sorted(saved)]
+    assert counts == ([0, 0] if policy == "stop" else [0, 0, 1, 1])
+
+
+def test_a_run_that_stops_late_has_the_weights_before_the_step(
+    ahead: bool, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+) -> None:
+    key, module, states = key_of_step(caption_table, tiny_config, 1), LitCLIP(tiny_config), States()
+    fitting = trainer(
+        tmp_path, max_epochs=1, limit_val_batches=0, callbacks=[states, BrokenImage([key]), NonFiniteSteps()]
+    )
+    with pytest.raises(InputError, match="training stopped at step 1: the loss is nan"):
+        fitting.fit(module, data_for(module, caption_table))
+    assert len(states.seen) == 2 + ahead  # began as many steps
+    assert fitting.global_step == 1 + ahead
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, states.seen[1][name]), name
+
+
+def test_only_torchs_fused_adam_is_told_on_the_device_to_do_nothing() -> None:
+    class Own(torch.optim.AdamW):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+    def made(kind: Any, **settings: Any) -> torch.optim.Optimizer:
+        return kind([{"params": [torch.nn.Parameter(torch.ones(3))], **settings}], lr=0.1)
+
+    assert obeys_found_inf(made(PaperAdamW, fused=True))
+    assert obeys_found_inf(made(torch.optim.Adam, fused=True))
+    assert not any(
+        obeys_found_inf(optimizer)
+        for optimizer in (made(PaperAdamW), made(Own, fused=True), made(torch.optim.SGD, fused=True))
+    )
 
 
 def test_a_step_with_a_non_finite_gradient_is_skipped_and_lists_all_its_keys(

@@ -28,9 +28,11 @@ from callbacks.preemption import Preemption
 from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig
 from lit_clip.module import LitCLIP
+from lit_clip.tools import host_copy
 from lit_clip.training.checkpoint_io import WholeCheckpointIO
 from lit_clip.training.optim import PaperAdamW
 from lit_clip.training.schedules import WarmupCosine
+from lit_clip.training.signals import Signals
 from tests.conftest import ROOT, TINY_YAML, lit_clip_command
 from tests.test_module import data_for, trainer
 
@@ -123,6 +125,25 @@ def test_a_signal_during_a_step_saves_a_complete_checkpoint_after_that_step(
     assert saved["optimizer_states"][0]["state"]
     assert str(stopped).startswith(f"{signum.name}: saved step 2; resume with: ")
     assert str(stopped).endswith(f"--ckpt_path {tmp_path}/last.ckpt")
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_where_reading_would_wait_ranks_act_one_step_later(
+    later: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_copy, "runs_ahead", lambda device: later)
+    signals, device = Signals(trainer(tmp_path)), torch.device("cpu")
+    assert not signals.read(device)  # no collective: the ranks have to ask each other
+    none = torch.cat(signals.flags(torch.zeros(0)))
+    signals.received = signal.SIGTERM
+    one = torch.cat(signals.flags(torch.zeros(0)))
+    assert float(one.sum()) == 1
+    agreed = []
+    for counts in (none, one + none, one + one):
+        signals.note(counts)
+        assert signals.read(device)
+        agreed.append(signals.agreed)
+    assert agreed == ([0, 0, signal.SIGTERM] if later else [0, signal.SIGTERM, signal.SIGTERM])
 
 
 @pytest.mark.parametrize("step", [3, 4])
@@ -222,19 +243,6 @@ def test_a_signal_before_the_first_step_saves_nothing(
     assert "nothing to save" in str(stopped)
     assert recorder.steps == []
     assert names(tmp_path) == set()
-
-
-@pytest.mark.usefixtures("_handlers")
-def test_every_n_steps_delays_the_check_for_signals(
-    tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
-) -> None:
-    recorder, module = Recorder(), LitCLIP(tiny_config, lr_scheduler=partial(WarmupCosine, warmup_steps=1))
-    callbacks = [Preemption(every_n_steps=3), recorder, SignalAt("on_before_optimizer_step"), keeper(tmp_path)]
-    with pytest.raises(SystemExit):
-        trainer(tmp_path, max_epochs=2, callbacks=callbacks).fit(module, data_for(module, caption_table))
-    assert load(tmp_path / "last.ckpt")["global_step"] == len(recorder.steps) == 3
-    with pytest.raises(InputError, match="every_n_steps: 0 must be at least 1"):
-        Preemption(every_n_steps=0)
 
 
 @pytest.mark.usefixtures("_handlers")

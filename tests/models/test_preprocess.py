@@ -191,3 +191,17 @@ def test_normalize_subtracts_the_mean_and_divides_by_std() -> None:
     config = Preprocessing()
     mean, std = torch.tensor(config.mean).view(3, 1, 1), torch.tensor(config.std).view(3, 1, 1)
     torch.testing.assert_close(normalize(images, config), (images / 255 - mean) / std)
+
+
+def test_normalize_copies_nothing_to_the_device_and_can_be_exported() -> None:
+    images, config = torch.randint(256, (2, 3, 5, 4), dtype=torch.uint8), Preprocessing()
+    assert normalize(images.to("meta"), config).device.type == "meta"
+    assert torch.equal(normalize(images.double(), config), normalize(images, config))
+
+    class Normalize(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return normalize(images, config)
+
+    exported = torch.export.export(Normalize(), (images,))
+    assert torch.equal(exported.module()(images), normalize(images, config))
+    assert not any("_to_copy" in str(node.target) and "device" in node.kwargs for node in exported.graph.nodes)

@@ -281,6 +281,39 @@ def test_a_checkpoint_that_names_no_optimiser_cannot_resume(table: Path, tmp_pat
         fit(tmp_path, table, tmp_path / "middle.ckpt")
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("clipping", [{"gradient_clip_val": 0.1}, {}], ids=["clipped", "not clipped"])
+def test_fused_adamw_learns_as_the_plain_one_does(
+    clipping: dict[str, Any], precision: str, table: Path, tmp_path: Path
+) -> None:
+    losses = {}
+    for fused in (None, False):  # unless it is set, fit sets it
+        torch.manual_seed(0)
+        recorder = Losses()
+        module = make_module(optimizer=partial(_adamw, fused=fused))
+        trainer = make_trainer(tmp_path, [recorder], max_steps=6, precision=precision, **clipping)
+        trainer.fit(module, data_for(module, table))
+        assert all(bool(group["fused"]) is (fused is None) for group in trainer.optimizers[0].param_groups)
+        losses[fused] = recorder.seen
+    assert len(losses[None]) == 6
+    assert losses[None][-1] != losses[None][0]
+    assert losses[None] == pytest.approx(losses[False], rel=1e-6 if precision == "32-true" else 1e-3)
+
+
+class Losses(Callback):
+    """Record every step's loss."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *args: Any, **kwargs: Any) -> None:
+        self.seen.append(float(outputs["loss"]))
+
+
+def _adamw(params: Any, fused: bool | None) -> torch.optim.AdamW:
+    return torch.optim.AdamW(params, lr=RATE, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2, fused=fused)
+
+
 def test_torchs_optimisers_are_fused_under_clipping_too(table: Path, tmp_path: Path) -> None:
     for precision in ("32-true", "bf16-mixed"):
         module = make_module(optimizer=partial(torch.optim.SGD, lr=RATE))
