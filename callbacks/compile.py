@@ -16,8 +16,8 @@ MOST_GRAPHS = 64
 class Compile(Callback):
     """Compile the blocks of both encoders with ``torch.compile``.
 
-    The first steps take minutes, and texts are padded to a few lengths. A ``lora`` on attention's inputs breaks the
-    graphs.
+    The first steps take minutes. Texts of any lengths share a few graphs: the paper's text encoder packs them into rows
+    of fixed length. A ``lora`` on attention's inputs breaks the graphs.
     """
 
     changes_model = True  # before others measure it
@@ -39,15 +39,13 @@ def compile_blocks(model: Any, backend: str = "inductor") -> None:
     """Compile each block of a :class:`lit_clip.CLIP`'s encoders, unless it is compiled already.
 
     Blocks rather than whole encoders: equal blocks share their graphs, and the code between them may look at the batch.
-    Texts are padded to one of a few lengths, each of which has its graph.
 
     Args:
         model: the encoders.
         backend: of ``torch.compile``.
     """
-    model.text_encoder.few_lengths = True
-    # All blocks are one function to torch: each length, with and without gradients, is a graph of it, and beyond the
-    # limit torch falls back to eager mode.
+    # All blocks are one function to torch: of each encoder, with and without gradients, for fixed and for any shapes
+    # they are graphs of it, and beyond the limit torch falls back to eager mode.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
     for tower in TOWERS:
         for block in tower_blocks(model, tower):

@@ -40,7 +40,7 @@ from lit_clip.models.config import CLIPConfig
 from lit_clip.models.custom_config import CustomEncoderConfig, CustomImageConfig, CustomTextConfig, how_to_import
 from lit_clip.models.size import Size, height_width, normalised
 from lit_clip.models.tokenizer import CLIPTokenizer, TextTokenizer
-from lit_clip.models.transformer import check_images, is_traced, rounded
+from lit_clip.models.transformer import check_images, is_traced
 from lit_clip.tools.parts import script_name
 
 CONTRACT = {
@@ -182,7 +182,6 @@ class CustomTextEncoder(nn.Module):
     Attributes:
         tokenizer: the encoder's, or CLIP's.
         reads_lengths: whether the encoder is told the texts' lengths, and reads batches without common padding.
-        few_lengths: whether to pad such batches to one of a few lengths.
 
     Raises:
         InputError: it breaks the contract above.
@@ -192,7 +191,6 @@ class CustomTextEncoder(nn.Module):
         super().__init__()
         self.encoder = create_encoder(config, embed_dim)
         self.context_length = config.context_length
-        self.few_lengths = False
         where, now = f"architecture.text: {config.class_path}", _context_length(self.encoder, config)
         require(
             now == self.context_length, f"{where} has the context_length {now} now, and {self.context_length} there"
@@ -217,8 +215,6 @@ class CustomTextEncoder(nn.Module):
             return self.encoder(self._padded(tokens, self.context_length))
         require(not is_traced(), "the text encoder reads its texts' lengths, which a traced graph cannot")
         lengths = list(lengths) if lengths else self.tokenizer.lengths(tokens).tolist()
-        if self.few_lengths:
-            tokens = self._padded(tokens, rounded(tokens.shape[1], self.context_length))
         return self.encoder(tokens, lengths=lengths)
 
     def _padded(self, tokens: Tensor, length: int) -> Tensor:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_clip.errors import InputError
@@ -19,7 +18,7 @@ from lit_clip.models.config import HuggingFaceTextConfig, TimmConfig, height_wid
 from lit_clip.models.entering import Entering, starting_at
 from lit_clip.models.external_settings import check_text_only, one_line, timm_pretrained_cfg
 from lit_clip.models.packing import length_groups, to_device
-from lit_clip.models.transformer import check_images, is_traced, rounded
+from lit_clip.models.transformer import check_images, is_traced
 from lit_clip.tools.reading import reason
 from lit_clip.tools.weight_files import read_tensors
 
@@ -217,7 +216,6 @@ class HuggingFaceTextEncoder(nn.Module):
 
     Attributes:
         in_groups: whether to encode texts of similar length together.
-        few_lengths: whether to pad batches to one of a few lengths instead.
     """
 
     def __init__(self, config: HuggingFaceTextConfig, embed_dim: int) -> None:
@@ -229,7 +227,6 @@ class HuggingFaceTextEncoder(nn.Module):
             raise InputError(f"architecture.text: {config.hugging_face} has no padding token, or no width")
         self.pooling, self.pad_id = config.pooling, pad_id
         self.in_groups = True  # FSDP sets it to False: all ranks must call the blocks equally often
-        self.few_lengths = False
         self.context_length = config.context_length
         longest = _positions(model)
         if longest is not None and config.context_length > longest:
@@ -253,9 +250,6 @@ class HuggingFaceTextEncoder(nn.Module):
             tokens = tokens[:, : entering.x.shape[1]]
         if is_traced() or not len(tokens):
             return self._encode(tokens, entering)
-        if self.few_lengths:
-            columns = rounded(tokens.shape[1], self.context_length) - tokens.shape[1]
-            return self._encode(F.pad(tokens, (0, columns), value=self.pad_id))
         if not self.in_groups or not (lengths or tokens.device.type == "cpu"):
             return self._encode(tokens, entering)
         columns = torch.arange(1, tokens.shape[1] + 1)

@@ -103,7 +103,6 @@ def _count_on(tower: nn.Module, inputs: Tensor, device: torch.device) -> int:
     copied: Any = _replica(tower, device).eval()  # in training mode, blocks may recompute their activations
     if torch.is_grad_enabled():
         copied.training = tower.training and bool(getattr(tower, "patch_dropout", 0))  # dropped as in a step
-    copied.few_lengths = False  # count the texts' own lengths
     # As plain matrix products: the counter does not know the CPU's fused attention.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         lengths = {"lengths": [inputs.shape[1]]} if getattr(copied, "reads_lengths", False) else {}

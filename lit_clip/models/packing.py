@@ -22,23 +22,16 @@ class Layout(NamedTuple):
     Attributes:
         runs: count and length of each run of neighbouring sequences of equal length.
         causal: whether a token attends only to itself and those before it.
-        cells: int64 ``[T]``, the index of each token in the flattened ``[B, L]``: attention pads the sequences
-            internally and needs one call for all runs. None: one call per run, without padding.
-        shape: ``(B, L)`` for ``cells``.
+        mask: bool ``[R, 1, C, C]``, the keys that each query reads, where several texts share a sequence: ``runs`` is
+            then one run of R rows of C tokens.
     """
 
     runs: tuple[tuple[int, int], ...]
     causal: bool
-    cells: Tensor | None = None
-    shape: tuple[int, int] = (0, 0)
+    mask: Tensor | None = None
 
     def attend(self, qkv_TX: Tensor, heads: int) -> Tensor:
         """Queries, keys and values of all tokens, ``[T, 3W]`` -> ``[T, W]``."""
-        if self.cells is not None:
-            B, L = self.shape
-            padded = qkv_TX.new_zeros(B * L, qkv_TX.shape[1]).index_copy(0, self.cells, qkv_TX)
-            # No token attends to padding after its sequence: attention is causal wherever lengths differ.
-            return self._run(padded, B, L, heads).index_select(0, self.cells)
         if len(self.runs) == 1:
             return self._run(qkv_TX, *self.runs[0], heads)
         parts = qkv_TX.split([count * length for count, length in self.runs])
@@ -47,16 +40,11 @@ class Layout(NamedTuple):
 
     def _run(self, qkv: Tensor, count: int, length: int, heads: int) -> Tensor:
         W = qkv.shape[1] // 3
-        q, k, v = qkv.view(count, length, 3, heads, W // heads).permute(2, 0, 3, 1, 4)  # 3 x [n, H, l, W/H]
-        return attention(q, k, v, self.causal).transpose(1, 2).reshape(count * length, W)
+        q, k, v = _heads(qkv, count, length, heads, 3)
+        return attention(q, k, v, self.causal, self.mask).transpose(1, 2).reshape(count * length, W)
 
     def attend_from(self, q_BW: Tensor, kv_TX: Tensor, heads: int) -> Tensor:
         """Attend from one token per sequence to the whole sequence: ``[B, W]`` and ``[T, 2W]`` -> ``[B, W]``."""
-        if self.cells is not None:
-            B, L = self.shape
-            padded = kv_TX.new_zeros(B * L, kv_TX.shape[1]).index_copy(0, self.cells, kv_TX)
-            real = torch.zeros(B * L, dtype=torch.bool, device=q_BW.device).index_fill(0, self.cells, True)
-            return _one_query(q_BW, padded, B, L, heads, real.view(B, 1, 1, L))
         if len(self.runs) == 1:
             return _one_query(q_BW, kv_TX, *self.runs[0], heads)
         queries = q_BW.split([count for count, _ in self.runs])
@@ -65,27 +53,40 @@ class Layout(NamedTuple):
         return torch.cat(outs)
 
 
-def _one_query(q: Tensor, kv: Tensor, count: int, length: int, heads: int, mask: Tensor | None = None) -> Tensor:
+def _heads(x: Tensor, count: int, length: int, heads: int, parts: int) -> list[Tensor]:
+    """``[n * l, parts * W]`` -> ``parts`` views ``[n, H, l, W/H]``."""
+    # Unbound where they lie: permuted before, the gradients would be stacked in another order, and copied once more.
+    split = x.view(count, length, parts, heads, x.shape[1] // (parts * heads))
+    return [part.transpose(1, 2) for part in split.unbind(2)]
+
+
+def _one_query(q: Tensor, kv: Tensor, count: int, length: int, heads: int) -> Tensor:
     W = q.shape[1]
-    q = q.view(count, heads, 1, W // heads)  # [n, H, 1, W/H]
-    k, v = kv.view(count, length, 2, heads, W // heads).permute(2, 0, 3, 1, 4)  # 2 x [n, H, l, W/H]
-    if mask is None:
-        return attention(q, k, v, causal=False).reshape(count, W)
-    return F.scaled_dot_product_attention(q, k, v, mask).reshape(count, W)
+    k, v = _heads(kv, count, length, heads, 2)
+    return attention(q.view(count, heads, 1, W // heads), k, v, causal=False).reshape(count, W)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None = None) -> Tensor:
     """``[n, H, m, d]`` queries, ``[n, H, l, d]`` keys and values -> ``[n, H, m, d]``.
 
     Calls torch's kernel except on a CPU, whose fused kernel has a slow backward pass: up to four times slower in
     bfloat16, and in float32 for sequences that fit in one of its blocks (docs/performance.md).
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        causal: whether a query reads only the keys up to its own.
+        mask: bool, broadcast to ``[n, H, m, l]``, the keys that each query reads; causal itself if ``causal``.
     """
     if q.device.type == "cpu" and not causal and k.shape[2] <= LONGEST_PLAIN.get(q.dtype, 0) and _differentiated(q, k):
         return torch.matmul((torch.matmul(q * q.shape[3] ** -0.5, k.transpose(2, 3))).softmax(dim=3).to(v.dtype), v)
+    causal_alone = causal and mask is None
     if q.device.type == "cpu" and causal and q.dtype == torch.bfloat16:  # short texts take half the time in float32
         with torch.autocast("cpu", enabled=False):
-            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True).to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+            inputs = (q.float(), k.float(), v.float())
+            return F.scaled_dot_product_attention(*inputs, mask, is_causal=causal_alone).to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal_alone)
 
 
 def _differentiated(*tensors: Tensor) -> bool:
@@ -93,49 +94,87 @@ def _differentiated(*tensors: Tensor) -> bool:
 
 
 class Packing(NamedTuple):
-    """The texts of a batch without padding, sorted by length, shortest first.
+    """The texts of a batch without padding: sorted by length, shortest first, or several to a row.
 
     Attributes:
         layout: of the packed tokens.
-        rows: int64 ``[T]``, the row of each token in the batch.
+        rows: int64 ``[T]``, the row of each token in the batch; what no text fills repeats the batch's first token.
         columns: int64 ``[T]``, the column of each token in the batch.
-        ends: int64 ``[B]``, the index in T of each sorted text's last token.
-        places: int64 ``[B]``, each text's index in the sorted order: ``sorted[places]`` restores the batch's order.
+        ends: int64 ``[B]``, the index in T of each text's last token.
+        places: int64 ``[B]``, each text's index in ``ends``: ``ends[places]`` restores the batch's order. None: it is
+            the batch's order.
     """
 
     layout: Layout
     rows: Tensor
     columns: Tensor
     ends: Tensor
-    places: Tensor
+    places: Tensor | None = None
 
 
-def pack(lengths: Sequence[int], device: torch.device, padded_attention: bool | None = None) -> Packing:
+def pack(lengths: Sequence[int], device: torch.device, row_length: int | None = None) -> Packing:
     """Compute the packing for texts of these lengths, without synchronising the device.
 
     Args:
         lengths: of B texts, at least 1 each.
         device: of the tokens.
-        padded_attention: whether to call attention once for all texts instead of once per length. None: not on a CPU,
-            where calls are cheap and copies are expensive.
+        row_length: tokens of a row, at least the longest text's: attention is one call for any lengths. None: texts of
+            equal length side by side, one call per length, and not a token more than theirs.
     """
-    if padded_attention is None:
-        padded_attention = device.type != "cpu"
-    of_rows = torch.tensor(lengths)  # [B]
-    sizes, order = of_rows.sort(stable=True)
+    sizes, order = torch.tensor(lengths).sort(stable=True)  # [B]
     starts = sizes.cumsum(0) - sizes  # [B]
     rows = order.repeat_interleave(sizes)  # [T]
     columns = torch.arange(len(rows)) - starts.repeat_interleave(sizes)  # [T]
     values, counts = sizes.unique_consecutive(return_counts=True)
     runs = tuple(zip(counts.tolist(), values.tolist(), strict=True))
-    shape = (len(lengths), int(sizes[-1]))
-    cells = None
-    if padded_attention and len(runs) > 1:  # in sorted order, too
-        cells = torch.arange(len(lengths)).repeat_interleave(sizes) * shape[1] + columns
     places = torch.empty_like(order)
     places[order] = torch.arange(len(order))
-    moved = [to_device(tensor, device) for tensor in (rows, columns, starts + sizes - 1, places)]
-    return Packing(Layout(runs, True, None if cells is None else to_device(cells, device), shape), *moved)
+    if row_length is None:
+        return Packing(Layout(runs, True), *_moved(device, rows, columns, starts + sizes - 1, places))
+    firsts, count = _fill_rows(runs, row_length)
+    firsts = torch.tensor(firsts)  # [B], sorted
+    cells = firsts.repeat_interleave(sizes) + columns  # of the texts' tokens
+    grids = (torch.zeros(count * row_length, dtype=torch.long).scatter_(0, cells, index) for index in (rows, columns))
+    rows, columns, ends = _moved(device, *grids, (firsts + sizes - 1)[places])
+    key = torch.arange(row_length, device=device)  # [C]
+    first_key = key - columns.view(count, row_length)  # [R, C], of each query's text
+    mask = (key >= first_key[:, :, None]) & (key <= key[:, None])  # [R, C, C]
+    return Packing(Layout(((count, row_length),), True, mask[:, None]), rows, columns, ends)
+
+
+def _fill_rows(runs: Sequence[tuple[int, int]], row_length: int) -> tuple[list[int], int]:
+    """Put texts into few rows, each into the fullest that has room, longest first.
+
+    Args:
+        runs: counts and lengths, shortest first.
+        row_length: tokens of a row.
+
+    Returns:
+        The index of each text's first token, in the order of ``runs``, and the number of rows. It is rounded up by a
+        sixteenth at most, so that batches have few shapes: kernels are planned for each.
+    """
+    free: list[list[int]] = [[] for _ in range(row_length)]  # by number of free tokens: the index of the first
+    firsts: list[int] = []
+    count = 0
+    for left, length in reversed(runs):
+        for room in range(length, row_length + 1):
+            while left and (room == row_length or free[room]):
+                if room == row_length:
+                    first, count = count * row_length, count + 1
+                else:
+                    first = free[room].pop()
+                fitting = min(left, room // length)
+                end = first + fitting * length
+                firsts.extend(range(first, end, length))
+                free[room - fitting * length].append(end)
+                left -= fitting
+    step = max(1, 1 << count.bit_length() >> 5)
+    return firsts[::-1], -(-count // step) * step
+
+
+def _moved(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Copy int64 vectors to a device at once."""
+    return to_device(torch.cat(tensors), device).split([len(tensor) for tensor in tensors])
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

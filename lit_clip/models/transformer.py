@@ -39,9 +39,9 @@ class Attention(nn.MultiheadAttention):
         self, x_TW: Tensor, layout: Layout, read_B: Tensor | None = None
     ) -> Tensor:
         W, weight, bias = x_TW.shape[1], cast(Tensor, self.in_proj_weight), self.in_proj_bias
-        if read_B is None:
-            qkv = F.linear(x_TW, weight, bias)  # [T, 3W]
-            return self.out_proj(layout.attend(qkv, self.num_heads))
+        if read_B is None or layout.mask is not None:  # queries of single tokens do not fit a mask of rows
+            attended = layout.attend(F.linear(x_TW, weight, bias), self.num_heads)  # [T, W]
+            return self.out_proj(attended if read_B is None else attended.index_select(0, read_B))
         q = F.linear(x_TW.index_select(0, read_B), weight[:W], bias[:W])  # [B, W]
         kv = F.linear(x_TW, weight[W:], bias[W:])  # [T, 2W]
         return self.out_proj(layout.attend_from(q, kv, self.num_heads))
@@ -97,6 +97,11 @@ class Transformer(nn.Module):
         self.resblocks = nn.ModuleList(
             ResidualAttentionBlock(width, heads, activation, mlp_ratio, layer_norm_eps) for _ in range(layers)
         )
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether ``torch.compile`` makes graphs of the blocks."""
+        return any(block._compiled_call_impl is not None for block in self.resblocks)
 
     def init_like_gpt(self) -> None:
         """Initialise as OpenAI's text encoder: normal weights, those of the residual path smaller with depth."""
@@ -207,8 +212,6 @@ class TextTransformer(nn.Module):
 
     Attributes:
         causal: whether a token attends only to itself and those before it.
-        few_lengths: whether to pad batches to one of a few lengths instead of packing them: ``torch.compile`` makes a
-            graph for each length.
     """
 
     def __init__(self, config: TextTransformerConfig, embed_dim: int, activation: Activation) -> None:
@@ -218,7 +221,7 @@ class TextTransformer(nn.Module):
     def add_text(self, config: TextTransformerConfig, embed_dim: int, activation: Activation) -> None:
         """Create the parts, initialised as in OpenAI's code."""
         width, eps = config.width, config.layer_norm_eps
-        self.causal, self.few_lengths = config.causal, False
+        self.causal = config.causal
         self.transformer = Transformer(width, config.layers, config.heads, activation, config.mlp_ratio, eps)
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.empty(config.context_length, width))
@@ -249,8 +252,6 @@ class TextTransformer(nn.Module):
         context, length = len(self.positional_embedding), tokens.shape[1]
         if length > context or (length < context and not self.causal):
             raise InputError(f"texts have {length} tokens, the model reads {context}; use model.tokenize")
-        if self.few_lengths and self.causal and not is_traced():
-            tokens = F.pad(tokens, (0, rounded(length, context) - length))
         first = entering.block if entering else 0
         if not self.causal:
             B, L = tokens.shape
@@ -258,14 +259,15 @@ class TextTransformer(nn.Module):
             last = torch.arange(L - 1, B * L, L, device=x.device)
             x = self.transformer(x, Layout(((B, L),), causal=False), last, first)  # [B, W]
         elif self._may_pack(tokens, lengths):
-            packing = pack(lengths or text_lengths(tokens), tokens.device)
+            lengths = lengths or text_lengths(tokens)
+            packing = pack(lengths, tokens.device, self._row_length(lengths, tokens.device))
             if entering:
                 x = entering.x[packing.rows, packing.columns]
             else:
                 positions = F.embedding(packing.columns, self.positional_embedding)  # indexing: a slower backward pass
                 x = self._embed(tokens[packing.rows, packing.columns], positions)  # [T, W]
             x = self.transformer(x, packing.layout, packing.ends, first)  # [B, W]
-            x = x.index_select(0, packing.places)
+            x = x if packing.places is None else x.index_select(0, packing.places)
         else:
             B, L = tokens.shape
             x = self._padded(tokens, entering)  # [B * L, W]
@@ -289,9 +291,16 @@ class TextTransformer(nn.Module):
 
     def _may_pack(self, tokens: Tensor, lengths: Sequence[int] | None) -> bool:
         """Whether the lengths are known, and the computation may depend on them."""
-        if self.few_lengths or is_traced():
-            return False
-        return len(tokens) > 0 and (bool(lengths) or tokens.device.type == "cpu")
+        return not is_traced() and len(tokens) > 0 and (bool(lengths) or tokens.device.type == "cpu")
+
+    def _row_length(self, lengths: Sequence[int], device: torch.device) -> int | None:
+        """Tokens of a row of texts; None: one call per length, which is faster on a CPU, or all have one length.
+
+        A compiled block would have a graph for each set of lengths.
+        """
+        if not self.transformer.is_compiled and (device.type == "cpu" or len(set(lengths)) == 1):
+            return None
+        return -(-len(self.positional_embedding) // 16) * 16
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Ids ``[...]`` and their position embeddings ``[..., W]`` -> ``[T, W]``."""
@@ -305,11 +314,6 @@ class TextTransformer(nn.Module):
 def text_lengths(tokens: Tensor) -> list[int]:
     """Count each text's tokens in ``[B, L]``, including the end of text: the (first) highest id."""
     return (tokens.argmax(dim=-1) + 1).tolist()
-
-
-def rounded(length: int, context_length: int, step: int = 16) -> int:
-    """Round up to a multiple of ``step``, at most the context length."""
-    return min(-(-length // step) * step, context_length)
 
 
 def is_traced() -> bool:

@@ -17,7 +17,8 @@ from lit_clip.batch import CaptionBatch
 from lit_clip.errors import InputError
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, ResNetConfig, TextTransformerConfig, VisionTransformerConfig
-from lit_clip.models.transformer import rounded
+from lit_clip.models.packing import pack
+from tests.helpers.towers import WORDS, save_family, text_model
 
 CONFIG = CLIPConfig(
     16,
@@ -54,7 +55,7 @@ def test_a_compiled_model_has_the_gradients_and_names_of_a_plain_one() -> None:
     for longest in (5, 9, 16, 33):
         torch.testing.assert_close(gradients(compiled, longest), gradients(plain, longest), rtol=1e-10, atol=1e-12)
     known = graphs["unique_graphs"]
-    for longest in (3, 7, 12, 15, 35, 40):  # rounded to lengths that are compiled already
+    for longest in (3, 7, 12, 15, 35, 40):  # rows are as long for any texts
         gradients(compiled, longest)
     assert graphs["unique_graphs"] == known
 
@@ -95,8 +96,92 @@ def test_batch_norm_with_activation_checkpointing_is_refused() -> None:
     both[0].setup(Trainer(callbacks=both, logger=False), LitCLIP(CONFIG), "fit")
 
 
-def test_lengths_are_rounded_to_multiples_up_to_the_context() -> None:
-    assert sorted({rounded(length, 77) for length in range(1, 78)}) == [16, 32, 48, 64, 77]
+def text_batch(seed: int, count: int = 16) -> tuple[Tensor, list[int]]:
+    """Captions of 15 tokens on average whose longest has 15 to 77."""
+    generator = torch.Generator().manual_seed(seed)
+    normal = torch.randn(count, generator=generator)
+    longest = int(torch.randint(15, 78, (), generator=generator))
+    lengths = (2.62 + 0.45 * normal).exp().round().clamp(5, longest).long().tolist()
+    lengths[seed % count] = longest
+    tokens = torch.randint(1, 49, (count, longest), generator=generator)
+    tokens[torch.arange(count), torch.tensor(lengths) - 1] = 49
+    return tokens, lengths
+
+
+def text_clip() -> CLIP:
+    torch.manual_seed(0)
+    return CLIP(replace(CONFIG, text=TextTransformerConfig(77, 50, 32, layers=2, heads=2))).double()
+
+
+def test_a_block_of_rows_is_one_graph_without_a_break() -> None:
+    torch._dynamo.reset()
+    tokens, lengths = text_batch(0)
+    model = text_clip()
+    packing = pack(lengths, tokens.device, 80)
+    x = torch.randn(len(packing.rows), 32, dtype=torch.double)
+    for arguments in ((x, packing.layout), (x, packing.layout, packing.ends)):
+        explained = torch._dynamo.explain(model.transformer.resblocks[0])(*arguments)
+        assert (explained.graph_count, explained.graph_break_count) == (1, 0)
+
+
+def test_compiled_texts_stay_packed_and_share_a_constant_number_of_graphs() -> None:
+    torch._dynamo.reset()
+    plain = text_clip()
+    compiled = copy.deepcopy(plain)
+    compile_blocks(compiled, backend="eager")
+    computed: list[int] = []
+    compiled.transformer.register_forward_hook(lambda _, args, __: computed.append(len(args[0])))
+    graphs, counts = torch._dynamo.utils.counters["stats"], []
+    batches = [text_batch(seed, count=32) for seed in range(9)]
+    assert len({max(lengths) for _, lengths in batches}) > 6
+    for tokens, lengths in batches:
+        with torch.no_grad():
+            compiled.encode_text(tokens, lengths=lengths)
+        features = compiled.encode_text(tokens, lengths=lengths)
+        features.sum().backward()
+        torch.testing.assert_close(features, plain.encode_text(tokens, lengths=lengths), rtol=1e-12, atol=1e-12)
+        counts.append(graphs["unique_graphs"])
+    assert counts[1:] == counts[1:2] * 8
+    assert not torch._dynamo.utils.counters["graph_break"]
+    texts = sum(sum(lengths) for _, lengths in batches)
+    assert texts >= 0.9 * sum(computed[1::2])
+    assert sum(computed[1::2]) < 77 * 32 * 9 / 4  # of the padded form
+
+
+@pytest.mark.slow  # transformers, and half a minute of compiling
+def test_a_compiled_hugging_face_encoder_keeps_its_groups_and_few_graphs(tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    save_family("bert", tmp_path)
+    plain = text_model(tmp_path).double().eval()
+    compiled = copy.deepcopy(plain)
+    compile_blocks(compiled, backend="eager")
+    graphs, counts = torch._dynamo.utils.counters["stats"], []
+    for seed in range(6):
+        words = torch.randint(1, 20, (64,), generator=torch.Generator().manual_seed(seed)).tolist()
+        tokens = plain.tokenize([" ".join((WORDS * 2)[n : 2 * n]) for n in words])
+        features = compiled.encode_text(tokens)
+        features.sum().backward()
+        torch.testing.assert_close(features, plain.encode_text(tokens), rtol=1e-10, atol=1e-10)
+        counts.append(graphs["unique_graphs"])
+    assert counts[1:] == counts[1:2] * 5
+
+
+@pytest.mark.slow  # a minute of compiling
+def test_inductor_gives_texts_in_rows_the_plain_gradients() -> None:
+    torch._dynamo.reset()
+    plain = text_clip()
+    compiled = copy.deepcopy(plain)
+    compile_blocks(compiled)
+    for seed in range(3):
+        tokens, lengths = text_batch(seed)
+        found = []
+        for model in (plain, compiled):
+            model.zero_grad()
+            model.encode_text(tokens, lengths=lengths).square().sum().backward()
+            found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        assert found[0].keys() == found[1].keys()
+        for name, gradient in found[1].items():
+            assert (gradient - found[0][name]).norm() <= 1e-10 * found[0][name].norm(), name
 
 
 @pytest.mark.slow  # half a minute of compiling

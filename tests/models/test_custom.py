@@ -43,11 +43,9 @@ def test_features_are_those_of_the_class_and_do_not_depend_on_common_padding(tex
     tokens = model.tokenize(TEXTS)
     lengths = model.tokenizer.lengths(tokens).tolist()
     by_hand = encoder(tokens, lengths) if text is own.TextOfLengths else encoder(tokens)
-    for few in (False, True):
-        model.text.few_lengths = few
-        for columns in (tokens, model.tokenizer.trim(tokens)):
-            torch.testing.assert_close(model.encode_text(columns), by_hand)
-            torch.testing.assert_close(model.encode_text(columns, lengths=lengths), by_hand)
+    for columns in (tokens, model.tokenizer.trim(tokens)):
+        torch.testing.assert_close(model.encode_text(columns), by_hand)
+        torch.testing.assert_close(model.encode_text(columns, lengths=lengths), by_hand)
     torch.testing.assert_close(model.encode_text(model.tokenizer.trim(tokens[:1])), by_hand[:1])
 
 
