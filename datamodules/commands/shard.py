@@ -4,7 +4,7 @@ from pathlib import Path
 
 from datamodules.open_source import open_source
 from datamodules.pairs.source import PairSource
-from datamodules.shards.writing import MANIFEST, ShardWriter, keep_manifest, manifest_of, write_shards
+from datamodules.shards.writing import MANIFEST, ShardWriter, Written, keep_manifest, manifest_of, write_shards
 from lit_clip.errors import InputError, require
 from lit_clip.tools.atomic import make_folder
 from lit_clip.tools.console import stderr
@@ -16,6 +16,7 @@ def shard(
     output: str,
     *,
     shard_size: int = 10_000,
+    resize: int | None = None,
     workers: int = 8,
     root: str | None = None,
     image_column: str | None = None,
@@ -26,13 +27,14 @@ def shard(
 ) -> None:
     """Write pairs as tar shards in img2dataset's layout, with an index of each.
 
-    Images are copied byte for byte, after a check that they can be decoded. A shard gets its name when it is complete;
-    the same command run again keeps the complete shards and writes the others.
+    Images are copied byte for byte, after a check that they can be decoded; only ``--resize`` changes them. A shard
+    gets its name when it is complete; the same command run again keeps the complete shards and writes the others.
 
     Args:
         data: a table, a folder of images with captions beside them, or anything else that training accepts.
         output: an empty folder, or one that the same command began to fill.
         shard_size: pairs in a shard.
+        resize: short side in pixels; larger images are resized to it, as JPEGs of quality 95.
         workers: processes.
         root: folder that relative image paths start from.
         image_column: of a table; detected automatically if not given.
@@ -44,6 +46,7 @@ def shard(
     from filelock import FileLock, Timeout
 
     require(shard_size >= 1, f"--shard_size {shard_size} must be at least 1")
+    require(resize is None or resize >= 1, f"--resize {resize} must be at least 1")
     options = {
         "root": root,
         "image_column": image_column,
@@ -58,17 +61,19 @@ def shard(
     make_folder(folder, "--output")
     try:
         with FileLock(folder / ".lock", timeout=0):
-            keep_manifest(folder / MANIFEST, manifest_of(data, source, shard_size, options))
-            counts = write_shards(ShardWriter(source, folder, shard_size, on_error), workers)
+            keep_manifest(folder / MANIFEST, manifest_of(data, source, shard_size, resize, options))
+            writer = ShardWriter(source, folder, shard_size, on_error, resize)
+            counts = write_shards(writer, workers)
     except Timeout as error:
         raise InputError(f"{folder}: another lit-clip shard is writing there; wait for it or stop it") from error
-    _report(source, folder, counts)
+    _report(source, folder, len(writer), counts)
 
 
-def _report(source: PairSource, folder: Path, counts: list[tuple[int, int]]) -> None:
-    pairs, skipped = (sum(column) for column in zip(*counts, strict=True))
-    if not pairs:
-        raise InputError(f"{folder}: none of {skipped} pairs could be read; see {folder}/*.skipped.jsonl")
-    note = f", {skipped} skipped ({folder}/*.skipped.jsonl)" if skipped else ""
+def _report(source: PairSource, folder: Path, shards: int, counts: Written) -> None:
+    if not counts.pairs:
+        raise InputError(f"{folder}: none of {counts.skipped} pairs could be read; see {folder}/*.skipped.jsonl")
+    note = f", {counts.skipped} skipped ({folder}/*.skipped.jsonl)" if counts.skipped else ""
     left_out = f", left out: {source.left_out}" if str(source.left_out) else ""
-    stderr().print(f"{folder}: {pairs} pairs in {len(counts)} shards{note}{left_out}")
+    before, after = (f"{number / 1e6:,.1f}" for number in (counts.bytes_before, counts.bytes_after))
+    resized = f", {counts.resized} images resized now, from {before} to {after} MB" if counts.resized else ""
+    stderr().print(f"{folder}: {counts.pairs} pairs in {shards} shards{resized}{note}{left_out}")

@@ -7,18 +7,20 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from PIL import Image
 from torch.utils.data import Dataset
 
 from datamodules.loading.store import stamp_of
 from datamodules.pairs.source import EncodedPair, PairSource
 from datamodules.shards.index import INDEX_SUFFIX, read_summary, scan_shard, write_index
 from lit_clip.errors import BadSample, InputError
+from lit_clip.models.preprocess import to_rgb
 from lit_clip.tools.atomic import not_written, replacing
 from lit_clip.tools.console import progress
 from lit_clip.tools.hashing import hex_digest
-from lit_clip.tools.images import OnError, decoding_at_least, open_image
+from lit_clip.tools.images import OnError, decoding_at_least, full_size, open_image
 from lit_clip.tools.reading import reading
 from lit_clip.tools.workers import loader
 
@@ -33,17 +35,39 @@ EXTENSIONS = {
     "TIFF": "tiff",
     "PPM": "ppm",
 }
+QUALITY = 95  # of resized images, as img2dataset's
+LONGEST_JPEG = 65_500  # pixels of a side that libjpeg writes
 
 
-def manifest_of(data: str, source: PairSource, shard_size: int, options: dict[str, str | None]) -> dict[str, Any]:
-    """Return all that decides which pair goes into which shard, with a hash of about a hundred captions."""
+class Written(NamedTuple):
+    """Counts of a shard, or of several.
+
+    Attributes:
+        pairs: in the shard.
+        skipped: pairs that could not be read.
+        resized: images that were resized; 0 for a shard that was complete before.
+        bytes_before: of those images as they were.
+        bytes_after: of those images as they were written.
+    """
+
+    pairs: int
+    skipped: int
+    resized: int = 0
+    bytes_before: int = 0
+    bytes_after: int = 0
+
+
+def manifest_of(
+    data: str, source: PairSource, shard_size: int, resize: int | None, options: dict[str, str | None]
+) -> dict[str, Any]:
+    """Return all that decides what goes into which shard, with a hash of about a hundred captions."""
     sample: list[list[str]] = []
     for index in range(0, len(source), -(-len(source) // 100)):
         try:
             sample.append(source.captions(index))
         except BadSample as error:
             sample.append([str(error)])
-    named = {name: value for name, value in options.items() if value is not None}
+    named = {name: value for name, value in {**options, "resize": resize}.items() if value is not None}
     place = data if "://" in data else os.path.abspath(data)
     return {"data": place, **named, "pairs": len(source), "shard_size": shard_size, "captions": hex_digest(sample)}
 
@@ -69,24 +93,26 @@ def keep_manifest(path: Path, manifest: dict[str, Any]) -> None:
 
 
 @dataclass
-class ShardWriter(Dataset[tuple[int, int]]):
-    """Dataset whose items write a shard each and return how many pairs it has and how many were skipped."""
+class ShardWriter(Dataset[Written]):
+    """Dataset whose items write a shard each and return what was written."""
 
     source: PairSource
     folder: Path
     shard_size: int
     on_error: OnError
+    resize: int | None
 
     def __len__(self) -> int:
         return -(-len(self.source) // self.shard_size)
 
-    def __getitem__(self, number: int) -> tuple[int, int]:
+    def __getitem__(self, number: int) -> Written:
         path = self.folder / f"{number:05d}.tar"
         list_of_skipped = path.with_suffix(".skipped.jsonl")
+        sizes: list[tuple[int, int]] = []
         if not path.exists():
             part = path.with_name(f".{path.name}.part")
             try:
-                skipped = _write_shard(part, self._samples(number), self.on_error)
+                skipped = self._write(part, number, sizes)
                 lines = "".join(json.dumps({"where": where, "reason": reason}) + "\n" for where, reason in skipped)
                 list_of_skipped.write_text(lines, encoding="utf-8") if lines else list_of_skipped.unlink(
                     missing_ok=True
@@ -103,7 +129,8 @@ class ShardWriter(Dataset[tuple[int, int]]):
             summary = read_summary(index)
         assert summary is not None
         skipped_lines = list_of_skipped.read_text(encoding="utf-8").splitlines() if list_of_skipped.exists() else []
-        return summary.samples, len(skipped_lines)
+        before, after = (sum(column) for column in zip(*sizes, strict=True)) if sizes else (0, 0)
+        return Written(summary.samples, len(skipped_lines), len(sizes), before, after)
 
     def _samples(self, number: int) -> Iterator[tuple[str, EncodedPair | BadSample]]:
         """Yield the key and the pair of each sample of a shard, or the error of a bad one."""
@@ -115,47 +142,79 @@ class ShardWriter(Dataset[tuple[int, int]]):
             except BadSample as error:
                 yield "", error
 
+    def _write(self, path: Path, number: int, sizes: list[tuple[int, int]]) -> list[tuple[str, str]]:
+        """Write a tar and force it to disk; return (where, reason) of each skipped sample.
 
-def _write_shard(
-    path: Path, samples: Iterator[tuple[str, EncodedPair | BadSample]], on_error: OnError
-) -> list[tuple[str, str]]:
-    """Write a tar and force it to disk; return (where, reason) of each skipped sample."""
-    skipped = []
-    with path.open("wb") as file:
-        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for key, pair in samples:
-                try:
-                    if isinstance(pair, BadSample):
-                        raise pair
-                    for name, content in _files(key, pair):
+        Args:
+            path: of the tar.
+            number: of the shard.
+            sizes: is given the bytes of each resized image, before and after.
+        """
+        skipped = []
+        with path.open("wb") as file:
+            with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+                for key, pair in self._samples(number):
+                    try:
+                        if isinstance(pair, BadSample):
+                            raise pair
+                        extension, content, about = _image_file(pair, self.resize)
+                    except BadSample as error:
+                        if self.on_error == "error":
+                            raise
+                        skipped.append((error.where, error.reason))
+                        continue
+                    if content is not pair.image:
+                        sizes.append((len(pair.image), len(content)))
+                    for name, data in ((f"{key}.{extension}", content), *_texts(key, pair, about)):
                         member = tarfile.TarInfo(name)  # no owner or time: the same pairs give the same tar
-                        member.size = len(content)
-                        tar.addfile(member, io.BytesIO(content))
-                except BadSample as error:
-                    if on_error == "error":
-                        raise
-                    skipped.append((error.where, error.reason))
-        file.flush()
-        os.fsync(file.fileno())
-    return skipped
+                        member.size = len(data)
+                        tar.addfile(member, io.BytesIO(data))
+            file.flush()
+            os.fsync(file.fileno())
+        return skipped
 
 
-def _files(key: str, pair: EncodedPair) -> list[tuple[str, bytes]]:
-    """Return the names and contents of a sample's files.
+def _image_file(pair: EncodedPair, resize: int | None) -> tuple[str, bytes, dict[str, int]]:
+    """Return extension and content of a pair's image, and what img2dataset notes of the size if it was resized.
 
     Raises:
         BadSample: the image cannot be decoded, or its format is not one for shards.
     """
-    with decoding_at_least(lambda width, height: (1, 1)):
+    with decoding_at_least(lambda width, height: (width, height) if reduced(width, height, resize) else (1, 1)):
         image = open_image(io.BytesIO(pair.image), pair.where)
     if image.format not in EXTENSIONS:
         detail = f"images in shards must be {', '.join(sorted(EXTENSIONS))}, this is {image.format}; convert it"
         raise BadSample(pair.where, "format not supported in shards", detail)
-    about = {"key": key, "caption": pair.captions[0], "source": pair.key}
+    original = full_size(image)[:2]
+    size = reduced(*original, resize)
+    if size is None:
+        return EXTENSIONS[image.format], pair.image, {}
+    if image.mode in ("1", "P"):
+        image = to_rgb(image)  # Pillow would pick colours of the palette and mix none
+    small, file = image.resize(size, Image.Resampling.BICUBIC), io.BytesIO()
+    # RGB conversion comes after resizing, as in training. JPEG stores grey levels as they are.
+    (small if small.mode == "L" else to_rgb(small)).save(file, "JPEG", quality=QUALITY)
+    about = {"width": size[0], "height": size[1], "original_width": original[0], "original_height": original[1]}
+    return "jpg", file.getvalue(), about
+
+
+def reduced(width: int, height: int, short: int | None) -> tuple[int, int] | None:
+    """Return the size of an image with a short side of ``short`` pixels; None: it stays as it is.
+
+    An image that is not larger stays, and one that would be too long for a JPEG.
+    """
+    if short is None or min(width, height) <= short:
+        return None
+    long = short * max(width, height) // min(width, height)  # as torchvision's Resize
+    return None if long > LONGEST_JPEG else (short, long) if width <= height else (long, short)
+
+
+def _texts(key: str, pair: EncodedPair, about_image: dict[str, int]) -> list[tuple[str, bytes]]:
+    """Return the names and contents of a sample's other files."""
+    about: dict[str, str | int] = {"key": key, "caption": pair.captions[0], "source": pair.key, **about_image}
     if pair.group:
         about["group"] = pair.group
     files = [
-        (f"{key}.{EXTENSIONS[image.format]}", pair.image),
         (f"{key}.txt", pair.captions[0].encode()),
         (f"{key}.json", json.dumps(about, ensure_ascii=False).encode()),
     ]
@@ -164,13 +223,13 @@ def _files(key: str, pair: EncodedPair) -> list[tuple[str, bytes]]:
     return files
 
 
-def write_shards(writer: ShardWriter, workers: int) -> list[tuple[int, int]]:
-    """Write every missing shard; return how many pairs each has and how many were skipped."""
+def write_shards(writer: ShardWriter, workers: int) -> Written:
+    """Write every missing shard; return the counts of all."""
     for path in writer.folder.glob(".*.tar.part"):  # left by a killed run
         path.unlink()
     counts = []
     with progress("writing shards", len(writer)) as advance:
-        for count in loader(writer, workers):  # pyright: ignore[reportArgumentType]  # counts are its batches
+        for count in loader(writer, workers):
             counts.append(count)
             advance(1)
-    return counts
+    return Written(*map(sum, zip(*counts, strict=True)))

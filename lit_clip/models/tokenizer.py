@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import ftfy
+import numpy as np
 import regex
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -27,6 +28,7 @@ PIECE = (
     2048  # characters of a text that are cleaned at once: for "&amp;amp;amp;..." ftfy's time grows with their square
 )
 MOST_READ = 65_536  # characters of a text that are read
+CACHED_WORDS, LONGEST_CACHED = 32_768, 16  # words and their characters: 7 MB a process for English, at most 50
 MERGES = 49152 - 256 - 2  # of the file's 262,145 lines (OpenAI's code)
 
 _WORDS = regex.compile(
@@ -71,7 +73,10 @@ def repaired(text: str) -> str:
     Up to ``PIECE`` characters this is the paper's cleaning; a longer text is cleaned in pieces that end at white space,
     and what follows ``MOST_READ`` characters is left out.
     """
-    return "".join(html.unescape(html.unescape(ftfy.fix_text(piece))) for piece in _pieces(text[:MOST_READ]))
+    text = text[:MOST_READ]
+    if text.isascii() and text.isprintable() and "&" not in text:
+        return text  # as most captions: nothing that could be broken or escaped
+    return "".join(html.unescape(html.unescape(ftfy.fix_text(piece))) for piece in _pieces(text))
 
 
 def _pieces(text: str) -> Iterator[str]:
@@ -88,13 +93,23 @@ def _pieces(text: str) -> Iterator[str]:
 
 def clean(text: str) -> str:
     """Clean as the paper does: :func:`repaired`, then collapse white space and lower-case."""
-    return regex.sub(r"\s+", " ", repaired(text).strip()).strip().lower()
+    return " ".join(repaired(text).split()).lower()
 
 
 def encode(text: str) -> list[int]:
     """Return the ids of a text, without start and end."""
-    # One call per text: a batched call starts a thread pool, which does not survive the fork of data workers.
-    return byte_pair_tokenizer().encode(_WORDS.findall(clean(text)), is_pretokenized=True, add_special_tokens=False).ids
+    ids: list[int] = []
+    for word in _WORDS.findall(clean(text)):
+        ids += _cached_word(word) if len(word) <= LONGEST_CACHED else _encode_word(word)
+    return ids
+
+
+def _encode_word(word: str) -> list[int]:
+    # One call per word: a batched call starts a thread pool, which does not survive the fork of data workers.
+    return byte_pair_tokenizer().encode([word], is_pretokenized=True, add_special_tokens=False).ids
+
+
+_cached_word = lru_cache(CACHED_WORDS)(_encode_word)
 
 
 def decode(tokens: Sequence[int]) -> str:
@@ -125,7 +140,7 @@ def tokenize(texts: str | Sequence[str], context_length: int = 77, truncate: boo
         context_length >= 2, f"context_length: {context_length} must be at least 2, for the start and the end of a text"
     )
     texts = [texts] if isinstance(texts, str) else list(texts)
-    result = torch.zeros(len(texts), context_length, dtype=torch.long)
+    result = np.zeros((len(texts), context_length), dtype=np.int64)  # filled three times as fast as a tensor
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise InputError(f"text {i} is a {type(text).__name__}, not a string: {text!r}")
@@ -134,8 +149,8 @@ def tokenize(texts: str | Sequence[str], context_length: int = 77, truncate: boo
             if not truncate:
                 raise InputError(f"text {i} has {len(ids)} tokens, {context_length} fit: {text[:60]!r}...")
             ids = [*ids[: context_length - 1], EOT_ID]
-        result[i, : len(ids)] = torch.tensor(ids)
-    return result
+        result[i, : len(ids)] = ids
+    return torch.from_numpy(result)
 
 
 class TextTokenizer(ABC):

@@ -1,9 +1,11 @@
 """The tokenizer gives OpenAI's and open_clip's ids for any text."""
 
+import html
 import pickle
 import random
 import time
 
+import ftfy
 import pytest
 import regex
 import torch
@@ -11,7 +13,7 @@ from open_clip.tokenizer import SimpleTokenizer
 
 from lit_clip.errors import InputError
 from lit_clip.models.hf_tokenizer import clean as clean_for_others
-from lit_clip.models.tokenizer import EOT_ID, MOST_READ, SOT_ID, CLIPTokenizer, clean, decode, encode, tokenize
+from lit_clip.models.tokenizer import EOT_ID, MOST_READ, PIECE, SOT_ID, CLIPTokenizer, clean, decode, encode, tokenize
 
 # Ids of openai/CLIP at d05afc4 (clip/simple_tokenizer.py, run with ftfy 6.3.1 and regex 2026.11.19).
 OPENAI_IDS = {
@@ -178,6 +180,50 @@ def test_decoding_gives_open_clips_text(open_clip_tokenizer: SimpleTokenizer) ->
 
 def test_cleaning_fixes_unescapes_twice_collapses_and_lower_cases() -> None:
     assert clean(" SchÃ¶n &amp;lt;B&amp;gt;\t \n x ") == "schön <b> x"
+
+
+def papers_cleaning(text: str) -> str:
+    """Clean as clip/simple_tokenizer.py does."""
+    text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+    return regex.sub(r"\s+", " ", text).strip().lower()
+
+
+def test_every_text_is_cleaned_as_in_the_paper_with_and_without_ftfy() -> None:
+    rng = random.Random(3)
+    printable = [chr(code) for code in range(0x20, 0x7F)]
+    odd = [chr(code) for code in (*range(0x20), *range(0x7F, 0xA1))]
+    special = ["\t", "\r\n", "\x1b[31m", "\u2028", "&", "&lt", "\u201cx\u201d", "\ufb01", "\u00e2\u20ac\u2122"]
+    texts = random_texts(3_000, seed=3, extra=special)
+    for rare in ([], ["&"], [*odd, *special, *FRAGMENTS]):
+        for _ in range(6_000):
+            characters = rng.choices(printable, k=rng.randint(0, 60))
+            for _ in range(rng.randint(1, 3) if rare else 0):
+                characters.insert(rng.randint(0, len(characters)), rng.choice(rare))
+            texts.append("".join(characters))
+    texts = [text for text in texts if len(text) <= PIECE]
+    assert len(texts) > 20_000
+    differ = [text for text in texts if clean(text) != papers_cleaning(text)]
+    assert differ == []
+
+
+def test_printable_ascii_does_not_wait_for_ftfy(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+    monkeypatch.setattr(ftfy, "fix_text", lambda text: called.append(text) or text)
+    assert clean('  A photo of <b>a cat\'s</b>   `7` ~ \\n "toys" | 100%; ') == (
+        'a photo of <b>a cat\'s</b> `7` ~ \\n "toys" | 100%;'
+    )
+    assert called == []
+    for text in ("caf\u00e9", "a&b", "a\tb", "a\x7fb"):
+        clean(text)
+    assert called == ["caf\u00e9", "a&b", "a\tb", "a\x7fb"]
+
+
+def test_ids_of_a_word_stay_the_same_when_seen_again() -> None:
+    text = "a photo of a zyzzyva, incomprehensibilities, pneumonoultramicroscopicsilicovolcanoconiosis"
+    first = encode(text)
+    assert encode("zyzzyva") == encode("zyzzyva")
+    encode("zyzzyva").append(0)
+    assert encode(text) == first == encode("a photo of a zyzzyva,") + encode(text.partition(", ")[2])
 
 
 def test_trim_keeps_the_columns_of_the_longest_caption() -> None:
