@@ -4,7 +4,6 @@ import json
 import logging
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,7 +20,7 @@ from datamodules.openmoji import read_table
 from lit_clip import CLIP, create_model
 from lit_clip.cli.lightning import computes_in_bfloat16
 from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
-from lit_clip.models.flops import matmul_peak
+from lit_clip.models.flops import matmul_peak, seconds_per_call
 
 __all__ = ["TINY_VIT", "captions", "compare", "counted", "lengths_of", "open_clip_pair", "parser", "save"]
 
@@ -33,11 +32,17 @@ TINY_VIT = CLIPConfig(
     image=VisionTransformerConfig(image_size=64, patch_size=8, width=192, layers=6, heads=3),
     text=TextTransformerConfig(width=192, layers=4, heads=3),
 )
+NANO_VIT = CLIPConfig(  # to try a script, not to measure
+    embed_dim=32,
+    image=VisionTransformerConfig(image_size=32, patch_size=16, width=64, layers=2, heads=1),
+    text=TextTransformerConfig(width=64, layers=2, heads=1),
+)
+SIZES = {"ViT-tiny-8-64": TINY_VIT, "ViT-nano-16-32": NANO_VIT}
 
 
 def architecture(name: str) -> CLIPConfig | str:
-    """Return the sizes of ``ViT-tiny-8-64``, or any other name unchanged."""
-    return TINY_VIT if name == "ViT-tiny-8-64" else name
+    """Return the sizes of one of the models that only the benchmarks have, or any other name unchanged."""
+    return SIZES.get(name, name)
 
 
 def open_clip_pair(name: str) -> tuple[Any, CLIP]:
@@ -105,14 +110,6 @@ def counted(work: Work) -> int:
     return counter.get_total_flops()
 
 
-def seconds_of(work: Work, device: str) -> float:
-    start = time.perf_counter()
-    work()
-    if device != "cpu":
-        torch.accelerator.synchronize()
-    return time.perf_counter() - start
-
-
 def compare(
     title: str,
     theirs: Work,
@@ -131,7 +128,7 @@ def compare(
     times, peak = [], 0.0
     for _ in range(pairs):
         peak = max(peak, matmul_peak(torch.device(device), dtype))
-        times.append((seconds_of(theirs, device), seconds_of(ours, device)))
+        times.append(tuple(seconds_per_call(work, torch.device(device)) for work in (theirs, ours)))
     result = compared(name or title, title, times)
     result.figures.update(shares(result, flops, peak))
     print(described(result))

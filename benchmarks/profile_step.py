@@ -2,14 +2,15 @@
 
     python benchmarks/profile_step.py [--model ViT-B-32] [--batch 32] [--bf16] [--steps 3] [--device cpu]
 
-The steps are those of ``train_step.py``. Prints milliseconds per step; on a GPU, those of the device's kernels.
+The steps are those of ``train_step.py``. Prints milliseconds per step; on a GPU, those of the device's kernels,
+their number, and the share of the time in which the device has none to run.
 """
 
 import re
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peers import captions, end_if_emulated, open_clip_pair
@@ -37,27 +38,60 @@ def kind_of(operator: str) -> str:
     return next((kind for kind, pattern in KINDS.items() if re.search(pattern, operator)), "the rest")
 
 
-def milliseconds(step: Callable[[], object], steps: int, device: str) -> Counter[str]:
-    """Return the milliseconds per step of each kind of operator."""
+class Profile(NamedTuple):
+    """Of one step.
+
+    Attributes:
+        milliseconds: of each kind of operator; on a GPU, of its kernels.
+        launches: number of kernels and copies on a GPU; 0 on a CPU.
+        idle: share of the time between the first and the last kernel in which a GPU ran none; 0 on a CPU.
+    """
+
+    milliseconds: Counter[str]
+    launches: float
+    idle: float
+
+
+def profiled(step: Callable[[], object], steps: int, device: str) -> Profile:
     step()
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
     with profile(activities=activities) as profiler:
         for _ in range(steps):
             step()
+        if device == "cuda":
+            torch.cuda.synchronize()  # else the last kernels are missing
     found: Counter[str] = Counter()
     for event in profiler.key_averages():
         row: Any = event
         own = row.self_device_time_total if device == "cuda" else row.self_cpu_time_total
         found[kind_of(row.key.lower())] += own / steps / 1000  # microseconds
-    return found
+    times: list[Any] = [
+        event.time_range for event in profiler.events() or () if str(event.device_type).endswith("CUDA")
+    ]
+    return Profile(found, len(times) / steps, idle_share([(time.start, time.end) for time in times]))
 
 
-def table(options: Namespace, theirs: Counter[str], ours: Counter[str]) -> Table:
+def idle_share(spans: list[tuple[float, float]]) -> float:
+    """Return the share of the time from the first start to the last end in which no span runs; 0 without spans."""
+    if not spans:
+        return 0.0
+    spans = sorted(spans)
+    reached, idle = spans[0][0], 0.0
+    for start, end in spans:
+        idle += max(0.0, start - reached)
+        reached = max(reached, end)
+    return idle / (reached - spans[0][0])
+
+
+def table(options: Namespace, theirs: Profile, ours: Profile) -> Table:
     precision = "bf16" if options.bf16 else "fp32"
     result = Table("ms a step", "open_clip", "lit-clip", title=f"{options.model}, batch {options.batch}, {precision}")
     for kind in [*KINDS, "the rest"]:
-        result.add_row(kind, f"{theirs[kind]:.0f}", f"{ours[kind]:.0f}")
-    result.add_row("all", f"{theirs.total():.0f}", f"{ours.total():.0f}")
+        result.add_row(kind, *(f"{side.milliseconds[kind]:.0f}" for side in (theirs, ours)))
+    result.add_row("all", *(f"{side.milliseconds.total():.0f}" for side in (theirs, ours)))
+    if ours.launches:
+        result.add_row("launches", *(f"{side.launches:.0f}" for side in (theirs, ours)))
+        result.add_row("idle", *(f"{side.idle:.1%}" for side in (theirs, ours)))
     return result
 
 
@@ -75,12 +109,12 @@ def main() -> None:
     pairs = pairs_of(ours, captions(options.batch), torch.Generator().manual_seed(0), options.device)
     how = (TINY_RATE, options.bf16, options.device)
     their, our = their_step(theirs, *how), our_step(ours, *how)
-    times = [milliseconds(lambda step=step: step(pairs), options.steps, options.device) for step in (their, our)]
-    Console(width=100).print(table(options, *times))
+    sides = [profiled(lambda step=step: step(pairs), options.steps, options.device) for step in (their, our)]
+    Console(width=100).print(table(options, *sides))
     precision = "bf16" if options.bf16 else "fp32"
     figures: dict[str, Figure] = {}
-    for who, found in zip(("peers", "our"), times, strict=True):
-        figures.update({f"{who} {kind}": float(ms) for kind, ms in found.items()})
+    for who, found in zip(("peers", "our"), sides, strict=True):
+        figures.update({f"{who} {kind}": float(ms) for kind, ms in found.milliseconds.items()})
     save(options.json, Result(f"profile/{options.model}/{precision}", "profile of a training step", figures=figures))
 
 

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import os
 import runpy
+import signal
 import subprocess
 import sys
 import time
@@ -261,6 +263,66 @@ def test_captions_have_14_tokens_on_average(count: int, monkeypatch: pytest.Monk
     tokenizer = SimpleTokenizer()
     lengths = [1 + len(tokenizer.encode(text)) + 1 for text in captions]  # start and end of text
     assert sum(lengths) / count == pytest.approx(14, abs=0.6)
+
+
+@pytest.fixture(scope="module")
+def on_a_gpu(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], str]:
+    """Lines and output of `benchmarks/on_a_gpu.py`, tried without a GPU."""
+    file = tmp_path_factory.mktemp("on_a_gpu") / "runs" / "on_a_gpu.jsonl"
+    done = run("on_a_gpu.py", "--device", "cpu", "--tiny", "--out", file)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()], done.stdout
+
+
+def test_every_part_for_a_gpu_runs_to_its_end(on_a_gpu: tuple[list[dict[str, Any]], str]) -> None:
+    rows, output = on_a_gpu
+    assert [row for row in rows if "failed" in row] == []
+    parts = ["machine", "correctness", "steps", "kernels", "profile", "feeding", "ranks"]
+    assert [row["part"] for row in rows if "end" in row] == parts
+    assert {row["skipped"] for row in rows if "skipped" in row} == {"needs CUDA"}
+    compiled = {"open_clip compiled", "lit-clip compiled", "lit-clip compiled, Trainer"}
+    for model, more in (("ViT-B-32", compiled), ("ViT-B-16", set()), ("ViT-L-14", set())):
+        assert {row["side"] for row in rows if row.get("model") == model} >= {"open_clip", "lit-clip"} | more
+        assert len([line for line in output.splitlines() if line.startswith(f"│ {model} ") and "(" in line]) == 1
+    table = output.partition("largest gaps")[2]
+    assert len([line for line in table.splitlines() if line.startswith("│")]) == 5
+
+
+def test_what_fails_on_a_gpu_does_not_end_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = functions("on_a_gpu.py", monkeypatch)
+
+    class Part:
+        """A part whose second measurement fails, and which then fails itself or dies."""
+
+        def __init__(self, end: str) -> None:
+            self.end = end
+
+        def rows(self, setting: Any) -> Any:
+            attempt = sys.modules["gpu.setting"].attempt
+            yield attempt(setting, "one", lambda: {"ms": 1.0})
+            yield attempt(setting, "two", lambda: {"ms": 1 / 0})
+            if self.end == "dies":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise ValueError(self.end)
+
+    for name, end in (("machine", "no end"), ("ranks", "dies")):
+        monkeypatch.setitem(sys.modules, f"gpu.{name}", Part(end))
+    path = tmp_path / "out.jsonl"
+    script["run_parts"](["machine", "ranks"], "cpu", True, path)
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    failed = [row.get("failed") for row in rows]
+    wrong = "ZeroDivisionError: division by zero"
+    assert failed == [None, wrong, "ValueError: no end", None, wrong, "ended with exit code -9"]
+    sys.modules["gpu.summary"].print_summary(rows)
+    assert "failed: machine: two: ZeroDivisionError" in capsys.readouterr().out
+
+
+def test_idle_time_is_what_no_kernel_covers(monkeypatch: pytest.MonkeyPatch) -> None:
+    idle_share = functions("profile_step.py", monkeypatch)["idle_share"]
+    assert idle_share([]) == 0
+    assert idle_share([(6, 10), (0, 2), (1, 4), (7, 8)]) == pytest.approx(2 / 10)
 
 
 @pytest.mark.slow

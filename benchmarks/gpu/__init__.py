@@ -1,0 +1,1 @@
+"""The parts of ``on_a_gpu.py``: each has ``rows(setting)``, which yields one dictionary per measurement."""
