@@ -108,15 +108,12 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, local: Tensor, shards: Shards) -> Tensor:
-        ctx.mine = shards.mine
+        ctx.shards = shards
         return _all_rows(local, shards)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        # All-reduce and slice instead of reduce-scatter: every backend has it, gloo included.
-        grad = grads[0].contiguous()
-        dist.all_reduce(grad)
-        return grad[ctx.mine], None
+        return sum_rows(grads[0].contiguous(), ctx.shards), None
 
 
 def gather(local: Tensor, shards: Shards) -> Tensor:
