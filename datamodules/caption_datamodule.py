@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from datamodules.loading.augmentation import Augmentation, TrainingTransform, Transform, check_transforms, seeded
 from datamodules.loading.bad_samples import Skipped, SkippingDataset, split_skipped
+from datamodules.loading.copy_stream import on_copy_stream
 from datamodules.loading.sampling import (
     EvaluationBatchSampler,
     GlobalBatchSampler,
@@ -348,6 +349,10 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
             generator=torch.Generator(),  # else every epoch draws a seed from the global generator
             **sampling,
         )
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        move = super().transfer_batch_to_device
+        return on_copy_stream(lambda: move(batch, device, dataloader_idx), device)
 
     def train_dataloader(self) -> DataLoader[Any]:
         trainer: Any = self.trainer
