@@ -1,21 +1,35 @@
 """Versions, the machine, and the rates that no step can exceed."""
 
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
-from results import machine, versions
+from results import PACKAGES, machine
 
 from gpu.setting import Row, Setting, attempt, seconds_per_call
 from lit_clip.models.flops import matmul_peak
 
 
 def rows(setting: Setting):
-    yield attempt(setting, "versions", lambda: {**versions(), "cuda": str(torch.version.cuda)})
+    yield attempt(setting, "versions", versions)
     yield attempt(setting, "machine", lambda: {**machine()})
     yield attempt(setting, "card", card, cuda=True)
     for dtype in (torch.bfloat16, torch.float32):
         name = str(dtype).removeprefix("torch.")
         yield attempt(setting, f"peak of {name}", lambda dtype=dtype: peaks(setting, dtype))
     yield attempt(setting, "copies", lambda: copies(setting))
+
+
+def versions() -> Row:
+    """Return the versions of Python and of the packages; lit-clip need not be installed."""
+    found: Row = {"python": platform.python_version(), "cuda": str(torch.version.cuda)}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
 
 
 def card() -> Row:

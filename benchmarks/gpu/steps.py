@@ -106,9 +106,8 @@ class Variant:
     def step(self) -> None:
         self._step(next(self.batches))
 
-    def warm_up(self) -> None:
-        """Run the first steps, which compile, and note their time and memory."""
-        held = self.setting.memory()
+    def warm_up(self, held: int) -> None:
+        """Run the first steps, which compile, and note their time and the memory above the bytes ``held`` before."""
         if self.setting.cuda:
             torch.cuda.reset_peak_memory_stats()
         since = time.perf_counter()
@@ -175,6 +174,7 @@ def side_by_side(setting: Setting, case: Case, material: Material) -> Iterator[R
 def prepared(setting: Setting, case: Case, name: str, material: Material) -> Variant:
     """Copy a model to the device, compile it if asked for, and run its first steps."""
     backend, is_ours = "eager" if setting.tiny else "inductor", name.startswith("lit-clip")
+    held = setting.memory()
     model: Any = copy.deepcopy(material.ours if is_ours else material.theirs).to(setting.device)
     if case.micro and not is_ours:
         model.set_grad_checkpointing(True)
@@ -183,7 +183,7 @@ def prepared(setting: Setting, case: Case, name: str, material: Material) -> Var
     make = our_step if is_ours else their_step
     step = _normalised(make(model, TINY_RATE, True, setting.device), material.ours)
     variant = Variant(name, step, setting, material.batches)
-    variant.warm_up()
+    variant.warm_up(held)
     return variant
 
 
