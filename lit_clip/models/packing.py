@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_clip.tools.hardware import has_bfloat16
+from lit_clip.tools.hardware import has_bfloat16, to_device
 
 # Sequence lengths up to which plain products with gradients beat the CPU's fused kernel, and take little memory.
 LONGEST_PLAIN = {torch.float32: 64, torch.bfloat16: 256 if has_bfloat16() else 0}
@@ -136,14 +136,6 @@ def pack(lengths: Sequence[int], device: torch.device, padded_attention: bool | 
     places[order] = torch.arange(len(order))
     moved = [to_device(tensor, device) for tensor in (rows, columns, starts + sizes - 1, places)]
     return Packing(Layout(runs, True, None if cells is None else to_device(cells, device), shape), *moved)
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a small tensor to a device; to a CUDA device without synchronising."""
-    if device.type != "cuda":  # MPS would read freed memory (pytorch/pytorch#189690)
-        return tensor.to(device)
-    # From unpinned memory the copy would wait for all queued work.
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def length_groups(lengths: Sequence[int], most: int = 4, least_rows: int = 16, worth: float = 0.1) -> list[Tensor]:
