@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
-from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from lit_clip.errors import InputError, require
 from lit_clip.weights.checkpoints import EMA_WEIGHTS
@@ -29,8 +31,8 @@ class EMA(WeightAveraging):
     def __init__(self, decay: float = 0.999, start_step: int = 0) -> None:
         require(0 <= decay < 1, f"EMA.decay: {decay} must be at least 0 and below 1")
         require(start_step >= 0, f"EMA.start_step: {start_step} must be at least 0")
-        super().__init__(avg_fn=get_ema_avg_fn(decay))
-        self.start_step = start_step
+        super().__init__()
+        self.decay, self.start_step = decay, start_step
         self._swapped = False
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
@@ -45,6 +47,26 @@ class EMA(WeightAveraging):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._average.to(pl_module.device)  # it was created and loaded before the model was moved to its device
+        self._average.n_averaged = self._average.n_averaged.cpu()  # read in each step, without a wait
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        step = trainer.global_step
+        if step > self._latest_update_step and self.should_update(step - 1):
+            self._update(pl_module)
+            self._latest_update_step = step
+
+    @torch.no_grad()
+    def _update(self, pl_module: LightningModule) -> None:
+        """Update all weights in a few kernels; AveragedModel would wait for the device, and take three a tensor."""
+        pairs = list(zip(_tensors(self._average.module), _tensors(pl_module), strict=True))
+        first = int(self._average.n_averaged) == 0
+        copied = [pair for pair in pairs if first or not pair[0].is_floating_point()]  # counts have no average
+        if copied:
+            torch._foreach_copy_([ours for ours, _ in copied], [theirs for _, theirs in copied])
+        if not first:
+            floats = [pair for pair in pairs if pair[0].is_floating_point()]
+            torch._foreach_lerp_([ours for ours, _ in floats], [theirs for _, theirs in floats], 1 - self.decay)
+        self._average.n_averaged += 1
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._swap(pl_module)
@@ -89,3 +111,7 @@ class EMA(WeightAveraging):
         if self._swapped:
             self._swap_models(pl_module)
             self._swapped = False
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]

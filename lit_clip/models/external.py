@@ -17,8 +17,9 @@ from lit_clip.errors import InputError
 from lit_clip.models.config import HuggingFaceTextConfig, TimmConfig, height_width
 from lit_clip.models.entering import Entering, starting_at
 from lit_clip.models.external_settings import check_text_only, one_line, timm_pretrained_cfg
-from lit_clip.models.packing import length_groups, to_device
+from lit_clip.models.packing import length_groups
 from lit_clip.models.transformer import check_images, is_traced
+from lit_clip.tools.hardware import to_device
 from lit_clip.tools.reading import reason
 from lit_clip.tools.weight_files import read_tensors
 

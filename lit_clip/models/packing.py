@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_clip.tools.hardware import has_bfloat16
+from lit_clip.tools.hardware import has_bfloat16, to_device
 
 # Sequence lengths up to which plain products with gradients beat the CPU's fused kernel, and take little memory.
 LONGEST_PLAIN = {torch.float32: 64, torch.bfloat16: 256 if has_bfloat16() else 0}
@@ -175,14 +175,6 @@ def _fill_rows(runs: Sequence[tuple[int, int]], row_length: int) -> tuple[list[i
 def _moved(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Copy int64 vectors to a device at once."""
     return to_device(torch.cat(tensors), device).split([len(tensor) for tensor in tensors])
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a small tensor to a device; to a CUDA device without synchronising."""
-    if device.type != "cuda":  # MPS would read freed memory (pytorch/pytorch#189690)
-        return tensor.to(device)
-    # From unpinned memory the copy would wait for all queued work.
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def length_groups(lengths: Sequence[int], most: int = 4, least_rows: int = 16, worth: float = 0.1) -> list[Tensor]:

@@ -11,6 +11,14 @@ def best_device() -> torch.device:
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a small tensor to a device; to a CUDA device without synchronising."""
+    if device.type != "cuda":  # MPS would read freed memory (pytorch/pytorch#189690)
+        return tensor.to(device)
+    # From unpinned memory the copy would wait for all queued work.
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def has_bfloat16() -> bool:
     """Whether the CPU has instructions for bfloat16 matrix products; without them they are emulated, and slow."""
     # get_capabilities is newer than the oldest torch that is supported.

@@ -3,18 +3,20 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lit_clip
 from callbacks import EMA
 from lit_clip.errors import InputError
-from lit_clip.models.config import CLIPConfig
+from lit_clip.models.config import CLIPConfig, ResNetConfig, TextTransformerConfig
 from lit_clip.module import LitCLIP
 from lit_clip.training.optim import PaperAdamW
 from lit_clip.training.schedules import WarmupCosine
@@ -73,6 +75,42 @@ def test_the_average_is_that_of_a_plain_loop_and_training_continues_from_the_wei
         expected = plain_average(recorder.steps[: 4 * epoch], start)
         torch.testing.assert_close(validated, expected, rtol=0, atol=1e-6)
         assert not torch.equal(validated, recorder.steps[4 * epoch - 1])
+
+
+class Operations(TorchDispatchMode):
+    """Record operations that are no views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view:
+            self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_update_takes_a_few_operations_for_all_weights_and_equals_a_loop() -> None:
+    resnet = ResNetConfig(layers=(1, 1, 1, 1), width=8, image_size=32)
+    module = LitCLIP(CLIPConfig(16, resnet, TextTransformerConfig(16, 50, 64, 1, 1))).double()
+    callback, running = EMA(DECAY), SimpleNamespace(checkpoint_callbacks=[], global_step=0)
+    callback.setup(cast(Any, running), module, "fit")
+    callback.on_fit_start(cast(Any, running), module)
+    expected: dict[str, Tensor] = {}
+    for step in range(1, 4):
+        for tensor in [*module.parameters(), *module.buffers()]:
+            tensor.data += torch.rand_like(tensor) if tensor.is_floating_point() else step
+        for name, value in module.state_dict().items():
+            first = step == 1 or not value.is_floating_point()
+            expected[name] = value.clone() if first else DECAY * expected[name] + (1 - DECAY) * value
+        running.global_step = step
+        with Operations() as seen:
+            callback.on_train_batch_end(cast(Any, running), module)
+        assert len(expected) > 50
+        assert len(seen.names) <= 8, seen.names  # of which all but two are of the count on the CPU
+        assert sum("foreach" in name for name in seen.names) == (1 if step == 1 else 2)
+    assert callback._average.n_averaged.device.type == "cpu"
+    torch.testing.assert_close(callback._average.module.state_dict(), expected, rtol=1e-15, atol=1e-15)
 
 
 def test_the_current_weights_are_evaluated_before_the_first_update(

@@ -2,12 +2,15 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_clip.batch import CaptionBatch
 from lit_clip.errors import InputError
+from lit_clip.losses import duplicates
 from lit_clip.losses.duplicates import pair_ids, token_hash
 from lit_clip.models.tokenizer import CLIPTokenizer
 from lit_clip.tools.hashing import stable_hash
@@ -70,3 +73,37 @@ def test_a_batch_is_split_in_order_into_non_empty_parts(parts: int, sizes: list[
     assert torch.equal(torch.cat([part.tokens for part in split]), batch.tokens)
     assert [key for part in split for key in part.keys] == batch.keys
     assert all(part.groups == () for part in split)
+
+
+class Copies(TorchDispatchMode):
+    """Record copies to another device, and values that are read back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        moved = isinstance(result, torch.Tensor) and any(
+            isinstance(x, torch.Tensor) and x.device != result.device for x in args
+        )
+        if moved or func is torch.ops.aten._local_scalar_dense.default:
+            self.names.append(func._schema.name)
+        return result
+
+
+def test_a_step_copies_keys_alone_to_the_device_and_reads_nothing_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All by ``to_device``, which does not synchronise; the hash's numbers once, whatever the texts' length."""
+    asked: list[tuple[int, ...]] = []
+
+    def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        asked.append(tuple(tensor.shape))
+        return tensor.to(device)
+
+    monkeypatch.setattr(duplicates, "to_device", to_device)
+    duplicates._multipliers.cache_clear()
+    with Copies() as seen:
+        for length in (7, 12, 77):
+            pair_ids(["1", "2"], torch.zeros(2, length, dtype=torch.long, device="meta"), 0)
+    assert asked == [(2, 2), (128,), (2, 2), (2, 2)]
+    assert seen.names == ["aten::_to_copy"] * len(asked)
