@@ -103,20 +103,37 @@ def _all_rows(local: Tensor, shards: Shards) -> Tensor:
     return torch.cat([part[:count] for part, count in zip(gathered.split(most), shards.counts, strict=True)])
 
 
+def _sum_of_mine(everyones: Tensor, shards: Shards) -> Tensor:
+    """Sum ``[N, ...]`` over ranks, in place or not, and return this rank's rows of the sum."""
+    global _reduce_scatters
+    if _reduce_scatters and len(set(shards.counts)) == 1:
+        mine = everyones.new_empty(shards.counts[shards.rank], *everyones.shape[1:])
+        reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # the older name
+        try:
+            reduce_scatter(mine, everyones.contiguous())  # half of what an all-reduce sends
+            return mine
+        except RuntimeError as error:
+            if "support" not in str(error):
+                raise
+            _reduce_scatters = False
+    dist.all_reduce(everyones)
+    return everyones[shards.mine].clone()
+
+
+_reduce_scatters = True  # until the backend says, on all ranks alike, that it cannot
+
+
 class _Gather(torch.autograd.Function):
     """Concatenate over ranks; the gradient of a row is the sum of its gradients on all ranks."""
 
     @staticmethod
     def forward(ctx: Any, local: Tensor, shards: Shards) -> Tensor:
-        ctx.mine = shards.mine
+        ctx.shards = shards
         return _all_rows(local, shards)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        # All-reduce and slice instead of reduce-scatter: every backend has it, gloo included.
-        grad = grads[0].contiguous()
-        dist.all_reduce(grad)
-        return grad[ctx.mine], None
+        return _sum_of_mine(grads[0].contiguous(), ctx.shards), None
 
 
 def gather(local: Tensor, shards: Shards) -> Tensor:
@@ -151,10 +168,9 @@ def visit_gathered(
         total.new_full((shards.total, *total.shape[1:]), 0 if kind == "sum" else -torch.inf) for total in totals
     ]
     visit([_all_rows(row, shards) for row in rows], everyones)
+    if kind == "sum":
+        return [_sum_of_mine(total, shards) for total in everyones]
     for total in everyones:
-        if kind == "sum":
-            dist.all_reduce(total)
-            continue
         highest = total.clone()
         dist.all_reduce(highest, dist.ReduceOp.MAX)
         highest.clamp_(min=torch.finfo(highest.dtype).min)  # -inf less -inf is nan
