@@ -92,12 +92,17 @@ def shards_of(*rows: int) -> tuple[Shards, ...]:
     return tuple(Shards(rank, tuple(of_ranks)) for of_ranks in counts.tolist())
 
 
+def _newest(name: str, before: str) -> Any:
+    """Return the collective of this name, or by the one before torch 2.13, which warns of that."""
+    return getattr(dist, name, None) or getattr(dist, before)
+
+
 def _all_rows(local: Tensor, shards: Shards) -> Tensor:
     """Gather ``[B, ...]`` to ``[N, ...]`` in rank order."""
     most, even = max(shards.counts), len(set(shards.counts)) == 1
     padded = local.contiguous() if even else F.pad(local, [0, 0] * (local.ndim - 1) + [0, most - len(local)])
     gathered = padded.new_empty(shards.world * most, *local.shape[1:])
-    dist.all_gather_into_tensor(gathered, padded)
+    _newest("all_gather_single", "all_gather_into_tensor")(gathered, padded)
     if even:
         return gathered
     return torch.cat([part[:count] for part, count in zip(gathered.split(most), shards.counts, strict=True)])
@@ -134,7 +139,7 @@ def sum_rows(everyones: Tensor, shards: Shards) -> Tensor:
         dist.all_reduce(everyones)
         return everyones[shards.mine].clone()
     mine = everyones.new_empty(shards.counts[shards.rank], *everyones.shape[1:])
-    dist.reduce_scatter_tensor(mine, everyones)
+    _newest("reduce_scatter_single", "reduce_scatter_tensor")(mine, everyones)
     return mine
 
 

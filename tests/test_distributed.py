@@ -33,6 +33,11 @@ def test_a_step_of_several_micro_batches_is_synchronised_once(ranks: Ranks) -> N
 
 
 @pytest.mark.parametrize("world", [2, 3])
+def test_the_gradient_of_gathered_rows_is_the_sum_of_all_ranks_gradients(world: int, ranks: Ranks) -> None:
+    ranks("summed_rows", world)
+
+
+@pytest.mark.parametrize("world", [2, 3])
 def test_uneven_rows_are_gathered_in_rank_order(world: int, ranks: Ranks) -> None:
     """Each rank asserts for itself (``tests/helpers/ranks.py``); the fixture fails unless all of them succeed."""
     ranks("uneven_gather", world)

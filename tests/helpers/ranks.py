@@ -175,6 +175,17 @@ def uneven_gather() -> None:
     assert distributed.sum_over_ranks(torch.tensor(rank + 1.0), torch.device("cpu")).item() == world * (world + 1) / 2
 
 
+def summed_rows() -> None:
+    """Check that the gradient of gathered rows is the sum of all ranks' gradients, for even and uneven ranks."""
+    rank, world = distributed.rank_and_world()
+    for counts in ((2,) * world, tuple(range(1, world + 1))):
+        shards = distributed.Shards(rank, counts)
+        rows = torch.full((counts[rank], 3), float(rank), dtype=torch.float64, requires_grad=True)
+        weight = torch.arange(3.0 * shards.total, dtype=torch.float64).reshape(-1, 3)
+        (distributed.gather(rows, shards) * weight * (rank + 1)).sum().backward()
+        assert torch.equal(rows.grad, world * (world + 1) / 2 * weight[shards.mine])
+
+
 def finetuned_module(options: str) -> LitCLIP:
     """Return :func:`make_module` with LitCLIP's arguments as JSON, a loss as a description, after ``setup``."""
     assert own_encoders  # a mapping that names them finds them only if they are imported

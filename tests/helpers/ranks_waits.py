@@ -16,7 +16,8 @@ from lit_clip.tools import host_copy
 from tests.helpers.ranks import serve
 from tests.helpers.small_sets import data_for, make_module, make_trainer
 
-NAMES = [name for name in ("barrier", "reduce_scatter_single", "monitored_barrier") if hasattr(dist, name)] + [
+SOME_HAVE = ("barrier", "all_gather_single", "reduce_scatter_single", "monitored_barrier")
+NAMES = [name for name in SOME_HAVE if hasattr(dist, name)] + [
     *("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "broadcast", "broadcast_object_list"),
     *("reduce", "reduce_scatter_tensor", "gather", "gather_object", "scatter", "send", "recv", "batch_isend_irecv"),
 ]

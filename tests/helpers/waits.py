@@ -39,7 +39,7 @@ CREATIONS = {torch.tensor, torch.as_tensor, torch.asarray}  # of the host's valu
 TO_HOST = {"item", "tolist", "numpy", "cpu", "array"}
 OURS = ("/lit_clip/", "/callbacks/", "/lightning/")
 # These copy from pinned memory without waiting if the device is CUDA, or ask torch itself for a tensor's device.
-ASYNCHRONOUS = {("packing.py", "to_device"), ("batch.py", "to"), ("clip_grad.py", "_clip_grads_with_norm_")}
+ASYNCHRONOUS = {("hardware.py", "to_device"), ("batch.py", "to"), ("clip_grad.py", "_clip_grads_with_norm_")}
 
 
 def tensors(values: Any) -> Iterator[Tensor]:
