@@ -7,7 +7,7 @@ does not fit, and is killed if it hangs. Every figure is a line of the file as s
 aborted run keeps what it has. What fails is a line with its message, and the rest goes on. Prints the table last:
 target, reached and open_clip for each model, and the largest gaps.
 
-``--device cpu --tiny`` tries the script without a GPU, in under a minute; its figures mean nothing.
+``--device cpu --tiny`` tries the script without a GPU; its figures mean nothing.
 """
 
 import argparse

@@ -21,11 +21,11 @@ def fitted(folder: Path, name: str, environment: dict[str, str]) -> tuple[str, d
 @pytest.mark.slow
 def test_the_quickstart_reaches_about_the_figures_of_the_readme(tmp_path: Path) -> None:
     printed, reached = fitted(tmp_path, "quickstart", {})
-    assert reached["zero_shot/trained_names/top1"] >= 75
+    assert reached["zero_shot/trained_names/top1"] >= 80
     assert reached["zero_shot/trained_names/top5"] >= 95
     assert reached["val/image_to_text_recall@1"] >= 10  # baseline: 0.6
     assert reached["zero_shot/line_art/top5"] >= 75  # baseline: 0.3
-    assert reached["zero_shot/unseen_groups/top1"] >= 40  # baseline: 24
+    assert reached["zero_shot/unseen_groups/top1"] >= 50  # baseline: 24
     (run,) = (tmp_path / "runs/quickstart").iterdir()
     checkpoint = run / "checkpoints/last.ckpt"
     again = ("validate", "--config", str(run / "fit_config.yaml"), "--ckpt_path", str(checkpoint))  # with its precision

@@ -25,6 +25,7 @@ PAPER_RATES = (3.6e-4, 5e-4)  # tables 19 and 20, from scratch; 5e-4 at 2,048 pa
 PAPER_FINE_TUNING_RATE = 2e-5  # table 20: ViT-L/14 for one more epoch at 336 pixels
 FAR = 10
 FEW_FOR_BATCH_NORM = 16
+FEW_PAIRS = 6_000  # docs/recipes.md, "Small data": measured with 500, 1,750 and 3,068
 
 
 class Work(NamedTuple):
@@ -261,6 +262,8 @@ def plan_rows(plan: RunPlan) -> list[tuple[str, str]]:
         rows.append(("warm-up", f"{plan.warmup:,} steps, {of_run}"))
     if plan.steps is not None and plan.global_batch is not None:
         rows.append(("pairs seen", f"{plan.steps * plan.global_batch:,}" + _left_out(plan)))
+    if plan.pairs is not None and plan.pairs <= FEW_PAIRS and not (plan.pretrained or plan.frozen):
+        rows.append(("training pairs", _few_pairs(plan.pairs)))
     rows.append(("loss", shown(plan.loss)))
     rows.append(("optimiser", shown(plan.optimizer)))
     rows.append(("schedule", shown(plan.lr_scheduler)))
@@ -277,6 +280,14 @@ def _left_out(plan: RunPlan) -> str:
     if plan.pairs is None or not plan.global_batch or plan.steps_per_epoch != plan.pairs // plan.global_batch:
         return ""
     return f"; {plan.pairs % plan.global_batch:,} of {plan.pairs:,} are left out of an epoch"
+
+
+def _few_pairs(pairs: int) -> str:
+    batch = "64" if pairs < 1_000 else "128 to 256"
+    return (
+        f"{pairs:,} are few: from scratch, batches of {batch} learned most, and far less than pretrained encoders "
+        "(docs/recipes.md)"
+    )
 
 
 def _short(number: float) -> str:

@@ -80,6 +80,20 @@ def test_rows_leave_out_useless_comparisons() -> None:
     assert "(with a similarity matrix: " in dict(plan_rows(replace(GOOD, batch=1024)))["memory of the loss"]
 
 
+@pytest.mark.parametrize(("pairs", "batch"), [(500, "64"), (3_068, "128 to 256")])
+def test_a_run_from_scratch_on_few_pairs_is_told_what_learned_most(pairs: int, batch: str) -> None:
+    row = dict(plan_rows(replace(GOOD, pairs=pairs)))["training pairs"]
+    assert f"{pairs:,} are few: from scratch, batches of {batch} learned most" in row
+    assert "docs/recipes.md" in row
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"pairs": None}, {"pairs": 500, "pretrained": True}, {"pairs": 500, "frozen": 9}]
+)
+def test_other_runs_are_not(change: dict[str, Any]) -> None:
+    assert "training pairs" not in dict(plan_rows(replace(GOOD, **change)))
+
+
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
