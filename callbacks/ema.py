@@ -49,7 +49,9 @@ class EMA(WeightAveraging):
         self._average.to(pl_module.device)  # it was created and loaded before the model was moved to its device
         self._average.n_averaged = self._average.n_averaged.cpu()  # read in each step, without a wait
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         step = trainer.global_step
         if step > self._latest_update_step and self.should_update(step - 1):
             self._update(pl_module)
@@ -58,14 +60,15 @@ class EMA(WeightAveraging):
     @torch.no_grad()
     def _update(self, pl_module: LightningModule) -> None:
         """Update all weights in a few kernels; AveragedModel would wait for the device, and take three a tensor."""
+        kernels: Any = torch  # which exports them under no public name
         pairs = list(zip(_tensors(self._average.module), _tensors(pl_module), strict=True))
         first = int(self._average.n_averaged) == 0
         copied = [pair for pair in pairs if first or not pair[0].is_floating_point()]  # counts have no average
         if copied:
-            torch._foreach_copy_([ours for ours, _ in copied], [theirs for _, theirs in copied])
+            kernels._foreach_copy_([ours for ours, _ in copied], [theirs for _, theirs in copied])
         if not first:
             floats = [pair for pair in pairs if pair[0].is_floating_point()]
-            torch._foreach_lerp_([ours for ours, _ in floats], [theirs for _, theirs in floats], 1 - self.decay)
+            kernels._foreach_lerp_([ours for ours, _ in floats], [theirs for _, theirs in floats], 1 - self.decay)
         self._average.n_averaged += 1
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
