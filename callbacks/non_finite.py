@@ -101,6 +101,7 @@ class NonFiniteSteps(Callback):
         self._norms: list[_BatchNorm] = []
         self._statistics: list[tuple[Tensor, Tensor]] = []
         self._unread: _Checked | None = None
+        self._at_once = False
 
     def state_dict(self) -> dict[str, Any]:
         self._read()  # before a checkpoint is written that ``stop`` would not have
@@ -112,6 +113,8 @@ class NonFiniteSteps(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._unread = None
+        # A file of weights alone holds no callback's state, so saving it would not read the step before.
+        self._at_once = any(getattr(each, "save_weights_only", False) for each in trainer.checkpoint_callbacks)
         self._norms = [layer for layer in pl_module.modules() if isinstance(layer, _BatchNorm)]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -122,10 +125,10 @@ class NonFiniteSteps(Callback):
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         self._read()
-        logged = (trainer.global_step + 1) % log_interval(trainer) == 0
+        at_once = self._at_once or (trainer.global_step + 1) % log_interval(trainer) == 0
         step: TrainingStep | None = getattr(pl_module, "last_step", None)
         if step is not None:
-            self._check(step, trainer, pl_module, optimizer, at_once=logged)
+            self._check(step, trainer, pl_module, optimizer, at_once=at_once)
         if self.policy == "skip":  # as a tensor of the host: a number would be copied to the device
             pl_module.log("train/non_finite_steps", torch.tensor(float(self.steps)))
 
@@ -141,7 +144,12 @@ class NonFiniteSteps(Callback):
         bad = torch.stack([~step.loss.isfinite(), bad_rows(step).any(), ~gradients.isfinite()]).float()
         counts = module.sum_over_ranks(bad)
         self._unread = _Checked(step, trainer.global_step, HostCopy(counts), trainer)
-        if host_copy.runs_ahead(module.device) and not scaled and not at_once and obeys_found_inf(optimizer):
+        if (
+            host_copy.runs_ahead(module.device)
+            and not scaled
+            and not at_once
+            and obeys_found_inf(optimizer, module.device)
+        ):
             undone = counts.any()
             optimizer.found_inf = undone.float()
             for buffer, before in self._statistics:

@@ -75,7 +75,9 @@ class Preemption(Callback):
             signals_of(trainer).received_sigterm = True
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if signals_of(trainer).agreed:
+        # A signal of this step may not have been read yet, and a validation may take longer than the grace period.
+        fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        if signals_of(trainer).agreed or (fitting and self._agreed(trainer)):
             raise SIGTERMException
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:

@@ -107,9 +107,9 @@ class LitCLIP(LightningModule):
         lora: train low-rank additions to the blocks that are not frozen, and nothing else. A checkpoint then holds
             only the additions and the name of their base weights (``pretrained``).
         micro_batch_size: most pairs of this rank that are encoded at once, while the loss sees all pairs of all ranks
-            (GradCache, Gao et al. 2021). Activations are computed again in the backward pass, so activation memory is
-            that of one micro-batch; loss and gradients are those of the whole batch. Only BatchNorm sees the
-            micro-batches.
+            (GradCache, Gao et al. 2021). Activations of all but the last are computed again in the backward pass, so
+            activation memory is that of one micro-batch; loss and gradients are those of the whole batch. Only
+            BatchNorm sees the micro-batches.
 
     Attributes:
         last_step: the training step under way; None if no rank had a pair.
@@ -286,13 +286,12 @@ class LitCLIP(LightningModule):
         if len(image_BD) and torch.is_grad_enabled():
             check_gradient(self.loss, loss)
         loss = loss + zero
-        self._metrics = own = {"train/loss": loss.detach()}
+        for name, value in {"loss": loss, **metrics}.items():
+            if isinstance(value, Tensor) and shards.world > 1:
+                self._metrics[f"train/{name}"] = value.detach()
+            else:  # a number as a tensor: Lightning would copy it to the device, and wait for it
+                self.log(f"train/{name}", torch.as_tensor(value, dtype=torch.float32).detach())
         self.log("train/logit_scale", scale)
-        for name, value in metrics.items():
-            if isinstance(value, Tensor):
-                own[f"train/{name}"] = value.detach()
-            else:  # Lightning would copy a number to the device, and wait for it
-                self.log(f"train/{name}", torch.tensor(float(value)))
         self.last_step = TrainingStep(batch.keys, image_BD.detach(), text_BD.detach(), loss.detach(), shards.total)
         return loss
 
@@ -307,7 +306,11 @@ class LitCLIP(LightningModule):
         if even is None:
             both = distributed.shards_of(pairs, negatives)
             return both[0], both[1]
-        require(pairs == even, f"batch_size: a training batch has {pairs} pairs in place of {even}; set on_error: skip")
+        require(
+            pairs == even,
+            f"training_step: got {pairs} pairs of a batch of {even}; a hook that changes their number needs "
+            "data.on_error: skip",
+        )
         rank, world = distributed.rank_and_world()
         return distributed.Shards(rank, (pairs,) * world), distributed.Shards(rank, (0,) * world)
 

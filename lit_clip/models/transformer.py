@@ -101,7 +101,8 @@ class Transformer(nn.Module):
     @property
     def is_compiled(self) -> bool:
         """Whether ``torch.compile`` makes graphs of the blocks."""
-        return any(block._compiled_call_impl is not None for block in self.resblocks)
+        # All modules, as FSDP wraps the blocks.
+        return any(module._compiled_call_impl is not None for module in self.resblocks.modules())
 
     def init_like_gpt(self) -> None:
         """Initialise as OpenAI's text encoder: normal weights, those of the residual path smaller with depth."""

@@ -207,11 +207,12 @@ def skip_step(module: nn.Module) -> None:
         parameter.grad = None
 
 
-def obeys_found_inf(optimizer: Optimizer) -> bool:
+def obeys_found_inf(optimizer: Optimizer, device: torch.device) -> bool:
     """Return whether an optimiser's step changes nothing if its ``found_inf``, a scalar on the device, is 1.
 
     Torch's gradient scaler uses this with fused kernels. Fused SGD is left out: it would begin with a momentum that
-    nobody has set.
+    nobody has set; and so are weights that FSDP keeps on the host, whose kernel would not wait for the scalar.
     """
-    torchs = type(optimizer).step.__module__.startswith("torch.optim.")
-    return torchs and isinstance(optimizer, torch.optim.Adam) and all(g["fused"] for g in optimizer.param_groups)
+    torchs = type(optimizer).step.__module__.startswith("torch.optim.") and isinstance(optimizer, torch.optim.Adam)
+    groups = optimizer.param_groups
+    return torchs and all(group["fused"] and p.device.type == device.type for group in groups for p in group["params"])

@@ -309,10 +309,12 @@ def test_only_torchs_fused_adam_is_told_on_the_device_to_do_nothing() -> None:
     def made(kind: Any, **settings: Any) -> torch.optim.Optimizer:
         return kind([{"params": [torch.nn.Parameter(torch.ones(3))], **settings}], lr=0.1)
 
-    assert obeys_found_inf(made(PaperAdamW, fused=True))
-    assert obeys_found_inf(made(torch.optim.Adam, fused=True))
+    assert obeys_found_inf(made(PaperAdamW, fused=True), torch.device("cpu"))
+    assert obeys_found_inf(made(torch.optim.Adam, fused=True), torch.device("cpu"))
+    offloaded = made(PaperAdamW, fused=True)  # its kernel would not wait for a scalar of the GPU
+    assert not obeys_found_inf(offloaded, torch.device("cuda"))
     assert not any(
-        obeys_found_inf(optimizer)
+        obeys_found_inf(optimizer, torch.device("cpu"))
         for optimizer in (made(PaperAdamW), made(Own, fused=True), made(torch.optim.SGD, fused=True))
     )
 
