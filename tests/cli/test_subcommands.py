@@ -198,11 +198,11 @@ def test_a_byte_order_mark_is_not_part_of_a_class_name(tmp_path: Path) -> None:
 
 
 def test_probabilities_in_bfloat16_are_near_the_exact_ones(
-    drawings: tuple[Path, Path, list[str]], capsys: pytest.CaptureFixture[str]
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    checkpoint, folder, _ = drawings
-    words = [*(str(folder / f"{name}.png") for name in NAMES), "--model", str(checkpoint)]
-    words += ["--classes", *NAMES, "--output", "json"]
+    for colour in ("red", "green"):
+        Image.new("RGB", (40, 30), colour).save(tmp_path / f"{colour}.png")
+    words = [str(tmp_path), "--model", str(tiny_checkpoint), "--classes", *NAMES, "--output", "json"]
     exact, half = (
         {(row["image"], each["class"]): each["probability"] for row in json.loads(text) for each in row["classes"]}
         for text in (classified(*words, *more, capsys=capsys) for more in ([], ["--precision", "bf16-mixed"]))
