@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -30,7 +31,7 @@ from processes import forget_peak, held
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.nn.parallel import DistributedDataParallel
 
 from lit_clip import distributed
@@ -41,6 +42,7 @@ from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig, height_width
 from lit_clip.models.flops import measure
 from lit_clip.models.layers import TOWERS, tower_blocks
+from lit_clip.models.packing import Packing, pack
 from lit_clip.models.registry import resolve_architecture
 from lit_clip.module import LitCLIP
 from lit_clip.training.activation_checkpointing import checkpoint_blocks
@@ -230,8 +232,14 @@ class Kept(NamedTuple):
 
 def kept_by_a_pair(name: str, half: bool) -> Kept:
     """Count with fake tensors, as the difference of two pairs and one: what does not grow with pairs cancels out."""
-    with FakeTensorMode():
+    with FakeTensorMode(allow_non_fake_inputs=True), patch("lit_clip.models.transformer.pack", _really_packed):
         return _kept_by_a_pair(name, half)
+
+
+def _really_packed(*arguments: Any) -> Packing:
+    """Pack with real tensors: the packing depends on lengths, which fake tensors do not have."""
+    with unset_fake_temporarily():
+        return pack(*arguments)
 
 
 def _kept_by_a_pair(name: str, half: bool) -> Kept:
@@ -246,7 +254,7 @@ def _second_of_two(model: CLIP, blocks: list[nn.Module], half: bool) -> tuple[fl
     totals: list[list[float]] = []
     for pairs in (1, 2):
         images = torch.zeros(pairs, 3, *height_width(model.preprocessing.image_size))
-        tokens = torch.full((pairs, model.context_length), 49407)
+        tokens, lengths = torch.zeros(pairs, model.context_length, dtype=torch.long), [model.context_length] * pairs
         with counting(model) as kept, torch.autocast("cpu", torch.bfloat16, enabled=half):
             marks: list[float] = []
 
@@ -255,7 +263,7 @@ def _second_of_two(model: CLIP, blocks: list[nn.Module], half: bool) -> tuple[fl
 
             hooks = [block.register_forward_pre_hook(mark) for block in blocks]
             hooks += [block.register_forward_hook(mark) for block in blocks]
-            features = model.encode_image(images, normalize=True), model.encode_text(tokens, normalize=True)
+            features = model.encode_image(images, normalize=True), model.encode_text(tokens, True, lengths)
             mark()
         del features
         for hook in hooks:

@@ -172,6 +172,19 @@ def test_saved_results_are_loaded_with_the_command_that_reproduces_them(
     assert read.machine["threads"] == torch.get_num_threads()
 
 
+def test_the_memory_of_the_papers_runs_is_counted_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The formula of docs/scaling.md, 21 w numbers per token of a block with QuickGELU, is the independent count."""
+    scaling = functions("scaling.py", monkeypatch)
+    kept = scaling["kept_by_a_pair"]("ViT-B-32", half=False)
+    tokens = 12 * 768 * 50 + 12 * 512 * 77  # blocks, width and tokens of the image and of a caption of full length
+    assert kept.plain == pytest.approx(4 * 21 * tokens, rel=0.15)  # of the last blocks only one token
+    assert kept.checkpointed == pytest.approx(4 * tokens, rel=0.25)
+    scaling["h100"].__globals__["MODELS"] = {"ViT-B-32": (1024, False)}
+    *_, memory = scaling["h100"](0.2).columns
+    eight, sixty_four, many = map(float, memory.cells)
+    assert 80 > eight > sixty_four > many > 20 * 151e6 / 2**30  # weights, gradients, moments and buckets
+
+
 @pytest.mark.parametrize("instructions", [True, False, None])
 def test_bfloat16_is_not_measured_where_it_would_be_emulated(
     instructions: bool | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -7,7 +7,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
 from jsonargparse import set_parsing_settings
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningDataModule, Trainer
@@ -37,7 +36,7 @@ from lit_clip.cli.words import (
 )
 from lit_clip.errors import InputError, require
 from lit_clip.module import LitCLIP
-from lit_clip.tools.hardware import has_bfloat16
+from lit_clip.tools.hardware import computes_in_bfloat16
 from lit_clip.tools.messages import hinting, options_of
 from lit_clip.tools.untrusted import shortened
 from lit_clip.tools.weight_files import read_mapped
@@ -304,21 +303,6 @@ def _default_callbacks() -> Callable[..., list[Any]]:
         place = getattr(package, "__file__", None) or list(package.__path__)[0]
         raise InputError(f"{place}: hides lit-clip's package of that name; rename it")
     return package.defaults
-
-
-def computes_in_bfloat16(accelerator: object) -> bool | None:
-    """Return whether the device has bfloat16 instructions; None if unknown.
-
-    Without them bfloat16 is emulated, and slower than float32.
-
-    Args:
-        accelerator: ``trainer.accelerator``.
-    """
-    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if accelerator != "cpu" and (accelerator != "auto" or torch.backends.mps.is_available()):
-        return None
-    return has_bfloat16()
 
 
 def run(args: ArgsType = None, execute: bool = True) -> CLI:

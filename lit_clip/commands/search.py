@@ -15,6 +15,7 @@ from lit_clip.embedding.encode import EncodingSettings
 from lit_clip.embedding.feature_files import WRITE_AGAIN, read_features
 from lit_clip.embedding.image_files import FileRows, ImageFile, images_in
 from lit_clip.embedding.index import INDEX, nearest, update_index
+from lit_clip.embedding.precision import Precision, check_precision
 from lit_clip.embedding.reading import check_finite, encoded_batches
 from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
@@ -60,6 +61,7 @@ def search(
     index: str | None = None,
     batch_size: int = 64,
     num_workers: int = 4,
+    precision: Precision = "32-true",
     on_error: OnError = "error",
 ) -> None:
     """Find the images of a folder that best match a query.
@@ -77,22 +79,28 @@ def search(
         index: the index, a .npz file; by default .lit-clip-index.npz in the folder.
         batch_size: images encoded at once.
         num_workers: processes that decode images.
+        precision: of the image encoder for the index; 32-true is exact, bf16-mixed and on a GPU 16-mixed are faster.
+            Queries are always in float32.
         on_error: error ends the run at an image that cannot be read; skip lists it in a file beside the index.
     """
     require(bool(queries or image), "nothing to search for; type a text after the folder, or give --image")
     require(top_k >= 1, f"--top_k {top_k} must be at least 1")
     require(index is None or index.endswith(".npz"), f"--index {index}: must be a .npz file")
     require(Path(sheet).absolute().parent.is_dir(), f"--sheet {sheet}: there is no such folder")
+    check_precision(precision)
     path = Path(images)
     stored = path.suffix in FEATURE_FILES and not path.is_dir()
     require(not (stored and index), f"--index {index}: {images} holds features already; leave it out")
+    require(
+        not stored or precision == "32-true", f"--precision {precision}: {images} holds features already; leave it out"
+    )
     files = [] if stored else images_in(path, on_error)
     clip = load_model(model)
     vectors = _encode_queries(clip, queries, image or [])  # before the folder: an unreadable query ends the command
     if stored:
         searched = _stored(path, clip)
     else:
-        settings = EncodingSettings(batch_size, num_workers, on_error=on_error)
+        settings = EncodingSettings(batch_size, num_workers, precision=precision, on_error=on_error)
         table = update_index(clip, files, Path(index) if index else path / INDEX, settings)
         keys = [key for key, _, _ in table.identities]
         searched = Searched(keys, table.features, [path / key for key in keys])

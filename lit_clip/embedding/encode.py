@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lit_clip import distributed
 from lit_clip.embedding.feature_files import FeatureParts, FeatureTable, Identity
+from lit_clip.embedding.precision import Precision
 from lit_clip.embedding.reading import (
     Batches,
     Encode,
@@ -44,8 +45,6 @@ from lit_clip.training.signals import Signals
 
 SECONDS_BETWEEN_PARTS = 10  # of work that a killed run can lose
 
-Precision = Literal["32-true", "16-mixed", "bf16-mixed"]
-
 
 class UnreadableError(InputError):
     """An image cannot be read and may not be skipped; raised by the first rank after all ranks have ended."""
@@ -60,7 +59,7 @@ class EncodingSettings:
         num_workers: processes that read images, for each process.
         devices: number of processes, one a device.
         accelerator: cpu, gpu, mps, ...
-        precision: of the encoder; 32-true is exact.
+        precision: of the encoders; see :func:`lit_clip.embedding.precision.check_precision`.
         on_error: whether an image that cannot be read is an error or is skipped.
     """
 

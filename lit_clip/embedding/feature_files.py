@@ -103,6 +103,14 @@ class FeatureParts:
         self.folder.mkdir(exist_ok=True)  # another run with the same output may have removed it
         table.save(self.folder / f"{uuid.uuid4().hex}.npz", self.model)
 
+    def models(self) -> set[str]:
+        """Return the ``model`` of each part, this run's or not."""
+        found: set[str] = set()
+        for path in self.folder.glob("*.npz"):
+            with suppress(InputError), reading(path, "table of features"), np.load(path, allow_pickle=False) as file:
+                found.add(str(file["model"]))
+        return found
+
     def tables(self) -> Iterator[FeatureTable]:
         """Yield the parts, one at a time."""
         for path in sorted(self.folder.glob("*.npz")):

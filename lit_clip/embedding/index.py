@@ -27,11 +27,11 @@ def update_index(model: CLIP, files: Sequence[ImageFile], path: Path, settings: 
         InputError: the index cannot be written, or an image cannot be read.
     """
     require(path.absolute().parent.is_dir(), f"--index {path}: there is no such folder")
-    name = fingerprint(model).model
+    name = f"{fingerprint(model).model} {settings.precision}"
     old = FeatureTable.load(path, name)
     if old is None and path.exists():
         require(not _holds_other_arrays(path), f"--index {path}: holds other arrays than an index; name another file")
-        stderr().print(f"{path} is damaged, or another model's: everything is encoded again")
+        stderr().print(f"{path} is damaged, or of another model or precision: everything is encoded again")
     known = dict(zip(old.identities, old.features, strict=True)) if old else {}
     keys = {key for key, _, _ in known}
     missing = [file for file in files if file.identity not in known]

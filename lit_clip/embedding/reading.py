@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lit_clip.embedding.precision import Precision, autocast
 from lit_clip.errors import BadSample, InputError, require
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import Preprocessing
@@ -158,9 +159,14 @@ class TextBatches(Dataset[EncoderBatch]):
         return EncoderBatch(tokens, rows, [1] * len(rows), [], [])
 
 
-def image_features(model: CLIP) -> Encode:
+def image_features(model: CLIP, precision: Precision = "32-true") -> Encode:
     """Return the function from uint8 ``[F, 3, H, W]`` to unit features, float32 ``[F, D]``."""
-    return lambda images: model.encode_image(model.normalize(images), normalize=True).float()
+
+    def encode(images: Tensor) -> Tensor:
+        with autocast(model.device, precision):
+            return model.encode_image(model.normalize(images), normalize=True).float()
+
+    return encode
 
 
 def encode_batch(batch: EncoderBatch, encode: Encode, device: torch.device, batch_size: int) -> Tensor:

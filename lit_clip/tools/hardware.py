@@ -26,6 +26,21 @@ def has_bfloat16() -> bool:
     return any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "sve_bf16"))
 
 
+def computes_in_bfloat16(accelerator: object) -> bool | None:
+    """Return whether the device has bfloat16 instructions; None if unknown.
+
+    Without them bfloat16 is emulated, and slower than float32.
+
+    Args:
+        accelerator: ``trainer.accelerator``.
+    """
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if accelerator != "cpu" and (accelerator != "auto" or torch.backends.mps.is_available()):
+        return None
+    return has_bfloat16()
+
+
 def peak_of_process() -> int:
     """Peak resident memory of this process, bytes."""
     try:  # getrusage's figure includes the parent's peak before a fork

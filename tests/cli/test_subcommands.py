@@ -197,6 +197,20 @@ def test_a_byte_order_mark_is_not_part_of_a_class_name(tmp_path: Path) -> None:
         read_classes([str(path)])
 
 
+def test_probabilities_in_bfloat16_are_near_the_exact_ones(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for colour in ("red", "green"):
+        Image.new("RGB", (40, 30), colour).save(tmp_path / f"{colour}.png")
+    words = [str(tmp_path), "--model", str(tiny_checkpoint), "--classes", *NAMES, "--output", "json"]
+    exact, half = (
+        {(row["image"], each["class"]): each["probability"] for row in json.loads(text) for each in row["classes"]}
+        for text in (classified(*words, *more, capsys=capsys) for more in ([], ["--precision", "bf16-mixed"]))
+    )
+    assert half == pytest.approx(exact, abs=0.05)
+    assert half != exact
+
+
 @pytest.mark.parametrize("output", ["table", "csv", "json"])
 def test_a_file_name_that_is_not_unicode_is_unchanged_in_results_and_escaped_in_the_table(
     output: str, tmp_path: Path, tiny_checkpoint: Path

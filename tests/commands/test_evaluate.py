@@ -156,6 +156,28 @@ def test_cached_features_and_results_are_not_computed_again(root: Path, monkeypa
     assert calls["images"] == 30 + 72 + 30  # an image has changed
 
 
+def test_another_precision_shares_no_features_and_is_in_the_results(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = counted_images(monkeypatch)
+    found, cache = {}, root / "out/cache"
+    for precision in ("32-true", "bf16-mixed"):
+        before = {*cache.rglob("*")}
+        results = evaluate("--tasks", "zero_shot", "--precision", precision)
+        assert results["precision"] == precision
+        new = {*cache.rglob("*")} - before
+        (images,) = (np.load(path) for path in new if path.name == "after.npy")
+        (texts,) = (np.load(path)["classifier"].T for path in new if path.parent.name == "texts")
+        found[precision] = (images, texts)
+    assert calls["images"] == 30 + 30
+    for exact, half in zip(*found.values(), strict=True):
+        distances = 1 - (exact.astype(np.float64) * half).sum(axis=1)
+        assert half.dtype == np.float32
+        assert 1e-6 < distances.max() < 1e-2
+    evaluate("--tasks", "zero_shot")
+    assert calls["images"] == 30 + 30
+
+
 class Slow(LabelledImages):
     """Images that are slow to read; every read is logged."""
 
@@ -310,6 +332,7 @@ def test_invalid_options_are_an_error_before_anything_is_computed(root: Path) ->
         (["--tasks", "zeroshot"], "zeroshot"),
         (["--compare", "nowhere"], "nowhere: there is no such file"),
         (["--draws", "0"], "draws"),
+        (["--precision", "16-mixed"], "--precision 16-mixed: needs a GPU; on a CPU use 32-true"),
         (["--suite", "other.yaml"], "other.yaml"),
     ):
         with pytest.raises(InputError, match=message):

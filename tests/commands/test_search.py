@@ -157,6 +157,20 @@ def test_another_model_does_not_use_the_index_of_the_first(
     assert len(encoded) == 5
 
 
+def test_an_index_of_another_precision_is_made_again(folder: Path, tiny_checkpoint: Path, search: Search) -> None:
+    words = ["photos", "kite", "--model", str(tiny_checkpoint)]
+    exact, _ = search(*words)
+    half, encoded = search(*words, "--precision", "bf16-mixed")
+    assert len(encoded) == 5
+    assert dict(half) == pytest.approx(dict(exact), abs=1e-2)
+    assert half != exact
+    _, encoded = search(*words, "--precision", "bf16-mixed")
+    assert encoded == []
+    again, encoded = search(*words)
+    assert len(encoded) == 5
+    assert again == exact
+
+
 def test_a_damaged_index_is_rebuilt(folder: Path, tiny_checkpoint: Path, search: Search) -> None:
     first, _ = search("photos", "kite", "--model", str(tiny_checkpoint))
     index = folder / "photos" / INDEX
@@ -234,6 +248,7 @@ def test_a_bad_image_is_an_error_or_is_skipped_and_listed(folder: Path, tiny_che
         (["photos", "kite", "--index", "absent/index.npz"], "--index absent/index.npz: there is no such folder"),
         (["photos", "kite", "--index", "photos/a.png"], "--index photos/a.png: must be a .npz file"),
         (["photos", "kite", "--top_k", "0"], "--top_k 0 must be at least 1"),
+        (["a.npy", "kite", "--precision", "bf16-mixed"], "--precision bf16-mixed: a.npy holds features already"),
     ],
 )
 def test_invalid_arguments_are_named_and_nothing_is_written(

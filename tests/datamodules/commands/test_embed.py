@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+from argparse import ArgumentError
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from lit_clip.embedding.image_files import find_images
 from lit_clip.embedding.reading import EncoderBatch
 from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig, VisionTransformerConfig
+from lit_clip.tools.messages import one_line
 from lit_clip.weights.fingerprint import fingerprint
 from tests.conftest import lit_clip_command
 
@@ -196,6 +198,56 @@ def test_another_model_does_not_resume_from_the_first_models_features(
     assert np.abs(features - one_by_one(folder / "other.ckpt", written)).max() < 1e-5
 
 
+def cosines(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    """The cosine of each row with the same row of the other, in float64."""
+    unit = [
+        rows.astype(np.float64) / np.linalg.norm(rows.astype(np.float64), axis=1)[:, None] for rows in (ours, theirs)
+    ]
+    return (unit[0] * unit[1]).sum(axis=1)
+
+
+@pytest.mark.parametrize("source", [["photos"], ["--texts", "captions.txt"]], ids=["images", "texts"])
+def test_features_in_bfloat16_are_float32_unit_vectors_near_the_exact_ones(
+    folder: Path, tiny_checkpoint: Path, source: list[str]
+) -> None:
+    Path("captions.txt").write_text("a red kite\ntwo dogs asleep\n", encoding="utf-8")
+    options = [*source, "--model", str(tiny_checkpoint)]
+    embed(*options, "--output", "exact.npy")
+    embed(*options, "--output", "half.npy", "--precision", "bf16-mixed")
+    (keys, exact), (same, half) = read("exact.npy"), read("half.npy")
+    assert keys == same
+    assert half.dtype == np.float32
+    assert np.allclose(np.linalg.norm(half, axis=1), 1, atol=1e-6)
+    distances = 1 - cosines(half, exact)
+    assert (distances > 1e-9).all()  # float32 would be at 1e-14, rounding apart
+    assert distances.max() < 1e-2
+    assert json.loads(Path("half.keys.json").read_text())["precision"] == "bf16-mixed"
+
+
+def test_an_interrupted_run_is_not_resumed_in_another_precision(
+    folder: Path, tiny_checkpoint: Path, encoded: Callable[[int | None], list[str]]
+) -> None:
+    options = ["photos", "--model", str(tiny_checkpoint), "--batch_size", "2", "--output", "features.npy"]
+    half = [*options, "--precision", "bf16-mixed"]
+    encoded(2)
+    with pytest.raises(KeyboardInterrupt):
+        embed(*half)
+    keys = encoded(None)
+    with pytest.raises(InputError, match="--precision 32-true: the unfinished features.npy was begun in bf16-mixed"):
+        embed(*options)
+    assert keys == []
+    embed(*half)
+    assert keys == ["photos/deep/er/e.png", "photos/f.PNG", "photos/g.bmp"]
+    embed(*options)  # nothing is unfinished now
+    assert len(keys) == 3 + len(IMAGES)
+
+
+def test_an_unknown_precision_is_one_line_that_lists_the_choices() -> None:
+    with pytest.raises(ArgumentError) as raised:
+        embed("photos", "--model", "last.ckpt", "--output", "features.npy", "--precision", "bf16-true")
+    assert one_line(raised.value).startswith("precision: wants 32-true, 16-mixed or bf16-mixed, not bf16-true")
+
+
 def test_bad_images_are_an_error_or_are_counted_and_listed(
     folder: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -305,6 +357,7 @@ def test_a_full_disk_leaves_the_earlier_file_unchanged(
         (["absent", "--output", "features.npy"], "absent: no such file or folder"),
         (["photos", "--output", "features.npy", "--batch_size", "0"], "--batch_size 0 must be at least 1"),
         (["photos", "--output", "features.npy", "--devices", "0"], "devices"),
+        (["photos", "--output", "features.npy", "--precision", "16-mixed"], "--precision 16-mixed: needs a GPU"),
     ],
 )
 def test_invalid_arguments_are_named_in_a_one_line_error(

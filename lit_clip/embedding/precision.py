@@ -1,0 +1,39 @@
+"""Precision of the encoders in commands that compute features, by Lightning's names."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lit_clip.errors import require
+from lit_clip.tools.hardware import best_device, computes_in_bfloat16
+
+Precision = Literal["32-true", "16-mixed", "bf16-mixed"]
+"""float32, or matrix products under autocast with float32 weights."""
+
+_DTYPES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
+
+
+def check_precision(precision: Precision, accelerator: str = "auto") -> None:
+    """Warn if the device emulates the precision.
+
+    Args:
+        precision: the command's option.
+        accelerator: Lightning's name of the device.
+
+    Raises:
+        InputError: ``16-mixed`` on a CPU, in whose place Lightning would compute in bfloat16.
+    """
+    on_cpu = accelerator == "cpu" or (accelerator == "auto" and best_device().type == "cpu")
+    require(precision != "16-mixed" or not on_cpu, "--precision 16-mixed: needs a GPU; on a CPU use 32-true")
+    if precision == "bf16-mixed" and computes_in_bfloat16(accelerator) is False:
+        rank_zero_warn(
+            "--precision bf16-mixed: emulated on this processor, which has no bfloat16 instructions, and slower than "
+            "32-true"
+        )
+
+
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
+    """Return the context to encode in; for ``32-true`` it leaves the surrounding one, such as a trainer's, as it is."""
+    return nullcontext() if precision == "32-true" else torch.autocast(device.type, _DTYPES[precision])
