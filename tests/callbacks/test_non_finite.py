@@ -286,6 +286,19 @@ def test_no_checkpoint_is_written_of_a_step_that_stops_a_run(
     assert counts == ([0, 0] if policy == "stop" else [0, 0, 1, 1])
 
 
+def test_no_file_of_weights_alone_is_written_of_a_step_that_stops_a_run(
+    ahead: bool, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+) -> None:
+    """Such a file has no callback's state, whose saving reads the step before."""
+    key, module = key_of_step(caption_table, tiny_config, 2), LitCLIP(tiny_config)
+    every = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1, save_weights_only=True)
+    used = [every, BrokenImage([key]), NonFiniteSteps("stop")]
+    fitting = trainer(tmp_path, max_epochs=1, limit_val_batches=0, callbacks=used, log_every_n_steps=50)
+    with pytest.raises(InputError, match="training stopped at step 2: the loss is nan"):
+        fitting.fit(module, data_for(module, caption_table))
+    assert {path.stem for path in tmp_path.glob("*.ckpt")} == {"step=1", "step=2"}
+
+
 def test_a_run_that_stops_late_has_the_weights_before_the_step(
     ahead: bool, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
