@@ -26,7 +26,7 @@ from lit_clip.evaluation.prompts import Prompts
 from lit_clip.evaluation.retrieval import retrieval_metrics
 from lit_clip.evaluation.retrieval_metrics import Pairs, pair_scores, retrieval_ranks
 from lit_clip.evaluation.robustness import subset_top1
-from lit_clip.evaluation.scores import PROPORTIONS, baseline, evaluate_scores, interval, mean_over_folds
+from lit_clip.evaluation.scores import PROPORTIONS, baseline, comparable, evaluate_scores, interval, mean_over_folds
 from lit_clip.evaluation.store import SetFeatures
 from lit_clip.evaluation.suite import SuiteEntry, Task
 from lit_clip.evaluation.targets import Targets
@@ -158,7 +158,7 @@ def _zero_shot(opened: OpenSet, folder: Path) -> dict[str, Any]:
     metrics, first = [], None
     for fold in opened.folds:
         scores, targets = _scores(opened, fold, opened.classifier), _targets(opened, fold, "test")
-        metrics.append(evaluate_scores(opened.entry.metric, scores, targets))
+        metrics.append(evaluate_scores(opened.entry.metric, comparable(opened.entry.metric, scores), targets))
         first = first or (scores, targets)
     assert first is not None
     scores, targets = first
