@@ -112,6 +112,14 @@ def check_classes(splits: Mapping[str, ImageSet]) -> None:
             )
 
 
+class SomeOfImageNet(ABC):
+    """Classes that are classes of ImageNet, or unions of some: a probe trained on ImageNet can be tested on them."""
+
+    @abstractmethod
+    def imagenet_classes(self) -> list[list[int]]:
+        """Return, for each class of the set, the labels in ImageNet that mean it."""
+
+
 class CaptionedImages(ImageSet):
     """Images with captions, for retrieval."""
 

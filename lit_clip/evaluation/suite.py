@@ -30,7 +30,9 @@ class SuiteEntry:
     Attributes:
         data: ``class_path`` and ``init_args`` of a :class:`lit_clip.evaluation.data.ImageSet`; its ``root`` or ``path``
             is relative to the data root.
-        splits: arguments of ``train``, ``val`` and ``test`` that differ between them; ``test`` is required.
+        splits: arguments of ``train``, ``val`` and ``test`` that differ between them; ``test`` is required. A split
+            with a ``class_path`` of its own, and ``init_args``, is of another set: a probe trained on it is tested on
+            this one.
         folds: arguments of predefined divisions of the set, whose results are averaged.
         class_names: see :func:`lit_clip.evaluation.prompts.prompts_of`; None: the set's own.
         templates: prompt templates, see there; None: ``a photo of a {}.``. In a retrieval set ``{}`` is the caption.
@@ -66,6 +68,11 @@ class SuiteEntry:
         require("test" in self.splits, f"splits: test is missing; there are only {', '.join(self.splits)}")
         unknown = self.splits.keys() - {"train", "val", "test"}
         require(not unknown, f"splits: unknown split {', '.join(sorted(unknown))}; must be train, val or test")
+        for name, split in self.splits.items():
+            if self.is_of_another_set(name):
+                require(name != "test", "splits: test has a class_path; write it under data")
+                unknown = sorted(map(str, split.keys() - {"class_path", "init_args"}))
+                require(not unknown, f"splits: {name} has a class_path; put {', '.join(unknown)} into its init_args")
         require(bool(self.folds), "folds: empty; leave it out for a set without folds")
         twice = sorted(
             {key for fold in self.folds for split in self.splits.values() for key in fold.keys() & split.keys()}
@@ -83,6 +90,10 @@ class SuiteEntry:
         require(
             not trained or "train" in self.splits, f"tasks: {', '.join(sorted(trained))} needs a split called train"
         )
+
+    def is_of_another_set(self, split: str) -> bool:
+        """Whether a split has a class of its own."""
+        return "class_path" in self.splits[split]
 
     def _default_tasks(self) -> list[Task]:
         if self.metric == "recall@1":
@@ -102,13 +113,17 @@ class SuiteEntry:
             MissingData: its files are not below ``data_root``.
             InputError: its files are there but cannot be used.
         """
-        options: dict[str, Any] = {**self.data["init_args"], **self.splits[split], **self.folds[fold]}
+        other = self.is_of_another_set(split)
+        class_path = self.splits[split]["class_path"] if other else self.data["class_path"]
+        own = self.splits[split].get("init_args") or {} if other else {**self.data["init_args"], **self.splits[split]}
+        options: dict[str, Any] = own if other else {**own, **self.folds[fold]}
         for key in LOCATION_ARGUMENTS:
             if isinstance(options.get(key), str):
-                options[key] = str(data_root / options[key])
+                options = options | {key: str(data_root / options[key])}
                 if not os.path.exists(options[key]):  # Path.exists raises for a name that is too long
-                    raise MissingData(f"{options[key]}: not there; {self.how_to_get or 'see the suite file'}")
-        return _instantiate({"class_path": self.data["class_path"], "init_args": options})
+                    hint = "" if other else self.how_to_get
+                    raise MissingData(f"{options[key]}: not there; {hint or 'see the suite file'}")
+        return _instantiate({"class_path": class_path, "init_args": options})
 
 
 def _instantiate(spec: Mapping[str, Any]) -> ImageSet:
