@@ -3,6 +3,14 @@
 `image_files` has the bases and `annotation_files` the readers that most sets share; the other files hold sets.
 """
 
+from datamodules.evaluation.caption_choices import (
+    MMVPVLM,
+    AROOrder,
+    AROVisualGenome,
+    SugarCrepe,
+    WinoGAViL,
+    Winoground,
+)
 from datamodules.evaluation.frame_robustness import ImageNetVidRobust, YTBBRobust
 from datamodules.evaluation.imagenet import ImageNet
 from datamodules.evaluation.imagenet_variants import ImageNetFolders, ImageNetV2, ObjectNet
@@ -32,6 +40,8 @@ from datamodules.evaluation.video_sets import UCF101, Kinetics700, RareAct
 from datamodules.evaluation.webdataset import WebDataset, WebDatasetCaptions, WebDatasetMultiLabel
 
 __all__ = [
+    "AROOrder",
+    "AROVisualGenome",
     "AYahoo",
     "Birdsnap",
     "CIFAR10",
@@ -62,6 +72,7 @@ __all__ = [
     "Kinetics700",
     "LabelledTable",
     "LocatedImages",
+    "MMVPVLM",
     "MNIST",
     "ObjectNet",
     "OxfordPets",
@@ -74,10 +85,13 @@ __all__ = [
     "SUN397",
     "SVHNNumbers",
     "StanfordCars",
+    "SugarCrepe",
     "UCF101",
     "VOC2007",
     "WebDataset",
     "WebDatasetCaptions",
     "WebDatasetMultiLabel",
+    "WinoGAViL",
+    "Winoground",
     "YTBBRobust",
 ]
