@@ -38,6 +38,7 @@ from datamodules.evaluation.torchvision_sets import (
 )
 from datamodules.evaluation.video_sets import UCF101, Kinetics700, RareAct
 from datamodules.evaluation.webdataset import WebDataset, WebDatasetCaptions, WebDatasetMultiLabel
+from datamodules.evaluation.webdataset_groups import WebDatasetGroups
 
 __all__ = [
     "AROOrder",
@@ -90,6 +91,7 @@ __all__ = [
     "VOC2007",
     "WebDataset",
     "WebDatasetCaptions",
+    "WebDatasetGroups",
     "WebDatasetMultiLabel",
     "WinoGAViL",
     "Winoground",
