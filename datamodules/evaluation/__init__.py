@@ -15,6 +15,7 @@ from datamodules.evaluation.frame_robustness import ImageNetVidRobust, YTBBRobus
 from datamodules.evaluation.imagenet import ImageNet
 from datamodules.evaluation.imagenet_variants import ImageNetFolders, ImageNetV2, ObjectNet
 from datamodules.evaluation.labelled_table import LabelledTable
+from datamodules.evaluation.languages import XTD10, BabelImageNet, Crossmodal3600, TranslatedImageNet
 from datamodules.evaluation.located_images import LocatedImages
 from datamodules.evaluation.non_torchvision_sets import RESISC45, SUN, AYahoo, Birdsnap, Digits, HatefulMemes
 from datamodules.evaluation.people_sets import CelebAIdentities, FairFace
@@ -44,6 +45,7 @@ __all__ = [
     "AROOrder",
     "AROVisualGenome",
     "AYahoo",
+    "BabelImageNet",
     "Birdsnap",
     "CIFAR10",
     "CIFAR100",
@@ -53,6 +55,7 @@ __all__ = [
     "CaptionedPairs",
     "CelebAIdentities",
     "Country211",
+    "Crossmodal3600",
     "DTD",
     "Digits",
     "EuroSAT",
@@ -87,6 +90,7 @@ __all__ = [
     "SVHNNumbers",
     "StanfordCars",
     "SugarCrepe",
+    "TranslatedImageNet",
     "UCF101",
     "VOC2007",
     "WebDataset",
@@ -95,5 +99,6 @@ __all__ = [
     "WebDatasetMultiLabel",
     "WinoGAViL",
     "Winoground",
+    "XTD10",
     "YTBBRobust",
 ]

@@ -12,7 +12,16 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from datamodules.evaluation.annotation_files import AGAIN, find, read_json, read_table, read_text, whole_number
+from datamodules.evaluation.annotation_files import (
+    AGAIN,
+    find,
+    read_json,
+    read_json_lines,
+    read_table,
+    read_text,
+    text_of,
+    whole_number,
+)
 from datamodules.evaluation.image_files import UnlabelledFiles
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import CaptionChoices, Choice, MissingData
@@ -58,13 +67,6 @@ class _ChoiceFiles(UnlabelledFiles, CaptionChoices):
         return list(self._choices)
 
 
-def _text(row: Any, field: str, where: str) -> str:
-    value = row.get(field) if isinstance(row, dict) else None
-    if not isinstance(value, str) or not value.strip():
-        raise InputError(f"{where}: {field} must be a text, not {str(value)[:40]!r}; {AGAIN}")
-    return value
-
-
 def _rows(path: Path) -> list[tuple[str, Any]]:
     """Return the elements of a JSON list or mapping, each with its place in the file for messages."""
     content = read_json(path)
@@ -92,8 +94,8 @@ class SugarCrepe(_ChoiceFiles):
         images = find(top, ("val2017", "images/val2017", "coco/val2017"), "COCO's val2017")
         questions = [
             (
-                [_text(row, "filename", where)],
-                Choice((), (_text(row, "caption", where), _text(row, "negative_caption", where))),
+                [text_of(row, "filename", where)],
+                Choice((), (text_of(row, "caption", where), text_of(row, "negative_caption", where))),
             )
             for where, row in _rows(path)
         ]
@@ -123,10 +125,10 @@ class AROVisualGenome(_ChoiceFiles):
         counts, symmetric = Counter(groups), set(read_text(SYMMETRIC).splitlines())
         questions = []
         for (where, row), group in zip(rows, groups, strict=True):
-            file, region = _text(row, "image_path", where), _region(row, where)
+            file, region = text_of(row, "image_path", where), _region(row, where)
             name = f"{file} {','.join(map(str, region))}"
             self._regions[name] = (file, region)
-            captions = (_text(row, "true_caption", where), _text(row, "false_caption", where))
+            captions = (text_of(row, "true_caption", where), text_of(row, "false_caption", where))
             counted = group not in symmetric if subset == "relation" else counts[group] >= FEWEST
             questions.append(([name], Choice((), captions, group=group if counted else "")))
         super().__init__(Path(root) / "images", questions, path)
@@ -134,7 +136,7 @@ class AROVisualGenome(_ChoiceFiles):
     @staticmethod
     def _group(row: Any, subset: str, where: str) -> str:
         if subset == "relation":
-            return _text(row, "relation_name", where)
+            return text_of(row, "relation_name", where)
         attributes = row.get("attributes") if isinstance(row, dict) else None
         if not isinstance(attributes, list) or len(attributes) != 2:
             raise InputError(f"{where}: attributes must be a list of two; {AGAIN}")
@@ -179,7 +181,7 @@ class AROOrder(_ChoiceFiles):
     def __init__(self, path: str, root: str) -> None:
         questions = []
         for where, row in _rows(Path(path)):
-            name, options = _text(row, "image", where), row.get("caption_options")
+            name, options = text_of(row, "image", where), row.get("caption_options")
             if not isinstance(options, list) or not options or not all(isinstance(each, str) for each in options):
                 raise InputError(f"{where}: caption_options must be a list of captions; write the file again")
             right = options[0]
@@ -230,21 +232,11 @@ class Winoground(_ChoiceFiles):
     def __init__(self, root: str) -> None:
         path = find(Path(root), ("data/examples.jsonl", "examples.jsonl"), "examples.jsonl")
         questions = []
-        for where, row in _json_lines(path):
-            names = [f"{_text(row, f'image_{i}', where)}.png" for i in range(2)]
-            captions = tuple(_text(row, f"caption_{i}", where) for i in range(2))
+        for where, row in read_json_lines(path):
+            names = [f"{text_of(row, f'image_{i}', where)}.png" for i in range(2)]
+            captions = tuple(text_of(row, f"caption_{i}", where) for i in range(2))
             questions.append((names, Choice((), captions, group=str(row.get("collapsed_tag") or ""))))
         super().__init__(path.parent / "images", questions, path)
-
-
-def _json_lines(path: Path) -> list[tuple[str, Any]]:
-    """Return the elements of a JSON Lines file, each with its place for messages."""
-    rows = []
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if line.strip():
-            with reading(path, f"JSON text in line {number}", hint=AGAIN):
-                rows.append((f"{path} line {number}", json.loads(line)))
-    return rows
 
 
 class WinoGAViL(_ChoiceFiles):
@@ -277,7 +269,7 @@ class WinoGAViL(_ChoiceFiles):
             names = sorted(images, key=lambda name: name not in right)  # the right ones first
             hits = sum(name in right for name in images)
             require(0 < hits < len(images), f"{where}: {hits} of {len(images)} candidates are associations; {AGAIN}")
-            cue = _text(row, "cue", where).lower()
+            cue = text_of(row, "cue", where).lower()
             caption = f"{'An' if cue[0] in 'aeiou' else 'A'} {cue}"
             questions.append(([f"{name}.jpg" for name in names], Choice((), (caption,), right=hits)))
         super().__init__(Path(root) / "winogavil_images", questions, path)
