@@ -57,12 +57,12 @@ def evaluate_choices(metric: Metric, image_ND: np.ndarray, encoded: EncodedChoic
         InputError: a metric that is not defined for these questions.
     """
     require(metric in CHOICE_METRICS, f"metric: {metric} does not judge choices; {', '.join(CHOICE_METRICS)} do")
-    images, texts = image_ND.astype(np.float64), encoded.features.astype(np.float64)
     answers = []
     for choice in encoded.choices:
-        captions = [encoded.captions[caption] for caption in choice.captions]
+        image_ID = image_ND[list(choice.images)].astype(np.float64)
+        text_TD = encoded.features[[encoded.captions[caption] for caption in choice.captions]]
         # Sums in one order: the product of two matrices may round equal columns differently.
-        score_IT = (images[list(choice.images), None] * texts[captions]).sum(axis=2)
+        score_IT = (image_ID[:, None] * text_TD).sum(axis=2)
         answers.append(answer(score_IT, choice.right))
     defined = [name for name in answers[0] if all(name in found for found in answers)]
     metrics = {name: fmean(found[name] for found in answers) for name in defined}

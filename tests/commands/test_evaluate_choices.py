@@ -2,17 +2,28 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
+from datamodules.evaluation.caption_choices import Subset
 from lit_clip import image_transform, load_model
+from lit_clip.cli.subcommands import run_command
 from lit_clip.errors import InputError
 from lit_clip.evaluation import tasks
 from lit_clip.evaluation.store import FeatureStore
 from tests.commands.test_evaluate import evaluate, noise, root, words, write_suite
-from tests.conftest import lit_clip_command
+from tests.conftest import ROOT, lit_clip_command
+from tests.datamodules.evaluation.test_caption_choices import (
+    write_aro,
+    write_json,
+    write_mmvp,
+    write_sugar_crepe,
+    write_winogavil,
+    write_winoground,
+)
+from tests.helpers.coloured_sets import paint
 
 __all__ = ["root"]
 QUESTIONS = 40
@@ -116,3 +127,26 @@ def test_a_question_with_a_broken_image_is_skipped_or_an_error(choices: Path) ->
         evaluate("--sets", "crepe")
     found = evaluate("--sets", "crepe", "--on_error", "skip")["sets"]["crepe"]
     assert (found["tasks"]["caption_choice"]["choices"], found["splits"]["test"]["images"]) == (QUESTIONS - 2, 19)
+
+
+def test_the_suite_runs_on_miniatures_of_all_its_sets(root: Path) -> None:
+    data = root / "data"
+    for subset in get_args(Subset):
+        write_sugar_crepe(data / "sugar_crepe", subset)
+    write_aro(data / "aro")
+    for name, folder in (("coco", "val2014"), ("flickr30k", "flickr30k-images")):
+        paint(data / name / folder / "1.jpg", 7)
+        rows = [{"image": f"{folder}/1.jpg", "caption_options": ["a b", "b a", "a a b"]}]
+        write_json(data / f"aro/{name}_order.json", rows)
+    write_mmvp(data / "mmvp_vlm")
+    write_winoground(data / "winoground")
+    write_winogavil(data / "winogavil")
+    run_command([*words(), "--suite", str(ROOT / "configs/evaluation/caption_choice.yaml")])
+    sets = json.loads(Path("out/results.json").read_text(encoding="utf-8"))["sets"]
+    assert {name: found["status"] for name, found in sets.items()} == dict.fromkeys(sets, "done")
+    chance = {name: found["tasks"]["caption_choice"]["baseline"] for name, found in sets.items()}
+    assert chance["sugar_crepe_swap_att"] == chance["aro_vg_relation"] == 0.5
+    assert chance["aro_coco_order"] == pytest.approx(1 / 3)
+    assert (chance["mmvp_vlm"], chance["winoground"]) == (0.25, pytest.approx(1 / 6))
+    assert 0 < chance["winogavil_10_12"] < chance["winogavil_5_6"] < 0.4
+    assert set(sets["mmvp_vlm"]["tasks"]["caption_choice"]["groups"]) == {"State", "Texts"}
