@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -157,7 +156,7 @@ def _region(row: Any, where: str) -> tuple[float, ...]:
     """Return left, upper, right and lower edge of a question's region."""
     x, y, width, height = (row.get(f"bbox_{name}") for name in "xywh")
     for value in (x, y, width, height):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e9:
             raise InputError(f"{where}: bbox_x, bbox_y, bbox_w and bbox_h must be numbers; {AGAIN}")
     return x, y, x + width, y + height
 
@@ -205,7 +204,7 @@ class MMVPVLM(_ChoiceFiles):
         text = io.StringIO(read_text(path), newline="")
         with reading(path, "table", hint=AGAIN):
             rows = [cells for cells in csv.reader(text) if cells][1:]  # as in the authors' script, columns by position
-        wrong = next((number for number, cells in enumerate(rows) if len(cells) != 3), None)
+        wrong = next((n for n, cells in enumerate(rows) if len(cells) != 3 or not cells[2].strip()), None)
         require(wrong is None, f"{path} row {wrong}: must have a number, a type and a statement; {AGAIN}")
         questions = []
         for first, second in zip(rows[::2], [*rows[1::2], []][: len(rows[::2])], strict=True):

@@ -48,7 +48,7 @@ class XTD10(_CaptionedFiles):
         path = find(top, [f"{folder}{file}" for folder in folders], f"captions in {language}")
         names = read_text(listed).split()
         self.texts = read_text(path).splitlines()
-        if len(self.texts) != len(names):
+        if not names or len(self.texts) != len(names):
             raise InputError(f"{path}: {len(self.texts)} captions for {len(names)} images; {AGAIN}")
         images = find(top, ("images", "train2014", "val2014"), "images")
         folder_of = {split: "images" if images.name == "images" else split for split in ("train2014", "val2014")}

@@ -82,6 +82,9 @@ def test_xtd_reads_images_from_one_folder_and_refuses_other_numbers_of_captions(
         XTD10(str(tmp_path), "tr")
     (tmp_path / "MIC/test_1kcaptions_de.txt").write_text("eins\n")
     assert "1 captions for 3 images" in message_of(lambda: XTD10(str(tmp_path), "de"))
+    for path in ("MIC/test_1kcaptions_de.txt", "XTD10/test_image_names.txt"):
+        (tmp_path / path).write_text("")
+    assert "0 captions for 0 images" in message_of(lambda: XTD10(str(tmp_path), "de"))
 
 
 def test_crossmodal_uses_the_first_caption_as_clip_benchmark_does(tmp_path: Path) -> None:
