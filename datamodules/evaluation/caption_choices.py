@@ -49,7 +49,7 @@ class _ChoiceFiles(UnlabelledFiles, CaptionChoices):
 
     def __init__(self, root: Path, questions: Iterable[tuple[Sequence[str], Choice]], where: Path) -> None:
         row_of: dict[str, int] = {}
-        self.root, self._choices = root, []
+        self.root, self.annotation_paths, self._choices = root, [where], []
         for names, choice in questions:
             rows = tuple(row_of.setdefault(name, len(row_of)) for name in names)
             self._choices.append(choice._replace(images=rows))
@@ -147,9 +147,12 @@ class AROVisualGenome(_ChoiceFiles):
     def images(self, index: int) -> list[Image.Image]:
         return [open_image(self._file(index)).convert("RGB").crop(self._regions[self.names[index]][1])]  # pyright: ignore[reportArgumentType]  # a tuple of 4
 
+    def image_paths(self) -> list[Path]:
+        return [self.root / file for file in dict.fromkeys(file for file, _ in self._regions.values())]
+
     def stamp(self) -> str:
-        files = {self.root / file for file, _ in self._regions.values()}
-        return f"{stamp_of_files(file for file in files if os.path.isfile(file))}-{hash64(repr(self.names)).hex()}"
+        files = stamp_of_files(path for path in self.image_paths() if os.path.isfile(path))
+        return f"{files}-{hash64(repr(self.names)).hex()}"
 
 
 def _region(row: Any, where: str) -> tuple[float, ...]:

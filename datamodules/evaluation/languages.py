@@ -52,7 +52,7 @@ class XTD10(_CaptionedFiles):
             raise InputError(f"{path}: {len(self.texts)} captions for {len(names)} images; {AGAIN}")
         images = find(top, ("images", "train2014", "val2014"), "images")
         folder_of = {split: "images" if images.name == "images" else split for split in ("train2014", "val2014")}
-        self.root = top
+        self.root, self.annotation_paths = top, [listed, path]
         self.names = [f"{folder_of['train2014' if 'train2014' in name else 'val2014']}/{name}" for name in names]
 
 
@@ -70,7 +70,7 @@ class Crossmodal3600(_CaptionedFiles):
 
     def __init__(self, root: str, language: str) -> None:
         path = find(Path(root), ("captions.jsonl",), "captions.jsonl")
-        self.root, self.names, self.texts = Path(root), [], []
+        self.root, self.annotation_paths, self.names, self.texts = Path(root), [path], [], []
         for where, row in read_json_lines(path):
             self.names.append(f"images/{text_of(row, 'image/key', where)}.jpg")
             with reading(path, f"file of captions in {language!r}", hint="choose one of its languages"):
@@ -111,6 +111,9 @@ class _TranslatedImageNet(LabelledImages, PartOf):
 
     def labels(self) -> list[int]:
         return list(self._labels)
+
+    def check(self) -> None:
+        self.whole.check()
 
     def key(self, index: int) -> str:
         return self.whole.key(self.rows[index])

@@ -81,7 +81,7 @@ def evaluate_choices(metric: Metric, image_ND: np.ndarray, encoded: EncodedChoic
     return {
         "value": value,
         "metrics": {metric: value, **metrics},
-        "interval": None if metric in (MACRO, "jaccard") else interval(value, len(answers)),
+        "intervals": {name: interval(metrics[name], len(answers)) for name in defined if name != "jaccard"},
         "baseline": fmean(chance(counted, choice) for choice in encoded.choices),
         "images": len(image_ND),
         "choices": len(answers),

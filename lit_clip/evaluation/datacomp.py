@@ -60,22 +60,23 @@ OTHERS = (
     "dollar_street",
     "geode",
 )
+ALL = "Average over 38 sets"
 GROUPS: dict[str, tuple[str, ...]] = {
     "ImageNet": IMAGENET,
     "ImageNet distribution shifts": SHIFTS,
     "VTAB": VTAB,
     "Retrieval": RETRIEVAL,
-    "Average over 38 sets": (*IMAGENET, *SHIFTS, *VTAB, *RETRIEVAL, *OTHERS),
+    ALL: (*IMAGENET, *SHIFTS, *VTAB, *RETRIEVAL, *OTHERS),
 }
 
 
-class GroupMean(NamedTuple):
+class DataCompMean(NamedTuple):
     """Mean of the main metrics of a group of sets.
 
     Attributes:
         value: fraction; None if a set is missing.
         sets: number of sets in the group.
-        missing: names of the sets without a result.
+        missing: names of the sets without a value.
     """
 
     value: float | None
@@ -83,21 +84,30 @@ class GroupMean(NamedTuple):
     missing: list[str]
 
 
-def datacomp_means(sets: Mapping[str, Mapping[str, Any]]) -> dict[str, GroupMean]:
-    """Return DataComp's means by group, the last one over all 38 sets; {} if none of its sets is evaluated.
+def datacomp_means(values: Mapping[str, float]) -> dict[str, DataCompMean]:
+    """Return DataComp's means by group, the last one over all 38 sets; {} if none of its sets has a value.
 
     Args:
-        sets: ``sets`` of a ``results.json``. DataComp's have the names of ``configs/evaluation/datacomp.yaml``; one
-            with another metric than DataComp's counts as missing.
+        values: main metrics by name of the set in ``configs/evaluation/datacomp.yaml``; other sets do not matter.
     """
-    names = [PREFIX + name for name in GROUPS["Average over 38 sets"]]
-    values = {name: value for name in names if (value := _value(sets.get(name) or {}, name)) is not None}
-    return {group: _mean(values, [PREFIX + name for name in members]) for group, members in GROUPS.items() if values}
+    names = {group: [PREFIX + name for name in members] for group, members in GROUPS.items()}
+    known = any(name in values for name in names[ALL])
+    return {group: _mean(values, members) for group, members in names.items() if known}
 
 
-def _mean(values: Mapping[str, float], names: list[str]) -> GroupMean:
+def _mean(values: Mapping[str, float], names: list[str]) -> DataCompMean:
     missing = [name for name in names if name not in values]
-    return GroupMean(None if missing else fmean(values[name] for name in names), len(names), missing)
+    return DataCompMean(None if missing else fmean(values[name] for name in names), len(names), missing)
+
+
+def datacomp_values(sets: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Return the values that DataComp's means are of.
+
+    Args:
+        sets: ``sets`` of a ``results.json``. A set with another metric than DataComp's has no value.
+    """
+    names = [PREFIX + name for name in GROUPS[ALL]]
+    return {name: value for name in names if (value := _value(sets.get(name) or {}, name)) is not None}
 
 
 def _value(entry: Mapping[str, Any], name: str) -> float | None:

@@ -13,7 +13,7 @@ from sklearn.metrics import balanced_accuracy_score, f1_score
 
 from lit_clip import load_model, zero_shot_classifier
 from lit_clip.cli.subcommands import run_command
-from lit_clip.evaluation.datacomp import OTHER_METRICS, datacomp_means
+from lit_clip.evaluation.datacomp import OTHER_METRICS, datacomp_means, datacomp_values
 from lit_clip.evaluation.suite import read_suite
 from tests.commands.test_evaluate import noise, root, words
 from tests.conftest import ROOT
@@ -99,7 +99,7 @@ def test_the_suite_has_datacomps_metrics_and_means(labels: list[int]) -> None:
     assert (
         len({value[name] for name in ("imagenet1k", "wilds-iwildcam", "wilds-fmow", "dollar_street", "vtab-pets")}) == 5
     )
-    means = datacomp_means(sets)
+    means = datacomp_means(datacomp_values(sets))
     assert means["Average over 38 sets"].value is None
     retrieval = [value[name] for name in ("flickr30k", "mscoco_captions", "winogavil")]
     assert means["Retrieval"].value == pytest.approx(sum(retrieval) / 3)

@@ -12,6 +12,7 @@ from sklearn.metrics import jaccard_score
 from lit_clip.errors import InputError
 from lit_clip.evaluation.caption_choice import EncodedChoices, answer, chance, evaluate_choices, readable_choices
 from lit_clip.evaluation.data import Choice
+from lit_clip.evaluation.scores import interval
 
 NAN = float("nan")
 
@@ -120,8 +121,8 @@ def test_macro_score_is_the_mean_over_groups_and_leaves_out_questions_without_on
         "on": {"value": np.mean(right[:3]), "choices": 3},
         "under": {"value": right[3], "choices": 1},
     }
-    assert (found["baseline"], found["interval"], found["choices"]) == (0.5, None, 6)
-    assert evaluate_choices("text_score", image_ND, questions)["interval"]
+    assert (found["baseline"], found["choices"]) == (0.5, 6)
+    assert found["intervals"] == {"text_score": interval(found["metrics"]["text_score"], 6)}
 
 
 def test_questions_with_an_unreadable_image_are_left_out() -> None:

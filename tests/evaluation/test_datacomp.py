@@ -7,14 +7,13 @@ import torch
 from sklearn.metrics import f1_score
 
 from lit_clip.errors import InputError
-from lit_clip.evaluation.datacomp import GROUPS, OTHER_METRICS, PREFIX, datacomp_means
+from lit_clip.evaluation.datacomp import ALL, GROUPS, OTHER_METRICS, PREFIX, datacomp_means, datacomp_values
 from lit_clip.evaluation.scores import baseline, evaluate_scores
 from lit_clip.evaluation.suite import read_suite
 from lit_clip.evaluation.targets import Targets
 from tests.conftest import ROOT
 
 NAN = float("nan")
-MEAN = "Average over 38 sets"
 
 
 @pytest.mark.parametrize("classes", [2, 9, 40])
@@ -71,7 +70,7 @@ def test_worst_group_without_groups_of_one_kind_is_an_error(groups: Any) -> None
 def test_suite_has_the_38_sets_with_datacomps_metrics() -> None:
     entries = read_suite(ROOT / "configs/evaluation/datacomp.yaml")
     names = [name.removeprefix(PREFIX) for name in entries]
-    assert sorted(names) == sorted(set(GROUPS[MEAN]))
+    assert sorted(names) == sorted(set(GROUPS[ALL]))
     assert [len(members) for members in GROUPS.values()] == [1, 6, 13, 3, 38]
     assert {
         name.removeprefix(PREFIX): entry.metric for name, entry in entries.items() if entry.metric != "top1"
@@ -93,10 +92,10 @@ def results(**changed: Any) -> dict[str, dict[str, Any]]:
 
 def test_means_are_those_of_aggregate_scores() -> None:
     sets = results(another={"metric": "top1", "tasks": {"zero_shot": {"value": 1.0}}})
-    means = datacomp_means(sets)
-    assert list(means)[-1] == MEAN
-    assert means[MEAN].value == pytest.approx(sum(range(38)) / 100 / 38)
-    assert (means[MEAN].sets, means[MEAN].missing) == (38, [])
+    means = datacomp_means(datacomp_values(sets))
+    assert list(means)[-1] == ALL
+    assert means[ALL].value == pytest.approx(sum(range(38)) / 100 / 38)
+    assert (means[ALL].sets, means[ALL].missing) == (38, [])
     numbers = {name.removeprefix(PREFIX): number / 100 for number, name in enumerate(list(sets)[:38])}
     shifts = ("imagenet_sketch", "imagenetv2", "imagenet-a", "imagenet-o", "imagenet-r", "objectnet")
     expected = sum(numbers[name] for name in shifts) / 6
@@ -114,8 +113,8 @@ def test_means_are_those_of_aggregate_scores() -> None:
     ],
 )
 def test_without_one_set_its_groups_have_no_mean(entry: dict[str, Any]) -> None:
-    means = datacomp_means(results(datacomp_sun397=entry))
+    means = datacomp_means(datacomp_values(results(datacomp_sun397=entry)))
     missing = {group: mean.missing for group, mean in means.items() if mean.value is None}
-    assert missing == {"VTAB": ["datacomp_sun397"], MEAN: ["datacomp_sun397"]}
-    assert datacomp_means({"datacomp_sun397": entry}) == {}
+    assert missing == {"VTAB": ["datacomp_sun397"], ALL: ["datacomp_sun397"]}
+    assert datacomp_values({"datacomp_sun397": entry}) == {}
     assert datacomp_means({}) == {}
