@@ -14,7 +14,9 @@ from lit_clip.embedding.encode import EncodingSettings
 from lit_clip.embedding.precision import Precision, autocast, check_precision
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.bias import bias_texts
+from lit_clip.evaluation.caption_choice import EncodedChoices, readable_choices
 from lit_clip.evaluation.data import (
+    CaptionChoices,
     CaptionedImages,
     ImageSet,
     LabelledImages,
@@ -24,7 +26,7 @@ from lit_clip.evaluation.data import (
 )
 from lit_clip.evaluation.few_shot import SHOTS
 from lit_clip.evaluation.other_classes import trained_classes
-from lit_clip.evaluation.prompts import Prompts, prompts_of, text_classifier
+from lit_clip.evaluation.prompts import Prompts, prompts_of, templates_of, text_classifier
 from lit_clip.evaluation.report.page import write_report
 from lit_clip.evaluation.report.results_table import print_results
 from lit_clip.evaluation.report.tensorboard import write_tensorboard
@@ -73,7 +75,7 @@ def evaluate(
     draws: int = 3,
     seed: int = 0,
 ) -> None:
-    """Evaluate a model on a suite of sets: zero-shot, linear probe, few-shot, retrieval.
+    """Evaluate a model on a suite of sets: zero-shot, linear probe, few-shot, retrieval, caption choice.
 
     Sets that are not below the data root are listed with how to get them; the others are evaluated. Features and
     results are cached: the same command resumes after an interruption.
@@ -84,7 +86,8 @@ def evaluate(
         output: folder for results.json, report.html, images and TensorBoard curves.
         data_root: folder that the sets' paths are relative to.
         sets: names of the sets to evaluate; all if not given.
-        tasks: tasks to run, of zero_shot, linear_probe, few_shot, retrieval, geolocation, bias; all if not given.
+        tasks: tasks to run, of zero_shot, linear_probe, few_shot, retrieval, geolocation, bias, caption_choice;
+            all if not given.
         compare: results.json of other runs, or their folders, to compare with in the report.
         cache: folder for image and text features; cache in the output folder if not given.
         batch_size: images encoded at once by one process.
@@ -218,6 +221,8 @@ class _Run:
             self._read_features(opened)
         if "retrieval" in tasks:
             self._encode_captions(opened)
+        if "caption_choice" in tasks:
+            self._encode_choices(opened)
         return opened
 
     def _open_folds(self, opened: OpenSet) -> list[Task]:
@@ -301,6 +306,17 @@ class _Run:
         digest = cache_key(prompts.sha256, [column.tolist() for column in pairs])
         opened.captions = DistinctCaptions(features.contiguous(), pairs, digest)
 
+    def _encode_choices(self, opened: OpenSet) -> None:
+        """Encode each distinct caption once; called on all ranks."""
+        test, template = opened.folds[0].images["test"], templates_of(opened.entry.templates or "{}")[0]
+        require(isinstance(test, CaptionChoices), f"{type(test).__name__} has no questions, which caption_choice needs")
+        assert isinstance(test, CaptionChoices)
+        choices = readable_choices(test.choices(), self.store.read(test).rows)
+        captions = list(dict.fromkeys(caption for choice in choices for caption in choice.captions))
+        features = self._encode(Prompts(captions, [[template.replace("{}", caption)] for caption in captions])).T
+        number = {caption: row for row, caption in enumerate(captions)}
+        opened.choices = EncodedChoices(choices, number, features.numpy(), cache_key(choices, template))
+
     def _finish(self, opened: OpenSet) -> None:
         """Run the tasks of a set, on the first rank."""
         try:
@@ -364,6 +380,8 @@ class _Run:
             more = (vars(self.options),)
         elif task == "zero_shot" and opened.prompts:
             more = (opened.prompts.names, opened.prompts.sha256)
+        elif task == "caption_choice" and opened.choices:
+            more = (opened.choices.digest,)
         elif opened.captions:
             more = (opened.captions.digest,)
         return cache_key(code_digest(), task, used, more, entry.metric, entry.data, entry.splits, entry.folds)

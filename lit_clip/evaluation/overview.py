@@ -23,6 +23,10 @@ METRICS = {
     "lexicon": "top-1 of its lexicon",
     "mwap": "mWAP",
     "mwsap": "mWSAP",
+    "macro_f1": "macro F1",
+    "worst_group_top1": "top-1 of the worst group",
+    "worst_group_top5": "top-5 of the worst group",
+    "jaccard": "Jaccard index",
 }
 
 
@@ -133,6 +137,8 @@ def _reported(entry: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Any]]) 
     if "retrieval" in tasks:
         at_1 = [name for name in tasks["retrieval"].get("metrics") or {} if name.endswith("recall@1")]
         yield "retrieval", at_1
+    if "caption_choice" in tasks:
+        yield "caption_choice", [str(entry.get("metric") or "text_score")]
     if "geolocation" in tasks:
         task = tasks["geolocation"]
         metrics = task.get("metrics") or {}

@@ -13,11 +13,29 @@ from lit_clip.evaluation.data import ImageSet, MissingData
 from lit_clip.tools.messages import one_line, user_error
 from lit_clip.tools.text_files import read_yaml
 
-Task = Literal["zero_shot", "linear_probe", "few_shot", "retrieval", "geolocation", "bias"]
+Task = Literal["zero_shot", "linear_probe", "few_shot", "retrieval", "geolocation", "bias", "caption_choice"]
 TASKS: tuple[Task, ...] = get_args(Task)
 Metric = Literal[
-    "top1", "mean_per_class", "map11", "roc_auc", "mean_top1_top5", "pm", "lexicon", "mwap", "within_km", "recall@1"
+    "top1",
+    "mean_per_class",
+    "map11",
+    "roc_auc",
+    "mean_top1_top5",
+    "pm",
+    "lexicon",
+    "mwap",
+    "macro_f1",
+    "worst_group_top1",
+    "worst_group_top5",
+    "within_km",
+    "recall@1",
+    "text_score",
+    "macro_text_score",
+    "image_score",
+    "group_score",
+    "jaccard",
 ]
+CHOICE_METRICS: tuple[Metric, ...] = ("text_score", "macro_text_score", "image_score", "group_score", "jaccard")
 LOCATION_ARGUMENTS = ("root", "path")  # relative to the data root
 NAME_BYTES = 100  # limit for a set's name, which is part of file names (at most 255 bytes)
 ClassNames = str | list[str | list[str]] | dict[str, list[str]] | None
@@ -100,6 +118,8 @@ class SuiteEntry:
             return ["retrieval"]
         if self.metric == "within_km":
             return ["geolocation"]
+        if self.metric in CHOICE_METRICS:
+            return ["caption_choice"]
         if "train" not in self.splits:
             return ["zero_shot"]
         if self.metric == "map11":  # shots per class are not defined for images with several classes

@@ -18,6 +18,7 @@ from torch import Tensor
 from lit_clip.errors import InputError
 from lit_clip.evaluation.accuracy import predictions
 from lit_clip.evaluation.bias import bias_report
+from lit_clip.evaluation.caption_choice import EncodedChoices, evaluate_choices
 from lit_clip.evaluation.data import Grouped, ImageSet
 from lit_clip.evaluation.few_shot import SHOTS, FewShotProbes, train_few_shot
 from lit_clip.evaluation.geolocation import within_km
@@ -67,6 +68,7 @@ class OpenSet:
         prompts: prompts of its classes; None without zero-shot classification.
         classifier: zero-shot classifier ``[D, C]``; None without zero-shot classification.
         captions: captions of a retrieval set.
+        choices: questions of a set with right and wrong captions.
         bias: classifiers of the bias probes, by probe.
         scale: the model's inverse temperature.
         probes: all probes of this run, which several sets may be tested on.
@@ -78,6 +80,7 @@ class OpenSet:
     prompts: Prompts | None = None
     classifier: Tensor | None = None
     captions: "DistinctCaptions | None" = None
+    choices: EncodedChoices | None = None
     bias: dict[str, Tensor] = field(default_factory=dict)
     scale: float = 100.0
     probes: dict[tuple[Any, ...], Any] = field(default_factory=dict)
@@ -130,6 +133,8 @@ def run_task(task: Task, opened: OpenSet, options: TaskOptions, folder: Path) ->
         return _retrieval(opened)
     if task == "geolocation":
         return _geolocation(opened)
+    if task == "caption_choice":
+        return _caption_choice(opened)
     return _bias(opened)
 
 
@@ -320,6 +325,11 @@ def _geolocation(opened: OpenSet) -> dict[str, Any]:
         raise InputError("geolocation: the set has no coordinates of its images; remove geolocation from its tasks")
     metrics = within_km(query, reference, query_places, reference_places)
     return {"value": metrics["within_25km"], "metrics": metrics, "images": len(query), "references": len(reference)}
+
+
+def _caption_choice(opened: OpenSet) -> dict[str, Any]:
+    assert opened.choices is not None
+    return evaluate_choices(opened.entry.metric, np.array(opened.folds[0].features["test"].after), opened.choices)
 
 
 def _bias(opened: OpenSet) -> dict[str, Any]:
