@@ -3,6 +3,7 @@
 `image_files` has the bases and `annotation_files` the readers that most sets share; the other files hold sets.
 """
 
+from datamodules.evaluation.faces import FER2013, FERPlus
 from datamodules.evaluation.frame_robustness import ImageNetVidRobust, YTBBRobust
 from datamodules.evaluation.imagenet import ImageNet
 from datamodules.evaluation.imagenet_variants import ImageNetFolders, ImageNetV2, ObjectNet
@@ -12,7 +13,7 @@ from datamodules.evaluation.non_torchvision_sets import RESISC45, SUN, AYahoo, B
 from datamodules.evaluation.people_sets import CelebAIdentities, FairFace
 from datamodules.evaluation.reading_sets import IIIT5K, SVHNNumbers
 from datamodules.evaluation.retrieval_sets import COCO, CaptionedPairs, Flickr30k
-from datamodules.evaluation.torchvision_arrays import CIFAR10, CIFAR100, FER2013, MNIST, STL10, PCam
+from datamodules.evaluation.torchvision_arrays import CIFAR10, CIFAR100, MNIST, STL10, PCam
 from datamodules.evaluation.torchvision_objects import KITTI, VOC2007, CLEVRCounts
 from datamodules.evaluation.torchvision_sets import (
     DTD,
@@ -46,6 +47,7 @@ __all__ = [
     "Digits",
     "EuroSAT",
     "FER2013",
+    "FERPlus",
     "FGVCAircraft",
     "FairFace",
     "Flickr30k",

@@ -15,6 +15,8 @@ from lit_clip.embedding.precision import Precision, autocast, check_precision
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.bias import bias_texts
 from lit_clip.evaluation.data import CaptionedImages, ImageSet, LabelledImages, MissingData, check_classes
+from lit_clip.evaluation.download import download_missing
+from lit_clip.evaluation.files_read import files_read
 from lit_clip.evaluation.prompts import Prompts, prompts_of, text_classifier
 from lit_clip.evaluation.report.page import write_report
 from lit_clip.evaluation.report.results_table import print_results
@@ -39,6 +41,7 @@ from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import make_folder
 from lit_clip.tools.console import stderr
 from lit_clip.tools.images import OnError
+from lit_clip.tools.workers import workers_for_images
 from lit_clip.version import __version__
 
 IMAGENET = "ImageNet"  # its name in the paper
@@ -56,13 +59,14 @@ def evaluate(
     compare: list[str] | None = None,
     cache: str | None = None,
     batch_size: int = 64,
-    num_workers: int = 4,
+    num_workers: int | None = None,
     devices: int = 1,
     accelerator: str = "auto",
     precision: Precision = "32-true",
     on_error: OnError = "error",
     draws: int = 3,
     seed: int = 0,
+    download: bool = False,
 ) -> None:
     """Evaluate a model on a suite of sets: zero-shot, linear probe, few-shot, retrieval.
 
@@ -79,13 +83,15 @@ def evaluate(
         compare: results.json of other runs, or their folders, to compare with in the report.
         cache: folder for image and text features; cache in the output folder if not given.
         batch_size: images encoded at once by one process.
-        num_workers: processes per device that decode images.
+        num_workers: processes per device that decode images; the device's share of the cores but one, up to 8, if not
+            given. Does not change the results.
         devices: number of processes, one per device; does not change the results.
         accelerator: cpu, gpu, mps, ...
         precision: of the encoders; 32-true is exact, bf16-mixed and on a GPU 16-mixed are faster.
         on_error: for an image that cannot be read, skip it and list it in the report, or fail its set with an error.
         draws: number of draws of the examples of each few-shot result.
         seed: random seed of the draws and of held-out images.
+        download: first download the missing sets that torchvision or the Hugging Face hub has.
     """
     absent = [package for package in PACKAGES if find_spec(package) is None]
     require(not absent, f"evaluate needs {' and '.join(absent)}: pip install {' '.join(absent)}")
@@ -96,15 +102,21 @@ def evaluate(
     others = {path: read_results(Path(path)) for path in compare or []}
     clip, out = load_model(model), Path(output)
     make_folder(out, "--output")
-    settings = EncodingSettings(batch_size, num_workers, devices, accelerator, precision, on_error)
+    workers = _default_workers(devices) if num_workers is None else num_workers
+    settings = EncodingSettings(batch_size, workers, devices, accelerator, precision, on_error)
     store = FeatureStore(clip, Path(cache) if cache else out / "cache", settings)
     run = _Run(clip, store, Path(data_root), Results(out), TaskOptions(draws=draws, seed=seed), wanted)
     head = provenance(model, clip, store.fingerprint, precision, suite)
-    run.evaluate(entries)
+    run.evaluate(entries, download)
     if distributed.rank_and_world()[0]:
         return
     _write_reports(run.results.write(head), out, others)
     _raise_failures(run.results.sets, data_root)
+
+
+def _default_workers(devices: int) -> int:
+    processes = devices if devices > 0 else torch.accelerator.device_count()  # -1: all
+    return workers_for_images(max(1, processes))
 
 
 def _write_reports(results: dict[str, Any], folder: Path, others: Mapping[str, dict[str, Any]]) -> None:
@@ -162,10 +174,13 @@ class _Run:
         self.results, self.options, self.tasks = results, options, tasks
         self.device, self.text_weights = torch.device("cpu"), store.fingerprint.text
         self.imagenet: list[OpenSet] = []  # ImageNet and the sets that have some of its classes
+        self.not_downloaded: dict[str, str] = {}  # why, by set; known on the first rank
 
-    def evaluate(self, entries: Mapping[str, SuiteEntry]) -> None:
-        """Evaluate all sets, in order."""
+    def evaluate(self, entries: Mapping[str, SuiteEntry], download: bool = False) -> None:
+        """Evaluate all sets, in order, after downloading those that are missing if ``download``."""
         self.device = self.store.start()
+        if download:
+            self.not_downloaded = distributed.on_first_rank(lambda: download_missing(entries, self.root)) or {}
         rank, world = distributed.rank_and_world()
         waiting = []
         for name, entry in entries.items():
@@ -185,9 +200,10 @@ class _Run:
             self._add_subset_accuracies()
 
     def _record_failure(self, name: str, error: InputError) -> None:
-        status = "missing" if isinstance(error, MissingData) else "failed"
+        missing = isinstance(error, MissingData) and name not in self.not_downloaded
+        status = "missing" if missing else "failed"
         self.results.update(name, status=status)
-        self.results.add_reason(name, str(error))
+        self.results.add_reason(name, self.not_downloaded.get(name) or str(error))
         if distributed.rank_and_world()[0] == 0:
             stderr().print(f"{name}: {status}: {error}")
 
@@ -269,6 +285,8 @@ class _Run:
                 features = fold.features[split]
                 counts = {"images": len(features.rows), "skipped": features.skipped, "absent": images.absent}
                 splits.setdefault(split, counts)
+        for split, counts in splits.items():
+            counts["files"] = files_read([fold.images[split] for fold in opened.folds], self.root)
         self.results.update(opened.name, splits=splits)
         not_finite = sum(int((~np.isfinite(fold.features["test"].after).all(axis=1)).sum()) for fold in opened.folds)
         if not_finite:

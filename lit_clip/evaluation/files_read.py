@@ -1,0 +1,38 @@
+"""The files that a set was read from, for ``results.json``: sets of the same name can be of different files."""
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lit_clip.evaluation.data import ImageSet
+from lit_clip.tools.hashing import hex_digest
+
+MOST_LISTED = 20
+
+
+def files_read(sets: Sequence[ImageSet], root: Path) -> dict[str, Any]:
+    """Return the files with annotations and those with images of some sets, each file once.
+
+    Args:
+        sets: the folds of a split.
+        root: what their names are relative to.
+
+    Returns:
+        ``annotations`` and ``images``: a list of ``path`` and ``bytes``, or for more than 20 files their number and a
+        hash of their sorted names.
+    """
+    annotations = {path for images in sets for path in images.annotation_paths}
+    images = {path for images in sets for path in images.image_paths()}
+    return {"annotations": _described(annotations, root), "images": _described(images - annotations, root)}
+
+
+def _described(paths: Iterable[Path], root: Path) -> list[dict[str, Any]] | dict[str, Any]:
+    named = sorted((_name(path, root), path) for path in paths)
+    if len(named) > MOST_LISTED:
+        return {"files": len(named), "names_hash": hex_digest(name for name, _ in named)}
+    return [{"path": name, "bytes": os.path.getsize(path) if os.path.isfile(path) else None} for name, path in named]
+
+
+def _name(path: Path, root: Path) -> str:
+    return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
