@@ -111,6 +111,9 @@ def evaluate(
     if distributed.rank_and_world()[0]:
         return
     _write_reports(run.results.write(head), out, others)
+    missing = [name for name in entries if run.results.sets[name]["status"] == "missing" and entries[name].download]
+    if missing and not download:
+        stderr().print(f"{len(missing)} of the missing sets can be downloaded with --download")
     _raise_failures(run.results.sets, data_root)
 
 

@@ -321,7 +321,7 @@ def _unpack(plan: _Plan, source: Mapping[str, Any]) -> None:
         _torchvision_class(source)(str(plan.content), download=True, **_arguments(source))
     except Exception as error:  # a damaged archive can raise anything
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise InputError(f"torchvision.datasets.{source['torchvision']} cannot be unpacked ({reason})") from error
+        raise InputError(f"torchvision.datasets.{source['torchvision']} could not get the set: {reason}") from error
 
 
 def _publish(content: Path, root: Path) -> None:

@@ -62,8 +62,9 @@ def read_sets() -> dict[str, Any]:
     return json.loads(Path("out/results.json").read_text(encoding="utf-8"))["sets"]
 
 
-def test_nothing_is_downloaded_without_the_option(hub: Hub) -> None:
+def test_nothing_is_downloaded_without_the_option(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     run_command(words())
+    assert "2 of the missing sets can be downloaded with --download" in capsys.readouterr().err
     found = read_sets()
     assert {name: entry["status"] for name, entry in found.items()} == {
         "mine": "done",
