@@ -22,17 +22,14 @@ def files_read(sets: Sequence[ImageSet], root: Path) -> dict[str, Any]:
         ``annotations`` and ``images``: a list of ``path`` and ``bytes``, or for more than 20 files their number and a
         hash of their sorted names.
     """
-    annotations = {path for images in sets for path in images.annotation_paths}
-    images = {path for images in sets for path in images.image_paths()}
-    return {"annotations": _described(annotations, root), "images": _described(images - annotations, root)}
+    prefix = os.path.join(os.fspath(root), "")  # text, since there can be a million paths
+    annotations = {os.fspath(path) for images in sets for path in images.annotation_paths}
+    images = {os.fspath(path) for images in sets for path in images.image_paths()}
+    return {"annotations": _described(annotations, prefix), "images": _described(images - annotations, prefix)}
 
 
-def _described(paths: Iterable[Path], root: Path) -> list[dict[str, Any]] | dict[str, Any]:
-    named = sorted((_name(path, root), path) for path in paths)
+def _described(paths: Iterable[str], prefix: str) -> list[dict[str, Any]] | dict[str, Any]:
+    named = sorted((path.removeprefix(prefix), path) for path in paths)
     if len(named) > MOST_LISTED:
         return {"files": len(named), "names_hash": hex_digest(name for name, _ in named)}
     return [{"path": name, "bytes": os.path.getsize(path) if os.path.isfile(path) else None} for name, path in named]
-
-
-def _name(path: Path, root: Path) -> str:
-    return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
