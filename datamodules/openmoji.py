@@ -260,6 +260,9 @@ class OpenMojiClasses(LabelledImages):
     def labels(self) -> list[int]:
         return [label for _, label in self.files]
 
+    def image_paths(self) -> list[Path]:
+        return list(dict.fromkeys(path for path, _ in self.files))
+
     def key(self, index: int) -> str:
         return self.files[index][0].stem
 

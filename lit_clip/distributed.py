@@ -4,13 +4,16 @@ import atexit
 import os
 import sys
 import threading
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -55,6 +58,28 @@ class Shards(NamedTuple):
         """Slice of this rank's pairs among all."""
         first = self.first(self.rank)
         return slice(first, first + self.counts[self.rank])
+
+
+def on_first_rank(work: Callable[[], T]) -> T | None:
+    """Run ``work`` on rank 0 while the other ranks wait, which may take days; any other collective gives up sooner.
+
+    Raises:
+        RuntimeError: on the other ranks, if it failed.
+    """
+    rank, world = rank_and_world()
+    if world == 1:
+        return work()
+    group: Any = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+    failed = torch.ones(1)
+    try:
+        result = work() if rank == 0 else None
+        failed.zero_()
+    finally:
+        dist.broadcast(failed, 0, group=group)
+    if rank and failed:
+        raise RuntimeError("rank 0 has failed; see its error")
+    dist.destroy_process_group(group)
+    return result
 
 
 _host_group: Any = None  # one for each process, like the default group

@@ -32,6 +32,10 @@ def test_a_step_of_several_micro_batches_is_synchronised_once(ranks: Ranks) -> N
     ranks("synchronisations", 2)
 
 
+def test_other_ranks_wait_for_the_first_ranks_work_without_a_time_out(ranks: Ranks) -> None:
+    ranks("long_work", 2)
+
+
 @pytest.mark.parametrize("world", [2, 3])
 def test_the_gradient_of_gathered_rows_is_the_sum_of_all_ranks_gradients(world: int, ranks: Ranks) -> None:
     ranks("summed_rows", world)

@@ -11,6 +11,7 @@ from datamodules.evaluation.caption_choices import (
     WinoGAViL,
     Winoground,
 )
+from datamodules.evaluation.faces import FER2013, FERPlus
 from datamodules.evaluation.frame_robustness import ImageNetVidRobust, YTBBRobust
 from datamodules.evaluation.imagenet import ImageNet
 from datamodules.evaluation.imagenet_variants import ImageNetFolders, ImageNetV2, ObjectNet
@@ -21,7 +22,7 @@ from datamodules.evaluation.non_torchvision_sets import RESISC45, SUN, AYahoo, B
 from datamodules.evaluation.people_sets import CelebAIdentities, FairFace
 from datamodules.evaluation.reading_sets import IIIT5K, SVHNNumbers
 from datamodules.evaluation.retrieval_sets import COCO, CaptionedPairs, Flickr30k
-from datamodules.evaluation.torchvision_arrays import CIFAR10, CIFAR100, FER2013, MNIST, STL10, PCam
+from datamodules.evaluation.torchvision_arrays import CIFAR10, CIFAR100, MNIST, STL10, PCam
 from datamodules.evaluation.torchvision_objects import KITTI, VOC2007, CLEVRCounts
 from datamodules.evaluation.torchvision_sets import (
     DTD,
@@ -60,6 +61,7 @@ __all__ = [
     "Digits",
     "EuroSAT",
     "FER2013",
+    "FERPlus",
     "FGVCAircraft",
     "FairFace",
     "Flickr30k",

@@ -36,6 +36,17 @@ def find(root: Path, names: Sequence[str], description: str) -> Path:
     raise MissingData(f"{root}: no {description} in it ({' or '.join(name or '.' for name in names)})")
 
 
+def find_folder(root: Path, places: Sequence[str], inside: str) -> Path:
+    """Return the first of some folders below ``root`` that has a file or folder ``inside``; ``""`` is ``root`` itself.
+
+    Raises:
+        MissingData: none of them has it.
+    """
+    return find(root, [f"{place}/{inside}".lstrip("/") for place in places], "files of this set").parents[
+        inside.count("/")
+    ]
+
+
 def read_text(path: Path) -> str:
     """Read a text file.
 

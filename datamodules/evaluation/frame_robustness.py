@@ -4,7 +4,7 @@ From "Do Image Classifiers Generalize Across Time?", arXiv 1906.02168. The rules
 github.com/modestyachts/imagenet-vid-robust-example and github.com/modestyachts/imagenet-testbed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -17,6 +17,7 @@ from lit_clip.evaluation.data import Neighbours, SomeOfImageNet
 from lit_clip.tools.reading import reading
 
 MAX_DISTANCE = 10  # frames between an anchor and its neighbours
+ANCHORS_TABLE = "ytbb_robustness_test_anchors_full.csv"
 NO_CLASS = "none"  # YouTube-BoundingBoxes' class of frames without any of its objects
 PROBLEMS = frozenset(
     {
@@ -34,13 +35,19 @@ class NeighbouringFrames(ImageFiles, Neighbours):
         anchors: each anchor's name below ``root`` -> the names of its neighbours.
         accepted: each frame's name -> the labels that count as correct.
         class_names: in label order.
+        annotations: the files of metadata.
 
     Raises:
         InputError: there are no anchors, or a frame has no label or one without a class name.
     """
 
     def __init__(
-        self, root: Path, anchors: Mapping[str, list[str]], accepted: Mapping[str, set[int]], class_names: list[str]
+        self,
+        root: Path,
+        anchors: Mapping[str, list[str]],
+        accepted: Mapping[str, set[int]],
+        class_names: list[str],
+        annotations: Sequence[Path],
     ) -> None:
         require(bool(anchors), f"{root}: no anchors; get the metadata again")
         names = sorted({*anchors, *(name for frames in anchors.values() for name in frames)})
@@ -57,7 +64,7 @@ class NeighbouringFrames(ImageFiles, Neighbours):
         ]
         self._accepted = [set(accepted[name]) for name in names]
         # labels() can only give one of the accepted labels: the first.
-        super().__init__(root, names, [min(accepted[name]) for name in names], class_names)
+        super().__init__(root, names, [min(accepted[name]) for name in names], class_names, annotations)
 
     def neighbours(self) -> list[tuple[int, list[int]]]:
         return [(row, list(rows)) for row, rows in self._neighbours]
@@ -83,9 +90,13 @@ class ImageNetVidRobust(NeighbouringFrames, SomeOfImageNet):
     def __init__(self, root: str) -> None:
         metadata = find(Path(root), ("metadata", "imagenet-vid-robust/metadata"), "metadata")
         top = metadata.parent
-        names = _class_names(top / "misc" / "imagenet_vid_class_index.json")
-        anchors, labels = (read_json(metadata / f"{name}.json") for name in ("pmsets", "labels"))
-        for path, values in ((metadata / "pmsets.json", anchors), (metadata / "labels.json", labels)):
+        index, sets, labelled = (
+            top / "misc" / "imagenet_vid_class_index.json",
+            metadata / "pmsets.json",
+            metadata / "labels.json",
+        )
+        names, anchors, labels = _class_names(index), read_json(sets), read_json(labelled)
+        for path, values in ((sets, anchors), (labelled, labels)):
             kind = str if path.name == "pmsets.json" else int
             require(
                 isinstance(values, dict)
@@ -96,7 +107,8 @@ class ImageNetVidRobust(NeighbouringFrames, SomeOfImageNet):
             )
         find(top, ("val",), "folder of frames")
         self._top = top
-        super().__init__(top, anchors, {name: set(classes) for name, classes in labels.items()}, names)
+        accepted = {name: set(classes) for name, classes in labels.items()}
+        super().__init__(top, anchors, accepted, names, [index, sets, labelled])
 
     def imagenet_classes(self) -> list[list[int]]:
         path = find(
@@ -144,7 +156,7 @@ class YTBBRobust(NeighbouringFrames):
         names = _class_names(metadata / "ytbb_class_index.json")
         kept = [label for label, name in enumerate(names) if name != NO_CLASS]
         label_of = {names[label]: new_label for new_label, label in enumerate(kept)}
-        class_of_video = _classes_of_videos(metadata / "ytbb_robustness_test_anchors_full.csv", names)
+        class_of_video = _classes_of_videos(metadata / ANCHORS_TABLE, names)
         good, bad_anchors, pairs = _reviewed(metadata)
         anchors: dict[str, list[str]] = {}
         accepted: dict[str, set[int]] = {}
@@ -153,7 +165,7 @@ class YTBBRobust(NeighbouringFrames):
             if anchor in bad_anchors:
                 continue
             folder = anchor.split("/")[0]
-            require(folder in class_of_video, f"{metadata}: {folder} is not in ytbb_robustness_test_anchors_full.csv")
+            require(folder in class_of_video, f"{metadata}: {folder} is not in {ANCHORS_TABLE}")
             classes = {label_of[name] for name in {class_of_video[folder], *added} if name in label_of}
             if not classes:
                 without_class += 1
@@ -162,7 +174,9 @@ class YTBBRobust(NeighbouringFrames):
             accepted |= dict.fromkeys([anchor, *anchors[anchor]], classes)
         if without_class:
             rank_zero_info(f"{videos}: left out {without_class} anchors without a class")
-        super().__init__(videos, anchors, accepted, [names[label] for label in kept])
+        files = ("anchor_labels.json", "pmk_labels.json", "ytbb_class_index.json", ANCHORS_TABLE)
+        annotations = [metadata / name for name in files]
+        super().__init__(videos, anchors, accepted, [names[label] for label in kept], annotations)
 
 
 def _frame_name(path: str) -> str:

@@ -41,6 +41,9 @@ class LabelledFiles(LabelledImages):
         """Name an image in error messages."""
         return f"class folder {self.files[index][0].parent.name}"
 
+    def image_paths(self) -> list[Path]:
+        return list(dict.fromkeys(path for path, _ in self.files))
+
     def check(self) -> None:
         check_images([(file, self.where(index)) for index, (file, _) in enumerate(self.files)])
 
@@ -65,15 +68,23 @@ class ImageFiles(LabelledFiles):
         files: each image's path below it.
         labels: each image's class.
         class_names: in label order.
+        annotations: the files that list them.
 
     Raises:
         InputError: no images.
     """
 
-    def __init__(self, root: Path, files: list[str], labels: list[int], class_names: list[str]) -> None:
+    def __init__(
+        self,
+        root: Path,
+        files: list[str],
+        labels: list[int],
+        class_names: list[str],
+        annotations: Sequence[Path] = (),
+    ) -> None:
         if not files:
             raise InputError(f"{root}: no images of this split; get the set again")
-        self.root, self.class_names = root, class_names
+        self.root, self.class_names, self.annotation_paths = root, class_names, annotations
         self.files = [(root / file, label) for file, label in zip(files, labels, strict=True)]
 
     def where(self, index: int) -> str:
@@ -98,6 +109,9 @@ class UnlabelledFiles(ImageSet):
         path = self.root / self.names[index]
         return [open_image(path)]
 
+    def image_paths(self) -> list[Path]:
+        return [self.root / name for name in dict.fromkeys(self.names)]
+
     def key(self, index: int) -> str:
         return self.names[index]
 
@@ -113,11 +127,48 @@ class ListedImages(ImageFiles):
         MissingData: the folder of the first image does not exist: only the lists were downloaded.
     """
 
-    def __init__(self, root: Path, files: list[str], labels: list[int], class_names: list[str]) -> None:
-        super().__init__(root, files, labels, class_names)
+    def __init__(
+        self, root: Path, files: list[str], labels: list[int], class_names: list[str], annotations: Sequence[Path]
+    ) -> None:
+        super().__init__(root, files, labels, class_names, annotations)
         folder = (root / files[0]).parent
         if not os.path.isdir(folder):
             raise MissingData(f"{folder}: no such folder")
+
+
+class ByLayout(LabelledImages):
+    """A set whose layout on disk decides which class reads it.
+
+    Attributes:
+        reader: reads the set; assigned by the subclass's constructor.
+    """
+
+    reader: LabelledImages
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return self.reader[index]
+
+    def labels(self) -> list[int]:
+        return self.reader.labels()
+
+    def key(self, index: int) -> str:
+        return self.reader.key(index)
+
+    def check(self) -> None:
+        self.reader.check()
+
+    def image_paths(self) -> Sequence[Path]:
+        return self.reader.image_paths()
+
+    def stamp(self) -> str:
+        return self.reader.stamp()
+
+    def read_by(self, reader: LabelledImages) -> None:
+        """Read the set by ``reader``."""
+        self.reader, self.class_names, self.annotation_paths = reader, reader.class_names, reader.annotation_paths
 
 
 def labels_of(names: Sequence[str], classes: Sequence[str], where: Path) -> list[int]:

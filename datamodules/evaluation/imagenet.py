@@ -1,63 +1,107 @@
-"""ImageNet: its class folders, or the validation images as the archive holds them."""
+"""ImageNet: class folders, the validation images as the archive holds them, Kaggle's layout, or timm's tar files."""
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from datamodules.evaluation.annotation_files import AGAIN, read_mat, read_text, whole_number
-from datamodules.evaluation.image_files import ImageFiles, images_in, in_class_folders, labels_of, subfolders
+from PIL import Image
+
+from datamodules.evaluation.annotation_files import (
+    AGAIN,
+    find,
+    read_json,
+    read_mat,
+    read_table,
+    read_text,
+    refuse_missing,
+    whole_number,
+)
+from datamodules.evaluation.image_files import (
+    ByLayout,
+    ImageFiles,
+    images_in,
+    in_class_folders,
+    labels_of,
+    subfolders,
+)
 from datamodules.evaluation.imagenet_variants import imagenet_wnids
-from lit_clip.errors import InputError
-from lit_clip.evaluation.data import MissingData
+from datamodules.evaluation.webdataset import ImageSpan, TarImages, scan_tar
+from lit_clip.errors import InputError, require
+from lit_clip.evaluation.data import LabelledImages, MissingData
 from lit_clip.evaluation.zero_shot import imagenet_class_names
+from lit_clip.tools.hashing import stamp_of_files
 from lit_clip.tools.reading import reading
 
 DEVKIT = "ILSVRC2012_devkit_t12"
+KAGGLE = "ILSVRC/Data/CLS-LOC"
+SOLUTION = "LOC_val_solution.csv"  # Kaggle's labels of the validation images
+FOLDERS = {"train": ("train",), "val": ("val", "validation")}
+TARS = {"train": "imagenet1k-train-*.tar", "val": "imagenet1k-validation-*.tar"}  # of timm/imagenet-1k-wds
+WNID = re.compile(r"(n\d{8})_")
 
 
-class ImageNet(ImageFiles):
-    """ImageNet 2012, as torchvision unpacks it or as its validation archive does.
+class ImageNet(ByLayout):
+    """ImageNet 2012, as torchvision, its archives, Kaggle or timm lay it out.
 
-    Either ``root/SPLIT/n01440764/*.JPEG``, where class folders may be missing, or all validation images in ``root/val``
-    itself. In the second case the labels come from torchvision's ``meta.bin`` or the unpacked
-    ``ILSVRC2012_devkit_t12`` in ``root``.
+    One of ``root/train/n01440764/*.JPEG`` and ``root/val/...`` (or ``root/validation/...``), where class folders may be
+    missing; the same below Kaggle's ``ILSVRC/Data/CLS-LOC``; or the tar files of ``timm/imagenet-1k-wds`` in ``root``.
+    All validation images may lie in their folder itself. Then the labels come from torchvision's ``meta.bin``, from the
+    unpacked ``ILSVRC2012_devkit_t12`` or from Kaggle's ``LOC_val_solution.csv`` in ``root``.
 
     Args:
         root: the folder.
         split: ``train``, or ``val``, which the paper tests on.
+
+    Raises:
+        MissingData: no such folder, tar files or labels.
+        InputError: a folder or label is not a class of ImageNet, or images and labels do not match.
     """
 
     def __init__(self, root: str, split: Literal["train", "val"] = "val") -> None:
-        folder = Path(root) / split
-        if not folder.is_dir():
-            raise MissingData(f"{folder}: no such folder")
-        wnids = imagenet_wnids()
-        if split == "val" and not any(entry.is_dir() and entry.name[0] == "n" for entry in os.scandir(folder)):
-            files = images_in(folder)
-            truth = _validation_wnids(Path(root), wnids)
-            if len(truth) != len(files):
-                raise InputError(f"{folder}: {len(files)} images, not {len(truth)}; unpack the archive again")
-            labels = labels_of(truth, wnids, Path(root))
+        top = Path(root)
+        folders = [f"{place}{name}" for place in ("", f"{KAGGLE}/") for name in FOLDERS[split]]
+        tars = sorted(top.glob(TARS[split]))
+        if tars and not any((top / folder).is_dir() for folder in folders):
+            self.read_by(_ImageNetTars(tars))
         else:
-            classes = subfolders(folder)
-            label_of = labels_of(classes, wnids, folder)
-            files, places = in_class_folders(folder, classes)
-            labels = [label_of[place] for place in places]
-        super().__init__(folder, files, labels, imagenet_class_names())
+            folder = find(top, folders, f"folder of images, and no {TARS[split]},")
+            self.read_by(_open_folder(top, folder, split))
 
 
-def _validation_wnids(root: Path, wnids: Sequence[str]) -> list[str]:
-    """Read the class of each validation image, in the order of the images' names."""
-    if (root / "meta.bin").is_file():
-        return _wnids_in_meta(root / "meta.bin")
+def _open_folder(root: Path, folder: Path, split: Literal["train", "val"]) -> ImageFiles:
+    wnids = imagenet_wnids()
+    names = imagenet_class_names()
+    if split == "val" and not any(entry.is_dir() and entry.name[0] == "n" for entry in os.scandir(folder)):
+        files = images_in(folder)
+        truth, annotations = _validation_wnids(root, files, wnids)
+        if len(truth) != len(files):
+            raise InputError(f"{folder}: {len(files)} images, not {len(truth)}; unpack the archive again")
+        return ImageFiles(folder, files, labels_of(truth, wnids, root), names, annotations)
+    classes = subfolders(folder)
+    label_of = labels_of(classes, wnids, folder)
+    files, places = in_class_folders(folder, classes)
+    return ImageFiles(folder, files, [label_of[place] for place in places], names)
+
+
+def _validation_wnids(root: Path, files: Sequence[str], wnids: Sequence[str]) -> tuple[list[str], list[Path]]:
+    """Read the class of each validation image, in the order of the images' names, and the files that say it."""
     data = root / DEVKIT / "data"
-    if not data.is_dir():
-        raise MissingData(f"{root}: no labels: neither class folders in val, nor meta.bin, nor {DEVKIT}")
-    table = read_mat(data / "meta.mat", "synsets")[0]
-    with reading(data / "meta.mat", "list of ImageNet's classes", hint=AGAIN):
+    if (root / "meta.bin").is_file():
+        return _wnids_in_meta(root / "meta.bin"), [root / "meta.bin"]
+    if data.is_dir():
+        meta, truth = data / "meta.mat", data / "ILSVRC2012_validation_ground_truth.txt"
+        return _wnids_in_devkit(meta, truth, wnids), [meta, truth]
+    if (root / SOLUTION).is_file():
+        return _wnids_in_solution(root / SOLUTION, files), [root / SOLUTION]
+    raise MissingData(f"{root}: no labels: neither class folders in val, nor meta.bin, nor {DEVKIT}, nor {SOLUTION}")
+
+
+def _wnids_in_devkit(meta: Path, path: Path, wnids: Sequence[str]) -> list[str]:
+    table = read_mat(meta, "synsets")[0]
+    with reading(meta, "list of ImageNet's classes", hint=AGAIN):
         wnid_of: dict[int | None, str] = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in table}
-    path = data / "ILSVRC2012_validation_ground_truth.txt"
     words = read_text(path).split()
     wrong = next((word for word in words if wnid_of.get(whole_number(word)) not in wnids), None)
     if wrong is not None:
@@ -71,3 +115,76 @@ def _wnids_in_meta(path: Path) -> list[str]:
     with reading(path, "file of torchvision's", hint="remove it and let torchvision write it again"):
         _, wnids = torch.load(path, weights_only=True)
         return [str(wnid) for wnid in wnids]
+
+
+def _wnids_in_solution(path: Path, files: Sequence[str]) -> list[str]:
+    """Read Kaggle's ``ILSVRC2012_val_00000001,n01751748 111 108 230 366``: image, class and box, in any order."""
+    rows = read_table(path, {"image": ("imageid",), "boxes": ("predictionstring",)})
+    wnid_of = {row["image"]: row["boxes"].partition(" ")[0] for row in rows}
+    unlisted = next((file for file in files if Path(file).stem not in wnid_of), None)
+    if unlisted is not None:
+        raise InputError(f"{path}: {unlisted} is not in it; get both again")
+    return [wnid_of[Path(file).stem] for file in files]
+
+
+class _ImageNetTars(TarImages, LabelledImages):
+    """The tar files of ``timm/imagenet-1k-wds``, whose samples are a ``.jpg`` and its label in a ``.cls``.
+
+    Images have the names and the order that they have in class folders.
+
+    Args:
+        tars: all files of a split.
+
+    Raises:
+        MissingData: a file that the set's ``_info.json`` lists does not exist.
+        InputError: a sample has no image or no label, or its name is of another class than its label.
+    """
+
+    def __init__(self, tars: list[Path]) -> None:
+        self.tars, self.class_names = tars, imagenet_class_names()
+        info = tars[0].with_name("_info.json")
+        self.annotation_paths = [info] if info.is_file() else []
+        for path in self.annotation_paths:
+            refuse_missing(*_listed_beside(path, tars[0]))
+        samples = [sample for number in range(len(tars)) for sample in self._read(number)]
+        samples.sort(key=lambda sample: sample[0])
+        self.keys = [key for key, _, _ in samples]
+        self.spans = [span for _, span, _ in samples]
+        self._labels = [label for _, _, label in samples]
+
+    def _read(self, number: int) -> Iterator[tuple[str, ImageSpan, int]]:
+        path, wnids = self.tars[number], imagenet_wnids()
+        for key, sample in scan_tar(path, number, "cls").items():
+            where = f"{path} sample {key}"
+            label = whole_number((sample.target or b"").decode("ascii", "replace").strip())
+            if sample.image is None or label is None or label >= len(wnids):
+                raise InputError(f"{where}: needs an image and a .cls with a label below {len(wnids)}; {AGAIN}")
+            wnid, name = wnids[label], key.rpartition("/")[2]
+            said = WNID.match(name)
+            other = f"its name is of {said[1] if said else ''}, but its label {label} is {wnid}"
+            require(said is None or said[1] == wnid, f"{where}: {other}; {AGAIN}")
+            yield f"{wnid}/{name}.JPEG", sample.image, label
+
+    def where(self, index: int) -> str:
+        span = self.spans[index]
+        assert span is not None
+        return f"{self.tars[span.tar]} sample {self.keys[index]}"
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return self.image(index), self._labels[index]
+
+    def labels(self) -> list[int]:
+        return list(self._labels)
+
+    def stamp(self) -> str:
+        return stamp_of_files(self.tars)
+
+
+def _listed_beside(info: Path, tar: Path) -> list[Path]:
+    """Return the files of the split that has ``tar``."""
+    values = read_json(info)
+    with reading(info, "list of tar files", hint=AGAIN):
+        for split in values["splits"].values():
+            if tar.name in split["filenames"]:
+                return [info.with_name(str(name)) for name in split["filenames"]]
+    raise InputError(f"{info}: {tar.name} is in none of its splits; {AGAIN}")

@@ -110,8 +110,8 @@ class ObjectNet(ImageFiles, SomeOfImageNet):
 
     def __init__(self, root: str) -> None:
         folder, mappings = Path(root), Path(root) / "mappings"
-        label_of = read_json(mappings / "folder_to_objectnet_label.json")
-        in_imagenet = read_json(mappings / "objectnet_to_imagenet_1k.json")
+        names = ("folder_to_objectnet_label.json", "objectnet_to_imagenet_1k.json")
+        label_of, in_imagenet = (read_json(mappings / name) for name in names)
         mappings_of_names = isinstance(label_of, dict) and all(isinstance(name, str) for name in label_of.values())
         if not mappings_of_names or not isinstance(in_imagenet, dict):
             raise InputError(f"{mappings}: not the mappings of ObjectNet 1.0; get them again")
@@ -120,7 +120,8 @@ class ObjectNet(ImageFiles, SomeOfImageNet):
             problem = f"{len(overlap)} folders for the {len(in_imagenet)} classes that are in ImageNet"
             raise InputError(f"{mappings / 'folder_to_objectnet_label.json'}: {problem}; get the mappings again")
         files, labels = in_class_folders(folder / "images", overlap)
-        super().__init__(folder / "images", files, labels, [label_of[name].lower() for name in overlap])
+        words, annotations = [label_of[name].lower() for name in overlap], [mappings / name for name in names]
+        super().__init__(folder / "images", files, labels, words, annotations)
         self._words = [str(in_imagenet[label_of[name]]).split("; ") for name in overlap]
 
     def imagenet_classes(self) -> list[list[int]]:

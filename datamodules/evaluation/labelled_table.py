@@ -173,6 +173,7 @@ class LabelledTable(LabelledFiles):
         root: str | None = None,
     ) -> None:
         self.path = Path(path)
+        self.annotation_paths = [self.path]
         rows = read_labels(self.path, image_column, label_column)
         names = imagenet_class_names() if class_names == "imagenet" else class_names
         if names is not None and not names:

@@ -26,6 +26,7 @@ class LocatedImages(UnlabelledFiles, Located):
 
     def __init__(self, path: str, root: str | None = None) -> None:
         self.root = Path(path).parent if root is None else Path(root)
+        self.annotation_paths = [Path(path)]
         columns = {
             "image": ("image", "img_id", "filename", "file", "path"),
             "latitude": ("latitude", "lat"),

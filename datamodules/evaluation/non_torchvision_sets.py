@@ -47,13 +47,15 @@ class Birdsnap(ImageFiles):
             if (path in test) == (split == "test") and (images / path).is_file():
                 files.append((images / path).relative_to(folder).as_posix())
                 labels.append(label_of[species_folder])
-        super().__init__(folder, files, labels, [name.replace("_", " ") for name in folders])
+        lists = [folder / name for name in ("species.txt", "images.txt", "test_images.txt")]
+        super().__init__(folder, files, labels, [name.replace("_", " ") for name in folders], lists)
 
 
 class RESISC45(ImageFiles):
     """NWPU-RESISC45: aerial images of 45 kinds of places, 700 each.
 
-    The paper trains on 3,150 images and tests on 25,200 without saying which. Here each class is sorted by
+    The paper trains on 3,150 images and tests on 25,200. Its author said that a tenth is for training (openai/CLIP#45),
+    not which; the tenth that is in neither is probably his validation split. Here each class is sorted by
     :func:`by_hash`: the first tenth is ``train``, the next eight tenths are ``test``, and the last tenth is not used.
 
     Args:
@@ -99,7 +101,7 @@ class HatefulMemes(ImageFiles):
         rows = read_labels(path, "img", "label")
         class_names = ["not hateful", "hateful"]
         labels, _ = resolve_labels(path, [(number, label) for number, _, label in rows], class_names)
-        super().__init__(Path(root), [image for _, image, _ in rows], labels, class_names)
+        super().__init__(Path(root), [image for _, image, _ in rows], labels, class_names, [path])
 
 
 class AYahoo(ImageFiles):
@@ -124,7 +126,8 @@ class AYahoo(ImageFiles):
         class_names = sorted(set(class_of.values()))
         images = find(folder, ["ayahoo_test_images"], "folder of images").relative_to(folder)
         files = [(images / name).as_posix() for name in class_of]
-        super().__init__(folder, files, [class_names.index(name) for name in class_of.values()], class_names)
+        labels = [class_names.index(name) for name in class_of.values()]
+        super().__init__(folder, files, labels, class_names, [index])
 
 
 class SUN(ImageFiles):
@@ -146,7 +149,7 @@ class SUN(ImageFiles):
         folder_of = {" ".join(name.split("/")[1:]).replace("_", " "): name for name in classes}
         names = sorted(folder_of)
         files, labels = in_class_folders(folder, [folder_of[name] for name in names])
-        super().__init__(folder, files, labels, names)
+        super().__init__(folder, files, labels, names, [folder / "ClassName.txt"])
 
 
 class Digits(LabelledImages):

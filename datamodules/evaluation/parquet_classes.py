@@ -1,7 +1,10 @@
 """Labelled images that are stored in parquet files."""
 
 import io
+import json
+import re
 from bisect import bisect_right
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,50 +12,71 @@ from PIL import Image
 
 from datamodules.evaluation.image_folder import ClassNames, resolve_names
 from datamodules.pairs.column_names import refuse_equal
-from lit_clip.errors import InputError
+from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import LabelledImages, MissingData, numbered
 from lit_clip.tools.hashing import stamp_of_files
 from lit_clip.tools.images import open_image
 from lit_clip.tools.reading import check_is_file, reading
+
+NAMED = "train|training|val|valid|validation|dev|test|testing"
+SPLIT = re.compile(rf"(.+?)-\d{{5}}-of-\d{{5}}|({NAMED})([-_].*)?", re.IGNORECASE)
+SEPARATE = "separate the sets, or convert them again"
 
 
 class ParquetClasses(LabelledImages):
     """Parquet files with encoded images and labels, as Hugging Face stores ImageNet.
 
     Args:
-        path: a file, or a folder of ``.parquet`` files (read in the order of their names).
-        class_names: names in label order, or ``imagenet``.
+        path: a file, or a folder of ``.parquet`` files (read in the order of their names), such as
+            ``train-00000-of-00002.parquet``.
+        class_names: names in label order, or ``imagenet``; None: those that ``datasets`` has written into the files,
+            or the numbers.
         image_column: bytes, or a struct with a field ``bytes``.
         label_column: integers from 0.
+        split: of the folder's files, by the beginning of their names; needed if there are several.
 
     Raises:
-        MissingData: no such file.
-        InputError: a column is missing, or a label has no class name.
+        MissingData: no such file, or none of this split.
+        InputError: the folder has files of several splits and ``split`` is None, a column is missing, or a label has no
+            class name.
     """
 
     def __init__(
-        self, path: str, class_names: ClassNames, image_column: str = "image", label_column: str = "label"
+        self,
+        path: str,
+        class_names: ClassNames | None = None,
+        image_column: str = "image",
+        label_column: str = "label",
+        split: str | None = None,
     ) -> None:
         import pyarrow.parquet as pq
 
-        self.paths = sorted(Path(path).glob("*.parquet")) if Path(path).is_dir() else [Path(path)]
-        for file in self.paths:
+        files = sorted(Path(path).glob("*.parquet")) if Path(path).is_dir() else [Path(path)]
+        for file in files:
             check_is_file(file)
-        if not self.paths or not all(file.is_file() for file in self.paths):
+        if not files or not all(file.is_file() for file in files):
             raise MissingData(f"{path}: no such parquet file, and no folder with parquet files")
+        self.paths = _files_of_split(path, files, split)
         self.image_column = image_column
         self._labels: list[int] = []
         self._groups: list[tuple[Path, int, int]] = []  # file, row group, the group's first row in the file
         self._starts: list[int] = []  # first row of each group, counted over all files
         self._loaded: tuple[int, Any] | None = None
+        stored: list[str] | None = None
         for file in self.paths:
             with reading(file, "parquet file"):
                 parquet = pq.ParquetFile(file)
                 schema = parquet.schema_arrow
             self._index(file, parquet, schema, label_column)
+            names = _stored_names(file, schema, label_column)
+            if file is not self.paths[0] and names != stored:
+                raise InputError(f"{file}: its class names are not those of {self.paths[0].name}; {SEPARATE}")
+            stored = names
         if not self._labels:
             raise InputError(f"{path}: no rows")
-        self.class_names = resolve_names(class_names, numbered(self._labels, path), path)
+        if stored is not None and max(self._labels) >= len(stored):
+            raise InputError(f"{path}: label {max(self._labels)}, but {len(stored)} class names in its metadata")
+        self.class_names = resolve_names(class_names, stored or numbered(self._labels, path), path)
 
     def _index(self, file: Path, parquet: Any, schema: Any, label_column: str) -> None:
         import pyarrow as pa
@@ -102,6 +126,9 @@ class ParquetClasses(LabelledImages):
         file, _, first = self._groups[group]
         return group, file, first + index - self._starts[group]
 
+    def image_paths(self) -> list[Path]:
+        return self.paths
+
     def labels(self) -> list[int]:
         return self._labels
 
@@ -114,3 +141,30 @@ class ParquetClasses(LabelledImages):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_loaded": None}  # each data worker loads its own row groups
+
+
+def _files_of_split(path: str, files: Sequence[Path], split: str | None) -> list[Path]:
+    """Return the files of one split, which names such as ``train-00000-of-00002`` or ``val.parquet`` tell."""
+    matches = [SPLIT.fullmatch(file.stem) for file in files]
+    splits = [match and (match[1] or match[2]) for match in matches]
+    found = ", ".join(name or "other files" for name in dict.fromkeys(splits))
+    if split is None:
+        require(len(set(splits)) == 1, f"{path}: has files of several splits ({found}); set split to one of them")
+        return list(files)
+    chosen = [file for file, name in zip(files, splits, strict=True) if name == split]
+    if not chosen:
+        raise MissingData(f"{path}: no files of split {split!r}; there are {found}")
+    return chosen
+
+
+def _stored_names(file: Path, schema: Any, label_column: str) -> list[str] | None:
+    """Read the label's class names as Hugging Face's ``datasets`` writes them; None: there are none."""
+    stored = (schema.metadata or {}).get(b"huggingface")
+    if stored is None:
+        return None
+    with reading(file, "parquet file with datasets' metadata", hint="convert it again"):
+        feature = json.loads(stored).get("info", {}).get("features", {}).get(label_column, {})
+        names = feature.get("names") if feature.get("_type") == "ClassLabel" else None
+        if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise ValueError("class names that are not text")
+    return names

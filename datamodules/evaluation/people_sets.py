@@ -43,7 +43,7 @@ class FairFace(ImageFiles, Grouped):
                     row[name] in values, f"{table}: {row['file']}: {name} is {row[name]!r}, not {', '.join(values)}"
                 )
         labels = [FAIRFACE[attribute].index(row[attribute]) for row in rows]
-        super().__init__(images, [row["file"] for row in rows], labels, list(FAIRFACE[attribute]))
+        super().__init__(images, [row["file"] for row in rows], labels, list(FAIRFACE[attribute]), [table])
         self._groups = {name: [row[name] for row in rows] for name in FAIRFACE}
 
     def groups(self) -> dict[str, list[str]]:
@@ -76,12 +76,14 @@ class CelebAIdentities(ImageFiles):
         split: TrainValTest | None = None,
     ) -> None:
         top = Path(root)
-        person_of = dict(read_words(find(top, ("identity_CelebA.txt",), "identity_CelebA.txt"), 2))
-        name_of = _names_of_people(find(top, (names,), "file of the people's names"))
+        identity = find(top, ("identity_CelebA.txt",), "identity_CelebA.txt")
+        annotations = [identity, find(top, (names,), "file of the people's names")]
+        person_of, name_of = dict(read_words(identity, 2)), _names_of_people(annotations[1])
         images = [name for name, person in person_of.items() if person in name_of]
         if split is not None:
             partition = str(get_args(TrainValTest).index(split))
-            partition_of = dict(read_words(find(top, ("list_eval_partition.txt",), "list_eval_partition.txt"), 2))
+            annotations.append(find(top, ("list_eval_partition.txt",), "list_eval_partition.txt"))
+            partition_of = dict(read_words(annotations[-1], 2))
             images = [name for name in images if partition_of.get(name) == partition]
         counts = Counter(person_of[name] for name in images)
         require(identities > 1, f"identities: must be at least 2, not {identities}")
@@ -95,7 +97,7 @@ class CelebAIdentities(ImageFiles):
         kept = [name for name in images if person_of[name] in label_of]
         folder = find(top, ("img_align_celeba", "img_celeba"), "folder of images")
         labels = [label_of[person_of[name]] for name in kept]
-        super().__init__(folder, kept, labels, [name_of[person] for person in people])
+        super().__init__(folder, kept, labels, [name_of[person] for person in people], annotations)
 
 
 def _names_of_people(path: Path) -> dict[str, str]:

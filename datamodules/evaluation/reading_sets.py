@@ -32,10 +32,12 @@ class SVHNNumbers(ImageFiles):
 
     def __init__(self, root: str, split: str = "test") -> None:
         folder = find(Path(root), (split,), f"folder of {split} (unpack {split}.tar.gz)")
-        rows = _digit_structs(find(folder, ("digitStruct.mat",), "digitStruct.mat"))
+        path = find(folder, ("digitStruct.mat",), "digitStruct.mat")
+        rows = _digit_structs(path)
         names = sorted({numeral for _, numeral in rows}, key=lambda numeral: (int(numeral), numeral))
         label_of = {numeral: label for label, numeral in enumerate(names)}
-        super().__init__(folder, [name for name, _ in rows], [label_of[numeral] for _, numeral in rows], names)
+        labels = [label_of[numeral] for _, numeral in rows]
+        super().__init__(folder, [name for name, _ in rows], labels, names, [path])
 
 
 def _digit_structs(path: Path) -> list[tuple[str, str]]:
@@ -86,7 +88,8 @@ class IIIT5K(ImageFiles, Lexicons):
         rows = _words_of_images(path, f"{split}data", f"{lexicon}Lexi")
         names = sorted({word for _, truth, words in rows for word in (truth, *words)})
         label_of = {word: label for label, word in enumerate(names)}
-        super().__init__(path.parent, [name for name, _, _ in rows], [label_of[truth] for _, truth, _ in rows], names)
+        labels = [label_of[truth] for _, truth, _ in rows]
+        super().__init__(path.parent, [name for name, _, _ in rows], labels, names, [path])
         self._candidates = [sorted({label_of[word] for word in (truth, *words)}) for _, truth, words in rows]
 
     def candidates(self) -> list[list[int]]:

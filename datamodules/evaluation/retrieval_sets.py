@@ -1,14 +1,15 @@
 """Captioned images for retrieval: Flickr30k, COCO, and any source of pairs that can be trained on."""
 
+import json
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image
 
-from datamodules.evaluation.annotation_files import AGAIN, find, read_json, read_text, read_words
+from datamodules.evaluation.annotation_files import AGAIN, find, read_json, read_table, read_text, read_words
 from datamodules.evaluation.image_files import UnlabelledFiles
 from datamodules.open_source import open_source
 from datamodules.pairs.columns import ColumnPairs
@@ -18,6 +19,7 @@ from lit_clip.evaluation.data import CaptionedImages, MissingData
 from lit_clip.tools.hashing import hash64, stamp_of_files
 from lit_clip.tools.reading import reading
 
+HUB_TABLE = "flickr_annotations_30k.csv"
 LINE = re.compile(r"(?P<name>[^,|#\t]+\.jpe?g)(?:,|\|\s*\d+\s*\|?|#\d+\t)(?P<caption>.*\S)", re.IGNORECASE)
 
 
@@ -53,6 +55,7 @@ class CaptionedPairs(CaptionedImages):
         self.source: PairSource = open_source(path, default_split="test", **options)
         self.source.prepare()
         self._path = Path(path)
+        self.annotation_paths = [self._path] if self._path.is_file() else []
         self._names = _image_names(self.source)
         self._rows = _rows_of_images(self._names, len(self.source))
 
@@ -69,13 +72,16 @@ class CaptionedPairs(CaptionedImages):
         row = self._rows[index][0]
         return str(row) if self._names is None else self._names[row]
 
-    def stamp(self) -> str:
-        files = [self._path, *self._path.rglob("*"), *map(Path, getattr(self.source, "urls", ()))]
+    def image_paths(self) -> list[Path]:
+        files = [*self._path.rglob("*"), *map(Path, getattr(self.source, "urls", ()))]
         root = getattr(self.source, "root", None)
         if self._names is not None and root is not None:
             files += [Path(root) / name for name in self._names]
+        return sorted({file for file in files if os.path.isfile(file)})
+
+    def stamp(self) -> str:
         keys = hash64(repr([self.key(index) for index in range(len(self))])).hex()
-        return f"{stamp_of_files({file for file in files if os.path.isfile(file)})}-{keys}"
+        return f"{stamp_of_files({*self.annotation_paths, *self.image_paths()})}-{keys}"
 
 
 def _image_names(source: PairSource) -> list[str] | None:
@@ -100,33 +106,55 @@ def _rows_of_images(names: Sequence[str] | None, rows: int) -> list[np.ndarray]:
     return [np.array(rows_of_image) for rows_of_image in found.values()]
 
 
-class COCO(CaptionedPairs):
-    """COCO's captions: ``dataset_coco.json`` (Karpathy's splits) or ``annotations/captions_val2017.json``.
+VAL2017 = "captions_val2017.json"
 
-    Results in the literature are on the 5,000 images of Karpathy's test split, which are not the 5,000 of val2017.
-    If both files exist, Karpathy's is used.
+
+class COCO(CaptionedPairs):
+    """COCO's captions, of one of Karpathy's splits or of COCO's own ``val2017``.
+
+    Results in the literature are on the 5,000 images of Karpathy's test split, which are not the 5,000 of val2017. His
+    splits are read from his ``dataset_coco.json`` or from CLIP_benchmark's ``coco_test_karpathy.json``, and ``val2017``
+    from ``captions_val2017.json``; each in ``root`` or in ``root/annotations``.
 
     Args:
-        root: the folder of the file, with the images in ``val2014``, ``train2014`` or ``val2017``.
-        split: one of Karpathy's splits; ignored for val2017.
+        root: the folder, with the images in ``val2014``, ``train2014`` or ``val2017``.
+        split: ``test``, ``val`` or ``train`` (Karpathy's), or ``val2017``.
 
     Raises:
-        MissingData: no such folder or file.
+        MissingData: no such folder, or no file of this split in it.
     """
 
     def __init__(self, root: str, split: str = "test") -> None:
-        karpathy = ("dataset_coco.json", "annotations/dataset_coco.json")
-        val2017 = ("annotations/captions_val2017.json", "captions_val2017.json")
-        path = find(Path(root), (*karpathy, *val2017), "file of captions")
-        super().__init__(str(path), split=split if path.name == "dataset_coco.json" else None)
+        top, self._folder = Path(root), ""
+        of_split = VAL2017 if split == "val2017" else f"coco_{split}_karpathy.json"
+        names = [VAL2017] if split == "val2017" else ["dataset_coco.json", of_split]
+        places = [f"{folder}{name}" for name in names for folder in ("", "annotations/")]
+        other = [VAL2017, f"annotations/{VAL2017}"] if split != "val2017" else []
+        if not any(os.path.exists(top / place) for place in places) and any(
+            os.path.exists(top / place) for place in other
+        ):
+            what = f"{VAL2017} has other images than split {split}, which needs {' or '.join(names)}"
+            raise MissingData(f"{root}: {what}; for the images of {VAL2017} set split to val2017")
+        path = find(top, places, "file of captions")
+        if path.name == "dataset_coco.json":
+            super().__init__(str(path), split=split)
+        elif path.name == VAL2017:
+            super().__init__(str(path))
+        else:  # whose images are named without their folder
+            self._folder = "train2014" if split == "train" else "val2014"
+            super().__init__(str(path), root=str(find(top, [self._folder], "folder of images")))
+
+    def key(self, index: int) -> str:
+        return (PurePosixPath(self._folder) / super().key(index)).as_posix()
 
 
 class Flickr30k(UnlabelledFiles, CaptionedImages):
     """Flickr30k's 1,000 images of Karpathy's test split, or another of his splits.
 
     Captions are read from ``dataset_flickr30k.json`` (Karpathy), ``flickr30k_test_karpathy.txt`` (CLIP_benchmark),
-    ``results.csv`` or ``results_20130124.token`` (both from the set's owners). The last two cover all images and need a
-    ``test.txt`` beside them that lists the split's images, one per line.
+    ``flickr_annotations_30k.csv`` (Hugging Face's ``nlphuji/flickr30k``), ``results.csv`` or
+    ``results_20130124.token`` (both from the set's owners). The last two cover all images and need a ``test.txt``
+    beside them that lists the split's images, one per line.
 
     Args:
         root: the folder of that file, with the images in it or in ``flickr30k-images``, ``flickr30k_images`` or
@@ -141,14 +169,18 @@ class Flickr30k(UnlabelledFiles, CaptionedImages):
     def __init__(self, root: str, split: str = "test") -> None:
         top = Path(root)
         listed = f"flickr30k_{split}_karpathy.txt"
-        names = ("dataset_flickr30k.json", listed, "results.csv", "flickr30k_images/results.csv")
+        names = ("dataset_flickr30k.json", listed, HUB_TABLE, "results.csv", "flickr30k_images/results.csv")
         path = find(top, (*names, "results_20130124.token"), "file of captions")
+        self.annotation_paths = [path]
         if path.suffix == ".json":
             self._captions = _read_karpathy(path, split, _folder_of(top, _first_name(path)))
+        elif path.name == HUB_TABLE:
+            self._captions = _read_hub_table(path, split)
         else:
             self._captions = _read_lines(path)
             if path.name != listed:
                 names_file = find(path.parent, (f"{split}.txt",), "list of the split's images")
+                self.annotation_paths = [path, names_file]
                 self._captions = _restrict(self._captions, path, names_file)
         require(bool(self._captions), f"{path}: no captions in it; get it again")
         self.names = list(self._captions)
@@ -173,6 +205,21 @@ def _read_karpathy(path: Path, split: str, folder: Path) -> dict[str, list[str]]
     source = open_source(path, root=str(folder), split=split)
     names = _image_names(source) or []
     return {name: source.captions(row) for row, name in enumerate(names)}
+
+
+def _read_hub_table(path: Path, split: str) -> dict[str, list[str]]:
+    """Read ``raw`` (a JSON list of captions), ``split`` and ``filename``."""
+    rows = read_table(path, {"captions": ("raw",), "split": ("split",), "name": ("filename",)})
+    captions: dict[str, list[str]] = {}
+    for row in rows:
+        if row["split"] != split:
+            continue
+        with reading(path, f"table: {row['name']} has no list of captions", hint=AGAIN):
+            listed = json.loads(row["captions"])
+            if not isinstance(listed, list) or not all(isinstance(caption, str) for caption in listed):
+                raise ValueError(f"{row['captions'][:40]!r} is not a list of texts")
+        captions[row["name"]] = [caption.strip() for caption in listed]
+    return captions
 
 
 def _read_lines(path: Path) -> dict[str, list[str]]:

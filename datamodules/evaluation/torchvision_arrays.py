@@ -3,7 +3,6 @@
 Labels are read on construction. Pixels stay in the file, which each process opens when it first reads an image.
 """
 
-import csv
 import math
 import os
 from abc import abstractmethod
@@ -17,22 +16,22 @@ from PIL import Image
 from datamodules.evaluation.annotation_files import (
     AGAIN,
     ArrayUnpickler,
-    find,
     import_optional,
     own_dataset,
     read_text,
     refuse_missing,
     whole_number,
 )
-from datamodules.evaluation.image_files import TrainTest, TrainValTest
+from datamodules.evaluation.image_files import (
+    TrainTest,
+    TrainValTest,
+)
 from lit_clip.errors import BadSample, InputError, require
 from lit_clip.evaluation.data import LabelledImages
 from lit_clip.tools.hashing import hex_digest, stamp_of_files
-from lit_clip.tools.reading import check_is_file, reading
+from lit_clip.tools.reading import reading
 
-EMOTIONS = ["angry", "disgusted", "fearful", "happy", "sad", "surprised", "neutral"]
 STL10_CLASSES = ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"]
-FACE_SIDE = 48  # pixels
 MOST_IMAGES = 1_000_000  # of PatchCamelyon, which has 262,144 to train on
 
 
@@ -92,6 +91,9 @@ class ImageArrays(LabelledImages):
     def labels(self) -> list[int]:
         return list(self._labels)
 
+    def image_paths(self) -> list[Path]:
+        return [self.path]
+
     def key(self, index: int) -> str:
         return str(self.rows[index])
 
@@ -116,6 +118,7 @@ class _CIFAR(ImageArrays):
         labels = [label for batch in batches for label in batch[self.LABELS]]
         names = _unpickle(folder / self.META[0], self.META[1])[self.META[1]]
         super().__init__(self.paths[0], labels, [name.replace("_", " ") for name in names])
+        self.annotation_paths = [folder / self.META[0]]
         self._opened = (os.getpid(), np.concatenate([batch["data"] for batch in batches]))
 
     def open(self) -> Any:
@@ -123,6 +126,9 @@ class _CIFAR(ImageArrays):
 
     def image(self, pixels: Any, row: int) -> Image.Image:
         return Image.fromarray(np.ascontiguousarray(pixels[row].reshape(3, 32, 32).transpose(1, 2, 0)))
+
+    def image_paths(self) -> list[Path]:
+        return self.paths
 
     def stamp(self) -> str:
         return stamp_of_files(self.paths)
@@ -179,66 +185,10 @@ class MNIST(ImageArrays):
         if _idx_size(labels, 1)[0] != self.shape[0]:
             raise InputError(f"{labels}: fewer or more labels than images in {images.name}; get both again")
         super().__init__(images, np.fromfile(labels, np.uint8, offset=8).tolist(), [str(digit) for digit in range(10)])
+        self.annotation_paths = [labels]
 
     def open(self) -> Any:
         return np.memmap(self.path, np.uint8, "r", offset=16, shape=self.shape)
-
-
-LONGEST_FACE = 100_000  # characters of a row; 48 x 48 pixels take ten thousand
-
-
-class FER2013(ImageArrays):
-    """FER2013: grey faces of 48 x 48 pixels with seven emotions, in ``fer2013.csv`` or ``icml_face_data.csv``.
-
-    Args:
-        root: the folder with ``fer2013``.
-        split: the challenge's Training (``train``), PublicTest (``val``) or PrivateTest (``test``).
-    """
-
-    def __init__(self, root: str, split: TrainValTest = "test") -> None:
-        folder = Path(root) / "fer2013"
-        path = find(folder, ("fer2013.csv", "icml_face_data.csv"), "table")
-        usage = {"train": "Training", "val": "PublicTest", "test": "PrivateTest"}[split]
-        labels, rows = [], []
-        self.starts: list[int] = []  # byte offset of every row of the table
-        check_is_file(path)
-        self.path = path
-        with path.open("rb") as file:
-            self.columns = self._cells(file.readline())
-            if sorted(self.columns) != ["Usage", "emotion", "pixels"]:
-                raise InputError(f"{path}: its columns are {', '.join(self.columns)}, not emotion, pixels, Usage")
-            while line := self._next_line(file):
-                if not line.strip():
-                    continue
-                cells = dict(zip(self.columns, self._cells(line), strict=False))
-                emotion = whole_number(cells.get("emotion", ""))
-                if emotion is None or "Usage" not in cells:
-                    raise InputError(
-                        f"{path} row {len(self.starts) - 1}: not a face and its emotion; get the file again"
-                    )
-                if cells["Usage"] == usage:
-                    rows.append(len(self.starts) - 1)
-                    labels.append(emotion)
-        super().__init__(path, labels, EMOTIONS, rows)
-
-    def _cells(self, line: bytes) -> list[str]:
-        with reading(self.path, "table of faces", hint=AGAIN):
-            if len(line) > LONGEST_FACE:
-                raise ValueError(f"a row has more than {LONGEST_FACE:,} characters")
-            return [cell.strip() for cell in next(csv.reader([line.decode("utf-8-sig", "replace")]), [])]
-
-    def _next_line(self, file: Any) -> bytes:
-        self.starts.append(file.tell())
-        return file.readline()
-
-    def open(self) -> Any:
-        return self.path.open("rb")
-
-    def image(self, pixels: Any, row: int) -> Image.Image:
-        pixels.seek(self.starts[row])
-        cells = dict(zip(self.columns, self._cells(pixels.readline()), strict=True))
-        values = np.array(cells["pixels"].split(), dtype=np.uint8)
-        return Image.fromarray(values.reshape(FACE_SIDE, FACE_SIDE))
 
 
 class STL10(ImageArrays):
@@ -260,8 +210,11 @@ class STL10(ImageArrays):
             raise InputError(
                 f"{pixels}: not {len(classes)} images, the number of labels in {labels.name}; get both again"
             )
-        rows = list(range(len(classes))) if split == "test" or fold is None else _fold(folder, fold, len(classes))
+        rows, annotations = list(range(len(classes))), [labels]
+        if split == "train" and fold is not None:
+            rows, annotations = _fold(folder, fold, len(classes)), [labels, folder / "fold_indices.txt"]
         super().__init__(pixels, classes[rows].tolist(), STL10_CLASSES, None if len(rows) == len(classes) else rows)
+        self.annotation_paths = annotations
         self.count = len(classes)
 
     def open(self) -> Any:
@@ -301,6 +254,7 @@ class PCam(ImageArrays):
             classes = np.asarray(stored).reshape(-1)
         names = ["lymph node", "lymph node containing metastatic tumor tissue"]
         super().__init__(pixels, classes.tolist(), names)
+        self.annotation_paths = [labels]
 
     def open(self) -> Any:
         return _dataset(self.path, "x")

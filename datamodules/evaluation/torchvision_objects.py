@@ -65,10 +65,12 @@ class VOC2007(ListedImages, MultiLabel):
 
     def __init__(self, root: str, split: Literal["train", "val", "trainval", "test"] = "test") -> None:
         folder = Path(root) / "VOCdevkit" / "VOC2007"
-        images = [row[0] for row in read_words(folder / "ImageSets" / "Main" / f"{split}.txt", 1)]
-        self._relevance = [_relevance_of_classes(folder / "Annotations" / f"{image}.xml") for image in images]
+        listed = folder / "ImageSets" / "Main" / f"{split}.txt"
+        images = [row[0] for row in read_words(listed, 1)]
+        annotations = [folder / "Annotations" / f"{image}.xml" for image in images]
+        self._relevance = [_relevance_of_classes(path) for path in annotations]
         files = [f"JPEGImages/{image}.jpg" for image in images]
-        super().__init__(folder, files, [-1] * len(files), list(VOC_CLASSES))
+        super().__init__(folder, files, [-1] * len(files), list(VOC_CLASSES), [listed, *annotations])
 
     def relevance(self) -> Tensor:
         return torch.tensor(self._relevance, dtype=torch.int8)
@@ -105,18 +107,20 @@ class KITTI(ListedImages):
 
     def __init__(self, root: str, split: TrainValTest = "test") -> None:
         raw = Path(root) / "Kitti" / "raw"
-        images = _split_by_video(raw / "mapping")[split]
+        mapping = [raw / "mapping" / name for name in ("train_mapping.txt", "train_rand.txt")]
+        images = _split_by_video(*mapping)[split]
         folder = raw / "training"
-        labels = [_closest_vehicle(folder / "label_2" / f"{image:06}.txt") for image in images]
-        super().__init__(folder, [f"image_2/{image:06}.png" for image in images], labels, list(DISTANCES))
+        annotations = [folder / "label_2" / f"{image:06}.txt" for image in images]
+        labels = [_closest_vehicle(path) for path in annotations]
+        files = [f"image_2/{image:06}.png" for image in images]
+        super().__init__(folder, files, labels, list(DISTANCES), [*mapping, *annotations])
 
 
-def _split_by_video(folder: Path) -> dict[str, list[int]]:
+def _split_by_video(mapping: Path, path: Path) -> dict[str, list[int]]:
     """Return each split's image numbers, ascending; no video is in two splits."""
     import numpy as np
 
-    rows = read_words(folder / "train_mapping.txt", 3)  # day, video, frame
-    path = folder / "train_rand.txt"
+    rows = read_words(mapping, 3)  # day, video, frame
     numbers = [whole_number(word.strip()) for word in read_text(path).split(",")]
     lines = [number - 1 for number in numbers if number is not None and 0 < number <= len(rows)]
     if len(lines) < len(numbers):
@@ -177,4 +181,5 @@ class CLEVRCounts(ListedImages):
         if wrong is not None:
             raise InputError(f"{path}: {wrong} has {counts[wrong]} objects; CLEVR's images have 3 to 10")
         files = [f"images/{part}/{name}" for name in names]
-        super().__init__(folder, files, [COUNTS.index(counts[name]) for name in names], [str(n) for n in COUNTS])
+        labels = [COUNTS.index(counts[name]) for name in names]
+        super().__init__(folder, files, labels, [str(n) for n in COUNTS], [path])

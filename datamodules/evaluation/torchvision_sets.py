@@ -5,16 +5,27 @@ always that of the paper's prompts, and a broken list ends in a traceback that d
 with them.
 """
 
+import random
 from pathlib import Path
 from typing import Literal
 
-from datamodules.evaluation.annotation_files import AGAIN, find, read_json, read_mat, read_table, read_text, read_words
+from datamodules.evaluation.annotation_files import (
+    AGAIN,
+    find,
+    find_folder,
+    read_json,
+    read_mat,
+    read_table,
+    read_text,
+    read_words,
+)
 from datamodules.evaluation.image_files import (
     ImageFiles,
     ListedImages,
     TrainTest,
     TrainValTest,
     by_hash,
+    images_in,
     in_class_folders,
     labels_of,
     subfolders,
@@ -95,7 +106,7 @@ class Food101(ListedImages):
         classes = sorted(lists)
         files = [f"images/{image}.jpg" for name in classes for image in lists[name]]
         labels = [label for label, name in enumerate(classes) for _ in lists[name]]
-        super().__init__(folder, files, labels, [name.replace("_", " ") for name in classes])
+        super().__init__(folder, files, labels, [name.replace("_", " ") for name in classes], [path])
 
 
 class SUN397(ListedImages):
@@ -119,7 +130,7 @@ class SUN397(ListedImages):
         words = {line.strip().strip("/"): _scene(line) for line in read_text(path).splitlines() if line.strip()}
         classes = sorted(words, key=lambda name: words[name])
         labels = labels_of([file.rpartition("/")[0] for file in files], classes, listed)
-        super().__init__(folder, files, labels, [words[name] for name in classes])
+        super().__init__(folder, files, labels, [words[name] for name in classes], [listed, path])
 
 
 def _scene(path: str) -> str:
@@ -145,7 +156,7 @@ class StanfordCars(ListedImages):
         if not all(0 <= label < len(class_names) for label in labels):
             raise InputError(f"{path}: a label is none of the {len(class_names)} classes of {meta}; get both again")
         files = [f"{'cars_train' if train else 'cars_test'}/{name}" for name in annotations["fname"]]
-        super().__init__(folder, files, labels, class_names)
+        super().__init__(folder, files, labels, class_names, [path, meta])
 
 
 class FGVCAircraft(ListedImages):
@@ -155,37 +166,43 @@ class FGVCAircraft(ListedImages):
         folder = Path(root) / "fgvc-aircraft-2013b" / "data"
         path = folder / f"images_variant_{split}.txt"
         rows = read_words(path, 2)
-        classes = sorted(line.strip() for line in read_text(folder / "variants.txt").splitlines() if line.strip())
+        variants = folder / "variants.txt"
+        classes = sorted(line.strip() for line in read_text(variants).splitlines() if line.strip())
         labels = labels_of([variant for _, variant in rows], classes, path)
-        super().__init__(folder, [f"images/{image}.jpg" for image, _ in rows], labels, classes)
+        super().__init__(folder, [f"images/{image}.jpg" for image, _ in rows], labels, classes, [path, variants])
 
 
 class DTD(ListedImages):
     """Describable Textures: 47 textures, with 40 images each in every split.
 
     Args:
-        root: the folder with ``dtd/dtd``.
+        root: the folder with torchvision's ``dtd/dtd``, or with ``dtd`` as the archive has it, or that folder itself.
         split: ``train``, ``val`` or ``test``.
         partition: 1 to 10.
     """
 
     def __init__(self, root: str, split: TrainValTest = "test", partition: int = 1) -> None:
-        folder = Path(root) / "dtd" / "dtd"
+        folder = find_folder(Path(root), ("dtd/dtd", "dtd", ""), "labels")
         path = folder / "labels" / f"{split}{partition}.txt"
         images = [row[0] for row in read_words(path, 1)]
         classes = subfolders(folder / "images")
         labels = labels_of([image.partition("/")[0] for image in images], classes, path)
-        super().__init__(folder, [f"images/{image}" for image in images], labels, classes)
+        super().__init__(folder, [f"images/{image}" for image in images], labels, classes, [path])
 
 
 class OxfordPets(ListedImages):
     """Oxford-IIIT Pet: breeds of cats (capitalised) and of dogs (not capitalised).
 
     Labels follow the order of the paper's prompts, cats first; the set's own numbering mixes the two.
+
+    Args:
+        root: the folder with torchvision's ``oxford-iiit-pet``, or with ``images`` and ``annotations`` from its
+            archives.
+        split: ``trainval`` or ``test``.
     """
 
     def __init__(self, root: str, split: Literal["trainval", "test"] = "test") -> None:
-        folder = Path(root) / "oxford-iiit-pet"
+        folder = find_folder(Path(root), ("oxford-iiit-pet", ""), "annotations")
         path = folder / "annotations" / f"{split}.txt"
         rows = read_words(path, 4)  # such as Abyssinian_100, the breed's number, cat or dog, its number among those
         breeds = [row[0].rpartition("_")[0] for row in rows]
@@ -195,7 +212,7 @@ class OxfordPets(ListedImages):
         classes = sorted(set(breeds))
         labels = labels_of(breeds, classes, path)
         files = [f"images/{row[0]}.jpg" for row in rows]
-        super().__init__(folder, files, labels, [name.replace("_", " ") for name in classes])
+        super().__init__(folder, files, labels, [name.replace("_", " ") for name in classes], [path])
 
 
 class Caltech101(ImageFiles):
@@ -204,14 +221,16 @@ class Caltech101(ImageFiles):
     No split is published: ``train`` is the first ``shots`` images of each class by :func:`by_hash`, ``test`` the rest.
 
     Args:
-        root: the folder with ``caltech101/101_ObjectCategories``.
+        root: the folder with ``101_ObjectCategories``, or with ``caltech101`` (torchvision) or ``caltech-101`` (the
+            archive), which contain it.
         split: ``train`` or ``test``.
         shots: training images per class.
         seed: of the split.
     """
 
     def __init__(self, root: str, split: TrainTest = "test", shots: int = 30, seed: int = 0) -> None:
-        folder = Path(root) / "caltech101" / "101_ObjectCategories"
+        places = ("caltech101", "caltech-101", "")
+        folder = find_folder(Path(root), places, "101_ObjectCategories") / "101_ObjectCategories"
         classes = subfolders(folder)
         if "BACKGROUND_Google" not in classes:
             raise InputError(f"{folder}: no BACKGROUND_Google, which is a class of table 9; unpack the archive again")
@@ -232,8 +251,8 @@ class Flowers102(ListedImages):
         from torchvision.datasets import Flowers102 as Flowers
 
         folder = Path(root) / "flowers-102"
-        (labels,) = read_mat(folder / "imagelabels.mat", "labels")
-        path = folder / "setid.mat"
+        labels_path, path = folder / "imagelabels.mat", folder / "setid.mat"
+        (labels,) = read_mat(labels_path, "labels")
         (numbers,) = read_mat(path, {"train": "trnid", "val": "valid", "test": "tstid"}[split])
         with reading(path, "list of images with labels in imagelabels.mat", hint="get both again"):
             wanted = [int(number) for number in numbers if int(number) == number]
@@ -241,34 +260,40 @@ class Flowers102(ListedImages):
         of_images = len(wanted) == len(numbers) and all(1 <= number <= len(labels) for number in wanted)
         if not of_images or not all(0 <= label < len(Flowers.classes) for label in classes):
             raise InputError(f"{path}: lists images that have no labels; get it and imagelabels.mat again")
-        super().__init__(folder, [f"jpg/image_{number:05}.jpg" for number in wanted], classes, list(Flowers.classes))
+        files = [f"jpg/image_{number:05}.jpg" for number in wanted]
+        super().__init__(folder, files, classes, list(Flowers.classes), [labels_path, path])
 
 
 class EuroSAT(ImageFiles):
     """EuroSAT: 27,000 colour satellite images of land use, without splits.
 
-    The first ``train`` images by :func:`by_hash` are ``train``, the next ``test`` are ``test``: the sizes of table 9.
+    Splits are drawn as the paper's author published it (openai/CLIP#45, comment 926334608): ``random`` with seed 42
+    samples 1,500 images of each class, in the order of the folders' names; the first third of them is ``train``, the
+    next ``val``, the last ``test``. He listed each folder in the order of his file system, which is not known: here
+    names are sorted, so that other images are drawn than his.
 
     Args:
-        root: the folder with ``eurosat/2750``.
-        split: ``train`` or ``test``.
-        train: number of training images.
-        test: number of test images.
-        seed: of the split.
+        root: the folder with torchvision's ``eurosat/2750``, or with Zenodo's ``EuroSAT_RGB``, or the class folders'
+            parent itself.
+        split: ``train``, ``val`` or ``test``.
+        sampled: number of images drawn from each class.
+        seed: of the draw.
     """
 
-    def __init__(
-        self, root: str, split: TrainTest = "test", train: int = 10_000, test: int = 5_000, seed: int = 0
-    ) -> None:
-        folder = Path(root) / "eurosat" / "2750"
-        files, labels = in_class_folders(folder, EUROSAT)
-        if len(files) < train + test:
-            raise InputError(f"{folder}: {len(files)} images, not {train + test}; unpack the archive again")
-        label_of = dict(zip(files, labels, strict=True))
-        shuffled = by_hash(files, seed)
-        kept = sorted(shuffled[:train] if split == "train" else shuffled[train : train + test])
+    def __init__(self, root: str, split: TrainValTest = "test", sampled: int = 1_500, seed: int = 42) -> None:
+        folder = find_folder(Path(root), ("eurosat/2750", "EuroSAT_RGB", "2750", ""), EUROSAT[0])
+        generator, third = random.Random(seed), sampled // 3
+        start = ("train", "val", "test").index(split) * third
+        kept: list[str] = []
+        for name in sorted(EUROSAT):
+            images = images_in(folder / name)
+            if len(images) < sampled:
+                raise InputError(f"{folder / name}: {len(images)} images, not {sampled}; unpack the archive again")
+            drawn = generator.sample(images, sampled)[start : start + third]
+            kept += [f"{name}/{image}" for image in sorted(drawn)]
+        labels = [EUROSAT.index(file.partition("/")[0]) for file in kept]
         names = ["".join(f" {letter.lower()}" if letter.isupper() else letter for letter in name) for name in EUROSAT]
-        super().__init__(folder, kept, [label_of[file] for file in kept], [name.strip() for name in names])
+        super().__init__(folder, kept, labels, [name.strip() for name in names])
 
 
 class GTSRB(ListedImages):
@@ -277,14 +302,14 @@ class GTSRB(ListedImages):
     def __init__(self, root: str, split: TrainTest = "test") -> None:
         base = Path(root) / "gtsrb"
         folder = base / "GTSRB" / ("Training" if split == "train" else "Final_Test/Images")
+        path = base / "GT-final_test.csv"
         if split == "train":
             files, labels = in_class_folders(folder, [f"{label:05}" for label in range(len(GTSRB_SIGNS))])
         else:
-            path = base / "GT-final_test.csv"
             rows = read_table(path, {"file": ["filename"], "class": ["classid"]}, delimiter=";")
             signs = [str(label) for label in range(len(GTSRB_SIGNS))]
             files, labels = [row["file"] for row in rows], labels_of([row["class"] for row in rows], signs, path)
-        super().__init__(folder, files, labels, list(GTSRB_SIGNS))
+        super().__init__(folder, files, labels, list(GTSRB_SIGNS), [] if split == "train" else [path])
 
 
 class Country211(ImageFiles):

@@ -98,11 +98,12 @@ class UCF101(Videos):
         top = Path(root)
         lists = find(top, ("ucfTrainTestlist", "UCF101TrainTestSplits-RecognitionTask/ucfTrainTestlist"), "lists")
         self.root = find(top, ("UCF-101", "UCF101"), "folder of videos")
-        names = sorted(name for _, name in read_words(lists / "classInd.txt", 2))
+        path = lists / f"{split}list{fold:02}.txt"
+        self.annotation_paths = [lists / "classInd.txt", path]
+        names = sorted(name for _, name in read_words(self.annotation_paths[0], 2))
         label_of = {name: label for label, name in enumerate(names)}
         self.class_names = [_as_words(name) for name in names]
         self.files = []
-        path = lists / f"{split}list{fold:02}.txt"
         rows = read_words(path, 1)
         for row in rows:
             name = row[0].split()[0]  # a training list has the class's number after it
@@ -151,6 +152,7 @@ class Kinetics700(Videos):
         timed = "time_start" in table.read_text(encoding="utf-8-sig").partition("\n")[0]
         times = {"start": ("time_start",), "end": ("time_end",)} if timed else {}
         rows = read_table(table, {**columns, **times})
+        self.annotation_paths = [table]
         self.class_names = sorted({row["label"] for row in rows} | self._names_in_other_splits(split))
         label_of = {name: label for label, name in enumerate(self.class_names)}
         found = videos_below(find(self.root, (split,), "folder of videos"))
@@ -167,11 +169,12 @@ class Kinetics700(Videos):
 
     def _names_in_other_splits(self, split: str) -> set[str]:
         names: set[str] = set()
-        for other in {"train", "val", "validate"} - {split}:
+        for other in sorted({"train", "val", "validate"} - {split}):
             try:
                 table = _kinetics_table(self.root, other)
             except MissingData:
                 continue
+            self.annotation_paths = [*self.annotation_paths, table]
             names |= {row["label"] for row in read_table(table, {"label": ("label",)})}
         return names
 
@@ -207,6 +210,7 @@ class RareAct(Videos, VerbsAndNouns):
         super().__init__(frames)
         self.root = Path(root)
         table = find(self.root, ("rareact.csv", "RareAct/rareact.csv"), "table")
+        self.annotation_paths = [table]
         names = ("video_id", "start", "end", "class_id", "verb", "noun", "annotation")
         rows = read_table(table, {name: (name,) for name in names})
         found = videos_below(self.root)

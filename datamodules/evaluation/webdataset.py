@@ -7,6 +7,7 @@ or ``.txt`` file of the same name.
 
 import io
 import os
+from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
@@ -44,21 +45,21 @@ class ImageSpan(NamedTuple):
 
 
 @dataclass
-class _TarSample:
+class TarSample:
     """Where a sample's image lies, and the content of its target file."""
 
     image: ImageSpan | None = None
     target: bytes | None = None
 
 
-def scan_tar(path: Path, number: int, target_suffix: str) -> dict[str, _TarSample]:
+def scan_tar(path: Path, number: int, target_suffix: str) -> dict[str, TarSample]:
     """List the samples of a tar in order, reading only headers and target files."""
-    samples: dict[str, _TarSample] = {}
+    samples: dict[str, TarSample] = {}
     refuse_missing(path)
     with reading(path, "tar", hint=AGAIN), path.open("rb") as file:
         for member, tar in tar_members(file, os.path.getsize(path)):
             key, suffix = split_name(member.name)
-            sample = samples.setdefault(key, _TarSample())
+            sample = samples.setdefault(key, TarSample())
             if f".{suffix}" in SUFFIXES:
                 require(sample.image is None, f"{path} sample {key}: two images; write the tar again")
                 sample.image = ImageSpan(number, member.offset_data, member.size)
@@ -69,7 +70,50 @@ def scan_tar(path: Path, number: int, target_suffix: str) -> dict[str, _TarSampl
     return {key: sample for key, sample in samples.items() if key and (sample.image or sample.target is not None)}
 
 
-class _Tars(ImageSet):
+class TarImages(ImageSet):
+    """Images that are members of tar files.
+
+    Attributes:
+        tars: the files.
+        keys: each sample's name.
+        spans: where each sample's image is; None: it has none.
+    """
+
+    tars: list[Path]
+    keys: list[str]
+    spans: list[ImageSpan | None]
+
+    @abstractmethod
+    def where(self, index: int) -> str:
+        """Name a sample in error messages."""
+
+    def image(self, index: int) -> Image.Image:
+        """Decode the image of a sample.
+
+        Raises:
+            BadSample: the sample has no image, or it cannot be read.
+        """
+        span = self.spans[index]
+        if span is None:
+            raise BadSample(self.where(index), "missing image", "no image; fix the set")
+        with self.tars[span.tar].open("rb") as file:  # takes microseconds, and data workers keep no file open
+            file.seek(span.offset)
+            return open_image(io.BytesIO(file.read(span.size)), self.where(index))
+
+    def images(self, index: int) -> list[Image.Image]:
+        return [self.image(index)]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def key(self, index: int) -> str:
+        return self.keys[index]
+
+    def image_paths(self) -> list[Path]:
+        return self.tars
+
+
+class _Tars(TarImages):
     """Images in the tar files of a split.
 
     Args:
@@ -99,9 +143,9 @@ class _Tars(ImageSet):
         shards = whole_number(count)
         if shards is None:
             raise InputError(f"{self.root / split / 'nshards.txt'}: {count[:20]!r} must be the number of tar files")
-        self.tars: list[Path] = []
-        self.keys: list[str] = []
-        self.spans: list[ImageSpan | None] = []
+        lists = ("dataset_type.txt", "classnames.txt", "zeroshot_classification_templates.txt", f"{split}/nshards.txt")
+        self.annotation_paths = [self.root / name for name in lists if (self.root / name).exists()]
+        self.tars, self.keys, self.spans = [], [], []
         self.targets: list[bytes] = []
         for number in range(shards):  # if the count is too large, the first missing tar ends this
             path = self.root / split / f"{number}.tar"
@@ -110,7 +154,7 @@ class _Tars(ImageSet):
         if not self.keys:
             raise InputError(f"{self.root / split}: no samples in its {count} tar files")
 
-    def _add(self, path: Path, samples: dict[str, _TarSample]) -> None:
+    def _add(self, path: Path, samples: dict[str, TarSample]) -> None:
         for key, sample in samples.items():
             if sample.target is None:
                 suffix = TARGET_SUFFIXES[self.kind]
@@ -138,28 +182,6 @@ class _Tars(ImageSet):
         """Name a sample in error messages."""
         tar, _, key = self.keys[index].partition("/")
         return f"{self.root / self.split / tar}.tar sample {key}"
-
-    def image(self, index: int) -> Image.Image:
-        """Decode the image of a sample.
-
-        Raises:
-            BadSample: the sample has no image, or it cannot be read.
-        """
-        span = self.spans[index]
-        if span is None:
-            raise BadSample(self.where(index), "missing image", "no image; fix the set")
-        with self.tars[span.tar].open("rb") as file:  # takes microseconds, and data workers keep no file open
-            file.seek(span.offset)
-            return open_image(io.BytesIO(file.read(span.size)), self.where(index))
-
-    def images(self, index: int) -> list[Image.Image]:
-        return [self.image(index)]
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def key(self, index: int) -> str:
-        return self.keys[index]
 
     def stamp(self) -> str:
         return f"{self.split}-{len(self)}-{stamp_of_files(self.tars)}"

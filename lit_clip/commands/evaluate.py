@@ -24,7 +24,9 @@ from lit_clip.evaluation.data import (
     SomeOfImageNet,
     check_classes,
 )
+from lit_clip.evaluation.download import download_missing
 from lit_clip.evaluation.few_shot import SHOTS
+from lit_clip.evaluation.files_read import files_read
 from lit_clip.evaluation.other_classes import trained_classes
 from lit_clip.evaluation.prompts import Prompts, prompts_of, text_classifier
 from lit_clip.evaluation.report.page import write_report
@@ -50,6 +52,7 @@ from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import make_folder
 from lit_clip.tools.console import stderr
 from lit_clip.tools.images import OnError
+from lit_clip.tools.workers import workers_for_images
 
 IMAGENET = "ImageNet"  # its name in the paper
 PACKAGES = ("matplotlib", "scipy")  # of the extra "eval": needed at the end of every evaluation
@@ -66,7 +69,7 @@ def evaluate(
     compare: list[str] | None = None,
     cache: str | None = None,
     batch_size: int = 64,
-    num_workers: int = 4,
+    num_workers: int | None = None,
     devices: int = 1,
     accelerator: str = "auto",
     precision: Precision = "32-true",
@@ -74,6 +77,7 @@ def evaluate(
     shots: list[int] | None = None,
     draws: int = 3,
     seed: int = 0,
+    download: bool = False,
 ) -> None:
     """Evaluate a model on a suite of sets: zero-shot, linear probe, few-shot, retrieval, caption choice.
 
@@ -91,7 +95,8 @@ def evaluate(
         compare: results.json of other runs, or their folders, to compare with in the report.
         cache: folder for image and text features; cache in the output folder if not given.
         batch_size: images encoded at once by one process.
-        num_workers: processes per device that decode images.
+        num_workers: processes per device that decode images; the device's share of the cores but one, up to 8, if not
+            given. Does not change the results.
         devices: number of processes, one per device; does not change the results.
         accelerator: cpu, gpu, mps, ...
         precision: of the encoders; 32-true is exact, bf16-mixed and on a GPU 16-mixed are faster.
@@ -99,6 +104,7 @@ def evaluate(
         shots: numbers of examples per class of the few-shot results; 1, 2, 4, 8 and 16 if not given.
         draws: number of draws of the examples of each few-shot result.
         seed: random seed of the draws and of held-out images.
+        download: first download the missing sets that torchvision or the Hugging Face hub has.
     """
     absent = [package for package in PACKAGES if find_spec(package) is None]
     require(not absent, f"evaluate needs {' and '.join(absent)}: pip install {' '.join(absent)}")
@@ -110,16 +116,25 @@ def evaluate(
     others = {path: read_results(Path(path)) for path in compare or []}
     clip, out = load_model(model), Path(output)
     make_folder(out, "--output")
-    settings = EncodingSettings(batch_size, num_workers, devices, accelerator, precision, on_error)
+    workers = _default_workers(devices) if num_workers is None else num_workers
+    settings = EncodingSettings(batch_size, workers, devices, accelerator, precision, on_error)
     store = FeatureStore(clip, Path(cache) if cache else out / "cache", settings)
     options = TaskOptions(tuple(shots or SHOTS), draws, seed)
     run = _Run(clip, store, Path(data_root), Results(out), options, wanted)
     head = provenance(model, clip, store.fingerprint, precision, suite)
-    run.evaluate(entries)
+    run.evaluate(entries, download)
     if distributed.rank_and_world()[0]:
         return
     _write_reports(run.results.write(head), out, others)
+    missing = [name for name in entries if run.results.sets[name]["status"] == "missing" and entries[name].download]
+    if missing and not download:
+        stderr().print(f"{len(missing)} of the missing sets can be downloaded with --download")
     _raise_failures(run.results.sets, data_root)
+
+
+def _default_workers(devices: int) -> int:
+    processes = devices if devices > 0 else torch.accelerator.device_count()  # -1: all
+    return workers_for_images(max(1, processes))
 
 
 def _write_reports(results: dict[str, Any], folder: Path, others: Mapping[str, dict[str, Any]]) -> None:
@@ -178,10 +193,13 @@ class _Run:
         self.device, self.text_weights = torch.device("cpu"), store.fingerprint.text
         self.probes: dict[tuple[Any, ...], Any] = {}
         self.imagenet: list[OpenSet] = []  # ImageNet and the sets that have some of its classes
+        self.not_downloaded: dict[str, str] = {}  # why, by set; known on the first rank
 
-    def evaluate(self, entries: Mapping[str, SuiteEntry]) -> None:
-        """Evaluate all sets, in order."""
+    def evaluate(self, entries: Mapping[str, SuiteEntry], download: bool = False) -> None:
+        """Evaluate all sets, in order, after downloading those that are missing if ``download``."""
         self.device = self.store.start()
+        if download:
+            self.not_downloaded = distributed.on_first_rank(lambda: download_missing(entries, self.root)) or {}
         rank, world = distributed.rank_and_world()
         waiting = []
         for name, entry in entries.items():
@@ -201,9 +219,10 @@ class _Run:
             self._add_subset_accuracies()
 
     def _record_failure(self, name: str, error: InputError) -> None:
-        status = "missing" if isinstance(error, MissingData) else "failed"
+        missing = isinstance(error, MissingData) and name not in self.not_downloaded
+        status = "missing" if missing else "failed"
         self.results.update(name, status=status)
-        self.results.add_reason(name, str(error))
+        self.results.add_reason(name, self.not_downloaded.get(name) or str(error))
         if distributed.rank_and_world()[0] == 0:
             stderr().print(f"{name}: {status}: {error}")
 
@@ -287,6 +306,8 @@ class _Run:
                 features = fold.features[split]
                 counts = {"images": len(features.rows), "skipped": features.skipped, "absent": images.absent}
                 splits.setdefault(split, counts)
+        for split, counts in splits.items():
+            counts["files"] = files_read([fold.images[split] for fold in opened.folds], self.root)
         self.results.update(opened.name, splits=splits)
         not_finite = sum(int((~np.isfinite(fold.features["test"].after).all(axis=1)).sum()) for fold in opened.folds)
         if not_finite:

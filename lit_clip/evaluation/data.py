@@ -6,6 +6,7 @@ class of its own; an adapter that has it inherits from that class too.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
@@ -25,10 +26,12 @@ class ImageSet(ABC):
     Attributes:
         several: whether an item may have many images; items are then read one at a time.
         absent: number of items that the set lists but that are not on disk; they are not among the items here.
+        annotation_paths: files that say which items there are and what they show.
     """
 
     several: bool = False
     absent: int = 0
+    annotation_paths: Sequence[Path] = ()
 
     @abstractmethod
     def __len__(self) -> int:
@@ -40,6 +43,10 @@ class ImageSet(ABC):
 
         The unit-length features of several images are averaged, so the logits are the mean of the frames' logits.
         """
+
+    def image_paths(self) -> Sequence[Path]:
+        """Return the files that hold the images, each once; none if they are not in files."""
+        return ()
 
     def check(self) -> None:  # noqa: B027 # optional
         """Raise :class:`InputError` for images that are visibly broken without decoding any.

@@ -1,7 +1,8 @@
 """The linear probe with a few examples per class (section 3.1.5).
 
-The paper does not say how often it draws examples or how it then chooses the penalty. Here each number of shots has
-one penalty: the one with the best mean over the draws on validation images, which are in no draw.
+The paper does not say how often it draws examples. Its author says that the penalty is chosen on the validation images
+of the probe on all data (openai/CLIP#128). Here each number of shots has one penalty: the one with the best mean over
+the draws on those images, which are in no draw.
 """
 
 from collections.abc import Sequence

@@ -57,7 +57,9 @@ class SuiteEntry:
         metric: metric that the set is evaluated by.
         tasks: tasks to run; None: by metric and splits, without ``bias``.
         paper: name of the set in the paper's tables, to look up published figures.
-        how_to_get: where the files can be obtained.
+        download: how ``lit-clip evaluate --download`` gets the files: ``{torchvision: NAME}`` with the arguments of
+            that class, or ``{hub: OWNER/NAME}``, a data set of the Hugging Face hub.
+        how_to_get: where else the files can be obtained; the commands for ``download`` are put before it.
         note: how the protocol differs, or may differ, from the paper's.
     """
 
@@ -69,6 +71,7 @@ class SuiteEntry:
     metric: Metric = "top1"
     tasks: list[Task] | None = None
     paper: str = ""
+    download: list[dict[str, str]] = field(default_factory=list)
     how_to_get: str = ""
     note: str = ""
 
@@ -83,6 +86,9 @@ class SuiteEntry:
         options = self.data.get("init_args") or {}
         require(isinstance(options, dict), f"data: init_args must be a mapping of arguments, not {options!r}")
         self.data = self.data | {"init_args": options}
+        commands = [_command(source) for source in self.download]
+        require(not commands or bool(self.location), "download: needs the set's folder; set data.init_args.root")
+        self.how_to_get = ", and ".join(filter(None, [*commands, self.how_to_get]))
         require("test" in self.splits, f"splits: test is missing; there are only {', '.join(self.splits)}")
         unknown = self.splits.keys() - {"train", "val", "test"}
         require(not unknown, f"splits: unknown split {', '.join(sorted(unknown))}; must be train, val or test")
@@ -126,6 +132,12 @@ class SuiteEntry:
             return ["zero_shot", "linear_probe"]
         return ["zero_shot", "linear_probe", "few_shot"]
 
+    @property
+    def location(self) -> str:
+        """The set's folder or file below the data root; empty if its splits have several, or none."""
+        arguments = self.data["init_args"]
+        return next((str(arguments[key]) for key in LOCATION_ARGUMENTS if key in arguments), "")
+
     def open(self, split: str, fold: int, data_root: Path) -> ImageSet:
         """Open one split of one fold.
 
@@ -144,6 +156,21 @@ class SuiteEntry:
                     hint = "" if other else self.how_to_get
                     raise MissingData(f"{options[key]}: not there; {hint or 'see the suite file'}")
         return _instantiate({"class_path": class_path, "init_args": options})
+
+
+def _command(source: Mapping[str, Any]) -> str:
+    """Return what to type to download something.
+
+    Raises:
+        InputError: it is neither a class of torchvision's nor a data set of the hub.
+    """
+    kinds = [key for key in ("torchvision", "hub") if isinstance(source.get(key), str)]
+    known = len(kinds) == 1 and (kinds == ["torchvision"] or len(source) == 1)
+    require(known, f"download: {dict(source)} must be {{torchvision: NAME, ...}} or {{hub: OWNER/NAME}}")
+    if kinds == ["hub"]:
+        return f"hf download --repo-type dataset {source['hub']} --local-dir {{root}}"
+    options = "".join(f"{key}={value!r}, " for key, value in source.items() if key != "torchvision")
+    return f"torchvision.datasets.{source['torchvision']}({{root}}, {options}download=True)"
 
 
 def _instantiate(spec: Mapping[str, Any]) -> ImageSet:

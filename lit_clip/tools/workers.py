@@ -18,6 +18,19 @@ from lit_clip.tools.processes import end_with_parent
 _warned = False
 
 
+def usable_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def workers_for_images(processes: int) -> int:
+    """Return how many data workers each of some processes on this machine should have if they only decode images.
+
+    One core is left to the processes themselves, and more than eight workers are faster than any encoder of ours.
+    """
+    return min(8, (usable_cores() - 1) // processes)
+
+
 def loader(batches: Dataset[Any], num_workers: int, pin_memory: bool = False) -> DataLoader[Any]:
     """Load a dataset whose items are whole batches, with at most one data worker per core and per batch.
 
@@ -25,11 +38,10 @@ def loader(batches: Dataset[Any], num_workers: int, pin_memory: bool = False) ->
     """
     require(num_workers >= 0, f"--num_workers {num_workers} must be at least 0")
     count: int = len(batches)  # pyright: ignore[reportArgumentType]  # Dataset declares no length, ours have one
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return DataLoader(
         batches,
         batch_size=None,
-        num_workers=min(num_workers, count, cores) if count > 1 else 0,
+        num_workers=min(num_workers, count, usable_cores()) if count > 1 else 0,
         pin_memory=pin_memory,
         collate_fn=Sent(default_convert),
         worker_init_fn=shield_worker,

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote
 
 
@@ -26,6 +27,11 @@ class Repository:
         self.branches[branch] = commit
         return commit
 
+    def push_folder(self, folder: Path) -> None:
+        """Replace the files of ``main`` by those of a folder."""
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        self.push({path.relative_to(folder).as_posix(): path.read_bytes() for path in files})
+
 
 @dataclass
 class Hub:
@@ -35,14 +41,29 @@ class Hub:
         url: for HF_ENDPOINT.
         repositories: by name, to be changed at any time.
         requests: method and path of each request received.
+        sent: number of bytes of each file that were sent.
+        cut: file -> number of bytes after which the connection is cut, until it is removed.
+        wrong: file -> what is sent instead.
     """
 
     url: str
     repositories: dict[str, Repository]
     requests: list[str]
+    sent: dict[str, int] = field(default_factory=dict)
+    cut: dict[str, int] = field(default_factory=dict)
+    wrong: dict[str, bytes] = field(default_factory=dict)
 
 
 Answer = tuple[int, bytes, dict[str, str]]  # status, body and headers
+
+
+def _described(name: str, body: bytes) -> dict[str, object]:
+    """Describe a file as the hub does; tar files are stored with Git LFS."""
+    blob = hashlib.sha1(f"blob {len(body)}\0".encode() + body).hexdigest()
+    described: dict[str, object] = {"rfilename": name, "size": len(body), "blobId": blob}
+    if name.endswith(".tar"):
+        described["lfs"] = {"sha256": hashlib.sha256(body).hexdigest(), "size": len(body), "pointerSize": 134}
+    return described
 
 
 def _answer(repositories: Mapping[str, Repository], path: str) -> Answer:
@@ -57,7 +78,7 @@ def _answer(repositories: Mapping[str, Repository], path: str) -> Answer:
     if files is None:
         return 404, b"", {"X-Error-Code": "RevisionNotFound"}
     if information:
-        siblings = [{"rfilename": name} for name in files]
+        siblings = [_described(name, body) for name, body in files.items()]
         values = {"id": match[1], "sha": commit, "siblings": siblings, "private": False, "tags": []}
         return 200, json.dumps(values).encode(), {"Content-Type": "application/json"}
     if repository.gated:
@@ -72,8 +93,8 @@ def _answer(repositories: Mapping[str, Repository], path: str) -> Answer:
 @contextmanager
 def running_hub() -> Iterator[Hub]:
     """Run a hub on a free port."""
-    repositories: dict[str, Repository] = {}
-    requests: list[str] = []
+    hub = Hub("", {}, [])
+    repositories, requests = hub.repositories, hub.requests
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -82,9 +103,14 @@ def running_hub() -> Iterator[Hub]:
             requests.append(f"{self.command} {unquote(self.path)}")
 
         def do_GET(self) -> None:
-            status, body, headers = _answer(repositories, unquote(self.path.partition("?")[0]))
+            path = unquote(self.path.partition("?")[0])
+            status, body, headers = _answer(repositories, path)
+            file = path.rpartition("/")[2]
+            if status == 200:
+                body = hub.wrong.get(file, body)
             part = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-            if part is not None and status == 200:
+            version = self.headers.get("If-Range")
+            if part is not None and status == 200 and version in (None, headers.get("ETag")):
                 first, last = int(part[1]), int(part[2] or len(body) - 1)
                 headers["Content-Range"] = f"bytes {first}-{last}/{len(body)}"
                 status, body = 206, body[first : last + 1]
@@ -93,13 +119,17 @@ def running_hub() -> Iterator[Hub]:
                 self.send_header(name, value)
             self.end_headers()
             if self.command == "GET":
+                body = body[: hub.cut.get(file)]
+                hub.sent[file] = hub.sent.get(file, 0) + len(body)
                 self.wfile.write(body)
+                self.close_connection = file in hub.cut
 
         do_HEAD = do_GET
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
         thread = threading.Thread(target=httpd.serve_forever, args=(0.02,), daemon=True)
         thread.start()
-        yield Hub(f"http://127.0.0.1:{httpd.server_address[1]}", repositories, requests)
+        hub.url = f"http://127.0.0.1:{httpd.server_address[1]}"
+        yield hub
         httpd.shutdown()
         thread.join()

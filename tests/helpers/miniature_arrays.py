@@ -110,6 +110,28 @@ def write_fer2013(root: Path, name: str = "fer2013.csv") -> Rows:
     return {"train": rows["Training"], "val": rows["PublicTest"], "test": rows["PrivateTest"]}
 
 
+VOTES = [  # on FER2013's images
+    ("fer0000000.png", [4, 0, 0, 1, 3, 2, 0, 0, 0, 0]),  # no majority: 4 of 9
+    ("fer0000001.png", [1, 1, 1, 1, 1, 1, 1, 3, 0, 0]),  # contempt: single votes do not count
+    ("fer0000002.png", [2, 8, 0, 0, 0, 0, 0, 0, 0, 0]),
+    ("fer0000003.png", [0, 0, 0, 0, 1, 9, 0, 0, 0, 0]),
+    ("fer0000004.png", [0, 0, 0, 0, 0, 0, 6, 0, 4, 0]),
+]
+
+
+def write_fer_plus(root: Path) -> Rows:
+    """Write FER2013's table and FER+'s, which has no majority for the first image."""
+    write_fer2013(root)
+    header = "Usage,Image name,neutral,happiness,surprise,sadness,anger,disgust,fear,contempt,unknown,NF"
+    lines = [",".join([usage, name, *map(str, votes)]) for (_, usage), (name, votes) in zip(FACES, VOTES, strict=True)]
+    write_text(root / "fer2013/fer2013new.csv", "\n".join([header, *lines, ""]))
+    return {
+        "train": [Row("2", "happy", 2)],
+        "val": [Row("1", "contemptuous", 1)],
+        "test": [Row("3", "disgusted", 3), Row("4", "fearful", 4)],
+    }
+
+
 STL10_NAMES = ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"]
 
 

@@ -4,6 +4,7 @@ Each ``write_...`` returns the expected rows of each split.
 """
 
 import json
+import random
 from pathlib import Path
 
 import numpy as np
@@ -178,17 +179,23 @@ def write_flowers102(root: Path) -> Rows:
 
 
 def write_eurosat(root: Path) -> Rows:
-    """Write two images per class; the options below use 11 for training and 7 for testing."""
-    from hashlib import blake2b
-
+    """Write seven images per class, of which the options below sample six, and draw as the paper's author does."""
     folder = root / "eurosat/2750"
     words = {"AnnualCrop": "annual crop", "Forest": "forest", "HerbaceousVegetation": "herbaceous vegetation"}
     words |= {"Highway": "highway", "Industrial": "industrial", "Pasture": "pasture", "PermanentCrop": "permanent crop"}
     words |= {"Residential": "residential", "River": "river", "SeaLake": "sea lake"}
-    rows = [Row(f"{name}/{name}_{i}.jpg", words[name], 2 * n + i) for n, name in enumerate(words) for i in range(2)]
+    rows = [Row(f"{name}/{name}_{i}.jpg", words[name], 7 * n + i) for n, name in enumerate(words) for i in range(7, 14)]
     paint_rows(folder, {"all": rows})
-    drawn = sorted(rows, key=lambda row: blake2b(f"0/{row.key}".encode()).digest())
-    return {"train": sorted(drawn[:11]), "test": sorted(drawn[11:18])}
+    row_of = {folder / row.key: row for row in rows}
+    splits: Rows = {"train": [], "val": [], "test": []}
+    before = random.getstate()
+    random.seed(42)
+    for class_folder in sorted(folder.iterdir()):
+        kept = random.sample(sorted(class_folder.iterdir()), 6)
+        for split, paths in (("train", kept[:2]), ("val", kept[2:4]), ("test", kept[4:])):
+            splits[split] += sorted(row_of[path] for path in paths)
+    random.setstate(before)
+    return splits
 
 
 def write_gtsrb(root: Path) -> Rows:

@@ -4,9 +4,12 @@ import dataclasses
 import json
 import os
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
@@ -14,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lit_clip import distributed
 from lit_clip.batch import CaptionBatch
+from lit_clip.errors import InputError
 from lit_clip.losses import Contrastive, Sigmoid, tiled
 from lit_clip.losses.contrastive import Duplicates, contrastive_loss, sigmoid_loss
 from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
@@ -204,6 +208,26 @@ def finetune_gradients(output: str, options: str) -> None:
         step(make_batch(slice(rank * size, (rank + 1) * size))).backward()
     if rank == 0:
         torch.save({name: p.grad for name, p in step.module.module.model.named_parameters()}, output)
+
+
+def long_work() -> None:
+    """Let rank 0 work for longer than any collective would wait, and then fail."""
+    rank = distributed.rank_and_world()[0]
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1))
+
+    def work() -> str:
+        assert rank == 0
+        time.sleep(3)
+        return "done"
+
+    def fail() -> None:
+        raise InputError("no space")
+
+    assert distributed.on_first_rank(work) == ("done" if rank == 0 else None)
+    message = "no space" if rank == 0 else "rank 0 has failed; see its error"
+    with pytest.raises(RuntimeError if rank else InputError, match=message):
+        distributed.on_first_rank(fail)
+    dist.distributed_c10d._set_pg_timeout(timedelta(minutes=1))
 
 
 def serve(functions: dict[str, Any]) -> None:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from datamodules.evaluation import FERPlus
 from lit_clip.evaluation.data import ImageSet, MissingData
+from lit_clip.evaluation.prompts import prompts_of
 from lit_clip.evaluation.suite import SuiteEntry, read_suite
 from tests.conftest import ROOT
 from tests.helpers.coloured_sets import message_of, write_birdsnap, write_objectnet
@@ -102,7 +104,7 @@ def test_notes_contain_the_sizes_of_table_9(suite: dict[str, SuiteEntry]) -> Non
 @pytest.mark.parametrize("name", MINIATURES)
 def test_suite_entries_open_the_miniatures(name: str, tmp_path: Path, suite: dict[str, SuiteEntry]) -> None:
     miniature, entry = MINIATURES[name], copy.deepcopy(suite[name])
-    rows = miniature.write(tmp_path / name)
+    rows = miniature.write(tmp_path / entry.location)
     entry.data["init_args"].update(miniature.options)
     for split, options in entry.splits.items():
         images = entry.open(split, 0, tmp_path)
@@ -110,6 +112,15 @@ def test_suite_entries_open_the_miniatures(name: str, tmp_path: Path, suite: dic
         if name != "stl10":  # its folds are subsets
             assert len(images) == len(rows[options["split"]])
     assert entry.how_to_get in message_of(lambda: entry.open("test", 0, tmp_path / "nowhere"), MissingData)
+
+
+def test_fer_plus_has_the_papers_names_of_fer2013_in_its_own_label_order(suite: dict[str, SuiteEntry]) -> None:
+    entry = suite["fer_plus"]
+    prompts = prompts_of(entry.class_names, entry.templates, list(FERPlus.names))
+    papers = prompts_of("paper:FER2013", "paper:FER2013", list(FERPlus.names[:-1]))
+    assert prompts.names == list(FERPlus.names)
+    assert prompts.texts[:-1] == papers.texts
+    assert len(prompts.texts[-1]) == len(papers.texts[0])
 
 
 def test_suite_opens_present_sets_and_says_how_to_get_missing_ones(

@@ -1,6 +1,7 @@
 """Labelled images in parquet files."""
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 from datamodules import ParquetClasses
+from lit_clip.evaluation.data import MissingData
 from tests.helpers.coloured_sets import colour, colours_and_labels, encoded, message_of
 
 LABELS = [(7 * i) % 5 for i in range(23)]
@@ -51,6 +53,46 @@ def test_rows_come_in_the_order_of_files_and_rows_with_their_labels(shards: Path
 def test_path_may_be_a_single_parquet_file(shards: Path) -> None:
     images = ParquetClasses(str(shards / "val-00001.parquet"), NAMES)
     assert colours_and_labels(images) == [(colour(10 + i), label) for i, label in enumerate(LABELS[10:])]
+
+
+SPLITS = {"train-00000-of-00002": 0, "train-00001-of-00002": 1, "validation-00000-of-00001": 2, "test": 3}
+
+
+def test_folder_of_several_splits_needs_one_of_them(tmp_path: Path) -> None:
+    """Otherwise training images would be among those that are scored."""
+    for name, label in SPLITS.items():
+        write_parquet(tmp_path / f"{name}.parquet", [encoded(label)], [label])
+    message = message_of(lambda: ParquetClasses(str(tmp_path), ["a", "b", "c", "d"]))
+    assert "several splits (test, train, validation); set split" in message
+    for split, labels in {"train": [0, 1], "validation": [2], "test": [3]}.items():
+        images = ParquetClasses(str(tmp_path), [str(label) for label in range(max(labels) + 1)], split=split)
+        assert images.labels() == labels
+        assert all(split in path.name for path in images.image_paths())
+    assert "test, train, validation" in message_of(lambda: ParquetClasses(str(tmp_path), split="val"), MissingData)
+    write_parquet(tmp_path / "more.parquet", [encoded(4)], [0])
+    assert "other files" in message_of(lambda: ParquetClasses(str(tmp_path)))
+
+
+def stored_names(path: Path, names: list[str], label_column: str = "label") -> None:
+    """Add the metadata that Hugging Face's datasets writes."""
+    feature = {"names": names, "_type": "ClassLabel"}
+    info = {"info": {"features": {"image": {"_type": "Image"}, label_column: feature}}}
+    table = pq.read_table(path)
+    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(info)}), path)
+
+
+def test_class_names_come_from_the_metadata_of_datasets(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", [encoded(i) for i in range(3)], [1, 0, 1])
+    assert ParquetClasses(str(path)).class_names == ["0", "1"]
+    stored_names(path, NAMES)
+    assert ParquetClasses(str(path)).class_names == NAMES  # also those that do not occur
+    assert ParquetClasses(str(path), [name.upper() for name in NAMES]).class_names[1] == "GOLDFISH"
+    assert "2 names for the 5 classes" in message_of(lambda: ParquetClasses(str(path), ["a", "b"]))
+    other = write_parquet(tmp_path / "b.parquet", [encoded(i) for i in range(3)], [1, 0, 1])
+    stored_names(other, NAMES[::-1])
+    assert "b.parquet: its class names are not those of a.parquet" in message_of(lambda: ParquetClasses(str(tmp_path)))
+    stored_names(path, NAMES[:1])
+    assert "label 1, but 1 class names" in message_of(lambda: ParquetClasses(str(path)))
 
 
 @pytest.mark.parametrize("layout", ["struct", "bytes"])

@@ -73,14 +73,18 @@ def karpathy_entry(name: str, split: str, captions: Sequence[str], **more: str) 
     return {"filename": name, "split": split, "sentences": sentences, **more}
 
 
-def test_coco_prefers_karpathys_split_to_val2017(tmp_path: Path) -> None:
+def test_coco_reads_karpathys_splits_and_val2017_only_by_its_name(tmp_path: Path) -> None:
+    """The two have other images, so that a folder with one must not stand for the other."""
     paint_shade(tmp_path / "val2017/7.jpg", 70)
     values = {
         "images": [{"id": 7, "file_name": "7.jpg"}],
         "annotations": [{"image_id": 7, "caption": "a"}, {"image_id": 7, "caption": "b"}],
     }
     write_json(tmp_path / "annotations/captions_val2017.json", values)
-    assert keys_shades_captions(COCO(str(tmp_path))) == [("7.jpg", 70, ["a", "b"])]
+    assert keys_shades_captions(COCO(str(tmp_path), "val2017")) == [("7.jpg", 70, ["a", "b"])]
+    message = message_of(lambda: COCO(str(tmp_path)), MissingData)
+    for part in ("captions_val2017.json", "dataset_coco.json or coco_test_karpathy.json", "set split to val2017"):
+        assert part in message
     images = [
         karpathy_entry("1.jpg", "train", ["no"], filepath="train2014"),
         karpathy_entry("2.jpg", "test", ["c", "d"], filepath="val2014"),
@@ -91,6 +95,7 @@ def test_coco_prefers_karpathys_split_to_val2017(tmp_path: Path) -> None:
     paint_shade(tmp_path / "val2014/3.jpg", 30)
     assert keys_shades_captions(COCO(str(tmp_path))) == [("val2014/2.jpg", 20, ["c", "d"])]
     assert keys_shades_captions(COCO(str(tmp_path), "val")) == [("val2014/3.jpg", 30, ["no"])]
+    assert keys_shades_captions(COCO(str(tmp_path), "val2017")) == [("7.jpg", 70, ["a", "b"])]
     assert "dataset_coco.json" in message_of(lambda: COCO(str(tmp_path / "val2014")), MissingData)
 
 

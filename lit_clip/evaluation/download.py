@@ -1,0 +1,412 @@
+"""Download the sets of a suite that torchvision or the Hugging Face hub has.
+
+Files are transferred here, not by those packages: a transfer that was interrupted resumes where it ended, and each file
+is compared with its checksum. Torchvision then finds its archives and unpacks them. All this happens in a hidden folder
+beside the set's, whose content is moved there when it is complete.
+"""
+
+import importlib
+import os
+import shutil
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from hashlib import md5, sha1, sha256
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lit_clip.errors import InputError, require
+from lit_clip.evaluation.data import MissingData
+from lit_clip.evaluation.suite import SuiteEntry
+from lit_clip.tools.atomic import make_folder, not_written
+from lit_clip.tools.console import progress, stderr
+from lit_clip.tools.hashing import hash64
+
+CHUNK = 1 << 20  # bytes
+ATTEMPTS = 5
+TIMEOUT = 60  # seconds without an answer
+RESUME = "run the same command again to resume"
+# What torchvision's data sets call to download and unpack; some import it into their own module.
+CALLS = (
+    *("download_url", "download_and_extract_archive", "extract_archive"),
+    *("download_file_from_google_drive", "_decompress"),
+)
+
+
+class Checksum(NamedTuple):
+    """A file's digest: ``md5``, ``sha256``, or ``git``, which is the SHA-1 of git's header and the file."""
+
+    kind: str
+    digest: str
+
+
+class Transfer(NamedTuple):
+    """A file to download.
+
+    Attributes:
+        url: where from.
+        path: where to.
+        size: in bytes; None: unknown.
+        checksum: None: there is none.
+        archive: whether it is only there to be unpacked.
+        headers: of the request, which are not sent to a host that it is redirected to.
+    """
+
+    url: str
+    path: Path
+    size: int | None
+    checksum: Checksum | None
+    archive: bool = False
+    headers: Mapping[str, str] = {}
+
+
+@dataclass
+class _Plan:
+    """What a folder lacks.
+
+    Attributes:
+        root: the folder.
+        names: of the suite's sets in it.
+        sources: how to get it, as in :class:`lit_clip.evaluation.suite.SuiteEntry`.
+        splits: subfolders wanted of a data set of the hub.
+        transfers: the files of each source.
+    """
+
+    root: Path
+    names: list[str] = field(default_factory=list)
+    sources: list[dict[str, Any]] = field(default_factory=list)
+    splits: set[str] = field(default_factory=set)
+    transfers: list[list[Transfer]] = field(default_factory=list)
+
+    @property
+    def stage(self) -> Path:
+        return self.root.with_name(f".{self.root.name}.download")
+
+    @property
+    def content(self) -> Path:
+        return self.stage / "content"
+
+
+def download_missing(entries: Mapping[str, SuiteEntry], data_root: Path) -> dict[str, str]:
+    """Download the sets that are not below ``data_root`` and that say how; return why some could not be, by name.
+
+    Raises:
+        InputError: there is not enough space on the disk.
+    """
+    make_folder(data_root, "--data-root")
+    failed: dict[str, str] = {}
+    plans = []
+    for plan in _plans(entries, data_root):
+        try:
+            plan.transfers = [_transfers(plan, source) for source in plan.sources]
+            plans.append(plan)
+        except InputError as error:
+            failed |= dict.fromkeys(plan.names, str(error))
+    if plans:
+        _announce(plans, data_root)
+    for plan in plans:
+        try:
+            _download(plan)
+        except InputError as error:
+            failed |= dict.fromkeys(plan.names, str(error))
+            stderr().print(f"{', '.join(plan.names)}: {error}")
+    return failed
+
+
+def _plans(entries: Mapping[str, SuiteEntry], data_root: Path) -> list[_Plan]:
+    plans: dict[Path, _Plan] = {}
+    for name, entry in entries.items():
+        if entry.download and _is_missing(entry, data_root):
+            root = (data_root / entry.location).resolve()
+            sources = [source for source in entry.download if not _is_there(source, root)]
+            if sources:
+                plan = plans.setdefault(root, _Plan(root))
+                plan.names.append(name)
+                plan.sources += [source for source in sources if source not in plan.sources]
+                plan.splits |= {str(options.get("split", split)) for split, options in entry.splits.items()}
+    return list(plans.values())
+
+
+def _is_missing(entry: SuiteEntry, data_root: Path) -> bool:
+    """Whether files of a split are not there; what else is wrong with them is for the evaluation to say."""
+    try:
+        for split in entry.splits:
+            entry.open(split, 0, data_root)
+    except MissingData:
+        return True
+    except InputError:
+        return False
+    return False
+
+
+def _is_there(source: Mapping[str, Any], root: Path) -> bool:
+    """Whether torchvision finds its set; then the suite's set lacks something else, which it does not download."""
+    if "torchvision" not in source:
+        return False
+    try:
+        _torchvision_class(source)(str(root), **_arguments(source))
+    except Exception:  # torchvision's classes raise anything for missing files
+        return False
+    return True
+
+
+def _torchvision_class(source: Mapping[str, Any]) -> Any:
+    found = getattr(importlib.import_module("torchvision.datasets"), source["torchvision"], None)
+    require(found is not None, f"download: torchvision.datasets has no {source['torchvision']}")
+    return found
+
+
+def _arguments(source: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in source.items() if key != "torchvision"}
+
+
+def _transfers(plan: _Plan, source: Mapping[str, Any]) -> list[Transfer]:
+    return _of_hub(plan, source["hub"]) if "hub" in source else _of_torchvision(plan, source)
+
+
+def _of_torchvision(plan: _Plan, source: Mapping[str, Any]) -> list[Transfer]:
+    """Return the files that torchvision would download, by letting it, with calls that only note them."""
+    noted: list[Transfer] = []
+    with tempfile.TemporaryDirectory() as folder:
+
+        def note(url: str, root: Any, filename: Any, checksum: str | None, archive: bool) -> None:
+            below = Path(os.path.expanduser(root)).relative_to(folder)
+            path = plan.content / below / (filename or os.path.basename(url))
+            noted.append(Transfer(url, path, _size(url), Checksum("md5", checksum) if checksum else None, archive))
+
+        def download_url(url: str, root: Any, filename: Any = None, md5: str | None = None, **_: Any) -> None:
+            note(url, root, filename, md5, archive=False)
+
+        def download_and_extract_archive(
+            url: str,
+            download_root: Any,
+            extract_root: Any = None,
+            filename: Any = None,
+            md5: str | None = None,
+            **_: Any,
+        ) -> None:
+            note(url, download_root, filename, md5, archive=True)
+
+        def nothing(*_: Any, **__: Any) -> None:
+            pass
+
+        replacements = {
+            **dict.fromkeys(CALLS, nothing),
+            "download_url": download_url,
+            "download_and_extract_archive": download_and_extract_archive,
+        }
+        with _replaced(_torchvision_class(source), replacements), suppress(Exception):  # nothing is there to be read
+            _torchvision_class(source)(folder, download=True, **_arguments(source))
+    return noted
+
+
+@contextmanager
+def _replaced(of_class: Any, functions: Mapping[str, Any]) -> Iterator[None]:
+    """Replace functions that a data set of torchvision calls, in its own module and where they are defined."""
+    modules = [importlib.import_module(name) for name in ("torchvision.datasets.utils", of_class.__module__)]
+    before = [
+        (module, name, getattr(module, name)) for module in modules for name in functions if hasattr(module, name)
+    ]
+    try:
+        for module, name, _ in before:
+            setattr(module, name, functions[name])
+        yield
+    finally:
+        for module, name, function in before:
+            setattr(module, name, function)
+
+
+def _of_hub(plan: _Plan, name: str) -> list[Transfer]:
+    """Return the files of a data set of the hub: those at its top and in the folders of the wanted splits."""
+    from huggingface_hub import HfApi, hf_hub_url
+    from huggingface_hub.utils import build_hf_headers
+
+    try:
+        info = HfApi().dataset_info(name, revision="main", files_metadata=True)
+    except Exception as error:  # offline, gated, no such data set, or an error of the HTTP library
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise InputError(f"{name}: cannot be downloaded from the hub ({reason})") from error
+    transfers = []
+    for file in info.siblings or []:
+        folder, slash, _ = file.rfilename.partition("/")
+        if (slash and folder not in plan.splits) or file.rfilename.startswith("."):
+            continue
+        path = plan.content / file.rfilename
+        require(path.resolve().is_relative_to(plan.content), f"{name}: {file.rfilename} would be outside of its folder")
+        checksum = Checksum("sha256", file.lfs.sha256) if file.lfs else Checksum("git", str(file.blob_id))
+        url = hf_hub_url(name, file.rfilename, repo_type="dataset", revision=info.sha)
+        transfers.append(Transfer(url, path, file.size, checksum, headers=build_hf_headers()))
+    require(bool(transfers), f"{name}: no files of {', '.join(sorted(plan.splits))} on the hub")
+    return transfers
+
+
+def _size(url: str) -> int | None:
+    """Ask for the size of a file; None: the server does not say."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=TIMEOUT) as response:
+            return int(response.headers["Content-Length"])
+    except (OSError, TypeError, ValueError):
+        return None
+
+
+def _announce(plans: Iterable[_Plan], data_root: Path) -> None:
+    """Say what will be downloaded and how much that is.
+
+    Raises:
+        InputError: the disk has less space.
+    """
+    total, unknown, lines = 0, False, []
+    for plan in plans:
+        sizes = [transfer.size for transfers in plan.transfers for transfer in transfers]
+        known = sum(size for size in sizes if size is not None)
+        incomplete = None in sizes or [] in plan.transfers
+        total, unknown = total + known, unknown or incomplete
+        lines.append(f"  {', '.join(plan.names)}: {_amount(known, incomplete)}")
+    stderr().print(f"downloading {_amount(total, unknown)} into {data_root}:\n" + "\n".join(lines))
+    free = shutil.disk_usage(data_root).free
+    require(total <= free, f"--data-root {data_root}: {_bytes(free)} are free, which is less than {_bytes(total)}")
+
+
+def _amount(known: int, incomplete: bool) -> str:
+    if not incomplete:
+        return _bytes(known)
+    return f"{_bytes(known)} and files of unknown size" if known else "unknown size"
+
+
+def _bytes(number: int) -> str:
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if number >= unit:
+            return f"{number / unit:.1f} {name}"
+    return f"{number / 1e3:.1f} kB"
+
+
+def _download(plan: _Plan) -> None:
+    kept = plan.stage / "transfers"
+    try:
+        shutil.rmtree(plan.content, ignore_errors=True)  # what an earlier run may have left half unpacked
+        for folder in (kept, plan.content):
+            folder.mkdir(parents=True, exist_ok=True)
+        for source, transfers in zip(plan.sources, plan.transfers, strict=True):
+            for transfer in transfers:
+                file = kept / f"{hash64(transfer.url).hex()}-{transfer.path.name}"
+                fetch(transfer, file)
+                transfer.path.parent.mkdir(parents=True, exist_ok=True)
+                _link(file, transfer.path)
+            if "torchvision" in source:
+                _unpack(plan, source)
+            for transfer in transfers:
+                if transfer.archive:
+                    transfer.path.unlink(missing_ok=True)
+        _publish(plan.content, plan.root)
+        shutil.rmtree(plan.stage)
+    except OSError as error:
+        raise not_written(plan.root, error) from error
+
+
+def _link(file: Path, path: Path) -> None:
+    try:
+        os.link(file, path)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(file, path)
+
+
+def _unpack(plan: _Plan, source: Mapping[str, Any]) -> None:
+    """Let torchvision unpack its archives, and download what is not on an ordinary server."""
+    try:
+        _torchvision_class(source)(str(plan.content), download=True, **_arguments(source))
+    except Exception as error:  # a damaged archive can raise anything
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise InputError(f"torchvision.datasets.{source['torchvision']} could not get the set: {reason}") from error
+
+
+def _publish(content: Path, root: Path) -> None:
+    """Move all files to the set's folder."""
+    if not root.exists():
+        content.rename(root)
+        return
+    for path in sorted(content.rglob("*")):
+        target = root / path.relative_to(content)
+        if path.is_dir():
+            target.mkdir(parents=True, exist_ok=True)
+        else:
+            path.replace(target)
+
+
+def fetch(transfer: Transfer, path: Path) -> None:
+    """Download a file to ``path``, unless it is there; what an earlier call has left of it is not asked for again.
+
+    Raises:
+        InputError: it cannot be had, or its checksum is wrong, in which case nothing of it is kept.
+    """
+    if path.exists():
+        return
+    part = path.with_name(f"{path.name}.part")
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            _continue(transfer, part)
+            break
+        except (OSError, ValueError, HTTPException) as error:  # ValueError: no such kind of address
+            refused = isinstance(error, urllib.error.HTTPError) and 400 <= error.code < 500 and error.code != 416
+            if refused or isinstance(error, ValueError) or attempt == ATTEMPTS:
+                raise InputError(f"{transfer.url}: cannot be downloaded ({error}); {RESUME}") from error
+            time.sleep(2**attempt / 10)
+    if transfer.checksum is not None and (found := _digest(part, transfer.checksum.kind)) != transfer.checksum.digest:
+        part.unlink()
+        what = f"its {transfer.checksum.kind} checksum is {found} instead of {transfer.checksum.digest}"
+        raise InputError(f"{transfer.url}: {what}, so it is not kept")
+    part.replace(path)
+
+
+def _continue(transfer: Transfer, part: Path) -> None:
+    """Append to ``part`` what is lacking.
+
+    Raises:
+        OSError: the transfer ended early.
+    """
+    request = urllib.request.Request(transfer.url, headers={"User-Agent": "lit-clip"})
+    for name, value in transfer.headers.items():
+        request.add_unredirected_header(name, value)
+    version = part.with_name(f"{part.name}.version")  # of the file on the server, as it calls it
+    start = part.stat().st_size if part.exists() and version.exists() else 0
+    if start:
+        request.add_header("Range", f"bytes={start}-")
+        request.add_header("If-Range", version.read_text(encoding="utf-8"))
+    try:
+        response = urllib.request.urlopen(request, timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if error.code == 416:  # there is nothing after what we have: start again
+            part.unlink(missing_ok=True)
+        raise
+    with response:
+        if getattr(response, "status", None) != 206:
+            start = 0
+        named = response.headers["ETag"] or response.headers["Last-Modified"]
+        version.write_text(named, encoding="utf-8") if named else version.unlink(missing_ok=True)
+        length = response.headers["Content-Length"]
+        expected = start + int(length) if length else transfer.size
+        title = f"{transfer.path.name} ({_bytes(expected)})" if expected is not None else transfer.path.name
+        with part.open("ab" if start else "wb") as file, progress(title, (expected or 0) // CHUNK) as advance:
+            advance(start // CHUNK)
+            while chunk := response.read(CHUNK):
+                file.write(chunk)
+                advance(len(chunk) / CHUNK)
+    size = part.stat().st_size
+    if expected is not None and size != expected:
+        raise OSError(f"it ended after {size:,} of {expected:,} bytes")
+    version.unlink(missing_ok=True)
+
+
+def _digest(path: Path, kind: str) -> str:
+    if kind == "git":
+        digest = sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
+    else:
+        digest = sha256() if kind == "sha256" else md5(usedforsecurity=False)
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()

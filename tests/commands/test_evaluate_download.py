@@ -1,0 +1,142 @@
+"""``lit-clip evaluate --download``, and the files that results.json says the numbers come from."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lit_clip.cli.subcommands import run_command
+from lit_clip.commands import evaluate as command
+from lit_clip.embedding.encode import EncodingSettings
+from lit_clip.errors import InputError
+from tests.conftest import lit_clip_command
+from tests.helpers.coloured_sets import WDS_LABELS, WDS_NAMES, WDS_TEMPLATES, paint_shade, wds_sample, write_wds
+from tests.helpers.hub import Hub, Repository, running_hub
+
+WEB = "datamodules.evaluation.WebDataset"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub with one set; a checkpoint, and a suite of a folder that is there, that set, and one that the hub lacks."""
+    samples = [wds_sample(number, cls=str(label).encode()) for number, label in enumerate(WDS_LABELS)]
+    write_wds(tmp_path / "published", samples, WDS_NAMES, WDS_TEMPLATES)
+    for name in ("cat", "dog"):
+        for number in range(12):
+            paint_shade(tmp_path / f"data/mine/{name}/{number}.png", 10 * number)
+    shutil.copy(tiny_checkpoint, tmp_path / "last.ckpt")
+    suite: dict[str, Any] = {
+        "mine": {"data": {"class_path": "datamodules.ImageFolderClasses", "init_args": {"root": "mine"}}},
+        "wds_there": {
+            "data": {"class_path": WEB, "init_args": {"root": "wds_there"}},
+            "download": [{"hub": "a/there"}],
+        },
+        "wds_gone": {"data": {"class_path": WEB, "init_args": {"root": "wds_gone"}}, "download": [{"hub": "a/gone"}]},
+        "asked": {
+            "data": {"class_path": WEB, "init_args": {"root": "asked"}},
+            "how_to_get": "ask its authors",
+        },
+    }
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump({"sets": suite}), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    with running_hub() as server:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        server.repositories["a/there"] = Repository()
+        server.repositories["a/there"].push_folder(tmp_path / "published")
+        yield server
+
+
+def words(*more: str) -> list[str]:
+    base = ["--model", "last.ckpt", "--suite", "suite.yaml", "--data-root", "data", "--output", "out"]
+    return ["evaluate", *base, "--num_workers", "0", "--accelerator", "cpu", *more]
+
+
+def read_sets() -> dict[str, Any]:
+    return json.loads(Path("out/results.json").read_text(encoding="utf-8"))["sets"]
+
+
+def test_nothing_is_downloaded_without_the_option(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    run_command(words())
+    assert "2 of the missing sets can be downloaded with --download" in capsys.readouterr().err
+    found = read_sets()
+    assert {name: entry["status"] for name, entry in found.items()} == {
+        "mine": "done",
+        "wds_there": "missing",
+        "wds_gone": "missing",
+        "asked": "missing",
+    }
+    assert found["wds_there"]["how_to_get"] == "hf download --repo-type dataset a/there --local-dir {root}"
+    assert hub.requests == []
+
+
+def test_missing_sets_are_downloaded_and_evaluated_and_failures_end_the_run(hub: Hub) -> None:
+    with pytest.raises(InputError, match="wds_gone: a/gone: cannot be downloaded from the hub"):
+        run_command(words("--download"))
+    found = read_sets()
+    assert {name: entry["status"] for name, entry in found.items()} == {
+        "mine": "done",
+        "wds_there": "done",
+        "wds_gone": "failed",
+        "asked": "missing",
+    }
+    assert found["asked"]["how_to_get"] == "ask its authors"
+    assert found["wds_there"]["splits"]["test"]["images"] == len(WDS_LABELS)
+    hub.requests.clear()
+    run_command(words("--download", "--sets", "mine", "wds_there"))
+    assert hub.requests == []
+
+
+def test_only_the_first_of_two_processes_downloads(hub: Hub, tmp_path: Path) -> None:
+    environment = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"}
+    options = words("--download", "--sets", "mine", "wds_there", "--devices", "2")
+    result = lit_clip_command(tmp_path, *options, environment=environment)
+    assert result.returncode == 0, result.stderr
+    assert {name: entry["status"] for name, entry in read_sets().items()} == {"mine": "done", "wds_there": "done"}
+    fetched = [request for request in hub.requests if request.startswith("GET") and "a/there" in request]
+    assert len(fetched) == len(set(fetched)) == 1 + len(list((tmp_path / "data/wds_there").rglob("*.t*")))
+
+
+def test_results_name_the_files_that_each_split_was_read_from(hub: Hub, tmp_path: Path) -> None:
+    shutil.copytree("published", "data/wds_there")
+    run_command(words())
+    files = {name: entry["splits"]["test"]["files"] for name, entry in read_sets().items() if entry["splits"]}
+    assert files["mine"]["annotations"] == []
+    assert files["mine"]["images"]["files"] == 24
+    listed = files["wds_there"]
+    assert [file["path"] for file in listed["images"]] == ["wds_there/test/0.tar", "wds_there/test/1.tar"]
+    assert "wds_there/classnames.txt" in [file["path"] for file in listed["annotations"]]
+    for file in [*listed["images"], *listed["annotations"]]:
+        assert file["bytes"] == (tmp_path / "data" / file["path"]).stat().st_size
+    before = files["mine"]["images"]["names_hash"]
+    paint_shade(tmp_path / "data/mine/cat/99.png", 1)
+    run_command(words())
+    after = read_sets()["mine"]["splits"]["test"]["files"]["images"]
+    assert after["files"] == 25
+    assert after["names_hash"] != before
+
+
+@pytest.mark.parametrize(
+    ("cores", "devices", "expected"), [(1, 1, 0), (4, 1, 3), (16, 1, 8), (16, 4, 3), (64, -1, 8), (2, 8, 0)]
+)
+def test_workers_share_the_cores_by_default(
+    cores: int, devices: int, expected: int, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_clip.tools.workers.usable_cores", lambda: cores)
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 4)
+    settings: list[EncodingSettings] = []
+
+    def noted(model: Any, folder: Path, given: EncodingSettings) -> None:
+        settings.append(given)
+        raise InputError("enough")
+
+    monkeypatch.setattr(command, "FeatureStore", noted)
+    with pytest.raises(InputError, match="enough"):
+        run_command([word for word in words("--devices", str(devices)) if word not in ("--num_workers", "0")])
+    assert settings[0].num_workers == expected

@@ -1,0 +1,255 @@
+"""Downloads of evaluation sets: from a server that speaks the hub's protocol, and of torchvision's archives."""
+
+import hashlib
+import io
+import shutil
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torchvision
+
+from datamodules import evaluation as sets
+from lit_clip.errors import InputError
+from lit_clip.evaluation import download
+from lit_clip.evaluation.download import download_missing
+from lit_clip.evaluation.suite import SuiteEntry, read_suite
+from tests.conftest import ROOT
+from tests.helpers.coloured_sets import WDS_LABELS, WDS_NAMES, WDS_TEMPLATES, message_of, wds_sample, write_wds
+from tests.helpers.hub import Hub, Repository, running_hub
+from tests.helpers.miniatures import MINIATURES
+
+NAME = "clip-benchmark/wds_mnist"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub with a set of tar files, which has a training split too."""
+    folder = tmp_path / "published"
+    samples = [wds_sample(number, cls=str(label).encode()) for number, label in enumerate(WDS_LABELS)]
+    write_wds(folder, samples, WDS_NAMES, WDS_TEMPLATES)
+    shutil.copytree(folder / "test", folder / "train")
+    (folder / ".gitattributes").write_text("*.tar filter=lfs")
+    with running_hub() as server:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        server.repositories[NAME] = Repository()
+        server.repositories[NAME].push_folder(folder)
+        yield server
+
+
+@pytest.fixture
+def wds() -> SuiteEntry:
+    data = {"class_path": "datamodules.evaluation.WebDataset", "init_args": {"root": "wds_mnist"}}
+    return SuiteEntry(data, download=[{"hub": NAME}])
+
+
+def gets(hub: Hub) -> list[str]:
+    return [
+        request.rpartition("/")[2] for request in hub.requests if request.startswith("GET") and "resolve" in request
+    ]
+
+
+def test_missing_set_of_the_hub_is_downloaded_with_the_splits_that_are_wanted(
+    hub: Hub, wds: SuiteEntry, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    assert download_missing({"digits": wds, "again": wds}, data) == {}
+    opened, published = wds.open("test", 0, data), sets.WebDataset(str(tmp_path / "published"))
+    assert isinstance(opened, sets.WebDataset)
+    assert [opened[i][0].tobytes() for i in range(len(opened))] == [image.tobytes() for image, _ in published]
+    assert opened.labels() == published.labels()
+    files = {path.relative_to(data).as_posix() for path in data.rglob("*") if path.is_file()}
+    names = ["classnames.txt", "zeroshot_classification_templates.txt", "test/0.tar", "test/1.tar", "test/nshards.txt"]
+    assert files == {f"wds_mnist/{name}" for name in names}  # no train, and nothing of the transfer
+    total = sum(path.stat().st_size for path in data.rglob("*") if path.is_file())
+    assert (
+        f"downloading {total / 1e3:.1f} kB into {data}:\n  digits, again: {total / 1e3:.1f} kB"
+        in capsys.readouterr().err
+    )
+    assert sorted(gets(hub)) == sorted(Path(name).name for name in names)
+    hub.requests.clear()
+    assert download_missing({"digits": wds}, data) == {}
+    assert hub.requests == []
+
+
+def test_interrupted_transfer_resumes_where_it_ended(
+    hub: Hub, wds: SuiteEntry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = (tmp_path / "published/test/0.tar").stat().st_size
+    monkeypatch.setattr(download, "ATTEMPTS", 1)
+    hub.cut["0.tar"] = 3000
+    reason = download_missing({"digits": wds}, tmp_path / "data")["digits"]
+    assert f"0.tar: cannot be downloaded (it ended after 3,000 of {size:,} bytes); run the same command again" in reason
+    assert not (tmp_path / "data/wds_mnist").exists()
+    hub.cut.clear()
+    assert download_missing({"digits": wds}, tmp_path / "data") == {}
+    assert hub.sent["0.tar"] == size  # no byte twice
+    assert gets(hub).count("classnames.txt") == 1
+    assert (tmp_path / "data/wds_mnist/test/0.tar").read_bytes() == (tmp_path / "published/test/0.tar").read_bytes()
+
+
+def test_broken_connection_is_tried_again_by_itself(
+    hub: Hub, wds: SuiteEntry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    size = (tmp_path / "published/test/0.tar").stat().st_size
+    hub.cut["0.tar"] = size // 3 + 1
+    assert download_missing({"digits": wds}, tmp_path / "data") == {}
+    assert hub.sent["0.tar"] == size
+
+
+def test_file_that_has_changed_since_is_not_joined_with_its_beginning(
+    hub: Hub, wds: SuiteEntry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download, "ATTEMPTS", 1)
+    hub.cut["classnames.txt"] = 5
+    assert "classnames.txt" in download_missing({"digits": wds}, tmp_path / "data")["digits"]
+    hub.cut.clear()
+    (part,) = (tmp_path / "data").rglob("*.part")
+    part.write_bytes(b"other")
+    part.with_name(f"{part.name}.version").write_text('"another version"')
+    assert download_missing({"digits": wds}, tmp_path / "data") == {}
+
+
+@pytest.mark.parametrize("name", ["1.tar", "classnames.txt"])
+def test_wrong_checksum_is_refused(name: str, hub: Hub, wds: SuiteEntry, tmp_path: Path) -> None:
+    """Of files in Git LFS it is SHA-256, of the others git's."""
+    (path,) = [path for path in (tmp_path / "published").rglob(name) if path.parent.name != "train"]
+    hub.wrong[name] = bytes(len(path.read_bytes()))
+    reason = download_missing({"digits": wds}, tmp_path / "data")["digits"]
+    assert name in reason
+    assert "checksum is" in reason
+    assert not (tmp_path / "data/wds_mnist").exists()
+    del hub.wrong[name]
+    assert download_missing({"digits": wds}, tmp_path / "data") == {}
+    assert (tmp_path / "data/wds_mnist").is_dir()
+
+
+def test_set_that_the_hub_does_not_have_is_named_and_the_others_are_downloaded(
+    hub: Hub, wds: SuiteEntry, tmp_path: Path
+) -> None:
+    data = {"class_path": "datamodules.evaluation.WebDataset", "init_args": {"root": "gone"}}
+    gone = SuiteEntry(data, download=[{"hub": "clip-benchmark/gone"}])
+    failed = download_missing({"gone": gone, "digits": wds}, tmp_path / "data")
+    assert list(failed) == ["gone"]
+    assert "clip-benchmark/gone: cannot be downloaded from the hub" in failed["gone"]
+    assert (tmp_path / "data/wds_mnist").is_dir()
+
+
+def test_too_little_space_is_an_error_before_anything_is_downloaded(
+    hub: Hub, wds: SuiteEntry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
+    message = message_of(lambda: download_missing({"digits": wds}, tmp_path / "data"))
+    assert "0.0 kB are free" in message
+    assert gets(hub) == []
+
+
+@pytest.fixture
+def dtd(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SuiteEntry:
+    """DTD's miniature in an archive, which torchvision's class gets from the server."""
+    MINIATURES["dtd"].write(tmp_path / "miniature")
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w:gz") as tar:
+        tar.add(tmp_path / "miniature/dtd/dtd", "dtd")
+    hub.repositories["any/archives"] = Repository()
+    hub.repositories["any/archives"].push({"dtd.tar.gz": file.getvalue()})
+    url = f"{hub.url}/datasets/any/archives/resolve/main/dtd.tar.gz"
+    monkeypatch.setattr(torchvision.datasets.DTD, "_URL", url)
+    monkeypatch.setattr(torchvision.datasets.DTD, "_MD5", hashlib.md5(file.getvalue()).hexdigest())
+    data = {"class_path": "datamodules.evaluation.DTD", "init_args": {"root": "dtd"}}
+    return SuiteEntry(data, {"train": {"split": "train"}, "test": {}}, download=[{"torchvision": "DTD"}])
+
+
+def keys(entry: SuiteEntry, root: Path) -> list[str]:
+    images = entry.open("test", 0, root)
+    return [images.key(i) for i in range(len(images))]
+
+
+def test_torchvisions_set_is_downloaded_unpacked_and_its_archive_removed(
+    hub: Hub, dtd: SuiteEntry, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert download_missing({"textures": dtd}, tmp_path / "data") == {}
+    expected = sets.DTD(str(tmp_path / "miniature"))
+    assert keys(dtd, tmp_path / "data") == [expected.key(i) for i in range(len(expected))]
+    assert sorted(path.name for path in (tmp_path / "data/dtd/dtd").iterdir()) == ["dtd"]
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["dtd"]
+    size = len(hub.repositories["any/archives"].commits.popitem()[1]["dtd.tar.gz"])
+    assert f"textures: {size / 1e3:.1f} kB" in capsys.readouterr().err
+    assert hub.sent == {"dtd.tar.gz": size}
+
+
+def test_interrupted_unpacking_starts_again_without_another_transfer(
+    hub: Hub, dtd: SuiteEntry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchvision takes a folder that is half unpacked for the whole set."""
+
+    def interrupted(tar: tarfile.TarFile, path: str) -> None:
+        tar.extract("dtd/labels/test1.txt", path)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tarfile.TarFile, "extractall", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            download_missing({"textures": dtd}, tmp_path / "data")
+    assert not (tmp_path / "data/dtd").exists()
+    assert list((tmp_path / "data").rglob("test1.txt"))
+    assert download_missing({"textures": dtd}, tmp_path / "data") == {}
+    assert len(keys(dtd, tmp_path / "data")) == 2
+    assert gets(hub) == ["dtd.tar.gz"]
+
+
+def test_torchvisions_checksum_is_compared(hub: Hub, dtd: SuiteEntry, tmp_path: Path) -> None:
+    hub.wrong["dtd.tar.gz"] = b"<html>404: not found</html>"
+    reason = download_missing({"textures": dtd}, tmp_path / "data")["textures"]
+    assert "dtd.tar.gz: its md5 checksum is" in reason
+    assert not (tmp_path / "data/dtd").exists()
+
+
+def test_torchvisions_set_that_is_there_is_not_downloaded_for_what_else_is_missing(
+    hub: Hub, dtd: SuiteEntry, tmp_path: Path
+) -> None:
+    """Such as SUN397, whose lists of images have to be had elsewhere."""
+    assert download_missing({"textures": dtd}, tmp_path / "data") == {}
+    hub.requests.clear()
+    data = {"class_path": "datamodules.evaluation.COCO", "init_args": {"root": "dtd"}}
+    lacking = SuiteEntry(data, metric="recall@1", download=[{"torchvision": "DTD"}])
+    assert download_missing({"lacking": lacking}, tmp_path / "data") == {}
+    assert hub.requests == []
+
+
+def test_every_class_of_torchvisions_in_the_papers_suite_names_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planning asks no server, and finds what torchvision would download."""
+    monkeypatch.setattr(download, "_size", lambda url: None)
+    for name, entry in read_suite(ROOT / "configs/evaluation/paper.yaml").items():
+        for source in entry.download:
+            if "torchvision" in source and source["torchvision"] != "PCAM":  # on Google Drive
+                plan = download._Plan(tmp_path / entry.location)
+                transfers = download._transfers(plan, source)
+                assert transfers, name
+                assert all(transfer.url.startswith("http") for transfer in transfers)
+                assert all(transfer.path.is_relative_to(plan.content) for transfer in transfers)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "source", [{"torchvision": "DTD", "hub": NAME}, {"hub": NAME, "split": "test"}, {"url": "x"}, {"hub": 3}]
+)
+def test_unknown_source_is_an_error(source: dict[str, Any]) -> None:
+    data = {"class_path": "datamodules.evaluation.DTD", "init_args": {"root": "dtd"}}
+    with pytest.raises(InputError, match="must be {torchvision: NAME, ...} or {hub: OWNER/NAME}"):
+        SuiteEntry(data, download=[source])
+
+
+def test_unknown_class_of_torchvisions_is_an_error(tmp_path: Path) -> None:
+    data = {"class_path": "datamodules.evaluation.DTD", "init_args": {"root": "dtd"}}
+    entry = SuiteEntry(data, download=[{"torchvision": "Textures"}])
+    failed = download_missing({"textures": entry}, tmp_path)
+    assert failed == {"textures": "download: torchvision.datasets has no Textures"}
