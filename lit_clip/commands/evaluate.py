@@ -322,8 +322,12 @@ class _Run:
             for other in done if whole.entry.paper == IMAGENET else ():
                 classes = getattr(other.folds[0].images["test"], "imagenet_classes", None)
                 if classes and len(classes) < len(imagenet_class_names()):
-                    metrics = self.results.sets[whole.name]["tasks"]["zero_shot"]["metrics"]
-                    metrics[f"top1/{other.entry.paper or other.name}"] = top1_among(whole, classes)
+                    result, metric = (
+                        self.results.sets[whole.name]["tasks"]["zero_shot"],
+                        other.entry.paper or other.name,
+                    )
+                    value, interval = top1_among(whole, classes)
+                    result["metrics"][f"top1/{metric}"], result["intervals"][f"top1/{metric}"] = value, interval
 
     def _possible_tasks(self, opened: OpenSet) -> Iterator[Task]:
         for task in opened.entry.tasks or ():

@@ -47,7 +47,7 @@ def zero_shot(value: float, **more: Any) -> dict[str, Any]:
     return {
         "value": value,
         "metrics": {"top1": value, "top5": min(1.0, value + 0.1)},
-        "interval": [value - 0.01, value + 0.01],
+        "intervals": {"top1": [value - 0.01, value + 0.01]},
         "baseline": 0.1,
         "images": 1000,
         **more,

@@ -61,7 +61,7 @@ def _metrics(entry: Mapping[str, Any], tasks: Mapping[str, Task], model: str) ->
                 [
                     f"{TASKS.get(task, task)}, {metric_words(metric)}",
                     percent(number(value)),
-                    _between(result.get("interval")) if metric == entry.get("metric") else "",
+                    _between((result.get("intervals") or {}).get(metric)),
                     _with_table(published(paper, task, model, metric)),
                     papers_percent(measured(paper, task, model, metric)),
                     "; ".join(f"{name} {_with_table(of[metric])}" for name, of in others.items() if metric in of),

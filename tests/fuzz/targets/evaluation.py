@@ -91,7 +91,7 @@ def result_trees() -> dict[str, Any]:
     zero_shot = {
         "value": 0.5,
         "metrics": {"top1": 0.5, "top5": 0.8},
-        "interval": [0.4, 0.6],
+        "intervals": {"top1": [0.4, 0.6]},
         "baseline": 0.1,
         "per_class": [["cat", 0.5, 10], ["dog", 0.4, 10]],
         "confusions": [["cat", "dog", 88]],

@@ -1,0 +1,58 @@
+"""Intervals against beta quantiles and against a bootstrap written out in plain loops."""
+
+import random
+
+import numpy as np
+import pytest
+from scipy.stats import beta
+
+from lit_clip.evaluation.intervals import UnitScores, intervals, mean_interval
+
+
+def plain_bootstrap(strata: list[list[float]], draws: int) -> tuple[float, float]:
+    """Draw the images of each stratum with replacement, one by one."""
+    generator, means = random.Random(0), []
+    for _ in range(draws):
+        drawn = [generator.choices(stratum, k=len(stratum)) for stratum in strata]
+        means.append(sum(sum(stratum) / len(stratum) for stratum in drawn) / len(drawn))
+    means.sort()
+    return means[int(0.0025 * draws)], means[int(0.9975 * draws)]
+
+
+def test_a_proportion_has_clopper_and_pearsons_interval() -> None:
+    found = UnitScores(np.array([1.0] * 7 + [0.0] * 13)).interval()
+    assert found == pytest.approx((beta.ppf(0.0025, 7, 14), beta.ppf(0.9975, 8, 13)))
+    assert UnitScores(np.ones(20)).interval() == pytest.approx((beta.ppf(0.0025, 20, 1), 1.0))
+
+
+@pytest.mark.parametrize(
+    "strata",
+    [
+        [[0.0] * 20 + [0.5] * 25 + [1.0] * 15],
+        [[0.0] * 3 + [1.0] * 9, [0.0] * 25 + [1.0] * 5, [1.0] * 4],
+        [[-1.0] * 6 + [0.0] * 30 + [1.0] * 14],
+    ],
+    ids=["halves", "classes", "differences"],
+)
+def test_other_means_have_the_interval_of_a_plain_bootstrap(strata: list[list[float]]) -> None:
+    values = np.array([value for stratum in strata for value in stratum])
+    classes = np.repeat(np.arange(len(strata)), [len(stratum) for stratum in strata])
+    mixed = np.random.default_rng(1).permutation(len(values))
+    scores = UnitScores(values[mixed], classes[mixed] if len(strata) > 1 else None)
+    assert scores.mean() == pytest.approx(sum(sum(stratum) / len(stratum) for stratum in strata) / len(strata))
+    low, high = scores.interval()
+    assert (low, high) == pytest.approx(plain_bootstrap(strata, 8000), abs=0.03)
+    assert low < scores.mean() < high
+    assert scores.interval() == (low, high)  # the same in every run
+
+
+def test_the_mean_per_class_is_bootstrapped_within_classes() -> None:
+    """Drawn from all images together, its interval would be that of one large class."""
+    values, classes = np.array([1.0] * 50 + [0.0] * 50), np.repeat([0, 1], 50)
+    assert UnitScores(values, classes).interval() == (0.5, 0.5)
+    assert UnitScores(values).interval() == pytest.approx((0.357, 0.643), abs=0.01)
+
+
+def test_folds_average_the_ends_of_their_intervals() -> None:
+    assert mean_interval([(0.25, 0.5), (0.75, 1.0)]) == (0.5, 0.75)
+    assert intervals({"top1": UnitScores(np.zeros(4))})["top1"][0] == 0.0
