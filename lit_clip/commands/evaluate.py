@@ -14,12 +14,14 @@ from lit_clip.embedding.encode import EncodingSettings
 from lit_clip.embedding.precision import Precision, autocast, check_precision
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.bias import bias_texts
+from lit_clip.evaluation.comparison import OtherRun, other_runs, paired_differences, seed_groups
 from lit_clip.evaluation.data import CaptionedImages, ImageSet, LabelledImages, MissingData, check_classes
 from lit_clip.evaluation.prompts import Prompts, prompts_of, text_classifier
 from lit_clip.evaluation.report.page import write_report
 from lit_clip.evaluation.report.results_table import print_results
+from lit_clip.evaluation.report.tables import write_tables
 from lit_clip.evaluation.report.tensorboard import write_tensorboard
-from lit_clip.evaluation.results import Results, cache_key, provenance, read_results
+from lit_clip.evaluation.results import Results, cache_key, provenance
 from lit_clip.evaluation.store import FeatureStore
 from lit_clip.evaluation.suite import TASKS, SuiteEntry, Task, read_suite
 from lit_clip.evaluation.tasks import (
@@ -72,11 +74,13 @@ def evaluate(
     Args:
         model: a checkpoint, a weights file, or a name that lit_clip.load_model accepts.
         suite: YAML files of sets, such as configs/evaluation/paper.yaml.
-        output: folder for results.json, report.html, images and TensorBoard curves.
+        output: folder for results.json, report.html, results.csv, results.tex, predictions, images and TensorBoard
+            curves.
         data_root: folder that the sets' paths are relative to.
         sets: names of the sets to evaluate; all if not given.
         tasks: tasks to run, of zero_shot, linear_probe, few_shot, retrieval, geolocation, bias; all if not given.
-        compare: results.json of other runs, or their folders, to compare with in the report.
+        compare: results.json of other runs, or their folders, to compare with; NAME=PATH names a run, and runs with
+            one name are seeds of one recipe (this: of the evaluated model's).
         cache: folder for image and text features; cache in the output folder if not given.
         batch_size: images encoded at once by one process.
         num_workers: processes per device that decode images.
@@ -93,7 +97,7 @@ def evaluate(
     wanted = _tasks(tasks)
     entries = _chosen(read_suite(suite), sets, wanted)
     require(draws >= 1, f"--draws {draws} must be at least 1")
-    others = {path: read_results(Path(path)) for path in compare or []}
+    others = other_runs(compare or [])
     clip, out = load_model(model), Path(output)
     make_folder(out, "--output")
     settings = EncodingSettings(batch_size, num_workers, devices, accelerator, precision, on_error)
@@ -103,14 +107,19 @@ def evaluate(
     run.evaluate(entries)
     if distributed.rank_and_world()[0]:
         return
-    _write_reports(run.results.write(head), out, others)
+    _write_reports(run.results, head, others)
     _raise_failures(run.results.sets, data_root)
 
 
-def _write_reports(results: dict[str, Any], folder: Path, others: Mapping[str, dict[str, Any]]) -> None:
-    write_report(results, folder, others)
-    write_tensorboard(results, others, folder)
-    print_results(results)
+def _write_reports(results: Results, head: dict[str, Any], others: Mapping[str, OtherRun]) -> None:
+    folder, groups = results.folder, seed_groups(others)
+    differences = paired_differences({**head, "sets": results.sets}, folder, others)
+    compared = {"comparisons": [each.to_dict() for each in differences]} if others else {}
+    written, runs = results.write({**head, **compared}), {name: run.results for name, run in others.items()}
+    write_report(written, folder, runs, groups, differences)
+    write_tables(written, folder, runs, groups)
+    write_tensorboard(written, runs, folder)
+    print_results(written)
     stderr().print(f"{folder / 'results.json'} and {folder / 'report.html'}")
 
 

@@ -1,6 +1,7 @@
 """Published figures of the paper and its peers, to compare with.
 
-They are in ``published.yaml``, with their tables and with a note of those that could not be verified.
+They are in ``published.yaml``, with their tables and with a note of those that could not be verified. So are figures
+that others measured with published weights.
 """
 
 import math
@@ -81,14 +82,22 @@ def _figures() -> _Figures:
     for record in data["figures"]:
         for peer, name, metric, figure in _peers(record):
             figures.peers.setdefault((_key(name), record["task"]), {}).setdefault(peer, {})[metric] = figure
-    measured = data["measured"]
-    for name, by_metric in measured["sets"].items():
-        task = "retrieval" if "recall" in next(iter(by_metric)) else "zero_shot"
-        for metric, values in by_metric.items():
-            for model, value in zip(measured["models"], values, strict=True):
-                figure = Published(_fraction(value), True, measured["source"])
-                figures.measured.setdefault((_key(name), task, model), {})[metric] = figure
+    for name, task, model, metric, figure in _measured_cells(data):
+        figures.measured.setdefault((figures.canonical.get(_key(name), _key(name)), task, model), {})[metric] = figure
     return figures
+
+
+def _measured_cells(data: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str, Published]]:
+    """Yield set, task, weights, metric and figure of what others measured."""
+    tar_sets: dict[str, list[str]] = {}
+    for tar_set, name in data["tar_sets"].items():
+        tar_sets.setdefault(name, []).append(tar_set)
+    for table in data["measured"]:
+        metrics = table.get("metrics") or [data["metrics"].get(name, "top1") for name in table["sets"]]
+        for model, row in table["rows"].items():
+            for name, metric, value in zip(table["sets"], metrics, row, strict=True):
+                for known in [name, *tar_sets.get(name, [])]:
+                    yield known, table["task"], model, metric, Published(_fraction(value), True, table["source"])
 
 
 def _cells(data: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str, Published]]:
@@ -139,9 +148,26 @@ def published_metrics(name: str, task: str, model: str) -> dict[str, Published]:
     return dict(_figures().papers.get((_set(name), task, model), {}))
 
 
-def measured(name: str, task: str, model: str, metric: str | None = None) -> Published | None:
-    """Return open_clip's figure for OpenAI's weights, with the splits and prompts of CLIP_benchmark."""
-    return _select(_figures().measured.get((_set(name), task, model), {}), metric)
+def measured(name: str, task: str, weights: str, metric: str | None = None) -> Published | None:
+    """Return what open_clip or CLIP_benchmark measured with published weights.
+
+    Args:
+        name: name of the set in the paper's tables, or CLIP_benchmark's, such as ``wds_vtab-cifar10``.
+        task: ``zero_shot`` or ``retrieval``.
+        weights: see :func:`measured_weights`.
+        metric: the metric, for a set with several; None: its first.
+    """
+    return _select(_figures().measured.get((_set(name), task, weights), {}), metric)
+
+
+def measured_weights(model: Mapping[str, Any]) -> str:
+    """Return the published weights to compare a model with: those that it is, or OpenAI's of :func:`nearest_model`.
+
+    Args:
+        model: ``model`` of a ``results.json``.
+    """
+    name = str(model.get("name") or "").replace("-quickgelu:", ":")
+    return name if name in {weights for _, _, weights in _figures().measured} else nearest_model(model)
 
 
 def _select(figures: Mapping[str, Published], metric: str | None) -> Published | None:
@@ -156,6 +182,16 @@ def peers(name: str, task: str) -> dict[str, dict[str, Published]]:
 def same_set(name: str, other: str) -> bool:
     """Whether two names mean the same set of the paper, regardless of case, punctuation and aliases."""
     return bool(name) and _set(name) == _set(other)
+
+
+def papers_sets() -> dict[str, str]:
+    """Return the metric of each of the paper's 27 sets (tables 9 to 11)."""
+    return {name: _data()["metrics"].get(name, "top1") for name in _data()["tables"][0]["sets"]}
+
+
+def canonical_set(name: str) -> str:
+    """Return which of :func:`papers_sets` a name means, or an empty text."""
+    return next((known for known in papers_sets() if same_set(name, known)), "")
 
 
 def disagreements() -> list[str]:

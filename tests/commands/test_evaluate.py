@@ -387,3 +387,40 @@ def test_accuracy_and_recall_equal_clip_benchmarks(root: Path, monkeypatch: pyte
         metrics = ours["captioned"]["tasks"]["retrieval"]["metrics"]
         assert metrics[f"text_to_image_recall@{k}"] == pytest.approx(theirs[f"image_retrieval_recall@{k}"], abs=1e-7)
         assert metrics[f"image_to_text_recall@{k}"] == pytest.approx(theirs[f"text_retrieval_recall@{k}"], abs=1e-7)
+
+
+def test_another_run_is_compared_image_by_image(root: Path) -> None:
+    """The files of predictions agree with the results, and are written again if they are gone."""
+    import pyarrow.parquet as pq
+
+    checkpoint = torch.load("last.ckpt", weights_only=True)
+    weights: dict[str, torch.Tensor] = checkpoint["state_dict"]
+    torch.manual_seed(0)
+    checkpoint["state_dict"] = {name: tensor + 0.1 * torch.randn_like(tensor) for name, tensor in weights.items()}
+    torch.save(checkpoint, "other.ckpt")
+    tasks = ("--tasks", "zero_shot", "linear_probe")
+    run_command([*words(*tasks), "--model", "other.ckpt", "--output", "first"])
+    theirs = json.loads(Path("first/results.json").read_text())["sets"]["noise"]["tasks"]
+    results = evaluate(*tasks, "--compare", "other=first", "this=first")
+    ours = results["sets"]["noise"]["tasks"]
+    for task in ("zero_shot", "linear_probe"):
+        found = pq.read_table(Path("out", ours[task]["predictions"])).to_pydict()
+        assert found["key"] == [f"{name}/{number}.png" for name in sorted(CLASSES) for number in range(5)]
+        assert sum(found["score"]) / 30 == pytest.approx(ours[task]["value"])
+        right = [t == p for t, p in zip(found["truth"], found["prediction"], strict=True)]
+        assert right == [score == 1 for score in found["score"]]
+        low, high = ours[task]["intervals"]["top1"]
+        assert low < ours[task]["value"] < high
+    compared = {each["task"]: each for each in results["comparisons"]}
+    assert {each["run"] for each in results["comparisons"]} == {"other"}  # not a seed of its own recipe
+    differences = {task: ours[task]["value"] - theirs[task]["value"] for task in compared}
+    assert {task: each["difference"] for task, each in compared.items()} == pytest.approx(differences)
+    assert any(differences.values())
+    page = (root / "out/report.html").read_text(encoding="utf-8")
+    assert "compared with other" in page
+    assert "this, 2 runs" in page
+    assert "this run,last.ckpt,noise,zero_shot,,top1" in Path("out/results.csv").read_text()
+    assert "noise & top-1" in Path("out/results.tex").read_text()
+    Path("out", ours["zero_shot"]["predictions"]).unlink()
+    evaluate("--tasks", "zero_shot")
+    assert Path("out", ours["zero_shot"]["predictions"]).is_file()

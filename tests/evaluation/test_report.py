@@ -14,14 +14,16 @@ from PIL import Image
 from rich.console import Console
 
 from lit_clip.errors import InputError
-from lit_clip.evaluation.overview import means, metric_words, percent, rows
+from lit_clip.evaluation.overview import group_means, metric_words, percent, rows
 from lit_clip.evaluation.published import (
     PARAMETERS,
     disagreements,
     measured,
+    measured_weights,
     nearest,
     nearest_model,
     papers_name,
+    papers_sets,
     peers,
     published,
     published_metrics,
@@ -30,6 +32,7 @@ from lit_clip.evaluation.report.chart_style import ChartRun, run_name, short_nam
 from lit_clip.evaluation.report.charts import few_shot, figures
 from lit_clip.evaluation.report.page import TEMPLATE, report_values, write_report
 from lit_clip.evaluation.report.prediction_grid import Prediction, prediction_grid
+from lit_clip.evaluation.report.result_columns import result_columns
 from lit_clip.evaluation.report.results_table import print_results
 from lit_clip.evaluation.report.robustness_chart import effective_rows, papers_points, run_points
 from lit_clip.evaluation.report.set_section import set_section
@@ -289,7 +292,9 @@ def test_parameter_counts_match_the_models() -> None:
 
 def test_a_row_has_the_papers_figure_for_the_same_set_and_metric(full: dict[str, Any]) -> None:
     found = {(row.name, row.metric): row for row in rows(full)}
-    assert found["cifar10", "top1"].values == {"zero_shot": 0.85, "linear_probe": 0.95, "few_shot": 0.7}
+    assert found["cifar10", "top1"].values == {"zero_shot": 0.85, "linear_probe": 0.95}
+    assert found["cifar10", "top1"].shots == pytest.approx({1: 0.5, 2: 0.6, 4: 0.7})
+    assert found["cifar10", "top1"].intervals == {"zero_shot": pytest.approx((0.84, 0.86))}
     assert found["cifar10", "top1"].papers["zero_shot"].value == pytest.approx(0.913)
     assert found["cifar10", "top1"].skipped == 2
     assert found["flickr", "image_to_text_recall@1"].values == {"zero_shot": 0.8}
@@ -301,13 +306,80 @@ def test_a_row_has_the_papers_figure_for_the_same_set_and_metric(full: dict[str,
     assert rows(full)[0].papers == {}
 
 
-def test_means_are_over_the_sets_that_the_paper_has_too(full: dict[str, Any]) -> None:
-    mean = means(rows(full), "zero_shot")
-    assert mean is not None
-    assert mean.sets == 3  # cifar10, mnist, imagenet; the paper has no figures of ViT-B/32 on the shifted sets
-    assert mean.ours == pytest.approx((0.85 + 0.4 + 0.63) / 3)
-    assert mean.papers == pytest.approx((0.913 + 0.519 + 0.632) / 3)
-    assert means(rows(full), "few_shot") is None
+def whole_paper(zero_shot_value: float = 0.5) -> dict[str, Any]:
+    """The paper's 27 sets, each by the paper's metric, beside one that is not among them."""
+    sets = {"imagenetv2": a_set("ImageNetV2", 0.99)}
+    for name, metric in papers_sets().items():
+        task = {"value": zero_shot_value, "metrics": {metric: zero_shot_value}}
+        sets[name.lower()] = {**a_set(name, zero_shot=task), "metric": metric}
+    return sets
+
+
+def test_the_mean_is_over_the_papers_27_sets_or_not_shown(full: dict[str, Any], folder: Path) -> None:
+    sets = whole_paper()
+    (mean,) = group_means(rows(results_of(sets)), "zero_shot")
+    assert mean.sets == 27
+    assert mean.ours == pytest.approx(0.5)
+    theirs = [published(name, "zero_shot", "ViT-B-32") for name in papers_sets()]
+    assert mean.papers == pytest.approx(sum(figure.value for figure in theirs if figure) / 27)
+    assert "mean of the paper's 27 sets 50.0" in Page(report_page(results_of(sets), folder, {})).text
+    assert [line.split()[0] for line in printed(results_of(sets)).splitlines() if " 50.0 " in line][-1] == "mean"
+
+    sets["mnist"]["status"], sets["mnist"]["tasks"] = "failed", {}
+    sets["voc2007"]["metric"] = "mwap"  # not the paper's
+    (mean,) = group_means(rows(results_of(sets)), "zero_shot")
+    assert (mean.ours, mean.papers, mean.missing) == (None, None, ["VOC2007", "MNIST"])
+    line = "zero-shot, the paper's 27 sets: no mean, 25 of 27; missing: VOC2007, MNIST"
+    for text in (Page(report_page(results_of(sets), folder, {})).text, printed(results_of(sets))):
+        assert line in text
+        assert "mean of the" not in text
+
+    assert [mean.missing for mean in group_means(rows(full), "linear_probe")][0][:2] == ["Food101", "CIFAR100"]
+    assert group_means(rows(results_of({"ours": a_set()})), "zero_shot") == []
+
+
+def test_another_runs_mean_is_shown_only_if_it_has_all_sets(folder: Path) -> None:
+    others = {"whole": results_of(whole_paper(0.4)), "half": results_of(dict(list(whole_paper(0.3).items())[:9]))}
+    page = Page(report_page(results_of(whole_paper()), folder, others)).text
+    row = page[page.index("mean of the paper's 27 sets") :].split()[6:10]
+    assert row[0] == "50.0"
+    assert "40.0" in row
+    assert "30.0" not in row
+
+
+def test_few_shot_columns_name_their_shots(full: dict[str, Any], folder: Path) -> None:
+    full["sets"]["mnist"]["tasks"]["few_shot"] = shots(0.3, 0.5)  # a set with fewer images per class
+    columns = {column.title: column.cells[:2] for column in result_columns(rows(full), {"other": full})}
+    assert columns["2 shots"] == ["60.0", "50.0"]
+    assert columns["4 shots"] == ["70.0", ""]
+    assert "few-shot" not in columns
+    other = results_of({"cifar10": a_set("CIFAR10", few_shot=shots(0.1, 0.2))})
+    cells = [column.cells[0] for column in result_columns(rows(full), {"other": other}) if column.title == "other"]
+    assert cells == ["20.0"]  # 2 shots; it has no 4
+
+
+def test_measured_figures_stand_beside_the_papers_where_they_differ(full: dict[str, Any], folder: Path) -> None:
+    full["sets"]["wds_vtab-cifar10"] = a_set("", 0.9)
+    full["sets"]["wds_cars"] = a_set("", 0.6)
+    columns = {column.title: column.cells for column in result_columns(rows(full), {})}
+    found = dict(zip([row.name for row in rows(full)], columns["measured"], strict=True))
+    assert found["mnist"] == "48.4"  # 51.9 in the paper
+    assert found["imagenet"] == ""  # 63.3 and 63.2
+    assert (found["wds_vtab-cifar10"], found["wds_cars"]) == ("89.8", "59.6")
+    assert found["ours"] == ""
+    page = Page(report_page(full, folder, {})).text
+    assert "measured: OpenAI's ViT-B/32 by open_clip or CLIP_benchmark" in page
+    assert "89.8 (open_clip)" in page
+
+
+def test_published_weights_are_compared_with_figures_measured_with_them(folder: Path) -> None:
+    results = results_of({"wds_mscoco_captions": a_set("", retrieval={"value": 0.6, "metrics": {
+        "image_to_text_recall@1": 0.6, "text_to_image_recall@1": 0.4}})}, "ViT-B-16-SigLIP:webli")  # fmt: skip
+    columns = {column.title: column.cells for column in result_columns(rows(results), {})}
+    assert columns["measured"] == ["65.7", "47.8"]
+    assert measured_weights({"name": "ViT-B-32-quickgelu:openai"}) == "ViT-B-32"
+    assert measured_weights({"name": "last.ckpt", "architecture": "ViT-B-16"}) == "ViT-B-16"
+    assert "measured: ViT-B-16-SigLIP:webli by" in Page(report_page(results, folder, {})).text
 
 
 def printed(results: dict[str, Any]) -> str:
@@ -319,7 +391,7 @@ def printed(results: dict[str, Any]) -> str:
 def test_the_terminals_table_has_percentages_the_papers_figures_and_failures(full: dict[str, Any]) -> None:
     lines = [line.strip() for line in printed(full).splitlines()]
     cifar = next(line for line in lines if line.startswith("cifar10")).split()
-    assert cifar == ["cifar10", "top-1", "85.0", "91.3", "95.0", "95.1?", "70.0", "10.0", "1,000", "2"]
+    assert cifar == ["cifar10", "top-1", "85.0", "91.3", "89.8", "95.0", "95.1?", "70.0", "10.0", "1,000", "2"]
     assert any(line.startswith("pets") and "not on disk" in line for line in lines)
     assert "pets: not on disk: data/pets: not there" in lines
     assert "pcam: failed: test.h5: truncated" in lines
@@ -531,8 +603,8 @@ def test_another_run_is_shown_beside_this_one(full: dict[str, Any], folder: Path
     other = results_of({"cifar10": a_set("CIFAR10", 0.123)}, "RN50:openai")
     page = Page(report_page(full, folder, {"runs/other/results.json": other}))
     assert "runs/other/results.json: RN50:openai" in page.text
-    row = page.text[page.text.index("cifar10 top-1") :].split()[:5]
-    assert row == ["cifar10", "top-1", "85.0", "91.3", "12.3"]
+    row = page.text[page.text.index("cifar10 top-1") :].split()[:6]
+    assert row == ["cifar10", "top-1", "85.0", "91.3", "89.8", "12.3"]
 
 
 def test_images_outside_the_run_are_not_read_and_broken_ones_leave_a_gap(full: dict[str, Any], tmp_path: Path) -> None:
