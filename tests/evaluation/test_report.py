@@ -392,10 +392,31 @@ def test_the_terminals_table_has_percentages_the_papers_figures_and_failures(ful
     lines = [line.strip() for line in printed(full).splitlines()]
     cifar = next(line for line in lines if line.startswith("cifar10")).split()
     assert cifar == ["cifar10", "top-1", "85.0", "91.3", "89.8", "95.0", "95.1?", "70.0", "10.0", "1,000", "2"]
-    assert any(line.startswith("pets") and "not on disk" in line for line in lines)
-    assert "pets: not on disk: data/pets: not there" in lines
+    assert "not on disk: pets" in lines
+    assert not any(line.startswith(("pets", "pcam ")) for line in lines)  # no empty rows
     assert "pcam: failed: test.h5: truncated" in lines
     assert any("ViT-B/32 (the same name)" in line and "?" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("width", "values"),
+    [
+        (60, "50.0 90.0 10.0"),
+        (80, "50.0 91.3 90.0 95.1? 50.0 10.0 1,000"),
+        (100, "50.0 91.3 89.8 90.0 95.1? 40.0 50.0 10.0 1,000"),
+    ],
+)
+def test_the_terminals_table_leaves_out_what_does_not_fit(width: int, values: str) -> None:
+    sets = whole_paper()
+    for entry in sets.values():
+        entry["tasks"] |= {"linear_probe": probe(0.9), "few_shot": shots(0.4, 0.5)}
+    sets["food101"]["tasks"]["few_shot"] = shots(0.4)
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    print_results(results_of(sets), console)
+    lines = console.file.getvalue().splitlines()  # pyright: ignore[reportAttributeAccessIssue]
+    cifar = next(line for line in lines if line.lstrip().startswith("cifar10 "))
+    assert cifar.split() == ["cifar10", "top-1", *values.split()]
+    assert len(cifar.rstrip()) <= width
 
 
 def test_empty_results_can_be_printed_and_markup_in_names_is_not_interpreted() -> None:
@@ -426,6 +447,8 @@ def test_bars_and_diamonds_are_drawn_at_the_values(full: dict[str, Any]) -> None
     assert ours[:2] == pytest.approx([85.0, 40.0])
     assert theirs[:2] == pytest.approx([0.0, 60.0])  # no bar for a missing set
     assert (ours[-1], theirs[-1]) == pytest.approx((0.0, 20.0))
+    ends = [np.asarray(line.get_xdata()).tolist() for line in figure.axes[0].lines]
+    assert ends[:2] == [pytest.approx([84.0, 86.0]), pytest.approx([39.0, 41.0])]  # intervals
     marks = [mark for mark in figure.axes[0].collections if isinstance(mark, PathCollection)]
     diamonds = [dot for mark in marks for dot in np.asarray(mark.get_offsets()).tolist()]
     assert [90.0 < x < 92.0 for x, y in diamonds if -0.5 < y < 0.5] == [True]  # 91.3 beside the first bar
@@ -442,6 +465,11 @@ def test_differences_are_sorted_and_few_shot_curves_are_means_over_sets(full: di
     assert np.asarray(thick[0].get_ydata()) == pytest.approx([40.0, 55.0, 75.0])
     star = next(line for line in curve.axes[0].lines if line.get_marker() == "*")
     assert np.asarray(star.get_ydata()) == pytest.approx([62.5])
+    other = results_of({"mnist": a_set("MNIST", few_shot=shots(0.1, 0.2, 0.3)), "x": a_set("", few_shot=shots(0.9))})
+    curve = few_shot([ChartRun("this run", full), ChartRun("other", other), ChartRun("none", results_of({}))])
+    assert curve is not None
+    thick = [np.asarray(line.get_ydata()) for line in curve.axes[0].lines if line.get_linewidth() > 2]
+    assert thick == [pytest.approx([30.0, 50.0, 80.0]), pytest.approx([10.0, 20.0, 30.0])]  # mnist alone is in both
 
 
 def test_the_robustness_chart_averages_over_the_same_sets(full: dict[str, Any]) -> None:
@@ -518,7 +546,7 @@ def test_the_page_shows_all_results(full: dict[str, Any], folder: Path) -> None:
         "test: 2 images could not be read",
         "bad.png",
         "truncated file",
-        "how to get it: ask the authors",
+        "1 set not on disk set reason how to get it pets data/pets: not there ask the authors",
         "test.h5: truncated",
         "cat dog 88",
         "25.0 % (1 of 4), 10.0 to 60.0",

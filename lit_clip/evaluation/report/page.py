@@ -69,15 +69,19 @@ def report_values(
 ) -> dict[str, Any]:
     """Compute the values of ``report.html``; see :func:`write_report`."""
     model = results.get("model") or {}
-    near, found, sets = nearest(model), rows(results), sets_of(results)
+    near, everything = nearest(model), rows(results)
+    found = [row for row in everything if row.status != "missing"]
+    missing = [(name, entry) for name, entry in sets_of(results) if entry.get("status") == "missing"]
+    sets = [(name, entry) for name, entry in sets_of(results) if entry.get("status") != "missing"]
     columns, weights = list(result_columns(found, others, groups)), measured_weights(model)
     return {
         "title": f"Evaluation of {model.get('name') or 'a model'}",
-        "summary": _summary(found, near),
+        "summary": _summary(everything, near),
         "rows": [(row, STATUSES.get(row.status, row.status), metric_words(row.metric)) for row in found],
         "columns": columns,
         "means": mean_groups(columns),
         "incomplete": incomplete_means(found),
+        "missing": [(name, entry.get("reason") or "", entry.get("how_to_get") or "") for name, entry in missing],
         "comparisons": {name: _comparison([each for each in differences if each.run == name]) for name in others},
         "anchors": {name: f"set-{place}" for place, (name, _) in enumerate(sets)},
         "paper": PAPER,

@@ -24,7 +24,7 @@ HEADS = {  # narrow
 
 
 def print_results(results: Mapping[str, Any], console: Console | None = None) -> None:
-    """Print :func:`results_table`, and below it what was not evaluated and why."""
+    """Print :func:`results_table`, and below it what was not evaluated; the report says how to get missing sets."""
     console = console or Console()
     if not console.is_terminal:
         console.width = max(console.width, WIDE)  # a file has room
@@ -32,8 +32,11 @@ def print_results(results: Mapping[str, Any], console: Console | None = None) ->
     found = rows(results)
     for line in incomplete_means(found):
         console.print(line, soft_wrap=True)
+    missing = [row.name for row in found if row.status == "missing"]
+    if missing:
+        console.print(f"{STATUSES['missing']}: {', '.join(missing)}", soft_wrap=True)
     for row in found:
-        if row.status != "done":
+        if row.status not in ("done", "missing"):
             reason = f": {row.reason}" if row.reason else ""
             console.print(f"{row.name}: {STATUSES.get(row.status, row.status)}{reason}", soft_wrap=True)
 
