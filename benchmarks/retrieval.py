@@ -93,11 +93,11 @@ def measure_ours(images: int, captions: int) -> dict[str, Any]:
     assert joined is not None
     score = pair_scores(joined.image, joined.text, joined.own_pairs)
     ranks = retrieval_ranks(joined.image, joined.text, joined.own_pairs, score)
-    metrics = retrieval_metrics(ranks.image, ranks.text, joined.all_pairs)
+    metrics = retrieval_metrics(ranks, joined.all_pairs)
     seconds = time.perf_counter() - start
     loss = whole_set_loss(joined.image, joined.text, joined.own_pairs, score, torch.tensor(100.0))
     loss_seconds, peak = time.perf_counter() - start - seconds, peak_memory()
-    check(joined, images, captions, (ranks.image, ranks.text))
+    check(joined, images, captions, (ranks.image, ranks.pair))
     return {"peak": peak, "seconds": seconds, "loss_seconds": loss_seconds, "loss": loss, **metrics}
 
 

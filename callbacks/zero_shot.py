@@ -19,7 +19,7 @@ from lit_clip import distributed
 from lit_clip.errors import require
 from lit_clip.evaluation.data import LabelledImages
 from lit_clip.evaluation.prompts import Prompts, prompts_of, text_classifier
-from lit_clip.evaluation.scores import baselines, evaluate_scores, mean_over_folds
+from lit_clip.evaluation.scores import baselines, comparable, evaluate_scores, mean_over_folds
 from lit_clip.evaluation.set_encoding import Encoded, SetEncoder
 from lit_clip.evaluation.suite import Metric, SuiteEntry, check_name
 from lit_clip.evaluation.targets import Targets
@@ -118,8 +118,9 @@ class ZeroShot(PeriodicEvaluation):
             if name not in self._classifiers:
                 self._classifiers[name] = text_classifier(module.model, opened.prompts).cpu()
             scores = self._scores(module, name, opened)
+            scale = float(module.model.logit_scale.detach().exp())
             with named(name):
-                of_set = from_first_rank(partial(_metrics, opened, scores))
+                of_set = from_first_rank(partial(_metrics, opened, scores, scale))
             result.metrics |= {f"zero_shot/{name}/{metric}": value for metric, value in of_set.metrics.items()}
             result.baselines |= {f"zero_shot/{name}/{metric}": value for metric, value in of_set.baselines.items()}
             if self.examples and trainer.is_global_zero:
@@ -163,11 +164,12 @@ def _from_suite(entry: SuiteEntry, folds: Sequence[object]) -> _OpenedSet:
     return _OpenedSet(labelled, prompts_of(entry.class_names, templates, labelled[0].class_names), entry.metric)
 
 
-def _metrics(opened: _OpenedSet, folds: Sequence[Encoded]) -> PeriodicResult:
-    """Compute the metrics, averaged over folds, and the baselines in the first fold."""
+def _metrics(opened: _OpenedSet, folds: Sequence[Encoded], scale: float) -> PeriodicResult:
+    """Compute the metrics, averaged over folds, and the baselines in the first fold, with the model's ``scale``."""
     metric, classes = opened.metric, len(opened.prompts.names)
     targets = [Targets.of(images, scores.rows, classes) for images, scores in zip(opened.folds, folds, strict=True)]
-    values = [evaluate_scores(metric, scores.features, truth) for scores, truth in zip(folds, targets, strict=True)]
+    ranking = [comparable(metric, scale * scores.features) for scores in folds]
+    values = [evaluate_scores(metric, scores, truth) for scores, truth in zip(ranking, targets, strict=True)]
     return PeriodicResult(mean_over_folds(values), baselines(metric, targets[0]))
 
 

@@ -21,7 +21,7 @@ from lit_clip.evaluation.report.page import write_report
 from lit_clip.evaluation.report.results_table import print_results
 from lit_clip.evaluation.report.tables import write_tables
 from lit_clip.evaluation.report.tensorboard import write_tensorboard
-from lit_clip.evaluation.results import Results, cache_key, provenance
+from lit_clip.evaluation.results import Results, cache_key, code_digest, provenance
 from lit_clip.evaluation.store import FeatureStore
 from lit_clip.evaluation.suite import TASKS, SuiteEntry, Task, read_suite
 from lit_clip.evaluation.tasks import (
@@ -41,7 +41,6 @@ from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import make_folder
 from lit_clip.tools.console import stderr
 from lit_clip.tools.images import OnError
-from lit_clip.version import __version__
 
 IMAGENET = "ImageNet"  # its name in the paper
 PACKAGES = ("matplotlib", "scipy")  # of the extra "eval": needed at the end of every evaluation
@@ -358,4 +357,4 @@ class _Run:
             more = (opened.prompts.names, opened.prompts.sha256)
         elif opened.captions:
             more = (opened.captions.digest,)
-        return cache_key(__version__, task, used, more, entry.metric, entry.data, entry.splits, entry.folds)
+        return cache_key(code_digest(), task, used, more, entry.metric, entry.data, entry.splits, entry.folds)

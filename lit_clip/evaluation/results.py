@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,12 @@ PACKAGES = ("torch", "torchvision", "lightning", "pillow", "timm", "transformers
 def cache_key(*values: Any) -> str:
     """Hash all that a result depends on."""
     return hex_digest([json.dumps(values, sort_keys=True, default=str)])
+
+
+@lru_cache(maxsize=1)
+def code_digest() -> str:
+    """Hash the code of this package: results of another version of it are computed again."""
+    return hex_digest([path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))])
 
 
 def provenance(

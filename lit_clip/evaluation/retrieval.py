@@ -1,6 +1,6 @@
 """Retrieval and loss of a set of image-caption pairs that is distributed over the ranks."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch import Tensor
 from lit_clip import distributed
 from lit_clip.evaluation.retrieval_metrics import (
     Pairs,
+    Ranks,
     baseline_recalls,
     median_rank,
     pair_scores,
@@ -135,8 +136,8 @@ class RetrievalSet:
     """Collects pairs batch by batch on every rank, then evaluates all ranks' pairs together.
 
     The candidates are all pairs of the set, so the metrics depend on neither batch size nor number of ranks; a rank may
-    have no pairs. Rows with the same key are one image, rows with the same tokens one caption, on any rank. For the
-    evaluation each rank holds the features of all images and of the captions that it owns.
+    have no pairs. Rows with the same key are one image, rows with the same tokens copies of one caption, on any rank.
+    For the evaluation each rank holds the features of all images and of the captions that it owns.
     """
 
     def __init__(self) -> None:
@@ -164,7 +165,7 @@ class RetrievalSet:
         text_TD = _owned_features(self._texts, texts, empty)
         first = sum(texts.counts[:rank])
         mine = (first <= pairs.text) & (pairs.text < first + len(text_TD))
-        own_pairs = Pairs(pairs.image[mine], pairs.text[mine] - first, pairs.rows[mine])
+        own_pairs = Pairs(pairs.image[mine], pairs.text[mine] - first, pairs.rows[mine], pairs.earlier[mine])
         self._images, self._texts = _Distinct(), _Distinct()
         return Joined(image_ID, text_TD, own_pairs.to(empty.device), pairs)
 
@@ -188,8 +189,10 @@ class RetrievalSet:
         score_E = pair_scores(image_ID, text_TD, own_pairs)
         ranks = retrieval_ranks(image_ID, text_TD, own_pairs, score_E, *over_ranks)
         loss = whole_set_loss(image_ID, text_TD, own_pairs, score_E, scale, bias, *over_ranks)
-        metrics = retrieval_metrics(ranks.image.cpu(), distributed.gather_uneven(ranks.text).cpu(), all_pairs)
-        return Evaluation({"loss": loss, **metrics}, _recall_metrics(*baseline_recalls(all_pairs, RECALL_AT)))
+        pair_E, text_T = (distributed.gather_uneven(each).cpu() for each in (ranks.pair, ranks.merged_text))
+        ranks = Ranks(ranks.image.cpu(), pair_E, ranks.merged_image.cpu(), text_T)
+        baselines = dict(zip(_names(all_pairs), baseline_recalls(all_pairs, RECALL_AT), strict=False))
+        return Evaluation({"loss": loss, **retrieval_metrics(ranks, all_pairs)}, _recall_metrics(baselines))
 
     def _rows(self, device: torch.device) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return image hash, caption hash and rank of all ranks' rows, in the order in which they were added."""
@@ -217,28 +220,43 @@ def _owned_features(seen: _Distinct, owners: _Owners, empty: Tensor) -> Tensor:
 
 def _distinct_pairs(images: _Owners, texts: _Owners) -> Pairs:
     """Return the pairs of all ranks on the CPU, in the order of the captions."""
-    code, rows = np.unique(texts.numbers * sum(images.counts) + images.numbers, return_counts=True)
-    text, image = np.divmod(code, sum(images.counts))
-    return Pairs(torch.from_numpy(image), torch.from_numpy(text), torch.from_numpy(rows))
-
-
-def retrieval_metrics(image_ranks: Tensor, text_ranks: Tensor, pairs: Pairs) -> dict[str, float]:
-    """Return recalls and median ranks in both directions from the ranks of all images ``[I]`` and captions ``[T]``."""
-    one_each = torch.ones_like(image_ranks)  # an image with five captions is one query
-    rows_T = torch.zeros_like(text_ranks).index_add_(0, pairs.text, pairs.rows)
-    image_to_text, text_to_image = (image_ranks, one_each), (text_ranks, rows_T)
-    metrics = _recall_metrics(
-        recalls(*image_to_text, len(text_ranks), RECALL_AT), recalls(*text_to_image, len(image_ranks), RECALL_AT)
+    code, first, rows = np.unique(
+        texts.numbers * sum(images.counts) + images.numbers, return_index=True, return_counts=True
     )
-    for direction, queries in zip(DIRECTIONS, (image_to_text, text_to_image), strict=True):
-        metrics[f"{direction}_median_rank"] = float(median_rank(*queries))
-    return metrics
+    text, image = np.divmod(code, sum(images.counts))
+    order = texts.numbers.argsort(kind="stable")
+    copies = np.empty_like(order)
+    copies[order] = np.arange(len(order)) - np.searchsorted(texts.numbers[order], texts.numbers[order])
+    return Pairs(*map(torch.from_numpy, (image, text, rows, copies[first])))
 
 
-def _recall_metrics(image_to_text: Sequence[float], text_to_image: Sequence[float]) -> dict[str, float]:
-    """Name the recalls at :data:`RECALL_AT` of both directions."""
+def _names(pairs: Pairs) -> tuple[str, ...]:
+    """Return the prefix of the metrics of each field of :class:`Ranks`; without copies of captions both rules agree."""
+    copies = int(pairs.rows.sum()) > int(pairs.text[-1]) + 1
+    return (*DIRECTIONS, *(f"merged_{direction}" for direction in DIRECTIONS)) if copies else DIRECTIONS
+
+
+def retrieval_metrics(ranks: Ranks, pairs: Pairs) -> dict[str, float]:
+    """Return recalls and median ranks in both directions by the field's rule, and merged if captions have copies.
+
+    Args:
+        ranks: ranks of all ranks' images, pairs and captions, on the CPU.
+        pairs: pairs of all ranks' captions, on the CPU.
+    """
+    one_each = torch.ones_like(ranks.image)  # an image with five captions is one query
+    rows_T = torch.zeros_like(ranks.merged_text).index_add_(0, pairs.text, pairs.rows)
+    weights = (one_each, pairs.rows, one_each, rows_T)
+    images, texts, rows = len(one_each), len(rows_T), int(rows_T.sum())
+    names = _names(pairs)
+    queries = dict(zip(names, zip(ranks, weights, (rows, images, texts, images), strict=True), strict=False))
+    metrics = _recall_metrics({name: recalls(*query, RECALL_AT) for name, query in queries.items()})
+    return metrics | {f"{name}_median_rank": float(median_rank(*query[:2])) for name, query in queries.items()}
+
+
+def _recall_metrics(values: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Name the recalls at :data:`RECALL_AT` of each direction."""
     return {
-        f"{direction}_recall@{k}": fraction
-        for direction, fractions in zip(DIRECTIONS, (image_to_text, text_to_image), strict=True)
+        f"{name}_recall@{k}": fraction
+        for name, fractions in values.items()
         for k, fraction in zip(RECALL_AT, fractions, strict=True)
     }

@@ -27,11 +27,13 @@ class Pairs(NamedTuple):
         image: int64 ``[E]``, rows of the images' features.
         text: int64 ``[E]``, rows of the captions' features, ascending.
         rows: int64 ``[E]``, number of rows of the set with this pair.
+        earlier: int64 ``[E]``, number of rows of the set with this caption before the first row with this pair.
     """
 
     image: Tensor
     text: Tensor
     rows: Tensor
+    earlier: Tensor
 
     def to(self, device: torch.device) -> "Pairs":
         """Copy to a device."""
@@ -39,17 +41,27 @@ class Pairs(NamedTuple):
 
 
 class Ranks(NamedTuple):
-    """Number of wrong candidates that score at least as high as the best right one, int64; 0 is best.
+    """Number of wrong candidates that rank before the best right one, int64; 0 is best.
 
-    A tie counts against the model. If all right candidates score NaN, or there is none, it is the number of candidates.
+    The field's rule (CLIP_benchmark's): the candidates for an image are the captions of all rows, of which its own are
+    right, and a row's caption is right for its own image alone. Merged: the candidates are the distinct captions, and a
+    caption is right for all its images.
+
+    A tie counts against the model; only copies of a caption, which no model can tell apart, rank in the order of their
+    rows, as in CLIP_benchmark's recall@1. If all right candidates score NaN, or there is none, it is the number of
+    candidates.
 
     Attributes:
-        image: ``[I]``, rank of each image's best caption among all captions.
-        text: ``[T]``, rank of the best image of each of this process's captions among all images.
+        image: ``[I]``, rank of each image's best caption.
+        pair: ``[E]``, rank of the image of each of this process's pairs among all images.
+        merged_image: ``[I]``, rank of each image's best caption among the distinct ones.
+        merged_text: ``[T]``, rank of the best image of each of this process's captions among all images.
     """
 
     image: Tensor
-    text: Tensor
+    pair: Tensor
+    merged_image: Tensor
+    merged_text: Tensor
 
 
 def rank_local(local: Tensor) -> Tensor:
@@ -105,10 +117,12 @@ def _best(score_E: Tensor, index_E: Tensor, size: int) -> Tensor:
     return best.scatter_reduce_(0, index_E, score_E.nan_to_num(nan=torch.inf, neginf=-torch.inf), "amax")
 
 
-def _wrong_ahead(ahead: Tensor, score_E: Tensor, best: Tensor, index_E: Tensor) -> Tensor:
-    """Subtract the right candidates from the number of candidates that do not score below the best right one."""
-    right_E = ~(score_E < best[index_E])
-    return ahead.index_add_(0, index_E, right_E.to(ahead.dtype), alpha=-1)
+def _below(scores: Tensor, thresholds: Tensor, weights: Tensor) -> Tensor:
+    """Count the entries of each column below its threshold, weighted: ``[b, columns]`` for weights ``[b, rows]``.
+
+    A product of zeros and ones in float32 is ten times as fast as a sum of bools, and exact below 2^24 rows.
+    """
+    return (weights.to(scores.dtype) @ torch.lt(scores, thresholds, out=torch.empty_like(scores))).long()
 
 
 @torch.no_grad()
@@ -120,9 +134,7 @@ def retrieval_ranks(
     maximum: Reduce = rank_local,
     total: Reduce = rank_local,
 ) -> Ranks:
-    """Rank the captions for each image and the images for each caption.
-
-    All captions of an image are right for it, and all images of a caption are right for the caption.
+    """Rank the captions for each image and the images for each caption, by both rules of :class:`Ranks`.
 
     Args:
         image_ID: unit features of all images.
@@ -132,17 +144,36 @@ def retrieval_ranks(
         maximum: element-wise maximum over ranks.
         total: sum over ranks.
     """
-    best_I = maximum(_best(score_E, pairs.image, len(image_ID)))
-    best_T = _best(score_E, pairs.text, len(text_TD))
-    below_I, below_T = pairs.image.new_zeros(len(image_ID)), pairs.image.new_zeros(len(text_TD))
-    for texts, images, score in _tiles(image_ID, text_TD):
-        below = torch.empty_like(score)  # 0 or 1 in float32: a product counts ten times as fast as a sum of bools
-        below_T[texts] += (torch.lt(score, best_T[texts, None], out=below) @ torch.ones_like(below[0])).long()
-        below_I[images] += (torch.ones_like(below[:, 0]) @ torch.lt(score, best_I[images], out=below)).long()
-    captions = int(total(torch.tensor([len(text_TD)], device=text_TD.device)))
-    wrong_I = total(_wrong_ahead(len(text_TD) - below_I, score_E, best_I, pairs.image))
-    wrong_T = _wrong_ahead(len(image_ID) - below_T, score_E, best_T, pairs.text)
-    return Ranks(wrong_I.masked_fill(best_I.isinf(), captions), wrong_T.masked_fill(best_T.isinf(), len(image_ID)))
+    images = len(image_ID)
+    best_I, best_T = maximum(_best(score_E, pairs.image, images)), _best(score_E, pairs.text, len(text_TD))
+    rows_T = pairs.rows.new_zeros(len(text_TD)).index_add_(0, pairs.text, pairs.rows)
+    weights_2T = torch.stack([rows_T, torch.ones_like(rows_T)])  # all rows, and the distinct captions
+    several = (pairs.text.bincount(minlength=len(text_TD)) > 1)[pairs.text].nonzero()[:, 0]  # pairs that share captions
+    below_2I, below_T, below_S = rows_T.new_zeros(2, images), torch.zeros_like(rows_T), torch.zeros_like(several)
+    for texts, columns, score in _tiles(image_ID, text_TD):
+        below_2I[:, columns] += _below(score, best_I[columns], weights_2T[:, texts])
+        ones = torch.ones_like(score[:1])
+        below_T[texts] += _below(score.T, best_T[texts], ones)[0]
+        first, last = torch.searchsorted(pairs.text[several], several.new_tensor([texts.start, texts.stop])).tolist()
+        for span in _spans(last - first, CAPTIONS):
+            here = slice(first + span.start, first + span.stop)
+            chosen = several[here]
+            below_S[here] += _below(score[pairs.text[chosen] - texts.start].T, score_E[chosen], ones)[0]
+    below_E = below_T[pairs.text].index_copy_(0, several, below_S)
+    pair_E = (images - 1 - below_E).masked_fill(score_E.isnan(), images)
+    right_T = ~(score_E < best_T[pairs.text])
+    merged_T = (images - below_T).index_add_(0, pairs.text, right_T.long(), alpha=-1)
+    # Of the captions that do not score below an image's best one, its own are right, and later copies rank after it.
+    best_E = ~(score_E < best_I[pairs.image])
+    ahead_2I = weights_2T.sum(dim=1, keepdim=True) - below_2I
+    ahead_2I.index_add_(1, pairs.image, torch.stack([pairs.rows, torch.ones_like(pairs.rows)]) * best_E, alpha=-1)
+    later_E = (rows_T[pairs.text] - pairs.rows - pairs.earlier) * best_E
+    later_I = maximum(rows_T.new_zeros(images).scatter_reduce_(0, pairs.image, later_E, "amax"))
+    candidates_2, ahead_2I = total(weights_2T.sum(dim=1)), total(ahead_2I)
+    image_I, merged_I = torch.where(
+        best_I.isinf(), candidates_2[:, None], ahead_2I - torch.stack([later_I, 0 * later_I])
+    )
+    return Ranks(image_I, pair_E, merged_I, merged_T.masked_fill(best_T.isinf(), images))
 
 
 def recalls(ranks: Tensor, rows: Tensor, candidates: int, ks: Sequence[int]) -> list[float]:
@@ -164,28 +195,40 @@ def median_rank(ranks: Tensor, rows: Tensor) -> int:
     return 1 + int(ranks[order][2 * queries >= queries[-1]][0])
 
 
-def baseline_recalls(pairs: Pairs, ks: Sequence[int]) -> tuple[list[float], list[float]]:
-    """Return the baselines of recall@k, image to text and text to image: always answer with the same k candidates.
+class Baselines(NamedTuple):
+    """Recalls that are reached by always answering with the same k candidates, by both rules of :class:`Ranks`."""
 
-    With N distinct pairs that is k / N; if captions repeat, answering with the most frequent ones reaches more.
+    image: list[float]
+    pair: list[float]
+    merged_image: list[float]
+    merged_text: list[float]
+
+
+def baseline_recalls(pairs: Pairs, ks: Sequence[int]) -> Baselines:
+    """Return the baselines of recall@k.
+
+    With N distinct pairs that is k / N; answering with the most frequent image, or with merged captions with the most
+    frequent ones, reaches more.
 
     Args:
         pairs: pairs of all ranks.
         ks: values of k.
     """
-    image_E, text_E, rows_E = pairs.to(torch.device("cpu"))
+    image_E, text_E, rows_E, _ = pairs.to(torch.device("cpu"))
     images, rows = int(image_E.max()) + 1, int(rows_E.sum())
     images_of_text = text_E.bincount()
+    rows_of_image = rows_E.new_zeros(images).index_add_(0, image_E, rows_E)
     rows_of_text = torch.zeros_like(images_of_text).index_add_(0, text_E, rows_E)
-    rows_of_image = rows_E.new_zeros(images)
-    rows_of_image.index_add_(0, image_E, rows_of_text[text_E])  # number of rows that each image is right for
+    merged_rows = rows_E.new_zeros(images)
+    merged_rows.index_add_(0, image_E, rows_of_text[text_E])  # number of rows that each image is right for
     # A second image with the same caption gains nothing, so only the best image of each caption counts.
-    best_image = torch.zeros_like(rows_of_text).scatter_reduce_(0, text_E, rows_of_image[image_E], "amax")
+    best_image = torch.zeros_like(rows_of_text).scatter_reduce_(0, text_E, merged_rows[image_E], "amax")
 
     def best(gains: Tensor, queries: int) -> list[float]:
         return [min(1.0, float(gains.sort(descending=True).values[:k].sum()) / queries) for k in ks]
 
-    return best(images_of_text, images), best(best_image, rows)
+    own = (best(torch.ones(images), images), best(rows_of_image, rows))
+    return Baselines(*own, best(images_of_text, images), best(best_image, rows))
 
 
 class _LogSumExp:

@@ -50,6 +50,16 @@ def evaluate_scores(metric: Metric, scores: Tensor, targets: Targets) -> dict[st
     return {metric: found[metric], **found}
 
 
+def comparable(metric: Metric, logits: Tensor) -> Tensor:
+    """Return the scores that a zero-shot classifier ranks by, from its logits ``[N, C]``, cosines times scale.
+
+    VOC2007 ranks images within a class, and logits of different images cannot be compared: a softmax over the classes
+    is what brought the paper's figures within reach (openai/CLIP, issue 153; here in float64, as many probabilities are
+    nearly 1). The other metrics compare the classes of one image and keep the logits.
+    """
+    return logits.double().softmax(dim=1) if metric == "map11" else logits
+
+
 def baselines(metric: Metric, targets: Targets) -> dict[str, float]:
     """Return the :func:`baseline` of ``metric`` and of the accuracies that :func:`evaluate_scores` returns with it."""
     value = baseline(metric, targets)

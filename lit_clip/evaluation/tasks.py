@@ -35,7 +35,7 @@ from lit_clip.evaluation.prompts import Prompts
 from lit_clip.evaluation.retrieval import retrieval_metrics
 from lit_clip.evaluation.retrieval_metrics import Pairs, pair_scores, retrieval_ranks
 from lit_clip.evaluation.robustness import subset_rows, subset_top1
-from lit_clip.evaluation.scores import baseline, evaluate_scores, interval, mean_over_folds
+from lit_clip.evaluation.scores import baseline, comparable, evaluate_scores, interval, mean_over_folds
 from lit_clip.evaluation.store import SetFeatures
 from lit_clip.evaluation.suite import SuiteEntry, Task
 from lit_clip.evaluation.targets import Targets
@@ -190,7 +190,7 @@ def _zero_shot(opened: OpenSet, folder: Path) -> dict[str, Any]:
     scored, first = [], None
     for number, fold in enumerate(opened.folds):
         scores, targets = _scores(opened, fold, opened.classifier), _targets(opened, fold, "test")
-        scored.append(_score(opened, number, scores, targets))
+        scored.append(_score(opened, number, comparable(opened.entry.metric, scores), targets))
         first = first or (scores, targets)
     assert first is not None
     scores, targets = first
@@ -323,9 +323,9 @@ def _retrieval(opened: OpenSet, folder: Path) -> dict[str, Any]:
         opened.captions.pairs,
     )
     ranks = retrieval_ranks(image_ID, text_TD, pairs, pair_scores(image_ID, text_TD, pairs))
-    metrics = retrieval_metrics(ranks.image, ranks.text, pairs)
+    metrics = retrieval_metrics(ranks, pairs)
     value = fmean(metrics[f"{direction}_recall@1"] for direction in ("image_to_text", "text_to_image"))
-    columns = retrieval_columns(_keys(opened.folds[0]), pairs, ranks.image, ranks.text[pairs.text])
+    columns = retrieval_columns(_keys(opened.folds[0]), pairs, ranks.image, ranks.pair)
     result = {"value": value, "metrics": metrics, "images": len(image_ID), "captions": int(pairs.rows.sum())}
     return result | {
         "intervals": recall_intervals(metrics, result["images"], result["captions"]),
@@ -369,15 +369,18 @@ def _bias(opened: OpenSet) -> dict[str, Any]:
 
 
 def caption_texts(images: CaptionedImages, rows: Sequence[int], template: str) -> tuple[list[str], Pairs]:
-    """Return the distinct captions of a set, and which image (by its place in ``rows``) each belongs to.
-
-    A sentence that two images share is one caption, and both images are right for it.
-    """
+    """Return the distinct captions of a set, and which image (by its place in ``rows``) each belongs to."""
     numbers: dict[str, int] = {}
     counts: dict[tuple[int, int], int] = {}
+    earlier: dict[tuple[int, int], int] = {}
+    rows_of_text: list[int] = []
     for image, row in enumerate(rows):
         for caption in images.captions(row):
             text = numbers.setdefault(template.replace("{}", caption), len(numbers))
+            if text == len(rows_of_text):
+                rows_of_text.append(0)
+            earlier.setdefault((text, image), rows_of_text[text])
+            rows_of_text[text] += 1
             counts[text, image] = counts.get((text, image), 0) + 1
-    columns = torch.tensor([(image, text, count) for (text, image), count in sorted(counts.items())]).T.contiguous()
-    return list(numbers), Pairs(*columns)
+    columns = [(image, text, count, earlier[text, image]) for (text, image), count in sorted(counts.items())]
+    return list(numbers), Pairs(*torch.tensor(columns).T.contiguous())

@@ -358,6 +358,7 @@ def test_accuracy_and_recall_equal_clip_benchmarks(root: Path, monkeypatch: pyte
         predictions = [int((model.encode_image(model.preprocess(p)[None]) @ classifier).argmax()) for p in images]
     labels = [prediction if i % 2 else (prediction + i) % len(CLASSES) for i, prediction in enumerate(predictions)]
     captions = [[f"image {i} of {i * i % 7}", f"{CLASSES[i % 6]} number {i}"][: 1 + i % 2] for i in range(30)]
+    captions[7].append(captions[20][0])  # a caption of two images is right for its own alone
     write_shards(root / "data/labelled", images, labels, [])
     write_shards(root / "data/captioned", images, None, captions)
     reader = "datamodules.evaluation.WebDataset"
@@ -385,6 +386,7 @@ def test_accuracy_and_recall_equal_clip_benchmarks(root: Path, monkeypatch: pyte
     theirs = zeroshot_retrieval.evaluate(model, loader(data), tokenizer, "cpu", amp=False, recall_k_list=[1, 5, 10])
     for k in (1, 5, 10):
         metrics = ours["captioned"]["tasks"]["retrieval"]["metrics"]
+        assert f"merged_text_to_image_recall@{k}" in metrics
         assert metrics[f"text_to_image_recall@{k}"] == pytest.approx(theirs[f"image_retrieval_recall@{k}"], abs=1e-7)
         assert metrics[f"image_to_text_recall@{k}"] == pytest.approx(theirs[f"text_retrieval_recall@{k}"], abs=1e-7)
 

@@ -28,8 +28,9 @@ def make_pairs(rows: list[tuple[int, int]]) -> Pairs:
     """Return the distinct pairs of a set whose rows are (image, caption)."""
     distinct = sorted(set(rows), key=lambda row: (row[1], row[0]))
     counts = Counter(rows)
-    image, text = torch.tensor(distinct).T
-    return Pairs(image.contiguous(), text.contiguous(), torch.tensor([counts[pair] for pair in distinct]))
+    image, text = torch.tensor(distinct).T.contiguous()
+    earlier = [sum(row[1] == pair[1] for row in rows[: rows.index(pair)]) for pair in distinct]
+    return Pairs(image, text, torch.tensor([counts[pair] for pair in distinct]), torch.tensor(earlier))
 
 
 def found(image: Tensor, text: Tensor, pairs: Pairs) -> Ranks:
@@ -64,20 +65,62 @@ def ranks_one_by_one(queries: Tensor, candidates: Tensor, right: set[tuple[int, 
     return ranks
 
 
+def field_ranks_one_by_one(
+    image: Tensor, text: Tensor, rows: list[tuple[int, int]], pairs: Pairs
+) -> tuple[list[int], list[int]]:
+    """Rank the captions of all rows for each image, and the images for each pair, by the field's rule."""
+    scores = image.double() @ text.double().T
+    i_N, t_N = torch.tensor(rows).T
+    place = torch.arange(len(rows))
+    of_images = []
+    for i in range(len(image)):
+        score_N, wrong_N = scores[i, t_N], i_N != i
+        before = [
+            wrong_N & ((score_N > score_N[r]) | (score_N == score_N[r]) & ((t_N != t_N[r]) | (place < r)))
+            for r in (~wrong_N).nonzero()[:, 0].tolist()
+        ]
+        of_images.append(min(int(each.sum()) for each in before))
+    columns = zip(pairs.image.tolist(), pairs.text.tolist(), strict=True)
+    return of_images, [int((scores[:, t] >= scores[i, t]).sum()) - 1 for i, t in columns]
+
+
 @pytest.mark.parametrize(
     ("images", "texts"), [(1, 1), (1, 7), (7, 1), (21, 21), (20, 101), (101, 20), (97, 1500), (4099, 70)]
 )
 def test_ranks_equal_those_of_sorting_one_by_one(images: int, texts: int) -> None:
-    """If rows repeat images or captions, the distinct ones are the queries and candidates."""
     image, text, rows = random_set(images, texts, seed=images)
     assert images != 4099 or images > IMAGES
     assert texts != 1500 or texts > CAPTIONS
-    ranks = found(image, text, make_pairs(rows))
-    assert ranks.image.dtype == ranks.text.dtype == torch.int64
-    assert ranks.image.tolist() == ranks_one_by_one(image, text, set(rows))
-    assert ranks.text.tolist() == ranks_one_by_one(text, image, {(t, i) for i, t in rows})
+    pairs = make_pairs(rows)
+    ranks = found(image, text, pairs)
+    assert all(each.dtype == torch.int64 for each in ranks)
+    assert (ranks.image.tolist(), ranks.pair.tolist()) == field_ranks_one_by_one(image, text, rows, pairs)
+    assert ranks.merged_image.tolist() == ranks_one_by_one(image, text, set(rows))
+    assert ranks.merged_text.tolist() == ranks_one_by_one(text, image, {(t, i) for i, t in rows})
     if images > 20 and texts > 20:
-        assert 0 < (ranks.text == 0).sum() < texts  # neither none nor all
+        assert 0 < (ranks.merged_text == 0).sum() < texts  # neither none nor all
+        assert ranks.image.tolist() != ranks.merged_image.tolist()
+
+
+@pytest.mark.parametrize("k", [1, 5, 10])
+def test_recalls_with_shared_captions_equal_clip_benchmarks_to_the_last_query(k: int) -> None:
+    """400 images with five captions, of which about a tenth occur with several images, as on COCO."""
+    theirs = pytest.importorskip("clip_benchmark.metrics.zeroshot_retrieval")
+    generator = torch.Generator().manual_seed(k)
+    rows = [(row // 5, row if row % 10 else 10 * (row % 7)) for row in range(2000)]
+    image = unit(torch.randn(400, 16, generator=generator))
+    text = unit(
+        torch.stack([image[min(t // 5, 399)] for t in range(2000)]) + torch.randn(2000, 16, generator=generator)
+    )
+    pairs = make_pairs(rows)
+    ranks = found(image, text, pairs)
+    scores = torch.stack([image @ text[t] for _, t in rows])  # copies score equal
+    positive = torch.zeros_like(scores, dtype=torch.bool)
+    positive[torch.arange(2000), torch.tensor([i for i, _ in rows])] = True
+    assert (theirs.recall_at_k(scores.T, positive.T, k) > 0).tolist() == (ranks.image < k).tolist()
+    rank_of = dict(zip(zip(pairs.image.tolist(), pairs.text.tolist(), strict=True), ranks.pair.tolist(), strict=True))
+    assert (theirs.recall_at_k(scores, positive, k) > 0).tolist() == [rank_of[row] < k for row in rows]
+    assert ranks.merged_image.tolist() != ranks.image.tolist()
 
 
 def test_pair_scores_equal_the_similarity_matrix_bit_for_bit() -> None:
@@ -93,16 +136,19 @@ def test_pair_scores_equal_the_similarity_matrix_bit_for_bit() -> None:
     best = torch.stack([image[[t, (4 * t + 1) % len(image), 3]] @ text[t] for t in range(len(text))]).argmax(dim=1)
     tied = best == 2  # the best right candidate is image 3, which has a copy
     assert tied.sum() > 100
-    assert (ranks.text[tied] >= plain.text[tied] + 1).all()
+    assert (ranks.merged_text[tied] >= plain.merged_text[tied] + 1).all()
 
 
-def test_a_caption_shared_by_two_images_is_right_for_both() -> None:
-    # Images 0 and 1 share caption 0.
+def test_a_caption_shared_by_two_images_is_right_for_both_if_merged_and_for_its_own_by_the_fields_rule() -> None:
+    # Images 0 and 1 share caption 0, which is nearer to image 1.
     image = torch.tensor([[0.0, 1, 0], [1, 0, 0], [0, 0, 1]])
     one_caption = found(image, torch.tensor([[1.0, 0, 0], [0, 0, 1]]), make_pairs([(0, 0), (1, 0), (2, 1)]))
-    assert one_caption.text.tolist() == [0, 0]
+    assert one_caption.merged_text.tolist() == [0, 0]
+    assert one_caption.pair.tolist() == [2, 0, 0]
+    assert one_caption.image.tolist() == [1, 1, 0]  # image 0: a tie with caption 1; image 1: the copy of row 0 is first
+    assert one_caption.merged_image.tolist() == [1, 0, 0]
     own_captions = found(image, torch.eye(3), make_pairs([(0, 0), (1, 1), (2, 2)]))
-    assert own_captions.text.tolist() == [2, 2, 0]
+    assert own_captions.pair.tolist() == own_captions.merged_text.tolist() == [2, 2, 0]
 
 
 @pytest.mark.parametrize("dimensions", [4, 512])
@@ -111,7 +157,7 @@ def test_collapsed_features_retrieve_nothing(size: int, dimensions: int) -> None
     point = unit(torch.randn(dimensions, generator=torch.Generator().manual_seed(1)))
     same = point.expand(size, dimensions).contiguous()
     ranks = found(same, same, make_pairs([(i, i) for i in range(size)]))
-    assert ranks.image.tolist() == ranks.text.tolist() == [size - 1] * size  # all wrong candidates come first
+    assert all(each.tolist() == [size - 1] * size for each in ranks)  # all wrong candidates come first
 
 
 def test_nan_features_retrieve_nothing() -> None:
@@ -119,13 +165,13 @@ def test_nan_features_retrieve_nothing() -> None:
     nan, fine = torch.full((5, 8), torch.nan), torch.eye(5, 8)
     for image, text in ((nan, nan), (nan, fine), (fine, nan)):
         ranks = found(image, text, pairs)
-        assert ranks.image.tolist() == ranks.text.tolist() == [5] * 5
+        assert all(each.tolist() == [5] * 5 for each in ranks)
         assert recalls(ranks.image, torch.ones(5, dtype=torch.long), 5, (1, 5, 10)) == [0, 0, 0]
     broken = fine.clone()
     broken[2] = torch.nan  # ranks above all right candidates, and its own query finds nothing
     ranks = found(fine, broken, pairs)
-    assert ranks.image.tolist() == [1, 1, 5, 1, 1]
-    assert ranks.text.tolist() == [0, 0, 5, 0, 0]
+    assert ranks.image.tolist() == ranks.merged_image.tolist() == [1, 1, 5, 1, 1]
+    assert ranks.pair.tolist() == ranks.merged_text.tolist() == [0, 0, 5, 0, 0]
 
 
 def test_a_query_without_a_right_candidate_is_a_miss_even_if_k_exceeds_the_candidates() -> None:
@@ -185,24 +231,27 @@ def test_nan_features_have_a_nan_loss() -> None:
 
 def test_baseline_recall_is_k_of_n_for_distinct_pairs_and_more_if_captions_repeat() -> None:
     distinct = make_pairs([(row, row) for row in range(20)])
-    assert baseline_recalls(distinct, KS) == ([0.05, 0.25, 0.5], [0.05, 0.25, 0.5])
+    assert baseline_recalls(distinct, KS) == ([0.05, 0.25, 0.5],) * 4
     classes = make_pairs(list(enumerate([0] * 6 + [1] * 3 + [2])))
-    assert baseline_recalls(classes, (1, 2, 5)) == ([0.6, 0.9, 1.0], [0.6, 0.9, 1.0])
+    merged = [0.6, 0.9, 1.0]
+    assert baseline_recalls(classes, (1, 2, 5)) == ([0.1, 0.2, 0.5], [0.1, 0.2, 0.5], merged, merged)
     captions = make_pairs([(row // 5, row) for row in range(20)])  # 4 images with five captions each
-    assert baseline_recalls(captions, (1, 2)) == ([0.25, 0.5], [0.25, 0.5])
+    assert baseline_recalls(captions, (1, 2)) == ([0.25, 0.5],) * 4
 
 
 def test_no_constant_answer_beats_the_baseline_recall() -> None:
     """Try every choice of k candidates as the answer to all queries."""
     rows = [(0, 0), (1, 0), (2, 1), (3, 2), (3, 3), (4, 2), (4, 2)]
     for k in (1, 2):
-        best_text = max(
+        baselines = [values[0] for values in baseline_recalls(make_pairs(rows), (k,))]
+        rows_answered = [{image for image, _ in answer} for answer in itertools.combinations(rows, k)]
+        assert baselines[0] == pytest.approx(max(map(len, rows_answered)) / 5)
+        images = [*itertools.combinations(range(5), k)]
+        assert baselines[1] == pytest.approx(max(sum(i in answer for i, _ in rows) for answer in images) / len(rows))
+        merged_texts = [
             sum(any((image, text) in rows for text in answer) for image in range(5))
             for answer in itertools.combinations(range(4), k)
-        )
-        best_image = max(
-            sum(any((image, text) in rows for image in answer) for _, text in rows)
-            for answer in itertools.combinations(range(5), k)
-        )
-        assert baseline_recalls(make_pairs(rows), (k,))[0][0] == pytest.approx(best_text / 5)
-        assert baseline_recalls(make_pairs(rows), (k,))[1][0] >= best_image / len(rows)
+        ]
+        assert baselines[2] == pytest.approx(max(merged_texts) / 5)
+        merged_images = [sum(any((image, text) in rows for image in answer) for _, text in rows) for answer in images]
+        assert baselines[3] >= max(merged_images) / len(rows)

@@ -15,7 +15,7 @@ from torch import Tensor
 from lit_clip.errors import InputError
 from lit_clip.evaluation import scores as module
 from lit_clip.evaluation.data import LabelledImages, Located, Neighbours, VerbsAndNouns
-from lit_clip.evaluation.scores import baseline, baselines, evaluate_scores, interval
+from lit_clip.evaluation.scores import baseline, baselines, comparable, evaluate_scores, interval
 from lit_clip.evaluation.targets import Targets
 
 NAN = float("nan")
@@ -103,6 +103,22 @@ def test_difficult_images_do_not_count_for_their_class() -> None:
         relevance = torch.tensor([[code], [1], [0]], dtype=torch.int8)
         found = evaluate_scores("map11", scores, Targets(torch.full((3,), -1), 1, relevance=relevance))
         assert found["map11"] == pytest.approx(expected)
+
+
+def test_voc2007_ranks_images_after_a_softmax_over_the_classes_and_no_other_metric_does() -> None:
+    logits = torch.tensor(
+        [[90.0, 80.0], [30.0, 10.0], [20.0, 10.0], [5.0, 50.0]]
+    )  # image 0 has high cosines throughout
+    relevance = torch.tensor([[0, 1], [1, 0], [1, 0], [0, 1]], dtype=torch.int8)
+    targets = Targets(torch.full((4,), -1), 2, relevance=relevance)
+    likely = [[1 / (1 + math.exp(b - a)), 1 / (1 + math.exp(a - b))] for a, b in logits.tolist()]
+    found = evaluate_scores("map11", comparable("map11", logits), targets)["map11"]
+    assert comparable("map11", logits).numpy() == pytest.approx(np.array(likely), abs=1e-15)
+    assert found > evaluate_scores("map11", logits, targets)["map11"]
+    assert found == pytest.approx(
+        np.mean([eleven_points([row[c] for row in likely], relevance[:, c].bool().tolist()) for c in range(2)])
+    )
+    assert comparable("roc_auc", logits) is logits
 
 
 @pytest.mark.parametrize("ties", [False, True])

@@ -30,30 +30,39 @@ SIZES = (1, 21, 1000)
 
 
 def brute_force(image: Tensor, text: Tensor, keys: list[str], tokens: Tensor, scale: float) -> dict[str, float]:
-    """Compute the metrics from the full similarity matrix; rows with the same key or caption are one candidate."""
-    scores = image.double() @ text.double().T
-    rows = range(len(keys))
-    captions = [tuple(row) for row in tokens.tolist()]
-    right = {(keys[row], captions[row]) for row in rows}
-    targets = torch.arange(len(keys))
+    """Compute the metrics from the full similarity matrix, by the field's rule and with copies of captions merged."""
+    scores, targets = image.double() @ text.double().T, torch.arange(len(keys))
     loss = (F.cross_entropy(scale * scores, targets) + F.cross_entropy(scale * scores.T, targets)) / 2
+    captions = [tuple(row) for row in tokens.tolist()]
+    image_N = torch.tensor([keys.index(key) for key in keys])
+    text_N = torch.tensor([captions.index(caption) for caption in captions])
+    scores = scores[image_N][:, text_N]  # copies score equal
+    images, texts = image_N.unique().tolist(), text_N.unique().tolist()
+    ranks: dict[str, list[int]] = {name: [] for name in ("image_to_text", "text_to_image")}
+    for i in images:
+        wrong, score = image_N != i, scores[i]
+        ties = [(score == score[own]) & ((text_N != text_N[own]) | (targets < own)) for own in targets[~wrong]]
+        before = [wrong & ((score > score[own]) | tie) for own, tie in zip(targets[~wrong], ties, strict=True)]
+        ranks["image_to_text"].append(min(int(each.sum()) for each in before))
+    ranks["text_to_image"] = [int((scores[images, row] >= scores[row, row]).sum()) - 1 for row in targets]
+    if len(texts) < len(keys):
+        right = {*zip(image_N.tolist(), text_N.tolist(), strict=True)}
+        is_right = torch.tensor([[(i, t) in right for t in texts] for i in images])
+        merged = scores[images][:, texts]
+        sides = {
+            "merged_image_to_text": (merged, is_right, images),
+            "merged_text_to_image": (merged.T, is_right.T, text_N),
+        }
+        for name, (score, good, asked) in sides.items():
+            best = score.where(good, -torch.inf).amax(dim=1, keepdim=True)
+            places = ((score >= best) & ~good).sum(dim=1).tolist()
+            queries = images if asked is images else texts
+            ranks[name] = [places[queries.index(int(query))] for query in asked]
     metrics = {"loss": float(loss)}
-    first_image = {key: row for row, key in reversed(list(enumerate(keys)))}
-    first_text = {caption: row for row, caption in reversed(list(enumerate(captions)))}
-    sides = {
-        "image_to_text": (first_image, first_text, [*first_image], scores, lambda a, b: (a, b)),
-        "text_to_image": (first_text, first_image, captions, scores.T, lambda a, b: (b, a)),
-    }
-    for name, (row_of_query, candidates, asked, side, pair) in sides.items():
-        matrix = side[:, list(candidates.values())].tolist()
-        places = {}
-        for query, row in row_of_query.items():
-            is_right = [pair(query, candidate) in right for candidate in candidates]
-            best = max(score for score, good in zip(matrix[row], is_right, strict=True) if good)
-            places[query] = sum(s >= best for s, good in zip(matrix[row], is_right, strict=True) if not good)
-        ranks = sorted(places[query] for query in asked)
-        metrics |= {f"{name}_recall@{k}": sum(rank < k for rank in ranks) / len(ranks) for k in (1, 5, 10)}
-        metrics[f"{name}_median_rank"] = ranks[(len(ranks) - 1) // 2] + 1
+    for name, of_queries in ranks.items():
+        of_queries.sort()
+        metrics |= {f"{name}_recall@{k}": sum(rank < k for rank in of_queries) / len(of_queries) for k in (1, 5, 10)}
+        metrics[f"{name}_median_rank"] = of_queries[(len(of_queries) - 1) // 2] + 1
     return metrics
 
 
@@ -106,11 +115,12 @@ def test_any_number_of_ranks_logs_the_metrics_of_one_process(
     ranks("evaluate", world, str(output), str(drawings_cache), *paths, script="ranks_evaluation.py")
     results = json.loads(output.read_text())
     for case, result, expected in zip(CASES, results["cases"], evaluate_cases(), strict=True):
-        assert len(result) == 9 + 6
+        copies = case[0] > 1
+        assert len(result) == 9 + 6 + copies * (8 + 6), "merged captions have recalls, median ranks and baselines too"
         assert result == pytest.approx(expected, rel=1e-6, abs=1e-6), case
     for size, result in zip(SIZES, results["tables"], strict=True):
         assert result.keys() == one_process[size].keys()
-        assert len(result) == 9 + 3 + 3 + 2
+        assert len(result) == 9 + 3 + 3 + 2 + (size > 1) * 8
         assert result == pytest.approx(one_process[size], rel=1e-6, abs=1e-6), size
 
 
