@@ -11,7 +11,7 @@ import numpy as np
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.intervals import Interval, UnitScores, mean_interval
 from lit_clip.evaluation.overview import number, sets_of, tasks_of
-from lit_clip.evaluation.predictions import NO_MEANS, read_predictions
+from lit_clip.evaluation.predictions import read_predictions
 from lit_clip.evaluation.results import read_results
 
 THIS = "this"  # name of the group that the run itself belongs to
@@ -164,9 +164,9 @@ def _scores(folder: Path, entry: Mapping[str, Any], place: PairedDifference) -> 
         InputError: there are none, or they are not those of ``results.json``.
     """
     name, task, metric = place.set, place.task, place.metric
-    require(metric not in NO_MEANS, f"{metric} is not a mean over images")
     known = number((tasks_of(entry)[task].get("metrics") or {}).get(metric))
     table = read_predictions(folder, name, task)
+    require(task in ("retrieval", "geolocation") or "score" in table, f"{metric} is not a mean over images")
     stale = f"predictions of {name} in {folder} are not those of its results.json; evaluate it again"
     try:
         if task == "retrieval":

@@ -24,13 +24,12 @@ from lit_clip.tools.atomic import make_folder, replacing
 from lit_clip.tools.reading import reading
 
 Columns = dict[str, Any]  # values of a file by column, all of the same length
-NO_MEANS = ("map11", "roc_auc", "mwap")  # metrics that are not means over images
 
 
 def unit_scores(metric: Metric, scores: Tensor, targets: Targets) -> dict[str, UnitScores]:
     """Return the scores whose means are :func:`lit_clip.evaluation.scores.evaluate_scores`.
 
-    Metrics that are no means over images (:data:`NO_MEANS`) are left out. Arguments are as there.
+    Metrics that are not means over images, such as average precision, are left out. Arguments are as there.
     """
     found: dict[str, UnitScores] = {}
     if bool((targets.labels >= 0).all()):
@@ -58,7 +57,7 @@ def class_columns(
     """Return the columns of a classification: one row an image, or an anchor frame with ``pm``.
 
     ``truth`` and ``prediction`` are places in ``class_names`` of the set's entry in ``results.json``, -1 for none;
-    ``score`` is the image's contribution to the set's metric, absent with :data:`NO_MEANS`.
+    ``score`` is the image's contribution to the set's metric, absent if that is not a mean over images.
     """
     prediction = np.array(lexicon_predictions(scores, targets)) if metric == "lexicon" else predictions(scores).cpu()
     rows = [anchor for anchor, _ in targets.neighbours or ()] if metric == "pm" else range(len(keys))

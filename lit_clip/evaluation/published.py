@@ -89,15 +89,16 @@ def _figures() -> _Figures:
 
 def _measured_cells(data: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str, Published]]:
     """Yield set, task, weights, metric and figure of what others measured."""
-    tar_sets: dict[str, list[str]] = {}
-    for tar_set, name in data["tar_sets"].items():
-        tar_sets.setdefault(name, []).append(tar_set)
     for table in data["measured"]:
         metrics = table.get("metrics") or [data["metrics"].get(name, "top1") for name in table["sets"]]
         for model, row in table["rows"].items():
             for name, metric, value in zip(table["sets"], metrics, row, strict=True):
-                for known in [name, *tar_sets.get(name, [])]:
-                    yield known, table["task"], model, metric, Published(_fraction(value), True, table["source"])
+                figure = Published(_fraction(value), True, table["source"])
+                papers = name in data["tar_sets"]  # and otherwise CLIP_benchmark's name: its voc2007 is not VOC2007
+                tar_sets = data["tar_sets"].get(name, [name])
+                names = [f"{prefix}_{tar_set}" for prefix in ("wds", "datacomp") for tar_set in tar_sets]
+                for known in [*([name] if papers else []), *names]:
+                    yield known, table["task"], model, metric, figure
 
 
 def _cells(data: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str, Published]]:

@@ -340,6 +340,17 @@ def test_invalid_options_are_an_error_before_anything_is_computed(root: Path) ->
     assert not Path("out").exists()
 
 
+def check_kept_ranks(metrics: dict[str, float]) -> None:
+    """The recalls of the ranks in the file of predictions are the metrics."""
+    import pyarrow.parquet as pq
+
+    kept = pq.read_table("out/predictions/captioned/retrieval.parquet").to_pandas()
+    assert list(kept["key"].iloc[-3:]) == ["1/028#0", "1/029#0", "1/029#1"]
+    for direction, queries in kept.groupby("direction"):
+        for k in (1, 5, 10):
+            assert (queries["rank"] < k).mean() == pytest.approx(metrics[f"{direction}_recall@{k}"])
+
+
 def test_accuracy_and_recall_equal_clip_benchmarks(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal up to rounding, on sets in CLIP_benchmark's own format."""
     pytest.importorskip("clip_benchmark")
@@ -382,6 +393,7 @@ def test_accuracy_and_recall_equal_clip_benchmarks(root: Path, monkeypatch: pyte
     assert zero_shot["top5"] == pytest.approx(theirs["acc5"], abs=1e-9)
     assert zero_shot["mean_per_class"] == pytest.approx(theirs["mean_per_class_recall"], abs=1e-9)
 
+    check_kept_ranks(ours["captioned"]["tasks"]["retrieval"]["metrics"])
     data = build_dataset("wds/captioned", str(root / "data/captioned"), transform, task="zeroshot_retrieval")
     theirs = zeroshot_retrieval.evaluate(model, loader(data), tokenizer, "cpu", amp=False, recall_k_list=[1, 5, 10])
     for k in (1, 5, 10):

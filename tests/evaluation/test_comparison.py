@@ -117,6 +117,7 @@ def test_missing_predictions_and_other_metrics_are_named(tmp_path: Path) -> None
     (found,) = paired_differences(run.results, tmp_path / "x", {"y": other})
     assert found.reason.startswith("no predictions/a/zero_shot.parquet in ")
     run = run_of(tmp_path / "x", answers(0, 0.8), "roc_auc")
+    write_predictions(tmp_path / "x", "a", "zero_shot", {"key": KEYS, "truth": TRUTH})
     (found,) = paired_differences(run.results, tmp_path / "x", {"y": run})
     assert found.reason == "roc_auc is not a mean over images"
     assert paired_differences(run.results, tmp_path / "x", {"y": OtherRun("", tmp_path, {"sets": {"b": {}}})}) == []

@@ -372,6 +372,26 @@ def test_measured_figures_stand_beside_the_papers_where_they_differ(full: dict[s
     assert "89.8 (open_clip)" in page
 
 
+@pytest.mark.parametrize(
+    ("name", "task", "metric", "percents"),
+    [  # of ViT-L-14 by laion2b_s32b_b82k in open_clip's docs
+        ("wds_imagenet1k", "zero_shot", "top1", 75.25),
+        ("wds_vtab-pets", "zero_shot", "mean_per_class", 93.09),
+        ("CIFAR10", "zero_shot", "top1", 96.62),
+        ("datacomp_cifar10", "zero_shot", "top1", 96.62),
+        ("wds_voc2007", "zero_shot", "top1", 80.53),
+        ("datacomp_geode", "zero_shot", "worst_group_top1", 89.19),
+        ("wds_flickr30k", "retrieval", "text_to_image_recall@10", 95.94),
+    ],
+)
+def test_measured_figures_are_found_by_each_name_of_a_set(name: str, task: str, metric: str, percents: float) -> None:
+    figure = measured(name, task, "ViT-L-14:laion2b_s32b_b82k", metric)
+    assert figure is not None
+    assert figure.value == pytest.approx(percents / 100)
+    assert measured(name, task, "ViT-L-14:laion2b_s32b_b82k", "map11") is None
+    assert measured("VOC2007", "zero_shot", "ViT-L-14:laion2b_s32b_b82k") is None  # another metric and other images
+
+
 def test_published_weights_are_compared_with_figures_measured_with_them(folder: Path) -> None:
     results = results_of({"wds_mscoco_captions": a_set("", retrieval={"value": 0.6, "metrics": {
         "image_to_text_recall@1": 0.6, "text_to_image_recall@1": 0.4}})}, "ViT-B-16-SigLIP:webli")  # fmt: skip
