@@ -38,7 +38,9 @@ class UnitScores(NamedTuple):
     def bootstrap(self) -> Interval:
         """Return the percentile interval of means of images drawn with replacement, within their classes if given.
 
-        It has no width if the images of each class have equal scores.
+        One image less is drawn than there are, so that the variance is unbiased (Rao and Wu 1988): with n draws of n it
+        is too small by 1 / n, which is much in a class of few images. The interval has no width if the images of each
+        class have equal scores.
         """
         random, strata = np.random.default_rng(0), self._strata()
         means = np.zeros(DRAWS)
@@ -47,7 +49,8 @@ class UnitScores(NamedTuple):
             if len(values) == 1:
                 means += values[0]
             else:  # only how often each value is drawn matters
-                means += random.multinomial(len(stratum), counts / len(stratum), size=DRAWS) @ values / len(stratum)
+                drawn = len(stratum) - 1
+                means += random.multinomial(drawn, counts / len(stratum), size=DRAWS) @ values / drawn
         low, high = np.quantile(means / len(strata), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
         return float(low), float(high)
 

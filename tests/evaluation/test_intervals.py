@@ -10,10 +10,10 @@ from lit_clip.evaluation.intervals import UnitScores, intervals, mean_interval
 
 
 def plain_bootstrap(strata: list[list[float]], draws: int) -> tuple[float, float]:
-    """Draw the images of each stratum with replacement, one by one."""
+    """Draw images of each stratum with replacement, one by one, and one less than it has."""
     generator, means = random.Random(0), []
     for _ in range(draws):
-        drawn = [generator.choices(stratum, k=len(stratum)) for stratum in strata]
+        drawn = [generator.choices(stratum, k=len(stratum) - 1) for stratum in strata]
         means.append(sum(sum(stratum) / len(stratum) for stratum in drawn) / len(drawn))
     means.sort()
     return means[int(0.0025 * draws)], means[int(0.9975 * draws)]
@@ -44,6 +44,16 @@ def test_other_means_have_the_interval_of_a_plain_bootstrap(strata: list[list[fl
     assert (low, high) == pytest.approx(plain_bootstrap(strata, 8000), abs=0.03)
     assert low < scores.mean() < high
     assert scores.interval() == (low, high)  # the same in every run
+
+
+def test_the_intervals_width_is_that_of_the_true_distribution() -> None:
+    """Classes of three images, right with probability 0.7: drawing three of three would be a fifth too narrow."""
+    generator = np.random.default_rng(0)
+    classes = np.repeat(np.arange(200), 3)
+    runs = [UnitScores((generator.random(600) < 0.7).astype(float), classes) for _ in range(40)]
+    width = np.mean([high - low for low, high in (run.bootstrap() for run in runs)])
+    true = 2 * 2.807 * np.sqrt(0.7 * 0.3 / 600)  # 2.807 standard deviations hold 99.5 %
+    assert width == pytest.approx(true, rel=0.05)
 
 
 def test_the_mean_per_class_is_bootstrapped_within_classes() -> None:
