@@ -438,3 +438,47 @@ def test_another_run_is_compared_image_by_image(root: Path) -> None:
     Path("out", ours["zero_shot"]["predictions"]).unlink()
     evaluate("--tasks", "zero_shot")
     assert Path("out", ours["zero_shot"]["predictions"]).is_file()
+
+
+def test_distances_and_folds_are_kept_with_their_intervals(root: Path) -> None:
+    """Three folds that share their test images, and images located by their neighbours."""
+    import pyarrow.parquet as pq
+    from scipy.stats import binomtest
+
+    for split, first in (("train", 0), ("test", 30)):
+        lines = [f"{split}/{n}.png,{n % 7},{n % 5}" for n in range(first, first + 20)]
+        Path(f"data/{split}.csv").write_text("\n".join(["image,latitude,longitude", *lines]), encoding="utf-8")
+        for number in range(first, first + 20):
+            noise(number, number % 6).save(f"data/{split}/{number}.png")
+    write_suite(
+        root,
+        places={
+            "data": {"class_path": "datamodules.evaluation.LocatedImages"},
+            "splits": {split: {"path": f"{split}.csv"} for split in ("train", "test")},
+            "metric": "within_km",
+        },
+        folds={
+            "data": {"class_path": FOLDER},
+            "splits": {"test": {"root": "test"}},
+            "folds": [{}, {}, {}],
+            "class_names": CLASSES,
+            "metric": "mean_per_class",
+        },
+    )
+    found = evaluate()["sets"]
+    places = found["places"]["tasks"]["geolocation"]
+    distances = pq.read_table(Path("out", places["predictions"]))["km"].to_numpy()
+    assert len(distances) == 20
+    for metric, value in places["metrics"].items():
+        hits = int((distances <= float(metric[7:-2])).sum())
+        assert value == pytest.approx(hits / 20)
+        interval = binomtest(hits, 20).proportion_ci(0.995, "exact")
+        assert places["intervals"][metric] == pytest.approx([interval.low, interval.high])
+    folds = found["folds"]["tasks"]["zero_shot"]
+    kept = pq.read_table(Path("out", folds["predictions"])).to_pydict()
+    assert kept["fold"] == [fold for fold in range(3) for _ in range(30)]
+    assert kept["score"][:30] == kept["score"][30:60] == kept["score"][60:]
+    assert set(folds["intervals"]) == {"top1", "top5", "mean_per_class"}
+    right = round(30 * folds["metrics"]["top1"])
+    interval = binomtest(right, 30).proportion_ci(0.995, "exact")  # of 30 images, not of 90
+    assert folds["intervals"]["top1"] == pytest.approx([interval.low, interval.high])
