@@ -62,8 +62,9 @@ class UnitScores(NamedTuple):
 
 
 def intervals(units: Mapping[str, UnitScores]) -> dict[str, Interval]:
-    """Return the interval of each metric."""
-    return {metric: scores.interval() for metric, scores in units.items()}
+    """Return the interval of each metric but those that have no width, which would look certain."""
+    found = {metric: scores.interval() for metric, scores in units.items()}
+    return {metric: (low, high) for metric, (low, high) in found.items() if low < high}
 
 
 def mean_interval(folds: list[Interval]) -> Interval:

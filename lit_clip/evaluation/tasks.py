@@ -179,7 +179,11 @@ def _classification_result(opened: OpenSet, task: Task, scored: Sequence[_Scored
     return {
         "value": mean[opened.entry.metric],
         "metrics": mean,
-        "intervals": {name: mean_interval([fold.intervals[name] for fold in scored]) for name in scored[0].intervals},
+        "intervals": {
+            name: mean_interval([fold.intervals[name] for fold in scored])
+            for name in scored[0].intervals
+            if all(name in fold.intervals for fold in scored)
+        },
         "baseline": baseline(opened.entry.metric, targets),
         "images": len(targets.labels),
         "predictions": write_predictions(folder, opened.name, task, joined([fold.columns for fold in scored])),

@@ -65,4 +65,11 @@ def test_the_mean_per_class_is_bootstrapped_within_classes() -> None:
 
 def test_folds_average_the_ends_of_their_intervals() -> None:
     assert mean_interval([(0.25, 0.5), (0.75, 1.0)]) == (0.5, 0.75)
+
+
+def test_an_interval_without_width_is_left_out() -> None:
+    """A model that always answers the same class gets all images of it right and none of the others."""
+    same = np.array([1.0, 1.0, 0.0, 0.0])
+    found = intervals({"top1": UnitScores(same), "mean_per_class": UnitScores(same, np.array([0, 0, 1, 1]))})
+    assert set(found) == {"top1"}
     assert intervals({"top1": UnitScores(np.zeros(4))})["top1"][0] == 0.0

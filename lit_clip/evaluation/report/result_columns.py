@@ -64,9 +64,12 @@ def result_columns(
     tables = {name: {(row.name, row.metric): row for row in rows(other)} for name, other in others.items()}
     for quantity in quantities(found):
         yield from _compared(found, tables, groups or {}, quantity)
-    yield ResultColumn("baseline", [percent(row.baseline) for row in found])
-    yield ResultColumn("images", ["" if row.images is None else f"{row.images:,}" for row in found])
-    yield ResultColumn("skipped", [f"{row.skipped:,}" if row.skipped else "" for row in found])
+    counts = (
+        ResultColumn("baseline", [percent(row.baseline) for row in found]),
+        ResultColumn("images", ["" if row.images is None else f"{row.images:,}" for row in found]),
+        ResultColumn("skipped", [f"{row.skipped:,}" if row.skipped else "" for row in found]),
+    )
+    yield from (column for column in counts if any(column.cells))
 
 
 def seed_values(
