@@ -13,6 +13,7 @@ from callbacks.patch_dropout import PatchDropout
 from callbacks.preemption import Preemption
 from callbacks.print_plan import PrintPlan
 from callbacks.random_states import RandomStates
+from callbacks.retrieval import Retrieval
 from callbacks.skipped_samples import SkippedSamples
 from callbacks.tensorboard import EmbeddingProjector, SimilarityMatrix
 from callbacks.throughput import Throughput
@@ -30,6 +31,7 @@ __all__ = [
     "Preemption",
     "PrintPlan",
     "RandomStates",
+    "Retrieval",
     "SimilarityMatrix",
     "SkippedSamples",
     "Throughput",

@@ -10,10 +10,11 @@ from callbacks.suite_sets import Fold, check_folds, chosen_entries, named, open_
 from lit_clip.errors import require
 from lit_clip.evaluation.data import ImageSet, LabelledImages
 from lit_clip.evaluation.logistic import LogisticProblem
-from lit_clip.evaluation.probe import Split, fit_logistic, held_out, linear_probe
+from lit_clip.evaluation.other_classes import among, penalty_metric, trained_classes
+from lit_clip.evaluation.probe import Fit, Split, fit_logistic, held_out, train_probe
 from lit_clip.evaluation.scores import baseline, evaluate_scores, mean_over_folds
 from lit_clip.evaluation.set_encoding import Encoded, SetEncoder
-from lit_clip.evaluation.suite import Metric
+from lit_clip.evaluation.suite import SuiteEntry
 from lit_clip.evaluation.targets import Targets
 from lit_clip.module import LitCLIP
 from lit_clip.tools.images import OnError
@@ -76,10 +77,10 @@ class LinearProbe(PeriodicEvaluation):
     def evaluate(self, trainer: Trainer, module: LitCLIP) -> PeriodicResult:
         result = PeriodicResult()
         for name, folds in (self._opened or {}).items():
-            metric = self.entries[name].metric
+            entry = self.entries[name]
             features = self._features(module, name, folds)
             with named(name):
-                of_set = from_first_rank(partial(_probe, folds, features, metric, self.l2, module.device))
+                of_set = from_first_rank(partial(_probe, entry, folds, features, self.l2, module.device))
             result.metrics |= {f"linear_probe/{name}/{key}": value for key, value in of_set.metrics.items()}
             result.baselines |= {f"linear_probe/{name}/{key}": value for key, value in of_set.baselines.items()}
         return result
@@ -103,9 +104,8 @@ class LinearProbe(PeriodicEvaluation):
 
 def _check_learnable(fold: Fold, l2: float | None) -> None:
     """Raise :class:`InputError` for labels that no classifier can be learnt from."""
-    classes = _classes(fold["test"])
     for split in fold:
-        targets = Targets.of(fold[split], None, classes)
+        targets = Targets.of(fold[split])
         if split == "train":
             train = Split(torch.zeros(len(targets), 1), targets)
             train = held_out(train, 0)[0] if l2 is None and "val" not in fold else train
@@ -113,35 +113,37 @@ def _check_learnable(fold: Fold, l2: float | None) -> None:
 
 
 def _probe(
-    folds: list[Fold], features: list[Features], metric: Metric, l2: float | None, device: torch.device
+    entry: SuiteEntry, folds: list[Fold], features: list[Features], l2: float | None, device: torch.device
 ) -> PeriodicResult:
     """Compute the metrics, averaged over folds, and the baseline in the first fold."""
     metrics: list[dict[str, float]] = []
+    metric = entry.metric
     baseline_value = None
     with torch.autocast(device.type, enabled=False):
         for fold, encoded in zip(folds, features, strict=True):
-            classes = _classes(fold["test"])
-            splits = {split: _split(fold[split], encoded[split], classes, device) for split in fold}
+            classes = trained_classes(entry, fold)
+            splits = {split: _split(fold[split], encoded[split], device) for split in fold}
             if baseline_value is None:
                 baseline_value = baseline(metric, splits["test"].targets)
             if l2 is None:
-                metrics.append(linear_probe(splits["train"], splits.get("val"), splits["test"], metric).metrics)
+                fit = train_probe(splits["train"], splits.get("val"), penalty_metric(metric, classes)).fit
             else:
-                metrics.append(_with_penalty(splits, metric, l2))
+                fit = _with_penalty(splits, l2)
+            scores = among(fit.scores(splits["test"].features), classes)
+            metrics.append(evaluate_scores(metric, scores, splits["test"].targets))
     return PeriodicResult(mean_over_folds(metrics), {} if baseline_value is None else {metric: baseline_value})
 
 
-def _with_penalty(splits: dict[str, Split], metric: Metric, l2: float) -> dict[str, float]:
+def _with_penalty(splits: dict[str, Split], l2: float) -> Fit:
     """Train on all but the test split with a given penalty."""
     train = [splits[name] for name in ("train", "val") if name in splits]
     features, labels = torch.cat([split.features for split in train]), torch.cat([split.labels for split in train])
-    fit = fit_logistic(features, labels, train[0].targets.classes, l2)
-    return evaluate_scores(metric, fit.scores(splits["test"].features), splits["test"].targets)
+    return fit_logistic(features, labels, train[0].targets.classes, l2)
 
 
 def _classes(images: ImageSet) -> int | None:
     return len(images.class_names) if isinstance(images, LabelledImages) else None
 
 
-def _split(images: ImageSet, encoded: Encoded, classes: int | None, device: torch.device) -> Split:
-    return Split(encoded.features.to(device), Targets.of(images, encoded.rows, classes))
+def _split(images: ImageSet, encoded: Encoded, device: torch.device) -> Split:
+    return Split(encoded.features.to(device), Targets.of(images, encoded.rows))

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lit_clip import distributed
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import ImageSet, MissingData, check_classes
+from lit_clip.evaluation.other_classes import trained_classes
 from lit_clip.evaluation.scores import evaluate_scores
 from lit_clip.evaluation.suite import Metric, SuiteEntry, Task, read_suite
 from lit_clip.evaluation.targets import Targets
@@ -78,7 +79,8 @@ def open_sets(
             continue
         with named(name):
             for fold in opened[name]:
-                check_classes({**fold, "the first fold": opened[name][0]["test"]})
+                check_classes({"test": fold["test"], "the first fold": opened[name][0]["test"]})
+                trained_classes(entry, fold)
     return opened
 
 

@@ -3,10 +3,19 @@
 `image_files` has the bases and `annotation_files` the readers that most sets share; the other files hold sets.
 """
 
+from datamodules.evaluation.caption_choices import (
+    MMVPVLM,
+    AROOrder,
+    AROVisualGenome,
+    SugarCrepe,
+    WinoGAViL,
+    Winoground,
+)
 from datamodules.evaluation.frame_robustness import ImageNetVidRobust, YTBBRobust
 from datamodules.evaluation.imagenet import ImageNet
 from datamodules.evaluation.imagenet_variants import ImageNetFolders, ImageNetV2, ObjectNet
 from datamodules.evaluation.labelled_table import LabelledTable
+from datamodules.evaluation.languages import XTD10, BabelImageNet, Crossmodal3600, TranslatedImageNet
 from datamodules.evaluation.located_images import LocatedImages
 from datamodules.evaluation.non_torchvision_sets import RESISC45, SUN, AYahoo, Birdsnap, Digits, HatefulMemes
 from datamodules.evaluation.people_sets import CelebAIdentities, FairFace
@@ -30,9 +39,13 @@ from datamodules.evaluation.torchvision_sets import (
 )
 from datamodules.evaluation.video_sets import UCF101, Kinetics700, RareAct
 from datamodules.evaluation.webdataset import WebDataset, WebDatasetCaptions, WebDatasetMultiLabel
+from datamodules.evaluation.webdataset_groups import WebDatasetGroups
 
 __all__ = [
+    "AROOrder",
+    "AROVisualGenome",
     "AYahoo",
+    "BabelImageNet",
     "Birdsnap",
     "CIFAR10",
     "CIFAR100",
@@ -42,6 +55,7 @@ __all__ = [
     "CaptionedPairs",
     "CelebAIdentities",
     "Country211",
+    "Crossmodal3600",
     "DTD",
     "Digits",
     "EuroSAT",
@@ -62,6 +76,7 @@ __all__ = [
     "Kinetics700",
     "LabelledTable",
     "LocatedImages",
+    "MMVPVLM",
     "MNIST",
     "ObjectNet",
     "OxfordPets",
@@ -74,10 +89,16 @@ __all__ = [
     "SUN397",
     "SVHNNumbers",
     "StanfordCars",
+    "SugarCrepe",
+    "TranslatedImageNet",
     "UCF101",
     "VOC2007",
     "WebDataset",
     "WebDatasetCaptions",
+    "WebDatasetGroups",
     "WebDatasetMultiLabel",
+    "WinoGAViL",
+    "Winoground",
+    "XTD10",
     "YTBBRobust",
 ]

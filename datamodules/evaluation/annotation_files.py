@@ -86,6 +86,33 @@ def read_json(path: Path) -> Any:
         return json.loads(text)
 
 
+def read_json_lines(path: Path) -> list[tuple[str, Any]]:
+    """Return the elements of a JSON Lines file, each with its place for messages.
+
+    Raises:
+        MissingData: no such file.
+        InputError: a line is not JSON.
+    """
+    rows = []
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if line.strip():
+            with reading(path, f"JSON text in line {number}", hint=AGAIN):
+                rows.append((f"{path} line {number}", json.loads(line)))
+    return rows
+
+
+def text_of(row: Any, field: str, where: str) -> str:
+    """Return a field of an element of a JSON file.
+
+    Raises:
+        InputError: it is not a text, or empty.
+    """
+    value = row.get(field) if isinstance(row, dict) else None
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(f"{where}: {field} must be a text, not {str(value)[:40]!r}; {AGAIN}")
+    return value
+
+
 def read_table(path: Path, columns: Mapping[str, Sequence[str]], delimiter: str = ",") -> list[dict[str, str]]:
     """Read the rows of a CSV file with a header.
 

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from datamodules.evaluation.annotation_files import AGAIN, find, read_json, read_table, whole_number
 from datamodules.evaluation.image_files import ImageFiles
 from lit_clip.errors import InputError, require
-from lit_clip.evaluation.data import Neighbours
+from lit_clip.evaluation.data import Neighbours, SomeOfImageNet
 from lit_clip.tools.reading import reading
 
 MAX_DISTANCE = 10  # frames between an anchor and its neighbours
@@ -66,8 +66,11 @@ class NeighbouringFrames(ImageFiles, Neighbours):
         return [set(classes) for classes in self._accepted]
 
 
-class ImageNetVidRobust(NeighbouringFrames):
+class ImageNetVidRobust(NeighbouringFrames, SomeOfImageNet):
     """ImageNet-Vid-Robust: ``val/VIDEO/FRAME.JPEG``, ``metadata/{pmsets,labels}.json``, ``misc/``; 30 classes.
+
+    A probe trained on ImageNet needs ``rev_class_idx_map.json`` of github.com/modestyachts/imagenet-testbed too, in
+    ``metadata`` or ``misc``.
 
     Args:
         root: the folder that contains these, or its parent.
@@ -92,7 +95,16 @@ class ImageNetVidRobust(NeighbouringFrames):
                 f"{path}: not a mapping from frames to lists of {'frames' if kind is str else 'labels'}; get it again",
             )
         find(top, ("val",), "folder of frames")
+        self._top = top
         super().__init__(top, anchors, {name: set(classes) for name, classes in labels.items()}, names)
+
+    def imagenet_classes(self) -> list[list[int]]:
+        path = find(
+            self._top, ("metadata/rev_class_idx_map.json", "misc/rev_class_idx_map.json"), "classes of ImageNet"
+        )
+        values = read_json(path)
+        with reading(path, "mapping from classes to lists of ImageNet's labels", hint=AGAIN):
+            return [[int(label) for label in values[str(number)]] for number in range(len(self.class_names))]
 
 
 def _class_names(path: Path) -> list[str]:

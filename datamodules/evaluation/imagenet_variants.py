@@ -9,6 +9,7 @@ from PIL import Image
 from datamodules.evaluation.annotation_files import read_json, read_text
 from datamodules.evaluation.image_files import ImageFiles, in_class_folders, subfolders
 from lit_clip.errors import InputError
+from lit_clip.evaluation.data import SomeOfImageNet
 from lit_clip.evaluation.zero_shot import imagenet_class_names
 
 BORDER = 2  # pixels; the red line is 1 wide, but its authors' loader cuts off 2 (abarbu/objectnet-template-pytorch)
@@ -17,10 +18,21 @@ BORDER = 2  # pixels; the red line is 1 wide, but its authors' loader cuts off 2
 @lru_cache(maxsize=1)
 def imagenet_wnids() -> tuple[str, ...]:
     """Read the WordNet ids of ImageNet's 1,000 classes, in label order, from timm's list without importing timm."""
+    return tuple(_timms("imagenet_synsets.txt").split())
+
+
+def _imagenet_words() -> list[str]:
+    """Read WordNet's words for ImageNet's 1,000 classes, such as ``cock``, in label order, likewise."""
+    lines = _timms("imagenet_synset_to_lemma.txt").splitlines()
+    words = dict(line.split("\t", maxsplit=1) for line in lines if line)
+    return [words[wnid] for wnid in imagenet_wnids()]
+
+
+def _timms(name: str) -> str:
     package = importlib.util.find_spec("timm")
     if package is None or package.origin is None:
         raise InputError("the list of ImageNet's classes comes with timm, which is not installed; pip install timm")
-    return tuple(read_text(Path(package.origin).parent / "data/_info/imagenet_synsets.txt").split())
+    return read_text(Path(package.origin).parent / "data/_info" / name)
 
 
 class ImageNetV2(ImageFiles):
@@ -44,7 +56,7 @@ class ImageNetV2(ImageFiles):
         super().__init__(Path(root), files, labels, imagenet_class_names())
 
 
-class ImageNetFolders(ImageFiles):
+class ImageNetFolders(ImageFiles, SomeOfImageNet):
     """Images of some of ImageNet's classes, in folders named by WordNet id, scored among those classes only.
 
     This is the layout of ImageNet-A, -R and -Sketch.
@@ -55,7 +67,6 @@ class ImageNetFolders(ImageFiles):
 
     Attributes:
         wnids: the classes' WordNet ids, in ImageNet's order.
-        imagenet_classes: their labels in ImageNet.
         class_names: the paper's names for them.
 
     Raises:
@@ -73,11 +84,14 @@ class ImageNetFolders(ImageFiles):
         self.wnids = sorted(folders, key=number.__getitem__)
         files, labels = in_class_folders(Path(root), self.wnids)
         names = imagenet_class_names()
-        self.imagenet_classes = [number[wnid] for wnid in self.wnids]
-        super().__init__(Path(root), files, labels, [names[label] for label in self.imagenet_classes])
+        self._numbers = [number[wnid] for wnid in self.wnids]
+        super().__init__(Path(root), files, labels, [names[label] for label in self._numbers])
+
+    def imagenet_classes(self) -> list[list[int]]:
+        return [[label] for label in self._numbers]
 
 
-class ObjectNet(ImageFiles):
+class ObjectNet(ImageFiles, SomeOfImageNet):
     """ObjectNet: everyday objects in unusual places, restricted to the 113 classes that ImageNet has too.
 
     ObjectNet's ``mappings`` list these classes and their names. Labels follow the sorted folder names, as in
@@ -107,6 +121,16 @@ class ObjectNet(ImageFiles):
             raise InputError(f"{mappings / 'folder_to_objectnet_label.json'}: {problem}; get the mappings again")
         files, labels = in_class_folders(folder / "images", overlap)
         super().__init__(folder / "images", files, labels, [label_of[name].lower() for name in overlap])
+        self._words = [str(in_imagenet[label_of[name]]).split("; ") for name in overlap]
+
+    def imagenet_classes(self) -> list[list[int]]:
+        known: dict[str, list[int]] = {}
+        for label, words in enumerate(_imagenet_words()):
+            known.setdefault(words, []).append(label)
+        wrong = [words for several in self._words for words in several if len(known.get(words, ())) != 1]
+        if wrong:
+            raise InputError(f"objectnet_to_imagenet_1k.json: {wrong[0]!r} does not name one class of ImageNet")
+        return [[known[words][0] for words in several] for several in self._words]
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         image, label = super().__getitem__(index)

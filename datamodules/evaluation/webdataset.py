@@ -51,7 +51,7 @@ class _TarSample:
     target: bytes | None = None
 
 
-def _scan(path: Path, number: int, target_suffix: str) -> dict[str, _TarSample]:
+def scan_tar(path: Path, number: int, target_suffix: str) -> dict[str, _TarSample]:
     """List the samples of a tar in order, reading only headers and target files."""
     samples: dict[str, _TarSample] = {}
     refuse_missing(path)
@@ -106,7 +106,7 @@ class _Tars(ImageSet):
         for number in range(shards):  # if the count is too large, the first missing tar ends this
             path = self.root / split / f"{number}.tar"
             self.tars.append(path)
-            self._add(path, _scan(path, number, TARGET_SUFFIXES[self.kind]))
+            self._add(path, scan_tar(path, number, TARGET_SUFFIXES[self.kind]))
         if not self.keys:
             raise InputError(f"{self.root / split}: no samples in its {count} tar files")
 

@@ -1,7 +1,7 @@
 """Commands other than LightningCLI's: each is a function, and its signature is its command line.
 
 Parameters without a default are positional; all others, and those after ``*``, are options, required if they have no
-default. The docstring is the help. A ``list[str]`` takes any number of words, a ``bool`` is a flag.
+default. The docstring is the help. A ``list`` takes any number of words, a ``bool`` is a flag.
 """
 
 import importlib
@@ -45,7 +45,7 @@ def command_parser(name: str, function: Callable[..., None]) -> ArgumentParser:
         prog=f"lit-clip {name}", description=documentation.short_description, exit_on_error=False, allow_abbrev=False
     )
     hints = get_type_hints(function)
-    lists = {key for key, hint in hints.items() if hint in (list[str], list[str] | None)}
+    lists = {key: kind for key, hint in hints.items() for kind in (str, int) if hint in (list[kind], list[kind] | None)}
     flags = {key for key, hint in hints.items() if hint is bool}
     parser.add_function_arguments(function, as_positional=True, as_group=False, skip={*lists, *flags})
     for key, parameter in inspect.signature(function).parameters.items():
@@ -57,7 +57,7 @@ def command_parser(name: str, function: Callable[..., None]) -> ArgumentParser:
             parser.add_argument(key, type=str, nargs="*", default=[], help=helps.get(key))  # an empty list may be right
         elif key in lists:
             default = {"required": True} if required else {"default": parameter.default}
-            parser.add_argument(f"--{key}", type=str, nargs="+", help=helps.get(key), **default)
+            parser.add_argument(f"--{key}", type=lists[key], nargs="+", help=helps.get(key), **default)
     return parser
 
 

@@ -14,14 +14,26 @@ from lit_clip.embedding.encode import EncodingSettings
 from lit_clip.embedding.precision import Precision, autocast, check_precision
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.bias import bias_texts
+from lit_clip.evaluation.caption_choice import EncodedChoices, readable_choices
 from lit_clip.evaluation.comparison import OtherRun, other_runs, paired_differences, seed_groups
-from lit_clip.evaluation.data import CaptionedImages, ImageSet, LabelledImages, MissingData, check_classes
-from lit_clip.evaluation.prompts import Prompts, prompts_of, text_classifier
+from lit_clip.evaluation.data import (
+    CaptionChoices,
+    CaptionedImages,
+    ImageSet,
+    LabelledImages,
+    MissingData,
+    SomeOfImageNet,
+    check_classes,
+)
+from lit_clip.evaluation.few_shot import SHOTS
+from lit_clip.evaluation.other_classes import trained_classes
+from lit_clip.evaluation.prompts import Prompts, prompts_of, templates_of, text_classifier
 from lit_clip.evaluation.report.page import write_report
 from lit_clip.evaluation.report.results_table import print_results
 from lit_clip.evaluation.report.tables import write_tables
 from lit_clip.evaluation.report.tensorboard import write_tensorboard
 from lit_clip.evaluation.results import Results, cache_key, code_digest, provenance
+from lit_clip.evaluation.retrieval import caption_texts
 from lit_clip.evaluation.store import FeatureStore
 from lit_clip.evaluation.suite import TASKS, SuiteEntry, Task, read_suite
 from lit_clip.evaluation.tasks import (
@@ -29,7 +41,6 @@ from lit_clip.evaluation.tasks import (
     Fold,
     OpenSet,
     TaskOptions,
-    caption_texts,
     needed_splits,
     run_task,
     target_digests,
@@ -62,10 +73,11 @@ def evaluate(
     accelerator: str = "auto",
     precision: Precision = "32-true",
     on_error: OnError = "error",
+    shots: list[int] | None = None,
     draws: int = 3,
     seed: int = 0,
 ) -> None:
-    """Evaluate a model on a suite of sets: zero-shot, linear probe, few-shot, retrieval.
+    """Evaluate a model on a suite of sets: zero-shot, linear probe, few-shot, retrieval, caption choice.
 
     Sets that are not below the data root are listed with how to get them; the others are evaluated. Features and
     results are cached: the same command resumes after an interruption.
@@ -77,7 +89,8 @@ def evaluate(
             curves.
         data_root: folder that the sets' paths are relative to.
         sets: names of the sets to evaluate; all if not given.
-        tasks: tasks to run, of zero_shot, linear_probe, few_shot, retrieval, geolocation, bias; all if not given.
+        tasks: tasks to run, of zero_shot, linear_probe, few_shot, retrieval, geolocation, bias, caption_choice;
+            all if not given.
         compare: results.json of other runs, or their folders, to compare with; NAME=PATH names a run, and runs with
             one name are seeds of one recipe (this: of the evaluated model's).
         cache: folder for image and text features; cache in the output folder if not given.
@@ -87,6 +100,7 @@ def evaluate(
         accelerator: cpu, gpu, mps, ...
         precision: of the encoders; 32-true is exact, bf16-mixed and on a GPU 16-mixed are faster.
         on_error: for an image that cannot be read, skip it and list it in the report, or fail its set with an error.
+        shots: numbers of examples per class of the few-shot results; 1, 2, 4, 8 and 16 if not given.
         draws: number of draws of the examples of each few-shot result.
         seed: random seed of the draws and of held-out images.
     """
@@ -96,12 +110,14 @@ def evaluate(
     wanted = _tasks(tasks)
     entries = _chosen(read_suite(suite), sets, wanted)
     require(draws >= 1, f"--draws {draws} must be at least 1")
+    require(min(shots or SHOTS) >= 1, f"--shots {min(shots or SHOTS)} must be at least 1")
     others = other_runs(compare or [])
     clip, out = load_model(model), Path(output)
     make_folder(out, "--output")
     settings = EncodingSettings(batch_size, num_workers, devices, accelerator, precision, on_error)
     store = FeatureStore(clip, Path(cache) if cache else out / "cache", settings)
-    run = _Run(clip, store, Path(data_root), Results(out), TaskOptions(draws=draws, seed=seed), wanted)
+    options = TaskOptions(tuple(shots or SHOTS), draws, seed)
+    run = _Run(clip, store, Path(data_root), Results(out), options, wanted)
     head = provenance(model, clip, store.fingerprint, precision, suite)
     run.evaluate(entries)
     if distributed.rank_and_world()[0]:
@@ -169,6 +185,7 @@ class _Run:
         self.model, self.store, self.root = model, store, root
         self.results, self.options, self.tasks = results, options, tasks
         self.device, self.text_weights = torch.device("cpu"), store.fingerprint.text
+        self.probes: dict[tuple[Any, ...], Any] = {}
         self.imagenet: list[OpenSet] = []  # ImageNet and the sets that have some of its classes
 
     def evaluate(self, entries: Mapping[str, SuiteEntry]) -> None:
@@ -201,7 +218,7 @@ class _Run:
 
     def _open(self, name: str, entry: SuiteEntry) -> OpenSet:
         """Open a set and compute its features; called on all ranks in the same order."""
-        opened = OpenSet(name, entry, [], scale=float(self.model.logit_scale.detach().exp()))
+        opened = OpenSet(name, entry, [], scale=float(self.model.logit_scale.detach().exp()), probes=self.probes)
         tasks = self._open_folds(opened)
         for number, fold in enumerate(opened.folds):
             for split, images in fold.images.items():
@@ -213,6 +230,8 @@ class _Run:
             self._read_features(opened)
         if "retrieval" in tasks:
             self._encode_captions(opened)
+        if "caption_choice" in tasks:
+            self._encode_choices(opened)
         return opened
 
     def _open_folds(self, opened: OpenSet) -> list[Task]:
@@ -237,8 +256,8 @@ class _Run:
                         raise
                     self.results.update(opened.name, reason=f"no {split} split: {error}")
                     break
-            first = (opened.folds or [fold])[0].images["test"]
-            check_classes({**fold.images, "the first fold": first})
+            check_classes({"test": fold.images["test"], "the first fold": (opened.folds or [fold])[0].images["test"]})
+            fold.classes = trained_classes(entry, fold.images)
             opened.folds.append(fold)
         return [task for task in tasks if all(set(needed_splits(task)) <= set(fold.images) for fold in opened.folds)]
 
@@ -291,13 +310,21 @@ class _Run:
         require(isinstance(test, CaptionedImages), f"{type(test).__name__} has no captions, which retrieval needs")
         assert isinstance(test, CaptionedImages)
         rows = self.store.read(test).rows
-        templates = opened.entry.templates or "{}"
-        template = templates if isinstance(templates, str) else templates[0]
-        require("{}" in template, f"templates: {template!r} has no {{}} for the caption")
-        texts, pairs = caption_texts(test, rows, template)
-        features = self._encode(Prompts(texts, [[text] for text in texts])).T
-        digest = cache_key(texts, [column.tolist() for column in pairs])
+        prompts, pairs = caption_texts(test, rows, opened.entry.templates)
+        features = self._encode(prompts).T
+        digest = cache_key(prompts.sha256, [column.tolist() for column in pairs])
         opened.captions = DistinctCaptions(features.contiguous(), pairs, digest)
+
+    def _encode_choices(self, opened: OpenSet) -> None:
+        """Encode each distinct caption once; called on all ranks."""
+        test, template = opened.folds[0].images["test"], templates_of(opened.entry.templates or "{}")[0]
+        require(isinstance(test, CaptionChoices), f"{type(test).__name__} has no questions, which caption_choice needs")
+        assert isinstance(test, CaptionChoices)
+        choices = readable_choices(test.choices(), self.store.read(test).rows)
+        captions = list(dict.fromkeys(caption for choice in choices for caption in choice.captions))
+        features = self._encode(Prompts(captions, [[template.replace("{}", caption)] for caption in captions])).T
+        number = {caption: row for row, caption in enumerate(captions)}
+        opened.choices = EncodedChoices(choices, number, features.numpy(), cache_key(choices, template))
 
     def _finish(self, opened: OpenSet) -> None:
         """Run the tasks of a set, on the first rank."""
@@ -306,6 +333,9 @@ class _Run:
         except InputError as error:
             self._record_failure(opened.name, error)
             return
+        for number, fold in enumerate(opened.folds):
+            splits = [split for split in fold.images if split != "test"]
+            fold.trained_on = cache_key([self._split_key(fold, number, split, digests) for split in splits])
         for task in self._possible_tasks(opened):
             key = self._cache_key(opened, task, digests)
             try:
@@ -320,7 +350,7 @@ class _Run:
                 value = f"{100 * result['value']:.1f} %"
                 stderr().print(f"{opened.name}: {task} {opened.entry.metric} {value}")
 
-        if opened.entry.paper == IMAGENET or hasattr(opened.folds[0].images["test"], "imagenet_classes"):
+        if opened.entry.paper == IMAGENET or isinstance(opened.folds[0].images["test"], SomeOfImageNet):
             self.imagenet.append(opened)
 
     def _add_subset_accuracies(self) -> None:
@@ -328,26 +358,31 @@ class _Run:
         done = [opened for opened in self.imagenet if "zero_shot" in self.results.sets[opened.name]["tasks"]]
         for whole in done:
             for other in done if whole.entry.paper == IMAGENET else ():
-                classes = getattr(other.folds[0].images["test"], "imagenet_classes", None)
-                if classes and len(classes) < len(imagenet_class_names()):
-                    result, metric = (
-                        self.results.sets[whole.name]["tasks"]["zero_shot"],
-                        other.entry.paper or other.name,
-                    )
+                test = other.folds[0].images["test"]
+                groups = test.imagenet_classes() if isinstance(test, SomeOfImageNet) else []
+                classes = [label for group in groups for label in group]
+                if 0 < len(classes) == len(groups) < len(imagenet_class_names()):  # no unions of classes
+                    result, name = self.results.sets[whole.name]["tasks"]["zero_shot"], other.entry.paper or other.name
                     value, interval = top1_among(whole, classes)
-                    result["metrics"][f"top1/{metric}"], result["intervals"][f"top1/{metric}"] = value, interval
+                    result["metrics"][f"top1/{name}"], result["intervals"][f"top1/{name}"] = value, interval
 
     def _possible_tasks(self, opened: OpenSet) -> Iterator[Task]:
         for task in opened.entry.tasks or ():
             if task in self.tasks and set(needed_splits(task)) <= set(opened.folds[0].images):
                 yield task
 
+    def _split_key(
+        self, fold: Fold, number: int, split: str, digests: Mapping[tuple[int, str], str]
+    ) -> tuple[Any, ...]:
+        """Return what identifies the features and the truth of a split."""
+        return split, self.store.path(fold.images[split]).name, fold.features[split].skipped, digests[number, split]
+
     def _cache_key(self, opened: OpenSet, task: Task, digests: Mapping[tuple[int, str], str]) -> str:
         """Hash all that a result depends on."""
         used = [
-            (split, self.store.path(images).name, fold.features[split].skipped, digests[number, split])
+            self._split_key(fold, number, split, digests)
             for number, fold in enumerate(opened.folds)
-            for split, images in fold.images.items()
+            for split in fold.images
             if split in used_splits(task)
         ]
         entry, more = opened.entry, ()
@@ -355,6 +390,8 @@ class _Run:
             more = (vars(self.options),)
         elif task == "zero_shot" and opened.prompts:
             more = (opened.prompts.names, opened.prompts.sha256)
+        elif task == "caption_choice" and opened.choices:
+            more = (opened.choices.digest,)
         elif opened.captions:
             more = (opened.captions.digest,)
         return cache_key(code_digest(), task, used, more, entry.metric, entry.data, entry.splits, entry.folds)

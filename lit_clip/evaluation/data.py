@@ -6,7 +6,7 @@ class of its own; an adapter that has it inherits from that class too.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 from torch import Tensor
@@ -112,12 +112,57 @@ def check_classes(splits: Mapping[str, ImageSet]) -> None:
             )
 
 
+class SomeOfImageNet(ABC):
+    """Classes that are classes of ImageNet, or unions of some: a probe trained on ImageNet can be tested on them."""
+
+    @abstractmethod
+    def imagenet_classes(self) -> list[list[int]]:
+        """Return, for each class of the set, the labels in ImageNet that mean it."""
+
+
 class CaptionedImages(ImageSet):
     """Images with captions, for retrieval."""
 
     @abstractmethod
     def captions(self, index: int) -> list[str]:
         """Return all captions of an image, at least one."""
+
+
+class Choice(NamedTuple):
+    """A question of which captions and images belong together.
+
+    Attributes:
+        images: rows of the images.
+        captions: the captions.
+        right: number of images that the only caption is right for, which come first. 0: image i and caption i belong
+            together, for as many as there are of both; the others are wrong.
+        group: kind of question, such as a relation; "" for none.
+    """
+
+    images: tuple[int, ...]
+    captions: tuple[str, ...]
+    right: int = 0
+    group: str = ""
+
+
+class CaptionChoices(ABC):
+    """Images with right and wrong captions (SugarCrepe, ARO, Winoground, MMVP, WinoGAViL)."""
+
+    @abstractmethod
+    def choices(self) -> list[Choice]:
+        """Return all questions, at least one."""
+
+
+class PartOf(ABC):
+    """Some images of another set, under other labels or class names; both share their features.
+
+    Attributes:
+        whole: the other set.
+        rows: rows of the images there, ascending.
+    """
+
+    whole: ImageSet
+    rows: list[int]
 
 
 class MultiLabel(ABC):

@@ -11,11 +11,42 @@ import torch
 
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.logistic import MAX_ITERATIONS, Fit, LogisticProblem
+from lit_clip.evaluation.other_classes import Classes, among
 from lit_clip.evaluation.probe import Split, best_l2, held_out, places_in_classes, search_l2
 from lit_clip.evaluation.scores import evaluate_scores
 from lit_clip.evaluation.suite import Metric
 
 SHOTS = (1, 2, 4, 8, 16)
+
+
+@dataclass
+class FewShotProbes:
+    """Probes by number of shots (examples per class).
+
+    Attributes:
+        fits: by shots, the classifier of each draw.
+        l2: by shots, the penalty.
+        left_out: by shots, why a class does not have that many examples.
+    """
+
+    fits: dict[int, list[Fit]]
+    l2: dict[int, float]
+    left_out: dict[int, str]
+
+    def evaluate(self, test: Split, metric: Metric, classes: Classes | None = None) -> dict[int, list[float]]:
+        """Return, by shots, the metric of each draw on a test split.
+
+        Args:
+            test: split to evaluate, used once per draw.
+            metric: metric to compute.
+            classes: see :func:`lit_clip.evaluation.other_classes.trained_classes`; None: the probes' own.
+        """
+        return {
+            k: [
+                evaluate_scores(metric, among(fit.scores(test.features), classes), test.targets)[metric] for fit in fits
+            ]
+            for k, fits in self.fits.items()
+        }
 
 
 @dataclass
@@ -43,6 +74,31 @@ def few_shot(
     seed: int = 0,
     max_iterations: int = MAX_ITERATIONS,
 ) -> FewShotResult:
+    """Train on k random examples per class, several times, and evaluate; see :func:`train_few_shot`.
+
+    Args:
+        train: split to draw from.
+        val: split to choose the penalty on.
+        test: split to evaluate, used once per draw.
+        metric: metric that chooses the penalty and is reported.
+        shots: numbers of examples per class.
+        draws: number of draws.
+        seed: seed of the first draw.
+        max_iterations: limit for L-BFGS.
+    """
+    probes = train_few_shot(train, val, metric, shots, draws, seed, max_iterations)
+    return FewShotResult(probes.evaluate(test, metric), probes.l2, probes.left_out)
+
+
+def train_few_shot(
+    train: Split,
+    val: Split | None,
+    metric: Metric,
+    shots: Sequence[int] = SHOTS,
+    draws: int = 3,
+    seed: int = 0,
+    max_iterations: int = MAX_ITERATIONS,
+) -> FewShotProbes:
     """Train on k random examples per class, several times.
 
     The n-th draw of k examples is part of the n-th draw of more. Validation images only choose the penalty.
@@ -50,8 +106,7 @@ def few_shot(
     Args:
         train: split to draw from.
         val: split to choose the penalty on; None: a fifth of each class of ``train``, which is then not drawn from.
-        test: split to evaluate, used once per draw.
-        metric: metric that chooses the penalty and is reported.
+        metric: metric that chooses the penalty.
         shots: numbers of examples per class; numbers that a class does not have are skipped.
         draws: number of draws.
         seed: seed of the first draw.
@@ -68,7 +123,7 @@ def few_shot(
     pool, validation = held_out(train, seed) if val is None else (train, val)
     counts = pool.targets.labels.bincount(minlength=train.targets.classes)
     fewest = int(counts.argmin())
-    result = FewShotResult({}, {}, {})
+    result = FewShotProbes({}, {}, {})
     for k in sorted(set(shots)):
         if k > counts[fewest]:
             result.left_out[k] = f"class {fewest} has {int(counts[fewest])} examples to draw from"
@@ -76,9 +131,8 @@ def few_shot(
         problems = [_drawn(pool, k, seed + draw) for draw in range(draws)]
         fits: dict[float, list[Fit]] = {}
         result.l2[k] = _choose(problems, fits, validation, metric, max_iterations)
-        chosen = fits[result.l2[k]]
-        result.values[k] = [evaluate_scores(metric, fit.scores(test.features), test.targets)[metric] for fit in chosen]
-    if not result.values:
+        result.fits[k] = fits[result.l2[k]]
+    if not result.fits:
         raise InputError(f"few_shot: {result.left_out[min(shots)]}; leave few_shot out of this set's tasks")
     return result
 

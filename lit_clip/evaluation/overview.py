@@ -3,8 +3,10 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any, Literal
 
+from lit_clip.evaluation.datacomp import OTHER_METRICS, PREFIX, datacomp_means
 from lit_clip.evaluation.published import (
     Published,
     canonical_set,
@@ -31,6 +33,10 @@ METRICS = {
     "lexicon": "top-1 of its lexicon",
     "mwap": "mWAP",
     "mwsap": "mWSAP",
+    "macro_f1": "macro F1",
+    "worst_group_top1": "top-1 of the worst group",
+    "worst_group_top5": "top-5 of the worst group",
+    "jaccard": "Jaccard index",
 }
 
 
@@ -156,6 +162,8 @@ def _reported(entry: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Any]]) 
     if "retrieval" in tasks:
         at_1 = [name for name in tasks["retrieval"].get("metrics") or {} if name.endswith("recall@1")]
         yield "retrieval", [name for name in at_1 if not name.startswith("merged_")]
+    if "caption_choice" in tasks:
+        yield "caption_choice", [str(entry.get("metric") or "text_score")]
     if "geolocation" in tasks:
         task = tasks["geolocation"]
         metrics = task.get("metrics") or {}
@@ -223,7 +231,7 @@ class GroupMean:
 
 def group_means(table: Sequence[Row], column: Column) -> list[GroupMean]:
     """Return the mean of each group of which there is a set. Every group of sets with a mean is listed here."""
-    groups = [_papers_mean(table, column)]
+    groups = [_papers_mean(table, column), *(_datacomp_means(table) if column == "zero_shot" else ())]
     return [mean for mean in groups if len(mean.missing) < mean.sets]
 
 
@@ -245,6 +253,18 @@ def _papers_mean(table: Sequence[Row], column: Column) -> GroupMean:
         sum(ours) / len(sets) if whole else None,
         sum(known) / len(sets) if whole and len(known) == len(sets) else None,
     )
+
+
+def _datacomp_means(table: Sequence[Row]) -> Iterator[GroupMean]:
+    """DataComp's means, by its metrics; a retrieval set has the mean of its two directions."""
+    values: dict[str, list[float]] = {}
+    for row in table:
+        metric = "recall@1" if row.metric.endswith("recall@1") else row.metric
+        own = row.name.startswith(PREFIX) and metric == OTHER_METRICS.get(row.name.removeprefix(PREFIX), "top1")
+        if own and "zero_shot" in row.values:
+            values.setdefault(row.name, []).append(row.values["zero_shot"])
+    for group, mean in datacomp_means({name: fmean(of_set) for name, of_set in values.items()}).items():
+        yield GroupMean(f"DataComp, {group}", mean.sets, mean.missing, mean.value, None)
 
 
 def shots_of(entry: Mapping[str, Any]) -> dict[int, float]:

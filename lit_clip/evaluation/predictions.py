@@ -15,9 +15,9 @@ from torch import Tensor
 
 from lit_clip.errors import InputError
 from lit_clip.evaluation.accuracy import predictions, ranks_of_labels
-from lit_clip.evaluation.intervals import UnitScores
+from lit_clip.evaluation.intervals import Interval, UnitScores
 from lit_clip.evaluation.retrieval_metrics import Pairs
-from lit_clip.evaluation.scores import lexicon_predictions, pm_right
+from lit_clip.evaluation.scores import interval, lexicon_predictions, pm_right
 from lit_clip.evaluation.suite import Metric
 from lit_clip.evaluation.targets import Targets
 from lit_clip.tools.atomic import make_folder, replacing
@@ -93,6 +93,12 @@ def retrieval_columns(keys: Sequence[str], pairs: Pairs, image_ranks: Tensor, pa
         "key": [*keys, *names],
         "rank": torch.cat([image_ranks, pair_ranks.repeat_interleave(pairs.rows)]).numpy().astype(np.int32),
     }
+
+
+def recall_intervals(metrics: Mapping[str, float], images: int, captions: int) -> dict[str, Interval]:
+    """Return the intervals of recalls, as proportions of independent queries."""
+    recalls = {name: value for name, value in metrics.items() if "recall@" in name}
+    return {name: interval(value, captions if "text_to_image" in name else images) for name, value in recalls.items()}
 
 
 def joined(folds: Sequence[Columns]) -> Columns:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lit_clip.errors import require
 from lit_clip.evaluation.logistic import MAX_ITERATIONS, Fit, LogisticProblem, fit_logistic
+from lit_clip.evaluation.other_classes import Classes, among
 from lit_clip.evaluation.scores import evaluate_scores
 from lit_clip.evaluation.suite import Metric
 from lit_clip.evaluation.targets import Targets
@@ -54,22 +55,43 @@ class Split:
 
 
 @dataclass
-class ProbeResult:
+class Probe:
+    """A trained probe.
+
+    Attributes:
+        l2: the chosen penalty.
+        search: the metric on the validation images by penalty, in the order tried.
+        fit: the classifier, trained on training and validation images.
+    """
+
+    l2: float
+    search: dict[float, float]
+    fit: Fit = field(repr=False)
+
+
+@dataclass
+class ProbeResult(Probe):
     """A trained probe and its metrics.
 
     Attributes:
         metrics: on the test split, see :func:`lit_clip.evaluation.scores.evaluate_scores`.
-        l2: the chosen penalty.
-        search: the metric on the validation images by penalty, in the order tried.
         scores: float32 ``[N, C]`` logits of the test split.
-        fit: the classifier, trained on training and validation images.
     """
 
-    metrics: dict[str, float]
-    l2: float
-    search: dict[float, float]
-    scores: Tensor
-    fit: Fit = field(repr=False)
+    metrics: dict[str, float] = field(kw_only=True)
+    scores: Tensor = field(kw_only=True)
+
+
+def train_probe(
+    train: Split, val: Split | None, metric: Metric, max_iterations: int = MAX_ITERATIONS, seed: int = 0
+) -> Probe:
+    """Train a classifier on features; see :func:`linear_probe`."""
+    _check([train] if val is None else [train, val])
+    search_train, search_val = held_out(train, seed) if val is None else (train, val)
+    search, start = _search(search_train, search_val, metric, max_iterations)
+    l2 = best_l2(search)
+    features, labels = (train.features, train.labels) if val is None else _joined(train, val)
+    return Probe(l2, search, LogisticProblem(features, labels, train.targets.classes).fit(l2, start, max_iterations))
 
 
 def linear_probe(
@@ -81,6 +103,7 @@ def linear_probe(
     normalize: bool = False,
     max_iterations: int = MAX_ITERATIONS,
     seed: int = 0,
+    classes: Classes | None = None,
 ) -> ProbeResult:
     """Train a classifier on features and evaluate it.
 
@@ -95,22 +118,20 @@ def linear_probe(
         normalize: normalise features first, as CLIP_benchmark does and the paper does not.
         max_iterations: limit for L-BFGS.
         seed: seed for the images held out.
+        classes: see :func:`lit_clip.evaluation.other_classes.trained_classes`; None: train and test have the same.
 
     Raises:
         InputError: splits that do not match, or that nothing can be learnt from.
     """
     splits = [train, test] if val is None else [train, val, test]
-    _check(splits)
+    if classes is None:
+        _check(splits)
     if normalize:
         splits = [Split(unit(split.features), split.targets) for split in splits]
-    train, test = splits[0], splits[-1]
-    search_train, search_val = held_out(train, seed) if val is None else (train, splits[1])
-    search, start = _search(search_train, search_val, metric, max_iterations)
-    l2 = best_l2(search)
-    features, labels = (train.features, train.labels) if val is None else _joined(train, search_val)
-    fit = LogisticProblem(features, labels, train.targets.classes).fit(l2, start, max_iterations)
-    scores = fit.scores(test.features)
-    return ProbeResult(evaluate_scores(metric, scores, test.targets), l2, search, scores, fit)
+    probe = train_probe(splits[0], None if val is None else splits[1], metric, max_iterations, seed)
+    scores = among(probe.fit.scores(splits[-1].features), classes)
+    metrics = evaluate_scores(metric, scores, test.targets)
+    return ProbeResult(probe.l2, probe.search, probe.fit, metrics=metrics, scores=scores)
 
 
 def _search(train: Split, val: Split, metric: Metric, max_iterations: int) -> tuple[dict[float, float], Fit]:

@@ -9,6 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_clip import distributed
+from lit_clip.errors import require
+from lit_clip.evaluation.data import CaptionedImages
+from lit_clip.evaluation.prompts import Prompts
 from lit_clip.evaluation.retrieval_metrics import (
     Pairs,
     Ranks,
@@ -191,8 +194,7 @@ class RetrievalSet:
         loss = whole_set_loss(image_ID, text_TD, own_pairs, score_E, scale, bias, *over_ranks)
         pair_E, text_T = (distributed.gather_uneven(each).cpu() for each in (ranks.pair, ranks.merged_text))
         ranks = Ranks(ranks.image.cpu(), pair_E, ranks.merged_image.cpu(), text_T)
-        baselines = dict(zip(_names(all_pairs), baseline_recalls(all_pairs, RECALL_AT), strict=False))
-        return Evaluation({"loss": loss, **retrieval_metrics(ranks, all_pairs)}, _recall_metrics(baselines))
+        return Evaluation({"loss": loss, **retrieval_metrics(ranks, all_pairs)}, _baselines(all_pairs))
 
     def _rows(self, device: torch.device) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return image hash, caption hash and rank of all ranks' rows, in the order in which they were added."""
@@ -251,6 +253,47 @@ def retrieval_metrics(ranks: Ranks, pairs: Pairs) -> dict[str, float]:
     queries = dict(zip(names, zip(ranks, weights, (rows, images, texts, images), strict=True), strict=False))
     metrics = _recall_metrics({name: recalls(*query, RECALL_AT) for name, query in queries.items()})
     return metrics | {f"{name}_median_rank": float(median_rank(*query[:2])) for name, query in queries.items()}
+
+
+def evaluate_pairs(image_ID: Tensor, text_TD: Tensor, pairs: Pairs) -> Evaluation:
+    """Return metrics and baselines of a set that this process has whole, from unit features."""
+    ranks = retrieval_ranks(image_ID, text_TD, pairs, pair_scores(image_ID, text_TD, pairs))
+    return Evaluation(retrieval_metrics(ranks, pairs), _baselines(pairs))
+
+
+def caption_texts(
+    images: CaptionedImages, rows: Sequence[int], templates: str | Sequence[str] | None
+) -> tuple[Prompts, Pairs]:
+    """Return the distinct captions of a set as prompts, and which image (by its place in ``rows``) each belongs to.
+
+    Args:
+        images: the set.
+        rows: images that have features.
+        templates: text with ``{}`` for the caption, of several the first; None: the caption itself.
+
+    Raises:
+        InputError: a template without ``{}``.
+    """
+    template = (templates if isinstance(templates, str) else templates[0]) if templates else "{}"
+    require("{}" in template, f"templates: {template!r} has no {{}} for the caption")
+    numbers: dict[str, int] = {}
+    counts: dict[tuple[int, int], int] = {}
+    earlier: dict[tuple[int, int], int] = {}
+    rows_of_text: list[int] = []
+    for image, row in enumerate(rows):
+        for caption in images.captions(row):
+            text = numbers.setdefault(template.replace("{}", caption), len(numbers))
+            if text == len(rows_of_text):
+                rows_of_text.append(0)
+            earlier.setdefault((text, image), rows_of_text[text])
+            rows_of_text[text] += 1
+            counts[text, image] = counts.get((text, image), 0) + 1
+    columns = [(image, text, count, earlier[text, image]) for (text, image), count in sorted(counts.items())]
+    return Prompts(list(numbers), [[text] for text in numbers]), Pairs(*torch.tensor(columns).T.contiguous())
+
+
+def _baselines(pairs: Pairs) -> dict[str, float]:
+    return _recall_metrics(dict(zip(_names(pairs), baseline_recalls(pairs, RECALL_AT), strict=False)))
 
 
 def _recall_metrics(values: Mapping[str, Sequence[float]]) -> dict[str, float]:

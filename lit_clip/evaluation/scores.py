@@ -12,9 +12,15 @@ import torch
 from torch import Tensor
 
 from lit_clip.errors import InputError, require
-from lit_clip.evaluation.accuracy import accuracies, baseline_accuracies, classification_counts, predictions
+from lit_clip.evaluation.accuracy import (
+    accuracies,
+    baseline_accuracies,
+    classification_counts,
+    predictions,
+    ranks_of_labels,
+)
 from lit_clip.evaluation.overlap import clopper_pearson
-from lit_clip.evaluation.suite import Metric
+from lit_clip.evaluation.suite import CHOICE_METRICS, Metric
 from lit_clip.evaluation.targets import Targets
 
 SAMPLINGS = 100  # draws of one clip per film for RareAct's mWSAP
@@ -25,7 +31,7 @@ def evaluate_scores(metric: Metric, scores: Tensor, targets: Targets) -> dict[st
     """Compute a set's metric and the other metrics that its labels allow.
 
     Args:
-        metric: any but ``within_km`` and ``recall@1``, which are not computed from class scores.
+        metric: any but ``within_km``, ``recall@1`` and those of caption choice, which have no class scores.
         scores: float ``[N, C]``, higher is likelier.
         targets: truth about the N images.
 
@@ -71,14 +77,17 @@ def baseline(metric: Metric, targets: Targets) -> float | None:
     """Return the best value that an answer can reach without looking at the images.
 
     That answer is always the same class; for average precision and ROC AUC always the same score; for ``lexicon`` one
-    of the image's candidates at random. None for ``within_km`` and ``recall@1``.
+    of the image's candidates at random. None for ``worst_group_top5`` and for metrics that are not computed from class
+    scores.
     """
-    if metric in ("within_km", "recall@1"):
+    if metric in ("within_km", "recall@1", "worst_group_top5", *CHOICE_METRICS):
         return None
     if metric == "lexicon":
         return sum(1 / len(set(words)) for words in _known(targets.candidates, metric)) / len(targets)
     if metric == "pm":
         return _baseline_pm(targets)
+    if metric in ("macro_f1", "worst_group_top1"):
+        return _best_single_class(metric, targets)
     if metric in ("map11", "roc_auc", "mwap"):
         return evaluate_scores(metric, torch.zeros(len(targets), targets.classes), targets)[metric]
     _require_labels(targets, metric)
@@ -264,6 +273,49 @@ def _mwap(scores: Tensor, targets: Targets) -> dict[str, float]:
     return {"mwap": float(mean[0]), "mwsap": float(mean[1:].mean())}
 
 
+def _macro_f1(scores: Tensor, targets: Targets) -> dict[str, float]:
+    """Mean over classes that have images of the F1 of their predictions, as WILDS computes it for iWildCam."""
+    _require_labels(targets, "macro_f1")
+    labels, predicted = targets.labels, predictions(scores).cpu()
+    images = labels.bincount(minlength=targets.classes)
+    right = labels[predicted == labels].bincount(minlength=targets.classes)
+    found = predicted[predicted >= 0].bincount(minlength=targets.classes)
+    f1 = 2 * right.double() / (images + found)  # precision and recall in one
+    return {"macro_f1": float(f1[images > 0].mean())}
+
+
+def _worst_group(metric: Metric, within: int) -> Callable[[Tensor, Targets], dict[str, float]]:
+    """Lowest accuracy of a group that has images: DataComp's ``acc_wg`` (GeoDE, FMoW) and ``acc_top5_wg``."""
+
+    def worst(scores: Tensor, targets: Targets) -> dict[str, float]:
+        _require_labels(targets, metric)
+        right = (ranks_of_labels(scores, targets.labels) < within).cpu()
+        return {metric: float(_group_means(right.double()[:, None], targets, metric).min())}
+
+    return worst
+
+
+def _group_means(values: Tensor, targets: Targets, metric: Metric) -> Tensor:
+    """Return the mean of float64 ``[N, K]`` in each group, ``[groups, K]``."""
+    attributes = _known(targets.groups, metric)
+    names = ", ".join(attributes)
+    require(len(attributes) == 1, f"metric: {metric} needs groups of one kind, but the set has {names or 'none'}")
+    group = _numbers(next(iter(attributes.values())))
+    return torch.zeros(int(group.max()) + 1, values.shape[1], dtype=torch.float64).index_add_(
+        0, group, values
+    ) / group.bincount().unsqueeze(1)
+
+
+def _best_single_class(metric: Metric, targets: Targets) -> float:
+    """Return the highest metric of predicting one class for all images."""
+    _require_labels(targets, metric)
+    if metric == "worst_group_top1":
+        one_hot = torch.nn.functional.one_hot(targets.labels, targets.classes).double()
+        return float(_group_means(one_hot, targets, metric).amin(dim=0).max())
+    images = targets.labels.bincount().double()
+    return float((2 * images / (images + images.sum())).max() / (images > 0).sum())
+
+
 def _numbers(values: list[str]) -> Tensor:
     place = {value: number for number, value in enumerate(dict.fromkeys(values))}
     return torch.tensor([place[value] for value in values])
@@ -290,4 +342,7 @@ _METRICS: dict[Metric, Callable[[Tensor, Targets], dict[str, float]]] = {
     "pm": _pm,
     "lexicon": _lexicon,
     "mwap": _mwap,
+    "macro_f1": _macro_f1,
+    "worst_group_top1": _worst_group("worst_group_top1", 1),
+    "worst_group_top5": _worst_group("worst_group_top5", 5),
 }

@@ -19,7 +19,7 @@ from lit_clip.embedding.encode import EncodingSettings, UnreadableError, encode,
 from lit_clip.embedding.feature_files import FeatureParts
 from lit_clip.embedding.reading import UnreadableRow
 from lit_clip.errors import InputError, require
-from lit_clip.evaluation.data import ImageSet
+from lit_clip.evaluation.data import ImageSet, PartOf
 from lit_clip.evaluation.set_encoding import set_task
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import make_folder, not_written, remove_drafts, replacing_folder
@@ -93,6 +93,9 @@ class FeatureStore:
             InputError: on every rank, an image cannot be read and ``on_error`` is ``error``, or none can be read.
         """
         require(len(images) > 0, f"{title}: the set is empty")
+        if isinstance(images, PartOf):
+            self.compute(images.whole, title)
+            return
         path = self.path(images)
         if not distributed.maximum(int(not self._finished(path, len(images)))):
             return
@@ -195,8 +198,19 @@ class FeatureStore:
 
     def read(self, images: ImageSet) -> SetFeatures:
         """Return the features that :meth:`compute` has stored."""
+        if isinstance(images, PartOf):
+            return _part(images, self.read(images.whole))
         path = self.path(images)
         stored = self._stored(path, len(images))
         if stored is None:
             raise InputError(f"{path}: features are gone; run the command again")
         return stored
+
+
+def _part(images: PartOf, whole: SetFeatures) -> SetFeatures:
+    place = {row: number for number, row in enumerate(whole.rows)}
+    rows = [row for row, row_of_whole in enumerate(images.rows) if row_of_whole in place]
+    numbers = [place[images.rows[row]] for row in rows]
+    own = {images.whole.key(row) for row in images.rows} if whole.skipped else set()
+    skipped = [(key, reason) for key, reason in whole.skipped if key in own]
+    return SetFeatures(whole.before[numbers], whole.after[numbers], rows, skipped)

@@ -13,11 +13,29 @@ from lit_clip.evaluation.data import ImageSet, MissingData
 from lit_clip.tools.messages import one_line, user_error
 from lit_clip.tools.text_files import read_yaml
 
-Task = Literal["zero_shot", "linear_probe", "few_shot", "retrieval", "geolocation", "bias"]
+Task = Literal["zero_shot", "linear_probe", "few_shot", "retrieval", "geolocation", "bias", "caption_choice"]
 TASKS: tuple[Task, ...] = get_args(Task)
 Metric = Literal[
-    "top1", "mean_per_class", "map11", "roc_auc", "mean_top1_top5", "pm", "lexicon", "mwap", "within_km", "recall@1"
+    "top1",
+    "mean_per_class",
+    "map11",
+    "roc_auc",
+    "mean_top1_top5",
+    "pm",
+    "lexicon",
+    "mwap",
+    "macro_f1",
+    "worst_group_top1",
+    "worst_group_top5",
+    "within_km",
+    "recall@1",
+    "text_score",
+    "macro_text_score",
+    "image_score",
+    "group_score",
+    "jaccard",
 ]
+CHOICE_METRICS: tuple[Metric, ...] = ("text_score", "macro_text_score", "image_score", "group_score", "jaccard")
 LOCATION_ARGUMENTS = ("root", "path")  # relative to the data root
 NAME_BYTES = 100  # limit for a set's name, which is part of file names (at most 255 bytes)
 ClassNames = str | list[str | list[str]] | dict[str, list[str]] | None
@@ -30,7 +48,9 @@ class SuiteEntry:
     Attributes:
         data: ``class_path`` and ``init_args`` of a :class:`lit_clip.evaluation.data.ImageSet`; its ``root`` or ``path``
             is relative to the data root.
-        splits: arguments of ``train``, ``val`` and ``test`` that differ between them; ``test`` is required.
+        splits: arguments of ``train``, ``val`` and ``test`` that differ between them; ``test`` is required. A split
+            with a ``class_path`` of its own, and ``init_args``, is of another set: a probe trained on it is tested on
+            this one.
         folds: arguments of predefined divisions of the set, whose results are averaged.
         class_names: see :func:`lit_clip.evaluation.prompts.prompts_of`; None: the set's own.
         templates: prompt templates, see there; None: ``a photo of a {}.``. In a retrieval set ``{}`` is the caption.
@@ -66,6 +86,11 @@ class SuiteEntry:
         require("test" in self.splits, f"splits: test is missing; there are only {', '.join(self.splits)}")
         unknown = self.splits.keys() - {"train", "val", "test"}
         require(not unknown, f"splits: unknown split {', '.join(sorted(unknown))}; must be train, val or test")
+        for name, split in self.splits.items():
+            if self.is_of_another_set(name):
+                require(name != "test", "splits: test has a class_path; write it under data")
+                unknown = sorted(map(str, split.keys() - {"class_path", "init_args"}))
+                require(not unknown, f"splits: {name} has a class_path; put {', '.join(unknown)} into its init_args")
         require(bool(self.folds), "folds: empty; leave it out for a set without folds")
         twice = sorted(
             {key for fold in self.folds for split in self.splits.values() for key in fold.keys() & split.keys()}
@@ -84,11 +109,17 @@ class SuiteEntry:
             not trained or "train" in self.splits, f"tasks: {', '.join(sorted(trained))} needs a split called train"
         )
 
+    def is_of_another_set(self, split: str) -> bool:
+        """Whether a split has a class of its own."""
+        return "class_path" in self.splits[split]
+
     def _default_tasks(self) -> list[Task]:
         if self.metric == "recall@1":
             return ["retrieval"]
         if self.metric == "within_km":
             return ["geolocation"]
+        if self.metric in CHOICE_METRICS:
+            return ["caption_choice"]
         if "train" not in self.splits:
             return ["zero_shot"]
         if self.metric == "map11":  # shots per class are not defined for images with several classes
@@ -102,13 +133,17 @@ class SuiteEntry:
             MissingData: its files are not below ``data_root``.
             InputError: its files are there but cannot be used.
         """
-        options: dict[str, Any] = {**self.data["init_args"], **self.splits[split], **self.folds[fold]}
+        other = self.is_of_another_set(split)
+        class_path = self.splits[split]["class_path"] if other else self.data["class_path"]
+        own = self.splits[split].get("init_args") or {} if other else {**self.data["init_args"], **self.splits[split]}
+        options: dict[str, Any] = own if other else {**own, **self.folds[fold]}
         for key in LOCATION_ARGUMENTS:
             if isinstance(options.get(key), str):
-                options[key] = str(data_root / options[key])
+                options = options | {key: str(data_root / options[key])}
                 if not os.path.exists(options[key]):  # Path.exists raises for a name that is too long
-                    raise MissingData(f"{options[key]}: not there; {self.how_to_get or 'see the suite file'}")
-        return _instantiate({"class_path": self.data["class_path"], "init_args": options})
+                    hint = "" if other else self.how_to_get
+                    raise MissingData(f"{options[key]}: not there; {hint or 'see the suite file'}")
+        return _instantiate({"class_path": class_path, "init_args": options})
 
 
 def _instantiate(spec: Mapping[str, Any]) -> ImageSet:

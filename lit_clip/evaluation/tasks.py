@@ -4,7 +4,7 @@ Shapes: N images, C classes, T captions, D embedding dimension.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -18,21 +18,24 @@ from torch import Tensor
 from lit_clip.errors import InputError
 from lit_clip.evaluation.accuracy import predictions
 from lit_clip.evaluation.bias import bias_report
-from lit_clip.evaluation.data import CaptionedImages, Grouped, ImageSet
-from lit_clip.evaluation.few_shot import few_shot
+from lit_clip.evaluation.caption_choice import EncodedChoices, evaluate_choices
+from lit_clip.evaluation.data import Grouped, ImageSet
+from lit_clip.evaluation.few_shot import SHOTS, FewShotProbes, train_few_shot
 from lit_clip.evaluation.geolocation import nearest_km, within_km
 from lit_clip.evaluation.intervals import Interval, intervals, mean_interval
+from lit_clip.evaluation.other_classes import Classes, among, penalty_metric
 from lit_clip.evaluation.predictions import (
     Columns,
     class_columns,
     joined,
+    recall_intervals,
     retrieval_columns,
     unit_scores,
     write_predictions,
 )
-from lit_clip.evaluation.probe import Split, linear_probe
+from lit_clip.evaluation.probe import Probe, Split, train_probe
 from lit_clip.evaluation.prompts import Prompts
-from lit_clip.evaluation.retrieval import retrieval_metrics
+from lit_clip.evaluation.retrieval import DIRECTIONS, retrieval_metrics
 from lit_clip.evaluation.retrieval_metrics import Pairs, pair_scores, retrieval_ranks
 from lit_clip.evaluation.robustness import subset_rows, subset_top1
 from lit_clip.evaluation.scores import baseline, comparable, evaluate_scores, interval, mean_over_folds
@@ -54,10 +57,14 @@ class Fold:
     Attributes:
         images: the images of each split.
         features: the features of each split.
+        classes: for a probe that is trained on another set, see :mod:`lit_clip.evaluation.other_classes`.
+        trained_on: hash of the splits that probes are trained on.
     """
 
     images: dict[str, ImageSet] = field(default_factory=dict)
     features: dict[str, SetFeatures] = field(default_factory=dict)
+    classes: Classes | None = None
+    trained_on: str = ""
 
 
 @dataclass
@@ -71,8 +78,10 @@ class OpenSet:
         prompts: prompts of its classes; None without zero-shot classification.
         classifier: zero-shot classifier ``[D, C]``; None without zero-shot classification.
         captions: captions of a retrieval set.
+        choices: questions of a set with right and wrong captions.
         bias: classifiers of the bias probes, by probe.
         scale: the model's inverse temperature.
+        probes: all probes of this run, which several sets may be tested on.
     """
 
     name: str
@@ -81,8 +90,10 @@ class OpenSet:
     prompts: Prompts | None = None
     classifier: Tensor | None = None
     captions: "DistinctCaptions | None" = None
+    choices: EncodedChoices | None = None
     bias: dict[str, Tensor] = field(default_factory=dict)
     scale: float = 100.0
+    probes: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -110,7 +121,7 @@ class TaskOptions:
         seed: random seed of the draws and of held-out images.
     """
 
-    shots: tuple[int, ...] = (1, 2, 4, 8, 16)
+    shots: tuple[int, ...] = SHOTS
     draws: int = 3
     seed: int = 0
 
@@ -135,6 +146,8 @@ def run_task(task: Task, opened: OpenSet, options: TaskOptions, folder: Path) ->
         return _retrieval(opened, folder)
     if task == "geolocation":
         return _geolocation(opened, folder)
+    if task == "caption_choice":
+        return _caption_choice(opened)
     return _bias(opened)
 
 
@@ -143,8 +156,13 @@ def _embeddings(features: SetFeatures) -> Tensor:
 
 
 def _targets(opened: OpenSet, fold: Fold, split: str) -> Targets:
-    classes = len(opened.prompts.names) if opened.prompts else None
-    return Targets.of(fold.images[split], fold.features[split].rows, classes)
+    return Targets.of(fold.images[split], fold.features[split].rows, _class_count(opened, fold, split))
+
+
+def _class_count(opened: OpenSet, fold: Fold, split: str) -> int | None:
+    """Return the number of class names in use, which may differ from a set's own; None: the set's own."""
+    of_another_set = fold.classes is not None and split != "test"
+    return len(opened.prompts.names) if opened.prompts and not of_another_set else None
 
 
 def _scores(opened: OpenSet, fold: Fold, classifier: Tensor | None) -> Tensor:
@@ -216,9 +234,8 @@ def target_digests(opened: OpenSet) -> dict[tuple[int, str], str]:
     Raises:
         InputError: a label out of range.
     """
-    classes = len(opened.prompts.names) if opened.prompts else None
     return {
-        (number, split): Targets.of(images, None, classes).digest()
+        (number, split): Targets.of(images, None, _class_count(opened, fold, split)).digest()
         for number, fold in enumerate(opened.folds)
         for split, images in fold.images.items()
     }
@@ -288,13 +305,19 @@ def _split(opened: OpenSet, fold: Fold, split: str) -> Split | None:
 
 
 def _linear_probe(opened: OpenSet, options: TaskOptions, folder: Path) -> dict[str, Any]:
-    start, scored, last = time.monotonic(), [], None
+    start, scored, metric, last = time.monotonic(), [], opened.entry.metric, None
     for number, fold in enumerate(opened.folds):
-        train, val, test = (_split(opened, fold, split) for split in ("train", "val", "test"))
-        assert train is not None
+        by = penalty_metric(metric, fold.classes)
+        key = ("linear_probe", by, fold.trained_on)
+        if key not in opened.probes:
+            train, val = (_split(opened, fold, split) for split in ("train", "val"))
+            assert train is not None
+            opened.probes[key] = train_probe(train, val, by, seed=options.seed)
+        probe: Probe = opened.probes[key]
+        last = probe
+        test = _split(opened, fold, "test")
         assert test is not None
-        last = linear_probe(train, val, test, opened.entry.metric, seed=options.seed)
-        scored.append(_score(opened, number, last.scores, test.targets))
+        scored.append(_score(opened, number, among(probe.fit.scores(test.features), fold.classes), test.targets))
     assert last is not None
     result = _classification_result(opened, "linear_probe", scored, folder)
     return result | {
@@ -307,14 +330,20 @@ def _linear_probe(opened: OpenSet, options: TaskOptions, folder: Path) -> dict[s
 def _few_shot(opened: OpenSet, options: TaskOptions) -> dict[str, Any]:
     values: dict[int, list[float]] = {}
     used: dict[int, float] = {}
+    metric = opened.entry.metric
     for fold in opened.folds:
-        train, val, test = (_split(opened, fold, split) for split in ("train", "val", "test"))
-        assert train is not None
+        by = penalty_metric(metric, fold.classes)
+        key = ("few_shot", by, fold.trained_on)
+        if key not in opened.probes:
+            train, val = (_split(opened, fold, split) for split in ("train", "val"))
+            assert train is not None
+            opened.probes[key] = train_few_shot(train, val, by, options.shots, options.draws, options.seed)
+        probes: FewShotProbes = opened.probes[key]
+        test = _split(opened, fold, "test")
         assert test is not None
-        found = few_shot(train, val, test, opened.entry.metric, options.shots, options.draws, options.seed)
-        for shots, of_draws in found.values.items():
+        for shots, of_draws in probes.evaluate(test, metric, fold.classes).items():
             values.setdefault(shots, []).extend(of_draws)
-        used |= found.l2
+        used |= probes.l2
     shots = sorted(values)
     return {"value": fmean(values[shots[-1]]), "shots": [(n, values[n]) for n in shots], "l2": used}
 
@@ -328,19 +357,13 @@ def _retrieval(opened: OpenSet, folder: Path) -> dict[str, Any]:
     )
     ranks = retrieval_ranks(image_ID, text_TD, pairs, pair_scores(image_ID, text_TD, pairs))
     metrics = retrieval_metrics(ranks, pairs)
-    value = fmean(metrics[f"{direction}_recall@1"] for direction in ("image_to_text", "text_to_image"))
+    value = fmean(metrics[f"{direction}_recall@1"] for direction in DIRECTIONS)
     columns = retrieval_columns(_keys(opened.folds[0]), pairs, ranks.image, ranks.pair)
     result = {"value": value, "metrics": metrics, "images": len(image_ID), "captions": int(pairs.rows.sum())}
     return result | {
         "intervals": recall_intervals(metrics, result["images"], result["captions"]),
         "predictions": write_predictions(folder, opened.name, "retrieval", columns),
     }
-
-
-def recall_intervals(metrics: Mapping[str, float], images: int, captions: int) -> dict[str, Interval]:
-    """Return the intervals of recalls, as proportions of independent queries."""
-    recalls = {name: value for name, value in metrics.items() if "recall@" in name}
-    return {name: interval(value, captions if "text_to_image" in name else images) for name, value in recalls.items()}
 
 
 def _geolocation(opened: OpenSet, folder: Path) -> dict[str, Any]:
@@ -363,6 +386,11 @@ def _geolocation(opened: OpenSet, folder: Path) -> dict[str, Any]:
     }
 
 
+def _caption_choice(opened: OpenSet) -> dict[str, Any]:
+    assert opened.choices is not None
+    return evaluate_choices(opened.entry.metric, np.array(opened.folds[0].features["test"].after), opened.choices)
+
+
 def _bias(opened: OpenSet) -> dict[str, Any]:
     fold = opened.folds[0]
     test = fold.images["test"]
@@ -370,21 +398,3 @@ def _bias(opened: OpenSet) -> dict[str, Any]:
         raise InputError(f"{opened.name}: {type(test).__name__} has no groups, which the bias probes need")
     groups = {name: [values[row] for row in fold.features["test"].rows] for name, values in test.groups().items()}
     return bias_report({name: _scores(opened, fold, classifier) for name, classifier in opened.bias.items()}, groups)
-
-
-def caption_texts(images: CaptionedImages, rows: Sequence[int], template: str) -> tuple[list[str], Pairs]:
-    """Return the distinct captions of a set, and which image (by its place in ``rows``) each belongs to."""
-    numbers: dict[str, int] = {}
-    counts: dict[tuple[int, int], int] = {}
-    earlier: dict[tuple[int, int], int] = {}
-    rows_of_text: list[int] = []
-    for image, row in enumerate(rows):
-        for caption in images.captions(row):
-            text = numbers.setdefault(template.replace("{}", caption), len(numbers))
-            if text == len(rows_of_text):
-                rows_of_text.append(0)
-            earlier.setdefault((text, image), rows_of_text[text])
-            rows_of_text[text] += 1
-            counts[text, image] = counts.get((text, image), 0) + 1
-    columns = [(image, text, count, earlier[text, image]) for (text, image), count in sorted(counts.items())]
-    return list(numbers), Pairs(*torch.tensor(columns).T.contiguous())

@@ -25,10 +25,12 @@ COMPILE_BLOCKS = compile_file.compile_blocks
 
 def own(kind: str, folder: Path) -> Callback:
     """Create one of our callbacks with small settings."""
-    if kind in ("ZeroShot", "LinearProbe"):
+    if kind in ("ZeroShot", "LinearProbe", "Retrieval"):
         folder.mkdir(parents=True, exist_ok=True)
         suite = Path(os.environ["COMBINATION_PAIRS"]).parent
-        settings = {"data_root": str(suite), "only": ["shades"]} | ({"num_workers": 0})
+        settings = {"data_root": str(suite), "only": ["pairs" if kind == "Retrieval" else "shades"]} | (
+            {"num_workers": 0}
+        )
         return getattr(ours, kind)(suite=str(suite / "suite.yaml"), **settings)
     if kind == "Compile":  # real graphs take minutes; tests/callbacks/test_compile.py has them
         compile_file.compile_blocks = partial(COMPILE_BLOCKS, backend="eager")
@@ -80,7 +82,7 @@ works(OURS, f"callbacks: {', '.join(OBSERVERS)}", SAME, RESUMED, **settings_for(
 for name in OWN:
     settings = settings_for(name)
     sharded = {**settings, "trainer": lambda folder, made=settings["trainer"]: {**made(folder), "strategy": FSDP()}}
-    if name in ("EMA", "FrozenFeatures", "LinearProbe", "ZeroShot"):
+    if name in ("EMA", "FrozenFeatures", "LinearProbe", "Retrieval", "ZeroShot"):
         line = "cannot encode with sharded weights" if name == "FrozenFeatures" else "FSDP has no whole weights"
         refused(OURS, f"callbacks.{name}, FSDP", line, (2,), **sharded)
     else:

@@ -24,7 +24,7 @@ from tests.combinations.page import PATH, REFUSED_THEN, ROWS_RUN, page
 from tests.combinations.table import ELSEWHERE, OWN, PLAIN, ROWS, Row
 from tests.conftest import ROOT, made_once
 from tests.helpers import forks
-from tests.helpers.small_sets import entry, write_suite, write_table
+from tests.helpers.small_sets import captions_entry, entry, write_suite, write_table
 
 SCRIPT = str(ROOT / "tests/combinations/runs.py")
 TIME_LIMIT = 240  # for a busy machine; strategies that start new interpreters take a minute there
@@ -54,7 +54,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def make(folder: Path) -> None:
         write_table(folder, 16)
-        write_suite(folder, shades=entry())
+        write_suite(folder, shades=entry(), pairs=captions_entry())
         start(PLAIN, "plain", folder, folder)
 
     return made_once(tmp_path_factory, "combinations", make)

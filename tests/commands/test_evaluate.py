@@ -22,6 +22,7 @@ from lit_clip import load_model, zero_shot_classifier
 from lit_clip.cli.subcommands import run_command
 from lit_clip.embedding.encode import Encoder
 from lit_clip.errors import InputError
+from lit_clip.evaluation import tasks
 from lit_clip.evaluation.data import LabelledImages
 from tests.conftest import ROOT, lit_clip_command
 from tests.evaluation.test_clip_benchmark import CLASSES, TEMPLATES, write_shards
@@ -118,6 +119,36 @@ def test_results_equal_plain_loops_and_missing_sets_are_listed(root: Path) -> No
     page = (root / "out/report.html").read_text(encoding="utf-8")
     assert "ask its authors" in page
     assert list((root / "out").rglob("events.out.tfevents*"))
+
+
+def test_a_probe_of_one_set_is_tested_on_others_and_trained_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two sets with some of the classes, in other orders, equal the argmax among these classes of one probe."""
+    trained = {"train": {"class_path": FOLDER, "init_args": {"root": "train"}}, "test": {}}
+    some = {"few": CLASSES[1::2], "two": [CLASSES[5], CLASSES[0]]}
+    for name, classes in some.items():
+        for each in classes:
+            shutil.copytree(f"data/test/{each}", f"data/{name}/{each}")
+    sets = {name: {"data": {"class_path": FOLDER, "init_args": {"root": name}}, "splits": trained} for name in some}
+    whole = {"data": {"class_path": FOLDER}, "splits": {"train": {"root": "train"}, "test": {"root": "test"}}}
+    write_suite(root, whole=whole, **sets)
+    fits: Counter[str] = Counter()
+    plain = tasks.train_probe
+    monkeypatch.setattr(tasks, "train_probe", lambda *a, **k: fits.update(probe=1) or plain(*a, **k))
+    results = evaluate("--draws", "1", "--shots", "3", "5")["sets"]
+    assert fits["probe"] == 1  # whole, few and two are trained on the same images
+    l2 = results["whole"]["tasks"]["linear_probe"]["l2"]
+    train, test = features("train", before=True), features("test", before=True)
+    oracle = LogisticRegression(C=1 / l2, max_iter=2000, tol=1e-8).fit(train[0].double().numpy(), train[1])
+    scores = oracle.decision_function(test[0].double().numpy())
+    for name, classes in some.items():
+        labels = sorted(CLASSES.index(each) for each in classes)
+        rows = np.isin(test[1], labels)
+        expected = (np.array(labels)[scores[rows][:, labels].argmax(axis=1)] == np.array(test[1])[rows]).mean()
+        found = results[name]["tasks"]["linear_probe"]
+        assert found["value"] == pytest.approx(expected, abs=1 / rows.sum() + 1e-9)
+        assert found["l2"] == l2
+        assert [shots for shots, _ in results[name]["tasks"]["few_shot"]["shots"]] == [3, 5]
+        assert results[name]["splits"]["train"]["images"] == 72
 
 
 def test_two_processes_give_the_same_results(root: Path) -> None:

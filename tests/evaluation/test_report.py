@@ -14,6 +14,7 @@ from PIL import Image
 from rich.console import Console
 
 from lit_clip.errors import InputError
+from lit_clip.evaluation.datacomp import ALL, GROUPS, OTHER_METRICS, datacomp_means, datacomp_values
 from lit_clip.evaluation.overview import group_means, metric_words, percent, rows
 from lit_clip.evaluation.published import (
     PARAMETERS,
@@ -336,6 +337,27 @@ def test_the_mean_is_over_the_papers_27_sets_or_not_shown(full: dict[str, Any], 
 
     assert [mean.missing for mean in group_means(rows(full), "linear_probe")][0][:2] == ["Food101", "CIFAR100"]
     assert group_means(rows(results_of({"ours": a_set()})), "zero_shot") == []
+
+
+def test_datacomps_means_are_shown_like_the_papers(folder: Path) -> None:
+    sets = {}
+    for place, name in enumerate(GROUPS[ALL]):
+        metric, value = OTHER_METRICS.get(name, "top1"), place / 100
+        recalls = {"image_to_text_recall@1": value + 0.1, "text_to_image_recall@1": value - 0.1}
+        task = {"recall@1": "retrieval", "jaccard": "caption_choice"}.get(metric, "zero_shot")
+        result = {"value": value, "metrics": recalls if task == "retrieval" else {metric: value}}
+        sets[f"datacomp_{name}"] = {**a_set("", **{task: result}), "metric": metric}
+    means = datacomp_means(datacomp_values(sets))
+    found = {mean.group: mean for mean in group_means(rows(results_of(sets)), "zero_shot")}
+    assert {group: mean.ours for group, mean in found.items()} == {
+        f"DataComp, {group}": pytest.approx(mean.value) for group, mean in means.items()
+    }
+    assert (
+        f"mean of DataComp, {ALL} {percent(means[ALL].value)}" in Page(report_page(results_of(sets), folder, {})).text
+    )
+    del sets["datacomp_geode"]
+    line = f"zero-shot, DataComp, {ALL}: no mean, 37 of 38; missing: datacomp_geode"
+    assert line in Page(report_page(results_of(sets), folder, {})).text
 
 
 def test_another_runs_mean_is_shown_only_if_it_has_all_sets(folder: Path) -> None:

@@ -72,6 +72,12 @@ def entry(name: str = "Shades", **values: Any) -> dict[str, Any]:
     return {"data": data, "splits": splits, "templates": ["a {} patch.", "{}"], **values}
 
 
+def captions_entry(path: str = "captions.csv", **values: Any) -> dict[str, Any]:
+    """The table of :func:`write_table` as a retrieval set."""
+    data = {"class_path": "datamodules.evaluation.CaptionedPairs", "init_args": {"path": path}}
+    return {"data": data, "metric": "recall@1", **values}
+
+
 def write_suite(folder: Path, **sets: dict[str, Any]) -> str:
     """Write a suite file into a folder that is also its data root."""
     (folder / "shades").mkdir(exist_ok=True)

@@ -1,0 +1,119 @@
+"""DataComp's means over its 38 evaluation sets (Gadre et al. 2023).
+
+Sets, metrics and groups are those of ``tasklist.yml`` and ``aggregate_scores.py`` in github.com/mlfoundations/datacomp.
+Its list has two more sets, FairFace and UTKFace, which have no main metric and are in no mean.
+"""
+
+import math
+from collections.abc import Mapping
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from lit_clip.evaluation.suite import Metric
+
+PREFIX = "datacomp_"  # of the sets in configs/evaluation/datacomp.yaml
+OTHER_METRICS: dict[str, Metric] = {
+    "vtab-caltech101": "mean_per_class",
+    "fgvc_aircraft": "mean_per_class",
+    "vtab-flowers": "mean_per_class",
+    "vtab-pets": "mean_per_class",
+    "wilds-iwildcam": "macro_f1",
+    "wilds-fmow": "worst_group_top1",
+    "dollar_street": "worst_group_top5",
+    "geode": "worst_group_top1",
+    "flickr30k": "recall@1",
+    "mscoco_captions": "recall@1",
+    "winogavil": "jaccard",
+}
+IMAGENET = ("imagenet1k",)
+SHIFTS = ("imagenet_sketch", "imagenetv2", "imagenet-a", "imagenet-o", "imagenet-r", "objectnet")
+VTAB = (
+    "vtab-caltech101",
+    "vtab-cifar100",
+    "vtab-clevr_count_all",
+    "vtab-clevr_closest_object_distance",
+    "vtab-dtd",
+    "vtab-eurosat",
+    "vtab-kitti_closest_vehicle_distance",
+    "vtab-flowers",
+    "vtab-pets",
+    "vtab-pcam",
+    "vtab-resisc45",
+    "vtab-svhn",
+    "sun397",
+)
+RETRIEVAL = ("flickr30k", "mscoco_captions", "winogavil")
+OTHERS = (
+    "cifar10",
+    "country211",
+    "fgvc_aircraft",
+    "food101",
+    "gtsrb",
+    "mnist",
+    "voc2007",
+    "renderedsst2",
+    "cars",
+    "stl10",
+    "wilds-iwildcam",
+    "wilds-camelyon17",
+    "wilds-fmow",
+    "dollar_street",
+    "geode",
+)
+ALL = "Average over 38 sets"
+GROUPS: dict[str, tuple[str, ...]] = {
+    "ImageNet": IMAGENET,
+    "ImageNet distribution shifts": SHIFTS,
+    "VTAB": VTAB,
+    "Retrieval": RETRIEVAL,
+    ALL: (*IMAGENET, *SHIFTS, *VTAB, *RETRIEVAL, *OTHERS),
+}
+
+
+class DataCompMean(NamedTuple):
+    """Mean of the main metrics of a group of sets.
+
+    Attributes:
+        value: fraction; None if a set is missing.
+        sets: number of sets in the group.
+        missing: names of the sets without a value.
+    """
+
+    value: float | None
+    sets: int
+    missing: list[str]
+
+
+def datacomp_means(values: Mapping[str, float]) -> dict[str, DataCompMean]:
+    """Return DataComp's means by group, the last one over all 38 sets; {} if none of its sets has a value.
+
+    Args:
+        values: main metrics by name of the set in ``configs/evaluation/datacomp.yaml``; other sets do not matter.
+    """
+    names = {group: [PREFIX + name for name in members] for group, members in GROUPS.items()}
+    known = any(name in values for name in names[ALL])
+    return {group: _mean(values, members) for group, members in names.items() if known}
+
+
+def _mean(values: Mapping[str, float], names: list[str]) -> DataCompMean:
+    missing = [name for name in names if name not in values]
+    return DataCompMean(None if missing else fmean(values[name] for name in names), len(names), missing)
+
+
+def datacomp_values(sets: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Return the values that DataComp's means are of.
+
+    Args:
+        sets: ``sets`` of a ``results.json``. A set with another metric than DataComp's has no value.
+    """
+    names = [PREFIX + name for name in GROUPS[ALL]]
+    return {name: value for name in names if (value := _value(sets.get(name) or {}, name)) is not None}
+
+
+def _value(entry: Mapping[str, Any], name: str) -> float | None:
+    tasks = entry.get("tasks") or {}
+    value = next(
+        (tasks[task].get("value") for task in ("zero_shot", "retrieval", "caption_choice") if task in tasks), None
+    )
+    same_metric = entry.get("metric") == OTHER_METRICS.get(name.removeprefix(PREFIX), "top1")
+    return float(value) if same_metric and isinstance(value, int | float) and math.isfinite(value) else None

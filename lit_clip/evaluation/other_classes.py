@@ -1,0 +1,69 @@
+"""Probes that are trained on one set and tested on another: which classes of the one mean those of the other."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lit_clip.errors import InputError, require
+from lit_clip.evaluation.data import ImageSet, LabelledImages, SomeOfImageNet, check_classes
+from lit_clip.evaluation.suite import Metric, SuiteEntry
+from lit_clip.evaluation.zero_shot import imagenet_class_names
+
+Classes = list[list[int]]  # for each class of the tested set, those of the training set
+
+
+def trained_classes(entry: SuiteEntry, splits: Mapping[str, ImageSet]) -> Classes | None:
+    """Check the classes of the opened splits of a fold, and return those that a probe is trained on.
+
+    Returns:
+        for each class of ``test``, the classes of ``train``; None if all splits are of one set.
+
+    Raises:
+        InputError: splits of one set with different classes, or a class of ``test`` that the other set does not have.
+    """
+    others = {name: images for name, images in splits.items() if name != "test" and entry.is_of_another_set(name)}
+    if not others:
+        check_classes(splits)
+        return None
+    train = others.get("train")
+    require("train" in others and len(others) == len(splits) - 1, "splits: train and val must be of the same set")
+    check_classes({"test": others["train"], **{name: images for name, images in others.items() if name != "train"}})
+    test = splits["test"]
+    for images in (train, test):
+        require(isinstance(images, LabelledImages), f"{type(images).__name__} has no classes, which a probe needs")
+    assert isinstance(train, LabelledImages)
+    assert isinstance(test, LabelledImages)
+    return _matched(test, train)
+
+
+def _matched(test: LabelledImages, train: LabelledImages) -> Classes:
+    if test.class_names == train.class_names:
+        return [[label] for label in range(len(train.class_names))]
+    if isinstance(test, SomeOfImageNet) and train.class_names == imagenet_class_names():
+        return test.imagenet_classes()
+    labels: dict[str, list[int]] = {}
+    for label, name in enumerate(train.class_names):
+        labels.setdefault(name, []).append(label)
+    unknown = [name for name in test.class_names if name not in labels]
+    if unknown:
+        raise InputError(
+            f"splits: train has no class {unknown[0]!r}, which test has ({len(unknown)} of {len(test.class_names)} "
+            "classes are not there); train on a set with the same names"
+        )
+    return [labels[name] for name in test.class_names]
+
+
+def penalty_metric(metric: Metric, classes: Classes | None) -> Metric:
+    """Return the metric that chooses a probe's penalty: the set's, or accuracy on another set that it is trained on."""
+    return metric if classes is None else "top1"
+
+
+def among(scores: Tensor, classes: Sequence[Sequence[int]] | None) -> Tensor:
+    """Return the scores of the tested set's classes ``[N, C]`` from those of the training set's.
+
+    A class that several trained classes mean has the highest of their scores, as in the paper (section 3.3).
+    """
+    if classes is None:
+        return scores
+    return torch.stack([scores[:, list(labels)].amax(dim=1) for labels in classes], dim=1)

@@ -1,0 +1,56 @@
+"""Retrieval on sets of a suite equals the validation of the same pairs and ``lit-clip evaluate``'s task."""
+
+from pathlib import Path
+
+import pytest
+
+from callbacks import Retrieval
+from lit_clip.errors import InputError
+from tests.helpers.small_sets import (
+    captions_entry,
+    data_for,
+    entry,
+    make_module,
+    make_trainer,
+    numbers,
+    write_suite,
+    write_table,
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Twenty pairs, of which two images share a caption, and a suite of them and of a set without captions."""
+    table = write_table(tmp_path, 20)
+    lines = table.read_text(encoding="utf-8").splitlines()
+    lines[8] = lines[8].split(",")[0] + "," + lines[15].split(",")[1]
+    table.write_text("\n".join(lines), encoding="utf-8")
+    write_suite(tmp_path, shades=entry(), pairs=captions_entry(), gone=captions_entry("gone.csv"))
+    return tmp_path
+
+
+def test_metrics_and_baselines_equal_the_validation_of_the_same_pairs(folder: Path) -> None:
+    module = make_module()
+    callback = Retrieval(str(folder / "suite.yaml"), str(folder), batch_size=7)
+    trainer = make_trainer(folder, [callback])
+    with pytest.warns(UserWarning, match="Retrieval: gone is skipped"):
+        trainer.validate(module, data_for(module, folder / "captions.csv"), verbose=False)
+    expected = {name[4:]: value for name, value in numbers(trainer, "val/").items() if "_to_" in name}
+    assert "merged_text_to_image_recall@5" in expected
+    assert len({*expected.values()}) > 4
+    found = numbers(trainer, "retrieval/")
+    assert found == pytest.approx({f"retrieval/pairs/{name}": value for name, value in expected.items()}, abs=1e-6)
+    baselines = {name[4:]: value for name, value in module.baselines.items() if name.startswith("val/")}
+    assert {name[16:]: value for name, value in module.baselines.items() if "retrieval/" in name} == baselines
+    assert baselines["merged_text_to_image_recall@1"] != baselines["text_to_image_recall@1"]
+
+
+def test_a_suite_without_captions_is_refused(folder: Path) -> None:
+    write_suite(folder, shades=entry())
+    with pytest.raises(InputError, match=r"Retrieval.suite: no set has the task retrieval"):
+        Retrieval(str(folder / "suite.yaml"))
+    write_suite(folder, shades=entry(tasks=["retrieval"]))
+    with pytest.raises(InputError, match="shades: Shades has no captions"):
+        make_trainer(folder, [Retrieval(str(folder / "suite.yaml"), str(folder))]).validate(
+            make_module(), data_for(make_module(), folder / "captions.csv"), verbose=False
+        )

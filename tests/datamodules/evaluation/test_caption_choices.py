@@ -1,0 +1,205 @@
+"""Readers of images with right and wrong captions, on miniatures in the sets' own files."""
+
+import csv
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from datamodules.evaluation import MMVPVLM, AROOrder, AROVisualGenome, SugarCrepe, WinoGAViL, Winoground
+from datamodules.evaluation.caption_choices import SYMMETRIC
+from lit_clip.errors import InputError
+from lit_clip.evaluation.data import MissingData
+from tests.helpers.coloured_sets import colour, colour_of, message_of, paint
+
+
+def write_json(path: Path, content: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+def write_sugar_crepe(root: Path, subset: str = "swap_att") -> Path:
+    """Keys are not contiguous, and an image has two questions, as in the real files."""
+    rows = {
+        key: {"filename": f"{image:012}.jpg", "caption": f"right {key}", "negative_caption": f"wrong {key}"}
+        for key, image in (("0", 5), ("3", 2), ("7", 5))
+    }
+    for number in (2, 5):
+        paint(root / f"val2017/{number:012}.jpg", number)
+    return write_json(root / f"{subset}.json", rows)
+
+
+def write_aro(root: Path) -> None:
+    paint(root / "images/1.jpg", 1)
+    Image.new("RGB", (20, 10), (9, 9, 9)).save(root / "images/2.jpg", format="PNG")
+    box = {"bbox_x": 1, "bbox_y": 2, "bbox_w": 7, "bbox_h": 5}
+    images = [("1.jpg", {**box, "bbox_x": 0, "bbox_y": 0, "bbox_w": 4, "bbox_h": 3}), ("2.jpg", box), ("2.jpg", box)]
+    relations = ["on", "near", "under"]
+    texts = [{"true_caption": f"right {i}", "false_caption": f"wrong {i}"} for i in range(3)]
+    relation = [
+        {"image_path": name, **region, **text, "relation_name": kind}
+        for (name, region), text, kind in zip(images, texts, relations, strict=True)
+    ]
+    write_json(root / "visual_genome_relation.json", relation)
+    pairs = [["open", "white"]] * 25 + [["big", "red"]] * 24
+    attribution = [{"image_path": "1.jpg", **box, **texts[0], "attributes": pair} for pair in pairs]
+    write_json(root / "visual_genome_attribution.json", attribution)
+
+
+def write_mmvp(root: Path, rows: list[list[str]] | None = None) -> None:
+    rows = rows or [["1", "Texts", "one"], ["2", "Texts", "two"], ["3", "State", "on"], ["4", "State", "off, now"]]
+    for number in range(1, 5):
+        paint(root / f"MLLM_VLM Images/{'Texts' if number < 3 else 'State'}/{number}.jpg", number)
+    with (root / "Questions.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["Question ID", "Type", "Statement"], *rows])
+
+
+def write_winoground(root: Path) -> None:
+    rows = [
+        {"id": n, "image_0": f"ex_{n}_img_0", "image_1": f"ex_{n}_img_1", "collapsed_tag": "Object"}
+        | {"caption_0": f"some plants surrounding lightbulb {n}", "caption_1": f"a lightbulb surrounding plants {n}"}
+        for n in range(2)
+    ]
+    for number in range(4):
+        paint(root / f"data/images/ex_{number // 2}_img_{number % 2}.png", number)
+    (root / "data/examples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_winogavil(root: Path) -> None:
+    few, many = ["eagle", "teepee", "tea party", "metal", "ash"], [f"thing {i}" for i in range(9)] + ["ash"]
+    rows = [("Bald", few, ["ash", "eagle"]), ("apple", few, ["metal"]), ("dark", many, ["ash", "thing 3"])]
+    for number, name in enumerate(dict.fromkeys(few + many)):
+        paint(root / f"winogavil_images/{name}.jpg", number)
+    with (root / "winogavil_dataset.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["", "candidates", "cue", "associations", "ID"])
+        for number, (cue, candidates, right) in enumerate(rows):
+            writer.writerow([number, json.dumps(candidates), cue, json.dumps(right), number])
+
+
+def test_sugar_crepe_equals_clip_benchmarks_reader(tmp_path: Path) -> None:
+    path = write_sugar_crepe(tmp_path)
+    peer = pytest.importorskip("clip_benchmark.datasets.sugar_crepe").SugarCrepe(tmp_path / "val2017", path)
+    images = SugarCrepe(str(tmp_path), "swap_att")
+    assert len(images) == 2  # each image is encoded once
+    assert len(images.choices()) == len(peer) == 3
+    for choice, (image, captions) in zip(images.choices(), peer, strict=True):
+        assert list(choice.captions) == captions
+        assert images.images(choice.images[0])[0].tobytes() == image.tobytes()
+    again = pickle.loads(pickle.dumps(images))
+    assert (again.stamp(), again.choices()) == (images.stamp(), images.choices())
+
+
+def test_visual_genome_questions_are_about_regions_and_grouped_as_in_the_authors_notebook(tmp_path: Path) -> None:
+    write_aro(tmp_path)
+    images = AROVisualGenome(str(tmp_path), "relation")
+    assert [choice.group for choice in images.choices()] == ["on", "", "under"]  # "near" is symmetric
+    assert [choice.captions for choice in images.choices()] == [(f"right {i}", f"wrong {i}") for i in range(3)]
+    assert [choice.images for choice in images.choices()] == [(0,), (1,), (1,)]
+    assert images.images(1)[0].size == (7, 5)
+    assert (images.images(0)[0].size, colour_of(images, 0)) == ((4, 3), colour(1))
+    before = images.stamp()
+    groups = [choice.group for choice in AROVisualGenome(str(tmp_path), "attribution").choices()]
+    assert groups == ["open_white"] * 25 + [""] * 24
+    rows = json.loads((tmp_path / "visual_genome_relation.json").read_text())
+    rows[0]["bbox_w"] = 3
+    write_json(tmp_path / "visual_genome_relation.json", rows)
+    assert AROVisualGenome(str(tmp_path), "relation").stamp() != before
+    assert len(set(SYMMETRIC.read_text().splitlines())) == 157
+
+
+def test_orders_start_with_the_right_caption_and_an_equal_order_is_no_alternative(tmp_path: Path) -> None:
+    paint(tmp_path / "coco/val2014/1.jpg", 1)
+    options = ["a cat on a mat", "a mat on a cat", "a cat on a mat", "on a cat a mat", "a mat on a cat"]
+    path = write_json(tmp_path / "order.json", [{"image": "val2014/1.jpg", "caption_options": options}] * 2)
+    images = AROOrder(str(path), str(tmp_path / "coco"))
+    assert [choice.captions for choice in images.choices()] == [(options[0], options[1], options[3], options[4])] * 2
+    assert (len(images), colour_of(images, 0)) == (1, colour(1))
+
+
+def test_mmvp_rows_are_pairs(tmp_path: Path) -> None:
+    write_mmvp(tmp_path)
+    images = MMVPVLM(str(tmp_path))
+    assert [choice.captions for choice in images.choices()] == [("one", "two"), ("on", "off, now")]
+    assert [choice.group for choice in images.choices()] == ["Texts", "State"]
+    assert [colour_of(images, row) for row in images.choices()[1].images] == [colour(3), colour(4)]
+
+
+def test_winoground_pairs_images_and_captions_by_number(tmp_path: Path) -> None:
+    write_winoground(tmp_path)
+    images = Winoground(str(tmp_path))
+    assert [choice.images for choice in images.choices()] == [(0, 1), (2, 3)]
+    assert images.choices()[1].captions[1] == "a lightbulb surrounding plants 1"
+    assert images.choices()[0].group == "Object"
+    assert [colour_of(images, row) for row in range(4)] == [colour(row) for row in range(4)]
+
+
+def test_winogavil_puts_associations_first_and_the_cue_after_an_article(tmp_path: Path) -> None:
+    write_winogavil(tmp_path)
+    images = WinoGAViL(str(tmp_path))
+    named = [([images.names[row] for row in choice.images], choice.right) for choice in images.choices()]
+    assert named[0] == (["eagle.jpg", "ash.jpg", "teepee.jpg", "tea party.jpg", "metal.jpg"], 2)
+    assert [choice.captions for choice in images.choices()] == [("A bald",), ("An apple",), ("A dark",)]
+    assert (named[1][1], len(named[2][0])) == (1, 10)
+    assert [len(WinoGAViL(str(tmp_path), part).choices()) for part in ("5-6", "10-12")] == [2, 1]
+    assert len(WinoGAViL(str(tmp_path), "10-12")) == 10  # only the images of its questions
+
+
+SETS: dict[str, tuple[Callable[[Path], Any], Callable[[str], Any], str]] = {
+    "crepe": (write_sugar_crepe, lambda root: SugarCrepe(root, "swap_att"), "swap_att.json"),
+    "relation": (write_aro, lambda root: AROVisualGenome(root, "relation"), "visual_genome_relation.json"),
+    "attribution": (write_aro, lambda root: AROVisualGenome(root, "attribution"), "visual_genome_attribution.json"),
+    "mmvp": (write_mmvp, MMVPVLM, "Questions.csv"),
+    "winoground": (write_winoground, Winoground, "data/examples.jsonl"),
+    "winogavil": (write_winogavil, WinoGAViL, "winogavil_dataset.csv"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "parts"),
+    [
+        ("crepe", lambda text: text.replace("negative_caption", "negative"), ("json row 0", "negative_caption")),
+        ("crepe", lambda text: "{}", ("no questions",)),
+        ("crepe", lambda text: "3", ("a list or",)),
+        ("relation", lambda text: text.replace('"bbox_h": 5', '"bbox_h": "5"'), ("row 1", "bbox_h")),
+        ("relation", lambda text: text.replace('"bbox_h": 5', f'"bbox_h": {"9" * 400}'), ("row 1", "bbox_h")),
+        ("attribution", lambda text: text.replace('"open", ', ""), ("row 0", "attributes")),
+        ("mmvp", lambda text: text.replace("\n2,", "\n5,"), ("'1'",)),
+        ("mmvp", lambda text: text.replace("4,State", "4;State"), ("csv row 3",)),
+        ("mmvp", lambda text: text.replace(",one", ", "), ("csv row 0",)),
+        ("mmvp", lambda text: text[: text.index("4,State")], ("'3'",)),
+        ("winoground", lambda text: text.replace("caption_1", "c1", 1), ("line 1", "caption_1")),
+        ("winoground", lambda text: text[:-9], ("JSON text in line 2",)),
+        ("winogavil", lambda text: text.replace('[""metal""]', '[""iron""]'), ("row 1", "0 of 5")),
+        ("winogavil", lambda text: text.replace('[""metal', "[metal"), ("associations of row 1",)),
+    ],
+)
+def test_damaged_files_are_errors_that_name_the_row(
+    tmp_path: Path, name: str, change: Callable[[str], str], parts: tuple[str, ...]
+) -> None:
+    write, make, file = SETS[name]
+    write(tmp_path)
+    make(str(tmp_path))
+    text = (tmp_path / file).read_text(encoding="utf-8")
+    assert change(text) != text
+    (tmp_path / file).write_text(change(text), encoding="utf-8")
+    message = message_of(lambda: make(str(tmp_path)))
+    for part in (str(tmp_path / file), *parts):
+        assert part in message
+
+
+def test_an_absent_file_or_folder_of_images_is_missing_data(tmp_path: Path) -> None:
+    with pytest.raises(MissingData, match="swap_att"):
+        SugarCrepe(str(tmp_path), "swap_att")
+    write_winoground(tmp_path)
+    (tmp_path / "data/images").rename(tmp_path / "elsewhere")
+    with pytest.raises(MissingData, match="images"):
+        Winoground(str(tmp_path))
+    path = write_json(tmp_path / "order.json", [{"image": "val2014/1.jpg", "caption_options": []}])
+    with pytest.raises(InputError, match="caption_options"):
+        AROOrder(str(path), str(tmp_path))
