@@ -10,7 +10,7 @@ import numpy as np
 
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.intervals import Interval, UnitScores, mean_interval
-from lit_clip.evaluation.overview import number, sets_of, tasks_of
+from lit_clip.evaluation.overview import COLUMNS, number, sets_of, tasks_of
 from lit_clip.evaluation.predictions import read_predictions
 from lit_clip.evaluation.results import read_results
 
@@ -127,8 +127,10 @@ def paired_differences(
         theirs = dict(sets_of(other.results))
         for set_name, entry in sets_of(results) if other.group != THIS else ():
             for task, metric in _compared(entry, theirs.get(set_name, {})):
-                place = PairedDifference(name, set_name, task, metric)
+                place, other_metric = PairedDifference(name, set_name, task, metric), theirs[set_name].get("metric")
                 try:
+                    same = task not in COLUMNS or other_metric == metric
+                    require(same, f"its metric is {metric} here and {other_metric} there")
                     runs = [(folder, entry), (other.folder, theirs[set_name])]
                     found.append(_paired(place, [_scores(where, each, place) for where, each in runs]))
                 except InputError as error:
@@ -140,7 +142,7 @@ def _compared(entry: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[t
     """Yield the tasks that both have, with the metrics to compare."""
     for task in tasks_of(entry):
         if task in tasks_of(theirs):
-            if task in ("zero_shot", "linear_probe"):
+            if task in COLUMNS:
                 yield task, str(entry.get("metric") or "top1")
             elif task == "retrieval":
                 yield from ((task, f"{direction}_recall@1") for direction in ("image_to_text", "text_to_image"))

@@ -120,6 +120,9 @@ def test_missing_predictions_and_other_metrics_are_named(tmp_path: Path) -> None
     write_predictions(tmp_path / "x", "a", "zero_shot", {"key": KEYS, "truth": TRUTH})
     (found,) = paired_differences(run.results, tmp_path / "x", {"y": run})
     assert found.reason == "roc_auc is not a mean over images"
+    other = run_of(tmp_path / "z", answers(1, 0.5), "mean_per_class")
+    (found,) = paired_differences(run.results, tmp_path / "x", {"z": other})
+    assert found.reason == "its metric is roc_auc here and mean_per_class there"
     assert paired_differences(run.results, tmp_path / "x", {"y": OtherRun("", tmp_path, {"sets": {"b": {}}})}) == []
 
 
