@@ -55,7 +55,7 @@ class LinearProbe(PeriodicEvaluation):
         super().__init__(every_n_epochs, every_n_steps)
         require(l2 is None or l2 > 0, f"LinearProbe.l2: {l2} must be above 0")
         self.data_root, self.l2 = data_root, l2
-        self.entries = chosen_entries(suite, only, "linear_probe", "LinearProbe")
+        self.entries = chosen_entries(suite, only, ["linear_probe"], "LinearProbe")
         require(bool(self.entries), "LinearProbe.suite: no set has a split to train on")
         self._reader = SetEncoder(batch_size, num_workers, on_error, "LinearProbe")
         self._opened: dict[str, list[Fold]] | None = None

@@ -1,25 +1,29 @@
-"""Retrieval during training, on sets of a suite."""
-
-from functools import partial
+"""Retrieval and caption choice during training, on sets of a suite."""
 
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 
 from callbacks.periodic import PeriodicEvaluation, PeriodicResult, from_first_rank
 from callbacks.suite_sets import chosen_entries, named, open_sets
 from lit_clip.errors import require
-from lit_clip.evaluation.data import CaptionedImages
-from lit_clip.evaluation.prompts import text_classifier
+from lit_clip.evaluation.caption_choice import EncodedChoices, encode_choices, evaluate_choices
+from lit_clip.evaluation.data import CaptionChoices, CaptionedImages, ImageSet
+from lit_clip.evaluation.prompts import Prompts, text_classifier
 from lit_clip.evaluation.retrieval import caption_texts, evaluate_pairs
-from lit_clip.evaluation.set_encoding import SetEncoder
+from lit_clip.evaluation.set_encoding import Encoded, SetEncoder
+from lit_clip.evaluation.suite import Metric, Task
 from lit_clip.module import LitCLIP
 from lit_clip.tools.images import OnError
 
+TASKS: tuple[Task, ...] = ("retrieval", "caption_choice")
+
 
 class Retrieval(PeriodicEvaluation):
-    """Evaluates the retrieval sets of a suite, such as Flickr30k and COCO, under ``fit``, ``validate`` and ``test``.
+    """Evaluates the sets of a suite that have captions, such as COCO and SugarCrepe, under ``fit`` and ``validate``.
 
-    Logs ``retrieval/<set>/<metric>``, the metrics of ``lit-clip evaluate``. Ranks divide the images and the captions;
-    the first rank compares them while the others wait.
+    Logs ``retrieval/<set>/<metric>`` and, for sets of right and wrong captions, ``caption_choice/<set>/<metric>``: the
+    metrics of ``lit-clip evaluate``. Ranks divide the images and the captions; the first rank compares them while the
+    others wait.
 
     Args:
         suite: one or several suite files of ``lit-clip evaluate``; sets of other tasks are left out.
@@ -32,7 +36,7 @@ class Retrieval(PeriodicEvaluation):
         on_error: for an image that cannot be read, stop with an error or skip it with a warning.
 
     Raises:
-        InputError: no set of the suite has the task, or a set has no captions.
+        InputError: no set of the suite has one of the tasks, or a set has no captions.
     """
 
     def __init__(
@@ -48,10 +52,10 @@ class Retrieval(PeriodicEvaluation):
     ) -> None:
         super().__init__(every_n_epochs, every_n_steps)
         self.data_root = data_root
-        self.entries = chosen_entries(suite, only, "retrieval", "Retrieval")
-        require(bool(self.entries), "Retrieval.suite: no set has the task retrieval")
+        self.entries = chosen_entries(suite, only, TASKS, "Retrieval")
+        require(bool(self.entries), f"Retrieval.suite: no set has the task {' or '.join(TASKS)}")
         self._reader = SetEncoder(batch_size, num_workers, on_error, "Retrieval")
-        self._opened: dict[str, CaptionedImages] | None = None
+        self._opened: dict[str, ImageSet] | None = None
 
     @property
     def state_key(self) -> str:
@@ -62,19 +66,43 @@ class Retrieval(PeriodicEvaluation):
         if self._opened is None:
             self._opened = {}
             for name, folds in open_sets(self.entries, ["test"], self.data_root, "Retrieval").items():
-                images = folds[0]["test"]
-                with named(name):
-                    require(isinstance(images, CaptionedImages), f"{type(images).__name__} has no captions")
-                    assert isinstance(images, CaptionedImages)
-                    self._opened[name] = images
+                images = self._opened[name] = folds[0]["test"]
+                kinds = {"retrieval": CaptionedImages, "caption_choice": CaptionChoices}
+                for task in self._tasks(name):
+                    require(
+                        isinstance(images, kinds[task]), f"{name}: {type(images).__name__} has no captions for {task}"
+                    )
 
     def evaluate(self, trainer: Trainer, module: LitCLIP) -> PeriodicResult:
         result, model = PeriodicResult(), module.model
         for name, images in (self._opened or {}).items():
             encoded = self._reader.encode(model, images, lambda pixels: model.encode_image(pixels, True), name)
-            prompts, pairs = caption_texts(images, encoded.rows, self.entries[name].templates)
-            text_TD = text_classifier(model, prompts).T.cpu().contiguous()
-            of_set = from_first_rank(partial(evaluate_pairs, encoded.features, text_TD, pairs))
-            result.metrics |= {f"retrieval/{name}/{metric}": value for metric, value in of_set.metrics.items()}
-            result.baselines |= {f"retrieval/{name}/{metric}": value for metric, value in of_set.baselines.items()}
+            for task in self._tasks(name):
+                with named(name):
+                    of_set = self._judge(module, name, task, images, encoded)
+                prefix = f"{task}/{name}"
+                result.metrics |= {f"{prefix}/{metric}": value for metric, value in of_set.metrics.items()}
+                result.baselines |= {f"{prefix}/{metric}": value for metric, value in of_set.baselines.items()}
         return result
+
+    def _tasks(self, name: str) -> list[Task]:
+        return [task for task in TASKS if task in (self.entries[name].tasks or ())]
+
+    def _judge(self, module: LitCLIP, name: str, task: Task, images: ImageSet, encoded: Encoded) -> PeriodicResult:
+        entry = self.entries[name]
+
+        def encode(prompts: Prompts) -> Tensor:
+            return text_classifier(module.model, prompts).cpu()
+
+        if isinstance(images, CaptionChoices) and task == "caption_choice":
+            choices = encode_choices(images, encoded.rows, entry.templates, encode)
+            return from_first_rank(lambda: _of_choices(entry.metric, encoded, choices))
+        assert isinstance(images, CaptionedImages)
+        prompts, pairs = caption_texts(images, encoded.rows, entry.templates)
+        text_TD = encode(prompts).T.contiguous()
+        return from_first_rank(lambda: PeriodicResult(*evaluate_pairs(encoded.features, text_TD, pairs)))
+
+
+def _of_choices(metric: Metric, encoded: Encoded, choices: EncodedChoices) -> PeriodicResult:
+    found = evaluate_choices(metric, encoded.features.numpy(), choices)
+    return PeriodicResult(found["metrics"], {metric: found["baseline"]})

@@ -20,18 +20,18 @@ Fold = dict[str, ImageSet]
 
 
 def chosen_entries(
-    suite: str | Sequence[str] | None, only: Sequence[str] | None, task: Task, callback: str
+    suite: str | Sequence[str] | None, only: Sequence[str] | None, tasks: Sequence[Task], callback: str
 ) -> dict[str, SuiteEntry]:
     """Return the entries of a suite that a callback evaluates.
 
     Args:
         suite: one YAML file or several; None for no sets.
-        only: names of the sets; None for all that have the task.
-        task: task of the callback.
+        only: names of the sets; None for all that have one of the tasks.
+        tasks: tasks of the callback.
         callback: name of the callback, for messages.
 
     Raises:
-        InputError: an invalid suite, a name that is not in it, or a set that does not have the task.
+        InputError: an invalid suite, a name that is not in it, or a set that has none of the tasks.
     """
     if suite is None:
         require(not only, f"{callback}.only: needs suite, whose sets it names")
@@ -40,10 +40,13 @@ def chosen_entries(
     for name in only or ():
         require(name in entries, f"{callback}.only: no {name!r} in the suite; there are {', '.join(entries)}")
         require(
-            task in (entries[name].tasks or ()), f"{callback}.only: {name} does not have the task {task}; leave it out"
+            bool({*tasks} & {*(entries[name].tasks or ())}),
+            f"{callback}.only: {name} does not have the task {' or '.join(tasks)}; leave it out",
         )
     return {
-        name: entry for name, entry in entries.items() if task in (entry.tasks or ()) and (only is None or name in only)
+        name: entry
+        for name, entry in entries.items()
+        if {*tasks} & {*(entry.tasks or ())} and (only is None or name in only)
     }
 
 

@@ -85,7 +85,7 @@ class ZeroShot(PeriodicEvaluation):
         super().__init__(every_n_epochs, every_n_steps)
         require(examples >= 0, f"ZeroShot.examples: {examples} must be at least 0")
         self.sets, self.data_root, self.examples = sets or {}, data_root, examples
-        self.entries = chosen_entries(suite, only, "zero_shot", "ZeroShot")
+        self.entries = chosen_entries(suite, only, ["zero_shot"], "ZeroShot")
         for name in self.sets:
             check_name(name, "ZeroShot.sets")
             require(name not in self.entries, f"ZeroShot.sets: {name!r} is in the suite too; rename one")

@@ -14,7 +14,7 @@ from lit_clip.embedding.encode import EncodingSettings
 from lit_clip.embedding.precision import Precision, autocast, check_precision
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.bias import bias_texts
-from lit_clip.evaluation.caption_choice import EncodedChoices, readable_choices
+from lit_clip.evaluation.caption_choice import encode_choices
 from lit_clip.evaluation.comparison import OtherRun, other_runs, paired_differences, seed_groups
 from lit_clip.evaluation.data import (
     CaptionChoices,
@@ -27,7 +27,7 @@ from lit_clip.evaluation.data import (
 )
 from lit_clip.evaluation.few_shot import SHOTS
 from lit_clip.evaluation.other_classes import trained_classes
-from lit_clip.evaluation.prompts import Prompts, prompts_of, templates_of, text_classifier
+from lit_clip.evaluation.prompts import Prompts, prompts_of, text_classifier
 from lit_clip.evaluation.report.page import write_report
 from lit_clip.evaluation.report.results_table import print_results
 from lit_clip.evaluation.report.tables import write_tables
@@ -317,14 +317,10 @@ class _Run:
 
     def _encode_choices(self, opened: OpenSet) -> None:
         """Encode each distinct caption once; called on all ranks."""
-        test, template = opened.folds[0].images["test"], templates_of(opened.entry.templates or "{}")[0]
+        test = opened.folds[0].images["test"]
         require(isinstance(test, CaptionChoices), f"{type(test).__name__} has no questions, which caption_choice needs")
         assert isinstance(test, CaptionChoices)
-        choices = readable_choices(test.choices(), self.store.read(test).rows)
-        captions = list(dict.fromkeys(caption for choice in choices for caption in choice.captions))
-        features = self._encode(Prompts(captions, [[template.replace("{}", caption)] for caption in captions])).T
-        number = {caption: row for row, caption in enumerate(captions)}
-        opened.choices = EncodedChoices(choices, number, features.numpy(), cache_key(choices, template))
+        opened.choices = encode_choices(test, self.store.read(test).rows, opened.entry.templates, self._encode)
 
     def _finish(self, opened: OpenSet) -> None:
         """Run the tasks of a set, on the first rank."""

@@ -3,17 +3,20 @@
 Shapes: I images and T captions of a question, D embedding dimension. A tie counts against the model, and so does a NaN.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import comb
 from statistics import fmean
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from lit_clip.errors import InputError, require
-from lit_clip.evaluation.data import Choice
-from lit_clip.evaluation.scores import interval
+from lit_clip.evaluation.data import CaptionChoices, Choice
+from lit_clip.evaluation.intervals import UnitScores, intervals
+from lit_clip.evaluation.prompts import Prompts, templates_of
+from lit_clip.evaluation.results import cache_key
 from lit_clip.evaluation.suite import CHOICE_METRICS, Metric
 
 MACRO: Metric = "macro_text_score"
@@ -42,6 +45,24 @@ def readable_choices(choices: Sequence[Choice], rows: Sequence[int]) -> list[Cho
     kept = [choice for choice in choices if place.keys() >= set(choice.images)]
     require(bool(kept), "caption_choice: there are no questions, or each has an image that could not be read")
     return [choice._replace(images=tuple(place[row] for row in choice.images)) for choice in kept]
+
+
+def encode_choices(
+    images: CaptionChoices, rows: Sequence[int], templates: str | list[str] | None, encode: Callable[[Prompts], Tensor]
+) -> EncodedChoices:
+    """Encode each distinct caption of a set's questions once.
+
+    Args:
+        images: the set.
+        rows: images that have features.
+        templates: text with ``{}`` for the caption, of several the first; None: the caption itself.
+        encode: returns unit features ``[D, captions]``.
+    """
+    choices, template = readable_choices(images.choices(), rows), templates_of(templates or "{}")[0]
+    captions = list(dict.fromkeys(caption for choice in choices for caption in choice.captions))
+    features = encode(Prompts(captions, [[template.replace("{}", caption)] for caption in captions])).T
+    number = {caption: row for row, caption in enumerate(captions)}
+    return EncodedChoices(choices, number, features.numpy(), cache_key(choices, template))
 
 
 def evaluate_choices(metric: Metric, image_ND: np.ndarray, encoded: EncodedChoices) -> dict[str, Any]:
@@ -73,15 +94,18 @@ def evaluate_choices(metric: Metric, image_ND: np.ndarray, encoded: EncodedChoic
     for choice, found in zip(encoded.choices, answers, strict=True):
         if choice.group:
             by_group.setdefault(choice.group, []).append(found[counted])
+    units = {name: UnitScores(np.array([found[name] for found in answers])) for name in defined}
     groups = {group: {"value": fmean(values), "choices": len(values)} for group, values in sorted(by_group.items())}
     if metric == MACRO:
         require(bool(groups), f"metric: {metric} needs groups, which this set does not have; use text_score")
         metrics = {MACRO: fmean(group["value"] for group in groups.values()), **metrics}
+        members = np.repeat(np.arange(len(by_group)), [len(values) for values in by_group.values()])
+        units[MACRO] = UnitScores(np.concatenate(list(by_group.values())), members)
     value = metrics[metric]
     return {
         "value": value,
         "metrics": {metric: value, **metrics},
-        "intervals": {name: interval(metrics[name], len(answers)) for name in defined if name != "jaccard"},
+        "intervals": intervals(units),
         "baseline": fmean(chance(counted, choice) for choice in encoded.choices),
         "images": len(image_ND),
         "choices": len(answers),

@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_clip import distributed
-from lit_clip.errors import require
 from lit_clip.evaluation.data import CaptionedImages
-from lit_clip.evaluation.prompts import Prompts
+from lit_clip.evaluation.prompts import Prompts, templates_of
 from lit_clip.evaluation.retrieval_metrics import (
     Pairs,
     Ranks,
@@ -274,8 +273,7 @@ def caption_texts(
     Raises:
         InputError: a template without ``{}``.
     """
-    template = (templates if isinstance(templates, str) else templates[0]) if templates else "{}"
-    require("{}" in template, f"templates: {template!r} has no {{}} for the caption")
+    template = templates_of(templates or "{}")[0]
     numbers: dict[str, int] = {}
     counts: dict[tuple[int, int], int] = {}
     earlier: dict[tuple[int, int], int] = {}

@@ -1,8 +1,12 @@
 """Retrieval on sets of a suite equals the validation of the same pairs and ``lit-clip evaluate``'s task."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
 from callbacks import Retrieval
 from lit_clip.errors import InputError
@@ -45,12 +49,39 @@ def test_metrics_and_baselines_equal_the_validation_of_the_same_pairs(folder: Pa
     assert baselines["merged_text_to_image_recall@1"] != baselines["text_to_image_recall@1"]
 
 
+def test_caption_choice_equals_a_plain_loop(folder: Path) -> None:
+    (folder / "crepe/val2017").mkdir(parents=True)
+    questions = []
+    for row in range(20):
+        shutil.copy(folder / f"{row}.png", folder / f"crepe/val2017/{row}.png")
+        questions.append(
+            {"filename": f"{row}.png", "caption": f"red {row}", "negative_caption": f"blue {row * row % 7}"}
+        )
+    (folder / "crepe/add_obj.json").write_text(json.dumps(dict(enumerate(questions))))
+    spec = {"class_path": "datamodules.evaluation.SugarCrepe", "init_args": {"root": "crepe", "subset": "add_obj"}}
+    write_suite(folder, pairs=captions_entry(), crepe={"data": spec, "metric": "text_score"})
+    module = make_module()
+    trainer = make_trainer(folder, [Retrieval(str(folder / "suite.yaml"), str(folder), ["crepe"], batch_size=7)])
+    trainer.validate(module, data_for(module, folder / "captions.csv"), verbose=False)
+    right, model = 0, module.model.eval()
+    with torch.no_grad():
+        for row, question in enumerate(questions):
+            image = model.encode_image(model.preprocess(Image.open(folder / f"{row}.png"))[None], normalize=True)
+            texts = model.tokenizer([question["caption"], question["negative_caption"]])
+            own, other = (image @ model.encode_text(texts, normalize=True).T)[0].tolist()
+            right += own > other
+    assert numbers(trainer, "caption_choice/") == {"caption_choice/crepe/text_score": pytest.approx(right / 20)}
+    assert 0 < right < 20
+    assert module.baselines["caption_choice/crepe/text_score"] == 0.5
+    assert not numbers(trainer, "retrieval/")
+
+
 def test_a_suite_without_captions_is_refused(folder: Path) -> None:
     write_suite(folder, shades=entry())
-    with pytest.raises(InputError, match=r"Retrieval.suite: no set has the task retrieval"):
+    with pytest.raises(InputError, match=r"Retrieval.suite: no set has the task retrieval or caption_choice"):
         Retrieval(str(folder / "suite.yaml"))
     write_suite(folder, shades=entry(tasks=["retrieval"]))
-    with pytest.raises(InputError, match="shades: Shades has no captions"):
+    with pytest.raises(InputError, match="shades: Shades has no captions for retrieval"):
         make_trainer(folder, [Retrieval(str(folder / "suite.yaml"), str(folder))]).validate(
             make_module(), data_for(make_module(), folder / "captions.csv"), verbose=False
         )
