@@ -1,6 +1,7 @@
 """Sets in other languages: captions of XTD10 and Crossmodal-3600, and translated class names for ImageNet."""
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,10 @@ class _TranslatedImageNet(LabelledImages, PartOf):
         labels = self.whole.labels()
         self.rows = [row for row, label in enumerate(labels) if label in label_of]
         self._labels = [label_of[labels[row]] for row in self.rows]
+        self.annotation_paths = self.whole.annotation_paths
+
+    def image_paths(self) -> Sequence[Path]:
+        return self.whole.image_paths()
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -15,6 +15,7 @@ from lit_clip.embedding.precision import Precision, autocast, check_precision
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.bias import bias_texts
 from lit_clip.evaluation.caption_choice import encode_choices
+from lit_clip.evaluation.comparison import OtherRun, other_runs, paired_differences, seed_groups
 from lit_clip.evaluation.data import (
     CaptionChoices,
     CaptionedImages,
@@ -31,8 +32,9 @@ from lit_clip.evaluation.other_classes import trained_classes
 from lit_clip.evaluation.prompts import Prompts, prompts_of, text_classifier
 from lit_clip.evaluation.report.page import write_report
 from lit_clip.evaluation.report.results_table import print_results
+from lit_clip.evaluation.report.tables import write_tables
 from lit_clip.evaluation.report.tensorboard import write_tensorboard
-from lit_clip.evaluation.results import Results, cache_key, code_digest, provenance, read_results
+from lit_clip.evaluation.results import Results, cache_key, code_digest, provenance
 from lit_clip.evaluation.retrieval import caption_texts
 from lit_clip.evaluation.store import FeatureStore
 from lit_clip.evaluation.suite import TASKS, SuiteEntry, Task, read_suite
@@ -87,12 +89,14 @@ def evaluate(
     Args:
         model: a checkpoint, a weights file, or a name that lit_clip.load_model accepts.
         suite: YAML files of sets, such as configs/evaluation/paper.yaml.
-        output: folder for results.json, report.html, images and TensorBoard curves.
+        output: folder for results.json, report.html, results.csv, results.tex, predictions, images and TensorBoard
+            curves.
         data_root: folder that the sets' paths are relative to.
         sets: names of the sets to evaluate; all if not given.
         tasks: tasks to run, of zero_shot, linear_probe, few_shot, retrieval, geolocation, bias, caption_choice;
             all if not given.
-        compare: results.json of other runs, or their folders, to compare with in the report.
+        compare: results.json of other runs, or their folders, to compare with; NAME=PATH names a run, and runs with
+            one name are seeds of one recipe (this: of the evaluated model's).
         cache: folder for image and text features; cache in the output folder if not given.
         batch_size: images encoded at once by one process.
         num_workers: processes per device that decode images; the device's share of the cores but one, up to 8, if not
@@ -113,7 +117,7 @@ def evaluate(
     entries = _chosen(read_suite(suite), sets, wanted)
     require(draws >= 1, f"--draws {draws} must be at least 1")
     require(min(shots or SHOTS) >= 1, f"--shots {min(shots or SHOTS)} must be at least 1")
-    others = {path: read_results(Path(path)) for path in compare or []}
+    others = other_runs(compare or [])
     clip, out = load_model(model), Path(output)
     make_folder(out, "--output")
     workers = _default_workers(devices) if num_workers is None else num_workers
@@ -125,7 +129,7 @@ def evaluate(
     run.evaluate(entries, download)
     if distributed.rank_and_world()[0]:
         return
-    _write_reports(run.results.write(head), out, others)
+    _write_reports(run.results, head, others)
     missing = [name for name in entries if run.results.sets[name]["status"] == "missing" and entries[name].download]
     if missing and not download:
         stderr().print(f"{len(missing)} of the missing sets can be downloaded with --download")
@@ -137,10 +141,15 @@ def _default_workers(devices: int) -> int:
     return workers_for_images(max(1, processes))
 
 
-def _write_reports(results: dict[str, Any], folder: Path, others: Mapping[str, dict[str, Any]]) -> None:
-    write_report(results, folder, others)
-    write_tensorboard(results, others, folder)
-    print_results(results)
+def _write_reports(results: Results, head: dict[str, Any], others: Mapping[str, OtherRun]) -> None:
+    folder, groups = results.folder, seed_groups(others)
+    differences = paired_differences({**head, "sets": results.sets}, folder, others)
+    compared = {"comparisons": [each.to_dict() for each in differences]} if others else {}
+    written, runs = results.write({**head, **compared}), {name: run.results for name, run in others.items()}
+    write_report(written, folder, runs, groups, differences)
+    write_tables(written, folder, runs, groups)
+    write_tensorboard(written, runs, folder)
+    print_results(written)
     stderr().print(f"{folder / 'results.json'} and {folder / 'report.html'}")
 
 
@@ -370,8 +379,9 @@ class _Run:
                 groups = test.imagenet_classes() if isinstance(test, SomeOfImageNet) else []
                 classes = [label for group in groups for label in group]
                 if 0 < len(classes) == len(groups) < len(imagenet_class_names()):  # no unions of classes
-                    metrics = self.results.sets[whole.name]["tasks"]["zero_shot"]["metrics"]
-                    metrics[f"top1/{other.entry.paper or other.name}"] = top1_among(whole, classes)
+                    result, name = self.results.sets[whole.name]["tasks"]["zero_shot"], other.entry.paper or other.name
+                    value, interval = top1_among(whole, classes)
+                    result["metrics"][f"top1/{name}"], result["intervals"][f"top1/{name}"] = value, interval
 
     def _possible_tasks(self, opened: OpenSet) -> Iterator[Task]:
         for task in opened.entry.tasks or ():

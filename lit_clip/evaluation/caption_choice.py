@@ -14,9 +14,9 @@ from torch import Tensor
 
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import CaptionChoices, Choice
+from lit_clip.evaluation.intervals import UnitScores, intervals
 from lit_clip.evaluation.prompts import Prompts, templates_of
 from lit_clip.evaluation.results import cache_key
-from lit_clip.evaluation.scores import interval
 from lit_clip.evaluation.suite import CHOICE_METRICS, Metric
 
 MACRO: Metric = "macro_text_score"
@@ -94,15 +94,18 @@ def evaluate_choices(metric: Metric, image_ND: np.ndarray, encoded: EncodedChoic
     for choice, found in zip(encoded.choices, answers, strict=True):
         if choice.group:
             by_group.setdefault(choice.group, []).append(found[counted])
+    units = {name: UnitScores(np.array([found[name] for found in answers])) for name in defined}
     groups = {group: {"value": fmean(values), "choices": len(values)} for group, values in sorted(by_group.items())}
     if metric == MACRO:
         require(bool(groups), f"metric: {metric} needs groups, which this set does not have; use text_score")
         metrics = {MACRO: fmean(group["value"] for group in groups.values()), **metrics}
+        members = np.repeat(np.arange(len(by_group)), [len(values) for values in by_group.values()])
+        units[MACRO] = UnitScores(np.concatenate(list(by_group.values())), members)
     value = metrics[metric]
     return {
         "value": value,
         "metrics": {metric: value, **metrics},
-        "intervals": {name: interval(metrics[name], len(answers)) for name in defined if name != "jaccard"},
+        "intervals": intervals(units),
         "baseline": fmean(chance(counted, choice) for choice in encoded.choices),
         "images": len(image_ND),
         "choices": len(answers),

@@ -37,19 +37,14 @@ def nearest_rows(query: Tensor, reference: Tensor) -> Tensor:
     return row
 
 
-def within_km(
-    query: Tensor, reference: Tensor, query_coordinates: Tensor, reference_coordinates: Tensor
-) -> dict[str, float]:
-    """Return how many queries are predicted to within 1, 25, 200, 750 and 2500 km.
+def nearest_km(query: Tensor, reference: Tensor, query_coordinates: Tensor, reference_coordinates: Tensor) -> Tensor:
+    """Return the distance of each query's nearest neighbour from the query's true place, float64 ``[N]`` in km.
 
     Args:
         query: features ``[N, D]``.
         reference: features ``[M, D]`` of images whose location is known.
         query_coordinates: true latitudes and longitudes ``[N, 2]`` in degrees.
         reference_coordinates: ``[M, 2]``.
-
-    Returns:
-        ``within_1km`` and so on: fractions of the queries.
 
     Raises:
         InputError: no queries, no references, or coordinates that are not on Earth.
@@ -63,5 +58,9 @@ def within_km(
             "longitude between -360 and 360",
         )
     predicted = reference_coordinates[nearest_rows(query, reference).to(reference_coordinates.device)]
-    distance = distances_km(predicted.cpu(), query_coordinates.cpu())
+    return distances_km(predicted.cpu(), query_coordinates.cpu())
+
+
+def within_km(distance: Tensor) -> dict[str, float]:
+    """Return ``within_1km`` and so on: fractions of the queries, from :func:`nearest_km`."""
     return {f"within_{km}km": float((distance <= km).double().mean()) for km in WITHIN_KM}

@@ -3,12 +3,22 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any, Literal
 
-from lit_clip.evaluation.published import Published, measured, nearest_model, published
+from lit_clip.evaluation.datacomp import OTHER_METRICS, PREFIX, datacomp_means
+from lit_clip.evaluation.published import (
+    Published,
+    canonical_set,
+    measured,
+    measured_weights,
+    nearest_model,
+    papers_sets,
+    published,
+)
 
-Column = Literal["zero_shot", "linear_probe", "few_shot"]
-COLUMNS: dict[Column, str] = {"zero_shot": "zero-shot", "linear_probe": "linear probe", "few_shot": "few-shot"}
+Column = Literal["zero_shot", "linear_probe"]
+COLUMNS: dict[Column, str] = {"zero_shot": "zero-shot", "linear_probe": "linear probe"}
 STATUSES = {"done": "", "missing": "not on disk", "failed": "failed"}
 METRICS = {
     "top1": "top-1",
@@ -39,10 +49,13 @@ class Row:
         metric: name of the metric in ``results.json``.
         status: ``done``, ``missing`` or ``failed``.
         reason: why the set is missing, failed or incomplete.
+        paper: the set's name in the paper.
         values: our values by column; retrieval counts as zero-shot, geolocation (which has labelled neighbours) as
             linear probe.
+        intervals: 99.5 % intervals of the values.
+        shots: few-shot values, means over draws, by number of examples per class.
         papers: by column, values of the nearest of the paper's models.
-        measured: by column, values that open_clip measured with that model.
+        measured: by column, values that others measured with these weights, or with OpenAI's of that model.
         baseline: value that a constant answer reaches.
         images: number of images in the test split.
         skipped: number of images of any split that could not be read.
@@ -52,7 +65,10 @@ class Row:
     metric: str
     status: str
     reason: str = ""
+    paper: str = ""
     values: dict[Column, float] = field(default_factory=dict)
+    intervals: dict[Column, tuple[float, float]] = field(default_factory=dict)
+    shots: dict[int, float] = field(default_factory=dict)
     papers: dict[Column, Published] = field(default_factory=dict)
     measured: dict[Column, Published] = field(default_factory=dict)
     baseline: float | None = None
@@ -77,6 +93,13 @@ def points(value: float | None) -> str:
     return "" if value is None else f"{100 * value:+.1f}"
 
 
+def interval_of(task: Mapping[str, Any], metric: str) -> tuple[float, float] | None:
+    """Return the interval of a task's metric in ``results.json``; None if it has none."""
+    ends = (task.get("intervals") or {}).get(metric)
+    known = [number(end) for end in ends] if isinstance(ends, list | tuple) else []
+    return (known[0], known[1]) if len(known) == 2 and known[0] is not None and known[1] is not None else None
+
+
 def papers_percent(figure: Published | None) -> str:
     """Format a published figure like :func:`percent`, with a question mark if it could not be verified."""
     return "" if figure is None else percent(figure.value) + ("" if figure.verified else "?")
@@ -93,8 +116,9 @@ def metric_words(metric: str) -> str:
 
 def rows(results: Mapping[str, Any]) -> list[Row]:
     """Return one row per set and metric, in the order of the results; retrieval has one row per direction."""
-    model = nearest_model(results.get("model") or {})
-    return [row for name, entry in sets_of(results) for row in _rows_of(name, entry, model)]
+    model = results.get("model") or {}
+    models = nearest_model(model), measured_weights(model)
+    return [row for name, entry in sets_of(results) for row in _rows_of(name, entry, models)]
 
 
 def sets_of(results: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
@@ -112,12 +136,13 @@ def skipped_of(entry: Mapping[str, Any]) -> dict[str, list[Sequence[str]]]:
     return {name: list(split.get("skipped") or []) for name, split in (entry.get("splits") or {}).items()}
 
 
-def _rows_of(name: str, entry: Mapping[str, Any], model: str) -> Iterator[Row]:
+def _rows_of(name: str, entry: Mapping[str, Any], models: tuple[str, str]) -> Iterator[Row]:
     tasks = tasks_of(entry)
     common: dict[str, Any] = {
         "name": name,
         "status": entry.get("status") or "done",
         "reason": entry.get("reason") or "",
+        "paper": str(entry.get("paper") or ""),
         "images": ((entry.get("splits") or {}).get("test") or {}).get("images"),
         "skipped": sum(map(len, skipped_of(entry).values())),
     }
@@ -125,18 +150,18 @@ def _rows_of(name: str, entry: Mapping[str, Any], model: str) -> Iterator[Row]:
     for task, metrics in _reported(entry, tasks):
         for metric in metrics:
             found = True
-            yield _row(entry, tasks, task, metric, model, common)
+            yield _row(entry, tasks, task, metric, models, common)
     if not found:
         yield Row(metric=", ".join(tasks) or str(entry.get("metric") or ""), **common)
 
 
 def _reported(entry: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, list[str]]]:
     """Yield tasks and metrics that get a row: the set's own metric, recall in both directions, the distance used."""
-    if tasks.keys() & COLUMNS.keys():
+    if tasks.keys() & {*COLUMNS, "few_shot"}:
         yield "", [str(entry.get("metric") or "top1")]
     if "retrieval" in tasks:
         at_1 = [name for name in tasks["retrieval"].get("metrics") or {} if name.endswith("recall@1")]
-        yield "retrieval", at_1
+        yield "retrieval", [name for name in at_1 if not name.startswith("merged_")]
     if "caption_choice" in tasks:
         yield "caption_choice", [str(entry.get("metric") or "text_score")]
     if "geolocation" in tasks:
@@ -150,24 +175,27 @@ def _row(
     tasks: Mapping[str, Mapping[str, Any]],
     other: str,
     metric: str,
-    model: str,
+    models: tuple[str, str],
     common: Mapping[str, Any],
 ) -> Row:
     columns: dict[Column, str] = {"linear_probe" if other == "geolocation" else "zero_shot": other}
     if not other:
         columns = {column: column for column in COLUMNS}
-    row = Row(metric=metric, baseline=baseline_of(tasks), **common)
-    paper = str(entry.get("paper") or "")
+    row = Row(metric=metric, baseline=baseline_of(tasks), shots={} if other else shots_of(entry), **common)
     for column, task in columns.items():
         result = tasks.get(task, {})
         value = number((result.get("metrics") or {}).get(metric) if other else result.get("value"))
+        interval = interval_of(result, metric)
         if value is not None:
             row.values[column] = value
-        figure, open_clips = published(paper, task, model, metric), measured(paper, task, model, metric)
+            if interval:
+                row.intervals[column] = interval
+        figure = published(row.paper, task, models[0], metric)
+        others = measured(row.paper or row.name, task, models[1], metric)
         if figure:
             row.papers[column] = figure
-        if open_clips:
-            row.measured[column] = open_clips
+        if others:
+            row.measured[column] = others
     return row
 
 
@@ -178,26 +206,65 @@ def baseline_of(tasks: Mapping[str, Mapping[str, Any]]) -> float | None:
 
 
 @dataclass(frozen=True)
-class Mean:
-    """Means over the sets that have both our value and the paper's; fractions.
+class GroupMean:
+    """The mean over a group of sets, each by its own metric; fractions.
 
     Attributes:
-        sets: number of sets.
-        ours: mean of our values.
-        papers: mean of the paper's values.
+        group: name of the group.
+        sets: number of its sets.
+        missing: those that have no value.
+        ours: our mean; None if a set is missing.
+        papers: the paper's mean over the same sets; None if a set is missing.
     """
 
+    group: str
     sets: int
-    ours: float
-    papers: float
+    missing: list[str]
+    ours: float | None
+    papers: float | None
+
+    @property
+    def counted(self) -> str:
+        """Say how many of the sets there are, and which are missing."""
+        return f"{self.sets - len(self.missing)} of {self.sets}; missing: {', '.join(self.missing)}"
 
 
-def means(table: Sequence[Row], column: Column) -> Mean | None:
-    """Return the means of a column; None if no set has both values."""
-    both = [(row.values[column], row.papers[column].value) for row in table if column in row.values.keys() & row.papers]
-    if not both:
-        return None
-    return Mean(len(both), sum(ours for ours, _ in both) / len(both), sum(theirs for _, theirs in both) / len(both))
+def group_means(table: Sequence[Row], column: Column) -> list[GroupMean]:
+    """Return the mean of each group of which there is a set. Every group of sets with a mean is listed here."""
+    groups = [_papers_mean(table, column), *(_datacomp_means(table) if column == "zero_shot" else ())]
+    return [mean for mean in groups if len(mean.missing) < mean.sets]
+
+
+def _papers_mean(table: Sequence[Row], column: Column) -> GroupMean:
+    """The mean over the paper's 27 sets (tables 9 to 11), by the paper's metrics."""
+    sets, found = papers_sets(), dict[str, Row]()
+    for row in table:
+        name = canonical_set(row.paper)
+        if name and column in row.values and row.metric == sets[name]:
+            found.setdefault(name, row)
+    missing = [name for name in sets if name not in found]
+    ours, papers = ([of.values[column] for of in found.values()], [of.papers.get(column) for of in found.values()])
+    known = [figure.value for figure in papers if figure]
+    whole = not missing
+    return GroupMean(
+        f"the paper's {len(sets)} sets",
+        len(sets),
+        missing,
+        sum(ours) / len(sets) if whole else None,
+        sum(known) / len(sets) if whole and len(known) == len(sets) else None,
+    )
+
+
+def _datacomp_means(table: Sequence[Row]) -> Iterator[GroupMean]:
+    """DataComp's means, by its metrics; a retrieval set has the mean of its two directions."""
+    values: dict[str, list[float]] = {}
+    for row in table:
+        metric = "recall@1" if row.metric.endswith("recall@1") else row.metric
+        own = row.name.startswith(PREFIX) and metric == OTHER_METRICS.get(row.name.removeprefix(PREFIX), "top1")
+        if own and "zero_shot" in row.values:
+            values.setdefault(row.name, []).append(row.values["zero_shot"])
+    for group, mean in datacomp_means({name: fmean(of_set) for name, of_set in values.items()}).items():
+        yield GroupMean(f"DataComp, {group}", mean.sets, mean.missing, mean.value, None)
 
 
 def shots_of(entry: Mapping[str, Any]) -> dict[int, float]:

@@ -1,6 +1,7 @@
 """Published figures of the paper and its peers, to compare with.
 
-They are in ``published.yaml``, with their tables and with a note of those that could not be verified.
+They are in ``published.yaml``, with their tables and with a note of those that could not be verified. So are figures
+that others measured with published weights.
 """
 
 import math
@@ -81,14 +82,23 @@ def _figures() -> _Figures:
     for record in data["figures"]:
         for peer, name, metric, figure in _peers(record):
             figures.peers.setdefault((_key(name), record["task"]), {}).setdefault(peer, {})[metric] = figure
-    measured = data["measured"]
-    for name, by_metric in measured["sets"].items():
-        task = "retrieval" if "recall" in next(iter(by_metric)) else "zero_shot"
-        for metric, values in by_metric.items():
-            for model, value in zip(measured["models"], values, strict=True):
-                figure = Published(_fraction(value), True, measured["source"])
-                figures.measured.setdefault((_key(name), task, model), {})[metric] = figure
+    for name, task, model, metric, figure in _measured_cells(data):
+        figures.measured.setdefault((figures.canonical.get(_key(name), _key(name)), task, model), {})[metric] = figure
     return figures
+
+
+def _measured_cells(data: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str, Published]]:
+    """Yield set, task, weights, metric and figure of what others measured."""
+    for table in data["measured"]:
+        metrics = table.get("metrics") or [data["metrics"].get(name, "top1") for name in table["sets"]]
+        for model, row in table["rows"].items():
+            for name, metric, value in zip(table["sets"], metrics, row, strict=True):
+                figure = Published(_fraction(value), True, table["source"])
+                papers = name in data["tar_sets"]  # and otherwise CLIP_benchmark's name: its voc2007 is not VOC2007
+                tar_sets = data["tar_sets"].get(name, [name])
+                names = [f"{prefix}_{tar_set}" for prefix in ("wds", "datacomp") for tar_set in tar_sets]
+                for known in [*([name] if papers else []), *names]:
+                    yield known, table["task"], model, metric, figure
 
 
 def _cells(data: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str, Published]]:
@@ -139,9 +149,26 @@ def published_metrics(name: str, task: str, model: str) -> dict[str, Published]:
     return dict(_figures().papers.get((_set(name), task, model), {}))
 
 
-def measured(name: str, task: str, model: str, metric: str | None = None) -> Published | None:
-    """Return open_clip's figure for OpenAI's weights, with the splits and prompts of CLIP_benchmark."""
-    return _select(_figures().measured.get((_set(name), task, model), {}), metric)
+def measured(name: str, task: str, weights: str, metric: str | None = None) -> Published | None:
+    """Return what open_clip or CLIP_benchmark measured with published weights.
+
+    Args:
+        name: name of the set in the paper's tables, or CLIP_benchmark's, such as ``wds_vtab-cifar10``.
+        task: ``zero_shot`` or ``retrieval``.
+        weights: see :func:`measured_weights`.
+        metric: the metric, for a set with several; None: its first.
+    """
+    return _select(_figures().measured.get((_set(name), task, weights), {}), metric)
+
+
+def measured_weights(model: Mapping[str, Any]) -> str:
+    """Return the published weights to compare a model with: those that it is, or OpenAI's of :func:`nearest_model`.
+
+    Args:
+        model: ``model`` of a ``results.json``.
+    """
+    name = str(model.get("name") or "").replace("-quickgelu:", ":")
+    return name if name in {weights for _, _, weights in _figures().measured} else nearest_model(model)
 
 
 def _select(figures: Mapping[str, Published], metric: str | None) -> Published | None:
@@ -156,6 +183,16 @@ def peers(name: str, task: str) -> dict[str, dict[str, Published]]:
 def same_set(name: str, other: str) -> bool:
     """Whether two names mean the same set of the paper, regardless of case, punctuation and aliases."""
     return bool(name) and _set(name) == _set(other)
+
+
+def papers_sets() -> dict[str, str]:
+    """Return the metric of each of the paper's 27 sets (tables 9 to 11)."""
+    return {name: _data()["metrics"].get(name, "top1") for name in _data()["tables"][0]["sets"]}
+
+
+def canonical_set(name: str) -> str:
+    """Return which of :func:`papers_sets` a name means, or an empty text."""
+    return next((known for known in papers_sets() if same_set(name, known)), "")
 
 
 def disagreements() -> list[str]:

@@ -98,7 +98,7 @@ class Results:
             self.sets[name]["reason"] = "; ".join(filter(None, (earlier, reason)))
 
     def cached(self, name: str, task: Task, key: str) -> dict[str, Any] | None:
-        """Return the result of an earlier run with the same :func:`cache_key`, or None."""
+        """Return the result of an earlier run with the same :func:`cache_key`, or None if it or its file is gone."""
         saved = self._saved(name).get(task)
         if not isinstance(saved, dict) or saved.get("key") != key:
             return None
@@ -106,7 +106,8 @@ class Results:
             _check_task(saved.get("result"), "result")
         except InputError:  # damaged
             return None
-        return saved["result"]
+        kept = saved["result"].get("predictions")
+        return saved["result"] if kept is None or (self.folder / kept).is_file() else None
 
     def _saved(self, name: str) -> Mapping[str, Any]:
         """Return what is saved of a set, by task; nothing if there is none or the file is damaged."""
@@ -164,6 +165,8 @@ _ENTRY = {
 _SPLIT = {"images": int, "absent": int, "skipped": list[tuple[str, str]]}
 _TASK = {
     "metrics": dict[str, object],
+    "intervals": dict[str, object],
+    "predictions": str,
     "search": list[tuple[float, object]],
     "shots": list[tuple[int, list[object]]],
     "confusions": list[tuple[object, object, object]],

@@ -112,11 +112,16 @@ def subset_top1(scores: Tensor, labels: Tensor, classes: Sequence[int]) -> float
         labels: int64 ``[N]``.
         classes: labels of the other set's classes in ImageNet.
     """
-    columns = torch.tensor(sorted(set(classes)))
-    rows = torch.isin(labels, columns).nonzero()[:, 0]
-    require(len(rows) > 0, "robustness: there is no ImageNet image of these classes")
+    columns, rows = torch.tensor(sorted(set(classes))), subset_rows(labels, classes)
     subset = scores[rows.to(scores.device)][:, columns.to(scores.device)]
     return accuracies(classification_counts(subset, torch.searchsorted(columns, labels[rows])))["top1"]
+
+
+def subset_rows(labels: Tensor, classes: Sequence[int]) -> Tensor:
+    """Return the rows of ImageNet's images of these classes, int64 ``[n]``."""
+    rows = torch.isin(labels, torch.tensor(sorted(set(classes)))).nonzero()[:, 0]
+    require(len(rows) > 0, "robustness: there is no ImageNet image of these classes")
+    return rows
 
 
 @lru_cache(maxsize=1)

@@ -23,7 +23,6 @@ from lit_clip.evaluation.overlap import clopper_pearson
 from lit_clip.evaluation.suite import CHOICE_METRICS, Metric
 from lit_clip.evaluation.targets import Targets
 
-PROPORTIONS: tuple[Metric, ...] = ("top1", "lexicon")  # proportions of N images, which have a Clopper-Pearson interval
 SAMPLINGS = 100  # draws of one clip per film for RareAct's mWSAP
 Knowledge = TypeVar("Knowledge")
 
@@ -195,15 +194,22 @@ def _roc_auc(scores: Tensor, targets: Targets) -> dict[str, float]:
     return {"roc_auc": int((below + not_above).sum()) / (2 * len(negative) * int(right.sum()))}
 
 
-def _pm(scores: Tensor, targets: Targets) -> dict[str, float]:
-    """PM-0: fraction of anchor frames predicted correctly. PM-10: of those whose neighbours are all correct too."""
+def pm_right(scores: Tensor, targets: Targets) -> dict[str, list[bool]]:
+    """Return which anchor frames are right: ``pm0`` alone, ``pm10`` with all their neighbours."""
     accepted = _known(targets.accepted, "pm")
     right = [predicted in classes for predicted, classes in zip(predictions(scores).tolist(), accepted, strict=True)]
     neighbours = _known(targets.neighbours, "pm")
     require(bool(neighbours), "pm: there are no anchor frames")
-    pm0 = sum(right[anchor] for anchor, _ in neighbours) / len(neighbours)
-    pm10 = sum(right[anchor] and all(right[row] for row in around) for anchor, around in neighbours) / len(neighbours)
-    return {"pm0": pm0, "pm10": pm10, "pm": (pm0 + pm10) / 2}
+    return {
+        "pm0": [right[anchor] for anchor, _ in neighbours],
+        "pm10": [right[anchor] and all(right[row] for row in around) for anchor, around in neighbours],
+    }
+
+
+def _pm(scores: Tensor, targets: Targets) -> dict[str, float]:
+    """Return the fractions of anchor frames that are right, and their mean."""
+    found = {name: sum(right) / len(right) for name, right in pm_right(scores, targets).items()}
+    return found | {"pm": (found["pm0"] + found["pm10"]) / 2}
 
 
 def _baseline_pm(targets: Targets) -> float:
@@ -216,16 +222,21 @@ def _baseline_pm(targets: Targets) -> float:
     return float((counts / len(neighbours)).mean(dim=0).max())
 
 
+def lexicon_predictions(scores: Tensor, targets: Targets) -> list[int]:
+    """Return the class with the highest score among each image's own candidates; -1 if one of them is NaN."""
+    found, scores = [], scores.cpu()
+    for row, words in enumerate(_known(targets.candidates, "lexicon")):
+        candidates = torch.tensor(sorted(set(words)))
+        place = int(predictions(scores[row : row + 1, candidates]))
+        found.append(int(candidates[place]) if place >= 0 else -1)
+    return found
+
+
 def _lexicon(scores: Tensor, targets: Targets) -> dict[str, float]:
     """Top-1 accuracy among each image's own candidates."""
     _require_labels(targets, "lexicon")
-    right = 0
-    scores = scores.cpu()
-    for row, words in enumerate(_known(targets.candidates, "lexicon")):
-        candidates = torch.tensor(sorted(set(words)))
-        prediction = int(predictions(scores[row : row + 1, candidates]))
-        right += prediction >= 0 and int(candidates[prediction]) == int(targets.labels[row])
-    return {"lexicon": right / len(targets)}
+    found = lexicon_predictions(scores, targets)
+    return {"lexicon": sum(a == b for a, b in zip(found, targets.labels.tolist(), strict=True)) / len(targets)}
 
 
 def _mwap(scores: Tensor, targets: Targets) -> dict[str, float]:

@@ -4,7 +4,7 @@ Shapes: N images, C classes, T captions, D embedding dimension.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -21,14 +21,24 @@ from lit_clip.evaluation.bias import bias_report
 from lit_clip.evaluation.caption_choice import EncodedChoices, evaluate_choices
 from lit_clip.evaluation.data import Grouped, ImageSet
 from lit_clip.evaluation.few_shot import SHOTS, FewShotProbes, train_few_shot
-from lit_clip.evaluation.geolocation import within_km
+from lit_clip.evaluation.geolocation import nearest_km, within_km
+from lit_clip.evaluation.intervals import Interval, intervals, mean_interval
 from lit_clip.evaluation.other_classes import Classes, among, penalty_metric
+from lit_clip.evaluation.predictions import (
+    Columns,
+    class_columns,
+    joined,
+    recall_intervals,
+    retrieval_columns,
+    unit_scores,
+    write_predictions,
+)
 from lit_clip.evaluation.probe import Probe, Split, train_probe
 from lit_clip.evaluation.prompts import Prompts
-from lit_clip.evaluation.retrieval import DIRECTIONS, evaluate_pairs
-from lit_clip.evaluation.retrieval_metrics import Pairs
-from lit_clip.evaluation.robustness import subset_top1
-from lit_clip.evaluation.scores import PROPORTIONS, baseline, comparable, evaluate_scores, interval, mean_over_folds
+from lit_clip.evaluation.retrieval import DIRECTIONS, retrieval_metrics
+from lit_clip.evaluation.retrieval_metrics import Pairs, pair_scores, retrieval_ranks
+from lit_clip.evaluation.robustness import subset_rows, subset_top1
+from lit_clip.evaluation.scores import baseline, comparable, evaluate_scores, interval, mean_over_folds
 from lit_clip.evaluation.store import SetFeatures
 from lit_clip.evaluation.suite import SuiteEntry, Task
 from lit_clip.evaluation.targets import Targets
@@ -122,17 +132,20 @@ def needed_splits(task: Task) -> tuple[str, ...]:
 
 
 def run_task(task: Task, opened: OpenSet, options: TaskOptions, folder: Path) -> dict[str, Any]:
-    """Run a task and return its result; images that the report shows are saved below ``folder``."""
+    """Run a task and return its result.
+
+    Predictions, and images that the report shows, are saved below ``folder``.
+    """
     if task == "zero_shot":
         return _zero_shot(opened, folder)
     if task == "linear_probe":
-        return _linear_probe(opened, options)
+        return _linear_probe(opened, options, folder)
     if task == "few_shot":
         return _few_shot(opened, options)
     if task == "retrieval":
-        return _retrieval(opened)
+        return _retrieval(opened, folder)
     if task == "geolocation":
-        return _geolocation(opened)
+        return _geolocation(opened, folder)
     if task == "caption_choice":
         return _caption_choice(opened)
     return _bias(opened)
@@ -158,28 +171,52 @@ def _scores(opened: OpenSet, fold: Fold, classifier: Tensor | None) -> Tensor:
     return opened.scale * (_embeddings(fold.features["test"]) @ classifier.cpu().float())
 
 
-def _classification_result(opened: OpenSet, metrics: Sequence[Mapping[str, float]], targets: Targets) -> dict[str, Any]:
-    """Return the entries that all classification tasks share: metrics averaged over folds, interval and baseline."""
-    mean, metric, images = mean_over_folds(metrics), opened.entry.metric, len(targets.labels)
-    value = mean[metric]
+def _keys(fold: Fold) -> list[str]:
+    """Return the keys of the test images, in the order of their features."""
+    return [fold.images["test"].key(row) for row in fold.features["test"].rows]
+
+
+@dataclass
+class _Scored:
+    """A fold's classification: metrics with their intervals, and the rows of the file of predictions."""
+
+    metrics: dict[str, float]
+    intervals: dict[str, Interval]
+    columns: Columns
+
+
+def _score(opened: OpenSet, number: int, scores: Tensor, targets: Targets) -> _Scored:
+    metric, keys = opened.entry.metric, _keys(opened.folds[number])
+    metrics, units = evaluate_scores(metric, scores, targets), unit_scores(metric, scores, targets)
+    return _Scored(metrics, intervals(units), class_columns(metric, keys, scores, targets, units, number))
+
+
+def _classification_result(opened: OpenSet, task: Task, scored: Sequence[_Scored], folder: Path) -> dict[str, Any]:
+    """Return the entries that all classification tasks share, averaged over folds, and save the predictions."""
+    mean, targets = mean_over_folds([fold.metrics for fold in scored]), _targets(opened, opened.folds[0], "test")
     return {
-        "value": value,
+        "value": mean[opened.entry.metric],
         "metrics": mean,
-        "interval": interval(value, images) if metric in PROPORTIONS else None,
-        "baseline": baseline(metric, targets),
-        "images": images,
+        "intervals": {
+            name: mean_interval([fold.intervals[name] for fold in scored])
+            for name in scored[0].intervals
+            if all(name in fold.intervals for fold in scored)
+        },
+        "baseline": baseline(opened.entry.metric, targets),
+        "images": len(targets.labels),
+        "predictions": write_predictions(folder, opened.name, task, joined([fold.columns for fold in scored])),
     }
 
 
 def _zero_shot(opened: OpenSet, folder: Path) -> dict[str, Any]:
-    metrics, first = [], None
-    for fold in opened.folds:
+    scored, first = [], None
+    for number, fold in enumerate(opened.folds):
         scores, targets = _scores(opened, fold, opened.classifier), _targets(opened, fold, "test")
-        metrics.append(evaluate_scores(opened.entry.metric, comparable(opened.entry.metric, scores), targets))
+        scored.append(_score(opened, number, comparable(opened.entry.metric, scores), targets))
         first = first or (scores, targets)
     assert first is not None
     scores, targets = first
-    result = _classification_result(opened, metrics, targets)
+    result = _classification_result(opened, "zero_shot", scored, folder)
     if bool((targets.labels >= 0).all()):
         result["confusions"] = _confusions(opened, scores, targets)
         result["errors"] = _errors(opened, scores, targets, folder)
@@ -204,10 +241,12 @@ def target_digests(opened: OpenSet) -> dict[tuple[int, str], str]:
     }
 
 
-def top1_among(opened: OpenSet, classes: Sequence[int]) -> float:
-    """Return the zero-shot accuracy among some of the classes, see :func:`subset_top1`."""
+def top1_among(opened: OpenSet, classes: Sequence[int]) -> tuple[float, Interval]:
+    """Return the zero-shot accuracy among some of the classes, see :func:`subset_top1`, and its interval."""
     fold = opened.folds[0]
-    return subset_top1(_scores(opened, fold, opened.classifier), _targets(opened, fold, "test").labels, classes)
+    labels = _targets(opened, fold, "test").labels
+    value = subset_top1(_scores(opened, fold, opened.classifier), labels, classes)
+    return value, interval(value, len(subset_rows(labels, classes)))
 
 
 def _confusions(opened: OpenSet, scores: Tensor, targets: Targets) -> list[tuple[str, str, int]]:
@@ -265,9 +304,9 @@ def _split(opened: OpenSet, fold: Fold, split: str) -> Split | None:
     return Split(torch.from_numpy(np.array(fold.features[split].before)).to(best_device()), targets)
 
 
-def _linear_probe(opened: OpenSet, options: TaskOptions) -> dict[str, Any]:
-    start, metrics, metric, last = time.monotonic(), [], opened.entry.metric, None
-    for fold in opened.folds:
+def _linear_probe(opened: OpenSet, options: TaskOptions, folder: Path) -> dict[str, Any]:
+    start, scored, metric, last = time.monotonic(), [], opened.entry.metric, None
+    for number, fold in enumerate(opened.folds):
         by = penalty_metric(metric, fold.classes)
         key = ("linear_probe", by, fold.trained_on)
         if key not in opened.probes:
@@ -278,9 +317,9 @@ def _linear_probe(opened: OpenSet, options: TaskOptions) -> dict[str, Any]:
         last = probe
         test = _split(opened, fold, "test")
         assert test is not None
-        metrics.append(evaluate_scores(metric, among(probe.fit.scores(test.features), fold.classes), test.targets))
+        scored.append(_score(opened, number, among(probe.fit.scores(test.features), fold.classes), test.targets))
     assert last is not None
-    result = _classification_result(opened, metrics, _targets(opened, opened.folds[0], "test"))
+    result = _classification_result(opened, "linear_probe", scored, folder)
     return result | {
         "l2": last.l2,
         "search": sorted(last.search.items()),
@@ -309,22 +348,42 @@ def _few_shot(opened: OpenSet, options: TaskOptions) -> dict[str, Any]:
     return {"value": fmean(values[shots[-1]]), "shots": [(n, values[n]) for n in shots], "l2": used}
 
 
-def _retrieval(opened: OpenSet) -> dict[str, Any]:
+def _retrieval(opened: OpenSet, folder: Path) -> dict[str, Any]:
     assert opened.captions is not None
-    image_ID, pairs = _embeddings(opened.folds[0].features["test"]), opened.captions.pairs
-    metrics = evaluate_pairs(image_ID, opened.captions.features, pairs).metrics
+    image_ID, text_TD, pairs = (
+        _embeddings(opened.folds[0].features["test"]),
+        opened.captions.features,
+        opened.captions.pairs,
+    )
+    ranks = retrieval_ranks(image_ID, text_TD, pairs, pair_scores(image_ID, text_TD, pairs))
+    metrics = retrieval_metrics(ranks, pairs)
     value = fmean(metrics[f"{direction}_recall@1"] for direction in DIRECTIONS)
-    return {"value": value, "metrics": metrics, "images": len(image_ID), "captions": int(pairs.rows.sum())}
+    columns = retrieval_columns(_keys(opened.folds[0]), pairs, ranks.image, ranks.pair)
+    result = {"value": value, "metrics": metrics, "images": len(image_ID), "captions": int(pairs.rows.sum())}
+    return result | {
+        "intervals": recall_intervals(metrics, result["images"], result["captions"]),
+        "predictions": write_predictions(folder, opened.name, "retrieval", columns),
+    }
 
 
-def _geolocation(opened: OpenSet) -> dict[str, Any]:
+def _geolocation(opened: OpenSet, folder: Path) -> dict[str, Any]:
     fold = opened.folds[0]
     query, reference = (_embeddings(fold.features[split]) for split in ("test", "train"))
     query_places, reference_places = (_targets(opened, fold, split).coordinates for split in ("test", "train"))
     if query_places is None or reference_places is None:
         raise InputError("geolocation: the set has no coordinates of its images; remove geolocation from its tasks")
-    metrics = within_km(query, reference, query_places, reference_places)
-    return {"value": metrics["within_25km"], "metrics": metrics, "images": len(query), "references": len(reference)}
+    distances = nearest_km(query, reference, query_places, reference_places)
+    metrics = within_km(distances)
+    return {
+        "value": metrics["within_25km"],
+        "metrics": metrics,
+        "intervals": {name: interval(value, len(query)) for name, value in metrics.items()},
+        "images": len(query),
+        "references": len(reference),
+        "predictions": write_predictions(
+            folder, opened.name, "geolocation", {"key": _keys(fold), "km": distances.numpy()}
+        ),
+    }
 
 
 def _caption_choice(opened: OpenSet) -> dict[str, Any]:

@@ -371,6 +371,17 @@ def test_invalid_options_are_an_error_before_anything_is_computed(root: Path) ->
     assert not Path("out").exists()
 
 
+def check_kept_ranks(metrics: dict[str, float]) -> None:
+    """The recalls of the ranks in the file of predictions are the metrics."""
+    import pyarrow.parquet as pq
+
+    kept = pq.read_table("out/predictions/captioned/retrieval.parquet").to_pandas()
+    assert list(kept["key"].iloc[-3:]) == ["1/028#0", "1/029#0", "1/029#1"]
+    for direction, queries in kept.groupby("direction"):
+        for k in (1, 5, 10):
+            assert (queries["rank"] < k).mean() == pytest.approx(metrics[f"{direction}_recall@{k}"])
+
+
 def test_accuracy_and_recall_equal_clip_benchmarks(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal up to rounding, on sets in CLIP_benchmark's own format."""
     pytest.importorskip("clip_benchmark")
@@ -413,6 +424,7 @@ def test_accuracy_and_recall_equal_clip_benchmarks(root: Path, monkeypatch: pyte
     assert zero_shot["top5"] == pytest.approx(theirs["acc5"], abs=1e-9)
     assert zero_shot["mean_per_class"] == pytest.approx(theirs["mean_per_class_recall"], abs=1e-9)
 
+    check_kept_ranks(ours["captioned"]["tasks"]["retrieval"]["metrics"])
     data = build_dataset("wds/captioned", str(root / "data/captioned"), transform, task="zeroshot_retrieval")
     theirs = zeroshot_retrieval.evaluate(model, loader(data), tokenizer, "cpu", amp=False, recall_k_list=[1, 5, 10])
     for k in (1, 5, 10):
@@ -420,3 +432,84 @@ def test_accuracy_and_recall_equal_clip_benchmarks(root: Path, monkeypatch: pyte
         assert f"merged_text_to_image_recall@{k}" in metrics
         assert metrics[f"text_to_image_recall@{k}"] == pytest.approx(theirs[f"image_retrieval_recall@{k}"], abs=1e-7)
         assert metrics[f"image_to_text_recall@{k}"] == pytest.approx(theirs[f"text_retrieval_recall@{k}"], abs=1e-7)
+
+
+def test_another_run_is_compared_image_by_image(root: Path) -> None:
+    """The files of predictions agree with the results, and are written again if they are gone."""
+    import pyarrow.parquet as pq
+
+    checkpoint = torch.load("last.ckpt", weights_only=True)
+    weights: dict[str, torch.Tensor] = checkpoint["state_dict"]
+    torch.manual_seed(0)
+    checkpoint["state_dict"] = {name: tensor + 0.1 * torch.randn_like(tensor) for name, tensor in weights.items()}
+    torch.save(checkpoint, "other.ckpt")
+    tasks = ("--tasks", "zero_shot", "linear_probe")
+    run_command([*words(*tasks), "--model", "other.ckpt", "--output", "first"])
+    theirs = json.loads(Path("first/results.json").read_text())["sets"]["noise"]["tasks"]
+    results = evaluate(*tasks, "--compare", "other=first", "this=first")
+    ours = results["sets"]["noise"]["tasks"]
+    for task in ("zero_shot", "linear_probe"):
+        found = pq.read_table(Path("out", ours[task]["predictions"])).to_pydict()
+        assert found["key"] == [f"{name}/{number}.png" for name in sorted(CLASSES) for number in range(5)]
+        assert sum(found["score"]) / 30 == pytest.approx(ours[task]["value"])
+        right = [t == p for t, p in zip(found["truth"], found["prediction"], strict=True)]
+        assert right == [score == 1 for score in found["score"]]
+        low, high = ours[task]["intervals"]["top1"]
+        assert low < ours[task]["value"] < high
+    compared = {each["task"]: each for each in results["comparisons"]}
+    assert {each["run"] for each in results["comparisons"]} == {"other"}  # not a seed of its own recipe
+    differences = {task: ours[task]["value"] - theirs[task]["value"] for task in compared}
+    assert {task: each["difference"] for task, each in compared.items()} == pytest.approx(differences)
+    assert any(differences.values())
+    page = (root / "out/report.html").read_text(encoding="utf-8")
+    assert "compared with other" in page
+    assert "this, 2 runs" in page
+    assert "this run,last.ckpt,noise,zero_shot,,top1" in Path("out/results.csv").read_text()
+    assert "noise & top-1" in Path("out/results.tex").read_text()
+    Path("out", ours["zero_shot"]["predictions"]).unlink()
+    evaluate("--tasks", "zero_shot")
+    assert Path("out", ours["zero_shot"]["predictions"]).is_file()
+
+
+def test_distances_and_folds_are_kept_with_their_intervals(root: Path) -> None:
+    """Three folds that share their test images, and images located by their neighbours."""
+    import pyarrow.parquet as pq
+    from scipy.stats import binomtest
+
+    for split, first in (("train", 0), ("test", 30)):
+        lines = [f"{split}/{n}.png,{n % 7},{n % 5}" for n in range(first, first + 20)]
+        Path(f"data/{split}.csv").write_text("\n".join(["image,latitude,longitude", *lines]), encoding="utf-8")
+        for number in range(first, first + 20):
+            noise(number, number % 6).save(f"data/{split}/{number}.png")
+    write_suite(
+        root,
+        places={
+            "data": {"class_path": "datamodules.evaluation.LocatedImages"},
+            "splits": {split: {"path": f"{split}.csv"} for split in ("train", "test")},
+            "metric": "within_km",
+        },
+        folds={
+            "data": {"class_path": FOLDER},
+            "splits": {"test": {"root": "test"}},
+            "folds": [{}, {}, {}],
+            "class_names": CLASSES,
+            "metric": "mean_per_class",
+        },
+    )
+    found = evaluate()["sets"]
+    places = found["places"]["tasks"]["geolocation"]
+    distances = pq.read_table(Path("out", places["predictions"]))["km"].to_numpy()
+    assert len(distances) == 20
+    for metric, value in places["metrics"].items():
+        hits = int((distances <= float(metric[7:-2])).sum())
+        assert value == pytest.approx(hits / 20)
+        interval = binomtest(hits, 20).proportion_ci(0.995, "exact")
+        assert places["intervals"][metric] == pytest.approx([interval.low, interval.high])
+    folds = found["folds"]["tasks"]["zero_shot"]
+    kept = pq.read_table(Path("out", folds["predictions"])).to_pydict()
+    assert kept["fold"] == [fold for fold in range(3) for _ in range(30)]
+    assert kept["score"][:30] == kept["score"][30:60] == kept["score"][60:]
+    assert {"top1", "top5"} <= set(folds["intervals"]) <= {"top1", "top5", "mean_per_class"}
+    right = round(30 * folds["metrics"]["top1"])
+    interval = binomtest(right, 30).proportion_ci(0.995, "exact")  # of 30 images, not of 90
+    assert folds["intervals"]["top1"] == pytest.approx([interval.low, interval.high])

@@ -122,7 +122,10 @@ def test_macro_score_is_the_mean_over_groups_and_leaves_out_questions_without_on
         "under": {"value": right[3], "choices": 1},
     }
     assert (found["baseline"], found["choices"]) == (0.5, 6)
-    assert found["intervals"] == {"text_score": interval(found["metrics"]["text_score"], 6)}
+    assert set(found["intervals"]) == {"text_score", "macro_text_score"}
+    assert found["intervals"]["text_score"] == interval(found["metrics"]["text_score"], 6)
+    low, high = found["intervals"]["macro_text_score"]  # of the group of one question only that one can be drawn
+    assert (low, high) == (right[3] / 2, (1 + right[3]) / 2)
 
 
 def test_questions_with_an_unreadable_image_are_left_out() -> None:

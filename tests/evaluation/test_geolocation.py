@@ -7,7 +7,7 @@ import torch
 
 from lit_clip.errors import InputError
 from lit_clip.evaluation import geolocation as module
-from lit_clip.evaluation.geolocation import distances_km, nearest_rows, within_km
+from lit_clip.evaluation.geolocation import distances_km, nearest_km, nearest_rows, within_km
 
 
 def test_distances_equal_the_spherical_law_of_cosines() -> None:
@@ -31,7 +31,7 @@ def test_within_km_counts_queries_by_the_distance_to_their_nearest_neighbour(mon
     for entries in (2**24, 13 * 7):
         monkeypatch.setattr(module, "CHUNK_ENTRIES", entries)
         assert nearest_rows(query, reference).tolist() == expected
-        found = within_km(query, reference, truth, where)
+        found = within_km(nearest_km(query, reference, truth, where))
         assert [round(13 * value) for value in found.values()] == [9, 10, 11, 12, 13]
         assert list(found) == ["within_1km", "within_25km", "within_200km", "within_750km", "within_2500km"]
 
@@ -44,4 +44,4 @@ def test_a_tie_between_neighbours_goes_to_the_first_rows(monkeypatch: pytest.Mon
 
 def test_coordinates_that_are_not_on_earth_are_an_error() -> None:
     with pytest.raises(InputError, match="references: row 1: latitude must be between -90 and 90"):
-        within_km(torch.eye(2), torch.eye(2), torch.zeros(2, 2), torch.tensor([[0.0, 0.0], [float("nan"), 0.0]]))
+        nearest_km(torch.eye(2), torch.eye(2), torch.zeros(2, 2), torch.tensor([[0.0, 0.0], [float("nan"), 0.0]]))

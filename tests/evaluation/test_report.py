@@ -14,14 +14,17 @@ from PIL import Image
 from rich.console import Console
 
 from lit_clip.errors import InputError
-from lit_clip.evaluation.overview import means, metric_words, percent, rows
+from lit_clip.evaluation.datacomp import ALL, GROUPS, OTHER_METRICS, datacomp_means, datacomp_values
+from lit_clip.evaluation.overview import group_means, metric_words, percent, rows
 from lit_clip.evaluation.published import (
     PARAMETERS,
     disagreements,
     measured,
+    measured_weights,
     nearest,
     nearest_model,
     papers_name,
+    papers_sets,
     peers,
     published,
     published_metrics,
@@ -30,6 +33,7 @@ from lit_clip.evaluation.report.chart_style import ChartRun, run_name, short_nam
 from lit_clip.evaluation.report.charts import few_shot, figures
 from lit_clip.evaluation.report.page import TEMPLATE, report_values, write_report
 from lit_clip.evaluation.report.prediction_grid import Prediction, prediction_grid
+from lit_clip.evaluation.report.result_columns import result_columns
 from lit_clip.evaluation.report.results_table import print_results
 from lit_clip.evaluation.report.robustness_chart import effective_rows, papers_points, run_points
 from lit_clip.evaluation.report.set_section import set_section
@@ -47,7 +51,7 @@ def zero_shot(value: float, **more: Any) -> dict[str, Any]:
     return {
         "value": value,
         "metrics": {"top1": value, "top5": min(1.0, value + 0.1)},
-        "interval": [value - 0.01, value + 0.01],
+        "intervals": {"top1": [value - 0.01, value + 0.01]},
         "baseline": 0.1,
         "images": 1000,
         **more,
@@ -289,7 +293,9 @@ def test_parameter_counts_match_the_models() -> None:
 
 def test_a_row_has_the_papers_figure_for_the_same_set_and_metric(full: dict[str, Any]) -> None:
     found = {(row.name, row.metric): row for row in rows(full)}
-    assert found["cifar10", "top1"].values == {"zero_shot": 0.85, "linear_probe": 0.95, "few_shot": 0.7}
+    assert found["cifar10", "top1"].values == {"zero_shot": 0.85, "linear_probe": 0.95}
+    assert found["cifar10", "top1"].shots == pytest.approx({1: 0.5, 2: 0.6, 4: 0.7})
+    assert found["cifar10", "top1"].intervals == {"zero_shot": pytest.approx((0.84, 0.86))}
     assert found["cifar10", "top1"].papers["zero_shot"].value == pytest.approx(0.913)
     assert found["cifar10", "top1"].skipped == 2
     assert found["flickr", "image_to_text_recall@1"].values == {"zero_shot": 0.8}
@@ -301,13 +307,121 @@ def test_a_row_has_the_papers_figure_for_the_same_set_and_metric(full: dict[str,
     assert rows(full)[0].papers == {}
 
 
-def test_means_are_over_the_sets_that_the_paper_has_too(full: dict[str, Any]) -> None:
-    mean = means(rows(full), "zero_shot")
-    assert mean is not None
-    assert mean.sets == 3  # cifar10, mnist, imagenet; the paper has no figures of ViT-B/32 on the shifted sets
-    assert mean.ours == pytest.approx((0.85 + 0.4 + 0.63) / 3)
-    assert mean.papers == pytest.approx((0.913 + 0.519 + 0.632) / 3)
-    assert means(rows(full), "few_shot") is None
+def whole_paper(zero_shot_value: float = 0.5) -> dict[str, Any]:
+    """The paper's 27 sets, each by the paper's metric, beside one that is not among them."""
+    sets = {"imagenetv2": a_set("ImageNetV2", 0.99)}
+    for name, metric in papers_sets().items():
+        task = {"value": zero_shot_value, "metrics": {metric: zero_shot_value}}
+        sets[name.lower()] = {**a_set(name, zero_shot=task), "metric": metric}
+    return sets
+
+
+def test_the_mean_is_over_the_papers_27_sets_or_not_shown(full: dict[str, Any], folder: Path) -> None:
+    sets = whole_paper()
+    (mean,) = group_means(rows(results_of(sets)), "zero_shot")
+    assert mean.sets == 27
+    assert mean.ours == pytest.approx(0.5)
+    theirs = [published(name, "zero_shot", "ViT-B-32") for name in papers_sets()]
+    assert mean.papers == pytest.approx(sum(figure.value for figure in theirs if figure) / 27)
+    assert "mean of the paper's 27 sets 50.0" in Page(report_page(results_of(sets), folder, {})).text
+    assert [line.split()[0] for line in printed(results_of(sets)).splitlines() if " 50.0 " in line][-1] == "mean"
+
+    sets["mnist"]["status"], sets["mnist"]["tasks"] = "failed", {}
+    sets["voc2007"]["metric"] = "mwap"  # not the paper's
+    (mean,) = group_means(rows(results_of(sets)), "zero_shot")
+    assert (mean.ours, mean.papers, mean.missing) == (None, None, ["VOC2007", "MNIST"])
+    line = "zero-shot, the paper's 27 sets: no mean, 25 of 27; missing: VOC2007, MNIST"
+    for text in (Page(report_page(results_of(sets), folder, {})).text, printed(results_of(sets))):
+        assert line in text
+        assert "mean of the" not in text
+
+    assert [mean.missing for mean in group_means(rows(full), "linear_probe")][0][:2] == ["Food101", "CIFAR100"]
+    assert group_means(rows(results_of({"ours": a_set()})), "zero_shot") == []
+
+
+def test_datacomps_means_are_shown_like_the_papers(folder: Path) -> None:
+    sets = {}
+    for place, name in enumerate(GROUPS[ALL]):
+        metric, value = OTHER_METRICS.get(name, "top1"), place / 100
+        recalls = {"image_to_text_recall@1": value + 0.1, "text_to_image_recall@1": value - 0.1}
+        task = {"recall@1": "retrieval", "jaccard": "caption_choice"}.get(metric, "zero_shot")
+        result = {"value": value, "metrics": recalls if task == "retrieval" else {metric: value}}
+        sets[f"datacomp_{name}"] = {**a_set("", **{task: result}), "metric": metric}
+    means = datacomp_means(datacomp_values(sets))
+    found = {mean.group: mean for mean in group_means(rows(results_of(sets)), "zero_shot")}
+    assert {group: mean.ours for group, mean in found.items()} == {
+        f"DataComp, {group}": pytest.approx(mean.value) for group, mean in means.items()
+    }
+    assert (
+        f"mean of DataComp, {ALL} {percent(means[ALL].value)}" in Page(report_page(results_of(sets), folder, {})).text
+    )
+    del sets["datacomp_geode"]
+    line = f"zero-shot, DataComp, {ALL}: no mean, 37 of 38; missing: datacomp_geode"
+    assert line in Page(report_page(results_of(sets), folder, {})).text
+
+
+def test_another_runs_mean_is_shown_only_if_it_has_all_sets(folder: Path) -> None:
+    others = {"whole": results_of(whole_paper(0.4)), "half": results_of(dict(list(whole_paper(0.3).items())[:9]))}
+    page = Page(report_page(results_of(whole_paper()), folder, others)).text
+    row = page[page.index("mean of the paper's 27 sets") :].split()[6:10]
+    assert row[0] == "50.0"
+    assert "40.0" in row
+    assert "30.0" not in row
+
+
+def test_few_shot_columns_name_their_shots(full: dict[str, Any], folder: Path) -> None:
+    full["sets"]["mnist"]["tasks"]["few_shot"] = shots(0.3, 0.5)  # a set with fewer images per class
+    columns = {column.title: column.cells[:2] for column in result_columns(rows(full), {"other": full})}
+    assert columns["2 shots"] == ["60.0", "50.0"]
+    assert columns["4 shots"] == ["70.0", ""]
+    assert "few-shot" not in columns
+    other = results_of({"cifar10": a_set("CIFAR10", few_shot=shots(0.1, 0.2))})
+    cells = [column.cells[0] for column in result_columns(rows(full), {"other": other}) if column.title == "other"]
+    assert cells == ["20.0"]  # 2 shots; it has no 4
+
+
+def test_measured_figures_stand_beside_the_papers_where_they_differ(full: dict[str, Any], folder: Path) -> None:
+    full["sets"]["wds_vtab-cifar10"] = a_set("", 0.9)
+    full["sets"]["wds_cars"] = a_set("", 0.6)
+    columns = {column.title: column.cells for column in result_columns(rows(full), {})}
+    found = dict(zip([row.name for row in rows(full)], columns["measured"], strict=True))
+    assert found["mnist"] == "48.4"  # 51.9 in the paper
+    assert found["imagenet"] == ""  # 63.3 and 63.2
+    assert (found["wds_vtab-cifar10"], found["wds_cars"]) == ("89.8", "59.6")
+    assert found["ours"] == ""
+    page = Page(report_page(full, folder, {})).text
+    assert "measured: OpenAI's ViT-B/32 by open_clip or CLIP_benchmark" in page
+    assert "89.8 (open_clip)" in page
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "metric", "percents"),
+    [  # of ViT-L-14 by laion2b_s32b_b82k in open_clip's docs
+        ("wds_imagenet1k", "zero_shot", "top1", 75.25),
+        ("wds_vtab-pets", "zero_shot", "mean_per_class", 93.09),
+        ("CIFAR10", "zero_shot", "top1", 96.62),
+        ("datacomp_cifar10", "zero_shot", "top1", 96.62),
+        ("wds_voc2007", "zero_shot", "top1", 80.53),
+        ("datacomp_geode", "zero_shot", "worst_group_top1", 89.19),
+        ("wds_flickr30k", "retrieval", "text_to_image_recall@10", 95.94),
+    ],
+)
+def test_measured_figures_are_found_by_each_name_of_a_set(name: str, task: str, metric: str, percents: float) -> None:
+    figure = measured(name, task, "ViT-L-14:laion2b_s32b_b82k", metric)
+    assert figure is not None
+    assert figure.value == pytest.approx(percents / 100)
+    assert measured(name, task, "ViT-L-14:laion2b_s32b_b82k", "map11") is None
+    assert measured("VOC2007", "zero_shot", "ViT-L-14:laion2b_s32b_b82k") is None  # another metric and other images
+
+
+def test_published_weights_are_compared_with_figures_measured_with_them(folder: Path) -> None:
+    results = results_of({"wds_mscoco_captions": a_set("", retrieval={"value": 0.6, "metrics": {
+        "image_to_text_recall@1": 0.6, "text_to_image_recall@1": 0.4}})}, "ViT-B-16-SigLIP:webli")  # fmt: skip
+    columns = {column.title: column.cells for column in result_columns(rows(results), {})}
+    assert columns["measured"] == ["65.7", "47.8"]
+    assert measured_weights({"name": "ViT-B-32-quickgelu:openai"}) == "ViT-B-32"
+    assert measured_weights({"name": "last.ckpt", "architecture": "ViT-B-16"}) == "ViT-B-16"
+    assert "measured: ViT-B-16-SigLIP:webli by" in Page(report_page(results, folder, {})).text
 
 
 def printed(results: dict[str, Any]) -> str:
@@ -319,11 +433,32 @@ def printed(results: dict[str, Any]) -> str:
 def test_the_terminals_table_has_percentages_the_papers_figures_and_failures(full: dict[str, Any]) -> None:
     lines = [line.strip() for line in printed(full).splitlines()]
     cifar = next(line for line in lines if line.startswith("cifar10")).split()
-    assert cifar == ["cifar10", "top-1", "85.0", "91.3", "95.0", "95.1?", "70.0", "10.0", "1,000", "2"]
-    assert any(line.startswith("pets") and "not on disk" in line for line in lines)
-    assert "pets: not on disk: data/pets: not there" in lines
+    assert cifar == ["cifar10", "top-1", "85.0", "91.3", "89.8", "95.0", "95.1?", "70.0", "10.0", "1,000", "2"]
+    assert "not on disk: pets" in lines
+    assert not any(line.startswith(("pets", "pcam ")) for line in lines)  # no empty rows
     assert "pcam: failed: test.h5: truncated" in lines
     assert any("ViT-B/32 (the same name)" in line and "?" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("width", "values"),
+    [
+        (60, "50.0 90.0 10.0"),
+        (80, "50.0 91.3 90.0 95.1? 50.0 10.0 1,000"),
+        (100, "50.0 91.3 89.8 90.0 95.1? 40.0 50.0 10.0 1,000"),
+    ],
+)
+def test_the_terminals_table_leaves_out_what_does_not_fit(width: int, values: str) -> None:
+    sets = whole_paper()
+    for entry in sets.values():
+        entry["tasks"] |= {"linear_probe": probe(0.9), "few_shot": shots(0.4, 0.5)}
+    sets["food101"]["tasks"]["few_shot"] = shots(0.4)
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    print_results(results_of(sets), console)
+    lines = console.file.getvalue().splitlines()  # pyright: ignore[reportAttributeAccessIssue]
+    cifar = next(line for line in lines if line.lstrip().startswith("cifar10 "))
+    assert cifar.split() == ["cifar10", "top-1", *values.split()]
+    assert len(cifar.rstrip()) <= width
 
 
 def test_empty_results_can_be_printed_and_markup_in_names_is_not_interpreted() -> None:
@@ -354,6 +489,8 @@ def test_bars_and_diamonds_are_drawn_at_the_values(full: dict[str, Any]) -> None
     assert ours[:2] == pytest.approx([85.0, 40.0])
     assert theirs[:2] == pytest.approx([0.0, 60.0])  # no bar for a missing set
     assert (ours[-1], theirs[-1]) == pytest.approx((0.0, 20.0))
+    ends = [np.asarray(line.get_xdata()).tolist() for line in figure.axes[0].lines]
+    assert ends[:2] == [pytest.approx([84.0, 86.0]), pytest.approx([39.0, 41.0])]  # intervals
     marks = [mark for mark in figure.axes[0].collections if isinstance(mark, PathCollection)]
     diamonds = [dot for mark in marks for dot in np.asarray(mark.get_offsets()).tolist()]
     assert [90.0 < x < 92.0 for x, y in diamonds if -0.5 < y < 0.5] == [True]  # 91.3 beside the first bar
@@ -370,6 +507,11 @@ def test_differences_are_sorted_and_few_shot_curves_are_means_over_sets(full: di
     assert np.asarray(thick[0].get_ydata()) == pytest.approx([40.0, 55.0, 75.0])
     star = next(line for line in curve.axes[0].lines if line.get_marker() == "*")
     assert np.asarray(star.get_ydata()) == pytest.approx([62.5])
+    other = results_of({"mnist": a_set("MNIST", few_shot=shots(0.1, 0.2, 0.3)), "x": a_set("", few_shot=shots(0.9))})
+    curve = few_shot([ChartRun("this run", full), ChartRun("other", other), ChartRun("none", results_of({}))])
+    assert curve is not None
+    thick = [np.asarray(line.get_ydata()) for line in curve.axes[0].lines if line.get_linewidth() > 2]
+    assert thick == [pytest.approx([30.0, 50.0, 80.0]), pytest.approx([10.0, 20.0, 30.0])]  # mnist alone is in both
 
 
 def test_the_robustness_chart_averages_over_the_same_sets(full: dict[str, Any]) -> None:
@@ -446,7 +588,7 @@ def test_the_page_shows_all_results(full: dict[str, Any], folder: Path) -> None:
         "test: 2 images could not be read",
         "bad.png",
         "truncated file",
-        "how to get it: ask the authors",
+        "1 set not on disk set reason how to get it pets data/pets: not there ask the authors",
         "test.h5: truncated",
         "cat dog 88",
         "25.0 % (1 of 4), 10.0 to 60.0",
@@ -531,8 +673,8 @@ def test_another_run_is_shown_beside_this_one(full: dict[str, Any], folder: Path
     other = results_of({"cifar10": a_set("CIFAR10", 0.123)}, "RN50:openai")
     page = Page(report_page(full, folder, {"runs/other/results.json": other}))
     assert "runs/other/results.json: RN50:openai" in page.text
-    row = page.text[page.text.index("cifar10 top-1") :].split()[:5]
-    assert row == ["cifar10", "top-1", "85.0", "91.3", "12.3"]
+    row = page.text[page.text.index("cifar10 top-1") :].split()[:6]
+    assert row == ["cifar10", "top-1", "85.0", "91.3", "89.8", "12.3"]
 
 
 def test_images_outside_the_run_are_not_read_and_broken_ones_leave_a_gap(full: dict[str, Any], tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def figures(results: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]])
 
 
 def bars(runs: Sequence[ChartRun], column: Column) -> "Figure | None":
-    """One bar for each set and run, with marks for the baseline and for the paper's nearest model."""
+    """One bar for each set and run, its interval a line, with marks for the baseline and the paper's nearest model."""
     tables: list[Table] = [{(row.name, row.metric): row for row in rows(run.results)} for run in runs]
     keys = dict.fromkeys(key for table in tables for key in table)
     order = [key for key in keys if any(_value(table, key, column) is not None for table in tables)]
@@ -71,8 +71,11 @@ def bars(runs: Sequence[ChartRun], column: Column) -> "Figure | None":
             axes.barh(where, [100 * (value or 0) for value in values], 0.9 * thick, color=colour(place), alpha=0.85)
         )
         labels.append(runs[place].name)
-        for y, value in zip(where, values, strict=True):
+        for y, value, key in zip(where, values, order, strict=True):
             axes.text(107, y, percent(value), va="center", ha="right", fontsize=7.5, color=INK)
+            if value is not None and column in tables[place][key].intervals:
+                low, high = tables[place][key].intervals[column]
+                axes.plot([100 * low, 100 * high], [y, y], color=INK, linewidth=1.0, solid_capstyle="butt")
     marked = [tables[0].get(key) for key in order]
     for handle, label in _marks(axes, marked, column, nearest_model(_model(runs[0])), thick / 2 - 0.4):
         handles.append(handle)
@@ -154,9 +157,15 @@ def _gap(values: Mapping[Column, float]) -> float:
 
 
 def few_shot(runs: Sequence[ChartRun]) -> "Figure | None":
-    """Mean over sets by number of examples per class; a star is zero-shot, thin lines are this run's sets."""
-    drawn = [(place, run, _curves(run.results)) for place, run in enumerate(runs)]
-    drawn = [(place, run, curves) for place, run, curves in drawn if curves and _common(curves)]
+    """Mean over the sets that all runs have, by number of examples per class; a star is zero-shot.
+
+    Thin lines are the sets of the first run.
+    """
+    found = {place: _curves(run.results) for place, run in enumerate(runs)}
+    found = {place: curves for place, curves in found.items() if curves}
+    shared = set.intersection(*map(set, found.values())) if found else set[str]()
+    of_shared = {place: [curve for name, curve in curves.items() if name in shared] for place, curves in found.items()}
+    drawn = [(place, runs[place], curves) for place, curves in of_shared.items() if curves and _common(curves)]
     if not drawn:
         return None
     figure, axes = new_figure(4.6, 7.5)
@@ -188,10 +197,11 @@ def few_shot(runs: Sequence[ChartRun]) -> "Figure | None":
 Curve = tuple[dict[int, float], float | None]  # few-shot values of a set by number of examples; its zero-shot value
 
 
-def _curves(results: Mapping[str, Any]) -> list[Curve]:
+def _curves(results: Mapping[str, Any]) -> dict[str, Curve]:
+    """Curves by set."""
     zero_shot = {row.name: row.values.get("zero_shot") for row in rows(results)}
-    found = [(shots_of(entry), zero_shot.get(name)) for name, entry in sets_of(results)]
-    return [(curve, value) for curve, value in found if curve]
+    found = {name: (shots_of(entry), zero_shot.get(name)) for name, entry in sets_of(results)}
+    return {name: curve for name, curve in found.items() if curve[0]}
 
 
 def _common(curves: Sequence[Curve]) -> list[int]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lit_clip.evaluation.comparison import PairedDifference
 from lit_clip.evaluation.overview import (
     STATUSES,
     Row,
@@ -17,44 +18,74 @@ from lit_clip.evaluation.overview import (
     rows,
     sets_of,
 )
-from lit_clip.evaluation.published import PAPER, NearestModel, disagreements, nearest, papers_name
+from lit_clip.evaluation.published import (
+    PAPER,
+    NearestModel,
+    disagreements,
+    measured_weights,
+    nearest,
+    papers_name,
+)
 from lit_clip.evaluation.report.chart_style import svg
 from lit_clip.evaluation.report.charts import figures
-from lit_clip.evaluation.report.result_columns import result_columns
+from lit_clip.evaluation.report.result_columns import Groups, result_columns
+from lit_clip.evaluation.report.results_table import incomplete_means, mean_groups, measured_note
 from lit_clip.evaluation.report.robustness_chart import effective_rows
-from lit_clip.evaluation.report.set_section import leaves, set_section
+from lit_clip.evaluation.report.set_section import TASKS, leaves, set_section
 from lit_clip.tools.html import plural, write_page
 
 TEMPLATE = Path(__file__).parent / "templates" / "report.html"
 Results = Mapping[str, Any]
 
 
-def write_report(results: Results, out: Path, others: Mapping[str, Results]) -> None:
+def write_report(
+    results: Results,
+    out: Path,
+    others: Mapping[str, Results],
+    groups: Groups | None = None,
+    differences: Sequence[PairedDifference] = (),
+) -> None:
     """Write ``report.html``.
 
     Args:
         results: contents of ``results.json``.
         out: the run's folder, which holds the images.
         others: results of other runs to compare with, by path or name.
+        groups: names of runs that are seeds of one recipe, see :func:`lit_clip.evaluation.comparison.seed_groups`.
+        differences: from the other runs on the same images.
 
     Raises:
         InputError: the folder cannot be written to.
     """
-    write_page(out / "report.html", TEMPLATE, **report_values(results, out, others))
+    write_page(out / "report.html", TEMPLATE, **report_values(results, out, others, groups, differences))
 
 
-def report_values(results: Results, folder: Path, others: Mapping[str, Results]) -> dict[str, Any]:
+def report_values(
+    results: Results,
+    folder: Path,
+    others: Mapping[str, Results],
+    groups: Groups | None = None,
+    differences: Sequence[PairedDifference] = (),
+) -> dict[str, Any]:
     """Compute the values of ``report.html``; see :func:`write_report`."""
     model = results.get("model") or {}
-    near, found, sets = nearest(model), rows(results), sets_of(results)
-    columns = list(result_columns(found, others))
+    near, everything = nearest(model), rows(results)
+    found = [row for row in everything if row.status != "missing"]
+    missing = [(name, entry) for name, entry in sets_of(results) if entry.get("status") == "missing"]
+    sets = [(name, entry) for name, entry in sets_of(results) if entry.get("status") != "missing"]
+    columns, weights = list(result_columns(found, others, groups)), measured_weights(model)
     return {
         "title": f"Evaluation of {model.get('name') or 'a model'}",
-        "summary": _summary(found, near),
+        "summary": _summary(everything, near),
         "rows": [(row, STATUSES.get(row.status, row.status), metric_words(row.metric)) for row in found],
         "columns": columns,
+        "means": mean_groups(columns),
+        "incomplete": incomplete_means(found),
+        "missing": [(name, entry.get("reason") or "", entry.get("how_to_get") or "") for name, entry in missing],
+        "comparisons": {name: _comparison([each for each in differences if each.run == name]) for name in others},
         "anchors": {name: f"set-{place}" for place, (name, _) in enumerate(sets)},
         "paper": PAPER,
+        "measured": measured_note(model),
         "disagreements": disagreements(),
         "charts": {name: svg(figure, name) for name, figure in figures(results, others).items()},
         "effective": [
@@ -63,8 +94,24 @@ def report_values(results: Results, folder: Path, others: Mapping[str, Results])
         ],
         "provenance": list(_provenance(results, others)),
         "architecture": list(leaves(model.get("architecture"), ".")),
-        "sections": [set_section(name, entry, near.name, folder) for name, entry in sets],
+        "sections": [set_section(name, entry, near.name, folder, weights) for name, entry in sets],
     }
+
+
+def _comparison(differences: Sequence[PairedDifference]) -> dict[str, Any]:
+    """Lines of the differences from a run, and why some sets are not compared, by reason."""
+    lines, reasons = [], dict[str, list[str]]()
+    for each in differences:
+        task = TASKS.get(each.task, each.task)
+        if each.difference is None or each.interval is None:
+            reasons.setdefault(each.reason, []).append(f"{each.set} ({task})")
+            continue
+        low, high = each.interval
+        p_value = "" if each.p_value is None else "< 0.0001" if each.p_value < 1e-4 else f"{each.p_value:.4f}"
+        ends = f"{points(low)} to {points(high)}"
+        cells = [each.set, f"{task}, {metric_words(each.metric)}", points(each.difference), ends, p_value]
+        lines.append(([*cells, f"{each.images:,}"], low > 0 or high < 0))
+    return {"lines": lines, "reasons": {reason: ", ".join(dict.fromkeys(sets)) for reason, sets in reasons.items()}}
 
 
 def _summary(found: Sequence[Row], near: NearestModel) -> str:
@@ -78,7 +125,7 @@ def _summary(found: Sequence[Row], near: NearestModel) -> str:
 
 def _provenance(results: Results, others: Mapping[str, Results]) -> Iterator[tuple[str, str]]:
     """All that the results record beside the sets and the architecture, by the names in ``results.json``."""
-    facts = {key: value for key, value in results.items() if key != "sets"}
+    facts = {key: value for key, value in results.items() if key not in ("sets", "comparisons")}
     facts["model"] = {key: value for key, value in (results.get("model") or {}).items() if key != "architecture"}
     suites = results.get("suite") or []
     facts["suite"] = "; ".join(f"{suite.get('path')}, SHA-256 {suite.get('sha256')}" for suite in suites)

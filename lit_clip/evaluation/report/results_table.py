@@ -6,67 +6,110 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from lit_clip.evaluation.overview import COLUMNS, STATUSES, means, metric_words, rows
-from lit_clip.evaluation.published import PAPER, nearest, papers_name
+from lit_clip.evaluation.overview import COLUMNS, STATUSES, Row, group_means, metric_words, rows
+from lit_clip.evaluation.published import PAPER, measured_weights, nearest, papers_name
 from lit_clip.evaluation.report.result_columns import ResultColumn, result_columns
 from lit_clip.tools.console import Console, Text
 
 WIDE = 130  # columns of a file
+SET, METRIC = 12, 10  # least widths
+SIDES = SET + METRIC + 5  # with the space around them
 HEADS = {  # narrow
     "zero-shot": "zero-\nshot",
     "linear probe": "linear\nprobe",
-    "few-shot": "few-\nshot",
+    "measured": "meas-\nured",
     "baseline": "base-\nline",
     "skipped": "skip-\nped",
 }
 
 
 def print_results(results: Mapping[str, Any], console: Console | None = None) -> None:
-    """Print :func:`results_table`, and below it what was not evaluated and why."""
+    """Print :func:`results_table`, and below it what was not evaluated; the report says how to get missing sets."""
     console = console or Console()
     if not console.is_terminal:
         console.width = max(console.width, WIDE)  # a file has room
-    console.print(results_table(results))
-    for row in rows(results):
-        if row.status != "done":
+    console.print(results_table(results, console.width))
+    found = rows(results)
+    for line in incomplete_means(found):
+        console.print(line, soft_wrap=True)
+    missing = [row.name for row in found if row.status == "missing"]
+    if missing:
+        console.print(f"{STATUSES['missing']}: {', '.join(missing)}", soft_wrap=True)
+    for row in found:
+        if row.status not in ("done", "missing"):
             reason = f": {row.reason}" if row.reason else ""
             console.print(f"{row.name}: {STATUSES.get(row.status, row.status)}{reason}", soft_wrap=True)
 
 
-def results_table(results: Mapping[str, Any]) -> Table:
-    """Return a row for each set and metric, in %, with the figures of the paper's nearest model.
+def results_table(results: Mapping[str, Any], width: int = WIDE) -> Table:
+    """Return a row for each metric of the sets that were evaluated, in %, beside the paper's nearest model.
 
     Args:
         results: contents of a ``results.json``.
+        width: of the terminal; columns that do not fit are left out, the least needed first.
     """
-    found = rows(results)
-    columns = list(result_columns(found, {}))
+    found = [row for row in rows(results) if row.status == "done"]
+    columns = _fitting([column for column in result_columns(found, {}) if any(column.cells)], width)
     caption = Text(_caption(results, columns), justify="left")
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False, caption=caption)
-    table.add_column("set", overflow="fold", min_width=12)
-    table.add_column("metric", overflow="fold", min_width=10)
+    table.add_column("set", overflow="fold", min_width=SET)
+    table.add_column("metric", overflow="fold", min_width=METRIC)
     for column in columns:
         style = "dim" if column.title == "paper" else ""
-        table.add_column(HEADS.get(column.title, column.title), justify="right", no_wrap=True, style=style)
+        table.add_column(_head(column), justify="right", no_wrap=True, style=style)
     for place, row in enumerate(found):
-        metric = STATUSES.get(row.status, row.status) or metric_words(row.metric)
-        table.add_row(*map(Text, [row.name, metric, *(column.cells[place] for column in columns)]))
-    counts = sorted({mean.sets for mean in (means(found, column) for column in COLUMNS) if mean})
-    if counts and sum(bool(row.values) for row in found) > 1:
+        cells = [column.cells[place] for column in columns]
+        table.add_row(*map(Text, [row.name, metric_words(row.metric), *cells]))
+    for group in mean_groups(columns):
         table.add_section()
-        table.add_row(
-            "mean",
-            f"of {' and '.join(map(str, counts))} set{'s' * (counts != [1])}",
-            *(column.mean for column in columns),
-        )
+        table.add_row("mean", Text(f"of {group}"), *(column.means.get(group, "") for column in columns))
     return table
 
 
+def _head(column: ResultColumn) -> str:
+    return HEADS.get(column.title, column.title.replace(" ", "\n"))
+
+
+def _fitting(columns: Sequence[ResultColumn], width: int) -> list[ResultColumn]:
+    """Leave out what a terminal has no room for; the report has it."""
+    few_shot = [column.title for column in columns if column.title.split(" ")[0].isdecimal()]
+    for title in ("", "measured", *few_shot[:-1], "images", *few_shot[-1:], "paper", "baseline"):
+        columns = [column for column in columns if column.title != title]
+        cells = [[*_head(column).split("\n"), *column.cells, *column.means.values()] for column in columns]
+        if SIDES + sum(2 + max(map(len, of_column)) for of_column in cells) <= width:
+            break
+    return list(columns)
+
+
+def mean_groups(columns: Sequence[ResultColumn]) -> list[str]:
+    """Return the groups of sets of which a column has a mean."""
+    return list(dict.fromkeys(group for column in columns for group, mean in column.means.items() if mean))
+
+
+def incomplete_means(found: Sequence[Row]) -> list[str]:
+    """Return a line for each group of sets that is not complete, so that its mean is not shown."""
+    lines: dict[str, list[str]] = {}
+    for column, title in COLUMNS.items():
+        for mean in group_means(found, column):
+            if mean.missing:
+                lines.setdefault(f"{mean.group}: no mean, {mean.counted}", []).append(title)
+    return [f"{' and '.join(titles)}, {line}" for line, titles in lines.items()]
+
+
 def _caption(results: Mapping[str, Any], columns: Sequence[ResultColumn]) -> str:
-    papers = [column for column in columns if column.title == "paper"]
-    if not papers:
-        return "in %"
-    near = nearest(results.get("model") or {})
-    unchecked = any(cell.endswith("?") for column in papers for cell in column.cells)
-    note = "; ? a figure that could not be checked" if unchecked else ""
-    return f"in %; paper: {PAPER}, {papers_name(near.name)} ({near.rule}){note}"
+    model, titles = results.get("model") or {}, {column.title for column in columns}
+    near, notes = nearest(model), ["in %"]
+    if "paper" in titles:
+        notes.append(f"paper: {PAPER}, {papers_name(near.name)} ({near.rule})")
+    if any(cell.endswith("?") for column in columns if column.title == "paper" for cell in column.cells):
+        notes.append("? a figure that could not be checked")
+    if "measured" in titles:
+        notes.append(measured_note(model))
+    return "; ".join(notes)
+
+
+def measured_note(model: Mapping[str, Any]) -> str:
+    """Say whose figures the column ``measured`` has."""
+    weights = measured_weights(model)
+    whose = weights if ":" in weights else f"OpenAI's {papers_name(weights)}"
+    return f"measured: {whose} by open_clip or CLIP_benchmark, if the paper's figure is 1 point or more away or unknown"

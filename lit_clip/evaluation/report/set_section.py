@@ -24,7 +24,9 @@ CONFUSIONS = 20
 Task = Mapping[str, Any]  # of results.json
 
 
-def set_section(name: str, entry: Mapping[str, Any], model: str, folder: Path) -> dict[str, Any]:
+def set_section(
+    name: str, entry: Mapping[str, Any], model: str, folder: Path, weights: str | None = None
+) -> dict[str, Any]:
     """Compute the values of ``set_section.html``.
 
     Args:
@@ -32,6 +34,7 @@ def set_section(name: str, entry: Mapping[str, Any], model: str, folder: Path) -
         entry: of the set in ``results.json``.
         model: the paper's model whose figures are shown for comparison.
         folder: of the run, which holds the images.
+        weights: the published weights whose measured figures are shown; None: OpenAI's of the paper's model.
     """
     tasks = tasks_of(entry)
     zero_shot = tasks.get("zero_shot", {})
@@ -39,7 +42,7 @@ def set_section(name: str, entry: Mapping[str, Any], model: str, folder: Path) -
         "name": name,
         "entry": entry,
         "status": STATUSES.get(entry.get("status") or "done", entry.get("status")),
-        "metrics": _metrics(entry, tasks, model),
+        "metrics": _metrics(name, entry, tasks, model, weights or model),
         "facts": list(_facts(entry, tasks)),
         "few_shot": list(_few_shot(tasks.get("few_shot", {}))),
         "search": [(f"{l2:.3g}", percent(number(s))) for l2, s in tasks.get("linear_probe", {}).get("search") or []],
@@ -50,10 +53,12 @@ def set_section(name: str, entry: Mapping[str, Any], model: str, folder: Path) -
     }
 
 
-def _metrics(entry: Mapping[str, Any], tasks: Mapping[str, Task], model: str) -> list[list[str]]:
-    """Head and lines of all metrics, with the paper's figures and what open_clip measured of the same model."""
+def _metrics(
+    name: str, entry: Mapping[str, Any], tasks: Mapping[str, Task], model: str, weights: str
+) -> list[list[str]]:
+    """Head and lines of all metrics, with the paper's figures and what others measured with published weights."""
     paper = str(entry.get("paper") or "")
-    lines = [["metric", "%", "99.5 % interval", "paper", "open_clip", "others in the paper"]]
+    lines = [["metric", "%", "99.5 % interval", "paper", "measured", "others in the paper"]]
     for task, result in tasks.items():
         others = peers(paper, task)
         for metric, value in (result.get("metrics") or {}).items():
@@ -61,10 +66,10 @@ def _metrics(entry: Mapping[str, Any], tasks: Mapping[str, Task], model: str) ->
                 [
                     f"{TASKS.get(task, task)}, {metric_words(metric)}",
                     percent(number(value)),
-                    _between(result.get("interval")) if metric == entry.get("metric") else "",
+                    _between((result.get("intervals") or {}).get(metric)),
                     _with_table(published(paper, task, model, metric)),
-                    papers_percent(measured(paper, task, model, metric)),
-                    "; ".join(f"{name} {_with_table(of[metric])}" for name, of in others.items() if metric in of),
+                    _with_source(measured(paper or name, task, weights, metric)),
+                    "; ".join(f"{peer} {_with_table(of[metric])}" for peer, of in others.items() if metric in of),
                 ]
             )
     kept = [place for place in range(6) if any(line[place] for line in lines[1:])]
@@ -73,6 +78,10 @@ def _metrics(entry: Mapping[str, Any], tasks: Mapping[str, Task], model: str) ->
 
 def _with_table(figure: Published | None) -> str:
     return f"{papers_percent(figure)} ({figure.source.removeprefix(f'{PAPER}, ')})" if figure else ""
+
+
+def _with_source(figure: Published | None) -> str:
+    return f"{papers_percent(figure)} ({figure.source.split(', ')[0]})" if figure else ""
 
 
 def _between(interval: Any) -> str:

@@ -14,9 +14,11 @@ from rich.console import Console
 
 from datamodules.evaluation import LabelledTable, LocatedImages
 from lit_clip.errors import InputError
+from lit_clip.evaluation.comparison import OtherRun, paired_differences
 from lit_clip.evaluation.prompts import prompts_of
 from lit_clip.evaluation.report import chart_style, page
 from lit_clip.evaluation.report.results_table import print_results
+from lit_clip.evaluation.report.tables import write_tables
 from lit_clip.evaluation.results import read_results
 from lit_clip.evaluation.suite import read_suite
 from tests.fuzz.inputs import CANARY, Input, Inputs, damaged, edited_json
@@ -91,7 +93,7 @@ def result_trees() -> dict[str, Any]:
     zero_shot = {
         "value": 0.5,
         "metrics": {"top1": 0.5, "top5": 0.8},
-        "interval": [0.4, 0.6],
+        "intervals": {"top1": [0.4, 0.6]},
         "baseline": 0.1,
         "per_class": [["cat", 0.5, 10], ["dog", 0.4, 10]],
         "confusions": [["cat", "dog", 88]],
@@ -175,6 +177,8 @@ def read_other_results(folder: Path, given: Input) -> Iterator[str]:
         with patch.object(page, "svg", written):
             page.write_report(whole, folder, {"other": results})
             page.write_report(results, folder, {"other": whole})
+        write_tables(results, folder, {"other": whole, "b": results}, {"b": ["b"], "this": ["other"]})
+        paired_differences(whole, folder, {"other": OtherRun("", folder, results)})
     except InputError as error:
         raise AssertionError(f"refused after it was read: {error}") from error
     text = (folder / "report.html").read_text(encoding="utf-8")

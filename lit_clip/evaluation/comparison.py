@@ -1,0 +1,237 @@
+"""Compare a run with others: image by image where both kept their predictions, and over the seeds of a recipe."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lit_clip.errors import InputError, require
+from lit_clip.evaluation.intervals import Interval, UnitScores, mean_interval
+from lit_clip.evaluation.overview import COLUMNS, number, sets_of, tasks_of
+from lit_clip.evaluation.predictions import read_predictions
+from lit_clip.evaluation.results import read_results
+
+THIS = "this"  # name of the group that the run itself belongs to
+NEAR_KM = 25  # the distance that geolocation is compared by
+Table = Mapping[str, np.ndarray]  # of a file of predictions
+
+
+class OtherRun(NamedTuple):
+    """A run to compare with.
+
+    Attributes:
+        group: name of the recipe whose seeds belong together; empty for a run of its own.
+        folder: holds its predictions.
+        results: contents of its ``results.json``.
+    """
+
+    group: str
+    folder: Path
+    results: dict[str, Any]
+
+
+def other_runs(texts: Sequence[str]) -> dict[str, OtherRun]:
+    """Read runs, each given as ``PATH`` of a ``results.json`` or its folder, or as ``NAME=PATH``; return them by name.
+
+    Runs with the same name are seeds of one recipe.
+
+    Raises:
+        InputError: a path that does not exist or holds no results, or the same run twice.
+    """
+    found: dict[str, OtherRun] = {}
+    groups = [group for group, _ in map(_group_and_path, texts)]
+    for group, path in map(_group_and_path, texts):
+        name = f"{group}: {path}" if group == THIS or groups.count(group) > 1 and group else group or str(path)
+        require(name not in found, f"--compare {path}: given twice")
+        results = read_results(path)
+        found[name] = OtherRun(group, path if path.is_dir() else path.parent, results)
+    return found
+
+
+def _group_and_path(text: str) -> tuple[str, Path]:
+    """Divide ``NAME=PATH``; a path that exists may have an equals sign itself."""
+    group, equals, path = text.partition("=")
+    return (group.strip(), Path(path)) if equals and group.strip() and not Path(text).exists() else ("", Path(text))
+
+
+def seed_groups(others: Mapping[str, OtherRun]) -> dict[str, list[str]]:
+    """Return the names of the runs of each recipe with several; the run itself belongs to :data:`THIS`."""
+    groups: dict[str, list[str]] = {}
+    for name, run in others.items():
+        if run.group:
+            groups.setdefault(run.group, []).append(name)
+    return {group: names for group, names in groups.items() if len(names) > 1 or group == THIS}
+
+
+class OverSeeds(NamedTuple):
+    """Mean and sample standard deviation of a value over the runs of a recipe."""
+
+    mean: float
+    deviation: float
+    runs: int
+
+
+def over_seeds(values: Sequence[float | None]) -> OverSeeds | None:
+    """Summarise the values of a recipe's runs; None if one is missing."""
+    known = [value for value in values if value is not None]
+    return OverSeeds(fmean(known), stdev(known), len(known)) if len(known) == len(values) > 1 else None
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """A metric of this run minus that of another on the same images; fractions.
+
+    Attributes:
+        run: name of the other run.
+        set: name of the set.
+        task: as in ``results.json``.
+        metric: as in ``results.json``.
+        images: number of images, or of queries.
+        difference: None if the runs cannot be paired.
+        interval: 99.5 % bootstrap interval of the difference, over images (within classes for a mean per class).
+        p_value: exact two-sided test that the images which only one run gets right are as often one's as the other's
+            (McNemar 1947); None if images are not simply right or wrong, or the set has several folds.
+        reason: why they cannot be paired.
+    """
+
+    run: str
+    set: str
+    task: str
+    metric: str
+    images: int = 0
+    difference: float | None = None
+    interval: Interval | None = None
+    p_value: float | None = None
+    reason: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as in ``results.json``."""
+        return asdict(self)
+
+
+def paired_differences(
+    results: Mapping[str, Any], folder: Path, others: Mapping[str, OtherRun]
+) -> list[PairedDifference]:
+    """Compare a run with others on every set and task that both have; seeds of its own recipe are not compared.
+
+    Args:
+        results: contents of the run's ``results.json``.
+        folder: of the run.
+        others: by name.
+    """
+    found = []
+    for name, other in others.items():
+        theirs = dict(sets_of(other.results))
+        for set_name, entry in sets_of(results) if other.group != THIS else ():
+            for task, metric in _compared(entry, theirs.get(set_name, {})):
+                place, other_metric = PairedDifference(name, set_name, task, metric), theirs[set_name].get("metric")
+                try:
+                    same = task not in COLUMNS or other_metric == metric
+                    require(same, f"its metric is {metric} here and {other_metric} there")
+                    runs = [(folder, entry), (other.folder, theirs[set_name])]
+                    found.append(_paired(place, [_scores(where, each, place) for where, each in runs]))
+                except InputError as error:
+                    found.append(PairedDifference(name, set_name, task, metric, reason=str(error)))
+    return found
+
+
+def _compared(entry: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the tasks that both have, with the metrics to compare."""
+    for task in tasks_of(entry):
+        if task in tasks_of(theirs):
+            if task in COLUMNS:
+                yield task, str(entry.get("metric") or "top1")
+            elif task == "retrieval":
+                yield from ((task, f"{direction}_recall@1") for direction in ("image_to_text", "text_to_image"))
+            elif task == "geolocation":
+                yield task, f"within_{NEAR_KM}km"
+
+
+class _Scores(NamedTuple):
+    """Scores of a run's images, sorted by fold and key."""
+
+    fold: np.ndarray
+    key: np.ndarray
+    truth: np.ndarray
+    value: np.ndarray
+
+
+def _scores(folder: Path, entry: Mapping[str, Any], place: PairedDifference) -> _Scores:
+    """Read the scores whose mean is a metric.
+
+    Raises:
+        InputError: there are none, or they are not those of ``results.json``.
+    """
+    name, task, metric = place.set, place.task, place.metric
+    known = number((tasks_of(entry)[task].get("metrics") or {}).get(metric))
+    table = read_predictions(folder, name, task)
+    require(task in ("retrieval", "geolocation") or "score" in table, f"{metric} is not a mean over images")
+    stale = f"predictions of {name} in {folder} are not those of its results.json; evaluate it again"
+    try:
+        if task == "retrieval":
+            table = {
+                key: column[table["direction"] == metric.removesuffix("_recall@1")] for key, column in table.items()
+            }
+            value = table["rank"] < 1
+        else:
+            value = table["km"] <= NEAR_KM if task == "geolocation" else table["score"]
+        key = table["key"].astype(str)
+        none = np.zeros(len(key), dtype=np.int64)
+        fold, truth = (np.asarray(table.get(column, none)).astype(np.int64) for column in ("fold", "truth"))
+        order = np.lexsort((key, fold))
+        found = _Scores(*(np.asarray(column)[order] for column in (fold, key, truth, value.astype(np.float64))))
+    except (KeyError, ValueError, TypeError) as error:
+        raise InputError(stale) from error
+    require(len(found.key) > 0 and known is not None and abs(_mean(found, metric) - known) < 1e-5, stale)
+    return found
+
+
+def _folds(scores: _Scores, metric: str) -> list[UnitScores]:
+    classes = scores.truth if metric == "mean_per_class" else None
+    of_fold = [scores.fold == fold for fold in np.unique(scores.fold)]
+    return [UnitScores(scores.value[rows], None if classes is None else classes[rows]) for rows in of_fold]
+
+
+def _mean(scores: _Scores, metric: str) -> float:
+    return fmean(fold.mean() for fold in _folds(scores, metric))
+
+
+def _paired(place: PairedDifference, both: Sequence[_Scores]) -> PairedDifference:
+    """Compare two runs' scores.
+
+    Raises:
+        InputError: they are not of the same images.
+    """
+    ours, theirs = both
+    if not (np.array_equal(ours.key, theirs.key) and np.array_equal(ours.fold, theirs.fold)):
+        here, there = (set(zip(run.fold.tolist(), run.key.tolist(), strict=True)) for run in both)
+        raise InputError(f"other images: {len(here - there)} only here, {len(there - here)} only there")
+    require(np.array_equal(ours.truth, theirs.truth), "the same images have other labels")
+    folds = _folds(ours._replace(value=ours.value - theirs.value), place.metric)
+    binary = all(bool(np.isin(run.value, (0, 1)).all()) for run in both)
+    return PairedDifference(
+        place.run,
+        place.set,
+        place.task,
+        place.metric,
+        len(ours.key),
+        fmean(fold.mean() for fold in folds),
+        mean_interval([fold.bootstrap() for fold in folds]),
+        mcnemar(ours.value, theirs.value) if binary and len(folds) == 1 else None,
+    )
+
+
+def mcnemar(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Return the exact two-sided p-value of McNemar's test; 1 if both are right about the same images.
+
+    Args:
+        ours: 0 or 1 for each image.
+        theirs: the other run's, of the same images.
+    """
+    from scipy.stats import binomtest
+
+    only_ours, only_theirs = int((ours > theirs).sum()), int((theirs > ours).sum())
+    return float(binomtest(only_ours, only_ours + only_theirs).pvalue) if only_ours + only_theirs else 1.0

@@ -1,0 +1,139 @@
+"""What a task predicted for each image: the scores that its metrics are means of, and a file of it per set and task.
+
+Shapes: N images, C classes, E distinct image-caption pairs.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lit_clip.errors import InputError
+from lit_clip.evaluation.accuracy import predictions, ranks_of_labels
+from lit_clip.evaluation.intervals import Interval, UnitScores
+from lit_clip.evaluation.retrieval_metrics import Pairs
+from lit_clip.evaluation.scores import interval, lexicon_predictions, pm_right
+from lit_clip.evaluation.suite import Metric
+from lit_clip.evaluation.targets import Targets
+from lit_clip.tools.atomic import make_folder, replacing
+from lit_clip.tools.reading import reading
+
+Columns = dict[str, Any]  # values of a file by column, all of the same length
+
+
+def unit_scores(metric: Metric, scores: Tensor, targets: Targets) -> dict[str, UnitScores]:
+    """Return the scores whose means are :func:`lit_clip.evaluation.scores.evaluate_scores`.
+
+    Metrics that are not means over images, such as average precision, are left out. Arguments are as there.
+    """
+    found: dict[str, UnitScores] = {}
+    if bool((targets.labels >= 0).all()):
+        ranks = ranks_of_labels(scores, targets.labels).cpu().numpy()
+        top1, top5 = (ranks < 1).astype(np.float64), (ranks < 5).astype(np.float64)
+        found["top1"] = UnitScores(top1)
+        if targets.classes > 5:
+            found["top5"] = UnitScores(top5)
+        found["mean_per_class"] = UnitScores(top1, targets.labels.numpy())
+        if metric == "mean_top1_top5":
+            found[metric] = UnitScores((top1 + top5) / 2)
+    if metric == "lexicon":
+        right = np.array(lexicon_predictions(scores, targets)) == targets.labels.numpy()
+        found[metric] = UnitScores(right.astype(np.float64))
+    if metric == "pm":
+        right = {name: np.array(values, dtype=np.float64) for name, values in pm_right(scores, targets).items()}
+        found |= {name: UnitScores(values) for name, values in right.items()}
+        found[metric] = UnitScores((right["pm0"] + right["pm10"]) / 2)
+    return found
+
+
+def class_columns(
+    metric: Metric, keys: Sequence[str], scores: Tensor, targets: Targets, units: Mapping[str, UnitScores], fold: int
+) -> Columns:
+    """Return the columns of a classification: one row an image, or an anchor frame with ``pm``.
+
+    ``truth`` and ``prediction`` are places in ``class_names`` of the set's entry in ``results.json``, -1 for none;
+    ``score`` is the image's contribution to the set's metric, absent if that is not a mean over images.
+    """
+    prediction = np.array(lexicon_predictions(scores, targets)) if metric == "lexicon" else predictions(scores).cpu()
+    rows = [anchor for anchor, _ in targets.neighbours or ()] if metric == "pm" else range(len(keys))
+    places = np.array(rows, dtype=np.int64)
+    columns: Columns = {
+        "fold": np.full(len(places), fold, dtype=np.int16),
+        "key": [keys[row] for row in rows],
+        "truth": targets.labels.numpy()[places].astype(np.int32),
+        "prediction": np.asarray(prediction)[places].astype(np.int32),
+    }
+    if metric in units:
+        columns["score"] = units[metric].values.astype(np.float32)
+    return columns
+
+
+def retrieval_columns(keys: Sequence[str], pairs: Pairs, image_ranks: Tensor, pair_ranks: Tensor) -> Columns:
+    """Return the columns of a retrieval: one row a query, with the ``rank`` of its best right candidate, 0 is best.
+
+    Args:
+        keys: of the images.
+        pairs: of the set.
+        image_ranks: int64 ``[I]``, ranks of the images' best captions.
+        pair_ranks: int64 ``[E]``, rank of its image for the caption of each pair. Queries are called like their image
+            with a number, as captions have no keys.
+    """
+    captions: Counter[int] = Counter()
+    names = []
+    for image in pairs.image.repeat_interleave(pairs.rows).tolist():
+        names.append(f"{keys[image]}#{captions[image]}")
+        captions[image] += 1
+    return {
+        "direction": ["image_to_text"] * len(keys) + ["text_to_image"] * len(names),
+        "key": [*keys, *names],
+        "rank": torch.cat([image_ranks, pair_ranks.repeat_interleave(pairs.rows)]).numpy().astype(np.int32),
+    }
+
+
+def recall_intervals(metrics: Mapping[str, float], images: int, captions: int) -> dict[str, Interval]:
+    """Return the intervals of recalls, as proportions of independent queries."""
+    recalls = {name: value for name, value in metrics.items() if "recall@" in name}
+    return {name: interval(value, captions if "text_to_image" in name else images) for name, value in recalls.items()}
+
+
+def joined(folds: Sequence[Columns]) -> Columns:
+    """Join the rows of several folds."""
+    return {name: np.concatenate([fold[name] for fold in folds]) for name in folds[0]}
+
+
+def predictions_name(name: str, task: str) -> str:
+    """Return the name of a file of predictions, relative to the run's folder."""
+    return f"predictions/{name}/{task}.parquet"
+
+
+def write_predictions(folder: Path, name: str, task: str, columns: Columns) -> str:
+    """Write the predictions of a set's task as Parquet; return :func:`predictions_name`."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = folder / predictions_name(name, task)
+    make_folder(path.parent)
+    with replacing(path) as draft:
+        pq.write_table(pa.table(columns), draft, compression="zstd")
+    return predictions_name(name, task)
+
+
+def read_predictions(folder: Path, name: str, task: str) -> dict[str, np.ndarray]:
+    """Read the columns of a file of predictions.
+
+    Raises:
+        InputError: there is none in the run's folder, or it is damaged.
+    """
+    import pyarrow.parquet as pq
+
+    path, within = (Path(os.path.realpath(each)) for each in (folder / predictions_name(name, task), folder))
+    if not path.is_relative_to(within) or not path.is_file():
+        raise InputError(f"no {predictions_name(name, task)} in {folder}")
+    with reading(path, "file of predictions"):
+        table = pq.read_table(path)
+        return {column: table[column].to_numpy(zero_copy_only=False) for column in table.column_names}

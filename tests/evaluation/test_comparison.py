@@ -1,0 +1,185 @@
+"""Comparisons of runs against plain loops over their images."""
+
+import json
+import math
+import random
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lit_clip.errors import InputError
+from lit_clip.evaluation.comparison import (
+    OtherRun,
+    mcnemar,
+    other_runs,
+    over_seeds,
+    paired_differences,
+    seed_groups,
+)
+from lit_clip.evaluation.predictions import write_predictions
+
+KEYS = [f"{number}.png" for number in range(60)]
+TRUTH = np.array([number % 3 if number < 30 else 0 for number in range(60)], dtype=np.int32)
+
+
+def run_of(folder: Path, right: list[float], metric: str = "top1", task: str = "zero_shot", **columns: Any) -> OtherRun:
+    """Write a run whose images have these scores, and return it."""
+    score = np.array(right, dtype=np.float32)
+    table: dict[str, Any] = {
+        "fold": np.zeros(60, dtype=np.int16),
+        "key": KEYS,
+        "truth": TRUTH,
+        "score": score,
+        **columns,
+    }
+    write_predictions(folder, "a", task, table)
+    value = float(score.mean())
+    if metric == "mean_per_class":
+        value = statistics.fmean(float(score[label == TRUTH].mean()) for label in range(3))
+    entry = {"metric": metric, "tasks": {task: {"value": value, "metrics": {metric: value}}}}
+    results = {"model": {"name": folder.name}, "sets": {"a": entry}}
+    (folder / "results.json").write_text(json.dumps(results))
+    return OtherRun("", folder, results)
+
+
+def answers(seed: int, share: float) -> list[float]:
+    generator = random.Random(seed)
+    return [float(generator.random() < share) for _ in range(60)]
+
+
+def plain_p(only_ours: int, only_theirs: int) -> float:
+    """McNemar's exact test: the probability of a split as uneven as this one among fair coins."""
+    n = only_ours + only_theirs
+    probability = [math.comb(n, k) / 2**n for k in range(n + 1)]
+    return sum(p for k, p in enumerate(probability) if abs(k - n / 2) >= abs(only_ours - n / 2) - 1e-9)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(0, 0), (1, 0), (5, 5), (9, 2), (30, 11)])
+def test_mcnemars_p_is_that_of_fair_coins(ours: int, theirs: int) -> None:
+    a = np.array([1] * ours + [0] * theirs + [1, 0] * 7)
+    b = np.array([0] * ours + [1] * theirs + [1, 0] * 7)
+    assert mcnemar(a, b) == pytest.approx(plain_p(ours, theirs) if ours + theirs else 1.0)
+
+
+@pytest.mark.parametrize("metric", ["top1", "mean_per_class"])
+def test_differences_are_paired_by_image(tmp_path: Path, metric: str) -> None:
+    ours, theirs = answers(0, 0.8), answers(1, 0.5)
+    run, other = run_of(tmp_path / "x", ours, metric), run_of(tmp_path / "y", theirs, metric)
+    (found,) = paired_differences(run.results, tmp_path / "x", {"y": other})
+    gaps = [a - b for a, b in zip(ours, theirs, strict=True)]
+    classes = [[gap for gap, label in zip(gaps, TRUTH, strict=True) if label == c] for c in range(3)]
+    strata = classes if metric == "mean_per_class" else [gaps]
+    assert found.difference == pytest.approx(statistics.fmean(map(statistics.fmean, strata)))
+    generator, draws = random.Random(0), []
+    for _ in range(4000):
+        draws.append(statistics.fmean(statistics.fmean(generator.choices(each, k=len(each) - 1)) for each in strata))
+    draws.sort()
+    assert found.interval == pytest.approx((draws[10], draws[-11]), abs=0.03)
+    assert found.p_value == pytest.approx(plain_p(gaps.count(1), gaps.count(-1)))
+    assert (found.run, found.set, found.task, found.metric, found.images) == ("y", "a", "zero_shot", metric, 60)
+    assert json.loads(json.dumps(found.to_dict()))["difference"] == found.difference
+
+
+def test_images_in_another_order_are_paired_by_key(tmp_path: Path) -> None:
+    right = answers(0, 0.7)
+    run = run_of(tmp_path / "x", right)
+    other = run_of(tmp_path / "y", right[::-1], key=KEYS[::-1], truth=TRUTH[::-1])
+    (found,) = paired_differences(run.results, tmp_path / "x", {"y": other})
+    assert (found.difference, found.interval, found.p_value) == (0.0, (0.0, 0.0), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"key": [*KEYS[:-2], "x.png", "y.png"]}, "other images: 2 only here, 2 only there"),
+        ({"truth": TRUTH[::-1].copy()}, "the same images have other labels"),
+        ({"score": np.ones(60, dtype=np.float32)}, "are not those of its results.json; evaluate it again"),
+        ({"score": ["right"] * 60}, "are not those of its results.json; evaluate it again"),
+    ],
+)
+def test_runs_that_cannot_be_paired_say_why(tmp_path: Path, change: dict[str, Any], reason: str) -> None:
+    run = run_of(tmp_path / "x", answers(0, 0.8))
+    other = run_of(tmp_path / "y", answers(1, 0.5))
+    table = {"fold": np.zeros(60, dtype=np.int16), "key": KEYS, "truth": TRUTH, "score": np.array(answers(1, 0.5))}
+    write_predictions(tmp_path / "y", "a", "zero_shot", table | change)
+    (found,) = paired_differences(run.results, tmp_path / "x", {"y": other})
+    assert reason in found.reason
+    assert found.difference is None
+
+
+def test_missing_predictions_and_other_metrics_are_named(tmp_path: Path) -> None:
+    run = run_of(tmp_path / "x", answers(0, 0.8))
+    other = run_of(tmp_path / "y", answers(1, 0.5))
+    (tmp_path / "y/predictions/a/zero_shot.parquet").unlink()
+    (found,) = paired_differences(run.results, tmp_path / "x", {"y": other})
+    assert found.reason.startswith("no predictions/a/zero_shot.parquet in ")
+    run = run_of(tmp_path / "x", answers(0, 0.8), "roc_auc")
+    write_predictions(tmp_path / "x", "a", "zero_shot", {"key": KEYS, "truth": TRUTH})
+    (found,) = paired_differences(run.results, tmp_path / "x", {"y": run})
+    assert found.reason == "roc_auc is not a mean over images"
+    other = run_of(tmp_path / "z", answers(1, 0.5), "mean_per_class")
+    (found,) = paired_differences(run.results, tmp_path / "x", {"z": other})
+    assert found.reason == "its metric is roc_auc here and mean_per_class there"
+    assert paired_differences(run.results, tmp_path / "x", {"y": OtherRun("", tmp_path, {"sets": {"b": {}}})}) == []
+
+
+def test_scores_of_folds_are_averaged_without_a_p_value(tmp_path: Path) -> None:
+    """Folds may share images, as STL10's do, so their images are not counted together."""
+    fold = np.repeat([0, 1], 30).astype(np.int16)
+    ours, theirs = answers(0, 0.9), answers(1, 0.4)
+    keys = KEYS[:30] * 2
+    run = run_of(tmp_path / "x", ours, fold=fold, key=keys)
+    other = run_of(tmp_path / "y", theirs, fold=fold, key=keys)
+    (found,) = paired_differences(run.results, tmp_path / "x", {"y": other})
+    assert found.difference == pytest.approx(statistics.fmean(ours) - statistics.fmean(theirs))
+    assert found.p_value is None
+    assert found.interval is not None
+    assert found.interval[1] - found.interval[0] > 0.3  # that of 30 images, not of 60
+
+
+def test_retrieval_is_compared_by_query_and_direction(tmp_path: Path) -> None:
+    runs = []
+    for name, ranks in (("x", [0, 0, 4, 0, 9, 0]), ("y", [1, 0, 0, 0, 2, 3])):
+        columns = {
+            "direction": ["image_to_text"] * 2 + ["text_to_image"] * 4,
+            "key": ["a", "b", "a#0", "a#1", "b#0", "b#1"],
+            "rank": np.array(ranks, dtype=np.int32),
+        }
+        write_predictions(tmp_path / name, "a", "retrieval", columns)
+        hits = [float(rank == 0) for rank in ranks]
+        metrics = {"image_to_text_recall@1": sum(hits[:2]) / 2, "text_to_image_recall@1": sum(hits[2:]) / 4}
+        runs.append({"sets": {"a": {"tasks": {"retrieval": {"value": 0.5, "metrics": metrics}}}}})
+    found = paired_differences(runs[0], tmp_path / "x", {"y": OtherRun("", tmp_path / "y", runs[1])})
+    assert [each.metric for each in found] == ["image_to_text_recall@1", "text_to_image_recall@1"]
+    assert [each.difference for each in found] == [0.5, 0.0]
+    assert [each.p_value for each in found] == [1.0, 1.0]
+    assert [each.images for each in found] == [2, 4]
+
+
+def test_a_name_groups_the_seeds_of_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a1", "b0", "b1", "lr=1e-3", "plain"):
+        run_of(Path(name), answers(0, 0.5))
+    others = other_runs(["this=a1", "b=b0", "b=b1", "lr=1e-3", "plain/results.json", "named=plain"])
+    assert list(others) == ["this: a1", "b: b0", "b: b1", "lr=1e-3", "plain/results.json", "named"]
+    assert seed_groups(others) == {"this": ["this: a1"], "b": ["b: b0", "b: b1"]}
+    assert others["plain/results.json"].folder == Path("plain")
+    assert {each.run for each in paired_differences(others["b: b0"].results, Path("b0"), others)} == {*others} - {
+        "this: a1"
+    }  # seeds of the run's own recipe
+    for wrong, message in (("b=nowhere", "nowhere: there is no such file"), ("=b0", "=b0: there is no such file")):
+        with pytest.raises(InputError, match=message):
+            other_runs([wrong])
+    with pytest.raises(InputError, match="--compare b0: given twice"):
+        other_runs(["b=b0", "b=b0"])
+
+
+def test_seeds_have_the_sample_standard_deviation() -> None:
+    found = over_seeds([0.1, 0.2, 0.6])
+    assert found is not None
+    assert found == (pytest.approx(0.3), pytest.approx(math.sqrt((0.2**2 + 0.1**2 + 0.3**2) / 2)), 3)
+    assert over_seeds([0.1, None, 0.3]) is None
+    assert over_seeds([0.1]) is None

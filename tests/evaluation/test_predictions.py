@@ -1,0 +1,90 @@
+"""What is kept of each image reproduces the metrics that it is kept for."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lit_clip.errors import InputError
+from lit_clip.evaluation.predictions import (
+    class_columns,
+    joined,
+    read_predictions,
+    retrieval_columns,
+    unit_scores,
+    write_predictions,
+)
+from lit_clip.evaluation.retrieval_metrics import Pairs
+from lit_clip.evaluation.scores import evaluate_scores
+from lit_clip.evaluation.suite import Metric
+from lit_clip.evaluation.targets import Targets
+
+N = 40
+
+
+def targets(classes: int) -> Targets:
+    """Images of classes of different sizes, some of them anchor frames, each with its own candidates."""
+    labels = (torch.arange(N) ** 2) % classes
+    return Targets(
+        labels=labels,
+        classes=classes,
+        accepted=[{label, (label + 1) % classes} for label in labels.tolist()],
+        neighbours=[(row, [row - 1, row + 1]) for row in range(1, N - 1, 3)],
+        candidates=[[label, (label + 2) % classes] for label in labels.tolist()],
+    )
+
+
+def scores(classes: int) -> torch.Tensor:
+    """Scores of which about half are right, one image's with a NaN."""
+    truth = torch.nn.functional.one_hot(targets(classes).labels, classes)
+    found = torch.randn(N, classes, generator=torch.Generator().manual_seed(0)) + truth
+    found[3, 0] = torch.nan
+    return found
+
+
+@pytest.mark.parametrize("metric", ["top1", "mean_per_class", "mean_top1_top5", "lexicon", "pm"])
+@pytest.mark.parametrize("classes", [3, 7])
+def test_the_means_of_the_images_scores_are_the_metrics(metric: Metric, classes: int) -> None:
+    metrics = evaluate_scores(metric, scores(classes), targets(classes))
+    units = unit_scores(metric, scores(classes), targets(classes))
+    assert {name: score.mean() for name, score in units.items()} == pytest.approx(metrics)
+    columns = class_columns(metric, list(map(str, range(N))), scores(classes), targets(classes), units, 0)
+    assert len(columns["key"]) == len(columns["score"]) == (13 if metric == "pm" else N)
+    if metric in ("top1", "mean_per_class", "lexicon"):
+        assert ((columns["truth"] == columns["prediction"]) == columns["score"]).all()
+    if metric == "top1":
+        assert columns["prediction"][3] == -1  # NaN
+
+
+def test_a_metric_that_is_no_mean_over_images_keeps_predictions_without_scores() -> None:
+    units = unit_scores("roc_auc", scores(2), targets(2))
+    assert set(units) == {"top1", "mean_per_class"}
+    assert "score" not in class_columns("roc_auc", list(map(str, range(N))), scores(2), targets(2), units, 0)
+
+
+def test_a_caption_is_called_like_its_image_and_repeated_as_often_as_it_occurs() -> None:
+    pairs = Pairs(torch.tensor([0, 1, 0]), torch.tensor([0, 0, 1]), torch.tensor([1, 1, 2]), torch.tensor([0, 1, 0]))
+    columns = retrieval_columns(["a", "b"], pairs, torch.tensor([4, 0]), torch.tensor([1, 2, 3]))
+    assert columns["key"] == ["a", "b", "a#0", "b#0", "a#1", "a#2"]
+    assert columns["rank"].tolist() == [4, 0, 1, 2, 3, 3]
+    assert columns["direction"] == ["image_to_text"] * 2 + ["text_to_image"] * 4
+
+
+def test_files_are_read_as_written_and_only_from_the_runs_folder(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    folds = [{"fold": np.array([n, n]), "key": ["ä.png", f"{n}"], "score": np.array([0.5, 1.0])} for n in range(2)]
+    name = write_predictions(run, "a set", "zero_shot", joined(folds))
+    assert name == "predictions/a set/zero_shot.parquet"
+    found = read_predictions(run, "a set", "zero_shot")
+    assert found["key"].tolist() == ["ä.png", "0", "ä.png", "1"]
+    assert found["fold"].tolist() == [0, 0, 1, 1]
+    assert found["score"].tolist() == [0.5, 1.0, 0.5, 1.0]
+    with pytest.raises(InputError, match=r"no predictions/a set/retrieval\.parquet"):
+        read_predictions(run, "a set", "retrieval")
+    write_predictions(tmp_path / "run2", "b", "zero_shot", joined(folds))
+    with pytest.raises(InputError, match="no predictions"):
+        read_predictions(run, "../../run2/predictions/b", "zero_shot")
+    (run / name).write_bytes(b"PAR1 no table")
+    with pytest.raises(InputError, match=r"zero_shot\.parquet: not a readable file of predictions"):
+        read_predictions(run, "a set", "zero_shot")
