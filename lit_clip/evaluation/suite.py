@@ -76,27 +76,14 @@ class SuiteEntry:
     note: str = ""
 
     def __post_init__(self) -> None:
-        require("class_path" in self.data, "data: class_path is missing; name the class that reads the set")
-        require(isinstance(self.data["class_path"], str), "data: class_path must be the name of a class")
-        unknown = sorted(map(str, self.data.keys() - {"class_path", "init_args"}))
-        require(
-            not unknown,
-            f"data: unknown key {', '.join(unknown)}; only class_path and init_args, which has the arguments",
-        )
-        options = self.data.get("init_args") or {}
-        require(isinstance(options, dict), f"data: init_args must be a mapping of arguments, not {options!r}")
-        self.data = self.data | {"init_args": options}
-        commands = [_command(source) for source in self.download]
-        require(not commands or bool(self.location), "download: needs the set's folder; set data.init_args.root")
-        self.how_to_get = ", and ".join(filter(None, [*commands, self.how_to_get]))
+        self.data = _checked_class(self.data, "data")
         require("test" in self.splits, f"splits: test is missing; there are only {', '.join(self.splits)}")
         unknown = self.splits.keys() - {"train", "val", "test"}
         require(not unknown, f"splits: unknown split {', '.join(sorted(unknown))}; must be train, val or test")
-        for name, split in self.splits.items():
+        for name in self.splits:
             if self.is_of_another_set(name):
                 require(name != "test", "splits: test has a class_path; write it under data")
-                unknown = sorted(map(str, split.keys() - {"class_path", "init_args"}))
-                require(not unknown, f"splits: {name} has a class_path; put {', '.join(unknown)} into its init_args")
+                self.splits = {**self.splits, name: _checked_class(self.splits[name], f"splits: {name}")}
         require(bool(self.folds), "folds: empty; leave it out for a set without folds")
         twice = sorted(
             {key for fold in self.folds for split in self.splits.values() for key in fold.keys() & split.keys()}
@@ -147,7 +134,7 @@ class SuiteEntry:
         """
         other = self.is_of_another_set(split)
         class_path = self.splits[split]["class_path"] if other else self.data["class_path"]
-        own = self.splits[split].get("init_args") or {} if other else {**self.data["init_args"], **self.splits[split]}
+        own = self.splits[split]["init_args"] if other else {**self.data["init_args"], **self.splits[split]}
         options: dict[str, Any] = own if other else {**own, **self.folds[fold]}
         for key in LOCATION_ARGUMENTS:
             if isinstance(options.get(key), str):
@@ -171,6 +158,20 @@ def _command(source: Mapping[str, Any]) -> str:
         return f"hf download --repo-type dataset {source['hub']} --local-dir {{root}}"
     options = "".join(f"{key}={value!r}, " for key, value in source.items() if key != "torchvision")
     return f"torchvision.datasets.{source['torchvision']}({{root}}, {options}download=True)"
+
+
+def _checked_class(value: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Check ``class_path`` and ``init_args``; return them, without arguments as an empty mapping."""
+    require("class_path" in value, f"{where}: class_path is missing; name the class that reads the set")
+    require(isinstance(value["class_path"], str), f"{where}: class_path must be the name of a class")
+    unknown = sorted(map(str, value.keys() - {"class_path", "init_args"}))
+    require(
+        not unknown,
+        f"{where}: unknown key {', '.join(unknown)}; only class_path and init_args, which has the arguments",
+    )
+    options = value.get("init_args") or {}
+    require(isinstance(options, dict), f"{where}: init_args must be a mapping of arguments, not {options!r}")
+    return {**value, "init_args": options}
 
 
 def _instantiate(spec: Mapping[str, Any]) -> ImageSet:

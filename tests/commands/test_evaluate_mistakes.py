@@ -62,6 +62,14 @@ def test_a_missing_suite_is_an_error_that_suggests_a_similar_name(tmp_path: Path
             f"sets: {{a: {{data: {{class_path: {FOLDER}}}, splits: {{test: {{root: a}}}}, folds: [{{root: b}}]}}}}",
             "folds: root is set by splits too",
         ),
+        (
+            f"sets: {{a: {{data: {{class_path: {FOLDER}}}, splits: {{test: {{class_path: {FOLDER}}}}}}}}}",
+            "splits: test has a class_path; write it under data",
+        ),
+        (
+            f"sets: {{a: {{data: {{class_path: {FOLDER}}}, splits: {{test: {{}}, train: {{class_path: x, a: y}}}}}}}}",
+            "splits: train: unknown key a; only class_path and init_args",
+        ),
         (f"sets: {{a: {{data: {{class_path: {FOLDER}}}, class_names: [yes, maybe]}}}}", "True is not a string; put it"),
     ],
 )

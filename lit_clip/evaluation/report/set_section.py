@@ -19,7 +19,12 @@ from lit_clip.evaluation.published import PAPER, Published, measured, peers, pub
 from lit_clip.evaluation.report.run_images import run_image
 from lit_clip.tools.html import plural, thumbnail
 
-TASKS = {**COLUMNS, "geolocation": "location of the nearest neighbour", "bias": "bias probe"}
+TASKS = {
+    **COLUMNS,
+    "geolocation": "location of the nearest neighbour",
+    "bias": "bias probe",
+    "caption_choice": "caption choice",
+}
 CONFUSIONS = 20
 Task = Mapping[str, Any]  # of results.json
 
