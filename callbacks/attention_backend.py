@@ -74,7 +74,8 @@ class AttentionBackend(Callback):
         device = trainer.strategy.root_device
         self.order = best_order(measured, self.backend, device.type)
         self._set.enter_context(sdpa_kernel([BACKENDS[name] for name in self.order], set_priority=True))
-        # Torch's cache of compiled graphs does not know that they depend on the backends.
+        # Compiled graphs keep the backends that they were compiled with, and torch's cache of them does not know it.
+        torch.compiler.reset()
         tag = f"{torch.compiler.config.cache_key_tag} attention: {self.order}"
         config: Any = torch.compiler.config  # typed as a module
         self._set.enter_context(config.patch(cache_key_tag=tag))

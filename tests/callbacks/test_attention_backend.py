@@ -184,6 +184,18 @@ def test_a_compiled_model_is_recorded_in_rows_and_compiled_without_a_break(
     assert "flash" not in kernels.found["train"]
 
 
+@pytest.mark.slow  # half a minute of compiling
+def test_blocks_that_were_compiled_before_get_the_new_backend(
+    caption_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr("callbacks.compile.compile_blocks", lambda model: compile_blocks(model, backend="aot_eager"))
+    for backend in ("flash", "math"):
+        kernels = Kernels()
+        fit(tmp_path, caption_table, AttentionBackend(backend), Compile(), kernels, limit_val_batches=0)
+        assert ("flash" in kernels.found["train"]) == (backend == "flash")
+
+
 def test_a_micro_batch_is_measured_where_a_step_has_several(
     caption_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
