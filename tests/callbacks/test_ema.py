@@ -77,6 +77,13 @@ def test_the_average_is_that_of_a_plain_loop_and_training_continues_from_the_wei
         assert not torch.equal(validated, recorder.steps[4 * epoch - 1])
 
 
+def test_the_average_has_the_precision_of_the_run(tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path) -> None:
+    """Lightning makes the weights float64 after the callback has copied them."""
+    module, recorder, _ = fit(tiny_config, caption_table, tmp_path, EMA(DECAY), precision="64-true")
+    assert module.model.visual.proj.dtype == torch.float64
+    torch.testing.assert_close(module.model.visual.proj, plain_average(recorder.steps), rtol=0, atol=1e-12)
+
+
 class Operations(TorchDispatchMode):
     """Record operations that are no views."""
 
