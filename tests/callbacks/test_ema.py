@@ -247,9 +247,7 @@ def test_two_ranks_have_the_average_of_one_process(
     for name, devices, batch in (("one", "1", "16"), ("two", "2", "8")):
         ema = "{class_path: callbacks.EMA, init_args: {decay: 0.6}}"
         options = ["--trainer.max_epochs", "1", f"--trainer.callbacks+={ema}", "--trainer.devices", devices]
-        # Said to both ranks: Lightning starts the second as a new program, which would choose bfloat16 where it can.
-        options += ["--trainer.precision", "32-true", "--data.batch_size", batch]
-        options += ["--trainer.logger.init_args.save_dir", name]
+        options += ["--data.batch_size", batch, "--trainer.logger.init_args.save_dir", name]
         result = cli(*command(caption_table, *options, *(["--trainer.strategy", "ddp"] if devices == "2" else [])))
         assert result.returncode == 0, result.stderr
         (path,) = (tmp_path / name).rglob("*.ckpt")
