@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -80,8 +81,9 @@ def test_the_average_is_that_of_a_plain_loop_and_training_continues_from_the_wei
 def test_the_average_has_the_precision_of_the_run(tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path) -> None:
     """Lightning makes the weights float64 after the callback has copied them."""
     module, recorder, _ = fit(tiny_config, caption_table, tmp_path, EMA(DECAY), precision="64-true")
-    assert module.model.visual.proj.dtype == torch.float64
-    torch.testing.assert_close(module.model.visual.proj, plain_average(recorder.steps), rtol=0, atol=1e-12)
+    after: Any = module.model
+    assert after.visual.proj.dtype == torch.float64
+    torch.testing.assert_close(after.visual.proj, plain_average(recorder.steps), rtol=0, atol=1e-12)
 
 
 class Operations(TorchDispatchMode):
@@ -100,7 +102,8 @@ class Operations(TorchDispatchMode):
 def test_an_update_takes_a_few_operations_for_all_weights_and_equals_a_loop() -> None:
     resnet = ResNetConfig(layers=(1, 1, 1, 1), width=8, image_size=32)
     module = LitCLIP(CLIPConfig(16, resnet, TextTransformerConfig(16, 50, 64, 1, 1))).double()
-    callback, running = EMA(DECAY), SimpleNamespace(checkpoint_callbacks=[], global_step=0)
+    running = SimpleNamespace(checkpoint_callbacks=[], global_step=0, precision_plugin=Precision())
+    callback = EMA(DECAY)
     callback.setup(cast(Any, running), module, "fit")
     callback.on_fit_start(cast(Any, running), module)
     expected: dict[str, Tensor] = {}
