@@ -3,6 +3,7 @@
 from lightning.pytorch import Callback
 
 from callbacks.activation_checkpointing import ActivationCheckpointing
+from callbacks.attention_backend import AttentionBackend
 from callbacks.compile import Compile
 from callbacks.ema import EMA
 from callbacks.frozen_features import FrozenFeatures
@@ -22,6 +23,7 @@ from callbacks.zero_shot import ZeroShot, ZeroShotSet
 __all__ = [
     "EMA",
     "ActivationCheckpointing",
+    "AttentionBackend",
     "Compile",
     "EmbeddingProjector",
     "FrozenFeatures",

@@ -46,7 +46,8 @@ class EMA(WeightAveraging):
         self._swapped &= stage != "fit"
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._average.to(pl_module.device)  # it was created and loaded before the model was moved to its device
+        # It was created and loaded before the model was converted to the run's precision and moved to its device.
+        trainer.precision_plugin.convert_module(self._average).to(pl_module.device)
         self._average.n_averaged = self._average.n_averaged.cpu()  # read in each step, without a wait
 
     def on_train_batch_end(

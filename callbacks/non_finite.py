@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -22,6 +23,7 @@ from lit_clip.tools.host_copy import HostCopy
 from lit_clip.tools.untrusted import check_entries
 from lit_clip.training.optim import obeys_found_inf, skip_step
 from lit_clip.training.run_folder import run_folder
+from lit_clip.training.signals import signal_of
 
 FILE = "non_finite.jsonl"
 MOST_IN_A_ROW = 100  # weights that are not finite themselves never recover
@@ -180,8 +182,12 @@ class NonFiniteSteps(Callback):
         self._report(unread, reason)
         return True
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._read()
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        # Before a validation, and before a signal ends the run: raised by saving, the error would come while the run is
+        # being ended, and other callbacks would not be told of it.
+        loop: Any = trainer.fit_loop
+        if self._unread and (signal_of(trainer) or loop.epoch_loop._should_check_val_fx(loop._data_fetcher)):
+            self._read()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._read()
@@ -199,14 +205,21 @@ class NonFiniteSteps(Callback):
             raise InputError(
                 f"{stopped}; fix or remove those pairs, lower the learning rate or clip gradients "
                 "(trainer.gradient_clip_val); callbacks.NonFiniteSteps with policy: skip trains without such steps"
+                f"{_unsaved(trainer)}"
             )
         if self._in_a_row >= MOST_IN_A_ROW:
             raise InputError(
                 f"{stopped}; so were {self._in_a_row} steps in a row: resume from a checkpoint before them, with a "
-                "lower learning rate or clipped gradients (trainer.gradient_clip_val)"
+                f"lower learning rate or clipped gradients (trainer.gradient_clip_val){_unsaved(trainer)}"
             )
         if self.steps & (self.steps - 1) == 0:  # the 1st, 2nd, 4th, 8th, ...
             rank_zero_warn(f"step {number} is skipped: {what}; {self.steps} such steps so far")
+
+
+def _unsaved(trainer: Trainer) -> str:
+    """Return the end of an error's message if a signal has come with it: it would otherwise have saved a checkpoint."""
+    number = signal_of(trainer)
+    return f"; {signal.Signals(number).name} saved nothing, so resume from an earlier checkpoint" if number else ""
 
 
 def bad_rows(step: TrainingStep) -> Tensor:

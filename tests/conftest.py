@@ -51,6 +51,15 @@ def _interruptible() -> Iterator[None]:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture
+def _handlers() -> Iterator[None]:
+    """Restore the signal handlers: a preempted process keeps its own until it exits, but this one does not exit."""
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
 @pytest.fixture(autouse=True)
 def _no_rank() -> Iterator[None]:
     """Remove the rank that a trainer leaves in the environment; the next trainer would start no other ranks."""

@@ -16,6 +16,7 @@ from datamodules.overlap.search import NearestFound, Queries, joined, search
 from datamodules.overlap.sets import answers_of, check_prompts, open_sets, read_results, read_thresholds, recognised
 from datamodules.pairs.source import PairSource
 from lit_clip import load_model
+from lit_clip.embedding.precision import Precision, check_precision
 from lit_clip.errors import require
 from lit_clip.evaluation.data import ImageSet
 from lit_clip.evaluation.overlap import CONFIDENCE, bonferroni
@@ -50,6 +51,7 @@ def overlap(
     split: str | None = None,
     batch_size: int = 64,
     num_workers: int = 4,
+    precision: Precision = "32-true",
 ) -> None:
     """Find evaluation images in a training set, and measure how much they help a model (section 5 of the paper).
 
@@ -78,10 +80,12 @@ def overlap(
         split: of training data that come in splits.
         batch_size: images encoded at once.
         num_workers: number of data workers.
+        precision: of the encoders; 32-true is exact, bf16-mixed and on a GPU 16-mixed are faster.
     """
     path = Path(output)
     require(path.suffix in (".html", ".json"), f"--output {output}: must be a .html or a .json file")
     require(path.absolute().parent.is_dir(), f"--output {output}: there is no such folder")
+    check_precision(precision)
     opened = open_sets(evaluation, suite or [], sets, Path(data_root), templates)
     thresholds = read_thresholds(threshold, list(opened))
     answers = read_results(Path(results), list(opened)) if results else None
@@ -92,18 +96,23 @@ def overlap(
     source = open_source(train, **columns, option_prefix="--", on_error="skip")
     source.prepare()
     clip = load_model(model).to(best_device())
-    cache = _Cache(path, fingerprint(clip).model)
-    queries = {name: cache.queries(clip, name, each.images, batch_size, num_workers) for name, each in opened.items()}
+    described = {"name": model, "fingerprint": fingerprint(clip).model, "precision": precision}
+    cache = _Cache(path, f"{described['fingerprint']} {precision}")
+    how = (batch_size, num_workers, precision)
+    queries = {name: cache.queries(clip, name, each.images, *how) for name, each in opened.items()}
     stamp = stamp_of_data(train, columns, source, (path.with_suffix(".html"), path.with_suffix(".json")))
-    found = search(clip, joined(list(queries.values())), source, cache.search(stamp), batch_size, num_workers)
+    found = search(clip, joined(list(queries.values())), source, cache.search(stamp), *how)
     findings, start = {}, 0
     for name, each in opened.items():
         ours = queries[name]
         part = _part(found, start, start + len(ours.items))
         start += len(ours.items)
-        correct = answers_of(each.images, ours.items, answers[name], name) if answers else recognised(clip, each, ours)
+        if answers:
+            correct = answers_of(each.images, ours.items, answers[name], name)
+        else:
+            correct = recognised(clip, each, ours, precision)
         findings[name] = findings_of(each.images, ours, part, thresholds[name], by, correct)
-    report = _report(findings, found, len(source), {"name": model, "fingerprint": cache.model}, train, by)
+    report = _report(findings, found, len(source), described, train, by)
     _write(path, report, findings, source)
 
 
@@ -127,13 +136,15 @@ class _Cache:
     def _path(self, kind: str, *keys: object) -> Path:
         return self.folder / f"{kind}-{hex_digest([self.model, *keys])}.npz"
 
-    def queries(self, model: CLIP, name: str, images: ImageSet, batch_size: int, num_workers: int) -> Queries:
+    def queries(
+        self, model: CLIP, name: str, images: ImageSet, batch_size: int, num_workers: int, precision: Precision
+    ) -> Queries:
         """Load or compute a set's features and looks."""
         keys = (type(images).__qualname__, images.stamp(), len(images))
         path = self._path("set", *keys)
         found = Queries.load(path)
         if found is None or found.bad:  # the unreadable images may have been fixed
-            found = Queries.compute(model, images, batch_size, num_workers, name)
+            found = Queries.compute(model, images, batch_size, num_workers, name, precision)
             found.save(path)
         self._sets.append((*keys, len(found.items)))
         return found

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from datamodules.near_duplicates import Look, LookIndex, Looks, look_of
 from datamodules.pairs.source import LISTED, PairSource
-from lit_clip.embedding.reading import EncoderBatch, encoded_batches, in_batches
+from lit_clip.embedding.precision import Precision
+from lit_clip.embedding.reading import EncoderBatch, check_finite, encoded_batches, image_features, in_batches
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import ImageSet
 from lit_clip.evaluation.overlap import NearestImages, nearer, nowhere
@@ -94,16 +95,25 @@ class Queries:
         return cls(torch.from_numpy(arrays["features"]), looks, arrays["items"], values["bad"])
 
     @classmethod
-    def compute(cls, model: CLIP, images: ImageSet, batch_size: int, num_workers: int, title: str) -> "Queries":
+    def compute(
+        cls,
+        model: CLIP,
+        images: ImageSet,
+        batch_size: int,
+        num_workers: int,
+        title: str,
+        precision: Precision = "32-true",
+    ) -> "Queries":
         """Read and encode a set.
 
         Raises:
             InputError: no image can be read, or features are not finite.
         """
         batches = in_batches(range(len(images)), 1 if images.several else batch_size)
+        encode = image_features(model, precision)
         features, looks, items, bad = [torch.empty(0, model.config.embed_dim)], [], [], []
         for batch, encoded in encoded_batches(
-            model, SetRows(images), batch_size, num_workers, batches=batches, note=_note, title=title
+            model, SetRows(images), batch_size, num_workers, encode=encode, batches=batches, note=_note, title=title
         ):
             features.append(encoded.cpu())
             looks += [note.look for note in batch.notes]
@@ -111,7 +121,7 @@ class Queries:
             bad += [row.message for row in batch.unreadable]
         require(bool(items), f"{title}: none of {len(images)} images can be read; {bad[0] if bad else 'it is empty'}")
         joined = torch.cat(features)
-        require(bool(joined.isfinite().all()), f"{title}: features are not finite; check the model's weights")
+        check_finite(joined, title)
         return cls(joined, Looks.of(looks), np.array(items, np.int64), bad)
 
 
@@ -192,7 +202,13 @@ class NearestFound:
 
 
 def search(
-    model: CLIP, queries: Queries, source: PairSource, path: Path, batch_size: int, num_workers: int
+    model: CLIP,
+    queries: Queries,
+    source: PairSource,
+    path: Path,
+    batch_size: int,
+    num_workers: int,
+    precision: Precision = "32-true",
 ) -> NearestFound:
     """Find each query's nearest training image in one pass, or resume an interrupted search.
 
@@ -203,20 +219,24 @@ def search(
         path: where the state of the search is kept.
         batch_size: images encoded at once.
         num_workers: processes that decode.
+        precision: of the encoder.
 
     Raises:
-        InputError: no training image can be read.
+        InputError: no training image can be read, or features are not finite.
     """
     found = NearestFound.load(path, model.device) or NearestFound.nothing(len(queries.items), model.device)
     if found.done >= len(source):
         return found
     features, index = queries.features.to(model.device), LookIndex(queries.looks)
     batches = in_batches(range(found.done, len(source)), batch_size)
+    encode, rows = image_features(model, precision), SourceRows(source)
     saved = time.monotonic()
     try:
         for batch, encoded in encoded_batches(
-            model, SourceRows(source), batch_size, num_workers, batches=batches, note=_note, title="training images"
+            model, rows, batch_size, num_workers, encode=encode, batches=batches, note=_note, title="training images"
         ):
+            if batch.rows:  # the largest similarity of a batch with NaN is NaN, which would hide its other images
+                check_finite(encoded, batch.notes[0].name)
             found.add(features, index, batch, encoded)
             if time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
                 found.save(path)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from datamodules.evaluation.image_folder import ImageFolderClasses
 from datamodules.overlap.search import Queries
+from lit_clip.embedding.precision import Precision, autocast
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import ImageSet, LabelledImages, MissingData, MultiLabel
 from lit_clip.evaluation.prompts import Prompts, prompts_of, text_classifier
@@ -151,7 +152,7 @@ def answers_of(images: ImageSet, items_Q: np.ndarray, answers: Mapping[str, bool
     return torch.tensor([answers[key] for key in keys])
 
 
-def recognised(model: CLIP, each: EvaluationSet, queries: Queries) -> Tensor | None:
+def recognised(model: CLIP, each: EvaluationSet, queries: Queries, precision: Precision = "32-true") -> Tensor | None:
     """Return whether the model's first prediction is right, bool ``[N]``; None unless each image has one class."""
     images, prompts = each.images, _prompts(each)
     if prompts is None or not isinstance(images, LabelledImages):
@@ -159,4 +160,6 @@ def recognised(model: CLIP, each: EvaluationSet, queries: Queries) -> Tensor | N
     items, counts = np.unique(queries.items, return_counts=True)
     features = torch.stack([part.mean(dim=0) for part in queries.features.split(counts.tolist())])
     labels = torch.tensor(images.labels())[torch.from_numpy(items)]
-    return (features @ text_classifier(model, prompts, None).cpu().float()).argmax(dim=1) == labels
+    with autocast(model.device, precision):
+        classifier = text_classifier(model, prompts, None).cpu().float()
+    return (features @ classifier).argmax(dim=1) == labels

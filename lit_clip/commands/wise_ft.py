@@ -9,7 +9,8 @@ from jsonargparse import ArgumentError, ArgumentParser
 from rich.table import Table
 from torch import Tensor
 
-from lit_clip.embedding.reading import encoded_batches
+from lit_clip.embedding.precision import Precision, autocast, check_precision
+from lit_clip.embedding.reading import encoded_batches, image_features
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.accuracy import accuracies, classification_counts
 from lit_clip.evaluation.set_encoding import SetRows
@@ -77,6 +78,7 @@ def wise_ft(
     alpha: float | None = None,
     batch_size: int = 64,
     num_workers: int = 2,
+    precision: Precision = "32-true",
 ) -> None:
     """Evaluate the models between a checkpoint and its fine-tuned version, and write the best.
 
@@ -93,6 +95,8 @@ def wise_ft(
         alpha: choose this point instead of the best.
         batch_size: images encoded at once.
         num_workers: processes that read images.
+        precision: of the encoders; 32-true is exact, bf16-mixed and on a GPU 16-mixed are faster. Weights are
+            interpolated and written in float32.
     """
     wanted = _read_alphas(alphas, alpha)
     found = read_sets(sets) if isinstance(sets, str) else sets
@@ -105,9 +109,10 @@ def wise_ft(
     require(path is None or not path.is_dir(), f"--output {path}: is a folder; name a file")
     require(batch_size >= 1, f"--batch_size {batch_size} must be at least 1")
     require(num_workers >= 0, f"--num_workers {num_workers} must be at least 0")
+    check_precision(precision)
     device = best_device()
     line = InterpolatedModels(load_model(before).to(device), load_model(after).to(device), (before, after))
-    results = evaluate_line(line, found, wanted, batch_size, num_workers)
+    results = evaluate_line(line, found, wanted, batch_size, num_workers, precision)
     chosen = best_alpha(results, target) if alpha is None else alpha
     _print(results, target, chosen, by_rule=alpha is None)
     if path is not None:
@@ -144,6 +149,7 @@ def evaluate_line(
     alphas: list[float],
     batch_size: int = 64,
     num_workers: int = 0,
+    precision: Precision = "32-true",
 ) -> Results:
     """Compute the zero-shot top-1 of each set at each alpha, in one pass over the images.
 
@@ -153,14 +159,18 @@ def evaluate_line(
 
     def encode(images: Tensor) -> Tensor:
         """Encode uint8 ``[B, 3, H, W]`` at each alpha -> ``[B, A, D]``, of unit length."""
-        normalized = model.normalize(images)
-        return torch.stack([line.at(a, only="visual.").encode_image(normalized, normalize=True) for a in alphas], dim=1)
+        return torch.stack([image_features(line.at(a, only="visual."), precision)(images) for a in alphas], dim=1)
+
+    def classifier(alpha: float, class_names: list[str], templates: list[str]) -> Tensor:
+        """Build the classifier of one alpha, ``[D, C]``."""
+        with autocast(model.device, precision):  # one for each alpha: it may keep its casts of the weights
+            return zero_shot_classifier(line.at(alpha), class_names, templates)
 
     results: Results = {}
     for name, zero_shot_set in sets.items():
         images, templates = zero_shot_set.images, zero_shot_set.templates
         assert not isinstance(templates, str)  # __post_init__ has replaced it
-        classifiers = {a: zero_shot_classifier(line.at(a), images.class_names, templates) for a in alphas}
+        classifiers = {a: classifier(a, images.class_names, templates) for a in alphas}
         counts = {a: torch.zeros(3, len(images.class_names), dtype=torch.float64) for a in alphas}
         labels = torch.tensor(images.labels())
         batches = encoded_batches(model, SetRows(images), batch_size, num_workers, encode=encode, title=name)

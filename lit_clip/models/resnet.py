@@ -4,6 +4,8 @@ Parameter names and shapes are those of OpenAI's code. Shapes: B batch, C channe
 """
 
 from collections import OrderedDict
+from collections.abc import Callable
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,11 @@ from lit_clip.models.config import ResNetConfig, height_width
 from lit_clip.models.transformer import check_images
 
 EXPANSION = 4
+
+
+def weight_format(device: torch.device) -> torch.memory_format:
+    """Return the memory format of the convolutions' weights on a device; CUDA would convert others in every step."""
+    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
 
 class Bottleneck(nn.Module):
@@ -83,7 +90,10 @@ class AttentionPool(nn.Module):
 
 
 class ModifiedResNet(nn.Module):
-    """Three stem convolutions, four stages of bottlenecks, attention pooling (paper, section 2.4)."""
+    """Three stem convolutions, four stages of bottlenecks, attention pooling (paper, section 2.4).
+
+    Where it is moved to another device, the convolutions' weights get the memory format of :func:`weight_format`.
+    """
 
     def __init__(self, config: ResNetConfig, embed_dim: int) -> None:
         super().__init__()
@@ -108,6 +118,15 @@ class ModifiedResNet(nn.Module):
         height, length = height_width(config.image_size)
         self.grid = (height // 32, length // 32)
         self.attnpool = AttentionPool(self.grid[0] * self.grid[1], channels, channels // 64, embed_dim)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = next(self.buffers()).device  # BatchNorm's; FSDP takes the parameters away
+        super()._apply(fn, recurse)
+        after = next(self.buffers()).device
+        for parameter in self.parameters() if after != before else ():
+            if parameter.ndim == 4:  # of a convolution
+                parameter.data = parameter.data.contiguous(memory_format=weight_format(after))
+        return self
 
     def forward(self, images: Tensor) -> Tensor:
         """``[B, 3, H, W]`` float, normalised -> ``[B, D]``."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_clip.errors import InputError, require
@@ -205,6 +205,17 @@ def skip_step(module: nn.Module) -> None:
     """Remove all gradients, so that the optimiser step changes neither weights nor moments nor its step count."""
     for parameter in module.parameters():
         parameter.grad = None
+
+
+def lay_out_like_parameters(optimizer: Optimizer) -> None:
+    """Give an optimiser's loaded state the strides of its parameters; fused kernels do not look at them.
+
+    A checkpoint may come from a device on which the weights had another memory format.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)
 
 
 def obeys_found_inf(optimizer: Optimizer, device: torch.device) -> bool:

@@ -16,6 +16,7 @@ from lit_clip.training.optim import (
     ExceptGainsAndBiases,
     OptimizerFactory,
     PaperAdamW,
+    lay_out_like_parameters,
     parameter_groups,
     total_steps,
     trial,
@@ -111,6 +112,8 @@ class Optimization:
             torchs = isinstance(made, getattr(torch.optim, "Muon", ()))
             hint = "; timm.optim.Muon takes all parameters" if torchs else ""
             raise InputError(f"model.optimizer: {' '.join(str(error).split())}{hint}") from error
+        if fusable:
+            optimizer.register_load_state_dict_post_hook(lay_out_like_parameters)
         schedule = create_schedule(
             factory_of(self._lr_scheduler, "model.lr_scheduler", LRScheduler), optimizer, total_steps(trainer)
         )

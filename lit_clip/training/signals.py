@@ -88,6 +88,12 @@ def replace_signals(trainer: Trainer) -> None:
     loop._broadcast_sigterm_tensor = lambda: None  # its ranks read what the first one sends, and wait for the device
 
 
+def signal_of(trainer: Trainer) -> int:
+    """Return the number of the signal that all ranks have agreed to end the run for; 0: none."""
+    connector: Any = trainer._signal_connector
+    return connector.agreed if isinstance(connector, Signals) else 0
+
+
 def signals_of(trainer: Trainer) -> Signals:
     """Return the trainer's signal handlers."""
     connector: Any = trainer._signal_connector

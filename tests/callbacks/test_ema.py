@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -77,6 +78,14 @@ def test_the_average_is_that_of_a_plain_loop_and_training_continues_from_the_wei
         assert not torch.equal(validated, recorder.steps[4 * epoch - 1])
 
 
+def test_the_average_has_the_precision_of_the_run(tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path) -> None:
+    """Lightning makes the weights float64 after the callback has copied them."""
+    module, recorder, _ = fit(tiny_config, caption_table, tmp_path, EMA(DECAY), precision="64-true")
+    after: Any = module.model
+    assert after.visual.proj.dtype == torch.float64
+    torch.testing.assert_close(after.visual.proj, plain_average(recorder.steps), rtol=0, atol=1e-12)
+
+
 class Operations(TorchDispatchMode):
     """Record operations that are no views."""
 
@@ -93,7 +102,8 @@ class Operations(TorchDispatchMode):
 def test_an_update_takes_a_few_operations_for_all_weights_and_equals_a_loop() -> None:
     resnet = ResNetConfig(layers=(1, 1, 1, 1), width=8, image_size=32)
     module = LitCLIP(CLIPConfig(16, resnet, TextTransformerConfig(16, 50, 64, 1, 1))).double()
-    callback, running = EMA(DECAY), SimpleNamespace(checkpoint_callbacks=[], global_step=0)
+    running = SimpleNamespace(checkpoint_callbacks=[], global_step=0, precision_plugin=Precision())
+    callback = EMA(DECAY)
     callback.setup(cast(Any, running), module, "fit")
     callback.on_fit_start(cast(Any, running), module)
     expected: dict[str, Tensor] = {}
@@ -240,9 +250,7 @@ def test_two_ranks_have_the_average_of_one_process(
     for name, devices, batch in (("one", "1", "16"), ("two", "2", "8")):
         ema = "{class_path: callbacks.EMA, init_args: {decay: 0.6}}"
         options = ["--trainer.max_epochs", "1", f"--trainer.callbacks+={ema}", "--trainer.devices", devices]
-        # Said to both ranks: Lightning starts the second as a new program, which would choose bfloat16 where it can.
-        options += ["--trainer.precision", "32-true", "--data.batch_size", batch]
-        options += ["--trainer.logger.init_args.save_dir", name]
+        options += ["--data.batch_size", batch, "--trainer.logger.init_args.save_dir", name]
         result = cli(*command(caption_table, *options, *(["--trainer.strategy", "ddp"] if devices == "2" else [])))
         assert result.returncode == 0, result.stderr
         (path,) = (tmp_path / name).rglob("*.ckpt")

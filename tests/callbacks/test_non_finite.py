@@ -19,6 +19,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 
+import callbacks
 from callbacks import EMA, NonFiniteSteps
 from callbacks.non_finite import MOST_IN_A_ROW
 from datamodules import Captions
@@ -31,6 +32,7 @@ from lit_clip.module import LitCLIP
 from lit_clip.tools import host_copy
 from lit_clip.training.optim import PaperAdamW, decay_groups, obeys_found_inf
 from lit_clip.training.schedules import WarmupCosine, warmup_cosine
+from tests.callbacks.test_preemption import SignalAt
 from tests.conftest import ROOT, without_packaged_defaults
 from tests.helpers import forks
 from tests.helpers.ranks_stability import BrokenGradient, BrokenImage
@@ -312,6 +314,52 @@ def test_a_run_that_stops_late_has_the_weights_before_the_step(
     assert fitting.global_step == 1 + ahead
     for name, value in module.state_dict().items():
         assert torch.equal(value, states.seen[1][name]), name
+
+
+class Told(Callback):
+    """Record the exceptions that callbacks are told of."""
+
+    def __init__(self) -> None:
+        self.errors: list[BaseException] = []
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.errors.append(exception)
+
+
+@pytest.mark.parametrize("validated", [False, True])
+@pytest.mark.usefixtures("_handlers")
+def test_a_signal_with_a_step_that_stops_a_run_ends_it_with_the_steps_error_and_saves_nothing(
+    validated: bool, ahead: bool, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+) -> None:
+    key, module, told = key_of_step(caption_table, tiny_config, 2), LitCLIP(tiny_config), Told()
+    last = ModelCheckpoint(tmp_path, every_n_epochs=100, save_last=True)
+    signalled = SignalAt("on_before_optimizer_step", 3)
+    used = callbacks.defaults(last, signalled, BrokenImage([key]), told)
+    options: dict[str, Any] = {"val_check_interval": 3 if validated else 4, "num_sanity_val_steps": 0}
+    fitting = trainer(tmp_path, max_epochs=1, callbacks=used, log_every_n_steps=50, **options)
+    with pytest.raises(InputError, match="training stopped at step 2: the loss is nan") as error:
+        fitting.fit(module, data_for(module, caption_table))
+    read_late = "; SIGTERM saved nothing, so resume from an earlier checkpoint"
+    assert str(error.value).endswith(read_late) == ahead  # otherwise the step ended the run before the signal was seen
+    assert told.errors == [error.value]
+    assert not list(tmp_path.glob("*.ckpt"))
+
+
+@pytest.mark.usefixtures("_handlers")
+def test_a_signal_with_a_step_that_is_skipped_saves_the_weights_before_it(
+    ahead: bool, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+) -> None:
+    key, module, states = key_of_step(caption_table, tiny_config, 2), LitCLIP(tiny_config), States()
+    last = ModelCheckpoint(tmp_path, every_n_epochs=100, save_last=True)
+    signalled = SignalAt("on_before_optimizer_step", 3)
+    used = callbacks.defaults(last, signalled, states, BrokenImage([key]), NonFiniteSteps("skip"))
+    fitting = trainer(tmp_path, max_epochs=1, limit_val_batches=0, callbacks=used, log_every_n_steps=50)
+    with pytest.raises(SystemExit, match="SIGTERM: saved step 3"):
+        fitting.fit(module, data_for(module, caption_table))
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert saved["callbacks"]["NonFiniteSteps"]["steps"] == 1
+    for name, value in saved["state_dict"].items():
+        assert torch.equal(value, states.seen[2][f"model.{name}"]), name
 
 
 def test_only_torchs_fused_adam_is_told_on_the_device_to_do_nothing() -> None:

@@ -46,15 +46,6 @@ SAVE_LAST = "{class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args
 # One process: this one, which really gets the signals.
 
 
-@pytest.fixture
-def _handlers() -> Iterator[None]:
-    """Restore the signal handlers: a preempted process keeps its own until it exits, but this one does not exit."""
-    before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGUSR1)}
-    yield
-    for signum, handler in before.items():
-        signal.signal(signum, handler)
-
-
 class SignalAt(Callback):
     """Send this process a signal the n-th time a hook is called."""
 
@@ -177,6 +168,21 @@ def test_a_signal_stops_a_validation_and_discards_its_results(
     assert saved["global_step"] == 2
     assert torch.equal(saved["current_model_state"]["model.visual.proj"], second)
     torch.testing.assert_close(saved["state_dict"]["visual.proj"], 0.25 * first + 0.75 * second)
+
+
+@pytest.mark.usefixtures("_handlers")
+def test_a_signal_after_the_exchange_of_a_step_is_seen_before_the_validation_that_follows(
+    tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+) -> None:
+    """It may take longer than the grace period."""
+    options = {"num_sanity_val_steps": 0, "limit_train_batches": 2}
+    sender, validation = SignalAt("on_train_batch_end", 2), SignalAt("on_validation_batch_start", -1)
+    used = sender, validation, keeper(tmp_path)
+    stopped, recorder = stopped_fit(tiny_config, caption_table, tmp_path, *used, **options)
+    assert stopped.code == 128 + signal.SIGTERM
+    assert (len(recorder.steps), validation.calls) == (2, 0)
+    saved = load(tmp_path / "last.ckpt")
+    assert (saved["global_step"], saved["validation_due"]) == (2, True)
 
 
 class Diary(Callback):
@@ -413,7 +419,8 @@ class Run:
 
     def logged_steps(self) -> list[int]:
         path = self.folder / "lightning_logs/version_0/metrics.csv"
-        header, *rows = path.read_text().splitlines() if path.exists() else [""]
+        text = path.read_text() if path.exists() else ""  # empty while it is written anew
+        header, *rows = text.splitlines() or [""]
         columns = header.split(",")
         cells = [row.split(",") for row in rows]
         return [

@@ -16,6 +16,7 @@ from sklearn.metrics import accuracy_score
 import lit_clip
 from lit_clip.cli import subcommands
 from lit_clip.commands.wise_ft import InterpolatedModels, best_alpha, evaluate_line, read_sets, save, wise_ft
+from lit_clip.embedding.precision import Precision
 from lit_clip.errors import InputError
 from lit_clip.evaluation.zero_shot import LabelledImages, ZeroShotSet, zero_shot_classifier
 from lit_clip.models.clip import CLIP
@@ -67,19 +68,23 @@ def test_interpolation_is_exact_at_both_ends_and_linear_in_between(models: tuple
         torch.testing.assert_close(value, expected, rtol=0, atol=1e-6)
 
 
-def test_accuracy_at_each_alpha_equals_a_plain_loop_and_each_image_is_read_once(models: tuple[CLIP, CLIP]) -> None:
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_accuracy_at_each_alpha_equals_a_plain_loop_and_each_image_is_read_once(
+    precision: Precision, models: tuple[CLIP, CLIP]
+) -> None:
     sets = {"target": ZeroShotSet(Noise(23, 0)), "other": ZeroShotSet(Noise(11, 1), ["{}", "{} again"])}
     line = InterpolatedModels(*models)
-    results = evaluate_line(line, sets, ALPHAS, batch_size=5)
+    results = evaluate_line(line, sets, ALPHAS, batch_size=5, precision=precision)
     for name, zero_shot_set in sets.items():
         images: Any = zero_shot_set.images
         assert images.read == len(images)
         for alpha in ALPHAS:
             model = line.at(alpha)
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
                 classifier = zero_shot_classifier(model, images.class_names, zero_shot_set.templates)
                 pixels = torch.stack([model.preprocess(image) for image in images.noise])
-                predictions = (model.encode_image(pixels, normalize=True) @ classifier).argmax(dim=1)
+                features = model.encode_image(pixels, normalize=True).float()
+            predictions = (features @ classifier).argmax(dim=1)
             expected = accuracy_score(images.labels(), predictions.numpy())
             assert results[name][alpha] == pytest.approx(expected, abs=1e-6), (name, alpha)
 
@@ -148,6 +153,7 @@ def test_the_command_prints_a_row_per_alpha_and_writes_a_loadable_checkpoint(
         ({"output": "chosen.safetensors"}, "chosen.safetensors: must be a .ckpt file"),
         ({"batch_size": 0}, "--batch_size 0 must be at least 1"),
         ({"num_workers": -1}, "--num_workers -1 must be at least 0"),
+        ({"precision": "16-mixed"}, "--precision 16-mixed: needs a GPU; on a CPU use 32-true"),
         ({"after": "nowhere.ckpt"}, "nowhere.ckpt"),
         ({"sets": "nowhere.yaml"}, "--sets: nowhere.yaml: there is no such file"),
     ],

@@ -1,6 +1,8 @@
 """The imports of the server that ``tests/helpers/forks.py`` forks."""
 
+import sys
 from importlib import import_module
+from typing import Any
 
 from lit_clip.cli.lazy_torchmetrics import defer_torchmetrics
 
@@ -33,5 +35,8 @@ for name in (
 ):
     import_module(name)
 
-# Tests compare numbers on any machine, so their default precision is float32 (tests/cli/ tests the real default).
-import_module("lit_clip.cli.lightning").computes_in_bfloat16 = lambda accelerator: False
+# Tests compare numbers on any machine, so their default precision is float32 (tests/cli/ tests the real default). It is
+# said in words: Lightning starts other ranks as new programs with these, which would choose bfloat16 where they can.
+lightning: Any = import_module("lit_clip.cli.lightning")
+lightning.computes_in_bfloat16 = lambda accelerator: False
+lightning.CLI._choose_precision = lambda self, settings: sys.argv.extend(["--trainer.precision", "32-true"])

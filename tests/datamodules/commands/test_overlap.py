@@ -245,6 +245,24 @@ def test_a_video_is_in_the_overlap_if_one_of_its_frames_is(tiny_config: CLIPConf
     assert (judged.overlap.images, judged.overlap.overlap, judged.overlap.accuracy_overlap) == (2, 1, 0)
 
 
+def test_features_that_are_not_finite_end_the_search_and_name_the_batch(
+    tiny_config: CLIPConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, photos = CLIP(tiny_config).eval(), photographs()
+    queries = Queries.compute(model, Videos(photos[:6]), 64, 0, "videos")
+    source = open_source(write_table(tmp_path / "train", photos[:4]))
+    plain = CLIP.encode_image
+
+    def overflowing(self: CLIP, images: torch.Tensor, normalize: bool = False) -> torch.Tensor:
+        features = plain(self, images, normalize)
+        features[1] = torch.nan
+        return features
+
+    monkeypatch.setattr(CLIP, "encode_image", overflowing)
+    with pytest.raises(InputError, match=r"train\.csv row 2: features that are not finite"):
+        search(model, queries, source, tmp_path / "found.npz", 2, 0)
+
+
 def test_an_interrupted_search_resumes_and_finds_the_same(
     tiny_config: CLIPConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -430,6 +448,33 @@ def test_the_command_finds_the_copies_and_reports_their_effect_on_accuracy(
     assert (tried[0.9], tried[limit]) == (12, 6)
 
 
+def test_bfloat16_finds_the_same_copies_and_shares_no_features_with_float32(
+    drawn: Drawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [str(drawn.evaluation), "--train", str(drawn.table), "--threshold", "0.9", "--by", "embedding"]
+    encoders: dict[str, set[torch.dtype]] = {"image": set(), "text": set()}
+    for kind in encoders:
+        plain = getattr(CLIP, f"encode_{kind}")
+
+        def noting(*args: Any, plain: Any = plain, kind: str = kind, **options: Any) -> torch.Tensor:
+            encoders[kind].add(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
+            return plain(*args, **options)
+
+        monkeypatch.setattr(CLIP, f"encode_{kind}", noting)
+    similar: dict[str, dict[str, float]] = {}
+    for precision, dtype in (("32-true", torch.float32), ("bf16-mixed", torch.bfloat16)):
+        report = run_overlap(drawn, tmp_path / "overlap.json", *words, "--precision", precision)
+        assert report["model"]["precision"] == precision
+        assert encoders == {"image": {dtype}, "text": {dtype}}
+        similar[precision] = {pair["image"]: pair["similarity"] for pair in report["sets"]["emoji"]["pairs"]}
+        encoders["image"].clear()
+        encoders["text"].clear()
+    exact, half = similar.values()
+    assert set(half) == set(drawn.copied)
+    assert half == pytest.approx(exact, abs=1e-2)
+    assert half != exact
+
+
 def check_page(path: Path, report: dict[str, Any]) -> None:
     """Check that the page shows all pairs with readable images, and loads nothing from outside."""
     page = path.read_text(encoding="utf-8")
@@ -489,6 +534,7 @@ def test_the_command_accepts_a_suite_and_the_results_of_another_model(drawn: Dra
         (["--output", "overlap.csv"], "must be a .html or a .json file"),
         (["--output", "nowhere/overlap.html"], "no such folder"),
         (["--sets", "cifar10"], "--suite"),
+        (["pets", "--precision", "16-mixed"], "--precision 16-mixed: needs a GPU"),
         ([], "no evaluation set"),
     ],
 )
