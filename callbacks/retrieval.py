@@ -1,10 +1,12 @@
 """Retrieval and caption choice during training, on sets of a suite."""
 
+import numpy as np
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from callbacks.periodic import PeriodicEvaluation, PeriodicResult, from_first_rank
-from callbacks.suite_sets import chosen_entries, named, open_sets
+from callbacks.suite_sets import check_images, chosen_entries, named, open_sets
 from lit_clip.errors import require
 from lit_clip.evaluation.caption_choice import EncodedChoices, encode_choices, evaluate_choices
 from lit_clip.evaluation.data import CaptionChoices, CaptionedImages, ImageSet
@@ -66,12 +68,22 @@ class Retrieval(PeriodicEvaluation):
         if self._opened is None:
             self._opened = {}
             for name, folds in open_sets(self.entries, ["test"], self.data_root, "Retrieval").items():
-                images = self._opened[name] = folds[0]["test"]
-                kinds = {"retrieval": CaptionedImages, "caption_choice": CaptionChoices}
-                for task in self._tasks(name):
-                    require(
-                        isinstance(images, kinds[task]), f"{name}: {type(images).__name__} has no captions for {task}"
-                    )
+                self._opened[name] = folds[0]["test"]
+                with named(name):
+                    self._check(name, folds[0]["test"])
+
+    def _check(self, name: str, images: ImageSet) -> None:
+        """Raise :class:`InputError` for what would otherwise stop a run after its first epoch."""
+        check_images(images, self._reader.on_error)
+        entry, rows = self.entries[name], range(len(images))
+        for task in self._tasks(name):
+            kind = CaptionedImages if task == "retrieval" else CaptionChoices
+            require(isinstance(images, kind), f"{type(images).__name__} has no captions for {task}")
+            if isinstance(images, CaptionChoices):
+                choices = encode_choices(images, rows, entry.templates, lambda p: torch.zeros(1, len(p.names)))
+                evaluate_choices(entry.metric, np.zeros((len(images), 1)), choices)
+            elif isinstance(images, CaptionedImages):
+                caption_texts(images, rows, entry.templates)
 
     def evaluate(self, trainer: Trainer, module: LitCLIP) -> PeriodicResult:
         result, model = PeriodicResult(), module.model

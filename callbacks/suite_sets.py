@@ -109,14 +109,16 @@ def check_folds(
     """
     for fold in folds:
         for images in fold.values():
-            require(len(images) > 0, "the set is empty")
-            if on_error == "error":
-                _check_images(images)
+            check_images(images, on_error)
         targets = Targets.of(fold["test"], None, classes)
         evaluate_scores(metric, torch.zeros(()).expand(len(targets), targets.classes), targets)
 
 
-def _check_images(images: ImageSet) -> None:
+def check_images(images: ImageSet, on_error: OnError) -> None:
+    """Raise :class:`InputError` for a set without images and, if they are an error, for visibly broken ones."""
+    require(len(images) > 0, "the set is empty")
+    if on_error == "skip":
+        return
     try:
         images.check()
     except InputError as error:

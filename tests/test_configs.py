@@ -47,12 +47,12 @@ def test_config_parses_and_its_classes_and_options_exist(path: Path, monkeypatch
 @pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
 def test_suite_parses_and_its_classes_accept_their_arguments(path: Path) -> None:
     for name, entry in read_suite(path).items():
-        module, _, kind = entry.data["class_path"].rpartition(".")
-        known = inspect.signature(getattr(importlib.import_module(module), kind)).parameters
-        for fold in entry.folds:
-            for split, more in entry.splits.items():
-                arguments = {**entry.data.get("init_args", {}), **more, **fold}
-                assert arguments.keys() <= known.keys(), f"{path.name}: {name} {split}"
+        for fold in range(len(entry.folds)):
+            for split in entry.splits:
+                spec = entry.spec(split, fold)
+                module, _, kind = spec["class_path"].rpartition(".")
+                known = inspect.signature(getattr(importlib.import_module(module), kind)).parameters
+                assert spec["init_args"].keys() <= known.keys(), f"{path.name}: {name} {split}"
 
 
 @pytest.mark.parametrize("path", [*CONFIGS, *SUITES], ids=lambda path: path.stem)

@@ -1,6 +1,6 @@
 """``lit-clip evaluate``: evaluate a model on a suite of sets, as the paper does."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
@@ -238,7 +238,7 @@ class _Run:
     def _open(self, name: str, entry: SuiteEntry) -> OpenSet:
         """Open a set and compute its features; called on all ranks in the same order."""
         opened = OpenSet(name, entry, [], scale=float(self.model.logit_scale.detach().exp()), probes=self.probes)
-        tasks = self._open_folds(opened)
+        tasks = opened.tasks = self._open_folds(opened)
         for number, fold in enumerate(opened.folds):
             for split, images in fold.images.items():
                 title = f"{name} {split}" + (f" {number + 1}/{len(opened.folds)}" if len(opened.folds) > 1 else "")
@@ -262,23 +262,28 @@ class _Run:
         entry = opened.entry
         assert entry.tasks is not None
         tasks: list[Task] = [task for task in entry.tasks if task in self.tasks]
-        wanted = {split for task in tasks for split in needed_splits(task)}
+        wanted = {split for task in tasks for split in needed_splits(task) if split != "test"}
         if "train" in wanted and "val" in entry.splits:
             wanted.add("val")
         for number in range(len(entry.folds)):
-            fold = Fold()
-            for split in sorted(wanted):  # test before train: a set without it is missing
-                try:
-                    fold.images[split] = entry.open(split, number, self.root)
-                except MissingData as error:
-                    if split == "test":
-                        raise
-                    self.results.update(opened.name, reason=f"no {split} split: {error}")
-                    break
+            fold = Fold({"test": entry.open("test", number, self.root)})
             check_classes({"test": fold.images["test"], "the first fold": (opened.folds or [fold])[0].images["test"]})
-            fold.classes = trained_classes(entry, fold.images)
             opened.folds.append(fold)
-        return [task for task in tasks if all(set(needed_splits(task)) <= set(fold.images) for fold in opened.folds)]
+        split = ""
+        try:
+            for number, fold in enumerate(opened.folds):
+                for split in sorted(wanted):
+                    fold.images[split] = entry.open(split, number, self.root)
+                fold.classes = trained_classes(entry, fold.images)
+        except InputError as error:  # other tasks do not need these splits
+            if isinstance(error, MissingData):
+                self.results.add_reason(opened.name, f"no {split} split: {error}")
+            else:
+                self._record_failure(opened.name, error)
+            for fold in opened.folds:
+                fold.images = {"test": fold.images["test"]}
+            tasks = [task for task in tasks if needed_splits(task) == ("test",)]
+        return tasks
 
     def _encode(self, prompts: Prompts) -> Tensor:
         """Return the cached or newly encoded classifier ``[D, C]``; called on all ranks."""
@@ -353,7 +358,7 @@ class _Run:
         for number, fold in enumerate(opened.folds):
             splits = [split for split in fold.images if split != "test"]
             fold.trained_on = cache_key([self._split_key(fold, number, split, digests) for split in splits])
-        for task in self._possible_tasks(opened):
+        for task in opened.tasks:
             key = self._cache_key(opened, task, digests)
             try:
                 result = self.results.cached(opened.name, task, key)
@@ -383,11 +388,6 @@ class _Run:
                     value, interval = top1_among(whole, classes)
                     result["metrics"][f"top1/{name}"], result["intervals"][f"top1/{name}"] = value, interval
 
-    def _possible_tasks(self, opened: OpenSet) -> Iterator[Task]:
-        for task in opened.entry.tasks or ():
-            if task in self.tasks and set(needed_splits(task)) <= set(opened.folds[0].images):
-                yield task
-
     def _split_key(
         self, fold: Fold, number: int, split: str, digests: Mapping[tuple[int, str], str]
     ) -> tuple[Any, ...]:
@@ -404,7 +404,7 @@ class _Run:
         ]
         entry, more = opened.entry, ()
         if task in ("linear_probe", "few_shot"):
-            more = (vars(self.options),)
+            more = (vars(self.options), [fold.classes for fold in opened.folds])
         elif task == "zero_shot" and opened.prompts:
             more = (opened.prompts.names, opened.prompts.sha256)
         elif task == "caption_choice" and opened.choices:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import ImageSet, LabelledImages, SomeOfImageNet, check_classes
+from lit_clip.evaluation.prompts import prompts_of
 from lit_clip.evaluation.suite import Metric, SuiteEntry
 from lit_clip.evaluation.zero_shot import imagenet_class_names
 
@@ -34,24 +35,27 @@ def trained_classes(entry: SuiteEntry, splits: Mapping[str, ImageSet]) -> Classe
         require(isinstance(images, LabelledImages), f"{type(images).__name__} has no classes, which a probe needs")
     assert isinstance(train, LabelledImages)
     assert isinstance(test, LabelledImages)
-    return _matched(test, train)
+    named = all(name.isdecimal() for name in test.class_names) and entry.class_names is not None
+    names = prompts_of(entry.class_names, "{}", test.class_names).names if named else test.class_names
+    return _matched(test, names, train)
 
 
-def _matched(test: LabelledImages, train: LabelledImages) -> Classes:
-    if test.class_names == train.class_names:
+def _matched(test: LabelledImages, names: Sequence[str], train: LabelledImages) -> Classes:
+    """Match classes by their names; a set whose classes have only numbers has ``names`` from the suite."""
+    if names == train.class_names:
         return [[label] for label in range(len(train.class_names))]
     if isinstance(test, SomeOfImageNet) and train.class_names == imagenet_class_names():
         return test.imagenet_classes()
     labels: dict[str, list[int]] = {}
     for label, name in enumerate(train.class_names):
         labels.setdefault(name, []).append(label)
-    unknown = [name for name in test.class_names if name not in labels]
+    unknown = [name for name in names if name not in labels]
     if unknown:
         raise InputError(
-            f"splits: train has no class {unknown[0]!r}, which test has ({len(unknown)} of {len(test.class_names)} "
-            "classes are not there); train on a set with the same names"
+            f"splits: train has no class {unknown[0]!r}, which test has ({len(unknown)} of {len(names)} classes are "
+            "not there); train on a set with the same names"
         )
-    return [labels[name] for name in test.class_names]
+    return [labels[name] for name in names]
 
 
 def penalty_metric(metric: Metric, classes: Classes | None) -> Metric:

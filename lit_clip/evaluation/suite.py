@@ -125,6 +125,13 @@ class SuiteEntry:
         arguments = self.data["init_args"]
         return next((str(arguments[key]) for key in LOCATION_ARGUMENTS if key in arguments), "")
 
+    def spec(self, split: str, fold: int) -> dict[str, Any]:
+        """Return ``class_path`` and ``init_args`` of one split of one fold."""
+        if self.is_of_another_set(split):
+            return self.splits[split]
+        options = {**self.data["init_args"], **self.splits[split], **self.folds[fold]}
+        return {"class_path": self.data["class_path"], "init_args": options}
+
     def open(self, split: str, fold: int, data_root: Path) -> ImageSet:
         """Open one split of one fold.
 
@@ -132,17 +139,15 @@ class SuiteEntry:
             MissingData: its files are not below ``data_root``.
             InputError: its files are there but cannot be used.
         """
-        other = self.is_of_another_set(split)
-        class_path = self.splits[split]["class_path"] if other else self.data["class_path"]
-        own = self.splits[split]["init_args"] if other else {**self.data["init_args"], **self.splits[split]}
-        options: dict[str, Any] = own if other else {**own, **self.folds[fold]}
+        spec = self.spec(split, fold)
+        options: dict[str, Any] = spec["init_args"]
         for key in LOCATION_ARGUMENTS:
             if isinstance(options.get(key), str):
                 options = options | {key: str(data_root / options[key])}
                 if not os.path.exists(options[key]):  # Path.exists raises for a name that is too long
-                    hint = "" if other else self.how_to_get
+                    hint = "" if self.is_of_another_set(split) else self.how_to_get
                     raise MissingData(f"{options[key]}: not there; {hint or 'see the suite file'}")
-        return _instantiate({"class_path": class_path, "init_args": options})
+        return _instantiate({**spec, "init_args": options})
 
 
 def _command(source: Mapping[str, Any]) -> str:

@@ -81,6 +81,7 @@ class OpenSet:
         choices: questions of a set with right and wrong captions.
         bias: classifiers of the bias probes, by probe.
         scale: the model's inverse temperature.
+        tasks: those that the splits on disk allow.
         probes: all probes of this run, which several sets may be tested on.
     """
 
@@ -93,6 +94,7 @@ class OpenSet:
     choices: EncodedChoices | None = None
     bias: dict[str, Tensor] = field(default_factory=dict)
     scale: float = 100.0
+    tasks: list[Task] = field(default_factory=list)
     probes: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
 
@@ -328,8 +330,9 @@ def _linear_probe(opened: OpenSet, options: TaskOptions, folder: Path) -> dict[s
 
 
 def _few_shot(opened: OpenSet, options: TaskOptions) -> dict[str, Any]:
-    values: dict[int, list[float]] = {}
+    of_folds: list[dict[int, list[float]]] = []
     used: dict[int, float] = {}
+    left_out: dict[int, str] = {}
     metric = opened.entry.metric
     for fold in opened.folds:
         by = penalty_metric(metric, fold.classes)
@@ -341,11 +344,19 @@ def _few_shot(opened: OpenSet, options: TaskOptions) -> dict[str, Any]:
         probes: FewShotProbes = opened.probes[key]
         test = _split(opened, fold, "test")
         assert test is not None
-        for shots, of_draws in probes.evaluate(test, metric, fold.classes).items():
-            values.setdefault(shots, []).extend(of_draws)
+        of_folds.append(probes.evaluate(test, metric, fold.classes))
         used |= probes.l2
-    shots = sorted(values)
-    return {"value": fmean(values[shots[-1]]), "shots": [(n, values[n]) for n in shots], "l2": used}
+        left_out |= probes.left_out
+    shots = [n for n in sorted(of_folds[0]) if n not in left_out]  # those that every fold has
+    if not shots:
+        raise InputError(f"few_shot: {left_out[min(left_out)]} in a fold; leave few_shot out of this set's tasks")
+    curve = [(n, [value for values in of_folds for value in values[n]]) for n in shots]
+    return {
+        "value": fmean(curve[-1][1]),
+        "shots": curve,
+        "l2": {n: used[n] for n in shots},
+        "left_out": dict(sorted(left_out.items())),
+    }
 
 
 def _retrieval(opened: OpenSet, folder: Path) -> dict[str, Any]:

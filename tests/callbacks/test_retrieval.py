@@ -76,6 +76,19 @@ def test_caption_choice_equals_a_plain_loop(folder: Path) -> None:
     assert not numbers(trainer, "retrieval/")
 
 
+def test_a_metric_that_questions_do_not_have_is_refused_before_training(folder: Path) -> None:
+    (folder / "crepe/val2017").mkdir(parents=True)
+    shutil.copy(folder / "0.png", folder / "crepe/val2017/0.png")
+    question = {"filename": "0.png", "caption": "red", "negative_caption": "blue"}
+    (folder / "crepe/add_obj.json").write_text(json.dumps({"0": question}))
+    spec = {"class_path": "datamodules.evaluation.SugarCrepe", "init_args": {"root": "crepe", "subset": "add_obj"}}
+    write_suite(folder, crepe={"data": spec, "metric": "image_score"})
+    trainer, module = make_trainer(folder, [Retrieval(str(folder / "suite.yaml"), str(folder))]), make_module()
+    with pytest.raises(InputError, match="crepe: metric: image_score is not defined for these questions"):
+        trainer.fit(module, data_for(module, folder / "captions.csv"))
+    assert trainer.global_step == 0
+
+
 def test_a_suite_without_captions_is_refused(folder: Path) -> None:
     write_suite(folder, shades=entry())
     with pytest.raises(InputError, match=r"Retrieval.suite: no set has the task retrieval or caption_choice"):

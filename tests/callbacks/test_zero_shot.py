@@ -264,7 +264,7 @@ def test_two_ranks_log_the_metrics_of_one(folder: Path, ranks: Callable[..., Non
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"only": ["shade"]}, "ZeroShot.only: no 'shade' in the suite; there are many, shades"),
+        ({"only": ["shade"]}, "ZeroShot.only: no 'shade' in the suite; there are captions, many, shades"),
         ({"suite": None}, "ZeroShot.only: needs suite"),
         ({"suite": "no.yaml"}, "no.yaml: there is no such file"),
         ({"every_n_epochs": 0}, "ZeroShot.every_n_epochs: 0 must be at least 1"),

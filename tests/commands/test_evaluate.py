@@ -151,6 +151,21 @@ def test_a_probe_of_one_set_is_tested_on_others_and_trained_once(root: Path, mon
         assert results[name]["splits"]["train"]["images"] == 72
 
 
+def test_a_probe_of_another_set_is_tested_again_when_class_names_change(root: Path) -> None:
+    images = [Image.open(path) for name in CLASSES[:2] for path in sorted(Path("data/train", name).glob("*.png"))]
+    write_shards(root / "data/two", images, [0] * 12 + [1] * 12, [])
+    names = root / "data/two/classnames.txt"
+    train = {"class_path": FOLDER, "init_args": {"root": "train"}}
+    data = {"class_path": "datamodules.evaluation.WebDataset", "init_args": {"root": "two"}}
+    write_suite(root, two={"data": data, "splits": {"test": {}, "train": train}})
+    values = []
+    for order in (CLASSES[:2], CLASSES[1::-1]):
+        names.write_text("\n".join(order))
+        values.append(evaluate("--tasks", "linear_probe")["sets"]["two"]["tasks"]["linear_probe"]["value"])
+    assert values[0] > 0.5
+    assert values[1] == pytest.approx(1 - values[0])
+
+
 def test_two_processes_give_the_same_results(root: Path) -> None:
     one = evaluate("--draws", "1")["sets"]
     shutil.rmtree("out")

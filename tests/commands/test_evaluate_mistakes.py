@@ -19,6 +19,7 @@ from lit_clip.cli.subcommands import run_command
 from lit_clip.embedding.encode import EncodingSettings
 from lit_clip.errors import InputError
 from lit_clip.evaluation import store
+from lit_clip.evaluation.data import MissingData
 from lit_clip.evaluation.store import FeatureStore
 from lit_clip.evaluation.suite import read_suite
 from tests.commands.test_evaluate import FOLDER, counted_images, evaluate, noise, root, words, write_suite
@@ -105,6 +106,62 @@ def test_splits_with_different_classes_are_an_error(root: Path) -> None:
     )  # still six classes, but the other five move up
     with pytest.raises(InputError, match="test and train have 6 and 6 classes, and 'ant' is 'bee' there"):
         run_command(words())
+
+
+class PartFolders(ImageFolderClasses):
+    """Folds in ``root``: the images of a split lie in a folder of its name and the fold's."""
+
+    def __init__(self, root: str, split: str, fold: str) -> None:
+        if not Path(root, split + fold).is_dir():
+            raise MissingData(f"{root}/{split}{fold}: no such folder")
+        super().__init__(str(Path(root, split + fold)))
+
+
+def folded(root: Path, **more: Any) -> None:
+    """A set of two folds with the images of ``data/train`` and ``data/test``, whose second fold may be changed."""
+    for split in ("train", "test"):
+        for fold in "ab":
+            shutil.copytree(f"data/{split}", f"data/parts/{split}{fold}")
+    data = {"class_path": f"{__name__}.PartFolders", "init_args": {"root": "parts"}}
+    splits = {"train": {"split": "train"}, "test": {"split": "test"}, **more}
+    write_suite(root, parts={"data": data, "splits": splits, "folds": [{"fold": "a"}, {"fold": "b"}]})
+
+
+def test_a_training_split_that_lacks_a_fold_leaves_zero_shot(root: Path) -> None:
+    folded(root)
+    shutil.rmtree("data/parts/trainb")
+    found = evaluate()["sets"]["parts"]
+    assert (found["status"], list(found["tasks"]), list(found["splits"])) == ("done", ["zero_shot"], ["test"])
+    assert "no train split: data/parts/trainb" in found["reason"]
+
+
+def test_a_missing_validation_split_does_not_change_the_protocol(root: Path) -> None:
+    folded(root, val={"split": "val"})
+    found = evaluate()["sets"]["parts"]
+    assert (found["status"], list(found["tasks"])) == ("done", ["zero_shot"])
+    assert "no val split: data/parts/vala" in found["reason"]
+
+
+def test_few_shot_results_are_of_numbers_of_shots_that_every_fold_has(root: Path) -> None:
+    folded(root)
+    for path in Path("data/parts/trainb").glob("*/*.png"):
+        if int(path.stem) >= 4:
+            path.unlink()
+    found = evaluate("--tasks", "few_shot", "--draws", "1")["sets"]["parts"]["tasks"]["few_shot"]
+    assert [(shots, len(values)) for shots, values in found["shots"]] == [(1, 2), (2, 2)]
+    assert found["left_out"].keys() == {"4", "8", "16"}
+    assert found["l2"].keys() == {"1", "2"}
+
+
+def test_a_mistake_in_another_sets_training_split_leaves_zero_shot(root: Path) -> None:
+    shutil.copytree("data/train", "data/fewer")
+    shutil.rmtree(f"data/fewer/{CLASSES[0]}")
+    train = {"class_path": FOLDER, "init_args": {"root": "fewer"}}
+    write_suite(root, noise={"data": {"class_path": FOLDER}, "splits": {"test": {"root": "test"}, "train": train}})
+    with pytest.raises(InputError, match="noise: splits: train has no class 'ant', which test has .1 of 6 classes"):
+        run_command(words())
+    found = json.loads(Path("out/results.json").read_text())["sets"]["noise"]
+    assert (found["status"], list(found["tasks"])) == ("failed", ["zero_shot"])
 
 
 def test_an_impossible_task_does_not_stop_the_others(root: Path) -> None:

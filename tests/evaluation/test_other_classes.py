@@ -49,6 +49,14 @@ def test_other_names_are_looked_up_and_a_class_with_a_twin_takes_both() -> None:
     assert crossed(Named("a", "b", "c", "a"), Named("c", "a")) == [[2], [0, 3]]
 
 
+def test_classes_that_are_only_numbers_are_matched_by_the_suites_names() -> None:
+    splits = {"test": {}, "train": {"class_path": "x.Other"}}
+    entry = SuiteEntry({"class_path": "x.This"}, splits, class_names=["dog", "cat"])
+    assert trained_classes(entry, {"test": Named("0", "1"), "train": Named("cat", "dog")}) == [[1], [0]]
+    with pytest.raises(InputError, match="train has no class 'dog'"):
+        trained_classes(entry, {"test": Named("0", "1"), "train": Named("0", "1")})
+
+
 def test_a_class_that_was_not_trained_is_an_error_that_names_it() -> None:
     with pytest.raises(InputError, match="train has no class 'monkey', which test has .1 of 2"):
         crossed(Named("frog", "cat"), Named("cat", "monkey"))
