@@ -112,14 +112,18 @@ def predictions_name(name: str, task: str) -> str:
 
 
 def write_predictions(folder: Path, name: str, task: str, columns: Columns) -> str:
-    """Write the predictions of a set's task as Parquet; return :func:`predictions_name`."""
+    """Write the predictions of a set's task as Parquet; return :func:`predictions_name`.
+
+    A key that is not UTF-8, as a file's name need not be, has its other bytes written out: keys stay distinct.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    keys = [str(key).encode("utf-8", "backslashreplace").decode() for key in columns["key"]]
     path = folder / predictions_name(name, task)
     make_folder(path.parent)
     with replacing(path) as draft:
-        pq.write_table(pa.table(columns), draft, compression="zstd")
+        pq.write_table(pa.table({**columns, "key": keys}), draft, compression="zstd")
     return predictions_name(name, task)
 
 
