@@ -15,6 +15,7 @@ from lit_clip.evaluation.predictions import read_predictions
 from lit_clip.evaluation.results import read_results
 
 THIS = "this"  # name of the group that the run itself belongs to
+THIS_RUN = "this run"  # name of the run itself in tables and charts
 NEAR_KM = 25  # the distance that geolocation is compared by
 Table = Mapping[str, np.ndarray]  # of a file of predictions
 
@@ -33,21 +34,35 @@ class OtherRun(NamedTuple):
     results: dict[str, Any]
 
 
-def other_runs(texts: Sequence[str]) -> dict[str, OtherRun]:
+def other_runs(texts: Sequence[str], output: Path) -> dict[str, OtherRun]:
     """Read runs, each given as ``PATH`` of a ``results.json`` or its folder, or as ``NAME=PATH``; return them by name.
 
     Runs with the same name are seeds of one recipe.
 
+    Args:
+        texts: as above.
+        output: folder of the run that they are compared with.
+
     Raises:
-        InputError: a path that does not exist or holds no results, or the same run twice.
+        InputError: a path that does not exist or holds no results, that of the run itself, the same run twice, or the
+            name :data:`THIS_RUN`.
     """
     found: dict[str, OtherRun] = {}
+    seen: set[tuple[str, Path]] = set()  # a run can stand alone and be a seed of a recipe
     groups = [group for group, _ in map(_group_and_path, texts)]
     for group, path in map(_group_and_path, texts):
         name = f"{group}: {path}" if group == THIS or groups.count(group) > 1 and group else group or str(path)
-        require(name not in found, f"--compare {path}: given twice")
-        results = read_results(path)
-        found[name] = OtherRun(group, path if path.is_dir() else path.parent, results)
+        folder = path if path.is_dir() else path.parent
+        place = group, folder.resolve()
+        require(name not in found and place not in seen, f"--compare {path}: given twice")
+        require(
+            (group or str(folder)) != THIS_RUN,
+            f"--compare {path}: {THIS_RUN!r} names the evaluated run; choose another NAME=PATH",
+        )
+        itself = folder.resolve() == output.resolve()
+        require(not itself, f"--compare {path}: this is --output, which every run is compared with; leave it out")
+        found[name] = OtherRun(group, folder, read_results(path))
+        seen.add(place)
     return found
 
 

@@ -163,7 +163,7 @@ def test_a_name_groups_the_seeds_of_a_recipe(tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     for name in ("a1", "b0", "b1", "lr=1e-3", "plain"):
         run_of(Path(name), answers(0, 0.5))
-    others = other_runs(["this=a1", "b=b0", "b=b1", "lr=1e-3", "plain/results.json", "named=plain"])
+    others = other_runs(["this=a1", "b=b0", "b=b1", "lr=1e-3", "plain/results.json", "named=plain"], Path("out"))
     assert list(others) == ["this: a1", "b: b0", "b: b1", "lr=1e-3", "plain/results.json", "named"]
     assert seed_groups(others) == {"this": ["this: a1"], "b": ["b: b0", "b: b1"]}
     assert others["plain/results.json"].folder == Path("plain")
@@ -172,9 +172,26 @@ def test_a_name_groups_the_seeds_of_a_recipe(tmp_path: Path, monkeypatch: pytest
     }  # seeds of the run's own recipe
     for wrong, message in (("b=nowhere", "nowhere: there is no such file"), ("=b0", "=b0: there is no such file")):
         with pytest.raises(InputError, match=message):
-            other_runs([wrong])
-    with pytest.raises(InputError, match="--compare b0: given twice"):
-        other_runs(["b=b0", "b=b0"])
+            other_runs([wrong], Path("out"))
+    for twice in (["b=b0", "b=b0"], ["b=b0", "b=b0/results.json"], ["plain", "plain/results.json"]):
+        with pytest.raises(InputError, match=r"--compare (b0|plain).*: given twice"):
+            other_runs(twice, Path("out"))
+
+
+def test_the_run_itself_is_not_among_the_others_by_place_or_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("s1", "b", "this run"):
+        run_of(Path(name), answers(0, 0.5))
+    Path("link").symlink_to("s1")
+    for itself in ("s1", "this=s1", "x=s1/results.json", "link"):
+        with pytest.raises(InputError, match=r"--compare .*: this is --output, .*; leave it out"):
+            other_runs(["b", itself], tmp_path / "s1")
+    for named in ("this run=b", "this run", "this run/results.json"):
+        with pytest.raises(InputError, match="'this run' names the evaluated run; choose another NAME=PATH"):
+            other_runs([named], Path("s1"))
+    assert list(other_runs(["mine=this run"], Path("s1"))) == ["mine"]
 
 
 def test_seeds_have_the_sample_standard_deviation() -> None:
