@@ -106,7 +106,8 @@ class PairedDifference:
         metric: as in ``results.json``.
         images: number of images, or of queries.
         difference: None if the runs cannot be paired.
-        interval: 99.5 % bootstrap interval of the difference, over images (within classes for a mean per class).
+        interval: 99.5 % bootstrap interval of the difference, over images (within classes for a mean per class);
+            None if it has no width, which would look certain: within classes, all scores differ by the same.
         p_value: exact two-sided test that the images which only one run gets right are as often one's as the other's
             (McNemar 1947); None if images are not simply right or wrong, or the set has several folds.
         reason: why they cannot be paired.
@@ -226,6 +227,7 @@ def _paired(place: PairedDifference, both: Sequence[_Scores]) -> PairedDifferenc
         raise InputError(f"other images: {len(here - there)} only here, {len(there - here)} only there")
     require(np.array_equal(ours.truth, theirs.truth), "the same images have other labels")
     folds = _folds(ours._replace(value=ours.value - theirs.value), place.metric)
+    low, high = mean_interval([fold.bootstrap() for fold in folds])
     binary = all(bool(np.isin(run.value, (0, 1)).all()) for run in both)
     return PairedDifference(
         place.run,
@@ -234,7 +236,7 @@ def _paired(place: PairedDifference, both: Sequence[_Scores]) -> PairedDifferenc
         place.metric,
         len(ours.key),
         fmean(fold.mean() for fold in folds),
-        mean_interval([fold.bootstrap() for fold in folds]),
+        (low, high) if low < high else None,
         mcnemar(ours.value, theirs.value) if binary and len(folds) == 1 else None,
     )
 

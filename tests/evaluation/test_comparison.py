@@ -20,6 +20,7 @@ from lit_clip.evaluation.comparison import (
     seed_groups,
 )
 from lit_clip.evaluation.predictions import write_predictions
+from lit_clip.evaluation.report.page import report_values
 
 KEYS = [f"{number}.png" for number in range(60)]
 TRUTH = np.array([number % 3 if number < 30 else 0 for number in range(60)], dtype=np.int32)
@@ -88,7 +89,26 @@ def test_images_in_another_order_are_paired_by_key(tmp_path: Path) -> None:
     run = run_of(tmp_path / "x", right)
     other = run_of(tmp_path / "y", right[::-1], key=KEYS[::-1], truth=TRUTH[::-1])
     (found,) = paired_differences(run.results, tmp_path / "x", {"y": other})
-    assert (found.difference, found.interval, found.p_value) == (0.0, (0.0, 0.0), 1.0)
+    assert (found.difference, found.interval, found.p_value) == (
+        0.0,
+        None,
+        1.0,
+    )  # an interval without width looks certain
+
+
+def test_a_difference_whose_interval_has_no_width_is_neither_certain_nor_bold(tmp_path: Path) -> None:
+    """With one image of each class nothing varies within classes, however few images there are."""
+    truth, metric = np.arange(60, dtype=np.int32), "mean_per_class"
+    runs = []
+    for name, right in (("x", 40), ("y", 38)):
+        run = run_of(tmp_path / name, [float(number < right) for number in range(60)], truth=truth)
+        value = right / 60
+        run.results["sets"]["a"] = {"metric": metric, "tasks": {"zero_shot": {"metrics": {metric: value}}}}
+        runs.append(run)
+    found = paired_differences(runs[0].results, tmp_path / "x", {"y": runs[1]})
+    assert (found[0].difference, found[0].interval, found[0].p_value) == (pytest.approx(2 / 60), None, 0.5)
+    ((cells, clear),) = report_values(runs[0].results, tmp_path, {"y": {}}, None, found)["comparisons"]["y"]["lines"]
+    assert (cells, clear) == (["a", "zero-shot, mean per class", "+3.3", "", "0.5000", "60"], False)
 
 
 @pytest.mark.parametrize(
