@@ -11,8 +11,9 @@ import numpy as np
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.intervals import Interval, UnitScores, mean_interval
 from lit_clip.evaluation.overview import COLUMNS, number, sets_of, tasks_of
-from lit_clip.evaluation.predictions import read_predictions
+from lit_clip.evaluation.predictions import predictions_name, read_predictions
 from lit_clip.evaluation.results import read_results
+from lit_clip.tools.hashing import sha256_of_file
 
 THIS = "this"  # name of the group that the run itself belongs to
 THIS_RUN = "this run"  # name of the run itself in tables and charts
@@ -167,12 +168,13 @@ def _compared(entry: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[t
 
 
 class _Scores(NamedTuple):
-    """Scores of a run's images, sorted by fold and key."""
+    """Scores of a run's images, sorted by fold and key, and the hash of what they were judged by."""
 
     fold: np.ndarray
     key: np.ndarray
     truth: np.ndarray
     value: np.ndarray
+    judged: object
 
 
 def _scores(folder: Path, entry: Mapping[str, Any], place: PairedDifference) -> _Scores:
@@ -182,10 +184,13 @@ def _scores(folder: Path, entry: Mapping[str, Any], place: PairedDifference) -> 
         InputError: there are none, or they are not those of ``results.json``.
     """
     name, task, metric = place.set, place.task, place.metric
-    known = number((tasks_of(entry)[task].get("metrics") or {}).get(metric))
+    result = tasks_of(entry)[task]
+    known = number((result.get("metrics") or {}).get(metric))
     table = read_predictions(folder, name, task)
     require(task in ("retrieval", "geolocation") or "score" in table, f"{metric} is not a mean over images")
     stale = f"predictions of {name} in {folder} are not those of its results.json; evaluate it again"
+    digest = result.get("predictions_sha256")  # none before there were any
+    require(digest is None or digest == sha256_of_file(folder / predictions_name(name, task)), stale)
     try:
         if task == "retrieval":
             table = {
@@ -198,7 +203,8 @@ def _scores(folder: Path, entry: Mapping[str, Any], place: PairedDifference) -> 
         none = np.zeros(len(key), dtype=np.int64)
         fold, truth = (np.asarray(table.get(column, none)).astype(np.int64) for column in ("fold", "truth"))
         order = np.lexsort((key, fold))
-        found = _Scores(*(np.asarray(column)[order] for column in (fold, key, truth, value.astype(np.float64))))
+        columns = (np.asarray(column)[order] for column in (fold, key, truth, value.astype(np.float64)))
+        found = _Scores(*columns, judged=result.get("judged"))
     except (KeyError, ValueError, TypeError) as error:
         raise InputError(stale) from error
     require(len(found.key) > 0 and known is not None and abs(_mean(found, metric) - known) < 1e-5, stale)
@@ -226,6 +232,8 @@ def _paired(place: PairedDifference, both: Sequence[_Scores]) -> PairedDifferenc
         here, there = (set(zip(run.fold.tolist(), run.key.tolist(), strict=True)) for run in both)
         raise InputError(f"other images: {len(here - there)} only here, {len(there - here)} only there")
     require(np.array_equal(ours.truth, theirs.truth), "the same images have other labels")
+    same = ours.judged == theirs.judged
+    require(same, "images with the same keys have other captions, places or labels, or another version judged them")
     folds = _folds(ours._replace(value=ours.value - theirs.value), place.metric)
     low, high = mean_interval([fold.bootstrap() for fold in folds])
     binary = all(bool(np.isin(run.value, (0, 1)).all()) for run in both)

@@ -19,7 +19,7 @@ from lit_clip.evaluation.comparison import (
     paired_differences,
     seed_groups,
 )
-from lit_clip.evaluation.predictions import write_predictions
+from lit_clip.evaluation.predictions import predictions_entry, write_predictions
 from lit_clip.evaluation.report.page import report_values
 
 KEYS = [f"{number}.png" for number in range(60)]
@@ -177,6 +177,36 @@ def test_retrieval_is_compared_by_query_and_direction(tmp_path: Path) -> None:
     assert [each.difference for each in found] == [0.5, 0.0]
     assert [each.p_value for each in found] == [1.0, 1.0]
     assert [each.images for each in found] == [2, 4]
+
+
+def test_runs_are_not_compared_if_equal_keys_are_of_images_with_other_captions(tmp_path: Path) -> None:
+    """Keys of images can be the numbers of their rows."""
+    columns = {"direction": ["image_to_text"] * 2, "key": ["0", "1"], "rank": np.array([0, 3], dtype=np.int32)}
+    judged = {"x": [("0", ["a cat"]), ("1", ["two cats"])], "y": [("0", ["a dog"]), ("1", ["two dogs"])]}
+    judged["z"] = judged["x"][::-1]  # in another order
+    runs: dict[str, dict[str, Any]] = {}
+    for name, truth in judged.items():
+        entry = predictions_entry(tmp_path / name, "a", "retrieval", columns, truth)
+        task = {"metrics": {"image_to_text_recall@1": 0.5}, **entry}
+        runs[name] = {"sets": {"a": {"tasks": {"retrieval": task}}}}
+    others = {name: OtherRun("", tmp_path / name, runs[name]) for name in "yz"}
+    other, same = paired_differences(runs["x"], tmp_path / "x", others)[::2]
+    assert (other.difference, same.difference) == (None, 0.0)
+    assert other.reason.startswith("images with the same keys have other captions")
+
+
+def test_predictions_of_another_run_with_the_same_mean_are_stale(tmp_path: Path) -> None:
+    right = answers(0, 0.8)
+    run, other = run_of(tmp_path / "x", right), run_of(tmp_path / "y", right)
+    table = {"key": KEYS, "truth": TRUTH, "score": np.array(right)}
+    result = other.results["sets"]["a"]["tasks"]["zero_shot"]
+    result |= predictions_entry(tmp_path / "y", "a", "zero_shot", table, ())
+    run.results["sets"]["a"]["tasks"]["zero_shot"]["judged"] = result["judged"]
+    (found,) = paired_differences(run.results, tmp_path / "x", {"y": other})
+    assert found.difference == 0
+    write_predictions(tmp_path / "y", "a", "zero_shot", table | {"score": np.array(right[::-1])})
+    (found,) = paired_differences(run.results, tmp_path / "x", {"y": other})
+    assert found.reason.endswith("are not those of its results.json; evaluate it again")
 
 
 def test_a_name_groups_the_seeds_of_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
