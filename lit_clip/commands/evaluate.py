@@ -117,7 +117,7 @@ def evaluate(
     entries = _chosen(read_suite(suite), sets, wanted)
     require(draws >= 1, f"--draws {draws} must be at least 1")
     require(min(shots or SHOTS) >= 1, f"--shots {min(shots or SHOTS)} must be at least 1")
-    others = other_runs(compare or [])
+    others = other_runs(compare or [], Path(output))
     clip, out = load_model(model), Path(output)
     make_folder(out, "--output")
     workers = _default_workers(devices) if num_workers is None else num_workers

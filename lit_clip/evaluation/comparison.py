@@ -11,10 +11,12 @@ import numpy as np
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.intervals import Interval, UnitScores, mean_interval
 from lit_clip.evaluation.overview import COLUMNS, number, sets_of, tasks_of
-from lit_clip.evaluation.predictions import read_predictions
+from lit_clip.evaluation.predictions import predictions_name, read_predictions
 from lit_clip.evaluation.results import read_results
+from lit_clip.tools.hashing import sha256_of_file
 
 THIS = "this"  # name of the group that the run itself belongs to
+THIS_RUN = "this run"  # name of the run itself in tables and charts
 NEAR_KM = 25  # the distance that geolocation is compared by
 Table = Mapping[str, np.ndarray]  # of a file of predictions
 
@@ -33,21 +35,35 @@ class OtherRun(NamedTuple):
     results: dict[str, Any]
 
 
-def other_runs(texts: Sequence[str]) -> dict[str, OtherRun]:
+def other_runs(texts: Sequence[str], output: Path) -> dict[str, OtherRun]:
     """Read runs, each given as ``PATH`` of a ``results.json`` or its folder, or as ``NAME=PATH``; return them by name.
 
     Runs with the same name are seeds of one recipe.
 
+    Args:
+        texts: as above.
+        output: folder of the run that they are compared with.
+
     Raises:
-        InputError: a path that does not exist or holds no results, or the same run twice.
+        InputError: a path that does not exist or holds no results, that of the run itself, the same run twice, or the
+            name :data:`THIS_RUN`.
     """
     found: dict[str, OtherRun] = {}
+    seen: set[tuple[str, Path]] = set()  # a run can stand alone and be a seed of a recipe
     groups = [group for group, _ in map(_group_and_path, texts)]
     for group, path in map(_group_and_path, texts):
         name = f"{group}: {path}" if group == THIS or groups.count(group) > 1 and group else group or str(path)
-        require(name not in found, f"--compare {path}: given twice")
-        results = read_results(path)
-        found[name] = OtherRun(group, path if path.is_dir() else path.parent, results)
+        folder = path if path.is_dir() else path.parent
+        place = group, folder.resolve()
+        require(name not in found and place not in seen, f"--compare {path}: given twice")
+        require(
+            (group or str(folder)) != THIS_RUN,
+            f"--compare {path}: {THIS_RUN!r} names the evaluated run; choose another NAME=PATH",
+        )
+        itself = folder.resolve() == output.resolve()
+        require(not itself, f"--compare {path}: this is --output, which every run is compared with; leave it out")
+        found[name] = OtherRun(group, folder, read_results(path))
+        seen.add(place)
     return found
 
 
@@ -91,7 +107,8 @@ class PairedDifference:
         metric: as in ``results.json``.
         images: number of images, or of queries.
         difference: None if the runs cannot be paired.
-        interval: 99.5 % bootstrap interval of the difference, over images (within classes for a mean per class).
+        interval: 99.5 % bootstrap interval of the difference, over images (within classes for a mean per class);
+            None if it has no width, which would look certain: within classes, all scores differ by the same.
         p_value: exact two-sided test that the images which only one run gets right are as often one's as the other's
             (McNemar 1947); None if images are not simply right or wrong, or the set has several folds.
         reason: why they cannot be paired.
@@ -151,12 +168,13 @@ def _compared(entry: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[t
 
 
 class _Scores(NamedTuple):
-    """Scores of a run's images, sorted by fold and key."""
+    """Scores of a run's images, sorted by fold and key, and the hash of what they were judged by."""
 
     fold: np.ndarray
     key: np.ndarray
     truth: np.ndarray
     value: np.ndarray
+    judged: object
 
 
 def _scores(folder: Path, entry: Mapping[str, Any], place: PairedDifference) -> _Scores:
@@ -166,10 +184,13 @@ def _scores(folder: Path, entry: Mapping[str, Any], place: PairedDifference) -> 
         InputError: there are none, or they are not those of ``results.json``.
     """
     name, task, metric = place.set, place.task, place.metric
-    known = number((tasks_of(entry)[task].get("metrics") or {}).get(metric))
+    result = tasks_of(entry)[task]
+    known = number((result.get("metrics") or {}).get(metric))
     table = read_predictions(folder, name, task)
     require(task in ("retrieval", "geolocation") or "score" in table, f"{metric} is not a mean over images")
     stale = f"predictions of {name} in {folder} are not those of its results.json; evaluate it again"
+    digest = result.get("predictions_sha256")  # none before there were any
+    require(digest is None or digest == sha256_of_file(folder / predictions_name(name, task)), stale)
     try:
         if task == "retrieval":
             table = {
@@ -182,7 +203,8 @@ def _scores(folder: Path, entry: Mapping[str, Any], place: PairedDifference) -> 
         none = np.zeros(len(key), dtype=np.int64)
         fold, truth = (np.asarray(table.get(column, none)).astype(np.int64) for column in ("fold", "truth"))
         order = np.lexsort((key, fold))
-        found = _Scores(*(np.asarray(column)[order] for column in (fold, key, truth, value.astype(np.float64))))
+        columns = (np.asarray(column)[order] for column in (fold, key, truth, value.astype(np.float64)))
+        found = _Scores(*columns, judged=result.get("judged"))
     except (KeyError, ValueError, TypeError) as error:
         raise InputError(stale) from error
     require(len(found.key) > 0 and known is not None and abs(_mean(found, metric) - known) < 1e-5, stale)
@@ -210,7 +232,10 @@ def _paired(place: PairedDifference, both: Sequence[_Scores]) -> PairedDifferenc
         here, there = (set(zip(run.fold.tolist(), run.key.tolist(), strict=True)) for run in both)
         raise InputError(f"other images: {len(here - there)} only here, {len(there - here)} only there")
     require(np.array_equal(ours.truth, theirs.truth), "the same images have other labels")
+    same = ours.judged == theirs.judged
+    require(same, "images with the same keys have other captions, places or labels, or another version judged them")
     folds = _folds(ours._replace(value=ours.value - theirs.value), place.metric)
+    low, high = mean_interval([fold.bootstrap() for fold in folds])
     binary = all(bool(np.isin(run.value, (0, 1)).all()) for run in both)
     return PairedDifference(
         place.run,
@@ -219,7 +244,7 @@ def _paired(place: PairedDifference, both: Sequence[_Scores]) -> PairedDifferenc
         place.metric,
         len(ours.key),
         fmean(fold.mean() for fold in folds),
-        mean_interval([fold.bootstrap() for fold in folds]),
+        (low, high) if low < high else None,
         mcnemar(ours.value, theirs.value) if binary and len(folds) == 1 else None,
     )
 

@@ -11,6 +11,7 @@ from lit_clip.evaluation.published import (
     Published,
     canonical_set,
     measured,
+    measured_name,
     measured_weights,
     nearest_model,
     papers_sets,
@@ -191,7 +192,7 @@ def _row(
             if interval:
                 row.intervals[column] = interval
         figure = published(row.paper, task, models[0], metric)
-        others = measured(row.paper or row.name, task, models[1], metric)
+        others = measured(measured_name(row.name, row.paper), task, models[1], metric)
         if figure:
             row.papers[column] = figure
         if others:

@@ -5,7 +5,7 @@ Shapes: N images, C classes, E distinct image-caption pairs.
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from lit_clip.evaluation.scores import interval, lexicon_predictions, pm_right
 from lit_clip.evaluation.suite import Metric
 from lit_clip.evaluation.targets import Targets
 from lit_clip.tools.atomic import make_folder, replacing
+from lit_clip.tools.hashing import hex_digest, sha256_of_file
 from lit_clip.tools.reading import reading
 
 Columns = dict[str, Any]  # values of a file by column, all of the same length
@@ -112,15 +113,35 @@ def predictions_name(name: str, task: str) -> str:
 
 
 def write_predictions(folder: Path, name: str, task: str, columns: Columns) -> str:
-    """Write the predictions of a set's task as Parquet; return :func:`predictions_name`."""
+    """Write the predictions of a set's task as Parquet; return :func:`predictions_name`.
+
+    A key that is not UTF-8, as a file's name need not be, has its other bytes written out: keys stay distinct.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    keys = [str(key).encode("utf-8", "backslashreplace").decode() for key in columns["key"]]
     path = folder / predictions_name(name, task)
     make_folder(path.parent)
     with replacing(path) as draft:
-        pq.write_table(pa.table(columns), draft, compression="zstd")
+        pq.write_table(pa.table({**columns, "key": keys}), draft, compression="zstd")
     return predictions_name(name, task)
+
+
+def predictions_entry(folder: Path, name: str, task: str, columns: Columns, judged: Iterable[object]) -> dict[str, str]:
+    """Write the predictions of a set's task; return what ``results.json`` says about them.
+
+    Args:
+        folder: of the run.
+        name: of the set.
+        task: as in ``results.json``.
+        columns: of the file.
+        judged: what was right, an object with the key for each image, in any order; its hash tells whether two runs
+            were judged alike, which their files alone do not.
+    """
+    path = write_predictions(folder, name, task, columns)
+    digest = hex_digest(sorted(map(repr, judged)))
+    return {"predictions": path, "predictions_sha256": sha256_of_file(folder / path), "judged": digest}
 
 
 def read_predictions(folder: Path, name: str, task: str) -> dict[str, np.ndarray]:

@@ -15,6 +15,7 @@ from lit_clip.models.registry import papers_models, resolve_architecture
 from lit_clip.tools.text_files import read_yaml
 
 PAPER = "Radford et al. 2021"
+PREFIXES = ("wds", "datacomp")  # of the names of CLIP_benchmark's and DataComp's sets
 PARAMETERS = {  # in millions, as counted by `lit-clip models`
     "RN50": 102.01,
     "RN101": 119.69,
@@ -96,7 +97,7 @@ def _measured_cells(data: Mapping[str, Any]) -> Iterator[tuple[str, str, str, st
                 figure = Published(_fraction(value), True, table["source"])
                 papers = name in data["tar_sets"]  # and otherwise CLIP_benchmark's name: its voc2007 is not VOC2007
                 tar_sets = data["tar_sets"].get(name, [name])
-                names = [f"{prefix}_{tar_set}" for prefix in ("wds", "datacomp") for tar_set in tar_sets]
+                names = [f"{prefix}_{tar_set}" for prefix in PREFIXES for tar_set in tar_sets]
                 for known in [*([name] if papers else []), *names]:
                     yield known, table["task"], model, metric, figure
 
@@ -159,6 +160,18 @@ def measured(name: str, task: str, weights: str, metric: str | None = None) -> P
         metric: the metric, for a set with several; None: its first.
     """
     return _select(_figures().measured.get((_set(name), task, weights), {}), metric)
+
+
+def measured_name(name: str, paper: str) -> str:
+    """Return what :func:`measured` calls a set: its name in the paper, or its own if that is CLIP_benchmark's.
+
+    Any other set may be called like one of the paper's without having its images.
+
+    Args:
+        name: of the set.
+        paper: its name in the paper; may be empty.
+    """
+    return paper or (name if name.startswith(tuple(f"{prefix}_" for prefix in PREFIXES)) else "")
 
 
 def measured_weights(model: Mapping[str, Any]) -> str:

@@ -98,7 +98,10 @@ class Results:
             self.sets[name]["reason"] = "; ".join(filter(None, (earlier, reason)))
 
     def cached(self, name: str, task: Task, key: str) -> dict[str, Any] | None:
-        """Return the result of an earlier run with the same :func:`cache_key`, or None if it or its file is gone."""
+        """Return the result of an earlier run with the same :func:`cache_key`.
+
+        None if there is none, or if its file of predictions is gone or is another run's.
+        """
         saved = self._saved(name).get(task)
         if not isinstance(saved, dict) or saved.get("key") != key:
             return None
@@ -107,7 +110,10 @@ class Results:
         except InputError:  # damaged
             return None
         kept = saved["result"].get("predictions")
-        return saved["result"] if kept is None or (self.folder / kept).is_file() else None
+        if kept is None:
+            return saved["result"]
+        path, known = self.folder / kept, saved["result"].get("predictions_sha256")
+        return saved["result"] if path.is_file() and sha256_of_file(path) == known else None
 
     def _saved(self, name: str) -> Mapping[str, Any]:
         """Return what is saved of a set, by task; nothing if there is none or the file is damaged."""
@@ -166,7 +172,7 @@ _SPLIT = {"images": int, "absent": int, "skipped": list[tuple[str, str]]}
 _TASK = {
     "metrics": dict[str, object],
     "intervals": dict[str, object],
-    "predictions": str,
+    **dict.fromkeys(("predictions", "predictions_sha256", "judged"), str),
     "search": list[tuple[float, object]],
     "shots": list[tuple[int, list[object]]],
     "confusions": list[tuple[object, object, object]],

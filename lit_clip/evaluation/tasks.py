@@ -19,7 +19,7 @@ from lit_clip.errors import InputError
 from lit_clip.evaluation.accuracy import predictions
 from lit_clip.evaluation.bias import bias_report
 from lit_clip.evaluation.caption_choice import EncodedChoices, evaluate_choices
-from lit_clip.evaluation.data import Grouped, ImageSet
+from lit_clip.evaluation.data import CaptionedImages, Grouped, ImageSet
 from lit_clip.evaluation.few_shot import SHOTS, FewShotProbes, train_few_shot
 from lit_clip.evaluation.geolocation import nearest_km, within_km
 from lit_clip.evaluation.intervals import Interval, intervals, mean_interval
@@ -28,10 +28,10 @@ from lit_clip.evaluation.predictions import (
     Columns,
     class_columns,
     joined,
+    predictions_entry,
     recall_intervals,
     retrieval_columns,
     unit_scores,
-    write_predictions,
 )
 from lit_clip.evaluation.probe import Probe, Split, train_probe
 from lit_clip.evaluation.prompts import Prompts
@@ -196,6 +196,8 @@ def _score(opened: OpenSet, number: int, scores: Tensor, targets: Targets) -> _S
 def _classification_result(opened: OpenSet, task: Task, scored: Sequence[_Scored], folder: Path) -> dict[str, Any]:
     """Return the entries that all classification tasks share, averaged over folds, and save the predictions."""
     mean, targets = mean_over_folds([fold.metrics for fold in scored]), _targets(opened, opened.folds[0], "test")
+    columns = joined([fold.columns for fold in scored])
+    judged = zip(*(columns[name].tolist() for name in ("fold", "key", "truth")), strict=True)
     return {
         "value": mean[opened.entry.metric],
         "metrics": mean,
@@ -206,7 +208,7 @@ def _classification_result(opened: OpenSet, task: Task, scored: Sequence[_Scored
         },
         "baseline": baseline(opened.entry.metric, targets),
         "images": len(targets.labels),
-        "predictions": write_predictions(folder, opened.name, task, joined([fold.columns for fold in scored])),
+        **predictions_entry(folder, opened.name, task, columns, judged),
     }
 
 
@@ -369,11 +371,16 @@ def _retrieval(opened: OpenSet, folder: Path) -> dict[str, Any]:
     ranks = retrieval_ranks(image_ID, text_TD, pairs, pair_scores(image_ID, text_TD, pairs))
     metrics = retrieval_metrics(ranks, pairs)
     value = fmean(metrics[f"{direction}_recall@1"] for direction in DIRECTIONS)
-    columns = retrieval_columns(_keys(opened.folds[0]), pairs, ranks.image, ranks.pair)
+    test, keys = opened.folds[0].images["test"], _keys(opened.folds[0])
+    assert isinstance(test, CaptionedImages)
+    judged = (
+        (key, list(test.captions(row))) for key, row in zip(keys, opened.folds[0].features["test"].rows, strict=True)
+    )
+    columns = retrieval_columns(keys, pairs, ranks.image, ranks.pair)
     result = {"value": value, "metrics": metrics, "images": len(image_ID), "captions": int(pairs.rows.sum())}
     return result | {
         "intervals": recall_intervals(metrics, result["images"], result["captions"]),
-        "predictions": write_predictions(folder, opened.name, "retrieval", columns),
+        **predictions_entry(folder, opened.name, "retrieval", columns, judged),
     }
 
 
@@ -384,16 +391,15 @@ def _geolocation(opened: OpenSet, folder: Path) -> dict[str, Any]:
     if query_places is None or reference_places is None:
         raise InputError("geolocation: the set has no coordinates of its images; remove geolocation from its tasks")
     distances = nearest_km(query, reference, query_places, reference_places)
-    metrics = within_km(distances)
+    metrics, keys = within_km(distances), _keys(fold)
+    columns, judged = {"key": keys, "km": distances.numpy()}, zip(keys, query_places.tolist(), strict=True)
     return {
         "value": metrics["within_25km"],
         "metrics": metrics,
         "intervals": {name: interval(value, len(query)) for name, value in metrics.items()},
         "images": len(query),
         "references": len(reference),
-        "predictions": write_predictions(
-            folder, opened.name, "geolocation", {"key": _keys(fold), "km": distances.numpy()}
-        ),
+        **predictions_entry(folder, opened.name, "geolocation", columns, judged),
     }
 
 

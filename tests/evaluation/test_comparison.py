@@ -19,7 +19,8 @@ from lit_clip.evaluation.comparison import (
     paired_differences,
     seed_groups,
 )
-from lit_clip.evaluation.predictions import write_predictions
+from lit_clip.evaluation.predictions import predictions_entry, write_predictions
+from lit_clip.evaluation.report.page import report_values
 
 KEYS = [f"{number}.png" for number in range(60)]
 TRUTH = np.array([number % 3 if number < 30 else 0 for number in range(60)], dtype=np.int32)
@@ -88,7 +89,26 @@ def test_images_in_another_order_are_paired_by_key(tmp_path: Path) -> None:
     run = run_of(tmp_path / "x", right)
     other = run_of(tmp_path / "y", right[::-1], key=KEYS[::-1], truth=TRUTH[::-1])
     (found,) = paired_differences(run.results, tmp_path / "x", {"y": other})
-    assert (found.difference, found.interval, found.p_value) == (0.0, (0.0, 0.0), 1.0)
+    assert (found.difference, found.interval, found.p_value) == (
+        0.0,
+        None,
+        1.0,
+    )  # an interval without width looks certain
+
+
+def test_a_difference_whose_interval_has_no_width_is_neither_certain_nor_bold(tmp_path: Path) -> None:
+    """With one image of each class nothing varies within classes, however few images there are."""
+    truth, metric = np.arange(60, dtype=np.int32), "mean_per_class"
+    runs = []
+    for name, right in (("x", 40), ("y", 38)):
+        run = run_of(tmp_path / name, [float(number < right) for number in range(60)], truth=truth)
+        value = right / 60
+        run.results["sets"]["a"] = {"metric": metric, "tasks": {"zero_shot": {"metrics": {metric: value}}}}
+        runs.append(run)
+    found = paired_differences(runs[0].results, tmp_path / "x", {"y": runs[1]})
+    assert (found[0].difference, found[0].interval, found[0].p_value) == (pytest.approx(2 / 60), None, 0.5)
+    ((cells, clear),) = report_values(runs[0].results, tmp_path, {"y": {}}, None, found)["comparisons"]["y"]["lines"]
+    assert (cells, clear) == (["a", "zero-shot, mean per class", "+3.3", "", "0.5000", "60"], False)
 
 
 @pytest.mark.parametrize(
@@ -159,11 +179,41 @@ def test_retrieval_is_compared_by_query_and_direction(tmp_path: Path) -> None:
     assert [each.images for each in found] == [2, 4]
 
 
+def test_runs_are_not_compared_if_equal_keys_are_of_images_with_other_captions(tmp_path: Path) -> None:
+    """Keys of images can be the numbers of their rows."""
+    columns = {"direction": ["image_to_text"] * 2, "key": ["0", "1"], "rank": np.array([0, 3], dtype=np.int32)}
+    judged = {"x": [("0", ["a cat"]), ("1", ["two cats"])], "y": [("0", ["a dog"]), ("1", ["two dogs"])]}
+    judged["z"] = judged["x"][::-1]  # in another order
+    runs: dict[str, dict[str, Any]] = {}
+    for name, truth in judged.items():
+        entry = predictions_entry(tmp_path / name, "a", "retrieval", columns, truth)
+        task = {"metrics": {"image_to_text_recall@1": 0.5}, **entry}
+        runs[name] = {"sets": {"a": {"tasks": {"retrieval": task}}}}
+    others = {name: OtherRun("", tmp_path / name, runs[name]) for name in "yz"}
+    other, same = paired_differences(runs["x"], tmp_path / "x", others)[::2]
+    assert (other.difference, same.difference) == (None, 0.0)
+    assert other.reason.startswith("images with the same keys have other captions")
+
+
+def test_predictions_of_another_run_with_the_same_mean_are_stale(tmp_path: Path) -> None:
+    right = answers(0, 0.8)
+    run, other = run_of(tmp_path / "x", right), run_of(tmp_path / "y", right)
+    table = {"key": KEYS, "truth": TRUTH, "score": np.array(right)}
+    result = other.results["sets"]["a"]["tasks"]["zero_shot"]
+    result |= predictions_entry(tmp_path / "y", "a", "zero_shot", table, ())
+    run.results["sets"]["a"]["tasks"]["zero_shot"]["judged"] = result["judged"]
+    (found,) = paired_differences(run.results, tmp_path / "x", {"y": other})
+    assert found.difference == 0
+    write_predictions(tmp_path / "y", "a", "zero_shot", table | {"score": np.array(right[::-1])})
+    (found,) = paired_differences(run.results, tmp_path / "x", {"y": other})
+    assert found.reason.endswith("are not those of its results.json; evaluate it again")
+
+
 def test_a_name_groups_the_seeds_of_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("a1", "b0", "b1", "lr=1e-3", "plain"):
         run_of(Path(name), answers(0, 0.5))
-    others = other_runs(["this=a1", "b=b0", "b=b1", "lr=1e-3", "plain/results.json", "named=plain"])
+    others = other_runs(["this=a1", "b=b0", "b=b1", "lr=1e-3", "plain/results.json", "named=plain"], Path("out"))
     assert list(others) == ["this: a1", "b: b0", "b: b1", "lr=1e-3", "plain/results.json", "named"]
     assert seed_groups(others) == {"this": ["this: a1"], "b": ["b: b0", "b: b1"]}
     assert others["plain/results.json"].folder == Path("plain")
@@ -172,9 +222,26 @@ def test_a_name_groups_the_seeds_of_a_recipe(tmp_path: Path, monkeypatch: pytest
     }  # seeds of the run's own recipe
     for wrong, message in (("b=nowhere", "nowhere: there is no such file"), ("=b0", "=b0: there is no such file")):
         with pytest.raises(InputError, match=message):
-            other_runs([wrong])
-    with pytest.raises(InputError, match="--compare b0: given twice"):
-        other_runs(["b=b0", "b=b0"])
+            other_runs([wrong], Path("out"))
+    for twice in (["b=b0", "b=b0"], ["b=b0", "b=b0/results.json"], ["plain", "plain/results.json"]):
+        with pytest.raises(InputError, match=r"--compare (b0|plain).*: given twice"):
+            other_runs(twice, Path("out"))
+
+
+def test_the_run_itself_is_not_among_the_others_by_place_or_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("s1", "b", "this run"):
+        run_of(Path(name), answers(0, 0.5))
+    Path("link").symlink_to("s1")
+    for itself in ("s1", "this=s1", "x=s1/results.json", "link"):
+        with pytest.raises(InputError, match=r"--compare .*: this is --output, .*; leave it out"):
+            other_runs(["b", itself], tmp_path / "s1")
+    for named in ("this run=b", "this run", "this run/results.json"):
+        with pytest.raises(InputError, match="'this run' names the evaluated run; choose another NAME=PATH"):
+            other_runs([named], Path("s1"))
+    assert list(other_runs(["mine=this run"], Path("s1"))) == ["mine"]
 
 
 def test_seeds_have_the_sample_standard_deviation() -> None:

@@ -88,3 +88,12 @@ def test_files_are_read_as_written_and_only_from_the_runs_folder(tmp_path: Path)
     (run / name).write_bytes(b"PAR1 no table")
     with pytest.raises(InputError, match=r"zero_shot\.parquet: not a readable file of predictions"):
         read_predictions(run, "a set", "zero_shot")
+
+
+def test_names_of_files_that_are_not_utf_8_stay_distinct_keys(tmp_path: Path) -> None:
+    keys = [name.decode("utf-8", "surrogateescape") for name in (b"caf\xe9.png", b"caf\xe8.png", b"caf\xc3\xa9.png")]
+    folds = [{"key": keys, "score": np.ones(3)}] * 2
+    for columns in (folds[0], joined(folds)):
+        write_predictions(tmp_path, "a", "zero_shot", columns)
+        found = read_predictions(tmp_path, "a", "zero_shot")["key"].tolist()
+        assert set(found) == {r"caf\udce9.png", r"caf\udce8.png", "café.png"}

@@ -383,12 +383,14 @@ def test_few_shot_columns_name_their_shots(full: dict[str, Any], folder: Path) -
 def test_measured_figures_stand_beside_the_papers_where_they_differ(full: dict[str, Any], folder: Path) -> None:
     full["sets"]["wds_vtab-cifar10"] = a_set("", 0.9)
     full["sets"]["wds_cars"] = a_set("", 0.6)
+    full["sets"]["MNIST"] = a_set("", 0.6)  # called so, but the user's own
     columns = {column.title: column.cells for column in result_columns(rows(full), {})}
     found = dict(zip([row.name for row in rows(full)], columns["measured"], strict=True))
     assert found["mnist"] == "48.4"  # 51.9 in the paper
     assert found["imagenet"] == ""  # 63.3 and 63.2
     assert (found["wds_vtab-cifar10"], found["wds_cars"]) == ("89.8", "59.6")
-    assert found["ours"] == ""
+    assert (found["ours"], found["MNIST"]) == ("", "")
+    assert "48.4" not in rendered_section("MNIST", full["sets"]["MNIST"], folder)
     page = Page(report_page(full, folder, {})).text
     assert "measured: OpenAI's ViT-B/32 by open_clip or CLIP_benchmark" in page
     assert "89.8 (open_clip)" in page

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from lit_clip.evaluation.overview import rows
+from lit_clip.evaluation.report.result_columns import result_columns
 from lit_clip.evaluation.report.tables import escape, latex, write_tables
 from tests.evaluation.test_report import EVIL, a_set, probe, results_of, shots, whole_paper, zero_shot
 
@@ -94,6 +96,16 @@ def test_the_latex_table_has_intervals_and_bold_by_the_papers_rule() -> None:
         ],
         ["mine", "top-1", r"50.0 {\scriptsize [49.0, 51.0]}", "--", "--"],
     ]
+
+
+def test_runs_whose_paths_end_alike_have_a_column_each(tmp_path: Path) -> None:
+    end = "/evaluation/of/the/last/checkpoint"
+    runs = {f"a{end}": other(0.5), f"b{end}": other(0.6), "x/results.json": other(0.7)}
+    ours = results_of({"cifar10": a_set("CIFAR10", 0.8)})
+    names = [f"a{end}", f"b{end}", "x"]
+    assert check_syntax(latex(ours, runs, {}))[0][2:] == ["this run", *names]
+    titles = [column.title for column in result_columns(rows(ours), runs)]
+    assert [title for title in titles if title in names] == names
 
 
 def test_the_latex_table_has_seeds_as_mean_and_deviation_and_a_table_for_each_task() -> None:

@@ -6,7 +6,8 @@ Charts are matplotlib's ``Figure`` objects, made without pyplot: no global state
 import io
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette, safe for colour-blind readers; the first colour is this run's, black is the paper's.
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9"]
 INK, MUTED, GRID = "#222222", "#777777", "#E4E4E4"
-THIS_RUN = "this run"
 LETTERS = 30  # longest name
 WIDTH = 9.0  # inches
 STYLE = {
@@ -68,9 +68,16 @@ def short_name(text: str, letters: int = LETTERS) -> str:
 
 
 def run_name(path: str) -> str:
-    """Name another run by the end of its folder's path."""
+    """Shorten a run's name, such as its folder's path, to its end."""
     name = path.removesuffix("results.json").rstrip("/\\") or path
     return name if len(name) <= LETTERS else f"…{name[1 - LETTERS :]}"
+
+
+def run_names(names: Iterable[str]) -> dict[str, str]:
+    """Return :func:`run_name` of each run, or its whole name where several runs have the same end."""
+    short = {name: run_name(name) for name in names}
+    often = Counter(short.values())
+    return {name: end if often[end] == 1 else name for name, end in short.items()}
 
 
 def new_figure(height: float, width: float = WIDTH, **options: Any) -> "tuple[Figure, Any]":

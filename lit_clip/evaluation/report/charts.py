@@ -3,13 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lit_clip.evaluation.comparison import THIS_RUN
 from lit_clip.evaluation.overview import COLUMNS, Column, Row, metric_words, percent, rows, sets_of, shots_of
 from lit_clip.evaluation.published import nearest_model, papers_name
 from lit_clip.evaluation.report.chart_style import (
     COLOURS,
     INK,
     LETTERS,
-    THIS_RUN,
     ChartRun,
     chart_settings,
     colour,
@@ -17,7 +17,7 @@ from lit_clip.evaluation.report.chart_style import (
     legend,
     name_lines,
     new_figure,
-    run_name,
+    run_names,
     short_name,
 )
 from lit_clip.evaluation.report.robustness_chart import robustness
@@ -42,7 +42,8 @@ def figures(results: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]])
     Returns:
         Up to five charts: ``zero_shot``, ``linear_probe``, ``zero_shot_minus_probe``, ``few_shot``, ``robustness``.
     """
-    runs = [ChartRun(THIS_RUN, results), *(ChartRun(run_name(name), other) for name, other in others.items())]
+    names = run_names(others)
+    runs = [ChartRun(THIS_RUN, results), *(ChartRun(names[name], other) for name, other in others.items())]
     with chart_settings():
         drawn = {
             "zero_shot": bars(runs, "zero_shot"),

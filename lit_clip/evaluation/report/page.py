@@ -103,12 +103,12 @@ def _comparison(differences: Sequence[PairedDifference]) -> dict[str, Any]:
     lines, reasons = [], dict[str, list[str]]()
     for each in differences:
         task = TASKS.get(each.task, each.task)
-        if each.difference is None or each.interval is None:
+        if each.difference is None:
             reasons.setdefault(each.reason, []).append(f"{each.set} ({task})")
             continue
-        low, high = each.interval
         p_value = "" if each.p_value is None else "< 0.0001" if each.p_value < 1e-4 else f"{each.p_value:.4f}"
-        ends = f"{points(low)} to {points(high)}"
+        low, high = each.interval or (0, 0)
+        ends = f"{points(low)} to {points(high)}" if each.interval else ""
         cells = [each.set, f"{task}, {metric_words(each.metric)}", points(each.difference), ends, p_value]
         lines.append(([*cells, f"{each.images:,}"], low > 0 or high < 0))
     return {"lines": lines, "reasons": {reason: ", ".join(dict.fromkeys(sets)) for reason, sets in reasons.items()}}

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from lit_clip.evaluation.comparison import THIS, over_seeds
 from lit_clip.evaluation.overview import COLUMNS, Column, Row, group_means, papers_percent, percent, rows
 from lit_clip.evaluation.published import Published
-from lit_clip.evaluation.report.chart_style import run_name
+from lit_clip.evaluation.report.chart_style import run_names
 
 DIFFERS = 0.01  # a measured figure is shown if it differs by this much from the paper's, or if the paper has none
 Groups = Mapping[str, Sequence[str]]  # see lit_clip.evaluation.comparison.seed_groups
@@ -101,13 +101,14 @@ def _compared(
     for group, names in groups.items():
         runs = [_seeds(quantity, of_row) for of_row in seed_values(found, tables, names, group)]
         columns.append(ResultColumn(f"{group}, {len(names) + (group == THIS)} runs", runs))
+    titles = run_names(name for name in tables if name not in grouped)
     for name, table in tables.items():
-        if name not in grouped:
+        if name in titles:
             cells = [table.get((row.name, row.metric)) for row in found]
             other_means = group_means(list(table.values()), column) if column else []
             of_groups = {mean.group: percent(mean.ours) for mean in other_means}
             texts = ["" if cell is None else percent(quantity.value(cell)) for cell in cells]
-            columns.append(ResultColumn(run_name(name), texts, of_groups))
+            columns.append(ResultColumn(titles[name], texts, of_groups))
     if not any(any(each.cells) for each in columns if each.title not in ("paper", "measured")):
         return []
     return [columns[0], *(each for each in columns[1:] if any(each.cells))]

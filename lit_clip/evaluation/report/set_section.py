@@ -15,7 +15,7 @@ from lit_clip.evaluation.overview import (
     skipped_of,
     tasks_of,
 )
-from lit_clip.evaluation.published import PAPER, Published, measured, peers, published
+from lit_clip.evaluation.published import PAPER, Published, measured, measured_name, peers, published
 from lit_clip.evaluation.report.run_images import run_image
 from lit_clip.tools.html import plural, thumbnail
 
@@ -73,7 +73,7 @@ def _metrics(
                     percent(number(value)),
                     _between((result.get("intervals") or {}).get(metric)),
                     _with_table(published(paper, task, model, metric)),
-                    _with_source(measured(paper or name, task, weights, metric)),
+                    _with_source(measured(measured_name(name, paper), task, weights, metric)),
                     "; ".join(f"{peer} {_with_table(of[metric])}" for peer, of in others.items() if metric in of),
                 ]
             )

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lit_clip.evaluation.comparison import THIS, over_seeds
+from lit_clip.evaluation.comparison import THIS, THIS_RUN, over_seeds
 from lit_clip.evaluation.overview import (
     COLUMNS,
     Row,
@@ -19,7 +19,7 @@ from lit_clip.evaluation.overview import (
     shots_of,
     tasks_of,
 )
-from lit_clip.evaluation.report.chart_style import THIS_RUN, run_name
+from lit_clip.evaluation.report.chart_style import run_names
 from lit_clip.evaluation.report.result_columns import Groups, Quantity, quantities, seed_values
 from lit_clip.tools.atomic import replacing
 
@@ -137,20 +137,21 @@ def _latex_table(
     groups: Groups,
 ) -> list[str]:
     grouped = {name for names in groups.values() for name in names}
-    columns: dict[str, list[_Cell | None]] = {THIS_RUN: [_cell(quantity, row) for row in found]}
+    titles = run_names(name for name in tables if name not in grouped)
+    columns: list[tuple[str, list[_Cell | None]]] = [(THIS_RUN, [_cell(quantity, row) for row in found])]
     for name, table in tables.items():
-        if name not in grouped:
-            columns[run_name(name)] = [_cell(quantity, table.get((row.name, row.metric))) for row in found]
+        if name in titles:
+            columns.append((titles[name], [_cell(quantity, table.get((row.name, row.metric))) for row in found]))
     for group, names in groups.items():
         title = f"{group}, {len(names) + (group == THIS)} runs"
-        columns[title] = [_seeds(quantity, of_row) for of_row in seed_values(found, tables, names, group)]
-    columns = {title: cells for title, cells in columns.items() if any(cells)}
+        columns.append((title, [_seeds(quantity, of_row) for of_row in seed_values(found, tables, names, group)]))
+    columns = [(title, cells) for title, cells in columns if any(cells)]
     if not columns:
         return []
-    kept = [place for place in range(len(found)) if any(cells[place] for cells in columns.values())]
+    kept = [place for place in range(len(found)) if any(cells[place] for _, cells in columns)]
     body = []
     for place in kept:
-        cells = [of_run[place] for of_run in columns.values()]
+        cells = [of_run[place] for _, of_run in columns]
         names = [escape(found[place].name), escape(metric_words(found[place].metric))]
         body.append(" & ".join([*names, *_texts(cells)]) + r" \\")
     return [
@@ -160,7 +161,7 @@ def _latex_table(
         rf"\caption{{{escape(quantity.title.capitalize())}, \%}}",
         rf"\begin{{tabular}}{{ll{'r' * len(columns)}}}",
         r"\toprule",
-        " & ".join(["set", "metric", *map(escape, columns)]) + r" \\",
+        " & ".join(["set", "metric", *(escape(title) for title, _ in columns)]) + r" \\",
         r"\midrule",
         *body,
         r"\bottomrule",
