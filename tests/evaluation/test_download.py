@@ -1,5 +1,6 @@
 """Downloads of evaluation sets: from a server that speaks the hub's protocol, and of torchvision's archives."""
 
+import errno
 import hashlib
 import io
 import shutil
@@ -14,7 +15,7 @@ import torchvision
 from datamodules import evaluation as sets
 from lit_clip.errors import InputError
 from lit_clip.evaluation import download
-from lit_clip.evaluation.download import download_missing
+from lit_clip.evaluation.download import Transfer, download_missing, fetch
 from lit_clip.evaluation.suite import SuiteEntry, read_suite
 from tests.conftest import ROOT
 from tests.helpers.coloured_sets import WDS_LABELS, WDS_NAMES, WDS_TEMPLATES, message_of, wds_sample, write_wds
@@ -150,6 +151,23 @@ def test_too_little_space_is_an_error_before_anything_is_downloaded(
     assert gets(hub) == []
 
 
+def test_file_of_another_size_than_announced_is_refused(hub: Hub, wds: SuiteEntry, tmp_path: Path) -> None:
+    hub.wrong["1.tar"] = b"<html>log in</html>"
+    size = (tmp_path / "published/test/1.tar").stat().st_size
+    reason = download_missing({"digits": wds}, tmp_path / "data")["digits"]
+    assert f"1.tar: cannot be downloaded (the server sends 19 bytes instead of {size:,})" in reason
+    assert gets(hub).count("1.tar") == 1  # it would be the same another time
+    hub.wrong.clear()
+    assert download_missing({"digits": wds}, tmp_path / "data") == {}
+
+
+def test_kept_file_of_another_size_is_downloaded_again(hub: Hub, tmp_path: Path) -> None:
+    content, path = (tmp_path / "published/classnames.txt").read_bytes(), tmp_path / "kept"
+    path.write_bytes(b"<html>log in</html>")
+    fetch(Transfer(f"{hub.url}/datasets/{NAME}/resolve/main/classnames.txt", path, len(content), None), path)
+    assert path.read_bytes() == content
+
+
 @pytest.fixture
 def dtd(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SuiteEntry:
     """DTD's miniature in an archive, which torchvision's class gets from the server."""
@@ -209,6 +227,52 @@ def test_torchvisions_checksum_is_compared(hub: Hub, dtd: SuiteEntry, tmp_path: 
     reason = download_missing({"textures": dtd}, tmp_path / "data")["textures"]
     assert "dtd.tar.gz: its md5 checksum is" in reason
     assert not (tmp_path / "data/dtd").exists()
+
+
+def test_archive_that_cannot_be_unpacked_is_downloaded_again(
+    hub: Hub, dtd: SuiteEntry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As FGVC-Aircraft's, which has no checksum, if a network's login page comes instead."""
+    monkeypatch.setattr(torchvision.datasets.DTD, "_MD5", None)
+    hub.wrong["dtd.tar.gz"] = b"<html>log in</html>"
+    reason = download_missing({"textures": dtd}, tmp_path / "data")["textures"]
+    assert "not a gzip file" in reason
+    assert "dtd.tar.gz is removed, to be downloaded again" in reason
+    hub.wrong.clear()
+    assert download_missing({"textures": dtd}, tmp_path / "data") == {}
+    assert len(keys(dtd, tmp_path / "data")) == 2
+
+
+def test_full_disk_does_not_remove_the_archive(
+    hub: Hub, dtd: SuiteEntry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torchvision.datasets.DTD, "_MD5", None)
+
+    def full(tar: tarfile.TarFile, path: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tarfile.TarFile, "extractall", full)
+        reason = download_missing({"textures": dtd}, tmp_path / "data")["textures"]
+    assert reason.endswith("No space left on device")
+    assert download_missing({"textures": dtd}, tmp_path / "data") == {}
+    assert gets(hub) == ["dtd.tar.gz"]
+
+
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.SYMTYPE])
+def test_archive_with_members_outside_of_the_folder_is_refused(
+    kind: bytes, hub: Hub, dtd: SuiteEntry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w:gz") as tar:
+        member = tarfile.TarInfo("../../../escaped.txt" if kind == tarfile.REGTYPE else "link")
+        member.type, member.linkname = kind, "../../../.."
+        tar.addfile(member)
+    hub.repositories["any/archives"].push({"dtd.tar.gz": file.getvalue()})
+    monkeypatch.setattr(torchvision.datasets.DTD, "_MD5", hashlib.md5(file.getvalue()).hexdigest())
+    reason = download_missing({"textures": dtd}, tmp_path / "data")["textures"]
+    assert "outside the destination" in reason
+    assert [path for name in ("escaped.txt", "link") for path in tmp_path.rglob(name)] == []
 
 
 def test_torchvisions_set_that_is_there_is_not_downloaded_for_what_else_is_missing(
