@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import md5, sha1, sha256
 from http.client import HTTPException
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,21 +103,27 @@ def download_missing(entries: Mapping[str, SuiteEntry], data_root: Path) -> dict
     """Download the sets that are not below ``data_root`` and that say how; return why some could not be, by name.
 
     Raises:
-        InputError: there is not enough space on the disk.
+        InputError: ``data_root`` cannot be made.
     """
     make_folder(data_root, "--data-root")
     failed: dict[str, str] = {}
-    plans = []
+    plans: list[_Plan] = []
     for plan in _plans(entries, data_root):
         try:
             plan.transfers = [_transfers(plan, source) for source in plan.sources]
             plans.append(plan)
         except InputError as error:
             failed |= dict.fromkeys(plan.names, str(error))
-    if plans:
-        _announce(plans, data_root)
+    free = shutil.disk_usage(data_root).free
+    fitting = _fitting(plans, free)
+    if fitting:
+        _announce(fitting, data_root)
     for plan in plans:
         try:
+            lacks = (
+                f"--data-root {data_root}: {_bytes(_size_of(plan))} do not fit; {_bytes(free)} are free for all sets"
+            )
+            require(plan in fitting, lacks)
             _download(plan)
         except InputError as error:
             failed |= dict.fromkeys(plan.names, str(error))
@@ -260,22 +267,36 @@ def _size(url: str) -> int | None:
         return None
 
 
-def _announce(plans: Iterable[_Plan], data_root: Path) -> None:
-    """Say what will be downloaded and how much that is.
+def _fitting(plans: Iterable[_Plan], free: int) -> list[_Plan]:
+    """Return the plans for which the disk has space, taken in order."""
+    fitting = []
+    for plan in plans:
+        size = _size_of(plan)
+        if size <= free:
+            fitting.append(plan)
+            free -= size
+    return fitting
 
-    Raises:
-        InputError: the disk has less space.
-    """
+
+def _size_of(plan: _Plan) -> int:
+    """Return how many bytes are still to be transferred, as far as servers say it."""
+    return sum(_lacking(plan.kept(each), each.size) for each in chain(*plan.transfers) if each.size is not None)
+
+
+def _lacking(kept: Path, size: int) -> int:
+    have = [path.stat().st_size for path in (kept, _part(kept)) if path.exists()]
+    return max(0, size - sum(have))
+
+
+def _announce(plans: Iterable[_Plan], data_root: Path) -> None:
+    """Say what will be downloaded and how much that is."""
     total, unknown, lines = 0, False, []
     for plan in plans:
-        sizes = [transfer.size for transfers in plan.transfers for transfer in transfers]
-        known = sum(size for size in sizes if size is not None)
-        incomplete = None in sizes or [] in plan.transfers
+        known = _size_of(plan)
+        incomplete = [] in plan.transfers or any(each.size is None for each in chain(*plan.transfers))
         total, unknown = total + known, unknown or incomplete
         lines.append(f"  {', '.join(plan.names)}: {_amount(known, incomplete)}")
     stderr().print(f"downloading {_amount(total, unknown)} into {data_root}:\n" + "\n".join(lines))
-    free = shutil.disk_usage(data_root).free
-    require(total <= free, f"--data-root {data_root}: {_bytes(free)} are free, which is less than {_bytes(total)}")
 
 
 def _amount(known: int, incomplete: bool) -> str:
@@ -365,6 +386,10 @@ def _publish(content: Path, root: Path) -> None:
             path.replace(target)
 
 
+def _part(path: Path) -> Path:
+    return path.with_name(f"{path.name}.part")
+
+
 def fetch(transfer: Transfer, path: Path) -> None:
     """Download a file to ``path``, unless it is there; what an earlier call has left of it is not asked for again.
 
@@ -376,7 +401,7 @@ def fetch(transfer: Transfer, path: Path) -> None:
         if transfer.size in (None, path.stat().st_size):
             return
         path.unlink()
-    part = path.with_name(f"{path.name}.part")
+    part = _part(path)
     for attempt in range(1, ATTEMPTS + 1):
         try:
             _continue(transfer, part)

@@ -18,7 +18,7 @@ from lit_clip.evaluation import download
 from lit_clip.evaluation.download import Transfer, download_missing, fetch
 from lit_clip.evaluation.suite import SuiteEntry, read_suite
 from tests.conftest import ROOT
-from tests.helpers.coloured_sets import WDS_LABELS, WDS_NAMES, WDS_TEMPLATES, message_of, wds_sample, write_wds
+from tests.helpers.coloured_sets import WDS_LABELS, WDS_NAMES, WDS_TEMPLATES, wds_sample, write_wds
 from tests.helpers.hub import Hub, Repository, running_hub
 from tests.helpers.miniatures import MINIATURES
 
@@ -142,13 +142,47 @@ def test_set_that_the_hub_does_not_have_is_named_and_the_others_are_downloaded(
     assert (tmp_path / "data/wds_mnist").is_dir()
 
 
-def test_too_little_space_is_an_error_before_anything_is_downloaded(
-    hub: Hub, wds: SuiteEntry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def set_free_space(patch: pytest.MonkeyPatch, free: int) -> None:
+    patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(free, 0, free))  # type: ignore[attr-defined]
+
+
+def test_set_for_which_there_is_too_little_space_fails_and_smaller_ones_are_downloaded(
+    hub: Hub, wds: SuiteEntry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
-    message = message_of(lambda: download_missing({"digits": wds}, tmp_path / "data"))
-    assert "0.0 kB are free" in message
-    assert gets(hub) == []
+    files = hub.repositories[NAME].commits[hub.repositories[NAME].branches["main"]]
+    size = sum(len(body) for name, body in files.items() if not name.startswith(("train", ".")))
+    hub.repositories["a/large"] = Repository()
+    hub.repositories["a/large"].push({**files, "test/9.tar": bytes(1000)})
+    data = {"class_path": "datamodules.evaluation.WebDataset", "init_args": {"root": "large"}}
+    set_free_space(monkeypatch, size)
+    entries = {"large": SuiteEntry(data, download=[{"hub": "a/large"}]), "digits": wds}
+    failed = download_missing(entries, tmp_path / "data")
+    needed = f"{(size + 1000) / 1e3:.1f} kB do not fit; {size / 1e3:.1f} kB are free for all sets"
+    assert failed == {"large": f"--data-root {tmp_path / 'data'}: {needed}"}
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["wds_mnist"]
+    assert f"downloading {size / 1e3:.1f} kB" in capsys.readouterr().err
+    assert not any("large" in request for request in hub.requests if "resolve" in request)
+
+
+def test_space_is_only_needed_for_what_an_interrupted_transfer_lacks(
+    hub: Hub, wds: SuiteEntry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(download, "ATTEMPTS", 1)
+    hub.cut["1.tar"] = 3000
+    assert "digits" in download_missing({"digits": wds}, tmp_path / "data")
+    hub.cut.clear()
+    kept = {path.name.partition("-")[2]: path.stat().st_size for path in tmp_path.rglob("transfers/*")}
+    del kept["1.tar.part.version"]
+    assert kept["1.tar.part"] == 3000
+    files = hub.repositories[NAME].commits[hub.repositories[NAME].branches["main"]]
+    size = sum(len(body) for name, body in files.items() if not name.startswith(("train", ".")))
+    assert 3000 < sum(kept.values()) < size
+    capsys.readouterr()
+    set_free_space(monkeypatch, size - sum(kept.values()) - 1)
+    assert "digits" in download_missing({"digits": wds}, tmp_path / "data")
+    set_free_space(monkeypatch, size - sum(kept.values()))
+    assert download_missing({"digits": wds}, tmp_path / "data") == {}
+    assert f"downloading {(size - sum(kept.values())) / 1e3:.1f} kB" in capsys.readouterr().err
 
 
 def test_file_of_another_size_than_announced_is_refused(hub: Hub, wds: SuiteEntry, tmp_path: Path) -> None:
