@@ -5,18 +5,21 @@ is compared with its checksum. Torchvision then finds its archives and unpacks t
 beside the set's, whose content is moved there when it is complete.
 """
 
+import errno
 import importlib
 import os
 import shutil
+import tarfile
 import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import md5, sha1, sha256
 from http.client import HTTPException
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,26 +94,36 @@ class _Plan:
     def content(self) -> Path:
         return self.stage / "content"
 
+    def kept(self, transfer: Transfer) -> Path:
+        """Return where a file is kept until the set is complete."""
+        return self.stage / "transfers" / f"{hash64(transfer.url).hex()}-{transfer.path.name}"
+
 
 def download_missing(entries: Mapping[str, SuiteEntry], data_root: Path) -> dict[str, str]:
     """Download the sets that are not below ``data_root`` and that say how; return why some could not be, by name.
 
     Raises:
-        InputError: there is not enough space on the disk.
+        InputError: ``data_root`` cannot be made.
     """
     make_folder(data_root, "--data-root")
     failed: dict[str, str] = {}
-    plans = []
+    plans: list[_Plan] = []
     for plan in _plans(entries, data_root):
         try:
             plan.transfers = [_transfers(plan, source) for source in plan.sources]
             plans.append(plan)
         except InputError as error:
             failed |= dict.fromkeys(plan.names, str(error))
-    if plans:
-        _announce(plans, data_root)
+    free = shutil.disk_usage(data_root).free
+    fitting = _fitting(plans, free)
+    if fitting:
+        _announce(fitting, data_root)
     for plan in plans:
         try:
+            lacks = (
+                f"--data-root {data_root}: {_bytes(_size_of(plan))} do not fit; {_bytes(free)} are free for all sets"
+            )
+            require(plan in fitting, lacks)
             _download(plan)
         except InputError as error:
             failed |= dict.fromkeys(plan.names, str(error))
@@ -249,27 +262,41 @@ def _size(url: str) -> int | None:
     """Ask for the size of a file; None: the server does not say."""
     try:
         with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=TIMEOUT) as response:
-            return int(response.headers["Content-Length"])
+            return int(response.headers["Content-Length"]) or None
     except (OSError, TypeError, ValueError):
         return None
 
 
-def _announce(plans: Iterable[_Plan], data_root: Path) -> None:
-    """Say what will be downloaded and how much that is.
+def _fitting(plans: Iterable[_Plan], free: int) -> list[_Plan]:
+    """Return the plans for which the disk has space, taken in order."""
+    fitting = []
+    for plan in plans:
+        size = _size_of(plan)
+        if size <= free:
+            fitting.append(plan)
+            free -= size
+    return fitting
 
-    Raises:
-        InputError: the disk has less space.
-    """
+
+def _size_of(plan: _Plan) -> int:
+    """Return how many bytes are still to be transferred, as far as servers say it."""
+    return sum(_lacking(plan.kept(each), each.size) for each in chain(*plan.transfers) if each.size is not None)
+
+
+def _lacking(kept: Path, size: int) -> int:
+    have = [path.stat().st_size for path in (kept, _part(kept)) if path.exists()]
+    return max(0, size - sum(have))
+
+
+def _announce(plans: Iterable[_Plan], data_root: Path) -> None:
+    """Say what will be downloaded and how much that is."""
     total, unknown, lines = 0, False, []
     for plan in plans:
-        sizes = [transfer.size for transfers in plan.transfers for transfer in transfers]
-        known = sum(size for size in sizes if size is not None)
-        incomplete = None in sizes or [] in plan.transfers
+        known = _size_of(plan)
+        incomplete = [] in plan.transfers or any(each.size is None for each in chain(*plan.transfers))
         total, unknown = total + known, unknown or incomplete
         lines.append(f"  {', '.join(plan.names)}: {_amount(known, incomplete)}")
     stderr().print(f"downloading {_amount(total, unknown)} into {data_root}:\n" + "\n".join(lines))
-    free = shutil.disk_usage(data_root).free
-    require(total <= free, f"--data-root {data_root}: {_bytes(free)} are free, which is less than {_bytes(total)}")
 
 
 def _amount(known: int, incomplete: bool) -> str:
@@ -286,19 +313,18 @@ def _bytes(number: int) -> str:
 
 
 def _download(plan: _Plan) -> None:
-    kept = plan.stage / "transfers"
     try:
         shutil.rmtree(plan.content, ignore_errors=True)  # what an earlier run may have left half unpacked
-        for folder in (kept, plan.content):
+        for folder in (plan.stage / "transfers", plan.content):
             folder.mkdir(parents=True, exist_ok=True)
         for source, transfers in zip(plan.sources, plan.transfers, strict=True):
             for transfer in transfers:
-                file = kept / f"{hash64(transfer.url).hex()}-{transfer.path.name}"
+                file = plan.kept(transfer)
                 fetch(transfer, file)
                 transfer.path.parent.mkdir(parents=True, exist_ok=True)
                 _link(file, transfer.path)
             if "torchvision" in source:
-                _unpack(plan, source)
+                _unpack(plan, source, transfers)
             for transfer in transfers:
                 if transfer.archive:
                     transfer.path.unlink(missing_ok=True)
@@ -315,13 +341,36 @@ def _link(file: Path, path: Path) -> None:
         shutil.copyfile(file, path)
 
 
-def _unpack(plan: _Plan, source: Mapping[str, Any]) -> None:
-    """Let torchvision unpack its archives, and download what is not on an ordinary server."""
+def _unpack(plan: _Plan, source: Mapping[str, Any], transfers: Sequence[Transfer]) -> None:
+    """Let torchvision unpack its archives, and download what is not on an ordinary server.
+
+    Raises:
+        InputError: it cannot. Archives without a checksum are removed then, as they may not be what they should be.
+    """
     try:
-        _torchvision_class(source)(str(plan.content), download=True, **_arguments(source))
+        with _inside_of_folder():
+            _torchvision_class(source)(str(plan.content), download=True, **_arguments(source))
     except Exception as error:  # a damaged archive can raise anything
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise InputError(f"torchvision.datasets.{source['torchvision']} could not get the set: {reason}") from error
+        message = f"torchvision.datasets.{source['torchvision']} could not get the set: {reason}"
+        doubtful = [transfer for transfer in transfers if transfer.archive and transfer.checksum is None]
+        if doubtful and getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
+            for transfer in doubtful:
+                plan.kept(transfer).unlink(missing_ok=True)
+            message += f"; {', '.join(transfer.url for transfer in doubtful)} is removed, to be downloaded again"
+        raise InputError(message) from error
+
+
+@contextmanager
+def _inside_of_folder() -> Iterator[None]:
+    """Refuse members of tar files that would be outside of the folder, which Python does by default only from 3.14."""
+    require(hasattr(tarfile, "data_filter"), "archives cannot be unpacked safely; use Python 3.11.4 or newer")
+    before = tarfile.TarFile.extraction_filter
+    tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
+    try:
+        yield
+    finally:
+        tarfile.TarFile.extraction_filter = before
 
 
 def _publish(content: Path, root: Path) -> None:
@@ -337,20 +386,27 @@ def _publish(content: Path, root: Path) -> None:
             path.replace(target)
 
 
+def _part(path: Path) -> Path:
+    return path.with_name(f"{path.name}.part")
+
+
 def fetch(transfer: Transfer, path: Path) -> None:
     """Download a file to ``path``, unless it is there; what an earlier call has left of it is not asked for again.
 
     Raises:
-        InputError: it cannot be had, or its checksum is wrong, in which case nothing of it is kept.
+        InputError: it cannot be had, the server's file has another size than ``transfer``, or its checksum is wrong, in
+            which case nothing of it is kept.
     """
     if path.exists():
-        return
-    part = path.with_name(f"{path.name}.part")
+        if transfer.size in (None, path.stat().st_size):
+            return
+        path.unlink()
+    part = _part(path)
     for attempt in range(1, ATTEMPTS + 1):
         try:
             _continue(transfer, part)
             break
-        except (OSError, ValueError, HTTPException) as error:  # ValueError: no such kind of address
+        except (OSError, ValueError, HTTPException) as error:  # ValueError: no such kind of address, or another size
             refused = isinstance(error, urllib.error.HTTPError) and 400 <= error.code < 500 and error.code != 416
             if refused or isinstance(error, ValueError) or attempt == ATTEMPTS:
                 raise InputError(f"{transfer.url}: cannot be downloaded ({error}); {RESUME}") from error
@@ -367,6 +423,7 @@ def _continue(transfer: Transfer, part: Path) -> None:
 
     Raises:
         OSError: the transfer ended early.
+        ValueError: the server's file has another size than ``transfer``.
     """
     request = urllib.request.Request(transfer.url, headers={"User-Agent": "lit-clip"})
     for name, value in transfer.headers.items():
@@ -385,10 +442,12 @@ def _continue(transfer: Transfer, part: Path) -> None:
     with response:
         if getattr(response, "status", None) != 206:
             start = 0
-        named = response.headers["ETag"] or response.headers["Last-Modified"]
-        version.write_text(named, encoding="utf-8") if named else version.unlink(missing_ok=True)
         length = response.headers["Content-Length"]
         expected = start + int(length) if length else transfer.size
+        if transfer.size not in (None, expected):  # such as the page of a login, instead of the file
+            raise ValueError(f"the server sends {expected:,} bytes instead of {transfer.size:,}")
+        named = response.headers["ETag"] or response.headers["Last-Modified"]
+        version.write_text(named, encoding="utf-8") if named else version.unlink(missing_ok=True)
         title = f"{transfer.path.name} ({_bytes(expected)})" if expected is not None else transfer.path.name
         with part.open("ab" if start else "wb") as file, progress(title, (expected or 0) // CHUNK) as advance:
             advance(start // CHUNK)

@@ -1,5 +1,6 @@
 """Downloads of evaluation sets: from a server that speaks the hub's protocol, and of torchvision's archives."""
 
+import errno
 import hashlib
 import io
 import shutil
@@ -14,10 +15,10 @@ import torchvision
 from datamodules import evaluation as sets
 from lit_clip.errors import InputError
 from lit_clip.evaluation import download
-from lit_clip.evaluation.download import download_missing
+from lit_clip.evaluation.download import Transfer, download_missing, fetch
 from lit_clip.evaluation.suite import SuiteEntry, read_suite
 from tests.conftest import ROOT
-from tests.helpers.coloured_sets import WDS_LABELS, WDS_NAMES, WDS_TEMPLATES, message_of, wds_sample, write_wds
+from tests.helpers.coloured_sets import WDS_LABELS, WDS_NAMES, WDS_TEMPLATES, wds_sample, write_wds
 from tests.helpers.hub import Hub, Repository, running_hub
 from tests.helpers.miniatures import MINIATURES
 
@@ -141,13 +142,64 @@ def test_set_that_the_hub_does_not_have_is_named_and_the_others_are_downloaded(
     assert (tmp_path / "data/wds_mnist").is_dir()
 
 
-def test_too_little_space_is_an_error_before_anything_is_downloaded(
-    hub: Hub, wds: SuiteEntry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def set_free_space(patch: pytest.MonkeyPatch, free: int) -> None:
+    patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(free, 0, free))  # type: ignore[attr-defined]
+
+
+def test_set_for_which_there_is_too_little_space_fails_and_smaller_ones_are_downloaded(
+    hub: Hub, wds: SuiteEntry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
-    message = message_of(lambda: download_missing({"digits": wds}, tmp_path / "data"))
-    assert "0.0 kB are free" in message
-    assert gets(hub) == []
+    files = hub.repositories[NAME].commits[hub.repositories[NAME].branches["main"]]
+    size = sum(len(body) for name, body in files.items() if not name.startswith(("train", ".")))
+    hub.repositories["a/large"] = Repository()
+    hub.repositories["a/large"].push({**files, "test/9.tar": bytes(1000)})
+    data = {"class_path": "datamodules.evaluation.WebDataset", "init_args": {"root": "large"}}
+    set_free_space(monkeypatch, size)
+    entries = {"large": SuiteEntry(data, download=[{"hub": "a/large"}]), "digits": wds}
+    failed = download_missing(entries, tmp_path / "data")
+    needed = f"{(size + 1000) / 1e3:.1f} kB do not fit; {size / 1e3:.1f} kB are free for all sets"
+    assert failed == {"large": f"--data-root {tmp_path / 'data'}: {needed}"}
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["wds_mnist"]
+    assert f"downloading {size / 1e3:.1f} kB" in capsys.readouterr().err
+    assert not any("large" in request for request in hub.requests if "resolve" in request)
+
+
+def test_space_is_only_needed_for_what_an_interrupted_transfer_lacks(
+    hub: Hub, wds: SuiteEntry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(download, "ATTEMPTS", 1)
+    hub.cut["1.tar"] = 3000
+    assert "digits" in download_missing({"digits": wds}, tmp_path / "data")
+    hub.cut.clear()
+    kept = {path.name.partition("-")[2]: path.stat().st_size for path in tmp_path.rglob("transfers/*")}
+    del kept["1.tar.part.version"]
+    assert kept["1.tar.part"] == 3000
+    files = hub.repositories[NAME].commits[hub.repositories[NAME].branches["main"]]
+    size = sum(len(body) for name, body in files.items() if not name.startswith(("train", ".")))
+    assert 3000 < sum(kept.values()) < size
+    capsys.readouterr()
+    set_free_space(monkeypatch, size - sum(kept.values()) - 1)
+    assert "digits" in download_missing({"digits": wds}, tmp_path / "data")
+    set_free_space(monkeypatch, size - sum(kept.values()))
+    assert download_missing({"digits": wds}, tmp_path / "data") == {}
+    assert f"downloading {(size - sum(kept.values())) / 1e3:.1f} kB" in capsys.readouterr().err
+
+
+def test_file_of_another_size_than_announced_is_refused(hub: Hub, wds: SuiteEntry, tmp_path: Path) -> None:
+    hub.wrong["1.tar"] = b"<html>log in</html>"
+    size = (tmp_path / "published/test/1.tar").stat().st_size
+    reason = download_missing({"digits": wds}, tmp_path / "data")["digits"]
+    assert f"1.tar: cannot be downloaded (the server sends 19 bytes instead of {size:,})" in reason
+    assert gets(hub).count("1.tar") == 1  # it would be the same another time
+    hub.wrong.clear()
+    assert download_missing({"digits": wds}, tmp_path / "data") == {}
+
+
+def test_kept_file_of_another_size_is_downloaded_again(hub: Hub, tmp_path: Path) -> None:
+    content, path = (tmp_path / "published/classnames.txt").read_bytes(), tmp_path / "kept"
+    path.write_bytes(b"<html>log in</html>")
+    fetch(Transfer(f"{hub.url}/datasets/{NAME}/resolve/main/classnames.txt", path, len(content), None), path)
+    assert path.read_bytes() == content
 
 
 @pytest.fixture
@@ -209,6 +261,52 @@ def test_torchvisions_checksum_is_compared(hub: Hub, dtd: SuiteEntry, tmp_path: 
     reason = download_missing({"textures": dtd}, tmp_path / "data")["textures"]
     assert "dtd.tar.gz: its md5 checksum is" in reason
     assert not (tmp_path / "data/dtd").exists()
+
+
+def test_archive_that_cannot_be_unpacked_is_downloaded_again(
+    hub: Hub, dtd: SuiteEntry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As FGVC-Aircraft's, which has no checksum, if a network's login page comes instead."""
+    monkeypatch.setattr(torchvision.datasets.DTD, "_MD5", None)
+    hub.wrong["dtd.tar.gz"] = b"<html>log in</html>"
+    reason = download_missing({"textures": dtd}, tmp_path / "data")["textures"]
+    assert "not a gzip file" in reason
+    assert "dtd.tar.gz is removed, to be downloaded again" in reason
+    hub.wrong.clear()
+    assert download_missing({"textures": dtd}, tmp_path / "data") == {}
+    assert len(keys(dtd, tmp_path / "data")) == 2
+
+
+def test_full_disk_does_not_remove_the_archive(
+    hub: Hub, dtd: SuiteEntry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torchvision.datasets.DTD, "_MD5", None)
+
+    def full(tar: tarfile.TarFile, path: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tarfile.TarFile, "extractall", full)
+        reason = download_missing({"textures": dtd}, tmp_path / "data")["textures"]
+    assert reason.endswith("No space left on device")
+    assert download_missing({"textures": dtd}, tmp_path / "data") == {}
+    assert gets(hub) == ["dtd.tar.gz"]
+
+
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.SYMTYPE])
+def test_archive_with_members_outside_of_the_folder_is_refused(
+    kind: bytes, hub: Hub, dtd: SuiteEntry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w:gz") as tar:
+        member = tarfile.TarInfo("../../../escaped.txt" if kind == tarfile.REGTYPE else "link")
+        member.type, member.linkname = kind, "../../../.."
+        tar.addfile(member)
+    hub.repositories["any/archives"].push({"dtd.tar.gz": file.getvalue()})
+    monkeypatch.setattr(torchvision.datasets.DTD, "_MD5", hashlib.md5(file.getvalue()).hexdigest())
+    reason = download_missing({"textures": dtd}, tmp_path / "data")["textures"]
+    assert "outside the destination" in reason
+    assert [path for name in ("escaped.txt", "link") for path in tmp_path.rglob(name)] == []
 
 
 def test_torchvisions_set_that_is_there_is_not_downloaded_for_what_else_is_missing(
