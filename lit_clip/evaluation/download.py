@@ -14,7 +14,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import md5, sha1, sha256
@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import MissingData
-from lit_clip.evaluation.suite import SuiteEntry
+from lit_clip.evaluation.suite import TASKS, SuiteEntry, Task
+from lit_clip.evaluation.tasks import used_splits
 from lit_clip.tools.atomic import make_folder, not_written
 from lit_clip.tools.console import progress, stderr
 from lit_clip.tools.hashing import hash64
@@ -99,8 +100,12 @@ class _Plan:
         return self.stage / "transfers" / f"{hash64(transfer.url).hex()}-{transfer.path.name}"
 
 
-def download_missing(entries: Mapping[str, SuiteEntry], data_root: Path) -> dict[str, str]:
-    """Download the sets that are not below ``data_root`` and that say how; return why some could not be, by name.
+def download_missing(
+    entries: Mapping[str, SuiteEntry], data_root: Path, tasks: Collection[Task] = TASKS
+) -> dict[str, str]:
+    """Download what is not below ``data_root`` of the sets that say how; return why some could not be, by name.
+
+    Splits that none of the ``tasks`` uses, and those of another set, are not downloaded for a set.
 
     Raises:
         InputError: ``data_root`` cannot be made.
@@ -108,10 +113,14 @@ def download_missing(entries: Mapping[str, SuiteEntry], data_root: Path) -> dict
     make_folder(data_root, "--data-root")
     failed: dict[str, str] = {}
     plans: list[_Plan] = []
-    for plan in _plans(entries, data_root):
+    for plan in _plans(entries, data_root, tasks):
         try:
-            plan.transfers = [_transfers(plan, source) for source in plan.sources]
-            plans.append(plan)
+            found = [(source, _transfers(plan, source)) for source in plan.sources]
+            # Torchvision may name no files, and gets them by itself.
+            found = [(source, transfers) for source, transfers in found if transfers or "torchvision" in source]
+            if found:
+                plan.sources, plan.transfers = map(list, zip(*found, strict=True))
+                plans.append(plan)
         except InputError as error:
             failed |= dict.fromkeys(plan.names, str(error))
     free = shutil.disk_usage(data_root).free
@@ -131,24 +140,32 @@ def download_missing(entries: Mapping[str, SuiteEntry], data_root: Path) -> dict
     return failed
 
 
-def _plans(entries: Mapping[str, SuiteEntry], data_root: Path) -> list[_Plan]:
+def _plans(entries: Mapping[str, SuiteEntry], data_root: Path, tasks: Collection[Task]) -> list[_Plan]:
     plans: dict[Path, _Plan] = {}
     for name, entry in entries.items():
-        if entry.download and _is_missing(entry, data_root):
+        splits = _own_splits(entry, tasks)
+        if entry.download and _is_missing(entry, splits, data_root):
             root = (data_root / entry.location).resolve()
-            sources = [source for source in entry.download if not _is_there(source, root)]
+            unused = entry.splits.keys() - splits
+            sources = [each for each in entry.download if each.get("split") not in unused and not _is_there(each, root)]
             if sources:
                 plan = plans.setdefault(root, _Plan(root))
                 plan.names.append(name)
                 plan.sources += [source for source in sources if source not in plan.sources]
-                plan.splits |= {str(options.get("split", split)) for split, options in entry.splits.items()}
+                plan.splits |= {str(entry.splits[split].get("split", split)) for split in splits}
     return list(plans.values())
 
 
-def _is_missing(entry: SuiteEntry, data_root: Path) -> bool:
+def _own_splits(entry: SuiteEntry, tasks: Collection[Task]) -> set[str]:
+    """Return the splits of this set, not of another one, that some of the tasks use."""
+    used = {split for task in entry.tasks or () if task in tasks for split in used_splits(task)}
+    return {split for split in entry.splits if split in used and not entry.is_of_another_set(split)}
+
+
+def _is_missing(entry: SuiteEntry, splits: Iterable[str], data_root: Path) -> bool:
     """Whether files of a split are not there; what else is wrong with them is for the evaluation to say."""
     try:
-        for split in entry.splits:
+        for split in splits:
             entry.open(split, 0, data_root)
     except MissingData:
         return True
@@ -235,7 +252,7 @@ def _replaced(of_class: Any, functions: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _of_hub(plan: _Plan, name: str) -> list[Transfer]:
-    """Return the files of a data set of the hub: those at its top and in the folders of the wanted splits."""
+    """Return the missing files of a data set of the hub, among those at its top and in folders of wanted splits."""
     from huggingface_hub import HfApi, hf_hub_url
     from huggingface_hub.utils import build_hf_headers
 
@@ -255,7 +272,7 @@ def _of_hub(plan: _Plan, name: str) -> list[Transfer]:
         url = hf_hub_url(name, file.rfilename, repo_type="dataset", revision=info.sha)
         transfers.append(Transfer(url, path, file.size, checksum, headers=build_hf_headers()))
     require(bool(transfers), f"{name}: no files of {', '.join(sorted(plan.splits))} on the hub")
-    return transfers
+    return [each for each in transfers if not (plan.root / each.path.relative_to(plan.content)).exists()]
 
 
 def _size(url: str) -> int | None:

@@ -16,7 +16,7 @@ from datamodules import evaluation as sets
 from lit_clip.errors import InputError
 from lit_clip.evaluation import download
 from lit_clip.evaluation.download import Transfer, download_missing, fetch
-from lit_clip.evaluation.suite import SuiteEntry, read_suite
+from lit_clip.evaluation.suite import SuiteEntry, Task, read_suite
 from tests.conftest import ROOT
 from tests.helpers.coloured_sets import WDS_LABELS, WDS_NAMES, WDS_TEMPLATES, wds_sample, write_wds
 from tests.helpers.hub import Hub, Repository, running_hub
@@ -76,6 +76,46 @@ def test_missing_set_of_the_hub_is_downloaded_with_the_splits_that_are_wanted(
     hub.requests.clear()
     assert download_missing({"digits": wds}, data) == {}
     assert hub.requests == []
+
+
+def with_splits(wds: SuiteEntry, **splits: dict[str, Any]) -> SuiteEntry:
+    return SuiteEntry(wds.data, {"test": {}, **splits}, download=wds.download)
+
+
+def test_only_what_is_missing_is_downloaded(hub: Hub, wds: SuiteEntry, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    assert download_missing({"digits": wds}, data) == {}
+    hub.requests.clear()
+    (data / "wds_mnist/classnames.txt").write_text("my own")
+    assert download_missing({"digits": with_splits(wds, train={"split": "train"})}, data) == {}
+    assert sorted(gets(hub)) == ["0.tar", "1.tar", "nshards.txt"]
+    assert (data / "wds_mnist/classnames.txt").read_text() == "my own"
+    for name in ("0.tar", "1.tar", "nshards.txt"):
+        assert (data / "wds_mnist/train" / name).read_bytes() == (tmp_path / "published/train" / name).read_bytes()
+
+
+def test_split_that_the_hub_does_not_have_is_no_reason_to_download_the_others_again(
+    hub: Hub, wds: SuiteEntry, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry = with_splits(wds, train={"split": "validation"})
+    assert download_missing({"digits": entry}, tmp_path / "data") == {}
+    assert gets(hub)
+    hub.requests.clear()
+    capsys.readouterr()
+    assert download_missing({"digits": entry}, tmp_path / "data") == {}
+    assert gets(hub) == []
+    assert capsys.readouterr().err == ""
+
+
+def test_another_sets_split_is_not_a_reason_to_download_this_set(hub: Hub, wds: SuiteEntry, tmp_path: Path) -> None:
+    assert download_missing({"digits": wds}, tmp_path / "data") == {}
+    hub.requests.clear()
+    other = {"class_path": "datamodules.evaluation.WebDataset", "init_args": {"root": "imagenet", "split": "train"}}
+    assert download_missing({"digits": with_splits(wds, train=other)}, tmp_path / "data") == {}
+    assert hub.requests == []
+    shutil.rmtree(tmp_path / "data/wds_mnist")
+    assert download_missing({"digits": with_splits(wds, train=other)}, tmp_path / "data") == {}
+    assert not (tmp_path / "data/wds_mnist/train").exists()
 
 
 def test_interrupted_transfer_resumes_where_it_ended(
@@ -261,6 +301,14 @@ def test_torchvisions_checksum_is_compared(hub: Hub, dtd: SuiteEntry, tmp_path: 
     reason = download_missing({"textures": dtd}, tmp_path / "data")["textures"]
     assert "dtd.tar.gz: its md5 checksum is" in reason
     assert not (tmp_path / "data/dtd").exists()
+
+
+def test_torchvisions_split_that_no_task_uses_is_not_downloaded(tmp_path: Path) -> None:
+    entry = read_suite(ROOT / "configs/evaluation/paper.yaml")["gtsrb"]
+    cases: list[tuple[list[Task], list[str]]] = [(["zero_shot"], ["test"]), (["linear_probe"], ["train", "test"])]
+    for tasks, splits in cases:
+        (plan,) = download._plans({"signs": entry}, tmp_path, tasks)
+        assert [source["split"] for source in plan.sources] == splits
 
 
 def test_archive_that_cannot_be_unpacked_is_downloaded_again(
