@@ -2,7 +2,8 @@
 
 Files are transferred here, not by those packages: a transfer that was interrupted resumes where it ended, and each file
 is compared with its checksum. Torchvision then finds its archives and unpacks them. All this happens in a hidden folder
-beside the set's, whose content is moved there when it is complete.
+beside the set's, whose content is moved there when it is complete: at once if the set's folder is new, else file by
+file. Processes that would download into the same folder wait for each other.
 """
 
 import errno
@@ -21,7 +22,7 @@ from hashlib import md5, sha1, sha256
 from http.client import HTTPException
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import MissingData
@@ -30,6 +31,11 @@ from lit_clip.evaluation.tasks import used_splits
 from lit_clip.tools.atomic import make_folder, not_written
 from lit_clip.tools.console import progress, stderr
 from lit_clip.tools.hashing import hash64
+
+try:
+    import fcntl
+except ImportError:  # Windows, where downloads are not kept apart
+    fcntl = None
 
 CHUNK = 1 << 20  # bytes
 ATTEMPTS = 5
@@ -272,6 +278,10 @@ def _of_hub(plan: _Plan, name: str) -> list[Transfer]:
         url = hf_hub_url(name, file.rfilename, repo_type="dataset", revision=info.sha)
         transfers.append(Transfer(url, path, file.size, checksum, headers=build_hf_headers()))
     require(bool(transfers), f"{name}: no files of {', '.join(sorted(plan.splits))} on the hub")
+    return _missing(plan, transfers)
+
+
+def _missing(plan: _Plan, transfers: Iterable[Transfer]) -> list[Transfer]:
     return [each for each in transfers if not (plan.root / each.path.relative_to(plan.content)).exists()]
 
 
@@ -331,24 +341,69 @@ def _bytes(number: int) -> str:
 
 def _download(plan: _Plan) -> None:
     try:
-        shutil.rmtree(plan.content, ignore_errors=True)  # what an earlier run may have left half unpacked
-        for folder in (plan.stage / "transfers", plan.content):
-            folder.mkdir(parents=True, exist_ok=True)
-        for source, transfers in zip(plan.sources, plan.transfers, strict=True):
-            for transfer in transfers:
-                file = plan.kept(transfer)
-                fetch(transfer, file)
-                transfer.path.parent.mkdir(parents=True, exist_ok=True)
-                _link(file, transfer.path)
-            if "torchvision" in source:
-                _unpack(plan, source, transfers)
-            for transfer in transfers:
-                if transfer.archive:
-                    transfer.path.unlink(missing_ok=True)
-        _publish(plan.content, plan.root)
-        shutil.rmtree(plan.stage)
+        with _alone(plan):
+            _download_alone(plan)
     except OSError as error:
         raise not_written(plan.root, error) from error
+
+
+@contextmanager
+def _alone(plan: _Plan) -> Iterator[None]:
+    """Wait until no other process downloads into the folder, and hold it; if this process is killed it is free."""
+    path = plan.stage.with_name(f"{plan.stage.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    held = False
+    while not held:
+        with path.open("w") as file:
+            _wait_for(file, plan)
+            held = _is_current(file, path)
+            if held:
+                try:
+                    yield
+                finally:
+                    with suppress(OSError):
+                        path.unlink()
+
+
+def _wait_for(file: IO[str], plan: _Plan) -> None:
+    if fcntl is None:
+        return
+    with suppress(OSError):  # a file system without locks
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stderr().print(f"{', '.join(plan.names)}: waiting for another process that downloads into {plan.root}")
+            fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def _is_current(file: IO[str], path: Path) -> bool:
+    """Whether the name is still that of the open file; its earlier holder removes it."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _download_alone(plan: _Plan) -> None:
+    """Download what is missing now: another process may have been faster."""
+    shutil.rmtree(plan.content, ignore_errors=True)  # what an earlier run may have left half unpacked
+    for folder in (plan.stage / "transfers", plan.content):
+        folder.mkdir(parents=True, exist_ok=True)
+    for source, transfers in zip(plan.sources, plan.transfers, strict=True):
+        if _is_there(source, plan.root):
+            continue
+        for transfer in transfers if "torchvision" in source else _missing(plan, transfers):
+            file = plan.kept(transfer)
+            fetch(transfer, file)
+            transfer.path.parent.mkdir(parents=True, exist_ok=True)
+            _link(file, transfer.path)
+        if "torchvision" in source:
+            _unpack(plan, source, transfers)
+        for transfer in transfers:
+            if transfer.archive:
+                transfer.path.unlink(missing_ok=True)
+    _publish(plan.content, plan.root)
+    shutil.rmtree(plan.stage)
 
 
 def _link(file: Path, path: Path) -> None:
@@ -391,7 +446,7 @@ def _inside_of_folder() -> Iterator[None]:
 
 
 def _publish(content: Path, root: Path) -> None:
-    """Move all files to the set's folder."""
+    """Move all files to the set's folder: at once if it is new, else one by one."""
     if not root.exists():
         content.rename(root)
         return

@@ -5,8 +5,11 @@ import hashlib
 import io
 import shutil
 import tarfile
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -132,6 +135,39 @@ def test_interrupted_transfer_resumes_where_it_ended(
     assert hub.sent["0.tar"] == size  # no byte twice
     assert gets(hub).count("classnames.txt") == 1
     assert (tmp_path / "data/wds_mnist/test/0.tar").read_bytes() == (tmp_path / "published/test/0.tar").read_bytes()
+
+
+def test_second_process_waits_and_downloads_nothing_again(
+    hub: Hub, wds: SuiteEntry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The lock is of an open file, so that threads stand for processes."""
+    almost_done, go_on, publish = Event(), Event(), download._publish
+
+    def slowly(content: Path, root: Path) -> None:
+        almost_done.set()
+        assert go_on.wait(20)
+        publish(content, root)
+
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/.wds_mnist.download.lock").touch()  # a killed process has left it
+    monkeypatch.setattr(download, "_publish", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(download_missing, {"digits": wds}, tmp_path / "data")
+        assert almost_done.wait(20)
+        almost_done.clear()
+        second = pool.submit(download_missing, {"same": wds}, tmp_path / "data")
+        said, end = "", time.monotonic() + 10
+        while "same: waiting for another process" not in said and time.monotonic() < end:
+            said += capsys.readouterr().err
+            time.sleep(0.01)
+        waited = not almost_done.is_set()
+        go_on.set()
+        assert (first.result(20), second.result(20)) == ({}, {})
+    assert "same: waiting for another process that downloads into" in said
+    assert waited
+    assert len(gets(hub)) == len(set(gets(hub))) == 5
+    assert len(keys(wds, tmp_path / "data")) == len(WDS_LABELS)
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["wds_mnist"]
 
 
 def test_broken_connection_is_tried_again_by_itself(
