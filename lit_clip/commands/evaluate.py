@@ -208,7 +208,8 @@ class _Run:
         """Evaluate all sets, in order, after downloading those that are missing if ``download``."""
         self.device = self.store.start()
         if download:
-            self.not_downloaded = distributed.on_first_rank(lambda: download_missing(entries, self.root)) or {}
+            failed = distributed.on_first_rank(lambda: download_missing(entries, self.root, self.tasks))
+            self.not_downloaded = failed or {}
         rank, world = distributed.rank_and_world()
         waiting = []
         for name, entry in entries.items():

@@ -2,7 +2,8 @@
 
 Files are transferred here, not by those packages: a transfer that was interrupted resumes where it ended, and each file
 is compared with its checksum. Torchvision then finds its archives and unpacks them. All this happens in a hidden folder
-beside the set's, whose content is moved there when it is complete.
+beside the set's, whose content is moved there when it is complete: at once if the set's folder is new, else file by
+file. Processes that would download into the same folder wait for each other.
 """
 
 import errno
@@ -14,21 +15,27 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import md5, sha1, sha256
 from http.client import HTTPException
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import MissingData
-from lit_clip.evaluation.suite import SuiteEntry
+from lit_clip.evaluation.suite import TASKS, SuiteEntry, Task
+from lit_clip.evaluation.tasks import used_splits
 from lit_clip.tools.atomic import make_folder, not_written
 from lit_clip.tools.console import progress, stderr
 from lit_clip.tools.hashing import hash64
+
+try:
+    import fcntl
+except ImportError:  # Windows, where downloads are not kept apart
+    fcntl = None
 
 CHUNK = 1 << 20  # bytes
 ATTEMPTS = 5
@@ -99,8 +106,12 @@ class _Plan:
         return self.stage / "transfers" / f"{hash64(transfer.url).hex()}-{transfer.path.name}"
 
 
-def download_missing(entries: Mapping[str, SuiteEntry], data_root: Path) -> dict[str, str]:
-    """Download the sets that are not below ``data_root`` and that say how; return why some could not be, by name.
+def download_missing(
+    entries: Mapping[str, SuiteEntry], data_root: Path, tasks: Collection[Task] = TASKS
+) -> dict[str, str]:
+    """Download what is not below ``data_root`` of the sets that say how; return why some could not be, by name.
+
+    Splits that none of the ``tasks`` uses, and those of another set, are not downloaded for a set.
 
     Raises:
         InputError: ``data_root`` cannot be made.
@@ -108,10 +119,14 @@ def download_missing(entries: Mapping[str, SuiteEntry], data_root: Path) -> dict
     make_folder(data_root, "--data-root")
     failed: dict[str, str] = {}
     plans: list[_Plan] = []
-    for plan in _plans(entries, data_root):
+    for plan in _plans(entries, data_root, tasks):
         try:
-            plan.transfers = [_transfers(plan, source) for source in plan.sources]
-            plans.append(plan)
+            found = [(source, _transfers(plan, source)) for source in plan.sources]
+            # Torchvision may name no files, and gets them by itself.
+            found = [(source, transfers) for source, transfers in found if transfers or "torchvision" in source]
+            if found:
+                plan.sources, plan.transfers = map(list, zip(*found, strict=True))
+                plans.append(plan)
         except InputError as error:
             failed |= dict.fromkeys(plan.names, str(error))
     free = shutil.disk_usage(data_root).free
@@ -131,24 +146,32 @@ def download_missing(entries: Mapping[str, SuiteEntry], data_root: Path) -> dict
     return failed
 
 
-def _plans(entries: Mapping[str, SuiteEntry], data_root: Path) -> list[_Plan]:
+def _plans(entries: Mapping[str, SuiteEntry], data_root: Path, tasks: Collection[Task]) -> list[_Plan]:
     plans: dict[Path, _Plan] = {}
     for name, entry in entries.items():
-        if entry.download and _is_missing(entry, data_root):
+        splits = _own_splits(entry, tasks)
+        if entry.download and _is_missing(entry, splits, data_root):
             root = (data_root / entry.location).resolve()
-            sources = [source for source in entry.download if not _is_there(source, root)]
+            unused = entry.splits.keys() - splits
+            sources = [each for each in entry.download if each.get("split") not in unused and not _is_there(each, root)]
             if sources:
                 plan = plans.setdefault(root, _Plan(root))
                 plan.names.append(name)
                 plan.sources += [source for source in sources if source not in plan.sources]
-                plan.splits |= {str(options.get("split", split)) for split, options in entry.splits.items()}
+                plan.splits |= {str(entry.splits[split].get("split", split)) for split in splits}
     return list(plans.values())
 
 
-def _is_missing(entry: SuiteEntry, data_root: Path) -> bool:
+def _own_splits(entry: SuiteEntry, tasks: Collection[Task]) -> set[str]:
+    """Return the splits of this set, not of another one, that some of the tasks use."""
+    used = {split for task in entry.tasks or () if task in tasks for split in used_splits(task)}
+    return {split for split in entry.splits if split in used and not entry.is_of_another_set(split)}
+
+
+def _is_missing(entry: SuiteEntry, splits: Iterable[str], data_root: Path) -> bool:
     """Whether files of a split are not there; what else is wrong with them is for the evaluation to say."""
     try:
-        for split in entry.splits:
+        for split in splits:
             entry.open(split, 0, data_root)
     except MissingData:
         return True
@@ -235,7 +258,7 @@ def _replaced(of_class: Any, functions: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _of_hub(plan: _Plan, name: str) -> list[Transfer]:
-    """Return the files of a data set of the hub: those at its top and in the folders of the wanted splits."""
+    """Return the missing files of a data set of the hub, among those at its top and in folders of wanted splits."""
     from huggingface_hub import HfApi, hf_hub_url
     from huggingface_hub.utils import build_hf_headers
 
@@ -255,7 +278,11 @@ def _of_hub(plan: _Plan, name: str) -> list[Transfer]:
         url = hf_hub_url(name, file.rfilename, repo_type="dataset", revision=info.sha)
         transfers.append(Transfer(url, path, file.size, checksum, headers=build_hf_headers()))
     require(bool(transfers), f"{name}: no files of {', '.join(sorted(plan.splits))} on the hub")
-    return transfers
+    return _missing(plan, transfers)
+
+
+def _missing(plan: _Plan, transfers: Iterable[Transfer]) -> list[Transfer]:
+    return [each for each in transfers if not (plan.root / each.path.relative_to(plan.content)).exists()]
 
 
 def _size(url: str) -> int | None:
@@ -314,24 +341,69 @@ def _bytes(number: int) -> str:
 
 def _download(plan: _Plan) -> None:
     try:
-        shutil.rmtree(plan.content, ignore_errors=True)  # what an earlier run may have left half unpacked
-        for folder in (plan.stage / "transfers", plan.content):
-            folder.mkdir(parents=True, exist_ok=True)
-        for source, transfers in zip(plan.sources, plan.transfers, strict=True):
-            for transfer in transfers:
-                file = plan.kept(transfer)
-                fetch(transfer, file)
-                transfer.path.parent.mkdir(parents=True, exist_ok=True)
-                _link(file, transfer.path)
-            if "torchvision" in source:
-                _unpack(plan, source, transfers)
-            for transfer in transfers:
-                if transfer.archive:
-                    transfer.path.unlink(missing_ok=True)
-        _publish(plan.content, plan.root)
-        shutil.rmtree(plan.stage)
+        with _alone(plan):
+            _download_alone(plan)
     except OSError as error:
         raise not_written(plan.root, error) from error
+
+
+@contextmanager
+def _alone(plan: _Plan) -> Iterator[None]:
+    """Wait until no other process downloads into the folder, and hold it; if this process is killed it is free."""
+    path = plan.stage.with_name(f"{plan.stage.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    held = False
+    while not held:
+        with path.open("w") as file:
+            _wait_for(file, plan)
+            held = _is_current(file, path)
+            if held:
+                try:
+                    yield
+                finally:
+                    with suppress(OSError):
+                        path.unlink()
+
+
+def _wait_for(file: IO[str], plan: _Plan) -> None:
+    if fcntl is None:
+        return
+    with suppress(OSError):  # a file system without locks
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stderr().print(f"{', '.join(plan.names)}: waiting for another process that downloads into {plan.root}")
+            fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def _is_current(file: IO[str], path: Path) -> bool:
+    """Whether the name is still that of the open file; its earlier holder removes it."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _download_alone(plan: _Plan) -> None:
+    """Download what is missing now: another process may have been faster."""
+    shutil.rmtree(plan.content, ignore_errors=True)  # what an earlier run may have left half unpacked
+    for folder in (plan.stage / "transfers", plan.content):
+        folder.mkdir(parents=True, exist_ok=True)
+    for source, transfers in zip(plan.sources, plan.transfers, strict=True):
+        if _is_there(source, plan.root):
+            continue
+        for transfer in transfers if "torchvision" in source else _missing(plan, transfers):
+            file = plan.kept(transfer)
+            fetch(transfer, file)
+            transfer.path.parent.mkdir(parents=True, exist_ok=True)
+            _link(file, transfer.path)
+        if "torchvision" in source:
+            _unpack(plan, source, transfers)
+        for transfer in transfers:
+            if transfer.archive:
+                transfer.path.unlink(missing_ok=True)
+    _publish(plan.content, plan.root)
+    shutil.rmtree(plan.stage)
 
 
 def _link(file: Path, path: Path) -> None:
@@ -374,7 +446,7 @@ def _inside_of_folder() -> Iterator[None]:
 
 
 def _publish(content: Path, root: Path) -> None:
-    """Move all files to the set's folder."""
+    """Move all files to the set's folder: at once if it is new, else one by one."""
     if not root.exists():
         content.rename(root)
         return

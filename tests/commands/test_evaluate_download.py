@@ -93,6 +93,16 @@ def test_missing_sets_are_downloaded_and_evaluated_and_failures_end_the_run(hub:
     assert hub.requests == []
 
 
+def test_splits_that_the_chosen_tasks_do_not_use_are_not_downloaded(hub: Hub, tmp_path: Path) -> None:
+    shutil.copytree("published/test", "published/train")
+    hub.repositories["a/there"].push_folder(tmp_path / "published")
+    suite = yaml.safe_load(Path("suite.yaml").read_text(encoding="utf-8"))
+    suite["sets"]["wds_there"]["splits"] = {"train": {"split": "train"}, "test": {"split": "test"}}
+    Path("suite.yaml").write_text(yaml.safe_dump(suite), encoding="utf-8")
+    run_command(words("--download", "--sets", "wds_there", "--tasks", "zero_shot"))
+    assert [path.name for path in Path("data/wds_there").iterdir() if path.is_dir()] == ["test"]
+
+
 def test_only_the_first_of_two_processes_downloads(hub: Hub, tmp_path: Path) -> None:
     environment = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"}
     options = words("--download", "--sets", "mine", "wds_there", "--devices", "2")

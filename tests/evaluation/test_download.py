@@ -5,8 +5,11 @@ import hashlib
 import io
 import shutil
 import tarfile
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -16,7 +19,7 @@ from datamodules import evaluation as sets
 from lit_clip.errors import InputError
 from lit_clip.evaluation import download
 from lit_clip.evaluation.download import Transfer, download_missing, fetch
-from lit_clip.evaluation.suite import SuiteEntry, read_suite
+from lit_clip.evaluation.suite import SuiteEntry, Task, read_suite
 from tests.conftest import ROOT
 from tests.helpers.coloured_sets import WDS_LABELS, WDS_NAMES, WDS_TEMPLATES, wds_sample, write_wds
 from tests.helpers.hub import Hub, Repository, running_hub
@@ -78,6 +81,46 @@ def test_missing_set_of_the_hub_is_downloaded_with_the_splits_that_are_wanted(
     assert hub.requests == []
 
 
+def with_splits(wds: SuiteEntry, **splits: dict[str, Any]) -> SuiteEntry:
+    return SuiteEntry(wds.data, {"test": {}, **splits}, download=wds.download)
+
+
+def test_only_what_is_missing_is_downloaded(hub: Hub, wds: SuiteEntry, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    assert download_missing({"digits": wds}, data) == {}
+    hub.requests.clear()
+    (data / "wds_mnist/classnames.txt").write_text("my own")
+    assert download_missing({"digits": with_splits(wds, train={"split": "train"})}, data) == {}
+    assert sorted(gets(hub)) == ["0.tar", "1.tar", "nshards.txt"]
+    assert (data / "wds_mnist/classnames.txt").read_text() == "my own"
+    for name in ("0.tar", "1.tar", "nshards.txt"):
+        assert (data / "wds_mnist/train" / name).read_bytes() == (tmp_path / "published/train" / name).read_bytes()
+
+
+def test_split_that_the_hub_does_not_have_is_no_reason_to_download_the_others_again(
+    hub: Hub, wds: SuiteEntry, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry = with_splits(wds, train={"split": "validation"})
+    assert download_missing({"digits": entry}, tmp_path / "data") == {}
+    assert gets(hub)
+    hub.requests.clear()
+    capsys.readouterr()
+    assert download_missing({"digits": entry}, tmp_path / "data") == {}
+    assert gets(hub) == []
+    assert capsys.readouterr().err == ""
+
+
+def test_another_sets_split_is_not_a_reason_to_download_this_set(hub: Hub, wds: SuiteEntry, tmp_path: Path) -> None:
+    assert download_missing({"digits": wds}, tmp_path / "data") == {}
+    hub.requests.clear()
+    other = {"class_path": "datamodules.evaluation.WebDataset", "init_args": {"root": "imagenet", "split": "train"}}
+    assert download_missing({"digits": with_splits(wds, train=other)}, tmp_path / "data") == {}
+    assert hub.requests == []
+    shutil.rmtree(tmp_path / "data/wds_mnist")
+    assert download_missing({"digits": with_splits(wds, train=other)}, tmp_path / "data") == {}
+    assert not (tmp_path / "data/wds_mnist/train").exists()
+
+
 def test_interrupted_transfer_resumes_where_it_ended(
     hub: Hub, wds: SuiteEntry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,6 +135,39 @@ def test_interrupted_transfer_resumes_where_it_ended(
     assert hub.sent["0.tar"] == size  # no byte twice
     assert gets(hub).count("classnames.txt") == 1
     assert (tmp_path / "data/wds_mnist/test/0.tar").read_bytes() == (tmp_path / "published/test/0.tar").read_bytes()
+
+
+def test_second_process_waits_and_downloads_nothing_again(
+    hub: Hub, wds: SuiteEntry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The lock is of an open file, so that threads stand for processes."""
+    almost_done, go_on, publish = Event(), Event(), download._publish
+
+    def slowly(content: Path, root: Path) -> None:
+        almost_done.set()
+        assert go_on.wait(20)
+        publish(content, root)
+
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/.wds_mnist.download.lock").touch()  # a killed process has left it
+    monkeypatch.setattr(download, "_publish", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(download_missing, {"digits": wds}, tmp_path / "data")
+        assert almost_done.wait(20)
+        almost_done.clear()
+        second = pool.submit(download_missing, {"same": wds}, tmp_path / "data")
+        said, end = "", time.monotonic() + 10
+        while "same: waiting for another process" not in said and time.monotonic() < end:
+            said += capsys.readouterr().err
+            time.sleep(0.01)
+        waited = not almost_done.is_set()
+        go_on.set()
+        assert (first.result(20), second.result(20)) == ({}, {})
+    assert "same: waiting for another process that downloads into" in said
+    assert waited
+    assert len(gets(hub)) == len(set(gets(hub))) == 5
+    assert len(keys(wds, tmp_path / "data")) == len(WDS_LABELS)
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["wds_mnist"]
 
 
 def test_broken_connection_is_tried_again_by_itself(
@@ -261,6 +337,14 @@ def test_torchvisions_checksum_is_compared(hub: Hub, dtd: SuiteEntry, tmp_path: 
     reason = download_missing({"textures": dtd}, tmp_path / "data")["textures"]
     assert "dtd.tar.gz: its md5 checksum is" in reason
     assert not (tmp_path / "data/dtd").exists()
+
+
+def test_torchvisions_split_that_no_task_uses_is_not_downloaded(tmp_path: Path) -> None:
+    entry = read_suite(ROOT / "configs/evaluation/paper.yaml")["gtsrb"]
+    cases: list[tuple[list[Task], list[str]]] = [(["zero_shot"], ["test"]), (["linear_probe"], ["train", "test"])]
+    for tasks, splits in cases:
+        (plan,) = download._plans({"signs": entry}, tmp_path, tasks)
+        assert [source["split"] for source in plan.sources] == splits
 
 
 def test_archive_that_cannot_be_unpacked_is_downloaded_again(
