@@ -77,6 +77,9 @@ class SuiteEntry:
 
     def __post_init__(self) -> None:
         self.data = _checked_class(self.data, "data")
+        commands = [_command(source) for source in self.download]
+        require(not commands or bool(self.location), "download: needs the set's folder; set data.init_args.root")
+        self.how_to_get = ", and ".join(filter(None, [*commands, self.how_to_get]))
         require("test" in self.splits, f"splits: test is missing; there are only {', '.join(self.splits)}")
         unknown = self.splits.keys() - {"train", "val", "test"}
         require(not unknown, f"splits: unknown split {', '.join(sorted(unknown))}; must be train, val or test")
