@@ -170,13 +170,13 @@ def _own_splits(entry: SuiteEntry, tasks: Collection[Task]) -> set[str]:
 
 def _is_missing(entry: SuiteEntry, splits: Iterable[str], data_root: Path) -> bool:
     """Whether files of a split are not there; what else is wrong with them is for the evaluation to say."""
-    try:
-        for split in splits:
+    for split in splits:
+        try:
             entry.open(split, 0, data_root)
-    except MissingData:
-        return True
-    except InputError:
-        return False
+        except MissingData:
+            return True
+        except InputError:
+            continue
     return False
 
 
