@@ -36,7 +36,7 @@ class LinearProbe(PeriodicEvaluation):
         every_n_epochs: see :class:`callbacks.periodic.PeriodicEvaluation`.
         every_n_steps: see :class:`callbacks.periodic.PeriodicEvaluation`.
         batch_size: images encoded at once on each rank.
-        num_workers: data workers of each rank.
+        num_workers: data workers of each rank; None: a share of the cores, and none for a small set.
         on_error: for an image that cannot be read, stop with an error or skip it with a warning.
     """
 
@@ -49,7 +49,7 @@ class LinearProbe(PeriodicEvaluation):
         every_n_epochs: int = 1,
         every_n_steps: int | None = None,
         batch_size: int = 256,
-        num_workers: int = 0,
+        num_workers: int | None = None,
         on_error: OnError = "error",
     ) -> None:
         super().__init__(every_n_epochs, every_n_steps)
@@ -66,6 +66,7 @@ class LinearProbe(PeriodicEvaluation):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        self._reader.processes = trainer.num_devices
         if self._opened is None:
             self._opened = open_sets(self.entries, ["train", "val", "test"], self.data_root, "LinearProbe")
             for name, folds in self._opened.items():

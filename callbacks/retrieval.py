@@ -34,7 +34,7 @@ class Retrieval(PeriodicEvaluation):
         every_n_epochs: see :class:`callbacks.periodic.PeriodicEvaluation`.
         every_n_steps: see :class:`callbacks.periodic.PeriodicEvaluation`.
         batch_size: images encoded at once on each rank.
-        num_workers: data workers of each rank.
+        num_workers: data workers of each rank; None: a share of the cores, and none for a small set.
         on_error: for an image that cannot be read, stop with an error or skip it with a warning.
 
     Raises:
@@ -49,7 +49,7 @@ class Retrieval(PeriodicEvaluation):
         every_n_epochs: int = 1,
         every_n_steps: int | None = None,
         batch_size: int = 256,
-        num_workers: int = 0,
+        num_workers: int | None = None,
         on_error: OnError = "error",
     ) -> None:
         super().__init__(every_n_epochs, every_n_steps)
@@ -65,6 +65,7 @@ class Retrieval(PeriodicEvaluation):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        self._reader.processes = trainer.num_devices
         if self._opened is None:
             self._opened = {}
             for name, folds in open_sets(self.entries, ["test"], self.data_root, "Retrieval").items():

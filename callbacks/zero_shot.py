@@ -64,7 +64,7 @@ class ZeroShot(PeriodicEvaluation):
         every_n_epochs: see :class:`callbacks.periodic.PeriodicEvaluation`.
         every_n_steps: see :class:`callbacks.periodic.PeriodicEvaluation`.
         batch_size: images encoded at once on each rank.
-        num_workers: data workers of each rank.
+        num_workers: data workers of each rank; None: a share of the cores, and none for a small set.
         examples: number of images to show of each set, evenly spread over it.
         on_error: for an image that cannot be read, stop with an error or skip it with a warning.
     """
@@ -78,7 +78,7 @@ class ZeroShot(PeriodicEvaluation):
         every_n_epochs: int = 1,
         every_n_steps: int | None = None,
         batch_size: int = 256,
-        num_workers: int = 0,
+        num_workers: int | None = None,
         examples: int = 24,
         on_error: OnError = "error",
     ) -> None:
@@ -100,6 +100,7 @@ class ZeroShot(PeriodicEvaluation):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        self._reader.processes = trainer.num_devices
         if self._opened is None:
             self._opened = {name: _from_argument(zero_shot_set) for name, zero_shot_set in self.sets.items()}
             for name, folds in open_sets(self.entries, ["test"], self.data_root, "ZeroShot").items():

@@ -28,6 +28,9 @@ from lit_clip.errors import require
 from lit_clip.evaluation.data import ImageSet
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.images import OnError, or_skip
+from lit_clip.tools.workers import workers_for_images
+
+BATCHES_PER_WORKER = 4  # fewer are read before a worker has started
 
 
 class SetRows:
@@ -79,16 +82,18 @@ class SetEncoder:
 
     Args:
         batch_size: images encoded at once on each rank.
-        num_workers: processes that read images.
+        num_workers: processes that read images; None: this rank's share of the cores but one, up to 8, and at most one
+            for four batches, so that a small set starts none.
         on_error: whether an image that cannot be read is an error or is skipped.
         callback: name for messages.
     """
 
-    def __init__(self, batch_size: int, num_workers: int, on_error: OnError, callback: str) -> None:
+    def __init__(self, batch_size: int, num_workers: int | None, on_error: OnError, callback: str) -> None:
         require(batch_size >= 1, f"{callback}.batch_size: {batch_size} must be at least 1")
-        require(num_workers >= 0, f"{callback}.num_workers: {num_workers} must be at least 0")
+        require(num_workers is None or num_workers >= 0, f"{callback}.num_workers: {num_workers} must be at least 0")
         self.batch_size, self.num_workers, self.callback = batch_size, num_workers, callback
         self.on_error: OnError = on_error
+        self.processes = 1  # ranks on this machine
         self._warned: set[str] = set()
 
     def encode(self, model: CLIP, images: ImageSet, encode: Encode, name: str) -> Encoded:
@@ -114,7 +119,7 @@ class SetEncoder:
         features: list[Tensor] = []
         unreadable: list[UnreadableRow] = []
         for batch, encoded in encoded_batches(
-            model, SetRows(images), self.batch_size, self.num_workers, encode=encode_pixels, batches=batches
+            model, SetRows(images), self.batch_size, self._workers(len(batches)), encode=encode_pixels, batches=batches
         ):
             rows += batch.rows
             unreadable += batch.unreadable
@@ -122,6 +127,11 @@ class SetEncoder:
                 features.append(row_means(encoded, batch.counts))
         self._check(distributed.gather_objects(unreadable), len(images), name)
         return _gathered(rows, features, model.device)
+
+    def _workers(self, batches: int) -> int:
+        if self.num_workers is not None:
+            return self.num_workers
+        return min(workers_for_images(self.processes), batches // BATCHES_PER_WORKER)
 
     def _check(self, unreadable: list[UnreadableRow], size: int, name: str) -> None:
         if not unreadable:

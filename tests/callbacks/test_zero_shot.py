@@ -18,9 +18,11 @@ from callbacks import zero_shot as zero_shot_file
 from datamodules import NoCaptions
 from lit_clip import LitCLIP, zero_shot_classifier
 from lit_clip.errors import InputError
+from lit_clip.evaluation import set_encoding
 from lit_clip.evaluation.scores import evaluate_scores
 from lit_clip.evaluation.targets import Targets
 from lit_clip.models.finetuning import Freeze
+from lit_clip.tools import workers
 from tests.helpers.ranks_callbacks import evaluate
 from tests.helpers.small_sets import (
     NAMES,
@@ -220,6 +222,23 @@ def test_folds_are_averaged_and_the_same_images_encoded_once(folder: Path, monke
     ]
     assert len({float(value) for value in expected}) == 2
     assert numbers(trainer, TOP1)[TOP1] == pytest.approx(float(sum(expected) / 3), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "batches", "given", "expected"),
+    [(16, 1, 100, None, 8), (16, 4, 100, None, 3), (2, 2, 100, None, 0), (16, 1, 11, None, 2), (16, 1, 3, None, 0)]
+    + [(2, 4, 3, 5, 5)],
+)
+def test_data_workers_are_by_default_a_share_of_the_cores_and_none_for_small_sets(
+    cores: int, ranks: int, batches: int, given: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(workers, "usable_cores", lambda: cores)
+    monkeypatch.setattr(set_encoding, "encoded_batches", lambda *words, **_: asked.append(words[3]) or iter(()))
+    reader = set_encoding.SetEncoder(7, given, "error", "ZeroShot")
+    reader.processes = ranks
+    reader.encode(make_module().model, Shades("", size=7 * batches), lambda pixels: pixels, "shades")
+    assert asked == [expected]
 
 
 def test_missing_sets_are_warned_about_once_and_the_others_evaluated(folder: Path) -> None:
