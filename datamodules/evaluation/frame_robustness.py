@@ -4,7 +4,7 @@ From "Do Image Classifiers Generalize Across Time?", arXiv 1906.02168. The rules
 github.com/modestyachts/imagenet-vid-robust-example and github.com/modestyachts/imagenet-testbed.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -114,9 +114,14 @@ class ImageNetVidRobust(NeighbouringFrames, SomeOfImageNet):
         path = find(
             self._top, ("metadata/rev_class_idx_map.json", "misc/rev_class_idx_map.json"), "classes of ImageNet"
         )
-        values = read_json(path)
-        with reading(path, "mapping from classes to lists of ImageNet's labels", hint=AGAIN):
-            return [[int(label) for label in values[str(number)]] for number in range(len(self.class_names))]
+        return _imagenet_labels(path, range(len(self.class_names)))
+
+
+def _imagenet_labels(path: Path, classes: Iterable[int]) -> list[list[int]]:
+    """Read ImageNet's labels for each class from ``{"0": [404], ...}``; none for a class that is not there."""
+    values = read_json(path)
+    with reading(path, "mapping from classes to lists of ImageNet's labels", hint=AGAIN):
+        return [[int(label) for label in values.get(str(number), ())] for number in classes]
 
 
 def _class_names(path: Path) -> list[str]:
@@ -131,7 +136,7 @@ def _class_names(path: Path) -> list[str]:
     return [name.replace("_", " ") for name in names]
 
 
-class YTBBRobust(NeighbouringFrames):
+class YTBBRobust(NeighbouringFrames, SomeOfImageNet):
     """YTBB-Robust: ``ytbb_videos/VIDEO_MS/frame-NUMBER.jpg``, and the metadata of its authors' testbed.
 
     An anchor counts if reviewers marked it good; its labels are its video's class and those that reviewers added. A
@@ -155,6 +160,7 @@ class YTBBRobust(NeighbouringFrames):
         metadata = file.parent
         names = _class_names(metadata / "ytbb_class_index.json")
         kept = [label for label, name in enumerate(names) if name != NO_CLASS]
+        self._metadata, self._kept = metadata, kept
         label_of = {names[label]: new_label for new_label, label in enumerate(kept)}
         class_of_video = _classes_of_videos(metadata / ANCHORS_TABLE, names)
         good, bad_anchors, pairs = _reviewed(metadata)
@@ -177,6 +183,10 @@ class YTBBRobust(NeighbouringFrames):
         files = ("anchor_labels.json", "pmk_labels.json", "ytbb_class_index.json", ANCHORS_TABLE)
         annotations = [metadata / name for name in files]
         super().__init__(videos, anchors, accepted, [names[label] for label in kept], annotations)
+
+    def imagenet_classes(self) -> list[list[int]]:
+        path = find(self._metadata, ("rev_class_idx_map.json",), "classes of ImageNet")
+        return _imagenet_labels(path, self._kept)
 
 
 def _frame_name(path: str) -> str:

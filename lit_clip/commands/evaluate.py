@@ -28,7 +28,7 @@ from lit_clip.evaluation.data import (
 from lit_clip.evaluation.download import download_missing
 from lit_clip.evaluation.few_shot import SHOTS
 from lit_clip.evaluation.files_read import files_read
-from lit_clip.evaluation.other_classes import trained_classes
+from lit_clip.evaluation.other_classes import single_classes, trained_classes
 from lit_clip.evaluation.prompts import Prompts, prompts_of, text_classifier
 from lit_clip.evaluation.report.page import write_report
 from lit_clip.evaluation.report.results_table import print_results
@@ -381,10 +381,8 @@ class _Run:
         done = [opened for opened in self.imagenet if "zero_shot" in self.results.sets[opened.name]["tasks"]]
         for whole in done:
             for other in done if whole.entry.paper == IMAGENET else ():
-                test = other.folds[0].images["test"]
-                groups = test.imagenet_classes() if isinstance(test, SomeOfImageNet) else []
-                classes = [label for group in groups for label in group]
-                if 0 < len(classes) == len(groups) < len(imagenet_class_names()):  # no unions of classes
+                classes = single_classes(other.folds[0].images["test"])
+                if 0 < len(classes) < len(imagenet_class_names()):
                     result, name = self.results.sets[whole.name]["tasks"]["zero_shot"], other.entry.paper or other.name
                     value, interval = top1_among(whole, classes)
                     result["metrics"][f"top1/{name}"], result["intervals"][f"top1/{name}"] = value, interval

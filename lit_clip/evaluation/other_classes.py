@@ -58,6 +58,15 @@ def _matched(test: LabelledImages, names: Sequence[str], train: LabelledImages) 
     return [labels[name] for name in names]
 
 
+def single_classes(test: ImageSet) -> list[int]:
+    """Return ImageNet's label of each class of a set that has some of its classes; empty for unions and other sets."""
+    try:
+        groups = test.imagenet_classes() if isinstance(test, SomeOfImageNet) else []
+    except InputError:  # the set's own file that says so is not there; only a probe needs it
+        return []
+    return [label for group in groups for label in group] if all(len(group) == 1 for group in groups) else []
+
+
 def penalty_metric(metric: Metric, classes: Classes | None) -> Metric:
     """Return the metric that chooses a probe's penalty: the set's, or accuracy on another set that it is trained on."""
     return metric if classes is None else "top1"
@@ -66,8 +75,10 @@ def penalty_metric(metric: Metric, classes: Classes | None) -> Metric:
 def among(scores: Tensor, classes: Sequence[Sequence[int]] | None) -> Tensor:
     """Return the scores of the tested set's classes ``[N, C]`` from those of the training set's.
 
-    A class that several trained classes mean has the highest of their scores, as in the paper (section 3.3).
+    A class that several trained classes mean has the highest of their scores, as in the paper (section 3.3); one that
+    none means has minus infinity and is never predicted.
     """
     if classes is None:
         return scores
-    return torch.stack([scores[:, list(labels)].amax(dim=1) for labels in classes], dim=1)
+    never = scores.new_full((len(scores), 1), -torch.inf)
+    return torch.cat([scores[:, list(labels)].amax(dim=1, keepdim=True) if labels else never for labels in classes], 1)

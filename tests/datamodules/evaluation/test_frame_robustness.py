@@ -9,6 +9,7 @@ from PIL import Image
 
 from datamodules.evaluation import ImageNetVidRobust, YTBBRobust
 from lit_clip.evaluation.data import MissingData
+from lit_clip.evaluation.other_classes import single_classes
 from tests.helpers.coloured_sets import message_of
 from tests.helpers.videos import Colour, write_table
 
@@ -42,6 +43,8 @@ def test_imagenet_vid_robust_has_anchors_neighbours_and_accepted_classes(tmp_pat
     assert frames[2][0].size == (4, 4)
     copy = pickle.loads(pickle.dumps(ImageNetVidRobust(str(top))))
     assert (copy.neighbours(), copy.stamp()) == (frames.neighbours(), frames.stamp())
+    write_json(top / "metadata/rev_class_idx_map.json", {"0": [404], "1": [388], "2": [294, 295]})
+    assert frames.imagenet_classes() == [[404], [388], [294, 295]]
     write_json(top / "metadata/labels.json", {names[0]: [1], names[1]: [3], names[2]: [1], names[3]: [2]})
     assert names[1] in message_of(lambda: ImageNetVidRobust(str(top)))
     write_json(top / "metadata/labels.json", [])
@@ -99,5 +102,10 @@ def test_ytbb_robust_keeps_good_anchors_and_similar_neighbours(tmp_path: Path) -
     assert robust.accepted() == [{0, car}, {0, car}, {0, car}, {2}]
     assert robust.neighbours() == [(0, [2, 1]), (3, [])]  # sorted by time
     assert pickle.loads(pickle.dumps(robust)).accepted() == robust.accepted()
+    assert "rev_class_idx_map.json" in message_of(robust.imagenet_classes, MissingData)
+    assert single_classes(robust) == []
+    write_json(metadata / "rev_class_idx_map.json", {"2": [404, 895], "23": [436]})  # numbers with the class "none"
+    labels = dict(zip(robust.class_names, robust.imagenet_classes(), strict=True))
+    assert {name: own for name, own in labels.items() if own} == {"thing 2": [404, 895], "car": [436]}
     (metadata / "pmk_labels.json").unlink()
     assert "pmk_labels.json" in message_of(lambda: YTBBRobust(str(tmp_path)), MissingData)
