@@ -50,47 +50,6 @@ class FewShotProbes:
         }
 
 
-@dataclass
-class FewShotResult:
-    """Few-shot metrics by number of shots (examples per class).
-
-    Attributes:
-        values: by shots, the metric of each draw on the test split.
-        l2: by shots, the penalty.
-        left_out: by shots, why a class does not have that many examples.
-    """
-
-    values: dict[int, list[float]]
-    l2: dict[int, float]
-    left_out: dict[int, str]
-
-
-def few_shot(
-    train: Split,
-    val: Split | None,
-    test: Split,
-    metric: Metric,
-    shots: Sequence[int] = SHOTS,
-    draws: int = 3,
-    seed: int = 0,
-    max_iterations: int = MAX_ITERATIONS,
-) -> FewShotResult:
-    """Train on k random examples per class, several times, and evaluate; see :func:`train_few_shot`.
-
-    Args:
-        train: split to draw from.
-        val: split to choose the penalty on.
-        test: split to evaluate, used once per draw.
-        metric: metric that chooses the penalty and is reported.
-        shots: numbers of examples per class.
-        draws: number of draws.
-        seed: seed of the first draw.
-        max_iterations: limit for L-BFGS.
-    """
-    probes = train_few_shot(train, val, metric, shots, draws, seed, max_iterations)
-    return FewShotResult(probes.evaluate(test, metric), probes.l2, probes.left_out)
-
-
 def train_few_shot(
     train: Split,
     val: Split | None,

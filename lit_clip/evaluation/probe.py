@@ -14,7 +14,6 @@ from torch import Tensor
 
 from lit_clip.errors import require
 from lit_clip.evaluation.logistic import MAX_ITERATIONS, Fit, LogisticProblem, fit_logistic
-from lit_clip.evaluation.other_classes import Classes, among
 from lit_clip.evaluation.scores import evaluate_scores
 from lit_clip.evaluation.suite import Metric
 from lit_clip.evaluation.targets import Targets
@@ -103,7 +102,6 @@ def linear_probe(
     normalize: bool = False,
     max_iterations: int = MAX_ITERATIONS,
     seed: int = 0,
-    classes: Classes | None = None,
 ) -> ProbeResult:
     """Train a classifier on features and evaluate it.
 
@@ -118,18 +116,16 @@ def linear_probe(
         normalize: normalise features first, as CLIP_benchmark does and the paper does not.
         max_iterations: limit for L-BFGS.
         seed: seed for the images held out.
-        classes: see :func:`lit_clip.evaluation.other_classes.trained_classes`; None: train and test have the same.
 
     Raises:
         InputError: splits that do not match, or that nothing can be learnt from.
     """
     splits = [train, test] if val is None else [train, val, test]
-    if classes is None:
-        _check(splits)
+    _check(splits)
     if normalize:
         splits = [Split(unit(split.features), split.targets) for split in splits]
     probe = train_probe(splits[0], None if val is None else splits[1], metric, max_iterations, seed)
-    scores = among(probe.fit.scores(splits[-1].features), classes)
+    scores = probe.fit.scores(splits[-1].features)
     metrics = evaluate_scores(metric, scores, test.targets)
     return ProbeResult(probe.l2, probe.search, probe.fit, metrics=metrics, scores=scores)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lit_clip.errors import InputError
 from lit_clip.evaluation import logistic
-from lit_clip.evaluation.few_shot import few_shot
+from lit_clip.evaluation.few_shot import train_few_shot
 from lit_clip.evaluation.logistic import Fit, fit_logistic
 from lit_clip.evaluation.probe import L2_GRID, Split, best_l2, held_out, linear_probe, search_l2
 from lit_clip.evaluation.robustness import (
@@ -286,22 +286,23 @@ def test_splits_that_do_not_match_are_an_error(splits: tuple[Split, Split, Split
 
 def test_more_shots_give_better_metrics_and_draws_are_reproducible(splits: tuple[Split, Split, Split]) -> None:
     train, val, test = splits
-    result = few_shot(train, val, test, "top1", shots=(1, 4, 16), draws=2, max_iterations=60)
-    means = [float(np.mean(values)) for values in result.values.values()]
-    assert list(result.values) == [1, 4, 16]
+    result = train_few_shot(train, val, "top1", shots=(1, 4, 16), draws=2, max_iterations=60)
+    found = result.evaluate(test, "top1")
+    means = [float(np.mean(values)) for values in found.values()]
+    assert list(found) == [1, 4, 16]
     assert means == sorted(means)
     assert means[0] > 0.4
     assert means[2] > 0.85
-    assert all(len(values) == 2 for values in result.values.values())
+    assert all(len(values) == 2 for values in found.values())
     assert all(l2 in L2_GRID for l2 in result.l2.values())
-    again = few_shot(train, val, test, "top1", shots=(1,), draws=2, max_iterations=60)
-    assert again.values[1] == result.values[1]
+    again = train_few_shot(train, val, "top1", shots=(1,), draws=2, max_iterations=60)
+    assert again.evaluate(test, "top1")[1] == found[1]
 
 
 def test_few_shot_trains_on_k_examples_per_class_and_not_on_validation_images(
     splits: tuple[Split, Split, Split], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train, _, test = splits
+    train = splits[0]
     seen = []
     original = logistic.LogisticProblem.__init__
 
@@ -310,7 +311,7 @@ def test_few_shot_trains_on_k_examples_per_class_and_not_on_validation_images(
         original(self, features, labels, classes)
 
     monkeypatch.setattr(logistic.LogisticProblem, "__init__", spy)
-    few_shot(train, None, test, "top1", shots=(2, 3), draws=2, max_iterations=5)
+    train_few_shot(train, None, "top1", shots=(2, 3), draws=2, max_iterations=5)
     assert [set(counts.values()) for _, counts in seen] == [{2}, {2}, {3}, {3}]
     validation = set(map(tuple, held_out(train, 0)[1].features.tolist()))
     drawn = [set(map(tuple, features.tolist())) for features, _ in seen]
@@ -320,19 +321,19 @@ def test_few_shot_trains_on_k_examples_per_class_and_not_on_validation_images(
 
 
 def test_numbers_of_shots_that_a_class_does_not_have_are_skipped(splits: tuple[Split, Split, Split]) -> None:
-    train, val, test = splits
-    result = few_shot(train.take(torch.arange(60)), val, test, "top1", shots=(1, 16), draws=1, max_iterations=5)
-    assert list(result.values) == [1]
+    train, val, _ = splits
+    result = train_few_shot(train.take(torch.arange(60)), val, "top1", shots=(1, 16), draws=1, max_iterations=5)
+    assert list(result.fits) == [1]
     assert "examples to draw from" in result.left_out[16]
     with pytest.raises(InputError, match="class .* examples to draw from; leave few_shot out"):
-        few_shot(train.take(torch.arange(60)), val, test, "top1", shots=(16,))
+        train_few_shot(train.take(torch.arange(60)), val, "top1", shots=(16,))
 
 
 def test_few_shot_with_several_classes_per_image_is_an_error() -> None:
     targets = Targets(torch.full((4,), -1), 2, relevance=torch.zeros(4, 2, dtype=torch.int8))
     some = Split(torch.randn(4, 3), targets)
     with pytest.raises(InputError, match="few_shot"):
-        few_shot(some, None, some, "map11")
+        train_few_shot(some, None, "map11")
 
 
 def test_effective_robustness_is_the_height_above_the_line_of_logits() -> None:
