@@ -270,7 +270,6 @@ class _Run:
             fold = Fold({"test": entry.open("test", number, self.root)})
             check_classes({"test": fold.images["test"], "the first fold": (opened.folds or [fold])[0].images["test"]})
             opened.folds.append(fold)
-        split = ""
         try:
             for number, fold in enumerate(opened.folds):
                 for split in sorted(wanted):
@@ -278,7 +277,7 @@ class _Run:
                 fold.classes = trained_classes(entry, fold.images)
         except InputError as error:  # other tasks do not need these splits
             if isinstance(error, MissingData):
-                self.results.add_reason(opened.name, f"no {split} split: {error}")
+                self.results.add_reason(opened.name, f"tasks that need training images are left out: {error}")
             else:
                 self._record_failure(opened.name, error)
             for fold in opened.folds:

@@ -132,14 +132,14 @@ def test_a_training_split_that_lacks_a_fold_leaves_zero_shot(root: Path) -> None
     shutil.rmtree("data/parts/trainb")
     found = evaluate()["sets"]["parts"]
     assert (found["status"], list(found["tasks"]), list(found["splits"])) == ("done", ["zero_shot"], ["test"])
-    assert "no train split: data/parts/trainb" in found["reason"]
+    assert "tasks that need training images are left out: data/parts/trainb" in found["reason"]
 
 
 def test_a_missing_validation_split_does_not_change_the_protocol(root: Path) -> None:
     folded(root, val={"split": "val"})
     found = evaluate()["sets"]["parts"]
     assert (found["status"], list(found["tasks"])) == ("done", ["zero_shot"])
-    assert "no val split: data/parts/vala" in found["reason"]
+    assert "are left out: data/parts/vala" in found["reason"]
 
 
 def test_few_shot_results_are_of_numbers_of_shots_that_every_fold_has(root: Path) -> None:
