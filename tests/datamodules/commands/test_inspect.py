@@ -230,11 +230,11 @@ def test_the_page_holds_its_images_and_shows_all_findings(report: Report, messy:
 
 def test_the_histogram_counts_every_caption_once_and_marks_truncated_ones(report: Report, messy: Path) -> None:
     chart = re.findall(r"<svg.*?</svg>", report.page, re.DOTALL)[0]
-    bars = re.findall(r'fill="(#\w+)"><title>(\d+)(?: to (\d+))?: ([\d,]+)<', chart)
+    bars = re.findall(r'fill="(var\(--[\w-]+\))"><title>(\d+)(?: to (\d+))?: ([\d,]+)<', chart)
     assert sum(int(count) for *_, count in bars) == len(usable_rows(messy))
-    marked = sum(int(count) for colour, *_, count in bars if colour == "#d9642c")
+    marked = sum(int(count) for colour, *_, count in bars if colour == "var(--marked-bar)")
     assert marked == number(report, "truncated at 77 tokens")
-    assert all((int(first) > 77) == (colour == "#d9642c") for colour, first, *_ in bars)
+    assert all((int(first) > 77) == (colour == "var(--marked-bar)") for colour, first, *_ in bars)
 
 
 def test_the_number_of_workers_does_not_change_the_findings(
