@@ -101,9 +101,9 @@ class CLIP(TextTransformer):
             text = self.config.text
             if isinstance(text, CustomTextConfig):
                 return cast(TextTokenizer, self.text.tokenizer)
-            whole, vocab_size = False, sys.maxsize
+            padding_read, vocab_size = 0, sys.maxsize
             if isinstance(text, TextTransformerConfig):
-                whole, vocab_size = not text.causal, text.vocab_size
+                padding_read, vocab_size = text.padding_read, text.vocab_size
             elif text.model and text.model.get("vocab_size"):
                 vocab_size = text.model["vocab_size"]
             if text.tokenizer is None:
@@ -111,9 +111,9 @@ class CLIP(TextTransformer):
                     vocab_size > EOT_ID,
                     f"architecture.text: vocab_size {vocab_size} must be at least {EOT_ID + 1} for CLIP's tokenizer",
                 )
-                self._tokenizer = CLIPTokenizer(self.context_length)
+                self._tokenizer = CLIPTokenizer(self.context_length, padding_read=padding_read)
             else:
-                self._tokenizer = from_source(text.tokenizer, self.context_length, whole, vocab_size)
+                self._tokenizer = from_source(text.tokenizer, self.context_length, padding_read > 0, vocab_size)
         return self._tokenizer
 
     def tokenize(self, texts: str | Sequence[str]) -> Tensor:

@@ -5,31 +5,16 @@ Named models are in :mod:`lit_clip.models.registry`.
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from lit_clip.errors import InputError, require
 from lit_clip.models.custom_config import CustomImageConfig, CustomTextConfig
-from lit_clip.models.size import Size, height_width, normalised
-from lit_clip.tools.untrusted import check_fields, check_options, filled, given, shortened
+from lit_clip.models.external_config import HuggingFaceTextConfig, HuggingFaceTokenizerConfig, TimmConfig
+from lit_clip.models.size import RANGES, Size, height_width, normalised
+from lit_clip.tools.untrusted import check_fields, filled, given, shortened
 
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
-
-
-# Least and most of the numbers in an architecture. The largest are far above any model's; beyond them a file's model
-# would fill the memory before its weights could be compared with the file's own.
-_SIZES = {"image_size": (1, 16384), "width": (1, 65536), "layers": (1, 1000), "heads": (1, 65536)}
-RANGES: dict[str, tuple[float, float]] = {
-    **_SIZES,
-    "embed_dim": (1, 65536),
-    "patch_size": (1, 16384),
-    "mlp_ratio": (1e-3, 1000),
-    "context_length": (3, 65536),  # start, a word, end
-    "vocab_size": (1, 2**24),
-    "layer_norm_eps": (0, 1),
-    "std": (1e-6, 1e6),
-    "mean": (-1e6, 1e6),
-}
 
 
 def _check_heads(config: "VisionTransformerConfig | TextTransformerConfig", where: str) -> None:
@@ -50,6 +35,11 @@ class VisionTransformerConfig:
         layers: number of blocks.
         heads: attention heads; the paper's models have 64 channels per head.
         mlp_ratio: width of the MLPs' inner layer, as a multiple of ``width``.
+        ln_pre: whether there is a LayerNorm before the first block.
+        pool: the features are those of the ``class`` token, the ``mean`` of the patches' (CLIPA), or what one query
+            reads from all tokens by ``attention`` (CoCa); the last LayerNorm follows.
+        pool_queries: queries of attention pooling; the first is read, CoCa's caption decoder reads the others.
+        pool_heads: attention heads of attention pooling, whose width is ``embed_dim``.
     """
 
     image_size: Size = 224
@@ -58,6 +48,10 @@ class VisionTransformerConfig:
     layers: int = 12
     heads: int = 12
     mlp_ratio: float = 4.0
+    ln_pre: bool = True
+    pool: Literal["class", "mean", "attention"] = "class"
+    pool_queries: int = 256
+    pool_heads: int = 8
 
     def __post_init__(self) -> None:
         where = "architecture.image"
@@ -96,67 +90,6 @@ class ResNetConfig:
 
 
 @dataclass
-class TimmConfig:
-    """An image encoder from timm, followed by a projection.
-
-    Attributes:
-        timm: the model's name in timm.
-        pretrained: weights to start from: true for timm's own, or a local file of that model's weights.
-        image_size: input size in pixels; None: the size timm's weights were trained with.
-        pool: timm's ``global_pool``; None: the model's own.
-        projection: from the model's features to the embedding: one layer, two layers, timm's ``classifier``, or none
-            (the widths must agree).
-        projection_bias: whether the last layer of the projection has a bias.
-        options: other arguments of the timm model, such as ``drop_path_rate``.
-    """
-
-    timm: str
-    pretrained: bool | str = False
-    image_size: Size | None = None
-    pool: str | None = None
-    projection: Literal["linear", "mlp", "classifier", "none"] = "linear"
-    projection_bias: bool = False
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        where = "architecture.image"
-        check_fields(self, where, RANGES)
-        if self.image_size is not None:
-            self.image_size = normalised(self.image_size)
-        check_options(self.options, f"{where}: options")
-        ours = {
-            "img_size": "image_size",
-            "global_pool": "pool",
-            "num_classes": "projection",
-            "pretrained": "pretrained",
-            # timm's loaders of files and repositories
-            "checkpoint_path": "pretrained",
-            "pretrained_cfg": "pretrained",
-            "pretrained_cfg_overlay": "pretrained",
-            "cache_dir": "pretrained",
-        }
-        for theirs in ours.keys() & self.options.keys():
-            raise InputError(f"{where}: options.{theirs} is not allowed; set {ours[theirs]}")
-
-
-@dataclass
-class HuggingFaceTokenizerConfig:
-    """The location of a tokenizer that Hugging Face's ``tokenizers`` can run.
-
-    Attributes:
-        source: a name on the hub, or a local folder.
-        clean: how texts are cleaned first: ``whitespace`` collapses white space, ``lower`` also lower-cases,
-            ``canonicalize`` also removes punctuation (as in SigLIP's training).
-    """
-
-    source: str
-    clean: Literal["whitespace", "lower", "canonicalize"] = "whitespace"
-
-    def __post_init__(self) -> None:
-        check_fields(self, "architecture.text.tokenizer", {})
-
-
-@dataclass
 class TextTransformerConfig:
     """A text encoder of pre-LN blocks; the paper's is causal and pooled at the end-of-text token.
 
@@ -167,12 +100,15 @@ class TextTransformerConfig:
         layers: number of blocks.
         heads: attention heads.
         mlp_ratio: width of the MLPs' inner layer, as a multiple of ``width``.
-        causal: true: a token attends to those before it, and the features are those of the end-of-text token. False:
-            every token attends to all, padding included, and the features are those of the last one (SigLIP).
+        causal: true: a token attends to those before it. False: every token attends to all, padding included.
         projection: whether a projection maps into the embedding; without it the widths must agree.
         projection_bias: whether the projection has a bias (SigLIP).
         layer_norm_eps: epsilon of every LayerNorm.
         tokenizer: None: CLIP's own byte-pair encoding.
+        pool: the token whose features are the text's: ``argmax``, the highest id, which ends a text in CLIP's encoding;
+            ``eos``, the first of id ``eos_id``; ``last``, of the whole context (SigLIP); or ``class``, a token of its
+            own behind a causal text (CoCa). None: ``argmax`` if causal, else ``last``.
+        eos_id: id of the end of text, for ``pool: eos``.
     """
 
     context_length: int = 77
@@ -186,60 +122,26 @@ class TextTransformerConfig:
     projection_bias: bool = False
     layer_norm_eps: float = 1e-5
     tokenizer: HuggingFaceTokenizerConfig | None = None
+    pool: Literal["argmax", "eos", "last", "class"] | None = None
+    eos_id: int = 2
 
     def __post_init__(self) -> None:
         where = "architecture.text"
+        self.pool = self.pool or ("argmax" if self.causal else "last")
         check_fields(self, where, RANGES)
         _check_heads(self, where)
-
-
-# Settings of transformers' models that fetch something, or say how a file was written; names that begin with _ too.
-_LOADERS = {
-    *("attn_implementation", "experts_implementation", "auto_map", "trust_remote_code", "custom_pipelines"),
-    *("quantization_config", "name_or_path", "dtype", "torch_dtype", "transformers_weights", "gguf_file", "cache_dir"),
-    *("base_model_tp_plan", "base_model_pp_plan", "transformers_version", "architectures"),
-}
-
-
-def _without_loaders(values: Any) -> Any:
-    """Return a configuration of transformers, at any depth, without what would name a kernel, a file or a class."""
-    if isinstance(values, Mapping):
-        kept = {name: value for name, value in values.items() if not str(name).startswith("_")}
-        return {name: _without_loaders(value) for name, value in kept.items() if name not in _LOADERS}
-    return [_without_loaders(value) for value in values] if isinstance(values, list) else values
-
-
-@dataclass
-class HuggingFaceTextConfig:
-    """A text encoder from Hugging Face's transformers with its own tokenizer, followed by a projection.
-
-    Attributes:
-        hugging_face: a name on the hub, or a local folder.
-        pretrained: whether to start from that model's weights.
-        context_length: maximum tokens of a caption.
-        pooling: how the last layer's tokens become one feature: the ``mean`` of all except padding, the first
-            (``cls``), the ``last`` except padding, or the model's own ``pooler``, applied to the first.
-        projection: from the model's features to the embedding: one layer, two layers, or none (the widths must agree).
-        model: the model's own configuration, so that a checkpoint does not depend on the source; None: read from the
-            source when the model is created.
-    """
-
-    hugging_face: str
-    pretrained: bool = True
-    context_length: int = 77
-    pooling: Literal["mean", "cls", "last", "pooler"] = "mean"
-    projection: Literal["linear", "mlp", "none"] = "linear"
-    model: dict[str, Any] | None = None
-
-    def __post_init__(self) -> None:
-        check_fields(self, "architecture.text", RANGES)
-        self.model = None if self.model is None else _without_loaders(self.model)
-        check_options(self.model or {}, "architecture.text: model")
+        if self.pool == "class":
+            require(
+                self.causal and self.tokenizer is None,
+                f"{where}: pool class needs a causal encoder and CLIP's own tokenizer, whose padding is known",
+            )
 
     @property
-    def tokenizer(self) -> HuggingFaceTokenizerConfig:
-        """The tokenizer that the model's source holds."""
-        return HuggingFaceTokenizerConfig(self.hugging_face)
+    def padding_read(self) -> int:
+        """Number of padding tokens behind a text that its features depend on, at most."""
+        if self.pool == "class":
+            return 1  # CoCa's mask of padding is one token off, and published weights were trained with it
+        return 0 if self.causal and self.pool != "last" else self.context_length
 
 
 @dataclass
@@ -331,6 +233,12 @@ class CLIPConfig:
                 width == self.embed_dim,
                 f"architecture.text: width {width} is not embed_dim {self.embed_dim}; set projection to true",
             )
+        if isinstance(self.image, VisionTransformerConfig) and self.image.pool == "attention":
+            heads = self.image.pool_heads
+            require(
+                self.embed_dim % heads == 0,
+                f"architecture.image: embed_dim {self.embed_dim} is not a multiple of pool_heads {heads}",
+            )
         size = self.image.image_size
         if self.preprocessing is None and size is not None and not isinstance(self.image, TimmConfig):
             self.preprocessing = Preprocessing(size)
@@ -341,7 +249,7 @@ class CLIPConfig:
     @property
     def papers_layout(self) -> bool:
         """Whether the text encoder's weights are named as OpenAI's, beside ``visual.``, and not below ``text.``."""
-        return isinstance(self.text, TextTransformerConfig) and self.text.causal
+        return isinstance(self.text, TextTransformerConfig) and self.text.causal and self.text.pool in ("argmax", "eos")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "CLIPConfig":
@@ -382,6 +290,7 @@ def described(config: CLIPConfig) -> dict[str, Any]:
     values = config.to_dict()
     for name, tower in (("image", values.pop("image")), ("text", values.pop("text"))):
         if tower.get("tokenizer"):
+            tower["strip_sep_token"] = tower["tokenizer"]["strip_sep_token"]
             tower["tokenizer"] = tower["tokenizer"]["clean"]
         values[f"{name} encoder"] = type(getattr(config, name)).__name__.removesuffix("Config")
         values.update({f"{name}.{key}": value for key, value in tower.items() if key not in ("hugging_face", "model")})

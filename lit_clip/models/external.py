@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from lit_clip.errors import InputError
 from lit_clip.models.config import HuggingFaceTextConfig, TimmConfig, height_width
 from lit_clip.models.entering import Entering, starting_at
-from lit_clip.models.external_settings import check_text_only, one_line, timm_pretrained_cfg
+from lit_clip.models.external_settings import check_text_only, one_line, timm_name, timm_pretrained_cfg
 from lit_clip.models.packing import length_groups
+from lit_clip.models.timm_hub import timm_hub_weights
 from lit_clip.models.transformer import check_images, is_traced
 from lit_clip.tools.hardware import to_device
 from lit_clip.tools.reading import reason
@@ -79,7 +80,8 @@ def _trunk(config: TimmConfig, classes: int) -> nn.Module:
     import timm
 
     assert config.image_size is not None
-    cfg, size = timm_pretrained_cfg(config.timm), height_width(config.image_size)
+    cfg, size, name = timm_pretrained_cfg(config), height_width(config.image_size), timm_name(config)
+    from_hub = {} if config.model is None else {**config.model["model_args"], "pretrained_cfg": cfg}
     options = dict(config.options)
     # As in open_clip: a model whose pooling is changed afterwards keeps its norm, and so the names of its published
     # weights. Attention pooling cannot be added then, and the classifier of some models depends on the pooling.
@@ -89,7 +91,8 @@ def _trunk(config: TimmConfig, classes: int) -> nn.Module:
     if cfg.fixed_input_size:  # a vision transformer: the position embedding depends on the size
         options["img_size"] = size
     try:
-        trunk = timm.create_model(config.timm, config.pretrained is True, num_classes=classes, **options)
+        timms = config.pretrained is True and config.model is None
+        trunk = timm.create_model(name, timms, num_classes=classes, **{**from_hub, **options})
         if pooled_later:
             cast(Any, trunk).reset_classifier(0, global_pool=config.pool)
         if size != tuple(cfg.input_size[1:]):
@@ -98,6 +101,8 @@ def _trunk(config: TimmConfig, classes: int) -> nn.Module:
         settings = ", ".join(f"{key} {value}" for key, value in {"image_size": config.image_size, **options}.items())
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"architecture.image: timm cannot create {config.timm} with {settings}: {reason}") from error
+    if config.pretrained is True and config.model is not None:
+        load_timm_file(trunk, config.timm, str(timm_hub_weights(config.timm)))
     if isinstance(config.pretrained, str):
         load_timm_file(trunk, config.timm, config.pretrained)
     return trunk

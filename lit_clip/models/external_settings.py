@@ -12,6 +12,7 @@ from typing import Any, cast
 from lit_clip.errors import InputError, require
 from lit_clip.models.config import CLIPConfig, HuggingFaceTextConfig, Preprocessing, TimmConfig
 from lit_clip.models.custom_config import CustomImageConfig, CustomTextConfig
+from lit_clip.models.timm_hub import timm_hub_model
 from lit_clip.tools.reading import LONGEST_REASON
 
 _WITH_KERNELS = ("mra", "rwkv", "yoso")  # models of transformers
@@ -29,6 +30,8 @@ def with_external_settings(config: CLIPConfig) -> CLIPConfig:
     """
     image, text, preprocessing = config.image, config.text, config.preprocessing
     if isinstance(image, TimmConfig):
+        if image.on_hub and image.model is None:
+            image = replace(image, model=timm_hub_model(image.timm))
         timms = timm_preprocessing(image)
         image, preprocessing = replace(image, image_size=timms.image_size), preprocessing or timms
     if isinstance(text, HuggingFaceTextConfig) and text.model is None:
@@ -46,10 +49,16 @@ def with_external_settings(config: CLIPConfig) -> CLIPConfig:
     return replace(config, image=image, text=text, preprocessing=preprocessing)
 
 
-def timm_pretrained_cfg(name: str) -> Any:
+def timm_name(config: TimmConfig) -> str:
+    """Return timm's name of a model."""
+    return config.timm if config.model is None else config.model["architecture"]
+
+
+def timm_pretrained_cfg(config: TimmConfig) -> Any:
     """Return timm's entry for a model's weights, or for the model itself; it includes the data config."""
     import timm
 
+    name = timm_name(config)
     bare, _, tag = name.partition(".")
     if not timm.is_model(bare):
         names = timm.list_models()
@@ -59,6 +68,10 @@ def timm_pretrained_cfg(name: str) -> Any:
     if tag and not timm.is_model_pretrained(name):
         known = ", ".join(timm.list_pretrained(f"{bare}.*")) or "none, leave it out"
         raise InputError(f"architecture.image: timm's {bare} has no weights {tag!r}; known: {known}")
+    if config.model is not None:
+        from timm.models import PretrainedCfg  # pyright: ignore[reportPrivateImportUsage]  # timm's documented home
+
+        return PretrainedCfg(**config.model["data"])
     return timm.get_pretrained_cfg(name) or timm.create_model(name, pretrained=False).pretrained_cfg
 
 
@@ -66,7 +79,7 @@ def timm_preprocessing(config: TimmConfig) -> Preprocessing:
     """Return the preprocessing of timm's data config for a model, at the configured size."""
     from timm.data import resolve_data_config  # pyright: ignore[reportPrivateImportUsage]  # timm's documented home
 
-    cfg = timm_pretrained_cfg(config.timm)
+    cfg = timm_pretrained_cfg(config)
     data = resolve_data_config({}, pretrained_cfg=cfg if isinstance(cfg, dict) else cfg.to_dict())
     size = config.image_size or cast(tuple[int, int], tuple(data["input_size"][1:]))
     interpolation, mode = data["interpolation"], data["crop_mode"]

@@ -227,7 +227,9 @@ def image_features_from(model: Any, stored: Tensor) -> Tensor:
     if prefix.boundary is None:
         return stored
     if isinstance(visual, VisionTransformer):
-        return visual.project(visual.features_from(stored, prefix.block) if prefix.is_block else visual.ln_post(stored))
+        return visual.project(
+            visual.features_from(stored, prefix.block) if prefix.is_block else visual.features_behind(stored)
+        )
     height, width = height_width(model.preprocessing.image_size)
     nothing = model.normalize(torch.zeros(prefix.blanks, 3, height, width, dtype=torch.uint8, device=stored.device))
     with starting_at(model.get_submodule(prefix.boundary), stored):

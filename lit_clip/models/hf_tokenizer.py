@@ -37,10 +37,20 @@ class HuggingFaceTokenizer(TextTokenizer):
         clean: how texts are cleaned first, see :func:`clean`.
         context_length: ids per text.
         whole: whether the encoder attends to padding too, as SigLIP's does; no column may be trimmed then.
+        stripped_id: id that is replaced by 0, see :class:`HuggingFaceTokenizerConfig`; None: none is.
     """
 
-    def __init__(self, definition: str, pad_id: int, clean: str, context_length: int, whole: bool) -> None:
+    def __init__(
+        self,
+        definition: str,
+        pad_id: int,
+        clean: str,
+        context_length: int,
+        whole: bool,
+        stripped_id: int | None = None,
+    ) -> None:
         self.definition, self.pad_id, self.clean, self.whole = definition, pad_id, clean, whole
+        self.stripped_id = stripped_id
         self.context_length = context_length
         self._tokenizer = Tokenizer.from_str(definition)
         self._tokenizer.enable_truncation(context_length)
@@ -56,7 +66,7 @@ class HuggingFaceTokenizer(TextTokenizer):
             # One call per text: a batched call starts a thread pool, which does not survive the fork of data workers.
             ids = self._tokenizer.encode(clean(text, self.clean)).ids
             result[i, : len(ids)] = torch.tensor(ids, dtype=torch.long)
-        return result
+        return result if self.stripped_id is None else result.masked_fill_(result == self.stripped_id, 0)
 
     def count(self, text: str) -> int:
         if self._uncut is None:
@@ -71,14 +81,16 @@ class HuggingFaceTokenizer(TextTokenizer):
         return torch.full_like(used[:, 0], tokens.shape[1]) if self.whole else used.amax(dim=1).clamp(min=1)
 
     def with_context(self, context_length: int) -> "HuggingFaceTokenizer":
-        return HuggingFaceTokenizer(self.definition, self.pad_id, self.clean, context_length, self.whole)
+        settings = (self.definition, self.pad_id, self.clean, context_length, self.whole, self.stripped_id)
+        return HuggingFaceTokenizer(*settings)
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(list(tokens), skip_special_tokens=True).strip()
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for a checkpoint."""
-        return {"definition": self.definition, "pad_id": self.pad_id}
+        stripped = {} if self.stripped_id is None else {"stripped_id": self.stripped_id}
+        return {"definition": self.definition, "pad_id": self.pad_id, **stripped}
 
 
 def from_source(
@@ -113,7 +125,11 @@ def from_source(
     if backend.get_vocab().keys() <= set(loaded.all_special_tokens):  # transformers makes one without a word
         raise InputError(f"{where} has no vocabulary; its tokenizer.json, vocab.txt or spiece.model is missing")
     check_ids(backend, loaded.pad_token_id, vocab_size, where)
-    return HuggingFaceTokenizer(backend.to_str(), loaded.pad_token_id, config.clean, context_length, whole)
+    stripped_id = loaded.sep_token_id if config.strip_sep_token else None
+    if config.strip_sep_token and stripped_id is None:
+        raise InputError(f"{where} has no separator to strip")
+    settings = (backend.to_str(), loaded.pad_token_id, config.clean, context_length, whole, stripped_id)
+    return HuggingFaceTokenizer(*settings)
 
 
 def check_ids(tokenizer: Tokenizer, pad_id: int, vocab_size: int, where: str) -> None:

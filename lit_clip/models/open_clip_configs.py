@@ -27,7 +27,7 @@ from lit_clip.tools.untrusted import shortened
 # Entries to ignore: None for any value (it concerns training only), otherwise open_clip's defaults.
 _NEUTRAL = {
     "custom_text": (True, False),
-    "multimodal_cfg": (None,),
+    "multimodal_cfg": None,  # CoCa's caption decoder, which no features depend on
     "init_logit_scale": None,
     "timm_model_pretrained": None,
     "timm_drop": None,
@@ -38,12 +38,6 @@ _NEUTRAL = {
     "hf_tokenizer_name": None,
     "output_tokens": None,
     "pos_embed_type": ("learnable",),
-    "embed_cls": (False,),
-    "pad_id": None,
-    "eos_id": None,
-    "final_ln_after_pool": (False,),
-    "attentional_pool": (False,),
-    "no_ln_pre": (False,),
     "ls_init_value": (None,),
     "tokenizer_mode": (None, ""),
 }
@@ -173,19 +167,34 @@ def _image(values: _CheckedDict) -> ImageConfig:
     elif isinstance(values.values.get("layers"), list):
         result = ResNetConfig(values.take("layers"), values.take("width", 64), image_size)
     else:
-        width, head_width = values.take("width", 768), values.take("head_width", 64)
-        if (pool := values.take("pool_type", "tok")) != "tok":
-            raise values.refuse("pool_type", pool)
-        result = VisionTransformerConfig(
-            image_size,
-            values.take("patch_size", 16),
-            width,
-            values.take("layers", 12),
-            width // head_width,
-            values.take("mlp_ratio", 4.0),
-        )
+        result = _vision_transformer(values, image_size)
     values.done()
     return result
+
+
+def _vision_transformer(values: _CheckedDict, image_size: Any) -> VisionTransformerConfig:
+    width, head_width = values.take("width", 768), values.take("head_width", 64)
+    attention, pool = values.take("attentional_pool", False), values.take("pool_type", "tok")
+    norm_last = values.take("final_ln_after_pool", False)
+    queries, heads = values.take("attn_pooler_queries", 256), values.take("attn_pooler_heads", 8)
+    if attention not in (True, False):
+        raise values.refuse("attentional_pool", attention)
+    if pool not in ("tok", "avg") or (attention and pool == "avg"):
+        raise values.refuse("pool_type", pool)
+    if pool == "avg" and not norm_last:
+        raise values.refuse("final_ln_after_pool", norm_last)
+    return VisionTransformerConfig(
+        image_size,
+        values.take("patch_size", 16),
+        width,
+        values.take("layers", 12),
+        width // head_width,
+        values.take("mlp_ratio", 4.0),
+        ln_pre=not values.take("no_ln_pre", False),
+        pool="attention" if attention else "mean" if pool == "avg" else "class",
+        pool_queries=queries,
+        pool_heads=heads,
+    )
 
 
 def _text(values: _CheckedDict) -> TextConfig:
@@ -204,10 +213,13 @@ def _text(values: _CheckedDict) -> TextConfig:
         result: TextConfig = HuggingFaceTextConfig(hf, False, context, pooler[pooling], kind)
     else:
         causal, pool = not values.take("no_causal_mask", False), values.take("pool_type", "argmax")
-        if pool != ("argmax" if causal else "last"):
+        if pool not in ("argmax", "eos", "last"):
             raise values.refuse("pool_type", pool)
-        source = values.take("hf_tokenizer_name")
-        clean = (values.take("tokenizer_kwargs") or {}).get("clean", "whitespace")
+        if values.take("embed_cls", False):
+            pool = "class"
+        pad_id = values.take("pad_id", 0)
+        if pad_id != 0 and pool == "class":
+            raise values.refuse("pad_id", pad_id)
         result = TextTransformerConfig(
             context,
             values.take("vocab_size", 49408),
@@ -219,7 +231,18 @@ def _text(values: _CheckedDict) -> TextConfig:
             values.take("proj_type", "linear") != "none",
             values.take("proj_bias", False),
             (values.take("norm_kwargs") or {}).get("eps", 1e-5),
-            HuggingFaceTokenizerConfig(source, clean) if source else None,
+            _tokenizer(values),
+            pool,
+            values.take("eos_id", 2),
         )
     values.done()
     return result
+
+
+def _tokenizer(values: _CheckedDict) -> HuggingFaceTokenizerConfig | None:
+    source, given = values.take("hf_tokenizer_name"), values.take("tokenizer_kwargs") or {}
+    known = {"clean": "whitespace", "strip_sep_token": False} if source else {"clean": "lower"}
+    for name, value in given.items():
+        if name not in known or (not source and value != known[name]):
+            raise values.refuse(f"tokenizer_kwargs.{name}", value)
+    return HuggingFaceTokenizerConfig(source, **{**known, **given}) if source else None

@@ -32,7 +32,7 @@ def resized(config: CLIPConfig, image_size: Size | None, context_length: int | N
         image = dataclasses.replace(image, image_size=image_size)
         preprocessing = dataclasses.replace(preprocessing, image_size=image_size)
     if context_length is not None and context_length != text.context_length:
-        if isinstance(text, TextTransformerConfig) and not text.causal:
+        if isinstance(text, TextTransformerConfig) and text.padding_read:
             raise InputError(
                 f"context_length: must be the weights' {text.context_length}, not {context_length}; this text encoder "
                 "attends to padding too, so another length would change the features"

@@ -13,3 +13,22 @@ def normalised(size: Size) -> Size:
     """Return a square as one number; JSON and YAML give a list instead of a tuple."""
     height, width = height_width(size)
     return height if height == width else (height, width)
+
+
+# Least and most of the numbers in an architecture. The largest are far above any model's; beyond them a file's model
+# would fill the memory before its weights could be compared with the file's own.
+_SIZES = {"image_size": (1, 16384), "width": (1, 65536), "layers": (1, 1000), "heads": (1, 65536)}
+RANGES: dict[str, tuple[float, float]] = {
+    **_SIZES,
+    "pool_queries": (1, 65536),
+    "pool_heads": (1, 65536),
+    "eos_id": (0, 2**24),
+    "embed_dim": (1, 65536),
+    "patch_size": (1, 16384),
+    "mlp_ratio": (1e-3, 1000),
+    "context_length": (3, 65536),  # start, a word, end
+    "vocab_size": (1, 2**24),
+    "layer_norm_eps": (0, 1),
+    "std": (1e-6, 1e6),
+    "mean": (-1e6, 1e6),
+}

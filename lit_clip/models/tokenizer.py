@@ -9,7 +9,7 @@ import html
 import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -186,10 +186,15 @@ class TextTokenizer(ABC):
 
 @dataclass(frozen=True)
 class CLIPTokenizer(TextTokenizer):
-    """:func:`tokenize` for one context length."""
+    """:func:`tokenize` for one context length.
+
+    Attributes:
+        padding_read: padding tokens behind a text that its encoder reads, at most; they may not be trimmed.
+    """
 
     context_length: int = 77
     pad_id: int = 0
+    padding_read: int = 0
 
     def __call__(self, texts: str | Sequence[str]) -> Tensor:
         return tokenize(texts, self.context_length)
@@ -198,10 +203,11 @@ class CLIPTokenizer(TextTokenizer):
         return len(encode(text)) + 2
 
     def lengths(self, tokens: Tensor) -> Tensor:
-        return tokens.argmax(dim=-1) + 1  # the (first) end of text has the highest id
+        ends = tokens.argmax(dim=-1) + 1  # the (first) end of text has the highest id
+        return (ends + self.padding_read).clamp(max=tokens.shape[1])
 
     def with_context(self, context_length: int) -> "CLIPTokenizer":
-        return CLIPTokenizer(context_length)
+        return replace(self, context_length=context_length)
 
     def decode(self, tokens: Sequence[int]) -> str:
         return decode(tokens)

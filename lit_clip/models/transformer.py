@@ -136,8 +136,30 @@ def check_images(images: Tensor, image_size: Size) -> None:
         )
 
 
+class AttentionPool(nn.Module):
+    """What the first of several learned queries reads from an image's tokens (CoCa): ``[B, L, W]`` -> ``[B, D]``.
+
+    CoCa's caption decoder, which lit-clip lacks, reads what the other queries find.
+    """
+
+    def __init__(self, config: VisionTransformerConfig, embed_dim: int) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(config.pool_queries, embed_dim))
+        width = config.width
+        self.attn = nn.MultiheadAttention(embed_dim, config.pool_heads, kdim=width, vdim=width, batch_first=True)
+        self.ln_q = nn.LayerNorm(embed_dim)
+        self.ln_k = nn.LayerNorm(width)
+
+    def forward(self, x_BLW: Tensor) -> Tensor:
+        x = self.ln_k(x_BLW)
+        query = self.ln_q(self.query[:1]).expand(x.shape[0], 1, -1)  # [B, 1, D]
+        return self.attn(query, x, x, need_weights=False)[0].squeeze(1)
+
+
 class VisionTransformer(nn.Module):
     """ViT as in the paper: no bias in the patch embedding, a LayerNorm before the blocks, the class token projected.
+
+    Other models have no such LayerNorm, or read other tokens (:class:`VisionTransformerConfig`).
 
     Initialised as in OpenAI's code: class token, positions and projection normal with std width^-0.5, blocks and
     patch embedding with PyTorch's defaults.
@@ -156,10 +178,13 @@ class VisionTransformer(nn.Module):
         self.conv1 = nn.Conv2d(3, width, config.patch_size, stride=config.patch_size, bias=False)
         self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
         self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(patches + 1, width))
-        self.ln_pre = nn.LayerNorm(width)
+        self.ln_pre = nn.LayerNorm(width) if config.ln_pre else nn.Identity()
         self.transformer = Transformer(width, config.layers, config.heads, activation, config.mlp_ratio)
-        self.ln_post = nn.LayerNorm(width)
-        self.proj = nn.Parameter(width**-0.5 * torch.randn(width, embed_dim))
+        self.pool = config.pool
+        self.attn_pool = AttentionPool(config, embed_dim) if config.pool == "attention" else None
+        pooled = embed_dim if config.pool == "attention" else width
+        self.ln_post = nn.LayerNorm(pooled)
+        self.proj = nn.Parameter(width**-0.5 * torch.randn(pooled, embed_dim))
 
     def features(self, images: Tensor) -> Tensor:
         """``[B, 3, H, W]`` float, normalised -> ``[B, W]``, before the projection; for the paper's linear probes."""
@@ -178,9 +203,16 @@ class VisionTransformer(nn.Module):
     def features_from(self, x_BLW: Tensor, first: int = 0) -> Tensor:
         """Compute :meth:`features` from the input of a block: ``[B, L, W]`` -> ``[B, W]``."""
         B, L, W = x_BLW.shape
-        read_B = torch.arange(0, B * L, L, device=x_BLW.device)  # the class tokens
-        x = self.transformer(x_BLW.view(B * L, W), Layout(((B, L),), causal=False), read_B, first)  # [B, W]
-        return self.ln_post(x)
+        layout = Layout(((B, L),), causal=False)
+        if self.pool == "class":
+            read_B = torch.arange(0, B * L, L, device=x_BLW.device)  # the class tokens
+            return self.features_behind(self.transformer(x_BLW.view(B * L, W), layout, read_B, first))  # [B, W]
+        x = self.transformer(x_BLW.view(B * L, W), layout, None, first).view(B, L, W)
+        return self.features_behind(x[:, 1:].mean(dim=1) if self.pool == "mean" else x)
+
+    def features_behind(self, x: Tensor) -> Tensor:
+        """Compute :meth:`features` from what enters the first module behind the blocks."""
+        return self.ln_post(x if self.attn_pool is None else self.attn_pool(x))
 
     def _patches(self, images: Tensor) -> Tensor:
         """``[B, 3, H, W]`` -> ``[B, L-1, 3PP]``: one matrix product is faster than a convolution with stride P."""
@@ -206,13 +238,16 @@ class VisionTransformer(nn.Module):
 
 
 class TextTransformer(nn.Module):
-    """The paper's text transformer and SigLIP's.
+    """The text transformers of the paper, of SigLIP and of others, see :class:`TextTransformerConfig`.
 
     OpenAI's CLIP has these parts beside its image encoder, not in a module of their own. :class:`lit_clip.CLIP` then
     is a text transformer itself, and calls :meth:`add_text` and :meth:`read_text`.
 
     Attributes:
         causal: whether a token attends only to itself and those before it.
+        text_pool: the token that is read, see :class:`TextTransformerConfig`.
+        eos_id: id of the end of text, if that is read.
+        padding_read: padding tokens behind a text that its features depend on, at most.
     """
 
     def __init__(self, config: TextTransformerConfig, embed_dim: int, activation: Activation) -> None:
@@ -222,10 +257,14 @@ class TextTransformer(nn.Module):
     def add_text(self, config: TextTransformerConfig, embed_dim: int, activation: Activation) -> None:
         """Create the parts, initialised as in OpenAI's code."""
         width, eps = config.width, config.layer_norm_eps
-        self.causal = config.causal
+        self.causal, self.text_pool, self.eos_id = config.causal, config.pool, config.eos_id
+        self.padding_read = config.padding_read
         self.transformer = Transformer(width, config.layers, config.heads, activation, config.mlp_ratio, eps)
         self.token_embedding = nn.Embedding(config.vocab_size, width)
-        self.positional_embedding = nn.Parameter(torch.empty(config.context_length, width))
+        has_class = config.pool == "class"  # its position is the last
+        self.positional_embedding = nn.Parameter(torch.empty(config.context_length + has_class, width))
+        if has_class:
+            self.cls_emb = nn.Parameter(0.01 * torch.randn(width))
         self.ln_final = nn.LayerNorm(width, eps=eps)
         self.text_projection = None
         if config.projection_bias:
@@ -242,25 +281,22 @@ class TextTransformer(nn.Module):
     def read_text(
         self, tokens: Tensor, lengths: Sequence[int] | None = None, entering: Entering | None = None
     ) -> Tensor:
-        """int64 ``[B, L]`` -> ``[B, D]``; ``L`` may be below the context length only for a causal encoder.
+        """int64 ``[B, L]`` -> ``[B, D]``; ``L`` is the context length if all padding is read, else at most that.
 
         Args:
             tokens: ids.
-            lengths: of a causal encoder's texts, including the end-of-text token. Reading them off tokens on a GPU
-                would synchronise it, so without them the padding is computed too.
+            lengths: columns of each text that its features depend on; unused if all padding is read. Reading them off
+                tokens on a GPU would synchronise it, so without them the padding is computed too.
             entering: the texts' activations; the embeddings and the blocks before are then not computed.
         """
-        context, length = len(self.positional_embedding), tokens.shape[1]
-        if length > context or (length < context and not self.causal):
+        context, length = len(self.positional_embedding) - (self.text_pool == "class"), tokens.shape[1]
+        if length > context or (length < context and self.padding_read > 1):
             raise InputError(f"texts have {length} tokens, the model reads {context}; use model.tokenize")
         first = entering.block if entering else 0
-        if not self.causal:
-            B, L = tokens.shape
-            x = self._padded(tokens, entering)  # [B * L, W]
-            last = torch.arange(L - 1, B * L, L, device=x.device)
-            x = self.transformer(x, Layout(((B, L),), causal=False), last, first)  # [B, W]
-        elif self._may_pack(tokens, lengths):
-            lengths = lengths or text_lengths(tokens)
+        if self.text_pool == "class":
+            x = self._read_class(tokens, lengths, entering)
+        elif not self.padding_read and self._may_pack(tokens, lengths):
+            lengths = lengths or (self._ends(tokens) + 1).tolist()
             packing = pack(lengths, tokens.device, self._row_length(lengths, tokens.device))
             if entering:
                 x = entering.x[packing.rows, packing.columns]
@@ -272,9 +308,47 @@ class TextTransformer(nn.Module):
         else:
             B, L = tokens.shape
             x = self._padded(tokens, entering)  # [B * L, W]
-            end = torch.arange(0, B * L, L, device=x.device) + tokens.argmax(dim=-1)  # [B]
-            x = self.transformer(x, Layout(((B, L),), causal=True), None, first).index_select(0, end)  # [B, W]
+            read_B = torch.arange(0, B * L, L, device=x.device) + self._ends(tokens)
+            layout = Layout(((B, L),), self.causal)
+            if self.causal:  # the kernel has no causal mask for single queries
+                x = self.transformer(x, layout, None, first).index_select(0, read_B)  # [B, W]
+            else:
+                x = self.transformer(x, layout, read_B, first)  # [B, W]
         return self.project_text(x)
+
+    def _ends(self, tokens: Tensor) -> Tensor:
+        """Return the column of the token that is read: int64 ``[B, L]`` -> ``[B]``."""
+        if self.text_pool == "last":
+            return torch.full_like(tokens[:, 0], tokens.shape[1] - 1)
+        return (tokens if self.text_pool == "argmax" else (tokens == self.eos_id).int()).argmax(dim=-1)
+
+    def _read_class(self, tokens: Tensor, lengths: Sequence[int] | None, entering: Entering | None) -> Tensor:
+        """Compute the class token behind the texts: int64 ``[B, L]`` -> ``[B, W]``.
+
+        Every query reads a token only if the one before it is no padding, as when CoCa's weights were trained: the
+        class token reads one padding token, and itself only behind a text of full length. No other token reads it, so
+        here it comes first, where it needs no search in texts of several lengths.
+        """
+        if self._may_pack(tokens, lengths):
+            columns = torch.arange(1, tokens.shape[1] + 1)
+            tokens = tokens[:, : max(lengths or ((tokens != 0) * columns).amax(dim=1).add(1).tolist())]
+        if tokens.shape[1] < len(self.positional_embedding) - 1:
+            tokens = F.pad(tokens, (0, 1))  # that one
+        B, L = tokens.shape
+        if entering is None:
+            x = self.token_embedding(tokens) + self.positional_embedding[:L]
+            class_token = (self.cls_emb + self.positional_embedding[-1]).expand(B, 1, -1)
+            x = torch.cat([class_token.to(x.dtype), x], dim=1)
+        else:
+            x = F.pad(entering.x, (0, 0, 0, 1 + L - entering.x.shape[1]))  # [B, 1 + L, W]
+        read = tokens != 0
+        keys = torch.cat([read[:, -1:], torch.ones_like(read[:, :1]), read[:, :-1]], dim=1)  # [B, 1 + L]
+        place = torch.arange(1 + L, device=tokens.device)
+        causal = (place[:, None] == 0) | ((place > 0) & (place <= place[:, None]))  # [1 + L, 1 + L]
+        layout = Layout(((B, 1 + L),), True, (causal & keys[:, None])[:, None])
+        read_B = torch.arange(0, B * (1 + L), 1 + L, device=tokens.device)
+        first = entering.block if entering else 0
+        return self.transformer(x.flatten(0, 1), layout, read_B, first)
 
     def project_text(self, x_BW: Tensor) -> Tensor:
         """Tokens that are read, from the last block -> ``[B, D]``."""
@@ -310,11 +384,6 @@ class TextTransformer(nn.Module):
     def forward(self, tokens: Tensor, lengths: Sequence[int] | None = None, entering: Entering | None = None) -> Tensor:
         """See :meth:`read_text`."""
         return self.read_text(tokens, lengths, entering)
-
-
-def text_lengths(tokens: Tensor) -> list[int]:
-    """Count each text's tokens in ``[B, L]``, including the end of text: the (first) highest id."""
-    return (tokens.argmax(dim=-1) + 1).tolist()
 
 
 def is_traced() -> bool:

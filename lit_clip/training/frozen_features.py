@@ -104,10 +104,11 @@ def open_rows(
     Raises:
         InputError: it cannot be written.
     """
-    example = encoding.activations(prefix, *sample_inputs(encoding.model, prefix.tower, 1))
+    inputs, lengths = sample_inputs(encoding.model, prefix.tower, 1)
+    example = encoding.activations(prefix, inputs, lengths)
     shape = list(example.shape[1:])
     if prefix.tower == "text" and len(shape) > 1:
-        shape[0] = longest
+        shape[0] += longest - lengths[0]  # there may be a class token too
     key = hex_digest([frozen_sha256(encoding.model, prefix, encoding.precision), identity])
     return StoredRows.create(folder / f"{prefix.tower}-{key[:20]}", rows, shape, example.dtype)
 

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
-from lit_clip.models.config import RANGES, CLIPConfig, Size, TextTransformerConfig
+from lit_clip.models.config import RANGES, CLIPConfig, Size, TextTransformerConfig, TimmConfig
 from lit_clip.models.custom import custom_encoders, find_class
 from lit_clip.models.custom_config import how_to_import
 from lit_clip.models.finetuning import Freeze, LayerDecay
@@ -71,9 +71,11 @@ class SavedTokenizer:
 
     definition: str
     pad_id: int
+    stripped_id: int | None = None
 
     def __post_init__(self) -> None:
-        check_fields(self, "tokenizer", {"pad_id": (0, RANGES["vocab_size"][1])})
+        ids = (0, RANGES["vocab_size"][1])
+        check_fields(self, "tokenizer", {"pad_id": ids, "stripped_id": ids})
 
 
 @dataclass
@@ -165,6 +167,8 @@ def _check_ours(checkpoint: Mapping[str, Any], config: CLIPConfig) -> None:
     named = checkpoint["hyper_parameters"].get("pretrained")
     require(named is None or "base" in checkpoint, "hyper_parameters.pretrained: only a LoRA's checkpoint has a base")
     require(getattr(config.text, "model", {}) is not None, "holds no configuration of its text encoder")
+    read = not isinstance(config.image, TimmConfig) or config.image.model is not None or not config.image.on_hub
+    require(read, "holds no configuration of its image encoder")
 
 
 def check_lightnings_entries(checkpoint: Mapping[str, Any], name: Source) -> None:
@@ -193,9 +197,13 @@ def checkpoint_tokenizer(checkpoint: Mapping[str, Any], config: CLIPConfig) -> T
     saved, text = given(SavedTokenizer, checkpoint.get("tokenizer"), "tokenizer"), config.text
     if saved is None or text.tokenizer is None:
         return None
-    whole = isinstance(text, TextTransformerConfig) and not text.causal
+    whole = isinstance(text, TextTransformerConfig) and text.padding_read > 0
+    stripped_id = saved.stripped_id if text.tokenizer.strip_sep_token else None
+    require(stripped_id is not None or not text.tokenizer.strip_sep_token, "its tokenizer has no separator to strip")
     try:
-        result = HuggingFaceTokenizer(saved.definition, saved.pad_id, text.tokenizer.clean, text.context_length, whole)
+        result = HuggingFaceTokenizer(
+            saved.definition, saved.pad_id, text.tokenizer.clean, text.context_length, whole, stripped_id
+        )
         ids = Tokenizer.from_str(saved.definition)
     except Exception as error:  # a definition from a file: `tokenizers` raises bare Exceptions
         raise InputError(f"its tokenizer cannot be created ({reason(error)})") from error

@@ -292,6 +292,7 @@ def onnx_facts(model: CLIP) -> dict[str, Any]:
             "context_length": model.context_length,
             "padding_id": model.tokenizer.pad_id,
             "cleaning": "lower" if tokenizer is None else tokenizer.clean,
+            "id_replaced_by_0": getattr(model.tokenizer, "stripped_id", None),
         },
     }
 

@@ -135,7 +135,9 @@ def hugging_face_kind(config: CLIPConfig) -> Literal["clip", "siglip"]:
     encoders = " and ".join(kinds)
     own = f"a CLIPModel has a vision transformer and a causal text transformer, this model has {encoders}"
     if isinstance(image, TimmConfig) and isinstance(text, TextTransformerConfig) and not text.causal:
+        require(not image.on_hub, f"its image encoder is {image.timm}, whose sizes timm alone knows")
         timm_siglip(image.timm, **image.options)
+        require(text.pool == "last", f"a SiglipModel reads a text's last token, this model pools by {text.pool}")
         require(image.pool in (None, "map"), f"a SiglipModel pools by attention, this model by {image.pool}")
         require(image.projection == "none", "a SiglipModel has no image projection, this model has one")
         require(
@@ -144,8 +146,11 @@ def hugging_face_kind(config: CLIPConfig) -> Literal["clip", "siglip"]:
         )
         return "siglip"
     require(isinstance(image, VisionTransformerConfig) and isinstance(text, TextTransformerConfig), own)
-    text = cast(TextTransformerConfig, text)
+    text, image = cast(TextTransformerConfig, text), cast(VisionTransformerConfig, image)
     require(text.causal, own)
+    require(image.pool == "class", f"a CLIPModel reads an image's class token, this model pools by {image.pool}")
+    require(image.ln_pre, "a CLIPModel has a LayerNorm before its image blocks, this model has none")
+    require(text.pool == "argmax", f"a CLIPModel reads a text's highest id, this model pools by {text.pool}")
     require(
         text.tokenizer is None and not text.projection_bias, "a CLIPModel has CLIP's own tokenizer and no text bias"
     )

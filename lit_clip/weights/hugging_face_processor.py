@@ -160,9 +160,11 @@ def save_tokenizer(model: CLIP, folder: Path) -> None:
         return
     definition = Tokenizer.from_str(tokenizer.definition)
     pad = definition.id_to_token(tokenizer.pad_id)
+    stripped = {} if tokenizer.stripped_id is None else {"sep_token": definition.id_to_token(tokenizer.stripped_id)}
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=definition,
         pad_token=pad,
+        **stripped,
         model_max_length=tokenizer.context_length,
         # SigLIP's encoder attends to padding: passing a mask on to it would change the features.
         model_input_names=["input_ids"] if tokenizer.whole else ["input_ids", "attention_mask"],

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from itertools import chain
@@ -105,7 +106,7 @@ def _load(
         # Both resized: a size passed beside an architecture may be part of it already.
         check_same(wanted, resized(expected, image_size, context_length), weights.name)
 
-    state, tokenizer = _openai_names(weights.state, stored), weights.tokenizer
+    state, tokenizer = _without_decoder(_openai_names(weights.state, stored), weights.name), weights.tokenizer
     if wanted != stored:
         check_weights(_empty(stored), state, weights.name)
         state = resize_weights(state, stored, wanted)
@@ -159,6 +160,8 @@ def _with_preprocessing_of(weights: CLIPConfig, named: CLIPConfig) -> CLIPConfig
     return named
 
 
+_TEXT_PARTS = ("token_embedding", "positional_embedding", "transformer", "ln_final", "text_projection")
+_DECODER = "text_decoder."  # CoCa's
 _NO_WEIGHTS = (
     "attn_mask",
     "input_resolution",
@@ -172,11 +175,24 @@ def _openai_names(state: dict[str, Tensor], config: CLIPConfig) -> dict[str, Ten
     """Undo what older versions of open_clip rename, and drop what OpenAI's archives hold beside the weights."""
     if config.papers_layout and "text.token_embedding.weight" in state:
         state = {key.removeprefix("text."): value for key, value in state.items()}
+    elif not config.papers_layout and "token_embedding.weight" in state:  # open_clip's without ``custom_text``
+        state = {f"text.{key}" if key.partition(".")[0] in _TEXT_PARTS else key: value for key, value in state.items()}
     state = {key: value for key, value in state.items() if key not in _NO_WEIGHTS}
     for scalar in ("logit_scale", "logit_bias"):
         if scalar in state and state[scalar].numel() == 1:
             state[scalar] = state[scalar].reshape(())
     return state
+
+
+def _without_decoder(state: dict[str, Tensor], name: Source) -> dict[str, Tensor]:
+    kept = {key: value for key, value in state.items() if not key.startswith(_DECODER)}
+    if len(kept) < len(state):
+        left = sum(value.numel() for key, value in state.items() if key.startswith(_DECODER))
+        warnings.warn(
+            f"{name}: CoCa's caption decoder ({left / 1e6:.1f} million weights) is left out: no captions are written",
+            stacklevel=2,
+        )
+    return kept
 
 
 def _empty(config: CLIPConfig, tokenizer: TextTokenizer | None = None) -> CLIP:

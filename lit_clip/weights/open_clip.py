@@ -59,6 +59,7 @@ def _open_clip_vision(model: CLIP) -> dict[str, Any]:
             "timm_proj_bias": image.projection_bias,
         }
     assert isinstance(image, VisionTransformerConfig)  # open_clip_model has refused the others
+    pooled = image.pool == "attention"
     tanh = {"act_kwargs": {"approximate": "tanh"}} if model.config.activation == "gelu_tanh" else {}
     return {
         **size,
@@ -68,14 +69,26 @@ def _open_clip_vision(model: CLIP) -> dict[str, Any]:
         "mlp_ratio": image.mlp_ratio,
         "patch_size": image.patch_size,
         **tanh,
+        **({} if image.ln_pre else {"no_ln_pre": True}),
+        **_POOLS[image.pool],
+        **({"attn_pooler_queries": image.pool_queries, "attn_pooler_heads": image.pool_heads} if pooled else {}),
     }
+
+
+_POOLS = {
+    "class": {},
+    "mean": {"pool_type": "avg", "final_ln_after_pool": True},
+    "attention": {"attentional_pool": True},
+}
 
 
 def _open_clip_text(config: CLIPConfig) -> dict[str, Any]:
     text = config.text
     values: dict[str, Any] = {"context_length": text.context_length}
     if text.tokenizer is not None:  # open_clip looks in the folder first
-        values |= {"hf_tokenizer_name": text.tokenizer.source, "tokenizer_kwargs": {"clean": text.tokenizer.clean}}
+        stripped = {"strip_sep_token": True} if text.tokenizer.strip_sep_token else {}
+        kwargs = {"clean": text.tokenizer.clean, **stripped}
+        values |= {"hf_tokenizer_name": text.tokenizer.source, "tokenizer_kwargs": kwargs}
     if isinstance(text, HuggingFaceTextConfig):
         poolers = {"mean": "mean_pooler", "cls": "cls_last_hidden_state_pooler", "pooler": "cls_pooler"}
         require(text.pooling in poolers, f"open_clip has no pooling {text.pooling!r} for text; use onnx")
@@ -103,4 +116,8 @@ def _open_clip_text(config: CLIPConfig) -> dict[str, Any]:
     }
     if config.activation == "gelu_tanh":
         values["act_kwargs"] = {"approximate": "tanh"}
-    return values if text.causal else {**values, "no_causal_mask": True, "pool_type": "last"}
+    if not text.causal:
+        values["no_causal_mask"] = True
+    if text.pool == "class":
+        return {**values, "embed_cls": True}
+    return {**values, "pool_type": text.pool, "eos_id": text.eos_id}

@@ -15,7 +15,6 @@ from lit_clip.errors import InputError, require
 from lit_clip.models.config import (
     CLIPConfig,
     HuggingFaceTextConfig,
-    HuggingFaceTokenizerConfig,
     ResNetConfig,
     TextTransformerConfig,
     VisionTransformerConfig,
@@ -136,9 +135,7 @@ def _open_clip_config(folder: Path) -> CLIPConfig:
         if isinstance(text, HuggingFaceTextConfig):
             config.text = dataclasses.replace(text, hugging_face=str(folder))
         elif text.tokenizer is not None:
-            config.text = dataclasses.replace(
-                text, tokenizer=HuggingFaceTokenizerConfig(str(folder), text.tokenizer.clean)
-            )
+            config.text = dataclasses.replace(text, tokenizer=dataclasses.replace(text.tokenizer, source=str(folder)))
     return config
 
 

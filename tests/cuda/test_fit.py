@@ -17,7 +17,6 @@ from callbacks import EMA, Compile, NonFiniteSteps, defaults
 from lit_clip import distributed
 from lit_clip.batch import CaptionBatch
 from lit_clip.models.tokenizer import CLIPTokenizer
-from lit_clip.models.transformer import text_lengths
 from lit_clip.module import LitCLIP
 from lit_clip.training.fsdp import FSDP
 from lit_clip.training.optim import PaperAdamW
@@ -37,7 +36,7 @@ class Batches(Dataset[CaptionBatch]):
 
     def __getitem__(self, index: int) -> CaptionBatch:
         batch = make_batch(slice(0, PAIRS))
-        return batch._replace(lengths=text_lengths(batch.tokens))
+        return batch._replace(lengths=CLIPTokenizer().lengths(batch.tokens).tolist())
 
 
 class Watched(Callback):

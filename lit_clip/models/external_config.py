@@ -1,0 +1,135 @@
+"""Architectures of encoders and tokenizers of other libraries as plain dataclasses: timm's, Hugging Face's."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lit_clip.errors import InputError, require
+from lit_clip.models.size import RANGES, Size, normalised
+from lit_clip.tools.untrusted import check_entries, check_fields, check_names_nothing, check_options
+
+HUB = "hf-hub:"
+
+
+def check_timm_options(options: dict[str, Any], where: str) -> None:
+    """Raise :class:`InputError` for arguments of a timm model that make timm load a file or a repository."""
+    check_options(options, where)
+    loaders = {"pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
+    for name in loaders & options.keys():
+        raise InputError(f"{where}.{name} is not allowed; set pretrained")
+
+
+@dataclass
+class TimmConfig:
+    """An image encoder from timm, followed by a projection.
+
+    Attributes:
+        timm: the model's name in timm, or ``hf-hub:org/name``.
+        pretrained: weights to start from: true for timm's own or the hub's, or a local file of that model's weights.
+        image_size: input size in pixels; None: the size timm's weights were trained with.
+        pool: timm's ``global_pool``; None: the model's own.
+        projection: from the model's features to the embedding: one layer, two layers, timm's ``classifier``, or none
+            (the widths must agree).
+        projection_bias: whether the last layer of the projection has a bias.
+        options: other arguments of the timm model, such as ``drop_path_rate``.
+        model: what a hub name stands for, so that a checkpoint does not depend on it, see
+            :func:`lit_clip.models.timm_hub.timm_hub_model`; None: read from there when the model is created.
+    """
+
+    timm: str
+    pretrained: bool | str = False
+    image_size: Size | None = None
+    pool: str | None = None
+    projection: Literal["linear", "mlp", "classifier", "none"] = "linear"
+    projection_bias: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        where = "architecture.image"
+        check_fields(self, where, RANGES)
+        if self.image_size is not None:
+            self.image_size = normalised(self.image_size)
+        check_timm_options(self.options, f"{where}: options")
+        ours = {"img_size": "image_size", "global_pool": "pool", "num_classes": "projection"}
+        for theirs in ours.keys() & self.options.keys():
+            raise InputError(f"{where}: options.{theirs} is not allowed; set {ours[theirs]}")
+        if self.model is not None:
+            types = {"architecture": str, "model_args": dict[str, object], "data": dict[str, object]}
+            require(self.model.keys() == types.keys(), f"{where}: model must have {', '.join(types)}")
+            check_entries(self.model, types, f"{where}: model")
+            check_timm_options(self.model["model_args"], f"{where}: model.model_args")
+            check_names_nothing(self.model, f"{where}: model")
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether the model is named by its place on the Hugging Face hub."""
+        return self.timm.startswith(HUB)
+
+
+@dataclass
+class HuggingFaceTokenizerConfig:
+    """The location of a tokenizer that Hugging Face's ``tokenizers`` can run.
+
+    Attributes:
+        source: a name on the hub, or a local folder.
+        clean: how texts are cleaned first: ``whitespace`` collapses white space, ``lower`` also lower-cases,
+            ``canonicalize`` also removes punctuation (as in SigLIP's training).
+        strip_sep_token: whether the tokenizer's separator is replaced by id 0 (CLIPA).
+    """
+
+    source: str
+    clean: Literal["whitespace", "lower", "canonicalize"] = "whitespace"
+    strip_sep_token: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self, "architecture.text.tokenizer", {})
+
+
+# Settings of transformers' models that fetch something, or say how a file was written; names that begin with _ too.
+_LOADERS = {
+    *("attn_implementation", "experts_implementation", "auto_map", "trust_remote_code", "custom_pipelines"),
+    *("quantization_config", "name_or_path", "dtype", "torch_dtype", "transformers_weights", "gguf_file", "cache_dir"),
+    *("base_model_tp_plan", "base_model_pp_plan", "transformers_version", "architectures"),
+}
+
+
+def _without_loaders(values: Any) -> Any:
+    """Return a configuration of transformers, at any depth, without what would name a kernel, a file or a class."""
+    if isinstance(values, Mapping):
+        kept = {name: value for name, value in values.items() if not str(name).startswith("_")}
+        return {name: _without_loaders(value) for name, value in kept.items() if name not in _LOADERS}
+    return [_without_loaders(value) for value in values] if isinstance(values, list) else values
+
+
+@dataclass
+class HuggingFaceTextConfig:
+    """A text encoder from Hugging Face's transformers with its own tokenizer, followed by a projection.
+
+    Attributes:
+        hugging_face: a name on the hub, or a local folder.
+        pretrained: whether to start from that model's weights.
+        context_length: maximum tokens of a caption.
+        pooling: how the last layer's tokens become one feature: the ``mean`` of all except padding, the first
+            (``cls``), the ``last`` except padding, or the model's own ``pooler``, applied to the first.
+        projection: from the model's features to the embedding: one layer, two layers, or none (the widths must agree).
+        model: the model's own configuration, so that a checkpoint does not depend on the source; None: read from the
+            source when the model is created.
+    """
+
+    hugging_face: str
+    pretrained: bool = True
+    context_length: int = 77
+    pooling: Literal["mean", "cls", "last", "pooler"] = "mean"
+    projection: Literal["linear", "mlp", "none"] = "linear"
+    model: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, "architecture.text", RANGES)
+        self.model = None if self.model is None else _without_loaders(self.model)
+        check_options(self.model or {}, "architecture.text: model")
+
+    @property
+    def tokenizer(self) -> HuggingFaceTokenizerConfig:
+        """The tokenizer that the model's source holds."""
+        return HuggingFaceTokenizerConfig(self.hugging_face)

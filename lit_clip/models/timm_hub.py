@@ -1,0 +1,76 @@
+"""timm models that a name on the Hugging Face hub stands for: their settings and their weights, read as data."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lit_clip.errors import InputError, require
+from lit_clip.models.external_config import HUB, check_timm_options
+from lit_clip.tools.reading import reading, reason
+from lit_clip.tools.untrusted import check_names_nothing
+
+# What of timm's ``pretrained_cfg`` is about images and names of weights; the rest says where the weights are.
+_DATA = (
+    *("input_size", "fixed_input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std"),
+    *("classifier", "pool_size"),
+)
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")  # in timm's order
+
+
+def timm_hub_model(name: str) -> dict[str, Any]:
+    """Read what a hub name stands for.
+
+    Args:
+        name: ``hf-hub:org/name``, perhaps with ``@revision``.
+
+    Returns:
+        ``architecture``, timm's name of the model; ``model_args``, arguments of it; and ``data``, how its images are
+        preprocessed.
+
+    Raises:
+        InputError: it is not available, is no timm model, or has an argument that loads something.
+    """
+    file = _download(name, "config.json")
+    with reading(file, "configuration of a timm model"):
+        values = json.loads(file.read_text(encoding="utf-8"))
+        require(isinstance(values, Mapping) and isinstance(values.get("architecture"), str), "names no architecture")
+        check_names_nothing(values, "config.json")
+        data, arguments = values.get("pretrained_cfg", values), dict(values.get("model_args") or {})
+        arguments.pop("num_classes", None)
+        check_timm_options(arguments, f"{name}: model_args")
+        return {
+            "architecture": values["architecture"],
+            "model_args": arguments,
+            "data": {key: data[key] for key in _DATA if data.get(key) is not None},
+        }
+
+
+def timm_hub_weights(name: str) -> Path:
+    """Return the file of a hub name's weights, to be read by :mod:`lit_clip.tools.weight_files`.
+
+    Raises:
+        InputError: it has none in a known file, or is neither on the hub nor in its cache.
+    """
+    from huggingface_hub.errors import EntryNotFoundError
+
+    for file in _WEIGHTS:
+        try:
+            return _download(name, file)
+        except InputError as error:
+            if not isinstance(error.__cause__, EntryNotFoundError):
+                raise
+            last = error
+    raise InputError(f"architecture.image: {name} has none of {', '.join(_WEIGHTS)}") from last
+
+
+def _download(name: str, file: str) -> Path:
+    from huggingface_hub import hf_hub_download  # takes seconds
+
+    repository, _, revision = name.removeprefix(HUB).partition("@")
+    try:
+        return Path(hf_hub_download(repository, file, revision=revision or None))
+    except Exception as error:  # no such repository or file, no network, a name that is none
+        raise InputError(
+            f"architecture.image: no {file} of {name} on the hub or in its cache ({reason(error)})"
+        ) from error
