@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 
 from lit_clip.errors import InputError, require
 from lit_clip.models.custom_config import CustomImageConfig, CustomTextConfig
+from lit_clip.models.preprocessing_config import Preprocessing
 from lit_clip.models.size import Size, height_width, normalised
 from lit_clip.tools.untrusted import check_fields, check_options, filled, given, shortened
 
@@ -27,8 +28,6 @@ RANGES: dict[str, tuple[float, float]] = {
     "context_length": (3, 65536),  # start, a word, end
     "vocab_size": (1, 2**24),
     "layer_norm_eps": (0, 1),
-    "std": (1e-6, 1e6),
-    "mean": (-1e6, 1e6),
 }
 
 
@@ -240,38 +239,6 @@ class HuggingFaceTextConfig:
     def tokenizer(self) -> HuggingFaceTokenizerConfig:
         """The tokenizer that the model's source holds."""
         return HuggingFaceTokenizerConfig(self.hugging_face)
-
-
-@dataclass
-class Preprocessing:
-    """How an image becomes the pixels a model was trained on.
-
-    Attributes:
-        image_size: in pixels.
-        mean: per channel, on the scale 0 to 1; the paper's by default.
-        std: per channel, on the scale 0 to 1; the paper's by default.
-        interpolation: the resampling filter.
-        resize_mode: ``shortest`` resizes the shorter side and crops the centre, ``squash`` ignores the aspect ratio.
-        crop_pct: fraction of the resized image's side that the crop keeps; 1 for the paper's models, less for some of
-            timm's.
-    """
-
-    image_size: Size = 224
-    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    resize_mode: Literal["shortest", "squash"] = "shortest"
-    crop_pct: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_fields(self, "architecture: preprocessing", RANGES)
-        (r, g, b), (r_std, g_std, b_std) = self.mean, self.std
-        self.mean, self.std = (r, g, b), (r_std, g_std, b_std)  # JSON gives lists
-        self.image_size = normalised(self.image_size)
-        require(
-            0 < self.crop_pct <= 1,
-            f"architecture: preprocessing.crop_pct {self.crop_pct} must be above 0 and at most 1",
-        )
 
 
 # jsonargparse must try the encoders by class path first: for others it would import what class_path names.

@@ -187,7 +187,7 @@ def _set(*path: str, value: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_set("model_type", value="blip"), "model_type is 'blip'; must be 'clip' or 'siglip'"),
+        (_set("model_type", value="blip"), "model_type is 'blip'; must be 'clip', 'siglip' or 'siglip2'"),
         (_set("text_config", "hidden_act", value="relu"), "text_config.hidden_act is relu; must be one of gelu_new"),
         (_set("text_config", "hidden_act", value="gelu"), "same for images and texts, not quick_gelu and gelu"),
         (_set("vision_config", "layer_norm_eps", value=1e-6), "layer_norm_eps is 1e-06 there and 1e-05 here"),
