@@ -120,7 +120,8 @@ def _replica(tower: nn.Module, device: torch.device) -> nn.Module:
     tensors: dict[int, Tensor] = {}
     for tensor in (*tower.parameters(), *tower.buffers()):
         moved = tensor.detach().to(device)
-        tensors[id(tensor)] = nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
+        tracked = tensor.requires_grad and torch.is_grad_enabled()  # the counter fails on what no gradient will reach
+        tensors[id(tensor)] = nn.Parameter(moved, tracked) if isinstance(tensor, nn.Parameter) else moved
     return copy.deepcopy(tower, tensors)
 
 

@@ -136,7 +136,7 @@ def write_open_clip(model: CLIP, folder: Path) -> None:
         InputError: open_clip does not support the model.
     """
     ours = model.preprocessing
-    require(ours.max_patches is None, "open_clip's transform has no NaFlex patches; use hugging_face or onnx")
+    require(ours.max_patches is None, "open_clip's transform has no NaFlex patches; use hugging_face")
     require(ours.crop_pct == 1, f"open_clip has no crop_pct, this model's is {ours.crop_pct}; use onnx")
     values = {
         "model_cfg": open_clip_model(model),
@@ -213,7 +213,10 @@ def read_hugging_face(folder: Path, sample: ExportSample) -> Reading:
     patches = unpacked(sample.pixels) if kind == "siglip2" else None
     images = {"pixel_values": sample.pixels} if patches is None else siglip2_inputs(patches)
     out = model(input_ids=sample.tokens, **images)
+    ours = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
     inputs = processor(
+        # Its own defaults win over the file's.
+        **({} if patches is None else {name: ours[name] for name in ("patch_size", "max_num_patches")}),
         text=sample.texts,
         images=sample.images,
         return_tensors="pt",
@@ -260,6 +263,8 @@ def write_onnx(model: CLIP, folder: Path) -> None:
             tokenizer cannot be written.
     """
     missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
+    patches = model.preprocessing.max_patches is not None
+    require(not patches, "onnx: whoever runs the graph would have to cut NaFlex's patches; use hugging_face")
     require(not missing, f"onnx needs {', '.join(missing)}: pip install -e '.[export]'")
     if isinstance(model.text_encoder, CustomTextEncoder):
         where = f"onnx: the text encoder {type(model.text_encoder.encoder).__name__}"

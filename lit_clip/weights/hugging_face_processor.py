@@ -197,6 +197,7 @@ def save_tokenizer(model: CLIP, folder: Path) -> None:
         tokenizer_object=definition,
         pad_token=pad,
         model_max_length=tokenizer.context_length,
+        padding_side="right",  # SigLIP 2's class there pads at the left without this
         # SigLIP's encoder attends to padding: passing a mask on to it would change the features.
         model_input_names=["input_ids"] if tokenizer.whole else ["input_ids", "attention_mask"],
     ).save_pretrained(folder)
