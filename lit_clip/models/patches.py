@@ -75,6 +75,16 @@ def patch_sequence(image: Any, config: Preprocessing) -> Tensor:
     return torch.cat([header, F.pad(patches, (0, 0, 0, N - len(patches)))])
 
 
+def as_image(pixels: Tensor) -> Tensor:
+    """Put the patches of uint8 ``[1 + N, 3PP]`` together, to ``[3, H, W]``; ``[3, H, W]`` comes back as it is."""
+    if pixels.ndim == 3:
+        return pixels
+    high, low, more, less = pixels[0, :4].tolist()
+    rows, columns, P = 256 * high + low, 256 * more + less, math.isqrt(pixels.shape[1] // 3)
+    patches = pixels[1 : 1 + rows * columns].reshape(rows, columns, P, P, 3)
+    return patches.permute(4, 0, 2, 1, 3).reshape(3, rows * P, columns * P)
+
+
 def normalized(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Normalise the patches of ``[..., 1 + N, 3PP]``, float32 on the scale 0 to 255, and keep the first rows."""
     pixels = images[..., 1:, :].unflatten(-1, (-1, 3)) / 255

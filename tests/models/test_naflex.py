@@ -10,6 +10,7 @@ import timm
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor
 from transformers.models.siglip2.image_processing_pil_siglip2 import (
     Siglip2ImageProcessorPil,
     get_image_size_for_max_num_patches,
@@ -25,7 +26,7 @@ from lit_clip.models.flops import measure, training_flops
 from lit_clip.models.frozen_prefix import use_frozen_prefix
 from lit_clip.models.lora import LoRA, add_lora
 from lit_clip.models.open_clip_configs import from_open_clip
-from lit_clip.models.patches import grid_size, unpacked
+from lit_clip.models.patches import as_image, grid_size, unpacked
 from lit_clip.models.preprocess import pixels
 from lit_clip.models.resize import resized
 from lit_clip.module import LitCLIP
@@ -88,6 +89,14 @@ def test_pixels_are_those_of_transformers(model: CLIP, images: list[Image.Image]
     valid = theirs["pixel_attention_mask"].bool()
     assert torch.equal(ours.patch_valid, valid)
     torch.testing.assert_close(ours.patches[valid], theirs["pixel_values"][valid], rtol=0, atol=1e-6)
+
+
+def test_patches_can_be_put_together_again(model: CLIP) -> None:
+    image = Image.radial_gradient("L").resize((40, 48)).convert("RGB")
+    sequence = pixels(model.preprocessing)(image)
+    expected = image.resize((56, 72), Image.Resampling.BICUBIC)
+    assert torch.equal(as_image(sequence), pil_to_tensor(expected))
+    assert torch.equal(as_image(as_image(sequence)), as_image(sequence))
 
 
 @pytest.mark.parametrize("name", ["siglip", "gap", "parfac_gap"])
