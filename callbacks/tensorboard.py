@@ -7,14 +7,16 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torchvision.transforms.v2.functional import to_pil_image
+from torchvision.transforms.v2.functional import resize, to_pil_image
 
 from callbacks.figures import similarity_matrix
 from callbacks.log_image import log_image
 from lit_clip.batch import CaptionBatch
 from lit_clip.errors import require
+from lit_clip.models.patches import as_image
 from lit_clip.module import Features
 
+THUMBNAIL = 64  # pixels, of images in their own aspect ratio
 FRAME = torch.tensor([0.08, 0.37, 0.58])[:, None, None]  # blue, [3, 1, 1]
 
 
@@ -51,7 +53,7 @@ class SimilarityMatrix(Callback):
         shown = min(self.pairs, len(batch.images))
         rows = [i * len(batch.images) // shown for i in range(shown)]
         scores = (features["text"][rows] @ features["image"][rows].T).float().cpu().numpy()
-        images = [to_pil_image(batch.images[row]) for row in rows]
+        images = [to_pil_image(as_image(batch.images[row])) for row in rows]
         captions = [cast(Any, pl_module).tokenize.decode(batch.tokens[row].tolist()) for row in rows]
         log_image(trainer, "val/similarity", similarity_matrix(images, captions, scores))
 
@@ -116,6 +118,8 @@ def _thumbnails(photos: Tensor) -> Tensor | None:
     """Return the images and the same in a frame, ``[2N, 3, H, W]``; None for stored activations of images."""
     if photos.is_floating_point():
         return None
+    if photos.ndim == 3:  # patches; all thumbnails have one size
+        photos = torch.stack([resize(as_image(photo), [THUMBNAIL, THUMBNAIL]) for photo in photos])
     photos = photos.float() / 255
     edge = max(1, photos.shape[-1] // 16)
     framed = FRAME.expand_as(photos).clone()

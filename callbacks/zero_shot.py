@@ -24,6 +24,7 @@ from lit_clip.evaluation.set_encoding import Encoded, SetEncoder
 from lit_clip.evaluation.suite import Metric, SuiteEntry, check_name
 from lit_clip.evaluation.targets import Targets
 from lit_clip.evaluation.zero_shot import ZeroShotSet
+from lit_clip.models.patches import as_image
 from lit_clip.models.preprocess import pixels
 from lit_clip.module import LitCLIP
 from lit_clip.tools.images import OnError
@@ -185,5 +186,5 @@ def _contact_sheet(module: LitCLIP, opened: _OpenedSet, scores: Encoded, example
         best = scores.features[number].topk(min(5, len(names)))
         nearest = [(names[i], s) for i, s in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
         truth = names[labels[row]] if labels[row] >= 0 else ""
-        predictions.append(Prediction(to_pil_image(transform(frames[len(frames) // 2])), truth, nearest))
+        predictions.append(Prediction(to_pil_image(as_image(transform(frames[len(frames) // 2]))), truth, nearest))
     return prediction_grid(predictions)

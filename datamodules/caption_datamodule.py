@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, get_args
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -23,10 +22,11 @@ from datamodules.loading.sampling import (
     Position,
     StridedSampler,
     TrainingSample,
+    checked_budgets,
     sample_seed,
 )
-from datamodules.pairs.caption_lengths import SAMPLED, LongCaptions, caption_statistics, refuse_long
-from datamodules.pairs.source import PairSource, Rows
+from datamodules.pairs.caption_lengths import LongCaptions, refuse_long, report_truncation
+from datamodules.pairs.source import PairSource
 from datamodules.pairs.stored_features import (
     StoredImages,
     StoredPair,
@@ -38,7 +38,7 @@ from datamodules.pairs.stored_features import (
 from lit_clip.batch import CaptionBatch
 from lit_clip.distributed import rank_and_world
 from lit_clip.errors import InputError, require
-from lit_clip.models.config import Preprocessing, Size, height_width
+from lit_clip.models.config import Preprocessing
 from lit_clip.models.preprocess import pixels
 from lit_clip.models.tokenizer import CLIPTokenizer, TextTokenizer
 from lit_clip.tools.images import OnError, decoding_at_least
@@ -47,7 +47,7 @@ from lit_clip.tools.workers import Sent, shield_worker
 
 
 class _DecodedPair(NamedTuple):
-    image: Tensor  # uint8 [3, S, S]
+    image: Tensor  # uint8, of the model's shape
     caption: str
     key: str
     group: str
@@ -70,11 +70,11 @@ class TrainingPairs(Dataset[_DecodedPair]):
         return len(self.source)
 
     def __getitem__(self, sample: TrainingSample) -> _DecodedPair:
-        seed = sample_seed(self.seed, sample)
+        seed, transform = sample_seed(self.seed, sample), self.transform.at(sample.budget)
         with seeded(seed):
-            with decoding_at_least(self.transform.decode_size):
+            with decoding_at_least(transform.decode_size):
                 image, *texts = self.source.load(sample.row, random.Random(seed))
-            return _DecodedPair(self.transform(image), *texts)
+            return _DecodedPair(transform(image), *texts)
 
 
 class ValidationPairs(Dataset[_DecodedPair]):
@@ -97,13 +97,13 @@ class _Collate:
     def __init__(
         self,
         tokenize: TextTokenizer,
-        image_size: Size,
+        shape: tuple[int, ...],
         refuse_long: bool = False,
         images: StoredImages | None = None,
         texts: StoredTexts | None = None,
     ) -> None:
         self.tokenize, self.refuse_long, self.texts = tokenize, refuse_long, texts
-        self.nothing = torch.zeros(0, 3, *height_width(image_size), dtype=torch.uint8)
+        self.nothing = torch.zeros(0, *shape, dtype=torch.uint8)
         if images:
             self.nothing = torch.zeros(0, *images.stored.shape, dtype=images.stored.dtype)
 
@@ -136,18 +136,6 @@ class _Collate:
         return tokens[:, : max(lengths)], lengths
 
 
-def _report_truncation(source: PairSource, tokenize: TextTokenizer) -> None:
-    if rank_and_world()[0]:
-        return
-    first = np.arange(min(len(source), SAMPLED))  # not spread: that would fetch every shard of a store
-    found = caption_statistics(Rows(source, first), tokenize)
-    if found.truncated:
-        rank_zero_info(
-            f"captions: {found.truncated:.1%} of the first {found.captions} are truncated to {tokenize.context_length} "
-            f"tokens and lose {found.tokens_lost:.1f} on average (model.context_length, data.long_captions)"
-        )
-
-
 class ResumableLoader(DataLoader[Any]):
     """Data loader that counts as stateful, so that Lightning resumes it inside an epoch; its sampler knows where."""
 
@@ -174,6 +162,9 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         max_skipped: with ``skip``, end the run once a larger share than this of at least 100 samples was skipped.
         long_captions: for captions with more tokens than the model reads: ``truncate`` them, or ``error`` to end the
             run at the first.
+        patch_budgets: for a NaFlex model: each training batch draws one of these numbers of patches (SigLIP 2 had
+            ``[128, 256, 576, 784, 1024]``), the same on all ranks. None: the model's ``max_patches``, which is also
+            that of validation.
 
     Attributes:
         preprocessing: of images for the model; ``setup`` takes it from the trainer's module. Set it for use without a
@@ -191,6 +182,7 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         on_error: OnError = "error",
         max_skipped: float = 0.05,
         long_captions: LongCaptions = "truncate",
+        patch_budgets: list[int] | None = None,
     ) -> None:
         super().__init__()
         require(batch_size >= 1, f"batch_size: {batch_size} must be at least 1")
@@ -202,6 +194,7 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         require(0 <= max_skipped <= 1, f"max_skipped: {max_skipped} must be between 0 and 1")
         policies = get_args(LongCaptions)
         require(long_captions in policies, f"long_captions: {long_captions!r} must be 'truncate' or 'error'")
+        self.patch_budgets = checked_budgets(patch_budgets)
         self.on_error, self.max_skipped, self.long_captions = on_error, max_skipped, long_captions
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.global_batch_size = global_batch_size
@@ -233,7 +226,7 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         if self.val_source is None or (stage == "fit" and self.train_source is None):
             self.train_source, self.val_source = self.sources(stage == "fit")
         if stage == "fit" and self.train_source is not None:
-            _report_truncation(self.train_source, self.tokenize)
+            report_truncation(self.train_source, self.tokenize)
 
     def _batches(self, start: Position = Position()) -> GlobalBatchSampler:  # noqa: B008  # immutable
         assert self.train_source is not None, "call setup('fit') first"
@@ -249,7 +242,8 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         def order(epoch: int) -> np.ndarray:
             return source.order(epoch, self.seed)
 
-        return GlobalBatchSampler(pairs, batch_size, *self._rank_and_world(), self.seed, order, start)
+        ranks = self._rank_and_world()
+        return GlobalBatchSampler(pairs, batch_size, *ranks, self.seed, order, start, self.patch_budgets)
 
     def _settings(self, epoch: int) -> dict[str, int]:
         """Return all that determines the batches of an epoch."""
@@ -263,6 +257,7 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
             "pairs per step (all ranks)": self.train_batch_size * self._rank_and_world()[1],
             "data.seed": self.seed,
             "checksum of the order": self._order_checksum[1],
+            "checksum of data.patch_budgets": zlib.crc32(str(self.patch_budgets).encode()),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -336,7 +331,7 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         refuse_long = self.long_captions == "error"
         # By now the model has the tokenizer of the checkpoint that it was restored from, which may be another one.
         self.tokenize = getattr(getattr(self.trainer, "lightning_module", None), "tokenize", self.tokenize)
-        return _Collate(self.tokenize, self.preprocessing.image_size, refuse_long, images, texts)
+        return _Collate(self.tokenize, self.preprocessing.shape, refuse_long, images, texts)
 
     def _loader(self, dataset: Dataset[Any], stored: bool = True, **sampling: Any) -> DataLoader[Any]:
         return ResumableLoader(
@@ -369,12 +364,14 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         if overfit:  # the same batches in every epoch, augmented the same way
             batches.reshuffle = False
         if self.stored_images:
+            require(not self.patch_budgets, "data.patch_budgets: FrozenFeatures encodes each image once; leave one out")
             return self._loader(StoredTraining(source, self.stored_images, self.seed), batch_sampler=batches)
         return self._loader(self.training_pairs(source), batch_sampler=batches)
 
     def training_pairs(self, source: PairSource) -> TrainingPairs:
         """Return the training samples with decoded images."""
-        return TrainingPairs(source, TrainingTransform(self.augmentation, self.preprocessing), self.seed)
+        transform = TrainingTransform(self.augmentation, self.preprocessing, self.patch_budgets)
+        return TrainingPairs(source, transform, self.seed)
 
     def validation_pairs(self, source: PairSource) -> ValidationPairs:
         """Return the validation samples with decoded images."""

@@ -88,6 +88,7 @@ class Captions(CaptionDataModule):
             ``clip_benchmark:NAME``, a YAML file, a template or a list. A class is a group of duplicates, see
             ``group_column``.
         class_names: of a folder of classes, as for an evaluation; None: the subfolders' names.
+        patch_budgets: of a NaFlex model, see :class:`datamodules.caption_datamodule.CaptionDataModule`.
     """
 
     def __init__(
@@ -113,8 +114,9 @@ class Captions(CaptionDataModule):
         long_captions: LongCaptions = "truncate",
         templates: str | list[str] | None = None,
         class_names: str | list[str] | None = None,
+        patch_budgets: list[int] | None = None,
     ) -> None:
-        policies = (on_error, max_skipped, long_captions)
+        policies = (on_error, max_skipped, long_captions, patch_budgets)
         super().__init__(batch_size, num_workers, seed, augmentation, global_batch_size, *policies)
         if train is None and val is None:
             raise InputError("data: set train, val or both to a table, a folder or tar shards")

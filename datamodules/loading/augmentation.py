@@ -5,7 +5,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -19,6 +19,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from lit_clip.errors import InputError, require
 from lit_clip.models.config import Preprocessing, Size, height_width
+from lit_clip.models.patches import patch_sequence, sequence_size
 from lit_clip.models.preprocess import resize_steps, to_rgb
 from lit_clip.tools.images import LeastSize, fraction, full_size
 
@@ -50,6 +51,8 @@ class RandomSquareCrop:
     torchvision's RandomResizedCrop takes ``scale`` as a share of the whole image. No square covers nine tenths of a
     photograph, so it would always fall back on the centre crop.
 
+    For a NaFlex model the crop has the shape of its grid of patches, which is about that of the image.
+
     The crop has whole pixels of the image decoded at the smallest sufficient fraction of its size; an image decoded at
     full size is cropped at the same place.
 
@@ -75,10 +78,12 @@ class RandomSquareCrop:
         require(decode_margin >= 1, f"RandomSquareCrop: decode_margin {decode_margin} must be at least 1")
         self.scale, self.decode_margin, self.exact = (low, high), decode_margin, exact
         self.size, self.interpolation = None if size is None else height_width(size), interpolation
+        self._patches: Preprocessing | None = None  # of a NaFlex model, whose sizes are the images' own
 
     def for_model(self, preprocessing: Preprocessing) -> Self:
         """Return the same crop with the model's size and interpolation where none is set."""
         crop = copy.copy(self)
+        crop._patches = preprocessing if self.size is None and preprocessing.max_patches is not None else None
         crop.size = self.size or height_width(preprocessing.image_size)
         crop.interpolation = self.interpolation or preprocessing.interpolation
         return crop
@@ -101,7 +106,7 @@ class RandomSquareCrop:
         *size, divided = full_size(image)
         step = fraction((size[0], size[1]), self.least_size(*size))  # in pixels of the file
         assert step % divided == 0, "the image was decoded for another crop"
-        (height, width), columns, rows = self._size(), size[0] // step, size[1] // step
+        (height, width), columns, rows = self._size(size[0], size[1]), size[0] // step, size[1] // step
         largest = min(columns / width, rows / height) * params["side"]
         across, down = max(1, round(width * largest)), max(1, round(height * largest))
         left, top = round(params["x"] * (columns - across)), round(params["y"] * (rows - down))
@@ -111,7 +116,7 @@ class RandomSquareCrop:
     def transform(self, inpt: Image.Image, params: dict[str, Any]) -> Any:
         require(isinstance(inpt, Image.Image), f"RandomSquareCrop: crops PIL images, not {type(inpt).__name__}")
         left, top, right, bottom = box = self.box(inpt, params)
-        height, width = self._size()
+        height, width = self._size(*full_size(inpt)[:2])
         averaged = min((right - left) / width, (bottom - top) / height) >= 2 * REDUCING_GAP  # Pillow is fast at this
         if self.exact or averaged or inpt.mode != "RGB":
             gap = None if inpt.mode.startswith(("I;", "1", "P")) else REDUCING_GAP  # Pillow cannot average those
@@ -124,11 +129,14 @@ class RandomSquareCrop:
 
     def least_size(self, width: int, height: int) -> tuple[int, int]:
         """Return the width and height at which the smallest crop has ``decode_margin`` times the result's side."""
-        rows, columns = self._size()
+        rows, columns = self._size(width, height)
         share = self.decode_margin / (min(width / columns, height / rows) * self.scale[0] ** 0.5)
         return (width, height) if share >= 1 else (math.ceil(width * share), math.ceil(height * share))
 
-    def _size(self) -> tuple[int, int]:
+    def _size(self, width: int, height: int) -> tuple[int, int]:
+        """Return the height and width of the result for an image of this size."""
+        if self._patches is not None:
+            return sequence_size(height, width, self._patches)
         if self.size is None:
             raise InputError("RandomSquareCrop: its size is only known in the list itself; set size, interpolation")
         return self.size
@@ -175,7 +183,7 @@ class Augmentation:
 
 
 class TrainingTransform:
-    """PIL image -> uint8 ``[3, H, W]`` of the model's size, by any transforms one after the other.
+    """PIL image -> uint8 of the model's shape, by any transforms one after the other.
 
     The first gets an RGB image (:class:`RandomSquareCrop` any image, since it resizes before it converts). The last may
     return a PIL image, a uint8 tensor, or a tensor of floats between 0 and 1; the result is resized as in evaluation if
@@ -186,28 +194,45 @@ class TrainingTransform:
         augmentation: its transforms, or a list of them. A transform with a method ``for_model(preprocessing)``, which
             returns a transform, is replaced by what it returns.
         preprocessing: of the model.
+        budgets: of patches, other than the model's own, that images may be prepared at (NaFlex).
 
     Attributes:
         decode_size: size that images must be decoded at: the first transform's ``decode_size``; None: full size.
 
     Raises:
-        InputError: a transform normalises.
+        InputError: a transform normalises, or there are budgets for a model that reads images of one size.
     """
 
-    def __init__(self, augmentation: Augmentation | Sequence[Transform], preprocessing: Preprocessing) -> None:
+    def __init__(
+        self,
+        augmentation: Augmentation | Sequence[Transform],
+        preprocessing: Preprocessing,
+        budgets: Sequence[int] = (),
+    ) -> None:
         listed = augmentation.transforms() if isinstance(augmentation, Augmentation) else list(augmentation)
         check_transforms(listed)
         self.transforms = [
             bind(preprocessing) if (bind := getattr(each, "for_model", None)) is not None else each for each in listed
         ]
         self.size, self._resize = height_width(preprocessing.image_size), v2.Compose(resize_steps(preprocessing))
+        self._patches = preprocessing if preprocessing.max_patches is not None else None
+        if budgets and self._patches is None:
+            raise InputError("data.patch_budgets: the model reads images of one size; leave it out, or use NaFlex")
+        self._at = {each: TrainingTransform(augmentation, replace(preprocessing, max_patches=each)) for each in budgets}
         self._takes_any_mode = not listed or isinstance(listed[0], RandomSquareCrop)
         self.decode_size: LeastSize | None = getattr(self.transforms[0], "decode_size", None) if listed else None
+
+    def at(self, budget: int) -> "TrainingTransform":
+        """Return the transform for a budget of patches; 0: the model's."""
+        return self._at[budget] if budget else self
 
     def __call__(self, image: Image.Image) -> Tensor:
         result: Any = image if self._takes_any_mode or image.mode == "RGB" else to_rgb(image)
         for transform in self.transforms:
             result = transform(result)
+        if self._patches is not None:
+            is_image = isinstance(result, Image.Image)
+            return patch_sequence(to_rgb(result) if is_image else self._pixels(result), self._patches)
         if isinstance(result, Image.Image):
             fits = result.size == (self.size[1], self.size[0])
             return TF.pil_to_tensor(to_rgb(result if fits else self._resize(result)))

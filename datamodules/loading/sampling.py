@@ -1,12 +1,12 @@
 """Samplers: which samples make up which batch, exact for any number of ranks and workers."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from torch.utils.data import Sampler
 
-from lit_clip.errors import InputError
+from lit_clip.errors import InputError, require
 
 
 class TrainingSample(NamedTuple):
@@ -16,16 +16,18 @@ class TrainingSample(NamedTuple):
         epoch: from 0.
         row: of the source.
         draw: how often the epoch has drawn this row before; above 0 only where an epoch repeats rows.
+        budget: most patches of the image, the same for the whole batch; 0: the model's.
     """
 
     epoch: int
     row: int
     draw: int = 0
+    budget: int = 0
 
 
 def sample_seed(seed: int, sample: TrainingSample) -> int:
     """Return the seed of everything random in a sample; the same on any worker or rank."""
-    entropy = (seed, *sample) if sample.draw else (seed, sample.epoch, sample.row)
+    entropy = (seed, *sample[:3]) if sample.draw else (seed, sample.epoch, sample.row)
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]) >> 1
 
 
@@ -71,6 +73,7 @@ class GlobalBatchSampler(Sampler[list[TrainingSample]]):
         seed: of the permutations.
         order: epoch -> all rows in that epoch's order, int ``[size]``; None: :func:`permutation`.
         start: position to resume from.
+        budgets: of patches, from which each batch draws one, the same on every rank (NaFlex); empty: the model's.
 
     Attributes:
         reshuffle: whether each epoch has its own permutation.
@@ -88,6 +91,7 @@ class GlobalBatchSampler(Sampler[list[TrainingSample]]):
         seed: int,
         order: Callable[[int], np.ndarray] | None = None,
         start: Position = Position(),  # noqa: B008  # immutable
+        budgets: Sequence[int] = (),
     ) -> None:
         if size < batch_size * world:
             fits = size // world
@@ -96,6 +100,7 @@ class GlobalBatchSampler(Sampler[list[TrainingSample]]):
                 + (f"set --data.batch_size to {fits} or less" if fits else "use fewer processes")
             )
         self.size, self.batch_size, self.rank, self.world, self.seed = size, batch_size, rank, world, seed
+        self.budgets = tuple(budgets)
         self.order = order or (lambda epoch: permutation(size, epoch, seed))
         # Data workers fetch the first batches before Lightning calls set_epoch.
         self.epoch, self.start = start.epoch, start
@@ -120,7 +125,28 @@ class GlobalBatchSampler(Sampler[list[TrainingSample]]):
         for first in range(done * step, len(self) * step, step):
             mine = slice(first + self.rank, first + step, self.world)
             counts = np.zeros(self.batch_size, dtype=np.int64) if draws is None else draws[mine]
-            yield [TrainingSample(epoch, *both) for both in zip(order[mine].tolist(), counts.tolist(), strict=True)]
+            budget = self._budget(epoch, first // step)
+            pairs = zip(order[mine].tolist(), counts.tolist(), strict=True)
+            yield [TrainingSample(epoch, row, draw, budget) for row, draw in pairs]
+
+    def _budget(self, epoch: int, batch: int) -> int:
+        """Draw a batch's budget from its place alone, so that ranks and resumed runs agree."""
+        if not self.budgets:
+            return 0
+        return self.budgets[int(np.random.default_rng((self.seed, epoch, batch)).integers(len(self.budgets)))]
+
+
+def checked_budgets(patch_budgets: list[int] | None) -> list[int]:
+    """Return the budgets of patches that training batches draw from; none for None.
+
+    Raises:
+        InputError: there are none, or one is no number of patches.
+    """
+    if patch_budgets is None:
+        return []
+    numbers = bool(patch_budgets) and all(1 <= budget < 2**16 for budget in patch_budgets)
+    require(numbers, f"patch_budgets: {patch_budgets} must be numbers of patches, each at least 1")
+    return list(patch_budgets)
 
 
 class StridedSampler(Sampler[int]):

@@ -3,7 +3,11 @@
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from datamodules.pairs.source import PairSource
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_info
+
+from datamodules.pairs.source import PairSource, Rows
+from lit_clip.distributed import rank_and_world
 from lit_clip.errors import BadSample, InputError
 from lit_clip.models.tokenizer import TextTokenizer
 
@@ -58,3 +62,16 @@ def refuse_long(captions: Sequence[str], keys: Sequence[str], tokenizer: TextTok
                 f"{key}: its caption has {count} tokens, the model reads {tokenizer.context_length}; shorten it, "
                 f"or set long_captions to truncate: {caption[:60]!r}"
             )
+
+
+def report_truncation(source: PairSource, tokenize: TextTokenizer) -> None:
+    """Print on the first rank how many of a source's captions are truncated, if any are."""
+    if rank_and_world()[0]:
+        return
+    first = np.arange(min(len(source), SAMPLED))  # not spread: that would fetch every shard of a store
+    found = caption_statistics(Rows(source, first), tokenize)
+    if found.truncated:
+        rank_zero_info(
+            f"captions: {found.truncated:.1%} of the first {found.captions} are truncated to {tokenize.context_length} "
+            f"tokens and lose {found.tokens_lost:.1f} on average (model.context_length, data.long_captions)"
+        )

@@ -65,6 +65,7 @@ class CLIP(TextTransformer):
         assert config.preprocessing is not None  # with_external_settings has filled it in
         self.preprocessing = config.preprocessing
         self.visual = _image_encoder(config)
+        _check_patches(self.visual, self.preprocessing)
         if config.papers_layout:
             assert isinstance(config.text, TextTransformerConfig)
             self.add_text(config.text, config.embed_dim, config.activation)
@@ -91,7 +92,7 @@ class CLIP(TextTransformer):
         return self.logit_scale.device
 
     def preprocess(self, image: Image.Image) -> Tensor:
-        """An image -> float32 ``[3, H, W]``, the input of :meth:`encode_image`."""
+        """An image -> float32 ``[3, H, W]`` (NaFlex: ``[1 + N, 3PP]``), the input of :meth:`encode_image`."""
         return pp.image_transform(self.preprocessing)(image)
 
     @property
@@ -221,6 +222,16 @@ def _image_encoder(config: CLIPConfig) -> VisionTransformer | ModifiedResNet | T
         with torch.device("cpu"):  # not on the meta device: its code may read values
             return CustomImageEncoder(config.image, config.embed_dim)
     return TimmImageEncoder(config.image, config.embed_dim)
+
+
+def _check_patches(visual: Any, preprocessing: pp.Preprocessing) -> None:
+    if preprocessing.max_patches is None:
+        return
+    where = f"architecture: preprocessing.max_patches {preprocessing.max_patches}"
+    reads = getattr(visual, "reads_patches", False)
+    require(reads, f"{where}: {type(visual).__name__} reads images of one size; use a naflexvit model of timm")
+    patch, theirs = preprocessing.patch_size, tuple(visual.trunk.embeds.patch_size)
+    require(theirs == (patch, patch), f"{where}: patch_size {patch} is not the model's {theirs[0]}")
 
 
 def _text_encoder(config: CLIPConfig) -> nn.Module:

@@ -11,6 +11,7 @@ from typing import Any, Literal, cast
 from lit_clip.errors import InputError, require
 from lit_clip.models.custom_config import CustomImageConfig, CustomTextConfig
 from lit_clip.models.external_config import HuggingFaceTextConfig, HuggingFaceTokenizerConfig, TimmConfig
+from lit_clip.models.preprocessing_config import Preprocessing
 from lit_clip.models.size import RANGES, Size, height_width, normalised
 from lit_clip.tools.untrusted import check_fields, filled, given, shortened
 
@@ -142,38 +143,6 @@ class TextTransformerConfig:
         if self.pool == "class":
             return 1  # CoCa's mask of padding is one token off, and published weights were trained with it
         return 0 if self.causal and self.pool != "last" else self.context_length
-
-
-@dataclass
-class Preprocessing:
-    """How an image becomes the pixels a model was trained on.
-
-    Attributes:
-        image_size: in pixels.
-        mean: per channel, on the scale 0 to 1; the paper's by default.
-        std: per channel, on the scale 0 to 1; the paper's by default.
-        interpolation: the resampling filter.
-        resize_mode: ``shortest`` resizes the shorter side and crops the centre, ``squash`` ignores the aspect ratio.
-        crop_pct: fraction of the resized image's side that the crop keeps; 1 for the paper's models, less for some of
-            timm's.
-    """
-
-    image_size: Size = 224
-    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    resize_mode: Literal["shortest", "squash"] = "shortest"
-    crop_pct: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_fields(self, "architecture: preprocessing", RANGES)
-        (r, g, b), (r_std, g_std, b_std) = self.mean, self.std
-        self.mean, self.std = (r, g, b), (r_std, g_std, b_std)  # JSON gives lists
-        self.image_size = normalised(self.image_size)
-        require(
-            0 < self.crop_pct <= 1,
-            f"architecture: preprocessing.crop_pct {self.crop_pct} must be above 0 and at most 1",
-        )
 
 
 # jsonargparse must try the encoders by class path first: for others it would import what class_path names.

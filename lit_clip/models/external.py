@@ -45,6 +45,7 @@ class TimmImageEncoder(nn.Module):
         assert config.image_size is not None  # with_external_settings has filled it in
         self.image_size = config.image_size
         self.trunk = _trunk(config, classes=embed_dim if config.projection == "classifier" else 0)
+        self.reads_patches = _reads_patches(self.trunk)
         parts: OrderedDict[str, nn.Module] = OrderedDict()
         features = int(cast(Any, self.trunk).head_hidden_size or cast(Any, self.trunk).num_features)
         if config.projection == "linear":
@@ -58,7 +59,11 @@ class TimmImageEncoder(nn.Module):
         self.head = nn.Sequential(parts)
 
     def features(self, images: Tensor) -> Tensor:
-        """``[B, 3, H, W]`` float, normalised -> ``[B, W]``, before the projection."""
+        """``[B, 3, H, W]`` (or patch sequences) float, normalised -> ``[B, W]``, before the projection."""
+        if self.reads_patches and images.ndim == 3:
+            from lit_clip.models import naflex  # imports timm, which has created the trunk
+
+            return naflex.features(self.trunk, images)
         check_images(images, self.image_size)
         return self.trunk(images)
 
@@ -69,6 +74,16 @@ class TimmImageEncoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """``[B, 3, H, W]`` float, normalised -> ``[B, D]``."""
         return self.project(self.features(images))
+
+
+def _reads_patches(trunk: nn.Module) -> bool:
+    """Prepare a trunk for patch sequences (NaFlex), if it is one that reads them."""
+    from lit_clip.models import naflex
+
+    if not naflex.is_naflex(trunk):
+        return False
+    naflex.prepare(trunk)
+    return True
 
 
 def _trunk(config: TimmConfig, classes: int) -> nn.Module:

@@ -5,12 +5,13 @@ when one of its encoders is named: both take seconds.
 """
 
 import json
+import math
 from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any, cast
 
 from lit_clip.errors import InputError, require
-from lit_clip.models.config import CLIPConfig, HuggingFaceTextConfig, Preprocessing, TimmConfig
+from lit_clip.models.config import CLIPConfig, HuggingFaceTextConfig, Preprocessing, TimmConfig, height_width
 from lit_clip.models.custom_config import CustomImageConfig, CustomTextConfig
 from lit_clip.models.timm_hub import timm_hub_model
 from lit_clip.tools.reading import LONGEST_REASON
@@ -33,7 +34,9 @@ def with_external_settings(config: CLIPConfig) -> CLIPConfig:
         if image.on_hub and image.model is None:
             image = replace(image, model=timm_hub_model(image.timm))
         timms = timm_preprocessing(image)
-        image, preprocessing = replace(image, image_size=timms.image_size), preprocessing or timms
+        preprocessing = preprocessing or timms
+        own = preprocessing if preprocessing.max_patches is not None else timms
+        image = replace(image, image_size=image.image_size or own.image_size)
     if isinstance(text, HuggingFaceTextConfig) and text.model is None:
         text = replace(text, model=hugging_face_config(text.hugging_face))
     if isinstance(image, CustomImageConfig) and image.image_size is None:
@@ -87,14 +90,34 @@ def timm_preprocessing(config: TimmConfig) -> Preprocessing:
         raise InputError(
             f"architecture.image: timm's {config.timm} needs {interpolation} {mode} preprocessing, which lit-clip lacks"
         )
+    patch = naflex_patch_size(config)
     return Preprocessing(
         image_size=size,
+        max_patches=patch and math.prod(side // patch for side in height_width(size)),
+        patch_size=patch,
         mean=data["mean"],
         std=data["std"],
         interpolation=interpolation,
         resize_mode="squash" if mode == "squash" else "shortest",
         crop_pct=data["crop_pct"],
     )
+
+
+def naflex_patch_size(config: TimmConfig) -> int | None:
+    """Return the side of the patches of a model that reads patch sequences; None for any other."""
+    import timm
+
+    if not config.timm.startswith("naflexvit_"):  # timm's prefix of that class
+        return None
+    import torch
+
+    try:
+        with torch.device("meta"):
+            trunk: Any = timm.create_model(config.timm.partition(".")[0], num_classes=0, **config.options)
+    except Exception:  # the encoder itself will say what is wrong with the options
+        return None
+    (height, width), linear = trunk.embeds.patch_size, trunk.embeds.is_linear
+    return height if linear and height == width else None
 
 
 def hugging_face_config(source: str) -> dict[str, Any]:

@@ -55,10 +55,9 @@ def training_flops(model: Any) -> PairFlops | None:
     Returns:
         None if an encoder can be counted neither way.
     """
-    height, width = height_width(model.preprocessing.image_size)
     try:
         with torch.enable_grad():
-            image = tower_flops(model.visual, torch.zeros(1, 3, height, width))
+            image = tower_flops(model.visual, torch.zeros(1, *model.preprocessing.shape))
             text = _text_flops(model.text_encoder, model.context_length)
     except Exception:  # encoders of other libraries raise anything
         return None
@@ -121,7 +120,8 @@ def _replica(tower: nn.Module, device: torch.device) -> nn.Module:
     tensors: dict[int, Tensor] = {}
     for tensor in (*tower.parameters(), *tower.buffers()):
         moved = tensor.detach().to(device)
-        tensors[id(tensor)] = nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
+        tracked = tensor.requires_grad and torch.is_grad_enabled()  # the counter fails on what no gradient will reach
+        tensors[id(tensor)] = nn.Parameter(moved, tracked) if isinstance(tensor, nn.Parameter) else moved
     return copy.deepcopy(tower, tensors)
 
 
@@ -229,7 +229,7 @@ def measure(config: CLIPConfig) -> ModelSize:
     height, width = height_width(model.preprocessing.image_size)
     size.image_size = str(height) if height == width else f"{height} x {width}"
     with torch.device("meta"):
-        size.image_flops = _flops(model.encode_image, torch.zeros(1, 3, height, width))
+        size.image_flops = _flops(model.encode_image, torch.zeros(1, *model.preprocessing.shape))
         size.text_flops = _flops(model.encode_text, torch.zeros(1, model.context_length, dtype=torch.long))
     return size
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from lit_clip.errors import InputError
-from lit_clip.models.config import height_width
 from lit_clip.models.entering import Entering, starting_at
 from lit_clip.models.layers import Tower, tower_blocks, tower_parameters
 from lit_clip.models.transformer import TextTransformer, VisionTransformer
@@ -185,8 +184,11 @@ def _candidates(model: nn.Module, tower: Tower, blocks: Sequence[nn.Module]) -> 
 def sample_inputs(model: Any, tower: Tower, number: int) -> tuple[Tensor, Sequence[int]]:
     """Return one or two images of noise, or texts of one length, with the texts' lengths."""
     if tower == "image":
-        height, width = height_width(model.preprocessing.image_size)
-        noise = torch.randint(0, 256, (number, 3, height, width), generator=torch.Generator().manual_seed(0))
+        shape = model.preprocessing.shape
+        noise = torch.randint(0, 256, (number, *shape), generator=torch.Generator().manual_seed(0))
+        if model.preprocessing.max_patches is not None:
+            for i in range(number):  # patches are masked out of attention, from which nothing can be entered
+                noise[i, 0, :4] = torch.tensor([0, 1, *divmod(max(1, shape[0] - 1 - i), 256)])
         return noise.to(torch.uint8).to(model.device), ()
     tokens = model.tokenizer.trim(model.tokenizer(["a photo of a dog", "a dog of a photo"][:number]))
     return tokens.to(model.device), model.tokenizer.lengths(tokens).tolist()
@@ -230,8 +232,8 @@ def image_features_from(model: Any, stored: Tensor) -> Tensor:
         return visual.project(
             visual.features_from(stored, prefix.block) if prefix.is_block else visual.features_behind(stored)
         )
-    height, width = height_width(model.preprocessing.image_size)
-    nothing = model.normalize(torch.zeros(prefix.blanks, 3, height, width, dtype=torch.uint8, device=stored.device))
+    shape = (prefix.blanks, *model.preprocessing.shape)
+    nothing = model.normalize(torch.zeros(shape, dtype=torch.uint8, device=stored.device))
     with starting_at(model.get_submodule(prefix.boundary), stored):
         return visual(nothing)
 

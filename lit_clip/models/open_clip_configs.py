@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +21,10 @@ from lit_clip.models.config import (
     TextTransformerConfig,
     TimmConfig,
     VisionTransformerConfig,
+    height_width,
 )
+from lit_clip.models.external_settings import naflex_patch_size
+from lit_clip.models.size import Size
 from lit_clip.tools.reading import reason
 from lit_clip.tools.untrusted import shortened
 
@@ -125,6 +129,8 @@ def from_open_clip(model: Mapping[str, Any], preprocess: Mapping[str, Any] | Non
 
 def _preprocessing(values: Mapping[str, Any] | None, vision: Mapping[str, Any], siglip: bool) -> Preprocessing:
     size = vision.get("image_size", 224)
+    if str(vision.get("timm_model_name")).startswith("naflexvit_"):
+        return _naflex(values or {}, vision, size)
     if values is None:
         return (
             Preprocessing(size, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), resize_mode="squash")
@@ -147,6 +153,22 @@ def _preprocessing(values: Mapping[str, Any] | None, vision: Mapping[str, Any], 
     )
 
 
+def _naflex(values: Mapping[str, Any], vision: Mapping[str, Any], size: Size) -> Preprocessing:
+    """Return the preprocessing of SigLIP 2's NaFlex models, by timm's name of the model."""
+    patch = naflex_patch_size(TimmConfig(vision["timm_model_name"]))
+    if patch is None:
+        raise InputError(f"timm's {vision['timm_model_name']} reads no patches, which lit-clip needs of that class")
+    fits = math.prod(side // patch for side in height_width(size))
+    half = (0.5, 0.5, 0.5)
+    return Preprocessing(
+        mean=values.get("mean") or half,
+        std=values.get("std") or half,
+        interpolation="bilinear",
+        max_patches=vision.get("image_seq_len") or fits,
+        patch_size=patch,
+    )
+
+
 def _image(values: _CheckedDict) -> ImageConfig:
     image_size = values.take("image_size", 224)
     timm_name = values.take("timm_model_name")
@@ -156,9 +178,11 @@ def _image(values: _CheckedDict) -> ImageConfig:
             raise values.refuse("timm_pool", pool)
         if kind not in ("linear", "mlp", "none", None, ""):
             raise values.refuse("timm_proj", kind)
+        budget = values.take("image_seq_len") if timm_name.startswith("naflexvit_") else None
+        size = tuple(image_size) if isinstance(image_size, list) else image_size
         result: ImageConfig = TimmConfig(
             timm_name,
-            image_size=tuple(image_size) if isinstance(image_size, list) else image_size,
+            image_size=None if budget else size,  # that of as many patches
             pool=pool or None,
             projection=kind or "classifier",
             projection_bias=values.take("timm_proj_bias", False),

@@ -11,6 +11,7 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as TF
 
 from lit_clip.models.config import Preprocessing, height_width
+from lit_clip.models.patches import normalized, patch_sequence
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -55,13 +56,15 @@ def resize_steps(config: Preprocessing) -> list[v2.Transform]:
 
 
 def pixels(config: Preprocessing) -> v2.Compose:
-    """Return the evaluation transform up to the pixels: PIL image -> uint8 ``[3, H, W]``."""
+    """Return the evaluation transform up to the pixels: PIL image -> uint8 of the shape ``config.shape``."""
+    if config.max_patches is not None:
+        return v2.Compose([v2.Lambda(to_rgb), v2.Lambda(partial(patch_sequence, config=config))])
     # RGB conversion comes last, as in the peers: resizing a palette image picks entries and does not mix colours.
     return v2.Compose([*resize_steps(config), v2.Lambda(to_rgb), v2.PILToTensor()])
 
 
 def image_transform(config: Preprocessing) -> v2.Compose:
-    """Return the paper's evaluation transform: PIL image -> float ``[3, H, W]``, normalised.
+    """Return the paper's evaluation transform: PIL image -> float of the shape ``config.shape``, normalised.
 
     It can be pickled for data workers (``model.preprocess`` would pickle the model too).
     """
@@ -69,8 +72,10 @@ def image_transform(config: Preprocessing) -> v2.Compose:
 
 
 def normalize(images: Tensor, config: Preprocessing) -> Tensor:
-    """uint8 ``[..., 3, H, W]`` -> float32, normalised by the model's mean and standard deviation."""
-    scaled = images.to(torch.float32) / 255
+    """uint8 ``[..., *config.shape]`` -> float32, normalised by the model's mean and standard deviation."""
+    values = images.to(torch.float32)
     # Filled on the images' device: torchvision copies the constants there, and each copy waits for the device.
-    mean, std = (torch.stack([scaled.new_full((1, 1), x) for x in values]) for values in (config.mean, config.std))
-    return (scaled - mean).div_(std)
+    mean, std = (torch.stack([values.new_full((1, 1), x) for x in three]) for three in (config.mean, config.std))
+    if config.max_patches is not None:
+        return normalized(values, mean.flatten(), std.flatten())
+    return (values / 255 - mean).div_(std)

@@ -1,6 +1,7 @@
 """Adapt weights to another image size or context length."""
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch import Tensor
 from lit_clip.errors import InputError
 from lit_clip.models.config import (
     CLIPConfig,
+    Preprocessing,
     ResNetConfig,
     Size,
     TextTransformerConfig,
@@ -29,6 +31,9 @@ def resized(config: CLIPConfig, image_size: Size | None, context_length: int | N
     assert preprocessing is not None
     if image_size is not None and height_width(image_size) != height_width(preprocessing.image_size):
         _not_custom(image, "image_size")
+        if preprocessing.max_patches is not None:
+            preprocessing = dataclasses.replace(preprocessing, max_patches=_budget(preprocessing, image_size))
+            image_size = preprocessing.image_size
         image = dataclasses.replace(image, image_size=image_size)
         preprocessing = dataclasses.replace(preprocessing, image_size=image_size)
     if context_length is not None and context_length != text.context_length:
@@ -40,6 +45,15 @@ def resized(config: CLIPConfig, image_size: Size | None, context_length: int | N
         _not_custom(text, "context_length")
         text = dataclasses.replace(text, context_length=context_length)
     return dataclasses.replace(config, image=image, text=text, preprocessing=preprocessing)
+
+
+def _budget(preprocessing: Preprocessing, image_size: Size) -> int:
+    """Return the number of NaFlex's patches in an image of this size."""
+    assert preprocessing.patch_size is not None
+    patches = math.prod(side // preprocessing.patch_size for side in height_width(image_size))
+    if not patches:
+        raise InputError(f"image_size: {image_size} holds no patch of {preprocessing.patch_size} pixels")
+    return patches
 
 
 def _not_custom(tower: object, size: str) -> None:

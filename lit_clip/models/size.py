@@ -1,4 +1,4 @@
-"""Sizes of images."""
+"""Sizes of images, and the range of each number of an architecture."""
 
 Size = int | tuple[int, int]
 """In pixels: the side of a square, or height and width."""
@@ -29,6 +29,4 @@ RANGES: dict[str, tuple[float, float]] = {
     "context_length": (3, 65536),  # start, a word, end
     "vocab_size": (1, 2**24),
     "layer_norm_eps": (0, 1),
-    "std": (1e-6, 1e6),
-    "mean": (-1e6, 1e6),
 }

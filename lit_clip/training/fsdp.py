@@ -23,7 +23,6 @@ from lit_clip import distributed
 from lit_clip.batch import CaptionBatch
 from lit_clip.errors import InputError, require
 from lit_clip.models.layers import TOWERS, tower_blocks
-from lit_clip.models.size import height_width
 from lit_clip.training.optim import is_elementwise
 from lit_clip.training.optimization import Optimization
 
@@ -204,8 +203,7 @@ def compute_missing_batches(trainer: Any, model: Any) -> None:
         return
     loop = trainer._evaluation_loop
     mine = sum(map(_count, loop._combined_loader.flattened, loop.max_batches))
-    height, width = height_width(model.preprocessing.image_size)
-    images = torch.zeros(0, 3, height, width, dtype=torch.uint8, device=model.device)
+    images = torch.zeros(0, *model.preprocessing.shape, dtype=torch.uint8, device=model.device)
     for _ in range(distributed.maximum(mine) - mine):
         strategy.validation_step(CaptionBatch(images, images.new_zeros(0, 1, dtype=torch.long), []), 0)
 

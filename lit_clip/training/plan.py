@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lit_clip.losses.tiled import default_tile
-from lit_clip.models.config import height_width
 from lit_clip.models.flops import tower_flops
 from lit_clip.models.layers import TOWERS, tower_blocks, tower_parameters
 from lit_clip.tools.console import Console
@@ -221,9 +220,8 @@ def _checkpointed_share(model: Any) -> float:
 
 def tower_work(model: Any) -> tuple[Work, Work]:
     """Return the cost of the image and the text encoder."""
-    height, width = height_width(model.preprocessing.image_size)
-    inputs = torch.zeros(1, 3, height, width), torch.full((1, model.context_length), 5)  # no tokenizer's padding
-    flops = [_forward_flops(tower, x) for tower, x in zip((model.visual, model.text_encoder), inputs, strict=True)]
+    images, texts = torch.zeros(1, *model.preprocessing.shape), torch.full((1, model.context_length), 5)  # no padding
+    flops = [_forward_flops(tower, x) for tower, x in ((model.visual, images), (model.text_encoder, texts))]
     trainable = [any(p.requires_grad for p in tower_parameters(model, tower).values()) for tower in TOWERS]
     image, text = (Work(*both) for both in zip(flops, trainable, strict=True))
     return image, text

@@ -41,7 +41,12 @@ class Teacher:
             raise InputError("model.loss: the teacher needs captions, and the data module's batches have none")
         model = self.model.to(batch.images.device)
         images, size_HW = batch.images, list(height_width(model.preprocessing.image_size))
-        if list(images.shape[-2:]) != size_HW:
+        ours = model.preprocessing.patch_size
+        if images.ndim == 3 or ours is not None:
+            same = images.ndim == 3 and ours is not None and images.shape[2] == 3 * ours**2
+            if not same:
+                raise InputError("model.loss: a teacher and its student must both read NaFlex's patches, or neither")
+        elif list(images.shape[-2:]) != size_HW:
             images = TF.resize(images, size_HW, TF.InterpolationMode.BICUBIC, antialias=True)
         tokens = model.tokenizer.trim(model.tokenize(batch.captions)).to(images.device)
         return (

@@ -21,6 +21,7 @@ from lit_clip.losses.contrastive import unit
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import height_width
 from lit_clip.models.custom import CustomTextEncoder
+from lit_clip.models.patches import Patches, unpacked
 from lit_clip.models.tokenizer import CLIPTokenizer
 from lit_clip.weights.hugging_face import hugging_face_kind, to_hugging_face
 from lit_clip.weights.hugging_face_processor import PROCESSOR_OF, image_processor, save_byte_pairs, save_tokenizer
@@ -42,7 +43,7 @@ class ExportSample(NamedTuple):
 
     Attributes:
         images: four, of random pixels.
-        pixels: float ``[4, 3, H, W]``, the images after the model's own preprocessing.
+        pixels: float ``[4, 3, H, W]`` or patch sequences, the images after the model's own preprocessing.
         texts: four.
         tokens: int64 ``[4, L]``, the texts after the model's own tokenizer.
     """
@@ -101,7 +102,8 @@ def parity_of(model: CLIP, sample: ExportSample, reading: Reading) -> Parity:
     text = model.encode_text(sample.tokens, normalize=True)
     pixels = None
     if reading.pixels is not None:
-        std = torch.tensor(model.preprocessing.std)[:, None, None]
+        std = torch.tensor(model.preprocessing.std)
+        std = std[:, None, None] if sample.pixels.ndim == 4 else std.repeat(sample.pixels.shape[2] // 3)
         pixels = float(((reading.pixels - sample.pixels) * std).abs().max()) * 255
     return Parity(
         float((reading.image - image).abs().max()),
@@ -134,6 +136,7 @@ def write_open_clip(model: CLIP, folder: Path) -> None:
         InputError: open_clip does not support the model.
     """
     ours = model.preprocessing
+    require(ours.max_patches is None, "open_clip's transform has no NaFlex patches; use hugging_face")
     require(ours.crop_pct == 1, f"open_clip has no crop_pct, this model's is {ours.crop_pct}; use onnx")
     values = {
         "model_cfg": open_clip_model(model),
@@ -176,7 +179,7 @@ def write_hugging_face(model: CLIP, folder: Path) -> None:
     """Write a folder that transformers' model and processor classes open.
 
     Raises:
-        InputError: neither CLIPModel nor SiglipModel can represent the model.
+        InputError: neither CLIPModel nor SiglipModel nor Siglip2Model can represent the model.
     """
     try:
         kind = hugging_face_kind(model.config)
@@ -197,9 +200,9 @@ def read_hugging_face(folder: Path, sample: ExportSample) -> Reading:
     """Run transformers as a user would: model and processor from the folder, without the network."""
     import transformers
 
-    siglip = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"] == "siglip"
-    models = (transformers.CLIPModel, transformers.CLIPProcessor)
-    model_class, processor_class = (transformers.SiglipModel, transformers.SiglipProcessor) if siglip else models
+    kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    name = {"clip": "CLIP"}.get(kind, kind.capitalize())
+    model_class, processor_class = (getattr(transformers, f"{name}{part}") for part in ("Model", "Processor"))
     transformers.utils.logging.disable_progress_bar()
     try:
         model = model_class.from_pretrained(folder, local_files_only=True).eval()
@@ -207,8 +210,13 @@ def read_hugging_face(folder: Path, sample: ExportSample) -> Reading:
         processor: Any = processor_class.from_pretrained(folder, local_files_only=True, backend="pil")
     finally:
         transformers.utils.logging.enable_progress_bar()
-    out = model(input_ids=sample.tokens, pixel_values=sample.pixels)
+    patches = unpacked(sample.pixels) if kind == "siglip2" else None
+    images = {"pixel_values": sample.pixels} if patches is None else siglip2_inputs(patches)
+    out = model(input_ids=sample.tokens, **images)
+    ours = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
     inputs = processor(
+        # Its own defaults win over the file's.
+        **({} if patches is None else {name: ours[name] for name in ("patch_size", "max_num_patches")}),
         text=sample.texts,
         images=sample.images,
         return_tensors="pt",
@@ -217,8 +225,20 @@ def read_hugging_face(folder: Path, sample: ExportSample) -> Reading:
         max_length=sample.tokens.shape[1],
     )
     # CLIP pads with 0 here and with the end of text there; the encoder sees neither.
-    tokens = inputs["input_ids"] if siglip else inputs["input_ids"] * inputs["attention_mask"]
-    return Reading(out.image_embeds, out.text_embeds, inputs["pixel_values"], tokens)
+    tokens = inputs["input_ids"] * inputs["attention_mask"] if kind == "clip" else inputs["input_ids"]
+    pixels = inputs["pixel_values"]
+    if patches is not None:  # without their padding, which is 0 after normalisation
+        valid = inputs["pixel_attention_mask"].bool()[:, :, None]
+        same = torch.equal(inputs["spatial_shapes"], images["spatial_shapes"])
+        pixels = torch.where(valid, pixels, sample.pixels[:, 1:]) if same else torch.full_like(pixels, torch.inf)
+        pixels = torch.cat([sample.pixels[:, :1], pixels], dim=1)
+    return Reading(out.image_embeds, out.text_embeds, pixels, tokens)
+
+
+def siglip2_inputs(patches: Patches) -> dict[str, Tensor]:
+    """Return patches as a ``Siglip2Model`` reads them."""
+    shapes = patches.patch_coord.amax(dim=1) + 1
+    return {"pixel_values": patches.patches, "pixel_attention_mask": patches.patch_valid, "spatial_shapes": shapes}
 
 
 # ONNX
@@ -243,6 +263,8 @@ def write_onnx(model: CLIP, folder: Path) -> None:
             tokenizer cannot be written.
     """
     missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
+    patches = model.preprocessing.max_patches is not None
+    require(not patches, "onnx: whoever runs the graph would have to cut NaFlex's patches; use hugging_face")
     require(not missing, f"onnx needs {', '.join(missing)}: pip install -e '.[export]'")
     if isinstance(model.text_encoder, CustomTextEncoder):
         where = f"onnx: the text encoder {type(model.text_encoder.encoder).__name__}"
@@ -276,10 +298,9 @@ def write_onnx(model: CLIP, folder: Path) -> None:
 
 def onnx_facts(model: CLIP) -> dict[str, Any]:
     """Return what a user of the ONNX files must know that is not in them."""
-    height, width = height_width(model.preprocessing.image_size)
     tokenizer = model.config.text.tokenizer
     return {
-        "image_encoder": {"input": "pixels", "type": "float32", "shape": ["batch", 3, height, width]},
+        "image_encoder": {"input": "pixels", "type": "float32", "shape": ["batch", *model.preprocessing.shape]},
         "text_encoder": {"input": "tokens", "type": "int64", "shape": ["batch", model.context_length]},
         "output": {"name": "features", "type": "float32", "shape": ["batch", model.config.embed_dim]},
         "features": "not of unit length: divide by the Euclidean norm before comparing",

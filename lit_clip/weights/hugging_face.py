@@ -1,4 +1,4 @@
-"""Convert Hugging Face's CLIPModel and SiglipModel to ours and back: files and settings.
+"""Convert Hugging Face's CLIPModel, SiglipModel and Siglip2Model to ours and back: files and settings.
 
 Weight names are in :mod:`lit_clip.weights.hugging_face_keys`. A setting that would silently change the features
 (another activation, epsilon or crop) is an error that names both sides. timm and transformers take seconds to import,
@@ -29,7 +29,14 @@ from lit_clip.tools.reading import naming, reading
 from lit_clip.tools.untrusted import check_names_nothing, fits, shortened
 from lit_clip.tools.weight_files import read_tensors
 from lit_clip.weights.hugging_face_keys import clip_pairs, renamed, siglip_pairs
-from lit_clip.weights.hugging_face_processor import agree, check_vocabulary, preprocessing_of, read_json, square
+from lit_clip.weights.hugging_face_processor import (
+    agree,
+    check_vocabulary,
+    naflex_preprocessing,
+    preprocessing_of,
+    read_json,
+    square,
+)
 
 ACTIVATIONS: dict[str, Activation] = {
     "gelu_new": "gelu_tanh",  # the formula of gelu_pytorch_tanh, written out
@@ -89,7 +96,7 @@ def from_hugging_face(
     preprocessor: Mapping[str, Any] | None = None,
     tokenizer: str = "",
 ) -> tuple[CLIPConfig, dict[str, Tensor]]:
-    """Convert a ``CLIPModel`` or ``SiglipModel``.
+    """Convert a ``CLIPModel``, a ``SiglipModel`` or a ``Siglip2Model``.
 
     Args:
         config: its ``config.json``.
@@ -106,25 +113,25 @@ def from_hugging_face(
     kind = config.get("model_type")
     if kind == "clip":
         ours = _clip_config(config, preprocessor)
-    elif kind == "siglip":
-        ours = _siglip_config(config, preprocessor, tokenizer)
+    elif kind in ("siglip", "siglip2"):
+        ours = _siglip_config(kind, config, preprocessor, tokenizer)
     else:
-        raise InputError(f"config.json: model_type is {kind!r}; must be 'clip' or 'siglip'")
+        raise InputError(f"config.json: model_type is {kind!r}; must be 'clip', 'siglip' or 'siglip2'")
     return ours, renamed(state, _pairs(ours), inwards=True)
 
 
 def to_hugging_face(model: CLIP) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Convert to a ``CLIPModel`` or a ``SiglipModel``: its ``config.json`` and its weights.
+    """Convert to a ``CLIPModel``, a ``SiglipModel`` or a ``Siglip2Model``: its ``config.json`` and its weights.
 
     Raises:
         InputError: neither can represent the model.
     """
     kind = hugging_face_kind(model.config)
-    values = _clip_values(model.config) if kind == "clip" else _siglip_values(model.config)
+    values = _clip_values(model.config) if kind == "clip" else _siglip_values(model.config, kind)
     return values, renamed(model.state_dict(), _pairs(model.config), inwards=False)
 
 
-def hugging_face_kind(config: CLIPConfig) -> Literal["clip", "siglip"]:
+def hugging_face_kind(config: CLIPConfig) -> Literal["clip", "siglip", "siglip2"]:
     """Return which of their models can represent ours.
 
     Raises:
@@ -136,7 +143,9 @@ def hugging_face_kind(config: CLIPConfig) -> Literal["clip", "siglip"]:
     own = f"a CLIPModel has a vision transformer and a causal text transformer, this model has {encoders}"
     if isinstance(image, TimmConfig) and isinstance(text, TextTransformerConfig) and not text.causal:
         require(not image.on_hub, f"its image encoder is {image.timm}, whose sizes timm alone knows")
-        timm_siglip(image.timm, **image.options)
+        timms = timm_siglip(image.timm, **image.options)
+        patches = config.preprocessing is not None and config.preprocessing.max_patches is not None
+        require(patches or not timms["grid"], "a SiglipModel reads images, a Siglip2Model patches; set max_patches")
         require(text.pool == "last", f"a SiglipModel reads a text's last token, this model pools by {text.pool}")
         require(image.pool in (None, "map"), f"a SiglipModel pools by attention, this model by {image.pool}")
         require(image.projection == "none", "a SiglipModel has no image projection, this model has one")
@@ -144,7 +153,7 @@ def hugging_face_kind(config: CLIPConfig) -> Literal["clip", "siglip"]:
             config.logit_bias and text.projection_bias,
             "a SiglipModel has logit and text projection biases, this model lacks one",
         )
-        return "siglip"
+        return "siglip2" if patches else "siglip"
     require(isinstance(image, VisionTransformerConfig) and isinstance(text, TextTransformerConfig), own)
     text, image = cast(TextTransformerConfig, text), cast(VisionTransformerConfig, image)
     require(text.causal, own)
@@ -163,7 +172,8 @@ def hugging_face_kind(config: CLIPConfig) -> Literal["clip", "siglip"]:
 def _pairs(config: CLIPConfig) -> Any:
     text = cast(TextTransformerConfig, config.text)
     if isinstance(config.image, TimmConfig):
-        return siglip_pairs(timm_siglip(config.image.timm, **config.image.options)["depth"], text.layers)
+        timms = timm_siglip(config.image.timm, **config.image.options)
+        return siglip_pairs(timms["depth"], text.layers, naflex=bool(timms["grid"]))
     return clip_pairs(cast(VisionTransformerConfig, config.image).layers, text.layers)
 
 
@@ -183,7 +193,7 @@ def _ratio(inner: int, width: int) -> float:
     return ratio if int(width * ratio) == inner else math.nextafter(ratio, math.inf)
 
 
-def _complete(kind: Literal["CLIPConfig", "SiglipConfig"], values: Mapping[str, Any]) -> Any:
+def _complete(kind: Literal["CLIPConfig", "SiglipConfig", "Siglip2Config"], values: Mapping[str, Any]) -> Any:
     """Return their configuration with all defaults, which files leave out."""
     import transformers
 
@@ -221,28 +231,35 @@ def _clip_config(values: Mapping[str, Any], preprocessor: Mapping[str, Any] | No
     )
 
 
-def _siglip_config(values: Mapping[str, Any], preprocessor: Mapping[str, Any] | None, tokenizer: str) -> CLIPConfig:
-    theirs = _complete("SiglipConfig", values)
+def _siglip_config(
+    kind: str, values: Mapping[str, Any], preprocessor: Mapping[str, Any] | None, tokenizer: str
+) -> CLIPConfig:
+    naflex = kind == "siglip2"
+    theirs = _complete("Siglip2Config" if naflex else "SiglipConfig", values)
     image, text = theirs.vision_config, theirs.text_config
     agree("vision_config.layer_norm_eps", image.layer_norm_eps, SIGLIP_EPS)
     agree("vision_config.num_channels", image.num_channels, 3)
     agree("vision_config.vision_use_head", getattr(image, "vision_use_head", True), True)
-    size = square("vision_config.image_size", image.image_size)
-    unspecified = {"size": {"height": size, "width": size}}
+    patch = square("vision_config.patch_size", image.patch_size)
+    if naflex:
+        preprocessing = naflex_preprocessing(preprocessor or {}, patch)
+        size = cast(int, preprocessing.image_size)
+    else:
+        size = square("vision_config.image_size", image.image_size)
+        unspecified = {"size": {"height": size, "width": size}}
+        preprocessing = preprocessing_of(preprocessor or unspecified, size, "SiglipImageProcessor")
     return CLIPConfig(
         embed_dim=text.projection_size,
-        image=_timm_config(image, size),
+        image=_timm_config(image, size, patch, naflex),
         text=_text_config(
             text,
             causal=False,
             projection_bias=True,
             layer_norm_eps=text.layer_norm_eps,
-            tokenizer=HuggingFaceTokenizerConfig(tokenizer, clean="canonicalize"),
+            tokenizer=HuggingFaceTokenizerConfig(tokenizer, clean="lower" if naflex else "canonicalize"),
         ),
         activation=_activation("text_config.hidden_act", text.hidden_act),
-        preprocessing=preprocessing_of(
-            unspecified if preprocessor is None else preprocessor, size, "SiglipImageProcessor"
-        ),
+        preprocessing=preprocessing,
         logit_bias=True,
     )
 
@@ -259,11 +276,10 @@ def _text_config(theirs: Any, **settings: Any) -> TextTransformerConfig:
     )
 
 
-def _timm_config(theirs: Any, size: int) -> TimmConfig:
+def _timm_config(theirs: Any, size: int, patch: int, naflex: bool) -> TimmConfig:
     """Return timm's equivalent of a SiglipModel's image encoder; deviations from timm's model become options."""
     import timm
 
-    patch = square("vision_config.patch_size", theirs.patch_size)
     wanted = {
         "patch_size": patch,
         "embed_dim": theirs.hidden_size,
@@ -271,14 +287,17 @@ def _timm_config(theirs: Any, size: int) -> TimmConfig:
         "num_heads": theirs.num_attention_heads,
         "mlp_ratio": _ratio(theirs.intermediate_size, theirs.hidden_size),
         "act_layer": _activation("vision_config.hidden_act", theirs.hidden_act),
+        "grid": math.isqrt(theirs.num_patches) if naflex else None,
     }
     kind = SIGLIP_SIZES.get((wanted["embed_dim"], wanted["depth"], wanted["num_heads"]), "base")
-    name = f"vit_{kind}_patch{patch}_siglip_{size}"
+    name = f"naflexvit_{kind}_patch16_siglip" if naflex else f"vit_{kind}_patch{patch}_siglip_{size}"
     if not timm.is_model(name):
         near = timm.list_models(f"vit_{kind}_patch{patch}_siglip_[0-9]*")
-        name = near[0] if near else "vit_base_patch16_siglip_224"
+        name = "naflexvit_base_patch16_siglip" if naflex else near[0] if near else "vit_base_patch16_siglip_224"
     usual = timm_siglip(name)
     options = {key: value for key, value in wanted.items() if value != usual[key]}
+    if grid := options.pop("grid", None):
+        options["pos_embed_grid_size"] = [grid, grid]
     return TimmConfig(name, image_size=size, projection="none", options=options)
 
 
@@ -292,18 +311,20 @@ def timm_siglip(name: str, **options: Any) -> dict[str, Any]:
 
     with torch.device("meta"):
         model: Any = timm.create_model(name, num_classes=0, **options)
-    pooled = getattr(model, "attn_pool", None) is not None and getattr(model, "cls_token", 0) is None
+    embeds = getattr(model, "embeds", model)  # of NaFlex
+    pooled = getattr(model, "attn_pool", None) is not None and getattr(embeds, "cls_token", 0) is None
     require(pooled and model.norm.eps == SIGLIP_EPS, f"timm's {name} is not a SigLIP image encoder")
     block = model.blocks[0]
     activation = f"{type(block.mlp.act).__name__} {getattr(block.mlp.act, 'approximate', '')}".lower()
     require("gelu" in activation, f"timm's {name} has {activation.split()[0]} in its MLPs, not GELU")
     return {
-        "patch_size": model.patch_embed.patch_size[0],
+        "patch_size": (model.patch_embed if embeds is model else embeds).patch_size[0],
         "embed_dim": model.embed_dim,
         "depth": len(model.blocks),
         "num_heads": block.attn.num_heads,
         "mlp_ratio": _ratio(block.mlp.fc1.out_features, model.embed_dim),
         "act_layer": "gelu_tanh" if "tanh" in activation else "quick_gelu" if "quick" in activation else "gelu",
+        "grid": None if embeds is model else embeds.pos_embed.shape[1],
     }
 
 
@@ -350,24 +371,26 @@ def _clip_values(config: CLIPConfig) -> dict[str, Any]:
     }
 
 
-def _siglip_values(config: CLIPConfig) -> dict[str, Any]:
+def _siglip_values(config: CLIPConfig, kind: Literal["siglip", "siglip2"]) -> dict[str, Any]:
     image, text = cast(TimmConfig, config.image), cast(TextTransformerConfig, config.text)
     timms = timm_siglip(image.timm, **image.options)
     sizes = (timms["embed_dim"], timms["depth"], timms["num_heads"], timms["mlp_ratio"])
+    grid = timms["grid"]
+    sized = {"num_patches": grid**2} if grid else {"image_size": square("image.image_size", image.image_size)}
     return {
-        "model_type": "siglip",
-        "architectures": ["SiglipModel"],
+        "model_type": kind,
+        "architectures": [f"{kind.capitalize()}Model"],
         "dtype": "float32",
         "vision_config": {
-            "model_type": "siglip_vision_model",
-            "image_size": square("image.image_size", image.image_size),
+            "model_type": f"{kind}_vision_model",
+            **sized,
             "patch_size": timms["patch_size"],
             "num_channels": 3,
             "vision_use_head": True,
             **_encoder(*sizes, timms["act_layer"], SIGLIP_EPS),
         },
         "text_config": {
-            "model_type": "siglip_text_model",
+            "model_type": f"{kind}_text_model",
             "vocab_size": text.vocab_size,
             "max_position_embeddings": text.context_length,
             "projection_size": config.embed_dim,

@@ -1,9 +1,10 @@
-"""The names of weights in Hugging Face's CLIPModel and SiglipModel, and in ours.
+"""The names of weights in Hugging Face's CLIPModel, SiglipModel and Siglip2Model, and in ours.
 
 A :class:`KeyPair` holds both names of a weight. One list serves both directions, so exporting a model and loading it
 again is bit-exact.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal, NamedTuple
 
@@ -20,12 +21,13 @@ class KeyPair(NamedTuple):
         ours: our name, or several names whose tensors the other side stacks along the first dimension; each with its
             share of the rows.
         theirs: their name or names, with shares of the rows.
-        layout: ``transposed``, or the side whose tensor has an additional first dimension of size 1.
+        layout: ``transposed``, the side whose tensor has an additional first dimension of size 1, or ``ours_in_grid``
+            for ``[1, n, n, W]`` here and ``[n * n, W]`` there.
     """
 
     ours: dict[str, int]
     theirs: dict[str, int]
-    layout: Literal["same", "transposed", "ours_in_front", "theirs_in_front"] = "same"
+    layout: Literal["same", "transposed", "ours_in_front", "theirs_in_front", "ours_in_grid"] = "same"
 
 
 def _same(ours: str, theirs: str) -> Iterator[KeyPair]:
@@ -86,13 +88,18 @@ def clip_pairs(image_layers: int, text_layers: int) -> Iterator[KeyPair]:
     yield KeyPair({"text_projection": 1}, {"text_projection.weight": 1}, "transposed")
 
 
-def siglip_pairs(image_layers: int, text_layers: int) -> Iterator[KeyPair]:
-    """Pair the weights of timm's SigLIP image encoder and SigLIP's text transformer with a ``SiglipModel``'s."""
+def siglip_pairs(image_layers: int, text_layers: int, naflex: bool = False) -> Iterator[KeyPair]:
+    """Pair the weights of timm's SigLIP image encoder and SigLIP's text transformer with a ``SiglipModel``'s.
+
+    With ``naflex`` they are those of timm's NaFlexVit and a ``Siglip2Model``.
+    """
     ours, theirs = "visual.trunk", "vision_model"
     yield KeyPair({"logit_scale": 1}, {"logit_scale": 1}, "theirs_in_front")
     yield KeyPair({"logit_bias": 1}, {"logit_bias": 1}, "theirs_in_front")
-    yield from _same(f"{ours}.patch_embed.proj", f"{theirs}.embeddings.patch_embedding")
-    yield KeyPair({f"{ours}.pos_embed": 1}, {f"{theirs}.embeddings.position_embedding.weight": 1}, "ours_in_front")
+    patch, position = ("embeds.proj", "embeds.pos_embed") if naflex else ("patch_embed.proj", "pos_embed")
+    yield from _same(f"{ours}.{patch}", f"{theirs}.embeddings.patch_embedding")
+    layout = "ours_in_grid" if naflex else "ours_in_front"
+    yield KeyPair({f"{ours}.{position}": 1}, {f"{theirs}.embeddings.position_embedding.weight": 1}, layout)
     for i in range(image_layers):
         yield from _block(f"{ours}.blocks.{i}", f"{theirs}.encoder.layers.{i}", _TIMM_BLOCK, "qkv.")
     yield from _same(f"{ours}.norm", f"{theirs}.post_layernorm")
@@ -137,6 +144,10 @@ def renamed(state: Mapping[str, Tensor], pairs: Iterable[KeyPair], inwards: bool
         unpaired -= source.keys()
         if pair.layout == "transposed":
             tensor = tensor.T.contiguous()
+        elif pair.layout == "ours_in_grid":
+            side = math.isqrt(len(tensor)) if inwards else 0
+            require(side**2 == len(tensor) or not inwards, f"the weight {min(source)} is not that of a square grid")
+            tensor = tensor.view(1, side, side, -1) if inwards else tensor.flatten(0, 2)
         elif pair.layout != "same":
             drop = inwards == (pair.layout == "theirs_in_front")
             tensor = tensor.squeeze(0) if drop else tensor.unsqueeze(0)

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,11 @@ _PROCESSOR: dict[str, Any] = {
     "rescale_factor": 1 / 255,
     "resample": 3,
 }
-PROCESSOR_OF = {"clip": "CLIPImageProcessor", "siglip": "SiglipImageProcessor"}  # by model_type
+PROCESSOR_OF = {  # by model_type
+    "clip": "CLIPImageProcessor",
+    "siglip": "SiglipImageProcessor",
+    "siglip2": "Siglip2ImageProcessor",
+}
 PROCESSORS: dict[str, dict[str, Any]] = {
     "CLIPImageProcessor": {
         **_PROCESSOR,
@@ -37,6 +42,14 @@ PROCESSORS: dict[str, dict[str, Any]] = {
         **_PROCESSOR,
         "do_center_crop": False,
         "size": {"height": 224, "width": 224},
+        "image_mean": (0.5, 0.5, 0.5),
+        "image_std": (0.5, 0.5, 0.5),
+    },
+    "Siglip2ImageProcessor": {
+        **_PROCESSOR,
+        "resample": 2,
+        "patch_size": 16,
+        "max_num_patches": 256,
         "image_mean": (0.5, 0.5, 0.5),
         "image_std": (0.5, 0.5, 0.5),
     },
@@ -61,12 +74,7 @@ def preprocessing_of(values: Mapping[str, Any], image_size: int, kind: str) -> P
     Raises:
         InputError: a step that ours does not have, or a crop that is not the model's image size.
     """
-    settings = {**PROCESSORS[kind], **{key: value for key, value in values.items() if value is not None}}
-    for step in ("do_resize", "do_rescale"):
-        agree(f"preprocessor {step}", settings[step], True)
-    agree("preprocessor rescale_factor", round(1 / settings["rescale_factor"], 3), 255)
-    if settings["resample"] not in FILTERS:
-        raise InputError(f"preprocessor resample is {settings['resample']}; must be 2 (bilinear) or 3 (bicubic)")
+    settings, same = _settings(values, kind)
     resized = settings["size"]
     if isinstance(resized, int):
         resized = {"shortest_edge": resized}
@@ -80,14 +88,34 @@ def preprocessing_of(values: Mapping[str, Any], image_size: int, kind: str) -> P
     crop = square("preprocessor crop_size", (crop["height"], crop["width"]) if isinstance(crop, dict) else crop)
     agree("size of a preprocessed image", crop, image_size)
     require(edge >= crop, f"preprocessor size {edge} must be at least crop_size {crop}, or images get a black border")
+    mode: Literal["shortest", "squash"] = "shortest" if shortest else "squash"
+    return replace(same, image_size=image_size, resize_mode=mode, crop_pct=_crop_pct(crop, edge))
+
+
+def naflex_preprocessing(values: Mapping[str, Any], patch_size: int) -> Preprocessing:
+    """Convert the ``preprocessor_config.json`` of a ``Siglip2Model`` with patches of this size.
+
+    Raises:
+        InputError: a step that ours does not have, or patches of another size.
+    """
+    settings, same = _settings(values, "Siglip2ImageProcessor")
+    agree("preprocessor patch_size", settings["patch_size"], patch_size)
+    return replace(same, patch_size=patch_size, max_patches=settings["max_num_patches"])
+
+
+def _settings(values: Mapping[str, Any], kind: str) -> tuple[dict[str, Any], Preprocessing]:
+    """Return a file's settings with the defaults of a processor, and ours as far as all processors have them."""
+    settings = {**PROCESSORS[kind], **{key: value for key, value in values.items() if value is not None}}
+    for step in ("do_resize", "do_rescale"):
+        agree(f"preprocessor {step}", settings[step], True)
+    agree("preprocessor rescale_factor", round(1 / settings["rescale_factor"], 3), 255)
+    if settings["resample"] not in FILTERS:
+        raise InputError(f"preprocessor resample is {settings['resample']}; must be 2 (bilinear) or 3 (bicubic)")
     normalised = settings["do_normalize"]
-    return Preprocessing(
-        image_size=image_size,
+    return settings, Preprocessing(
         mean=tuple(settings["image_mean"]) if normalised else (0.0, 0.0, 0.0),
         std=tuple(settings["image_std"]) if normalised else (1.0, 1.0, 1.0),
         interpolation=FILTERS[settings["resample"]],
-        resize_mode="shortest" if shortest else "squash",
-        crop_pct=_crop_pct(crop, edge),
     )
 
 
@@ -99,19 +127,24 @@ def _crop_pct(crop: int, edge: int) -> float:
 
 def image_processor(ours: Preprocessing, kind: str) -> dict[str, Any]:
     """Convert our preprocessing to their ``preprocessor_config.json``; ``kind`` is one of :data:`PROCESSORS`."""
+    shared = {
+        "image_processor_type": kind,
+        "do_convert_rgb": True,
+        "resample": {name: number for number, name in FILTERS.items()}[ours.interpolation],
+        "image_mean": list(ours.mean),
+        "image_std": list(ours.std),
+    }
+    if kind == "Siglip2ImageProcessor":
+        return {**PROCESSORS[kind], **shared, "patch_size": ours.patch_size, "max_num_patches": ours.max_patches}
     size = square("preprocessing.image_size", ours.image_size)
     edge = math.floor(size / ours.crop_pct)
     shortest = ours.resize_mode == "shortest"
     return {
         **PROCESSORS[kind],
-        "image_processor_type": kind,
-        "do_convert_rgb": True,
+        **shared,
         "do_center_crop": shortest or edge != size,
         "size": {"shortest_edge": edge} if shortest else {"height": edge, "width": edge},
         "crop_size": {"height": size, "width": size},
-        "resample": {name: number for number, name in FILTERS.items()}[ours.interpolation],
-        "image_mean": list(ours.mean),
-        "image_std": list(ours.std),
     }
 
 
@@ -166,6 +199,7 @@ def save_tokenizer(model: CLIP, folder: Path) -> None:
         pad_token=pad,
         **stripped,
         model_max_length=tokenizer.context_length,
+        padding_side="right",  # SigLIP 2's class there pads at the left without this
         # SigLIP's encoder attends to padding: passing a mask on to it would change the features.
         model_input_names=["input_ids"] if tokenizer.whole else ["input_ids", "attention_mask"],
     ).save_pretrained(folder)

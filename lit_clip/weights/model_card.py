@@ -9,6 +9,7 @@ from lit_clip.models.clip import CLIP
 from lit_clip.models.config import HuggingFaceTextConfig
 from lit_clip.version import __version__
 from lit_clip.weights.export import FORMATS, Parity
+from lit_clip.weights.hugging_face import hugging_face_kind
 
 LIBRARY = {"open_clip": "open_clip", "hugging_face": "transformers", "onnx": "onnx"}
 OPEN_CLIP = """\
@@ -23,8 +24,8 @@ from transformers import {kind}Model, {kind}Processor
 
 model = {kind}Model.from_pretrained("{name}")
 processor = {kind}Processor.from_pretrained("{name}", backend="pil")
-padding = {{"padding": "max_length", "truncation": True, "return_tensors": "pt"}}
-inputs = processor(text=["a photo of a dog"], images=[Image.open("photo.jpg")], **padding)
+options = {{"padding": "max_length", "truncation": True, "return_tensors": "pt"{more}}}
+inputs = processor(text=["a photo of a dog"], images=[Image.open("photo.jpg")], **options)
 logits = model(**inputs).logits_per_image
 """
 ONNX = """\
@@ -111,7 +112,11 @@ def _snippet(model: CLIP, format: str, name: str) -> str:
     if format == "open_clip":
         return OPEN_CLIP.format(name=name)
     if format == "hugging_face":
-        return HUGGING_FACE.format(name=name, kind="CLIP" if model.logit_bias is None else "Siglip")
+        kind = hugging_face_kind(model.config)
+        ours, more = model.preprocessing, ""
+        if ours.max_patches is not None:  # the processor's own defaults win over the file's
+            more = f', "patch_size": {ours.patch_size}, "max_num_patches": {ours.max_patches}'
+        return HUGGING_FACE.format(name=name, kind={"clip": "CLIP"}.get(kind, kind.capitalize()), more=more)
     wanted = model.preprocessing
     whole = wanted.resize_mode == "squash" and wanted.crop_pct == 1
     resize = (SQUASH if whole else CROP).format(filter=wanted.interpolation.upper())
@@ -139,6 +144,9 @@ def _notes(model: CLIP, format: str) -> str:
     if format == "hugging_face":
         notes += [
             'Without `backend="pil"`, pixels differ by up to two of 255 levels from those the model was trained on.',
+        ]
+    if format == "hugging_face" and model.preprocessing.max_patches is None:
+        notes += [
             "The centre crop of `transformers` is one pixel further left or up than PyTorch's if the long side is "
             "3, 7, 11, ... pixels longer than the short one after resizing.",
         ]

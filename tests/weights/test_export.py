@@ -137,6 +137,45 @@ def test_transformers_opens_an_exported_siglip_as_a_siglip_model(tmp_path: Path,
     assert_identical(load_model(tmp_path / "out").state_dict(), siglip.state_dict())
 
 
+def test_transformers_opens_an_exported_naflex_model_as_a_siglip2_model(tmp_path: Path, siglip: CLIP) -> None:
+    """Images of several aspect ratios in one batch, through transformers' own processor."""
+    image, text = siglip.config.image, siglip.config.text
+    assert isinstance(image, TimmConfig)
+    assert isinstance(text, TextTransformerConfig)
+    naflex = dataclasses.replace(image, timm="naflexvit_base_patch16_siglip", image_size=None)
+    naflex.options |= {"patch_size": 8, "pos_embed_grid_size": [4, 4]}
+    ids = {
+        token: i
+        for i, token in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *"abcdefghijklmnopqrstuvwxyz▁"])
+    }
+    transformers.Siglip2Tokenizer(vocab=ids, merges=[]).save_pretrained(tmp_path / "gemma")
+    source = HuggingFaceTokenizerConfig(str(tmp_path / "gemma"), "lower")
+    text = dataclasses.replace(text, vocab_size=len(ids), tokenizer=source)
+    half = (0.5, 0.5, 0.5)
+    patches = Preprocessing(mean=half, std=half, interpolation="bilinear", max_patches=30, patch_size=8)
+    config = dataclasses.replace(siglip.config, image=naflex, text=text, preprocessing=patches)
+    ours = checkpoint(config, tmp_path / "naflex.ckpt")
+    export(str(tmp_path / "naflex.ckpt"), format="hugging_face", output=str(tmp_path / "out"))
+    theirs = transformers.Siglip2Model.from_pretrained(tmp_path / "out").eval()
+    processor: Any = transformers.Siglip2Processor.from_pretrained(tmp_path / "out", backend="pil")
+    texts, images = ["a photo of CATS", "snow"], photos((50, 40), (20, 90), (40, 40))
+    sizes = {"patch_size": 8, "max_num_patches": 30, "max_length": 16}
+    inputs = processor(text=texts, images=images, padding="max_length", return_tensors="pt", **sizes)
+    again = load_model(tmp_path / "out")
+    with torch.no_grad():
+        logits = theirs(**inputs).logits_per_image
+        features = [again.encode_image(torch.stack([again.preprocess(image) for image in images]), normalize=True)]
+        features.append(again.encode_text(again.tokenize(texts), normalize=True))
+        assert again.logit_bias is not None
+        expected = again.logit_scale.exp() * features[0] @ features[1].T + again.logit_bias
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert_identical(again.state_dict(), ours.state_dict())
+    assert again.preprocessing == ours.preprocessing
+    for format, reason in (("open_clip", "no NaFlex patches"), ("onnx", "would have to cut NaFlex's patches")):
+        with pytest.raises(InputError, match=reason):
+            export(str(tmp_path / "naflex.ckpt"), format=format, output=str(tmp_path / format))
+
+
 def test_a_siglip_in_onnx_keeps_its_bias_and_its_tokenizer(tmp_path: Path, siglip: CLIP) -> None:
     export(str(tmp_path / "last.ckpt"), format="onnx", output=str(tmp_path / "out"))
     facts = json.loads((tmp_path / "out/model.json").read_text())

@@ -12,6 +12,7 @@ import torch
 import transformers
 from PIL import Image
 from torch import Tensor
+from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
 from lit_clip.errors import InputError
 from lit_clip.models.clip import CLIP
@@ -93,6 +94,34 @@ def test_a_model_converts_with_the_same_features_and_back_bit_by_bit(kind: str, 
     again = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config").from_dict(config)).eval()
     again.load_state_dict(state, strict=True)
     assert_same_features(ours, again)
+
+
+@torch.no_grad()
+def test_a_siglip2_model_converts_with_the_same_features_and_back_bit_by_bit() -> None:
+    """Images of several aspect ratios in one batch; the position embedding is resized for each."""
+    vision = {**VISION, "intermediate_size": 100, "num_patches": 16}
+    del vision["image_size"]
+    ids = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 1}
+    text = {**TEXT, **ids, "intermediate_size": 70, "max_position_embeddings": 9, "projection_size": 48}
+    theirs = randomised(transformers.Siglip2Model(transformers.Siglip2Config(vision_config=vision, text_config=text)))
+    processor = {"patch_size": 8, "max_num_patches": 40}
+    ours = opened(*from_hugging_face(theirs.config.to_dict(), theirs.state_dict(), processor))
+    noise = np.random.default_rng(0).integers(0, 256, (80, 300, 3), dtype=np.uint8)
+    images = [Image.fromarray(noise[:height, :width]) for height, width in ((50, 70), (80, 30), (64, 64), (9, 300))]
+    inputs = Siglip2ImageProcessorPil(**processor)(images, return_tensors="pt")
+    texts = tokens(9)
+    out = theirs(input_ids=texts, **inputs)
+    image = ours.encode_image(torch.stack([ours.preprocess(image) for image in images]), normalize=True)
+    text_features = ours.encode_text(texts, normalize=True)
+    torch.testing.assert_close(image, out.image_embeds, rtol=0, atol=1e-5)
+    torch.testing.assert_close(text_features, out.text_embeds, rtol=0, atol=1e-5)
+    logits = ours.logit_scale.exp() * image @ text_features.T + ours.logit_bias
+    torch.testing.assert_close(logits, out.logits_per_image, rtol=1e-5, atol=1e-4)
+    config, state = to_hugging_face(ours)
+    assert_identical(state, theirs.state_dict())
+    transformers.Siglip2Model(transformers.Siglip2Config.from_dict(config)).load_state_dict(state, strict=True)
+    with pytest.raises(InputError, match="preprocessor patch_size is 16 there and 8 here"):
+        from_hugging_face(theirs.config.to_dict(), theirs.state_dict())
 
 
 def test_our_weights_convert_and_back_bit_by_bit() -> None:
@@ -187,7 +216,7 @@ def _set(*path: str, value: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_set("model_type", value="blip"), "model_type is 'blip'; must be 'clip' or 'siglip'"),
+        (_set("model_type", value="blip"), "model_type is 'blip'; must be 'clip', 'siglip' or 'siglip2'"),
         (_set("text_config", "hidden_act", value="relu"), "text_config.hidden_act is relu; must be one of gelu_new"),
         (_set("text_config", "hidden_act", value="gelu"), "same for images and texts, not quick_gelu and gelu"),
         (_set("vision_config", "layer_norm_eps", value=1e-6), "layer_norm_eps is 1e-06 there and 1e-05 here"),
