@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, get_args
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -25,8 +24,9 @@ from datamodules.loading.sampling import (
     TrainingSample,
     sample_seed,
 )
-from datamodules.pairs.caption_lengths import SAMPLED, LongCaptions, caption_statistics, refuse_long
-from datamodules.pairs.source import PairSource, Rows
+from datamodules.pairs.caption_lengths import LongCaptions, refuse_long, report_long
+from datamodules.pairs.sentences import FittingCaptions
+from datamodules.pairs.source import PairSource
 from datamodules.pairs.stored_features import (
     StoredImages,
     StoredPair,
@@ -136,18 +136,6 @@ class _Collate:
         return tokens[:, : max(lengths)], lengths
 
 
-def _report_truncation(source: PairSource, tokenize: TextTokenizer) -> None:
-    if rank_and_world()[0]:
-        return
-    first = np.arange(min(len(source), SAMPLED))  # not spread: that would fetch every shard of a store
-    found = caption_statistics(Rows(source, first), tokenize)
-    if found.truncated:
-        rank_zero_info(
-            f"captions: {found.truncated:.1%} of the first {found.captions} are truncated to {tokenize.context_length} "
-            f"tokens and lose {found.tokens_lost:.1f} on average (model.context_length, data.long_captions)"
-        )
-
-
 class ResumableLoader(DataLoader[Any]):
     """Data loader that counts as stateful, so that Lightning resumes it inside an epoch; its sampler knows where."""
 
@@ -172,7 +160,8 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         on_error: for samples that cannot be used: ``error`` ends the run and names the sample; ``skip`` drops it from
             its batch, counts it and lists it in the run's ``skipped.jsonl``. No other sample takes its place.
         max_skipped: with ``skip``, end the run once a larger share than this of at least 100 samples was skipped.
-        long_captions: for captions with more tokens than the model reads: ``truncate`` them, or ``error`` to end the
+        long_captions: for captions with more tokens than the model reads: ``truncate`` them; ``sentences`` to read
+            whole sentences of them that fit, others in each epoch (validation: the first ones); or ``error`` to end the
             run at the first.
 
     Attributes:
@@ -201,7 +190,8 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         require(on_error in get_args(OnError), f"on_error: {on_error!r} must be 'error' or 'skip'")
         require(0 <= max_skipped <= 1, f"max_skipped: {max_skipped} must be between 0 and 1")
         policies = get_args(LongCaptions)
-        require(long_captions in policies, f"long_captions: {long_captions!r} must be 'truncate' or 'error'")
+        require(long_captions in policies, f"long_captions: {long_captions!r} must be one of {', '.join(policies)}")
+        self.lists_captions = self.lists_captions and long_captions != "sentences"
         self.on_error, self.max_skipped, self.long_captions = on_error, max_skipped, long_captions
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.global_batch_size = global_batch_size
@@ -233,7 +223,7 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         if self.val_source is None or (stage == "fit" and self.train_source is None):
             self.train_source, self.val_source = self.sources(stage == "fit")
         if stage == "fit" and self.train_source is not None:
-            _report_truncation(self.train_source, self.tokenize)
+            report_long(self.train_source, self.tokenize, self.long_captions)
 
     def _batches(self, start: Position = Position()) -> GlobalBatchSampler:  # noqa: B008  # immutable
         assert self.train_source is not None, "call setup('fit') first"
@@ -334,9 +324,12 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
     def _collate(self, stored: bool) -> _Collate:
         images, texts = (self.stored_images, self.stored_texts) if stored else (None, None)
         refuse_long = self.long_captions == "error"
+        return _Collate(self.tokenize, self.preprocessing.image_size, refuse_long, images, texts)
+
+    def _fitting(self, source: PairSource) -> PairSource:
         # By now the model has the tokenizer of the checkpoint that it was restored from, which may be another one.
         self.tokenize = getattr(getattr(self.trainer, "lightning_module", None), "tokenize", self.tokenize)
-        return _Collate(self.tokenize, self.preprocessing.image_size, refuse_long, images, texts)
+        return FittingCaptions(source, self.tokenize) if self.long_captions == "sentences" else source
 
     def _loader(self, dataset: Dataset[Any], stored: bool = True, **sampling: Any) -> DataLoader[Any]:
         return ResumableLoader(
@@ -368,6 +361,7 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         assert source is not None
         if overfit:  # the same batches in every epoch, augmented the same way
             batches.reshuffle = False
+        source = self._fitting(source)
         if self.stored_images:
             return self._loader(StoredTraining(source, self.stored_images, self.seed), batch_sampler=batches)
         return self._loader(self.training_pairs(source), batch_sampler=batches)
@@ -381,8 +375,8 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         return ValidationPairs(source, pixels(self.preprocessing))
 
     def val_dataloader(self) -> DataLoader[Any]:
-        source = self.val_source
-        assert source is not None, "call setup first"
+        assert self.val_source is not None, "call setup first"
+        source = self._fitting(self.val_source)
         batches = EvaluationBatchSampler(len(source), self.batch_size, *self._rank_and_world())
         if self.stored_images:
             return self._loader(StoredValidation(source, self.stored_images), batch_sampler=batches)
@@ -392,8 +386,8 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         return self.val_dataloader()
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        source = self.val_source
-        assert source is not None, "call setup first"
+        assert self.val_source is not None, "call setup first"
+        source = self._fitting(self.val_source)
         # Lightning recreates a loader for prediction, which only works with a sampler.
         sampler = StridedSampler(len(source), *self._rank_and_world())
         pairs = self.validation_pairs(source)
