@@ -192,7 +192,8 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         policies = get_args(LongCaptions)
         require(long_captions in policies, f"long_captions: {long_captions!r} must be one of {', '.join(policies)}")
         self.lists_captions = self.lists_captions and long_captions != "sentences"
-        self.on_error, self.max_skipped, self.long_captions = on_error, max_skipped, long_captions
+        self.on_error, self.max_skipped = on_error, max_skipped
+        self.long_captions: LongCaptions = long_captions
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.global_batch_size = global_batch_size
         self.augmentation = Augmentation() if augmentation is None else augmentation
