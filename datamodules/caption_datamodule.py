@@ -25,7 +25,8 @@ from datamodules.loading.sampling import (
     checked_budgets,
     sample_seed,
 )
-from datamodules.pairs.caption_lengths import LongCaptions, refuse_long, report_truncation
+from datamodules.pairs.caption_lengths import LongCaptions, refuse_long, report_long
+from datamodules.pairs.sentences import FittingCaptions
 from datamodules.pairs.source import PairSource
 from datamodules.pairs.stored_features import (
     StoredImages,
@@ -160,7 +161,8 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         on_error: for samples that cannot be used: ``error`` ends the run and names the sample; ``skip`` drops it from
             its batch, counts it and lists it in the run's ``skipped.jsonl``. No other sample takes its place.
         max_skipped: with ``skip``, end the run once a larger share than this of at least 100 samples was skipped.
-        long_captions: for captions with more tokens than the model reads: ``truncate`` them, or ``error`` to end the
+        long_captions: for captions with more tokens than the model reads: ``truncate`` them; ``sentences`` to read
+            whole sentences of them that fit, others in each epoch (validation: the first ones); or ``error`` to end the
             run at the first.
         patch_budgets: for a NaFlex model: each training batch draws one of these numbers of patches (SigLIP 2 had
             ``[128, 256, 576, 784, 1024]``), the same on all ranks. None: the model's ``max_patches``, which is also
@@ -193,9 +195,11 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         require(on_error in get_args(OnError), f"on_error: {on_error!r} must be 'error' or 'skip'")
         require(0 <= max_skipped <= 1, f"max_skipped: {max_skipped} must be between 0 and 1")
         policies = get_args(LongCaptions)
-        require(long_captions in policies, f"long_captions: {long_captions!r} must be 'truncate' or 'error'")
+        require(long_captions in policies, f"long_captions: {long_captions!r} must be one of {', '.join(policies)}")
+        self.lists_captions = self.lists_captions and long_captions != "sentences"
         self.patch_budgets = checked_budgets(patch_budgets)
-        self.on_error, self.max_skipped, self.long_captions = on_error, max_skipped, long_captions
+        self.on_error, self.max_skipped = on_error, max_skipped
+        self.long_captions: LongCaptions = long_captions
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.global_batch_size = global_batch_size
         self.augmentation = Augmentation() if augmentation is None else augmentation
@@ -226,7 +230,7 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         if self.val_source is None or (stage == "fit" and self.train_source is None):
             self.train_source, self.val_source = self.sources(stage == "fit")
         if stage == "fit" and self.train_source is not None:
-            report_truncation(self.train_source, self.tokenize)
+            report_long(self.train_source, self.tokenize, self.long_captions)
 
     def _batches(self, start: Position = Position()) -> GlobalBatchSampler:  # noqa: B008  # immutable
         assert self.train_source is not None, "call setup('fit') first"
@@ -329,9 +333,12 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
     def _collate(self, stored: bool) -> _Collate:
         images, texts = (self.stored_images, self.stored_texts) if stored else (None, None)
         refuse_long = self.long_captions == "error"
+        return _Collate(self.tokenize, self.preprocessing.shape, refuse_long, images, texts)
+
+    def _fitting(self, source: PairSource) -> PairSource:
         # By now the model has the tokenizer of the checkpoint that it was restored from, which may be another one.
         self.tokenize = getattr(getattr(self.trainer, "lightning_module", None), "tokenize", self.tokenize)
-        return _Collate(self.tokenize, self.preprocessing.shape, refuse_long, images, texts)
+        return FittingCaptions(source, self.tokenize) if self.long_captions == "sentences" else source
 
     def _loader(self, dataset: Dataset[Any], stored: bool = True, **sampling: Any) -> DataLoader[Any]:
         return ResumableLoader(
@@ -363,6 +370,7 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         assert source is not None
         if overfit:  # the same batches in every epoch, augmented the same way
             batches.reshuffle = False
+        source = self._fitting(source)
         if self.stored_images:
             require(not self.patch_budgets, "data.patch_budgets: FrozenFeatures encodes each image once; leave one out")
             return self._loader(StoredTraining(source, self.stored_images, self.seed), batch_sampler=batches)
@@ -378,8 +386,8 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         return ValidationPairs(source, pixels(self.preprocessing))
 
     def val_dataloader(self) -> DataLoader[Any]:
-        source = self.val_source
-        assert source is not None, "call setup first"
+        assert self.val_source is not None, "call setup first"
+        source = self._fitting(self.val_source)
         batches = EvaluationBatchSampler(len(source), self.batch_size, *self._rank_and_world())
         if self.stored_images:
             return self._loader(StoredValidation(source, self.stored_images), batch_sampler=batches)
@@ -389,8 +397,8 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         return self.val_dataloader()
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        source = self.val_source
-        assert source is not None, "call setup first"
+        assert self.val_source is not None, "call setup first"
+        source = self._fitting(self.val_source)
         # Lightning recreates a loader for prediction, which only works with a sampler.
         sampler = StridedSampler(len(source), *self._rank_and_world())
         pairs = self.validation_pairs(source)

@@ -82,7 +82,7 @@ class Captions(CaptionDataModule):
         epoch_size: pairs in an epoch of a mixture; None: as many as its parts have together.
         on_error: ``error`` or ``skip``, see :class:`datamodules.caption_datamodule.CaptionDataModule`.
         max_skipped: largest share of skipped samples.
-        long_captions: ``truncate`` or ``error``.
+        long_captions: ``truncate``, ``sentences`` or ``error``.
         templates: reads ``train`` as a folder with a subfolder of images for each class, and ``val`` if it is a folder;
             the captions are these prompt templates with the class's name for ``{}``: ``imagenet``, ``paper:NAME``,
             ``clip_benchmark:NAME``, a YAML file, a template or a list. A class is a group of duplicates, see

@@ -6,12 +6,13 @@ from typing import Literal, NamedTuple
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
+from datamodules.pairs.sentences import sentences
 from datamodules.pairs.source import PairSource, Rows
 from lit_clip.distributed import rank_and_world
 from lit_clip.errors import BadSample, InputError
 from lit_clip.models.tokenizer import TextTokenizer
 
-LongCaptions = Literal["truncate", "error"]
+LongCaptions = Literal["truncate", "sentences", "error"]
 MOST_OF_A_ROW = 100  # captions that are measured
 SAMPLED = 2000  # captions take about 50 microseconds each
 
@@ -24,12 +25,14 @@ class CaptionStatistics(NamedTuple):
         truncated: share of them that is truncated, from 0 to 1.
         tokens_lost: mean number of tokens that the truncated ones lose; 0 if there are none.
         longest: tokens of the longest, start and end included.
+        endless: share of the captions that are truncated although they are cut into sentences: no sentence fits.
     """
 
     captions: int
     truncated: float
     tokens_lost: float
     longest: int
+    endless: float
 
 
 def caption_statistics(source: PairSource, tokenizer: TextTokenizer, sample: int | None = SAMPLED) -> CaptionStatistics:
@@ -41,16 +44,35 @@ def caption_statistics(source: PairSource, tokenizer: TextTokenizer, sample: int
         sample: number of evenly spread rows to measure, about; None: all.
     """
     step = 1 if sample is None else max(1, -(-len(source) // sample))
-    counts = []
+    counts, endless, context = [], 0, tokenizer.context_length
     for index in range(0, len(source), step):
         try:
             captions = source.captions(index)
         except BadSample:
             continue
-        counts += [tokenizer.count(caption) for caption in captions[:MOST_OF_A_ROW]]
-    lost = [count - tokenizer.context_length for count in counts if count > tokenizer.context_length]
-    share, mean = len(lost) / max(1, len(counts)), sum(lost) / max(1, len(lost))
-    return CaptionStatistics(len(counts), share, mean, max(counts, default=0))
+        for caption in captions[:MOST_OF_A_ROW]:
+            counts.append(tokenizer.count(caption))
+            endless += counts[-1] > context and all(tokenizer.count(part) > context for part in sentences(caption))
+    lost = [count - context for count in counts if count > context]
+    number, mean = max(1, len(counts)), sum(lost) / max(1, len(lost))
+    return CaptionStatistics(len(counts), len(lost) / number, mean, max(counts, default=0), endless / number)
+
+
+def report_long(source: PairSource, tokenizer: TextTokenizer, policy: LongCaptions) -> None:
+    """Print on the first rank what becomes of captions that exceed the context."""
+    if rank_and_world()[0]:
+        return
+    first = np.arange(min(len(source), SAMPLED))  # not spread: that would fetch every shard of a store
+    found, context = caption_statistics(Rows(source, first), tokenizer), tokenizer.context_length
+    if found.truncated:
+        what = f"captions: {found.truncated:.1%} of the first {found.captions}"
+        rank_zero_info(
+            f"{what} exceed {context} tokens and are read by sentences that fit; {found.endless:.1%} are truncated, as "
+            "not one sentence fits (model.context_length)"
+            if policy == "sentences"
+            else f"{what} are truncated to {context} tokens and lose {found.tokens_lost:.1f} on average "
+            "(model.context_length, data.long_captions)"
+        )
 
 
 def refuse_long(captions: Sequence[str], keys: Sequence[str], tokenizer: TextTokenizer) -> None:
@@ -60,18 +82,5 @@ def refuse_long(captions: Sequence[str], keys: Sequence[str], tokenizer: TextTok
         if count > tokenizer.context_length:
             raise InputError(
                 f"{key}: its caption has {count} tokens, the model reads {tokenizer.context_length}; shorten it, "
-                f"or set long_captions to truncate: {caption[:60]!r}"
+                f"or set long_captions to sentences or truncate: {caption[:60]!r}"
             )
-
-
-def report_truncation(source: PairSource, tokenize: TextTokenizer) -> None:
-    """Print on the first rank how many of a source's captions are truncated, if any are."""
-    if rank_and_world()[0]:
-        return
-    first = np.arange(min(len(source), SAMPLED))  # not spread: that would fetch every shard of a store
-    found = caption_statistics(Rows(source, first), tokenize)
-    if found.truncated:
-        rank_zero_info(
-            f"captions: {found.truncated:.1%} of the first {found.captions} are truncated to {tokenize.context_length} "
-            f"tokens and lose {found.tokens_lost:.1f} on average (model.context_length, data.long_captions)"
-        )

@@ -11,6 +11,7 @@ from rich.table import Table
 from torch import Tensor
 
 from lit_clip import load_model
+from lit_clip.embedding.compact import TRUNCATED_FROM, truncated
 from lit_clip.embedding.encode import EncodingSettings
 from lit_clip.embedding.feature_files import WRITE_AGAIN, read_features
 from lit_clip.embedding.image_files import FileRows, ImageFile, images_in
@@ -99,6 +100,7 @@ def search(
     vectors = _encode_queries(clip, queries, image or [])  # before the folder: an unreadable query ends the command
     if stored:
         searched = _stored(path, clip)
+        vectors = truncated(vectors, searched.features.shape[1])
     else:
         settings = EncodingSettings(batch_size, num_workers, precision=precision, on_error=on_error)
         table = update_index(clip, files, Path(index) if index else path / INDEX, settings)
@@ -127,7 +129,11 @@ def _stored(path: Path, model: CLIP) -> Searched:
     require(same, f"{path}: features of another model ({theirs}); give that one as --model, or embed again with yours")
     require(bool(stored.keys), f"{path}: no features in it")
     width, ours = stored.features.shape[1], model.config.embed_dim
-    require(width == ours, f"{path}: has features of {width} numbers, but the model's have {ours}; {WRITE_AGAIN}")
+    whole = stored.metadata.get(TRUNCATED_FROM, str(width))
+    require(
+        whole == str(ours) and width <= ours,
+        f"{path}: has features of {width} numbers, but the model's have {ours}; {WRITE_AGAIN}",
+    )
     root = stored.metadata.get("root")
     files = [None if root is None else Path(root, key) for key in stored.keys]
     if not stored.captions:

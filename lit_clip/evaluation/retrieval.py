@@ -1,7 +1,7 @@
 """Retrieval and loss of a set of image-caption pairs that is distributed over the ranks."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_clip import distributed
-from lit_clip.evaluation.data import CaptionedImages
 from lit_clip.evaluation.prompts import Prompts, templates_of
 from lit_clip.evaluation.retrieval_metrics import (
     Pairs,
@@ -260,8 +259,16 @@ def evaluate_pairs(image_ID: Tensor, text_TD: Tensor, pairs: Pairs) -> Evaluatio
     return Evaluation(retrieval_metrics(ranks, pairs), _baselines(pairs))
 
 
+class Captioned(Protocol):
+    """Images by row that have captions, such as :class:`lit_clip.evaluation.data.CaptionedImages`."""
+
+    def captions(self, index: int) -> list[str]:
+        """Return all captions of an image, at least one."""
+        ...
+
+
 def caption_texts(
-    images: CaptionedImages, rows: Sequence[int], templates: str | Sequence[str] | None
+    images: Captioned, rows: Sequence[int], templates: str | Sequence[str] | None
 ) -> tuple[Prompts, Pairs]:
     """Return the distinct captions of a set as prompts, and which image (by its place in ``rows``) each belongs to.
 

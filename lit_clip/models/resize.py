@@ -20,6 +20,8 @@ from lit_clip.models.config import (
 from lit_clip.models.custom_config import CustomEncoderConfig
 from lit_clip.models.external import TimmImageEncoder, resized_trunk
 
+KEPT_POSITIONS = 20  # of a text: Long-CLIP's count of the positions that CLIP's short captions have trained well
+
 
 def resized(config: CLIPConfig, image_size: Size | None, context_length: int | None) -> CLIPConfig:
     """Return the architecture with other sizes; None keeps a size.
@@ -65,8 +67,8 @@ def resize_weights(state: dict[str, Tensor], old: CLIPConfig, new: CLIPConfig) -
     """Adapt weights of ``old`` to ``new``, its :func:`resized` architecture.
 
     The image encoder's position embedding is interpolated (bicubic, antialiased, as in open_clip and timm). The text
-    encoder's is truncated at the end, or extended with copies of the last position: features of captions that fit both
-    lengths stay bit-identical.
+    encoder's is truncated at the end, or :func:`stretched`: features of captions of at most ``KEPT_POSITIONS`` tokens
+    stay bit-identical, of longer ones only when the context is shortened.
     """
     state = dict(state)
     if new.image != old.image:
@@ -74,9 +76,29 @@ def resize_weights(state: dict[str, Tensor], old: CLIPConfig, new: CLIPConfig) -
     key = "positional_embedding"
     if new.text != old.text and isinstance(new.text, TextTransformerConfig):
         positions, length = state[key], new.text.context_length
-        more = positions[-1:].expand(max(0, length - len(positions)), -1)
-        state[key] = torch.cat([positions[:length], more])
+        state[key] = stretched(positions, length) if length > len(positions) else positions[:length]
     return state
+
+
+def stretched(position_LW: Tensor, length: int) -> Tensor:
+    """Lengthen a text encoder's position embedding as Long-CLIP does, so that order and distance keep their meaning.
+
+    The first ``KEPT_POSITIONS``, which short captions have trained well, stay bit-identical. The others are stretched
+    by the ratio that fits, (length - kept) / (L - kept), which from 77 to 248 is 4: new position i lies at the old
+    position kept + (i - kept) / ratio, interpolated linearly, and on the line through the last two beyond the last
+    (Zhang et al. 2024, "Long-CLIP", knowledge-preserved stretching; its code has the ratio 4 alone). Of a table too
+    short to keep so many, all but two positions are kept.
+
+    Args:
+        position_LW: ``[L, W]``, L at least 2.
+        length: number of positions wanted, more than L.
+    """
+    kept = min(KEPT_POSITIONS, len(position_LW) - 2)
+    ratio = (length - kept) / (len(position_LW) - kept)
+    place = kept + torch.arange(length - kept, dtype=torch.float64) / ratio
+    left = place.long().clamp(max=len(position_LW) - 2)  # beyond the last: the line through the last two
+    share = (place - left).to(position_LW)[:, None]
+    return torch.cat([position_LW[:kept], position_LW[left].lerp(position_LW[left + 1], share)])
 
 
 def _image(state: dict[str, Tensor], old: CLIPConfig, new: CLIPConfig) -> dict[str, Tensor]:

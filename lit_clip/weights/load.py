@@ -71,8 +71,9 @@ def load_model(
         architecture: required if the file does not name its own; otherwise the two must agree. A name leaves the
             preprocessing to the weights.
         image_size: overrides the weights'; the position embedding is interpolated (bicubic, antialiased).
-        context_length: overrides the weights'; positions are truncated at the end, or extended with copies of the last
-            one, so the features of captions that fit both lengths stay the same.
+        context_length: overrides the weights'; positions are truncated at the end, or those beyond the 20th are
+            stretched as in Long-CLIP, see :func:`lit_clip.models.resize.stretched`. The features of captions of up to
+            20 tokens stay the same.
 
     Raises:
         InputError: the source does not exist, is unreadable, is of another architecture or names none. Nothing in a

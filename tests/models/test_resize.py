@@ -1,4 +1,4 @@
-"""Weights at another image size give open_clip's features; at another context length captions keep their bits."""
+"""Weights at another image size give open_clip's features; at another context length short captions keep their bits."""
 
 import json
 from pathlib import Path
@@ -24,6 +24,7 @@ from lit_clip.models.config import (
     height_width,
 )
 from lit_clip.models.open_clip_configs import from_open_clip
+from lit_clip.models.resize import stretched
 
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2}
 SIGLIP_TEXT = {
@@ -139,16 +140,53 @@ def test_captions_that_fit_either_context_keep_their_bits(vit: Path, length: int
         torch.testing.assert_close(full, before.encode_text(short, normalize=True), rtol=0, atol=1e-6)
 
 
-def test_new_positions_are_copies_of_the_last_one(vit: Path) -> None:
-    before = load_model(vit).state_dict()["positional_embedding"]
-    longer = load_model(vit, context_length=20).state_dict()["positional_embedding"]
-    assert longer.shape == (20, 64)
-    assert torch.equal(longer[:16], before)
-    assert all(torch.equal(row, before[15]) for row in longer[16:])
-    assert torch.equal(load_model(vit, context_length=7).state_dict()["positional_embedding"], before[:7])
+@pytest.fixture(scope="module")
+def long_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with CLIP's context of 77."""
+    return save_folder(tmp_path_factory.mktemp("long"), {**model_cfg(VIT), "text_cfg": {**TEXT, "context_length": 77}})
+
+
+def test_positions_of_77_are_stretched_to_248_as_long_clip_does(long_text: Path) -> None:
+    """The oracle is the paper's text, a position at a time: 20 are kept, and 57 become 4 x 57."""
+    before = load_model(long_text).state_dict()["positional_embedding"].double()
+    longer = load_model(long_text, context_length=248).state_dict()["positional_embedding"]
+    assert torch.equal(longer[:20], before[:20].float())
+    for i in range(20, 248):
+        whole, quarter = divmod(i - 20, 4)
+        first = 20 + whole
+        step = before[first + 1] - before[first] if first < 76 else before[76] - before[75]
+        torch.testing.assert_close(longer[i].double(), before[first] + step * quarter / 4, rtol=0, atol=1e-6)
+    assert torch.equal(
+        load_model(long_text, context_length=30).state_dict()["positional_embedding"], before[:30].float()
+    )
+
+
+@pytest.mark.parametrize("length", [78, 100, 248, 308])
+def test_captions_of_20_tokens_keep_their_bits_in_a_longer_context_and_longer_ones_keep_their_order(
+    long_text: Path, length: int
+) -> None:
+    before, after = load_model(long_text), load_model(long_text, context_length=length)
+    texts = ["a dog", "", "cat " * 18]
+    short = before.tokenizer.trim(before.tokenize(texts))
+    assert short.shape == (3, 20)
+    long = after.tokenizer.trim(after.tokenize(["cat " * 70 + "dog", "dog " + "cat " * 70]))
     with torch.no_grad():
-        features = load_model(vit, context_length=20).encode_text(torch.randint(1, 9, (2, 20)))
-    assert features.isfinite().all()
+        assert torch.equal(before.encode_text(short), after.encode_text(short))
+        assert after.encode_text(long).isfinite().all()
+    positions = after.state_dict()["positional_embedding"]
+    assert (positions.diff(dim=0).abs().sum(dim=1) > 0).all()  # copies of a position would hide the order
+
+
+@pytest.mark.parametrize(("size", "length"), [(16, 20), (22, 23), (21, 84), (3, 12), (2, 5)])
+def test_stretched_positions_of_any_table_lie_on_the_lines_between_the_old_ones(size: int, length: int) -> None:
+    """A table whose rows are its positions must stay a straight, even line beyond those that are kept."""
+    line = torch.arange(size, dtype=torch.float64)[:, None].expand(-1, 3)
+    new = stretched(line, length)
+    assert new.shape == (length, 3)
+    kept = min(20, size - 2)
+    assert torch.equal(new[:kept], line[:kept])
+    expected = torch.linspace(kept, size, length - kept + 1, dtype=torch.float64)[:-1]
+    torch.testing.assert_close(new[kept:, 0], expected, rtol=0, atol=1e-9)
 
 
 def test_siglip_refuses_another_context_length_with_the_reason(tmp_path: Path) -> None:

@@ -182,3 +182,86 @@ def test_features_of_another_model_and_other_files_are_refused(
             run_command(["search", file, "kite", "--model", str(tiny_checkpoint)])
     with pytest.raises(InputError, match=r"--index i.npz: features.npy holds features already"):
         run_command(["search", "features.npy", "kite", "--index", "i.npz", "--model", str(tiny_checkpoint)])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("output", ["features.npy", "features.parquet"])
+def test_search_in_smaller_features_scores_what_the_file_stores(
+    folder: Path, tiny_checkpoint: Path, output: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The oracle reads the file itself: int8 levels of the first 9 dimensions, decoded as documented."""
+    model = ["--model", str(tiny_checkpoint)]
+    embed("images/t.csv", *model, "--output", "whole.npy")
+    embed("images/t.csv", *model, "--output", output, "--dimensions", "9", "--dtype", "int8")
+    if output.endswith(".npy"):
+        codes, about = np.load(output), json.loads(Path("features.keys.json").read_text())
+        scale = json.loads(about["int8_scale"])
+    else:
+        table = pq.read_table(output)
+        codes = np.array(table["feature"].to_pylist(), dtype=np.int8)
+        assert table.schema.field("feature").type == pa.list_(pa.int8(), 9)
+        scale = json.loads((table.schema.metadata or {})[b"int8_scale"])
+    assert codes.dtype == np.int8
+    assert codes.shape == (3, 9)
+    stored = np.array(scale["start"]) + np.array(scale["step"]) * (codes.astype(np.float64) + 128)
+    stored /= np.linalg.norm(stored, axis=1, keepdims=True)
+    whole = np.load("whole.npy")[:, :9]
+    assert np.abs(stored - whole / np.linalg.norm(whole, axis=1, keepdims=True)).max() < 0.02
+    clip = load_model(tiny_checkpoint)
+    query = clip.encode_text(clip.tokenize(QUERIES[0])).double().numpy()[0, :9]
+    expected = sorted(stored @ query / np.linalg.norm(query), reverse=True)
+    capsys.readouterr()
+    run_command(["search", output, QUERIES[0], *model])
+    rows = [line.split("│") for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert [float(row[2]) for row in rows] == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_check_prints_the_recall_of_whole_and_stored_features(
+    folder: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model", str(tiny_checkpoint), "--output", "features.npy", "--check", "images/t.csv"]
+    embed("images/t.csv", *options, "--dimensions", "1")
+    out = capsys.readouterr().out
+    assert "3 images, 4 captions" in out
+    rows = {
+        row[1].strip(): [float(cell) for cell in row[2:5]]
+        for row in (line.split("│") for line in out.splitlines())
+        if len(row) > 4
+    }
+    assert list(rows) == [f"{way}, recall@{k}" for way in ("image to text", "text to image") for k in (1, 5, 10)]
+    for whole, stored, difference in rows.values():
+        assert stored - whole == pytest.approx(difference, abs=0.011)
+    assert rows["image to text, recall@5"][:2] == rows["text to image, recall@5"][:2] == [100, 100]
+    clip, source = load_model(tiny_checkpoint), open_source("images/t.csv")
+    images = torch.stack([clip.preprocess(source.load(row, None).image) for row in (0, 1, 3)])
+    texts = ["a red kite", "two dogs", "two dogs", "a kite", "Äpfel"]
+    with torch.no_grad():
+        text, image = (f[:, :1].sign() for f in (clip.encode_text(clip.tokenize(texts)), clip.encode_image(images)))
+    scores = (text @ image.T).numpy()
+    wins = [
+        all(scores[row, own] > scores[row, other] for other in {0, 1, 2} - {own})
+        for row, own in enumerate((0, 1, 1, 0, 2))
+    ]
+    assert rows["text to image, recall@1"][1] == pytest.approx(100 * np.mean(wins), abs=0.01)  # a tie is a miss
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--dimensions", "0"], "--dimensions 0: must be from 1 to 15; the model's features have 16"),
+        (["--dimensions", "16"], "--dimensions 16: must be from 1 to 15"),
+        (["--check", "images/t.csv"], "--check images/t.csv: full features lose nothing; give --dimensions or --dtype"),
+        (["--dtype", "int8", "--check", "nowhere.csv"], "nowhere.csv: no such file"),
+    ],
+)
+def test_sizes_that_mean_nothing_are_refused_before_anything_is_encoded(
+    folder: Path, tiny_checkpoint: Path, options: list[str], message: str
+) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        embed("images/t.csv", "--model", str(tiny_checkpoint), "--output", "features.npy", *options)
+    assert not Path("features.npy").exists()
+
+
+def test_a_single_row_has_no_range_for_int8(folder: Path, tiny_checkpoint: Path) -> None:
+    with pytest.raises(InputError, match="--dtype int8: .* there is only one"):
+        embed("images/a.png", "--model", str(tiny_checkpoint), "--output", "features.npy", "--dtype", "int8")
