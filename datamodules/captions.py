@@ -189,7 +189,7 @@ class Captions(CaptionDataModule):
                 **self._options,
                 versions=self._versions,
             )
-            return source if scores is None else kept_pairs(source, scores, "data.scores:")
+            return source if scores is None else kept_pairs(source, scores, "data.scores")
 
         scores = self.scores if split == "train" else None
         if isinstance(data, str | Mapping | PairSource):

@@ -10,6 +10,7 @@ from datamodules.pairs.source import EncodedPair, Pair, PairSource, Rows, Text
 from lit_clip.embedding.pair_scores import pair_hash
 from lit_clip.errors import BadSample, InputError, require
 from lit_clip.tools.hashing import hex_digest
+from lit_clip.tools.reading import naming
 
 CHECKED = 100  # pairs that are compared with the source before it is used
 
@@ -25,19 +26,20 @@ def kept_pairs(source: PairSource, path: str | Path, option: str = "") -> "KeptP
     Raises:
         InputError: the file is damaged, is of other pairs, or keeps none.
     """
-    file = ScoreFile(Path(path).expanduser(), option)
-    other = "it is of other data, or they have changed since; score them again"
-    require(
-        file.rows == len(source),
-        f"{option} {path}: has scores of {file.rows:,} rows, and the data have {len(source):,}; {other}".lstrip(),
-    )
-    for name, version in source.versions.items():
-        known = file.versions.get(name, version)
-        require(known == version, f"{option} {path}: is of version {known} of {name}, not {version}; {other}".lstrip())
-    kept = KeptPairs(source, *file.kept(), f"{option} {path}".lstrip())
-    for index in range(min(CHECKED, len(kept))):  # the first, not spread: that would fetch every shard of a store
-        kept.check_captions(index)
-    return kept
+    with naming(option):
+        file = ScoreFile(Path(path).expanduser())
+        other = "it is of other data, or they have changed since; score them again"
+        require(
+            file.rows == len(source),
+            f"{path}: has scores of {file.rows:,} rows, and the data have {len(source):,}; {other}",
+        )
+        for name, version in source.versions.items():
+            known = file.versions.get(name, version)
+            require(known == version, f"{path}: is of version {known} of {name}, not {version}; {other}")
+        kept = KeptPairs(source, *file.kept(), str(path))
+        for index in range(min(CHECKED, len(kept))):  # the first, not spread: that would fetch every shard of a store
+            kept.check_captions(index)
+        return kept
 
 
 class KeptPairs(Rows):

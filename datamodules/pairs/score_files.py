@@ -69,7 +69,7 @@ def write_scores(
             filtered, cut = _filtered(table, filters, cut, counts)
             writer.write_table(filtered)
         if not counts.kept:
-            why = ", ".join(f"{name} {count:,}" for name, count in counts.removed.items())
+            why = ", ".join(f"{name} {count:,}" for name, count in counts.removed.items() if count)
             raise InputError(f"none of {counts.pairs:,} pairs is kept (removed by {why}); loosen the filters")
     return counts
 
@@ -113,7 +113,6 @@ class ScoreFile:
 
     Args:
         path: the file.
-        option: that gave it, for messages.
 
     Attributes:
         metadata: such as the model and the source.
@@ -122,13 +121,13 @@ class ScoreFile:
         InputError: there is no such file, or it is damaged or something else.
     """
 
-    def __init__(self, path: Path, option: str = "") -> None:
-        self.path, self.option = path, option
-        with reading(path, "file of scores", option, WRITE_AGAIN):
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with reading(path, "file of scores", hint=WRITE_AGAIN):
             schema = pq.read_schema(path)
         require(schema.equals(SCHEMA), f"{path}: is no file of scores; {WRITE_AGAIN}")
         self.metadata = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
-        with reading(path, "file of scores", option, WRITE_AGAIN):
+        with reading(path, "file of scores", hint=WRITE_AGAIN):
             self.rows = int(self.metadata[ROWS])
             self.versions: dict[str, str] = dict(json.loads(self.metadata[VERSIONS]))
 
@@ -144,7 +143,7 @@ class ScoreFile:
         return True
 
     def _batches(self, names: list[str]) -> Iterator[pa.Table]:
-        with reading(self.path, "file of scores", self.option, WRITE_AGAIN):
+        with reading(self.path, "file of scores", hint=WRITE_AGAIN):
             file = pq.ParquetFile(self.path)
             for batch in file.iter_batches(GROUP, columns=names, use_threads=False):
                 batch.validate(full=True)
@@ -167,7 +166,7 @@ class ScoreFile:
         found = [(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))]
         for table in self._batches(["row", "pair", "kept"]):
             kept = table.filter(table["kept"])
-            with reading(self.path, "file of scores", self.option, WRITE_AGAIN):
+            with reading(self.path, "file of scores", hint=WRITE_AGAIN):
                 found.append((kept["row"].to_numpy(), kept["pair"].to_numpy()))
         rows, pairs = (np.concatenate(columns) for columns in zip(*found, strict=True))
         ordered = rows.dtype == pairs.dtype == np.int64 and bool((np.diff(rows) >= 0).all())
