@@ -80,10 +80,9 @@ def _in_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
     for table in tables:
         waiting = pa.concat_tables([waiting, table])
         while len(waiting) > GROUP:
-            yield waiting[:GROUP]
+            yield waiting[:GROUP].combine_chunks()
             waiting = waiting[GROUP:]
-        waiting = waiting.combine_chunks()
-    yield waiting
+    yield waiting.combine_chunks()
 
 
 def _filtered(table: pa.Table, filters: PairFilters, cut: Cut | None, counts: Filtered) -> tuple[pa.Table, Cut | None]:
