@@ -12,12 +12,13 @@ from datamodules.caption_datamodule import CaptionDataModule
 from datamodules.loading.augmentation import Augmentation, Transform
 from datamodules.open_source import open_source
 from datamodules.pairs.caption_lengths import LongCaptions
+from datamodules.pairs.kept import kept_pairs
 from datamodules.pairs.mixture import Mixture
 from datamodules.pairs.source import NO_CAPTION, PairSource
 from datamodules.shards.pairs import ShardOptions
 from lit_clip.batch import JUDGED_AFTER
 from lit_clip.distributed import gather_objects
-from lit_clip.errors import InputError
+from lit_clip.errors import InputError, require
 from lit_clip.tools.images import OnError
 from lit_clip.tools.untrusted import check_entries
 
@@ -31,10 +32,12 @@ class Weighted:
     Attributes:
         data: a path or several, which together are one source; or a source.
         weight: share of an epoch, relative to the other parts.
+        scores: see :class:`Captions`.
     """
 
     data: str | list[str] | PairSource
     weight: float = 1.0
+    scores: str | None = None
 
 
 # Mappings, not ``Weighted`` and ``PairSource``: for those the command line reads a path as a configuration file.
@@ -47,11 +50,15 @@ else:
 def _weighted(part: Weighted | Mapping[str, Any]) -> Weighted:
     if isinstance(part, Weighted):
         return part
-    data, weight = part.get("data"), part.get("weight", 1.0)
+    data, weight, scores = part.get("data"), part.get("weight", 1.0), part.get("scores")
     is_source = isinstance(data, str | list | Mapping | PairSource)
-    if not part.keys() <= {"data", "weight"} or not is_source or not isinstance(weight, int | float):
-        raise InputError(f"data: each part of a mixture needs data (a path) and weight (a number), not {dict(part)}")
-    return Weighted(open_source(data) if isinstance(data, Mapping) else data, weight)
+    others = isinstance(weight, int | float) and isinstance(scores, str | None)
+    if not part.keys() <= {"data", "weight", "scores"} or not is_source or not others:
+        raise InputError(
+            "data: each part of a mixture needs data (a path) and weight (a number), and may have scores (a path), not "
+            f"{dict(part)}"
+        )
+    return Weighted(open_source(data) if isinstance(data, Mapping) else data, weight, scores)
 
 
 class Captions(CaptionDataModule):
@@ -89,6 +96,8 @@ class Captions(CaptionDataModule):
             ``group_column``.
         class_names: of a folder of classes, as for an evaluation; None: the subfolders' names.
         patch_budgets: of a NaFlex model, see :class:`datamodules.caption_datamodule.CaptionDataModule`.
+        scores: of ``train``, a table of ``lit-clip score``; only the pairs that it keeps are used. Each part of a
+            mixture has its own.
     """
 
     def __init__(
@@ -115,12 +124,14 @@ class Captions(CaptionDataModule):
         templates: str | list[str] | None = None,
         class_names: str | list[str] | None = None,
         patch_budgets: list[int] | None = None,
+        scores: str | None = None,
     ) -> None:
         policies = (on_error, max_skipped, long_captions, patch_budgets)
         super().__init__(batch_size, num_workers, seed, augmentation, global_batch_size, *policies)
         if train is None and val is None:
             raise InputError("data: set train, val or both to a table, a folder or tar shards")
         self.train, self.val, self.epoch_size, self.negative_column = train, val, epoch_size, negative_column
+        self.scores = scores
         self._versions: dict[str, str] = {}  # of addresses in the data, to be the same on all ranks and after a resume
         self._splits = {"train": train_split, "validation": val_split}
         self._classes = {"templates": templates, "class_names": class_names}
@@ -167,12 +178,12 @@ class Captions(CaptionDataModule):
         return {name: version for source in sources for name, version in source.versions.items()}
 
     def _source(self, data: Data, split: str) -> PairSource:
-        def opened(path: str | Sequence[str] | Mapping[str, Any] | PairSource) -> PairSource:
+        def opened(path: str | Sequence[str] | Mapping[str, Any] | PairSource, scores: str | None = None) -> PairSource:
             paths = [path] if isinstance(path, str) else [] if isinstance(path, Mapping | PairSource) else path
             classes = (
                 self._classes if split == "train" or all(Path(each).expanduser().is_dir() for each in paths) else {}
             )
-            return open_source(
+            source = open_source(
                 path,
                 split=self._splits[split],
                 default_split=split,
@@ -180,15 +191,19 @@ class Captions(CaptionDataModule):
                 **self._options,
                 versions=self._versions,
             )
+            return source if scores is None else kept_pairs(source, scores, "data.scores")
 
+        scores = self.scores if split == "train" else None
         if isinstance(data, str | Mapping | PairSource):
-            return opened(data)
+            return opened(data, scores)
         parts = [_weighted(part) for part in data if isinstance(part, Weighted | Mapping)]
         if not parts:
-            return opened([str(path) for path in data])
+            return opened([str(path) for path in data], scores)
         if len(parts) < len(data):
             raise InputError("data: each part of a mixture needs data and weight; there is a bare path among them")
-        return Mixture([opened(part.data) for part in parts], [part.weight for part in parts], self.epoch_size)
+        require(scores is None, "data.scores: each part of a mixture has its own; write it beside the part's weight")
+        sources = [opened(part.data, part.scores) for part in parts]
+        return Mixture(sources, [part.weight for part in parts], self.epoch_size)
 
     def _open(self, data: Data, split: str) -> PairSource:
         source = self._source(data, split)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from datamodules.open_source import open_source
+from datamodules.pairs.kept import kept_pairs
 from datamodules.pairs.source import PairSource
 from datamodules.shards.writing import MANIFEST, ShardWriter, Written, keep_manifest, manifest_of, write_shards
 from lit_clip.errors import InputError, require
@@ -23,6 +24,7 @@ def shard(
     caption_column: str | None = None,
     group_column: str | None = None,
     split: str | None = None,
+    scores: str | None = None,
     on_error: OnError = "error",
 ) -> None:
     """Write pairs as tar shards in img2dataset's layout, with an index of each.
@@ -41,6 +43,7 @@ def shard(
         caption_column: of a table; detected automatically if not given.
         group_column: of a table; written to the shards' .json as group.
         split: of data that come in splits.
+        scores: a table of lit-clip score; only the pairs that it keeps are written.
         on_error: for pairs that cannot be read; skip lists them beside their shard in a .skipped.jsonl.
     """
     from filelock import FileLock, Timeout
@@ -58,6 +61,9 @@ def shard(
     require(not folder.exists() or folder.is_dir(), f"{folder}: is a file; give a folder")
     source = open_source(data, **options, option_prefix="--", on_error=on_error)
     source.prepare()
+    if scores is not None:
+        source = kept_pairs(source, scores, "--scores")
+        options["scores"] = source.digest
     make_folder(folder, "--output")
     try:
         with FileLock(folder / ".lock", timeout=0):

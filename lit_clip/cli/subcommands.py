@@ -28,6 +28,7 @@ COMMANDS: dict[str, str] = {
     "inspect": "datamodules.commands.inspect:inspect",
     "models": "lit_clip.commands.models:models",
     "overlap": "datamodules.commands.overlap:overlap",
+    "score": "datamodules.commands.score:score",
     "search": "lit_clip.commands.search:search",
     "shard": "datamodules.commands.shard:shard",
     "wise-ft": "lit_clip.commands.wise_ft:wise_ft",

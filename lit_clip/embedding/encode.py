@@ -142,9 +142,14 @@ def encode(
     if not batches:
         return []
     writer = PartWriter(identities, parts, settings.on_error, title)
-    trainer = make_trainer([writer], settings)
+    return predict(Encoder(model, task, batches, parts.stop, settings), writer)
+
+
+def predict(encoder: "Encoder", writer: "PartWriter") -> list[UnreadableRow] | None:
+    """Encode all batches and write them as parts; see :func:`encode`."""
+    trainer = make_trainer([writer], encoder.settings)
     try:
-        trainer.predict(Encoder(model, task, batches, parts.stop, settings), return_predictions=False)
+        trainer.predict(encoder, return_predictions=False)
     except SystemExit:  # Lightning exits on Ctrl-C
         if not trainer.interrupted or trainer.global_rank:
             raise
@@ -153,8 +158,8 @@ def encode(
     unreadable = sorted(distributed.gather_objects(writer.unreadable))  # every rank has written its last part
     if trainer.global_rank:
         return None
-    if unreadable and settings.on_error == "error":
-        parts.end()
+    if unreadable and encoder.settings.on_error == "error":
+        writer.parts.end()
         raise UnreadableError(or_skip(unreadable[0].message, "--on_error skip"))
     return unreadable
 
@@ -270,10 +275,7 @@ class PartWriter(Callback):
     ) -> None:
         if batch.rows:  # the width of an empty batch's features is unknown
             assert isinstance(pl_module, Encoder)
-            if pl_module.task.must_be_finite:
-                check_finite(outputs, self.identities[batch.rows[0]][0])
-            self._rows += batch.rows
-            self._features.append(outputs.cpu().numpy())
+            self._collect(pl_module.task, batch, outputs)
         self.unreadable += batch.unreadable
         if batch.unreadable and self.on_error == "error":
             self.parts.stop.touch()
@@ -289,6 +291,13 @@ class PartWriter(Callback):
         if hasattr(self, "_bar"):
             self._bar.__exit__(None, None, None)
         self._write()
+
+    def _collect(self, task: EncodingTask, batch: EncoderBatch, outputs: Tensor) -> None:
+        """Keep a batch's features until the next part is written."""
+        if task.must_be_finite:
+            check_finite(outputs, self.identities[batch.rows[0]][0])
+        self._rows += batch.rows
+        self._features.append(outputs.cpu().numpy())
 
     def _write(self) -> None:
         if self._rows:

@@ -65,6 +65,7 @@ class EncoderBatch(NamedTuple):
         counts: the number of images of each of them.
         notes: on each image, see :class:`ImageBatches`.
         unreadable: the other rows.
+        texts: of the images; see :class:`lit_clip.embedding.pair_scores.PairBatches`.
     """
 
     inputs: Tensor | None
@@ -72,6 +73,7 @@ class EncoderBatch(NamedTuple):
     counts: list[int]
     notes: list[Any]
     unreadable: list[UnreadableRow]
+    texts: Any = None
 
 
 def in_batches(rows: Sequence[int], batch_size: int) -> list[Sequence[int]]:

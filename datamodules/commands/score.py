@@ -1,0 +1,173 @@
+"""``lit-clip score``: the similarity of each pair of the training data, and which pairs are kept."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from PIL import Image
+
+from datamodules.open_source import open_source, stamp_of_data
+from datamodules.pairs.pair_filters import PairFilters
+from datamodules.pairs.score_files import ROWS, VERSIONS, Filtered, ScoreFile, check_output, write_scores
+from datamodules.pairs.source import PairSource
+from lit_clip import load_model
+from lit_clip.embedding.encode import EncodingSettings
+from lit_clip.embedding.pair_scores import ScoreParts, check_all_scored, score_pairs
+from lit_clip.embedding.precision import Precision, check_precision
+from lit_clip.errors import require
+from lit_clip.tools.console import stderr
+from lit_clip.tools.hashing import hex_digest
+from lit_clip.tools.images import OnError
+from lit_clip.version import __version__
+from lit_clip.weights.fingerprint import fingerprint
+
+
+def score(
+    data: list[str],
+    *,
+    output: str,
+    model: str | None = None,
+    keep: float | None = None,
+    threshold: float | None = None,
+    min_caption_words: int | None = None,
+    min_caption_chars: int | None = None,
+    min_image_dim: int | None = None,
+    max_aspect_ratio: float | None = None,
+    root: str | None = None,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    split: str | None = None,
+    templates: str | None = None,
+    class_names: str | None = None,
+    batch_size: int = 64,
+    num_workers: int = 4,
+    devices: int = 1,
+    accelerator: str = "auto",
+    precision: Precision = "32-true",
+    on_error: OnError = "error",
+) -> None:
+    """Score how well each caption fits its image, and choose the pairs to train on.
+
+    The score is the cosine similarity of the model's features. The table has a row for each image and caption, with
+    the score, whether the pair is kept, and the filters that remove it. fit and shard read the kept pairs with it. The
+    same command resumes an interrupted run.
+
+    Args:
+        data: whatever training takes; or a table that this command wrote, to filter it anew without a model.
+        output: scores.parquet.
+        model: a checkpoint, or a name that lit_clip.load_model understands.
+        keep: keep this share of the pairs, those with the highest scores.
+        threshold: instead of keep, the least score.
+        min_caption_words: keep captions of at least so many words.
+        min_caption_chars: keep captions of at least so many characters.
+        min_image_dim: keep images whose shorter side has at least so many pixels.
+        max_aspect_ratio: keep images whose longer side is at most so many times the shorter.
+        root: of a table, folder that relative image paths start from.
+        image_column: of a table; detected automatically by default.
+        caption_column: of a table; detected automatically by default.
+        split: of data that come in splits; train by default.
+        templates: for the captions of a folder of classes; see data.templates of training.
+        class_names: of a folder of classes; see data.class_names of training.
+        batch_size: images, and then captions, that each process encodes at once.
+        num_workers: processes that decode images, for each process.
+        devices: number of processes, one per device.
+        accelerator: cpu, gpu, mps, ...
+        precision: of the encoders; 32-true is exact, bf16-mixed and on a GPU 16-mixed are faster.
+        on_error: error ends the run at a pair that cannot be read; skip lists it in the table.
+    """
+    path = Path(output)
+    check_output(path)
+    require(bool(data), "no data: name a table, a folder or shards before the options")
+    filters = PairFilters(keep, threshold, min_caption_words, min_caption_chars, min_image_dim, max_aspect_ratio)
+    if len(data) == 1 and ScoreFile.is_one(Path(data[0])):
+        require(model is None, f"--model: {data[0]} has scores already; leave it out, or give the data themselves")
+        _report(path, _filter_again(ScoreFile(Path(data[0])), path, filters), filters)
+        return
+    require(model is not None, "--model: not given; it is needed to score pairs")
+    check_precision(precision, accelerator)
+    options = {
+        "root": root,
+        "image_column": image_column,
+        "caption_column": caption_column,
+        "split": split,
+        "templates": templates,
+        "class_names": class_names,
+    }
+    source = _opened(data, options, on_error)
+    settings = EncodingSettings(batch_size, num_workers, devices, accelerator, precision, on_error)
+    counts = _score(source, stamp_of_data(data, options, source, [path]), str(model), path, settings, filters, data)
+    if counts is not None:
+        _report(path, counts, filters)
+
+
+def _opened(data: list[str], options: dict[str, Any], on_error: OnError) -> PairSource:
+    source = open_source(data, **options, default_split="train", option_prefix="--", on_error=on_error)
+    source.prepare()
+    if source.left_out.counts:
+        stderr().print(f"{source.left_out} left out")
+    return source
+
+
+def _filter_again(file: ScoreFile, path: Path, filters: PairFilters) -> Filtered:
+    return write_scores(path, file.pairs(), file.scores(), filters, file.metadata)
+
+
+def _score(
+    source: PairSource,
+    stamp: str,
+    model: str,
+    path: Path,
+    settings: EncodingSettings,
+    filters: PairFilters,
+    data: Sequence[str],
+) -> Filtered | None:
+    """Score the pairs of a source and write the table; None on other ranks than the first."""
+    clip = load_model(model)
+    name = fingerprint(clip).model
+    parts = _parts(path, {each: hex_digest([name, each, stamp]) for each in get_args(Precision)}, settings.precision)
+    unreadable = score_pairs(clip, SourceRows(source), parts, settings)
+    if unreadable is None:
+        return None
+    check_all_scored(parts, len(source), unreadable)
+    metadata = {"model": model, "model_sha256": name, "precision": settings.precision, "lit_clip": __version__}
+    metadata |= {"data": json.dumps(list(data)), ROWS: str(len(source)), VERSIONS: json.dumps(source.versions)}
+    counts = write_scores(path, parts.in_order(len(source), unreadable), parts.scores(), filters, metadata)
+    parts.remove()
+    return counts
+
+
+def _parts(path: Path, keys: dict[Precision, str], precision: Precision) -> ScoreParts:
+    parts = ScoreParts(path, keys[precision])
+    begun = parts.models()
+    for other, key in keys.items():
+        require(
+            other == precision or key not in begun,
+            f"--precision {precision}: the unfinished {path} was begun in {other}; give that, or remove {parts.folder}",
+        )
+    return parts
+
+
+class SourceRows:
+    """The pairs of a source as :class:`lit_clip.embedding.pair_scores.PairRows`."""
+
+    def __init__(self, source: PairSource) -> None:
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, row: int) -> tuple[str, list[Image.Image]]:
+        pair = self.source.load(row, None)
+        return pair.key, [pair.image]
+
+    def captions(self, row: int) -> list[str]:
+        return list(dict.fromkeys(self.source.captions(row)))
+
+
+def _report(path: Path, counts: Filtered, filters: PairFilters) -> None:
+    out = stderr()
+    for name, count in counts.removed.items():
+        if count:
+            out.print(f"{name}: {count:,} removed")
+    out.print(f"{path}: {counts.pairs:,} pairs, {counts.kept:,} kept")

@@ -1,0 +1,149 @@
+"""The pairs of a source that a file of scores keeps."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+
+from datamodules.pairs.score_files import ScoreFile
+from datamodules.pairs.source import EncodedPair, Pair, PairSource, Rows, Text
+from lit_clip.embedding.pair_scores import pair_hash
+from lit_clip.errors import BadSample, InputError, require
+from lit_clip.tools.hashing import hex_digest
+from lit_clip.tools.reading import naming
+
+CHECKED = 100  # pairs that are compared with the source before it is used
+
+
+def kept_pairs(source: PairSource, path: str | Path, option: str = "") -> "KeptPairs":
+    """Return the pairs of a source that a file of scores keeps.
+
+    Args:
+        source: that was scored.
+        path: what ``lit-clip score`` wrote.
+        option: that gave it, for messages.
+
+    Raises:
+        InputError: the file is damaged, is of other pairs, or keeps none.
+    """
+    with naming(option):
+        file = ScoreFile(Path(path).expanduser())
+        other = "it is of other data, or they have changed since; score them again"
+        require(
+            file.rows == len(source),
+            f"{path}: has scores of {file.rows:,} rows, and the data have {len(source):,}; {other}",
+        )
+        for name, version in source.versions.items():
+            known = file.versions.get(name, version)
+            require(known == version, f"{path}: is of version {known} of {name}, not {version}; {other}")
+        kept = KeptPairs(source, *file.kept(), str(path))
+        for index in range(min(CHECKED, len(kept))):  # the first, not spread: that would fetch every shard of a store
+            kept.check_captions(index)
+        return kept
+
+
+class KeptPairs(Rows):
+    """Some pairs of a source: rows with some of their captions.
+
+    Each pair is compared with the one that was scored when it is loaded, so that none is used with another's score.
+
+    Args:
+        source: that they belong to.
+        rows: of each pair, int ``[K]``, ascending.
+        pairs: :func:`lit_clip.embedding.pair_scores.pair_hash` of each, int64 ``[K]``.
+        name: of the file of scores, for messages.
+    """
+
+    def __init__(self, source: PairSource, rows: np.ndarray, pairs: np.ndarray, name: str) -> None:
+        first = np.flatnonzero(np.diff(rows, prepend=-1))  # place of each row's first pair
+        super().__init__(source, rows[first])
+        self.pairs, self.name = pairs, name
+        self._starts = None if len(first) == len(rows) else np.append(first, len(rows))  # None: a caption for each row
+
+    @property
+    def digest(self) -> str:
+        """A hash that changes with the pairs."""
+        return hex_digest([self.rows.tobytes(), self.pairs.tobytes()])
+
+    def _hashes(self, index: int) -> np.ndarray:
+        if self._starts is None:
+            return self.pairs[index : index + 1]
+        return self.pairs[self._starts[index] : self._starts[index + 1]]
+
+    def _is_kept(self, index: int, key: str, caption: str) -> bool:
+        return bool((self._hashes(index) == pair_hash(key, caption)).any())
+
+    def _kept(self, index: int, key: str, captions: list[str]) -> list[str]:
+        """Select the captions that are kept.
+
+        Raises:
+            InputError: none of them was scored.
+        """
+        kept = [caption for caption in captions if self._is_kept(index, key, caption)]
+        if not kept:
+            raise InputError(
+                f"{self.name}: row {self.rows[index]} of the data was scored with other captions than {key} has now; "
+                "score them again"
+            )
+        return kept
+
+    def _drawn(self, index: int, key: str, rng: random.Random | None) -> str:
+        captions = self.captions(index)
+        return captions[0] if rng is None or len(captions) == 1 else rng.choice(captions)
+
+    def check_captions(self, index: int) -> None:
+        """Raise :class:`InputError` if a row's kept captions were changed."""
+        try:
+            self.captions(index)
+        except BadSample as error:  # it could be read when it was scored
+            raise InputError(f"{self.name}: is of other data: {error}") from error
+
+    def load(self, index: int, rng: random.Random | None) -> Pair:
+        pair = super().load(index, rng)
+        # Of a row with few kept captions, the source draws one that is not: all kept ones stay equally likely.
+        if self._is_kept(index, pair.key, pair.caption):
+            return pair
+        return pair._replace(caption=self._drawn(index, pair.key, rng))
+
+    def text(self, index: int, rng: random.Random | None) -> Text:
+        text = super().text(index, rng)
+        if self._is_kept(index, text.key, text.caption):
+            return text
+        return text._replace(caption=self._drawn(index, text.key, rng))
+
+    def read(self, index: int) -> EncodedPair:
+        pair = super().read(index)
+        return pair._replace(captions=self._kept(index, pair.key, pair.captions))
+
+    def captions(self, index: int) -> list[str]:
+        return self._kept(index, self.key(index), super().captions(index))
+
+    def order(self, epoch: int, seed: int) -> np.ndarray:
+        order = super().order(epoch, seed)
+        require(
+            len(order) == len(self),
+            f"{self.name}: shards.resampled draws with replacement; leave it out, or write the kept pairs with "
+            "lit-clip shard",
+        )
+        return order
+
+    def check(self) -> None:
+        """Load the first pair: scoring has read them all, but perhaps from another root."""
+        self.load(0, None)
+
+    def divide(self, share: float, seed: int) -> tuple[PairSource, PairSource]:
+        """Divide the source, so that an image is on the same side whatever is kept."""
+        train, held_out = (self._within(part) for part in self.source.divide(share, seed))
+        return train, held_out
+
+    def _within(self, part: PairSource) -> "KeptPairs":
+        usable = isinstance(part, Rows) and part.source is self.source
+        require(usable, f"{self.name}: {type(self.source).__name__} cannot be divided; set data.val")
+        assert isinstance(part, Rows)
+        of_pair = self.rows if self._starts is None else np.repeat(self.rows, np.diff(self._starts))
+        chosen = np.isin(of_pair, part.rows)
+        require(
+            bool(chosen.any()),
+            f"{self.name}: keeps no pair for training, or none for validation; keep more, or set data.val",
+        )
+        return KeptPairs(self.source, of_pair[chosen], self.pairs[chosen], self.name)

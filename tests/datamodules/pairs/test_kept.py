@@ -1,0 +1,198 @@
+"""The pairs that a table of scores keeps are read, by any number of ranks, and no others."""
+
+import csv
+import json
+import random
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from datamodules.captions import Captions
+from datamodules.commands.shard import shard
+from datamodules.open_source import open_source
+from datamodules.pairs.kept import KeptPairs, kept_pairs
+from datamodules.pairs.pair_filters import PairFilters
+from datamodules.pairs.score_files import write_scores
+from datamodules.pairs.source import PairSource
+from datamodules.shards.pairs import ShardOptions, TarPairs
+from lit_clip.embedding.pair_scores import SCORES, pair_hash
+from lit_clip.errors import InputError
+
+ROWS = 24
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A temporary working directory with 24 images of one colour, ``captions.csv`` and ``several.jsonl``."""
+    rows = [(f"{number}.png", f"number {number}") for number in range(ROWS)]
+    for number, (name, _) in enumerate(rows):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / name)
+    with (tmp_path / "captions.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("image", "caption"), *rows])
+    lines = [json.dumps({"image": name, "caption": [text, f"{text} again", f"{text} too"]}) for name, text in rows]
+    (tmp_path / "several.jsonl").write_text("\n".join(lines))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(source: PairSource, path: str, keep: float, seed: int = 0) -> set[tuple[str, str]]:
+    """Write random scores of a source; return key and caption of the pairs that are kept."""
+    found = [(row, source.key(row), caption) for row in range(len(source)) for caption in source.captions(row)]
+    scores = np.random.default_rng(seed).permutation(len(found)).astype(np.float32)
+    columns = {
+        "row": [row for row, _, _ in found],
+        "pair": [pair_hash(key, caption) for _, key, caption in found],
+        "key": [key for _, key, _ in found],
+        "caption": [caption for _, _, caption in found],
+        "score": scores,
+        "width": np.full(len(found), 8, dtype=np.int32),
+        "height": np.full(len(found), 8, dtype=np.int32),
+        "reason": pa.nulls(len(found), pa.string()),
+    }
+    about = {"rows": str(len(source)), "versions": json.dumps(source.versions), "model_sha256": "0"}
+    write_scores(Path(path), [pa.table(columns, SCORES)], scores, PairFilters(keep=keep), about)
+    best = np.flatnonzero(scores >= len(found) - int(keep * len(found) + 1e-6))
+    return {found[number][1:] for number in best}
+
+
+def epoch(data: Captions, rank: int = 0, world: int = 1, epoch: int = 0) -> list[tuple[str, str]]:
+    """Key and caption of every pair that a rank trains on in an epoch."""
+    data._rank_and_world = lambda: (rank, world)  # pyright: ignore[reportAttributeAccessIssue]
+    data.setup("fit")
+    loader = data.train_dataloader()
+    loader.batch_sampler.set_epoch(epoch)
+    return [pair for batch in loader for pair in zip(batch.keys, batch.captions, strict=True)]
+
+
+def test_every_rank_of_fit_reads_its_share_of_exactly_the_kept_pairs(folder: Path) -> None:
+    kept = write(open_source("captions.csv"), "scores.parquet", 0.5)
+    assert len(kept) == ROWS // 2
+    for world in (1, 2, 3):
+        ranks = []
+        for rank in range(world):
+            data = Captions("captions.csv", "captions.csv", batch_size=1, num_workers=0, scores="scores.parquet")
+            ranks += epoch(data, rank, world)
+        assert Counter(ranks) == Counter(kept)
+        assert len(data.val_source or []) == ROWS  # what is given as val is not filtered
+
+
+def test_of_several_captions_only_the_kept_are_drawn_and_all_alike(folder: Path) -> None:
+    source = open_source("several.jsonl")
+    kept = write(source, "scores.parquet", 0.5)
+    pairs = kept_pairs(source, "scores.parquet")
+    by_key = {key: {caption for other, caption in kept if other == key} for key, _ in kept}
+    assert [pairs.key(index) for index in range(len(pairs))] == sorted(by_key, key=lambda key: int(key[:-4]))
+    assert {len(captions) for captions in by_key.values()} == {1, 2, 3}
+    rng = random.Random(0)
+    for index in range(len(pairs)):
+        key = pairs.key(index)
+        drawn = Counter(pairs.text(index, rng).caption for _ in range(100))
+        assert drawn.keys() == by_key[key]
+        assert min(drawn.values()) > 0.5 * 100 / len(drawn)
+        assert {pairs.load(index, rng).caption for _ in range(12)} <= by_key[key]
+        assert pairs.load(index, None).caption == pairs.captions(index)[0]
+        assert set(pairs.read(index).captions) == set(pairs.captions(index)) == by_key[key]
+
+
+def test_kept_pairs_of_tar_shards_are_those_of_the_table(folder: Path) -> None:
+    shard("several.jsonl", "shards", shard_size=7, workers=0)
+    captions = {caption for _, caption in write(open_source("several.jsonl"), "table.parquet", 0.4)}
+    assert captions == {caption for _, caption in write(TarPairs("shards"), "shards.parquet", 0.4)}
+    data = Captions("shards", "captions.csv", batch_size=1, num_workers=2, scores="shards.parquet")
+    read = [epoch(data, epoch=number) for number in range(2)]
+    assert {caption for pairs in read for _, caption in pairs} <= captions
+    assert Counter(key for key, _ in read[0]) == Counter(key for key, _ in read[1])
+    assert [key for key, _ in read[0]] != [key for key, _ in read[1]]
+
+
+def test_shard_writes_exactly_the_kept_pairs(folder: Path) -> None:
+    kept = write(open_source("several.jsonl"), "scores.parquet", 0.3)
+    shard("several.jsonl", "shards", shard_size=5, workers=0, scores="scores.parquet")
+    written = TarPairs("shards")
+    pairs = [(written.read(row).image, caption) for row in range(len(written)) for caption in written.captions(row)]
+    assert Counter(pairs) == Counter(((folder / key).read_bytes(), caption) for key, caption in kept)
+    write(open_source("several.jsonl"), "scores.parquet", 0.3, seed=1)
+    with pytest.raises(InputError, match="shards: begun with other data"):
+        shard("several.jsonl", "shards", shard_size=5, workers=0, scores="scores.parquet")
+
+
+def test_each_part_of_a_mixture_has_its_own_scores(folder: Path) -> None:
+    one = write(open_source("captions.csv"), "one.parquet", 0.5)
+    two = write(open_source("several.jsonl"), "two.parquet", 0.25)
+    parts = [
+        {"data": "captions.csv", "weight": 1, "scores": "one.parquet"},
+        {"data": "several.jsonl", "weight": 1, "scores": "two.parquet"},
+        {"data": "captions.csv", "weight": 1},
+    ]
+    data = Captions(parts, "captions.csv", batch_size=1, num_workers=0)
+    read = {pair for number in range(4) for pair in epoch(data, epoch=number)}
+    assert {pair for pair in read if pair[0][:2] == "0:"} == {(f"0:{key}", caption) for key, caption in one}
+    assert {pair for pair in read if pair[0][:2] == "1:"} <= {(f"1:{key}", caption) for key, caption in two}
+    assert len({pair for pair in read if pair[0][:2] == "2:"}) == ROWS
+    with pytest.raises(InputError, match="data.scores: each part of a mixture has its own"):
+        Captions(parts, "captions.csv", scores="one.parquet").setup("fit")
+
+
+def test_without_val_the_held_out_images_are_those_of_the_whole_data(folder: Path) -> None:
+    kept = write(open_source("captions.csv"), "scores.parquet", 0.9)
+    whole = Captions("captions.csv", num_workers=0, seed=2)
+    part = Captions("captions.csv", num_workers=0, seed=2, scores="scores.parquet")
+    sources = []
+    for data in (whole, part):
+        data.setup("fit")
+        sources.append([{each.key(row) for row in range(len(each))} for each in (data.train_source, data.val_source)])
+    (train, val), (kept_train, kept_val) = sources
+    keys = {key for key, _ in kept}
+    assert (kept_train, kept_val) == (train & keys, val & keys)
+    assert kept_val
+
+
+def test_a_file_of_other_or_changed_data_is_refused(folder: Path) -> None:
+    write(open_source("captions.csv"), "scores.parquet", 0.5)
+    table = Path("captions.csv").read_text()
+    Path("captions.csv").write_text(table + "0.png,one more\n")
+    with pytest.raises(
+        InputError, match=r"scores.parquet: has scores of 24 rows, and the data have 25; it is"
+    ):
+        kept_pairs(open_source("captions.csv"), "scores.parquet")
+    Path("captions.csv").write_text(table.replace("number", "figure"))
+    with pytest.raises(InputError, match=r"scores.parquet: row \d+ of the data was scored with other captions than"):
+        kept_pairs(open_source("captions.csv"), "scores.parquet")
+
+
+def test_a_change_beyond_the_first_pairs_is_refused_when_its_pair_is_loaded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datamodules.pairs.kept.CHECKED", 2)
+    write(open_source("captions.csv"), "scores.parquet", 1.0)
+    Path("captions.csv").write_text(Path("captions.csv").read_text().replace("number 23", "figure 23"))
+    pairs = kept_pairs(open_source("captions.csv"), "scores.parquet")
+    for use in (lambda row: pairs.load(row, None), pairs.read, pairs.captions, lambda row: pairs.text(row, None)):
+        use(22)
+        with pytest.raises(InputError, match=r"row 23 of the data was scored with other captions than 23.png has now"):
+            use(23)
+
+
+def test_something_else_and_drawing_with_replacement_are_refused(folder: Path) -> None:
+    for name, content in (("scores.parquet", "junk"), ("captions.csv", None)):
+        if content:
+            Path(name).write_text(content)
+        with pytest.raises(InputError, match=f"data.scores: {name}: not a readable file of scores"):
+            kept_pairs(open_source("several.jsonl"), name, "data.scores")
+    shard("captions.csv", "shards", workers=0)
+    source = TarPairs("shards", ShardOptions(resampled=True))
+    write(source, "scores.parquet", 0.5)
+    with pytest.raises(InputError, match="shards.resampled draws with replacement; leave it out"):
+        kept_pairs(source, "scores.parquet").order(0, 0)
+
+
+def test_kept_pairs_take_a_few_bytes_each(folder: Path) -> None:
+    rows, pairs = np.arange(1000, dtype=np.int64), np.arange(1000, dtype=np.int64)
+    source = open_source("captions.csv")
+    kept = KeptPairs(source, rows, pairs, "")
+    arrays = [value for value in vars(kept).values() if isinstance(value, np.ndarray)]
+    assert sum(array.nbytes for array in arrays) == 12 * 1000

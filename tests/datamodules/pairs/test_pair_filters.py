@@ -1,0 +1,81 @@
+"""Filters keep what a plain re-derivation of DataComp's baselines keeps, in any number of parts."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from datamodules.pairs import score_files
+from datamodules.pairs.pair_filters import PairFilters
+from datamodules.pairs.score_files import ScoreFile, write_scores
+from lit_clip.embedding.pair_scores import SCORES
+
+WORDS = ["a", "dog", "in  the", "Ä", "park\n", "photograph", ""]
+
+
+def pairs(count: int, scores: np.ndarray | None = None) -> pa.Table:
+    rng = np.random.default_rng(0)
+    captions = [" ".join(rng.choice(WORDS, rng.integers(1, 5))) for _ in range(count)]
+    columns = {
+        "row": np.arange(count),
+        "pair": np.arange(count),
+        "key": [str(number) for number in range(count)],
+        "caption": captions,
+        "score": rng.normal(0.2, 0.1, count).astype(np.float32) if scores is None else scores,
+        "width": rng.integers(150, 700, count).astype(np.int32),
+        "height": rng.integers(150, 700, count).astype(np.int32),
+        "reason": pa.nulls(count, pa.string()),
+    }
+    return pa.table(columns, SCORES)
+
+
+def kept(tmp_path, table: pa.Table, filters: PairFilters) -> list[int]:
+    path = tmp_path / "scores.parquet"
+    write_scores(path, [table], table["score"].to_numpy(), filters, {"rows": str(len(table)), "versions": "{}"})
+    return ScoreFile(path).kept()[0].tolist()
+
+
+def test_basic_filter_without_its_language_test_is_that_of_datacomp(tmp_path) -> None:
+    """mlfoundations/datacomp, baselines/apply_filter.py, load_uids_with_basic_filter_helper."""
+    table = pairs(2000)
+    wanted = []
+    for number, pair in enumerate(table.to_pylist()):
+        text, width, height = pair["caption"], pair["width"], pair["height"]
+        caption_mask = (len(text.split()) > 2) & (len(text) > 5)
+        min_image_dim, max_image_dim = min(width, height), max(width, height)
+        image_mask = (min_image_dim >= 200) & (max_image_dim / min_image_dim <= 3.0)
+        wanted += [number] * (caption_mask & image_mask)
+    filters = PairFilters(min_caption_words=3, min_caption_chars=6, min_image_dim=200, max_aspect_ratio=3.0)
+    assert 100 < len(wanted) < 1500
+    assert kept(tmp_path, table, filters) == wanted
+
+
+def test_the_threshold_of_laions_filter_is_inclusive(tmp_path) -> None:
+    """load_uids_with_clip_score_helper: df[df[key] >= threshold]."""
+    scores = np.array([0.27, 0.28, 0.29, 0.28000003], dtype=np.float32)
+    scores[1] = np.nextafter(np.float32(0.28), np.float32(0))
+    assert kept(tmp_path, pairs(4, scores), PairFilters(threshold=0.28)) == [2, 3]
+    scores[1] = 0.25
+    assert kept(tmp_path, pairs(4, scores), PairFilters(threshold=0.25)) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("group", [1, 7, 65_536])
+@pytest.mark.parametrize("keep", [0.01, 0.29, 0.3, 0.5, 1.0])
+def test_keep_takes_the_best_and_of_equal_scores_the_first(
+    tmp_path, monkeypatch: pytest.MonkeyPatch, keep: float, group: int
+) -> None:
+    monkeypatch.setattr(score_files, "GROUP", group)
+    scores = np.random.default_rng(1).integers(0, 6, 100).astype(np.float32) / 10  # many are equal
+    wanted = sorted(sorted(range(100), key=lambda number: (-scores[number], number))[: round(keep * 100)])
+    assert kept(tmp_path, pairs(100, scores), PairFilters(keep=keep)) == wanted
+
+
+def test_keep_agrees_with_datacomps_threshold_where_no_scores_are_equal(tmp_path) -> None:
+    """get_threshold: n = int(len(df) * fraction); -np.sort(-df[key].values)[n], which itself is kept too."""
+    table = pairs(1000)
+    scores = table["score"].to_numpy()
+    n = int(len(scores) * 0.3)
+    threshold = -np.sort(-scores)[n]
+    theirs = np.flatnonzero(scores >= threshold).tolist()
+    ours = kept(tmp_path, table, PairFilters(keep=0.3))
+    assert len(ours) == n
+    assert set(theirs) - set(ours) == {int(np.flatnonzero(scores == threshold)[0])}
