@@ -13,6 +13,7 @@ from callbacks.non_finite import NonFiniteSteps
 from callbacks.patch_dropout import PatchDropout
 from callbacks.preemption import Preemption
 from callbacks.print_plan import PrintPlan
+from callbacks.progress_lines import ProgressLines
 from callbacks.random_states import RandomStates
 from callbacks.retrieval import Retrieval
 from callbacks.skipped_samples import SkippedSamples
@@ -32,6 +33,7 @@ __all__ = [
     "PatchDropout",
     "Preemption",
     "PrintPlan",
+    "ProgressLines",
     "RandomStates",
     "Retrieval",
     "SimilarityMatrix",
@@ -52,7 +54,7 @@ def defaults(*callbacks: Callback) -> list[Callback]:
 
     - :class:`Preemption`, first, so that no other callback evaluates what a signal interrupted
     - the given callbacks, those that change the model first, so that others measure it as it is trained
-    - :class:`PrintPlan`
+    - :class:`PrintPlan` and :class:`ProgressLines`
     - :class:`SkippedSamples`
     - :class:`NonFiniteSteps`
     - :class:`RandomStates`, last, after all that draws random numbers before the first step
@@ -62,4 +64,5 @@ def defaults(*callbacks: Callback) -> list[Callback]:
         return [kind() for kind in kinds if not any(isinstance(callback, kind) for callback in callbacks)]
 
     callbacks = tuple(sorted(callbacks, key=lambda callback: not getattr(callback, "changes_model", False)))  # stable
-    return [*missing(Preemption), *callbacks, *missing(PrintPlan, SkippedSamples, NonFiniteSteps, RandomStates)]
+    others = missing(PrintPlan, ProgressLines, SkippedSamples, NonFiniteSteps, RandomStates)
+    return [*missing(Preemption), *callbacks, *others]

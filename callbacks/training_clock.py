@@ -86,12 +86,14 @@ class TimedCallback(Callback):
 
     Attributes:
         clock: runs while the model is trained.
+        now: returns the time in seconds.
     """
 
     clock: TrainingClock
+    now: Callable[[], float] = staticmethod(time.perf_counter)
 
     def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
-        self.clock = TrainingClock()
+        self.clock = TrainingClock(self.now)
         if stage == "fit":
             keys = [each.state_key for each in trainer.callbacks if isinstance(each, PeriodicEvaluation)]
             _follow(trainer.profiler, self.clock, {SAVE, *(f"[Callback]{key}.on_train_batch_end" for key in keys)})

@@ -5,11 +5,9 @@ Heavy modules are imported only when they are needed, so that ``lit-clip --help`
 
 import ast
 import importlib.util
-import logging
 import sys
 import textwrap
 import threading
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -23,6 +21,7 @@ from lit_clip.cli.imports import (
     import_modules,
 )
 from lit_clip.cli.lazy_torchmetrics import defer_torchmetrics
+from lit_clip.cli.silenced import silence
 from lit_clip.errors import InputError, printable
 from lit_clip.tools.guarded_output import guard_messages
 from lit_clip.tools.messages import one_line, user_error
@@ -46,18 +45,6 @@ HELP_WIDTH = 80
 USER_ERROR = 2  # argparse's exit code for a bad command line
 INTERRUPTED = 130  # exit code of a program that Ctrl-C ended, as in shells
 PATIENCE = 3.0  # seconds; the first rank may be waiting for this one, and learns from its end that it failed
-
-
-def _hush() -> None:
-    """Silence Lightning's tips and warnings that users cannot act on."""
-    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
-    warnings.filterwarnings("ignore", message=r"Precision bf16-mixed is not supported by the model summary.*")
-    # Metrics logged at the end of an epoch are over all ranks already.
-    warnings.filterwarnings("ignore", message=r".*recommended to use `self\.log\(.*sync_dist=True\)`.*")
-    warnings.filterwarnings("ignore", message=r"MLFlow only allows .*")  # it leaves out the @ of recall@1
-    warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode.*")  # frozen modules should be
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    logger.addFilter(lambda record: "Tip:" not in record.getMessage())
 
 
 def _thread_error(thread: threading.ExceptHookArgs) -> None:
@@ -133,7 +120,7 @@ def _run(words: list[str]) -> int:
 
 def main() -> None:
     """Run the ``lit-clip`` command; errors that the user can fix are one line and exit code 2."""
-    _hush()
+    silence()
     guard_messages()
     if threading.excepthook is threading.__excepthook__:  # not where this command runs in a program that has its own
         threading.excepthook = _thread_error

@@ -22,7 +22,7 @@ from lit_clip.errors import InputError, require
 from lit_clip.evaluation.zero_shot import check_templates, imagenet_templates, zero_shot_classifier
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import replacing
-from lit_clip.tools.console import Console, Text, progress, stderr, write_results
+from lit_clip.tools.console import Console, Text, from_totals, progress, stderr, write_results
 from lit_clip.tools.hardware import best_device
 from lit_clip.tools.images import OnError, or_skip
 from lit_clip.tools.text_files import read_text
@@ -110,15 +110,8 @@ def classify(
 
 def _classifier(model: CLIP, names: Sequence[str], prompts: Sequence[str]) -> Tensor:
     """:func:`lit_clip.zero_shot_classifier` with a progress bar."""
-    done = 0
     with progress("class prompts", len(names) * len(prompts)) as advance:
-
-        def count(prompts_done: int) -> None:
-            nonlocal done
-            advance(prompts_done - done)
-            done = prompts_done
-
-        return zero_shot_classifier(model, names, prompts, progress=count)
+        return zero_shot_classifier(model, names, prompts, progress=from_totals(advance))
 
 
 def _read_templates(words: Sequence[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """``lit-clip evaluate``: evaluate a model on a suite of sets, as the paper does."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
@@ -52,7 +53,7 @@ from lit_clip.evaluation.tasks import (
 from lit_clip.evaluation.zero_shot import imagenet_class_names
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import make_folder
-from lit_clip.tools.console import stderr
+from lit_clip.tools.console import from_totals, progress, stderr
 from lit_clip.tools.images import OnError
 from lit_clip.tools.workers import workers_for_images
 
@@ -285,11 +286,17 @@ class _Run:
             tasks = [task for task in tasks if needed_splits(task) == ("test",)]
         return tasks
 
-    def _encode(self, prompts: Prompts) -> Tensor:
+    def _encode(self, name: str, prompts: Prompts) -> Tensor:
         """Return the cached or newly encoded classifier ``[D, C]``; called on all ranks."""
         self.model.to(self.device)
-        with autocast(self.device, self.store.settings.precision):
-            classifier = text_classifier(self.model, prompts, self.store.folder / "texts", weights=self.text_weights)
+        rank, world = distributed.rank_and_world()
+        share, folder = -(-sum(map(len, prompts.texts)) // world), self.store.folder / "texts"
+        with (
+            autocast(self.device, self.store.settings.precision),
+            progress(f"{name} texts", share, enabled=rank == 0) as advance,
+        ):
+            count = from_totals(advance)
+            classifier = text_classifier(self.model, prompts, folder, weights=self.text_weights, progress=count)
         self.model.cpu()
         return classifier.cpu()
 
@@ -299,11 +306,11 @@ class _Run:
         if "zero_shot" in tasks:
             require(isinstance(test, LabelledImages), f"{type(test).__name__} has no classes, which zero-shot needs")
             prompts = self._prompts(opened.entry, test)
-            opened.prompts, opened.classifier = prompts, self._encode(prompts)
+            opened.prompts, opened.classifier = prompts, self._encode(opened.name, prompts)
             counts = {"classes": len(prompts.names), "texts": sum(map(len, prompts.texts))}
             self.results.update(opened.name, class_names=prompts.names, prompts={**counts, "sha256": prompts.sha256})
         for probe, texts in bias_texts().items() if "bias" in tasks else ():
-            opened.bias[probe] = self._encode(Prompts(list(texts), [[text] for text in texts.values()]))
+            opened.bias[probe] = self._encode(opened.name, Prompts(list(texts), [[text] for text in texts.values()]))
 
     @staticmethod
     def _prompts(entry: SuiteEntry, test: ImageSet) -> Prompts:
@@ -337,7 +344,7 @@ class _Run:
         assert isinstance(test, CaptionedImages)
         rows = self.store.read(test).rows
         prompts, pairs = caption_texts(test, rows, opened.entry.templates)
-        features = self._encode(prompts).T
+        features = self._encode(opened.name, prompts).T
         digest = cache_key(prompts.sha256, [column.tolist() for column in pairs])
         opened.captions = DistinctCaptions(features.contiguous(), pairs, digest)
 
@@ -346,7 +353,8 @@ class _Run:
         test = opened.folds[0].images["test"]
         require(isinstance(test, CaptionChoices), f"{type(test).__name__} has no questions, which caption_choice needs")
         assert isinstance(test, CaptionChoices)
-        opened.choices = encode_choices(test, self.store.read(test).rows, opened.entry.templates, self._encode)
+        rows, encode = self.store.read(test).rows, partial(self._encode, opened.name)
+        opened.choices = encode_choices(test, rows, opened.entry.templates, encode)
 
     def _finish(self, opened: OpenSet) -> None:
         """Run the tasks of a set, on the first rank."""

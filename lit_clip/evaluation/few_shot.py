@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from lit_clip.errors import InputError, require
-from lit_clip.evaluation.logistic import MAX_ITERATIONS, Fit, LogisticProblem
+from lit_clip.evaluation.logistic import MAX_ITERATIONS, Advance, Fit, LogisticProblem
 from lit_clip.evaluation.other_classes import Classes, among
 from lit_clip.evaluation.probe import Split, best_l2, held_out, places_in_classes, search_l2
 from lit_clip.evaluation.scores import evaluate_scores
@@ -58,6 +58,7 @@ def train_few_shot(
     draws: int = 3,
     seed: int = 0,
     max_iterations: int = MAX_ITERATIONS,
+    advance: Advance | None = None,
 ) -> FewShotProbes:
     """Train on k random examples per class, several times.
 
@@ -71,6 +72,7 @@ def train_few_shot(
         draws: number of draws.
         seed: seed of the first draw.
         max_iterations: limit for L-BFGS.
+        advance: see :class:`lit_clip.evaluation.logistic.LogisticProblem`.
 
     Raises:
         InputError: images with several classes or none, or too few examples for any number of shots.
@@ -88,7 +90,7 @@ def train_few_shot(
         if k > counts[fewest]:
             result.left_out[k] = f"class {fewest} has {int(counts[fewest])} examples to draw from"
             continue
-        problems = [_drawn(pool, k, seed + draw) for draw in range(draws)]
+        problems = [_drawn(pool, k, seed + draw, advance) for draw in range(draws)]
         fits: dict[float, list[Fit]] = {}
         result.l2[k] = _choose(problems, fits, validation, metric, max_iterations)
         result.fits[k] = fits[result.l2[k]]
@@ -97,10 +99,10 @@ def train_few_shot(
     return result
 
 
-def _drawn(pool: Split, k: int, seed: int) -> LogisticProblem:
+def _drawn(pool: Split, k: int, seed: int, advance: Advance | None) -> LogisticProblem:
     place, _ = places_in_classes(pool.targets.labels, seed)
     drawn = pool.take((place < k).nonzero()[:, 0])
-    return LogisticProblem(drawn.features, drawn.labels, drawn.targets.classes)
+    return LogisticProblem(drawn.features, drawn.labels, drawn.targets.classes, advance)
 
 
 def _choose(

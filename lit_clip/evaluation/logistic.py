@@ -13,6 +13,7 @@ Why it is fast:
 - With fewer examples than features the problem is solved in the space that the examples span, where the optimum lies.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,7 @@ TOLERANCE = 1e-5  # ends about 1e-4 (relative) above the minimum of the objectiv
 HISTORY = 10
 FLOOR = 0.3  # measured on digits and synthetic features; 0 takes 2 to 10 times as many iterations on digits
 CPU_ENTRIES, GPU_ENTRIES = 2**20, 2**27  # features and logits of a chunk: 4 MiB (CPU cache), 512 MiB
+Advance = Callable[[float], None]  # of lit_clip.tools.console.progress
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,19 @@ def fit_logistic(
 
 
 class LogisticProblem:
-    """:func:`fit_logistic` for several ``l2``, each of which can start where another ended."""
+    """:func:`fit_logistic` for several ``l2``, each of which can start where another ended.
 
-    def __init__(self, features: Tensor, labels: Tensor, classes: int) -> None:
+    Args:
+        features: see :func:`fit_logistic`, also for the next two.
+        labels: of the features.
+        classes: number of classes.
+        advance: called with 0 after each iteration and with 1 after each fit, to show progress.
+    """
+
+    def __init__(self, features: Tensor, labels: Tensor, classes: int, advance: Advance | None = None) -> None:
         _check(features, labels, classes)
         self.classes = classes
+        self.advance: Advance = advance or (lambda fits: None)
         self.multi_label = labels.ndim == 2
         self.labels = labels.to(features.device)
         positive, counted = self._counts()
@@ -128,6 +138,7 @@ class LogisticProblem:
             point = search.zero() if start is None else search.point(*self._inside(start))
             point, iterations, converged, objective = _minimise(search, point, max_iterations, tolerance)
             weight, bias = self._outside(*search.classifier(point))
+        self.advance(1)
         return Fit(weight, bias, iterations, converged, objective)
 
     def _outside(self, weight_KR: Tensor, bias_K: Tensor) -> tuple[Tensor, Tensor]:
@@ -305,6 +316,7 @@ def _minimise(
         optimizer.step(evaluate)
         optimizer.param_groups[0]["lr"] = 1.0
         value = float(evaluate())
+        objective.problem.advance(0)
         still = still + 1 if not lowest - value > tolerance * abs(value) else 0
         if value < lowest:
             lowest, best = value, point.clone()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lit_clip.errors import require
-from lit_clip.evaluation.logistic import MAX_ITERATIONS, Fit, LogisticProblem, fit_logistic
+from lit_clip.evaluation.logistic import MAX_ITERATIONS, Advance, Fit, LogisticProblem, fit_logistic
 from lit_clip.evaluation.scores import evaluate_scores
 from lit_clip.evaluation.suite import Metric
 from lit_clip.evaluation.targets import Targets
@@ -24,6 +24,7 @@ __all__ = ["Fit", "ProbeResult", "Split", "fit_logistic", "linear_probe", "searc
 STEPS_PER_DECADE = 8
 L2_GRID = tuple(10 ** (step / STEPS_PER_DECADE - 6) for step in range(12 * STEPS_PER_DECADE + 1))
 FIRST_SPAN = 2 * STEPS_PER_DECADE  # 1e-6, 1e-4, ... 1e6
+MOST_PENALTIES = 15  # that search_l2 tries: 7, and then up to 2 for each of 4 spans
 HELD_OUT = 5  # without a validation split one image in 5 of each class is held out to choose the penalty
 
 
@@ -82,15 +83,24 @@ class ProbeResult(Probe):
 
 
 def train_probe(
-    train: Split, val: Split | None, metric: Metric, max_iterations: int = MAX_ITERATIONS, seed: int = 0
+    train: Split,
+    val: Split | None,
+    metric: Metric,
+    max_iterations: int = MAX_ITERATIONS,
+    seed: int = 0,
+    advance: Advance | None = None,
 ) -> Probe:
-    """Train a classifier on features; see :func:`linear_probe`."""
+    """Train a classifier on features by up to ``MOST_PENALTIES + 1`` fits.
+
+    See :func:`linear_probe`, and :class:`lit_clip.evaluation.logistic.LogisticProblem` for ``advance``.
+    """
     _check([train] if val is None else [train, val])
     search_train, search_val = held_out(train, seed) if val is None else (train, val)
-    search, start = _search(search_train, search_val, metric, max_iterations)
+    search, start = _search(search_train, search_val, metric, max_iterations, advance)
     l2 = best_l2(search)
     features, labels = (train.features, train.labels) if val is None else _joined(train, val)
-    return Probe(l2, search, LogisticProblem(features, labels, train.targets.classes).fit(l2, start, max_iterations))
+    problem = LogisticProblem(features, labels, train.targets.classes, advance)
+    return Probe(l2, search, problem.fit(l2, start, max_iterations))
 
 
 def linear_probe(
@@ -130,9 +140,11 @@ def linear_probe(
     return ProbeResult(probe.l2, probe.search, probe.fit, metrics=metrics, scores=scores)
 
 
-def _search(train: Split, val: Split, metric: Metric, max_iterations: int) -> tuple[dict[float, float], Fit]:
+def _search(
+    train: Split, val: Split, metric: Metric, max_iterations: int, advance: Advance | None
+) -> tuple[dict[float, float], Fit]:
     """Return the metric by penalty, and the classifier of the best penalty."""
-    problem = LogisticProblem(train.features, train.labels, train.targets.classes)
+    problem = LogisticProblem(train.features, train.labels, train.targets.classes, advance)
     fits: dict[float, Fit] = {}
 
     def value_of(l2: float) -> float:

@@ -3,6 +3,7 @@
 Shapes: N images that could be read, W features before the projection, D after it.
 """
 
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ from lit_clip.embedding.reading import (
 from lit_clip.errors import require
 from lit_clip.evaluation.data import ImageSet
 from lit_clip.models.clip import CLIP
+from lit_clip.tools.console import can_draw
 from lit_clip.tools.images import OnError, or_skip
 from lit_clip.tools.workers import workers_for_images
 
@@ -118,8 +120,11 @@ class SetEncoder:
         rows: list[int] = []
         features: list[Tensor] = []
         unreadable: list[UnreadableRow] = []
+        # A training's bar is on the terminal already.
+        title = f"{self.callback} {name}" if rank == 0 and not can_draw(sys.stderr) else None
+        data, workers = SetRows(images), self._workers(len(batches))
         for batch, encoded in encoded_batches(
-            model, SetRows(images), self.batch_size, self._workers(len(batches)), encode=encode_pixels, batches=batches
+            model, data, self.batch_size, workers, encode=encode_pixels, batches=batches, title=title
         ):
             rows += batch.rows
             unreadable += batch.unreadable

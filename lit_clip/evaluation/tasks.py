@@ -33,7 +33,7 @@ from lit_clip.evaluation.predictions import (
     retrieval_columns,
     unit_scores,
 )
-from lit_clip.evaluation.probe import Probe, Split, train_probe
+from lit_clip.evaluation.probe import MOST_PENALTIES, Probe, Split, train_probe
 from lit_clip.evaluation.prompts import Prompts
 from lit_clip.evaluation.retrieval import DIRECTIONS, retrieval_metrics
 from lit_clip.evaluation.retrieval_metrics import Pairs, pair_scores, retrieval_ranks
@@ -43,6 +43,7 @@ from lit_clip.evaluation.store import SetFeatures
 from lit_clip.evaluation.suite import SuiteEntry, Task
 from lit_clip.evaluation.targets import Targets
 from lit_clip.tools.atomic import make_folder, replacing
+from lit_clip.tools.console import progress
 from lit_clip.tools.hardware import best_device
 
 ERRORS = 24  # images reported, the most confidently wrong ones
@@ -316,7 +317,8 @@ def _linear_probe(opened: OpenSet, options: TaskOptions, folder: Path) -> dict[s
         if key not in opened.probes:
             train, val = (_split(opened, fold, split) for split in ("train", "val"))
             assert train is not None
-            opened.probes[key] = train_probe(train, val, by, seed=options.seed)
+            with progress(f"{opened.name} linear probe", MOST_PENALTIES + 1) as advance:
+                opened.probes[key] = train_probe(train, val, by, seed=options.seed, advance=advance)
         probe: Probe = opened.probes[key]
         last = probe
         test = _split(opened, fold, "test")
@@ -342,7 +344,9 @@ def _few_shot(opened: OpenSet, options: TaskOptions) -> dict[str, Any]:
         if key not in opened.probes:
             train, val = (_split(opened, fold, split) for split in ("train", "val"))
             assert train is not None
-            opened.probes[key] = train_few_shot(train, val, by, options.shots, options.draws, options.seed)
+            most, drawn = len(options.shots) * options.draws * MOST_PENALTIES, (options.draws, options.seed)
+            with progress(f"{opened.name} few-shot probes", most) as advance:
+                opened.probes[key] = train_few_shot(train, val, by, options.shots, *drawn, advance=advance)
         probes: FewShotProbes = opened.probes[key]
         test = _split(opened, fold, "test")
         assert test is not None

@@ -1,10 +1,12 @@
 """Notes and progress, on standard error, and results."""
 
 import io
+import os
 import sys
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 import rich.console
 import rich.text
@@ -12,6 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.segment import Segment
 
 from lit_clip.errors import printable
+
+FIRST, EVERY = 5.0, 30.0  # seconds until the first line of progress, and between lines
 
 
 class Console(rich.console.Console):
@@ -52,13 +56,97 @@ def write_results(text: str) -> None:
     sys.stdout.write(text)
 
 
+def can_draw(stream: TextIO) -> bool:
+    """Whether a stream is a terminal that can redraw a progress bar, whatever ``FORCE_COLOR`` says."""
+    return stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+
+
+def duration(seconds: float) -> str:
+    """Return a time as hours, minutes and seconds, such as ``0:02:09``."""
+    minutes, second = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{second:02}"
+
+
+def per_second(count: float, seconds: float, unit: str = "") -> str:
+    """Return a rate to three digits, such as ``61.7 samples/s``; nothing if no time has passed."""
+    if not count or seconds <= 0:
+        return ""
+    rate = count / seconds
+    return f"{f'{rate:,.0f}' if rate >= 100 else f'{rate:.3g}'}{unit and f' {unit}'}/s"
+
+
+class ProgressLog:
+    """Progress where no bar can be drawn, such as in a job's log: whole lines on standard error.
+
+    The first line is due after ``FIRST`` seconds, and then one every ``EVERY``.
+
+    Args:
+        title: what is being done.
+        now: returns the time in seconds.
+
+    Attributes:
+        started: whether there was a line yet.
+    """
+
+    def __init__(self, title: str, now: Callable[[], float] = time.monotonic) -> None:
+        self.title, self.started, self._now, self._start = title, False, now, now()
+        self._next = self._start + FIRST
+
+    @property
+    def seconds(self) -> float:
+        """Time since the start."""
+        return self._now() - self._start
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time for a line."""
+        return self._now() >= self._next
+
+    def write(self, *parts: str) -> None:
+        """Write a line; empty parts are left out."""
+        sys.stderr.write(printable(f"{self.title}: {', '.join(filter(None, parts))}") + "\n")
+        sys.stderr.flush()
+        self.started, self._next = True, self._now() + EVERY
+
+
 @contextmanager
-def progress(description: str, total: int, enabled: bool = True) -> Iterator[Any]:
-    """Show a progress bar on standard error.
+def progress(
+    description: str, total: int, enabled: bool = True, now: Callable[[], float] = time.monotonic
+) -> Iterator[Callable[[float], None]]:
+    """Show progress on standard error: a bar on a terminal, otherwise lines (:class:`ProgressLog`).
+
+    Args:
+        description: what is being done.
+        total: number of units, or the most that there can be.
+        enabled: false on ranks other than the first.
+        now: returns the time in seconds, for lines.
 
     Yields:
         A function to call with the number of units done since the last call.
     """
+    if not enabled:
+        yield lambda units: None
+    elif can_draw(sys.stderr):
+        with _bar(description, total) as advance:
+            yield advance
+    else:
+        done, log = 0.0, ProgressLog(description, now)
+
+        def count(units: float) -> None:
+            nonlocal done
+            done += units
+            if log.due and done != total:  # the last line is below
+                left = f"{duration(log.seconds / done * (total - done))} left" if 0 < done < total else ""
+                of = f" of {total:,}" if total else ""
+                log.write(f"{done:,.0f}{of}", per_second(done, log.seconds), left)
+
+        yield count
+        if log.started:
+            log.write(f"{done:,.0f} in {duration(log.seconds)}", per_second(done, log.seconds))
+
+
+@contextmanager
+def _bar(description: str, total: int) -> Iterator[Callable[[float], None]]:
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -66,6 +154,20 @@ def progress(description: str, total: int, enabled: bool = True) -> Iterator[Any
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), disable=not enabled) as bar:
+    with Progress(*columns, console=Console(stderr=True), redirect_stdout=sys.stdout.isatty()) as bar:
         task = bar.add_task(description, total=total)
         yield lambda units: bar.advance(task, units)
+        done = bar.tasks[0].completed
+        bar.update(task, total=done, visible=done > 0)  # nothing was left to do, or less than the most
+
+
+def from_totals(advance: Callable[[float], None]) -> Callable[[float], None]:
+    """Return a function to call with the number of units done since the start, for ``advance`` of :func:`progress`."""
+    done = 0.0
+
+    def count(total: float) -> None:
+        nonlocal done
+        advance(total - done)
+        done = total
+
+    return count

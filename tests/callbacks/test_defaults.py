@@ -15,6 +15,7 @@ from callbacks import (
     PatchDropout,
     Preemption,
     PrintPlan,
+    ProgressLines,
     RandomStates,
     SkippedSamples,
     Throughput,
@@ -26,9 +27,9 @@ from tests.conftest import TINY_YAML
 from tests.test_module import data_for, trainer
 
 
-def test_defaults_are_five_callbacks_from_preemption_to_random_states() -> None:
+def test_defaults_are_six_callbacks_from_preemption_to_random_states() -> None:
     kinds = [type(callback) for callback in callbacks.defaults()]
-    assert kinds == [Preemption, PrintPlan, SkippedSamples, NonFiniteSteps, RandomStates]
+    assert kinds == [Preemption, PrintPlan, ProgressLines, SkippedSamples, NonFiniteSteps, RandomStates]
 
 
 def test_a_callback_without_a_default_goes_after_preemption() -> None:
@@ -36,7 +37,8 @@ def test_a_callback_without_a_default_goes_after_preemption() -> None:
     first, given, *others = callbacks.defaults(ema)
     assert type(first) is Preemption
     assert given is ema
-    assert [type(callback) for callback in others] == [PrintPlan, SkippedSamples, NonFiniteSteps, RandomStates]
+    kinds = [type(callback) for callback in others]
+    assert kinds == [PrintPlan, ProgressLines, SkippedSamples, NonFiniteSteps, RandomStates]
 
 
 class QuietPlan(PrintPlan):
@@ -49,7 +51,8 @@ def test_a_given_callback_replaces_the_default_of_its_class(given: Callback) -> 
     result = callbacks.defaults(ema, given)
     assert [type(result[0]), type(result[-1])] == [Preemption, RandomStates]
     assert result[1:3] == [ema, given]
-    remaining = [kind for kind in (PrintPlan, SkippedSamples, NonFiniteSteps) if not isinstance(given, kind)]
+    middle = (PrintPlan, ProgressLines, SkippedSamples, NonFiniteSteps)
+    remaining = [kind for kind in middle if not isinstance(given, kind)]
     assert [type(callback) for callback in result[3:-1]] == remaining
 
 

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 import callbacks
 from lit_clip.models.config import CLIPConfig
 from lit_clip.module import LitCLIP
-from lit_clip.tools import host_copy
+from lit_clip.tools import console, host_copy
 from tests.callbacks.test_non_finite import WITH_BATCH_NORM
 from tests.helpers.small_sets import write_table
 from tests.helpers.waits import counted
@@ -24,6 +24,8 @@ from tests.test_module import data_for, trainer
 def ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     """Train as on a device for which the host does not wait."""
     monkeypatch.setattr(host_copy, "runs_ahead", lambda device: True)
+    for name in ("FIRST", "EVERY"):
+        monkeypatch.setattr(console, name, 0.0)  # a line of progress after each step
 
 
 OF_LOSS = {"_all_rows", "logsumexp_over_ranks", "sum_rows"}  # functions of lit_clip.distributed
