@@ -1,7 +1,6 @@
 """``lit-clip evaluate``: evaluate a model on a suite of sets, as the paper does."""
 
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
@@ -57,7 +56,6 @@ from lit_clip.tools.images import OnError
 from lit_clip.tools.workers import workers_for_images
 
 IMAGENET = "ImageNet"  # its name in the paper
-PACKAGES = ("matplotlib", "scipy")  # of the extra "eval": needed at the end of every evaluation
 
 
 def evaluate(
@@ -110,8 +108,6 @@ def evaluate(
         seed: random seed of the draws and of held-out images.
         download: first download the missing sets that torchvision or the Hugging Face hub has.
     """
-    absent = [package for package in PACKAGES if find_spec(package) is None]
-    require(not absent, f"evaluate needs {' and '.join(absent)}: pip install {' '.join(absent)}")
     check_precision(precision, accelerator)
     wanted = _tasks(tasks)
     entries = _chosen(read_suite(suite), sets, wanted)
