@@ -9,26 +9,35 @@ BENCH := $(RUNS)/bench
 # Run a benchmark: its name, its options, and a suffix of its result file.
 measure = $(BIN)/python benchmarks/$(1).py $(2) --json $(BENCH)/$(1)$(3).json
 
-.PHONY: help install quickstart quickstart-towers test test-loggers test-slow test-lowest fuzz check format bench bench-check tensorboard clean
+.PHONY: help install docs quickstart quickstart-towers test test-loggers test-slow test-lowest fuzz check format bench bench-check tensorboard clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 # One environment for everything; updated when pyproject.toml changes.
-$(BIN)/.installed: pyproject.toml
+$(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit("lit-clip needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12") if sys.version_info < (3, 11) else None'
-	@echo "Installing lit-clip and its dependencies into $(VENV) (a few minutes the first time) ..."
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV)
+
+$(BIN)/.installed: pyproject.toml | $(BIN)/python
+	@echo "Installing lit-clip and all that its development needs into $(VENV) (a few minutes the first time) ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
 install: $(BIN)/.installed  ## Create the environment in .venv
 
+# The quickstarts need less, which the whole has too.
+$(BIN)/.quickstart: pyproject.toml | $(BIN)/python
+	@test $(BIN)/.installed -nt pyproject.toml || { \
+	echo "Installing lit-clip and its dependencies into $(VENV) (a few minutes the first time) ..." && \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[quickstart]'; }
+	@touch $@
+
 $(BIN)/.bench: $(BIN)/.installed
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	@touch $@
 
-quickstart: install  ## Train a CLIP from scratch on 1,750 drawings, then validate it (about 10 minutes on 2 cores)
+quickstart: $(BIN)/.quickstart  ## Train a CLIP from scratch on 1,750 drawings, then validate it (about 10 minutes on 2 cores)
 	@echo "Training on OpenMoji; logs and images go to $(RUNS)/quickstart ..."
 	@$(BIN)/lit-clip fit --config configs/quickstart.yaml --trainer.logger.init_args.save_dir $(RUNS)
 	@run=$$(ls -td $(RUNS)/quickstart/version_* | head -n 1) && \
@@ -36,7 +45,7 @@ quickstart: install  ## Train a CLIP from scratch on 1,750 drawings, then valida
 	$(BIN)/lit-clip validate --config $$run/fit_config.yaml --ckpt_path $$run/checkpoints/last.ckpt && \
 	echo "See $$run/zero_shot_*.png; show the curves with: make tensorboard"
 
-$(BIN)/.towers: $(BIN)/.installed
+$(BIN)/.towers: $(BIN)/.quickstart
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[towers]'
 	@touch $@
 
@@ -71,11 +80,15 @@ $(LOWEST)/.installed: pyproject.toml
 test-lowest: $(LOWEST)/.installed  ## Run the tests with the lowest admitted version of each dependency
 	@$(LOWEST)/bin/python -m pytest -m "not slow" -n 2 --dist loadfile
 
-check: install  ## Check lint, format, types and import rules
+check: install  ## Check lint, format, types, import rules and the documentation
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/basedpyright --pythonpath $(BIN)/python
 	@$(BIN)/lint-imports --no-logo --no-cache
+	@$(MAKE) --no-print-directory docs
+
+docs: install  ## Build the documentation site, site/index.html
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: install  ## Format the code
 	@$(BIN)/ruff check --fix .
@@ -115,4 +128,4 @@ tensorboard: install  ## Show the curves and images of all runs
 	@$(BIN)/tensorboard --logdir $(RUNS)
 
 clean:  ## Remove the environment and caches (not the runs)
-	@rm -rf $(VENV) $(LOWEST) .pytest_cache .ruff_cache
+	@rm -rf $(VENV) $(LOWEST) .pytest_cache .ruff_cache site

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
@@ -58,7 +57,6 @@ from lit_clip.tools.images import OnError
 from lit_clip.tools.workers import workers_for_images
 
 IMAGENET = "ImageNet"  # its name in the paper
-PACKAGES = ("matplotlib", "scipy")  # of the extra "eval": needed at the end of every evaluation
 
 
 def evaluate(
@@ -111,8 +109,6 @@ def evaluate(
         seed: random seed of the draws and of held-out images.
         download: first download the missing sets that torchvision or the Hugging Face hub has.
     """
-    absent = [package for package in PACKAGES if find_spec(package) is None]
-    require(not absent, f"evaluate needs {' and '.join(absent)}: pip install {' '.join(absent)}")
     check_precision(precision, accelerator)
     wanted = _tasks(tasks)
     entries = _chosen(read_suite(suite), sets, wanted)

@@ -17,8 +17,10 @@ from lit_clip.errors import InputError
 from lit_clip.module import LitCLIP
 from lit_clip.tools.messages import options_of, parameters
 from tests.cli.test_packaged_defaults import parsed
+from tests.conftest import ROOT
 
 __all__ = ["parsed"]
+PAGE = ROOT / "docs/from_open_clip.md"
 
 
 def open_clips_flags(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -42,6 +44,13 @@ def test_every_option_of_open_clips_training_command_is_answered(monkeypatch: py
     for flag in flags:
         with pytest.raises(InputError, match=rf"^{flag}: no such option; \w"):
             check_options([flag])
+
+
+def test_the_page_for_those_who_come_from_open_clip_has_every_flag_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Options of lit-clip that it names are parsed by tests/test_readme.py."""
+    rows = re.findall(r"^\| (`--[^|]*) \| (.+) \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    flags = [flag for row, _ in rows for flag in re.findall(r"`(--[\w-]+)`", row)]
+    assert sorted(flags) == sorted(flag for flag in open_clips_flags(monkeypatch) if flag != "--help")
 
 
 def test_every_option_that_is_named_instead_exists(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,12 @@
-"""Write ``docs/combinations.md``: ``python -m tests.combinations.page``."""
+"""Write the pages of combinations in docs/: ``python -m tests.combinations.page``."""
 
 from pathlib import Path
 
 from lit_clip.training.checks import REFUSED
-from tests.combinations.rows import GROUPS
+from tests.combinations.rows import GROUPS, OURS
 from tests.combinations.table import ELSEWHERE, ROWS, Row
 
-PATH = Path(__file__).parents[2] / "docs/combinations.md"
+FOLDER = Path(__file__).parents[2] / "docs"
 INTRODUCTION = """# Combinations
 
 Which options of Lightning work with lit-clip, and which it refuses with one line before the first step. Made from the
@@ -14,6 +14,12 @@ table in `tests/combinations/`, whose rows are run: the chosen ones by `make tes
 "Two ranks" is DDP by gloo on one machine, unless the row says otherwise. "The plain run" is the same training without
 the option; with one process weights must be equal to the last bit, with two ranks to rounding. "Resumes exactly" is a
 run that continues from a checkpoint of the third step and ends with weights and moments equal to the last bit.
+[Another page](combinations_parts.md) has lit-clip's own parts.
+"""
+INTRODUCTION_OF_PARTS = """# Combinations with lit-clip's parts
+
+Which of lit-clip's own callbacks and options work with each other, and which are refused, tested and worded as on the
+page of [Lightning's options](combinations.md).
 """
 # To be set when all rows have been run: pytest tests/combinations -m "slow or not slow"
 LAST_RUN = "26 November 2026 with Lightning 2.6.6 and torch 2.13.0 on a CPU"
@@ -21,19 +27,19 @@ ROWS_RUN, REFUSED_THEN = 350, 30
 HEAD = "| setting | one process | two ranks | what is checked, or the line |\n|---|---|---|---|"
 
 
-def page() -> str:
-    """Return the text of the page."""
+def pages() -> dict[str, str]:
+    """Return the text of each page by its name."""
+    parts = "\n".join([INTRODUCTION_OF_PARTS, _table(OURS)])
+    return {"combinations.md": _of_lightning(), "combinations_parts.md": parts.rstrip() + "\n"}
+
+
+def _of_lightning() -> str:
     counts = f"{ROWS_RUN - REFUSED_THEN} work and {REFUSED_THEN} are refused"
     parts = [
         INTRODUCTION,
         f"All {ROWS_RUN} rows, a setting on one process or on two, were last run on {LAST_RUN}: {counts}.\n",
     ]
-    for group in GROUPS:
-        by_name: dict[str, list[Row]] = {}
-        for row in (row for row in ROWS if row.group == group):
-            by_name.setdefault(row.name, []).append(row)
-        lines = [_line(name, same) for name, same in by_name.items()]
-        parts.append("\n".join([f"## {group}\n", HEAD, *lines]) + "\n")
+    parts += [_table(group) for group in GROUPS if group != OURS]
     parts.append("## Refused parts of Lightning\n\n| part | why | instead |\n|---|---|---|")
     parts[-1] += "".join(f"\n| `{each.kind.__name__}` | {each.why} | {each.instead} |" for each in REFUSED) + "\n"
     parts.append("## Not in the table\n\n| part | why |\n|---|---|")
@@ -41,6 +47,14 @@ def page() -> str:
         f"\n| {', '.join(f'`{name}`' for name in names)} | {why} |" for why, names in ELSEWHERE.items()
     )
     return "\n".join(parts) + "\n"
+
+
+def _table(group: str) -> str:
+    by_name: dict[str, list[Row]] = {}
+    for row in (row for row in ROWS if row.group == group):
+        by_name.setdefault(row.name, []).append(row)
+    lines = [_line(name, same) for name, same in by_name.items()]
+    return "\n".join([f"## {group}\n", HEAD, *lines]) + "\n"
 
 
 def _line(name: str, rows: list[Row]) -> str:
@@ -55,4 +69,5 @@ def _line(name: str, rows: list[Row]) -> str:
 
 
 if __name__ == "__main__":
-    PATH.write_text(page(), encoding="utf-8")
+    for name, text in pages().items():
+        (FOLDER / name).write_text(text, encoding="utf-8")

@@ -1,7 +1,7 @@
 """Every option of Lightning and every callback of ours with its outcome: works, as its checks show, or refused.
 
-``docs/combinations.md`` is made from this table, ``test_combinations.py`` runs it. A row is one setting on one process
-or on two ranks (DDP by gloo); its name and number of ranks identify it.
+``docs/combinations.md`` and ``docs/combinations_parts.md`` are made from this table, ``test_combinations.py`` runs it.
+A row is one setting on one process or on two ranks (DDP by gloo); its name and number of ranks identify it.
 """
 
 from tests.combinations import callback_rows, our_rows, strategy_rows, trainer_rows  # noqa: F401  # they add rows

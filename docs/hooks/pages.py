@@ -1,0 +1,100 @@
+"""Hook of mkdocs: pages from files outside of docs/ and from the code, and links between all of them."""
+
+import os
+import re
+import sys
+from pathlib import Path
+from posixpath import dirname, normpath, relpath
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+LINK = re.compile(r"(?<=\]\()(?!\w+:)([^)#\s]+)(#[^)\s]*)?(?=\))")
+TEXTS = {"README.md": "index.md", "CHANGELOG.md": "CHANGELOG.md", "CONTRIBUTING.md": "CONTRIBUTING.md"}
+TEXTS |= {"SECURITY.md": "SECURITY.md"}
+LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml", "Makefile": "make"}
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add README.md and its like, the reference, and a page for each file or folder that a page links to."""
+    import reference  # which imports torch
+
+    pages = {name: (ROOT / source).read_text(encoding="utf-8") for source, name in TEXTS.items()}
+    pages |= reference.pages()
+    texts = {file.src_uri: file.content_string for file in files.documentation_pages()} | pages
+    wanted = {target for uri, text in texts.items() for target in _outside(uri, text)} | {"LICENSE"}
+    while wanted:
+        target = wanted.pop()
+        page = _shown(target)
+        if page not in pages:
+            pages[page] = shown(target)
+            wanted |= set(_outside(page, pages[page]))
+    for name, text in pages.items():
+        files.append(File.generated(config, name, content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+    """Let links lead to the pages of this site."""
+    return links(markdown, page.file.src_uri)
+
+
+def links(markdown: str, uri: str) -> str:
+    """Replace links to files of the repository by links to the site's pages.
+
+    Args:
+        markdown: with links relative to the file in the repository, as a code host reads them.
+        uri: of the page in the site.
+    """
+    here = dirname(uri)
+
+    def link(found: re.Match[str]) -> str:
+        target = _target(uri, found[1])
+        return relpath(_page(target), here or ".") + (found[2] or "")
+
+    return LINK.sub(link, markdown)
+
+
+def _target(uri: str, link: str) -> str:
+    """Return the path in the repository that a page's link means."""
+    return normpath(os.path.join(dirname(_source(uri)), link))
+
+
+def _source(uri: str) -> str:
+    """Return the path in the repository that stands for a page of the site."""
+    if uri.startswith("files/"):
+        return uri.removeprefix("files/").removesuffix(".md")
+    return {page: source for source, page in TEXTS.items()}.get(uri, f"docs/{uri}")
+
+
+def _page(target: str) -> str:
+    """Return the page of a path in the repository."""
+    if target in TEXTS:
+        return TEXTS[target]
+    return target.removeprefix("docs/") if target.startswith("docs/") else _shown(target)
+
+
+def _shown(target: str) -> str:
+    return f"files/{target}.md"
+
+
+def _outside(uri: str, text: str) -> list[str]:
+    """Return the paths in the repository, without a page of their own, that a page links to."""
+    targets = [_target(uri, found[1]) for found in LINK.finditer(text)]
+    return [target for target in targets if _page(target) == _shown(target)]
+
+
+def shown(target: str) -> str:
+    """Return a page with the text of a file, or with links to the files of a folder.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    path = ROOT / target
+    if path.is_dir():
+        names = sorted(child.name for child in path.iterdir() if child.is_file() and child.suffix in LANGUAGES)
+        return f"# {target}/\n\n" + "".join(f"- [{name}]({path.name}/{name})\n" for name in names)
+    language = LANGUAGES.get(path.suffix or path.name, "text")
+    return f"# {target}\n\n```{language}\n{path.read_text(encoding='utf-8').rstrip()}\n```\n"

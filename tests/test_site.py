@@ -1,0 +1,88 @@
+"""The documentation site: its pages and links; `make docs` builds it and fails on any warning of its parts."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT
+
+PAGES = sorted(path.name for path in (ROOT / "docs").glob("*.md"))
+SITE = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+
+
+def in_nav() -> list[str]:
+    nav = SITE[SITE.index("\nnav:") :]  # without the tags of Python objects before it
+    sections = yaml.safe_load(nav)["nav"]
+    found = []
+    for section in sections:
+        for value in section.values():
+            found += [value] if isinstance(value, str) else [page for entry in value for page in entry.values()]
+    return found
+
+
+@pytest.fixture(scope="module")
+def hook() -> Any:
+    """The module of mkdocs' hook."""
+    pytest.importorskip("mkdocs", reason="of the dev extra: make install")
+    sys.path.insert(0, str(ROOT / "docs/hooks"))
+    try:
+        import pages
+    finally:
+        sys.path.remove(str(ROOT / "docs/hooks"))
+    return pages
+
+
+def test_every_page_is_in_the_navigation_once() -> None:
+    found = in_nav()
+    assert len(found) == len(set(found))
+    assert {*PAGES} <= {*found}
+
+
+def test_pages_have_at_most_about_200_lines() -> None:
+    long = {name: len((ROOT / "docs" / name).read_text(encoding="utf-8").splitlines()) for name in PAGES}
+    assert {name: lines for name, lines in long.items() if lines > 230} == {}
+
+
+@pytest.mark.parametrize(
+    ("page", "link", "there"),
+    [
+        ("training.md", "scaling.md#fsdp", "scaling.md#fsdp"),
+        ("training.md", "#speed", "#speed"),
+        ("finetuning.md", "../README.md#fine-tune", "index.md#fine-tune"),
+        ("promises.md", "../SECURITY.md", "SECURITY.md"),
+        ("extending.md", "../examples", "files/examples.md"),
+        ("encoders.md", "../examples/own_encoder.py", "files/examples/own_encoder.py.md"),
+        ("index.md", "docs/data.md", "data.md"),
+        ("index.md", "configs/finetune_table.yaml", "files/configs/finetune_table.yaml.md"),
+        ("index.md", "https://openmoji.org", "https://openmoji.org"),
+        ("files/examples.md", "examples/train.py", "examples/train.py.md"),
+        ("reference/lit_clip.md", "../losses.md", "../losses.md"),
+    ],
+)
+def test_a_link_of_the_repository_leads_to_a_page_of_the_site(hook: Any, page: str, link: str, there: str) -> None:
+    assert hook.links(f"see [it]({link}), too", page) == f"see [it]({there}), too"
+
+
+def test_a_linked_file_is_shown_whole_and_a_folder_as_a_list(hook: Any) -> None:
+    text = (ROOT / "examples/train.py").read_text(encoding="utf-8")
+    assert f"```python\n{text.rstrip()}\n```" in hook.shown("examples/train.py")
+    assert "- [train.py](examples/train.py)" in hook.shown("examples")
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning_and_asks_no_other_host(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="of the dev extra: make install")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    html = {path: path.read_text(encoding="utf-8") for path in tmp_path.rglob("*.html")}
+    assert len(html) > 40
+    for path, text in html.items():
+        for tag in re.findall(r"<(?:script|link|img|iframe|source)\b[^>]*>", text):
+            assert not re.search(r'(?:src|href)="?(?:https?:)?//', tag), f"{path}: {tag}"
+    assert "LitCLIP" in html[tmp_path / "reference/lit_clip.html"]
+    assert "--model.micro_batch_size" in html[tmp_path / "reference/fit.html"]
