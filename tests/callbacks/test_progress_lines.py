@@ -182,6 +182,7 @@ def test_commands_write_lines_to_a_file(
     monkeypatch.chdir(tmp_path)
     table = write_table(tmp_path, 40)  # more than inspect reads at once
     model = ["--model", str(tiny_checkpoint), "--num_workers", "0", "--batch_size", "8"]
+    (tmp_path / "shades").mkdir()
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump({"sets": {"shades": entry()}}), encoding="utf-8")
     suite = ["--suite", "suite.yaml", "--tasks", "zero_shot", "linear_probe", "--output", "evaluation"]
     for titles, command in (
