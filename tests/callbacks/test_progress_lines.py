@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 
@@ -16,8 +17,8 @@ from lit_clip.cli.subcommands import run_command
 from lit_clip.models.config import CLIPConfig
 from lit_clip.module import LitCLIP
 from lit_clip.tools import console
-from tests.conftest import TINY_YAML, lit_clip_command, run_lightning_ranks
-from tests.helpers.small_sets import write_table
+from tests.conftest import TINY_YAML, run_lightning_ranks, without_packaged_defaults
+from tests.helpers.small_sets import entry, write_table
 from tests.helpers.terminal import on_a_terminal, screen
 from tests.test_module import data_for, trainer
 
@@ -128,7 +129,8 @@ def test_no_lines_without_a_bar_or_beside_a_bar_of_ones_own(
 def words(table: Path, *more: str) -> list[str]:
     data = ["--data", "datamodules.Captions", "--data.train", str(table), "--data.val", str(table)]
     options = ["--data.batch_size", "4", "--data.num_workers", "0", "--model.architecture", TINY_YAML]
-    return ["fit", *data, *options, "--trainer.accelerator", "cpu", "--trainer.max_epochs", "1", *more]
+    options += ["--trainer.accelerator", "cpu", "--trainer.log_every_n_steps", "1", "--trainer.max_epochs", "1"]
+    return ["fit", *data, *options, *more]
 
 
 def test_a_run_to_a_file_and_its_resumption_have_whole_lines_and_no_advice_of_lightnings(
@@ -153,15 +155,15 @@ def test_two_ranks_write_once(table: Path, tmp_path: Path) -> None:
 
 
 def test_on_a_terminal_the_plan_stays_whole_above_the_bar(table: Path, tmp_path: Path) -> None:
-    to_file = lit_clip_command(tmp_path, *words(table), environment={"COLUMNS": "80"}).stdout
-    plan = to_file[: to_file.index("└")].splitlines()
-    shown = screen(on_a_terminal(tmp_path, *words(table)))
-    first = next(row for row, line in enumerate(shown) if line.strip() == "Plan")
-    assert shown[first : first + len(plan)] == plan
-    below = "\n".join(shown[first + len(plan) :])
-    assert "Epoch 0/0" in below
-    assert "fit: step" not in below
-    assert "Epoch" not in "\n".join(shown[:first])
+    shown = screen(on_a_terminal(tmp_path, *without_packaged_defaults(words(table))))
+    title = next(row for row, line in enumerate(shown) if line.strip() == "Plan")
+    end = next(row for row, line in enumerate(shown) if row > title and line.startswith("└"))
+    top, *rows, bottom = shown[title + 1 : end + 1]
+    assert (top[0], top[-1], bottom[-1], len(top), len(bottom)) == ("┌", "┐", "┘", 80, 80)
+    assert all(row[0] == row[-1] == "│" and len(row) == 80 for row in rows)
+    assert ("parameters" in rows[0], any("schedule" in row for row in rows)) == (True, True)
+    assert ["Epoch" in "\n".join(part) for part in (shown[:end], shown[end:])] == [False, True]
+    assert not any("fit: step" in line for line in shown)
 
 
 @pytest.fixture
@@ -172,21 +174,27 @@ def _every_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_every_line")
 def test_commands_write_lines_to_a_file(
-    table: Path,
     tiny_checkpoint: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    table = write_table(tmp_path, 40)  # more than inspect reads at once
     model = ["--model", str(tiny_checkpoint), "--num_workers", "0", "--batch_size", "8"]
-    for title, total, command in (
-        ("encoding", 32, ["embed", str(table), "--output", "features.parquet", *model, "--accelerator", "cpu"]),
-        ("encoding", 32, ["search", ".", "a red patch", *model]),
-        ("inspecting", 32, ["inspect", str(table), "--workers", "0"]),
-        ("writing shards", 4, ["shard", str(table), "shards", "--shard_size", "8", "--workers", "0"]),
+    (tmp_path / "shades").mkdir()
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump({"sets": {"shades": entry()}}), encoding="utf-8")
+    suite = ["--suite", "suite.yaml", "--tasks", "zero_shot", "linear_probe", "--output", "evaluation"]
+    for titles, command in (
+        (["encoding"], ["embed", str(table), "--output", "features.parquet", *model, "--accelerator", "cpu"]),
+        (["encoding"], ["search", ".", "a red patch", *model]),
+        (["inspecting"], ["inspect", str(table)]),
+        (["writing shards"], ["shard", str(table), "shards", "--shard_size", "8", "--workers", "0"]),
+        (["shades test", "shades train", "shades linear probe"], ["evaluate", *suite, *model, "--accelerator", "cpu"]),
     ):
         run_command(command)
         written = capsys.readouterr().err
-        assert re.search(rf"^{title}: {total} in 0:\d\d:\d\d, [\d.,]+/s$", written, re.MULTILINE), written
+        for title in titles:
+            assert re.search(rf"^{title}: \d+ of \d+, [\d.,]+/s, 0:\d\d:\d\d left$", written, re.MULTILINE), written
+            assert re.search(rf"^{title}: \d+ in 0:\d\d:\d\d, [\d.,]+/s$", written, re.MULTILINE), written
         assert not re.search("[\r\x1b]", written)
