@@ -160,6 +160,9 @@ class EmojiPairs(PairSource):
         emoji = self.emoji[index]
         return Pair(self.images[index], emoji.name if rng is None else caption(emoji, rng), emoji.hexcode)
 
+    def key(self, index: int) -> str:
+        return self.emoji[index].hexcode
+
 
 def caption(emoji: Emoji, rng: random.Random) -> str:
     """Draw a caption: mostly the name, else the name with some tags, or the groups.

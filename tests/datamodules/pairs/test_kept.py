@@ -14,6 +14,7 @@ from PIL import Image
 from datamodules.captions import Captions
 from datamodules.commands.shard import shard
 from datamodules.open_source import open_source
+from datamodules.openmoji import EmojiPairs, read_table
 from datamodules.pairs.kept import KeptPairs, kept_pairs
 from datamodules.pairs.pair_filters import PairFilters
 from datamodules.pairs.score_files import write_scores
@@ -155,9 +156,7 @@ def test_a_file_of_other_or_changed_data_is_refused(folder: Path) -> None:
     write(open_source("captions.csv"), "scores.parquet", 0.5)
     table = Path("captions.csv").read_text()
     Path("captions.csv").write_text(table + "0.png,one more\n")
-    with pytest.raises(
-        InputError, match=r"scores.parquet: has scores of 24 rows, and the data have 25; it is"
-    ):
+    with pytest.raises(InputError, match=r"scores.parquet: has scores of 24 rows, and the data have 25; it is"):
         kept_pairs(open_source("captions.csv"), "scores.parquet")
     Path("captions.csv").write_text(table.replace("number", "figure"))
     with pytest.raises(InputError, match=r"scores.parquet: row \d+ of the data was scored with other captions than"):
@@ -188,6 +187,14 @@ def test_something_else_and_drawing_with_replacement_are_refused(folder: Path) -
     write(source, "scores.parquet", 0.5)
     with pytest.raises(InputError, match="shards.resampled draws with replacement; leave it out"):
         kept_pairs(source, "scores.parquet").order(0, 0)
+
+
+def test_a_source_that_only_loads_pairs_is_filtered_too(folder: Path) -> None:
+    source = EmojiPairs(read_table()[:ROWS], [folder / f"{number}.png" for number in range(ROWS)])
+    kept = write(source, "scores.parquet", 0.25)
+    pairs = kept_pairs(source, "scores.parquet")
+    loaded = [pairs.load(index, random.Random(0)) for index in range(len(pairs))]
+    assert {(pair.key, pair.caption) for pair in loaded} == kept
 
 
 def test_kept_pairs_take_a_few_bytes_each(folder: Path) -> None:
