@@ -221,7 +221,7 @@ def _preprocess_cfg(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))["preprocess_cfg"]
 
 
-def parity(folder: Path, weights: str, most_blocks: int = 4) -> tuple[str, Parity]:
+def parity(folder: Path, weights: str, most_blocks: int = 2) -> tuple[str, Parity]:
     """Compare a ``model:tag`` at full width, with random weights, in both libraries; say how many blocks it has."""
     name, _, tag = weights.partition(":")
     cfg, blocks = fewer_blocks(model_cfg(name), most_blocks)
