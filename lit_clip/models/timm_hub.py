@@ -57,14 +57,15 @@ def timm_hub_weights(name: str) -> Path:
     """
     from huggingface_hub.errors import EntryNotFoundError
 
+    absent: InputError | None = None
     for file in _WEIGHTS:
         try:
             return _download(name, file)
         except InputError as error:
             if not isinstance(error.__cause__, EntryNotFoundError):
                 raise
-            last = error
-    raise InputError(f"architecture.image: {name} has none of {', '.join(_WEIGHTS)}") from last
+            absent = error
+    raise InputError(f"architecture.image: {name} has none of {', '.join(_WEIGHTS)}") from absent
 
 
 def _download(name: str, file: str) -> Path:

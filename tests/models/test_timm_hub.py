@@ -36,7 +36,7 @@ def repository(cache: Path, tmp_path: Path) -> Any:
 
 
 def test_a_hub_name_gives_timms_model_with_its_weights_and_preprocessing(repository: Any) -> None:
-    ours = CLIP(CLIPConfig(16, TimmConfig(NAME, pretrained=True), TEXT)).eval()
+    ours: Any = CLIP(CLIPConfig(16, TimmConfig(NAME, pretrained=True), TEXT)).eval()
     assert (ours.preprocessing.image_size, ours.preprocessing.mean) == (64, (0.1, 0.2, 0.3))
     assert (ours.preprocessing.std, ours.preprocessing.crop_pct) == ((0.4, 0.5, 0.6), 0.9)
     theirs: Any = timm.create_model(NAME, pretrained=True, num_classes=0).eval()
@@ -60,7 +60,7 @@ def test_a_checkpoint_opens_without_the_hub(repository: Any, tmp_path: Path, mon
 
 def test_settings_and_size_may_differ_from_the_hubs(repository: Any) -> None:
     image = TimmConfig(NAME, True, image_size=96, options={"drop_path_rate": 0.1})
-    ours = CLIP(CLIPConfig(16, image, TEXT)).eval()
+    ours: Any = CLIP(CLIPConfig(16, image, TEXT)).eval()
     theirs: Any = timm.create_model(NAME, img_size=96, num_classes=0)
     theirs.load_state_dict(ours.visual.trunk.state_dict())
     with torch.no_grad():

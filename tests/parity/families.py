@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from datamodules.openmoji import read_table
 from lit_clip.models.clip import CLIP
 from lit_clip.models.open_clip_configs import configs_folder
-from lit_clip.weights.load import load_model
 from tests.helpers.towers import shaken
 
 # One published weight of each family; the others of a family differ in sizes alone.
@@ -83,17 +82,6 @@ def model_cfg(name: str) -> dict[str, Any]:
     folder = configs_folder()
     assert folder is not None
     return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def fewer_blocks(cfg: dict[str, Any], most: int) -> tuple[dict[str, Any], str]:
-    """Return a configuration with at most so many blocks in each encoder of ours, and how many that are."""
-    cfg, notes = copy.deepcopy(cfg), []
-    for tower in ("vision_cfg", "text_cfg"):
-        layers = cfg[tower].get("layers")
-        if isinstance(layers, int) and layers > most:
-            notes.append(f"{most} of {layers}")
-            cfg[tower]["layers"] = most
-    return cfg, f" ({' and '.join(dict.fromkeys(notes))} blocks)" if notes else ""
 
 
 def made_small(cfg: dict[str, Any]) -> dict[str, Any]:
@@ -219,11 +207,3 @@ def compare(folder: Path, theirs: Any, ours: CLIP) -> Parity:
 
 def _preprocess_cfg(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))["preprocess_cfg"]
-
-
-def parity(folder: Path, weights: str, most_blocks: int = 2) -> tuple[str, Parity]:
-    """Compare a ``model:tag`` at full width, with random weights, in both libraries; say how many blocks it has."""
-    name, _, tag = weights.partition(":")
-    cfg, blocks = fewer_blocks(model_cfg(name), most_blocks)
-    theirs = write_folder(folder, cfg, cast(dict[str, Any], get_pretrained_cfg(name, tag)))
-    return blocks, compare(folder, theirs, load_model(folder))
