@@ -148,10 +148,14 @@ def _whole_blocks(module: nn.Module, prefix: str, names: Mapping[str, str]) -> l
 def _timm_layers(trunk: Any, prefix: str) -> dict[str, str]:
     from timm.models import group_parameters  # takes seconds
 
-    layers: list[list[str]] = list(group_parameters(trunk, trunk.group_matcher(coarse=False)).values())
+    matcher = trunk.group_matcher(coarse=False)
+    layers: list[list[str]] = list(group_parameters(trunk, matcher).values())
+    blocks = matcher["blocks"] if isinstance(matcher["blocks"], list | tuple) else [matcher["blocks"]]
+    patterns = [each if isinstance(each, str) else each[0] for each in blocks]
     result = {prefix + name: EMBEDDINGS for name in layers[0]}
     for i, names in enumerate(layers[1:]):
-        # Parameters unknown to the matcher come last: attention pooling, a final norm. Only blocks are numbered.
-        head = i == len(layers) - 2 and not any(re.search(r"\.\d+\.", name) for name in names)
+        # Parameters unknown to the matcher come last: attention pooling, a final norm or convolution.
+        numbered = [name for name in names if re.search(r"\.\d+\.", name)]
+        head = i == len(layers) - 2 and not any(re.match(each, name) for name in numbered for each in patterns)
         result |= {prefix + name: HEAD if head else f"blocks.{i}" for name in names}
     return result

@@ -39,10 +39,13 @@ def timm_hub_model(name: str) -> dict[str, Any]:
         data, arguments = values.get("pretrained_cfg", values), dict(values.get("model_args") or {})
         arguments.pop("num_classes", None)
         check_timm_options(arguments, f"{name}: model_args")
+        sized = {}
+        if (size := arguments.pop("img_size", None)) is not None:  # of a model whose positions depend on it
+            sized = {"input_size": [3, *([size, size] if isinstance(size, int) else size)], "fixed_input_size": True}
         return {
             "architecture": values["architecture"],
             "model_args": arguments,
-            "data": {key: data[key] for key in _DATA if data.get(key) is not None},
+            "data": {key: data[key] for key in _DATA if data.get(key) is not None} | sized,
         }
 
 
@@ -54,14 +57,15 @@ def timm_hub_weights(name: str) -> Path:
     """
     from huggingface_hub.errors import EntryNotFoundError
 
+    absent: InputError | None = None
     for file in _WEIGHTS:
         try:
             return _download(name, file)
         except InputError as error:
             if not isinstance(error.__cause__, EntryNotFoundError):
                 raise
-            last = error
-    raise InputError(f"architecture.image: {name} has none of {', '.join(_WEIGHTS)}") from last
+            absent = error
+    raise InputError(f"architecture.image: {name} has none of {', '.join(_WEIGHTS)}") from absent
 
 
 def _download(name: str, file: str) -> Path:

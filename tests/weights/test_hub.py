@@ -201,7 +201,7 @@ def test_every_supported_tag_has_open_clips_preprocessing(monkeypatch: pytest.Mo
             continue
         opened += 1
         assert_open_clips(config, open_clips_preprocessing(model, tag, monkeypatch))
-    assert opened > 150
+    assert opened > 180  # the others have text encoders of Hugging Face's, whose configuration is on the hub
 
 
 def test_open_clip_downloads_a_tag_and_its_entry_overrides_the_names_activation(
