@@ -29,7 +29,7 @@ from lit_clip.models.lora import LoRA, add_lora
 from lit_clip.models.open_clip_configs import from_open_clip
 from lit_clip.models.patches import as_image, grid_size, unpacked
 from lit_clip.models.preprocess import pixels
-from lit_clip.models.resize import resized
+from lit_clip.models.resize import resize_weights, resized
 from lit_clip.module import LitCLIP
 from lit_clip.training.optim import PaperAdamW
 from lit_clip.training.plan import tower_work
@@ -203,7 +203,9 @@ def test_a_frozen_tower_can_be_stored_but_no_part_of_one() -> None:
 def test_another_image_size_is_another_budget_for_the_same_weights(model: CLIP) -> None:
     larger = CLIP(resized(model.config, 128, None))
     assert larger.preprocessing.max_patches == 256
-    larger.load_state_dict(model.state_dict())
+    state = resize_weights(model.state_dict(), model.config, larger.config)
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
     assert CLIPConfig.from_dict(larger.config.to_dict()) == larger.config
     wide = CLIPConfig(embed_dim=32, image=TimmConfig(**{**vars(config().image), "image_size": (64, 128)}))
     assert with_external_settings(wide).preprocessing == CLIP(resized(model.config, (64, 128), None)).preprocessing
