@@ -36,7 +36,7 @@ def with_external_settings(config: CLIPConfig) -> CLIPConfig:
         timms = timm_preprocessing(image)
         preprocessing = preprocessing or timms
         own = preprocessing if preprocessing.max_patches is not None else timms
-        image = replace(image, image_size=image.image_size or own.image_size)
+        image = replace(image, image_size=own.image_size)
     if isinstance(text, HuggingFaceTextConfig) and text.model is None:
         text = replace(text, model=hugging_face_config(text.hugging_face))
     if isinstance(image, CustomImageConfig) and image.image_size is None:

@@ -16,10 +16,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from callbacks import EmbeddingProjector, SimilarityMatrix, TrainingMonitor, ZeroShot, ZeroShotSet
 from callbacks.figures import Prediction, prediction_grid, similarity_matrix
+from callbacks.tensorboard import _thumbnails
 from datamodules import Captions, NoCaptions, OpenMojiClasses
 from lit_clip import LitCLIP, zero_shot_classifier
 from lit_clip.errors import InputError
-from lit_clip.models.config import CLIPConfig
+from lit_clip.models.config import CLIPConfig, Preprocessing
+from lit_clip.models.preprocess import pixels
 from lit_clip.training.schedules import WarmupCosine
 
 TEMPLATES = ["{}", "a drawing of {}."]
@@ -138,3 +140,13 @@ def test_figures_have_room_for_any_number_of_items_and_long_names() -> None:
         assert (sheet == (255, 0, 0)).all(axis=-1).sum() == count * 96 * 96
     matrix = similarity_matrix([image] * 3, ["a", "b" * 300, ""], np.zeros((3, 3)))
     assert matrix.size[0] > matrix.size[1] > 3 * 50
+
+
+def test_images_in_their_own_aspect_ratio_get_thumbnails_of_one_size() -> None:
+    transform = pixels(Preprocessing(max_patches=16, patch_size=8))
+    sizes = ((40, 20), (20, 40), (30, 30))
+    sequences = torch.stack([transform(Image.new("RGB", size, "red")) for size in sizes])
+    thumbnails = _thumbnails(sequences)
+    assert thumbnails is not None
+    assert thumbnails.shape == (6, 3, 64, 64)
+    assert torch.equal(thumbnails[:3].amin(dim=(0, 2, 3)), torch.tensor([1.0, 0.0, 0.0]))

@@ -21,6 +21,7 @@ from lit_clip.errors import InputError
 from lit_clip.losses.pairwise import Sigmoid
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, Preprocessing, TextTransformerConfig, TimmConfig, VisionTransformerConfig
+from lit_clip.models.external_settings import with_external_settings
 from lit_clip.models.finetuning import Freeze, LayerDecay, learning_rate_factors
 from lit_clip.models.flops import measure, training_flops
 from lit_clip.models.frozen_prefix import use_frozen_prefix
@@ -28,7 +29,7 @@ from lit_clip.models.lora import LoRA, add_lora
 from lit_clip.models.open_clip_configs import from_open_clip
 from lit_clip.models.patches import as_image, grid_size, unpacked
 from lit_clip.models.preprocess import pixels
-from lit_clip.models.resize import resized
+from lit_clip.models.resize import resize_weights, resized
 from lit_clip.module import LitCLIP
 from lit_clip.training.optim import PaperAdamW
 from lit_clip.training.plan import tower_work
@@ -179,7 +180,7 @@ def test_flops_are_those_of_the_budget(model: CLIP) -> None:
 
 
 def test_freezing_layer_decay_and_lora_know_the_layers() -> None:
-    module = LitCLIP(config(), freeze={"image": {"unlock_last": 1}}, layer_decay=0.5)  # type: ignore[arg-type]
+    module = LitCLIP(config(), freeze={"image": {"unlock_last": 1}}, layer_decay=0.5)
     frozen = {name for name, p in module.model.visual.named_parameters() if not p.requires_grad}
     assert {name.split(".")[1] for name in frozen} == {"embeds", "blocks"}
     assert not any("blocks.1" in name for name in frozen)
@@ -194,7 +195,7 @@ def test_a_frozen_tower_can_be_stored_but_no_part_of_one() -> None:
     """Attention behind the frozen layers would need the mask of the images."""
     whole = LitCLIP(config(), freeze=Freeze(image="all"))
     assert use_frozen_prefix(whole.model, "image") is not None
-    part = LitCLIP(config(), freeze={"image": {"unlock_last": 1}})  # type: ignore[arg-type]
+    part = LitCLIP(config(), freeze={"image": {"unlock_last": 1}})
     with pytest.raises(InputError, match="set model.freeze.image to all"):
         use_frozen_prefix(part.model, "image")
 
@@ -202,8 +203,12 @@ def test_a_frozen_tower_can_be_stored_but_no_part_of_one() -> None:
 def test_another_image_size_is_another_budget_for_the_same_weights(model: CLIP) -> None:
     larger = CLIP(resized(model.config, 128, None))
     assert larger.preprocessing.max_patches == 256
-    larger.load_state_dict(model.state_dict())
+    state = resize_weights(model.state_dict(), model.config, larger.config)
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
     assert CLIPConfig.from_dict(larger.config.to_dict()) == larger.config
+    wide = CLIPConfig(embed_dim=32, image=TimmConfig(**{**vars(config().image), "image_size": (64, 128)}))
+    assert with_external_settings(wide).preprocessing == CLIP(resized(model.config, (64, 128), None)).preprocessing
 
 
 def test_what_does_not_fit_is_refused() -> None:
