@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -249,7 +250,8 @@ def _listening(host: str, port: int) -> socket.socket:
 
 
 def _serve(app: Any, listening: socket.socket) -> None:
-    """Answer until Ctrl-C."""
+    """Answer until Ctrl-C or SIGTERM."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was uploaded is removed then too
     uvicorn = import_module("uvicorn")
     headers = [("Content-Security-Policy", OWN_CONTENT)]
     config = uvicorn.Config(app, log_level="warning", headers=headers, timeout_graceful_shutdown=1)

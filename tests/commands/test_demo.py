@@ -136,7 +136,7 @@ def served(drawings: Drawings, tmp_path_factory: pytest.TempPathFactory) -> Iter
     shutil.copytree(drawings[1], folder)
     (folder / "notes.txt").write_text("a secret")
     words = ["demo", "--model", str(drawings[0]), "--images", str(folder), "--port", "0"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(folder.parent)}
     environment |= {f"{name}_PROXY": "http://127.0.0.1:9" for name in ("HTTP", "HTTPS", "ALL")}  # nothing is fetched
     command = [sys.executable, "-m", "lit_clip", *words]
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
@@ -150,8 +150,9 @@ def served(drawings: Drawings, tmp_path_factory: pytest.TempPathFactory) -> Iter
             raise AssertionError("".join(lines))
         assert any("index: 0 images unchanged, 64 new" in line for line in lines)
         yield int(found[1]), folder
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 0
+    assert [path.name for path in folder.parent.glob("*")] == ["photos"]
     assert (folder / INDEX).is_file()
 
 
@@ -173,6 +174,7 @@ def test_the_api_searches_and_classifies(served: tuple[int, Path], trial: Trial)
         assert image.size == (72, 72)
     label = client.predict(handle_file(folder / "pizza.png"), "pizza, tiger", "{}", api_name="/classify")
     assert label["label"] == "pizza"
+    assert any(folder.parent.glob("lit-clip-demo-*/*/pizza.png"))  # until the demo ends
     expected = trial.classify(str(folder / "pizza.png"), "pizza, tiger", "{}")
     assert {each["label"]: each["confidence"] for each in label["confidences"]} == pytest.approx(expected, abs=1e-5)
     with pytest.raises(Exception, match="type at least 2"):
