@@ -9,7 +9,7 @@ BENCH := $(RUNS)/bench
 # Run a benchmark: its name, its options, and a suffix of its result file.
 measure = $(BIN)/python benchmarks/$(1).py $(2) --json $(BENCH)/$(1)$(3).json
 
-.PHONY: help install docs quickstart quickstart-towers test test-loggers test-slow test-lowest fuzz check format bench bench-check tensorboard clean
+.PHONY: help install docs quickstart quickstart-towers test test-demo test-loggers test-slow test-lowest fuzz check format bench bench-check tensorboard clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -63,6 +63,13 @@ $(BIN)/.loggers: $(BIN)/.installed
 
 test-loggers: $(BIN)/.loggers  ## Run the tests of W&B and MLflow, in their offline modes
 	@$(BIN)/python -m pytest tests/cli/test_loggers.py
+
+$(BIN)/.demo: $(BIN)/.installed
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[demo]'
+	@touch $@
+
+test-demo: $(BIN)/.demo  ## Run the tests of the demo's page with gradio, and with Chromium if there is one
+	@$(BIN)/python -m pytest tests/commands/test_demo.py
 
 test-slow: install  ## Run the slow tests, which take minutes each
 	@$(BIN)/python -m pytest -m slow

@@ -36,7 +36,7 @@ TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ["README.md
 FAST = ("--trainer.accelerator", "cpu", "--data.num_workers", "0", "--data.batch_size", "8")
 CONFIG = ("--config", "configs/finetune_table.yaml")
 NOT_RUN = ("torchrun ", "srun ", "configs/pretrain_", "--data-root /data")  # clusters, and data that is not here
-NOT_RUN += ("jxie/flickr8k", "s3://", "--data.templates", "laion2b")
+NOT_RUN += ("jxie/flickr8k", "s3://", "--data.templates", "laion2b", "--push ", "lit-clip demo ")
 EXAMPLE = "# examples/"  # the first line of a block that shows a part of a file
 # Blocks; and open_clip's flags, which tests/cli/test_other_names.py compares with its parser.
 NO_SENTENCE = dict.fromkeys(TEXTS, r"^```.*?^```")

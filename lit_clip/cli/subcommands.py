@@ -22,6 +22,7 @@ from lit_clip.tools.messages import hinting, options_of
 # are only named, like class paths in a YAML file.
 COMMANDS: dict[str, str] = {
     "classify": "lit_clip.commands.classify:classify",
+    "demo": "lit_clip.commands.demo:demo",
     "embed": "datamodules.commands.embed:embed",
     "evaluate": "lit_clip.commands.evaluate:evaluate",
     "export": "lit_clip.commands.export:export",

@@ -11,27 +11,41 @@ from rich.table import Table
 from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import replacing_folder
-from lit_clip.tools.console import Console, progress
+from lit_clip.tools.console import Console, progress, stderr
 from lit_clip.tools.hashing import sha256_of_file
 from lit_clip.tools.weight_files import is_path
 from lit_clip.weights.export import FORMATS, ExportSample, FormatName, Parity, parity_of
 from lit_clip.weights.load import load_model
 from lit_clip.weights.model_card import ExportedSource, model_card
+from lit_clip.weights.push import find_repository, upload
 
 
-def export(model: str, *, format: FormatName, output: str, license: str | None = None) -> None:
+def export(
+    model: str,
+    *,
+    format: FormatName,
+    output: str,
+    license: str | None = None,
+    push: str | None = None,
+    private: bool = False,
+) -> None:
     """Write a model in another tool's format, and check that it computes the same there.
 
-    The folder appears only when everything in it has been written, opened with the other tool and compared.
+    The folder appears only when everything in it has been written, opened with the other tool and compared; it is
+    uploaded after that.
 
     Args:
         model: a checkpoint, a folder or a name: whatever lit_clip.load_model opens.
         format: open_clip and hugging_face: float32 weights with their configuration; onnx: one file per encoder.
         output: a folder that does not exist yet, or is empty.
         license: of the weights, for the model card; by default unknown.
+        push: a repository on the Hugging Face hub, org/name, to upload the folder to; made if it does not exist.
+        private: a repository that push makes is private.
     """
     folder = Path(output)
     check_free(folder)
+    require(push is not None or not private, "--private: belongs to --push org/name")
+    repository = find_repository(push, private) if push is not None else None
     console = Console(soft_wrap=True)
     with progress(f"export to {format}", 4) as advance:
         original = load_model(model)
@@ -39,8 +53,10 @@ def export(model: str, *, format: FormatName, output: str, license: str | None =
         advance(1)
         with replacing_folder(folder) as draft, quiet():
             parity = write_checked(original, format, draft, advance)
-            card = model_card(original, format, folder.name, source, parity, license)
+            card = model_card(original, format, folder.name, source, parity, license, push)
             (draft / "README.md").write_text(card, encoding="utf-8")
+            if repository:
+                repository.check([path.name for path in draft.iterdir()], card)
             advance(1)
     console.print(_table(folder, format, parity))
     console.print(f"written and checked: {folder}")
@@ -50,6 +66,9 @@ def export(model: str, *, format: FormatName, output: str, license: str | None =
             f"open_clip opens it only where {encoder} is, with the text encoder's settings, and lit-clip not at all, "
             "since it reads no folder that a file names; name the encoder as on the hub"
         )
+    if repository:
+        stderr().print(repository.plan(folder))
+        console.print(f"uploaded: {upload(folder, repository)}")
 
 
 def write_checked(original: CLIP, format: FormatName, draft: Path, advance: Callable[[int], object]) -> Parity:

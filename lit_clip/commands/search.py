@@ -97,15 +97,13 @@ def search(
     )
     files = [] if stored else images_in(path, on_error)
     clip = load_model(model)
-    vectors = _encode_queries(clip, queries, image or [])  # before the folder: an unreadable query ends the command
+    vectors = encode_queries(clip, queries, image or [])  # before the folder: an unreadable query ends the command
     if stored:
         searched = _stored(path, clip)
         vectors = truncated(vectors, searched.features.shape[1])
     else:
         settings = EncodingSettings(batch_size, num_workers, precision=precision, on_error=on_error)
-        table = update_index(clip, files, Path(index) if index else path / INDEX, settings)
-        keys = [key for key, _, _ in table.identities]
-        searched = Searched(keys, table.features, [path / key for key in keys])
+        searched = search_in(clip, path, files, index, settings)
     titles = [*queries, *(f"like {path}" for path in image or [])]
     found = [
         list(map(Hit, rows, scores))
@@ -115,6 +113,23 @@ def search(
         _print_hits(title, searched, hits)
     write_sheet(Path(sheet), searched, dict(zip(titles, found, strict=True)))
     stderr().print(f"page with images: {sheet}")
+
+
+def search_in(
+    model: CLIP, folder: Path, files: Sequence[ImageFile], index: str | None, settings: EncodingSettings
+) -> Searched:
+    """Return a folder's images to search; those that the index lacks are encoded.
+
+    Args:
+        model: the encoders.
+        folder: with the images.
+        files: the images in it.
+        index: the index, a .npz file; None: in the folder.
+        settings: how to encode.
+    """
+    table = update_index(model, files, Path(index) if index else folder / INDEX, settings)
+    keys = [key for key, _, _ in table.identities]
+    return Searched(keys, table.features, [folder / key for key in keys])
 
 
 def _stored(path: Path, model: CLIP) -> Searched:
@@ -143,7 +158,7 @@ def _stored(path: Path, model: CLIP) -> Searched:
 
 
 @torch.inference_mode()
-def _encode_queries(model: CLIP, texts: Sequence[str], images: Sequence[str]) -> np.ndarray:
+def encode_queries(model: CLIP, texts: Sequence[str], images: Sequence[str]) -> np.ndarray:
     """Return the unit features of the texts, then of the images: float32 ``[Q, D]``."""
     features: list[Tensor] = []
     if texts:
@@ -182,15 +197,19 @@ def write_sheet(path: Path, searched: Searched, found: dict[str, list[Hit]]) -> 
 
 
 def _thumbnail(path: Path | None) -> str:
-    """A thumbnail, upright and on white, as a data URI; empty if the image is no file or cannot be read any more."""
+    """A thumbnail as a data URI; empty if the image is no file or cannot be read any more."""
+    image = small_image(path, THUMBNAIL) if path is not None else None
+    return "" if image is None else thumbnail(image, THUMBNAIL)
+
+
+def small_image(path: Path, size: int) -> Image.Image | None:
+    """Return an image of at most ``size`` pixels a side, upright and on white; None if it cannot be read any more."""
     try:
-        image = ImageOps.exif_transpose(open_image(path)) if path is not None else None
+        image = ImageOps.exif_transpose(open_image(path))
     except ValueError:  # a key need not be a path
-        image = None
-    if image is None:
-        return ""
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
+        return None
+    image.thumbnail((size, size))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return thumbnail(image, THUMBNAIL)
+    return image.convert("RGB")

@@ -15,8 +15,8 @@ LIBRARY = {"open_clip": "open_clip", "hugging_face": "transformers", "onnx": "on
 OPEN_CLIP = """\
 import open_clip
 
-model, preprocess = open_clip.create_model_from_pretrained("local-dir:{name}")
-tokenizer = open_clip.get_tokenizer("local-dir:{name}")
+model, preprocess = open_clip.create_model_from_pretrained("{name}")
+tokenizer = open_clip.get_tokenizer("{name}")
 """
 HUGGING_FACE = """\
 from PIL import Image
@@ -74,8 +74,26 @@ class ExportedSource(NamedTuple):
     sha256: str | None
 
 
-def model_card(model: CLIP, format: str, name: str, source: ExportedSource, parity: Parity, license: str | None) -> str:
-    """Return the card as Markdown, with the front matter that model hubs read."""
+def model_card(
+    model: CLIP,
+    format: str,
+    name: str,
+    source: ExportedSource,
+    parity: Parity,
+    license: str | None,
+    repository: str | None = None,
+) -> str:
+    """Return the card as Markdown, with the front matter that model hubs read.
+
+    Args:
+        model: what was exported.
+        format: a key of :data:`lit_clip.weights.export.FORMATS`.
+        name: of the folder.
+        source: of the export.
+        parity: as measured.
+        license: of the weights; None: unknown.
+        repository: ``org/name`` on the hub, from which the card's code then opens the model.
+    """
     front = {"library_name": LIBRARY[format], "pipeline_tag": "zero-shot-image-classification", "tags": ["clip"]}
     if license:
         front["license"] = license
@@ -98,14 +116,30 @@ def model_card(model: CLIP, format: str, name: str, source: ExportedSource, pari
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     config = json.loads(json.dumps(model.config.to_dict()))  # tuples as lists
     config["text"].pop("model", None)  # pages long, and in the exported configuration too
-    snippet, notes = _snippet(model, format, name), _notes(model, format)
+    title = repository.rpartition("/")[2] if repository else name
+    usage, notes = _usage(model, format, name, repository), _notes(model, format)
     parts = [
-        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {name}\n",
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {title}\n",
         f"A CLIP model for {LIBRARY[format]}.\n\n| | |\n|---|---|\n{rows}\n",
-        f"## Usage\n\nIn the folder above this one:\n\n```python\n{snippet}```\n\n{notes}",
+        f"## Usage\n\n{usage}\n{notes}",
         f"## Architecture, preprocessing, tokenizer\n\n```yaml\n{yaml.safe_dump(config, sort_keys=False)}```\n",
     ]
     return "\n".join(parts)
+
+
+def _usage(model: CLIP, format: str, name: str, repository: str | None) -> str:
+    """Return code that opens the model, from the hub or in the folder above the model's, and where to run it."""
+    if repository is None:
+        where = "In the folder above this one:\n\n"
+    elif format == "onnx":
+        name = repository.rpartition("/")[2]
+        where = f"After `hf download {repository} --local-dir {name}`:\n\n"
+    else:
+        name, where = repository, ""
+    if format == "open_clip":
+        name = f"local-dir:{name}" if repository is None else f"hf-hub:{name}"
+    also = f'\nOr, with lit-clip: `lit_clip.load_model("{repository}")`.\n' if repository and format != "onnx" else ""
+    return f"{where}```python\n{_snippet(model, format, name)}```\n{also}"
 
 
 def _snippet(model: CLIP, format: str, name: str) -> str:

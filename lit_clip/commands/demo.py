@@ -1,0 +1,259 @@
+"""``lit-clip demo``: a page on this machine on which to try a model."""
+
+import importlib.util
+import os
+import signal
+import socket
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import lru_cache, wraps
+from html import escape
+from importlib import import_module
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lit_clip import load_model
+from lit_clip.commands.classify import class_probabilities
+from lit_clip.commands.search import Searched, encode_queries, search_in, small_image
+from lit_clip.embedding.encode import EncodingSettings
+from lit_clip.embedding.image_files import images_in
+from lit_clip.embedding.index import nearest
+from lit_clip.errors import InputError, require
+from lit_clip.evaluation.zero_shot import IMAGENET, check_templates, imagenet_templates, zero_shot_classifier
+from lit_clip.models.clip import CLIP
+from lit_clip.tools.console import stderr
+from lit_clip.tools.hardware import best_device
+from lit_clip.tools.html import plural
+from lit_clip.tools.images import OnError, open_image
+
+SHOWN = 512  # pixels of the longer side of an image found; nothing larger leaves this machine
+MOST_PROMPTS, MOST_IMAGES = 100_000, 200  # that a click encodes, and shows
+LOOPBACK = ("127.0.0.1", "localhost")
+# The browser loads nothing from elsewhere, whatever a version of gradio or a text on the page would have it load.
+OWN_CONTENT = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; frame-ancestors 'none'"
+)
+QUIET = {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False", "GRADIO_SHARE": "False"}
+CSS = """
+.gradio-container {max-width: 1100px !important; width: 100% !important; margin: 0 auto !important}
+#found .grid-wrap {max-height: none; overflow: visible}
+#found .grid-container {grid-template-columns: repeat(auto-fill, minmax(min(160px, 38vw), 1fr)) !important}
+#found .caption-label {max-width: 100%; white-space: normal; overflow-wrap: anywhere}
+"""
+
+
+def demo(
+    *,
+    model: str,
+    images: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    index: str | None = None,
+    on_error: OnError = "error",
+) -> None:
+    """Try a model in a browser: classify an image by class names, search a folder by text.
+
+    The page is for this machine only, unless --host says otherwise, and nothing is sent or fetched elsewhere. Ctrl-C
+    ends it.
+
+    Args:
+        model: a checkpoint, or a name that lit_clip.load_model understands.
+        images: a folder, searched with everything below. The first time it is encoded, as by lit-clip search.
+        host: address to listen on; 0.0.0.0 lets everybody in the network use the page and see the folder's images.
+        port: to listen on; 0 for any that is free.
+        index: the index of the folder, a .npz file; by default .lit-clip-index.npz in the folder.
+        on_error: error ends the command at an image of the folder that cannot be read; skip lists it in a file
+            beside the index.
+    """
+    require(importlib.util.find_spec("gradio") is not None, "demo needs gradio: pip install -e '.[demo]'")
+    require(images is not None or index is None, f"--index {index}: belongs to --images; name the folder")
+    require(index is None or index.endswith(".npz"), f"--index {index}: must be a .npz file")
+    folder = Path(images) if images is not None else None
+    files = images_in(folder, on_error) if folder else []
+    with _listening(host, port) as listening, TemporaryDirectory(prefix="lit-clip-demo-") as uploads:
+        clip = load_model(model)
+        searched = search_in(clip, folder, files, index, EncodingSettings(on_error=on_error)) if folder else None
+        os.environ.update(QUIET, GRADIO_TEMP_DIR=uploads)  # gradio reads them when it is imported and used
+        app = web_app(Trial(clip.to(best_device()), searched), Path(model).name, host)
+        shown = f"[{host}]" if ":" in host else host
+        stderr().print(f"demo: http://{shown}:{listening.getsockname()[1]} (Ctrl-C ends it)")
+        _serve(app, listening)
+
+
+class Trial:
+    """What the page does with a model.
+
+    Args:
+        model: the encoders.
+        searched: images to search; None: there are none.
+    """
+
+    def __init__(self, model: CLIP, searched: Searched | None = None) -> None:
+        self.model, self.searched = model, searched
+        self._classifier = lru_cache(maxsize=8)(self._new_classifier)  # the next image mostly has the same classes
+
+    def classify(self, image: str | None, names: str, templates: str) -> dict[str, float]:
+        """Return the probability of each class, as ``lit-clip classify`` does.
+
+        Args:
+            image: a file that was uploaded.
+            names: of classes, separated by commas or lines.
+            templates: prompt templates, one a line; or ``imagenet``, the paper's 80.
+
+        Raises:
+            InputError: no image or one that cannot be read, too few classes, or a template without ``{}``.
+        """
+        require(image is not None, "no image: drop one, or click to choose a file")
+        classes = list(dict.fromkeys(_words(names.replace(",", "\n"))))
+        prompts = imagenet_templates() if templates.strip() == IMAGENET else _words(templates)
+        least = 2 if self.model.logit_bias is None else 1
+        require(len(classes) >= least, f"class names: {len(classes)}; type at least {least}, with commas between them")
+        require(len(classes) * len(prompts) <= MOST_PROMPTS, f"class names and templates: more than {MOST_PROMPTS:,}")
+        check_templates(prompts, "prompt templates")
+        features = self.model.encode([open_image(Path(str(image)), "the image")]).to(self.model.device)
+        with torch.inference_mode():
+            probabilities = class_probabilities(self.model, features, self._classifier(tuple(classes), tuple(prompts)))
+        return dict(zip(classes, probabilities[0].tolist(), strict=True))
+
+    def _new_classifier(self, names: Sequence[str], templates: Sequence[str]) -> Tensor:
+        return zero_shot_classifier(self.model, names, templates)
+
+    def search(self, text: str, count: int) -> list[tuple[Image.Image, str]]:
+        """Return the images of the folder that best match a text, small, with their names and cosines.
+
+        Raises:
+            InputError: no text.
+        """
+        assert self.searched is not None
+        require(bool(text.strip()), "nothing to search for: type a sentence")
+        query = encode_queries(self.model, [text], [])
+        scores, rows = (
+            part[0].tolist() for part in nearest(self.searched.features, query, min(max(1, count), MOST_IMAGES))
+        )
+        found = []
+        for row, score in zip(rows, scores, strict=True):
+            path = self.searched.files[row]
+            image = small_image(path, SHOWN) if path else None
+            if image:  # it may have been removed since the folder was encoded
+                found.append((image, f"{score:.3f} {self.searched.names[row]}"))
+        return found
+
+
+def _words(text: str) -> list[str]:
+    """Return the lines of a text that are not empty, with single spaces; never those of a file that it may name."""
+    return [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+
+
+def web_app(trial: Trial, name: str, host: str = "127.0.0.1") -> Any:
+    """Return the page and its API, ``/classify`` and ``/search``, as a FastAPI application.
+
+    No file is served but those that the page's users upload, and the small images found.
+
+    Args:
+        trial: what it does.
+        name: of the model, for the title.
+        host: as listened on; on this machine's own address, other names of it are refused, so that no page of the
+            internet can have its own name point here and read the answers.
+    """
+    # Not import statements: the type checker runs without the extra too.
+    gr, fastapi = import_module("gradio"), import_module("fastapi")
+    folder = trial.searched
+    with gr.Blocks(title=f"{name} - lit-clip", analytics_enabled=False) as blocks:
+        more = f", {plural(len(folder.names), 'image')}" if folder else ""
+        parameters = sum(parameter.numel() for parameter in trial.model.parameters())
+        gr.HTML(f"<h2>{escape(name)}</h2>{parameters / 1e6:,.1f} M parameters{more}")
+        if folder:
+            with gr.Tab("Search"):
+                _search_tab(gr, trial)
+        with gr.Tab("Classify"):
+            _classify_tab(gr, trial)
+    app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    if host in LOOPBACK:
+        trusted = import_module("starlette.middleware.trustedhost").TrustedHostMiddleware
+        app.add_middleware(trusted, allowed_hosts=list(LOOPBACK))
+    options = {"ssr_mode": False, "mcp_server": False, "enable_monitoring": False, "pwa": False}
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    return gr.mount_gradio_app(app, blocks, "/", footer_links=[], theme=theme, css=CSS, **options)
+
+
+def _classify_tab(gr: Any, trial: Trial) -> None:
+    with gr.Row():
+        with gr.Column():
+            image = gr.Image(
+                type="filepath", image_mode=None, sources=["upload", "clipboard"], label="Image", height=320, buttons=[]
+            )
+            names = gr.Textbox(
+                "tiger, pizza, bicycle", label="Class names", info="with commas between them", max_lines=6
+            )
+            with gr.Accordion("Prompt templates", open=False):
+                templates = gr.Textbox(
+                    "a photo of a {}.", lines=3, show_label=False, info="one a line; or imagenet, the paper's 80"
+                )
+            button = gr.Button("Classify", variant="primary")
+        with gr.Column():
+            each = "" if trial.model.logit_bias is None else " of each class by itself"
+            label = gr.Label(num_top_classes=10, label=f"Probability{each}")
+    # Dropping the next image is enough.
+    events = [button.click, names.submit, image.upload]
+    gr.on(
+        events,
+        _shown(gr, trial.classify),
+        [image, names, templates],
+        label,
+        api_name="classify",
+        concurrency_id="model",
+    )
+
+
+def _search_tab(gr: Any, trial: Trial) -> None:
+    with gr.Row(equal_height=True):
+        text = gr.Textbox(label="Sentence", placeholder="a red kite over the beach", scale=5, max_lines=3)
+        count = gr.Number(12, label="Images", minimum=1, maximum=MOST_IMAGES, precision=0, scale=1, min_width=90)
+    button = gr.Button("Search", variant="primary")
+    found = gr.Gallery(show_label=False, elem_id="found", object_fit="contain", format="jpeg", buttons=[])
+    events = [button.click, text.submit]
+    gr.on(events, _shown(gr, trial.search), [text, count], found, api_name="search", concurrency_id="model")
+
+
+def _shown(gr: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Have a function's :class:`InputError` shown on the page, without a traceback in the terminal."""
+
+    @wraps(function)  # the API's names of the arguments
+    def call(*values: Any) -> Any:
+        try:
+            return function(*values)
+        except InputError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    return call
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """Return a socket that listens; the first to connect waits until the model is loaded.
+
+    Raises:
+        InputError: the port is in use, or the address is not one of this machine.
+    """
+    require(0 <= port < 65536, f"--port {port}: must be from 0 to 65535")
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        reason = (error.strerror or str(error)).partition(" (while")[0]
+        raise InputError(f"--host {host} --port {port}: cannot listen there ({reason}); set another") from error
+
+
+def _serve(app: Any, listening: socket.socket) -> None:
+    """Answer until Ctrl-C or SIGTERM."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was uploaded is removed then too
+    uvicorn = import_module("uvicorn")
+    headers = [("Content-Security-Policy", OWN_CONTENT)]
+    config = uvicorn.Config(app, log_level="warning", headers=headers, timeout_graceful_shutdown=1)
+    with suppress(KeyboardInterrupt):  # uvicorn raises it again after it has ended
+        uvicorn.Server(config).run(sockets=[listening])

@@ -1,0 +1,144 @@
+"""Upload an exported folder to the Hugging Face hub with huggingface_hub, which takes seconds to import."""
+
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from shlex import quote
+from typing import NamedTuple
+
+from rich.filesize import decimal
+
+from lit_clip.errors import InputError, require
+
+HUBS_OWN = ".gitattributes"  # the hub makes it with the repository
+LOGIN = "run hf auth login"
+
+
+class Repository(NamedTuple):
+    """A repository of models on the hub, as it was when it was looked up.
+
+    Attributes:
+        name: ``org/name``.
+        private: whether it is, or for a new one shall be, seen by its owners only.
+        commit: the newest; None if the repository does not exist.
+        files: in it.
+    """
+
+    name: str
+    private: bool
+    commit: str | None
+    files: frozenset[str]
+
+    def check(self, names: Collection[str], card: str) -> None:
+        """Raise :class:`InputError` if the hub refuses the model card, or other files than these would stay there."""
+        from huggingface_hub import ModelCard
+
+        others = sorted(self.files - {*names, HUBS_OWN})
+        listed = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
+        require(
+            not others,
+            f"--push {self.name}: holds other files than this format's ({listed}); name another repository; nothing "
+            "was written, uploaded or deleted",
+        )
+        try:
+            ModelCard(card).validate()
+        except Exception as error:  # of the hub, or of the library that speaks HTTP
+            raise _refusal(self.name, error, "the hub refuses the model card", "nothing was written") from error
+
+    def plan(self, folder: Path) -> str:
+        """Return a line that says what will be uploaded, and how large it is."""
+        sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in _files(folder)}
+        kind = "private" if self.private else "public"
+        new = "new, " if self.commit is None else ""
+        listed = ", ".join(f"{name} {decimal(size)}" for name, size in sizes.items())
+        total = decimal(sum(sizes.values()))
+        replaced = len(self.files & sizes.keys())
+        note = f"; {replaced} of them in place of older ones, which stay in its history" if replaced else ""
+        return f"uploading {total} to {self.name} ({new}{kind}): {listed}{note}"
+
+
+def find_repository(name: str, private: bool) -> Repository:
+    """Look up where to push, before anything is computed.
+
+    Args:
+        name: ``org/name``; need not exist.
+        private: that a new repository be private.
+
+    Raises:
+        InputError: not a name of a repository, no token, one that the hub does not accept, no network, or a public
+            repository where a private one is wanted.
+    """
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    require(name.count("/") == 1, f"--push {name}: must be a repository on the hub, org/name")
+    require(get_token() is not None, f"--push {name}: no token of the hub; {LOGIN}")
+    try:
+        info = HfApi().model_info(name)
+    except HFValidationError as error:
+        raise InputError(f"--push {name}: not a name of a repository ({_first_line(error)})") from error
+    except RepositoryNotFoundError:
+        return Repository(name, private, None, frozenset())
+    except Exception as error:  # of the hub, or of the library that speaks HTTP
+        raise _refusal(name, error, "cannot be looked up", "nothing was written") from error
+    require(
+        bool(info.private) or not private,
+        f"--push {name}: is public, and --private is for new repositories; change it in its settings on the hub, or "
+        "name another",
+    )
+    return Repository(name, bool(info.private), info.sha, frozenset(file.rfilename for file in info.siblings or ()))
+
+
+def upload(folder: Path, repository: Repository) -> str:
+    """Upload a folder, to a new repository if there is none, and return its address.
+
+    It is one commit: the repository gets all files or none. Files of the same name are replaced in its newest version;
+    none is deleted.
+
+    Raises:
+        InputError: the token has no right to write there, the repository has changed since it was looked up, or the
+            upload failed.
+        KeyboardInterrupt: with a message that says how to go on.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    api, name = HfApi(), repository.name
+    again = f"the export is complete in {folder}: hf upload {name} {quote(str(folder))} . uploads it"
+    if repository.private and repository.commit is None:
+        again += ", with --private"
+    added = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in _files(folder)]
+    try:
+        if repository.commit is None:
+            api.create_repo(name, private=repository.private or None)  # None: the organization's default
+        done = api.create_commit(
+            name, added, commit_message="Upload by lit-clip export", parent_commit=repository.commit
+        )
+    except Exception as error:  # of the hub, or of the library that speaks HTTP
+        raise _refusal(name, error, "the upload failed", again) from error
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"--push {name}: the upload is not complete; {again}") from None
+    return str(done.repo_url)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    yield from sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _refusal(name: str, error: Exception, what: str, left: str) -> InputError:
+    """Return the error to raise for what the hub, or the way to it, refused, and for what it leaves."""
+    cause: BaseException = error  # an upload's error names the file, its cause the reason
+    while getattr(cause, "response", None) is None and (below := cause.__cause__ or cause.__context__) is not None:
+        cause = below
+    status = getattr(getattr(cause, "response", None), "status_code", None)
+    advice = {
+        401: f"the hub does not accept your token; {LOGIN}",
+        403: f"your token may not write there; {LOGIN} with a token that may, or name a repository of your own",
+        409: "exists, but your token may not see it, or it was made just now; name another",
+        412: "has changed meanwhile; look at it and upload again",
+    }.get(status or 0, f"{what} ({_first_line(cause)})")
+    return InputError(f"--push {name}: {advice}; {left}")
+
+
+def _first_line(error: BaseException) -> str:
+    """Return the hub's own words about an error if there are any, and else the library's."""
+    words = getattr(error, "server_message", None) or str(error)
+    return " ".join(words.split())[:300] or type(error).__name__
