@@ -1,4 +1,4 @@
-"""The wheel has all files and works with the plain dependencies alone; the quickstart installs no more than it needs."""
+"""The wheel has all files and works with the plain dependencies; the quickstart installs no more than it needs."""
 
 import os
 import re

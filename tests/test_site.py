@@ -77,7 +77,7 @@ def test_a_linked_file_is_shown_whole_and_a_folder_as_a_list(hook: Any) -> None:
 @pytest.mark.slow
 def test_the_site_builds_without_a_warning_and_asks_no_other_host(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs", reason="of the dev extra: make install")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True)
     html = {path: path.read_text(encoding="utf-8") for path in tmp_path.rglob("*.html")}
     assert len(html) > 40
