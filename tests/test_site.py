@@ -48,6 +48,15 @@ def test_pages_have_at_most_about_200_lines() -> None:
     assert {name: lines for name, lines in long.items() if lines > 230} == {}
 
 
+def test_every_metric_that_is_logged_by_a_fixed_name_is_on_the_page_of_metrics() -> None:
+    page = (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
+    code = [ROOT / "lit_clip/module.py", *sorted((ROOT / "callbacks").glob("*.py"))]
+    text = "".join(file.read_text(encoding="utf-8") for file in code)
+    named = set(re.findall(r'"((?:train|val|data)/\w+)"', text))
+    assert len(named) > 10
+    assert {name for name in named if f"`{name}`" not in page} == set()
+
+
 @pytest.mark.parametrize(
     ("page", "link", "there"),
     [
