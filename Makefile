@@ -95,7 +95,7 @@ check: install  ## Check lint, format, types, import rules and the documentation
 	@$(MAKE) --no-print-directory docs
 
 docs: install  ## Build the documentation site, site/index.html
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: install  ## Format the code
 	@$(BIN)/ruff check --fix .

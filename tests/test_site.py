@@ -48,6 +48,15 @@ def test_pages_have_at_most_about_200_lines() -> None:
     assert {name: lines for name, lines in long.items() if lines > 230} == {}
 
 
+def test_every_metric_that_is_logged_by_a_fixed_name_is_on_the_page_of_metrics() -> None:
+    page = (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
+    code = [ROOT / "lit_clip/module.py", *sorted((ROOT / "callbacks").glob("*.py"))]
+    text = "".join(file.read_text(encoding="utf-8") for file in code)
+    named = set(re.findall(r'"((?:train|val|data)/\w+)"', text))
+    assert len(named) > 10
+    assert {name for name in named if f"`{name}`" not in page} == set()
+
+
 @pytest.mark.parametrize(
     ("page", "link", "there"),
     [
@@ -77,7 +86,7 @@ def test_a_linked_file_is_shown_whole_and_a_folder_as_a_list(hook: Any) -> None:
 @pytest.mark.slow
 def test_the_site_builds_without_a_warning_and_asks_no_other_host(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs", reason="of the dev extra: make install")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True)
     html = {path: path.read_text(encoding="utf-8") for path in tmp_path.rglob("*.html")}
     assert len(html) > 40

@@ -10,16 +10,17 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 LINK = re.compile(r"(?<=\]\()(?!\w+:)([^)#\s]+)(#[^)\s]*)?(?=\))")
 TEXTS = {"README.md": "index.md", "CHANGELOG.md": "CHANGELOG.md", "CONTRIBUTING.md": "CONTRIBUTING.md"}
 TEXTS |= {"SECURITY.md": "SECURITY.md"}
+UNSEARCHED = "---\nsearch: {exclude: true}\n---\n"  # guides should be found first
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml", "Makefile": "make"}
 
 
 def on_files(files: Files, config: Any) -> Files:
     """Add README.md and its like, the reference, and a page for each file or folder that a page links to."""
-    import reference  # which imports torch
+    sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+    import reference  # not above, since it imports torch
 
     pages = {name: (ROOT / source).read_text(encoding="utf-8") for source, name in TEXTS.items()}
     pages |= reference.pages()
@@ -95,6 +96,6 @@ def shown(target: str) -> str:
     path = ROOT / target
     if path.is_dir():
         names = sorted(child.name for child in path.iterdir() if child.is_file() and child.suffix in LANGUAGES)
-        return f"# {target}/\n\n" + "".join(f"- [{name}]({path.name}/{name})\n" for name in names)
+        return f"{UNSEARCHED}# {target}/\n\n" + "".join(f"- [{name}]({path.name}/{name})\n" for name in names)
     language = LANGUAGES.get(path.suffix or path.name, "text")
-    return f"# {target}\n\n```{language}\n{path.read_text(encoding='utf-8').rstrip()}\n```\n"
+    return f"{UNSEARCHED}# {target}\n\n```{language}\n{path.read_text(encoding='utf-8').rstrip()}\n```\n"
