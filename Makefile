@@ -9,7 +9,7 @@ BENCH := $(RUNS)/bench
 # Run a benchmark: its name, its options, and a suffix of its result file.
 measure = $(BIN)/python benchmarks/$(1).py $(2) --json $(BENCH)/$(1)$(3).json
 
-.PHONY: help install docs quickstart quickstart-towers test test-demo test-loggers test-slow test-lowest fuzz check format bench bench-check tensorboard clean
+.PHONY: help install docs quickstart quickstart-towers test test-demo test-notebooks test-loggers test-slow test-lowest fuzz check format bench bench-check tensorboard clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -70,6 +70,13 @@ $(BIN)/.demo: $(BIN)/.installed
 
 test-demo: $(BIN)/.demo  ## Run the tests of the demo's page with gradio, and with Chromium if there is one
 	@$(BIN)/python -m pytest tests/commands/test_demo.py
+
+$(BIN)/.notebooks: $(BIN)/.installed
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[notebooks]'
+	@touch $@
+
+test-notebooks: $(BIN)/.notebooks  ## Run the notebooks (about 6 minutes on 2 cores)
+	@$(BIN)/python -m pytest tests/test_notebooks.py
 
 test-slow: install  ## Run the slow tests, which take minutes each
 	@$(BIN)/python -m pytest -m slow

@@ -1,5 +1,6 @@
 """Hook of mkdocs: pages from files outside of docs/ and from the code, and links between all of them."""
 
+import json
 import os
 import re
 import sys
@@ -10,11 +11,13 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[2]
-LINK = re.compile(r"(?<=\]\()(?!\w+:)([^)#\s]+)(#[^)\s]*)?(?=\))")
+# Markdown's links and images, and the images of HTML's <picture>.
+LINK = re.compile(r"""(?:(?<=\]\()|(?<=src=")|(?<=srcset="))(?!\w+:)([^)"#\s]+)(#[^)"\s]*)?(?=[)"])""")
 TEXTS = {"README.md": "index.md", "CHANGELOG.md": "CHANGELOG.md", "CONTRIBUTING.md": "CONTRIBUTING.md"}
 TEXTS |= {"SECURITY.md": "SECURITY.md"}
 UNSEARCHED = "---\nsearch: {exclude: true}\n---\n"  # guides should be found first
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml", "Makefile": "make"}
+NOTEBOOK = ".ipynb"
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -95,7 +98,24 @@ def shown(target: str) -> str:
     """
     path = ROOT / target
     if path.is_dir():
-        names = sorted(child.name for child in path.iterdir() if child.is_file() and child.suffix in LANGUAGES)
+        names = sorted(child.name for child in path.iterdir() if child.suffix in (*LANGUAGES, NOTEBOOK))
         return f"{UNSEARCHED}# {target}/\n\n" + "".join(f"- [{name}]({path.name}/{name})\n" for name in names)
+    if path.suffix == NOTEBOOK:
+        return UNSEARCHED + _notebook(json.loads(path.read_text(encoding="utf-8")))
     language = LANGUAGES.get(path.suffix or path.name, "text")
     return f"{UNSEARCHED}# {target}\n\n```{language}\n{path.read_text(encoding='utf-8').rstrip()}\n```\n"
+
+
+def _notebook(book: dict[str, Any]) -> str:
+    """Return a notebook's cells and what they printed and drew."""
+    parts: list[str] = []
+    for cell in book["cells"]:
+        text = "".join(cell["source"])
+        parts.append(text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```")
+        for output in cell.get("outputs", []):
+            data = output.get("data", {"text/plain": output.get("text", "")})
+            if "image/png" in data:
+                parts.append(f"![](data:image/png;base64,{''.join(data['image/png']).strip()})")
+            else:
+                parts.append(f"```text\n{''.join(data.get('text/plain', '')).rstrip()}\n```")
+    return "\n\n".join(parts) + "\n"
