@@ -8,7 +8,8 @@ import yaml
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import HuggingFaceTextConfig
 from lit_clip.version import __version__
-from lit_clip.weights.export import FORMATS, Parity
+from lit_clip.weights.export import Parity
+from lit_clip.weights.onnx_sizes import OnnxDType, tolerance_of
 
 LIBRARY = {"open_clip": "open_clip", "hugging_face": "transformers", "onnx": "onnx"}
 OPEN_CLIP = """\
@@ -73,7 +74,15 @@ class ExportedSource(NamedTuple):
     sha256: str | None
 
 
-def model_card(model: CLIP, format: str, name: str, source: ExportedSource, parity: Parity, license: str | None) -> str:
+def model_card(
+    model: CLIP,
+    format: str,
+    name: str,
+    source: ExportedSource,
+    parity: Parity,
+    license: str | None,
+    dtype: OnnxDType = "float32",
+) -> str:
     """Return the card as Markdown, with the front matter that model hubs read."""
     front = {"library_name": LIBRARY[format], "pipeline_tag": "zero-shot-image-classification", "tags": ["clip"]}
     if license:
@@ -88,11 +97,12 @@ def model_card(model: CLIP, format: str, name: str, source: ExportedSource, pari
         "by": f"lit-clip {__version__}",
         "licence of the weights": license or "unknown",
         "parameters": f"{total:,} (image encoder {image:,})",
+        "weights": dtype,
         "embedding": f"{model.config.embed_dim} channels",
         "logit scale": f"{float(model.logit_scale.exp()):.4f}",
         **({} if model.logit_bias is None else {"logit bias": f"{float(model.logit_bias):.4f}"}),
         "largest difference from the original": f"{', '.join(measured)} (unit length, tolerance "
-        f"{FORMATS[format].tolerance:.0e}){tested}",
+        f"{tolerance_of(format, dtype):.0e}){tested}",
     }
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     config = json.loads(json.dumps(model.config.to_dict()))  # tuples as lists
