@@ -17,6 +17,7 @@ from lit_clip.tools.weight_files import is_path
 from lit_clip.weights.export import FORMATS, ExportSample, FormatName, Parity, parity_of
 from lit_clip.weights.load import load_model
 from lit_clip.weights.model_card import ExportedSource, model_card
+from lit_clip.weights.onnx_sizes import OnnxDType, check_onnx_dtype, shrink_onnx, tolerance_of
 from lit_clip.weights.push import find_repository, upload
 
 
@@ -28,6 +29,7 @@ def export(
     license: str | None = None,
     push: str | None = None,
     private: bool = False,
+    dtype: OnnxDType = "float32",
 ) -> None:
     """Write a model in another tool's format, and check that it computes the same there.
 
@@ -41,8 +43,10 @@ def export(
         license: of the weights, for the model card; by default unknown.
         push: a repository on the Hugging Face hub, org/name, to upload the folder to; made if it does not exist.
         private: a repository that push makes is private.
+        dtype: of the weights in onnx files; float16 halves and int8 quarters transformers, and features change by that.
     """
     folder = Path(output)
+    check_onnx_dtype(dtype, format)
     check_free(folder)
     require(push is not None or not private, "--private: belongs to --push org/name")
     repository = find_repository(push, private) if push is not None else None
@@ -52,13 +56,13 @@ def export(
         source = source_of(model)
         advance(1)
         with replacing_folder(folder) as draft, quiet():
-            parity = write_checked(original, format, draft, advance)
-            card = model_card(original, format, folder.name, source, parity, license, push)
+            parity = write_checked(original, format, draft, advance, dtype)
+            card = model_card(original, format, folder.name, source, parity, license, push, dtype)
             (draft / "README.md").write_text(card, encoding="utf-8")
             if repository:
                 repository.check([path.name for path in draft.iterdir()], card)
             advance(1)
-    console.print(_table(folder, format, parity))
+    console.print(_table(folder, format, parity, dtype))
     console.print(f"written and checked: {folder}")
     encoder = getattr(original.config.text, "hugging_face", "")
     if format == "open_clip" and encoder and is_path(encoder):
@@ -71,7 +75,9 @@ def export(
         console.print(f"uploaded: {upload(folder, repository)}")
 
 
-def write_checked(original: CLIP, format: FormatName, draft: Path, advance: Callable[[int], object]) -> Parity:
+def write_checked(
+    original: CLIP, format: FormatName, draft: Path, advance: Callable[[int], object], dtype: OnnxDType = "float32"
+) -> Parity:
     """Write the model into a folder, open it with the other tool and compare.
 
     Raises:
@@ -79,6 +85,8 @@ def write_checked(original: CLIP, format: FormatName, draft: Path, advance: Call
     """
     target = FORMATS[format]
     target.write(original, draft)
+    for file in sorted(draft.glob("*.onnx")):
+        shrink_onnx(file, dtype)
     advance(1)
     sample = ExportSample.of(original)
     try:
@@ -89,12 +97,12 @@ def write_checked(original: CLIP, format: FormatName, draft: Path, advance: Call
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{format} cannot open this model ({type(error).__name__}: {reason})") from error
     advance(1)
-    parity = parity_of(original, sample, reading)
+    parity, tolerance = parity_of(original, sample, reading), tolerance_of(format, dtype)
     for name, difference in (("image", parity.image), ("text", parity.text)):
-        if not difference <= target.tolerance:
+        if not difference <= tolerance:
             raise InputError(
                 f"{format}: {name} features differ by {difference:.1e} from the original's, more than "
-                f"{target.tolerance:.0e}; nothing was written"
+                f"{tolerance:.0e}; nothing was written"
             )
     require(
         parity.tokens is not False,
@@ -145,12 +153,12 @@ def source_of(model: str) -> ExportedSource:
     return ExportedSource(name, sha256_of_file(weights))
 
 
-def _table(folder: Path, format: str, parity: Parity) -> Table:
-    table = Table(title=f"{format}: largest difference from the original")
+def _table(folder: Path, format: str, parity: Parity, dtype: OnnxDType) -> Table:
+    table = Table(title=f"{format} in {dtype}: largest difference from the original")
     table.add_column("")
     table.add_column("difference", justify="right")
     table.add_column("tolerance", justify="right")
-    tolerance = FORMATS[format].tolerance
+    tolerance = tolerance_of(format, dtype)
     table.add_row("image features (unit length)", f"{parity.image:.1e}", f"{tolerance:.0e}")
     table.add_row("text features (unit length)", f"{parity.text:.1e}", f"{tolerance:.0e}")
     if parity.pixels is not None:

@@ -8,8 +8,9 @@ import yaml
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import HuggingFaceTextConfig
 from lit_clip.version import __version__
-from lit_clip.weights.export import FORMATS, Parity
+from lit_clip.weights.export import Parity
 from lit_clip.weights.hugging_face import hugging_face_kind
+from lit_clip.weights.onnx_sizes import OnnxDType, tolerance_of
 
 LIBRARY = {"open_clip": "open_clip", "hugging_face": "transformers", "onnx": "onnx"}
 OPEN_CLIP = """\
@@ -82,6 +83,7 @@ def model_card(
     parity: Parity,
     license: str | None,
     repository: str | None = None,
+    dtype: OnnxDType = "float32",
 ) -> str:
     """Return the card as Markdown, with the front matter that model hubs read.
 
@@ -93,6 +95,7 @@ def model_card(
         parity: as measured.
         license: of the weights; None: unknown.
         repository: ``org/name`` on the hub, from which the card's code then opens the model.
+        dtype: of the weights in onnx files.
     """
     front = {"library_name": LIBRARY[format], "pipeline_tag": "zero-shot-image-classification", "tags": ["clip"]}
     if license:
@@ -107,11 +110,12 @@ def model_card(
         "by": f"lit-clip {__version__}",
         "licence of the weights": license or "unknown",
         "parameters": f"{total:,} (image encoder {image:,})",
+        "weights": dtype,
         "embedding": f"{model.config.embed_dim} channels",
         "logit scale": f"{float(model.logit_scale.exp()):.4f}",
         **({} if model.logit_bias is None else {"logit bias": f"{float(model.logit_bias):.4f}"}),
         "largest difference from the original": f"{', '.join(measured)} (unit length, tolerance "
-        f"{FORMATS[format].tolerance:.0e}){tested}",
+        f"{tolerance_of(format, dtype):.0e}){tested}",
     }
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     config = json.loads(json.dumps(model.config.to_dict()))  # tuples as lists

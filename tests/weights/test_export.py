@@ -81,6 +81,43 @@ def test_onnxruntime_gives_our_features_at_any_batch_size(tmp_path: Path, tiny_c
                 torch.testing.assert_close(actual, encode(values[:batch]), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "kind", "share", "tolerance"), [("float16", "vit", 0.55, 5e-3), ("int8", "resnet", 0.3, 5e-2)]
+)
+def test_smaller_onnx_files_give_our_features_within_their_tolerance(
+    tmp_path: Path,
+    tiny_config: CLIPConfig,
+    dtype: Any,
+    kind: str,
+    share: float,
+    tolerance: float,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Sizes are those of the text encoders, whose files are nearly all weights."""
+    ours = checkpoint(variants(tiny_config)[kind], tmp_path / "last.ckpt")
+    export(str(tmp_path / "last.ckpt"), format="onnx", output=str(tmp_path / "out"), dtype=dtype)
+    assert f"onnx in {dtype}" in capsys.readouterr().out
+    assert f"| weights | {dtype} |" in (tmp_path / "out/README.md").read_text()
+    whole = 4 * sum(p.numel() for name, p in ours.named_parameters() if not name.startswith("visual."))
+    assert (tmp_path / "out/text_encoder.onnx").stat().st_size < share * whole
+    size = ours.preprocessing.image_size
+    pixels, tokens = torch.randn(3, 3, size, size), ours.tokenize(TEXTS)
+    with torch.no_grad():
+        expected = {"image": ours.encode_image(pixels, True), "text": ours.encode_text(tokens, True)}
+    for name, key, values in (("image", "pixels", pixels), ("text", "tokens", tokens)):
+        session = onnxruntime.InferenceSession(tmp_path / f"out/{name}_encoder.onnx")
+        found = torch.cat([torch.from_numpy(session.run(None, {key: row[None].numpy()})[0]) for row in values])
+        assert found.dtype == torch.float32
+        found = torch.nn.functional.normalize(found, dim=-1)
+        torch.testing.assert_close(found, expected[name], rtol=0, atol=tolerance)
+        assert not torch.allclose(found, expected[name], rtol=0, atol=1e-6)
+
+
+def test_formats_of_float32_weights_refuse_another_type_before_the_model_is_read(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--dtype int8: open_clip holds float32 weights, .* only onnx has others"):
+        export("no such model", format="open_clip", output=str(tmp_path / "out"), dtype="int8")
+
+
 def word_tokenizer(folder: Path, special: list[str], template: str) -> int:
     """Save a tokenizer for the words that exports are checked with; return its vocabulary size."""
     words = [*special, *{word: None for text in export_formats.TEXTS for word in text.split()}]

@@ -1,0 +1,83 @@
+"""Smaller ONNX files: weights in float16, or in int8 where they multiply matrices or are looked up."""
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from lit_clip.errors import require
+from lit_clip.weights.export import FORMATS
+
+OnnxDType = Literal["float32", "float16", "int8"]
+# Largest accepted difference between unit features: rounding to 11 bits, and to 8 bits of weights and activations.
+TOLERANCES: dict[OnnxDType, float] = {"float16": 5e-3, "int8": 5e-2}
+# Convolutions stay float32: onnxruntime's CPU kernels have none for int8 weights.
+QUANTIZED = ["MatMul", "Gemm", "Gather"]
+
+
+def check_onnx_dtype(dtype: OnnxDType, format: str) -> None:
+    """Raise :class:`InputError` if a format cannot hold weights of that type."""
+    require(
+        dtype == "float32" or format == "onnx",
+        f"--dtype {dtype}: {format} holds float32 weights, which its library casts on opening; only onnx has others",
+    )
+
+
+def tolerance_of(format: str, dtype: OnnxDType) -> float:
+    """Return the largest accepted difference between unit features of a model and of its export."""
+    return TOLERANCES.get(dtype, FORMATS[format].tolerance)
+
+
+def shrink_onnx(path: Path, dtype: OnnxDType) -> None:
+    """Convert an ONNX file in place; inputs and outputs keep their types.
+
+    - ``float16``: all weights and operations, by ``onnxruntime.transformers.float16``.
+    - ``int8``: the weights of :data:`QUANTIZED`, each channel with its own scale, by ``onnxruntime.quantization``'s
+      ``quantize_dynamic``: activations are quantised as they come.
+    """
+    if dtype != "float32":
+        with _own_modules_of_onnxruntime():
+            _shrink(path, dtype)
+
+
+@contextmanager
+def _own_modules_of_onnxruntime() -> Iterator[None]:
+    """Let onnxruntime's tools import their files as top-level modules, as they do, and leave the path as it was."""
+    before, spec = sys.path.copy(), importlib.util.find_spec("onnxruntime")
+    assert spec is not None, "the export has used it"
+    assert spec.submodule_search_locations
+    sys.path.append(str(Path(spec.submodule_search_locations[0]) / "transformers"))
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+def _shrink(path: Path, dtype: OnnxDType) -> None:
+    import onnx
+
+    outside = path.with_name(f"{path.name}.data")  # weights of a file above 2 GiB
+    large, smaller = outside.exists(), path.with_name(f"smaller_{path.name}")
+    if dtype == "float16":
+        from onnxruntime.transformers.float16 import convert_float_to_float16
+
+        model = convert_float_to_float16(onnx.load(path), keep_io_types=True, disable_shape_infer=large)
+        where = {"save_as_external_data": True, "location": outside.name} if large else {}
+        outside.unlink(missing_ok=True)
+        onnx.save(model, path, **where)
+        return
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    quantize_dynamic(
+        path, smaller, QUANTIZED, per_channel=True, weight_type=QuantType.QInt8, use_external_data_format=large
+    )
+    if large:  # its second file has the draft's name inside
+        model = onnx.load(smaller)
+        smaller.with_name(f"{smaller.name}.data").unlink()
+        outside.unlink()
+        onnx.save(model, path, save_as_external_data=True, location=outside.name)
+        smaller.unlink()
+    else:
+        smaller.replace(path)
