@@ -3,6 +3,7 @@
 The weights are random, the sizes tiny.
 """
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lit_clip.models.finetuning import Freeze, LayerDecay, UnlockLast, frozen_na
 from lit_clip.models.frozen_prefix import frozen_activations, image_features_from, text_features_from, use_frozen_prefix
 from lit_clip.models.layers import TOWERS, layer_groups
 from lit_clip.models.lora import LoRA, add_lora, merge_lora
+from lit_clip.module import LitCLIP
 from lit_clip.weights.export import (
     ExportSample,
     parity_of,
@@ -28,6 +30,7 @@ from lit_clip.weights.export import (
 from lit_clip.weights.load import load_model
 from tests.parity.families import FAMILIES, TEXTS, compare, photos, small
 from tests.parity.page import REGISTRY, registry
+from tests.test_module import data_for, trainer
 
 pytestmark = [
     pytest.mark.usefixtures("quiet_open_clip", "_offline"),
@@ -246,3 +249,28 @@ def test_the_list_of_the_registry_is_current() -> None:
     listed = dict(line.strip("| ").split(" | ")[:2] for line in text.splitlines() if line.startswith("| "))
     assert all(tag in listed[name].split(", ") for name, tag in open_clip.list_pretrained())
     assert "196 open, 0 are refused" in text or open_clip.__version__ != "3.3.0"
+
+
+@pytest.mark.parametrize(
+    ("family", "options"), [("CLIPA", {}), ("MetaCLIP 2 worldwide", {}), ("CoCa", {"lora": LoRA(r=2)})]
+)
+def test_fine_tuning_writes_a_checkpoint_that_opens_with_the_same_features_and_ids(
+    made: Any, family: str, options: dict[str, Any], caption_table: Path, tmp_path: Path
+) -> None:
+    freeze = Freeze(UnlockLast(1), UnlockLast(1))
+    module = LitCLIP(pretrained=made(family)[0], freeze=freeze, **options)
+    before = copy.deepcopy(module.model.state_dict())
+    fitting = trainer(tmp_path, max_steps=2, limit_val_batches=0)
+    fitting.fit(module, data_for(module, caption_table, batch_size=8))
+    changed = {name for name, value in module.model.state_dict().items() if not torch.equal(value, before[name])}
+    blocks = {name.partition("resblocks.")[2][:1] for name in changed if "resblocks" in name}
+    assert blocks == {"1"}
+    assert ("text.cls_emb" in changed) is False
+    fitting.save_checkpoint(tmp_path / "model.ckpt")
+    again, model = load_model(tmp_path / "model.ckpt"), module.model.eval()
+    images = photos(2, model.visual.image_size)
+    assert torch.equal(again.tokenize(TEXTS), model.tokenize(TEXTS))
+    with torch.no_grad():
+        for encode, inputs in (("encode_image", images), ("encode_text", model.tokenize(TEXTS))):
+            expected = getattr(model, encode)(inputs)
+            torch.testing.assert_close(getattr(again, encode)(inputs), expected, rtol=1e-4, atol=1e-5)
