@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import gc
 import importlib.util
 import logging
 import os
@@ -35,8 +36,17 @@ TINY_YAML = (
 # Tests start processes; more threads than cores would wait for each other and take many times as long.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+# A quarter of the time of imports and collection would be a search for garbage among what stays until the end.
+gc.disable()
 # A shell's background jobs ignore Ctrl-C, and the programs that tests start and interrupt would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    """Collect garbage from now on, and only what the tests leave."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

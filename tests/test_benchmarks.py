@@ -19,6 +19,7 @@ from open_clip import SimpleTokenizer
 
 from lit_clip.cli import lightning
 from tests.conftest import ROOT
+from tests.helpers import forks
 
 BENCHMARKS = ROOT / "benchmarks"
 SCRIPTS = sorted(path.name for path in BENCHMARKS.glob("*.py") if "__main__" in path.read_text(encoding="utf-8"))
@@ -357,7 +358,8 @@ def test_both_libraries_train_whole_epochs_from_the_same_files(tmp_path: Path) -
 
 
 ALL_HELP = """
-import contextlib, io, runpy, sys
+import contextlib, io, os, runpy, sys
+sys.path.insert(0, os.getcwd())
 for script in sys.argv[1:]:
     sys.argv = [script, "--help"]
     output = io.StringIO()
@@ -367,9 +369,9 @@ for script in sys.argv[1:]:
 """
 
 
-def test_every_benchmark_has_a_help_text() -> None:
+def test_every_benchmark_has_a_help_text(tmp_path: Path) -> None:
     scripts = [name for name in SCRIPTS if name != "open_clip_train_with.py"]  # its help is the peer's
-    command = [sys.executable, "-c", ALL_HELP, *scripts]  # one process, which imports torch once
-    environment = {"PYTHONPATH": f"{BENCHMARKS}:{ROOT}", "PATH": "/usr/bin:/bin"}
-    done = subprocess.run(command, cwd=BENCHMARKS, env=environment, capture_output=True, text=True, check=False)
+    (tmp_path / "all_help.py").write_text(ALL_HELP)
+    program = forks.Program(forks.script, [str(tmp_path / "all_help.py"), *scripts], BENCHMARKS, {**os.environ})
+    (done,) = forks.run([program], timeout=120)
     assert done.stdout.splitlines() == [f"True {name}" for name in scripts], done.stderr

@@ -27,6 +27,7 @@ from lit_clip.evaluation.suite import read_suite
 from lit_clip.module import LitCLIP
 from lit_clip.tools.messages import options_of, parameters
 from tests.conftest import ROOT, lit_clip_command
+from tests.helpers import forks
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 GUIDES = dict.fromkeys(re.findall(r"\((docs/\w+\.md)", README)) | dict.fromkeys(
@@ -230,9 +231,10 @@ def test_a_command_that_cannot_be_run_here_parses(command: str) -> None:
     parse(words[words.index("lit-clip") + 1 :])
 
 
-# Runs each command line up to the point where it has been parsed; all in one process, which imports torch once.
+# Runs each command line up to the point where it has been parsed; all in one process.
 PARSE_BENCHMARKS = """
-import argparse, runpy, shlex, sys
+import argparse, os, runpy, shlex, sys
+sys.path.insert(0, os.getcwd())
 parse = argparse.ArgumentParser.parse_args
 def only_parse(*args, **kwargs):
     parse(*args, **kwargs)
@@ -247,15 +249,13 @@ for line in sys.argv[1:]:
 """
 
 
-def test_commands_of_benchmarks_parse() -> None:
+def test_commands_of_benchmarks_parse(tmp_path: Path) -> None:
     program = "python benchmarks/"
     found = [code for code in dict.fromkeys(inline()) if code.startswith(program)]
     lines = [re.sub(r"[][]", "", code.removeprefix(program)) for code in found]  # [--bf16] may be left out
-    command = [sys.executable, "-c", PARSE_BENCHMARKS, *lines]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'benchmarks'}"}
-    done = subprocess.run(
-        command, cwd=ROOT / "benchmarks", env=environment, capture_output=True, text=True, check=False
-    )
+    (tmp_path / "parse.py").write_text(PARSE_BENCHMARKS)
+    program = forks.Program(forks.script, [str(tmp_path / "parse.py"), *lines], ROOT / "benchmarks", {**os.environ})
+    (done,) = forks.run([program], timeout=120)
     assert done.stdout.splitlines() == [f"parsed {line}" for line in lines], done.stderr
     assert len(lines) >= 15
 

@@ -56,7 +56,21 @@ NEWEST = ("last", "auto", "hpc")
 
 
 class CLI(LightningCLI):
-    """``lit-clip fit | validate | test | predict``."""
+    """``lit-clip fit | validate | test | predict``.
+
+    Args:
+        arguments: those of :class:`LightningCLI`.
+        command: fill the parser of this command only, which saves the time of the others. None: fill all.
+    """
+
+    def __init__(self, *arguments: Any, command: str | None = None, **others: Any) -> None:
+        self._command = command if command in self.subcommands() else None
+        super().__init__(*arguments, **others)
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        if self._command not in (None, subcommand):
+            return self.init_parser(**kwargs)
+        return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -92,8 +106,8 @@ class CLI(LightningCLI):
             known.set_defaults({"model": {"class_path": named, "init_args": defaults}})
         else:
             known.set_defaults({f"model.{name}": value for name, value in defaults.items()})
-        for name in {"validate", "test"} & getattr(self, "_subcommand_parsers", {}).keys():
-            self._subcommand_parsers[name].set_defaults(verbose=False)  # our table shows it, with the baselines
+        if subcommand in ("validate", "test"):
+            known.set_defaults(verbose=False)  # our table shows it, with the baselines
         try:
             with hinting(
                 words,
@@ -317,6 +331,7 @@ def run(args: ArgsType = None, execute: bool = True) -> CLI:
     return CLI(
         LitCLIP,
         LightningDataModule,
+        command=next(iter(words), None),
         subclass_mode_model=model is not None,
         subclass_mode_data=True,
         save_config_callback=SaveConfig,

@@ -1,6 +1,5 @@
 """Runs with W&B and MLflow (extra ``loggers``), in their real offline modes, and with CSV."""
 
-import os
 import re
 import sys
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from lit_clip.cli.loggers import check_loggers
 from lit_clip.cli.save_config import save_text
 from lit_clip.errors import InputError
 from lit_clip.training.run_folder import curves, newest_config
-from tests.conftest import ROOT, TINY_YAML
+from tests.conftest import TINY_YAML
 
 Fit = Callable[..., CompletedProcess[str]]
 METRICS = {"train/loss", "train/learning_rate", "val/loss"}
@@ -129,8 +128,7 @@ def test_a_logger_that_cannot_be_created_is_one_line(cli: Fit, caption_table: Pa
         "from lightning.pytorch.loggers import CSVLogger\nclass Refusing(CSVLogger):\n"
         "    def __init__(self, save_dir: str = '.'):\n        raise RuntimeError('no store')\n"
     )
-    environment = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    done = cli("fit", "--data.train", str(caption_table), "--trainer.logger", "mine.Refusing", environment=environment)
+    done = cli("fit", "--data.train", str(caption_table), "--trainer.logger", "mine.Refusing")
     assert done.returncode == 2, done.stderr
     assert done.stderr.splitlines()[-1] == "lit-clip: error: trainer.logger: no store"
     assert "Traceback" not in done.stderr

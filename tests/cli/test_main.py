@@ -145,14 +145,17 @@ def test_a_run_without_a_logger_writes_no_config_into_the_current_folder(
     assert list(tmp_path.glob("*")) == []
 
 
-def test_configs_are_merged_and_interpolated(caption_table: Path, tmp_path: Path, cli: Cli) -> None:
+def test_configs_are_merged_and_interpolated(
+    caption_table: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "model.yaml").write_text(f"model: {{architecture: {TINY_YAML}, optimizer: {{lr: 0.25}}}}")
     (tmp_path / "data.yaml").write_text(
         "data: {class_path: datamodules.Captions, init_args: {val: '${oc.env:TABLE}', batch_size: 16}}\n"
         "model: {optimizer: {weight_decay: '${model.optimizer.lr}'}}"
     )
     configs = ("--config", "model.yaml", "--config", "data.yaml", "--model.optimizer.lr", "0.125")
-    result = cli("validate", *configs, "--print_config", environment={"TABLE": str(caption_table)})
+    monkeypatch.setenv("TABLE", str(caption_table))
+    result = cli("validate", *configs, "--print_config")
     assert result.returncode == 0, result.stderr
     config = yaml.safe_load(result.stdout)
     assert config["data"]["init_args"]["val"] == str(caption_table)

@@ -261,7 +261,7 @@ def test_an_interrupted_evaluation_resumes_where_it_stopped(root: Path) -> None:
     assert process.returncode == 130, output
     before = len(log.read_text().split())
     assert 24 <= before < 60
-    result = lit_clip_command(root, *words("--batch_size", "4"), environment=environment)
+    result = lit_clip_command(root, *words("--batch_size", "4"))
     assert result.returncode == 0, result.stderr
     read = Counter(map(int, log.read_text().split()))
     errors = len(json.loads((root / "out/results.json").read_text())["sets"]["slow"]["tasks"]["zero_shot"]["errors"])
@@ -288,7 +288,7 @@ def test_sigterm_stops_two_processes_and_the_next_run_resumes(root: Path) -> Non
         if len(log.read_text().split()) == before:
             break
     assert before < 60
-    result = lit_clip_command(root, *words("--batch_size", "4"), environment=environment)
+    result = lit_clip_command(root, *words("--batch_size", "4"))
     assert result.returncode == 0, result.stderr
     assert set(map(int, log.read_text().split())) == set(range(60))
 

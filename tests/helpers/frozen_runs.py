@@ -31,7 +31,7 @@ from lit_clip.training.optim import PaperAdamW
 from lit_clip.training.schedules import WarmupCosine
 from tests.helpers.towers import shaken
 
-OURS = TextTransformerConfig(context_length=16, width=64, layers=2, heads=1)
+OURS = TextTransformerConfig(context_length=16, width=16, layers=2, heads=1)
 FREEZES: dict[str, Freeze] = {
     "all": Freeze("all", "all"),
     "unlock_last 0": Freeze(UnlockLast(0), UnlockLast(0)),

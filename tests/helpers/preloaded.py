@@ -1,13 +1,19 @@
 """The imports of the server that ``tests/helpers/forks.py`` forks."""
 
+import gc
 import sys
 from importlib import import_module
 from typing import Any
 
+import pyarrow
+
 from lit_clip.cli.lazy_torchmetrics import defer_torchmetrics
 
+gc.disable()  # a fifth of the time of the imports, which leave no garbage
 defer_torchmetrics()  # before Lightning is imported, as in the command
 for name in (
+    "attrs",
+    "omegaconf",
     "numpy.testing",  # numpy 1.26 starts lscpu when it is imported, which the fuzzer would take for a file's doing
     "timm",
     "torch.utils.tensorboard",
@@ -32,11 +38,22 @@ for name in (
     "tests.helpers.ranks_skipped",
     "tests.helpers.ranks_stability",
     "tests.helpers.resume_runs",
+    "tests.helpers.towers",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.bert.modeling_bert",  # brings what all models of transformers need
 ):
     import_module(name)
+pyarrow.array([""])  # the first one imports pandas, where it is installed
+import_module("lit_clip.models.tokenizer").byte_pair_tokenizer()  # read once per process
 
 # Tests compare numbers on any machine, so their default precision is float32 (tests/cli/ tests the real default). It is
 # said in words: Lightning starts other ranks as new programs with these, which would choose bfloat16 where they can.
 lightning: Any = import_module("lit_clip.cli.lightning")
 lightning.computes_in_bfloat16 = lambda accelerator: False
 lightning.CLI._choose_precision = lambda self, settings: sys.argv.extend(["--trainer.precision", "32-true"])
+
+# What is imported stays: a fork that looked through it for garbage would take its own copy of all these pages.
+gc.collect()
+gc.freeze()
+gc.enable()

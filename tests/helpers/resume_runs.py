@@ -81,7 +81,7 @@ def train(run: Run, rank: int, port: int) -> None:
         os.environ.update({key: str(value) for key, value in {**place, **address}.items()})
     seed_everything(1, verbose=False)
     image = TimmConfig(timm="vit_tiny_patch16_224", image_size=32, options={"depth": 1, "proj_drop_rate": 0.3})
-    text = TextTransformerConfig(context_length=16, width=64, layers=1, heads=1)
+    text = TextTransformerConfig(context_length=16, width=16, layers=1, heads=1)  # small checkpoints
     module = LitCLIP(
         CLIPConfig(embed_dim=16, image=image, text=text),
         optimizer=partial(PaperAdamW, lr=1e-3),

@@ -97,13 +97,13 @@ def write_table(folder: Path, rows: int = 8) -> Path:
     return folder / "captions.csv"
 
 
-def make_module(**options: Any) -> LitCLIP:
+def make_module(text_width: int = 64, **options: Any) -> LitCLIP:
     """Make a module with fixed weights, scaled up because fresh ones give all texts nearly the same features."""
     torch.manual_seed(0)
     config = CLIPConfig(
         embed_dim=16,
         image=VisionTransformerConfig(image_size=32, patch_size=16, width=64, layers=1, heads=1),
-        text=TextTransformerConfig(context_length=16, width=64, layers=1, heads=1),
+        text=TextTransformerConfig(context_length=16, width=text_width, layers=1, heads=1),
     )
     settings = {
         "optimizer": partial(PaperAdamW, lr=1e-2),
