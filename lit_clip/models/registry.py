@@ -18,8 +18,6 @@ def _text(width: int) -> TextTransformerConfig:
     return TextTransformerConfig(width=width, heads=width // 64)
 
 
-_LARGE = {"width": 1024, "layers": 24, "heads": 16}
-
 # Tables 19 and 20. The paper's activation is QuickGELU; open_clip's names without -quickgelu mean GELU.
 _PAPER = {
     "RN50": CLIPConfig(1024, ResNetConfig((3, 4, 6, 3), 64, 224), _text(512)),
@@ -29,8 +27,8 @@ _PAPER = {
     "RN50x64": CLIPConfig(1024, ResNetConfig((3, 15, 36, 10), 128, 448), _text(1024)),
     "ViT-B-32": CLIPConfig(512, VisionTransformerConfig(patch_size=32), _text(512)),
     "ViT-B-16": CLIPConfig(512, VisionTransformerConfig(patch_size=16), _text(512)),
-    "ViT-L-14": CLIPConfig(768, VisionTransformerConfig(224, 14, **_LARGE), _text(768)),
-    "ViT-L-14-336": CLIPConfig(768, VisionTransformerConfig(336, 14, **_LARGE), _text(768)),
+    "ViT-L-14": CLIPConfig(768, VisionTransformerConfig(224, 14, 1024, 24, 16), _text(768)),
+    "ViT-L-14-336": CLIPConfig(768, VisionTransformerConfig(336, 14, 1024, 24, 16), _text(768)),
 }
 
 # Our own, for small images on a CPU: 8.2 and 17.7 million parameters, most of them in the token embedding.
