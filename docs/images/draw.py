@@ -27,14 +27,14 @@ from lit_clip.tools.html import thumbnail, write_page
 HERE = Path(__file__).parent
 MODES = {"light": 1, "dark": 0}  # Chromium's numbers of the preferred colour scheme
 PAPER = {"light": ("#ffffff", "#222222"), "dark": ("#16181c", "#dddddd")}  # as in lit_clip/tools/templates/base.html
-COLOURS_USED = 64  # of an image: screenshots of text and drawings look the same with 64 and take a third
+COLOURS_USED = 128  # of an image: screenshots of text and drawings look the same with them and take a third
 ZERO_SHOT = {
     "trained_names": "training drawings, among all names",
     "line_art": "line drawings, among all names",
     "unseen_groups": "unseen drawings, among 9 groups",
     "unseen_names": "unseen drawings, among all names",
 }
-QUERIES = ["red heart", "airplane", "cat face", "slice of cake"]
+QUERIES = ["red heart", "airplane", "cat face"]
 
 
 def main() -> None:
@@ -42,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("run", type=Path, help="the run's folder: runs/quickstart/version_0")
     run = parser.parse_args().run
-    checkpoint = run / "checkpoints" / "last.ckpt"
+    checkpoint = run.absolute() / "checkpoints" / "last.ckpt"
     draw_training_curve(run)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -73,7 +73,7 @@ def draw_training_curve(run: Path) -> None:
             for place, (name, label) in enumerate(ZERO_SHOT.items()):
                 _line(accuracy, events.Scalars(f"zero_shot/{name}/top1"), COLOURS[(place + 5) % 6], label, 100)
             accuracy.set_title("zero-shot top-1, %")
-            accuracy.legend(fontsize=8)
+            accuracy.legend(fontsize=8, loc="center right", bbox_to_anchor=(1, 0.33))
             data = io.BytesIO()
             figure.savefig(data, format="png", dpi=110, facecolor=paper)
         save(Image.open(data), "training_curve", mode)
@@ -109,19 +109,21 @@ def draw_search(checkpoint: Path, folder: Path) -> None:
         name = "".join(letter if letter.isalnum() else "_" for letter in images.class_names[label])
         shutil.copy(path, drawings / f"{name}.png")
     _command("search", str(drawings), *QUERIES, "--model", str(checkpoint), "--top_k", "6", "--sheet", str(page))
-    screenshot(page, "search", (1280, 1010))
+    screenshot(page, "search", (1280, 930))
 
 
 def draw_report(checkpoint: Path, folder: Path) -> None:
     """The page of ``lit-clip evaluate``."""
     output = folder / "evaluation"
-    suite = HERE.parents[1] / "configs" / "evaluation" / "bundled.yaml"
-    _command("evaluate", "--model", str(checkpoint), "--suite", str(suite), "--output", str(output))
+    suite = HERE.absolute().parents[1] / "configs" / "evaluation" / "bundled.yaml"
+    # In its folder: the page names the model as it was typed.
+    words = ("--model", checkpoint.name, "--suite", str(suite), "--output", str(output))
+    _command("evaluate", *words, folder=checkpoint.parent)
     screenshot(output / "report.html", "report", (1100, 1000))
 
 
-def _command(*words: str) -> None:
-    subprocess.run([sys.executable, "-m", "lit_clip", *words], check=True)
+def _command(*words: str, folder: Path | None = None) -> None:
+    subprocess.run([sys.executable, "-m", "lit_clip", *words], check=True, cwd=folder)
 
 
 def screenshot(page: Path, name: str, size: tuple[int, int]) -> None:
