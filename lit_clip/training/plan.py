@@ -331,7 +331,7 @@ def _warmup(plan: RunPlan) -> str | None:
     if plan.steps is None or plan.warmup is None or plan.warmup < plan.steps:
         return None
     return (
-        f"the run has {plan.steps} steps and warm-up takes {plan.warmup}: lower --model.lr_scheduler.warmup_steps "
+        f"of {plan.steps} training steps warm-up takes {plan.warmup}: lower --model.lr_scheduler.warmup_steps "
         "(in Python lr_scheduler=partial(WarmupCosine, warmup_steps=...))"
     )
 

@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from lit_clip.models.flops import measure
 from lit_clip.models.registry import resolve_architecture
 from lit_clip.weights.load import create_model
 from tests.conftest import lit_clip_command
+from tests.helpers import forks
 
 NAMES = ["tiger", "pizza", "bicycle"]
 
@@ -155,14 +157,18 @@ def test_standard_output_is_csv_only_and_progress_goes_to_standard_error(
 ) -> None:
     checkpoint, folder, _ = drawings
     options = ["--model", str(checkpoint), "--classes", *NAMES, "--templates", "{}", "--output", "csv", "--top_k", "2"]
-    result: subprocess.CompletedProcess[str] = lit_clip_command(folder, "classify", "tiger.png", "pizza.png", *options)
+    result: subprocess.CompletedProcess[str] = lit_clip_command(
+        folder,
+        *("classify", "tiger.png", "pizza.png", *options, "--batch_size", "1"),
+        function=forks.command_with_progress,
+    )
     assert result.returncode == 0, result.stderr
     rows = list(csv.DictReader(io.StringIO(result.stdout)))
     assert [(row["image"], row["rank"]) for row in rows] == [
         *(("pizza.png", "1"), ("pizza.png", "2"), ("tiger.png", "1"), ("tiger.png", "2"))
     ]
     assert (rows[0]["class"], rows[2]["class"]) == ("pizza", "tiger")
-    assert "images" in result.stderr
+    assert re.search(r"images: 1 of 2, .*left$", result.stderr, re.MULTILINE)
 
 
 def test_an_output_file_holds_what_is_otherwise_printed(

@@ -177,7 +177,7 @@ def test_a_stop_file_stops_reading(tmp_path: Path, tiny_config: CLIPConfig) -> N
     batches = ImageBatches(Films(), in_batches(range(3), 1), CLIP(tiny_config).preprocessing, stop=tmp_path / "stop")
     assert batches[1].rows == [1]
     (tmp_path / "stop").touch()
-    assert batches[1] == (None, [], [], [], [])
+    assert batches[1] == (None, [], [], [], [], None)
 
 
 def test_loading_leaves_the_global_random_state_alone(tiny_config: CLIPConfig) -> None:

@@ -306,9 +306,9 @@ def test_few_shot_trains_on_k_examples_per_class_and_not_on_validation_images(
     seen = []
     original = logistic.LogisticProblem.__init__
 
-    def spy(self: Any, features: Tensor, labels: Tensor, classes: int) -> None:
+    def spy(self: Any, features: Tensor, labels: Tensor, *others: Any) -> None:
         seen.append((features, Counter(labels.tolist())))
-        original(self, features, labels, classes)
+        original(self, features, labels, *others)
 
     monkeypatch.setattr(logistic.LogisticProblem, "__init__", spy)
     train_few_shot(train, None, "top1", shots=(2, 3), draws=2, max_iterations=5)

@@ -108,6 +108,14 @@ def command() -> None:
     main()
 
 
+def command_with_progress() -> None:
+    """Run ``lit-clip`` with a line at every chance, where others write the first after seconds."""
+    from lit_clip.tools import console
+
+    console.FIRST = console.EVERY = 0.0
+    command()
+
+
 def script() -> None:
     """Run the file that the command line names."""
     runpy.run_path(sys.argv[0], run_name="__main__")
