@@ -85,9 +85,10 @@ class FrozenFeatures(Callback):
         if "text" in prefixes:
             found = data.distinct_texts()
             identity = hex_digest([found.hashes.tobytes()])
-            stored = open_rows(encoding, prefixes["text"], folder, len(found.hashes), identity, found.tokens.shape[1])
+            longest = found.tokens.shape[1]
+            stored = open_rows(encoding, prefixes["text"], folder, len(found.hashes), identity, longest)
             store_texts(encoding, prefixes["text"], stored, found, my_share(stored))
-            texts = found.hashes, stored
+            texts = found.hashes, stored, longest
         distributed.maximum(0)  # wait for the other ranks
         for kept in (images, texts):
             require(kept is None or not np.any(kept[1].state() == ABSENT), f"{folder}: all machines must share it")

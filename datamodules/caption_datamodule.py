@@ -26,6 +26,7 @@ from datamodules.loading.sampling import (
     sample_seed,
 )
 from datamodules.pairs.caption_lengths import LongCaptions, refuse_long, report_long
+from datamodules.pairs.kept import digest_of_kept
 from datamodules.pairs.sentences import FittingCaptions
 from datamodules.pairs.source import PairSource
 from datamodules.pairs.stored_features import (
@@ -249,8 +250,8 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         ranks = self._rank_and_world()
         return GlobalBatchSampler(pairs, batch_size, *ranks, self.seed, order, start, self.patch_budgets)
 
-    def _settings(self, epoch: int) -> dict[str, int]:
-        """Return all that determines the batches of an epoch."""
+    def _settings(self, epoch: int) -> dict[str, Any]:
+        """Return all that determines the batches of an epoch; None for what is not set."""
         source = self.train_source
         assert source is not None, "call setup('fit') first"
         if self._order_checksum[0] != epoch:  # computing the order of a large set takes seconds
@@ -261,7 +262,8 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
             "pairs per step (all ranks)": self.train_batch_size * self._rank_and_world()[1],
             "data.seed": self.seed,
             "checksum of the order": self._order_checksum[1],
-            "checksum of data.patch_budgets": zlib.crc32(str(self.patch_budgets).encode()),
+            "data.patch_budgets": self.patch_budgets or None,
+            "digest of the pairs that data.scores keeps": digest_of_kept(source) or None,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -269,7 +271,8 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         if self.train_source is None:
             return {}
         position = self._position()
-        return {**position._asdict(), "settings": self._settings(position.epoch)}
+        settings = {name: value for name, value in self._settings(position.epoch).items() if value is not None}
+        return {**position._asdict(), "settings": settings}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         check_entries(state_dict, {"epoch": int, "batch": int, "settings": dict[str, Any]}, type(self).__name__)

@@ -151,6 +151,10 @@ class ColumnPairs(PairSource):
         files = [(self._image(cells)[0], cells.where) for cells in sample if not isinstance(cells.image, bytes | dict)]
         check_images([(self._opened(source, where), where) for source, where in files])
 
+    def image_names(self) -> list[str] | None:
+        paths = self.image_paths()
+        return None if paths is None else [str(path).strip() for path in paths.to_pylist()]
+
     def divide(self, share: float, seed: int) -> tuple[PairSource, PairSource]:
         paths = self.image_paths()
         if paths is None:

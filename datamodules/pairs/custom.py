@@ -5,12 +5,11 @@ import random
 from abc import abstractmethod
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from datamodules.loading.bad_samples import check_caption
-from datamodules.pairs.source import EncodedPair, Pair, PairSource, Rows
-from lit_clip.errors import BadSample, InputError, require
+from datamodules.pairs.source import EncodedPair, Pair, PairSource
+from lit_clip.errors import BadSample, require
 from lit_clip.tools.images import FIX_HINT, open_image
 
 
@@ -88,14 +87,8 @@ class CustomPairs(PairSource):
         require(len(self) > 0, f"{type(self).__name__}: has no rows")
         self.load(0, None)
 
-    def divide(self, share: float, seed: int) -> tuple[PairSource, PairSource]:
-        keys = [self.key(row) for row in range(len(self))]
-        images = sorted(set(keys))
-        if len(images) < 2:
-            raise InputError(f"{type(self).__name__}: one image cannot be divided; set data.val")
-        chosen = set(random.Random(seed).sample(images, max(1, int(share * len(images)))))
-        held_out = np.array([key in chosen for key in keys])
-        return Rows(self, np.flatnonzero(~held_out)), Rows(self, np.flatnonzero(held_out))
+    def image_names(self) -> list[str]:
+        return [self.key(row) for row in range(len(self))]
 
     def _texts(self, index: int, where: str) -> list[str]:
         captions = self.captions(index)

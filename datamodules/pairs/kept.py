@@ -1,10 +1,12 @@
 """The pairs of a source that a file of scores keeps."""
 
 import random
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from datamodules.pairs.mixture import Concatenated
 from datamodules.pairs.score_files import ScoreFile
 from datamodules.pairs.source import EncodedPair, Pair, PairSource, Rows, Text
 from lit_clip.embedding.pair_scores import pair_hash
@@ -42,6 +44,14 @@ def kept_pairs(source: PairSource, path: str | Path, option: str = "") -> "KeptP
         return kept
 
 
+def digest_of_kept(source: PairSource) -> str:
+    """Return a hash that changes with the pairs that scores keep of a source or its parts; empty without scores."""
+    if isinstance(source, KeptPairs):
+        return source.digest
+    parts = [digest_of_kept(part) for part in source.sources] if isinstance(source, Concatenated) else []
+    return hex_digest(parts) if any(parts) else ""
+
+
 class KeptPairs(Rows):
     """Some pairs of a source: rows with some of their captions.
 
@@ -60,7 +70,7 @@ class KeptPairs(Rows):
         self.pairs, self.name = pairs, name
         self._starts = None if len(first) == len(rows) else np.append(first, len(rows))  # None: a caption for each row
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """A hash that changes with the pairs."""
         return hex_digest([self.rows.tobytes(), self.pairs.tobytes()])

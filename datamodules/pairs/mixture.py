@@ -99,6 +99,15 @@ class Concatenated(PairSource):
         number, row = self._locate(index)
         return self.sources[number].image_identity(row)
 
+    def image_names(self) -> list[str]:
+        """Names of all images, in order: an image that two sources share is held out of both."""
+        every = []
+        for number, source in enumerate(self.sources):
+            prefix, names = f"{number}:" if self.distinct_keys else ":", source.image_names()
+            rows = (f"{number}#{row}" for row in range(len(source)))
+            every += rows if names is None else (prefix + name for name in names)
+        return every
+
     def prepare(self) -> None:
         for source in self.sources:
             source.prepare()

@@ -193,13 +193,18 @@ class PairSource(ABC):
         """The version of each address that was opened and may change; opened again with it, it has the same rows."""
         return {}
 
+    def image_names(self) -> list[str] | None:
+        """Names of all images, in order, the same for rows with the same image; None: every row has another image."""
+        return None
+
     def divide(self, share: float, seed: int) -> "tuple[PairSource, PairSource]":
         """Divide the pairs in two; the second has about ``share`` of the images, and no image is in both.
 
         Raises:
             InputError: fewer than two images.
         """
-        return divide_rows(self, share, seed)
+        names = self.image_names()
+        return divide_rows(self, share, seed) if names is None else divide_named(self, names, share, seed)
 
 
 def divide_rows(source: PairSource, share: float, seed: int) -> tuple[PairSource, PairSource]:
@@ -209,6 +214,16 @@ def divide_rows(source: PairSource, share: float, seed: int) -> tuple[PairSource
     chosen = np.zeros(size, dtype=bool)
     chosen[random.Random(seed).sample(range(size), max(1, int(share * size)))] = True
     return Rows(source, np.flatnonzero(~chosen)), Rows(source, np.flatnonzero(chosen))
+
+
+def divide_named(source: PairSource, names: Sequence[str], share: float, seed: int) -> tuple[PairSource, PairSource]:
+    """Divide a source whose rows with the same name have the same image; see :meth:`PairSource.divide`."""
+    images = sorted(set(names))
+    if len(images) < 2:
+        raise InputError(f"{type(source).__name__}: one image cannot be divided; set data.val")
+    chosen = set(random.Random(seed).sample(images, max(1, int(share * len(images)))))
+    held_out = np.array([name in chosen for name in names])
+    return Rows(source, np.flatnonzero(~held_out)), Rows(source, np.flatnonzero(held_out))
 
 
 class Rows(PairSource):

@@ -220,10 +220,17 @@ def token_hashes(tokens: Tensor, lengths: Sequence[int] | np.ndarray) -> np.ndar
 
 
 class StoredTexts(NamedTuple):
-    """A file of activations of captions, one row for each of ``hashes``, int64 ascending."""
+    """A file of activations of captions.
+
+    Attributes:
+        hashes: of the tokens of each row, int64 ascending.
+        stored: the activations.
+        longest: tokens of the longest caption; a row has more entries if there are a class token and padding too.
+    """
 
     hashes: np.ndarray
     stored: StoredRows
+    longest: int
 
     @property
     def nothing(self) -> Tensor:
@@ -239,7 +246,8 @@ class StoredTexts(NamedTuple):
         """
         wanted = token_hashes(tokens, lengths)
         rows = np.minimum(np.searchsorted(self.hashes, wanted), len(self.hashes) - 1)
-        found = self.stored.read(rows, max(lengths) if len(self.stored.shape) == 2 else None)
+        shape = self.stored.shape
+        found = self.stored.read(rows, max(lengths) + shape[0] - self.longest if len(shape) == 2 else None)
         if found is None or not np.array_equal(self.hashes[rows], wanted):
             raise InputError(
                 "FrozenFeatures: a caption is not among those that the data list, so it was not encoded; train all of "
@@ -334,13 +342,13 @@ class WithStoredFeatures:
         return distinct_texts(self._fit_sources, self.tokenize)
 
     def use_stored(
-        self, images: tuple[ImageRows, StoredRows] | None, texts: tuple[np.ndarray, StoredRows] | None
+        self, images: tuple[ImageRows, StoredRows] | None, texts: tuple[np.ndarray, StoredRows, int] | None
     ) -> None:
         """Make training and validation batches with stored activations of the images, the texts, or both.
 
         Args:
             images: their rows, and the activations; None: decode images.
-            texts: hashes of their tokens, ascending, and the activations; None: only tokens.
+            texts: see :class:`StoredTexts`; None: only tokens.
         """
         self.stored_images = images and StoredImages(*images)
         self.stored_texts = texts and StoredTexts(*texts)

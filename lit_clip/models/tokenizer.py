@@ -204,6 +204,9 @@ class CLIPTokenizer(TextTokenizer):
 
     def lengths(self, tokens: Tensor) -> Tensor:
         ends = tokens.argmax(dim=-1) + 1  # the (first) end of text has the highest id
+        if self.padding_read:  # then all is read up to the padding, also behind an end of text within the caption
+            columns = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+            ends = ((tokens != self.pad_id) * columns).amax(dim=-1)
         return (ends + self.padding_read).clamp(max=tokens.shape[1])
 
     def with_context(self, context_length: int) -> "CLIPTokenizer":

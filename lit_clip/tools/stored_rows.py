@@ -124,7 +124,8 @@ class StoredRows:
         data = values.detach().cpu()
         data = data.view(torch.uint16) if self.dtype == torch.bfloat16 else data
         size = math.prod(self.shape) * self.dtype.itemsize
-        assert data.shape[2:] == self.shape[1:], "only the first entries of a row may be given"
+        fits = data.shape[2:] == self.shape[1:] and data.shape[1:2] <= self.shape[:1]
+        assert fits, "only the first entries of a row may be given"
         try:
             for row, value in zip(rows.tolist(), data.numpy(), strict=True):
                 self._file.seek(row * size)

@@ -90,7 +90,10 @@ def of_towers(run: Run, towers: str, folders: dict[str, Path]) -> Run:
     return run._replace(towers=str(folders["bert"]) if towers == "bert" else towers)
 
 
-@pytest.mark.parametrize(("towers", "freeze"), [*TOWERS, ("resnet", "unlock_last 0"), ("resnet", "unlock_last 1")])
+OTHERS = [("resnet", "unlock_last 0"), ("resnet", "unlock_last 1"), ("coca", "unlock_last 1")]
+
+
+@pytest.mark.parametrize(("towers", "freeze"), [*TOWERS, *OTHERS])
 def test_losses_equal_those_of_the_plain_run(towers: str, freeze: str, run: Run, folders: dict[str, Path]) -> None:
     check_equal(of_towers(run, towers, folders)._replace(freeze=freeze))
 

@@ -147,3 +147,17 @@ def test_division_has_every_image_once(folder: Path) -> None:
     assert sorted([*keys[0], *keys[1]]) == sorted(f"{'ab'[i // 100]}/{i:03}.png" for i in range(PAIRS))
     images = sorted([*keys[0], *keys[1]])
     assert keys[1] == sorted(random.Random(3).sample(images, 50))
+
+
+def test_tables_that_share_images_hold_the_same_out(folder: Path, tmp_path: Path) -> None:
+    def keys(parts: tuple[PairSource, PairSource]) -> list[set[str]]:
+        return [{part.key(row) for row in range(len(part))} for part in parts]
+
+    rows = [f"{'ab'[i // 100]}/{i:03}.png,{word} {i}" for i in range(40) for word in ("one", "two", "three")]
+    for name, first in (("few.csv", 0), ("other.csv", 60)):
+        (folder / name).write_text("\n".join(["image,caption", *rows[first:]]))
+    train, val = keys(open_source([folder / "few.csv", folder / "other.csv"]).divide(0.25, seed=3))
+    assert (len(train), len(val), train & val) == (30, 10, set())
+    (tmp_path / "few.csv").write_text((folder / "few.csv").read_text())  # its images are others
+    train, val = keys(open_source([folder / "few.csv", tmp_path / "few.csv"]).divide(0.25, seed=3))
+    assert (len(train), len(val), train & val) == (60, 20, set())

@@ -74,6 +74,22 @@ def test_a_run_with_mixed_budgets_resumes_exactly(tmp_path: Path) -> None:
         assert torch.equal(ours, theirs)
 
 
+def test_other_budgets_are_refused_inside_an_epoch_and_none_are_not_compared(tmp_path: Path) -> None:
+    data = Captions(str(write_table(tmp_path)), batch_size=2, num_workers=0, patch_budgets=BUDGETS)
+    data.setup("fit")
+    saved = {"epoch": 0, "batch": 1, "settings": data._settings(0)}
+    data.load_state_dict(saved)
+    assert data._start() == Position(0, 1)
+    data.patch_budgets = [4, 9]
+    with pytest.raises(InputError, match=r"data.patch_budgets \[4, 9, 16\] there and \[4, 9\] here; make them agree"):
+        data._start()
+    data.patch_budgets = []
+    with pytest.raises(InputError, match=r"data.patch_budgets \[4, 9, 16\] there and None here"):
+        data._start()
+    del saved["settings"]["data.patch_budgets"]  # as saved without budgets, or before there were any
+    assert data._start() == Position(0, 1)
+
+
 def test_budgets_are_refused_where_they_mean_nothing(tmp_path: Path) -> None:
     table = str(write_table(tmp_path))
     for wrong in ([], [0], [2**16]):

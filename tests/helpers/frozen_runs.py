@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,9 +44,10 @@ FREEZES: dict[str, Freeze] = {
 
 
 def config_of(towers: str) -> CLIPConfig:
-    """Return a tiny architecture: ``vit``, ``resnet``, or timm's with the Hugging Face encoder in a folder."""
-    if towers == "vit":
-        return CLIPConfig(16, VisionTransformerConfig(image_size=32, patch_size=16, width=64, layers=2, heads=1), OURS)
+    """Return a tiny architecture: ``vit``, ``coca``, ``resnet``, or timm's with a folder's Hugging Face encoder."""
+    if towers in ("vit", "coca"):
+        text = replace(OURS, pool="class") if towers == "coca" else OURS
+        return CLIPConfig(16, VisionTransformerConfig(image_size=32, patch_size=16, width=64, layers=2, heads=1), text)
     if towers == "resnet":
         return CLIPConfig(16, ResNetConfig(layers=(1, 1, 1, 1), width=8, image_size=32), OURS)
     return CLIPConfig(16, TimmConfig("test_efficientnet"), HuggingFaceTextConfig(towers, context_length=16))

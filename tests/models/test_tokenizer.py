@@ -12,6 +12,8 @@ import torch
 from open_clip.tokenizer import SimpleTokenizer
 
 from lit_clip.errors import InputError
+from lit_clip.models.clip import CLIP
+from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
 from lit_clip.models.hf_tokenizer import clean as clean_for_others
 from lit_clip.models.tokenizer import EOT_ID, MOST_READ, PIECE, SOT_ID, CLIPTokenizer, clean, decode, encode, tokenize
 
@@ -232,6 +234,25 @@ def test_trim_keeps_the_columns_of_the_longest_caption() -> None:
     assert torch.equal(trimmed, tokens[:, :8])  # 'a photo of a cat.' has 8 ids
     assert torch.equal(CLIPTokenizer().trim(trimmed), trimmed)
     assert CLIPTokenizer().trim(tokens[2:]).tolist() == [[SOT_ID, EOT_ID]]
+
+
+def test_a_caption_with_an_end_of_text_has_one_feature_whatever_is_beside_it() -> None:
+    text = TextTransformerConfig(context_length=16, width=16, layers=1, heads=1, pool="class")  # reads what follows
+    model = CLIP(CLIPConfig(16, VisionTransformerConfig(32, 16, 64, 1, 1), text)).eval()
+    captions = ["a dog <|endoftext|> on the beach", "a red kite over the beach and two dogs in the street"]
+    with torch.no_grad():
+        alone, whole, beside = (
+            model.encode_text(tokens)[0]
+            for tokens in (
+                model.tokenizer.trim(model.tokenize(captions[0])),
+                model.tokenize(captions[0]),
+                model.tokenizer.trim(model.tokenize(captions)),
+            )
+        )
+    torch.testing.assert_close(alone, beside)
+    torch.testing.assert_close(alone, whole)
+    tokens = model.tokenize(["a dog <|endoftext|> x", "", "x " * 20])
+    assert model.tokenizer.lengths(tokens).tolist() == [6 + 1, 2 + 1, 16]
 
 
 def test_trim_leaves_full_and_empty_batches_unchanged() -> None:

@@ -3,12 +3,14 @@
 import csv
 import json
 import random
+import shutil
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from PIL import Image
 
 from datamodules.captions import Captions
@@ -22,6 +24,7 @@ from datamodules.pairs.source import PairSource
 from datamodules.shards.pairs import ShardOptions, TarPairs
 from lit_clip.embedding.pair_scores import SCORES, pair_hash
 from lit_clip.errors import InputError
+from tests.helpers.small_sets import make_module, make_trainer
 
 ROWS = 24
 
@@ -150,6 +153,44 @@ def test_without_val_the_held_out_images_are_those_of_the_whole_data(folder: Pat
     keys = {key for key, _ in kept}
     assert (kept_train, kept_val) == (train & keys, val & keys)
     assert kept_val
+
+
+def test_several_tables_with_scores_are_divided_by_image(folder: Path) -> None:
+    for name, word in (("more.csv", "more"), ("most.csv", "most")):
+        lines = [f"{number}.png,{word} {number} {again}" for number in range(ROWS) for again in range(2)]
+        Path(name).write_text("\n".join(["image,caption", *lines]))
+    write(open_source(["more.csv", "most.csv"]), "scores.parquet", 0.8)
+    data = Captions(["more.csv", "most.csv"], num_workers=0, scores="scores.parquet")
+    data.setup("fit")
+    assert data.train_source
+    assert data.val_source
+    train, val = ({each.key(row) for row in range(len(each))} for each in (data.train_source, data.val_source))
+    assert (len(train), len(val), train & val) == (ROWS - 2, 2, set())
+
+
+def test_another_table_of_scores_is_refused_inside_an_epoch(folder: Path) -> None:
+    source = open_source("several.jsonl")
+    for name, seed in (("one.parquet", 0), ("two.parquet", 1)):  # the same rows, in the same order; other captions
+        write(source, name, 0.98, seed)
+        assert len(kept_pairs(source, name)) == ROWS
+    mixed = [{"data": "several.jsonl", "weight": 1}, {"data": "captions.csv", "weight": 1}]
+
+    def run(steps: int, resume: str | None = None, mixture: bool = False, **scores: str) -> None:
+        data = [{**mixed[0], **scores}, mixed[1]] if mixture else "several.jsonl"
+        options = {} if mixture else scores
+        pairs = Captions(data, "captions.csv", batch_size=4, num_workers=0, **options)  # pyright: ignore[reportArgumentType]
+        trainer = make_trainer(folder, [], max_steps=steps, limit_val_batches=0, enable_checkpointing=False)
+        trainer.fit(make_module(), pairs, ckpt_path=resume, weights_only=True)
+        trainer.save_checkpoint("saved.ckpt")
+
+    for mixture in (False, True):
+        run(1, mixture=mixture, scores="one.parquet")
+        shutil.copy("one.parquet", "same.parquet")
+        run(2, "saved.ckpt", mixture, scores="same.parquet")
+        with pytest.raises(InputError, match="digest of the pairs that data.scores keeps '.*' there and .* here"):
+            run(3, "saved.ckpt", mixture, scores="two.parquet")
+    run(1)
+    assert "scores" not in str(torch.load("saved.ckpt", weights_only=True)["Captions"])
 
 
 def test_a_file_of_other_or_changed_data_is_refused(folder: Path) -> None:
