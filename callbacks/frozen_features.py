@@ -11,7 +11,8 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from callbacks.compile import Compile
 from lit_clip import distributed
 from lit_clip.errors import InputError, require
-from lit_clip.models.frozen_prefix import FrozenPrefix, use_frozen_prefix
+from lit_clip.models.clip import CLIP
+from lit_clip.models.frozen_prefix import FrozenPrefix, find_frozen_prefix, use_frozen_prefix
 from lit_clip.models.layers import TOWERS, Tower
 from lit_clip.module import LitCLIP
 from lit_clip.tools.hashing import hex_digest
@@ -57,10 +58,8 @@ class FrozenFeatures(Callback):
                 continue
             if prefix := use_frozen_prefix(module.model, tower):
                 prefixes[tower] = prefix
-        require(
-            bool(prefixes),
-            "FrozenFeatures: no encoder has frozen layers to store; set model.freeze, or remove the callback",
-        )
+        if not prefixes:
+            raise InputError(f"FrozenFeatures: {_nothing_stored(module.model, data)}, or remove the callback")
         _refuse_loss(module, data, prefixes)
         training = [part for part in module.modules() if part.training]
         module.eval()
@@ -99,6 +98,18 @@ class FrozenFeatures(Callback):
         if module.model.frozen_prefixes:
             module.model.frozen_prefixes = {}
             data.use_stored(None, None)
+
+
+def _nothing_stored(model: CLIP, data: Any) -> str:
+    """Say why neither encoder can be stored, and what to change."""
+    if find_frozen_prefix(model, "text") is None:
+        return "no encoder has frozen layers to store; set model.freeze"
+    if data.long_captions == "sentences":
+        return (
+            "only the text encoder is frozen, and data.long_captions: sentences draws other texts in each epoch, "
+            "which cannot be stored; set data.long_captions to truncate"
+        )
+    return "only the text encoder is frozen, and the data draw captions that they do not list; freeze images too"
 
 
 def _refuse(trainer: Trainer, module: LightningModule) -> None:

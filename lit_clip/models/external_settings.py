@@ -103,17 +103,22 @@ def timm_preprocessing(config: TimmConfig) -> Preprocessing:
     )
 
 
+def is_naflex(config: TimmConfig) -> bool:
+    """Return whether a model reads patch sequences, by timm's prefix of that class."""
+    return timm_name(config).startswith("naflexvit_")
+
+
 def naflex_patch_size(config: TimmConfig) -> int | None:
     """Return the side of the patches of a model that reads patch sequences; None for any other."""
-    import timm
-
-    if not config.timm.startswith("naflexvit_"):  # timm's prefix of that class
+    if not is_naflex(config):
         return None
+    import timm
     import torch
 
+    options = ({} if config.model is None else config.model["model_args"]) | config.options
     try:
         with torch.device("meta"):
-            trunk: Any = timm.create_model(config.timm.partition(".")[0], num_classes=0, **config.options)
+            trunk: Any = timm.create_model(timm_name(config).partition(".")[0], num_classes=0, **options)
     except Exception:  # the encoder itself will say what is wrong with the options
         return None
     (height, width), linear = trunk.embeds.patch_size, trunk.embeds.is_linear

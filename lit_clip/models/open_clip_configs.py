@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -23,8 +24,9 @@ from lit_clip.models.config import (
     VisionTransformerConfig,
     height_width,
 )
-from lit_clip.models.external_settings import naflex_patch_size
+from lit_clip.models.external_settings import is_naflex, naflex_patch_size
 from lit_clip.models.size import Size
+from lit_clip.models.timm_hub import timm_hub_model
 from lit_clip.tools.reading import reason
 from lit_clip.tools.untrusted import shortened
 
@@ -129,8 +131,8 @@ def from_open_clip(model: Mapping[str, Any], preprocess: Mapping[str, Any] | Non
 
 def _preprocessing(values: Mapping[str, Any] | None, vision: Mapping[str, Any], siglip: bool) -> Preprocessing:
     size = vision.get("image_size", 224)
-    if str(vision.get("timm_model_name")).startswith("naflexvit_"):
-        return _naflex(values or {}, vision, size)
+    if (name := vision.get("timm_model_name")) and is_naflex(timms := _timm(name)):
+        return _naflex(values or {}, vision, size, timms)
     if values is None:
         return (
             Preprocessing(size, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), resize_mode="squash")
@@ -153,11 +155,17 @@ def _preprocessing(values: Mapping[str, Any] | None, vision: Mapping[str, Any], 
     )
 
 
-def _naflex(values: Mapping[str, Any], vision: Mapping[str, Any], size: Size) -> Preprocessing:
-    """Return the preprocessing of SigLIP 2's NaFlex models, by timm's name of the model."""
-    patch = naflex_patch_size(TimmConfig(vision["timm_model_name"]))
+def _timm(name: str) -> TimmConfig:
+    """Return timm's model of a name; what a name on the hub stands for is read from there."""
+    timms = TimmConfig(name)
+    return replace(timms, model=timm_hub_model(name)) if timms.on_hub else timms
+
+
+def _naflex(values: Mapping[str, Any], vision: Mapping[str, Any], size: Size, timms: TimmConfig) -> Preprocessing:
+    """Return the preprocessing of SigLIP 2's NaFlex models, by timm's model."""
+    patch = naflex_patch_size(timms)
     if patch is None:
-        raise InputError(f"timm's {vision['timm_model_name']} reads no patches, which lit-clip needs of that class")
+        raise InputError(f"timm's {timms.timm} reads no patches, which lit-clip needs of that class")
     fits = math.prod(side // patch for side in height_width(size))
     half = (0.5, 0.5, 0.5)
     return Preprocessing(
@@ -178,10 +186,11 @@ def _image(values: _CheckedDict) -> ImageConfig:
             raise values.refuse("timm_pool", pool)
         if kind not in ("linear", "mlp", "none", None, ""):
             raise values.refuse("timm_proj", kind)
-        budget = values.take("image_seq_len") if timm_name.startswith("naflexvit_") else None
+        timms = _timm(timm_name)
+        budget = values.take("image_seq_len") if is_naflex(timms) else None
         size = tuple(image_size) if isinstance(image_size, list) else image_size
-        result: ImageConfig = TimmConfig(
-            timm_name,
+        result: ImageConfig = replace(
+            timms,
             image_size=None if budget else size,  # that of as many patches
             pool=pool or None,
             projection=kind or "classifier",

@@ -53,19 +53,25 @@ def timm_hub_weights(name: str) -> Path:
     """Return the file of a hub name's weights, to be read by :mod:`lit_clip.tools.weight_files`.
 
     Raises:
-        InputError: it has none in a known file, or is neither on the hub nor in its cache.
+        InputError: it has none in a known file, or is neither in the hub's cache nor to be downloaded.
     """
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    absent: InputError | None = None
-    for file in _WEIGHTS:
+    files, absent, unreached = ", ".join(_WEIGHTS), None, None
+    for file in _WEIGHTS:  # all of them even without the network: the cache may hold a later one
         try:
             return _download(name, file)
         except InputError as error:
             if not isinstance(error.__cause__, EntryNotFoundError):
                 raise
             absent = error
-    raise InputError(f"architecture.image: {name} has none of {', '.join(_WEIGHTS)}") from absent
+            unreached = error if isinstance(error.__cause__, LocalEntryNotFoundError) else unreached
+    if unreached is not None:
+        raise InputError(
+            f"architecture.image: none of {files} of {name} is in the hub's cache, and the hub cannot be reached; "
+            "download them once with the network, and without HF_HUB_OFFLINE"
+        ) from unreached
+    raise InputError(f"architecture.image: {name} has none of {files}") from absent
 
 
 def _download(name: str, file: str) -> Path:

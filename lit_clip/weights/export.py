@@ -5,6 +5,8 @@ The tools take seconds to import, or are optional, so functions import them.
 
 import importlib.util
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, cast
@@ -122,6 +124,15 @@ def _save_weights(state: dict[str, Tensor], path: Path) -> None:
     path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors creates files that only their owner can read
 
 
+def _naflex_format(model: CLIP) -> str:
+    """Say which format holds a model of NaFlex patches."""
+    try:
+        hugging_face_kind(model.config)
+    except InputError as error:
+        return f"no format holds this model, since for hugging_face {error}"
+    return "use hugging_face"
+
+
 def _save_json(values: dict[str, Any], path: Path) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -136,7 +147,7 @@ def write_open_clip(model: CLIP, folder: Path) -> None:
         InputError: open_clip does not support the model.
     """
     ours = model.preprocessing
-    require(ours.max_patches is None, "open_clip's transform has no NaFlex patches; use hugging_face")
+    require(ours.max_patches is None, f"open_clip's transform has no NaFlex patches; {_naflex_format(model)}")
     require(ours.crop_pct == 1, f"open_clip has no crop_pct, this model's is {ours.crop_pct}; use onnx")
     values = {
         "model_cfg": open_clip_model(model),
@@ -186,7 +197,9 @@ def write_hugging_face(model: CLIP, folder: Path) -> None:
         values, state = to_hugging_face(model)
         processor = image_processor(model.preprocessing, PROCESSOR_OF[kind])
     except InputError as error:
-        raise InputError(f"hugging_face cannot represent this model: {error}; use open_clip or onnx") from error
+        naflex = model.preprocessing.max_patches is not None
+        instead = "no format holds it, since the others have no NaFlex patches" if naflex else "use open_clip or onnx"
+        raise InputError(f"hugging_face cannot represent this model: {error}; {instead}") from error
     _save_json(values, folder / "config.json")
     _save_weights(state, folder / "model.safetensors")
     _save_json(processor, folder / "preprocessor_config.json")
@@ -263,8 +276,8 @@ def write_onnx(model: CLIP, folder: Path) -> None:
             tokenizer cannot be written.
     """
     missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
-    patches = model.preprocessing.max_patches is not None
-    require(not patches, "onnx: whoever runs the graph would have to cut NaFlex's patches; use hugging_face")
+    if model.preprocessing.max_patches is not None:
+        raise InputError(f"onnx: whoever runs the graph would have to cut NaFlex's patches; {_naflex_format(model)}")
     require(not missing, f"onnx needs {', '.join(missing)}: pip install -e '.[export]'")
     if isinstance(model.text_encoder, CustomTextEncoder):
         where = f"onnx: the text encoder {type(model.text_encoder.encoder).__name__}"
@@ -318,9 +331,22 @@ def onnx_facts(model: CLIP) -> dict[str, Any]:
     }
 
 
+_OPEN = (
+    "import sys, onnxruntime as o; [o.InferenceSession(f, providers=['CPUExecutionProvider']) for f in sys.argv[1:]]"
+)
+
+
 def read_onnx(folder: Path, sample: ExportSample) -> Reading:
-    """Run onnxruntime on the CPU, in batches of 1 and 3."""
+    """Run onnxruntime on the CPU, in batches of 1 and 3.
+
+    Raises:
+        InputError: it crashes on opening a file, as its graph optimiser can; found out in a process of its own.
+    """
     import onnxruntime
+
+    command = [sys.executable, "-P", "-c", _OPEN, *map(str, sorted(folder.glob("*.onnx")))]
+    status = subprocess.run(command, capture_output=True, check=False).returncode
+    require(status in (0, 1), f"onnx: onnxruntime crashes on opening this model (exit status {status})")  # 1: it raised
 
     def run(kind: str, name: str, values: Tensor) -> Tensor:
         session = onnxruntime.InferenceSession(folder / f"{kind}_encoder.onnx", providers=["CPUExecutionProvider"])

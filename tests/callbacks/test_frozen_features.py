@@ -326,6 +326,7 @@ def test_a_later_validation_decodes_images_again(run: Run, monkeypatch: pytest.M
         ({"data": {"augmentation": None}}, None, "data.augmentation to []"),
         ({"augmentations": 2}, None, "2 versions would be the same"),
         ({"freeze": "nothing"}, None, "no encoder has frozen layers"),
+        ({"freeze": "text", "data": {"long_captions": "sentences"}}, None, "set data.long_captions to truncate"),
         ({"data": {"negative_column": "image"}}, None, "hard negatives"),
         ({"freeze": "unlock_last 1"}, Compile, "callbacks.Compile"),
         ({"freeze": "unlock_last 1"}, PatchDropout, "random in training"),

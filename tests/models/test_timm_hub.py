@@ -8,12 +8,17 @@ from typing import Any
 import pytest
 import timm
 import torch
+from huggingface_hub.errors import EntryNotFoundError
+from PIL import Image
 from timm.models import save_for_hf
 
 from lit_clip import load_model
 from lit_clip.errors import InputError
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, TextTransformerConfig, TimmConfig
+from lit_clip.models.external_settings import with_external_settings
+from lit_clip.models.open_clip_configs import from_open_clip
+from lit_clip.models.timm_hub import timm_hub_weights
 from lit_clip.module import LitCLIP
 from lit_clip.weights.checkpoints import checked
 from tests.helpers.towers import photos, saved, shaken
@@ -90,15 +95,24 @@ def test_a_hostile_or_wrong_configuration_is_refused(
         CLIP(CLIPConfig(16, TimmConfig(NAME), TEXT))
 
 
-def test_a_repository_without_weights_is_refused_only_if_they_are_wanted(cache: Path, tmp_path: Path) -> None:
+def test_a_repository_without_weights_is_refused_only_if_they_are_wanted(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "files").mkdir()
     (tmp_path / "files/config.json").write_text(json.dumps({"architecture": "test_vit"}), encoding="utf-8")
     put(cache, "org/tiny", tmp_path / "files")
     CLIP(CLIPConfig(16, TimmConfig(NAME), TEXT))
-    with pytest.raises(InputError, match=r"has none of model\.safetensors, "):
+    with pytest.raises(InputError, match=r"none of model\.safetensors, .* is in the hub's cache, and the hub cannot"):
         CLIP(CLIPConfig(16, TimmConfig(NAME, pretrained=True), TEXT))
     with pytest.raises(InputError, match=r"no config\.json of hf-hub:org/other on the hub or in its cache"):
         CLIP(CLIPConfig(16, TimmConfig("hf-hub:org/other"), TEXT))
+
+    def not_found(*_: Any, **__: Any) -> None:
+        raise EntryNotFoundError("404")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", not_found)
+    with pytest.raises(InputError, match=r"org/tiny has none of model\.safetensors, "):
+        timm_hub_weights(NAME)
 
 
 def test_a_checkpoint_that_names_a_place_on_the_hub_alone_is_refused(repository: Any, tmp_path: Path) -> None:
@@ -108,3 +122,32 @@ def test_a_checkpoint_that_names_a_place_on_the_hub_alone_is_refused(repository:
     checkpoint = {"hyper_parameters": {"architecture": values}, "state_dict": model.state_dict()}
     with pytest.raises(InputError, match="holds no configuration of its image encoder"):
         checked(checkpoint, "last.ckpt")
+
+
+def test_weights_of_the_cache_are_found_by_their_later_name_without_the_network(cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files/pytorch_model.bin").write_bytes(b"weights")
+    put(cache, "org/tiny", tmp_path / "files")
+    assert timm_hub_weights(NAME).read_bytes() == b"weights"
+
+
+def test_a_naflex_model_of_the_hub_reads_patches(cache: Path, tmp_path: Path) -> None:
+    """Its patch size is an argument of the repository, unless an option gives another."""
+    arguments = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 4, "pos_embed_grid_size": [4, 4]}
+    values = {"architecture": "naflexvit_base_patch16_siglip", "model_args": arguments}
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files/config.json").write_text(json.dumps(values), encoding="utf-8")
+    put(cache, "org/tiny", tmp_path / "files")
+    image = TimmConfig(NAME, image_size=64, projection="none")
+    model = CLIP(CLIPConfig(32, image, TEXT)).eval()
+    assert (model.preprocessing.max_patches, model.preprocessing.patch_size) == (64, 8)
+    patches = model.preprocess(Image.new("RGB", (90, 40)))[None]
+    assert model.encode_image(patches).shape == (1, 32)
+    found = with_external_settings(CLIPConfig(32, dataclasses.replace(image, options={"patch_size": 16}), TEXT))
+    assert found.preprocessing is not None
+    assert found.preprocessing.patch_size == 16
+    vision = {"image_size": 64, "image_seq_len": 50, "timm_model_name": NAME, "timm_pool": "map", "timm_proj": "none"}
+    text = {"context_length": 16, "vocab_size": 100, "width": 64, "layers": 1, "heads": 1}
+    theirs = from_open_clip({"embed_dim": 32, "vision_cfg": vision, "text_cfg": text}, None, "theirs").preprocessing
+    assert theirs is not None
+    assert (theirs.max_patches, theirs.patch_size) == (50, 8)

@@ -33,7 +33,8 @@ installed open_clip, and every weight's name and shape with open_clip's models. 
 Hugging Face hub or its cache beside the weights: a tokenizer, or a text encoder with its tokenizer.
 [Models and weights](models.md) has the differences of features.
 
-{opened} open, {refused} are refused.
+{opened} open, {refused} are refused. Of its {names} configurations without published weights these are refused:
+{without}.
 
 | model | tags | verdict | hub |
 |---|---|---|---|
@@ -60,13 +61,19 @@ def registry() -> str:
     tags: dict[str, list[str]] = {}
     for name, tag in open_clip.list_pretrained():
         tags.setdefault(name, []).append(tag)
+    unpublished = [name for name in open_clip_names() if name not in tags]
+    refused = [said.removeprefix("refused: ") for name in unpublished if (said := verdict(name, [])[0]) != "opens"]
     rows, opened = [], 0
     for name in sorted(tags):
         said, source = verdict(name, tags[name])
         opened += len(tags[name]) * (said == "opens")
         rows.append(f"| {name} | {', '.join(tags[name])} | {said} | {source} |")
     total = sum(map(len, tags.values()))
-    head = HEAD.format(weights=total, version=open_clip.__version__, opened=opened, refused=total - opened)
+    without = ", ".join(refused) or "none"
+    head = HEAD.format(
+        **{"weights": total, "version": open_clip.__version__, "opened": opened, "refused": total - opened},
+        **{"names": len(unpublished), "without": without},
+    )
     return head + "\n".join(rows) + "\n"
 
 

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnxruntime
 import open_clip
 import pytest
@@ -25,6 +26,7 @@ from lit_clip.models.config import (
     Preprocessing,
     TextTransformerConfig,
     TimmConfig,
+    VisionTransformerConfig,
 )
 from lit_clip.weights import export as export_formats
 from lit_clip.weights.load import load_model
@@ -111,6 +113,23 @@ def test_smaller_onnx_files_give_our_features_within_their_tolerance(
         found = torch.nn.functional.normalize(found, dim=-1)
         torch.testing.assert_close(found, expected[name], rtol=0, atol=tolerance)
         assert not torch.allclose(found, expected[name], rtol=0, atol=1e-6)
+
+
+def test_an_attention_pool_in_float16_opens(tmp_path: Path, tiny_config: CLIPConfig) -> None:
+    """With the whole pool in float16, onnxruntime's graph optimiser crashes behind two blocks and more."""
+    image = VisionTransformerConfig(32, 16, 64, 2, 1, pool="attention", pool_queries=256, pool_heads=8)
+    checkpoint(dataclasses.replace(tiny_config, image=image, preprocessing=None), tmp_path / "last.ckpt")
+    export(str(tmp_path / "last.ckpt"), format="onnx", output=str(tmp_path / "out"), dtype="float16")
+    types = [tensor.data_type for tensor in onnx.load(tmp_path / "out/image_encoder.onnx").graph.initializer]
+    assert types.count(onnx.TensorProto.FLOAT16) > types.count(onnx.TensorProto.FLOAT)
+
+
+def test_a_crash_of_onnxruntime_is_an_error(
+    tmp_path: Path, tiny_config: CLIPConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_formats, "_OPEN", "import os; os.abort()")
+    with pytest.raises(InputError, match=r"onnxruntime crashes on opening this model \(exit status -6\)"):
+        export_formats.read_onnx(tmp_path, export_formats.ExportSample.of(CLIP(tiny_config)))
 
 
 def test_formats_of_float32_weights_refuse_another_type_before_the_model_is_read(tmp_path: Path) -> None:
@@ -210,6 +229,11 @@ def test_transformers_opens_an_exported_naflex_model_as_a_siglip2_model(tmp_path
     assert again.preprocessing == ours.preprocessing
     for format, reason in (("open_clip", "no NaFlex patches"), ("onnx", "would have to cut NaFlex's patches")):
         with pytest.raises(InputError, match=reason):
+            export(str(tmp_path / "naflex.ckpt"), format=format, output=str(tmp_path / format))
+    unheld = dataclasses.replace(config, text=dataclasses.replace(text, tokenizer=None, pool="argmax", causal=True))
+    checkpoint(unheld, tmp_path / "naflex.ckpt")
+    for format in ("open_clip", "hugging_face", "onnx"):
+        with pytest.raises(InputError, match="no format holds"):
             export(str(tmp_path / "naflex.ckpt"), format=format, output=str(tmp_path / format))
 
 
