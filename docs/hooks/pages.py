@@ -117,5 +117,6 @@ def _notebook(book: dict[str, Any]) -> str:
             if "image/png" in data:
                 parts.append(f"![](data:image/png;base64,{''.join(data['image/png']).strip()})")
             else:
-                parts.append(f"```text\n{''.join(data.get('text/plain', '')).rstrip()}\n```")
+                printed = re.sub(r"\x1b\[[\d;]*m", "", "".join(data.get("text/plain", "")))  # colours of a terminal
+                parts.append(f"```text\n{printed.rstrip()}\n```")
     return "\n\n".join(parts) + "\n"

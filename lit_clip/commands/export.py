@@ -14,7 +14,7 @@ from lit_clip.tools.atomic import replacing_folder
 from lit_clip.tools.console import Console, progress, stderr
 from lit_clip.tools.hashing import sha256_of_file
 from lit_clip.tools.weight_files import is_path
-from lit_clip.weights.export import FORMATS, ExportSample, FormatName, Parity, parity_of
+from lit_clip.weights.export import FORMATS, ExportSample, FormatName, Parity, check_onnx_packages, parity_of
 from lit_clip.weights.load import load_model
 from lit_clip.weights.model_card import ExportedSource, model_card
 from lit_clip.weights.onnx_sizes import OnnxDType, check_onnx_dtype, shrink_onnx, tolerance_of
@@ -47,6 +47,8 @@ def export(
     """
     folder = Path(output)
     check_onnx_dtype(dtype, format)
+    if format == "onnx":
+        check_onnx_packages()
     check_free(folder)
     require(push is not None or not private, "--private: belongs to --push org/name")
     repository = find_repository(push, private) if push is not None else None

@@ -268,17 +268,20 @@ class _TracedEncoder(nn.Module):
         return self.model.encode_image(x) if self.kind == "image" else self.model.encode_text(x)
 
 
+def check_onnx_packages() -> None:
+    """Raise :class:`InputError` unless the packages of the extra ``export`` are installed."""
+    missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
+    require(not missing, f"onnx needs {', '.join(missing)}: pip install -e '.[export]'")
+
+
 def write_onnx(model: CLIP, folder: Path) -> None:
     """Write ``image_encoder.onnx`` and ``text_encoder.onnx``, for any batch size, ``model.json`` and the tokenizer.
 
     Raises:
-        InputError: the packages of the extra ``export`` are not installed, or a text encoder by class path or its
-            tokenizer cannot be written.
+        InputError: a text encoder by class path or its tokenizer cannot be written.
     """
-    missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
     if model.preprocessing.max_patches is not None:
         raise InputError(f"onnx: whoever runs the graph would have to cut NaFlex's patches; {_naflex_format(model)}")
-    require(not missing, f"onnx needs {', '.join(missing)}: pip install -e '.[export]'")
     if isinstance(model.text_encoder, CustomTextEncoder):
         where = f"onnx: the text encoder {type(model.text_encoder.encoder).__name__}"
         require(not model.text_encoder.reads_lengths, f"{where} reads its texts' lengths, which no graph can")
