@@ -330,8 +330,9 @@ def _accumulation(plan: RunPlan) -> str | None:
 def _warmup(plan: RunPlan) -> str | None:
     if plan.steps is None or plan.warmup is None or plan.warmup < plan.steps:
         return None
+    steps = "1 step" if plan.steps == 1 else f"{plan.steps} steps"
     return (
-        f"of {plan.steps} training steps warm-up takes {plan.warmup}: lower --model.lr_scheduler.warmup_steps "
+        f"the run has {steps} and warm-up takes {plan.warmup}: lower --model.lr_scheduler.warmup_steps "
         "(in Python lr_scheduler=partial(WarmupCosine, warmup_steps=...))"
     )
 

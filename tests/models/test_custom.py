@@ -122,8 +122,8 @@ def test_a_class_of_a_module_that_is_not_imported_is_not_looked_for() -> None:
     with pytest.raises(InputError, match=r"antigravity\.X is not imported; import antigravity first"):
         CLIP(CLIPConfig(4, CustomImageConfig("antigravity.X")))
     # A package may import a submodule when it is asked for a name.
-    with pytest.raises(InputError, match="transformers has no class BertModel"):
-        CLIP(CLIPConfig(4, CustomImageConfig("transformers.BertModel")))
+    with pytest.raises(InputError, match="transformers has no class FunnelModel"):
+        CLIP(CLIPConfig(4, CustomImageConfig("transformers.FunnelModel")))
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 3, 5])
