@@ -126,7 +126,7 @@ def _score(
     clip = load_model(model)
     name = fingerprint(clip).model
     parts = _parts(path, {each: hex_digest([name, each, stamp]) for each in get_args(Precision)}, settings.precision)
-    unreadable = score_pairs(clip, SourceRows(source), parts, settings)
+    unreadable = score_pairs(clip, SourcePairs(source), parts, settings)
     if unreadable is None:
         return None
     check_all_scored(parts, len(source), unreadable)
@@ -148,7 +148,7 @@ def _parts(path: Path, keys: dict[Precision, str], precision: Precision) -> Scor
     return parts
 
 
-class SourceRows:
+class SourcePairs:
     """The pairs of a source as :class:`lit_clip.embedding.pair_scores.PairRows`."""
 
     def __init__(self, source: PairSource) -> None:

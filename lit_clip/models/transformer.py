@@ -136,8 +136,8 @@ def check_images(images: Tensor, image_size: Size) -> None:
         )
 
 
-class AttentionPool(nn.Module):
-    """What the first of several learned queries reads from an image's tokens (CoCa): ``[B, L, W]`` -> ``[B, D]``.
+class AttentionalPooler(nn.Module):
+    """Attention of learned queries over an image's tokens (CoCa): ``[B, L, W]`` -> ``[B, D]``, what the first one reads.
 
     CoCa's caption decoder, which lit-clip lacks, reads what the other queries find.
     """
@@ -181,7 +181,7 @@ class VisionTransformer(nn.Module):
         self.ln_pre = nn.LayerNorm(width) if config.ln_pre else nn.Identity()
         self.transformer = Transformer(width, config.layers, config.heads, activation, config.mlp_ratio)
         self.pool = config.pool
-        self.attn_pool = AttentionPool(config, embed_dim) if config.pool == "attention" else None
+        self.attn_pool = AttentionalPooler(config, embed_dim) if config.pool == "attention" else None
         pooled = embed_dim if config.pool == "attention" else width
         self.ln_post = nn.LayerNorm(pooled)
         self.proj = nn.Parameter(width**-0.5 * torch.randn(pooled, embed_dim))
