@@ -1,4 +1,4 @@
-"""What smaller stored features lose: recall on pairs, before and after."""
+"""Recall on pairs with features as they are and with smaller stored ones."""
 
 from typing import NamedTuple
 

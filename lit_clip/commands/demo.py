@@ -87,7 +87,7 @@ def demo(
 
 
 class Trial:
-    """What the page does with a model.
+    """Functions of the page: a model, and the images to search.
 
     Args:
         model: the encoders.

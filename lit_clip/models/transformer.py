@@ -137,9 +137,9 @@ def check_images(images: Tensor, image_size: Size) -> None:
 
 
 class AttentionalPooler(nn.Module):
-    """Attention of learned queries over an image's tokens (CoCa): ``[B, L, W]`` -> ``[B, D]``, what the first one reads.
+    """Attention of learned queries over an image's tokens (CoCa): ``[B, L, W]`` -> ``[B, D]``.
 
-    CoCa's caption decoder, which lit-clip lacks, reads what the other queries find.
+    The first query gives the feature; CoCa's caption decoder, which lit-clip lacks, reads the others.
     """
 
     def __init__(self, config: VisionTransformerConfig, embed_dim: int) -> None:
