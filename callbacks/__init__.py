@@ -13,6 +13,7 @@ from callbacks.non_finite import NonFiniteSteps
 from callbacks.patch_dropout import PatchDropout
 from callbacks.preemption import Preemption
 from callbacks.print_plan import PrintPlan
+from callbacks.print_results import PrintResults
 from callbacks.progress_lines import ProgressLines
 from callbacks.random_states import RandomStates
 from callbacks.retrieval import Retrieval
@@ -20,6 +21,7 @@ from callbacks.skipped_samples import SkippedSamples
 from callbacks.tensorboard import EmbeddingProjector, SimilarityMatrix
 from callbacks.throughput import Throughput
 from callbacks.zero_shot import ZeroShot, ZeroShotSet
+from lit_clip.tools.silenced import silence
 
 __all__ = [
     "EMA",
@@ -33,6 +35,7 @@ __all__ = [
     "PatchDropout",
     "Preemption",
     "PrintPlan",
+    "PrintResults",
     "ProgressLines",
     "RandomStates",
     "Retrieval",
@@ -54,15 +57,19 @@ def defaults(*callbacks: Callback) -> list[Callback]:
 
     - :class:`Preemption`, first, so that no other callback evaluates what a signal interrupted
     - the given callbacks, those that change the model first, so that others measure it as it is trained
-    - :class:`PrintPlan` and :class:`ProgressLines`
+    - :class:`PrintPlan`, :class:`ProgressLines` and :class:`PrintResults`
     - :class:`SkippedSamples`
     - :class:`NonFiniteSteps`
     - :class:`RandomStates`, last, after all that draws random numbers before the first step
+
+    Messages of Lightning that nobody can act on are silenced from here on, as the command line does
+    (:mod:`lit_clip.tools.silenced`): it advertises while a trainer is made.
     """
+    silence()
 
     def missing(*kinds: type[Callback]) -> list[Callback]:
         return [kind() for kind in kinds if not any(isinstance(callback, kind) for callback in callbacks)]
 
     callbacks = tuple(sorted(callbacks, key=lambda callback: not getattr(callback, "changes_model", False)))  # stable
-    others = missing(PrintPlan, ProgressLines, SkippedSamples, NonFiniteSteps, RandomStates)
+    others = missing(PrintPlan, ProgressLines, PrintResults, SkippedSamples, NonFiniteSteps, RandomStates)
     return [*missing(Preemption), *callbacks, *others]

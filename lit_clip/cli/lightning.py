@@ -2,7 +2,7 @@
 
 import sys
 from argparse import ArgumentError
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from jsonargparse import set_parsing_settings
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.plugins.precision import Precision
@@ -44,8 +44,7 @@ from lit_clip.training.checkpoint_io import WholeCheckpointIO, newest_checkpoint
 from lit_clip.training.checks import check_counts
 from lit_clip.training.lost_ranks import watch_started_ranks
 from lit_clip.training.plan import measure_run, print_plan
-from lit_clip.training.run_folder import curves, run_folder
-from lit_clip.training.summary import print_next_steps, print_summary, resume_command
+from lit_clip.training.summary import print_summary, resume_command
 from lit_clip.weights.checkpoints import checked
 from lit_clip.weights.load import check_fits
 from lit_clip.weights.training_checkpoints import adopt_tokenizer
@@ -260,24 +259,13 @@ class CLI(LightningCLI):
         if trainer.is_global_zero:
             print_plan(measure_run(self.model, trainer))
 
-    def after_fit(self) -> None:
-        self._summarise(self.model.before)
-        callback = self.trainer.checkpoint_callback
-        last = getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", "")
-        folder = run_folder(self.trainer)  # every rank must ask
-        _warn_of_unsaved_steps(self.trainer)
-        if last and self.trainer.is_global_zero:
-            print_next_steps(Path(last), folder, curves(self.trainer.loggers))
-
     def after_validate(self) -> None:
-        self._summarise({})  # metrics before training belong to another run, maybe to other data
+        if self.trainer.is_global_zero:
+            # Without metrics before training, which belong to another run and maybe to other data.
+            print_summary(self.trainer.callback_metrics, self.model.baselines)
 
     def after_test(self) -> None:
-        self._summarise({})
-
-    def _summarise(self, before: Mapping[str, float]) -> None:
-        if self.trainer.is_global_zero:
-            print_summary(self.trainer.callback_metrics, self.model.baselines, before)
+        self.after_validate()
 
 
 def _model_of(settings: Any) -> Any:
@@ -296,19 +284,6 @@ def _settings_of(path: str) -> dict[str, Any]:
     check_not_imported_by(hparams, path)
     check_fits(checkpoint, path)
     return hparams
-
-
-def _warn_of_unsaved_steps(trainer: Trainer) -> None:
-    """Warn of last steps that no checkpoint holds: Lightning saves after a validation, and none may be due then."""
-    savers = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
-    if not savers or any(each.monitor or not each.save_top_k for each in savers):  # the best are wanted, or none
-        return
-    saved, done = max(each._last_global_step_saved for each in savers), trainer.global_step
-    if saved < done and (saved or not trainer.ckpt_path):  # otherwise the steps before are in that checkpoint
-        rank_zero_warn(
-            f"ModelCheckpoint: no checkpoint holds the last {done - saved} of {done} steps; set "
-            "its every_n_train_steps, or validate at the end of the run"
-        )
 
 
 def _default_callbacks() -> Callable[..., list[Any]]:

@@ -21,11 +21,11 @@ from lit_clip.cli.imports import (
     import_modules,
 )
 from lit_clip.cli.lazy_torchmetrics import defer_torchmetrics
-from lit_clip.cli.silenced import silence
 from lit_clip.errors import InputError, printable
 from lit_clip.tools.guarded_output import guard_messages
 from lit_clip.tools.messages import one_line, user_error
 from lit_clip.tools.processes import let_launcher_end, watch_launcher
+from lit_clip.tools.silenced import silence
 
 # LightningCLI's commands, imported when one of them is run.
 CONFIGURED = {

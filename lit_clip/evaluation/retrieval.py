@@ -20,6 +20,7 @@ from lit_clip.evaluation.retrieval_metrics import (
     retrieval_ranks,
     whole_set_loss,
 )
+from lit_clip.losses import Contrastive, Sigmoid
 from lit_clip.tools.hashing import hash64
 
 RECALL_AT = (1, 5, 10)
@@ -126,7 +127,7 @@ class Evaluation(NamedTuple):
 
     Attributes:
         metrics: values by name, without the prefix of the stage.
-        baselines: what a constant answer reaches in the recalls, by name.
+        baselines: loss of a model that knows nothing, and what a constant answer reaches in the recalls, by name.
     """
 
     metrics: dict[str, float]
@@ -192,7 +193,9 @@ class RetrievalSet:
         loss = whole_set_loss(image_ID, text_TD, own_pairs, score_E, scale, bias, *over_ranks)
         pair_E, text_T = (distributed.gather_uneven(each).cpu() for each in (ranks.pair, ranks.merged_text))
         ranks = Ranks(ranks.image.cpu(), pair_E, ranks.merged_image.cpu(), text_T)
-        return Evaluation({"loss": loss, **retrieval_metrics(ranks, all_pairs)}, _baselines(all_pairs))
+        uninformed = (Contrastive() if bias is None else Sigmoid()).uninformed(int(all_pairs.rows.sum()))
+        baselines = {"loss": uninformed, **_baselines(all_pairs)}
+        return Evaluation({"loss": loss, **retrieval_metrics(ranks, all_pairs)}, baselines)
 
     def _rows(self, device: torch.device) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return image hash, caption hash and rank of all ranks' rows, in the order in which they were added."""

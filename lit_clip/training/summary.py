@@ -1,5 +1,6 @@
 """Tables and lines that the terminal shows around a run."""
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,18 +27,24 @@ def metrics_table(
     table.add_column("metric")
     for column in ("value", "baseline", *(("before", "change") if before else ())):
         table.add_column(column, justify="right")
-    for name in sorted(metrics):
-        if name.startswith(("train/", "lr-")):
-            continue
+    names = sorted((name for name in metrics if not name.startswith(("train/", "lr-"))), key=_natural)
+    for name in names:
         value, scale, form, unit = float(metrics[name]), 1, ".4f", ""
-        if name in baselines:
+        if name in baselines and not name.endswith("/loss"):  # a share
             scale, form, unit = 100, ".2f", " %"
         row = [name, f"{scale * value:{form}}{unit}"]
-        row.append(f"{100 * baselines[name]:.2f} %" if name in baselines else "")
+        row.append(f"{scale * baselines[name]:{form}}{unit}" if name in baselines else "")
         if before and name in before:
             row += [f"{scale * before[name]:{form}}{unit}", f"{scale * (value - before[name]):+{form}}"]
         table.add_row(*row)
+    if any("/merged_" in name for name in names):
+        table.caption = "merged: captions repeat, and equal ones count as one"
     return table
+
+
+def _natural(name: str) -> list[str | int]:
+    """Return a sort key that puts recall@5 before recall@10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def print_summary(

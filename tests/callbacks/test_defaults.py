@@ -15,6 +15,7 @@ from callbacks import (
     PatchDropout,
     Preemption,
     PrintPlan,
+    PrintResults,
     ProgressLines,
     RandomStates,
     SkippedSamples,
@@ -27,9 +28,9 @@ from tests.conftest import TINY_YAML
 from tests.test_module import data_for, trainer
 
 
-def test_defaults_are_six_callbacks_from_preemption_to_random_states() -> None:
+def test_defaults_are_seven_callbacks_from_preemption_to_random_states() -> None:
     kinds = [type(callback) for callback in callbacks.defaults()]
-    assert kinds == [Preemption, PrintPlan, ProgressLines, SkippedSamples, NonFiniteSteps, RandomStates]
+    assert kinds == [Preemption, PrintPlan, ProgressLines, PrintResults, SkippedSamples, NonFiniteSteps, RandomStates]
 
 
 def test_a_callback_without_a_default_goes_after_preemption() -> None:
@@ -38,7 +39,7 @@ def test_a_callback_without_a_default_goes_after_preemption() -> None:
     assert type(first) is Preemption
     assert given is ema
     kinds = [type(callback) for callback in others]
-    assert kinds == [PrintPlan, ProgressLines, SkippedSamples, NonFiniteSteps, RandomStates]
+    assert kinds == [PrintPlan, ProgressLines, PrintResults, SkippedSamples, NonFiniteSteps, RandomStates]
 
 
 class QuietPlan(PrintPlan):
@@ -51,7 +52,7 @@ def test_a_given_callback_replaces_the_default_of_its_class(given: Callback) -> 
     result = callbacks.defaults(ema, given)
     assert [type(result[0]), type(result[-1])] == [Preemption, RandomStates]
     assert result[1:3] == [ema, given]
-    middle = (PrintPlan, ProgressLines, SkippedSamples, NonFiniteSteps)
+    middle = (PrintPlan, ProgressLines, PrintResults, SkippedSamples, NonFiniteSteps)
     remaining = [kind for kind in middle if not isinstance(given, kind)]
     assert [type(callback) for callback in result[3:-1]] == remaining
 

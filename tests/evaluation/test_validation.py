@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -116,7 +117,7 @@ def test_any_number_of_ranks_logs_the_metrics_of_one_process(
     results = json.loads(output.read_text())
     for case, result, expected in zip(CASES, results["cases"], evaluate_cases(), strict=True):
         copies = case[0] > 1
-        assert len(result) == 9 + 6 + copies * (8 + 6), "merged captions have recalls, median ranks and baselines too"
+        assert len(result) == 9 + 7 + copies * (8 + 6), "merged captions have recalls, median ranks and baselines too"
         assert result == pytest.approx(expected, rel=1e-6, abs=1e-6), case
     for size, result in zip(SIZES, results["tables"], strict=True):
         assert result.keys() == one_process[size].keys()
@@ -157,6 +158,18 @@ def test_block_size_makes_no_difference(monkeypatch: pytest.MonkeyPatch) -> None
     expected = brute_force(*random_rows(1000), scale=20.0)
     monkeypatch.setattr("lit_clip.evaluation.retrieval.BLOCK", 10 * 12 * 4)  # ten rows
     assert evaluate_rows(1000, 7, None).metrics == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("pairs", [1, 2, 21])
+def test_the_losss_baseline_is_that_of_equal_features(pairs: int) -> None:
+    """With the sigmoid loss its bias must be the best there is: that of the probability 1 / N."""
+    same = torch.ones(pairs, 4) / 2
+    best = torch.tensor(1.0 / (pairs - 1)).log() - 20 if pairs > 1 else torch.tensor(100.0)
+    for bias in (None, best):
+        found = RetrievalSet()
+        found.add(same, same, [str(i) for i in range(pairs)], np.arange(pairs))
+        evaluation = found.evaluate(same[:0], torch.tensor(20.0), bias)
+        assert evaluation.metrics["loss"] == pytest.approx(evaluation.baselines["loss"], abs=1e-5)
 
 
 def test_a_set_is_empty_after_its_evaluation() -> None:

@@ -6,8 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 
-from lit_clip.training.summary import print_next_steps, resume_command
+import callbacks
+from datamodules import Captions
+from lit_clip import LitCLIP
+from lit_clip.models.config import CLIPConfig
+from lit_clip.training.summary import print_next_steps, print_summary, resume_command
 from tests.conftest import TINY_YAML
 
 
@@ -21,6 +28,34 @@ def test_printed_commands_name_the_files(name: str, tmp_path: Path, capsys: pyte
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("validate again: "))
     for command in (line.removeprefix("validate again: "), resume_command(checkpoint, folder)):
         assert shlex.split(command)[2:] == ["--config", str(config), "--ckpt_path", str(checkpoint)]
+
+
+def test_metrics_are_in_their_natural_order_and_shares_in_percent(capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["val/loss", *(f"val/merged_image_to_text_recall@{k}" for k in (10, 1, 5)), "train/loss"]
+    metrics = {name: torch.tensor(0.5) for name in names}
+    print_summary(metrics, dict.fromkeys(names, 0.25), {"val/loss": 0.75})
+    printed = capsys.readouterr().out
+    rows = [line.replace("│", "").split() for line in printed.splitlines() if "val/" in line]
+    assert rows[0] == ["val/loss", "0.5000", "0.2500", "0.7500", "-0.2500"]
+    assert [row[0].partition("@")[2] for row in rows[1:]] == ["1", "5", "10"]
+    assert rows[1][1:] == ["50.00", "%", "25.00", "%"]
+    assert "equal ones count as one" in printed
+    assert "train/loss" not in printed
+
+
+def test_a_run_from_python_ends_with_its_results_and_without_advertisements(
+    caption_table: Path, tiny_config: CLIPConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As ``fit`` does: the last metrics with their baselines, the checkpoint and the command for the curves."""
+    logger = TensorBoardLogger(tmp_path, name="mine")
+    trainer = Trainer(callbacks=callbacks.defaults(), logger=logger, max_epochs=1, accelerator="cpu")
+    trainer.fit(LitCLIP(tiny_config), Captions(str(caption_table), num_workers=0))
+    printed, messages = capfd.readouterr()
+    assert "val/image_to_text_recall@1" in printed
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    assert f"checkpoint: {checkpoint}" in printed
+    assert f"curves: tensorboard --logdir {tmp_path / 'mine' / 'version_0'}" in printed
+    assert "Tip" not in messages
 
 
 @pytest.mark.parametrize(("every", "warned"), [("1", False), ("2", True)])

@@ -28,6 +28,8 @@ def silence() -> None:
     """Silence these messages in this process."""
     for pattern in WARNINGS:
         warnings.filterwarnings("ignore", message=pattern)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: not any(part in record.getMessage() for part in LOGGED)
-    )
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_shown)
+
+
+def _is_shown(record: logging.LogRecord) -> bool:
+    return not any(part in record.getMessage() for part in LOGGED)
