@@ -72,7 +72,7 @@ class FrozenFeatures(Callback):
     def _store(self, trainer: Trainer, module: LitCLIP, data: Any, prefixes: dict[Tower, FrozenPrefix]) -> None:
         """Encode what is absent, and give the files to the data module."""
         context = trainer.precision_plugin.forward_context
-        encoding = Encoding(module.model, context, str(trainer.precision), data.batch_size)
+        encoding = Encoding(module.model, context, str(trainer.precision), data.evaluation_batch_size)
         folder = Path(self.folder) if self.folder else data.cache_folder / "frozen_features"
         images = texts = None
         if "image" in prefixes:

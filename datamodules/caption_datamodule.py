@@ -23,6 +23,7 @@ from datamodules.loading.sampling import (
     StridedSampler,
     TrainingSample,
     checked_budgets,
+    default_batch_size,
     sample_seed,
 )
 from datamodules.pairs.caption_lengths import LongCaptions, refuse_long, report_long
@@ -46,6 +47,8 @@ from lit_clip.models.tokenizer import CLIPTokenizer, TextTokenizer
 from lit_clip.tools.images import OnError, decoding_at_least
 from lit_clip.tools.untrusted import check_entries, shortened
 from lit_clip.tools.workers import Sent, shield_worker
+
+EVALUATION_BATCH_SIZE = 64
 
 
 class _DecodedPair(NamedTuple):
@@ -152,7 +155,8 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
     """Load the pairs of a training and a validation source in batches.
 
     Args:
-        batch_size: pairs per step on each rank; the loss sees those of all ranks.
+        batch_size: pairs per step on each rank; the loss sees those of all ranks. None: 64 on all ranks together for
+            fewer than 1,000 training pairs, 128 for fewer than 2,000, otherwise 256; validation encodes 64 at once.
         num_workers: data worker processes on each rank.
         seed: of the order and the augmentation.
         augmentation: of the training images; or a list of transforms, see
@@ -177,7 +181,7 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
 
     def __init__(
         self,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         num_workers: int = 2,
         seed: int = 0,
         augmentation: Augmentation | list[Transform] | None = None,
@@ -188,7 +192,7 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         patch_budgets: list[int] | None = None,
     ) -> None:
         super().__init__()
-        require(batch_size >= 1, f"batch_size: {batch_size} must be at least 1")
+        require(batch_size is None or batch_size >= 1, f"batch_size: {batch_size} must be at least 1")
         require(num_workers >= 0, f"num_workers: {num_workers} must be at least 0")
         require(seed >= 0, f"seed: {seed} must be at least 0")
         if global_batch_size is not None:
@@ -316,9 +320,9 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         Raises:
             InputError: ``global_batch_size`` is not a multiple of the number of ranks.
         """
-        if self.global_batch_size is None:
-            return self.batch_size
         world = self._rank_and_world()[1]
+        if self.global_batch_size is None:
+            return self.batch_size or default_batch_size(getattr(self.train_source, "epoch_size", 0), world)
         per_rank, remainder = divmod(self.global_batch_size, world)
         if remainder:
             nearest = [str(pairs) for pairs in (per_rank * world, (per_rank + 1) * world) if pairs]
@@ -327,6 +331,11 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
                 f"set it to {' or '.join(nearest)}"
             )
         return per_rank
+
+    @property
+    def evaluation_batch_size(self) -> int:
+        """Pairs that each rank encodes at once outside of training; results do not depend on it."""
+        return self.batch_size or EVALUATION_BATCH_SIZE
 
     @property
     def steps_per_epoch(self) -> int:
@@ -391,7 +400,7 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
     def val_dataloader(self) -> DataLoader[Any]:
         assert self.val_source is not None, "call setup first"
         source = self._fitting(self.val_source)
-        batches = EvaluationBatchSampler(len(source), self.batch_size, *self._rank_and_world())
+        batches = EvaluationBatchSampler(len(source), self.evaluation_batch_size, *self._rank_and_world())
         if self.stored_images:
             return self._loader(StoredValidation(source, self.stored_images), batch_sampler=batches)
         return self._loader(self.validation_pairs(source), batch_sampler=batches)
@@ -405,4 +414,4 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         # Lightning recreates a loader for prediction, which only works with a sampler.
         sampler = StridedSampler(len(source), *self._rank_and_world())
         pairs = self.validation_pairs(source)
-        return self._loader(pairs, stored=False, sampler=sampler, batch_size=self.batch_size)
+        return self._loader(pairs, stored=False, sampler=sampler, batch_size=self.evaluation_batch_size)

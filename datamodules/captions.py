@@ -73,7 +73,7 @@ class Captions(CaptionDataModule):
         root: folder that relative image paths start from; None: the folder of the table.
         image_column: of a table; None: detected automatically.
         caption_column: of a table; None: detected automatically.
-        batch_size: pairs per step on each rank.
+        batch_size: pairs per step on each rank; None: 64 to 256 on all ranks, by the number of training pairs.
         num_workers: data worker processes on each rank.
         seed: of the order, the augmentation and the choice of validation images.
         augmentation: of the training images; or a list of transforms.
@@ -107,7 +107,7 @@ class Captions(CaptionDataModule):
         root: str | None = None,
         image_column: str | None = None,
         caption_column: str | None = None,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         num_workers: int = 2,
         seed: int = 0,
         augmentation: Augmentation | list[Transform] | None = None,

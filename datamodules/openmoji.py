@@ -182,7 +182,7 @@ class OpenMoji(CaptionDataModule):
     """OpenMoji's drawings and names: nine names of ten for training, the tenth for validation.
 
     Args:
-        batch_size: pairs per step on each rank.
+        batch_size: pairs per step on each rank; None: 64 to 256 on all ranks, by the number of training pairs.
         num_workers: data worker processes on each rank.
         seed: of the order and the augmentation.
         hold_out: keep every tenth name (except flags) out of training; False trains on all 1,914. Validation uses
@@ -197,7 +197,7 @@ class OpenMoji(CaptionDataModule):
 
     def __init__(
         self,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         num_workers: int = 2,
         seed: int = 0,
         hold_out: bool = True,

@@ -31,7 +31,7 @@ def inspect(
     model: str | None = None,
     context_length: int | None = None,
     world_size: int = 1,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     root: str | None = None,
     image_column: str | None = None,
     caption_column: str | None = None,
@@ -49,7 +49,7 @@ def inspect(
             measures the captions. By default CLIP's.
         context_length: tokens that a model reads of a caption; by default the model's, or 77.
         world_size: number of training processes.
-        batch_size: pairs per step and process.
+        batch_size: pairs per step and process; by default what fit takes for so many pairs.
         root: folder that relative image paths start from.
         image_column: of a table; detected automatically by default.
         caption_column: of a table; detected automatically by default.
@@ -58,7 +58,7 @@ def inspect(
     """
     require(bool(data), "no data: name a table, a folder or shards before the options")
     require(world_size >= 1, f"--world_size {world_size} must be at least 1")
-    require(batch_size >= 1, f"--batch_size {batch_size} must be at least 1")
+    require(batch_size is None or batch_size >= 1, f"--batch_size {batch_size} must be at least 1")
     page = Path(output)
     require(page.absolute().parent.is_dir(), f"--output {output}: there is no such folder")
     tokenizer = _tokenizer(model, context_length)

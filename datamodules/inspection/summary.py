@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from datamodules.inspection.scan import ANIMATED, PLAIN, ROTATED, ScanFindings, formats
-from datamodules.loading.sampling import EvaluationBatchSampler, GlobalBatchSampler
+from datamodules.loading.sampling import EvaluationBatchSampler, GlobalBatchSampler, default_batch_size
 from datamodules.near_duplicates import Groups, equal_groups, look_alikes
 from datamodules.pairs.source import LeftOut
 from lit_clip.errors import InputError
@@ -74,7 +74,7 @@ def summarize(
     duplicates: DuplicateGroups,
     context_length: int,
     world_size: int,
-    batch_size: int,
+    batch_size: int | None,
 ) -> list[SummarySection]:
     """Summarise pairs, images, captions and batches.
 
@@ -84,16 +84,18 @@ def summarize(
         duplicates: see :func:`find_duplicates`.
         context_length: tokens that the model reads of a caption.
         world_size: number of training processes.
-        batch_size: pairs per step and process.
+        batch_size: pairs per step and process; None: as in training without that option.
     """
+    pairs = len(findings.images)
+    batch_size = batch_size or default_batch_size(pairs, world_size)
     sections = [SummarySection("pairs", _pair_lines(findings, left_out, duplicates))]
     if len(findings.usable):
         sections.append(SummarySection("images", _image_lines(findings, duplicates)))
         sections.append(SummarySection("captions", _caption_lines(findings, duplicates, context_length)))
     processes = "one process" if world_size == 1 else f"each of {world_size} processes"
     title = f"batches of {batch_size} on {processes}"
-    unusable = len(findings.images) - len(findings.usable)
-    sections.append(SummarySection(title, _batch_lines(len(findings.images), unusable, world_size, batch_size)))
+    unusable = pairs - len(findings.usable)
+    sections.append(SummarySection(title, _batch_lines(pairs, unusable, world_size, batch_size)))
     return sections
 
 
@@ -179,6 +181,9 @@ def _caption_lines(findings: ScanFindings, duplicates: DuplicateGroups, context_
     if cut:
         lines.append(SummaryLine("tokens lost per truncated caption", f"{lost / cut:.1f} on average", True))
     lines.append(_duplicate_line("same as another caption", duplicates.captions, number))
+    if duplicates.captions.number:
+        as_right = "--model.loss Contrastive --model.loss.duplicates positives"
+        lines.append(SummaryLine("fit counts them as wrong; as right with", as_right))
     return lines
 
 

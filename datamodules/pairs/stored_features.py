@@ -276,7 +276,7 @@ class WithStoredFeatures:
     augmentation: Augmentation | list[Any]
     tokenize: TextTokenizer
     seed: int
-    batch_size: int
+    batch_size: int | None
     num_workers: int
     on_error: OnError
 

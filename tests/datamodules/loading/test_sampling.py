@@ -11,6 +11,7 @@ from datamodules.loading.sampling import (
     Position,
     StridedSampler,
     TrainingSample,
+    default_batch_size,
     draw_numbers,
     sample_seed,
 )
@@ -106,6 +107,14 @@ def test_fewer_samples_than_a_batch_is_an_error_that_names_the_largest_batch_siz
     assert f"{size} training pairs" in message
     assert f"batch_size to {largest} or less" in message
     assert len(GlobalBatchSampler(size, largest, 0, world, seed=0)) == 1
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_a_step_without_a_batch_size_has_as_many_pairs_on_any_number_of_ranks(world: int) -> None:
+    """64 to 256 by the number of pairs, and never more than there are."""
+    steps = {pairs: default_batch_size(pairs, world) * world for pairs in (40, 999, 1_000, 2_000, 400_000_000)}
+    assert steps == {40: 40, 999: 64, 1_000: 128, 2_000: 256, 400_000_000: 256}
+    assert default_batch_size(3, 4) == 1, "which is refused as too few for four processes"
 
 
 def test_fewer_samples_than_processes_does_not_suggest_batch_size_zero() -> None:
