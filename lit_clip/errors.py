@@ -64,6 +64,10 @@ def no_such_file(path: str | os.PathLike[str]) -> InputError:
     others = [file.stem for file in path.parent.glob(f"*{path.suffix}") if file != path]  # itself: a link to nothing
     near = get_close_matches(path.stem, others, n=1)
     hint = f"; did you mean {path.with_stem(near[0])}?" if near else ""
+    if path.parts[:1] == ("configs",) and not Path("configs").is_dir():
+        hint = (
+            "; configs is a folder of lit-clip's repository: type the command in a clone of it, or give the whole path"
+        )
     return InputError(f"{path}: there is no such file{hint}")
 
 

@@ -39,10 +39,17 @@ def replacing(path: Path, hint: str = "") -> Iterator[Path]:
 
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """:func:`replacing` with a new folder; its parents are made too."""
-    with replacing(path) as draft:
-        draft.mkdir(parents=True)
-        yield draft
+    """:func:`replacing` with a new folder; its parents are made too, and removed again on failure."""
+    made = [parent for parent in path.absolute().parents if not parent.exists()]  # the innermost first
+    try:
+        with replacing(path) as draft:
+            draft.mkdir(parents=True)
+            yield draft
+    except BaseException:
+        with suppress(OSError):  # another process has put something into one
+            for parent in made:
+                parent.rmdir()
+        raise
 
 
 def draft_of(path: Path) -> Path:

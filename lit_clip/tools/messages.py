@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from lit_clip.errors import InputError
 
+NO_FILE = "Expected a path but "  # every class path could be that of a file with settings
 UNION = "Does not validate against any of the Union subtypes"
 TYPES = {"int", "float", "str", "bool", "list", "dict", "null"}  # no values
 IN_UNION = re.compile(r"\s*- Type .* expects a function or a callable class: (.*)")
@@ -50,8 +51,7 @@ def shorter(lines: Sequence[str]) -> list[str]:
             re.sub(r"Expected a (.+)\. Got value: (.*)", lambda found: _wanted(*found.groups()), line) for line in lines
         ]
     value = re.sub(r"NestedArg\(.*val='(.*)'\)", r"\1", lines[-1].partition("Given value: ")[2])
-    before = [line for line in lines[:union] if not line.lstrip(" -").startswith("Expected a path")]
-    return [*before, _wanted(lines[union + 1].partition("[")[2].removesuffix("]"), value)]
+    return [*lines[:union], _wanted(lines[union + 1].partition("[")[2].removesuffix("]"), value)]
 
 
 CALLABLE = re.compile(
@@ -217,13 +217,16 @@ HINTS = {
     "instead of --ckpt_path to start a new run from its weights",
     r"arguments are required: \w+\.data": "the --config files name no data module; add --data datamodules.Captions",
     r"model\.loss: wants Loss or null": "name a subclass of lit_clip.losses.Loss, as file.Class: own_loss.Tempered",
+    r"given class_path '\S+': No module named": "a class of your own is named file.Class, and its file lies in the "
+    "folder in which the command is typed",
+    r"Expected a dot import path": "name a class by its path, such as torch.optim.AdamW, or a file that holds settings",
     r"lr_scheduler: .*arguments are required: total_steps": "give total_steps the default None; the run passes its own",
 }
 
 
 def one_line(error: BaseException) -> str:
     """Return an error's message in one line, without a data worker's traceback and the types of a union."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
+    lines = [line for line in str(error).splitlines() if line.strip() and not line.lstrip(" -").startswith(NO_FILE)]
     if lines and lines[0].startswith("Caught "):  # by a data worker, which appends the traceback to the message
         return lines[-1].partition(": ")[2]
     unset = re.search(r"Environment variable '(\w+)' not found", str(error))
@@ -232,7 +235,18 @@ def one_line(error: BaseException) -> str:
         return f"the config needs the environment variable {unset[1]}; type {command}"
     text = re.sub(r'Parser key "([^"]+)":', r"\1:", " ".join(line.strip() for line in shorter(lines)))
     hints = [hint for words, hint in HINTS.items() if re.search(words, text)]
+    hints += filter(None, [_similar_class(text)])
     return "; ".join([text, *getattr(error, "__notes__", ()), *hints])
+
+
+def _similar_class(text: str) -> str:
+    """Suggest a class of the same module for one that it does not have; empty for other messages."""
+    found = re.search(r"module '([\w.]+)' has no attribute '(\w+)'", text)
+    of_loss = re.search(r"model\.loss: wants Loss or null, not (\w+)", text)
+    module, name = found.groups() if found else ("lit_clip.losses", of_loss[1]) if of_loss else ("", "")
+    known = [each for each in vars(sys.modules[module]) if each[0] != "_"] if module in sys.modules else []
+    near = get_close_matches(name, known, n=1)
+    return f"did you mean {module}.{near[0]}?" if near else ""
 
 
 def user_error(error: BaseException) -> BaseException | None:

@@ -203,7 +203,7 @@ def assert_user_error(result: Completed, *parts: str) -> None:
         ),
         (["--model.freeze.image", "al"], ["not al; did you mean all?"]),
         (["--data.on_error", "skp"], ["on_error: wants error or skip, not skp; did you mean skip?"]),
-        (["--data.batch_size", "auto"], ["batch_size: wants int, not auto"]),
+        (["--data.batch_size", "auto"], ["batch_size: wants int or null, not auto"]),
         (["--model.architecture", "ViT-B-33"], ["'ViT-B-33'", "did you mean ViT-B-32?"]),
         (["--model.architecture", "{image: {widht: 64}}"], ["model.architecture", "widht"]),
         (["--model.pretrained", "nowhere.ckpt"], ["nowhere.ckpt: no such checkpoint file"]),
@@ -211,7 +211,10 @@ def assert_user_error(result: Completed, *parts: str) -> None:
         (["--data.val", "nowhere.csv"], ["nowhere.csv: no such file or folder"]),
         (["--data.caption_column", "words"], ["no column 'words'", "image, caption", "caption_column"]),
         (["--data.batch_size", "1000"], ["64 training pairs", "batch_size to 64 or less"]),
-        (["--trainer.callbacks+=callbacks.ZeroSho"], ["callbacks.ZeroSho", "no attribute"]),
+        (["--trainer.callbacks+=callbacks.ZeroSho"], ["no attribute", "did you mean callbacks.ZeroShot?"]),
+        (["--model.loss", "Contrastiv"], ["not Contrastiv; ", "did you mean lit_clip.losses.Contrastive?"]),
+        (["--model.optimizer", "AdmW"], ["path string: AdmW; name a class by its path, such as torch.optim.AdamW"]),
+        (["--model.loss", "nowhere.Loss"], ["No module named 'nowhere'; a class of your own is named file.Class"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml: there is no such file"]),
         (["--ckpt_path", "nowhere.ckpt"], ["nowhere.ckpt: no such checkpoint file"]),
         (["--ckpt_path", "best"], ["--ckpt_path best: give a checkpoint's path, or last for the newest"]),
@@ -243,6 +246,8 @@ def test_fit_without_data_says_which_options_to_give(tmp_path: Path, in_process:
 def test_a_misspelt_config_file_suggests_the_right_name(tmp_path: Path, in_process: Cli) -> None:
     (tmp_path / "small.yaml").touch()
     assert_user_error(in_process("fit", "--config", "smal.yaml"), "no such file; did you mean small.yaml?")
+    result = in_process("fit", "--config", "configs/towers.yaml")
+    assert_user_error(result, "configs is a folder of lit-clip's repository: type the command in a clone of it")
 
 
 @pytest.mark.parametrize(

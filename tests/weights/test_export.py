@@ -316,7 +316,7 @@ def test_an_export_with_other_outputs_leaves_no_folder(
     wrong = right._replace(read=lambda folder, sample: change(right.read(folder, sample)))
     monkeypatch.setitem(export_formats.FORMATS, "open_clip", wrong)
     with pytest.raises(InputError, match=re.escape(message)):
-        export(str(tmp_path / "last.ckpt"), format="open_clip", output=str(tmp_path / "out"))
+        export(str(tmp_path / "last.ckpt"), format="open_clip", output=str(tmp_path / "exported" / "out"))
     assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
 
 
