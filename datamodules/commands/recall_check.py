@@ -15,7 +15,7 @@ from lit_clip.embedding.precision import autocast
 from lit_clip.embedding.reading import encoded_batches, image_features, in_batches
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.retrieval import caption_texts, evaluate_pairs
-from lit_clip.evaluation.retrieval_metrics import Pairs
+from lit_clip.evaluation.retrieval_metrics import PairIndices
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.console import Console
 
@@ -39,7 +39,7 @@ class RecallCheck(NamedTuple):
     source: PairSource
     rows: list[int]
     texts: list[str]
-    pairs: Pairs
+    pairs: PairIndices
 
     @classmethod
     def open(cls, data: str) -> "RecallCheck":

@@ -12,7 +12,7 @@ import pyarrow.compute
 
 from datamodules.loading.bad_samples import BLANK, check_caption, is_blank
 from datamodules.loading.store import StoreFolder, stamp_of
-from datamodules.pairs.source import NO_CAPTION, EncodedPair, LeftOut, Pair, PairSource, Rows, Text, divide_rows
+from datamodules.pairs.source import NO_CAPTION, EncodedPair, LeftOut, Pair, PairSource, PairText, Rows, divide_rows
 from lit_clip.errors import BadSample, InputError
 from lit_clip.tools.hashing import hash64
 from lit_clip.tools.images import CHECKED, check_images, open_image
@@ -96,15 +96,15 @@ class ColumnPairs(PairSource):
         text = self._text(cells, rng)
         return Pair(open_image(self._opened(self._image(cells)[0], cells.where), cells.where), *text)
 
-    def text(self, index: int, rng: random.Random | None) -> Text:
+    def text(self, index: int, rng: random.Random | None) -> PairText:
         return self._text(self.cells(index), rng)
 
-    def _text(self, cells: Cells, rng: random.Random | None) -> Text:
+    def _text(self, cells: Cells, rng: random.Random | None) -> PairText:
         captions = _captions(cells)
         caption = captions[0] if rng is None or len(captions) == 1 else rng.choice(captions)
         negatives = [] if rng is None else _texts(cells.negative, cells.where)
         negative = rng.choice(negatives) if rng and len(negatives) > 1 else "".join(negatives)
-        return Text(caption, self._image(cells)[1], cells.group, negative)
+        return PairText(caption, self._image(cells)[1], cells.group, negative)
 
     def image_identity(self, index: int) -> object:
         cells = self.cells(index)

@@ -8,7 +8,7 @@ import numpy as np
 
 from datamodules.pairs.mixture import Concatenated
 from datamodules.pairs.score_files import ScoreFile
-from datamodules.pairs.source import EncodedPair, Pair, PairSource, Rows, Text
+from datamodules.pairs.source import EncodedPair, Pair, PairSource, PairText, Rows
 from lit_clip.embedding.pair_scores import pair_hash
 from lit_clip.errors import BadSample, InputError, require
 from lit_clip.tools.hashing import hex_digest
@@ -115,7 +115,7 @@ class KeptPairs(Rows):
             return pair
         return pair._replace(caption=self._drawn(index, pair.key, rng))
 
-    def text(self, index: int, rng: random.Random | None) -> Text:
+    def text(self, index: int, rng: random.Random | None) -> PairText:
         text = super().text(index, rng)
         if self._is_kept(index, text.key, text.caption):
             return text

@@ -7,7 +7,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from datamodules.pairs.source import EncodedPair, LeftOut, Pair, PairSource, Text
+from datamodules.pairs.source import EncodedPair, LeftOut, Pair, PairSource, PairText
 from lit_clip.errors import InputError, require
 
 
@@ -90,7 +90,7 @@ class Concatenated(PairSource):
         number, row = self._locate(index)
         return self._distinct(number, self.sources[number].key(row), "")["key"]
 
-    def text(self, index: int, rng: random.Random | None) -> Text:
+    def text(self, index: int, rng: random.Random | None) -> PairText:
         number, row = self._locate(index)
         text = self.sources[number].text(row, rng)
         return text._replace(**self._distinct(number, text.key, text.group))

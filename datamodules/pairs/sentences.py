@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import regex
 
-from datamodules.pairs.source import Pair, PairSource, Text
+from datamodules.pairs.source import Pair, PairSource, PairText
 from lit_clip.errors import require
 from lit_clip.models.custom import CallableTokenizer
 from lit_clip.models.tokenizer import TextTokenizer
@@ -129,6 +129,6 @@ class FittingCaptions(PairSource):
         pair = self.source.load(index, rng)
         return pair._replace(caption=fitting(pair.caption, self.tokenize, rng))
 
-    def text(self, index: int, rng: random.Random | None) -> Text:
+    def text(self, index: int, rng: random.Random | None) -> PairText:
         text = self.source.text(index, rng)
         return text._replace(caption=fitting(text.caption, self.tokenize, rng))

@@ -41,7 +41,7 @@ class Pair(NamedTuple):
     negative: str = ""
 
 
-class Text(NamedTuple):
+class PairText(NamedTuple):
     """A pair without its image: the fields of :class:`Pair`."""
 
     caption: str
@@ -143,13 +143,13 @@ class PairSource(ABC):
         """
         return self.read(index).key
 
-    def text(self, index: int, rng: random.Random | None) -> Text:
+    def text(self, index: int, rng: random.Random | None) -> PairText:
         """Return what :meth:`load` returns besides the image, without reading the image where the source can.
 
         Raises:
             BadSample: the caption cannot be read.
         """
-        return Text(*self.load(index, rng)[1:])
+        return PairText(*self.load(index, rng)[1:])
 
     def image_identity(self, index: int) -> object:
         """Return what identifies an image's content, hashable, with the same ``repr`` in every run.
@@ -253,7 +253,7 @@ class Rows(PairSource):
     def key(self, index: int) -> str:
         return self.source.key(int(self.rows[index]))
 
-    def text(self, index: int, rng: random.Random | None) -> Text:
+    def text(self, index: int, rng: random.Random | None) -> PairText:
         return self.source.text(int(self.rows[index]), rng)
 
     def image_identity(self, index: int) -> object:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from datamodules.loading.augmentation import Augmentation, described_augmentation
 from datamodules.loading.cache import default_cache_dir
 from datamodules.loading.sampling import TrainingSample, sample_seed
-from datamodules.pairs.source import PairSource, Text
+from datamodules.pairs.source import PairSource, PairText
 from lit_clip.errors import BadSample, InputError, require
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.tools.hashing import hash64, hex_digest
@@ -29,7 +29,7 @@ from lit_clip.training.frozen_features import ImageBatch, Texts
 TOKENIZED_AT_ONCE = 4096
 
 
-class ImageRows:
+class DistinctImageRows:
     """The row of each sample's image in a file: rows of a source with the same image share one.
 
     Args:
@@ -101,7 +101,7 @@ class ImagesOnce(Dataset[OneImage]):
         skip: whether an image that cannot be read is None instead of an error.
     """
 
-    def __init__(self, rows: ImageRows, training: Dataset[Any], validation: Dataset[Any], skip: bool) -> None:
+    def __init__(self, rows: DistinctImageRows, training: Dataset[Any], validation: Dataset[Any], skip: bool) -> None:
         self.rows, self.training, self.validation, self.skip = rows, training, validation, skip
 
     def __len__(self) -> int:
@@ -139,10 +139,10 @@ class StoredPair(NamedTuple):
 class StoredImages(NamedTuple):
     """A file of activations of images, and which row belongs to which sample."""
 
-    rows: ImageRows
+    rows: DistinctImageRows
     stored: StoredRows
 
-    def pair(self, source: PairSource, index: int, row: int, rng: random.Random | None, text: Text) -> StoredPair:
+    def pair(self, source: PairSource, index: int, row: int, rng: random.Random | None, text: PairText) -> StoredPair:
         """Return a sample.
 
         Raises:
@@ -299,7 +299,7 @@ class WithStoredFeatures:
         assert self.val_source is not None, "call setup('fit') first"
         return self.train_source, self.val_source
 
-    def image_rows(self, augmentations: int) -> ImageRows:
+    def image_rows(self, augmentations: int) -> DistinctImageRows:
         """Give each distinct image of ``fit`` a row; reads no image.
 
         Args:
@@ -320,9 +320,9 @@ class WithStoredFeatures:
             "set it to 0",
         )
         settings = () if fixed else (self.seed, described_augmentation(self.augmentation))
-        return ImageRows(*self._fit_sources, max(1, augmentations), settings)
+        return DistinctImageRows(*self._fit_sources, max(1, augmentations), settings)
 
-    def images_once(self, rows: ImageRows, wanted: np.ndarray) -> DataLoader[ImageBatch]:
+    def images_once(self, rows: DistinctImageRows, wanted: np.ndarray) -> DataLoader[ImageBatch]:
         """Load the images of some rows, each as training or validation loads it."""
         train, val = self._fit_sources
         datasets = self.training_pairs(train), self.validation_pairs(val)
@@ -342,7 +342,7 @@ class WithStoredFeatures:
         return distinct_texts(self._fit_sources, self.tokenize)
 
     def use_stored(
-        self, images: tuple[ImageRows, StoredRows] | None, texts: tuple[np.ndarray, StoredRows, int] | None
+        self, images: tuple[DistinctImageRows, StoredRows] | None, texts: tuple[np.ndarray, StoredRows, int] | None
     ) -> None:
         """Make training and validation batches with stored activations of the images, the texts, or both.
 

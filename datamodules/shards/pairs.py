@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from datamodules.loading.bad_samples import check_caption, is_blank
 from datamodules.loading.cache import default_cache_dir
 from datamodules.loading.store import MAX_IMAGE_BYTES, Stamp, is_remote, stamp_of
-from datamodules.pairs.source import LISTED, NO_CAPTION, EncodedPair, LeftOut, Pair, PairSource, Text
+from datamodules.pairs.source import LISTED, NO_CAPTION, EncodedPair, LeftOut, Pair, PairSource, PairText
 from datamodules.shards.files import (
     OpenShard,
     OpenShards,
@@ -295,9 +295,9 @@ class TarPairs(PairSource):
         pair = self.read(index)
         return Pair(open_image(io.BytesIO(pair.image), pair.where), _drawn(pair.captions, rng), pair.key, pair.group)
 
-    def text(self, index: int, rng: random.Random | None) -> Text:
+    def text(self, index: int, rng: random.Random | None) -> PairText:
         key, where, contents = self._sample(index, [])
-        return Text(_drawn(self._captions(contents, where), rng), key, self._group(contents, where))
+        return PairText(_drawn(self._captions(contents, where), rng), key, self._group(contents, where))
 
     def image_identity(self, index: int) -> object:
         number, row = self._locate(index)

@@ -16,7 +16,7 @@ from torch import Tensor
 from lit_clip.errors import InputError
 from lit_clip.evaluation.accuracy import predictions, ranks_of_labels
 from lit_clip.evaluation.intervals import Interval, UnitScores
-from lit_clip.evaluation.retrieval_metrics import Pairs
+from lit_clip.evaluation.retrieval_metrics import PairIndices
 from lit_clip.evaluation.scores import interval, lexicon_predictions, pm_right
 from lit_clip.evaluation.suite import Metric
 from lit_clip.evaluation.targets import Targets
@@ -74,7 +74,7 @@ def class_columns(
     return columns
 
 
-def retrieval_columns(keys: Sequence[str], pairs: Pairs, image_ranks: Tensor, pair_ranks: Tensor) -> Columns:
+def retrieval_columns(keys: Sequence[str], pairs: PairIndices, image_ranks: Tensor, pair_ranks: Tensor) -> Columns:
     """Return the columns of a retrieval: one row a query, with the ``rank`` of its best right candidate, 0 is best.
 
     Args:

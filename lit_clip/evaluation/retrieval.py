@@ -11,7 +11,7 @@ from torch import Tensor
 from lit_clip import distributed
 from lit_clip.evaluation.prompts import Prompts, templates_of
 from lit_clip.evaluation.retrieval_metrics import (
-    Pairs,
+    PairIndices,
     Ranks,
     baseline_recalls,
     median_rank,
@@ -118,8 +118,8 @@ class Joined(NamedTuple):
 
     image: Tensor
     text: Tensor
-    own_pairs: Pairs
-    all_pairs: Pairs
+    own_pairs: PairIndices
+    all_pairs: PairIndices
 
 
 class Evaluation(NamedTuple):
@@ -167,7 +167,7 @@ class RetrievalSet:
         text_TD = _owned_features(self._texts, texts, empty)
         first = sum(texts.counts[:rank])
         mine = (first <= pairs.text) & (pairs.text < first + len(text_TD))
-        own_pairs = Pairs(pairs.image[mine], pairs.text[mine] - first, pairs.rows[mine], pairs.earlier[mine])
+        own_pairs = PairIndices(pairs.image[mine], pairs.text[mine] - first, pairs.rows[mine], pairs.earlier[mine])
         self._images, self._texts = _Distinct(), _Distinct()
         return Joined(image_ID, text_TD, own_pairs.to(empty.device), pairs)
 
@@ -221,7 +221,7 @@ def _owned_features(seen: _Distinct, owners: _Owners, empty: Tensor) -> Tensor:
     return features[torch.from_numpy(owners.owned).to(features.device)]
 
 
-def _distinct_pairs(images: _Owners, texts: _Owners) -> Pairs:
+def _distinct_pairs(images: _Owners, texts: _Owners) -> PairIndices:
     """Return the pairs of all ranks on the CPU, in the order of the captions."""
     code, first, rows = np.unique(
         texts.numbers * sum(images.counts) + images.numbers, return_index=True, return_counts=True
@@ -230,16 +230,16 @@ def _distinct_pairs(images: _Owners, texts: _Owners) -> Pairs:
     order = texts.numbers.argsort(kind="stable")
     copies = np.empty_like(order)
     copies[order] = np.arange(len(order)) - np.searchsorted(texts.numbers[order], texts.numbers[order])
-    return Pairs(*map(torch.from_numpy, (image, text, rows, copies[first])))
+    return PairIndices(*map(torch.from_numpy, (image, text, rows, copies[first])))
 
 
-def _names(pairs: Pairs) -> tuple[str, ...]:
+def _names(pairs: PairIndices) -> tuple[str, ...]:
     """Return the prefix of the metrics of each field of :class:`Ranks`; without copies of captions both rules agree."""
     copies = int(pairs.rows.sum()) > int(pairs.text[-1]) + 1
     return (*DIRECTIONS, *(f"merged_{direction}" for direction in DIRECTIONS)) if copies else DIRECTIONS
 
 
-def retrieval_metrics(ranks: Ranks, pairs: Pairs) -> dict[str, float]:
+def retrieval_metrics(ranks: Ranks, pairs: PairIndices) -> dict[str, float]:
     """Return recalls and median ranks in both directions by the field's rule, and merged if captions have copies.
 
     Args:
@@ -256,7 +256,7 @@ def retrieval_metrics(ranks: Ranks, pairs: Pairs) -> dict[str, float]:
     return metrics | {f"{name}_median_rank": float(median_rank(*query[:2])) for name, query in queries.items()}
 
 
-def evaluate_pairs(image_ID: Tensor, text_TD: Tensor, pairs: Pairs) -> Evaluation:
+def evaluate_pairs(image_ID: Tensor, text_TD: Tensor, pairs: PairIndices) -> Evaluation:
     """Return metrics and baselines of a set that this process has whole, from unit features."""
     ranks = retrieval_ranks(image_ID, text_TD, pairs, pair_scores(image_ID, text_TD, pairs))
     return Evaluation(retrieval_metrics(ranks, pairs), _baselines(pairs))
@@ -272,7 +272,7 @@ class Captioned(Protocol):
 
 def caption_texts(
     images: Captioned, rows: Sequence[int], templates: str | Sequence[str] | None
-) -> tuple[Prompts, Pairs]:
+) -> tuple[Prompts, PairIndices]:
     """Return the distinct captions of a set as prompts, and which image (by its place in ``rows``) each belongs to.
 
     Args:
@@ -297,10 +297,10 @@ def caption_texts(
             rows_of_text[text] += 1
             counts[text, image] = counts.get((text, image), 0) + 1
     columns = [(image, text, count, earlier[text, image]) for (text, image), count in sorted(counts.items())]
-    return Prompts(list(numbers), [[text] for text in numbers]), Pairs(*torch.tensor(columns).T.contiguous())
+    return Prompts(list(numbers), [[text] for text in numbers]), PairIndices(*torch.tensor(columns).T.contiguous())
 
 
-def _baselines(pairs: Pairs) -> dict[str, float]:
+def _baselines(pairs: PairIndices) -> dict[str, float]:
     return _recall_metrics(dict(zip(_names(pairs), baseline_recalls(pairs, RECALL_AT), strict=False)))
 
 

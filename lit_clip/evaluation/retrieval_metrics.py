@@ -20,7 +20,7 @@ CAPTIONS, IMAGES = 1024, 4096  # a tile of similarities, 16 MiB in float32
 Reduce = Callable[[Tensor], Tensor]  # over ranks, element-wise
 
 
-class Pairs(NamedTuple):
+class PairIndices(NamedTuple):
     """The distinct image-caption pairs of a set.
 
     Attributes:
@@ -35,9 +35,9 @@ class Pairs(NamedTuple):
     rows: Tensor
     earlier: Tensor
 
-    def to(self, device: torch.device) -> "Pairs":
+    def to(self, device: torch.device) -> "PairIndices":
         """Copy to a device."""
-        return Pairs(*(column.to(device) for column in self))
+        return PairIndices(*(column.to(device) for column in self))
 
 
 class Ranks(NamedTuple):
@@ -91,7 +91,7 @@ def _tiles(image_ID: Tensor, text_TD: Tensor) -> Iterator[tuple[slice, slice, Te
 
 
 @torch.no_grad()
-def pair_scores(image_ID: Tensor, text_TD: Tensor, pairs: Pairs) -> Tensor:
+def pair_scores(image_ID: Tensor, text_TD: Tensor, pairs: PairIndices) -> Tensor:
     """Return the similarity of each pair, ``[E]``, bit for bit equal to its entry among all similarities.
 
     Only tiles with a pair are computed: few, if the rows of captions and their images are close.
@@ -129,7 +129,7 @@ def _below(scores: Tensor, thresholds: Tensor, weights: Tensor) -> Tensor:
 def retrieval_ranks(
     image_ID: Tensor,
     text_TD: Tensor,
-    pairs: Pairs,
+    pairs: PairIndices,
     score_E: Tensor,
     maximum: Reduce = rank_local,
     total: Reduce = rank_local,
@@ -204,7 +204,7 @@ class Baselines(NamedTuple):
     merged_text: list[float]
 
 
-def baseline_recalls(pairs: Pairs, ks: Sequence[int]) -> Baselines:
+def baseline_recalls(pairs: PairIndices, ks: Sequence[int]) -> Baselines:
     """Return the baselines of recall@k.
 
     With N distinct pairs that is k / N; answering with the most frequent image, or with merged captions with the most
@@ -259,7 +259,7 @@ class _LogSumExp:
 def whole_set_loss(
     image_ID: Tensor,
     text_TD: Tensor,
-    pairs: Pairs,
+    pairs: PairIndices,
     score_E: Tensor,
     scale: Tensor,
     bias: Tensor | None = None,

@@ -36,7 +36,7 @@ from lit_clip.evaluation.predictions import (
 from lit_clip.evaluation.probe import MOST_PENALTIES, Probe, Split, train_probe
 from lit_clip.evaluation.prompts import Prompts
 from lit_clip.evaluation.retrieval import DIRECTIONS, retrieval_metrics
-from lit_clip.evaluation.retrieval_metrics import Pairs, pair_scores, retrieval_ranks
+from lit_clip.evaluation.retrieval_metrics import PairIndices, pair_scores, retrieval_ranks
 from lit_clip.evaluation.robustness import subset_rows, subset_top1
 from lit_clip.evaluation.scores import baseline, comparable, evaluate_scores, interval, mean_over_folds
 from lit_clip.evaluation.store import SetFeatures
@@ -110,7 +110,7 @@ class DistinctCaptions:
     """
 
     features: Tensor
-    pairs: Pairs
+    pairs: PairIndices
     digest: str
 
 

@@ -15,7 +15,7 @@ from lit_clip.evaluation.predictions import (
     unit_scores,
     write_predictions,
 )
-from lit_clip.evaluation.retrieval_metrics import Pairs
+from lit_clip.evaluation.retrieval_metrics import PairIndices
 from lit_clip.evaluation.scores import evaluate_scores
 from lit_clip.evaluation.suite import Metric
 from lit_clip.evaluation.targets import Targets
@@ -64,7 +64,9 @@ def test_a_metric_that_is_no_mean_over_images_keeps_predictions_without_scores()
 
 
 def test_a_caption_is_called_like_its_image_and_repeated_as_often_as_it_occurs() -> None:
-    pairs = Pairs(torch.tensor([0, 1, 0]), torch.tensor([0, 0, 1]), torch.tensor([1, 1, 2]), torch.tensor([0, 1, 0]))
+    pairs = PairIndices(
+        torch.tensor([0, 1, 0]), torch.tensor([0, 0, 1]), torch.tensor([1, 1, 2]), torch.tensor([0, 1, 0])
+    )
     columns = retrieval_columns(["a", "b"], pairs, torch.tensor([4, 0]), torch.tensor([1, 2, 3]))
     assert columns["key"] == ["a", "b", "a#0", "b#0", "a#1", "a#2"]
     assert columns["rank"].tolist() == [4, 0, 1, 2, 3, 3]

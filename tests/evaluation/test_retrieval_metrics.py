@@ -10,7 +10,7 @@ from torch import Tensor
 from lit_clip.evaluation.retrieval_metrics import (
     CAPTIONS,
     IMAGES,
-    Pairs,
+    PairIndices,
     Ranks,
     baseline_recalls,
     median_rank,
@@ -24,16 +24,16 @@ from lit_clip.losses.contrastive import contrastive_loss, sigmoid_loss, unit
 KS = (1, 5, 10)
 
 
-def make_pairs(rows: list[tuple[int, int]]) -> Pairs:
+def make_pairs(rows: list[tuple[int, int]]) -> PairIndices:
     """Return the distinct pairs of a set whose rows are (image, caption)."""
     distinct = sorted(set(rows), key=lambda row: (row[1], row[0]))
     counts = Counter(rows)
     image, text = torch.tensor(distinct).T.contiguous()
     earlier = [sum(row[1] == pair[1] for row in rows[: rows.index(pair)]) for pair in distinct]
-    return Pairs(image, text, torch.tensor([counts[pair] for pair in distinct]), torch.tensor(earlier))
+    return PairIndices(image, text, torch.tensor([counts[pair] for pair in distinct]), torch.tensor(earlier))
 
 
-def found(image: Tensor, text: Tensor, pairs: Pairs) -> Ranks:
+def found(image: Tensor, text: Tensor, pairs: PairIndices) -> Ranks:
     return retrieval_ranks(image, text, pairs, pair_scores(image, text, pairs))
 
 
@@ -66,7 +66,7 @@ def ranks_one_by_one(queries: Tensor, candidates: Tensor, right: set[tuple[int, 
 
 
 def field_ranks_one_by_one(
-    image: Tensor, text: Tensor, rows: list[tuple[int, int]], pairs: Pairs
+    image: Tensor, text: Tensor, rows: list[tuple[int, int]], pairs: PairIndices
 ) -> tuple[list[int], list[int]]:
     """Rank the captions of all rows for each image, and the images for each pair, by the field's rule."""
     scores = image.double() @ text.double().T
