@@ -1,144 +1,45 @@
 """Base class of data modules: any source of (image, caption) pairs -> batches."""
 
-import random
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
-from PIL import Image
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.loading.augmentation import Augmentation, TrainingTransform, Transform, check_transforms, seeded
-from datamodules.loading.bad_samples import Skipped, SkippingDataset, split_skipped
+from datamodules.loading.augmentation import Augmentation, TrainingTransform, Transform, check_transforms
+from datamodules.loading.bad_samples import SkippingDataset
 from datamodules.loading.copy_stream import on_copy_stream
 from datamodules.loading.sampling import (
     EvaluationBatchSampler,
     GlobalBatchSampler,
     Position,
     StridedSampler,
-    TrainingSample,
     checked_budgets,
     default_batch_size,
-    sample_seed,
 )
-from datamodules.pairs.caption_lengths import LongCaptions, refuse_long, report_long
+from datamodules.pairs.batches import Collate, TrainingPairs, ValidationPairs
+from datamodules.pairs.caption_lengths import LongCaptions, report_long
 from datamodules.pairs.kept import digest_of_kept
 from datamodules.pairs.sentences import FittingCaptions
 from datamodules.pairs.source import PairSource
 from datamodules.pairs.stored_features import (
-    StoredImages,
-    StoredPair,
-    StoredTexts,
     StoredTraining,
     StoredValidation,
     WithStoredFeatures,
 )
-from lit_clip.batch import CaptionBatch
 from lit_clip.distributed import rank_and_world
 from lit_clip.errors import InputError, require
 from lit_clip.models.config import Preprocessing
 from lit_clip.models.preprocess import pixels
 from lit_clip.models.tokenizer import CLIPTokenizer, TextTokenizer
-from lit_clip.tools.images import OnError, decoding_at_least
+from lit_clip.tools.images import OnError
 from lit_clip.tools.untrusted import check_entries, shortened
 from lit_clip.tools.workers import Sent, shield_worker
 
 EVALUATION_BATCH_SIZE = 64
-
-
-class _DecodedPair(NamedTuple):
-    image: Tensor  # uint8, of the model's shape
-    caption: str
-    key: str
-    group: str
-    negative: str
-
-
-class TrainingPairs(Dataset[_DecodedPair]):
-    """Augmented pairs. All randomness comes from (seed, epoch, row, draw), so it is the same on any worker or rank.
-
-    Args:
-        source: of the pairs.
-        transform: of the images.
-        seed: of the run.
-    """
-
-    def __init__(self, source: PairSource, transform: TrainingTransform, seed: int) -> None:
-        self.source, self.transform, self.seed = source, transform, seed
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, sample: TrainingSample) -> _DecodedPair:
-        seed, transform = sample_seed(self.seed, sample), self.transform.at(sample.budget)
-        with seeded(seed):
-            with decoding_at_least(transform.decode_size):
-                image, *texts = self.source.load(sample.row, random.Random(seed))
-            return _DecodedPair(transform(image), *texts)
-
-
-class ValidationPairs(Dataset[_DecodedPair]):
-    """Pairs with the evaluation transform and the first caption."""
-
-    def __init__(self, source: PairSource, transform: Callable[[Image.Image], Tensor]) -> None:
-        self.source, self.transform = source, transform
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> _DecodedPair:
-        image, *texts = self.source.load(index, None)
-        return _DecodedPair(self.transform(image), *texts)
-
-
-class _Collate:
-    """Joins samples into a batch without the skipped ones; it may be empty."""
-
-    def __init__(
-        self,
-        tokenize: TextTokenizer,
-        shape: tuple[int, ...],
-        refuse_long: bool = False,
-        images: StoredImages | None = None,
-        texts: StoredTexts | None = None,
-    ) -> None:
-        self.tokenize, self.refuse_long, self.texts = tokenize, refuse_long, texts
-        self.nothing = torch.zeros(0, *shape, dtype=torch.uint8)
-        if images:
-            self.nothing = torch.zeros(0, *images.stored.shape, dtype=images.stored.dtype)
-
-    def __call__(self, samples: list[_DecodedPair | StoredPair | Skipped]) -> CaptionBatch:
-        items, skipped = split_skipped(samples)
-        if not items:
-            stored = self.texts and self.texts.nothing
-            tokens = torch.zeros(0, 1, dtype=torch.long)
-            return CaptionBatch(self.nothing, tokens, [], skipped=skipped, stored_texts=stored)
-        captions = [item.caption for item in items]
-        images = torch.stack([item.image for item in items])
-        keys = [item.key for item in items]
-        groups = [item.group for item in items] if any(item.group for item in items) else ()
-        tokens, lengths = self._tokenized(captions, keys)
-        stored = self.texts and self.texts.of(tokens, lengths)
-        batch = CaptionBatch(images, tokens, keys, captions, groups, skipped, lengths, stored_texts=stored)
-        negatives = [item.negative for item in items]
-        if not any(negatives):
-            return batch
-        found = [(text, key) for text, key in zip(negatives, keys, strict=True) if text]
-        negative_tokens, lengths = self._tokenized([text for text, _ in found], [key for _, key in found])
-        return batch._replace(negatives=negatives, negative_tokens=negative_tokens, negative_lengths=lengths)
-
-    def _tokenized(self, texts: list[str], keys: list[str]) -> tuple[Tensor, list[int]]:
-        """Return int64 ``[N, L]`` for the longest of the texts, and the number of tokens of each."""
-        if self.refuse_long:
-            refuse_long(texts, keys, self.tokenize)
-        tokens = self.tokenize(texts)  # [N, context length]
-        lengths = self.tokenize.lengths(tokens).tolist()
-        return tokens[:, : max(lengths)], lengths
 
 
 class ResumableLoader(DataLoader[Any]):
@@ -342,10 +243,10 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         """Training batches in an epoch, the same on every rank."""
         return len(self._batches())
 
-    def _collate(self, stored: bool) -> _Collate:
+    def _collate(self, stored: bool) -> Collate:
         images, texts = (self.stored_images, self.stored_texts) if stored else (None, None)
         refuse_long = self.long_captions == "error"
-        return _Collate(self.tokenize, self.preprocessing.shape, refuse_long, images, texts)
+        return Collate(self.tokenize, self.preprocessing.shape, refuse_long, images, texts)
 
     def _fitting(self, source: PairSource) -> PairSource:
         # By now the model has the tokenizer of the checkpoint that it was restored from, which may be another one.

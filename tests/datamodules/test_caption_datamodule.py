@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from datamodules import Augmentation, Captions
-from datamodules.caption_datamodule import TrainingPairs
 from datamodules.loading.augmentation import TrainingTransform
 from datamodules.loading.sampling import TrainingSample
+from datamodules.pairs.batches import TrainingPairs
 from lit_clip.batch import CaptionBatch
 from lit_clip.errors import InputError
 from lit_clip.models.clip import CLIP

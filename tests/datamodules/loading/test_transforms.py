@@ -15,9 +15,9 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 from datamodules import Augmentation, Captions, RandomSquareCrop
-from datamodules.caption_datamodule import TrainingPairs
 from datamodules.loading.augmentation import TrainingTransform
 from datamodules.loading.sampling import TrainingSample
+from datamodules.pairs.batches import TrainingPairs
 from lit_clip.errors import InputError
 from lit_clip.models.config import Preprocessing, height_width
 from lit_clip.models.preprocess import pixels

@@ -17,10 +17,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from datamodules import Captions
-from datamodules.caption_datamodule import ValidationPairs
 from datamodules.loading import store
 from datamodules.loading.store import StoreFolder
 from datamodules.open_source import open_source
+from datamodules.pairs.batches import ValidationPairs
 from datamodules.pairs.source import PairSource
 from lit_clip.errors import BadSample, InputError
 from lit_clip.models.config import Preprocessing

@@ -10,11 +10,11 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from datamodules.caption_datamodule import TrainingPairs, ValidationPairs
 from datamodules.loading.augmentation import Augmentation, TrainingTransform
 from datamodules.loading.bad_samples import Skipped, SkippingDataset
 from datamodules.loading.sampling import TrainingSample
 from datamodules.open_source import open_source
+from datamodules.pairs.batches import TrainingPairs, ValidationPairs
 from datamodules.pairs.source import Pair, PairSource
 from lit_clip.models.config import Preprocessing
 from lit_clip.models.preprocess import pixels

@@ -1,0 +1,112 @@
+"""Samples of a source of pairs, and the batches that they are joined into."""
+
+import random
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from datamodules.loading.augmentation import TrainingTransform, seeded
+from datamodules.loading.bad_samples import Skipped, split_skipped
+from datamodules.loading.sampling import TrainingSample, sample_seed
+from datamodules.pairs.caption_lengths import refuse_long
+from datamodules.pairs.source import PairSource
+from datamodules.pairs.stored_features import StoredImages, StoredPair, StoredTexts
+from lit_clip.batch import CaptionBatch
+from lit_clip.models.tokenizer import TextTokenizer
+from lit_clip.tools.images import decoding_at_least
+
+
+class DecodedPair(NamedTuple):
+    """A pair whose image is uint8, of the model's shape."""
+
+    image: Tensor
+    caption: str
+    key: str
+    group: str
+    negative: str
+
+
+class TrainingPairs(Dataset[DecodedPair]):
+    """Augmented pairs. All randomness comes from (seed, epoch, row, draw), so it is the same on any worker or rank.
+
+    Args:
+        source: of the pairs.
+        transform: of the images.
+        seed: of the run.
+    """
+
+    def __init__(self, source: PairSource, transform: TrainingTransform, seed: int) -> None:
+        self.source, self.transform, self.seed = source, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, sample: TrainingSample) -> DecodedPair:
+        seed, transform = sample_seed(self.seed, sample), self.transform.at(sample.budget)
+        with seeded(seed):
+            with decoding_at_least(transform.decode_size):
+                image, *texts = self.source.load(sample.row, random.Random(seed))
+            return DecodedPair(transform(image), *texts)
+
+
+class ValidationPairs(Dataset[DecodedPair]):
+    """Pairs with the evaluation transform and the first caption."""
+
+    def __init__(self, source: PairSource, transform: Callable[[Image.Image], Tensor]) -> None:
+        self.source, self.transform = source, transform
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> DecodedPair:
+        image, *texts = self.source.load(index, None)
+        return DecodedPair(self.transform(image), *texts)
+
+
+class Collate:
+    """Join samples into a batch without the skipped ones; it may be empty."""
+
+    def __init__(
+        self,
+        tokenize: TextTokenizer,
+        shape: tuple[int, ...],
+        refuse_long: bool = False,
+        images: StoredImages | None = None,
+        texts: StoredTexts | None = None,
+    ) -> None:
+        self.tokenize, self.refuse_long, self.texts = tokenize, refuse_long, texts
+        self.nothing = torch.zeros(0, *shape, dtype=torch.uint8)
+        if images:
+            self.nothing = torch.zeros(0, *images.stored.shape, dtype=images.stored.dtype)
+
+    def __call__(self, samples: list[DecodedPair | StoredPair | Skipped]) -> CaptionBatch:
+        items, skipped = split_skipped(samples)
+        if not items:
+            stored = self.texts and self.texts.nothing
+            tokens = torch.zeros(0, 1, dtype=torch.long)
+            return CaptionBatch(self.nothing, tokens, [], skipped=skipped, stored_texts=stored)
+        captions = [item.caption for item in items]
+        images = torch.stack([item.image for item in items])
+        keys = [item.key for item in items]
+        groups = [item.group for item in items] if any(item.group for item in items) else ()
+        tokens, lengths = self._tokenized(captions, keys)
+        stored = self.texts and self.texts.of(tokens, lengths)
+        batch = CaptionBatch(images, tokens, keys, captions, groups, skipped, lengths, stored_texts=stored)
+        negatives = [item.negative for item in items]
+        if not any(negatives):
+            return batch
+        found = [(text, key) for text, key in zip(negatives, keys, strict=True) if text]
+        negative_tokens, lengths = self._tokenized([text for text, _ in found], [key for _, key in found])
+        return batch._replace(negatives=negatives, negative_tokens=negative_tokens, negative_lengths=lengths)
+
+    def _tokenized(self, texts: list[str], keys: list[str]) -> tuple[Tensor, list[int]]:
+        """Return int64 ``[N, L]`` for the longest of the texts, and the number of tokens of each."""
+        if self.refuse_long:
+            refuse_long(texts, keys, self.tokenize)
+        tokens = self.tokenize(texts)  # [N, context length]
+        lengths = self.tokenize.lengths(tokens).tolist()
+        return tokens[:, : max(lengths)], lengths
