@@ -231,4 +231,7 @@ class Captions(CaptionDataModule):
             return train, self._open(self.val, "validation")
         assert self.train is not None
         train, val = self._open(self.train, "train").divide(VALIDATION_SHARE, self.seed)
+        rank_zero_info(
+            f"data.val: not set; {len(val):,} of {len(train) + len(val):,} pairs, a tenth of the images, validate"
+        )
         return train if fit else None, val

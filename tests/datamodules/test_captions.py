@@ -1,6 +1,7 @@
 """Data module for any format: several sources, mixtures, splits, and refused options."""
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -139,6 +140,15 @@ def test_without_validation_data_images_are_divided_and_no_row_is_lost(two_capti
         assert len(set(val)) == 2  # a tenth of 21
         assert len(train) + len(val) == 43
         assert set(train) | set(val) == {f"{i:02}.png" for i in range(21)}
+
+
+def test_a_message_says_that_a_tenth_of_the_images_validates(
+    two_captions_each: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        data = module_of("fit", train=str(two_captions_each))
+    assert data.val_source is not None
+    assert f"data.val: not set; {len(data.val_source)} of 43 pairs" in caplog.text
 
 
 def test_division_depends_on_the_seed_only(two_captions_each: Path) -> None:
