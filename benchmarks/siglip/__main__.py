@@ -16,7 +16,7 @@ import json
 import os
 import statistics
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,7 @@ def run_once(out: Path, data: Data, recipe: Recipe, seed: int, pairs: int) -> No
     """Fine-tune and measure, unless that is done."""
     name, start, target, how = recipe
     if how and pairs:
-        how = Training(**(asdict(how) | {"pairs": pairs}))
+        how = replace(how, pairs=pairs)
     line: dict[str, Any] = {"name": name, "start": start, "target": target, "seed": seed}
     line["how"] = json.loads(json.dumps(asdict(how))) if how else None
     if any(line.items() <= run.items() for run in finished(out)):

@@ -159,11 +159,10 @@ def load(file: Path, tables: dict[str, tuple[Path, Path]], weights: tuple[str, s
         encoding = Encoding(encoders(*weights))
         training, tests = encoding.drawings()
         for name, (train, test) in tables.items():
-            sources = Captions(str(train), str(test)).sources(fit=True)
-            training[name], tests[name] = (
-                encoding.table(sources[0], VERSIONS["photographs"]),
-                encoding.table(sources[1], 1),
-            )
+            first, second = Captions(str(train), str(test)).sources(fit=True)
+            assert first is not None, "sources of a fit"
+            training[name] = encoding.table(first, VERSIONS["photographs"])
+            tests[name] = encoding.table(second, 1)
         texts = encoding.texts()
         plain = {
             kind: {name: (p.images, p.captions) for name, p in part.items()}

@@ -191,7 +191,7 @@ def train(model: Towers, data: Data, pairs: Pairs, how: Training, seed: int) -> 
 def shift_bias(model: Towers, batches: Batches, how: Training) -> None:
     """Change the bias for a batch that is smaller than in pretraining."""
     if how.shift == "prior":
-        model.logit_bias += math.log(PRETRAINING_BATCH / how.batch)
+        model.logit_bias.add_(math.log(PRETRAINING_BATCH / how.batch))
         return
     drawn = copy.deepcopy(batches)
     found = [(logits_of(model, images, texts), same) for images, texts, same in (drawn.draw() for _ in range(8))]
