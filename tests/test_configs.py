@@ -4,6 +4,7 @@ import importlib
 import inspect
 from pathlib import Path
 
+import open_clip
 import pytest
 import torch
 import yaml
@@ -12,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lit_clip import load_model
 from lit_clip.cli.lightning import CLI, run
 from lit_clip.evaluation.suite import read_suite
+from lit_clip.losses import Sigmoid
 from lit_clip.models.registry import resolve_architecture
 from tests.conftest import ROOT, TINY_YAML, torchrun
 
@@ -84,7 +86,16 @@ def test_pretraining_configs_have_the_papers_hyperparameters(name: str, monkeypa
     assert (model.image_size, model.pretrained) == ((336, "l14.ckpt") if epochs == 1 else (None, None))
 
 
-@pytest.mark.parametrize("name", ["finetune_clip", "finetune_table", "quickstart", "towers"])
+def test_the_siglip_that_is_fine_tuned_exists_and_its_bias_is_corrected() -> None:
+    model = yaml.safe_load((ROOT / "configs/finetune_siglip2.yaml").read_text(encoding="utf-8"))["model"]
+    assert (model["architecture"], model["pretrained"]) in open_clip.list_pretrained()
+    architecture = resolve_architecture(model["architecture"])
+    assert Sigmoid(**model["loss"]["init_args"]).pretraining_batch == 32_768
+    assert architecture.logit_bias
+    assert architecture.text.context_length == 64
+
+
+@pytest.mark.parametrize("name", ["finetune_clip", "finetune_siglip2", "finetune_table", "quickstart", "towers"])
 def test_configs_for_any_machine_do_not_set_the_precision(name: str) -> None:
     """Processors without bfloat16 instructions emulate it, ten times slower than float32."""
     assert "precision" not in yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text(encoding="utf-8"))["trainer"]

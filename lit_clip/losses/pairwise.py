@@ -81,11 +81,20 @@ class Sigmoid(Loss):
 
     Args:
         duplicates: as for :class:`Contrastive`.
+        pretraining_batch: pairs per step with which the model's ``logit_bias`` was learned, 32,768 for the published
+            SigLIPs. The bias contains the logarithm of the share of right pairs, one in N texts; so in a batch of N
+            pairs log(pretraining_batch / N) is added to it, and the model's own bias stays that of pretraining. None:
+            nothing is added.
     """
 
-    def __init__(self, duplicates: Duplicates = "negatives") -> None:
+    def __init__(self, duplicates: Duplicates = "negatives", pretraining_batch: int | None = None) -> None:
         super().__init__()
+        require(
+            pretraining_batch is None or pretraining_batch >= 1,
+            f"model.loss: Sigmoid.pretraining_batch {pretraining_batch} must be at least 1",
+        )
         self.duplicates: Duplicates = duplicates
+        self.pretraining_batch = pretraining_batch
 
     def prepare(self, model: Any) -> None:
         require(
@@ -97,6 +106,8 @@ class Sigmoid(Loss):
     def forward(self, pairs: Pairs) -> LossValue:
         bias = pairs.bias
         assert bias is not None, "checked by prepare"
+        if self.pretraining_batch is not None:
+            bias = bias + math.log(self.pretraining_batch / max(1, pairs.shards.total))
         layout = _layout(pairs, self.duplicates)
         return _value(sharded_sigmoid_loss(pairs.image, pairs.text, pairs.scale, bias, layout), pairs)
 

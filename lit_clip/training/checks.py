@@ -1,5 +1,6 @@
 """Refuse, before the first step, settings that would not train what they say."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -13,8 +14,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lit_clip.errors import InputError, require
+from lit_clip.losses.pairwise import Sigmoid
 
 HALF = (torch.float16, torch.bfloat16)
+FAR_BELOW = -7.0  # logit_bias plus log batch; published SigLIPs have -2.5 to -6.4 at their own 32,768 pairs
 
 
 class Refusal(NamedTuple):
@@ -147,6 +150,7 @@ def check_run(module: Any) -> None:
     _check_master_weights(module, str(trainer.precision))
     _check_accumulation(trainer)
     _check_negatives(module, getattr(trainer, "datamodule", None))
+    _check_bias(module, trainer)
     if not any(getattr(callback, "stops_at_non_finite", False) for callback in trainer.callbacks):
         rank_zero_warn(
             "nothing stops this run when its loss is not finite, and a resumed run draws other random numbers; pass "
@@ -196,6 +200,21 @@ def _check_negatives(module: Any, data: Any) -> None:
         f"data.negative_column: {column!r} would have no effect, because {type(module.loss).__name__} does not use "
         "hard negatives; leave it out, or use lit_clip.losses.Contrastive",
     )
+
+
+def _check_bias(module: Any, trainer: Any) -> None:
+    """Warn of a sigmoid loss whose bias fits only far larger batches, see :class:`lit_clip.losses.Sigmoid`."""
+    batch = getattr(getattr(trainer, "datamodule", None), "train_batch_size", None)
+    told = not isinstance(module.loss, Sigmoid) or module.loss.pretraining_batch is not None
+    if told or not module.starts_trained or not batch:
+        return
+    bias, pairs = float(module.model.logit_bias), batch * trainer.world_size
+    if bias + math.log(pairs) < FAR_BELOW:
+        rank_zero_warn(
+            f"model.loss: logit_bias {bias:.1f} was learned with far larger batches than this one of {pairs:,} pairs: "
+            "training would first pull all features together; set --model.loss.pretraining_batch (32768 for the "
+            "published SigLIPs, docs/finetuning.md)"
+        )
 
 
 def check_lora_gradients(model: nn.Module) -> None:

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,7 +96,7 @@ def contrastive_loop(duplicates: str, smoothing: float = 0.0) -> Loop:
     return loop
 
 
-def sigmoid_loop(duplicates: str) -> Loop:
+def sigmoid_loop(duplicates: str, pretraining_batch: int | None = None) -> Loop:
     """Return the binary cross-entropies, one pair of image and text at a time."""
 
     def loop(x: Inputs, loss: Loss, teacher: Teacher) -> Tensor:
@@ -106,6 +107,8 @@ def sigmoid_loop(duplicates: str) -> Loop:
                     continue
                 positive = i == j or (bool(x.same[i, j]) and duplicates == "positives")
                 logit = x.scale * (x.image[i] @ x.text[j]) + x.bias
+                if pretraining_batch:  # odds of a right pair: 1 in 8 texts here, 1 in pretraining_batch there
+                    logit = logit + math.log(pretraining_batch) - math.log(len(x.image))
                 total = total - torch.sigmoid(logit if positive else -logit).log()
         return total / len(pairs)
 
@@ -165,6 +168,7 @@ POLICIES = ("negatives", "positives", "ignored")
 CASES: dict[str, Case] = {
     **{f"Contrastive {each}": Case(lambda _, d=each: Contrastive(d), contrastive_loop(each)) for each in POLICIES},
     **{f"Sigmoid {each}": Case(lambda _, d=each: Sigmoid(d), sigmoid_loop(each)) for each in POLICIES},
+    "Sigmoid, pretraining batch": Case(lambda _: Sigmoid("ignored", 500), sigmoid_loop("ignored", 500)),
     **{
         f"Contrastive {each}, hard negatives": Case(lambda _, d=each: Contrastive(d), contrastive_loop(each), True)
         for each in POLICIES

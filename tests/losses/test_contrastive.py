@@ -7,8 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from lit_clip.batch import CaptionBatch
+from lit_clip.distributed import Shards
+from lit_clip.losses import Pairs, Sigmoid
 from lit_clip.losses.contrastive import contrastive_loss, sigmoid_loss, unit
 from lit_clip.losses.distillation import distillation_loss, two_way_logits
+from lit_clip.losses.loss import evaluate_loss
 
 
 def random_units(size: int, dim: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -175,6 +179,33 @@ def test_mean_over_ranks_is_the_sigmoid_loss_of_the_whole_batch(ranks: int, loca
     ]
     whole = sigmoid_loss(image, text, scale, bias)
     torch.testing.assert_close(torch.stack(parts).mean(), whole, rtol=1e-12, atol=0)
+
+
+def test_a_bias_learned_with_large_batches_fits_small_ones_if_the_loss_knows_of_them() -> None:
+    """Unknown, the share of right pairs, 32 times larger, pulls the features of all images and texts together."""
+    image, noise = random_units(512, dim=32, seed=6)
+    text, scale = unit(image + 2 * noise), torch.tensor(20.0, dtype=torch.float64)
+    bias = torch.tensor(-8.0, dtype=torch.float64, requires_grad=True)
+    slope = bias
+    for _ in range(10):  # Newton's method: the best bias for all 512 pairs at once
+        (slope,) = torch.autograd.grad(sigmoid_loss(image, text, scale, bias), bias)
+        likely = (scale * image @ text.T + bias).sigmoid()
+        bias = (bias - slope / (likely * (1 - likely)).sum(dim=1).mean()).detach().requires_grad_()
+    batch = CaptionBatch(
+        torch.zeros(16, 3, 8, 8), torch.zeros(16, 4, dtype=torch.long), [str(row) for row in range(16)]
+    )
+
+    def pull(loss: Sigmoid) -> float:
+        """Return how strongly batches of 16 pull all cosines up together, as they would a bias."""
+        slopes = []
+        for rows in torch.arange(512).split(16):
+            pairs = Pairs(image[rows], text[rows], scale, bias, Shards(0, (16,)), batch, [batch], 0)
+            slopes += torch.autograd.grad(evaluate_loss(loss, pairs).loss, bias)
+        return -torch.stack(slopes).mean().item()
+
+    assert abs(slope) < 1e-9
+    assert pull(Sigmoid()) > 0.7
+    assert abs(pull(Sigmoid(pretraining_batch=512))) < 0.1
 
 
 def test_half_precision_features_give_a_float32_sigmoid_loss() -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -15,9 +16,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from callbacks import EMA
+from lit_clip.commands.wise_ft import save
 from lit_clip.errors import InputError
 from lit_clip.losses import Contrastive, Loss, LossValue, Matryoshka, Sigmoid, Sum, WholeBatch
 from lit_clip.losses.loss import build_loss
+from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig
 from lit_clip.module import LitCLIP
 from lit_clip.training.optim import PaperAdamW
@@ -167,10 +170,37 @@ def test_the_default_loss_is_that_of_the_architecture(tiny_config: CLIPConfig) -
 
 
 @pytest.mark.parametrize(
+    ("bias", "loss", "warns"),
+    [
+        (-16.5, None, True),
+        (-16.5, Sigmoid(pretraining_batch=32_768), False),
+        (-16.5, Contrastive(), False),
+        (-9.0, None, False),
+    ],
+)
+def test_a_published_siglips_bias_in_a_small_batch_is_named_unless_the_loss_knows(
+    bias: float, loss: Loss | None, warns: bool, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+) -> None:
+    model = CLIP(replace(tiny_config, logit_bias=True))
+    assert model.logit_bias is not None
+    nn.init.constant_(model.logit_bias, bias)
+    save(model, tmp_path / "siglip.ckpt", {})
+    module = LitCLIP(pretrained=tmp_path / "siglip.ckpt", loss=loss, optimizer=partial(PaperAdamW, lr=0.0))
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(module, data_for(module, caption_table))
+    told = [str(each.message) for each in found if "model.loss.pretraining_batch" in str(each.message)]
+    assert len(told) == warns
+    assert not told or "logit_bias -16.5 was learned with far larger batches than this one of 16 pairs" in told[0]
+    assert module.model.logit_bias == bias  # it stays that of pretraining
+
+
+@pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: Contrastive(label_smoothing=1.0), "label_smoothing: 1.0 must be at least 0 and below 1"),
         (lambda: Contrastive("positives", 0.1), "label_smoothing 0.1 needs duplicates: negatives, not positives"),
+        (lambda: Sigmoid(pretraining_batch=0), "Sigmoid.pretraining_batch 0 must be at least 1"),
         (lambda: Sum([]), "Sum needs at least one of its terms"),
         (lambda: Sum([Contrastive()], [1, 2]), "Sum has 2 weights for 1 terms; give one for each"),
         (lambda: Matryoshka(Contrastive(), [0]), r"Matryoshka.dims \[0\] must be at least 1"),
