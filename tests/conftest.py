@@ -19,6 +19,7 @@ from types import ModuleType
 import pytest
 import torch
 from filelock import FileLock
+from threadpoolctl import threadpool_limits
 
 from lit_clip.cli.main import CONFIGURED
 from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
@@ -36,6 +37,7 @@ TINY_YAML = (
 # Tests start processes; more threads than cores would wait for each other and take many times as long.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+threadpool_limits(1)  # numpy has read the variable already
 # A quarter of the time of imports and collection would be a search for garbage among what stays until the end.
 gc.disable()
 # A shell's background jobs ignore Ctrl-C, and the programs that tests start and interrupt would inherit that.
