@@ -38,6 +38,7 @@ TINY_YAML = (
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 threadpool_limits(1)  # numpy has read the variable already
+os.fsync = lambda fd: None  # waits for the disk thousands of times, and no test takes the power away
 # A quarter of the time of imports and collection would be a search for garbage among what stays until the end.
 gc.disable()
 # A shell's background jobs ignore Ctrl-C, and the programs that tests start and interrupt would inherit that.
