@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import ctypes
 import gc
 import importlib.util
 import logging
@@ -19,6 +20,7 @@ from types import ModuleType
 import pytest
 import torch
 from filelock import FileLock
+from threadpoolctl import threadpool_limits
 
 from lit_clip.cli.main import CONFIGURED
 from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
@@ -36,6 +38,8 @@ TINY_YAML = (
 # Tests start processes; more threads than cores would wait for each other and take many times as long.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+threadpool_limits(1)  # numpy has read the variable already
+os.fsync = lambda fd: None  # waits for the disk thousands of times, and no test takes the power away
 # A quarter of the time of imports and collection would be a search for garbage among what stays until the end.
 gc.disable()
 # A shell's background jobs ignore Ctrl-C, and the programs that tests start and interrupt would inherit that.
@@ -47,6 +51,15 @@ def pytest_runtestloop() -> None:
     """Collect garbage from now on, and only what the tests leave."""
     gc.freeze()
     gc.enable()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _memory_returned() -> Iterator[None]:
+    """Return freed memory to the system, which the C library keeps: 5 GB over a whole run, copied in every fork."""
+    yield
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
 
 
 @pytest.fixture(autouse=True)
@@ -206,17 +219,27 @@ def quiet_open_clip() -> Iterator[None]:
     logging.getLogger().setLevel(level)
 
 
+@pytest.fixture(scope="session")
+def tiny_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder for the original of ``tiny_checkpoint``."""
+    return tmp_path_factory.mktemp("tiny_original")
+
+
 @pytest.fixture
-def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_config: CLIPConfig) -> Path:
+def tiny_checkpoint(tiny_checkpoints: Path, tmp_path_factory: pytest.TempPathFactory, tiny_config: CLIPConfig) -> Path:
     """Checkpoint with a tiny model's random weights, as training writes it."""
-    from lightning.pytorch import Trainer
+    original, path = tiny_checkpoints / "tiny.ckpt", tmp_path_factory.mktemp("tiny") / "tiny.ckpt"
+    if not original.exists():
+        from lightning.pytorch import Trainer
 
-    from lit_clip import LitCLIP
+        from lit_clip import LitCLIP
 
-    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    trainer.strategy.connect(LitCLIP(tiny_config))
-    path = tmp_path_factory.mktemp("tiny") / "tiny.ckpt"
-    trainer.save_checkpoint(path, weights_only=True)
+        torch.manual_seed(0)
+        trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+        trainer.strategy.connect(LitCLIP(tiny_config))
+        trainer.save_checkpoint(original, weights_only=True)
+    torch.manual_seed(1)  # another model of the test gets other weights
+    shutil.copyfile(original, path)
     return path
 
 

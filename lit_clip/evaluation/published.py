@@ -181,7 +181,12 @@ def measured_weights(model: Mapping[str, Any]) -> str:
         model: ``model`` of a ``results.json``.
     """
     name = str(model.get("name") or "").replace("-quickgelu:", ":")
-    return name if name in {weights for _, _, weights in _figures().measured} else nearest_model(model)
+    return name if name in _all_measured_weights() else nearest_model(model)
+
+
+@lru_cache(maxsize=1)
+def _all_measured_weights() -> set[str]:
+    return {weights for _, _, weights in _figures().measured}
 
 
 def _select(figures: Mapping[str, Published], metric: str | None) -> Published | None:
@@ -240,7 +245,7 @@ def nearest(model: Mapping[str, Any]) -> NearestModel:
     if _key(name) in named:
         return NearestModel(named[_key(name)], "the same name")
     image = _image_encoder(model.get("architecture"))
-    theirs = {name: resolve_architecture(name).image for name in papers_models()}
+    theirs = _papers_image_encoders()
     for name, encoder in theirs.items():
         if encoder == image:
             return NearestModel(name, "the same image encoder")
@@ -252,6 +257,11 @@ def nearest(model: Mapping[str, Any]) -> NearestModel:
     if isinstance(parameters, int | float) and parameters > 0:
         return NearestModel(_closest(PARAMETERS, parameters / 1e6), "the nearest number of parameters")
     return NearestModel("ViT-B-32", "the model's size is unknown, so the paper's smallest ViT")
+
+
+@lru_cache(maxsize=1)
+def _papers_image_encoders() -> dict[str, Any]:
+    return {name: resolve_architecture(name).image for name in papers_models()}
 
 
 def _closest(sizes: Mapping[str, float], size: float) -> str:

@@ -2,12 +2,16 @@
 
 import base64
 import io
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from lit_clip.tools.atomic import replacing
+
+if TYPE_CHECKING:
+    import jinja2
 
 SHARED = Path(__file__).parent / "templates"
 THUMBNAIL = 160  # pixels of the longer side
@@ -20,14 +24,19 @@ def render(template: Path, **values: Any) -> str:
         template: an .html file, which may use the templates beside it and the shared ``base.html`` and ``macros.html``.
         **values: what the template shows.
     """
+    return _environment(template.parent).get_template(template.name).render(values)
+
+
+@lru_cache  # it keeps the compiled templates, whose compilation takes longer than most pages
+def _environment(folder: Path) -> "jinja2.Environment":
     import jinja2  # here, because `lit-clip --help` must start fast
 
-    loader = jinja2.FileSystemLoader([template.parent, SHARED])
+    loader = jinja2.FileSystemLoader([folder, SHARED])
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters.update(plural=plural, thousands="{:,}".format)
-    return environment.get_template(template.name).render(values)
+    return environment
 
 
 def write_page(path: Path, template: Path, **values: Any) -> None:

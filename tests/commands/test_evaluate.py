@@ -1,17 +1,18 @@
 """``lit-clip evaluate`` equals plain loops and CLIP_benchmark, on any number of ranks and after interruptions."""
 
 import json
+import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
@@ -27,6 +28,7 @@ from lit_clip.evaluation.data import LabelledImages
 from lit_clip.evaluation.predictions import read_predictions
 from tests.conftest import ROOT, lit_clip_command
 from tests.evaluation.test_clip_benchmark import CLASSES, TEMPLATES, write_shards
+from tests.helpers import forks
 
 FOLDER = "datamodules.ImageFolderClasses"
 
@@ -170,7 +172,7 @@ def test_a_probe_of_another_set_is_tested_again_when_class_names_change(root: Pa
 def test_two_processes_give_the_same_results(root: Path) -> None:
     one = evaluate("--draws", "1")["sets"]
     shutil.rmtree("out")
-    result = lit_clip_command(root, *words("--draws", "1", "--devices", "2"))
+    result = lit_clip_command(root, *words("--draws", "1", "--devices", "2"), function=forks.launching)
     assert result.returncode == 0, result.stderr
     two = json.loads(Path("out/results.json").read_text(encoding="utf-8"))["sets"]
     for found in (one, two):
@@ -226,10 +228,10 @@ def test_another_precision_shares_no_features_and_is_in_the_results(
 
 
 class Slow(LabelledImages):
-    """Images that are slow to read; every read is logged."""
+    """Images that are slow to read as long as there is a file ``slow``; every read is logged."""
 
     def __init__(self, root: str) -> None:
-        self.log, self.class_names = Path(root) / "read.log", CLASSES
+        self.log, self.slow, self.class_names = Path(root) / "read.log", Path(root) / "slow", CLASSES
 
     def __len__(self) -> int:
         return 60
@@ -237,7 +239,8 @@ class Slow(LabelledImages):
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         with self.log.open("a") as file:
             file.write(f"{index}\n")
-        time.sleep(0.05)
+        if self.slow.exists():
+            time.sleep(0.05)
         return noise(index, index % 6), index % 6
 
     def labels(self) -> list[int]:
@@ -247,50 +250,56 @@ class Slow(LabelledImages):
         return "the same"
 
 
-def test_an_interrupted_evaluation_resumes_where_it_stopped(root: Path) -> None:
-    write_suite(root, slow={"data": {"class_path": "tests.commands.test_evaluate.Slow", "init_args": {"root": "."}}})
-    command = [str(Path(sys.executable).parent / "lit-clip"), *words("--batch_size", "4")]
+def read(root: Path) -> list[int]:
+    """Return the numbers of the slow images that were read."""
     log = root / "data/read.log"
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(root)}
-    process = subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True, env=environment)
-    limit = time.monotonic() + 60
-    while not (log.exists() and len(log.read_text().split()) >= 24) and time.monotonic() < limit:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, output = process.communicate(timeout=60)
-    assert process.returncode == 130, output
-    before = len(log.read_text().split())
-    assert 24 <= before < 60
+    return [int(word) for word in log.read_text().split()] if log.exists() else []
+
+
+@contextmanager
+def evaluating(root: Path, until: int, *more: str, function: Callable[[], None] = forks.command) -> Iterator[Any]:
+    """Evaluate slow images in a process, yielded when some have been read; from the end on they are not slow."""
+    write_suite(root, slow={"data": {"class_path": "tests.commands.test_evaluate.Slow", "init_args": {"root": "."}}})
+    (root / "data/slow").touch()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    program = forks.Program(function, ["lit-clip", *words("--batch_size", "4", *more)], root, environment)
+    with forks.running(program, root / "stdout", root / "stderr") as process:
+        limit = time.monotonic() + 60
+        while len(read(root)) < until and process.is_alive() and time.monotonic() < limit:
+            time.sleep(0.02)
+        yield process
+    (root / "data/slow").unlink()
+
+
+def resume(root: Path) -> None:
     result = lit_clip_command(root, *words("--batch_size", "4"))
     assert result.returncode == 0, result.stderr
-    read = Counter(map(int, log.read_text().split()))
+    assert set(read(root)) == set(range(60))
+
+
+def test_an_interrupted_evaluation_resumes_where_it_stopped(root: Path) -> None:
+    with evaluating(root, 24) as process:
+        os.kill(process.pid, signal.SIGINT)
+        process.join(60)
+        assert process.exitcode == 130, (root / "stderr").read_text()
+    before = len(read(root))
+    assert 24 <= before < 60
+    resume(root)
     errors = len(json.loads((root / "out/results.json").read_text())["sets"]["slow"]["tasks"]["zero_shot"]["errors"])
-    assert set(read) == set(range(60))
-    again = sum(read.values()) - 60 - errors  # misclassified images are opened once more for the report
+    again = len(read(root)) - 60 - errors  # misclassified images are opened once more for the report
     assert 0 <= again <= 4  # at most the batch that was being read
 
 
 def test_sigterm_stops_two_processes_and_the_next_run_resumes(root: Path) -> None:
     """SIGTERM reaches only the first process, where Lightning's own handler would wait forever for the others."""
-    write_suite(root, slow={"data": {"class_path": "tests.commands.test_evaluate.Slow", "init_args": {"root": "."}}})
-    command = [str(Path(sys.executable).parent / "lit-clip"), *words("--batch_size", "4", "--devices", "2")]
-    log = root / "data/read.log"
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(root)}
-    process = subprocess.Popen(command, cwd=root, stderr=subprocess.DEVNULL, env=environment)
-    limit = time.monotonic() + 60
-    while not (log.exists() and len(log.read_text().split()) >= 8) and time.monotonic() < limit:
-        time.sleep(0.02)
-    process.terminate()
-    assert process.wait(timeout=30) == -signal.SIGTERM
-    limit = time.monotonic() + 30
-    while (before := len(log.read_text().split())) and time.monotonic() < limit:  # the other process notices and stops
-        time.sleep(2)
-        if len(log.read_text().split()) == before:
-            break
-    assert before < 60
-    result = lit_clip_command(root, *words("--batch_size", "4"))
-    assert result.returncode == 0, result.stderr
-    assert set(map(int, log.read_text().split())) == set(range(60))
+    with evaluating(root, 8, "--devices", "2", function=forks.launching) as process:
+        (rank,) = psutil.Process(process.pid).children()
+        process.terminate()
+        process.join(30)
+        assert process.exitcode == -signal.SIGTERM
+        assert psutil.wait_procs([rank], 30)[1] == []  # the other process notices and stops
+    assert 8 <= len(read(root)) < 60
+    resume(root)
 
 
 def test_a_broken_image_fails_its_set_or_is_skipped_and_listed(root: Path) -> None:

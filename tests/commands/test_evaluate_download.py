@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from lit_clip.commands import evaluate as command
 from lit_clip.embedding.encode import EncodingSettings
 from lit_clip.errors import InputError
 from tests.conftest import lit_clip_command
+from tests.helpers import forks
 from tests.helpers.coloured_sets import WDS_LABELS, WDS_NAMES, WDS_TEMPLATES, paint_shade, wds_sample, write_wds
-from tests.helpers.hub import Hub, Repository, running_hub
+from tests.helpers.hub import Hub, Repository, command_with_hub, running_hub
 
 WEB = "datamodules.evaluation.WebDataset"
 
@@ -104,9 +106,9 @@ def test_splits_that_the_chosen_tasks_do_not_use_are_not_downloaded(hub: Hub, tm
 
 
 def test_only_the_first_of_two_processes_downloads(hub: Hub, tmp_path: Path) -> None:
-    environment = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"}
     options = words("--download", "--sets", "mine", "wds_there", "--devices", "2")
-    result = lit_clip_command(tmp_path, *options, environment=environment)
+    program = partial(forks.launching, partial(command_with_hub, hub.url))
+    result = lit_clip_command(tmp_path, *options, function=program)
     assert result.returncode == 0, result.stderr
     assert {name: entry["status"] for name, entry in read_sets().items()} == {"mine": "done", "wds_there": "done"}
     fetched = [request for request in hub.requests if request.startswith("GET") and "a/there" in request]

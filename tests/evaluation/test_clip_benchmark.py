@@ -1,12 +1,11 @@
 """Unchanged CLIP_benchmark with the documented adapter equals plain loops over our model."""
 
 import json
+import os
 import pickle
 import re
 import runpy
 import shlex
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from torch.utils.data import DataLoader
 from lit_clip import image_transform, load_model, zero_shot_classifier
 from lit_clip.models.clip import CLIP
 from tests.conftest import ROOT
+from tests.helpers import forks
 
 pytest.importorskip("clip_benchmark")
 pytest.importorskip("requests")  # which it imports but does not depend on
@@ -90,9 +90,7 @@ def test_the_documented_command_scores_a_webdataset_like_a_plain_loop(
     program, *words = shlex.split(blocks("bash")[0].replace("\\\n", " "))
     assert program == "python"
     words += ["--num_workers", "1", "--batch_size", "8"]
-    result = subprocess.run(
-        [sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120
-    )
+    (result,) = forks.run([forks.Program(forks.script, words, tmp_path, {**os.environ})], 120)
     assert result.returncode == 0, result.stderr
     metrics = json.loads((tmp_path / "clothes.json").read_text())["metrics"]
     expected = plain_top1(tiny_checkpoint, photos, labels)

@@ -2,8 +2,7 @@
 
 import csv
 import json
-import subprocess
-import sys
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from datamodules import Captions
 from datamodules.openmoji import draw, read_table
 from lit_clip.evaluation.retrieval import RetrievalSet, token_hashes
-from tests.conftest import ROOT
+from tests.helpers import forks
 from tests.helpers.ranks_evaluation import (
     CASES,
     evaluate_cases,
@@ -222,10 +221,11 @@ print(len(metrics), held("VmHWM") - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc to measure memory")
-def test_memory_is_bounded_by_the_features_and_a_tile() -> None:
+def test_memory_is_bounded_by_the_features_and_a_tile(tmp_path: Path) -> None:
     """6,000 images and 30,000 captions: all similarities would take 720 MB, a bool for each 180 MB."""
-    words = [sys.executable, "-c", MEMORY]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=100, check=True, cwd=ROOT)
+    (tmp_path / "memory.py").write_text(MEMORY)
+    (done,) = forks.run([forks.Program(forks.script, ["memory.py"], tmp_path, {**os.environ})], 100)
+    assert done.returncode == 0, done.stderr
     metrics, megabytes = done.stdout.split()
     assert int(metrics) == 9
     assert float(megabytes) < 150

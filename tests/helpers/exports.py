@@ -16,12 +16,17 @@ TEXTS = ["a dog on a hill", "A Photo of a CAT!", " ".join(["a very long caption 
 
 
 def checkpoint(config: CLIPConfig, path: Path) -> CLIP:
-    """Save a model with no weight at its initial value."""
+    """Save a model with no weight at its initial value; text weights do not depend on the image encoder."""
     torch.manual_seed(0)
     model = CLIP(config).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in model.visual.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
+        torch.manual_seed(0)
+        for name, parameter in model.named_parameters():
+            if not name.startswith("visual."):
+                matrix = parameter.ndim > 1
+                parameter.mul_(not matrix).add_(torch.randn_like(parameter), alpha=0.1 if matrix else 0.05)
         for name, buffer in model.named_buffers():
             if "running" in name:
                 buffer.add_(0.1 * torch.rand_like(buffer))

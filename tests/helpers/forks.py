@@ -1,23 +1,25 @@
 """Run programs in processes that have imported everything already, because importing torch takes seconds.
 
 A server that has done nothing but import is forked for each program. The fork gets the arguments, the folder, the
-environment and the output files that a new process would get. Tests of the start itself, and of ranks that start other
-ranks, use a new interpreter instead.
+environment and the output files that a new process would get. Tests of the start itself use a new interpreter instead.
 """
 
 import atexit
+import json
 import multiprocessing
 import os
 import runpy
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import chdir
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import chdir, contextmanager
+from functools import partial
 from multiprocessing.forkserver import ensure_running
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import ModuleType
-from typing import NamedTuple
+from types import ModuleType, SimpleNamespace
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 ROOT = Path(__file__).parents[2]
@@ -81,6 +83,19 @@ def run(programs: Sequence[Program], timeout: float) -> list[subprocess.Complete
     ]
 
 
+@contextmanager
+def running(program: Program, out: Path, err: Path) -> Iterator[BaseProcess]:
+    """Run a program beside the test, which may send it signals; it is killed if it has not ended in the end."""
+    start_server()
+    process = CONTEXT.Process(target=become, args=(program, str(out), str(err)))
+    process.start()
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()
+
+
 def become(program: Program, out: str, err: str) -> None:
     """Become the program, in the child process."""
     for descriptor, path in ((1, out), (2, err)):
@@ -114,6 +129,54 @@ def command_with_progress() -> None:
 
     console.FIRST = console.EVERY = 0.0
     command()
+
+
+def launching(function: Callable[[], None] = command) -> None:
+    """Run a program of which Lightning starts a second rank: a fork of this process, made before the program runs.
+
+    The fork is a child of the first rank, as the new interpreter would be that Lightning starts, and gets the same
+    command line and environment.
+    """
+    from lightning.pytorch.strategies.launchers import subprocess_script
+
+    reading, writing = os.pipe()
+    rank = os.fork()
+    if rank:
+        os.close(reading)
+        launcher: Any = subprocess_script
+        launcher.subprocess = SimpleNamespace(Popen=partial(_Launched, rank, writing))
+        function()
+        return
+    os.close(writing)
+    with os.fdopen(reading) as file:
+        order = file.read()
+    if not order:  # the first rank has ended, and started none
+        os._exit(0)
+    words, environment = json.loads(order)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = words[1:]  # without the interpreter
+    function()
+
+
+class _Launched:
+    """What Lightning and lit-clip use of ``subprocess.Popen``, for a rank that waits for its command line."""
+
+    def __init__(self, rank: int, orders: int, words: list[str], env: dict[str, str], cwd: None) -> None:
+        self.pid = rank
+        self.returncode: int | None = None
+        with os.fdopen(orders, "w") as file:
+            json.dump([words, env], file)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if ended else None
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
 
 
 def script() -> None:

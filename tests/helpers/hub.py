@@ -231,3 +231,14 @@ def running_hub() -> Iterator[Hub]:
         yield hub
         httpd.shutdown()
         thread.join()
+
+
+def command_with_hub(url: str) -> None:
+    """Run ``lit-clip`` in a fork with the hub at a URL, whose variable has been read already."""
+    from huggingface_hub import constants
+
+    from tests.helpers import forks
+
+    constants.HF_HUB_OFFLINE, constants.ENDPOINT = False, url
+    constants.HUGGINGFACE_CO_URL_TEMPLATE = url + "/{repo_id}/resolve/{revision}/{filename}"
+    forks.command()

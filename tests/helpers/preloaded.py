@@ -1,6 +1,7 @@
 """The imports of the server that ``tests/helpers/forks.py`` forks."""
 
 import gc
+import os
 import sys
 from importlib import import_module
 from typing import Any
@@ -52,6 +53,8 @@ import_module("lit_clip.models.tokenizer").byte_pair_tokenizer()  # read once pe
 lightning: Any = import_module("lit_clip.cli.lightning")
 lightning.computes_in_bfloat16 = lambda accelerator: False
 lightning.CLI._choose_precision = lambda self, settings: sys.argv.extend(["--trainer.precision", "32-true"])
+
+os.fsync = lambda fd: None  # as in tests/conftest.py
 
 # What is imported stays: a fork that looked through it for garbage would take its own copy of all these pages.
 gc.collect()

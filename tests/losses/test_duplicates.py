@@ -36,12 +36,12 @@ def test_padding_does_not_change_the_hash(pad_id: int) -> None:
 
 def test_a_million_texts_have_no_hash_collisions() -> None:
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, 49408, (1_000_000, 8), generator=generator).unique(dim=0)
+    tokens = torch.randint(0, 49408, (1_000_000, 8), generator=generator)
     assert token_hash(tokens, 0).unique().numel() == len(tokens)
 
 
 def test_hashes_of_keys_are_the_same_in_every_process() -> None:
-    program = "from lit_clip.losses.duplicates import stable_hash; print(stable_hash('photos/1.jpg'))"
+    program = "from lit_clip.tools.hashing import stable_hash; print(stable_hash('photos/1.jpg'))"
     other = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     assert int(other.stdout) == stable_hash("photos/1.jpg")
 

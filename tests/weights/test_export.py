@@ -63,6 +63,7 @@ def test_open_clip_opens_the_folder_with_our_features_pixels_and_ids(
     assert_identical(ours.state_dict(), again.state_dict())
 
 
+@pytest.mark.usefixtures("_traced_once")
 @pytest.mark.parametrize("kind", ["vit", "resnet", pytest.param("timm", marks=pytest.mark.slow)])
 def test_onnxruntime_gives_our_features_at_any_batch_size(tmp_path: Path, tiny_config: CLIPConfig, kind: str) -> None:
     ours = checkpoint(variants(tiny_config)[kind], tmp_path / "last.ckpt")
@@ -83,6 +84,7 @@ def test_onnxruntime_gives_our_features_at_any_batch_size(tmp_path: Path, tiny_c
                 torch.testing.assert_close(actual, encode(values[:batch]), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("_traced_once")
 @pytest.mark.parametrize(
     ("dtype", "kind", "share", "tolerance"), [("float16", "vit", 0.55, 5e-3), ("int8", "resnet", 0.3, 5e-2)]
 )
@@ -115,6 +117,7 @@ def test_smaller_onnx_files_give_our_features_within_their_tolerance(
         assert not torch.allclose(found, expected[name], rtol=0, atol=1e-6)
 
 
+@pytest.mark.usefixtures("_traced_once")
 def test_an_attention_pool_in_float16_opens(tmp_path: Path, tiny_config: CLIPConfig) -> None:
     """With the whole pool in float16, onnxruntime's graph optimiser crashes behind two blocks and more."""
     image = VisionTransformerConfig(32, 16, 64, 2, 1, pool="attention", pool_queries=256, pool_heads=8)

@@ -37,6 +37,12 @@ def test_the_card_states_facts_and_its_code_runs(tmp_path: Path, tiny_config: CL
     assert torch.equal(names["tokenizer"](TEXTS), ours.tokenize(TEXTS))
 
 
+@pytest.fixture(scope="module")
+def folders() -> dict[str, Path]:
+    """Return the folders with an export by its format, filled on first use."""
+    return {}
+
+
 @pytest.mark.parametrize(
     ("format", "size"),
     [
@@ -47,11 +53,20 @@ def test_the_card_states_facts_and_its_code_runs(tmp_path: Path, tiny_config: CL
     ],
 )
 def test_the_code_in_the_card_gives_our_features_of_a_photograph(
-    format: str, size: tuple[int, int], tmp_path: Path, tiny_config: CLIPConfig, monkeypatch: pytest.MonkeyPatch
+    format: Any,
+    size: tuple[int, int],
+    folders: dict[str, Path],
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_config: CLIPConfig,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The code runs in the parent folder, as the card says."""
     ours = checkpoint(tiny_config, tmp_path / "last.ckpt")
-    export(str(tmp_path / "last.ckpt"), format=format, output=str(tmp_path / "exported"))
+    if format not in folders:
+        folders[format] = tmp_path_factory.mktemp(format)
+        export(str(tmp_path / "last.ckpt"), format=format, output=str(folders[format] / "exported"))
+    (tmp_path / "exported").symlink_to(folders[format] / "exported")
     photograph = Image.fromarray(load_sample_images().images[0]).resize(size)
     photograph.save(tmp_path / "photo.jpg", quality=100)
     (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "exported/README.md").read_text(), re.DOTALL)

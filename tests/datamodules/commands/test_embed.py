@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from argparse import ArgumentError
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -107,7 +108,7 @@ def test_two_ranks_write_the_same_bytes_as_one(folder: Path, tiny_checkpoint: Pa
     result: subprocess.CompletedProcess[str] = lit_clip_command(
         folder,
         *("embed", *options, "--devices", "2", "--accelerator", "cpu", "--num_workers", "1"),
-        function=forks.command_with_progress,
+        function=partial(forks.launching, forks.command_with_progress),
     )
     assert result.returncode == 0, result.stderr
     assert [(folder / name).read_bytes() for name in names] == alone
@@ -121,7 +122,7 @@ def test_an_image_that_one_of_two_ranks_cannot_read_is_a_one_line_error(folder: 
     (folder / "photos/deep/c.png").write_text("junk")
     options = ["--model", str(tiny_checkpoint), "--output", "features.npy", "--batch_size", "2"]
     options += ["--devices", "2", "--accelerator", "cpu", "--num_workers", "0"]
-    result = lit_clip_command(folder, "embed", "photos", *options)
+    result = lit_clip_command(folder, "embed", "photos", *options, function=forks.launching)
     assert result.returncode == 2
     assert [line for line in result.stderr.splitlines() if "error" in line.lower()] == [
         "lit-clip: error: photos/deep/c.png: cannot read this image (not an image); "

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -195,7 +196,7 @@ def test_two_ranks_write_the_bytes_of_one(folder: Path, tiny_checkpoint: Path) -
     options = ["several.jsonl", "--model", str(tiny_checkpoint), "--batch_size", "2", "--keep", "0.4"]
     score(*options, "--output", "one.parquet")
     options += ["--output", "two.parquet", "--devices", "2", "--accelerator", "cpu", "--num_workers", "1"]
-    result = lit_clip_command(folder, "score", *options, function=forks.command_with_progress)
+    result = lit_clip_command(folder, "score", *options, function=partial(forks.launching, forks.command_with_progress))
     assert result.returncode == 0, result.stderr
     assert "process 1 of 2" in result.stderr
     assert Path("two.parquet").read_bytes() == Path("one.parquet").read_bytes()

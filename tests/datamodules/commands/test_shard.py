@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import tarfile
 import time
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from datamodules.shards.index import INDEX_SUFFIX
 from datamodules.shards.pairs import TarPairs
 from datamodules.shards.writing import reduced
 from lit_clip.errors import InputError
-from tests.conftest import ROOT
+from tests.helpers import forks
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -86,6 +85,15 @@ def test_complete_shards_are_kept_and_missing_ones_written(tmp_path: Path, capti
     assert not list(out.glob(".*.part"))
 
 
+SESSION = """
+import os
+from lit_clip.cli.main import main
+
+os.setsid()
+main()
+"""
+
+
 def test_killed_run_leaves_only_complete_shards_and_continues(tmp_path: Path, caption_table: Path) -> None:
     with caption_table.open(encoding="utf-8") as file:
         rows = list(csv.reader(file))[1:]
@@ -95,15 +103,15 @@ def test_killed_run_leaves_only_complete_shards_and_continues(tmp_path: Path, ca
         writer.writerow(["image", "caption"])
         writer.writerows([caption_table.parent / image, caption] for _ in range(40) for image, caption in rows)
     out = tmp_path / "out"
-    words = [sys.executable, "-m", "lit_clip", "shard", str(table), str(out), "--shard_size", "100", "--workers", "2"]
-    process = subprocess.Popen(words, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
-    try:
+    (tmp_path / "session.py").write_text(SESSION)
+    words = ["session.py", "shard", str(table), str(out), "--shard_size", "100", "--workers", "2"]
+    program = forks.Program(forks.script, words, tmp_path, {**os.environ})
+    with forks.running(program, tmp_path / "stdout", tmp_path / "stderr") as process:
         deadline = time.monotonic() + 60
-        while len(digests(out)) < 2 and process.poll() is None and time.monotonic() < deadline:
+        while len(digests(out)) < 2 and process.is_alive() and time.monotonic() < deadline:
             time.sleep(0.01)
-    finally:
+        assert process.pid is not None
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
     written = digests(out)
     assert len(written) >= 2
     for name in written:

@@ -1,14 +1,39 @@
 """Miniature sets that several test files use."""
 
+import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from datamodules.evaluation import annotation_files
 from tests.conftest import ROOT
 from tests.helpers.coloured_sets import WDS_LABELS, WDS_NAMES, WDS_TEMPLATES, encoded, paint, wds_sample, write_wds
 
 PROMPTS = json.loads((ROOT / "lit_clip/evaluation/paper_prompts.json").read_text(encoding="utf-8"))["sets"]
+
+DATED = 128  # bytes at the beginning of a MATLAB file, which name the time of its writing
+
+
+@pytest.fixture(scope="session")
+def arrays() -> dict[Any, dict[str, Any]]:
+    """Return the variables of MATLAB files by their content, filled on first use."""
+    return {}
+
+
+@pytest.fixture
+def _mat_read_once(arrays: dict[Any, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Remember what is in a MATLAB file: a process of its own reads each, and has to import SciPy first."""
+    plain = annotation_files._read_mat_apart
+
+    def read(path: Path, names: Any) -> dict[str, Any]:
+        key = path.read_bytes()[DATED:], names
+        if key not in arrays:
+            arrays[key] = plain(path, names)
+        return copy.deepcopy(arrays[key])
+
+    monkeypatch.setattr(annotation_files, "_read_mat_apart", read)
 
 
 @pytest.fixture

@@ -16,6 +16,8 @@ from tests.helpers.coloured_sets import message_of
 from tests.helpers.miniature_images import paint, write_mat, write_text
 from tests.helpers.miniatures import MINIATURES, open_miniature
 
+pytestmark = pytest.mark.usefixtures("_mat_read_once")
+
 PROMPTS = json.loads((ROOT / "lit_clip/evaluation/paper_prompts.json").read_text(encoding="utf-8"))["sets"]
 
 

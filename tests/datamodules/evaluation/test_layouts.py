@@ -20,6 +20,8 @@ from tests.helpers.miniature_files import write_imagenet
 from tests.helpers.miniature_images import Rows, paint, pixels, write_mat, write_text
 from tests.helpers.miniatures import MINIATURES, open_miniature
 
+pytestmark = pytest.mark.usefixtures("_mat_read_once")
+
 OTHER_PLACES = [  # a set, where its miniature lies, and where it is moved to
     ("eurosat", "eurosat/2750", "EuroSAT_RGB"),  # Zenodo 7711810
     ("eurosat", "eurosat/2750", "2750"),

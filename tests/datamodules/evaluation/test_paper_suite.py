@@ -13,6 +13,8 @@ from tests.conftest import ROOT
 from tests.helpers.coloured_sets import message_of, write_birdsnap, write_objectnet
 from tests.helpers.miniatures import MINIATURES
 
+pytestmark = pytest.mark.usefixtures("_mat_read_once")
+
 SUITE = ROOT / "configs/evaluation/paper.yaml"
 
 

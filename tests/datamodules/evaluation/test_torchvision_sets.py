@@ -21,6 +21,8 @@ from tests.helpers.miniature_files import VOC_OBJECTS, write_imagenet, write_voc
 from tests.helpers.miniature_images import encodes, paint, write_mat, write_text
 from tests.helpers.miniatures import MINIATURES, Miniature, open_miniature
 
+pytestmark = pytest.mark.usefixtures("_mat_read_once")
+
 
 @pytest.fixture(params=MINIATURES)
 def miniature(request: pytest.FixtureRequest) -> Miniature:
