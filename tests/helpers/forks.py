@@ -117,5 +117,6 @@ def command_with_progress() -> None:
 
 
 def script() -> None:
-    """Run the file that the command line names."""
+    """Run the file that the command line names, which can import its neighbours."""
+    sys.path.insert(0, str(Path(sys.argv[0]).resolve().parent))
     runpy.run_path(sys.argv[0], run_name="__main__")
