@@ -21,6 +21,7 @@ import torch
 from filelock import FileLock
 
 from lit_clip.cli.main import CONFIGURED
+from lit_clip.models import flops
 from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
 from lit_clip.training.optim import PaperAdamW
 from lit_clip.training.schedules import WarmupCosine
@@ -31,11 +32,17 @@ TINY_YAML = (
     "{embed_dim: 16, image: {image_size: 32, patch_size: 16, width: 64, layers: 1, heads: 1}, "
     "text: {context_length: 16, width: 64, layers: 1, heads: 1}}"
 )
+SMALL = CLIPConfig(  # of ``overfitted``: the smallest that learns its table, since many commands read the checkpoint
+    embed_dim=64,
+    image=VisionTransformerConfig(image_size=64, patch_size=16, width=128, layers=4, heads=2),
+    text=TextTransformerConfig(context_length=32, width=64, layers=2, heads=1),
+)
 
 
 # Tests start processes; more threads than cores would wait for each other and take many times as long.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+flops.PEAK_SECONDS = 0.0  # of which each run with Throughput would spend 0.4
 # A quarter of the time of imports and collection would be a search for garbage among what stays until the end.
 gc.disable()
 # A shell's background jobs ignore Ctrl-C, and the programs that tests start and interrupt would inherit that.
@@ -154,8 +161,8 @@ def _overfit(caption_table: Path, folder: Path) -> None:
 
     torch.manual_seed(0)
     module = LitCLIP(
-        "ViT-tiny-16-64",
-        optimizer=partial(PaperAdamW, lr=1e-3, weight_decay=0.0),
+        SMALL,
+        optimizer=partial(PaperAdamW, lr=2e-3, weight_decay=0.0),
         lr_scheduler=partial(WarmupCosine, warmup_steps=10),
     )
     data = Captions(
@@ -247,19 +254,21 @@ def lit_clip_command(
     environment: dict[str, str] | None = None,
     timeout: int = 120,
     function: Callable[[], None] = forks.command,
+    new: bool = False,
 ) -> subprocess.CompletedProcess[str]:
     """Run ``lit-clip`` in a folder, as a user would.
 
     Args:
         folder: the working folder.
         words: command line arguments; see :func:`without_packaged_defaults`.
-        environment: additional variables; with them the command runs in a new interpreter instead of a fork.
+        environment: additional variables.
         timeout: in seconds.
         function: of :mod:`tests.helpers.forks`, that runs the command.
+        new: run it in a new interpreter, which reads variables such as ``PYTHONPATH``, instead of a fork.
     """
     command = [str(Path(sys.executable).parent / "lit-clip"), *without_packaged_defaults(words)]
     variables = {**os.environ, "COLUMNS": "200", "HF_HUB_OFFLINE": "1", **(environment or {})}
-    if not environment:
+    if not new:
         return forks.run([forks.Program(function, command, folder, variables)], timeout)[0]
     return subprocess.run(
         command, cwd=folder, env=variables, capture_output=True, text=True, timeout=timeout, check=False

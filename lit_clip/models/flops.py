@@ -19,6 +19,7 @@ from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, height_width
 
 LARGEST_PRODUCT = 8192  # rows; the three matrices of a product take 800 MB
+PEAK_SECONDS = 0.4  # for finding the fastest product
 LONG_ENOUGH = 0.02  # seconds; products that take longer reach no higher rate
 CALLS = 10  # that are timed together on a CUDA device
 
@@ -125,14 +126,20 @@ def _replica(tower: nn.Module, device: torch.device) -> nn.Module:
     return copy.deepcopy(tower, tensors)
 
 
-def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.4) -> float:
-    """Measure the FLOP/s of the fastest of several (at least two) products of square matrices, in about ``seconds``."""
+def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float | None = None) -> float:
+    """Measure the FLOP/s of the fastest of several (at least two) products of square matrices.
+
+    Args:
+        device: that computes them.
+        dtype: of the matrices.
+        seconds: how long to measure, about; None: ``PEAK_SECONDS``.
+    """
 
     def random(size: int) -> Tensor:
         generator = torch.Generator(device).manual_seed(0)  # its own, to leave the run's random state untouched
         return torch.randn(size, size, generator=generator, device=device).to(dtype)
 
-    end = time.perf_counter() + seconds
+    end = time.perf_counter() + (PEAK_SECONDS if seconds is None else seconds)
     size, best, products = 512, 0.0, 0
     matrix = random(size)
     while products < 2 or time.perf_counter() < end:

@@ -106,7 +106,7 @@ def test_splits_that_the_chosen_tasks_do_not_use_are_not_downloaded(hub: Hub, tm
 def test_only_the_first_of_two_processes_downloads(hub: Hub, tmp_path: Path) -> None:
     environment = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"}
     options = words("--download", "--sets", "mine", "wds_there", "--devices", "2")
-    result = lit_clip_command(tmp_path, *options, environment=environment)
+    result = lit_clip_command(tmp_path, *options, environment=environment, new=True)
     assert result.returncode == 0, result.stderr
     assert {name: entry["status"] for name, entry in read_sets().items()} == {"mine": "done", "wds_there": "done"}
     fetched = [request for request in hub.requests if request.startswith("GET") and "a/there" in request]

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import chdir
-from multiprocessing.forkserver import ensure_running
+from multiprocessing import forkserver
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -44,7 +44,7 @@ class Program(NamedTuple):
 def start_server() -> None:
     """Start the server, which imports modules from the current folder, unless it is running."""
     with chdir(ROOT), patch.dict(os.environ, HF_HUB_OFFLINE="1"):
-        ensure_running()
+        forkserver._forkserver.ensure_running()
 
 
 def run(programs: Sequence[Program], timeout: float) -> list[subprocess.CompletedProcess[str]]:
@@ -88,11 +88,13 @@ def become(program: Program, out: str, err: str) -> None:
     os.chdir(program.folder)
     os.environ.clear()
     os.environ.update(program.environment)
+    sys.path[:0] = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     if "TORCHELASTIC_RUN_ID" in os.environ:
         os.environ["LOCAL_RANK"] = os.environ["RANK"]
     sys.argv = list(program.words)
     sys.modules["__main__"] = ModuleType("__main__")  # instead of pytest's
     multiprocessing.set_start_method("fork", force=True)  # for data workers, as in any other process on Linux
+    forkserver._forkserver.ensure_running = lambda: None  # the one that made this process makes those it runs
     try:
         program.function()
     finally:
@@ -120,3 +122,14 @@ def script() -> None:
     """Run the file that the command line names, which can import its neighbours."""
     sys.path.insert(0, str(Path(sys.argv[0]).resolve().parent))
     runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def script_that_starts_lit_clip() -> None:
+    """Run the file that the command line names; when it runs ``python -m lit_clip``, that is a fork too."""
+
+    def run_a_fork(words: Sequence[str], env: dict[str, str], **_: object) -> subprocess.CompletedProcess[str]:
+        assert words[:3] == [sys.executable, "-m", "lit_clip"], words
+        return run([Program(command, ["lit-clip", *words[3:]], Path.cwd(), env)], timeout=300)[0]
+
+    with patch("subprocess.run", run_a_fork):
+        script()
