@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
@@ -26,11 +27,12 @@ from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTran
 from lit_clip.training.optim import PaperAdamW
 from lit_clip.training.schedules import WarmupCosine
 from tests.helpers import forks
+from tests.helpers.fork_ranks import command_of_ranks
 
 ROOT = Path(__file__).parents[1]
 TINY_YAML = (
     "{embed_dim: 16, image: {image_size: 32, patch_size: 16, width: 64, layers: 1, heads: 1}, "
-    "text: {context_length: 16, width: 64, layers: 1, heads: 1}}"
+    "text: {context_length: 16, width: 16, layers: 1, heads: 1}}"
 )
 SMALL = CLIPConfig(  # of ``overfitted``: the smallest that learns its table, since many commands read the checkpoint
     embed_dim=64,
@@ -95,11 +97,11 @@ def _import_path() -> Iterator[None]:
 
 @pytest.fixture
 def tiny_config() -> CLIPConfig:
-    """A model of 3.3 million parameters, nearly all of them the token embedding."""
+    """A model of 0.9 million parameters, nearly all of them the token embedding."""
     return CLIPConfig(
         embed_dim=16,
         image=VisionTransformerConfig(image_size=32, patch_size=16, width=64, layers=1, heads=1),
-        text=TextTransformerConfig(context_length=16, width=64, layers=1, heads=1),
+        text=TextTransformerConfig(context_length=16, width=16, layers=1, heads=1),
     )
 
 
@@ -255,6 +257,7 @@ def lit_clip_command(
     timeout: int = 120,
     function: Callable[[], None] = forks.command,
     new: bool = False,
+    forked_ranks: bool = True,
 ) -> subprocess.CompletedProcess[str]:
     """Run ``lit-clip`` in a folder, as a user would.
 
@@ -265,14 +268,23 @@ def lit_clip_command(
         timeout: in seconds.
         function: of :mod:`tests.helpers.forks`, that runs the command.
         new: run it in a new interpreter, which reads variables such as ``PYTHONPATH``, instead of a fork.
+        forked_ranks: on several devices, let the other ranks be forks too instead of programs that Lightning starts.
     """
     command = [str(Path(sys.executable).parent / "lit-clip"), *without_packaged_defaults(words)]
     variables = {**os.environ, "COLUMNS": "200", "HF_HUB_OFFLINE": "1", **(environment or {})}
     if not new:
-        return forks.run([forks.Program(function, command, folder, variables)], timeout)[0]
+        ranks = devices_of(command) if forked_ranks and function is forks.command else 1
+        program = partial(command_of_ranks, ranks) if ranks > 1 else function
+        return forks.run([forks.Program(program, command, folder, variables)], timeout)[0]
     return subprocess.run(
         command, cwd=folder, env=variables, capture_output=True, text=True, timeout=timeout, check=False
     )
+
+
+def devices_of(command: Sequence[str]) -> int:
+    """Return the number of devices that a command line names; 1 if it names none."""
+    values = [value for word, value in pairwise(command) if word in ("--trainer.devices", "--devices")]
+    return int(values[-1]) if values and values[-1].isdecimal() else 1
 
 
 @pytest.fixture
