@@ -43,7 +43,7 @@ Cli = Callable[..., subprocess.CompletedProcess[str]]
 WITH_BATCH_NORM = CLIPConfig(
     embed_dim=16,
     image=ResNetConfig(layers=(1, 1, 1, 1), width=8, image_size=32),
-    text=TextTransformerConfig(context_length=16, width=64, layers=1, heads=1),
+    text=TextTransformerConfig(context_length=16, width=16, layers=1, heads=1),
 )
 
 
