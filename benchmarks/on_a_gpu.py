@@ -11,6 +11,7 @@ target, reached and open_clip for each model, and the largest gaps.
 """
 
 import argparse
+import gc
 import json
 import multiprocessing
 import os
@@ -54,10 +55,12 @@ def run_part(part: str, setting: Setting, path: Path) -> None:
     """Run a part in the current process and write its rows; the last one is its end."""
     os.setsid()  # so that its data workers can be killed with it
     lines, since = Lines(path, part), time.time()
+    module = import_module(f"gpu.{part}")
+    gc.freeze()  # what is imported stays, and the search for garbage after each figure would look through it
     if setting.tiny:
         torch.set_num_threads(1)  # more would wait for each other longer than they compute
     try:
-        for row in import_module(f"gpu.{part}").rows(setting):
+        for row in module.rows(setting):
             lines.add(row)
     except Exception as error:
         lines.add({"failed": message_of(error), "seconds": time.time() - since})

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
@@ -23,15 +24,22 @@ from filelock import FileLock
 from threadpoolctl import threadpool_limits
 
 from lit_clip.cli.main import CONFIGURED
+from lit_clip.models import flops
 from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
 from lit_clip.training.optim import PaperAdamW
 from lit_clip.training.schedules import WarmupCosine
 from tests.helpers import forks
+from tests.helpers.fork_ranks import command_of_ranks
 
 ROOT = Path(__file__).parents[1]
 TINY_YAML = (
     "{embed_dim: 16, image: {image_size: 32, patch_size: 16, width: 64, layers: 1, heads: 1}, "
-    "text: {context_length: 16, width: 64, layers: 1, heads: 1}}"
+    "text: {context_length: 16, width: 16, layers: 1, heads: 1}}"
+)
+SMALL = CLIPConfig(  # of ``overfitted``: the smallest that learns its table, since many commands read the checkpoint
+    embed_dim=64,
+    image=VisionTransformerConfig(image_size=64, patch_size=16, width=128, layers=4, heads=2),
+    text=TextTransformerConfig(context_length=32, width=64, layers=2, heads=1),
 )
 
 
@@ -40,6 +48,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 threadpool_limits(1)  # numpy has read the variable already
 os.fsync = lambda fd: None  # waits for the disk thousands of times, and no test takes the power away
+flops.PEAK_SECONDS = 0.0  # of which each run with Throughput would spend 0.4
 # A quarter of the time of imports and collection would be a search for garbage among what stays until the end.
 gc.disable()
 # A shell's background jobs ignore Ctrl-C, and the programs that tests start and interrupt would inherit that.
@@ -101,11 +110,11 @@ def _import_path() -> Iterator[None]:
 
 @pytest.fixture
 def tiny_config() -> CLIPConfig:
-    """A model of 3.3 million parameters, nearly all of them the token embedding."""
+    """A model of 0.9 million parameters, nearly all of them the token embedding."""
     return CLIPConfig(
         embed_dim=16,
         image=VisionTransformerConfig(image_size=32, patch_size=16, width=64, layers=1, heads=1),
-        text=TextTransformerConfig(context_length=16, width=64, layers=1, heads=1),
+        text=TextTransformerConfig(context_length=16, width=16, layers=1, heads=1),
     )
 
 
@@ -167,8 +176,8 @@ def _overfit(caption_table: Path, folder: Path) -> None:
 
     torch.manual_seed(0)
     module = LitCLIP(
-        "ViT-tiny-16-64",
-        optimizer=partial(PaperAdamW, lr=1e-3, weight_decay=0.0),
+        SMALL,
+        optimizer=partial(PaperAdamW, lr=2e-3, weight_decay=0.0),
         lr_scheduler=partial(WarmupCosine, warmup_steps=10),
     )
     data = Captions(
@@ -270,23 +279,35 @@ def lit_clip_command(
     environment: dict[str, str] | None = None,
     timeout: int = 120,
     function: Callable[[], None] = forks.command,
+    new: bool = False,
+    forked_ranks: bool = True,
 ) -> subprocess.CompletedProcess[str]:
     """Run ``lit-clip`` in a folder, as a user would.
 
     Args:
         folder: the working folder.
         words: command line arguments; see :func:`without_packaged_defaults`.
-        environment: additional variables; with them the command runs in a new interpreter instead of a fork.
+        environment: additional variables.
         timeout: in seconds.
         function: of :mod:`tests.helpers.forks`, that runs the command.
+        new: run it in a new interpreter, which reads variables such as ``PYTHONPATH``, instead of a fork.
+        forked_ranks: on several devices, let the other ranks be forks too instead of programs that Lightning starts.
     """
     command = [str(Path(sys.executable).parent / "lit-clip"), *without_packaged_defaults(words)]
     variables = {**os.environ, "COLUMNS": "200", "HF_HUB_OFFLINE": "1", **(environment or {})}
-    if not environment:
-        return forks.run([forks.Program(function, command, folder, variables)], timeout)[0]
+    if not new:
+        ranks = devices_of(command) if forked_ranks and function is forks.command else 1
+        program = partial(command_of_ranks, ranks) if ranks > 1 else function
+        return forks.run([forks.Program(program, command, folder, variables)], timeout)[0]
     return subprocess.run(
         command, cwd=folder, env=variables, capture_output=True, text=True, timeout=timeout, check=False
     )
+
+
+def devices_of(command: Sequence[str]) -> int:
+    """Return the number of devices that a command line names; 1 if it names none."""
+    values = [value for word, value in pairwise(command) if word in ("--trainer.devices", "--devices")]
+    return int(values[-1]) if values and values[-1].isdecimal() else 1
 
 
 @pytest.fixture

@@ -144,7 +144,9 @@ def test_both_ranks_of_a_test_compute_in_float32(cli: Callable[..., Any], captio
     """Lightning starts the second rank as a new program, which would choose bfloat16 on processors that have it."""
     (tmp_path / "precisions.py").write_text(PRECISIONS, encoding="utf-8")
     words = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.callbacks+=precisions.Noting"]
-    result = cli(*command(caption_table, *words, "--data.batch_size", "8", "--trainer.max_steps", "1"))
+    result = cli(
+        *command(caption_table, *words, "--data.batch_size", "8", "--trainer.max_steps", "1"), forked_ranks=False
+    )
     assert result.returncode == 0, result.stderr
     found = [(tmp_path / f"precision_{rank}.txt").read_text(encoding="utf-8") for rank in (0, 1)]
     assert found == ["32-true", "32-true"]

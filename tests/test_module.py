@@ -109,7 +109,7 @@ def test_open_clip_loads_our_checkpoint_unchanged(checkpoint: tuple[LitCLIP, Pat
     theirs = open_clip.CLIP(
         16,
         vision_cfg={"image_size": 32, "patch_size": 16, "width": 64, "layers": 1, "head_width": 64},
-        text_cfg={"context_length": 16, "width": 64, "layers": 1, "heads": 1},
+        text_cfg={"context_length": 16, "width": 16, "layers": 1, "heads": 1},
     )
     open_clip.load_checkpoint(theirs, str(path))
     images = torch.randn(2, 3, 32, 32)

@@ -13,7 +13,7 @@ THREADS = {"OMP_NUM_THREADS": "2"}  # the same for all runs: the order of sums c
 def fitted(folder: Path, name: str, environment: dict[str, str]) -> tuple[str, dict[str, float]]:
     """Train by a config, and return what is printed and the metrics in per cent."""
     config = ("--config", str(ROOT / f"configs/{name}.yaml"))
-    done = lit_clip_command(folder, "fit", *config, environment=THREADS | environment, timeout=3600)
+    done = lit_clip_command(folder, "fit", *config, environment=THREADS | environment, new=True, timeout=3600)
     assert done.returncode == 0, done.stderr
     return done.stdout, {key: float(value.removesuffix(" %")) for key, value in results(done.stdout).items()}
 
@@ -29,7 +29,7 @@ def test_the_quickstart_reaches_about_the_figures_of_the_readme(tmp_path: Path) 
     (run,) = (tmp_path / "runs/quickstart").iterdir()
     checkpoint = run / "checkpoints/last.ckpt"
     again = ("validate", "--config", str(run / "fit_config.yaml"), "--ckpt_path", str(checkpoint))  # with its precision
-    validated = lit_clip_command(tmp_path, *again, environment=THREADS, timeout=600)
+    validated = lit_clip_command(tmp_path, *again, environment=THREADS, new=True, timeout=600)
     assert results(validated.stdout) == results(printed)
 
 

@@ -1,8 +1,8 @@
 """The bench of recipes: its grid, its budget, its table, and that it goes on where it was."""
 
 import json
+import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from datamodules.openmoji import draw, read_table
 from lit_clip.cli.lightning import run
 from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
 from tests.conftest import ROOT
+from tests.helpers import forks
 from tests.helpers.exports import checkpoint
 
 BENCH = ROOT / "benchmarks/recipes"
@@ -24,8 +25,9 @@ TINY = {
 
 
 def bench(folder: Path, *options: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(BENCH), "grid.yaml", "--out", "out", *map(str, options)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=400, check=False)
+    words = [str(BENCH / "__main__.py"), "grid.yaml", "--out", "out", *map(str, options)]
+    program = forks.Program(forks.script_that_starts_lit_clip, words, folder, {**os.environ})
+    return forks.run([program], timeout=400)[0]
 
 
 def rows(done: subprocess.CompletedProcess[str]) -> dict[str, list[str]]:

@@ -19,6 +19,7 @@ from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, height_width
 
 LARGEST_PRODUCT = 8192  # rows; the three matrices of a product take 800 MB
+PEAK_SECONDS = 0.4  # for finding the fastest product
 LONG_ENOUGH = 0.02  # seconds; products that take longer reach no higher rate
 CALLS = 10  # that are timed together on a CUDA device
 
@@ -73,13 +74,13 @@ def _text_flops(encoder: nn.Module, context_length: int) -> tuple[float, float, 
     def tokens(length: int) -> Tensor:
         return torch.full((1, length), 5)  # an id that no tokenizer uses for padding
 
-    whole = tower_flops(encoder, tokens(context_length))
+    forward, whole = _counts(encoder, tokens(context_length))
     lengths = (context_length // 4, context_length // 2, context_length)
     if not 0 < lengths[0] < lengths[1] < lengths[2]:
         return float(whole), 0.0, 0.0
     try:
         with torch.no_grad():
-            counts = [tower_flops(encoder, tokens(length)) for length in lengths]
+            counts = [*(tower_flops(encoder, tokens(length)) for length in lengths[:2]), forward]
     except Exception:  # encoders of other libraries raise anything
         return float(whole), 0.0, 0.0
     powers = np.vander(np.array(lengths, dtype=np.float64), 3, increasing=True)
@@ -93,13 +94,18 @@ def tower_flops(tower: nn.Module, inputs: Tensor) -> int:
     Raises:
         Exception: any, from an encoder of another library that cannot run on such inputs.
     """
+    return _counts(tower, inputs)[1]
+
+
+def _counts(tower: nn.Module, inputs: Tensor) -> tuple[int, int]:
+    """Count the forward pass, and both passes; see :func:`tower_flops`."""
     try:
         return _count_on(tower, inputs, torch.device("meta"))
     except Exception:  # it reads the values of its inputs, which the meta device does not have
         return _count_on(tower, inputs, next(tower.parameters()).device)
 
 
-def _count_on(tower: nn.Module, inputs: Tensor, device: torch.device) -> int:
+def _count_on(tower: nn.Module, inputs: Tensor, device: torch.device) -> tuple[int, int]:
     copied: Any = _replica(tower, device).eval()  # in training mode, blocks may recompute their activations
     if torch.is_grad_enabled():
         copied.training = tower.training and bool(getattr(tower, "patch_dropout", 0))  # dropped as in a step
@@ -107,9 +113,10 @@ def _count_on(tower: nn.Module, inputs: Tensor, device: torch.device) -> int:
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         lengths = {"lengths": [inputs.shape[1]]} if getattr(copied, "reads_lengths", False) else {}
         features = copied(inputs.to(device), **lengths)
+        forward = counter.get_total_flops()
         if features.requires_grad:
             features.sum().backward()
-    return counter.get_total_flops()
+    return forward, counter.get_total_flops()
 
 
 def _replica(tower: nn.Module, device: torch.device) -> nn.Module:
@@ -125,14 +132,20 @@ def _replica(tower: nn.Module, device: torch.device) -> nn.Module:
     return copy.deepcopy(tower, tensors)
 
 
-def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.4) -> float:
-    """Measure the FLOP/s of the fastest of several (at least two) products of square matrices, in about ``seconds``."""
+def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float | None = None) -> float:
+    """Measure the FLOP/s of the fastest of several (at least two) products of square matrices.
+
+    Args:
+        device: that computes them.
+        dtype: of the matrices.
+        seconds: how long to measure, about; None: ``PEAK_SECONDS``.
+    """
 
     def random(size: int) -> Tensor:
         generator = torch.Generator(device).manual_seed(0)  # its own, to leave the run's random state untouched
         return torch.randn(size, size, generator=generator, device=device).to(dtype)
 
-    end = time.perf_counter() + seconds
+    end = time.perf_counter() + (PEAK_SECONDS if seconds is None else seconds)
     size, best, products = 512, 0.0, 0
     matrix = random(size)
     while products < 2 or time.perf_counter() < end:

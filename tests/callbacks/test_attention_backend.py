@@ -77,7 +77,7 @@ def test_a_named_backend_computes_all_attention_of_steps_and_validations_and_not
     backend: Any, caption_table: Path, tmp_path: Path
 ) -> None:
     kernels = Kernels()
-    fit(tmp_path, caption_table, AttentionBackend(backend), kernels, val_check_interval=1)
+    fit(tmp_path, caption_table, AttentionBackend(backend), kernels, val_check_interval=1, limit_val_batches=1)
     assert kernels.found == {"train": {backend}, "validation": {backend}}
     assert f"'{backend}'" in kernels.tag
     assert torch.backends.cuda.flash_sdp_enabled()

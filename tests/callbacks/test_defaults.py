@@ -110,6 +110,6 @@ def test_a_package_that_hides_ours_is_named(
 ) -> None:
     (tmp_path / "callbacks.py").write_text("")
     words = ["fit", "--data", "datamodules.Captions", "--data.train", str(caption_table), "--trainer.max_steps", "1"]
-    result = cli(*words, "--model.architecture", TINY_YAML, environment={"PYTHONPATH": str(tmp_path)})
+    result = cli(*words, "--model.architecture", TINY_YAML, environment={"PYTHONPATH": str(tmp_path)}, new=True)
     assert result.returncode == 2, result.stderr
     assert "callbacks.py: hides lit-clip's package of that name; rename it" in result.stderr

@@ -5,7 +5,6 @@ import random
 import re
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +33,8 @@ from lit_clip.training.optim import PaperAdamW
 from lit_clip.training.schedules import WarmupCosine
 from lit_clip.training.signals import Signals
 from tests.conftest import ROOT, TINY_YAML, lit_clip_command
+from tests.helpers import forks
+from tests.helpers.fork_ranks import command_of_ranks
 from tests.test_module import data_for, trainer
 
 LONG_VALIDATION = (
@@ -369,11 +370,16 @@ def test_outside_fit_a_signal_ends_the_process_at_once(tiny_config: CLIPConfig, 
 # Several processes: the command, started as a user or a scheduler starts it.
 
 
+def _in_its_own_group(devices: int) -> None:
+    os.setpgid(0, 0)
+    command_of_ranks(devices)
+
+
 class Run:
     """A ``lit-clip fit`` of the tiny model in its own folder, which runs until a signal ends it."""
 
     def __init__(self, folder: Path, table: Path, *words: str, devices: int = 2, val: Path | None = None) -> None:
-        self.folder, self.output = folder, folder / "output.txt"
+        self.folder, self.output, self.devices = folder, folder / "output.txt", devices
         command = [
             *(str(Path(sys.executable).parent / "lit-clip"), "fit"),
             *("--config", str(ROOT / "tests/helpers/no_settings.yaml"), "--data", "datamodules.Captions"),
@@ -386,24 +392,21 @@ class Run:
             *("--trainer.logger.init_args.save_dir", ".", "--trainer.logger.init_args.flush_logs_every_n_steps", "1"),
             *words,
         ]
-        with self.output.open("w") as file:
-            self.process = subprocess.Popen(
-                command,
-                cwd=folder,
-                stdout=file,
-                stderr=file,
-                env={**os.environ, "COLUMNS": "200", "PYTHONPATH": str(ROOT)},
-                process_group=0,
-            )
+        forks.start_server()
+        program = forks.Program(partial(_in_its_own_group, devices), command, folder, {**os.environ, "COLUMNS": "200"})
+        self.process = forks.CONTEXT.Process(target=forks.become, args=(program, *[str(self.output)] * 2))
+        self.process.start()
+        self.pid: int = self.process.pid or 0
         self.ranks: list[int] = []
         self.processes: set[psutil.Process] = set()
 
     def wait_for_step(self, step: int) -> None:
         """Wait until that many steps are logged, then collect the processes."""
         self._wait(lambda: len(self.logged_steps()) >= step)
-        children = psutil.Process(self.process.pid).children()
-        self.ranks = [self.process.pid, *(child.pid for child in children if "LOCAL_RANK" in child.environ())]
-        self.processes = {psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)}
+        first = psutil.Process(self.pid)
+        children = sorted(child.pid for child in first.children())  # other ranks before data workers
+        self.ranks = [self.pid, *children[: self.devices - 1]]
+        self.processes = {first, *first.children(recursive=True)}
 
     def wait_for_validation(self) -> None:
         """Wait until both ranks validate, which has no collectives, then collect the processes."""
@@ -413,7 +416,7 @@ class Run:
     def _wait(self, happened: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 90
         while not happened():
-            assert self.process.poll() is None, self.output.read_text()
+            assert self.process.is_alive(), self.output.read_text()
             assert time.monotonic() < deadline, self.output.read_text()
             time.sleep(0.02)
 
@@ -432,7 +435,9 @@ class Run:
     def exit_code(self, timeout: float) -> int:
         """Wait for the run to end; all of its processes must be gone within the timeout."""
         deadline = time.monotonic() + timeout
-        code = self.process.wait(timeout)
+        self.process.join(timeout)
+        code = self.process.exitcode
+        assert code is not None, self.output.read_text()
         _, alive = psutil.wait_procs(self.processes, max(deadline - time.monotonic(), 0))
         assert alive == [], f"{alive}: {self.output.read_text()}"
         return code
@@ -458,8 +463,8 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
     yield make
     for run in runs:
         with suppress(ProcessLookupError):
-            os.killpg(run.process.pid, signal.SIGKILL)
-        run.process.wait(10)
+            os.killpg(run.pid, signal.SIGKILL)
+        run.process.join(10)
 
 
 @pytest.fixture(scope="module")
@@ -497,9 +502,9 @@ def test_repeated_signals_to_all_processes_leave_one_complete_checkpoint_that_re
     run.wait_for_step(3)
     assert len(run.ranks) == 2
     deadline = time.monotonic() + 40
-    while run.process.poll() is None and time.monotonic() < deadline:
+    while run.process.is_alive() and time.monotonic() < deadline:
         with suppress(ProcessLookupError):
-            os.killpg(run.process.pid, signal.SIGTERM)
+            os.killpg(run.pid, signal.SIGTERM)
         time.sleep(0.01)
     assert run.exit_code(30) == 128 + signal.SIGTERM
     steps = load(run.checkpoint())["global_step"]
@@ -595,7 +600,7 @@ def test_slurms_requeue_signal_saves_for_the_next_job_and_requeues(
         monkeypatch.setenv(f"SLURM_{name}", value)
     run = start(caption_table, "--data.num_workers", "0", devices=1)
     run.wait_for_step(2)
-    os.kill(run.process.pid, signal.SIGUSR1)
+    os.kill(run.pid, signal.SIGUSR1)
     assert run.exit_code(30) == 128 + signal.SIGUSR1
     assert (tmp_path / "called").read_text().split() == ["requeue", "41"]
     assert load(run.folder / "hpc_ckpt_1.ckpt")["global_step"] == len(run.logged_steps())

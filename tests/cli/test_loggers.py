@@ -34,8 +34,8 @@ def fit(cli: Fit, caption_table: Path) -> Fit:
     words = (*words, "--model.architecture", TINY_YAML, "--trainer.log_every_n_steps", "1")
     words = (*words, "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false")
 
-    def run(*options: str, environment: dict[str, str] | None = None) -> CompletedProcess[str]:
-        done = cli("fit", *words, "--trainer.max_epochs", "1", *options, environment=environment, timeout=240)
+    def run(*options: str, **others: Any) -> CompletedProcess[str]:
+        done = cli("fit", *words, "--trainer.max_epochs", "1", *options, timeout=240, **others)
         assert done.returncode == 0, done.stdout + done.stderr
         return done
 
@@ -50,8 +50,9 @@ def saved_steps(folders: list[Path]) -> list[int]:
 def test_wandb_gets_metrics_and_images_and_each_run_has_its_own_folder(fit: Fit, tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     logger = ("--trainer.logger", "WandbLogger", "--trainer.logger.offline", "true", "--trainer.logger.project", "mine")
-    fresh = {"WANDB_CONSOLE": "off"}  # in a new interpreter: forks would share, and delete, W&B's folder of images
-    first = fit(*logger, environment=fresh)
+    # In new interpreters: forks would share, and delete, W&B's folder of images.
+    fresh: dict[str, Any] = {"environment": {"WANDB_CONSOLE": "off"}, "new": True}
+    first = fit(*logger, **fresh)
     (folder,) = (tmp_path / "runs/mine").iterdir()
     (run,) = (tmp_path / "runs/wandb").glob(f"offline-run-*-{folder.name}")
     records = next(run.glob("*.wandb")).read_bytes()  # protocol buffers, in which names are plain text
@@ -62,7 +63,7 @@ def test_wandb_gets_metrics_and_images_and_each_run_has_its_own_folder(fit: Fit,
     (suggestion,) = re.findall(r"--config (\S+) --ckpt_path", first.stdout)
     before = (tmp_path / suggestion).read_text()
     assert yaml.safe_load(before)["data"]["class_path"] == "datamodules.Captions"
-    fit(*logger, "--trainer.max_epochs", "2", "--ckpt_path", "last", environment=fresh)
+    fit(*logger, "--trainer.max_epochs", "2", "--ckpt_path", "last", **fresh)
     (second,) = set((tmp_path / "runs/mine").iterdir()) - {folder}
     assert saved_steps([folder, second]) == [4, 8]
     assert (tmp_path / suggestion).read_text() == before

@@ -134,5 +134,5 @@ def test_only_classes_of_the_kind_are_created(part: str) -> None:
 def test_no_module_of_the_working_folder_is_run_that_nobody_named(cli: Callable[..., Any], tmp_path: Path) -> None:
     for name in ("json", "sys", "yaml", "torch", "typeshed_client", "sitecustomize"):  # beside somebody's images
         (tmp_path / f"{name}.py").write_text('open("RAN", "w").close()\n', encoding="utf-8")
-    cli("fit", "--print_config", environment={"PYTHONUNBUFFERED": "1"})  # an interpreter of its own
+    cli("fit", "--print_config", new=True)
     assert not (tmp_path / "RAN").exists()

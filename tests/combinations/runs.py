@@ -23,7 +23,7 @@ from lit_clip.training.schedules import WarmupCosine
 CONFIG = CLIPConfig(
     embed_dim=16,
     image=VisionTransformerConfig(image_size=32, patch_size=16, width=64, layers=2, heads=1),
-    text=TextTransformerConfig(context_length=16, width=64, layers=2, heads=1),
+    text=TextTransformerConfig(context_length=16, width=16, layers=2, heads=1),
 )
 PAIRS, BATCH, EPOCHS, SAVED_AT = 16, 4, 2, 3  # an epoch has four steps; the checkpoint is within the first
 STEPS = EPOCHS * PAIRS // BATCH

@@ -23,7 +23,6 @@ from tests.datamodules.evaluation.test_caption_choices import (
     write_winogavil,
     write_winoground,
 )
-from tests.helpers import forks
 from tests.helpers.coloured_sets import paint
 
 __all__ = ["root"]
@@ -103,7 +102,7 @@ def test_choices_equal_clip_benchmarks(choices: Path, capsys: pytest.CaptureFixt
 
 def test_two_processes_give_the_same_choices(choices: Path) -> None:
     one = evaluate()["sets"]
-    result = lit_clip_command(choices, *words("--devices", "2", "--output", "two"), function=forks.launching)
+    result = lit_clip_command(choices, *words("--devices", "2", "--output", "two"))
     assert result.returncode == 0, result.stderr
     assert json.loads(Path("two/results.json").read_text(encoding="utf-8"))["sets"] == one
 

@@ -15,8 +15,8 @@ from lit_clip.commands import evaluate as command
 from lit_clip.embedding.encode import EncodingSettings
 from lit_clip.errors import InputError
 from tests.conftest import lit_clip_command
-from tests.helpers import forks
 from tests.helpers.coloured_sets import WDS_LABELS, WDS_NAMES, WDS_TEMPLATES, paint_shade, wds_sample, write_wds
+from tests.helpers.fork_ranks import command_of_ranks
 from tests.helpers.hub import Hub, Repository, command_with_hub, running_hub
 
 WEB = "datamodules.evaluation.WebDataset"
@@ -107,7 +107,7 @@ def test_splits_that_the_chosen_tasks_do_not_use_are_not_downloaded(hub: Hub, tm
 
 def test_only_the_first_of_two_processes_downloads(hub: Hub, tmp_path: Path) -> None:
     options = words("--download", "--sets", "mine", "wds_there", "--devices", "2")
-    program = partial(forks.launching, partial(command_with_hub, hub.url))
+    program = partial(command_of_ranks, 2, partial(command_with_hub, hub.url))
     result = lit_clip_command(tmp_path, *options, function=program)
     assert result.returncode == 0, result.stderr
     assert {name: entry["status"] for name, entry in read_sets().items()} == {"mine": "done", "wds_there": "done"}

@@ -25,7 +25,6 @@ from lit_clip.evaluation.suite import read_suite
 from tests.commands.test_evaluate import FOLDER, counted_images, evaluate, noise, root, words, write_suite
 from tests.conftest import lit_clip_command
 from tests.evaluation.test_clip_benchmark import CLASSES, write_shards
-from tests.helpers import forks
 
 __all__ = ["root"]  # a fixture
 ZERO_SHOT = ("--tasks", "zero_shot")
@@ -297,7 +296,7 @@ def test_a_rank_that_cannot_write_stops_the_others(root: Path) -> None:
     kept = cached()
     shutil.rmtree(kept)
     kept.with_name(f".{kept.name}.parts").write_text("no folder")
-    result = lit_clip_command(root, *words(*ZERO_SHOT, "--devices", "2"), timeout=60, function=forks.launching)
+    result = lit_clip_command(root, *words(*ZERO_SHOT, "--devices", "2"), timeout=60)
     assert result.returncode == 2
     assert "cannot be written (File exists)" in result.stderr
 

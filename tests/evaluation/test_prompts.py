@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -253,6 +254,12 @@ def test_hash_depends_on_which_class_has_which_prompt() -> None:
 PROMPTS = Prompts(
     ["cat", "dog", "cow"], [["a cat", "a photo of a very small kitten"], ["dog"], ["a cow", "cows", "moo"]]
 )
+
+
+@pytest.fixture
+def tiny_config(tiny_config: CLIPConfig) -> CLIPConfig:
+    """The shared one with a text encoder wide enough that random weights tell texts apart."""
+    return replace(tiny_config, text=replace(tiny_config.text, width=64))
 
 
 @pytest.fixture

@@ -1,17 +1,13 @@
 """``lit-clip fit`` in processes of its own: the first rank starts the others, as on a user's machine."""
 
 import os
-import pickle
 import signal
-import sys
 import time
-import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -19,6 +15,7 @@ import torch
 from tests.faults import clock, disks
 from tests.faults.recorder import PREFIX
 from tests.helpers import forks
+from tests.helpers.fork_ranks import command_of_ranks
 
 ARCHITECTURE = (
     "{embed_dim: 16, image: {timm: vit_tiny_patch16_224, image_size: 32, options: {depth: 1, proj_drop_rate: 0.3}}, "
@@ -200,60 +197,7 @@ class Run:
         return "".join(texts)
 
 
-# In the run's own processes.
-
-
-class _Reserve:
-    """A process for another rank, forked before the first one has threads; for Lightning it is a ``Popen``."""
-
-    def __init__(self, earlier: Sequence["_Reserve"]) -> None:
-        self.returncode: int | None = None
-        mine, self._orders = os.pipe()
-        self.pid = os.fork()
-        if self.pid == 0:
-            for reserve in (*earlier, self):
-                os.close(reserve._orders)  # or it would not see the end of its own pipe
-            _stand_by(mine)
-        os.close(mine)
-
-    def begin(self, command: Sequence[str], env: dict[str, str], cwd: str | None) -> "_Reserve":
-        """Have it run the same command with another environment."""
-        with open(self._orders, "wb") as orders:
-            pickle.dump(env, orders)
-        return self
-
-    def poll(self) -> int | None:
-        """Return the exit code; None: it runs."""
-        if self.returncode is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
-        return self.returncode
-
-    def send_signal(self, signum: int) -> None:
-        """Send it a signal unless it has ended."""
-        if self.poll() is None:
-            os.kill(self.pid, signum)
-
-
-def _stand_by(orders: int) -> None:
-    """Wait for the environment, run the command with it and end."""
-    with open(orders, "rb") as pipe:
-        content = pipe.read()
-    if not content:  # the first rank has ended before it started this one
-        os._exit(0)
-    os.environ.clear()
-    os.environ.update(pickle.loads(content))
-    code: Any = 0
-    try:
-        forks.command()
-    except SystemExit as end:
-        code = end.code
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code if isinstance(code, int) else int(code is not None))
+# In the run's own process.
 
 
 def _lead(settings: Settings) -> None:
@@ -273,12 +217,4 @@ def _lead(settings: Settings) -> None:
         aiohttp.client.DEFAULT_TIMEOUT = aiohttp.ClientTimeout(total=settings.store_timeout)
     if settings.clock is not None:
         clock.follow_clock(settings.clock)
-    reserves: list[_Reserve] = []
-    for _ in range(settings.ranks - 1):
-        reserves.append(_Reserve(reserves))
-    from lightning.pytorch.strategies.launchers import subprocess_script
-
-    subprocess_script.subprocess = SimpleNamespace(  # pyright: ignore
-        Popen=lambda command, env, cwd: reserves.pop(0).begin(command, env, cwd)
-    )
-    forks.command()
+    command_of_ranks(settings.ranks)

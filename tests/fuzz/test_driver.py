@@ -1,8 +1,7 @@
 """The fuzzing command finds what it should, keeps it, and can show it again."""
 
 import json
-import subprocess
-import sys
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from tests.fuzz.driver import Driver, read_case, seed_of
 from tests.fuzz.inputs import Input, edited, to_json
 from tests.fuzz.oracle import ROOT
 from tests.fuzz.targets import NAMES, evaluation, pairs, settings, weights
+from tests.helpers import forks
 
 PLANTED = "tests/fuzz/planted.py"
 FOUND = {
@@ -93,10 +93,9 @@ def test_same_seed_makes_the_same_inputs(tmp_path: Path) -> None:
 
 
 def test_command_ends_with_1_after_a_finding_and_says_what_to_do(tmp_path: Path) -> None:
-    words = ["--minutes", "0.02", "--target", f"{PLANTED}:always", "--out", str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.fuzz", *words], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
-    )
+    words = [str(ROOT / "tests/fuzz/__main__.py"), "--minutes", "0.02", "--target", f"{PLANTED}:always"]
+    program = forks.Program(forks.script, [*words, "--out", str(tmp_path)], ROOT, {**os.environ})
+    (done,) = forks.run([program], timeout=120)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "KeyError" in done.stdout
     assert "copy its input to tests/corpus/" in done.stdout

@@ -5,7 +5,6 @@ environment and the output files that a new process would get. Tests of the star
 """
 
 import atexit
-import json
 import multiprocessing
 import os
 import runpy
@@ -14,12 +13,11 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import chdir, contextmanager
-from functools import partial
-from multiprocessing.forkserver import ensure_running
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import NamedTuple
 from unittest.mock import patch
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +44,7 @@ class Program(NamedTuple):
 def start_server() -> None:
     """Start the server, which imports modules from the current folder, unless it is running."""
     with chdir(ROOT), patch.dict(os.environ, HF_HUB_OFFLINE="1"):
-        ensure_running()
+        forkserver._forkserver.ensure_running()
 
 
 def run(programs: Sequence[Program], timeout: float) -> list[subprocess.CompletedProcess[str]]:
@@ -103,11 +101,13 @@ def become(program: Program, out: str, err: str) -> None:
     os.chdir(program.folder)
     os.environ.clear()
     os.environ.update(program.environment)
+    sys.path[:0] = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     if "TORCHELASTIC_RUN_ID" in os.environ:
         os.environ["LOCAL_RANK"] = os.environ["RANK"]
     sys.argv = list(program.words)
     sys.modules["__main__"] = ModuleType("__main__")  # instead of pytest's
     multiprocessing.set_start_method("fork", force=True)  # for data workers, as in any other process on Linux
+    forkserver._forkserver.ensure_running = lambda: None  # the one that made this process makes those it runs
     try:
         program.function()
     finally:
@@ -131,54 +131,18 @@ def command_with_progress() -> None:
     command()
 
 
-def launching(function: Callable[[], None] = command) -> None:
-    """Run a program of which Lightning starts a second rank: a fork of this process, made before the program runs.
-
-    The fork is a child of the first rank, as the new interpreter would be that Lightning starts, and gets the same
-    command line and environment.
-    """
-    from lightning.pytorch.strategies.launchers import subprocess_script
-
-    reading, writing = os.pipe()
-    rank = os.fork()
-    if rank:
-        os.close(reading)
-        launcher: Any = subprocess_script
-        launcher.subprocess = SimpleNamespace(Popen=partial(_Launched, rank, writing))
-        function()
-        return
-    os.close(writing)
-    with os.fdopen(reading) as file:
-        order = file.read()
-    if not order:  # the first rank has ended, and started none
-        os._exit(0)
-    words, environment = json.loads(order)
-    os.environ.clear()
-    os.environ.update(environment)
-    sys.argv = words[1:]  # without the interpreter
-    function()
-
-
-class _Launched:
-    """What Lightning and lit-clip use of ``subprocess.Popen``, for a rank that waits for its command line."""
-
-    def __init__(self, rank: int, orders: int, words: list[str], env: dict[str, str], cwd: None) -> None:
-        self.pid = rank
-        self.returncode: int | None = None
-        with os.fdopen(orders, "w") as file:
-            json.dump([words, env], file)
-
-    def poll(self) -> int | None:
-        if self.returncode is None:
-            ended, status = os.waitpid(self.pid, os.WNOHANG)
-            self.returncode = os.waitstatus_to_exitcode(status) if ended else None
-        return self.returncode
-
-    def send_signal(self, number: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
-
 def script() -> None:
-    """Run the file that the command line names."""
+    """Run the file that the command line names, which can import its neighbours."""
+    sys.path.insert(0, str(Path(sys.argv[0]).resolve().parent))
     runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def script_that_starts_lit_clip() -> None:
+    """Run the file that the command line names; when it runs ``python -m lit_clip``, that is a fork too."""
+
+    def run_a_fork(words: Sequence[str], env: dict[str, str], **_: object) -> subprocess.CompletedProcess[str]:
+        assert words[:3] == [sys.executable, "-m", "lit_clip"], words
+        return run([Program(command, ["lit-clip", *words[3:]], Path.cwd(), env)], timeout=300)[0]
+
+    with patch("subprocess.run", run_a_fork):
+        script()

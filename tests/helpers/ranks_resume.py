@@ -19,7 +19,7 @@ from lit_clip.training.optim import PaperAdamW
 from lit_clip.training.schedules import WarmupCosine
 
 IMAGE = VisionTransformerConfig(image_size=32, patch_size=16, width=64, layers=2, heads=1)
-CONFIG = CLIPConfig(16, IMAGE, TextTransformerConfig(context_length=16, width=64, layers=2, heads=1))
+CONFIG = CLIPConfig(16, IMAGE, TextTransformerConfig(context_length=16, width=16, layers=2, heads=1))
 
 
 def _trainer(**options: Any) -> Trainer:

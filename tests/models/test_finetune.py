@@ -29,7 +29,6 @@ from lit_clip.module import LitCLIP
 from lit_clip.training.optim import PaperAdamW
 from lit_clip.training.schedules import WarmupCosine, warmup_cosine
 from tests.conftest import TINY_YAML
-from tests.helpers import forks
 from tests.helpers.ranks import CONFIG, PAIRS, finetuned_module, make_batch
 from tests.test_module import SaveAt, data_for, trainer
 
@@ -341,8 +340,7 @@ def test_validate_first_logs_at_step_0_and_the_change_is_reported_also_after_a_r
 ) -> None:
     options = ["--validate_first", "true", "--model.freeze", "{image: all}", "--model.layer_decay", "0.5"]
     ddp = [] if devices == 1 else ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "8"]
-    function = forks.command if devices == 1 else forks.launching
-    result = cli(*command(caption_table, *options, *ddp, "--trainer.max_epochs", "1"), function=function)
+    result = cli(*command(caption_table, *options, *ddp, "--trainer.max_epochs", "1"))
     assert result.returncode == 0, result.stderr
     rows = [row for row in metrics(tmp_path / "logs") if row["val/loss"]]
     assert [row["step"] for row in rows] == ["0", "3"]

@@ -1,7 +1,6 @@
 """Checkpoint files: complete or absent, and the newest complete one is found."""
 
 import io
-import multiprocessing
 import os
 import resource
 import signal
@@ -23,6 +22,7 @@ from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig
 from lit_clip.training.checkpoint_io import WholeCheckpointIO, newest_checkpoint, remove_after_writing
 from tests.conftest import TINY_YAML
+from tests.helpers import forks
 from tests.test_module import data_for, trainer
 
 CHECKPOINT = {"global_step": 7, "optimizer_states": [], "state_dict": {"weight": torch.arange(300_000.0)}}
@@ -51,7 +51,8 @@ def _save_with_a_limit(path: str, bytes_allowed: int) -> None:
 def test_a_full_disk_is_an_error_that_names_the_file_and_keeps_the_previous_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     WholeCheckpointIO().save_checkpoint({**CHECKPOINT, "global_step": 6}, path)
-    process = multiprocessing.get_context("spawn").Process(target=_save_with_a_limit, args=(str(path), 500_000))
+    forks.start_server()
+    process = forks.CONTEXT.Process(target=_save_with_a_limit, args=(str(path), 500_000))
     process.start()
     process.join(60)
     assert process.exitcode == 3

@@ -39,7 +39,7 @@ def teacher(tmp_path: Path) -> tuple[CLIP, Path]:
     config = CLIPConfig(
         embed_dim=24,
         image=VisionTransformerConfig(image_size=48, patch_size=16, width=64, layers=1, heads=1),
-        text=TextTransformerConfig(context_length=20, width=64, layers=1, heads=1),
+        text=TextTransformerConfig(context_length=20, width=16, layers=1, heads=1),
         preprocessing=Preprocessing(image_size=48, mean=(0.5, 0.5, 0.5), std=(0.25, 0.5, 1.0)),
     )
     model = CLIP(config).eval()

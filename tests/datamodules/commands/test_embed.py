@@ -26,6 +26,7 @@ from lit_clip.tools.messages import one_line
 from lit_clip.weights.fingerprint import fingerprint
 from tests.conftest import lit_clip_command
 from tests.helpers import forks
+from tests.helpers.fork_ranks import command_of_ranks
 
 IMAGES = ["a.png", "b.jpg", "deep/c.png", "deep/d.webp", "deep/er/e.png", "f.PNG", "g.bmp"]
 
@@ -108,7 +109,7 @@ def test_two_ranks_write_the_same_bytes_as_one(folder: Path, tiny_checkpoint: Pa
     result: subprocess.CompletedProcess[str] = lit_clip_command(
         folder,
         *("embed", *options, "--devices", "2", "--accelerator", "cpu", "--num_workers", "1"),
-        function=partial(forks.launching, forks.command_with_progress),
+        function=partial(command_of_ranks, 2, forks.command_with_progress),
     )
     assert result.returncode == 0, result.stderr
     assert [(folder / name).read_bytes() for name in names] == alone
@@ -122,7 +123,7 @@ def test_an_image_that_one_of_two_ranks_cannot_read_is_a_one_line_error(folder: 
     (folder / "photos/deep/c.png").write_text("junk")
     options = ["--model", str(tiny_checkpoint), "--output", "features.npy", "--batch_size", "2"]
     options += ["--devices", "2", "--accelerator", "cpu", "--num_workers", "0"]
-    result = lit_clip_command(folder, "embed", "photos", *options, function=forks.launching)
+    result = lit_clip_command(folder, "embed", "photos", *options)
     assert result.returncode == 2
     assert [line for line in result.stderr.splitlines() if "error" in line.lower()] == [
         "lit-clip: error: photos/deep/c.png: cannot read this image (not an image); "

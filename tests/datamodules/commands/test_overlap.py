@@ -395,7 +395,7 @@ def recognised_keys(drawn: Drawn) -> set[str]:
     """Return the keys of the images that the model classifies correctly, encoded one by one."""
     model = load_model(str(drawn.model))
     names = sorted(folder.name for folder in drawn.evaluation.iterdir())
-    classifier = zero_shot_classifier(model, [name.replace("_", " ") for name in names], ["a drawing of a {}."])
+    classifier = zero_shot_classifier(model, [name.replace("_", " ") for name in names], ["{}."])
     right = set()
     for path in drawn.evaluation.rglob("*.png"):
         with torch.no_grad():
@@ -408,7 +408,7 @@ def recognised_keys(drawn: Drawn) -> set[str]:
 def test_the_command_finds_the_copies_and_reports_their_effect_on_accuracy(
     drawn: Drawn, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = [str(drawn.evaluation), "--train", str(drawn.table), "--templates", "a drawing of a {}."]
+    words = [str(drawn.evaluation), "--train", str(drawn.table), "--templates", "{}."]
     report = run_overlap(drawn, tmp_path / "overlap.html", *words, "--threshold", "0.9")
     output = capsys.readouterr()
     found = report["sets"]["emoji"]

@@ -24,6 +24,7 @@ from lit_clip.models.config import CLIPConfig
 from lit_clip.weights.fingerprint import fingerprint
 from tests.conftest import lit_clip_command
 from tests.helpers import forks
+from tests.helpers.fork_ranks import command_of_ranks
 
 CAPTIONS = [
     ["a red kite over the beach"],
@@ -196,7 +197,9 @@ def test_two_ranks_write_the_bytes_of_one(folder: Path, tiny_checkpoint: Path) -
     options = ["several.jsonl", "--model", str(tiny_checkpoint), "--batch_size", "2", "--keep", "0.4"]
     score(*options, "--output", "one.parquet")
     options += ["--output", "two.parquet", "--devices", "2", "--accelerator", "cpu", "--num_workers", "1"]
-    result = lit_clip_command(folder, "score", *options, function=partial(forks.launching, forks.command_with_progress))
+    result = lit_clip_command(
+        folder, "score", *options, function=partial(command_of_ranks, 2, forks.command_with_progress)
+    )
     assert result.returncode == 0, result.stderr
     assert "process 1 of 2" in result.stderr
     assert Path("two.parquet").read_bytes() == Path("one.parquet").read_bytes()

@@ -33,7 +33,6 @@ from tests.fuzz.driver import Driver
 from tests.fuzz.inputs import Input, mutated
 from tests.fuzz.samples import encoded, image, whole_images
 from tests.fuzz.targets.stores import whole_sources
-from tests.helpers import forks
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 SMALL = Preprocessing(image_size=32)
@@ -298,7 +297,7 @@ def test_two_processes_sum_their_skipped_samples_and_list_each_once(
     table: tuple[Path, dict[str, str]], cli: Cli, tmp_path: Path
 ) -> None:
     path, bad = table
-    result = cli(*fit(path, 2, "--data.on_error", "skip"), timeout=180, function=forks.launching)
+    result = cli(*fit(path, 2, "--data.on_error", "skip"), timeout=180)
     assert result.returncode == 0, result.stderr
     assert "5 of 160 samples (3.1%) could not be used" in result.stderr
     (listed,) = tmp_path.rglob("skipped.jsonl")
@@ -322,7 +321,7 @@ def test_bad_sample_ends_a_run_of_several_processes_with_one_line(table: tuple[P
     (path.parent / "one.csv").write_text(
         "image,caption\n" + "".join(f"{i}.png,a\n" for i in range(40) if i != 3) + "77.png,a\n"
     )
-    result = cli(*fit(path.parent / "one.csv", 2), timeout=120, function=forks.launching)
+    result = cli(*fit(path.parent / "one.csv", 2), timeout=120)
     assert result.returncode == 2, result.stderr
     assert re.search(r"lit-clip: error: \S+one.csv row 41: no such image file", result.stderr), result.stderr
     assert "Traceback" not in result.stderr
@@ -333,7 +332,7 @@ def test_too_many_skipped_samples_end_the_run_on_all_processes(
 ) -> None:
     path, _ = table
     options = ("--data.on_error", "skip", "--data.max_skipped", "0.02")
-    result = cli(*fit(path, 2, *options), timeout=120, function=forks.launching)
+    result = cli(*fit(path, 2, *options), timeout=120)
     assert result.returncode == 2, result.stderr
     assert re.search(r"error: \d of 1\d\d samples \(\d.\d%\) could not be used: .* raise data.max", result.stderr)
     assert list(tmp_path.rglob("skipped.jsonl"))
