@@ -26,7 +26,13 @@ class PrintResults(Callback):
         folder = run_folder(trainer)  # every rank must ask
         _warn_of_unsaved_steps(trainer)
         if last and trainer.is_global_zero:
-            print_next_steps(Path(last), folder, curves(trainer.loggers))
+            print_next_steps(Path(last), folder, curves(trainer.loggers), _best(trainer))
+
+
+def _best(trainer: Trainer) -> dict[str, Path]:
+    """Return the best checkpoint by each metric that a ``ModelCheckpoint`` watches."""
+    savers = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
+    return {each.monitor: Path(each.best_model_path) for each in savers if each.monitor and each.best_model_path}
 
 
 def _warn_of_unsaved_steps(trainer: Trainer) -> None:

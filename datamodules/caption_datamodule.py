@@ -21,7 +21,7 @@ from datamodules.loading.sampling import (
     default_batch_size,
 )
 from datamodules.pairs.batches import Collate, TrainingPairs, ValidationPairs
-from datamodules.pairs.caption_lengths import LongCaptions, report_long
+from datamodules.pairs.caption_lengths import LongCaptions, report_captions
 from datamodules.pairs.kept import digest_of_kept
 from datamodules.pairs.sentences import FittingCaptions
 from datamodules.pairs.source import PairSource
@@ -136,7 +136,7 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         if self.val_source is None or (stage == "fit" and self.train_source is None):
             self.train_source, self.val_source = self.sources(stage == "fit")
         if stage == "fit" and self.train_source is not None:
-            report_long(self.train_source, self.tokenize, self.long_captions)
+            report_captions(self.train_source, self.tokenize, self.long_captions)
 
     def _batches(self, start: Position = Position()) -> GlobalBatchSampler:  # noqa: B008  # immutable
         assert self.train_source is not None, "call setup('fit') first"

@@ -93,7 +93,7 @@ def summarize(
         sections.append(SummarySection("images", _image_lines(findings, duplicates)))
         sections.append(SummarySection("captions", _caption_lines(findings, duplicates, context_length)))
     processes = "one process" if world_size == 1 else f"each of {world_size} processes"
-    title = f"batches of {batch_size} on {processes}"
+    title = f"batches of {batch_size} of all pairs on {processes}"
     unusable = pairs - len(findings.usable)
     sections.append(SummarySection(title, _batch_lines(pairs, unusable, world_size, batch_size)))
     return sections
@@ -183,7 +183,7 @@ def _caption_lines(findings: ScanFindings, duplicates: DuplicateGroups, context_
     lines.append(_duplicate_line("same as another caption", duplicates.captions, number))
     if duplicates.captions.number:
         as_right = "--model.loss Contrastive --model.loss.duplicates positives"
-        lines.append(SummaryLine("fit counts them as wrong; as right with", as_right))
+        lines.append(SummaryLine("to count them as right in training", as_right))
     return lines
 
 

@@ -1,5 +1,6 @@
 """Caption lengths in tokens against the model's context length."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -14,6 +15,7 @@ from lit_clip.models.tokenizer import TextTokenizer
 
 LongCaptions = Literal["truncate", "sentences", "error"]
 MOST_OF_A_ROW = 100  # captions that are measured
+FEW_REPEATED = 0.1
 SAMPLED = 2000  # captions take about 50 microseconds each
 
 
@@ -26,6 +28,7 @@ class CaptionStatistics(NamedTuple):
         tokens_lost: mean number of tokens that the truncated ones lose; 0 if there are none.
         longest: tokens of the longest, start and end included.
         endless: share of the captions that are truncated although they are cut into sentences: no sentence fits.
+        repeated: share of the captions that occur more than once.
     """
 
     captions: int
@@ -33,6 +36,7 @@ class CaptionStatistics(NamedTuple):
     tokens_lost: float
     longest: int
     endless: float
+    repeated: float
 
 
 def caption_statistics(source: PairSource, tokenizer: TextTokenizer, sample: int | None = SAMPLED) -> CaptionStatistics:
@@ -45,25 +49,33 @@ def caption_statistics(source: PairSource, tokenizer: TextTokenizer, sample: int
     """
     step = 1 if sample is None else max(1, -(-len(source) // sample))
     counts, endless, context = [], 0, tokenizer.context_length
+    times: Counter[int] = Counter()
     for index in range(0, len(source), step):
         try:
             captions = source.captions(index)
         except BadSample:
             continue
         for caption in captions[:MOST_OF_A_ROW]:
+            times[hash(caption)] += 1
             counts.append(tokenizer.count(caption))
             endless += counts[-1] > context and all(tokenizer.count(part) > context for part in sentences(caption))
     lost = [count - context for count in counts if count > context]
     number, mean = max(1, len(counts)), sum(lost) / max(1, len(lost))
-    return CaptionStatistics(len(counts), len(lost) / number, mean, max(counts, default=0), endless / number)
+    repeated = sum(count for count in times.values() if count > 1) / number
+    return CaptionStatistics(len(counts), len(lost) / number, mean, max(counts, default=0), endless / number, repeated)
 
 
-def report_long(source: PairSource, tokenizer: TextTokenizer, policy: LongCaptions) -> None:
-    """Print on the first rank what becomes of captions that exceed the context."""
+def report_captions(source: PairSource, tokenizer: TextTokenizer, policy: LongCaptions) -> None:
+    """Print on the first rank what becomes of captions that exceed the context, and whether many are equal."""
     if rank_and_world()[0]:
         return
     first = np.arange(min(len(source), SAMPLED))  # not spread: that would fetch every shard of a store
     found, context = caption_statistics(Rows(source, first), tokenizer), tokenizer.context_length
+    if found.repeated > FEW_REPEATED:
+        rank_zero_info(
+            f"captions: {found.repeated:.0%} of the first {found.captions} occur more than once, and count as wrong "
+            "for others' images by default; as right with --model.loss Contrastive --model.loss.duplicates positives"
+        )
     if found.truncated:
         what = f"captions: {found.truncated:.1%} of the first {found.captions}"
         rank_zero_info(

@@ -44,7 +44,10 @@ CSS = """
 .gradio-container {max-width: 1100px !important; width: 100% !important; margin: 0 auto !important}
 #found .grid-wrap {max-height: none; overflow: visible}
 #found .grid-container {grid-template-columns: repeat(auto-fill, minmax(min(160px, 38vw), 1fr)) !important}
-#found .caption-label {max-width: 100%; white-space: normal; overflow-wrap: anywhere}
+#found .gallery-item {aspect-ratio: auto}
+#found .thumbnail-item {height: auto; aspect-ratio: auto; overflow: visible}
+#found .thumbnail-item img {aspect-ratio: 1; height: auto}
+#found .caption-label {position: static; display: block; max-width: 100%; border: 0; white-space: nowrap}
 """
 
 
@@ -189,7 +192,7 @@ def _classify_tab(gr: Any, trial: Trial) -> None:
                 type="filepath", image_mode=None, sources=["upload", "clipboard"], label="Image", height=320, buttons=[]
             )
             names = gr.Textbox(
-                "tiger, pizza, bicycle", label="Class names", info="with commas between them", max_lines=6
+                label="Class names", placeholder="tiger, pizza, bicycle", info="with commas between them", max_lines=6
             )
             with gr.Accordion("Prompt templates", open=False):
                 templates = gr.Textbox(
@@ -199,16 +202,11 @@ def _classify_tab(gr: Any, trial: Trial) -> None:
         with gr.Column():
             each = "" if trial.model.logit_bias is None else " of each class by itself"
             label = gr.Label(num_top_classes=10, label=f"Probability{each}")
-    # Dropping the next image is enough.
-    events = [button.click, names.submit, image.upload]
-    gr.on(
-        events,
-        _shown(gr, trial.classify),
-        [image, names, templates],
-        label,
-        api_name="classify",
-        concurrency_id="model",
-    )
+    classify = _shown(gr, trial.classify)
+    options = {"inputs": [image, names, templates], "outputs": label, "concurrency_id": "model"}
+    gr.on([button.click, names.submit], classify, api_name="classify", **options)
+    # Dropping the next image is enough; the first comes before the names.
+    image.upload(lambda *typed: classify(*typed) if typed[1].strip() else None, api_name=False, **options)
 
 
 def _search_tab(gr: Any, trial: Trial) -> None:

@@ -21,6 +21,7 @@ WARNINGS = {
 LOGGED = {
     "Tip:": "advertisements",
     "TPU available: False": "nobody asked for one",
+    "`weights_only` was not set": "of Lightning's own loading; checkpoints are read without code (WholeCheckpointIO)",
 }
 
 
@@ -28,7 +29,8 @@ def silence() -> None:
     """Silence these messages in this process."""
     for pattern in WARNINGS:
         warnings.filterwarnings("ignore", message=pattern)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_shown)
+    for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
+        logging.getLogger(f"lightning.pytorch.{name}").addFilter(_is_shown)
 
 
 def _is_shown(record: logging.LogRecord) -> bool:

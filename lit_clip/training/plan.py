@@ -281,11 +281,7 @@ def _left_out(plan: RunPlan) -> str:
 
 
 def _few_pairs(pairs: int) -> str:
-    batch = "64" if pairs < 1_000 else "128 to 256"
-    return (
-        f"{pairs:,} are few: from scratch, batches of {batch} learned most, and far less than pretrained encoders "
-        "(docs/recipes.md)"
-    )
+    return f"{pairs:,} are few: pretrained encoders learn far more from them (docs/encoders.md)"
 
 
 def _short(number: float) -> str:

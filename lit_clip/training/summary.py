@@ -75,16 +75,21 @@ def print_parameter_groups(groups: Sequence[Mapping[str, Any]], frozen: int) -> 
     Console().print(table)
 
 
-def print_next_steps(checkpoint: Path, folder: Path | None, curves: Sequence[str]) -> None:
+def print_next_steps(
+    checkpoint: Path, folder: Path | None, curves: Sequence[str], best: Mapping[str, Path] | None = None
+) -> None:
     """Print where a run's results are and how to look at them again.
 
     Args:
         checkpoint: the last one.
         folder: the run's folder.
         curves: commands, files and addresses that show the curves, one for each logger.
+        best: the best checkpoint by each watched metric.
     """
     console = Console(soft_wrap=True)
     console.print(f"checkpoint: {shown(checkpoint)}")
+    for metric, file in (best or {}).items():
+        console.print(f"best {metric}: {shown(file)}")
     config = newest_config(folder)
     if folder:
         console.print(f"logs and images: {shown(folder)}")

@@ -80,11 +80,10 @@ def test_rows_leave_out_useless_comparisons() -> None:
     assert "(with a similarity matrix: " in dict(plan_rows(replace(GOOD, batch=1024)))["memory of the loss"]
 
 
-@pytest.mark.parametrize(("pairs", "batch"), [(500, "64"), (3_068, "128 to 256")])
-def test_a_run_from_scratch_on_few_pairs_is_told_what_learned_most(pairs: int, batch: str) -> None:
-    row = dict(plan_rows(replace(GOOD, pairs=pairs)))["training pairs"]
-    assert f"{pairs:,} are few: from scratch, batches of {batch} learned most" in row
-    assert "docs/recipes.md" in row
+def test_a_run_from_scratch_on_few_pairs_is_told_what_learns_more() -> None:
+    assert (
+        "500 are few: pretrained encoders learn far more" in dict(plan_rows(replace(GOOD, pairs=500)))["training pairs"]
+    )
 
 
 @pytest.mark.parametrize(

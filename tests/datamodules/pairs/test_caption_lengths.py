@@ -1,13 +1,14 @@
 """Caption lengths against the context length, and the refusal to truncate."""
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from datamodules.open_source import open_source
-from datamodules.pairs.caption_lengths import caption_statistics, refuse_long
+from datamodules.pairs.caption_lengths import caption_statistics, refuse_long, report_captions
 from lit_clip.errors import InputError
 from lit_clip.models.tokenizer import CLIPTokenizer
 
@@ -38,6 +39,16 @@ def test_sample_is_spread_evenly(table: Path) -> None:
     assert caption_statistics(open_source(table), CLIPTokenizer(8), sample=2).longest == 11
     assert caption_statistics(open_source(table), CLIPTokenizer(8), sample=None).captions == 5
     assert caption_statistics(open_source(table), CLIPTokenizer(8), sample=3).captions == 2
+
+
+def test_captions_that_repeat_are_reported_with_what_to_do(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "t.csv").write_text("image,caption\n" + "".join(f"{i}.png,{'ab'[i > 7]} {i // 4}\n" for i in range(9)))
+    source = open_source(tmp_path / "t.csv")
+    assert caption_statistics(source, CLIPTokenizer()).repeated == 8 / 9
+    with caplog.at_level(logging.INFO):
+        report_captions(source, CLIPTokenizer(), "truncate")
+    assert "89% of the first 9 occur more than once" in caplog.text
+    assert "--model.loss.duplicates positives" in caplog.text
 
 
 def test_unusable_captions_are_skipped(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from datamodules import Captions
-from datamodules.pairs.caption_lengths import caption_statistics, report_long
+from datamodules.pairs.caption_lengths import caption_statistics, report_captions
 from datamodules.pairs.sentences import FittingCaptions, fitting, sentences
 from datamodules.pairs.source import Rows
 from lit_clip.errors import InputError
@@ -154,9 +154,9 @@ def test_captions_that_no_sentence_of_fits_are_counted(table: Path, monkeypatch:
     assert (found.truncated, found.endless) == (1, 1 / 12)
     lines: list[str] = []
     monkeypatch.setattr("datamodules.pairs.caption_lengths.rank_zero_info", lines.append)
-    report_long(source, CLIPTokenizer(14), "sentences")
-    report_long(source, CLIPTokenizer(14), "truncate")
-    report_long(source, CLIPTokenizer(77), "sentences")
+    report_captions(source, CLIPTokenizer(14), "sentences")
+    report_captions(source, CLIPTokenizer(14), "truncate")
+    report_captions(source, CLIPTokenizer(77), "sentences")
     (line, other) = lines
     assert line.startswith("captions: 100.0% of the first 12 exceed 14 tokens and are read by sentences that fit; 8.3%")
     assert "are truncated to 14 tokens" in other
