@@ -16,6 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
@@ -107,6 +109,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, drawings: tuple[Path, Path,
         for image in sorted((here / "photos").iterdir())[:3]:
             (here / classes / image.stem).mkdir(parents=True)
             shutil.copy(image, here / classes / image.stem / "1.png")
+    features = pa.table({"key": ["pizza.png"], "feature": [[0.6, 0.8]]})  # as `embed` writes them
+    pq.write_table(features, here / "features.parquet")
     (sets,) = (block for block in blocks("yaml") if block.startswith("target:"))
     (here / "sets.yaml").write_text(sets, encoding="utf-8")
     for label in range(1000):
@@ -205,7 +209,8 @@ def parse(words: list[str]) -> Any:
     command, *options = words
     if command not in subcommands.COMMANDS:
         assert command == "fit"
-        return run(args=options, execute=False).config
+        packaged = [] if "--config" in options else ["--config", str(ROOT / CONFIG[1])]
+        return run(args=[*packaged, *options], execute=False).config
     return parser_of(command).parse_args([subcommands._underscores(option) for option in options])
 
 

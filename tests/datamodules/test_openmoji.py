@@ -229,7 +229,7 @@ def test_training_has_nine_names_of_ten_and_validation_the_others(
     assert (len(train), len(val)) == (trained, 164)
     assert set(train) | set(val) == set(ROW)
     assert bool(set(train) & set(val)) != hold_out
-    assert module.steps_per_epoch == trained // 64
+    assert module.steps_per_epoch == trained // 128
 
 
 def test_validation_captions_are_names_and_keys_are_code_points(drawings_cache: Path, color: np.ndarray) -> None:
