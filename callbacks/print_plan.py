@@ -1,13 +1,20 @@
 """The plan of a run, printed before the first step."""
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelSummary
 
 from lit_clip.training.plan import measure_run, print_plan
 from lit_clip.training.summary import print_parameter_groups
 
 
-class PrintPlan(Callback):
-    """Print what a run is about to do, where its settings contradict each other, and what fine-tuning trains."""
+class PrintPlan(ModelSummary):
+    """Print what a run is about to do, where its settings contradict each other, and what fine-tuning trains.
+
+    It is the run's summary: Lightning adds none of its own, which would count no FLOPs.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(max_depth=0)  # of Lightning's table
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # Not when training starts: by then a strategy may have sharded the weights.

@@ -10,7 +10,7 @@ from typing import Any
 from jsonargparse import set_parsing_settings
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import ProgressBar, RichModelSummary, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.plugins.precision import Precision
@@ -168,6 +168,8 @@ class CLI(LightningCLI):
         callbacks = settings.callbacks or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         settings.callbacks = _default_callbacks()(*callbacks)
+        if settings.enable_model_summary:  # typed; Lightning adds none beside the plan
+            settings.callbacks.append(RichModelSummary())
         plugins = settings.plugins or []
         settings.plugins = plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in settings.plugins):

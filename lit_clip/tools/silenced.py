@@ -21,6 +21,7 @@ WARNINGS = {
 LOGGED = {
     "Tip:": "advertisements",
     "TPU available: False": "nobody asked for one",
+    "configured with model summary callbacks": "the plan is the summary",
     "`weights_only` was not set": "of Lightning's own loading; checkpoints are read without code (WholeCheckpointIO)",
 }
 

@@ -55,6 +55,8 @@ def test_a_run_from_python_ends_with_its_results_and_without_advertisements(
     (checkpoint,) = tmp_path.rglob("*.ckpt")
     assert f"checkpoint: {checkpoint}" in printed
     assert f"curves: tensorboard --logdir {tmp_path / 'mine' / 'version_0'}" in printed
+    assert "pairs per step" in printed
+    assert "Total FLOPs" not in printed + messages, "the plan is the only summary"
     assert "Tip" not in messages
 
 
