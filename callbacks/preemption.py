@@ -25,8 +25,9 @@ class Preemption(Callback):
 
     The signal handler only records the signal. Ranks exchange their signals in the collective that averages a step's
     metrics, just before the optimiser, and on GPUs read the result one step later, without a wait. Then they save and
-    raise a ``SystemExit`` with code 128 + the signal's number (143 for SIGTERM, on Linux 138 for SIGUSR1). A rank that
-    Lightning started itself exits with 0; otherwise Lightning would kill its parent.
+    raise a ``SystemExit`` with code 128 + the signal's number (143 for SIGTERM, on Linux 138 for SIGUSR1), whose text
+    the first rank has written on standard error: what was saved, and how to resume. A rank that Lightning started
+    itself exits with 0; otherwise Lightning would kill its parent.
 
     A validation is stopped and its results are discarded; with a sharded model, whose ranks compute each batch
     together, it finishes first. A run that is resumed from a checkpoint written before a due validation had finished
@@ -100,7 +101,8 @@ class Preemption(Callback):
             outcome = self._save(trainer, signals)
             exception.code = 0 if is_launched() else 128 + signals.agreed
             if trainer.is_global_zero:
-                exception.args = (f"{signal.Signals(signals.agreed).name}: {outcome}",)
+                signals.outcome = f"{signal.Signals(signals.agreed).name}: {outcome}"
+                exception.args = (signals.outcome,)
         else:
             release_folders()  # Lightning calls no teardown hook after an error, and a notebook lives on
 

@@ -332,7 +332,6 @@ def run_until_signal() -> int:
     try:
         run()
     except SIGTERMException as stop:
-        sys.stderr.write(f"lit-clip: {stop}\n" if str(stop) else "")
         code: Any = stop.code
         return code
     return 0

@@ -1,6 +1,7 @@
 """Signal handlers of a run: they record the signal; ranks act on it at a point that all of them reach."""
 
 import signal
+import sys
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from lit_clip.errors import printable
 from lit_clip.tools import host_copy
 from lit_clip.tools.host_copy import HostCopy
 
@@ -25,6 +27,7 @@ class Signals(_SignalConnector):
         super().__init__(trainer)
         self.received = 0  # number of the signal that this process got
         self.agreed = 0  # number of the signal that all ranks agreed on
+        self.outcome = ""  # on the first rank, what became of the run that the signal ended
         self._unread: list[HostCopy] = []  # how many ranks got each signal, of the last steps
 
     @property
@@ -79,6 +82,9 @@ class Signals(_SignalConnector):
     def teardown(self) -> None:
         if not self.agreed:  # otherwise this process is about to end, and a second signal must not change how
             super().teardown()
+        elif self.outcome:  # the last that a trainer does, so that nothing follows the line
+            sys.stderr.write(f"lit-clip: {printable(self.outcome)}\n")
+            self.outcome = ""
 
 
 def replace_signals(trainer: Trainer) -> None:

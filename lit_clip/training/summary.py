@@ -101,7 +101,7 @@ def print_next_steps(
 
 
 def resume_command(checkpoint: Path, folder: Path | None) -> str:
-    """Return the command that resumes a run from a checkpoint.
+    """Return the command that resumes a run from a checkpoint; without a configuration, how to resume it.
 
     Args:
         checkpoint: the file to resume from.
@@ -109,6 +109,7 @@ def resume_command(checkpoint: Path, folder: Path | None) -> str:
     """
     config = newest_config(folder)
     if config is None:
-        return f"the same command and {shlex.join(['--ckpt_path', str(shown(checkpoint))])}"
+        option = shlex.join(["--ckpt_path", str(shown(checkpoint))])
+        return f"the same command and {option} (in Python trainer.fit(..., ckpt_path=...))"
     words = ["lit-clip", "fit", "--config", str(shown(config)), "--ckpt_path", str(shown(checkpoint))]
     return shlex.join(words)

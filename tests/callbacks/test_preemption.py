@@ -104,7 +104,11 @@ def names(folder: Path) -> set[str]:
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.usefixtures("_handlers")
 def test_a_signal_during_a_step_saves_a_complete_checkpoint_after_that_step(
-    signum: signal.Signals, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+    signum: signal.Signals,
+    tiny_config: CLIPConfig,
+    caption_table: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     sender = SignalAt("on_before_optimizer_step", 2, signum)
     stopped, recorder = stopped_fit(tiny_config, caption_table, tmp_path, sender, keeper(tmp_path))
@@ -115,8 +119,11 @@ def test_a_signal_during_a_step_saves_a_complete_checkpoint_after_that_step(
     assert saved["global_step"] == 2
     assert torch.equal(saved["state_dict"]["visual.proj"], recorder.steps[1])
     assert saved["optimizer_states"][0]["state"]
-    assert str(stopped).startswith(f"{signum.name}: saved step 2; resume with: ")
-    assert str(stopped).endswith(f"--ckpt_path {tmp_path}/last.ckpt")
+    how = f"the same command and --ckpt_path {tmp_path}/last.ckpt (in Python trainer.fit(..., ckpt_path=...))"
+    assert str(stopped) == f"{signum.name}: saved step 2; resume with: {how}"
+    told = capsys.readouterr().err.splitlines()
+    assert told[-1] == f"lit-clip: {stopped}"
+    assert sum(signum.name in line for line in told) == 1
 
 
 @pytest.mark.parametrize("later", [False, True])
@@ -260,7 +267,7 @@ def test_without_save_last_the_checkpoint_is_called_preempted(
     stopped, _ = stopped_fit(tiny_config, caption_table, tmp_path, sender, keeper(tmp_path, save_last=False))
     assert names(tmp_path) == {"preempted.ckpt"}
     assert load(tmp_path / "preempted.ckpt")["global_step"] == 1
-    assert str(stopped).endswith("preempted.ckpt")
+    assert "preempted.ckpt" in str(stopped)
 
 
 @pytest.mark.usefixtures("_handlers")
@@ -281,7 +288,7 @@ def test_another_runs_checkpoint_is_not_replaced(tiny_config: CLIPConfig, captio
     stopped, _ = stopped_fit(tiny_config, caption_table, tmp_path, sender, keeper(tmp_path))
     assert (tmp_path / "last.ckpt").read_bytes() == b"another run's"
     assert load(tmp_path / "last-v1.ckpt")["global_step"] == 1
-    assert str(stopped).endswith("last-v1.ckpt")
+    assert "last-v1.ckpt" in str(stopped)
 
 
 class SignalWhileSaving(TorchCheckpointIO):
@@ -529,6 +536,8 @@ def test_a_signal_to_one_rank_ends_all_ranks(
     os.kill(run.ranks[rank], signum)
     assert run.exit_code(30) == 128 + signum
     assert load(run.checkpoint("preempted.ckpt"))["global_step"] == len(run.logged_steps())
+    assert run.last_line().startswith(f"lit-clip: {signum.name}: saved step ")
+    assert run.output.read_text().count("saved step") == 1
 
 
 def test_signals_stop_a_validation_with_uneven_ranks(start_and_wait: Callable[[str], Run]) -> None:
