@@ -8,10 +8,11 @@ import re
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from itertools import takewhile
 from multiprocessing.connection import wait
+from pathlib import Path
 from signal import SIGTERM, strsignal
 from traceback import walk_tb
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -216,7 +217,7 @@ HINTS = {
     r"restored a checkpoint with current_epoch=": "raise --trainer.max_epochs, or give --model.pretrained FILE "
     "instead of --ckpt_path to start a new run from its weights",
     r"arguments are required: \w+\.data": "the --config files name no data module; add --data datamodules.Captions",
-    r"model\.loss: wants Loss or null": "name a subclass of lit_clip.losses.Loss, as file.Class: own_loss.Tempered",
+    r"model\.loss: wants Loss or null": "name a subclass of lit_clip.losses.Loss, as file.Class",
     r"given class_path '\S+': No module named": "a class of your own is named file.Class, and its file lies in the "
     "folder in which the command is typed",
     r"Expected a dot import path": "name a class by its path, such as torch.optim.AdamW, or a file that holds settings",
@@ -240,13 +241,21 @@ def one_line(error: BaseException) -> str:
 
 
 def _similar_class(text: str) -> str:
-    """Suggest a class of the same module for one that it does not have; empty for other messages."""
+    """Suggest a class for a misspelt one; empty for other messages, or if none is near.
+
+    It is one of the same module, or a loss: ours, or a class in a file of the working folder, which is not imported.
+    """
     found = re.search(r"module '([\w.]+)' has no attribute '(\w+)'", text)
     of_loss = re.search(r"model\.loss: wants Loss or null, not (\w+)", text)
     module, name = found.groups() if found else ("lit_clip.losses", of_loss[1]) if of_loss else ("", "")
-    known = [each for each in vars(sys.modules[module]) if each[0] != "_"] if module in sys.modules else []
+    names = [each for each in vars(sys.modules[module]) if each[0] != "_"] if module in sys.modules else []
+    known = {each: f"{module}.{each}" for each in names}
+    for file in sorted(Path().glob("*.py")) if of_loss else ():
+        with suppress(OSError):
+            classes = re.findall(r"^class (\w+)", file.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+            known |= {each: f"{file.stem}.{each}" for each in classes}
     near = get_close_matches(name, known, n=1)
-    return f"did you mean {module}.{near[0]}?" if near else ""
+    return f"did you mean {known[near[0]]}?" if near else ""
 
 
 def user_error(error: BaseException) -> BaseException | None:

@@ -218,12 +218,17 @@ from lit_clip.losses import Loss
 class Vector(Loss):
     def whole_batch(self, pairs):
         return (pairs.image * pairs.text).sum(dim=1)
+
+class Margin(Vector):
+    ...
 """
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["Margn"], "did you mean mine_of_a_user.Margin?"),
+        (["Contrastiv"], "did you mean lit_clip.losses.Contrastive?"),
         (["mine_of_a_user.Vector"], "mine_of_a_user.Vector returned a tensor of shape [16]; return a scalar"),
         (["mine_of_a_user.Nothing"], "module 'mine_of_a_user' has no attribute 'Nothing'"),
         (["Contrastive", "--model.loss.duplicate", "x"], "did you mean --model.loss.duplicates?"),
