@@ -74,7 +74,8 @@ def report_captions(source: PairSource, tokenizer: TextTokenizer, policy: LongCa
     if found.repeated > FEW_REPEATED:
         rank_zero_info(
             f"captions: {found.repeated:.0%} of the first {found.captions} occur more than once, and count as wrong "
-            "for others' images by default; as right with --model.loss Contrastive --model.loss.duplicates positives"
+            "for others' images by default; as right with --model.loss Contrastive --model.loss.duplicates positives "
+            '(in Python loss=Contrastive(duplicates="positives"))'
         )
     if found.truncated:
         what = f"captions: {found.truncated:.1%} of the first {found.captions}"

@@ -49,6 +49,7 @@ def test_captions_that_repeat_are_reported_with_what_to_do(tmp_path: Path, caplo
         report_captions(source, CLIPTokenizer(), "truncate")
     assert "89% of the first 9 occur more than once" in caplog.text
     assert "--model.loss.duplicates positives" in caplog.text
+    assert '(in Python loss=Contrastive(duplicates="positives"))' in caplog.text
 
 
 def test_unusable_captions_are_skipped(tmp_path: Path) -> None:
