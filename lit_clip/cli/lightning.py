@@ -42,6 +42,7 @@ from lit_clip.tools.untrusted import shortened
 from lit_clip.tools.weight_files import read_mapped
 from lit_clip.training.checkpoint_io import WholeCheckpointIO, newest_checkpoint
 from lit_clip.training.checks import check_counts
+from lit_clip.training.claims import name_folders
 from lit_clip.training.lost_ranks import watch_started_ranks
 from lit_clip.training.plan import measure_run, print_plan
 from lit_clip.training.summary import print_summary, resume_command
@@ -193,6 +194,8 @@ class CLI(LightningCLI):
         except (ValueError, TypeError, OverflowError, RuntimeError, ModuleNotFoundError) as error:
             raise InputError(f"trainer: {error}") from error
         watch_started_ranks(trainer)
+        if self.subcommand and self.subcommand != "fit":  # the newest version_N is that of the newest run
+            name_folders(trainer, self.subcommand)
         return trainer
 
     def _choose_precision(self, settings: Any) -> None:

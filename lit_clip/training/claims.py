@@ -5,11 +5,11 @@ import socket
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lit_clip.errors import InputError
@@ -21,8 +21,10 @@ except ImportError:  # Windows, where runs are not kept apart
     fcntl = None
 
 DRAFTS = ".*.????????.tmp"  # as lit_clip.tools.atomic.replacing names them
+RUN = "version"
 OnDisk = TensorBoardLogger | CSVLogger  # their run's folder is save_dir/name/version_N
 _unnumbered: WeakSet[Any] = WeakSet()
+_kinds: WeakKeyDictionary[Logger, str] = WeakKeyDictionary()  # names of folders other than RUN
 _held: dict[Path, IO[str]] = {}  # this process's lock files; closing one gives its folder back
 
 
@@ -31,6 +33,16 @@ def note_unnumbered(trainer: Trainer) -> None:
     for logger in trainer.loggers:
         if isinstance(logger, OnDisk) and logger._version is None and "://" not in str(logger.root_dir):
             _unnumbered.add(logger)
+
+
+def name_folders(trainer: Trainer, kind: str) -> None:
+    """Have loggers that number their folder by themselves call it ``kind_N``, as it will not be that of a run.
+
+    Args:
+        trainer: of the loggers.
+        kind: such as ``validate``.
+    """
+    _kinds.update(dict.fromkeys(trainer.loggers, kind))
 
 
 def claim_folders(trainer: Trainer) -> None:
@@ -49,7 +61,10 @@ def claim_folders(trainer: Trainer) -> None:
     for logger in [each for each in _unnumbered if each in trainer.loggers]:
         _unnumbered.remove(logger)
         asked = logger.log_dir
-        logger._version = _new_version(Path(logger.root_dir), logger._get_next_version())
+        kind = _kinds.get(logger, RUN)
+        first = logger._get_next_version() if kind == RUN else 0
+        number = _new_version(Path(logger.root_dir), kind, first)
+        logger._version = number if kind == RUN else f"{kind}_{number}"  # loggers take a text for the whole name
         if getattr(profiler, "_log_dir", None) == asked:  # it has asked already
             profiler._log_dir = logger.log_dir
     if trainer.state.fn != TrainerFn.FITTING:
@@ -68,10 +83,10 @@ def claim_folders(trainer: Trainer) -> None:
             )
 
 
-def _new_version(root: Path, version: int) -> int:
-    """Make the first free folder of ``version_N``, ``version_N+1``, ... and return its number."""
+def _new_version(root: Path, kind: str, version: int) -> int:
+    """Make the first free folder of ``kind_N``, ``kind_N+1``, ... and return its number."""
     while True:
-        folder = root / f"version_{version}"
+        folder = root / f"{kind}_{version}"
         try:
             folder.mkdir(parents=True)
         except FileExistsError:
