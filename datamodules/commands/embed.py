@@ -1,5 +1,6 @@
 """``lit-clip embed``: features of images, of pairs or of texts in a file."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -154,6 +155,8 @@ def embed(
     parts.remove()
     width = dimensions or table.features.shape[1]
     stderr().print(f"{path}: {len(table.identities)} rows of {width} numbers ({dtype})")
+    if items.content == "image":
+        stderr().print(f"search them: {shlex.join(['lit-clip', 'search', output, 'TEXT', '--model', model])}")
     if checked is not None:
         checked.report(clip, settings, items.content == "image", width, scale)
 

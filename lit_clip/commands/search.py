@@ -68,7 +68,8 @@ def search(
     """Find the images of a folder that best match a query.
 
     The first search encodes the folder and keeps the features in an index; later searches encode only images that are
-    new or have changed, and forget those that are gone. A file that lit-clip embed wrote is searched as it is.
+    new or have changed, and forget those that are gone. A file that lit-clip embed wrote is searched as it is, without
+    encoding an image; name it in place of the folder.
 
     Args:
         images: a folder, searched with everything below; or a .parquet or .npy file of features.
@@ -76,7 +77,7 @@ def search(
         model: a checkpoint, or a name that lit_clip.load_model understands.
         image: images, each a search for similar ones.
         top_k: number of images found for each query.
-        sheet: an HTML page with thumbnails of the images found, in one file.
+        sheet: an HTML page with thumbnails of the images found, in one file; that of an earlier search is replaced.
         index: the index, a .npz file; by default .lit-clip-index.npz in the folder.
         batch_size: images encoded at once.
         num_workers: processes that decode images.
@@ -87,7 +88,9 @@ def search(
     require(bool(queries or image), "nothing to search for; type a text after the folder, or give --image")
     require(top_k >= 1, f"--top_k {top_k} must be at least 1")
     require(index is None or index.endswith(".npz"), f"--index {index}: must be a .npz file")
-    require(Path(sheet).absolute().parent.is_dir(), f"--sheet {sheet}: there is no such folder")
+    page = Path(sheet)
+    require(page.suffix == ".html", f"--sheet {sheet}: must be a .html file")
+    require(page.absolute().parent.is_dir(), f"--sheet {sheet}: there is no such folder")
     check_precision(precision)
     path = Path(images)
     stored = path.suffix in FEATURE_FILES and not path.is_dir()
@@ -111,8 +114,9 @@ def search(
     ]
     for title, hits in zip(titles, found, strict=True):
         _print_hits(title, searched, hits)
-    write_sheet(Path(sheet), searched, dict(zip(titles, found, strict=True)))
-    stderr().print(f"page with images: {sheet}")
+    replaced = " (replaces the one before)" if page.exists() else ""
+    write_sheet(page, searched, dict(zip(titles, found, strict=True)))
+    stderr().print(f"page with images: {page}{replaced}")
 
 
 def search_in(

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import shlex
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -187,6 +188,32 @@ def test_somebodys_arrays_are_not_replaced_by_an_index(folder: Path, tiny_checkp
     assert (folder / "arrays.npz").read_bytes() == before
 
 
+def test_embed_names_the_command_that_searches_its_file_without_encoding(
+    folder: Path, tiny_checkpoint: Path, search: Search, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = ["--model", str(tiny_checkpoint)]
+    run_command(["embed", "photos", *model, "--output", "some features.parquet", "--num_workers", "0"])
+    (command,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("search them: ")]
+    program, name, *words = shlex.split(command.removeprefix("search them: "))
+    assert (program, name) == ("lit-clip", "search")
+    found, encoded = search(*("kite" if word == "TEXT" else word for word in words))
+    assert encoded == []
+    of_folder, encoded = search("photos", "kite", *model)
+    assert len(encoded) == 5
+    assert dict(found) == {f"photos/{key}": score for key, score in of_folder}
+
+
+def test_a_search_says_that_its_page_replaces_the_one_before(
+    folder: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = []
+    for query in ("kite", "dog"):
+        run_command(["search", "photos", query, "--model", str(tiny_checkpoint), "--num_workers", "0"])
+        lines.append(capsys.readouterr().err.splitlines()[-1])
+    assert lines == ["page with images: search.html", "page with images: search.html (replaces the one before)"]
+    assert "dog" in Page(folder / "search.html").text
+
+
 def test_features_of_another_width_are_refused(folder: Path, tiny_checkpoint: Path, search: Search) -> None:
     model = {"model": "last.ckpt", "model_sha256": fingerprint(load_model(tiny_checkpoint)).model}
     write_features(folder / "features.npy", ["a.png"], np.ones((1, 5), np.float32), model)
@@ -245,6 +272,7 @@ def test_a_bad_image_is_an_error_or_is_skipped_and_listed(folder: Path, tiny_che
         (["empty", "kite"], "empty: no images"),
         (["photos", "kite", "--image", "absent.png"], "absent.png: no such image file"),
         (["photos", "kite", "--sheet", "absent/page.html"], "--sheet absent/page.html: there is no such folder"),
+        (["photos", "kite", "--sheet", "photos/a.png"], "--sheet photos/a.png: must be a .html file"),
         (["photos", "kite", "--index", "absent/index.npz"], "--index absent/index.npz: there is no such folder"),
         (["photos", "kite", "--index", "photos/a.png"], "--index photos/a.png: must be a .npz file"),
         (["photos", "kite", "--top_k", "0"], "--top_k 0 must be at least 1"),
