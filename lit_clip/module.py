@@ -438,7 +438,7 @@ class LitCLIP(LightningModule):
         if self._trainer and self._trainer.state.fn == TrainerFn.FITTING:
             require(
                 "optimizer_states" in checkpoint and "optimizer" in checkpoint["hyper_parameters"],
-                f"{name}: holds weights only, so training cannot resume; start from it with --model.pretrained",
+                f"{name}: holds weights only, so training cannot resume; start from it with model.pretrained",
             )
             groups, steps = self._parameter_groups(), total_steps(self.trainer)
             close_epoch(checkpoint)

@@ -267,7 +267,7 @@ def test_a_checkpoint_keeps_an_interpolated_image_size_and_context_length(
 
 def test_training_cannot_resume_from_weights_only(tiny_checkpoint: Path, caption_table: Path, tmp_path: Path) -> None:
     module = LitCLIP.load_from_checkpoint(tiny_checkpoint)
-    with pytest.raises(InputError, match=r"tiny.ckpt: holds weights only, .*; start from it with --model.pretrained"):
+    with pytest.raises(InputError, match=r"tiny.ckpt: holds weights only, .*; start from it with model.pretrained"):
         trainer(tmp_path).fit(module, data_for(module, caption_table), ckpt_path=tiny_checkpoint)
     trainer(tmp_path).validate(module, data_for(module, caption_table), ckpt_path=tiny_checkpoint)
 

@@ -110,7 +110,7 @@ class GlobalBatchSampler(Sampler[list[TrainingSample]]):
             fits = size // world
             raise InputError(
                 f"{size} training pairs are fewer than one batch of {batch_size} on each of {world} processes; "
-                + (f"set --data.batch_size to {fits} or less" if fits else "use fewer processes")
+                + (f"set data.batch_size to {fits} or less" if fits else "use fewer processes")
             )
         self.size, self.batch_size, self.rank, self.world, self.seed = size, batch_size, rank, world, seed
         self.budgets = tuple(budgets)

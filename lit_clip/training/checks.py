@@ -57,7 +57,7 @@ REFUSED = (
     Refusal(
         callbacks.LearningRateFinder,
         "would find a rate that the schedule replaces after the first step",
-        "try a few with --trainer.max_steps and set model.optimizer.lr",
+        "try a few with trainer.max_steps and set model.optimizer.lr",
     ),
     Refusal(
         callbacks.BatchSizeFinder,
@@ -212,7 +212,7 @@ def _check_bias(module: Any, trainer: Any) -> None:
     if bias + math.log(pairs) < FAR_BELOW:
         rank_zero_warn(
             f"model.loss: logit_bias {bias:.1f} was learned with far larger batches than this one of {pairs:,} pairs: "
-            "training would first pull all features together; set --model.loss.pretraining_batch (32768 for the "
+            "training would first pull all features together; set model.loss.pretraining_batch (32768 for the "
             "published SigLIPs, docs/finetuning.md)"
         )
 

@@ -145,7 +145,7 @@ class Optimization:
         if former != here["optimizer"]["class_path"]:
             raise InputError(
                 f"{name}: was trained with {former}, and this run has {here['optimizer']['class_path']}; "
-                "resume with the same model.optimizer, or start from its weights with --model.pretrained"
+                "resume with the same model.optimizer, or start from its weights with model.pretrained"
             )
         settings = here["optimizer"]["init_args"]
         changed = {key: value for key, value in settings.items() if there.get("init_args", {}).get(key) != value}

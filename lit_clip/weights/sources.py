@@ -63,9 +63,9 @@ def check_same(theirs: CLIPConfig, ours: CLIPConfig, name: Source, hint: str = "
     """Raise :class:`InputError` listing every difference between two architectures, and what to do about them."""
     wrong = differences(theirs, ours)
     if wrong and not hint:
-        hint = "set --model.architecture, to null for that of the weights"
+        hint = "set model.architecture, to null for that of the weights"
         if any(difference.startswith("image.image_size") for difference in wrong):
-            hint += ", or --model.image_size to interpolate the position embedding"
+            hint += ", or model.image_size to interpolate the position embedding"
     if wrong:
         raise InputError(f"{name} is of another architecture: {', '.join(wrong)}; {hint}")
 

@@ -196,7 +196,7 @@ def test_fewer_pairs_than_a_batch_is_an_error_that_names_the_largest_batch_size(
     data = module_of("fit", batch_size=11, **both)
     message = message_of(data.train_dataloader)
     assert "10 training pairs" in message
-    assert "--data.batch_size to 10 or less" in message
+    assert "data.batch_size to 10 or less" in message
     assert message_of(lambda: data.steps_per_epoch) == message
     fits = module_of("fit", batch_size=10, **both)
     assert fits.steps_per_epoch == len(list(fits.train_dataloader())) == 1
