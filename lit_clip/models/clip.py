@@ -122,10 +122,16 @@ class CLIP(TextTransformer):
         return self.tokenizer(texts)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """uint8 ``[B, 3, H, W]`` -> float in the weights' precision, the input of :meth:`encode_image`."""
+        """uint8 ``[B, 3, H, W]`` -> float, the input of :meth:`encode_image`.
+
+        In the weights' precision, or under autocast in that of the first product if the encoder is one of ours.
+        """
         # Weights that FSDP has gathered are not parameters of their modules.
         dtype = next((parameter.dtype for parameter in self.visual.parameters()), self.logit_scale.dtype)
-        return pp.normalize(images, self.preprocessing).to(dtype)
+        device, ours = images.device.type, isinstance(self.visual, VisionTransformer | ModifiedResNet)
+        if ours and dtype == torch.float32 and device != "meta" and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        return pp.normalize(images, self.preprocessing, dtype)
 
     def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
         """Float, normalised ``[B, 3, H, W]`` -> ``[B, D]``, of unit length if ``normalize``."""

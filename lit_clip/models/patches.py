@@ -85,12 +85,6 @@ def as_image(pixels: Tensor) -> Tensor:
     return patches.permute(4, 0, 2, 1, 3).reshape(3, rows * P, columns * P)
 
 
-def normalized(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Normalise the patches of ``[..., 1 + N, 3PP]``, float32 on the scale 0 to 255, and keep the first rows."""
-    pixels = images[..., 1:, :].unflatten(-1, (-1, 3)) / 255
-    return torch.cat([images[..., :1, :], ((pixels - mean) / std).flatten(-2)], dim=-2)
-
-
 def unpacked(images: Tensor) -> Patches:
     """Split ``[B, 1 + N, 3PP]``; on a CPU, whose tensors can be read for nothing, without columns of padding alone.
 

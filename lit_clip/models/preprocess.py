@@ -11,7 +11,7 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as TF
 
 from lit_clip.models.config import Preprocessing, height_width
-from lit_clip.models.patches import normalized, patch_sequence
+from lit_clip.models.patches import patch_sequence
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -71,11 +71,17 @@ def image_transform(config: Preprocessing) -> v2.Compose:
     return v2.Compose([pixels(config), v2.Lambda(partial(normalize, config=config))])
 
 
-def normalize(images: Tensor, config: Preprocessing) -> Tensor:
-    """uint8 ``[..., *config.shape]`` -> float32, normalised by the model's mean and standard deviation."""
-    values = images.to(torch.float32)
+def normalize(images: Tensor, config: Preprocessing, dtype: torch.dtype = torch.float32) -> Tensor:
+    """uint8 ``[..., *config.shape]`` -> ``dtype``, normalised in float32 by the model's mean and standard deviation."""
+    divisors = [255 * std for std in config.std]
+    offsets = [-mean / std for mean, std in zip(config.mean, config.std, strict=True)]
     # Filled on the images' device: torchvision copies the constants there, and each copy waits for the device.
-    mean, std = (torch.stack([values.new_full((1, 1), x) for x in three]) for three in (config.mean, config.std))
-    if config.max_patches is not None:
-        return normalized(values, mean.flatten(), std.flatten())
-    return (values / 255 - mean).div_(std)
+    full = partial(torch.full, (1, 1), dtype=torch.float32, device=images.device)
+    divisor, offset = torch.stack([full(x) for x in divisors + offsets]).chunk(2)  # [3, 1, 1]
+    result = torch.empty(images.shape, dtype=dtype, device=images.device)
+    if config.max_patches is None:
+        return torch.addcdiv(offset, images, divisor, out=result)  # one pass over the pixels
+    pixels, values = (x.unflatten(-1, (-1, 3)) for x in (images, result))  # NaFlex: [..., 1 + N, PP, 3]
+    torch.addcdiv(offset.flatten(), pixels, divisor.flatten(), out=values)
+    result[..., 0, :] = images[..., 0, :]  # the grid's size
+    return result

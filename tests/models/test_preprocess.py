@@ -1,7 +1,7 @@
 """Evaluation pixels equal open_clip's, for images of any shape and mode."""
 
 import io
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -10,9 +10,18 @@ import torch
 from open_clip.transform import image_transform as open_clip_transform
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lit_clip.models.clip import CLIP
-from lit_clip.models.config import CLIPConfig, Preprocessing, TextTransformerConfig, VisionTransformerConfig
+from lit_clip.models.config import (
+    CLIPConfig,
+    Preprocessing,
+    ResNetConfig,
+    TextTransformerConfig,
+    VisionTransformerConfig,
+)
 from lit_clip.models.preprocess import image_transform, normalize, pixels
 
 ROUNDING = {"rtol": 0, "atol": 1e-5}  # a grey level is at least 0.0142 after normalisation: no pixel may differ
@@ -196,7 +205,6 @@ def test_normalize_subtracts_the_mean_and_divides_by_std() -> None:
 def test_normalize_copies_nothing_to_the_device_and_can_be_exported() -> None:
     images, config = torch.randint(256, (2, 3, 5, 4), dtype=torch.uint8), Preprocessing()
     assert normalize(images.to("meta"), config).device.type == "meta"
-    assert torch.equal(normalize(images.double(), config), normalize(images, config))
 
     class Normalize(torch.nn.Module):
         def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -205,3 +213,101 @@ def test_normalize_copies_nothing_to_the_device_and_can_be_exported() -> None:
     exported = torch.export.export(Normalize(), (images,))
     assert torch.equal(exported.module()(images), normalize(images, config))
     assert not any("_to_copy" in str(node.target) and "device" in node.kwargs for node in exported.graph.nodes)
+
+
+LEVELS = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16).contiguous()
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("mean", "std"),
+    [(Preprocessing().mean, Preprocessing().std), ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), ((0, 0, 0), (1, 1, 1))],
+    ids=["openai", "siglip", "none"],
+)
+def test_every_level_is_normalised_to_the_nearest_number(mean: Any, std: Any, half: torch.dtype) -> None:
+    config = Preprocessing(mean=mean, std=std)
+    columns = [torch.tensor(three, dtype=torch.float64).view(3, 1, 1) for three in (mean, std)]
+    exact = (LEVELS.double() / 255 - columns[0]) / columns[1]
+    torch.testing.assert_close(normalize(LEVELS, config).double(), exact, rtol=0, atol=4e-7)  # below 2 ulp of 2.x
+    assert torch.equal(normalize(LEVELS, config, half), exact.to(half))
+
+
+def small_model(image: VisionTransformerConfig | ResNetConfig) -> CLIP:
+    torch.manual_seed(0)
+    text = TextTransformerConfig(context_length=4, vocab_size=9, width=16, layers=1, heads=1)
+    return CLIP(CLIPConfig(16, image, text))
+
+
+VIT = VisionTransformerConfig(image_size=32, patch_size=8, width=32, layers=1, heads=1)
+RESNET = ResNetConfig(layers=(1, 1, 1, 1), width=8, image_size=32)
+
+
+@pytest.mark.parametrize("image", [VIT, RESNET], ids=["vit", "resnet"])
+def test_pixels_in_autocasts_precision_give_the_features_and_gradients_of_float32_pixels(
+    image: VisionTransformerConfig | ResNetConfig,
+) -> None:
+    clip = small_model(image)
+    images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
+    in_float32 = clip.normalize(images)
+    found = []
+    for early in (False, True):
+        clip.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            normalized = clip.normalize(images) if early else in_float32
+            features = clip.encode_image(normalized, normalize=True)
+        features.square().cumsum(1).sum().backward()
+        found.append((normalized.dtype, [features, *(p.grad for p in clip.visual.parameters())]))
+    (before, expected), (after, values) = found
+    assert (before, after) == (torch.float32, torch.bfloat16)
+    assert all(torch.equal(a, b) for a, b in zip(values, expected, strict=True))
+
+
+def test_only_the_papers_encoders_get_pixels_in_autocasts_precision() -> None:
+    """Another encoder may compute with them before its first product, and weights in float64 are not cast."""
+    clip = small_model(VIT)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert clip.double().normalize(LEVELS).dtype == torch.float64
+        cast(Any, clip).visual = nn.Conv2d(3, 4, 1)
+        assert clip.normalize(LEVELS).dtype == torch.float32
+        assert clip.bfloat16().normalize(LEVELS).dtype == torch.bfloat16
+
+
+class PixelBytes(TorchDispatchMode):
+    """Count the bytes that operators read and write of tensors of one size, except in matrix products."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.bytes, self.names = size, 0, list[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result, name = func(*args, **(kwargs or {})), func.overloadpacket.__name__
+        views = any(each.alias_info and not each.alias_info.is_write for each in func._schema.returns)
+        if not views and name not in ("mm", "empty", "_unsafe_view"):
+            touched = {id(x): x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)}
+            moved = sum(x.nbytes for x in touched.values() if x.numel() == self.size)
+            self.bytes, self.names = self.bytes + moved, self.names + [name] * (moved > 0)
+        return result
+
+
+@pytest.mark.parametrize(("bf16", "expected"), [(True, 1 + 2 + 2 * 2), (False, 1 + 4 + 2 * 4)])
+def test_pixels_are_read_twice_before_the_patch_embedding(bf16: bool, expected: int) -> None:
+    """Once to normalise them and once to cut them into patches; the product reads them in its own precision."""
+    clip, images = small_model(VIT), torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16), PixelBytes(images.numel()) as counted:
+        features = clip.encode_image(clip.normalize(images))
+    assert counted.names == ["addcdiv", "clone"]
+    assert counted.bytes == expected * images.numel()
+    with PixelBytes(images.numel()) as counted:
+        features.float().sum().backward()
+    assert counted.bytes == 0
+
+
+def test_normalize_and_the_image_encoder_are_one_graph() -> None:
+    clip, images = small_model(VIT), torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+
+    def encode(images: Tensor) -> Tensor:
+        return clip.encode_image(clip.normalize(images))
+
+    with torch.autocast("cpu", torch.bfloat16):
+        compiled = torch.compile(encode, backend="eager", fullgraph=True)
+        assert torch.equal(compiled(images), encode(images))
