@@ -21,6 +21,7 @@ from lit_clip.cli.argument_types import register_types
 from lit_clip.cli.imports import check_not_imported_by, command_words, import_encoders
 from lit_clip.cli.loggers import check_loggers, logger_errors
 from lit_clip.cli.packaged_defaults import use_packaged_defaults
+from lit_clip.cli.plain_help import PlainHelp
 from lit_clip.cli.run_folders import run_folders
 from lit_clip.cli.save_config import SaveConfig
 from lit_clip.cli.words import (
@@ -53,6 +54,13 @@ from lit_clip.weights.training_checkpoints import adopt_tokenizer
 DEFAULT_CALLBACKS = "callbacks"  # the package whose defaults() every run gets; lit_clip must not import it
 # The newest checkpoint of this configuration's runs or of its requeued SLURM job; auto starts over if there is none.
 NEWEST = ("last", "auto", "hpc")
+
+
+class Parser(LightningArgumentParser):
+    """Lightning's, whose help, also that of single classes (``--data.help``), is plain text."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"formatter_class": PlainHelp, **options})
 
 
 class CLI(LightningCLI):
@@ -325,6 +333,7 @@ def run(args: ArgsType = None, execute: bool = True) -> CLI:
         },
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
+        parser_class=Parser,
         args=args,
         run=execute,
     )

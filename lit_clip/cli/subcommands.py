@@ -16,6 +16,7 @@ from typing import get_type_hints
 import docstring_parser
 from jsonargparse import ArgumentParser
 
+from lit_clip.cli.plain_help import PlainHelp
 from lit_clip.tools.messages import hinting, options_of
 
 # "module:function", imported when the command is run, so that `lit-clip --help` stays fast. Other packages' commands
@@ -44,7 +45,11 @@ def command_parser(name: str, function: Callable[..., None]) -> ArgumentParser:
     documentation = docstring_parser.parse(function.__doc__ or "")
     helps = {parameter.arg_name: parameter.description for parameter in documentation.params}
     parser = ArgumentParser(
-        prog=f"lit-clip {name}", description=documentation.short_description, exit_on_error=False, allow_abbrev=False
+        prog=f"lit-clip {name}",
+        description=documentation.short_description,
+        exit_on_error=False,
+        allow_abbrev=False,
+        formatter_class=PlainHelp,
     )
     hints = get_type_hints(function)
     lists = {key: kind for key, hint in hints.items() for kind in (str, int) if hint in (list[kind], list[kind] | None)}

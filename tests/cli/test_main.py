@@ -338,6 +338,13 @@ def test_help_describes_every_command() -> None:
     assert any(line.split() == ["embed", *(embed.__doc__ or "").splitlines()[0].split()] for line in lines)
 
 
+def test_help_of_a_class_is_plain_text(cli: Cli) -> None:
+    text = cli("fit", "--data.help", "datamodules.Captions").stdout
+    assert "--data.train" in text
+    assert "Only needed by fit." in " ".join(text.split())
+    assert not re.search(r"``|:\w+:`", text)
+
+
 def test_a_given_progress_bar_replaces_the_default(caption_table: Path, tmp_path: Path, cli: Cli) -> None:
     command = [word for word in words("validate", caption_table) if "progress_bar" not in word and word != "false"]
     bar = "--trainer.callbacks+=lightning.pytorch.callbacks.TQDMProgressBar"
