@@ -60,6 +60,7 @@ def inspect(
     require(world_size >= 1, f"--world_size {world_size} must be at least 1")
     require(batch_size is None or batch_size >= 1, f"--batch_size {batch_size} must be at least 1")
     page = Path(output)
+    require(page.suffix == ".html", f"--output {output}: must be a .html file")
     require(page.absolute().parent.is_dir(), f"--output {output}: there is no such folder")
     tokenizer = _tokenizer(model, context_length)
     options = {"root": root, "image_column": image_column, "caption_column": caption_column, "split": split}

@@ -322,6 +322,7 @@ def test_an_unknown_column_is_asked_for_by_option(tmp_path: Path, capsys: pytest
         ({"batch_size": 0}, "batch_size"),
         ({"context_length": 1}, "context_length"),
         ({"output": "nowhere/inspect.html"}, "no such folder"),
+        ({"output": "pairs.csv"}, "must be a .html file"),
         ({"model": "ViT-B-99"}, "ViT-B-99"),
         ({"data": ["nothing.csv"]}, "nothing.csv"),
     ],
