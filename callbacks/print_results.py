@@ -30,9 +30,10 @@ class PrintResults(Callback):
 
 
 def _best(trainer: Trainer) -> dict[str, Path]:
-    """Return the best checkpoint by each metric that a ``ModelCheckpoint`` watches."""
+    """Return the best checkpoint by each metric, with its value, that a ``ModelCheckpoint`` watches."""
     savers = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
-    return {each.monitor: Path(each.best_model_path) for each in savers if each.monitor and each.best_model_path}
+    found = [each for each in savers if each.monitor and each.best_model_path]
+    return {f"{each.monitor} ({float(each.best_model_score):.4g})": Path(each.best_model_path) for each in found}
 
 
 def _warn_of_unsaved_steps(trainer: Trainer) -> None:

@@ -211,7 +211,8 @@ class Captions(CaptionDataModule):
             rank_zero_info(f"{source.name}: keeps {len(source.pairs)} pairs")
         if source.left_out.counts:
             name = data if isinstance(data, str) else split
-            rank_zero_info(f"{name}: {len(source)} pairs, {source.left_out} left out")
+            first = f"; the first: {source.left_out.listed[0][0]}" if source.left_out.listed else ""
+            rank_zero_info(f"{name}: {len(source)} pairs, {source.left_out} left out{first}")
             bad = sum(count for reason, count in source.left_out.counts.items() if reason != NO_CAPTION)
             found = len(source) + bad
             if self.on_error == "skip" and found >= JUDGED_AFTER and bad > self.max_skipped * found:

@@ -74,7 +74,7 @@ def report_captions(source: PairSource, tokenizer: TextTokenizer, policy: LongCa
     if found.repeated > FEW_REPEATED:
         rank_zero_info(
             f"captions: {found.repeated:.0%} of the first {found.captions} occur more than once, and count as wrong "
-            "for others' images by default; as right with --model.loss Contrastive --model.loss.duplicates positives "
+            "for each other's images; better as right: --model.loss Contrastive --model.loss.duplicates positives "
             '(in Python loss=Contrastive(duplicates="positives"))'
         )
     if found.truncated:
@@ -84,7 +84,7 @@ def report_captions(source: PairSource, tokenizer: TextTokenizer, policy: LongCa
             "not one sentence fits (model.context_length)"
             if policy == "sentences"
             else f"{what} are truncated to {context} tokens and lose {found.tokens_lost:.1f} on average "
-            "(model.context_length, data.long_captions)"
+            "(to read more: model.context_length, or data.long_captions: sentences)"
         )
 
 

@@ -41,7 +41,7 @@ from lit_clip.tools.hardware import computes_in_bfloat16
 from lit_clip.tools.messages import hinting, options_of
 from lit_clip.tools.untrusted import shortened
 from lit_clip.tools.weight_files import read_mapped
-from lit_clip.training.checkpoint_io import WholeCheckpointIO, newest_checkpoint
+from lit_clip.training.checkpoint_io import WholeCheckpointIO, checkpoint_step, newest_checkpoint
 from lit_clip.training.checks import check_counts
 from lit_clip.training.claims import name_folders
 from lit_clip.training.lost_ranks import watch_started_ranks
@@ -234,7 +234,8 @@ class CLI(LightningCLI):
         found = newest_checkpoint(folders)
         if found is None:
             return "no checkpoint yet; SIGTERM saves one, Ctrl-C does not"
-        return f"resume with: {resume_command(found, found.parent.parent)}"
+        step = checkpoint_step(found)
+        return f"step {step} is saved; resume with: {resume_command(found, found.parent.parent)}"
 
     def before_validate(self) -> None:
         self._warn_of_random_weights()

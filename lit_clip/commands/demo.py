@@ -83,7 +83,7 @@ def demo(
         clip = load_model(model)
         searched = search_in(clip, folder, files, index, EncodingSettings(on_error=on_error)) if folder else None
         os.environ.update(QUIET, GRADIO_TEMP_DIR=uploads)  # gradio reads them when it is imported and used
-        app = web_app(Trial(clip.to(best_device()), searched), Path(model).name, host)
+        app = web_app(Trial(clip.to(best_device()), searched), model, host)
         shown = f"[{host}]" if ":" in host else host
         stderr().print(f"demo: http://{shown}:{listening.getsockname()[1]} (Ctrl-C ends it)")
         _serve(app, listening)

@@ -1,5 +1,6 @@
 """``lit-clip search``: find the images of a folder, or the rows of a feature file, that best match a query."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -86,6 +87,9 @@ def search(
         on_error: error ends the run at an image that cannot be read; skip lists it in a file beside the index.
     """
     require(bool(queries or image), "nothing to search for; type a text after the folder, or give --image")
+    for query in queries:
+        named = bool(Path(query).suffix) and os.path.isfile(query)
+        require(not named, f"{query}: is a file, and would be searched for as a text; put it after --image")
     require(top_k >= 1, f"--top_k {top_k} must be at least 1")
     require(index is None or index.endswith(".npz"), f"--index {index}: must be a .npz file")
     page = Path(sheet)

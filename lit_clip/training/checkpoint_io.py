@@ -124,13 +124,15 @@ def newest_checkpoint(places: Iterable[Path]) -> Path | None:
         places: folders, searched at any depth, and files.
     """
     files = {file.resolve() for place in places for file in ([place] if place.is_file() else place.rglob("*.ckpt"))}
-    steps = {file: step for file in files if (step := _steps(file)) is not None}
+    steps = {file: step for file in files if (step := checkpoint_step(file)) is not None}
     if not steps:
         return None
     _date_until_now(steps)
     found = [(step, file.stat().st_mtime, file) for file, step in steps.items()]
     last = max(found, key=lambda each: each[1])[2].parent
-    _, written, newest = max(each for each in found if each[2].parent == last)
+    step, written, newest = max(each for each in found if each[2].parent == last)
+    named = [each for each in found if each[0] == step and each[2] == last / "last.ckpt"]
+    newest = named[0][2] if named else newest  # best.ckpt of the same step is as good, but looks older
     for file in sorted(filter(Path.is_file, files)):  # a link may lead to a file that was removed
         if file.stat().st_mtime > written and not zipfile.is_zipfile(file):
             rank_zero_warn(f"{file}: incomplete or damaged; {newest} is the newest complete checkpoint")
@@ -149,7 +151,8 @@ def _date_until_now(files: Iterable[Path]) -> None:
             os.utime(file, (now, now + number * 1e-3))
 
 
-def _steps(path: Path) -> int | None:
+def checkpoint_step(path: Path) -> int | None:
+    """Return the optimiser steps of a checkpoint; None for other and incomplete files, and for weights only."""
     try:
         if not zipfile.is_zipfile(path):
             return None
@@ -209,7 +212,7 @@ def _fingerprint(path: Any) -> tuple[str, str]:
     try:
         with zipfile.ZipFile(path) as file:
             members = [(member.filename.partition("/")[2], member.CRC) for member in file.infolist()]
-        return f"step {_steps(Path(path))}", hex_digest([sorted(members)])
+        return f"step {checkpoint_step(Path(path))}", hex_digest([sorted(members)])
     except FileNotFoundError:
         return "no such file", ""
     except Exception:  # a sharded checkpoint's folder, or whatever a damaged file raises, which loading it says

@@ -475,7 +475,7 @@ def test_ctrl_c_ends_a_run_with_exit_code_130_and_says_how_to_resume(
     message = interrupted(6)  # an epoch has 4 steps
     run = "lightning_logs/version_1"
     command = f"lit-clip fit --config {run}/fit_config.yaml --ckpt_path {run}/checkpoints/epoch=0-step=4.ckpt"
-    assert message == f"lit-clip: interrupted: resume with: {command}"
+    assert message == f"lit-clip: interrupted: step 4 is saved; resume with: {command}"
     resumed = cli(*shlex.split(command)[1:], "--trainer.callbacks", "null")
     assert resumed.returncode == 0, resumed.stderr
     assert torch.load(tmp_path / "lightning_logs/version_2/checkpoints/epoch=2-step=12.ckpt", weights_only=True)

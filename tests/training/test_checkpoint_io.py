@@ -119,6 +119,8 @@ def test_newest_checkpoint_has_the_most_steps_of_the_newest_run_and_can_be_resum
     time.sleep(0.01)
     checkpoint_io.save_checkpoint({**CHECKPOINT, "global_step": 30}, tmp_path / "version_2" / "last.ckpt")
     assert newest_checkpoint([tmp_path]) == tmp_path / "version_2/last.ckpt"
+    checkpoint_io.save_checkpoint({**CHECKPOINT, "global_step": 30}, tmp_path / "version_2" / "best.ckpt")
+    assert newest_checkpoint([tmp_path]) == tmp_path / "version_2/last.ckpt"  # best would look older than it is
     assert newest_checkpoint([tmp_path / "version_0", tmp_path / "cut.ckpt"]) is not None
 
 

@@ -218,7 +218,7 @@ def test_rows_without_a_caption_are_left_out_and_counted(folder: Path, messages:
     assert captions(table) == ["a cat", "nan bread"]
     (message,) = [message for message in messages if "t." + suffix in message]
     assert "2 pairs" in message
-    assert f"{len(blank)} rows without a caption" in message
+    assert f"{len(blank)} rows without a caption left out; the first: {table} " in message
     assert rank_zero.log.isEnabledFor(logging.INFO)  # so it is shown
 
 
