@@ -19,8 +19,8 @@ LIGHTNINGS = (TQDMProgressBar, RichProgressBar)
 class ProgressLines(TimedCallback):
     """Write progress as lines on standard error when standard output is no terminal: a file, a pipe, a notebook.
 
-    Each line has the step, the last logged loss, samples per second of all ranks in training time (see
-    :class:`callbacks.training_clock.TimedCallback`) and the time left until ``max_steps``, ``max_epochs`` or
+    Each line has the step, the last losses of training and validation, samples per second of all ranks in training
+    time (see :class:`callbacks.training_clock.TimedCallback`) and the time left until ``max_steps``, ``max_epochs`` or
     ``max_time``, whichever is first, if steps go on to take as long as so far in this process, with validations and
     checkpoints. Lightning's progress bars are disabled then. A progress bar of another class stays, and there are no
     lines; nor are there with ``enable_progress_bar=False``.
@@ -56,13 +56,13 @@ class ProgressLines(TimedCallback):
         if self._log.due and trainer.global_step != _steps(trainer):  # the last line is below
             left = self._seconds_left(trainer)
             rate = per_second(*self._lap(), "samples")
-            self._log.write(_step(trainer), _loss(trainer), rate, "" if left is None else f"{duration(left)} left")
+            self._log.write(_step(trainer), _losses(trainer), rate, "" if left is None else f"{duration(left)} left")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._writes:
             self._lap()
             rate = per_second(self._all_samples, self._all_seconds, "samples")
-            self._log.write(_step(trainer), _loss(trainer), rate, f"{duration(self._log.seconds)} in all")
+            self._log.write(_step(trainer), _losses(trainer), rate, f"{duration(self._log.seconds)} in all")
 
     def _lap(self) -> tuple[int, float]:
         """Return the samples and the training time since the last call."""
@@ -131,6 +131,7 @@ def _step(trainer: Trainer) -> str:
     return f"step {trainer.global_step:,}" + ("" if steps is None else f" of {steps:,}")
 
 
-def _loss(trainer: Trainer) -> str:
-    loss = trainer.progress_bar_metrics.get("train/loss")  # not read from the device here: see LitCLIP.optimizer_step
-    return "" if loss is None else f"loss {loss:.3f}"
+def _losses(trainer: Trainer) -> str:
+    found = trainer.progress_bar_metrics  # not read from the device here: see LitCLIP.optimizer_step
+    shown = {"train/loss": "loss", "val/loss": "val/loss"}
+    return ", ".join(f"{title} {found[name]:.3f}" for name, title in shown.items() if name in found)

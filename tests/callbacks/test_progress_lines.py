@@ -22,7 +22,10 @@ from tests.helpers.small_sets import entry, write_table
 from tests.helpers.terminal import on_a_terminal, screen
 from tests.test_module import data_for, trainer
 
-LINE = re.compile(r"fit: step (\d+) of (\d+), loss [\d.]+(?:, [\d.,]+ samples/s)?(?:, \d+:\d\d:\d\d (?:left|in all))?")
+LINE = re.compile(
+    r"fit: step (\d+) of (\d+), loss [\d.]+(?:, val/loss [\d.]+)?(?:, [\d.,]+ samples/s)?"
+    r"(?:, \d+:\d\d:\d\d (?:left|in all))?"
+)
 
 
 class Ticks(Callback):
@@ -65,7 +68,7 @@ def fit(
 
 
 def without_loss(lines: list[str]) -> list[str]:
-    return [re.sub(r" loss [\d.]+,?", "", line) for line in lines]
+    return [re.sub(r" (val/)?loss [\d.]+,?", "", line) for line in lines]
 
 
 def test_lines_have_the_time_left_over_all_epochs_and_the_rate_of_training(fit: Callable[..., list[str]]) -> None:
@@ -103,7 +106,9 @@ def test_a_resumed_run_counts_from_its_step(fit: Callable[..., list[str]], tmp_p
 
 
 def test_validations_have_lines_and_count_for_the_time_left_but_not_the_rate(fit: Callable[..., list[str]]) -> None:
-    assert without_loss(fit(max_epochs=1, limit_val_batches=4, val_check_interval=4)) == [
+    lines = fit(max_epochs=1, limit_val_batches=4, val_check_interval=4)
+    assert ["val/loss" in line for line in lines if line.startswith("fit")] == [False, False, True, True]
+    assert without_loss(lines) == [
         "fit: step 1 of 8,",
         "fit: step 4 of 8, 0.4 samples/s, 0:00:40 left",
         "validation: batch 1 of 4, 0.267 samples/s, 0:00:45 left",
