@@ -33,7 +33,9 @@ def _best(trainer: Trainer) -> dict[str, Path]:
     """Return the best checkpoint by each metric, with its value, that a ``ModelCheckpoint`` watches."""
     savers = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
     found = [each for each in savers if each.monitor and each.best_model_path]
-    return {f"{each.monitor} ({float(each.best_model_score):.4g})": Path(each.best_model_path) for each in found}
+    # After a resume a best checkpoint of the run before has no score.
+    scores = ["" if each.best_model_score is None else f" ({float(each.best_model_score):.4g})" for each in found]
+    return {f"{each.monitor}{score}": Path(each.best_model_path) for each, score in zip(found, scores, strict=True)}
 
 
 def _warn_of_unsaved_steps(trainer: Trainer) -> None:
