@@ -236,7 +236,7 @@ def one_line(error: BaseException) -> str:
         return f"the config needs the environment variable {unset[1]}; type {command}"
     text = re.sub(r'Parser key "([^"]+)":', r"\1:", " ".join(line.strip() for line in shorter(lines)))
     hints = [hint for words, hint in HINTS.items() if re.search(words, text)]
-    hints += filter(None, [_similar_class(text)])
+    hints += filter(None, [_similar_class(text), _similar_file(text)])
     return "; ".join([text, *getattr(error, "__notes__", ()), *hints])
 
 
@@ -256,6 +256,13 @@ def _similar_class(text: str) -> str:
             known |= {each: f"{file.stem}.{each}" for each in classes}
     near = get_close_matches(name, known, n=1)
     return f"did you mean {known[near[0]]}?" if near else ""
+
+
+def _similar_file(text: str) -> str:
+    """Suggest a file of the working folder for a module that is not found; empty for other messages."""
+    missing = re.search(r"No module named '(\w+)'", text)
+    near = get_close_matches(missing[1], [file.stem for file in Path().glob("*.py")], n=1) if missing else []
+    return f"did you mean {near[0]}?" if near else ""
 
 
 def user_error(error: BaseException) -> BaseException | None:
