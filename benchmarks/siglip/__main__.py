@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kept import cell, finished, keep
 from pairs import Data, load
 from rich.console import Console
 from rich.table import Table
@@ -107,8 +108,7 @@ def run_once(out: Path, data: Data, recipe: Recipe, seed: int, pairs: int) -> No
         train(model, data, data.training[target], how, seed)
     line["measured"] = measure(model, data)
     print(name, target, seed, {key: round(value, 2) for key, value in line["measured"].items()}, flush=True)
-    with (out / "runs.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    keep(out, line)
 
 
 def start_of(out: Path, data: Data, start: Start, seed: int, pairs: int) -> Towers:
@@ -119,12 +119,6 @@ def start_of(out: Path, data: Data, start: Start, seed: int, pairs: int) -> Towe
     model = Towers()
     model.load_state_dict(torch.load(file, weights_only=True))
     return model
-
-
-def finished(out: Path) -> list[dict[str, Any]]:
-    """Return the finished runs."""
-    file = out / "runs.jsonl"
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
 
 
 def print_table(runs: list[dict[str, Any]], seeds: int) -> None:
@@ -141,11 +135,6 @@ def print_table(runs: list[dict[str, Any]], seeds: int) -> None:
         figures = [f"{statistics.fmean(row[column] for row in rows):.2f}" for column in ("negative", "scale", "bias")]
         table.add_row(name if target else f"{start}, {name}", target, str(len(rows)), *cells, *figures)
     Console(width=200).print(table)
-
-
-def cell(values: list[float]) -> str:
-    """Return the mean, and half the range, such as ``31.5 (2.0)``."""
-    return f"{statistics.fmean(values):.1f} ({(max(values) - min(values)) / 2:.1f})"
 
 
 if __name__ == "__main__":

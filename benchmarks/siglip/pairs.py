@@ -127,7 +127,7 @@ class Encoding:
         groups too. Every tenth drawing (no flag) is for testing, and every third of the other groups.
         """
         emoji, rng = read_table(), random.Random(0)
-        texts = [[e.name] * 4 + [_with_tags(e, rng) for _ in range(3)] for e in emoji]
+        texts = [[e.name] * 4 + [with_tags(e, rng) for _ in range(3)] for e in emoji]
         names = torch.tensor([[self.row(text) for text in row] for row in texts])
         groups = torch.tensor([[self.row(e.group), self.row(f"{e.group}, {e.subgroup}")] for e in emoji])
         images = self.images(EmojiPairs(emoji, draw()), "drawings", VERSIONS["drawings"])
@@ -142,7 +142,7 @@ class Encoding:
         return training, {name: Pairs(images[:, :1], names).at(rows) for name, rows in tests.items()}
 
 
-def _with_tags(emoji: Emoji, rng: random.Random) -> str:
+def with_tags(emoji: Emoji, rng: random.Random) -> str:
     tags = [tag for tag in emoji.tags if tag != emoji.name]
     return ", ".join([emoji.name, *rng.sample(tags, min(len(tags), rng.randint(1, 3)))])
 
