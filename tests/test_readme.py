@@ -243,7 +243,7 @@ def test_a_command_that_cannot_be_run_here_parses(command: str) -> None:
 # Runs each command line up to the point where it has been parsed; all in one process.
 PARSE_BENCHMARKS = """
 import argparse, os, runpy, shlex, sys
-sys.path.insert(0, os.getcwd())
+sys.path.insert(0, "")
 parse = argparse.ArgumentParser.parse_args
 def only_parse(*args, **kwargs):
     parse(*args, **kwargs)
@@ -251,6 +251,7 @@ def only_parse(*args, **kwargs):
 argparse.ArgumentParser.parse_args = only_parse
 for line in sys.argv[1:]:
     sys.argv = shlex.split(line)
+    sys.path[0] = os.path.abspath(os.path.dirname(sys.argv[0]))
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as end:
