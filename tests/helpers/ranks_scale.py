@@ -3,8 +3,10 @@
 import json
 import os
 import sys
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
@@ -13,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from callbacks import ActivationCheckpointing
 from lit_clip import distributed
 from lit_clip.batch import CaptionBatch
+from lit_clip.models import packing
 from lit_clip.models.tokenizer import CLIPTokenizer
 from lit_clip.module import LitCLIP
 from lit_clip.training.fsdp import FSDP
@@ -48,8 +51,20 @@ class Data(LightningDataModule):
         return DataLoader(batches, batch_size=None)
 
 
-def train(output: str, strategy: str, resume: str | None = None, checkpointed: bool = False, **options: Any) -> None:
-    """Train with ``Trainer.fit``, three steps an epoch, and save a checkpoint."""
+def train(
+    output: str,
+    strategy: str,
+    resume: str | None = None,
+    checkpointed: bool = False,
+    fused: bool = False,
+    **options: Any,
+) -> None:
+    """Train with ``Trainer.fit``, three steps an epoch, and save a checkpoint; ``fused``: by torch's attention."""
+    with mock.patch.dict(packing.LONGEST_PLAIN, clear=True) if fused else nullcontext():
+        _train(output, strategy, resume, checkpointed, **options)
+
+
+def _train(output: str, strategy: str, resume: str | None, checkpointed: bool, **options: Any) -> None:
     settings = {"max_epochs": 1, "precision": "32-true", **options.pop("trainer", {})}
     torch.manual_seed(int(os.environ["RANK"]) if strategy in STRATEGIES else 0)  # FSDP must broadcast rank 0's weights
     # With a smaller eps, AdamW would amplify rounding errors of gradients that are zero.

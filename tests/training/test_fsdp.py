@@ -23,7 +23,8 @@ SCRIPT = str(ROOT / "tests/helpers/ranks_scale.py")
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "clipped": {"trainer": {"gradient_clip_val": 0.05, "precision": "bf16-mixed"}},
-    "recomputed": {"checkpointed": True, "freeze": {"image": "all"}},
+    # A frozen encoder's attention is differentiated under FSDP alone, for which a CPU has another kernel: one for both.
+    "recomputed": {"checkpointed": True, "freeze": {"image": "all"}, "fused": True},
     "micro_batches": {"micro_batch_size": 2, "checkpointed": True},
 }
 
@@ -84,9 +85,7 @@ def test_two_shards_train_as_one_process_does(runs: Path) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_shards_train_as_ddp_does(runs: Path, case: str) -> None:
-    # A frozen image encoder's features round differently under FSDP: 1.3e-6 in elements of gradients that exceed 1.
-    tolerance = 3e-6 if case == "recomputed" else 1e-8
-    assert_same_training(runs / f"{case}_fsdp.ckpt", runs / f"{case}_ddp.ckpt", tolerance)
+    assert_same_training(runs / f"{case}_fsdp.ckpt", runs / f"{case}_ddp.ckpt", 1e-8)
 
 
 def test_fsdp_and_ddp_resume_from_each_others_checkpoint(runs: Path) -> None:
