@@ -106,8 +106,9 @@ class TrainingMonitor(TimedCallback):
         self._samples_seen += samples
         if trainer.global_step % log_interval(trainer) == 0:
             rate = self._samples / self.clock.lap().seconds
-            pl_module.log("train/samples_per_second", rate)
-            trainer.progress_bar_metrics["train/samples_per_second"] = rate  # see LitCLIP.optimizer_step
+            if self.is_whole_interval(trainer):
+                pl_module.log("train/samples_per_second", rate)
+                trainer.progress_bar_metrics["train/samples_per_second"] = rate  # see LitCLIP.optimizer_step
             pl_module.log("train/samples_seen", float(self._samples_seen))
             self._samples = 0
             self._warn_if_stuck(trainer, cast(LitCLIP, pl_module))

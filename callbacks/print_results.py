@@ -26,7 +26,7 @@ class PrintResults(Callback):
         folder = run_folder(trainer)  # every rank must ask
         _warn_of_unsaved_steps(trainer)
         if last and trainer.is_global_zero:
-            print_next_steps(Path(last), folder, curves(trainer.loggers), _best(trainer))
+            print_next_steps(Path(last), folder, curves(trainer.loggers, trainer.ckpt_path), _best(trainer))
 
 
 def _best(trainer: Trainer) -> dict[str, Path]:

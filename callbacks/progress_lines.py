@@ -22,8 +22,9 @@ class ProgressLines(TimedCallback):
     Each line has the step, the last losses of training and validation, samples per second of all ranks in training
     time (see :class:`callbacks.training_clock.TimedCallback`) and the time left until ``max_steps``, ``max_epochs`` or
     ``max_time``, whichever is first, if steps go on to take as long as so far in this process, with validations and
-    checkpoints. Lightning's progress bars are disabled then. A progress bar of another class stays, and there are no
-    lines; nor are there with ``enable_progress_bar=False``.
+    checkpoints. The last line has the time since the start, or since the step at which the run was resumed.
+    Lightning's progress bars are disabled then. A progress bar of another class stays, and there are no lines; nor are
+    there with ``enable_progress_bar=False``.
     """
 
     def __init__(self) -> None:
@@ -62,7 +63,8 @@ class ProgressLines(TimedCallback):
         if self._writes:
             self._lap()
             rate = per_second(self._all_samples, self._all_seconds, "samples")
-            self._log.write(_step(trainer), _losses(trainer), rate, f"{duration(self._log.seconds)} in all")
+            since = f"since step {self.steps_before:,}" if self.steps_before else "in all"
+            self._log.write(_step(trainer), _losses(trainer), rate, f"{duration(self._log.seconds)} {since}")
 
     def _lap(self) -> tuple[int, float]:
         """Return the samples and the training time since the last call."""

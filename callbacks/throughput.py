@@ -130,7 +130,10 @@ class Throughput(TimedCallback):
         model = cast(LitCLIP, pl_module).model
         self._add(batch, model)
         if trainer.global_step % log_interval(trainer) == 0:
-            counts: list[Count] = distributed.gather_objects([self._count(trainer)])
+            own = self._count(trainer)
+            if not self.is_whole_interval(trainer):  # the same on every rank
+                return
+            counts: list[Count] = distributed.gather_objects([own])
             flops = None if model.frozen_prefixes else self._flops  # which counts layers that are not computed
             metrics = throughput(counts, model.context_length, flops, self._peak)
             if any(isinstance(callback, TrainingMonitor) for callback in trainer.callbacks):

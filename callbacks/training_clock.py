@@ -86,10 +86,12 @@ class TimedCallback(Callback):
 
     Attributes:
         clock: runs while the model is trained.
+        steps_before: steps that the run had taken when this process began to train; 0 unless it was resumed.
         now: returns the time in seconds.
     """
 
     clock: TrainingClock
+    steps_before = 0
     now: Callable[[], float] = staticmethod(time.perf_counter)
 
     def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
@@ -105,6 +107,7 @@ class TimedCallback(Callback):
         _unfollow(trainer.profiler)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.steps_before = trainer.global_step
         self.clock.start()  # a run that is resumed within an epoch has no on_train_epoch_start
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -113,6 +116,13 @@ class TimedCallback(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.clock.pause("between epochs")
+
+    def is_whole_interval(self, trainer: Trainer) -> bool:
+        """Return whether this process took all steps of the logged interval that ends now.
+
+        The first of a resumed run may be a few steps with the start of data workers among them, too few for a rate.
+        """
+        return trainer.global_step - self.steps_before >= log_interval(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.clock.pause("validation")

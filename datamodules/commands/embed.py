@@ -95,8 +95,8 @@ def embed(
     own. The same command resumes an interrupted run.
 
     Args:
-        data: image files, and folders with everything below, whose keys are paths; or anything else that training
-            takes, such as a table or shards, whose keys are those of its pairs.
+        data: image files, and folders with everything below, whose keys are their paths as typed; or anything
+            else that training takes, such as a table or shards, whose keys are those of its pairs.
         model: a checkpoint, or a name that lit_clip.load_model understands.
         output: features.parquet (columns key and feature) or features.npy (keys in features.keys.json).
         texts: instead of data, a file with one text per line; a text is its own key.

@@ -74,9 +74,10 @@ def inspect(
         _save_problems(problems, problem_list)
     duplicates = find_duplicates(findings)
     sections = summarize(findings, source.left_out, duplicates, tokenizer.context_length, world_size, batch_size)
+    replaced = " (replaces the one before)" if page.exists() else ""
     write_inspection(page, ", ".join(data), source, findings, duplicates, sections, tokenizer.context_length)
     _print(", ".join(data), sections, findings, source.left_out)
-    stderr().print(f"page with images: {page}")
+    stderr().print(f"page with images: {page}{replaced}")
     if problem_list.exists():
         stderr().print(f"all pairs that cannot be used: {problem_list}")
     if not len(findings.usable):

@@ -1,6 +1,7 @@
 """Texts, images and image files in one list -> features, in this process; for :meth:`lit_clip.CLIP.encode`."""
 
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -48,8 +49,17 @@ def _image_or_text(i: int, item: Any) -> str | Path | Image.Image:
     if _is_file(item):
         return Path(item)
     # A caption may be a file name; a mistyped path must not become one in silence.
-    warnings.warn(f"encode: {item!r} is no file here and is encoded as a text; pass a Path for files", stacklevel=5)
+    message = f"encode: {item!r} is no file here and is encoded as a text; pass a Path for files"
+    warnings.warn(message, stacklevel=_callers_level())
     return item
+
+
+def _callers_level() -> int:
+    """Return the ``stacklevel`` of a warning with which it shows the line that called lit-clip."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals["__name__"].partition(".")[0] == "lit_clip":
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _is_file(text: str) -> bool:

@@ -21,6 +21,7 @@ WARNINGS = {
 LOGGED = {
     "Tip:": "advertisements",
     "TPU available: False": "nobody asked for one",
+    "Automatic Mixed Precision (AMP)": "of trainer.precision, as set or as said in a line of ours",
     "configured with model summary callbacks": "the plan is the summary",
     "`weights_only` was not set": "of Lightning's own loading; checkpoints are read without code (WholeCheckpointIO)",
 }

@@ -245,13 +245,14 @@ def plan_rows(plan: RunPlan) -> list[tuple[str, str]]:
     else:
         rows.append(("FLOPs per pair", "unknown; an encoder cannot be counted"))
     kept = "weights, gradients, moments" if plan.moments is not None else "weights, gradients"
-    rows.append((kept, f"{_bytes(plan.state_bytes)} on each rank without sharding"))
+    several = plan.world > 1
+    rows.append((kept, _bytes(plan.state_bytes) + " on each rank without sharding" * several))
     if plan.loss_bytes is not None:
         tiled, dense = plan.loss_bytes
         instead = (
             f" (with a similarity matrix: {_bytes(dense)})" if dense > tiled else ""
         )  # it is smaller for a small batch
-        rows.append(("memory of the loss", f"{_bytes(tiled)} on each rank{instead}"))
+        rows.append(("memory of the loss", _bytes(tiled) + " on each rank" * several + instead))
         rows.append(("pairs per step", _pairs_a_step(plan)))
     if plan.steps is not None:
         rows.append(("steps", f"{plan.steps:,}, {plan.steps_per_epoch:,} per epoch"))
@@ -270,8 +271,9 @@ def plan_rows(plan: RunPlan) -> list[tuple[str, str]]:
 
 def _pairs_a_step(plan: RunPlan) -> str:
     nodes = f" x {plan.nodes} nodes" if plan.nodes > 1 else ""
+    ranks = f" = {plan.batch:,} x {plan.devices} ranks{nodes}" if plan.world > 1 else ""
     parts = f", encoded in {plan.parts} micro-batches" if plan.parts > 1 else ""
-    return f"{plan.global_batch:,} = {plan.batch:,} x {plan.devices} ranks{nodes}{parts}"
+    return f"{plan.global_batch:,}{ranks}{parts}"
 
 
 def _left_out(plan: RunPlan) -> str:

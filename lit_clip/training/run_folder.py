@@ -37,14 +37,22 @@ def newest_config(folder: Path | None) -> Path | None:
     return max(found, key=lambda file: file.stat().st_mtime, default=None)
 
 
-def curves(loggers: Sequence[Logger]) -> list[str]:
-    """Return commands, files and addresses that show a run's curves, on the first rank; none for unknown loggers."""
-    return [place for logger in loggers if (place := _curves(logger))]
+def curves(loggers: Sequence[Logger], resumed_from: str | Path | None = None) -> list[str]:
+    """Return commands, files and addresses that show a run's curves, on the first rank; none for unknown loggers.
+
+    Args:
+        loggers: of the run.
+        resumed_from: its checkpoint; TensorBoard then shows the run's beginning too, if that is in a folder beside it.
+    """
+    return [place for logger in loggers if (place := _curves(logger, Path(resumed_from or "")))]
 
 
-def _curves(logger: Any) -> str | None:
+def _curves(logger: Any, resumed_from: Path) -> str | None:
     if isinstance(logger, TensorBoardLogger):
-        return shlex.join(["tensorboard", "--logdir", str(shown(Path(logger.log_dir)))])
+        own, runs = Path(logger.log_dir).resolve(), Path(logger.root_dir).resolve()
+        before = resumed_from.resolve().parents
+        folder = runs if runs in before and own not in before else own
+        return shlex.join(["tensorboard", "--logdir", str(shown(folder))])
     if isinstance(logger, CSVLogger):
         return str(shown(Path(logger.log_dir, "metrics.csv")))
     if isinstance(logger, WandbLogger):

@@ -24,7 +24,7 @@ from tests.test_module import data_for, trainer
 
 LINE = re.compile(
     r"fit: step (\d+) of (\d+), loss [\d.]+(?:, val/loss [\d.]+)?(?:, [\d.,]+ samples/s)?"
-    r"(?:, \d+:\d\d:\d\d (?:left|in all))?"
+    r"(?:, \d+:\d\d:\d\d (?:left|in all|since step \d+))?"
 )
 
 
@@ -101,7 +101,7 @@ def test_a_resumed_run_counts_from_its_step(fit: Callable[..., list[str]], tmp_p
         "fit: step 9 of 16,",
         "fit: step 12 of 16, 0.4 samples/s, 0:00:40 left",
         "fit: step 15 of 16, 0.4 samples/s, 0:00:10 left",
-        "fit: step 16 of 16, 0.4 samples/s, 0:01:20 in all",
+        "fit: step 16 of 16, 0.4 samples/s, 0:01:20 since step 8",
     ]
 
 

@@ -413,6 +413,20 @@ def test_a_run_resumed_within_an_epoch_counts_only_its_own_time(tiny_config: CLI
     assert sum(4 / rate for rate in rates) <= elapsed
 
 
+def test_the_rest_of_an_interval_with_which_a_run_is_resumed_has_no_rate(
+    tiny_config: CLIPConfig, tmp_path: Path
+) -> None:
+    """One step with the start of everything would look like a slow run."""
+    table = write_table(tmp_path)
+    saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    for monitor in (Throughput(), TrainingMonitor()):
+        for path, rates in ((None, 2), (tmp_path / "step=1.ckpt", 1)):
+            module, folder = LitCLIP(tiny_config), tmp_path / f"{type(monitor).__name__}-{rates}"
+            options = {"max_epochs": 2, "log_every_n_steps": 2, "ckpt_path": path}
+            fit(module, data_for(module, table, batch_size=4), folder, monitor, saving, **options)
+            assert len(logged(folder, "train/samples_per_second")) == rates  # of steps 2 and 4
+
+
 def test_with_a_training_monitor_each_number_is_logged_once(tiny_config: CLIPConfig, tmp_path: Path) -> None:
     table = write_table(tmp_path)
     for number, callbacks in enumerate([[Throughput(), TrainingMonitor()], [TrainingMonitor(), Throughput()]]):

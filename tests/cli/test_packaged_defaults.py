@@ -97,6 +97,7 @@ def test_a_run_without_a_config_is_validated_and_resumed_without_one(
     resumed = cli("fit", *data, *two, "--ckpt_path", "last")
     assert resumed.returncode == 0, resumed.stderr
     assert resumed.stderr.count("no --config") == 1  # the first rank's
+    assert "curves: tensorboard --logdir runs/table" in resumed.stdout.splitlines()  # both folders of the run
     steps = [torch.load(path, weights_only=True)["global_step"] for path in sorted(tmp_path.rglob("last.ckpt"))]
     assert steps == [3, 6]
 

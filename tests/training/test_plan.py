@@ -1,5 +1,6 @@
 """The plan of a run in numbers, and warnings about contradictory settings."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -76,8 +77,14 @@ def test_rows_leave_out_useless_comparisons() -> None:
     """No dense matrix that would be smaller, and no warm-up of more than 100% of the run."""
     rows = dict(plan_rows(replace(GOOD, steps=1, warmup=50, batch=8, devices=1, nodes=1)))
     assert rows["warm-up"] == "50 steps, longer than the run"
-    assert rows["memory of the loss"].endswith("on each rank")
+    assert "similarity" not in rows["memory of the loss"]
     assert "(with a similarity matrix: " in dict(plan_rows(replace(GOOD, batch=1024)))["memory of the loss"]
+
+
+def test_a_single_process_is_not_told_of_ranks() -> None:
+    rows = dict(plan_rows(replace(GOOD, devices=1, nodes=1, micro_batch=128)))
+    assert rows["pairs per step"] == "256, encoded in 2 micro-batches"
+    assert not re.search("rank|shard", " ".join(rows.values()))
 
 
 def test_a_run_from_scratch_on_few_pairs_is_told_what_learns_more() -> None:
