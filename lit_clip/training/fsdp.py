@@ -30,11 +30,11 @@ from lit_clip.training.optimization import Optimization
 class FSDP(FSDPStrategy):
     """Shard weights, gradients and optimiser states over ranks; gather one block at a time to use it.
 
-    Results and checkpoints match DDP's; either can resume from the other's. Mixed precision is
-    autocast, as elsewhere: shards and what is sent are float32. Scalars (temperature and bias) are whole on every rank.
-    Weights are sharded under ``fit``, including its validations; ``validate``, ``test`` and ``predict`` use full
-    weights. With ``model.micro_batch_size`` weights and gradients are whole within a step, and sharded between steps.
-    Runs on CPU too.
+    Results and checkpoints match DDP's; either can resume from the other's. Mixed precision is autocast, as elsewhere:
+    shards and what is sent are float32. Scalars (temperature and bias), and what is frozen outside of blocks, are whole
+    on every rank. Weights are sharded under ``fit``, including its validations; ``validate``, ``test`` and ``predict``
+    use full weights. With ``model.micro_batch_size`` weights and gradients are whole within a step, and sharded between
+    steps. Runs on CPU too.
 
     ``ModelParallelStrategy`` (FSDP2) supports no scalar parameters, and OpenAI's layout has one.
 
@@ -66,7 +66,7 @@ class FSDP(FSDPStrategy):
             state_dict_type="full",
             **kwargs,
         )
-        self._scalars: list[nn.Parameter] = []
+        self._whole_parameters: list[nn.Parameter] = []
         self._sharded: Sharded | None = None
 
     def setup_environment(self) -> None:
@@ -79,7 +79,7 @@ class FSDP(FSDPStrategy):
             self.kwargs["device_mesh"] = mesh
 
     def setup(self, trainer: Trainer) -> None:
-        """Wrap the blocks, and leave out the scalars."""
+        """Wrap the blocks, and leave out what stays whole."""
         if trainer.state.fn == TrainerFn.FITTING:
             self._check(trainer)
             _check_lora(self.lightning_module)
@@ -95,12 +95,17 @@ class FSDP(FSDPStrategy):
             module.model.text_encoder.in_groups = False
         for tensor in [*module.parameters(), *module.buffers()]:  # FSDP does this itself, but not on CPU
             tensor.data.copy_(self._of_rank_0(tensor.data))
-        self._scalars = [parameter for parameter in module.parameters() if parameter.ndim == 0]
-        for parameter in self._scalars:
+        in_blocks = {id(each) for block in module.modules() if id(block) in blocks for each in block.parameters()}
+        # A frozen weight that shares a shard with a trained one would be differentiated, and all that its encoder
+        # computes from it: frozen blocks are sharded by themselves, and what is frozen outside of them stays whole.
+        self._whole_parameters = [
+            each for each in module.parameters() if each.ndim == 0 or not (each.requires_grad or id(each) in in_blocks)
+        ]
+        for parameter in self._whole_parameters:
             parameter.data = parameter.data.to(self.root_device)  # FSDP moves only what it shards
         self.kwargs |= {
             "auto_wrap_policy": CustomPolicy(lambda block: id(block) in blocks),
-            "ignored_states": self._scalars,
+            "ignored_states": self._whole_parameters,
         }
 
     def _of_rank_0(self, tensor: Tensor) -> Tensor:
@@ -111,7 +116,7 @@ class FSDP(FSDPStrategy):
     def _setup_model(self, model: nn.Module) -> nn.Module:
         if self._sharded is not None and self._sharded.module is model:
             return self._sharded
-        if not self._scalars:  # nothing is being trained
+        if not self._whole_parameters:  # nothing is being trained
             return model.to(self.root_device)
         # Lightning passes the device's index, and a CPU has none.
         settings: dict[str, Any] = {"sharding_strategy": self.sharding_strategy, "cpu_offload": self.cpu_offload}
@@ -135,8 +140,8 @@ class FSDP(FSDPStrategy):
         self._precision_plugin = None if precision_plugin is None else _Precision(precision_plugin.precision, self)
 
     def post_backward(self, closure_loss: Tensor) -> None:
-        """Average the scalars' gradients over ranks, as FSDP does with the rest."""
-        for parameter in self._scalars:
+        """Average the gradients of whole parameters over ranks, as FSDP does with the rest."""
+        for parameter in self._whole_parameters:
             if parameter.grad is not None:
                 dist.all_reduce(parameter.grad)
                 parameter.grad /= self.world_size

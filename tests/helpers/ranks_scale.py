@@ -3,10 +3,8 @@
 import json
 import os
 import sys
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
@@ -15,7 +13,6 @@ from torch.utils.data import DataLoader, Dataset
 from callbacks import ActivationCheckpointing
 from lit_clip import distributed
 from lit_clip.batch import CaptionBatch
-from lit_clip.models import packing
 from lit_clip.models.tokenizer import CLIPTokenizer
 from lit_clip.module import LitCLIP
 from lit_clip.training.fsdp import FSDP
@@ -56,15 +53,9 @@ def train(
     strategy: str,
     resume: str | None = None,
     checkpointed: bool = False,
-    fused: bool = False,
     **options: Any,
 ) -> None:
-    """Train with ``Trainer.fit``, three steps an epoch, and save a checkpoint; ``fused``: by torch's attention."""
-    with mock.patch.dict(packing.LONGEST_PLAIN, clear=True) if fused else nullcontext():
-        _train(output, strategy, resume, checkpointed, **options)
-
-
-def _train(output: str, strategy: str, resume: str | None, checkpointed: bool, **options: Any) -> None:
+    """Train with ``Trainer.fit``, three steps an epoch, and save a checkpoint."""
     settings = {"max_epochs": 1, "precision": "32-true", **options.pop("trainer", {})}
     torch.manual_seed(int(os.environ["RANK"]) if strategy in STRATEGIES else 0)  # FSDP must broadcast rank 0's weights
     # With a smaller eps, AdamW would amplify rounding errors of gradients that are zero.
@@ -72,6 +63,8 @@ def _train(output: str, strategy: str, resume: str | None, checkpointed: bool, *
         CONFIG, **options, optimizer=partial(PaperAdamW, eps=1e-3), lr_scheduler=partial(WarmupCosine, warmup_steps=1)
     )
     module.model._tokenizer = CLIPTokenizer(16)  # only its padding id is read
+    differentiated: list[bool] = []
+    module.model.visual.register_forward_hook(lambda _, __, features: differentiated.append(features.requires_grad))
     trainer = Trainer(
         callbacks=[ActivationCheckpointing()] if checkpointed else [],
         accelerator="cpu",
@@ -85,6 +78,7 @@ def _train(output: str, strategy: str, resume: str | None, checkpointed: bool, *
         **settings,
     )
     trainer.fit(module, Data(), ckpt_path=resume)
+    assert any(differentiated) != ("image" in options.get("freeze", {})), "a frozen encoder keeps no activations"
     trainer.save_checkpoint(output)
 
 
