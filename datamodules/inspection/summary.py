@@ -12,8 +12,7 @@ from datamodules.loading.sampling import EvaluationBatchSampler, GlobalBatchSamp
 from datamodules.near_duplicates import Groups, equal_groups, look_alikes
 from datamodules.pairs.source import LeftOut
 from lit_clip.errors import InputError
-
-KILO = 1000
+from lit_clip.tools.console import size_in_bytes
 
 
 class SummaryLine(NamedTuple):
@@ -131,7 +130,7 @@ def _image_lines(findings: ScanFindings, duplicates: DuplicateGroups) -> list[Su
         SummaryLine("images", f"{number:,}, with {len(findings.captions):,} captions"),
         SummaryLine("formats", _listed(kinds, number)),
         SummaryLine("colour modes", _listed(modes, number)),
-        SummaryLine("bytes", f"{_bytes(images['bytes'].sum())}, {_bytes(images['bytes'].mean())} each"),
+        SummaryLine("bytes", f"{size_in_bytes(images['bytes'].sum())}, {size_in_bytes(images['bytes'].mean())} each"),
         *_size_lines(images),
     ]
     states = (
@@ -213,11 +212,3 @@ def _counts(values: np.ndarray) -> dict[int, int]:
 
 def _listed(counts: Mapping[str, int], whole: int) -> str:
     return ", ".join(f"{name} {share(count, whole)}" for name, count in counts.items() if count)
-
-
-def _bytes(number: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < KILO:
-            return f"{number:.3g} {unit}"
-        number /= KILO
-    return f"{number:.3g} TB"

@@ -12,67 +12,30 @@ import os
 import shutil
 import tarfile
 import tempfile
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from hashlib import md5, sha1, sha256
-from http.client import HTTPException
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import MissingData
 from lit_clip.evaluation.suite import TASKS, SuiteEntry, Task
 from lit_clip.evaluation.tasks import used_splits
 from lit_clip.tools.atomic import make_folder, not_written
-from lit_clip.tools.console import progress, stderr
+from lit_clip.tools.console import size_in_bytes, stderr
 from lit_clip.tools.hashing import hash64
+from lit_clip.tools.transfers import Checksum, Transfer, fetch, lacking, size_on_server
 
 try:
     import fcntl
 except ImportError:  # Windows, where downloads are not kept apart
     fcntl = None
 
-CHUNK = 1 << 20  # bytes
-ATTEMPTS = 5
-TIMEOUT = 60  # seconds without an answer
-RESUME = "run the same command again to resume"
 # What torchvision's data sets call to download and unpack; some import it into their own module.
-CALLS = (
-    *("download_url", "download_and_extract_archive", "extract_archive"),
-    *("download_file_from_google_drive", "_decompress"),
-)
-
-
-class Checksum(NamedTuple):
-    """A file's digest: ``md5``, ``sha256``, or ``git``, which is the SHA-1 of git's header and the file."""
-
-    kind: str
-    digest: str
-
-
-class Transfer(NamedTuple):
-    """A file to download.
-
-    Attributes:
-        url: where from.
-        path: where to.
-        size: in bytes; None: unknown.
-        checksum: None: there is none.
-        archive: whether it is only there to be unpacked.
-        headers: of the request, which are not sent to a host that it is redirected to.
-    """
-
-    url: str
-    path: Path
-    size: int | None
-    checksum: Checksum | None
-    archive: bool = False
-    headers: Mapping[str, str] = {}
+CALLS = ["download_url", "download_and_extract_archive", "extract_archive", "download_file_from_google_drive"]
+CALLS += ["_decompress"]
 
 
 @dataclass
@@ -135,10 +98,8 @@ def download_missing(
         _announce(fitting, data_root)
     for plan in plans:
         try:
-            lacks = (
-                f"--data-root {data_root}: {_bytes(_size_of(plan))} do not fit; {_bytes(free)} are free for all sets"
-            )
-            require(plan in fitting, lacks)
+            size, space = size_in_bytes(_size_of(plan)), size_in_bytes(free)
+            require(plan in fitting, f"--data-root {data_root}: {size} do not fit; {space} are free for all sets")
             _download(plan)
         except InputError as error:
             failed |= dict.fromkeys(plan.names, str(error))
@@ -213,7 +174,9 @@ def _of_torchvision(plan: _Plan, source: Mapping[str, Any]) -> list[Transfer]:
         def note(url: str, root: Any, filename: Any, checksum: str | None, archive: bool) -> None:
             below = Path(os.path.expanduser(root)).relative_to(folder)
             path = plan.content / below / (filename or os.path.basename(url))
-            noted.append(Transfer(url, path, _size(url), Checksum("md5", checksum) if checksum else None, archive))
+            noted.append(
+                Transfer(url, path, size_on_server(url), Checksum("md5", checksum) if checksum else None, archive)
+            )
 
         def download_url(url: str, root: Any, filename: Any = None, md5: str | None = None, **_: Any) -> None:
             note(url, root, filename, md5, archive=False)
@@ -285,15 +248,6 @@ def _missing(plan: _Plan, transfers: Iterable[Transfer]) -> list[Transfer]:
     return [each for each in transfers if not (plan.root / each.path.relative_to(plan.content)).exists()]
 
 
-def _size(url: str) -> int | None:
-    """Ask for the size of a file; None: the server does not say."""
-    try:
-        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=TIMEOUT) as response:
-            return int(response.headers["Content-Length"]) or None
-    except (OSError, TypeError, ValueError):
-        return None
-
-
 def _fitting(plans: Iterable[_Plan], free: int) -> list[_Plan]:
     """Return the plans for which the disk has space, taken in order."""
     fitting = []
@@ -307,12 +261,7 @@ def _fitting(plans: Iterable[_Plan], free: int) -> list[_Plan]:
 
 def _size_of(plan: _Plan) -> int:
     """Return how many bytes are still to be transferred, as far as servers say it."""
-    return sum(_lacking(plan.kept(each), each.size) for each in chain(*plan.transfers) if each.size is not None)
-
-
-def _lacking(kept: Path, size: int) -> int:
-    have = [path.stat().st_size for path in (kept, _part(kept)) if path.exists()]
-    return max(0, size - sum(have))
+    return sum(lacking(plan.kept(each), each.size) for each in chain(*plan.transfers) if each.size is not None)
 
 
 def _announce(plans: Iterable[_Plan], data_root: Path) -> None:
@@ -328,15 +277,8 @@ def _announce(plans: Iterable[_Plan], data_root: Path) -> None:
 
 def _amount(known: int, incomplete: bool) -> str:
     if not incomplete:
-        return _bytes(known)
-    return f"{_bytes(known)} and files of unknown size" if known else "unknown size"
-
-
-def _bytes(number: int) -> str:
-    for unit, name in ((1e9, "GB"), (1e6, "MB")):
-        if number >= unit:
-            return f"{number / unit:.1f} {name}"
-    return f"{number / 1e3:.1f} kB"
+        return size_in_bytes(known)
+    return f"{size_in_bytes(known)} and files of unknown size" if known else "unknown size"
 
 
 def _download(plan: _Plan) -> None:
@@ -456,88 +398,3 @@ def _publish(content: Path, root: Path) -> None:
             target.mkdir(parents=True, exist_ok=True)
         else:
             path.replace(target)
-
-
-def _part(path: Path) -> Path:
-    return path.with_name(f"{path.name}.part")
-
-
-def fetch(transfer: Transfer, path: Path) -> None:
-    """Download a file to ``path``, unless it is there; what an earlier call has left of it is not asked for again.
-
-    Raises:
-        InputError: it cannot be had, the server's file has another size than ``transfer``, or its checksum is wrong, in
-            which case nothing of it is kept.
-    """
-    if path.exists():
-        if transfer.size in (None, path.stat().st_size):
-            return
-        path.unlink()
-    part = _part(path)
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            _continue(transfer, part)
-            break
-        except (OSError, ValueError, HTTPException) as error:  # ValueError: no such kind of address, or another size
-            refused = isinstance(error, urllib.error.HTTPError) and 400 <= error.code < 500 and error.code != 416
-            if refused or isinstance(error, ValueError) or attempt == ATTEMPTS:
-                raise InputError(f"{transfer.url}: cannot be downloaded ({error}); {RESUME}") from error
-            time.sleep(2**attempt / 10)
-    if transfer.checksum is not None and (found := _digest(part, transfer.checksum.kind)) != transfer.checksum.digest:
-        part.unlink()
-        what = f"its {transfer.checksum.kind} checksum is {found} instead of {transfer.checksum.digest}"
-        raise InputError(f"{transfer.url}: {what}, so it is not kept")
-    part.replace(path)
-
-
-def _continue(transfer: Transfer, part: Path) -> None:
-    """Append to ``part`` what is lacking.
-
-    Raises:
-        OSError: the transfer ended early.
-        ValueError: the server's file has another size than ``transfer``.
-    """
-    request = urllib.request.Request(transfer.url, headers={"User-Agent": "lit-clip"})
-    for name, value in transfer.headers.items():
-        request.add_unredirected_header(name, value)
-    version = part.with_name(f"{part.name}.version")  # of the file on the server, as it calls it
-    start = part.stat().st_size if part.exists() and version.exists() else 0
-    if start:
-        request.add_header("Range", f"bytes={start}-")
-        request.add_header("If-Range", version.read_text(encoding="utf-8"))
-    try:
-        response = urllib.request.urlopen(request, timeout=TIMEOUT)
-    except urllib.error.HTTPError as error:
-        if error.code == 416:  # there is nothing after what we have: start again
-            part.unlink(missing_ok=True)
-        raise
-    with response:
-        if getattr(response, "status", None) != 206:
-            start = 0
-        length = response.headers["Content-Length"]
-        expected = start + int(length) if length else transfer.size
-        if transfer.size not in (None, expected):  # such as the page of a login, instead of the file
-            raise ValueError(f"the server sends {expected:,} bytes instead of {transfer.size:,}")
-        named = response.headers["ETag"] or response.headers["Last-Modified"]
-        version.write_text(named, encoding="utf-8") if named else version.unlink(missing_ok=True)
-        title = f"{transfer.path.name} ({_bytes(expected)})" if expected is not None else transfer.path.name
-        with part.open("ab" if start else "wb") as file, progress(title, (expected or 0) // CHUNK) as advance:
-            advance(start // CHUNK)
-            while chunk := response.read(CHUNK):
-                file.write(chunk)
-                advance(len(chunk) / CHUNK)
-    size = part.stat().st_size
-    if expected is not None and size != expected:
-        raise OSError(f"it ended after {size:,} of {expected:,} bytes")
-    version.unlink(missing_ok=True)
-
-
-def _digest(path: Path, kind: str) -> str:
-    if kind == "git":
-        digest = sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
-    else:
-        digest = sha256() if kind == "sha256" else md5(usedforsecurity=False)
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -75,6 +75,15 @@ def per_second(count: float, seconds: float, unit: str = "") -> str:
     return f"{f'{rate:,.0f}' if rate >= 100 else f'{rate:.3g}'}{unit and f' {unit}'}/s"
 
 
+def size_in_bytes(number: float) -> str:
+    """Return a number of bytes to three digits, such as ``1.25 MB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} TB"
+
+
 class ProgressLog:
     """Progress where no bar can be drawn, such as in a job's log: whole lines on standard error.
 

@@ -18,8 +18,10 @@ import torchvision
 from datamodules import evaluation as sets
 from lit_clip.errors import InputError
 from lit_clip.evaluation import download
-from lit_clip.evaluation.download import Transfer, download_missing, fetch
+from lit_clip.evaluation.download import download_missing
 from lit_clip.evaluation.suite import SuiteEntry, Task, read_suite
+from lit_clip.tools import transfers
+from lit_clip.tools.transfers import Transfer, fetch
 from tests.conftest import ROOT
 from tests.helpers.coloured_sets import WDS_LABELS, WDS_NAMES, WDS_TEMPLATES, wds_sample, write_wds
 from tests.helpers.hub import Hub, Repository, running_hub
@@ -72,7 +74,7 @@ def test_missing_set_of_the_hub_is_downloaded_with_the_splits_that_are_wanted(
     assert files == {f"wds_mnist/{name}" for name in names}  # no train, and nothing of the transfer
     total = sum(path.stat().st_size for path in data.rglob("*") if path.is_file())
     assert (
-        f"downloading {total / 1e3:.1f} kB into {data}:\n  digits, again: {total / 1e3:.1f} kB"
+        f"downloading {total / 1e3:.3g} kB into {data}:\n  digits, again: {total / 1e3:.3g} kB"
         in capsys.readouterr().err
     )
     assert sorted(gets(hub)) == sorted(Path(name).name for name in names)
@@ -125,7 +127,7 @@ def test_interrupted_transfer_resumes_where_it_ended(
     hub: Hub, wds: SuiteEntry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size = (tmp_path / "published/test/0.tar").stat().st_size
-    monkeypatch.setattr(download, "ATTEMPTS", 1)
+    monkeypatch.setattr(transfers, "ATTEMPTS", 1)
     hub.cut["0.tar"] = 3000
     reason = download_missing({"digits": wds}, tmp_path / "data")["digits"]
     assert f"0.tar: cannot be downloaded (it ended after 3,000 of {size:,} bytes); run the same command again" in reason
@@ -183,7 +185,7 @@ def test_broken_connection_is_tried_again_by_itself(
 def test_file_that_has_changed_since_is_not_joined_with_its_beginning(
     hub: Hub, wds: SuiteEntry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(download, "ATTEMPTS", 1)
+    monkeypatch.setattr(transfers, "ATTEMPTS", 1)
     hub.cut["classnames.txt"] = 5
     assert "classnames.txt" in download_missing({"digits": wds}, tmp_path / "data")["digits"]
     hub.cut.clear()
@@ -233,17 +235,17 @@ def test_set_for_which_there_is_too_little_space_fails_and_smaller_ones_are_down
     set_free_space(monkeypatch, size)
     entries = {"large": SuiteEntry(data, download=[{"hub": "a/large"}]), "digits": wds}
     failed = download_missing(entries, tmp_path / "data")
-    needed = f"{(size + 1000) / 1e3:.1f} kB do not fit; {size / 1e3:.1f} kB are free for all sets"
+    needed = f"{(size + 1000) / 1e3:.3g} kB do not fit; {size / 1e3:.3g} kB are free for all sets"
     assert failed == {"large": f"--data-root {tmp_path / 'data'}: {needed}"}
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["wds_mnist"]
-    assert f"downloading {size / 1e3:.1f} kB" in capsys.readouterr().err
+    assert f"downloading {size / 1e3:.3g} kB" in capsys.readouterr().err
     assert not any("large" in request for request in hub.requests if "resolve" in request)
 
 
 def test_space_is_only_needed_for_what_an_interrupted_transfer_lacks(
     hub: Hub, wds: SuiteEntry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(download, "ATTEMPTS", 1)
+    monkeypatch.setattr(transfers, "ATTEMPTS", 1)
     hub.cut["1.tar"] = 3000
     assert "digits" in download_missing({"digits": wds}, tmp_path / "data")
     hub.cut.clear()
@@ -258,7 +260,7 @@ def test_space_is_only_needed_for_what_an_interrupted_transfer_lacks(
     assert "digits" in download_missing({"digits": wds}, tmp_path / "data")
     set_free_space(monkeypatch, size - sum(kept.values()))
     assert download_missing({"digits": wds}, tmp_path / "data") == {}
-    assert f"downloading {(size - sum(kept.values())) / 1e3:.1f} kB" in capsys.readouterr().err
+    assert f"downloading {(size - sum(kept.values())) / 1e3:.3g} kB" in capsys.readouterr().err
 
 
 def test_file_of_another_size_than_announced_is_refused(hub: Hub, wds: SuiteEntry, tmp_path: Path) -> None:
@@ -308,7 +310,7 @@ def test_torchvisions_set_is_downloaded_unpacked_and_its_archive_removed(
     assert sorted(path.name for path in (tmp_path / "data/dtd/dtd").iterdir()) == ["dtd"]
     assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["dtd"]
     size = len(hub.repositories["any/archives"].commits.popitem()[1]["dtd.tar.gz"])
-    assert f"textures: {size / 1e3:.1f} kB" in capsys.readouterr().err
+    assert f"textures: {size / 1e3:.3g} kB" in capsys.readouterr().err
     assert hub.sent == {"dtd.tar.gz": size}
 
 
@@ -409,7 +411,7 @@ def test_every_class_of_torchvisions_in_the_papers_suite_names_its_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Planning asks no server, and finds what torchvision would download."""
-    monkeypatch.setattr(download, "_size", lambda url: None)
+    monkeypatch.setattr(download, "size_on_server", lambda url: None)
     for name, entry in read_suite(ROOT / "configs/evaluation/paper.yaml").items():
         for source in entry.download:
             if "torchvision" in source and source["torchvision"] != "PCAM":  # on Google Drive
