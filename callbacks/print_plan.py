@@ -3,7 +3,8 @@
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelSummary
 
-from lit_clip.training.plan import measure_run, print_plan
+from lit_clip.training.plan import measure_run
+from lit_clip.training.plan_table import print_plan
 from lit_clip.training.summary import print_parameter_groups
 
 

@@ -45,7 +45,8 @@ from lit_clip.training.checkpoint_io import WholeCheckpointIO, checkpoint_step, 
 from lit_clip.training.checks import check_counts
 from lit_clip.training.claims import name_folders
 from lit_clip.training.lost_ranks import watch_started_ranks
-from lit_clip.training.plan import measure_run, print_plan
+from lit_clip.training.plan import measure_run
+from lit_clip.training.plan_table import print_plan
 from lit_clip.training.summary import print_summary, resume_command
 from lit_clip.weights.checkpoints import checked
 from lit_clip.weights.load import check_fits

@@ -1,30 +1,20 @@
-"""The plan of a run in numbers, and contradictions in its settings."""
+"""The plan of a run in numbers."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Trainer
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lit_clip.losses.tiled import default_tile
 from lit_clip.models.flops import tower_flops
 from lit_clip.models.layers import TOWERS, tower_blocks, tower_parameters
-from lit_clip.tools.console import Console
-from lit_clip.tools.parts import Description, shown
+from lit_clip.tools.parts import Description
 from lit_clip.training.activation_checkpointing import is_checkpointed
 from lit_clip.training.optim import batches_per_epoch, moments, total_steps
-
-PAPER_BATCH = 32_768  # table 18
-PAPER_RATES = (3.6e-4, 5e-4)  # tables 19 and 20, from scratch; 5e-4 at 2,048 pairs too (the run on YFCC)
-PAPER_FINE_TUNING_RATE = 2e-5  # table 20: ViT-L/14 for one more epoch at 336 pixels
-FAR = 10
-FEW_FOR_BATCH_NORM = 16
-FEW_PAIRS = 6_000  # docs/recipes.md, "Small data": measured with 500, 1,750 and 3,068
 
 
 class Work(NamedTuple):
@@ -233,176 +223,3 @@ def _forward_flops(tower: nn.Module, inputs: Tensor) -> int | None:
         return tower_flops(tower, inputs)
     except Exception:  # whatever external encoders raise
         return None
-
-
-def plan_rows(plan: RunPlan) -> list[tuple[str, str]]:
-    """Return the rows of the plan's table."""
-    rows = [("parameters", f"{plan.trainable:,} trainable, {plan.frozen:,} frozen")]
-    forward, training = plan.forward_flops, plan.training_flops
-    if forward is not None and training is not None:
-        work = f"{_short(forward)} forward, {_short(training)} in training ({plan.passes:g} x); texts of full length"
-        rows.append(("FLOPs per pair", work))
-    else:
-        rows.append(("FLOPs per pair", "unknown; an encoder cannot be counted"))
-    kept = "weights, gradients, moments" if plan.moments is not None else "weights, gradients"
-    several = plan.world > 1
-    rows.append((kept, _bytes(plan.state_bytes) + " on each rank without sharding" * several))
-    if plan.loss_bytes is not None:
-        tiled, dense = plan.loss_bytes
-        instead = (
-            f" (with a similarity matrix: {_bytes(dense)})" if dense > tiled else ""
-        )  # it is smaller for a small batch
-        rows.append(("memory of the loss", _bytes(tiled) + " on each rank" * several + instead))
-        rows.append(("pairs per step", _pairs_a_step(plan)))
-    if plan.steps is not None:
-        rows.append(("steps", f"{plan.steps:,}, {plan.steps_per_epoch:,} per epoch"))
-    if plan.steps is not None and plan.warmup is not None:
-        of_run = "longer than the run" if plan.warmup > plan.steps else f"{plan.warmup / plan.steps:.1%} of the run"
-        rows.append(("warm-up", f"{plan.warmup:,} steps, {of_run}"))
-    if plan.steps is not None and plan.global_batch is not None:
-        rows.append(("pairs seen", f"{plan.steps * plan.global_batch:,}" + _left_out(plan)))
-    if plan.pairs is not None and plan.pairs <= FEW_PAIRS and not (plan.pretrained or plan.frozen):
-        rows.append(("training pairs", _few_pairs(plan.pairs)))
-    rows.append(("loss", shown(plan.loss)))
-    rows.append(("optimiser", shown(plan.optimizer)))
-    rows.append(("schedule", shown(plan.lr_scheduler)))
-    return rows
-
-
-def _pairs_a_step(plan: RunPlan) -> str:
-    nodes = f" x {plan.nodes} nodes" if plan.nodes > 1 else ""
-    ranks = f" = {plan.batch:,} x {plan.devices} ranks{nodes}" if plan.world > 1 else ""
-    parts = f", encoded in {plan.parts} micro-batches" if plan.parts > 1 else ""
-    return f"{plan.global_batch:,}{ranks}{parts}"
-
-
-def _left_out(plan: RunPlan) -> str:
-    if plan.pairs is None or not plan.global_batch or plan.steps_per_epoch != plan.pairs // plan.global_batch:
-        return ""
-    return f"; {plan.pairs % plan.global_batch:,} of {plan.pairs:,} are left out of an epoch"
-
-
-def _few_pairs(pairs: int) -> str:
-    return f"{pairs:,} are few: pretrained encoders learn far more from them (docs/encoders.md)"
-
-
-def _short(number: float) -> str:
-    for unit in ("", "k", "M", "G"):
-        if number < 1000:
-            return f"{number:.3g} {unit}".strip()
-        number /= 1000
-    return f"{number:.3g} T"
-
-
-def _bytes(number: float) -> str:
-    for unit in ("bytes", "KiB", "MiB"):
-        if number < 1024:
-            return f"{number:.3g} {unit}"
-        number /= 1024
-    return f"{number:.3g} GiB"
-
-
-def contradictions(plan: RunPlan) -> list[str]:
-    """Return the contradictions in a plan, each a sentence that says what to change."""
-    checks: list[Callable[[RunPlan], str | None]] = [
-        _accumulation,
-        _warmup,
-        _two_ends,
-        _micro_batch,
-        _few_for_batch_norm,
-        _rate,
-        _half_weights,
-    ]
-    return [sentence for check in checks if (sentence := check(plan))]
-
-
-def _accumulation(plan: RunPlan) -> str | None:
-    if plan.accumulated == 1:
-        return None
-    return (
-        f"trainer.accumulate_grad_batches {plan.accumulated}: adds no negatives and is refused; "
-        "raise the batch size and set model.micro_batch_size"
-    )
-
-
-def _warmup(plan: RunPlan) -> str | None:
-    if plan.steps is None or plan.warmup is None or plan.warmup < plan.steps:
-        return None
-    steps = "1 step" if plan.steps == 1 else f"{plan.steps} steps"
-    return (
-        f"the run has {steps} and warm-up takes {plan.warmup}: lower --model.lr_scheduler.warmup_steps "
-        "(in Python lr_scheduler=partial(WarmupCosine, warmup_steps=...))"
-    )
-
-
-def _two_ends(plan: RunPlan) -> str | None:
-    if not plan.steps_per_epoch or plan.max_steps is None or plan.max_epochs is None:
-        return None
-    ends = plan.max_epochs * plan.steps_per_epoch
-    if plan.max_steps == ends:
-        return None
-    first, second = (
-        ("max_steps", "max_epochs") if plan.max_steps < ends else ("max_epochs", "max_steps")
-    )  # what ends the run, and what is never reached
-    return (
-        f"trainer.max_steps {plan.max_steps} and max_epochs {plan.max_epochs} ({ends} steps) disagree: "
-        f"{first} ends the run; leave {second} out"
-    )
-
-
-def _micro_batch(plan: RunPlan) -> str | None:
-    if plan.micro_batch is None or plan.batch is None or plan.micro_batch <= plan.batch:
-        return None
-    return (
-        f"model.micro_batch_size {plan.micro_batch} exceeds the {plan.batch} pairs per step of each rank: it "
-        "has no effect"
-    )
-
-
-def _few_for_batch_norm(plan: RunPlan) -> str | None:
-    if not plan.batch_norm or plan.batch is None:
-        return None
-    least = plan.batch // plan.parts
-    if least >= FEW_FOR_BATCH_NORM:
-        return None
-    return (
-        f"BatchNorm computes its statistics over {least} pairs: "
-        f"set batch_size and model.micro_batch_size to at least {FEW_FOR_BATCH_NORM}"
-    )
-
-
-def _rate(plan: RunPlan) -> str | None:
-    """Warn of a learning rate of Adam or AdamW that is more than ten times away from the paper's.
-
-    From scratch it used 3.6e-4 to 5e-4 at 32,768 pairs (tables 19, 20) and 5e-4 at 2,048 too, so the batch hardly
-    matters; from pretrained weights 2e-5. Smaller rates are only suspicious with a batch as large as that.
-    """
-    rate, large = plan.learning_rate, (plan.global_batch or 0) >= 2048
-    if plan.lora or rate == 0 or "Adam" not in plan.optimizer["class_path"]:
-        return None
-    low, high = (PAPER_FINE_TUNING_RATE,) * 2 if plan.pretrained else PAPER_RATES
-    if rate > FAR * high or (large and not plan.pretrained and rate < low / FAR):
-        start = "from pretrained weights" if plan.pretrained else "from scratch"
-        used = f"{low:g}" if low == high else f"{low:g} to {high:g}"
-        return (
-            f"model.optimizer.lr {rate:g} is more than {FAR} times away from the paper's {start}, {used} at "
-            f"{PAPER_BATCH:,} pairs per step"
-        )
-    return None
-
-
-def _half_weights(plan: RunPlan) -> str | None:
-    if plan.precision not in ("16-true", "bf16-true"):
-        return None
-    return f"trainer.precision {plan.precision}: 16-bit weights lose small updates; use bf16-mixed"
-
-
-def print_plan(plan: RunPlan) -> None:
-    """Print the table, and below it the contradictions."""
-    table = Table(title="Plan", show_header=False)
-    for row in plan_rows(plan):
-        table.add_row(*row)
-    console = Console()
-    console.print(table)
-    for sentence in contradictions(plan) if not plan.trial else ():
-        console.print(f"warning: {sentence}", style="yellow", soft_wrap=True)

@@ -19,7 +19,9 @@ from lit_clip.models.flops import measure
 from lit_clip.models.registry import resolve_architecture
 from lit_clip.module import LitCLIP
 from lit_clip.training.activation_checkpointing import checkpoint_encoders
-from lit_clip.training.plan import RunPlan, Work, contradictions, loss_bytes, measure_run, plan_rows, tower_work
+from lit_clip.training.contradictions import contradictions
+from lit_clip.training.plan import RunPlan, Work, loss_bytes, measure_run, tower_work
+from lit_clip.training.plan_table import plan_rows
 from lit_clip.training.schedules import WarmupCosine
 from lit_clip.weights.load import create_model
 from tests.conftest import TINY_YAML

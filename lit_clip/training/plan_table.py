@@ -1,0 +1,88 @@
+"""The plan of a run as a table, with what contradicts itself in it."""
+
+from rich.table import Table
+
+from lit_clip.tools.console import Console
+from lit_clip.tools.parts import shown
+from lit_clip.training.contradictions import contradictions
+from lit_clip.training.plan import RunPlan
+
+FEW_PAIRS = 6_000  # docs/recipes.md, "Small data": measured with 500, 1,750 and 3,068
+
+
+def print_plan(plan: RunPlan) -> None:
+    """Print the table, and below it the contradictions."""
+    table = Table(title="Plan", show_header=False)
+    for row in plan_rows(plan):
+        table.add_row(*row)
+    console = Console()
+    console.print(table)
+    for sentence in contradictions(plan) if not plan.trial else ():
+        console.print(f"warning: {sentence}", style="yellow", soft_wrap=True)
+
+
+def plan_rows(plan: RunPlan) -> list[tuple[str, str]]:
+    """Return the rows of the plan's table."""
+    rows = [("parameters", f"{plan.trainable:,} trainable, {plan.frozen:,} frozen")]
+    forward, training = plan.forward_flops, plan.training_flops
+    if forward is not None and training is not None:
+        work = f"{_short(forward)} forward, {_short(training)} in training ({plan.passes:g} x); texts of full length"
+        rows.append(("FLOPs per pair", work))
+    else:
+        rows.append(("FLOPs per pair", "unknown; an encoder cannot be counted"))
+    kept = "weights, gradients, moments" if plan.moments is not None else "weights, gradients"
+    several = plan.world > 1
+    rows.append((kept, _bytes(plan.state_bytes) + " on each rank without sharding" * several))
+    if plan.loss_bytes is not None:
+        tiled, dense = plan.loss_bytes
+        instead = (
+            f" (with a similarity matrix: {_bytes(dense)})" if dense > tiled else ""
+        )  # it is smaller for a small batch
+        rows.append(("memory of the loss", _bytes(tiled) + " on each rank" * several + instead))
+        rows.append(("pairs per step", _pairs_a_step(plan)))
+    if plan.steps is not None:
+        rows.append(("steps", f"{plan.steps:,}, {plan.steps_per_epoch:,} per epoch"))
+    if plan.steps is not None and plan.warmup is not None:
+        of_run = "longer than the run" if plan.warmup > plan.steps else f"{plan.warmup / plan.steps:.1%} of the run"
+        rows.append(("warm-up", f"{plan.warmup:,} steps, {of_run}"))
+    if plan.steps is not None and plan.global_batch is not None:
+        rows.append(("pairs seen", f"{plan.steps * plan.global_batch:,}" + _left_out(plan)))
+    if plan.pairs is not None and plan.pairs <= FEW_PAIRS and not (plan.pretrained or plan.frozen):
+        rows.append(("training pairs", _few_pairs(plan.pairs)))
+    rows.append(("loss", shown(plan.loss)))
+    rows.append(("optimiser", shown(plan.optimizer)))
+    rows.append(("schedule", shown(plan.lr_scheduler)))
+    return rows
+
+
+def _pairs_a_step(plan: RunPlan) -> str:
+    nodes = f" x {plan.nodes} nodes" if plan.nodes > 1 else ""
+    ranks = f" = {plan.batch:,} x {plan.devices} ranks{nodes}" if plan.world > 1 else ""
+    parts = f", encoded in {plan.parts} micro-batches" if plan.parts > 1 else ""
+    return f"{plan.global_batch:,}{ranks}{parts}"
+
+
+def _left_out(plan: RunPlan) -> str:
+    if plan.pairs is None or not plan.global_batch or plan.steps_per_epoch != plan.pairs // plan.global_batch:
+        return ""
+    return f"; {plan.pairs % plan.global_batch:,} of {plan.pairs:,} are left out of an epoch"
+
+
+def _few_pairs(pairs: int) -> str:
+    return f"{pairs:,} are few: pretrained encoders learn far more from them (docs/encoders.md)"
+
+
+def _short(number: float) -> str:
+    for unit in ("", "k", "M", "G"):
+        if number < 1000:
+            return f"{number:.3g} {unit}".strip()
+        number /= 1000
+    return f"{number:.3g} T"
+
+
+def _bytes(number: float) -> str:
+    for unit in ("bytes", "KiB", "MiB"):
+        if number < 1024:
+            return f"{number:.3g} {unit}"
+        number /= 1024
+    return f"{number:.3g} GiB"
