@@ -5,7 +5,7 @@ Shapes: N images, C classes, T captions, D embedding dimension.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -18,12 +18,13 @@ from torch import Tensor
 from lit_clip.errors import InputError
 from lit_clip.evaluation.accuracy import predictions
 from lit_clip.evaluation.bias import bias_report
-from lit_clip.evaluation.caption_choice import EncodedChoices, evaluate_choices
+from lit_clip.evaluation.caption_choice import evaluate_choices
 from lit_clip.evaluation.data import CaptionedImages, Grouped, ImageSet
 from lit_clip.evaluation.few_shot import SHOTS, FewShotProbes, train_few_shot
 from lit_clip.evaluation.geolocation import nearest_km, within_km
 from lit_clip.evaluation.intervals import Interval, intervals, mean_interval
-from lit_clip.evaluation.other_classes import Classes, among, penalty_metric
+from lit_clip.evaluation.open_set import Fold, OpenSet
+from lit_clip.evaluation.other_classes import among, penalty_metric
 from lit_clip.evaluation.predictions import (
     Columns,
     class_columns,
@@ -34,13 +35,12 @@ from lit_clip.evaluation.predictions import (
     unit_scores,
 )
 from lit_clip.evaluation.probe import MOST_PENALTIES, Probe, Split, train_probe
-from lit_clip.evaluation.prompts import Prompts
 from lit_clip.evaluation.retrieval import DIRECTIONS, retrieval_metrics
-from lit_clip.evaluation.retrieval_metrics import PairIndices, pair_scores, retrieval_ranks
+from lit_clip.evaluation.retrieval_metrics import pair_scores, retrieval_ranks
 from lit_clip.evaluation.robustness import subset_rows, subset_top1
 from lit_clip.evaluation.scores import baseline, comparable, evaluate_scores, interval, mean_over_folds
 from lit_clip.evaluation.store import SetFeatures
-from lit_clip.evaluation.suite import SuiteEntry, Task
+from lit_clip.evaluation.suite import Task
 from lit_clip.evaluation.targets import Targets
 from lit_clip.tools.atomic import make_folder, replacing
 from lit_clip.tools.console import progress
@@ -49,69 +49,6 @@ from lit_clip.tools.hardware import best_device
 ERRORS = 24  # images reported, the most confidently wrong ones
 CONFUSIONS = 20  # pairs of classes reported
 THUMBNAIL = 160  # pixels
-
-
-@dataclass
-class Fold:
-    """One division of a set into splits.
-
-    Attributes:
-        images: the images of each split.
-        features: the features of each split.
-        classes: for a probe that is trained on another set, see :mod:`lit_clip.evaluation.other_classes`.
-        trained_on: hash of the splits that probes are trained on.
-    """
-
-    images: dict[str, ImageSet] = field(default_factory=dict)
-    features: dict[str, SetFeatures] = field(default_factory=dict)
-    classes: Classes | None = None
-    trained_on: str = ""
-
-
-@dataclass
-class OpenSet:
-    """A set with its features.
-
-    Attributes:
-        name: name of the set.
-        entry: its entry in the suite.
-        folds: its folds, at least one.
-        prompts: prompts of its classes; None without zero-shot classification.
-        classifier: zero-shot classifier ``[D, C]``; None without zero-shot classification.
-        captions: captions of a retrieval set.
-        choices: questions of a set with right and wrong captions.
-        bias: classifiers of the bias probes, by probe.
-        scale: the model's inverse temperature.
-        tasks: those that the splits on disk allow.
-        probes: all probes of this run, which several sets may be tested on.
-    """
-
-    name: str
-    entry: SuiteEntry
-    folds: list[Fold]
-    prompts: Prompts | None = None
-    classifier: Tensor | None = None
-    captions: "DistinctCaptions | None" = None
-    choices: EncodedChoices | None = None
-    bias: dict[str, Tensor] = field(default_factory=dict)
-    scale: float = 100.0
-    tasks: list[Task] = field(default_factory=list)
-    probes: dict[tuple[Any, ...], Any] = field(default_factory=dict)
-
-
-@dataclass
-class DistinctCaptions:
-    """Distinct captions of a retrieval set.
-
-    Attributes:
-        features: ``[T, D]``, of unit length.
-        pairs: which caption belongs to which image.
-        digest: hash of the texts and the pairs.
-    """
-
-    features: Tensor
-    pairs: PairIndices
-    digest: str
 
 
 @dataclass(frozen=True)
