@@ -3,6 +3,8 @@
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -150,10 +152,20 @@ def _open_path(name: str, options: SourceOptions) -> PairSource:
     parts = None if exists or suffix in (*FILES, *IMAGES) else parse_hub_name(name)
     if parts is not None:
         return open_hub_data(name, parts, options)
-    require(exists, f"{name[:1000]}: no such file or folder; data may be {SUPPORTED}")
+    require(exists, f"{name[:1000]}: no such file or folder{_instead(path)}")
     if suffix not in FILES:
         raise InputError(f"{name}: unknown format {suffix or '(no suffix)'}; data may be {SUPPORTED}")
     return FILES[suffix](path, options)
+
+
+def _instead(missing: Path) -> str:
+    """Return a hint: a similar file beside it; or what data may be, if the name does not say what it is."""
+    if missing.suffix.lower() not in FILES:
+        return f"; data may be {SUPPORTED}"
+    near: list[str] = []
+    with suppress(OSError):
+        near = get_close_matches(missing.name, os.listdir(missing.parent), n=1)
+    return f"; did you mean {missing.with_name(near[0])}?" if near else ""
 
 
 def _open_remote(url: str, options: SourceOptions) -> PairSource:

@@ -90,8 +90,11 @@ def test_invalid_data_options_are_refused(folder: Path) -> None:
         captions(module(folder, train=[{"data": str(folder / "a.csv")}, str(folder / "c")]))
     with pytest.raises(InputError, match="wheight"):
         captions(module(folder, train=[{"data": str(folder / "a.csv"), "wheight": 1}]))
-    with pytest.raises(InputError, match="nowhere.csv: no such file or folder"):
+    with pytest.raises(InputError, match=r"nowhere\.csv: no such file or folder$"):
         captions(module(folder, train=str(folder / "nowhere.csv")))
+    (folder / "photographs.csv").touch()
+    with pytest.raises(InputError, match=rf"photograph\.csv: .*; did you mean {folder / 'photographs.csv'}\?$"):
+        captions(module(folder, train=str(folder / "photograph.csv")))
     strict = module(folder, train=str(folder / "a.csv"), long_captions="error")
     strict.tokenize = CLIPTokenizer(3)
     with pytest.raises(InputError, match=r"a\d+.png: its caption has 4 tokens, the model reads 3"):
