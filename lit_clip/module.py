@@ -24,7 +24,14 @@ from lit_clip.losses.loss import Loss, Pairs, build_loss, check_gradient, check_
 from lit_clip.losses.pairwise import Contrastive, Sigmoid
 from lit_clip.losses.tiled import HardNegatives
 from lit_clip.models.config import CLIPConfig, Preprocessing, Size
-from lit_clip.models.finetuning import Freeze, LayerDecay, frozen_modules, frozen_names, learning_rate_factors
+from lit_clip.models.finetuning import (
+    Freeze,
+    LayerDecay,
+    batch_norms,
+    frozen_modules,
+    frozen_names,
+    learning_rate_factors,
+)
 from lit_clip.models.lora import LoRA, add_lora
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.tools import host_copy
@@ -102,7 +109,7 @@ class LitCLIP(LightningModule):
             and one with an argument ``total_steps`` gets the number of steps of the run.
         decay: which parameters have weight decay, by name.
         freeze: encoders, or all but their last blocks, that are not trained: not in the optimiser, always in evaluation
-            mode.
+            mode; and whether BatchNorm keeps its statistics.
         layer_decay: the learning rate of each layer relative to the next one: one value, or one for each encoder.
         lora: train low-rank additions to the blocks that are not frozen, and nothing else. A checkpoint then holds
             only the additions and the name of their base weights (``pretrained``).
@@ -191,7 +198,8 @@ class LitCLIP(LightningModule):
             require(self.starts_trained, "model.lora: adds to a trained model; set model.pretrained")
             self.base_sha256 = weights_sha256(self.model)
             add_lora(self.model, lora)
-        self._frozen_modules = list(frozen_modules(self.model))  # names: a strategy may replace the modules
+        norms = batch_norms(self.model) if freeze.batch_norm else []
+        self._frozen_modules = [*frozen_modules(self.model), *norms]  # names: a strategy may replace the modules
         self.train()
 
     @classmethod

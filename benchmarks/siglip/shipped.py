@@ -6,8 +6,9 @@
 The SigLIP (pretrain.yaml) learns OpenMoji's drawings without three groups: its last blocks are trained by the softmax
 loss, then scale and bias are fitted as among 32,768 pairs, and it is trained on with each wrong pair counting as in
 batches of 32,768. Then the config fine-tunes it on line drawings and their names, or on the drawings of the other
-groups with their names and tags. Training is ``lit-clip fit`` with one thread; frozen layers encode each image once.
-Finished parts are kept in OUT; the same command goes on where it was.
+groups with their names and tags; BatchNorm, which no SigLIP has, keeps its statistics. Training is ``lit-clip fit``
+with one thread; frozen layers encode each image once. Finished parts are kept in OUT; the same command goes on
+where it was.
 """
 
 import argparse
@@ -41,6 +42,7 @@ SETS = ("known", "unseen", "lines", "other")
 TARGETS = {"line drawings": "lines", "other drawings": "other"}
 SOFTMAX = {"class_path": "lit_clip.losses.Contrastive", "init_args": {"duplicates": "ignored"}}
 UNTOLD = {"model": {"loss": {"class_path": "lit_clip.losses.Sigmoid", "init_args": {"pretraining_batch": None}}}}
+NO_BATCH_NORM = {"model": {"freeze": {"batch_norm": True}}}  # no SigLIP has any, and its statistics would change
 TENFOLD = {"model": {"optimizer": {"lr": 1e-4}}}
 LOSSES: dict[str, list[dict[str, Any]]] = {
     "as it is": [],
@@ -68,7 +70,7 @@ def main() -> None:
             run = {"name": name, "target": target, "seed": seed}
             if any(run.items() <= done.items() for done in finished(out)):
                 continue
-            changes = [*RECIPES[name], {"model": start, "data": tables(out, TARGETS[target])}]
+            changes = [*RECIPES[name], NO_BATCH_NORM, {"model": start, "data": tables(out, TARGETS[target])}]
             run |= fit(out, CONFIG, changes, seed, given.steps)
             print(run, flush=True)
             keep(out, run)

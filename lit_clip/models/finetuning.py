@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lit_clip.errors import InputError, require
 from lit_clip.models.custom import CustomImageEncoder, CustomTextEncoder
@@ -36,10 +37,13 @@ class Freeze:
     Attributes:
         image: None for nothing, ``all``, or ``{unlock_last: n}``.
         text: None for nothing, ``all``, or ``{unlock_last: n}``.
+        batch_norm: whether BatchNorm keeps its running statistics, and uses them, in trained layers too. Those of new
+            images make a pretrained model forget at any learning rate (docs/finetuning.md).
     """
 
     image: Literal["all"] | UnlockLast | None = None
     text: Literal["all"] | UnlockLast | None = None
+    batch_norm: bool = False
 
     def __post_init__(self) -> None:
         for tower in TOWERS:
@@ -112,6 +116,17 @@ def frozen_modules(model: nn.Module) -> dict[str, nn.Module]:
         last = max((tower.index(name) for name in result if name in tower), default=-1)
         result += [name for name in tower[: last + 1] if next(modules[name].parameters(), None) is None]
     return {name: modules[name] for name in result}
+
+
+def batch_norms(model: nn.Module) -> list[str]:
+    """Return the names of the BatchNorm layers, for ``Freeze.batch_norm``.
+
+    Raises:
+        InputError: there are none.
+    """
+    found = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
+    require(bool(found), "model.freeze.batch_norm: the encoders have no BatchNorm; leave it out")
+    return found
 
 
 def learning_rate_factors(model: Any, decay: LayerDecay | None) -> list[tuple[str, float, list[nn.Parameter]]]:

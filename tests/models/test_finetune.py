@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,28 @@ def test_a_frozen_module_keeps_its_mode_and_weights_during_training(
     assert all(name.startswith("transformer.resblocks.1.") for name in trained if name.startswith("transformer"))
 
 
+def test_batch_norm_keeps_the_statistics_of_pretraining_while_its_weights_are_trained(
+    tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+) -> None:
+    """Also after a validation, and after a resume, for which the checkpoint says so."""
+    tiny_resnet = replace(tiny_config, image=ResNetConfig((1, 1, 1, 1), 8, 32))
+    schedule: Any = partial(WarmupCosine, warmup_steps=1)
+    module = LitCLIP(tiny_resnet, freeze=Freeze(batch_norm=True), lr_scheduler=schedule)
+    before = {name: value.clone() for name, value in module.model.state_dict().items()}
+    for epochs, path in ((1, None), (2, tmp_path / "last.ckpt")):
+        fitting = trainer(tmp_path, max_epochs=epochs, enable_checkpointing=False)
+        fitting.fit(module, data_for(module, caption_table), ckpt_path=path)
+        fitting.save_checkpoint(tmp_path / "last.ckpt")
+        module = LitCLIP.load_from_checkpoint(tmp_path / "last.ckpt")
+    same = {name for name, value in module.model.state_dict().items() if torch.equal(value, before[name])}
+    assert same == {name for name in before if "running_" in name or "num_batches" in name}
+
+
+def test_batch_norm_that_is_not_there_cannot_be_frozen(tiny_config: CLIPConfig) -> None:
+    with pytest.raises(InputError, match="model.freeze.batch_norm: the encoders have no BatchNorm; leave it out"):
+        LitCLIP(tiny_config, freeze=Freeze(batch_norm=True))
+
+
 def test_a_frozen_tower_keeps_no_activations() -> None:
     module = finetuned_module('{"freeze": {"image": "all"}}')
     saved: list[torch.Tensor] = []
@@ -303,7 +326,7 @@ def test_a_resumed_run_applies_its_own_learning_rate_to_every_layer(
 def test_fine_tuning_options_are_saved_as_plain_values(tmp_path: Path, caption_table: Path) -> None:
     module = LitCLIP(CONFIG, freeze=Freeze(image="all", text=UnlockLast(1)), layer_decay=0.5)
     hparams: Any = module.hparams
-    assert hparams.freeze == {"image": "all", "text": {"unlock_last": 1}}
+    assert hparams.freeze == {"image": "all", "text": {"unlock_last": 1}, "batch_norm": False}
     assert hparams.layer_decay == {"image": 0.5, "text": 0.5}
     again = LitCLIP(**hparams)
     assert rates(again).keys() == rates(module).keys()
@@ -326,7 +349,8 @@ def metrics(folder: Path) -> list[dict[str, str]]:
 
 
 def test_freeze_and_layer_decay_in_yaml_are_printed_unchanged(cli: Cli, caption_table: Path, tmp_path: Path) -> None:
-    finetune = {"freeze": {"image": "all", "text": {"unlock_last": 1}}, "layer_decay": {"image": 1.0, "text": 0.5}}
+    freeze = {"image": "all", "text": {"unlock_last": 1}, "batch_norm": False}
+    finetune = {"freeze": freeze, "layer_decay": {"image": 1.0, "text": 0.5}}
     (tmp_path / "finetune.yaml").write_text(yaml.safe_dump({"model": finetune}))
     result = cli(*command(caption_table, "--config", "finetune.yaml", "--print_config"))
     assert result.returncode == 0, result.stderr
