@@ -11,7 +11,7 @@ from PIL import Image
 
 from datamodules.openmoji import draw, read_table
 from lit_clip.cli.lightning import run
-from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
+from lit_clip.models.config import CLIPConfig, ResNetConfig, TextTransformerConfig
 from tests.conftest import ROOT
 from tests.helpers import forks
 from tests.helpers.exports import checkpoint
@@ -40,7 +40,7 @@ def rows(done: subprocess.CompletedProcess[str]) -> dict[str, list[str]]:
 def test_every_recipe_is_a_config_that_fit_accepts(grid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "classes/cat").mkdir(parents=True)
     Image.new("RGB", (32, 32)).save(tmp_path / "classes/cat/1.png")
-    vision, text = VisionTransformerConfig(32, 16, 8, 4, 1), TextTransformerConfig(16, width=8, layers=2, heads=1)
+    vision, text = ResNetConfig((1, 1, 1, 1), 8, 32), TextTransformerConfig(16, width=8, layers=2, heads=1)
     checkpoint(CLIPConfig(8, vision, text), tmp_path / "base.ckpt")
     monkeypatch.setenv("BASE", str(tmp_path / "base.ckpt"))
     for name in ("TRAIN", "CLASSES", "HELD_OUT"):
@@ -53,6 +53,8 @@ def test_every_recipe_is_a_config_that_fit_accepts(grid: Path, tmp_path: Path, m
         file.write_text(yaml.safe_dump(options), encoding="utf-8")
         built = run(args=["--config", str(base), "--config", str(file)], execute=False)
         assert built.datamodule.batch_size in (None, 32, 64, 128, 256), name
+        freeze = changes.get("model", {}).get("freeze")
+        assert freeze is None or freeze.keys() >= {"image", "text"}, f"{name}: the base would freeze the other encoder"
     texts = [json.dumps(changes, sort_keys=True) for changes in content["recipes"].values()]
     assert len(set(texts)) == len(texts) > 5
 
