@@ -78,7 +78,7 @@ def test_every_format_of_the_same_pairs_gives_identical_batches(folder: Path) ->
             assert (batch.keys, batch.captions) == (other.keys, other.captions), name
 
 
-@pytest.mark.parametrize("name", ["missing.csv", "notes.docx", "none", "empty"])
+@pytest.mark.parametrize("name", ["missing.xls", "notes.docx", "none", "empty"])
 def test_unknown_data_is_an_error_that_lists_the_supported_formats(tmp_path: Path, name: str) -> None:
     (tmp_path / "notes.docx").write_text("image,caption")
     (tmp_path / "empty").mkdir()
