@@ -57,7 +57,7 @@ def _image_or_text(i: int, item: Any) -> str | Path | Image.Image:
 def _callers_level() -> int:
     """Return the ``stacklevel`` of a warning with which it shows the line that called lit-clip."""
     frame, level = sys._getframe(1), 1
-    while frame.f_back and frame.f_globals["__name__"].partition(".")[0] == "lit_clip":
+    while frame.f_back and str(frame.f_globals.get("__name__")).partition(".")[0] == "lit_clip":
         frame, level = frame.f_back, level + 1
     return level
 

@@ -34,7 +34,7 @@ class FSDP(FSDPStrategy):
     shards and what is sent are float32. Scalars (temperature and bias), and what is frozen outside of blocks, are whole
     on every rank. Weights are sharded under ``fit``, including its validations; ``validate``, ``test`` and ``predict``
     use full weights. With ``model.micro_batch_size`` weights and gradients are whole within a step, and sharded between
-    steps. Runs on CPU too.
+    steps, except for frozen weights, which stay whole. Runs on CPU too.
 
     ``ModelParallelStrategy`` (FSDP2) supports no scalar parameters, and OpenAI's layout has one.
 

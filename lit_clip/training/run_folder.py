@@ -44,13 +44,13 @@ def curves(loggers: Sequence[Logger], resumed_from: str | Path | None = None) ->
         loggers: of the run.
         resumed_from: its checkpoint; TensorBoard then shows the run's beginning too, if that is in a folder beside it.
     """
-    return [place for logger in loggers if (place := _curves(logger, Path(resumed_from or "")))]
+    return [place for logger in loggers if (place := _curves(logger, resumed_from))]
 
 
-def _curves(logger: Any, resumed_from: Path) -> str | None:
+def _curves(logger: Any, resumed_from: str | Path | None) -> str | None:
     if isinstance(logger, TensorBoardLogger):
         own, runs = Path(logger.log_dir).resolve(), Path(logger.root_dir).resolve()
-        before = resumed_from.resolve().parents
+        before = Path(resumed_from).resolve().parents if resumed_from else ()
         folder = runs if runs in before and own not in before else own
         return shlex.join(["tensorboard", "--logdir", str(shown(folder))])
     if isinstance(logger, CSVLogger):
