@@ -73,8 +73,8 @@ def report_captions(source: PairSource, tokenizer: TextTokenizer, policy: LongCa
     found, context = caption_statistics(Rows(source, first), tokenizer), tokenizer.context_length
     if found.repeated > FEW_REPEATED:
         rank_zero_info(
-            f"captions: {found.repeated:.0%} of the first {found.captions} occur more than once, and count as wrong "
-            "for each other's images; often better as right: --model.loss Contrastive --model.loss.duplicates "
+            f"captions: {found.repeated:.0%} of the first {found.captions} occur more than once, and by default count "
+            "as wrong for each other's images; often better as right: --model.loss Contrastive --model.loss.duplicates "
             'positives (in Python loss=Contrastive(duplicates="positives"))'
         )
     if found.truncated:
