@@ -44,6 +44,7 @@ from lit_clip.tools.weight_files import read_mapped
 from lit_clip.training.checkpoint_io import WholeCheckpointIO, checkpoint_step, newest_checkpoint
 from lit_clip.training.checks import check_counts
 from lit_clip.training.claims import name_folders
+from lit_clip.training.kept_memory import keep_freed_memory
 from lit_clip.training.lost_ranks import watch_started_ranks
 from lit_clip.training.plan import measure_run
 from lit_clip.training.plan_table import print_plan
@@ -203,6 +204,7 @@ class CLI(LightningCLI):
         except (ValueError, TypeError, OverflowError, RuntimeError, ModuleNotFoundError) as error:
             raise InputError(f"trainer: {error}") from error
         watch_started_ranks(trainer)
+        keep_freed_memory(trainer)
         if self.subcommand and self.subcommand != "fit":  # the newest version_N is that of the newest run
             name_folders(trainer, self.subcommand)
         return trainer

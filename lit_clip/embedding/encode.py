@@ -40,6 +40,7 @@ from lit_clip.tools.atomic import replacing
 from lit_clip.tools.console import progress, stderr
 from lit_clip.tools.images import FIX_HINT, OnError, or_skip
 from lit_clip.tools.workers import loader
+from lit_clip.training.kept_memory import keep_freed_memory
 from lit_clip.training.lost_ranks import watch_started_ranks
 from lit_clip.training.signals import Signals
 
@@ -201,6 +202,7 @@ def make_trainer(callbacks: list[Callback], settings: EncodingSettings) -> Train
     except (ValueError, TypeError, ImportError) as error:
         raise InputError(f"devices or accelerator: {error}") from error
     watch_started_ranks(trainer)
+    keep_freed_memory(trainer)
     trainer._signal_connector = Signals(trainer)  # Lightning's own would wait for the other ranks in the handler
     return trainer
 

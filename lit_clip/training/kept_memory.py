@@ -1,0 +1,21 @@
+"""Keep the memory that a process on a CPU frees, as torch does with that of a GPU."""
+
+import ctypes
+import sys
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.accelerators import CPUAccelerator
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+
+
+def keep_freed_memory(trainer: Trainer) -> None:
+    """Let this process, and those that it forks, keep what it frees, if the trainer computes on the CPU.
+
+    glibc returns the memory of large tensors, so that the next ones are new pages, which the system clears and maps one
+    by one. The peak stays; after it the process keeps what it needed at most. Without glibc this does nothing.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None and isinstance(trainer.accelerator, CPUAccelerator):
+        mallopt(M_TRIM_THRESHOLD, -1)  # never shrink the heap
+        mallopt(M_MMAP_MAX, 0)  # no large blocks outside the heap

@@ -1,0 +1,43 @@
+"""Commands on a CPU keep the memory that they free."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+CODE = """
+import resource
+import torch
+from lit_clip.cli.lightning import run
+from lit_clip.embedding.encode import EncodingSettings, make_trainer
+from lit_clip.training import kept_memory
+
+def pages():
+    '''Pages that the system had to provide for ten tensors of 64 MiB, one after another.'''
+    torch.ones(1 << 24)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(1 << 24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+at_first = pages()
+{start}
+print(at_first, pages())
+"""
+FIT = "run(['--data', 'datamodules.OpenMoji', '--trainer.accelerator', 'cpu'], execute=False)"
+EMBED = "make_trainer([], EncodingSettings(accelerator='cpu'))"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's memory")
+@pytest.mark.parametrize(
+    ("start", "is_kept"),
+    [(FIT, True), (EMBED, True), (f"kept_memory.CPUAccelerator = int; {EMBED}", False)],
+    ids=["fit", "embed", "embed not on a CPU"],
+)
+def test_commands_keep_freed_memory_on_a_cpu(start: str, is_kept: bool) -> None:
+    code = CODE.format(start=start)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    at_first, then = map(int, done.stdout.splitlines()[-1].split())
+    assert at_first > 300  # with pages of 2 MiB; 163,840 of 4 KiB
+    assert (then < at_first / 20) == is_kept
