@@ -2,8 +2,11 @@
 
 import json
 import os
+import runpy
 import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -45,6 +48,8 @@ def test_every_recipe_is_a_config_that_fit_accepts(grid: Path, tmp_path: Path, m
     monkeypatch.setenv("BASE", str(tmp_path / "base.ckpt"))
     for name in ("TRAIN", "CLASSES", "HELD_OUT"):
         monkeypatch.setenv(name, str(tmp_path / "classes"))
+    monkeypatch.setenv("ICONS", str(tmp_path))
+    monkeypatch.setenv("PAIRS", "500")
     content = yaml.safe_load(grid.read_text(encoding="utf-8"))
     base = grid.parent / content["base"]
     for name, changes in content["recipes"].items():
@@ -52,7 +57,7 @@ def test_every_recipe_is_a_config_that_fit_accepts(grid: Path, tmp_path: Path, m
         options = {key: value for key, value in changes.items() if key != "alphas"}
         file.write_text(yaml.safe_dump(options), encoding="utf-8")
         built = run(args=["--config", str(base), "--config", str(file)], execute=False)
-        assert built.datamodule.batch_size in (None, 32, 64, 128, 256), name
+        assert built.datamodule.batch_size in (None, 32, 64, 128, 256, 1024), name
         freeze = changes.get("model", {}).get("freeze")
         assert freeze is None or freeze.keys() >= {"image", "text"}, f"{name}: the base would freeze the other encoder"
     texts = [json.dumps(changes, sort_keys=True) for changes in content["recipes"].values()]
@@ -112,3 +117,68 @@ def test_a_recipe_that_is_not_in_the_grid_is_named(tmp_path: Path) -> None:
     done = bench(tmp_path, "--only", "fancy")
     assert done.returncode == 2
     assert "grid.yaml: no recipe fancy; there are plain" in done.stderr
+
+
+def test_other_values_of_the_variables_of_a_grid_are_other_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    identities = []
+    for pairs in ("500", "5000", "500"):
+        monkeypatch.setenv("PAIRS", pairs)
+        recipes = runpy.run_path(str(BENCH / "__main__.py"))["read_grid"](BENCH / "icons.yaml")
+        identities.append(recipes[0].identity(60))
+    assert identities[0] == identities[2] != identities[1]
+
+
+def iconify(folder: Path) -> None:
+    """Write a package in Iconify's format."""
+    square = '<path fill="currentColor" d="M4 4h8v8H4z"/>'
+    collections: dict[str, dict[str, Any]] = {
+        "mdi-light": {"category": "UI 24px"},  # whose name's CRC-32 is divisible by 8
+        "emoji": {"category": "Emoji"},
+        "hidden": {"category": "UI 24px", "hidden": True},
+        "coloured": {"category": "UI Multicolor", "palette": True},
+        **{f"designer{number}": {"category": "UI 24px", "palette": False} for number in range(30)},
+    }
+    (folder / "json").mkdir(parents=True)
+    (folder / "collections.json").write_text(json.dumps(collections), encoding="utf-8")
+    names = {
+        "heart-outline": '<circle cx="12" cy="12" r="2"/>',
+        "heart-24-filled": "",  # a longer name of the same caption
+        "arrow-left": square,
+        "moving": '<path d="M0 0h9v9z"><animate attributeName="x"/></path>',
+    }
+    icons = {name: {"body": body} for name, body in names.items()}
+    for name in collections:
+        content = (
+            {"icons": icons, "width": 24, "height": 24}
+            if name != "designer1"
+            else {"icons": {"a1": icons["arrow-left"]}}
+        )
+        (folder / f"json/{name}.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def test_icons_are_drawn_with_their_names_and_other_designers_are_held_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    iconify(tmp_path / "package")
+    monkeypatch.setattr(sys, "argv", ["icons.py", str(tmp_path / "package"), str(tmp_path / "icons")])
+    runpy.run_path(str(BENCH / "icons.py"), run_name="__main__")
+    table = (tmp_path / "icons/500.csv").read_text(encoding="utf-8").splitlines()
+    designers = {line.split("/")[1].split(" ")[0] for line in table[1:]}
+    assert {line.split(",")[1] for line in table[1:]} == {"heart", "arrow left"}
+    assert designers.isdisjoint({"mdi-light", "emoji", "hidden", "coloured"})
+    assert len(table) - 1 == 2 * len(designers) >= 40
+    assert (tmp_path / "icons/50000.csv").read_text(encoding="utf-8").splitlines() == table
+    held_out = {*(f"designer{number}" for number in range(30) if number != 1), "mdi-light"} - designers
+    for name in ("heart", "arrow left"):
+        files = {file.name for file in (tmp_path / "icons/classes" / name).iterdir()}
+        assert files == {f"{designer} {name}.png" for designer in held_out}
+    assert f"held out: {2 * len(held_out)} icons with 2 names" in capsys.readouterr().out
+    with Image.open(tmp_path / "icons/classes/arrow left/mdi-light arrow left.png") as drawn:
+        picture = drawn.convert("RGB")
+    # of 24 x 24 units, the square's are 4 to 12
+    assert (picture.size, picture.getpixel((20, 20)), picture.getpixel((40, 40))) == (
+        (64, 64),
+        (0, 0, 0),
+        (255, 255, 255),
+    )

@@ -19,6 +19,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -32,6 +33,7 @@ import yaml
 from table import print_table
 
 CALIBRATION_STEPS = 40
+VARIABLE = re.compile(r"\$\{oc\.env:(\w+)")  # of the environment, in a config
 HERE = Path(__file__).parent
 
 
@@ -45,9 +47,10 @@ class Recipe:
     alphas: tuple[float, ...] = ()
 
     def identity(self, seconds: float) -> str:
-        """Return a key of what is trained: equal for the same settings and budget, whatever the name."""
+        """Return a key of what is trained: equal for the same settings, variables and budget, whatever the name."""
         text = self.base.read_text(encoding="utf-8") + json.dumps(self.changes, sort_keys=True) + f"{seconds:g}"
         text += json.dumps(self.alphas) if self.alphas else ""
+        text += "".join(os.environ.get(name, "") for name in VARIABLE.findall(text))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
