@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -117,15 +117,21 @@ trainer:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A working folder with :data:`FILES` and a configuration; its modules are forgotten after the test."""
     for name, content in FILES.items():
         (tmp_path / name).write_text(content)
-        monkeypatch.delitem(sys.modules, Path(name).stem, raising=False)
     (tmp_path / "config.yaml").write_text(CONFIG)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    return tmp_path
+    forget_modules()
+    yield tmp_path
+    forget_modules()
+
+
+def forget_modules() -> None:
+    for name in FILES:
+        sys.modules.pop(Path(name).stem, None)
 
 
 @pytest.fixture
