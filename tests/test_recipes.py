@@ -6,7 +6,6 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -130,55 +129,48 @@ def test_other_values_of_the_variables_of_a_grid_are_other_runs(monkeypatch: pyt
 
 
 def iconify(folder: Path) -> None:
-    """Write a package in Iconify's format."""
-    square = '<path fill="currentColor" d="M4 4h8v8H4z"/>'
-    collections: dict[str, dict[str, Any]] = {
-        "mdi-light": {"category": "UI 24px"},  # whose name's CRC-32 is divisible by 8
+    """Write a package in Iconify's format: sets of 30 authors, and some to leave out."""
+    square, ring = '<path fill="currentColor" d="M4 4h8v8H4z"/>', '<circle cx="12" cy="12" r="{}"/>'
+    about = {
+        "mdi": {"category": "UI 24px", "author": {"name": "Pictogrammers"}},  # a name whose CRC-32 is divisible by 8
+        "mdi-light": {"category": "UI 24px", "author": {"name": "Pictogrammers"}},
         "emoji": {"category": "Emoji"},
         "hidden": {"category": "UI 24px", "hidden": True},
         "coloured": {"category": "UI Multicolor", "palette": True},
-        **{f"designer{number}": {"category": "UI 24px", "palette": False} for number in range(30)},
+        **{f"set{number}": {"category": "UI 24px", "author": {"name": f"author {number}"}} for number in range(30)},
     }
     (folder / "json").mkdir(parents=True)
-    (folder / "collections.json").write_text(json.dumps(collections), encoding="utf-8")
-    names = {
-        "heart-outline": '<circle cx="12" cy="12" r="2"/>',
-        "heart-24-filled": "",  # a longer name of the same caption
-        "arrow-left": square,
-        "moving": '<path d="M0 0h9v9z"><animate attributeName="x"/></path>',
-    }
-    icons = {name: {"body": body} for name, body in names.items()}
-    for name in collections:
-        content = (
-            {"icons": icons, "width": 24, "height": 24}
-            if name != "designer1"
-            else {"icons": {"a1": icons["arrow-left"]}}
-        )
-        (folder / f"json/{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    (folder / "collections.json").write_text(json.dumps(about), encoding="utf-8")
+    for name in about:
+        bodies = {
+            "heart-outline": ring.format(9 if name == "mdi-light" else 2),
+            "heart-24-filled": "",  # a longer name of the same caption
+            "arrow-left": square,
+            "moving": '<path d="M0 0h9v9z"><animate attributeName="x"/></path>',
+            f"only-in-{'one' if name == 'mdi' else 'others'}": ring.format(9),
+            "24": square,
+        }
+        icons = {icon: {"body": body} for icon, body in bodies.items()}
+        content = json.dumps({"icons": icons, "width": 24, "height": 24})
+        (folder / f"json/{name}.json").write_text(content, encoding="utf-8")
 
 
-def test_icons_are_drawn_with_their_names_and_other_designers_are_held_out(
+def test_icons_are_drawn_with_their_names_and_other_authors_are_held_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     iconify(tmp_path / "package")
     monkeypatch.setattr(sys, "argv", ["icons.py", str(tmp_path / "package"), str(tmp_path / "icons")])
     runpy.run_path(str(BENCH / "icons.py"), run_name="__main__")
-    table = (tmp_path / "icons/500.csv").read_text(encoding="utf-8").splitlines()
-    designers = {line.split("/")[1].split(" ")[0] for line in table[1:]}
-    assert {line.split(",")[1] for line in table[1:]} == {"heart", "arrow left"}
-    assert designers.isdisjoint({"mdi-light", "emoji", "hidden", "coloured"})
-    assert len(table) - 1 == 2 * len(designers) >= 40
-    assert (tmp_path / "icons/50000.csv").read_text(encoding="utf-8").splitlines() == table
-    held_out = {*(f"designer{number}" for number in range(30) if number != 1), "mdi-light"} - designers
-    for name in ("heart", "arrow left"):
-        files = {file.name for file in (tmp_path / "icons/classes" / name).iterdir()}
-        assert files == {f"{designer} {name}.png" for designer in held_out}
-    assert f"held out: {2 * len(held_out)} icons with 2 names" in capsys.readouterr().out
-    with Image.open(tmp_path / "icons/classes/arrow left/mdi-light arrow left.png") as drawn:
-        picture = drawn.convert("RGB")
-    # of 24 x 24 units, the square's are 4 to 12
-    assert (picture.size, picture.getpixel((20, 20)), picture.getpixel((40, 40))) == (
-        (64, 64),
-        (0, 0, 0),
-        (255, 255, 255),
-    )
+    tables = [(tmp_path / f"icons/{pairs}.csv").read_text(encoding="utf-8").splitlines() for pairs in (500, 50_000)]
+    assert tables[0] == tables[1]
+    sets = {line.split("/")[1].split(" ")[0] for line in tables[0][1:]}
+    assert {line.split(",")[1] for line in tables[0][1:]} == {"heart", "arrow left", "only in others"}
+    assert sets <= {f"set{number}" for number in range(30)}
+    assert len(tables[0]) - 1 == 3 * len(sets) >= 60
+    # Every other icon that is held out is, but for its author, one of training.
+    assert [path.name for path in (tmp_path / "icons/classes").rglob("*.png")] == ["mdi-light heart.png"]
+    assert "held out: 1 icons with 1 names, by 1 others" in capsys.readouterr().out
+    with Image.open(tmp_path / "icons/training" / f"{min(sets)} arrow left.png") as drawn:
+        corners = [drawn.convert("RGB").getpixel(point) for point in ((20, 20), (40, 40))]
+        assert drawn.size == (64, 64)
+    assert corners == [(0, 0, 0), (255, 255, 255)]  # the square is from 4 to 12 of 24 units

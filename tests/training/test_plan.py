@@ -90,9 +90,11 @@ def test_a_single_process_is_not_told_of_ranks() -> None:
 
 
 def test_a_run_from_scratch_on_few_pairs_is_told_what_learns_more() -> None:
-    assert (
-        "500 are few: pretrained encoders learn far more" in dict(plan_rows(replace(GOOD, pairs=500)))["training pairs"]
-    )
+    few, more = (dict(plan_rows(replace(GOOD, pairs=pairs)))["training pairs"] for pairs in (500, 50_000))
+    assert few.startswith("500 are few: pretrained encoders learn far more")
+    assert more.startswith("50,000; from scratch RN-tiny-64")
+    assert "256 pairs a step" in few
+    assert "256 pairs a step" in more
 
 
 @pytest.mark.parametrize(
