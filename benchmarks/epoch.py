@@ -34,7 +34,10 @@ CROP = 0.9  # smallest fraction of an image in a training crop, open_clip's defa
 
 @dataclass(frozen=True)
 class Run:
-    """Settings of both programs. ``folder`` holds the files that :func:`write_run` wrote for them."""
+    """Settings of both programs. ``folder`` holds the files that :func:`write_run` wrote for them.
+
+    ``table`` has images and captions to train on instead of OpenMoji's, the last batch of them for validation.
+    """
 
     model: str
     bf16: bool
@@ -42,6 +45,7 @@ class Run:
     batch: int = 128
     source: str = "files"
     folder: Path = Path()
+    table: Path | None = None
 
 
 def write_run(folder: Path, run: Run) -> Run:
@@ -52,23 +56,34 @@ def write_run(folder: Path, run: Run) -> Run:
 
     model = create_model(architecture(run.model))
     write_model_config(folder / f"{run.model}.json", model)
-    write_tables(folder)
+    write_tables(folder, split_openmoji() if run.table is None else split_table(run.table, run.batch))
     config = json.dumps(lit_clip_config(folder, run, model.config.to_dict()))  # JSON is YAML
     (folder / "fit.yaml").write_text(config, encoding="utf-8")
     return Run(**{**vars(run), "folder": folder})
 
 
-def write_tables(folder: Path) -> None:
-    """Write ``train.tsv`` and ``val.tsv`` with the split of ``datamodules.OpenMoji``."""
+def split_openmoji() -> dict[str, list[tuple[Path, str]]]:
+    """Return the images and names of ``train`` and ``val``, with the split of ``datamodules.OpenMoji``."""
     from datamodules.openmoji import draw, held_out, read_table
 
     emoji = read_table()
     rows = list(zip(draw(), emoji, held_out(emoji), strict=True))
-    for name, out in (("train", False), ("val", True)):
+    parts = (("train", False), ("val", True))
+    return {name: [(path, one.name) for path, one, held in rows if held == out] for name, out in parts}
+
+
+def split_table(table: Path, batch: int) -> dict[str, list[tuple[Path, str]]]:
+    """Return the images and captions of ``train`` and ``val``, the last batch of a table's rows."""
+    with table.open(encoding="utf-8", newline="") as file:
+        rows = [(table.resolve().parent / row["image"], row["caption"]) for row in csv.DictReader(file)]
+    return {"train": rows[:-batch], "val": rows[-batch:]}
+
+
+def write_tables(folder: Path, split: dict[str, list[tuple[Path, str]]]) -> None:
+    """Write ``train.tsv`` and ``val.tsv``."""
+    for name, rows in split.items():
         with (folder / f"{name}.tsv").open("w", encoding="utf-8", newline="") as file:
-            table = csv.writer(file, delimiter="\t")
-            table.writerow(["filepath", "title"])
-            table.writerows([path, one.name] for path, one, held in rows if held == out)
+            csv.writer(file, delimiter="\t").writerows([("filepath", "title"), *rows])
 
 
 def lit_clip_config(folder: Path, run: Run, sizes: dict[str, Any]) -> dict[str, Any]:

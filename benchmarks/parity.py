@@ -1,12 +1,13 @@
 """Train the same model on the same files by the same recipe with ``open_clip_train`` and ``lit-clip fit``.
 
-    python benchmarks/parity.py [--model RN-tiny-64] [--epochs 30] [--batch 256] [--bf16]
+    python benchmarks/parity.py [--model RN-tiny-64] [--epochs 30] [--batch 256] [--bf16] [--table FILE]
 
 Both programs are started as in ``epoch.py`` and take turns, an epoch each. Printed are the losses of both after each
 epoch, and the times that each took to the lowest training and the lowest validation loss that both have reached; the
-first epoch is not timed. The batch holds all validation pairs, as open_clip computes the validation loss within
-batches. Initial weights and the order of the pairs are each program's own, so the losses agree as those of two seeds
-do.
+first epoch is not timed. The data are OpenMoji's, as in ``epoch.py``, or a table with the columns ``image`` and
+``caption``, whose last batch is for validation, such as the icons of ``recipes/icons.py``. The batch holds all
+validation pairs, as open_clip computes the validation loss within batches. Initial weights and the order of the pairs
+are each program's own, so the losses agree as those of two seeds do.
 
 The training loss is the mean of an epoch's steps. open_clip_train needs pandas and webdataset.
 """
@@ -38,15 +39,17 @@ def main() -> None:
     arguments.add_argument("--bf16", action="store_true", help="autocast on both sides")
     arguments.add_argument("--epochs", type=int, default=30, help="epochs of each that are compared")
     arguments.add_argument("--batch", type=int, default=256)
+    arguments.add_argument("--table", type=Path, help="CSV of images and captions instead of OpenMoji's")
     options = arguments.parse_args()
     from peers import end_if_emulated
 
     end_if_emulated(options.bf16, "cpu")
     need("pandas", "webdataset")
-    if options.batch < (pairs := sum(held_out(read_table()))):
+    if options.table is None and options.batch < (pairs := sum(held_out(read_table()))):
         arguments.error(f"--batch: must be at least {pairs}, the number of validation pairs")
     with tempfile.TemporaryDirectory() as folder:
-        run = write_run(Path(folder), Run(options.model, options.bf16, options.epochs + 2, options.batch))
+        settings = (options.model, options.bf16, options.epochs + 2, options.batch)
+        run = write_run(Path(folder), Run(*settings, table=options.table))
         both, their_lines, our_lines = alternate(run, log_every=1)
     last = slice(1, options.epochs + 1)  # without the first epoch
     training = [

@@ -376,3 +376,12 @@ def test_every_benchmark_has_a_help_text(tmp_path: Path) -> None:
     program = forks.Program(forks.script, [str(tmp_path / "all_help.py"), *scripts], BENCHMARKS, {**os.environ})
     (done,) = forks.run([program], timeout=120)
     assert done.stdout.splitlines() == [f"True {name}" for name in scripts], done.stderr
+
+
+def test_the_last_batch_of_a_table_is_for_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    epoch = functions("epoch.py", monkeypatch)
+    (tmp_path / "icons.csv").write_text("image,caption\na/1.png,one\na/2.png,two\na/3.png,three\n", encoding="utf-8")
+    epoch["write_tables"](tmp_path, epoch["split_table"](tmp_path / "icons.csv", 2))
+    train, val = ((tmp_path / f"{name}.tsv").read_text(encoding="utf-8").splitlines() for name in ("train", "val"))
+    assert train == ["filepath\ttitle", f"{tmp_path}/a/1.png\tone"]
+    assert [row.split("\t")[1] for row in val] == ["title", "two", "three"]
