@@ -73,9 +73,17 @@ def split_openmoji() -> dict[str, list[tuple[Path, str]]]:
 
 
 def split_table(table: Path, batch: int) -> dict[str, list[tuple[Path, str]]]:
-    """Return the images and captions of ``train`` and ``val``, the last batch of a table's rows."""
+    """Return the images and captions of ``train`` and ``val``, the last batch of a table's rows.
+
+    Raises:
+        SystemExit: the rows are fewer than two batches, so that there would be no step.
+    """
     with table.open(encoding="utf-8", newline="") as file:
         rows = [(table.resolve().parent / row["image"], row["caption"]) for row in csv.DictReader(file)]
+    if len(rows) < 2 * batch:
+        sys.exit(
+            f"{table}: {len(rows)} pairs are fewer than two batches of {batch}, one for training and one for validation"
+        )
     return {"train": rows[:-batch], "val": rows[-batch:]}
 
 

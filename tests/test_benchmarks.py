@@ -380,8 +380,12 @@ def test_every_benchmark_has_a_help_text(tmp_path: Path) -> None:
 
 def test_the_last_batch_of_a_table_is_for_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     epoch = functions("epoch.py", monkeypatch)
-    (tmp_path / "icons.csv").write_text("image,caption\na/1.png,one\na/2.png,two\na/3.png,three\n", encoding="utf-8")
+    (tmp_path / "icons.csv").write_text(
+        "image,caption\na/1.png,one\na/2.png,two\na/3.png,three\na/4.png,four\n", encoding="utf-8"
+    )
     epoch["write_tables"](tmp_path, epoch["split_table"](tmp_path / "icons.csv", 2))
     train, val = ((tmp_path / f"{name}.tsv").read_text(encoding="utf-8").splitlines() for name in ("train", "val"))
-    assert train == ["filepath\ttitle", f"{tmp_path}/a/1.png\tone"]
-    assert [row.split("\t")[1] for row in val] == ["title", "two", "three"]
+    assert train == ["filepath\ttitle", f"{tmp_path}/a/1.png\tone", f"{tmp_path}/a/2.png\ttwo"]
+    assert [row.split("\t")[1] for row in val] == ["title", "three", "four"]
+    with pytest.raises(SystemExit, match="4 pairs are fewer than two batches of 3"):
+        epoch["split_table"](tmp_path / "icons.csv", 3)
