@@ -276,9 +276,13 @@ class WithStoredFeatures:
     augmentation: Augmentation | list[Any]
     tokenize: TextTokenizer
     seed: int
-    batch_size: int | None
     num_workers: int
     on_error: OnError
+
+    @property
+    @abstractmethod
+    def evaluation_batch_size(self) -> int:
+        """Return the number of images or captions that are encoded at once."""
 
     @abstractmethod
     def training_pairs(self, source: PairSource) -> Dataset[Any]:
@@ -330,7 +334,7 @@ class WithStoredFeatures:
         return DataLoader(
             images,
             sampler=wanted.tolist(),
-            batch_size=self.batch_size,
+            batch_size=self.evaluation_batch_size,
             num_workers=self.num_workers if len(wanted) else 0,
             collate_fn=Sent(collate_images),
             worker_init_fn=shield_worker,

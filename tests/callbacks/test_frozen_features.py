@@ -135,6 +135,10 @@ def test_losses_stay_equal_with_micro_batches_of_other_libraries_towers(run: Run
     check_equal(run._replace(towers=str(folders["bert"]), freeze="unlock_last 1", model={"micro_batch_size": 5}))
 
 
+def test_losses_stay_equal_without_a_batch_size(run: Run) -> None:
+    check_equal(run._replace(freeze="unlock_last 1", data={"batch_size": None, "global_batch_size": 8}))
+
+
 def test_losses_stay_equal_to_a_percent_in_bfloat16(run: Run) -> None:
     check_equal(run._replace(freeze="unlock_last 1", trainer={"precision": "bf16-mixed"}), tolerance=1e-2)
 
