@@ -200,6 +200,8 @@ def test_a_published_siglips_bias_in_a_small_batch_is_named_unless_the_loss_know
     [
         (lambda: Contrastive(label_smoothing=1.0), "label_smoothing: 1.0 must be at least 0 and below 1"),
         (lambda: Contrastive("positives", 0.1), "label_smoothing 0.1 needs duplicates: negatives, not positives"),
+        (lambda: Contrastive("positive"), "duplicates 'positive' must be one of negatives, positives, ignored"),  # pyright: ignore[reportArgumentType]  # a typing error
+        (lambda: Sigmoid("ignore"), "duplicates 'ignore' must be one of negatives, positives, ignored"),  # pyright: ignore[reportArgumentType]  # a typing error
         (lambda: Sigmoid(pretraining_batch=0), "Sigmoid.pretraining_batch 0 must be at least 1"),
         (lambda: Sum([]), "Sum needs at least one of its terms"),
         (lambda: Sum([Contrastive()], [1, 2]), "Sum has 2 weights for 1 terms; give one for each"),
