@@ -76,6 +76,7 @@ def trial(optimizer: OptimizerFactory, option: str = "model.optimizer") -> Optim
     except (TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{option}: {' '.join(str(error).split())}") from error
     require(isinstance(made, Optimizer), f"{option}: creates a {type(made).__name__}, not a torch optimiser")
+    require(made.defaults.get("lr") is not None, f"{option}: {type(made).__name__} has no learning rate; set its lr")
     return made
 
 
@@ -101,12 +102,15 @@ def is_elementwise(optimizer: OptimizerFactory) -> bool:
     matrix, *gradients = torch.randn(3, 8, 8, generator=generator)
     whole = [nn.Parameter(matrix.clone())]
     shards = [nn.Parameter(half.clone()) for half in matrix.flatten().chunk(2)]
-    for parameters in (whole, shards):
-        made = optimizer([{"params": parameters}])
-        for gradient in gradients:
-            for parameter, part in zip(parameters, gradient.flatten().chunk(len(parameters)), strict=True):
-                parameter.grad = part.reshape(parameter.shape).clone()
-            made.step()
+    try:
+        for parameters in (whole, shards):
+            made = optimizer([{"params": parameters}])
+            for gradient in gradients:
+                for parameter, part in zip(parameters, gradient.flatten().chunk(len(parameters)), strict=True):
+                    parameter.grad = part.reshape(parameter.shape).clone()
+                made.step()
+    except Exception:  # torch's Muon refuses anything but matrices
+        return False
     return torch.allclose(whole[0].flatten(), torch.cat([*shards]), rtol=1e-5, atol=1e-7)
 
 

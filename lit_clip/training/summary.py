@@ -70,7 +70,8 @@ def print_parameter_groups(groups: Sequence[Mapping[str, Any]], frozen: int) -> 
     for group in groups:
         parameters = sum(parameter.numel() for parameter in group["params"])
         rate = group.get("initial_lr", group["lr"])
-        table.add_row(group["name"], f"{parameters:,}", f"{rate:.2e}", f"{group['weight_decay']:g}")
+        decay = f"{group['weight_decay']:g}" if "weight_decay" in group else "-"  # torch.optim.Rprop has none
+        table.add_row(group["name"], f"{parameters:,}", f"{rate:.2e}", decay)
     table.add_row("frozen", f"{frozen:,}", "", "")
     Console().print(table)
 

@@ -339,6 +339,7 @@ def test_torchs_muon_names_the_one_that_takes_all_parameters(table: Path, tmp_pa
             {"optimizer": partial(torch.optim.SGD, **{"rate": 1})},
             "model.optimizer: .*unexpected keyword argument 'rate'",
         ),
+        ({"optimizer": partial(optim.Adafactor, lr=None)}, "model.optimizer: Adafactor has no learning rate; set"),
         ({"optimizer": list}, "model.optimizer: creates a list, not a torch optimiser"),
         ({"lr_scheduler": StepLR}, "model.lr_scheduler: .*missing 1 required positional argument: 'step_size'"),
         ({"lr_scheduler": lambda optimizer: 3}, "model.lr_scheduler: creates a int, not a learning rate schedule"),

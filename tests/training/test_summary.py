@@ -1,5 +1,6 @@
 """The end of a run: its commands can be pasted into a shell, and steps that were not saved are named."""
 
+import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import callbacks
 from datamodules import Captions
 from lit_clip import LitCLIP
 from lit_clip.models.config import CLIPConfig
-from lit_clip.training.summary import print_next_steps, print_summary, resume_command
+from lit_clip.training.summary import print_next_steps, print_parameter_groups, print_summary, resume_command
 from tests.conftest import TINY_YAML
 
 
@@ -69,3 +70,9 @@ def test_steps_that_no_checkpoint_holds_are_named(
     result = cli("fit", *data, "--trainer.max_epochs", "1", "--trainer.check_val_every_n_epoch", every)
     assert result.returncode == 0, result.stderr
     assert ("ModelCheckpoint: no checkpoint holds the last 1 of 1 steps" in result.stderr) == warned
+
+
+def test_groups_of_an_optimiser_without_weight_decay_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    parameters = [torch.nn.Parameter(torch.zeros(3))]
+    print_parameter_groups(torch.optim.Rprop([{"params": parameters, "name": "heads"}], lr=0.1).param_groups, 0)
+    assert re.search(r"heads +│ +3 │ +1.00e-01 │ +- │", capsys.readouterr().out)
