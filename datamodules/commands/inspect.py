@@ -66,6 +66,7 @@ def inspect(
     options = {"root": root, "image_column": image_column, "caption_column": caption_column, "split": split}
     source = open_source(data, **options, option_prefix="--", on_error="skip")
     source.prepare()
+    require(len(source) > 0, f"{', '.join(data)}: has no pairs")
     problem_list = page.with_suffix(".problems.jsonl")
     with tempfile.TemporaryFile("w+", encoding="utf-8") as problems:
         for where, reason in source.left_out.listed:

@@ -61,6 +61,7 @@ def shard(
     require(not folder.exists() or folder.is_dir(), f"{folder}: is a file; give a folder")
     source = open_source(data, **options, option_prefix="--", on_error=on_error)
     source.prepare()
+    require(len(source) > 0, f"{data}: has no pairs")
     if scores is not None:
         source = kept_pairs(source, scores, "--scores")
         options["scores"] = source.digest

@@ -65,6 +65,8 @@ class ColumnPairs(PairSource):
     def copied_from(self, name: str, version: str, copy: str) -> Self:
         """Note that the file or folder ``copy`` is a version of ``name``; see :attr:`PairSource.versions`."""
         self._versions, self._local, self._address = {name: version}, copy, name
+        left_out = self._left_out.listed
+        self._left_out.listed = [(where.replace(copy, name, 1), reason) for where, reason in left_out]
         return self
 
     def shown(self, path: Path) -> str:

@@ -128,15 +128,6 @@ class KeptPairs(Rows):
     def captions(self, index: int) -> list[str]:
         return self._kept(index, self.key(index), super().captions(index))
 
-    def order(self, epoch: int, seed: int) -> np.ndarray:
-        order = super().order(epoch, seed)
-        require(
-            len(order) == len(self),
-            f"{self.name}: shards.resampled draws with replacement; leave it out, or write the kept pairs with "
-            "lit-clip shard",
-        )
-        return order
-
     def check(self) -> None:
         """Load the first pair: scoring has read them all, but perhaps from another root."""
         self.load(0, None)

@@ -263,7 +263,13 @@ class Rows(PairSource):
         position = np.full(len(self.source), -1, dtype=self.rows.dtype)  # row of ``source`` -> row of this
         position[self.rows] = np.arange(len(self.rows), dtype=self.rows.dtype)
         ours = position[self.source.order(epoch, seed)]
-        return ours[ours >= 0]
+        ours = ours[ours >= 0]
+        require(
+            len(ours) == len(self),
+            "no part of the data can be taken where shards.resampled draws with replacement; leave it out, or give the "
+            "parts as data.train and data.val",
+        )
+        return ours
 
     def prepare(self) -> None:
         self.source.prepare()

@@ -233,6 +233,10 @@ def test_commands_take_a_class_path_in_braces(
     inspect([own], num_workers=0)
     assert "9" in capsys.readouterr().out
     assert (tmp_path / "inspect.html").exists()
+    nothing = own.replace("9", "0")
+    for command in (lambda: inspect([nothing], num_workers=0), lambda: shard(nothing, "nothing", workers=1)):
+        with pytest.raises(InputError, match="has no pairs"):
+            command()
     shard(own, "shards", workers=1)
     shards = open_source("shards")
     assert [shards.captions(row)[0] for row in range(9)] == [f"shape {row}" for row in range(9)]

@@ -98,6 +98,21 @@ def test_pairs_are_those_of_the_table_on_disk(
     assert sum(request == f"GET /{name}" for request in server[1]) == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "row"),
+    [
+        ("c.csv", "image,caption\na.png,\nb.png,b\n", "row 2"),
+        ("l.jsonl", '{"image": "a.png", "caption": ""}\n{"image": "b.png", "caption": "b"}', "row 1"),
+    ],
+)
+def test_rows_that_are_left_out_are_named_by_the_address(
+    name: str, text: str, row: str, folder: Path, server: tuple[str, list[str]]
+) -> None:
+    (folder / name).write_text(text)
+    url = f"{server[0]}/{name}"
+    assert [where for where, _ in open_source(url, on_error="skip").left_out.listed] == [f"{url} {row}"]
+
+
 def test_a_local_table_may_have_its_images_in_a_store(folder: Path, server: tuple[str, list[str]], memory: str) -> None:
     for address in (server[0], memory):
         assert_same(open_source(folder / "t.csv", root=f"{address}/"), open_source(folder / "t.csv"))

@@ -15,6 +15,7 @@ import pytest
 
 import datamodules
 from datamodules.open_source import open_source
+from datamodules.pairs.mixture import Concatenated
 from datamodules.shards.order import resampled_order
 from datamodules.shards.pairs import ShardOptions, TarPairs
 from lit_clip.errors import BadSample, InputError
@@ -269,6 +270,8 @@ def test_resampled_rows_are_drawn_evenly_and_fill_the_epoch_size(shards: Path) -
     assert np.array_equal(source.order(1, 0), source.order(1, 0))
     with pytest.raises(InputError, match="drawing with replacement holds nothing out"):
         source.divide(0.1, 0)
+    with pytest.raises(InputError, match="shards.resampled draws with replacement; leave it out"):
+        Concatenated([source, source], distinct_keys=False).divide(0.1, 0)[0].order(0, 0)
 
 
 # Options
@@ -294,3 +297,7 @@ def test_open_source_recognises_shards_by_name(shards: Path) -> None:
         assert isinstance(source, TarPairs)
         assert source.options.shuffle_shards == 3
         assert len(source) == 60
+    one, *_ = every = sorted(map(str, shards.glob("*.tar")))
+    for path in (one, every):
+        with pytest.raises(InputError, match="templates: .*tar is not a folder of classes; leave templates out"):
+            open_source(path, templates=["a {}"])
