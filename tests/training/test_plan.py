@@ -91,7 +91,7 @@ def test_a_single_process_is_not_told_of_ranks() -> None:
 
 def test_a_run_from_scratch_on_few_pairs_is_told_what_learns_more() -> None:
     few, more = (dict(plan_rows(replace(GOOD, pairs=pairs)))["training pairs"] for pairs in (500, 50_000))
-    assert few.startswith("500 are few: pretrained encoders learn far more")
+    assert few.startswith("500 are few: pretrained encoders name new images far better")
     assert more.startswith("50,000; from scratch RN-tiny-64")
     assert "256 pairs a step" in more
     assert "256 pairs a step" not in few  # fit takes 64 for them
