@@ -30,7 +30,7 @@ from lit_clip.tools.untrusted import (
     shortened,
     shown_type,
 )
-from lit_clip.tools.weight_files import Source, check_tensors_within, read_file
+from lit_clip.tools.weight_files import Source, check_tensors_within
 
 EMA_WEIGHTS = "exponential moving average"  # a checkpoint's ``weights`` if its state_dict is an average
 
@@ -89,16 +89,6 @@ class Base:
         check_fields(self, "base", {})
 
 
-def read_checkpoint(path: Source) -> dict[str, Any]:
-    """Load a file that ``lit-clip fit`` wrote, on the CPU; nothing in it is executed.
-
-    Raises:
-        InputError: no such file, not a checkpoint, or not one of lit-clip's.
-    """
-    path = Path(path)
-    return checked(read_file(path), path)
-
-
 def checked(checkpoint: dict[str, Any], path: Source) -> dict[str, Any]:
     """Return the checkpoint if it has weights and an architecture, and its settings obey the rule for files.
 
@@ -135,9 +125,7 @@ def _checked_settings(hparams: Mapping[str, Any]) -> CLIPConfig:
         given(kind, LayerDecay(value, value) if kind is LayerDecay and isinstance(value, float) else value, name)
     for name in _PARTS:
         if hparams.get(name) is not None:
-            check_entries(
-                hparams[name], {"class_path": str, "init_args": dict[str, object]}, f"hyper_parameters.{name}"
-            )
+            check_entries(hparams[name], _PART, f"hyper_parameters.{name}")
     return config
 
 
