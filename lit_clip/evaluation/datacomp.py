@@ -4,10 +4,9 @@ Sets, metrics and groups are those of ``tasklist.yml`` and ``aggregate_scores.py
 Its list has two more sets, FairFace and UTKFace, which have no main metric and are in no mean.
 """
 
-import math
 from collections.abc import Mapping
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from lit_clip.evaluation.suite import Metric
 
@@ -98,22 +97,3 @@ def datacomp_means(values: Mapping[str, float]) -> dict[str, DataCompMean]:
 def _mean(values: Mapping[str, float], names: list[str]) -> DataCompMean:
     missing = [name for name in names if name not in values]
     return DataCompMean(None if missing else fmean(values[name] for name in names), len(names), missing)
-
-
-def datacomp_values(sets: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Return the values that DataComp's means are of.
-
-    Args:
-        sets: ``sets`` of a ``results.json``. A set with another metric than DataComp's has no value.
-    """
-    names = [PREFIX + name for name in GROUPS[ALL]]
-    return {name: value for name in names if (value := _value(sets.get(name) or {}, name)) is not None}
-
-
-def _value(entry: Mapping[str, Any], name: str) -> float | None:
-    tasks = entry.get("tasks") or {}
-    value = next(
-        (tasks[task].get("value") for task in ("zero_shot", "retrieval", "caption_choice") if task in tasks), None
-    )
-    same_metric = entry.get("metric") == OTHER_METRICS.get(name.removeprefix(PREFIX), "top1")
-    return float(value) if same_metric and isinstance(value, int | float) and math.isfinite(value) else None

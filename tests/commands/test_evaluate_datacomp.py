@@ -13,7 +13,8 @@ from sklearn.metrics import balanced_accuracy_score, f1_score
 
 from lit_clip import load_model, zero_shot_classifier
 from lit_clip.cli.subcommands import run_command
-from lit_clip.evaluation.datacomp import OTHER_METRICS, datacomp_means, datacomp_values
+from lit_clip.evaluation.datacomp import OTHER_METRICS
+from lit_clip.evaluation.overview import group_means, rows
 from lit_clip.evaluation.suite import read_suite
 from tests.commands.test_evaluate import noise, root, words
 from tests.conftest import ROOT
@@ -81,7 +82,8 @@ def test_the_suite_has_datacomps_metrics_and_means(labels: list[int]) -> None:
     assert len(opened) == 38
     of_each_kind = [f"datacomp_{name}" for name in (*OTHER_METRICS, "imagenet1k", "wilds-camelyon17")]
     run_command([*words(), "--suite", str(SUITE), "--sets", *of_each_kind])
-    sets = json.loads(Path("out/results.json").read_text(encoding="utf-8"))["sets"]
+    results = json.loads(Path("out/results.json").read_text(encoding="utf-8"))
+    sets = results["sets"]
     assert {name: found["status"] for name, found in sets.items()} == dict.fromkeys(sets, "done")
     value = {
         name.removeprefix("datacomp_"): next(iter(found["tasks"].values()))["value"] for name, found in sets.items()
@@ -100,7 +102,7 @@ def test_the_suite_has_datacomps_metrics_and_means(labels: list[int]) -> None:
     assert (
         len({value[name] for name in ("imagenet1k", "wilds-iwildcam", "wilds-fmow", "dollar_street", "vtab-pets")}) == 5
     )
-    means = datacomp_means(datacomp_values(sets))
-    assert means["Average over 38 sets"].value is None
+    means = {mean.group: mean.ours for mean in group_means(rows(results), "zero_shot")}
+    assert means["DataComp, Average over 38 sets"] is None
     retrieval = [value[name] for name in ("flickr30k", "mscoco_captions", "winogavil")]
-    assert means["Retrieval"].value == pytest.approx(sum(retrieval) / 3)
+    assert means["DataComp, Retrieval"] == pytest.approx(sum(retrieval) / 3)

@@ -7,7 +7,8 @@ import torch
 from sklearn.metrics import f1_score
 
 from lit_clip.errors import InputError
-from lit_clip.evaluation.datacomp import ALL, GROUPS, OTHER_METRICS, PREFIX, datacomp_means, datacomp_values
+from lit_clip.evaluation.datacomp import ALL, GROUPS, OTHER_METRICS, PREFIX
+from lit_clip.evaluation.overview import GroupMean, group_means, rows
 from lit_clip.evaluation.scores import baseline, evaluate_scores
 from lit_clip.evaluation.suite import read_suite
 from lit_clip.evaluation.targets import Targets
@@ -86,21 +87,31 @@ def results(**changed: Any) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for number, (name, entry) in enumerate(entries.items()):
         assert entry.tasks
-        found[name] = {"metric": entry.metric, "tasks": {entry.tasks[0]: {"value": number / 100}}}
+        value, metric = number / 100, entry.metric
+        recalls = {"image_to_text_recall@1": value + 0.1, "text_to_image_recall@1": value - 0.1}
+        metrics = recalls if metric == "recall@1" else {metric: value}
+        found[name] = {"metric": metric, "tasks": {entry.tasks[0]: {"value": value, "metrics": metrics}}}
     return {**found, **changed}
+
+
+def means_of(sets: dict[str, dict[str, Any]]) -> dict[str, GroupMean]:
+    means = group_means(rows({"sets": sets}), "zero_shot")
+    return {mean.group.removeprefix("DataComp, "): mean for mean in means}
 
 
 def test_means_are_those_of_aggregate_scores() -> None:
     sets = results(another={"metric": "top1", "tasks": {"zero_shot": {"value": 1.0}}})
-    means = datacomp_means(datacomp_values(sets))
+    means = means_of(sets)
     assert list(means)[-1] == ALL
-    assert means[ALL].value == pytest.approx(sum(range(38)) / 100 / 38)
+    assert means[ALL].ours == pytest.approx(sum(range(38)) / 100 / 38)
     assert (means[ALL].sets, means[ALL].missing) == (38, [])
     numbers = {name.removeprefix(PREFIX): number / 100 for number, name in enumerate(list(sets)[:38])}
     shifts = ("imagenet_sketch", "imagenetv2", "imagenet-a", "imagenet-o", "imagenet-r", "objectnet")
     expected = sum(numbers[name] for name in shifts) / 6
-    assert means["ImageNet distribution shifts"].value == pytest.approx(expected)
-    assert means["ImageNet"].value == numbers["imagenet1k"]
+    assert means["ImageNet distribution shifts"].ours == pytest.approx(expected)
+    assert means["ImageNet"].ours == numbers["imagenet1k"]
+    retrieval = ("flickr30k", "mscoco_captions", "winogavil")  # the first two by the mean of both directions
+    assert means["Retrieval"].ours == pytest.approx(sum(numbers[name] for name in retrieval) / 3)
 
 
 @pytest.mark.parametrize(
@@ -113,8 +124,7 @@ def test_means_are_those_of_aggregate_scores() -> None:
     ],
 )
 def test_without_one_set_its_groups_have_no_mean(entry: dict[str, Any]) -> None:
-    means = datacomp_means(datacomp_values(results(datacomp_sun397=entry)))
-    missing = {group: mean.missing for group, mean in means.items() if mean.value is None}
+    means = means_of(results(datacomp_sun397=entry))
+    missing = {group: mean.missing for group, mean in means.items() if mean.ours is None}
     assert missing == {"VTAB": ["datacomp_sun397"], ALL: ["datacomp_sun397"]}
-    assert datacomp_values({"datacomp_sun397": entry}) == {}
-    assert datacomp_means({}) == {}
+    assert means_of({"datacomp_sun397": entry}) == {}
