@@ -25,7 +25,8 @@ from rich.table import Table
 from torch import Tensor
 
 from lit_clip.evaluation.logistic import MAX_ITERATIONS, Fit, fit_logistic
-from lit_clip.evaluation.probe import Split, linear_probe
+from lit_clip.evaluation.probe import Split, train_probe
+from lit_clip.evaluation.scores import evaluate_scores
 from lit_clip.evaluation.targets import Targets
 
 TIGHT = 1e-6  # scikit-learn's default tolerance, 1e-4 on the mean loss's gradient, stops short of the optimum
@@ -156,10 +157,11 @@ def main() -> None:
     if chosen.search:
         splits = [Split(part, Targets(labels, chosen.classes)) for part, labels in (train, test)]
         start = time.perf_counter()
-        result = linear_probe(splits[0], None, splits[1], "top1")
+        result = train_probe(splits[0], None, "top1")
+        top1 = evaluate_scores("top1", result.fit.scores(splits[1].features), splits[1].targets)["top1"]
         print(
             f"The whole probe ({len(result.search)} penalties on four fifths, one more on all): "
-            f"{time.perf_counter() - start:.1f} s, l2 = {result.l2:.3g}, accuracy {100 * result.metrics['top1']:.2f} %"
+            f"{time.perf_counter() - start:.1f} s, l2 = {result.l2:.3g}, accuracy {100 * top1:.2f} %"
         )
 
 

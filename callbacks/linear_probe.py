@@ -9,9 +9,9 @@ from callbacks.periodic import PeriodicEvaluation, PeriodicResult, from_first_ra
 from callbacks.suite_sets import Fold, check_folds, chosen_entries, named, open_sets
 from lit_clip.errors import require
 from lit_clip.evaluation.data import ImageSet, LabelledImages
-from lit_clip.evaluation.logistic import LogisticProblem
+from lit_clip.evaluation.logistic import Fit, LogisticProblem, fit_logistic
 from lit_clip.evaluation.other_classes import among, penalty_metric, trained_classes
-from lit_clip.evaluation.probe import Fit, Split, fit_logistic, held_out, train_probe
+from lit_clip.evaluation.probe import Split, held_out, train_probe
 from lit_clip.evaluation.scores import baseline, evaluate_scores, mean_over_folds
 from lit_clip.evaluation.set_encoding import Encoded, SetEncoder
 from lit_clip.evaluation.suite import SuiteEntry

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from lit_clip.errors import InputError, require
-from lit_clip.evaluation.logistic import MAX_ITERATIONS, Advance, Fit, LogisticProblem
+from lit_clip.evaluation.logistic import Advance, Fit, LogisticProblem
 from lit_clip.evaluation.other_classes import Classes, among
 from lit_clip.evaluation.probe import Split, best_l2, held_out, places_in_classes, search_l2
 from lit_clip.evaluation.scores import evaluate_scores
@@ -57,7 +57,6 @@ def train_few_shot(
     shots: Sequence[int] = SHOTS,
     draws: int = 3,
     seed: int = 0,
-    max_iterations: int = MAX_ITERATIONS,
     advance: Advance | None = None,
 ) -> FewShotProbes:
     """Train on k random examples per class, several times.
@@ -71,7 +70,6 @@ def train_few_shot(
         shots: numbers of examples per class; numbers that a class does not have are skipped.
         draws: number of draws.
         seed: seed of the first draw.
-        max_iterations: limit for L-BFGS.
         advance: see :class:`lit_clip.evaluation.logistic.LogisticProblem`.
 
     Raises:
@@ -92,7 +90,7 @@ def train_few_shot(
             continue
         problems = [_drawn(pool, k, seed + draw, advance) for draw in range(draws)]
         fits: dict[float, list[Fit]] = {}
-        result.l2[k] = _choose(problems, fits, validation, metric, max_iterations)
+        result.l2[k] = _choose(problems, fits, validation, metric)
         result.fits[k] = fits[result.l2[k]]
     if not result.fits:
         raise InputError(f"few_shot: {result.left_out[min(shots)]}; leave few_shot out of this set's tasks")
@@ -110,12 +108,11 @@ def _choose(
     fits: dict[float, list[Fit]],
     validation: Split,
     metric: Metric,
-    max_iterations: int,
 ) -> float:
     """Return the penalty with the best mean on validation images; ``fits`` gets the classifiers by penalty."""
 
     def value_of(l2: float) -> float:
-        fits[l2] = [problem.fit(l2, None, max_iterations) for problem in problems]
+        fits[l2] = [problem.fit(l2) for problem in problems]
         scores = [fit.scores(validation.features) for fit in fits[l2]]
         values = [evaluate_scores(metric, of_draw, validation.targets)[metric] for of_draw in scores]
         return float(torch.tensor(values, dtype=torch.float64).mean())

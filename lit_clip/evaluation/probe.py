@@ -13,13 +13,10 @@ import torch
 from torch import Tensor
 
 from lit_clip.errors import require
-from lit_clip.evaluation.logistic import MAX_ITERATIONS, Advance, Fit, LogisticProblem, fit_logistic
+from lit_clip.evaluation.logistic import Advance, Fit, LogisticProblem
 from lit_clip.evaluation.scores import evaluate_scores
 from lit_clip.evaluation.suite import Metric
 from lit_clip.evaluation.targets import Targets
-from lit_clip.losses.contrastive import unit
-
-__all__ = ["Fit", "ProbeResult", "Split", "fit_logistic", "linear_probe", "search_l2"]
 
 STEPS_PER_DECADE = 8
 L2_GRID = tuple(10 ** (step / STEPS_PER_DECADE - 6) for step in range(12 * STEPS_PER_DECADE + 1))
@@ -69,51 +66,10 @@ class Probe:
     fit: Fit = field(repr=False)
 
 
-@dataclass
-class ProbeResult(Probe):
-    """A trained probe and its metrics.
-
-    Attributes:
-        metrics: on the test split, see :func:`lit_clip.evaluation.scores.evaluate_scores`.
-        scores: float32 ``[N, C]`` logits of the test split.
-    """
-
-    metrics: dict[str, float] = field(kw_only=True)
-    scores: Tensor = field(kw_only=True)
-
-
 def train_probe(
-    train: Split,
-    val: Split | None,
-    metric: Metric,
-    max_iterations: int = MAX_ITERATIONS,
-    seed: int = 0,
-    advance: Advance | None = None,
+    train: Split, val: Split | None, metric: Metric, seed: int = 0, advance: Advance | None = None
 ) -> Probe:
     """Train a classifier on features by up to ``MOST_PENALTIES + 1`` fits.
-
-    See :func:`linear_probe`, and :class:`lit_clip.evaluation.logistic.LogisticProblem` for ``advance``.
-    """
-    _check([train] if val is None else [train, val])
-    search_train, search_val = held_out(train, seed) if val is None else (train, val)
-    search, start = _search(search_train, search_val, metric, max_iterations, advance)
-    l2 = best_l2(search)
-    features, labels = (train.features, train.labels) if val is None else _joined(train, val)
-    problem = LogisticProblem(features, labels, train.targets.classes, advance)
-    return Probe(l2, search, problem.fit(l2, start, max_iterations))
-
-
-def linear_probe(
-    train: Split,
-    val: Split | None,
-    test: Split,
-    metric: Metric,
-    *,
-    normalize: bool = False,
-    max_iterations: int = MAX_ITERATIONS,
-    seed: int = 0,
-) -> ProbeResult:
-    """Train a classifier on features and evaluate it.
 
     The penalty is chosen on ``val``; the final classifier is trained on ``train`` and ``val``. If images have several
     classes, there is one binary classifier per class, all with the same penalty.
@@ -121,34 +77,29 @@ def linear_probe(
     Args:
         train: split to train on.
         val: split to choose the penalty on; None: a fifth of each class of ``train`` (see :func:`held_out`).
-        test: split to evaluate, used once at the end.
-        metric: metric that chooses the penalty and is reported.
-        normalize: normalise features first, as CLIP_benchmark does and the paper does not.
-        max_iterations: limit for L-BFGS.
+        metric: metric that chooses the penalty.
         seed: seed for the images held out.
+        advance: see :class:`lit_clip.evaluation.logistic.LogisticProblem`.
 
     Raises:
         InputError: splits that do not match, or that nothing can be learnt from.
     """
-    splits = [train, test] if val is None else [train, val, test]
-    _check(splits)
-    if normalize:
-        splits = [Split(unit(split.features), split.targets) for split in splits]
-    probe = train_probe(splits[0], None if val is None else splits[1], metric, max_iterations, seed)
-    scores = probe.fit.scores(splits[-1].features)
-    metrics = evaluate_scores(metric, scores, test.targets)
-    return ProbeResult(probe.l2, probe.search, probe.fit, metrics=metrics, scores=scores)
+    _check([train] if val is None else [train, val])
+    search_train, search_val = held_out(train, seed) if val is None else (train, val)
+    search, start = _search(search_train, search_val, metric, advance)
+    l2 = best_l2(search)
+    features, labels = (train.features, train.labels) if val is None else _joined(train, val)
+    problem = LogisticProblem(features, labels, train.targets.classes, advance)
+    return Probe(l2, search, problem.fit(l2, start))
 
 
-def _search(
-    train: Split, val: Split, metric: Metric, max_iterations: int, advance: Advance | None
-) -> tuple[dict[float, float], Fit]:
+def _search(train: Split, val: Split, metric: Metric, advance: Advance | None) -> tuple[dict[float, float], Fit]:
     """Return the metric by penalty, and the classifier of the best penalty."""
     problem = LogisticProblem(train.features, train.labels, train.targets.classes, advance)
     fits: dict[float, Fit] = {}
 
     def value_of(l2: float) -> float:
-        fits[l2] = problem.fit(l2, _nearest(fits, l2), max_iterations)
+        fits[l2] = problem.fit(l2, _nearest(fits, l2))
         return evaluate_scores(metric, fits[l2].scores(val.features), val.targets)[metric]
 
     search = search_l2(value_of)
