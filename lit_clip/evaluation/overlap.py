@@ -134,13 +134,13 @@ def binomial_p_value(successes: int, trials: int, null: float) -> float:
     return float(binomtest(successes, trials, null, alternative="greater").pvalue)
 
 
-def clopper_pearson(successes: int, trials: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Return the exact two-sided interval of a proportion (Clopper and Pearson 1934); (0, 1) without trials."""
+def clopper_pearson(successes: int, trials: int) -> tuple[float, float]:
+    """Return the exact two-sided 99.5 % interval of a proportion (Clopper and Pearson 1934); (0, 1) without trials."""
     if not trials:
         return 0.0, 1.0
     from scipy.stats import binomtest
 
-    interval = binomtest(successes, trials).proportion_ci(confidence, method="exact")
+    interval = binomtest(successes, trials).proportion_ci(CONFIDENCE, method="exact")
     return float(interval.low), float(interval.high)
 
 

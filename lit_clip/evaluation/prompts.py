@@ -254,21 +254,20 @@ def text_classifier(
     prompts: Prompts,
     cache: Path | None = None,
     *,
-    ranks: bool = True,
     weights: str | None = None,
     batch_size: int = 512,
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Build the paper's prompt ensemble in embedding space (section 3.1.4) for any number of prompts per class.
 
-    See :func:`lit_clip.evaluation.zero_shot.ensemble`. The result does not depend on the number of ranks.
+    See :func:`lit_clip.evaluation.zero_shot.ensemble`. All ranks call this and share the work; the result does not
+    depend on their number.
 
     Args:
         model: model on the device to compute on.
         prompts: prompts of C classes.
         cache: folder of built classifiers, keyed by the text tower's weights and the tokens; created if it does not
             exist. Damaged files are replaced.
-        ranks: whether all ranks call this and share the work, or this process alone does.
         weights: :func:`text_sha256` of the model, or another name of its weights, if known.
         batch_size: prompts encoded at once.
         progress: called after each batch with the number of prompts that this process has encoded.
@@ -280,22 +279,22 @@ def text_classifier(
     counts = [len(texts) for texts in prompts.texts]
     tokens = model.tokenizer([text for texts in prompts.texts for text in texts])  # [P, L]
     shape, path, stored = (model.config.embed_dim, len(counts)), None, None
-    if cache is not None and (not ranks or distributed.rank_and_world()[0] == 0):
+    if cache is not None and distributed.rank_and_world()[0] == 0:
         path = cache / f"{_cache_key(model, tokens, counts, weights)}.npz"
         stored = _load(path, shape)
-    if cache is not None and ranks:
+    if cache is not None:
         stored = _from_first_rank(stored, shape, model.device)
     if stored is not None:
         return stored.to(model.device)
     # In the memory layout of a loaded classifier: with another one, products with it would be rounded differently.
-    classifier = ensemble(model, tokens, counts, batch_size, progress, ranks).contiguous()
+    classifier = ensemble(model, tokens, counts, batch_size, progress, ranks=True).contiguous()
     error = None
     if path is not None:
         try:
             _save(path, classifier)
         except InputError as raised:
             error = raised
-    if cache is not None and ranks and distributed.maximum(int(error is not None)):  # raise on all ranks or on none
+    if cache is not None and distributed.maximum(int(error is not None)):  # raise on all ranks or on none
         error = error or InputError("the first process could not save the classifier; its message says why")
     if error:
         raise error

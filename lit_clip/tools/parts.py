@@ -37,7 +37,7 @@ def unwrapped(factory: Callable[..., Any]) -> tuple[Callable[..., Any], dict[str
     return target, dict(factory.keywords)
 
 
-def describe(factory: Callable[..., Any], made: Any = None) -> Description:
+def describe(factory: Callable[..., Any], made: Any) -> Description:
     """Describe what a factory creates by its class and the arguments that are plain values.
 
     Args:
@@ -45,11 +45,7 @@ def describe(factory: Callable[..., Any], made: Any = None) -> Description:
         made: something that it created: its class, and those attributes (or for an optimiser ``defaults``) that are
             named like arguments of the class, complete the description.
     """
-    target, arguments = unwrapped(factory)
-    if made is not None:
-        target = type(made)
-        arguments = _remembered_arguments(made) | arguments
-    return _description(target, arguments)
+    return _description(type(made), _remembered_arguments(made) | unwrapped(factory)[1])
 
 
 def describe_instance(instance: Any) -> Description:

@@ -10,6 +10,7 @@ import torch
 from callbacks import LinearProbe, Retrieval, ZeroShot
 from lit_clip import distributed
 from lit_clip.evaluation.prompts import Prompts, text_classifier
+from lit_clip.evaluation.zero_shot import ensemble
 from lit_clip.training.optim import PaperAdamW
 from tests.helpers.ranks import serve
 from tests.helpers.small_sets import data_for, make_module, make_trainer, numbers
@@ -41,7 +42,8 @@ def evaluate(folder: Path, suite: str) -> dict[str, dict[str, float]]:
 def classify(folder: Path) -> None:
     """Check that the ranks together build, and load from the cache, the classifier that each would build alone."""
     model, prompts = make_module().model.eval(), Prompts(["a", "b", "c"], [["red"], ["green", "blue ball"], ["pink"]])
-    rank_local = text_classifier(model, prompts, ranks=False)
+    tokens = model.tokenizer([text for texts in prompts.texts for text in texts])
+    rank_local = ensemble(model, tokens, [1, 2, 1])
     for batch_size in (1, 4):  # a single batch leaves the second rank without one
         shared = text_classifier(model, prompts, batch_size=batch_size)
         torch.testing.assert_close(shared, rank_local, rtol=0, atol=1e-6)
