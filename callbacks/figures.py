@@ -5,9 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from lit_clip.evaluation.report.prediction_grid import INK, MARGIN, PAPER, Prediction, fit, prediction_grid
-
-__all__ = ["Prediction", "prediction_grid", "similarity_matrix"]
+from lit_clip.evaluation.report.prediction_grid import INK, MARGIN, PAPER, fit
 
 
 def similarity_matrix(images: Sequence[Image.Image], captions: Sequence[str], scores: np.ndarray) -> Image.Image:

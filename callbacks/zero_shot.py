@@ -11,7 +11,6 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
-from callbacks.figures import Prediction, prediction_grid
 from callbacks.log_image import log_image
 from callbacks.periodic import PeriodicEvaluation, PeriodicResult, from_first_rank
 from callbacks.suite_sets import check_folds, chosen_entries, named, open_sets
@@ -19,6 +18,7 @@ from lit_clip import distributed
 from lit_clip.errors import require
 from lit_clip.evaluation.data import LabelledImages
 from lit_clip.evaluation.prompts import Prompts, prompts_of, text_classifier
+from lit_clip.evaluation.report.prediction_grid import Prediction, prediction_grid
 from lit_clip.evaluation.scores import baselines, comparable, evaluate_scores, mean_over_folds
 from lit_clip.evaluation.set_encoding import Encoded, SetEncoder
 from lit_clip.evaluation.suite import Metric, SuiteEntry, check_name

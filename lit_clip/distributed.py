@@ -101,11 +101,6 @@ def host_group() -> Any:
     return _host_group
 
 
-def shards(pairs: int) -> Shards:
-    """Exchange the number of pairs with the other ranks."""
-    return shards_of(pairs)[0]
-
-
 def shards_of(*rows: int) -> tuple[Shards, ...]:
     """Exchange numbers of several kinds of rows with the other ranks, in one collective."""
     rank, world = rank_and_world()

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -170,10 +170,10 @@ def _report(
     for (name, findings), p_value in zip(judged.items(), adjusted, strict=True):
         sets[name] = {
             "threshold": findings.threshold,
-            **findings.overlap.as_json(),
+            **asdict(findings.overlap),
             "p_value_bonferroni": p_value,
             "skipped": findings.bad,
-            "thresholds": [{"threshold": value, **other.as_json()} for value, other in findings.tried],
+            "thresholds": [{"threshold": value, **asdict(other)} for value, other in findings.tried],
             "pairs": findings.pairs(),
         }
     unread = found.reasons.total()

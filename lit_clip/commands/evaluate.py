@@ -1,6 +1,7 @@
 """``lit-clip evaluate``: evaluate a model on a suite of sets, as the paper does."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
@@ -109,7 +110,7 @@ def _default_workers(devices: int) -> int:
 def _write_reports(results: Results, head: dict[str, Any], others: Mapping[str, OtherRun]) -> None:
     folder, groups = results.folder, seed_groups(others)
     differences = paired_differences({**head, "sets": results.sets}, folder, others)
-    compared = {"comparisons": [each.to_dict() for each in differences]} if others else {}
+    compared = {"comparisons": [asdict(each) for each in differences]} if others else {}
     written, runs = results.write({**head, **compared}), {name: run.results for name, run in others.items()}
     write_report(written, folder, runs, groups, differences)
     write_tables(written, folder, runs, groups)

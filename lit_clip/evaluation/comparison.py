@@ -1,7 +1,7 @@
 """Compare a run with others: image by image where both kept their predictions, and over the seeds of a recipe."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
@@ -123,10 +123,6 @@ class PairedDifference:
     interval: Interval | None = None
     p_value: float | None = None
     reason: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as in ``results.json``."""
-        return asdict(self)
 
 
 def paired_differences(

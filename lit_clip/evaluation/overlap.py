@@ -7,8 +7,8 @@ Shapes: N images of the evaluation set, M of the training set, D embedding dimen
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,12 +57,6 @@ def nearer(found: NearestImages, query_ND: Tensor, reference_BD: Tensor, row_B: 
     return NearestImages(similarity, row)
 
 
-def nearest(query_ND: Tensor, reference_MD: Tensor) -> NearestImages:
-    """Return the nearest of all training images, if their features fit in memory."""
-    rows = torch.arange(len(reference_MD), device=query_ND.device)
-    return nearer(nowhere(len(query_ND), query_ND.device), query_ND, reference_MD, rows)
-
-
 @dataclass(frozen=True)
 class Overlap:
     """Figures of a set divided into overlap and clean images. Fractions are None if there are no images.
@@ -92,10 +86,6 @@ class Overlap:
     difference: float | None = None
     p_value: float | None = None
     interval: tuple[float, float] | None = None
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the attributes by name."""
-        return asdict(self)
 
 
 def overlap_of(seen_N: Tensor, correct_N: Tensor | None = None) -> Overlap:

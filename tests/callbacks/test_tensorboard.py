@@ -15,11 +15,12 @@ from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from callbacks import EmbeddingProjector, SimilarityMatrix, TrainingMonitor, ZeroShot, ZeroShotSet
-from callbacks.figures import Prediction, prediction_grid, similarity_matrix
+from callbacks.figures import similarity_matrix
 from callbacks.tensorboard import _thumbnails
 from datamodules import Captions, NoCaptions, OpenMojiClasses
 from lit_clip import LitCLIP, zero_shot_classifier
 from lit_clip.errors import InputError
+from lit_clip.evaluation.report.prediction_grid import Prediction, prediction_grid
 from lit_clip.models.config import CLIPConfig, Preprocessing
 from lit_clip.models.preprocess import pixels
 from lit_clip.training.schedules import WarmupCosine

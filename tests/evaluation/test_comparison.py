@@ -4,6 +4,7 @@ import json
 import math
 import random
 import statistics
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def test_differences_are_paired_by_image(tmp_path: Path, metric: str) -> None:
     assert found.interval == pytest.approx((draws[10], draws[-11]), abs=0.03)
     assert found.p_value == pytest.approx(plain_p(gaps.count(1), gaps.count(-1)))
     assert (found.run, found.set, found.task, found.metric, found.images) == ("y", "a", "zero_shot", metric, 60)
-    assert json.loads(json.dumps(found.to_dict()))["difference"] == found.difference
+    assert json.loads(json.dumps(asdict(found)))["difference"] == found.difference
 
 
 def test_images_in_another_order_are_paired_by_key(tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ class Recorder(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: CaptionBatch, batch_idx: int
     ) -> None:
         step: Any = pl_module.last_step
-        shards = distributed.shards(len(batch.images))
+        shards = distributed.shards_of(len(batch.images))[0]
         self.losses.append(float(distributed.sum_over_ranks(step.loss.clone(), pl_module.device)) / shards.world)
         self.samples.append((batch.keys, list(batch.captions)))
         self.decoded |= batch.images.dtype == torch.uint8
