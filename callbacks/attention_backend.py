@@ -21,6 +21,7 @@ from torch.utils.benchmark import Timer
 from lit_clip.batch import CaptionBatch
 from lit_clip.distributed import Shards
 from lit_clip.errors import require
+from lit_clip.models.evaluation_mode import evaluation_mode
 from lit_clip.training.micro_batches import split_batch
 
 Backend = Literal["fastest", "flash", "efficient", "cudnn", "math"]
@@ -67,7 +68,8 @@ class AttentionBackend(Callback):
             return
         shards = Shards(0, (len(batch.images),))
         part = split_batch(pl_module.model, batch, shards, pl_module.hparams["micro_batch_size"])[0]
-        calls = _in_evaluation(pl_module, lambda: recorded(lambda: trainer.strategy.predict_step(part, 0)))
+        with evaluation_mode(pl_module):  # draws no random number and changes no statistics
+            calls = recorded(lambda: trainer.strategy.predict_step(part, 0))
         with trainer.precision_plugin.forward_context():
             measured = [call.measured() for call in calls] if trainer.is_global_zero else []
         measured = trainer.strategy.broadcast(measured)
@@ -168,17 +170,6 @@ def recorded(run: Callable[[], Any]) -> list[AttentionCall]:
     with _Recorder() as recorder, torch.no_grad(), torch.compiler.set_stance("force_eager"):
         run()
     return list(recorder.calls.values())
-
-
-def _in_evaluation(module: LightningModule, run: Callable[[], Any]) -> Any:
-    """Run in evaluation mode, which draws no random number and changes no statistics."""
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        return run()
-    finally:
-        for part in training:
-            part.training = True
 
 
 def best_order(measured: Sequence[Measured], backend: Backend, device: str) -> list[str]:

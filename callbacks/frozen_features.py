@@ -12,6 +12,7 @@ from callbacks.compile import Compile
 from lit_clip import distributed
 from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
+from lit_clip.models.evaluation_mode import evaluation_mode
 from lit_clip.models.frozen_prefix import FrozenPrefix, find_frozen_prefix, use_frozen_prefix
 from lit_clip.models.layers import TOWERS, Tower
 from lit_clip.module import LitCLIP
@@ -61,13 +62,8 @@ class FrozenFeatures(Callback):
         if not prefixes:
             raise InputError(f"FrozenFeatures: {_nothing_stored(module.model, data)}, or remove the callback")
         _refuse_loss(module, data, prefixes)
-        training = [part for part in module.modules() if part.training]
-        module.eval()
-        try:
+        with evaluation_mode(module):
             self._store(trainer, module, data, prefixes)
-        finally:
-            for part in training:
-                part.training = True
 
     def _store(self, trainer: Trainer, module: LitCLIP, data: Any, prefixes: dict[Tower, FrozenPrefix]) -> None:
         """Encode what is absent, and give the files to the data module."""

@@ -13,6 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lit_clip import distributed
 from lit_clip.errors import InputError, require
+from lit_clip.models.evaluation_mode import evaluation_mode
 from lit_clip.module import LitCLIP
 from lit_clip.tools.untrusted import check_entries
 
@@ -130,20 +131,17 @@ def _callbacks(trainer: Trainer) -> list[Callback]:
 @contextmanager
 def _as_in_validation(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     """Set up between two steps what a validation has: averaged weights, evaluation mode, one rank's statistics."""
-    training = [part for part in module.modules() if part.training]
     averages = [callback for callback in _callbacks(trainer) if isinstance(callback, WeightAveraging)]
     distributed.same_buffers(cast(LitCLIP, module).model)
-    for average in averages:
-        average.on_validation_start(trainer, module)
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
+    with evaluation_mode(module):
         for average in averages:
-            average.on_validation_end(trainer, module)
-        for part in training:
-            part.training = True
+            average.on_validation_start(trainer, module)
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for average in averages:
+                average.on_validation_end(trainer, module)
 
 
 def from_first_rank(compute: Callable[[], Result]) -> Result:

@@ -27,8 +27,7 @@ Shapes: B batch, L tokens, N texts.
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -38,6 +37,7 @@ from torch import Tensor, nn
 from lit_clip.errors import InputError, require
 from lit_clip.models.config import CLIPConfig
 from lit_clip.models.custom_config import CustomEncoderConfig, CustomImageConfig, CustomTextConfig, how_to_import
+from lit_clip.models.evaluation_mode import evaluation_mode
 from lit_clip.models.size import Size, height_width, normalised
 from lit_clip.models.tokenizer import CLIPTokenizer, TextTokenizer
 from lit_clip.models.transformer import check_images, is_traced
@@ -158,7 +158,7 @@ class CustomImageEncoder(nn.Module):
         self.image_size = config.image_size
         where, now = f"architecture.image: {config.class_path}", _image_size(self.encoder, config)
         require(now == config.image_size, f"{where} has the image_size {now} now, and {config.image_size} there")
-        with _trying(self):
+        with evaluation_mode(self), torch.no_grad():
             features = self(torch.zeros(2, 3, *height_width(self.image_size)))
         _check_features(features, 2, embed_dim, f"{where}; {CONTRACT['image']}")
 
@@ -199,7 +199,7 @@ class CustomTextEncoder(nn.Module):
         self.reads_lengths = "lengths" in inspect.signature(self.encoder.forward).parameters
         tokens = self.tokenizer(TEXTS)
         _check_tokens(tokens, self.context_length, where)
-        with _trying(self):
+        with evaluation_mode(self), torch.no_grad():
             features = self(tokens)
             _check_features(features, 2, embed_dim, f"{where}; {CONTRACT['text']}")
             alone = self(self.tokenizer.trim(tokens[:1]))
@@ -233,17 +233,6 @@ def custom_blocks(encoder: CustomImageEncoder | CustomTextEncoder) -> list[nn.Mo
     if not all(id(block) in inside for block in blocks):
         raise InputError(f"architecture: `blocks` of {type(encoder.encoder).__name__} holds more than modules of it")
     return blocks
-
-
-@contextmanager
-def _trying(module: nn.Module) -> Iterator[None]:
-    """Run an encoder in evaluation mode without gradients; modes are restored."""
-    modes = [(each, each.training) for each in module.modules()]
-    module.eval()
-    with torch.no_grad():
-        yield
-    for each, training in modes:
-        each.training = training
 
 
 def _check_features(features: Any, count: int, embed_dim: int, contract: str) -> None:

@@ -3,17 +3,17 @@
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from lit_clip.errors import InputError, require
+from lit_clip.models.evaluation_mode import evaluation_mode
 from lit_clip.tools.images import SUFFIXES, open_image
 
 Item = str | os.PathLike[str] | Image.Image
@@ -28,7 +28,7 @@ def encode_items(model: Any, items: Sequence[Item], batch_size: int) -> Tensor:
     texts = [i for i, item in enumerate(found) if isinstance(item, str)]
     images = [i for i, item in enumerate(found) if not isinstance(item, str)]
     kinds: tuple[tuple[list[int], Callable[[Any, list[Any]], Tensor]], ...] = ((texts, _texts), (images, _images))
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), evaluation_mode(model):
         for rows, encode in kinds:
             for start in range(0, len(rows), batch_size):
                 batch = rows[start : start + batch_size]
@@ -81,18 +81,6 @@ def _images(model: Any, images: list[Path | Image.Image]) -> Tensor:
     # In the weights' precision, which need not be float32.
     weights = next((parameter for parameter in model.visual.parameters()), model.logit_scale)
     return model.encode_image(pixels.to(model.device, weights.dtype), normalize=True)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Run in evaluation mode; afterwards each module has its own mode again (frozen ones stay in evaluation)."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def as_features(model: Any, items: Any, batch_size: int) -> Tensor:

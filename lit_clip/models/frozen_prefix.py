@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lit_clip.errors import InputError
 from lit_clip.models.entering import Entering, starting_at
+from lit_clip.models.evaluation_mode import evaluation_mode
 from lit_clip.models.layers import Tower, tower_blocks, tower_parameters
 from lit_clip.models.transformer import TextTransformer, VisionTransformer
 
@@ -128,28 +129,22 @@ def use_frozen_prefix(model: Any, tower: Tower) -> FrozenPrefix | None:
     prefix = find_frozen_prefix(model, tower)
     if prefix is None:
         return None
-    training = [module for module in model.modules() if module.training]
     inputs, lengths = sample_inputs(model, tower, 2)
     try:
         with torch.no_grad(), torch.random.fork_rng():
-            model.eval()
-            stored = frozen_activations(model, prefix, inputs, lengths)
-            for module in training:
-                module.training = True
+            with evaluation_mode(model):
+                stored = frozen_activations(model, prefix, inputs, lengths)
             if not torch.equal(stored, frozen_activations(model, prefix, inputs, lengths)):
                 raise _refusal(tower, "are random in training (dropout)")
-            model.eval()
-            expected, model.frozen_prefixes[tower] = _run(model, tower, inputs, lengths), prefix
-            if not _gives(model, tower, stored, expected, inputs, lengths):
-                prefix = model.frozen_prefixes[tower] = prefix._replace(blanks=1)
+            with evaluation_mode(model):
+                expected, model.frozen_prefixes[tower] = _run(model, tower, inputs, lengths), prefix
                 if not _gives(model, tower, stored, expected, inputs, lengths):
-                    raise _refusal(tower, "hand on more than one tensor")
+                    prefix = model.frozen_prefixes[tower] = prefix._replace(blanks=1)
+                    if not _gives(model, tower, stored, expected, inputs, lengths):
+                        raise _refusal(tower, "hand on more than one tensor")
     except InputError:
         model.frozen_prefixes.pop(tower, None)
         raise
-    finally:
-        for module in training:
-            module.training = True
     return prefix
 
 
