@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-from PIL import Image
-
 from datamodules.commands.recall_check import RecallCheck
 from datamodules.open_source import holds_pairs, open_source, stamp_of_data
 from datamodules.pairs.columns import ColumnPairs
+from datamodules.pairs.encoder_rows import SourcePairs
 from datamodules.pairs.source import PairSource
 from lit_clip import load_model
 from lit_clip.embedding.compact import INT8_SCALE, TRUNCATED_FROM, DType, Int8Scale, check_smaller, truncated
@@ -136,14 +135,10 @@ def embed(
         task = text_task(clip, items.texts, items.identities)
     else:
         task = image_task(clip, items.images, items.identities)
-    keys = {each: f"{name} {each} {items.content} {items.stamp}".rstrip() for each in get_args(Precision)}
-    parts = FeatureParts(path, keys.pop(precision))
-    begun = parts.models()
-    for other, key in keys.items():
-        require(
-            key not in begun,
-            f"--precision {precision}: the unfinished {path} was begun in {other}; give that, or remove {parts.folder}",
-        )
+    models: dict[Precision, str] = {
+        each: f"{name} {each} {items.content} {items.stamp}".rstrip() for each in get_args(Precision)
+    }
+    parts = FeatureParts.resumed(path, models, precision)
     unreadable = encode(clip, task, parts, settings)
     if unreadable is None:
         return
@@ -208,7 +203,7 @@ def _items_of(data: list[str], captions: bool, options: dict[str, Any], on_error
     rows = _rows_of_images(source, on_error)
     root = source.root if isinstance(source, ColumnPairs) and isinstance(source.root, Path) else None
     identities = [_identity(key, root) for key in sorted(rows)]
-    return _Items(identities, _PairImages(source, [rows[key] for key in sorted(rows)]), root=root, stamp=stamp)
+    return _Items(identities, SourcePairs(source, [rows[key] for key in sorted(rows)]), root=root, stamp=stamp)
 
 
 def _rows_of_images(source: PairSource, on_error: OnError) -> dict[str, int]:
@@ -253,17 +248,3 @@ def _identity(key: str, root: Path | None) -> Identity:
     except (OSError, ValueError):  # in the table itself; or reading it will report it
         return key, 0, 0
     return key, status.st_size, status.st_mtime_ns
-
-
-class _PairImages:
-    """The images of some rows of a source as :class:`lit_clip.embedding.reading.ImageRows`."""
-
-    def __init__(self, source: PairSource, rows: Sequence[int]) -> None:
-        self.source, self.rows = source, rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def read(self, row: int) -> tuple[str, list[Image.Image]]:
-        pair = self.source.load(self.rows[row], None)
-        return pair.key, [pair.image]

@@ -3,12 +3,11 @@
 from typing import NamedTuple
 
 import torch
-from PIL import Image
 from rich.table import Table
 from torch import Tensor
 
 from datamodules.open_source import open_source
-from datamodules.pairs.source import PairSource
+from datamodules.pairs.encoder_rows import SourcePairs
 from lit_clip.embedding.compact import Int8Scale, truncated
 from lit_clip.embedding.encode import EncodingSettings
 from lit_clip.embedding.precision import autocast
@@ -30,14 +29,12 @@ class RecallCheck(NamedTuple):
     """The distinct images and captions of some pairs.
 
     Attributes:
-        source: of the images.
-        rows: of ``source``, one for each image.
+        images: one row for each.
         texts: distinct captions.
         pairs: of the images and the texts.
     """
 
-    source: PairSource
-    rows: list[int]
+    images: SourcePairs
     texts: list[str]
     pairs: PairIndices
 
@@ -59,15 +56,7 @@ class RecallCheck(NamedTuple):
         prompts, pairs = caption_texts(_Captions(list(captions.values())), range(len(first)), None)
         enough = len(first) > 1 and len(prompts.names) > 1
         require(enough, f"--check {data}: recall needs at least two images and two captions")
-        return cls(source, list(first.values()), prompts.names, pairs)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def read(self, row: int) -> tuple[str, list[Image.Image]]:
-        """Return an image's key and the image, see :class:`lit_clip.embedding.reading.ImageRows`."""
-        pair = self.source.load(self.rows[row], None)
-        return pair.key, [pair.image]
+        return cls(SourcePairs(source, list(first.values())), prompts.names, pairs)
 
     def report(
         self, model: CLIP, settings: EncodingSettings, images: bool, width: int, scale: Int8Scale | None
@@ -89,7 +78,7 @@ class RecallCheck(NamedTuple):
 
         before = evaluate_pairs(image_ID, text_TD, self.pairs).metrics
         after = evaluate_pairs(smaller(image_ID, images), smaller(text_TD, not images), self.pairs).metrics
-        table = Table(title=f"{len(self.rows):,} images, {len(self.texts):,} captions")
+        table = Table(title=f"{len(self.images):,} images, {len(self.texts):,} captions")
         for column in ("%", "whole", "as stored", "difference"):
             table.add_column(column, justify="left" if column == "%" else "right")
         for name, shown in SHOWN:
@@ -102,7 +91,9 @@ class RecallCheck(NamedTuple):
         """Return the unit features of the images ``[I, D]`` and of the texts ``[T, D]``, float32 on the CPU."""
         images, size, precision = [], settings.batch_size, settings.precision
         encode = image_features(model, precision)
-        for batch, features in encoded_batches(model, self, size, settings.num_workers, encode=encode, title="check"):
+        for batch, features in encoded_batches(
+            model, self.images, size, settings.num_workers, encode=encode, title="check"
+        ):
             for bad in batch.unreadable:
                 raise InputError(bad.message)
             images.append(features.cpu())

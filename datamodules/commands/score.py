@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from PIL import Image
-
 from datamodules.open_source import open_source, stamp_of_data
+from datamodules.pairs.encoder_rows import SourcePairs
 from datamodules.pairs.pair_filters import PairFilters
 from datamodules.pairs.score_files import ROWS, VERSIONS, Filtered, ScoreFile, check_output, write_scores
 from datamodules.pairs.source import PairSource
@@ -125,7 +124,8 @@ def _score(
     """Score the pairs of a source and write the table; None on other ranks than the first."""
     clip = load_model(model)
     name = fingerprint(clip).model
-    parts = _parts(path, {each: hex_digest([name, each, stamp]) for each in get_args(Precision)}, settings.precision)
+    models: dict[Precision, str] = {each: hex_digest([name, each, stamp]) for each in get_args(Precision)}
+    parts = ScoreParts.resumed(path, models, settings.precision)
     unreadable = score_pairs(clip, SourcePairs(source), parts, settings)
     if unreadable is None:
         return None
@@ -135,34 +135,6 @@ def _score(
     counts = write_scores(path, parts.in_order(len(source), unreadable), parts.scores(), filters, metadata)
     parts.remove()
     return counts
-
-
-def _parts(path: Path, keys: dict[Precision, str], precision: Precision) -> ScoreParts:
-    parts = ScoreParts(path, keys[precision])
-    begun = parts.models()
-    for other, key in keys.items():
-        require(
-            other == precision or key not in begun,
-            f"--precision {precision}: the unfinished {path} was begun in {other}; give that, or remove {parts.folder}",
-        )
-    return parts
-
-
-class SourcePairs:
-    """The pairs of a source as :class:`lit_clip.embedding.pair_scores.PairRows`."""
-
-    def __init__(self, source: PairSource) -> None:
-        self.source = source
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def read(self, row: int) -> tuple[str, list[Image.Image]]:
-        pair = self.source.load(row, None)
-        return pair.key, [pair.image]
-
-    def captions(self, row: int) -> list[str]:
-        return list(dict.fromkeys(self.source.captions(row)))
 
 
 def _report(path: Path, counts: Filtered, filters: PairFilters) -> None:

@@ -7,12 +7,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 
 from lit_clip.embedding.compact import Int8Scale
-from lit_clip.errors import InputError
+from lit_clip.embedding.precision import Precision
+from lit_clip.errors import InputError, require
 from lit_clip.tools.atomic import not_written, replacing
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.reading import reading
@@ -85,6 +86,28 @@ class FeatureParts:
     def __init__(self, output: Path, model: str) -> None:
         self.folder = output.with_name(f".{output.name.lstrip('.')}.parts")
         self.model = model
+
+    @classmethod
+    def resumed(cls, output: Path, models: Mapping[Precision, str], precision: Precision) -> Self:
+        """Return the parts of an output, those of an earlier run too, unless that had another precision.
+
+        Args:
+            output: the file that they will become.
+            models: by precision.
+            precision: of this run.
+
+        Raises:
+            InputError: there are parts in another precision.
+        """
+        parts = cls(output, models[precision])
+        begun = parts.models()
+        for other, model in models.items():
+            require(
+                other == precision or model not in begun,
+                f"--precision {precision}: the unfinished {output} was begun in {other}; give that, or remove "
+                f"{parts.folder}",
+            )
+        return parts
 
     @property
     def stop(self) -> Path:

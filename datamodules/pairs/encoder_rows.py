@@ -1,0 +1,29 @@
+"""Pairs as rows that encoders read."""
+
+from collections.abc import Sequence
+
+from PIL import Image
+
+from datamodules.pairs.source import PairSource
+
+
+class SourcePairs:
+    """Rows of a source as :class:`lit_clip.embedding.pair_scores.PairRows`.
+
+    Args:
+        source: of the pairs.
+        rows: of ``source``; None: all.
+    """
+
+    def __init__(self, source: PairSource, rows: Sequence[int] | None = None) -> None:
+        self.source, self.rows = source, range(len(source)) if rows is None else rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, row: int) -> tuple[str, list[Image.Image]]:
+        pair = self.source.load(self.rows[row], None)
+        return pair.key, [pair.image]
+
+    def captions(self, row: int) -> list[str]:
+        return list(dict.fromkeys(self.source.captions(self.rows[row])))
