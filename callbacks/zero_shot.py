@@ -17,7 +17,7 @@ from callbacks.suite_sets import check_folds, chosen_entries, named, open_sets
 from lit_clip import distributed
 from lit_clip.errors import require
 from lit_clip.evaluation.data import LabelledImages
-from lit_clip.evaluation.prompts import Prompts, prompts_of, text_classifier
+from lit_clip.evaluation.prompts import Prompts, prompts_of, prompts_of_set, text_classifier
 from lit_clip.evaluation.report.prediction_grid import Prediction, prediction_grid
 from lit_clip.evaluation.scores import baselines, comparable, evaluate_scores, mean_over_folds
 from lit_clip.evaluation.set_encoding import Encoded, SetEncoder
@@ -162,8 +162,7 @@ def _from_argument(zero_shot_set: ZeroShotSet) -> _OpenedSet:
 def _from_suite(entry: SuiteEntry, folds: Sequence[object]) -> _OpenedSet:
     labelled = [fold for fold in folds if isinstance(fold, LabelledImages)]
     require(len(labelled) == len(folds), f"{type(folds[0]).__name__} has no classes, which zero-shot needs")
-    templates = entry.templates or getattr(labelled[0], "templates", None)
-    return _OpenedSet(labelled, prompts_of(entry.class_names, templates, labelled[0].class_names), entry.metric)
+    return _OpenedSet(labelled, prompts_of_set(entry, labelled[0]), entry.metric)
 
 
 def _metrics(opened: _OpenedSet, folds: Sequence[Encoded], scale: float) -> PeriodicResult:

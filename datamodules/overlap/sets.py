@@ -15,7 +15,7 @@ from datamodules.overlap.search import Queries
 from lit_clip.embedding.precision import Precision, autocast
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import ImageSet, LabelledImages, MissingData, MultiLabel
-from lit_clip.evaluation.prompts import Prompts, prompts_of, text_classifier
+from lit_clip.evaluation.prompts import Prompts, prompts_of_set, text_classifier
 from lit_clip.evaluation.suite import SuiteEntry, read_suite
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.console import stderr
@@ -83,8 +83,7 @@ def _prompts(each: EvaluationSet) -> Prompts | None:
     images = each.images
     if not isinstance(images, LabelledImages) or isinstance(images, MultiLabel):
         return None
-    templates = each.entry.templates or getattr(images, "templates", None)
-    return prompts_of(each.entry.class_names, templates, images.class_names)
+    return prompts_of_set(each.entry, images)
 
 
 def read_thresholds(words: Sequence[str], names: Sequence[str]) -> dict[str, float]:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from lit_clip import distributed
 from lit_clip.errors import InputError, require
-from lit_clip.evaluation.suite import ClassNames
+from lit_clip.evaluation.data import LabelledImages
+from lit_clip.evaluation.suite import ClassNames, SuiteEntry
 from lit_clip.evaluation.zero_shot import IMAGENET, check_templates, ensemble, imagenet_class_names, imagenet_templates
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import make_folder, replacing
@@ -103,6 +104,12 @@ def prompts_of(class_names: ClassNames, templates: str | list[str] | None, own_n
     chosen = (classes.templates or list(DEFAULT_TEMPLATES)) if templates is None else templates_of(templates)
     texts = [[template.replace("{}", name) for name in names for template in chosen] for names in classes.names]
     return Prompts(classes.display, texts)
+
+
+def prompts_of_set(entry: SuiteEntry, images: LabelledImages) -> Prompts:
+    """Build the prompts of a set as its suite has them; templates may come with the images."""
+    templates = entry.templates or getattr(images, "templates", None)
+    return prompts_of(entry.class_names, templates, images.class_names)
 
 
 def templates_of(templates: str | Sequence[str], where: str = "templates") -> list[str]:

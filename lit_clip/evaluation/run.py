@@ -17,7 +17,6 @@ from lit_clip.evaluation.caption_choice import encode_choices
 from lit_clip.evaluation.data import (
     CaptionChoices,
     CaptionedImages,
-    ImageSet,
     LabelledImages,
     MissingData,
     SomeOfImageNet,
@@ -27,7 +26,7 @@ from lit_clip.evaluation.download import download_missing
 from lit_clip.evaluation.files_read import files_read
 from lit_clip.evaluation.open_set import DistinctCaptions, Fold, OpenSet
 from lit_clip.evaluation.other_classes import single_classes, trained_classes
-from lit_clip.evaluation.prompts import Prompts, prompts_of, text_classifier
+from lit_clip.evaluation.prompts import Prompts, prompts_of_set, text_classifier
 from lit_clip.evaluation.results import Results, cache_key, code_digest
 from lit_clip.evaluation.retrieval import caption_texts
 from lit_clip.evaluation.store import FeatureStore
@@ -169,19 +168,14 @@ class EvaluationRun:
         """Build the classifiers of zero-shot and of the bias probes; each rank encodes its share of the prompts."""
         test = opened.folds[0].images["test"]
         if "zero_shot" in tasks:
-            require(isinstance(test, LabelledImages), f"{type(test).__name__} has no classes, which zero-shot needs")
-            prompts = self._prompts(opened.entry, test)
+            if not isinstance(test, LabelledImages):
+                raise InputError(f"{type(test).__name__} has no classes, which zero-shot needs")
+            prompts = prompts_of_set(opened.entry, test)
             opened.prompts, opened.classifier = prompts, self._encode(opened.name, prompts)
             counts = {"classes": len(prompts.names), "texts": sum(map(len, prompts.texts))}
             self.results.update(opened.name, class_names=prompts.names, prompts={**counts, "sha256": prompts.sha256})
         for probe, texts in bias_texts().items() if "bias" in tasks else ():
             opened.bias[probe] = self._encode(opened.name, Prompts(list(texts), [[text] for text in texts.values()]))
-
-    @staticmethod
-    def _prompts(entry: SuiteEntry, test: ImageSet) -> Prompts:
-        assert isinstance(test, LabelledImages)
-        templates = entry.templates or getattr(test, "templates", None)
-        return prompts_of(entry.class_names, templates, test.class_names)
 
     def _read_features(self, opened: OpenSet) -> None:
         """Read the features and count the images, on the first rank."""

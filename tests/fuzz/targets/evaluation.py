@@ -15,7 +15,7 @@ from rich.console import Console
 from datamodules.evaluation import LabelledTable, LocatedImages
 from lit_clip.errors import InputError
 from lit_clip.evaluation.comparison import OtherRun, paired_differences
-from lit_clip.evaluation.prompts import prompts_of
+from lit_clip.evaluation.prompts import prompts_of_set
 from lit_clip.evaluation.report import chart_style, page
 from lit_clip.evaluation.report.results_table import print_results
 from lit_clip.evaluation.report.tables import write_tables
@@ -76,7 +76,7 @@ def open_suite(folder: Path, given: Input) -> Iterator[str]:
         try:
             opened: Any = entry.open("test", 0, folder)
             if hasattr(opened, "class_names"):
-                prompts_of(entry.class_names, entry.templates, opened.class_names)
+                prompts_of_set(entry, opened)
                 assert len(opened.labels()) == len(opened)
             assert opened.images(0)
         except InputError:  # the others go on
