@@ -46,6 +46,11 @@ def is_unicode(text: str) -> bool:
     return True
 
 
+def as_unicode(name: str) -> str:
+    """Escape the undecodable bytes of a file's name."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 class Skipped(NamedTuple):
     """Placeholder that a dataset returns for a sample that cannot be used."""
 

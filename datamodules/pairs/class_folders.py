@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from datamodules.loading.bad_samples import is_unicode
+from datamodules.loading.bad_samples import as_unicode, is_unicode
 from datamodules.pairs.columns import Cells, ColumnPairs
-from datamodules.pairs.folder import printable, walk_images
+from datamodules.pairs.folder import walk_images
 from datamodules.pairs.source import SourceOptions
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.prompts import Prompts, prompts_of
@@ -50,14 +50,14 @@ class ClassPairs(ColumnPairs):
         names, counts = [], []
         for name in classes:
             require(
-                is_unicode(name), f"{folder}: the name of {printable(name)}, its class, is not UTF-8 text; rename it"
+                is_unicode(name), f"{folder}: the name of {as_unicode(name)}, its class, is not UTF-8 text; rename it"
             )
             below = []
             for image, _ in walk_images(folder / name):
                 if is_unicode(image):
                     below.append(f"{name}/{image}")
                 else:
-                    self._left_out.add(f"{folder / name}: {printable(image)}", "its name is not UTF-8")
+                    self._left_out.add(f"{folder / name}: {as_unicode(image)}", "its name is not UTF-8")
             if not below:
                 require(
                     not self._left_out.counts, f"{folder / name}: no usable images of this class ({self._left_out})"

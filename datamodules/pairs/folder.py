@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 from lightning.pytorch.utilities import rank_zero_info
 
-from datamodules.loading.bad_samples import is_unicode
+from datamodules.loading.bad_samples import as_unicode, is_unicode
 from datamodules.pairs.columns import Cells, ColumnPairs
 from datamodules.pairs.source import DELIMITED, JSON_LINES, NO_CAPTION
 from lit_clip.errors import BadSample, InputError
@@ -81,7 +81,7 @@ class FolderPairs(ColumnPairs):
         for name, has_text in walk_images(folder):
             without += not has_text
             if has_text and not is_unicode(name):
-                self._left_out.add(f"{folder}: {printable(name)}", "its name is not UTF-8")
+                self._left_out.add(f"{folder}: {as_unicode(name)}", "its name is not UTF-8")
             elif has_text:
                 names.append(name)
             if len(names) == BATCH_ROWS:
@@ -134,8 +134,3 @@ def _text_of(file: Path) -> bytes:
     if len(content) > LARGEST_TEXT:
         raise OSError(f"it has more than {LARGEST_TEXT >> 20} MB")
     return content
-
-
-def printable(name: str) -> str:
-    """Escape what is not Unicode in a file's name."""
-    return os.fsencode(name).decode(errors="backslashreplace")

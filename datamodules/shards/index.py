@@ -12,7 +12,7 @@ from typing import BinaryIO
 import numpy as np
 import pyarrow as pa
 
-from datamodules.loading.bad_samples import LONGEST_BLANK, is_blank
+from datamodules.loading.bad_samples import LONGEST_BLANK, as_unicode, is_blank
 from datamodules.loading.store import Stamp
 from datamodules.pairs.source import NO_CAPTION
 from lit_clip.errors import InputError
@@ -134,13 +134,8 @@ class _Scan:
             else:
                 usable[key] = spans
         spans = np.array(list(usable.values()), np.int64).reshape(-1, len(FIELDS), 2)
-        printable = {reason: [_printable(key) for key in keys] for reason, keys in self.problems.items()}
-        return ShardIndex([_printable(key) for key in usable], spans, printable, dict(self.extensions))
-
-
-def _printable(name: str) -> str:
-    """Escape what is not Unicode in a file's name."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        problems = {reason: [as_unicode(key) for key in keys] for reason, keys in self.problems.items()}
+        return ShardIndex([as_unicode(key) for key in usable], spans, problems, dict(self.extensions))
 
 
 def scan_shard(file: BinaryIO, size: int) -> ShardIndex:
