@@ -9,8 +9,7 @@ import inspect
 import io
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import get_type_hints
 
 import docstring_parser
@@ -18,6 +17,7 @@ from jsonargparse import ArgumentParser
 
 from lit_clip.cli.plain_help import PlainHelp
 from lit_clip.tools.messages import hinting, options_of
+from lit_clip.tools.silenced import log_level
 
 # "module:function", imported when the command is run, so that `lit-clip --help` stays fast. Other packages' commands
 # are only named, like class paths in a YAML file.
@@ -78,7 +78,7 @@ def run_command(words: Sequence[str]) -> None:
     parser = command_parser(name, command)
     with hinting(options, lambda: options_of(parser), f"{parser.prog} --help"):
         parsed = parser.parse_args(options)
-    with _quiet_lightning():
+    with log_level(logging.WARNING, "lightning.pytorch", "lightning.fabric"):  # which tell of devices and ranks
         command(**vars(parser.instantiate_classes(parsed)))
 
 
@@ -86,17 +86,3 @@ def _underscores(word: str) -> str:
     """Replace dashes in an option's name by underscores."""
     option, equals, value = word.partition("=")
     return option.replace("-", "_").replace("__", "--", 1) + equals + value if option.startswith("--") else word
-
-
-@contextmanager
-def _quiet_lightning() -> Iterator[None]:
-    """Silence Lightning's messages about devices and ranks."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -1,8 +1,8 @@
 """``lit-clip export``: write a model for other tools, checked against the original before it appears."""
 
+import logging
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.filesize import decimal
@@ -13,12 +13,15 @@ from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import replacing_folder
 from lit_clip.tools.console import Console, progress, stderr
 from lit_clip.tools.hashing import sha256_of_file
+from lit_clip.tools.silenced import log_level
 from lit_clip.tools.weight_files import is_path
 from lit_clip.weights.export import FORMATS, ExportSample, FormatName, Parity, check_onnx_packages, parity_of
 from lit_clip.weights.load import load_model
 from lit_clip.weights.model_card import ExportedSource, model_card
 from lit_clip.weights.onnx_sizes import OnnxDType, check_onnx_dtype, shrink_onnx, tolerance_of
 from lit_clip.weights.push import find_repository, upload
+
+TALKATIVE = ("", "torch.onnx", "onnxscript", "transformers")  # loggers of what only these libraries can act on
 
 
 def export(
@@ -57,7 +60,11 @@ def export(
         original = load_model(model)
         source = source_of(model)
         advance(1)
-        with replacing_folder(folder) as draft, quiet():
+        with (
+            replacing_folder(folder) as draft,
+            log_level(logging.ERROR, *TALKATIVE),
+            warnings.catch_warnings(action="ignore"),
+        ):
             parity = write_checked(original, format, draft, advance, dtype)
             card = model_card(original, format, folder.name, source, parity, license, push, dtype)
             (draft / "README.md").write_text(card, encoding="utf-8")
@@ -124,24 +131,6 @@ def check_free(folder: Path) -> None:
         require(not any(folder.iterdir()), f"{folder}: the folder is not empty; name another")
     else:
         require(not folder.exists(), f"{folder}: is a file; name a folder")
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the libraries' warnings about their own internals."""
-    import logging
-
-    names = ("", "torch.onnx", "onnxscript", "transformers")
-    levels = {name: logging.getLogger(name).level for name in names}
-    try:
-        for name in names:
-            logging.getLogger(name).setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
 
 
 def source_of(model: str) -> ExportedSource:

@@ -5,6 +5,8 @@ A warning belongs here only if no setting of a user leads to it, or if what it a
 
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 # Regular expressions of the start of a warning, and why nobody needs to see it.
 WARNINGS = {
@@ -37,3 +39,17 @@ def silence() -> None:
 
 def _is_shown(record: logging.LogRecord) -> bool:
     return not any(part in record.getMessage() for part in LOGGED)
+
+
+@contextmanager
+def log_level(level: int, *names: str) -> Iterator[None]:
+    """Show only messages of at least this level, of these loggers."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(level)
+    try:
+        yield
+    finally:
+        for logger, before in zip(loggers, levels, strict=True):
+            logger.setLevel(before)
