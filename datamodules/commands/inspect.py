@@ -114,9 +114,7 @@ def _tokenizer(model: str | None, context_length: int | None) -> TextTokenizer:
 
 
 def _print(data: str, sections: list[SummarySection], findings: ScanFindings, left_out: LeftOut) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console.width = max(console.width, 120)  # output to a file need not be narrow
+    console = Console(file_width=120)
     table = Table(title=Text(data), show_header=False)
     table.add_column("", overflow="fold")
     table.add_column("", overflow="fold")

@@ -203,9 +203,7 @@ def _print(report: Mapping[str, Any]) -> None:
         p_value = figures["p_value_bonferroni"]
         last = [points(figures["difference"]), "" if p_value is None else f"{p_value:.2g}"]
         table.add_row(Text(name), f"{figures['images']:,}", share, *accuracies, *last)
-    console = Console()
-    if not console.is_terminal:
-        console.width = max(console.width, 120)  # output to a file need not be narrow
+    console = Console(file_width=120)
     console.print(table)
     train = report["train"]
     stderr().print(plural(train["images"], "training image"))

@@ -26,9 +26,7 @@ def models(patterns: list[str], *, pretrained: bool = False) -> None:
     names = _registry() if pretrained else list_models()
     names = [name for name in names if not patterns or any(matches(name, pattern) for pattern in patterns)]
     require(bool(names), f"no {'weights' if pretrained else 'model'} named {' or '.join(patterns)}")
-    console = Console()
-    if not console.is_terminal:
-        console.width = max(console.width, 120)  # lines of a file need not be short
+    console = Console(file_width=120)
     if pretrained:
         for name in names:
             console.print(name, soft_wrap=True)

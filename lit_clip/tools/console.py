@@ -19,10 +19,17 @@ FIRST, EVERY = 5.0, 30.0  # seconds until the first line of progress, and betwee
 
 
 class Console(rich.console.Console):
-    """rich's console, for text from files: no markup, no names of emoji, and all text :func:`printable`."""
+    """rich's console, for text from files: no markup, no names of emoji, and all text :func:`printable`.
 
-    def __init__(self, **options: Any) -> None:
+    Args:
+        file_width: least width where the output is no terminal: it need not be narrow.
+        options: of rich's.
+    """
+
+    def __init__(self, *, file_width: int = 0, **options: Any) -> None:
         super().__init__(**{"markup": False, "emoji": False, "highlight": False, **options})
+        if file_width and not self.is_terminal:
+            self.width = max(self.width, file_width)
 
     def render_str(self, text: str, **options: Any) -> rich.text.Text:
         return super().render_str(printable(text), **options)

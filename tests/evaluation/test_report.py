@@ -427,7 +427,7 @@ def test_published_weights_are_compared_with_figures_measured_with_them(folder: 
 
 
 def printed(results: dict[str, Any]) -> str:
-    console = Console(file=io.StringIO(), width=120)
+    console = Console(file=io.StringIO(), width=130)
     print_results(results, console)
     return console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
 

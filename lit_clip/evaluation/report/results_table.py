@@ -25,9 +25,7 @@ HEADS = {  # narrow
 
 def print_results(results: Mapping[str, Any], console: Console | None = None) -> None:
     """Print :func:`results_table`, and below it what was not evaluated; the report says how to get missing sets."""
-    console = console or Console()
-    if not console.is_terminal:
-        console.width = max(console.width, WIDE)  # a file has room
+    console = console or Console(file_width=WIDE)
     console.print(results_table(results, console.width))
     found = rows(results)
     for line in incomplete_means(found):
