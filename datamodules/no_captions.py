@@ -13,7 +13,7 @@ class _Empty(IterableDataset[Any]):
 
 
 class NoCaptions(LightningDataModule):
-    """No pairs: ``lit-clip validate`` then only runs the zero-shot callback."""
+    """No pairs: ``lit-clip validate`` then only runs callbacks, such as ZeroShot, Retrieval and LinearProbe."""
 
     def val_dataloader(self) -> DataLoader[Any]:
         # Iterable: without a known length Lightning runs an empty epoch with all its hooks instead of skipping it.

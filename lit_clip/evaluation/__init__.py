@@ -1,8 +1,11 @@
 """The paper's evaluation.
 
-- Metrics, pure functions: ``accuracy``, ``scores``, ``retrieval_metrics``, ``geolocation``, ``overlap``, ``bias``,
-  ``robustness``.
-- Classifiers: ``prompts`` and ``zero_shot`` from texts, ``probe``, ``few_shot`` and ``logistic`` from labels.
-- Sets: ``data`` (their interface), ``targets``, ``suite`` (their YAML), ``set_encoding`` and ``store`` (features).
-- Results: ``tasks``, ``results``, ``overview``, ``published`` (figures to compare with), ``report``.
+- Metrics, pure functions: ``accuracy``, ``scores``, ``retrieval_metrics``, ``caption_choice``, ``geolocation``,
+  ``overlap``, ``bias``, ``robustness``; ``retrieval`` (over the ranks), ``intervals``, ``datacomp`` (means over sets).
+- Classifiers: ``prompts`` and ``zero_shot`` from texts, ``probe``, ``few_shot`` and ``logistic`` from labels,
+  ``other_classes`` (probes tested on another set).
+- Sets: ``data`` (their interface), ``targets``, ``suite`` (their YAML), ``download``, ``open_set`` and ``files_read``,
+  ``set_encoding`` and ``store`` (features).
+- Results: ``run`` (a suite), ``tasks``, ``predictions``, ``results``, ``comparison`` (of runs), ``overview``,
+  ``published`` (figures to compare with), ``report``.
 """
