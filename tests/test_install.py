@@ -155,7 +155,7 @@ def test_the_commands_of_a_plain_install_train_evaluate_and_use_a_model(wheel: P
     (model,) = here.glob("runs/table/version_0/checkpoints/last.ckpt")
     lit_clip("validate", "--data.val", "captions.csv", "--ckpt_path", str(model), *small)
     use = ("--model", str(model))
-    lit_clip("evaluate", *use, "--suite", "suite.yaml", "--data-root", ".", "--output", "evaluation")
+    lit_clip("evaluate", *use, "--suite", "suite.yaml", "--data_root", ".", "--output", "evaluation")
     assert (here / "evaluation/report.html").exists()
     assert "red" in lit_clip("classify", "0.png", *use, "--classes", *NAMES)
     lit_clip("search", "my_classes", "a red patch", *use)

@@ -79,7 +79,7 @@ def download_missing(
     Raises:
         InputError: ``data_root`` cannot be made.
     """
-    make_folder(data_root, "--data-root")
+    make_folder(data_root, "--data_root")
     failed: dict[str, str] = {}
     plans: list[_Plan] = []
     for plan in _plans(entries, data_root, tasks):
@@ -99,7 +99,7 @@ def download_missing(
     for plan in plans:
         try:
             size, space = size_in_bytes(_size_of(plan)), size_in_bytes(free)
-            require(plan in fitting, f"--data-root {data_root}: {size} do not fit; {space} are free for all sets")
+            require(plan in fitting, f"--data_root {data_root}: {size} do not fit; {space} are free for all sets")
             _download(plan)
         except InputError as error:
             failed |= dict.fromkeys(plan.names, str(error))

@@ -71,7 +71,7 @@ def write_suite(folder: Path, **sets: dict[str, Any]) -> None:
 
 
 def words(*more: str) -> list[str]:
-    base = ["--model", "last.ckpt", "--suite", "suite.yaml", "--data-root", "data", "--output", "out"]
+    base = ["--model", "last.ckpt", "--suite", "suite.yaml", "--data_root", "data", "--output", "out"]
     return ["evaluate", *base, "--num_workers", "0", "--accelerator", "cpu", *more]
 
 
@@ -380,7 +380,7 @@ def test_imagenet_accuracy_is_also_computed_over_the_classes_of_its_variants(roo
 
 def test_a_suite_without_any_data_writes_the_report_and_is_an_error(root: Path) -> None:
     with pytest.raises(InputError, match="none of 2 sets is there"):
-        run_command([*words(), "--data-root", "elsewhere"])
+        run_command([*words(), "--data_root", "elsewhere"])
     assert "ask its authors" in Path("out/report.html").read_text(encoding="utf-8")
 
 

@@ -56,7 +56,7 @@ def hub(tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def words(*more: str) -> list[str]:
-    base = ["--model", "last.ckpt", "--suite", "suite.yaml", "--data-root", "data", "--output", "out"]
+    base = ["--model", "last.ckpt", "--suite", "suite.yaml", "--data_root", "data", "--output", "out"]
     return ["evaluate", *base, "--num_workers", "0", "--accelerator", "cpu", *more]
 
 

@@ -52,7 +52,7 @@ def test_zero_shot_accuracy_equals_that_of_a_plain_loop(device: str, folder: Pat
     data = {"class_path": "datamodules.ImageFolderClasses"}
     suite = {"sets": {"noise": {"data": data, "splits": {"test": {"root": "noise"}}, "templates": TEMPLATES}}}
     Path("suite.yaml").write_text(yaml.safe_dump(suite), encoding="utf-8")
-    words = ["--model", "last.ckpt", "--suite", "suite.yaml", "--data-root", "data", "--output", "out"]
+    words = ["--model", "last.ckpt", "--suite", "suite.yaml", "--data_root", "data", "--output", "out"]
     run_command(["evaluate", *words, "--num_workers", "0", "--tasks", "zero_shot", "--accelerator", device])
     results = json.loads(Path("out/results.json").read_text(encoding="utf-8"))
     classifier = zero_shot_classifier(load_model("last.ckpt"), CLASSES, TEMPLATES)

@@ -236,7 +236,7 @@ def test_set_for_which_there_is_too_little_space_fails_and_smaller_ones_are_down
     entries = {"large": SuiteEntry(data, download=[{"hub": "a/large"}]), "digits": wds}
     failed = download_missing(entries, tmp_path / "data")
     needed = f"{(size + 1000) / 1e3:.3g} kB do not fit; {size / 1e3:.3g} kB are free for all sets"
-    assert failed == {"large": f"--data-root {tmp_path / 'data'}: {needed}"}
+    assert failed == {"large": f"--data_root {tmp_path / 'data'}: {needed}"}
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["wds_mnist"]
     assert f"downloading {size / 1e3:.3g} kB" in capsys.readouterr().err
     assert not any("large" in request for request in hub.requests if "resolve" in request)

@@ -84,7 +84,7 @@ def test_evaluate_hashes_each_weight_once(
         return tensor_sha256(value)
 
     monkeypatch.setattr(fingerprints, "_tensor_sha256", counted)
-    arguments = ["--model", "last.ckpt", "--suite", "suite.yaml", "--data-root", "data", "--output", "out"]
+    arguments = ["--model", "last.ckpt", "--suite", "suite.yaml", "--data_root", "data", "--output", "out"]
     run_command(["evaluate", *arguments, "--num_workers", "0", "--accelerator", "cpu", "--tasks", "zero_shot"])
     assert hashed.total() == len(load_model("last.ckpt").state_dict())
     assert set(hashed.values()) == {1}
