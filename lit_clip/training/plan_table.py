@@ -9,9 +9,7 @@ from lit_clip.training.plan import RunPlan
 
 FEW_PAIRS = 3_500  # docs/recipes.md: pretrained encoders were measured with up to 3,068 pairs,
 SMALL_DATA = 60_000  # training from scratch with up to 50,000;
-BATCH_MATTERS = (
-    2_000  # 256 pairs a step were best with 5,000 and better than 64 with 50,000; with 500 it hardly mattered
-)
+BATCH_MATTERS = 2_000  # with 5,000 and 50,000 256 pairs a step were best, with 500 the batch hardly mattered
 
 
 def print_plan(plan: RunPlan) -> None:
