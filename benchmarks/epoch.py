@@ -46,6 +46,7 @@ class Run:
     source: str = "files"
     folder: Path = Path()
     table: Path | None = None
+    seed: int = 0
 
 
 def write_run(folder: Path, run: Run) -> Run:
@@ -96,12 +97,13 @@ def write_tables(folder: Path, split: dict[str, list[tuple[Path, str]]]) -> None
 
 def lit_clip_config(folder: Path, run: Run, sizes: dict[str, Any]) -> dict[str, Any]:
     """Return the config for ``lit-clip fit``."""
-    reading: dict[str, Any] = {"batch_size": run.batch, "num_workers": 1, "augmentation": {"crop_scale": [CROP, 1.0]}}
+    reading: dict[str, Any] = {"batch_size": run.batch, "num_workers": 1, "seed": run.seed}
+    reading["augmentation"] = {"crop_scale": [CROP, 1.0]}
     if run.source == "files":
         reading |= {"train": str(folder / "train.tsv"), "val": str(folder / "val.tsv")}
     logger = "lightning.pytorch.loggers.TensorBoardLogger"
     return {
-        "seed_everything": 0,
+        "seed_everything": run.seed,
         "model": {"architecture": sizes, "optimizer": {"lr": 1e-3}, "lr_scheduler": {"warmup_steps": 50}},
         "data": {
             "class_path": "datamodules.Captions" if run.source == "files" else "datamodules.OpenMoji",
@@ -136,6 +138,7 @@ def open_clip_command(run: Run, log_every: int = 10) -> list[str]:
         "batch-size": run.batch,
         "workers": 1,
         "epochs": run.epochs,
+        "seed": run.seed,
         "precision": "amp_bf16" if run.bf16 else "fp32",
         "device": "cpu",
         "lr": 1e-3,

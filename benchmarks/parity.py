@@ -1,6 +1,6 @@
 """Train the same model on the same files by the same recipe with ``open_clip_train`` and ``lit-clip fit``.
 
-    python benchmarks/parity.py [--model RN-tiny-64] [--epochs 30] [--batch 256] [--bf16] [--table FILE]
+    python benchmarks/parity.py [--model RN-tiny-64] [--epochs 30] [--batch 256] [--bf16] [--table FILE] [--seed 0]
 
 Both programs are started as in ``epoch.py`` and take turns, an epoch each. Printed are the losses of both after each
 epoch, and the times that each took to the lowest training and the lowest validation loss that both have reached; the
@@ -40,6 +40,7 @@ def main() -> None:
     arguments.add_argument("--epochs", type=int, default=30, help="epochs of each that are compared")
     arguments.add_argument("--batch", type=int, default=256)
     arguments.add_argument("--table", type=Path, help="CSV of images and captions instead of OpenMoji's")
+    arguments.add_argument("--seed", type=int, default=0, help="of both programs")
     options = arguments.parse_args()
     from peers import end_if_emulated
 
@@ -49,7 +50,7 @@ def main() -> None:
         arguments.error(f"--batch: must be at least {pairs}, the number of validation pairs")
     with tempfile.TemporaryDirectory() as folder:
         settings = (options.model, options.bf16, options.epochs + 2, options.batch)
-        run = write_run(Path(folder), Run(*settings, table=options.table))
+        run = write_run(Path(folder), Run(*settings, table=options.table, seed=options.seed))
         both, their_lines, our_lines = alternate(run, log_every=1)
     last = slice(1, options.epochs + 1)  # without the first epoch
     training = [
