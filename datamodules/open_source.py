@@ -126,15 +126,9 @@ def _is_shards(name: str) -> bool:
     return re.search(r"\.tar(\.gz|\.bz2|\.xz|\.zst)?$", name, re.IGNORECASE) is not None
 
 
-def _refuse_classes(name: str, options: SourceOptions) -> None:
-    if options.of_classes:
-        option = "templates" if options.templates is not None else "class_names"
-        raise InputError(f"{options.option_prefix}{option}: {name} is not a folder of classes; leave {option} out")
-
-
 def _open_shards(names: list[str], options: SourceOptions) -> PairSource:
     options.refuse_split(names[0])
-    _refuse_classes(names[0], options)
+    options.refuse_classes(names[0])
     for option in ("image_column", "negative_column"):
         require(getattr(options, option) is None, f"{names[0]}: shards have no columns; leave {option} out")
     return TarPairs(names, options.shards, options.caption_column, options.group_column, options.on_error)
@@ -144,7 +138,7 @@ def _open_path(name: str, options: SourceOptions) -> PairSource:
     if name.startswith("{") and "class_path" in name and not os.path.exists(name):  # a file may have any name
         return _made(name)
     if not Path(name).expanduser().is_dir():
-        _refuse_classes(name, options)
+        options.refuse_classes(name)
     if _is_shards(name):
         return _open_shards([name], options)
     if is_remote(name):

@@ -334,6 +334,12 @@ class SourceOptions(NamedTuple):
         """Raise :class:`InputError` if a split is set, for a source without splits."""
         require(self.split is None, f"{path}: has no splits, but split is {self.split!r}; leave it out")
 
+    def refuse_classes(self, path: object) -> None:
+        """Raise :class:`InputError` if templates or class names are set, for a source without classes."""
+        option = "templates" if self.templates is not None else "class_names"
+        message = f"{self.option_prefix}{option}: {path} is not a folder of classes; leave {option} out"
+        require(not self.of_classes, message)
+
     def refuse_columns(self, path: object) -> None:
         """Raise :class:`InputError` if a column is set, for a source without columns."""
         for name in ("image_column", "caption_column", "group_column", "negative_column"):
