@@ -17,6 +17,7 @@ from torch import Tensor
 from lit_clip.losses.contrastive import at_least_float32
 
 CAPTIONS, IMAGES = 1024, 4096  # a tile of similarities, 16 MiB in float32
+FEWEST = 32  # rows of either side of a product; kernels for fewer sum in other orders, by size and place
 Reduce = Callable[[Tensor], Tensor]  # over ranks, element-wise
 
 
@@ -70,24 +71,25 @@ def rank_local(local: Tensor) -> Tensor:
 
 
 def _spans(size: int, longest: int) -> list[slice]:
-    """Divide ``size`` rows into spans of at most ``longest``, whose lengths differ by at most one.
-
-    A span of a single row would be multiplied, and rounded, differently from the others.
-    """
+    """Divide ``size`` rows into spans of at most ``longest``, whose lengths differ by at most one."""
     count = -(-size // longest)
     return [slice(size * i // count, size * (i + 1) // count) for i in range(count)]
 
 
-def _product(text_TD: Tensor, image_ID: Tensor) -> Tensor:
+def similarities(text_TD: Tensor, image_ID: Tensor) -> Tensor:
+    """Return ``[T, I]``, float32 or wider; in float32 equal features score equal, in sets of any size on any rank."""
+    texts, images = (
+        F.pad(rows, (0, 0, 0, FEWEST - len(rows))) if len(rows) < FEWEST else rows for rows in (text_TD, image_ID)
+    )
     with torch.autocast(text_TD.device.type, enabled=False):
-        return at_least_float32(text_TD) @ at_least_float32(image_ID).T
+        return (at_least_float32(texts) @ at_least_float32(images).T)[: len(text_TD), : len(image_ID)]
 
 
 def _tiles(image_ID: Tensor, text_TD: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
     """Yield all similarities: rows of captions, rows of images, and ``[captions, images]`` in float32 or wider."""
     for texts in _spans(len(text_TD), CAPTIONS):
         for images in _spans(len(image_ID), IMAGES):
-            yield texts, images, _product(text_TD[texts], image_ID[images])
+            yield texts, images, similarities(text_TD[texts], image_ID[images])
 
 
 @torch.no_grad()
@@ -96,7 +98,7 @@ def pair_scores(image_ID: Tensor, text_TD: Tensor, pairs: PairIndices) -> Tensor
 
     Only tiles with a pair are computed: few, if the rows of captions and their images are close.
     """
-    score_E = torch.empty(len(pairs.text), device=text_TD.device, dtype=_product(text_TD[:0], image_ID[:0]).dtype)
+    score_E = torch.empty(len(pairs.text), device=text_TD.device, dtype=similarities(text_TD[:0], image_ID[:0]).dtype)
     image_spans = _spans(len(image_ID), IMAGES)
     starts = torch.tensor([span.start for span in image_spans], device=text_TD.device)
     for texts in _spans(len(text_TD), CAPTIONS):
@@ -106,7 +108,7 @@ def pair_scores(image_ID: Tensor, text_TD: Tensor, pairs: PairIndices) -> Tensor
         for number in span_e.unique().tolist():
             images = image_spans[number]
             here = (span_e == number).nonzero()[:, 0]
-            tile = _product(text_TD[texts], image_ID[images])
+            tile = similarities(text_TD[texts], image_ID[images])
             score_E[first + here] = tile[text_e[here] - texts.start, image_e[here] - images.start]
     return score_E
 

@@ -2,6 +2,7 @@
 
 import itertools
 from collections import Counter
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -149,6 +150,65 @@ def test_a_caption_shared_by_two_images_is_right_for_both_if_merged_and_for_its_
     assert one_caption.merged_image.tolist() == [1, 0, 0]
     own_captions = found(image, torch.eye(3), make_pairs([(0, 0), (1, 1), (2, 2)]))
     assert own_captions.pair.tolist() == own_captions.merged_text.tolist() == [2, 2, 0]
+
+
+def parted(image: Tensor, text: Tensor, pairs: PairIndices, world: int) -> Ranks:
+    """Rank as on several ranks, each with some captions: each rank's part, reduced as the collectives do."""
+    parts = []
+    for rank in range(world):
+        first, stop = (len(text) * each // world for each in (rank, rank + 1))
+        own = PairIndices(*(column[(first <= pairs.text) & (pairs.text < stop)] for column in pairs))
+        parts.append((text[first:stop], own._replace(text=own.text - first)))
+    calls: list[list[Tensor]] = []  # of each reduction the locals of all ranks
+
+    def run(known: list[Tensor]) -> list[Ranks]:
+        """Run every rank; a reduction that is not known yet returns the rank's own value."""
+        calls.clear()
+        results = []
+        for text_TD, own in parts:
+            number = iter(range(99))
+
+            def reduce(local: Tensor, number: Iterator[int] = number) -> Tensor:
+                at = next(number)
+                if at == len(calls):
+                    calls.append([])
+                calls[at].append(local.clone())
+                return known[at] if at < len(known) else local
+
+            results.append(retrieval_ranks(image, text_TD, own, pair_scores(image, text_TD, own), reduce, reduce))
+        return results
+
+    highest, known = [True, True, False, False], []  # retrieval_ranks asks for two maxima and two sums
+    for is_maximum in highest:
+        run(known)
+        stacked = torch.stack(calls[len(known)])
+        known.append(stacked.amax(dim=0) if is_maximum else stacked.sum(dim=0))
+    results = run(known)
+    return Ranks(
+        results[0].image,
+        torch.cat([each.pair for each in results]),
+        results[0].merged_image,
+        torch.cat([each.merged_text for each in results]),
+    )
+
+
+def test_tiny_sets_with_identical_features_rank_the_same_on_any_ranks_as_a_float64_loop() -> None:
+    """A product of few rows is computed, and rounded, otherwise than one of many: equal features must score equal."""
+    for seed in range(120):
+        generator = torch.Generator().manual_seed(seed)
+        size, dimensions = 1 + seed % 20, (16, 64, 512)[seed % 3]
+        of_image, of_text = (torch.randint(max(1, size // 2), (size,), generator=generator) for _ in range(2))
+        points = unit(torch.randn(size, dimensions, generator=generator))
+        image, text = points[of_image], points[of_text]  # bit-identical copies
+        pairs = make_pairs([(i, i) for i in range(size)])
+        scores = (points.double() @ points.double().T)[of_image][:, of_text]  # copies score exactly equal
+        # A tie counts against the model.
+        expected = [int((line >= line[i]).sum()) - 1 for i, line in enumerate(scores)]
+        inverse = [int((line >= line[i]).sum()) - 1 for i, line in enumerate(scores.T)]
+        for world in (1, 2, 3, 4):
+            ranks = parted(image, text, pairs, world)
+            assert ranks.merged_image.tolist() == ranks.image.tolist() == expected, (seed, world)
+            assert ranks.merged_text.tolist() == ranks.pair.tolist() == inverse, (seed, world)
 
 
 @pytest.mark.parametrize("dimensions", [4, 512])
