@@ -91,6 +91,16 @@ class EMA(WeightAveraging):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._swap(pl_module)  # a swap, not a copy: a checkpoint saved after this still holds both
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._swap(pl_module)  # of a finished run that was resumed; Lightning calls no on_train_end then
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        if self._average_model is not None and "averaging_state" in checkpoint:
+            self._swapped = False  # the module was given the weights of the last step
+            if trainer.state.fn != TrainerFn.FITTING:
+                self._swap(pl_module)
+
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._average_model is None:
             return

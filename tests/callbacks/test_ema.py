@@ -182,6 +182,33 @@ def test_a_resumed_run_keeps_both_copies_and_ends_like_an_uninterrupted_one(
     assert fitting.global_step == 12
 
 
+@pytest.mark.parametrize("length", [{"max_epochs": 2}, {"max_epochs": -1, "max_steps": 6}], ids=["epochs", "steps"])
+def test_a_finished_run_that_is_resumed_has_the_average_in_its_module(
+    length: dict[str, Any], tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+) -> None:
+    """Lightning calls no hook of training when nothing is left to train."""
+    keep = ModelCheckpoint(tmp_path, "last", save_on_train_epoch_end=True)
+    finished, _, first = fit(tiny_config, caption_table, tmp_path, EMA(DECAY), keep, **length)
+    if "max_steps" in length:
+        first.save_checkpoint(tmp_path / "last.ckpt")
+    after = {name: value.clone() for name, value in finished.state_dict().items()}
+    options = {"ckpt_path": tmp_path / "last.ckpt", "enable_checkpointing": False, **length}
+    resumed, recorder, fitting = fit(tiny_config, caption_table, tmp_path, EMA(DECAY), **options)
+    assert recorder.steps == []
+    data = data_for(resumed, caption_table)
+    validated = [first.validate(finished, data, verbose=False)]
+    for evaluate in (fitting.validate, fitting.test, partial(fitting.test, ckpt_path=tmp_path / "last.ckpt")):
+        torch.testing.assert_close(resumed.state_dict(), after, rtol=0, atol=0)
+        validated.append(evaluate(resumed, data, verbose=False))
+    values = [{name.partition("/")[2]: value for name, value in found.items()} for (found,) in validated]
+    assert values == values[:1] * 4
+    torch.testing.assert_close(resumed.state_dict(), after, rtol=0, atol=0)
+    fitting.save_checkpoint(tmp_path / "again.ckpt")
+    saved, again = (torch.load(tmp_path / name, weights_only=True) for name in ("last.ckpt", "again.ckpt"))
+    for part in ("state_dict", "current_model_state"):
+        torch.testing.assert_close(again[part], saved[part], rtol=0, atol=0)
+
+
 def test_a_run_resumed_without_the_average_goes_on_from_the_weights_of_the_last_step(
     tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
