@@ -40,7 +40,7 @@ from lit_clip.training.checkpoint_io import load_the_same_checkpoint, remove_aft
 from lit_clip.training.checks import check_counts, check_lora_gradients, check_parts, check_run, check_skipped_samples
 from lit_clip.training.claims import claim_folders, note_unnumbered, release_folders, remove_leftovers
 from lit_clip.training.fsdp import compute_missing_batches
-from lit_clip.training.micro_batches import encode_pairs, encode_parts, placeholder, split_batch
+from lit_clip.training.micro_batches import encode_pairs, encode_parts, hard_negatives, placeholder, split_batch
 from lit_clip.training.optim import (
     EXCEPT_GAINS_AND_BIASES,
     Decays,
@@ -275,8 +275,7 @@ class LitCLIP(LightningModule):
 
     def training_step(self, batch: CaptionBatch, batch_idx: int) -> Tensor:
         assert self.loss is not None, "setup builds it"
-        hard = sum(map(bool, batch.negatives)) if self.loss.uses_negatives else 0
-        shards, negative_shards = self._shards(len(batch.images), hard)
+        shards, negative_shards = self._shards(len(batch.images), hard_negatives(batch, self.loss))
         parts = split_batch(self.model, batch, shards, self.hparams["micro_batch_size"])
         image_BD, text_BD, negative_MD = encode_parts(
             self.model, parts, len(batch.images), negatives=negative_shards.total > 0
@@ -307,19 +306,24 @@ class LitCLIP(LightningModule):
         """Return how many pairs and hard negatives each rank has; without asking, if the data module guarantees that.
 
         Raises:
-            InputError: it guarantees another number of pairs than this rank has.
+            InputError: it guarantees another number than this rank has.
         """
         assert self.loss is not None, "setup builds it"
         even = even_batches(self._trainer, self.loss.uses_negatives) if self._trainer else None
-        if even is None:
-            both = distributed.shards_of(pairs, negatives)
-            return both[0], both[1]
         require(
-            pairs == even,
+            even in (None, pairs),
             f"training_step: got {pairs} pairs of a batch of {even}; a hook that changes their number needs "
             "data.on_error: skip",
         )
         rank, world = distributed.rank_and_world()
+        if even is None or world == 1:
+            both = distributed.shards_of(pairs, negatives)
+            return both[0], both[1]
+        require(
+            not negatives,
+            "training_step: got hard negatives of which other ranks do not know; add them in on_after_batch_transfer "
+            "of the module",
+        )
         return distributed.Shards(rank, (pairs,) * world), distributed.Shards(rank, (0,) * world)
 
     def sum_over_ranks(self, numbers: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from lit_clip.errors import InputError, require
@@ -144,11 +145,13 @@ def check_run(module: Any) -> None:
     """Check a module's trainer and weights before the first step.
 
     Raises:
-        InputError: weights in half precision, accumulated gradients, or hard negatives that the loss does not use.
+        InputError: weights in half precision, accumulated gradients, a hook that would not be called, or hard
+            negatives that the loss does not use.
     """
     trainer: Any = module.trainer  # its callbacks and data module are set by connectors
     _check_master_weights(module, str(trainer.precision))
     _check_accumulation(trainer)
+    _check_moves(module, getattr(trainer, "datamodule", None))
     _check_negatives(module, getattr(trainer, "datamodule", None))
     _check_bias(module, trainer)
     if not any(getattr(callback, "stops_at_non_finite", False) for callback in trainer.callbacks):
@@ -190,6 +193,16 @@ def _check_accumulation(trainer: Any) -> None:
         batches == 1,
         f"trainer.accumulate_grad_batches: {batches} adds no negatives, the point of a larger batch; "
         f"set data.batch_size to {batches} times its value and model.micro_batch_size to the old data.batch_size",
+    )
+
+
+def _check_moves(module: Any, data: Any) -> None:
+    """Check that the module has no hook that Lightning replaces by the data module's, with a mere warning."""
+    name = "transfer_batch_to_device"
+    require(
+        not (data and is_overridden(name, module) and is_overridden(name, data)),
+        f"{type(module).__name__}.{name}: Lightning would not call it, because {type(data).__name__} has its own; use "
+        "on_before_batch_transfer or on_after_batch_transfer",
     )
 
 

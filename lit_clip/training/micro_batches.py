@@ -13,6 +13,7 @@ from lit_clip.batch import CaptionBatch
 from lit_clip.distributed import Shards
 from lit_clip.errors import require
 from lit_clip.losses.contrastive import unit
+from lit_clip.losses.loss import Loss
 from lit_clip.models.clip import CLIP
 from lit_clip.models.frozen_prefix import image_features_from, text_features_from
 from lit_clip.training.activation_checkpointing import FrozenStatistics, checkpoint
@@ -38,6 +39,27 @@ def _encode_texts(model: CLIP, tokens: Tensor, lengths: Sequence[int], stored: T
     if stored is not None:
         return unit(text_features_from(model, stored, tokens, lengths))
     return model.encode_text(tokens, normalize=True, lengths=lengths)
+
+
+def hard_negatives(batch: CaptionBatch, loss: Loss) -> int:
+    """Return the number of a batch's hard negatives.
+
+    Raises:
+        InputError: some would not count.
+    """
+    number = sum(map(bool, batch.negatives))
+    rows = 0 if batch.negative_tokens is None else len(batch.negative_tokens)
+    require(
+        number == rows,
+        f"training_step: a batch has {number} hard negatives and {rows} rows of negative_tokens; give a row to each "
+        "text of negatives that is not empty",
+    )
+    require(
+        not number or loss.uses_negatives,
+        f"training_step: {type(loss).__name__} does not use hard negatives; leave them out, or use "
+        "lit_clip.losses.Contrastive",
+    )
+    return number
 
 
 def split_batch(model: CLIP, batch: CaptionBatch, shards: Shards, size: int | None) -> list[CaptionBatch]:

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 
 OptimizerFactory = Callable[[Iterable], Optimizer]
 """Creates an optimiser of parameter groups."""
+MAKE_BATCHES = (
+    *("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer", "training_step"),
+    *("sources", "training_pairs", "train_dataloader"),
+)
+OURS = {"lightning", "lit_clip", "datamodules"}
 Decays = Callable[[str, nn.Parameter], bool]
 """Returns whether a parameter, given with its name in the model, has weight decay."""
 
@@ -176,16 +181,26 @@ def even_batches(trainer: "Trainer", negatives: bool) -> int | None:
 
     Args:
         trainer: the run's.
-        negatives: whether hard negatives matter; then files must be known to have none, as their number may differ.
+        negatives: whether hard negatives matter; then files must be known to have none, as their number may differ,
+            and nobody's hook may add them.
     """
     data: Any = getattr(trainer, "datamodule", None)
     if getattr(data, "on_error", None) != "error":
         return None
     if negatives and not (getattr(data, "negative_column", "unknown") is None and isinstance(data.train, str)):
         return None
+    if negatives and _makes_batches(trainer.lightning_module, data):
+        return None
     sampler = getattr(trainer.train_dataloader, "batch_sampler", None)
     world = getattr(sampler, "world", None)
     return getattr(sampler, "batch_size", None) if world == trainer.world_size else None
+
+
+def _makes_batches(*owners: Any) -> bool:
+    """Return whether a method of a module or data module by which a batch may get hard negatives is not one of ours."""
+    methods = [getattr(owner, name, None) for owner in owners for name in MAKE_BATCHES]
+    packages = {str(getattr(method, "__module__", "")).partition(".")[0] for method in methods if method is not None}
+    return not packages <= OURS
 
 
 def total_steps(trainer: "Trainer") -> int:

@@ -2,19 +2,27 @@
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
+from torch import Tensor
 
 from datamodules import Captions
 from datamodules.open_source import open_source
+from lit_clip import LitCLIP, distributed
 from lit_clip.batch import CaptionBatch
 from lit_clip.errors import InputError
+from lit_clip.losses import Loss, WholeBatch
 from lit_clip.models.config import Preprocessing
 from lit_clip.models.tokenizer import CLIPTokenizer
+from tests.helpers.ranks_negatives import HOOKS, After, plain_loop
+from tests.helpers.small_sets import data_for, make_module, make_trainer, write_table
 
 ROWS = [["0.png", "a", ["not a"]], ["1.png", "b", []], ["2.png", "c", ["not c", "no c at all"]], ["3.png", "d", None]]
 
@@ -69,3 +77,76 @@ def test_a_source_without_columns_refuses_a_column_of_negatives(tmp_path: Path) 
         open_source(tmp_path, negative_column="wrong")
     with pytest.raises(InputError, match="shards have no columns; leave negative_column out"):
         open_source(tmp_path / "a.tar", negative_column="wrong")
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_hard_negatives_that_a_hook_adds_count_on_any_ranks_wherever_the_data_come_from(
+    world: int, ranks: Callable[..., None], tmp_path: Path
+) -> None:
+    path, output = str(write_table(tmp_path, 32)), tmp_path / "weights.pt"
+    ranks("train", world, str(output), path, ",".join(HOOKS), script="ranks_negatives.py")
+    expected = plain_loop(path)
+    found = torch.load(output, weights_only=True)
+    assert len(found) == 2 * len(HOOKS)
+    for name, weights in found.items():
+        for key, value in weights.items():
+            torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-5, msg=f"{name}: {key}")
+
+
+class WithoutTokens(LitCLIP):
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch._replace(negatives=["no"] * len(batch.keys))
+
+
+class OnlyTokens(LitCLIP):
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch._replace(negative_tokens=batch.tokens)
+
+
+class Moves(LitCLIP):
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+
+class Matching(Loss):
+    """A loss that uses no hard negatives."""
+
+    def whole_batch(self, pairs: WholeBatch) -> Tensor:
+        return -(pairs.image * pairs.text).sum(dim=1).mean()
+
+
+@pytest.mark.parametrize(
+    ("kind", "loss", "message"),
+    [
+        (WithoutTokens, None, "4 hard negatives and 0 rows of negative_tokens; give a row to each"),
+        (OnlyTokens, None, "0 hard negatives and 4 rows of negative_tokens; give a row to each"),
+        (Moves, None, "Moves.transfer_batch_to_device: Lightning would not call it, because Captions has its own; use"),
+        (After, Matching(), "Matching does not use hard negatives; leave them out, or use lit_clip.losses.Contras"),
+    ],
+)
+def test_hard_negatives_that_would_not_count_are_refused(
+    kind: type[LitCLIP], loss: Loss | None, message: str, tmp_path: Path
+) -> None:
+    module = make_module(loss=loss)
+    module.__class__ = kind
+    with pytest.raises(InputError, match=message):
+        make_trainer(tmp_path, [], max_steps=1, limit_val_batches=0, enable_checkpointing=False).fit(
+            module, data_for(module, write_table(tmp_path, 8))
+        )
+
+
+def test_hard_negatives_that_ranks_cannot_know_of_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Such as those of a patched collate function: a rank that has none would not know of another's."""
+    module = make_module()
+    data = data_for(module, write_table(tmp_path, 8))
+    fitting = make_trainer(tmp_path, [], max_steps=1, limit_val_batches=0, enable_checkpointing=False)
+    fitting.fit(module, data)
+    monkeypatch.setattr(distributed, "rank_and_world", lambda: (0, 1))
+    assert module._shards(4, 2)[1].counts == (2,)
+    monkeypatch.setattr(distributed, "rank_and_world", lambda: (0, 2))
+    monkeypatch.setattr(type(fitting), "world_size", 2)
+    loader: Any = fitting.train_dataloader
+    monkeypatch.setattr(loader.batch_sampler, "world", 2)
+    assert module._shards(4, 0)[1].counts == (0, 0)
+    with pytest.raises(InputError, match="hard negatives.*; add them in on_after_batch_transfer of the module"):
+        module._shards(4, 2)
