@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_clip.cli.argument_types import register_types
+from lit_clip.cli.configurations import configuration, differences, evaluated
 from lit_clip.cli.imports import check_not_imported_by, command_words, import_encoders
 from lit_clip.cli.loggers import check_loggers, logger_errors
 from lit_clip.cli.packaged_defaults import use_packaged_defaults
@@ -138,16 +139,24 @@ class CLI(LightningCLI):
                 f"{option}: the --config files name no data module; put --data datamodules.Captions before it"
             ) from error
         if subcommand and path in NEWEST:
-            folders = run_folders(self.config[subcommand].as_dict())
-            found = newest_checkpoint(folders)
-            if found or (path == "auto" and subcommand == "fit"):
-                self.parse_arguments(parser, [*words, "--ckpt_path", str(found) if found else "null"])
-                return
-            hint = "; --ckpt_path auto starts from the beginning in that case" if subcommand == "fit" else ""
-            raise InputError(f"--ckpt_path {path}: no complete checkpoint below {', '.join(map(str, folders))}{hint}")
+            found = self._newest(known, subcommand, path)
+            self.parse_arguments(parser, [*words, "--ckpt_path", str(found) if found else "null"])
+            return
         model = _model_of(self.config[subcommand]) if subcommand else {}
         if path and not model.get("lora"):
             model["pretrained"] = None  # the checkpoint replaces every weight
+
+    def _newest(self, parser: LightningArgumentParser, subcommand: str, path: str) -> Path | None:
+        """Return the newest checkpoint of this configuration; None if there is none and the run may begin."""
+        settings = self.config[subcommand]
+        folders, ours = run_folders(settings.as_dict()), configuration(parser, settings)
+        if subcommand != "fit":
+            ours = {} if self.uses_packaged_defaults else evaluated(ours)
+        found = newest_checkpoint(folders, lambda checkpoint: differences(ours, checkpoint.get("configuration")))
+        if found is None and not (path == "auto" and subcommand == "fit"):
+            hint = "; --ckpt_path auto starts from the beginning in that case" if subcommand == "fit" else ""
+            raise InputError(f"--ckpt_path {path}: no complete checkpoint below {', '.join(map(str, folders))}{hint}")
+        return found
 
     def before_instantiate_classes(self) -> None:
         if self.uses_packaged_defaults:

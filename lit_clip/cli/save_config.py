@@ -1,6 +1,7 @@
 """The settings of a run, saved into its folder."""
 
 from enum import Enum
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 
+from lit_clip.cli.configurations import Configuration, configuration, differences, joined
+from lit_clip.errors import require
 from lit_clip.tools.atomic import replacing
 from lit_clip.training.run_folder import run_folder
 
@@ -19,7 +22,10 @@ class SaveConfig(SaveConfigCallback):
     """Write ``<subcommand>_config.yaml`` into the run's folder, if it has one; a file that is there is kept.
 
     A run that another one continues in the same folder, with other settings, gets a number: ``fit_config-v1.yaml``.
+    Checkpoints hold a digest of the settings by which ``--ckpt_path last`` knows them again.
     """
+
+    before: Any = None  # of the run that this one goes on from
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         if self.already_saved:
@@ -28,6 +34,23 @@ class SaveConfig(SaveConfigCallback):
         if folder and trainer.is_global_zero:
             save_text(folder / self.config_filename, self.parser.dump(self.config, skip_none=False))
         self.already_saved = True
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        self.before = checkpoint.get("configuration")
+        requeued = Path(str(trainer.ckpt_path)).name.startswith("hpc_ckpt_") and not self.config.ckpt_path
+        differing = differences(self._configuration, self.before) if requeued else []
+        require(
+            not differing,
+            f"{trainer.ckpt_path}: Lightning would resume this requeued job, which had another configuration "
+            f"({', '.join(differing)}); move the file, or set another trainer.default_root_dir",
+        )
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        checkpoint["configuration"] = joined(self._configuration, self.before)
+
+    @cached_property
+    def _configuration(self) -> Configuration:
+        return configuration(self.parser, self.config)
 
 
 def save_text(path: Path, text: str) -> Path:

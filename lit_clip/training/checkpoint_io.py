@@ -5,7 +5,7 @@ import shutil
 import sys
 import time
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -115,28 +115,46 @@ def put_in_place(part: Path, whole: Path) -> None:
     os.replace(part, whole)
 
 
-def newest_checkpoint(places: Iterable[Path]) -> Path | None:
+def newest_checkpoint(
+    places: Iterable[Path], differing: Callable[[Mapping[str, Any]], Sequence[str]] = lambda checkpoint: ()
+) -> Path | None:
     """Return the complete checkpoint with the most optimiser steps in the folder that was written to last.
 
     Incomplete files, other files, and checkpoints that hold weights only are ignored.
 
     Args:
         places: folders, searched at any depth, and files.
+        differing: returns the names of the settings in which a checkpoint's run had another configuration, which are
+            passed over.
     """
     files = {file.resolve() for place in places for file in ([place] if place.is_file() else place.rglob("*.ckpt"))}
-    steps = {file: step for file in files if (step := checkpoint_step(file)) is not None}
+    found = {file: checkpoint for file in files if (checkpoint := _resumable(file)) is not None}
+    others = {file: names for file, checkpoint in found.items() if (names := differing(checkpoint))}
+    _date_until_now(found)
+    steps = [(int(found[file]["global_step"]), file.stat().st_mtime, file) for file in found.keys() - others.keys()]
     if not steps:
+        _name_others(others)
         return None
-    _date_until_now(steps)
-    found = [(step, file.stat().st_mtime, file) for file, step in steps.items()]
-    last = max(found, key=lambda each: each[1])[2].parent
-    step, written, newest = max(each for each in found if each[2].parent == last)
-    named = [each for each in found if each[0] == step and each[2] == last / "last.ckpt"]
+    last = max(steps, key=lambda each: each[1])[2].parent
+    step, written, newest = max(each for each in steps if each[2].parent == last)
+    named = [each for each in steps if each[0] == step and each[2] == last / "last.ckpt"]
     newest = named[0][2] if named else newest  # best.ckpt of the same step is as good, but looks older
     for file in sorted(filter(Path.is_file, files)):  # a link may lead to a file that was removed
         if file.stat().st_mtime > written and not zipfile.is_zipfile(file):
             rank_zero_warn(f"{file}: incomplete or damaged; {newest} is the newest complete checkpoint")
+    _name_others({file: names for file, names in others.items() if file.stat().st_mtime > written})
     return newest
+
+
+def _name_others(others: Mapping[Path, Sequence[str]]) -> None:
+    """Name the newest of other configurations' checkpoints, which are passed over."""
+    if others:
+        newest = max(others, key=os.path.getmtime)
+        more = f", as {len(others) - 1} more are" if len(others) > 1 else ""
+        rank_zero_warn(
+            f"{newest}: passed over{more}; its run had another configuration ({', '.join(others[newest])}). To resume "
+            "from it, give its path to --ckpt_path"
+        )
 
 
 @rank_zero_only
@@ -153,13 +171,19 @@ def _date_until_now(files: Iterable[Path]) -> None:
 
 def checkpoint_step(path: Path) -> int | None:
     """Return the optimiser steps of a checkpoint; None for other and incomplete files, and for weights only."""
+    checkpoint = _resumable(path)
+    return None if checkpoint is None else int(checkpoint["global_step"])
+
+
+def _resumable(path: Path) -> dict[str, Any] | None:
     try:
         if not zipfile.is_zipfile(path):
             return None
         checkpoint = torch.load(
             path, map_location="cpu", mmap=True, weights_only=True
         )  # memory-mapped: no tensor is read
-        return int(checkpoint["global_step"]) if "optimizer_states" in checkpoint else None
+        int(checkpoint["global_step"])
+        return checkpoint if "optimizer_states" in checkpoint else None
     except Exception:  # whatever a damaged or foreign file raises: it cannot be resumed from
         return None
 

@@ -9,6 +9,7 @@ Beside Lightning's own keys (epoch, global_step, optimizer_states, lr_schedulers
 - ``before``: metrics of a validation before the first step
 - ``current_model_state``, ``averaging_state``, ``weights``: from :class:`callbacks.EMA`, whose average is
   ``state_dict``
+- ``configuration``: digests of a command's settings, by which ``--ckpt_path last`` knows its runs
 - ``random_states``: from :class:`callbacks.RandomStates`
 - ``validation_due``: from :class:`callbacks.Preemption`
 - ``skipped_samples``: from :class:`callbacks.SkippedSamples`

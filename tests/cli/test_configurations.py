@@ -1,0 +1,94 @@
+"""Checkpoints of another configuration are not resumed by ``--ckpt_path last``, ``auto`` and ``hpc``."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import pytest
+import torch
+import yaml
+
+from lit_clip.cli.configurations import differences, joined
+from tests.cli.test_main import TINY_YAML
+
+Cli = Callable[..., CompletedProcess[str]]
+LAST = "{class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: {filename: last}}"
+LOGGER = "{class_path: lightning.pytorch.loggers.CSVLogger, init_args: {save_dir: runs, name: mine}}"
+WORDS = [
+    *("--data", "datamodules.Captions", "--data.batch_size", "32", "--data.num_workers", "0"),
+    *("--model.architecture", TINY_YAML, "--model.lr_scheduler.warmup_steps", "1", "--trainer.accelerator", "cpu"),
+    *("--trainer.max_epochs", "1", "--trainer.enable_progress_bar", "false"),
+    *(f"--trainer.callbacks+={LAST}", f"--trainer.logger={LOGGER}"),
+]
+
+
+def checkpoint(run: int) -> Path:
+    return Path(f"runs/mine/version_{run}/checkpoints/last.ckpt")
+
+
+def resumed_from(run: int, folder: Path) -> str:
+    saved = yaml.safe_load((folder / checkpoint(run).parents[1] / "fit_config.yaml").read_text(encoding="utf-8"))
+    return saved["ckpt_path"] or ""
+
+
+def test_last_and_auto_take_only_checkpoints_of_the_same_configuration(
+    cli: Cli, caption_table: Path, tmp_path: Path
+) -> None:
+    """The newest checkpoint in the folder is of a run with another loss."""
+    data = ["--data.train", str(caption_table), "--data.val", str(caption_table)]
+    for more in ([], ["--model.loss", "Contrastive", "--model.loss.duplicates", "positives"]):
+        run = cli("fit", *WORDS, *data, *more)
+        assert run.returncode == 0, run.stderr
+    config = ["--config", str(checkpoint(0).parents[1] / "fit_config.yaml")]
+    edited = ["--trainer.max_epochs", "2", "--model.optimizer.lr", "1e-5", "--data.num_workers", "1"]
+    resumed = cli("fit", *config, *edited, "--ckpt_path", "last")
+    assert resumed.returncode == 0, resumed.stderr
+    assert resumed_from(2, tmp_path).endswith(str(checkpoint(0)))
+    (named,) = [line for line in resumed.stderr.splitlines() if "another configuration" in line]
+    assert f"{checkpoint(1)}: passed over; its run had another configuration (model.loss)" in named
+    # The run that was resumed belongs to the configuration of the one that began, in both spellings.
+    for written in ([*WORDS, *data], ["--config", str(checkpoint(2).parents[1] / "fit_config.yaml")]):
+        again = cli("fit", *written, "--ckpt_path", "auto", "--trainer.max_epochs", "2", "--print_plan")
+        assert again.returncode == 0, again.stderr
+        assert "another configuration" not in again.stderr
+    other = ["--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.1"]
+    for option, names in ((other, "model.optimizer"), (["--data.seed", "3"], "data.seed")):
+        refused = cli("fit", *WORDS, *data, *option, "--ckpt_path", "last")
+        assert refused.returncode == 2
+        assert f"passed over, as 2 more are; its run had another configuration ({names})" in refused.stderr
+        assert "--ckpt_path last: no complete checkpoint below checkpoints, runs/mine" in refused.stderr
+    evaluated = cli("validate", "--ckpt_path", "last", *WORDS[:2], *data[2:], *WORDS[-1:])
+    assert evaluated.returncode == 0, evaluated.stderr  # without a config any model is evaluated
+
+
+def test_a_requeued_job_of_another_configuration_is_not_resumed(
+    cli: Cli, caption_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = ["--data.train", str(caption_table), "--data.val", str(caption_table)]
+    assert cli("fit", *WORDS, *data).returncode == 0
+    shutil.move(tmp_path / checkpoint(0), tmp_path / "hpc_ckpt_1.ckpt")
+    other = ["--data.augmentation.grayscale", "0.5"]
+    for option in ("hpc", "last"):
+        refused = cli("fit", *WORDS, *data, *other, "--ckpt_path", option)
+        assert "hpc_ckpt_1.ckpt: passed over; its run had another configuration (data.augmentation)" in refused.stderr
+    monkeypatch.setattr("lightning.fabric.plugins.environments.SLURMEnvironment.detect", lambda: True)
+    job = {"SLURM_NTASKS": "1", "SLURM_JOB_ID": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+    for name, value in (job | {"SLURM_JOB_NAME": "train", "SLURM_NTASKS_PER_NODE": "1"}).items():
+        monkeypatch.setenv(name, value)
+    refused = cli("fit", *WORDS, *data, *other)  # Lightning itself would take it
+    assert refused.returncode == 2
+    assert "hpc_ckpt_1.ckpt: Lightning would resume this requeued job, which had another" in refused.stderr
+    taken = cli("fit", *WORDS, *data, "--trainer.max_epochs", "2")
+    assert taken.returncode == 0, taken.stderr
+    (resumed,) = tmp_path.glob("runs/mine/*/checkpoints/last.ckpt")
+    assert torch.load(resumed, weights_only=True)["global_step"] == 4
+
+
+def test_what_a_checkpoint_holds_in_place_of_a_configuration_is_never_the_same() -> None:
+    ours = {"model": ["a"], "data.train": ["b"]}
+    for saved in (None, 3, [], {"model": "a", "data.train": ["b"]}, {"model": [["a"]], "data.train": ["b"]}):
+        assert differences(ours, saved)
+        assert joined(ours, saved)["data.train"] == ["b"]
+    assert differences(ours, {"model": ["c", "a"], "data.train": ["b"], "data.later": ["d"]}) == []
+    assert joined(ours, {"model": ["z"], "data.train": ["y"]}) == {"model": ["z", "a"], "data.train": ["b"]}
