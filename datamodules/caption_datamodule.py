@@ -136,7 +136,7 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         if self.val_source is None or (stage == "fit" and self.train_source is None):
             self.train_source, self.val_source = self.sources(stage == "fit")
         if stage == "fit" and self.train_source is not None:
-            report_captions(self.train_source, self.tokenize, self.long_captions)
+            report_captions(self.train_source, self.tokenize, self.long_captions, getattr(module, "loss", None))
 
     def _batches(self, start: Position = Position()) -> GlobalBatchSampler:  # noqa: B008  # immutable
         assert self.train_source is not None, "call setup('fit') first"

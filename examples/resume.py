@@ -3,7 +3,8 @@
     python resume.py captions.csv 1   # an epoch
     python resume.py captions.csv 2   # another one: the weights of an uninterrupted run, bit for bit on CPU
 
-Ctrl-C, or SIGTERM of a cluster, saves a checkpoint in the middle of an epoch, and the same command goes on from there.
+SIGTERM, as from a cluster, saves a checkpoint in the middle of an epoch, and the same command goes on from there.
+Ctrl-C saves nothing: the same command then goes on from the end of the last epoch.
 """
 
 import sys

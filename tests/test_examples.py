@@ -4,6 +4,8 @@ import ast
 import os
 import shlex
 import shutil
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -137,3 +139,20 @@ def test_resume_gives_the_weights_of_an_uninterrupted_run(run: Run, tmp_path: Pa
             run("resume.py", "captions.csv", epochs)
         weights.append(lit_clip.load_model(tmp_path / "runs/resumed/last.ckpt").state_dict())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.parametrize(("signum", "saves"), [(signal.SIGINT, False), (signal.SIGTERM, True)])
+def test_resume_saves_at_sigterm_and_not_at_ctrl_c(signum: int, saves: bool, run: Run, tmp_path: Path) -> None:
+    words, out, err = ["resume.py", "captions.csv", "99"], tmp_path / "out", tmp_path / "err"
+    environment = {**os.environ, "COLUMNS": "200"}
+    with forks.running(forks.Program(forks.script, words, tmp_path, environment), out, err) as process:
+        last, until = tmp_path / "runs/resumed/last.ckpt", time.monotonic() + 100
+        while not last.exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        assert process.pid is not None
+        os.kill(process.pid, signum)
+        process.join(60)
+        assert process.exitcode == (128 + signum if saves else 1)
+    assert ("saved step" in out.read_text(encoding="utf-8") + err.read_text(encoding="utf-8")) == saves
+    batches = torch.load(last, weights_only=True)["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    assert saves or batches["is_last_batch"]

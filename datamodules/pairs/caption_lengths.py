@@ -65,17 +65,25 @@ def caption_statistics(source: PairSource, tokenizer: TextTokenizer, sample: int
     return CaptionStatistics(len(counts), len(lost) / number, mean, max(counts, default=0), endless / number, repeated)
 
 
-def report_captions(source: PairSource, tokenizer: TextTokenizer, policy: LongCaptions) -> None:
-    """Print on the first rank what becomes of captions that exceed the context, and whether many are equal."""
+def report_captions(source: PairSource, tokenizer: TextTokenizer, policy: LongCaptions, loss: object = None) -> None:
+    """Print on the first rank what becomes of captions that exceed the context, and whether many are equal.
+
+    Args:
+        source: of the captions.
+        tokenizer: the model's.
+        policy: for long captions.
+        loss: the run's; one without an option ``duplicates``, or with it set, knows what to do with equal captions.
+    """
     if rank_and_world()[0]:
         return
     first = np.arange(min(len(source), SAMPLED))  # not spread: that would fetch every shard of a store
     found, context = caption_statistics(Rows(source, first), tokenizer), tokenizer.context_length
-    if found.repeated > FEW_REPEATED:
+    if found.repeated > FEW_REPEATED and (loss is None or getattr(loss, "duplicates", "") == "negatives"):
+        kind = "Contrastive" if loss is None else type(loss).__name__
         rank_zero_info(
             f"captions: {found.repeated:.0%} of the first {found.captions} occur more than once, and by default count "
-            "as wrong for each other's images; often better as right: --model.loss Contrastive --model.loss.duplicates "
-            'positives (in Python loss=Contrastive(duplicates="positives"))'
+            f"as wrong for each other's images; often better as right: --model.loss {kind} --model.loss.duplicates "
+            f'positives (in Python loss={kind}(duplicates="positives"))'
         )
     if found.truncated:
         what = f"captions: {found.truncated:.1%} of the first {found.captions}"

@@ -8,6 +8,7 @@ import atexit
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -98,6 +99,7 @@ def become(program: Program, out: str, err: str) -> None:
     """Become the program, in the child process."""
     for descriptor, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the server ignores it
     os.chdir(program.folder)
     os.environ.clear()
     os.environ.update(program.environment)
