@@ -5,7 +5,7 @@ from argparse import ArgumentError
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from jsonargparse import set_parsing_settings
 from lightning.fabric.plugins import CheckpointIO
@@ -22,7 +22,7 @@ from lit_clip.cli.configurations import configuration, differences, evaluated
 from lit_clip.cli.imports import check_not_imported_by, command_words, import_encoders
 from lit_clip.cli.loggers import check_loggers, logger_errors
 from lit_clip.cli.packaged_defaults import use_packaged_defaults
-from lit_clip.cli.plain_help import PlainHelp
+from lit_clip.cli.plain_help import PlainHelp, section_help, short_help
 from lit_clip.cli.run_folders import run_folders
 from lit_clip.cli.save_config import SaveConfig
 from lit_clip.cli.words import (
@@ -60,10 +60,15 @@ NEWEST = ("last", "auto", "hpc")
 
 
 class Parser(LightningArgumentParser):
-    """Lightning's, whose help, also that of single classes (``--data.help``), is plain text."""
+    """Lightning's, whose help, also that of single classes (``--data.help``), is plain text; a command's is short."""
+
+    command: str | None = None
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **{"formatter_class": PlainHelp, **options})
+
+    def format_help(self, *args: Any, **options: Any) -> str:
+        return short_help(self, self.command) if self.command else super().format_help(*args, **options)
 
 
 class CLI(LightningCLI):
@@ -81,7 +86,9 @@ class CLI(LightningCLI):
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         if self._command not in (None, subcommand):
             return self.init_parser(**kwargs)
-        return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        cast(Parser, parser).command = f"lit-clip {subcommand}"
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -117,6 +124,10 @@ class CLI(LightningCLI):
             known.set_defaults({"model": {"class_path": named, "init_args": defaults}})
         else:
             known.set_defaults({f"model.{name}": value for name, value in defaults.items()})
+        asked = section_help(known, words)
+        if asked:
+            sys.stdout.write(asked)
+            sys.exit(0)
         if subcommand in ("validate", "test"):
             known.set_defaults(verbose=False)  # our table shows it, with the baselines
         try:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,9 @@ from PIL import Image
 import lit_clip.commands.classify
 import lit_clip.models.flops
 from lit_clip import list_models, load_model
+from lit_clip.cli import lightning
 from lit_clip.cli.main import main
+from lit_clip.cli.plain_help import short_help
 from lit_clip.cli.subcommands import COMMANDS, command_parser, run_command
 from lit_clip.commands.classify import class_probabilities, classify, read_classes
 from lit_clip.errors import InputError
@@ -371,3 +374,38 @@ def test_a_single_class_is_refused(drawings: tuple[Path, Path, list[str]]) -> No
     checkpoint, folder, _ = drawings
     with pytest.raises(InputError, match="--classes tiger: a single class gets 100 % of every image"):
         classify([str(folder)], model=str(checkpoint), classes=["tiger"])
+
+
+def help_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    monkeypatch.setattr(sys, "argv", ["lit-clip", "fit", *words])
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert not stopped.value.code
+    return capsys.readouterr().out
+
+
+def test_help_of_fit_has_one_line_for_each_option_and_the_complete_text_is_one_word_away(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parsers: list[Any] = []
+    monkeypatch.setattr(lightning, "short_help", lambda *given: parsers.append(given[0]) or short_help(*given))
+    text = help_of(monkeypatch, capsys, "--help")
+    lines = text.splitlines()
+    assert len(lines) <= 85  # 620 with everything
+    assert max(map(len, lines)) <= 80
+    complete = {part: help_of(monkeypatch, capsys, f"--{part}.help") for part in ("trainer", "model", "ckpt_path")}
+    for action in parsers[0]._actions:
+        for name in action.option_strings:
+            if not name.endswith((".help", "+")):
+                assert re.search(rf"[ ,]{re.escape(name)}(,| |$)", text, re.MULTILINE), name
+            section = name[2:].partition(".")[0]
+            if section in complete:
+                assert name in complete[section]
+    assert "'transformer-engine-float16'" in complete["trainer"]  # types, defaults and all sentences
+    assert "registry" in complete["ckpt_path"]
+    assert len(complete["trainer"].splitlines()) > 200
+    one = help_of(monkeypatch, capsys, "--trainer.precision.help")
+    assert "'transformer-engine-float16'" in one
+    assert "accelerator" not in one
+    assert "--data.long_captions" in help_of(monkeypatch, capsys, "--data.help", "datamodules.Captions")
