@@ -29,8 +29,8 @@ class FrozenFeatures(Callback):
     Steps and validations then read the activations from memory-mapped files, decode no image, and compute only the
     layers behind: losses equal those of the plain run to rounding. A tower of which nothing is frozen trains as usual,
     and so does the text encoder where captions are made up at random, as OpenMoji's are.
-    An interrupted run goes on encoding where it was, and a later run encodes nothing, unless the frozen weights, the
-    preprocessing, the precision, the images or the captions have changed.
+    An interrupted run goes on encoding where it was, and a later run encodes only the rows whose files were damaged,
+    unless the frozen weights, the preprocessing, the precision, the images or the captions have changed.
 
     Args:
         folder: for the files, shared by all ranks; None: ``~/.cache/lit-clip/frozen_features``. Files of earlier

@@ -1,10 +1,12 @@
-"""Rows of a tensor in a memory-mapped file, written in any order by any number of processes."""
+"""Rows of a tensor in a memory-mapped file, written in any order by any number of processes, each with its digest."""
 
 import json
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from lit_clip.tools.atomic import make_folder, not_written, remove, replacing_fo
 from lit_clip.tools.reading import reading
 
 ABSENT, DONE, UNUSABLE = 0, 1, 2
+UNUSABLE_MARK = np.uint64(0x756E757361626C65)  # in place of a digest; damage does not make it by chance
+CHECKED_AT_ONCE = 64  # rows
 SECONDS_BETWEEN_MARKS = 10.0  # of work that a killed process can lose
 KINDS: dict[str, tuple[torch.dtype, Any]] = {  # by name: torch's type, and numpy's of the same size
     "float64": (torch.float64, np.float64),
@@ -28,11 +32,11 @@ KINDS: dict[str, tuple[torch.dtype, Any]] = {  # by name: torch's type, and nump
 
 
 class StoredRows:
-    """A tensor ``[N, ...]`` in a folder: its values, and the state of each row.
+    """A tensor ``[N, ...]`` in a folder: its values, and the digest of each row that is done.
 
-    Every few seconds, the rows written since are marked as done after their values are on the disk. A process may be
-    killed at any time, and a machine may lose its power. Processes that write different rows need no lock. Copies sent
-    to data workers map the files again.
+    Every few seconds, the digests of the rows written since are stored after their values are on the disk. A process
+    may be killed at any time, and a machine may lose its power. Processes that write different rows need no lock.
+    :meth:`remove_damaged` finds rows whose values have changed since. Copies sent to data workers map the files again.
 
     Args:
         folder: that :meth:`create` has made.
@@ -50,20 +54,21 @@ class StoredRows:
             self.rows, self.shape = int(layout["rows"]), tuple(int(size) for size in layout["shape"])
             self.dtype, self._kind = KINDS[layout["dtype"]]
             values = self.rows * math.prod(self.shape) * self.dtype.itemsize
-            for file, size in (("values", values), ("state", self.rows)):
+            for file, size in (("values", values), ("state", 8 * self.rows)):
                 if not (folder / file).is_file() or (folder / file).stat().st_size != size:
                     raise ValueError(f"{file} has not {size} bytes")
         self._values: Any = None
         self._state: Any = None
         self._file: Any = None
-        self._pending: dict[int, int] = {}  # new states of rows
+        self._pending: dict[int, np.uint64] = {}  # new digests of rows
         self._marked = time.monotonic()
 
     @classmethod
     def create(cls, folder: Path, rows: int, shape: Sequence[int], dtype: torch.dtype) -> "StoredRows":
         """Create the files unless they exist; absent rows take no space on most file systems.
 
-        Damaged files, and files of other rows, are created again. Values are not checked: that would read all of them.
+        Damaged files, and files of other rows, are created again. Values are not checked, see
+        :meth:`remove_damaged`.
 
         Raises:
             InputError: the folder cannot be written to.
@@ -80,7 +85,7 @@ class StoredRows:
                 with replacing_folder(folder) as draft:
                     with (draft / "values").open("wb") as stream:
                         stream.truncate(rows * math.prod(shape) * dtype.itemsize)
-                    (draft / "state").write_bytes(bytes(rows))  # with space for all of it, see _open
+                    (draft / "state").write_bytes(bytes(8 * rows))  # with space for all of it, see _open
                     layout = {"rows": rows, "shape": list(shape), "dtype": name}
                     (draft / "layout.json").write_text(json.dumps(layout), encoding="utf-8")
             except InputError:
@@ -105,12 +110,43 @@ class StoredRows:
         if self._values is None:
             self._values = np.memmap(self.folder / "values", self._kind, "r", shape=(self.rows, *self.shape))
             self._file = (self.folder / "values").open("r+b")
-            self._state = np.memmap(self.folder / "state", np.uint8, "r+", shape=(self.rows,))
+            self._state = np.memmap(self.folder / "state", np.uint64, "r+", shape=(self.rows,))
+
+    @property
+    def _row_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def state(self) -> np.ndarray:
         """Return the state of each row, ``ABSENT``, ``DONE`` or ``UNUSABLE``: uint8 ``[N]``."""
         self._open()
-        return np.where(self._state <= UNUSABLE, self._state, ABSENT).astype(np.uint8)  # a damaged one is absent
+        return np.select([self._state == 0, self._state == UNUSABLE_MARK], [ABSENT, UNUSABLE], DONE).astype(np.uint8)
+
+    def remove_damaged(self, rows: np.ndarray) -> Iterator[tuple[int, int]]:
+        """Compare rows with their digests, and make those that differ absent; reads all their values.
+
+        Args:
+            rows: int64 ``[n]``; those that are not done are passed over.
+
+        Yields:
+            The number of rows compared since the last pair, and how many of them were damaged.
+
+        Raises:
+            InputError: the disk cannot be read or written to.
+        """
+        done = rows[self.state()[rows] == DONE]
+        parts = [done[start : start + CHECKED_AT_ONCE] for start in range(0, len(done), CHECKED_AT_ONCE)]
+        with reading(self.folder, "folder of stored rows", hint="delete the folder"), ThreadPoolExecutor() as pool:
+            for part, damaged in zip(parts, pool.map(self._damaged, parts), strict=True):
+                for row in damaged:
+                    os.pwrite(self._file.fileno(), bytes(self._row_bytes), row * self._row_bytes)
+                self._state[damaged] = 0
+                yield len(part), len(damaged)
+
+    def _damaged(self, rows: np.ndarray) -> list[int]:
+        """Return which rows have other values than were written."""
+        size = self._row_bytes
+        found = ((row, os.pread(self._file.fileno(), size, row * size)) for row in rows.tolist())
+        return [row for row, data in found if _digest(row, data) != self._state[row]]
 
     def write(self, rows: np.ndarray, values: Tensor) -> None:
         """Write rows ``[n, ...]``, or the first entries of rows, such as those of a short text.
@@ -123,25 +159,26 @@ class StoredRows:
             raise InputError(f"{self.folder}: holds {self.dtype}, not {values.dtype}; delete the folder")
         data = values.detach().cpu()
         data = data.view(torch.uint16) if self.dtype == torch.bfloat16 else data
-        size = math.prod(self.shape) * self.dtype.itemsize
         fits = data.shape[2:] == self.shape[1:] and data.shape[1:2] <= self.shape[:1]
         assert fits, "only the first entries of a row may be given"
         try:
             for row, value in zip(rows.tolist(), data.numpy(), strict=True):
-                self._file.seek(row * size)
-                self._file.write(np.ascontiguousarray(value))
+                content = value.tobytes()
+                self._file.seek(row * self._row_bytes)
+                self._file.write(content)
+                self._pending[row] = _digest(row, content)
             self._file.flush()
         except OSError as error:
             raise not_written(self.folder, error) from error
-        self._mark(rows.tolist(), DONE)
+        self._mark_in_time()
 
     def refuse(self, rows: Sequence[int]) -> None:
         """Mark rows that cannot be computed."""
         self._open()
-        self._mark(rows, UNUSABLE)
+        self._pending.update(dict.fromkeys(rows, UNUSABLE_MARK))
+        self._mark_in_time()
 
-    def _mark(self, rows: Sequence[int], state: int) -> None:
-        self._pending.update(dict.fromkeys(rows, state))
+    def _mark_in_time(self) -> None:
         if time.monotonic() - self._marked >= SECONDS_BETWEEN_MARKS:
             self._mark_pending()
 
@@ -161,8 +198,15 @@ class StoredRows:
     def read(self, rows: int | np.ndarray, length: int | None = None) -> Tensor | None:
         """Return a row, or ``[n, ...]`` for several, the first ``length`` of a row's entries; None: one is absent."""
         self._open()
-        if not np.all(self._state[rows] == DONE):
+        marks = self._state[rows]
+        if not np.all((marks != 0) & (marks != UNUSABLE_MARK)):
             return None
         data = self._values[rows] if length is None else self._values[rows, :length]
         tensor = torch.from_numpy(np.array(data))
         return tensor.view(torch.bfloat16) if self.dtype == torch.bfloat16 else tensor
+
+
+def _digest(row: int, content: bytes) -> np.uint64:
+    """Return the digest of a row's values, whose last entries may be left out if they are 0, and of its place."""
+    found = blake2b(content.rstrip(b"\0"), digest_size=8, salt=row.to_bytes(8, "little")).digest()
+    return np.uint64(int.from_bytes(found, "little") or 1)

@@ -19,7 +19,7 @@ from lit_clip.models.config import described
 from lit_clip.models.finetuning import frozen_modules
 from lit_clip.models.frozen_prefix import FrozenPrefix, frozen_activations, sample_inputs
 from lit_clip.models.layers import tower_parameters
-from lit_clip.tools.console import progress
+from lit_clip.tools.console import progress, stderr
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.stored_rows import ABSENT, StoredRows
 from lit_clip.weights.fingerprint import tensors_sha256
@@ -114,10 +114,18 @@ def open_rows(
 
 
 def my_share(stored: StoredRows) -> np.ndarray:
-    """Return this rank's share of the absent rows, int64 ``[n]``; a collective: no rank may write before all know."""
+    """Return this rank's share of the rows to encode, int64 ``[n]``: those that are absent or damaged; a collective."""
     rank, world = rank_and_world()
+    mine, damaged = np.arange(stored.rows)[rank::world], 0
+    with progress("checking stored features", len(mine), _is_first()) as advance:
+        for compared, found in stored.remove_damaged(mine):
+            advance(compared)
+            damaged += found
+    if damaged:
+        stderr().print(f"{stored.folder}: {damaged} of {len(mine)} stored rows are damaged and encoded again")
+    maximum(0)  # all ranks have compared
     absent = np.flatnonzero(stored.state() == ABSENT)
-    maximum(0)
+    maximum(0)  # no rank may write before all know
     return absent[rank::world]
 
 

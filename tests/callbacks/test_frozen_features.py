@@ -218,6 +218,34 @@ def test_a_changed_caption_is_encoded_anew_and_images_are_not(copied: Run) -> No
     assert [name.partition("-")[0] for name in folders_of(copied) - before] == ["text"]
 
 
+def zeroed(data: bytearray, row: int) -> None:
+    data[:row] = bytes(row)
+
+
+def swapped(data: bytearray, row: int) -> None:
+    data[:row], data[row : 2 * row] = data[row : 2 * row], data[:row]
+
+
+def not_numbers(data: bytearray, row: int) -> None:
+    data[-row:] = b"\xff" * row
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+@pytest.mark.parametrize("damage", [zeroed, swapped, not_numbers])
+def test_damaged_rows_are_encoded_again_and_not_trained_on(
+    tower: str, damage: Callable[[bytearray, int], None], run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, _ = stored(run)
+    (folder,) = Path(run.folder, "cache").glob(f"{tower}-*")
+    values, rows = bytearray((folder / "values").read_bytes()), StoredRows(folder).rows
+    damage(values, len(values) // rows)
+    (folder / "values").write_bytes(values)
+    again, _ = stored(run)
+    assert again.losses == pytest.approx(whole.losses, rel=1e-5)  # in other batches
+    damaged = 2 if damage is swapped else 1
+    assert f"{folder}: {damaged} of {rows} stored rows are damaged and encoded again\n" in capsys.readouterr().err
+
+
 class ChangeWeight(Callback):
     """Change one frozen weight of a tower before training starts."""
 

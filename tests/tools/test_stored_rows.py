@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lit_clip.errors import InputError
-from lit_clip.tools.stored_rows import StoredRows
+from lit_clip.tools.stored_rows import ABSENT, StoredRows
 from tests.conftest import ROOT
 from tests.faults.disks import why_no_disk
 
@@ -67,6 +67,51 @@ def test_rows_of_another_shape_or_type_are_created_again(tmp_path: Path) -> None
     filled(folder)
     assert StoredRows.create(folder, 10, (4,), torch.float32).read(3) is not None
     assert StoredRows.create(folder, 10, (8,), torch.float16).read(3) is None
+
+
+def swapped(values: np.ndarray) -> None:
+    values[[2, 7]] = values[[7, 2]]
+
+
+def not_numbers(values: np.ndarray) -> None:
+    values[4, 1] = np.nan
+
+
+def zeroed(values: np.ndarray) -> None:
+    values[9] = 0
+
+
+@pytest.mark.parametrize(("damage", "rows"), [(swapped, [2, 7]), (not_numbers, [4]), (zeroed, [9])])
+def test_rows_whose_values_have_changed_become_absent(
+    tmp_path: Path, damage: Callable[[np.ndarray], None], rows: list[int]
+) -> None:
+    filled(tmp_path / "rows")
+    values = np.memmap(tmp_path / "rows" / "values", np.float32, "r+", shape=(10, 4))
+    damage(values)
+    values.flush()
+    stored = StoredRows.create(tmp_path / "rows", 10, (4,), torch.float32)
+    assert sum(damaged for _, damaged in stored.remove_damaged(np.arange(10))) == len(rows)
+    assert np.flatnonzero(stored.state() == ABSENT).tolist() == rows
+    stored.write(np.array(rows), VALUES[rows])
+    stored.close()
+    assert sum(damaged for _, damaged in stored.remove_damaged(np.arange(10))) == 0
+    found = stored.read(np.arange(10))
+    assert found is not None
+    assert torch.equal(found, VALUES)
+
+
+def test_damage_behind_the_end_of_a_short_row_is_undone(tmp_path: Path) -> None:
+    stored = StoredRows.create(tmp_path / "rows", 2, (4,), torch.float32)
+    stored.write(np.array([0, 1]), VALUES[:2, :2])
+    stored.close()
+    values = np.memmap(tmp_path / "rows" / "values", np.float32, "r+", shape=(2, 4))
+    values[1, 3] = 5
+    values.flush()
+    assert list(stored.remove_damaged(np.arange(2))) == [(2, 1)]
+    stored.write(np.array([1]), VALUES[1:2, :2])
+    stored.close()
+    assert list(stored.remove_damaged(np.arange(2))) == [(2, 0)]
+    assert values.tolist() == [[1, 2, 0, 0], [5, 6, 0, 0]]
 
 
 PROGRAM = """

@@ -1,8 +1,9 @@
-"""Files that hold many samples: saved data sets, tar shards and their indexes, features and indexes of features."""
+"""Files that hold many samples: saved data sets, tar shards, features, their indexes, and stored rows."""
 
 import io
 import json
 import os
+import random
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 from hypothesis import strategies as st
 
 from datamodules.open_source import open_source
@@ -17,6 +19,7 @@ from datamodules.shards.index import INDEX_SUFFIX
 from datamodules.shards.pairs import ShardOptions
 from lit_clip.embedding.feature_files import FeatureTable, read_features, write_features
 from lit_clip.errors import InputError
+from lit_clip.tools.stored_rows import StoredRows
 from tests.fuzz.inputs import CANARY, Edit, Input, Inputs, damaged, edited, edited_json, edits
 from tests.fuzz.samples import CAPTIONS, shard_members, table_images, tar, whole_tables
 from tests.fuzz.target import Target
@@ -319,6 +322,49 @@ def read_feature_index(folder: Path, given: Input) -> Iterator[str]:
 
 
 @cache
+def whole_stored_rows() -> dict[str, bytes]:
+    """Return the files of stored rows; the last row cannot be computed, and another is absent."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as name:
+        stored = StoredRows.create(Path(name, "rows"), 8, (8,), torch.float32)
+        stored.write(np.arange(6), torch.from_numpy(_features()))
+        stored.refuse([7])
+        stored.close()
+        return {path.name: path.read_bytes() for path in sorted(stored.folder.iterdir())}
+
+
+def _moved(seed: int, zeros: bool) -> Input:
+    """Overwrite some values by others, or by zeros."""
+    values, rng = bytearray(whole_stored_rows()["values"]), random.Random(seed)
+    size = rng.choice((4, 16, 32, 64))
+    start, other = (rng.randrange(0, len(values) - size, 4) for _ in range(2))
+    values[start : start + size] = bytes(size) if zeros else values[other : other + size]
+    return Input("values", bytes(values))
+
+
+def stored_row_inputs() -> Inputs:
+    layout = {"layout.json": json.loads(whole_stored_rows()["layout.json"])}
+    moved = st.builds(_moved, st.integers(0, 2**64), st.booleans())
+    return st.one_of(damaged(whole_stored_rows), moved, edited_json(lambda: layout))
+
+
+def read_stored_rows(folder: Path, given: Input) -> Iterator[str]:
+    """Open stored rows as FrozenFeatures does: a row has the values that were written, or is absent."""
+    rows = folder / "rows"
+    rows.mkdir()
+    for name, data in whole_stored_rows().items():
+        (rows / name).write_bytes(data)
+    (rows / given.name).write_bytes(given.data)
+    stored = StoredRows.create(rows, 8, (8,), torch.float32)
+    list(stored.remove_damaged(np.arange(8)))
+    for row in range(8):
+        found = stored.read(row)
+        assert found is None or (row < 6 and np.array_equal(found.numpy(), _features()[row])), f"row {row} is {found}"
+        yield "skipped" if found is None else "used"
+
+
+@cache
 def whole_sources() -> dict[str, bytes]:
     """Return a table of each format and a shard."""
     return {**whole_tables(), **whole_parquet(), **whole_tars()}
@@ -335,3 +381,4 @@ tars = Target(tar_inputs, read_shard)
 shard_index = Target(index_inputs, read_with_index)
 feature_files = Target(feature_inputs, read_feature_file)
 feature_index = Target(feature_index_inputs, read_feature_index)
+stored_rows = Target(stored_row_inputs, read_stored_rows)
