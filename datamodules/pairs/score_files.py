@@ -125,8 +125,8 @@ class ScoreFile:
         with reading(path, "file of scores", hint=WRITE_AGAIN):
             schema = pq.read_schema(path)
         require(schema.equals(SCHEMA), f"{path}: is no file of scores; {WRITE_AGAIN}")
-        self.metadata = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
         with reading(path, "file of scores", hint=WRITE_AGAIN):
+            self.metadata = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
             self.rows = int(self.metadata[ROWS])
             self.versions: dict[str, str] = dict(json.loads(self.metadata[VERSIONS]))
 
@@ -144,9 +144,15 @@ class ScoreFile:
     def _batches(self, names: list[str]) -> Iterator[pa.Table]:
         with reading(self.path, "file of scores", hint=WRITE_AGAIN):
             file = pq.ParquetFile(self.path)
-            for batch in file.iter_batches(GROUP, columns=names, use_threads=False):
+            first = 0
+            for batch in file.iter_batches(GROUP, columns=list({*names, "score"}), use_threads=False):
                 batch.validate(full=True)
-                yield pa.Table.from_batches([batch])
+                wrong = np.flatnonzero(~np.isfinite(batch["score"].fill_null(0).to_numpy()))
+                if len(wrong):
+                    row, score = first + int(wrong[0]), batch["score"][int(wrong[0])]
+                    raise InputError(f"{self.path}: the score of row {row} is {score}; {WRITE_AGAIN}")
+                first += len(batch)
+                yield pa.Table.from_batches([batch]).select(names)
 
     def pairs(self) -> Iterator[pa.Table]:
         """Yield all pairs as before filtering, with the columns ``SCORES``."""

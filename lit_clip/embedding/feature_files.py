@@ -19,6 +19,7 @@ from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.reading import reading
 
 CHECKED_AT_ONCE = 65_536  # rows of a file of features
+LENGTH_TOLERANCE = 0.01  # of unit features; bfloat16 rounds to 0.004
 WRITE_AGAIN = "write it with lit-clip embed"
 
 Identity = tuple[str, int, int]  # key, and a file's size and modification time
@@ -242,7 +243,8 @@ def read_features(path: Path) -> StoredFeatures:
     """Read what :func:`write_features` wrote.
 
     Raises:
-        InputError: the file, or the one beside it, does not exist, is damaged or was written by something else.
+        InputError: the file, or the one beside it, does not exist, is damaged or was written by something else, or
+            features are not of unit length.
     """
     stored = _read_array(path) if path.suffix == ".npy" else _read_parquet(path)
     if stored.features.dtype == np.int8:
@@ -254,8 +256,13 @@ def read_features(path: Path) -> StoredFeatures:
         if not whole or not all(isinstance(text, str) for text in texts):
             raise InputError(f"{path}: its {name} are not {len(stored.features)} texts; {WRITE_AGAIN}")
     for start in range(0, len(stored.features), CHECKED_AT_ONCE):
-        if not np.isfinite(stored.features[start : start + CHECKED_AT_ONCE]).all():
-            raise InputError(f"{path}: its features are not finite numbers; {WRITE_AGAIN}")
+        with np.errstate(over="ignore", invalid="ignore"):
+            lengths = np.linalg.norm(stored.features[start : start + CHECKED_AT_ONCE], axis=1)
+        wrong = np.flatnonzero(~(np.abs(lengths - 1) <= LENGTH_TOLERANCE))  # NaN too
+        if len(wrong):
+            row, length = start + int(wrong[0]), lengths[wrong[0]]
+            found = f"have length {length:.3g}, not 1" if np.isfinite(length) else "are not finite"
+            raise InputError(f"{path}: row {row} ({stored.keys[row]}): its features {found}; {WRITE_AGAIN}")
     return stored
 
 

@@ -31,7 +31,7 @@ from lit_clip.models.clip import CLIP
 from lit_clip.models.lora import is_added
 from lit_clip.tools.weight_files import Source, read_mapped
 from lit_clip.weights.checkpoints import EMA_WEIGHTS, check_base, checkpoint_tokenizer, saved_tokenizer
-from lit_clip.weights.load import check_architecture, check_weights
+from lit_clip.weights.load import check_architecture, check_finite_weights, check_weights
 
 PREFIX, LOSS_PREFIX = "model.", "loss."
 # EMA's checkpoints hold the average as their state_dict, and the weights of the last step as current_model_state.
@@ -117,7 +117,8 @@ def unpack_checkpoint(checkpoint: dict[str, Any], module: LightningModule, base_
         name: of the checkpoint, for messages.
 
     Raises:
-        InputError: another architecture, weights that do not fit, a LoRA of other weights, or another loss.
+        InputError: another architecture, weights that do not fit or are not finite, a LoRA of other weights, or another
+            loss.
     """
     model: Any = module.model
     _use_last_step(checkpoint, module, name)
@@ -129,6 +130,7 @@ def unpack_checkpoint(checkpoint: dict[str, Any], module: LightningModule, base_
                 checkpoint[states] = {**ours, **checkpoint[states]}
     state: Mapping[str, Any] = checkpoint["state_dict"]
     check_weights(model, state, name)
+    check_finite_weights(state, name)
     checkpoint["state_dict"] = {PREFIX + key: value for key, value in state.items()} | _loss_state(
         checkpoint, module, name
     )

@@ -143,6 +143,15 @@ def test_figures_have_room_for_any_number_of_items_and_long_names() -> None:
     assert matrix.size[0] > matrix.size[1] > 3 * 50
 
 
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_similarities_that_are_no_numbers_are_drawn(number: float) -> None:
+    images, scores = [Image.new("RGB", (32, 32), "red")] * 2, np.array([[0.5, number], [0.1, 0.2]])
+    plain = np.asarray(similarity_matrix(images, ["a", "b"], np.array([[0.5, 0.1], [0.1, 0.2]])))
+    drawn = np.asarray(similarity_matrix(images, ["a", "b"], scores))
+    assert np.array_equal(drawn[-50:], plain[-50:])  # the shades of the second caption
+    similarity_matrix(images, ["a", "b"], np.full((2, 2), number))
+
+
 def test_images_in_their_own_aspect_ratio_get_thumbnails_of_one_size() -> None:
     transform = pixels(Preprocessing(max_patches=16, patch_size=8))
     sizes = ((40, 20), (20, 40), (30, 30))

@@ -216,7 +216,7 @@ def test_a_search_says_that_its_page_replaces_the_one_before(
 
 def test_features_of_another_width_are_refused(folder: Path, tiny_checkpoint: Path, search: Search) -> None:
     model = {"model": "last.ckpt", "model_sha256": fingerprint(load_model(tiny_checkpoint)).model}
-    write_features(folder / "features.npy", ["a.png"], np.ones((1, 5), np.float32), model)
+    write_features(folder / "features.npy", ["a.png"], np.full((1, 5), 5**-0.5, np.float32), model)
     with pytest.raises(InputError, match=r"features\.npy: has features of 5 numbers, but the model's have 16"):
         search("features.npy", "kite", "--model", str(tiny_checkpoint))
 

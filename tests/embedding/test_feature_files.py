@@ -114,6 +114,17 @@ LISTS = pa.list_(pa.float32(), D)
     ("suffix", "damage", "message"),
     [
         (".npy", lambda path: np.save(path, features() * np.nan), "features are not finite"),
+        (
+            ".npy",
+            lambda path: np.save(path, 100 * features()),
+            rf"row 0 \({IDENTITIES[0][0]}\): its features have length 100, not 1",
+        ),
+        (
+            ".npy",
+            lambda path: np.save(path, features() * (np.arange(N) != 4)[:, None]),
+            r"row 4 .* have length 0, not 1",
+        ),
+        (".npy", lambda path: np.save(path, 1e30 * features()), "features are not finite"),
         (".npy", lambda path: np.save(path, features()[0]), "not a readable file of features"),
         (".npy", lambda path: path.write_bytes(b""), "not a readable file of features"),
         (".npy", lambda path: path.write_bytes(bytes(999)), "the magic string is not correct"),
@@ -128,6 +139,7 @@ LISTS = pa.list_(pa.float32(), D)
         (".parquet", column("key", pa.array([None] * N, pa.string())), "keys are not 9 texts"),
         (".parquet", column("feature", pa.array([[float("nan")] * D] * N, LISTS)), "features are not finite"),
         (".parquet", column("feature", pa.array([[None] * D] * N, LISTS)), "features are not finite"),
+        (".parquet", column("feature", pa.array([[5.0] * D] * N, LISTS)), r"row 0 .* have length"),
         (".parquet", column("feature", pa.array([[1.0]] * N)), "its column feature holds"),
         (".parquet", lambda path: path.write_bytes(bytes(999)), "not a readable file of features"),
     ],

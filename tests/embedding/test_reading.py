@@ -1,6 +1,7 @@
 """Reading and encoding images: all commands refuse the same files, and no row is lost or replaced."""
 
 import io
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from lit_clip.evaluation.store import FeatureStore
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig
 from lit_clip.tools.images import MAX_PIXELS, MOST_ELONGATED, open_image
+from tests.conftest import lit_clip_command
 from tests.fuzz.samples import image
 
 
@@ -109,7 +111,7 @@ def test_evaluation_refuses_what_training_refuses(refused: Path, on_error: Any, 
 @pytest.mark.parametrize(
     "command", [["embed", "--output", "f.npy"], ["search", "kite"], ["classify", "--classes", "a", "b"]]
 )
-def test_weights_that_are_not_numbers_end_a_command_with_one_line(
+def test_features_that_are_not_numbers_end_a_command_with_one_line(
     command: list[str], damaged: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -117,9 +119,9 @@ def test_weights_that_are_not_numbers_end_a_command_with_one_line(
     image(0, 40, 36).save("set/a.png")
     checkpoint = torch.load(tiny_checkpoint, weights_only=True)
     name = next(name for name in checkpoint["state_dict"] if damaged in name)
-    checkpoint["state_dict"][name].fill_(torch.nan)
-    torch.save(checkpoint, "nan.ckpt")
-    words = [command[0], "set", *command[1:], "--model", "nan.ckpt", "--num_workers", "0"]
+    checkpoint["state_dict"][name].fill_(3e38)  # finite
+    torch.save(checkpoint, "large.ckpt")
+    words = [command[0], "set", *command[1:], "--model", "large.ckpt", "--num_workers", "0"]
     if command[0] == "embed" and damaged == "ln_final.":
         run_command([*words, "--accelerator", "cpu"])  # needs no text
         return
@@ -128,6 +130,40 @@ def test_weights_that_are_not_numbers_end_a_command_with_one_line(
     assert "\n" not in str(error.value)
     assert not Path("f.npy").exists()
     assert not Path("results.html").exists()
+
+
+@pytest.mark.parametrize("number", [torch.nan, -torch.inf])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["embed", "set", "--output", "f.npy", "--model", "bad.ckpt"],
+        ["search", "set", "kite", "--model", "bad.ckpt"],
+        ["classify", "set", "--classes", "a", "b", "--model", "bad.ckpt"],
+        ["validate", "--ckpt_path", "bad.ckpt", "--data.val", "pairs.csv"],
+        ["fit", "--ckpt_path", "bad.ckpt", "--data.train", "pairs.csv", "--data.val", "pairs.csv"],
+        [],
+    ],
+    ids=lambda words: words[0] if words else "load_model",
+)
+def test_a_checkpoint_whose_weights_are_not_numbers_is_one_line_that_names_the_weight(
+    words: list[str], number: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("set").mkdir()
+    image(0, 40, 36).save("set/a.png")
+    Path("pairs.csv").write_text("image,caption\nset/a.png,a kite\n")
+    checkpoint = torch.load(tiny_checkpoint, weights_only=True)
+    name = list(checkpoint["state_dict"])[-1]
+    checkpoint["state_dict"][name].view(-1)[-1] = number
+    torch.save(checkpoint, "bad.ckpt")
+    line = f"bad.ckpt: {name} holds NaN or infinity; its training diverged, or the file is damaged: use another"
+    if words:
+        done = lit_clip_command(tmp_path, *words)
+        assert (done.returncode, done.stderr.splitlines()[-1]) == (2, f"lit-clip: error: {line}")
+        assert "Traceback" not in done.stderr
+    else:
+        with pytest.raises(InputError, match=f"^{re.escape(line)}$"):
+            load_model("bad.ckpt")
 
 
 class Films:

@@ -8,13 +8,16 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 
 from datamodules.commands.shard import shard
+from datamodules.open_source import open_source
 from datamodules.pairs.custom import CustomPairs
+from datamodules.pairs.kept import kept_pairs
 from lit_clip import LitCLIP, load_model
 from lit_clip.cli.subcommands import run_command
 from lit_clip.embedding.pair_scores import PairEncoder, pair_hash
@@ -258,7 +261,7 @@ def test_a_score_that_is_not_finite_is_an_error_or_is_listed(folder: Path, tiny_
 
     module = LitCLIP(tiny_config)
     with torch.no_grad():
-        module.model.token_embedding.weight[module.tokenize("x")[0, 1]] = float("nan")
+        module.model.token_embedding.weight[module.tokenize("x")[0, 1]] = 3e38  # features overflow
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     trainer.strategy.connect(module)
     trainer.save_checkpoint(folder / "damaged.ckpt", weights_only=True)
@@ -271,6 +274,33 @@ def test_a_score_that_is_not_finite_is_an_error_or_is_listed(folder: Path, tiny_
         *("x", None, False, "score is not finite")
     ]
     assert sum(found["kept"]) == 6
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+@pytest.mark.parametrize("words", [["--keep", "0.5"], ["--threshold", "-1"], []])
+def test_a_table_with_a_score_that_is_no_number_is_refused(
+    folder: Path, tiny_checkpoint: Path, words: list[str], number: float
+) -> None:
+    score("several.jsonl", "--model", tiny_checkpoint, "--output", "scores.parquet")
+    table = pq.read_table("scores.parquet")
+    scores = table["score"].to_numpy().copy()
+    scores[3] = number
+    place = table.schema.get_field_index("score")
+    pq.write_table(table.set_column(place, table.schema.field(place), pa.array(scores)), "scores.parquet")
+    line = rf"^scores.parquet: the score of row 3 is {number}; write it with lit-clip score$"
+    with pytest.raises(InputError, match=line):
+        score("scores.parquet", "--output", "again.parquet", *words)
+    assert not Path("again.parquet").exists()
+    with pytest.raises(InputError, match=line):
+        kept_pairs(open_source("several.jsonl"), "scores.parquet")
+
+
+def test_metadata_that_are_no_text_are_one_line(folder: Path, tiny_checkpoint: Path) -> None:
+    score("several.jsonl", "--model", tiny_checkpoint, "--output", "scores.parquet")
+    table = pq.read_table("scores.parquet")
+    pq.write_table(table.replace_schema_metadata({**table.schema.metadata, b"model": b"\xff"}), "scores.parquet")
+    with pytest.raises(InputError, match=r"^scores.parquet: not a readable file of scores \(not UTF-8 text"):
+        kept_pairs(open_source("several.jsonl"), "scores.parquet")
 
 
 @pytest.mark.parametrize(

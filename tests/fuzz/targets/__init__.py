@@ -7,7 +7,8 @@ from tests.fuzz.target import Target
 
 MODULES = {
     "pairs": ("images", "tables", "coco", "parquet", "classes"),
-    "stores": ("saved", "tars", "shard_index", "feature_files", "feature_index", "stored_rows"),
+    "stores": ("saved", "tars", "shard_index"),
+    "features": ("feature_files", "feature_index", "score_files", "stored_rows"),
     "weights": ("weight_files", "checkpoints", "open_clip_folders", "hugging_face_folders"),
     "settings": ("fit_yaml", "resumed_checkpoints"),
     "words": ("captions",),

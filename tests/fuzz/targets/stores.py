@@ -1,26 +1,20 @@
-"""Files that hold many samples: saved data sets, tar shards, features, their indexes, and stored rows."""
+"""Files that hold many samples: saved data sets, tar shards and their indexes."""
 
 import io
 import json
 import os
-import random
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import torch
 from hypothesis import strategies as st
 
 from datamodules.open_source import open_source
 from datamodules.shards.index import INDEX_SUFFIX
 from datamodules.shards.pairs import ShardOptions
-from lit_clip.embedding.feature_files import FeatureTable, read_features, write_features
 from lit_clip.errors import InputError
-from lit_clip.tools.stored_rows import StoredRows
-from tests.fuzz.inputs import CANARY, Edit, Input, Inputs, damaged, edited, edited_json, edits
+from tests.fuzz.inputs import Edit, Input, Inputs, damaged, edited, edited_json, edits
 from tests.fuzz.samples import CAPTIONS, shard_members, table_images, tar, whole_tables
 from tests.fuzz.target import Target
 from tests.fuzz.targets.pairs import (
@@ -28,12 +22,10 @@ from tests.fuzz.targets.pairs import (
     on_error,
     read_file_of_pairs,
     read_pairs,
-    to_parquet,
     whole_parquet,
     write_table_images,
 )
 
-MODEL = "a model's fingerprint"
 WHEN = 1_700_000_000 * 10**9  # modification time of the shard, which its index names
 
 
@@ -217,154 +209,6 @@ def read_with_index(folder: Path, given: Input) -> Iterator[str]:
 
 
 @cache
-def _features() -> np.ndarray:
-    values = np.random.default_rng(0).normal(size=(6, 8)).astype(np.float32)
-    return values / np.linalg.norm(values, axis=1, keepdims=True)
-
-
-@cache
-def whole_features() -> dict[str, bytes]:
-    """Return feature files as `lit-clip embed` writes them."""
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        metadata = {"model": "m", "model_sha256": "0" * 64, "content": "images"}
-        for suffix in (".parquet", ".npy"):
-            write_features(folder / f"f{suffix}", [f"{row}.png" for row in range(6)], _features(), metadata, ["a"] * 6)
-        return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
-def _odd_features(table: pa.Table) -> Input:
-    names = ["key", "feature", "caption"][: table.num_columns]
-    table = table.select(list(range(len(names))))
-    return Input("f.parquet", to_parquet(table.rename_columns(names)))
-
-
-def feature_inputs() -> Inputs:
-    keys = {"f.keys.json": json.loads(whole_features()["f.keys.json"])}
-    return st.one_of(damaged(whole_features), edited_json(lambda: keys), odd_tables().map(_odd_features))
-
-
-def read_feature_file(folder: Path, given: Input) -> Iterator[str]:
-    """Read a feature file."""
-    for name, data in whole_features().items():
-        (folder / name).write_bytes(data)
-    (folder / given.name).write_bytes(given.data)
-    stored = read_features(folder / ("f.parquet" if given.name == "f.parquet" else "f.npy"))
-    assert stored.features.dtype == np.float32
-    assert stored.features.shape == (len(stored.keys), stored.features.shape[1])
-    assert np.isfinite(stored.features).all(), "features that are not finite"
-    assert all(isinstance(key, str) for key in stored.keys), "keys that are no texts"
-    yield "used"
-
-
-@cache
-def whole_feature_index() -> bytes:
-    """Return an index of a folder's images."""
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "index.npz")
-        FeatureTable([(f"{row}.png", 100 + row, WHEN + row) for row in range(6)], _features()).save(path, MODEL)
-        return path.read_bytes()
-
-
-def _odd_arrays(changes: list[Edit], scale: float) -> Input:
-    with np.load(io.BytesIO(whole_feature_index())) as file:
-        arrays = {name: file[name] for name in file.files}
-    tree: dict[str, Any] = {name: array.tolist() for name, array in arrays.items() if name != "keys"}
-    tree["keys"] = json.loads(arrays["keys"].tobytes())
-    tree = edited(tree, changes)
-    for name, value in tree.items() if isinstance(tree, dict) else ():
-        try:
-            made = np.frombuffer(json.dumps(value).encode(), np.uint8) if name == "keys" else np.array(value)
-        except (ValueError, OverflowError):
-            continue
-        if made.dtype != object:
-            old = arrays.get(name)
-            fits = old is not None and old.dtype.kind == made.dtype.kind
-            arrays[name] = made.astype(old.dtype) if fits and old is not None else made
-    if scale != 1 and arrays["features"].dtype == np.float32:
-        arrays["features"] = arrays["features"] * np.float32(scale)
-    file = io.BytesIO()
-    named = {
-        name.encode(errors="replace").decode().replace("/", "_")[:50] or "_": each for name, each in arrays.items()
-    }
-    np.savez(file, **named)
-    return Input("index.npz", file.getvalue())
-
-
-def feature_index_inputs() -> Inputs:
-    scales = st.sampled_from((1.0, 1.0, 1.0, float("nan"), float("inf"), 0.0, 2.0, -1.0))
-    whole = {"index.npz": whole_feature_index()}
-    odd = st.builds(_odd_arrays, edits((f"{CANARY}.Evil",)), scales)
-    return st.one_of(damaged(lambda: whole), odd)
-
-
-def read_feature_index(folder: Path, given: Input) -> Iterator[str]:
-    """Read an index of features: a usable table, or none, so that it is made again."""
-    path = folder / given.name
-    path.write_bytes(given.data)
-    table = FeatureTable.load(path, MODEL)
-    if table is None:
-        yield "skipped"
-        return
-    features = np.asarray(table.features)
-    assert features.dtype == np.float32, features.dtype
-    assert features.ndim == 2, features.shape
-    assert len(features) == len(table.identities), "another number of features than of images"
-    assert np.isfinite(features).all(), "features that are not finite"
-    lengths = np.linalg.norm(features, axis=1)
-    assert np.allclose(lengths, 1, atol=1e-2), f"features of length {lengths.min():.3g} to {lengths.max():.3g}"
-    hash(tuple(table.identities))
-    yield "used"
-
-
-@cache
-def whole_stored_rows() -> dict[str, bytes]:
-    """Return the files of stored rows; the last row cannot be computed, and another is absent."""
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as name:
-        stored = StoredRows.create(Path(name, "rows"), 8, (8,), torch.float32)
-        stored.write(np.arange(6), torch.from_numpy(_features()))
-        stored.refuse([7])
-        stored.close()
-        return {path.name: path.read_bytes() for path in sorted(stored.folder.iterdir())}
-
-
-def _moved(seed: int, zeros: bool) -> Input:
-    """Overwrite some values by others, or by zeros."""
-    values, rng = bytearray(whole_stored_rows()["values"]), random.Random(seed)
-    size = rng.choice((4, 16, 32, 64))
-    start, other = (rng.randrange(0, len(values) - size, 4) for _ in range(2))
-    values[start : start + size] = bytes(size) if zeros else values[other : other + size]
-    return Input("values", bytes(values))
-
-
-def stored_row_inputs() -> Inputs:
-    layout = {"layout.json": json.loads(whole_stored_rows()["layout.json"])}
-    moved = st.builds(_moved, st.integers(0, 2**64), st.booleans())
-    return st.one_of(damaged(whole_stored_rows), moved, edited_json(lambda: layout))
-
-
-def read_stored_rows(folder: Path, given: Input) -> Iterator[str]:
-    """Open stored rows as FrozenFeatures does: a row has the values that were written, or is absent."""
-    rows = folder / "rows"
-    rows.mkdir()
-    for name, data in whole_stored_rows().items():
-        (rows / name).write_bytes(data)
-    (rows / given.name).write_bytes(given.data)
-    stored = StoredRows.create(rows, 8, (8,), torch.float32)
-    list(stored.remove_damaged(np.arange(8)))
-    for row in range(8):
-        found = stored.read(row)
-        assert found is None or (row < 6 and np.array_equal(found.numpy(), _features()[row])), f"row {row} is {found}"
-        yield "skipped" if found is None else "used"
-
-
-@cache
 def whole_sources() -> dict[str, bytes]:
     """Return a table of each format and a shard."""
     return {**whole_tables(), **whole_parquet(), **whole_tars()}
@@ -379,6 +223,3 @@ sources = Target(lambda: damaged(whole_sources), read_source)  # for the tests o
 saved = Target(saved_inputs, read_saved)
 tars = Target(tar_inputs, read_shard)
 shard_index = Target(index_inputs, read_with_index)
-feature_files = Target(feature_inputs, read_feature_file)
-feature_index = Target(feature_index_inputs, read_feature_index)
-stored_rows = Target(stored_row_inputs, read_stored_rows)

@@ -78,6 +78,8 @@ def tiny_model(resnet: bool = False) -> CLIP:
 
 def use(model: CLIP) -> str:
     """Encode an image and a text, of which only the shapes can be known."""
+    odd = [name for name, value in model.named_parameters() if not value.isfinite().all()]
+    assert not odd, f"{odd} are not finite"
     with torch.inference_mode():
         config = model.config
         size = config.image.image_size or 32

@@ -1,0 +1,252 @@
+"""Features and indexes of them, files of scores, and stored rows."""
+
+import io
+import json
+import random
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from hypothesis import strategies as st
+
+from datamodules.pairs.pair_filters import PairFilters
+from datamodules.pairs.score_files import ROWS, VERSIONS, ScoreFile, write_scores
+from lit_clip.embedding.feature_files import FeatureTable, read_features, write_features
+from lit_clip.embedding.pair_scores import SCORES, pair_hash
+from lit_clip.tools.reading import naming
+from lit_clip.tools.stored_rows import StoredRows
+from tests.fuzz.inputs import CANARY, Edit, Input, Inputs, damaged, edited, edited_json, edits
+from tests.fuzz.target import Target
+from tests.fuzz.targets.pairs import odd_tables, to_parquet
+
+MODEL = "a model's fingerprint"
+WHEN = 1_700_000_000 * 10**9  # modification time of an image
+
+
+@cache
+def _features() -> np.ndarray:
+    values = np.random.default_rng(0).normal(size=(6, 8)).astype(np.float32)
+    return values / np.linalg.norm(values, axis=1, keepdims=True)
+
+
+@cache
+def whole_features() -> dict[str, bytes]:
+    """Return feature files as `lit-clip embed` writes them."""
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        metadata = {"model": "m", "model_sha256": "0" * 64, "content": "images"}
+        for suffix in (".parquet", ".npy"):
+            write_features(folder / f"f{suffix}", [f"{row}.png" for row in range(6)], _features(), metadata, ["a"] * 6)
+        return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def _odd_features(table: pa.Table) -> Input:
+    names = ["key", "feature", "caption"][: table.num_columns]
+    table = table.select(list(range(len(names))))
+    return Input("f.parquet", to_parquet(table.rename_columns(names)))
+
+
+def _scaled_features(name: str, row: int, scale: float) -> Input:
+    """Return features of which one row, or from 6 on all, has another length."""
+    features = _features().copy()
+    features[row if row < 6 else slice(None)] *= np.float32(scale)
+    file = io.BytesIO()
+    if name == "f.npy":
+        np.save(file, features)
+        return Input(name, file.getvalue())
+    column = pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1)), features.shape[1])
+    table = pa.table({"key": [f"{each}.png" for each in range(6)], "feature": column})
+    return Input(name, to_parquet(table.replace_schema_metadata({"model": "m"})))
+
+
+SCALES = (0.0, 100.0, 2.0, 0.9, -1.0, 1.001, 1e30, 1e-30, float("nan"), float("inf"))
+
+
+def feature_inputs() -> Inputs:
+    keys = {"f.keys.json": json.loads(whole_features()["f.keys.json"])}
+    names = st.sampled_from(("f.npy", "f.parquet"))
+    scaled = st.builds(_scaled_features, names, st.integers(0, 7), st.sampled_from(SCALES))
+    return st.one_of(damaged(whole_features), edited_json(lambda: keys), odd_tables().map(_odd_features), scaled)
+
+
+def read_feature_file(folder: Path, given: Input) -> Iterator[str]:
+    """Read a feature file."""
+    for name, data in whole_features().items():
+        (folder / name).write_bytes(data)
+    (folder / given.name).write_bytes(given.data)
+    stored = read_features(folder / ("f.parquet" if given.name == "f.parquet" else "f.npy"))
+    assert stored.features.dtype == np.float32
+    assert stored.features.shape == (len(stored.keys), stored.features.shape[1])
+    lengths = np.linalg.norm(stored.features.astype(np.float64), axis=1)
+    assert np.allclose(lengths, 1, rtol=0, atol=0.011), f"features of length {lengths.min():.3g} to {lengths.max():.3g}"
+    assert all(isinstance(key, str) for key in stored.keys), "keys that are no texts"
+    yield "used"
+
+
+@cache
+def whole_feature_index() -> bytes:
+    """Return an index of a folder's images."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "index.npz")
+        FeatureTable([(f"{row}.png", 100 + row, WHEN + row) for row in range(6)], _features()).save(path, MODEL)
+        return path.read_bytes()
+
+
+def _odd_arrays(changes: list[Edit], scale: float) -> Input:
+    with np.load(io.BytesIO(whole_feature_index())) as file:
+        arrays = {name: file[name] for name in file.files}
+    tree: dict[str, Any] = {name: array.tolist() for name, array in arrays.items() if name != "keys"}
+    tree["keys"] = json.loads(arrays["keys"].tobytes())
+    tree = edited(tree, changes)
+    for name, value in tree.items() if isinstance(tree, dict) else ():
+        try:
+            made = np.frombuffer(json.dumps(value).encode(), np.uint8) if name == "keys" else np.array(value)
+        except (ValueError, OverflowError):
+            continue
+        if made.dtype != object:
+            old = arrays.get(name)
+            fits = old is not None and old.dtype.kind == made.dtype.kind
+            arrays[name] = made.astype(old.dtype) if fits and old is not None else made
+    if scale != 1 and arrays["features"].dtype == np.float32:
+        arrays["features"] = arrays["features"] * np.float32(scale)
+    file = io.BytesIO()
+    named = {
+        name.encode(errors="replace").decode().replace("/", "_")[:50] or "_": each for name, each in arrays.items()
+    }
+    np.savez(file, **named)
+    return Input("index.npz", file.getvalue())
+
+
+def feature_index_inputs() -> Inputs:
+    scales = st.sampled_from((1.0, 1.0, 1.0, float("nan"), float("inf"), 0.0, 2.0, -1.0))
+    whole = {"index.npz": whole_feature_index()}
+    odd = st.builds(_odd_arrays, edits((f"{CANARY}.Evil",)), scales)
+    return st.one_of(damaged(lambda: whole), odd)
+
+
+def read_feature_index(folder: Path, given: Input) -> Iterator[str]:
+    """Read an index of features: a usable table, or none, so that it is made again."""
+    path = folder / given.name
+    path.write_bytes(given.data)
+    table = FeatureTable.load(path, MODEL)
+    if table is None:
+        yield "skipped"
+        return
+    features = np.asarray(table.features)
+    assert features.dtype == np.float32, features.dtype
+    assert features.ndim == 2, features.shape
+    assert len(features) == len(table.identities), "another number of features than of images"
+    assert np.isfinite(features).all(), "features that are not finite"
+    lengths = np.linalg.norm(features, axis=1)
+    assert np.allclose(lengths, 1, atol=1e-2), f"features of length {lengths.min():.3g} to {lengths.max():.3g}"
+    hash(tuple(table.identities))
+    yield "used"
+
+
+@cache
+def whole_scores() -> dict[str, bytes]:
+    """Return a file of scores as `lit-clip score` writes it."""
+    texts = [f"number {row}" for row in range(6)]
+    pairs = [(row, pair_hash(f"{row}.png", text), f"{row}.png", text) for row, text in enumerate(texts)]
+    pairs = [(*pair, 0.1 * (1 + pair[0]), 8, 8, None) for pair in pairs]
+    table = pa.table([list(column) for column in zip(*pairs, strict=True)], SCORES)
+    about = {"model": "m", ROWS: "6", VERSIONS: json.dumps({"f": "1"})}
+    with TemporaryDirectory() as name:
+        path = Path(name, "s.parquet")
+        write_scores(path, [table], table["score"].to_numpy(), PairFilters(threshold=0.25), about)
+        return {path.name: path.read_bytes()}
+
+
+def _odd_scores(name: str, row: int, value: Any, metadata: list[tuple[bytes, bytes]]) -> Input:
+    table = pq.read_table(io.BytesIO(whole_scores()["s.parquet"]))
+    place = table.schema.get_field_index(name)
+    values = table[name].to_pylist()
+    values[row] = value
+    with suppress(pa.ArrowException, TypeError, OverflowError, ValueError):  # no such column
+        table = table.set_column(place, table.schema.field(name), pa.array(values, table.schema.field(name).type))
+    table = table.replace_schema_metadata({**(table.schema.metadata or {}), **dict(metadata)})
+    return Input("s.parquet", to_parquet(table))
+
+
+def score_inputs() -> Inputs:
+    names = st.sampled_from(("score", "score", "score", "row", "pair", "kept", "width", "caption"))
+    numbers = st.sampled_from((float("nan"), float("inf"), float("-inf"), None, 0.0, 1e38, -1, 7, 2**62, True, "x"))
+    keys = st.sampled_from((b"model", b"rows", b"versions", b"\xff"))
+    texts = st.sampled_from((b"\xff", b"", b"-1", b"1e9", b"[]", b'{"f": 1}', b"\x1b[31m", b"9" * 5000))
+    metadata = st.lists(st.tuples(keys, texts), max_size=1)
+    return st.one_of(damaged(whole_scores), st.builds(_odd_scores, names, st.integers(0, 5), numbers, metadata))
+
+
+def read_score_file(folder: Path, given: Input) -> Iterator[str]:
+    """Filter a file of scores anew, by share and by score, and read which pairs it keeps: no score but a number."""
+    path = folder / given.name
+    path.write_bytes(given.data)
+    file = ScoreFile(path)
+    scores = file.scores()
+    assert np.isfinite(scores).all(), f"scores {scores}"
+    for number, filters in enumerate((PairFilters(keep=0.5), PairFilters(threshold=0.25), PairFilters())):
+        again = folder / f"again{number}.parquet"
+        with naming(path):
+            write_scores(again, file.pairs(), scores, filters, file.metadata)
+        table = pq.read_table(again)
+        kept = table.filter(table["kept"])["score"].to_numpy()
+        assert np.isfinite(kept).all(), f"{filters} keeps {kept}"
+        if filters.threshold is not None:
+            assert (kept >= filters.threshold - 1e-6).all(), f"{filters} keeps {kept}"
+    rows, _ = file.kept()
+    assert np.array_equal(rows, np.sort(rows)), rows
+    yield "used"
+
+
+@cache
+def whole_stored_rows() -> dict[str, bytes]:
+    """Return the files of stored rows; the last row cannot be computed, and another is absent."""
+    with TemporaryDirectory() as name:
+        stored = StoredRows.create(Path(name, "rows"), 8, (8,), torch.float32)
+        stored.write(np.arange(6), torch.from_numpy(_features()))
+        stored.refuse([7])
+        stored.close()
+        return {path.name: path.read_bytes() for path in sorted(stored.folder.iterdir())}
+
+
+def _moved(seed: int, zeros: bool) -> Input:
+    """Overwrite some values by others, or by zeros."""
+    values, rng = bytearray(whole_stored_rows()["values"]), random.Random(seed)
+    size = rng.choice((4, 16, 32, 64))
+    start, other = (rng.randrange(0, len(values) - size, 4) for _ in range(2))
+    values[start : start + size] = bytes(size) if zeros else values[other : other + size]
+    return Input("values", bytes(values))
+
+
+def stored_row_inputs() -> Inputs:
+    layout = {"layout.json": json.loads(whole_stored_rows()["layout.json"])}
+    moved = st.builds(_moved, st.integers(0, 2**64), st.booleans())
+    return st.one_of(damaged(whole_stored_rows), moved, edited_json(lambda: layout))
+
+
+def read_stored_rows(folder: Path, given: Input) -> Iterator[str]:
+    """Open stored rows as FrozenFeatures does: a row has the values that were written, or is absent."""
+    rows = folder / "rows"
+    rows.mkdir()
+    for name, data in whole_stored_rows().items():
+        (rows / name).write_bytes(data)
+    (rows / given.name).write_bytes(given.data)
+    stored = StoredRows.create(rows, 8, (8,), torch.float32)
+    list(stored.remove_damaged(np.arange(8)))
+    for row in range(8):
+        found = stored.read(row)
+        assert found is None or (row < 6 and np.array_equal(found.numpy(), _features()[row])), f"row {row} is {found}"
+        yield "skipped" if found is None else "used"
+
+
+feature_files = Target(feature_inputs, read_feature_file)
+feature_index = Target(feature_index_inputs, read_feature_index)
+score_files = Target(score_inputs, read_score_file)
+stored_rows = Target(stored_row_inputs, read_stored_rows)
