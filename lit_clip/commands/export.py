@@ -76,8 +76,13 @@ def export(
     encoder = getattr(original.config.text, "hugging_face", "")
     if format == "open_clip" and encoder and is_path(encoder):
         console.print(
-            f"open_clip opens it only where {encoder} is, with the text encoder's settings, and lit-clip not at all, "
-            "since it reads no folder that a file names; name the encoder as on the hub"
+            f"open_clip opens it only where {encoder} is, with the text encoder's settings; lit-clip needs the folder "
+            "alone"
+        )
+    if format == "open_clip" and original.preprocessing.crop_pct != 1:
+        console.print(
+            f"open_clip leaves out crop_pct, which is {original.preprocessing.crop_pct} here, until its transform is "
+            "changed as README.md shows; lit-clip reads it"
         )
     if repository:
         stderr().print(repository.plan(folder))
@@ -97,6 +102,7 @@ def write_checked(
     for file in sorted(draft.glob("*.onnx")):
         shrink_onnx(file, dtype)
     advance(1)
+    instead = "" if format == "onnx" else "; use onnx"
     sample = ExportSample.of(original)
     try:
         reading = target.read(draft, sample)
@@ -104,7 +110,7 @@ def write_checked(
         raise
     except Exception as error:  # another library may raise anything for a file it cannot use
         reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{format} cannot open this model ({type(error).__name__}: {reason})") from error
+        raise InputError(f"{format} cannot open this model ({type(error).__name__}: {reason}){instead}") from error
     advance(1)
     parity, tolerance = parity_of(original, sample, reading), tolerance_of(format, dtype)
     for name, difference in (("image", parity.image), ("text", parity.text)):
@@ -120,7 +126,7 @@ def write_checked(
     if parity.pixels is not None and not parity.pixels <= 1.001:
         raise InputError(
             f"{format}: its preprocessing differs from the model's by {parity.pixels:.1f} of 255 levels; "
-            "nothing was written"
+            f"nothing was written{instead}"
         )
     return parity
 

@@ -41,7 +41,6 @@ _NEUTRAL = {
     "patch_dropout": None,
     "patch_size": None,
     "hf_model_pretrained": None,
-    "hf_tokenizer_name": None,
     "output_tokens": None,
     "pos_embed_type": ("learnable",),
     "ls_init_value": (None,),
@@ -109,8 +108,10 @@ def from_open_clip(model: Mapping[str, Any], preprocess: Mapping[str, Any] | Non
     embed_dim, bias = top.take("embed_dim"), top.take("init_logit_bias") is not None
     vision, text = _CheckedDict(top.take("vision_cfg", {}), name), _CheckedDict(top.take("text_cfg", {}), name)
     tanh = [(tower.take("act_kwargs") or {}).get("approximate") == "tanh" for tower in (vision, text)]
-    if tanh[1] and (tanh[0] or vision.values.get("timm_model_name")):
-        activation = "gelu_tanh"  # beside a timm encoder it applies to the text encoder only
+    transformer = not (vision.values.get("timm_model_name") or isinstance(vision.values.get("layers"), list))
+    tanh = [*tanh[:transformer], *tanh[1 : 2 - bool(text.values.get("hf_model_name"))]]  # of those that read it
+    if tanh and all(tanh):
+        activation = "gelu_tanh"
     elif any(tanh):
         raise vision.refuse("act_kwargs", "of one encoder only")
     top.done()
@@ -152,6 +153,7 @@ def _preprocessing(values: Mapping[str, Any] | None, vision: Mapping[str, Any], 
         values.get("std") or default.std,
         interpolation,
         mode,
+        values.get("crop_pct", 1.0),  # ours: open_clip leaves it out
     )
 
 
@@ -244,6 +246,9 @@ def _text(values: _CheckedDict) -> TextConfig:
         if kind not in ("linear", "mlp") or pooling not in pooler:
             raise values.refuse("hf_pooler_type", pooling)
         result: TextConfig = HuggingFaceTextConfig(hf, False, context, pooler[pooling], kind)
+        named = _tokenizer(values)
+        if named is not None and replace(named, source=hf) != result.tokenizer:
+            raise values.refuse("tokenizer_kwargs", f"of {hf}")
     else:
         causal, pool = not values.take("no_causal_mask", False), values.take("pool_type", "argmax")
         if pool not in ("argmax", "eos", "last"):

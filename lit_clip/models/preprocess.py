@@ -37,22 +37,20 @@ class _Resize(v2.Transform):
         return TF.resize(inpt, size, self.interpolation)
 
 
+def resize_size(config: Preprocessing) -> int | tuple[int, int]:
+    """Return the size before the centre crop: the shorter side of a square, or height and width."""
+    height, width = (math.floor(side / config.crop_pct) for side in height_width(config.image_size))
+    return height if isinstance(config.image_size, int) and config.resize_mode == "shortest" else (height, width)
+
+
 def resize_steps(config: Preprocessing) -> list[v2.Transform]:
     """Return the transforms that bring an image of any size to the model's, as in evaluation."""
-    interpolation = InterpolationMode(config.interpolation)
-    height, width = height_width(config.image_size)
-    larger = [math.floor(side / config.crop_pct) for side in (height, width)]
-    if config.resize_mode == "squash":
-        resize = v2.Resize(larger, interpolation)
-    elif height == width:
-        resize = v2.Resize(larger[0], interpolation)
-    else:
-        resize = _Resize(larger[0], larger[1], interpolation)
-    return (
-        [resize]
-        if config.resize_mode == "squash" and config.crop_pct == 1
-        else [resize, v2.CenterCrop((height, width))]
-    )
+    interpolation, size = InterpolationMode(config.interpolation), resize_size(config)
+    whole = config.resize_mode == "squash" or isinstance(size, int)
+    resize = v2.Resize(size, interpolation) if whole else _Resize(*height_width(size), interpolation)
+    if config.resize_mode == "squash" and config.crop_pct == 1:
+        return [resize]
+    return [resize, v2.CenterCrop(height_width(config.image_size))]
 
 
 def pixels(config: Preprocessing) -> v2.Compose:

@@ -21,13 +21,21 @@ from torch import Tensor, nn
 from lit_clip.errors import InputError, require
 from lit_clip.losses.contrastive import unit
 from lit_clip.models.clip import CLIP
-from lit_clip.models.config import height_width
+from lit_clip.models.config import HuggingFaceTextConfig, Preprocessing, height_width
 from lit_clip.models.custom import CustomTextEncoder
 from lit_clip.models.patches import Patches, unpacked
+from lit_clip.models.preprocess import resize_size
 from lit_clip.models.tokenizer import CLIPTokenizer
 from lit_clip.weights.hugging_face import hugging_face_kind, to_hugging_face
-from lit_clip.weights.hugging_face_processor import PROCESSOR_OF, image_processor, save_byte_pairs, save_tokenizer
+from lit_clip.weights.hugging_face_processor import (
+    PROCESSOR_OF,
+    image_processor,
+    read_json,
+    save_byte_pairs,
+    save_tokenizer,
+)
 from lit_clip.weights.open_clip import open_clip_model
+from lit_clip.weights.sources import HF_MODEL_CONFIG
 
 FormatName = Literal["open_clip", "hugging_face", "onnx"]
 Kind = Literal["image", "text"]
@@ -148,7 +156,7 @@ def write_open_clip(model: CLIP, folder: Path) -> None:
     """
     ours = model.preprocessing
     require(ours.max_patches is None, f"open_clip's transform has no NaFlex patches; {_naflex_format(model)}")
-    require(ours.crop_pct == 1, f"open_clip has no crop_pct, this model's is {ours.crop_pct}; use onnx")
+    text = model.config.text
     values = {
         "model_cfg": open_clip_model(model),
         "preprocess_cfg": {
@@ -158,22 +166,32 @@ def write_open_clip(model: CLIP, folder: Path) -> None:
             "std": list(ours.std),
             "interpolation": ours.interpolation,
             "resize_mode": ours.resize_mode,
+            **({} if ours.crop_pct == 1 else {"crop_pct": ours.crop_pct}),
         },
+        # With it lit-clip needs the folder alone; open_clip reads the text encoder's settings from where it is named.
+        **({HF_MODEL_CONFIG: text.model} if isinstance(text, HuggingFaceTextConfig) else {}),
     }
     _save_json(values, folder / "open_clip_config.json")
     _save_weights(model.state_dict(), folder / "open_clip_model.safetensors")
-    if model.config.text.tokenizer is not None:
+    if text.tokenizer is not None:
         save_tokenizer(model, folder)
 
 
 @torch.no_grad()
 def read_open_clip(folder: Path, sample: ExportSample) -> Reading:
-    """Run open_clip as a user would: model, transform and tokenizer from the folder."""
+    """Run open_clip as a user would: model, transform and tokenizer from the folder, and the card's centre crop."""
     import open_clip
+    from torchvision.transforms import CenterCrop
 
     name = f"local-dir:{folder}"
     model, preprocess = open_clip.create_model_from_pretrained(name)  # pyright: ignore[reportGeneralTypeIssues]  # a pair
-    model = cast(Any, model).eval()
+    model, steps = cast(Any, model).eval(), cast(Any, preprocess).transforms
+    cfg = read_json(folder / "open_clip_config.json")["preprocess_cfg"]
+    if "crop_pct" in cfg:
+        steps[0].size = resize_size(
+            Preprocessing(cfg["size"], resize_mode=cfg["resize_mode"], crop_pct=cfg["crop_pct"])
+        )
+        steps.insert(1, CenterCrop(cfg["size"]))
     tokenizer = open_clip.get_tokenizer(name)
     return Reading(
         model.encode_image(sample.pixels, normalize=True),

@@ -7,6 +7,7 @@ import yaml
 
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import HuggingFaceTextConfig
+from lit_clip.models.preprocess import resize_size
 from lit_clip.version import __version__
 from lit_clip.weights.export import Parity
 from lit_clip.weights.hugging_face import hugging_face_kind
@@ -18,6 +19,12 @@ import open_clip
 
 model, preprocess = open_clip.create_model_from_pretrained("{name}")
 tokenizer = open_clip.get_tokenizer("{name}")
+"""
+OPEN_CLIP_CROP = """
+from torchvision.transforms import CenterCrop
+
+preprocess.transforms[0].size = {larger}  # open_clip leaves out crop_pct {crop_pct}
+preprocess.transforms.insert(1, CenterCrop({size}))
 """
 HUGGING_FACE = """\
 from PIL import Image
@@ -148,7 +155,9 @@ def _usage(model: CLIP, format: str, name: str, repository: str | None) -> str:
 
 def _snippet(model: CLIP, format: str, name: str) -> str:
     if format == "open_clip":
-        return OPEN_CLIP.format(name=name)
+        crop_pct, size = model.preprocessing.crop_pct, model.preprocessing.image_size
+        crop = OPEN_CLIP_CROP.format(larger=resize_size(model.preprocessing), crop_pct=crop_pct, size=size)
+        return OPEN_CLIP.format(name=name) + ("" if crop_pct == 1 else crop)
     if format == "hugging_face":
         kind = hugging_face_kind(model.config)
         ours, more = model.preprocessing, ""

@@ -43,6 +43,7 @@ def _open_clip_vision(model: CLIP) -> dict[str, Any]:
     height, width = height_width(image.image_size)
     size = {"image_size": height if height == width else [height, width]}
     if isinstance(image, ResNetConfig):
+        require(height == width, f"open_clip has a ResNet of squares only, not {image.image_size}; use onnx")
         return {**size, "layers": list(image.layers), "width": image.width, "patch_size": None}
     if isinstance(image, TimmConfig):
         others = {name: value for name, value in image.options.items() if name != "drop_path_rate"}

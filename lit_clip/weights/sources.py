@@ -32,6 +32,8 @@ from lit_clip.weights.checkpoints import EMA_WEIGHTS, checked, checkpoint_tokeni
 from lit_clip.weights.hugging_face import read_hugging_face_folder
 from lit_clip.weights.hugging_face_processor import read_json
 
+HF_MODEL_CONFIG = "hf_model_config"  # beside model_cfg in our exports, where open_clip does not look
+
 
 class LoRACheckpoint(NamedTuple):
     """A checkpoint that holds only a LoRA's additions and names the weights they belong to."""
@@ -120,9 +122,12 @@ def _open_clip_config(folder: Path) -> CLIPConfig:
         model = values.get("model_cfg", values)
         check_names_nothing(values, str(file))
         config = from_open_clip(model, values.get("preprocess_cfg"), str(file))
+        if isinstance(config.text, HuggingFaceTextConfig) and HF_MODEL_CONFIG in values:
+            config.text = dataclasses.replace(config.text, model=values[HF_MODEL_CONFIG])
     own = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
     named = config.text.tokenizer
-    if named is not None and (isinstance(config.text, HuggingFaceTextConfig) or not own):
+    whole = own and getattr(config.text, "model", True) is not None
+    if named is not None and not whole:
         require(
             not is_path(named.source),
             f"{file}: its text encoder or tokenizer is {shortened(named.source)}, a file or folder outside; name one "

@@ -41,7 +41,7 @@ def test_open_clip_opens_the_folder_with_our_features_pixels_and_ids(
 ) -> None:
     config = variants(tiny_config)[kind]
     if kind == "timm":
-        config.preprocessing = Preprocessing(64)  # timm's crops the resized image, which open_clip cannot
+        config.preprocessing = Preprocessing(64)  # timm's crops the resized image, which open_clip leaves out
     ours = checkpoint(config, tmp_path / "last.ckpt")
     export(str(tmp_path / "last.ckpt"), format="open_clip", output=str(tmp_path / "out"))
 
@@ -282,7 +282,6 @@ def test_a_hugging_face_text_encoder_is_exported_to_open_clip_and_onnx(
     [
         ("hugging_face", "resnet", "this model has ResNet and TextTransformer; use open_clip or onnx"),
         ("hugging_face", "timm", "this model has Timm and TextTransformer; use open_clip or onnx"),
-        ("open_clip", "timm", "open_clip has no crop_pct, this model's is 0.875; use onnx"),
     ],
 )
 def test_a_model_that_a_format_cannot_represent_is_refused_in_one_line(
