@@ -128,7 +128,8 @@ class TextTransformerConfig:
 
     def __post_init__(self) -> None:
         where = "architecture.text"
-        self.pool = self.pool or ("argmax" if self.causal else "last")
+        if self.pool is None:
+            self.pool = "argmax" if self.causal is True else "last"
         check_fields(self, where, RANGES)
         _check_heads(self, where)
         if self.pool == "class":

@@ -87,9 +87,14 @@ def named(name: str) -> CLIPConfig:
     Raises:
         InputError: lit-clip does not support the model.
     """
+    return from_open_clip(model_config(name), None, name)
+
+
+def model_config(name: str) -> dict[str, Any]:
+    """Return open_clip's ``model_cfg`` of a name in :func:`open_clip_names`."""
     folder = configs_folder()
     assert folder is not None
-    return from_open_clip(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")), None, name)
+    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def from_open_clip(model: Mapping[str, Any], preprocess: Mapping[str, Any] | None, name: str) -> CLIPConfig:

@@ -99,7 +99,8 @@ def checked(checkpoint: dict[str, Any], path: Source) -> dict[str, Any]:
     hparams, state = checkpoint.get("hyper_parameters"), checkpoint.get("state_dict")
     require(
         isinstance(hparams, Mapping) and isinstance(hparams.get("architecture"), Mapping) and isinstance(state, dict),
-        f"{path}: not a lit-clip checkpoint (it has no weights or names no architecture)",
+        f"{path}: not a lit-clip checkpoint (it has no weights or names no architecture); "
+        "weights of other programs open with model.pretrained",
     )
     with naming(path):
         try:

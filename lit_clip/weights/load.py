@@ -5,6 +5,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from lit_clip.tools.untrusted import filled, given
 from lit_clip.tools.weight_files import Source, checked_tensors, is_path, read_mapped
 from lit_clip.weights.checkpoints import check_base, check_lightnings_entries, checked
 from lit_clip.weights.fingerprint import weights_sha256
+from lit_clip.weights.open_clip_runs import architecture_by_shapes
 from lit_clip.weights.sources import LoRACheckpoint, Weights, check_same, open_weights
 
 DEFAULT_ARCHITECTURE = "ViT-B-32"
@@ -65,8 +67,8 @@ def load_model(
     """Load a trained or published model, ready to embed: on the CPU, float32, in evaluation mode.
 
     Args:
-        source: a checkpoint of ``lit-clip fit``; OpenAI's ``.pt``; open_clip's ``.bin``, ``.pt``, ``.safetensors`` or
-            a folder with ``open_clip_config.json``; a folder of Hugging Face's ``CLIPModel`` or ``SiglipModel``; a name
+        source: a checkpoint of ``lit-clip fit``; OpenAI's ``.pt``; open_clip's ``.bin``, ``.pt`` (with the
+            ``params.txt`` of its run beside it or above), ``.safetensors`` or a folder with ``open_clip_config.json``; a folder of Hugging Face's ``CLIPModel`` or ``SiglipModel``; a name
             ``org/name`` on the Hugging Face hub; ``model:tag`` of open_clip's registry; or ``model:file``.
         architecture: required if the file does not name its own; otherwise the two must agree. A name leaves the
             preprocessing to the weights.
@@ -90,15 +92,18 @@ def _load(
     above: tuple[Path, ...] = (),  # checkpoints of LoRAs whose base this is
 ) -> CLIP:
     expected = None if architecture is None else resolve_architecture(architecture)
-    weights = open_weights(source)
+    weights = open_weights(source, named=expected is not None)
     if weights.lora is not None:
         weights = _merged(weights, weights.lora, above)
 
-    stored = weights.config or expected  # where both are given they agree; the weights' also locates their tokenizer
+    state, tokenizer = _without_decoder(weights.state, weights.name), weights.tokenizer
+    # Where both are given they agree; the weights' also locates their tokenizer.
+    stored = weights.config or expected or architecture_by_shapes(state, partial(_fits, state), weights.name)
     if stored is None:
         raise InputError(
             f"{weights.name}: the weights do not name their model; put its name in front, as in "
-            f"{DEFAULT_ARCHITECTURE}:{weights.name} (lit-clip models lists the names), or pass an open_clip folder"
+            f"{DEFAULT_ARCHITECTURE}:{weights.name} (lit-clip models lists the names), or put the "
+            "params.txt of its open_clip run beside it"
         )
     wanted = resized(stored, image_size, context_length)
     if weights.config and expected:
@@ -107,7 +112,7 @@ def _load(
         # Both resized: a size passed beside an architecture may be part of it already.
         check_same(wanted, resized(expected, image_size, context_length), weights.name)
 
-    state, tokenizer = _without_decoder(_openai_names(weights.state, stored), weights.name), weights.tokenizer
+    state = _openai_names(state, stored)
     if wanted != stored:
         check_weights(_empty(stored), state, weights.name)
         state = resize_weights(state, stored, wanted)
@@ -200,6 +205,14 @@ def _empty(config: CLIPConfig, tokenizer: TextTokenizer | None = None) -> CLIP:
     """Create a model on the meta device: no memory for its weights."""
     with torch.device("meta"):
         return CLIP(config.without_pretrained(), tokenizer)
+
+
+def _fits(state: dict[str, Tensor], config: CLIPConfig) -> bool:
+    try:
+        check_weights(_empty(resolve_architecture(config)), _openai_names(state, config), "")
+    except InputError:
+        return False
+    return True
 
 
 def _filled(config: CLIPConfig, state: dict[str, Tensor], tokenizer: TextTokenizer | None, name: Source) -> CLIP:

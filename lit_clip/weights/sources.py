@@ -31,6 +31,7 @@ from lit_clip.weights import hub
 from lit_clip.weights.checkpoints import EMA_WEIGHTS, checked, checkpoint_tokenizer
 from lit_clip.weights.hugging_face import read_hugging_face_folder
 from lit_clip.weights.hugging_face_processor import read_json
+from lit_clip.weights.open_clip_runs import run_architecture
 
 HF_MODEL_CONFIG = "hf_model_config"  # beside model_cfg in our exports, where open_clip does not look
 
@@ -72,8 +73,12 @@ def check_same(theirs: CLIPConfig, ours: CLIPConfig, name: Source, hint: str = "
         raise InputError(f"{name} is of another architecture: {', '.join(wrong)}; {hint}")
 
 
-def open_weights(source: Source) -> Weights:
+def open_weights(source: Source, named: bool = False) -> Weights:
     """Find and read whatever :func:`lit_clip.load_model` accepts.
+
+    Args:
+        source: as there.
+        named: whether the architecture is known, which a file need not name then.
 
     Raises:
         InputError: the source does not exist, is unreadable, or contradicts the name in front of it.
@@ -83,15 +88,17 @@ def open_weights(source: Source) -> Weights:
     if path.is_dir():
         return _open_folder(path)
     if path.is_file():
-        return _open_file(path)
+        return _open_file(path, named)
     architecture, _, file = name.partition(":")
     if file and is_path(file):  # the file may not name its architecture
-        weights, named = _open_file(Path(file).expanduser()), resolve_architecture(architecture)
+        weights, config = _open_file(Path(file).expanduser(), named=True), resolve_architecture(architecture)
         if weights.config:
-            check_same(weights.config, named, file, f"leave out {architecture}:, the file names its own")
-        return dataclasses.replace(weights, config=named, name=name)
+            check_same(weights.config, config, weights.name, f"leave out {architecture}:, the file names its own")
+        else:
+            config.logit_bias |= "logit_bias" in weights.state  # open_clip's trainer can add one to any model
+        return dataclasses.replace(weights, config=config, name=name)
     if is_path(source):
-        return _open_file(path)
+        return _open_file(path, named)
     if name.startswith("hf-hub:") or ("/" in name and ":" not in name):
         return dataclasses.replace(_open_folder(hub.download(name.removeprefix("hf-hub:"))), name=name)
     if ":" in name:
@@ -154,7 +161,7 @@ def _open_clip_folder(folder: Path) -> Weights:
     return Weights(str(file), _tensors(read_file(file), file), config)
 
 
-def _open_file(path: Path) -> Weights:
+def _open_file(path: Path, named: bool) -> Weights:
     values = read_file(path)
     if "hyper_parameters" in values:
         return _open_checkpoint(checked(values, path), path)
@@ -162,8 +169,10 @@ def _open_file(path: Path) -> Weights:
         return Weights(str(path), _tensors(values, path), _open_clip_config(path.parent))
     state = _tensors(values, path)
     # OpenAI's archives, and state dicts of models loaded by OpenAI's code, hold their sizes beside the weights.
-    openai = "input_resolution" in state and "visual.conv1.weight" in state
-    return Weights(str(path), state, openai_architecture(state, path) if openai else None)
+    if "input_resolution" in state and "visual.conv1.weight" in state:
+        return Weights(str(path), state, openai_architecture(state, path))
+    config, origin = run_architecture(path, named) or (None, "")
+    return Weights(f"{path} ({origin})" if origin else str(path), state, config)
 
 
 def _open_checkpoint(checkpoint: dict[str, Any], path: Path) -> Weights:

@@ -9,7 +9,7 @@ MODULES = {
     "pairs": ("images", "tables", "coco", "parquet", "classes"),
     "stores": ("saved", "tars", "shard_index"),
     "features": ("feature_files", "feature_index", "score_files", "stored_rows"),
-    "weights": ("weight_files", "checkpoints", "open_clip_folders", "hugging_face_folders"),
+    "weights": ("weight_files", "checkpoints", "open_clip_folders", "open_clip_runs", "hugging_face_folders"),
     "settings": ("fit_yaml", "resumed_checkpoints"),
     "words": ("captions",),
     "evaluation": ("suites", "results", "annotations"),

@@ -8,15 +8,18 @@ import random
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from hypothesis import strategies as st
 
 from lit_clip import load_model
 from lit_clip.errors import InputError
+from lit_clip.models import open_clip_configs
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import (
     CLIPConfig,
@@ -251,7 +254,7 @@ def whole_folder(kind: str) -> dict[str, bytes]:
     model = tiny_model()
     if kind == "open_clip":
         with tempfile.TemporaryDirectory() as name:
-            write_open_clip(model, Path(name))
+            write_open_clip(CLIP(replace(TINY, preprocessing=Preprocessing(32, crop_pct=0.875))), Path(name))
             return {path.name: path.read_bytes() for path in sorted(Path(name).iterdir())}
     values, state = to_hugging_face(model)  # without the tokenizer, which needs a large vocabulary
     return {
@@ -282,7 +285,57 @@ def _read_folder(kind: str, folder: Path, given: Input) -> Iterator[str]:
     yield use(load_model(top))
 
 
+SETTINGS = {
+    **dict.fromkeys(("force_context_length", "force_image_size", "image_interpolation", "image_mean", "image_std"), ""),
+    **{"force_quick_gelu": "False", "image_resize_mode": "", "model": "tiny", "pretrained": "", "siglip": "False"},
+}
+ODD = (
+    *("True", "None", "[32, 32]", "64", "-1", "1e999", "[0.5, 0.5, 0.5]", "[NaN, 1, 1]", "squash", "random", "longest"),
+    *("[" * 60_000, "9" * 5000, "x" * 70_000, "../../secret", "\x00", "\u202e", "tiny-rn", "laion2b_s34b_b79k", "'"),
+    *(str(value) for value in HOSTILE),
+)
+
+
+@cache
+def run_files() -> dict[str, bytes]:
+    """Return a run of open_clip's trainer, as one that lists two tiny models writes it."""
+    params = "".join(f"{name}: {value}\n" for name, value in SETTINGS.items()).encode()
+    state = {f"module.{key}": value for key, value in tiny_model().state_dict().items()}
+    return {"params.txt": params, "epoch_1.pt": _saved({"epoch": 1, "name": "run", "state_dict": state})}
+
+
+def _with_settings(changes: list[tuple[str, str]]) -> Input:
+    return Input("params.txt", "".join(f"{k}: {v}\n" for k, v in (SETTINGS | dict(changes)).items()).encode())
+
+
+def run_inputs() -> Inputs:
+    changes = st.lists(st.tuples(st.sampled_from([*SETTINGS, "other"]), st.sampled_from(ODD)), min_size=1, max_size=3)
+    return st.one_of(st.builds(_with_settings, changes), damaged(run_files))
+
+
+@cache
+def _registry() -> Path:
+    """Write the list of models that takes the place of open_clip's, whose models have millions of weights."""
+    from lit_clip.weights.open_clip import open_clip_model
+
+    folder = Path(tempfile.mkdtemp())
+    for name, resnet in (("tiny", False), ("tiny-rn", True)):
+        (folder / f"{name}.json").write_text(json.dumps(open_clip_model(tiny_model(resnet))))
+    return folder
+
+
+def read_run(folder: Path, given: Input) -> Iterator[str]:
+    """Load a checkpoint of open_clip's trainer by its path, with the settings of its run above it."""
+    (folder / "run/checkpoints").mkdir(parents=True)
+    for name, data in {**run_files(), given.name: given.data}.items():
+        (folder / ("run" if name == "params.txt" else "run/checkpoints") / name).write_bytes(data)
+    with mock.patch.object(open_clip_configs, "configs_folder", _registry):
+        open_clip_configs.open_clip_names.cache_clear()
+        yield use(load_model(folder / "run/checkpoints/epoch_1.pt"))
+
+
 weight_files = Target(weight_inputs, read_weight_file, bytewise=True)
 checkpoints = Target(checkpoint_inputs, read_checkpoint_file)
+open_clip_runs = Target(run_inputs, read_run)
 open_clip_folders = Target(lambda: _folder_inputs("open_clip"), lambda *each: _read_folder("open_clip", *each))
 hugging_face_folders = Target(lambda: _folder_inputs("hugging_face"), lambda *each: _read_folder("hugging_face", *each))
