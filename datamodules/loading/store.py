@@ -1,4 +1,4 @@
-"""Read files from any store that fsspec knows (s3://, gs://, https://, hf://, ...), with retries."""
+"""Read files from stores (s3://, gs://, https://, hf://, ...) with retries, and no more of them than they have."""
 
 import math
 import os
@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote, urlsplit, urlunsplit
 
-from lit_clip.errors import BadSample, InputError, require
+from lit_clip.errors import AnswerTooLargeError, BadSample, InputError, require
+from lit_clip.tools import stores
+from lit_clip.tools.stores import AtMost, store_of
 
 T = TypeVar("T")
 
 ATTEMPTS = 3  # to reach a store that does not answer
-SILENT_SECONDS = 60.0  # after which a web server that sends nothing counts as one that does not answer
 LONGEST_WAIT = 60.0  # seconds between attempts, whatever the server asks for
 ABSENT = (404, 410)  # HTTP statuses that say that there is no such file; others say nothing about it
 VERSIONS = ("ETag", "etag", "blob_id", "LastModified", "Last-Modified", "last_modified", "mtime", "updated", "created")
@@ -35,23 +36,6 @@ def is_remote(url: str) -> bool:
     return "://" in url
 
 
-def store_of(url: str) -> tuple[Any, str]:
-    """Return the store and the path in it; fsspec keeps one store of each kind per process."""
-    import fsspec
-
-    options: dict[str, Any] = {}
-    if url.startswith(("http://", "https://")):
-        import aiohttp
-
-        # aiohttp's own limit is on the whole transfer, and a shard may take longer than that
-        silence = aiohttp.ClientTimeout(total=None, sock_connect=SILENT_SECONDS, sock_read=SILENT_SECONDS)
-        options["client_kwargs"] = {"timeout": silence}
-    try:
-        return fsspec.core.url_to_fs(url, **options)
-    except (ImportError, ValueError) as error:
-        raise InputError(f"{url}: {' '.join(str(error).split())}") from error
-
-
 def retry(url: str, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
     """Call a store again after a failure: a run of days sees some, and they are not the sample's fault.
 
@@ -60,13 +44,16 @@ def retry(url: str, function: Callable[..., T], *arguments: Any, **options: Any)
 
     Raises:
         FileNotFoundError: the file does not exist.
-        InputError: every attempt failed.
+        InputError: every attempt failed, or the answer was refused, of which the error then is.
     """
     for attempt in range(ATTEMPTS):
         try:
             return function(*arguments, **options)
         except Exception as error:  # every store has its own exceptions
             causes = list(_causes(error))
+            for refusal in causes:
+                if isinstance(refusal, InputError):
+                    raise type(refusal)(f"{url}: {refusal}") from error
             if _says_absent(causes):
                 raise FileNotFoundError(url) from error
             if attempt == ATTEMPTS - 1:
@@ -90,7 +77,7 @@ def _says_absent(causes: list[BaseException]) -> bool:
 def _reason(error: BaseException) -> str:
     status, words = getattr(error, "status", None), " ".join(str(getattr(error, "message", "") or error).split())
     if isinstance(error, TimeoutError):
-        return f"no answer for {SILENT_SECONDS:.0f} s"
+        return f"no answer for {stores.SILENT_SECONDS:.0f} s"
     return " ".join(filter(None, (f"HTTP {status}" if status else "", words[:200]))) or type(error).__name__
 
 
@@ -154,7 +141,7 @@ def fetch(url: str, stamp: Stamp, path: Path, before: Callable[[], None] = lambd
         part = path.with_suffix(".part")  # always the same name, so that a killed run leaves one at most
         store, remote = store_of(url)
         try:
-            retry(url, store.get_file, remote, str(part))
+            retry(url, lambda: store.get_file(remote, str(part), callback=AtMost(stamp.size)))
             received = part.stat().st_size
             require(
                 received == stamp.size,
@@ -214,7 +201,9 @@ class StoreFolder:
             data = retry(url, _read_start, store, path)
         except FileNotFoundError as error:
             raise BadSample(where, "missing image", f"no such image file: {url}") from error
-        if len(data) > MAX_IMAGE_BYTES:
+        except AnswerTooLargeError:
+            data = None
+        if data is None or len(data) > MAX_IMAGE_BYTES:
             detail = f"image {url} has more than {MAX_IMAGE_BYTES >> 20} MB; make it smaller or remove the row"
             raise BadSample(where, "image too large", detail)
         return data

@@ -16,6 +16,8 @@ from datamodules.pairs.source import NO_CAPTION, EncodedPair, LeftOut, Pair, Pai
 from lit_clip.errors import BadSample, InputError
 from lit_clip.tools.hashing import hash64
 from lit_clip.tools.images import CHECKED, check_images, open_image
+from lit_clip.tools.remote_names import is_relative
+from lit_clip.tools.untrusted import shortened
 
 compute: Any = pyarrow.compute  # its functions are defined at run time
 
@@ -54,7 +56,12 @@ class ColumnPairs(PairSource):
     Args:
         path: of the source, for messages.
         root: folder that relative image paths start from, on disk or in a store.
+
+    Attributes:
+        inside: whether the paths of images must stay inside that folder.
     """
+
+    inside = False
 
     def __init__(self, path: Path, root: Path | StoreFolder) -> None:
         self.path, self.root = path, root
@@ -145,6 +152,8 @@ class ColumnPairs(PairSource):
         if not isinstance(value, str) or not value.strip():
             raise BadSample(cells.where, "missing image", "no image; add a path or remove the row")
         key = value.strip()
+        if self.inside and not is_relative(key.removeprefix("./")):
+            raise BadSample(cells.where, "image outside", f"image {shortened(key)} is outside of the data set")
         return self.root.locate(key, cells.where) if isinstance(self.root, StoreFolder) else self.root / key, key
 
     def check(self) -> None:

@@ -5,7 +5,7 @@ Only file names and parquet files are used; a data set's card and scripts are no
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -15,11 +15,14 @@ from datamodules.pairs.columns import ColumnPairs
 from datamodules.pairs.parquet import open_parquet
 from datamodules.pairs.source import PairSource, SourceOptions, find_split
 from lit_clip.errors import InputError, require
+from lit_clip.tools.hub_client import first_line, guard_hub
+from lit_clip.tools.reading import naming
+from lit_clip.tools.remote_names import COMMIT, checked_commit, checked_relative
 
 CONVERTED = "refs/convert/parquet"  # where the hub puts its conversion of other formats
 DOWNLOADS = 4  # files at once
 SPLITS = ("train", "test", "validation", "valid", "val", "dev")
-COMMIT = re.compile(r"[0-9a-f]{40}")
+SHOWN = 20  # configurations in a message
 NAME = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?(:(?P<configuration>[\w.+ -]+))?")
 
 
@@ -36,6 +39,15 @@ class Listing(NamedTuple):
 
     commit: str
     files: list[str]
+
+    @classmethod
+    def checked(cls, commit: object, files: Iterable[object]) -> "Listing":
+        """Return a listing, which the hub or a file of a cache gives.
+
+        Raises:
+            InputError: the commit is none, or a file is outside of the repository.
+        """
+        return cls(checked_commit(commit), sorted(map(checked_relative, files)))
 
 
 def parse_hub_name(name: str) -> HubName | None:
@@ -58,7 +70,8 @@ def open_hub_data(name: str, parts: HubName, options: SourceOptions) -> PairSour
         InputError: no such data set, revision, configuration, split or column; no access or no network; no parquet
             files.
     """
-    commit, files = _list_files(name, parts, options.versions.get(name))
+    with naming(name):
+        commit, files = _list_files(name, parts, options.versions.get(name))
     files = _files_of_split(name, parts, files, options)
     paths = _download(name, parts.repository, commit, files)
     snapshot = str(paths[0]).removesuffix(files[0]).rstrip("/")
@@ -67,11 +80,13 @@ def open_hub_data(name: str, parts: HubName, options: SourceOptions) -> PairSour
     except InputError as error:
         raise InputError(str(error).replace(snapshot, name)) from error
     assert isinstance(source, ColumnPairs)
+    source.inside = True
     return source.copied_from(name, commit, snapshot)
 
 
 def _list_files(name: str, parts: HubName, commit: str | None) -> Listing:
-    wanted = commit or parts.revision
+    wanted = commit and checked_commit(commit)  # of a checkpoint
+    wanted = wanted or (parts.revision and checked_relative(parts.revision))
     for revision in [wanted] if wanted else ["main", CONVERTED]:
         listing = _list_revision(name, parts.repository, revision)
         if listing is not None and listing.files:
@@ -84,10 +99,12 @@ def _list_revision(name: str, repository: str, revision: str) -> Listing | None:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
+    guard_hub()
     if COMMIT.fullmatch(revision) and (known := _remembered(repository, revision)):
         return known
     try:
         info = HfApi().dataset_info(repository, revision=revision)
+        files = [sibling.rfilename for sibling in info.siblings or [] if sibling.rfilename.endswith(".parquet")]
     except RevisionNotFoundError as error:
         if revision == CONVERTED:
             return None
@@ -98,13 +115,12 @@ def _list_revision(name: str, repository: str, revision: str) -> Listing | None:
     except Exception as error:  # offline, or an error of the HTTP library, which huggingface_hub has changed
         known = _remembered(repository, revision) or _in_cache(repository, revision)
         if known is None and revision != CONVERTED:
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise InputError(
-                f"{name}: no such file or folder, and as a data set of the hub neither reachable nor cached ({reason})"
+                f"{name}: no such file or folder, and as a data set of the hub neither reachable nor cached "
+                f"({first_line(error)})"
             ) from error
         return known
-    names = [sibling.rfilename for sibling in info.siblings or []]
-    listing = Listing(str(info.sha), sorted(file for file in names if file.endswith(".parquet")))
+    listing = Listing.checked(info.sha, files)
     for key in {revision, listing.commit}:
         with writing_cached(_listing_file(repository, key)) as draft:
             draft.write_text(json.dumps(listing._asdict()), encoding="utf-8")
@@ -118,8 +134,8 @@ def _listing_file(repository: str, revision: str) -> Path:
 def _remembered(repository: str, revision: str) -> Listing | None:
     try:
         values = json.loads(_listing_file(repository, revision).read_text(encoding="utf-8"))
-        return Listing(str(values["commit"]), [str(file) for file in values["files"]])
-    except (OSError, ValueError, KeyError, TypeError):
+        return Listing.checked(values["commit"], values["files"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
@@ -130,9 +146,11 @@ def _in_cache(repository: str, revision: str) -> Listing | None:
     folder = Path(constants.HF_HUB_CACHE) / f"datasets--{repository.replace('/', '--')}"
     reference = folder / "refs" / revision
     commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
+    if not COMMIT.fullmatch(commit):
+        return None
     snapshot = folder / "snapshots" / commit
-    files = sorted(file.relative_to(snapshot).as_posix() for file in snapshot.rglob("*.parquet"))
-    return Listing(commit, files) if files else None
+    files = [file.relative_to(snapshot).as_posix() for file in snapshot.rglob("*.parquet")]
+    return Listing.checked(commit, files) if files else None
 
 
 def _files_of_split(name: str, parts: HubName, files: Sequence[str], options: SourceOptions) -> list[str]:
@@ -142,7 +160,7 @@ def _files_of_split(name: str, parts: HubName, files: Sequence[str], options: So
     if wanted not in found:
         problem = f"no configuration {wanted!r}" if parts.configuration else "it has several configurations"
         base = name.removesuffix(f":{parts.configuration}")
-        raise InputError(f"{name}: {problem}; it has {', '.join(found)}; give one, such as {base}:{found[0]}")
+        raise InputError(f"{name}: {problem}; it has {', '.join(found[:SHOWN])}; give one, such as {base}:{found[0]}")
     splits = [(split, file) for configuration, split, file in placed if configuration == wanted]
     split = find_split(name, list(dict.fromkeys(split for split, _ in splits)), options)
     chosen = [file for each, file in splits if each == split]
@@ -178,5 +196,4 @@ def _download(name: str, repository: str, commit: str, files: Sequence[str]) -> 
     except LocalEntryNotFoundError as error:
         raise InputError(f"{name}: the hub cannot be reached, and some of its files are not cached") from error
     except Exception as error:  # see above
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise InputError(f"{name}: cannot be downloaded from the hub ({reason})") from error
+        raise InputError(f"{name}: cannot be downloaded from the hub ({first_line(error)})") from error

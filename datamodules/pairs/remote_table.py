@@ -1,5 +1,6 @@
 """Tables in a store: downloaded once for each version; the images that they name stay in the store."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,8 +8,11 @@ from datamodules.loading.cache import default_cache_dir
 from datamodules.loading.store import fetch, stamp_of
 from datamodules.pairs.columns import ColumnPairs
 from datamodules.pairs.source import PairSource, SourceOptions
-from lit_clip.errors import InputError
+from lit_clip.errors import InputError, require
 from lit_clip.tools.hashing import hex_digest
+from lit_clip.tools.untrusted import shortened
+
+VERSION = re.compile(r"[0-9a-f]{24}")
 
 
 def url_suffix(url: str) -> str:
@@ -28,6 +32,7 @@ def fetch_table(url: str, version: str | None) -> tuple[Path, str]:
     """
     name = url.partition("?")[0].rpartition("/")[2]
     folder = default_cache_dir() / "remote-tables"
+    require(version is None or VERSION.fullmatch(version) is not None, f"{url}: {shortened(version)} is no version")
     if version is not None and (folder / version / name).is_file():
         return folder / version / name, version
     try:

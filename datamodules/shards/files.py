@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from datamodules.loading.store import Stamp, fetch, is_remote, retry, store_of
+from datamodules.loading.store import Stamp, fetch, is_remote, retry
 from datamodules.shards.index import (
     INDEX_SUFFIX,
     MappedIndex,
@@ -20,9 +20,10 @@ from datamodules.shards.index import (
     scan_shard,
     write_index,
 )
-from lit_clip.errors import InputError, require
+from lit_clip.errors import AnswerTooLargeError, InputError, require
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.hashing import hex_digest
+from lit_clip.tools.stores import store_of
 
 OPEN_AT_ONCE = 32  # shards in each process
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -117,6 +118,7 @@ class ShardFolder:
         """Return the file for a shard; a changed shard gets another one."""
         digest = hex_digest([url, *stamp])[:24]
         name = url.partition("?")[0].rpartition("/")[2].removesuffix(".tar")
+        name = re.sub(r"[^\w.-]", "_", name, flags=re.ASCII)[:100]  # a listing may give it
         return self.folder / f"{digest}-{name}.tar"
 
     def open(self, url: str, stamp: Stamp) -> BinaryIO:
@@ -259,9 +261,10 @@ class OpenShard:
         if self._file is not None:
             return os.pread(self._file.fileno(), size, offset)
         store, path = store_of(self.url)
-        data = retry(self.url, store.cat_file, path, start=offset, end=offset + size)
-        require(len(data) <= size, f"{self.url}: the server cannot send parts of a file; set cache_gb above 0")
-        return data
+        try:
+            return retry(self.url, store.cat_file, path, start=offset, end=offset + size)
+        except AnswerTooLargeError as error:
+            raise InputError(f"{self.url}: the server cannot send parts of a file; set cache_gb above 0") from error
 
     def close(self) -> None:
         """Close the file."""

@@ -90,6 +90,9 @@ def search(
     for query in queries:
         named = bool(Path(query).suffix) and os.path.isfile(query)
         require(not named, f"{query}: is a file, and would be searched for as a text; put it after --image")
+    for each in image or []:  # before the model, which may have to be downloaded
+        require(not os.path.isdir(each), f"--image {each}: is a folder; name an image")
+        require(os.path.exists(each), f"--image {each}: no such image file")
     require(top_k >= 1, f"--top_k {top_k} must be at least 1")
     require(index is None or index.endswith(".npz"), f"--index {index}: must be a .npz file")
     page = Path(sheet)

@@ -26,7 +26,11 @@ from lit_clip.evaluation.tasks import used_splits
 from lit_clip.tools.atomic import make_folder, not_written
 from lit_clip.tools.console import size_in_bytes, stderr
 from lit_clip.tools.hashing import hash64
+from lit_clip.tools.hub_client import first_line, guard_hub
+from lit_clip.tools.reading import naming
+from lit_clip.tools.remote_names import checked_commit, checked_path
 from lit_clip.tools.transfers import Checksum, Transfer, fetch, lacking, size_on_server
+from lit_clip.tools.untrusted import shortened
 
 try:
     import fcntl
@@ -225,21 +229,25 @@ def _of_hub(plan: _Plan, name: str) -> list[Transfer]:
     from huggingface_hub import HfApi, hf_hub_url
     from huggingface_hub.utils import build_hf_headers
 
+    guard_hub()
     try:
         info = HfApi().dataset_info(name, revision="main", files_metadata=True)
+        files = [file for file in info.siblings or [] if not file.rfilename.startswith(".")]
     except Exception as error:  # offline, gated, no such data set, or an error of the HTTP library
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise InputError(f"{name}: cannot be downloaded from the hub ({reason})") from error
+        raise InputError(f"{name}: cannot be downloaded from the hub ({first_line(error)})") from error
     transfers = []
-    for file in info.siblings or []:
-        folder, slash, _ = file.rfilename.partition("/")
-        if (slash and folder not in plan.splits) or file.rfilename.startswith("."):
-            continue
-        path = plan.content / file.rfilename
-        require(path.resolve().is_relative_to(plan.content), f"{name}: {file.rfilename} would be outside of its folder")
-        checksum = Checksum("sha256", file.lfs.sha256) if file.lfs else Checksum("git", str(file.blob_id))
-        url = hf_hub_url(name, file.rfilename, repo_type="dataset", revision=info.sha)
-        transfers.append(Transfer(url, path, file.size, checksum, headers=build_hf_headers()))
+    with naming(name):
+        commit = checked_commit(info.sha)
+        for file in files:
+            folder, slash, _ = file.rfilename.partition("/")
+            if slash and folder not in plan.splits:
+                continue
+            path = checked_path(plan.content, file.rfilename)
+            known = file.size is None or (type(file.size) is int and file.size >= 0)
+            require(known, f"the size {shortened(file.size)} of {file.rfilename} is no number of bytes")
+            checksum = Checksum("sha256", file.lfs.sha256) if file.lfs else Checksum("git", str(file.blob_id))
+            url = hf_hub_url(name, file.rfilename, repo_type="dataset", revision=commit)
+            transfers.append(Transfer(url, path, file.size, checksum, headers=build_hf_headers()))
     require(bool(transfers), f"{name}: no files of {', '.join(sorted(plan.splits))} on the hub")
     return _missing(plan, transfers)
 

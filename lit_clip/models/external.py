@@ -21,6 +21,7 @@ from lit_clip.models.packing import length_groups
 from lit_clip.models.timm_hub import timm_hub_weights
 from lit_clip.models.transformer import check_images, is_traced
 from lit_clip.tools.hardware import to_device
+from lit_clip.tools.hub_client import guard_hub
 from lit_clip.tools.reading import reason
 from lit_clip.tools.weight_files import read_tensors
 
@@ -105,6 +106,7 @@ def _trunk(config: TimmConfig, classes: int) -> nn.Module:
         options["global_pool"] = config.pool
     if cfg.fixed_input_size:  # a vision transformer: the position embedding depends on the size
         options["img_size"] = size
+    guard_hub()
     try:
         timms = config.pretrained is True and config.model is None
         trunk = timm.create_model(name, timms, num_classes=classes, **{**from_hub, **options})
@@ -205,6 +207,7 @@ def _creating(where: str) -> Iterator[None]:
 def _pretrained(auto: Any, config: HuggingFaceTextConfig, hf_config: Any) -> Any:
     """Load a model with all its weights from the source; none may be left random."""
     where = f"architecture.text: {config.hugging_face}"
+    guard_hub()
     try:  # in float32, whatever they are stored in
         model, loaded = auto.from_pretrained(
             config.hugging_face,

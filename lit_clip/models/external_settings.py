@@ -14,6 +14,7 @@ from lit_clip.errors import InputError, require
 from lit_clip.models.config import CLIPConfig, HuggingFaceTextConfig, Preprocessing, TimmConfig, height_width
 from lit_clip.models.custom_config import CustomImageConfig, CustomTextConfig
 from lit_clip.models.timm_hub import timm_hub_model
+from lit_clip.tools.hub_client import guard_hub
 from lit_clip.tools.reading import LONGEST_REASON
 
 _WITH_KERNELS = ("mra", "rwkv", "yoso")  # models of transformers
@@ -133,6 +134,7 @@ def hugging_face_config(source: str) -> dict[str, Any]:
     """
     from transformers import AutoConfig
 
+    guard_hub()
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # damaged or foreign files raise anything

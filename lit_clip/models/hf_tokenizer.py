@@ -11,6 +11,7 @@ from torch import Tensor
 from lit_clip.errors import InputError
 from lit_clip.models.config import HuggingFaceTokenizerConfig
 from lit_clip.models.tokenizer import TextTokenizer, repaired
+from lit_clip.tools.hub_client import guard_hub
 from lit_clip.tools.reading import reason
 
 _NO_PUNCTUATION = str.maketrans("_", " ", string.punctuation.replace("_", ""))
@@ -110,6 +111,7 @@ def from_source(
     """
     from transformers import AutoTokenizer  # takes seconds
 
+    guard_hub()
     where = f"architecture.text: the tokenizer at {config.source!r}"
     try:
         loaded: Any = AutoTokenizer.from_pretrained(config.source, trust_remote_code=False)

@@ -7,7 +7,9 @@ from typing import Any
 
 from lit_clip.errors import InputError, require
 from lit_clip.models.external_config import HUB, check_timm_options
+from lit_clip.tools.hub_client import guard_hub
 from lit_clip.tools.reading import reading, reason
+from lit_clip.tools.remote_names import checked_relative
 from lit_clip.tools.untrusted import check_names_nothing
 
 # What of timm's ``pretrained_cfg`` is about images and names of weights; the rest says where the weights are.
@@ -77,8 +79,11 @@ def timm_hub_weights(name: str) -> Path:
 def _download(name: str, file: str) -> Path:
     from huggingface_hub import hf_hub_download  # takes seconds
 
+    guard_hub()
     repository, _, revision = name.removeprefix(HUB).partition("@")
     try:
+        if revision:
+            checked_relative(revision)  # a checkpoint may give the name
         return Path(hf_hub_download(repository, file, revision=revision or None))
     except Exception as error:  # no such repository or file, no network, a name that is none
         raise InputError(

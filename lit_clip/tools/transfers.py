@@ -121,11 +121,14 @@ def _continue(transfer: Transfer, part: Path) -> None:
         if transfer.size not in (None, expected):  # such as the page of a login, instead of the file
             raise ValueError(f"the server sends {expected:,} bytes instead of {transfer.size:,}")
         named = response.headers["ETag"] or response.headers["Last-Modified"]
-        version.write_text(named, encoding="utf-8") if named else version.unlink(missing_ok=True)
+        usable = named and named.isprintable()  # it becomes a header
+        version.write_text(named, encoding="utf-8") if usable else version.unlink(missing_ok=True)
         title = f"{transfer.path.name} ({size_in_bytes(expected)})" if expected is not None else transfer.path.name
         with part.open("ab" if start else "wb") as file, progress(title, (expected or 0) // CHUNK) as advance:
             advance(start // CHUNK)
             while chunk := response.read(CHUNK):
+                if expected is not None and file.tell() + len(chunk) > expected:
+                    raise ValueError(f"the server sends more than {expected:,} bytes")
                 file.write(chunk)
                 advance(len(chunk) / CHUNK)
     size = part.stat().st_size

@@ -10,6 +10,8 @@ from typing import Any, Literal
 from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig
 from lit_clip.models.registry import resolve_architecture
+from lit_clip.tools.hub_client import first_line, guard_hub
+from lit_clip.tools.remote_names import checked_commit
 
 # Files that a model needs beside its weights.
 _SMALL = [
@@ -25,10 +27,12 @@ def download(name: str) -> Path:
         InputError: no such model, no network, or no weights in a known file.
     """
     from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError
 
+    guard_hub()
     try:
         folder = Path(snapshot_download(name, allow_patterns=_SMALL))
+        checked_commit(folder.name)  # without a network it is what a file of the cache says
         if next(folder.glob("*.index.json"), None) is not None and not (folder / "open_clip_config.json").exists():
             return Path(snapshot_download(name, allow_patterns=["*.safetensors"]))
         for weights in OPEN_CLIP_WEIGHTS:
@@ -37,9 +41,10 @@ def download(name: str) -> Path:
             except EntryNotFoundError:  # includes LocalEntryNotFoundError: not in the cache
                 continue
             return folder
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise InputError(f"{name}: no such file or folder, and not available from the hub ({reason})") from error
+    except Exception as error:  # no network, no such name, or whatever a malformed answer leads to
+        raise InputError(
+            f"{name}: no such file or folder, and not available from the hub ({first_line(error)})"
+        ) from error
     raise InputError(f"{name}: has none of {', '.join(OPEN_CLIP_WEIGHTS)} on the hub")
 
 
@@ -52,6 +57,7 @@ def download_tag(name: str) -> tuple[Path, CLIPConfig]:
         InputError: no such model or tag, or no network.
     """
     model, _, tag = name.partition(":")
+    guard_hub()
     from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
 
     cfg: dict[str, Any] = get_pretrained_cfg(model, tag)
@@ -62,9 +68,8 @@ def download_tag(name: str) -> tuple[Path, CLIPConfig]:
     config = tagged(resolve_architecture(model), cfg)
     try:
         return Path(download_pretrained(cfg)), config
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise InputError(f"{name}: cannot be downloaded ({reason})") from error
+    except Exception as error:
+        raise InputError(f"{name}: cannot be downloaded ({first_line(error)})") from error
 
 
 def tagged(config: CLIPConfig, cfg: dict[str, Any]) -> CLIPConfig:

@@ -3,14 +3,13 @@
 import dataclasses
 import os
 import warnings
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import torch
 from torch import Tensor
 
@@ -23,7 +22,8 @@ from lit_clip.models.lora import LoRA, add_lora, merge_lora
 from lit_clip.models.registry import resolve_architecture
 from lit_clip.models.resize import resize_weights, resized
 from lit_clip.models.tokenizer import TextTokenizer
-from lit_clip.tools.reading import reading
+from lit_clip.tools.reading import naming, reading
+from lit_clip.tools.stores import store_of
 from lit_clip.tools.untrusted import filled, given
 from lit_clip.tools.weight_files import Source, checked_tensors, is_path, read_mapped
 from lit_clip.weights.checkpoints import check_base, check_lightnings_entries, checked
@@ -267,12 +267,20 @@ def check_before_loading(source: Any) -> None:
     if isinstance(source, str | os.PathLike) and "://" not in str(source):
         checkpoint, name = read_mapped(Path(source)), str(source)
     else:
-        opened: Any = nullcontext(source) if hasattr(source, "read") else fsspec.open(str(source), "rb")
-        name = str(getattr(source, "name", "checkpoint") if hasattr(source, "read") else source)
-        with opened as file, reading(name, "checkpoint"):
+        is_open = hasattr(source, "read")
+        name = str(getattr(source, "name", "checkpoint") if is_open else source)
+        opened: Any = nullcontext(source) if is_open else _opened(name)
+        with naming(name), reading(name, "checkpoint"), opened as file:
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
             file.seek(0)
     check_fits(checked(checkpoint, name), name)
+
+
+@contextmanager
+def _opened(address: str) -> Iterator[Any]:
+    store, path = store_of(address)
+    with store.open(path, "rb") as file:
+        yield file
 
 
 def check_fits(checkpoint: dict[str, Any], name: Source) -> None:

@@ -289,3 +289,18 @@ def test_invalid_arguments_are_named_and_nothing_is_written(
         run_command(["search", *words, "--model", str(tiny_checkpoint), "--num_workers", "0"])
     assert (folder / "photos/a.png").read_bytes() == image
     assert not (folder / "search.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        ("photos", "--image photos: is a folder; name an image"),
+        ("absent.png", "--image absent.png: no such image file"),
+    ],
+)
+def test_an_image_is_looked_at_before_a_model_is_downloaded(
+    folder: Path, image: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_clip.weights.hub.download", lambda name: pytest.fail("downloads"))
+    with pytest.raises(InputError, match=f"^{message}$"):
+        run_command(["search", "photos", "--image", image, "--model", "nobody/nothing", "--num_workers", "0"])

@@ -3,11 +3,13 @@
 import errno
 import hashlib
 import io
+import re
 import shutil
 import tarfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from email.message import Message
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -81,6 +83,52 @@ def test_missing_set_of_the_hub_is_downloaded_with_the_splits_that_are_wanted(
     hub.requests.clear()
     assert download_missing({"digits": wds}, data) == {}
     assert hub.requests == []
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"rfilename": "test/\0.tar"}, "is not a plain one inside its folder"),
+        ({"rfilename": "test/\ud800.tar"}, "is not a plain one inside its folder"),
+        ({"rfilename": "test/../../x.tar"}, "is not a plain one inside its folder"),
+        ({"rfilename": f"test/{'x' * 300}.tar"}, "is not a plain one inside its folder"),
+        ({"size": "12"}, "the size '12' of .* is no number of bytes"),
+        ({"size": -1}, "the size -1 of .* is no number of bytes"),
+        ({"size": [1]}, "is no number of bytes"),
+        ({"rfilename": 5}, "cannot be downloaded from the hub"),
+        ({"lfs": 5}, "cannot be downloaded from the hub"),
+    ],
+)
+def test_hostile_listing_is_one_line(
+    hub: Hub, wds: SuiteEntry, tmp_path: Path, values: dict[str, Any], problem: str
+) -> None:
+    hub.described = lambda listing: {**listing, "siblings": [{**each, **values} for each in listing["siblings"]]}
+    reason = download_missing({"digits": wds}, tmp_path / "data")["digits"]
+    assert re.fullmatch(f"{NAME}: .*{problem}.*", reason)
+    assert list((tmp_path / "data").rglob("*")) == []
+
+
+@pytest.mark.parametrize("commit", ["../../../x", None, 5, "main"])
+def test_hostile_commit_is_one_line(hub: Hub, wds: SuiteEntry, tmp_path: Path, commit: object) -> None:
+    hub.described = lambda listing: {**listing, "sha": commit}
+    assert "is not a hash of 40 digits" in download_missing({"digits": wds}, tmp_path / "data")["digits"]
+
+
+def test_file_that_is_longer_than_listed_ends_at_its_size(
+    hub: Hub, wds: SuiteEntry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Endless(io.BytesIO):
+        status, headers, read_bytes = 200, Message(), 0
+
+        def read(self, size: int | None = -1) -> bytes:
+            type(self).read_bytes += 1 << 20
+            return bytes(1 << 20) if self.read_bytes < 300 << 20 else b""
+
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: Endless())
+    path = tmp_path / "file"
+    with pytest.raises(InputError, match="the server sends more than 1,000 bytes"):
+        fetch(Transfer("https://host/file", path, 1000, None), path)
+    assert Endless.read_bytes < 3 << 20
 
 
 def with_splits(wds: SuiteEntry, **splits: dict[str, Any]) -> SuiteEntry:

@@ -211,9 +211,9 @@ def _lead(settings: Settings) -> None:
     if settings.store_timeout is not None:
         import aiohttp
 
-        from datamodules.loading import store
+        from lit_clip.tools import stores
 
-        store.SILENT_SECONDS = settings.store_timeout  # pyright: ignore
+        stores.SILENT_SECONDS = settings.store_timeout  # pyright: ignore
         aiohttp.client.DEFAULT_TIMEOUT = aiohttp.ClientTimeout(total=settings.store_timeout)
     if settings.clock is not None:
         clock.follow_clock(settings.clock)

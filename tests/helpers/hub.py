@@ -52,6 +52,8 @@ class Hub:
         writers: token -> the organizations in which it may write.
         stored: content uploaded with Git LFS, by SHA-256.
         on_upload: called when such content arrives, before it is stored.
+        headers: sent with every file, in place of the hub's own.
+        described: changes a description or a list of files before it is sent.
     """
 
     url: str
@@ -63,6 +65,8 @@ class Hub:
     writers: dict[str, set[str]] = field(default_factory=dict)
     stored: dict[str, bytes] = field(default_factory=dict)
     on_upload: Callable[[], None] = lambda: None
+    headers: dict[str, str] = field(default_factory=dict)
+    described: Callable[[Any], Any] = lambda values: values
 
 
 Answer = tuple[int, bytes, dict[str, str]]  # status, body and headers
@@ -117,6 +121,15 @@ def _answer(repositories: Mapping[str, Repository], path: str) -> Answer:
     body = files[match[3]]
     tag = f'"{hashlib.sha256(body).hexdigest()}"'
     return 200, body, {"ETag": tag, "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+
+
+def _as_told(hub: Hub, path: str, status: int, body: bytes, headers: dict[str, str]) -> Answer:
+    """Return the answer with what the test wants to be different."""
+    if status == 200:
+        body = hub.wrong.get(path.rpartition("/")[2], body)
+    if path.startswith("/api/") and status == 200:
+        body = json.dumps(hub.described(json.loads(body))).encode()
+    return status, body, headers | (hub.headers if "/resolve/" in path else {})
 
 
 def _received(hub: Hub, path: str, body: bytes, token: str) -> Answer:
@@ -196,10 +209,8 @@ def running_hub() -> Iterator[Hub]:
 
         def do_GET(self) -> None:
             path = unquote(self.path.partition("?")[0])
-            status, body, headers = _answer(repositories, path)
+            status, body, headers = _as_told(hub, path, *_answer(repositories, path))
             file = path.rpartition("/")[2]
-            if status == 200:
-                body = hub.wrong.get(file, body)
             part = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
             version = self.headers.get("If-Range")
             if part is not None and status == 200 and version in (None, headers.get("ETag")):

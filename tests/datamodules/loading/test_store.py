@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from datamodules.loading import store
 from datamodules.loading.store import StoreFolder
 from datamodules.shards.pairs import ShardOptions, TarPairs
 from lit_clip.errors import BadSample, InputError
@@ -51,7 +50,7 @@ class Handler(BaseHTTPRequestHandler):
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     waited: list[float] = []
     monkeypatch.setattr("datamodules.loading.store.time.sleep", waited.append)
-    monkeypatch.setattr(store, "SILENT_SECONDS", 0.5)
+    monkeypatch.setattr("lit_clip.tools.stores.SILENT_SECONDS", 0.5)
     return waited
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,7 +22,7 @@ from datamodules.open_source import open_source
 from datamodules.pairs.hub import parse_hub_name
 from lit_clip import LitCLIP
 from lit_clip.batch import CaptionBatch
-from lit_clip.errors import InputError
+from lit_clip.errors import BadSample, InputError
 from lit_clip.models.config import CLIPConfig, Preprocessing, TextTransformerConfig, VisionTransformerConfig
 from tests.helpers.hub import Hub, Repository, running_hub
 
@@ -154,6 +155,37 @@ def test_mistakes_are_one_line(hub: Hub) -> None:
     assert "is gated; accept its terms on its page on the hub and set HF_TOKEN" in message(
         "jxie/flickr8k", default_split="train"
     )
+
+
+@pytest.mark.parametrize("root", [None, "images", "memory://images"])
+@pytest.mark.parametrize("column", ["texts", "structs"])
+def test_images_are_inside_of_the_data_set(hub: Hub, root: str | None, column: str, tmp_path: Path) -> None:
+    """Parquet of the hub may name images in place of holding them, of the folder that its user gives."""
+    Path("images").mkdir()
+    Path("images/a.png").write_bytes(png(1))
+    Path("outside.png").write_bytes(png(2))
+    fsspec.filesystem("memory").pipe("/images/a.png", png(1))
+    names = [
+        "./a.png",
+        "a.png",
+        "../outside.png",
+        str(tmp_path / "work/outside.png"),
+        "b/../../outside.png",
+        "/dev/zero",
+    ]
+    images = names if column == "texts" else [{"bytes": None, "path": name} for name in names]
+    file = io.BytesIO()
+    pq.write_table(pa.table({"image": images, "caption": ["text"] * len(names)}), file)
+    hub.repositories["a/b"] = Repository()
+    hub.repositories["a/b"].push({"train.parquet": file.getvalue()})
+    source = open_source("a/b", root=root)
+    for row in range(2):
+        if root is not None:
+            assert source.read(row).image == png(1)
+    for row in range(2, len(names)):
+        for read in (source.read, lambda row: source.load(row, None), source.image_identity):
+            with pytest.raises(BadSample, match=rf"a/b/train.parquet row {row}: .* is outside of the data set"):
+                read(row)
 
 
 @pytest.mark.parametrize("name", ["photos/captions.csv", "photos/a.tar", "none", "/owner/name", "../a/b", "here/b"])
