@@ -69,7 +69,7 @@ $(BIN)/.demo: $(BIN)/.installed
 	@touch $@
 
 test-demo: $(BIN)/.demo  ## Run the tests of the demo's page with gradio, and with Chromium if there is one
-	@$(BIN)/python -m pytest tests/commands/test_demo.py
+	@$(BIN)/python -m pytest tests/commands/test_demo.py tests/commands/test_demo_limits.py
 
 $(BIN)/.notebooks: $(BIN)/.installed
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[notebooks]'

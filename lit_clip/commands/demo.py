@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lit_clip import load_model
 from lit_clip.commands.classify import class_probabilities
+from lit_clip.commands.demo_limits import MOST_BYTES, Limits
 from lit_clip.commands.search import Searched, encode_queries, search_in, small_image
 from lit_clip.embedding.encode import EncodingSettings
 from lit_clip.embedding.image_files import images_in
@@ -32,8 +33,9 @@ from lit_clip.tools.html import plural
 from lit_clip.tools.images import OnError, open_image
 
 SHOWN = 512  # pixels of the longer side of an image found; nothing larger leaves this machine
-MOST_PROMPTS, MOST_IMAGES = 100_000, 200  # that a click encodes, and shows
-LOOPBACK = ("127.0.0.1", "localhost")
+MOST_PROMPTS, LONGEST_PROMPT, MOST_IMAGES = 10_000, 1_000, 200  # that a click encodes, in characters, and shows
+QUEUE, WAITING = {"concurrency_id": "model", "concurrency_limit": 4}, 64  # a slow request leaves room for others
+MOST_CONNECTIONS = 256
 # The browser loads nothing from elsewhere, whatever a version of gradio or a text on the page would have it load.
 OWN_CONTENT = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
@@ -68,7 +70,8 @@ def demo(
     Args:
         model: a checkpoint, or a name that lit_clip.load_model understands.
         images: a folder, searched with everything below. The first time it is encoded, as by lit-clip search.
-        host: address to listen on; 0.0.0.0 lets everybody in the network use the page and see the folder's images.
+        host: address to listen on; 0.0.0.0 lets everybody in the network use the page and see the folder's images,
+            by this machine's addresses or its name.
         port: to listen on; 0 for any that is free.
         index: the index of the folder, a .npz file; by default .lit-clip-index.npz in the folder.
         on_error: error ends the command at an image of the folder that cannot be read; skip lists it in a file
@@ -82,8 +85,9 @@ def demo(
     with _listening(host, port) as listening, TemporaryDirectory(prefix="lit-clip-demo-") as uploads:
         clip = load_model(model)
         searched = search_in(clip, folder, files, index, EncodingSettings(on_error=on_error)) if folder else None
-        os.environ.update(QUIET, GRADIO_TEMP_DIR=uploads)  # gradio reads them when it is imported and used
-        app = web_app(Trial(clip.to(best_device()), searched), model, host)
+        stored = Path(uploads).resolve()
+        os.environ.update(QUIET, GRADIO_TEMP_DIR=str(stored))  # gradio reads them when it is imported and used
+        app = web_app(Trial(clip.to(best_device()), searched), model, stored, host)
         shown = f"[{host}]" if ":" in host else host
         stderr().print(f"demo: http://{shown}:{listening.getsockname()[1]} (Ctrl-C ends it)")
         _serve(app, listening)
@@ -110,14 +114,19 @@ class Trial:
             templates: prompt templates, one a line; or ``imagenet``, the paper's 80.
 
         Raises:
-            InputError: no image or one that cannot be read, too few classes, or a template without ``{}``.
+            InputError: no image or one that cannot be read, too few classes, a template without ``{}``, or too many
+                prompts or too long ones.
         """
         require(image is not None, "no image: drop one, or click to choose a file")
         classes = list(dict.fromkeys(_words(names.replace(",", "\n"))))
         prompts = imagenet_templates() if templates.strip() == IMAGENET else _words(templates)
         least = 2 if self.model.logit_bias is None else 1
         require(len(classes) >= least, f"class names: {len(classes)}; type at least {least}, with commas between them")
-        require(len(classes) * len(prompts) <= MOST_PROMPTS, f"class names and templates: more than {MOST_PROMPTS:,}")
+        count, longest = len(classes) * len(prompts), max(map(len, classes))
+        length = max((len(prompt) + prompt.count("{}") * longest for prompt in prompts), default=0)
+        where = "class names and templates"
+        require(count <= MOST_PROMPTS, f"{where}: {count:,} prompts; at most {MOST_PROMPTS:,}")
+        require(length <= LONGEST_PROMPT, f"{where}: a prompt of {length:,} characters; at most {LONGEST_PROMPT:,}")
         check_templates(prompts, "prompt templates")
         features = self.model.encode([open_image(Path(str(image)), "the image")]).to(self.model.device)
         with torch.inference_mode():
@@ -131,10 +140,11 @@ class Trial:
         """Return the images of the folder that best match a text, small, with their names and cosines.
 
         Raises:
-            InputError: no text.
+            InputError: no text, or one that is too long.
         """
         assert self.searched is not None
         require(bool(text.strip()), "nothing to search for: type a sentence")
+        require(len(text) <= LONGEST_PROMPT, f"sentence: {len(text):,} characters; at most {LONGEST_PROMPT:,}")
         query = encode_queries(self.model, [text], [])
         scores, rows = (
             part[0].tolist() for part in nearest(self.searched.features, query, min(max(1, count), MOST_IMAGES))
@@ -153,16 +163,17 @@ def _words(text: str) -> list[str]:
     return [" ".join(line.split()) for line in text.splitlines() if line.strip()]
 
 
-def web_app(trial: Trial, name: str, host: str = "127.0.0.1") -> Any:
-    """Return the page and its API, ``/classify`` and ``/search``, as a FastAPI application.
+def web_app(trial: Trial, name: str, uploads: Path, host: str = "127.0.0.1") -> Limits:
+    """Return the page and its API, ``/classify`` and ``/search``, as an ASGI application.
 
     No file is served but those that the page's users upload, and the small images found.
 
     Args:
         trial: what it does.
         name: of the model, for the title.
-        host: as listened on; on this machine's own address, other names of it are refused, so that no page of the
-            internet can have its own name point here and read the answers.
+        uploads: folder for both, as ``GRADIO_TEMP_DIR``.
+        host: as listened on; other names are refused, so that no page of the internet can have its own name point
+            here and read the answers.
     """
     # Not import statements: the type checker runs without the extra too.
     gr, fastapi = import_module("gradio"), import_module("fastapi")
@@ -177,12 +188,13 @@ def web_app(trial: Trial, name: str, host: str = "127.0.0.1") -> Any:
         with gr.Tab("Classify"):
             _classify_tab(gr, trial)
     app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    if host in LOOPBACK:
-        trusted = import_module("starlette.middleware.trustedhost").TrustedHostMiddleware
-        app.add_middleware(trusted, allowed_hosts=list(LOOPBACK))
-    options = {"ssr_mode": False, "mcp_server": False, "enable_monitoring": False, "pwa": False}
+    options = {"ssr_mode": False, "mcp_server": False, "enable_monitoring": False, "pwa": False, "show_error": False}
+    options |= {"footer_links": [], "max_file_size": MOST_BYTES}  # which the browser checks
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    return gr.mount_gradio_app(app, blocks, "/", footer_links=[], theme=theme, css=CSS, **options)
+    gr.mount_gradio_app(app, blocks.queue(max_size=WAITING), "/", theme=theme, css=CSS, **options)
+    functions = blocks.config["dependencies"]
+    inputs = {each[key]: len(each["inputs"]) for each in functions for key in ("id", "api_name")}
+    return Limits(app, uploads, host, inputs)
 
 
 def _classify_tab(gr: Any, trial: Trial) -> None:
@@ -203,7 +215,7 @@ def _classify_tab(gr: Any, trial: Trial) -> None:
             each = "" if trial.model.logit_bias is None else " of each class by itself"
             label = gr.Label(num_top_classes=10, label=f"Probability{each}")
     classify = _shown(gr, trial.classify)
-    options = {"inputs": [image, names, templates], "outputs": label, "concurrency_id": "model"}
+    options = {"inputs": [image, names, templates], "outputs": label, **QUEUE}
     gr.on([button.click, names.submit], classify, api_name="classify", **options)
     # Dropping the next image is enough; the first comes before the names.
     image.upload(lambda *typed: classify(*typed) if typed[1].strip() else None, api_name=False, **options)
@@ -216,7 +228,7 @@ def _search_tab(gr: Any, trial: Trial) -> None:
     button = gr.Button("Search", variant="primary")
     found = gr.Gallery(show_label=False, elem_id="found", object_fit="contain", format="jpeg", buttons=[])
     events = [button.click, text.submit]
-    gr.on(events, _shown(gr, trial.search), [text, count], found, api_name="search", concurrency_id="model")
+    gr.on(events, _shown(gr, trial.search), [text, count], found, api_name="search", **QUEUE)
 
 
 def _shown(gr: Any, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -251,7 +263,8 @@ def _serve(app: Any, listening: socket.socket) -> None:
     """Answer until Ctrl-C or SIGTERM."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was uploaded is removed then too
     uvicorn = import_module("uvicorn")
-    headers = [("Content-Security-Policy", OWN_CONTENT)]
-    config = uvicorn.Config(app, log_level="warning", headers=headers, timeout_graceful_shutdown=1)
+    headers = [("Content-Security-Policy", OWN_CONTENT), ("X-Content-Type-Options", "nosniff")]
+    options = {"limit_concurrency": MOST_CONNECTIONS, "timeout_graceful_shutdown": 1, "ws": "none"}
+    config = uvicorn.Config(app, log_level="warning", headers=headers, **options)
     with suppress(KeyboardInterrupt):  # uvicorn raises it again after it has ended
         uvicorn.Server(config).run(sockets=[listening])

@@ -1,0 +1,26 @@
+"""The demo that tests of its page and of its limits ask."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lit_clip.embedding.index import INDEX
+from tests.helpers.demo import running
+
+
+@pytest.fixture(scope="session")
+def served(
+    drawings: tuple[Path, Path, list[str]], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[int, Path]]:
+    """The port of a running demo, and the folder of its images."""
+    pytest.importorskip("gradio", reason="the extra demo is not installed")
+    folder = tmp_path_factory.mktemp("demo") / "photos"
+    shutil.copytree(drawings[1], folder)
+    (folder / "notes.txt").write_text("a secret")
+    with running(drawings[0], folder.parent, "--images", str(folder)) as (port, lines):
+        assert any("index: 0 images unchanged, 64 new" in line for line in lines)
+        yield port, folder
+    assert [path.name for path in folder.parent.glob("*")] == ["photos"]
+    assert (folder / INDEX).is_file()

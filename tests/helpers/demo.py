@@ -1,0 +1,84 @@
+"""A running ``lit-clip demo``, and the HTTP that its page and others speak to it."""
+
+import io
+import json
+import os
+import re
+import signal
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from tests.conftest import ROOT
+
+Answer = tuple[int, bytes, dict[str, str]]
+
+
+@contextmanager
+def running(checkpoint: Path, folder: Path, *options: str) -> Iterator[tuple[int, list[str]]]:
+    """Run a demo; give its port and what it printed until it served. At its end it has printed no traceback."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(folder), "IN_THE_ENVIRONMENT": "a secret"}
+    environment |= {f"{name}_PROXY": "http://127.0.0.1:9" for name in ("HTTP", "HTTPS", "ALL")}  # nothing is fetched
+    words = ["-m", "lit_clip", "demo", "--model", str(checkpoint), "--port", "0", *options]
+    with subprocess.Popen([sys.executable, *words], env=environment, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            if found := re.match(r"demo: http://\S+:(\d+) \(Ctrl-C ends it\)", line):
+                break
+        else:
+            raise AssertionError("".join(lines))
+        yield int(found[1]), lines
+        process.send_signal(signal.SIGTERM)
+        assert "Traceback" not in process.stderr.read()
+        assert process.wait(timeout=60) == 0
+
+
+def ask(port: int, method: str, path: str, body: bytes | None = None, **headers: str) -> Answer:
+    connection = HTTPConnection("127.0.0.1", port, timeout=120)
+    connection.request(method, path, body, {"Host": f"127.0.0.1:{port}", **headers})
+    answer = connection.getresponse()
+    return answer.status, answer.read(), dict(answer.getheaders())
+
+
+def get(port: int, path: str, host: str = "127.0.0.1") -> Answer:
+    return ask(port, "GET", path, Host=f"{host}:{port}")
+
+
+def post(port: int, path: str, value: Any, **headers: str) -> Answer:
+    body = value if isinstance(value, bytes) else json.dumps(value).encode()
+    return ask(port, "POST", f"/gradio_api/{path}", body, **{"Content-Type": "application/json", **headers})
+
+
+def upload(port: int, content: bytes, name: str = "a.png") -> Answer:
+    head = f'--x\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n\r\n'.encode()
+    form = {"Content-Type": "multipart/form-data; boundary=x"}
+    return ask(port, "POST", "/gradio_api/upload", head + content + b"\r\n--x--\r\n", **form)
+
+
+def answered(port: int, name: str, data: list[Any]) -> bytes:
+    """Return what the page is told about a call: of its result, or why it is refused."""
+    status, body, _ = post(port, f"call/{name}", {"data": data})
+    return get(port, f"/gradio_api/call/{name}/{json.loads(body)['event_id']}")[1] if status == 200 else body
+
+
+def png(width: int, height: int) -> bytes:
+    """Return a picture that is all zeros and much smaller than its pixels."""
+    file = io.BytesIO()
+    Image.new("1", (1, 1)).save(file, "png")
+    head = b"IHDR" + struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    data = file.getvalue()
+    return data[:8] + struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head)) + data[33:]
+
+
+def file_data(path: Any, **more: Any) -> dict[str, Any]:
+    return {"path": path, "meta": {"_type": "gradio.FileData"}, **more}
