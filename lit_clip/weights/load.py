@@ -68,8 +68,9 @@ def load_model(
 
     Args:
         source: a checkpoint of ``lit-clip fit``; OpenAI's ``.pt``; open_clip's ``.bin``, ``.pt`` (with the
-            ``params.txt`` of its run beside it or above), ``.safetensors`` or a folder with ``open_clip_config.json``; a folder of Hugging Face's ``CLIPModel`` or ``SiglipModel``; a name
-            ``org/name`` on the Hugging Face hub; ``model:tag`` of open_clip's registry; or ``model:file``.
+            ``params.txt`` of its run beside it or above), ``.safetensors`` or a folder with ``open_clip_config.json``;
+            a folder of Hugging Face's ``CLIPModel`` or ``SiglipModel``; a name ``org/name`` on the Hugging Face hub;
+            ``model:tag`` of open_clip's registry; or ``model:file``.
         architecture: required if the file does not name its own; otherwise the two must agree. A name leaves the
             preprocessing to the weights.
         image_size: overrides the weights'; the position embedding is interpolated (bicubic, antialiased).
