@@ -143,7 +143,11 @@ def source_of(model: str) -> ExportedSource:
     """Return the name as given, and the SHA-256 of the file or of a folder's largest file."""
     path = Path(model)
     if not path.exists():
-        return ExportedSource(model, None)
+        architecture, _, file = model.partition(":")
+        if not file or not is_path(file):
+            return ExportedSource(model, None)
+        name, sha256 = source_of(str(Path(file).expanduser()))
+        return ExportedSource(f"{architecture}:{name}", sha256)
     inside = [file for file in path.iterdir() if file.is_file()] if path.is_dir() else [path]
     weights = max(inside, key=lambda file: file.stat().st_size)
     name = weights.name if path.is_file() else f"{path.resolve().name}/{weights.name}"

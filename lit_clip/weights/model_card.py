@@ -1,6 +1,7 @@
 """The README.md of exported weights: facts, and how to open them."""
 
 import json
+from pathlib import Path
 from typing import NamedTuple
 
 import yaml
@@ -8,6 +9,7 @@ import yaml
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import HuggingFaceTextConfig
 from lit_clip.models.preprocess import resize_size
+from lit_clip.tools.weight_files import is_path
 from lit_clip.version import __version__
 from lit_clip.weights.export import Parity
 from lit_clip.weights.hugging_face import hugging_face_kind
@@ -127,6 +129,9 @@ def model_card(
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     config = json.loads(json.dumps(model.config.to_dict()))  # tuples as lists
     config["text"].pop("model", None)  # pages long, and in the exported configuration too
+    for part in (config["text"], config["text"].get("tokenizer") or {}):
+        for key in {"hugging_face", "source"} & part.keys():
+            part[key] = Path(part[key]).name if is_path(part[key]) else part[key]  # a folder of this machine
     title = repository.rpartition("/")[2] if repository else name
     usage, notes = _usage(model, format, name, repository), _notes(model, format)
     parts = [

@@ -11,6 +11,7 @@ import regex
 import torch
 from open_clip.tokenizer import SimpleTokenizer
 
+from lit_clip import create_model
 from lit_clip.errors import InputError
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
@@ -127,6 +128,25 @@ def test_special_tokens_inside_a_text_have_openais_ids(openai_tokenizer: SimpleT
     differ = [text for text, a, b in zip(texts, ours, theirs, strict=True) if not torch.equal(a, b)]
     assert differ == []
     assert (ours[:, 1:] == SOT_ID).any(dim=1).sum() > 50  # some texts contain special tokens
+
+
+def test_open_clips_spelling_of_the_special_tokens_is_ordinary_text_as_in_openais_code(
+    openai_tokenizer: SimpleTokenizer, open_clip_tokenizer: SimpleTokenizer
+) -> None:
+    spellings = ["<start_of_text>", "<end_of_text>", "<END_of_text>", "&lt;end_of_text&gt;"]
+    texts = [text for text in random_texts(500, seed=2, extra=spellings * 10) if "|" not in text]
+    ours = tokenize(texts)
+    assert torch.equal(ours, openai_tokenizer(texts))
+    assert ((ours == EOT_ID).sum(dim=1) == 1).all()  # the one that ends the text
+    assert ((open_clip_tokenizer(texts) == EOT_ID).sum(dim=1) > 1).sum() > 50
+
+
+def test_a_special_token_written_in_a_text_shortens_that_text_and_does_nothing_else() -> None:
+    model = create_model("RN-tiny-64").eval()
+    with torch.no_grad():
+        whole = model.encode_text(model.tokenize(["a dog <|endoftext|> on a hill", "a cat"]))
+        short = model.encode_text(model.tokenize(["a dog", "a cat"]))
+    torch.testing.assert_close(whole, short, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("context_length", [2, 3, 16])

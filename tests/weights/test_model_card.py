@@ -1,7 +1,9 @@
 """The model card states facts, and its code gives the model's features."""
 
 import ast
+import dataclasses
 import hashlib
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,10 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from lit_clip.commands.export import export
-from lit_clip.models.config import CLIPConfig
+from lit_clip.models.config import CLIPConfig, HuggingFaceTokenizerConfig
+from lit_clip.weights.export import Parity, onnx_facts
 from tests.helpers.exports import TEXTS, checkpoint
+from tests.weights.test_export import word_tokenizer
 
 pytestmark = pytest.mark.usefixtures("offline")
 
@@ -91,3 +95,24 @@ def test_without_a_licence_the_card_says_unknown(tmp_path: Path, tiny_config: CL
     card = (tmp_path / "out/README.md").read_text()
     assert "| licence of the weights | unknown |" in card
     assert "license:" not in card
+
+
+def test_the_card_and_the_facts_name_no_folder_of_this_machine(
+    tmp_path: Path, tiny_config: CLIPConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "private/bert"
+    size = word_tokenizer(folder, ["[PAD]", "<unk>", "[CLS]", "[SEP]"], "[CLS] $A [SEP]")
+    source = HuggingFaceTokenizerConfig(str(folder))
+    text = dataclasses.replace(tiny_config.text, tokenizer=source, vocab_size=size, causal=False)
+    ours = checkpoint(dataclasses.replace(tiny_config, text=text), tmp_path / "private/last.ckpt")
+    named = f"ViT-B-32:{tmp_path / 'private/last.ckpt'}"
+    with monkeypatch.context() as patch:  # a file that does not name its model
+        patch.setattr("lit_clip.commands.export.load_model", lambda model: ours)
+        patch.setattr("lit_clip.commands.export.write_checked", lambda *_: Parity(0.0, 0.0, 0.0, True))
+        export(named, format="onnx", output=str(tmp_path / "out"))
+    card = (tmp_path / "out/README.md").read_text()
+    assert "private" not in card
+    digest = hashlib.sha256((tmp_path / "private/last.ckpt").read_bytes()).hexdigest()
+    assert f"`ViT-B-32:last.ckpt`, SHA-256 `{digest}`" in card
+    assert "source: bert" in card
+    assert str(tmp_path) not in json.dumps(onnx_facts(ours))
