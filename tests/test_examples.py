@@ -1,13 +1,20 @@
 """Every file of examples/ does what its first lines say, and a class in it can be named on the command line."""
 
 import ast
+import contextlib
+import http.client
+import json
 import os
 import shlex
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -156,3 +163,47 @@ def test_resume_saves_at_sigterm_and_not_at_ctrl_c(signum: int, saves: bool, run
     assert ("saved step" in out.read_text(encoding="utf-8") + err.read_text(encoding="utf-8")) == saves
     batches = torch.load(last, weights_only=True)["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     assert saves or batches["is_last_batch"]
+
+
+def test_serve_answers_with_probabilities_and_refuses_what_is_too_large(
+    run: Run, tmp_path: Path, overfitted: tuple[Path, Path], caption_table: Path
+) -> None:
+    """A real server over HTTP; ``run`` has copied the example."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    words = [sys.executable, "serve.py", str(overfitted[0]), str(port)]
+    server = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    data = first_image(caption_table).read_bytes()
+
+    def answer(query: str, body: bytes) -> tuple[int, dict[str, Any]]:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.request("POST", f"/?{query}", body)
+        response = connection.getresponse()
+        return response.status, json.loads(response.read())
+
+    try:
+        for _ in range(600):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                break
+            assert server.poll() is None
+            time.sleep(0.1)
+        model, names = lit_clip.load_model(overfitted[0]), ["tiger", "pizza", "the sea"]
+        texts = [f"a photo of a {name}." for name in names]
+        expected = (model.logit_scale.exp() * model.similarity(first_image(caption_table), texts)[0]).softmax(0)
+        status, found = answer("name=tiger&name=pizza&name=the%20sea", data)
+        assert (status, list(found)) == (200, names)
+        assert [*found.values()] == pytest.approx(expected.tolist(), abs=1e-5)
+        for query, body in (
+            ("name=tiger", b"no image"),
+            ("", data),
+            (f"name={'x' * 201}", data),
+            ("&".join(["name=x"] * 101), data),
+            ("name=tiger", b"x" * 10_000_001),
+        ):
+            with contextlib.suppress(ConnectionError):  # a body that is too large is not read to its end
+                status, found = answer(query, body)
+                assert (status, list(found)) == (400, ["error"])
+        assert answer("name=tiger", data) == (200, {"tiger": 1.0})
+    finally:
+        server.kill()
+        server.wait()

@@ -314,24 +314,26 @@ def run_inputs() -> Inputs:
 
 
 @cache
-def _registry() -> Path:
-    """Write the list of models that takes the place of open_clip's, whose models have millions of weights."""
+def _listed() -> dict[str, str]:
+    """Return the list of models that takes the place of open_clip's, whose models have millions of weights."""
     from lit_clip.weights.open_clip import open_clip_model
 
-    folder = Path(tempfile.mkdtemp())
-    for name, resnet in (("tiny", False), ("tiny-rn", True)):
-        (folder / f"{name}.json").write_text(json.dumps(open_clip_model(tiny_model(resnet))))
-    return folder
+    models = {"tiny": tiny_model(), "tiny-rn": tiny_model(resnet=True)}
+    return {f"{name}.json": json.dumps(open_clip_model(model)) for name, model in models.items()}
 
 
 def read_run(folder: Path, given: Input) -> Iterator[str]:
     """Load a checkpoint of open_clip's trainer by its path, with the settings of its run above it."""
-    (folder / "run/checkpoints").mkdir(parents=True)
+    run, models = folder / "run", folder / "models"
+    (run / "checkpoints").mkdir(parents=True)
+    models.mkdir()
+    for name, model in _listed().items():
+        (models / name).write_text(model)
     for name, data in {**run_files(), given.name: given.data}.items():
-        (folder / ("run" if name == "params.txt" else "run/checkpoints") / name).write_bytes(data)
-    with mock.patch.object(open_clip_configs, "configs_folder", _registry):
+        (run / name if name == "params.txt" else run / "checkpoints" / name).write_bytes(data)
+    with mock.patch.object(open_clip_configs, "configs_folder", return_value=models):
         open_clip_configs.open_clip_names.cache_clear()
-        yield use(load_model(folder / "run/checkpoints/epoch_1.pt"))
+        yield use(load_model(run / "checkpoints/epoch_1.pt"))
 
 
 weight_files = Target(weight_inputs, read_weight_file, bytewise=True)
