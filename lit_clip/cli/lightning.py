@@ -2,11 +2,12 @@
 
 import sys
 from argparse import ArgumentError
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
+import yaml
 from jsonargparse import set_parsing_settings
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningDataModule, Trainer
@@ -18,11 +19,12 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_clip.cli.argument_types import register_types
+from lit_clip.cli.callback_options import Typed, callbacks_option, take_options
 from lit_clip.cli.configurations import configuration, differences, evaluated
 from lit_clip.cli.imports import check_not_imported_by, command_words, import_encoders
 from lit_clip.cli.loggers import check_loggers, logger_errors
 from lit_clip.cli.packaged_defaults import use_packaged_defaults
-from lit_clip.cli.plain_help import PlainHelp, section_help, short_help
+from lit_clip.cli.plain_help import PlainHelp, print_section_help, short_help
 from lit_clip.cli.run_folders import run_folders
 from lit_clip.cli.save_config import SaveConfig
 from lit_clip.cli.words import (
@@ -106,7 +108,9 @@ class CLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse with this priority: typed options, YAML files, the settings in ``--ckpt_path``, defaults."""
         args = command_words(sys.argv[1:])[1] if args is None else args
-        words = args if isinstance(args, list) else []
+        words, of_callbacks = take_options(args if isinstance(args, list) else [])
+        if isinstance(args, list):  # a configuration is printed with all options
+            args = [word for word in words if not of_callbacks or not word.startswith("--print_config")]
         subcommand = next((word for word in words if word in getattr(self, "_subcommand_parsers", ())), None)
         import_encoders(words, sections(words, subcommand))
         check_encoder_options(words, subcommand)
@@ -124,10 +128,7 @@ class CLI(LightningCLI):
             known.set_defaults({"model": {"class_path": named, "init_args": defaults}})
         else:
             known.set_defaults({f"model.{name}": value for name, value in defaults.items()})
-        asked = section_help(known, words)
-        if asked:
-            sys.stdout.write(asked)
-            sys.exit(0)
+        print_section_help(known, words)
         if subcommand in ("validate", "test"):
             known.set_defaults(verbose=False)  # our table shows it, with the baselines
         try:
@@ -149,11 +150,23 @@ class CLI(LightningCLI):
             raise InputError(
                 f"{option}: the --config files name no data module; put --data datamodules.Captions before it"
             ) from error
-        if subcommand and path in NEWEST:
+        if subcommand:
+            self._complete_settings(parser, words, subcommand, of_callbacks)
+
+    def _complete_settings(
+        self, parser: LightningArgumentParser, words: list[str], subcommand: str, of_callbacks: Sequence[Typed]
+    ) -> None:
+        """Parse again with the named options of callbacks, or the newest checkpoint; leave out what that replaces."""
+        known, path = self._subcommand_parsers[subcommand], checkpoint_path(words, subcommand)
+        if of_callbacks:
+            callbacks = yaml.safe_load(known.dump(self.config[subcommand], skip_none=False))["trainer"]["callbacks"]
+            self.parse_arguments(parser, [*words, callbacks_option(callbacks, of_callbacks, _default_callbacks())])
+            return
+        if path in NEWEST:
             found = self._newest(known, subcommand, path)
             self.parse_arguments(parser, [*words, "--ckpt_path", str(found) if found else "null"])
             return
-        model = _model_of(self.config[subcommand]) if subcommand else {}
+        model = _model_of(self.config[subcommand])
         if path and not model.get("lora"):
             model["pretrained"] = None  # the checkpoint replaces every weight
 

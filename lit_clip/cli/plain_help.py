@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import sys
 import textwrap
 from argparse import SUPPRESS, Action
 from collections.abc import Iterable, Sequence
@@ -66,8 +67,8 @@ def _line(action: Action, width: int) -> str:
     return f"{names}  {textwrap.shorten(first, max(20, width - len(names) - 2), placeholder=' ...')}".rstrip()
 
 
-def section_help(parser: Any, words: Sequence[str]) -> str | None:
-    """Return the complete help of the options below the first ``--OPTION.help`` that is no option itself, if any.
+def print_section_help(parser: Any, words: Sequence[str]) -> None:
+    """Print the complete help of the options below the first ``--OPTION.help`` that is no option itself, and exit.
 
     Args:
         parser: of a command.
@@ -82,8 +83,8 @@ def section_help(parser: Any, words: Sequence[str]) -> str | None:
             section._action_groups = [
                 SimpleNamespace(title=asked.removeprefix("--"), description=None, _group_actions=actions)
             ]
-            return section.format_help()
-    return None
+            sys.stdout.write(section.format_help())
+            sys.exit(0)
 
 
 def _below(names: Iterable[str], asked: str) -> bool:

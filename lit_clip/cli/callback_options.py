@@ -1,0 +1,109 @@
+"""Options of one callback of several: ``--trainer.callbacks.EMA.decay 0.9``, or ``ModelCheckpoint.2`` of two.
+
+The parser knows only the options of the callback that was typed last. Others are set in the list that it has read.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from difflib import get_close_matches
+from typing import Any, NamedTuple
+
+import yaml
+
+from lit_clip.errors import InputError, require
+from lit_clip.tools.messages import parameters
+from lit_clip.tools.parts import qualified_name
+
+PREFIX = "--trainer.callbacks"
+
+
+class Typed(NamedTuple):
+    """An option of a callback as typed.
+
+    Attributes:
+        option: such as ``--trainer.callbacks.EMA.decay``.
+        value: what follows it.
+    """
+
+    option: str
+    value: str
+
+
+def take_options(words: Sequence[str]) -> tuple[list[str], list[Typed]]:
+    """Take the options that name their callback, or follow no typed callback, from a command line's words."""
+    rest, taken, typed = [], [], False
+    remaining = iter(words)
+    for word in remaining:
+        option, equals, value = word.partition("=")
+        typed |= option in (PREFIX, f"{PREFIX}+")
+        inner = option.removeprefix(f"{PREFIX}.")
+        if inner == option or option.endswith(".help") or (typed and not inner[:1].isupper()):
+            rest.append(word)
+        else:
+            taken.append(Typed(option, value if equals else next(remaining, "")))
+    return rest, taken
+
+
+def callbacks_option(callbacks: Any, options: Sequence[Typed], defaults: Callable[[], Sequence[Any]]) -> str:
+    """Return the option that gives a configuration's callbacks the options that were taken.
+
+    Args:
+        callbacks: ``trainer.callbacks`` as plain values.
+        options: from :func:`take_options`.
+        defaults: returns the callbacks that every run has; one is added if an option names it.
+
+    Raises:
+        InputError: an option names no callback, several, or nothing that its callback has.
+    """
+    listed = callbacks if isinstance(callbacks, list) else [] if callbacks is None else [callbacks]
+    listed = [deepcopy(dict(each)) if isinstance(each, Mapping) else {"class_path": str(each)} for each in listed]
+    present, others = (
+        {_name(each) for each in listed},
+        [{"class_path": qualified_name(type(one))} for one in defaults()],
+    )
+    every = [*listed, *(each for each in others if _name(each) not in present)]
+    names = _numbered([_name(each) for each in every])
+    for option, value in options:
+        number, keys = _find(option, names, every, len(listed))
+        if every[number] not in listed:
+            listed.append(every[number])
+        settings = every[number].setdefault("init_args", {})
+        for key in keys[:-1]:
+            settings = settings.setdefault(key, {})
+        settings[keys[-1]] = yaml.safe_load(value)
+    return f"{PREFIX}={json.dumps(listed)}"
+
+
+def _find(option: str, names: list[str], every: list[dict[str, Any]], own: int) -> tuple[int, list[str]]:
+    """Return the number of the callback that an option names, and the keys below its arguments."""
+    typed = option.removeprefix(f"{PREFIX}.")
+    if not typed[:1].isupper() and own == 1:
+        typed = f"{names[0]}.{typed}"
+    number = next((i for i, name in enumerate(names) if typed.startswith(f"{name}.")), None)
+    if number is None:
+        last = typed.rpartition(".")[2]
+        having = [name for name, each in zip(names, every, strict=True) if last in parameters(each["class_path"])]
+        near = get_close_matches(typed.rpartition(".")[0], names, n=1) if typed[:1].isupper() else having[:3]
+        right = " or ".join(f"{PREFIX}.{name}.{last}" for name in near or having[:3])
+        hint = f"; did you mean {right}?" if right else ""
+        raise InputError(f"{option}: names none of the callbacks, which are {', '.join(names)}{hint}")
+    keys, known = typed.removeprefix(f"{names[number]}.").split("."), parameters(every[number]["class_path"])
+    near = get_close_matches(keys[0], known, n=1)
+    require(
+        keys[0] in known or not known,
+        f"{option}: {names[number]} has no such option; there are {', '.join(known)}"
+        + (f"; did you mean {near[0]}?" if near else ""),
+    )
+    return number, keys
+
+
+def _numbered(names: list[str]) -> list[str]:
+    """Return names of which each is there once: those of several callbacks of one class get a number, from 1."""
+    total = Counter(names)
+    return [f"{name}.{names[: i + 1].count(name)}" if total[name] > 1 else name for i, name in enumerate(names)]
+
+
+def _name(callback: Mapping[str, Any]) -> str:
+    return callback["class_path"].rpartition(".")[2]

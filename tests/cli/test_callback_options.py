@@ -1,0 +1,91 @@
+"""Options of one callback of several, by the name of its class."""
+
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
+
+import pytest
+import yaml
+
+from lit_clip.cli.callback_options import PREFIX, Typed, callbacks_option, take_options
+from lit_clip.errors import InputError
+from tests.cli.test_configurations import WORDS
+
+KEEPER = "lightning.pytorch.callbacks.ModelCheckpoint"
+LISTED = [
+    {"class_path": "callbacks.EMA", "init_args": {"decay": 0.99}},
+    {"class_path": KEEPER, "init_args": {"filename": "last"}},
+    "callbacks.PatchDropout",
+    {"class_path": KEEPER, "init_args": {"filename": "best"}},
+]
+
+
+class NonFiniteSteps:
+    """Stands for a callback that every run has."""
+
+
+def result(callbacks: Any, *words: str) -> list[dict[str, Any]]:
+    rest, taken = take_options(words)
+    assert rest == []
+    option, _, value = callbacks_option(callbacks, taken, lambda: [NonFiniteSteps()]).partition("=")
+    assert option == PREFIX
+    return yaml.safe_load(value)
+
+
+def test_an_option_reaches_the_callback_that_it_names_and_leaves_the_others() -> None:
+    words = [f"{PREFIX}.EMA.decay", "0.9", f"{PREFIX}.ModelCheckpoint.2.filename=newest", f"{PREFIX}.EMA.start_step=3"]
+    first, second, third, fourth = result(LISTED, *words)
+    assert first["init_args"] == {"decay": 0.9, "start_step": 3}
+    assert [second["init_args"]["filename"], fourth["init_args"]["filename"]] == ["last", "newest"]
+    assert third == {"class_path": "callbacks.PatchDropout"}
+    assert result(LISTED[0], f"{PREFIX}.decay", "0.5")[0]["init_args"] == {"decay": 0.5}  # the only one
+    (added,) = result(None, f"{PREFIX}.NonFiniteSteps.policy.after", "3")
+    assert added["init_args"] == {"policy": {"after": 3}}
+
+
+def test_options_that_follow_a_typed_callback_stay_the_parsers() -> None:
+    words = [f"{PREFIX}.EMA.decay=1", f"{PREFIX}+=callbacks.EMA", f"{PREFIX}.decay", "0.9", f"{PREFIX}.help", "EMA"]
+    assert take_options(["fit", *words]) == (["fit", *words[1:]], [Typed(f"{PREFIX}.EMA.decay", "1")])
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "option", "message"),
+    [
+        (LISTED, "decay", "names none of the callbacks, which are EMA, ModelCheckpoint.1, PatchDropout, ModelCheck"),
+        (LISTED, "decay", rf"did you mean {PREFIX}.EMA.decay\?$"),
+        (LISTED, "EMAs.decay", rf"{PREFIX}.EMAs.decay: names none .*; did you mean {PREFIX}.EMA.decay\?$"),
+        (LISTED, "filename", rf"did you mean {PREFIX}.ModelCheckpoint.1.filename or {PREFIX}.ModelCheckpoint.2.file"),
+        (LISTED, "ModelCheckpoint.filename", r"did you mean --trainer.callbacks.ModelCheckpoint.\d.filename\?$"),
+        (LISTED, "EMA.decy", r"EMA has no such option; there are decay, start_step; did you mean decay\?$"),
+        (None, "share", "names none of the callbacks, which are NonFiniteSteps$"),
+    ],
+)
+def test_an_option_that_names_no_callback_or_several_is_one_line_with_candidates(
+    callbacks: Any, option: str, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        result(callbacks, f"{PREFIX}.{option}", "0.9")
+
+
+def test_options_reach_callbacks_of_configs_and_defaults_and_are_saved(
+    cli: Callable[..., CompletedProcess[str]], caption_table: Path, tmp_path: Path
+) -> None:
+    config = tmp_path / "two.yaml"
+    config.write_text(yaml.safe_dump({"trainer": {"callbacks": LISTED[:2]}}), encoding="utf-8")
+    words = [word for word in WORDS if "--trainer.callbacks+" not in word]
+    data = ["--data.train", str(caption_table), "--data.val", str(caption_table), "--config", str(config)]
+    options = [f"{PREFIX}.EMA.decay", "0.5", f"{PREFIX}.NonFiniteSteps.policy=skip"]
+    more = [f"{PREFIX}+=callbacks.SimilarityMatrix", f"{PREFIX}.pairs", "3"]
+    run = cli("fit", *words, *data, *more, *options)
+    assert run.returncode == 0, run.stderr
+    saved = yaml.safe_load((tmp_path / "runs/mine/version_0/fit_config.yaml").read_text(encoding="utf-8"))
+    found = {each["class_path"].rpartition(".")[2]: each["init_args"] for each in saved["trainer"]["callbacks"]}
+    assert list(found) == ["EMA", "ModelCheckpoint", "SimilarityMatrix", "NonFiniteSteps"]
+    assert (found["EMA"]["decay"], found["SimilarityMatrix"]["pairs"]) == (0.5, 3)
+    assert found["NonFiniteSteps"]["policy"] == "skip"
+    refused = cli("fit", *words, *data, f"{PREFIX}.decay", "0.5")
+    assert refused.returncode == 2
+    assert f"{PREFIX}.decay: names none of the callbacks, which are EMA, ModelCheckpoint, Pre" in refused.stderr
+    wrong = cli("fit", *words, *data, f"{PREFIX}.EMA.decay", "much")
+    assert "callbacks.EMA': decay: wants float, not much" in wrong.stderr
