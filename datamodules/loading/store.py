@@ -203,6 +203,8 @@ class StoreFolder:
             raise BadSample(where, "missing image", f"no such image file: {url}") from error
         except AnswerTooLargeError:
             data = None
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
         if data is None or len(data) > MAX_IMAGE_BYTES:
             detail = f"image {url} has more than {MAX_IMAGE_BYTES >> 20} MB; make it smaller or remove the row"
             raise BadSample(where, "image too large", detail)

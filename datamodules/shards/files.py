@@ -34,7 +34,7 @@ def expand_urls(urls: str | Sequence[str]) -> list[str]:
 
     Args:
         urls: ``x.tar``, ``shards/{000..099}.tar``, ``shards/*.tar``, a folder of .tar files, or a list of these; each
-            may be a URL that fsspec knows (a folder's URL ends with ``/``).
+            may be an address in a store (a folder's URL ends with ``/``).
 
     Raises:
         InputError: no shard, a shard named twice, or a compressed one.

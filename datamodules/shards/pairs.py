@@ -105,7 +105,7 @@ class TarPairs(PairSource):
     beside it as ``x.tar.index.arrow``, or in the cache folder where that is not writable; a changed shard is indexed
     again. Opening shards that have an index reads nothing else.
 
-    Shards in a store (any URL that fsspec knows) are fetched whole when their first sample is read, and kept in the
+    Shards in a store are fetched whole when their first sample is read, and kept in the
     cache folder up to a limit. A store that does not answer is tried three times and then ends the run: its samples are
     not bad samples.
 

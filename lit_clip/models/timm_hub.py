@@ -8,7 +8,7 @@ from typing import Any
 from lit_clip.errors import InputError, require
 from lit_clip.models.external_config import HUB, check_timm_options
 from lit_clip.tools.hub_client import guard_hub
-from lit_clip.tools.reading import reading, reason
+from lit_clip.tools.reading import naming, reading, reason
 from lit_clip.tools.remote_names import checked_relative
 from lit_clip.tools.untrusted import check_names_nothing
 
@@ -34,7 +34,7 @@ def timm_hub_model(name: str) -> dict[str, Any]:
         InputError: it is not available, is no timm model, or has an argument that loads something.
     """
     file = _download(name, "config.json")
-    with reading(file, "configuration of a timm model"):
+    with naming(name), reading(file, "configuration of a timm model"):
         values = json.loads(file.read_text(encoding="utf-8"))
         require(isinstance(values, Mapping) and isinstance(values.get("architecture"), str), "names no architecture")
         check_names_nothing(values, "config.json")

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
-from lit_clip.errors import require
+from lit_clip.errors import InputError, require
 from lit_clip.tools.reading import LONGEST_REASON
 from lit_clip.tools.remote_names import SHA256, TAG, checked_commit
 from lit_clip.tools.untrusted import shortened
@@ -87,7 +87,9 @@ def _read(response: Any) -> None:
     for chunk in response.iter_bytes():
         chunks.append(chunk)
         size += len(chunk)
-        require(size <= MOST, f"the hub's answer has more than {MOST >> 20} MB")
+        if size > MOST:
+            chunks.clear()  # which the error's traceback would keep
+            raise InputError(f"the hub's answer has more than {MOST >> 20} MB")
     response._content = b"".join(chunks)
 
 

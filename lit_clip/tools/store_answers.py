@@ -39,6 +39,7 @@ class BoundedAnswer(aiohttp.ClientResponse):
             chunks.append(chunk)
             size += len(chunk)
             if size > most:
+                chunks.clear()  # which the error's traceback would keep
                 raise AnswerTooLargeError(f"the server sends more than {most:,} bytes")
         return b"".join(chunks)
 

@@ -123,8 +123,12 @@ class Guard:
             return None
         if event in STARTS or event in REACHES:
             return event, str(arguments)[:200]
+        if event == "os.symlink":  # its target is relative to the link's folder
+            target, link = map(os.fsdecode, arguments[:2])
+            arguments = (os.path.join(os.path.dirname(link), target), link)
         if event in CHANGES:
-            return self._elsewhere(arguments[0], writing=True)
+            names = arguments[:2] if event in ("os.rename", "os.symlink", "os.link") else arguments[:1]
+            return next(filter(None, (self._elsewhere(name, writing=True) for name in names)), None)
         if event != "open":
             return None
         path, mode, flags = (*arguments, None, None)[:3]

@@ -1,7 +1,9 @@
 """Targets that do what no input may lead to, to see that it is found."""
 
+import copy
 import ctypes
 import importlib
+import json
 import os
 import socket
 import subprocess
@@ -9,13 +11,17 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 from hypothesis import strategies as st
 
 from lit_clip.errors import InputError
 from tests.fuzz.inputs import CANARY, Input
 from tests.fuzz.target import Target
+from tests.fuzz.targets import remote
 
 
 class _RawError(InputError):
@@ -78,4 +84,26 @@ escape = _target(lambda given: _raise(_RawError(f"{given.name}: \x1b[31mred")))
 nameless = _target(lambda given: _raise(InputError("the file is damaged")))
 flood = _target(lambda given: _flood())
 unmade = always._replace(inputs=lambda: st.just("a").map(lambda name: Input(name, {}[name])))
+
+
+def _unguarded(folder: Path, given: Input) -> Iterator[str]:
+    with patch("lit_clip.weights.hub.guard_hub"):
+        yield from remote.ask_hub(folder, given)
+
+
+def _at_any_tag() -> Any:
+    tree = copy.deepcopy(remote.hub_trees()["weights"])
+    tree["HEAD"]["headers"]["X-Linked-Etag"] = f"{'../' * 7}created"
+    return st.just(Input("weights", json.dumps(tree).encode()))
+
+
 harmless = _target(lambda given: _raise(InputError(f"{given.name}: has a !; remove it")))
+hub_tag = Target(_at_any_tag, _unguarded)
+store_bomb = Target(
+    lambda: st.just(Input("t.csv", json.dumps(remote.bomb("image", packed=True)).encode())),
+    lambda folder, given: islice(remote.ask_store(folder, given, {"auto_decompress": True}), 3),
+)
+store_endless = Target(
+    lambda: st.just(Input("t.csv", json.dumps(remote.bomb("image", packed=False)).encode())),
+    lambda folder, given: islice(remote.ask_store(folder, given, {"auto_decompress": False}), 3),
+)

@@ -9,7 +9,7 @@ import pytest
 from tests.fuzz.driver import Driver, read_case, seed_of
 from tests.fuzz.inputs import Input, edited, to_json
 from tests.fuzz.oracle import ROOT
-from tests.fuzz.targets import NAMES, evaluation, pairs, settings, weights
+from tests.fuzz.targets import NAMES, evaluation, pairs, remote, settings, weights
 from tests.helpers import forks
 
 PLANTED = "tests/fuzz/planted.py"
@@ -37,6 +37,8 @@ WHOLE = {
     "fit_yaml": settings.fit_trees,
     "suites": evaluation.suite_trees,
     "results": evaluation.result_trees,
+    "hub": remote.hub_trees,
+    "store": lambda: {name: tree for name, tree in remote.store_trees().items() if name != "a.ckpt"},
 }
 
 
@@ -57,6 +59,16 @@ def test_what_no_input_may_lead_to_is_found(name: str, tmp_path: Path) -> None:
         again = Driver()
         again.batch(f"{PLANTED}:{name}", 0, 30, 1, [read_case(case)])
         assert [each.finding.kind for each in again.summary.found.values()] == [FOUND[name]]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("hub_tag", "AssertionError"), ("store_bomb", "memory"), ("store_endless", "memory")]
+)
+def test_what_a_hub_or_a_store_may_not_do_is_found_without_the_checks(name: str, kind: str) -> None:
+    driver = Driver(memory=2**29)
+    driver.batch(f"{PLANTED}:{name}", seed=1, seconds=60, count=1)
+    (found,) = driver.summary.found.values()
+    assert found.finding.kind == kind
 
 
 def test_error_while_an_input_is_made_is_shown_as_the_fuzzers_own() -> None:

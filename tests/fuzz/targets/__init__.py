@@ -13,6 +13,7 @@ MODULES = {
     "settings": ("fit_yaml", "resumed_checkpoints"),
     "words": ("captions",),
     "evaluation": ("suites", "results", "annotations"),
+    "remote": ("hub", "store"),
 }
 NAMES = tuple(name for names in MODULES.values() for name in names)
 
